@@ -1,0 +1,54 @@
+# Everything runs from an environment of its own in .venv; nothing but Python 3.11+, make and a package
+# registry is needed. Another torch: make test TORCH="torch==2.13.0 torchvision==0.28.0"
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch torchvision
+BIN    := $(VENV)/bin
+JOBS   ?= 2
+
+# A plain file per step: a second run reuses the environment, and a changed pyproject.toml mends it. The stamp's
+# name carries the choice of torch, so that another choice is not mistaken for this one.
+STAMP     := $(VENV)/.installed-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
+DEV_STAMP := $(STAMP)-dev
+
+.PHONY: help demo test test-all check fix golden bench clean
+.DEFAULT_GOAL := help
+
+help: ## what can be made
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+$(STAMP): pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade $(TORCH) --editable .
+	@rm -f $(VENV)/.installed-*
+	@touch $@
+
+$(DEV_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --upgrade 'hypothesis>=6.100' 'import-linter>=2.3' 'mypy>=1.15' \
+	  'pytest>=8.3' 'pytest-xdist>=3.6' 'ruff>=0.9'
+	@touch $@
+
+demo: $(STAMP) ## install, and run the story of the README, each command before its output
+	@PATH="$(abspath $(BIN)):$$PATH" sh examples/story.sh
+
+test: check ## install, check, and run the tests
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "not sweep"
+
+test-all: check ## the tests and the sweeps over every torchvision builder
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
+
+check: $(DEV_STAMP) ## format, lint, types, layers
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/mypy --no-error-summary
+	$(BIN)/lint-imports --no-logo
+
+fix: $(DEV_STAMP) ## mend what can be mended
+	$(BIN)/ruff check --fix --quiet .
+	$(BIN)/ruff format --quiet .
+
+golden: $(DEV_STAMP) ## write the golden files anew; read the diff before you commit it
+	GOLDEN=write $(BIN)/python -m pytest -q tests/test_golden.py
+
+clean: ## remove the environment and what tools left
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis dist

@@ -1,0 +1,25 @@
+"""Two models of one's own."""
+
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 3, 1)
+        self.bn = nn.BatchNorm2d(3)
+        self.conv2 = nn.Conv2d(3, 5, 1, bias=False)
+
+    def forward(self, x):
+        return self.conv2(self.bn(self.conv1(x)))
+
+
+class MyLinear(nn.Module):
+    def __init__(self, in_features, out_features):
+        super().__init__()
+        self.W = nn.Parameter(torch.randn(out_features, in_features))
+        self.b = nn.Parameter(torch.zeros(out_features))
+
+    def forward(self, x):
+        return x @ self.W.T + self.b

@@ -1,0 +1,5 @@
+"""`python -m modelcli`."""
+
+from modelcli.cli import run
+
+run()

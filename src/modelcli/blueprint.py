@@ -1,0 +1,378 @@
+"""A blueprint: what a model is made of, as plain data, without torch and without a single weight.
+
+Everything that is shown is shown from a blueprint. Paths are PyTorch's: the root is `""` here and `.` on a screen.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import prod
+from typing import Any, Literal
+
+Shape = tuple[int, ...]
+Kind = Literal["parameter", "buffer"]
+Trainable = Literal["yes", "no", "partial", "none"]
+
+#: Bytes per element of every dtype that a checkpoint can hold, by torch's name without `torch.`.
+ITEM_BYTES: Mapping[str, int] = {
+    **dict.fromkeys(("bool", "uint8", "int8", "qint8", "quint8", "float8_e4m3fn", "float8_e5m2"), 1),
+    **dict.fromkeys(("float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu", "float4_e2m1fn_x2"), 1),
+    **dict.fromkeys(("int16", "uint16", "float16", "bfloat16"), 2),
+    **dict.fromkeys(("int32", "uint32", "qint32", "float32", "complex32"), 4),
+    **dict.fromkeys(("int64", "uint64", "float64", "complex64"), 8),
+    "complex128": 16,
+}
+FLOATING = frozenset(name for name in ITEM_BYTES if name.startswith(("float", "bfloat")))
+ROOT = "."
+
+
+def shown(path: str) -> str:
+    """The path as a person reads it: `.` for the root."""
+    return path or ROOT
+
+
+def parent_of(path: str) -> str:
+    """The path of the module that holds this module or tensor; the root holds what has no dot."""
+    return path.rpartition(".")[0]
+
+
+def ancestors(path: str) -> Iterator[str]:
+    """The path itself and every module above it, the root last."""
+    while path:
+        yield path
+        path = parent_of(path)
+    yield ""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One parameter or buffer under one name.
+
+    `shape` is None for a lazy parameter that no forward pass has given a shape yet. `requires_grad` is None where
+    nothing says (a buffer, a bare checkpoint). `tied_to` is the first name of the same tensor.
+    """
+
+    name: str
+    shape: Shape | None
+    dtype: str
+    kind: Kind = "parameter"
+    requires_grad: bool | None = None
+    tied_to: str | None = None
+    persistent: bool = True
+
+    @property
+    def elements(self) -> int:
+        return prod(self.shape) if self.shape is not None else 0
+
+    @property
+    def nbytes(self) -> int:
+        return self.elements * ITEM_BYTES[self.dtype]
+
+    @property
+    def identity(self) -> str:
+        """One name for all the names of a tied tensor."""
+        return self.tied_to or self.name
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleInfo:
+    """One module at one path. `type` is None where nothing is known but key names.
+
+    `bases` are the names of its classes from its own up to, not including, `Module`; `config` is its `extra_repr()`;
+    `own_repr` is set where its class prints itself in its own way; `shared_with` is the first path of the same
+    module.
+    """
+
+    path: str
+    type: str | None
+    bases: tuple[str, ...] = ()
+    config: str = ""
+    shared_with: str | None = None
+    own_repr: str | None = None
+
+    @property
+    def depth(self) -> int:
+        return self.path.count(".") + 1 if self.path else 0
+
+    @property
+    def is_sequence(self) -> bool:
+        return "Sequential" in self.bases or "ModuleList" in self.bases
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTrace:
+    """What a forward pass showed of one module.
+
+    `output_shape` is a list of ints for a tensor, a list or dict of those for an output of several, None for none.
+    `macs` counts the multiply-accumulates of the module and all below it.
+    """
+
+    output_shape: Any
+    macs: int
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A forward pass on the meta device. Modules that are not in `layers` were not called.
+
+    `reason` is None where the pass ran to its end, else the one line that says why it did not; the rows that ran
+    are there all the same, and the totals are None.
+    """
+
+    inputs: tuple[Shape, ...] | None
+    layers: Mapping[str, LayerTrace] = field(default_factory=dict)
+    macs: int | None = None
+    input_bytes: int | None = None
+    forward_backward_bytes: int | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What a model adds up to. Each tied tensor is counted once; bytes are what the tensors take in memory."""
+
+    params: int
+    trainable_params: int
+    buffers: int
+    param_bytes: int
+    buffer_bytes: int
+
+    @property
+    def non_trainable_params(self) -> int:
+        return self.params - self.trainable_params
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A model as plain data: its modules and tensors in PyTorch's order, and a forward pass where one was made."""
+
+    modules: tuple[ModuleInfo, ...]
+    tensors: tuple[TensorInfo, ...]
+    trace: Trace | None = None
+
+    @property
+    def root(self) -> ModuleInfo:
+        return self.modules[0]
+
+    @cached_property
+    def by_path(self) -> Mapping[str, ModuleInfo]:
+        return {module.path: module for module in self.modules}
+
+    @cached_property
+    def by_name(self) -> Mapping[str, TensorInfo]:
+        return {tensor.name: tensor for tensor in self.tensors}
+
+    @cached_property
+    def children(self) -> Mapping[str, tuple[ModuleInfo, ...]]:
+        """The direct children of each module, in order."""
+        found: dict[str, list[ModuleInfo]] = defaultdict(list)
+        for module in self.modules[1:]:
+            found[parent_of(module.path)].append(module)
+        return {path: tuple(kids) for path, kids in found.items()}
+
+    @cached_property
+    def _parameters_below(self) -> Mapping[str, dict[str, TensorInfo]]:
+        below: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
+        for tensor in self.tensors:
+            if tensor.kind == "parameter":
+                for path in ancestors(parent_of(tensor.name)):
+                    below[path].setdefault(tensor.identity, tensor)
+        return below
+
+    def params_of(self, path: str) -> int:
+        """`sum(p.numel() for p in module.parameters())` of the module at this path."""
+        return sum(tensor.elements for tensor in self._parameters_below.get(path, {}).values())
+
+    def trainable_of(self, path: str) -> Trainable:
+        """Whether the parameters at and below this path are trained; a flag that nothing states counts as yes."""
+        flags = {tensor.requires_grad is not False for tensor in self._parameters_below.get(path, {}).values()}
+        if not flags:
+            return "none"
+        return "partial" if len(flags) == 2 else "yes" if flags.pop() else "no"
+
+    @cached_property
+    def totals(self) -> Totals:
+        return totals_of(self.tensors)
+
+    def with_trace(self, trace: Trace) -> Blueprint:
+        return replace(self, trace=trace)
+
+
+def totals_of(tensors: Iterable[TensorInfo]) -> Totals:
+    """Add up tensors, each tied one once."""
+    unique = list({tensor.identity: tensor for tensor in reversed(list(tensors))}.values())
+    parameters = [tensor for tensor in unique if tensor.kind == "parameter"]
+    buffers = [tensor for tensor in unique if tensor.kind == "buffer"]
+    return Totals(
+        params=sum(t.elements for t in parameters),
+        trainable_params=sum(t.elements for t in parameters if t.requires_grad is not False),
+        buffers=sum(t.elements for t in buffers),
+        param_bytes=sum(t.nbytes for t in parameters),
+        buffer_bytes=sum(t.nbytes for t in buffers),
+    )
+
+
+def repr_text(blueprint: Blueprint, path: str = "") -> str:
+    """The text that `print(module)` gives, built from the blueprint by the rules of `nn.Module.__repr__`.
+
+    `ModuleList` folds runs of equal children (`(0-5): 6 x Block(...)`); a class that prints itself in its own way has
+    its own text.
+    """
+    module = blueprint.by_path[path]
+    if module.own_repr is not None:
+        return module.own_repr
+    children = blueprint.children.get(path, ())
+    if "ModuleList" in module.bases:
+        return _module_list_text(module, [repr_text(blueprint, child.path) for child in children])
+    lines = [f"({child.path.rpartition('.')[2]}): {_indented(repr_text(blueprint, child.path))}" for child in children]
+    extra = module.config.split("\n") if module.config else []
+    if len(extra) == 1 and not lines:
+        return f"{module.type}({extra[0]})"
+    if not extra and not lines:
+        return f"{module.type}()"
+    return f"{module.type}(\n  " + "\n  ".join(extra + lines) + "\n)"
+
+
+def _module_list_text(module: ModuleInfo, texts: list[str]) -> str:
+    if not texts:
+        return f"{module.type}()"
+    runs: list[tuple[int, int, str]] = []
+    for index, text in enumerate(texts):
+        if runs and runs[-1][2] == text:
+            runs[-1] = (runs[-1][0], index, text)
+        else:
+            runs.append((index, index, text))
+    lines = [
+        _indented(f"({first}): {text}" if first == last else f"({first}-{last}): {last - first + 1} x {text}")
+        for first, last, text in runs
+    ]
+    return f"{module.type}(\n  " + "\n  ".join(lines) + "\n)"
+
+
+def _indented(text: str) -> str:
+    return text.replace("\n", "\n  ")
+
+
+# --- to and from JSON ----------------------------------------------------------------------------------------------
+
+
+def to_json(blueprint: Blueprint) -> dict[str, Any]:
+    """The blueprint as plain JSON values. What is not set is left out; classes are listed once."""
+    classes: dict[tuple[str | None, tuple[str, ...]], int] = {}
+    modules = []
+    for module in blueprint.modules:
+        number = classes.setdefault((module.type, module.bases), len(classes))
+        entry: dict[str, Any] = {"path": module.path, "class": number}
+        for key in ("config", "shared_with", "own_repr"):
+            if value := getattr(module, key):
+                entry[key] = value
+        modules.append(entry)
+    tensors = []
+    for tensor in blueprint.tensors:
+        entry = {"name": tensor.name, "shape": tensor.shape and list(tensor.shape), "dtype": tensor.dtype}
+        if tensor.shape == ():
+            entry["shape"] = []
+        if tensor.kind != "parameter":
+            entry["kind"] = tensor.kind
+        if tensor.requires_grad is not None:
+            entry["requires_grad"] = tensor.requires_grad
+        if tensor.tied_to is not None:
+            entry["tied_to"] = tensor.tied_to
+        if not tensor.persistent:
+            entry["persistent"] = False
+        tensors.append(entry)
+    document: dict[str, Any] = {
+        "classes": [{"type": kind, "bases": list(bases)} for kind, bases in classes],
+        "modules": modules,
+        "tensors": tensors,
+    }
+    if trace := blueprint.trace:
+        document["trace"] = {
+            "inputs": None if trace.inputs is None else [list(shape) for shape in trace.inputs],
+            "layers": [[path, layer.output_shape, layer.macs] for path, layer in trace.layers.items()],
+            "macs": trace.macs,
+            "input_bytes": trace.input_bytes,
+            "forward_backward_bytes": trace.forward_backward_bytes,
+            "reason": trace.reason,
+        }
+    return document
+
+
+def from_json(document: Mapping[str, Any]) -> Blueprint:
+    """The inverse of `to_json`. Raises KeyError, TypeError, ValueError or IndexError on anything else."""
+    classes = [(entry["type"], tuple(entry["bases"])) for entry in document["classes"]]
+    modules = tuple(
+        ModuleInfo(
+            path=_text(entry["path"]),
+            type=classes[entry["class"]][0],
+            bases=classes[entry["class"]][1],
+            config=entry.get("config", ""),
+            shared_with=entry.get("shared_with"),
+            own_repr=entry.get("own_repr"),
+        )
+        for entry in document["modules"]
+    )
+    tensors = tuple(
+        TensorInfo(
+            name=_text(entry["name"]),
+            shape=None if entry["shape"] is None else tuple(int(size) for size in entry["shape"]),
+            dtype=_dtype(entry["dtype"]),
+            kind=entry.get("kind", "parameter"),
+            requires_grad=entry.get("requires_grad"),
+            tied_to=entry.get("tied_to"),
+            persistent=entry.get("persistent", True),
+        )
+        for entry in document["tensors"]
+    )
+    if not modules or modules[0].path:
+        raise ValueError("a blueprint starts with its root")
+    trace = None
+    if entry := document.get("trace"):
+        inputs = entry["inputs"]
+        trace = Trace(
+            inputs=None if inputs is None else tuple(tuple(shape) for shape in inputs),
+            layers={path: LayerTrace(shape, macs) for path, shape, macs in entry["layers"]},
+            macs=entry["macs"],
+            input_bytes=entry["input_bytes"],
+            forward_backward_bytes=entry["forward_backward_bytes"],
+            reason=entry["reason"],
+        )
+    return Blueprint(modules, tensors, trace)
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"expected text, found {value!r}")
+    return value
+
+
+def _dtype(value: object) -> str:
+    if value not in ITEM_BYTES:
+        raise ValueError(f"unknown dtype {value!r}")
+    return str(value)
+
+
+def from_keys(tensors: Iterable[TensorInfo]) -> Blueprint:
+    """The blueprint of a bare checkpoint: a tree made of its key names, the modules' types unknown."""
+    listed = tuple(tensors)
+    paths: dict[str, None] = {"": None}
+    for tensor in listed:
+        for path in reversed(list(ancestors(parent_of(tensor.name)))):
+            paths.setdefault(path)
+    return Blueprint(tuple(ModuleInfo(path, None) for path in _depth_first(paths)), listed)
+
+
+def _depth_first(paths: Iterable[str]) -> Iterator[str]:
+    """Parents before children and siblings in their first order, each subtree whole."""
+    children: dict[str, list[str]] = defaultdict(list)
+    for path in paths:
+        if path:
+            children[parent_of(path)].append(path)
+    stack = [""]
+    while stack:
+        path = stack.pop()
+        yield path
+        stack.extend(reversed(children.get(path, [])))

@@ -1,0 +1,54 @@
+"""Reading checkpoints without torch: names, shapes, dtypes, and where each tensor's bytes lie. Nothing is executed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from modelcli.checkpoints import safetensors, torch_zip
+from modelcli.checkpoints.contents import Contents, LegacyFileError, Span, TensorEntry
+from modelcli.errors import FileFormatError, RequestError, SystemFailureError
+
+__all__ = ["Contents", "LegacyFileError", "Span", "TensorEntry", "read"]
+
+_NAMES = (
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
+    (b"\x1f\x8b", "a gzip file"),
+    (b"version https://git-lfs", "a git-lfs pointer, not the file it points to: run git lfs pull"),
+    (b"<!DOCTYPE", "an HTML page: the download went wrong"),
+    (b"<html", "an HTML page: the download went wrong"),
+    (b"GGUF", "a GGUF file"),
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file, as Keras writes it"),
+    (b"\x93NUMPY", "a NumPy array"),
+)
+_LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+
+
+def read(path: Path, *, key: str | None = None) -> Contents:
+    """Read what a checkpoint holds, by its content and never by its suffix.
+
+    `key` names the state dict inside a training checkpoint (`a.b` for one inside another). Raises FileFormatError for
+    a file that is corrupt or no checkpoint, LegacyFileError for torch's format from before 1.6.
+    """
+    try:
+        if path.is_dir():
+            raise RequestError(f"{path} is a folder", "name the file in it")
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(64)
+    except FileNotFoundError:
+        raise RequestError(f"no such file: {path}") from None
+    except OSError as error:
+        raise SystemFailureError(f"cannot read {path}: {error.strerror or error}") from None
+    if not size:
+        raise FileFormatError(f"{path} is empty", "the program that wrote it may have been interrupted")
+    if head.startswith(b"PK"):
+        return torch_zip.read(path, key)
+    if safetensors.looks_like(head, size):
+        return safetensors.read(path)
+    if head.startswith(b"\x80") and _LEGACY_MAGIC in head:
+        raise LegacyFileError(path, key)
+    name = next((name for magic, name in _NAMES if head.startswith(magic)), None)
+    raise FileFormatError(
+        f"{path} is {name}" if name else f"{path} is not a checkpoint: it starts with {head[:8]!r}",
+        "a checkpoint is a .pth that torch.save wrote, or a .safetensors file",
+    )

@@ -1,0 +1,135 @@
+"""What was read from a checkpoint, as plain data."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from modelcli.blueprint import Blueprint, Shape, TensorInfo, from_keys
+from modelcli.errors import FileFormatError
+from modelcli.record import Record
+
+CHUNK = 8 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """`nbytes` bytes of a file, from `offset`. `identity` is the file's (size, mtime, inode) when it was read."""
+
+    path: Path
+    offset: int
+    nbytes: int
+    identity: tuple[int, int, int]
+
+    def chunks(self) -> Iterator[bytes]:
+        """The bytes, in pieces of at most 8 MiB. Raises FileFormatError where the file is no longer the same."""
+        with self.path.open("rb") as file:
+            if identity_of(self.path) != self.identity:
+                raise FileFormatError(f"{self.path} changed while it was being read", "run the command again")
+            file.seek(self.offset)
+            left = self.nbytes
+            while left:
+                data = file.read(min(CHUNK, left))
+                if not data:
+                    raise FileFormatError(f"{self.path} ends early: {left} bytes are missing")
+                left -= len(data)
+                yield data
+
+    def bytes(self) -> bytes:
+        return b"".join(self.chunks())
+
+    def mapped(self) -> memoryview:
+        """The bytes as a private, writable mapping: pages are read when they are used, and writes stay in memory."""
+        if not self.nbytes:
+            return memoryview(bytearray())
+        start = self.offset - self.offset % mmap.ALLOCATIONGRANULARITY
+        length = self.offset - start + self.nbytes
+        with self.path.open("rb") as file:
+            if identity_of(self.path) != self.identity:
+                raise FileFormatError(f"{self.path} changed while it was being read", "run the command again")
+            mapping = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=start)
+        return memoryview(mapping)[self.offset - start :]
+
+
+def identity_of(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor of a checkpoint: a view into a storage, which is a span of the file.
+
+    `offset` and `stride` count elements. Tensors with the same `storage` are tied or views of one another.
+    """
+
+    shape: Shape
+    dtype: str
+    stride: Shape
+    offset: int
+    storage: Span
+    requires_grad: bool | None = None
+    is_parameter: bool = False
+
+
+@dataclass(frozen=True)
+class Contents:
+    """All that a checkpoint holds.
+
+    `tensors` is the state dict; `extras` its entries that are no tensors; `metadata` its `_metadata`. `tree` is the
+    whole of a training checkpoint as inert values, and `key` the path of the state dict in it (None where the file is
+    nothing but a state dict). `foreign` are the names of classes and functions outside the allow-list; none was
+    looked up. `notes` are for a person.
+    """
+
+    path: Path
+    format: str
+    tensors: Mapping[str, TensorEntry]
+    extras: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    record: Record | None = None
+    tree: Any = None
+    key: tuple[str, ...] | None = None
+    foreign: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def infos(self) -> dict[str, TensorInfo]:
+        """The tensors as a blueprint has them: ties found by storage, buffers told by their usual names."""
+        first: dict[tuple[object, ...], str] = {}
+        infos = {}
+        for name, entry in self.tensors.items():
+            view = (entry.storage, entry.offset, entry.shape, entry.stride, entry.dtype)
+            original = first.setdefault(view, name) if entry.storage.nbytes else name
+            infos[name] = TensorInfo(
+                name=name,
+                shape=entry.shape,
+                dtype=entry.dtype,
+                kind="parameter" if entry.is_parameter or not looks_like_buffer(name, entry.dtype) else "buffer",
+                requires_grad=entry.requires_grad if entry.is_parameter else None,
+                tied_to=None if original == name else original,
+            )
+        return infos
+
+    def bare_blueprint(self) -> Blueprint:
+        """The tree of the key names, types unknown."""
+        return from_keys(self.infos().values())
+
+
+def looks_like_buffer(name: str, dtype: str) -> bool:
+    """Whether a tensor of a bare checkpoint is a buffer: normalisation statistics, and what cannot be trained."""
+    last = name.rpartition(".")[2]
+    return last in ("running_mean", "running_var", "num_batches_tracked") or not dtype.startswith(
+        ("float", "bfloat", "complex")
+    )
+
+
+class LegacyFileError(FileFormatError):
+    """torch's format from before 1.6: only torch itself reads it."""
+
+    def __init__(self, path: Path, key: str | None) -> None:
+        super().__init__(f"{path} is in torch's format from before version 1.6")
+        self.path = path
+        self.key = key

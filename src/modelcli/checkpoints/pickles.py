@@ -1,0 +1,358 @@
+"""Pickles as inert values: an interpreter of the opcodes that resolves no name and calls nothing.
+
+What `torch.save` wrote comes back as plain Python values, `Tensor`s that point into storages, and `Opaque` objects
+for everything else, which remember the name of their class and what it was made from.
+"""
+
+from __future__ import annotations
+
+import pickletools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from modelcli.blueprint import ITEM_BYTES
+from modelcli.errors import FileFormatError
+
+MAX_OPCODES = 20_000_000
+MAX_DEPTH = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class Global:
+    """The name of a class or function. It is never looked up."""
+
+    module: str
+    name: str
+
+    @property
+    def dotted(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class StorageRef:
+    """A persistent id: `key` names a record of the archive, `count` elements of `dtype` (None for raw bytes)."""
+
+    key: str
+    dtype: str | None
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A view into a storage, with what `torch._utils._rebuild_tensor_v2` says of it."""
+
+    storage: StorageRef
+    dtype: str
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    requires_grad: bool
+    is_parameter: bool = False
+
+
+@dataclass(eq=False)
+class Opaque:
+    """An object that is kept as what it was made from: `call(*args)`, then items, appended values and state."""
+
+    call: Any
+    args: Any
+    state: Any = None
+    items: list[tuple[Any, Any]] = field(default_factory=list)
+    appended: list[Any] = field(default_factory=list)
+    how: str = "reduce"
+
+
+class OrderedDict(dict[Any, Any]):
+    """`collections.OrderedDict`, with the attributes that were set on it."""
+
+    state: dict[str, Any] | None = None
+
+
+_STORAGE_DTYPES = {
+    "FloatStorage": "float32",
+    "DoubleStorage": "float64",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
+    "ComplexFloatStorage": "complex64",
+    "ComplexDoubleStorage": "complex128",
+    "QInt8Storage": "qint8",
+    "QUInt8Storage": "quint8",
+    "QInt32Storage": "qint32",
+}
+#: The classes of torch's typed storages, by dtype.
+STORAGE_CLASSES = {dtype: name for name, dtype in _STORAGE_DTYPES.items() if not dtype.startswith("q")}
+
+#: What torch.load(weights_only=True) accepts as well, besides tensors: kept as it is, and harmless.
+_HARMLESS = frozenset(
+    {
+        "collections.OrderedDict",
+        "collections.Counter",
+        "torch.Size",
+        "torch.device",
+        "torch.Tensor",
+        "torch.serialization._get_layout",
+        "_codecs.encode",
+        "builtins.bytearray",
+        "builtins.set",
+        "builtins.complex",
+        "__builtin__.set",
+        "__builtin__.bytearray",
+        "__builtin__.complex",
+        "torch.nn.parameter.Parameter",
+        "torch._utils._rebuild_tensor_v2",
+        "torch._utils._rebuild_tensor_v3",
+        "torch._utils._rebuild_parameter",
+        "torch._utils._rebuild_parameter_with_state",
+        "torch.storage.UntypedStorage",
+        "torch.storage.TypedStorage",
+        *(f"torch.{dtype}" for dtype in ITEM_BYTES),
+        *(f"torch.{storage}" for storage in _STORAGE_DTYPES),
+    }
+)
+
+
+@dataclass
+class Pickle:
+    """The value of a pickle, and the names in it that are on no allow-list."""
+
+    value: Any
+    foreign: tuple[str, ...]
+
+
+_MARK = object()
+
+
+def read(data: bytes, where: str) -> Pickle:
+    """Interpret a pickle. Raises FileFormatError where it is damaged or beyond a limit; `where` names it."""
+    machine = _Machine(where)
+    try:
+        value = machine.run(pickletools.genops(data))
+    except FileFormatError:
+        raise
+    except RecursionError:
+        raise FileFormatError(f"{where}: nested deeper than {MAX_DEPTH}") from None
+    except Exception as error:
+        raise FileFormatError(f"{where} is damaged: {error}") from None
+    return Pickle(value, tuple(dict.fromkeys(machine.foreign)))
+
+
+class _Machine:
+    """The pickle virtual machine, with every construction inert."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}
+        self.foreign: list[str] = []
+
+    def run(self, operations: Iterator[tuple[pickletools.OpcodeInfo, Any, int | None]]) -> Any:
+        stack, memo = self.stack, self.memo
+        for count, (opcode, arg, _) in enumerate(operations):
+            if count > MAX_OPCODES:
+                raise FileFormatError(f"{self.where}: more than {MAX_OPCODES:,} opcodes")
+            name = opcode.name
+            match name:
+                case "PROTO" | "FRAME":
+                    pass
+                case "MARK":
+                    stack.append(_MARK)
+                case "STOP":
+                    return stack.pop()
+                case "POP":
+                    stack.pop()
+                case "POP_MARK":
+                    self._to_mark()
+                case "DUP":
+                    stack.append(stack[-1])
+                case "NONE":
+                    stack.append(None)
+                case "NEWTRUE":
+                    stack.append(True)
+                case "NEWFALSE":
+                    stack.append(False)
+                case "BININT" | "BININT1" | "BININT2" | "LONG1" | "LONG4" | "INT" | "LONG" | "BINFLOAT" | "FLOAT":
+                    stack.append(arg)
+                case "BINUNICODE" | "SHORT_BINUNICODE" | "BINUNICODE8" | "UNICODE":
+                    stack.append(arg)
+                case "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8":
+                    stack.append(arg)
+                case "BYTEARRAY8":
+                    stack.append(Opaque(Global("builtins", "bytearray"), (bytes(arg),)))
+                case "SHORT_BINSTRING" | "BINSTRING" | "STRING":
+                    stack.append(arg)
+                case "EMPTY_TUPLE":
+                    stack.append(())
+                case "EMPTY_LIST":
+                    stack.append([])
+                case "EMPTY_DICT":
+                    stack.append({})
+                case "EMPTY_SET":
+                    stack.append(Opaque(Global("builtins", "set"), (), how="set"))
+                case "TUPLE":
+                    stack.append(tuple(self._to_mark()))
+                case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                    size = int(name[-1])
+                    values = tuple(stack[-size:])
+                    del stack[-size:]
+                    stack.append(values)
+                case "LIST":
+                    stack.append(self._to_mark())
+                case "DICT":
+                    items = self._to_mark()
+                    stack.append(dict(zip(items[::2], items[1::2], strict=True)))
+                case "FROZENSET":
+                    stack.append(Opaque(Global("builtins", "frozenset"), (self._to_mark(),)))
+                case "ADDITEMS":
+                    added = self._to_mark()
+                    stack[-1].appended.extend(added)
+                case "APPEND":
+                    value = stack.pop()
+                    self._append([value])
+                case "APPENDS":
+                    self._append(self._to_mark())
+                case "SETITEM":
+                    value, key = stack.pop(), stack.pop()
+                    self._set_items([key, value])
+                case "SETITEMS":
+                    self._set_items(self._to_mark())
+                case "PUT" | "BINPUT" | "LONG_BINPUT":
+                    memo[int(arg)] = stack[-1]
+                case "MEMOIZE":
+                    memo[len(memo)] = stack[-1]
+                case "GET" | "BINGET" | "LONG_BINGET":
+                    stack.append(memo[int(arg)])
+                case "GLOBAL":
+                    module, _, attribute = arg.partition(" ")
+                    stack.append(self._global(module, attribute))
+                case "STACK_GLOBAL":
+                    attribute, module = stack.pop(), stack.pop()
+                    stack.append(self._global(str(module), str(attribute)))
+                case "BINPERSID":
+                    stack.append(self._storage(stack.pop()))
+                case "REDUCE":
+                    args, function = stack.pop(), stack.pop()
+                    stack.append(self._reduce(function, args))
+                case "NEWOBJ":
+                    args, kind = stack.pop(), stack.pop()
+                    stack.append(Opaque(kind, args, how="newobj"))
+                case "NEWOBJ_EX":
+                    kwargs, args, kind = stack.pop(), stack.pop(), stack.pop()
+                    stack.append(Opaque(kind, (args, kwargs), how="newobj_ex"))
+                case "BUILD":
+                    state = stack.pop()
+                    self._build(stack[-1], state)
+                case _:
+                    raise FileFormatError(f"{self.where}: opcode {name} is not one that torch.save writes")
+        raise FileFormatError(f"{self.where} is damaged: it has no end")
+
+    def _to_mark(self) -> list[Any]:
+        for position in range(len(self.stack) - 1, -1, -1):
+            if self.stack[position] is _MARK:
+                values = self.stack[position + 1 :]
+                del self.stack[position:]
+                return values
+        raise FileFormatError(f"{self.where} is damaged: a mark is missing")
+
+    def _append(self, values: list[Any]) -> None:
+        target = self.stack[-1]
+        if isinstance(target, list):
+            target.extend(values)
+        else:
+            target.appended.extend(values)
+
+    def _set_items(self, items: list[Any]) -> None:
+        target = self.stack[-1]
+        pairs = list(zip(items[::2], items[1::2], strict=True))
+        if isinstance(target, dict):
+            target.update(pairs)
+        else:
+            target.items.extend(pairs)
+
+    def _global(self, module: str, name: str) -> Global:
+        found = Global(module, name)
+        if found.dotted not in _HARMLESS:
+            self.foreign.append(found.dotted)
+        return found
+
+    def _storage(self, persistent_id: Any) -> StorageRef:
+        kind, storage_class, key, _location, count = persistent_id
+        if kind != "storage" or not isinstance(key, str) or not isinstance(count, int) or count < 0:
+            raise FileFormatError(f"{self.where}: {persistent_id!r} is not a storage")
+        dtype = _STORAGE_DTYPES.get(storage_class.name)
+        if dtype is None and storage_class.name != "UntypedStorage":
+            raise FileFormatError(f"{self.where}: unknown storage class {storage_class.dotted}")
+        return StorageRef(key, dtype, count)
+
+    def _reduce(self, function: Any, args: Any) -> Any:
+        name = function.dotted if isinstance(function, Global) else ""
+        match name, args:
+            case "collections.OrderedDict", ():
+                return OrderedDict()
+            case "collections.OrderedDict", (list() as pairs,):
+                return OrderedDict(pairs)
+            case "torch._utils._rebuild_tensor_v2", (
+                StorageRef() as storage,
+                offset,
+                shape,
+                stride,
+                grad,
+                *_,
+            ):
+                return self._tensor(storage, storage.dtype, offset, shape, stride, grad)
+            case "torch._utils._rebuild_tensor_v3", (
+                StorageRef() as storage,
+                offset,
+                shape,
+                stride,
+                grad,
+                _hooks,
+                Global(module="torch", name=dtype),
+                *_,
+            ):
+                return self._tensor(storage, dtype, offset, shape, stride, grad)
+            case (
+                "torch._utils._rebuild_parameter" | "torch._utils._rebuild_parameter_with_state",
+                (Tensor() as tensor, grad, *_),
+            ):
+                return Tensor(
+                    tensor.storage, tensor.dtype, tensor.offset, tensor.shape, tensor.stride, bool(grad), True
+                )
+        return Opaque(function, args)
+
+    def _tensor(
+        self, storage: StorageRef, dtype: str | None, offset: Any, shape: Any, stride: Any, grad: Any
+    ) -> Tensor:
+        shape, stride = _sizes(shape), _sizes(stride)
+        if (
+            dtype is None
+            or dtype not in ITEM_BYTES
+            or len(shape) != len(stride)
+            or not isinstance(offset, int)
+            or offset < 0
+        ):
+            raise FileFormatError(f"{self.where}: a tensor of dtype {dtype}, shape {shape}, stride {stride}")
+        if min((*shape, *stride), default=0) < 0:
+            raise FileFormatError(f"{self.where}: a tensor of negative size: shape {shape}, stride {stride}")
+        return Tensor(storage, dtype, offset, shape, stride, bool(grad))
+
+    def _build(self, target: Any, state: Any) -> None:
+        if (isinstance(target, OrderedDict) and isinstance(state, dict)) or isinstance(target, Opaque):
+            target.state = state
+        elif not isinstance(target, Tensor):
+            raise FileFormatError(f"{self.where}: a state is set on {type(target).__name__}")
+
+
+def _sizes(value: Any) -> tuple[int, ...]:
+    if isinstance(value, Opaque) and isinstance(value.call, Global) and value.call.dotted == "torch.Size":
+        value = value.args[0]
+    if not isinstance(value, tuple) or not all(type(size) is int for size in value):
+        raise ValueError(f"{value!r} is not a shape")
+    return value

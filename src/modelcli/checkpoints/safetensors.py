@@ -1,0 +1,131 @@
+"""safetensors: eight bytes with the length of a JSON header, the header, then the tensors' bytes without a hole."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+from modelcli import record as records
+from modelcli.blueprint import ITEM_BYTES
+from modelcli.checkpoints.contents import Contents, Span, TensorEntry, identity_of
+from modelcli.errors import FileFormatError, SystemFailureError
+
+MAX_HEADER_BYTES = 100_000_000
+#: torch's dtype for each of the format's.
+DTYPES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "I16": "int16",
+    "U16": "uint16",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I32": "int32",
+    "U32": "uint32",
+    "F32": "float32",
+    "I64": "int64",
+    "U64": "uint64",
+    "F64": "float64",
+    "C64": "complex64",
+}
+
+
+def looks_like(head: bytes, size: int) -> bool:
+    """Whether a file with this start and size can be one: a plausible length, then a JSON object."""
+    return len(head) > 8 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] >= 2
+
+
+def read(path: Path) -> Contents:
+    """Read the header. Raises FileFormatError that names what breaks which of the format's rules."""
+    identity = identity_of(path)
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > MAX_HEADER_BYTES:
+                raise FileFormatError(f"{path}: a header of {length:,} bytes; the limit is {MAX_HEADER_BYTES:,}")
+            if 8 + length > identity[0]:
+                raise FileFormatError(f"{path} is cut off inside its header")
+            raw = file.read(length)
+    except OSError as error:
+        raise SystemFailureError(f"cannot read {path}: {error.strerror or error}") from None
+    try:
+        header = json.loads(raw, object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise FileFormatError(f"{path}: the header is not what safetensors writes: {error}") from None
+    metadata = header.pop("__metadata__", {})
+    tensors: dict[str, TensorEntry] = {}
+    start, end = 8 + length, 0
+    for name, info in sorted(header.items(), key=lambda item: _begin(item[1])):
+        entry, begin, end_ = _entry(path, name, info, start, identity)
+        if begin != end:
+            raise FileFormatError(f"{path}: {name} starts at byte {begin:,}, the one before it ends at {end:,}")
+        end = end_
+        tensors[name] = entry
+    if start + end != identity[0]:
+        raise FileFormatError(f"{path}: the header tells of {start + end:,} bytes, the file has {identity[0]:,}")
+    text = metadata.get(records.SAFETENSORS_KEY) if isinstance(metadata, dict) else None
+    record = records.from_text(text) if isinstance(text, str) else None
+    return Contents(
+        path=path,
+        format="safetensors",
+        tensors=_with_aliases(tensors, record, {name: tensors[name] for name in header}),
+        metadata={key: value for key, value in metadata.items() if key != records.SAFETENSORS_KEY},
+        record=record,
+    )
+
+
+def _with_aliases(
+    tensors: dict[str, TensorEntry], record: records.Record | None, ordered: dict[str, TensorEntry]
+) -> dict[str, TensorEntry]:
+    """The tensors in the model's order, those that are tied under all their names: the file holds each once."""
+    if record is None:
+        return ordered
+    found = {}
+    for info in record.blueprint.tensors:
+        if info.persistent and (entry := tensors.get(info.name) or tensors.get(info.identity)) is not None:
+            found[info.name] = entry
+    return found | {name: entry for name, entry in ordered.items() if name not in found}
+
+
+def _begin(info: Any) -> tuple[int, int]:
+    try:
+        return int(info["data_offsets"][0]), int(info["data_offsets"][1])
+    except (TypeError, KeyError, IndexError, ValueError):
+        return 0, 0
+
+
+def _entry(
+    path: Path, name: str, info: Any, start: int, identity: tuple[int, int, int]
+) -> tuple[TensorEntry, int, int]:
+    try:
+        dtype, shape, (begin, end) = DTYPES[info["dtype"]], tuple(info["shape"]), info["data_offsets"]
+        if not all(type(size) is int and size >= 0 for size in (*shape, begin, end)):
+            raise ValueError("a size is not a whole number")
+    except (KeyError, TypeError, ValueError) as error:
+        raise FileFormatError(f"{path}: the header's entry for {name!r} is wrong: {error}") from None
+    stride = [1] * len(shape)
+    for axis in range(len(shape) - 2, -1, -1):
+        stride[axis] = stride[axis + 1] * max(shape[axis + 1], 1)
+    elements = 1
+    for size in shape:
+        elements *= size
+    if end - begin != elements * ITEM_BYTES[dtype]:
+        raise FileFormatError(
+            f"{path}: {name} of shape {list(shape)} needs {elements * ITEM_BYTES[dtype]:,} bytes, "
+            f"the header gives it {end - begin:,}"
+        )
+    span = Span(path, start + begin, end - begin, identity)
+    return TensorEntry(shape, dtype, tuple(stride), 0, span), begin, end
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands in it twice")
+    return found

@@ -1,0 +1,142 @@
+"""load, save, log, undo: commands that start, write out and tend the working recipe."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from modelcli import recipe, session
+from modelcli.cli import operate, output
+from modelcli.cli.options import OutputOptions, SaveOptions, SourceOptions, expanded
+from modelcli.recipe import Source
+from modelcli.render import documents
+
+Dry = Annotated[bool, typer.Option("--dry-run", help="Change nothing anywhere.")]
+
+
+def load(
+    model: Annotated[str, typer.Argument(help="The model: alexnet, nets.py:Net, best.pth.")],
+    source: SourceOptions,
+    options: OutputOptions,
+    strict: Annotated[bool, typer.Option("--strict/--no-strict", help="Every key has to match.")] = True,
+    force: Annotated[bool, typer.Option("--force", help="Over a recipe that has edits, too.")] = False,
+    dry_run: Dry = False,
+) -> int:
+    """Check that a model loads, and start the working recipe with it.
+
+    modelcli load alexnet --weights DEFAULT
+
+    modelcli load best.pth --arch alexnet
+    """
+    output.format_of(options)
+    given = {key: value for key, value in source.overrides().items() if value not in (None, (), False)}
+    opened = Source(model=model, strict=strict, **given)
+    path = source.recipe or recipe.default_path()
+    loaded = session.load(opened, path, force=force, dry_run=dry_run)
+    if loaded.recipe is not None:
+        outcome = ("recipe", f"{loaded.recipe} starts with {model}")
+    elif loaded.error is not None:
+        outcome = ("recipe", "not written: the load failed")
+    else:
+        outcome = ("recipe", "not written: --dry-run changes nothing")
+    view = documents.load(
+        model,
+        loaded.blueprint,
+        matched=loaded.matched,
+        missing=loaded.missing,
+        unexpected=loaded.unexpected,
+        mismatched=loaded.mismatched,
+        outcome=[outcome],
+    )
+    output.show(view, options, loaded.notes)
+    if loaded.error is not None:
+        raise loaded.error
+    return 0
+
+
+def save(
+    out: Annotated[str, typer.Argument(help="The file to write: .pth, .pt or .safetensors.")],
+    edit: SaveOptions,
+    source: SourceOptions,
+    options: OutputOptions,
+) -> None:
+    """Apply the working recipe, and write the result.
+
+    modelcli save runs/best.pth
+
+    modelcli save copy.safetensors -m best.pth
+    """
+    output.format_of(options)
+    target = session.find_target(edit.model, source.overrides(), source.recipe)
+    how = operate.writing_of(edit, out)
+    outcome = session.save(target, how)
+    assert how.out is not None
+    written = outcome.written
+    view = documents.save(
+        target.source.model,
+        outcome.blueprint,
+        output=how.out,
+        kind="" if written is None else written.format,
+        tensors=0 if written is None else written.tensors,
+        nbytes=0 if written is None else written.nbytes,
+        check=outcome.check,
+    )
+    notes = list(outcome.notes)
+    if written is None:
+        notes.append("nothing was written: --dry-run changes nothing")
+    output.show(view, options, notes)
+
+
+def log(
+    options: OutputOptions,
+    path: Annotated[str | None, typer.Option("--recipe", help="The recipe.")] = None,
+) -> None:
+    """Show the working recipe, an edit a row.
+
+    modelcli log
+
+    modelcli log --recipe head10.toml --json
+    """
+    output.format_of(options)
+    _show_log(path, options)
+
+
+def undo(
+    options: OutputOptions,
+    count: Annotated[int, typer.Argument(help="How many edits.", min=1)] = 1,
+    path: Annotated[str | None, typer.Option("--recipe", help="The recipe.")] = None,
+    dry_run: Dry = False,
+) -> None:
+    """Take back the last edits of the working recipe.
+
+    modelcli undo
+
+    modelcli undo 3
+    """
+    output.format_of(options)
+    where = _recipe_path(path)
+    if dry_run:
+        lines = [str(edit) for edit in recipe.read(where).edits][-count:]
+        notes = [f"would take back: {line}" for line in lines]
+    else:
+        notes = [f"took back: {line}" for line in session.undo(where, count)]
+    _show_log(path, options, notes)
+
+
+def _recipe_path(path: str | None) -> Path:
+    return Path(path) if path else recipe.default_path()
+
+
+def _show_log(path: str | None, options: OutputOptions, notes: list[str] | None = None) -> None:
+    read = recipe.read(_recipe_path(path))
+    source = read.source
+    sizes = None if source.input_size is None else [list(size) for size in source.input_size]
+    details: dict[str, Any] = {"weights": source.weights, "arch": source.arch, "key": source.key, "seed": source.seed}
+    details |= {"input_size": sizes, "input_dtype": list(source.input_dtype)}
+    view = documents.log(source.model, None, read.path, [str(edit) for edit in read.edits], details)
+    output.show(view, options, notes or ())
+
+
+def mount(app: typer.Typer) -> None:
+    for name, function in (("load", load), ("save", save), ("log", log), ("undo", undo)):
+        app.command(name, rich_help_panel="Read and write")(expanded(function))

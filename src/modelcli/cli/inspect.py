@@ -1,0 +1,130 @@
+"""summary, params, modules, list: commands that only look."""
+
+from typing import Annotated
+
+import typer
+
+from modelcli import selectors, session
+from modelcli.cli import output
+from modelcli.cli.options import OutputOptions, SourceOptions, expanded
+from modelcli.errors import RequestError, did_you_mean
+from modelcli.render import documents
+
+Model = Annotated[str | None, typer.Argument(help="The model. [default: the working recipe]", show_default=False)]
+Selected = Annotated[list[str] | None, typer.Option("-s", "--select", help="Only what this selector picks.")]
+Depth = Annotated[int | None, typer.Option("--depth", help="Only rows down to this depth; the root is 0.", min=0)]
+
+
+def summary(
+    source: SourceOptions,
+    options: OutputOptions,
+    model: Model = None,
+    depth: Depth = None,
+    mode: Annotated[str, typer.Option("--mode", help="eval or train.")] = "eval",
+) -> None:
+    """Show every module: its output shape, parameters and mult-adds, and the totals.
+
+    modelcli summary alexnet
+
+    modelcli summary nets.py:Net --input-size 1,1,28,28
+    """
+    output.format_of(options)
+    if mode not in ("eval", "train"):
+        raise RequestError(f"no mode {mode!r}", "--mode eval or --mode train")
+    target = session.find_target(model, source.overrides(), source.recipe)
+    found = session.look(target, traced=True, mode=mode)
+    output.show(documents.summary(target.source.model, found.blueprint, depth=depth), options, found.notes)
+
+
+def params(
+    source: SourceOptions,
+    options: OutputOptions,
+    model: Model = None,
+    select: Selected = None,
+    values: Annotated[bool, typer.Option("--values", help="Show the numbers too.")] = False,
+    sort: Annotated[str | None, typer.Option("--sort", help="Sort by a column; numbers largest first.")] = None,
+    top: Annotated[int | None, typer.Option("--top", help="Only the first so many, by size.", min=1)] = None,
+    frozen: Annotated[bool, typer.Option("--frozen", help="Only parameters that are not trained.")] = False,
+    trainable: Annotated[bool, typer.Option("--trainable", help="Only parameters that are trained.")] = False,
+    buffers: Annotated[bool, typer.Option("--buffers/--no-buffers", help="Buffers as well.")] = True,
+) -> None:
+    """Show every parameter and buffer: name, shape, dtype, size, whether it is trained.
+
+    modelcli params best.pth --frozen
+
+    modelcli params alexnet -s 'classifier.*' --values
+    """
+    kind = output.format_of(options)
+    if sort is not None and sort not in documents.SORT_KEYS:
+        hint = did_you_mean(sort, documents.SORT_KEYS) or f"there are {', '.join(documents.SORT_KEYS)}"
+        raise RequestError(f"cannot sort by {sort!r}", hint)
+    target = session.find_target(model, source.overrides(), source.recipe)
+    found = session.look(target)
+    tensors = session.select_tensors(found.blueprint, select or [], buffers=buffers, frozen=frozen, trainable=trainable)
+    key = sort or ("elements" if top else None)
+    if key in ("elements", "bytes"):
+        tensors.sort(key=lambda tensor: -(tensor.elements if key == "elements" else tensor.nbytes))
+    elif key is not None:
+        tensors.sort(key=lambda tensor: (getattr(tensor, key) is None, getattr(tensor, key)))
+    tensors = tensors[:top]
+    lists, texts = None, None
+    if values:
+        lists, texts = session.values(found, [tensor.name for tensor in tensors], whole=kind == "json")
+    view = documents.params(target.source.model, found.blueprint, tensors, values=lists, value_texts=texts)
+    output.show(view, options, found.notes)
+
+
+def modules(
+    source: SourceOptions,
+    options: OutputOptions,
+    model: Model = None,
+    select: Selected = None,
+    depth: Depth = None,
+    tree: Annotated[bool, typer.Option("--tree", help="As a tree.")] = False,
+    as_repr: Annotated[bool, typer.Option("--repr", help="As print(model) shows it.")] = False,
+) -> None:
+    """Show every module: path, type, configuration, parameters.
+
+    modelcli modules alexnet -s 'classifier.*'
+
+    modelcli modules best.pth --tree
+    """
+    output.format_of(options)
+    if tree and as_repr:
+        raise RequestError("--tree and --repr show the same in two ways", "give one of them")
+    target = session.find_target(model, source.overrides(), source.recipe)
+    found = session.look(target)
+    blueprint = found.blueprint
+    paths = selectors.select_modules(blueprint, select) if select else [module.path for module in blueprint.modules]
+    notes = list(found.notes)
+    if select and len(paths) == 1 and not (tree or as_repr):
+        below = sum(module.path.startswith(f"{paths[0]}.") for module in blueprint.modules) if paths[0] else 0
+        if below:
+            notes.append(f"{below} modules lie below {paths[0]}: -s '{paths[0]}.**' shows them")
+    style = "tree" if tree else "repr" if as_repr else "table"
+    view = documents.modules(target.source.model, blueprint, paths, depth=depth, style=style)
+    output.show(view, options, notes)
+
+
+def list_builders(
+    options: OutputOptions,
+    pattern: Annotated[str | None, typer.Argument(help="Part of a name, or a pattern: 'resnet*'.")] = None,
+) -> None:
+    """Show torchvision's builders, with parameters, mult-adds and weights as torchvision publishes them.
+
+    modelcli list
+
+    modelcli list 'vit_*'
+    """
+    output.format_of(options)
+    output.show(documents.models(session.builders(pattern)), options)
+
+
+def mount(app: typer.Typer) -> None:
+    for name, function in (
+        ("summary", summary),
+        ("params", params),
+        ("modules", modules),
+        ("list", list_builders),
+    ):
+        app.command(name, rich_help_panel="Inspect")(expanded(function))

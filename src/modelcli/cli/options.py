@@ -1,0 +1,172 @@
+"""The options that commands share, as dataclasses; a command's parameter of such a type stands for all of them."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, get_type_hints
+
+import typer
+
+from modelcli.recipe import parse_input_size
+
+
+def _option(*names: str, help: str, default: Any = None, **settings: Any) -> Any:  # noqa: A002
+    return field(default=default, metadata={"option": typer.Option(*names, help=help, **settings)})
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """How to show the result."""
+
+    is_group: ClassVar[bool] = True
+    format: str = _option(
+        "-f",
+        "--format",
+        help="table, json, csv or markdown.",
+        default="table",
+        metavar="FORMAT",
+        rich_help_panel="Output",
+    )
+    json: bool = _option("--json", help="Short for -f json.", default=False, rich_help_panel="Output")
+    quiet: bool = _option("-q", "--quiet", help="No notes.", default=False, rich_help_panel="Output")
+    debug: bool = _option("--debug", help="Show tracebacks.", default=False, rich_help_panel="Output")
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """What decides a model's architecture and numbers, besides its reference."""
+
+    is_group: ClassVar[bool] = True
+    weights: str | None = _option(
+        "--weights", help="none, DEFAULT, a name of torchvision's, or a file.", rich_help_panel="Model"
+    )
+    arch: str | None = _option(
+        "--arch", help="The architecture of a checkpoint that does not carry one.", rich_help_panel="Model"
+    )
+    key: str | None = _option("--key", help="The state dict in a training checkpoint.", rich_help_panel="Model")
+    seed: int | None = _option(
+        "--seed",
+        help="Decides every random number. [default: 0]",
+        min=0,
+        max=2**63 - 1,
+        rich_help_panel="Model",
+    )
+    input_size: list[str] | None = _option(
+        "--input-size",
+        help="Shape of an input, batch included: 1,3,224,224. Again for each further input.",
+        metavar="SIZES",
+        rich_help_panel="Model",
+    )
+    input_dtype: list[str] | None = _option(
+        "--input-dtype", help="Dtype of the inputs. [default: the model's own]", rich_help_panel="Model"
+    )
+    trust: bool = _option(
+        "--trust",
+        help="Follow a record in the file that names Python code.",
+        default=False,
+        rich_help_panel="Model",
+    )
+    recipe: Path | None = _option(
+        "--recipe", help="The recipe. [default: $MODELCLI_RECIPE, or modelcli.toml]", rich_help_panel="Model"
+    )
+
+    def overrides(self) -> dict[str, Any]:
+        """The fields of a `Source` that were given. Raises RequestError for an input that cannot be read."""
+        from modelcli.blueprint import ITEM_BYTES
+        from modelcli.errors import RequestError, did_you_mean
+
+        dtypes = tuple(name.removeprefix("torch.") for name in self.input_dtype or ())
+        for name in dtypes:
+            if name not in ITEM_BYTES:
+                raise RequestError(f"no dtype {name!r}", did_you_mean(name, ITEM_BYTES) or "float32, bfloat16, int64")
+        return {
+            "weights": self.weights,
+            "arch": self.arch,
+            "key": self.key,
+            "seed": self.seed,
+            "input_size": tuple(map(parse_input_size, self.input_size or ())),
+            "input_dtype": dtypes,
+            "trust": self.trust,
+        }
+
+
+@dataclass(frozen=True)
+class SaveOptions:
+    """Which model is written, and how."""
+
+    is_group: ClassVar[bool] = True
+    model: str | None = _option(
+        "-m", "--model", help="The model. [default: the working recipe]", rich_help_panel="Model"
+    )
+    force: bool = _option("--force", help="Replace a file that exists.", default=False, rich_help_panel="Result")
+    dry_run: bool = _option("--dry-run", help="Change nothing anywhere.", default=False, rich_help_panel="Result")
+    check: str = _option(
+        "--check",
+        help="meta: run on the meta device first; run: on the CPU, with numbers; none.",
+        default="meta",
+        metavar="HOW",
+        rich_help_panel="Result",
+    )
+    bare: bool = _option(
+        "--bare",
+        help="Drop what a training checkpoint holds besides its state dict.",
+        default=False,
+        rich_help_panel="Result",
+    )
+
+
+@dataclass(frozen=True)
+class EditOptions(SaveOptions):
+    """Which model an edit works on, and what becomes of the result."""
+
+    out: str | None = _option(
+        "-o", "--out", help="Write the result: .pth, .pt or .safetensors.", rich_help_panel="Result"
+    )
+
+
+@dataclass(frozen=True)
+class MatchOptions:
+    """How a selector's matches are narrowed."""
+
+    is_group: ClassVar[bool] = True
+    without: list[str] | None = _option("--except", help="Take away what this selector picks.", metavar="SELECTOR")
+    expect: int | None = _option("--expect", help="Fail unless so many match.", min=0)
+
+
+def expanded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with each parameter of an options class spelt out, as Typer wants it."""
+    signature = inspect.signature(function, eval_str=True)
+    parameters: list[inspect.Parameter] = []
+    groups: dict[str, Any] = {}
+    for parameter in signature.parameters.values():
+        kind = parameter.annotation
+        if not getattr(kind, "is_group", False):
+            parameters.append(parameter)
+            continue
+        groups[parameter.name] = kind
+        hints = get_type_hints(kind)
+        for item in fields(kind):
+            assert item.default is not MISSING
+            parameters.append(
+                inspect.Parameter(
+                    item.name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=item.default,
+                    annotation=Annotated[hints[item.name], item.metadata["option"]],
+                )
+            )
+
+    @functools.wraps(function)
+    def call(*args: Any, **given: Any) -> Any:
+        made = {
+            name: kind(**{item.name: given.pop(item.name) for item in fields(kind)}) for name, kind in groups.items()
+        }
+        return function(*args, **given, **made)
+
+    ordered = sorted(parameters, key=lambda parameter: parameter.kind)
+    call.__signature__ = signature.replace(parameters=ordered, return_annotation=int | None)  # type: ignore[attr-defined]
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in ordered}
+    del call.__wrapped__
+    return call

@@ -1,0 +1,97 @@
+"""The one sink: data to standard output in the format asked for, everything else to standard error."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+
+from modelcli.cli.options import OutputOptions
+from modelcli.errors import ModelcliError, RequestError, did_you_mean
+from modelcli.render import writers
+from modelcli.render.views import View
+
+
+class PipeClosedError(Exception):
+    """The reader of standard output has gone: there is nothing left to do."""
+
+
+def format_of(options: OutputOptions) -> str:
+    """The format asked for. Raises RequestError for one that does not exist."""
+    name = "json" if options.json else options.format
+    if name not in writers.FORMATS:
+        raise RequestError(
+            f"no format {name!r}",
+            did_you_mean(name, writers.FORMATS) or f"there are {', '.join(writers.FORMATS)}",
+        )
+    return name
+
+
+def show(view: View, options: OutputOptions, notes: Iterable[str] = ()) -> None:
+    """Show a view, then what there is to tell about it."""
+    match format_of(options):
+        case "json":
+            write(writers.to_json(view.document) + "\n")
+        case "csv":
+            write(writers.to_csv(view))
+        case "markdown":
+            write(writers.to_markdown(view))
+        case _ if is_terminal():
+            from rich.console import Console
+
+            try:
+                writers.print_rich(view, Console(file=sys.stdout, highlight=False, markup=False, emoji=False))
+                sys.stdout.flush()
+            except BrokenPipeError:
+                raise PipeClosedError from None
+        case _:
+            write(writers.to_plain(view))
+    if not options.quiet:
+        for note in notes:
+            tell(f"note: {note}")
+
+
+def is_terminal() -> bool:
+    """Whether standard output is a terminal."""
+    return sys.stdout.isatty()
+
+
+def write(text: str) -> None:
+    """Write to standard output; characters that its encoding lacks are escaped."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise PipeClosedError from None
+
+
+def tell(text: str, style: str = "dim") -> None:
+    """Write one message to standard error, in colour on a terminal."""
+    text = "\n".join(writers.safe(line) for line in text.split("\n"))
+    if sys.stderr.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb":
+        codes = {"dim": "2", "error": "1;31", "hint": "36"}
+        head, colon, rest = text.partition(":")
+        text = f"\x1b[{codes[style]}m{head}{colon}\x1b[0m{rest}"
+    try:
+        encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
+        sys.stderr.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        sys.stderr.flush()
+    except BrokenPipeError:
+        pass
+
+
+def tell_error(error: ModelcliError, *, as_json: bool) -> None:
+    """Show an error: one message and what to do next, or one JSON document."""
+    if as_json:
+        body = {
+            "kind": error.kind,
+            "message": error.message,
+            "hint": error.hint,
+            "exit_code": error.exit_code,
+        }
+        sys.stderr.write(writers.to_json({"schema": 1, "error": body}) + "\n")
+        return
+    tell(f"error: {error.message}", "error")
+    if error.hint:
+        tell(f"hint: {error.hint}", "hint")

@@ -1,0 +1,150 @@
+"""From a reference to an architecture: what to construct, for real or on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from modelcli import references
+from modelcli.errors import RequestError, UnsafeError
+from modelcli.expressions import Call
+from modelcli.live import memory, modules, python_objects, zoo
+from modelcli.live.sources import Lazy, tag_drawn
+from modelcli.live.twins import build_on_meta, meta_twin, seeded
+from modelcli.references import CheckpointFile, Installed, PythonObject
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model that can be constructed. `weights` is the resolved name of torchvision's weights, if any.
+
+    `construct` is the plain constructor, with those weights; `without_weights` gives the same structure and neither
+    downloads nor loads. `instance` is set where the reference names a module that exists already.
+    """
+
+    reference: references.Reference
+    construct: Callable[[], nn.Module]
+    without_weights: Callable[[], nn.Module]
+    weights: str | None = None
+    builder: str | None = None
+    instance: nn.Module | None = None
+    is_torch_class: bool = False
+
+    def on_meta(self, seed: int) -> nn.Module:
+        """The architecture on the meta device; its numbers are those that `real(seed)` gives, when asked for."""
+        if self.instance is not None:
+            return meta_twin(self.instance, keep_values=True)
+        module = build_on_meta(self.without_weights, only_if_needed=self.is_torch_class)
+        tag_drawn(module, Lazy(lambda: self.real(seed, needed=memory.bytes_of(module))))
+        return module
+
+    def real(self, seed: int, *, needed: int = 0) -> nn.Module:
+        """The plain constructor's module, as after `torch.manual_seed(seed)`.
+
+        Raises SystemFailureError before anything is allocated where `needed` bytes are not to be had.
+        """
+        memory.require(needed, str(self.reference))
+        if self.instance is not None:
+            return self.instance
+        with seeded(seed):
+            return self.construct()
+
+
+def architecture(
+    reference: references.Reference, *, weights: str | None, folder: Path, trust: bool = True
+) -> Architecture:
+    """What a reference names, checked as far as that costs nothing.
+
+    Raises RequestError for names that do not exist and arguments that do not fit, UnsafeError where following it
+    would run code and `trust` is not given.
+    """
+    match reference:
+        case Installed(call=call):
+            if call.name in zoo.builder_names():
+                return _builder(reference, weights)
+            return _expression(reference, weights, trust)
+        case PythonObject():
+            if not trust:
+                raise UnsafeError(
+                    f"the checkpoint names {reference}, and to follow that runs its code",
+                    f"--trust follows it; --arch {reference} does too, and ignores the rest of the record",
+                )
+            if weights is not None:
+                raise RequestError(f"--weights {weights} is for torchvision's builders", "give a file: --weights FILE")
+            return _python_object(reference, folder)
+        case CheckpointFile():
+            raise RequestError(
+                f"{reference} is a checkpoint, not an architecture", "--arch takes alexnet or nets.py:Net"
+            )
+
+
+def _builder(reference: Installed, weights: str | None) -> Architecture:
+    call = reference.call
+    if call.has_hole:
+        raise RequestError(f"{call}: _ stands for what was there before, and nothing was", "write the argument out")
+    values = {key: modules.value_of(value, trusted=True) for key, value in call.kwargs.items()}
+    kwargs = zoo.arguments(call.name, call.args, values, weights)
+    build, signature = zoo.constructor(call.name), zoo.signature(call.name)
+
+    def plain() -> nn.Module:
+        return modules.construct(build, [], kwargs, str(reference), signature)
+
+    def without_weights() -> nn.Module:
+        with zoo.architecture_only():
+            return plain()
+
+    return Architecture(reference, plain, without_weights, kwargs["weights"], builder=call.name)
+
+
+def _expression(reference: Installed, weights: str | None, trust: bool) -> Architecture:
+    call = reference.call
+    try:
+        modules.find_class(call.name, trusted=trust)
+    except UnsafeError as error:
+        raise UnsafeError(error.message, "--trust follows it; --arch names an architecture of your own") from None
+    except RequestError as error:
+        near = zoo.nearest_names(call.name)
+        if "." in call.name or ":" in call.name:
+            raise
+        hint = f"did you mean {' or '.join(near)}? modelcli list shows them all" if near else error.hint
+        raise RequestError(f"no model is called {call.name!r}: no builder, no class of torch.nn", hint) from None
+    if weights is not None:
+        raise RequestError(f"--weights {weights} is for torchvision's builders", "give a file: --weights FILE")
+
+    def plain() -> nn.Module:
+        return modules.make(call, trusted=trust)
+
+    return Architecture(reference, plain, plain, is_torch_class=modules.runs_only_installed_code(call))
+
+
+def _python_object(reference: PythonObject, folder: Path) -> Architecture:
+    value = python_objects.find(reference, folder)
+    text = str(reference)
+    if isinstance(value, nn.Module) and reference.call is None:
+        return Architecture(reference, lambda: value, lambda: value, instance=value)
+    if not callable(value) or (reference.call is None and isinstance(value, nn.Module)):
+        raise RequestError(f"{text} is {type(value).__name__}, not a class, function or module")
+    call = reference.call or Call(reference.name)
+    if call.has_hole:
+        raise RequestError(f"{call}: _ stands for what was there before, and nothing was", "write the argument out")
+    args = [modules.value_of(item, trusted=True) for item in call.args]
+    kwargs = {key: modules.value_of(item, trusted=True) for key, item in call.kwargs.items()}
+    modules.check_arguments(value, args, kwargs, text)
+
+    def plain() -> nn.Module:
+        with python_objects.running_user_code(text):
+            return modules.construct(value, args, kwargs, text)
+
+    return Architecture(reference, plain, plain)
+
+
+class Bare(nn.Module):
+    """A module of a checkpoint without an architecture: it has a path and tensors, and no known type."""
+
+    def forward(self, *_args: Any) -> torch.Tensor:
+        raise NotImplementedError("a checkpoint without an architecture cannot run")

@@ -1,0 +1,133 @@
+"""The check before writing: does the edited model still run on the input that it is known to take?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from modelcli import expressions
+from modelcli.blueprint import shown
+from modelcli.errors import RequestError
+from modelcli.expressions import HOLE, Call
+from modelcli.live import modules, rules, trace
+from modelcli.live.rules import Misfit, MisfitError
+from modelcli.live.surgery import argument_from, brief
+from modelcli.live.twins import meta_twin
+
+if TYPE_CHECKING:
+    from modelcli.live.opening import Inputs
+
+
+@dataclass(frozen=True)
+class Check:
+    """Whether a forward pass was made, why not where it was not, and the shape that came out."""
+
+    ran: bool
+    reason: str | None = None
+    output_shape: Any = None
+
+
+def check(before: nn.Module, after: nn.Module, inputs: Inputs | None, edited: Sequence[str]) -> Check:
+    """Run `after` on meta under the rules for `torch.nn`; `edited` are the paths that the edits touched.
+
+    Raises RequestError that names the module that no longer fits, what flows in, what it expects and the nearest fix.
+    Where `before` fails as well, or no input is known, the check was not possible, and the reason says why.
+    """
+    if inputs is None:
+        return Check(False, "no input size is known; --input-size 1,3,224,224 gives one")
+    watch, seen = _pass(after, inputs)
+    if seen.failure is None:
+        return Check(True, None, trace.shape_of(seen.output))
+    _, unedited = _pass(before, inputs)
+    if unedited.failure is not None:
+        return Check(False, f"the model cannot run as it was: {unedited.failure.reason}")
+    raise _refusal(after, seen.failure, watch, edited)
+
+
+def run_for_real(before: nn.Module, after: nn.Module, inputs: Inputs | None) -> Check:
+    """Run `after` on the CPU with real numbers. Raises RequestError where it fails and `before` does not."""
+    if inputs is None:
+        return Check(False, "no input size is known; --input-size 1,3,224,224 gives one")
+    seen = trace.run(after, inputs.tensors("cpu"), device="cpu")
+    if seen.failure is None:
+        return Check(True, None, trace.shape_of(seen.output))
+    unedited = trace.run(before, inputs.tensors("cpu"), device="cpu")
+    if unedited.failure is not None:
+        return Check(False, f"the model cannot run as it was: {unedited.failure.reason}")
+    raise RequestError(f"the edited model does not run: {seen.failure.reason}")
+
+
+class _Watch:
+    """Applies the rules before each module runs, and remembers which leaf ran last."""
+
+    def __init__(self) -> None:
+        self.last: tuple[str, nn.Module] | None = None
+
+    def __call__(self, module: nn.Module, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        misfit = rules.check(module, args, kwargs)
+        if misfit is not None:
+            raise MisfitError(misfit)
+        if not module._modules:
+            self.last = (path, module)
+
+
+def _pass(module: nn.Module, inputs: Inputs) -> tuple[_Watch, trace.Pass]:
+    watch = _Watch()
+    twin = meta_twin(module, plain_tensors=True)
+    return watch, trace.run(twin, inputs.tensors("meta"), visit=watch)
+
+
+def _refusal(after: nn.Module, failure: trace.Failure, watch: _Watch, edited: Sequence[str]) -> RequestError:
+    path = failure.path
+    module = after.get_submodule(path)
+    if not isinstance(failure.error, MisfitError):
+        reason = failure.reason.partition(": ")[2]
+        return RequestError(
+            f"{shown(path)} {type(module).__name__} cannot run after the edit: {reason}",
+            f"what was edited: {', '.join(map(shown, edited))}; --check none writes it all the same",
+        )
+    misfit = failure.error.misfit
+    came_from = f" (from {shown(watch.last[0])} {brief(watch.last[1])})" if watch.last else ""
+    message = (
+        f"{shown(path)} {brief(module)} does not fit: {misfit.flows} flows in{came_from}, it expects {misfit.expects}"
+    )
+    return RequestError(message, _fix(module, path, misfit, edited))
+
+
+def _fix(module: nn.Module, path: str, misfit: Misfit, edited: Sequence[str]) -> str:
+    """The nearest edit that would make it fit."""
+    touched = any(path == place or path.startswith(f"{place}.") for place in edited)
+    if misfit.argument is not None and misfit.value is not None:
+        text = _with_hole(module, misfit.argument)
+        if text is not None:
+            if touched:
+                return f"replace {path} '{text}' takes {misfit.argument}={misfit.value} from what flows in"
+            return (
+                f"replace {path} '{text}' as well, which takes {misfit.argument}={misfit.value}; "
+                f"or keep the size that {', '.join(map(shown, edited[:3]))} gave before"
+            )
+        return f"it would have to have {misfit.argument}={misfit.value}"
+    if touched:
+        return "--check none writes it all the same"
+    return f"what was edited: {', '.join(map(shown, edited[:3]))}; --check none writes it all the same"
+
+
+def _with_hole(module: nn.Module, argument: str) -> str | None:
+    """The module's own expression with `_` for one argument, where `_` would give the right value."""
+    try:
+        call = expressions.parse(brief(module))
+        names = modules.parameter_names(type(module))
+    except (RequestError, ValueError):
+        return None
+    if argument not in names or argument_from(argument, (1, 1, 1, 1)) is None:
+        return None
+    args, kwargs = list(call.args), dict(call.kwargs)
+    position = names.index(argument)
+    if position < len(args):
+        args[position] = HOLE
+    else:
+        kwargs[argument] = HOLE
+    return expressions.to_text(Call(call.name, tuple(args), kwargs))

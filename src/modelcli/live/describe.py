@@ -1,0 +1,66 @@
+"""`nn.Module` -> Blueprint. Nothing of torch is left in what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from modelcli.blueprint import Blueprint, Kind, ModuleInfo, TensorInfo
+from modelcli.live.build import Bare
+from modelcli.live.sources import is_lazy
+
+
+def describe(module: nn.Module) -> Blueprint:
+    """Everything about a model that can be said without its numbers."""
+    modules, tensors = [], []
+    first_path: dict[int, str] = {}
+    first_name: dict[int, str] = {}
+    for path, child in walk(module):
+        original = first_path.setdefault(id(child), path)
+        modules.append(_module_info(path, child, None if original == path else original))
+        tables: list[tuple[Kind, dict[str, torch.Tensor | None]]]
+        tables = [("parameter", child._parameters), ("buffer", child._buffers)]  # type: ignore[list-item]
+        for kind, table in tables:
+            for own_name, tensor in table.items():
+                if tensor is not None:
+                    name = f"{path}.{own_name}" if path else own_name
+                    original = first_name.setdefault(id(tensor), name)
+                    persistent = kind == "parameter" or own_name not in child._non_persistent_buffers_set
+                    tensors.append(
+                        TensorInfo(
+                            name=name,
+                            shape=None if is_lazy(tensor) else tuple(tensor.shape),
+                            dtype=dtype_name(tensor.dtype),
+                            kind=kind,
+                            requires_grad=tensor.requires_grad if kind == "parameter" else None,
+                            tied_to=None if original == name else original,
+                            persistent=persistent,
+                        )
+                    )
+    return Blueprint(tuple(modules), tuple(tensors))
+
+
+def walk(module: nn.Module, path: str = "", above: tuple[int, ...] = ()) -> Iterator[tuple[str, nn.Module]]:
+    """Every path and its module, parents first; a shared module at each of its paths, a cycle cut."""
+    yield path, module
+    for name, child in module._modules.items():
+        if child is not None and id(child) not in above and child is not module:
+            yield from walk(child, f"{path}.{name}" if path else name, (*above, id(module)))
+
+
+def _module_info(path: str, module: nn.Module, shared_with: str | None) -> ModuleInfo:
+    if isinstance(module, Bare):
+        return ModuleInfo(path, None, shared_with=shared_with)
+    kind = type(module)
+    bases = tuple(base.__name__ for base in kind.__mro__ if issubclass(base, nn.Module) and base is not nn.Module)
+    own_repr = None
+    if kind.__repr__ not in (nn.Module.__repr__, nn.ModuleList.__repr__):
+        own_repr = repr(module)
+    return ModuleInfo(path, module._get_name(), bases, module.extra_repr(), shared_with, own_repr)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` for `torch.float32`."""
+    return str(dtype).removeprefix("torch.")

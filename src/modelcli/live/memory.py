@@ -1,0 +1,45 @@
+"""How much memory there is, asked before it is taken."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from torch import nn
+
+from modelcli.errors import SystemFailureError
+from modelcli.live.sources import is_lazy, named_tensors
+
+
+def bytes_of(module: nn.Module) -> int:
+    """The bytes that a module's parameters and buffers take, each storage once."""
+    storages = {
+        tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
+        for tensor in named_tensors(module).values()
+        if not is_lazy(tensor)
+    }
+    return sum(storages.values())
+
+
+def available() -> int | None:
+    """The bytes that can be allocated without swapping, or None where the system does not tell."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def require(nbytes: int, what: str) -> None:
+    """Raise SystemFailureError where `nbytes` are more than there is."""
+    there = available()
+    if there is not None and nbytes > there:
+        raise SystemFailureError(
+            f"{what} takes {nbytes / 1e6:,.0f} MB, and {there / 1e6:,.0f} MB of memory are free",
+            "check the sizes in its arguments",
+        )

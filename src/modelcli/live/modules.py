@@ -1,0 +1,170 @@
+"""Module expressions made into modules: `Linear(4096,10)` to `nn.Linear(4096, 10)`, looked up, never evaluated."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from modelcli import expressions
+from modelcli.blueprint import ITEM_BYTES
+from modelcli.errors import ModelcliError, RequestError, UnsafeError, closest
+from modelcli.expressions import HOLE, Call, Name
+from modelcli.live import python_objects, zoo
+
+
+def find_class(dotted: str, *, trusted: bool) -> type[nn.Module]:
+    """The class that a name stands for: of `torch.nn`, of `torchvision.ops`, or `package.module:Class`.
+
+    Only torch's and torchvision's own modules are imported unless `trusted`. Raises RequestError with the closest
+    names.
+    """
+    name = dotted.removeprefix("torch.").removeprefix("nn.")
+    if "." not in name and ":" not in name:
+        found = getattr(nn, name, None)
+        if found is None and hasattr(zoo.torchvision().ops, name):
+            found = getattr(zoo.torchvision().ops, name)
+        if isinstance(found, type) and issubclass(found, nn.Module):
+            return found
+        near = closest(name, class_names())
+        raise RequestError(
+            f"no class {dotted!r} in torch.nn or torchvision.ops",
+            f"did you mean {' or '.join(near)}?"
+            if near
+            else "a class of your own is written package.module:Class(...)",
+        )
+    package, _, attribute = dotted.replace(":", ".").rpartition(".")
+    if not trusted and not is_installed(dotted):
+        raise UnsafeError(f"{dotted} is neither torch's nor torchvision's own, and naming it runs its code")
+    module = python_objects.import_module(package)
+    found = getattr(module, attribute, None)
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        names = [key for key, value in vars(module).items() if isinstance(value, type) and issubclass(value, nn.Module)]
+        near = closest(attribute, names)
+        raise RequestError(f"no module class {attribute} in {package}", f"did you mean {near[0]}?" if near else None)
+    return found
+
+
+def class_names() -> list[str]:
+    """Every module class of `torch.nn` and `torchvision.ops`."""
+    return sorted(
+        {
+            name
+            for namespace in (nn, zoo.torchvision().ops)
+            for name, value in vars(namespace).items()
+            if isinstance(value, type) and issubclass(value, nn.Module) and not name.startswith("_")
+        }
+    )
+
+
+def make(call: Call, *, trusted: bool = True) -> nn.Module:
+    """Call the constructor on the current device. Raises RequestError that shows its signature."""
+    kind = find_class(call.name, trusted=trusted)
+    if call.has_hole:
+        raise RequestError(f"{call}: _ stands for what was there before, and nothing was", "write the argument out")
+    args = [value_of(value, trusted=trusted) for value in call.args]
+    kwargs = {key: value_of(value, trusted=trusted) for key, value in call.kwargs.items()}
+    return construct(kind, args, kwargs, str(call))
+
+
+def construct(
+    kind: Callable[..., Any], args: list[Any], kwargs: dict[str, Any], text: str, signature: str | None = None
+) -> nn.Module:
+    """Call a class or function that must give a module. Raises RequestError where its arguments are wrong."""
+    check_arguments(kind, args, kwargs, text)
+    try:
+        module = kind(*args, **kwargs)
+    except ModelcliError:
+        raise
+    except Exception as error:
+        raise ConstructorError(text, error, signature or signature_of(kind)) from error
+    if not isinstance(module, nn.Module):
+        raise RequestError(f"{text} gives {type(module).__name__}, not an nn.Module")
+    return module
+
+
+class ConstructorError(RequestError):
+    """A constructor raised. `error` is what it raised: on the meta device that may only mean that it needs numbers."""
+
+    def __init__(self, text: str, error: Exception, signature: str | None) -> None:
+        super().__init__(f"{text}: {_first_line(error)}", signature)
+        self.error = error
+
+    @property
+    def may_need_numbers(self) -> bool:
+        text = str(self.error).lower()
+        return isinstance(self.error, NotImplementedError) or "meta" in text or "numpy" in text
+
+
+def check_arguments(kind: Callable[..., Any], args: list[Any], kwargs: dict[str, Any], text: str) -> None:
+    """Raise RequestError where the arguments do not fit the signature."""
+    try:
+        signature = inspect.signature(kind)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise RequestError(f"{text}: {error}", signature_of(kind)) from None
+
+
+def signature_of(kind: Callable[..., Any]) -> str | None:
+    """`Linear(in_features: int, out_features: int, bias: bool = True)`, without what only torch itself passes."""
+    try:
+        signature = inspect.signature(kind)
+    except (TypeError, ValueError):
+        return None
+    parameters = [
+        parameter
+        for name, parameter in signature.parameters.items()
+        if name not in ("device", "dtype") and parameter.kind is not parameter.VAR_KEYWORD
+    ]
+    return f"{kind.__name__}{signature.replace(parameters=parameters, return_annotation=signature.empty)}"
+
+
+def parameter_names(kind: Callable[..., Any]) -> list[str]:
+    """The names of a constructor's arguments, in order."""
+    return list(inspect.signature(kind).parameters)
+
+
+def value_of(value: Any, *, trusted: bool) -> Any:
+    """A plain value, with nested calls made into modules and names into classes and dtypes."""
+    match value:
+        case Call():
+            return make(value, trusted=trusted)
+        case Name(dotted=dotted):
+            return _named(dotted, trusted=trusted)
+        case tuple():
+            return tuple(value_of(item, trusted=trusted) for item in value)
+        case list():
+            return [value_of(item, trusted=trusted) for item in value]
+        case dict():
+            return {key: value_of(item, trusted=trusted) for key, item in value.items()}
+        case _:
+            assert value is not HOLE
+            return value
+
+
+def _named(dotted: str, *, trusted: bool) -> Any:
+    short = dotted.removeprefix("torch.")
+    if short in ITEM_BYTES:
+        return getattr(torch, short)
+    return find_class(dotted, trusted=trusted)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0]
+
+
+def runs_only_installed_code(call: Call) -> bool:
+    """Whether an expression names nothing but torch's and torchvision's own classes."""
+    return all(is_installed(dotted) for dotted in expressions.names_in(call))
+
+
+def is_installed(dotted: str) -> bool:
+    """Whether a name is one of torch's or torchvision's own."""
+    plain = dotted.removeprefix("nn.").replace(":", ".")
+    return "." not in plain or plain.partition(".")[0] in ("torch", "torchvision")

@@ -1,0 +1,280 @@
+"""From a source (reference, weights, architecture, seed) to a live model, or to a real one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from modelcli import record as records
+from modelcli import references
+from modelcli.blueprint import Blueprint
+from modelcli.checkpoints import Contents
+from modelcli.edits import Edit
+from modelcli.errors import RequestError, UnsafeError
+from modelcli.live import loading, zoo
+from modelcli.live.build import Architecture, Bare, architecture
+from modelcli.live.describe import describe, dtype_name
+from modelcli.live.loading import LoadReport
+from modelcli.live.surgery import Change, apply
+from modelcli.recipe import Source
+from modelcli.record import Record
+from modelcli.references import CheckpointFile
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a model is known to take: a shape for each input, batch included, and their dtypes.
+
+    With `as_list` the one input is a list of images, as torchvision's detection models take it.
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[str, ...] = ()
+    as_list: bool = False
+
+    def tensors(self, device: str) -> list[Any]:
+        """Inputs of these shapes: on meta, or drawn from a normal distribution (whole numbers: zeros)."""
+        made: list[Any] = []
+        for index, shape in enumerate(self.shapes):
+            name = self.dtypes[min(index, len(self.dtypes) - 1)] if self.dtypes else "float32"
+            dtype = getattr(torch, name)
+            if device == "meta" or not dtype.is_floating_point:
+                made.append(torch.zeros(shape, dtype=dtype, device=device))
+            else:
+                made.append(torch.randn(shape, device=device).to(dtype))
+        return [made] if self.as_list else made
+
+
+@dataclass
+class Live:
+    """A model on the meta device, where it comes from, and what was done to it.
+
+    `architecture` is None for a bare checkpoint; `edits` are those since the architecture's reference, as lines with
+    selectors and `_` resolved. `drawn` says that numbers will be drawn at random when they are needed. `report` says
+    how a checkpoint's keys fitted.
+    """
+
+    module: nn.Module
+    source: Source
+    architecture: Architecture | None
+    contents: Contents | None = None
+    inputs: Inputs | None = None
+    edits: list[str] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
+    report: LoadReport | None = None
+    notes: list[str] = field(default_factory=list)
+    seed: int = 0
+
+    @property
+    def drawn(self) -> bool:
+        base = self.architecture
+        return self.contents is None and base is not None and base.weights is None and base.instance is None
+
+    def describe(self) -> Blueprint:
+        return describe(self.module)
+
+    def apply(self, edits: Sequence[Edit], *, trusted: bool = True) -> list[Change]:
+        """Apply edits through the one core; what they resolved to joins `edits`.
+
+        Without `trusted` an edit that would run code other than torch's and torchvision's is refused.
+        """
+        first = len(self.edits) + 1
+        changes = apply(self.module, edits, seed=self.seed, first=first, inputs=self.inputs, trusted=trusted)
+        for change in changes:
+            self.edits += change.resolved
+        self.changes += changes
+        return changes
+
+
+def open_live(source: Source, *, report_only: bool = False) -> Live:
+    """Open a model on the meta device. Nothing is downloaded, no weight is read.
+
+    With `report_only` a checkpoint that does not fit is no error: `report` says how it does not.
+
+    Raises RequestError, AnswerNoError (a checkpoint that does not fit), UnsafeError, FileFormatError.
+    """
+    return _Opening(source).live(report_only=report_only)
+
+
+def load_weights(live: Live) -> None:
+    """Make a model with a weights name for real, which downloads and loads them as torchvision does."""
+    assert live.architecture is not None
+    live.architecture.real(live.seed)
+
+
+def open_real(source: Source, edits: Sequence[Edit] = ()) -> tuple[nn.Module, Live]:
+    """Open a model for real, edits applied: what the plain constructor and `load_state_dict` give."""
+    opening = _Opening(source)
+    return opening.real(edits)
+
+
+class _Opening:
+    """The decisions that the live and the real way share: which architecture, which file, which edits before."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        reference = source.reference()
+        self.contents: Contents | None = None
+        self.record: Record | None = None
+        self.notes: list[str] = []
+        self.base: Architecture | None = None
+        weights = source.weights if source.weights not in (None, "none") else None
+        weights_file = _weights_file(weights, source.folder, of_checkpoint=isinstance(reference, CheckpointFile))
+        if isinstance(reference, CheckpointFile):
+            if weights is not None:
+                raise RequestError(
+                    f"--weights {weights} and the checkpoint {reference} both say where the numbers come from",
+                    "use --arch for its architecture",
+                )
+            self.contents = loading.read(reference.path, source.key)
+            if source.arch is not None:
+                self._take_architecture(references.parse(source.arch, source.folder), None)
+            else:
+                self._follow_record(reference.path)
+        elif source.arch is not None:
+            raise RequestError(f"--arch {source.arch} is for checkpoints, and {reference} is an architecture itself")
+        elif weights_file is not None:
+            self.contents = loading.read(weights_file, source.key)
+            self._take_architecture(reference, None)
+        else:
+            if source.key is not None:
+                raise RequestError(f"--key {source.key} is for checkpoints, and {reference} is none")
+            self._take_architecture(reference, weights)
+        if self.contents is not None:
+            self.notes += self.contents.notes
+            if self.contents.foreign:
+                raise UnsafeError(
+                    f"{self.contents.path} holds objects of {', '.join(self.contents.foreign[:3])}, "
+                    "which only running code could load",
+                    "save model.state_dict() where the model was made, and use that file",
+                )
+
+    def _take_architecture(self, reference: references.Reference, weights: str | None, *, trust: bool = True) -> None:
+        self.base = architecture(reference, weights=weights, folder=self.source.folder, trust=trust)
+
+    def _follow_record(self, path: Path) -> None:
+        assert self.contents is not None
+        record = self.contents.record
+        if record is None:
+            return
+        if why := records.disagreement(record, self.contents.infos()):
+            self.notes.append(f"the record in {path.name} was ignored: {why}")
+            return
+        self.record = record
+        if record.reference is None:
+            return
+        reference = references.parse(record.reference, path.parent)
+        if isinstance(reference, CheckpointFile):
+            raise UnsafeError(f"{path} names another file as its architecture: {reference}", "--arch names one")
+        self._take_architecture(reference, record.weights, trust=self.source.trust)
+
+    def live(self, *, report_only: bool = False) -> Live:
+        seed = self.record.seed if self.record else self.source.seed
+        module = self.base.on_meta(seed) if self.base else loading.bare_module(self._contents())
+        live = Live(module, self.source, self.base, self.contents, notes=self.notes, seed=seed)
+        live.inputs = self._inputs(module)
+        if self.record is not None and self.base is not None:
+            live.apply(self.record.parsed_edits(), trusted=self.source.trust)
+            live.changes.clear()
+        if self.record is not None:
+            live.edits = list(self.record.edits)
+        if self.contents is not None and self.base is not None:
+            live.report = loading.load(module, loading.on_meta(self.contents))
+            self._check(live.report, report_only)
+            live.inputs = self._inputs(module)
+        if self.record is not None:
+            set_frozen(module, self.record.frozen)
+        return live
+
+    def real(self, edits: Sequence[Edit]) -> tuple[nn.Module, Live]:
+        if self.base is None:
+            path = self._contents().path
+            raise RequestError(
+                f"{path} does not say which architecture it belongs to",
+                "name it: --arch alexnet, or arch= in Python",
+            )
+        live = self.live()
+        module = self.base.real(live.seed)
+        if self.record is not None:
+            # live() has been through the same edits, and has refused what is not trusted.
+            apply(module, self.record.parsed_edits(), seed=live.seed, first=1, inputs=live.inputs)
+        if self.contents is not None:
+            loading.load(module, loading.mapped(self.contents))
+        if self.record is not None:
+            set_frozen(module, self.record.frozen)
+        apply(module, edits, seed=live.seed, first=len(live.edits) + 1, inputs=live.inputs)
+        live.apply(edits)
+        return module, live
+
+    def _contents(self) -> Contents:
+        assert self.contents is not None
+        return self.contents
+
+    def _check(self, report: LoadReport, report_only: bool) -> None:
+        if report.prefix:
+            self.notes.append(f"stripped {report.prefix!r} from every key: a wrapper had put it there")
+        assert self.base is not None
+        error = report.refusal(self._contents(), str(self.base.reference), strict=self.source.strict)
+        if error is not None and not report_only:
+            raise error
+
+    def _inputs(self, module: nn.Module) -> Inputs | None:
+        source = self.source
+        builder = self.base.builder if self.base else None
+        recorded = self.record.input_size if self.record else None
+        dtypes = source.input_dtype or (self.record.input_dtype if self.record else ())
+        if not dtypes and (own := _floating_dtype(module)) not in (None, "float32"):
+            dtypes = (str(own),)
+        shapes = source.input_size or recorded
+        if shapes is None and builder is not None and self.base is not None:
+            shapes = zoo.input_sizes(builder, self.base.weights, module)
+        if shapes is None:
+            return None
+        return Inputs(shapes, dtypes, builder is not None and zoo.takes_list_of_images(builder))
+
+
+def _weights_file(weights: str | None, folder: Path, *, of_checkpoint: bool) -> Path | None:
+    """The file that `--weights` names, if it names one: it has a separator or a known suffix, or lies there."""
+    if weights is None or of_checkpoint:
+        return None
+    path = folder / weights
+    if path.suffix in references.CHECKPOINT_SUFFIXES or "/" in weights or "\\" in weights:
+        if not path.exists():
+            raise references.missing_file(path, weights)
+        return path
+    return None
+
+
+def _floating_dtype(module: nn.Module) -> str | None:
+    """The dtype of the first floating-point parameter: what a model in half precision takes as well."""
+    return next((dtype_name(p.dtype) for p in module.parameters() if p.dtype.is_floating_point), None)
+
+
+def set_frozen(module: nn.Module, frozen: Sequence[str]) -> None:
+    """Set every flag: the parameters named are frozen, all others are trained."""
+    names = set(frozen)
+    for name, parameter in module.named_parameters():
+        if parameter.dtype.is_floating_point or parameter.dtype.is_complex:
+            parameter.requires_grad_(name not in names)
+
+
+def with_arch_instance(source: Source, instance: nn.Module) -> tuple[nn.Module, LoadReport]:
+    """Load a checkpoint into a module that exists already; it is changed in place."""
+    reference = source.reference()
+    if not isinstance(reference, CheckpointFile):
+        raise RequestError(f"{reference} is not a checkpoint, and arch is a module already")
+    contents = loading.read(reference.path, source.key)
+    state, report = loading.compare(instance, loading.mapped(contents))
+    if not report.mismatched:
+        report = loading.load(instance, state)
+    if error := report.refusal(contents, type(instance).__name__, strict=source.strict):
+        raise error
+    return instance, report
+
+
+__all__ = ["Bare", "Inputs", "Live", "open_live", "open_real", "replace", "set_frozen", "with_arch_instance"]

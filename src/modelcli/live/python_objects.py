@@ -1,0 +1,92 @@
+"""Objects of the user's own Python: `nets.py:Net`, `package.module:build`. To look one up runs its file."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from modelcli.errors import ModelcliError, RequestError, closest
+from modelcli.references import PythonObject
+
+
+def find(reference: PythonObject, folder: Path) -> Any:
+    """The class, function or instance that a reference names. Raises RequestError with the closest names."""
+    module = import_file(reference.file) if reference.file else import_module(reference.source, folder)
+    value: Any = module
+    for step in reference.name.split("."):
+        if not hasattr(value, step):
+            names = [name for name in vars(value) if not name.startswith("_")] if hasattr(value, "__dict__") else []
+            own = [name for name in names if getattr(getattr(value, name), "__module__", "") == module.__name__]
+            near = closest(step, names) or own[:8]
+            raise RequestError(f"no {step!r} in {reference.source}", f"there is: {', '.join(near)}" if near else None)
+        value = getattr(value, step)
+    return value
+
+
+def import_file(path: Path) -> ModuleType:
+    """Run a Python file as a module of its own; the modules beside it can be imported. Each file is run once."""
+    path = path.resolve()
+    name = f"_modelcli_{path.stem}_{abs(hash(path)):x}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise RequestError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        with running_user_code(str(path), path.parent):
+            spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def import_module(name: str, folder: Path = Path()) -> ModuleType:
+    """Import a module by its name; the folder is importable."""
+    with running_user_code(name, folder):
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is not None and name.startswith(error.name):
+                raise RequestError(
+                    f"no module named {error.name}", "a file is written with its suffix: nets.py:Net(3,2)"
+                ) from None
+            raise
+
+
+@contextlib.contextmanager
+def running_user_code(what: str, folder: Path | None = None) -> Iterator[None]:
+    """Run code of the user's: what it prints goes to standard error, what it raises becomes a RequestError."""
+    entry = None if folder is None else str(folder.resolve())
+    if entry is not None:
+        sys.path.insert(0, entry)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    except (ModelcliError, MemoryError):
+        raise
+    except SystemExit as error:
+        raise RequestError(f"{what} ended the program: exit code {error.code}") from error
+    except Exception as error:
+        raise RequestError(f"{what} raised {type(error).__name__}: {error}", _place(error)) from error
+    finally:
+        if entry is not None and entry in sys.path:
+            sys.path.remove(entry)
+
+
+def _place(error: Exception) -> str | None:
+    """The file and line of the user's own where an error came from."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"at {error.filename}:{error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if "/modelcli/" not in f.filename and not f.filename.startswith("<frozen")]
+    return f"at {own[-1].filename}:{own[-1].lineno}" if own else None

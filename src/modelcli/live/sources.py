@@ -1,0 +1,135 @@
+"""Where a live model's bytes come from. The tag is on the storage: views and `Parameter`s of it share it."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from modelcli.checkpoints import Span
+from modelcli.errors import ModelcliError
+
+CHUNK = 8 * 1024 * 1024
+
+
+class Value:
+    """Bytes that are in memory already: the storage of a real tensor."""
+
+    def __init__(self, storage: torch.UntypedStorage) -> None:
+        self.storage = storage
+
+    @property
+    def nbytes(self) -> int:
+        return self.storage.nbytes()
+
+    def chunks(self) -> Iterator[memoryview]:
+        """The bytes, in pieces of at most 8 MiB, without a copy."""
+        nbytes = self.nbytes
+        if not nbytes:
+            return
+        view = memoryview((ctypes.c_char * nbytes).from_address(self.storage.data_ptr())).cast("B")
+        for start in range(0, nbytes, CHUNK):
+            yield view[start : start + CHUNK]
+
+    def real(self) -> torch.UntypedStorage:
+        return self.storage
+
+
+class Drawn:
+    """Bytes that a real build will draw: made on first use, all of one build together."""
+
+    def __init__(self, build: Lazy, name: str, nbytes: int) -> None:
+        self.build = build
+        self.name = name
+        self._nbytes = nbytes
+
+    @property
+    def nbytes(self) -> int:
+        return self._nbytes
+
+    def chunks(self) -> Iterator[memoryview]:
+        return Value(self.real()).chunks()
+
+    def real(self) -> torch.UntypedStorage:
+        storage = self.build.tensor(self.name).untyped_storage()
+        if storage.nbytes() != self._nbytes:
+            raise ModelcliError(
+                f"{self.name} was built with {storage.nbytes():,} bytes, and its twin without weights says "
+                f"{self._nbytes:,}: the constructor makes another model each time"
+            )
+        return storage
+
+
+class Lazy:
+    """A real module that is built when the first of its tensors is asked for."""
+
+    def __init__(self, build: Callable[[], torch.nn.Module]) -> None:
+        self._build = build
+        self._tensors: dict[str, torch.Tensor] | None = None
+
+    def tensor(self, name: str) -> torch.Tensor:
+        if self._tensors is None:
+            self._tensors = named_tensors(self._build())
+        if name not in self._tensors:
+            raise ModelcliError(f"the constructor made no {name} this time: it makes another model each time")
+        return self._tensors[name]
+
+
+AnySource = Value | Drawn | Span
+
+
+def named_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer, under every name it has."""
+    found: dict[str, torch.Tensor] = dict(module.named_parameters(remove_duplicate=False))
+    found.update(module.named_buffers(remove_duplicate=False))
+    return found
+
+
+def tag(tensor: torch.Tensor, source: AnySource) -> None:
+    """Say where the bytes of a meta tensor's storage come from."""
+    tensor.untyped_storage().source = source  # type: ignore[attr-defined]
+
+
+def source_of(tensor: torch.Tensor) -> AnySource | None:
+    """Where a tensor's bytes come from; None for a meta tensor that nothing says it of."""
+    storage = tensor.untyped_storage()
+    source: AnySource | None = getattr(storage, "source", None)
+    if source is None and not tensor.is_meta:
+        return Value(storage)
+    return source
+
+
+def tag_drawn(module: torch.nn.Module, build: Lazy) -> None:
+    """Let every tensor of a meta module that has no source yet come from a real build of it, by name."""
+    for name, tensor in named_tensors(module).items():
+        if not is_lazy(tensor) and tensor.is_meta and source_of(tensor) is None:
+            tag(tensor, Drawn(build, name, tensor.untyped_storage().nbytes()))
+
+
+def is_lazy(tensor: Any) -> bool:
+    """Whether a tensor has no shape yet, as those of `LazyLinear` before the first forward pass."""
+    return bool(torch.nn.parameter.is_lazy(tensor))
+
+
+def real_storage(source: AnySource) -> torch.UntypedStorage:
+    """The bytes of a source as a real storage; those of a file are mapped, not read."""
+    if isinstance(source, Span):
+        view = source.mapped()
+        if not view.nbytes:
+            return torch.UntypedStorage(0)
+        return torch.frombuffer(view, dtype=torch.uint8).untyped_storage()
+    return source.real()
+
+
+def real_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """A real tensor with the bytes of a live model's meta tensor, its shape, stride and offset."""
+    if not tensor.is_meta:
+        return tensor.detach()
+    source = source_of(tensor)
+    if source is None:
+        raise ModelcliError(f"a tensor of shape {list(tensor.shape)} has no numbers: nothing says where they come from")
+    storage = real_storage(source)
+    made = torch.empty(0, dtype=tensor.dtype)
+    return made.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())

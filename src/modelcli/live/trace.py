@@ -1,0 +1,231 @@
+"""Forward passes on the meta device: shapes, multiply-accumulates, and what flows in where."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torchinfo
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from modelcli.blueprint import LayerTrace, Trace, shown
+from modelcli.live.describe import walk
+from modelcli.live.twins import meta_twin, seeded
+
+if TYPE_CHECKING:
+    from modelcli.live.opening import Inputs
+
+
+@dataclass
+class Failure:
+    """Where and why a forward pass ended: the innermost module that was running, and what it raised."""
+
+    path: str
+    error: Exception
+
+    @property
+    def reason(self) -> str:
+        """One line for a person."""
+        error = self.error
+        while isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+            error = error.__cause__
+        text = (str(error) or type(error).__name__).strip().splitlines()[0]
+        if "nonzero" in text or "meta tensor" in text.lower() or "local_scalar_dense" in text:
+            text = f"it needs real numbers ({text[:90]})"
+        return f"the forward pass ended in {shown(self.path)}: {text}"
+
+
+@dataclass
+class Pass:
+    """What hooks saw of one forward pass."""
+
+    output_shapes: dict[int, Any] = field(default_factory=dict)
+    macs: dict[int, int] = field(default_factory=dict)
+    output: Any = None
+    failure: Failure | None = None
+
+
+Visitor = Callable[[nn.Module, str, tuple[Any, ...], Mapping[str, Any]], None]
+
+
+def run(
+    module: nn.Module,
+    inputs: Sequence[Any],
+    *,
+    device: str = "meta",
+    mode: str = "eval",
+    visit: Visitor | None = None,
+    drive: Callable[[nn.Module, Sequence[Any]], Any] | None = None,
+    counter: FlopCounterMode | None = None,
+) -> Pass:
+    """One forward pass without gradients. The module is changed only by what its own `forward` does to it.
+
+    `visit` is called before each module runs, with its path and what flows in, and may raise. `drive` makes the call,
+    by default plainly. An exception of the pass is kept in `failure`.
+    """
+    seen = Pass()
+    paths: dict[int, str] = {}
+    for path, child in walk(module):
+        paths.setdefault(id(child), path)
+    running: list[tuple[nn.Module, int]] = []
+
+    def total() -> int:
+        return counter.get_total_flops() if counter is not None else 0
+
+    def before(child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        running.append((child, total()))
+        if visit is not None:
+            visit(child, paths[id(child)], args, kwargs)
+
+    def after(child: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+        _, started = running.pop()
+        # FlopCounterMode counts a multiply-accumulate as two.
+        seen.macs[id(child)] = seen.macs.get(id(child), 0) + (total() - started) // 2
+        seen.output_shapes.setdefault(id(child), shape_of(output))
+        if not running:
+            seen.output = output
+
+    with contextlib.ExitStack() as stack:
+        for child in {id(child): child for _, child in walk(module)}.values():
+            hook = child.register_forward_pre_hook(before, with_kwargs=True)
+            stack.callback(hook.remove)
+            late_hook = child.register_forward_hook(after, with_kwargs=True)
+            stack.callback(late_hook.remove)
+        stack.enter_context(_quiet())
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(seeded(0))
+        stack.enter_context(_plain_attention())
+        if device == "meta":
+            stack.enter_context(torch.device("meta"))
+        if counter is not None:
+            stack.enter_context(counter)
+        module.train(mode == "train")
+        try:
+            if drive is None:
+                module(*inputs)
+            else:
+                drive(module, inputs)
+        except Exception as error:
+            where = running[-1][0] if running else module
+            seen.failure = Failure(paths.get(id(where), ""), error)
+    return seen
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Let attention call its submodules: the fused path skips them and their hooks."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def shape_of(output: Any) -> Any:
+    """The shape of what a module gave: a list of ints, or a list or dict of those; None for what is no tensor."""
+    if isinstance(output, torch.Tensor):
+        return list(output.shape)
+    if isinstance(output, Mapping):
+        return {str(key): shape_of(value) for key, value in output.items()}
+    if isinstance(output, tuple) and hasattr(output, "_fields"):
+        return {name: shape_of(getattr(output, name)) for name in output._fields}
+    if isinstance(output, list | tuple):
+        shapes = [shape_of(value) for value in output]
+        return shapes[0] if len(shapes) == 1 and isinstance(shapes[0], list) else shapes
+    return None
+
+
+def trace(module: nn.Module, inputs: Inputs | None, *, mode: str = "eval") -> tuple[Trace, nn.Module]:
+    """Trace a forward pass on a meta twin; gives the twin as well, whose lazy parameters have their shapes now.
+
+    torchinfo drives the pass and sums up the sizes of inputs and outputs; MACs are halved FLOPs of
+    `FlopCounterMode`; rows come from hooks of our own, so that a pass that fails still gives its rows.
+    """
+    if inputs is None:
+        return Trace(None, reason="no input size is known: give --input-size, batch included"), module
+    twin = meta_twin(module, plain_tensors=True)
+    tensors = inputs.tensors("meta")
+    statistics: list[Any] = []
+
+    def drive(model: nn.Module, given: Sequence[Any]) -> None:
+        statistics.append(
+            torchinfo.summary(model, input_data=list(given), device="meta", mode=mode, verbose=0, depth=1_000)
+        )
+
+    counter = FlopCounterMode(display=False)
+    seen = run(twin, tensors, mode=mode, drive=drive, counter=counter)
+    if seen.failure is not None and _raised_by_torchinfo(seen.failure.error):
+        twin = meta_twin(module, plain_tensors=True)
+        counter = FlopCounterMode(display=False)
+        seen = run(twin, tensors, mode=mode, counter=counter)
+    layers = {
+        path: LayerTrace(seen.output_shapes[id(child)], seen.macs[id(child)])
+        for path, child in walk(twin)
+        if id(child) in seen.output_shapes
+    }
+    if seen.failure is not None:
+        return Trace(inputs.shapes, layers, reason=seen.failure.reason), twin
+    summary = statistics[0] if statistics else None
+    return Trace(
+        inputs=inputs.shapes,
+        layers=layers,
+        macs=counter.get_total_flops() // 2,
+        input_bytes=sum(_bytes_of(tensor) for tensor in _flat(tensors)),
+        forward_backward_bytes=None if summary is None else int(summary.total_output_bytes),
+    ), twin
+
+
+def _raised_by_torchinfo(error: Exception) -> bool:
+    """Whether torchinfo itself fell over an output it does not expect, and not the model."""
+    while isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    return place is not None and "torchinfo" in place.tb_frame.f_code.co_filename
+
+
+def _flat(values: Any) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        else:
+            yield from _flat(value)
+
+
+def _bytes_of(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def flowing_into(module: nn.Module, paths: Sequence[str], inputs: Inputs | None) -> dict[str, torch.Tensor]:
+    """The first tensor that flows into each module on a forward pass on meta; without those it did not reach."""
+    if inputs is None:
+        return {}
+    found: dict[str, torch.Tensor] = {}
+    twin = meta_twin(module, plain_tensors=True)
+    places: dict[int, list[str]] = {}
+    for path, child in walk(twin):
+        if path in paths:
+            places.setdefault(id(child), []).append(path)
+
+    def visit(child: nn.Module, _path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        tensor = next((v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)), None)
+        if tensor is not None:
+            for path in places.get(id(child), ()):
+                found.setdefault(path, tensor)
+
+    run(twin, inputs.tensors("meta"), visit=visit)
+    return found

@@ -1,0 +1,142 @@
+"""Models without weights: construction on the meta device, and copies of models there."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from modelcli.live.modules import ConstructorError
+from modelcli.live.sources import AnySource, Value, is_lazy, named_tensors, source_of, tag
+
+Constructor = Callable[[], nn.Module]
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw as after `torch.manual_seed(seed)`, and leave the caller's own generator as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def build_on_meta(construct: Constructor, *, only_if_needed: bool = False) -> nn.Module:
+    """Construct a module whose parameters and buffers are all on the meta device.
+
+    A ladder: under `torch.device("meta")`; else with each parameter moved to meta as it is registered, buffers real
+    until the end (constructors that compute on plain tensors); else for real, then copied. With `only_if_needed` an
+    error that has nothing to do with the meta device ends it at once.
+    """
+    rungs: tuple[Callable[[Constructor], nn.Module], ...] = (_under_meta, _parameters_on_meta, lambda make: make())
+    for number, rung in enumerate(rungs):
+        with seeded(0):
+            try:
+                return meta_twin(rung(construct))
+            except ConstructorError as error:
+                if number == len(rungs) - 1 or (only_if_needed and not error.may_need_numbers):
+                    raise
+    raise AssertionError("the last rung returns or raises")
+
+
+def _under_meta(construct: Constructor) -> nn.Module:
+    with torch.device("meta"):
+        return construct()
+
+
+def _parameters_on_meta(construct: Constructor) -> nn.Module:
+    register = nn.Module.register_parameter
+    twins: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+
+    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if isinstance(param, nn.Parameter) and not param.is_meta and not is_lazy(param):
+            # The original is kept beside its twin, so that its id is not given to another parameter.
+            _, param = twins.setdefault(
+                id(param), (param, nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad))
+            )
+        register(self, name, param)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
+        return construct()
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def meta_twin(module: nn.Module, *, keep_values: bool = False, plain_tensors: bool = False) -> nn.Module:
+    """A copy on the meta device: ties and views hold, sources stay known, no weight is copied.
+
+    With `keep_values` a real tensor's twin has the real storage as its source. With `plain_tensors` tensors that are
+    plain attributes move to meta as well, as a forward pass there needs.
+    """
+    memo: dict[int, Any] = {}
+    storages: dict[int, torch.UntypedStorage] = {}
+    kept: list[Any] = []
+    for tensor in named_tensors(module).values():
+        memo.setdefault(id(tensor), _tensor_twin(tensor, storages, keep_values))
+        kept.append(tensor)
+    if plain_tensors:
+        for tensor in _plain_tensors(module):
+            memo.setdefault(id(tensor), tensor.detach().to("meta"))
+            kept.append(tensor)
+    return copy.deepcopy(module, memo)
+
+
+def _tensor_twin(tensor: torch.Tensor, storages: dict[int, torch.UntypedStorage], keep_values: bool) -> torch.Tensor:
+    if is_lazy(tensor):
+        kind: Any = type(tensor)
+        lazy: torch.Tensor = kind(device="meta", dtype=tensor.dtype, requires_grad=tensor.requires_grad)
+        return lazy
+    if tensor.is_quantized or tensor.layout != torch.strided:
+        return tensor
+    data = tensor.detach()
+    if not data.is_meta:
+        real = data.untyped_storage()
+        twin = storages.setdefault(real._cdata, torch.UntypedStorage(real.nbytes(), device="meta"))
+        if keep_values and not hasattr(twin, "source"):
+            twin.source = Value(real)  # type: ignore[attr-defined]
+        shape, stride, offset = data.size(), data.stride(), data.storage_offset()
+        data = torch.empty(0, dtype=data.dtype, device="meta").set_(twin, offset, shape, stride)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(data, requires_grad=tensor.requires_grad)
+    return data
+
+
+def _plain_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Tensors that are attributes of a module without being registered, also in its lists and dicts."""
+    hidden = ("_parameters", "_buffers", "_modules")
+    stack: list[Any] = [
+        value for child in module.modules() for name, value in vars(child).items() if name not in hidden
+    ]
+    for _ in range(100_000):
+        if not stack:
+            return
+        value = stack.pop()
+        if isinstance(value, torch.Tensor):
+            if not is_lazy(value) and value.layout == torch.strided and not value.is_quantized:
+                yield value
+        elif type(value) in (list, tuple):
+            stack.extend(value)
+        elif type(value) is dict:
+            stack.extend(value.values())
+
+
+def set_tensor(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Put a parameter or buffer under a full dotted name."""
+    path, _, last = name.rpartition(".")
+    owner = module.get_submodule(path)
+    table: dict[str, Any] = owner._parameters if last in owner._parameters else owner._buffers
+    table[last] = tensor
+
+
+def tagged(storage_bytes: int, source: AnySource) -> torch.UntypedStorage:
+    """A meta storage whose bytes come from a source."""
+    storage = torch.UntypedStorage(storage_bytes, device="meta")
+    storage.source = source  # type: ignore[attr-defined]
+    return storage
+
+
+__all__ = ["build_on_meta", "meta_twin", "seeded", "set_tensor", "source_of", "tag", "tagged"]

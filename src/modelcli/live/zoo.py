@@ -1,0 +1,231 @@
+"""torchvision's builders: their names, weights, inputs, and how to build them without downloading anything."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import sys
+import urllib.error
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from modelcli.errors import RequestError, SystemFailureError, closest, did_you_mean
+
+#: Kept for as long as the process lives: the schemas go when the library goes.
+_schemas: list[torch.library.Library] = []
+
+
+@cache
+def torchvision() -> ModuleType:
+    """Import torchvision, also beside a torch that its compiled operators do not match.
+
+    There the import itself fails, because a fake kernel is registered for an operator that was not loaded. Its
+    schema alone is enough for the import and for every builder.
+    """
+    try:
+        return importlib.import_module("torchvision")
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        del sys.modules[name]
+    library = torch.library.Library("torchvision", "DEF")
+    for operator in ("nms", "qnms"):
+        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _schemas.append(library)
+    return importlib.import_module("torchvision")
+
+
+def builder_names() -> list[str]:
+    """Every name that `torchvision.models.list_models()` gives."""
+    names: list[str] = torchvision().models.list_models()
+    return names
+
+
+@dataclass(frozen=True)
+class BuilderInfo:
+    """What torchvision publishes of a builder. `params` and `macs` are those of its default weights."""
+
+    name: str
+    group: str
+    weights: tuple[str, ...]
+    params: int | None
+    macs: int | None
+
+
+def describe(name: str) -> BuilderInfo:
+    """Gather a builder's group, weights and published figures; nothing is built."""
+    models = torchvision().models
+    entries = list(models.get_model_weights(name))
+    default = models.get_model_weights(name).DEFAULT if entries else None
+    operations = default.meta.get("_ops") if default else None
+    group = models.get_model_builder(name).__module__.split(".")[2:]
+    return BuilderInfo(
+        name=name,
+        group=group[0] if len(group) > 1 else "classification",
+        weights=tuple(entry.name for entry in entries),
+        params=default.meta.get("num_params") if default else None,
+        macs=None if operations is None else round(operations * 1e9),
+    )
+
+
+def arguments(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], weights: str | None) -> dict[str, Any]:
+    """The keyword arguments of a builder, with no weights but those that were asked for.
+
+    Raises RequestError for positional arguments, for weights that are no name of its own, and for wrong names.
+    """
+    builder = torchvision().models.get_model_builder(name)
+    if args:
+        raise RequestError(f"{name} takes keyword arguments only", f"write {name}(num_classes=10)")
+    for reserved in ("weights", "weights_backbone", "pretrained", "pretrained_backbone", "progress"):
+        if kwargs.get(reserved) is not None:
+            raise RequestError(
+                f"{name}: {reserved} is not an argument here", "--weights says where the numbers come from"
+            )
+    made = {key: value for key, value in kwargs.items() if value is not None or key != "weights"}
+    parameters = inspect.signature(builder).parameters
+    if "weights_backbone" in parameters:
+        made["weights_backbone"] = None
+    made["weights"] = None if weights is None else check_weights(name, weights, quantize=bool(kwargs.get("quantize")))
+    return made
+
+
+def check_weights(name: str, weights: str, *, quantize: bool = False) -> str:
+    """The name of a builder's weights with `DEFAULT` resolved. Raises RequestError for one it does not have."""
+    entries = _weights_enum(name, quantize)
+    try:
+        resolved: str = entries[weights.rpartition(".")[2]].name
+    except KeyError:
+        names = ["DEFAULT", *(entry.name for entry in entries)]
+        hint = did_you_mean(weights, names) or ""
+        raise RequestError(f"{name} has no weights {weights!r}", f"{hint} it has {', '.join(names)}".strip()) from None
+    return resolved
+
+
+def _weights_enum(name: str, quantize: bool) -> Any:
+    """The enum of weights that fit: a quantizable builder that is not quantized takes those of its plain twin."""
+    models = torchvision().models
+    plain = name.removeprefix("quantized_")
+    if plain != name and not quantize and plain in builder_names():
+        name = plain
+    return models.get_model_weights(name)
+
+
+def constructor(name: str) -> Callable[..., nn.Module]:
+    """A builder, to be called with `arguments()`.
+
+    With a weights name the call downloads, into torchvision's own cache, what is not there yet, and raises
+    SystemFailureError where that fails.
+    """
+    builder = torchvision().models.get_model_builder(name)
+
+    def build(**kwargs: Any) -> nn.Module:
+        try:
+            with _quiet():
+                module: nn.Module = builder(**kwargs, progress=sys.stderr.isatty())
+        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+            raise SystemFailureError(
+                f"cannot download the weights {kwargs['weights']} of {name}: {getattr(error, 'reason', error)}",
+                "give a file instead, --weights FILE, or put it where torchvision's cache looks",
+            ) from None
+        return module
+
+    return build
+
+
+def signature(name: str) -> str:
+    """What a builder takes: its own arguments, and those that it hands on to the class of its model."""
+    builder = torchvision().models.get_model_builder(name)
+    made = inspect.get_annotations(builder).get("return")
+    kinds = [builder, made] if inspect.isclass(made) else [builder]
+    hidden = {"weights", "weights_backbone", "progress"}
+    taken = {
+        parameter.name: parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for kind in reversed(kinds)
+        for parameter in inspect.signature(kind).parameters.values()
+        if parameter.name not in hidden and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+    }
+    return f"{name}({', '.join(map(str, taken.values()))})"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torchvision warns about its own defaults (`init_weights` of googlenet); no user of ours can act on it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torchvision")
+        warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
+        yield
+
+
+@contextlib.contextmanager
+def architecture_only() -> Iterator[None]:
+    """Let builders with a weights name give the architecture of those weights, and neither download nor load them."""
+    weights_enum = importlib.import_module("torchvision.models._api").WeightsEnum
+    sentinel: dict[str, Any] = _NoWeights()
+    original_get = weights_enum.get_state_dict
+    original_load = nn.Module.load_state_dict
+
+    def load(self: nn.Module, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(state_dict, _NoWeights):
+            return None
+        return original_load(self, state_dict, *args, **kwargs)
+
+    weights_enum.get_state_dict = lambda *_args, **_kwargs: sentinel
+    nn.Module.load_state_dict = load  # type: ignore[method-assign]
+    try:
+        with _quiet():
+            yield
+    finally:
+        weights_enum.get_state_dict = original_get
+        nn.Module.load_state_dict = original_load  # type: ignore[method-assign]
+
+
+class _NoWeights(dict[str, Any]):
+    """Stands for a state dict that was never read."""
+
+
+#: Frames of the clips on which torchvision measured its video models.
+_CLIP_FRAMES = 16
+
+
+def input_sizes(name: str, weights: str | None, module: nn.Module) -> tuple[tuple[int, ...], ...]:
+    """The input that a builder is known to take, batch included: that of its weights' own preprocessing.
+
+    Detection models take a list of images without a batch, RAFT two images. A model that states its own
+    `image_size` takes that.
+    """
+    info = describe(name)
+    entries = _weights_enum(name, quantize=False)
+    entry = entries[weights] if weights in entries.__members__ else next(iter(entries), None)
+    match info.group:
+        case "detection":
+            return ((3, 800, 800),)
+        case "optical_flow":
+            return ((1, 3, 520, 960), (1, 3, 520, 960))
+    size = 224
+    if entry is not None:
+        transforms = entry.transforms()
+        given = getattr(transforms, "crop_size", None) or getattr(transforms, "resize_size", None)
+        if given:
+            size = int(given[-1])
+    if isinstance(own := getattr(module, "image_size", None), int):
+        size = own
+    if info.group == "video":
+        return ((1, 3, _CLIP_FRAMES, size, size),)
+    return ((1, 3, size, size),)
+
+
+def takes_list_of_images(name: str) -> bool:
+    return describe(name).group == "detection"
+
+
+def nearest_names(word: str) -> list[str]:
+    return closest(word, builder_names())

@@ -1,0 +1,118 @@
+"""The record that a written checkpoint carries: which model it is, and what was done to it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from modelcli import blueprint as blueprints
+from modelcli.blueprint import Blueprint, TensorInfo
+from modelcli.edits import Edit
+from modelcli.edits import parse as parse_edit
+from modelcli.errors import RequestError
+
+#: Where it stands: a key of `state_dict._metadata`, a zip record under the archive's own prefix, a key of
+#: safetensors' `__metadata__`.
+METADATA_KEY = ".modelcli"
+ZIP_RECORD = ".data/modelcli.json"
+SAFETENSORS_KEY = "modelcli"
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """A model's origin.
+
+    `reference` is None where the architecture was never known. `weights` is torchvision's name of the numbers the
+    model started with. `frozen` are the names of the parameters that are not trained.
+    """
+
+    reference: str | None
+    weights: str | None
+    seed: int
+    edits: tuple[str, ...]
+    frozen: tuple[str, ...]
+    blueprint: Blueprint
+    input_size: tuple[tuple[int, ...], ...] | None = None
+    input_dtype: tuple[str, ...] = ()
+
+    def parsed_edits(self) -> list[Edit]:
+        return [parse_edit(line) for line in self.edits]
+
+
+def to_text(record: Record) -> str:
+    """The record as JSON, the same text for the same record."""
+    document: dict[str, Any] = {
+        "schema": SCHEMA,
+        "reference": record.reference,
+        "weights": record.weights,
+        "seed": record.seed,
+        "edits": list(record.edits),
+        "frozen": list(record.frozen),
+        "input_size": record.input_size,
+        "input_dtype": list(record.input_dtype),
+        "blueprint": blueprints.to_json(record.blueprint),
+    }
+    return json.dumps(document, ensure_ascii=True, separators=(",", ":"))
+
+
+def from_text(text: str) -> Record | None:
+    """Read a record, or None where the text is none: damaged, foreign, or of a later schema."""
+    try:
+        document = json.loads(text)
+        if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+            return None
+        edits = _texts(document["edits"])
+        for line in edits:
+            parse_edit(line)
+        seed = document["seed"]
+        if not isinstance(seed, int) or not 0 <= seed < 2**63:
+            return None
+        return Record(
+            reference=_optional_text(document["reference"]),
+            weights=_optional_text(document["weights"]),
+            seed=seed,
+            edits=edits,
+            frozen=_texts(document["frozen"]),
+            blueprint=blueprints.from_json(document["blueprint"]),
+            input_size=_sizes(document.get("input_size")),
+            input_dtype=_texts(document.get("input_dtype") or []),
+        )
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError, RequestError):
+        return None
+
+
+def _texts(values: object) -> tuple[str, ...]:
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise TypeError("a list of text was expected")
+    return tuple(values)
+
+
+def _optional_text(value: object) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise TypeError("text was expected")
+    return value
+
+
+def _sizes(value: object) -> tuple[tuple[int, ...], ...] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list):
+        raise TypeError("a list of shapes was expected")
+    return tuple(tuple(int(size) for size in shape) for shape in value)
+
+
+def disagreement(record: Record, tensors: Mapping[str, TensorInfo]) -> str | None:
+    """Why a record cannot be believed, or None: its blueprint must list the tensors that the file holds."""
+    expected = {t.name: t for t in record.blueprint.tensors if t.persistent}
+    if missing := expected.keys() - tensors.keys():
+        return f"{len(missing)} tensors it lists are not in the file, such as {min(missing)}"
+    if extra := tensors.keys() - expected.keys():
+        return f"{len(extra)} tensors in the file are not in it, such as {min(extra)}"
+    for name, tensor in expected.items():
+        found = tensors[name]
+        if (tensor.shape, tensor.dtype) != (found.shape, found.dtype):
+            return f"{name} is {list(found.shape or ())} {found.dtype} in the file, not as it says"
+    return None

@@ -1,0 +1,159 @@
+"""References: the text that names a model, and which kind it is. Nothing is imported or opened to find that out."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from modelcli import expressions
+from modelcli.errors import RequestError, closest
+from modelcli.expressions import Call
+
+CHECKPOINT_SUFFIXES = frozenset({".pth", ".pt", ".safetensors", ".ckpt", ".bin", ".tar"})
+
+
+@dataclass(frozen=True)
+class Installed:
+    """A torchvision builder or a module expression: `alexnet`, `resnet18(num_classes=10)`, `Linear(2,3)`."""
+
+    call: Call
+
+    def __str__(self) -> str:
+        return expressions.to_text(self.call) if self.call.args or self.call.kwargs else self.call.name
+
+
+@dataclass(frozen=True)
+class PythonObject:
+    """A class, function or instance in a file or an importable module. `call` is None where nothing is called.
+
+    To follow one runs its code.
+    """
+
+    source: str
+    name: str
+    call: Call | None
+    file: Path | None = None
+
+    def __str__(self) -> str:
+        text = expressions.to_text(self.call) if self.call else self.name
+        return f"{self.source}:{text}"
+
+    def relative_to(self, folder: Path) -> str:
+        """The text of this reference as seen from a folder."""
+        if self.file is None:
+            return str(self)
+        try:
+            path = os.path.relpath(self.file, folder)
+        except ValueError:  # another drive on Windows
+            path = str(self.file)
+        return str(PythonObject(path.replace(os.sep, "/"), self.name, self.call, self.file))
+
+
+@dataclass(frozen=True)
+class CheckpointFile:
+    """A file or folder on disk."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+Reference = Installed | PythonObject | CheckpointFile
+
+
+def parse(text: str, folder: Path | None = None) -> Reference:
+    """Tell what a reference is. Relative paths are seen from `folder`, by default the current one.
+
+    In this order: a bare word is a builder; an existing path; `file.py:Class(...)` or `module:name`; a builder or a
+    module expression. Raises RequestError for what is none of these.
+    """
+    folder = folder or Path()
+    if not text.strip():
+        raise RequestError("an empty model reference", "name one: alexnet, nets.py:Net(3,2), best.pth")
+    if re.fullmatch(r"[A-Za-z_]\w*", text, re.ASCII):
+        return Installed(Call(text))
+    path = folder / text
+    if "\0" not in text and len(text) < 4096 and _exists(path):
+        if path.suffix == ".py":
+            raise _names_no_class(text, path)
+        return CheckpointFile(path)
+    if (split := _split_object(text)) is not None:
+        return _python_object(*split, folder)
+    if Path(text).suffix in CHECKPOINT_SUFFIXES or text.endswith(("/", os.sep)):
+        raise missing_file(path, text)
+    if Path(text).suffix == ".py" and "(" not in text:
+        raise missing_file(path, text)
+    if re.search(r"[/\\]", text.partition("(")[0]):
+        raise missing_file(path, text)
+    return Installed(expressions.parse(text))
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
+def _split_object(text: str) -> tuple[str, str] | None:
+    """Cut `nets.py:Net(3)` at its colon; a drive letter's colon is none, nor one inside the arguments."""
+    start = 2 if re.match(r"[A-Za-z]:[\\/]", text) else 0
+    colon = text.find(":", start)
+    parenthesis = text.find("(")
+    if colon < 0 or 0 <= parenthesis < colon:
+        return None
+    return text[:colon], text[colon + 1 :]
+
+
+def _python_object(source: str, target: str, folder: Path) -> PythonObject:
+    call = None
+    if "(" in target:
+        call = expressions.parse(target)
+        name = call.name
+    else:
+        name = target.strip()
+    if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", name, re.ASCII):
+        raise RequestError(
+            f"{name!r} after the colon of {source}: is not a name",
+            "write nets.py:Net(3,2) or package.module:build()",
+        )
+    if source.endswith(".py"):
+        path = folder / source
+        if not path.is_file():
+            raise missing_file(path, source)
+        return PythonObject(source, name, call, path)
+    if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", source, re.ASCII):
+        raise RequestError(
+            f"{source!r} before the colon is neither a Python file nor an importable module",
+            "write nets.py:Net(3,2) or package.module:build()",
+        )
+    return PythonObject(source, name, call)
+
+
+def missing_file(path: Path, text: str) -> RequestError:
+    """The error for a path that is not there, with the names near it that are."""
+    folder = path.parent
+    if not folder.is_dir():
+        return RequestError(f"no such file: {text}", f"the folder {folder} does not exist")
+    try:
+        near = closest(path.name, [entry.name for entry in folder.iterdir()])
+    except OSError:
+        near = []
+    return RequestError(f"no such file: {text}", f"in {folder}: {', '.join(near)}" if near else None)
+
+
+def _names_no_class(text: str, path: Path) -> RequestError:
+    """`nets.py` alone: list the classes in it, read without running them."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError) as error:
+        return RequestError(f"{text} is not valid Python: {error}")
+    names = [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
+    if not names:
+        return RequestError(f"{text} names no class, and the file has none", f"write {text}:build(...)")
+    listed = ", ".join(f"{text}:{name}" for name in names[:12])
+    return RequestError(f"{text} names a file, not a class in it", f"classes in it: {listed}")

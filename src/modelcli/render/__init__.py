@@ -1,0 +1,1 @@
+"""From values to what is shown: JSON documents, and the tables, CSV and markdown made of their rows."""

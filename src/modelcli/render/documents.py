@@ -1,0 +1,410 @@
+"""Blueprints and results as views: the JSON documents of the contract, key by key, with their tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from modelcli.blueprint import Blueprint, ModuleInfo, TensorInfo, Totals, repr_text, shown, totals_of
+from modelcli.render.views import Column, View, count, megabytes, shape, signed, text
+
+SCHEMA = 1
+
+
+def model_of(reference: str, blueprint: Blueprint) -> dict[str, Any]:
+    """The `model` of every document."""
+    return {"reference": reference, "class": blueprint.root.type}
+
+
+def totals_document(totals: Totals) -> dict[str, Any]:
+    return {
+        "params": totals.params,
+        "trainable_params": totals.trainable_params,
+        "non_trainable_params": totals.non_trainable_params,
+        "buffers": totals.buffers,
+        "param_bytes": totals.param_bytes,
+        "buffer_bytes": totals.buffer_bytes,
+    }
+
+
+# --- summary -------------------------------------------------------------------------------------------------------
+
+
+def summary(reference: str, blueprint: Blueprint, *, depth: int | None = None) -> View:
+    """One row a module with its output shape and multiply-accumulates, and the totals."""
+    trace = blueprint.trace
+    assert trace is not None
+    layers = []
+    for module in blueprint.modules:
+        if depth is None or module.depth <= depth:
+            ran = trace.layers.get(module.path)
+            layers.append(
+                {
+                    "path": shown(module.path),
+                    "type": module.type,
+                    "depth": module.depth,
+                    "output_shape": ran.output_shape if ran else None,
+                    "params": blueprint.params_of(module.path),
+                    "trainable": blueprint.trainable_of(module.path),
+                    "macs": ran.macs if ran else None,
+                    "executed": ran is not None,
+                    "shared_with": module.shared_with,
+                }
+            )
+    totals = blueprint.totals
+    parts = (trace.input_bytes, trace.forward_backward_bytes, totals.param_bytes, totals.buffer_bytes)
+    known = [part for part in parts if part is not None]
+    document = {
+        "schema": SCHEMA,
+        "model": model_of(reference, blueprint),
+        "input": None if trace.inputs is None else [list(size) for size in trace.inputs],
+        "layers": layers,
+        "totals": {
+            "params": totals.params,
+            "trainable_params": totals.trainable_params,
+            "non_trainable_params": totals.non_trainable_params,
+            "buffers": totals.buffers,
+            "macs": trace.macs,
+            "param_bytes": totals.param_bytes,
+            "buffer_bytes": totals.buffer_bytes,
+            "input_bytes": trace.input_bytes,
+            "forward_backward_bytes": trace.forward_backward_bytes,
+            "total_bytes": sum(known) if len(known) == len(parts) else None,
+        },
+        "reason": trace.reason,
+    }
+    return View(
+        document,
+        [layer | {"output": _output_text(layer, passed=trace.inputs is not None)} for layer in layers],
+        (
+            Column("path", "path", style="cyan"),
+            Column("type", "type", flexible=True),
+            Column("output", "output shape", flexible=True),
+            Column("params", "params", count, right=True),
+            Column("trainable", "trainable", lambda value: "-" if value == "none" else text(value)),
+            Column("macs", "mult-adds", count, right=True),
+        ),
+        _summary_footer(document, trace.reason),
+        dimmed=lambda row: trace.inputs is not None and not row["executed"],
+    )
+
+
+def _output_text(layer: Mapping[str, Any], *, passed: bool) -> str:
+    """What stands for the output shape: `not called` is for a pass that was made and did not come by."""
+    return shape(layer["output_shape"]) if layer["executed"] or not passed else "(not called)"
+
+
+def _summary_footer(document: Mapping[str, Any], reason: str | None) -> list[tuple[str, str]]:
+    totals = document["totals"]
+    lines = [
+        ("Total params", count(totals["params"])),
+        ("Trainable params", count(totals["trainable_params"])),
+        ("Non-trainable params", count(totals["non_trainable_params"])),
+        ("Buffers", count(totals["buffers"])),
+        ("Total mult-adds", count(totals["macs"])),
+        ("Input size", megabytes(totals["input_bytes"])),
+        ("Forward/backward pass size", megabytes(totals["forward_backward_bytes"])),
+        ("Params size", megabytes(totals["param_bytes"])),
+        ("Buffers size", megabytes(totals["buffer_bytes"])),
+        ("Estimated total size", megabytes(totals["total_bytes"])),
+    ]
+    if document["input"] is not None:
+        lines.insert(0, ("Input", " ".join(shape(size) for size in document["input"])))
+    if reason is not None:
+        lines.append(("Not complete", reason))
+    return lines
+
+
+# --- params --------------------------------------------------------------------------------------------------------
+
+SORT_KEYS = ("name", "shape", "dtype", "elements", "bytes", "kind")
+
+
+def params(
+    reference: str,
+    blueprint: Blueprint,
+    tensors: Sequence[TensorInfo],
+    *,
+    values: Mapping[str, Any] | None = None,
+    value_texts: Mapping[str, str] | None = None,
+) -> View:
+    """One row a tensor, and the totals of the tensors shown."""
+    rows = []
+    for tensor in tensors:
+        row: dict[str, Any] = {
+            "name": tensor.name,
+            "shape": None if tensor.shape is None else list(tensor.shape),
+            "dtype": tensor.dtype,
+            "elements": tensor.elements,
+            "bytes": tensor.nbytes,
+            "kind": tensor.kind,
+            "trainable": tensor.requires_grad if tensor.kind == "parameter" else None,
+            "tied_to": tensor.tied_to,
+        }
+        if not tensor.persistent:
+            row["persistent"] = False
+        if values is not None:
+            row["values"] = values.get(tensor.name)
+        rows.append(row)
+    totals = totals_of(tensors)
+    document = {
+        "schema": SCHEMA,
+        "model": model_of(reference, blueprint),
+        "tensors": rows,
+        "totals": totals_document(totals),
+    }
+    columns = [
+        Column("name", "name", style="cyan"),
+        Column("shape", "shape", shape),
+        Column("dtype", "dtype"),
+        Column("elements", "elements", count, right=True),
+        Column("bytes", "bytes", count, right=True, optional=3),
+        Column("kind", "kind", optional=2),
+        Column("trainable", "trainable", optional=1),
+    ]
+    if any(row["tied_to"] for row in rows):
+        columns.append(Column("tied_to", "tied to"))
+    if value_texts is not None:
+        columns.append(Column("value_text", "values", flexible=True))
+        rows = [row | {"value_text": value_texts.get(row["name"], "-")} for row in rows]
+    footer = [
+        ("Tensors", count(len(rows))),
+        ("Params", f"{count(totals.params)} ({count(totals.trainable_params)} trainable)"),
+        ("Buffers", count(totals.buffers)),
+        ("Size", megabytes(totals.param_bytes + totals.buffer_bytes)),
+    ]
+    return View(document, rows, columns, footer, dimmed=lambda row: row["trainable"] is False)
+
+
+# --- modules -------------------------------------------------------------------------------------------------------
+
+
+def modules(
+    reference: str, blueprint: Blueprint, paths: Sequence[str], *, depth: int | None, style: str = "table"
+) -> View:
+    """One row a module. `style` is `table`, `tree` or `repr`; the last two show what lies below each path as well."""
+    picked = [blueprint.by_path[path] for path in paths]
+    rows = [_module_row(blueprint, module) for module in picked if depth is None or module.depth <= depth]
+    totals = totals_document(blueprint.totals)
+    document = {"schema": SCHEMA, "model": model_of(reference, blueprint), "modules": rows, "totals": totals}
+    body = None
+    if style == "tree":
+        body = "\n".join(_tree(blueprint, path, depth) for path in _outermost(paths))
+    elif style == "repr":
+        body = "\n".join(_printed(blueprint, path) for path in _outermost(paths))
+    columns = (
+        Column("path", "path", style="cyan"),
+        Column("type", "type"),
+        Column("config", "configuration", flexible=True),
+        Column("params", "params", count, right=True),
+        Column("trainable", "trainable", lambda value: "-" if value == "none" else text(value)),
+    )
+    return View(document, rows, columns, [("Modules", count(len(rows)))], body=body)
+
+
+def _module_row(blueprint: Blueprint, module: ModuleInfo) -> dict[str, Any]:
+    return {
+        "path": shown(module.path),
+        "type": module.type,
+        "config": " ".join(module.config.split()),
+        "params": blueprint.params_of(module.path),
+        "trainable": blueprint.trainable_of(module.path),
+        "shared_with": module.shared_with,
+    }
+
+
+def _outermost(paths: Sequence[str]) -> list[str]:
+    """The paths that do not lie inside another one."""
+    found: list[str] = []
+    for path in paths:
+        if not any(not above or path == above or path.startswith(f"{above}.") for above in found):
+            found.append(path)
+    return found
+
+
+def _printed(blueprint: Blueprint, path: str) -> str:
+    return repr_text(blueprint, path)
+
+
+def _tree(blueprint: Blueprint, top: str, depth: int | None) -> str:
+    """The modules below a path, indented with guides."""
+    lines = [_tree_label(blueprint, blueprint.by_path[top], shown(top))]
+
+    def add(path: str, guide: str) -> None:
+        children = blueprint.children.get(path, ())
+        for index, child in enumerate(children):
+            if depth is not None and child.depth > depth:
+                continue
+            last = index == len(children) - 1
+            label = _tree_label(blueprint, child, child.path.rpartition(".")[2])
+            lines.append(f"{guide}{'└── ' if last else '├── '}{label}")
+            add(child.path, guide + ("    " if last else "│   "))
+
+    add(top, "")
+    return "\n".join(lines)
+
+
+def _tree_label(blueprint: Blueprint, module: ModuleInfo, name: str) -> str:
+    config = " ".join(module.config.split())
+    size = blueprint.params_of(module.path)
+    parts = [name, f"{module.type}({config})" if module.type else ""]
+    if size:
+        parts.append(f"{size:,}")
+    if module.shared_with is not None:
+        parts.append(f"(same as {shown(module.shared_with)})")
+    return "  ".join(part for part in parts if part)
+
+
+# --- edits, load, save, list, log ----------------------------------------------------------------------------------
+
+
+def edits(
+    reference: str,
+    blueprint: Blueprint,
+    *,
+    lines: Sequence[str],
+    changes: Iterable[Mapping[str, Any]],
+    before: Totals,
+    after: Totals,
+    check: Mapping[str, Any],
+    output: Path | None,
+    outcome: Sequence[tuple[str, str]],
+) -> View:
+    """What an edit changed: a row for each change, the totals, the check, and what became of it."""
+    rows = [{**change, "path": shown(change["path"])} for change in changes]
+    document = {
+        "schema": SCHEMA,
+        "model": model_of(reference, blueprint),
+        "edits": list(lines),
+        "changes": rows,
+        "totals_before": totals_document(before),
+        "totals_after": totals_document(after),
+        "check": dict(check),
+        "output": None if output is None else str(output),
+    }
+    footer = [("params", _difference(before.params, after.params))]
+    if before.non_trainable_params or after.non_trainable_params:
+        footer.append(("trainable", _difference(before.trainable_params, after.trainable_params)))
+    if check["ran"]:
+        given = " ".join(shape(size) for size in check["input"])
+        footer.append(("check", f"runs: {given} -> {shape(check['output_shape'])}"))
+    else:
+        footer.append(("check", f"not made: {check['reason']}"))
+    shown_rows = [row | {"arrow": "->", "delta": row["params_after"] - row["params_before"]} for row in rows]
+    columns = [
+        Column("path", "path", style="cyan"),
+        Column("before", "before", flexible=True),
+        Column("arrow", ""),
+        Column("after", "after", flexible=True),
+    ]
+    if any(row["delta"] for row in shown_rows):
+        columns.append(Column("delta", "params", lambda value: f"{signed(value)} params", right=True))
+    else:
+        columns.append(Column("params_after", "params", lambda value: f"{count(value)} params", right=True))
+    return View(document, shown_rows, columns, [*footer, *outcome], header=False)
+
+
+def _difference(before: int, after: int) -> str:
+    return f"{before:,}" if before == after else f"{before:,} -> {after:,} ({after - before:+,})"
+
+
+def load(
+    reference: str,
+    blueprint: Blueprint,
+    *,
+    matched: int,
+    missing: Sequence[str],
+    unexpected: Sequence[str],
+    mismatched: Sequence[Mapping[str, Any]],
+    outcome: Sequence[tuple[str, str]],
+) -> View:
+    """How a checkpoint's keys fit the architecture."""
+    document = {
+        "schema": SCHEMA,
+        "model": model_of(reference, blueprint),
+        "matched": matched,
+        "missing": list(missing),
+        "unexpected": list(unexpected),
+        "mismatched": [dict(mismatch) for mismatch in mismatched],
+    }
+    rows: list[dict[str, Any]] = [
+        {"name": item["name"], "problem": "mismatched", "expected": item["expected"], "found": item["found"]}
+        for item in mismatched
+    ]
+    for problem, names in (("missing", missing), ("unexpected", unexpected)):
+        rows += [{"name": name, "problem": problem, "expected": None, "found": None} for name in names]
+    columns = (
+        Column("name", "name", style="cyan"),
+        Column("problem", "problem", style="red"),
+        Column("expected", "expected", shape),
+        Column("found", "found", shape),
+    )
+    footer = [
+        ("matched", count(matched)),
+        ("missing", count(len(missing))),
+        ("unexpected", count(len(unexpected))),
+        ("mismatched", count(len(mismatched))),
+    ]
+    return View(document, rows, columns, [*footer, *outcome], header=bool(rows))
+
+
+def save(
+    reference: str,
+    blueprint: Blueprint,
+    *,
+    output: Path,
+    kind: str,
+    tensors: int,
+    nbytes: int,
+    check: Mapping[str, Any],
+) -> View:
+    """What was saved where; `bytes` is the size of the file."""
+    document = {
+        "schema": SCHEMA,
+        "model": model_of(reference, blueprint),
+        "output": str(output),
+        "format": kind,
+        "tensors": tensors,
+        "params": blueprint.totals.params,
+        "bytes": nbytes,
+        "check": dict(check),
+    }
+    row = {key: document[key] for key in ("output", "format", "tensors", "params", "bytes")}
+    columns = (
+        Column("output", "output", style="cyan"),
+        Column("format", "format"),
+        Column("tensors", "tensors", lambda value: f"{count(value)} tensors", right=True),
+        Column("params", "params", lambda value: f"{count(value)} params", right=True),
+        Column("bytes", "bytes", megabytes, right=True),
+    )
+    return View(document, [row], columns, header=False)
+
+
+def models(entries: Sequence[Mapping[str, Any]]) -> View:
+    """The torchvision builders."""
+    document = {"schema": SCHEMA, "models": [dict(entry) for entry in entries]}
+    columns = (
+        Column("name", "name", style="cyan"),
+        Column("params", "params", count, right=True),
+        Column("macs", "mult-adds", count, right=True, optional=2),
+        Column("group", "group", optional=1),
+        Column("weights", "weights", lambda value: " ".join(value), flexible=True),
+    )
+    return View(document, list(entries), columns, [("Builders", count(len(entries)))])
+
+
+def log(reference: str, kind: str | None, recipe: Path, lines: Sequence[str], details: Mapping[str, Any]) -> View:
+    """The working recipe, an edit a row."""
+    document = {
+        "schema": SCHEMA,
+        "recipe": str(recipe),
+        "model": {"reference": reference, "class": kind},
+        **details,
+        "edits": list(lines),
+    }
+    rows = [{"number": number, "edit": line} for number, line in enumerate(lines, 1)]
+    columns = (Column("number", "#", right=True), Column("edit", "edit", flexible=True))
+    footer = [("recipe", str(recipe)), ("model", reference)]
+    footer += [(key, text(value)) for key, value in details.items() if value not in (None, [], ())]
+    return View(document, rows, columns, footer, header=bool(rows))

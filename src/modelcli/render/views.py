@@ -1,0 +1,76 @@
+"""A view: one JSON document, and how its rows are read as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+def text(value: Any) -> str:
+    """Any value in a cell: `-` for none, `yes` and `no` for truth."""
+    if value is None or value == "":
+        return "-"
+    if value is True:
+        return "yes"
+    if value is False:
+        return "no"
+    return str(value)
+
+
+def count(value: int | None) -> str:
+    """`61,100,840`."""
+    return "-" if value is None else f"{value:,}"
+
+
+def signed(value: int | None) -> str:
+    """`-4,056,030`; `0` stays `0`."""
+    return "-" if value is None else f"{value:+,}" if value else "0"
+
+
+def megabytes(value: int | None) -> str:
+    """`244.40 MB`, where a megabyte is 10^6 bytes; less than 0.01 MB with all its digits."""
+    if value is None:
+        return "-"
+    return f"{value / 1e6:.6f} MB" if 0 < value < 10_000 else f"{value / 1e6:,.2f} MB"
+
+
+def shape(value: Any) -> str:
+    """`[1,3,224,224]`; `{out:[1,21,520,520]}` and `([1,2],[1,3])` for an output of several tensors."""
+    if value is None:
+        return "-"
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{shape(item)}" for key, item in value.items()) + "}"
+    if all(isinstance(item, int) for item in value):
+        return "[" + ",".join(map(str, value)) + "]"
+    return "(" + ",".join(map(shape, value)) + ")"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: the key of the rows it shows, and how.
+
+    `optional` columns are left out on a terminal that is too narrow, the highest number first; `flexible` ones may be
+    cut there. Neither happens anywhere else.
+    """
+
+    key: str
+    title: str
+    format: Callable[[Any], str] = text
+    right: bool = False
+    style: str = ""
+    optional: int = 0
+    flexible: bool = False
+
+
+@dataclass(frozen=True)
+class View:
+    """What a command shows. `body` replaces the table where it is text already (a tree, a printed model)."""
+
+    document: Mapping[str, Any]
+    rows: Sequence[Mapping[str, Any]]
+    columns: Sequence[Column]
+    footer: Sequence[tuple[str, str]] = ()
+    header: bool = True
+    body: str | None = None
+    dimmed: Callable[[Mapping[str, Any]], bool] | None = None

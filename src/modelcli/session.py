@@ -1,0 +1,374 @@
+"""What a command does, from the words it was given to a value that can be shown.
+
+The one place that decides whether torch is needed: a checkpoint is looked at without it, everything else is not.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from modelcli import blueprint as blueprints
+from modelcli import checkpoints, recipe, references, selectors, writing
+from modelcli import record as records
+from modelcli.blueprint import Blueprint, Totals, Trace, shown
+from modelcli.checkpoints import Contents, LegacyFileError
+from modelcli.edits import Edit
+from modelcli.errors import ModelcliError, RequestError
+from modelcli.recipe import Source
+from modelcli.references import CheckpointFile, PythonObject
+from modelcli.writing import Written
+
+if TYPE_CHECKING:
+    from modelcli.live.opening import Live
+
+
+@dataclass(frozen=True)
+class Target:
+    """The model that a command works on: where it comes from, the edits of its recipe, and that recipe, if any."""
+
+    source: Source
+    edits: tuple[Edit, ...] = ()
+    recipe: Path | None = None
+
+
+def find_target(
+    model: str | None,
+    overrides: Mapping[str, Any],
+    recipe_path: Path | None = None,
+) -> Target:
+    """The argument or `-m`, else `$MODELCLI_MODEL`, else the working recipe. Overrides win over the recipe's lines."""
+    given = {key: value for key, value in overrides.items() if value not in (None, (), False)}
+    named = model or os.environ.get("MODELCLI_MODEL")
+    if named:
+        return Target(Source(model=named, **given))
+    read = recipe.read(recipe_path or recipe.default_path())
+    return Target(replace(read.source, **given), read.edits, read.path)
+
+
+@dataclass(frozen=True)
+class Look:
+    """A blueprint to show, and what to tell about it."""
+
+    blueprint: Blueprint
+    notes: tuple[str, ...] = ()
+    contents: Contents | None = None
+    live: Live | None = None
+
+
+def look(target: Target, *, traced: bool = False, mode: str = "eval") -> Look:
+    """The blueprint of a model as it stands, its recipe's edits applied. With `traced`, with a forward pass in it."""
+    found = _look_at_file(target, traced=traced, mode=mode)
+    if found is not None:
+        return found
+    from modelcli.live import opening, planning
+
+    live = opening.open_live(target.source)
+    live.apply(target.edits)
+    blueprint = planning.traced(live, mode) if traced else live.describe()
+    return Look(blueprint, tuple(live.notes), live.contents, live)
+
+
+def _look_at_file(target: Target, *, traced: bool, mode: str) -> Look | None:
+    """A checkpoint's own account of itself, without torch; None where torch is needed to answer."""
+    source = target.source
+    if target.edits or source.arch is not None or not isinstance(reference := source.reference(), CheckpointFile):
+        return None
+    if source.weights not in (None, "none"):
+        return None
+    try:
+        contents = checkpoints.read(reference.path, key=source.key)
+    except LegacyFileError:
+        return None
+    notes = list(contents.notes)
+    if contents.foreign:
+        names = ", ".join(contents.foreign[:5])
+        notes.append(f"{reference.path} also holds objects of {names}: none was loaded, the tensors are shown")
+    record = contents.record
+    if record is not None and (why := records.disagreement(record, contents.infos())):
+        notes.append(f"the record in {reference.path.name} was ignored: {why}")
+        record = None
+    if record is None:
+        bare = contents.bare_blueprint()
+        if traced:
+            bare = bare.with_trace(Trace(None, reason="the file does not say its architecture: --arch names one"))
+        return Look(bare, tuple(notes), contents)
+    if traced and (source.input_size is not None or source.input_dtype or mode != "eval"):
+        return None
+    return Look(record.blueprint, tuple(notes), contents)
+
+
+def values(found: Look, names: Sequence[str], *, whole: bool) -> tuple[dict[str, Any], dict[str, str]]:
+    """The numbers of tensors: as nested lists where `whole`, and as one line each."""
+    from modelcli.live import values as reading
+
+    if found.live is not None:
+        return reading.of_live(found.live, names, whole=whole)
+    assert found.contents is not None
+    return reading.of_contents(found.contents, names, whole=whole)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What editing or saving came to. `output` is None where nothing was written."""
+
+    blueprint: Blueprint
+    changes: tuple[Mapping[str, Any], ...]
+    before: Totals
+    after: Totals
+    check: Mapping[str, Any]
+    written: Written | None = None
+    notes: tuple[str, ...] = ()
+    edits: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class Writing:
+    """Where to and how: `check` is `meta`, `run` or `none`; `bare` drops what stood around the state dict."""
+
+    out: Path | None = None
+    force: bool = False
+    dry_run: bool = False
+    check: str = "meta"
+    bare: bool = False
+
+
+def edit(target: Target, added: Sequence[Edit], how: Writing) -> Outcome:
+    """Apply edits, check the result, and write it where `how` says so; the recipe, if any, gets the edits at the end.
+
+    Nothing is written where anything is wrong.
+    """
+    if how.out is not None:
+        writing.check_target(how.out, force=how.force)
+    from modelcli.live import opening
+    from modelcli.live.twins import meta_twin
+
+    live = opening.open_live(target.source)
+    live.apply(target.edits)
+    before_module, before = meta_twin(live.module), live.describe()
+    live.changes.clear()
+    live.apply(added)
+    check = _check(before_module, live, target, added, how)
+    outcome = _outcome(live, before, check, added)
+    if how.dry_run:
+        return outcome
+    if how.out is not None:
+        outcome = _write(live, outcome, how.out, how)
+    if target.recipe is not None:
+        recipe.append(target.recipe, added)
+    return outcome
+
+
+def save(target: Target, how: Writing) -> Outcome:
+    """Apply the recipe's edits, check the result and write it."""
+    assert how.out is not None
+    writing.check_target(how.out, force=how.force)
+    from modelcli.live import opening
+    from modelcli.live.twins import meta_twin
+
+    live = opening.open_live(target.source)
+    before_module, before = meta_twin(live.module), live.describe()
+    live.apply(target.edits)
+    if target.edits:
+        check = _check(before_module, live, target, target.edits, how)
+    else:
+        check = {"ran": False, "reason": "nothing was edited", "output_shape": None}
+    outcome = _outcome(live, before, check, target.edits)
+    return outcome if how.dry_run else _write(live, outcome, how.out, how)
+
+
+def _check(before: Any, live: Live, target: Target, added: Sequence[Edit], how: Writing) -> dict[str, Any]:
+    from modelcli.live import check as checking
+    from modelcli.live import opening
+
+    edited = [change.path for change in live.changes]
+    if how.check == "none":
+        result = checking.Check(False, "--check none skips it")
+    elif live.architecture is None:
+        result = checking.Check(False, "no architecture is known: --arch names one")
+    elif how.check == "run":
+        done = target.edits if added == target.edits else (*target.edits, *added)
+        after, _ = opening.open_real(target.source, done)
+        unedited, _ = opening.open_real(target.source, () if added == target.edits else target.edits)
+        result = checking.run_for_real(unedited, after, live.inputs)
+    else:
+        result = checking.check(before, live.module, live.inputs, edited)
+    shapes = None if live.inputs is None else [list(size) for size in live.inputs.shapes]
+    return {"ran": result.ran, "reason": result.reason, "output_shape": result.output_shape, "input": shapes}
+
+
+def _outcome(live: Live, before: Blueprint, check: Mapping[str, Any], added: Sequence[Edit]) -> Outcome:
+    after = live.describe()
+    changes = tuple(
+        {
+            "path": change.path,
+            "action": change.action,
+            "before": change.before,
+            "after": change.after,
+            "params_before": change.params_before,
+            "params_after": change.params_after,
+        }
+        for change in live.changes
+    )
+    return Outcome(
+        after,
+        changes,
+        before.totals,
+        after.totals,
+        check,
+        notes=tuple(live.notes),
+        edits=tuple(map(str, added)),
+    )
+
+
+def _write(live: Live, outcome: Outcome, out: Path, how: Writing) -> Outcome:
+    from modelcli.live import planning
+
+    plan = planning.plan(live, out, writing.format_of(out), bare=how.bare)
+    written = writing.write(plan, out, force=how.force)
+    notes = list(outcome.notes)
+    if live.drawn:
+        assert live.architecture is not None
+        notes.append(f"{live.architecture.reference} was randomly initialised (--seed {live.seed})")
+    around = live.contents.key if live.contents is not None else None
+    if around is not None and plan.key is None:
+        notes.append(f"what {live.contents.path.name} held beside {around[0]!r} was left out")  # type: ignore[union-attr]
+    return replace(outcome, written=written, notes=tuple(notes))
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """How a model's keys fit. `error` is set where the load fails; then no recipe was written."""
+
+    blueprint: Blueprint
+    matched: int
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    mismatched: tuple[Mapping[str, Any], ...] = ()
+    recipe: Path | None = None
+    notes: tuple[str, ...] = ()
+    error: ModelcliError | None = None
+
+
+def load(source: Source, recipe_path: Path, *, force: bool, dry_run: bool) -> Loaded:
+    """Check that a model loads, and start the working recipe with it."""
+    from modelcli.live import opening
+
+    # Missing and unexpected keys are shown, not raised: the command decides what they come to.
+    live = opening.open_live(source, report_only=True)
+    report = live.report
+    error = None
+    if report is not None and live.architecture is not None and live.contents is not None:
+        error = report.refusal(live.contents, str(live.architecture.reference), strict=source.strict)
+    elif live.architecture is not None and live.architecture.weights is not None:
+        opening.load_weights(live)
+    blueprint = live.describe()
+    loaded = Loaded(
+        blueprint=blueprint,
+        matched=report.matched if report else sum(tensor.persistent for tensor in blueprint.tensors),
+        missing=report.missing if report else (),
+        unexpected=report.unexpected if report else (),
+        mismatched=tuple(
+            {"name": item.name, "expected": list(item.expected), "found": list(item.found)}
+            for item in (report.mismatched if report else ())
+        ),
+        notes=tuple(live.notes),
+        error=error,
+    )
+    if error is not None or dry_run:
+        return loaded
+    if recipe_path.exists() and not force and (count := len(recipe.read(recipe_path).edits)):
+        raise RequestError(f"{recipe_path} has {count} edits", "--force starts it anew; --recipe names another")
+    recipe.start(recipe_path, seen_from(source, recipe_path.parent))
+    return replace(loaded, recipe=recipe_path)
+
+
+def seen_from(source: Source, folder: Path) -> Source:
+    """A source with its relative paths as seen from another folder."""
+
+    def moved(text: str | None) -> str | None:
+        if text is None:
+            return None
+        try:
+            reference = references.parse(text, source.folder)
+        except ModelcliError:
+            return text
+        if isinstance(reference, PythonObject):
+            return reference.relative_to(folder.resolve())
+        if isinstance(reference, CheckpointFile):
+            path = Path(text)
+            if path.is_absolute():
+                return text
+            relative = os.path.relpath(reference.path.resolve(), folder.resolve()).replace(os.sep, "/")
+            return relative if "/" in relative or Path(relative).suffix else f"./{relative}"
+        return text
+
+    model = moved(source.model)
+    assert model is not None
+    weights = source.weights
+    if weights is not None and Path(source.folder / weights).is_file():
+        weights = moved(weights)
+    return replace(source, model=model, arch=moved(source.arch), weights=weights, folder=folder)
+
+
+def select_tensors(
+    blueprint: Blueprint,
+    selected: Sequence[str],
+    *,
+    buffers: bool,
+    frozen: bool,
+    trainable: bool,
+) -> list[blueprints.TensorInfo]:
+    """The tensors to show: those selected, less buffers or flags that were not asked for."""
+    tensors = list(blueprint.tensors)
+    if selected:
+        names = set(selectors.select_tensors(blueprint, selected))
+        tensors = [tensor for tensor in tensors if tensor.name in names]
+    if not buffers:
+        tensors = [tensor for tensor in tensors if tensor.kind != "buffer"]
+    if frozen or trainable:
+        wanted = {False} if frozen and not trainable else {True} if trainable and not frozen else {True, False}
+        tensors = [tensor for tensor in tensors if tensor.requires_grad in wanted]
+    return tensors
+
+
+def undo(path: Path, count: int) -> list[str]:
+    """Take back the last edits of a recipe. Raises RequestError where there are none."""
+    read = recipe.read(path)
+    if not read.edits:
+        raise RequestError(f"{path} has no edits to take back")
+    if count > len(read.edits):
+        raise RequestError(f"{path} has {len(read.edits)} edits, not {count}")
+    return recipe.take_back(path, count)
+
+
+def builders(pattern: str | None) -> list[dict[str, Any]]:
+    """torchvision's builders that contain the pattern, or match it where it has a wildcard."""
+    import fnmatch
+
+    from modelcli.live import zoo
+
+    names = zoo.builder_names()
+    if pattern:
+        glob = pattern if any(character in pattern for character in "*?[") else f"*{pattern}*"
+        chosen = [name for name in names if fnmatch.fnmatchcase(name, glob)]
+        if not chosen:
+            near = zoo.nearest_names(pattern)
+            raise RequestError(f"no builder matches {pattern!r}", f"nearest: {', '.join(near)}" if near else None)
+        names = chosen
+    return [
+        {
+            "name": info.name,
+            "params": info.params,
+            "macs": info.macs,
+            "weights": list(info.weights),
+            "group": info.group,
+        }
+        for info in map(zoo.describe, names)
+    ]
+
+
+__all__ = ["Look", "Target", "edit", "find_target", "load", "look", "save", "shown"]

@@ -1,0 +1,175 @@
+"""Inert values back into a pickle of protocol 2, as `torch.save` writes them: a dozen opcodes, no torch."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from modelcli.checkpoints.contents import TensorEntry
+from modelcli.checkpoints.pickles import STORAGE_CLASSES, Global, Opaque, OrderedDict, Tensor
+from modelcli.errors import RequestError
+from modelcli.writing.plan import PlannedTensor
+
+MAX_DEPTH = 900
+
+
+def dumps(value: Any, storage_key: Callable[[PlannedTensor], tuple[str, int]]) -> bytes:
+    """Pickle a tree of inert values. `storage_key` gives a tensor's record and the number of bytes in it."""
+    out = bytearray(b"\x80\x02")
+    _Writer(out, storage_key).write(value, 0)
+    out += b"."
+    return bytes(out)
+
+
+class _Writer:
+    def __init__(self, out: bytearray, storage_key: Callable[[PlannedTensor], tuple[str, int]]) -> None:
+        self.out = out
+        self.storage_key = storage_key
+        self.memo: dict[Global, int] = {}
+
+    def write(self, value: Any, depth: int) -> None:
+        out = self.out
+        if depth > MAX_DEPTH:
+            raise RequestError(f"the checkpoint's values are nested deeper than {MAX_DEPTH}, or hold themselves")
+        match value:
+            case None:
+                out += b"N"
+            case True:
+                out += b"\x88"
+            case False:
+                out += b"\x89"
+            case int():
+                self._integer(value)
+            case float():
+                out += b"G" + struct.pack(">d", value)
+            case str():
+                data = value.encode("utf-8", "surrogatepass")
+                out += b"X" + struct.pack("<I", len(data)) + data
+            case bytes():
+                self.write(Opaque(Global("_codecs", "encode"), (value.decode("latin-1"), "latin1")), depth)
+            case PlannedTensor():
+                self._tensor(value, requires_grad=False)
+            case TensorEntry():
+                self._entry(value)
+            case tuple():
+                self._sequence(value, depth)
+            case list():
+                out += b"]("
+                for item in value:
+                    self.write(item, depth + 1)
+                out += b"e"
+            case OrderedDict():
+                self._global(Global("collections", "OrderedDict"))
+                out += b")R"
+                self._items(value, depth)
+                if value.state is not None:
+                    self.write(value.state, depth + 1)
+                    out += b"b"
+            case dict():
+                out += b"}"
+                self._items(value, depth)
+            case Global():
+                self._global(value)
+            case Opaque():
+                self._opaque(value, depth)
+            case Tensor():
+                raise AssertionError("a tensor that no file holds")
+            case _:
+                raise RequestError(f"a value of type {type(value).__name__} cannot be written to a checkpoint")
+
+    def _integer(self, value: int) -> None:
+        if 0 <= value < 256:
+            self.out += b"K" + bytes([value])
+        elif -(2**31) <= value < 2**31:
+            self.out += b"J" + struct.pack("<i", value)
+        else:
+            data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+            if len(data) > 255:
+                raise RequestError("an integer of more than 255 bytes cannot be written to a checkpoint")
+            self.out += b"\x8a" + bytes([len(data)]) + data
+
+    def _sequence(self, values: tuple[Any, ...], depth: int) -> None:
+        if not values:
+            self.out += b")"
+            return
+        if len(values) > 3:
+            self.out += b"("
+        for item in values:
+            self.write(item, depth + 1)
+        self.out += {1: b"\x85", 2: b"\x86", 3: b"\x87"}.get(len(values), b"t")
+
+    def _items(self, values: Mapping[Any, Any], depth: int) -> None:
+        if values:
+            self.out += b"("
+            for key, item in values.items():
+                self.write(key, depth + 1)
+                self.write(item, depth + 1)
+            self.out += b"u"
+
+    def _global(self, value: Global) -> None:
+        if (number := self.memo.get(value)) is not None:
+            self.out += b"h" + bytes([number]) if number < 256 else b"j" + struct.pack("<I", number)
+            return
+        number = self.memo[value] = len(self.memo)
+        self.out += b"c" + value.module.encode() + b"\n" + value.name.encode() + b"\n"
+        self.out += b"q" + bytes([number]) if number < 256 else b"r" + struct.pack("<I", number)
+
+    def _opaque(self, value: Opaque, depth: int) -> None:
+        if value.how == "set":
+            value = Opaque(value.call, (value.appended,), value.state)
+        if value.how == "newobj_ex":
+            raise RequestError("an object made with keyword arguments cannot be written to a checkpoint", "use --bare")
+        self.write(value.call, depth + 1)
+        self.write(value.args, depth + 1)
+        self.out += b"\x81" if value.how == "newobj" else b"R"
+        for item in value.appended:
+            self.write(item, depth + 1)
+            self.out += b"a"
+        for key, item in value.items:
+            self.write(key, depth + 1)
+            self.write(item, depth + 1)
+            self.out += b"s"
+        if value.state is not None:
+            self.write(value.state, depth + 1)
+            self.out += b"b"
+
+    def _entry(self, entry: TensorEntry) -> None:
+        planned = PlannedTensor(entry.shape, entry.dtype, entry.stride, entry.offset, entry.storage)
+        if not entry.is_parameter:
+            self._tensor(planned, requires_grad=bool(entry.requires_grad))
+            return
+        self._global(Global("torch._utils", "_rebuild_parameter"))
+        self._tensor(planned, requires_grad=False)
+        self.out += b"\x88" if entry.requires_grad else b"\x89"
+        self._empty_ordered_dict()
+        self.out += b"\x87R"
+
+    def _tensor(self, tensor: PlannedTensor, *, requires_grad: bool) -> None:
+        """`_rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)`; v3 where no typed storage is."""
+        key, nbytes = self.storage_key(tensor)
+        storage_class = STORAGE_CLASSES.get(tensor.dtype)
+        name = "_rebuild_tensor_v2" if storage_class else "_rebuild_tensor_v3"
+        self._global(Global("torch._utils", name))
+        self.out += b"(("
+        self.write("storage", 0)
+        if storage_class:
+            self._global(Global("torch", storage_class))
+        else:
+            self._global(Global("torch.storage", "UntypedStorage"))
+        self.write(key, 0)
+        self.write("cpu", 0)
+        self.write(nbytes, 0)
+        self.out += b"tQ"
+        self.write(tensor.offset, 0)
+        self.write(tensor.shape, 0)
+        self.write(tensor.stride, 0)
+        self.out += b"\x88" if requires_grad else b"\x89"
+        self._empty_ordered_dict()
+        if not storage_class:
+            self._global(Global("torch", tensor.dtype))
+        self.out += b"tR"
+
+    def _empty_ordered_dict(self) -> None:
+        self._global(Global("collections", "OrderedDict"))
+        self.out += b")R"

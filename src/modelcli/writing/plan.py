@@ -1,0 +1,64 @@
+"""What a writer is fed with: names, shapes, and sources of bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from modelcli.blueprint import Shape
+
+
+class Source(Protocol):
+    """Where a storage's bytes come from: a span of a file, or a value just made. Equal sources are one storage."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def chunks(self) -> Iterator[bytes | memoryview]: ...
+
+    def __hash__(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """One tensor to write: a view (offset and stride in elements) into a storage."""
+
+    shape: Shape
+    dtype: str
+    stride: Shape
+    offset: int
+    source: Source
+
+    @property
+    def view(self) -> tuple[object, ...]:
+        """Equal for two tensors that are the same part of the same storage."""
+        return (self.source, self.offset, self.shape, self.stride, self.dtype)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checkpoint to write.
+
+    `tensors` is the state dict, in order; `extras` its entries that are no tensors, inert; `metadata` its
+    `_metadata`; `record` the text that says where the model comes from. `tree` and `key` are the training checkpoint
+    around the state dict, as inert values, where there is one.
+    """
+
+    tensors: Mapping[str, PlannedTensor]
+    record: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    extras: Mapping[str, Any] = field(default_factory=dict)
+    tree: Any = None
+    key: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written where; `nbytes` is the size of the file."""
+
+    path: Path
+    format: str
+    tensors: int
+    nbytes: int

@@ -1,0 +1,60 @@
+"""The writer of `.safetensors`: an aligned JSON header, then each tensor's bytes, tied ones once."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from modelcli import record as records
+from modelcli.blueprint import ITEM_BYTES
+from modelcli.checkpoints.safetensors import DTYPES
+from modelcli.errors import RequestError, SystemFailureError
+from modelcli.writing.plan import Plan, PlannedTensor
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def _unique(plan: Plan) -> dict[str, PlannedTensor]:
+    """Each tensor under its first name, the widest dtypes first so that every one is aligned, else in order."""
+    first: dict[tuple[object, ...], str] = {}
+    for name, tensor in plan.tensors.items():
+        first.setdefault(tensor.view if tensor.source.nbytes else (name,), name)
+    names = sorted(first.values(), key=lambda name: -ITEM_BYTES[plan.tensors[name].dtype])
+    return {name: plan.tensors[name] for name in names}
+
+
+def write(plan: Plan, file: BinaryIO) -> None:
+    """Write header and bytes. Every tensor of the plan is the whole of its source, row-major."""
+    tensors = _unique(plan)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", records.SAFETENSORS_KEY: plan.record}}
+    position = 0
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _NAMES:
+            raise RequestError(f"{name} is {tensor.dtype}, which safetensors has no name for", "write a .pth file")
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [position, position + tensor.source.nbytes],
+        }
+        position += tensor.source.nbytes
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(struct.pack("<Q", len(text)) + text)
+    for tensor in tensors.values():
+        for chunk in tensor.source.chunks():
+            file.write(chunk)
+
+
+def verify(plan: Plan, path: Path) -> None:
+    """Let safetensors' own reader check the file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as reader:
+            names = set(reader.keys())
+    except SafetensorError as error:
+        raise SystemFailureError(f"safetensors does not accept what was written: {error}") from None
+    if names != set(_unique(plan)):
+        raise SystemFailureError("what was read back is not what was written; nothing was changed")

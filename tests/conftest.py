@@ -1,0 +1,64 @@
+"""What the tests share: commands run in-process through the real `main()`, each in a folder of its own."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modelcli.cli import main
+
+NETS = Path(__file__).parent / "nets.py"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one command line came to."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+    @property
+    def error(self) -> Any:
+        return json.loads(self.err)["error"]
+
+
+class Cli:
+    """Runs command lines as a shell would, without the start of a process."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self.capsys = capsys
+
+    def __call__(self, *words: object, code: int = 0) -> Result:
+        self.capsys.readouterr()
+        found = main([str(word) for word in words])
+        captured = self.capsys.readouterr()
+        result = Result(found, captured.out, captured.err)
+        assert found == code, f"modelcli {' '.join(map(str, words))} gave {found}, not {code}:\n{captured.err}"
+        assert "Traceback" not in captured.err
+        return result
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], folder: Path) -> Cli:
+    """A command line in a new, empty folder."""
+    return Cli(capsys)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A new folder with `nets.py` in it, as the current one; no setting of the machine's reaches the test."""
+    for name in ("MODELCLI_MODEL", "MODELCLI_RECIPE", "NO_COLOR", "FORCE_COLOR", "COLUMNS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / ".torch"))
+    (tmp_path / "nets.py").write_bytes(NETS.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -1,0 +1,92 @@
+"""Models of one's own: what the tests and the story name as `nets.py:Net`."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    """Two convolutions with a BatchNorm between: 6 + 6 + 15 = 27 parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 3, 1)
+        self.bn = nn.BatchNorm2d(3)
+        self.conv2 = nn.Conv2d(3, 5, 1, bias=False)
+        self.register_buffer("scale", torch.full((1,), 2.0))
+        self.offset = torch.zeros(1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv2(self.bn(self.conv1(x))) * self.scale + self.offset
+
+
+class MyLinear(nn.Module):
+    """A linear layer made by hand."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.W = nn.Parameter(torch.randn(out_features, in_features))
+        self.b = nn.Parameter(torch.zeros(out_features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.W.T + self.b
+
+
+class Tied(nn.Module):
+    """An embedding that is its own output layer, a buffer that is not saved, a tensor that is only an attribute."""
+
+    def __init__(self, words: int = 11, width: int = 4) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(words, width)
+        self.body = nn.Linear(width, width)
+        self.head = nn.Linear(width, words, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("positions", torch.arange(width, dtype=torch.float32), persistent=False)
+        self.temperature = torch.tensor([2.0])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(self.embed(x)) + self.positions) / self.temperature
+
+
+class Unusual(nn.Module):
+    """Nested containers, a ModuleDict, a shared module, one never called, a lazy one, a parameter in a module that
+    has children, and a dict as output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(4))
+        shared = nn.Linear(4, 4)
+        self.first = nn.Sequential(OrderedDict([("lin", shared), ("act", nn.ReLU())]))
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(2)])
+        self.heads = nn.ModuleDict({"left": nn.Linear(4, 2), "right": nn.LazyLinear(3)})
+        self.again = shared
+        self.spare = nn.Conv2d(1, 1, 3)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = self.again(self.first(x)) * self.gain
+        for block in self.blocks:
+            x = block(x)
+        return {name: head(x) for name, head in self.heads.items()}
+
+
+class Mixed(nn.Module):
+    """A bfloat16 layer behind a float32 one: runs on meta, not on the CPU."""
+
+    def __init__(self, up: int = 4) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, up, 1)
+        self.deconv = nn.ConvTranspose2d(up, 2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.deconv(self.conv(x))
+
+
+def build(depth: int = 2) -> nn.Module:
+    """A function that returns a model."""
+    return nn.Sequential(*(nn.Linear(4, 4) for _ in range(depth)))
+
+
+instance = nn.Sequential(nn.Linear(3, 2), nn.ReLU())

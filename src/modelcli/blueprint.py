@@ -10,9 +10,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 Shape = tuple[int, ...]
+_T = TypeVar("_T")
 Kind = Literal["parameter", "buffer"]
 Trainable = Literal["yes", "no", "partial", "none"]
 
@@ -81,6 +82,7 @@ class TensorInfo:
 class ModuleInfo:
     """One module at one path. `type` is None where nothing is known but key names.
 
+    `absent` are the children that are None, by position and name: they are printed and are nothing else.
     `bases` are the names of its classes from its own up to, not including, `Module`; `config` is its `extra_repr()`;
     `own_repr` is set where its class prints itself in its own way; `shared_with` is the first path of the same
     module.
@@ -92,6 +94,7 @@ class ModuleInfo:
     config: str = ""
     shared_with: str | None = None
     own_repr: str | None = None
+    absent: tuple[tuple[int, str], ...] = ()
 
     @property
     def depth(self) -> int:
@@ -228,6 +231,8 @@ def repr_text(blueprint: Blueprint, path: str = "") -> str:
     if "ModuleList" in module.bases:
         return _module_list_text(module, [repr_text(blueprint, child.path) for child in children])
     lines = [f"({child.path.rpartition('.')[2]}): {_indented(repr_text(blueprint, child.path))}" for child in children]
+    for position, name in module.absent:
+        lines.insert(position, f"({name}): None")
     extra = module.config.split("\n") if module.config else []
     if len(extra) == 1 and not lines:
         return f"{module.type}({extra[0]})"
@@ -269,6 +274,8 @@ def to_json(blueprint: Blueprint) -> dict[str, Any]:
         for key in ("config", "shared_with", "own_repr"):
             if value := getattr(module, key):
                 entry[key] = value
+        if module.absent:
+            entry["absent"] = [list(pair) for pair in module.absent]
         modules.append(entry)
     tensors = []
     for tensor in blueprint.tensors:
@@ -303,27 +310,28 @@ def to_json(blueprint: Blueprint) -> dict[str, Any]:
 
 def from_json(document: Mapping[str, Any]) -> Blueprint:
     """The inverse of `to_json`. Raises KeyError, TypeError, ValueError or IndexError on anything else."""
-    classes = [(entry["type"], tuple(entry["bases"])) for entry in document["classes"]]
+    classes = [(_optional_text(entry["type"]), tuple(map(_text, entry["bases"]))) for entry in document["classes"]]
     modules = tuple(
         ModuleInfo(
             path=_text(entry["path"]),
             type=classes[entry["class"]][0],
             bases=classes[entry["class"]][1],
-            config=entry.get("config", ""),
-            shared_with=entry.get("shared_with"),
-            own_repr=entry.get("own_repr"),
+            config=_text(entry.get("config", "")),
+            shared_with=_optional_text(entry.get("shared_with")),
+            own_repr=_optional_text(entry.get("own_repr")),
+            absent=tuple((_size(position), _text(name)) for position, name in entry.get("absent", ())),
         )
         for entry in document["modules"]
     )
     tensors = tuple(
         TensorInfo(
             name=_text(entry["name"]),
-            shape=None if entry["shape"] is None else tuple(int(size) for size in entry["shape"]),
+            shape=None if entry["shape"] is None else shape_from_json(entry["shape"]),
             dtype=_dtype(entry["dtype"]),
-            kind=entry.get("kind", "parameter"),
-            requires_grad=entry.get("requires_grad"),
-            tied_to=entry.get("tied_to"),
-            persistent=entry.get("persistent", True),
+            kind=_one_of(("parameter", "buffer"), entry.get("kind", "parameter")),
+            requires_grad=_one_of((None, True, False), entry.get("requires_grad")),
+            tied_to=_optional_text(entry.get("tied_to")),
+            persistent=_one_of((True, False), entry.get("persistent", True)),
         )
         for entry in document["tensors"]
     )
@@ -333,12 +341,14 @@ def from_json(document: Mapping[str, Any]) -> Blueprint:
     if entry := document.get("trace"):
         inputs = entry["inputs"]
         trace = Trace(
-            inputs=None if inputs is None else tuple(tuple(shape) for shape in inputs),
-            layers={path: LayerTrace(shape, macs) for path, shape, macs in entry["layers"]},
-            macs=entry["macs"],
-            input_bytes=entry["input_bytes"],
-            forward_backward_bytes=entry["forward_backward_bytes"],
-            reason=entry["reason"],
+            inputs=None if inputs is None else tuple(map(shape_from_json, inputs)),
+            layers={
+                _text(path): LayerTrace(_output_shape(shape), _size(macs)) for path, shape, macs in entry["layers"]
+            },
+            macs=_optional_size(entry["macs"]),
+            input_bytes=_optional_size(entry["input_bytes"]),
+            forward_backward_bytes=_optional_size(entry["forward_backward_bytes"]),
+            reason=_optional_text(entry["reason"]),
         )
     return Blueprint(modules, tensors, trace)
 
@@ -347,6 +357,48 @@ def _text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"expected text, found {value!r}")
     return value
+
+
+def _optional_text(value: object) -> str | None:
+    return None if value is None else _text(value)
+
+
+def _one_of(allowed: tuple[_T, ...], value: object) -> _T:
+    for known in allowed:
+        if value is known or (isinstance(known, str) and value == known):
+            return known
+    raise ValueError(f"expected one of {allowed}, found {value!r}")
+
+
+def _size(value: object) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"expected a size, found {value!r}")
+    return value
+
+
+def _optional_size(value: object) -> int | None:
+    return None if value is None else _size(value)
+
+
+def shape_from_json(value: object) -> Shape:
+    """A list of sizes as a shape. Raises TypeError or ValueError on anything else."""
+    if not isinstance(value, list | tuple):
+        raise TypeError(f"expected a shape, found {value!r}")
+    return tuple(map(_size, value))
+
+
+def _output_shape(value: Any) -> Any:
+    """What a `LayerTrace` holds: a list of ints, or a list or dict of those, or None."""
+    match value:
+        case None:
+            return None
+        case dict():
+            return {key: _output_shape(item) for key, item in value.items()}
+        case list() | tuple() if all(type(item) is int for item in value):
+            return list(shape_from_json(value))
+        case list() | tuple():
+            return [_output_shape(item) for item in value]
+    raise TypeError(f"expected the shape of an output, found {value!r}")
 
 
 def _dtype(value: object) -> str:

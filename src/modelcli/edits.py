@@ -31,12 +31,13 @@ class Edit:
         raise NotImplementedError
 
     def __str__(self) -> str:
-        words = [self.name, *self.operands()]
+        operands, options = self.operands(), []
         for selector in self.without:
-            words += ["--except", selector]
+            options += ["--except", selector]
         if self.expect is not None:
-            words += ["--expect", str(self.expect)]
-        return " ".join(map(_quoted, words))
+            options += ["--expect", str(self.expect)]
+        words = [*options, "--", *operands] if any(map(_looks_like_option, operands)) else [*operands, *options]
+        return " ".join(map(_quoted, [self.name, *words]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,10 +143,17 @@ def from_words(name: str, words: Sequence[str]) -> Edit:
 
 def checked_operand(word: str, options: Sequence[str] = ("--except", "--expect")) -> str:
     """A word that is no option: negative numbers are operands, anything else with a dash in front is a mistake."""
-    if word.startswith("-") and not re.fullmatch(r"-(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", word, re.ASCII):
+    if _looks_like_option(word):
         raise RequestError(f"no such option: {word}", did_you_mean(word, options))
     return word
 
 
+def _looks_like_option(word: str) -> bool:
+    return word.startswith("-") and not re.fullmatch(r"-(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", word, re.ASCII)
+
+
 def _quoted(word: str) -> str:
-    return word if re.fullmatch(r"[^\s'\"\\]+", word) else shlex.quote(word)
+    """The word for a shell, quotes only where they are needed: `"Conv2d(3,8,1,padding_mode='reflect')"`."""
+    if re.fullmatch(r"[^\s'\"\\]+", word):
+        return word
+    return f'"{word}"' if "'" in word and not re.search(r'["\\$`!]', word) else shlex.quote(word)

@@ -53,7 +53,8 @@ class Call:
 
     @property
     def has_hole(self) -> bool:
-        return any(value == HOLE for value in (*self.args, *self.kwargs.values()))
+        """Whether `_` stands anywhere in it, nested calls included."""
+        return holds_hole(self)
 
 
 def parse(text: str) -> Call:
@@ -71,15 +72,20 @@ def parse(text: str) -> Call:
 
 def parse_value(text: str) -> Value:
     """Parse any value of the language."""
-    if len(text.encode("utf-8", "surrogateescape")) > MAX_BYTES:
+    if len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
         raise RequestError(f"an expression of {len(text)} characters; the limit is {MAX_BYTES // 1024} KiB")
-    text = _colons_marked(text.strip())
+    text = text.strip().replace("\r\n", "\n").replace("\r", "\n")  # as Python itself reads lines
+    if _COLON_NAME in text:
+        raise RequestError(f"names in double underscores are not allowed: {text[:80]!r}")
+    text = _colons_marked(text)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tree = ast.parse(text, mode="eval")
     except (SyntaxError, ValueError) as error:
         detail = error.msg if isinstance(error, SyntaxError) else str(error)
+        if "integer string conversion" in detail:
+            raise _too_large(text) from None
         raise RequestError(f"cannot read {_cut(text)!r}: {detail}", "write Linear(4096, 10)") from None
     except (RecursionError, MemoryError):
         raise _too_deep(text) from None
@@ -88,10 +94,12 @@ def parse_value(text: str) -> Value:
 
 
 #: Stands for the colon of `package.module:Class` while `ast` reads the text: no Python name holds a colon.
-_COLON = ".__colon__."
+_COLON_NAME = "__colon__"
+_COLON = f".{_COLON_NAME}."
 _STRING = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
 _COLONED = re.compile(
-    rf"{_STRING}|(?<![\w.])([A-Za-z_][\w.]*):([A-Za-z_]\w*)(?=\s*(?:[(,)\]}}]|$))", re.ASCII | re.DOTALL
+    rf"{_STRING}|(?<![\w.])(?!(?:True|False|None):)([A-Za-z_][\w.]*):([A-Za-z_]\w*)(?=\s*(?:[(,)\]}}]|$))",
+    re.ASCII | re.DOTALL,
 )
 
 
@@ -110,7 +118,10 @@ def parse_words(words: Sequence[str]) -> Call:
     if "(" in head or not rest:
         return parse(" ".join(words))
     if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(:[A-Za-z_]\w*)?", head, re.ASCII):
-        raise RequestError(f"{_cut(head)!r} is not the name of a module", "write Linear 4096 10")
+        raise RequestError(
+            f"{_cut(head)!r} is not the name of a module",
+            "write Linear 4096 10; where it is a path, the shell may have expanded the target: quote that",
+        )
     args: list[Value] = []
     kwargs: dict[str, Value] = {}
     for word in rest:
@@ -123,7 +134,8 @@ def parse_words(words: Sequence[str]) -> Call:
             raise RequestError(f"{_cut(word)!r} comes after {next(iter(kwargs))}=: positional arguments come first")
         else:
             args.append(_word_value(word))
-    return Call(head, tuple(args), kwargs)
+    # Read once more as one text: its limits hold for all the words together, and no name is a Python keyword.
+    return parse(to_text(Call(head, tuple(args), kwargs)))
 
 
 def _word_value(word: str) -> Value:
@@ -134,20 +146,29 @@ def _word_value(word: str) -> Value:
 
 
 def _check_limits(tree: ast.expr, text: str) -> None:
-    level: list[ast.AST] = [tree]
+    level: list[ast.expr] = [tree]
     nodes = depth = 0
     strings: list[ast.Constant] = []
     while level:
         depth += 1
-        nodes += sum(isinstance(node, ast.expr) for node in level)
+        nodes += len(level)
         strings += [node for node in level if isinstance(node, ast.Constant) and isinstance(node.value, str)]
         if depth > MAX_DEPTH:
             raise _too_deep(text)
         if nodes > MAX_NODES:
             raise RequestError(f"an expression of more than {MAX_NODES} parts: {_cut(text)!r}")
-        level = [child for node in level for child in ast.iter_child_nodes(node)]
+        level = [child for node in level for child in _parts(node)]
     if not text.isascii():
         _require_ascii_names(text, strings)
+
+
+def _parts(node: ast.AST) -> Iterator[ast.expr]:
+    """The expressions right below a node: what a person counts, not the nodes that `ast` puts between."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.expr):
+            yield child
+        else:
+            yield from _parts(child)
 
 
 def _require_ascii_names(text: str, strings: list[ast.Constant]) -> None:
@@ -172,7 +193,9 @@ def _too_deep(text: str) -> RequestError:
 
 def _convert(node: ast.expr, text: str) -> Value:
     match node:
-        case ast.Constant(value=bool() | None | str() as value):
+        case ast.Constant(value=str() as value):
+            return value.replace(_COLON, ":")
+        case ast.Constant(value=bool() | None as value):
             return value
         case ast.Constant(value=int() | float() as value):
             return _checked(value, text)
@@ -214,11 +237,16 @@ def _convert(node: ast.expr, text: str) -> Value:
 
 def _dotted(node: ast.expr, text: str) -> str:
     match node:
-        case ast.Name(id=name) if name != "_":
+        case ast.Name(id=name) if name != "_" and not _is_special(name):
             return name
-        case ast.Attribute(value=value, attr=attribute):
+        case ast.Attribute(value=value, attr=attribute) if not _is_special(attribute):
             return f"{_dotted(value, text)}.{attribute}"
     raise _refused(node, text)
+
+
+def _is_special(name: str) -> bool:
+    """`__class__` and its kind lead from a class to the interpreter; no module has such a name."""
+    return name.startswith("__") and name.endswith("__") and name != _COLON_NAME
 
 
 def _number(node: ast.expr, text: str) -> int | float:
@@ -260,7 +288,7 @@ def _arithmetic(
 
 
 def _checked(value: Any, text: str) -> Any:
-    if isinstance(value, int) and not -MAX_INTEGER - 1 <= value <= MAX_INTEGER:
+    if isinstance(value, int) and abs(value) > MAX_INTEGER:
         raise _too_large(text)
     if isinstance(value, float) and not math.isfinite(value):
         raise _too_large(text)
@@ -305,6 +333,21 @@ def to_text(value: Value) -> str:
             return "{" + ",".join(f"{to_text(key)}:{to_text(item)}" for key, item in value.items()) + "}"
         case _:
             return repr(value)
+
+
+def holds_hole(value: Value) -> bool:
+    """Whether `_` stands anywhere in a value."""
+    match value:
+        case Hole():
+            return True
+        case Call(args=args, kwargs=kwargs):
+            return any(map(holds_hole, (*args, *kwargs.values())))
+        case tuple() | list():
+            return any(map(holds_hole, value))
+        case dict():
+            return any(map(holds_hole, value.values()))
+        case _:
+            return False
 
 
 def names_in(value: Value) -> Iterator[str]:

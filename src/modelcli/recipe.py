@@ -8,14 +8,17 @@ import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import tomlkit
-from tomlkit.exceptions import ParseError
+from tomlkit import TOMLDocument
+from tomlkit.exceptions import ParseError, TOMLKitError
 from tomlkit.items import Array
 
 from modelcli import edits, references
+from modelcli.blueprint import ITEM_BYTES
 from modelcli.edits import Edit
 from modelcli.errors import RequestError, SystemFailureError, closest
 
@@ -62,6 +65,14 @@ def parse_input_size(text: str) -> tuple[int, ...]:
     return tuple(int(piece) for piece in pieces)
 
 
+def _dtype(text: str) -> str:
+    name = text.removeprefix("torch.")
+    if name not in ITEM_BYTES:
+        near = closest(name, ITEM_BYTES, 1)
+        raise RequestError(f"no dtype {text!r}" + (f", did you mean {near[0]}?" if near else ""))
+    return name
+
+
 def default_path() -> Path:
     """`$MODELCLI_RECIPE`, or `modelcli.toml` in the current folder."""
     return Path(os.environ.get("MODELCLI_RECIPE") or FILE_NAME)
@@ -70,15 +81,12 @@ def default_path() -> Path:
 def read(path: Path) -> Recipe:
     """Read a recipe. Raises RequestError that lists every unknown key and bad line at once."""
     text = _read_text(path)
-    try:
-        document: dict[str, Any] = tomlkit.parse(text).unwrap()
-    except ParseError as error:
-        raise RequestError(f"{path}: {error}", 'the file is TOML: model = "alexnet", edits = [...]') from None
-    lines = text.splitlines()
-    problems: list[str] = []
+    document: dict[str, Any] = _document(path, text).unwrap()
+    lines = text.split("\n")
+    problems: list[tuple[int, str]] = []
 
-    def report(key: str, what: str, word: str | None = None) -> None:
-        problems.append(f"{path}:{_line_of(lines, key, word)}: {what}")
+    def report(key: str, what: str, line: int | None = None) -> None:
+        problems.append((line or _line_of_key(lines, key), what))
 
     for key in document:
         if key not in KEYS:
@@ -86,7 +94,7 @@ def read(path: Path) -> Recipe:
             report(key, f"unknown key {key!r}" + (f", did you mean {near[0]}?" if near else ""))
     values = {key: document.get(key) for key in KEYS}
     if "model" not in document:
-        problems.append(f'{path}:1: no model: the recipe needs a line like model = "alexnet"')
+        problems.append((1, 'no model: the recipe needs a line like model = "alexnet"'))
     for key in ("model", "weights", "arch", "key"):
         if key in document and not isinstance(values[key], str):
             report(key, f"{key} is text, not {values[key]!r}")
@@ -98,12 +106,15 @@ def read(path: Path) -> Recipe:
         report("strict", f"strict is true or false, not {strict!r}")
     sizes: list[tuple[int, ...]] = []
     dtypes: list[str] = []
-    for key, convert in (("input_size", sizes), ("input_dtype", dtypes)):
+    for key, example in (("input_size", "1,3,224,224"), ("input_dtype", "float32")):
         for item in _listed(document.get(key)):
             try:
                 if not isinstance(item, str):
-                    raise RequestError(f"{key} is text like '1,3,224,224', not {item!r}")
-                convert.append(parse_input_size(item) if key == "input_size" else item)  # type: ignore[arg-type]
+                    raise RequestError(f"{key} is text like {example!r}, not {item!r}")
+                if key == "input_size":
+                    sizes.append(parse_input_size(item))
+                else:
+                    dtypes.append(_dtype(item))
             except RequestError as error:
                 report(key, error.message)
     parsed: list[Edit] = []
@@ -111,16 +122,18 @@ def read(path: Path) -> Recipe:
     if not isinstance(lines_of_edits, list):
         report("edits", f"edits is a list of lines, not {lines_of_edits!r}")
         lines_of_edits = []
-    for line in lines_of_edits:
+    for line, number in zip(lines_of_edits, _lines_of_edits(lines, lines_of_edits), strict=True):
         try:
             if not isinstance(line, str):
                 raise RequestError(f"an edit is a line of text, not {line!r}")
             parsed.append(edits.parse(line))
         except RequestError as error:
             hint = f" ({error.hint})" if error.hint else ""
-            report("edits", f"{error.message}{hint}", str(line))
+            report("edits", f"{error.message}{hint}", number)
     if problems:
-        raise RequestError("\n".join(problems))
+        raise RequestError(
+            "\n".join(f"{path}:{number}: {what}" for number, what in sorted(problems, key=itemgetter(0)))
+        )
     source = Source(
         model=document["model"],
         weights=values["weights"],
@@ -141,22 +154,55 @@ def _listed(value: object) -> list[object]:
     return list(value) if isinstance(value, list) else [value]
 
 
-def _line_of(lines: Sequence[str], key: str, word: str | None) -> int:
-    """The line that holds an edit, or that starts a key; 1 where neither is found."""
-    if word is not None:
-        spellings = (word, word.replace("\\", "\\\\").replace('"', '\\"'))
-        for number, line in enumerate(lines, 1):
-            if any(f'"{spelling}"' in line or f"'{spelling}'" in line for spelling in spellings):
-                return number
+def _document(path: Path, text: str) -> TOMLDocument:
+    try:
+        return tomlkit.parse(text)
+    except ParseError as error:
+        what = str(error).rpartition(" at line ")[0] or str(error)
+        if what.endswith(r"'\x00'") and "\0" not in text:  # tomlkit's own mark of the end
+            what = "the text ends in the middle of a value"
+        raise RequestError(
+            f"{path}:{error.line}: {what}", 'the file is TOML: model = "alexnet", edits = [...]'
+        ) from None
+    except (TOMLKitError, ValueError, RecursionError) as error:
+        raise RequestError(f"{path} cannot be read: {error}") from None
+
+
+def _line_of_key(lines: Sequence[str], key: str) -> int:
+    """The line that starts a key; 1 where none is found."""
     for number, line in enumerate(lines, 1):
-        if re.match(rf"\s*[\"']?{re.escape(key)}[\"']?\s*[=\].]|\s*\[+{re.escape(key)}", line):
+        if re.match(rf"\s*[\"']?{re.escape(key)}[\"']?\s*[=\].]|\s*\[+\s*{re.escape(key)}", line):
             return number
     return 1
 
 
+def _lines_of_edits(lines: Sequence[str], listed: Sequence[object]) -> list[int]:
+    """The line of each edit. They are looked for in their order, so that the same one twice has two lines."""
+    first = _line_of_key(lines, "edits")
+    rest, number, found = "\n".join(lines[first - 1 :]), first, []
+    for word in map(str, listed):
+        spellings = {f'"{word}"', f"'{word}'", tomlkit.string(word).as_string()}
+        places = [(place, len(spelling)) for spelling in spellings if (place := _place(rest, spelling)) >= 0]
+        if not places:
+            found.append(first)
+            continue
+        place, length = min(places)
+        number += rest.count("\n", 0, place)
+        found.append(number)
+        rest = rest[place + length :]
+    return found
+
+
+def _place(text: str, spelling: str) -> int:
+    """Where a spelling stands for the first time outside a line that is a comment; -1 where nowhere."""
+    match = re.search(rf"^(?!\s*#).*?{re.escape(spelling)}", text, re.MULTILINE)
+    return match.end() - len(spelling) if match else -1
+
+
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            return file.read()
     except FileNotFoundError:
         raise RequestError(
             f"no model is given, and there is no {path}",
@@ -189,43 +235,52 @@ def start(path: Path, source: Source) -> None:
 
 def append(path: Path, added: Sequence[Edit]) -> None:
     """Add edits to the end of a recipe's list; all else in the file stays as it is."""
-    document = tomlkit.parse(_read_text(path))
+    text = _read_text(path)
+    document = _document(path, text)
     array = document.setdefault("edits", tomlkit.array())
     assert isinstance(array, Array)
-    lines = [str(line) for line in array.unwrap()]
-    for edit in added:
-        array.add_line(str(edit), indent="    ") if lines or "\n" in array.as_string() else array.append(str(edit))
-        lines.append(str(edit))
-    if "\n" not in array.as_string():
+    if "\n" in array.as_string():
+        for edit in added:
+            array.add_line(str(edit), indent="    ")
+        if not array.as_string().rstrip("]").endswith("\n"):
+            array.add_line(indent="")
+    else:
+        array.extend(map(str, added))
         array.multiline(True)
-    elif not array.as_string().rstrip("]").endswith("\n"):
-        array.add_line(indent="")
-    _write(path, tomlkit.dumps(document))
+    _write(path, tomlkit.dumps(document), like=text)
 
 
 def take_back(path: Path, count: int) -> list[str]:
     """Remove the last `count` edits from a recipe's list, and give them back in order."""
-    document = tomlkit.parse(_read_text(path))
+    text = _read_text(path)
+    document = _document(path, text)
     array = document.get("edits")
     taken: list[str] = []
     if isinstance(array, Array):
         taken.extend(str(array.pop()) for _ in range(min(count, len(array))))
         if not array and "#" not in array.as_string():
             document["edits"] = tomlkit.array()
-    _write(path, tomlkit.dumps(document))
+    _write(path, tomlkit.dumps(document), like=text)
     return taken[::-1]
 
 
-def _write(path: Path, text: str) -> None:
-    """Replace the file in one step, so that an interrupted run leaves the old one."""
+def _write(path: Path, text: str, *, like: str = "") -> None:
+    """Replace the file in one step, so that an interrupted run leaves the old one; its lines end as those of `like`."""
+    path = Path(os.path.realpath(path))  # a link stays one
+    ending = "\r\n" if "\r\n" in like else "\n"
+    text = text.replace("\r\n", "\n").replace("\n", ending)
+    try:
+        data = text.encode()
+    except UnicodeEncodeError:
+        raise RequestError(f"cannot write {path}: a recipe is UTF-8 text, and a name in it is not") from None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     except OSError as error:
         raise SystemFailureError(f"cannot write {path}: {error.strerror or error}") from None
     try:
-        with open(handle, "w", encoding="utf-8", newline="\n") as file:  # noqa: PTH123
-            file.write(text)
+        with open(handle, "wb") as file:  # noqa: PTH123
+            file.write(data)
         with contextlib.suppress(OSError):
             mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()
             os.chmod(name, mode)  # noqa: PTH101

@@ -68,7 +68,7 @@ def from_text(text: str) -> Record | None:
         for line in edits:
             parse_edit(line)
         seed = document["seed"]
-        if not isinstance(seed, int) or not 0 <= seed < 2**63:
+        if type(seed) is not int or not 0 <= seed < 2**63:
             return None
         return Record(
             reference=_optional_text(document["reference"]),
@@ -101,7 +101,7 @@ def _sizes(value: object) -> tuple[tuple[int, ...], ...] | None:
         return None
     if not isinstance(value, list):
         raise TypeError("a list of shapes was expected")
-    return tuple(tuple(int(size) for size in shape) for shape in value)
+    return tuple(map(blueprints.shape_from_json, value))
 
 
 def disagreement(record: Record, tensors: Mapping[str, TensorInfo]) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,10 +79,10 @@ def parse(text: str, folder: Path | None = None) -> Reference:
         return Installed(Call(text))
     path = folder / text
     if "\0" not in text and len(text) < 4096 and _exists(path):
-        if path.suffix == ".py":
+        if path.suffix == ".py" and path.is_file():
             raise _names_no_class(text, path)
         return CheckpointFile(path)
-    if (split := _split_object(text)) is not None:
+    if (split := _split_object(text, folder)) is not None:
         return _python_object(*split, folder)
     if Path(text).suffix in CHECKPOINT_SUFFIXES or text.endswith(("/", os.sep)):
         raise missing_file(path, text)
@@ -95,12 +96,18 @@ def parse(text: str, folder: Path | None = None) -> Reference:
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except OSError:
+    except (OSError, ValueError):  # a name that is too long, or that no file can have
         return False
 
 
-def _split_object(text: str) -> tuple[str, str] | None:
-    """Cut `nets.py:Net(3)` at its colon; a drive letter's colon is none, nor one inside the arguments."""
+def _split_object(text: str, folder: Path) -> tuple[str, str] | None:
+    """Cut `nets.py:Net(3)` at its colon; a drive letter's colon is none, nor one inside the arguments.
+
+    A file that exists is cut off first: folders may have colons and parentheses in their names.
+    """
+    for match in re.finditer(r"\.py:", text):
+        if _exists(folder / text[: match.end() - 1]):
+            return text[: match.end() - 1], text[match.end() :]
     start = 2 if re.match(r"[A-Za-z]:[\\/]", text) else 0
     colon = text.find(":", start)
     parenthesis = text.find("(")
@@ -123,7 +130,7 @@ def _python_object(source: str, target: str, folder: Path) -> PythonObject:
         )
     if source.endswith(".py"):
         path = folder / source
-        if not path.is_file():
+        if not _exists(path):
             raise missing_file(path, source)
         return PythonObject(source, name, call, path)
     if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", source, re.ASCII):
@@ -137,11 +144,11 @@ def _python_object(source: str, target: str, folder: Path) -> PythonObject:
 def missing_file(path: Path, text: str) -> RequestError:
     """The error for a path that is not there, with the names near it that are."""
     folder = path.parent
-    if not folder.is_dir():
+    if not _exists(folder):
         return RequestError(f"no such file: {text}", f"the folder {folder} does not exist")
     try:
         near = closest(path.name, [entry.name for entry in folder.iterdir()])
-    except OSError:
+    except (OSError, ValueError):
         near = []
     return RequestError(f"no such file: {text}", f"in {folder}: {', '.join(near)}" if near else None)
 
@@ -149,8 +156,10 @@ def missing_file(path: Path, text: str) -> RequestError:
 def _names_no_class(text: str, path: Path) -> RequestError:
     """`nets.py` alone: list the classes in it, read without running them."""
     try:
-        tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         return RequestError(f"{text} is not valid Python: {error}")
     names = [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
     if not names:

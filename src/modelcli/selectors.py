@@ -10,14 +10,38 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
+from typing import TypeAlias
 
 from modelcli.blueprint import Blueprint, ModuleInfo, ancestors, parent_of, shown
 from modelcli.errors import RequestError, closest
 
-MAX_RANGE = 10_000
+MAX_BRACES = 10
 MAX_LENGTH = 4096
+
+
+class _Wildcard(Enum):
+    ANY = "*"
+    ONE = "?"
+
+
+@dataclass(frozen=True, slots=True)
+class _Range:
+    """`[0-3,7]`: spans of numbers, ends included."""
+
+    spans: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """`{a,b}`: any of these."""
+
+    options: tuple[tuple[_Token, ...], ...]
+
+
+_Token: TypeAlias = "str | _Wildcard | _Range | _Options"
 
 
 @dataclass(frozen=True)
@@ -44,7 +68,8 @@ def parse(text: str) -> Selector:
     if "" in components:
         raise RequestError(f"selector {text!r} has an empty component", "write it as classifier.6")
     for component in components:
-        _component_regex(component, text)
+        if component != "**":
+            _read(component, text)
     return Selector(text, components, kind or None)
 
 
@@ -84,52 +109,72 @@ def _split_components(path: str) -> list[str]:
     return [*found, current]
 
 
-def _component_regex(component: str, text: str) -> str:
-    """One component as a regular expression over the characters between two dots."""
-    out, position = "", 0
+def _read(component: str, text: str) -> tuple[_Token, ...]:
+    """One component as tokens. `text` is the whole selector, for the errors."""
+    tokens, end = _read_until(component, 0, 0, text)
+    assert end == len(component)
+    return tokens
+
+
+def _read_until(component: str, position: int, depth: int, text: str) -> tuple[tuple[_Token, ...], int]:
+    """Read tokens up to the end, or inside braces up to the comma or brace that ends the option."""
+    tokens: list[_Token] = []
     while position < len(component):
         character = component[position]
-        if character == "\\":
-            if position + 1 == len(component):
-                raise RequestError(f"selector {text!r} ends in a backslash")
-            out += re.escape(component[position + 1])
-            position += 2
-            continue
-        if character == "*":
-            if component[position : position + 2] == "**":
-                raise RequestError(
-                    f"** stands for whole components, not inside one: {component!r} in selector {text!r}",
-                    "write **.name or name.**",
-                )
-            out += "[^.]*"
-        elif character == "?":
-            out += "[^.]"
-        elif character == "[":
-            end = component.find("]", position)
-            if end < 0:
-                raise RequestError(f"selector {text!r}: [ without ]")
-            out += _range_regex(component[position + 1 : end], text)
-            position = end
-        elif character == "{":
-            end = _closing_brace(component, position, text)
-            options = _split_options(component[position + 1 : end])
-            if any("." in option for option in options):
-                raise RequestError(
-                    f"{{}} stays inside one component: {component!r} in selector {text!r}",
-                    "give two selectors",
-                )
-            out += "(?:" + "|".join(_component_regex(option, text) for option in options) + ")"
-            position = end
-        elif character in "]}":
-            raise RequestError(f"selector {text!r}: {character} without {'[' if character == ']' else '{'}")
-        else:
-            out += re.escape(character)
+        if depth and character in ",}":
+            break
         position += 1
-    return out
+        match character:
+            case "\\":
+                if position == len(component):
+                    raise RequestError(f"selector {text!r} ends in a backslash")
+                tokens.append(component[position])
+                position += 1
+            case "*":
+                if component[position : position + 1] == "*":
+                    raise RequestError(
+                        f"** stands for whole components, not inside one: {component!r} in selector {text!r}",
+                        "write **.name or name.**",
+                    )
+                tokens.append(_Wildcard.ANY)
+            case "?":
+                tokens.append(_Wildcard.ONE)
+            case "[":
+                end = component.find("]", position)
+                if end < 0:
+                    raise RequestError(f"selector {text!r}: [ without ]")
+                tokens.append(_read_range(component[position:end], text))
+                position = end + 1
+            case "{":
+                options, position = _read_options(component, position, depth + 1, text)
+                tokens.append(options)
+            case "]" | "}":
+                raise RequestError(f"selector {text!r}: {character} without {'[' if character == ']' else '{'}")
+            case "." if depth:
+                raise RequestError(
+                    f"{{}} stays inside one component: {component!r} in selector {text!r}", "give two selectors"
+                )
+            case _:
+                tokens.append(character)
+    return tuple(tokens), position
 
 
-def _range_regex(body: str, text: str) -> str:
-    numbers: list[str] = []
+def _read_options(component: str, position: int, depth: int, text: str) -> tuple[_Options, int]:
+    if depth > MAX_BRACES:
+        raise RequestError(f"selector {text!r}: braces nested deeper than {MAX_BRACES}")
+    options = []
+    while True:
+        option, position = _read_until(component, position, depth, text)
+        options.append(option)
+        if position == len(component):
+            raise RequestError(f"selector {text!r}: {{ without }}")
+        position += 1
+        if component[position - 1] == "}":
+            return _Options(tuple(options)), position
+
+
+def _read_range(body: str, text: str) -> _Range:
+    spans = []
     for piece in body.split(","):
         match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", piece.strip(), re.ASCII)
         if not match:
@@ -139,69 +184,119 @@ def _range_regex(body: str, text: str) -> str:
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
             raise RequestError(f"[{body}] in selector {text!r} is empty: {first} is more than {last}")
-        if last - first >= MAX_RANGE:
-            raise RequestError(f"[{body}] in selector {text!r} spans more than {MAX_RANGE} numbers")
-        numbers += [str(number) for number in range(first, last + 1)]
-    return "(?:" + "|".join(numbers) + ")"
+        spans.append((first, last))
+    return _Range(tuple(spans))
 
 
-def _closing_brace(component: str, start: int, text: str) -> int:
-    depth = 0
-    for position in range(start, len(component)):
-        depth += {"{": 1, "}": -1}.get(component[position], 0)
-        if depth == 0:
-            return position
-    raise RequestError(f"selector {text!r}: {{ without }}")
+def _ends(tokens: Sequence[_Token], name: str, starts: set[int]) -> set[int]:
+    """Where in a name a match of the tokens can end that begins at one of `starts`.
+
+    All positions go forward together, so that no selector takes more than its length times the name's: the regular
+    expression for `*a*a*a*a*b` tries every way to share the letters out.
+    """
+    for token in tokens:
+        match token:
+            case _Wildcard.ANY:
+                starts = set(range(min(starts), len(name) + 1))
+            case _Wildcard.ONE:
+                starts = {start + 1 for start in starts if start < len(name)}
+            case _Range():
+                starts = {end for start in starts for end in _number_ends(token, name, start)}
+            case _Options():
+                starts = set().union(*(_ends(option, name, starts) for option in token.options))
+            case _:
+                starts = {start + 1 for start in starts if name[start : start + 1] == token}
+        if not starts:
+            break
+    return starts
 
 
-def _split_options(body: str) -> list[str]:
-    found, depth = [""], 0
-    for character in body:
-        if character == "," and depth == 0:
-            found.append("")
+def _number_ends(wanted: _Range, name: str, start: int) -> Iterator[int]:
+    """The ends of the numbers that stand at `start` and lie in the range; `01` is not how a child is called."""
+    digits = re.compile(r"0|[1-9]\d{0,8}", re.ASCII).match(name, start)
+    for end in range(start + 1, digits.end() + 1 if digits else start):
+        number = int(name[start:end])
+        if any(first <= number <= last for first, last in wanted.spans):
+            yield end
+
+
+def _matcher(selector: Selector, blueprint: Blueprint) -> Callable[[str], bool]:
+    """Tell of a full path whether the selector's components match it, each one a component or `**` any number."""
+    from_end: Mapping[str, int] = {}
+    if any(_is_negative(component) for component in selector.components):
+        from_end = _numbered_from_end(blueprint)
+    steps = [_step(component, selector.text, from_end) for component in selector.components]
+
+    def opened(states: Iterable[int]) -> set[int]:
+        """`**` may stand for nothing: where it is reached, so is what follows."""
+        found = set()
+        for state in states:
+            found.add(state)
+            while state < len(steps) and steps[state] is None:
+                state += 1
+                found.add(state)
+        return found
+
+    first = opened({0})
+
+    def matches(path: str) -> bool:
+        states, end = first, -1
+        for part in path.split(".") if path else ():
+            end += 1 + len(part)
+            reached = set()
+            for state in states:
+                if state < len(steps):
+                    step = steps[state]
+                    if step is None:
+                        reached.add(state)
+                    elif step(part, path[:end]):
+                        reached.add(state + 1)
+            if not reached:
+                return False
+            states = opened(reached)
+        return len(steps) in states
+
+    return matches
+
+
+def _step(component: str, text: str, from_end: Mapping[str, int]) -> Callable[[str, str], bool] | None:
+    """Tell of one component of a path, and of the path up to it, whether it matches; None stands for `**`."""
+    if component == "**":
+        return None
+    if _is_negative(component):
+        index = int(component)
+        return lambda part, path: from_end.get(path) == index
+    tokens = _read(component, text)
+    known: dict[str, bool] = {}  # the same few names stand in every path
+
+    def matches(part: str, path: str) -> bool:
+        if part not in known:
+            known[part] = len(part) in _ends(tokens, part, {0})
+        return known[part]
+
+    return matches
+
+
+def _is_negative(component: str) -> bool:
+    return re.fullmatch(r"-\d{1,9}", component, re.ASCII) is not None
+
+
+def _numbered_from_end(blueprint: Blueprint) -> dict[str, int]:
+    """The children of sequences, counted from the end: -1 is the last. A bare checkpoint's numbers make a sequence."""
+    found = {}
+    for above, children in blueprint.children.items():
+        names = [child.path.rpartition(".")[2] for child in children]
+        module = blueprint.by_path.get(above)
+        if module is None or not (
+            module.is_sequence or (module.type is None and names == [str(number) for number in range(len(names))])
+        ):
             continue
-        depth += {"{": 1, "}": -1, "[": 1, "]": -1}.get(character, 0)
-        found[-1] += character
+        found.update({child.path: number - len(children) for number, child in enumerate(children)})
     return found
-
-
-def _matcher(selector: Selector, components: Sequence[str]) -> Callable[[str], bool]:
-    """Match full paths. The root is nothing at all, every component brings its own dot."""
-    pattern = ""
-    for position, component in enumerate(components):
-        if component == "**":
-            if position and components[position - 1] == "**":
-                continue
-            pattern += r"(?:\.[^.]+)*"
-        else:
-            pattern += r"\." + _component_regex(component, selector.text)
-    compiled = re.compile(pattern, re.DOTALL)
-    return lambda path: compiled.fullmatch(f".{path}" if path else "") is not None
 
 
 def _is_type(module: ModuleInfo, wanted: str) -> bool:
     return any(fnmatch.fnmatchcase(name, wanted) for name in (module.type, *module.bases) if name)
-
-
-def _without_negatives(selector: Selector, blueprint: Blueprint) -> list[tuple[str, ...]]:
-    """Replace each `-1` by the name of the child it means, once for every sequence that the part before it picks."""
-    for position, component in enumerate(selector.components):
-        if not re.fullmatch(r"-\d{1,9}", component, re.ASCII):
-            continue
-        before = _matcher(selector, selector.components[:position])
-        found = []
-        for module in blueprint.modules:
-            if before(module.path) and (module.is_sequence or module.type is None):
-                children = [child.path.rpartition(".")[2] for child in blueprint.children.get(module.path, ())]
-                if module.is_sequence or children == [str(number) for number in range(len(children))]:
-                    index = int(component)
-                    if -len(children) <= index < 0:
-                        above = [_escaped(part) for part in module.path.split(".")] if module.path else []
-                        rest = selector.components[position + 1 :]
-                        resolved = Selector(selector.text, (*above, _escaped(children[index]), *rest))
-                        found += _without_negatives(resolved, blueprint)
-        return found
-    return [selector.components]
 
 
 def _escaped(name: str) -> str:
@@ -215,10 +310,8 @@ def literal(path: str) -> str:
 
 
 def matched_modules(selector: Selector, blueprint: Blueprint) -> set[str]:
-    found: set[str] = set()
-    for components in _without_negatives(selector, blueprint):
-        matches = _matcher(selector, components)
-        found |= {module.path for module in blueprint.modules if matches(module.path)}
+    matches = _matcher(selector, blueprint)
+    found = {module.path for module in blueprint.modules if matches(module.path)}
     if selector.type is not None:
         found = {path for path in found if _is_type(blueprint.by_path[path], selector.type)}
     return found
@@ -229,9 +322,8 @@ def matched_tensors(selector: Selector, blueprint: Blueprint) -> set[str]:
     modules = matched_modules(selector, blueprint)
     found = set()
     if selector.type is None:
-        for components in _without_negatives(selector, blueprint):
-            matches = _matcher(selector, components)
-            found |= {tensor.name for tensor in blueprint.tensors if matches(tensor.name)}
+        matches = _matcher(selector, blueprint)
+        found = {tensor.name for tensor in blueprint.tensors if matches(tensor.name)}
     if modules:
         for tensor in blueprint.tensors:
             if any(path in modules for path in ancestors(parent_of(tensor.name))):
@@ -291,33 +383,31 @@ def _checked(text: str, blueprint: Blueprint, match: Callable[[Selector, Bluepri
 
 
 def no_match(selector: Selector, blueprint: Blueprint, noun: str = "modules") -> RequestError:
-    """The error for a selector that picks nothing: the nearest existing paths, or what the shell did to it."""
-    message = f"no {noun[:-1]} matches {selector.text!r}"
+    """The error for a selector that picks nothing: the nearest existing paths, and what the shell may have done."""
+    hint = _nearest(selector, blueprint, noun)
     if os.path.lexists(selector.text) and selector.text != ".":
-        return RequestError(
-            message, f"{selector.text!r} is a file here: the shell may have expanded a pattern; quote it"
-        )
+        hint += f"; {selector.text!r} is a file here: if the shell expanded a pattern to it, quote the pattern"
+    return RequestError(f"no {noun[:-1]} matches {selector.text!r}", hint)
+
+
+def _nearest(selector: Selector, blueprint: Blueprint, noun: str) -> str:
     if selector.type is not None:
         types = {name for module in blueprint.modules for name in (module.type, *module.bases) if name}
         if not types:
-            return RequestError(message, "a bare checkpoint does not say its types: --arch names the architecture")
+            return "a bare checkpoint does not say its types: --arch names the architecture"
         if not any(_is_type(module, selector.type) for module in blueprint.modules):
             near = closest(selector.type, types)
-            return RequestError(message, f"no module is of type {selector.type}{_near(near)}")
+            return f"no module is of type {selector.type}" + (f"; nearest: {', '.join(near)}" if near else "")
     paths = [module.path for module in blueprint.modules[1:]]
     names = [tensor.name for tensor in blueprint.tensors]
     bare = selector.text.partition(":")[0]
     near = closest(bare, (paths + names if noun == "tensors" else paths)[:20_000])
     if near:
-        return RequestError(message, f"nearest: {', '.join(near)}")
+        return f"nearest: {', '.join(near)}"
     children = [child.path for child in blueprint.children.get(_longest_existing(bare, blueprint), ())]
     if children:
-        return RequestError(message, f"there are: {', '.join(children[:8])}{', ...' if len(children) > 8 else ''}")
-    return RequestError(message, "modelcli modules lists the paths")
-
-
-def _near(names: list[str]) -> str:
-    return f"; nearest: {', '.join(names)}" if names else ""
+        return f"there are: {', '.join(children[:8])}{', ...' if len(children) > 8 else ''}"
+    return "modelcli modules lists the paths"
 
 
 def _longest_existing(path: str, blueprint: Blueprint) -> str:

@@ -15,7 +15,7 @@ from modelcli import blueprint as blueprints
 from modelcli import checkpoints, recipe, references, selectors, writing
 from modelcli import record as records
 from modelcli.blueprint import Blueprint, Totals, Trace, shown
-from modelcli.checkpoints import Contents, LegacyFileError
+from modelcli.checkpoints import Contents
 from modelcli.edits import Edit
 from modelcli.errors import ModelcliError, RequestError
 from modelcli.recipe import Source
@@ -79,10 +79,7 @@ def _look_at_file(target: Target, *, traced: bool, mode: str) -> Look | None:
         return None
     if source.weights not in (None, "none"):
         return None
-    try:
-        contents = checkpoints.read(reference.path, key=source.key)
-    except LegacyFileError:
-        return None
+    contents = checkpoints.read(reference.path, key=source.key)
     notes = list(contents.notes)
     if contents.foreign:
         names = ", ".join(contents.foreign[:5])

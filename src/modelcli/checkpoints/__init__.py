@@ -4,30 +4,29 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from modelcli.checkpoints import safetensors, torch_zip
-from modelcli.checkpoints.contents import Contents, LegacyFileError, Span, TensorEntry
+from modelcli.checkpoints import safetensors, torch_legacy, torch_zip
+from modelcli.checkpoints.contents import Contents, Span, TensorEntry
 from modelcli.errors import FileFormatError, RequestError, SystemFailureError
 
-__all__ = ["Contents", "LegacyFileError", "Span", "TensorEntry", "read"]
+__all__ = ["Contents", "Span", "TensorEntry", "read"]
 
 _NAMES = (
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
     (b"\x1f\x8b", "a gzip file"),
     (b"version https://git-lfs", "a git-lfs pointer, not the file it points to: run git lfs pull"),
-    (b"<!DOCTYPE", "an HTML page: the download went wrong"),
+    (b"<!doctype", "an HTML page: the download went wrong"),
     (b"<html", "an HTML page: the download went wrong"),
     (b"GGUF", "a GGUF file"),
     (b"\x89HDF\r\n\x1a\n", "an HDF5 file, as Keras writes it"),
     (b"\x93NUMPY", "a NumPy array"),
 )
-_LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
 def read(path: Path, *, key: str | None = None) -> Contents:
     """Read what a checkpoint holds, by its content and never by its suffix.
 
     `key` names the state dict inside a training checkpoint (`a.b` for one inside another). Raises FileFormatError for
-    a file that is corrupt or no checkpoint, LegacyFileError for torch's format from before 1.6.
+    a file that is corrupt or no checkpoint.
     """
     try:
         if path.is_dir():
@@ -45,9 +44,11 @@ def read(path: Path, *, key: str | None = None) -> Contents:
         return torch_zip.read(path, key)
     if safetensors.looks_like(head, size):
         return safetensors.read(path)
-    if head.startswith(b"\x80") and _LEGACY_MAGIC in head:
-        raise LegacyFileError(path, key)
-    name = next((name for magic, name in _NAMES if head.startswith(magic)), None)
+    if torch_legacy.looks_like(head):
+        return torch_legacy.read(path, key)
+    name = next(
+        (name for magic, name in _NAMES if head.startswith(magic) or head.strip().lower().startswith(magic)), None
+    )
     raise FileFormatError(
         f"{path} is {name}" if name else f"{path} is not a checkpoint: it starts with {head[:8]!r}",
         "a checkpoint is a .pth that torch.save wrote, or a .safetensors file",

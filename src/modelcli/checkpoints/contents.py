@@ -124,12 +124,3 @@ def looks_like_buffer(name: str, dtype: str) -> bool:
     return last in ("running_mean", "running_var", "num_batches_tracked") or not dtype.startswith(
         ("float", "bfloat", "complex")
     )
-
-
-class LegacyFileError(FileFormatError):
-    """torch's format from before 1.6: only torch itself reads it."""
-
-    def __init__(self, path: Path, key: str | None) -> None:
-        super().__init__(f"{path} is in torch's format from before version 1.6")
-        self.path = path
-        self.key = key

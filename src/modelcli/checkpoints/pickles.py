@@ -9,13 +9,16 @@ from __future__ import annotations
 import pickletools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from math import prod
+from typing import Any, BinaryIO
 
 from modelcli.blueprint import ITEM_BYTES
 from modelcli.errors import FileFormatError
 
 MAX_OPCODES = 20_000_000
-MAX_DEPTH = 1_000
+#: Well below Python's own limit on recursion, with two or three frames for each level.
+MAX_DEPTH = 200
+MAX_DIMENSIONS = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +35,15 @@ class Global:
 
 @dataclass(frozen=True, slots=True)
 class StorageRef:
-    """A persistent id: `key` names a record of the archive, `count` elements of `dtype` (None for raw bytes)."""
+    """A persistent id: `key` names a record of the archive, `count` elements of `dtype` (None for raw bytes).
+
+    `offset` is where it starts in that record, in elements: torch before 0.4 saved views of storages.
+    """
 
     key: str
     dtype: str | None
     count: int
+    offset: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +114,20 @@ _HARMLESS = frozenset(
         "__builtin__.bytearray",
         "__builtin__.complex",
         "torch.nn.parameter.Parameter",
+        "torch._utils._rebuild_tensor",
         "torch._utils._rebuild_tensor_v2",
         "torch._utils._rebuild_tensor_v3",
         "torch._utils._rebuild_parameter",
         "torch._utils._rebuild_parameter_with_state",
+        "torch._utils._rebuild_qtensor",
+        "torch._utils._rebuild_sparse_tensor",
+        "torch._utils._rebuild_meta_tensor_no_storage",
+        "torch._tensor._rebuild_from_type_v2",
+        "torch.per_tensor_affine",
+        "torch.per_tensor_symmetric",
+        "torch.per_channel_affine",
+        "torch.per_channel_symmetric",
+        "torch.per_channel_affine_float_qparams",
         "torch.storage.UntypedStorage",
         "torch.storage.TypedStorage",
         *(f"torch.{dtype}" for dtype in ITEM_BYTES),
@@ -121,27 +138,29 @@ _HARMLESS = frozenset(
 
 @dataclass
 class Pickle:
-    """The value of a pickle, and the names in it that are on no allow-list."""
+    """The value of a pickle, the names in it that are on no allow-list, and its storages by their keys."""
 
     value: Any
     foreign: tuple[str, ...]
+    storages: dict[str, StorageRef]
 
 
 _MARK = object()
 
 
-def read(data: bytes, where: str) -> Pickle:
-    """Interpret a pickle. Raises FileFormatError where it is damaged or beyond a limit; `where` names it."""
+def read(data: bytes | BinaryIO, where: str) -> Pickle:
+    """Interpret a pickle, or the next one of a stream, which then stands behind it; `where` names it.
+
+    Raises FileFormatError where it is damaged or beyond a limit.
+    """
     machine = _Machine(where)
     try:
         value = machine.run(pickletools.genops(data))
     except FileFormatError:
         raise
-    except RecursionError:
-        raise FileFormatError(f"{where}: nested deeper than {MAX_DEPTH}") from None
     except Exception as error:
         raise FileFormatError(f"{where} is damaged: {error}") from None
-    return Pickle(value, tuple(dict.fromkeys(machine.foreign)))
+    return Pickle(value, tuple(dict.fromkeys(machine.foreign)), machine.storages)
 
 
 class _Machine:
@@ -152,6 +171,7 @@ class _Machine:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         self.foreign: list[str] = []
+        self.storages: dict[str, StorageRef] = {}
 
     def run(self, operations: Iterator[tuple[pickletools.OpcodeInfo, Any, int | None]]) -> Any:
         stack, memo = self.stack, self.memo
@@ -206,10 +226,9 @@ class _Machine:
                 case "LIST":
                     stack.append(self._to_mark())
                 case "DICT":
-                    items = self._to_mark()
-                    stack.append(dict(zip(items[::2], items[1::2], strict=True)))
+                    stack.append(dict(_pairs(self._to_mark())))
                 case "FROZENSET":
-                    stack.append(Opaque(Global("builtins", "frozenset"), (self._to_mark(),)))
+                    stack.append(Opaque(self._global("builtins", "frozenset"), (self._to_mark(),)))
                 case "ADDITEMS":
                     added = self._to_mark()
                     stack[-1].appended.extend(added)
@@ -234,7 +253,7 @@ class _Machine:
                     stack.append(self._global(module, attribute))
                 case "STACK_GLOBAL":
                     attribute, module = stack.pop(), stack.pop()
-                    stack.append(self._global(str(module), str(attribute)))
+                    stack.append(self._global(module, attribute))
                 case "BINPERSID":
                     stack.append(self._storage(stack.pop()))
                 case "REDUCE":
@@ -270,26 +289,44 @@ class _Machine:
 
     def _set_items(self, items: list[Any]) -> None:
         target = self.stack[-1]
-        pairs = list(zip(items[::2], items[1::2], strict=True))
+        pairs = _pairs(items)
         if isinstance(target, dict):
             target.update(pairs)
         else:
             target.items.extend(pairs)
 
-    def _global(self, module: str, name: str) -> Global:
+    def _global(self, module: Any, name: Any) -> Global:
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise FileFormatError(f"{self.where} is damaged: the name of a class is no text")
         found = Global(module, name)
         if found.dotted not in _HARMLESS:
             self.foreign.append(found.dotted)
         return found
 
-    def _storage(self, persistent_id: Any) -> StorageRef:
-        kind, storage_class, key, _location, count = persistent_id
-        if kind != "storage" or not isinstance(key, str) or not isinstance(count, int) or count < 0:
-            raise FileFormatError(f"{self.where}: {persistent_id!r} is not a storage")
+    def _storage(self, persistent_id: Any) -> Any:
+        """The storage that a persistent id names; before 1.6 a module's class came with its source, too."""
+        kind, storage_class, *rest = persistent_id
+        if kind == "module" and isinstance(storage_class, Global):
+            return storage_class
+        key, _location, count, *view = rest
+        if (
+            kind != "storage"
+            or not isinstance(storage_class, Global)
+            or not isinstance(key, str)
+            or not isinstance(count, int)
+            or count < 0
+        ):
+            raise FileFormatError(f"{self.where} is damaged: a persistent id is not that of a storage")
         dtype = _STORAGE_DTYPES.get(storage_class.name)
         if dtype is None and storage_class.name != "UntypedStorage":
             raise FileFormatError(f"{self.where}: unknown storage class {storage_class.dotted}")
-        return StorageRef(key, dtype, count)
+        found = StorageRef(key, dtype, count)
+        if self.storages.setdefault(key, found).dtype != dtype:
+            raise FileFormatError(f"{self.where} is damaged: storage {key!r} has two dtypes")
+        if view and view[0] is not None:
+            _, offset, size = view[0]
+            return StorageRef(key, dtype, int(size), int(offset))
+        return found
 
     def _reduce(self, function: Any, args: Any) -> Any:
         name = function.dotted if isinstance(function, Global) else ""
@@ -297,16 +334,32 @@ class _Machine:
             case "collections.OrderedDict", ():
                 return OrderedDict()
             case "collections.OrderedDict", (list() as pairs,):
-                return OrderedDict(pairs)
+                return OrderedDict(_pairs([part for pair in pairs for part in _pair(pair)]))
             case "torch._utils._rebuild_tensor_v2", (
                 StorageRef() as storage,
                 offset,
                 shape,
                 stride,
                 grad,
-                *_,
+                _hooks,
+                *metadata,
             ):
+                if any(isinstance(bits, dict) and (bits.get("conj") or bits.get("neg")) for bits in metadata):
+                    raise FileFormatError(
+                        f"{self.where}: a tensor that is conjugated or negated only when it is read",
+                        "save tensor.resolve_conj().resolve_neg() instead",
+                    )
                 return self._tensor(storage, storage.dtype, offset, shape, stride, grad)
+            case "torch._utils._rebuild_tensor", (StorageRef() as storage, offset, shape, stride):
+                return self._tensor(storage, storage.dtype, offset, shape, stride, False)
+            case "torch._tensor._rebuild_from_type_v2", (
+                Global() as inner,
+                Global(module="torch", name="Tensor") | Global(module="torch.nn.parameter", name="Parameter"),
+                tuple() as inner_args,
+                _state,
+            ):
+                # A tensor with attributes of its own: they are none of a state dict's.
+                return self._reduce(inner, inner_args)
             case "torch._utils._rebuild_tensor_v3", (
                 StorageRef() as storage,
                 offset,
@@ -341,7 +394,9 @@ class _Machine:
             raise FileFormatError(f"{self.where}: a tensor of dtype {dtype}, shape {shape}, stride {stride}")
         if min((*shape, *stride), default=0) < 0:
             raise FileFormatError(f"{self.where}: a tensor of negative size: shape {shape}, stride {stride}")
-        return Tensor(storage, dtype, offset, shape, stride, bool(grad))
+        if max(prod(size or 1 for size in shape), *stride, offset) >= 2**63:
+            raise FileFormatError(f"{self.where}: a tensor of more elements than there can be: shape {shape}")
+        return Tensor(storage, dtype, storage.offset + offset, shape, stride, bool(grad))
 
     def _build(self, target: Any, state: Any) -> None:
         if (isinstance(target, OrderedDict) and isinstance(state, dict)) or isinstance(target, Opaque):
@@ -350,9 +405,25 @@ class _Machine:
             raise FileFormatError(f"{self.where}: a state is set on {type(target).__name__}")
 
 
+def _pair(value: Any) -> tuple[Any, Any]:
+    key, item = value
+    return key, item
+
+
 def _sizes(value: Any) -> tuple[int, ...]:
     if isinstance(value, Opaque) and isinstance(value.call, Global) and value.call.dotted == "torch.Size":
         value = value.args[0]
     if not isinstance(value, tuple) or not all(type(size) is int for size in value):
-        raise ValueError(f"{value!r} is not a shape")
+        raise ValueError("what should be a shape is none")
+    if len(value) > MAX_DIMENSIONS:
+        raise ValueError(f"a tensor of {len(value):,} dimensions")
     return value
+
+
+def _pairs(items: list[Any]) -> list[tuple[Any, Any]]:
+    """Keys and values. A key of tuples in tuples is refused: a short pickle can make one that takes ages to hash."""
+    pairs = list(zip(items[::2], items[1::2], strict=True))
+    for key, _ in pairs:
+        if isinstance(key, tuple) and any(isinstance(part, tuple) for part in key):
+            raise ValueError("a key is a tuple of tuples")
+    return pairs

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import struct
+from collections import Counter
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ DTYPES = {
     "I8": "int8",
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
     "F8_E8M0": "float8_e8m0fnu",
     "I16": "int16",
     "U16": "uint16",
@@ -54,10 +58,12 @@ def read(path: Path) -> Contents:
     except OSError as error:
         raise SystemFailureError(f"cannot read {path}: {error.strerror or error}") from None
     try:
-        header = json.loads(raw, object_pairs_hook=_no_duplicates)
+        header = json.loads(raw.decode(), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
         raise FileFormatError(f"{path}: the header is not what safetensors writes: {error}") from None
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise FileFormatError(f"{path}: __metadata__ in the header is not texts by name")
     tensors: dict[str, TensorEntry] = {}
     start, end = 8 + length, 0
     for name, info in sorted(header.items(), key=lambda item: _begin(item[1])):
@@ -68,8 +74,8 @@ def read(path: Path) -> Contents:
         tensors[name] = entry
     if start + end != identity[0]:
         raise FileFormatError(f"{path}: the header tells of {start + end:,} bytes, the file has {identity[0]:,}")
-    text = metadata.get(records.SAFETENSORS_KEY) if isinstance(metadata, dict) else None
-    record = records.from_text(text) if isinstance(text, str) else None
+    text = metadata.get(records.SAFETENSORS_KEY)
+    record = records.from_text(text) if text is not None else None
     return Contents(
         path=path,
         format="safetensors",
@@ -87,7 +93,8 @@ def _with_aliases(
         return ordered
     found = {}
     for info in record.blueprint.tensors:
-        if info.persistent and (entry := tensors.get(info.name) or tensors.get(info.identity)) is not None:
+        entry = tensors.get(info.name) or tensors.get(info.identity)
+        if info.persistent and entry is not None and (entry.shape, entry.dtype) == (info.shape, info.dtype):
             found[info.name] = entry
     return found | {name: entry for name, entry in ordered.items() if name not in found}
 
@@ -95,7 +102,7 @@ def _with_aliases(
 def _begin(info: Any) -> tuple[int, int]:
     try:
         return int(info["data_offsets"][0]), int(info["data_offsets"][1])
-    except (TypeError, KeyError, IndexError, ValueError):
+    except (TypeError, KeyError, IndexError, ValueError, OverflowError):
         return 0, 0
 
 
@@ -104,16 +111,16 @@ def _entry(
 ) -> tuple[TensorEntry, int, int]:
     try:
         dtype, shape, (begin, end) = DTYPES[info["dtype"]], tuple(info["shape"]), info["data_offsets"]
-        if not all(type(size) is int and size >= 0 for size in (*shape, begin, end)):
-            raise ValueError("a size is not a whole number")
+        if not all(type(size) is int and 0 <= size < 2**63 for size in (*shape, begin, end)):
+            raise ValueError("a size is not a whole number below 2^63")
+        if prod(size or 1 for size in shape) >= 2**63:
+            raise ValueError("more elements than there can be")
     except (KeyError, TypeError, ValueError) as error:
         raise FileFormatError(f"{path}: the header's entry for {name!r} is wrong: {error}") from None
     stride = [1] * len(shape)
     for axis in range(len(shape) - 2, -1, -1):
         stride[axis] = stride[axis + 1] * max(shape[axis + 1], 1)
-    elements = 1
-    for size in shape:
-        elements *= size
+    elements = prod(shape)
     if end - begin != elements * ITEM_BYTES[dtype]:
         raise FileFormatError(
             f"{path}: {name} of shape {list(shape)} needs {elements * ITEM_BYTES[dtype]:,} bytes, "
@@ -126,6 +133,6 @@ def _entry(
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands in it twice")
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"{twice!r} stands in it twice")
     return found

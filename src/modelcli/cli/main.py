@@ -34,7 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     as_json, debug = _wants_json(words), "--debug" in words
     try:
         result = app(args=words or ["--help"], standalone_mode=False, prog_name="modelcli")
-        return result if isinstance(result, int) else 0
+        code = result if isinstance(result, int) else 0
+        if code == INTERRUPTED:  # Typer has caught the KeyboardInterrupt
+            tell("interrupted", "error")
+        return code
     except PipeClosedError:
         _leave_pipe()
         return 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterable
 
 from modelcli.cli.options import OutputOptions
@@ -69,6 +71,8 @@ def write(text: str) -> None:
 def tell(text: str, style: str = "dim") -> None:
     """Write one message to standard error, in colour on a terminal."""
     text = "\n".join(writers.safe(line) for line in text.split("\n"))
+    if sys.stderr.isatty():
+        text = "\n".join(_wrapped(line) for line in text.split("\n"))
     if sys.stderr.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb":
         codes = {"dim": "2", "error": "1;31", "hint": "36"}
         head, colon, rest = text.partition(":")
@@ -79,6 +83,12 @@ def tell(text: str, style: str = "dim") -> None:
         sys.stderr.flush()
     except BrokenPipeError:
         pass
+
+
+def _wrapped(line: str) -> str:
+    """A message broken between words, at the width of the terminal."""
+    width = shutil.get_terminal_size().columns
+    return textwrap.fill(line, max(width, 20), break_long_words=False, break_on_hyphens=False)
 
 
 def tell_error(error: ModelcliError, *, as_json: bool) -> None:

@@ -58,7 +58,8 @@ def _module_info(path: str, module: nn.Module, shared_with: str | None) -> Modul
     own_repr = None
     if kind.__repr__ not in (nn.Module.__repr__, nn.ModuleList.__repr__):
         own_repr = repr(module)
-    return ModuleInfo(path, module._get_name(), bases, module.extra_repr(), shared_with, own_repr)
+    absent = tuple((index, name) for index, (name, child) in enumerate(module._modules.items()) if child is None)
+    return ModuleInfo(path, module._get_name(), bases, module.extra_repr(), shared_with, own_repr, absent)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

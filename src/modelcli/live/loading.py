@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import warnings
+import collections
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from modelcli import checkpoints
 from modelcli.blueprint import Shape
-from modelcli.checkpoints import Contents, LegacyFileError, Span, TensorEntry
-from modelcli.checkpoints.torch_zip import STATE_DICT_KEYS
-from modelcli.errors import AnswerNoError, FileFormatError, RequestError, UnsafeError
+from modelcli.checkpoints import Contents, Span, TensorEntry
+from modelcli.checkpoints.pickles import MAX_DEPTH, Global, Opaque, OrderedDict
+from modelcli.errors import AnswerNoError, RequestError
 from modelcli.live.build import Bare
-from modelcli.live.sources import Value, is_lazy, real_storage
+from modelcli.live.sources import is_lazy, real_storage
 from modelcli.live.twins import tagged
 
 #: What wrappers put before every key: DataParallel, torch.compile, Lightning.
@@ -71,65 +71,12 @@ class LoadReport:
 
 @dataclass
 class StateDict:
-    """A checkpoint's tensors as torch's, on meta with their sources, or real and mapped."""
+    """A checkpoint's tensors as torch's, on meta with their sources, or real and mapped; what gives each of its
+    extras as a real value."""
 
     tensors: dict[str, torch.Tensor]
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    extras: Mapping[str, Any] = field(default_factory=dict)
-
-
-def read(path: Path, key: str | None) -> Contents:
-    """Read a checkpoint; torch's format from before 1.6 through torch itself."""
-    try:
-        return checkpoints.read(path, key=key)
-    except LegacyFileError as legacy:
-        return _read_legacy(legacy.path, key)
-
-
-def _read_legacy(path: Path, key: str | None) -> Contents:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tree = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        if "weights_only" in str(error).lower() or "unsupported global" in str(error).lower():
-            raise UnsafeError(
-                f"{path} holds objects that only running code could load",
-                "save model.state_dict() where the model was made, and use that file",
-            ) from None
-        raise FileFormatError(f"{path} is damaged: {error}") from None
-    keys: tuple[str, ...] = ()
-    value = tree
-    candidates = [key] if key else ["", *STATE_DICT_KEYS]
-    for candidate in candidates:
-        value = tree.get(candidate) if candidate and isinstance(tree, dict) else tree
-        if isinstance(value, dict) and any(isinstance(item, torch.Tensor) for item in value.values()):
-            keys = (candidate,) if candidate else ()
-            break
-    else:
-        raise RequestError(f"{path} holds no state dict" + (f" under {key!r}" if key else ""), "--key names it")
-    shared: dict[int, Value] = {}
-    entries = {name: _entry(item, shared) for name, item in value.items() if isinstance(item, torch.Tensor)}
-    notes: tuple[str, ...] = (f"{path.name} is in torch's old format: it was read into memory",)
-    if keys:
-        notes += (f"took the state dict under {keys[0]!r} of {path.name}",)
-    metadata = getattr(value, "_metadata", None) or {}
-    return Contents(path, "pth", entries, metadata=dict(metadata), notes=notes)
-
-
-def _entry(tensor: torch.Tensor, shared: dict[int, Value]) -> TensorEntry:
-    """A tensor in memory as an entry whose storage is a value; one for each storage, so that ties stay."""
-    storage: Any = Value(tensor.untyped_storage())
-    storage = shared.setdefault(storage.storage._cdata, storage)
-    return TensorEntry(
-        shape=tuple(tensor.shape),
-        dtype=str(tensor.dtype).removeprefix("torch."),
-        stride=tuple(tensor.stride()),
-        offset=int(tensor.storage_offset()),
-        storage=storage,
-        requires_grad=tensor.requires_grad,
-        is_parameter=isinstance(tensor, nn.Parameter),
-    )
+    extras: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
 
 
 def on_meta(contents: Contents) -> StateDict:
@@ -144,13 +91,56 @@ def mapped(contents: Contents) -> StateDict:
 
 def _state_dict(contents: Contents, storage_of: Callable[[Span], torch.UntypedStorage], device: str) -> StateDict:
     storages: dict[Span, torch.UntypedStorage] = {}
-    tensors = {}
-    for name, entry in contents.tensors.items():
+
+    def tensor(entry: TensorEntry) -> torch.Tensor:
         if entry.storage not in storages:
             storages[entry.storage] = storage_of(entry.storage)
         empty = torch.empty(0, dtype=getattr(torch, entry.dtype), device=device)
-        tensors[name] = empty.set_(storages[entry.storage], entry.offset, entry.shape, entry.stride)
-    return StateDict(tensors, contents.metadata, contents.extras)
+        return empty.set_(storages[entry.storage], entry.offset, entry.shape, entry.stride)
+
+    tensors = {name: tensor(entry) for name, entry in contents.tensors.items()}
+    extras = {name: partial(_real_value, name, value, tensor) for name, value in contents.extras.items()}
+    return StateDict(tensors, contents.metadata, extras)
+
+
+def _real_value(name: str, value: Any, tensor: Callable[[TensorEntry], torch.Tensor], depth: int = 0) -> Any:
+    """An inert value as what `torch.load(weights_only=True)` makes of it: an `_extra_state` is given to its module."""
+    if depth > MAX_DEPTH:
+        raise RequestError(f"{name} is nested deeper than {MAX_DEPTH}, or holds itself")
+
+    def real(item: Any) -> Any:
+        return _real_value(name, item, tensor, depth + 1)
+
+    match value:
+        case TensorEntry():
+            return tensor(value)
+        case OrderedDict():
+            return collections.OrderedDict((key, real(item)) for key, item in value.items())
+        case dict():
+            return {key: real(item) for key, item in value.items()}
+        case list() | tuple():
+            return type(value)([real(item) for item in value])
+        case Global(module="torch", name=dtype) if isinstance(getattr(torch, dtype, None), torch.dtype):
+            return getattr(torch, dtype)
+        case Opaque(call=Global() as call) if (make := _MAKERS.get(call.name)) is not None:
+            return make(*real((value.appended,) if value.how == "set" else value.args))
+        case Opaque() | Global():
+            named = value if isinstance(value, Global) else value.call
+            what = named.dotted if isinstance(named, Global) else "an object"
+            raise RequestError(f"{name} is made by {what}, which only a real load can do")
+    return value
+
+
+#: What is made again from its arguments: names on the readers' allow-list, each without effects.
+_MAKERS: Mapping[str, Callable[..., Any]] = {
+    "encode": lambda text, encoding="latin1": text.encode(encoding),
+    "set": set,
+    "bytearray": lambda *args: args[0].encode(args[1]) if len(args) == 2 else bytearray(*args),
+    "complex": complex,
+    "Counter": collections.Counter,
+    "Size": torch.Size,
+    "device": torch.device,
+}
 
 
 def foreign_prefix(keys: set[str], own: set[str]) -> str:
@@ -171,8 +161,10 @@ def compare(module: nn.Module, state: StateDict) -> tuple[StateDict, LoadReport]
     prefix = foreign_prefix(set(state.tensors), set(own))
     if prefix:
         strip = len(prefix)
-        metadata = {k[strip:] if k.startswith(prefix) else k: v for k, v in state.metadata.items()}
-        state = StateDict({k[strip:]: v for k, v in state.tensors.items()}, metadata, state.extras)
+        root = {"": state.metadata[prefix[:-1]]} if prefix[:-1] in state.metadata else {}
+        metadata = {k[strip:]: v for k, v in state.metadata.items() if k.startswith(prefix)}
+        extras = {k.removeprefix(prefix): v for k, v in state.extras.items()}
+        state = StateDict({k[strip:]: v for k, v in state.tensors.items()}, root | metadata, extras)
     mismatched = tuple(
         Mismatch(name, tuple(own[name].shape), tuple(tensor.shape))
         for name, tensor in state.tensors.items()
@@ -196,9 +188,13 @@ def load(module: nn.Module, state: StateDict) -> LoadReport:
     wrong = {mismatch.name for mismatch in found.mismatched}
     own = module.state_dict(keep_vars=True)
     given: Any = _WithMetadata({name: t for name, t in state.tensors.items() if name not in wrong})
-    given.update({name: value for name, value in state.extras.items() if name in own})
+    given.update({name: value() for name, value in state.extras.items() if name in own})
     given._metadata = dict(state.metadata)
-    keys = module.load_state_dict(given, strict=False, assign=True)
+    try:
+        keys = module.load_state_dict(given, strict=False, assign=True)
+    except RuntimeError as error:
+        # A whole number in the place of a trained parameter, or what a module's own hook refuses.
+        raise AnswerNoError(f"PyTorch refuses the state dict: {' '.join(str(error).split())}") from None
     _tie_again(module, ties, set(given))
     loaded = {name for group in ties for name in group if set(group) & set(given)}
     missing = tuple(name for name in keys.missing_keys if name not in wrong and name not in loaded)
@@ -240,13 +236,12 @@ def bare_module(contents: Contents) -> nn.Module:
     for name, tensor in state.tensors.items():
         info = infos[name]
         path, _, own = name.rpartition(".")
-        owner: nn.Module = root
-        for step in path.split(".") if path else []:
-            owner = owner._modules.setdefault(step, Bare())  # type: ignore[assignment]
+        owner = _bare_owner(root, path, contents.path)
         if info.tied_to is not None:
             made[name] = made[info.tied_to]
         elif info.kind == "parameter":
-            trained = info.requires_grad is not False and tensor.dtype.is_floating_point
+            differentiable = tensor.dtype.is_floating_point or tensor.dtype.is_complex
+            trained = info.requires_grad is not False and differentiable
             made[name] = nn.Parameter(tensor, requires_grad=trained)
         else:
             made[name] = tensor
@@ -254,7 +249,31 @@ def bare_module(contents: Contents) -> nn.Module:
             owner._parameters[own] = made[name]  # type: ignore[assignment]
         else:
             owner._buffers[own] = made[name]
+    for name, value in contents.extras.items():
+        path, _, own = name.rpartition(".")
+        _bare_owner(root, path, contents.path).register_state_dict_post_hook(_Extra(own, value))
     return root
+
+
+def _bare_owner(root: Bare, path: str, file: Path) -> nn.Module:
+    """The module at a path, made with all above it where it is not there yet."""
+    if path.count(".") >= MAX_DEPTH:
+        raise RequestError(f"the names in {file} are nested deeper than {MAX_DEPTH}")
+    owner: nn.Module = root
+    for step in path.split(".") if path else []:
+        owner = owner._modules.setdefault(step, Bare())  # type: ignore[assignment]
+    return owner
+
+
+@dataclass
+class _Extra:
+    """Puts an entry that is no tensor into the state dict of the module it belongs to, wherever that goes."""
+
+    name: str
+    value: Any
+
+    def __call__(self, _module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+        state[f"{prefix}{self.name}"] = self.value
 
 
 __all__ = [
@@ -266,5 +285,4 @@ __all__ = [
     "load",
     "mapped",
     "on_meta",
-    "read",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -115,6 +116,8 @@ def signature_of(kind: Callable[..., Any]) -> str | None:
     """`Linear(in_features: int, out_features: int, bias: bool = True)`, without what only torch itself passes."""
     try:
         signature = inspect.signature(kind)
+        with contextlib.suppress(Exception):  # annotations as text may name what is not there
+            signature = inspect.signature(kind, eval_str=True)
     except (TypeError, ValueError):
         return None
     parameters = [

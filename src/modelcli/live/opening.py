@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from modelcli import checkpoints, references
 from modelcli import record as records
-from modelcli import references
 from modelcli.blueprint import Blueprint
 from modelcli.checkpoints import Contents
 from modelcli.edits import Edit
@@ -131,7 +131,7 @@ class _Opening:
                     f"--weights {weights} and the checkpoint {reference} both say where the numbers come from",
                     "use --arch for its architecture",
                 )
-            self.contents = loading.read(reference.path, source.key)
+            self.contents = checkpoints.read(reference.path, key=source.key)
             if source.arch is not None:
                 self._take_architecture(references.parse(source.arch, source.folder), None)
             else:
@@ -139,7 +139,7 @@ class _Opening:
         elif source.arch is not None:
             raise RequestError(f"--arch {source.arch} is for checkpoints, and {reference} is an architecture itself")
         elif weights_file is not None:
-            self.contents = loading.read(weights_file, source.key)
+            self.contents = checkpoints.read(weights_file, key=source.key)
             self._take_architecture(reference, None)
         else:
             if source.key is not None:
@@ -268,7 +268,7 @@ def with_arch_instance(source: Source, instance: nn.Module) -> tuple[nn.Module, 
     reference = source.reference()
     if not isinstance(reference, CheckpointFile):
         raise RequestError(f"{reference} is not a checkpoint, and arch is a module already")
-    contents = loading.read(reference.path, source.key)
+    contents = checkpoints.read(reference.path, key=source.key)
     state, report = loading.compare(instance, loading.mapped(contents))
     if not report.mismatched:
         report = loading.load(instance, state)

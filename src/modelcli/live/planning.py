@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import collections
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,10 @@ import torch
 
 from modelcli import record as records
 from modelcli.blueprint import Blueprint, Trace
+from modelcli.checkpoints import TensorEntry
+from modelcli.checkpoints.pickles import Global, Opaque, OrderedDict
 from modelcli.errors import RequestError
-from modelcli.live import trace
+from modelcli.live import memory, trace
 from modelcli.live.describe import describe, dtype_name
 from modelcli.live.opening import Live
 from modelcli.live.sources import Value, is_lazy, real_tensor, source_of
@@ -28,18 +32,18 @@ def plan(live: Live, out: Path, kind: str, *, bare: bool = False) -> Plan:
     state = live.module.state_dict()
     tensors: dict[str, PlannedTensor] = {}
     extras: dict[str, Any] = {}
-    values: dict[int, Value] = {}
+    values: dict[object, Value] = {}
     for name, value in state.items():
         if isinstance(value, torch.Tensor):
             tensors[name] = _planned(name, value, kind, values)
         else:
-            extras[name] = _inert(name, value)
+            extras[name] = _inert(name, value, partial(_planned, name, kind=kind, values=values))
     contents = live.contents
     tree, key = None, None
-    if contents is not None and not bare:
-        extras |= {name: value for name, value in contents.extras.items() if name not in state}
-        if contents.key is not None and kind == "pth":
-            tree, key = contents.tree, contents.key
+    if bare:
+        extras = {name: value for name, value in extras.items() if name.endswith("_extra_state")}
+    elif contents is not None and contents.key is not None and kind == "pth":
+        tree, key = contents.tree, contents.key
     if extras and kind == "safetensors":
         raise RequestError(f"{min(extras)} is no tensor, and safetensors holds nothing else", "write a .pth file")
     metadata: Mapping[str, Any] = getattr(state, "_metadata", {})
@@ -48,7 +52,7 @@ def plan(live: Live, out: Path, kind: str, *, bare: bool = False) -> Plan:
     return Plan(tensors, records.to_text(record_of(live, out.parent)), _plain(metadata), extras, tree, key)
 
 
-def _planned(name: str, tensor: torch.Tensor, kind: str, values: dict[int, Value]) -> PlannedTensor:
+def _planned(name: str, tensor: torch.Tensor, kind: str, values: dict[object, Value]) -> PlannedTensor:
     if is_lazy(tensor):
         raise RequestError(
             f"{name} has no shape yet: its module is lazy",
@@ -62,8 +66,10 @@ def _planned(name: str, tensor: torch.Tensor, kind: str, values: dict[int, Value
     whole = tensor.is_contiguous() and tensor.storage_offset() == 0
     if kind == "safetensors" and not (whole and source.nbytes == tensor.numel() * tensor.element_size()):
         # safetensors holds every tensor by itself, row-major: a view is written as what it shows.
-        tensor = real_tensor(tensor).contiguous().clone()
-        source = Value(tensor.untyped_storage())
+        view = (source, tensor.storage_offset(), tensor.size(), tensor.stride(), tensor.dtype)
+        memory.require(tensor.numel() * tensor.element_size(), name)
+        tensor = real_tensor(tensor).clone(memory_format=torch.contiguous_format)
+        source = values.setdefault(view, Value(tensor.untyped_storage()))
     elif isinstance(source, Value):
         source = values.setdefault(source.storage._cdata, source)
     return PlannedTensor(
@@ -75,17 +81,42 @@ def _planned(name: str, tensor: torch.Tensor, kind: str, values: dict[int, Value
     )
 
 
-def _inert(name: str, value: Any) -> Any:
-    """An `_extra_state`, where it is made of plain values."""
-    if value is None or isinstance(value, bool | int | float | str | bytes):
+def _inert(name: str, value: Any, planned: Callable[[torch.Tensor], PlannedTensor]) -> Any:
+    """An `_extra_state`, where it is made of what `torch.load(weights_only=True)` takes."""
+
+    def inert(item: Any) -> Any:
+        return _inert(name, item, planned)
+
+    if value is None or isinstance(value, str | bytes) or type(value) in (bool, int, float):
         return value
-    if type(value) in (list, tuple):
-        return type(value)(_inert(name, item) for item in value)
+    if isinstance(value, TensorEntry | Opaque | Global | OrderedDict):
+        return value  # from a file, and as inert as it was
+    if isinstance(value, torch.Tensor):
+        return planned(value)
+    if isinstance(value, torch.dtype):
+        return Global("torch", dtype_name(value))
+    if type(value) is collections.OrderedDict:
+        return OrderedDict((key, inert(item)) for key, item in value.items())
     if type(value) is dict:
-        return {key: _inert(name, item) for key, item in value.items()}
+        return {key: inert(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(inert(item) for item in value)
+    if (how := _MAKERS.get(type(value))) is not None:
+        call, args = how
+        return Opaque(call, tuple(inert(item) for item in args(value)))
     raise RequestError(
         f"{name} holds a {type(value).__name__}, which cannot be written without running code to load it"
     )
+
+
+#: The class that makes a value again when it is loaded, and from what.
+_MAKERS: Mapping[type, tuple[Global, Callable[[Any], tuple[Any, ...]]]] = {
+    set: (Global("builtins", "set"), lambda value: (sorted(value, key=repr),)),
+    bytearray: (Global("builtins", "bytearray"), lambda value: (bytes(value),)),
+    complex: (Global("builtins", "complex"), lambda value: (value.real, value.imag)),
+    collections.Counter: (Global("collections", "Counter"), lambda value: (dict(value),)),
+    torch.Size: (Global("torch", "Size"), lambda value: (tuple(value),)),
+}
 
 
 def _plain(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -230,6 +230,17 @@ def _group_norm(module: Any, flow: torch.Tensor) -> Misfit | None:
     return _at_least(2)(module, flow) or _channels("num_channels")(module, flow)
 
 
+def _mean_or_spatial(dims: int) -> Rule:
+    """Down to one pixel an adaptive average is a mean, which takes any tensor with that many axes."""
+
+    def rule(module: Any, flow: torch.Tensor) -> Misfit | None:
+        size = module.output_size
+        to_one = size == 1 or tuple(size if isinstance(size, list | tuple) else ()) == (1,) * dims
+        return (_at_least(dims) if to_one else _dims(dims + 1, dims + 2))(module, flow)
+
+    return rule
+
+
 def _conv(dims: int) -> tuple[Rule, ...]:
     return _dims(dims + 1, dims + 2), _channels("in_channels", dims), _same_dtype
 
@@ -260,7 +271,7 @@ RULES: Mapping[type, tuple[Rule, ...]] = {
     nn.GroupNorm: (_group_norm, _norm_dtype),
     nn.LayerNorm: (_normalized_shape, _norm_dtype),
     nn.RMSNorm: (_normalized_shape, _floating),
-    nn.LocalResponseNorm: (_at_least(3), _floating),
+    nn.LocalResponseNorm: (_at_least(3),),
     nn.Embedding: (_indices,),
     nn.EmbeddingBag: (_indices, _dims(1, 2)),
     nn.RNNBase: (_recurrent, _same_dtype),
@@ -276,15 +287,15 @@ RULES: Mapping[type, tuple[Rule, ...]] = {
     nn.PixelShuffle: (_pixel_shuffle,),
     nn.PixelUnshuffle: (_pixel_unshuffle,),
     nn.ChannelShuffle: (_channel_shuffle,),
-    nn.MaxPool1d: _spatial(1),
+    nn.MaxPool1d: (*_spatial(1), _floating),
     nn.MaxPool2d: _spatial(2),
     nn.MaxPool3d: _spatial(3),
-    nn.AvgPool1d: (*_spatial(1), _floating),
-    nn.AvgPool2d: (*_spatial(2), _floating),
-    nn.AvgPool3d: (*_spatial(3), _floating),
+    nn.AvgPool1d: _spatial(1),
+    nn.AvgPool2d: _spatial(2),
+    nn.AvgPool3d: _spatial(3),
     nn.AdaptiveAvgPool1d: (*_spatial(1), _floating),
-    nn.AdaptiveAvgPool2d: (*_spatial(2), _floating),
-    nn.AdaptiveAvgPool3d: (*_spatial(3), _floating),
+    nn.AdaptiveAvgPool2d: (_mean_or_spatial(2), _floating),
+    nn.AdaptiveAvgPool3d: (_mean_or_spatial(3), _floating),
     nn.AdaptiveMaxPool1d: (*_spatial(1), _floating),
     nn.AdaptiveMaxPool2d: (*_spatial(2), _floating),
     nn.AdaptiveMaxPool3d: (*_spatial(3), _floating),

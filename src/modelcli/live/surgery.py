@@ -151,42 +151,59 @@ def _refuse_expanded(edit: Replace, module: nn.Module) -> None:
 def _resolved_calls(
     module: nn.Module, edit: Replace, targets: Sequence[tuple[nn.Module, str]], context: _Context
 ) -> list[Call]:
-    """The expression for each target with every `_` filled in.
-
-    First the old module's attribute of that name; else what flows in there on a forward pass.
-    """
+    """The expression for each target with every `_` filled in."""
     if not edit.module.has_hole:
         return [edit.module] * len(targets)
-    kind = modules.find_class(edit.module.name, trusted=context.trusted)
-    names = modules.parameter_names(kind)
-    flows: dict[str, torch.Tensor] | None = None
-    calls = []
-    for old, path in targets:
+    holes = _Holes(module, edit.module, [path for _, path in targets], context)
+    return [holes.filled(edit.module, old, path) for old, path in targets]
 
-        def fill(name: str, old: nn.Module = old, path: str = path) -> Any:
-            nonlocal flows
-            if (value := _attribute(old, name)) is not None:
-                return value
-            if flows is None:
-                flows = flowing_into(module, [place for _, place in targets], context.inputs)
-            if path in flows and (value := argument_from(name, tuple(flows[path].shape))) is not None:
-                return value
+
+class _Holes:
+    """Fills `_`: with the old module's attribute of that name, else with what flows in there on a forward pass."""
+
+    def __init__(self, module: nn.Module, expression: Call, paths: Sequence[str], context: _Context) -> None:
+        self.module = module
+        self.expression = expression
+        self.paths = paths
+        self.context = context
+        self.flows: dict[str, torch.Tensor] | None = None
+
+    def filled(self, call: Call, old: nn.Module, path: str) -> Call:
+        """A call, nested ones included, as it is to be made in place of `old`."""
+        if not call.has_hole:
+            return call
+        kind = modules.find_class(call.name, trusted=self.context.trusted)
+        names = modules.parameter_names(kind)
+        if len(call.args) > len(names) and "args" not in names:
+            raise RequestError(f"{call}: {kind.__name__} takes {len(names)} arguments", modules.signature_of(kind))
+        named = [*zip(call.args, [*names, *[""] * len(call.args)], strict=False)]
+        args = tuple(self._value(value, name, old, path) for value, name in named)
+        return Call(call.name, args, {key: self._value(value, key, old, path) for key, value in call.kwargs.items()})
+
+    def _value(self, value: Any, name: str, old: nn.Module, path: str) -> Any:
+        if value == HOLE:
+            return self._fill(name, old, path)
+        if isinstance(value, Call):
+            return self.filled(value, old, path)
+        if expressions.holds_hole(value):
             raise RequestError(
-                f"{edit.module} at {path}: _ for {name} is not known: the old {type(old).__name__} has no {name}, "
-                + ("and what flows in does not tell" if path in flows else "and no forward pass reached it"),
-                f"write {name} out, or give --input-size",
+                f"{self.expression}: _ stands for a whole argument, not for a part of one", "write it out"
             )
+        return value
 
-        args = []
-        for index, value in enumerate(edit.module.args):
-            if value == HOLE:
-                if index >= len(names):
-                    raise RequestError(f"{edit.module}: {kind.__name__} takes {len(names)} arguments")
-                value = fill(names[index])
-            args.append(value)
-        kwargs = {key: fill(key) if value == HOLE else value for key, value in edit.module.kwargs.items()}
-        calls.append(Call(edit.module.name, tuple(args), kwargs))
-    return calls
+    def _fill(self, name: str, old: nn.Module, path: str) -> Any:
+        if (value := _attribute(old, name)) is not None:
+            return value
+        if self.flows is None:
+            self.flows = flowing_into(self.module, self.paths, self.context.inputs)
+        flow = self.flows.get(path)
+        if flow is not None and (size := argument_from(name, tuple(flow.shape))) is not None:
+            return size
+        raise RequestError(
+            f"{self.expression} at {path}: _ for {name} is not known: the old {type(old).__name__} has no {name}, "
+            + ("and what flows in does not tell" if flow is not None else "and no forward pass reached it"),
+            f"write {name} out, or give --input-size",
+        )
 
 
 def _attribute(old: nn.Module, name: str) -> Any:
@@ -315,6 +332,12 @@ def count(module: nn.Module) -> int:
 def _set_flags(module: nn.Module, edit: Freeze | Unfreeze, context: _Context) -> list[Change]:
     trained = isinstance(edit, Unfreeze)
     blueprint = describe(module)
+    for target in edit.targets:
+        sizes = [blueprint.params_of(path) for path in selectors.matched_modules(selectors.parse(target), blueprint)]
+        if sizes and not any(sizes) and not any(map(is_lazy, module.parameters())):
+            raise RequestError(
+                f"nothing to {edit.name}: {target} has no parameters", "modelcli params shows where they are"
+            )
     names = selectors.select_tensors(blueprint, edit.targets, without=edit.without, expect=edit.expect)
     chosen = {name for name in names if blueprint.by_name[name].kind == "parameter"}
     if not chosen:
@@ -333,7 +356,10 @@ def _set_flags(module: nn.Module, edit: Freeze | Unfreeze, context: _Context) ->
         own = {id(parameters[name]): parameters[name] for name in below}
         before = _flags([p.requires_grad for p in own.values()])
         size = sum(p.numel() for p in own.values() if not is_lazy(p))
-        changes.append(Change(path, edit.name, before, "trainable" if trained else "frozen", size, size))
+        after = "trainable" if trained else "frozen"
+        if edit.without and len(below) < _parameters_at(blueprint, path):
+            after += f" except {', '.join(edit.without)}"
+        changes.append(Change(path, edit.name, before, after, size, size))
     for tensor in tensors.values():
         tensor.requires_grad_(trained)
     line = str(type(edit)(targets=tuple(_resolved_targets(blueprint, edit, chosen))))
@@ -342,11 +368,10 @@ def _set_flags(module: nn.Module, edit: Freeze | Unfreeze, context: _Context) ->
 
 def _resolved_targets(blueprint: Blueprint, edit: Freeze | Unfreeze, chosen: set[str]) -> list[str]:
     """Literal paths: a module where all its parameters were chosen, else the tensors one by one."""
-    parameters = [tensor.name for tensor in blueprint.tensors if tensor.kind == "parameter"]
     found: list[str] = []
     for path, below in _groups(edit, blueprint, chosen):
-        whole = [name for name in parameters if not path or name == path or name.startswith(f"{path}.")]
-        found += [selectors.literal(path)] if len(whole) == len(below) else map(selectors.literal, below)
+        whole = len(below) == _parameters_at(blueprint, path)
+        found += [selectors.literal(path)] if whole else map(selectors.literal, below)
     return found
 
 
@@ -362,6 +387,12 @@ def _groups(edit: Freeze | Unfreeze, blueprint: Blueprint, chosen: set[str]) -> 
             holders = [path for path in list(ancestors(name))[1:] if path in named]
             tops.setdefault(holders[-1] if holders else name, []).append(name)
     return list(tops.items())
+
+
+def _parameters_at(blueprint: Blueprint, path: str) -> int:
+    """How many parameters a path names: its own, or those of the module at it and below."""
+    names = (tensor.name for tensor in blueprint.tensors if tensor.kind == "parameter")
+    return sum(not path or name == path or name.startswith(f"{path}.") for name in names)
 
 
 def _flags(flags: Sequence[bool]) -> str:

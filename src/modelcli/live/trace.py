@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,17 +36,19 @@ class Failure:
         while isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
             error = error.__cause__
         text = (str(error) or type(error).__name__).strip().splitlines()[0]
-        if "nonzero" in text or "meta tensor" in text.lower() or "local_scalar_dense" in text:
-            text = f"it needs real numbers ({text[:90]})"
+        if "meta tensor" in text.lower() or "register_meta" in text or "aten::" in text:
+            operation = re.search(r"(?:aten::|torch\.)\w+", text)
+            named = f" ({operation[0]})" if operation else ""
+            text = f"it needs real numbers, and the meta device has none{named}"
         return f"the forward pass ended in {shown(self.path)}: {text}"
 
 
 @dataclass
 class Pass:
-    """What hooks saw of one forward pass."""
+    """What hooks saw of one forward pass, by path. A shared module has the path that its caller knows it by."""
 
-    output_shapes: dict[int, Any] = field(default_factory=dict)
-    macs: dict[int, int] = field(default_factory=dict)
+    output_shapes: dict[str, Any] = field(default_factory=dict)
+    macs: dict[str, int] = field(default_factory=dict)
     output: Any = None
     failure: Failure | None = None
 
@@ -69,24 +72,25 @@ def run(
     by default plainly. An exception of the pass is kept in `failure`.
     """
     seen = Pass()
-    paths: dict[int, str] = {}
+    paths: dict[int, list[str]] = {}
     for path, child in walk(module):
-        paths.setdefault(id(child), path)
-    running: list[tuple[nn.Module, int]] = []
+        paths.setdefault(id(child), []).append(path)
+    running: list[tuple[str, int]] = []
 
     def total() -> int:
         return counter.get_total_flops() if counter is not None else 0
 
     def before(child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        running.append((child, total()))
+        path = _path_of_call(paths[id(child)], running[-1][0] if running else "")
+        running.append((path, total()))
         if visit is not None:
-            visit(child, paths[id(child)], args, kwargs)
+            visit(child, path, args, kwargs)
 
     def after(child: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
-        _, started = running.pop()
+        path, started = running.pop()
         # FlopCounterMode counts a multiply-accumulate as two.
-        seen.macs[id(child)] = seen.macs.get(id(child), 0) + (total() - started) // 2
-        seen.output_shapes.setdefault(id(child), shape_of(output))
+        seen.macs[path] = seen.macs.get(path, 0) + (total() - started) // 2
+        seen.output_shapes.setdefault(path, shape_of(output))
         if not running:
             seen.output = output
 
@@ -111,9 +115,14 @@ def run(
             else:
                 drive(module, inputs)
         except Exception as error:
-            where = running[-1][0] if running else module
-            seen.failure = Failure(paths.get(id(where), ""), error)
+            seen.failure = Failure(running[-1][0] if running else "", error)
     return seen
+
+
+def _path_of_call(paths: Sequence[str], caller: str) -> str:
+    """Which of a module's paths a call from `caller` means: the nearest one below it, else the first."""
+    below = [path for path in paths if not caller or path.startswith(f"{caller}.")]
+    return min(below or paths[:1], key=lambda path: path.count("."))
 
 
 @contextlib.contextmanager
@@ -172,18 +181,19 @@ def trace(module: nn.Module, inputs: Inputs | None, *, mode: str = "eval") -> tu
         counter = FlopCounterMode(display=False)
         seen = run(twin, tensors, mode=mode, counter=counter)
     layers = {
-        path: LayerTrace(seen.output_shapes[id(child)], seen.macs[id(child)])
-        for path, child in walk(twin)
-        if id(child) in seen.output_shapes
+        path: LayerTrace(seen.output_shapes[path], seen.macs[path])
+        for path, _ in walk(twin)
+        if path in seen.output_shapes
     }
+    input_bytes = sum(_bytes_of(tensor) for tensor in _flat(tensors))
     if seen.failure is not None:
-        return Trace(inputs.shapes, layers, reason=seen.failure.reason), twin
+        return Trace(inputs.shapes, layers, input_bytes=input_bytes, reason=seen.failure.reason), twin
     summary = statistics[0] if statistics else None
     return Trace(
         inputs=inputs.shapes,
         layers=layers,
         macs=counter.get_total_flops() // 2,
-        input_bytes=sum(_bytes_of(tensor) for tensor in _flat(tensors)),
+        input_bytes=input_bytes,
         forward_backward_bytes=None if summary is None else int(summary.total_output_bytes),
     ), twin
 

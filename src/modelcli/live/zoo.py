@@ -192,6 +192,8 @@ class _NoWeights(dict[str, Any]):
     """Stands for a state dict that was never read."""
 
 
+#: The shorter side that torchvision's detection models scale an image to.
+_IMAGE_SIDE = 800
 #: Frames of the clips on which torchvision measured its video models.
 _CLIP_FRAMES = 16
 
@@ -207,7 +209,9 @@ def input_sizes(name: str, weights: str | None, module: nn.Module) -> tuple[tupl
     entry = entries[weights] if weights in entries.__members__ else next(iter(entries), None)
     match info.group:
         case "detection":
-            return ((3, 800, 800),)
+            transform: Any = getattr(module, "transform", None)
+            height, width = getattr(transform, "fixed_size", None) or (_IMAGE_SIDE, _IMAGE_SIDE)
+            return ((3, height, width),)
         case "optical_flow":
             return ((1, 3, 520, 960), (1, 3, 520, 960))
     size = 224

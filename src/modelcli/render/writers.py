@@ -7,7 +7,7 @@ import io
 import json
 import math
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from modelcli.render.views import Column, View
@@ -31,9 +31,7 @@ def _is_plain(character: str) -> bool:
 
 
 def _escaped(character: str) -> str:
-    return (
-        character.encode("unicode_escape").decode() if ord(character) < 0xD800 or ord(character) > 0xDFFF else "\\ud…"
-    )
+    return character.encode("unicode_escape").decode()
 
 
 def to_json(document: Mapping[str, Any]) -> str:
@@ -89,9 +87,9 @@ def _cells(view: View) -> list[list[str]]:
     return [[safe(column.format(row.get(column.key))) for column in view.columns] for row in view.rows]
 
 
-def _widths(view: View, cells: Sequence[Sequence[str]]) -> list[int]:
+def _widths(view: View, cells: Sequence[Sequence[str]], measure: Callable[[str], int] = len) -> list[int]:
     titles = [column.title if view.header else "" for column in view.columns]
-    return [max([len(title), *(len(row[index]) for row in cells)]) for index, title in enumerate(titles)]
+    return [max([measure(title), *(measure(row[index]) for row in cells)]) for index, title in enumerate(titles)]
 
 
 def to_plain(view: View) -> str:
@@ -131,6 +129,8 @@ def print_rich(view: View, console: Console) -> None:
     if view.rows or view.header:
         console.print(_rich_table(view, console.width))
     if view.footer:
+        if view.header:
+            console.print()
         width = max(len(label) for label, _ in view.footer)
         for label, value in view.footer:
             line = Text.assemble((f"{label + ':':<{width + 1}} ", "dim"), safe(value))
@@ -139,17 +139,18 @@ def print_rich(view: View, console: Console) -> None:
 
 def _rich_table(view: View, width: int) -> Any:
     from rich import box
+    from rich.cells import cell_len
     from rich.table import Table
     from rich.text import Text
 
     cells = _cells(view)
-    kept, widths, gap = _fit(view, _widths(view, cells), width)
+    kept, widths, gap = _fit(view, _widths(view, cells, cell_len), width)
     table = Table(
         box=box.SIMPLE_HEAD if view.header else None,
         show_header=view.header,
         show_edge=False,
         pad_edge=False,
-        padding=(0, gap, 0, 0),
+        padding=(0, gap - 1 if view.header else gap, 0, 0),  # the box of a header has a space between columns itself
         collapse_padding=True,
         header_style="bold",
     )

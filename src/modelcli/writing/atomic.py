@@ -17,7 +17,7 @@ def check_target(path: Path, *, force: bool) -> None:
     """Raise where `path` cannot be written: it exists and `force` is not set, or is no plain file, or is locked."""
     try:
         mode = path.stat().st_mode
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         mode = None
     except OSError as error:
         raise _failure(path, error) from None
@@ -28,7 +28,7 @@ def check_target(path: Path, *, force: bool) -> None:
             raise RequestError(f"{path} is a device or a pipe, not a file")
         if not force:
             raise RequestError(f"{path} exists", "--force replaces it")
-    folder = path.parent
+    folder = Path(os.path.realpath(path)).parent
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     if not folder.is_dir():
@@ -58,6 +58,8 @@ def replacing(path: Path, *, force: bool) -> Iterator[tuple[BinaryIO, Path]]:
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask())
+        if not force and target.exists():
+            raise RequestError(f"{path} exists by now", "--force replaces it")
         temporary.replace(target)
         _sync_folder(target.parent)
     except BaseException as error:

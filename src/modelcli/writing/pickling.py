@@ -7,15 +7,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from modelcli.checkpoints.contents import TensorEntry
-from modelcli.checkpoints.pickles import STORAGE_CLASSES, Global, Opaque, OrderedDict, Tensor
+from modelcli.checkpoints.pickles import MAX_DEPTH, STORAGE_CLASSES, Global, Opaque, OrderedDict
 from modelcli.errors import RequestError
 from modelcli.writing.plan import PlannedTensor
 
-MAX_DEPTH = 900
-
 
 def dumps(value: Any, storage_key: Callable[[PlannedTensor], tuple[str, int]]) -> bytes:
-    """Pickle a tree of inert values. `storage_key` gives a tensor's record and the number of bytes in it."""
+    """Pickle a tree of inert values. `storage_key` gives a tensor's record and the number of its elements."""
     out = bytearray(b"\x80\x02")
     _Writer(out, storage_key).write(value, 0)
     out += b"."
@@ -26,12 +24,16 @@ class _Writer:
     def __init__(self, out: bytearray, storage_key: Callable[[PlannedTensor], tuple[str, int]]) -> None:
         self.out = out
         self.storage_key = storage_key
-        self.memo: dict[Global, int] = {}
+        self.memo: dict[Global | int, int] = {}
+        self.kept: list[Any] = []
 
     def write(self, value: Any, depth: int) -> None:
         out = self.out
         if depth > MAX_DEPTH:
             raise RequestError(f"the checkpoint's values are nested deeper than {MAX_DEPTH}, or hold themselves")
+        if isinstance(value, dict | list | tuple | Opaque) and (number := self.memo.get(id(value))) is not None:
+            self._get(number)
+            return
         match value:
             case None:
                 out += b"N"
@@ -54,27 +56,31 @@ class _Writer:
                 self._entry(value)
             case tuple():
                 self._sequence(value, depth)
+                if value:
+                    self._put(value)
             case list():
-                out += b"]("
+                out += b"]"
+                self._put(value)
+                out += b"("
                 for item in value:
                     self.write(item, depth + 1)
                 out += b"e"
             case OrderedDict():
                 self._global(Global("collections", "OrderedDict"))
                 out += b")R"
+                self._put(value)
                 self._items(value, depth)
                 if value.state is not None:
                     self.write(value.state, depth + 1)
                     out += b"b"
             case dict():
                 out += b"}"
+                self._put(value)
                 self._items(value, depth)
             case Global():
                 self._global(value)
             case Opaque():
                 self._opaque(value, depth)
-            case Tensor():
-                raise AssertionError("a tensor that no file holds")
             case _:
                 raise RequestError(f"a value of type {type(value).__name__} cannot be written to a checkpoint")
 
@@ -109,21 +115,30 @@ class _Writer:
 
     def _global(self, value: Global) -> None:
         if (number := self.memo.get(value)) is not None:
-            self.out += b"h" + bytes([number]) if number < 256 else b"j" + struct.pack("<I", number)
+            self._get(number)
             return
-        number = self.memo[value] = len(self.memo)
         self.out += b"c" + value.module.encode() + b"\n" + value.name.encode() + b"\n"
+        self._put(value)
+
+    def _put(self, value: Any) -> None:
+        """Remember what was just made: a class by its name, a container by its identity, so that it stays one."""
+        number = len(self.memo)
+        self.memo[value if isinstance(value, Global) else id(value)] = number
+        self.kept.append(value)
         self.out += b"q" + bytes([number]) if number < 256 else b"r" + struct.pack("<I", number)
 
+    def _get(self, number: int) -> None:
+        self.out += b"h" + bytes([number]) if number < 256 else b"j" + struct.pack("<I", number)
+
     def _opaque(self, value: Opaque, depth: int) -> None:
-        if value.how == "set":
-            value = Opaque(value.call, (value.appended,), value.state)
+        is_set = value.how == "set"
         if value.how == "newobj_ex":
             raise RequestError("an object made with keyword arguments cannot be written to a checkpoint", "use --bare")
         self.write(value.call, depth + 1)
-        self.write(value.args, depth + 1)
+        self.write((value.appended,) if is_set else value.args, depth + 1)
         self.out += b"\x81" if value.how == "newobj" else b"R"
-        for item in value.appended:
+        self._put(value)
+        for item in value.appended if not is_set else ():
             self.write(item, depth + 1)
             self.out += b"a"
         for key, item in value.items:
@@ -162,8 +177,8 @@ class _Writer:
         self.write(nbytes, 0)
         self.out += b"tQ"
         self.write(tensor.offset, 0)
-        self.write(tensor.shape, 0)
-        self.write(tensor.stride, 0)
+        self._sequence(tensor.shape, 0)
+        self._sequence(tensor.stride, 0)
         self.out += b"\x88" if requires_grad else b"\x89"
         self._empty_ordered_dict()
         if not storage_class:

@@ -39,7 +39,10 @@ def write(plan: Plan, file: BinaryIO) -> None:
             "data_offsets": [position, position + tensor.source.nbytes],
         }
         position += tensor.source.nbytes
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    try:
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError:
+        raise RequestError("a name in it is no valid text, which safetensors asks for", "write a .pth file") from None
     text += b" " * (-len(text) % 8)
     file.write(struct.pack("<Q", len(text)) + text)
     for tensor in tensors.values():

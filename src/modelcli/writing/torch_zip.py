@@ -22,18 +22,20 @@ ALIGNMENT = 64
 
 def write(plan: Plan, file: BinaryIO) -> None:
     """Write the archive. The same plan gives the same bytes, whatever the file is called."""
-    storages: dict[Source, str] = {}
+    storages: dict[tuple[Source, str | None], str] = {}
 
     def storage_key(tensor: PlannedTensor) -> tuple[str, int]:
-        key = storages.setdefault(tensor.source, str(len(storages)))
-        size = ITEM_BYTES[tensor.dtype] if tensor.dtype in STORAGE_CLASSES else 1
+        # A record has one class: of tensors that read the same bytes as other dtypes, each class gets its own copy.
+        storage_class = STORAGE_CLASSES.get(tensor.dtype)
+        key = storages.setdefault((tensor.source, storage_class), str(len(storages)))
+        size = ITEM_BYTES[tensor.dtype] if storage_class else 1
         return key, tensor.source.nbytes // size
 
     data = pickling.dumps(_tree(plan), storage_key)
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         _add(archive, file, "data.pkl", [data], len(data))
         _add(archive, file, "byteorder", [b"little"], 6)
-        for source, key in storages.items():
+        for (source, _), key in storages.items():
             _add(archive, file, f"data/{key}", source.chunks(), source.nbytes)
         record = plan.record.encode()
         _add(archive, file, records.ZIP_RECORD, [record], len(record))

@@ -1,0 +1,114 @@
+"""The check before writing: refusals that name the module, the flow, the expectation and the fix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import Cli
+
+
+def refused(cli: Cli, folder: Path, *words: str) -> str:
+    """The message of an edit that must be refused with exit 2 and nothing written."""
+    before = sorted(path.name for path in folder.iterdir())
+    error = cli(*words, "-o", "out.pth", code=2).err
+    assert sorted(path.name for path in folder.iterdir()) == before
+    return error
+
+
+def test_one_feature_too_few(cli: Cli, folder: Path) -> None:
+    error = refused(cli, folder, "replace", "classifier.6", "Linear(4095,10)", "-m", "alexnet")
+    assert "classifier.6 Linear(4095, 10) does not fit" in error
+    assert "[1,4096] float32 flows in (from classifier.5 ReLU" in error
+    assert "it expects [*,4095]" in error
+    assert "replace classifier.6 'Linear(_,10)'" in error
+
+
+def test_the_fix_that_is_offered_works(cli: Cli) -> None:
+    cli("replace", "classifier.6", "Linear(_,10)", "-m", "alexnet", "--dry-run")
+
+
+def test_a_module_behind_the_edited_one(cli: Cli, folder: Path) -> None:
+    error = refused(cli, folder, "replace", "classifier.4", "Linear(_,2048)", "-m", "alexnet")
+    assert "classifier.6 Linear(4096, 1000) does not fit: [1,2048] float32" in error
+    assert "replace classifier.6 'Linear(_,1000)' as well" in error
+
+
+def test_wrong_channels_of_a_transposed_convolution(cli: Cli, folder: Path) -> None:
+    """ConvTranspose2d with wrong channels passes on the meta device."""
+    words = ("-m", "nets.py:Mixed", "--input-size", "1,1,8,8")
+    error = refused(cli, folder, "replace", "deconv", "ConvTranspose2d(3,2,2)", *words)
+    assert "deconv ConvTranspose2d(3, 2," in error
+    assert "[1,4,8,8] float32 flows in" in error
+    assert "it expects 3 channels" in error
+
+
+def test_mixed_dtypes(cli: Cli, folder: Path) -> None:
+    """A bfloat16 layer in a float32 model passes on the meta device."""
+    error = refused(cli, folder, "replace", "classifier.6", "Linear(4096,10,dtype=torch.bfloat16)", "-m", "alexnet")
+    assert "[1,4096] float32 flows in" in error
+    assert "it expects bfloat16, the dtype of its parameters" in error
+
+
+def test_an_axis_that_is_not_there(cli: Cli, folder: Path) -> None:
+    """Softmax over an axis beyond the last passes on the meta device."""
+    error = refused(cli, folder, "replace", "classifier.5", "Softmax(4)", "-m", "alexnet")
+    assert "classifier.5 Softmax(dim=4) does not fit" in error
+
+
+def test_a_residual_that_no_longer_adds_up(cli: Cli, folder: Path) -> None:
+    error = refused(cli, folder, "replace", "layer1.0.conv2", "Conv2d(_,32,3,padding=1)", "-m", "resnet18")
+    assert "layer1.0.bn2 BatchNorm2d(64" in error
+    assert "replace layer1.0.bn2 'BatchNorm2d(_" in error
+
+
+def test_no_known_input_is_no_error_but_said(cli: Cli) -> None:
+    result = cli("replace", "0", "Linear(4,3)", "-m", "Sequential(Linear(4,3),ReLU())", "--json").json
+    assert result["check"]["ran"] is False
+    assert "--input-size" in result["check"]["reason"]
+
+
+def test_a_model_that_cannot_run_as_it_was(cli: Cli) -> None:
+    """The unedited model goes first: where it fails as well, the check is not possible, and no error."""
+    words = ("-m", "Sequential(Linear(4,3),Linear(5,2))", "--input-size", "1,4")
+    check = cli("replace", "1", "Linear(6,2)", *words, "--json").json["check"]
+    assert check["ran"] is False
+    assert check["reason"].startswith("the model cannot run as it was")
+
+
+def test_detection_models_cannot_be_checked_on_meta(cli: Cli) -> None:
+    check = cli("freeze", "backbone", "-m", "ssdlite320_mobilenet_v3_large", "--json").json["check"]
+    assert check["ran"] is False
+    assert "real numbers" in check["reason"]
+
+
+def test_none_skips_it(cli: Cli) -> None:
+    cli("replace", "classifier.6", "Linear(4095,10)", "-m", "alexnet", "-o", "out.pth", "--check", "none")
+    assert torch.load("out.pth", weights_only=True)["classifier.6.weight"].shape == (10, 4095)
+
+
+def test_run_uses_real_numbers(cli: Cli) -> None:
+    check = cli("replace", "fc", "Linear(_,10)", "-m", "resnet18", "--check", "run", "--json").json["check"]
+    assert check == {"ran": True, "reason": None, "output_shape": [1, 10], "input": [[1, 3, 224, 224]]}
+    error = cli("replace", "fc", "Linear(7,10)", "-m", "resnet18", "--check", "run", code=2).err
+    assert "the edited model does not run" in error
+
+
+def test_an_unknown_check(cli: Cli) -> None:
+    assert "--check meta, run or none" in cli("freeze", ".", "-m", "alexnet", "--check", "maybe", code=2).err
+
+
+def test_token_models_take_whole_numbers(cli: Cli) -> None:
+    words = ("-m", "nets.py:Tied", "--input-size", "1,7")
+    check = cli("replace", "body", "Linear(_,4)", *words, "--input-dtype", "int64", "--json").json["check"]
+    assert check["output_shape"] == [1, 7, 11]
+    check = cli("replace", "body", "Linear(_,4)", *words, "--json").json["check"]
+    assert "--input-dtype int64" in check["reason"]
+
+
+@pytest.mark.parametrize("expression", ["LazyLinear(10)", "Linear(_,10)"])
+def test_a_lazy_module_is_checked_too(cli: Cli, expression: str) -> None:
+    check = cli("replace", "fc", expression, "-m", "resnet18", "--json").json["check"]
+    assert check["output_shape"] == [1, 10]

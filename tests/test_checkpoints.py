@@ -1,0 +1,691 @@
+"""The readers, against torch and safetensors: what they load is what is found, and what is damaged is one error."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import random
+import struct
+import warnings
+import zipfile
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from modelcli import checkpoints
+from modelcli.checkpoints import Contents, TensorEntry, pickles
+from modelcli.errors import FileFormatError, ModelcliError, RequestError, UnsafeError
+from modelcli.live import loading
+
+DTYPES = (
+    *("bool", "uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64"),
+    *("float16", "bfloat16", "float32", "float64", "complex32", "complex64", "complex128"),
+    *("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu", "float4_e2m1fn_x2"),
+)
+SAFETENSORS_DTYPES = tuple(name for name in DTYPES if name not in ("complex32", "complex128", "float4_e2m1fn_x2"))
+
+
+def tensor_of(dtype: str, *shape: int) -> torch.Tensor:
+    """A tensor of any dtype, with bytes that all differ from zero."""
+    wanted = getattr(torch, dtype)
+    count = torch.Size(shape).numel() * torch.empty(0, dtype=wanted).element_size()
+    data = torch.arange(count) % (1 if dtype == "bool" else 100) + 1
+    return data.to(torch.uint8).view(wanted).reshape(shape)
+
+
+def raw(tensor: torch.Tensor) -> bytes:
+    """A tensor's bytes, row-major."""
+    return bytes(tensor.detach().contiguous().flatten().view(torch.uint8).tolist())
+
+
+def assert_same(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Equal to the last bit, in dtype, shape and stride as well."""
+    assert (found.dtype, found.shape, found.stride()) == (wanted.dtype, wanted.shape, wanted.stride())
+    assert raw(found) == raw(wanted)
+
+
+def tensors_of(contents: Contents) -> dict[str, torch.Tensor]:
+    return loading.mapped(contents).tensors
+
+
+def saved(path: Path, value: Any, **options: Any) -> Path:
+    torch.save(value, path, **options)
+    return path
+
+
+def assert_reads_as_torch(path: Path) -> Contents:
+    contents = checkpoints.read(path)
+    wanted = torch.load(path, weights_only=True)
+    found = tensors_of(contents)
+    assert list(found) == [name for name, value in wanted.items() if isinstance(value, torch.Tensor)]
+    for name, tensor in found.items():
+        assert_same(tensor, wanted[name])
+    return contents
+
+
+# --- what torch.save writes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_every_dtype(tmp_path: Path, legacy: bool) -> None:
+    state = {name: tensor_of(name, 2, 3) for name in DTYPES}
+    path = saved(tmp_path / "m.pth", state, _use_new_zipfile_serialization=not legacy)
+    # torch cannot read the newer dtypes back out of its own old format.
+    contents = checkpoints.read(path) if legacy else assert_reads_as_torch(path)
+    assert [entry.dtype for entry in contents.tensors.values()] == list(DTYPES)
+    for name, tensor in tensors_of(contents).items():
+        assert_same(tensor, state[name])
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_no_dimension_no_element_and_views(tmp_path: Path, legacy: bool) -> None:
+    base = torch.arange(24.0)
+    state = {
+        "scalar": torch.tensor(3),
+        "empty": torch.zeros(0),
+        "empty2": torch.zeros(2, 0, 3),
+        "base": base,
+        "tail": base[20:],
+        "transposed": base.view(4, 6).t(),
+        "every_other": base[::2],
+        "expanded": base[3:4].expand(5),
+    }
+    path = saved(tmp_path / "m.pth", state, _use_new_zipfile_serialization=not legacy)
+    contents = assert_reads_as_torch(path)
+    assert (contents.tensors["tail"].offset, contents.tensors["transposed"].stride) == (20, (1, 6))
+    views = ("base", "tail", "transposed", "every_other", "expanded")
+    assert len({contents.tensors[name].storage for name in views}) == 1
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_tied_tensors_are_told(tmp_path: Path, legacy: bool) -> None:
+    weight = torch.randn(3, 2)
+    state = {"embed.weight": weight, "part": weight[:1], "head.weight": weight, "other": weight.clone()}
+    infos = checkpoints.read(saved(tmp_path / "m.pth", state, _use_new_zipfile_serialization=not legacy)).infos()
+    assert {name: info.tied_to for name, info in infos.items()} == {
+        "embed.weight": None,
+        "part": None,
+        "head.weight": "embed.weight",
+        "other": None,
+    }
+
+
+def test_empty_tensors_are_not_tied(tmp_path: Path) -> None:
+    infos = checkpoints.read(saved(tmp_path / "m.pth", {"a": torch.zeros(0), "b": torch.zeros(0)})).infos()
+    assert infos["b"].tied_to is None
+
+
+def test_parameters_keep_their_flag(tmp_path: Path) -> None:
+    with_attribute = nn.Parameter(torch.ones(1))
+    with_attribute.note = "mine"  # type: ignore[attr-defined]
+    state = {
+        "a": nn.Parameter(torch.ones(2)),
+        "b": nn.Parameter(torch.ones(2), requires_grad=False),
+        "c": torch.ones(2, requires_grad=True),
+        "d": with_attribute,
+        "e": torch.ones(1),
+    }
+    state["e"].note = "mine"  # type: ignore[attr-defined]
+    contents = assert_reads_as_torch(saved(tmp_path / "m.pth", state))
+    assert [entry.is_parameter for entry in contents.tensors.values()] == [True, True, False, True, False]
+    assert [info.requires_grad for info in contents.infos().values()] == [True, False, None, True, None]
+    assert not contents.foreign
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_every_pickle_protocol(tmp_path: Path, protocol: int, legacy: bool) -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    checkpoint = {"model": model.state_dict(), "seen": {1, 2}, "raw": bytearray(b"ab"), "n": 2**70, "x": -1.5}
+    path = saved(tmp_path / "m.pth", checkpoint, pickle_protocol=protocol, _use_new_zipfile_serialization=not legacy)
+    contents = checkpoints.read(path)
+    for name, tensor in tensors_of(contents).items():
+        assert_same(tensor, model.state_dict()[name])
+    assert contents.metadata["1"] == {"version": 2}
+    assert (contents.tree["n"], contents.tree["x"]) == (2**70, -1.5)
+    assert not contents.foreign
+
+
+def test_names_of_all_kinds(tmp_path: Path) -> None:
+    state = {name: torch.ones(1) for name in ("weight", "", "ü.Ω", "a b", "[bold]x", "\x1b[31m", "a..b")}
+    assert_reads_as_torch(saved(tmp_path / "m.pth", state))
+
+
+def test_what_is_no_tensor_stays_beside_them(tmp_path: Path) -> None:
+    state = OrderedDict(weight=torch.ones(2))
+    state["block._extra_state"] = {"scale": torch.full((1,), 3.0), "steps": [1, 2], "kind": "fp8"}
+    contents = checkpoints.read(saved(tmp_path / "m.pth", state))
+    assert list(contents.tensors) == ["weight"]
+    extra = contents.extras["block._extra_state"]
+    assert isinstance(extra["scale"], TensorEntry)
+    assert (extra["steps"], extra["kind"]) == ([1, 2], "fp8")
+
+
+def test_quantized_and_sparse_tensors_are_no_danger(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        state = {"w": torch.ones(2), "s": torch.eye(3).to_sparse()}
+        path = saved(tmp_path / "m.pth", state)
+    contents = checkpoints.read(path)
+    assert (list(contents.tensors), list(contents.extras), contents.foreign) == (["w"], ["s"], ())
+
+
+def test_a_lazily_conjugated_tensor_is_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path / "m.pth", {"w": torch.ones(2, dtype=torch.complex64).conj()})
+    with pytest.raises(FileFormatError, match="conjugated"):
+        checkpoints.read(path)
+
+
+def test_an_empty_state_dict(tmp_path: Path) -> None:
+    contents = checkpoints.read(saved(tmp_path / "m.pth", nn.ReLU().state_dict()))
+    assert (contents.tensors, contents.key) == ({}, None)
+
+
+# --- training checkpoints ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize("key", ["state_dict", "model", "model_state_dict", "ema", "net", "weird"])
+def test_the_state_dict_is_found(tmp_path: Path, key: str, legacy: bool) -> None:
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, lr=0.1)
+    model(torch.ones(2)).backward()
+    optimizer.step()
+    checkpoint = {"epoch": 3, "optimizer": optimizer.state_dict(), key: model.state_dict(), "best": torch.tensor(0.5)}
+    path = saved(tmp_path / "m.pth", checkpoint, _use_new_zipfile_serialization=not legacy)
+    contents = checkpoints.read(path)
+    assert (contents.key, list(contents.tensors)) == ((key,), ["weight", "bias"])
+    assert contents.notes == (f"took the state dict under {key!r} of m.pth",)
+    assert contents.tree["epoch"] == 3
+    assert list(contents.tree["optimizer"]["state"]) == [0, 1]
+    assert isinstance(contents.tree["optimizer"]["state"][0]["momentum_buffer"], TensorEntry)
+    assert contents.tree["optimizer"]["param_groups"][0]["lr"] == 0.1
+
+
+def test_of_several_state_dicts_the_commonest_is_taken_and_the_others_told(tmp_path: Path) -> None:
+    one = {"w": torch.zeros(1)}
+    path = saved(tmp_path / "m.pth", {"ema": one, "teacher": one, "model": {"w": torch.ones(1)}, "state_dict": {}})
+    contents = checkpoints.read(path)
+    assert contents.key == ("model",)
+    assert contents.notes == ("took the state dict under 'model' of m.pth; --key takes another: ema, teacher",)
+    assert checkpoints.read(path, key="teacher").key == ("teacher",)
+    assert checkpoints.read(path, key="teacher").notes == ()
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_key(tmp_path: Path, legacy: bool) -> None:
+    inner = {"w": torch.ones(1)}
+    tree = {"runs": {"best": inner, "v1.0": {"last": inner}}, "a.b": inner, "epoch": 1, "model": inner}
+    path = saved(tmp_path / "m.pth", tree, _use_new_zipfile_serialization=not legacy)
+    for key, keys in {
+        "runs.best": ("runs", "best"),
+        "runs.v1.0.last": ("runs", "v1.0", "last"),
+        "a.b": ("a.b",),
+        "model": ("model",),
+    }.items():
+        assert checkpoints.read(path, key=key).key == keys
+    with pytest.raises(RequestError) as error:
+        checkpoints.read(path, key="modle")
+    assert error.value.hint == "did you mean model?"
+    for key in ("epoch", "epoch.w", "runs", "model.w"):
+        with pytest.raises(RequestError, match="not a state dict"):
+            checkpoints.read(path, key=key)
+
+
+def test_no_state_dict_at_all(tmp_path: Path) -> None:
+    with pytest.raises(FileFormatError, match="a dict with the keys 'epoch', 'lr'"):
+        checkpoints.read(saved(tmp_path / "a.pth", {"epoch": 1, "lr": 0.1}))
+    with pytest.raises(FileFormatError, match="it is list"):
+        checkpoints.read(saved(tmp_path / "b.pth", [1, 2]))
+
+
+def test_values_that_are_there_twice_stay_one(tmp_path: Path) -> None:
+    shared: list[Any] = [1]
+    contents = checkpoints.read(saved(tmp_path / "m.pth", {"model": {"w": torch.ones(1)}, "a": shared, "b": shared}))
+    assert contents.tree["a"] is contents.tree["b"]
+
+
+# --- files that are damaged ----------------------------------------------------------------------------------------
+
+
+def training_checkpoint() -> dict[str, Any]:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    return {"model": model.state_dict(), "epoch": 1, "sizes": torch.Size([1, 2]), "n": Counter("ab"), "b": b"\xff"}
+
+
+def files() -> dict[str, bytes]:
+    """One file of each format, as bytes."""
+    found = {}
+    for name, new in (("zip", True), ("legacy", False)):
+        buffer = io.BytesIO()
+        torch.save(training_checkpoint(), buffer, _use_new_zipfile_serialization=new)
+        found[name] = buffer.getvalue()
+    found["safetensors"] = safetensors.torch.save({"a": torch.ones(2, 3), "b": torch.ones(4).half()}, {"x": "y"})
+    return found
+
+
+def read_or_refuse(path: Path) -> Contents | None:
+    """What is read, or None for an error of the kind that a damaged file may give, and of no other."""
+    error: ModelcliError
+    try:
+        contents = checkpoints.read(path)
+        tensors_of(contents)
+        return contents
+    except ModelcliError as raised:
+        error = raised
+    assert error.exit_code in (3, 4, 5)
+    return None
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+def test_a_file_that_is_cut_off(tmp_path: Path, kind: str) -> None:
+    data = files()[kind]
+    path = tmp_path / "cut.pth"
+    for length in {*range(0, len(data), max(1, len(data) // 150)), *range(70), len(data) - 1}:
+        path.write_bytes(data[:length])
+        with pytest.raises(ModelcliError) as error:
+            checkpoints.read(path)
+        assert error.value.exit_code in (4, 5), length
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+def test_flipped_bytes_never_get_further_than_an_error(tmp_path: Path, kind: str) -> None:
+    data = files()[kind]
+    draw = random.Random(kind)
+    path = tmp_path / "flipped.pth"
+    read = 0
+    for _ in range(400):
+        damaged = bytearray(data)
+        for _ in range(draw.choice((1, 1, 2, 8))):
+            damaged[draw.randrange(len(damaged))] = draw.randrange(256)
+        path.write_bytes(damaged)
+        read += read_or_refuse(path) is not None
+    assert 0 < read < 400
+
+
+def rezipped(data: bytes, pickled: bytes) -> bytes:
+    """The same archive with other bytes as its data.pkl, and a CRC that fits."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(buffer, "w") as new:
+        for info in old.infolist():
+            new.writestr(info.filename, pickled if info.filename.endswith("/data.pkl") else old.read(info))
+    return buffer.getvalue()
+
+
+def test_flipped_bytes_behind_a_valid_crc(tmp_path: Path) -> None:
+    data = files()["zip"]
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        pickled = archive.read("archive/data.pkl")
+    draw = random.Random(0)
+    path = tmp_path / "flipped.pth"
+    for _ in range(400):
+        damaged = bytearray(pickled)
+        for _ in range(draw.choice((1, 2, 4))):
+            damaged[draw.randrange(len(damaged))] = draw.randrange(256)
+        path.write_bytes(rezipped(data, bytes(damaged)))
+        try:
+            read_or_refuse(path)
+        except AssertionError:
+            raise AssertionError(f"bytes that broke it: {bytes(damaged)!r}") from None
+
+
+def with_pickle(folder: Path, pickled: bytes) -> Path:
+    path = folder / "made.pth"
+    path.write_bytes(rezipped(files()["zip"], pickled))
+    return path
+
+
+def nested(opening: bytes, levels: int, closing: bytes) -> bytes:
+    return b"\x80\x02" + opening * levels + closing * levels + b"."
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        nested(b"]", 5_000, b"a")[:-2] + b".",
+        b"\x80\x02}X\x01\x00\x00\x00a" + nested(b"}K\x01", 5_000, b"s")[2:-1] + b"s.",
+        # A list of a list twice, of a list twice, ...: 2**60 in all, in a few hundred bytes.
+        b"\x80\x02}X\x01\x00\x00\x00a]q\x00" + b"".join(b"](h%ch%ceq%c" % (n, n, n + 1) for n in range(60)) + b"s.",
+        # A tuple of that kind as a key, which takes ages to hash.
+        b"\x80\x02})q\x00" + b"".join(b"h%ch%c\x86q%c" % (n, n, n + 1) for n in range(60)) + b"K\x01s.",
+        b"\x80\x02]q\x00h\x00a.",
+        b"\x80\x02}q\x00X\x01\x00\x00\x00ah\x00s.",
+        b"\x80\x02\x8b\xff\xff\xff\x7f.",
+        b"\x80\x02X\xff\xff\xff\xff.",
+        b"\x80\x02r\xff\xff\xff\xff.",
+        b"\x80\x02N(t",
+        b"\x80\x02u.",
+        b"",
+    ],
+    ids=["lists", "dicts", "laughs", "hash", "own list", "own dict", "long", "text", "memo", "end", "mark", "nothing"],
+)
+def test_hostile_pickles_are_one_error(tmp_path: Path, pickled: bytes) -> None:
+    with pytest.raises(FileFormatError):
+        checkpoints.read(with_pickle(tmp_path, pickled))
+
+
+def test_a_tree_that_holds_itself_many_times_is_read_once(tmp_path: Path) -> None:
+    shared: list[Any] = [torch.ones(1)]
+    for _ in range(60):
+        shared = [shared, shared]
+    assert checkpoints.read(saved(tmp_path / "m.pth", {"model": {"w": torch.ones(1)}, "tree": shared})).key == (
+        "model",
+    )
+
+
+def test_a_tensor_that_needs_more_than_its_record_holds(tmp_path: Path) -> None:
+    data = files()["zip"]
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        pickled = archive.read("archive/data.pkl")
+    sizes = b"K\x04K\x03\x86"
+    assert sizes in pickled
+    with pytest.raises(FileFormatError, match=r"needs 60 bytes, and its record holds 48"):
+        checkpoints.read(with_pickle(tmp_path, pickled.replace(sizes, b"K\x05K\x03\x86", 1)))
+
+
+def test_a_tensor_of_more_elements_than_there_can_be(tmp_path: Path) -> None:
+    state = {"w": torch.ones(1).expand(3)}
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    with zipfile.ZipFile(buffer) as archive:
+        pickled = archive.read("archive/data.pkl")
+    shape = b"K\x03\x85"
+    assert pickled.count(shape) == 1
+    huge = b"\x8a\x0a" + (2**70).to_bytes(10, "little") + b"\x85"
+    path = tmp_path / "made.pth"
+    path.write_bytes(rezipped(buffer.getvalue(), pickled.replace(shape, huge)))
+    with pytest.raises(FileFormatError, match="more elements than there can be"):
+        checkpoints.read(path)
+
+
+def test_a_missing_and_a_compressed_record(tmp_path: Path) -> None:
+    path = tmp_path / "made.pth"
+    for compression, message in ((None, "is missing"), (zipfile.ZIP_DEFLATED, "is compressed")):
+        with zipfile.ZipFile(io.BytesIO(files()["zip"])) as old, zipfile.ZipFile(path, "w") as new:
+            for info in old.infolist():
+                if not info.filename.endswith("data/0"):
+                    new.writestr(info.filename, old.read(info))
+                elif compression is not None:
+                    new.writestr(info.filename, old.read(info), compression)
+        with pytest.raises(FileFormatError, match=message):
+            checkpoints.read(path)
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_damaged_compressed_pickle(tmp_path: Path, compression: int) -> None:
+    path = tmp_path / "made.pth"
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02}." * 50)
+    data = bytearray(path.read_bytes())
+    for start in range(46, 66):
+        damaged = data.copy()
+        damaged[start] ^= 0xFF
+        path.write_bytes(damaged)
+        read_or_refuse(path)
+
+
+def test_a_storage_whose_header_lies_outside_the_file(tmp_path: Path) -> None:
+    data = bytearray(files()["zip"])
+    position = data.rindex(b"archive/data/0") - 46
+    data[position + 42 : position + 46] = struct.pack("<I", 2**31)
+    path = tmp_path / "made.pth"
+    path.write_bytes(data)
+    with pytest.raises(FileFormatError):
+        checkpoints.read(path)
+
+
+# --- files of another kind -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "is empty"),
+        (b"hello, this is a text\n", "is not a checkpoint: it starts with b'hello, t'"),
+        (b"<!DOCTYPE html><html></html>", "an HTML page"),
+        (b"\n<!doctype html>", "an HTML page"),
+        (b"<HTML><body>", "an HTML page"),
+        (b"\x1f\x8b\x08\x00" + bytes(20), "a gzip file"),
+        (b"7z\xbc\xaf\x27\x1c" + bytes(20), "a 7z archive"),
+        (b"\x93NUMPY\x01\x00" + bytes(20), "a NumPy array"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git lfs pull"),
+        (b"GGUF" + bytes(20), "a GGUF file"),
+        (b"\x80\x02}q\x00.", "is not a checkpoint"),
+        (bytes(100), "is not a checkpoint"),
+        (b"PK\x03\x04" + bytes(100), "a damaged zip file"),
+    ],
+)
+def test_files_of_another_kind_are_named(tmp_path: Path, data: bytes, message: str) -> None:
+    path = tmp_path / "model.pth"
+    path.write_bytes(data)
+    with pytest.raises(FileFormatError, match=message.replace("(", r"\(")) as error:
+        checkpoints.read(path)
+    assert error.value.exit_code == 4
+    assert str(path) in error.value.message
+
+
+def test_what_cannot_be_opened(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="no such file"):
+        checkpoints.read(tmp_path / "none.pth")
+    with pytest.raises(RequestError, match="is a folder"):
+        checkpoints.read(tmp_path)
+
+
+def test_a_zip_that_torch_did_not_write(tmp_path: Path) -> None:
+    path = tmp_path / "m.pth"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    with pytest.raises(FileFormatError, match=r"none that torch\.save wrote"):
+        checkpoints.read(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02}.")
+        archive.writestr("b/data.pkl", b"\x80\x02}.")
+    with pytest.raises(FileFormatError, match=r"2 files named data\.pkl"):
+        checkpoints.read(path)
+
+
+def test_a_torch_jit_archive(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(nn.Linear(2, 1)), tmp_path / "m.pt")
+    with pytest.raises(FileFormatError, match=r"torch\.jit archive"):
+        checkpoints.read(tmp_path / "m.pt")
+
+
+def test_a_big_endian_file(tmp_path: Path) -> None:
+    path = tmp_path / "m.pth"
+    with zipfile.ZipFile(io.BytesIO(files()["zip"])) as old, zipfile.ZipFile(path, "w") as new:
+        for info in old.infolist():
+            new.writestr(info.filename, b"big" if info.filename.endswith("byteorder") else old.read(info))
+    with pytest.raises(FileFormatError, match="big-endian"):
+        checkpoints.read(path)
+
+
+# --- nothing is executed -------------------------------------------------------------------------------------------
+
+
+class Trap:
+    """Unpickling it writes a file."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return exec, (f"open({self.path!r}, 'w').close()",)
+
+
+class Whole(nn.Module):
+    """A module whose unpickling writes a file."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+        self.trap = Trap(path)
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_a_whole_module_is_refused_and_named(tmp_path: Path, legacy: bool) -> None:
+    sprung = tmp_path / "sprung"
+    path = saved(tmp_path / "m.pth", Whole(str(sprung)), _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(UnsafeError, match=f"objects of {__name__}.Whole") as error:
+        checkpoints.read(path)
+    assert (error.value.exit_code, sprung.exists()) == (3, False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.load(path, weights_only=False)
+    assert sprung.exists()
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_foreign_names_beside_a_state_dict_are_named(tmp_path: Path, protocol: int) -> None:
+    sprung = tmp_path / "sprung"
+    checkpoint = {"model": {"w": torch.ones(1)}, "args": Trap(str(sprung)), "path": Path("x"), "f": frozenset({1})}
+    contents = checkpoints.read(saved(tmp_path / "m.pth", checkpoint, pickle_protocol=protocol))
+    assert list(contents.tensors) == ["w"]
+    assert {name.rpartition(".")[2] for name in contents.foreign} == {"exec", "PosixPath", "frozenset"}
+    assert not sprung.exists()
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
+def test_foreign_is_what_torch_refuses(tmp_path: Path) -> None:
+    """Value by value: torch loads it with weights_only where no name in it is foreign, and only there."""
+    values: list[Any] = [
+        *(torch.float32, torch.Size([1]), torch.device("cpu"), {1}, 1j, bytearray(b"x"), b"x", Counter("a")),
+        *(OrderedDict(a=1), torch.strided, torch.eye(2).to_sparse(), torch.per_tensor_affine, 2**80, None, "x"),
+        *(frozenset({1}), Path("x"), slice(1), Trap("x"), nn.ReLU(), range(3), ValueError("x")),
+    ]
+    for value in values:
+        path = saved(tmp_path / "m.pth", {"model": {"w": torch.ones(1)}, "value": value})
+        try:
+            torch.load(path, weights_only=True)
+            loads = True
+        except pickle.UnpicklingError:
+            loads = False
+        assert (not checkpoints.read(path).foreign) == loads, value
+
+
+# --- safetensors ---------------------------------------------------------------------------------------------------
+
+
+def test_safetensors_of_every_dtype(tmp_path: Path) -> None:
+    state = {name: tensor_of(name, 2, 3) for name in SAFETENSORS_DTYPES}
+    state |= {"scalar": torch.tensor(3), "empty": torch.zeros(0, 3)}
+    safetensors.torch.save_file(state, tmp_path / "m.safetensors", {"format": "pt", "by": "hand"})
+    contents = checkpoints.read(tmp_path / "m.safetensors")
+    assert contents.metadata == {"format": "pt", "by": "hand"}
+    found = tensors_of(contents)
+    assert set(found) == set(state)
+    for name, tensor in found.items():
+        assert_same(tensor, state[name])
+
+
+def test_the_suffix_does_not_matter(tmp_path: Path) -> None:
+    safetensors.torch.save_file({"a": torch.ones(1)}, tmp_path / "m.pth")
+    saved(tmp_path / "m.safetensors", {"a": torch.ones(1)})
+    assert checkpoints.read(tmp_path / "m.pth").format == "safetensors"
+    assert checkpoints.read(tmp_path / "m.safetensors").format == "pth"
+
+
+def made_safetensors(folder: Path, header: object, body: bytes = b"", length: int | None = None) -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path = folder / "made.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + body)
+    return path
+
+
+def f32(begin: int, end: int, *shape: int) -> dict[str, Any]:
+    return {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
+
+
+BROKEN: dict[str, tuple[object, bytes, str]] = {
+    "a hole between two": ({"a": f32(0, 4, 1), "b": f32(8, 12, 1)}, bytes(12), "b starts at byte 8, .* ends at 4"),
+    "a hole at the start": ({"a": f32(4, 8, 1)}, bytes(8), "a starts at byte 4"),
+    "two that overlap": ({"a": f32(0, 8, 2), "b": f32(4, 8, 1)}, bytes(8), "b starts at byte 4, .* ends at 8"),
+    "bytes behind the last": ({"a": f32(0, 4, 1)}, bytes(5), "the header tells of"),
+    "bytes that are missing": ({"a": f32(0, 4, 1)}, bytes(3), "the header tells of"),
+    "a name twice": (
+        b'{"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}',
+        b"",
+        "'a' stands in it twice",
+    ),
+    "more bytes than its shape": ({"a": f32(0, 8, 1)}, bytes(8), r"a of shape \[1\] needs 4 bytes, .* gives it 8"),
+    "fewer bytes than its shape": ({"a": f32(0, 4, 2)}, bytes(4), r"needs 8 bytes, .* gives it 4"),
+    "an end before its start": ({"a": f32(4, 0, 1)}, bytes(4), "gives it -4"),
+    "a negative size": ({"a": f32(0, 4, -1)}, bytes(4), "not a whole number"),
+    "a size that is no number": ({"a": {**f32(0, 4), "shape": ["1"]}}, bytes(4), "not a whole number"),
+    "a size that is true": ({"a": {**f32(0, 4), "shape": [True]}}, bytes(4), "not a whole number"),
+    "a size beyond 64 bits": ({"a": f32(0, 0, 0, 2**70)}, b"", "below 2"),
+    "more elements than 64 bits": ({"a": f32(0, 0, 0, 2**40, 2**40)}, b"", "more elements"),
+    "an infinite offset": (b'{"a":{"dtype":"F32","shape":[],"data_offsets":[Infinity,4]}}', bytes(4), "'a' is wrong"),
+    "an unknown dtype": ({"a": {**f32(0, 4, 1), "dtype": "X9"}}, bytes(4), "'a' is wrong"),
+    "a dtype that is a list": ({"a": {**f32(0, 4, 1), "dtype": []}}, bytes(4), "'a' is wrong"),
+    "no offsets": ({"a": {"dtype": "F32", "shape": [1]}}, bytes(4), "'a' is wrong"),
+    "three offsets": ({"a": {**f32(0, 4, 1), "data_offsets": [0, 4, 4]}}, bytes(4), "'a' is wrong"),
+    "an entry that is a list": ({"a": [1]}, b"", "'a' is wrong"),
+    "metadata that is a list": ({"__metadata__": ["x"]}, b"", "__metadata__"),
+    "metadata that is no text": ({"__metadata__": {"x": 1}}, b"", "__metadata__"),
+    "no JSON": (b"{hello}", b"", "not what safetensors writes"),
+    "no UTF-8": (b'{"\xff": 1}', b"", "not what safetensors writes"),
+    "UTF-16": ('{"a": 1}'.encode("utf-16-le"), b"", "not what safetensors writes"),
+    "deep nesting": (b'{"a":' * 100_000, b"", "not what safetensors writes"),
+}
+
+
+#: What the format forbids, or no tensor can be, and safetensors' own reader lets through.
+LAX = ("a name twice", "more elements than 64 bits")
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_rules_of_safetensors(tmp_path: Path, name: str) -> None:
+    header, body, message = BROKEN[name]
+    path = made_safetensors(tmp_path, header, body)
+    with pytest.raises(FileFormatError, match=message):
+        checkpoints.read(path)
+    if name not in LAX:
+        with pytest.raises((safetensors.SafetensorError, UnicodeDecodeError)), safetensors.safe_open(path, "pt"):
+            pass
+
+
+def test_the_length_of_a_safetensors_header(tmp_path: Path) -> None:
+    for length, message in ((2**63, "the limit is 100,000,000"), (1000, "cut off inside its header")):
+        with pytest.raises(FileFormatError, match=message):
+            checkpoints.read(made_safetensors(tmp_path, {"a": f32(0, 4, 1)}, bytes(4), length))
+
+
+def test_an_empty_safetensors_file(tmp_path: Path) -> None:
+    assert checkpoints.read(made_safetensors(tmp_path, {})).tensors == {}
+
+
+# --- spans ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_changes_while_it_is_read(tmp_path: Path) -> None:
+    path = saved(tmp_path / "m.pth", {"a": torch.ones(3)})
+    span = checkpoints.read(path).tensors["a"].storage
+    assert span.bytes() == raw(torch.ones(3)) == bytes(span.mapped())
+    saved(path, {"a": torch.ones(5)})
+    for use in (span.bytes, span.mapped):
+        with pytest.raises(FileFormatError, match="changed while it was being read"):
+            use()
+
+
+def test_writes_into_mapped_tensors_stay_in_memory(tmp_path: Path) -> None:
+    path = saved(tmp_path / "m.pth", {"a": torch.ones(3)})
+    before = path.read_bytes()
+    tensors_of(checkpoints.read(path))["a"].add_(1)
+    assert path.read_bytes() == before
+
+
+def test_the_limit_on_opcodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(tmp_path / "m.pth", {"a": torch.ones(3)})
+    monkeypatch.setattr(pickles, "MAX_OPCODES", 5)
+    with pytest.raises(FileFormatError, match="more than 5 opcodes"):
+        checkpoints.read(path)

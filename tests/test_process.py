@@ -1,0 +1,109 @@
+"""What only a process of its own can show: exit codes, signals, pipes, start-up."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+PROGRAM = [sys.executable, "-m", "modelcli"]
+
+
+def test_the_installed_program_and_the_module(folder: Path) -> None:
+    for program in (PROGRAM, [str(Path(sys.executable).parent / "modelcli")]):
+        done = subprocess.run([*program, "summary", "alexnt"], capture_output=True, text=True)
+        assert done.returncode == 2
+        assert "did you mean alexnet?" in done.stderr
+        assert done.stdout == ""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes end otherwise there")
+def test_a_closed_pipe_ends_quietly(folder: Path) -> None:
+    line = f"{' '.join(PROGRAM)} params vgg16 | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+    assert done.stdout.splitlines()[0].split()[:3] == ["name", "shape", "dtype"]
+    assert done.stdout.splitlines()[1] == "0"
+    assert done.stderr == ""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals come otherwise there")
+def test_ctrl_c(folder: Path) -> None:
+    (folder / "slow.py").write_text("import time\nprint('up', flush=True)\ntime.sleep(60)\n")
+    process = subprocess.Popen(
+        [*PROGRAM, "save", "out.pth", "-m", "slow.py:Net"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    assert process.stderr.readline() == "up\n"
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert error.strip() == "interrupted"
+    assert sorted(path.name for path in folder.iterdir() if path.suffix != ".pyc") >= ["nets.py", "slow.py"]
+    assert not list(folder.glob("*out.pth*"))
+
+
+HIDE = """
+    import pathlib, sys, importlib.util
+    import torch
+    # Beside a torch that they do not match, torchvision's compiled operators do not load.
+    real = torch.ops.load_library
+    def load_library(path):
+        if "torchvision" in str(path):
+            raise OSError("undefined symbol")
+        return real(path)
+    torch.ops.load_library = load_library
+    try:
+        import torchvision
+    except RuntimeError as error:
+        assert "torchvision::nms" in str(error), error
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+    else:
+        raise SystemExit("the compiled operators were not hidden")
+    from modelcli.cli import main
+    raise SystemExit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("builder", ["alexnet", "fasterrcnn_mobilenet_v3_large_320_fpn"])
+def test_torchvision_beside_a_torch_it_does_not_match(folder: Path, builder: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(HIDE), "summary", builder],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Total params:" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "forbidden"),
+    [
+        (["--version"], ("torch", "torchvision", "numpy", "rich")),
+        (["params", "small.pth"], ("torch", "torchvision", "numpy", "safetensors", "rich.console")),
+        (["summary", "small.pth", "--json"], ("torch", "torchvision", "numpy", "safetensors")),
+        (["log", "--recipe", "r.toml"], ("torch", "torchvision", "numpy")),
+    ],
+)
+def test_what_is_imported(folder: Path, words: list[str], forbidden: tuple[str, ...]) -> None:
+    """A look at a file needs no torch, and `--version` no Rich."""
+    import torch
+
+    torch.save({"a.weight": torch.zeros(2)}, "small.pth")
+    (folder / "r.toml").write_text('model = "alexnet"\n')
+    code = "import sys; from modelcli.cli import main; assert main(sys.argv[1:]) == 0; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    assert set(done.stdout.splitlines()[-1].split()) & set(forbidden) == set()
+
+
+def test_the_python_api_is_lazy() -> None:
+    code = "import sys, modelcli; modelcli.__version__; print('torch' in sys.modules, callable(modelcli.load))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False True"

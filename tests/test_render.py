@@ -1,0 +1,576 @@
+"""What is shown: tables, JSON, CSV and markdown. Section 8 of the contract."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.cells import cell_len
+from rich.console import Console
+
+from modelcli.blueprint import Blueprint, LayerTrace, ModuleInfo, TensorInfo, Trace, totals_of
+from modelcli.render import documents, writers
+from modelcli.render.views import Column, View, count, megabytes, shape, signed, text
+from modelcli.render.writers import safe, to_csv, to_json, to_markdown, to_plain
+from tests.test_blueprint import TIED
+
+HOSTILE = "a\x1b[31mred\x07\r\n\x9b2J\u202eb"
+TRACED = TIED.with_trace(
+    Trace(
+        inputs=((1, 3),),
+        layers={
+            "": LayerTrace([1, 3, 11], 500),
+            "embed": LayerTrace([1, 3, 4], 0),
+            "norm": LayerTrace([1, 3, 4], 0),
+            "head": LayerTrace({"out": [1, 3, 11], "aux": None}, 132),
+        },
+        macs=500,
+        input_bytes=24,
+        forward_backward_bytes=1000,
+    )
+)
+
+
+def view(*rows: dict[str, Any], footer: tuple[tuple[str, str], ...] = (("Total", "1,234"),), **more: Any) -> View:
+    columns = (
+        Column("path", "path", style="cyan"),
+        Column("type", "type", flexible=True),
+        Column("params", "params", count, right=True),
+        Column("trainable", "trainable", optional=1),
+    )
+    return View({"schema": 1, "rows": rows}, rows, columns, footer, **more)
+
+
+def row(path: str = "features.0", kind: str = "Conv2d", params: int = 1234, trainable: Any = True) -> dict[str, Any]:
+    return {"path": path, "type": kind, "params": params, "trainable": trainable}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def on_terminal(shown: View, width: int, monkeypatch: pytest.MonkeyPatch, **environment: str) -> str:
+    """The characters that reach a terminal of this width."""
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ({"TERM": "xterm-256color", "COLUMNS": str(width)} | environment).items():
+        monkeypatch.setenv(name, value)
+    out = Terminal()
+    writers.print_rich(shown, Console(file=out, highlight=False, markup=False, emoji=False))
+    return out.getvalue()
+
+
+def visible(output: str) -> list[str]:
+    """The lines without the colours that we put in ourselves."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", output).splitlines()
+
+
+# --- values --------------------------------------------------------------------------------------------------------
+
+
+def test_values_in_cells() -> None:
+    assert [text(value) for value in (None, "", True, False, 0, "x")] == ["-", "-", "yes", "no", "0", "x"]
+    assert [count(value) for value in (None, 0, 61_100_840)] == ["-", "0", "61,100,840"]
+    assert [signed(value) for value in (None, 0, 5, -4_056_030)] == ["-", "0", "+5", "-4,056,030"]
+
+
+def test_a_megabyte_is_a_million_bytes() -> None:
+    assert megabytes(244_403_360) == "244.40 MB"
+    assert megabytes(2_000_000_000) == "2,000.00 MB"
+    assert megabytes(108) == "0.000108 MB"  # little models are not 0.00 MB
+    assert megabytes(0) == "0.00 MB"
+    assert megabytes(None) == "-"
+
+
+def test_shapes() -> None:
+    assert shape([1, 3, 224, 224]) == "[1,3,224,224]"
+    assert shape([]) == "[]"
+    assert shape(None) == "-"
+    assert shape({"out": [1, 21], "aux": None}) == "{out:[1,21],aux:-}"
+    assert shape([[1, 2], [1, 3]]) == "([1,2],[1,3])"
+
+
+# --- text from a file never reaches the terminal as control codes ---------------------------------------------------
+
+
+def test_control_characters_are_made_visible() -> None:
+    assert safe("features.0") == "features.0"
+    assert safe("模型 é ½") == "模型 é ½"
+    assert safe("\x1b[31m") == "\\x1b[31m"
+    assert safe("a\tb\nc\rd\0\x7f\x9b") == "a\\tb\\nc\\rd\\x00\\x7f\\x9b"
+    assert safe("\u202e\u200b\u2028\ufeff\U000e0001") == "\\u202e\\u200b\\u2028\\ufeff\\U000e0001"
+    assert safe("\ud800\udcff\ue000") == "\\ud800\\udcff\\ue000"
+
+
+@given(st.text(st.characters(), max_size=20))
+@settings(deadline=None)
+def test_no_text_keeps_a_control_character(words: str) -> None:
+    assert safe(words).isprintable()
+    assert "\x1b" not in safe(words)
+    assert safe(safe(words)) == safe(words)
+
+
+@pytest.mark.parametrize("write", [to_plain, to_csv, to_markdown, lambda shown: to_json(shown.document)])
+def test_no_writer_lets_a_control_character_through(write: Any) -> None:
+    shown = view(row(HOSTILE, HOSTILE), footer=(("Reason", HOSTILE),))
+    for character in "\x1b\x07\r\x9b\u202e":
+        assert character not in write(shown)
+    assert to_plain(shown).count("\n") == 4  # header, row, nothing, footer: the name's own newline is none
+
+
+def test_no_control_character_reaches_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = on_terminal(view(row(HOSTILE, HOSTILE), footer=(("Reason", HOSTILE),)), 200, monkeypatch)
+    lines = visible(shown)
+    assert "\x1b" not in "".join(lines)
+    assert all(line.isprintable() for line in lines)
+    assert "a\\x1b[31mred\\x07\\r\\n\\x9b2J\\u202eb" in lines[2]
+    assert lines[-1].endswith("a\\x1b[31mred\\x07\\r\\n\\x9b2J\\u202eb")
+    body = View({}, [], (), body=f"Net(\n  {HOSTILE}\n)")
+    assert "\x1b" not in on_terminal(body, 80, monkeypatch)
+    assert "\x1b" not in to_plain(body)
+
+
+def test_rich_markup_and_emoji_in_names_are_not_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = view(
+        row("[bold]x[/bold]", "[link=http://a]b[/link]"), row("[/]", ":smile:"), footer=(("[red]k", "[red]v"),)
+    )
+    lines = visible(on_terminal(shown, 100, monkeypatch))
+    assert lines[2].split()[:2] == ["[bold]x[/bold]", "[link=http://a]b[/link]"]
+    assert lines[3].split()[:2] == ["[/]", ":smile:"]
+    assert lines[-1] == "[red]k: [red]v"
+    assert visible(on_terminal(View({}, [], (), body="[bold]x"), 100, monkeypatch)) == ["[bold]x"]
+
+
+# --- on a terminal: colour, and the width --------------------------------------------------------------------------
+
+LONG = [
+    row("encoder.layers.11.self_attention", "NonDynamicallyQuantizableLinear", 61_100_840),
+    row("features.0", "Conv2d", 5),
+]
+
+
+@pytest.mark.parametrize("width", [200, 90, 89, 88, 80, 79, 70, 60, 50, 40, 30])
+@pytest.mark.parametrize("header", [True, False])
+def test_a_table_fits_the_width_of_the_terminal(width: int, header: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = visible(on_terminal(view(*LONG, header=header), width, monkeypatch))
+    table = lines[:-1]
+    assert len(table) == (5 if header else 2)  # title, rule, two rows and the space below: nothing is wrapped
+    assert max(cell_len(line.rstrip()) for line in table) <= width
+
+
+def test_what_gives_way_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """First the gaps, then the optional columns, then what is flexible; paths and numbers stay whole to the last."""
+    whole = len("encoder.layers.11.self_attention") + len("NonDynamicallyQuantizableLinear") + len("61,100,840")
+    everything = whole + len("trainable")
+
+    def shown_at(width: int) -> str:
+        return "\n".join(visible(on_terminal(view(*LONG), width, monkeypatch)))
+
+    for width in (everything + 6, everything + 3):
+        assert "trainable" in shown_at(width)
+        assert "…" not in shown_at(width)
+    assert "self_attention  NonDyn" in shown_at(everything + 6)
+    for width in (everything + 2, whole + 2):
+        assert "trainable" not in shown_at(width)
+        assert "…" not in shown_at(width)
+    narrow = shown_at(whole - 10)
+    assert "encoder.layers.11.self_attention" in narrow
+    assert "61,100,840" in narrow
+    assert "NonDynamicallyQuan…" in narrow
+
+
+def test_wide_characters_take_the_room_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = view(row("模型.模型", "模型模型模型"), row("a", "b"))
+    assert "模型.模型" in visible(on_terminal(shown, 80, monkeypatch))[2]
+    assert "模型模型模型" in visible(on_terminal(shown, 80, monkeypatch))[2]
+    assert max(map(cell_len, visible(on_terminal(shown, 30, monkeypatch))[:-1])) <= 30
+
+
+def test_colour_on_a_terminal_and_none_with_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "\x1b[36mfeatures.0" in on_terminal(view(row()), 80, monkeypatch)  # cyan
+    assert not re.search(r"\x1b\[[0-9;]*3\d", on_terminal(view(row()), 80, monkeypatch, NO_COLOR="1"))
+
+
+def test_a_tree_or_printed_model_is_never_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    body = "Net(\n  " + "x" * 300 + "\n)"
+    assert visible(on_terminal(View({}, [], (), body=body), 40, monkeypatch)) == body.split("\n")
+
+
+# --- not on a terminal ---------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_cut_or_wrapped_in_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    name = "encoder." * 60 + "weight"
+    lines = to_plain(view(row(name, "K" * 300), row())).split("\n")
+    assert lines[1].split() == [name, "K" * 300, "1,234", "yes"]
+    assert "\x1b" not in "".join(lines)
+    assert "…" not in "".join(lines)
+
+
+def test_columns_are_aligned_in_a_pipe() -> None:
+    assert to_plain(view(row(), row("classifier.10", "Linear", 5, None))) == (
+        "path           type    params  trainable\n"
+        "features.0     Conv2d   1,234  yes\n"
+        "classifier.10  Linear       5  -\n"
+        "\n"
+        "Total: 1,234\n"
+    )
+
+
+def test_a_table_without_rows_or_header() -> None:
+    assert to_plain(view()) == "path  type  params  trainable\n\nTotal: 1,234\n"
+    assert to_plain(view(header=False)) == "Total: 1,234\n"
+    assert to_plain(view(row(), header=False)) == "features.0  Conv2d  1,234  yes\nTotal: 1,234\n"
+
+
+# --- CSV, markdown, JSON -------------------------------------------------------------------------------------------
+
+
+def test_csv_is_the_rows_with_plain_numbers() -> None:
+    shown = view(row("a,b", 'say "x"', 61_100_840), row("c", "", 0, False), row("d", "e", 1, None))
+    assert to_csv(shown) == ('path,type,params,trainable\n"a,b","say ""x""",61100840,true\nc,,0,false\nd,e,1,\n')
+    assert list(csv.reader(io.StringIO(to_csv(shown))))[1] == ["a,b", 'say "x"', "61100840", "true"]
+
+
+def test_csv_keeps_shapes_as_json() -> None:
+    shown = View({}, [{"shape": [1, 3]}, {"shape": None}, {"shape": {"out": [2]}}], [Column("shape", "shape", shape)])
+    assert list(csv.reader(io.StringIO(to_csv(shown)))) == [["shape"], ["[1,3]"], [""], ['{"out":[2]}']]
+
+
+def test_markdown_is_a_table() -> None:
+    assert to_markdown(view(row(), row("a|b\nc", "x\\y", 5, False))) == (
+        "| path | type | params | trainable |\n"
+        "| --- | --- | ---: | --- |\n"
+        "| features.0 | Conv2d | 1,234 | yes |\n"
+        "| a\\|b\\\\nc | x\\\\y | 5 | no |\n"
+    )
+
+
+def test_csv_and_markdown_are_the_rows_and_nothing_else() -> None:
+    for written in (to_csv(view(row(), body="a tree")), to_markdown(view(row(), body="a tree"))):
+        assert "Total" not in written
+        assert "a tree" not in written
+        assert "features.0" in written
+
+
+def test_json_is_one_document_on_one_line() -> None:
+    document = {"schema": 1, "name": HOSTILE + "模", "values": [float("nan"), float("inf"), -float("inf"), 1.5, None]}
+    written = to_json(document)
+    assert "\n" not in written
+    assert written.isascii()
+    assert json.loads(written) == document | {"values": ["NaN", "Infinity", "-Infinity", 1.5, None]}
+
+
+# --- the documents of the contract ---------------------------------------------------------------------------------
+
+TOTALS = {"params": 62, "trainable_params": 52, "non_trainable_params": 10, "buffers": 5}
+TOTALS_BYTES = TOTALS | {"param_bytes": 228, "buffer_bytes": 24}
+
+
+def test_summary() -> None:
+    shown = documents.summary("nets.py:Model", TRACED)
+    document = shown.document
+    assert document["schema"] == 1
+    assert document["model"] == {"reference": "nets.py:Model", "class": "Model"}
+    assert document["input"] == [[1, 3]]
+    assert document["layers"][0] == {
+        "path": ".",
+        "type": "Model",
+        "depth": 0,
+        "output_shape": [1, 3, 11],
+        "params": 62,
+        "trainable": "partial",
+        "macs": 500,
+        "executed": True,
+        "shared_with": None,
+    }
+    rows = {layer["path"]: layer for layer in document["layers"]}
+    assert [rows[path]["depth"] for path in (".", "body", "body.0")] == [0, 1, 2]
+    assert rows["head"]["output_shape"] == {"out": [1, 3, 11], "aux": None}
+    assert (rows["body"]["executed"], rows["body"]["output_shape"], rows["body"]["macs"]) == (False, None, None)
+    assert rows["body.1"]["trainable"] == "none"
+    assert document["totals"] == TOTALS_BYTES | {
+        "macs": 500,
+        "input_bytes": 24,
+        "forward_backward_bytes": 1000,
+        "total_bytes": 24 + 1000 + 228 + 24,
+    }
+    plain = to_plain(shown)
+    for line in (
+        r"path +type +output shape +params +trainable +mult-adds",
+        r"\. +Model +\[1,3,11\] +62 +partial +500",
+        r"body +Sequential +\(not called\) +10 +partial +-",
+        r"head +Linear +\{out:\[1,3,11\],aux:-\} +44 +yes +132",
+        r"body\.1 +ReLU +\(not called\) +0 +- +-",
+        r"Input: +\[1,3\]",
+        r"Total params: +62",
+        r"Trainable params: +52",
+        r"Non-trainable params: +10",
+        r"Buffers: +5",
+        r"Total mult-adds: +500",
+        r"Input size: +0\.000024 MB",
+        r"Forward/backward pass size: +0\.001000 MB",
+        r"Params size: +0\.000228 MB",
+        r"Estimated total size: +0\.001276 MB",
+    ):
+        assert re.search(rf"^{line}$", plain, re.MULTILINE), line
+
+
+def test_summary_to_a_depth_keeps_the_totals() -> None:
+    document = documents.summary("m", TRACED, depth=1).document
+    assert [layer["path"] for layer in document["layers"]] == [".", "embed", "norm", "body", "head"]
+    assert document["totals"]["params"] == 62
+
+
+def test_summary_without_a_pass_says_why() -> None:
+    shown = documents.summary("m", TIED.with_trace(Trace(None, reason="no input size is known")))
+    assert shown.document["input"] is None
+    assert shown.document["totals"]["total_bytes"] is None
+    assert shown.document["totals"]["params"] == 62
+    assert re.search(r"^Not complete: +no input size is known$", to_plain(shown), re.MULTILINE)
+    assert "not called" not in to_plain(shown)
+
+
+def test_params() -> None:
+    shown = documents.params("m", TIED, TIED.tensors)
+    assert shown.document["model"] == {"reference": "m", "class": "Model"}
+    assert shown.document["tensors"][0] == {
+        "name": "embed.weight",
+        "shape": [11, 4],
+        "dtype": "float32",
+        "elements": 44,
+        "bytes": 176,
+        "kind": "parameter",
+        "trainable": True,
+        "tied_to": None,
+    }
+    rows = {tensor["name"]: tensor for tensor in shown.document["tensors"]}
+    assert rows["head.weight"]["tied_to"] == "embed.weight"
+    assert (rows["norm.running_mean"]["kind"], rows["norm.running_mean"]["trainable"]) == ("buffer", None)
+    assert rows["norm.weight"]["trainable"] is False
+    assert (rows["norm.num_batches_tracked"]["shape"], rows["norm.num_batches_tracked"]["elements"]) == ([], 1)
+    assert shown.document["totals"] == TOTALS_BYTES
+    plain = to_plain(shown)
+    assert re.search(r"^head.weight +\[11,4\] +float32 +44 +176 +parameter +yes +embed.weight$", plain, re.MULTILINE)
+    assert re.search(r"^Params: +62 \(52 trainable\)$", plain, re.MULTILINE)
+
+
+def test_params_of_a_selection_add_up_to_it() -> None:
+    shown = documents.params("m", TIED, TIED.tensors[5:7])
+    assert shown.document["totals"]["params"] == 10
+    assert [tensor["name"] for tensor in shown.document["tensors"]] == ["body.0.weight", "body.0.bias"]
+
+
+def test_params_with_values() -> None:
+    values = {"body.0.bias": [0.5, float("nan")]}
+    shown = documents.params("m", TIED, TIED.tensors[6:7], values=values, value_texts={"body.0.bias": "[0.5,nan]"})
+    assert json.loads(to_json(shown.document))["tensors"][0]["values"] == [0.5, "NaN"]
+    assert to_plain(shown).split("\n")[1].endswith("[0.5,nan]")
+
+
+def test_a_lazy_parameter_has_no_shape() -> None:
+    lazy = Blueprint((ModuleInfo("", "M", ("M",)),), (TensorInfo("w", None, "float32", requires_grad=True),))
+    shown = documents.params("m", lazy, lazy.tensors)
+    assert shown.document["tensors"][0]["shape"] is None
+    assert re.search(r"^w +- +float32 +0 +0 ", to_plain(shown), re.MULTILINE)
+
+
+ALL = [module.path for module in TIED.modules]
+
+
+def test_modules() -> None:
+    shown = documents.modules("m", TIED, ALL, depth=None)
+    assert [set(entry) >= {"path", "type", "config", "params", "trainable"} for entry in shown.document["modules"]] == [
+        True
+    ] * 7
+    assert shown.document["modules"][4] == {
+        "path": "body.0",
+        "type": "Linear",
+        "config": "in_features=4, out_features=2, bias=True",
+        "params": 10,
+        "trainable": "partial",
+        "shared_with": None,
+    }
+    assert shown.document["modules"][0]["path"] == "."
+    assert shown.document["totals"] == TOTALS_BYTES
+    assert len(documents.modules("m", TIED, ALL, depth=1).document["modules"]) == 5
+
+
+def test_modules_as_a_tree() -> None:
+    shown = documents.modules("m", TIED, ALL, depth=None, style="tree")
+    assert to_plain(shown) == (
+        ".  Model()  62\n"
+        "├── embed  Embedding(11, 4)  44\n"
+        "├── norm  BatchNorm1d(4)  8\n"
+        "├── body  Sequential()  10\n"
+        "│   ├── 0  Linear(in_features=4, out_features=2, bias=True)  10\n"
+        "│   └── 1  ReLU()\n"
+        "└── head  Linear(in_features=4, out_features=11, bias=False)  44\n"
+    )
+    assert len(shown.document["modules"]) == 7
+    shallow = documents.modules("m", TIED, ALL, depth=1, style="tree")
+    assert to_plain(shallow).count("\n") == 5
+    below = documents.modules("m", TIED, ["body", "body.0"], depth=None, style="tree")
+    assert to_plain(below).split("\n")[0] == "body  Sequential()  10"
+    assert to_plain(below).count("\n") == 3  # what lies inside another match is shown once
+
+
+def test_modules_as_print_shows_them() -> None:
+    shown = documents.modules("m", TIED, ["body", "body.1", "head"], depth=None, style="repr")
+    assert to_plain(shown) == (
+        "Sequential(\n  (0): Linear(in_features=4, out_features=2, bias=True)\n  (1): ReLU()\n)\n"
+        "Linear(in_features=4, out_features=11, bias=False)\n"
+    )
+
+
+def test_a_shared_module_is_said_to_be_the_same() -> None:
+    shared = Blueprint(
+        (
+            ModuleInfo("", "M", ("M",)),
+            ModuleInfo("a", "ReLU", ("ReLU",)),
+            ModuleInfo("b", "ReLU", ("ReLU",), shared_with="a"),
+        ),
+        (),
+    )
+    assert "└── b  ReLU()  (same as a)" in to_plain(documents.modules("m", shared, [""], depth=None, style="tree"))
+
+
+def an_edit(**more: Any) -> View:
+    arguments: dict[str, Any] = {
+        "lines": ["replace head Linear(4,3)"],
+        "changes": [
+            {
+                "path": "head",
+                "action": "replace",
+                "before": "Linear(4, 11)",
+                "after": "Linear(4, 3)",
+                "params_before": 44,
+                "params_after": 15,
+            }
+        ],
+        "before": TIED.totals,
+        "after": TIED.totals,
+        "check": {"ran": True, "reason": None, "input": [[1, 3]], "output_shape": [1, 3]},
+        "output": Path("out.pth"),
+        "outcome": [("wrote", "out.pth")],
+    }
+    return documents.edits("m", TIED, **(arguments | more))
+
+
+def test_edits() -> None:
+    document = an_edit().document
+    assert document["edits"] == ["replace head Linear(4,3)"]
+    assert document["changes"] == [
+        {
+            "path": "head",
+            "action": "replace",
+            "before": "Linear(4, 11)",
+            "after": "Linear(4, 3)",
+            "params_before": 44,
+            "params_after": 15,
+        }
+    ]
+    assert document["totals_before"] == document["totals_after"] == TOTALS_BYTES
+    assert {key: document["check"][key] for key in ("ran", "reason", "output_shape")} == {
+        "ran": True,
+        "reason": None,
+        "output_shape": [1, 3],
+    }
+    assert document["output"] == "out.pth"
+    assert an_edit(output=None).document["output"] is None
+
+
+def test_what_an_edit_prints() -> None:
+    plain = to_plain(an_edit())
+    assert plain.split("\n")[0] == "head  Linear(4, 11)  ->  Linear(4, 3)  -29 params"
+    assert re.search(r"^params: +62$", plain, re.MULTILINE)
+    assert re.search(r"^check: +runs: \[1,3\] -> \[1,3\]$", plain, re.MULTILINE)
+    assert re.search(r"^wrote: +out\.pth$", plain, re.MULTILINE)
+    skipped = to_plain(an_edit(check={"ran": False, "reason": "no input is known"}))
+    assert re.search(r"^check: +not made: no input is known$", skipped, re.MULTILINE)
+    smaller = totals_of(TIED.tensors[:1])
+    assert re.search(r"^params: +62 -> 44 \(-18\)$", to_plain(an_edit(after=smaller)), re.MULTILINE)
+
+
+def test_an_edit_of_the_root_is_shown_as_a_dot() -> None:
+    change = dict(an_edit().document["changes"][0]) | {"path": ""}
+    assert an_edit(changes=[change]).document["changes"][0]["path"] == "."
+
+
+def test_load() -> None:
+    shown = documents.load(
+        "m",
+        TIED,
+        matched=5,
+        missing=["a"],
+        unexpected=["b", "c"],
+        mismatched=[{"name": "d", "expected": [3, 4], "found": [3, 5]}],
+        outcome=[("recipe", "modelcli.toml")],
+    )
+    assert {key: shown.document[key] for key in ("matched", "missing", "unexpected", "mismatched")} == {
+        "matched": 5,
+        "missing": ["a"],
+        "unexpected": ["b", "c"],
+        "mismatched": [{"name": "d", "expected": [3, 4], "found": [3, 5]}],
+    }
+    plain = to_plain(shown)
+    for line in (
+        r"d +mismatched +\[3,4\] +\[3,5\]",
+        r"a +missing +- +-",
+        r"c +unexpected +- +-",
+        r"matched: +5",
+        r"missing: +1",
+        r"unexpected: +2",
+    ):
+        assert re.search(rf"^{line}$", plain, re.MULTILINE), line
+
+
+def test_save() -> None:
+    shown = documents.save(
+        "m", TIED, output=Path("out.pth"), kind="pth", tensors=8, nbytes=244_403_360, check={"ran": False}
+    )
+    document = dict(shown.document)
+    assert {key: document[key] for key in ("output", "format", "tensors", "params", "bytes")} == {
+        "output": "out.pth",
+        "format": "pth",
+        "tensors": 8,
+        "params": 62,
+        "bytes": 244_403_360,
+    }
+    assert to_plain(shown) == "out.pth  pth  8 tensors  62 params  244.40 MB\n"
+
+
+def test_list() -> None:
+    entry = {"name": "alexnet", "params": 61_100_840, "macs": 714_188_480, "weights": ["IMAGENET1K_V1"], "group": "c"}
+    shown = documents.models([entry, entry | {"name": "odd", "macs": None, "weights": []}])
+    assert shown.document == {"schema": 1, "models": [entry, entry | {"name": "odd", "macs": None, "weights": []}]}
+    assert re.search(r"^alexnet +61,100,840 +714,188,480 +c +IMAGENET1K_V1$", to_plain(shown), re.MULTILINE)
+    assert re.search(r"^Builders: +2$", to_plain(shown), re.MULTILINE)
+
+
+def test_log() -> None:
+    shown = documents.log(
+        "alexnet",
+        "AlexNet",
+        Path("modelcli.toml"),
+        ["freeze features", "freeze a"],
+        {"weights": "DEFAULT", "key": None},
+    )
+    assert shown.document["recipe"] == "modelcli.toml"
+    assert shown.document["model"] == {"reference": "alexnet", "class": "AlexNet"}
+    assert shown.document["edits"] == ["freeze features", "freeze a"]
+    plain = to_plain(shown)
+    assert re.search(r"^1 +freeze features$", plain, re.MULTILINE)
+    assert re.search(r"^2 +freeze a$", plain, re.MULTILINE)
+    assert re.search(r"^weights: +DEFAULT$", plain, re.MULTILINE)
+    assert "key" not in plain

@@ -1,0 +1,265 @@
+"""The shared core: each edit compared with the plain PyTorch statements that do the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from modelcli import edits
+from modelcli.errors import RequestError, SystemFailureError
+from modelcli.live import surgery
+from modelcli.live.describe import describe
+from modelcli.live.opening import open_live
+from modelcli.live.sources import real_tensor
+from modelcli.recipe import Source
+from tests.conftest import Cli
+
+
+def apply(module: nn.Module, *lines: str, seed: int = 0) -> list[surgery.Change]:
+    return surgery.apply(module, [edits.parse(line) for line in lines], seed=seed)
+
+
+def small() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.BatchNorm1d(8), nn.Linear(8, 2))
+
+
+# --- replace -------------------------------------------------------------------------------------------------------
+
+
+def test_replace_is_setting_the_child() -> None:
+    model, plain = small(), small()
+    (change,) = apply(model, "replace 3 Linear(8,5)")
+    plain[3] = nn.Linear(8, 5)
+    assert repr(model) == repr(plain)
+    assert (change.path, change.before, change.after) == ("3", "Linear(8, 2)", "Linear(8, 5)")
+    assert (change.params_before, change.params_after) == (18, 45)
+    assert change.resolved == ("replace 3 Linear(8,5)",)
+
+
+def test_numbers_come_from_the_seed_and_the_position() -> None:
+    """Edit number i draws what `torch.manual_seed(seed * 1000003 + i)` and the plain constructor draw."""
+    model = small()
+    apply(model, "freeze 0", "replace 3 Linear(8,5)", seed=7)
+    torch.manual_seed(7 * 1_000_003 + 2)
+    assert torch.equal(model[3].weight, nn.Linear(8, 5).weight)
+
+
+def test_the_callers_generator_is_left_as_it_was() -> None:
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    model = small()
+    torch.manual_seed(1)
+    apply(model, "replace 3 Linear(8,5)")
+    live = open_live(Source("Sequential(Linear(2,2))"))
+    real_tensor(live.module[0].weight)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_each_match_gets_a_module_of_its_own() -> None:
+    model = nn.Sequential(nn.ReLU(), nn.Sequential(nn.ReLU(), nn.Linear(2, 2)), nn.ReLU6())
+    changes = apply(model, "replace **:ReLU PReLU()")
+    assert [change.path for change in changes] == ["0", "1.0"]
+    assert isinstance(model[0], nn.PReLU)
+    assert isinstance(model[1][0], nn.PReLU)
+    assert model[0] is not model[1][0]
+    assert changes[0].resolved == ("replace 0 PReLU()", "replace 1.0 PReLU()")
+
+
+def test_a_shared_module_stays_one() -> None:
+    shared = nn.ReLU()
+    model = nn.Sequential(shared, nn.Linear(2, 2), shared)
+    apply(model, "replace **:ReLU GELU")
+    assert model[0] is model[2]
+    assert isinstance(model[0], nn.GELU)
+
+
+def test_one_name_of_a_shared_module_is_refused() -> None:
+    shared = nn.ReLU()
+    model = nn.Sequential(shared, nn.Linear(2, 2), shared)
+    with pytest.raises(RequestError, match="one module with 2 names \\(0, 2\\)"):
+        apply(model, "replace 0 GELU")
+    assert model[0] is shared
+
+
+def test_matches_inside_one_another_are_refused() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Sequential(nn.ReLU())))
+    with pytest.raises(RequestError, match="lies inside 0"):
+        apply(model, "replace **.0:Sequential ReLU")
+
+
+def test_the_root_is_refused() -> None:
+    with pytest.raises(RequestError, match="the model itself"):
+        apply(small(), "replace . ReLU")
+
+
+def test_the_dtype_and_mode_of_what_was_there() -> None:
+    model = small().to(torch.bfloat16).eval()
+    apply(model, "replace 3 Linear(8,5)", "replace 1 PReLU()")
+    assert model[3].weight.dtype == torch.bfloat16
+    assert model[1].weight.dtype == torch.bfloat16  # from its nearest relative: ReLU has none itself
+    assert not model[3].training
+    assert model[3].weight.requires_grad
+
+
+def test_a_dtype_in_the_expression_is_taken_at_its_word() -> None:
+    model = small()
+    apply(model, "replace 3 Linear(8,5,dtype=torch.float16)")
+    assert model[3].weight.dtype == torch.float16
+
+
+def test_holes_take_the_old_modules_attribute() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 5, stride=2, padding=1, bias=False))
+    apply(model, "replace 0 Conv2d(_,_,_,stride=_,padding=_,bias=_)")
+    assert repr(model[0]) == repr(nn.Conv2d(3, 8, 5, stride=2, padding=1, bias=False))
+
+
+def test_holes_take_what_flows_in() -> None:
+    """BatchNorm2d has no num_channels: the second axis of what flows in is it."""
+    live = open_live(Source("resnet18"))
+    changes = live.apply([edits.parse("replace **:BatchNorm2d GroupNorm(32,_)")])
+    assert len(changes) == 20
+    norms = {path: module for path, module in live.module.named_modules() if isinstance(module, nn.GroupNorm)}
+    plain = {t.name: t.shape for t in open_live(Source("resnet18")).describe().tensors if t.name.endswith("weight")}
+    assert {f"{path}.weight": (norm.num_channels,) for path, norm in norms.items()}.items() <= plain.items()
+    assert live.edits[0] == "replace bn1 GroupNorm(32,64)"
+
+
+def test_holes_in_nested_modules() -> None:
+    model = small()
+    apply(model, "replace 3 Sequential(Linear(_,64),ReLU(),Linear(64,_))")
+    assert repr(model[3]) == repr(nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 2)))
+    with pytest.raises(RequestError, match="not for a part of one"):
+        apply(model, "replace 0 Unflatten(1,(_,2))")
+
+
+def test_a_hole_that_nothing_fills() -> None:
+    with pytest.raises(RequestError, match="_ for num_channels is not known") as caught:
+        apply(small(), "replace 1 GroupNorm(2,_)")
+    assert "write num_channels out" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("replace 3 Linear(8)", "missing a required argument: 'out_features'"),
+        ("replace 3 Linear(8,2,biass=False)", "unexpected keyword argument 'biass'"),
+        ("replace 3 Linar(8,2)", "no class 'Linar'"),
+        ("replace 3 Linear(-1,2)", "negative"),
+        ("replace 7 ReLU", "no module matches '7'"),
+        ("replace 3 Conv2d(3,4,5,groups=2)", "groups"),
+        ("replace 3 functional(3)", "no class 'functional'"),
+        ("replace 3 Parameter(3)", "no class 'Parameter'"),
+        ("replace 3 os.path(3)", "no module class path in os"),
+        ("replace 3 no_such.module:Class(3)", "no module named no_such"),
+    ],
+)
+def test_wrong_edits_change_nothing(line: str, message: str) -> None:
+    model = small()
+    before = repr(model)
+    with pytest.raises(RequestError, match=message):
+        apply(model, line)
+    assert repr(model) == before
+
+
+def test_wrong_arguments_show_the_signature() -> None:
+    with pytest.raises(RequestError) as caught:
+        apply(small(), "replace 3 Linear(8)")
+    assert caught.value.hint == "Linear(in_features: int, out_features: int, bias: bool = True)"
+
+
+@pytest.mark.parametrize("on_meta", [True, False])
+def test_what_does_not_fit_in_memory(on_meta: bool) -> None:
+    model = open_live(Source("Sequential(Linear(4,4))")).module if on_meta else nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(SystemFailureError, match="of memory are free"):
+        apply(model, "replace 0 Linear(1000000,1000000)")
+
+
+def test_nested_modules_and_classes_of_torchvision_ops() -> None:
+    model = small()
+    apply(model, "replace 3 Sequential(Linear(8,3),ReLU())", "replace 1 Permute([0,1])", "replace 2 torch.nn.Tanh()")
+    assert repr(model[3]) == repr(nn.Sequential(nn.Linear(8, 3), nn.ReLU()))
+    assert type(model[1]).__name__ == "Permute"
+    assert isinstance(model[2], nn.Tanh)
+
+
+def test_a_class_of_ones_own(cli: Cli) -> None:
+    result = cli("replace", "classifier.6", "nets:MyLinear(4096,10)", "-m", "alexnet", "--json").json
+    assert result["check"]["output_shape"] == [1, 10]
+    assert result["changes"][0]["params_after"] == 40_970
+
+
+# --- freeze and unfreeze -------------------------------------------------------------------------------------------
+
+
+def test_freeze_is_requires_grad() -> None:
+    model = small()
+    (change,) = apply(model, "freeze 0")
+    assert [p.requires_grad for p in model.parameters()] == [False, False, True, True, True, True]
+    assert (change.path, change.before, change.after) == ("0", "trainable", "frozen")
+    (change,) = apply(model, "unfreeze 0.bias")
+    assert model[0].bias.requires_grad
+    assert not model[0].weight.requires_grad
+    assert change.path == "0.bias"
+
+
+def test_freeze_all_except() -> None:
+    model = small()
+    (change,) = apply(model, "freeze . --except 3")
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["3.weight", "3.bias"]
+    assert change.params_before == 4 * 8 + 8 + 16
+    assert change.resolved == ("freeze 0.weight 0.bias 2.weight 2.bias",)
+
+
+def test_what_has_no_parameters_cannot_be_frozen() -> None:
+    with pytest.raises(RequestError, match="has no parameters"):
+        apply(small(), "freeze 1")
+
+
+def test_expect() -> None:
+    with pytest.raises(RequestError, match="2 modules match, not the 3 expected: 0, 3"):
+        apply(small(), "replace *:Linear Linear(4,8) --expect 3")
+    apply(small(), "replace *:Linear Linear(4,8) --expect 2")
+
+
+def test_a_tied_parameter_is_frozen_under_all_its_names() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    apply(model, "freeze 0.weight")
+    rows = {t.name: (t.requires_grad, t.tied_to) for t in describe(model).tensors}
+    assert rows["1.weight"] == (False, "0.weight")
+
+
+# --- on meta and for real ------------------------------------------------------------------------------------------
+
+
+def test_meta_and_real_agree() -> None:
+    """The same edits on a live model and on a real one give the same names, shapes, flags and numbers."""
+    lines = ("replace fc Linear(_,7)", "replace **:ReLU GELU", "freeze layer1 conv1", "unfreeze layer1.0.bn1")
+    live = open_live(Source("resnet18", seed=3))
+    real = live.architecture.real(3)
+    parsed = [edits.parse(line) for line in lines]
+    live.apply(parsed)
+    surgery.apply(real, parsed, seed=3, inputs=live.inputs)
+    assert describe(live.module) == describe(real)
+    numbers = real.state_dict()
+    for name, tensor in live.module.state_dict().items():
+        assert torch.equal(real_tensor(tensor), numbers[name]), name
+
+
+@pytest.mark.parametrize(
+    ("module", "text"),
+    [
+        (nn.Linear(4096, 10), "Linear(4096, 10)"),
+        (nn.Linear(4096, 10, bias=False), "Linear(4096, 10, bias=False)"),
+        (nn.Conv2d(3, 64, 7, stride=2, padding=3), "Conv2d(3, 64, (7,7), stride=(2,2), padding=(3,3))"),
+        (nn.ReLU(inplace=True), "ReLU(inplace=True)"),
+        (nn.GELU(), "GELU()"),
+        (nn.BatchNorm2d(64), "BatchNorm2d(64)"),
+        (nn.Sequential(nn.ReLU()), "Sequential"),
+        (nn.Dropout(0.25), "Dropout(p=0.25)"),
+    ],
+)
+def test_brief(module: nn.Module, text: str) -> None:
+    assert surgery.brief(module) == text

@@ -58,6 +58,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A new folder with `nets.py` in it, as the current one; no setting of the machine's reaches the test."""
     for name in ("MODELCLI_MODEL", "MODELCLI_RECIPE", "NO_COLOR", "FORCE_COLOR", "COLUMNS"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("MODELCLI_NO_CACHE", raising=False)
+    monkeypatch.setenv("MODELCLI_CACHE", str(tmp_path / ".cache"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / ".torch"))
     (tmp_path / "nets.py").write_bytes(NETS.read_bytes())
     monkeypatch.chdir(tmp_path)

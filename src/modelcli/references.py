@@ -22,6 +22,11 @@ class Installed:
 
     call: Call
 
+    @property
+    def runs_only_installed_code(self) -> bool:
+        """Whether it names nothing but torch's and torchvision's own: no code of the user's decides what it is."""
+        return all(map(is_installed_name, expressions.names_in(self.call)))
+
     def __str__(self) -> str:
         return expressions.to_text(self.call) if self.call.args or self.call.kwargs else self.call.name
 
@@ -61,6 +66,12 @@ class CheckpointFile:
 
     def __str__(self) -> str:
         return str(self.path)
+
+
+def is_installed_name(dotted: str) -> bool:
+    """Whether a name is one of torch's or torchvision's own: a bare one, or one that begins with theirs."""
+    plain = dotted.removeprefix("nn.").replace(":", ".")
+    return "." not in plain or plain.partition(".")[0] in ("torch", "torchvision")
 
 
 Reference = Installed | PythonObject | CheckpointFile
@@ -139,6 +150,11 @@ def _python_object(source: str, target: str, folder: Path) -> PythonObject:
             "write nets.py:Net(3,2) or package.module:build()",
         )
     return PythonObject(source, name, call)
+
+
+def names_a_file(text: str) -> bool:
+    """Whether the value of `--weights` is a path, not a name of torchvision's: it has a separator or a suffix."""
+    return Path(text).suffix in CHECKPOINT_SUFFIXES or "/" in text or "\\" in text
 
 
 def missing_file(path: Path, text: str) -> RequestError:

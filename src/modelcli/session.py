@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modelcli import blueprint as blueprints
-from modelcli import checkpoints, recipe, references, selectors, writing
+from modelcli import cache, checkpoints, recipe, references, selectors, writing
 from modelcli import record as records
 from modelcli.blueprint import Blueprint, Totals, Trace, shown
 from modelcli.checkpoints import Contents
 from modelcli.edits import Edit
 from modelcli.errors import ModelcliError, RequestError
 from modelcli.recipe import Source
-from modelcli.references import CheckpointFile, PythonObject
+from modelcli.references import CheckpointFile, Installed, PythonObject
 from modelcli.writing import Written
 
 if TYPE_CHECKING:
@@ -59,17 +59,44 @@ class Look:
     live: Live | None = None
 
 
-def look(target: Target, *, traced: bool = False, mode: str = "eval") -> Look:
-    """The blueprint of a model as it stands, its recipe's edits applied. With `traced`, with a forward pass in it."""
+def look(target: Target, *, traced: bool = False, mode: str = "eval", cached: bool = True) -> Look:
+    """The blueprint of a model as it stands, its recipe's edits applied. With `traced`, with a forward pass in it.
+
+    Blueprints of installed models are kept on disk and taken from there, unless `cached` is False.
+    """
     found = _look_at_file(target, traced=traced, mode=mode)
     if found is not None:
         return found
+    key = _cache_key(target, mode) if cached else None
+    if key is not None and (kept := cache.get(key)) is not None:
+        return Look(kept)
     from modelcli.live import opening, planning
 
     live = opening.open_live(target.source)
     live.apply(target.edits)
-    blueprint = planning.traced(live, mode) if traced else live.describe()
+    # What is kept has a forward pass in it, so that it answers every question.
+    blueprint = planning.traced(live, mode) if traced or key is not None else live.describe()
+    if key is not None:
+        cache.put(key, blueprint)
     return Look(blueprint, tuple(live.notes), live.contents, live)
+
+
+def warm(name: str) -> None:
+    """Keep the blueprint of a builder, if it is not kept yet."""
+    look(Target(Source(model=name)), traced=True)
+
+
+def _cache_key(target: Target, mode: str) -> cache.Key | None:
+    """The key of a builder or an expression of installed classes; None for what other code or a file decides."""
+    source = target.source
+    if cache.is_off() or target.edits or source.arch is not None or source.key is not None:
+        return None
+    if source.weights is not None and references.names_a_file(source.weights):
+        return None
+    reference = source.reference()
+    if not isinstance(reference, Installed) or not reference.runs_only_installed_code:
+        return None
+    return cache.Key(str(reference), source.weights, source.input_size, source.input_dtype, mode)
 
 
 def _look_at_file(target: Target, *, traced: bool, mode: str) -> Look | None:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from modelcli.cli import files, inspect, operate
+from modelcli.cli import cache, files, inspect, operate
 
 app = typer.Typer(
     name="modelcli",
@@ -46,3 +46,4 @@ def _root(
 inspect.mount(app)
 operate.mount(app)
 files.mount(app)
+cache.mount(app)

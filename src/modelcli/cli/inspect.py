@@ -6,7 +6,7 @@ import typer
 
 from modelcli import selectors, session
 from modelcli.cli import output
-from modelcli.cli.options import OutputOptions, SourceOptions, expanded
+from modelcli.cli.options import CacheOptions, OutputOptions, SourceOptions, expanded
 from modelcli.errors import RequestError, did_you_mean
 from modelcli.render import documents
 
@@ -17,6 +17,7 @@ Depth = Annotated[int | None, typer.Option("--depth", help="Only rows down to th
 
 def summary(
     source: SourceOptions,
+    keeping: CacheOptions,
     options: OutputOptions,
     model: Model = None,
     depth: Depth = None,
@@ -32,12 +33,13 @@ def summary(
     if mode not in ("eval", "train"):
         raise RequestError(f"no mode {mode!r}", "--mode eval or --mode train")
     target = session.find_target(model, source.overrides(), source.recipe)
-    found = session.look(target, traced=True, mode=mode)
+    found = session.look(target, traced=True, mode=mode, cached=not keeping.no_cache)
     output.show(documents.summary(target.source.model, found.blueprint, depth=depth), options, found.notes)
 
 
 def params(
     source: SourceOptions,
+    keeping: CacheOptions,
     options: OutputOptions,
     model: Model = None,
     select: Selected = None,
@@ -59,7 +61,7 @@ def params(
         hint = did_you_mean(sort, documents.SORT_KEYS) or f"there are {', '.join(documents.SORT_KEYS)}"
         raise RequestError(f"cannot sort by {sort!r}", hint)
     target = session.find_target(model, source.overrides(), source.recipe)
-    found = session.look(target)
+    found = session.look(target, cached=not (values or keeping.no_cache))
     tensors = session.select_tensors(found.blueprint, select or [], buffers=buffers, frozen=frozen, trainable=trainable)
     key = sort or ("elements" if top else None)
     if key in ("elements", "bytes"):
@@ -76,6 +78,7 @@ def params(
 
 def modules(
     source: SourceOptions,
+    keeping: CacheOptions,
     options: OutputOptions,
     model: Model = None,
     select: Selected = None,
@@ -93,7 +96,7 @@ def modules(
     if tree and as_repr:
         raise RequestError("--tree and --repr show the same in two ways", "give one of them")
     target = session.find_target(model, source.overrides(), source.recipe)
-    found = session.look(target)
+    found = session.look(target, cached=not keeping.no_cache)
     blueprint = found.blueprint
     paths = selectors.select_modules(blueprint, select) if select else [module.path for module in blueprint.modules]
     notes = list(found.notes)

@@ -93,6 +93,16 @@ class SourceOptions:
 
 
 @dataclass(frozen=True)
+class CacheOptions:
+    """Whether blueprints are kept."""
+
+    is_group: ClassVar[bool] = True
+    no_cache: bool = _option(
+        "--no-cache", help="Build the model anew, and keep nothing.", default=False, rich_help_panel="Model"
+    )
+
+
+@dataclass(frozen=True)
 class SaveOptions:
     """Which model is written, and how."""
 

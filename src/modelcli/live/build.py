@@ -119,7 +119,7 @@ def _expression(reference: Installed, weights: str | None, trust: bool) -> Archi
     def plain() -> nn.Module:
         return modules.make(call, trusted=trust)
 
-    return Architecture(reference, plain, plain, is_torch_class=modules.runs_only_installed_code(call))
+    return Architecture(reference, plain, plain, is_torch_class=reference.runs_only_installed_code)
 
 
 def _python_object(reference: PythonObject, folder: Path) -> Architecture:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from modelcli import expressions
 from modelcli.blueprint import ITEM_BYTES
 from modelcli.errors import ModelcliError, RequestError, UnsafeError, closest
 from modelcli.expressions import HOLE, Call, Name
 from modelcli.live import python_objects, zoo
+from modelcli.references import is_installed_name
 
 
 def find_class(dotted: str, *, trusted: bool) -> type[nn.Module]:
@@ -38,7 +38,7 @@ def find_class(dotted: str, *, trusted: bool) -> type[nn.Module]:
             else "a class of your own is written package.module:Class(...)",
         )
     package, _, attribute = dotted.replace(":", ".").rpartition(".")
-    if not trusted and not is_installed(dotted):
+    if not trusted and not is_installed_name(dotted):
         raise UnsafeError(f"{dotted} is neither torch's nor torchvision's own, and naming it runs its code")
     module = python_objects.import_module(package)
     found = getattr(module, attribute, None)
@@ -160,14 +160,3 @@ def _named(dotted: str, *, trusted: bool) -> Any:
 
 def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).strip().splitlines()[0]
-
-
-def runs_only_installed_code(call: Call) -> bool:
-    """Whether an expression names nothing but torch's and torchvision's own classes."""
-    return all(is_installed(dotted) for dotted in expressions.names_in(call))
-
-
-def is_installed(dotted: str) -> bool:
-    """Whether a name is one of torch's or torchvision's own."""
-    plain = dotted.removeprefix("nn.").replace(":", ".")
-    return "." not in plain or plain.partition(".")[0] in ("torch", "torchvision")

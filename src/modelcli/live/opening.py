@@ -243,7 +243,7 @@ def _weights_file(weights: str | None, folder: Path, *, of_checkpoint: bool) -> 
     if weights is None or of_checkpoint:
         return None
     path = folder / weights
-    if path.suffix in references.CHECKPOINT_SUFFIXES or "/" in weights or "\\" in weights:
+    if references.names_a_file(weights):
         if not path.exists():
             raise references.missing_file(path, weights)
         return path

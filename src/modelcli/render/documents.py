@@ -394,6 +394,17 @@ def models(entries: Sequence[Mapping[str, Any]]) -> View:
     return View(document, list(entries), columns, [("Builders", count(len(entries)))])
 
 
+def cache(folder: Path, entries: int, nbytes: int) -> View:
+    """Where blueprints are kept, and what they take."""
+    row = {"path": str(folder), "entries": entries, "bytes": nbytes}
+    columns = (
+        Column("path", "path", style="cyan"),
+        Column("entries", "entries", lambda value: f"{count(value)} entries", right=True),
+        Column("bytes", "bytes", megabytes, right=True),
+    )
+    return View({"schema": SCHEMA, **row}, [row], columns, header=False)
+
+
 def log(reference: str, kind: str | None, recipe: Path, lines: Sequence[str], details: Mapping[str, Any]) -> View:
     """The working recipe, an edit a row."""
     document = {

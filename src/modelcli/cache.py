@@ -1,0 +1,128 @@
+"""Blueprints of installed models, kept on disk, so that a second look at one needs no torch.
+
+An entry is one file: the digest of what follows on its first line, then the key it was made for and the blueprint. It
+is written beside its place and moved there in one step; one that is damaged, half written, or made for another key is
+as good as none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+from modelcli import blueprint
+from modelcli._version import __version__
+from modelcli.blueprint import Blueprint
+
+SCHEMA = 1
+SUFFIX = ".blueprint"
+
+
+def folder() -> Path:
+    """Where the entries lie: `$MODELCLI_CACHE`, or the system's folder for such things."""
+    named = os.environ.get("MODELCLI_CACHE")
+    return Path(named) if named else platformdirs.user_cache_path("modelcli") / "blueprints"
+
+
+def is_off() -> bool:
+    """Whether `$MODELCLI_NO_CACHE` is set to anything but nothing or 0."""
+    return os.environ.get("MODELCLI_NO_CACHE", "0") not in ("", "0")
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a blueprint depends on besides the versions of what is installed."""
+
+    reference: str
+    weights: str | None
+    input_size: tuple[tuple[int, ...], ...] | None
+    input_dtype: tuple[str, ...]
+    mode: str
+
+    def document(self) -> dict[str, Any]:
+        """The key as JSON values, with the versions that decide what a builder builds."""
+        return {
+            "schema": SCHEMA,
+            "reference": self.reference,
+            "weights": self.weights,
+            "input_size": None if self.input_size is None else [list(size) for size in self.input_size],
+            "input_dtype": list(self.input_dtype),
+            "mode": self.mode,
+            "versions": dict(_versions()),
+        }
+
+
+def _versions() -> Iterator[tuple[str, str | None]]:
+    yield "modelcli", __version__
+    for package in ("torch", "torchvision"):
+        try:
+            yield package, metadata.version(package)
+        except metadata.PackageNotFoundError:
+            yield package, None
+
+
+def _path(document: Mapping[str, Any]) -> Path:
+    text = json.dumps(document, sort_keys=True)
+    return folder() / f"{hashlib.sha256(text.encode()).hexdigest()}{SUFFIX}"
+
+
+def get(key: Key) -> Blueprint | None:
+    """The blueprint kept for a key, or None."""
+    document = key.document()
+    try:
+        digest, _, body = _path(document).read_bytes().partition(b"\n")
+        if hashlib.sha256(body).hexdigest().encode() != digest:
+            return None
+        entry = json.loads(body)
+        if entry["key"] != document:
+            return None
+        return blueprint.from_json(entry["blueprint"])
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+        return None
+
+
+def put(key: Key, found: Blueprint) -> None:
+    """Keep a blueprint. A cache that cannot be written is no error: the next look is only slower."""
+    document = key.document()
+    entry = {"key": document, "blueprint": blueprint.to_json(found)}
+    body = json.dumps(entry, separators=(",", ":")).encode()
+    path = _path(document)
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f"{path.stem[:16]}.", suffix=".tmp", dir=path.parent)
+        try:
+            with open(handle, "wb") as file:  # noqa: PTH123
+                file.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+            Path(name).replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                Path(name).unlink()
+            raise
+
+
+def entries() -> list[Path]:
+    """The files of the cache, half-written ones of killed runs included."""
+    try:
+        return sorted(path for path in folder().iterdir() if path.suffix in (SUFFIX, ".tmp"))
+    except OSError:
+        return []
+
+
+def clear() -> int:
+    """Remove every entry, and nothing else; gives their number."""
+    removed = 0
+    for path in entries():
+        with contextlib.suppress(OSError):
+            path.unlink()
+            removed += 1
+    return removed

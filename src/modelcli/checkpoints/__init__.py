@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from modelcli.checkpoints import safetensors, torch_legacy, torch_zip
+from modelcli.checkpoints import folders, safetensors, torch_legacy, torch_zip
 from modelcli.checkpoints.contents import Contents, Span, TensorEntry
 from modelcli.errors import FileFormatError, RequestError, SystemFailureError
 
@@ -25,12 +25,12 @@ _NAMES = (
 def read(path: Path, *, key: str | None = None) -> Contents:
     """Read what a checkpoint holds, by its content and never by its suffix.
 
-    `key` names the state dict inside a training checkpoint (`a.b` for one inside another). Raises FileFormatError for
-    a file that is corrupt or no checkpoint.
+    A folder is read by the index of shards in it. `key` names the state dict inside a training checkpoint (`a.b` for
+    one inside another). Raises FileFormatError for a file that is corrupt or no checkpoint.
     """
     try:
         if path.is_dir():
-            raise RequestError(f"{path} is a folder", "name the file in it")
+            path = folders.index_in(path)
         size = path.stat().st_size
         with path.open("rb") as file:
             head = file.read(64)
@@ -40,6 +40,10 @@ def read(path: Path, *, key: str | None = None) -> Contents:
         raise SystemFailureError(f"cannot read {path}: {error.strerror or error}") from None
     if not size:
         raise FileFormatError(f"{path} is empty", "the program that wrote it may have been interrupted")
+    if path.name.endswith(folders.INDEX_SUFFIX):
+        if key is not None:
+            raise RequestError(f"--key {key} is for training checkpoints, and {path} is an index of shards")
+        return folders.read(path, lambda shard: read(shard))
     if head.startswith(b"PK"):
         return torch_zip.read(path, key)
     if safetensors.looks_like(head, size):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import struct
-from collections import Counter
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from modelcli import record as records
 from modelcli.blueprint import ITEM_BYTES
+from modelcli.checkpoints import strict_json
 from modelcli.checkpoints.contents import Contents, Span, TensorEntry, identity_of
 from modelcli.errors import FileFormatError, SystemFailureError
 
@@ -58,7 +57,7 @@ def read(path: Path) -> Contents:
     except OSError as error:
         raise SystemFailureError(f"cannot read {path}: {error.strerror or error}") from None
     try:
-        header = json.loads(raw.decode(), object_pairs_hook=_no_duplicates)
+        header = strict_json.loads(raw)
     except (ValueError, RecursionError) as error:
         raise FileFormatError(f"{path}: the header is not what safetensors writes: {error}") from None
     metadata = header.pop("__metadata__", None) or {}
@@ -128,11 +127,3 @@ def _entry(
         )
     span = Span(path, start + begin, end - begin, identity)
     return TensorEntry(shape, dtype, tuple(stride), 0, span), begin, end
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"{twice!r} stands in it twice")
-    return found

@@ -1,0 +1,90 @@
+"""Folders of shards: an index, `*.index.json`, that says which file holds which tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from modelcli import record as records
+from modelcli.checkpoints import strict_json
+from modelcli.checkpoints.contents import Contents, TensorEntry
+from modelcli.errors import FileFormatError, RequestError, SystemFailureError
+
+MAX_INDEX_BYTES = 64 * 1024 * 1024
+INDEX_SUFFIX = ".index.json"
+
+Reader = Callable[[Path], Contents]
+
+
+def index_in(folder: Path) -> Path:
+    """The index of a folder. Raises RequestError where it has none or several, with what lies there instead."""
+    try:
+        names = sorted(entry.name for entry in folder.iterdir())
+    except OSError as error:
+        raise SystemFailureError(f"cannot read {folder}: {error.strerror or error}") from None
+    found = [name for name in names if name.endswith(INDEX_SUFFIX)]
+    if len(found) == 1:
+        return folder / found[0]
+    if found:
+        raise RequestError(f"{folder} holds {len(found)} indexes", f"name one of {', '.join(found[:6])}")
+    files = [name for name in names if name.endswith((".pth", ".pt", ".safetensors", ".bin", ".ckpt"))]
+    hint = f"name a file in it: {', '.join(files[:6])}" if files else None
+    raise RequestError(f"{folder} is a folder without an index (*{INDEX_SUFFIX})", hint)
+
+
+def read(index: Path, read_file: Reader) -> Contents:
+    """Read an index and the headers of the shards it names. Raises FileFormatError where they do not fit together."""
+    weight_map, metadata = _index(index)
+    shards: dict[str, Contents] = {}
+    tensors: dict[str, TensorEntry] = {}
+    for name, file in weight_map.items():
+        if file not in shards:
+            shards[file] = read_file(_inside(index, file))
+        entry = shards[file].tensors.get(name)
+        if entry is None:
+            raise FileFormatError(f"{index} says that {name} is in {file}, and it is not")
+        tensors[name] = entry
+    for file, shard in shards.items():
+        if extra := [name for name in shard.tensors if name not in weight_map]:
+            raise FileFormatError(f"{file} holds {extra[0]}, which {index} does not name")
+    text = metadata.get(records.SAFETENSORS_KEY)
+    formats = {shard.format for shard in shards.values()}
+    return Contents(
+        path=index.parent,
+        format=formats.pop() if len(formats) == 1 else "mixed",
+        tensors=tensors,
+        record=records.from_text(text) if isinstance(text, str) else None,
+        foreign=tuple(dict.fromkeys(name for shard in shards.values() for name in shard.foreign)),
+        notes=(f"{len(tensors)} tensors in {len(shards)} shards, as {index.name} says",),
+    )
+
+
+def _index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    try:
+        if (size := path.stat().st_size) > MAX_INDEX_BYTES:
+            raise FileFormatError(f"{path} is {size:,} bytes; the limit is {MAX_INDEX_BYTES:,}")
+        document = strict_json.loads(path.read_bytes())
+    except OSError as error:
+        raise SystemFailureError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise FileFormatError(f"{path} is no index of shards: {error}") from None
+    weight_map = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise FileFormatError(f"{path} is no index of shards: it has no weight_map of names to files")
+    metadata = document.get("metadata")
+    return weight_map, metadata if isinstance(metadata, dict) else {}
+
+
+def _inside(index: Path, file: str) -> Path:
+    """The path of a shard, which has to stay inside the folder of its index, links followed."""
+    parts = (*PurePosixPath(file).parts, *PureWindowsPath(file).parts)
+    absolute = PurePosixPath(file).is_absolute() or PureWindowsPath(file).drive or PureWindowsPath(file).root
+    if not file or "\0" in file or absolute or ".." in parts:
+        raise FileFormatError(f"{index} names {file!r}, which is outside its folder")
+    path = index.parent / file
+    if not path.resolve().is_relative_to(index.parent.resolve()):
+        raise FileFormatError(f"{index} names {file!r}, a link to outside its folder")
+    if not path.is_file():
+        raise FileFormatError(f"{index} names {file!r}, which is not there", "a shard may not be downloaded yet")
+    return path

@@ -1,0 +1,114 @@
+"""Folders of shards, as Hugging Face lays them out: an index, and the files it names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import modelcli
+from modelcli import checkpoints
+from modelcli.errors import FileFormatError, RequestError
+from tests.conftest import Cli
+
+STATE = {"0.weight": torch.arange(6.0).reshape(3, 2), "0.bias": torch.ones(3), "1.weight": torch.full((4, 3), 2.0)}
+SHARDS = {"0.weight": 1, "0.bias": 1, "1.weight": 2}
+
+
+def sharded(folder: Path, suffix: str = "safetensors", **changes: Any) -> Path:
+    """A folder of two shards and their index; `changes` replace the files of names in the index."""
+    folder.mkdir()
+    weight_map: dict[str, str] = {}
+    for number in (1, 2):
+        tensors = {name: STATE[name] for name in STATE if SHARDS[name] == number}
+        file = f"model-{number:05}-of-00002.{suffix}"
+        save_file(tensors, folder / file) if suffix == "safetensors" else torch.save(tensors, folder / file)
+        weight_map |= dict.fromkeys(tensors, file)
+    index = {"metadata": {"total_size": 84}, "weight_map": weight_map | changes}
+    (folder / f"model.{suffix}.index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_a_folder_and_its_index_are_one_checkpoint(cli: Cli, folder: Path, suffix: str) -> None:
+    shards = sharded(folder / "big", suffix)
+    for reference in ("big/", "./big", f"big/model.{suffix}.index.json"):
+        result = cli("params", reference, "--values", "--json")
+        rows = {row["name"]: row["values"] for row in result.json["tensors"]}
+        assert rows == {name: tensor.tolist() for name, tensor in STATE.items()}
+        assert "3 tensors in 2 shards" in result.err
+    model = modelcli.load(shards, arch="Sequential(Linear(2,3),Linear(3,4,bias=False))")
+    assert torch.equal(model[1].weight, STATE["1.weight"])
+    cli("save", "one.pth", "-m", "big/")
+    written = torch.load("one.pth", weights_only=True)
+    assert all(torch.equal(written[name], tensor) for name, tensor in STATE.items())
+
+
+@pytest.mark.parametrize(
+    "file", ["../outside.safetensors", "/etc/passwd", "C:\\x.safetensors", "a\\..\\..\\x.safetensors", "", "x\0y"]
+)
+def test_paths_stay_inside_the_folder(folder: Path, file: str) -> None:
+    save_file({"0.bias": torch.ones(3)}, folder / "outside.safetensors")
+    with pytest.raises(FileFormatError, match="outside its folder"):
+        checkpoints.read(sharded(folder / "big", **{"0.bias": file}))
+
+
+def test_links_out_of_the_folder_are_refused(folder: Path) -> None:
+    save_file({"0.bias": torch.ones(3)}, folder / "outside.safetensors")
+    shards = sharded(folder / "big", **{"0.bias": "link.safetensors"})
+    (shards / "link.safetensors").symlink_to(folder / "outside.safetensors")
+    with pytest.raises(FileFormatError, match="a link to outside its folder"):
+        checkpoints.read(shards)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty"),
+        ("[]", "no weight_map"),
+        ('{"weight_map": {"a": 1}}', "no weight_map"),
+        ('{"weight_map": {"a": "x", "a": "y"}}', "'a' stands in it twice"),
+        ('{"weight_map": {"a": "missing.safetensors"}}', "which is not there"),
+        ("{", "no index of shards"),
+        ("[" * 100_000, "no index of shards"),
+    ],
+)
+def test_damaged_indexes(folder: Path, text: str, message: str) -> None:
+    (folder / "big").mkdir()
+    (folder / "big" / "model.index.json").write_text(text)
+    with pytest.raises(FileFormatError, match=message):
+        checkpoints.read(folder / "big")
+
+
+def test_an_index_that_does_not_fit_its_shards(folder: Path) -> None:
+    with pytest.raises(FileFormatError, match=r"says that 0.bias is in model-00002"):
+        checkpoints.read(sharded(folder / "one", **{"0.bias": "model-00002-of-00002.safetensors"}))
+    shards = sharded(folder / "two")
+    index = shards / "model.safetensors.index.json"
+    document = json.loads(index.read_text())
+    del document["weight_map"]["0.bias"]
+    index.write_text(json.dumps(document))
+    with pytest.raises(FileFormatError, match=r"holds 0.bias, which .* does not name"):
+        checkpoints.read(shards)
+
+
+def test_an_index_beyond_the_limit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints.folders, "MAX_INDEX_BYTES", 10)
+    with pytest.raises(FileFormatError, match="the limit is 10"):
+        checkpoints.read(sharded(folder / "big"))
+
+
+def test_folders_without_an_index(cli: Cli, folder: Path) -> None:
+    (folder / "runs").mkdir()
+    torch.save(STATE, "runs/best.pth")
+    error = cli("params", "runs/", code=2).err
+    assert "without an index" in error
+    assert "name a file in it: best.pth" in error
+    for name in ("a", "b"):
+        (folder / "runs" / f"{name}.index.json").write_text("{}")
+    with pytest.raises(RequestError, match="holds 2 indexes"):
+        checkpoints.read(folder / "runs")

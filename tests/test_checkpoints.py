@@ -21,7 +21,7 @@ from torch import nn
 
 from modelcli import checkpoints
 from modelcli.checkpoints import Contents, TensorEntry, pickles
-from modelcli.errors import FileFormatError, ModelcliError, RequestError, UnsafeError
+from modelcli.errors import FileFormatError, ModelcliError, RequestError
 from modelcli.live import loading
 
 DTYPES = (
@@ -532,12 +532,14 @@ class Whole(nn.Module):
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-def test_a_whole_module_is_refused_and_named(tmp_path: Path, legacy: bool) -> None:
+def test_a_whole_module_is_shown_named_and_not_run(tmp_path: Path, legacy: bool) -> None:
     sprung = tmp_path / "sprung"
-    path = saved(tmp_path / "m.pth", Whole(str(sprung)), _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(UnsafeError, match=f"objects of {__name__}.Whole") as error:
-        checkpoints.read(path)
-    assert (error.value.exit_code, sprung.exists()) == (3, False)
+    module = Whole(str(sprung))
+    path = saved(tmp_path / "m.pth", module, _use_new_zipfile_serialization=not legacy)
+    contents = checkpoints.read(path)
+    assert list(contents.tensors) == list(module.state_dict())
+    assert f"{__name__}.Whole" in contents.foreign
+    assert not sprung.exists()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.load(path, weights_only=False)

@@ -329,3 +329,65 @@ def test_the_base_is_drawn_as_the_plain_constructor_draws(cli: Cli) -> None:
     plain = zoo.torchvision().models.squeezenet1_1()
     written = torch.load("out.pth", weights_only=True)
     assert all(torch.equal(written[name], tensor) for name, tensor in plain.state_dict().items())
+
+
+# --- files that hold more than tensors -----------------------------------------------------------------------------
+
+
+def whole() -> nn.Module:
+    module = nn.Sequential(nn.Linear(2, 3), nn.ModuleDict({"norm": nn.BatchNorm1d(3), "act": nn.ReLU()}))
+    module[0].weight.requires_grad_(False)
+    module[1].tied = module[0]
+    module.register_buffer("hidden", torch.zeros(2), persistent=False)
+    return module
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_pickled_module_is_looked_at_without_running_it(cli: Cli, wrapped: bool) -> None:
+    """Its tensors under state-dict names, its classes by name, and a warning; torch loads none of it."""
+    module = whole()
+    torch.save({"model": module, "epoch": 1} if wrapped else module, "whole.pth")
+    result = cli("params", "whole.pth", "--json")
+    rows = {row["name"]: row for row in result.json["tensors"]}
+    assert rows.keys() == module.state_dict().keys()
+    assert rows["0.weight"]["trainable"] is False
+    assert rows["1.tied.weight"]["tied_to"] == "0.weight"
+    assert rows["1.norm.running_mean"]["kind"] == "buffer"
+    assert "torch.nn.modules.linear.Linear" in result.err
+    modules = cli("modules", "whole.pth", "--json").json["modules"]
+    assert {row["path"]: row["type"] for row in modules} == {
+        name or ".": type(child).__name__ for name, child in module.named_modules(remove_duplicate=False)
+    }
+
+
+def test_editing_one_is_refused_unless_for_its_tensors(cli: Cli, folder: Path) -> None:
+    module = whole()
+    torch.save(module, "whole.pth")
+    for words in (("freeze", ".", "-m", "whole.pth", "-o", "x.pth"), ("save", "x.pth", "-m", "whole.pth")):
+        error = cli(*words, code=3).err
+        assert "torch.nn.modules.container.Sequential" in error
+        assert "--tensors-only" in error
+    assert not (folder / "x.pth").exists()
+    result = cli("save", "clean.pth", "-m", "whole.pth", "--tensors-only")
+    assert "were dropped" in result.err
+    clean = torch.load("clean.pth", weights_only=True)
+    assert clean.keys() == module.state_dict().keys()
+    assert all(torch.equal(clean[name], tensor) for name, tensor in module.state_dict().items())
+    cli("load", "whole.pth", "--tensors-only")
+    assert "tensors_only = true" in (folder / "modelcli.toml").read_text()
+    cli("save", "again.pth")
+
+
+def test_objects_beside_a_state_dict(cli: Cli) -> None:
+    state = nn.Linear(2, 3).state_dict()
+    torch.save({"state_dict": state, "args": Path("runs")}, "train.pth")
+    assert "pathlib" in cli("params", "train.pth").err
+    assert cli("freeze", ".", "-m", "train.pth", code=3)
+    cli("freeze", ".", "-m", "train.pth", "--tensors-only", "-o", "out.pth")
+    assert torch.load("out.pth", weights_only=True).keys() == state.keys()
+
+
+def test_objects_and_no_tensor(cli: Cli) -> None:
+    torch.save({"args": Path("runs")}, "args.pth")
+    error = cli("params", "args.pth", code=3).err
+    assert "holds no tensors in a state dict, but objects of pathlib" in error

@@ -407,14 +407,16 @@ def _dtype(value: object) -> str:
     return str(value)
 
 
-def from_keys(tensors: Iterable[TensorInfo]) -> Blueprint:
-    """The blueprint of a bare checkpoint: a tree made of its key names, the modules' types unknown."""
-    listed = tuple(tensors)
-    paths: dict[str, None] = {"": None}
+def from_keys(tensors: Iterable[TensorInfo], types: Mapping[str, str] | None = None) -> Blueprint:
+    """The blueprint of a bare checkpoint: a tree of its key names, and of `types`, class names by path, if any."""
+    listed, types = tuple(tensors), types or {}
+    paths: dict[str, None] = {"": None, **dict.fromkeys(types)}
     for tensor in listed:
         for path in reversed(list(ancestors(parent_of(tensor.name)))):
             paths.setdefault(path)
-    return Blueprint(tuple(ModuleInfo(path, None) for path in _depth_first(paths)), listed)
+    named = ((path, types.get(path)) for path in _depth_first(paths))
+    modules = (ModuleInfo(path, kind, () if kind is None else (kind,)) for path, kind in named)
+    return Blueprint(tuple(modules), listed)
 
 
 def _depth_first(paths: Iterable[str]) -> Iterator[str]:

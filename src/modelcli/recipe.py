@@ -23,7 +23,7 @@ from modelcli.edits import Edit
 from modelcli.errors import RequestError, SystemFailureError, closest
 
 FILE_NAME = "modelcli.toml"
-KEYS = ("model", "weights", "arch", "key", "strict", "seed", "input_size", "input_dtype", "edits")
+KEYS = ("model", "weights", "arch", "key", "strict", "tensors_only", "seed", "input_size", "input_dtype", "edits")
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Source:
     folder: Path = Path()
     strict: bool = True
     trust: bool = False
+    tensors_only: bool = False
 
     def reference(self) -> references.Reference:
         return references.parse(self.model, self.folder)
@@ -101,9 +102,9 @@ def read(path: Path) -> Recipe:
     seed = document.get("seed", 0)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         report("seed", f"seed is a whole number from 0 to 2^63 - 1, not {seed!r}")
-    strict = document.get("strict", True)
-    if not isinstance(strict, bool):
-        report("strict", f"strict is true or false, not {strict!r}")
+    for key in ("strict", "tensors_only"):
+        if not isinstance(document.get(key, True), bool):
+            report(key, f"{key} is true or false, not {document[key]!r}")
     sizes: list[tuple[int, ...]] = []
     dtypes: list[str] = []
     for key, example in (("input_size", "1,3,224,224"), ("input_dtype", "float32")):
@@ -139,7 +140,8 @@ def read(path: Path) -> Recipe:
         weights=values["weights"],
         arch=values["arch"],
         key=values["key"],
-        strict=strict,
+        strict=document.get("strict", True),
+        tensors_only=document.get("tensors_only", False),
         seed=seed,
         input_size=tuple(sizes) or None,
         input_dtype=tuple(dtypes),
@@ -223,6 +225,8 @@ def start(path: Path, source: Source) -> None:
             document[key] = value
     if not source.strict:
         document["strict"] = False
+    if source.tensors_only:
+        document["tensors_only"] = True
     document["seed"] = source.seed
     if source.input_size is not None:
         sizes = [",".join(map(str, shape)) for shape in source.input_size]

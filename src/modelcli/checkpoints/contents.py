@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ class Contents:
     `tensors` is the state dict; `extras` its entries that are no tensors; `metadata` its `_metadata`. `tree` is the
     whole of a training checkpoint as inert values, and `key` the path of the state dict in it (None where the file is
     nothing but a state dict). `foreign` are the names of classes and functions outside the allow-list; none was
-    looked up. `notes` are for a person.
+    looked up. `notes` are for a person. `types` are the class names of a pickled module, by path.
     """
 
     path: Path
@@ -95,6 +95,11 @@ class Contents:
     key: tuple[str, ...] | None = None
     foreign: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    types: Mapping[str, str] = field(default_factory=dict)
+
+    def without_objects(self) -> Contents:
+        """The tensors and nothing else: what objects of foreign classes stood around them is dropped."""
+        return replace(self, extras={}, metadata={}, record=None, tree=None, key=None, foreign=())
 
     def infos(self) -> dict[str, TensorInfo]:
         """The tensors as a blueprint has them: ties found by storage, buffers told by their usual names."""
@@ -114,8 +119,8 @@ class Contents:
         return infos
 
     def bare_blueprint(self) -> Blueprint:
-        """The tree of the key names, types unknown."""
-        return from_keys(self.infos().values())
+        """The tree of the key names; types are known only where the file names the classes of a pickled module."""
+        return from_keys(self.infos().values(), self.types)
 
 
 def looks_like_buffer(name: str, dtype: str) -> bool:

@@ -12,6 +12,8 @@ from modelcli.checkpoints import pickles
 from modelcli.checkpoints.contents import Contents, Span, TensorEntry
 from modelcli.errors import FileFormatError, RequestError, UnsafeError, did_you_mean
 
+#: Modules and tensors of a pickled module: shared ones have a name for each place, and nesting multiplies places.
+MAX_NAMES = 1_000_000
 #: Where a training checkpoint keeps its state dict, the commonest first.
 STATE_DICT_KEYS = (
     "state_dict",
@@ -39,7 +41,11 @@ def contents_of(
     notes: tuple[str, ...] = (),
 ) -> Contents:
     """What a file of `torch.save` holds. `span_of` gives the bytes of a storage, by its key."""
-    keys, state_dict, chosen = _find_state_dict(path, pickled, key)
+    keys, found, chosen = _find_state_dict(path, pickled, key)
+    types: dict[str, str] = {}
+    state_dict = found if isinstance(found, dict) else _tensors_of_module(path, found, types)
+    if not isinstance(found, dict) and not state_dict:
+        raise _nothing_to_show(path, pickled)
     values = _Values(path, span_of)
     tensors = {name: values.entry(name, item) for name, item in state_dict.items() if isinstance(item, pickles.Tensor)}
     extras = {name: values.resolved(item) for name, item in state_dict.items() if name not in tensors}
@@ -58,6 +64,7 @@ def contents_of(
         key=keys or None,
         foreign=pickled.foreign,
         notes=(*notes, *chosen),
+        types=types,
     )
 
 
@@ -71,20 +78,21 @@ def _record(zip_text: str | None, metadata: Mapping[str, Any]) -> records.Record
 
 def _find_state_dict(
     path: Path, pickled: pickles.Pickle, key: str | None
-) -> tuple[tuple[str, ...], dict[str, Any], tuple[str, ...]]:
-    """Where the state dict stands in the tree, the state dict, and what to tell about the choice."""
+) -> tuple[tuple[str, ...], Any, tuple[str, ...]]:
+    """Where the state dict stands in the tree, the state dict or pickled module, and what to tell of the choice."""
     tree = pickled.value
     if key is not None:
         return _at_key(path, tree, key)
-    if _is_state_dict(tree):
+    if _is_state_dict(tree) or _is_module(tree):
         return (), tree, ()
     if isinstance(tree, dict):
-        candidates = [name for name in STATE_DICT_KEYS if _is_state_dict(tree.get(name))]
-        candidates += [
+        fitting = [
             name
             for name, value in tree.items()
-            if isinstance(name, str) and name not in candidates and _is_state_dict(value)
+            if isinstance(name, str) and (_is_state_dict(value) or _is_module(value))
         ]
+        candidates = [name for name in STATE_DICT_KEYS if name in fitting]
+        candidates += [name for name in fitting if name not in candidates]
         if candidates:
             chosen, *others = candidates
             note = f"took the state dict under {chosen!r} of {path.name}"
@@ -94,11 +102,7 @@ def _find_state_dict(
         if not tree:
             return (), tree, ()
     if pickled.foreign:
-        raise UnsafeError(
-            f"{path} holds no plain state dict, but objects of {', '.join(pickled.foreign[:3])}; "
-            "to load them would run code",
-            "save model.state_dict() where the model was made, and use that file",
-        )
+        raise _nothing_to_show(path, pickled)
     what = (
         f"a dict with the keys {', '.join(map(repr, list(tree)[:6]))}"
         if isinstance(tree, dict)
@@ -107,7 +111,58 @@ def _find_state_dict(
     raise FileFormatError(f"{path} holds no state dict: it is {what}", "--key names the one to take")
 
 
-def _at_key(path: Path, tree: Any, key: str) -> tuple[tuple[str, ...], dict[str, Any], tuple[str, ...]]:
+def _nothing_to_show(path: Path, pickled: pickles.Pickle) -> UnsafeError:
+    return UnsafeError(
+        f"{path} holds no tensors in a state dict, but objects of {', '.join(pickled.foreign[:3])}; "
+        "to load them would run code",
+        "save model.state_dict() where the model was made, and use that file",
+    )
+
+
+def _is_module(value: Any) -> bool:
+    """Whether it is an `nn.Module` pickled whole, as `torch.save(model)` does: told by its state, and never loaded."""
+    return (
+        isinstance(value, pickles.Opaque)
+        and isinstance(value.state, dict)
+        and all(isinstance(value.state.get(table), dict) for table in ("_parameters", "_buffers", "_modules"))
+    )
+
+
+def _tensors_of_module(path: Path, root: Any, types: dict[str, str]) -> dict[str, Any]:
+    """The tensors of a pickled module under the names that `state_dict()` gives them; `types` gets its classes."""
+    found: dict[str, Any] = {}
+
+    def add(module: Any, prefix: str, above: tuple[int, ...]) -> None:
+        if len(above) > pickles.MAX_DEPTH:
+            raise FileFormatError(f"{path}: modules nested deeper than {pickles.MAX_DEPTH}")
+        if len(types) + len(found) > MAX_NAMES:
+            raise FileFormatError(f"{path}: a module of more than {MAX_NAMES:,} names")
+        if isinstance(module.call, pickles.Global):
+            types[prefix.removesuffix(".")] = module.call.name
+        hidden = _names_in_set(module.state.get("_non_persistent_buffers_set"))
+        for table in ("_parameters", "_buffers"):
+            for name, tensor in module.state[table].items():
+                if isinstance(name, str) and isinstance(tensor, pickles.Tensor) and name not in hidden:
+                    found[prefix + name] = tensor
+        for name, child in module.state["_modules"].items():
+            if isinstance(name, str) and _is_module(child) and id(child) not in above:
+                add(child, f"{prefix}{name}.", (*above, id(child)))
+
+    add(root, "", (id(root),))
+    return found
+
+
+def _names_in_set(value: Any) -> set[str]:
+    """The names in an inert set, however it was pickled."""
+    if not isinstance(value, pickles.Opaque):
+        return set()
+    args = (
+        [item for arg in value.args if isinstance(arg, list) for item in arg] if isinstance(value.args, tuple) else []
+    )
+    return {name for name in (*args, *value.appended) if isinstance(name, str)}
+
+
+def _at_key(path: Path, tree: Any, key: str) -> tuple[tuple[str, ...], Any, tuple[str, ...]]:
     keys: tuple[str, ...] = ()
     value, rest = tree, key
     while rest and isinstance(value, dict):
@@ -121,7 +176,7 @@ def _at_key(path: Path, tree: Any, key: str) -> tuple[tuple[str, ...], dict[str,
             raise RequestError(f"no key {key!r} in {path}", hint)
         keys, value = (*keys, step), value[step]
         rest = rest[len(step) + 1 :]
-    if rest or not _is_state_dict(value):
+    if rest or not (_is_state_dict(value) or _is_module(value)):
         raise RequestError(f"what stands under the key {key!r} of {path} is not a state dict")
     return keys, value, ()
 

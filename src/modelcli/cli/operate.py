@@ -109,6 +109,7 @@ ALL_OPTIONS = (
         "--input-size",
         "--input-dtype",
         "--trust",
+        "--tensors-only",
         "--recipe",
         "--format",
         "--json",

@@ -62,6 +62,12 @@ class SourceOptions:
     input_dtype: list[str] | None = _option(
         "--input-dtype", help="Dtype of the inputs. [default: the model's own]", rich_help_panel="Model"
     )
+    tensors_only: bool = _option(
+        "--tensors-only",
+        help="Of a file with objects of foreign classes, take the tensors and drop the rest.",
+        default=False,
+        rich_help_panel="Model",
+    )
     trust: bool = _option(
         "--trust",
         help="Follow a record in the file that names Python code.",
@@ -89,6 +95,7 @@ class SourceOptions:
             "input_size": tuple(map(parse_input_size, self.input_size or ())),
             "input_dtype": dtypes,
             "trust": self.trust,
+            "tensors_only": self.tensors_only,
         }
 
 

@@ -131,7 +131,7 @@ class _Opening:
                     f"--weights {weights} and the checkpoint {reference} both say where the numbers come from",
                     "use --arch for its architecture",
                 )
-            self.contents = checkpoints.read(reference.path, key=source.key)
+            self.contents = self._read(reference.path)
             if source.arch is not None:
                 self._take_architecture(references.parse(source.arch, source.folder), None)
             else:
@@ -139,7 +139,7 @@ class _Opening:
         elif source.arch is not None:
             raise RequestError(f"--arch {source.arch} is for checkpoints, and {reference} is an architecture itself")
         elif weights_file is not None:
-            self.contents = checkpoints.read(weights_file, key=source.key)
+            self.contents = self._read(weights_file)
             self._take_architecture(reference, None)
         else:
             if source.key is not None:
@@ -147,12 +147,20 @@ class _Opening:
             self._take_architecture(reference, weights)
         if self.contents is not None:
             self.notes += self.contents.notes
-            if self.contents.foreign:
-                raise UnsafeError(
-                    f"{self.contents.path} holds objects of {', '.join(self.contents.foreign[:3])}, "
-                    "which only running code could load",
-                    "save model.state_dict() where the model was made, and use that file",
-                )
+
+    def _read(self, path: Path) -> Contents:
+        """Read a checkpoint. One with objects of foreign classes is refused, or cleaned of them where asked to."""
+        contents = checkpoints.read(path, key=self.source.key)
+        if not contents.foreign:
+            return contents
+        names = ", ".join(contents.foreign[:3]) + (", ..." if len(contents.foreign) > 3 else "")
+        if not self.source.tensors_only:
+            raise UnsafeError(
+                f"{path} holds objects of {names}, which only running code could load",
+                "--tensors-only takes the tensors and drops everything else",
+            )
+        self.notes.append(f"took the tensors of {path.name} alone: objects of {names} were dropped")
+        return contents.without_objects()
 
     def _take_architecture(self, reference: references.Reference, weights: str | None, *, trust: bool = True) -> None:
         self.base = architecture(reference, weights=weights, folder=self.source.folder, trust=trust)

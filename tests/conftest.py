@@ -59,7 +59,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("MODELCLI_MODEL", "MODELCLI_RECIPE", "NO_COLOR", "FORCE_COLOR", "COLUMNS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.delenv("MODELCLI_NO_CACHE", raising=False)
-    monkeypatch.setenv("MODELCLI_CACHE", str(tmp_path / ".cache"))
+    monkeypatch.setenv("MODELCLI_CACHE", str(tmp_path.with_name(f"{tmp_path.name}-cache")))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / ".torch"))
     (tmp_path / "nets.py").write_bytes(NETS.read_bytes())
     monkeypatch.chdir(tmp_path)

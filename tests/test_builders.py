@@ -17,7 +17,7 @@ from modelcli.blueprint import repr_text
 from modelcli.live import zoo
 from modelcli.live.opening import open_live
 from modelcli.live.planning import traced
-from modelcli.recipe import Source
+from modelcli.references import Source
 from tests.conftest import Cli
 
 NAMES = zoo.builder_names()

@@ -53,7 +53,7 @@ def test_what_a_blueprint_depends_on(cli: Cli, words: tuple[str, ...]) -> None:
 def test_versions_are_part_of_the_key(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.put(KEY, BLUEPRINT)
     assert cache.get(KEY) == BLUEPRINT
-    monkeypatch.setattr("modelcli.cache.metadata.version", lambda _package: "99.0")
+    monkeypatch.setattr("importlib.metadata.version", lambda _package: "99.0")
     assert cache.get(KEY) is None
 
 
@@ -139,16 +139,16 @@ def test_without_the_cache(cli: Cli, how: str, monkeypatch: pytest.MonkeyPatch) 
 def test_the_cache_command(cli: Cli, folder: Path) -> None:
     assert cli("cache", "path", "--json").json == {
         "schema": 1,
-        "path": str(folder / ".cache"),
+        "path": str(cache.folder()),
         "entries": 0,
         "bytes": 0,
     }
     document = cli("cache", "warm", "squeezenet*", "--json").json
     assert document["entries"] == 2
     assert document["bytes"] == sum(path.stat().st_size for path in cache.entries())
-    (folder / ".cache" / "mine.txt").write_text("not an entry")
+    (cache.folder() / "mine.txt").write_text("not an entry")
     assert "removed 2 entries" in cli("cache", "clear").err
-    assert [path.name for path in (folder / ".cache").iterdir()] == ["mine.txt"]
+    assert [path.name for path in cache.folder().iterdir()] == ["mine.txt"]
 
 
 def test_where_it_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

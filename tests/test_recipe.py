@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from modelcli import edits, recipe
 from modelcli.edits import Edit
 from modelcli.errors import RequestError, SystemFailureError
-from modelcli.recipe import Source, append, parse_input_size, read, start, take_back
-from modelcli.references import CheckpointFile, PythonObject
+from modelcli.recipe import append, read, start, take_back
+from modelcli.references import CheckpointFile, PythonObject, Source, parse_input_size
 
 WRITTEN_BY_HAND = """\
 # the classifier of our cats, version 3

@@ -12,7 +12,7 @@ from modelcli.live import surgery
 from modelcli.live.describe import describe
 from modelcli.live.opening import open_live
 from modelcli.live.sources import real_tensor
-from modelcli.recipe import Source
+from modelcli.references import Source
 from tests.conftest import Cli
 
 

@@ -12,7 +12,7 @@ from modelcli.live.describe import describe
 from modelcli.live.opening import Inputs, open_live
 from modelcli.live.planning import traced
 from modelcli.live.trace import shape_of
-from modelcli.recipe import Source
+from modelcli.references import Source
 from tests import nets
 from tests.conftest import Cli
 

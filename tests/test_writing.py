@@ -30,8 +30,8 @@ from modelcli.errors import ModelcliError, RequestError, SystemFailureError
 from modelcli.live.opening import open_live
 from modelcli.live.planning import plan
 from modelcli.live.sources import Value
-from modelcli.recipe import Source
 from modelcli.record import Record
+from modelcli.references import Source
 from modelcli.writing import Plan, PlannedTensor, atomic, pickling, torch_zip
 from tests.test_checkpoints import DTYPES, SAFETENSORS_DTYPES, assert_same, raw, saved, tensor_of, tensors_of
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from modelcli.recipe import Source
+from modelcli.references import Source
 
 if TYPE_CHECKING:
     from torch import nn

@@ -14,11 +14,8 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-import platformdirs
 
 from modelcli import blueprint
 from modelcli._version import __version__
@@ -30,8 +27,11 @@ SUFFIX = ".blueprint"
 
 def folder() -> Path:
     """Where the entries lie: `$MODELCLI_CACHE`, or the system's folder for such things."""
-    named = os.environ.get("MODELCLI_CACHE")
-    return Path(named) if named else platformdirs.user_cache_path("modelcli") / "blueprints"
+    if named := os.environ.get("MODELCLI_CACHE"):
+        return Path(named)
+    import platformdirs
+
+    return platformdirs.user_cache_path("modelcli") / "blueprints"
 
 
 def is_off() -> bool:
@@ -63,6 +63,8 @@ class Key:
 
 
 def _versions() -> Iterator[tuple[str, str | None]]:
+    from importlib import metadata
+
     yield "modelcli", __version__
     for package in ("torch", "torchvision"):
         try:

@@ -17,36 +17,14 @@ from tomlkit import TOMLDocument
 from tomlkit.exceptions import ParseError, TOMLKitError
 from tomlkit.items import Array
 
-from modelcli import edits, references
+from modelcli import edits
 from modelcli.blueprint import ITEM_BYTES
 from modelcli.edits import Edit
 from modelcli.errors import RequestError, SystemFailureError, closest
+from modelcli.references import Source, parse_input_size
 
 FILE_NAME = "modelcli.toml"
 KEYS = ("model", "weights", "arch", "key", "strict", "tensors_only", "seed", "input_size", "input_dtype", "edits")
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a model comes from: everything that decides its architecture and its numbers.
-
-    `folder` is what relative paths are seen from. `input_size` holds one shape for each input, batch included.
-    """
-
-    model: str
-    weights: str | None = None
-    arch: str | None = None
-    key: str | None = None
-    seed: int = 0
-    input_size: tuple[tuple[int, ...], ...] | None = None
-    input_dtype: tuple[str, ...] = ()
-    folder: Path = Path()
-    strict: bool = True
-    trust: bool = False
-    tensors_only: bool = False
-
-    def reference(self) -> references.Reference:
-        return references.parse(self.model, self.folder)
 
 
 @dataclass(frozen=True)
@@ -56,14 +34,6 @@ class Recipe:
     path: Path
     source: Source
     edits: tuple[Edit, ...] = ()
-
-
-def parse_input_size(text: str) -> tuple[int, ...]:
-    """`1,3,224,224` as a shape; also `1x3x224x224`. Raises RequestError on anything else."""
-    pieces = re.split(r"[,x]", text.strip().strip("[]()"))
-    if not all(re.fullmatch(r"\s*\d{1,9}\s*", piece, re.ASCII) for piece in pieces):
-        raise RequestError(f"input size {text!r} is not a list of whole numbers", "write 1,3,224,224, batch included")
-    return tuple(int(piece) for piece in pieces)
 
 
 def _dtype(text: str) -> str:

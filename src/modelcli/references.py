@@ -182,3 +182,34 @@ def _names_no_class(text: str, path: Path) -> RequestError:
         return RequestError(f"{text} names no class, and the file has none", f"write {text}:build(...)")
     listed = ", ".join(f"{text}:{name}" for name in names[:12])
     return RequestError(f"{text} names a file, not a class in it", f"classes in it: {listed}")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from: everything that decides its architecture and its numbers.
+
+    `folder` is what relative paths are seen from. `input_size` holds one shape for each input, batch included.
+    """
+
+    model: str
+    weights: str | None = None
+    arch: str | None = None
+    key: str | None = None
+    seed: int = 0
+    input_size: tuple[tuple[int, ...], ...] | None = None
+    input_dtype: tuple[str, ...] = ()
+    folder: Path = Path()
+    strict: bool = True
+    trust: bool = False
+    tensors_only: bool = False
+
+    def reference(self) -> Reference:
+        return parse(self.model, self.folder)
+
+
+def parse_input_size(text: str) -> tuple[int, ...]:
+    """`1,3,224,224` as a shape; also `1x3x224x224`. Raises RequestError on anything else."""
+    pieces = re.split(r"[,x]", text.strip().strip("[]()"))
+    if not all(re.fullmatch(r"\s*\d{1,9}\s*", piece, re.ASCII) for piece in pieces):
+        raise RequestError(f"input size {text!r} is not a list of whole numbers", "write 1,3,224,224, batch included")
+    return tuple(int(piece) for piece in pieces)

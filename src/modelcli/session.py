@@ -12,18 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modelcli import blueprint as blueprints
-from modelcli import cache, checkpoints, recipe, references, selectors, writing
+from modelcli import cache, checkpoints, references, selectors
 from modelcli import record as records
 from modelcli.blueprint import Blueprint, Totals, Trace, shown
 from modelcli.checkpoints import Contents
 from modelcli.edits import Edit
 from modelcli.errors import ModelcliError, RequestError
-from modelcli.recipe import Source
-from modelcli.references import CheckpointFile, Installed, PythonObject
-from modelcli.writing import Written
+from modelcli.references import CheckpointFile, Installed, PythonObject, Source
 
 if TYPE_CHECKING:
     from modelcli.live.opening import Live
+    from modelcli.writing import Written
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,8 @@ def find_target(
     named = model or os.environ.get("MODELCLI_MODEL")
     if named:
         return Target(Source(model=named, **given))
+    from modelcli import recipe
+
     read = recipe.read(recipe_path or recipe.default_path())
     return Target(replace(read.source, **given), read.edits, read.path)
 
@@ -165,6 +166,8 @@ def edit(target: Target, added: Sequence[Edit], how: Writing) -> Outcome:
 
     Nothing is written where anything is wrong.
     """
+    from modelcli import recipe, writing
+
     if how.out is not None:
         writing.check_target(how.out, force=how.force)
     from modelcli.live import opening
@@ -188,6 +191,8 @@ def edit(target: Target, added: Sequence[Edit], how: Writing) -> Outcome:
 
 def save(target: Target, how: Writing) -> Outcome:
     """Apply the recipe's edits, check the result and write it."""
+    from modelcli import writing
+
     assert how.out is not None
     writing.check_target(how.out, force=how.force)
     from modelcli.live import opening
@@ -249,6 +254,7 @@ def _outcome(live: Live, before: Blueprint, check: Mapping[str, Any], added: Seq
 
 
 def _write(live: Live, outcome: Outcome, out: Path, how: Writing) -> Outcome:
+    from modelcli import writing
     from modelcli.live import planning
 
     plan = planning.plan(live, out, writing.format_of(out), bare=how.bare)
@@ -279,6 +285,7 @@ class Loaded:
 
 def load(source: Source, recipe_path: Path, *, force: bool, dry_run: bool) -> Loaded:
     """Check that a model loads, and start the working recipe with it."""
+    from modelcli import recipe
     from modelcli.live import opening
 
     # Missing and unexpected keys are shown, not raised: the command decides what they come to.
@@ -361,6 +368,8 @@ def select_tensors(
 
 def undo(path: Path, count: int) -> list[str]:
     """Take back the last edits of a recipe. Raises RequestError where there are none."""
+    from modelcli import recipe
+
     read = recipe.read(path)
     if not read.edits:
         raise RequestError(f"{path} has no edits to take back")

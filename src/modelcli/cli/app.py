@@ -20,17 +20,9 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from importlib import metadata
+        from modelcli.cli.version import text
 
-        from modelcli import __version__
-
-        found = []
-        for package in ("torch", "torchvision"):
-            try:
-                found.append(f"{package} {metadata.version(package)}")
-            except metadata.PackageNotFoundError:
-                found.append(f"no {package}")
-        typer.echo(f"modelcli {__version__} ({', '.join(found)})")
+        typer.echo(text())
         raise typer.Exit
 
 

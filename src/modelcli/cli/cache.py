@@ -6,10 +6,8 @@ from typing import Annotated
 
 import typer
 
-from modelcli import cache, session
 from modelcli.cli import output
 from modelcli.cli.options import OutputOptions, expanded
-from modelcli.render import documents
 
 app = typer.Typer(help="Tend the blueprints of installed models that are kept on disk.", no_args_is_help=True)
 
@@ -19,6 +17,9 @@ def path(options: OutputOptions) -> None:
 
     modelcli cache path
     """
+    from modelcli import cache
+    from modelcli.render import documents
+
     output.format_of(options)
     entries = cache.entries()
     sizes = sum(entry.stat().st_size for entry in entries if entry.exists())
@@ -30,6 +31,9 @@ def clear(options: OutputOptions) -> None:
 
     modelcli cache clear
     """
+    from modelcli import cache
+    from modelcli.render import documents
+
     output.format_of(options)
     removed = cache.clear()
     output.show(documents.cache(cache.folder(), 0, 0), options, [f"removed {removed} entries"])
@@ -45,6 +49,8 @@ def warm(
 
     modelcli cache warm 'resnet*'
     """
+    from modelcli import session
+
     output.format_of(options)
     names = [entry["name"] for entry in session.builders(pattern)]
     for name in _progress(names):

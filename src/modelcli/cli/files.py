@@ -5,11 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from modelcli import recipe, session
 from modelcli.cli import operate, output
 from modelcli.cli.options import OutputOptions, SaveOptions, SourceOptions, expanded
-from modelcli.recipe import Source
-from modelcli.render import documents
 
 Dry = Annotated[bool, typer.Option("--dry-run", help="Change nothing anywhere.")]
 
@@ -28,6 +25,10 @@ def load(
 
     modelcli load best.pth --arch alexnet
     """
+    from modelcli import recipe, session
+    from modelcli.references import Source
+    from modelcli.render import documents
+
     output.format_of(options)
     given = {key: value for key, value in source.overrides().items() if value not in (None, (), False)}
     opened = Source(model=model, strict=strict, **given)
@@ -66,6 +67,9 @@ def save(
 
     modelcli save copy.safetensors -m best.pth
     """
+    from modelcli import session
+    from modelcli.render import documents
+
     output.format_of(options)
     target = session.find_target(edit.model, source.overrides(), source.recipe)
     how = operate.writing_of(edit, out)
@@ -113,6 +117,8 @@ def undo(
 
     modelcli undo 3
     """
+    from modelcli import recipe, session
+
     output.format_of(options)
     where = _recipe_path(path)
     if dry_run:
@@ -124,10 +130,15 @@ def undo(
 
 
 def _recipe_path(path: str | None) -> Path:
+    from modelcli import recipe
+
     return Path(path) if path else recipe.default_path()
 
 
 def _show_log(path: str | None, options: OutputOptions, notes: list[str] | None = None) -> None:
+    from modelcli import recipe
+    from modelcli.render import documents
+
     read = recipe.read(_recipe_path(path))
     source = read.source
     sizes = None if source.input_size is None else [list(size) for size in source.input_size]

@@ -4,11 +4,9 @@ from typing import Annotated
 
 import typer
 
-from modelcli import selectors, session
 from modelcli.cli import output
 from modelcli.cli.options import CacheOptions, OutputOptions, SourceOptions, expanded
 from modelcli.errors import RequestError, did_you_mean
-from modelcli.render import documents
 
 Model = Annotated[str | None, typer.Argument(help="The model. [default: the working recipe]", show_default=False)]
 Selected = Annotated[list[str] | None, typer.Option("-s", "--select", help="Only what this selector picks.")]
@@ -29,6 +27,9 @@ def summary(
 
     modelcli summary nets.py:Net --input-size 1,1,28,28
     """
+    from modelcli import session
+    from modelcli.render import documents
+
     output.format_of(options)
     if mode not in ("eval", "train"):
         raise RequestError(f"no mode {mode!r}", "--mode eval or --mode train")
@@ -56,6 +57,9 @@ def params(
 
     modelcli params alexnet -s 'classifier.*' --values
     """
+    from modelcli import session
+    from modelcli.render import documents
+
     kind = output.format_of(options)
     if sort is not None and sort not in documents.SORT_KEYS:
         hint = did_you_mean(sort, documents.SORT_KEYS) or f"there are {', '.join(documents.SORT_KEYS)}"
@@ -92,6 +96,9 @@ def modules(
 
     modelcli modules best.pth --tree
     """
+    from modelcli import selectors, session
+    from modelcli.render import documents
+
     output.format_of(options)
     if tree and as_repr:
         raise RequestError("--tree and --repr show the same in two ways", "give one of them")
@@ -119,6 +126,9 @@ def list_builders(
 
     modelcli list 'vit_*'
     """
+    from modelcli import session
+    from modelcli.render import documents
+
     output.format_of(options)
     output.show(documents.models(session.builders(pattern)), options)
 

@@ -6,13 +6,9 @@ import contextlib
 import os
 import re
 import sys
-import traceback
 from collections.abc import Sequence
 
-import typer
-
-from modelcli.cli.app import app
-from modelcli.cli.output import PipeClosedError, tell, tell_error
+from modelcli.cli.output import PipeClosedError, tell, tell_error, write
 from modelcli.errors import ModelcliError, SystemFailureError
 
 INTERRUPTED = 130
@@ -31,6 +27,12 @@ def run() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and give its exit code. Every error ends here, as one message and what to do next."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if words == ["--version"]:  # needs no parser
+        return _show_version()
+    import typer
+
+    from modelcli.cli.app import app
+
     as_json, debug = _wants_json(words), "--debug" in words
     try:
         result = app(args=words or ["--help"], standalone_mode=False, prog_name="modelcli")
@@ -46,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except ModelcliError as error:
         if debug:
-            traceback.print_exc()
+            _show_traceback()
         tell_error(error, as_json=as_json)
         return error.exit_code
     except typer.TyperException as error:
@@ -56,12 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         failure = SystemFailureError("not enough memory")
     except OSError as error:
         if debug:
-            traceback.print_exc()
+            _show_traceback()
         where = f"{error.filename}: " if error.filename else ""
         failure = SystemFailureError(f"{where}{error.strerror or error}")
     except Exception as error:
         if debug:
-            traceback.print_exc()
+            _show_traceback()
         failure = SystemFailureError(
             f"a fault in modelcli itself: {type(error).__name__}: {error}",
             None if debug else "--debug shows where; please report it",
@@ -71,10 +73,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     return failure.exit_code
 
 
-def _usage_error(error: typer.TyperException) -> ModelcliError:
+def _show_version() -> int:
+    from modelcli.cli.version import text
+
+    try:
+        write(text() + "\n")
+    except PipeClosedError:
+        _leave_pipe()
+    return 0
+
+
+def _show_traceback() -> None:
+    import traceback
+
+    traceback.print_exc()
+
+
+def _usage_error(error: Exception) -> ModelcliError:
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "modelcli"
-    made = ModelcliError(error.format_message().replace("\n", " ").strip(), f"{path} --help shows how it is used")
+    made = ModelcliError(
+        getattr(error, "format_message", error.__str__)().replace("\n", " ").strip(),
+        f"{path} --help shows how it is used",
+    )
     made.kind = "usage"
     return made
 

@@ -2,11 +2,10 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from modelcli import edits, session, writing
 from modelcli.cli import output
 from modelcli.cli.options import (
     EditOptions,
@@ -17,8 +16,9 @@ from modelcli.cli.options import (
     expanded,
 )
 from modelcli.errors import RequestError, did_you_mean
-from modelcli.render import documents, views
-from modelcli.session import Outcome, Target, Writing
+
+if TYPE_CHECKING:
+    from modelcli.session import Outcome, Target, Writing
 
 Words = Annotated[list[str], typer.Argument(help="Linear(4096,10), or Linear 4096 10.", metavar="MODULE...")]
 Targets = Annotated[list[str], typer.Argument(help="Selectors of modules or parameters.", metavar="TARGET...")]
@@ -76,6 +76,8 @@ def _carry_out(
     source: SourceOptions,
     shown: OutputOptions,
 ) -> None:
+    from modelcli import edits, session
+
     output.format_of(shown)
     for word in words:
         edits.checked_operand(word, ALL_OPTIONS)
@@ -118,8 +120,11 @@ ALL_OPTIONS = (
 )
 
 
-def writing_of(options: SaveOptions, out: str | None) -> Writing:
+def writing_of(options: SaveOptions, out: str | None) -> "Writing":
     """The options as the session wants them. Raises RequestError for a check or a format that does not exist."""
+    from modelcli import writing
+    from modelcli.session import Writing
+
     ways = ("meta", "run", "none")
     if options.check not in ways:
         raise RequestError(
@@ -131,8 +136,10 @@ def writing_of(options: SaveOptions, out: str | None) -> Writing:
     return Writing(path, options.force, options.dry_run, options.check, options.bare)
 
 
-def show_outcome(target: Target, outcome: Outcome, options: EditOptions, shown: OutputOptions) -> None:
+def show_outcome(target: "Target", outcome: "Outcome", options: EditOptions, shown: OutputOptions) -> None:
     """Show what an edit changed, and what was written where."""
+    from modelcli.render import documents, views
+
     written = outcome.written
     if written is not None:
         result = ("written", f"{written.path} ({views.megabytes(written.nbytes)})")

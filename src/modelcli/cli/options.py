@@ -9,8 +9,6 @@ from typing import Annotated, Any, ClassVar, get_type_hints
 
 import typer
 
-from modelcli.recipe import parse_input_size
-
 
 def _option(*names: str, help: str, default: Any = None, **settings: Any) -> Any:  # noqa: A002
     return field(default=default, metadata={"option": typer.Option(*names, help=help, **settings)})
@@ -82,6 +80,7 @@ class SourceOptions:
         """The fields of a `Source` that were given. Raises RequestError for an input that cannot be read."""
         from modelcli.blueprint import ITEM_BYTES
         from modelcli.errors import RequestError, did_you_mean
+        from modelcli.references import parse_input_size
 
         dtypes = tuple(name.removeprefix("torch.") for name in self.input_dtype or ())
         for name in dtypes:

@@ -7,11 +7,13 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from modelcli.cli.options import OutputOptions
 from modelcli.errors import ModelcliError, RequestError, did_you_mean
-from modelcli.render import writers
-from modelcli.render.views import View
+
+if TYPE_CHECKING:
+    from modelcli.render.views import View
 
 
 class PipeClosedError(Exception):
@@ -20,6 +22,8 @@ class PipeClosedError(Exception):
 
 def format_of(options: OutputOptions) -> str:
     """The format asked for. Raises RequestError for one that does not exist."""
+    from modelcli.render import writers
+
     name = "json" if options.json else options.format
     if name not in writers.FORMATS:
         raise RequestError(
@@ -31,6 +35,8 @@ def format_of(options: OutputOptions) -> str:
 
 def show(view: View, options: OutputOptions, notes: Iterable[str] = ()) -> None:
     """Show a view, then what there is to tell about it."""
+    from modelcli.render import writers
+
     match format_of(options):
         case "json":
             write(writers.to_json(view.document) + "\n")
@@ -70,6 +76,8 @@ def write(text: str) -> None:
 
 def tell(text: str, style: str = "dim") -> None:
     """Write one message to standard error, in colour on a terminal."""
+    from modelcli.render import writers
+
     text = "\n".join(writers.safe(line) for line in text.split("\n"))
     if sys.stderr.isatty():
         text = "\n".join(_wrapped(line) for line in text.split("\n"))
@@ -93,6 +101,8 @@ def _wrapped(line: str) -> str:
 
 def tell_error(error: ModelcliError, *, as_json: bool) -> None:
     """Show an error: one message and what to do next, or one JSON document."""
+    from modelcli.render import writers
+
     if as_json:
         body = {
             "kind": error.kind,

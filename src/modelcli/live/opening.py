@@ -21,9 +21,8 @@ from modelcli.live.build import Architecture, Bare, architecture
 from modelcli.live.describe import describe, dtype_name
 from modelcli.live.loading import LoadReport
 from modelcli.live.surgery import Change, apply
-from modelcli.recipe import Source
 from modelcli.record import Record
-from modelcli.references import CheckpointFile
+from modelcli.references import CheckpointFile, Source
 
 
 @dataclass(frozen=True)

@@ -50,5 +50,8 @@ fix: $(DEV_STAMP) ## mend what can be mended
 golden: $(DEV_STAMP) ## write the golden files anew; read the diff before you commit it
 	GOLDEN=write $(BIN)/python -m pytest -q tests/test_golden.py
 
+bench: $(DEV_STAMP) ## how long things take, as ratios to stated peers
+	$(BIN)/python tests/benchmarks/bench_reading.py
+
 clean: ## remove the environment and what tools left
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis dist

@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from modelcli.live import zoo
+from modelcli.live.check import check
+from modelcli.live.opening import open_live
+from modelcli.references import Source
 from tests.conftest import Cli
 
 
@@ -112,3 +116,30 @@ def test_token_models_take_whole_numbers(cli: Cli) -> None:
 def test_a_lazy_module_is_checked_too(cli: Cli, expression: str) -> None:
     check = cli("replace", "fc", expression, "-m", "resnet18", "--json").json["check"]
     assert check["output_shape"] == [1, 10]
+
+
+@pytest.mark.parametrize("name", [name for name in zoo.builder_names() if zoo.describe(name).group != "detection"])
+def test_every_builder_that_runs_passes_its_own_check(name: str) -> None:
+    """No rule refuses what torchvision does: subclasses with a forward of their own, odd shapes, several inputs."""
+    live = open_live(Source(name))
+    assert check(live.module, live.module, live.inputs, []).ran
+
+
+def test_a_subclass_with_a_forward_of_its_own_is_not_judged(cli: Cli, folder: Path) -> None:
+    """torchvision's LayerNorm2d is a LayerNorm over the second axis."""
+    error = refused(cli, folder, "replace", "classifier.2", "Linear(700,5)", "-m", "convnext_tiny")
+    assert "classifier.2 Linear(700, 5) does not fit: [1,768] float32 flows in" in error
+
+
+def test_a_summary_says_what_does_not_fit(cli: Cli) -> None:
+    out = cli("summary", "resnet18", "--input-size", "1,4,224,224").out
+    reason = "the forward pass ended in conv1: [1,4,224,224] float32 flows in, it expects 3 channels"
+    assert f"Not complete:               {reason}" in out
+    assert "(not called)" not in out
+
+
+def test_a_hole_in_a_bare_checkpoint(cli: Cli) -> None:
+    torch.save({"fc.weight": torch.zeros(3, 2)}, "bare.pth")
+    error = cli("replace", "fc", "Linear(_,3)", "-m", "bare.pth", code=2).err
+    assert "the file does not say what was there" in error
+    assert "--arch names its architecture" in error

@@ -118,7 +118,8 @@ def test_modules_document(cli: Cli) -> None:
 def test_edits_document(cli: Cli) -> None:
     document = cli("replace", "fc", "Linear", 512, 10, "bias=False", "-m", "resnet18", "-o", "out.pth", "--json").json
     keys = {"schema", "model", "edits", "changes", "totals_before", "totals_after", "check", "output"}
-    assert keys == document.keys()
+    assert keys | {"notes"} == document.keys()
+    assert document["notes"] == ["resnet18 was randomly initialised (--seed 0)"]
     assert document["edits"] == ["replace fc Linear(512,10,bias=False)"]
     assert document["changes"] == [
         {
@@ -223,7 +224,7 @@ def test_undo(cli: Cli) -> None:
     cli("load", "nets.py:Net")
     for target in ("conv1", "bn", "conv2"):
         cli("freeze", target)
-    assert "has 3 edits, not 4" in cli("undo", 4, code=2).err
+    assert "has 3 to take back, not 4" in cli("undo", 4, code=2).err
     cli("undo", 2, "--dry-run")
     assert len(cli("log", "--json").json["edits"]) == 3
     cli("undo", 2)
@@ -246,7 +247,7 @@ def test_load_over_edits_needs_force(cli: Cli) -> None:
     cli("load", "nets.py:Net")
     cli("load", "alexnet")  # no edits: nothing is lost
     cli("freeze", "features")
-    assert "modelcli.toml has 1 edits" in cli("load", "nets.py:Net", code=2).err
+    assert "modelcli.toml has 1 edit" in cli("load", "nets.py:Net", code=2).err
     cli("load", "nets.py:Net", "--dry-run")
     assert cli("log", "--json").json["model"]["reference"] == "alexnet"
     cli("load", "nets.py:Net", "--force")
@@ -317,7 +318,10 @@ def test_a_recipe_that_is_wrong_says_everything_at_once(cli: Cli, folder: Path) 
         ("summary alexnet --mode fast", 2, "no mode 'fast'", "eval or"),
         ("modules alexnet --tree --repr", 2, "--tree and --repr", None),
         ("undo 0 --recipe x.toml", 2, "0", None),
-        ("summary alexnet --seed -1", 2, "-1", None),
+        ("summary alexnet --seed -1", 2, "--seed -1 is not a whole number", None),
+        ("summary bert-base-uncased", 2, "no model is called 'bert-base-uncased'", None),
+        ("summary vit", 2, "no model is called 'vit'", "vit_b_16"),
+        ("replace fc Linear(_,10) resnet18", 2, "'resnet18' comes after the module", "-m resnet18"),
         ("replace classifier.{1,4} classifier.4 ReLU -m alexnet", 2, "'classifier.4' is not the name", "quote that"),
         ("replace layer1.?.bn1 layer1.1.bn1 ReLU -m resnet18", 2, "'layer1.1.bn1' is not the name", "quote that"),
         ("replace layer? layer1.conv ReLU -m nets.py:Net", 2, "no module matches 'layer?'", None),
@@ -400,6 +404,26 @@ def test_names_with_control_characters_are_escaped(cli: Cli) -> None:
     assert "[bold]x\\u202e" in out
     assert "\x1b" not in out
     assert json.loads(cli("params", "odd.pth", "--json").out)["tensors"][0]["name"] == "a\x1b[31m.weight"
+
+
+def test_json_keeps_standard_error_for_the_error(cli: Cli) -> None:
+    """Notes stand in the document, so that what a script reads on either stream is JSON."""
+    torch.save({"model": {"weight": torch.zeros(4, 2)}}, "train.pth")
+    result = cli("load", "train.pth", "--arch", "Linear(2,3,bias=False)", "--json", code=1)
+    assert result.json["notes"] == ["took the state dict under 'model' of train.pth"]
+    assert result.error["exit_code"] == 1
+
+
+def test_the_model_as_an_option_of_a_look(cli: Cli) -> None:
+    assert cli("modules", "-m", "nets.py:Net", "--json").json["model"]["class"] == "Net"
+    assert "two models" in cli("modules", "alexnet", "-m", "vgg16", code=2).err
+
+
+def test_an_edit_of_the_recipe_that_fails_is_named(cli: Cli, folder: Path) -> None:
+    (folder / "modelcli.toml").write_text('model = "nets.py:Net"\nedits = ["freeze bn", "freeze convv1"]\n')
+    error = cli("modules", code=2).err
+    assert "modelcli.toml: edit 2, 'freeze convv1': no tensor matches 'convv1'" in error
+    assert "conv1" in error
 
 
 def test_help_and_version(cli: Cli) -> None:

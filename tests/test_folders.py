@@ -40,7 +40,7 @@ def test_a_folder_and_its_index_are_one_checkpoint(cli: Cli, folder: Path, suffi
         result = cli("params", reference, "--values", "--json")
         rows = {row["name"]: row["values"] for row in result.json["tensors"]}
         assert rows == {name: tensor.tolist() for name, tensor in STATE.items()}
-        assert "3 tensors in 2 shards" in result.err
+        assert "3 tensors in 2 shards" in result.json["notes"][0]
     model = modelcli.load(shards, arch="Sequential(Linear(2,3),Linear(3,4,bias=False))")
     assert torch.equal(model[1].weight, STATE["1.weight"])
     cli("save", "one.pth", "-m", "big/")

@@ -119,7 +119,7 @@ def test_shapes_that_differ_are_reported_and_stay_out(tmp_path: Path, load: Any)
 
 def test_refusals(tmp_path: Path) -> None:
     contents = checkpoints.read(saved(tmp_path / "m.pth", {"x": torch.ones(1)}))
-    report = LoadReport(0, missing=("weight", "bias"), unexpected=("x",))
+    report = LoadReport(1, missing=("weight", "bias"), unexpected=("x",))
     assert report.refusal(contents, "Linear(1, 1)", strict=False) is None
     error = report.refusal(contents, "Linear(1, 1)", strict=True)
     assert error is not None

@@ -213,7 +213,7 @@ def test_a_record_that_disagrees_with_the_tensors_is_ignored(cli: Cli) -> None:
     state["0.weight"] = torch.zeros(9, 2)
     torch.save(state, "out.pth")
     result = cli("modules", "out.pth", "--json")
-    assert "the record in out.pth was ignored: 0.weight is [9, 2]" in result.err
+    assert "the record in out.pth was ignored: 0.weight is [9, 2]" in result.json["notes"][0]
     assert result.json["model"]["class"] is None
     with pytest.raises(RequestError, match="does not say which architecture"):
         modelcli.load("out.pth")
@@ -261,6 +261,9 @@ def test_training_checkpoints(cli: Cli) -> None:
     cli("freeze", ".", "-m", "train.pth", "--arch", "Linear(2,3)", "-o", "out.pth")
     written = torch.load("out.pth", weights_only=True)
     assert written["epoch"] == 3
+    told = cli("freeze", ".", "-m", "train.pth", "--arch", "Linear(2,3)", "-o", "again.pth").err
+    assert "holds beside 'model' (epoch, ema, optimizer) was kept" in told
+    assert "the state of an optimizer may no longer fit; --bare drops it" in told
     assert written["optimizer"] == {"lr": 0.1}
     assert torch.equal(written["model"]["weight"], state["weight"])
     cli("freeze", ".", "-m", "train.pth", "--arch", "Linear(2,3)", "-o", "bare.pth", "--bare")
@@ -272,7 +275,7 @@ def test_prefixes_of_wrappers_are_stripped(cli: Cli) -> None:
     torch.save(state, "wrapped.pth")
     result = cli("load", "wrapped.pth", "--arch", "Linear(2,3)", "--json")
     assert result.json["matched"] == 2
-    assert "stripped 'module._orig_mod.' from every key" in result.err
+    assert result.json["notes"] == ["stripped 'module._orig_mod.' from every key: a wrapper had put it there"]
 
 
 def test_strict_and_not(cli: Cli, folder: Path) -> None:
@@ -353,7 +356,7 @@ def test_a_pickled_module_is_looked_at_without_running_it(cli: Cli, wrapped: boo
     assert rows["0.weight"]["trainable"] is False
     assert rows["1.tied.weight"]["tied_to"] == "0.weight"
     assert rows["1.norm.running_mean"]["kind"] == "buffer"
-    assert "torch.nn.modules.linear.Linear" in result.err
+    assert "torch.nn.modules.linear.Linear" in result.json["notes"][-1]
     modules = cli("modules", "whole.pth", "--json").json["modules"]
     assert {row["path"]: row["type"] for row in modules} == {
         name or ".": type(child).__name__ for name, child in module.named_modules(remove_duplicate=False)
@@ -391,3 +394,30 @@ def test_objects_and_no_tensor(cli: Cli) -> None:
     torch.save({"args": Path("runs")}, "args.pth")
     error = cli("params", "args.pth", code=3).err
     assert "holds no tensors in a state dict, but objects of pathlib" in error
+
+
+def test_a_file_of_another_architecture_is_no_load_at_all(cli: Cli, folder: Path) -> None:
+    """Even without strictness: nothing of it would be in the model."""
+    torch.save({"other.weight": torch.zeros(2)}, "other.pth")
+    error = cli("load", "other.pth", "--arch", "Linear(2,3)", "--no-strict", code=1).err
+    assert "nothing in the file belongs to that architecture" in error
+    assert not (folder / "modelcli.toml").exists()
+
+
+def test_what_a_loose_load_left_out_is_told_when_it_is_written(cli: Cli) -> None:
+    torch.save({"weight": torch.zeros(3, 2)}, "odd.pth")
+    cli("load", "odd.pth", "--arch", "Linear(2,3)", "--no-strict")
+    assert "1 tensors are not in the file, and were randomly initialised" in cli("save", "out.pth").err
+
+
+def test_classes_of_a_file_that_is_imported_already(cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Python a model is of the class that the program knows."""
+    import importlib
+
+    (folder / "mine.py").write_text("from torch import nn\nclass Net(nn.Linear):\n    pass\n")
+    cli("save", "out.pth", "-m", "mine.py:Net(2,3)")
+    monkeypatch.syspath_prepend(str(folder))
+    mine = importlib.import_module("mine")
+    assert isinstance(modelcli.load("out.pth", trust=True), mine.Net)
+    with pytest.raises(UnsafeError, match="trust=True in Python"):
+        modelcli.load("out.pth")

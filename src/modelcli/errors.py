@@ -21,6 +21,9 @@ class ModelcliError(Exception):
         self.message = message
         self.hint = hint
 
+    def __str__(self) -> str:
+        return f"{self.message}\n{self.hint}" if self.hint else self.message
+
 
 class AnswerNoError(ModelcliError):
     """The question was understood and the answer is no: a strict load that does not match."""

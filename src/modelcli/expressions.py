@@ -116,7 +116,7 @@ def parse_words(words: Sequence[str]) -> Call:
         raise RequestError("no module is given", "write Linear(4096,10), or Linear 4096 10")
     head, *rest = words
     if "(" in head or not rest:
-        return parse(" ".join(words))
+        return _parse_joined(words)
     if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(:[A-Za-z_]\w*)?", head, re.ASCII):
         raise RequestError(
             f"{_cut(head)!r} is not the name of a module",
@@ -136,6 +136,26 @@ def parse_words(words: Sequence[str]) -> Call:
             args.append(_word_value(word))
     # Read once more as one text: its limits hold for all the words together, and no name is a Python keyword.
     return parse(to_text(Call(head, tuple(args), kwargs)))
+
+
+def _parse_joined(words: Sequence[str]) -> Call:
+    """One expression that the shell or a line of a recipe has split at its spaces."""
+    try:
+        return parse(" ".join(words))
+    except RequestError:
+        if len(words) > 1 and _is_expression(words[0]):
+            raise RequestError(
+                f"{_cut(words[1])!r} comes after the module {_cut(words[0])}", f"a model is named with -m {words[1]}"
+            ) from None
+        raise
+
+
+def _is_expression(text: str) -> bool:
+    try:
+        parse(text)
+    except RequestError:
+        return False
+    return True
 
 
 def _word_value(word: str) -> Value:

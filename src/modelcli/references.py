@@ -101,6 +101,8 @@ def parse(text: str, folder: Path | None = None) -> Reference:
         raise missing_file(path, text)
     if re.search(r"[/\\]", text.partition("(")[0]):
         raise missing_file(path, text)
+    if re.fullmatch(r"[\w.+-]+", text) and not re.fullmatch(r"[A-Za-z_][\w.]*", text, re.ASCII):
+        return Installed(Call(text))  # `bert-base-uncased`: no expression, and no model of that name either
     return Installed(expressions.parse(text))
 
 

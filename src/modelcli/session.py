@@ -74,7 +74,7 @@ def look(target: Target, *, traced: bool = False, mode: str = "eval", cached: bo
     from modelcli.live import opening, planning
 
     live = opening.open_live(target.source)
-    live.apply(target.edits)
+    _apply_recipe(live, target)
     # What is kept has a forward pass in it, so that it answers every question.
     blueprint = planning.traced(live, mode) if traced or key is not None else live.describe()
     if key is not None:
@@ -174,7 +174,7 @@ def edit(target: Target, added: Sequence[Edit], how: Writing) -> Outcome:
     from modelcli.live.twins import meta_twin
 
     live = opening.open_live(target.source)
-    live.apply(target.edits)
+    _apply_recipe(live, target)
     before_module, before = meta_twin(live.module), live.describe()
     live.changes.clear()
     live.apply(added)
@@ -200,13 +200,23 @@ def save(target: Target, how: Writing) -> Outcome:
 
     live = opening.open_live(target.source)
     before_module, before = meta_twin(live.module), live.describe()
-    live.apply(target.edits)
+    _apply_recipe(live, target)
     if target.edits:
         check = _check(before_module, live, target, target.edits, how)
     else:
         check = {"ran": False, "reason": "nothing was edited", "output_shape": None}
     outcome = _outcome(live, before, check, target.edits)
     return outcome if how.dry_run else _write(live, outcome, how.out, how)
+
+
+def _apply_recipe(live: Live, target: Target) -> None:
+    """Apply the edits that stand in a recipe already; one that fails is named by its number and line."""
+    for number, line in enumerate(target.edits, 1):
+        try:
+            live.apply([line])
+        except ModelcliError as error:
+            error.message = f"{target.recipe}: edit {number}, {str(line)!r}: {error.message}"
+            raise
 
 
 def _check(before: Any, live: Live, target: Target, added: Sequence[Edit], how: Writing) -> dict[str, Any]:
@@ -260,13 +270,26 @@ def _write(live: Live, outcome: Outcome, out: Path, how: Writing) -> Outcome:
     plan = planning.plan(live, out, writing.format_of(out), bare=how.bare)
     written = writing.write(plan, out, force=how.force)
     notes = list(outcome.notes)
+    if live.report is not None and live.report.missing:
+        count = len(live.report.missing)
+        notes.append(f"{count} tensors are not in the file, and were randomly initialised (--seed {live.seed})")
     if live.drawn:
         assert live.architecture is not None
         notes.append(f"{live.architecture.reference} was randomly initialised (--seed {live.seed})")
-    around = live.contents.key if live.contents is not None else None
-    if around is not None and plan.key is None:
-        notes.append(f"what {live.contents.path.name} held beside {around[0]!r} was left out")  # type: ignore[union-attr]
+    if live.contents is not None and live.contents.key is not None:
+        notes.append(_around(live.contents, kept=plan.key is not None))
     return replace(outcome, written=written, notes=tuple(notes))
+
+
+def _around(contents: Contents, *, kept: bool) -> str:
+    """What became of the rest of a training checkpoint."""
+    assert contents.key is not None
+    beside = [str(name) for name in contents.tree if name != contents.key[0]] if isinstance(contents.tree, dict) else []
+    rest = f"what {contents.path.name} holds beside {contents.key[0]!r} ({', '.join(beside[:4])})"
+    if not kept:
+        return f"{rest} was left out"
+    stale = "; the state of an optimizer may no longer fit" if any("optim" in name for name in beside) else ""
+    return f"{rest} was kept{stale}; --bare drops it"
 
 
 @dataclass(frozen=True)
@@ -312,7 +335,10 @@ def load(source: Source, recipe_path: Path, *, force: bool, dry_run: bool) -> Lo
     if error is not None or dry_run:
         return loaded
     if recipe_path.exists() and not force and (count := len(recipe.read(recipe_path).edits)):
-        raise RequestError(f"{recipe_path} has {count} edits", "--force starts it anew; --recipe names another")
+        raise RequestError(
+            f"{recipe_path} has {count} edit{'s' if count > 1 else ''}",
+            "--force starts it anew; --recipe names another",
+        )
     recipe.start(recipe_path, seen_from(source, recipe_path.parent))
     return replace(loaded, recipe=recipe_path)
 
@@ -374,7 +400,7 @@ def undo(path: Path, count: int) -> list[str]:
     if not read.edits:
         raise RequestError(f"{path} has no edits to take back")
     if count > len(read.edits):
-        raise RequestError(f"{path} has {len(read.edits)} edits, not {count}")
+        raise RequestError(f"{path} has {len(read.edits)} to take back, not {count}")
     return recipe.take_back(path, count)
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from modelcli.cli import output
-from modelcli.cli.options import CacheOptions, OutputOptions, SourceOptions, expanded
+from modelcli.cli.options import LookOptions, OutputOptions, SourceOptions, expanded
 from modelcli.errors import RequestError, did_you_mean
 
 Model = Annotated[str | None, typer.Argument(help="The model. [default: the working recipe]", show_default=False)]
@@ -13,9 +13,16 @@ Selected = Annotated[list[str] | None, typer.Option("-s", "--select", help="Only
 Depth = Annotated[int | None, typer.Option("--depth", help="Only rows down to this depth; the root is 0.", min=0)]
 
 
+def _named(model: str | None, look: LookOptions) -> str | None:
+    """The model of the argument or of `-m`, which mean the same."""
+    if model is not None and look.option_model is not None:
+        raise RequestError(f"two models: {model} and -m {look.option_model}", "give one of them")
+    return model if model is not None else look.option_model
+
+
 def summary(
     source: SourceOptions,
-    keeping: CacheOptions,
+    look: LookOptions,
     options: OutputOptions,
     model: Model = None,
     depth: Depth = None,
@@ -33,14 +40,14 @@ def summary(
     output.format_of(options)
     if mode not in ("eval", "train"):
         raise RequestError(f"no mode {mode!r}", "--mode eval or --mode train")
-    target = session.find_target(model, source.overrides(), source.recipe)
-    found = session.look(target, traced=True, mode=mode, cached=not keeping.no_cache)
+    target = session.find_target(_named(model, look), source.overrides(), source.recipe)
+    found = session.look(target, traced=True, mode=mode, cached=not look.no_cache)
     output.show(documents.summary(target.source.model, found.blueprint, depth=depth), options, found.notes)
 
 
 def params(
     source: SourceOptions,
-    keeping: CacheOptions,
+    look: LookOptions,
     options: OutputOptions,
     model: Model = None,
     select: Selected = None,
@@ -64,8 +71,8 @@ def params(
     if sort is not None and sort not in documents.SORT_KEYS:
         hint = did_you_mean(sort, documents.SORT_KEYS) or f"there are {', '.join(documents.SORT_KEYS)}"
         raise RequestError(f"cannot sort by {sort!r}", hint)
-    target = session.find_target(model, source.overrides(), source.recipe)
-    found = session.look(target, cached=not (values or keeping.no_cache))
+    target = session.find_target(_named(model, look), source.overrides(), source.recipe)
+    found = session.look(target, cached=not (values or look.no_cache))
     tensors = session.select_tensors(found.blueprint, select or [], buffers=buffers, frozen=frozen, trainable=trainable)
     key = sort or ("elements" if top else None)
     if key in ("elements", "bytes"):
@@ -82,7 +89,7 @@ def params(
 
 def modules(
     source: SourceOptions,
-    keeping: CacheOptions,
+    look: LookOptions,
     options: OutputOptions,
     model: Model = None,
     select: Selected = None,
@@ -102,8 +109,8 @@ def modules(
     output.format_of(options)
     if tree and as_repr:
         raise RequestError("--tree and --repr show the same in two ways", "give one of them")
-    target = session.find_target(model, source.overrides(), source.recipe)
-    found = session.look(target, cached=not keeping.no_cache)
+    target = session.find_target(_named(model, look), source.overrides(), source.recipe)
+    found = session.look(target, cached=not look.no_cache)
     blueprint = found.blueprint
     paths = selectors.select_modules(blueprint, select) if select else [module.path for module in blueprint.modules]
     notes = list(found.notes)

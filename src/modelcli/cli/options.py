@@ -47,8 +47,7 @@ class SourceOptions:
     seed: int | None = _option(
         "--seed",
         help="Decides every random number. [default: 0]",
-        min=0,
-        max=2**63 - 1,
+        metavar="N",
         rich_help_panel="Model",
     )
     input_size: list[str] | None = _option(
@@ -82,6 +81,8 @@ class SourceOptions:
         from modelcli.errors import RequestError, did_you_mean
         from modelcli.references import parse_input_size
 
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise RequestError(f"--seed {self.seed} is not a whole number from 0 to 2^63 - 1")
         dtypes = tuple(name.removeprefix("torch.") for name in self.input_dtype or ())
         for name in dtypes:
             if name not in ITEM_BYTES:
@@ -99,10 +100,11 @@ class SourceOptions:
 
 
 @dataclass(frozen=True)
-class CacheOptions:
-    """Whether blueprints are kept."""
+class LookOptions:
+    """What the commands that only look have in common."""
 
     is_group: ClassVar[bool] = True
+    option_model: str | None = _option("-m", "--model", help="The same as the argument.", rich_help_panel="Model")
     no_cache: bool = _option(
         "--no-cache", help="Build the model anew, and keep nothing.", default=False, rich_help_panel="Model"
     )

@@ -34,12 +34,15 @@ def format_of(options: OutputOptions) -> str:
 
 
 def show(view: View, options: OutputOptions, notes: Iterable[str] = ()) -> None:
-    """Show a view, then what there is to tell about it."""
+    """Show a view, then what there is to tell about it: in the document itself where that is JSON."""
     from modelcli.render import writers
 
-    match format_of(options):
+    kind = format_of(options)
+    told = [] if options.quiet else list(notes)
+    match kind:
         case "json":
-            write(writers.to_json(view.document) + "\n")
+            write(writers.to_json({**view.document, "notes": told} if told else view.document) + "\n")
+            return
         case "csv":
             write(writers.to_csv(view))
         case "markdown":
@@ -54,9 +57,8 @@ def show(view: View, options: OutputOptions, notes: Iterable[str] = ()) -> None:
                 raise PipeClosedError from None
         case _:
             write(writers.to_plain(view))
-    if not options.quiet:
-        for note in notes:
-            tell(f"note: {note}")
+    for note in told:
+        tell(f"note: {note}")
 
 
 def is_terminal() -> bool:

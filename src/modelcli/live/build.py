@@ -72,7 +72,7 @@ def architecture(
             if not trust:
                 raise UnsafeError(
                     f"the checkpoint names {reference}, and to follow that runs its code",
-                    f"--trust follows it; --arch {reference} does too, and ignores the rest of the record",
+                    f"--trust (trust=True in Python) follows it; --arch {reference} is the whole architecture instead",
                 )
             if weights is not None:
                 raise RequestError(f"--weights {weights} is for torchvision's builders", "give a file: --weights FILE")
@@ -106,7 +106,9 @@ def _expression(reference: Installed, weights: str | None, trust: bool) -> Archi
     try:
         modules.find_class(call.name, trusted=trust)
     except UnsafeError as error:
-        raise UnsafeError(error.message, "--trust follows it; --arch names an architecture of your own") from None
+        raise UnsafeError(
+            error.message, "--trust (trust=True in Python) follows it; --arch names an architecture of your own"
+        ) from None
     except RequestError as error:
         near = zoo.nearest_names(call.name)
         if "." in call.name or ":" in call.name:

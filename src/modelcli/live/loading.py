@@ -51,6 +51,8 @@ class LoadReport:
     def refusal(self, contents: Contents, architecture: str, *, strict: bool) -> AnswerNoError | None:
         """The error for a load that PyTorch would refuse as well; shapes that differ are refused in any case."""
         path = contents.path
+        if not self.matched and self.missing:
+            strict = True  # nothing of the file would be in the model: that is no load
         if self.is_strict or (not strict and not self.mismatched):
             return None
         parts = [
@@ -63,9 +65,11 @@ class LoadReport:
         if contents.record is not None:
             hint = f"{path.name} says itself which model it is: leave --arch out"
         elif strict and not self.mismatched:
-            hint = "modelcli load --no-strict takes what fits"
+            hint = "modelcli load --no-strict takes what matches"
+            if not self.matched:
+                hint = "nothing in the file belongs to that architecture"
         else:
-            hint = f"--arch takes arguments too: --arch '{architecture.partition('(')[0]}(num_classes=10)'"
+            hint = f"give --arch the arguments that the file was made with: '{architecture.partition('(')[0]}(...)'"
         return AnswerNoError(f"{path} does not fit {architecture}: {'; '.join(parts)}", hint)
 
 

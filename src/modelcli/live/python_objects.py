@@ -33,6 +33,9 @@ def find(reference: PythonObject, folder: Path) -> Any:
 def import_file(path: Path) -> ModuleType:
     """Run a Python file as a module of its own; the modules beside it can be imported. Each file is run once."""
     path = path.resolve()
+    for known, module in list(sys.modules.items()):
+        if getattr(module, "__file__", None) == str(path) and not known.startswith("_modelcli_"):
+            return module  # the program that calls us has imported it already: its classes are meant
     name = f"_modelcli_{path.stem}_{abs(hash(path)):x}"
     if name in sys.modules:
         return sys.modules[name]

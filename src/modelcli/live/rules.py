@@ -41,12 +41,18 @@ Rule = Callable[[Any, torch.Tensor], Misfit | None]
 
 
 def check(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Misfit | None:
-    """Apply the rules of a module's class, the most derived that has any, to the first tensor that flows in."""
+    """Apply the rules of a module's class, the most derived that has any, to the first tensor that flows in.
+
+    A subclass with another `forward` is not judged by the rules of its base.
+    """
     flow = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
     if flow is None:
         return None
     for kind in type(module).__mro__:
         if kind in RULES:
+            own: Any = kind
+            if type(module).forward is not own.forward and not type(module).__module__.startswith("torch.nn."):
+                return None  # a forward of its own may do anything with what flows in
             for rule in RULES[kind]:
                 if (misfit := rule(module, flow)) is not None:
                     return misfit

@@ -199,6 +199,11 @@ class _Holes:
         flow = self.flows.get(path)
         if flow is not None and (size := argument_from(name, tuple(flow.shape))) is not None:
             return size
+        if isinstance(old, Bare):
+            raise RequestError(
+                f"{self.expression} at {path}: _ for {name} is not known: the file does not say what was there",
+                f"--arch names its architecture; or write {name} out",
+            )
         raise RequestError(
             f"{self.expression} at {path}: _ for {name} is not known: the old {type(old).__name__} has no {name}, "
             + ("and what flows in does not tell" if flow is not None else "and no forward pass reached it"),

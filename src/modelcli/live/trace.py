@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from modelcli.blueprint import LayerTrace, Trace, shown
+from modelcli.live import rules
 from modelcli.live.describe import walk
 from modelcli.live.twins import meta_twin, seeded
 
@@ -187,7 +188,8 @@ def trace(module: nn.Module, inputs: Inputs | None, *, mode: str = "eval") -> tu
     }
     input_bytes = sum(_bytes_of(tensor) for tensor in _flat(tensors))
     if seen.failure is not None:
-        return Trace(inputs.shapes, layers, input_bytes=input_bytes, reason=seen.failure.reason), twin
+        reason = _reason_by_rules(module, inputs, mode) or seen.failure.reason
+        return Trace(inputs.shapes, layers, input_bytes=input_bytes, reason=reason), twin
     summary = statistics[0] if statistics else None
     return Trace(
         inputs=inputs.shapes,
@@ -196,6 +198,17 @@ def trace(module: nn.Module, inputs: Inputs | None, *, mode: str = "eval") -> tu
         input_bytes=input_bytes,
         forward_backward_bytes=None if summary is None else int(summary.total_output_bytes),
     ), twin
+
+
+def _reason_by_rules(module: nn.Module, inputs: Inputs, mode: str) -> str | None:
+    """Why a pass fails, where a rule for `torch.nn` says it better than what torch raised."""
+
+    def visit(child: nn.Module, _path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if (misfit := rules.check(child, args, kwargs)) is not None:
+            raise rules.MisfitError(misfit)
+
+    failure = run(meta_twin(module, plain_tensors=True), inputs.tensors("meta"), mode=mode, visit=visit).failure
+    return failure.reason if failure is not None and isinstance(failure.error, rules.MisfitError) else None
 
 
 def _raised_by_torchinfo(error: Exception) -> bool:

@@ -232,4 +232,5 @@ def takes_list_of_images(name: str) -> bool:
 
 
 def nearest_names(word: str) -> list[str]:
-    return closest(word, builder_names())
+    names = builder_names()
+    return closest(word, names) or [name for name in names if word.lower() in name][:4]

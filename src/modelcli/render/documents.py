@@ -76,7 +76,7 @@ def summary(reference: str, blueprint: Blueprint, *, depth: int | None = None) -
     }
     return View(
         document,
-        [layer | {"output": _output_text(layer, passed=trace.inputs is not None)} for layer in layers],
+        [layer | {"output": _output_text(layer, passed=trace.reason is None)} for layer in layers],
         (
             Column("path", "path", style="cyan"),
             Column("type", "type", flexible=True),
@@ -86,7 +86,7 @@ def summary(reference: str, blueprint: Blueprint, *, depth: int | None = None) -
             Column("macs", "mult-adds", count, right=True),
         ),
         _summary_footer(document, trace.reason),
-        dimmed=lambda row: trace.inputs is not None and not row["executed"],
+        dimmed=lambda row: trace.reason is None and not row["executed"],
     )
 
 
@@ -112,7 +112,7 @@ def _summary_footer(document: Mapping[str, Any], reason: str | None) -> list[tup
     if document["input"] is not None:
         lines.insert(0, ("Input", " ".join(shape(size) for size in document["input"])))
     if reason is not None:
-        lines.append(("Not complete", reason))
+        lines.insert(0, ("Not complete", reason))
     return lines
 
 
@@ -170,11 +170,17 @@ def params(
         rows = [row | {"value_text": value_texts.get(row["name"], "-")} for row in rows]
     footer = [
         ("Tensors", count(len(rows))),
-        ("Params", f"{count(totals.params)} ({count(totals.trainable_params)} trainable)"),
+        ("Params", _params_text(tensors, totals)),
         ("Buffers", count(totals.buffers)),
         ("Size", megabytes(totals.param_bytes + totals.buffer_bytes)),
     ]
     return View(document, rows, columns, footer, dimmed=lambda row: row["trainable"] is False)
+
+
+def _params_text(tensors: Sequence[TensorInfo], totals: Totals) -> str:
+    """The number of parameters, and of those trained where anything says that."""
+    known = any(tensor.requires_grad is not None for tensor in tensors)
+    return count(totals.params) + (f" ({count(totals.trainable_params)} trainable)" if known else "")
 
 
 # --- modules -------------------------------------------------------------------------------------------------------
@@ -298,10 +304,10 @@ def edits(
         Column("arrow", ""),
         Column("after", "after", flexible=True),
     ]
-    if any(row["delta"] for row in shown_rows):
-        columns.append(Column("delta", "params", lambda value: f"{signed(value)} params", right=True))
-    else:
+    if all(row["action"] in ("freeze", "unfreeze") for row in rows):
         columns.append(Column("params_after", "params", lambda value: f"{count(value)} params", right=True))
+    else:
+        columns.append(Column("delta", "params", lambda value: f"{signed(value)} params" if value else "same size"))
     return View(document, shown_rows, columns, [*footer, *outcome], header=False)
 
 

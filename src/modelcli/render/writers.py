@@ -134,7 +134,7 @@ def print_rich(view: View, console: Console) -> None:
         width = max(len(label) for label, _ in view.footer)
         for label, value in view.footer:
             line = Text.assemble((f"{label + ':':<{width + 1}} ", "dim"), safe(value))
-            console.print(line, soft_wrap=True)
+            console.print(line)
 
 
 def _rich_table(view: View, width: int) -> Any:

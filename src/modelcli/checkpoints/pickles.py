@@ -6,8 +6,9 @@ for everything else, which remember the name of their class and what it was made
 
 from __future__ import annotations
 
+import io
 import pickletools
-from collections.abc import Iterator
+import struct
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, BinaryIO
@@ -145,7 +146,8 @@ class Pickle:
     storages: dict[str, StorageRef]
 
 
-_MARK = object()
+_U4 = struct.Struct("<I")
+_OPCODES = {ord(opcode.code): opcode for opcode in pickletools.opcodes}
 
 
 def read(data: bytes | BinaryIO, where: str) -> Pickle:
@@ -154,12 +156,16 @@ def read(data: bytes | BinaryIO, where: str) -> Pickle:
     Raises FileFormatError where it is damaged or beyond a limit.
     """
     machine = _Machine(where)
+    start = 0 if isinstance(data, bytes) else data.tell()
+    text = data if isinstance(data, bytes) else data.read()
     try:
-        value = machine.run(pickletools.genops(data))
+        value, end = machine.run(text)
     except FileFormatError:
         raise
     except Exception as error:
         raise FileFormatError(f"{where} is damaged: {error}") from None
+    if not isinstance(data, bytes):
+        data.seek(start + end)
     return Pickle(value, tuple(dict.fromkeys(machine.foreign)), machine.storages)
 
 
@@ -169,116 +175,166 @@ class _Machine:
     def __init__(self, where: str) -> None:
         self.where = where
         self.stack: list[Any] = []
+        self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
         self.foreign: list[str] = []
         self.storages: dict[str, StorageRef] = {}
 
-    def run(self, operations: Iterator[tuple[pickletools.OpcodeInfo, Any, int | None]]) -> Any:
-        stack, memo = self.stack, self.memo
-        for count, (opcode, arg, _) in enumerate(operations):
+    def run(self, data: bytes) -> tuple[Any, int]:
+        """The value of the pickle at the start of `data`, and where it ends.
+
+        The opcodes that make up nearly all of a state dict are decoded here, the commonest first; `pickletools` knows
+        the arguments of the others.
+        """
+        stack, memo, marks = self.stack, self.memo, self.marks
+        position, count, stream = 0, 0, io.BytesIO(data)
+        while True:
+            code = data[position]
+            position += 1
+            count += 1
             if count > MAX_OPCODES:
                 raise FileFormatError(f"{self.where}: more than {MAX_OPCODES:,} opcodes")
-            name = opcode.name
-            match name:
-                case "PROTO" | "FRAME":
-                    pass
-                case "MARK":
-                    stack.append(_MARK)
-                case "STOP":
-                    return stack.pop()
-                case "POP":
+            if code == 0x72:  # LONG_BINPUT
+                (number,) = _U4.unpack_from(data, position)
+                memo[number] = stack[-1]
+                position += 4
+            elif code == 0x71:  # BINPUT
+                memo[data[position]] = stack[-1]
+                position += 1
+            elif code == 0x68:  # BINGET
+                stack.append(memo[data[position]])
+                position += 1
+            elif code == 0x4B:  # BININT1
+                stack.append(data[position])
+                position += 1
+            elif code == 0x58:  # BINUNICODE
+                (size,) = _U4.unpack_from(data, position)
+                position += 4 + size
+                if position > len(data):
+                    raise FileFormatError(f"{self.where} is cut off inside a text of {size:,} bytes")
+                stack.append(str(data[position - size : position], "utf-8", "surrogatepass"))
+            elif code == 0x28:  # MARK
+                marks.append(len(stack))
+            elif code == 0x74:  # TUPLE
+                stack.append(tuple(self._to_mark()))
+            elif code == 0x51:  # BINPERSID
+                stack.append(self._storage(stack.pop()))
+            elif code == 0x29:  # EMPTY_TUPLE
+                stack.append(())
+            elif code == 0x52:  # REDUCE
+                args, function = stack.pop(), stack.pop()
+                stack.append(self._reduce(function, args))
+            elif code == 0x89:  # NEWFALSE
+                stack.append(False)
+            elif code in (0x85, 0x86, 0x87):  # TUPLE1, TUPLE2, TUPLE3
+                start = len(stack) - (code - 0x84)
+                if start < 0:
+                    raise FileFormatError(f"{self.where} is damaged: a tuple of more than there is")
+                stack[start:] = [tuple(stack[start:])]
+            elif code == 0x4D:  # BININT2
+                stack.append(data[position] | data[position + 1] << 8)
+                position += 2
+            elif code == 0x6A:  # LONG_BINGET
+                stack.append(memo[_U4.unpack_from(data, position)[0]])
+                position += 4
+            elif code == 0x2E:  # STOP
+                return stack.pop(), position
+            else:
+                opcode = _OPCODES.get(code)
+                if opcode is None:
+                    raise FileFormatError(f"{self.where} is damaged: {code:#04x} is no opcode")
+                arg = None
+                if opcode.arg is not None:
+                    stream.seek(position)
+                    arg = opcode.arg.reader(stream)
+                    position = stream.tell()
+                self._step(opcode.name, arg)
+
+    def _step(self, name: str, arg: Any) -> None:
+        """One opcode that is not among the commonest."""
+        stack, memo = self.stack, self.memo
+        match name:
+            case "PROTO" | "FRAME":
+                pass
+            case "POP":
+                if self.marks and self.marks[-1] == len(stack):
+                    self.marks.pop()
+                else:
                     stack.pop()
-                case "POP_MARK":
-                    self._to_mark()
-                case "DUP":
-                    stack.append(stack[-1])
-                case "NONE":
-                    stack.append(None)
-                case "NEWTRUE":
-                    stack.append(True)
-                case "NEWFALSE":
-                    stack.append(False)
-                case "BININT" | "BININT1" | "BININT2" | "LONG1" | "LONG4" | "INT" | "LONG" | "BINFLOAT" | "FLOAT":
-                    stack.append(arg)
-                case "BINUNICODE" | "SHORT_BINUNICODE" | "BINUNICODE8" | "UNICODE":
-                    stack.append(arg)
-                case "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8":
-                    stack.append(arg)
-                case "BYTEARRAY8":
-                    stack.append(Opaque(Global("builtins", "bytearray"), (bytes(arg),)))
-                case "SHORT_BINSTRING" | "BINSTRING" | "STRING":
-                    stack.append(arg)
-                case "EMPTY_TUPLE":
-                    stack.append(())
-                case "EMPTY_LIST":
-                    stack.append([])
-                case "EMPTY_DICT":
-                    stack.append({})
-                case "EMPTY_SET":
-                    stack.append(Opaque(Global("builtins", "set"), (), how="set"))
-                case "TUPLE":
-                    stack.append(tuple(self._to_mark()))
-                case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                    size = int(name[-1])
-                    values = tuple(stack[-size:])
-                    del stack[-size:]
-                    stack.append(values)
-                case "LIST":
-                    stack.append(self._to_mark())
-                case "DICT":
-                    stack.append(dict(_pairs(self._to_mark())))
-                case "FROZENSET":
-                    stack.append(Opaque(self._global("builtins", "frozenset"), (self._to_mark(),)))
-                case "ADDITEMS":
-                    added = self._to_mark()
-                    stack[-1].appended.extend(added)
-                case "APPEND":
-                    value = stack.pop()
-                    self._append([value])
-                case "APPENDS":
-                    self._append(self._to_mark())
-                case "SETITEM":
-                    value, key = stack.pop(), stack.pop()
-                    self._set_items([key, value])
-                case "SETITEMS":
-                    self._set_items(self._to_mark())
-                case "PUT" | "BINPUT" | "LONG_BINPUT":
-                    memo[int(arg)] = stack[-1]
-                case "MEMOIZE":
-                    memo[len(memo)] = stack[-1]
-                case "GET" | "BINGET" | "LONG_BINGET":
-                    stack.append(memo[int(arg)])
-                case "GLOBAL":
-                    module, _, attribute = arg.partition(" ")
-                    stack.append(self._global(module, attribute))
-                case "STACK_GLOBAL":
-                    attribute, module = stack.pop(), stack.pop()
-                    stack.append(self._global(module, attribute))
-                case "BINPERSID":
-                    stack.append(self._storage(stack.pop()))
-                case "REDUCE":
-                    args, function = stack.pop(), stack.pop()
-                    stack.append(self._reduce(function, args))
-                case "NEWOBJ":
-                    args, kind = stack.pop(), stack.pop()
-                    stack.append(Opaque(kind, args, how="newobj"))
-                case "NEWOBJ_EX":
-                    kwargs, args, kind = stack.pop(), stack.pop(), stack.pop()
-                    stack.append(Opaque(kind, (args, kwargs), how="newobj_ex"))
-                case "BUILD":
-                    state = stack.pop()
-                    self._build(stack[-1], state)
-                case _:
-                    raise FileFormatError(f"{self.where}: opcode {name} is not one that torch.save writes")
-        raise FileFormatError(f"{self.where} is damaged: it has no end")
+            case "POP_MARK":
+                self._to_mark()
+            case "DUP":
+                stack.append(stack[-1])
+            case "NONE":
+                stack.append(None)
+            case "NEWTRUE":
+                stack.append(True)
+            case "BININT" | "LONG1" | "LONG4" | "INT" | "LONG" | "BINFLOAT" | "FLOAT":
+                stack.append(arg)
+            case "SHORT_BINUNICODE" | "BINUNICODE8" | "UNICODE":
+                stack.append(arg)
+            case "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8":
+                stack.append(arg)
+            case "BYTEARRAY8":
+                stack.append(Opaque(Global("builtins", "bytearray"), (bytes(arg),)))
+            case "SHORT_BINSTRING" | "BINSTRING" | "STRING":
+                stack.append(arg)
+            case "EMPTY_LIST":
+                stack.append([])
+            case "EMPTY_DICT":
+                stack.append({})
+            case "EMPTY_SET":
+                stack.append(Opaque(Global("builtins", "set"), (), how="set"))
+            case "LIST":
+                stack.append(self._to_mark())
+            case "DICT":
+                stack.append(dict(_pairs(self._to_mark())))
+            case "FROZENSET":
+                stack.append(Opaque(self._global("builtins", "frozenset"), (self._to_mark(),)))
+            case "ADDITEMS":
+                added = self._to_mark()
+                stack[-1].appended.extend(added)
+            case "APPEND":
+                value = stack.pop()
+                self._append([value])
+            case "APPENDS":
+                self._append(self._to_mark())
+            case "SETITEM":
+                value, key = stack.pop(), stack.pop()
+                self._set_items([key, value])
+            case "SETITEMS":
+                self._set_items(self._to_mark())
+            case "PUT":
+                memo[int(arg)] = stack[-1]
+            case "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            case "GET":
+                stack.append(memo[int(arg)])
+            case "GLOBAL":
+                module, _, attribute = arg.partition(" ")
+                stack.append(self._global(module, attribute))
+            case "STACK_GLOBAL":
+                attribute, module = stack.pop(), stack.pop()
+                stack.append(self._global(module, attribute))
+            case "NEWOBJ":
+                args, kind = stack.pop(), stack.pop()
+                stack.append(Opaque(kind, args, how="newobj"))
+            case "NEWOBJ_EX":
+                kwargs, args, kind = stack.pop(), stack.pop(), stack.pop()
+                stack.append(Opaque(kind, (args, kwargs), how="newobj_ex"))
+            case "BUILD":
+                state = stack.pop()
+                self._build(stack[-1], state)
+            case _:
+                raise FileFormatError(f"{self.where}: opcode {name} is not one that torch.save writes")
 
     def _to_mark(self) -> list[Any]:
-        for position in range(len(self.stack) - 1, -1, -1):
-            if self.stack[position] is _MARK:
-                values = self.stack[position + 1 :]
-                del self.stack[position:]
-                return values
-        raise FileFormatError(f"{self.where} is damaged: a mark is missing")
+        if not self.marks:
+            raise FileFormatError(f"{self.where} is damaged: a mark is missing")
+        position = self.marks.pop()
+        values = self.stack[position:]
+        del self.stack[position:]
+        return values
 
     def _append(self, values: list[Any]) -> None:
         target = self.stack[-1]

@@ -6,6 +6,7 @@ import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 from modelcli import record as records
 from modelcli.checkpoints import pickles, trees
@@ -38,7 +39,12 @@ def read(path: Path, key: str | None) -> Contents:
         # zipfile lets through what its decompressors and decoders raise, each its own kind.
         raise FileFormatError(f"{path} is a damaged zip file: {error}") from None
     pickled = pickles.read(data, f"{path}: {pickle_name}")
-    return trees.contents_of(path, pickled, _Storages(path, prefix, members, identity).span, key, record_text)
+    try:
+        with path.open("rb") as file:
+            storages = _Storages(path, file, prefix, members, identity)
+            return trees.contents_of(path, pickled, storages.span, key, record_text)
+    except OSError as error:
+        raise SystemFailureError(f"cannot read {path}: {error.strerror or error}") from None
 
 
 def _pickle_name(path: Path, members: Mapping[str, zipfile.ZipInfo]) -> str:
@@ -73,9 +79,15 @@ class _Storages:
     """The records `data/N` of an archive as spans of the file, each checked against the zip directory."""
 
     def __init__(
-        self, path: Path, prefix: str, members: Mapping[str, zipfile.ZipInfo], identity: tuple[int, int, int]
+        self,
+        path: Path,
+        file: BinaryIO,
+        prefix: str,
+        members: Mapping[str, zipfile.ZipInfo],
+        identity: tuple[int, int, int],
     ) -> None:
         self.path = path
+        self.file = file
         self.prefix = prefix
         self.members = members
         self.identity = identity
@@ -105,9 +117,5 @@ class _Storages:
         """The 30 bytes of a local file header, or fewer where there is none."""
         if not 0 <= offset < self.identity[0]:
             return b""
-        try:
-            with self.path.open("rb") as file:
-                file.seek(offset)
-                return file.read(30)
-        except OSError as error:
-            raise SystemFailureError(f"cannot read {self.path}: {error.strerror or error}") from None
+        self.file.seek(offset)
+        return self.file.read(30)

@@ -36,7 +36,10 @@ def _escaped(character: str) -> str:
 
 def to_json(document: Mapping[str, Any]) -> str:
     """One JSON document on one line; numbers that JSON does not know are text."""
-    return json.dumps(_finite(document), ensure_ascii=True, allow_nan=False)
+    try:
+        return json.dumps(document, ensure_ascii=True, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(document), ensure_ascii=True, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:

@@ -28,11 +28,13 @@ show "modelcli freeze features"
 show "modelcli summary"
 show "modelcli save runs/best.pth"
 show "modelcli params runs/best.pth --frozen"
-show "python -c 'import torch, torchvision.models
+if python -c 'import torchvision' 2>/dev/null; then
+    show "python -c 'import torch, torchvision.models
 torchvision.models.alexnet(num_classes=10).load_state_dict(torch.load(\"runs/best.pth\", weights_only=True))
-print(\"plain PyTorch loads it\")'" 2>/dev/null || {
-    echo "(torchvision cannot be imported by itself here: its compiled operators are not those of this torch)"
-}
+print(\"plain PyTorch loads it\")'"
+else
+    printf '\n# Plain torchvision cannot be imported here: its compiled operators are not those of this torch.\n'
+fi
 show "python -c 'import modelcli
 model = modelcli.load(\"runs/best.pth\")
 print(sum(not p.requires_grad for p in model.parameters()), \"parameters are frozen\")'"

@@ -122,7 +122,7 @@ def test_a_lazy_module_is_checked_too(cli: Cli, expression: str) -> None:
 def test_every_builder_that_runs_passes_its_own_check(name: str) -> None:
     """No rule refuses what torchvision does: subclasses with a forward of their own, odd shapes, several inputs."""
     live = open_live(Source(name))
-    assert check(live.module, live.module, live.inputs, []).ran
+    assert check(lambda: live.module, live.module, live.inputs, []).ran
 
 
 def test_a_subclass_with_a_forward_of_its_own_is_not_judged(cli: Cli, folder: Path) -> None:
@@ -143,3 +143,24 @@ def test_a_hole_in_a_bare_checkpoint(cli: Cli) -> None:
     error = cli("replace", "fc", "Linear(_,3)", "-m", "bare.pth", code=2).err
     assert "the file does not say what was there" in error
     assert "--arch names its architecture" in error
+
+
+def test_an_instance_is_run_as_it_was_and_as_it_is(cli: Cli, folder: Path) -> None:
+    """`--check run` on a model that exists already compares two models, not one with itself."""
+    words = ("-m", "nets.py:instance", "--input-size", "1,3", "--check", "run")
+    error = refused(cli, folder, "replace", "0", "Linear(5,2)", *words)
+    assert "the edited model does not run" in error
+
+
+def test_where_a_flow_came_from_is_said_only_where_it_is_sure(cli: Cli, folder: Path) -> None:
+    """On the shortcut of a residual block the last module that ran is not the one the flow came from."""
+    words = ("replace", "layer2.0.downsample.0", "Conv2d(65,128,1,2,bias=False)", "-m", "resnet18")
+    error = refused(cli, folder, *words)
+    assert "layer2.0.downsample.0 Conv2d(65" in error
+    assert "(from" not in error
+
+
+def test_holes_of_recurrent_modules(cli: Cli) -> None:
+    document = cli("replace", "0", "LSTM(_,5)", "-m", "Sequential(LSTM(3,4))", "--json").json
+    assert document["edits"] == ["replace 0 LSTM(_,5)"]
+    assert document["changes"][0]["after"].startswith("LSTM(3, 5")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -421,3 +422,142 @@ def test_classes_of_a_file_that_is_imported_already(cli: Cli, folder: Path, monk
     assert isinstance(modelcli.load("out.pth", trust=True), mine.Net)
     with pytest.raises(UnsafeError, match="trust=True in Python"):
         modelcli.load("out.pth")
+
+
+# --- what a file may not make us do, and what it need not ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [
+        "torch.utils.tensorboard.SummaryWriter(3)",
+        "torch.utils.tensorboard:SummaryWriter(3)",
+        "torchvision.trap:Net()",
+        "trap:Net()",
+        "resnet18(norm_layer=trap:Net)",
+        "Sequential(trap:Net())",
+        "Sequential(torch.utils.tensorboard.SummaryWriter())",
+    ],
+)
+@pytest.mark.parametrize("where", ["reference", "edit"])
+def test_a_record_imports_nothing(cli: Cli, folder: Path, reference: str, where: str) -> None:
+    """Neither a module beside us that bears a trusted package's name, nor one that torch itself would import."""
+    cli("save", "out.pth", "-m", "Sequential(Linear(2,3))", "-q")
+    for name in ("trap.py", "tensorboard/__init__.py"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("import pathlib\npathlib.Path('sprung').touch()\n")
+    from modelcli import checkpoints, writing
+    from modelcli.live import planning
+    from modelcli.record import to_text
+
+    record = checkpoints.read(Path("out.pth")).record
+    assert record is not None
+    if where == "reference":
+        evil = replace(record, reference=reference)
+    elif "(" in reference and not reference.startswith("resnet18"):
+        evil = replace(record, edits=(f"replace 0 {reference}",), edit_count=1)
+    else:
+        evil = replace(record, edits=("replace 0 Sequential(trap:Net())",), edit_count=1)
+    plan = planning.plan(open_live(Source("out.pth")), Path("evil.pth"), "pth")
+    writing.write(replace(plan, record=to_text(evil)), Path("evil.pth"), force=True)
+    for words in (("freeze", ".", "-m", "evil.pth"), ("load", "evil.pth"), ("save", "x.pth", "-m", "evil.pth")):
+        assert "--trust" in cli(*words, code=3).err
+    with pytest.raises(UnsafeError):
+        modelcli.load("evil.pth")
+    assert not (folder / "sprung").exists()
+
+
+def test_a_file_that_holds_every_tensor_downloads_nothing(cli: Cli, folder: Path) -> None:
+    cache = folder / ".torch" / "hub" / "checkpoints"
+    cache.mkdir(parents=True)
+    models = zoo.torchvision().models
+    torch.save(models.squeezenet1_1().state_dict(), cache / models.SqueezeNet1_1_Weights.DEFAULT.url.rpartition("/")[2])
+    cli("freeze", "features", "-m", "squeezenet1_1", "--weights", "DEFAULT", "-o", "sq.pth")
+    for path in cache.iterdir():
+        path.unlink()
+    assert isinstance(modelcli.load("sq.pth"), nn.Module)
+    cli("freeze", "classifier", "-m", "sq.pth", "--check", "run", "-o", "two.pth")
+    assert not list(cache.iterdir())
+
+
+def test_seeds(cli: Cli, folder: Path) -> None:
+    """0 is a seed like any other; one given for a recorded file decides its new edits."""
+    (folder / "modelcli.toml").write_text('model = "Linear(2,1)"\nseed = 7\n')
+    drawn = [
+        cli("params", *words, "--values", "--json").json["tensors"] for words in ((), ("--seed", 0), ("--seed", 7))
+    ]
+    assert drawn[0] == drawn[2] != drawn[1]
+    cli("replace", "**:ReLU", "PReLU()", "-m", "Sequential(ReLU(),ReLU(),Linear(2,2))", "-o", "one.pth")
+    for seed in ("", "5"):
+        words = ("--seed", seed) if seed else ()
+        cli("replace", "2", "Linear(2,3)", "-m", "one.pth", "-o", "two.pth", "--force", *words)
+        torch.manual_seed(int(seed or 0) * 1_000_003 + 2)  # the second edit, though the first had two matches
+        assert torch.equal(torch.load("two.pth", weights_only=True)["2.weight"], nn.Linear(2, 3).weight)
+
+
+def test_tied_buffers_stay_one(cli: Cli, folder: Path) -> None:
+    (folder / "shared.py").write_text(
+        "import torch\nfrom torch import nn\nclass Net(nn.Module):\n    def __init__(self):\n"
+        "        super().__init__()\n        self.a, self.b = nn.Linear(2, 2), nn.Linear(2, 2)\n"
+        "        table = torch.ones(4)\n        self.a.register_buffer('t', table)\n"
+        "        self.b.register_buffer('t', table)\n"
+    )
+    cli("freeze", "a", "-m", "shared.py:Net", "-o", "one.pth")
+    cli("freeze", "b", "-m", "one.pth", "--trust", "-o", "two.pth")
+    for name in ("one.pth", "two.pth"):
+        assert cli("params", name, "--json").json["totals"]["buffers"] == 4
+        model = modelcli.load(name, trust=True)
+        assert model.a.t is model.b.t
+
+
+def test_what_a_forward_prints_does_not_mix_with_data(cli: Cli, folder: Path) -> None:
+    (folder / "loud.py").write_text(
+        "from torch import nn\nclass M(nn.Linear):\n    def __init__(self):\n        super().__init__(2, 2)\n"
+        "    def forward(self, x):\n        print('forward')\n        return super().forward(x)\n"
+    )
+    assert cli("summary", "loud.py:M", "--input-size", "1,2", "--json").json["layers"][0]["output_shape"] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "self.lin = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))",
+        "self.lin = nn.Linear(2, 2); self.lock = __import__('threading').Lock()",
+        "self.lin = nn.Linear(2, 2); self.twice = self.lin.weight * 2",
+        "self.lin = nn.Linear(2, 2); self.scripted = torch.jit.script(nn.ReLU())",
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_models_that_cannot_be_copied(cli: Cli, folder: Path, body: str) -> None:
+    (folder / "own.py").write_text(
+        "import torch\nfrom torch import nn\nclass M(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        f"        {body}\n    def forward(self, x):\n        return self.lin(x)\n"
+    )
+    layers = cli("summary", "own.py:M", "--input-size", "1,2", "--json").json["layers"]
+    assert layers[0]["output_shape"] == [1, 2]
+    cli("freeze", "lin", "-m", "own.py:M", "--input-size", "1,2", "-o", "out.pth")
+
+
+def test_a_record_in_a_linked_folder(cli: Cli, folder: Path) -> None:
+    (folder / "elsewhere" / "deep").mkdir(parents=True)
+    (folder / "runs").symlink_to(folder / "elsewhere" / "deep")
+    cli("save", "runs/out.pth", "-m", "nets.py:Net")
+    assert modelcli.load("runs/out.pth", trust=True).conv1.out_channels == 3
+
+
+def test_metadata_of_safetensors_is_not_that_of_modules(cli: Cli, folder: Path) -> None:
+    """A file's `format` is no version of a module called format."""
+    from safetensors.torch import save_file
+
+    (folder / "fm.py").write_text(
+        "from torch import nn\nclass F(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.format = nn.BatchNorm1d(2)\n"
+    )
+    state = {f"format.{name}": tensor for name, tensor in nn.BatchNorm1d(2).state_dict().items()}
+    save_file(state, "f.safetensors", metadata={"format": "pt"})
+    cli("save", "out.pth", "-m", "f.safetensors", "--arch", "fm.py:F")
+    cli("save", "bare.pth", "-m", "f.safetensors")
+    own = nn.Sequential()
+    own.format = nn.BatchNorm1d(2)
+    own.load_state_dict(torch.load("bare.pth", weights_only=True))
+    assert "--key x is for training checkpoints" in cli("params", "f.safetensors", "--key", "x", code=2).err

@@ -223,6 +223,20 @@ def test_expect() -> None:
     apply(small(), "replace *:Linear Linear(4,8) --expect 2")
 
 
+def test_expect_counts_what_the_targets_pick() -> None:
+    """Twenty norms are twenty, however many tensors they hold."""
+    model = nn.Sequential(*(nn.BatchNorm1d(2) for _ in range(20)))
+    apply(model, "freeze **:BatchNorm1d --expect 20")
+    with pytest.raises(RequestError, match="20 match, not the 100 expected: 0, 1, 2, 3, 4, "):
+        apply(model, "freeze **:BatchNorm1d --expect 100")
+
+
+def test_a_dtype_of_a_nested_module_is_kept() -> None:
+    model = small()
+    apply(model, "replace 3 Sequential(Linear(8,4,dtype=torch.float64))")
+    assert model[3][0].weight.dtype == torch.float64
+
+
 def test_a_tied_parameter_is_frozen_under_all_its_names() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight

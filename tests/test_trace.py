@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torchinfo
@@ -155,3 +157,14 @@ def test_a_module_that_holds_itself() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
     model[0].extra = model
     assert [module.path for module in describe(model).modules] == ["", "0"]
+
+
+def test_a_forward_that_catches_an_exception(folder: Path) -> None:
+    (folder / "tries.py").write_text(
+        "from torch import nn\nclass Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.a, self.b = nn.Linear(9, 2), nn.Linear(3, 2)\n    def forward(self, x):\n"
+        "        try:\n            return self.a(x)\n        except RuntimeError:\n            return self.b(x)\n"
+    )
+    trace = looked_at("tries.py:Net", (1, 3)).trace
+    assert trace is not None
+    assert sorted(trace.layers) == ["", "b"]

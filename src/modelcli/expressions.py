@@ -370,6 +370,12 @@ def holds_hole(value: Value) -> bool:
             return False
 
 
+def gives(call: Call, argument: str) -> bool:
+    """Whether a call, or one nested in it, is given an argument by this name."""
+    nested = (item for item in (*call.args, *call.kwargs.values()) if isinstance(item, Call))
+    return argument in call.kwargs or any(gives(item, argument) for item in nested)
+
+
 def names_in(value: Value) -> Iterator[str]:
     """Every class or dtype that a value names, calls included."""
     match value:

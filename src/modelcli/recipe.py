@@ -112,7 +112,7 @@ def read(path: Path) -> Recipe:
         key=values["key"],
         strict=document.get("strict", True),
         tensors_only=document.get("tensors_only", False),
-        seed=seed,
+        seed=document.get("seed"),
         input_size=tuple(sizes) or None,
         input_dtype=tuple(dtypes),
         folder=path.parent,
@@ -197,7 +197,7 @@ def start(path: Path, source: Source) -> None:
         document["strict"] = False
     if source.tensors_only:
         document["tensors_only"] = True
-    document["seed"] = source.seed
+    document["seed"] = source.seed or 0
     if source.input_size is not None:
         sizes = [",".join(map(str, shape)) for shape in source.input_size]
         document["input_size"] = sizes[0] if len(sizes) == 1 else sizes

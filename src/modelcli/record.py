@@ -26,7 +26,9 @@ class Record:
     """A model's origin.
 
     `reference` is None where the architecture was never known. `weights` is torchvision's name of the numbers the
-    model started with. `frozen` are the names of the parameters that are not trained.
+    model started with. `frozen` are the names of the parameters that are not trained. An edit of many matches is many
+    lines in `edits`; `edit_count` says how many edits they were, and so which number the next one has, which decides
+    its random numbers.
     """
 
     reference: str | None
@@ -37,6 +39,7 @@ class Record:
     blueprint: Blueprint
     input_size: tuple[tuple[int, ...], ...] | None = None
     input_dtype: tuple[str, ...] = ()
+    edit_count: int = 0
 
     def parsed_edits(self) -> list[Edit]:
         return [parse_edit(line) for line in self.edits]
@@ -53,6 +56,7 @@ def to_text(record: Record) -> str:
         "frozen": list(record.frozen),
         "input_size": record.input_size,
         "input_dtype": list(record.input_dtype),
+        "edit_count": record.edit_count,
         "blueprint": blueprints.to_json(record.blueprint),
     }
     return json.dumps(document, ensure_ascii=True, separators=(",", ":"))
@@ -79,6 +83,7 @@ def from_text(text: str) -> Record | None:
             blueprint=blueprints.from_json(document["blueprint"]),
             input_size=_sizes(document.get("input_size")),
             input_dtype=_texts(document.get("input_dtype") or []),
+            edit_count=_count(document.get("edit_count", len(edits))),
         )
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError, RequestError):
         return None
@@ -88,6 +93,12 @@ def _texts(values: object) -> tuple[str, ...]:
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise TypeError("a list of text was expected")
     return tuple(values)
+
+
+def _count(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
+        raise ValueError("a count was expected")
+    return value
 
 
 def _optional_text(value: object) -> str | None:

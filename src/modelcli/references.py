@@ -52,7 +52,7 @@ class PythonObject:
         if self.file is None:
             return str(self)
         try:
-            path = os.path.relpath(self.file, folder)
+            path = os.path.relpath(self.file.resolve(), folder.resolve())
         except ValueError:  # another drive on Windows
             path = str(self.file)
         return str(PythonObject(path.replace(os.sep, "/"), self.name, self.call, self.file))
@@ -69,9 +69,12 @@ class CheckpointFile:
 
 
 def is_installed_name(dotted: str) -> bool:
-    """Whether a name is one of torch's or torchvision's own: a bare one, or one that begins with theirs."""
-    plain = dotted.removeprefix("nn.").replace(":", ".")
-    return "." not in plain or plain.partition(".")[0] in ("torch", "torchvision")
+    """Whether a name is one that `torch.nn`, `torchvision.ops` or torch itself has by that name.
+
+    Only such a name may be followed for a file's sake: it is looked up in what is loaded, and imports nothing.
+    """
+    package, _, name = dotted.replace(":", ".").rpartition(".")
+    return package in ("", "torch", "nn", "torch.nn", "torchvision.ops") and bool(name)
 
 
 Reference = Installed | PythonObject | CheckpointFile
@@ -197,7 +200,7 @@ class Source:
     weights: str | None = None
     arch: str | None = None
     key: str | None = None
-    seed: int = 0
+    seed: int | None = None
     input_size: tuple[tuple[int, ...], ...] | None = None
     input_dtype: tuple[str, ...] = ()
     folder: Path = Path()

@@ -5,11 +5,14 @@ The one place that decides whether torch is needed: a checkpoint is looked at wi
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from modelcli import blueprint as blueprints
 from modelcli import cache, checkpoints, references, selectors
@@ -25,6 +28,10 @@ if TYPE_CHECKING:
     from modelcli.writing import Written
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
 @dataclass(frozen=True)
 class Target:
     """The model that a command works on: where it comes from, the edits of its recipe, and that recipe, if any."""
@@ -34,13 +41,18 @@ class Target:
     recipe: Path | None = None
 
 
+def options_given(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that were given: a number may be 0, and is given all the same."""
+    return {key: value for key, value in overrides.items() if value is not None and value != () and value is not False}
+
+
 def find_target(
     model: str | None,
     overrides: Mapping[str, Any],
     recipe_path: Path | None = None,
 ) -> Target:
     """The argument or `-m`, else `$MODELCLI_MODEL`, else the working recipe. Overrides win over the recipe's lines."""
-    given = {key: value for key, value in overrides.items() if value not in (None, (), False)}
+    given = options_given(overrides)
     named = model or os.environ.get("MODELCLI_MODEL")
     if named:
         return Target(Source(model=named, **given))
@@ -60,6 +72,18 @@ class Look:
     live: Live | None = None
 
 
+def _stdout_is_for_data(function: Callable[P, R]) -> Callable[P, R]:
+    """What a model's own code prints while it is built or run goes to standard error: data alone goes to the other."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        with contextlib.redirect_stdout(sys.stderr):
+            return function(*args, **kwargs)
+
+    return call
+
+
+@_stdout_is_for_data
 def look(target: Target, *, traced: bool = False, mode: str = "eval", cached: bool = True) -> Look:
     """The blueprint of a model as it stands, its recipe's edits applied. With `traced`, with a forward pass in it.
 
@@ -126,6 +150,7 @@ def _look_at_file(target: Target, *, traced: bool, mode: str) -> Look | None:
     return Look(record.blueprint, tuple(notes), contents)
 
 
+@_stdout_is_for_data
 def values(found: Look, names: Sequence[str], *, whole: bool) -> tuple[dict[str, Any], dict[str, str]]:
     """The numbers of tensors: as nested lists where `whole`, and as one line each."""
     from modelcli.live import values as reading
@@ -161,6 +186,7 @@ class Writing:
     bare: bool = False
 
 
+@_stdout_is_for_data
 def edit(target: Target, added: Sequence[Edit], how: Writing) -> Outcome:
     """Apply edits, check the result, and write it where `how` says so; the recipe, if any, gets the edits at the end.
 
@@ -171,14 +197,13 @@ def edit(target: Target, added: Sequence[Edit], how: Writing) -> Outcome:
     if how.out is not None:
         writing.check_target(how.out, force=how.force)
     from modelcli.live import opening
-    from modelcli.live.twins import meta_twin
 
     live = opening.open_live(target.source)
     _apply_recipe(live, target)
-    before_module, before = meta_twin(live.module), live.describe()
+    before = live.describe()
     live.changes.clear()
     live.apply(added)
-    check = _check(before_module, live, target, added, how)
+    check = _check(live, target, added, how)
     outcome = _outcome(live, before, check, added)
     if how.dry_run:
         return outcome
@@ -189,6 +214,7 @@ def edit(target: Target, added: Sequence[Edit], how: Writing) -> Outcome:
     return outcome
 
 
+@_stdout_is_for_data
 def save(target: Target, how: Writing) -> Outcome:
     """Apply the recipe's edits, check the result and write it."""
     from modelcli import writing
@@ -196,13 +222,12 @@ def save(target: Target, how: Writing) -> Outcome:
     assert how.out is not None
     writing.check_target(how.out, force=how.force)
     from modelcli.live import opening
-    from modelcli.live.twins import meta_twin
 
     live = opening.open_live(target.source)
-    before_module, before = meta_twin(live.module), live.describe()
+    before = live.describe()
     _apply_recipe(live, target)
     if target.edits:
-        check = _check(before_module, live, target, target.edits, how)
+        check = _check(live, target, target.edits, how)
     else:
         check = {"ran": False, "reason": "nothing was edited", "output_shape": None}
     outcome = _outcome(live, before, check, target.edits)
@@ -219,7 +244,7 @@ def _apply_recipe(live: Live, target: Target) -> None:
             raise
 
 
-def _check(before: Any, live: Live, target: Target, added: Sequence[Edit], how: Writing) -> dict[str, Any]:
+def _check(live: Live, target: Target, added: Sequence[Edit], how: Writing) -> dict[str, Any]:
     from modelcli.live import check as checking
     from modelcli.live import opening
 
@@ -229,11 +254,17 @@ def _check(before: Any, live: Live, target: Target, added: Sequence[Edit], how: 
     elif live.architecture is None:
         result = checking.Check(False, "no architecture is known: --arch names one")
     elif how.check == "run":
-        done = target.edits if added == target.edits else (*target.edits, *added)
+        done = target.edits if added is target.edits else (*target.edits, *added)
         after, _ = opening.open_real(target.source, done)
-        unedited, _ = opening.open_real(target.source, () if added == target.edits else target.edits)
+        unedited, _ = opening.open_real(target.source, () if added is target.edits else target.edits)
         result = checking.run_for_real(unedited, after, live.inputs)
     else:
+
+        def before() -> Any:
+            unedited = opening.open_live(target.source)
+            _apply_recipe(unedited, target if added is not target.edits else replace(target, edits=()))
+            return unedited.module
+
         result = checking.check(before, live.module, live.inputs, edited)
     shapes = None if live.inputs is None else [list(size) for size in live.inputs.shapes]
     return {"ran": result.ran, "reason": result.reason, "output_shape": result.output_shape, "input": shapes}
@@ -306,6 +337,7 @@ class Loaded:
     error: ModelcliError | None = None
 
 
+@_stdout_is_for_data
 def load(source: Source, recipe_path: Path, *, force: bool, dry_run: bool) -> Loaded:
     """Check that a model loads, and start the working recipe with it."""
     from modelcli import recipe
@@ -392,7 +424,7 @@ def select_tensors(
     return tensors
 
 
-def undo(path: Path, count: int) -> list[str]:
+def undo(path: Path, count: int, *, dry_run: bool = False) -> list[str]:
     """Take back the last edits of a recipe. Raises RequestError where there are none."""
     from modelcli import recipe
 
@@ -401,6 +433,8 @@ def undo(path: Path, count: int) -> list[str]:
         raise RequestError(f"{path} has no edits to take back")
     if count > len(read.edits):
         raise RequestError(f"{path} has {len(read.edits)} to take back, not {count}")
+    if dry_run:
+        return [str(edit) for edit in read.edits[-count:]]
     return recipe.take_back(path, count)
 
 

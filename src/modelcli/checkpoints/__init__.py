@@ -47,6 +47,8 @@ def read(path: Path, *, key: str | None = None) -> Contents:
     if head.startswith(b"PK"):
         return torch_zip.read(path, key)
     if safetensors.looks_like(head, size):
+        if key is not None:
+            raise RequestError(f"--key {key} is for training checkpoints, and {path} is a safetensors file")
         return safetensors.read(path)
     if torch_legacy.looks_like(head):
         return torch_legacy.read(path, key)

@@ -79,7 +79,6 @@ def read(path: Path) -> Contents:
         path=path,
         format="safetensors",
         tensors=_with_aliases(tensors, record, {name: tensors[name] for name in header}),
-        metadata={key: value for key, value in metadata.items() if key != records.SAFETENSORS_KEY},
         record=record,
     )
 

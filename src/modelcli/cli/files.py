@@ -30,8 +30,7 @@ def load(
     from modelcli.render import documents
 
     output.format_of(options)
-    given = {key: value for key, value in source.overrides().items() if value not in (None, (), False)}
-    opened = Source(model=model, strict=strict, **given)
+    opened = Source(model=model, strict=strict, **session.options_given(source.overrides()))
     path = source.recipe or recipe.default_path()
     loaded = session.load(opened, path, force=force, dry_run=dry_run)
     if loaded.recipe is not None:
@@ -117,15 +116,12 @@ def undo(
 
     modelcli undo 3
     """
-    from modelcli import recipe, session
+    from modelcli import session
 
     output.format_of(options)
     where = _recipe_path(path)
-    if dry_run:
-        lines = [str(edit) for edit in recipe.read(where).edits][-count:]
-        notes = [f"would take back: {line}" for line in lines]
-    else:
-        notes = [f"took back: {line}" for line in session.undo(where, count)]
+    verb = "would take back" if dry_run else "took back"
+    notes = [f"{verb}: {line}" for line in session.undo(where, count, dry_run=dry_run)]
     _show_log(path, options, notes)
 
 

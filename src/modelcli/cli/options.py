@@ -85,7 +85,7 @@ class SourceOptions:
             raise RequestError(f"--seed {self.seed} is not a whole number from 0 to 2^63 - 1")
         dtypes = tuple(name.removeprefix("torch.") for name in self.input_dtype or ())
         for name in dtypes:
-            if name not in ITEM_BYTES:
+            if name not in ITEM_BYTES or name.startswith("q"):
                 raise RequestError(f"no dtype {name!r}", did_you_mean(name, ITEM_BYTES) or "float32, bfloat16, int64")
         return {
             "weights": self.weights,

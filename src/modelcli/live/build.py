@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,16 +44,16 @@ class Architecture:
         tag_drawn(module, Lazy(lambda: self.real(seed, needed=memory.bytes_of(module))))
         return module
 
-    def real(self, seed: int, *, needed: int = 0) -> nn.Module:
-        """The plain constructor's module, as after `torch.manual_seed(seed)`.
+    def real(self, seed: int, *, needed: int = 0, weights: bool = True) -> nn.Module:
+        """The plain constructor's module, as after `torch.manual_seed(seed)`; without `weights`, nothing is downloaded.
 
         Raises SystemFailureError before anything is allocated where `needed` bytes are not to be had.
         """
         memory.require(needed, str(self.reference))
         if self.instance is not None:
-            return self.instance
+            return copy.deepcopy(self.instance)
         with seeded(seed):
-            return self.construct()
+            return self.construct() if weights else self.without_weights()
 
 
 def architecture(
@@ -66,7 +67,7 @@ def architecture(
     match reference:
         case Installed(call=call):
             if call.name in zoo.builder_names():
-                return _builder(reference, weights)
+                return _builder(reference, weights, trust)
             return _expression(reference, weights, trust)
         case PythonObject():
             if not trust:
@@ -83,11 +84,11 @@ def architecture(
             )
 
 
-def _builder(reference: Installed, weights: str | None) -> Architecture:
+def _builder(reference: Installed, weights: str | None, trust: bool) -> Architecture:
     call = reference.call
     if call.has_hole:
         raise RequestError(f"{call}: _ stands for what was there before, and nothing was", "write the argument out")
-    values = {key: modules.value_of(value, trusted=True) for key, value in call.kwargs.items()}
+    values = {key: modules.value_of(value, trusted=trust) for key, value in call.kwargs.items()}
     kwargs = zoo.arguments(call.name, call.args, values, weights)
     build, signature = zoo.constructor(call.name), zoo.signature(call.name)
 
@@ -105,10 +106,6 @@ def _expression(reference: Installed, weights: str | None, trust: bool) -> Archi
     call = reference.call
     try:
         modules.find_class(call.name, trusted=trust)
-    except UnsafeError as error:
-        raise UnsafeError(
-            error.message, "--trust (trust=True in Python) follows it; --arch names an architecture of your own"
-        ) from None
     except RequestError as error:
         near = zoo.nearest_names(call.name)
         if "." in call.name or ":" in call.name:
@@ -139,7 +136,7 @@ def _python_object(reference: PythonObject, folder: Path) -> Architecture:
     modules.check_arguments(value, args, kwargs, text)
 
     def plain() -> nn.Module:
-        with python_objects.running_user_code(text):
+        with python_objects.running_user_code(text, reference.file.parent if reference.file else folder):
             return modules.construct(value, args, kwargs, text)
 
     return Architecture(reference, plain, plain)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,6 @@ from modelcli.expressions import HOLE, Call
 from modelcli.live import modules, rules, trace
 from modelcli.live.rules import Misfit, MisfitError
 from modelcli.live.surgery import argument_from, brief
-from modelcli.live.twins import meta_twin
 
 if TYPE_CHECKING:
     from modelcli.live.opening import Inputs
@@ -30,8 +29,10 @@ class Check:
     output_shape: Any = None
 
 
-def check(before: nn.Module, after: nn.Module, inputs: Inputs | None, edited: Sequence[str]) -> Check:
+def check(before: Callable[[], nn.Module], after: nn.Module, inputs: Inputs | None, edited: Sequence[str]) -> Check:
     """Run `after` on meta under the rules for `torch.nn`; `edited` are the paths that the edits touched.
+
+    `before` gives the unedited model, which is asked for only where `after` fails.
 
     Raises RequestError that names the module that no longer fits, what flows in, what it expects and the nearest fix.
     Where `before` fails as well, or no input is known, the check was not possible, and the reason says why.
@@ -41,7 +42,7 @@ def check(before: nn.Module, after: nn.Module, inputs: Inputs | None, edited: Se
     watch, seen = _pass(after, inputs)
     if seen.failure is None:
         return Check(True, None, trace.shape_of(seen.output))
-    _, unedited = _pass(before, inputs)
+    _, unedited = _pass(before(), inputs)
     if unedited.failure is not None:
         return Check(False, f"the model cannot run as it was: {unedited.failure.reason}")
     raise _refusal(after, seen.failure, watch, edited)
@@ -61,23 +62,28 @@ def run_for_real(before: nn.Module, after: nn.Module, inputs: Inputs | None) -> 
 
 
 class _Watch:
-    """Applies the rules before each module runs, and remembers which leaf ran last."""
+    """Applies the rules before each module runs, and remembers which leaf gave what flows in, where that is sure."""
 
     def __init__(self) -> None:
-        self.last: tuple[str, nn.Module] | None = None
+        self.last: tuple[str, nn.Module, Any] | None = None
+        self.came_from: tuple[str, nn.Module] | None = None
 
     def __call__(self, module: nn.Module, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         misfit = rules.check(module, args, kwargs)
         if misfit is not None:
+            if self.last is not None and any(value is self.last[2] for value in (*args, *kwargs.values())):
+                self.came_from = self.last[:2]
             raise MisfitError(misfit)
+
+    def leave(self, module: nn.Module, path: str, output: Any) -> None:
+        """Keep what the last leaf gave."""
         if not module._modules:
-            self.last = (path, module)
+            self.last = (path, module, output)
 
 
 def _pass(module: nn.Module, inputs: Inputs) -> tuple[_Watch, trace.Pass]:
     watch = _Watch()
-    twin = meta_twin(module, plain_tensors=True)
-    return watch, trace.run(twin, inputs.tensors("meta"), visit=watch)
+    return watch, trace.run(trace.twin_or_itself(module), inputs.tensors("meta"), visit=watch, leave=watch.leave)
 
 
 def _refusal(after: nn.Module, failure: trace.Failure, watch: _Watch, edited: Sequence[str]) -> RequestError:
@@ -90,7 +96,7 @@ def _refusal(after: nn.Module, failure: trace.Failure, watch: _Watch, edited: Se
             f"what was edited: {', '.join(map(shown, edited))}; --check none writes it all the same",
         )
     misfit = failure.error.misfit
-    came_from = f" (from {shown(watch.last[0])} {brief(watch.last[1])})" if watch.last else ""
+    came_from = f" (from {shown(watch.came_from[0])} {brief(watch.came_from[1])})" if watch.came_from else ""
     message = (
         f"{shown(path)} {brief(module)} does not fit: {misfit.flows} flows in{came_from}, it expects {misfit.expects}"
     )

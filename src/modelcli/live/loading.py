@@ -18,7 +18,7 @@ from modelcli.checkpoints import Contents, Span, TensorEntry
 from modelcli.checkpoints.pickles import MAX_DEPTH, Global, Opaque, OrderedDict
 from modelcli.errors import AnswerNoError, RequestError
 from modelcli.live.build import Bare
-from modelcli.live.sources import is_lazy, real_storage
+from modelcli.live.sources import is_lazy, named_tensors, real_storage
 from modelcli.live.twins import tagged
 
 #: What wrappers put before every key: DataParallel, torch.compile, Lightning.
@@ -215,20 +215,22 @@ class _WithMetadata(dict[str, Any]):
 
 def _ties(module: nn.Module) -> list[list[str]]:
     groups: dict[int, list[str]] = defaultdict(list)
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        groups[id(parameter)].append(name)
+    for name, tensor in named_tensors(module).items():
+        groups[id(tensor)].append(name)
     return [names for names in groups.values() if len(names) > 1]
 
 
 def _tie_again(module: nn.Module, ties: list[list[str]], loaded: set[str]) -> None:
-    """One `Parameter` for each group again: the last that was loaded, as copying in order would leave it."""
+    """One tensor for each group again: the last that was loaded, as copying in order would leave it."""
     for names in ties:
         last = [name for name in names if name in loaded]
         if last:
-            parameter = module.get_parameter(last[-1])
+            tensor = named_tensors(module)[last[-1]]
             for name in names:
                 path, _, own = name.rpartition(".")
-                module.get_submodule(path)._parameters[own] = parameter
+                owner = module.get_submodule(path)
+                table: dict[str, Any] = owner._parameters if own in owner._parameters else owner._buffers
+                table[own] = tensor
 
 
 def bare_module(contents: Contents) -> nn.Module:

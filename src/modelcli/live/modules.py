@@ -23,11 +23,11 @@ def find_class(dotted: str, *, trusted: bool) -> type[nn.Module]:
     Only torch's and torchvision's own modules are imported unless `trusted`. Raises RequestError with the closest
     names.
     """
-    name = dotted.removeprefix("torch.").removeprefix("nn.")
-    if "." not in name and ":" not in name:
-        found = getattr(nn, name, None)
-        if found is None and hasattr(zoo.torchvision().ops, name):
-            found = getattr(zoo.torchvision().ops, name)
+    package, _, name = dotted.replace(":", ".").rpartition(".")
+    if is_installed_name(dotted):
+        found = getattr(zoo.torchvision().ops if package == "torchvision.ops" else nn, name, None)
+        if found is None and not package:
+            found = getattr(zoo.torchvision().ops, name, None)
         if isinstance(found, type) and issubclass(found, nn.Module):
             return found
         near = closest(name, class_names())
@@ -37,9 +37,12 @@ def find_class(dotted: str, *, trusted: bool) -> type[nn.Module]:
             if near
             else "a class of your own is written package.module:Class(...)",
         )
-    package, _, attribute = dotted.replace(":", ".").rpartition(".")
-    if not trusted and not is_installed_name(dotted):
-        raise UnsafeError(f"{dotted} is neither torch's nor torchvision's own, and naming it runs its code")
+    if not trusted:
+        raise UnsafeError(
+            f"the file names {dotted}, no class of torch.nn or torchvision.ops, and to follow that runs its code",
+            "--trust (trust=True in Python) follows it; --arch names an architecture instead",
+        )
+    attribute = name
     module = python_objects.import_module(package)
     found = getattr(module, attribute, None)
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
@@ -129,8 +132,14 @@ def signature_of(kind: Callable[..., Any]) -> str | None:
 
 
 def parameter_names(kind: Callable[..., Any]) -> list[str]:
-    """The names of a constructor's arguments, in order."""
-    return list(inspect.signature(kind).parameters)
+    """The names of a constructor's arguments, in order; those of a base where it only hands them on (`LSTM`)."""
+    names = list(inspect.signature(kind).parameters)
+    if names[:1] == ["args"] and inspect.isclass(kind):
+        for base in kind.__mro__[1:]:
+            inner = list(inspect.signature(base).parameters) if base is not object else []
+            if inner and inner[0] != "args":
+                return [name for name in inner if name != "mode"]  # RNNBase's own, which its subclasses set
+    return names
 
 
 def value_of(value: Any, *, trusted: bool) -> Any:

@@ -68,6 +68,7 @@ class Live:
     report: LoadReport | None = None
     notes: list[str] = field(default_factory=list)
     seed: int = 0
+    edit_count: int = 0
 
     @property
     def drawn(self) -> bool:
@@ -82,8 +83,9 @@ class Live:
 
         Without `trusted` an edit that would run code other than torch's and torchvision's is refused.
         """
-        first = len(self.edits) + 1
+        first = self.edit_count + 1
         changes = apply(self.module, edits, seed=self.seed, first=first, inputs=self.inputs, trusted=trusted)
+        self.edit_count += len(edits)
         for change in changes:
             self.edits += change.resolved
         self.changes += changes
@@ -181,7 +183,9 @@ class _Opening:
         self._take_architecture(reference, record.weights, trust=self.source.trust)
 
     def live(self, *, report_only: bool = False) -> Live:
-        seed = self.record.seed if self.record else self.source.seed
+        seed = self.source.seed
+        if seed is None:
+            seed = self.record.seed if self.record else 0
         module = self.base.on_meta(seed) if self.base else loading.bare_module(self._contents())
         live = Live(module, self.source, self.base, self.contents, notes=self.notes, seed=seed)
         live.inputs = self._inputs(module)
@@ -190,6 +194,7 @@ class _Opening:
             live.changes.clear()
         if self.record is not None:
             live.edits = list(self.record.edits)
+            live.edit_count = self.record.edit_count
         if self.contents is not None and self.base is not None:
             live.report = loading.load(module, loading.on_meta(self.contents))
             self._check(live.report, report_only)
@@ -206,7 +211,8 @@ class _Opening:
                 "name it: --arch alexnet, or arch= in Python",
             )
         live = self.live()
-        module = self.base.real(live.seed)
+        # A file brings all the numbers: nothing has to be downloaded for it.
+        module = self.base.real(live.seed, weights=self.contents is None)
         if self.record is not None:
             # live() has been through the same edits, and has refused what is not trusted.
             apply(module, self.record.parsed_edits(), seed=live.seed, first=1, inputs=live.inputs)
@@ -214,7 +220,7 @@ class _Opening:
             loading.load(module, loading.mapped(self.contents))
         if self.record is not None:
             set_frozen(module, self.record.frozen)
-        apply(module, edits, seed=live.seed, first=len(live.edits) + 1, inputs=live.inputs)
+        apply(module, edits, seed=live.seed, first=live.edit_count + 1, inputs=live.inputs)
         live.apply(edits)
         return module, live
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -49,7 +50,14 @@ def plan(live: Live, out: Path, kind: str, *, bare: bool = False) -> Plan:
     metadata: Mapping[str, Any] = getattr(state, "_metadata", {})
     if live.architecture is None and contents is not None:
         metadata = contents.metadata
-    return Plan(tensors, records.to_text(record_of(live, out.parent)), _plain(metadata), extras, tree, key)
+    return Plan(
+        tensors,
+        records.to_text(record_of(live, Path(os.path.realpath(out)).parent)),
+        _plain(metadata),
+        extras,
+        tree,
+        key,
+    )
 
 
 def _planned(name: str, tensor: torch.Tensor, kind: str, values: dict[object, Value]) -> PlannedTensor:
@@ -136,6 +144,7 @@ def record_of(live: Live, folder: Path) -> Record:
         reference=reference,
         weights=base.weights if base is not None else None,
         seed=live.seed,
+        edit_count=live.edit_count,
         edits=tuple(live.edits),
         frozen=frozen,
         blueprint=traced(live),

@@ -55,7 +55,7 @@ def import_file(path: Path) -> ModuleType:
 
 def import_module(name: str, folder: Path = Path()) -> ModuleType:
     """Import a module by its name; the folder is importable."""
-    with running_user_code(name, folder):
+    with running_user_code(name, Path(), folder):
         try:
             return importlib.import_module(name)
         except ModuleNotFoundError as error:
@@ -67,11 +67,13 @@ def import_module(name: str, folder: Path = Path()) -> ModuleType:
 
 
 @contextlib.contextmanager
-def running_user_code(what: str, folder: Path | None = None) -> Iterator[None]:
-    """Run code of the user's: what it prints goes to standard error, what it raises becomes a RequestError."""
-    entry = None if folder is None else str(folder.resolve())
-    if entry is not None:
-        sys.path.insert(0, entry)
+def running_user_code(what: str, *folders: Path) -> Iterator[None]:
+    """Run code of the user's, modules in the folders importable.
+
+    What it prints goes to standard error, what it raises becomes a RequestError.
+    """
+    entries = list(dict.fromkeys(str(folder.resolve()) for folder in folders))
+    sys.path[:0] = entries
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
@@ -82,8 +84,9 @@ def running_user_code(what: str, folder: Path | None = None) -> Iterator[None]:
     except Exception as error:
         raise RequestError(f"{what} raised {type(error).__name__}: {error}", _place(error)) from error
     finally:
-        if entry is not None and entry in sys.path:
-            sys.path.remove(entry)
+        for entry in entries:
+            if entry in sys.path:
+                sys.path.remove(entry)
 
 
 def _place(error: Exception) -> str | None:

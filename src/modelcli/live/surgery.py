@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from modelcli import expressions, selectors
-from modelcli.blueprint import Blueprint, ancestors
+from modelcli.blueprint import Blueprint, ancestors, shown
 from modelcli.edits import Edit, Freeze, Replace, Unfreeze
 from modelcli.errors import RequestError
 from modelcli.expressions import HOLE, Call
@@ -246,7 +246,7 @@ def _maker(
 ) -> Callable[[], list[nn.Module]]:
     """What makes the new modules of one edit: all drawn from one generator, in order."""
     # A dtype that the expression itself states is taken at its word.
-    own_dtype = any("dtype" in call.kwargs for call in calls)
+    own_dtype = any(expressions.gives(call, "dtype") for call in calls)
     settings = [(None if own_dtype else _dtype_near(module, old, path), old.training) for old, path in targets]
 
     def for_real() -> list[nn.Module]:
@@ -343,7 +343,7 @@ def _set_flags(module: nn.Module, edit: Freeze | Unfreeze, context: _Context) ->
             raise RequestError(
                 f"nothing to {edit.name}: {target} has no parameters", "modelcli params shows where they are"
             )
-    names = selectors.select_tensors(blueprint, edit.targets, without=edit.without, expect=edit.expect)
+    names = selectors.select_tensors(blueprint, edit.targets, without=edit.without)
     chosen = {name for name in names if blueprint.by_name[name].kind == "parameter"}
     if not chosen:
         raise RequestError(
@@ -357,7 +357,11 @@ def _set_flags(module: nn.Module, edit: Freeze | Unfreeze, context: _Context) ->
             if not (parameters[name].is_floating_point() or parameters[name].is_complex()):
                 raise RequestError(f"{name} is {parameters[name].dtype}: only floating-point tensors can be trained")
     changes = []
-    for path, below in _groups(edit, blueprint, chosen):
+    groups = _groups(edit, blueprint, chosen)
+    if edit.expect is not None and len(groups) != edit.expect:
+        listed = ", ".join(shown(path) for path, _ in groups[:5]) + (", ..." if len(groups) > 5 else "")
+        raise RequestError(f"{len(groups)} match, not the {edit.expect} expected: {listed}")
+    for path, below in groups:
         own = {id(parameters[name]): parameters[name] for name in below}
         before = _flags([p.requires_grad for p in own.values()])
         size = sum(p.numel() for p in own.values() if not is_lazy(p))

@@ -64,39 +64,48 @@ def run(
     device: str = "meta",
     mode: str = "eval",
     visit: Visitor | None = None,
+    leave: Callable[[nn.Module, str, Any], None] | None = None,
     drive: Callable[[nn.Module, Sequence[Any]], Any] | None = None,
     counter: FlopCounterMode | None = None,
 ) -> Pass:
     """One forward pass without gradients. The module is changed only by what its own `forward` does to it.
 
-    `visit` is called before each module runs, with its path and what flows in, and may raise. `drive` makes the call,
+    `visit` is called before each module runs, with its path and what flows in, and may raise; `leave` after it, with
+    its path and output. `drive` makes the call,
     by default plainly. An exception of the pass is kept in `failure`.
     """
     seen = Pass()
     paths: dict[int, list[str]] = {}
     for path, child in walk(module):
         paths.setdefault(id(child), []).append(path)
-    running: list[tuple[str, int]] = []
+    running: list[tuple[str, int, nn.Module]] = []
 
     def total() -> int:
         return counter.get_total_flops() if counter is not None else 0
 
     def before(child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         path = _path_of_call(paths[id(child)], running[-1][0] if running else "")
-        running.append((path, total()))
+        running.append((path, total(), child))
         if visit is not None:
             visit(child, path, args, kwargs)
 
     def after(child: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
-        path, started = running.pop()
+        # A module whose exception was caught above it has left no call of this hook.
+        while running and running[-1][2] is not child:
+            running.pop()
+        path, started, _ = running.pop()
         # FlopCounterMode counts a multiply-accumulate as two.
         seen.macs[path] = seen.macs.get(path, 0) + (total() - started) // 2
         seen.output_shapes.setdefault(path, shape_of(output))
         if not running:
             seen.output = output
+        if leave is not None:
+            leave(child, path, output)
 
     with contextlib.ExitStack() as stack:
         for child in {id(child): child for _, child in walk(module)}.values():
+            if isinstance(child, torch.jit.ScriptModule):
+                continue  # takes no hooks of this kind
             hook = child.register_forward_pre_hook(before, with_kwargs=True)
             stack.callback(hook.remove)
             late_hook = child.register_forward_hook(after, with_kwargs=True)
@@ -158,6 +167,14 @@ def shape_of(output: Any) -> Any:
     return None
 
 
+def twin_or_itself(module: nn.Module) -> nn.Module:
+    """A copy for a forward pass on meta; the module itself where something in it cannot be copied (a lock, a file)."""
+    try:
+        return meta_twin(module, plain_tensors=True)
+    except Exception:
+        return module
+
+
 def trace(module: nn.Module, inputs: Inputs | None, *, mode: str = "eval") -> tuple[Trace, nn.Module]:
     """Trace a forward pass on a meta twin; gives the twin as well, whose lazy parameters have their shapes now.
 
@@ -166,7 +183,7 @@ def trace(module: nn.Module, inputs: Inputs | None, *, mode: str = "eval") -> tu
     """
     if inputs is None:
         return Trace(None, reason="no input size is known: give --input-size, batch included"), module
-    twin = meta_twin(module, plain_tensors=True)
+    twin = twin_or_itself(module)
     tensors = inputs.tensors("meta")
     statistics: list[Any] = []
 
@@ -178,7 +195,7 @@ def trace(module: nn.Module, inputs: Inputs | None, *, mode: str = "eval") -> tu
     counter = FlopCounterMode(display=False)
     seen = run(twin, tensors, mode=mode, drive=drive, counter=counter)
     if seen.failure is not None and _raised_by_torchinfo(seen.failure.error):
-        twin = meta_twin(module, plain_tensors=True)
+        twin = twin_or_itself(module)
         counter = FlopCounterMode(display=False)
         seen = run(twin, tensors, mode=mode, counter=counter)
     layers = {
@@ -207,7 +224,7 @@ def _reason_by_rules(module: nn.Module, inputs: Inputs, mode: str) -> str | None
         if (misfit := rules.check(child, args, kwargs)) is not None:
             raise rules.MisfitError(misfit)
 
-    failure = run(meta_twin(module, plain_tensors=True), inputs.tensors("meta"), mode=mode, visit=visit).failure
+    failure = run(twin_or_itself(module), inputs.tensors("meta"), mode=mode, visit=visit).failure
     return failure.reason if failure is not None and isinstance(failure.error, rules.MisfitError) else None
 
 
@@ -238,7 +255,7 @@ def flowing_into(module: nn.Module, paths: Sequence[str], inputs: Inputs | None)
     if inputs is None:
         return {}
     found: dict[str, torch.Tensor] = {}
-    twin = meta_twin(module, plain_tensors=True)
+    twin = twin_or_itself(module)
     places: dict[int, list[str]] = {}
     for path, child in walk(twin):
         if path in paths:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from modelcli.live.modules import ConstructorError
-from modelcli.live.sources import AnySource, Value, is_lazy, named_tensors, source_of, tag
+from modelcli.live.sources import AnySource, Value, is_lazy, named_tensors
 
 Constructor = Callable[[], nn.Module]
 
@@ -35,7 +35,7 @@ def build_on_meta(construct: Constructor, *, only_if_needed: bool = False) -> nn
     for number, rung in enumerate(rungs):
         with seeded(0):
             try:
-                return meta_twin(rung(construct))
+                return _moved_to_meta(rung(construct))
             except ConstructorError as error:
                 if number == len(rungs) - 1 or (only_if_needed and not error.may_need_numbers):
                     raise
@@ -66,6 +66,23 @@ def _parameters_on_meta(construct: Constructor) -> nn.Module:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
+def _moved_to_meta(module: nn.Module) -> nn.Module:
+    """The module itself, with every parameter and buffer replaced by its twin on meta: ties and views hold."""
+    twins: dict[int, torch.Tensor] = {}
+    storages: dict[int, torch.UntypedStorage] = {}
+    kept: list[torch.Tensor] = []
+    for child in module.modules():
+        tables: tuple[dict[str, Any], ...] = (child._parameters, child._buffers)
+        for table in tables:
+            for name, tensor in table.items():
+                if tensor is not None and not tensor.is_meta:
+                    kept.append(tensor)  # so that its id is not given to another one
+                    if id(tensor) not in twins:
+                        twins[id(tensor)] = _tensor_twin(tensor, storages, keep_values=False)
+                    table[name] = twins[id(tensor)]
+    return module
+
+
 def meta_twin(module: nn.Module, *, keep_values: bool = False, plain_tensors: bool = False) -> nn.Module:
     """A copy on the meta device: ties and views hold, sources stay known, no weight is copied.
 
@@ -78,9 +95,9 @@ def meta_twin(module: nn.Module, *, keep_values: bool = False, plain_tensors: bo
     for tensor in named_tensors(module).values():
         memo.setdefault(id(tensor), _tensor_twin(tensor, storages, keep_values))
         kept.append(tensor)
-    if plain_tensors:
-        for tensor in _plain_tensors(module):
-            memo.setdefault(id(tensor), tensor.detach().to("meta"))
+    for tensor in _plain_tensors(module):
+        if plain_tensors or tensor.grad_fn is not None:  # what was computed from others cannot be copied
+            memo.setdefault(id(tensor), tensor.detach().to("meta") if plain_tensors else tensor.detach())
             kept.append(tensor)
     return copy.deepcopy(module, memo)
 
@@ -124,19 +141,8 @@ def _plain_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
             stack.extend(value.values())
 
 
-def set_tensor(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Put a parameter or buffer under a full dotted name."""
-    path, _, last = name.rpartition(".")
-    owner = module.get_submodule(path)
-    table: dict[str, Any] = owner._parameters if last in owner._parameters else owner._buffers
-    table[last] = tensor
-
-
 def tagged(storage_bytes: int, source: AnySource) -> torch.UntypedStorage:
     """A meta storage whose bytes come from a source."""
     storage = torch.UntypedStorage(storage_bytes, device="meta")
     storage.source = source  # type: ignore[attr-defined]
     return storage
-
-
-__all__ = ["build_on_meta", "meta_twin", "seeded", "set_tensor", "source_of", "tag", "tagged"]

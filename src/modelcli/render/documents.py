@@ -76,11 +76,11 @@ def summary(reference: str, blueprint: Blueprint, *, depth: int | None = None) -
     }
     return View(
         document,
-        [layer | {"output": _output_text(layer, passed=trace.reason is None)} for layer in layers],
+        [layer | {"output_shape": _output_text(layer, passed=trace.reason is None)} for layer in layers],
         (
             Column("path", "path", style="cyan"),
             Column("type", "type", flexible=True),
-            Column("output", "output shape", flexible=True),
+            Column("output_shape", "output shape", flexible=True),
             Column("params", "params", count, right=True),
             Column("trainable", "trainable", lambda value: "-" if value == "none" else text(value)),
             Column("macs", "mult-adds", count, right=True),

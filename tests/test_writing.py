@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from modelcli import checkpoints, writing
+from modelcli import atomic, checkpoints, writing
 from modelcli import record as records
 from modelcli.blueprint import Blueprint, ModuleInfo, TensorInfo
 from modelcli.checkpoints import Contents
@@ -32,7 +32,7 @@ from modelcli.live.planning import plan
 from modelcli.live.sources import Value
 from modelcli.record import Record
 from modelcli.references import Source
-from modelcli.writing import Plan, PlannedTensor, atomic, pickling, torch_zip
+from modelcli.writing import Plan, PlannedTensor, pickling, torch_zip
 from tests.test_checkpoints import DTYPES, SAFETENSORS_DTYPES, assert_same, raw, saved, tensor_of, tensors_of
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import itemgetter
@@ -17,10 +15,10 @@ from tomlkit import TOMLDocument
 from tomlkit.exceptions import ParseError, TOMLKitError
 from tomlkit.items import Array
 
-from modelcli import edits
+from modelcli import atomic, edits
 from modelcli.blueprint import ITEM_BYTES
 from modelcli.edits import Edit
-from modelcli.errors import RequestError, SystemFailureError, closest
+from modelcli.errors import RequestError, closest
 from modelcli.references import Source, parse_input_size
 
 FILE_NAME = "modelcli.toml"
@@ -240,34 +238,11 @@ def take_back(path: Path, count: int) -> list[str]:
 
 def _write(path: Path, text: str, *, like: str = "") -> None:
     """Replace the file in one step, so that an interrupted run leaves the old one; its lines end as those of `like`."""
-    path = Path(os.path.realpath(path))  # a link stays one
     ending = "\r\n" if "\r\n" in like else "\n"
     text = text.replace("\r\n", "\n").replace("\n", ending)
     try:
         data = text.encode()
     except UnicodeEncodeError:
         raise RequestError(f"cannot write {path}: a recipe is UTF-8 text, and a name in it is not") from None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    except OSError as error:
-        raise SystemFailureError(f"cannot write {path}: {error.strerror or error}") from None
-    try:
-        with open(handle, "wb") as file:  # noqa: PTH123
-            file.write(data)
-        with contextlib.suppress(OSError):
-            mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()
-            os.chmod(name, mode)  # noqa: PTH101
-        os.replace(name, path)  # noqa: PTH105
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            os.unlink(name)  # noqa: PTH108
-        if isinstance(error, OSError):
-            raise SystemFailureError(f"cannot write {path}: {error.strerror or error}") from None
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    with atomic.replacing(path, force=True) as (file, _):
+        file.write(data)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from modelcli import atomic
 from modelcli.errors import RequestError
-from modelcli.writing import atomic, safetensors, torch_zip
+from modelcli.writing import safetensors, torch_zip
 from modelcli.writing.plan import Plan, PlannedTensor, Source, Written
 
 __all__ = ["Plan", "PlannedTensor", "Source", "Written", "check_target", "format_of", "write"]

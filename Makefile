@@ -24,8 +24,7 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 $(DEV_STAMP): $(STAMP)
-	$(BIN)/python -m pip install --quiet --upgrade 'hypothesis>=6.100' 'import-linter>=2.3' 'mypy>=1.15' \
-	  'pytest>=8.3' 'pytest-xdist>=3.6' 'ruff>=0.9'
+	$(BIN)/python -m pip install --quiet --upgrade $(TORCH) --editable '.[dev]'
 	@touch $@
 
 demo: $(STAMP) ## install, and run the story of the README, each command before its output

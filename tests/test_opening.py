@@ -199,6 +199,9 @@ def test_trust_follows_the_record_and_arch_ignores_it(cli: Cli) -> None:
         modelcli.load("runs/out.pth", arch="nets.py:Net")
     cli("freeze", "bn", "-m", "runs/out.pth", "--trust", "-o", "runs/two.pth")
     cli("freeze", "bn", "-m", "runs/out.pth", "--arch", "nets.py:Net", code=1)
+    cli("load", "runs/out.pth", "--trust")
+    assert "trust = true" in Path("modelcli.toml").read_text()
+    cli("freeze", "conv1")  # the recipe is one's own: what was trusted once stays so
 
 
 def test_a_module_of_ones_own_in_the_edits_needs_trust(cli: Cli) -> None:

@@ -48,7 +48,7 @@ def ancestors(path: str) -> Iterator[str]:
     yield ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TensorInfo:
     """One parameter or buffer under one name.
 
@@ -64,11 +64,11 @@ class TensorInfo:
     tied_to: str | None = None
     persistent: bool = True
 
-    @property
+    @cached_property
     def elements(self) -> int:
         return prod(self.shape) if self.shape is not None else 0
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         return self.elements * ITEM_BYTES[self.dtype]
 
@@ -412,8 +412,9 @@ def from_keys(tensors: Iterable[TensorInfo], types: Mapping[str, str] | None = N
     listed, types = tuple(tensors), types or {}
     paths: dict[str, None] = {"": None, **dict.fromkeys(types)}
     for tensor in listed:
-        for path in reversed(list(ancestors(parent_of(tensor.name)))):
-            paths.setdefault(path)
+        if (above := parent_of(tensor.name)) not in paths:
+            for path in reversed(list(ancestors(above))):
+                paths.setdefault(path)
     named = ((path, types.get(path)) for path in _depth_first(paths))
     modules = (ModuleInfo(path, kind, () if kind is None else (kind,)) for path, kind in named)
     return Blueprint(tuple(modules), listed)

@@ -22,7 +22,19 @@ from modelcli.errors import RequestError, closest
 from modelcli.references import Source, parse_input_size
 
 FILE_NAME = "modelcli.toml"
-KEYS = ("model", "weights", "arch", "key", "strict", "tensors_only", "seed", "input_size", "input_dtype", "edits")
+KEYS = (
+    "model",
+    "weights",
+    "arch",
+    "key",
+    "strict",
+    "tensors_only",
+    "trust",
+    "seed",
+    "input_size",
+    "input_dtype",
+    "edits",
+)
 
 
 @dataclass(frozen=True)
@@ -70,7 +82,7 @@ def read(path: Path) -> Recipe:
     seed = document.get("seed", 0)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         report("seed", f"seed is a whole number from 0 to 2^63 - 1, not {seed!r}")
-    for key in ("strict", "tensors_only"):
+    for key in ("strict", "tensors_only", "trust"):
         if not isinstance(document.get(key, True), bool):
             report(key, f"{key} is true or false, not {document[key]!r}")
     sizes: list[tuple[int, ...]] = []
@@ -110,6 +122,7 @@ def read(path: Path) -> Recipe:
         key=values["key"],
         strict=document.get("strict", True),
         tensors_only=document.get("tensors_only", False),
+        trust=document.get("trust", False),
         seed=document.get("seed"),
         input_size=tuple(sizes) or None,
         input_dtype=tuple(dtypes),
@@ -193,8 +206,9 @@ def start(path: Path, source: Source) -> None:
             document[key] = value
     if not source.strict:
         document["strict"] = False
-    if source.tensors_only:
-        document["tensors_only"] = True
+    for key in ("tensors_only", "trust"):
+        if getattr(source, key):
+            document[key] = True
     document["seed"] = source.seed or 0
     if source.input_size is not None:
         sizes = [",".join(map(str, shape)) for shape in source.input_size]

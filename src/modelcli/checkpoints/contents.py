@@ -106,7 +106,8 @@ class Contents:
         first: dict[tuple[object, ...], str] = {}
         infos = {}
         for name, entry in self.tensors.items():
-            view = (entry.storage, entry.offset, entry.shape, entry.stride, entry.dtype)
+            # A storage that two tensors share is one span object: that is what makes them tied.
+            view = (id(entry.storage), entry.offset, entry.shape, entry.stride, entry.dtype)
             original = first.setdefault(view, name) if entry.storage.nbytes else name
             infos[name] = TensorInfo(
                 name=name,

@@ -691,3 +691,57 @@ def test_the_limit_on_opcodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(pickles, "MAX_OPCODES", 5)
     with pytest.raises(FileFormatError, match="more than 5 opcodes"):
         checkpoints.read(path)
+
+
+# --- archives that different programs would read differently --------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["archive/data/0", "ARCHIVE/DATA/0", "archive/data.pkl"])
+def test_a_name_that_stands_twice_is_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "m.pth"
+    with path.open("wb") as file:
+        torch.save({"w": torch.ones(3)}, file)
+    with warnings.catch_warnings(), zipfile.ZipFile(path, "a") as archive:
+        warnings.simplefilter("ignore")
+        archive.writestr(name, b"\0" * 12)
+    with pytest.raises(FileFormatError, match="twice"):
+        checkpoints.read(path)
+
+
+def test_records_over_one_another_are_refused(tmp_path: Path) -> None:
+    """The directory gives one record the place of another."""
+    path = tmp_path / "m.pth"
+    with path.open("wb") as file:
+        torch.save({"v": torch.ones(3), "w": torch.zeros(3)}, file)
+    with zipfile.ZipFile(path) as archive:
+        first, second = (archive.getinfo(f"archive/data/{number}").header_offset for number in (0, 1))
+    data = path.read_bytes()
+    directory = data.index(b"PK\x01\x02")
+    moved = data[:directory] + data[directory:].replace(struct.pack("<I", second), struct.pack("<I", first), 1)
+    path.write_bytes(moved)
+    with pytest.raises(FileFormatError, match="lie over one another"):
+        checkpoints.read(path)
+
+
+def test_a_record_with_another_name_in_its_own_header(tmp_path: Path) -> None:
+    path = tmp_path / "m.pth"
+    with path.open("wb") as file:
+        torch.save({"w": torch.ones(3)}, file)
+    path.write_bytes(path.read_bytes().replace(b"archive/data/0", b"archive/data/9", 1))
+    with pytest.raises(FileFormatError, match="another name in its own header"):
+        checkpoints.read(path)
+
+
+def test_more_records_than_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints.torch_zip, "MAX_RECORDS", 3)
+    path = tmp_path / "m.pth"
+    torch.save({"w": torch.ones(3)}, path)
+    with pytest.raises(FileFormatError, match="the limit is 3"):
+        checkpoints.read(path)
+
+
+def test_a_file_with_a_name_of_any_script(tmp_path: Path) -> None:
+    """torch.save takes the archive's prefix from the file's name."""
+    path = tmp_path / "modèle-模型.pth"
+    torch.save({"w": torch.ones(3)}, path)
+    assert checkpoints.read(path).tensors["w"].storage.bytes() == torch.ones(3).numpy().tobytes()

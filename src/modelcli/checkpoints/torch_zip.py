@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import zipfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -14,6 +15,7 @@ from modelcli.checkpoints.contents import Contents, Span, identity_of
 from modelcli.errors import FileFormatError, ModelcliError, SystemFailureError
 
 MAX_PICKLE_BYTES = 64 * 1024 * 1024
+MAX_RECORDS = 1_000_000
 
 
 def read(path: Path, key: str | None) -> Contents:
@@ -21,7 +23,7 @@ def read(path: Path, key: str | None) -> Contents:
     identity = identity_of(path)
     try:
         with zipfile.ZipFile(path) as archive:
-            members = {info.filename: info for info in archive.infolist()}
+            members = _members(path, archive.infolist())
             pickle_name = _pickle_name(path, members)
             prefix = pickle_name.removesuffix("data.pkl")
             data = _read_member(path, archive, members[pickle_name])
@@ -45,6 +47,24 @@ def read(path: Path, key: str | None) -> Contents:
             return trees.contents_of(path, pickled, storages.span, key, record_text)
     except OSError as error:
         raise SystemFailureError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def _members(path: Path, infos: list[zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
+    """The archive's records by name. Raises FileFormatError where two have one name, or lie over one another.
+
+    Programs differ in which of two records they read: what is shown must be what any of them loads.
+    """
+    if len(infos) > MAX_RECORDS:
+        raise FileFormatError(f"{path} holds {len(infos):,} records; the limit is {MAX_RECORDS:,}")
+    names = Counter(info.filename.lower() for info in infos)
+    if len(names) != len(infos):
+        raise FileFormatError(f"{path} holds the record {names.most_common(1)[0][0]} twice")
+    end, last = 0, ""
+    for info in sorted(infos, key=lambda info: info.header_offset):
+        if info.header_offset < end:
+            raise FileFormatError(f"{path}: the records {last} and {info.filename} lie over one another")
+        end, last = info.header_offset + 30 + info.compress_size, info.filename
+    return {info.filename: info for info in infos}
 
 
 def _pickle_name(path: Path, members: Mapping[str, zipfile.ZipInfo]) -> str:
@@ -108,6 +128,9 @@ class _Storages:
         if len(header) < 30 or header[:4] != b"PK\x03\x04":
             raise FileFormatError(f"{self.path} is damaged: record {name} has no header")
         name_length, extra_length = struct.unpack("<HH", header[26:30])
+        encoding = "utf-8" if info.flag_bits & 0x800 else "cp437"
+        if self.file.read(name_length) != name.encode(encoding, "surrogateescape"):
+            raise FileFormatError(f"{self.path} is damaged: record {name} has another name in its own header")
         offset = info.header_offset + 30 + name_length + extra_length
         if offset + info.file_size > self.identity[0]:
             raise FileFormatError(f"{self.path} is cut off: record {name} ends behind the end of the file")

@@ -89,8 +89,7 @@ def compare(title: str, ours: Sequence[str], peer: Sequence[str], bound: str) ->
             seconds, peak = measure(ours if is_ours else peer)
             if round_number:
                 times[is_ours].append(seconds)
-            if is_ours:
-                memory = max(memory, peak)
+                memory = max(memory, peak) if is_ours else memory
     mine, other = statistics.median(times[True]), statistics.median(times[False])
     print(f"{title:44} {mine:7.3f} s {other:7.3f} s {mine / other:7.3f} {memory / 1024:6.0f} MB   {bound}", flush=True)
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from modelcli import blueprint as blueprints
 from modelcli import cache, checkpoints, references, selectors
 from modelcli import record as records
-from modelcli.blueprint import Blueprint, Totals, Trace, shown
+from modelcli.blueprint import Blueprint, Totals, Trace
 from modelcli.checkpoints import Contents
 from modelcli.edits import Edit
 from modelcli.errors import ModelcliError, RequestError
@@ -462,6 +462,3 @@ def builders(pattern: str | None) -> list[dict[str, Any]]:
         }
         for info in map(zoo.describe, names)
     ]
-
-
-__all__ = ["Look", "Target", "edit", "find_target", "load", "look", "save", "shown"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from modelcli.checkpoints import Contents
 from modelcli.edits import Edit
 from modelcli.errors import RequestError, UnsafeError
 from modelcli.live import loading, zoo
-from modelcli.live.build import Architecture, Bare, architecture
+from modelcli.live.build import Architecture, architecture
 from modelcli.live.describe import describe, dtype_name
 from modelcli.live.loading import LoadReport
 from modelcli.live.surgery import Change, apply
@@ -252,7 +252,7 @@ class _Opening:
 
 
 def _weights_file(weights: str | None, folder: Path, *, of_checkpoint: bool) -> Path | None:
-    """The file that `--weights` names, if it names one: it has a separator or a known suffix, or lies there."""
+    """The file that `--weights` names, if it names one: it has a separator or a known suffix."""
     if weights is None or of_checkpoint:
         return None
     path = folder / weights
@@ -288,6 +288,3 @@ def with_arch_instance(source: Source, instance: nn.Module) -> tuple[nn.Module, 
     if error := report.refusal(contents, type(instance).__name__, strict=source.strict):
         raise error
     return instance, report
-
-
-__all__ = ["Bare", "Inputs", "Live", "open_live", "open_real", "replace", "set_frozen", "with_arch_instance"]

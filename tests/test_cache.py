@@ -53,7 +53,7 @@ def test_what_a_blueprint_depends_on(cli: Cli, words: tuple[str, ...]) -> None:
 def test_versions_are_part_of_the_key(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.put(KEY, BLUEPRINT)
     assert cache.get(KEY) == BLUEPRINT
-    monkeypatch.setattr("importlib.metadata.version", lambda _package: "99.0")
+    monkeypatch.setattr("modelcli.installed.version", lambda _package: "99.0")
     assert cache.get(KEY) is None
 
 

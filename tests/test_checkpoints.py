@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
 import json
+import lzma
 import pickle
 import random
 import struct
+import tarfile
 import warnings
 import zipfile
 from collections import Counter, OrderedDict
@@ -14,13 +18,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from torch import nn
 
 from modelcli import checkpoints
-from modelcli.checkpoints import Contents, TensorEntry, pickles
+from modelcli.checkpoints import Contents, TensorEntry
 from modelcli.errors import FileFormatError, ModelcliError, RequestError
 from modelcli.live import loading
 
@@ -445,6 +450,28 @@ def test_a_storage_whose_header_lies_outside_the_file(tmp_path: Path) -> None:
 # --- files of another kind -----------------------------------------------------------------------------------------
 
 
+def tar_of(data: bytes) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        info = tarfile.TarInfo("storages")
+        info.size = len(data)
+        archive.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+def npz_of(count: int) -> bytes:
+    out = io.BytesIO()
+    np.savez(out, *[np.ones(number) for number in range(count)])
+    return out.getvalue()
+
+
+def zip_of(name: str) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr(name, b"x")
+    return out.getvalue()
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -458,7 +485,27 @@ def test_a_storage_whose_header_lies_outside_the_file(tmp_path: Path) -> None:
         (b"\x93NUMPY\x01\x00" + bytes(20), "a NumPy array"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git lfs pull"),
         (b"GGUF" + bytes(20), "a GGUF file"),
-        (b"\x80\x02}q\x00.", "is not a checkpoint"),
+        (b"lmgg" + bytes(20), "a GGML file"),
+        (b"\x1c\x00\x00\x00TFL3" + bytes(20), "a TensorFlow Lite model"),
+        (b"\x1c\x00\x00\x00ET12" + bytes(20), "an ExecuTorch program"),
+        (b"\x08\x08\x12\x07pytorch\x1a\x052.15.0", "an ONNX model"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(20), "an HDF5 file"),
+        (b"Rar!\x1a\x07\x01\x00" + bytes(20), "a rar archive"),
+        (b"\x28\xb5\x2f\xfd" + bytes(20), "a zstd file"),
+        (b"\x7fELF" + bytes(20), "a program or library for Linux"),
+        (b"MZ\x90\x00" + bytes(20), "a program or library for Windows"),
+        (b"%PDF-1.7", "a PDF document"),
+        (b'{"architectures": ["Bert"]}', "a JSON file"),
+        (pickle.dumps({}, 2), "a pickle that torch.save did not write"),
+        (pickle.dumps({}, 5), "a pickle that torch.save did not write"),
+        (gzip.compress(b"x"), "a gzip file"),
+        (bz2.compress(b"x"), "a bzip2 file"),
+        (lzma.compress(b"x"), "an xz file"),
+        (tar_of(b"x"), "a tar archive"),
+        (npz_of(3), "a NumPy archive"),
+        (zip_of("model.weights.h5"), "a Keras model"),
+        (zip_of("pytorch_model.bin"), "unpack it: it holds pytorch_model.bin"),
+        (zip_of("readme.txt"), "none that torch.save wrote"),
         (bytes(100), "is not a checkpoint"),
         (b"PK\x03\x04" + bytes(100), "a damaged zip file"),
     ],
@@ -466,8 +513,9 @@ def test_a_storage_whose_header_lies_outside_the_file(tmp_path: Path) -> None:
 def test_files_of_another_kind_are_named(tmp_path: Path, data: bytes, message: str) -> None:
     path = tmp_path / "model.pth"
     path.write_bytes(data)
-    with pytest.raises(FileFormatError, match=message.replace("(", r"\(")) as error:
+    with pytest.raises(FileFormatError) as error:
         checkpoints.read(path)
+    assert message in str(error.value)
     assert error.value.exit_code == 4
     assert str(path) in error.value.message
 
@@ -686,13 +734,6 @@ def test_writes_into_mapped_tensors_stay_in_memory(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
-def test_the_limit_on_opcodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = saved(tmp_path / "m.pth", {"a": torch.ones(3)})
-    monkeypatch.setattr(pickles, "MAX_OPCODES", 5)
-    with pytest.raises(FileFormatError, match="more than 5 opcodes"):
-        checkpoints.read(path)
-
-
 # --- archives that different programs would read differently --------------------------------------------------------
 
 
@@ -729,14 +770,6 @@ def test_a_record_with_another_name_in_its_own_header(tmp_path: Path) -> None:
         torch.save({"w": torch.ones(3)}, file)
     path.write_bytes(path.read_bytes().replace(b"archive/data/0", b"archive/data/9", 1))
     with pytest.raises(FileFormatError, match="another name in its own header"):
-        checkpoints.read(path)
-
-
-def test_more_records_than_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints.torch_zip, "MAX_RECORDS", 3)
-    path = tmp_path / "m.pth"
-    torch.save({"w": torch.ones(3)}, path)
-    with pytest.raises(FileFormatError, match="the limit is 3"):
         checkpoints.read(path)
 
 

@@ -65,10 +65,45 @@ def test_links_out_of_the_folder_are_refused(folder: Path) -> None:
         checkpoints.read(shards)
 
 
+def test_a_cache_of_downloads_links_the_index_and_its_shards_to_one_other_folder(folder: Path) -> None:
+    """As huggingface_hub lays out its cache: snapshots/<commit>/<name> are links to blobs/<digest>."""
+    real = sharded(folder / "blobs")
+    snapshot = folder / "snapshots" / "main"
+    snapshot.mkdir(parents=True)
+    for file in real.iterdir():
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    assert checkpoints.read(snapshot).infos().keys() == STATE.keys()
+    (folder / "outside").symlink_to(real)  # a link to a link that ends in the right place
+    assert checkpoints.read(folder / "outside").infos().keys() == STATE.keys()
+
+
+def test_an_index_that_names_an_index_or_a_folder(folder: Path) -> None:
+    """Itself, say: nothing is read in a circle."""
+    shards = sharded(folder / "big", **{"0.bias": "model.safetensors.index.json"})
+    with pytest.raises(FileFormatError, match="a JSON file"):
+        checkpoints.read(shards)
+    shards = sharded(folder / "other", **{"0.bias": "."})
+    with pytest.raises(FileFormatError, match="not there"):
+        checkpoints.read(shards)
+
+
+def test_one_shard_spelt_in_two_ways_is_read_once(folder: Path) -> None:
+    plain = checkpoints.read(sharded(folder / "plain"))
+    names = {file.name for file in (folder / "plain").iterdir() if file.suffix != ".json"}
+    index = next((folder / "plain").glob("*.index.json"))
+    document = json.loads(index.read_text())
+    first = next(iter(document["weight_map"]))
+    document["weight_map"][first] = f"./././{document['weight_map'][first]}"
+    index.write_text(json.dumps(document))
+    again = checkpoints.read(folder / "plain")
+    assert again.infos() == plain.infos()
+    assert f"in {len(names)} shards" in again.notes[0]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "is empty"),
+        ("", "is no index of shards"),
         ("[]", "no weight_map"),
         ('{"weight_map": {"a": 1}}', "no weight_map"),
         ('{"weight_map": {"a": "x", "a": "y"}}', "'a' stands in it twice"),
@@ -94,12 +129,6 @@ def test_an_index_that_does_not_fit_its_shards(folder: Path) -> None:
     index.write_text(json.dumps(document))
     with pytest.raises(FileFormatError, match=r"holds 0.bias, which .* does not name"):
         checkpoints.read(shards)
-
-
-def test_an_index_beyond_the_limit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints.folders, "MAX_INDEX_BYTES", 10)
-    with pytest.raises(FileFormatError, match="the limit is 10"):
-        checkpoints.read(sharded(folder / "big"))
 
 
 def test_folders_without_an_index(cli: Cli, folder: Path) -> None:

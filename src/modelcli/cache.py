@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modelcli import blueprint
+from modelcli import blueprint, installed
 from modelcli._version import __version__
 from modelcli.blueprint import Blueprint
 
@@ -63,14 +63,9 @@ class Key:
 
 
 def _versions() -> Iterator[tuple[str, str | None]]:
-    from importlib import metadata
-
     yield "modelcli", __version__
     for package in ("torch", "torchvision"):
-        try:
-            yield package, metadata.version(package)
-        except metadata.PackageNotFoundError:
-            yield package, None
+        yield package, installed.version(package)
 
 
 def _path(document: Mapping[str, Any]) -> Path:

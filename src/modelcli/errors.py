@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 
@@ -59,6 +58,8 @@ class SystemFailureError(ModelcliError):
 
 def closest(word: str, candidates: Iterable[str], count: int = 3) -> list[str]:
     """The candidates most like `word`, best first; case is ignored before it is counted."""
+    import difflib
+
     pool = list(candidates)
     folded: dict[str, str] = {}
     for name in pool:

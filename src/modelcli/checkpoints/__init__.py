@@ -4,22 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from modelcli.checkpoints import folders, safetensors, torch_legacy, torch_zip
+from modelcli.checkpoints import folders, kinds, safetensors, torch_legacy, torch_zip
 from modelcli.checkpoints.contents import Contents, Span, TensorEntry
 from modelcli.errors import FileFormatError, RequestError, SystemFailureError
 
 __all__ = ["Contents", "Span", "TensorEntry", "read"]
-
-_NAMES = (
-    (b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
-    (b"\x1f\x8b", "a gzip file"),
-    (b"version https://git-lfs", "a git-lfs pointer, not the file it points to: run git lfs pull"),
-    (b"<!doctype", "an HTML page: the download went wrong"),
-    (b"<html", "an HTML page: the download went wrong"),
-    (b"GGUF", "a GGUF file"),
-    (b"\x89HDF\r\n\x1a\n", "an HDF5 file, as Keras writes it"),
-    (b"\x93NUMPY", "a NumPy array"),
-)
 
 
 def read(path: Path, *, key: str | None = None) -> Contents:
@@ -31,31 +20,41 @@ def read(path: Path, *, key: str | None = None) -> Contents:
     try:
         if path.is_dir():
             path = folders.index_in(path)
+        if not path.exists():
+            raise RequestError(f"no such file: {path}")
+        if not path.is_file():
+            raise RequestError(f"{path} is a device or a pipe, and a checkpoint is a file", "save it to a file first")
+    except OSError as error:
+        raise SystemFailureError(f"cannot read {path}: {error.strerror or error}") from None
+    if path.name.endswith(folders.INDEX_SUFFIX):
+        _refuse_key(key, path, "an index of shards")
+        return folders.read(path, _read_file)
+    return _read_file(path, key)
+
+
+def _read_file(path: Path, key: str | None = None) -> Contents:
+    """Read one file that holds tensors itself."""
+    try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            head = file.read(64)
-    except FileNotFoundError:
-        raise RequestError(f"no such file: {path}") from None
+            head = file.read(kinds.HEAD_BYTES)
     except OSError as error:
         raise SystemFailureError(f"cannot read {path}: {error.strerror or error}") from None
     if not size:
         raise FileFormatError(f"{path} is empty", "the program that wrote it may have been interrupted")
-    if path.name.endswith(folders.INDEX_SUFFIX):
-        if key is not None:
-            raise RequestError(f"--key {key} is for training checkpoints, and {path} is an index of shards")
-        return folders.read(path, lambda shard: read(shard))
-    if head.startswith(b"PK"):
+    if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return torch_zip.read(path, key)
     if safetensors.looks_like(head, size):
-        if key is not None:
-            raise RequestError(f"--key {key} is for training checkpoints, and {path} is a safetensors file")
+        _refuse_key(key, path, "a safetensors file")
         return safetensors.read(path)
     if torch_legacy.looks_like(head):
         return torch_legacy.read(path, key)
-    name = next(
-        (name for magic, name in _NAMES if head.startswith(magic) or head.strip().lower().startswith(magic)), None
-    )
-    raise FileFormatError(
-        f"{path} is {name}" if name else f"{path} is not a checkpoint: it starts with {head[:8]!r}",
-        "a checkpoint is a .pth that torch.save wrote, or a .safetensors file",
-    )
+    if kind := kinds.name(head):
+        raise FileFormatError(f"{path} is {kind.name}", kind.hint)
+    what, hint = kinds.unknown(head)
+    raise FileFormatError(f"{path} {what}", hint)
+
+
+def _refuse_key(key: str | None, path: Path, what: str) -> None:
+    if key is not None:
+        raise RequestError(f"--key {key} is for training checkpoints, and {path} is {what}")

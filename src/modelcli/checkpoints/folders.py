@@ -7,11 +7,10 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from modelcli import record as records
-from modelcli.checkpoints import strict_json
+from modelcli.checkpoints import limits, strict_json
 from modelcli.checkpoints.contents import Contents, TensorEntry
 from modelcli.errors import FileFormatError, RequestError, SystemFailureError
 
-MAX_INDEX_BYTES = 64 * 1024 * 1024
 INDEX_SUFFIX = ".index.json"
 
 Reader = Callable[[Path], Contents]
@@ -36,18 +35,22 @@ def index_in(folder: Path) -> Path:
 def read(index: Path, read_file: Reader) -> Contents:
     """Read an index and the headers of the shards it names. Raises FileFormatError where they do not fit together."""
     weight_map, metadata = _index(index)
-    shards: dict[str, Contents] = {}
+    paths: dict[str, Path] = {}
+    shards: dict[Path, Contents] = {}
     tensors: dict[str, TensorEntry] = {}
     for name, file in weight_map.items():
-        if file not in shards:
-            shards[file] = read_file(_inside(index, file))
-        entry = shards[file].tensors.get(name)
+        if file not in paths:
+            paths[file] = _inside(index, file)
+            # One file may be spelt in several ways, and is read once.
+            if paths[file].resolve() not in shards:
+                shards[paths[file].resolve()] = read_file(paths[file])
+        entry = shards[paths[file].resolve()].tensors.get(name)
         if entry is None:
             raise FileFormatError(f"{index} says that {name} is in {file}, and it is not")
         tensors[name] = entry
-    for file, shard in shards.items():
-        if extra := [name for name in shard.tensors if name not in weight_map]:
-            raise FileFormatError(f"{file} holds {extra[0]}, which {index} does not name")
+    for path, shard in shards.items():
+        if extra := next((name for name in shard.tensors if name not in weight_map), None):
+            raise FileFormatError(f"{path.name} holds {extra}, which {index} does not name")
     text = metadata.get(records.SAFETENSORS_KEY)
     formats = {shard.format for shard in shards.values()}
     return Contents(
@@ -62,8 +65,7 @@ def read(index: Path, read_file: Reader) -> Contents:
 
 def _index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     try:
-        if (size := path.stat().st_size) > MAX_INDEX_BYTES:
-            raise FileFormatError(f"{path} is {size:,} bytes; the limit is {MAX_INDEX_BYTES:,}")
+        limits.INDEX_BYTES.check(path.stat().st_size, str(path))
         document = strict_json.loads(path.read_bytes())
     except OSError as error:
         raise SystemFailureError(f"cannot read {path}: {error.strerror or error}") from None
@@ -83,7 +85,9 @@ def _inside(index: Path, file: str) -> Path:
     if not file or "\0" in file or absolute or ".." in parts:
         raise FileFormatError(f"{index} names {file!r}, which is outside its folder")
     path = index.parent / file
-    if not path.resolve().is_relative_to(index.parent.resolve()):
+    # A cache of downloads keeps the index and its shards side by side in one folder, and links to both from another.
+    homes = {index.parent.resolve(), index.resolve().parent}
+    if not any(path.resolve().is_relative_to(home) for home in homes):
         raise FileFormatError(f"{index} names {file!r}, a link to outside its folder")
     if not path.is_file():
         raise FileFormatError(f"{index} names {file!r}, which is not there", "a shard may not be downloaded yet")

@@ -1,24 +1,27 @@
 """Pickles as inert values: an interpreter of the opcodes that resolves no name and calls nothing.
 
-What `torch.save` wrote comes back as plain Python values, `Tensor`s that point into storages, and `Opaque` objects
-for everything else, which remember the name of their class and what it was made from.
+What `torch.save` wrote comes back as plain Python values, a `TensorEntry` for each tensor, and `Opaque` objects for
+everything else, which remember the name of their class and what it was made from.
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import pickletools
+import re
 import struct
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from math import prod
+from operator import itemgetter
 from typing import Any, BinaryIO
 
 from modelcli.blueprint import ITEM_BYTES
-from modelcli.errors import FileFormatError
+from modelcli.checkpoints import limits
+from modelcli.checkpoints.contents import Span, TensorEntry
+from modelcli.errors import FileFormatError, ModelcliError
 
-MAX_OPCODES = 20_000_000
-#: Well below Python's own limit on recursion, with two or three frames for each level.
-MAX_DEPTH = 200
 MAX_DIMENSIONS = 1_000
 
 
@@ -36,28 +39,15 @@ class Global:
 
 @dataclass(frozen=True, slots=True)
 class StorageRef:
-    """A persistent id: `key` names a record of the archive, `count` elements of `dtype` (None for raw bytes).
+    """A persistent id: the bytes of a storage, `count` elements of `dtype` (None for raw bytes).
 
-    `offset` is where it starts in that record, in elements: torch before 0.4 saved views of storages.
+    `offset` is where it starts in them, in elements: torch before 0.4 saved views of storages.
     """
 
-    key: str
+    span: Span
     dtype: str | None
     count: int
     offset: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Tensor:
-    """A view into a storage, with what `torch._utils._rebuild_tensor_v2` says of it."""
-
-    storage: StorageRef
-    dtype: str
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    requires_grad: bool
-    is_parameter: bool = False
 
 
 @dataclass(eq=False)
@@ -137,48 +127,78 @@ _HARMLESS = frozenset(
 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Pickle:
-    """The value of a pickle, the names in it that are on no allow-list, and its storages by their keys."""
+    """The value of a pickle, and the names in it that are on no allow-list."""
 
     value: Any
     foreign: tuple[str, ...]
-    storages: dict[str, StorageRef]
 
+
+#: Gives the bytes of a storage by its key and dtype (None for raw bytes).
+SpanOf = Callable[[str, str | None], Span]
 
 _U4 = struct.Struct("<I")
 _OPCODES = {ord(opcode.code): opcode for opcode in pickletools.opcodes}
+_REBUILD = Global("torch._utils", "_rebuild_tensor_v2")
+_ORDERED_DICT = Global("collections", "OrderedDict")
+_INT_BYTES = {ord("K"): 1, ord("M"): 2, ord("J"): 4}
+_INT = rb"(?:K.|M..|J.{4})"
+_SIZES = rb"\)|%(i)s\x85r.{4}|%(i)s{2}\x86r.{4}|%(i)s{3}\x87r.{4}|\(%(i)s{4,64}tr.{4}" % {b"i": _INT}
+#: What torch.save writes for a tensor, from behind `_rebuild_tensor_v2` to its last opcode, once the memo has more than
+#: 256 entries: a storage with its class, key, place and size; offset, shape, stride; requires_grad; no hooks.
+_TENSOR = re.compile(
+    rb"\(\(h(?P<word>.)h(?P<kind>.)X(?P<length>.{4})(?P<key>[0-9]{1,20})r(?P<key_at>.{4})h(?P<place>.)"
+    rb"(?P<count>%(i)s)tr(?P<id_at>.{4})Q(?P<offset>%(i)s)(?P<shape>%(s)s)(?P<stride>%(s)s)(?P<grad>[\x88\x89])"
+    rb"h(?P<hooks>.)\)Rr(?P<hooks_at>.{4})tr(?P<args_at>.{4})Rr(?P<at>.{4})" % {b"i": _INT, b"s": _SIZES},
+    re.DOTALL,
+)
+#: How many opcodes that is, at least; each makes a value, or remembers one.
+_TENSOR_OPCODES = 30
+#: How many opcodes are run between two looks at the limits.
+_BLOCK = 65_536
+#: Keys whose hashes a file can choose: many equal ones would make a dict as slow as a list.
+_MAX_ODD_KEYS = 10_000
 
 
-def read(data: bytes | BinaryIO, where: str) -> Pickle:
+def _no_storages(key: str, _dtype: str | None) -> Span:
+    raise FileFormatError(f"storage {key!r} stands where none belongs")
+
+
+def read(data: bytes | BinaryIO, where: str, span_of: SpanOf = _no_storages) -> Pickle:
     """Interpret a pickle, or the next one of a stream, which then stands behind it; `where` names it.
 
     Raises FileFormatError where it is damaged or beyond a limit.
     """
-    machine = _Machine(where)
+    machine = _Machine(where, span_of)
     start = 0 if isinstance(data, bytes) else data.tell()
     text = data if isinstance(data, bytes) else data.read()
     try:
         value, end = machine.run(text)
-    except FileFormatError:
+    except ModelcliError:
         raise
     except Exception as error:
         raise FileFormatError(f"{where} is damaged: {error}") from None
     if not isinstance(data, bytes):
         data.seek(start + end)
-    return Pickle(value, tuple(dict.fromkeys(machine.foreign)), machine.storages)
+    return Pickle(value, tuple(machine.foreign))
 
 
 class _Machine:
     """The pickle virtual machine, with every construction inert."""
 
-    def __init__(self, where: str) -> None:
+    def __init__(self, where: str, span_of: SpanOf) -> None:
         self.where = where
+        self.span_of = span_of
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
-        self.foreign: list[str] = []
+        self.foreign: dict[str, None] = {}
         self.storages: dict[str, StorageRef] = {}
+        self.extents: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+        self.odd_keys = 0
+        #: Values that were made from others, beyond the one for each opcode.
+        self.copied = 0
 
     def run(self, data: bytes) -> tuple[Any, int]:
         """The value of the pickle at the start of `data`, and where it ends.
@@ -187,68 +207,113 @@ class _Machine:
         the arguments of the others.
         """
         stack, memo, marks = self.stack, self.memo, self.marks
-        position, count, stream = 0, 0, io.BytesIO(data)
-        while True:
-            code = data[position]
-            position += 1
-            count += 1
-            if count > MAX_OPCODES:
-                raise FileFormatError(f"{self.where}: more than {MAX_OPCODES:,} opcodes")
-            if code == 0x72:  # LONG_BINPUT
-                (number,) = _U4.unpack_from(data, position)
-                memo[number] = stack[-1]
-                position += 4
-            elif code == 0x71:  # BINPUT
-                memo[data[position]] = stack[-1]
+        position, nodes, stream = 0, 0, io.BytesIO(data)
+        left = limits.OPCODES.value
+        while left > 0:
+            block = min(_BLOCK, left)
+            left -= block
+            for _ in range(block):
+                code = data[position]
                 position += 1
-            elif code == 0x68:  # BINGET
-                stack.append(memo[data[position]])
-                position += 1
-            elif code == 0x4B:  # BININT1
-                stack.append(data[position])
-                position += 1
-            elif code == 0x58:  # BINUNICODE
-                (size,) = _U4.unpack_from(data, position)
-                position += 4 + size
-                if position > len(data):
-                    raise FileFormatError(f"{self.where} is cut off inside a text of {size:,} bytes")
-                stack.append(str(data[position - size : position], "utf-8", "surrogatepass"))
-            elif code == 0x28:  # MARK
-                marks.append(len(stack))
-            elif code == 0x74:  # TUPLE
-                stack.append(tuple(self._to_mark()))
-            elif code == 0x51:  # BINPERSID
-                stack.append(self._storage(stack.pop()))
-            elif code == 0x29:  # EMPTY_TUPLE
-                stack.append(())
-            elif code == 0x52:  # REDUCE
-                args, function = stack.pop(), stack.pop()
-                stack.append(self._reduce(function, args))
-            elif code == 0x89:  # NEWFALSE
-                stack.append(False)
-            elif code in (0x85, 0x86, 0x87):  # TUPLE1, TUPLE2, TUPLE3
-                start = len(stack) - (code - 0x84)
-                if start < 0:
-                    raise FileFormatError(f"{self.where} is damaged: a tuple of more than there is")
-                stack[start:] = [tuple(stack[start:])]
-            elif code == 0x4D:  # BININT2
-                stack.append(data[position] | data[position + 1] << 8)
-                position += 2
-            elif code == 0x6A:  # LONG_BINGET
-                stack.append(memo[_U4.unpack_from(data, position)[0]])
-                position += 4
-            elif code == 0x2E:  # STOP
-                return stack.pop(), position
-            else:
-                opcode = _OPCODES.get(code)
-                if opcode is None:
-                    raise FileFormatError(f"{self.where} is damaged: {code:#04x} is no opcode")
-                arg = None
-                if opcode.arg is not None:
-                    stream.seek(position)
-                    arg = opcode.arg.reader(stream)
-                    position = stream.tell()
-                self._step(opcode.name, arg)
+                if code == 0x72:  # LONG_BINPUT
+                    (number,) = _U4.unpack_from(data, position)
+                    memo[number] = stack[-1]
+                    position += 4
+                elif code == 0x71:  # BINPUT
+                    memo[data[position]] = stack[-1]
+                    position += 1
+                elif code == 0x68:  # BINGET
+                    value = memo[data[position]]
+                    position += 1
+                    stack.append(value)
+                    if value.__class__ is Global and value == _REBUILD and (found := _TENSOR.match(data, position)):
+                        stack[-1] = self._saved_tensor(found)
+                        position = found.end()
+                        left -= _TENSOR_OPCODES
+                        nodes += _TENSOR_OPCODES
+                elif code == 0x4B:  # BININT1
+                    stack.append(data[position])
+                    position += 1
+                elif code == 0x28:  # MARK
+                    marks.append(len(stack))
+                elif code == 0x74:  # TUPLE
+                    nodes += 1
+                    stack.append(tuple(self._to_mark()))
+                elif code == 0x58:  # BINUNICODE
+                    (size,) = _U4.unpack_from(data, position)
+                    position += 4 + size
+                    if position > len(data):
+                        raise FileFormatError(f"{self.where} is cut off inside a text of {size:,} bytes")
+                    nodes += 1
+                    stack.append(str(data[position - size : position], "utf-8", "surrogatepass"))
+                elif code == 0x52:  # REDUCE
+                    nodes += 1
+                    args, function = stack.pop(), stack.pop()
+                    stack.append(self._reduce(function, args))
+                elif code == 0x51:  # BINPERSID
+                    nodes += 1
+                    stack.append(self._storage(stack.pop()))
+                elif code == 0x29:  # EMPTY_TUPLE
+                    stack.append(())
+                elif code == 0x89:  # NEWFALSE
+                    stack.append(False)
+                elif 0x85 <= code <= 0x87:  # TUPLE1, TUPLE2, TUPLE3
+                    start = len(stack) - (code - 0x84)
+                    if start < 0:
+                        raise FileFormatError(f"{self.where} is damaged: a tuple of more than there is")
+                    nodes += 1
+                    stack[start:] = [tuple(stack[start:])]
+                elif code == 0x4D:  # BININT2
+                    stack.append(data[position] | data[position + 1] << 8)
+                    position += 2
+                elif code == 0x6A:  # LONG_BINGET
+                    stack.append(memo[_U4.unpack_from(data, position)[0]])
+                    position += 4
+                elif code == 0x2E:  # STOP
+                    limits.NODES.check(nodes + self.copied, self.where)
+                    return stack.pop(), position
+                else:
+                    opcode = _OPCODES.get(code)
+                    if opcode is None:
+                        raise FileFormatError(f"{self.where} is damaged: {code:#04x} is no opcode")
+                    arg = None
+                    if opcode.arg is not None:
+                        stream.seek(position)
+                        arg = opcode.arg.reader(stream)
+                        position = stream.tell()
+                    nodes += 1
+                    self._step(opcode.name, arg)
+            limits.NODES.check(nodes + self.copied, self.where)
+        raise limits.OPCODES.exceeded(self.where, f"more than {limits.OPCODES.value:,} opcodes")
+
+    def _saved_tensor(self, found: re.Match[bytes]) -> Any:
+        """What `_TENSOR` matched, with every effect of its opcodes: a whole tensor in one step instead of thirty."""
+        word, kind, length, key, key_at, place, count, id_at, offset, shape, stride, grad, hooks, *ends = found.groups()
+        if _U4.unpack(length)[0] != len(key):
+            raise FileFormatError(f"{self.where} is damaged: a storage's key is not as long as it says")
+        memo = self.memo
+        name = memo[_U4.unpack(key_at)[0]] = key.decode()
+        storage_id = (memo[word[0]], memo[kind[0]], name, memo[place[0]], _integers(count)[0])
+        memo[_U4.unpack(id_at)[0]] = storage_id
+        storage = self._storage(storage_id)
+        start, sizes, steps = _integers(offset)[0], self._put_sizes(shape), self._put_sizes(stride)
+        hooks_at, args_at, at = map(itemgetter(0), map(_U4.unpack, ends))
+        called = memo[hooks[0]]
+        memo[hooks_at] = none = OrderedDict() if called == _ORDERED_DICT else self._reduce(called, ())
+        memo[args_at] = args = (storage, start, sizes, steps, grad == b"\x88", none)
+        if storage.__class__ is StorageRef:
+            made = self._view(storage, storage.dtype, start, sizes, steps, args[4])
+        else:
+            made = self._reduce(_REBUILD, args)
+        memo[at] = made
+        return made
+
+    def _put_sizes(self, text: bytes) -> tuple[int, ...]:
+        """A shape or stride, and its place in the memo, where an empty tuple has none."""
+        if text == b")":
+            return ()
+        sizes = self.memo[_U4.unpack(text[-4:])[0]] = _integers(text[:-6].removeprefix(b"("))
+        return sizes
 
     def _step(self, name: str, arg: Any) -> None:
         """One opcode that is not among the commonest."""
@@ -288,7 +353,7 @@ class _Machine:
             case "LIST":
                 stack.append(self._to_mark())
             case "DICT":
-                stack.append(dict(_pairs(self._to_mark())))
+                stack.append(dict(self._pairs(self._to_mark())))
             case "FROZENSET":
                 stack.append(Opaque(self._global("builtins", "frozenset"), (self._to_mark(),)))
             case "ADDITEMS":
@@ -345,18 +410,32 @@ class _Machine:
 
     def _set_items(self, items: list[Any]) -> None:
         target = self.stack[-1]
-        pairs = _pairs(items)
+        pairs = self._pairs(items)
         if isinstance(target, dict):
             target.update(pairs)
         else:
             target.items.extend(pairs)
+
+    def _pairs(self, items: list[Any]) -> list[tuple[Any, Any]]:
+        """Keys and values. A dict must not take ages: of keys whose hashes a file can choose there are but a few."""
+        pairs = list(zip(items[::2], items[1::2], strict=True))
+        for key, _ in pairs:
+            if type(key) is str or (type(key) is int and -(2**60) < key < 2**60):
+                continue
+            if isinstance(key, tuple) and any(isinstance(part, tuple) for part in key):
+                raise ValueError("a key is a tuple of tuples")
+            self.odd_keys += 1
+            if self.odd_keys > _MAX_ODD_KEYS:
+                raise ValueError(f"more than {_MAX_ODD_KEYS:,} keys that are neither text nor a number")
+        return pairs
 
     def _global(self, module: Any, name: Any) -> Global:
         if not isinstance(module, str) or not isinstance(name, str):
             raise FileFormatError(f"{self.where} is damaged: the name of a class is no text")
         found = Global(module, name)
         if found.dotted not in _HARMLESS:
-            self.foreign.append(found.dotted)
+            limits.check_name(found.dotted, self.where)
+            self.foreign[found.dotted] = None
         return found
 
     def _storage(self, persistent_id: Any) -> Any:
@@ -373,15 +452,17 @@ class _Machine:
             or count < 0
         ):
             raise FileFormatError(f"{self.where} is damaged: a persistent id is not that of a storage")
+        found = self.storages.get(key)
         dtype = _STORAGE_DTYPES.get(storage_class.name)
-        if dtype is None and storage_class.name != "UntypedStorage":
-            raise FileFormatError(f"{self.where}: unknown storage class {storage_class.dotted}")
-        found = StorageRef(key, dtype, count)
-        if self.storages.setdefault(key, found).dtype != dtype:
+        if found is None:
+            if dtype is None and storage_class.name != "UntypedStorage":
+                raise FileFormatError(f"{self.where}: unknown storage class {storage_class.dotted}")
+            found = self.storages[key] = StorageRef(self.span_of(key, dtype), dtype, count)
+        elif found.dtype != dtype:
             raise FileFormatError(f"{self.where} is damaged: storage {key!r} has two dtypes")
         if view and view[0] is not None:
             _, offset, size = view[0]
-            return StorageRef(key, dtype, int(size), int(offset))
+            return StorageRef(found.span, dtype, int(size), int(offset))
         return found
 
     def _reduce(self, function: Any, args: Any) -> Any:
@@ -390,7 +471,8 @@ class _Machine:
             case "collections.OrderedDict", ():
                 return OrderedDict()
             case "collections.OrderedDict", (list() as pairs,):
-                return OrderedDict(_pairs([part for pair in pairs for part in _pair(pair)]))
+                self.copied += len(pairs)
+                return OrderedDict(self._pairs([part for pair in pairs for part in _pair(pair)]))
             case "torch._utils._rebuild_tensor_v2", (
                 StorageRef() as storage,
                 offset,
@@ -429,36 +511,70 @@ class _Machine:
                 return self._tensor(storage, dtype, offset, shape, stride, grad)
             case (
                 "torch._utils._rebuild_parameter" | "torch._utils._rebuild_parameter_with_state",
-                (Tensor() as tensor, grad, *_),
+                (TensorEntry() as tensor, grad, *_),
             ):
-                return Tensor(
-                    tensor.storage, tensor.dtype, tensor.offset, tensor.shape, tensor.stride, bool(grad), True
-                )
+                return replace(tensor, requires_grad=bool(grad), is_parameter=True)
         return Opaque(function, args)
 
     def _tensor(
         self, storage: StorageRef, dtype: str | None, offset: Any, shape: Any, stride: Any, grad: Any
-    ) -> Tensor:
-        shape, stride = _sizes(shape), _sizes(stride)
-        if (
-            dtype is None
-            or dtype not in ITEM_BYTES
-            or len(shape) != len(stride)
-            or not isinstance(offset, int)
-            or offset < 0
-        ):
-            raise FileFormatError(f"{self.where}: a tensor of dtype {dtype}, shape {shape}, stride {stride}")
-        if min((*shape, *stride), default=0) < 0:
-            raise FileFormatError(f"{self.where}: a tensor of negative size: shape {shape}, stride {stride}")
-        if max(prod(size or 1 for size in shape), *stride, offset) >= 2**63:
+    ) -> TensorEntry:
+        if dtype is None or dtype not in ITEM_BYTES or type(offset) is not int or offset < 0:
+            raise FileFormatError(f"{self.where}: a tensor of dtype {dtype}, shape {shape}, offset {offset}")
+        return self._view(storage, dtype, offset, _sizes(shape), _sizes(stride), bool(grad))
+
+    def _view(
+        self,
+        storage: StorageRef,
+        dtype: str | None,
+        offset: int,
+        shape: tuple[int, ...],
+        stride: tuple[int, ...],
+        grad: bool,
+    ) -> TensorEntry:
+        last = self.extents.get((shape, stride))
+        if last is None:
+            last = self.extents[shape, stride] = self._extent(shape, stride)
+        offset += storage.offset
+        if dtype is None:
+            raise FileFormatError(f"{self.where}: a tensor of shape {shape} in a storage without a dtype")
+        needed = (offset + last) * ITEM_BYTES[dtype] if last else 0
+        if needed > storage.span.nbytes:
+            name = self.stack[-1] if self.stack and isinstance(self.stack[-1], str) else "a tensor"
+            raise FileFormatError(
+                f"{self.where}: {name} of shape {list(shape)} needs {needed:,} bytes, "
+                f"and its record holds {storage.span.nbytes:,}"
+            )
+        return TensorEntry(shape, dtype, stride, offset, storage.span, grad)
+
+    def _extent(self, shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
+        """How many elements of a storage a view spans from its first to its last; 0 for an empty one."""
+        self.copied += len(shape)
+        if len(shape) != len(stride) or min((*shape, *stride), default=0) < 0:
+            raise FileFormatError(f"{self.where}: a tensor of shape {shape} and stride {stride}")
+        last = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+        if max(prod(size or 1 for size in shape), last, *stride) >= 2**63:
             raise FileFormatError(f"{self.where}: a tensor of more elements than there can be: shape {shape}")
-        return Tensor(storage, dtype, storage.offset + offset, shape, stride, bool(grad))
+        return last if 0 not in shape else 0
 
     def _build(self, target: Any, state: Any) -> None:
         if (isinstance(target, OrderedDict) and isinstance(state, dict)) or isinstance(target, Opaque):
             target.state = state
-        elif not isinstance(target, Tensor):
+        elif not isinstance(target, TensorEntry):
             raise FileFormatError(f"{self.where}: a state is set on {type(target).__name__}")
+
+
+@functools.lru_cache(maxsize=10_000)
+def _integers(text: bytes) -> tuple[int, ...]:
+    """The numbers that a row of BININT1, BININT2 and BININT opcodes pushes."""
+    found = []
+    position = 0
+    while position < len(text):
+        width = _INT_BYTES[text[position]]
+        number = text[position + 1 : position + 1 + width]
+        found.append(int.from_bytes(number, "little", signed=width == 4))
+        position += 1 + width
+    return tuple(found)
 
 
 def _pair(value: Any) -> tuple[Any, Any]:
@@ -474,12 +590,3 @@ def _sizes(value: Any) -> tuple[int, ...]:
     if len(value) > MAX_DIMENSIONS:
         raise ValueError(f"a tensor of {len(value):,} dimensions")
     return value
-
-
-def _pairs(items: list[Any]) -> list[tuple[Any, Any]]:
-    """Keys and values. A key of tuples in tuples is refused: a short pickle can make one that takes ages to hash."""
-    pairs = list(zip(items[::2], items[1::2], strict=True))
-    for key, _ in pairs:
-        if isinstance(key, tuple) and any(isinstance(part, tuple) for part in key):
-            raise ValueError("a key is a tuple of tuples")
-    return pairs

@@ -9,11 +9,10 @@ from typing import Any
 
 from modelcli import record as records
 from modelcli.blueprint import ITEM_BYTES
-from modelcli.checkpoints import strict_json
+from modelcli.checkpoints import limits, strict_json
 from modelcli.checkpoints.contents import Contents, Span, TensorEntry, identity_of
 from modelcli.errors import FileFormatError, SystemFailureError
 
-MAX_HEADER_BYTES = 100_000_000
 #: torch's dtype for each of the format's.
 DTYPES = {
     "BOOL": "bool",
@@ -49,8 +48,7 @@ def read(path: Path) -> Contents:
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            if length > MAX_HEADER_BYTES:
-                raise FileFormatError(f"{path}: a header of {length:,} bytes; the limit is {MAX_HEADER_BYTES:,}")
+            limits.HEADER_BYTES.check(length, f"{path}: its header")
             if 8 + length > identity[0]:
                 raise FileFormatError(f"{path} is cut off inside its header")
             raw = file.read(length)
@@ -65,6 +63,10 @@ def read(path: Path) -> Contents:
         raise FileFormatError(f"{path}: __metadata__ in the header is not texts by name")
     tensors: dict[str, TensorEntry] = {}
     start, end = 8 + length, 0
+    longest = limits.NAME_BYTES.value // 4  # a character takes up to four bytes
+    for name in header:
+        if len(name) > longest:
+            limits.check_name(name, str(path))
     for name, info in sorted(header.items(), key=lambda item: _begin(item[1])):
         entry, begin, end_ = _entry(path, name, info, start, identity)
         if begin != end:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from modelcli.blueprint import ITEM_BYTES
-from modelcli.checkpoints import pickles, trees
+from modelcli.checkpoints import limits, pickles, trees
 from modelcli.checkpoints.contents import Contents, Span, identity_of
 from modelcli.errors import FileFormatError, SystemFailureError
 
-MAX_PICKLE_BYTES = 64 * 1024 * 1024
 PROTOCOL = 1001
 _MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
@@ -22,10 +22,10 @@ def looks_like(head: bytes) -> bool:
 
 def read(path: Path, key: str | None) -> Contents:
     """Read the pickles at the start, and find each storage behind them; no tensor's bytes are touched."""
-    identity = identity_of(path)
     try:
+        identity = identity_of(path)
         with path.open("rb") as file:
-            stream = io.BytesIO(file.read(MAX_PICKLE_BYTES))
+            stream = io.BytesIO(file.read(limits.PICKLE_BYTES.value))
             pickles.read(stream, f"{path}: its start")
             protocol = pickles.read(stream, f"{path}: its protocol").value
             if protocol != PROTOCOL:
@@ -33,35 +33,50 @@ def read(path: Path, key: str | None) -> Contents:
             system = pickles.read(stream, f"{path}: its account of the system").value
             if isinstance(system, dict) and system.get("little_endian") is False:
                 raise FileFormatError(f"{path} was written on a big-endian machine", "load and save it with torch")
-            pickled = pickles.read(stream, f"{path}: its values")
+            # Where a storage lies is known only behind the values that name its dtype: they are read twice.
+            start, dtypes = stream.tell(), _Dtypes(path, identity)
+            pickles.read(stream, f"{path}: its values", dtypes.span_of)
             order = pickles.read(stream, f"{path}: its list of storages").value
             file.seek(stream.tell())
-            spans = _spans(path, file, order, pickled.storages, identity)
+            spans = _spans(path, file, order, dtypes.found, identity)
     except OSError as error:
         raise SystemFailureError(f"cannot read {path}: {error.strerror or error}") from None
 
-    def span_of(storage: str) -> Span:
+    def span_of(storage: str, _dtype: str | None) -> Span:
         if storage not in spans:
             raise FileFormatError(f"{path} is damaged: storage {storage!r} is missing")
         return spans[storage]
 
-    return trees.contents_of(path, pickled, span_of, key)
+    stream.seek(start)
+    return trees.contents_of(path, pickles.read(stream, f"{path}: its values", span_of), key)
+
+
+class _Dtypes:
+    """The dtype of each storage, by its key; for its place stands one that holds anything."""
+
+    def __init__(self, path: Path, identity: tuple[int, int, int]) -> None:
+        self.anywhere = Span(path, 0, 2**63, identity)
+        self.found: dict[str, str | None] = {}
+
+    def span_of(self, key: str, dtype: str | None) -> Span:
+        self.found[key] = dtype
+        return self.anywhere
 
 
 def _spans(
     path: Path,
     file: io.BufferedReader,
     order: Any,
-    storages: dict[str, pickles.StorageRef],
+    dtypes: Mapping[str, str | None],
     identity: tuple[int, int, int],
 ) -> dict[str, Span]:
     """Where each storage lies: a count of elements in eight bytes, then the elements."""
-    if not isinstance(order, list) or not all(isinstance(key, str) and key in storages for key in order):
+    if not isinstance(order, list) or not all(isinstance(key, str) and key in dtypes for key in order):
         raise FileFormatError(f"{path} is damaged: its list of storages does not fit its values")
     spans = {}
     for key in order:
         count = file.read(8)
-        dtype = storages[key].dtype
+        dtype = dtypes[key]
         offset = file.tell()
         nbytes = int.from_bytes(count, "little") * (ITEM_BYTES[dtype] if dtype else 1)
         if len(count) < 8 or offset + nbytes > identity[0]:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import reprlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from modelcli import record as records
-from modelcli.blueprint import ITEM_BYTES
-from modelcli.checkpoints import pickles
-from modelcli.checkpoints.contents import Contents, Span, TensorEntry
+from modelcli.checkpoints import limits, pickles
+from modelcli.checkpoints.contents import Contents, TensorEntry
 from modelcli.errors import FileFormatError, RequestError, UnsafeError, did_you_mean
 
-#: Modules and tensors of a pickled module: shared ones have a name for each place, and nesting multiplies places.
-MAX_NAMES = 1_000_000
 #: Where a training checkpoint keeps its state dict, the commonest first.
 STATE_DICT_KEYS = (
     "state_dict",
@@ -35,22 +33,26 @@ STATE_DICT_KEYS = (
 def contents_of(
     path: Path,
     pickled: pickles.Pickle,
-    span_of: Callable[[str], Span],
     key: str | None,
     record_text: str | None = None,
     notes: tuple[str, ...] = (),
 ) -> Contents:
-    """What a file of `torch.save` holds. `span_of` gives the bytes of a storage, by its key."""
+    """What a file of `torch.save` holds."""
+    _check_nesting(path, pickled.value)
     keys, found, chosen = _find_state_dict(path, pickled, key)
     types: dict[str, str] = {}
     state_dict = found if isinstance(found, dict) else _tensors_of_module(path, found, types)
     if not isinstance(found, dict) and not state_dict:
         raise _nothing_to_show(path, pickled)
-    values = _Values(path, span_of)
-    tensors = {name: values.entry(name, item) for name, item in state_dict.items() if isinstance(item, pickles.Tensor)}
-    extras = {name: values.resolved(item) for name, item in state_dict.items() if name not in tensors}
+    tensors: dict[str, TensorEntry] = {}
+    extras: dict[str, Any] = {}
+    longest = limits.NAME_BYTES.value // 4  # a character takes up to four bytes
+    for name, item in state_dict.items():
+        if len(name) > longest:
+            limits.check_name(name, str(path))
+        (tensors if isinstance(item, TensorEntry) else extras)[name] = item
     state = state_dict.state if isinstance(state_dict, pickles.OrderedDict) else None
-    metadata = state.get("_metadata") if state else None
+    metadata = state.get("_metadata") if isinstance(state, dict) else None
     if not isinstance(metadata, dict):
         metadata = {}
     return Contents(
@@ -58,14 +60,49 @@ def contents_of(
         format="pth",
         tensors=tensors,
         extras=extras,
-        metadata={name: values.resolved(item) for name, item in metadata.items() if name != records.METADATA_KEY},
+        metadata={name: item for name, item in metadata.items() if name != records.METADATA_KEY},
         record=_record(record_text, metadata),
-        tree=values.resolved(pickled.value) if keys else None,
+        tree=pickled.value if keys else None,
         key=keys or None,
         foreign=pickled.foreign,
         notes=(*notes, *chosen),
         types=types,
     )
+
+
+def _check_nesting(path: Path, tree: Any) -> None:
+    """Raise FileFormatError where values lie in one another deeper than the limit. Each is looked at once."""
+    deepest = limits.NESTING.value
+    seen: set[int] = set()
+    stack = [(1, iter((tree,)))]
+    while stack:
+        depth, values = stack[-1]
+        for value in values:
+            if isinstance(value, TensorEntry | str | int | float | None) or id(value) in seen:
+                continue
+            seen.add(id(value))
+            if depth > deepest:
+                raise limits.NESTING.exceeded(f"{path}: the tree of its values", f"more than {deepest:,} levels")
+            stack.append((depth + 1, _within(value)))
+            break
+        else:
+            stack.pop()
+
+
+def _within(value: Any) -> Iterator[Any]:
+    """What lies directly in a value."""
+    match value:
+        case dict():
+            yield from value.keys()
+            yield from value.values()
+            if isinstance(value, pickles.OrderedDict):
+                yield value.state
+        case list() | tuple():
+            yield from value
+        case pickles.Opaque():
+            yield from (value.call, value.args, value.state, *value.appended)
+            for pair in value.items:
+                yield from pair
 
 
 def _record(zip_text: str | None, metadata: Mapping[str, Any]) -> records.Record | None:
@@ -86,11 +123,12 @@ def _find_state_dict(
     if _is_state_dict(tree) or _is_module(tree):
         return (), tree, ()
     if isinstance(tree, dict):
-        fitting = [
-            name
-            for name, value in tree.items()
-            if isinstance(name, str) and (_is_state_dict(value) or _is_module(value))
-        ]
+        # One value may stand under many names, and is looked at once.
+        known: dict[int, bool] = {}
+        for value in tree.values():
+            if id(value) not in known:
+                known[id(value)] = _is_state_dict(value) or _is_module(value)
+        fitting = [name for name, value in tree.items() if isinstance(name, str) and known[id(value)]]
         candidates = [name for name in STATE_DICT_KEYS if name in fitting]
         candidates += [name for name in fitting if name not in candidates]
         if candidates:
@@ -104,7 +142,7 @@ def _find_state_dict(
     if pickled.foreign:
         raise _nothing_to_show(path, pickled)
     what = (
-        f"a dict with the keys {', '.join(map(repr, list(tree)[:6]))}"
+        f"a dict with the keys {', '.join(map(reprlib.repr, list(tree)[:6]))}"
         if isinstance(tree, dict)
         else type(tree).__name__
     )
@@ -131,24 +169,27 @@ def _is_module(value: Any) -> bool:
 def _tensors_of_module(path: Path, root: Any, types: dict[str, str]) -> dict[str, Any]:
     """The tensors of a pickled module under the names that `state_dict()` gives them; `types` gets its classes."""
     found: dict[str, Any] = {}
-
-    def add(module: Any, prefix: str, above: tuple[int, ...]) -> None:
-        if len(above) > pickles.MAX_DEPTH:
-            raise FileFormatError(f"{path}: modules nested deeper than {pickles.MAX_DEPTH}")
-        if len(types) + len(found) > MAX_NAMES:
-            raise FileFormatError(f"{path}: a module of more than {MAX_NAMES:,} names")
+    # Modules still to be looked at, with their prefix and what they lie in; children stand on it last first.
+    stack: list[tuple[Any, str, tuple[int, ...]]] = [(root, "", ())]
+    while stack:
+        module, prefix, above = stack.pop()
+        limits.NESTING.check(len(above), f"{path}: its tree of modules")
+        limits.check_name(prefix, str(path))
         if isinstance(module.call, pickles.Global):
             types[prefix.removesuffix(".")] = module.call.name
         hidden = _names_in_set(module.state.get("_non_persistent_buffers_set"))
         for table in ("_parameters", "_buffers"):
             for name, tensor in module.state[table].items():
-                if isinstance(name, str) and isinstance(tensor, pickles.Tensor) and name not in hidden:
+                if isinstance(name, str) and isinstance(tensor, TensorEntry) and name not in hidden:
                     found[prefix + name] = tensor
-        for name, child in module.state["_modules"].items():
-            if isinstance(name, str) and _is_module(child) and id(child) not in above:
-                add(child, f"{prefix}{name}.", (*above, id(child)))
-
-    add(root, "", (id(root),))
+        inside = (*above, id(module))
+        children = [
+            (child, f"{prefix}{name}.", inside)
+            for name, child in module.state["_modules"].items()
+            if isinstance(name, str) and _is_module(child) and id(child) not in inside
+        ]
+        stack += reversed(children)
+        limits.NODES.check(len(types) + len(found) + len(stack), f"{path}: its tree of modules")
     return found
 
 
@@ -183,78 +224,15 @@ def _at_key(path: Path, tree: Any, key: str) -> tuple[tuple[str, ...], Any, tupl
 
 def _is_state_dict(value: Any) -> bool:
     """Whether it is a dict of names with a tensor in it, and none around another: an `_extra_state` may hold any."""
-    return (
-        isinstance(value, dict)
-        and any(isinstance(item, pickles.Tensor) for item in value.values())
-        and all(isinstance(name, str) for name in value)
-        and not any(
-            isinstance(item, dict)
-            and not name.endswith("_extra_state")
-            and any(isinstance(inner, pickles.Tensor) for inner in item.values())
-            for name, item in value.items()
-        )
-    )
-
-
-class _Values:
-    """The values of a pickle with every tensor as the entry it is. What is there twice stays one."""
-
-    def __init__(self, path: Path, span_of: Callable[[str], Span]) -> None:
-        self.path = path
-        self.span_of = span_of
-        self.made: dict[int, Any] = {}
-
-    def entry(self, name: str, tensor: pickles.Tensor) -> TensorEntry:
-        span = self.span_of(tensor.storage.key)
-        last = tensor.offset + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride, strict=True))
-        needed = (last + 1) * ITEM_BYTES[tensor.dtype] if 0 not in tensor.shape else 0
-        if needed > span.nbytes:
-            raise FileFormatError(
-                f"{self.path}: {name} of shape {list(tensor.shape)} needs {needed:,} bytes, "
-                f"and its record holds {span.nbytes:,}"
-            )
-        return TensorEntry(
-            shape=tensor.shape,
-            dtype=tensor.dtype,
-            stride=tensor.stride,
-            offset=tensor.offset,
-            storage=span,
-            requires_grad=tensor.requires_grad,
-            is_parameter=tensor.is_parameter,
-        )
-
-    def resolved(self, value: Any, depth: int = 0) -> Any:
-        """The value as inert as it was, with entries for tensors. A container is made before what is in it: it may
-        hold itself."""
-        if depth > pickles.MAX_DEPTH:
-            raise FileFormatError(f"{self.path}: nested deeper than {pickles.MAX_DEPTH}")
-        if id(value) in self.made:
-            return self.made[id(value)]
-        made: Any
-        match value:
-            case pickles.Tensor():
-                made = self.entry("a tensor", value)
-            case pickles.Opaque():
-                made = self.made[id(value)] = pickles.Opaque(value.call, None, how=value.how)
-                made.args = self.resolved(value.args, depth + 1)
-                made.state = self.resolved(value.state, depth + 1)
-                for key, item in value.items:
-                    made.items.append((key, self.resolved(item, depth + 1)))
-                for item in value.appended:
-                    made.appended.append(self.resolved(item, depth + 1))
-            case dict():
-                made = self.made[id(value)] = type(value)()
-                for key, item in value.items():
-                    made[key] = self.resolved(item, depth + 1)
-                if isinstance(value, pickles.OrderedDict):
-                    made.state = self.resolved(value.state, depth + 1)
-            case list():
-                made = self.made[id(value)] = []
-                for item in value:
-                    made.append(self.resolved(item, depth + 1))
-            case tuple():
-                made = tuple([self.resolved(item, depth + 1) for item in value])
-            case _:
-                return value
-        self.made[id(value)] = made
-        return made
+    if not isinstance(value, dict) or not any(isinstance(item, TensorEntry) for item in value.values()):
+        return False
+    inner: dict[int, bool] = {}
+    for name, item in value.items():
+        if not isinstance(name, str):
+            return False
+        if isinstance(item, dict) and not name.endswith("_extra_state"):
+            if id(item) not in inner:
+                inner[id(item)] = any(isinstance(part, TensorEntry) for part in item.values())
+            if inner[id(item)]:
+                return False
+    return True

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
-import textwrap
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from modelcli.cli.options import OutputOptions
 from modelcli.errors import ModelcliError, RequestError, did_you_mean
 
 if TYPE_CHECKING:
+    from modelcli.cli.options import OutputOptions
     from modelcli.render.views import View
 
 
@@ -97,6 +95,9 @@ def tell(text: str, style: str = "dim") -> None:
 
 def _wrapped(line: str) -> str:
     """A message broken between words, at the width of the terminal."""
+    import shutil
+    import textwrap
+
     width = shutil.get_terminal_size().columns
     return textwrap.fill(line, max(width, 20), break_long_words=False, break_on_hyphens=False)
 

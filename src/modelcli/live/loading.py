@@ -15,12 +15,15 @@ from torch import nn
 
 from modelcli.blueprint import Shape
 from modelcli.checkpoints import Contents, Span, TensorEntry
-from modelcli.checkpoints.pickles import MAX_DEPTH, Global, Opaque, OrderedDict
+from modelcli.checkpoints.limits import NESTING, room_for_nesting
+from modelcli.checkpoints.pickles import Global, Opaque, OrderedDict
 from modelcli.errors import AnswerNoError, RequestError
 from modelcli.live.build import Bare
 from modelcli.live.sources import is_lazy, named_tensors, real_storage
 from modelcli.live.twins import tagged
 
+#: How deep modules may lie in one another: PyTorch recurses into them, some frames for each level.
+MAX_MODULE_DEPTH = 200
 #: What wrappers put before every key: DataParallel, torch.compile, Lightning.
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.")
 
@@ -109,8 +112,8 @@ def _state_dict(contents: Contents, storage_of: Callable[[Span], torch.UntypedSt
 
 def _real_value(name: str, value: Any, tensor: Callable[[TensorEntry], torch.Tensor], depth: int = 0) -> Any:
     """An inert value as what `torch.load(weights_only=True)` makes of it: an `_extra_state` is given to its module."""
-    if depth > MAX_DEPTH:
-        raise RequestError(f"{name} is nested deeper than {MAX_DEPTH}, or holds itself")
+    if depth > NESTING.value:
+        raise RequestError(f"{name} is nested deeper than {NESTING.value}, or holds itself")
 
     def real(item: Any) -> Any:
         return _real_value(name, item, tensor, depth + 1)
@@ -192,7 +195,8 @@ def load(module: nn.Module, state: StateDict) -> LoadReport:
     wrong = {mismatch.name for mismatch in found.mismatched}
     own = module.state_dict(keep_vars=True)
     given: Any = _WithMetadata({name: t for name, t in state.tensors.items() if name not in wrong})
-    given.update({name: value() for name, value in state.extras.items() if name in own})
+    with room_for_nesting():
+        given.update({name: value() for name, value in state.extras.items() if name in own})
     given._metadata = dict(state.metadata)
     try:
         keys = module.load_state_dict(given, strict=False, assign=True)
@@ -263,8 +267,8 @@ def bare_module(contents: Contents) -> nn.Module:
 
 def _bare_owner(root: Bare, path: str, file: Path) -> nn.Module:
     """The module at a path, made with all above it where it is not there yet."""
-    if path.count(".") >= MAX_DEPTH:
-        raise RequestError(f"the names in {file} are nested deeper than {MAX_DEPTH}")
+    if path.count(".") >= MAX_MODULE_DEPTH:
+        raise RequestError(f"the names in {file} are nested deeper than {MAX_MODULE_DEPTH}: they can only be shown")
     owner: nn.Module = root
     for step in path.split(".") if path else []:
         owner = owner._modules.setdefault(step, Bare())  # type: ignore[assignment]

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from modelcli.checkpoints.contents import TensorEntry
-from modelcli.checkpoints.pickles import MAX_DEPTH, STORAGE_CLASSES, Global, Opaque, OrderedDict
+from modelcli.checkpoints.limits import NESTING, room_for_nesting
+from modelcli.checkpoints.pickles import STORAGE_CLASSES, Global, Opaque, OrderedDict
 from modelcli.errors import RequestError
 from modelcli.writing.plan import PlannedTensor
 
@@ -15,7 +16,8 @@ from modelcli.writing.plan import PlannedTensor
 def dumps(value: Any, storage_key: Callable[[PlannedTensor], tuple[str, int]]) -> bytes:
     """Pickle a tree of inert values. `storage_key` gives a tensor's record and the number of its elements."""
     out = bytearray(b"\x80\x02")
-    _Writer(out, storage_key).write(value, 0)
+    with room_for_nesting():
+        _Writer(out, storage_key).write(value, 0)
     out += b"."
     return bytes(out)
 
@@ -26,11 +28,13 @@ class _Writer:
         self.storage_key = storage_key
         self.memo: dict[Global | int, int] = {}
         self.kept: list[Any] = []
+        # Two more than what was read: the state dict around its `_metadata`, in its place in the tree.
+        self.deepest = NESTING.value + 2
 
     def write(self, value: Any, depth: int) -> None:
         out = self.out
-        if depth > MAX_DEPTH:
-            raise RequestError(f"the checkpoint's values are nested deeper than {MAX_DEPTH}, or hold themselves")
+        if depth > self.deepest:
+            raise RequestError(f"the checkpoint's values are nested deeper than {self.deepest}, or hold themselves")
         if isinstance(value, dict | list | tuple | Opaque) and (number := self.memo.get(id(value))) is not None:
             self._get(number)
             return

@@ -1,0 +1,76 @@
+"""Names for files that are no checkpoints, told by how they start, and what to do about them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+#: How much of a file's start is looked at: the magic of a tar archive stands at byte 257.
+HEAD_BYTES = 512
+
+
+class Kind(NamedTuple):
+    """What a file is, for a sentence that starts with its path, and what to do next."""
+
+    name: str
+    hint: str
+
+
+_CHECKPOINT = "a checkpoint is a .pth that torch.save wrote, a .safetensors file, or a folder of shards"
+_UNPACK = "unpack it first"
+_CONVERT = "modelcli reads what PyTorch loads: convert it with the program that wrote it"
+
+_STARTS = (
+    (b"7z\xbc\xaf\x27\x1c", Kind("a 7z archive", _UNPACK)),
+    (b"\x1f\x8b", Kind("a gzip file", _UNPACK)),
+    (b"BZh", Kind("a bzip2 file", _UNPACK)),
+    (b"\xfd7zXZ\0", Kind("an xz file", _UNPACK)),
+    (b"\x28\xb5\x2f\xfd", Kind("a zstd file", _UNPACK)),
+    (b"\x04\x22\x4d\x18", Kind("an lz4 file", _UNPACK)),
+    (b"Rar!\x1a\x07", Kind("a rar archive", _UNPACK)),
+    (b"version https://git-lfs", Kind("a git-lfs pointer, not the file it points to", "run git lfs pull")),
+    (b"GGUF", Kind("a GGUF file", _CONVERT)),
+    (b"lmgg", Kind("a GGML file", _CONVERT)),
+    (b"\x89HDF\r\n\x1a\n", Kind("an HDF5 file, as Keras writes it", _CONVERT)),
+    (b"\x93NUMPY", Kind("a NumPy array", _CONVERT)),
+    (b"TFL3", Kind("a TensorFlow Lite model", _CONVERT)),
+    (b"%PDF", Kind("a PDF document", _CHECKPOINT)),
+    (b"\x7fELF", Kind("a program or library for Linux", _CHECKPOINT)),
+    (b"MZ", Kind("a program or library for Windows", _CHECKPOINT)),
+)
+_HTML = Kind("an HTML page: the download went wrong", "open its address in a browser: it may ask for a login")
+
+
+def name(head: bytes) -> Kind | None:
+    """What a file with this start is, where it is one of the kinds that people take for checkpoints."""
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        return _HTML
+    found = next((kind for start, kind in _STARTS if head.startswith(start)), None)
+    if found is not None:
+        return found
+    if head[257:262] == b"ustar":
+        return Kind("a tar archive", "unpack it first; torch has not written tar files since 0.1.10")
+    if head[4:8] == b"TFL3":
+        return Kind("a TensorFlow Lite model", _CONVERT)
+    if head[4:8] == b"ET12" or head[4:6] == b"ET":
+        return Kind("an ExecuTorch program", _CONVERT)
+    if _is_onnx(head):
+        return Kind("an ONNX model", _CONVERT)
+    if text.startswith((b"{", b"[")):
+        hint = "the index of a folder of shards is called *.index.json; name the folder, or a file of weights"
+        return Kind("a JSON file", hint)
+    if head.startswith(b"\x80") and head[1:2] in b"\x02\x03\x04\x05":
+        return Kind(
+            "a pickle that torch.save did not write", "save model.state_dict() with torch.save, and use that file"
+        )
+    return None
+
+
+def _is_onnx(head: bytes) -> bool:
+    """A protobuf message that starts as `ModelProto` does: ir_version, then producer_name or what follows it."""
+    return len(head) > 4 and head[0] == 0x08 and 0 < head[1] < 0x20 and head[2] in (0x12, 0x1A, 0x3A, 0x42)
+
+
+def unknown(head: bytes) -> tuple[str, str]:
+    """What to say of a file of no kind that is known here, behind its path."""
+    return f"is not a checkpoint: it starts with {head[:8]!r}", _CHECKPOINT

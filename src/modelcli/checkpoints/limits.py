@@ -1,0 +1,82 @@
+"""How much a file may ask for before it is refused. Each limit can be set by a variable, which the refusal names."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from modelcli.errors import FileFormatError, RequestError
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A number that nothing a file says may exceed; `variable` is where the user sets another."""
+
+    variable: str
+    default: int
+    unit: str
+
+    @property
+    def value(self) -> int:
+        """The number in force. Raises RequestError where the variable holds none."""
+        return _number(self.variable, os.environ.get(self.variable), self.default)
+
+    def check(self, found: int, what: str) -> None:
+        """Raise FileFormatError where `found` is more than the limit; `what` names the file and what in it."""
+        if found > self.value:
+            raise self.exceeded(what, f"{found:,} {self.unit}")
+
+    def exceeded(self, what: str, amount: str) -> FileFormatError:
+        """The refusal: `best.pth: data.pkl has 70,000,000 bytes; the limit is 67,108,864`."""
+        return FileFormatError(
+            f"{what} has {amount}; the limit is {self.value:,}",
+            f"if you trust where it comes from, set {self.variable} to more",
+        )
+
+
+@functools.lru_cache
+def _number(variable: str, text: str | None, default: int) -> int:
+    if not text:
+        return default
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if not 0 < number < 2**63:
+        raise RequestError(
+            f"${variable} is {text!r}, and has to be a whole number above 0", f"the default is {default}"
+        )
+    return number
+
+
+PICKLE_BYTES = Limit("MODELCLI_MAX_PICKLE_BYTES", 64 * 1024 * 1024, "bytes")
+OPCODES = Limit("MODELCLI_MAX_OPCODES", 20_000_000, "opcodes")
+#: Values of a pickle; modules and tensors of a module pickled whole, where shared ones have a name at each place.
+NODES = Limit("MODELCLI_MAX_NODES", 10_000_000, "values")
+NESTING = Limit("MODELCLI_MAX_NESTING", 1_000, "levels")
+NAME_BYTES = Limit("MODELCLI_MAX_NAME_BYTES", 4 * 1024, "bytes")
+ZIP_ENTRIES = Limit("MODELCLI_MAX_ZIP_ENTRIES", 1_000_000, "entries")
+#: As safetensors' own reader has it.
+HEADER_BYTES = Limit("MODELCLI_MAX_HEADER_BYTES", 100_000_000, "bytes")
+INDEX_BYTES = Limit("MODELCLI_MAX_INDEX_BYTES", 64 * 1024 * 1024, "bytes")
+ALL = (PICKLE_BYTES, OPCODES, NODES, NESTING, NAME_BYTES, ZIP_ENTRIES, HEADER_BYTES, INDEX_BYTES)
+
+
+def check_name(name: str, what: str) -> None:
+    """Raise FileFormatError for a name of a tensor, record or class that is too long to be one."""
+    NAME_BYTES.check(len(name.encode("utf-8", "surrogatepass")), f"{what}: the name {name[:40]!r}...")
+
+
+@contextmanager
+def room_for_nesting(frames: int = 4) -> Iterator[None]:
+    """Let Python recurse into values as deep as the limit on nesting allows, with so many frames for each level."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(max(before, before + frames * NESTING.value))
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(before)

@@ -1,0 +1,228 @@
+"""The directory of a zip archive, read strictly: what is shown must be what every program finds in the file.
+
+Programs differ in what they make of an ambiguous archive: which of two records of one name they take, whether they
+believe the directory or a record's own header. Such an archive is refused with a name for what is wrong.
+
+The layout is that of PKWARE's APPNOTE.TXT, sections 4.3 (headers) and 4.5.3 (zip64).
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterable, Mapping
+from operator import itemgetter
+from typing import BinaryIO, NamedTuple
+
+from modelcli.checkpoints import limits
+from modelcli.errors import FileFormatError
+
+_END = struct.Struct("<4s4H2LH")
+_END64_LOCATOR = struct.Struct("<4sLQL")
+_END64 = struct.Struct("<4sQ2H2L4Q")
+_CENTRAL = struct.Struct("<4s4B4H3L5H2L")
+_LOCAL = struct.Struct("<4s2B4H3L2H")
+_MAX_COMMENT = 65_535
+_ENCRYPTED, _DESCRIPTOR, _UTF8 = 0x1 | 0x2000, 0x8, 0x800
+_STORED = 0
+#: What to do about a record that is compressed.
+STORE = "torch.save stores plainly: unpack it and pack it again with zip -0 -r"
+_16, _32 = 0xFFFF, 0xFFFF_FFFF
+
+
+class Entry(NamedTuple):
+    """One record: where its bytes lie in the file, how many, and their CRC-32 as the directory states it."""
+
+    name: str
+    offset: int
+    nbytes: int
+    crc: int
+    stored: bool
+
+
+class _Listed(NamedTuple):
+    """A record as the directory has it, its place not yet looked at."""
+
+    name: bytes
+    header: int
+    nbytes: int
+    compressed: int
+    crc: int
+    method: int
+    flags: int
+
+
+def read(file: BinaryIO, size: int, where: str, *, start: int = 0) -> dict[str, Entry]:
+    """The records of the archive that takes `size` bytes of `file` from `start`, by name.
+
+    Offsets in what is returned count from the start of the file. Raises FileFormatError that starts with `where` for
+    an archive that is damaged, ambiguous or beyond a limit.
+    """
+    count, offset, length = _end(file, size, where, start)
+    limits.ZIP_ENTRIES.check(count, where)
+    file.seek(start + offset)
+    listed = _listed(file.read(length), count, where)
+    return _located(file, listed, offset, where, start)
+
+
+def contents(file: BinaryIO, entry: Entry, where: str) -> bytes:
+    """The bytes of a small record, checked against their CRC-32. The caller has looked at its size."""
+    if not entry.stored:
+        raise FileFormatError(f"{where}: record {entry.name} is compressed", STORE)
+    file.seek(entry.offset)
+    data = file.read(entry.nbytes)
+    if len(data) != entry.nbytes or zlib.crc32(data) != entry.crc:
+        raise FileFormatError(f"{where} is damaged: record {entry.name} does not have the CRC-32 that is stated")
+    return data
+
+
+def _end(file: BinaryIO, size: int, where: str, start: int) -> tuple[int, int, int]:
+    """How many records there are, and where the directory starts and how long it is."""
+    tail_length = min(size, _END.size + _MAX_COMMENT)
+    file.seek(start + size - tail_length)
+    tail = file.read(tail_length)
+    position = tail.rfind(b"PK\x05\x06")
+    if position < 0 or position + _END.size > len(tail):
+        raise FileFormatError(f"{where} is a damaged zip file: it has no directory", "it may have been cut off")
+    _, disk, first_disk, here, count, length, offset, comment = _END.unpack_from(tail, position)
+    if position + _END.size + comment != len(tail):
+        raise FileFormatError(f"{where} is a damaged zip file: there are bytes behind its end")
+    if disk or first_disk or here != count:
+        raise FileFormatError(f"{where} is one part of several of a zip archive")
+    end = size - tail_length + position
+    locator = position - _END64_LOCATOR.size
+    if locator >= 0 and tail.startswith(b"PK\x06\x07", locator):
+        end, stated = _end64(file, end - _END64_LOCATOR.size, tail[locator:position], where, start)
+        # A field of the shorter form holds the same, or that it is too small to hold it.
+        for short, full, largest in zip((count, length, offset), stated, (_16, _32, _32), strict=True):
+            if short not in (full, largest):
+                raise FileFormatError(f"{where} is a damaged zip file: its end states two sizes of the directory")
+        count, length, offset = stated
+    if offset + length != end or length < count * _CENTRAL.size:
+        raise FileFormatError(f"{where} is a damaged zip file: its directory is not where its end says")
+    return count, offset, length
+
+
+def _end64(file: BinaryIO, locator_at: int, locator: bytes, where: str, start: int) -> tuple[int, tuple[int, int, int]]:
+    """Where the zip64 end record starts, and its count of records, length and offset of the directory."""
+    _, _, position, disks = _END64_LOCATOR.unpack(locator)
+    if disks > 1 or position + _END64.size > locator_at:
+        raise FileFormatError(f"{where} is a damaged zip file: its zip64 end is not where it says")
+    file.seek(start + position)
+    fields = _END64.unpack(file.read(_END64.size))
+    if fields[0] != b"PK\x06\x06" or position + 12 + fields[1] != locator_at or fields[4] or fields[5]:
+        raise FileFormatError(f"{where} is a damaged zip file: its zip64 end is not where it says")
+    here, count, length, offset = fields[6:]
+    if here != count:
+        raise FileFormatError(f"{where} is one part of several of a zip archive")
+    return position, (count, length, offset)
+
+
+def _listed(data: bytes, count: int, where: str) -> list[_Listed]:
+    """The entries of the directory. They fill it to its last byte."""
+    found = []
+    position = 0
+    try:
+        for _ in range(count):
+            fields = _CENTRAL.unpack_from(data, position)
+            signature, flags, method = fields[0], fields[5], fields[6]
+            crc, compressed, nbytes, name_length, extra_length, comment_length = fields[9:15]
+            header = fields[18]
+            position += _CENTRAL.size
+            name = data[position : position + name_length]
+            position += name_length
+            if _32 in (nbytes, compressed, header):
+                extra = data[position : position + extra_length]
+                nbytes, compressed, header = _zip64(extra, (nbytes, compressed, header), where)
+            position += extra_length + comment_length
+            if signature != b"PK\x01\x02":
+                raise FileFormatError(f"{where} is a damaged zip file: an entry of its directory is none")
+            found.append(_Listed(name, header, nbytes, compressed, crc, method, flags))
+    except struct.error:
+        position = -1
+    if position != len(data):
+        raise FileFormatError(f"{where} is a damaged zip file: its directory does not hold {count:,} entries")
+    return found
+
+
+def _zip64(extra: bytes, fields: Iterable[int], where: str) -> list[int]:
+    """The sizes and the offset of an entry, from its extra field where four bytes are too few for them."""
+    blocks = []
+    position = 0
+    while position + 4 <= len(extra):
+        kind, length = struct.unpack_from("<2H", extra, position)
+        if kind == 1:
+            blocks.append(extra[position + 4 : position + 4 + length])
+        position += 4 + length
+    wide = sum(field == _32 for field in fields)
+    if len(blocks) != 1 or len(blocks[0]) < 8 * wide:
+        raise FileFormatError(f"{where} is a damaged zip file: an entry's zip64 sizes are missing")
+    numbers = iter(struct.unpack_from(f"<{wide}Q", blocks[0]))
+    return [next(numbers) if field == _32 else field for field in fields]
+
+
+def _located(file: BinaryIO, listed: list[_Listed], directory: int, where: str, start: int) -> dict[str, Entry]:
+    """The entries with the places of their bytes, each as its own header has it, none over another."""
+    found: dict[str, Entry] = {}
+    end, last = 0, b""
+    longest = limits.NAME_BYTES.value
+    for entry in sorted(listed, key=itemgetter(1)):
+        raw, at, nbytes, compressed, crc, method, flags = entry
+        if at < end:
+            raise FileFormatError(f"{where}: the records {last!r} and {raw!r} lie over one another")
+        if len(raw) > longest:
+            limits.NAME_BYTES.check(len(raw), f"{where}: the name of a record")
+        file.seek(start + at)
+        header = file.read(_LOCAL.size + len(raw))
+        if header[:4] != b"PK\x03\x04" or len(header) < _LOCAL.size + len(raw):
+            raise FileFormatError(f"{where} is damaged: record {raw!r} has no header")
+        fields = _LOCAL.unpack_from(header)
+        if fields[10] != len(raw) or header[_LOCAL.size :] != raw:
+            raise FileFormatError(f"{where} is damaged: record {raw!r} has another name in its own header")
+        if fields[3:5] != (flags, method) or fields[7:10] != (crc, compressed, nbytes):
+            _compare(entry, fields, where)
+        if flags & _ENCRYPTED:
+            raise FileFormatError(f"{where}: record {raw!r} is encrypted")
+        if method == _STORED and compressed != nbytes:
+            raise FileFormatError(f"{where} is damaged: record {raw!r} is stored, and has two sizes")
+        offset = at + len(header) + fields[11]
+        end, last = offset + compressed, raw
+        if end > directory:
+            raise FileFormatError(f"{where} is cut off: record {raw!r} ends behind the records")
+        name = _name(raw, flags, where)
+        found[name] = Entry(name, start + offset, nbytes, crc, method == _STORED)
+    _refuse_twins(found, listed, where)
+    return found
+
+
+def _compare(entry: _Listed, fields: tuple[int, ...], where: str) -> None:
+    """Raise FileFormatError where a record's own header says other than the directory.
+
+    It may leave sizes and CRC-32 to a descriptor behind the bytes, and sizes of more than four bytes to its extra
+    field.
+    """
+    flags, method = fields[3], fields[4]
+    left_open = 0 if flags & _DESCRIPTOR else None
+    stated = ((entry.crc, None), (entry.compressed, _32), (entry.nbytes, _32))
+    same = all(own in (said, wide, left_open) for own, (said, wide) in zip(fields[7:10], stated, strict=True))
+    if method != entry.method or not same or (flags ^ entry.flags) & (_ENCRYPTED | _UTF8):
+        raise FileFormatError(f"{where} is damaged: record {entry.name!r} is another in its own header")
+
+
+def _name(raw: bytes, flags: int, where: str) -> str:
+    try:
+        return str(raw, "utf-8" if flags & _UTF8 else "cp437")
+    except UnicodeDecodeError:
+        raise FileFormatError(f"{where} is a damaged zip file: the name {raw!r} is not UTF-8") from None
+
+
+def _refuse_twins(found: Mapping[str, Entry], listed: list[_Listed], where: str) -> None:
+    """Two records of one name: programs differ in which they take, and some do not tell capitals from small letters."""
+    if len({name.lower() for name in found}) == len(listed):
+        return
+    seen: set[str] = set()
+    for entry in listed:
+        name = _name(entry.name, entry.flags, where)
+        if name.lower() in seen:
+            raise FileFormatError(f"{where} holds the record {name} twice")
+        seen.add(name.lower())

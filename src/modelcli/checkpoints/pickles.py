@@ -197,8 +197,9 @@ class _Machine:
         self.storages: dict[str, StorageRef] = {}
         self.extents: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
         self.odd_keys = 0
-        #: Values that were made from others, beyond the one for each opcode.
-        self.copied = 0
+        #: How many values may still be made from others, beyond the one for each opcode: a pickle that says
+        #: everything once needs fewer than it has bytes.
+        self.copies_left = 0
 
     def run(self, data: bytes) -> tuple[Any, int]:
         """The value of the pickle at the start of `data`, and where it ends.
@@ -208,6 +209,7 @@ class _Machine:
         """
         stack, memo, marks = self.stack, self.memo, self.marks
         position, nodes, stream = 0, 0, io.BytesIO(data)
+        self.copies_left = len(data)
         left = limits.OPCODES.value
         while left > 0:
             block = min(_BLOCK, left)
@@ -270,7 +272,7 @@ class _Machine:
                     stack.append(memo[_U4.unpack_from(data, position)[0]])
                     position += 4
                 elif code == 0x2E:  # STOP
-                    limits.NODES.check(nodes + self.copied, self.where)
+                    limits.NODES.check(nodes, self.where)
                     return stack.pop(), position
                 else:
                     opcode = _OPCODES.get(code)
@@ -283,7 +285,7 @@ class _Machine:
                         position = stream.tell()
                     nodes += 1
                     self._step(opcode.name, arg)
-            limits.NODES.check(nodes + self.copied, self.where)
+            limits.NODES.check(nodes, self.where)
         raise limits.OPCODES.exceeded(self.where, f"more than {limits.OPCODES.value:,} opcodes")
 
     def _saved_tensor(self, found: re.Match[bytes]) -> Any:
@@ -405,16 +407,20 @@ class _Machine:
         target = self.stack[-1]
         if isinstance(target, list):
             target.extend(values)
-        else:
+        elif isinstance(target, Opaque):
             target.appended.extend(values)
+        else:
+            raise FileFormatError(f"{self.where}: values are appended to {_described(target)}")
 
     def _set_items(self, items: list[Any]) -> None:
         target = self.stack[-1]
         pairs = self._pairs(items)
         if isinstance(target, dict):
             target.update(pairs)
-        else:
+        elif isinstance(target, Opaque):
             target.items.extend(pairs)
+        else:
+            raise FileFormatError(f"{self.where}: items are set on {_described(target)}")
 
     def _pairs(self, items: list[Any]) -> list[tuple[Any, Any]]:
         """Keys and values. A dict must not take ages: of keys whose hashes a file can choose there are but a few."""
@@ -471,7 +477,7 @@ class _Machine:
             case "collections.OrderedDict", ():
                 return OrderedDict()
             case "collections.OrderedDict", (list() as pairs,):
-                self.copied += len(pairs)
+                self._copy(len(pairs))
                 return OrderedDict(self._pairs([part for pair in pairs for part in _pair(pair)]))
             case "torch._utils._rebuild_tensor_v2", (
                 StorageRef() as storage,
@@ -547,9 +553,14 @@ class _Machine:
             )
         return TensorEntry(shape, dtype, stride, offset, storage.span, grad)
 
+    def _copy(self, count: int) -> None:
+        self.copies_left -= count
+        if self.copies_left < 0:
+            raise FileFormatError(f"{self.where} is damaged: it makes more values of one than it has bytes")
+
     def _extent(self, shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
         """How many elements of a storage a view spans from its first to its last; 0 for an empty one."""
-        self.copied += len(shape)
+        self._copy(len(shape))
         if len(shape) != len(stride) or min((*shape, *stride), default=0) < 0:
             raise FileFormatError(f"{self.where}: a tensor of shape {shape} and stride {stride}")
         last = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
@@ -561,7 +572,7 @@ class _Machine:
         if (isinstance(target, OrderedDict) and isinstance(state, dict)) or isinstance(target, Opaque):
             target.state = state
         elif not isinstance(target, TensorEntry):
-            raise FileFormatError(f"{self.where}: a state is set on {type(target).__name__}")
+            raise FileFormatError(f"{self.where}: a state is set on {_described(target)}")
 
 
 @functools.lru_cache(maxsize=10_000)
@@ -575,6 +586,10 @@ def _integers(text: bytes) -> tuple[int, ...]:
         found.append(int.from_bytes(number, "little", signed=width == 4))
         position += 1 + width
     return tuple(found)
+
+
+def _described(value: Any) -> str:
+    return value.dotted if isinstance(value, Global) else type(value).__name__
 
 
 def _pair(value: Any) -> tuple[Any, Any]:

@@ -59,7 +59,6 @@ def read(file: BinaryIO, size: int, where: str, *, start: int = 0) -> dict[str, 
     an archive that is damaged, ambiguous or beyond a limit.
     """
     count, offset, length = _end(file, size, where, start)
-    limits.ZIP_ENTRIES.check(count, where)
     file.seek(start + offset)
     listed = _listed(file.read(length), count, where)
     return _located(file, listed, offset, where, start)
@@ -98,6 +97,7 @@ def _end(file: BinaryIO, size: int, where: str, start: int) -> tuple[int, int, i
             if short not in (full, largest):
                 raise FileFormatError(f"{where} is a damaged zip file: its end states two sizes of the directory")
         count, length, offset = stated
+    limits.ZIP_ENTRIES.check(count, where)
     if offset + length != end or length < count * _CENTRAL.size:
         raise FileFormatError(f"{where} is a damaged zip file: its directory is not where its end says")
     return count, offset, length

@@ -1,0 +1,50 @@
+"""Inputs without end for every parser: nothing but a result or one of modelcli's errors may come of any.
+
+    make fuzz                      a million inputs for each parser
+    make fuzz INPUTS=1000 SEED=7   fewer, and others
+
+What breaks a parser is printed as bytes, with the parser's name; the seed and the number make it again.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from tests.fuzz import reading
+from tests.fuzz.running import run
+
+INPUTS = int(os.environ.get("INPUTS", "1000000"))
+#: Where a file is no more than memory, if there is such a place.
+MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
+SEED = int(os.environ.get("SEED", "0"))
+
+
+def fuzz(name: str) -> tuple[str, float, list[str]]:
+    """Run one parser in a process of its own."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
+        target = next(target for target in reading.every(Path(folder)) if target.name == name)
+        faults = run(target, INPUTS, SEED)
+    return name, time.perf_counter() - start, faults
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        names = [target.name for target in reading.every(Path(folder))]
+    broken = 0
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        for name, seconds, faults in pool.map(fuzz, names):
+            print(f"{name:24} {INPUTS:>10,} inputs {seconds:8.0f} s   {len(faults)} faults", flush=True)
+            for fault in faults[:5]:
+                print(f"    {fault}", flush=True)
+            broken += len(faults)
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""The parsers that read files, each as a function of bytes, with good inputs to start from."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickletools
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modelcli import blueprint as blueprints
+from modelcli import checkpoints
+from modelcli import record as records
+from modelcli.blueprint import TensorInfo, from_keys
+from modelcli.checkpoints import Span, pickles, trees, zip_directory
+from tests import hostile
+
+
+@dataclass(frozen=True)
+class Target:
+    """A parser: what is run on an input, good inputs, and the words that the format is made of."""
+
+    name: str
+    run: Callable[[bytes], object]
+    seeds: Sequence[bytes]
+    words: Sequence[bytes]
+
+
+_NAMES = [
+    b"ctorch._utils\n_rebuild_tensor_v2\n",
+    b"ctorch._utils\n_rebuild_parameter\n",
+    b"ctorch\nFloatStorage\n",
+    b"ctorch.storage\nUntypedStorage\n",
+    b"ccollections\nOrderedDict\n",
+    b"ctorch\nSize\n",
+    b"cos\nsystem\n",
+]
+_OPCODES = [opcode.code.encode("latin-1") for opcode in pickletools.opcodes]
+_ZIP = [b"PK\x01\x02", b"PK\x03\x04", b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07", b"PK\x07\x08", b"archive/data/0"]
+_JSON = [b"{", b"}", b"[", b"]", b'"', b":", b",", b"null", b"true", b"-1", b"1e999", b"NaN", b'"\\ud800"', b"\xff"]
+_RECORD = records.to_text(
+    records.Record(
+        reference="alexnet(num_classes=10)",
+        weights=None,
+        seed=0,
+        edits=("replace a Linear(2,3)", "freeze a.b"),
+        frozen=("a.weight",),
+        blueprint=from_keys([TensorInfo("a.weight", (2, 3), "float32"), TensorInfo("b", (), "int64", "buffer")]),
+        input_size=((1, 3),),
+    )
+).encode()
+_SAFETENSORS = hostile.safetensors(
+    {"a": hostile.f32(0, 8, 2), "b": hostile.f32(8, 8, 0), "__metadata__": {"modelcli": _RECORD.decode()}}, bytes(8)
+)
+
+
+def every(folder: Path) -> list[Target]:
+    """All parsers; those that read files by path write them into `folder`."""
+    path = folder / "made.pth"
+    index = folder / "made.index.json"
+    (folder / "shard.safetensors").write_bytes(hostile.safetensors({"a": hostile.f32(0, 8, 2)}, bytes(8)))
+
+    def by_path(data: bytes) -> object:
+        path.write_bytes(data)
+        found = checkpoints.read(path)
+        return found.bare_blueprint(), [entry.storage.bytes() for entry in found.tensors.values()]
+
+    def by_index(data: bytes) -> object:
+        index.write_bytes(data)
+        return checkpoints.read(index)
+
+    def pickled(data: bytes) -> object:
+        span = Span(path, 0, 64, (0, 0, 0))
+        read = pickles.read(data, "made", lambda _key, _dtype: span)
+        return trees.contents_of(path, read, None).bare_blueprint()
+
+    def packed(data: bytes) -> object:
+        return by_path(hostile.archive(data))
+
+    def directory(data: bytes) -> object:
+        return zip_directory.read(io.BytesIO(data), len(data), "made")
+
+    pickle_seeds = [item for item in map(_pickle_of, hostile.pickled()) if len(item) < 5000] + list(_saved())
+    archives = [hostile.archive(), hostile.zip64(), *(item.data for item in hostile.zips() if len(item.data) < 5000)]
+    legacies = [item.data for item in hostile.legacies()]
+    map_ = b'{"metadata":{"total_size":8},"weight_map":{"a":"shard.safetensors"}}'
+    words = _OPCODES + _NAMES
+    return [
+        Target("pickle", pickled, pickle_seeds, words),
+        Target("pickle in an archive", packed, pickle_seeds[:20], words),
+        Target("zip directory", directory, archives, _ZIP),
+        Target("torch zip", by_path, archives, _ZIP + _NAMES),
+        Target("torch before 1.6", by_path, legacies, [*words, struct.pack("<Q", 2)]),
+        Target("safetensors", by_path, [_SAFETENSORS, hostile.safetensors({})], _JSON),
+        Target("index of shards", by_index, [map_], [*_JSON, b"..", b"/", b"shard.safetensors", b"weight_map"]),
+        Target("record", lambda data: records.from_text(data.decode("utf-8", "replace")), [_RECORD], _JSON),
+        Target("cache entry", _blueprint, [json.dumps(json.loads(_RECORD)["blueprint"]).encode()], _JSON),
+    ]
+
+
+def _pickle_of(item: hostile.Hostile) -> bytes:
+    with_start = item.data.partition(b"archive/data.pkl")[2]
+    return with_start[: with_start.index(b"PK\x03\x04")]
+
+
+def _saved() -> list[bytes]:
+    """What torch's own pickler writes for tensors, once the numbers of its memo take four bytes."""
+    body = b""
+    memo = 300
+    for number in range(3):
+        puts = iter(b"r" + struct.pack("<I", memo + step) for step in range(8))
+        memo += 8
+        body += hostile.text(f"layer.{number}.weight") + next(puts)
+        body += b"h\x02((h\x03h\x04" + hostile.text(str(number)) + next(puts) + b"h\x06K\x02t" + next(puts) + b"QK\x00"
+        body += b"K\x02\x85" + next(puts) + b"K\x01\x85" + next(puts) + b"\x89h\x07)R" + next(puts) + b"t" + next(puts)
+        body += b"R" + next(puts)
+    start = b"\x80\x02}q\x01" + _NAMES[0] + b"q\x020" + hostile.text("storage") + b"q\x030" + _NAMES[2] + b"q\x040"
+    return [start + hostile.text("cpu") + b"q\x060" + _NAMES[4] + b"q\x070(" + body + b"u."]
+
+
+def _blueprint(data: bytes) -> Any:
+    try:
+        return blueprints.from_json(json.loads(data))
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):  # what the cache catches
+        return None

@@ -1,0 +1,122 @@
+"""Damaged inputs for every parser: a result or one error, in little time. `make fuzz` runs a million of each."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from modelcli import checkpoints
+from modelcli.checkpoints import pickles, zip_directory
+from modelcli.errors import ModelcliError
+from tests import hostile
+from tests.fuzz import reading
+from tests.fuzz.running import run
+
+with tempfile.TemporaryDirectory() as _folder:
+    NAMES = [target.name for target in reading.every(Path(_folder))]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_thousands_of_damaged_inputs(tmp_path: Path, name: str) -> None:
+    target = next(target for target in reading.every(tmp_path) if target.name == name)
+    assert run(target, 2000, seed=1) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_inputs_to_start_from_are_read(tmp_path: Path, name: str) -> None:
+    """Else every input would be refused at its first byte, and nothing tested."""
+    target = next(target for target in reading.every(tmp_path) if target.name == name)
+    read = 0
+    for seed in target.seeds:
+        try:
+            read += target.run(seed) is not None
+        except ModelcliError:
+            continue
+    assert read
+
+
+def small_files() -> dict[str, bytes]:
+    """A small file of each kind, written by torch and safetensors themselves."""
+    state = {"a": torch.ones(2, 2), "b": torch.ones(2, dtype=torch.bfloat16)}
+    found = {}
+    for name, new in (("zip", True), ("old", False)):
+        out = io.BytesIO()
+        torch.save(state, out, _use_new_zipfile_serialization=new)
+        found[name] = out.getvalue()
+    found["safetensors"] = save(state)
+    found["index"] = b'{"weight_map": {"a": "s.safetensors", "b": "s.safetensors"}}'
+    return found
+
+
+def look(path: Path) -> None:
+    with contextlib.suppress(ModelcliError):
+        checkpoints.read(path).bare_blueprint()
+
+
+@pytest.mark.parametrize("kind", small_files())
+def test_every_truncation_and_every_flipped_bit(tmp_path: Path, kind: str) -> None:
+    data = small_files()[kind]
+    (tmp_path / "s.safetensors").write_bytes(small_files()["safetensors"])
+    path = tmp_path / ("made.index.json" if kind == "index" else "made.pth")
+    with path.open("wb", buffering=0) as file:
+        for position in range(len(data)):
+            for bit in range(8):
+                file.seek(position)
+                file.write(bytes([data[position] ^ 1 << bit]))
+                if position == bit == 0:
+                    file.write(data[1:])
+                look(path)
+            file.seek(position)
+            file.write(data[position : position + 1])
+    for length in range(len(data)):
+        path.write_bytes(data[:length])
+        look(path)
+
+
+@pytest.mark.parametrize("kind", ["pickle in the zip"])
+def test_every_flipped_bit_behind_a_valid_crc(tmp_path: Path, kind: str) -> None:
+    data = small_files()["zip"]
+    entry = zip_directory.read(io.BytesIO(data), len(data), kind)["archive/data.pkl"]
+    pickled = data[entry.offset : entry.offset + entry.nbytes]
+    path = tmp_path / "made.pth"
+    for position in range(len(pickled)):
+        for bit in range(8):
+            flipped = bytearray(pickled)
+            flipped[position] ^= 1 << bit
+            path.write_bytes(hostile.archive(bytes(flipped), {"data/0": bytes(16), "data/1": bytes(4)}))
+            look(path)
+
+
+def test_a_tensor_in_one_step_is_what_its_opcodes_make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`_TENSOR` matches a whole tensor; run opcode by opcode, every damaged input gives the same value or none."""
+    (seed,) = reading._saved()
+    span = checkpoints.Span(tmp_path / "x", 0, 8, (0, 0, 0))
+    matched = 0
+
+    def outcome(data: bytes) -> object:
+        try:
+            read = pickles.read(data, "made", lambda _key, _dtype: span)
+        except ModelcliError:
+            return None
+        return read.value if isinstance(read.value, dict) and not _holds_opaque(read.value) else type(read.value)
+
+    for position in range(len(seed)):
+        for change in (seed[position] ^ 1, seed[position] ^ 0x80, 0, 0x4B, 0x68):
+            data = bytearray(seed)
+            data[position] = change
+            quick = outcome(bytes(data))
+            matched += pickles._TENSOR.search(bytes(data)) is not None
+            with monkeypatch.context() as patch:
+                patch.setattr(pickles, "_REBUILD", pickles.Global("never", "matched"))
+                assert outcome(bytes(data)) == quick, bytes(data)
+    assert matched > 1000
+
+
+def _holds_opaque(value: dict[object, object]) -> bool:
+    return any(not isinstance(item, checkpoints.TensorEntry) for item in value.values())

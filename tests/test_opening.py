@@ -255,6 +255,18 @@ def test_arch_for_a_bare_checkpoint(cli: Cli) -> None:
     assert "classifier.1.weight is [3, 512, 1, 1] in the file" in result.err
 
 
+def test_a_module_is_filled_from_no_file_that_names_foreign_classes(folder: Path) -> None:
+    """As `arch` in words is not: the two agree."""
+    model = torch.nn.Linear(2, 3)
+    torch.save(model, "whole.pth")
+    for arch in (torch.nn.Linear(2, 3), "Linear(2,3)"):
+        with pytest.raises(UnsafeError, match=r"modules\.linear\.Linear"):
+            modelcli.load("whole.pth", arch=arch)
+    torch.save(model.state_dict(), "plain.pth")
+    with pytest.raises(RequestError, match="both say where the numbers come from"):
+        modelcli.load("plain.pth", arch=torch.nn.Linear(2, 3), weights="DEFAULT")
+
+
 def test_training_checkpoints(cli: Cli) -> None:
     state = nn.Linear(2, 3).state_dict()
     torch.save({"epoch": 3, "model": state, "ema": state, "optimizer": {"lr": 0.1}}, "train.pth")

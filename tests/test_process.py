@@ -90,8 +90,11 @@ def test_torchvision_beside_a_torch_it_does_not_match(folder: Path, builder: str
 @pytest.mark.parametrize(
     ("words", "forbidden"),
     [
-        (["--version"], ("torch", "torchvision", "numpy", "rich")),
-        (["params", "small.pth"], ("torch", "torchvision", "numpy", "safetensors", "rich.console")),
+        (["--version"], ("torch", "torchvision", "numpy", "rich", "typer", "importlib.metadata")),
+        (["--help"], ("torch", "torchvision", "numpy", "safetensors", "tomlkit", "modelcli.checkpoints")),
+        (["params", "--help"], ("torch", "torchvision", "numpy", "safetensors", "tomlkit", "modelcli.checkpoints")),
+        (["params", "small.pth"], ("torch", "torchvision", "numpy", "safetensors", "rich.console", "zipfile")),
+        (["modules", "small.pth", "--tree"], ("torch", "torchvision", "numpy", "safetensors", "tomlkit")),
         (["summary", "small.pth", "--json"], ("torch", "torchvision", "numpy", "safetensors")),
         (["log", "--recipe", "r.toml"], ("torch", "torchvision", "numpy")),
     ],
@@ -105,6 +108,25 @@ def test_what_is_imported(folder: Path, words: list[str], forbidden: tuple[str, 
     code = "import sys; from modelcli.cli import main; assert main(sys.argv[1:]) == 0; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
     assert set(done.stdout.splitlines()[-1].split()) & set(forbidden) == set()
+
+
+@pytest.mark.parametrize("words", ["modelcli su", "modelcli params --st", "modelcli replace "])
+def test_what_completion_imports(folder: Path, words: str) -> None:
+    code = """
+        import contextlib, sys
+        from modelcli.cli import main
+        with contextlib.suppress(SystemExit):
+            main([])
+        print(*sys.modules)
+    """
+    typed = {"_MODELCLI_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    run = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(run, capture_output=True, text=True, check=True, env=os.environ | typed)
+    *offered, modules = done.stdout.splitlines()
+    if words == "modelcli su":
+        assert offered == ["summary"]
+    assert "modelcli.cli" in modules.split()
+    assert set(modules.split()) & {"torch", "torchvision", "numpy", "safetensors", "tomlkit", "modelcli.live"} == set()
 
 
 def test_the_python_api_is_lazy() -> None:

@@ -12,6 +12,9 @@ from typing import BinaryIO
 
 from modelcli.errors import ModelcliError, RequestError, SystemFailureError
 
+#: How the name of a file ends that is still being written.
+TEMPORARY = ".modelcli-tmp"
+
 
 def check_target(path: Path, *, force: bool) -> None:
     """Raise where `path` cannot be written: it exists and `force` is not set, or is no plain file, or is locked."""
@@ -38,8 +41,10 @@ def check_target(path: Path, *, force: bool) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path, *, force: bool) -> Iterator[tuple[BinaryIO, Path]]:
+def replacing(path: Path, *, force: bool, durable: bool = True) -> Iterator[tuple[BinaryIO, Path]]:
     """Give a new file beside `path`; at the end of the block it takes the place of `path`.
+
+    With `durable` it is on the disk by then, so that a loss of power cannot take it away.
 
     The parent folder is made. Where the block raises, the new file is removed and the old one is as it was. A link is
     followed: the file that it points to is replaced.
@@ -48,7 +53,7 @@ def replacing(path: Path, *, force: bool) -> Iterator[tuple[BinaryIO, Path]]:
     target = Path(os.path.realpath(path))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{target.name[:100]}.", suffix=".modelcli-tmp", dir=target.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{target.name[:100]}.", suffix=TEMPORARY, dir=target.parent)
     except OSError as error:
         raise _failure(path, error) from None
     temporary = Path(name)
@@ -56,12 +61,14 @@ def replacing(path: Path, *, force: bool) -> Iterator[tuple[BinaryIO, Path]]:
         with open(handle, "w+b") as file:  # noqa: PTH123
             yield file, temporary
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         temporary.chmod(target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask())
         if not force and target.exists():
             raise RequestError(f"{path} exists by now", "--force replaces it")
         temporary.replace(target)
-        _sync_folder(target.parent)
+        if durable:
+            _sync_folder(target.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()

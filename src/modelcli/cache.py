@@ -11,15 +11,15 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modelcli import blueprint, installed
+from modelcli import atomic, blueprint, installed
 from modelcli._version import __version__
 from modelcli.blueprint import Blueprint
+from modelcli.errors import ModelcliError
 
 SCHEMA = 1
 SUFFIX = ".blueprint"
@@ -93,24 +93,17 @@ def put(key: Key, found: Blueprint) -> None:
     document = key.document()
     entry = {"key": document, "blueprint": blueprint.to_json(found)}
     body = json.dumps(entry, separators=(",", ":")).encode()
-    path = _path(document)
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f"{path.stem[:16]}.", suffix=".tmp", dir=path.parent)
-        try:
-            with open(handle, "wb") as file:  # noqa: PTH123
-                file.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
-            Path(name).replace(path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                Path(name).unlink()
-            raise
+    with (
+        contextlib.suppress(ModelcliError),
+        atomic.replacing(_path(document), force=True, durable=False) as (file, _),
+    ):
+        file.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
 
 
 def entries() -> list[Path]:
     """The files of the cache, half-written ones of killed runs included."""
     try:
-        return sorted(path for path in folder().iterdir() if path.suffix in (SUFFIX, ".tmp"))
+        return sorted(path for path in folder().iterdir() if path.suffix in (SUFFIX, atomic.TEMPORARY))
     except OSError:
         return []
 

@@ -132,7 +132,7 @@ class _Opening:
                     f"--weights {weights} and the checkpoint {reference} both say where the numbers come from",
                     "use --arch for its architecture",
                 )
-            self.contents = self._read(reference.path)
+            self.contents = read_to_edit(reference.path, source, self.notes)
             if source.arch is not None:
                 self._take_architecture(references.parse(source.arch, source.folder), None)
             else:
@@ -140,7 +140,7 @@ class _Opening:
         elif source.arch is not None:
             raise RequestError(f"--arch {source.arch} is for checkpoints, and {reference} is an architecture itself")
         elif weights_file is not None:
-            self.contents = self._read(weights_file)
+            self.contents = read_to_edit(weights_file, source, self.notes)
             self._take_architecture(reference, None)
         else:
             if source.key is not None:
@@ -148,20 +148,6 @@ class _Opening:
             self._take_architecture(reference, weights)
         if self.contents is not None:
             self.notes += self.contents.notes
-
-    def _read(self, path: Path) -> Contents:
-        """Read a checkpoint. One with objects of foreign classes is refused, or cleaned of them where asked to."""
-        contents = checkpoints.read(path, key=self.source.key)
-        if not contents.foreign:
-            return contents
-        names = ", ".join(contents.foreign[:3]) + (", ..." if len(contents.foreign) > 3 else "")
-        if not self.source.tensors_only:
-            raise UnsafeError(
-                f"{path} holds objects of {names}, which only running code could load",
-                "--tensors-only takes the tensors and drops everything else",
-            )
-        self.notes.append(f"took the tensors of {path.name} alone: objects of {names} were dropped")
-        return contents.without_objects()
 
     def _take_architecture(self, reference: references.Reference, weights: str | None, *, trust: bool = True) -> None:
         self.base = architecture(reference, weights=weights, folder=self.source.folder, trust=trust)
@@ -251,6 +237,21 @@ class _Opening:
         return Inputs(shapes, dtypes, builder is not None and zoo.takes_list_of_images(builder))
 
 
+def read_to_edit(path: Path, source: Source, notes: list[str]) -> Contents:
+    """Read a checkpoint. One with objects of foreign classes is refused, or cleaned of them where `source` asks to."""
+    contents = checkpoints.read(path, key=source.key)
+    if not contents.foreign:
+        return contents
+    names = ", ".join(contents.foreign[:3]) + (", ..." if len(contents.foreign) > 3 else "")
+    if not source.tensors_only:
+        raise UnsafeError(
+            f"{path} holds objects of {names}, which only running code could load",
+            "--tensors-only takes the tensors and drops everything else",
+        )
+    notes.append(f"took the tensors of {path.name} alone: objects of {names} were dropped")
+    return contents.without_objects()
+
+
 def _weights_file(weights: str | None, folder: Path, *, of_checkpoint: bool) -> Path | None:
     """The file that `--weights` names, if it names one: it has a separator or a known suffix."""
     if weights is None or of_checkpoint:
@@ -281,7 +282,9 @@ def with_arch_instance(source: Source, instance: nn.Module) -> tuple[nn.Module, 
     reference = source.reference()
     if not isinstance(reference, CheckpointFile):
         raise RequestError(f"{reference} is not a checkpoint, and arch is a module already")
-    contents = checkpoints.read(reference.path, key=source.key)
+    if source.weights not in (None, "none"):
+        raise RequestError(f"weights={source.weights!r} and {reference} both say where the numbers come from")
+    contents = read_to_edit(reference.path, source, [])
     state, report = loading.compare(instance, loading.mapped(contents))
     if not report.mismatched:
         report = loading.load(instance, state)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from modelcli.checkpoints import folders, safetensors, torch_legacy, torch_zip
-from modelcli.checkpoints.contents import Contents, Span, TensorEntry
+from modelcli.checkpoints.contents import Contents, Span, Storage, TensorEntry
 from modelcli.errors import FileFormatError, RequestError, SystemFailureError
 
-__all__ = ["Contents", "Span", "TensorEntry", "read"]
+__all__ = ["Contents", "Span", "Storage", "TensorEntry", "read"]
 
 _NAMES = (
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive"),

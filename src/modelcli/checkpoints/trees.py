@@ -9,7 +9,7 @@ from typing import Any
 from modelcli import record as records
 from modelcli.blueprint import ITEM_BYTES
 from modelcli.checkpoints import pickles
-from modelcli.checkpoints.contents import Contents, Span, TensorEntry
+from modelcli.checkpoints.contents import Contents, Storage, TensorEntry
 from modelcli.errors import FileFormatError, RequestError, UnsafeError, did_you_mean
 
 #: Modules and tensors of a pickled module: shared ones have a name for each place, and nesting multiplies places.
@@ -35,7 +35,7 @@ STATE_DICT_KEYS = (
 def contents_of(
     path: Path,
     pickled: pickles.Pickle,
-    span_of: Callable[[str], Span],
+    span_of: Callable[[str], Storage],
     key: str | None,
     record_text: str | None = None,
     notes: tuple[str, ...] = (),
@@ -196,10 +196,15 @@ def _is_state_dict(value: Any) -> bool:
     )
 
 
+def resolved(path: Path, value: Any, span_of: Callable[[str], Storage]) -> Any:
+    """An inert value with an entry for each tensor in it."""
+    return _Values(path, span_of).resolved(value)
+
+
 class _Values:
     """The values of a pickle with every tensor as the entry it is. What is there twice stays one."""
 
-    def __init__(self, path: Path, span_of: Callable[[str], Span]) -> None:
+    def __init__(self, path: Path, span_of: Callable[[str], Storage]) -> None:
         self.path = path
         self.span_of = span_of
         self.made: dict[int, Any] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from modelcli.checkpoints import folders, safetensors, torch_legacy, torch_zip
+from modelcli.checkpoints import distributed, folders, safetensors, torch_legacy, torch_zip
 from modelcli.checkpoints.contents import Contents, Span, Storage, TensorEntry
 from modelcli.errors import FileFormatError, RequestError, SystemFailureError
 
@@ -25,12 +25,13 @@ _NAMES = (
 def read(path: Path, *, key: str | None = None) -> Contents:
     """Read what a checkpoint holds, by its content and never by its suffix.
 
-    A folder is read by the index of shards in it. `key` names the state dict inside a training checkpoint (`a.b` for
-    one inside another). Raises FileFormatError for a file that is corrupt or no checkpoint.
+    A folder is read by the index of shards in it, or by the `.metadata` of `torch.distributed.checkpoint`. `key` names
+    the state dict inside a training checkpoint (`a.b` for one inside another). Raises FileFormatError for a file that
+    is corrupt or no checkpoint.
     """
     try:
         if path.is_dir():
-            path = folders.index_in(path)
+            path = distributed.metadata_in(path) or folders.index_in(path)
         size = path.stat().st_size
         with path.open("rb") as file:
             head = file.read(64)
@@ -44,6 +45,8 @@ def read(path: Path, *, key: str | None = None) -> Contents:
         if key is not None:
             raise RequestError(f"--key {key} is for training checkpoints, and {path} is an index of shards")
         return folders.read(path, lambda shard: read(shard))
+    if path.name == distributed.METADATA:
+        return distributed.read(path, key)
     if head.startswith(b"PK"):
         return torch_zip.read(path, key)
     if safetensors.looks_like(head, size):

@@ -40,7 +40,7 @@ def read(index: Path, read_file: Reader) -> Contents:
     tensors: dict[str, TensorEntry] = {}
     for name, file in weight_map.items():
         if file not in shards:
-            shards[file] = read_file(_inside(index, file))
+            shards[file] = read_file(inside(index, file))
         entry = shards[file].tensors.get(name)
         if entry is None:
             raise FileFormatError(f"{index} says that {name} is in {file}, and it is not")
@@ -76,7 +76,7 @@ def _index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     return weight_map, metadata if isinstance(metadata, dict) else {}
 
 
-def _inside(index: Path, file: str) -> Path:
+def inside(index: Path, file: str) -> Path:
     """The path of a shard, which has to stay inside the folder of its index, links followed."""
     parts = (*PurePosixPath(file).parts, *PureWindowsPath(file).parts)
     absolute = PurePosixPath(file).is_absolute() or PureWindowsPath(file).drive or PureWindowsPath(file).root

@@ -447,6 +447,7 @@ def test_safetensors_of_every_dtype(tmp_path: Path) -> None:
     (length,) = struct.unpack("<Q", path.read_bytes()[:8])
     assert length % 8 == 0
     for name, entry in checkpoints.read(path).tensors.items():
+        assert isinstance(entry.storage, checkpoints.Span)
         assert entry.storage.offset % state[name].element_size() == 0
 
 

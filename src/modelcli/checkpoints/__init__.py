@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from modelcli.checkpoints import folders, kinds, safetensors, torch_legacy, torch_zip
-from modelcli.checkpoints.contents import Contents, Span, TensorEntry
+from modelcli.checkpoints import distributed, folders, kinds, safetensors, torch_legacy, torch_zip
+from modelcli.checkpoints.contents import Contents, Span, Storage, TensorEntry
 from modelcli.errors import FileFormatError, RequestError, SystemFailureError
 
-__all__ = ["Contents", "Span", "TensorEntry", "read"]
+__all__ = ["Contents", "Span", "Storage", "TensorEntry", "read"]
 
 
 def read(path: Path, *, key: str | None = None) -> Contents:
     """Read what a checkpoint holds, by its content and never by its suffix.
 
-    A folder is read by the index of shards in it. `key` names the state dict inside a training checkpoint (`a.b` for
-    one inside another). Raises FileFormatError for a file that is corrupt or no checkpoint.
+    A folder is read by the index of shards in it, or by the `.metadata` of `torch.distributed.checkpoint`. `key` names
+    the state dict inside a training checkpoint (`a.b` for one inside another). Raises FileFormatError for a file that
+    is corrupt or no checkpoint.
     """
     try:
         if path.is_dir():
-            path = folders.index_in(path)
+            path = distributed.metadata_in(path) or folders.index_in(path)
         if not path.exists():
             raise RequestError(f"no such file: {path}")
         if not path.is_file():
@@ -29,6 +30,8 @@ def read(path: Path, *, key: str | None = None) -> Contents:
     if path.name.endswith(folders.INDEX_SUFFIX):
         _refuse_key(key, path, "an index of shards")
         return folders.read(path, _read_file)
+    if path.name == distributed.METADATA:
+        return distributed.read(path, key)
     return _read_file(path, key)
 
 

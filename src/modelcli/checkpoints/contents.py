@@ -6,13 +6,32 @@ import mmap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from modelcli.blueprint import Blueprint, Shape, TensorInfo, from_keys
 from modelcli.errors import FileFormatError
 from modelcli.record import Record
 
 CHUNK = 8 * 1024 * 1024
+
+
+class Storage(Protocol):
+    """The bytes that tensors are views into, wherever they lie. Equal storages are one."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def chunks(self) -> Iterator[bytes]:
+        """The bytes, in pieces of at most 8 MiB. Raises FileFormatError where they are not what was promised."""
+        ...
+
+    def bytes(self) -> bytes: ...
+
+    def mapped(self) -> memoryview:
+        """The bytes as writable memory of its own: mapped where they lie in one piece, else copied."""
+        ...
+
+    def __hash__(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +73,32 @@ class Span:
         return memoryview(mapping)[self.offset - start :]
 
 
+@dataclass(frozen=True, slots=True)
+class JoinedSpan:
+    """Storages one after another, as the ranks of a sharded tensor wrote its rows."""
+
+    parts: tuple[Storage, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    def chunks(self) -> Iterator[bytes]:
+        for part in self.parts:
+            yield from part.chunks()
+
+    def bytes(self) -> bytes:
+        return b"".join(self.chunks())
+
+    def mapped(self) -> memoryview:
+        """The bytes in memory of their own: what lies apart cannot be mapped as one."""
+        joined, end = memoryview(bytearray(self.nbytes)), 0
+        for chunk in self.chunks():
+            joined[end : end + len(chunk)] = chunk
+            end += len(chunk)
+        return joined
+
+
 def identity_of(path: Path) -> tuple[int, int, int]:
     status = path.stat()
     return status.st_size, status.st_mtime_ns, status.st_ino
@@ -61,7 +106,7 @@ def identity_of(path: Path) -> tuple[int, int, int]:
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor of a checkpoint: a view into a storage, which is a span of the file.
+    """One tensor of a checkpoint: a view into a storage, which is a span of the file or of several.
 
     `offset` and `stride` count elements. Tensors with the same `storage` are tied or views of one another.
     """
@@ -70,7 +115,7 @@ class TensorEntry:
     dtype: str
     stride: Shape
     offset: int
-    storage: Span
+    storage: Storage
     requires_grad: bool | None = None
     is_parameter: bool = False
 
@@ -122,6 +167,14 @@ class Contents:
     def bare_blueprint(self) -> Blueprint:
         """The tree of the key names; types are known only where the file names the classes of a pickled module."""
         return from_keys(self.infos().values(), self.types)
+
+
+def row_major(shape: Shape) -> Shape:
+    """The strides, in elements, of a contiguous tensor."""
+    stride = [1] * len(shape)
+    for axis in range(len(shape) - 2, -1, -1):
+        stride[axis] = stride[axis + 1] * max(shape[axis + 1], 1)
+    return tuple(stride)
 
 
 def looks_like_buffer(name: str, dtype: str) -> bool:

@@ -40,7 +40,7 @@ def read(index: Path, read_file: Reader) -> Contents:
     tensors: dict[str, TensorEntry] = {}
     for name, file in weight_map.items():
         if file not in paths:
-            paths[file] = _inside(index, file)
+            paths[file] = inside(index, file)
             # One file may be spelt in several ways, and is read once.
             if paths[file].resolve() not in shards:
                 shards[paths[file].resolve()] = read_file(paths[file])
@@ -78,7 +78,7 @@ def _index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     return weight_map, metadata if isinstance(metadata, dict) else {}
 
 
-def _inside(index: Path, file: str) -> Path:
+def inside(index: Path, file: str) -> Path:
     """The path of a shard, which has to stay inside the folder of its index, links followed."""
     parts = (*PurePosixPath(file).parts, *PureWindowsPath(file).parts)
     absolute = PurePosixPath(file).is_absolute() or PureWindowsPath(file).drive or PureWindowsPath(file).root

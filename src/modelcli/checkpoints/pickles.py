@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 from modelcli.blueprint import ITEM_BYTES
 from modelcli.checkpoints import limits
-from modelcli.checkpoints.contents import Span, TensorEntry
+from modelcli.checkpoints.contents import Storage, TensorEntry
 from modelcli.errors import FileFormatError, ModelcliError
 
 MAX_DIMENSIONS = 1_000
@@ -44,7 +44,7 @@ class StorageRef:
     `offset` is where it starts in them, in elements: torch before 0.4 saved views of storages.
     """
 
-    span: Span
+    span: Storage
     dtype: str | None
     count: int
     offset: int = 0
@@ -136,7 +136,7 @@ class Pickle:
 
 
 #: Gives the bytes of a storage by its key and dtype (None for raw bytes).
-SpanOf = Callable[[str, str | None], Span]
+SpanOf = Callable[[str, str | None], Storage]
 
 _U4 = struct.Struct("<I")
 _OPCODES = {ord(opcode.code): opcode for opcode in pickletools.opcodes}
@@ -161,7 +161,7 @@ _BLOCK = 65_536
 _MAX_ODD_KEYS = 10_000
 
 
-def _no_storages(key: str, _dtype: str | None) -> Span:
+def _no_storages(key: str, _dtype: str | None) -> Storage:
     raise FileFormatError(f"storage {key!r} stands where none belongs")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from modelcli import record as records
 from modelcli.blueprint import ITEM_BYTES
 from modelcli.checkpoints import limits, strict_json
-from modelcli.checkpoints.contents import Contents, Span, TensorEntry, identity_of
+from modelcli.checkpoints.contents import Contents, Span, TensorEntry, identity_of, row_major
 from modelcli.errors import FileFormatError, SystemFailureError
 
 #: torch's dtype for each of the format's.
@@ -117,9 +117,6 @@ def _entry(
             raise ValueError("more elements than there can be")
     except (KeyError, TypeError, ValueError) as error:
         raise FileFormatError(f"{path}: the header's entry for {name!r} is wrong: {error}") from None
-    stride = [1] * len(shape)
-    for axis in range(len(shape) - 2, -1, -1):
-        stride[axis] = stride[axis + 1] * max(shape[axis + 1], 1)
     elements = prod(shape)
     if end - begin != elements * ITEM_BYTES[dtype]:
         raise FileFormatError(
@@ -127,4 +124,4 @@ def _entry(
             f"the header gives it {end - begin:,}"
         )
     span = Span(path, start + begin, end - begin, identity)
-    return TensorEntry(shape, dtype, tuple(stride), 0, span), begin, end
+    return TensorEntry(shape, dtype, row_major(shape), 0, span), begin, end

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,42 +19,78 @@ def read(path: Path, key: str | None) -> Contents:
     try:
         identity = identity_of(path)
         with path.open("rb") as file:
-            entries = zip_directory.read(file, identity[0], str(path))
-            prefix = _prefix(path, entries)
-            data = _small(path, file, entries[f"{prefix}data.pkl"])
-            byteorder = entries.get(f"{prefix}byteorder")
-            if byteorder is not None and _small(path, file, byteorder) not in (b"little", b""):
-                raise FileFormatError(f"{path} was written on a big-endian machine", "load and save it with torch")
-            record_text = _record_text(path, file, entries.get(f"{prefix}{records.ZIP_RECORD}"))
+            archive = archive_in(file, path, identity, str(path), 0, identity[0])
+            pickled = archive.pickled(file)
+            record_text = archive.record_text(file)
     except OSError as error:
         raise SystemFailureError(f"cannot read {path}: {error.strerror or error}") from None
+    return trees.contents_of(path, pickled, key, record_text)
 
-    def span_of(storage: str, _dtype: str | None) -> Span:
-        entry = entries.get(f"{prefix}data/{storage}")
+
+@dataclass(frozen=True)
+class Archive:
+    """The records of an archive that `torch.save` wrote, all under one `prefix`; `where` names it in messages."""
+
+    path: Path
+    identity: tuple[int, int, int]
+    where: str
+    prefix: str
+    entries: Mapping[str, Entry]
+
+    def pickled(self, file: BinaryIO) -> pickles.Pickle:
+        """The tree of values in it."""
+        data = self._small(file, "data.pkl")
+        if f"{self.prefix}byteorder" in self.entries and self._small(file, "byteorder") not in (b"little", b""):
+            raise FileFormatError(f"{self.where} was written on a big-endian machine", "load and save it with torch")
+        return pickles.read(data, f"{self.where}: {self.prefix}data.pkl", self.span_of)
+
+    def record_text(self, file: BinaryIO) -> str | None:
+        """The record, or None where it is damaged: the tensors are there without it, and so is its copy."""
+        if f"{self.prefix}{records.ZIP_RECORD}" not in self.entries:
+            return None
+        try:
+            return self._small(file, records.ZIP_RECORD).decode()
+        except (UnicodeDecodeError, FileFormatError):
+            return None
+
+    def span_of(self, storage: str, _dtype: str | None) -> Span:
+        """The bytes of a storage, by its key."""
+        entry = self.entries.get(f"{self.prefix}data/{storage}")
         if entry is None:
-            raise FileFormatError(f"{path} is damaged: record {prefix}data/{storage} is missing")
+            raise FileFormatError(f"{self.where} is damaged: record {self.prefix}data/{storage} is missing")
         if not entry.stored:
-            raise FileFormatError(f"{path}: record {entry.name} is compressed", zip_directory.STORE)
-        return Span(path, entry.offset, entry.nbytes, identity)
+            raise FileFormatError(f"{self.where}: record {entry.name} is compressed", zip_directory.STORE)
+        return Span(self.path, entry.offset, entry.nbytes, self.identity)
 
-    return trees.contents_of(path, pickles.read(data, f"{path}: {prefix}data.pkl", span_of), key, record_text)
+    def _small(self, file: BinaryIO, name: str) -> bytes:
+        entry = self.entries[f"{self.prefix}{name}"]
+        limits.PICKLE_BYTES.check(entry.nbytes, f"{self.where}: {entry.name}")
+        return zip_directory.contents(file, entry, self.where)
 
 
-def _prefix(path: Path, entries: Mapping[str, Entry]) -> str:
+def archive_in(
+    file: BinaryIO, path: Path, identity: tuple[int, int, int], where: str, start: int, size: int
+) -> Archive:
+    """The archive that takes `size` bytes of a file from `start`: the whole of it, or a part."""
+    entries = zip_directory.read(file, size, where, start=start)
+    return Archive(path, identity, where, _prefix(where, entries), entries)
+
+
+def _prefix(where: str, entries: Mapping[str, Entry]) -> str:
     """The folder in the archive that holds every record of it; torch looks into no other."""
     pickled = [name for name in entries if name == "data.pkl" or name.endswith("/data.pkl")]
     if not pickled:
-        raise FileFormatError(*_named(path, entries))
+        raise FileFormatError(*_named(where, entries))
     prefix = pickled[0].removesuffix("data.pkl")
     if len(pickled) > 1:
-        raise FileFormatError(f"{path} holds {len(pickled)} files named data.pkl: {', '.join(pickled[:3])}")
+        raise FileFormatError(f"{where} holds {len(pickled)} files named data.pkl: {', '.join(pickled[:3])}")
     if prefix.count("/") != 1:
-        raise FileFormatError(f"{path} holds {pickled[0]}, and torch looks for data.pkl in one folder of the archive")
+        raise FileFormatError(f"{where} holds {pickled[0]}, and torch looks for data.pkl in one folder of the archive")
     if f"{prefix}constants.pkl" in entries:
-        raise FileFormatError(f"{path} is a torch.jit archive", "save its state_dict() with torch.save instead")
+        raise FileFormatError(f"{where} is a torch.jit archive", "save its state_dict() with torch.save instead")
     if stray := next((name for name in entries if not name.startswith(prefix)), None):
         raise FileFormatError(
-            f"{path} holds {stray} beside the folder {prefix}: a second prefix, and torch.save writes one",
+            f"{where} holds {stray} beside the folder {prefix}: a second prefix, and torch.save writes one",
             "what another program packed into it has to come out first",
         )
     return prefix
@@ -70,30 +107,15 @@ _OTHER_ZIPS = (
 )
 
 
-def _named(path: Path, entries: Mapping[str, Entry]) -> tuple[str, str | None]:
+def _named(where: str, entries: Mapping[str, Entry]) -> tuple[str, str | None]:
     """What a zip file without a data.pkl is, and what to do about it."""
     names = {name.partition("/")[2] for name in entries} | set(entries)
     if kind := next((kind for name, kind in _OTHER_ZIPS if name in names), None):
-        return f"{path} is {kind}, not a checkpoint", None
+        return f"{where} is {kind}, not a checkpoint", None
     if names and all(name.endswith(".npy") for name in entries):
-        return f"{path} is a NumPy archive (.npz), not a checkpoint", None
+        return f"{where} is a NumPy archive (.npz), not a checkpoint", None
     hint = next((f"unpack it: it holds {name}" for name in entries if name.endswith(_SUFFIXES)), None)
-    return f"{path} is a zip file, but none that torch.save wrote: it holds no data.pkl", hint
+    return f"{where} is a zip file, but none that torch.save wrote: it holds no data.pkl", hint
 
 
 _SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
-
-
-def _small(path: Path, file: BinaryIO, entry: Entry) -> bytes:
-    limits.PICKLE_BYTES.check(entry.nbytes, f"{path}: {entry.name}")
-    return zip_directory.contents(file, entry, str(path))
-
-
-def _record_text(path: Path, file: BinaryIO, entry: Entry | None) -> str | None:
-    """The record, or None where it is damaged: the tensors are there without it, and so is its copy."""
-    if entry is None:
-        return None
-    try:
-        return _small(path, file, entry).decode()
-    except (UnicodeDecodeError, FileFormatError):
-        return None

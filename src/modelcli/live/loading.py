@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from modelcli.blueprint import Shape
-from modelcli.checkpoints import Contents, Span, TensorEntry
+from modelcli.checkpoints import Contents, Storage, TensorEntry
 from modelcli.checkpoints.limits import NESTING, room_for_nesting
 from modelcli.checkpoints.pickles import Global, Opaque, OrderedDict
 from modelcli.errors import AnswerNoError, RequestError
@@ -88,7 +88,7 @@ class StateDict:
 
 def on_meta(contents: Contents) -> StateDict:
     """The tensors of a checkpoint on the meta device, each knowing where its bytes are."""
-    return _state_dict(contents, lambda span: tagged(span.nbytes, span), "meta")
+    return _state_dict(contents, lambda storage: tagged(storage.nbytes, storage), "meta")
 
 
 def mapped(contents: Contents) -> StateDict:
@@ -96,8 +96,8 @@ def mapped(contents: Contents) -> StateDict:
     return _state_dict(contents, real_storage, "cpu")
 
 
-def _state_dict(contents: Contents, storage_of: Callable[[Span], torch.UntypedStorage], device: str) -> StateDict:
-    storages: dict[Span, torch.UntypedStorage] = {}
+def _state_dict(contents: Contents, storage_of: Callable[[Storage], torch.UntypedStorage], device: str) -> StateDict:
+    storages: dict[Storage, torch.UntypedStorage] = {}
 
     def tensor(entry: TensorEntry) -> torch.Tensor:
         if entry.storage not in storages:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from modelcli.checkpoints import Span
+from modelcli.checkpoints import Storage
 from modelcli.errors import ModelcliError
 
 CHUNK = 8 * 1024 * 1024
@@ -77,7 +77,7 @@ class Lazy:
         return self._tensors[name]
 
 
-AnySource = Value | Drawn | Span
+AnySource = Value | Drawn | Storage
 
 
 def named_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -114,13 +114,13 @@ def is_lazy(tensor: Any) -> bool:
 
 
 def real_storage(source: AnySource) -> torch.UntypedStorage:
-    """The bytes of a source as a real storage; those of a file are mapped, not read."""
-    if isinstance(source, Span):
-        view = source.mapped()
-        if not view.nbytes:
-            return torch.UntypedStorage(0)
-        return torch.frombuffer(view, dtype=torch.uint8).untyped_storage()
-    return source.real()
+    """The bytes of a source as a real storage; those of one span of a file are mapped, not read."""
+    if isinstance(source, Value | Drawn):
+        return source.real()
+    view = source.mapped()
+    if not view.nbytes:
+        return torch.UntypedStorage(0)
+    return torch.frombuffer(view, dtype=torch.uint8).untyped_storage()
 
 
 def real_tensor(tensor: torch.Tensor) -> torch.Tensor:

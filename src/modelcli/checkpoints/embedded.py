@@ -1,0 +1,152 @@
+"""Archives of `torch.save` that lie whole inside a larger file, each read by itself."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Literal
+
+from modelcli.blueprint import ITEM_BYTES, Shape
+from modelcli.checkpoints import pickles, safetensors, torch_zip
+from modelcli.checkpoints.contents import CHUNK, Span, Storage, TensorEntry, identity_of, row_major
+from modelcli.errors import FileFormatError, SystemFailureError, UnsafeError
+
+#: Elements of as many bytes as memoryview counts them.
+_FORMATS: Mapping[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an archive lies: `length` bytes of a file from `offset`. `name` is what it holds, for messages."""
+
+    path: Path
+    offset: int
+    length: int
+    identity: tuple[int, int, int]
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.name}, at byte {self.offset:,}"
+
+
+def read(place: Place) -> pickles.Pickle:
+    """The value of an archive; no tensor's bytes are touched.
+
+    Raises FileFormatError where what lies there is no such archive.
+    """
+    try:
+        with place.path.open("rb") as file:
+            if identity_of(place.path) != place.identity:
+                raise FileFormatError(f"{place.path} changed while it was being read", "run the command again")
+            file.seek(place.offset)
+            _expect_archive(place, file.read(min(64, place.length)))
+            archive = torch_zip.archive_in(file, place.path, place.identity, str(place), place.offset, place.length)
+            return archive.pickled(file)
+    except OSError as error:
+        raise SystemFailureError(f"cannot read {place.path}: {error.strerror or error}") from None
+
+
+def _expect_archive(place: Place, head: bytes) -> None:
+    if head.startswith(b"PK\x03\x04"):
+        return
+    if safetensors.looks_like(head, place.length):
+        raise FileFormatError(
+            f"{place} is in safetensors form (SerializationFormat.SAFETENSORS), which is not read here",
+            "load and save it with torch.distributed.checkpoint",
+        )
+    raise FileFormatError(f"{place} is no archive that torch.save wrote: it starts with {head[:8]!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpan:
+    """The bytes of a tensor that is an archive by itself, row-major.
+
+    The archive is opened when the bytes are asked for; then FileFormatError is raised where it holds anything but
+    one tensor of this shape and dtype.
+    """
+
+    place: Place
+    shape: Shape
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * ITEM_BYTES[self.dtype]
+
+    def chunks(self) -> Iterator[bytes]:
+        yield from self._located().chunks()
+
+    def bytes(self) -> bytes:
+        return self._located().bytes()
+
+    def mapped(self) -> memoryview:
+        return self._located().mapped()
+
+    def _located(self) -> Storage:
+        pickled = read(self.place)
+        tensor = pickled.value
+        if pickled.foreign:
+            raise UnsafeError(
+                f"{self.place} holds objects of {', '.join(pickled.foreign[:3])}; to load them would run code"
+            )
+        if not isinstance(tensor, TensorEntry) or not isinstance(record := tensor.storage, Span):
+            raise FileFormatError(f"{self.place} is no dense tensor")
+        if (tensor.shape, tensor.dtype) != (self.shape, self.dtype):
+            raise FileFormatError(
+                f"{self.place} is {tensor.dtype} {list(tensor.shape)}; it should be {self.dtype} {list(self.shape)}"
+            )
+        item = ITEM_BYTES[self.dtype]
+        last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride, strict=True))
+        nbytes = (last + 1) * item if 0 not in tensor.shape else 0
+        span = Span(record.path, record.offset + tensor.offset * item, nbytes, record.identity)
+        axes = [axis for axis, size in enumerate(tensor.shape) if size != 1]
+        wanted = row_major(tensor.shape)
+        if 0 in tensor.shape or all(tensor.stride[axis] == wanted[axis] for axis in axes):
+            return span
+        if any(tensor.stride[axis] == 0 for axis in axes):
+            raise FileFormatError(f"{self.place} is an expanded tensor, and each element should be there by itself")
+        return _Reordered(span, tensor.shape, tensor.stride, item)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reordered:
+    """The elements of a strided view, brought into row-major order in memory. `item` is an element's bytes."""
+
+    span: Span
+    shape: Shape
+    stride: Shape
+    item: int
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.item
+
+    def chunks(self) -> Iterator[bytes]:
+        ordered = self.mapped()
+        for start in range(0, len(ordered), CHUNK):
+            yield bytes(ordered[start : start + CHUNK])
+
+    def bytes(self) -> bytes:
+        return bytes(self.mapped())
+
+    def mapped(self) -> memoryview:
+        """A copy, made a slice of the longest axis at a time."""
+        unit = min(self.item, 8)
+        shape = (*self.shape, self.item // unit)
+        stride = (*(step * shape[-1] for step in self.stride), 1)
+        format_ = _FORMATS[unit]
+        found = self.span.mapped().cast(format_)
+        ordered = memoryview(bytearray(self.nbytes))
+        target, target_stride = ordered.cast(format_), row_major(shape)
+        longest = shape.index(max(shape))
+        count, step, target_step = shape[longest], stride[longest], target_stride[longest]
+        outer = [range(size) if axis != longest else range(1) for axis, size in enumerate(shape)]
+        for index in itertools.product(*outer):
+            here = sum(map(int.__mul__, index, stride))
+            there = sum(map(int.__mul__, index, target_stride))
+            values = found[here : here + (count - 1) * step + 1 : step]
+            target[there : there + (count - 1) * target_step + 1 : target_step] = values
+        return ordered

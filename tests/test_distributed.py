@@ -52,6 +52,10 @@ def tensor_of(entry: TensorEntry) -> torch.Tensor:
     """A tensor from what was read; its bytes are taken twice, in both ways."""
     data = entry.storage.bytes()
     assert bytes(entry.storage.mapped()) == data
+    for start, end in ((0, len(data) // 3), (len(data) // 4, len(data) // 2), (len(data) // 2, len(data))):
+        part = entry.storage.part(start, end - start)
+        assert part.bytes() == bytes(part.mapped()) == b"".join(part.chunks()) == data[start:end]
+        assert part.part(1, part.nbytes - 1).bytes() == data[start + 1 : end] if part.nbytes else not data[start:end]
     assert len(data) == entry.storage.nbytes
     dtype = getattr(torch, entry.dtype)
     if not data:

@@ -25,6 +25,7 @@ from modelcli.references import CheckpointFile, Installed, PythonObject, Source
 
 if TYPE_CHECKING:
     from modelcli.live.opening import Live
+    from modelcli.live.stats import Statistics
     from modelcli.writing import Written
 
 
@@ -159,6 +160,20 @@ def values(found: Look, names: Sequence[str], *, whole: bool) -> tuple[dict[str,
         return reading.of_live(found.live, names, whole=whole)
     assert found.contents is not None
     return reading.of_contents(found.contents, names, whole=whole)
+
+
+@_stdout_is_for_data
+def stats(found: Look, names: Sequence[str], progress: Callable[[int, int], None]) -> dict[str, Statistics]:
+    """Statistics of the numbers of tensors, by name: see `live.stats.collect`.
+
+    `progress` is told how many bytes are done, and how many there are.
+    """
+    from modelcli.live import stats as reading
+
+    if found.live is not None:
+        return reading.of_live(found.live, names, progress)
+    assert found.contents is not None
+    return reading.of_contents(found.contents, names, progress)
 
 
 @dataclass(frozen=True)
@@ -422,6 +437,28 @@ def select_tensors(
         wanted = {False} if frozen and not trainable else {True} if trainable and not frozen else {True, False}
         tensors = [tensor for tensor in tensors if tensor.requires_grad in wanted]
     return tensors
+
+
+def sort_tensors(
+    tensors: Sequence[blueprints.TensorInfo], key: str, statistics: Mapping[str, Mapping[str, Any]] | None = None
+) -> list[blueprints.TensorInfo]:
+    """Tensors by a column or a statistic: words from A to Z, numbers from the largest, what has neither at the end.
+
+    Zeros count by their share of the tensor.
+    """
+
+    def rank(tensor: blueprints.TensorInfo) -> tuple[bool, Any]:
+        if key in ("elements", "bytes"):
+            return False, -(tensor.elements if key == "elements" else tensor.nbytes)
+        if statistics is None:
+            word = getattr(tensor, key)
+            return word is None, word
+        number = statistics.get(tensor.name, {}).get(key)
+        if number is None:
+            return True, 0
+        return False, -number / tensor.elements if key == "zeros" and number else -number
+
+    return sorted(tensors, key=rank)
 
 
 def undo(path: Path, count: int, *, dry_run: bool = False) -> list[str]:

@@ -31,6 +31,10 @@ class Storage(Protocol):
         """The bytes as writable memory of its own: mapped where they lie in one piece, else copied."""
         ...
 
+    def part(self, start: int, nbytes: int) -> Storage:
+        """`nbytes` of the bytes, from `start`."""
+        ...
+
     def __hash__(self) -> int: ...
 
 
@@ -72,6 +76,9 @@ class Span:
             mapping = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=start)
         return memoryview(mapping)[self.offset - start :]
 
+    def part(self, start: int, nbytes: int) -> Span:
+        return replace(self, offset=self.offset + start, nbytes=nbytes)
+
 
 @dataclass(frozen=True, slots=True)
 class JoinedSpan:
@@ -97,6 +104,15 @@ class JoinedSpan:
             joined[end : end + len(chunk)] = chunk
             end += len(chunk)
         return joined
+
+    def part(self, start: int, nbytes: int) -> JoinedSpan:
+        found, before = [], 0
+        for part in self.parts:
+            first, last = max(start - before, 0), min(start + nbytes - before, part.nbytes)
+            if first < last:
+                found.append(part.part(first, last - first))
+            before += part.nbytes
+        return JoinedSpan(tuple(found))
 
 
 def identity_of(path: Path) -> tuple[int, int, int]:

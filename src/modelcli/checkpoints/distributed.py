@@ -334,6 +334,9 @@ class _Scattered:
     def mapped(self) -> memoryview:
         raise self._refusal()
 
+    def part(self, start: int, nbytes: int) -> Storage:
+        raise self._refusal()
+
     def _refusal(self) -> FileFormatError:
         return FileFormatError(
             f"{self.folder}: {self.name} is sharded in parts that do not lie row after row",

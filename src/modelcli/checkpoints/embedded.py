@@ -85,6 +85,9 @@ class TensorSpan:
     def mapped(self) -> memoryview:
         return self._located().mapped()
 
+    def part(self, start: int, nbytes: int) -> Storage:
+        return self._located().part(start, nbytes)
+
     def _located(self) -> Storage:
         pickled = read(self.place)
         tensor = pickled.value
@@ -132,6 +135,9 @@ class _Reordered:
     def bytes(self) -> bytes:
         return bytes(self.mapped())
 
+    def part(self, start: int, nbytes: int) -> Storage:
+        return _Part(self, start, nbytes)
+
     def mapped(self) -> memoryview:
         """A copy, made a slice of the longest axis at a time."""
         unit = min(self.item, 8)
@@ -150,3 +156,24 @@ class _Reordered:
             values = found[here : here + (count - 1) * step + 1 : step]
             target[there : there + (count - 1) * target_step + 1 : target_step] = values
         return ordered
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A part of what has to be brought in order as a whole."""
+
+    whole: _Reordered
+    start: int
+    nbytes: int
+
+    def chunks(self) -> Iterator[bytes]:
+        yield self.bytes()
+
+    def bytes(self) -> bytes:
+        return bytes(self.mapped())
+
+    def mapped(self) -> memoryview:
+        return self.whole.mapped()[self.start : self.start + self.nbytes]
+
+    def part(self, start: int, nbytes: int) -> Storage:
+        return _Part(self.whole, self.start + start, nbytes)

@@ -53,14 +53,14 @@ def warm(
 
     output.format_of(options)
     names = [entry["name"] for entry in session.builders(pattern)]
-    for name in _progress(names):
+    for name in _progress(names, options):
         session.warm(name)
     path(options)
 
 
-def _progress(names: list[str]) -> Iterable[str]:
+def _progress(names: list[str], options: OutputOptions) -> Iterable[str]:
     """The names, with a progress bar on a terminal."""
-    if not sys.stderr.isatty():
+    if options.quiet or not sys.stderr.isatty():
         return names
     return _with_bar(names)
 

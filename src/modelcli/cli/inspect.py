@@ -1,12 +1,18 @@
 """summary, params, modules, list: commands that only look."""
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from modelcli.cli import output
+from modelcli.cli import output, progress
 from modelcli.cli.options import LookOptions, OutputOptions, SourceOptions, expanded
 from modelcli.errors import RequestError, did_you_mean
+
+if TYPE_CHECKING:
+    from modelcli.blueprint import TensorInfo
+    from modelcli.live.stats import Statistics
+    from modelcli.session import Look
 
 Model = Annotated[str | None, typer.Argument(help="The model. [default: the working recipe]", show_default=False)]
 Selected = Annotated[list[str] | None, typer.Option("-s", "--select", help="Only what this selector picks.")]
@@ -52,6 +58,10 @@ def params(
     model: Model = None,
     select: Selected = None,
     values: Annotated[bool, typer.Option("--values", help="Show the numbers too.")] = False,
+    stats: Annotated[
+        bool,
+        typer.Option("--stats", help="Show min, max, mean and std of the finite numbers; zeros, NaN and Inf."),
+    ] = False,
     sort: Annotated[str | None, typer.Option("--sort", help="Sort by a column; numbers largest first.")] = None,
     top: Annotated[int | None, typer.Option("--top", help="Only the first so many, by size.", min=1)] = None,
     frozen: Annotated[bool, typer.Option("--frozen", help="Only parameters that are not trained.")] = False,
@@ -63,28 +73,43 @@ def params(
     modelcli params best.pth --frozen
 
     modelcli params alexnet -s 'classifier.*' --values
+
+    modelcli params best.pth --stats --sort std --top 10
     """
     from modelcli import session
     from modelcli.render import documents
 
     kind = output.format_of(options)
-    if sort is not None and sort not in documents.SORT_KEYS:
-        hint = did_you_mean(sort, documents.SORT_KEYS) or f"there are {', '.join(documents.SORT_KEYS)}"
-        raise RequestError(f"cannot sort by {sort!r}", hint)
+    if sort in documents.STATS and not stats:
+        raise RequestError(f"cannot sort by {sort!r} without statistics", "--stats makes them")
+    keys = (*documents.SORT_KEYS, *(documents.STATS if stats else ()))
+    if sort is not None and sort not in keys:
+        raise RequestError(f"cannot sort by {sort!r}", did_you_mean(sort, keys) or f"there are {', '.join(keys)}")
     target = session.find_target(_named(model, look), source.overrides(), source.recipe)
-    found = session.look(target, cached=not (values or look.no_cache))
+    found = session.look(target, cached=not (values or stats or look.no_cache))
     tensors = session.select_tensors(found.blueprint, select or [], buffers=buffers, frozen=frozen, trainable=trainable)
-    key = sort or ("elements" if top else None)
-    if key in ("elements", "bytes"):
-        tensors.sort(key=lambda tensor: -(tensor.elements if key == "elements" else tensor.nbytes))
-    elif key is not None:
-        tensors.sort(key=lambda tensor: (getattr(tensor, key) is None, getattr(tensor, key)))
-    tensors = tensors[:top]
+    statistics = None
+    if sort not in documents.STATS:  # what comes first is known: no other tensor is read
+        tensors = session.sort_tensors(tensors, sort or "elements")[:top] if sort or top else tensors
+    if stats:
+        statistics = _statistics(found, tensors, options)
+    if sort in documents.STATS:
+        tensors = session.sort_tensors(tensors, sort, statistics)[:top]
     lists, texts = None, None
     if values:
         lists, texts = session.values(found, [tensor.name for tensor in tensors], whole=kind == "json")
-    view = documents.params(target.source.model, found.blueprint, tensors, values=lists, value_texts=texts)
+    view = documents.params(
+        target.source.model, found.blueprint, tensors, values=lists, value_texts=texts, stats=statistics
+    )
     output.show(view, options, found.notes)
+
+
+def _statistics(found: "Look", tensors: "Sequence[TensorInfo]", options: OutputOptions) -> "dict[str, Statistics]":
+    """The statistics of tensors, with a progress bar where reading them takes a while."""
+    from modelcli import session
+
+    with progress.of_bytes(options) as report:
+        return session.stats(found, [tensor.name for tensor in tensors], report)
 
 
 def modules(

@@ -28,7 +28,7 @@ class OutputOptions:
         rich_help_panel="Output",
     )
     json: bool = _option("--json", help="Short for -f json.", default=False, rich_help_panel="Output")
-    quiet: bool = _option("-q", "--quiet", help="No notes.", default=False, rich_help_panel="Output")
+    quiet: bool = _option("-q", "--quiet", help="No notes, no progress bar.", default=False, rich_help_panel="Output")
     debug: bool = _option("--debug", help="Show tracebacks.", default=False, rich_help_panel="Output")
 
 

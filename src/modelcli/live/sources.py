@@ -123,13 +123,26 @@ def real_storage(source: AnySource) -> torch.UntypedStorage:
     return torch.frombuffer(view, dtype=torch.uint8).untyped_storage()
 
 
+def extent(tensor: torch.Tensor) -> int:
+    """Elements of the storage from the first to the last that a tensor views, both included; 0 for an empty one."""
+    if not tensor.numel():
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True))
+
+
 def real_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """A real tensor with the bytes of a live model's meta tensor, its shape, stride and offset."""
+    """A real tensor with the bytes of a live model's meta tensor, its shape and stride.
+
+    Of a file, the bytes from the tensor's first element to its last are mapped, and not the rest of the storage.
+    """
     if not tensor.is_meta:
         return tensor.detach()
     source = source_of(tensor)
     if source is None:
         raise ModelcliError(f"a tensor of shape {list(tensor.shape)} has no numbers: nothing says where they come from")
-    storage = real_storage(source)
+    offset = int(tensor.storage_offset())
+    if not isinstance(source, Value | Drawn):
+        size = tensor.element_size()
+        source, offset = source.part(offset * size, extent(tensor) * size), 0
     made = torch.empty(0, dtype=tensor.dtype)
-    return made.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
+    return made.set_(real_storage(source), offset, tensor.size(), tensor.stride())

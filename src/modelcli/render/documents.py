@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from modelcli.blueprint import Blueprint, ModuleInfo, TensorInfo, Totals, repr_text, shown, totals_of
-from modelcli.render.views import Column, View, count, megabytes, shape, signed, text
+from modelcli.render.views import Column, Share, View, count, megabytes, number, percent, shape, signed, text
 
 SCHEMA = 1
 
@@ -119,6 +119,7 @@ def _summary_footer(document: Mapping[str, Any], reason: str | None) -> list[tup
 # --- params --------------------------------------------------------------------------------------------------------
 
 SORT_KEYS = ("name", "shape", "dtype", "elements", "bytes", "kind")
+STATS = ("min", "max", "mean", "std", "zeros", "nan", "inf")
 
 
 def params(
@@ -128,8 +129,9 @@ def params(
     *,
     values: Mapping[str, Any] | None = None,
     value_texts: Mapping[str, str] | None = None,
+    stats: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> View:
-    """One row a tensor, and the totals of the tensors shown."""
+    """One row a tensor, and the totals of the tensors shown; what `stats` does not tell of a tensor is null."""
     rows = []
     for tensor in tensors:
         row: dict[str, Any] = {
@@ -146,6 +148,8 @@ def params(
             row["persistent"] = False
         if values is not None:
             row["values"] = values.get(tensor.name)
+        if stats is not None:
+            row["stats"] = {key: stats.get(tensor.name, {}).get(key) for key in STATS}
         rows.append(row)
     totals = totals_of(tensors)
     document = {
@@ -156,25 +160,49 @@ def params(
     }
     columns = [
         Column("name", "name", style="cyan"),
-        Column("shape", "shape", shape),
-        Column("dtype", "dtype"),
-        Column("elements", "elements", count, right=True),
-        Column("bytes", "bytes", count, right=True, optional=3),
-        Column("kind", "kind", optional=2),
-        Column("trainable", "trainable", optional=1),
+        Column("shape", "shape", shape, optional=3 if stats is not None else 0),
+        Column("dtype", "dtype", optional=4 if stats is not None else 0),
+        Column("elements", "elements", count, right=True, optional=5 if stats is not None else 0),
+        Column("bytes", "bytes", count, right=True, optional=9),
+        Column("kind", "kind", optional=8),
+        Column("trainable", "trainable", optional=7),
     ]
     if any(row["tied_to"] for row in rows):
-        columns.append(Column("tied_to", "tied to"))
+        columns.append(Column("tied_to", "tied to", optional=6 if stats is not None else 0))
+    if stats is not None:
+        columns += _stat_columns(rows)
+        rows = [row | _stat_cells(row) for row in rows]
     if value_texts is not None:
         columns.append(Column("value_text", "values", flexible=True))
         rows = [row | {"value_text": value_texts.get(row["name"], "-")} for row in rows]
     footer = [
         ("Tensors", count(len(rows))),
+        *([("Not finite", _not_finite(rows))] if stats is not None else []),
         ("Params", _params_text(tensors, totals)),
         ("Buffers", count(totals.buffers)),
         ("Size", megabytes(totals.param_bytes + totals.buffer_bytes)),
     ]
     return View(document, rows, columns, footer, dimmed=lambda row: row["trainable"] is False)
+
+
+def _stat_columns(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
+    """A column for each statistic; a narrow terminal has none for NaN and Inf where there are none."""
+    return [
+        *(Column(key, key, number, right=True) for key in ("min", "max", "mean", "std")),
+        Column("zeros", "zeros", percent, right=True, optional=1),
+        Column("nan", "NaN", count, right=True, optional=0 if any(row["stats"]["nan"] for row in rows) else 2),
+        Column("inf", "Inf", count, right=True, optional=0 if any(row["stats"]["inf"] for row in rows) else 2),
+    ]
+
+
+def _stat_cells(row: Mapping[str, Any]) -> dict[str, Any]:
+    zeros = row["stats"]["zeros"]
+    return {**row["stats"], "zeros": None if zeros is None else Share(zeros, row["elements"])}
+
+
+def _not_finite(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How many of the tensors have a NaN or an Inf among their elements."""
+    return count(sum(bool(row["stats"]["nan"] or row["stats"]["inf"]) for row in rows))
 
 
 def _params_text(tensors: Sequence[TensorInfo], totals: Totals) -> str:

@@ -46,6 +46,34 @@ def shape(value: Any) -> str:
     return "(" + ",".join(map(shape, value)) + ")"
 
 
+def number(value: float | None) -> str:
+    """`-0.0173`, `3.2e-05`: three significant digits; of whole numbers below 10^9 all, so that a cell stays narrow."""
+    if value is None or (isinstance(value, int) and abs(value) < 10**9):
+        return count(value)
+    return f"{value:.3g}"
+
+
+@dataclass(frozen=True)
+class Share:
+    """So many out of so many: a program reads the count (`str`), a person the share (`percent`)."""
+
+    part: int
+    whole: int
+
+    def __str__(self) -> str:
+        return str(self.part)
+
+
+def percent(value: Share | None) -> str:
+    """`12.50%`; `0%` and `100%` are exact, what comes close is `<0.01%` and `>99.99%`."""
+    if value is None or not value.whole:
+        return "-"
+    if value.part in (0, value.whole):
+        return "100%" if value.part else "0%"
+    share = 100 * value.part / value.whole
+    return "<0.01%" if share < 0.01 else ">99.99%" if share > 99.99 else f"{share:.2f}%"
+
+
 @dataclass(frozen=True)
 class Column:
     """One column: the key of the rows it shows, and how.

@@ -1,0 +1,225 @@
+"""Statistics of tensors: one pass over the bytes of each, a bounded piece of it at a time."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from modelcli.checkpoints import Contents
+from modelcli.live import loading
+from modelcli.live.opening import Live
+from modelcli.live.sources import extent, is_lazy, named_tensors, real_tensor, source_of
+
+#: Elements worked off at a time, holes between them counted: 8 MiB as float64.
+CHUNK = 1 << 20
+
+_INTEGERS = frozenset(
+    getattr(torch, name) for name in ("bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))
+)
+
+#: By the names `min`, `max`, `mean`, `std`, `zeros`, `nan` and `inf`; None for what is not defined.
+Statistics = dict[str, float | None]
+
+#: Told how many bytes have been worked off, and how many there are in all.
+Progress = Callable[[int, int], None]
+
+
+def _silent(_done: int, _total: int) -> None:
+    """The progress of work that nobody watches."""
+
+
+def of_live(live: Live, names: Sequence[str], progress: Progress = _silent) -> dict[str, Statistics]:
+    """Statistics of tensors of a live model, as `collect` gives them: drawn or read only for those asked for."""
+    tensors = named_tensors(live.module)
+    return collect({name: tensors[name] for name in names}, progress)
+
+
+def of_contents(contents: Contents, names: Sequence[str], progress: Progress = _silent) -> dict[str, Statistics]:
+    """Statistics of tensors of a checkpoint, as `collect` gives them: only the bytes of those asked for are read."""
+    entries = {name: contents.tensors[name] for name in names if name in contents.tensors}
+    chosen = {name: entry for name, entry in entries.items() if _is_known(getattr(torch, entry.dtype))}
+    return collect(loading.on_meta(Contents(contents.path, contents.format, chosen)).tensors, progress)
+
+
+def collect(tensors: Mapping[str, torch.Tensor], progress: Progress = _silent) -> dict[str, Statistics]:
+    """`min`, `max`, `mean`, `std`, `zeros`, `nan` and `inf` of each tensor, by its name.
+
+    The first four are of the finite elements, the last three count elements. `std` is `torch.std`'s, with Bessel's
+    correction. The statistics of complex numbers are those of their absolute values. What is not defined is None: of
+    no finite element the first four, of a single one `std`, and what float64 cannot hold. Left out are tensors without
+    numbers (lazy ones, meta tensors of unknown source), quantized and sparse ones, and dtypes that are no numbers to
+    torch (float4_e2m1fn_x2). What is there under several names is read once.
+    """
+    views: dict[tuple[Any, ...], torch.Tensor] = {}
+    names: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+    for name, tensor in tensors.items():
+        if _has_numbers(tensor):
+            key = (
+                tensor.untyped_storage()._cdata,
+                tensor.storage_offset(),
+                tensor.size(),
+                tensor.stride(),
+                tensor.dtype,
+            )
+            views[key] = tensor.detach()
+            names[key].append(name)
+    done, total = 0, sum(_without_repeats(view)[0].nbytes for view in views.values())
+    progress(done, total)
+    found = {}
+    for key, view in views.items():
+        once, repeats = _without_repeats(view)
+        moments = Moments()
+        for piece in _pieces(once):
+            moments = moments.merged(_moments_of(real_tensor(piece)))
+            done += piece.nbytes
+            progress(done, total)
+        for name in names[key]:
+            found[name] = moments.repeated(repeats).statistics()
+    return found
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What elements come to, so that two lots of them can be merged.
+
+    `count` elements are finite; `low` and `high` are the least and the greatest of these, `mean` their mean, and `m2`
+    the sum of their squared deviations from it. `zeros`, `nan` and `inf` count elements.
+    """
+
+    count: int = 0
+    low: float = math.inf
+    high: float = -math.inf
+    mean: float = 0.0
+    m2: float = 0.0
+    zeros: int = 0
+    nan: int = 0
+    inf: int = 0
+
+    def merged(self, other: Moments) -> Moments:
+        """Those of both together.
+
+        T. F. Chan, G. H. Golub, R. J. LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample
+        Variances", Stanford STAN-CS-79-773, 1979: no difference of two large sums is taken, so nothing cancels.
+        """
+        count = self.count + other.count
+        share = other.count / count if count else 0.0
+        delta = other.mean - self.mean
+        return Moments(
+            count,
+            min(self.low, other.low),
+            max(self.high, other.high),
+            self.mean + delta * share,
+            self.m2 + other.m2 + delta * self.count * share * delta,
+            self.zeros + other.zeros,
+            self.nan + other.nan,
+            self.inf + other.inf,
+        )
+
+    def repeated(self, times: int) -> Moments:
+        """Those of the same elements so many times over."""
+        return replace(
+            self,
+            count=self.count * times,
+            m2=self.m2 * times,
+            zeros=self.zeros * times,
+            nan=self.nan * times,
+            inf=self.inf * times,
+        )
+
+    def statistics(self) -> Statistics:
+        """The numbers to show; None for what is not defined."""
+        return {
+            "min": self.low if self.count else None,
+            "max": self.high if self.count else None,
+            "mean": _finite(self.mean) if self.count else None,
+            "std": _finite(math.sqrt(self.m2 / (self.count - 1))) if self.count > 1 else None,
+            "zeros": self.zeros,
+            "nan": self.nan,
+            "inf": self.inf,
+        }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _is_known(dtype: torch.dtype) -> bool:
+    """Whether torch knows the elements of this dtype as numbers."""
+    if dtype.is_floating_point:
+        return dtype is not torch.float4_e2m1fn_x2  # two to a byte, and no conversion
+    return dtype.is_complex or dtype in _INTEGERS
+
+
+def _has_numbers(tensor: torch.Tensor) -> bool:
+    if is_lazy(tensor) or not _is_known(tensor.dtype) or tensor.layout != torch.strided:
+        return False
+    return source_of(tensor) is not None
+
+
+def _without_repeats(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """A view in which an expanded tensor has each of its elements once, and how many times it has them."""
+    repeats = 1
+    for axis, (size, stride) in enumerate(zip(tensor.size(), tensor.stride(), strict=True)):
+        if not stride and size > 1:
+            tensor = tensor.narrow(axis, 0, 1)
+            repeats *= size
+    return tensor, repeats
+
+
+def _pieces(view: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Views that have each element of a view once; none has, or spans, more than CHUNK elements.
+
+    Elements near one another in the storage stay together: the axis with the longest stride is cut.
+    """
+    if max(view.numel(), extent(view)) <= CHUNK:
+        if view.numel():
+            yield view
+        return
+    axis = max((axis for axis in range(view.dim()) if view.size(axis) > 1), key=view.stride)
+    size = view.size(axis)
+    # At most a half: where strides overlap, a short stretch of storage can hold any number of elements.
+    step = max(1, min(CHUNK // max(view.stride(axis), 1), (size + 1) // 2))
+    for start in range(0, size, step):
+        yield from _pieces(view.narrow(axis, start, min(step, size - start)))
+
+
+def _moments_of(piece: torch.Tensor) -> Moments:
+    """The moments of a real tensor, all of it converted to float64."""
+    # A copy in any case: what follows works in place, and the bytes are a model's own.
+    if piece.is_complex():
+        numbers = piece.to(torch.complex128).abs().flatten()
+    else:
+        numbers = piece.to(torch.float64, copy=True).flatten()
+    zeros = numbers.numel() - int(numbers.count_nonzero())
+    nan = inf = 0
+    total = numbers.sum().item()
+    if not math.isfinite(total):  # one pass tells of all elements; it overflows on finite ones as well
+        nan, inf = int(numbers.isnan().sum()), int(numbers.isinf().sum())
+        numbers = numbers[numbers.isfinite()]
+        total = numbers.sum().item()
+    count = numbers.numel()
+    if not count:
+        return Moments(zeros=zeros, nan=nan, inf=inf)
+    low, high = _integer_range(piece) if piece.dtype in _INTEGERS else _range(numbers)
+    mean = total / count
+    m2 = numbers.sub_(mean).square_().sum().item()
+    return Moments(count, low, high, mean, m2, zeros, nan, inf)
+
+
+def _range(numbers: torch.Tensor) -> tuple[float, float]:
+    low, high = torch.aminmax(numbers)
+    return low.item(), high.item()
+
+
+def _integer_range(piece: torch.Tensor) -> tuple[float, float]:
+    """The least and the greatest of whole numbers, exactly: float64 has no odd ones beyond 2^53."""
+    if piece.dtype is not torch.uint64:
+        return _range(piece.to(torch.int64))
+    # torch does not order uint64: with the highest bit flipped, int64 has the same order.
+    low, high = _range(piece.view(torch.int64) ^ -(2**63))
+    return low + 2**63, high + 2**63

@@ -6,6 +6,7 @@ import io
 import json
 import pickletools
 import struct
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,14 @@ def every(folder: Path) -> list[Target]:
     def directory(data: bytes) -> object:
         return zip_directory.read(io.BytesIO(data), len(data), "made")
 
+    distributed = folder / "distributed"
+    metadata = _distributed(distributed)
+
+    def by_metadata(data: bytes) -> object:
+        (distributed / ".metadata").write_bytes(data)
+        found = checkpoints.read(distributed)
+        return found.bare_blueprint(), [entry.storage.bytes() for entry in found.tensors.values()]
+
     pickle_seeds = [item for item in map(_pickle_of, hostile.pickled()) if len(item) < 5000] + list(_saved())
     archives = [hostile.archive(), hostile.zip64(), *(item.data for item in hostile.zips() if len(item.data) < 5000)]
     legacies = [item.data for item in hostile.legacies()]
@@ -96,6 +105,7 @@ def every(folder: Path) -> list[Target]:
         Target("torch before 1.6", by_path, legacies, [*words, struct.pack("<Q", 2)]),
         Target("safetensors", by_path, [_SAFETENSORS, hostile.safetensors({})], _JSON),
         Target("index of shards", by_index, [map_], [*_JSON, b"..", b"/", b"shard.safetensors", b"weight_map"]),
+        Target("distributed metadata", by_metadata, [metadata], [*words, b"__0_0.distcp", b"../x"]),
         Target("record", lambda data: records.from_text(data.decode("utf-8", "replace")), [_RECORD], _JSON),
         Target("cache entry", _blueprint, [json.dumps(json.loads(_RECORD)["blueprint"]).encode()], _JSON),
     ]
@@ -104,6 +114,18 @@ def every(folder: Path) -> list[Target]:
 def _pickle_of(item: hostile.Hostile) -> bytes:
     with_start = item.data.partition(b"archive/data.pkl")[2]
     return with_start[: with_start.index(b"PK\x03\x04")]
+
+
+def _distributed(folder: Path) -> bytes:
+    """A folder as `torch.distributed.checkpoint` writes it, and the bytes of its `.metadata`."""
+    import torch
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is one process is meant
+        state = {"model": {"a": torch.ones(2, 3), "b": torch.ones(())}, "epoch": 3, "list": [torch.ones(1), 2.5]}
+        save(state, checkpoint_id=folder, no_dist=True)
+    return (folder / ".metadata").read_bytes()
 
 
 def _saved() -> list[bytes]:

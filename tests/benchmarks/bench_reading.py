@@ -117,6 +117,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ["MODELCLI_CACHE"] = str(folder / "cache")
+        # As installed: what pip compiles is there compiled, and so is what the first round here leaves behind.
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
         os.chdir(folder)
         scripts = {"hello": HELLO, "table": TABLE, "load": LOAD, "load_st": LOAD_SAFETENSORS, "torchinfo": TORCHINFO}
         peer = {}

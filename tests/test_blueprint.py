@@ -131,6 +131,13 @@ def test_a_bare_checkpoint_is_a_tree_of_its_keys() -> None:
     assert {module.type for module in bare.modules} == {None}
     assert [tensor.name for tensor in bare.tensors] == ["b.0.w", "a.w", "b.1.x.w", "b.0.v", "top"]
     assert [module.path for module in from_keys([]).modules] == [""]
+    typed = from_keys([TensorInfo("a.w", (1,), "float32")], {"": "Net", "b.act": "ReLU"})
+    assert [(module.path, module.type) for module in typed.modules] == [
+        ("", "Net"),
+        ("b", None),  # a module whose class the file does not name still has its children
+        ("b.act", "ReLU"),
+        ("a", None),
+    ]
 
 
 # --- as print(model) shows it --------------------------------------------------------------------------------------

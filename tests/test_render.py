@@ -6,6 +6,8 @@ import csv
 import io
 import json
 import re
+import sys
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
+from rich.table import Table
 
 from modelcli.blueprint import Blueprint, LayerTrace, ModuleInfo, TensorInfo, Trace, totals_of
 from modelcli.render import documents, writers
@@ -110,6 +113,11 @@ def test_control_characters_are_made_visible() -> None:
     assert safe("\ud800\udcff\ue000") == "\\ud800\\udcff\\ue000"
 
 
+def test_no_character_of_unicode_that_controls_anything_is_left() -> None:
+    left = safe("".join(map(chr, range(sys.maxunicode + 1))))
+    assert {unicodedata.category(character) for character in left}.isdisjoint({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})
+
+
 @given(st.text(st.characters(), max_size=20))
 @settings(deadline=None)
 def test_no_text_keeps_a_control_character(words: str) -> None:
@@ -202,6 +210,170 @@ def test_colour_on_a_terminal_and_none_with_no_color(monkeypatch: pytest.MonkeyP
 def test_a_tree_or_printed_model_is_never_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     body = "Net(\n  " + "x" * 300 + "\n)"
     assert visible(on_terminal(View({}, [], (), body=body), 40, monkeypatch)) == body.split("\n")
+
+
+# --- a long table: written without Rich's table, and every byte as Rich has it ---------------------------------------
+
+MIXED = [
+    row("encoder.layers.11.self_attention", "NonDynamicallyQuantizableLinear", 61_100_840),
+    row("", "", 0, None),
+    row("  spaces  ", " ", -1, ""),
+    row("模型.層.重み", "模型模型模型模型模型模型模型模型模型", 5, False),
+    row(HOSTILE, HOSTILE * 2, 10**30),
+    row("e\u0301te\u0301" * 9, "a\u0301\u0302\u0303" * 40, 7),
+    row("\u0301", "\ufe0f#\ufe0f❤\ufe0f🇨🇭👍🏽", 8, False),
+    row("100%s %d", "[bold]%(x)s[/bold] :smile:", 9),
+]
+
+
+def odd_one_out(shown: dict[str, Any]) -> bool:
+    return shown["params"] % 2 == 1
+
+
+def long_view(*rows: dict[str, Any], **more: Any) -> View:
+    """Every kind of column: styled or not, to the left and right, optional, flexible, and with empty cells."""
+    columns = (
+        Column("path", "path", style="cyan"),
+        Column("type", "type", flexible=True),
+        Column("type", "trailing ", str, right=True, style="bold #ff8800", flexible=True, optional=2),
+        Column("params", "params", count, right=True),
+        Column("empty", "", lambda _: ""),
+        Column("trainable", "trainable", style="italic", optional=1),
+    )
+    return View({}, rows, columns, (("Total", "1,234"),), **more)
+
+
+def printed(shown: View, width: int, *, screenful: int, **more: Any) -> str:
+    """What a terminal of this width gets when so many rows are a screenful."""
+    out = Terminal()
+    options = {"color_system": "256", "highlight": False, "markup": False, "emoji": False} | more
+    writers.print_rich(shown, Console(file=out, force_terminal=True, width=width, height=screenful, **options))
+    return out.getvalue()
+
+
+def both_ways(shown: View, width: int, **more: Any) -> tuple[str, str]:
+    """What is printed where the table is longer than a screen, and what Rich makes of the same table."""
+    return printed(shown, width, screenful=0, **more), printed(shown, width, screenful=len(shown.rows), **more)
+
+
+def rows_laid_out_by_rich(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Gets an item for each row that is given to a table of Rich."""
+    laid_out: list[object] = []
+    add_row = Table.add_row
+
+    def counted(self: Table, *cells: Any, **more: Any) -> None:
+        laid_out.append(cells)
+        add_row(self, *cells, **more)
+
+    monkeypatch.setattr(Table, "add_row", counted)
+    return laid_out
+
+
+@pytest.mark.parametrize("dimmed", [None, odd_one_out], ids=["plain", "dimmed"])
+@pytest.mark.parametrize("header", [True, False], ids=["header", "no header"])
+@pytest.mark.parametrize("colours", [None, "standard", "256", "truecolor"])
+@pytest.mark.parametrize("width", [200, 120, 80, 60, 30])
+def test_a_long_table_is_what_rich_prints(width: int, colours: str | None, header: bool, dimmed: Any) -> None:
+    ours, richs = both_ways(long_view(*MIXED, header=header, dimmed=dimmed), width, color_system=colours)
+    assert ours == richs
+    assert ("\x1b[" in ours) == (colours is not None)
+    assert ("\x1b[2;" in ours) == (colours is not None and dimmed is not None)
+
+
+def test_a_long_table_gives_way_on_a_narrow_terminal_too() -> None:
+    lines = {width: visible(both_ways(long_view(*MIXED), width)[0]) for width in (600, 80)}
+    assert "trainable" in lines[600][0]
+    assert not any("…" in line for line in lines[600])
+    assert "trainable" not in lines[80][0]
+    assert any("…" in line for line in lines[80])
+
+
+@pytest.mark.parametrize("width", range(1, 40))
+@pytest.mark.parametrize("header", [True, False])
+def test_a_long_table_where_columns_have_no_room_at_all(width: int, header: bool) -> None:
+    ours, richs = both_ways(long_view(*MIXED, header=header, dimmed=odd_one_out), width)
+    assert ours == richs
+
+
+@pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {"TERM": "dumb"}, {"COLORTERM": "truecolor"}, {}])
+def test_a_long_table_minds_the_environment(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = long_view(*MIXED, dimmed=odd_one_out)
+    ours, richs = (on_terminal(shown, 90, monkeypatch, **environment, LINES=lines) for lines in ("5", "50"))
+    assert ours == richs
+    assert ("\x1b[36m" in ours) == (not environment or "COLORTERM" in environment)
+
+
+def test_a_long_table_on_a_terminal_without_line_drawing() -> None:
+    class Ascii(Terminal):
+        encoding = "ascii"
+
+    shown, written = view(*LONG), []
+    for screenful in (0, 2):
+        out = Ascii()
+        writers.print_rich(shown, Console(file=out, width=90, height=screenful, color_system="256"))
+        written.append(out.getvalue())
+    assert written[0] == written[1]
+    assert written[0].isascii()
+    assert "|" in written[0]
+
+
+CELLS = st.text(
+    st.one_of(
+        st.characters(codec="utf-8"),
+        st.characters(codec="ascii"),
+        st.sampled_from(" -模가あ👍🏽🇨❤#\u0301\u0308\u200d\ufe0f\ufe0e\u0e33\u1160\u3000"),
+    ),
+    max_size=30,
+)
+
+
+@given(
+    rows=st.lists(st.builds(row, CELLS, CELLS, st.integers(), st.booleans()), min_size=1, max_size=6),
+    width=st.integers(1, 120),
+    header=st.booleans(),
+    dimmed=st.sampled_from([None, odd_one_out]),
+)
+@settings(deadline=None)
+def test_any_cells_in_a_long_table_are_what_rich_prints(
+    rows: list[dict[str, Any]], width: int, header: bool, dimmed: Any
+) -> None:
+    ours, richs = both_ways(long_view(*rows, header=header, dimmed=dimmed), width)
+    assert ours == richs
+
+
+def test_only_a_screenful_goes_through_the_table_of_rich(monkeypatch: pytest.MonkeyPatch) -> None:
+    laid_out = rows_laid_out_by_rich(monkeypatch)
+    for rows, expected in ((30, 30), (31, 2), (100_000, 2)):  # two rows show how all the others look
+        laid_out.clear()
+        shown = view(*[row(f"layer.{number}") for number in range(rows)])
+        lines = visible(printed(shown, 80, screenful=30))
+        assert len(laid_out) == expected
+        assert len(lines) == rows + 4  # title, rule, the space below, the footer
+        assert lines[1 + rows].startswith(f"layer.{rows - 1} ")
+
+
+def test_the_old_console_of_windows_is_left_to_rich(monkeypatch: pytest.MonkeyPatch) -> None:
+    laid_out = rows_laid_out_by_rich(monkeypatch)
+    printed(view(*[row()] * 31), 80, screenful=30, legacy_windows=True)
+    assert len(laid_out) == 31
+
+
+@pytest.mark.parametrize("reason", [BrokenPipeError, KeyboardInterrupt])
+def test_a_long_table_stops_where_nobody_reads_on(reason: type[BaseException]) -> None:
+    """The table is written in batches: what comes after an interruption is not even made."""
+
+    class Closing(Terminal):
+        def flush(self) -> None:
+            if self.getvalue().count("\n") > 2500:
+                raise reason
+
+    made = []
+    shown = view(*[row(f"layer.{number}") for number in range(10_000)], dimmed=lambda shown: made.append(shown))
+    out = Closing()
+    with pytest.raises(reason):
+        writers.print_rich(shown, Console(file=out, width=80, height=24))
+    assert 2400 < len(made) <= 2500 + writers.BATCH
+    assert out.getvalue().endswith("\n")
 
 
 # --- not on a terminal ---------------------------------------------------------------------------------------------

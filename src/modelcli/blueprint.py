@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from math import prod
 from typing import Any, Literal, TypeVar
 
@@ -48,7 +49,7 @@ def ancestors(path: str) -> Iterator[str]:
     yield ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """One parameter or buffer under one name.
 
@@ -64,11 +65,11 @@ class TensorInfo:
     tied_to: str | None = None
     persistent: bool = True
 
-    @cached_property
+    @property
     def elements(self) -> int:
         return prod(self.shape) if self.shape is not None else 0
 
-    @cached_property
+    @property
     def nbytes(self) -> int:
         return self.elements * ITEM_BYTES[self.dtype]
 
@@ -206,16 +207,22 @@ class Blueprint:
 
 def totals_of(tensors: Iterable[TensorInfo]) -> Totals:
     """Add up tensors, each tied one once."""
-    unique = list({tensor.identity: tensor for tensor in reversed(list(tensors))}.values())
-    parameters = [tensor for tensor in unique if tensor.kind == "parameter"]
-    buffers = [tensor for tensor in unique if tensor.kind == "buffer"]
-    return Totals(
-        params=sum(t.elements for t in parameters),
-        trainable_params=sum(t.elements for t in parameters if t.requires_grad is not False),
-        buffers=sum(t.elements for t in buffers),
-        param_bytes=sum(t.nbytes for t in parameters),
-        buffer_bytes=sum(t.nbytes for t in buffers),
-    )
+    seen: set[str] = set()
+    params = trainable = buffers = param_bytes = buffer_bytes = 0
+    for tensor in tensors:
+        if (identity := tensor.identity) in seen:
+            continue
+        seen.add(identity)
+        elements = tensor.elements
+        nbytes = elements * ITEM_BYTES[tensor.dtype]
+        if tensor.kind == "buffer":
+            buffers += elements
+            buffer_bytes += nbytes
+        else:
+            params += elements
+            param_bytes += nbytes
+            trainable += elements if tensor.requires_grad is not False else 0
+    return Totals(params, trainable, buffers, param_bytes, buffer_bytes)
 
 
 def repr_text(blueprint: Blueprint, path: str = "") -> str:
@@ -410,24 +417,28 @@ def _dtype(value: object) -> str:
 def from_keys(tensors: Iterable[TensorInfo], types: Mapping[str, str] | None = None) -> Blueprint:
     """The blueprint of a bare checkpoint: a tree of its key names, and of `types`, class names by path, if any."""
     listed, types = tuple(tensors), types or {}
-    paths: dict[str, None] = {"": None, **dict.fromkeys(types)}
-    for tensor in listed:
-        if (above := parent_of(tensor.name)) not in paths:
-            for path in reversed(list(ancestors(above))):
-                paths.setdefault(path)
-    named = ((path, types.get(path)) for path in _depth_first(paths))
+    children = _tree_of(chain(types, (parent_of(tensor.name) for tensor in listed)))
+    named = ((path, types.get(path)) for path in _depth_first(children))
     modules = (ModuleInfo(path, kind, () if kind is None else (kind,)) for path, kind in named)
     return Blueprint(tuple(modules), listed)
 
 
-def _depth_first(paths: Iterable[str]) -> Iterator[str]:
-    """Parents before children and siblings in their first order, each subtree whole."""
-    children: dict[str, list[str]] = defaultdict(list)
+def _tree_of(paths: Iterable[str]) -> Mapping[str, list[str]]:
+    """The children of each of these paths and of all that lie above them, siblings in their first order."""
+    children: dict[str, list[str]] = {"": []}
     for path in paths:
-        if path:
-            children[parent_of(path)].append(path)
+        below: list[str] = []
+        while path not in children:
+            children[path] = below
+            path, below = parent_of(path), [path]
+        children[path] += below
+    return children
+
+
+def _depth_first(children: Mapping[str, list[str]]) -> Iterator[str]:
+    """Parents before children, each subtree whole."""
     stack = [""]
     while stack:
         path = stack.pop()
         yield path
-        stack.extend(reversed(children.get(path, [])))
+        stack += reversed(children[path])

@@ -6,32 +6,34 @@ import csv
 import io
 import json
 import math
-import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from modelcli.render.views import Column, View
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 FORMATS = ("table", "json", "csv", "markdown")
 MIN_FLEXIBLE = 12
+#: Rows of a long table that are written at once: an interrupt or a closed terminal is noticed after so many.
+BATCH = 100
+#: The first of the characters for private use: one terminal cell wide each, and none that means anything to Rich.
+_FIRST_MARK = 0xE000
+_MARKS = re.compile(r"([\ue000-\uf8ff])\1*")
+_COMPACT = json.JSONEncoder(separators=(",", ":"))
 
 
 def safe(text: str) -> str:
     """Text from a file with its control, escape and direction characters made visible: `\\x1b`."""
-    if text.isprintable() and text.isascii():
+    if text.isprintable():
         return text
-    return "".join(character if _is_plain(character) else _escaped(character) for character in text)
-
-
-def _is_plain(character: str) -> bool:
-    return character.isprintable() and unicodedata.category(character) not in ("Cf", "Cc", "Cs", "Co")
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode()
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )
 
 
 def to_json(document: Mapping[str, Any]) -> str:
@@ -56,20 +58,23 @@ def to_csv(view: View) -> str:
     """The rows with a header, numbers plain."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    columns = [column for column in view.columns if column.title]
-    writer.writerow([column.key for column in columns])
-    for row in view.rows:
-        writer.writerow([_csv_cell(row.get(column.key)) for column in columns])
+    keys = [column.key for column in view.columns if column.title]
+    writer.writerow(keys)
+    writer.writerows([_csv_cell(row.get(key)) for key in keys] for row in view.rows)
     return out.getvalue()
 
 
-def _csv_cell(value: Any) -> str:
+def _csv_cell(value: Any) -> str | int:
+    if type(value) is str:  # the commonest first: a checkpoint may have 100,000 rows
+        return safe(value)
+    if type(value) is int:
+        return value
     if value is None:
         return ""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, list | tuple | Mapping):
-        return json.dumps(value, separators=(",", ":"))
+        return _COMPACT.encode(value)
     return safe(str(value))
 
 
@@ -78,34 +83,27 @@ def to_markdown(view: View) -> str:
     columns = [column for column in view.columns if column.title]
     lines = ["| " + " | ".join(column.title for column in columns) + " |"]
     lines.append("|" + "|".join(" ---: " if column.right else " --- " for column in columns) + "|")
-    for row in view.rows:
-        cells = [
-            safe(column.format(row.get(column.key))).replace("\\", "\\\\").replace("|", "\\|") for column in columns
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+    cells = ([text.replace("\\", "\\\\").replace("|", "\\|") for text in _texts(view, column)] for column in columns)
+    lines += ["| " + " | ".join(row) + " |" for row in zip(*cells, strict=True)]
     return "\n".join(lines) + "\n"
 
 
-def _cells(view: View) -> list[list[str]]:
-    return [[safe(column.format(row.get(column.key))) for column in view.columns] for row in view.rows]
-
-
-def _widths(view: View, cells: Sequence[Sequence[str]], measure: Callable[[str], int] = len) -> list[int]:
-    titles = [column.title if view.header else "" for column in view.columns]
-    return [max([measure(title), *(measure(row[index]) for row in cells)]) for index, title in enumerate(titles)]
+def _texts(view: View, column: Column) -> list[str]:
+    """What stands in the cells of a column, from top to bottom."""
+    texts = [column.format(row.get(column.key)) for row in view.rows]
+    return texts if "".join(texts).isprintable() else [safe(text) for text in texts]
 
 
 def to_plain(view: View) -> str:
     """Aligned columns for a pipe: one line a row, nothing cut, no colour."""
     if view.body is not None:
         return "\n".join(safe(line) for line in view.body.split("\n")) + "\n"
-    lines: list[str] = []
-    if view.rows or view.header:
-        cells = _cells(view)
-        widths = _widths(view, cells)
-        if view.header:
-            lines.append(_line([column.title for column in view.columns], view.columns, widths))
-        lines += [_line(row, view.columns, widths) for row in cells]
+    titles = [[column.title] if view.header else [] for column in view.columns]
+    cells = [
+        _aligned(title + _texts(view, column), right=column.right)
+        for title, column in zip(titles, view.columns, strict=True)
+    ]
+    lines = ["  ".join(row).rstrip() for row in zip(*cells, strict=True)]
     if view.footer:
         if view.header:
             lines.append("")
@@ -114,12 +112,13 @@ def to_plain(view: View) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _line(cells: Sequence[str], columns: Sequence[Column], widths: Sequence[int]) -> str:
-    padded = [
-        cell.rjust(width) if column.right else cell.ljust(width)
-        for cell, column, width in zip(cells, columns, widths, strict=True)
-    ]
-    return "  ".join(padded).rstrip()
+def _aligned(texts: Sequence[str], *, right: bool) -> list[str]:
+    """The texts, filled with spaces to the length of the longest."""
+    width = max(map(len, texts), default=0)
+    return [text.rjust(width) for text in texts] if right else [text.ljust(width) for text in texts]
+
+
+# --- on a terminal -------------------------------------------------------------------------------------------------
 
 
 def print_rich(view: View, console: Console) -> None:
@@ -130,7 +129,7 @@ def print_rich(view: View, console: Console) -> None:
         console.print(Text("\n".join(safe(line) for line in view.body.split("\n"))), soft_wrap=True)
         return
     if view.rows or view.header:
-        console.print(_rich_table(view, console.width))
+        _print_table(view, console)
     if view.footer:
         if view.header:
             console.print()
@@ -140,14 +139,40 @@ def print_rich(view: View, console: Console) -> None:
             console.print(line)
 
 
-def _rich_table(view: View, width: int) -> Any:
-    from rich import box
+def _print_table(view: View, console: Console) -> None:
+    """The table through Rich, which takes half a millisecond a row; what is more than a screenful row by row."""
+    from rich.text import Text
+
+    cells = [_texts(view, column) for column in view.columns]
+    kept, widths, gap = _fit(view, _widths(view, cells), console.width)
+    table = _empty_table(view, kept, widths, gap)
+    # Rich draws on an old Windows console by system calls: there are no bytes that would say the same.
+    if len(view.rows) > console.height and not console.legacy_windows:
+        _stream_rows(view, cells, kept, table, console)
+        return
+    for position, row in enumerate(view.rows):
+        style = "dim" if view.dimmed is not None and view.dimmed(row) else None
+        table.add_row(*(Text(cells[index][position]) for index in kept), style=style)
+    console.print(table)
+
+
+def _widths(view: View, cells: Sequence[Sequence[str]]) -> list[int]:
+    """The terminal cells that each column takes when nothing is cut."""
     from rich.cells import cell_len
+
+    titles = [column.title if view.header else "" for column in view.columns]
+    return [
+        max(cell_len(title), max(map(len if "".join(texts).isascii() else cell_len, texts), default=0))
+        for title, texts in zip(titles, cells, strict=True)
+    ]
+
+
+def _empty_table(view: View, kept: Sequence[int], widths: Sequence[int], gap: int) -> Table:
+    """The columns, without a row."""
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    cells = _cells(view)
-    kept, widths, gap = _fit(view, _widths(view, cells, cell_len), width)
     table = Table(
         box=box.SIMPLE_HEAD if view.header else None,
         show_header=view.header,
@@ -167,10 +192,100 @@ def _rich_table(view: View, width: int) -> Any:
             overflow="ellipsis",
             width=widths[index],
         )
-    for row, texts in zip(view.rows, cells, strict=True):
-        style = "dim" if view.dimmed is not None and view.dimmed(row) else None
-        table.add_row(*(Text(texts[index]) for index in kept), style=style)
     return table
+
+
+def _stream_rows(
+    view: View, cells: Sequence[Sequence[str]], kept: Sequence[int], table: Table, console: Console
+) -> None:
+    """Write the table as Rich would, a batch of rows at a time: Rich lays out two rows, the others are made like them.
+
+    So whatever decides how a row looks (the colour system, NO_COLOR, a terminal too narrow for the columns) is Rich's.
+    """
+    layout = _laid_out(table, console)
+    console.file.write(layout.above)
+    is_dimmed = view.dimmed or (lambda _: False)
+    for start in range(0, len(view.rows), BATCH):
+        batch = slice(start, start + BATCH)
+        dims = map(is_dimmed, view.rows[batch])
+        fields = (
+            _filled(cells[kept[field.column]][batch], field, right=view.columns[kept[field.column]].right)
+            for field in layout.fields
+        )
+        rows = zip(dims, *fields, strict=True)
+        lines = [(layout.dimmed if dim else layout.plain) % tuple(texts) for dim, *texts in rows]
+        console.file.write("".join(lines))
+        console.file.flush()
+
+
+@dataclass(frozen=True)
+class _Field:
+    """Where a column stands in a row: its number, its width, and how much of that the edge of the terminal leaves."""
+
+    column: int
+    width: int
+    shown: int
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """A table as Rich writes it: what stands above the rows, and a plain and a dimmed row with `%s` for each field."""
+
+    above: str
+    plain: str
+    dimmed: str
+    fields: tuple[_Field, ...]
+
+
+def _laid_out(table: Table, console: Console) -> _Layout:
+    """How Rich lays out a table of these columns.
+
+    Each cell is filled to its edges with a mark of its own, so that what Rich writes shows where it stands and how
+    wide it came out: on a very narrow terminal Rich makes columns narrower than they ask for, and cuts the lines.
+    """
+    from rich.text import Text
+
+    marks = [
+        Text(chr(_FIRST_MARK + number) * (column.width or 0), overflow="crop")
+        for number, column in enumerate(table.columns)
+    ]
+    table.add_row(*marks)
+    table.add_row(*marks, style="dim")
+    with console.capture() as whole:
+        console.print(table, crop=False)
+    with console.capture() as cropped:
+        console.print(table)
+    widths = _marked(whole.get().splitlines()[-1])
+    *above, plain, dimmed = cropped.get().splitlines(keepends=True)
+    return _Layout(
+        "".join(above),
+        _MARKS.sub("%s", plain),
+        _MARKS.sub("%s", dimmed),
+        tuple(_Field(column, widths[column], shown) for column, shown in _marked(plain).items()),
+    )
+
+
+def _marked(line: str) -> dict[int, int]:
+    """The numbers of the columns that have their marks in this line, from left to right, and how many."""
+    return {ord(found[1]) - _FIRST_MARK: len(found[0]) for found in _MARKS.finditer(line)}
+
+
+def _filled(texts: Iterable[str], field: _Field, *, right: bool) -> list[str]:
+    """Each text in exactly the terminal cells of its field, cut and filled as Rich does it."""
+    from rich.cells import cell_len, set_cell_size
+
+    def fill(text: str) -> str:
+        if right:
+            text = text.rstrip()
+        if text.isascii() and len(text) <= field.width:
+            return text.rjust(field.width) if right else text.ljust(field.width)
+        room = field.width - cell_len(text)
+        if room < 0:
+            return set_cell_size(text, field.width - 1) + "…"
+        return " " * room + text if right else text + " " * room
+
+    filled = [fill(text) for text in texts]
+    return filled if field.shown == field.width else [set_cell_size(text, field.shown) for text in filled]
 
 
 def _fit(view: View, widths: list[int], available: int) -> tuple[list[int], list[int], int]:

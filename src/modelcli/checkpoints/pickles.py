@@ -14,7 +14,6 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from math import prod
-from operator import itemgetter
 from typing import Any, BinaryIO
 
 from modelcli.blueprint import ITEM_BYTES
@@ -144,13 +143,13 @@ _REBUILD = Global("torch._utils", "_rebuild_tensor_v2")
 _ORDERED_DICT = Global("collections", "OrderedDict")
 _INT_BYTES = {ord("K"): 1, ord("M"): 2, ord("J"): 4}
 _INT = rb"(?:K.|M..|J.{4})"
-_SIZES = rb"\)|%(i)s\x85r.{4}|%(i)s{2}\x86r.{4}|%(i)s{3}\x87r.{4}|\(%(i)s{4,64}tr.{4}" % {b"i": _INT}
+_SIZES = rb"%(i)s\x85|%(i)s{2}\x86|%(i)s{3}\x87|\(%(i)s{4,64}t" % {b"i": _INT}
 #: What torch.save writes for a tensor, from behind `_rebuild_tensor_v2` to its last opcode, once the memo has more than
-#: 256 entries: a storage with its class, key, place and size; offset, shape, stride; requires_grad; no hooks.
+#: 256 entries: a storage with its class, key, place and size; offset, shape, stride (which are not empty);
+#: requires_grad; no hooks. Each thing made is put into the memo.
 _TENSOR = re.compile(
-    rb"\(\(h(?P<word>.)h(?P<kind>.)X(?P<length>.{4})(?P<key>[0-9]{1,20})r(?P<key_at>.{4})h(?P<place>.)"
-    rb"(?P<count>%(i)s)tr(?P<id_at>.{4})Q(?P<offset>%(i)s)(?P<shape>%(s)s)(?P<stride>%(s)s)(?P<grad>[\x88\x89])"
-    rb"h(?P<hooks>.)\)Rr(?P<hooks_at>.{4})tr(?P<args_at>.{4})Rr(?P<at>.{4})" % {b"i": _INT, b"s": _SIZES},
+    rb"\(\(h(.)h(.)X(.{4})([0-9]{1,20})r(.{4})h(.)(%(i)s)tr(.{4})Q"
+    rb"(%(i)s)(%(s)s)r(.{4})(%(s)s)r(.{4})([\x88\x89])h(.)\)Rr(.{4})tr(.{4})Rr(.{4})" % {b"i": _INT, b"s": _SIZES},
     re.DOTALL,
 )
 #: How many opcodes that is, at least; each makes a value, or remembers one.
@@ -290,7 +289,7 @@ class _Machine:
 
     def _saved_tensor(self, found: re.Match[bytes]) -> Any:
         """What `_TENSOR` matched, with every effect of its opcodes: a whole tensor in one step instead of thirty."""
-        word, kind, length, key, key_at, place, count, id_at, offset, shape, stride, grad, hooks, *ends = found.groups()
+        word, kind, length, key, key_at, place, count, id_at, *view, hooks, hooks_at, args_at, at = found.groups()
         if _U4.unpack(length)[0] != len(key):
             raise FileFormatError(f"{self.where} is damaged: a storage's key is not as long as it says")
         memo = self.memo
@@ -298,24 +297,19 @@ class _Machine:
         storage_id = (memo[word[0]], memo[kind[0]], name, memo[place[0]], _integers(count)[0])
         memo[_U4.unpack(id_at)[0]] = storage_id
         storage = self._storage(storage_id)
-        start, sizes, steps = _integers(offset)[0], self._put_sizes(shape), self._put_sizes(stride)
-        hooks_at, args_at, at = map(itemgetter(0), map(_U4.unpack, ends))
+        offset, shape, shape_at, stride, stride_at, grad = view
+        start, grad = _integers(offset)[0], grad == b"\x88"
+        memo[_U4.unpack(shape_at)[0]] = sizes = _integers(shape)
+        memo[_U4.unpack(stride_at)[0]] = steps = _integers(stride)
         called = memo[hooks[0]]
-        memo[hooks_at] = none = OrderedDict() if called == _ORDERED_DICT else self._reduce(called, ())
-        memo[args_at] = args = (storage, start, sizes, steps, grad == b"\x88", none)
+        memo[_U4.unpack(hooks_at)[0]] = none = OrderedDict() if called == _ORDERED_DICT else self._reduce(called, ())
+        memo[_U4.unpack(args_at)[0]] = args = (storage, start, sizes, steps, grad, none)
         if storage.__class__ is StorageRef:
-            made = self._view(storage, storage.dtype, start, sizes, steps, args[4])
+            made = self._view(storage, storage.dtype, start, sizes, steps, grad)
         else:
             made = self._reduce(_REBUILD, args)
-        memo[at] = made
+        memo[_U4.unpack(at)[0]] = made
         return made
-
-    def _put_sizes(self, text: bytes) -> tuple[int, ...]:
-        """A shape or stride, and its place in the memo, where an empty tuple has none."""
-        if text == b")":
-            return ()
-        sizes = self.memo[_U4.unpack(text[-4:])[0]] = _integers(text[:-6].removeprefix(b"("))
-        return sizes
 
     def _step(self, name: str, arg: Any) -> None:
         """One opcode that is not among the commonest."""
@@ -577,13 +571,14 @@ class _Machine:
 
 @functools.lru_cache(maxsize=10_000)
 def _integers(text: bytes) -> tuple[int, ...]:
-    """The numbers that a row of BININT1, BININT2 and BININT opcodes pushes."""
+    """The numbers that a row of BININT1, BININT2 and BININT opcodes pushes; the others make a tuple of them."""
     found = []
     position = 0
     while position < len(text):
-        width = _INT_BYTES[text[position]]
-        number = text[position + 1 : position + 1 + width]
-        found.append(int.from_bytes(number, "little", signed=width == 4))
+        width = _INT_BYTES.get(text[position], 0)
+        if width:
+            number = text[position + 1 : position + 1 + width]
+            found.append(int.from_bytes(number, "little", signed=width == 4))
         position += 1 + width
     return tuple(found)
 

@@ -27,6 +27,7 @@ _ENCRYPTED, _DESCRIPTOR, _UTF8 = 0x1 | 0x2000, 0x8, 0x800
 _STORED = 0
 #: What to do about a record that is compressed.
 STORE = "torch.save stores plainly: unpack it and pack it again with zip -0 -r"
+_NOTHING = (0, 0, 0)
 _16, _32 = 0xFFFF, 0xFFFF_FFFF
 
 
@@ -179,7 +180,9 @@ def _located(file: BinaryIO, listed: list[_Listed], directory: int, where: str, 
         fields = _LOCAL.unpack_from(header)
         if fields[10] != len(raw) or header[_LOCAL.size :] != raw:
             raise FileFormatError(f"{where} is damaged: record {raw!r} has another name in its own header")
-        if fields[3:5] != (flags, method) or fields[7:10] != (crc, compressed, nbytes):
+        sizes = fields[7:10]
+        left_open = flags & _DESCRIPTOR and sizes == _NOTHING  # as torch writes it
+        if fields[3:5] != (flags, method) or not (left_open or sizes == (crc, compressed, nbytes)):
             _compare(entry, fields, where)
         if flags & _ENCRYPTED:
             raise FileFormatError(f"{where}: record {raw!r} is encrypted")

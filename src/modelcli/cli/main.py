@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import re
 import sys
@@ -16,6 +17,8 @@ INTERRUPTED = 130
 
 def run() -> None:
     """The `modelcli` program."""
+    # It lives for one command: rows by the 100,000 are made and kept, and looking for garbage among them is in vain.
+    gc.set_threshold(100_000, 50, 100)
     code = main()
     try:
         sys.stdout.flush()

@@ -32,6 +32,25 @@ def test_a_closed_pipe_ends_quietly(folder: Path) -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.skipif(os.name == "nt", reason="terminals are otherwise there")
+def test_a_terminal_without_unicode(folder: Path) -> None:
+    """What its encoding lacks is escaped, and is no fault."""
+    import pty
+
+    import torch
+
+    torch.save({"größe.模型": torch.zeros(2)}, "m.pth")
+    main_end, terminal = pty.openpty()
+    asked = [sys.executable, "-m", "modelcli", "params", "m.pth"]
+    settings = os.environ | {"PYTHONIOENCODING": "ascii", "COLUMNS": "100"}
+    done = subprocess.run(asked, stdout=terminal, stderr=subprocess.PIPE, env=settings)
+    os.close(terminal)
+    shown = os.read(main_end, 100_000).decode("ascii")
+    os.close(main_end)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert "gr\\xf6\\xdfe.\\u6a21\\u578b" in shown
+
+
 @pytest.mark.skipif(os.name == "nt", reason="signals come otherwise there")
 def test_ctrl_c(folder: Path) -> None:
     (folder / "slow.py").write_text("import time\nprint('up', flush=True)\ntime.sleep(60)\n")

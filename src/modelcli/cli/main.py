@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import io
 import os
 import re
 import sys
@@ -19,6 +20,9 @@ def run() -> None:
     """The `modelcli` program."""
     # It lives for one command: rows by the 100,000 are made and kept, and looking for garbage among them is in vain.
     gc.set_threshold(100_000, 50, 100)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what a terminal's encoding lacks is shown escaped
     code = main()
     try:
         sys.stdout.flush()

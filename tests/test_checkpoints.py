@@ -509,6 +509,7 @@ def zip_of(name: str) -> bytes:
         (bytes(100), "is not a checkpoint"),
         (b"PK\x03\x04" + bytes(100), "a damaged zip file"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_files_of_another_kind_are_named(tmp_path: Path, data: bytes, message: str) -> None:
     path = tmp_path / "model.pth"

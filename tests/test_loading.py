@@ -338,7 +338,7 @@ def test_a_dtype_that_this_torch_does_not_have(tmp_path: Path, monkeypatch: pyte
 
 
 def test_names_that_are_too_deep(tmp_path: Path) -> None:
-    path = saved(tmp_path / "m.pth", {".".join("a" * 5_000): torch.ones(1)})
+    path = saved(tmp_path / "m.pth", {".".join("a" * 1_000): torch.ones(1)})
     with pytest.raises(RequestError, match="nested deeper"):
         loading.bare_module(checkpoints.read(path))
 

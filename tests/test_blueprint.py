@@ -200,6 +200,8 @@ tensor_infos = st.builds(
     st.sampled_from([None, True, False]),
     st.none() | texts,
     st.booleans(),
+    st.sampled_from(["strided", "sparse_coo", "sparse_csr"]),
+    st.none() | sizes,
 )
 absents = st.lists(st.tuples(st.integers(0, 9), texts), max_size=2).map(tuple)
 module_infos = st.builds(
@@ -279,6 +281,8 @@ PLACES: list[tuple[list[Any], list[Any]]] = [
     (["tensors", 0, "requires_grad"], ["yes", 1, 0, []]),
     (["tensors", 0, "tied_to"], [3, ["a"]]),
     (["tensors", 0, "persistent"], [None, "no", 1]),
+    (["tensors", 0, "layout"], [None, 3, ["strided"]]),
+    (["tensors", 0, "stored_bytes"], ["1", -1, 1.5]),
     (["trace"], [3, "ab", [1]]),
     (["trace", "inputs"], [3, "12", [["1"]], [[-1]]]),
     (["trace", "layers"], [None, 3, [3], [["", []]], [[3, [], 0]], [["", 5, 0]], [["", "ab", 0]], [["", [1, "a"], 0]]]),

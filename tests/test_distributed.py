@@ -25,6 +25,7 @@ from modelcli.blueprint import ITEM_BYTES
 from modelcli.checkpoints import Contents, TensorEntry
 from modelcli.errors import FileFormatError, ModelcliError, RequestError, UnsafeError
 from tests.conftest import Cli
+from tests.test_checkpoints import DTYPES
 
 STATE = {"0.weight": torch.arange(6.0).reshape(3, 2), "0.bias": torch.ones(3), "1.weight": torch.full((4, 3), 2.0)}
 ARCH = "Sequential(Linear(2,3),Linear(3,4,bias=False))"
@@ -150,7 +151,7 @@ def _of_dtype(dtype: str) -> torch.Tensor:
     return torch.frombuffer(data, dtype=getattr(torch, dtype)).reshape(3, 2)
 
 
-@pytest.mark.parametrize("dtype", [name for name in ITEM_BYTES if not name.startswith(("qint", "quint"))])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_every_dtype(folder: Path, dtype: str) -> None:
     path = saved(
         {"a": _of_dtype(dtype), "scalar": _of_dtype(dtype)[1, 1], "none": _of_dtype(dtype)[:0]}, folder / "run"

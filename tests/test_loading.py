@@ -320,8 +320,25 @@ def test_a_bare_module_has_the_file_s_state_dict(tmp_path: Path, legacy: bool) -
     assert set(dict(bare.named_buffers())) == {"bn.running_mean", "bn.num_batches_tracked"}
 
 
+def test_a_bare_module_keeps_names_with_dots_at_odd_places(tmp_path: Path) -> None:
+    """A module without a name could not be told from the root: `.weight` would become `weight`."""
+    names = ("weight", ".weight", "..weight", ".", "", "a.", "a..b", "a.b.")
+    path = saved(tmp_path / "m.pth", {name: torch.full((1,), float(index)) for index, name in enumerate(names)})
+    found = loading.bare_module(checkpoints.read(path)).state_dict()
+    assert {name: real_tensor(tensor).item() for name, tensor in found.items()} == {
+        name: index for index, name in enumerate(names)
+    }
+
+
+def test_a_dtype_that_this_torch_does_not_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    contents = checkpoints.read(saved(tmp_path / "m.pth", {"w": torch.empty(1, dtype=torch.bits8)}))
+    monkeypatch.delattr(torch, "bits8")
+    with pytest.raises(RequestError, match=r"has no dtype bits8"):
+        loading.mapped(contents)
+
+
 def test_names_that_are_too_deep(tmp_path: Path) -> None:
-    path = saved(tmp_path / "m.pth", {".".join("a" * 5_000): torch.ones(1)})
+    path = saved(tmp_path / "m.pth", {".".join("a" * 1_000): torch.ones(1)})
     with pytest.raises(RequestError, match="nested deeper"):
         loading.bare_module(checkpoints.read(path))
 

@@ -354,7 +354,7 @@ def test_what_no_pickle_here_holds() -> None:
         (Opaque(Global("a", "b"), ((), {}), how="newobj_ex"), "keyword arguments"),
     ):
         with pytest.raises(RequestError, match=message):
-            pickling.dumps(value, lambda _: ("0", 0))
+            pickling.dumps(value, lambda _source, _dtype: ("0", 0))
 
 
 # --- the record ----------------------------------------------------------------------------------------------------

@@ -18,16 +18,18 @@ _T = TypeVar("_T")
 Kind = Literal["parameter", "buffer"]
 Trainable = Literal["yes", "no", "partial", "none"]
 
-#: Bytes per element of every dtype that a checkpoint can hold, by torch's name without `torch.`.
+#: `itemsize` of every dtype of torch, by its name without `torch.`.
+#: `float4_e2m1fn_x2` has two numbers in an element of one byte; elements of `quint4x2` share bytes all the same.
 ITEM_BYTES: Mapping[str, int] = {
     **dict.fromkeys(("bool", "uint8", "int8", "qint8", "quint8", "float8_e4m3fn", "float8_e5m2"), 1),
     **dict.fromkeys(("float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu", "float4_e2m1fn_x2"), 1),
-    **dict.fromkeys(("int16", "uint16", "float16", "bfloat16"), 2),
-    **dict.fromkeys(("int32", "uint32", "qint32", "float32", "complex32"), 4),
+    **dict.fromkeys(("quint4x2", "quint2x4", "bits8", "bits4x2", "bits2x4", "bits1x8"), 1),
+    **dict.fromkeys((f"{sign}int{bits}" for sign in ("", "u") for bits in range(1, 8)), 1),
+    **dict.fromkeys(("int16", "uint16", "float16", "bfloat16", "bits16"), 2),
+    **dict.fromkeys(("int32", "uint32", "qint32", "float32", "complex32", "bcomplex32"), 4),
     **dict.fromkeys(("int64", "uint64", "float64", "complex64"), 8),
     "complex128": 16,
 }
-FLOATING = frozenset(name for name in ITEM_BYTES if name.startswith(("float", "bfloat")))
 ROOT = "."
 
 
@@ -54,7 +56,9 @@ class TensorInfo:
     """One parameter or buffer under one name.
 
     `shape` is None for a lazy parameter that no forward pass has given a shape yet. `requires_grad` is None where
-    nothing says (a buffer, a bare checkpoint). `tied_to` is the first name of the same tensor.
+    nothing says (a buffer, a bare checkpoint). `tied_to` is the first name of the same tensor. `layout` is torch's
+    name for how it is stored; `stored_bytes` are what it takes where that is not its elements times their size: of a
+    sparse tensor its indices and values, of a quantized one its scales as well.
     """
 
     name: str
@@ -64,6 +68,8 @@ class TensorInfo:
     requires_grad: bool | None = None
     tied_to: str | None = None
     persistent: bool = True
+    layout: str = "strided"
+    stored_bytes: int | None = None
 
     @property
     def elements(self) -> int:
@@ -71,12 +77,12 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        return self.elements * ITEM_BYTES[self.dtype]
+        return self.elements * ITEM_BYTES[self.dtype] if self.stored_bytes is None else self.stored_bytes
 
     @property
     def identity(self) -> str:
         """One name for all the names of a tied tensor."""
-        return self.tied_to or self.name
+        return self.name if self.tied_to is None else self.tied_to  # a name may be empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,6 +303,10 @@ def to_json(blueprint: Blueprint) -> dict[str, Any]:
             entry["tied_to"] = tensor.tied_to
         if not tensor.persistent:
             entry["persistent"] = False
+        if tensor.layout != "strided":
+            entry["layout"] = tensor.layout
+        if tensor.stored_bytes is not None:
+            entry["stored_bytes"] = tensor.stored_bytes
         tensors.append(entry)
     document: dict[str, Any] = {
         "classes": [{"type": kind, "bases": list(bases)} for kind, bases in classes],
@@ -339,6 +349,8 @@ def from_json(document: Mapping[str, Any]) -> Blueprint:
             requires_grad=_one_of((None, True, False), entry.get("requires_grad")),
             tied_to=_optional_text(entry.get("tied_to")),
             persistent=_one_of((True, False), entry.get("persistent", True)),
+            layout=_text(entry.get("layout", "strided")),
+            stored_bytes=_optional_size(entry.get("stored_bytes")),
         )
         for entry in document["tensors"]
     )

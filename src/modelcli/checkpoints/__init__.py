@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from modelcli.checkpoints import distributed, folders, kinds, safetensors, torch_legacy, torch_zip
-from modelcli.checkpoints.contents import Contents, Span, Storage, TensorEntry
+from modelcli.checkpoints.contents import CompositeEntry, Contents, Span, Storage, TensorEntry
 from modelcli.errors import FileFormatError, RequestError, SystemFailureError
 
-__all__ = ["Contents", "Span", "Storage", "TensorEntry", "read"]
+__all__ = ["CompositeEntry", "Contents", "Span", "Storage", "TensorEntry", "read"]
 
 
 def read(path: Path, *, key: str | None = None) -> Contents:

@@ -6,7 +6,7 @@ import mmap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from modelcli.blueprint import Blueprint, Shape, TensorInfo, from_keys
 from modelcli.errors import FileFormatError
@@ -135,6 +135,39 @@ class TensorEntry:
     storage: Storage
     requires_grad: bool | None = None
     is_parameter: bool = False
+    layout: ClassVar[str] = "strided"
+    stored_bytes: ClassVar[int | None] = None
+
+    @property
+    def view(self) -> tuple[object, ...] | None:
+        """Equal for two tensors that are the same part of the same storage; None where there is nothing to share."""
+        # A storage that two tensors share is one object: that is what makes them tied.
+        return (id(self.storage), self.offset, self.shape, self.stride, self.dtype) if self.storage.nbytes else None
+
+
+@dataclass(frozen=True, slots=True)
+class CompositeEntry:
+    """One tensor of a checkpoint that is no view into one storage: quantized, sparse, or on the meta device.
+
+    `parts` are the plain tensors that it is made of: of a quantized one its whole numbers (and scales and zero points,
+    where each channel has its own), of a sparse one its indices and values. `made_by` is the inert call that makes it,
+    as it is written again; it is None where torch has no such dtype, and the one part is its bytes.
+    """
+
+    shape: Shape
+    dtype: str
+    layout: str
+    parts: tuple[TensorEntry, ...]
+    stored_bytes: int
+    made_by: Any
+    requires_grad: bool | None = None
+    is_parameter: bool = False
+
+    @property
+    def view(self) -> tuple[object, ...] | None:
+        """Equal for two tensors that are made of the same parts; None where there is nothing to share."""
+        views = tuple(part.view for part in self.parts)
+        return (self.layout, self.dtype, self.shape, *views) if any(views) else None
 
 
 @dataclass(frozen=True)
@@ -149,7 +182,7 @@ class Contents:
 
     path: Path
     format: str
-    tensors: Mapping[str, TensorEntry]
+    tensors: Mapping[str, TensorEntry | CompositeEntry]
     extras: Mapping[str, Any] = field(default_factory=dict)
     metadata: Mapping[str, Any] = field(default_factory=dict)
     record: Record | None = None
@@ -168,17 +201,8 @@ class Contents:
         first: dict[tuple[object, ...], str] = {}
         infos = {}
         for name, entry in self.tensors.items():
-            # A storage that two tensors share is one span object: that is what makes them tied.
-            view = (id(entry.storage), entry.offset, entry.shape, entry.stride, entry.dtype)
-            original = first.setdefault(view, name) if entry.storage.nbytes else name
-            infos[name] = TensorInfo(
-                name=name,
-                shape=entry.shape,
-                dtype=entry.dtype,
-                kind="parameter" if entry.is_parameter or not looks_like_buffer(name, entry.dtype) else "buffer",
-                requires_grad=entry.requires_grad if entry.is_parameter else None,
-                tied_to=None if original == name else original,
-            )
+            view = entry.view
+            infos[name] = info_of(name, entry, first.setdefault(view, name) if view is not None else name)
         return infos
 
     def bare_blueprint(self) -> Blueprint:
@@ -194,9 +218,23 @@ def row_major(shape: Shape) -> Shape:
     return tuple(stride)
 
 
+def info_of(name: str, entry: TensorEntry | CompositeEntry, original: str) -> TensorInfo:
+    """An entry as a blueprint has it; `original` is the first name of the same tensor."""
+    return TensorInfo(
+        name=name,
+        shape=entry.shape,
+        dtype=entry.dtype,
+        kind="parameter" if entry.is_parameter or not looks_like_buffer(name, entry.dtype) else "buffer",
+        requires_grad=entry.requires_grad if entry.is_parameter else None,
+        tied_to=None if original == name else original,
+        layout=entry.layout,
+        stored_bytes=entry.stored_bytes,
+    )
+
+
 def looks_like_buffer(name: str, dtype: str) -> bool:
     """Whether a tensor of a bare checkpoint is a buffer: normalisation statistics, and what cannot be trained."""
     last = name.rpartition(".")[2]
     return last in ("running_mean", "running_var", "num_batches_tracked") or not dtype.startswith(
-        ("float", "bfloat", "complex")
+        ("float", "bfloat", "complex", "bcomplex")
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 from modelcli import record as records
 from modelcli.checkpoints import limits, strict_json
-from modelcli.checkpoints.contents import Contents, TensorEntry
+from modelcli.checkpoints.contents import CompositeEntry, Contents, TensorEntry
 from modelcli.errors import FileFormatError, RequestError, SystemFailureError
 
 INDEX_SUFFIX = ".index.json"
@@ -37,7 +37,7 @@ def read(index: Path, read_file: Reader) -> Contents:
     weight_map, metadata = _index(index)
     paths: dict[str, Path] = {}
     shards: dict[Path, Contents] = {}
-    tensors: dict[str, TensorEntry] = {}
+    tensors: dict[str, TensorEntry | CompositeEntry] = {}
     for name, file in weight_map.items():
         if file not in paths:
             paths[file] = inside(index, file)

@@ -83,9 +83,18 @@ _STORAGE_DTYPES = {
     "QInt8Storage": "qint8",
     "QUInt8Storage": "quint8",
     "QInt32Storage": "qint32",
+    "QUInt4x2Storage": "quint4x2",
+    "QUInt2x4Storage": "quint2x4",
 }
 #: The classes of torch's typed storages, by dtype.
-STORAGE_CLASSES = {dtype: name for name, dtype in _STORAGE_DTYPES.items() if not dtype.startswith("q")}
+STORAGE_CLASSES = {dtype: name for name, dtype in _STORAGE_DTYPES.items()}
+#: What `torch.Tensor` was called for each dtype and device, before it had one name.
+_TENSOR_CLASSES = tuple(
+    f"torch.{device}{kind}Tensor"
+    for device in ("", "cuda.", "sparse.", "cuda.sparse.")
+    for kind in ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
+    if (device, kind) not in (("sparse.", "Bool"), ("cuda.sparse.", "Bool"))
+)
 
 #: What torch.load(weights_only=True) accepts as well, besides tensors: kept as it is, and harmless.
 _HARMLESS = frozenset(
@@ -112,6 +121,9 @@ _HARMLESS = frozenset(
         "torch._utils._rebuild_qtensor",
         "torch._utils._rebuild_sparse_tensor",
         "torch._utils._rebuild_meta_tensor_no_storage",
+        "torch._utils._rebuild_wrapper_subclass",
+        "torch._utils._rebuild_device_tensor_from_cpu_tensor",
+        "torch._utils._rebuild_device_tensor_from_numpy",
         "torch._tensor._rebuild_from_type_v2",
         "torch.per_tensor_affine",
         "torch.per_tensor_symmetric",
@@ -122,6 +134,8 @@ _HARMLESS = frozenset(
         "torch.storage.TypedStorage",
         *(f"torch.{dtype}" for dtype in ITEM_BYTES),
         *(f"torch.{storage}" for storage in _STORAGE_DTYPES),
+        *(f"torch.cuda.{storage}" for storage, dtype in _STORAGE_DTYPES.items() if not dtype.startswith("q")),
+        *_TENSOR_CLASSES,
     }
 )
 
@@ -490,6 +504,13 @@ class _Machine:
                 return self._tensor(storage, storage.dtype, offset, shape, stride, grad)
             case "torch._utils._rebuild_tensor", (StorageRef() as storage, offset, shape, stride):
                 return self._tensor(storage, storage.dtype, offset, shape, stride, False)
+            case "torch._utils._rebuild_device_tensor_from_cpu_tensor", (
+                TensorEntry() as tensor,
+                Global(module="torch", name=dtype),
+                _device,
+                grad,
+            ) if dtype == tensor.dtype:
+                return replace(tensor, requires_grad=bool(grad))
             case "torch._tensor._rebuild_from_type_v2", (
                 Global() as inner,
                 Global(module="torch", name="Tensor") | Global(module="torch.nn.parameter", name="Parameter"),

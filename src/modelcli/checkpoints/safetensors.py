@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from modelcli import record as records
-from modelcli.blueprint import ITEM_BYTES
+from modelcli.blueprint import ITEM_BYTES, Shape
 from modelcli.checkpoints import limits, strict_json
-from modelcli.checkpoints.contents import Contents, Span, TensorEntry, identity_of, row_major
+from modelcli.checkpoints.contents import CompositeEntry, Contents, Span, TensorEntry, identity_of, row_major
 from modelcli.errors import FileFormatError, SystemFailureError
 
 #: torch's dtype for each of the format's.
@@ -35,6 +35,9 @@ DTYPES = {
     "F64": "float64",
     "C64": "complex64",
 }
+#: Those of fewer bits than a byte: a name, and the bits of an element. torch has a type for two `F4` in a byte.
+_SUB_BYTE = {"F4": ("float4_e2m1fn", 4), "F6_E2M3": ("float6_e2m3fn", 6), "F6_E3M2": ("float6_e3m2fn", 6)}
+PAIRS = "float4_e2m1fn_x2"
 
 
 def looks_like(head: bytes, size: int) -> bool:
@@ -61,7 +64,7 @@ def read(path: Path) -> Contents:
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise FileFormatError(f"{path}: __metadata__ in the header is not texts by name")
-    tensors: dict[str, TensorEntry] = {}
+    tensors: dict[str, TensorEntry | CompositeEntry] = {}
     start, end = 8 + length, 0
     longest = limits.NAME_BYTES.value // 4  # a character takes up to four bytes
     for name in header:
@@ -86,8 +89,10 @@ def read(path: Path) -> Contents:
 
 
 def _with_aliases(
-    tensors: dict[str, TensorEntry], record: records.Record | None, ordered: dict[str, TensorEntry]
-) -> dict[str, TensorEntry]:
+    tensors: dict[str, TensorEntry | CompositeEntry],
+    record: records.Record | None,
+    ordered: dict[str, TensorEntry | CompositeEntry],
+) -> dict[str, TensorEntry | CompositeEntry]:
     """The tensors in the model's order, those that are tied under all their names: the file holds each once."""
     if record is None:
         return ordered
@@ -108,20 +113,34 @@ def _begin(info: Any) -> tuple[int, int]:
 
 def _entry(
     path: Path, name: str, info: Any, start: int, identity: tuple[int, int, int]
-) -> tuple[TensorEntry, int, int]:
+) -> tuple[TensorEntry | CompositeEntry, int, int]:
     try:
-        dtype, shape, (begin, end) = DTYPES[info["dtype"]], tuple(info["shape"]), info["data_offsets"]
+        code, shape, (begin, end) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
+        dtype, bits = _SUB_BYTE[code] if code in _SUB_BYTE else (DTYPES[code], 8 * ITEM_BYTES[DTYPES[code]])
         if not all(type(size) is int and 0 <= size < 2**63 for size in (*shape, begin, end)):
             raise ValueError("a size is not a whole number below 2^63")
         if prod(size or 1 for size in shape) >= 2**63:
             raise ValueError("more elements than there can be")
     except (KeyError, TypeError, ValueError) as error:
         raise FileFormatError(f"{path}: the header's entry for {name!r} is wrong: {error}") from None
-    elements = prod(shape)
-    if end - begin != elements * ITEM_BYTES[dtype]:
+    nbytes, rest = divmod(prod(shape) * bits, 8)
+    if rest:
+        raise FileFormatError(f"{path}: {name} of shape {list(shape)} and dtype {code} ends inside a byte")
+    if end - begin != nbytes:
         raise FileFormatError(
-            f"{path}: {name} of shape {list(shape)} needs {elements * ITEM_BYTES[dtype]:,} bytes, "
-            f"the header gives it {end - begin:,}"
+            f"{path}: {name} of shape {list(shape)} needs {nbytes:,} bytes, the header gives it {end - begin:,}"
         )
-    span = Span(path, start + begin, end - begin, identity)
-    return TensorEntry(shape, dtype, row_major(shape), 0, span), begin, end
+    span = Span(path, start + begin, nbytes, identity)
+    entry: TensorEntry | CompositeEntry
+    if code not in _SUB_BYTE:
+        entry = _whole(shape, dtype, span)
+    elif code == "F4" and shape and shape[-1] % 2 == 0:
+        entry = _whole((*shape[:-1], shape[-1] // 2), PAIRS, span)
+    else:
+        entry = CompositeEntry(shape, dtype, "strided", (_whole((nbytes,), "uint8", span),), nbytes, made_by=None)
+    return entry, begin, end
+
+
+def _whole(shape: Shape, dtype: str, span: Span) -> TensorEntry:
+    """A tensor that is all of a span."""
+    return TensorEntry(shape, dtype, row_major(shape), 0, span)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from modelcli import record as records
-from modelcli.checkpoints import limits, pickles
-from modelcli.checkpoints.contents import Contents, TensorEntry
+from modelcli.checkpoints import composites, limits, pickles
+from modelcli.checkpoints.contents import CompositeEntry, Contents, TensorEntry
 from modelcli.errors import FileFormatError, RequestError, UnsafeError, did_you_mean
 
 #: Where a training checkpoint keeps its state dict, the commonest first.
@@ -44,13 +44,21 @@ def contents_of(
     state_dict = found if isinstance(found, dict) else _tensors_of_module(path, found, types)
     if not isinstance(found, dict) and not state_dict:
         raise _nothing_to_show(path, pickled)
-    tensors: dict[str, TensorEntry] = {}
+    tensors: dict[str, TensorEntry | CompositeEntry] = {}
     extras: dict[str, Any] = {}
+    known: dict[int, CompositeEntry] = {}  # one tensor may stand under several names
     longest = limits.NAME_BYTES.value // 4  # a character takes up to four bytes
     for name, item in state_dict.items():
         if len(name) > longest:
             limits.check_name(name, str(path))
-        (tensors if isinstance(item, TensorEntry) else extras)[name] = item
+        if isinstance(item, TensorEntry):
+            tensors[name] = item
+        elif composites.makes_tensor(item):
+            if id(item) not in known:
+                known[id(item)] = composites.entry_of(item, f"{path}: {name}")
+            tensors[name] = known[id(item)]
+        else:
+            extras[name] = item
     state = state_dict.state if isinstance(state_dict, pickles.OrderedDict) else None
     metadata = state.get("_metadata") if isinstance(state, dict) else None
     if not isinstance(metadata, dict):
@@ -180,7 +188,7 @@ def _tensors_of_module(path: Path, root: Any, types: dict[str, str]) -> dict[str
         hidden = _names_in_set(module.state.get("_non_persistent_buffers_set"))
         for table in ("_parameters", "_buffers"):
             for name, tensor in module.state[table].items():
-                if isinstance(name, str) and isinstance(tensor, TensorEntry) and name not in hidden:
+                if isinstance(name, str) and _is_tensor(tensor) and name not in hidden:
                     found[prefix + name] = tensor
         inside = (*above, id(module))
         children = [
@@ -224,7 +232,7 @@ def _at_key(path: Path, tree: Any, key: str) -> tuple[tuple[str, ...], Any, tupl
 
 def _is_state_dict(value: Any) -> bool:
     """Whether it is a dict of names with a tensor in it, and none around another: an `_extra_state` may hold any."""
-    if not isinstance(value, dict) or not any(isinstance(item, TensorEntry) for item in value.values()):
+    if not isinstance(value, dict) or not any(map(_is_tensor, value.values())):
         return False
     inner: dict[int, bool] = {}
     for name, item in value.items():
@@ -232,7 +240,11 @@ def _is_state_dict(value: Any) -> bool:
             return False
         if isinstance(item, dict) and not name.endswith("_extra_state"):
             if id(item) not in inner:
-                inner[id(item)] = any(isinstance(part, TensorEntry) for part in item.values())
+                inner[id(item)] = any(map(_is_tensor, item.values()))
             if inner[id(item)]:
                 return False
     return True
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, TensorEntry) or composites.makes_tensor(value)

@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 from modelcli.blueprint import Blueprint, Kind, ModuleInfo, TensorInfo
+from modelcli.checkpoints.contents import info_of
+from modelcli.live import composites
 from modelcli.live.build import Bare
-from modelcli.live.sources import is_lazy
+from modelcli.live.sources import is_composite, is_lazy
 
 
 def describe(module: nn.Module) -> Blueprint:
@@ -17,6 +19,7 @@ def describe(module: nn.Module) -> Blueprint:
     modules, tensors = [], []
     first_path: dict[int, str] = {}
     first_name: dict[int, str] = {}
+    first_view: dict[object, str] = {}
     for path, child in walk(module):
         original = first_path.setdefault(id(child), path)
         modules.append(_module_info(path, child, None if original == path else original))
@@ -37,8 +40,13 @@ def describe(module: nn.Module) -> Blueprint:
                             requires_grad=tensor.requires_grad if kind == "parameter" else None,
                             tied_to=None if original == name else original,
                             persistent=persistent,
+                            layout=str(tensor.layout).removeprefix("torch."),
+                            stored_bytes=composites.stored_bytes(tensor) if is_composite(tensor) else None,
                         )
                     )
+        for own_name, entry in composites.kept(child):
+            name = f"{path}.{own_name}" if path else own_name
+            tensors.append(info_of(name, entry, first_view.setdefault(entry.view or name, name)))
     return Blueprint(tuple(modules), tuple(tensors))
 
 

@@ -14,12 +14,14 @@ import torch
 from torch import nn
 
 from modelcli.blueprint import Shape
-from modelcli.checkpoints import Contents, Storage, TensorEntry
+from modelcli.checkpoints import CompositeEntry, Contents, Storage, TensorEntry
+from modelcli.checkpoints.composites import entry_of, makes_tensor
 from modelcli.checkpoints.limits import NESTING, room_for_nesting
 from modelcli.checkpoints.pickles import Global, Opaque, OrderedDict
 from modelcli.errors import AnswerNoError, RequestError
+from modelcli.live import composites
 from modelcli.live.build import Bare
-from modelcli.live.sources import is_lazy, named_tensors, real_storage
+from modelcli.live.sources import dtype_of, is_lazy, named_tensors, real_storage
 from modelcli.live.twins import tagged
 
 #: How deep modules may lie in one another: PyTorch recurses into them, some frames for each level.
@@ -78,8 +80,8 @@ class LoadReport:
 
 @dataclass
 class StateDict:
-    """A checkpoint's tensors as torch's, on meta with their sources, or real and mapped; what gives each of its
-    extras as a real value."""
+    """A checkpoint's tensors as torch's, on meta with their sources, or real and mapped; what gives each of its other
+    entries (quantized and sparse tensors, and what is no tensor) as a real value."""
 
     tensors: dict[str, torch.Tensor]
     metadata: Mapping[str, Any] = field(default_factory=dict)
@@ -102,11 +104,15 @@ def _state_dict(contents: Contents, storage_of: Callable[[Storage], torch.Untype
     def tensor(entry: TensorEntry) -> torch.Tensor:
         if entry.storage not in storages:
             storages[entry.storage] = storage_of(entry.storage)
-        empty = torch.empty(0, dtype=getattr(torch, entry.dtype), device=device)
+        empty = torch.empty(0, dtype=dtype_of(entry.dtype), device=device)
         return empty.set_(storages[entry.storage], entry.offset, entry.shape, entry.stride)
 
-    tensors = {name: tensor(entry) for name, entry in contents.tensors.items()}
-    extras = {name: partial(_real_value, name, value, tensor) for name, value in contents.extras.items()}
+    tensors = {name: tensor(entry) for name, entry in contents.tensors.items() if isinstance(entry, TensorEntry)}
+    extras = {
+        name: partial(_real_value, name, value, tensor)
+        for name, value in (*contents.tensors.items(), *contents.extras.items())
+        if name not in tensors
+    }
     return StateDict(tensors, contents.metadata, extras)
 
 
@@ -121,6 +127,10 @@ def _real_value(name: str, value: Any, tensor: Callable[[TensorEntry], torch.Ten
     match value:
         case TensorEntry():
             return tensor(value)
+        case CompositeEntry():
+            return composites.real(name, value)
+        case Opaque() if makes_tensor(value):
+            return composites.real(name, entry_of(value, name))
         case OrderedDict():
             return collections.OrderedDict((key, real(item)) for key, item in value.items())
         case dict():
@@ -245,7 +255,7 @@ def bare_module(contents: Contents) -> nn.Module:
     made: dict[str, torch.Tensor] = {}
     for name, tensor in state.tensors.items():
         info = infos[name]
-        path, _, own = name.rpartition(".")
+        path, own = _split(name)
         owner = _bare_owner(root, path, contents.path)
         if info.tied_to is not None:
             made[name] = made[info.tied_to]
@@ -259,10 +269,19 @@ def bare_module(contents: Contents) -> nn.Module:
             owner._parameters[own] = made[name]  # type: ignore[assignment]
         else:
             owner._buffers[own] = made[name]
-    for name, value in contents.extras.items():
-        path, _, own = name.rpartition(".")
-        _bare_owner(root, path, contents.path).register_state_dict_post_hook(_Extra(own, value))
+    for name, value in (*contents.tensors.items(), *contents.extras.items()):
+        if name not in state.tensors:
+            path, own = _split(name)
+            _bare_owner(root, path, contents.path).register_state_dict_post_hook(composites.Kept(own, value))
     return root
+
+
+def _split(name: str) -> tuple[str, str]:
+    """The path of the module that holds a key, and its own name; a leading dot belongs to that, as in `.weight`."""
+    if name.startswith("."):
+        return "", name  # a module without a name could not be told from the root
+    path, _, own = name.rpartition(".")
+    return path, own
 
 
 def _bare_owner(root: Bare, path: str, file: Path) -> nn.Module:
@@ -273,17 +292,6 @@ def _bare_owner(root: Bare, path: str, file: Path) -> nn.Module:
     for step in path.split(".") if path else []:
         owner = owner._modules.setdefault(step, Bare())  # type: ignore[assignment]
     return owner
-
-
-@dataclass
-class _Extra:
-    """Puts an entry that is no tensor into the state dict of the module it belongs to, wherever that goes."""
-
-    name: str
-    value: Any
-
-    def __call__(self, _module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-        state[f"{prefix}{self.name}"] = self.value
 
 
 __all__ = [

@@ -7,13 +7,13 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 
 from modelcli.blueprint import ITEM_BYTES
 from modelcli.errors import ModelcliError, RequestError, UnsafeError, closest
 from modelcli.expressions import HOLE, Call, Name
 from modelcli.live import python_objects, zoo
+from modelcli.live.sources import dtype_of
 from modelcli.references import is_installed_name
 
 
@@ -163,7 +163,7 @@ def value_of(value: Any, *, trusted: bool) -> Any:
 def _named(dotted: str, *, trusted: bool) -> Any:
     short = dotted.removeprefix("torch.")
     if short in ITEM_BYTES:
-        return getattr(torch, short)
+        return dtype_of(short)
     return find_class(dotted, trusted=trusted)
 
 

@@ -13,13 +13,13 @@ import torch
 
 from modelcli import record as records
 from modelcli.blueprint import Blueprint, Trace
-from modelcli.checkpoints import TensorEntry
-from modelcli.checkpoints.pickles import Global, Opaque, OrderedDict
+from modelcli.checkpoints import CompositeEntry, TensorEntry
+from modelcli.checkpoints.pickles import Global, Opaque, OrderedDict, StorageRef
 from modelcli.errors import RequestError
-from modelcli.live import memory, trace
+from modelcli.live import composites, memory, trace
 from modelcli.live.describe import describe, dtype_name
 from modelcli.live.opening import Live
-from modelcli.live.sources import Value, is_lazy, real_tensor, source_of
+from modelcli.live.sources import Value, is_composite, is_lazy, real_tensor, source_of
 from modelcli.record import Record
 from modelcli.references import PythonObject
 from modelcli.writing import Plan, PlannedTensor
@@ -35,18 +35,21 @@ def plan(live: Live, out: Path, kind: str, *, bare: bool = False) -> Plan:
     extras: dict[str, Any] = {}
     values: dict[object, Value] = {}
     for name, value in state.items():
-        if isinstance(value, torch.Tensor):
-            tensors[name] = _planned(name, value, kind, values)
+        planned = partial(_planned, name, kind=kind, values=values)
+        if not isinstance(value, torch.Tensor):
+            extras[name] = _inert(name, value, planned)
+        elif is_composite(value):
+            extras[name] = composites.planned(value, planned)
         else:
-            extras[name] = _inert(name, value, partial(_planned, name, kind=kind, values=values))
+            tensors[name] = planned(value)
     contents = live.contents
     tree, key = None, None
     if bare:
-        extras = {name: value for name, value in extras.items() if name.endswith("_extra_state")}
+        extras = {name: value for name, value in extras.items() if _belongs(name, value)}
     elif contents is not None and contents.key is not None and kind == "pth":
         tree, key = contents.tree, contents.key
     if extras and kind == "safetensors":
-        raise RequestError(f"{min(extras)} is no tensor, and safetensors holds nothing else", "write a .pth file")
+        raise RequestError(_not_for_safetensors(extras), "write a .pth file")
     metadata: Mapping[str, Any] = getattr(state, "_metadata", {})
     if live.architecture is None and contents is not None:
         metadata = contents.metadata
@@ -60,14 +63,26 @@ def plan(live: Live, out: Path, kind: str, *, bare: bool = False) -> Plan:
     )
 
 
+def _belongs(name: str, value: Any) -> bool:
+    """Whether an entry that is no plain tensor is a part of the model."""
+    return isinstance(value, CompositeEntry) or name.endswith("_extra_state")
+
+
+def _not_for_safetensors(extras: Mapping[str, Any]) -> str:
+    name = min(extras)
+    if isinstance(value := extras[name], CompositeEntry):
+        what = value.dtype if value.layout == "strided" else value.layout
+        where = "" if value.parts or value.stored_bytes else " on the meta device"
+        return f"{name} is {what}{where}, which safetensors has no name for"
+    return f"{name} is no tensor, and safetensors holds nothing else"
+
+
 def _planned(name: str, tensor: torch.Tensor, kind: str, values: dict[object, Value]) -> PlannedTensor:
     if is_lazy(tensor):
         raise RequestError(
             f"{name} has no shape yet: its module is lazy",
             "put a module with all its sizes in its place first",
         )
-    if tensor.is_quantized or tensor.layout != torch.strided:
-        raise RequestError(f"{name} is {tensor.layout}, {dtype_name(tensor.dtype)}: only dense tensors can be written")
     source = source_of(tensor)
     if source is None:
         raise RequestError(f"{name} has no numbers: nothing says where they come from")
@@ -97,10 +112,12 @@ def _inert(name: str, value: Any, planned: Callable[[torch.Tensor], PlannedTenso
 
     if value is None or isinstance(value, str | bytes) or type(value) in (bool, int, float):
         return value
-    if isinstance(value, TensorEntry | Opaque | Global | OrderedDict):
+    if isinstance(value, CompositeEntry):
+        composites.require_call(name, value)
+    if isinstance(value, TensorEntry | CompositeEntry | StorageRef | Opaque | Global | OrderedDict):
         return value  # from a file, and as inert as it was
     if isinstance(value, torch.Tensor):
-        return planned(value)
+        return composites.planned(value, planned) if is_composite(value) else planned(value)
     if isinstance(value, torch.dtype):
         return Global("torch", dtype_name(value))
     if type(value) is collections.OrderedDict:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from modelcli.checkpoints import Storage
-from modelcli.errors import ModelcliError
+from modelcli.errors import ModelcliError, RequestError
 
 CHUNK = 8 * 1024 * 1024
 
@@ -111,6 +111,19 @@ def tag_drawn(module: torch.nn.Module, build: Lazy) -> None:
 def is_lazy(tensor: Any) -> bool:
     """Whether a tensor has no shape yet, as those of `LazyLinear` before the first forward pass."""
     return bool(torch.nn.parameter.is_lazy(tensor))
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype of a name without `torch.`. Raises RequestError for one that this version of torch does not have."""
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise RequestError(f"torch {torch.__version__} has no dtype {name}", "a newer torch may")
+    return found
+
+
+def is_composite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is no plain view into one storage: quantized, or sparse."""
+    return tensor.is_quantized or tensor.layout != torch.strided
 
 
 def real_storage(source: AnySource) -> torch.UntypedStorage:

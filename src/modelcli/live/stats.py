@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from modelcli.checkpoints import Contents
+from modelcli.checkpoints import Contents, TensorEntry
 from modelcli.live import loading
 from modelcli.live.opening import Live
-from modelcli.live.sources import extent, is_lazy, named_tensors, real_tensor, source_of
+from modelcli.live.sources import dtype_of, extent, is_lazy, named_tensors, real_tensor, source_of
 
 #: Elements worked off at a time, holes between them counted: 8 MiB as float64.
 CHUNK = 1 << 20
@@ -36,13 +36,14 @@ def _silent(_done: int, _total: int) -> None:
 def of_live(live: Live, names: Sequence[str], progress: Progress = _silent) -> dict[str, Statistics]:
     """Statistics of tensors of a live model, as `collect` gives them: drawn or read only for those asked for."""
     tensors = named_tensors(live.module)
-    return collect({name: tensors[name] for name in names}, progress)
+    return collect({name: tensors[name] for name in names if name in tensors}, progress)
 
 
 def of_contents(contents: Contents, names: Sequence[str], progress: Progress = _silent) -> dict[str, Statistics]:
     """Statistics of tensors of a checkpoint, as `collect` gives them: only the bytes of those asked for are read."""
     entries = {name: contents.tensors[name] for name in names if name in contents.tensors}
-    chosen = {name: entry for name, entry in entries.items() if _is_known(getattr(torch, entry.dtype))}
+    plain = {name: entry for name, entry in entries.items() if isinstance(entry, TensorEntry)}
+    chosen = {name: entry for name, entry in plain.items() if _is_known(dtype_of(entry.dtype))}
     return collect(loading.on_meta(Contents(contents.path, contents.format, chosen)).tensors, progress)
 
 

@@ -344,13 +344,13 @@ def _set_flags(module: nn.Module, edit: Freeze | Unfreeze, context: _Context) ->
                 f"nothing to {edit.name}: {target} has no parameters", "modelcli params shows where they are"
             )
     names = selectors.select_tensors(blueprint, edit.targets, without=edit.without)
-    chosen = {name for name in names if blueprint.by_name[name].kind == "parameter"}
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    chosen = {name for name in names if name in parameters}
     if not chosen:
         raise RequestError(
             f"nothing to {edit.name}: {', '.join(edit.targets)} has no parameters",
             "modelcli params shows where they are",
         )
-    parameters = dict(module.named_parameters(remove_duplicate=False))
     tensors = {id(parameters[name]): parameters[name] for name in chosen}
     if trained:
         for name in chosen:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from modelcli.live.modules import ConstructorError
-from modelcli.live.sources import AnySource, Value, is_lazy, named_tensors
+from modelcli.live.sources import AnySource, Value, is_composite, is_lazy, named_tensors
 
 Constructor = Callable[[], nn.Module]
 
@@ -107,7 +107,7 @@ def _tensor_twin(tensor: torch.Tensor, storages: dict[int, torch.UntypedStorage]
         kind: Any = type(tensor)
         lazy: torch.Tensor = kind(device="meta", dtype=tensor.dtype, requires_grad=tensor.requires_grad)
         return lazy
-    if tensor.is_quantized or tensor.layout != torch.strided:
+    if is_composite(tensor):
         return tensor
     data = tensor.detach()
     if not data.is_meta:
@@ -133,7 +133,7 @@ def _plain_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
             return
         value = stack.pop()
         if isinstance(value, torch.Tensor):
-            if not is_lazy(value) and value.layout == torch.strided and not value.is_quantized:
+            if not is_lazy(value) and not is_composite(value):
                 yield value
         elif type(value) in (list, tuple):
             stack.extend(value)

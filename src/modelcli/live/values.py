@@ -11,7 +11,7 @@ from modelcli.checkpoints import Contents
 from modelcli.errors import RequestError
 from modelcli.live import loading
 from modelcli.live.opening import Live
-from modelcli.live.sources import is_lazy, named_tensors, real_tensor
+from modelcli.live.sources import is_composite, is_lazy, named_tensors, real_tensor
 
 #: Up to this many numbers are shown whole; of more, the first and the last three along each axis.
 WHOLE = 24
@@ -20,8 +20,8 @@ EDGE = 3
 
 def of_live(live: Live, names: Sequence[str], *, whole: bool) -> tuple[dict[str, Any], dict[str, str]]:
     """Numbers of a live model: drawn or read only for the tensors asked for."""
-    tensors = named_tensors(live.module)
-    return _collect(((name, tensors[name]) for name in names if not is_lazy(tensors[name])), whole)
+    tensors = {name: tensor for name, tensor in named_tensors(live.module).items() if _has_numbers(tensor)}
+    return _collect(((name, tensors[name]) for name in names if name in tensors), whole)
 
 
 def of_contents(contents: Contents, names: Sequence[str], *, whole: bool) -> tuple[dict[str, Any], dict[str, str]]:
@@ -29,6 +29,11 @@ def of_contents(contents: Contents, names: Sequence[str], *, whole: bool) -> tup
     chosen = {name: contents.tensors[name] for name in names if name in contents.tensors}
     state = loading.on_meta(Contents(contents.path, contents.format, chosen))  # each is mapped in its turn
     return _collect(state.tensors.items(), whole)
+
+
+def _has_numbers(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has one number for each element: a lazy one has none, a sparse one some."""
+    return not is_lazy(tensor) and not is_composite(tensor)
 
 
 def _collect(tensors: Iterable[tuple[str, torch.Tensor]], whole: bool) -> tuple[dict[str, Any], dict[str, str]]:

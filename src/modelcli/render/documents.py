@@ -146,6 +146,8 @@ def params(
         }
         if not tensor.persistent:
             row["persistent"] = False
+        if tensor.layout != "strided":
+            row["layout"] = tensor.layout
         if values is not None:
             row["values"] = values.get(tensor.name)
         if stats is not None:
@@ -167,6 +169,9 @@ def params(
         Column("kind", "kind", optional=8),
         Column("trainable", "trainable", optional=7),
     ]
+    if any("layout" in row for row in rows):
+        columns.append(Column("layout", "layout"))
+        rows = [{"layout": "strided"} | row for row in rows]
     if any(row["tied_to"] for row in rows):
         columns.append(Column("tied_to", "tied to", optional=6 if stats is not None else 0))
     if stats is not None:

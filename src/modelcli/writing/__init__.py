@@ -7,9 +7,9 @@ from pathlib import Path
 from modelcli import atomic
 from modelcli.errors import RequestError
 from modelcli.writing import safetensors, torch_zip
-from modelcli.writing.plan import Plan, PlannedTensor, Source, Written
+from modelcli.writing.plan import Plan, PlannedStorage, PlannedTensor, Source, Written
 
-__all__ = ["Plan", "PlannedTensor", "Source", "Written", "check_target", "format_of", "write"]
+__all__ = ["Plan", "PlannedStorage", "PlannedTensor", "Source", "Written", "check_target", "format_of", "write"]
 
 _WRITERS = {"pth": torch_zip.write, "safetensors": safetensors.write}
 _VERIFIERS = {"pth": torch_zip.verify, "safetensors": safetensors.verify}
@@ -42,4 +42,4 @@ def write(plan: Plan, path: Path, *, force: bool) -> Written:
         file.flush()
         _VERIFIERS[kind](plan, temporary)
         nbytes = temporary.stat().st_size
-    return Written(path, kind, len(plan.tensors), nbytes)
+    return Written(path, kind, len(plan.tensors) + len(plan.composites), nbytes)

@@ -6,15 +6,18 @@ import struct
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from modelcli.checkpoints.contents import TensorEntry
+from modelcli.checkpoints.contents import CompositeEntry, TensorEntry
 from modelcli.checkpoints.limits import NESTING, room_for_nesting
-from modelcli.checkpoints.pickles import STORAGE_CLASSES, Global, Opaque, OrderedDict
+from modelcli.checkpoints.pickles import STORAGE_CLASSES, Global, Opaque, OrderedDict, StorageRef
 from modelcli.errors import RequestError
-from modelcli.writing.plan import PlannedTensor
+from modelcli.writing.plan import PlannedStorage, PlannedTensor, Source
+
+#: The record of a source's bytes and the number of elements, for the dtype of a typed storage, or None for bytes.
+StorageKey = Callable[[Source, str | None], tuple[str, int]]
 
 
-def dumps(value: Any, storage_key: Callable[[PlannedTensor], tuple[str, int]]) -> bytes:
-    """Pickle a tree of inert values. `storage_key` gives a tensor's record and the number of its elements."""
+def dumps(value: Any, storage_key: StorageKey) -> bytes:
+    """Pickle a tree of inert values."""
     out = bytearray(b"\x80\x02")
     with room_for_nesting():
         _Writer(out, storage_key).write(value, 0)
@@ -23,7 +26,7 @@ def dumps(value: Any, storage_key: Callable[[PlannedTensor], tuple[str, int]]) -
 
 
 class _Writer:
-    def __init__(self, out: bytearray, storage_key: Callable[[PlannedTensor], tuple[str, int]]) -> None:
+    def __init__(self, out: bytearray, storage_key: StorageKey) -> None:
         self.out = out
         self.storage_key = storage_key
         self.memo: dict[Global | int, int] = {}
@@ -58,6 +61,12 @@ class _Writer:
                 self._tensor(value, requires_grad=False)
             case TensorEntry():
                 self._entry(value)
+            case CompositeEntry():
+                self.write(value.made_by, depth)
+            case PlannedStorage():
+                self._storage(value.source, value.dtype)
+            case StorageRef(offset=0):
+                self._storage(value.span, value.dtype)
             case tuple():
                 self._sequence(value, depth)
                 if value:
@@ -166,28 +175,31 @@ class _Writer:
 
     def _tensor(self, tensor: PlannedTensor, *, requires_grad: bool) -> None:
         """`_rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)`; v3 where no typed storage is."""
-        key, nbytes = self.storage_key(tensor)
-        storage_class = STORAGE_CLASSES.get(tensor.dtype)
-        name = "_rebuild_tensor_v2" if storage_class else "_rebuild_tensor_v3"
+        is_typed = tensor.dtype in STORAGE_CLASSES
+        name = "_rebuild_tensor_v2" if is_typed else "_rebuild_tensor_v3"
         self._global(Global("torch._utils", name))
-        self.out += b"(("
-        self.write("storage", 0)
-        if storage_class:
-            self._global(Global("torch", storage_class))
-        else:
-            self._global(Global("torch.storage", "UntypedStorage"))
-        self.write(key, 0)
-        self.write("cpu", 0)
-        self.write(nbytes, 0)
-        self.out += b"tQ"
+        self.out += b"("
+        self._storage(tensor.source, tensor.dtype if is_typed else None)
         self.write(tensor.offset, 0)
         self._sequence(tensor.shape, 0)
         self._sequence(tensor.stride, 0)
         self.out += b"\x88" if requires_grad else b"\x89"
         self._empty_ordered_dict()
-        if not storage_class:
+        if not is_typed:
             self._global(Global("torch", tensor.dtype))
         self.out += b"tR"
+
+    def _storage(self, source: Source, dtype: str | None) -> None:
+        """The persistent id of a storage: `("storage", class, key, location, number of elements)`."""
+        key, count = self.storage_key(source, dtype)
+        self.out += b"("
+        self.write("storage", 0)
+        module, name = ("torch", STORAGE_CLASSES[dtype]) if dtype else ("torch.storage", "UntypedStorage")
+        self._global(Global(module, name))
+        self.write(key, 0)
+        self.write("cpu", 0)
+        self.write(count, 0)
+        self.out += b"tQ"
 
     def _empty_ordered_dict(self) -> None:
         self._global(Global("collections", "OrderedDict"))

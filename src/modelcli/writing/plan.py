@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from modelcli.blueprint import Shape
+from modelcli.checkpoints import CompositeEntry
 
 
 class Source(Protocol):
@@ -19,6 +20,14 @@ class Source(Protocol):
     def chunks(self) -> Iterator[bytes | memoryview]: ...
 
     def __hash__(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedStorage:
+    """A storage that stands by itself: all bytes of a source, as elements of `dtype` (None for raw bytes)."""
+
+    dtype: str | None
+    source: Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +50,9 @@ class PlannedTensor:
 class Plan:
     """A checkpoint to write.
 
-    `tensors` is the state dict, in order; `extras` its entries that are no tensors, inert; `metadata` its
-    `_metadata`; `record` the text that says where the model comes from. `tree` and `key` are the training checkpoint
-    around the state dict, as inert values, where there is one.
+    `tensors` is the state dict, in order; `extras` its entries that are no plain tensors, inert: those that are made
+    of others are `CompositeEntry`s; `metadata` its `_metadata`; `record` the text that says where the model comes
+    from. `tree` and `key` are the training checkpoint around the state dict, as inert values, where there is one.
     """
 
     tensors: Mapping[str, PlannedTensor]
@@ -52,6 +61,11 @@ class Plan:
     extras: Mapping[str, Any] = field(default_factory=dict)
     tree: Any = None
     key: tuple[str, ...] | None = None
+
+    @property
+    def composites(self) -> dict[str, CompositeEntry]:
+        """The tensors among the extras."""
+        return {name: value for name, value in self.extras.items() if isinstance(value, CompositeEntry)}
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from typing import Any, BinaryIO
 
 from modelcli import record as records
 from modelcli.blueprint import ITEM_BYTES
-from modelcli.checkpoints.safetensors import DTYPES
+from modelcli.checkpoints.safetensors import DTYPES, PAIRS
 from modelcli.errors import RequestError, SystemFailureError
 from modelcli.writing.plan import Plan, PlannedTensor
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {PAIRS: "F4"}
 
 
 def _unique(plan: Plan) -> dict[str, PlannedTensor]:
@@ -23,6 +23,15 @@ def _unique(plan: Plan) -> dict[str, PlannedTensor]:
         first.setdefault(tensor.view if tensor.source.nbytes else (name,), name)
     names = sorted(first.values(), key=lambda name: -ITEM_BYTES[plan.tensors[name].dtype])
     return {name: plan.tensors[name] for name in names}
+
+
+def _header_shape(name: str, tensor: PlannedTensor) -> list[int]:
+    """The shape, counted in elements: `float4_e2m1fn_x2` has two in each of torch's."""
+    if tensor.dtype != PAIRS:
+        return list(tensor.shape)
+    if not tensor.shape:
+        raise RequestError(f"{name} is {PAIRS} without a dimension, which safetensors cannot hold", "write a .pth file")
+    return [*tensor.shape[:-1], tensor.shape[-1] * 2]
 
 
 def write(plan: Plan, file: BinaryIO) -> None:
@@ -35,7 +44,7 @@ def write(plan: Plan, file: BinaryIO) -> None:
             raise RequestError(f"{name} is {tensor.dtype}, which safetensors has no name for", "write a .pth file")
         header[name] = {
             "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
+            "shape": _header_shape(name, tensor),
             "data_offsets": [position, position + tensor.source.nbytes],
         }
         position += tensor.source.nbytes

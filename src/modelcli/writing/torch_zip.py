@@ -10,11 +10,12 @@ from typing import Any, BinaryIO
 
 from modelcli import record as records
 from modelcli.blueprint import ITEM_BYTES
+from modelcli.checkpoints import CompositeEntry
 from modelcli.checkpoints import torch_zip as reader
-from modelcli.checkpoints.pickles import STORAGE_CLASSES, OrderedDict
+from modelcli.checkpoints.pickles import OrderedDict
 from modelcli.errors import SystemFailureError
 from modelcli.writing import pickling
-from modelcli.writing.plan import Plan, PlannedTensor, Source
+from modelcli.writing.plan import Plan, Source
 
 PREFIX = "archive"
 ALIGNMENT = 64
@@ -24,12 +25,10 @@ def write(plan: Plan, file: BinaryIO) -> None:
     """Write the archive. The same plan gives the same bytes, whatever the file is called."""
     storages: dict[tuple[Source, str | None], str] = {}
 
-    def storage_key(tensor: PlannedTensor) -> tuple[str, int]:
+    def storage_key(source: Source, dtype: str | None) -> tuple[str, int]:
         # A record has one class: of tensors that read the same bytes as other dtypes, each class gets its own copy.
-        storage_class = STORAGE_CLASSES.get(tensor.dtype)
-        key = storages.setdefault((tensor.source, storage_class), str(len(storages)))
-        size = ITEM_BYTES[tensor.dtype] if storage_class else 1
-        return key, tensor.source.nbytes // size
+        key = storages.setdefault((source, dtype), str(len(storages)))
+        return key, source.nbytes // (ITEM_BYTES[dtype] if dtype else 1)
 
     data = pickling.dumps(_tree(plan), storage_key)
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
@@ -82,7 +81,11 @@ def _add(archive: zipfile.ZipFile, file: BinaryIO, name: str, chunks: Iterable[b
 def verify(plan: Plan, path: Path) -> None:
     """Read the archive's own account of itself back, and compare it with the plan."""
     contents = reader.read(path, ".".join(plan.key) if plan.key else None)
-    found = {name: (entry.shape, entry.dtype, entry.storage.nbytes) for name, entry in contents.tensors.items()}
+    found = {
+        name: (e.shape, e.dtype, e.stored_bytes if isinstance(e, CompositeEntry) else e.storage.nbytes)
+        for name, e in contents.tensors.items()
+    }
     wanted = {name: (t.shape, t.dtype, t.source.nbytes) for name, t in plan.tensors.items()}
+    wanted |= {name: (e.shape, e.dtype, e.stored_bytes) for name, e in plan.composites.items()}
     if found != wanted:
         raise SystemFailureError(f"what was read back from {path.parent} is not what was written; nothing was changed")

@@ -1,0 +1,167 @@
+"""Tensors that are no view into one storage, told by the call that makes them: quantized, sparse, on the meta device.
+
+The calls are those of `torch._utils` that `torch.Tensor.__reduce_ex__` writes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+from modelcli.blueprint import ITEM_BYTES, Shape
+from modelcli.checkpoints.contents import CompositeEntry, TensorEntry
+from modelcli.checkpoints.pickles import MAX_DIMENSIONS, Global, Opaque, OrderedDict, StorageRef
+from modelcli.errors import FileFormatError
+
+_CALLS = frozenset(
+    {
+        "torch._utils._rebuild_qtensor",
+        "torch._utils._rebuild_sparse_tensor",
+        "torch._utils._rebuild_meta_tensor_no_storage",
+    }
+)
+_PARAMETERS = frozenset({"torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"})
+_ELEMENTS_PER_BYTE = {"quint4x2": 2, "quint2x4": 4}
+
+
+def makes_tensor(value: Any) -> bool:
+    """Whether an inert value is a call that makes such a tensor, or a `Parameter` around one."""
+    if not isinstance(value, Opaque) or not isinstance(value.call, Global):
+        return False
+    if value.call.dotted in _PARAMETERS:
+        return isinstance(value.args, tuple) and bool(value.args) and _is_call(value.args[0])
+    return _is_call(value)
+
+
+def _is_call(value: Any) -> bool:
+    return isinstance(value, Opaque) and isinstance(value.call, Global) and value.call.dotted in _CALLS
+
+
+def entry_of(value: Opaque, where: str) -> CompositeEntry:
+    """The tensor that a call makes; `where` names it.
+
+    What is kept of the call is what the tensor needs: where hooks and attributes stand could be anything. Raises
+    FileFormatError where its arguments are not those of a tensor, or need more bytes than there are.
+    """
+    try:
+        return _entry(value)
+    except (ValueError, TypeError) as error:
+        raise FileFormatError(f"{where} is damaged: {error}") from None
+
+
+def _entry(value: Opaque) -> CompositeEntry:
+    match value.call.name, value.args:
+        case "_rebuild_qtensor", (StorageRef(offset=0) as storage, int() as offset, shape, stride, quantizer, grad, *_):
+            return _quantized(storage, offset, _shape(shape), _sizes(stride), _quantizer(quantizer), bool(grad))
+        case "_rebuild_sparse_tensor", (
+            Opaque(call=Global(name="_get_layout"), args=(str() as layout,)),
+            tuple() as data,
+        ):
+            return _sparse(layout.removeprefix("torch."), data)
+        case "_rebuild_meta_tensor_no_storage", (Global(module="torch", name=dtype), shape, stride, grad):
+            if dtype not in ITEM_BYTES:
+                raise ValueError(f"a tensor of dtype {dtype}")
+            args = (Global("torch", dtype), _shape(shape), _sizes(stride), bool(grad))
+            return CompositeEntry(args[1], dtype, "strided", (), 0, _call("_rebuild_meta_tensor_no_storage", *args))
+        case (("_rebuild_parameter" | "_rebuild_parameter_with_state"), (Opaque() as inner, grad, *_)):
+            plain = _entry(inner)
+            made_by = _call("_rebuild_parameter", plain.made_by, bool(grad), OrderedDict())
+            return replace(plain, made_by=made_by, requires_grad=bool(grad), is_parameter=True)
+    raise ValueError(f"{value.call.dotted} with arguments that make no tensor")
+
+
+def _call(name: str, *args: Any) -> Opaque:
+    return Opaque(Global("torch._utils", name), args)
+
+
+def _quantized(
+    storage: StorageRef, offset: int, shape: Shape, stride: Shape, quantizer: tuple[Any, ...], grad: bool
+) -> CompositeEntry:
+    dtype = storage.dtype
+    if dtype is None or not dtype.startswith("q") or len(shape) != len(stride) or offset < 0:
+        raise ValueError(f"a quantized tensor of dtype {dtype}, shape {shape}, stride {stride}")
+    data = TensorEntry(shape, dtype, stride, offset, storage.span)
+    last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    needed = (last + 1) * ITEM_BYTES[dtype] if 0 not in shape else 0
+    if (sharing := _ELEMENTS_PER_BYTE.get(dtype)) is not None:
+        # Strides say nothing of where such elements are: the bytes themselves are shown.
+        nbytes = quantized_bytes(dtype, shape)
+        data = TensorEntry((nbytes,), "uint8", (1,), offset // sharing, storage.span)
+        needed = data.offset + nbytes
+    if needed > storage.span.nbytes:
+        raise ValueError(f"shape {list(shape)} needs {needed:,} bytes, and its record holds {storage.span.nbytes:,}")
+    parts = (data, *(part for part in quantizer if isinstance(part, TensorEntry)))
+    made_by = _call("_rebuild_qtensor", storage, offset, shape, stride, quantizer, grad, OrderedDict())
+    return CompositeEntry(shape, dtype, "strided", parts, _bytes_of(parts), made_by)
+
+
+def _quantizer(value: Any) -> tuple[Any, ...]:
+    """The scheme and its numbers: a scale and a zero point, or those of each channel and the axis of the channels."""
+    match value:
+        case Global(module="torch", name="per_tensor_affine") as scheme, int() | float() as scale, int() as zero_point:
+            return scheme, scale, zero_point
+        case (
+            Global(module="torch", name="per_channel_affine" | "per_channel_affine_float_qparams") as scheme,
+            TensorEntry() | list() as scales,
+            TensorEntry() | list() as zero_points,
+            int() as axis,
+        ) if _are_numbers(scales) and _are_numbers(zero_points):
+            return scheme, scales, zero_points, axis
+    raise ValueError("a quantized tensor without a scale")
+
+
+def _are_numbers(values: TensorEntry | list[Any]) -> bool:
+    return isinstance(values, TensorEntry) or all(isinstance(value, int | float) for value in values)
+
+
+def quantized_bytes(dtype: str, shape: Shape) -> int:
+    """What the elements of a quantized tensor take. Those of `quint4x2` share a byte, and each row starts a new one."""
+    *outer, row = shape or (1,)
+    return prod(outer) * -(-row * ITEM_BYTES[dtype] // _ELEMENTS_PER_BYTE.get(dtype, 1))
+
+
+def _sparse(layout: str, data: tuple[Any, ...]) -> CompositeEntry:
+    parts: tuple[TensorEntry, ...]
+    match layout, data:
+        case "sparse_coo", (TensorEntry() as indices, TensorEntry() as values, size, *more) if more in (
+            [],
+            [True],
+            [False],
+        ):
+            parts = (indices, values)
+        case (
+            ("sparse_csr" | "sparse_csc" | "sparse_bsr" | "sparse_bsc"),
+            (TensorEntry() as compressed, TensorEntry() as plain, TensorEntry() as values, size),
+        ):
+            parts, more = (compressed, plain, values), []
+        case _:
+            raise ValueError(f"a sparse tensor of layout {layout!r} that is not made of indices and values")
+    shape = _shape(size)
+    made_by = _call(
+        "_rebuild_sparse_tensor",
+        Opaque(Global("torch.serialization", "_get_layout"), (f"torch.{layout}",)),
+        (*parts, Opaque(Global("torch", "Size"), (shape,)), *more),
+    )
+    return CompositeEntry(shape, values.dtype, layout, parts, _bytes_of(parts), made_by)
+
+
+def _bytes_of(parts: tuple[TensorEntry, ...]) -> int:
+    return sum(prod(part.shape) * ITEM_BYTES[part.dtype] for part in parts)
+
+
+def _shape(value: Any) -> Shape:
+    sizes = _sizes(value)
+    if prod(size or 1 for size in sizes) >= 2**63:
+        raise ValueError(f"a tensor of more elements than there can be: shape {sizes}")
+    return sizes
+
+
+def _sizes(value: Any) -> Shape:
+    if isinstance(value, Opaque) and isinstance(value.call, Global) and value.call.dotted == "torch.Size":
+        (value,) = value.args
+    if not isinstance(value, tuple) or not all(type(size) is int and 0 <= size < 2**63 for size in value):
+        raise ValueError("what should be a shape is none")
+    if len(value) > MAX_DIMENSIONS:
+        raise ValueError(f"a tensor of {len(value):,} dimensions")
+    return value

@@ -1,0 +1,164 @@
+"""Tensors that are no plain view into one storage, quantized and sparse ones: between files and torch.
+
+Quantized tensors have no form on the meta device, so such tensors are real everywhere; those of a file are mapped.
+"""
+
+from __future__ import annotations
+
+import collections
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from modelcli.checkpoints import CompositeEntry, TensorEntry
+from modelcli.checkpoints.composites import quantized_bytes
+from modelcli.checkpoints.pickles import Global, Opaque, OrderedDict
+from modelcli.errors import FileFormatError, RequestError
+from modelcli.live.sources import dtype_of, real_storage
+from modelcli.writing import PlannedStorage, PlannedTensor
+
+
+@dataclass
+class Kept:
+    """Puts an entry that is no plain tensor into the state dict of the module it belongs to, wherever that goes."""
+
+    name: str
+    value: Any
+
+    def __call__(self, _module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+        state[f"{prefix}{self.name}"] = self.value
+
+
+def kept(module: nn.Module) -> Iterator[tuple[str, CompositeEntry]]:
+    """The tensors that a module of a bare checkpoint keeps as its file has them, by their own names."""
+    for hook in module._state_dict_hooks.values():
+        if isinstance(hook, Kept) and isinstance(hook.value, CompositeEntry):
+            yield hook.name, hook.value
+
+
+def components(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The plain tensors that a sparse tensor is made of: its indices, then its values."""
+    tensor = tensor.detach()
+    if tensor.layout == torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+
+
+def stored_bytes(tensor: torch.Tensor) -> int:
+    """What a quantized or sparse tensor takes: its whole numbers and scales, or its indices and values."""
+    if not tensor.is_quantized:
+        return sum(part.nbytes for part in components(tensor))
+    scales = (part.nbytes for part in _quantizer(tensor) if isinstance(part, torch.Tensor))
+    return quantized_bytes(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)) + sum(scales)
+
+
+def _quantizer(tensor: torch.Tensor) -> tuple[Any, ...]:
+    if tensor.qscheme() == torch.per_tensor_affine:
+        return tensor.q_scale(), tensor.q_zero_point()
+    return tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points(), tensor.q_per_channel_axis()
+
+
+# --- from a file ---------------------------------------------------------------------------------------------------
+
+
+def real(name: str, entry: CompositeEntry) -> torch.Tensor:
+    """The tensor that `torch.load` makes of an entry, its bytes mapped.
+
+    Raises FileFormatError where torch refuses it: indices outside its shape, or scales that do not fit it.
+    """
+    require_call(name, entry)
+    if entry.is_parameter:
+        data = real(name, replace(entry, made_by=entry.made_by.args[0], is_parameter=False))
+        return nn.Parameter(data, requires_grad=bool(entry.requires_grad))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that quantized tensors are deprecated, and sparse ones are in beta
+            return _MAKERS[entry.made_by.call.name](entry, entry.made_by.args)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise FileFormatError(f"{name} is damaged: {' '.join(str(error).split())}") from None
+
+
+def require_call(name: str, entry: CompositeEntry) -> None:
+    """Raise RequestError for a tensor that torch has no type for."""
+    if entry.made_by is None:
+        raise RequestError(f"{name} is {entry.dtype}, which torch has no type for: it can be looked at, and no more")
+
+
+def _plain(entry: TensorEntry) -> torch.Tensor:
+    made = torch.empty(0, dtype=dtype_of(entry.dtype))
+    return made.set_(real_storage(entry.storage), entry.offset, entry.shape, entry.stride)
+
+
+def _quantized(entry: CompositeEntry, args: tuple[Any, ...]) -> torch.Tensor:
+    storage, offset, _shape, stride, (scheme, *quantizer), *_ = args
+    untyped = real_storage(storage.span)
+    if entry.dtype in ("quint4x2", "quint2x4"):
+        untyped = untyped.clone()  # torch makes room in it for one byte an element
+    typed = torch.TypedStorage(wrap_storage=untyped, dtype=dtype_of(entry.dtype), _internal=True)
+    parts = tuple(_plain(part) if isinstance(part, TensorEntry) else part for part in quantizer)
+    made: torch.Tensor = torch._utils._rebuild_qtensor(
+        typed, offset, entry.shape, stride, (getattr(torch, scheme.name), *parts), False, collections.OrderedDict()
+    )
+    return made
+
+
+def _sparse(entry: CompositeEntry, args: tuple[Any, ...]) -> torch.Tensor:
+    if entry.layout == "sparse_coo":
+        indices, values = map(_plain, entry.parts)
+        _layout, (_indices, _values, _size, *coalesced) = args
+        is_coalesced = coalesced[0] if coalesced else None
+        return torch.sparse_coo_tensor(indices, values, entry.shape, is_coalesced=is_coalesced, check_invariants=True)
+    compressed, plain, values = map(_plain, entry.parts)
+    layout = getattr(torch, entry.layout)
+    return torch.sparse_compressed_tensor(compressed, plain, values, entry.shape, layout=layout, check_invariants=True)
+
+
+def _on_meta(entry: CompositeEntry, _args: tuple[Any, ...]) -> torch.Tensor:
+    return torch.empty(entry.shape, dtype=dtype_of(entry.dtype), device="meta")
+
+
+_MAKERS: dict[str, Callable[[CompositeEntry, tuple[Any, ...]], torch.Tensor]] = {
+    "_rebuild_qtensor": _quantized,
+    "_rebuild_sparse_tensor": _sparse,
+    "_rebuild_meta_tensor_no_storage": _on_meta,
+}
+
+
+# --- to a file -----------------------------------------------------------------------------------------------------
+
+
+def planned(tensor: torch.Tensor, plan: Callable[[torch.Tensor], PlannedTensor]) -> CompositeEntry:
+    """The entry that `torch.save` makes of a quantized or sparse tensor; `plan` gives that of a plain one."""
+    dtype, layout = (str(what).removeprefix("torch.") for what in (tensor.dtype, tensor.layout))
+    made_by = _quantized_call(tensor, dtype, plan) if tensor.is_quantized else _sparse_call(tensor, plan)
+    return CompositeEntry(tuple(tensor.shape), dtype, layout, (), stored_bytes(tensor), made_by)
+
+
+def _quantized_call(tensor: torch.Tensor, dtype: str, plan: Callable[[torch.Tensor], PlannedTensor]) -> Opaque:
+    whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+    scheme = "per_tensor_affine" if tensor.qscheme() == torch.per_tensor_affine else "per_channel_affine"
+    quantizer = (plan(part) if isinstance(part, torch.Tensor) else part for part in _quantizer(tensor))
+    args = (
+        PlannedStorage(dtype, plan(whole).source),
+        tensor.storage_offset(),
+        tuple(tensor.shape),
+        tensor.stride(),
+        (Global("torch", scheme), *quantizer),
+        False,
+        OrderedDict(),
+    )
+    return Opaque(Global("torch._utils", "_rebuild_qtensor"), args)
+
+
+def _sparse_call(tensor: torch.Tensor, plan: Callable[[torch.Tensor], PlannedTensor]) -> Opaque:
+    layout = Opaque(Global("torch.serialization", "_get_layout"), (str(tensor.layout),))
+    size = Opaque(Global("torch", "Size"), (tuple(tensor.shape),))
+    more = (tensor.is_coalesced(),) if tensor.layout == torch.sparse_coo else ()
+    data = (*map(plan, components(tensor)), size, *more)
+    return Opaque(Global("torch._utils", "_rebuild_sparse_tensor"), (layout, data))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -200,8 +201,10 @@ class Contents:
         """The tensors as a blueprint has them: ties found by storage, buffers told by their usual names."""
         first: dict[tuple[object, ...], str] = {}
         infos = {}
+        uses = Counter(id(entry.storage) for entry in self.tensors.values() if isinstance(entry, TensorEntry))
         for name, entry in self.tensors.items():
-            view = entry.view
+            is_alone = isinstance(entry, TensorEntry) and uses[id(entry.storage)] == 1
+            view = None if is_alone else entry.view
             infos[name] = info_of(name, entry, first.setdefault(view, name) if view is not None else name)
         return infos
 

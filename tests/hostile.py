@@ -65,6 +65,24 @@ def tensor(
     return name(rebuild) + b"(" + persistent + number(offset) + sizes(*shape) + sizes(*stride) + b"\x89" + hooks + b"tR"
 
 
+def quantized(shape: tuple[int, ...], scheme: bytes | None = None) -> bytes:
+    """A quantized tensor of one byte an element."""
+    persistent = b"(" + text("storage") + name("torch.QInt8Storage") + text("0") + text("cpu") + number(8) + b"tQ"
+    scheme = (
+        b"(" + name("torch.per_tensor_affine") + b"G" + struct.pack(">d", 0.5) + b"K\x00t" if scheme is None else scheme
+    )
+    hooks = name("collections.OrderedDict") + b")R"
+    view = b"K\x00" + sizes(*shape) + sizes(1)
+    return name("torch._utils._rebuild_qtensor") + b"(" + persistent + view + scheme + b"\x89" + hooks + b"tR"
+
+
+def sparse(shape: tuple[int, ...]) -> bytes:
+    """A sparse tensor whose indices and values are plain ones."""
+    layout = name("torch.serialization._get_layout") + b"(" + text("torch.sparse_coo") + b"tR"
+    data = b"(" + tensor((2, 0), (1, 1)) + tensor((0,)) + name("torch.Size") + b"(" + sizes(*shape) + b"tR" + b"t"
+    return name("torch._utils._rebuild_sparse_tensor") + b"(" + layout + data + b"tR"
+
+
 def state_dict(*items: tuple[str, bytes]) -> bytes:
     body = b"".join(text(key) + value for key, value in items)
     return b"\x80\x02}(" + body + b"u."
@@ -361,6 +379,11 @@ def pickled() -> Iterator[Hostile]:
     yield one("a shape of 200,000 dimensions", state_dict(("a", _wide(200_000))))
     yield one("more sizes than strides", state_dict(("a", tensor((2, 1), (1,)))))
     yield one("a shape of texts", state_dict(("a", tensor().replace(sizes(2), b"(" + text("2") + b"t", 1))))
+    yield one("a quantized tensor", state_dict(("a", quantized((8,)))), 0, "qint8")
+    yield one("a quantized shape beyond its record", state_dict(("a", quantized((9,)))), 4, "needs 9 bytes")
+    yield one("a quantized tensor without a scale", state_dict(("a", quantized((8,), b"N"))), 4, "without a scale")
+    yield one("a sparse shape of 2^124 elements", state_dict(("a", sparse((2**62, 2**62)))), 4, "more elements")
+    yield one("a sparse shape of negative size", state_dict(("a", sparse((-1, 2)))), 4, "none")
     yield one("a storage of no known class", state_dict(("a", tensor(storage="torch.NoStorage"))), 4, "NoStorage")
     yield one("a storage of a foreign class", state_dict(("a", tensor(storage="os.system"))), 4, "os.system")
     yield one("a storage of two classes", _two_classes())

@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import lzma
+import mmap
 import pickle
 import random
 import struct
@@ -26,6 +27,7 @@ from torch import nn
 
 from modelcli import checkpoints
 from modelcli.checkpoints import Contents, TensorEntry, pickles
+from modelcli.checkpoints import contents as contents_of_files
 from modelcli.errors import FileFormatError, ModelcliError, RequestError
 from modelcli.live import loading
 
@@ -748,6 +750,29 @@ def test_a_file_that_changes_while_it_is_read(tmp_path: Path) -> None:
     for use in (span.bytes, span.mapped):
         with pytest.raises(FileFormatError, match="changed while it was being read"):
             use()
+
+
+def test_a_file_of_many_tensors_is_open_but_once(tmp_path: Path) -> None:
+    """However many a process may have open: a mapping holds its file open."""
+    resource = pytest.importorskip("resource", reason="limits of that kind are not there")
+    state = {f"{number}.weight": torch.full((2,), float(number)) for number in range(300)}
+    contents = checkpoints.read(saved(tmp_path / "m.pth", state))
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, before[1]))
+    try:
+        loaded, again = loading.mapped(contents).tensors, loading.mapped(contents).tensors
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    loaded["7.weight"].fill_(0)
+    assert again["7.weight"].tolist() == [7.0, 7.0]
+    assert all(torch.equal(again[name], tensor) for name, tensor in state.items())
+
+
+def test_what_lies_across_two_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contents_of_files.Windows, "LENGTH", mmap.ALLOCATIONGRANULARITY)
+    state = {str(number): torch.arange(1000.0) + number for number in range(40)}
+    loaded = loading.mapped(checkpoints.read(saved(tmp_path / "m.pth", state))).tensors
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
 
 
 def test_writes_into_mapped_tensors_stay_in_memory(tmp_path: Path) -> None:

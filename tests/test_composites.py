@@ -59,7 +59,8 @@ def state_dict() -> OrderedDict[str, torch.Tensor]:
 
 def test_they_are_rows_like_any_other(cli: Cli, folder: Path) -> None:
     saved(folder / "m.pth", state_dict())
-    rows = {row["name"]: row for row in cli("params", "m.pth", "--json").json["tensors"]}
+    document = cli("params", "m.pth", "--json").json
+    rows = {row["name"]: row for row in document["tensors"]}
     assert list(rows) == list(state_dict())
     assert {name: (row["shape"], row["dtype"], row["bytes"]) for name, row in rows.items()} == {
         "layer.weight": ([3, 3], "float32", 36),
@@ -78,6 +79,9 @@ def test_they_are_rows_like_any_other(cli: Cli, folder: Path) -> None:
     }
     assert (rows["csr"]["kind"], rows["csr"]["trainable"]) == ("parameter", True)
     assert rows["mask_again"]["tied_to"] == "mask"
+    totals = document["totals"]
+    once = sum(row["bytes"] for name, row in rows.items() if name != "mask_again")
+    assert totals["param_bytes"] + totals["buffer_bytes"] == once
     table = cli("params", "m.pth", "--values").out.splitlines()
     assert table[0].split() == ["name", "shape", "dtype", *TITLES, "layout", "tied", "to", "values"]
     assert table[1].split()[-3:] == ["strided", "-", "[[1,1,1],[1,1,1],[1,1,1]]"]

@@ -100,9 +100,9 @@ def mapped(monkeypatch: pytest.MonkeyPatch) -> list[Span]:
     spans: list[Span] = []
     original = Span.mapped
 
-    def spy(span: Span) -> memoryview:
+    def spy(span: Span, *windows: Any) -> memoryview:
         spans.append(span)
-        return original(span)
+        return original(span, *windows)
 
     monkeypatch.setattr(Span, "mapped", spy)
     return spans

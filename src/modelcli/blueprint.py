@@ -219,8 +219,7 @@ def totals_of(tensors: Iterable[TensorInfo]) -> Totals:
         if (identity := tensor.identity) in seen:
             continue
         seen.add(identity)
-        elements = tensor.elements
-        nbytes = elements * ITEM_BYTES[tensor.dtype]
+        elements, nbytes = tensor.elements, tensor.nbytes
         if tensor.kind == "buffer":
             buffers += elements
             buffer_bytes += nbytes

@@ -2,18 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, BinaryIO, ClassVar, Protocol
 
 from modelcli.blueprint import Blueprint, Shape, TensorInfo, from_keys
 from modelcli.errors import FileFormatError
 from modelcli.record import Record
 
 CHUNK = 8 * 1024 * 1024
+
+
+class Windows:
+    """Long pieces of files, mapped once for all tensors of one load: a mapping holds its file open, and a process may
+    have no more than 1,024 files open.
+    """
+
+    #: Bytes from the start of one window to the next; what does not fit into one is mapped by itself.
+    LENGTH = 1 << 30
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[Path, tuple[int, int, int], int], mmap.mmap] = {}
+
+    def view(self, span: Span) -> memoryview:
+        """The bytes of a span as private, writable memory that no other load shares."""
+        number, start = divmod(span.offset, self.LENGTH)
+        if start + span.nbytes > self.LENGTH:
+            return span.mapped()
+        key = (span.path, span.identity, number)
+        if key not in self._found:
+            first = number * self.LENGTH
+            with span.opened() as file:
+                length = min(self.LENGTH, span.identity[0] - first)
+                self._found[key] = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=first)
+        return memoryview(self._found[key])[start : start + span.nbytes]
 
 
 class Storage(Protocol):
@@ -28,8 +54,11 @@ class Storage(Protocol):
 
     def bytes(self) -> bytes: ...
 
-    def mapped(self) -> memoryview:
-        """The bytes as writable memory of its own: mapped where they lie in one piece, else copied."""
+    def mapped(self, windows: Windows | None = None) -> memoryview:
+        """The bytes as writable memory of its own: mapped where they lie in one piece, else copied.
+
+        With `windows` they are a part of one of those.
+        """
         ...
 
     def part(self, start: int, nbytes: int) -> Storage:
@@ -49,11 +78,17 @@ class Span:
     nbytes: int
     identity: tuple[int, int, int]
 
-    def chunks(self) -> Iterator[bytes]:
-        """The bytes, in pieces of at most 8 MiB. Raises FileFormatError where the file is no longer the same."""
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[BinaryIO]:
+        """The file. Raises FileFormatError where it is no longer the same."""
         with self.path.open("rb") as file:
             if identity_of(self.path) != self.identity:
                 raise FileFormatError(f"{self.path} changed while it was being read", "run the command again")
+            yield file
+
+    def chunks(self) -> Iterator[bytes]:
+        """The bytes, in pieces of at most 8 MiB. Raises FileFormatError where the file is no longer the same."""
+        with self.opened() as file:
             file.seek(self.offset)
             left = self.nbytes
             while left:
@@ -66,15 +101,15 @@ class Span:
     def bytes(self) -> bytes:
         return b"".join(self.chunks())
 
-    def mapped(self) -> memoryview:
+    def mapped(self, windows: Windows | None = None) -> memoryview:
         """The bytes as a private, writable mapping: pages are read when they are used, and writes stay in memory."""
         if not self.nbytes:
             return memoryview(bytearray())
+        if windows is not None:
+            return windows.view(self)
         start = self.offset - self.offset % mmap.ALLOCATIONGRANULARITY
         length = self.offset - start + self.nbytes
-        with self.path.open("rb") as file:
-            if identity_of(self.path) != self.identity:
-                raise FileFormatError(f"{self.path} changed while it was being read", "run the command again")
+        with self.opened() as file:
             mapping = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=start)
         return memoryview(mapping)[self.offset - start :]
 
@@ -99,7 +134,7 @@ class JoinedSpan:
     def bytes(self) -> bytes:
         return b"".join(self.chunks())
 
-    def mapped(self) -> memoryview:
+    def mapped(self, windows: Windows | None = None) -> memoryview:
         """The bytes in memory of their own: what lies apart cannot be mapped as one."""
         joined, end = memoryview(bytearray(self.nbytes)), 0
         for chunk in self.chunks():

@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 
 from modelcli.blueprint import ITEM_BYTES, Shape
 from modelcli.checkpoints import embedded, folders, limits, pickles, trees
-from modelcli.checkpoints.contents import Contents, JoinedSpan, Storage, TensorEntry, identity_of, row_major
+from modelcli.checkpoints.contents import Contents, JoinedSpan, Storage, TensorEntry, Windows, identity_of, row_major
 from modelcli.errors import FileFormatError, SystemFailureError, UnsafeError
 
 METADATA = ".metadata"
@@ -331,7 +331,7 @@ class _Scattered:
     def bytes(self) -> bytes:
         raise self._refusal()
 
-    def mapped(self) -> memoryview:
+    def mapped(self, windows: Windows | None = None) -> memoryview:
         raise self._refusal()
 
     def part(self, start: int, nbytes: int) -> Storage:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from modelcli.blueprint import ITEM_BYTES, Shape
 from modelcli.checkpoints import pickles, safetensors, torch_zip
-from modelcli.checkpoints.contents import CHUNK, Span, Storage, TensorEntry, identity_of, row_major
+from modelcli.checkpoints.contents import CHUNK, Span, Storage, TensorEntry, Windows, identity_of, row_major
 from modelcli.errors import FileFormatError, SystemFailureError, UnsafeError
 
 #: Elements of as many bytes as memoryview counts them.
@@ -82,8 +82,8 @@ class TensorSpan:
     def bytes(self) -> bytes:
         return self._located().bytes()
 
-    def mapped(self) -> memoryview:
-        return self._located().mapped()
+    def mapped(self, windows: Windows | None = None) -> memoryview:
+        return self._located().mapped(windows)
 
     def part(self, start: int, nbytes: int) -> Storage:
         return self._located().part(start, nbytes)
@@ -138,7 +138,7 @@ class _Reordered:
     def part(self, start: int, nbytes: int) -> Storage:
         return _Part(self, start, nbytes)
 
-    def mapped(self) -> memoryview:
+    def mapped(self, windows: Windows | None = None) -> memoryview:
         """A copy, made a slice of the longest axis at a time."""
         unit = min(self.item, 8)
         shape = (*self.shape, self.item // unit)
@@ -172,7 +172,7 @@ class _Part:
     def bytes(self) -> bytes:
         return bytes(self.mapped())
 
-    def mapped(self) -> memoryview:
+    def mapped(self, windows: Windows | None = None) -> memoryview:
         return self.whole.mapped()[self.start : self.start + self.nbytes]
 
     def part(self, start: int, nbytes: int) -> Storage:

@@ -16,6 +16,7 @@ from torch import nn
 from modelcli.blueprint import Shape
 from modelcli.checkpoints import CompositeEntry, Contents, Storage, TensorEntry
 from modelcli.checkpoints.composites import entry_of, makes_tensor
+from modelcli.checkpoints.contents import Windows
 from modelcli.checkpoints.limits import NESTING, room_for_nesting
 from modelcli.checkpoints.pickles import Global, Opaque, OrderedDict
 from modelcli.errors import AnswerNoError, RequestError
@@ -95,7 +96,7 @@ def on_meta(contents: Contents) -> StateDict:
 
 def mapped(contents: Contents) -> StateDict:
     """The tensors of a checkpoint for real: mapped, so that pages are read when they are used."""
-    return _state_dict(contents, real_storage, "cpu")
+    return _state_dict(contents, partial(real_storage, windows=Windows()), "cpu")
 
 
 def _state_dict(contents: Contents, storage_of: Callable[[Storage], torch.UntypedStorage], device: str) -> StateDict:

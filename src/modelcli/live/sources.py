@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from modelcli.checkpoints import Storage
+from modelcli.checkpoints.contents import Windows
 from modelcli.errors import ModelcliError, RequestError
 
 CHUNK = 8 * 1024 * 1024
@@ -126,11 +127,11 @@ def is_composite(tensor: torch.Tensor) -> bool:
     return tensor.is_quantized or tensor.layout != torch.strided
 
 
-def real_storage(source: AnySource) -> torch.UntypedStorage:
+def real_storage(source: AnySource, windows: Windows | None = None) -> torch.UntypedStorage:
     """The bytes of a source as a real storage; those of one span of a file are mapped, not read."""
     if isinstance(source, Value | Drawn):
         return source.real()
-    view = source.mapped()
+    view = source.mapped(windows)
     if not view.nbytes:
         return torch.UntypedStorage(0)
     return torch.frombuffer(view, dtype=torch.uint8).untyped_storage()

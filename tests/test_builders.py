@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from modelcli.blueprint import repr_text
+from modelcli.blueprints import repr_text
 from modelcli.live import zoo
 from modelcli.live.opening import open_live
 from modelcli.live.planning import traced

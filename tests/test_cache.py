@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from modelcli import cache
-from modelcli.blueprint import Blueprint, ModuleInfo, TensorInfo
+from modelcli.blueprints import Blueprint, ModuleInfo, TensorInfo
 from modelcli.cache import Key
 from tests.conftest import Cli
 

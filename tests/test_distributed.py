@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 import modelcli
 from modelcli import checkpoints
-from modelcli.blueprint import ITEM_BYTES
+from modelcli.blueprints import ITEM_BYTES
 from modelcli.checkpoints import Contents, TensorEntry
 from modelcli.errors import FileFormatError, ModelcliError, RequestError, UnsafeError
 from tests.conftest import Cli

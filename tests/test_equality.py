@@ -18,7 +18,7 @@ from torch import nn
 
 from modelcli import checkpoints, writing
 from modelcli import record as records
-from modelcli.blueprint import ITEM_BYTES
+from modelcli.blueprints import ITEM_BYTES
 from modelcli.checkpoints import CompositeEntry, Contents, TensorEntry
 from modelcli.live import composites, loading, zoo
 from modelcli.live.opening import open_live

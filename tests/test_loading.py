@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from modelcli import checkpoints
-from modelcli.blueprint import Blueprint, ModuleInfo
+from modelcli.blueprints import Blueprint, ModuleInfo
 from modelcli.errors import AnswerNoError, RequestError
 from modelcli.live import loading
 from modelcli.live.loading import LoadReport, Mismatch, foreign_prefix

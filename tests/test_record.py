@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelcli import edits
-from modelcli.blueprint import TensorInfo, from_keys
+from modelcli.blueprints import TensorInfo, from_keys
 from modelcli.record import Record, disagreement, from_text, to_text
-from tests.test_blueprint import TIED, blueprints, sizes, texts
+from tests.test_blueprints import TIED, blueprints, sizes, texts
 
 RECORD = Record(
     reference="alexnet",

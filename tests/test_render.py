@@ -18,11 +18,11 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
-from modelcli.blueprint import Blueprint, LayerTrace, ModuleInfo, TensorInfo, Trace, totals_of
+from modelcli.blueprints import Blueprint, LayerTrace, ModuleInfo, TensorInfo, Trace, totals_of
 from modelcli.render import documents, writers
 from modelcli.render.views import Column, View, count, megabytes, shape, signed, text
 from modelcli.render.writers import safe, to_csv, to_json, to_markdown, to_plain
-from tests.test_blueprint import TIED
+from tests.test_blueprints import TIED
 
 HOSTILE = "a\x1b[31mred\x07\r\n\x9b2J\u202eb"
 TRACED = TIED.with_trace(

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelcli import selectors
-from modelcli.blueprint import Blueprint, ModuleInfo, TensorInfo, from_keys
+from modelcli.blueprints import Blueprint, ModuleInfo, TensorInfo, from_keys
 from modelcli.errors import RequestError
 from modelcli.selectors import literal, refuse_nested, select_modules, select_tensors
 

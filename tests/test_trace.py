@@ -9,7 +9,7 @@ import torch
 import torchinfo
 from torch import nn
 
-from modelcli.blueprint import Blueprint, repr_text
+from modelcli.blueprints import Blueprint, repr_text
 from modelcli.live.describe import describe
 from modelcli.live.opening import Inputs, open_live
 from modelcli.live.planning import traced

@@ -23,7 +23,7 @@ from torch import nn
 
 from modelcli import atomic, checkpoints, writing
 from modelcli import record as records
-from modelcli.blueprint import Blueprint, ModuleInfo, TensorInfo
+from modelcli.blueprints import Blueprint, ModuleInfo, TensorInfo
 from modelcli.checkpoints import Contents
 from modelcli.checkpoints.pickles import Global, Opaque
 from modelcli.errors import ModelcliError, RequestError, SystemFailureError

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modelcli import atomic, blueprint, installed
+from modelcli import atomic, blueprints, installed
 from modelcli._version import __version__
-from modelcli.blueprint import Blueprint
+from modelcli.blueprints import Blueprint
 from modelcli.errors import ModelcliError
 
 SCHEMA = 1
@@ -83,7 +83,7 @@ def get(key: Key) -> Blueprint | None:
         entry = json.loads(body)
         if entry["key"] != document:
             return None
-        return blueprint.from_json(entry["blueprint"])
+        return blueprints.from_json(entry["blueprint"])
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         return None
 
@@ -91,7 +91,7 @@ def get(key: Key) -> Blueprint | None:
 def put(key: Key, found: Blueprint) -> None:
     """Keep a blueprint. A cache that cannot be written is no error: the next look is only slower."""
     document = key.document()
-    entry = {"key": document, "blueprint": blueprint.to_json(found)}
+    entry = {"key": document, "blueprint": blueprints.to_json(found)}
     body = json.dumps(entry, separators=(",", ":")).encode()
     with (
         contextlib.suppress(ModelcliError),

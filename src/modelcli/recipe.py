@@ -16,7 +16,7 @@ from tomlkit.exceptions import ParseError, TOMLKitError
 from tomlkit.items import Array
 
 from modelcli import atomic, edits
-from modelcli.blueprint import ITEM_BYTES
+from modelcli.blueprints import ITEM_BYTES
 from modelcli.edits import Edit
 from modelcli.errors import RequestError, closest
 from modelcli.references import Source, parse_input_size

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from modelcli import blueprint as blueprints
-from modelcli.blueprint import Blueprint, TensorInfo
+from modelcli import blueprints
+from modelcli.blueprints import Blueprint, TensorInfo
 from modelcli.edits import Edit
 from modelcli.edits import parse as parse_edit
 from modelcli.errors import RequestError

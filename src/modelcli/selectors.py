@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TypeAlias
 
-from modelcli.blueprint import Blueprint, ModuleInfo, ancestors, parent_of, shown
+from modelcli.blueprints import Blueprint, ModuleInfo, ancestors, parent_of, shown
 from modelcli.errors import RequestError, closest
 
 MAX_BRACES = 10

@@ -14,10 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from modelcli import blueprint as blueprints
-from modelcli import cache, checkpoints, references, selectors
+from modelcli import blueprints, cache, checkpoints, references, selectors
 from modelcli import record as records
-from modelcli.blueprint import Blueprint, Totals, Trace
+from modelcli.blueprints import Blueprint, Totals, Trace
 from modelcli.checkpoints import Contents
 from modelcli.edits import Edit
 from modelcli.errors import ModelcliError, RequestError

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modelcli import blueprint as blueprints
-from modelcli import checkpoints
+from modelcli import blueprints, checkpoints
 from modelcli import record as records
-from modelcli.blueprint import TensorInfo, from_keys
+from modelcli.blueprints import TensorInfo, from_keys
 from modelcli.checkpoints import Span, pickles, trees, zip_directory
 from tests import hostile
 

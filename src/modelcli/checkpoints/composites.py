@@ -9,7 +9,7 @@ from dataclasses import replace
 from math import prod
 from typing import Any
 
-from modelcli.blueprint import ITEM_BYTES, Shape
+from modelcli.blueprints import ITEM_BYTES, Shape
 from modelcli.checkpoints.contents import CompositeEntry, TensorEntry
 from modelcli.checkpoints.pickles import MAX_DIMENSIONS, Global, Opaque, OrderedDict, StorageRef
 from modelcli.errors import FileFormatError

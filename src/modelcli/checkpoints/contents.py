@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Protocol
 
-from modelcli.blueprint import Blueprint, Shape, TensorInfo, from_keys
+from modelcli.blueprints import Blueprint, Shape, TensorInfo, from_keys
 from modelcli.errors import FileFormatError
 from modelcli.record import Record
 

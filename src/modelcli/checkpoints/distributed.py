@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from modelcli.blueprint import ITEM_BYTES, Shape
+from modelcli.blueprints import ITEM_BYTES, Shape
 from modelcli.checkpoints import embedded, folders, limits, pickles, trees
 from modelcli.checkpoints.contents import Contents, JoinedSpan, Storage, TensorEntry, Windows, identity_of, row_major
 from modelcli.errors import FileFormatError, SystemFailureError, UnsafeError

@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Literal
 
-from modelcli.blueprint import ITEM_BYTES, Shape
+from modelcli.blueprints import ITEM_BYTES, Shape
 from modelcli.checkpoints import pickles, safetensors, torch_zip
 from modelcli.checkpoints.contents import CHUNK, Span, Storage, TensorEntry, Windows, identity_of, row_major
 from modelcli.errors import FileFormatError, SystemFailureError, UnsafeError

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, BinaryIO
 
-from modelcli.blueprint import ITEM_BYTES
+from modelcli.blueprints import ITEM_BYTES
 from modelcli.checkpoints import limits
 from modelcli.checkpoints.contents import Storage, TensorEntry
 from modelcli.errors import FileFormatError, ModelcliError

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from modelcli import record as records
-from modelcli.blueprint import ITEM_BYTES, Shape
+from modelcli.blueprints import ITEM_BYTES, Shape
 from modelcli.checkpoints import limits, strict_json
 from modelcli.checkpoints.contents import CompositeEntry, Contents, Span, TensorEntry, identity_of, row_major
 from modelcli.errors import FileFormatError, SystemFailureError

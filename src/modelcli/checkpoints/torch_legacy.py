@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from modelcli.blueprint import ITEM_BYTES
+from modelcli.blueprints import ITEM_BYTES
 from modelcli.checkpoints import limits, pickles, trees
 from modelcli.checkpoints.contents import Contents, Span, identity_of
 from modelcli.errors import FileFormatError, SystemFailureError

@@ -10,7 +10,7 @@ from modelcli.cli.options import LookOptions, OutputOptions, SourceOptions, expa
 from modelcli.errors import RequestError, did_you_mean
 
 if TYPE_CHECKING:
-    from modelcli.blueprint import TensorInfo
+    from modelcli.blueprints import TensorInfo
     from modelcli.live.stats import Statistics
     from modelcli.session import Look
 

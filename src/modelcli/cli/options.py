@@ -77,7 +77,7 @@ class SourceOptions:
 
     def overrides(self) -> dict[str, Any]:
         """The fields of a `Source` that were given. Raises RequestError for an input that cannot be read."""
-        from modelcli.blueprint import ITEM_BYTES
+        from modelcli.blueprints import ITEM_BYTES
         from modelcli.errors import RequestError, did_you_mean
         from modelcli.references import parse_input_size
 

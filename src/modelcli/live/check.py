@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from modelcli import expressions
-from modelcli.blueprint import shown
+from modelcli.blueprints import shown
 from modelcli.errors import RequestError
 from modelcli.expressions import HOLE, Call
 from modelcli.live import modules, rules, trace

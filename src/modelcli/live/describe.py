@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from modelcli.blueprint import Blueprint, Kind, ModuleInfo, TensorInfo
+from modelcli.blueprints import Blueprint, Kind, ModuleInfo, TensorInfo
 from modelcli.checkpoints.contents import info_of
 from modelcli.live import composites
 from modelcli.live.build import Bare

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from modelcli.blueprint import Shape
+from modelcli.blueprints import Shape
 from modelcli.checkpoints import CompositeEntry, Contents, Storage, TensorEntry
 from modelcli.checkpoints.composites import entry_of, makes_tensor
 from modelcli.checkpoints.contents import Windows

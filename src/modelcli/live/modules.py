@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from modelcli.blueprint import ITEM_BYTES
+from modelcli.blueprints import ITEM_BYTES
 from modelcli.errors import ModelcliError, RequestError, UnsafeError, closest
 from modelcli.expressions import HOLE, Call, Name
 from modelcli.live import python_objects, zoo

@@ -12,7 +12,7 @@ from torch import nn
 
 from modelcli import checkpoints, references
 from modelcli import record as records
-from modelcli.blueprint import Blueprint
+from modelcli.blueprints import Blueprint
 from modelcli.checkpoints import Contents
 from modelcli.edits import Edit
 from modelcli.errors import RequestError, UnsafeError

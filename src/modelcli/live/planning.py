@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from modelcli import record as records
-from modelcli.blueprint import Blueprint, Trace
+from modelcli.blueprints import Blueprint, Trace
 from modelcli.checkpoints import CompositeEntry, TensorEntry
 from modelcli.checkpoints.pickles import Global, Opaque, OrderedDict, StorageRef
 from modelcli.errors import RequestError

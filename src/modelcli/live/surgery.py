@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from modelcli import expressions, selectors
-from modelcli.blueprint import Blueprint, ancestors, shown
+from modelcli.blueprints import Blueprint, ancestors, shown
 from modelcli.edits import Edit, Freeze, Replace, Unfreeze
 from modelcli.errors import RequestError
 from modelcli.expressions import HOLE, Call

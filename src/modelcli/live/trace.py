@@ -14,7 +14,7 @@ import torchinfo
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from modelcli.blueprint import LayerTrace, Trace, shown
+from modelcli.blueprints import LayerTrace, Trace, shown
 from modelcli.live import rules
 from modelcli.live.describe import walk
 from modelcli.live.twins import meta_twin, seeded

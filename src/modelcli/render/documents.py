@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modelcli.blueprint import Blueprint, ModuleInfo, TensorInfo, Totals, repr_text, shown, totals_of
+from modelcli.blueprints import Blueprint, ModuleInfo, TensorInfo, Totals, repr_text, shown, totals_of
 from modelcli.render.views import Column, Share, View, count, megabytes, number, percent, shape, signed, text
 
 SCHEMA = 1

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from modelcli.blueprint import Shape
+from modelcli.blueprints import Shape
 from modelcli.checkpoints import CompositeEntry
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from modelcli import record as records
-from modelcli.blueprint import ITEM_BYTES
+from modelcli.blueprints import ITEM_BYTES
 from modelcli.checkpoints.safetensors import DTYPES, PAIRS
 from modelcli.errors import RequestError, SystemFailureError
 from modelcli.writing.plan import Plan, PlannedTensor

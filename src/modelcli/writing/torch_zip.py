@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from modelcli import record as records
-from modelcli.blueprint import ITEM_BYTES
+from modelcli.blueprints import ITEM_BYTES
 from modelcli.checkpoints import CompositeEntry
 from modelcli.checkpoints import torch_zip as reader
 from modelcli.checkpoints.pickles import OrderedDict

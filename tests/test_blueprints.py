@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelcli.blueprint import (
+from modelcli.blueprints import (
     ITEM_BYTES,
     Blueprint,
     LayerTrace,

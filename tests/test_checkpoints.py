@@ -611,7 +611,7 @@ def test_foreign_is_what_torch_refuses(tmp_path: Path) -> None:
     values: list[Any] = [
         *(torch.float32, torch.Size([1]), torch.device("cpu"), {1}, 1j, bytearray(b"x"), b"x", Counter("a")),
         *(OrderedDict(a=1), torch.strided, torch.eye(2).to_sparse(), torch.per_tensor_affine, 2**80, None, "x"),
-        *(frozenset({1}), Path("x"), slice(1), Trap("x"), nn.ReLU(), range(3), ValueError("x")),
+        *(frozenset({1}), Path("x"), slice(1), Trap("x"), nn.ReLU(), range(3)),  # of exceptions, versions differ
     ]
     for value in values:
         path = saved(tmp_path / "m.pth", {"model": {"w": torch.ones(1)}, "value": value})

@@ -72,6 +72,27 @@ class Unusual(nn.Module):
         return {name: head(x) for name, head in self.heads.items()}
 
 
+class Places(nn.Module):
+    """A child in each kind of place: a Sequential, a ModuleList, a ModuleDict, under a name, under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seq = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 4))
+        self.blocks = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+        self.heads = nn.ModuleDict({"left": nn.Linear(4, 2), "right": nn.Linear(4, 3)})
+        self.fc = nn.Linear(4, 4)
+        self.shared = nn.Linear(4, 4)
+        self.again = self.shared
+        self.later = None
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = self.fc(self.seq(x))
+        for block in self.blocks:
+            x = block(x)
+        x = self.again(self.shared(x))
+        return {name: head(x) for name, head in self.heads.items()}
+
+
 class Mixed(nn.Module):
     """A bfloat16 layer behind a float32 one: runs on meta, not on the CPU."""
 

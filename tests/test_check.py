@@ -122,7 +122,7 @@ def test_a_lazy_module_is_checked_too(cli: Cli, expression: str) -> None:
 def test_every_builder_that_runs_passes_its_own_check(name: str) -> None:
     """No rule refuses what torchvision does: subclasses with a forward of their own, odd shapes, several inputs."""
     live = open_live(Source(name))
-    assert check(lambda: live.module, live.module, live.inputs, []).ran
+    assert check(lambda: (live.module, live.inputs), live.module, live.inputs, []).ran
 
 
 def test_a_subclass_with_a_forward_of_its_own_is_not_judged(cli: Cli, folder: Path) -> None:
@@ -140,7 +140,9 @@ def test_a_summary_says_what_does_not_fit(cli: Cli) -> None:
 
 def test_a_hole_in_a_bare_checkpoint(cli: Cli) -> None:
     torch.save({"fc.weight": torch.zeros(3, 2)}, "bare.pth")
-    error = cli("replace", "fc", "Linear(_,3)", "-m", "bare.pth", code=2).err
+    change = cli("replace", "fc", "Linear(_,5)", "-m", "bare.pth", "--json").json["changes"][0]
+    assert change["after"] == "Linear(2, 5)"  # the weight tells the features that flow in
+    error = cli("replace", "fc", "Conv2d(_,3,1)", "-m", "bare.pth", code=2).err
     assert "the file does not say what was there" in error
     assert "--arch names its architecture" in error
 

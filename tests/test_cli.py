@@ -422,7 +422,7 @@ def test_the_model_as_an_option_of_a_look(cli: Cli) -> None:
 def test_an_edit_of_the_recipe_that_fails_is_named(cli: Cli, folder: Path) -> None:
     (folder / "modelcli.toml").write_text('model = "nets.py:Net"\nedits = ["freeze bn", "freeze convv1"]\n')
     error = cli("modules", code=2).err
-    assert "modelcli.toml: edit 2, 'freeze convv1': no tensor matches 'convv1'" in error
+    assert "modelcli.toml:2: edit 2, 'freeze convv1': no tensor matches 'convv1'" in error
     assert "conv1" in error
 
 

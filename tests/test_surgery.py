@@ -17,7 +17,7 @@ from tests.conftest import Cli
 
 
 def apply(module: nn.Module, *lines: str, seed: int = 0) -> list[surgery.Change]:
-    return surgery.apply(module, [edits.parse(line) for line in lines], seed=seed)
+    return surgery.apply(module, [edits.parse(line) for line in lines], seed=seed).changes
 
 
 def small() -> nn.Sequential:

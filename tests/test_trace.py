@@ -11,7 +11,8 @@ from torch import nn
 
 from modelcli.blueprints import Blueprint, repr_text
 from modelcli.live.describe import describe
-from modelcli.live.opening import Inputs, open_live
+from modelcli.live.inputs import Inputs
+from modelcli.live.opening import open_live
 from modelcli.live.planning import traced
 from modelcli.live.trace import shape_of
 from modelcli.references import Source

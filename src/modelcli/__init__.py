@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 from modelcli._version import __version__
 
 if TYPE_CHECKING:
-    from modelcli.api import load
+    from modelcli.api import apply, blueprint, load
 
-__all__ = ["__version__", "load"]
+__all__ = ["__version__", "apply", "blueprint", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load":
-        from modelcli.api import load
+    if name in __all__:
+        from modelcli import api
 
-        return load
+        return getattr(api, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

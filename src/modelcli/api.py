@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from modelcli.references import Source
+from modelcli import edits as edit_lines
+from modelcli.blueprints import Blueprint
+from modelcli.edits import Edit
+from modelcli.errors import RequestError
+from modelcli.references import Source, parse_input_size
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,12 +41,91 @@ def load(
     """
     from modelcli.live import opening
 
-    text = os.fspath(path)
-    if isinstance(path, Path) and not Path(text).is_absolute() and path.parent == Path():
-        text = f"./{text}"
+    text = _reference(path)
     source = Source(model=text, weights=weights, key=key, trust=trust, strict=strict)
     if arch is not None and not isinstance(arch, str):
         return opening.with_arch_instance(source, arch)[0]
     if isinstance(arch, str):
         source = Source(model=text, arch=arch, weights=weights, key=key, trust=trust, strict=strict)
     return opening.open_real(source)[0]
+
+
+def apply(
+    model: nn.Module,
+    *edits: str | Edit,
+    seed: int = 0,
+    input_size: str | Sequence[int] | Sequence[Sequence[int]] | None = None,
+) -> nn.Module:
+    """Carry out edits on a model, in place: all of them, or none where one is wrong.
+
+    An edit is a line of text, as on the command line, or a dataclass of `modelcli.edits`::
+
+        modelcli.apply(model, "replace classifier.6 Linear(_,10)", Freeze(targets=("features",)))
+
+    Gives the model back, which is another object after `extract`: the submodule. Edit number i draws what
+    `torch.manual_seed(seed * 1000003 + i)` and the plain constructor draw; the caller's random generator is left as
+    it was. `input_size` is the shape of the input, batch included, or one shape for each input; a `_` may need it
+    that the module which was there does not answer. Nothing is run to check that the edited model still fits.
+
+    An optimizer knows the parameters that a model had: make it afterwards.
+
+    Raises RequestError that names the edit and what is wrong with it (of lines that cannot be read, all at once),
+    SystemFailureError where a new module does not fit in memory. The model is then as it was: its modules, its
+    parameters, their values and flags.
+    """
+    made = edit_lines.parse_all((f"edit {number}", line) for number, line in enumerate(edits, 1))
+    if not 0 <= seed < 2**63:
+        raise RequestError(f"seed {seed} is not a whole number from 0 to 2^63 - 1")
+    shapes = None if input_size is None else _shapes(input_size)
+    from modelcli.live import opening
+
+    return opening.edit_instance(model, made, seed=seed, shapes=shapes)
+
+
+def blueprint(
+    model: nn.Module | str | os.PathLike[str],
+    *,
+    input_size: str | Sequence[int] | Sequence[Sequence[int]] | None = None,
+    arch: str | None = None,
+    key: str | None = None,
+) -> Blueprint:
+    """What a model is made of: its modules, parameters and buffers with shapes, dtypes, flags and ties; no numbers.
+
+    Takes a module, or a model reference as on the command line: a checkpoint is looked at without torch, and nothing
+    in it is executed. `totals` of what comes back is what it adds up to. With `input_size` (batch included, or one
+    shape for each input) its `trace` says what a forward pass on the meta device gives: output shapes,
+    multiply-accumulates. A torchvision builder knows its own input, and so does a checkpoint that modelcli wrote.
+
+    Raises RequestError, FileFormatError.
+    """
+    shapes = None if input_size is None else _shapes(input_size)
+    if isinstance(model, str | os.PathLike):
+        from modelcli import session
+
+        source = Source(_reference(model), arch=arch, key=key, input_size=shapes)
+        return session.look(session.Target(source), traced=True).blueprint
+    if arch is not None or key is not None:
+        raise RequestError("arch and key are for checkpoints, and the model is a module already")
+    from modelcli.live import opening
+
+    return opening.blueprint_of(model, shapes)
+
+
+def _reference(path: str | os.PathLike[str]) -> str:
+    """A path as a model reference: one without a folder is no builder's name."""
+    text = os.fspath(path)
+    if isinstance(path, Path) and not path.is_absolute() and path.parent == Path():
+        return f"./{text}"
+    return text
+
+
+def _shapes(given: str | Sequence[int] | Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    """One shape for each input. Raises RequestError for what is none."""
+    if isinstance(given, str):
+        return (parse_input_size(given),)
+    if all(isinstance(item, int) for item in given):
+        given = cast("Sequence[Sequence[int]]", [given])
+    shapes = tuple(tuple(shape) if isinstance(shape, Sequence) else () for shape in given)
+    if not shapes or not all(shape and all(type(n) is int and n >= 0 for n in shape) for shape in shapes):
+        raise RequestError(f"input_size {given!r} is no shape", "write (1, 3, 224, 224), batch included")
+    return shapes

@@ -30,6 +30,10 @@ ITEM_BYTES: Mapping[str, int] = {
     **dict.fromkeys(("int64", "uint64", "float64", "complex64"), 8),
     "complex128": 16,
 }
+#: The floating-point dtypes that numbers can be converted to: `float4_e2m1fn_x2` has two in an element, and none can.
+FLOATING = frozenset(
+    name for name in ITEM_BYTES if name.startswith(("float", "bfloat")) and not name.startswith("float4")
+)
 ROOT = "."
 
 
@@ -41,6 +45,11 @@ def shown(path: str) -> str:
 def parent_of(path: str) -> str:
     """The path of the module that holds this module or tensor; the root holds what has no dot."""
     return path.rpartition(".")[0]
+
+
+def joined(parent: str, name: str) -> str:
+    """The path of what is called `name` in the module at `parent`."""
+    return f"{parent}.{name}" if parent else name
 
 
 def ancestors(path: str) -> Iterator[str]:

@@ -8,90 +8,263 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields, replace
+from typing import Any, ClassVar, Self
 
 from modelcli import expressions, selectors
+from modelcli.blueprints import FLOATING
 from modelcli.errors import RequestError, did_you_mean
 from modelcli.expressions import Call
 
 
+def _option(flag: str, kind: str, default: Any) -> Any:
+    """A field that is an option: `kind` is how its word is read, `flag` its name on a command line."""
+    return field(default=default, metadata={"option": flag, "kind": kind})
+
+
 @dataclass(frozen=True)
 class Edit:
-    """What all edits have: selectors to take away, and the number of matches expected."""
-
-    without: tuple[str, ...] = ()
-    expect: int | None = None
+    """One surgical operation. Fields with an `option` in their metadata are options, the others operands."""
 
     name: ClassVar[str]
 
-    def operands(self) -> list[str]:
-        """The words after the edit's name, without the options that all edits have."""
+    @classmethod
+    def from_operands(cls, words: Sequence[str]) -> Self:
+        """The edit with these words for operands. Raises RequestError where they are too few, or cannot be read."""
         raise NotImplementedError
+
+    def operands(self) -> list[str]:
+        """The words after the edit's name, without the options."""
+        raise NotImplementedError
+
+    @classmethod
+    def options(cls) -> dict[str, Field[Any]]:
+        """The fields that are options, by their names on a command line."""
+        return {item.metadata["option"]: item for item in fields(cls) if "option" in item.metadata}
 
     def __str__(self) -> str:
         operands, options = self.operands(), []
-        for selector in self.without:
-            options += ["--except", selector]
-        if self.expect is not None:
-            options += ["--expect", str(self.expect)]
+        for flag, item in self.options().items():
+            options += _words_of(flag, item.metadata["kind"], getattr(self, item.name))
         words = [*options, "--", *operands] if any(map(_looks_like_option, operands)) else [*operands, *options]
         return " ".join(map(_quoted, [self.name, *words]))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Replace(Edit):
-    """Put a new module in place of every match."""
+class Selecting(Edit):
+    """An edit of what selectors pick: less what others pick, and only where so many match."""
+
+    without: tuple[str, ...] = _option("--except", "selectors", ())
+    expect: int | None = _option("--expect", "number", None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replace(Selecting):
+    """Put a new module in place of every match.
+
+    `keep_weights` copies the overlapping part of each tensor of the same name; `untie` replaces a shared module under
+    the names picked alone.
+    """
 
     name: ClassVar[str] = "replace"
     target: str
     module: Call
+    keep_weights: bool = _option("--keep-weights", "flag", False)
+    untie: bool = _option("--untie", "flag", False)
 
     @classmethod
-    def from_words(cls, words: Sequence[str]) -> Self:
+    def from_operands(cls, words: Sequence[str]) -> Self:
         if len(words) < 2:
             raise RequestError("replace takes a target and a module", "replace classifier.6 'Linear(4096,10)'")
-        selectors.parse(words[0])
-        return cls(target=words[0], module=expressions.parse_words(words[1:]))
+        return cls(target=_selector(words[0]), module=expressions.parse_words(words[1:]))
 
     def operands(self) -> list[str]:
         return [self.target, expressions.to_text(self.module)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Flag(Edit):
+class _Placing(Edit):
+    """An edit that puts one new module at one path."""
+
+    example: ClassVar[str]
+    path: str
+    module: Call
+
+    @classmethod
+    def from_operands(cls, words: Sequence[str]) -> Self:
+        if len(words) < 2:
+            raise RequestError(f"{cls.name} takes a path and a module", f"{cls.name} {cls.example}")
+        return cls(path=_selector(words[0]), module=expressions.parse_words(words[1:]))
+
+    def operands(self) -> list[str]:
+        return [self.path, expressions.to_text(self.module)]
+
+    def example_line(self) -> str:
+        """How such an edit is written."""
+        return f"{self.name} {self.example}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Add(_Placing):
+    """Add a child with a name of its own: `path` is where it will be, and nothing is there yet."""
+
+    name: ClassVar[str] = "add"
+    example: ClassVar[str] = "classifier.dropout 'Dropout(0.5)'"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Insert(_Placing):
+    """Insert before a position of a sequence whose children are `0..n-1`; the later ones move up.
+
+    `renumber` says that the numbered children of a bare checkpoint are such a sequence.
+    """
+
+    name: ClassVar[str] = "insert"
+    example: ClassVar[str] = "features.1 'BatchNorm2d(64)'"
+    renumber: bool = _option("--renumber", "flag", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Append(_Placing):
+    """Add at the end of the sequence at `path`."""
+
+    name: ClassVar[str] = "append"
+    example: ClassVar[str] = "classifier 'Softmax(dim=1)'"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OfTargets(Selecting):
+    """An edit of one or more targets."""
+
+    example: ClassVar[str]
     targets: tuple[str, ...]
 
     @classmethod
-    def from_words(cls, words: Sequence[str]) -> Self:
+    def from_operands(cls, words: Sequence[str]) -> Self:
         if not words:
-            raise RequestError(f"{cls.name} takes at least one target", f"{cls.name} features")
-        for word in words:
-            selectors.parse(word)
-        return cls(targets=tuple(words))
+            raise RequestError(f"{cls.name} takes at least one target", f"{cls.name} {cls.example}")
+        return cls(targets=tuple(map(_selector, words)))
 
     def operands(self) -> list[str]:
         return list(self.targets)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Freeze(_Flag):
-    """Set `requires_grad` of the parameters that match to False."""
+class Remove(_OfTargets):
+    """Take modules out; in a sequence whose children are `0..n-1` the later ones move down.
 
-    name: ClassVar[str] = "freeze"
+    `renumber` says that the numbered children of a bare checkpoint are such a sequence.
+    """
+
+    name: ClassVar[str] = "remove"
+    example: ClassVar[str] = "classifier.6"
+    renumber: bool = _option("--renumber", "flag", False)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unfreeze(_Flag):
+class Freeze(_OfTargets):
+    """Set `requires_grad` of the parameters that match to False."""
+
+    name: ClassVar[str] = "freeze"
+    example: ClassVar[str] = "features"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unfreeze(_OfTargets):
     """Set `requires_grad` of the parameters that match to True."""
 
     name: ClassVar[str] = "unfreeze"
+    example: ClassVar[str] = "classifier"
 
 
-#: Every edit by its name: the words of a line after that name, made into the edit.
-REGISTRY: Mapping[str, Callable[[Sequence[str]], Edit]] = {
-    kind.name: kind.from_words for kind in (Replace, Freeze, Unfreeze)
+@dataclass(frozen=True, kw_only=True)
+class Init(Selecting):
+    """Draw the numbers of what matches anew: weights by `scheme`, biases by `bias`."""
+
+    name: ClassVar[str] = "init"
+    targets: tuple[str, ...]
+    scheme: Call
+    bias: Call = _option("--bias", "scheme", Call("zeros"))
+
+    @classmethod
+    def from_operands(cls, words: Sequence[str]) -> Self:
+        if len(words) < 2:
+            raise RequestError("init takes at least one target and a scheme", "init '**:Conv2d' xavier_uniform")
+        return cls(targets=tuple(map(_selector, words[:-1])), scheme=expressions.parse(words[-1]))
+
+    def operands(self) -> list[str]:
+        return [*self.targets, expressions.to_text(self.scheme).removesuffix("()")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cast(Selecting):
+    """Convert the floating-point tensors of what matches to another dtype."""
+
+    name: ClassVar[str] = "cast"
+    targets: tuple[str, ...]
+    dtype: str
+
+    @classmethod
+    def from_operands(cls, words: Sequence[str]) -> Self:
+        if len(words) < 2:
+            raise RequestError("cast takes at least one target and a dtype", "cast . bfloat16")
+        dtype = words[-1].removeprefix("torch.")
+        dtype = DTYPE_NICKNAMES.get(dtype, dtype)
+        if dtype not in FLOATING:
+            near = did_you_mean(dtype, FLOATING) or "one of float32, bfloat16, float16, float64"
+            raise RequestError(f"{words[-1]!r} is no floating-point dtype", near)
+        return cls(targets=tuple(map(_selector, words[:-1])), dtype=dtype)
+
+    def operands(self) -> list[str]:
+        return [*self.targets, self.dtype]
+
+
+#: What PyTorch's own methods call them.
+DTYPE_NICKNAMES = {"half": "float16", "float": "float32", "double": "float64", "bf16": "bfloat16", "fp16": "float16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extract(Edit):
+    """Let the submodule at `path` be the model."""
+
+    name: ClassVar[str] = "extract"
+    path: str
+
+    @classmethod
+    def from_operands(cls, words: Sequence[str]) -> Self:
+        if len(words) != 1:
+            raise RequestError("extract takes one path", "extract features")
+        return cls(path=_selector(words[0]))
+
+    def operands(self) -> list[str]:
+        return [self.path]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rename(Edit):
+    """Rename tensor keys: what the wildcards of `old` capture, those of `new` put back in the same order.
+
+    Where there are several ways to share a name out, the first wildcard takes as much as it can, then the second.
+    """
+
+    name: ClassVar[str] = "rename"
+    old: str
+    new: str
+
+    @classmethod
+    def from_operands(cls, words: Sequence[str]) -> Self:
+        if len(words) != 2:
+            raise RequestError("rename takes an old and a new name", "rename 'module.**' '**'")
+        return cls(old=_selector(words[0]), new=_selector(words[1]))
+
+    def operands(self) -> list[str]:
+        return [self.old, self.new]
+
+
+#: Every edit by its name.
+REGISTRY: Mapping[str, type[Edit]] = {
+    kind.name: kind for kind in (Replace, Add, Insert, Append, Remove, Extract, Rename, Freeze, Unfreeze, Init, Cast)
 }
 
 
@@ -106,39 +279,87 @@ def parse(line: str) -> Edit:
     return from_words(words[0], words[1:])
 
 
+def parse_all(lines: Iterable[tuple[str, object]]) -> list[Edit]:
+    """Read many lines, each with the place where it stands: `head.toml:5`. What is an edit already stays as it is.
+
+    Raises one RequestError that names every line that is wrong.
+    """
+    made: list[Edit] = []
+    problems = []
+    for place, line in lines:
+        try:
+            if not isinstance(line, str | Edit):
+                raise RequestError(f"an edit is a line of text, not {line!r}")
+            made.append(parse(line) if isinstance(line, str) else line)
+        except RequestError as error:
+            problems.append(f"{place}: {error.message}" + (f" ({error.hint})" if error.hint else ""))
+    if problems:
+        raise RequestError("\n".join(problems))
+    return made
+
+
 def from_words(name: str, words: Sequence[str]) -> Edit:
     """Make an edit of its name and the words after it, options included."""
-    make = REGISTRY.get(name)
-    if make is None:
+    kind = REGISTRY.get(name)
+    if kind is None:
         raise RequestError(
             f"no such edit: {name!r}",
             did_you_mean(name, REGISTRY) or f"an edit is one of {', '.join(REGISTRY)}",
         )
+    options = kind.options()
     operands: list[str] = []
-    without: list[str] = []
-    expect: int | None = None
+    given: dict[str, Any] = {}
     rest = list(words)
     while rest:
         word = rest.pop(0)
         if word == "--":
             operands += rest
             break
-        option, equals, value = word.partition("=")
-        if option in ("--except", "--expect"):
+        flag, equals, value = word.partition("=")
+        item = options.get(flag)
+        if item is None:
+            operands.append(checked_operand(word, tuple(options)))
+        elif item.metadata["kind"] == "flag":
+            if equals:
+                raise RequestError(f"{flag} takes no value")
+            given[item.name] = True
+        else:
             if not equals:
                 if not rest:
-                    raise RequestError(f"{option} takes a value")
+                    raise RequestError(f"{flag} takes a value")
                 value = rest.pop(0)
-            if option == "--except":
-                selectors.parse(value)
-                without.append(value)
-            else:
-                if not re.fullmatch(r"\d{1,9}", value, re.ASCII):
-                    raise RequestError(f"--expect takes a number, not {value!r}")
-                expect = int(value)
-        else:
-            operands.append(checked_operand(word))
-    return replace(make(operands), without=tuple(without), expect=expect)
+            read = _value_of(flag, item.metadata["kind"], value)
+            given[item.name] = (*given.get(item.name, ()), read) if isinstance(item.default, tuple) else read
+    return replace(kind.from_operands(operands), **given)
+
+
+def _value_of(flag: str, kind: str, word: str) -> Any:
+    """The value of an option, from its word."""
+    match kind:
+        case "selectors":
+            return _selector(word)
+        case "scheme":
+            return expressions.parse(word)
+    if not re.fullmatch(r"\d{1,9}", word, re.ASCII):
+        raise RequestError(f"{flag} takes a number, not {word!r}")
+    return int(word)
+
+
+def _words_of(flag: str, kind: str, value: Any) -> list[str]:
+    """The words that give an option this value; none where it is the default."""
+    match kind:
+        case "selectors":
+            return [word for selector in value for word in (flag, selector)]
+        case "flag":
+            return [flag] if value else []
+        case "scheme":
+            return [] if value == Call("zeros") else [flag, expressions.to_text(value).removesuffix("()")]
+    return [] if value is None else [flag, str(value)]
+
+
+def _selector(word: str) -> str:
+    selectors.parse(word)
+    return word
 
 
 def checked_operand(word: str, options: Sequence[str] = ("--except", "--expect")) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -39,11 +39,12 @@ KEYS = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe as read from its file."""
+    """A recipe as read from its file. `places` are where its edits stand: `modelcli.toml:5`."""
 
     path: Path
     source: Source
     edits: tuple[Edit, ...] = ()
+    places: tuple[str, ...] = field(default=(), compare=False)
 
 
 def _dtype(text: str) -> str:
@@ -99,6 +100,7 @@ def read(path: Path) -> Recipe:
             except RequestError as error:
                 report(key, error.message)
     parsed: list[Edit] = []
+    places: list[str] = []
     lines_of_edits = document.get("edits", [])
     if not isinstance(lines_of_edits, list):
         report("edits", f"edits is a list of lines, not {lines_of_edits!r}")
@@ -108,6 +110,7 @@ def read(path: Path) -> Recipe:
             if not isinstance(line, str):
                 raise RequestError(f"an edit is a line of text, not {line!r}")
             parsed.append(edits.parse(line))
+            places.append(f"{path}:{number}")
         except RequestError as error:
             hint = f" ({error.hint})" if error.hint else ""
             report("edits", f"{error.message}{hint}", number)
@@ -128,7 +131,7 @@ def read(path: Path) -> Recipe:
         input_dtype=tuple(dtypes),
         folder=path.parent,
     )
-    return Recipe(path, source, tuple(parsed))
+    return Recipe(path, source, tuple(parsed), tuple(places))
 
 
 def _listed(value: object) -> list[object]:

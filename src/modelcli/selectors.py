@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import pairwise
 from typing import TypeAlias
 
 from modelcli.blueprints import Blueprint, ModuleInfo, ancestors, parent_of, shown
@@ -299,6 +300,140 @@ def _is_type(module: ModuleInfo, wanted: str) -> bool:
     return any(fnmatch.fnmatchcase(name, wanted) for name in (module.type, *module.bases) if name)
 
 
+def renaming(old: str, new: str, blueprint: Blueprint) -> Callable[[str], str | None]:
+    """Tell of a name the new one that `old` and `new` give it, or None where `old` does not match it.
+
+    What the wildcards of `old` capture is put in the place of those of `new`, in the same order. The first one takes
+    as much as it can, then the second, as in a regular expression; a `**` that captures nothing leaves no dot.
+
+    Raises RequestError where `new` has other wildcards, or where one of the two asks for a type.
+    """
+    before, after = parse(old), parse(new)
+    for selector in (before, after):
+        if selector.type is not None:
+            raise RequestError(
+                f"{selector.text!r} asks for a type, and names of tensors have none", "write '**.weight'"
+            )
+    if any(map(_is_negative, after.components)):
+        raise RequestError(f"{new!r} counts from the end, and a new name is written out")
+    theirs, ours = _wildcards(before), _wildcards(after)
+    if theirs != ours:
+        raise RequestError(
+            f"{old!r} has {_listed(theirs)}, and {new!r} has {_listed(ours)}",
+            "both names have the same wildcards in the same order: rename 'module.**' '**'",
+        )
+    captured = _capturer(before, blueprint)
+    parts = [None if part == "**" else _read(part, new) for part in after.components]
+
+    def renamed(name: str) -> str | None:
+        found = captured(name)
+        if found is None:
+            return None
+        rest = iter(found)
+        filled = [
+            next(rest) if part is None else "".join(t if isinstance(t, str) else next(rest) for t in part)
+            for part in parts
+        ]
+        return ".".join(part for part in filled if part)
+
+    return renamed
+
+
+def _wildcards(selector: Selector) -> list[str]:
+    """Its wildcards in order, as they are written."""
+    found = []
+    for component in selector.components:
+        if component == "**":
+            found.append(component)
+        elif not _is_negative(component):
+            found += [_spelt(token) for token in _read(component, selector.text) if not isinstance(token, str)]
+    return found
+
+
+def _spelt(token: _Token) -> str:
+    match token:
+        case _Wildcard():
+            return token.value
+        case _Range(spans):
+            return f"[{','.join(f'{first}-{last}' if last > first else str(first) for first, last in spans)}]"
+        case _Options(options):
+            return f"{{{','.join(''.join(map(_spelt, option)) for option in options)}}}"
+    return token if token.isalnum() or token in "_-" else f"\\{token}"
+
+
+def _listed(wildcards: Sequence[str]) -> str:
+    return f"the wildcard{'s' if len(wildcards) > 1 else ''} {' '.join(wildcards)}" if wildcards else "no wildcard"
+
+
+def _capturer(selector: Selector, blueprint: Blueprint) -> Callable[[str], list[str] | None]:
+    """Tell of a full path what each wildcard of the selector captures, or None where it does not match."""
+    from_end = _numbered_from_end(blueprint) if any(map(_is_negative, selector.components)) else {}
+    steps = [_step(component, selector.text, from_end) for component in selector.components]
+    tokens = [
+        () if step is None or _is_negative(component) else _read(component, selector.text)
+        for component, step in zip(selector.components, steps, strict=True)
+    ]
+    inside: dict[tuple[int, str], list[str]] = {}  # the same few names stand in every path
+
+    def captured(path: str) -> list[str] | None:
+        parts = path.split(".") if path else []
+        above = [".".join(parts[: end + 1]) for end in range(len(parts))]
+
+        def ends(number: int, start: int) -> Iterable[int]:
+            step = steps[number]
+            if step is None:
+                return range(start, len(parts) + 1)
+            return (start + 1,) if start < len(parts) and step(parts[start], above[start]) else ()
+
+        cuts = _cuts(len(steps), ends, len(parts))
+        if cuts is None:
+            return None
+        found: list[str] = []
+        for number, (start, end) in enumerate(pairwise(cuts)):
+            if steps[number] is None:
+                found.append(".".join(parts[start:end]))
+            elif tokens[number]:
+                key = (number, parts[start])
+                if key not in inside:
+                    inside[key] = _captured_inside(tokens[number], parts[start])
+                found += inside[key]
+        return found
+
+    return captured
+
+
+def _captured_inside(tokens: Sequence[_Token], name: str) -> list[str]:
+    """What each wildcard of a component captures of a name that the component matches."""
+    cuts = _cuts(len(tokens), lambda number, start: _ends(tokens[number : number + 1], name, {start}), len(name))
+    assert cuts is not None
+    return [
+        name[start:end]
+        for token, (start, end) in zip(tokens, pairwise(cuts), strict=True)
+        if not isinstance(token, str)
+    ]
+
+
+def _cuts(count: int, ends: Callable[[int, int], Iterable[int]], length: int) -> list[int] | None:
+    """Where to cut `length` things into `count` pieces, each as long as it can be, the first ones first.
+
+    `ends(number, start)` are the ends that piece `number` may have where it begins at `start`. Every position is
+    looked at once for each piece, so that no pattern tries all the ways to share the things out.
+    """
+    starts = [{0}]
+    for number in range(count):
+        starts.append({end for start in starts[-1] for end in ends(number, start)})
+    good = starts[-1] & {length}
+    for number in reversed(range(count)):
+        starts[number + 1] = good
+        good = {start for start in starts[number] if not good.isdisjoint(ends(number, start))}
+    if not good:
+        return None
+    cuts = [0]
+    for number in range(count):
+        cuts.append(max(starts[number + 1].intersection(ends(number, cuts[-1]))))
+    return cuts
+
+
 def _escaped(name: str) -> str:
     escaped = re.sub(r"([\\*?\[\]{}:])", r"\\\1", name)
     return "\\" + escaped if re.fullmatch(r"-\d+", escaped) else escaped
@@ -307,6 +442,23 @@ def _escaped(name: str) -> str:
 def literal(path: str) -> str:
     """A selector that picks exactly this path."""
     return ".".join(_escaped(part) for part in path.split(".")) if path else "."
+
+
+def plain(component: str) -> str | None:
+    """The name that one component of a selector stands for, without its backslashes; None for a pattern."""
+    if component == "**" or _is_negative(component):
+        return None
+    tokens = _read(component, component)
+    return "".join(map(str, tokens)) if all(isinstance(token, str) for token in tokens) else None
+
+
+def select_one(blueprint: Blueprint, selector: str, verb: str) -> str:
+    """The one path that a selector picks. Raises RequestError where it picks none, or several."""
+    found = select_modules(blueprint, [selector])
+    if len(found) > 1:
+        names = ", ".join(map(shown, found[:5])) + (", ..." if len(found) > 5 else "")
+        raise RequestError(f"{selector!r} names {len(found)} modules, and {verb} takes one: {names}")
+    return found[0]
 
 
 def matched_modules(selector: Selector, blueprint: Blueprint) -> set[str]:

@@ -24,6 +24,7 @@ from modelcli.references import CheckpointFile, Installed, PythonObject, Source
 
 if TYPE_CHECKING:
     from modelcli.live.opening import Live
+    from modelcli.live.scripting import Script
     from modelcli.live.stats import Statistics
     from modelcli.writing import Written
 
@@ -34,11 +35,15 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Target:
-    """The model that a command works on: where it comes from, the edits of its recipe, and that recipe, if any."""
+    """The model that a command works on: where it comes from, the edits of its recipe, and that recipe, if any.
+
+    `places` are where those edits stand: `modelcli.toml:5`.
+    """
 
     source: Source
     edits: tuple[Edit, ...] = ()
     recipe: Path | None = None
+    places: tuple[str, ...] = ()
 
 
 def options_given(overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,7 +64,64 @@ def find_target(
     from modelcli import recipe
 
     read = recipe.read(recipe_path or recipe.default_path())
-    return Target(replace(read.source, **given), read.edits, read.path)
+    return Target(replace(read.source, **given), read.edits, read.path, read.places)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Edits to carry out together: on what, and where each of them stands."""
+
+    target: Target
+    edits: tuple[Edit, ...] = ()
+    places: tuple[str, ...] = ()
+
+
+def find_batch(
+    recipe_path: Path | None,
+    lines: Sequence[tuple[str, str]],
+    model: str | None,
+    overrides: Mapping[str, Any],
+    working_recipe: Path | None = None,
+) -> Batch:
+    """The edits of a recipe and those of `lines` (place, text) after them, and the model that they are for.
+
+    `model` takes the place of the recipe's own model, with all that belongs to that one: weights, architecture, key.
+    Without a recipe and without a model the lines are for the working recipe, and without lines its edits are meant.
+
+    Raises RequestError that names every bad line, before anything is opened.
+    """
+    from modelcli import edits, recipe
+
+    if recipe_path is None and not lines:
+        recipe_path = working_recipe or recipe.default_path()
+    elif recipe_path is not None and not recipe_path.exists():
+        raise references.missing_file(recipe_path, str(recipe_path))
+    problems: list[str] = []
+    read: recipe.Recipe | None = None
+    made: list[Edit] = []
+    try:
+        read = None if recipe_path is None else recipe.read(recipe_path)
+    except RequestError as error:
+        if not lines:
+            raise
+        problems.append(str(error))
+    try:
+        made = edits.parse_all(lines)
+    except RequestError as error:
+        problems.append(error.message)
+    if problems:
+        raise RequestError("\n".join(problems))
+    if read is None:
+        target = find_target(model, overrides, working_recipe)
+        return Batch(target, tuple(made), tuple(place for place, _ in lines))
+    source = read.source
+    if model is not None:
+        source = Source(model, seed=source.seed, input_size=source.input_size, input_dtype=source.input_dtype)
+    target = Target(replace(source, **options_given(overrides)))
+    found = Batch(target, (*read.edits, *made), (*read.places, *(place for place, _ in lines)))
+    if not found.edits:
+        raise RequestError(f"{read.path} has no edits to apply", "modelcli save OUT writes a model as it is")
+    return found
 
 
 @dataclass(frozen=True)
@@ -201,10 +263,11 @@ class Writing:
 
 
 @_stdout_is_for_data
-def edit(target: Target, added: Sequence[Edit], how: Writing) -> Outcome:
+def edit(target: Target, added: Sequence[Edit], how: Writing, places: Sequence[str] = ()) -> Outcome:
     """Apply edits, check the result, and write it where `how` says so; the recipe, if any, gets the edits at the end.
 
-    Nothing is written where anything is wrong.
+    Nothing is written where anything is wrong. `places` are where edits stand that were read together: an error names
+    the one that is wrong.
     """
     from modelcli import recipe, writing
 
@@ -216,7 +279,7 @@ def edit(target: Target, added: Sequence[Edit], how: Writing) -> Outcome:
     _apply_recipe(live, target)
     before = live.describe()
     live.changes.clear()
-    live.apply(added)
+    _apply_each(live, added, places or [""] * len(added))
     check = _check(live, target, added, how)
     outcome = _outcome(live, before, check, added)
     if how.dry_run:
@@ -249,12 +312,18 @@ def save(target: Target, how: Writing) -> Outcome:
 
 
 def _apply_recipe(live: Live, target: Target) -> None:
-    """Apply the edits that stand in a recipe already; one that fails is named by its number and line."""
-    for number, line in enumerate(target.edits, 1):
+    """Apply the edits that stand in a recipe already."""
+    _apply_each(live, target.edits, target.places)
+
+
+def _apply_each(live: Live, edits: Sequence[Edit], places: Sequence[str]) -> None:
+    """Apply edits in order; one that fails is named by where it stands, its number and its line."""
+    for number, (edit, place) in enumerate(zip(edits, places, strict=True), 1):
         try:
-            live.apply([line])
+            live.apply([edit])
         except ModelcliError as error:
-            error.message = f"{target.recipe}: edit {number}, {str(line)!r}: {error.message}"
+            if place:
+                error.message = f"{place}: edit {number}, {str(edit)!r}: {error.message}"
             raise
 
 
@@ -270,14 +339,14 @@ def _check(live: Live, target: Target, added: Sequence[Edit], how: Writing) -> d
     elif how.check == "run":
         done = target.edits if added is target.edits else (*target.edits, *added)
         after, _ = opening.open_real(target.source, done)
-        unedited, _ = opening.open_real(target.source, () if added is target.edits else target.edits)
-        result = checking.run_for_real(unedited, after, live.inputs)
+        unedited, as_it_was = opening.open_real(target.source, () if added is target.edits else target.edits)
+        result = checking.run_for_real((unedited, as_it_was.inputs), after, live.inputs)
     else:
 
         def before() -> Any:
             unedited = opening.open_live(target.source)
-            _apply_recipe(unedited, target if added is not target.edits else replace(target, edits=()))
-            return unedited.module
+            _apply_recipe(unedited, target if added is not target.edits else replace(target, edits=(), places=()))
+            return unedited.module, unedited.inputs
 
         result = checking.check(before, live.module, live.inputs, edited)
     shapes = None if live.inputs is None else [list(size) for size in live.inputs.shapes]
@@ -322,19 +391,33 @@ def _write(live: Live, outcome: Outcome, out: Path, how: Writing) -> Outcome:
         assert live.architecture is not None
         notes.append(f"{live.architecture.reference} was randomly initialised (--seed {live.seed})")
     if live.contents is not None and live.contents.key is not None:
-        notes.append(_around(live.contents, kept=plan.key is not None))
+        notes += _around(live, kept=plan.key is not None)
     return replace(outcome, written=written, notes=tuple(notes))
 
 
-def _around(contents: Contents, *, kept: bool) -> str:
-    """What became of the rest of a training checkpoint."""
+def _around(live: Live, *, kept: bool) -> list[str]:
+    """What became of the rest of a training checkpoint, and what of it no longer fits."""
+    from modelcli.live import optimizers
+
+    contents = live.contents
+    assert contents is not None
     assert contents.key is not None
     beside = [str(name) for name in contents.tree if name != contents.key[0]] if isinstance(contents.tree, dict) else []
     rest = f"what {contents.path.name} holds beside {contents.key[0]!r} ({', '.join(beside[:4])})"
     if not kept:
-        return f"{rest} was left out"
-    stale = "; the state of an optimizer may no longer fit" if any("optim" in name for name in beside) else ""
-    return f"{rest} was kept{stale}; --bare drops it"
+        return [f"{rest} was left out"]
+    unfit = optimizers.unfit(contents.tree, live.opened_with, dict(live.module.named_parameters()))
+    return [f"{rest} was kept; --bare drops it", *unfit]
+
+
+@_stdout_is_for_data
+def script(batch: Batch, out: Path, *, bare: bool) -> Script:
+    """The same work as a plain PyTorch script: see `live.scripting.script`."""
+    from modelcli.live import scripting
+
+    edits = (*batch.target.edits, *batch.edits)
+    places = (*batch.target.places, *batch.places)
+    return scripting.script(batch.target.source, edits, places, out, bare=bare)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
-"""replace, freeze, unfreeze: commands that carry out one edit."""
+"""replace, add, freeze and the others: commands that carry out one edit."""
 
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,6 +23,10 @@ if TYPE_CHECKING:
     from modelcli.session import Outcome, Target, Writing
 
 Words = Annotated[list[str], typer.Argument(help="Linear(4096,10), or Linear 4096 10.", metavar="MODULE...")]
+Path_ = Annotated[str, typer.Argument(help="A path: classifier.6.", metavar="PATH")]
+Renumber = Annotated[
+    bool, typer.Option("--renumber", help="The numbered children of a bare checkpoint are a sequence.")
+]
 Targets = Annotated[list[str], typer.Argument(help="Selectors of modules or parameters.", metavar="TARGET...")]
 
 #: Words with a dash in front are operands of these commands where they are numbers: `Flatten 1 -1`.
@@ -34,6 +40,12 @@ def replace(
     edit: EditOptions,
     source: SourceOptions,
     options: OutputOptions,
+    keep_weights: Annotated[
+        bool, typer.Option("--keep-weights", help="Copy the overlapping part of each tensor of the same name.")
+    ] = False,
+    untie: Annotated[
+        bool, typer.Option("--untie", help="Replace a shared module under the names picked alone.")
+    ] = False,
 ) -> None:
     """Put a new module in place of every match. _ in its arguments means: as it was.
 
@@ -41,7 +53,88 @@ def replace(
 
     modelcli replace '**:ReLU' GELU -m vgg16
     """
-    _carry_out("replace", [target, *module], matches, edit, source, options)
+    flags = [*(["--keep-weights"] if keep_weights else []), *(["--untie"] if untie else [])]
+    _carry_out("replace", [target, *module], [*matches.words(), *flags], edit, source, options)
+
+
+def add(path: Path_, module: Words, edit: EditOptions, source: SourceOptions, options: OutputOptions) -> None:
+    """Add a child under a name that is free.
+
+    modelcli add features.dropout 'Dropout(0.5)' -m alexnet
+
+    modelcli add classifier.7 'Softmax(dim=1)' -m alexnet -o out.pth
+    """
+    _carry_out("add", [path, *module], [], edit, source, options)
+
+
+def insert(
+    path: Path_,
+    module: Words,
+    edit: EditOptions,
+    source: SourceOptions,
+    options: OutputOptions,
+    renumber: Renumber = False,
+) -> None:
+    """Insert before a position of a Sequential or ModuleList; the later ones move up.
+
+    modelcli insert features.1 'BatchNorm2d(_)' -m alexnet -o out.pth
+
+    modelcli insert classifier.0 'Dropout(0.2)' -m alexnet
+    """
+    _carry_out("insert", [path, *module], ["--renumber"] if renumber else [], edit, source, options)
+
+
+def append(path: Path_, module: Words, edit: EditOptions, source: SourceOptions, options: OutputOptions) -> None:
+    """Add at the end of a Sequential or ModuleList.
+
+    modelcli append classifier 'Softmax(dim=1)' -m alexnet -o out.pth
+
+    modelcli append classifier 'Linear(_,10)' -m alexnet
+    """
+    _carry_out("append", [path, *module], [], edit, source, options)
+
+
+def remove(
+    targets: Targets,
+    matches: MatchOptions,
+    edit: EditOptions,
+    source: SourceOptions,
+    options: OutputOptions,
+    renumber: Renumber = False,
+) -> None:
+    """Take modules out; in a Sequential or ModuleList the later ones move down.
+
+    modelcli remove '**:Dropout' -m alexnet -o out.pth
+
+    modelcli remove classifier.6 -m alexnet
+    """
+    _carry_out("remove", targets, [*matches.words(), *(["--renumber"] if renumber else [])], edit, source, options)
+
+
+def extract(path: Path_, edit: EditOptions, source: SourceOptions, options: OutputOptions) -> None:
+    """Let a submodule be the model.
+
+    modelcli extract features -m alexnet -o backbone.pth
+
+    modelcli extract layer1.0 -m resnet18
+    """
+    _carry_out("extract", [path], [], edit, source, options)
+
+
+def rename(
+    old: Annotated[str, typer.Argument(help="The keys as they are: 'module.**'.")],
+    new: Annotated[str, typer.Argument(help="As they shall be; what wildcards captured comes back in order: '**'.")],
+    edit: EditOptions,
+    source: SourceOptions,
+    options: OutputOptions,
+) -> None:
+    """Rename the keys of tensors.
+
+    modelcli rename 'module.**' '**' -m parallel.pth -o plain.pth
+
+    modelcli rename 'head.*' 'classifier.*' -m bare.pth -o out.pth
+    """
+    _carry_out("rename", [old, new], [], edit, source, options)
 
 
 def freeze(
@@ -53,7 +146,7 @@ def freeze(
 
     modelcli freeze . --except classifier.6
     """
-    _carry_out("freeze", targets, matches, edit, source, options)
+    _carry_out("freeze", targets, matches.words(), edit, source, options)
 
 
 def unfreeze(
@@ -65,28 +158,166 @@ def unfreeze(
 
     modelcli unfreeze '**:BatchNorm2d'
     """
-    _carry_out("unfreeze", targets, matches, edit, source, options)
+    _carry_out("unfreeze", targets, matches.words(), edit, source, options)
+
+
+def init(
+    targets: Annotated[
+        list[str],
+        typer.Argument(
+            help="Selectors, then the scheme: xavier_uniform, 'normal(0, 0.01)', default.", metavar="TARGET... SCHEME"
+        ),
+    ],
+    matches: MatchOptions,
+    edit: EditOptions,
+    source: SourceOptions,
+    options: OutputOptions,
+    bias: Annotated[
+        str | None, typer.Option("--bias", help="The scheme of biases. [default: zeros]", metavar="SCHEME")
+    ] = None,
+) -> None:
+    """Draw the numbers of modules or tensors anew.
+
+    modelcli init '**:Conv2d' xavier_uniform -m alexnet -o fresh.pth
+
+    modelcli init '**:Linear' 'normal(0, 0.01)' --bias zeros -m alexnet
+    """
+    _carry_out("init", targets, [*matches.words(), *(["--bias", bias] if bias else [])], edit, source, options)
+
+
+def cast(
+    targets: Annotated[
+        list[str], typer.Argument(help="Selectors, then the dtype: bfloat16, half.", metavar="TARGET... DTYPE")
+    ],
+    matches: MatchOptions,
+    edit: EditOptions,
+    source: SourceOptions,
+    options: OutputOptions,
+) -> None:
+    """Convert floating-point tensors to another dtype.
+
+    modelcli cast . bfloat16 -m best.pth -o half.pth
+
+    modelcli cast features float16 -m alexnet
+    """
+    _carry_out("cast", targets, matches.words(), edit, source, options)
+
+
+RecipeArgument = Annotated[
+    str | None,
+    typer.Argument(
+        help="A recipe; - reads edits from standard input. [default: the working recipe]",
+        metavar="[RECIPE]",
+        show_default=False,
+    ),
+]
+Lines = Annotated[list[str] | None, typer.Option("-e", "--edit", help="An edit, as a line of text. Again for more.")]
+
+
+def apply(
+    edit: EditOptions,
+    source: SourceOptions,
+    options: OutputOptions,
+    file: RecipeArgument = None,
+    lines: Lines = None,
+) -> None:
+    """Apply many edits at once: all of them, or none where one is wrong.
+
+    modelcli apply head10.toml -m best.pth -o head10.pth
+
+    modelcli apply -e 'replace classifier.6 Linear(_,10)' -e 'freeze features' -m alexnet
+    """
+    from modelcli import session
+
+    output.format_of(options)
+    path, given = _edits_from(file, lines, source)
+    batch = session.find_batch(path, given, edit.model, source.overrides(), source.recipe)
+    outcome = session.edit(batch.target, batch.edits, writing_of(edit, edit.out), batch.places)
+    show_outcome(batch.target, outcome, edit, options)
+
+
+def script(
+    source: SourceOptions,
+    options: OutputOptions,
+    file: RecipeArgument = None,
+    lines: Lines = None,
+    model: Annotated[
+        str | None,
+        typer.Option("-m", "--model", help="The model. [default: the working recipe]", rich_help_panel="Model"),
+    ] = None,
+    out: Annotated[str, typer.Option("-o", "--out", help="What the script writes.", rich_help_panel="Result")] = (
+        "out.pth"
+    ),
+    bare: Annotated[
+        bool,
+        typer.Option(
+            "--bare",
+            help="Let the script drop what a training checkpoint holds besides its state dict.",
+            rich_help_panel="Result",
+        ),
+    ] = False,
+) -> None:
+    """Show the same work as a plain PyTorch script that needs no modelcli.
+
+    modelcli script > head10.py
+
+    modelcli script -e 'replace fc Linear(_,10)' -m resnet18 -o head10.pth
+    """
+    from modelcli import session, writing
+    from modelcli.render import documents
+
+    output.format_of(options)
+    writing.format_of(out)
+    path, given = _edits_from(file, lines, source)
+    if path is None and not given:
+        batch = session.Batch(session.find_target(model, source.overrides(), source.recipe))
+    else:
+        batch = session.find_batch(path, given, model, source.overrides(), source.recipe)
+    made = session.script(batch, Path(out), bare=bare)
+    output.show(documents.script(batch.target.source.model, made.blueprint, made.text), options, made.notes)
+
+
+def _edits_from(
+    file: str | None, lines: list[str] | None, source: SourceOptions
+) -> tuple[Path | None, list[tuple[str, str]]]:
+    """The recipe that is named, and the edits of standard input and `-e` with where they stand."""
+    given = [(f"-e {number}", line) for number, line in enumerate(lines or (), 1)]
+    if file == "-":
+        return None, [*_standard_input(), *given]
+    if file is not None and source.recipe is not None:
+        raise RequestError(f"two recipes: {file} and --recipe {source.recipe}", "give one of them")
+    return None if file is None else Path(file), given
+
+
+def _standard_input() -> list[tuple[str, str]]:
+    """The lines of standard input that are edits, and where they stand. Raises RequestError where there are none."""
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"standard input is not UTF-8 text: {error}") from None
+    lines = enumerate(re.split(r"\r\n|\r|\n", text), 1)
+    found = [(f"standard input:{number}", line) for number, line in lines if not re.match(r"\s*(#|$)", line)]
+    if not found:
+        raise RequestError("no edits on standard input", "one a line: freeze features")
+    return found
 
 
 def _carry_out(
     name: str,
-    words: list[str],
-    matches: MatchOptions,
+    operands: list[str],
+    flags: list[str],
     options: EditOptions,
     source: SourceOptions,
     shown: OutputOptions,
 ) -> None:
+    """Carry out the edit with these operands; `flags` are the words of its own options."""
     from modelcli import edits, session
 
     output.format_of(shown)
-    for word in words:
-        edits.checked_operand(word, ALL_OPTIONS)
-    line = [*words]
-    for selector in matches.without or ():
-        line += ["--except", selector]
-    if matches.expect is not None:
-        line += ["--expect", str(matches.expect)]
-    made = edits.from_words(name, line)
+    known = tuple(sorted({*ALL_OPTIONS, *edits.REGISTRY[name].options()}))
+    for word in operands:
+        edits.checked_operand(word, known)
+    made = edits.from_words(name, [*flags, "--", *operands])
     target = session.find_target(options.model, source.overrides(), source.recipe)
     outcome = session.edit(target, [made], writing_of(options, options.out))
     show_outcome(target, outcome, options, shown)
@@ -100,8 +331,6 @@ ALL_OPTIONS = (
         "--dry-run",
         "--check",
         "--bare",
-        "--except",
-        "--expect",
         "--weights",
         "--arch",
     ),
@@ -167,10 +396,10 @@ def show_outcome(target: "Target", outcome: "Outcome", options: EditOptions, sho
 
 
 def mount(app: typer.Typer) -> None:
-    commands: tuple[tuple[str, Callable[..., Any]], ...] = (
-        ("replace", replace),
-        ("freeze", freeze),
-        ("unfreeze", unfreeze),
-    )
-    for name, function in commands:
-        app.command(name, rich_help_panel="Operate", context_settings=NUMBERS_ALLOWED)(expanded(function))
+    commands: tuple[Callable[..., Any], ...] = (
+        replace, add, insert, append, remove, extract, rename, freeze, unfreeze, init, cast,
+    )  # fmt: skip
+    for function in commands:
+        app.command(function.__name__, rich_help_panel="Operate", context_settings=NUMBERS_ALLOWED)(expanded(function))
+    app.command("script", rich_help_panel="Read and write")(expanded(script))
+    app.command("apply", rich_help_panel="Read and write")(expanded(apply))

@@ -152,6 +152,11 @@ class MatchOptions:
     without: list[str] | None = _option("--except", help="Take away what this selector picks.", metavar="SELECTOR")
     expect: int | None = _option("--expect", help="Fail unless so many match.", min=0)
 
+    def words(self) -> list[str]:
+        """The options as words of an edit's line."""
+        words = [word for selector in self.without or () for word in ("--except", selector)]
+        return words if self.expect is None else [*words, "--expect", str(self.expect)]
+
 
 def expanded(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function with each parameter of an options class spelt out, as Typer wants it."""

@@ -143,7 +143,14 @@ def _python_object(reference: PythonObject, folder: Path) -> Architecture:
 
 
 class Bare(nn.Module):
-    """A module of a checkpoint without an architecture: it has a path and tensors, and no known type."""
+    """A module of a checkpoint without an architecture: it has a path and tensors, and no known type.
+
+    `origin` is its path in the file, wherever edits have moved it; None for one that stands for none there.
+    """
+
+    def __init__(self, origin: str | None = None) -> None:
+        super().__init__()
+        self.origin = origin
 
     def forward(self, *_args: Any) -> torch.Tensor:
         raise NotImplementedError("a checkpoint without an architecture cannot run")

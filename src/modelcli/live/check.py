@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from modelcli import expressions
-from modelcli.blueprints import shown
+from modelcli.blueprints import joined, shown
 from modelcli.errors import RequestError
 from modelcli.expressions import HOLE, Call
 from modelcli.live import modules, rules, trace
+from modelcli.live.describe import dtype_name
 from modelcli.live.rules import Misfit, MisfitError
 from modelcli.live.surgery import argument_from, brief
 
 if TYPE_CHECKING:
-    from modelcli.live.opening import Inputs
+    from modelcli.live.inputs import Inputs
 
 
 @dataclass(frozen=True)
@@ -29,33 +31,48 @@ class Check:
     output_shape: Any = None
 
 
-def check(before: Callable[[], nn.Module], after: nn.Module, inputs: Inputs | None, edited: Sequence[str]) -> Check:
+def check(
+    before: Callable[[], tuple[nn.Module, Inputs | None]],
+    after: nn.Module,
+    inputs: Inputs | None,
+    edited: Sequence[str],
+) -> Check:
     """Run `after` on meta under the rules for `torch.nn`; `edited` are the paths that the edits touched.
 
-    `before` gives the unedited model, which is asked for only where `after` fails.
+    `before` gives the unedited model and its input, and is asked only where `after` fails.
 
     Raises RequestError that names the module that no longer fits, what flows in, what it expects and the nearest fix.
     Where `before` fails as well, or no input is known, the check was not possible, and the reason says why.
     """
     if inputs is None:
         return Check(False, "no input size is known; --input-size 1,3,224,224 gives one")
+    if (stored := _storage_dtype(after)) is not None:
+        return Check(False, f"{stored} is a dtype to store numbers in: no module of torch.nn computes with it")
     watch, seen = _pass(after, inputs)
     if seen.failure is None:
         return Check(True, None, trace.shape_of(seen.output))
-    _, unedited = _pass(before(), inputs)
+    model, given = before()
+    _, unedited = _pass(model, given or inputs)
     if unedited.failure is not None:
         return Check(False, f"the model cannot run as it was: {unedited.failure.reason}")
     raise _refusal(after, seen.failure, watch, edited)
 
 
-def run_for_real(before: nn.Module, after: nn.Module, inputs: Inputs | None) -> Check:
+def _storage_dtype(module: nn.Module) -> str | None:
+    """The dtype of the first parameter that is floating-point and takes a byte: the meta device would run it."""
+    dtypes = (parameter.dtype for parameter in module.parameters())
+    return next((dtype_name(dtype) for dtype in dtypes if dtype.is_floating_point and dtype.itemsize == 1), None)
+
+
+def run_for_real(before: tuple[nn.Module, Inputs | None], after: nn.Module, inputs: Inputs | None) -> Check:
     """Run `after` on the CPU with real numbers. Raises RequestError where it fails and `before` does not."""
     if inputs is None:
         return Check(False, "no input size is known; --input-size 1,3,224,224 gives one")
     seen = trace.run(after, inputs.tensors("cpu"), device="cpu")
     if seen.failure is None:
         return Check(True, None, trace.shape_of(seen.output))
-    unedited = trace.run(before, inputs.tensors("cpu"), device="cpu")
+    model, given = before
+    unedited = trace.run(model, (given or inputs).tensors("cpu"), device="cpu")
     if unedited.failure is not None:
         return Check(False, f"the model cannot run as it was: {unedited.failure.reason}")
     raise RequestError(f"the edited model does not run: {seen.failure.reason}")
@@ -92,20 +109,55 @@ def _refusal(after: nn.Module, failure: trace.Failure, watch: _Watch, edited: Se
     if not isinstance(failure.error, MisfitError):
         reason = failure.reason.partition(": ")[2]
         return RequestError(
-            f"{shown(path)} {type(module).__name__} cannot run after the edit: {reason}",
-            f"what was edited: {', '.join(map(shown, edited))}; --check none writes it all the same",
+            f"{_named(path, module)} cannot run after the edit: {reason}{_last_that_ran(watch)}",
+            _way_out(after, path, failure.error, edited),
         )
     misfit = failure.error.misfit
-    came_from = f" (from {shown(watch.came_from[0])} {brief(watch.came_from[1])})" if watch.came_from else ""
+    came_from = _last_that_ran(watch)
+    if watch.came_from is not None:
+        came_from = f" (from {shown(watch.came_from[0])} {brief(watch.came_from[1])})"
     message = (
-        f"{shown(path)} {brief(module)} does not fit: {misfit.flows} flows in{came_from}, it expects {misfit.expects}"
+        f"{shown(path)} {brief(module)} does not fit: {misfit.flows} flows in{came_from}, "
+        f"it expects {misfit.expects}{_next(after, path)}"
     )
     return RequestError(message, _fix(module, path, misfit, edited))
 
 
+def _named(path: str, module: nn.Module) -> str:
+    return f"{path} {type(module).__name__}" if path else f"the model itself ({type(module).__name__})"
+
+
+def _last_that_ran(watch: _Watch) -> str:
+    """The neighbour before: the leaf that ran last, whose output may or may not be what flows in."""
+    return "" if watch.last is None else f" (after {shown(watch.last[0])} {brief(watch.last[1])})"
+
+
+def _next(model: nn.Module, path: str) -> str:
+    """The neighbour behind, where a Sequential says which one that is."""
+    above, _, name = path.rpartition(".")
+    holder = model.get_submodule(above)
+    if isinstance(holder, nn.Sequential):
+        for here, (follower, child) in pairwise(holder.named_children()):
+            if here[0] == name:
+                return f"; behind it comes {joined(above, follower)} {brief(child)}"
+    return ""
+
+
+def _way_out(after: nn.Module, path: str, error: Exception, edited: Sequence[str]) -> str:
+    """What to do where the code of a module fails: it may ask for a child that was taken out."""
+    there = dict(after.named_modules())
+    gone = [place for place in edited if place and place not in there]
+    if gone and isinstance(error, AttributeError | KeyError | IndexError):
+        asks = f"{_named(path, after.get_submodule(path))} asks for what was taken out"
+        return f"{asks}: replace {gone[0]} Identity keeps its name and does nothing"
+    return f"what was edited: {', '.join(map(shown, edited))}; --check none writes it all the same"
+
+
 def _fix(module: nn.Module, path: str, misfit: Misfit, edited: Sequence[str]) -> str:
     """The nearest edit that would make it fit."""
-    touched = any(path == place or path.startswith(f"{place}.") for place in edited)
+    touched = any(not place or path == place or path.startswith(f"{place}.") for place in edited)
+    if misfit.dtype is not None:
+        return f"cast {path} {misfit.dtype} as well, or cast . {misfit.dtype}, which is the whole model"
     if misfit.argument is not None and misfit.value is not None:
         text = _with_hole(module, misfit.argument)
         if text is not None:

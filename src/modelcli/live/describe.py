@@ -70,6 +70,11 @@ def _module_info(path: str, module: nn.Module, shared_with: str | None) -> Modul
     return ModuleInfo(path, module._get_name(), bases, module.extra_repr(), shared_with, own_repr, absent)
 
 
+def floating_dtype(module: nn.Module) -> str | None:
+    """The dtype of the first floating-point parameter: what a model in half precision takes as well."""
+    return next((dtype_name(p.dtype) for p in module.parameters() if p.dtype.is_floating_point), None)
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """`float32` for `torch.float32`."""
     return str(dtype).removeprefix("torch.")

@@ -7,13 +7,12 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from modelcli.blueprints import Shape
+from modelcli.blueprints import Shape, ancestors, parent_of
 from modelcli.checkpoints import CompositeEntry, Contents, Storage, TensorEntry
 from modelcli.checkpoints.composites import entry_of, makes_tensor
 from modelcli.checkpoints.contents import Windows
@@ -250,14 +249,15 @@ def _tie_again(module: nn.Module, ties: list[list[str]], loaded: set[str]) -> No
 
 def bare_module(contents: Contents) -> nn.Module:
     """A tree of modules of unknown type, as the key names of a checkpoint say."""
-    root = Bare()
+    if any(name.count(".") > MAX_MODULE_DEPTH for name in (*contents.tensors, *contents.extras)):
+        raise RequestError(
+            f"the names in {contents.path} are nested deeper than {MAX_MODULE_DEPTH}: they can only be shown"
+        )
     state = on_meta(contents)
     infos = contents.infos()
-    made: dict[str, torch.Tensor] = {}
+    made: dict[str, Any] = {}
     for name, tensor in state.tensors.items():
         info = infos[name]
-        path, own = _split(name)
-        owner = _bare_owner(root, path, contents.path)
         if info.tied_to is not None:
             made[name] = made[info.tied_to]
         elif info.kind == "parameter":
@@ -266,15 +266,57 @@ def bare_module(contents: Contents) -> nn.Module:
             made[name] = nn.Parameter(tensor, requires_grad=trained)
         else:
             made[name] = tensor
-        if isinstance(made[name], nn.Parameter):
-            owner._parameters[own] = made[name]  # type: ignore[assignment]
-        else:
-            owner._buffers[own] = made[name]
-    for name, value in (*contents.tensors.items(), *contents.extras.items()):
-        if name not in state.tensors:
-            path, own = _split(name)
-            _bare_owner(root, path, contents.path).register_state_dict_post_hook(composites.Kept(own, value))
+    rest = {name: value for name, value in contents.tensors.items() if name not in made}
+    root = bare_tree(made | rest | dict(contents.extras))
+    for path, module in root.named_modules():
+        assert isinstance(module, Bare)
+        module.origin = path
     return root
+
+
+def bare_tree(entries: Mapping[str, Any]) -> Bare:
+    """The tree of modules of unknown type with these entries of a state dict: parameters, buffers, and what is no
+    tensor. It is at most `MAX_MODULE_DEPTH` deep."""
+    root = Bare()
+    for name, value in entries.items():
+        path, own = _split(name)
+        owner: nn.Module = root
+        for step in path.split(".") if path else []:
+            owner = owner._modules.setdefault(step, Bare())  # type: ignore[assignment]
+        if isinstance(value, nn.Parameter):
+            owner._parameters[own] = value
+        elif isinstance(value, torch.Tensor):
+            owner._buffers[own] = value
+        else:
+            owner.register_state_dict_post_hook(composites.Kept(own, value))
+    return root
+
+
+def metadata_of(module: nn.Module, contents: Contents) -> dict[str, Any]:
+    """The `_metadata` of a file for a bare tree that edits may have changed: each entry goes where its module goes.
+
+    The entry of a module without tensors goes with the module above it; a new module of a known type has its own.
+    """
+    if not contents.metadata:
+        return {}
+    in_file = {path for name in (*contents.tensors, *contents.extras) for path in ancestors(parent_of(name))}
+    places: dict[str, list[str]] = defaultdict(list)
+    known: dict[str, Any] = {}
+    taken = set()
+    for path, child in module.named_modules(remove_duplicate=False):
+        taken.add(path)
+        if not isinstance(child, Bare):
+            known[path] = {"version": child._version}
+        elif child.origin is not None:
+            places[child.origin].append(path)
+    found: dict[str, Any] = {path: entry for path, entry in contents.metadata.items() if not path}
+    for path, entry in contents.metadata.items():
+        above = next((above for above in ancestors(path) if above in in_file), "")
+        for place in places[above]:
+            moved = ".".join(part for part in (place, path[len(above) :].removeprefix(".")) if part)
+            if above == path or moved not in taken:
+                found[moved] = entry
+    return found | known
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -285,23 +327,15 @@ def _split(name: str) -> tuple[str, str]:
     return path, own
 
 
-def _bare_owner(root: Bare, path: str, file: Path) -> nn.Module:
-    """The module at a path, made with all above it where it is not there yet."""
-    if path.count(".") >= MAX_MODULE_DEPTH:
-        raise RequestError(f"the names in {file} are nested deeper than {MAX_MODULE_DEPTH}: they can only be shown")
-    owner: nn.Module = root
-    for step in path.split(".") if path else []:
-        owner = owner._modules.setdefault(step, Bare())  # type: ignore[assignment]
-    return owner
-
-
 __all__ = [
     "LoadReport",
     "Mismatch",
     "StateDict",
     "bare_module",
+    "bare_tree",
     "compare",
     "load",
     "mapped",
+    "metadata_of",
     "on_meta",
 ]

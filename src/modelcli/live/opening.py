@@ -5,48 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import nn
 
 from modelcli import checkpoints, references
 from modelcli import record as records
 from modelcli.blueprints import Blueprint
 from modelcli.checkpoints import Contents
-from modelcli.edits import Edit
+from modelcli.edits import Edit, Extract
 from modelcli.errors import RequestError, UnsafeError
-from modelcli.live import loading, zoo
+from modelcli.live import loading, trace, zoo
 from modelcli.live.build import Architecture, architecture
-from modelcli.live.describe import describe, dtype_name
+from modelcli.live.describe import describe, floating_dtype
+from modelcli.live.inputs import Inputs
 from modelcli.live.loading import LoadReport
 from modelcli.live.surgery import Change, apply
 from modelcli.record import Record
 from modelcli.references import CheckpointFile, Source
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a model is known to take: a shape for each input, batch included, and their dtypes.
-
-    With `as_list` the one input is a list of images, as torchvision's detection models take it.
-    """
-
-    shapes: tuple[tuple[int, ...], ...]
-    dtypes: tuple[str, ...] = ()
-    as_list: bool = False
-
-    def tensors(self, device: str) -> list[Any]:
-        """Inputs of these shapes: on meta, or drawn from a normal distribution (whole numbers: zeros)."""
-        made: list[Any] = []
-        for index, shape in enumerate(self.shapes):
-            name = self.dtypes[min(index, len(self.dtypes) - 1)] if self.dtypes else "float32"
-            dtype = getattr(torch, name)
-            if device == "meta" or not dtype.is_floating_point:
-                made.append(torch.zeros(shape, dtype=dtype, device=device))
-            else:
-                made.append(torch.randn(shape, device=device).to(dtype))
-        return [made] if self.as_list else made
 
 
 @dataclass
@@ -55,7 +30,8 @@ class Live:
 
     `architecture` is None for a bare checkpoint; `edits` are those since the architecture's reference, as lines with
     selectors and `_` resolved. `drawn` says that numbers will be drawn at random when they are needed. `report` says
-    how a checkpoint's keys fitted.
+    how a checkpoint's keys fitted; `record` is the file's own account, where that was followed. `opened_with` are the
+    parameters that it had when it was opened.
     """
 
     module: nn.Module
@@ -66,9 +42,11 @@ class Live:
     edits: list[str] = field(default_factory=list)
     changes: list[Change] = field(default_factory=list)
     report: LoadReport | None = None
+    record: Record | None = None
     notes: list[str] = field(default_factory=list)
     seed: int = 0
     edit_count: int = 0
+    opened_with: dict[str, nn.Parameter] = field(default_factory=dict)
 
     @property
     def drawn(self) -> bool:
@@ -84,12 +62,14 @@ class Live:
         Without `trusted` an edit that would run code other than torch's and torchvision's is refused.
         """
         first = self.edit_count + 1
-        changes = apply(self.module, edits, seed=self.seed, first=first, inputs=self.inputs, trusted=trusted)
+        done = apply(self.module, edits, seed=self.seed, first=first, inputs=self.inputs, trusted=trusted)
+        self.module, self.inputs = done.module, done.inputs
         self.edit_count += len(edits)
-        for change in changes:
+        for change in done.changes:
             self.edits += change.resolved
-        self.changes += changes
-        return changes
+        self.changes += done.changes
+        self.notes += done.notes
+        return done.changes
 
 
 def open_live(source: Source, *, report_only: bool = False) -> Live:
@@ -173,20 +153,23 @@ class _Opening:
         if seed is None:
             seed = self.record.seed if self.record else 0
         module = self.base.on_meta(seed) if self.base else loading.bare_module(self._contents())
-        live = Live(module, self.source, self.base, self.contents, notes=self.notes, seed=seed)
-        live.inputs = self._inputs(module)
+        live = Live(module, self.source, self.base, self.contents, record=self.record, notes=self.notes, seed=seed)
         if self.record is not None and self.base is not None:
+            told = len(live.notes)
             live.apply(self.record.parsed_edits(), trusted=self.source.trust)
             live.changes.clear()
+            del live.notes[told:]  # what the edits had to say was said when they were made
+            module = live.module
         if self.record is not None:
             live.edits = list(self.record.edits)
             live.edit_count = self.record.edit_count
         if self.contents is not None and self.base is not None:
             live.report = loading.load(module, loading.on_meta(self.contents))
             self._check(live.report, report_only)
-            live.inputs = self._inputs(module)
         if self.record is not None:
             set_frozen(module, self.record.frozen)
+        live.inputs = self._inputs(module)
+        live.opened_with = dict(module.named_parameters())
         return live
 
     def real(self, edits: Sequence[Edit]) -> tuple[nn.Module, Live]:
@@ -201,14 +184,14 @@ class _Opening:
         module = self.base.real(live.seed, weights=self.contents is None)
         if self.record is not None:
             # live() has been through the same edits, and has refused what is not trusted.
-            apply(module, self.record.parsed_edits(), seed=live.seed, first=1, inputs=live.inputs)
+            module = apply(module, self.record.parsed_edits(), seed=live.seed, first=1).module
         if self.contents is not None:
             loading.load(module, loading.mapped(self.contents))
         if self.record is not None:
             set_frozen(module, self.record.frozen)
-        apply(module, edits, seed=live.seed, first=live.edit_count + 1, inputs=live.inputs)
+        done = apply(module, edits, seed=live.seed, first=live.edit_count + 1, inputs=live.inputs)
         live.apply(edits)
-        return module, live
+        return done.module, live
 
     def _contents(self) -> Contents:
         assert self.contents is not None
@@ -223,18 +206,19 @@ class _Opening:
             raise error
 
     def _inputs(self, module: nn.Module) -> Inputs | None:
-        source = self.source
+        """What the model takes: as the command says, else as the file says, else as torchvision says of its own."""
+        source, record = self.source, self.record
         builder = self.base.builder if self.base else None
-        recorded = self.record.input_size if self.record else None
-        dtypes = source.input_dtype or (self.record.input_dtype if self.record else ())
-        if not dtypes and (own := _floating_dtype(module)) not in (None, "float32"):
-            dtypes = (str(own),)
-        shapes = source.input_size or recorded
+        if record is not None and any(isinstance(edit, Extract) for edit in record.parsed_edits()):
+            builder = None  # what is left of it takes something else
+        dtypes = source.input_dtype or (record.input_dtype if record else ())
+        shapes = source.input_size or (record.input_size if record else None)
         if shapes is None and builder is not None and self.base is not None:
             shapes = zoo.input_sizes(builder, self.base.weights, module)
         if shapes is None:
             return None
-        return Inputs(shapes, dtypes, builder is not None and zoo.takes_list_of_images(builder))
+        as_list = builder is not None and zoo.takes_list_of_images(builder)
+        return Inputs(shapes, dtypes, as_list, floating_dtype(module) or "float32")
 
 
 def read_to_edit(path: Path, source: Source, notes: list[str]) -> Contents:
@@ -264,11 +248,6 @@ def _weights_file(weights: str | None, folder: Path, *, of_checkpoint: bool) -> 
     return None
 
 
-def _floating_dtype(module: nn.Module) -> str | None:
-    """The dtype of the first floating-point parameter: what a model in half precision takes as well."""
-    return next((dtype_name(p.dtype) for p in module.parameters() if p.dtype.is_floating_point), None)
-
-
 def set_frozen(module: nn.Module, frozen: Sequence[str]) -> None:
     """Set every flag: the parameters named are frozen, all others are trained."""
     names = set(frozen)
@@ -291,3 +270,26 @@ def with_arch_instance(source: Source, instance: nn.Module) -> tuple[nn.Module, 
     if error := report.refusal(contents, type(instance).__name__, strict=source.strict):
         raise error
     return instance, report
+
+
+def blueprint_of(instance: nn.Module, shapes: tuple[tuple[int, ...], ...] | None) -> Blueprint:
+    """The blueprint of a module that exists already, with a forward pass on meta where shapes are given."""
+    if not isinstance(instance, nn.Module):
+        raise RequestError(f"blueprint takes an nn.Module or a reference, not {instance!r:.40}")
+    found = describe(instance)
+    if shapes is None:
+        return found
+    inputs = Inputs(shapes, floating=floating_dtype(instance) or "float32")
+    return found.with_trace(trace.trace(instance, inputs)[0])
+
+
+def edit_instance(
+    instance: nn.Module, edits: Sequence[Edit], *, seed: int, shapes: tuple[tuple[int, ...], ...] | None
+) -> nn.Module:
+    """Apply edits to a real module, in place; what comes back is another one after `extract`."""
+    if not isinstance(instance, nn.Module):
+        raise RequestError(f"apply takes an nn.Module, not {instance!r:.40}", "modelcli.load(...) gives one")
+    inputs = None
+    if shapes is not None:
+        inputs = Inputs(shapes, floating=floating_dtype(instance) or "float32")
+    return apply(instance, edits, seed=seed, inputs=inputs).module

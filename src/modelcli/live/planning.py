@@ -15,8 +15,9 @@ from modelcli import record as records
 from modelcli.blueprints import Blueprint, Trace
 from modelcli.checkpoints import CompositeEntry, TensorEntry
 from modelcli.checkpoints.pickles import Global, Opaque, OrderedDict, StorageRef
+from modelcli.edits import Extract
 from modelcli.errors import RequestError
-from modelcli.live import composites, memory, trace
+from modelcli.live import composites, loading, memory, trace
 from modelcli.live.describe import describe, dtype_name
 from modelcli.live.opening import Live
 from modelcli.live.sources import Value, is_composite, is_lazy, real_tensor, source_of
@@ -52,7 +53,7 @@ def plan(live: Live, out: Path, kind: str, *, bare: bool = False) -> Plan:
         raise RequestError(_not_for_safetensors(extras), "write a .pth file")
     metadata: Mapping[str, Any] = getattr(state, "_metadata", {})
     if live.architecture is None and contents is not None:
-        metadata = contents.metadata
+        metadata = loading.metadata_of(live.module, contents)
     return Plan(
         tensors,
         records.to_text(record_of(live, Path(os.path.realpath(out)).parent)),
@@ -156,7 +157,6 @@ def record_of(live: Live, folder: Path) -> Record:
         ours = base.reference
         reference = ours.relative_to(folder) if isinstance(ours, PythonObject) else str(ours)
     frozen = tuple(name for name, parameter in live.module.named_parameters() if not parameter.requires_grad)
-    previous = live.contents.record if live.contents is not None else None
     return Record(
         reference=reference,
         weights=base.weights if base is not None else None,
@@ -165,9 +165,16 @@ def record_of(live: Live, folder: Path) -> Record:
         edits=tuple(live.edits),
         frozen=frozen,
         blueprint=traced(live),
-        input_size=live.source.input_size or (previous.input_size if previous else None),
-        input_dtype=live.source.input_dtype or (previous.input_dtype if previous else ()),
+        input_size=live.inputs.shapes if live.inputs is not None and _is_stated(live) else None,
+        input_dtype=live.inputs.dtypes if live.inputs is not None else (),
     )
+
+
+def _is_stated(live: Live) -> bool:
+    """Whether what the model takes cannot be told from its reference: somebody said it, or `extract` changed it."""
+    recorded = live.record.input_size if live.record is not None else None
+    extracted = any(line.startswith(f"{Extract.name} ") for line in live.edits)
+    return extracted or live.source.input_size is not None or recorded is not None
 
 
 def traced(live: Live, mode: str = "eval") -> Blueprint:

@@ -20,13 +20,15 @@ class Misfit:
     """What flows into a module is not what it takes.
 
     `flows` is what flows in, as text; `expects` what the module takes; `argument` the constructor argument that
-    decides it and `value` what it would have to be, where one argument does.
+    decides it and `value` what it would have to be, where one argument does; `dtype` the floating-point dtype that
+    its parameters would have to have, where that does.
     """
 
     flows: str
     expects: str
     argument: str | None = None
     value: int | None = None
+    dtype: str | None = None
 
 
 class MisfitError(Exception):
@@ -111,9 +113,12 @@ def _at_least(dims: int) -> Rule:
 
 def _same_dtype(module: Any, flow: torch.Tensor) -> Misfit | None:
     own = next((p.dtype for p in module.parameters() if p.dtype.is_floating_point or p.dtype.is_complex), None)
-    if own is None or flow.dtype == own:
-        return None
-    return Misfit(text_of(flow), f"{dtype_name(own)}, the dtype of its parameters")
+    return None if own is None or flow.dtype == own else _dtype_misfit(own, flow)
+
+
+def _dtype_misfit(own: torch.dtype, flow: torch.Tensor) -> Misfit:
+    mended = dtype_name(flow.dtype) if flow.dtype.is_floating_point else None
+    return Misfit(text_of(flow), f"{dtype_name(own)}, the dtype of its parameters", dtype=mended)
 
 
 def _norm_dtype(module: Any, flow: torch.Tensor) -> Misfit | None:
@@ -126,7 +131,7 @@ def _norm_dtype(module: Any, flow: torch.Tensor) -> Misfit | None:
         return None
     if own == torch.float32 and flow.dtype in (torch.float16, torch.bfloat16):
         return None
-    return Misfit(text_of(flow), f"{dtype_name(own)}, the dtype of its parameters")
+    return _dtype_misfit(own, flow)
 
 
 def _floating(_module: Any, flow: torch.Tensor) -> Misfit | None:

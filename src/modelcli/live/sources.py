@@ -78,7 +78,58 @@ class Lazy:
         return self._tensors[name]
 
 
-AnySource = Value | Drawn | Storage
+class Computed:
+    """Bytes that are computed when they are asked for, each time anew: nothing is kept.
+
+    `compute` gives a contiguous tensor that is all of its storage: these bytes. `cut` gives so many bytes from a start
+    on as a source of their own, where a part can be computed without the rest.
+    """
+
+    def __init__(
+        self,
+        nbytes: int,
+        compute: Callable[[], torch.Tensor],
+        cut: Callable[[int, int], Computed] | None = None,
+    ) -> None:
+        self._nbytes = nbytes
+        self._compute = compute
+        self._cut = cut
+
+    @property
+    def nbytes(self) -> int:
+        return self._nbytes
+
+    def chunks(self) -> Iterator[bytes]:
+        """The bytes, in pieces of at most 8 MiB; computed one at a time where that can be."""
+        step = CHUNK if self._cut is not None else max(self._nbytes, 1)
+        for start in range(0, self._nbytes, step):
+            part = self.part(start, min(step, self._nbytes - start))
+            for piece in Value(part.real()).chunks():
+                yield bytes(piece)  # a copy, which outlives the storage
+
+    def real(self) -> torch.UntypedStorage:
+        return self._compute().untyped_storage()
+
+    def part(self, start: int, nbytes: int) -> Computed:
+        """`nbytes` of the bytes, from `start`, both on the border of an element."""
+        if (start, nbytes) == (0, self._nbytes):
+            return self
+        if self._cut is not None:
+            return self._cut(start, nbytes)
+        return Computed(nbytes, lambda: self._compute().flatten().view(torch.uint8)[start : start + nbytes].clone())
+
+
+def converted(flat: torch.Tensor, dtype: torch.dtype) -> Computed:
+    """The elements of a tensor of one dimension as another dtype: what `flat.to(dtype)` gives, a piece at a time."""
+    size = dtype.itemsize
+
+    def cut(start: int, nbytes: int) -> Computed:
+        return converted(flat[start // size : (start + nbytes) // size], dtype)
+
+    return Computed(flat.numel() * size, lambda: real_tensor(flat).to(dtype), cut)
+
+
+AnySource = Value | Drawn | Computed | Storage
 
 
 def named_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -129,7 +180,7 @@ def is_composite(tensor: torch.Tensor) -> bool:
 
 def real_storage(source: AnySource, windows: Windows | None = None) -> torch.UntypedStorage:
     """The bytes of a source as a real storage; those of one span of a file are mapped, not read."""
-    if isinstance(source, Value | Drawn):
+    if isinstance(source, Value | Drawn | Computed):
         return source.real()
     view = source.mapped(windows)
     if not view.nbytes:

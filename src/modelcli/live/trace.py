@@ -20,7 +20,7 @@ from modelcli.live.describe import walk
 from modelcli.live.twins import meta_twin, seeded
 
 if TYPE_CHECKING:
-    from modelcli.live.opening import Inputs
+    from modelcli.live.inputs import Inputs
 
 
 @dataclass
@@ -252,9 +252,19 @@ def _bytes_of(tensor: torch.Tensor) -> int:
 
 def flowing_into(module: nn.Module, paths: Sequence[str], inputs: Inputs | None) -> dict[str, torch.Tensor]:
     """The first tensor that flows into each module on a forward pass on meta; without those it did not reach."""
+    return {
+        path: next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        for path, (args, kwargs) in first_calls(module, paths, inputs).items()
+    }
+
+
+def first_calls(
+    module: nn.Module, paths: Sequence[str], inputs: Inputs | None
+) -> dict[str, tuple[tuple[Any, ...], Mapping[str, Any]]]:
+    """The arguments of the first call of each module that a tensor flows into, on a forward pass on meta."""
     if inputs is None:
         return {}
-    found: dict[str, torch.Tensor] = {}
+    found: dict[str, tuple[tuple[Any, ...], Mapping[str, Any]]] = {}
     twin = twin_or_itself(module)
     places: dict[int, list[str]] = {}
     for path, child in walk(twin):
@@ -262,10 +272,9 @@ def flowing_into(module: nn.Module, paths: Sequence[str], inputs: Inputs | None)
             places.setdefault(id(child), []).append(path)
 
     def visit(child: nn.Module, _path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        tensor = next((v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)), None)
-        if tensor is not None:
+        if any(isinstance(value, torch.Tensor) for value in (*args, *kwargs.values())):
             for path in places.get(id(child), ()):
-                found.setdefault(path, tensor)
+                found.setdefault(path, (args, kwargs))
 
     run(twin, inputs.tensors("meta"), visit=visit)
     return found

@@ -344,6 +344,13 @@ def edits(
     return View(document, shown_rows, columns, [*footer, *outcome], header=False)
 
 
+def script(reference: str, blueprint: Blueprint, text: str) -> View:
+    """A script, as its text; a line a row."""
+    document = {"schema": SCHEMA, "model": model_of(reference, blueprint), "script": text}
+    rows = [{"line": line} for line in text.splitlines()]
+    return View(document, rows, [Column("line", "line")], body=text.removesuffix("\n"))
+
+
 def _difference(before: int, after: int) -> str:
     return f"{before:,}" if before == after else f"{before:,} -> {after:,} ({after - before:+,})"
 

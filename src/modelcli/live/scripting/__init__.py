@@ -1,0 +1,295 @@
+"""The same work as a plain PyTorch script that needs no modelcli."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from modelcli import checkpoints, writing
+from modelcli import edits as edit_lines
+from modelcli.blueprints import Blueprint
+from modelcli.checkpoints import CompositeEntry, Contents
+from modelcli.checkpoints.contents import Span
+from modelcli.edits import Edit, Replace
+from modelcli.errors import ModelcliError
+from modelcli.live import surgery, zoo
+from modelcli.live.build import Architecture
+from modelcli.live.describe import describe
+from modelcli.live.opening import Live, open_live
+from modelcli.live.scripting import key_edits, model_edits
+from modelcli.live.scripting.page import InexpressibleError, Page, is_name, loop, quoted
+from modelcli.live.surgery import seed_of
+from modelcli.references import Installed, PythonObject, Source
+
+
+@dataclass(frozen=True)
+class Script:
+    """A script, and what it does not do."""
+
+    text: str
+    notes: tuple[str, ...]
+    blueprint: Blueprint
+
+
+def script(source: Source, edits: Sequence[Edit], places: Sequence[str], out: Path, *, bare: bool = False) -> Script:
+    """Write a script that opens a model, edits it and saves its state dict to `out`: the tensors that `save` writes.
+
+    Where plain PyTorch has no statements for something, the script says so and stops there, and a note tells it.
+    `places` are where the edits stand, for the error where one is wrong; `bare` drops what stood around a state dict.
+
+    Raises RequestError for an edit that is wrong, and what opening the model raises.
+    """
+    page = Page()
+    live = open_live(source)
+    pair = open_live(source).module, open_live(source).module
+    work = _Script(page, live, *pair)
+    work.open_model(source)
+    for number, (edit, place) in enumerate(zip(edits, places, strict=True), 1):
+        work.edit(edit, f"{place}: edit {number}")
+    work.save(out, bare=bare)
+    return Script(page.text(), (*live.notes, *page.notes), live.describe())
+
+
+class _Script:
+    """Writes the parts of a script. `before` and `after` are the model around each edit."""
+
+    def __init__(self, page: Page, live: Live, before: nn.Module, after: nn.Module) -> None:
+        self.page = page
+        self.live = live
+        self.before = before
+        self.after = after
+        self.contents = live.contents
+
+    # --- the model -------------------------------------------------------------------------------------------------
+
+    def open_model(self, source: Source) -> None:
+        """The architecture, the edits that a record tells, and the numbers of a file."""
+        base, contents = self.live.architecture, self.contents
+        if base is not None:
+            _construct(self.page, base, source, self.live.seed if self._draws() else None)
+            self._follow_record(base)
+        if contents is None:
+            return
+        if base is not None:
+            self.page.paragraph()
+        try:
+            if source.tensors_only and checkpoints.read(contents.path, key=source.key).foreign:
+                raise InexpressibleError("the file holds objects of foreign classes, which weights_only=True refuses")
+            _read_state(self.page, contents, self.live.report.prefix if self.live.report else "")
+        except InexpressibleError as error:
+            self.page.refuse(f"read {contents.path}", str(error))
+        if base is not None:
+            arguments = ["state"]
+            if not source.strict:
+                arguments.append("strict=False")
+            if self._takes_dtypes():
+                arguments.append("assign=True")  # the tensors of the file, in their own dtype
+            self.page.write(f"model.load_state_dict({', '.join(arguments)})")
+            if self.live.record is not None:
+                built = self._built(base)
+                self.page.write(*_without_comment(model_edits.flags(built, describe(built), self.live.describe())))
+
+    def _draws(self) -> bool:
+        """Whether numbers that the constructor draws are in the result."""
+        missing = self.live.report is not None and bool(self.live.report.missing)
+        return self.live.drawn or (self.live.contents is not None and missing)
+
+    def _built(self, base: Architecture) -> nn.Module:
+        """The architecture after the edits of the record: what the script has before it reads the file."""
+        built = base.on_meta(self.live.seed)
+        record = self.live.record
+        edits = record.parsed_edits() if record is not None else ()
+        return surgery.apply(built, edits, inputs=self.live.inputs).module
+
+    def _takes_dtypes(self) -> bool:
+        """Whether the file has tensors of another dtype than the architecture: `load_state_dict` converts them."""
+        assert self.live.architecture is not None
+        built = self._built(self.live.architecture)
+        before = describe(built).by_name
+        return any(name in before and before[name].dtype != t.dtype for name, t in self.live.describe().by_name.items())
+
+    def _follow_record(self, base: Architecture) -> None:
+        """The edits that made the architecture of the file what it is; the numbers come from the file."""
+        record = self.live.record
+        if record is None or not record.edits:
+            return
+        before, after = base.on_meta(self.live.seed), base.on_meta(self.live.seed)
+        self.page.paragraph("what was done to it before it was saved")
+        for edit in record.parsed_edits():
+            after = surgery.apply(after, [edit], inputs=self.live.inputs).module
+            self._translate([edit], before, after, None, str(edit))
+            before = surgery.apply(before, [edit], inputs=self.live.inputs).module
+
+    # --- edits -----------------------------------------------------------------------------------------------------
+
+    def edit(self, edit: Edit, place: str) -> None:
+        """One edit, as what it was resolved to."""
+        try:
+            changes = self.live.apply([edit])
+        except ModelcliError as error:
+            error.message = f"{place}, {str(edit)!r}: {error.message}"
+            raise
+        self.page.paragraph(str(edit))
+        resolved = [edit_lines.parse(line) for change in changes for line in change.resolved]
+        seed: int | None = seed_of(self.live.seed, self.live.edit_count)
+        if not resolved:
+            self.page.write("# nothing changes")
+        # Modules that take the place of others are told together: none of them lies in another one.
+        together = self._is_model and all(isinstance(item, Replace) for item in resolved)
+        groups = [resolved] if together else [[item] for item in resolved]
+        for group in groups:
+            inputs = self.live.inputs
+            self.after = surgery.apply(self.after, group, inputs=inputs).module
+            self._translate(group, self.before, self.after, seed, str(edit))
+            self.before = surgery.apply(self.before, group, inputs=inputs).module
+            seed = None  # the generator goes on
+
+    @property
+    def _is_model(self) -> bool:
+        return self.live.architecture is not None
+
+    def _translate(
+        self, edits: Sequence[Edit], before: nn.Module, after: nn.Module, seed: int | None, line: str
+    ) -> None:
+        try:
+            if self._is_model:
+                self.page.write(*model_edits.statements(self.page, edits, before, after, seed))
+            else:
+                self.page.write(*key_edits.statements(self.page, edits[0], before, after, seed))
+        except InexpressibleError as error:
+            self.page.refuse(line, str(error))
+
+    # --- the result ------------------------------------------------------------------------------------------------
+
+    def save(self, out: Path, *, bare: bool) -> None:
+        """What writes the state dict, or the training checkpoint around it."""
+        page, contents = self.page, self.contents
+        page.paragraph()
+        state = "model.state_dict()" if self._is_model else "state"
+        if writing.format_of(out) == "safetensors":
+            page.imports.add("from safetensors.torch import save_file")
+            again, alone = _shared(self.live.module)
+            if again:
+                page.write(f"state = {state}", "# tied tensors are saved once, under their first name")
+                page.write(*loop("name", again, "del state[name]"))
+                state = "state"
+            if not alone:
+                # safetensors holds every tensor by itself, row-major
+                whole = "value.clone(memory_format=torch.contiguous_format)"
+                state = f"{{key: {whole} for key, value in {state}.items()}}"
+            page.write(f"save_file({state}, {quoted(_seen(out))})")
+        elif contents is not None and contents.key is not None and not bare:
+            page.write(f"checkpoint{_keys(contents)} = {state}", f"torch.save(checkpoint, {quoted(_seen(out))})")
+        else:
+            page.write(f"torch.save({state}, {quoted(_seen(out))})")
+
+
+def _shared(module: nn.Module) -> tuple[list[str], bool]:
+    """The names of tensors that have one before, and whether each of the others has its storage for itself."""
+    first: dict[tuple[object, ...], str] = {}
+    again = []
+    tensors = {name: value for name, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
+    for name, value in tensors.items():
+        view = (value.untyped_storage()._cdata, value.storage_offset(), value.shape, value.stride(), value.dtype)
+        if first.setdefault(view, name) != name and value.numel():
+            again.append(name)
+    rest = [value for name, value in tensors.items() if name not in again]
+    storages = {value.untyped_storage()._cdata for value in rest}
+    return again, len(storages) == len(rest) and all(value.is_contiguous() for value in rest)
+
+
+def _without_comment(lines: Sequence[str]) -> list[str]:
+    return [line for line in lines if not line.startswith("#")]
+
+
+# --- where the model comes from ------------------------------------------------------------------------------------
+
+
+def _construct(page: Page, base: Architecture, source: Source, seed: int | None) -> None:
+    """The statements that make `model`; `seed` is None where none of its numbers are drawn."""
+    if base.instance is not None:
+        page.write(f"model = {_own_object(page, base.reference, source.folder)}")  # type: ignore[arg-type]
+        page.notes.append(f"{base.reference} has the numbers that it gets when its file is run")
+        return
+    if seed is not None:
+        page.write(f"torch.manual_seed({seed})")
+    match base.reference:
+        case Installed(call=call) if base.builder is not None:
+            arguments = dict(call.kwargs)
+            if base.weights is not None:
+                arguments["weights"] = base.weights
+            builder = zoo.torchvision().models.get_model_builder(base.builder)
+            if "weights_backbone" in inspect.signature(builder).parameters:
+                arguments["weights_backbone"] = None
+            page.imports.add("from torchvision import models")
+            if getattr(zoo.torchvision().models, base.builder, None) is builder:
+                page.write(f"model = models.{base.builder}({page.arguments((), arguments)})")
+            else:
+                page.write(f"model = models.get_model({page.arguments((base.builder,), arguments)})")
+        case Installed(call=call):
+            page.write(f"model = {page.value(call)}")
+        case PythonObject(call=call) as reference:
+            found = _own_object(page, reference, source.folder)
+            arguments_text = "" if call is None else page.arguments(call.args, call.kwargs)
+            page.write(f"model = {found}({arguments_text})")
+
+
+def _own_object(page: Page, reference: PythonObject, folder: Path) -> str:
+    """A class, function or instance of the user's own, imported."""
+    first = reference.name.partition(".")[0]
+    if reference.file is None:
+        page.folders.setdefault(_seen(folder))
+        page.imports.add(f"from {reference.source} import {first}")
+        return reference.name
+    page.folders.setdefault(_seen(reference.file.parent))
+    if is_name(reference.file.stem):
+        page.imports.add(f"from {reference.file.stem} import {first}")
+        return reference.name
+    page.imports.add("import runpy")
+    found = f"runpy.run_path({quoted(_seen(reference.file))})[{quoted(first)}]"
+    return found + reference.name.removeprefix(first)
+
+
+def _read_state(page: Page, contents: Contents, prefix: str) -> None:
+    """The statements that make `state`, a dict of tensors."""
+    if contents.format == "dcp":
+        raise InexpressibleError("it is a folder of torch.distributed.checkpoint")
+    files = [contents.path]
+    if contents.path.is_dir() or contents.path.suffix == ".json":
+        entries = contents.tensors.values()
+        parts = [part for entry in entries for part in (entry.parts if isinstance(entry, CompositeEntry) else (entry,))]
+        files = sorted({part.storage.path for part in parts if isinstance(part.storage, Span)})
+        page.write("state = {}", *(f"state |= {_loaded(page, file)}" for file in files))
+    elif contents.key is not None:
+        page.write(f"checkpoint = {_loaded(page, files[0])}", f"state = checkpoint{_keys(contents)}")
+    else:
+        page.write(f"state = {_loaded(page, files[0])}")
+    if prefix:
+        page.write(f"state = {{key.removeprefix({quoted(prefix)}): value for key, value in state.items()}}")
+
+
+def _loaded(page: Page, file: Path) -> str:
+    if file.suffix == ".safetensors":
+        page.imports.add("from safetensors.torch import load_file")
+        return f"load_file({quoted(_seen(file))})"
+    return f'torch.load({quoted(_seen(file))}, map_location="cpu", weights_only=True)'
+
+
+def _keys(contents: Contents) -> str:
+    return "".join(f"[{quoted(key)}]" for key in contents.key or ())
+
+
+def _seen(path: Path) -> str:
+    """A path as the script has it: from the current folder, with forward slashes."""
+    if not path.is_absolute():
+        return os.path.normpath(path).replace(os.sep, "/")
+    return path.as_posix()
+
+
+__all__ = ["Script", "script"]

@@ -1,0 +1,280 @@
+"""Edits of a model as the statements that a person would write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from torch import nn
+
+from modelcli import expressions, selectors
+from modelcli.blueprints import FLOATING, Blueprint, TensorInfo, parent_of
+from modelcli.edits import Add, Append, Cast, Edit, Extract, Freeze, Init, Insert, Remove, Replace, Unfreeze
+from modelcli.live.describe import describe, dtype_name
+from modelcli.live.scripting.page import InexpressibleError, Page, dedented, is_name, loop, quoted
+from modelcli.live.scripting.places import place, put, take_out, tensor
+from modelcli.live.sources import named_tensors
+from modelcli.live.surgery.core import is_numbered
+from modelcli.live.surgery.initialising import DEFAULT, is_bias, scheme_name
+
+#: As many statements of one kind as stand one below the other; more become a loop.
+_STATEMENTS = 4
+
+KEEP_WEIGHTS = dedented('''
+    def keep_weights(old, new):
+        """Copy the overlapping part of each tensor of the same name out of a state dict, and give `new` back."""
+        for name, tensor in new.state_dict().items():
+            if name in old and tensor.dim() == old[name].dim():
+                part = tuple(slice(min(sizes)) for sizes in zip(tensor.shape, old[name].shape))
+                tensor[part] = old[name][part]
+        return new
+''')
+
+
+def statements(page: Page, edits: Sequence[Edit], before: nn.Module, after: nn.Module, seed: int | None) -> list[str]:
+    """What one edit does, from what it was resolved to: `edits` without patterns and holes.
+
+    `before` and `after` are the model around them. `seed` is that of the edit's numbers, None where nobody needs them.
+
+    Raises InexpressibleError.
+    """
+    if all(isinstance(edit, Replace) for edit in edits):
+        return _replace(page, [edit for edit in edits if isinstance(edit, Replace)], before, after, seed)
+    (edit,) = edits
+    match edit:
+        case Add() | Insert() | Append():
+            return _place(page, edit, before, after, seed)
+        case Remove():
+            return [take_out(before, path) for path in reversed(_distinct(before, edit.targets))]
+        case Extract():
+            (path,) = selectors.select_modules(describe(before), [edit.path])
+            return [f"model = {place(before, path)}"]
+        case Freeze() | Unfreeze():
+            return flags(before, describe(before), describe(after))
+        case Cast():
+            return _cast(before, describe(before), describe(after), edit)
+        case Init():
+            return _init(page, edit, before, seed)
+    raise InexpressibleError(f"there are no statements of PyTorch for {edit.name}")
+
+
+# --- new modules ---------------------------------------------------------------------------------------------------
+
+
+def _replace(page: Page, edits: Sequence[Replace], before: nn.Module, after: nn.Module, seed: int | None) -> list[str]:
+    blueprint = describe(before)
+    news: dict[int, tuple[Replace, list[str]]] = {}
+    for edit in edits:
+        for path in selectors.select_modules(blueprint, [edit.target], without=edit.without):
+            news.setdefault(id(after.get_submodule(path)), (edit, []))[1].append(path)
+    lines = _seeded(seed, [after.get_submodule(paths[0]) for _, paths in news.values()])
+    if any(edit.keep_weights for edit in edits):
+        page.helpers.setdefault(KEEP_WEIGHTS)
+    made = [(new_module(page, edit, after.get_submodule(paths[0])), edit, paths) for edit, paths in news.values()]
+    # The generator goes on from one to the next, so they stay in their order: runs of equal ones become loops.
+    while made:
+        text, edit, paths = made[0]
+        alike = 0
+        while alike < len(made) and made[alike][0] == text and len(made[alike][2]) == 1:
+            alike += 1
+        if alike > _STATEMENTS:
+            names = [paths[0] for _, _, paths in made[:alike]]
+            new = _kept("model.get_submodule(name)", text) if edit.keep_weights else text
+            lines += loop("name", names, f"model.set_submodule(name, {new})")
+            made = made[alike:]
+            continue
+        new = _kept(place(before, paths[0]), text) if edit.keep_weights else text
+        lines.append(put(before, paths[0], new))
+        lines += [put(before, path, place(after, paths[0])) for path in paths[1:]]
+        made = made[1:]
+    return lines
+
+
+def _kept(old: str, new: str) -> str:
+    return f"keep_weights({old}.state_dict(), {new})"
+
+
+def _place(page: Page, edit: Add | Insert | Append, before: nn.Module, after: nn.Module, seed: int | None) -> list[str]:
+    """A new module at a place of its own."""
+    path = edit.path if isinstance(edit, Append) else _parent_selector(edit.path)
+    (holder_path,) = selectors.select_modules(describe(before), [path])
+    holder, changed = before.get_submodule(holder_path), after.get_submodule(holder_path)
+    own = list(changed._modules)[-1]
+    if not isinstance(edit, Append):
+        own = selectors.plain(selectors.parse(edit.path).components[-1]) or own
+    new = changed._modules[own]
+    assert new is not None
+    lines, text, at = _seeded(seed, [new]), new_module(page, edit, new), place(before, holder_path)
+    match edit:
+        case Append():
+            return [*lines, f"{at}.append({text})"]
+        case Insert() if is_numbered(holder):
+            return [*lines, f"{at}.insert({own}, {text})"]
+        case Add() if isinstance(holder, nn.ModuleDict):
+            return [*lines, f"{at}[{quoted(own)}] = {text}"]
+        case Add() if own in vars(holder) and is_name(own):  # None until now, which add_module takes for a child
+            return [*lines, f"{at}.{own} = {text}"]
+        case Add():
+            return [*lines, f"{at}.add_module({quoted(own)}, {text})"]
+    raise InexpressibleError(f"{holder_path or 'the model'} is no sequence with children 0, 1, 2")
+
+
+def _parent_selector(path: str) -> str:
+    return ".".join(selectors.parse(path).components[:-1]) or "."
+
+
+def _distinct(model: nn.Module, targets: Sequence[str]) -> list[str]:
+    """The paths that selectors pick, less those that lead to the same child of the same module again."""
+    found: dict[tuple[int, str], str] = {}
+    for path in selectors.select_modules(describe(model), targets):
+        above, _, own = path.rpartition(".")
+        found.setdefault((id(model.get_submodule(above)), own), path)
+    return list(found.values())
+
+
+def new_module(page: Page, edit: Replace | Add | Insert | Append, new: nn.Module) -> str:
+    """The call that makes a module, with the dtype and mode that it has in the model."""
+    text = page.value(edit.module)
+    if not expressions.gives(edit.module, "dtype"):
+        dtypes = [dtype_name(t.dtype) for t in named_tensors(new).values() if t.dtype.is_floating_point]
+        if dtypes and dtypes[0] != "float32":
+            text += f".to(torch.{dtypes[0]})"
+    return text if new.training else f"{text}.eval()"
+
+
+def _seeded(seed: int | None, news: Iterable[nn.Module]) -> list[str]:
+    """What sets the generator, where one of the new modules has numbers."""
+    if seed is None or not any(map(named_tensors, news)):
+        return []
+    return [f"torch.manual_seed({seed})"]
+
+
+# --- flags and dtypes ----------------------------------------------------------------------------------------------
+
+
+def flags(model: nn.Module, before: Blueprint, after: Blueprint) -> list[str]:
+    """What gives each parameter the flag that it has in `after`: for whole modules where all of one take it."""
+    lines = []
+    for wanted in (False, True):
+        named = {t.name for t in after.tensors if t.kind == "parameter" and t.requires_grad is wanted}
+        changed = {t.name for t in before.tensors if t.name in named and t.requires_grad is not wanted}
+
+        def is_meant(info: TensorInfo, named: set[str] = named, wanted: bool = wanted) -> bool:
+            # Whole numbers cannot be trained: a module with such a parameter refuses.
+            return info.kind == "buffer" or (info.name in named and not (wanted and not _differentiable(info)))
+
+        modules, tensors = _largest(before, changed, is_meant)
+        call = f".requires_grad_({wanted})"
+        lines += _each(modules, lambda path: place(model, path), "get_submodule", call)
+        lines += _each(tensors, lambda name: tensor(model, name), "get_parameter", call)
+    return lines or ["# nothing changes: the flags are set already"]
+
+
+def _cast(model: nn.Module, before: Blueprint, after: Blueprint, edit: Cast) -> list[str]:
+    """What converts each tensor whose dtype differs: whole modules by their `to`, others one by one."""
+    changed = {t.name for t in before.tensors if after.by_name[t.name].dtype != t.dtype}
+
+    def is_meant(info: TensorInfo) -> bool:
+        # `to` converts complex numbers as well, and drops their imaginary parts.
+        return not info.dtype.startswith("complex") and (
+            info.dtype not in FLOATING or after.by_name[info.name].dtype == edit.dtype
+        )
+
+    modules, tensors = _largest(before, changed, is_meant)
+    call = f".to(torch.{edit.dtype})"
+    lines = _each(modules, lambda path: place(model, path), "get_submodule", call)
+    for name in tensors:
+        text = tensor(model, name)
+        if before.by_name[name].kind == "parameter":
+            lines.append(f"{text}.data = {text}.data{call}")
+        else:
+            above, _, own = name.rpartition(".")
+            lines.append(f"setattr({place(model, above)}, {quoted(own)}, {text}{call})")
+    return lines or ["# nothing changes: the dtype is that already"]
+
+
+def _differentiable(info: TensorInfo) -> bool:
+    return info.dtype in FLOATING or info.dtype.startswith("complex")
+
+
+def _largest(
+    blueprint: Blueprint, changed: set[str], is_meant: Callable[[TensorInfo], bool]
+) -> tuple[list[str], list[str]]:
+    """The outermost modules that hold changed tensors and only such as are meant, and the changed tensors elsewhere."""
+    wanted: dict[str, bool] = {}
+    useful: set[str] = set()
+    for info in blueprint.tensors:
+        path = info.name
+        while path:
+            path = parent_of(path)
+            wanted[path] = wanted.get(path, True) and is_meant(info)
+            if info.name in changed:
+                useful.add(path)
+    modules: list[str] = []
+    for module in blueprint.modules:
+        path = module.path
+        if path in useful and wanted[path] and not _lies_in(path, modules):
+            modules.append(path)
+    # A tied tensor is the same one under all its names.
+    done = {blueprint.by_name[name].identity for name in changed if _lies_in(parent_of(name), modules)}
+    tensors: dict[str, str] = {}
+    for info in blueprint.tensors:
+        if info.name in changed and info.identity not in done:
+            tensors.setdefault(info.identity, info.name)
+    return modules, list(tensors.values())
+
+
+def _lies_in(path: str, modules: Iterable[str]) -> bool:
+    return any(not above or path == above or path.startswith(f"{above}.") for above in modules)
+
+
+def _each(names: Sequence[str], text: Callable[[str], str], getter: str, call: str) -> list[str]:
+    """The same call for each name: one below the other, or in a loop where there are many."""
+    if len(names) <= _STATEMENTS:
+        return [f"{text(name)}{call}" for name in names]
+    return loop("name", names, f"model.{getter}(name){call}")
+
+
+# --- numbers -------------------------------------------------------------------------------------------------------
+
+
+def _init(page: Page, edit: Init, model: nn.Module, seed: int | None) -> list[str]:
+    lines = [] if seed is None else [f"torch.manual_seed({seed})"]
+    blueprint = describe(model)
+    if scheme_name(edit.scheme) == DEFAULT:
+        if edit.without:
+            raise InexpressibleError("reset_parameters draws all the tensors of a module, and some are kept here")
+        paths = selectors.select_modules(blueprint, edit.targets)
+        return [*lines, *_each(paths, lambda path: place(model, path), "get_submodule", ".reset_parameters()")]
+    names = selectors.select_tensors(blueprint, edit.targets, without=edit.without)
+    infos = {blueprint.by_name[name].identity: name for name in reversed(names)}
+    chosen = [name for name in names if name in infos.values() and blueprint.by_name[name].kind == "parameter"]
+    page.imports.add("from torch.nn import init")
+    return lines + fills(page, chosen, edit, lambda name: tensor(model, name), "model.get_parameter(name)")
+
+
+def fills(page: Page, names: Sequence[str], edit: Init, text: Callable[[str], str], any_text: str) -> list[str]:
+    """The calls that fill tensors in their order; runs of the same call become loops.
+
+    `any_text` is the expression for the tensor that is called `name`.
+    """
+    lines: list[str] = []
+    rest = list(names)
+    if scheme_name(edit.bias) in ("zeros", "ones", "constant"):  # draws nothing, and so may come last
+        rest = [name for name in names if not is_bias(name)] + [name for name in names if is_bias(name)]
+    while rest:
+        scheme = edit.bias if is_bias(rest[0]) else edit.scheme
+        run = [rest[0]]
+        while len(run) < len(rest) and is_bias(rest[len(run)]) == is_bias(run[0]):
+            run.append(rest[len(run)])
+        arguments = page.arguments(scheme.args, scheme.kwargs)
+        arguments = f", {arguments}" if arguments else ""
+        function = f"init.{scheme_name(scheme)}_"
+        if len(run) > _STATEMENTS:
+            lines += loop("name", run, f"{function}({any_text}{arguments})")
+        else:
+            lines += [f"{function}({text(name)}{arguments})" for name in run]
+        rest = rest[len(run) :]
+    return lines
+
+
+__all__ = ["KEEP_WEIGHTS", "fills", "flags", "new_module", "statements"]

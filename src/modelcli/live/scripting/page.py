@@ -1,0 +1,163 @@
+"""The text of a script while it is written: its imports, its statements, and the words of Python for plain values.
+
+Everything that comes from a file or a command line goes in as a literal or as a comment on one line, so that no name
+can become a statement.
+"""
+
+from __future__ import annotations
+
+import keyword
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from modelcli.blueprints import ITEM_BYTES
+from modelcli.expressions import Call, Name
+from modelcli.references import is_installed_name
+
+WIDTH = 110
+NN = "from torch import nn"
+
+
+class InexpressibleError(Exception):
+    """Something that plain PyTorch statements do not do; the text says what and why."""
+
+
+class Page:
+    """A script that grows. `notes` say what it leaves out."""
+
+    def __init__(self) -> None:
+        self.imports: set[str] = set()
+        self.folders: dict[str, None] = {}
+        self.helpers: dict[str, None] = {}
+        self.body: list[str] = []
+        self.notes: list[str] = []
+
+    def write(self, *lines: str) -> None:
+        self.body += lines
+
+    def paragraph(self, title: str | None = None) -> None:
+        """Start a new paragraph, below a comment."""
+        if self.body and self.body[-1]:
+            self.body.append("")
+        if title is not None:
+            self.body.append(f"# {on_one_line(title)}")
+
+    def refuse(self, what: str, why: str) -> None:
+        """Say that something is not in the script, and stop it there: what it would save is something else."""
+        self.notes.append(f"the script stops at {what!r}: {why}")
+        self.write(f"# {on_one_line(why)}", f"raise NotImplementedError({quoted(what)})")
+
+    def text(self) -> str:
+        """The whole script."""
+        imports = {"import torch"} | self.imports
+        lines = []
+        if self.folders:
+            imports |= {"import sys"}
+        standard = [line for line in imports if line.split()[1].partition(".")[0] in _STANDARD]
+        torches = [line for line in imports if line.split()[1].partition(".")[0] in _TORCHES]
+        own = sorted(imports - set(standard) - set(torches))
+        if standard:
+            lines += [*sorted(standard), ""]
+        lines += _in_order(torches)
+        if self.folders:
+            lines += ["", *(f"sys.path.insert(0, {quoted(folder)})" for folder in self.folders)]
+        if own:
+            lines += ["", *own]
+        for helper in self.helpers:
+            lines += ["", "", *helper.splitlines()]
+        if self.helpers:
+            lines += [""]
+        return "\n".join([*lines, "", *self.body]) + "\n"
+
+    def value(self, value: Any) -> str:
+        """A plain value as Python writes it, modules as the calls that make them."""
+        match value:
+            case Call(name=name, args=args, kwargs=kwargs):
+                return f"{self.class_of(name)}({self.arguments(args, kwargs)})"
+            case Name(dotted=dotted):
+                short = dotted.removeprefix("torch.")
+                return f"torch.{short}" if short in ITEM_BYTES else self.class_of(dotted)
+            case tuple():
+                return "(" + ", ".join(map(self.value, value)) + ("," if len(value) == 1 else "") + ")"
+            case list():
+                return "[" + ", ".join(map(self.value, value)) + "]"
+            case dict():
+                return "{" + ", ".join(f"{self.value(key)}: {self.value(item)}" for key, item in value.items()) + "}"
+            case str():
+                return quoted(value)
+        return repr(value)
+
+    def arguments(self, args: Iterable[Any], kwargs: dict[str, Any]) -> str:
+        """The arguments of a call, without its parentheses."""
+        return ", ".join([*map(self.value, args), *(f"{key}={self.value(item)}" for key, item in kwargs.items())])
+
+    def class_of(self, dotted: str) -> str:
+        """The name of a class in the script, imported there: `nn.Linear`, `ops.Permute`, `nets.Net`."""
+        package, _, name = dotted.replace(":", ".").rpartition(".")
+        if not is_installed_name(dotted):
+            self.folders.setdefault(".")
+            self.imports.add(f"import {package}")
+            return f"{package}.{name}"
+        if package == "torchvision.ops" or not hasattr(nn, name):
+            self.imports.add("from torchvision import ops")
+            return f"ops.{name}"
+        self.imports.add(NN)
+        return f"nn.{name}"
+
+
+_STANDARD = ("sys", "runpy")
+_TORCHES = ("torch", "torchvision", "safetensors")
+
+
+def _in_order(lines: Iterable[str]) -> list[str]:
+    """Imports as isort has them: plain ones first, each kind by its name."""
+    return sorted(lines, key=lambda line: (line.startswith("from"), line))
+
+
+def quoted(text: str) -> str:
+    """Text as a literal of Python in ASCII, in double quotes where it has none itself."""
+    literal = ascii(text)
+    return f'"{literal[1:-1]}"' if literal[0] == "'" and '"' not in literal else literal
+
+
+def on_one_line(text: str) -> str:
+    """Text for a comment: what is not printable is escaped."""
+    return "".join(c if c.isprintable() and c.isascii() else c.encode("unicode_escape").decode() for c in text)
+
+
+def is_name(text: str) -> bool:
+    """Whether text can stand after a dot."""
+    return text.isascii() and text.isidentifier() and not keyword.iskeyword(text)
+
+
+def loop(variable: str, values: Sequence[str], *body: str) -> list[str]:
+    """A loop over names, which stand in as many lines as they take."""
+    names = [quoted(value) for value in values]
+    head = f"for {variable} in ({', '.join(names)}{',' if len(names) == 1 else ''}):"
+    if len(head) <= WIDTH:
+        return [head, *(f"    {line}" for line in body)]
+    wrapped = _wrapped(names)
+    return [f"for {variable} in (", *wrapped, "):", *(f"    {line}" for line in body)]
+
+
+def _wrapped(names: Sequence[str]) -> list[str]:
+    """Literals with commas after them, indented, in lines of the page's width."""
+    lines: list[str] = []
+    for name in names:
+        if lines and len(lines[-1]) + len(name) + 2 <= WIDTH:
+            lines[-1] += f" {name},"
+        else:
+            lines.append(f"    {name},")
+    return lines
+
+
+def mapping(variable: str, pairs: Iterable[tuple[str, str]]) -> list[str]:
+    """A dict of names, a pair a line."""
+    return [f"{variable} = {{", *(f"    {quoted(key)}: {quoted(value)}," for key, value in pairs), "}"]
+
+
+def dedented(text: str) -> str:
+    return textwrap.dedent(text).strip("\n")

@@ -1,0 +1,81 @@
+"""The shared core: `apply` carries out edits on a module, on the meta device or real, and says what changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from modelcli.edits import (
+    Add,
+    Append,
+    Cast,
+    Edit,
+    Extract,
+    Freeze,
+    Init,
+    Insert,
+    Remove,
+    Rename,
+    Replace,
+    Unfreeze,
+)
+from modelcli.errors import ModelcliError
+from modelcli.live.surgery import casting, flags, initialising, placing, removing, renaming, replacing
+from modelcli.live.surgery.core import Change, Context, Done, brief, count, seed_of
+from modelcli.live.surgery.making import argument_from
+from modelcli.live.surgery.snapshot import restored_on_error
+
+if TYPE_CHECKING:
+    from modelcli.live.inputs import Inputs
+
+#: What carries out each kind of edit. It looks before it changes anything, and replaces tensors, never their numbers.
+_CARRY_OUT: Mapping[type[Edit], Callable[[nn.Module, Any, Context], Done]] = {
+    Replace: replacing.carry_out,
+    Add: placing.carry_out,
+    Insert: placing.carry_out,
+    Append: placing.carry_out,
+    Remove: removing.remove,
+    Extract: removing.extract,
+    Rename: renaming.carry_out,
+    Freeze: flags.carry_out,
+    Unfreeze: flags.carry_out,
+    Init: initialising.carry_out,
+    Cast: casting.carry_out,
+}
+
+
+def apply(
+    module: nn.Module,
+    edits: Sequence[Edit],
+    *,
+    seed: int = 0,
+    first: int = 1,
+    inputs: Inputs | None = None,
+    trusted: bool = True,
+) -> Done:
+    """Carry out edits in order; `first` is the number of the first one, which decides its random numbers.
+
+    On a meta module new modules are made on meta and drawn for real when their numbers are asked for; on a real one
+    they are made at once. All or nothing: where one raises RequestError, the module is as it was before the first,
+    and the message names the edit where there are several.
+    """
+    all_done = Done(module, inputs=inputs)
+    with restored_on_error(module):
+        for number, edit in enumerate(edits, first):
+            context = Context(seed_of(seed, number), all_done.inputs, trusted)
+            try:
+                done = _CARRY_OUT[type(edit)](all_done.module, edit, context)
+            except ModelcliError as error:
+                if len(edits) > 1:
+                    error.message = f"edit {number - first + 1}, {str(edit)!r}: {error.message}"
+                raise
+            all_done.module = done.module
+            all_done.changes += done.changes
+            all_done.notes += done.notes
+            all_done.inputs = done.inputs
+    return all_done
+
+
+__all__ = ["Change", "Done", "apply", "argument_from", "brief", "count", "seed_of"]

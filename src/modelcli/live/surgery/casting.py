@@ -1,0 +1,124 @@
+"""cast: floating-point tensors as another dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from modelcli import selectors
+from modelcli.blueprints import FLOATING, Blueprint, shown
+from modelcli.edits import Cast
+from modelcli.errors import RequestError
+from modelcli.live.describe import describe, dtype_name, floating_dtype
+from modelcli.live.sources import converted, extent, is_lazy, named_tensors
+from modelcli.live.surgery.core import Change, Context, Done
+from modelcli.live.surgery.flags import groups_of, require_expected
+from modelcli.live.surgery.storages import has_storage, view_anew, viewers
+
+
+def carry_out(module: nn.Module, edit: Cast, context: Context) -> Done:
+    dtype: torch.dtype = getattr(torch, edit.dtype)
+    blueprint = describe(module)
+    names = selectors.select_tensors(blueprint, edit.targets, without=edit.without)
+    tensors = named_tensors(module)
+    floating = [name for name in names if tensors[name].is_floating_point()]
+    if not floating:
+        raise RequestError(
+            f"nothing to cast: {', '.join(edit.targets)} has no floating-point tensors",
+            "modelcli params shows the dtypes",
+        )
+    groups = groups_of(edit.targets, blueprint, floating)
+    require_expected(edit.expect, groups)
+    changes, notes = [], []
+    for path, below in groups:
+        own = {id(tensors[name]): tensors[name] for name in below}
+        before = dict.fromkeys(dtype_name(tensor.dtype) for tensor in own.values())
+        if list(before) == [edit.dtype]:
+            notes.append(f"{shown(path)} is {edit.dtype} already")
+            continue
+        params = {key: tensor for key, tensor in own.items() if isinstance(tensor, nn.Parameter)}
+        size = sum(tensor.numel() for tensor in params.values() if not is_lazy(tensor))
+        changes.append(Change(path, edit.name, ", ".join(before), edit.dtype, size, size))
+    chosen = {id(tensors[name]): tensors[name] for name in floating if tensors[name].dtype != dtype}
+    _convert(module, chosen, dtype, {id(tensor): name for name, tensor in reversed(tensors.items())})
+    inputs = context.inputs
+    if inputs is not None:
+        inputs = replace(inputs, floating=floating_dtype(module) or inputs.floating)
+    if changes:
+        line = str(Cast(targets=tuple(_resolved_targets(blueprint, groups)), dtype=edit.dtype))
+        changes[0] = replace(changes[0], resolved=(line,))
+    return Done(module, changes, notes, inputs)
+
+
+def _convert(
+    module: nn.Module, chosen: Mapping[int, torch.Tensor], dtype: torch.dtype, names: Mapping[int, str]
+) -> None:
+    """Convert tensors, by `id`, each storage once. Looks at all of them before it changes any."""
+    for tensor in chosen.values():
+        _require_conversion(tensor.dtype, dtype, names[id(tensor)])
+    parts: list[list[torch.Tensor]] = []
+    for views in viewers(module).values():
+        for before in {view.dtype for view in views if id(view) in chosen}:
+            part = [view for view in views if id(view) in chosen and view.dtype == before]
+            _refuse_overlap(part, [view for view in views if all(view is not other for other in part)], names)
+            parts.append(part)
+    for part in parts:
+        storage, before = part[0].untyped_storage(), part[0].dtype
+        flat = torch.empty(0, dtype=before, device=part[0].device)
+        flat.set_(storage, 0, (storage.nbytes() // before.itemsize,), (1,))
+        view_anew(part, converted(flat, dtype), dtype)
+    for tensor in chosen.values():
+        if not has_storage(tensor):
+            tensor.data = tensor.data.to(dtype)
+        if tensor.is_leaf and tensor.grad is not None:
+            tensor.grad = tensor.grad.to(dtype)
+
+
+def _require_conversion(before: torch.dtype, after: torch.dtype, name: str) -> None:
+    try:
+        torch.empty(1, dtype=before).to(after)
+    except RuntimeError:
+        raise RequestError(
+            f"torch does not convert {dtype_name(before)} to {dtype_name(after)}, and {name} is {dtype_name(before)}",
+            "float8_e4m3fn takes one byte an element"
+            if dtype_name(after).startswith("float4")
+            else "--except leaves it",
+        ) from None
+
+
+def _refuse_overlap(part: Sequence[torch.Tensor], others: Iterable[torch.Tensor], names: Mapping[int, str]) -> None:
+    """Raise RequestError where tensors that are converted and tensors that are not show the same bytes."""
+    spans = [(*_span(view), True, names[id(view)]) for view in part if view.numel()]
+    spans += [(*_span(view), False, names[id(view)]) for view in others if view.numel()]
+    furthest: dict[bool, tuple[int, str]] = {True: (0, ""), False: (0, "")}
+    for start, end, converts, name in sorted(spans):
+        reached, other = furthest[not converts]
+        if start < reached:
+            inside, outside = (name, other) if converts else (other, name)
+            raise RequestError(
+                f"{inside} and {outside} show the same bytes, and a cast of {inside} alone would part them",
+                f"name both: {inside} {outside}",
+            )
+        furthest[converts] = max(furthest[converts], (end, name))
+
+
+def _span(view: torch.Tensor) -> tuple[int, int]:
+    """The bytes of its storage that a tensor lies in: the first, and the one after the last."""
+    start = int(view.storage_offset())
+    return start * view.element_size(), (start + extent(view)) * view.element_size()
+
+
+def _resolved_targets(blueprint: Blueprint, groups: Sequence[tuple[str, list[str]]]) -> list[str]:
+    """Literal paths: a module where all its floating-point tensors were chosen, else the tensors one by one."""
+    found: list[str] = []
+    for path, below in groups:
+        there = [t.name for t in blueprint.tensors if t.dtype in FLOATING and _is_at(t.name, path)]
+        found += [selectors.literal(path)] if len(there) == len(below) else map(selectors.literal, below)
+    return found
+
+
+def _is_at(name: str, path: str) -> bool:
+    return not path or name == path or name.startswith(f"{path}.")

@@ -1,0 +1,135 @@
+"""What all edits share: what they are told, what they give back, and how a module is told in one line."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from modelcli import expressions
+from modelcli.errors import RequestError
+from modelcli.live.build import Bare
+from modelcli.live.sources import is_lazy, named_tensors
+
+if TYPE_CHECKING:
+    from modelcli.live.inputs import Inputs
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one edit did at one path.
+
+    `resolved` are the lines of the edit that made it, selectors and `_` resolved,
+    on the first change of each edit.
+    """
+
+    path: str
+    action: str
+    before: str
+    after: str
+    params_before: int
+    params_after: int
+    resolved: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an edit may need to know besides the module: the seed of its numbers, and the model's input."""
+
+    seed: int
+    inputs: Inputs | None
+    trusted: bool
+
+
+@dataclass
+class Done:
+    """What edits came to: the model, which is another module after `extract`, and the input that it takes now.
+
+    `inputs` is None where nobody knows what it takes.
+    """
+
+    module: nn.Module
+    changes: list[Change] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    inputs: Inputs | None = None
+
+
+def seed_of(seed: int, number: int) -> int:
+    """The seed of edit `number` (from 1) of a model with this seed: `(seed * 1000003 + number) mod 2^63`."""
+    return (seed * 1_000_003 + number) % 2**63
+
+
+def is_meta(module: nn.Module) -> bool:
+    """Whether a model lives on the meta device: its numbers are made, or read, when they are asked for."""
+    tensors = [tensor for tensor in named_tensors(module).values() if not is_lazy(tensor)]
+    return any(tensor.is_meta for tensor in tensors)
+
+
+def places(module: nn.Module) -> dict[int, list[str]]:
+    """Every path of each module, by its `id`: a shared one has several."""
+    found: dict[int, list[str]] = {}
+    for path, child in module.named_modules(remove_duplicate=False):
+        found.setdefault(id(child), []).append(path)
+    return found
+
+
+def is_numbered(module: nn.Module) -> bool:
+    """Whether a module is a sequence whose children are called 0, 1, 2 and so on."""
+    return isinstance(module, nn.Sequential | nn.ModuleList) and list(module._modules) == [
+        str(number) for number in range(len(module._modules))
+    ]
+
+
+def put_children(module: nn.Module, children: Mapping[str, nn.Module | None]) -> None:
+    """Give a module these children, in this order, in the place of those that it has."""
+    found = dict(children)
+    module._modules.clear()
+    module._modules.update(found)
+
+
+def submodule(module: nn.Module, path: str) -> nn.Module:
+    """The module at a path that exists, whatever it is called: a checkpoint may call one `train` or `forward`."""
+    for name in path.split(".") if path else ():
+        child = module._modules[name]
+        assert child is not None
+        module = child
+    return module
+
+
+def brief(module: nn.Module) -> str:
+    """A module in one short line, as the call that makes it where its printed form tells that.
+
+    `Linear(in_features=4096, out_features=10, bias=True)` is `Linear(4096, 10)`: defaults are left out, and leading
+    arguments lose their names.
+    """
+    if isinstance(module, Bare):
+        return f"{len(list(module.parameters()))} tensors"
+    name, config = str(module._get_name()), module.extra_repr()
+    if len(module._modules) or "\n" in config:
+        return name
+    try:
+        parameters = list(inspect.signature(type(module)).parameters.values())
+        call = expressions.parse(f"{name}({config})")
+    except (RequestError, ValueError, TypeError):
+        return f"{name}({config})"
+    defaults = {parameter.name: parameter.default for parameter in parameters}
+    args, kwargs = list(call.args), dict(call.kwargs)
+    for parameter in parameters[len(args) :]:
+        if parameter.default is not inspect.Parameter.empty or parameter.name not in kwargs:
+            break
+        args.append(kwargs.pop(parameter.name))
+    kept = {key: value for key, value in kwargs.items() if key not in defaults or value != defaults[key]}
+    parts = [_spaced(value) for value in args] + [f"{key}={_spaced(value)}" for key, value in kept.items()]
+    return f"{name}({', '.join(parts)})"
+
+
+def _spaced(value: Any) -> str:
+    return expressions.to_text(value)
+
+
+def count(module: nn.Module) -> int:
+    """`sum(p.numel() for p in module.parameters())`, lazy parameters counting nothing."""
+    return sum(parameter.numel() for parameter in module.parameters() if not is_lazy(parameter))

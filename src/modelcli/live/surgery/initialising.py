@@ -1,0 +1,466 @@
+"""init: the numbers of parameters drawn anew, by a function of `torch.nn.init` or a module's own `reset_parameters`."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import init
+from torch.nn.modules.batchnorm import _NormBase
+
+from modelcli import expressions, selectors
+from modelcli.blueprints import Blueprint, ancestors, parent_of, shown
+from modelcli.edits import Init
+from modelcli.errors import RequestError, did_you_mean
+from modelcli.expressions import Call
+from modelcli.live import memory
+from modelcli.live.build import Bare
+from modelcli.live.describe import describe, dtype_name
+from modelcli.live.sources import Drawn, Lazy, is_lazy, named_tensors
+from modelcli.live.surgery.core import Change, Context, Done
+from modelcli.live.surgery.flags import groups_of, require_expected
+from modelcli.live.surgery.storages import copied, has_storage, key_of, view_anew, viewers
+from modelcli.live.twins import meta_twin, seeded
+
+#: Layers that start at weight 1 and bias 0, whatever scheme the layers around them get.
+NORMALISATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+DEFAULT = "default"
+
+
+def carry_out(module: nn.Module, edit: Init, context: Context) -> Done:
+    blueprint = describe(module)
+    names = selectors.select_tensors(blueprint, edit.targets, without=edit.without)
+    plan = _resets if scheme_name(edit.scheme) == DEFAULT else _fills
+    drawing = plan(module, edit, blueprint, names)
+    tensors = named_tensors(module)
+    filled = {id(tensors[name]): text for name, text in drawing.filled.items()}
+    groups = groups_of(edit.targets, blueprint, {name for name in names if id(tensors[name]) in filled})
+    require_expected(edit.expect, groups)
+    changes = []
+    for path, below in groups:
+        own = {id(tensors[name]): tensors[name] for name in below}
+        size = sum(tensor.numel() for tensor in own.values() if isinstance(tensor, nn.Parameter))
+        after = min((filled[key] for key in own), key=drawing.texts.index)
+        changes.append(Change(path, edit.name, "as it was", after, size, size))
+    _draw(module, drawing, {id(tensors[name]) for name in drawing.filled}, context.seed)
+    return Done(module, [replace(changes[0], resolved=drawing.lines), *changes[1:]], drawing.notes, context.inputs)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What one edit draws.
+
+    `filled` says by its first name how each tensor is filled, in one of `texts`, the most telling first. `tensors` are
+    the model's that are needed for it, `old` the same with the numbers that they have now, and `fill` writes into real
+    twins of them, in their order. `lines` are the edit with literal paths.
+    """
+
+    filled: Mapping[str, str]
+    texts: Sequence[str]
+    tensors: Sequence[torch.Tensor]
+    old: Sequence[torch.Tensor]
+    fill: Callable[[Sequence[torch.Tensor]], None]
+    lines: tuple[str, ...]
+    notes: list[str]
+    overwrites: bool = True
+
+
+def _draw(module: nn.Module, drawing: Drawing, chosen: Collection[int], seed: int) -> None:
+    """Give the chosen tensors, by `id`, new storages: drawn at once, or on the meta device when they are asked for.
+
+    Others that view one of these storages view the new one with them, as they would see what is drawn into the old.
+    """
+    views = viewers(module)
+    keys = [key_of(tensor) for tensor in drawing.tensors]
+    blank = {key for key in keys if drawing.overwrites and _is_alone(views[key])}
+    wanted = list(dict.fromkeys(key for key, tensor in zip(keys, drawing.tensors, strict=True) if id(tensor) in chosen))
+    sizes = {key: tensor.untyped_storage().nbytes() for key, tensor in zip(keys, drawing.old, strict=True)}
+
+    def build() -> nn.Module:
+        memory.require(sum(sizes.values()), "init")
+        fresh: dict[int, torch.UntypedStorage] = {}
+        real = []
+        for key, tensor in zip(keys, drawing.old, strict=True):
+            if key not in fresh:
+                fresh[key] = _zeros(sizes[key]) if key in blank else copied(tensor)
+            empty = torch.empty(0, dtype=tensor.dtype)
+            real.append(empty.set_(fresh[key], tensor.storage_offset(), tensor.size(), tensor.stride()))
+        with seeded(seed), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what there is to say was said when the edit was made
+            drawing.fill(real)
+        holder = nn.Module()
+        for key in wanted:
+            holder.register_buffer(str(key), torch.empty(0, dtype=torch.uint8).set_(fresh[key]))
+        return holder
+
+    lazy = Lazy(build)
+    for key in wanted:
+        view_anew(views[key], Drawn(lazy, str(key), sizes[key]))
+
+
+def _is_alone(views: Sequence[torch.Tensor]) -> bool:
+    """Whether one tensor shows all of its storage, and no other does: what is drawn leaves no old number."""
+    return len(views) == 1 and views[0].numel() * views[0].element_size() == views[0].untyped_storage().nbytes()
+
+
+def _zeros(nbytes: int) -> torch.UntypedStorage:
+    return torch.zeros(nbytes, dtype=torch.uint8).untyped_storage()
+
+
+# --- schemes -------------------------------------------------------------------------------------------------------
+
+
+def _schemes() -> dict[str, Callable[..., Any]]:
+    """The functions of `torch.nn.init` that fill a tensor, by their names without the trailing underscore."""
+    return {
+        name.removesuffix("_"): function
+        for name, function in vars(init).items()
+        if name.endswith("_")
+        and not name.startswith("_")
+        and inspect.isfunction(function)
+        and next(iter(inspect.signature(function).parameters), None) == "tensor"
+    }
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A function of `torch.nn.init` with its arguments; `text` is how a person writes it."""
+
+    text: str
+    signature: str
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def fill(self, tensor: torch.Tensor) -> None:
+        """Draw the numbers of a real tensor, in place."""
+        self.function(tensor, *self.args, **self.kwargs)
+
+    def refusal(self, tensor: torch.Tensor) -> str | None:
+        """Why it cannot fill a tensor of this shape and dtype, found out on a small one; None where it can."""
+        # The first size is kept: what `dirac` takes depends on whether its groups divide it.
+        sizes = tensor.shape[: tensor.dim() > 1] + torch.Size(min(n, 2) for n in tensor.shape[tensor.dim() > 1 :])
+        with seeded(0), torch.no_grad():
+            try:
+                self.fill(torch.zeros(sizes, dtype=tensor.dtype))
+            except Exception as error:
+                return (str(error) or type(error).__name__).splitlines()[0]
+        return None
+
+
+def scheme_name(call: Call) -> str:
+    """The name without what may stand around it: `torch.nn.init.normal_` is `normal`."""
+    name = call.name
+    for package in ("torch.", "nn.", "init."):
+        name = name.removeprefix(package)
+    return name.removesuffix("_")
+
+
+def scheme_of(call: Call) -> Scheme:
+    """The scheme that an expression names.
+
+    Raises RequestError for what is no function of `torch.nn.init`, and for arguments that do not fit its signature.
+    """
+    name, schemes = scheme_name(call), _schemes()
+    function = schemes.get(name)
+    if function is None:
+        if name == DEFAULT:
+            raise RequestError("default resets weights and biases together: it is a scheme, not one for --bias")
+        near = did_you_mean(name, [*schemes, DEFAULT])
+        raise RequestError(
+            f"no scheme {call.name!r} in torch.nn.init", near or f"there are: {', '.join(sorted(schemes))}, {DEFAULT}"
+        )
+    full = inspect.signature(function)
+    own = [p for p in full.parameters.values() if p.name not in ("tensor", "generator")]
+    signature = full.replace(parameters=own, return_annotation=full.empty)
+    shown_signature = f"{name}{signature}"
+    for value in (*call.args, *call.kwargs.values()):
+        if not isinstance(value, int | float | str | None):
+            raise RequestError(f"{call}: {expressions.to_text(value)} is neither a number nor a word", shown_signature)
+    try:
+        signature.bind(*call.args, **call.kwargs)
+    except TypeError as error:
+        raise RequestError(f"{call}: {error}", shown_signature) from None
+    text = expressions.to_text(Call(name, call.args, call.kwargs)).removesuffix("()")
+    return Scheme(text, shown_signature, function, call.args, call.kwargs)
+
+
+_ONES, _ZEROS = Call("ones"), Call("zeros")
+_NORMALISED = "weight 1, bias 0"
+
+
+@dataclass
+class _Sorted:
+    """The selected parameters, each under its first name, by what becomes of them."""
+
+    weights: list[str] = field(default_factory=list)
+    biases: list[str] = field(default_factory=list)
+    normalised: list[str] = field(default_factory=list)
+    kept: dict[str, str] = field(default_factory=dict)
+
+
+def _fills(module: nn.Module, edit: Init, blueprint: Blueprint, names: Sequence[str]) -> Drawing:
+    """Weights by the scheme, biases by theirs; normalisation layers 1 and 0, unless a target picks nothing else."""
+    weight, bias = scheme_of(edit.scheme), scheme_of(edit.bias)
+    tensors = named_tensors(module)
+    parameters = [name for name in names if blueprint.by_name[name].kind == "parameter"]
+    if not parameters:
+        raise _nothing(edit)
+    first = {id(tensors[name]): name for name in reversed(parameters)}
+    parts = _sorted(module, edit, blueprint, [name for name in parameters if first[id(tensors[name])] == name])
+    warned = _leave_out_refused(parts, tensors, weight, bias)
+    schemes = dict.fromkeys(parts.weights, weight) | dict.fromkeys(parts.biases, bias)
+    ones, zeros = scheme_of(_ONES), scheme_of(_ZEROS)
+    schemes |= {name: zeros if is_bias(name) else ones for name in parts.normalised}
+    if not schemes:
+        raise _nothing(edit, parts.kept)
+    ordered = [name for name in parameters if name in schemes]
+
+    def fill(real: Sequence[torch.Tensor]) -> None:
+        for name, tensor in zip(ordered, real, strict=True):
+            schemes[name].fill(tensor)
+
+    texts = (weight.text, _NORMALISED, bias.text)
+    filled = {name: _NORMALISED if name in set(parts.normalised) else schemes[name].text for name in ordered}
+    lines = []
+    if parts.weights or parts.biases:
+        drawn = [name for name in ordered if name not in set(parts.normalised)]
+        lines.append(str(replace(edit, targets=_literals(drawn), without=(), expect=None)))
+    if parts.normalised:
+        lines.append(str(Init(targets=_literals(parts.normalised), scheme=_ONES)))
+    chosen = [tensors[name] for name in ordered]
+    notes = [*warned, *_notes(module, parts, edit)]
+    return Drawing(filled, texts, chosen, [tensor.detach() for tensor in chosen], fill, tuple(lines), notes)
+
+
+def _sorted(module: nn.Module, edit: Init, blueprint: Blueprint, parameters: Sequence[str]) -> _Sorted:
+    """Sort parameters by name and by the module that holds them."""
+    norms = {info.path for info in blueprint.modules if _is_normalisation(module.get_submodule(info.path))}
+    alone: set[str] = set()
+    for target in edit.targets:
+        picked = selectors.matched_tensors(selectors.parse(target), blueprint)
+        picked = {name for name in picked if blueprint.by_name[name].kind == "parameter"}
+        if all(parent_of(name) in norms for name in picked):
+            alone |= picked
+    parts = _Sorted()
+    tensors = named_tensors(module)
+    for name in parameters:
+        if (why := _unfit(tensors[name])) is not None:
+            parts.kept[name] = why
+        elif parent_of(name) in norms and name not in alone:
+            parts.normalised.append(name)
+        else:
+            (parts.biases if is_bias(name) else parts.weights).append(name)
+    return parts
+
+
+def _is_normalisation(module: nn.Module) -> bool:
+    """Whether a module normalises; one of unknown type does where it keeps a running mean."""
+    if isinstance(module, Bare):
+        return "running_mean" in module._buffers
+    return isinstance(module, NORMALISATIONS)
+
+
+def is_bias(name: str) -> bool:
+    """`bias`, `in_proj_bias`, `bias_ih_l0`."""
+    own = name.rpartition(".")[2]
+    return own == "bias" or own.endswith("_bias") or own.startswith("bias_")
+
+
+def _unfit(tensor: torch.Tensor) -> str | None:
+    """Why no scheme is for a tensor, or None."""
+    if is_lazy(tensor):
+        return "it has no shape yet"
+    if not tensor.is_floating_point() or not has_storage(tensor):
+        return f"it is {dtype_name(tensor.dtype)}" if has_storage(tensor) else "it is no dense tensor"
+    return None
+
+
+def _leave_out_refused(parts: _Sorted, tensors: Mapping[str, torch.Tensor], weight: Scheme, bias: Scheme) -> list[str]:
+    """Move what a scheme cannot fill to what is kept; gives what torch warns of.
+
+    Raises RequestError where a scheme can fill nothing of what it is for.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for scheme, names in ((weight, parts.weights), (bias, parts.biases)):
+            refused = {name: why for name in names if (why := scheme.refusal(tensors[name])) is not None}
+            if refused and len(refused) == len(names):
+                name, why = next(iter(refused.items()))
+                raise RequestError(f"{scheme.text} fills nothing: {name}: {why}", scheme.signature)
+            names[:] = [name for name in names if name not in refused]
+            parts.kept |= {name: f"{scheme.text} cannot fill it: {why}" for name, why in refused.items()}
+    return list(dict.fromkeys(str(warning.message) for warning in caught))
+
+
+def _notes(module: nn.Module, parts: _Sorted, edit: Init) -> list[str]:
+    notes = _kept_notes(parts.kept)
+    if parts.normalised:
+        layers = len({parent_of(name) for name in parts.normalised})
+        notes.append(
+            f"{layers} normalisation {'layer gets' if layers == 1 else 'layers get'} weight 1 and bias 0: "
+            "a target that picks nothing else gives them a scheme"
+        )
+    unsure = [name for name in parts.weights if _may_normalise(module, name)]
+    if unsure:
+        notes.append(
+            f"{_listed(unsure)} may belong to normalisation layers, which the file does not say: "
+            f"{edit.scheme} went into them; --except leaves them as they are, --arch names the architecture"
+        )
+    return notes
+
+
+def _may_normalise(module: nn.Module, name: str) -> bool:
+    """Whether a tensor of a module of unknown type could be the weight of a LayerNorm: its bias has the same length."""
+    holder = module.get_submodule(parent_of(name))
+    weight, bias = (holder._parameters.get(own) for own in ("weight", "bias"))
+    if not isinstance(holder, Bare) or not name.endswith("weight") or weight is None or bias is None:
+        return False
+    return weight.dim() == 1 and weight.shape == bias.shape and "running_mean" not in holder._buffers
+
+
+def _kept_notes(kept: Mapping[str, str]) -> list[str]:
+    """A line for each reason why tensors keep their numbers."""
+    by_reason: dict[str, list[str]] = defaultdict(list)
+    for name, why in kept.items():
+        by_reason[why].append(name)
+    return [
+        f"{_listed(names)} {'keeps its' if len(names) == 1 else 'keep their'} numbers: {why}"
+        for why, names in by_reason.items()
+    ]
+
+
+def _listed(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _literals(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(map(selectors.literal, names))
+
+
+def _nothing(edit: Init, kept: Mapping[str, str] | None = None) -> RequestError:
+    targets = ", ".join(edit.targets)
+    if kept:
+        name, why = next(iter(kept.items()))
+        return RequestError(f"nothing to initialise in {targets}: {name}: {why}")
+    return RequestError(f"nothing to initialise: {targets} has no parameters", "modelcli params shows where they are")
+
+
+# --- default -------------------------------------------------------------------------------------------------------
+
+
+def _resets(module: nn.Module, edit: Init, blueprint: Blueprint, names: Sequence[str]) -> Drawing:
+    """The modules' own `reset_parameters`, called on copies of them: what is selected takes its tensors from there."""
+    if edit.scheme.args or edit.scheme.kwargs:
+        raise RequestError(f"{edit.scheme}: default takes no arguments")
+    if edit.bias != _ZEROS:
+        raise RequestError("default resets biases with the weights: --bias has nothing to say there")
+    if isinstance(module, Bare):
+        raise RequestError(
+            "default is a module's own reset_parameters, and the file does not say what its modules are",
+            "--arch names its architecture; or name a scheme: xavier_uniform",
+        )
+    paths = _resettable(module, edit, blueprint, names)
+    originals = nn.ModuleList(module.get_submodule(path) for path in paths)
+    below = {name for name in names if any(path in paths for path in ancestors(parent_of(name)))}
+    tensors = named_tensors(module)
+    dense = {name for name in below if has_storage(tensors[name])}
+    if not dense:
+        raise RequestError(
+            f"nothing to initialise: no module at or below {', '.join(edit.targets)} has reset_parameters with "
+            "tensors to fill",
+            "name a scheme: xavier_uniform",
+        )
+    # Taken now: what later edits do to the model is not to change what is drawn here.
+    frozen = meta_twin(originals, keep_values=True)
+    pairs = {
+        id(tensor): (tensor, twin)
+        for tensor, twin in zip(named_tensors(originals).values(), named_tensors(frozen).values(), strict=True)
+        if has_storage(tensor)
+    }
+
+    def fill(real: Sequence[torch.Tensor]) -> None:
+        twins = [twin for _, twin in pairs.values()]
+        made = {id(twin): _like(twin, tensor) for twin, tensor in zip(twins, real, strict=True)}
+        _reset(frozen, paths, made)
+
+    first = {id(tensors[name]): name for name in reversed(names) if name in dense}
+    filled = {name: DEFAULT for name in names if name in dense and first[id(tensors[name])] == name}
+    excepted = [t.name for t in blueprint.tensors if t.name not in names and _lies_below(t.name, paths)]
+    line = str(Init(targets=_literals(paths), scheme=Call(DEFAULT), without=_literals(excepted)))
+    kept = {
+        name: "no module that holds it has reset_parameters"
+        for name in names
+        if name not in below and blueprint.by_name[name].kind == "parameter"
+    }
+    return Drawing(
+        filled,
+        (DEFAULT,),
+        [tensor for tensor, _ in pairs.values()],
+        [twin.detach() for _, twin in pairs.values()],
+        fill,
+        (line,),
+        _kept_notes(kept),
+        overwrites=False,
+    )
+
+
+def _resettable(module: nn.Module, edit: Init, blueprint: Blueprint, names: Sequence[str]) -> dict[str, None]:
+    """The paths, in order, of the modules to reset: they have something selected, and a target picks them, a module
+    above them, or a tensor of their own."""
+    matched: set[str] = set()
+    for target in edit.targets:
+        matched |= selectors.matched_modules(selectors.parse(target), blueprint)
+    touched = {path for name in names for path in ancestors(parent_of(name))}
+    holders = {parent_of(name) for name in names if not any(path in matched for path in ancestors(parent_of(name)))}
+    paths: dict[int, str] = {}
+    for info in blueprint.modules:
+        part = module.get_submodule(info.path)
+        picked = info.path in holders or any(path in matched for path in ancestors(info.path))
+        if picked and info.path in touched and _can_reset(part):
+            paths.setdefault(id(part), info.path)
+    return dict.fromkeys(paths.values())
+
+
+def _can_reset(module: nn.Module) -> bool:
+    """Whether a module has a `reset_parameters` that takes no arguments."""
+    reset = getattr(module, "reset_parameters", None)
+    if not callable(reset):
+        return False
+    try:
+        inspect.signature(reset).bind()
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _lies_below(name: str, paths: Collection[str]) -> bool:
+    return any(path in paths for path in ancestors(parent_of(name)))
+
+
+def _like(twin: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """A real tensor as what its twin is: a parameter or a plain tensor."""
+    return nn.Parameter(real, requires_grad=twin.requires_grad) if isinstance(twin, nn.Parameter) else real
+
+
+def _reset(frozen: nn.Module, paths: Iterable[str], made: Mapping[int, torch.Tensor]) -> None:
+    """Call `reset_parameters` of copies that have the real tensors `made` (by the `id` of the twin) in them."""
+    memo: dict[int, Any] = dict(made)
+    copies = copy.deepcopy(frozen, memo)
+    given = named_tensors(copies)
+    for path, part in zip(paths, copies.children(), strict=True):
+        try:
+            part.reset_parameters()  # type: ignore[operator]
+        except Exception as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise RequestError(f"reset_parameters of {shown(path)} {type(part).__name__}: {reason}") from error
+    for name, tensor in named_tensors(copies).items():
+        if name in given and tensor is not given[name] and tensor.shape == given[name].shape:
+            given[name].copy_(tensor)  # the module put another tensor in its place

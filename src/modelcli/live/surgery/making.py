@@ -1,0 +1,174 @@
+"""New modules for an edit: `_` filled in, made on meta or for real, with the dtype and mode of what is around them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from modelcli import expressions
+from modelcli.blueprints import ancestors
+from modelcli.errors import RequestError
+from modelcli.expressions import HOLE, Call
+from modelcli.live import memory, modules
+from modelcli.live.build import Bare
+from modelcli.live.sources import Lazy, named_tensors, tag_drawn
+from modelcli.live.surgery import shapes
+from modelcli.live.surgery.core import Context, is_meta, submodule
+from modelcli.live.trace import flowing_into
+from modelcli.live.twins import build_on_meta, seeded
+
+
+class Placeholder(nn.Identity):
+    """Stands where a new module will be, so that a forward pass tells what flows in there."""
+
+
+def resolved_calls(
+    module: nn.Module, expression: Call, targets: Sequence[tuple[nn.Module, str]], context: Context
+) -> list[Call]:
+    """The expression for each target (the module that is there, and its path) with every `_` filled in."""
+    if not expression.has_hole:
+        return [expression] * len(targets)
+    holes = _Holes(module, expression, [path for _, path in targets], context)
+    return [holes.filled(expression, old, path) for old, path in targets]
+
+
+class _Holes:
+    """Fills `_`: with the old module's attribute of that name, else with what flows in there on a forward pass."""
+
+    def __init__(self, module: nn.Module, expression: Call, paths: Sequence[str], context: Context) -> None:
+        self.module = module
+        self.expression = expression
+        self.paths = paths
+        self.context = context
+        self.flows: dict[str, torch.Tensor] | None = None
+
+    def filled(self, call: Call, old: nn.Module, path: str) -> Call:
+        """A call, nested ones included, as it is to be made in place of `old`."""
+        if not call.has_hole:
+            return call
+        kind = modules.find_class(call.name, trusted=self.context.trusted)
+        names = modules.parameter_names(kind)
+        if len(call.args) > len(names) and "args" not in names:
+            raise RequestError(f"{call}: {kind.__name__} takes {len(names)} arguments", modules.signature_of(kind))
+        named = [*zip(call.args, [*names, *[""] * len(call.args)], strict=False)]
+        args = tuple(self._value(call, value, name, old, path) for value, name in named)
+        values = {key: self._value(call, value, key, old, path) for key, value in call.kwargs.items()}
+        return Call(call.name, args, values)
+
+    def _value(self, call: Call, value: Any, name: str, old: nn.Module, path: str) -> Any:
+        if value == HOLE:
+            return self._fill(call, name, old, path)
+        if isinstance(value, Call):
+            return self.filled(value, old, path)
+        if expressions.holds_hole(value):
+            raise RequestError(
+                f"{self.expression}: _ stands for a whole argument, not for a part of one", "write it out"
+            )
+        return value
+
+    def _fill(self, call: Call, name: str, old: nn.Module, path: str) -> Any:
+        if isinstance(old, Bare):
+            kind = modules.find_class(call.name, trusted=self.context.trusted)
+            if (told := shapes.argument_told(old, kind, call, name)) is not None:
+                return told
+            raise RequestError(
+                f"{self.expression} at {path}: _ for {name} is not known: the file does not say what was there",
+                f"--arch names its architecture; or write {name} out",
+            )
+        if (value := _attribute(old, name)) is not None:
+            return value
+        if self.flows is None:
+            self.flows = flowing_into(self.module, self.paths, self.context.inputs)
+        flow = self.flows.get(path)
+        if flow is not None and (size := argument_from(name, tuple(flow.shape))) is not None:
+            return size
+        was = "nothing was there before"
+        if not isinstance(old, Placeholder):
+            was = f"the old {type(old).__name__} has no {name}"
+        raise RequestError(
+            f"{self.expression} at {path}: _ for {name} is not known: {was}"
+            + (", and what flows in does not tell" if flow is not None else ", and no forward pass reached it"),
+            f"write {name} out" + ("" if isinstance(self.module, Bare) else ", or give --input-size"),
+        )
+
+
+def _attribute(old: nn.Module, name: str) -> Any:
+    """The old module's value for a constructor argument, where it is a plain one."""
+    value = getattr(old, name, None)
+    if name == "bias" and (value is None or isinstance(value, torch.Tensor)):
+        return value is not None if "bias" in old._parameters else None
+    if isinstance(value, torch.Size):
+        return tuple(value)
+    return value if isinstance(value, bool | int | float | str | tuple | list) else None
+
+
+#: Which axis of what flows in gives an argument of this name. Channels are the second axis, features the last.
+_AXES = {
+    "in_features": -1,
+    "normalized_shape": -1,
+    "input_size": -1,
+    "embed_dim": -1,
+    "d_model": -1,
+    "in_channels": 1,
+    "num_channels": 1,
+    "num_features": 1,
+    "num_parameters": 1,
+}
+
+
+def argument_from(name: str, shape: tuple[int, ...]) -> int | None:
+    """The value that a constructor argument takes from the shape of what flows in, or None where it takes none."""
+    axis = _AXES.get(name)
+    return None if axis is None or not -len(shape) <= axis < len(shape) else shape[axis]
+
+
+def maker(
+    module: nn.Module, calls: Sequence[Call], context: Context, targets: Sequence[tuple[nn.Module, str]]
+) -> Callable[[], list[nn.Module]]:
+    """What makes the new modules of one edit: all drawn from one generator, in order."""
+    # A dtype that the expression itself states is taken at its word.
+    own_dtype = any(expressions.gives(call, "dtype") for call in calls)
+    settings = [(None if own_dtype else _dtype_near(module, old, path), old.training) for old, path in targets]
+
+    def for_real() -> list[nn.Module]:
+        with seeded(context.seed):
+            made = [modules.make(call, trusted=context.trusted) for call in calls]
+        return [_settled(new, *setting) for new, setting in zip(made, settings, strict=True)]
+
+    def on_meta() -> list[nn.Module]:
+        made = [
+            build_on_meta(lambda call=call: modules.make(call, trusted=context.trusted), only_if_needed=True)  # type: ignore[misc]
+            for call in calls
+        ]
+        made = [_settled(new, *setting) for new, setting in zip(made, settings, strict=True)]
+        memory.require(sum(map(memory.bytes_of, made)), str(calls[0]))
+        holder = nn.ModuleList(made)
+        tag_drawn(holder, Lazy(lambda: nn.ModuleList(for_real())))
+        return made
+
+    def in_two_steps() -> list[nn.Module]:
+        on_meta()  # finds wrong arguments and sizes before anything is allocated
+        return for_real()
+
+    return on_meta if is_meta(module) else in_two_steps
+
+
+def _settled(new: nn.Module, dtype: torch.dtype | None, training: bool) -> nn.Module:
+    if dtype is not None and any(
+        tensor.is_floating_point() and tensor.dtype != dtype for tensor in named_tensors(new).values()
+    ):
+        new = new.to(dtype)
+    return new.train(training)
+
+
+def _dtype_near(module: nn.Module, old: nn.Module, path: str) -> torch.dtype | None:
+    """The floating dtype of the old module, else of its nearest relative with parameters."""
+    for above in ancestors(path):
+        relative = submodule(module, above)
+        for tensor in (*old.parameters(), *old.buffers(), *relative.parameters()):
+            if tensor.dtype.is_floating_point:
+                return tensor.dtype
+    return None

@@ -1,0 +1,141 @@
+"""remove, extract: less of a model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from modelcli import selectors
+from modelcli.blueprints import Blueprint, parent_of, shown
+from modelcli.edits import Extract, Remove
+from modelcli.errors import RequestError
+from modelcli.live import composites
+from modelcli.live.build import Bare
+from modelcli.live.describe import describe, dtype_name, floating_dtype
+from modelcli.live.inputs import Inputs
+from modelcli.live.surgery.core import Change, Context, Done, brief, count, is_numbered, put_children, submodule
+from modelcli.live.trace import first_calls
+
+
+def remove(module: nn.Module, edit: Remove, context: Context) -> Done:
+    """Take modules out, and in a checkpoint of unknown architecture single tensors as well."""
+    blueprint = describe(module)
+    paths, names = _picked(module, blueprint, edit)
+    if "" in paths:
+        raise RequestError("the model itself cannot be removed", "extract PATH makes a part of it the model")
+    selectors.refuse_nested([*paths, *names], "remove")
+    if edit.expect is not None and len(paths) + len(names) != edit.expect:
+        raise RequestError(f"{len(paths) + len(names)} match, not the {edit.expect} expected")
+    changes = []
+    holders: dict[int, tuple[nn.Module, str, dict[str, None]]] = {}
+    for path in paths:
+        above, _, name = path.rpartition(".")
+        holder = submodule(module, above)
+        holders.setdefault(id(holder), (holder, above, {}))[2].setdefault(name)
+        old = submodule(module, path)
+        changes.append(Change(path, edit.name, brief(old), "", count(old), 0))
+    notes = []
+    for holder, above, gone in holders.values():
+        if _take_out(holder, gone, renumber=edit.renumber):
+            notes.append(
+                f"the later children of {shown(above)} keep their numbers: nothing in the file says that they are a "
+                "sequence; --renumber moves them down"
+            )
+    for name in names:
+        size = blueprint.by_name[name].elements if blueprint.by_name[name].kind == "parameter" else 0
+        changes.append(Change(name, edit.name, "1 tensor", "", size, 0))
+        _take_tensor(submodule(module, parent_of(name)), name.rpartition(".")[2])
+    if isinstance(module, Bare):
+        _prune(module)
+        if not describe(module).tensors:
+            raise RequestError(f"remove {', '.join(edit.targets)} would leave no tensor")
+    line = str(Remove(targets=tuple(map(selectors.literal, [*paths, *names])), renumber=edit.renumber))
+    return Done(module, [replace(changes[0], resolved=(line,)), *changes[1:]], notes, context.inputs)
+
+
+def _picked(module: nn.Module, blueprint: Blueprint, edit: Remove) -> tuple[list[str], list[str]]:
+    """The modules that the targets name, and the tensors where they name no module."""
+    of_modules, of_tensors = [], []
+    for target in edit.targets:
+        selector = selectors.parse(target)
+        if selectors.matched_modules(selector, blueprint):
+            of_modules.append(target)
+        elif selectors.matched_tensors(selector, blueprint):
+            of_tensors.append(target)
+        else:
+            raise selectors.no_match(selector, blueprint)
+    if of_tensors and not isinstance(module, Bare):
+        raise RequestError(
+            f"{of_tensors[0]} is a tensor of {type(module).__name__}, and remove takes modules out",
+            "replace puts a module without it in the place of the one that holds it: 'Linear(_,_,bias=False)'",
+        )
+    paths, names = [], []
+    without = edit.without
+    if of_modules:
+        paths = selectors.select_modules(blueprint, of_modules, without=() if of_tensors else without)
+    if of_tensors:
+        names = selectors.select_tensors(blueprint, of_tensors)
+        taken = {name for target in without for name in selectors.select_tensors(blueprint, [target])}
+        excluded = {
+            path for target in without for path in selectors.matched_modules(selectors.parse(target), blueprint)
+        }
+        names = [name for name in names if name not in taken]
+        paths = [path for path in paths if path not in excluded]
+        if not names and not paths:
+            raise RequestError("--except takes away all that was selected")
+    return paths, names
+
+
+def _take_out(holder: nn.Module, gone: dict[str, None], *, renumber: bool) -> bool:
+    """Take children out. Gives whether numbered ones keep their numbers only because nothing says what they are."""
+    left = {name: child for name, child in holder._modules.items() if name not in gone}
+    numbers = all(name.isascii() and name.isdigit() for name in holder._modules)
+    if is_numbered(holder):
+        left = {str(number): child for number, child in enumerate(left.values())}
+    elif isinstance(holder, Bare) and numbers and renumber:
+        left = {str(int(name) - sum(int(n) < int(name) for n in gone)): child for name, child in left.items()}
+    put_children(holder, left)
+    later = numbers and any(int(name) > min(map(int, gone)) for name in left)
+    return isinstance(holder, Bare) and later and not renumber
+
+
+def _take_tensor(holder: nn.Module, name: str) -> None:
+    """Take one tensor out of a module of unknown type."""
+    holder._parameters.pop(name, None)
+    holder._buffers.pop(name, None)
+    for key, hook in list(holder._state_dict_hooks.items()):
+        if isinstance(hook, composites.Kept) and hook.name == name:
+            del holder._state_dict_hooks[key]
+
+
+def _prune(module: nn.Module) -> None:
+    """Take out what holds nothing any more: modules of a bare checkpoint are there for their tensors."""
+    for name, child in list(module._modules.items()):
+        if isinstance(child, Bare):
+            _prune(child)
+            if not (child._modules or child._parameters or child._buffers or child._state_dict_hooks):
+                del module._modules[name]
+
+
+def extract(module: nn.Module, edit: Extract, context: Context) -> Done:
+    """Let a submodule be the model; it takes what flows into it."""
+    path = selectors.select_one(describe(module), edit.path, edit.name)
+    if not path:
+        raise RequestError("the model itself is the model already", "extract takes a path in it: extract features")
+    part = submodule(module, path)
+    line = str(Extract(path=selectors.literal(path)))
+    change = Change(path, edit.name, brief(module), brief(part), count(module), count(part), (line,))
+    return Done(part, [change], inputs=_inputs_of(module, part, path, context.inputs))
+
+
+def _inputs_of(module: nn.Module, part: nn.Module, path: str, inputs: Inputs | None) -> Inputs | None:
+    """What flows into a submodule, where that is nothing but tensors."""
+    args, kwargs = first_calls(module, [path], inputs).get(path, ((), {}))
+    if not args or kwargs or not all(isinstance(value, torch.Tensor) for value in args):
+        return None
+    floating = floating_dtype(part) or "float32"
+    dtypes = tuple(dtype_name(value.dtype) for value in args)
+    shapes = tuple(tuple(value.shape) for value in args)
+    return Inputs(shapes, () if set(dtypes) == {floating} else dtypes, floating=floating)

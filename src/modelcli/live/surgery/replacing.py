@@ -1,0 +1,232 @@
+"""replace: a new module in place of every match."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from modelcli import selectors
+from modelcli.edits import Replace
+from modelcli.errors import RequestError
+from modelcli.expressions import Call
+from modelcli.live import memory
+from modelcli.live.describe import describe
+from modelcli.live.sources import Computed, is_lazy, named_tensors, real_tensor
+from modelcli.live.surgery.core import Change, Context, Done, brief, count, places, submodule
+from modelcli.live.surgery.making import maker, resolved_calls
+from modelcli.live.surgery.storages import copied, has_storage, view_anew, viewers
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A module to replace: the paths at which it is replaced, and all those that it has."""
+
+    module: nn.Module
+    paths: tuple[str, ...]
+    everywhere: tuple[str, ...]
+
+
+def carry_out(module: nn.Module, edit: Replace, context: Context) -> Done:
+    blueprint = describe(module)
+    paths = selectors.select_modules(blueprint, [edit.target], without=edit.without, expect=edit.expect)
+    _refuse_expanded(edit, module)
+    if "" in paths:
+        raise RequestError(
+            "the model itself cannot be replaced by a module", "name that as the model: -m 'Linear(4096,10)'"
+        )
+    selectors.refuse_nested(paths, "replace")
+    targets = _targets(module, paths)
+    parted = _parted(module, targets)
+    if parted and not edit.untie:
+        raise RequestError(parted[0].message, parted[0].hint)
+    olds = [(target.module, target.paths[0]) for target in targets]
+    calls = resolved_calls(module, edit.module, olds, context)
+    news = maker(module, calls, context, olds)()
+    lines = _resolved_lines(edit, [(target.paths, call) for target, call in zip(targets, calls, strict=True)])
+    notes = [tie.note for tie in parted]
+    if edit.keep_weights:
+        notes += _keep_weights(edit, [(*pair, new) for pair, new in zip(olds, news, strict=True)])
+    changes = []
+    for target, new in zip(targets, news, strict=True):
+        old = target.module
+        for path in target.paths:
+            parent, _, name = path.rpartition(".")
+            submodule(module, parent)._modules[name] = new
+            changes.append(Change(path, edit.name, brief(old), brief(new), count(old), count(new)))
+    return Done(module, [replace(changes[0], resolved=tuple(lines)), *changes[1:]], notes, context.inputs)
+
+
+def _targets(module: nn.Module, paths: Sequence[str]) -> list[_Target]:
+    """The distinct modules at these paths, in order."""
+    everywhere = places(module)
+    found: dict[int, tuple[nn.Module, list[str]]] = {}
+    for path in paths:
+        old = submodule(module, path)
+        found.setdefault(id(old), (old, []))[1].append(path)
+    return [_Target(old, tuple(named), tuple(everywhere[key])) for key, (old, named) in found.items()]
+
+
+# --- ties ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Parting:
+    """A tie that an edit breaks: why it is refused without `--untie`, and what is told with it."""
+
+    message: str
+    hint: str
+    note: str
+
+
+def _parted(module: nn.Module, targets: Sequence[_Target]) -> list[_Parting]:
+    """The ties that replacing these modules breaks: of modules with further names, of tensors with further holders."""
+    found = []
+    for target in targets:
+        others = [path for path in target.everywhere if path not in target.paths]
+        if others:
+            found.append(
+                _Parting(
+                    f"{target.paths[0]} is one module with {len(target.everywhere)} names "
+                    f"({', '.join(target.everywhere)}); the selector names {len(target.paths)} of them",
+                    "a selector that picks all its names replaces it everywhere; "
+                    "--untie replaces it under the names picked alone",
+                    f"{', '.join(target.paths)} and {', '.join(others)} are no longer one module",
+                )
+            )
+    whole = [target for target in targets if len(target.paths) == len(target.everywhere)]
+    holders: dict[int, dict[int | None, str]] = {}
+    for name, tensor in named_tensors(module).items():
+        holders.setdefault(id(tensor), {}).setdefault(_index_of(name, whole), name)
+    for by_target in holders.values():
+        inside = {index: name for index, name in by_target.items() if index is not None}
+        if len(by_target) > 1 and inside:
+            (index, name), other = next(iter(inside.items())), [n for k, n in by_target.items() if k not in inside]
+            other = other or list(inside.values())[1:]
+            found.append(
+                _Parting(
+                    f"{name} is tied to {other[0]}, and to replace {whole[index].paths[0]} parts them",
+                    "--untie replaces it all the same: they are two tensors from then on",
+                    f"{name} and {other[0]} are no longer tied",
+                )
+            )
+    return found
+
+
+def _index_of(name: str, targets: Sequence[_Target]) -> int | None:
+    """Which of the modules a tensor's name lies in."""
+    for index, target in enumerate(targets):
+        if any(name.startswith(f"{path}.") for path in target.paths):
+            return index
+    return None
+
+
+# --- keep-weights --------------------------------------------------------------------------------------------------
+
+
+def _keep_weights(edit: Replace, groups: Sequence[tuple[nn.Module, str, nn.Module]]) -> list[str]:
+    """Copy the overlapping part of each same-named tensor of old modules into new ones. Gives what there is to tell.
+
+    Raises RequestError where no tensor of any of them has a counterpart.
+    """
+    kept = {path: _overlap(old, new) for old, path, new in groups}
+    if not any(kept.values()):
+        old, path, new = groups[0]
+        raise RequestError(
+            f"--keep-weights keeps nothing of {path}: {type(new).__name__} has no tensor of the name and number of "
+            f"dimensions of one of {brief(old)}",
+            "leave it out",
+        )
+    notes = []
+    for old, path, new in groups:
+        if parts := kept[path]:
+            _fill(old, new, parts)
+            given, made = named_tensors(old), named_tensors(new)
+            told = [f"{name}{_extent(part, given[name].shape, made[name].shape)}" for name, part in parts.items()]
+            notes.append(f"{path} keeps {', '.join(told[:4])}{' ...' if len(told) > 4 else ''} of the old {brief(old)}")
+        else:
+            notes.append(f"{path} keeps no weights")
+    return notes if len(notes) <= 4 else [f"{sum(map(bool, kept.values()))} of {len(kept)} modules keep their weights"]
+
+
+def _overlap(old: nn.Module, new: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The sizes, from 0 along each dimension, that the same-named tensors of two modules have in common."""
+    given = named_tensors(old)
+    return {
+        name: tuple(map(min, tensor.shape, given[name].shape))
+        for name, tensor in named_tensors(new).items()
+        if name in given and _dense(tensor) and _dense(given[name]) and tensor.dim() == given[name].dim()
+    }
+
+
+def _dense(tensor: torch.Tensor) -> bool:
+    return not is_lazy(tensor) and has_storage(tensor)
+
+
+def _extent(part: tuple[int, ...], old: torch.Size, new: torch.Size) -> str:
+    """`[:10,:]`: which part of a tensor is kept; nothing where that is all of it."""
+    sizes = [":" if old[axis] == new[axis] else f":{size}" for axis, size in enumerate(part)]
+    return "" if old == new else f"[{','.join(sizes)}]"
+
+
+def _fill(old: nn.Module, new: nn.Module, parts: Mapping[str, tuple[int, ...]]) -> None:
+    """Let the tensors of a new module show the old numbers where they overlap, the new ones elsewhere.
+
+    On the meta device that is done when the numbers are asked for, one storage at a time.
+    """
+    before = {name: named_tensors(old)[name].detach() for name in parts}
+    names: dict[int, list[str]] = {}
+    for name, tensor in named_tensors(new).items():
+        names.setdefault(id(tensor), []).append(name)
+    for views in viewers(new).values():
+        filled = [(view.detach(), name) for view in views for name in names[id(view)] if name in parts]
+        if not filled:
+            continue
+        first = views[0].detach()
+        nbytes = first.untyped_storage().nbytes()
+
+        def compute(
+            first: torch.Tensor = first,
+            filled: Sequence[tuple[torch.Tensor, str]] = tuple(filled),
+            nbytes: int = nbytes,
+        ) -> torch.Tensor:
+            memory.require(nbytes, "--keep-weights")
+            covered = any(parts[name] == tuple(view.shape) and view.nbytes == nbytes for view, name in filled)
+            storage = torch.UntypedStorage(nbytes) if covered else copied(first)  # what is covered need not be drawn
+            for view, name in filled:
+                part = tuple(slice(size) for size in parts[name])
+                shown_view = torch.empty(0, dtype=view.dtype)
+                shown_view.set_(storage, view.storage_offset(), view.size(), view.stride())
+                shown_view[part] = real_tensor(before[name]).cpu()[part].to(view.dtype)
+            return torch.empty(0, dtype=torch.uint8).set_(storage)
+
+        view_anew(views, Computed(nbytes, compute))
+
+
+# --- the record ----------------------------------------------------------------------------------------------------
+
+
+def _resolved_lines(edit: Replace, groups: Sequence[tuple[Sequence[str], Call]]) -> list[str]:
+    """The edit as lines without patterns: one for each module; a module with several names keeps its selector."""
+    settled = Replace(target=edit.target, module=edit.module, keep_weights=edit.keep_weights, untie=edit.untie)
+    if all(len(named) == 1 for named, _ in groups):
+        return [str(replace(settled, target=selectors.literal(named[0]), module=call)) for named, call in groups]
+    if any(call != groups[0][1] for _, call in groups):
+        raise RequestError(
+            f"{edit.target} picks modules with several names, and _ differs between them",
+            "replace them one by one",
+        )
+    return [str(replace(edit, module=groups[0][1]))]
+
+
+def _refuse_expanded(edit: Replace, module: nn.Module) -> None:
+    """`replace classifier.{1,4} ReLU` without quotes reaches us as two paths: say so instead of `no class`."""
+    name = edit.module.name
+    known = {path for path, _ in module.named_modules()}
+    if name in known and "." in name:
+        raise RequestError(
+            f"{name} is a path of this model, not the name of a class",
+            "the shell may have expanded a pattern: quote the target",
+        )

@@ -1,0 +1,58 @@
+"""What the tensors of a checkpoint without an architecture tell of the module that they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvTransposeNd
+
+from modelcli.expressions import Call
+from modelcli.live import modules
+from modelcli.live.build import Bare
+
+_CONVOLUTION = (3, 4, 5)
+#: Arguments of constructors: of how many dimensions a `weight` is that tells them, and on which axis.
+_TOLD_BY_WEIGHT: Mapping[str, tuple[tuple[int, ...], int]] = {
+    "in_features": ((2,), 1),
+    "out_features": ((2,), 0),
+    "num_embeddings": ((2,), 0),
+    "embedding_dim": ((2,), 1),
+    "in_channels": (_CONVOLUTION, 1),
+    "out_channels": (_CONVOLUTION, 0),
+    "num_features": ((1,), 0),
+    "num_channels": ((1,), 0),
+    "num_parameters": ((1,), 0),
+    "normalized_shape": ((1,), 0),
+}
+
+
+def argument_told(old: Bare, kind: type[nn.Module], call: Call, name: str) -> Any:
+    """The value of a constructor argument as the old tensors tell it, or None where they do not.
+
+    `call` is the new module's, and `kind` its class: a convolution's `in_channels` is known where it has one group,
+    since its weight holds `in_channels / groups`; of a transposed one nothing is, since its weight is the other way
+    round.
+    """
+    weight = old._parameters.get("weight")
+    if not isinstance(weight, torch.Tensor):
+        return None
+    if name == "bias":
+        return old._parameters.get("bias") is not None
+    if weight.dim() in _CONVOLUTION and issubclass(kind, _ConvTransposeNd):
+        return None
+    if name == "kernel_size" and weight.dim() in _CONVOLUTION:
+        return tuple(weight.shape[2:])
+    dimensions, axis = _TOLD_BY_WEIGHT.get(name, ((), 0))
+    if weight.dim() not in dimensions or (name == "in_channels" and _argument(call, kind, "groups", 1) != 1):
+        return None
+    return weight.shape[axis]
+
+
+def _argument(call: Call, kind: type[nn.Module], name: str, default: object) -> object:
+    """What a call gives for an argument, by name or by position."""
+    names = modules.parameter_names(kind)
+    position = names.index(name) if name in names else len(call.args)
+    return call.args[position] if position < len(call.args) else call.kwargs.get(name, default)

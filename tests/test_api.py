@@ -1,0 +1,180 @@
+"""The Python API on live, real models: equal to plain PyTorch, and all or nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import modelcli
+from modelcli.edits import Freeze, Replace
+from modelcli.errors import RequestError, SystemFailureError
+from modelcli.expressions import Call
+from tests import nets
+
+
+def same(model: nn.Module, other: nn.Module) -> bool:
+    ours, theirs = model.state_dict(), other.state_dict()
+    flags = [[(name, p.requires_grad) for name, p in each.named_parameters()] for each in (model, other)]
+    return (
+        repr(model) == repr(other)
+        and flags[0] == flags[1]
+        and ours.keys() == theirs.keys()
+        and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    )
+
+
+def small() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+
+
+# --- apply ---------------------------------------------------------------------------------------------------------
+
+
+def test_it_is_plain_pytorch() -> None:
+    model, plain = small(), small()
+    result = modelcli.apply(model, "freeze .", "replace 3 Linear(_,10)", "replace 2 GELU", seed=5)
+    plain.requires_grad_(False)
+    torch.manual_seed(5 * 1_000_003 + 2)
+    plain[3] = nn.Linear(8, 10)
+    plain[2] = nn.GELU()
+    assert result is model
+    assert same(model, plain)
+    model(torch.zeros(2, 4)).sum().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is not None] == ["3.weight", "3.bias"]
+
+
+def test_text_and_dataclasses_are_the_same() -> None:
+    model, other = small(), small()
+    modelcli.apply(model, Replace(target="3", module=Call("Linear", (8, 3))), Freeze(targets=("0",)))
+    modelcli.apply(other, "replace 3 Linear(8,3)", "freeze 0")
+    assert same(model, other)
+
+
+def test_no_edits_change_nothing() -> None:
+    model = small()
+    assert modelcli.apply(model) is model
+    assert same(model, small())
+
+
+def test_what_is_kept_is_the_same_object() -> None:
+    """An optimizer's references to the parameters that stay hold on."""
+    model = small().eval()
+    kept = model[0], model[0].weight
+    modelcli.apply(model, "replace 3 Linear(_,5)", "freeze 0")
+    assert model[0] is kept[0]
+    assert model[0].weight is kept[1]
+    assert not model[3].training
+
+
+def test_the_callers_generator_is_left_as_it_was() -> None:
+    model = small()
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    modelcli.apply(model, "replace 3 Linear(8,5)")
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("size", ["1,3,8,8", (1, 3, 8, 8), [1, 3, 8, 8], [(1, 3, 8, 8)], torch.Size((1, 3, 8, 8))])
+def test_an_input_fills_holes(size: Any) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Dropout()).to(torch.bfloat16)
+    modelcli.apply(model, "replace 2 PReLU(_)", input_size=size)
+    assert model[2].weight.shape == (6,)
+    assert model[2].weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("size", ["1,x", (), (1, "3"), (1, -3), ((1, 3), 4), [()], [[1.0]]])
+def test_what_is_no_input(size: Any) -> None:
+    with pytest.raises(RequestError, match=r"input size|input_size"):
+        modelcli.apply(small(), "freeze 0", input_size=size)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_what_is_no_seed(seed: int) -> None:
+    with pytest.raises(RequestError, match="seed"):
+        modelcli.apply(small(), "freeze 0", seed=seed)
+
+
+# --- all or nothing ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("freeze decoder", "edit 3, 'freeze decoder': no tensor matches 'decoder'"),
+        ("replace conv2 Conv2d(3)", "edit 3, 'replace conv2 Conv2d(3)': Conv2d(3): missing a required argument"),
+        ("replace conv2 Conv3d(_,_,_,groups=7)", "edit 3, 'replace conv2 Conv3d(_,_,_,groups=7)'"),
+        ("rename conv1.* first.*", "Net cannot load a state dict where conv1.weight is called first.weight"),
+    ],
+)
+def test_a_third_edit_that_is_wrong_leaves_the_model_as_it_was(line: str, message: str) -> None:
+    model = nets.Net()
+    model.bn.eval()
+    model.conv1.bias.requires_grad_(False)
+    model.conv1.weight.grad = torch.ones_like(model.conv1.weight)
+    modules = dict(model.named_modules())
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    flags = {name: tensor.requires_grad for name, tensor in tensors.items()}
+    modes = {name: module.training for name, module in modules.items()}
+    pointers = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    values = {name: tensor.clone() for name, tensor in tensors.items()}
+    with pytest.raises(RequestError) as caught:
+        modelcli.apply(model, "replace bn GroupNorm(3,3)", "freeze .", line)
+    assert message in caught.value.message
+    assert all(module is modules[name] for name, module in model.named_modules())
+    now = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    assert list(now) == list(tensors)
+    for name, tensor in now.items():
+        assert tensor is tensors[name]
+        assert tensor.data_ptr() == pointers[name]
+        assert tensor.requires_grad is flags[name]
+        assert torch.equal(tensor, values[name])
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert torch.equal(model.conv1.weight.grad, torch.ones_like(model.conv1.weight))
+
+
+def test_one_edit_alone_needs_no_number() -> None:
+    with pytest.raises(RequestError) as caught:
+        modelcli.apply(small(), "freeze decoder")
+    assert caught.value.message == "no tensor matches 'decoder'"
+
+
+def test_lines_that_cannot_be_read_are_told_all_at_once() -> None:
+    with pytest.raises(RequestError) as caught:
+        modelcli.apply(small(), "frezee 0", "freeze 1", "freeze", 7)  # type: ignore[arg-type]
+    assert [line.partition(":")[0] for line in caught.value.message.splitlines()] == ["edit 1", "edit 3", "edit 4"]
+
+
+def test_what_does_not_fit_in_memory() -> None:
+    model = small()
+    with pytest.raises(SystemFailureError, match="memory"):
+        modelcli.apply(model, "freeze .", "replace 3 Linear(1000000,1000000)")
+    assert same(model, small())
+
+
+def test_what_is_no_model() -> None:
+    with pytest.raises(RequestError, match=r"apply takes an nn.Module, not 'alexnet'"):
+        modelcli.apply("alexnet", "freeze .")  # type: ignore[arg-type]
+
+
+# --- the package ---------------------------------------------------------------------------------------------------
+
+
+def test_the_package_is_lazy() -> None:
+    code = """
+import sys, modelcli
+assert set(modelcli.__all__) <= set(dir(modelcli))
+assert "modelcli.api" not in sys.modules
+assert all(callable(getattr(modelcli, name)) for name in modelcli.__all__ if name != "__version__")
+print("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = modelcli.nothing  # type: ignore[attr-defined]

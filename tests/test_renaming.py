@@ -1,0 +1,286 @@
+"""rename: compared with a dict comprehension over the state dict."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import modelcli
+from modelcli import edits, selectors
+from modelcli.blueprints import TensorInfo, from_keys
+from modelcli.errors import RequestError
+from modelcli.live import surgery
+from modelcli.live.opening import Live, open_live
+from modelcli.references import Source
+from tests.conftest import Cli
+
+NAMES = ("conv.weight", "layers.0.bn.weight", "layers.0.bn.bias", "layers.12.bn.weight", "module", "a_b_c.w", "old-0.x")
+
+
+def new_names(old: str, new: str, names: tuple[str, ...] = NAMES) -> dict[str, str | None]:
+    renamed = selectors.renaming(old, new, from_keys([TensorInfo(name, (1,), "float32") for name in names]))
+    return {name: renamed(name) for name in names}
+
+
+# --- what wildcards capture ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "name", "expected"),
+    [
+        ("module.**", "**", "module.conv.weight", "conv.weight"),
+        ("**", "module.**", "conv.weight", "module.conv.weight"),
+        ("head.*", "classifier.*", "head.weight", "classifier.weight"),
+        ("head.*", "classifier.*", "head.0.weight", None),
+        ("layers.[0-11].**", "blocks.[0-11].**", "layers.7.attn.weight", "blocks.7.attn.weight"),
+        ("layers.[0-11].**", "blocks.[0-11].**", "layers.12.attn.weight", None),
+        ("**.gamma", "**.weight", "encoder.norm.gamma", "encoder.norm.weight"),
+        ("**.gamma", "**.weight", "gamma", "weight"),  # ** captures nothing, and leaves no dot
+        ("a.**.w", "b.**.v", "a.w", "b.v"),
+        ("**.bn?.*", "**.norm?.*", "layer1.bn2.bias", "layer1.norm2.bias"),
+        ("{enc,dec}oder.*", "{enc,dec}.*", "decoder.w", "dec.w"),
+        ("*_*.w", "*-*.w", "a_b_c.w", "a_b-c.w"),  # the first one takes as much as it can
+        ("**.mid.**", "**.new.**", "mid.mid.x", "mid.new.x"),
+        ("x[0-99]y.w", "z[0-99]y.w", "x12y.w", "z12y.w"),
+        (r"a\*.w", r"b\*.w", "a*.w", "b*.w"),
+        ("a", "b.c", "a", "b.c"),
+        ("proj_*", "proj.*", "proj_weight", "proj.weight"),  # a dot may come in: the key says another module
+    ],
+)
+def test_captures(old: str, new: str, name: str, expected: str | None) -> None:
+    assert new_names(old, new, (name,))[name] == expected
+
+
+def test_the_last_child_of_a_sequence() -> None:
+    names = ("head.0.weight", "head.1.weight", "head.2.weight")
+    assert new_names("head.-1.*", "out.*", names) == {names[0]: None, names[1]: None, names[2]: "out.weight"}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("module.**", "x", r"'module.**' has the wildcard **, and 'x' has no wildcard"),
+        ("a.*", "a.**", r"'a.*' has the wildcard *, and 'a.**' has the wildcard **"),
+        ("*.a?", "?.a*", r"has the wildcards * ?, and '?.a*' has the wildcards ? *"),
+        ("a[0-3].w", "b[0-4].w", r"the wildcard [0-3], and 'b[0-4].w' has the wildcard [0-4]"),
+        ("{a,b*}.w", "{a,b}.w", r"the wildcard {a,b*}, and '{a,b}.w' has the wildcard {a,b}"),
+        ("**:Conv2d", "**", r"asks for a type"),
+        ("a.w", "b.-1", r"counts from the end"),
+    ],
+)
+def test_both_names_have_the_same_wildcards(old: str, new: str, message: str) -> None:
+    with pytest.raises(RequestError, match=re.escape(message)):
+        new_names(old, new)
+
+
+def test_no_pattern_tries_all_ways_to_share_a_name_out() -> None:
+    """A regular expression would take longer than anyone waits for the first two."""
+    long = ".".join("a" * 30 for _ in range(100))
+    started = time.perf_counter()
+    assert new_names(".".join(["**"] * 30 + ["b"]), ".".join(["**"] * 30 + ["c"]), (long,))[long] is None
+    assert new_names("*a" * 30 + "b", "*a" * 30 + "c", ("a" * 3000,))["a" * 3000] is None
+    assert new_names("**.**.**.**", "x.**.**.**.**", (long,))[long] == f"x.{long}"
+    assert time.perf_counter() - started < 5
+
+
+words = st.text("ab.", max_size=9).filter(lambda text: all(text.split(".")))
+patterns = st.lists(st.sampled_from(["a", "b", "*", "?", "*a", "a*b", "**", "?*"]), min_size=1, max_size=5)
+
+
+@given(patterns, words)
+@settings(deadline=None)
+def test_captured_as_a_regular_expression_captures(parts: list[str], name: str) -> None:
+    """Each wildcard as a group of `re`, which tries the longest capture first; put back, they give the name."""
+    pattern = ".".join(parts)
+    found = new_names(pattern, f"new.{pattern}", (name,))[name]
+    # Each ** takes components with their dots, one after another as far as they go.
+    groups = "".join(r"((?:[^.]+\.)*)" if part == "**" else _as_regex(part) + r"\." for part in parts)
+    match = re.fullmatch(groups, f"{name}.")
+    assert found == (f"new.{name}" if match else None)
+
+
+@given(patterns, words)
+@settings(deadline=None)
+def test_it_matches_what_the_selector_matches(parts: list[str], name: str) -> None:
+    pattern = ".".join(parts)
+    blueprint = from_keys([TensorInfo(name, (1,), "float32")])
+    matched = selectors._matcher(selectors.parse(pattern), blueprint)(name)
+    assert (selectors.renaming(pattern, pattern, blueprint)(name) == name) is matched
+
+
+def _as_regex(part: str) -> str:
+    return "".join({"*": "([^.]*)", "?": "([^.])"}.get(character, character) for character in part)
+
+
+# --- on a bare checkpoint ------------------------------------------------------------------------------------------
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Linear(2, 2))
+
+
+def opened(state: dict[str, Any], name: str = "bare.pth") -> Live:
+    torch.save(state, name)
+    return open_live(Source(name))
+
+
+def rename(live: Live, *lines: str) -> list[surgery.Change]:
+    return live.apply([edits.parse(line) for line in lines])
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+@pytest.mark.parametrize(
+    ("line", "function"),
+    [
+        ("rename 'module.**' '**'", lambda key: key.removeprefix("module.")),
+        ("rename '**' 'net.**'", lambda key: f"net.{key}"),
+        ("rename 'module.3.*' 'module.head.*'", lambda key: key.replace("module.3.", "module.head.")),
+        ("rename '**.weight' '**.gamma'", lambda key: re.sub(r"weight$", "gamma", key)),
+        ("rename module.1.bias bias", lambda key: "bias" if key == "module.1.bias" else key),
+    ],
+)
+def test_it_is_a_dict_comprehension(cli: Cli, line: str, function: Callable[[str], str], suffix: str) -> None:
+    state: dict[str, torch.Tensor] = nn.DataParallel(network()).state_dict()
+    torch.save(state, "bare.pth")
+    cli(*line.replace("'", "").split(), "-m", "bare.pth", "-o", f"out.{suffix}")
+    expected = {function(key): tensor for key, tensor in state.items()}
+    found: Any
+    if suffix == "pth":
+        found = torch.load("out.pth", weights_only=True)
+        norm = function("module.1.running_mean").removesuffix(".running_mean")
+        assert found._metadata[norm]["version"] == 2  # BatchNorm's, wherever it is now
+    else:
+        from safetensors.torch import load_file
+
+        found = load_file("out.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_the_result_loads_where_the_keys_belong(cli: Cli) -> None:
+    torch.save(nn.DataParallel(network()).state_dict(), "parallel.pth")
+    cli("rename", "module.**", "**", "-m", "parallel.pth", "-o", "plain.pth")
+    state = torch.load("plain.pth", weights_only=True)
+    expected: Any = network().state_dict()
+    assert list(state) == list(expected)
+    assert {k: v for k, v in state._metadata.items() if k != ".modelcli"} == dict(expected._metadata)
+    network().load_state_dict(state)
+    model = modelcli.load("plain.pth", arch=network())
+    assert torch.equal(model[3].weight, expected["3.weight"])
+
+
+def test_order_ties_views_and_what_is_no_tensor(folder: Path) -> None:
+    table = torch.arange(12.0).reshape(6, 2)
+    state = {
+        "module.embed.weight": table,
+        "module.part": table[2:4],
+        "module.head.weight": table,
+        "module.head._extra_state": {"scale": 2},
+    }
+    live = opened(state)
+    rename(live, "rename 'module.**' '**'")
+    found = live.module.state_dict()
+    assert list(found) == ["part", "embed.weight", "head.weight", "head._extra_state"]
+    assert live.module.embed.weight is live.module.head.weight
+    assert found["part"].untyped_storage()._cdata == found["embed.weight"].untyped_storage()._cdata
+    assert found["head._extra_state"] == {"scale": 2}
+
+
+def test_flags_stay_with_their_tensors(cli: Cli) -> None:
+    torch.save({"old.weight": torch.zeros(2), "old.bias": torch.zeros(2)}, "bare.pth")
+    cli("freeze", "old.weight", "-m", "bare.pth", "-o", "frozen.pth")
+    cli("rename", "old.*", "new.*", "-m", "frozen.pth", "-o", "out.pth")
+    frozen = cli("params", "out.pth", "--frozen", "--json").json["tensors"]
+    assert [row["name"] for row in frozen] == ["new.weight"]
+
+
+def test_versions_follow_through_several_edits(cli: Cli) -> None:
+    state = network().state_dict()
+    torch.save(state, "bare.pth")
+    cli("load", "bare.pth")
+    cli("rename", "**", "net.**")
+    cli("rename", "net.1.**", "norm.**")
+    cli("replace", "net.3", "BatchNorm1d(2)", "--check", "none")
+    cli("save", "out.pth")
+    metadata = torch.load("out.pth", weights_only=True)._metadata
+    found = {path: entry for path, entry in metadata.items() if path != ".modelcli"}
+    assert found == {
+        "": {"version": 1},
+        "net": {"version": 1},
+        "net.0": {"version": 1},
+        "norm": {"version": 2},
+        "net.2": {"version": 1},
+        "net.3": {"version": 2},
+    }
+
+
+def test_a_training_checkpoint_keeps_what_stands_around(cli: Cli) -> None:
+    torch.save({"epoch": 3, "state_dict": {"module.w": torch.ones(2)}}, "training.pth")
+    cli("rename", "module.**", "**", "-m", "training.pth", "-o", "out.pth")
+    found = torch.load("out.pth", weights_only=True)
+    assert found["epoch"] == 3
+    assert list(found["state_dict"]) == ["w"]
+
+
+# --- what is shown -------------------------------------------------------------------------------------------------
+
+
+def test_a_row_for_each_module_that_moves(folder: Path) -> None:
+    live = opened(nn.DataParallel(network()).state_dict())
+    (change,) = rename(live, "rename module.** **")
+    assert (change.path, change.before, change.after) == ("module", "module.**", "** (9 keys)")
+    assert change.params_before == change.params_after == sum(p.numel() for p in network().parameters())
+    assert change.resolved == ("rename module.** **",)
+    rows = rename(live, "rename *.bias *.offset")
+    assert [(row.path, row.before, row.after) for row in rows] == [
+        (path, f"{path}.bias", f"{path}.offset") for path in ("0", "1", "3")
+    ]
+
+
+def test_more_than_a_screenful_is_one_row(folder: Path) -> None:
+    live = opened({f"layers.{number}.gamma": torch.zeros(2) for number in range(30)})
+    (change,) = rename(live, "rename **.gamma **.weight")
+    assert (change.before, change.after, change.params_after) == ("**.gamma", "**.weight (30 keys)", 60)
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "message", "hint"),
+    [
+        ("rename modul.** **", "no tensor matches 'modul.**'", "nearest: module"),
+        ("rename module net", "'module' is a module, and no key", "rename 'module.**' 'net.**' renames all its keys"),
+        ("rename . net", "'.' is a module, and no key", "rename '**' 'net.**'"),
+        ("rename module.1.running_* module.1.a", "'module.1.running_*' has the wildcard *", ""),
+        ("rename module.0.bias module.0.weight", "module.0.weight and module.0.bias would both be called", ""),
+        ("rename module.0.bias module.1", "module.1 cannot be a tensor and a module at once", ""),
+        ("rename module.0.bias module.1.weight.x", "module.1.weight cannot be a tensor and a module at once", ""),
+        ("rename **.num_batches_tracked **", "cannot be a tensor and a module at once", ""),
+        ("rename ** **", "gives every key the name that it has", ""),
+        ("rename module.0.bias .", "would have no name left", ""),
+    ],
+)
+def test_refused(folder: Path, line: str, message: str, hint: str) -> None:
+    live = opened(nn.DataParallel(network()).state_dict())
+    before = list(live.module.state_dict())
+    with pytest.raises(RequestError, match=re.escape(message)) as caught:
+        rename(live, line)
+    assert hint in (caught.value.hint or "")
+    assert list(live.module.state_dict()) == before
+
+
+def test_where_the_architecture_is_known_it_is_refused(cli: Cli) -> None:
+    result = cli("rename", "classifier.6.*", "head.*", "-m", "alexnet", "--json", code=2)
+    assert result.error["message"] == "AlexNet cannot load a state dict where classifier.6.weight is called head.weight"
+    assert "load the result with --arch" in result.error["hint"]

@@ -1,0 +1,480 @@
+"""script: what it prints is run, and saves the tensors that modelcli saves."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from modelcli import edits
+from modelcli.live import zoo
+from modelcli.live.scripting import model_edits
+from modelcli.live.scripting.page import InexpressibleError, Page
+from modelcli.live.scripting.places import place
+from tests import nets
+from tests.conftest import Cli
+
+
+def run(text: str) -> dict[str, Any]:
+    """Run a script here, as a fresh interpreter would: no module of ours is in reach, the generator is anywhere."""
+    zoo.torchvision()  # for a torchvision that torch itself does not match
+    kept, hidden = list(sys.path), {name: sys.modules.pop(name) for name in ("nets", "own") if name in sys.modules}
+    ours = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "modelcli"}
+    sys.modules.update(dict.fromkeys(ours))  # type: ignore[arg-type]
+    found: dict[str, Any] = {}
+    importlib.invalidate_caches()  # another test's current folder may be remembered
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(99)
+            exec(compile(text, "script.py", "exec"), found)
+    finally:
+        sys.modules.update(ours)
+        sys.path[:] = kept
+        for name in ("nets", "own"):
+            sys.modules.pop(name, None)
+        sys.modules.update(hidden)
+    return found
+
+
+def tensors(path: str) -> dict[str, Any]:
+    if path.endswith(".safetensors"):
+        from safetensors.torch import load_file
+
+        return dict(load_file(path))
+    return dict(torch.load(path, weights_only=True))
+
+
+def same(found: Any, expected: Any) -> bool:
+    """Whether two trees of values are equal, tensors bit by bit and in the same dtype."""
+    if isinstance(expected, torch.Tensor):
+        return found.dtype == expected.dtype and torch.equal(found, expected)
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(same(found[key], expected[key]) for key in expected)
+    return bool(found == expected)
+
+
+def both(cli: Cli, *words: str, suffix: str = "pth") -> str:
+    """Save with modelcli and with the script, compare, and give the script."""
+    result = cli("script", *words, "-o", f"theirs.{suffix}")
+    Path(f"ours.{suffix}").unlink(missing_ok=True)
+    if "-e" in words:
+        cli("apply", *words, "-o", f"ours.{suffix}", "--check", "none")
+    else:
+        cli("save", f"ours.{suffix}", *words)
+    run(result.out)
+    assert same(tensors(f"theirs.{suffix}"), tensors(f"ours.{suffix}"))
+    return result.out
+
+
+# --- where a model comes from --------------------------------------------------------------------------------------
+
+
+def test_a_builder_and_its_statements(cli: Cli) -> None:
+    lines = ["-e", "replace classifier.6 Linear(_,10)", "-e", "freeze features"]
+    assert cli("script", "-m", "alexnet", *lines, "-o", "head10.pth").out == (
+        """\
+import torch
+from torch import nn
+from torchvision import models
+
+torch.manual_seed(0)
+model = models.alexnet()
+
+# replace classifier.6 Linear(_,10)
+torch.manual_seed(1)
+model.classifier[6] = nn.Linear(4096, 10)
+
+# freeze features
+model.features.requires_grad_(False)
+
+torch.save(model.state_dict(), "head10.pth")
+"""
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "statement"),
+    [
+        ("squeezenet1_1(num_classes=3)", "model = models.squeezenet1_1(num_classes=3)"),
+        ("Sequential(Linear(2,3),Permute([1,0]))", "model = nn.Sequential(nn.Linear(2, 3), ops.Permute([1, 0]))"),
+        ("Linear(2,3,bias=False,dtype=torch.float16)", "model = nn.Linear(2, 3, bias=False, dtype=torch.float16)"),
+        ("nets.py:MyLinear(3,2)", "model = MyLinear(3, 2)"),
+        ("nets.py:Tied", "model = Tied()"),
+        ("nets:build(depth=3)", "model = build(depth=3)"),
+        ("Sequential(nets:MyLinear(3,2))", "model = nn.Sequential(nets.MyLinear(3, 2))"),
+        ("odd-name.py:Holder.build()", 'model = runpy.run_path("odd-name.py")["Holder"].build()'),
+        ("sub/own.py:Own", "model = Own()"),
+    ],
+)
+def test_references(cli: Cli, folder: Path, model: str, statement: str) -> None:
+    (folder / "odd-name.py").write_text(
+        "from torch import nn\nclass Holder:\n    @staticmethod\n    def build():\n        return nn.Linear(2, 2)\n"
+    )
+    (folder / "sub").mkdir()
+    (folder / "sub" / "helper.py").write_text("from torch import nn\nBase = nn.Linear\n")
+    (folder / "sub" / "own.py").write_text(
+        "from helper import Base\nclass Own(Base):\n    def __init__(self):\n        super().__init__(3, 3)\n"
+    )
+    assert statement in both(cli, "-m", model, "--seed", "7").splitlines()
+    sys.modules.pop("helper", None)
+
+
+def test_weights_of_torchvision(cli: Cli) -> None:
+    out = cli("script", "-m", "fcn_resnet50", "--weights", "DEFAULT").out
+    assert (
+        'model = models.segmentation.fcn_resnet50(weights="COCO_WITH_VOC_LABELS_V1", weights_backbone=None)' in out
+        or 'model = models.get_model("fcn_resnet50", weights="COCO_WITH_VOC_LABELS_V1", weights_backbone=None)' in out
+    )
+    assert "manual_seed" not in out
+
+
+def test_an_instance_has_the_numbers_of_its_file(cli: Cli) -> None:
+    result = cli("script", "-m", "nets.py:instance", "-e", "freeze .")
+    assert "model = instance" in result.out
+    assert "has the numbers that it gets when its file is run" in result.err
+
+
+# --- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+def trained(seed: int = 1) -> nn.Module:
+    torch.manual_seed(seed)
+    return nets.Net()
+
+
+def test_a_checkpoint_with_an_architecture(cli: Cli) -> None:
+    torch.save(nn.DataParallel(trained()).state_dict(), "parallel.pth")
+    out = both(cli, "-m", "parallel.pth", "--arch", "nets.py:Net", "-e", "replace conv2 Conv2d(_,7,1)")
+    assert 'state = {key.removeprefix("module."): value for key, value in state.items()}' in out
+    assert "torch.manual_seed(0)" not in out  # the file brings all the numbers
+
+
+def test_weights_from_a_file(cli: Cli) -> None:
+    torch.save(trained().state_dict(), "best.pth")
+    assert 'torch.load("best.pth", map_location="cpu", weights_only=True)' in both(
+        cli, "-m", "nets.py:Net", "--weights", "best.pth"
+    )
+
+
+def test_a_file_in_half_precision_stays_so(cli: Cli) -> None:
+    torch.save(trained().half().state_dict(), "half.pth")
+    out = both(cli, "-m", "half.pth", "--arch", "nets.py:Net", "-e", "replace conv2 Conv2d(_,7,1)")
+    assert "model.load_state_dict(state, assign=True)" in out
+    assert "nn.Conv2d(3, 7, 1).to(torch.float16)" in out
+
+
+def test_what_the_file_lacks_is_drawn(cli: Cli, folder: Path) -> None:
+    state = trained().state_dict()
+    del state["conv2.weight"]
+    torch.save(state, "part.pth")
+    (folder / "modelcli.toml").write_text('model = "part.pth"\narch = "nets.py:Net"\nstrict = false\nseed = 5\n')
+    out = both(cli)
+    assert "torch.manual_seed(5)" in out
+    assert "model.load_state_dict(state, strict=False)" in out
+
+
+def test_a_training_checkpoint(cli: Cli) -> None:
+    torch.save({"epoch": 3, "state_dict": trained().state_dict()}, "training.pth")
+    words = ["-m", "training.pth", "--arch", "nets.py:Net", "-e", "replace conv2 Conv2d(_,7,1)"]
+    both(cli, *words)
+    assert tensors("theirs.pth")["epoch"] == 3
+    run(cli("script", *words, "-o", "bare.pth", "--bare").out)
+    assert "conv2.weight" in tensors("bare.pth")
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_a_file_that_modelcli_wrote(cli: Cli, suffix: str) -> None:
+    """What was done before stands in the script, and the flags are those of the file."""
+    lines = ["-e", "replace 2 Linear(_,5)", "-e", "freeze 0.weight", "-e", "replace 1 GELU"]
+    cli("apply", *lines, "-m", "Sequential(Linear(4,4),ReLU(),Linear(4,2))", "-o", f"first.{suffix}", "--seed", "2")
+    out = both(cli, "-m", f"first.{suffix}", "-e", "replace 2 Linear(_,7)", suffix=suffix)
+    found = run(out)["model"]
+    assert isinstance(found[1], nn.GELU)
+    assert [name for name, p in found.named_parameters() if not p.requires_grad] == ["0.weight"]
+    assert found[2].out_features == 7
+
+
+def test_a_folder_of_shards(cli: Cli, folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    state = trained().state_dict()
+    (folder / "shards").mkdir()
+    names = list(state)
+    files = {"a.safetensors": names[:4], "b.safetensors": names[4:]}
+    for file, keys in files.items():
+        save_file({key: state[key] for key in keys}, folder / "shards" / file)
+    index = {key: file for file, keys in files.items() for key in keys}
+    (folder / "shards" / "model.safetensors.index.json").write_text(
+        '{"metadata": {}, "weight_map": ' + str(index).replace("'", '"') + "}"
+    )
+    both(cli, "-m", "shards/", "--arch", "nets.py:Net", "-e", "freeze bn")
+
+
+def test_safetensors_with_tied_tensors(cli: Cli) -> None:
+    both(cli, "-m", "nets.py:Tied", "-e", "freeze body", suffix="safetensors")
+    state = {"a": torch.arange(6.0), "c": torch.arange(6.0).reshape(2, 3).T}
+    state |= {"again": state["a"], "part": state["a"][2:4]}
+    torch.save(state, "views.pth")
+    both(cli, "-m", "views.pth", "-e", "rename c d", suffix="safetensors")
+
+
+# --- edits of a model ----------------------------------------------------------------------------------------------
+
+BASES = {
+    "sequential": "Sequential(Linear(4,4),ReLU(),Sequential(Linear(4,4),ReLU()),Linear(4,2))",
+    "named": "nets.py:Net",
+    "dict, list, shared": "own.py:Odd",
+    "builder": "squeezenet1_1(num_classes=2)",
+}
+ODD = """
+from collections import OrderedDict
+from torch import nn
+
+class Odd(nn.Module):
+    def __init__(self):
+        super().__init__()
+        shared = nn.Linear(4, 4)
+        self.first = nn.Sequential(OrderedDict([("lin", shared), ("act", nn.ReLU())]))
+        self.again = shared
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(6)])
+        self.heads = nn.ModuleDict({"left": nn.Linear(4, 2), "right-most": nn.Linear(4, 2)})
+        self.add_module("a b", nn.Linear(4, 4))
+        self.add_module("class", nn.Linear(4, 4))
+        self.add_module('"]; import os #', nn.Linear(2, 2))
+"""
+
+
+@pytest.mark.parametrize(
+    ("base", "lines"),
+    [
+        ("sequential", ["replace 0 Linear(_,_,bias=False)", "replace **:ReLU PReLU()", "replace 2.0 Linear(4,4)"]),
+        ("sequential", ["replace 2 Sequential(Linear(4,6),ReLU(),Linear(6,4))", "freeze 2", "unfreeze 2.0.weight"]),
+        ("named", ["replace bn GroupNorm(3,3)", "freeze .", "unfreeze conv2 bn.bias"]),
+        ("dict, list, shared", ["replace **:Linear Linear(4,4)", "replace heads.left Linear(4,9)"]),
+        ("dict, list, shared", ["replace blocks.*.0 Linear(4,4,bias=False)", "freeze blocks.*.0 --except blocks.3"]),
+        ("dict, list, shared", ["replace heads.* Linear(4,3)", "replace '{a b,class}' Linear(4,4)"]),
+        ("dict, list, shared", ["freeze . --except again", "unfreeze blocks.[1-4]"]),
+        ("dict, list, shared", ["replace '\"\\]; import os #' Linear(2,2)"]),
+        ("builder", ["replace **:ReLU PReLU()", "freeze features --except **.bias",
+                     "replace classifier.1 Conv2d(_,4,1)"]),
+    ],
+)  # fmt: skip
+def test_replace_and_flags(cli: Cli, folder: Path, base: str, lines: list[str]) -> None:
+    (folder / "own.py").write_text(ODD)
+    words = [word for line in lines for word in ("-e", line)]
+    out = both(cli, "-m", BASES[base], "--seed", "4", *words)
+    model = run(out)["model"]
+    frozen = {row["name"] for row in cli("params", "ours.pth", "--frozen", "--json", "--trust").json["tensors"]}
+    assert {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad} == frozen
+
+
+def test_the_working_recipe(cli: Cli) -> None:
+    cli("load", "nets.py:Net", "--seed", "3")
+    cli("freeze", "bn")
+    cli("replace", "conv2", "Conv2d(_,7,1)")
+    both(cli)
+    both(cli, "-e", "replace conv2 Conv2d(_,9,1)")
+
+
+def test_a_mode_and_a_dtype_are_those_of_what_was_there(cli: Cli, folder: Path) -> None:
+    (folder / "own.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "def build():\n    return nn.Sequential(nn.Linear(2, 2), nn.Dropout()).to(torch.bfloat16).eval()\n"
+    )
+    model = run(both(cli, "-m", "own.py:build", "-e", "replace 0 Linear(2,3)", "-e", "replace 1 PReLU()"))["model"]
+    assert not model[0].training
+    assert model[1].weight.dtype == torch.bfloat16
+
+
+# Each pair of lines does one thing: the edit, and the statements of plain PyTorch that stand in the documentation.
+def plain() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.features = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3))
+    model.heads = nn.ModuleDict({"left": nn.Linear(4, 2)})
+    model.fc = nn.Linear(4, 2)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("line", "statement", "expected"),
+    [
+        ("add features.drop Dropout(0.5)", lambda m: m.features.add_module("drop", nn.Dropout(0.5)),
+         'model.features.add_module("drop", nn.Dropout(0.5))'),
+        ("add heads.right Linear(4,3)", lambda m: m.heads.update({"right": nn.Linear(4, 3)}),
+         'model.heads["right"] = nn.Linear(4, 3)'),
+        ("insert features.1 Conv2d(4,4,1)", lambda m: m.features.insert(1, nn.Conv2d(4, 4, 1)),
+         "model.features.insert(1, nn.Conv2d(4, 4, 1))"),
+        ("append features Linear(4,4)", lambda m: m.features.append(nn.Linear(4, 4)),
+         "model.features.append(nn.Linear(4, 4))"),
+        ("remove features.1 features.2 fc", lambda m: (m.features.pop(1), m.features.pop(1), m.__delattr__("fc")),
+         "del model.features[1]"),
+        ("remove heads.left", lambda m: m.heads.pop("left"), 'del model.heads["left"]'),
+        ("cast features bfloat16", lambda m: m.features.to(torch.bfloat16), "model.features.to(torch.bfloat16)"),
+        ("cast fc.weight float64", lambda m: setattr(m.fc.weight, "data", m.fc.weight.data.double()),
+         "model.fc.weight.data = model.fc.weight.data.to(torch.float64)"),
+        ("cast features.1.running_mean float64", lambda m: m.features[1].register_buffer(
+            "running_mean", m.features[1].running_mean.double()),
+         'setattr(model.features[1], "running_mean", model.features[1].running_mean.to(torch.float64))'),
+        ("init features.0.weight kaiming_normal(nonlinearity='relu')",
+         lambda m: nn.init.kaiming_normal_(m.features[0].weight, nonlinearity="relu"),
+         'init.kaiming_normal_(model.features[0].weight, nonlinearity="relu")'),
+        ("init fc normal(0,0.01) --bias uniform", lambda m: (nn.init.normal_(m.fc.weight, 0, 0.01),
+         nn.init.uniform_(m.fc.bias)), "init.uniform_(model.fc.bias)"),
+        ("init fc default", lambda m: m.fc.reset_parameters(), "model.fc.reset_parameters()"),
+    ],
+)  # fmt: skip
+def test_each_edit_is_its_statement(line: str, statement: Callable[[Any], object], expected: str) -> None:
+    before, after = plain(), plain()
+    torch.manual_seed(8)
+    statement(after)
+    lines = _statements(line.replace("'", '"') if "(" not in line else line, before, after, 8)
+    assert expected in lines
+    model = plain()
+    _execute(lines, model)
+    assert same(model.state_dict(), after.state_dict())
+    assert repr(model) == repr(after)
+
+
+def test_extract() -> None:
+    model = plain()
+    assert _statements("extract features.0", model, model.features[0], None) == ["model = model.features[0]"]
+
+
+def test_keep_weights_copies_what_overlaps() -> None:
+    before, after = plain(), plain()
+    torch.manual_seed(3)
+    new = nn.Linear(6, 3)
+    with torch.no_grad():
+        new.weight[:2, :4] = before.fc.weight
+        new.bias[:2] = before.fc.bias
+    after.fc = new
+    page = Page()
+    page.write(*model_edits.statements(page, [edits.parse("replace fc Linear(6,3) --keep-weights")], before, after, 3))
+    model = plain()
+    exec(page.text(), {"model": model})
+    assert same(model.state_dict(), after.state_dict())
+
+
+def _statements(line: str, before: nn.Module, after: nn.Module, seed: int | None) -> list[str]:
+    edit = edits.parse(line) if "'" not in line else edits.from_words(*_split(line))
+    return model_edits.statements(Page(), [edit], before, after, seed)
+
+
+def _split(line: str) -> tuple[str, list[str]]:
+    first, *rest = line.split(" ")
+    return first, rest
+
+
+def _execute(lines: list[str], model: nn.Module) -> None:
+    exec("\n".join(lines), {"torch": torch, "nn": nn, "init": nn.init, "model": model})
+
+
+# --- edits of a bare checkpoint ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lines", "statement"),
+    [
+        (["rename module.** **"], 'state = {key.removeprefix("module."): value for key, value in state.items()}'),
+        (["rename ** net.**"], 'state = {"net." + key: value for key, value in state.items()}'),
+        (
+            ["rename module.conv1.* module.stem.*"],
+            'state = {"module.stem." + key.removeprefix("module.conv1.") if key.startswith("module.conv1.") else key:'
+            " value for key, value in state.items()}",
+        ),
+        (["rename **.weight **.gamma"], '    "module.bn.weight": "module.bn.gamma",'),
+        (["freeze .", "rename module.bn.bias offset"], "# a state dict holds no requires_grad: nothing to do"),
+        (["replace module.conv2 Conv2d(3,7,1)"], "new = nn.Conv2d(3, 7, 1)"),
+    ],
+)
+@pytest.mark.parametrize("source", ["bare.pth", "training.pth", "bare.safetensors"])
+def test_keys(cli: Cli, source: str, lines: list[str], statement: str) -> None:
+    from safetensors.torch import save_file
+
+    state = nn.DataParallel(trained()).state_dict()
+    torch.save(state, "bare.pth")
+    torch.save({"epoch": 3, "model": state}, "training.pth")
+    save_file(state, "bare.safetensors")
+    words = [word for line in lines for word in ("-e", line)]
+    assert statement in both(cli, "-m", source, *words).splitlines()
+
+
+# --- what cannot be said -------------------------------------------------------------------------------------------
+
+
+def test_what_plain_pytorch_cannot_load(cli: Cli) -> None:
+    """The script stops there: what it would save is something else."""
+    torch.save(nets.Net(), "pickled.pth")
+    result = cli("script", "-m", "pickled.pth", "--tensors-only", "-e", "freeze .")
+    assert "note: the script stops at 'read pickled.pth'" in result.err
+    assert "# the file holds objects of foreign classes" in result.out
+    with pytest.raises(NotImplementedError, match=r"read pickled.pth"):
+        run(result.out)
+
+
+def test_what_has_no_statements() -> None:
+    with pytest.raises(InexpressibleError, match="is no sequence"):
+        _statements("insert heads.left ReLU", plain(), plain(), None)
+    model = plain()
+    with pytest.raises(InexpressibleError, match="some are kept"):
+        _statements("init fc default --except fc.bias", model, model, None)
+
+
+def test_an_edit_that_is_wrong_is_an_error(cli: Cli) -> None:
+    error = cli("script", "-m", "nets.py:Net", "-e", "freeze bn", "-e", "freeze bm", "--json", code=2).error
+    assert error["message"] == "-e 2: edit 2, 'freeze bm': no tensor matches 'bm'"
+
+
+# --- the text ------------------------------------------------------------------------------------------------------
+
+
+def test_no_name_becomes_a_statement(cli: Cli) -> None:
+    """Names, paths and lines go in as literals and as comments of one line."""
+    name = "x'\"\nimport os; os.mkdir('made')\n#"
+    torch.save({f"{name}.weight": torch.ones(2), "b.weight": torch.ones(2)}, "it's.pth")
+    words = ["-m", "it's.pth", "-e", f'rename b.weight "{name[:1]}\nimport os; os.mkdir(1)"']
+    both(cli, *words)
+    assert not Path("made").exists()
+    out = cli("script", *words).out
+    assert out.isascii()
+    assert 'torch.load("it\'s.pth"' in out
+
+
+def test_places_in_a_model() -> None:
+    model = nn.Module()
+    model.seq = nn.Sequential(nn.ReLU(), nn.Sequential())
+    model.seq.add_module("named", nn.Sequential(nn.ReLU()))
+    model.add_module("0", nn.ReLU())
+    model.add_module("training.x".replace(".", "_"), nn.ReLU())
+    for path, module in copy.deepcopy(model).named_modules():
+        assert type(eval(place(model, path), {"model": model})) is type(module)
+        assert eval(place(model, path), {"model": model}) is model.get_submodule(path)
+    assert place(model, "seq.0") == "model.seq.get_submodule('0')" or "get_submodule" in place(model, "seq.0")
+
+
+def test_as_json_and_as_a_file(cli: Cli) -> None:
+    words = ["-m", "nets.py:Net", "-e", "freeze bn"]
+    assert cli("script", *words, "--json").json["script"] == cli("script", *words).out
+
+
+@pytest.mark.parametrize("model", ["nets.py:Net", "Sequential(Linear(3,4),ReLU(),Linear(4,2))"])
+def test_in_a_process_of_its_own(cli: Cli, folder: Path, model: str) -> None:
+    last = "conv2" if "Net" in model else "2"
+    new = "Conv2d(_,7,1)" if "Net" in model else "Linear(_,7)"
+    words = ["-m", model, "-e", f"replace {last} {new}", "-e", "freeze ."]
+    (folder / "script.py").write_text(cli("script", *words, "-o", "theirs.pth").out)
+    cli("apply", *words, "-o", "ours.pth")
+    code = "import sys; sys.modules['modelcli'] = None; exec(open('script.py').read())"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, env=environment)
+    assert same(tensors("theirs.pth"), tensors("ours.pth"))

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -349,8 +349,21 @@ def _check(live: Live, target: Target, added: Sequence[Edit], how: Writing) -> d
             return unedited.module, unedited.inputs
 
         result = checking.check(before, live.module, live.inputs, edited)
+    if result.ran:
+        live.notes += _idle(live, result.called)
     shapes = None if live.inputs is None else [list(size) for size in live.inputs.shapes]
     return {"ran": result.ran, "reason": result.reason, "output_shape": result.output_shape, "input": shapes}
+
+
+def _idle(live: Live, called: Collection[str]) -> list[str]:
+    """New modules at new places that the forward pass did not come to: a class calls the children that it knows."""
+    places = [change.path for change in live.changes if change.action in ("add", "insert", "append")]
+    there = {module.path: module for module in live.describe().modules}
+    return [
+        f"{path} did not run on the forward pass: nothing calls it"
+        for path in places
+        if path in there and path not in called and there[path].shared_with is None
+    ]
 
 
 def _outcome(live: Live, before: Blueprint, check: Mapping[str, Any], added: Sequence[Edit]) -> Outcome:

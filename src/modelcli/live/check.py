@@ -24,11 +24,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Check:
-    """Whether a forward pass was made, why not where it was not, and the shape that came out."""
+    """Whether a forward pass was made, why not where it was not, the shape that came out, and what was called in it."""
 
     ran: bool
     reason: str | None = None
     output_shape: Any = None
+    called: frozenset[str] = frozenset()
 
 
 def check(
@@ -50,7 +51,7 @@ def check(
         return Check(False, f"{stored} is a dtype to store numbers in: no module of torch.nn computes with it")
     watch, seen = _pass(after, inputs)
     if seen.failure is None:
-        return Check(True, None, trace.shape_of(seen.output))
+        return Check(True, None, trace.shape_of(seen.output), frozenset(seen.output_shapes))
     model, given = before()
     _, unedited = _pass(model, given or inputs)
     if unedited.failure is not None:
@@ -70,7 +71,7 @@ def run_for_real(before: tuple[nn.Module, Inputs | None], after: nn.Module, inpu
         return Check(False, "no input size is known; --input-size 1,3,224,224 gives one")
     seen = trace.run(after, inputs.tensors("cpu"), device="cpu")
     if seen.failure is None:
-        return Check(True, None, trace.shape_of(seen.output))
+        return Check(True, None, trace.shape_of(seen.output), frozenset(seen.output_shapes))
     model, given = before
     unedited = trace.run(model, (given or inputs).tensors("cpu"), device="cpu")
     if unedited.failure is not None:

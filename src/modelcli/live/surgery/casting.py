@@ -14,7 +14,7 @@ from modelcli.edits import Cast
 from modelcli.errors import RequestError
 from modelcli.live.describe import describe, dtype_name, floating_dtype
 from modelcli.live.sources import converted, extent, is_lazy, named_tensors
-from modelcli.live.surgery.core import Change, Context, Done
+from modelcli.live.surgery.core import Change, Context, Done, tie_notes
 from modelcli.live.surgery.flags import groups_of, require_expected
 from modelcli.live.surgery.storages import has_storage, view_anew, viewers
 
@@ -32,7 +32,7 @@ def carry_out(module: nn.Module, edit: Cast, context: Context) -> Done:
         )
     groups = groups_of(edit.targets, blueprint, floating)
     require_expected(edit.expect, groups)
-    changes, notes = [], []
+    changes, notes = [], tie_notes(blueprint, floating, "cast")
     for path, below in groups:
         own = {id(tensors[name]): tensors[name] for name in below}
         before = dict.fromkeys(dtype_name(tensor.dtype) for tensor in own.values())

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from modelcli import expressions
+from modelcli.blueprints import Blueprint
 from modelcli.errors import RequestError
 from modelcli.live.build import Bare
 from modelcli.live.sources import is_lazy, named_tensors
@@ -97,6 +98,23 @@ def submodule(module: nn.Module, path: str) -> nn.Module:
         assert child is not None
         module = child
     return module
+
+
+def tie_notes(blueprint: Blueprint, names: Collection[str], done: str) -> list[str]:
+    """What there is to tell where an edit of some tensors is one of others as well, since they are the same.
+
+    `names` are those that were picked, and `done` is what became of them: `frozen`.
+    """
+    everywhere: dict[str, list[str]] = {}
+    for tensor in blueprint.tensors:
+        everywhere.setdefault(tensor.identity, []).append(tensor.name)
+    told = []
+    for group in everywhere.values():
+        picked = [name for name in group if name in names]
+        others = [name for name in group if name not in names]
+        if picked and others:
+            told.append(f"{picked[0]} is one tensor with {', '.join(others)}: that is {done} too")
+    return told if len(told) <= 3 else [*told[:3], f"{len(told) - 3} more tensors are {done} under other names too"]
 
 
 def brief(module: nn.Module) -> str:

@@ -13,7 +13,7 @@ from modelcli.edits import Freeze, Unfreeze
 from modelcli.errors import RequestError
 from modelcli.live.describe import describe
 from modelcli.live.sources import is_lazy
-from modelcli.live.surgery.core import Change, Context, Done
+from modelcli.live.surgery.core import Change, Context, Done, tie_notes
 
 
 def carry_out(module: nn.Module, edit: Freeze | Unfreeze, context: Context) -> Done:
@@ -52,7 +52,9 @@ def carry_out(module: nn.Module, edit: Freeze | Unfreeze, context: Context) -> D
     for tensor in tensors.values():
         tensor.requires_grad = trained  # the method is not for parameters without a shape
     line = str(type(edit)(targets=tuple(_resolved_targets(blueprint, edit, chosen))))
-    notes = [] if trained else _statistics_note(blueprint, names)
+    notes = tie_notes(blueprint, chosen, "trainable" if trained else "frozen")
+    if not trained:
+        notes += _statistics_note(blueprint, names)
     return Done(module, [replace(changes[0], resolved=(line,)), *changes[1:]], notes, context.inputs)
 
 

@@ -24,7 +24,7 @@ from modelcli.live import memory
 from modelcli.live.build import Bare
 from modelcli.live.describe import describe, dtype_name
 from modelcli.live.sources import Drawn, Lazy, is_lazy, named_tensors
-from modelcli.live.surgery.core import Change, Context, Done
+from modelcli.live.surgery.core import Change, Context, Done, tie_notes
 from modelcli.live.surgery.flags import groups_of, require_expected
 from modelcli.live.surgery.storages import copied, has_storage, key_of, view_anew, viewers
 from modelcli.live.twins import meta_twin, seeded
@@ -50,7 +50,8 @@ def carry_out(module: nn.Module, edit: Init, context: Context) -> Done:
         after = min((filled[key] for key in own), key=drawing.texts.index)
         changes.append(Change(path, edit.name, "as it was", after, size, size))
     _draw(module, drawing, {id(tensors[name]) for name in drawing.filled}, context.seed)
-    return Done(module, [replace(changes[0], resolved=drawing.lines), *changes[1:]], drawing.notes, context.inputs)
+    notes = [*drawing.notes, *tie_notes(blueprint, names, "drawn anew")]
+    return Done(module, [replace(changes[0], resolved=drawing.lines), *changes[1:]], notes, context.inputs)
 
 
 @dataclass(frozen=True)

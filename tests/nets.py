@@ -93,6 +93,17 @@ class Places(nn.Module):
         return {name: head(x) for name, head in self.heads.items()}
 
 
+class Attending(nn.Module):
+    """A module with three inputs inside one with one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.attention(x, x, x)[0]
+
+
 class Mixed(nn.Module):
     """A bfloat16 layer behind a float32 one: runs on meta, not on the CPU."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -178,3 +179,37 @@ print("torch" in sys.modules)
     assert done.stdout.strip() == "False"
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = modelcli.nothing  # type: ignore[attr-defined]
+
+
+# --- blueprint -----------------------------------------------------------------------------------------------------
+
+
+def test_the_blueprint_of_a_module_and_of_a_reference() -> None:
+    model = nets.Places()
+    found = modelcli.blueprint(model)
+    assert found.totals.params == sum(parameter.numel() for parameter in model.parameters())
+    assert [module.path for module in found.modules] == [n for n, _ in model.named_modules(remove_duplicate=False)]
+    assert found.by_path["again"].shared_with == "shared"
+    assert found.by_name["again.weight"].tied_to == "shared.weight"
+    assert found.trace is None
+    traced = modelcli.blueprint(model, input_size=(2, 4)).trace
+    assert traced is not None
+    assert traced.layers["seq.0"].output_shape == [2, 4]
+    assert modelcli.blueprint("Linear(3,2)", input_size="5,3").trace.macs == 30
+
+
+def test_the_blueprint_of_a_file_needs_no_architecture(folder: Path) -> None:
+    torch.save({"module.fc.weight": torch.zeros(3, 2)}, "bare.pth")
+    for path in ("bare.pth", Path("bare.pth"), folder / "bare.pth"):
+        assert modelcli.blueprint(path).by_name["module.fc.weight"].shape == (3, 2)
+    with pytest.raises(RequestError, match="arch and key are for checkpoints"):
+        modelcli.blueprint(nets.Places(), arch="alexnet")
+    with pytest.raises(RequestError, match=r"takes an nn\.Module or a reference"):
+        modelcli.blueprint(3)
+
+
+def test_blueprint_is_the_function_whatever_was_imported() -> None:
+    import modelcli.blueprints
+
+    assert callable(modelcli.blueprint)
+    assert modelcli.blueprints.Blueprint is type(modelcli.blueprint(nets.Places()))

@@ -536,6 +536,8 @@ def _checked(text: str, blueprint: Blueprint, match: Callable[[Selector, Bluepri
 
 def no_match(selector: Selector, blueprint: Blueprint, noun: str = "modules") -> RequestError:
     """The error for a selector that picks nothing: the nearest existing paths, and what the shell may have done."""
+    if noun == "tensors" and matched_modules(selector, blueprint):
+        return RequestError(f"{selector.text!r} has no tensors", "modelcli params shows where they are")
     hint = _nearest(selector, blueprint, noun)
     if os.path.lexists(selector.text) and selector.text != ".":
         hint += f"; {selector.text!r} is a file here: if the shell expanded a pattern to it, quote the pattern"

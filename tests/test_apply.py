@@ -171,6 +171,19 @@ def test_the_fifth_line_is_wrong_and_the_working_recipe_stays(cli: Cli, folder: 
     assert files(folder) == {"modelcli.toml"}
 
 
+def test_edits_that_cannot_be_done_are_told_together(cli: Cli, folder: Path) -> None:
+    (folder / "many.toml").write_text(
+        'model = "nets.py:Net"\nedits = [\n    "freeze conv9",\n    "freeze bn",\n    "replace conv2 Linaer(3,5)",\n]\n'
+    )
+    error = cli("apply", "many.toml", "-o", "out.pth", "--json", code=2).error
+    first, second = error["message"].splitlines()
+    assert first.startswith("many.toml:3: edit 1, 'freeze conv9': no tensor matches 'conv9' (nearest: conv")
+    assert second.startswith("many.toml:5: edit 3, 'replace conv2 Linaer(3,5)': no class 'Linaer'")
+    assert "did you mean Linear" in second
+    assert error["hint"] == "mend the first one first: the others may come from it"
+    assert files(folder) == {"many.toml"}
+
+
 def test_a_result_that_does_not_run_is_not_recorded(cli: Cli, folder: Path) -> None:
     cli("load", "nets.py:Net", "--input-size", "1,1,4,4")
     before = (folder / "modelcli.toml").read_bytes()

@@ -277,3 +277,19 @@ def test_meta_and_real_agree() -> None:
 )
 def test_brief(module: nn.Module, text: str) -> None:
     assert surgery.brief(module) == text
+
+
+def test_batch_statistics_below_a_frozen_path_are_told(cli: Cli) -> None:
+    told = " ".join(cli("freeze", "layer1", "-m", "resnet18").err.split())
+    assert "frozen or not, 4 normalisation layers (layer1.0.bn1, layer1.0.bn2, layer1.1.bn1, ...) still update" in told
+    told = " ".join(cli("freeze", "bn1", "-m", "resnet18").err.split())
+    assert "1 normalisation layer (bn1) still updates its running mean and variance in train mode: call .eval()" in told
+    assert "normalisation" not in cli("freeze", "layer1.0.conv1", "-m", "resnet18").err
+    assert "normalisation" not in cli("unfreeze", "layer1", "-m", "resnet18").err
+    assert "normalisation" not in cli("freeze", ".", "-m", "convnext_tiny").err  # LayerNorm counts nothing
+
+
+def test_freeze_all_but_the_head_reads_well(cli: Cli) -> None:
+    lines = cli("freeze", ".", "--except", "classifier.6", "-m", "alexnet").out.splitlines()
+    assert lines[0] == ".  trainable  ->  frozen except classifier.6  57,003,840 params"
+    assert "trainable:   61,100,840 -> 4,097,000 (-57,003,840)" in lines

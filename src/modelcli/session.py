@@ -317,14 +317,25 @@ def _apply_recipe(live: Live, target: Target) -> None:
 
 
 def _apply_each(live: Live, edits: Sequence[Edit], places: Sequence[str]) -> None:
-    """Apply edits in order; one that fails is named by where it stands, its number and its line."""
+    """Apply edits in order. Those that cannot be done are told together, each by where it stands and its line.
+
+    Edits after a wrong one are tried on the model without it, so that what is said of them may come from that one.
+    """
+    wrong: list[ModelcliError] = []
     for number, (edit, place) in enumerate(zip(edits, places, strict=True), 1):
         try:
             live.apply([edit])
         except ModelcliError as error:
             if place:
                 error.message = f"{place}: edit {number}, {str(edit)!r}: {error.message}"
-            raise
+            wrong.append(error)
+            if not isinstance(error, RequestError):
+                break
+    if len(wrong) == 1:
+        raise wrong[0]
+    if wrong:
+        told = [f"{error.message} ({error.hint})" if error.hint else error.message for error in wrong]
+        raise RequestError("\n".join(told), "mend the first one first: the others may come from it")
 
 
 def _check(live: Live, target: Target, added: Sequence[Edit], how: Writing) -> dict[str, Any]:

@@ -69,11 +69,10 @@ def _statistics_note(blueprint: Blueprint, names: Sequence[str]) -> list[str]:
     if not counters:
         return []
     listed = ", ".join(shown(parent_of(name)) for name in counters[:3]) + (", ..." if len(counters) > 3 else "")
-    layers = "1 normalisation layer" if len(counters) == 1 else f"{len(counters)} normalisation layers"
-    return [
-        f"frozen or not, {layers} ({listed}) still update their running mean and variance in train mode: "
-        "call .eval() on them after model.train()"
-    ]
+    one = len(counters) == 1
+    update = "1 normalisation layer" if one else f"{len(counters)} normalisation layers"
+    update += f" ({listed}) still {'updates its' if one else 'update their'} running mean and variance in train mode"
+    return [f"frozen or not, {update}: call .eval() on {'it' if one else 'them'} after model.train()"]
 
 
 def _resolved_targets(blueprint: Blueprint, edit: Freeze | Unfreeze, chosen: set[str]) -> list[str]:

@@ -141,6 +141,8 @@ def test_a_shared_module_under_one_of_its_names() -> None:
     with pytest.raises(RequestError, match="--untie") as caught:
         modelcli.apply(model, "replace again Linear(4,4)")
     assert "again is one module with 2 names (shared, again); the selector names 1 of them" in caught.value.message
+    modelcli.apply(model, "replace again Linear(4,4) --also shared")
+    assert model.again is model.shared
     old = model.shared
     modelcli.apply(model, "replace again Linear(4,4) --untie --keep-weights")
     assert model.shared is old
@@ -170,3 +172,16 @@ def test_an_edit_of_one_name_is_one_of_the_tensor(cli: Cli, line: str, done: str
     model = modelcli.load("out.pth", trust=True)
     assert model.head.weight is model.embed.weight
     assert "one tensor with" not in cli("apply", "-e", line.replace("head", "."), "-m", "nets.py:Tied").err
+
+
+def test_names_that_no_one_selector_picks(cli: Cli) -> None:
+    """What stands in the record says all of them, so that the file gives the same model back."""
+    words = ("-m", "nets.py:Unusual", "--input-size", "2,4")
+    error = cli("replace", "first.lin", "Linear(4,4)", *words, code=2).err
+    assert "first.lin is one module with 2 names (first.lin, again); the selector names 1 of them" in error
+    assert "hint: --also again replaces it everywhere" in error
+    cli("apply", "-e", "replace first.lin Linear(_,_) --also again", "-e", "replace heads.right Linear(4,3)",
+        *words, "-o", "out.pth")  # fmt: skip
+    model = modelcli.load("out.pth", trust=True)
+    assert model.first.lin is model.again
+    assert modelcli.blueprint("out.pth").by_path["again"].shared_with == "first.lin"

@@ -63,13 +63,14 @@ class Selecting(Edit):
 class Replace(Selecting):
     """Put a new module in place of every match.
 
-    `keep_weights` copies the overlapping part of each tensor of the same name; `untie` replaces a shared module under
-    the names picked alone.
+    `also` are further targets, such as the other names of a shared module; `keep_weights` copies the overlapping part
+    of each tensor of the same name; `untie` replaces a shared module under the names picked alone.
     """
 
     name: ClassVar[str] = "replace"
     target: str
     module: Call
+    also: tuple[str, ...] = _option("--also", "selectors", ())
     keep_weights: bool = _option("--keep-weights", "flag", False)
     untie: bool = _option("--untie", "flag", False)
 
@@ -78,6 +79,11 @@ class Replace(Selecting):
         if len(words) < 2:
             raise RequestError("replace takes a target and a module", "replace classifier.6 'Linear(4096,10)'")
         return cls(target=_selector(words[0]), module=expressions.parse_words(words[1:]))
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """All selectors of what is replaced."""
+        return (self.target, *self.also)
 
     def operands(self) -> list[str]:
         return [self.target, expressions.to_text(self.module)]

@@ -40,6 +40,10 @@ def replace(
     edit: EditOptions,
     source: SourceOptions,
     options: OutputOptions,
+    also: Annotated[
+        list[str] | None,
+        typer.Option("--also", help="Replace what this selector picks too: other names of a shared module."),
+    ] = None,
     keep_weights: Annotated[
         bool, typer.Option("--keep-weights", help="Copy the overlapping part of each tensor of the same name.")
     ] = False,
@@ -53,7 +57,8 @@ def replace(
 
     modelcli replace '**:ReLU' GELU -m vgg16
     """
-    flags = [*(["--keep-weights"] if keep_weights else []), *(["--untie"] if untie else [])]
+    flags = [word for selector in also or () for word in ("--also", selector)]
+    flags += [*(["--keep-weights"] if keep_weights else []), *(["--untie"] if untie else [])]
     _carry_out("replace", [target, *module], [*matches.words(), *flags], edit, source, options)
 
 

@@ -14,7 +14,7 @@ from modelcli.blueprints import joined, shown
 from modelcli.errors import RequestError
 from modelcli.expressions import HOLE, Call
 from modelcli.live import modules, rules, trace
-from modelcli.live.describe import dtype_name
+from modelcli.live.describe import dtype_name, floating_dtype
 from modelcli.live.rules import Misfit, MisfitError
 from modelcli.live.surgery import argument_from, brief
 
@@ -158,6 +158,8 @@ def _fix(module: nn.Module, path: str, misfit: Misfit, edited: Sequence[str]) ->
     """The nearest edit that would make it fit."""
     touched = any(not place or path == place or path.startswith(f"{place}.") for place in edited)
     if misfit.dtype is not None:
+        if touched:
+            return f"cast . {floating_dtype(module)} casts the whole model; what flows in here stays {misfit.dtype}"
         return f"cast {path} {misfit.dtype} as well, or cast . {misfit.dtype}, which is the whole model"
     if misfit.argument is not None and misfit.value is not None:
         text = _with_hole(module, misfit.argument)

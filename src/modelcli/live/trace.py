@@ -14,7 +14,7 @@ import torchinfo
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from modelcli.blueprints import LayerTrace, Trace, shown
+from modelcli.blueprints import LayerTrace, Trace
 from modelcli.live import rules
 from modelcli.live.describe import walk
 from modelcli.live.twins import meta_twin, seeded
@@ -41,7 +41,9 @@ class Failure:
             operation = re.search(r"(?:aten::|torch\.)\w+", text)
             named = f" ({operation[0]})" if operation else ""
             text = f"it needs real numbers, and the meta device has none{named}"
-        return f"the forward pass ended in {shown(self.path)}: {text}"
+        if isinstance(error, TypeError) and "missing" in text and not self.path:
+            text += "; --input-size again gives one more input"
+        return f"the forward pass ended in {self.path or 'the model itself'}: {text}"
 
 
 @dataclass

@@ -32,7 +32,7 @@ def statements(page: Page, edit: Edit, before: nn.Module, after: nn.Module, seed
         case Remove():
             return _removed(edit, blueprint, list(before.state_dict()))
         case Replace():
-            paths = selectors.select_modules(blueprint, [edit.target], without=edit.without)
+            paths = selectors.select_modules(blueprint, edit.targets, without=edit.without)
             gone = [name for path in paths for name in before.state_dict() if name.startswith(f"{path}.")]
             if edit.keep_weights:
                 page.helpers.setdefault(KEEP_WEIGHTS)

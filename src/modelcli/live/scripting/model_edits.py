@@ -64,7 +64,7 @@ def _replace(page: Page, edits: Sequence[Replace], before: nn.Module, after: nn.
     blueprint = describe(before)
     news: dict[int, tuple[Replace, list[str]]] = {}
     for edit in edits:
-        for path in selectors.select_modules(blueprint, [edit.target], without=edit.without):
+        for path in selectors.select_modules(blueprint, edit.targets, without=edit.without):
             news.setdefault(id(after.get_submodule(path)), (edit, []))[1].append(path)
     lines = _seeded(seed, [after.get_submodule(paths[0]) for _, paths in news.values()])
     if any(edit.keep_weights for edit in edits):

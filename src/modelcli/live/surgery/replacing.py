@@ -31,7 +31,7 @@ class _Target:
 
 def carry_out(module: nn.Module, edit: Replace, context: Context) -> Done:
     blueprint = describe(module)
-    paths = selectors.select_modules(blueprint, [edit.target], without=edit.without, expect=edit.expect)
+    paths = selectors.select_modules(blueprint, edit.targets, without=edit.without, expect=edit.expect)
     _refuse_expanded(edit, module)
     if "" in paths:
         raise RequestError(
@@ -91,7 +91,7 @@ def _parted(module: nn.Module, targets: Sequence[_Target]) -> list[_Parting]:
                 _Parting(
                     f"{target.paths[0]} is one module with {len(target.everywhere)} names "
                     f"({', '.join(target.everywhere)}); the selector names {len(target.paths)} of them",
-                    "a selector that picks all its names replaces it everywhere; "
+                    f"{' '.join(f'--also {selectors.literal(path)}' for path in others)} replaces it everywhere; "
                     "--untie replaces it under the names picked alone",
                     f"{', '.join(target.paths)} and {', '.join(others)} are no longer one module",
                 )
@@ -209,16 +209,13 @@ def _fill(old: nn.Module, new: nn.Module, parts: Mapping[str, tuple[int, ...]]) 
 
 
 def _resolved_lines(edit: Replace, groups: Sequence[tuple[Sequence[str], Call]]) -> list[str]:
-    """The edit as lines without patterns: one for each module; a module with several names keeps its selector."""
-    settled = Replace(target=edit.target, module=edit.module, keep_weights=edit.keep_weights, untie=edit.untie)
-    if all(len(named) == 1 for named, _ in groups):
-        return [str(replace(settled, target=selectors.literal(named[0]), module=call)) for named, call in groups]
-    if any(call != groups[0][1] for _, call in groups):
-        raise RequestError(
-            f"{edit.target} picks modules with several names, and _ differs between them",
-            "replace them one by one",
-        )
-    return [str(replace(edit, module=groups[0][1]))]
+    """The edit as lines without patterns and holes: one for each module, under all the names that were picked."""
+    settled = replace(edit, without=(), expect=None)
+    return [
+        str(replace(settled, target=first, also=tuple(more), module=call))
+        for names, call in groups
+        for first, *more in [list(map(selectors.literal, names))]
+    ]
 
 
 def _refuse_expanded(edit: Replace, module: nn.Module) -> None:

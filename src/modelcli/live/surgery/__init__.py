@@ -30,7 +30,8 @@ from modelcli.live.surgery.snapshot import restored_on_error
 if TYPE_CHECKING:
     from modelcli.live.inputs import Inputs
 
-#: What carries out each kind of edit. It looks before it changes anything, and replaces tensors, never their numbers.
+#: What carries out each kind of edit. It gives tensors other data, and writes nothing into the data that they have, so
+#: that `apply` can put back what it found.
 _CARRY_OUT: Mapping[type[Edit], Callable[[nn.Module, Any, Context], Done]] = {
     Replace: replacing.carry_out,
     Add: placing.carry_out,

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from modelcli import selectors
+from modelcli.blueprints import ancestors, parent_of
 from modelcli.edits import Replace
 from modelcli.errors import RequestError
 from modelcli.expressions import Call
@@ -96,31 +97,29 @@ def _parted(module: nn.Module, targets: Sequence[_Target]) -> list[_Parting]:
                     f"{', '.join(target.paths)} and {', '.join(others)} are no longer one module",
                 )
             )
-    whole = [target for target in targets if len(target.paths) == len(target.everywhere)]
+    whole = {
+        path: index
+        for index, target in enumerate(targets)
+        if len(target.paths) == len(target.everywhere)
+        for path in target.paths
+    }
     holders: dict[int, dict[int | None, str]] = {}
     for name, tensor in named_tensors(module).items():
-        holders.setdefault(id(tensor), {}).setdefault(_index_of(name, whole), name)
-    for by_target in holders.values():
-        inside = {index: name for index, name in by_target.items() if index is not None}
-        if len(by_target) > 1 and inside:
-            (index, name), other = next(iter(inside.items())), [n for k, n in by_target.items() if k not in inside]
-            other = other or list(inside.values())[1:]
+        index = next((whole[path] for path in ancestors(parent_of(name)) if path in whole), None)
+        holders.setdefault(id(tensor), {}).setdefault(index, name)
+    for names in holders.values():
+        replaced = [index for index in names if index is not None]
+        if len(names) > 1 and replaced:
+            name = names[replaced[0]]
+            other = next(other for index, other in names.items() if index != replaced[0])
             found.append(
                 _Parting(
-                    f"{name} is tied to {other[0]}, and to replace {whole[index].paths[0]} parts them",
+                    f"{name} is tied to {other}, and to replace {targets[replaced[0]].paths[0]} parts them",
                     "--untie replaces it all the same: they are two tensors from then on",
-                    f"{name} and {other[0]} are no longer tied",
+                    f"{name} and {other} are no longer tied",
                 )
             )
     return found
-
-
-def _index_of(name: str, targets: Sequence[_Target]) -> int | None:
-    """Which of the modules a tensor's name lies in."""
-    for index, target in enumerate(targets):
-        if any(name.startswith(f"{path}.") for path in target.paths):
-            return index
-    return None
 
 
 # --- keep-weights --------------------------------------------------------------------------------------------------

@@ -159,7 +159,10 @@ def _fix(module: nn.Module, path: str, misfit: Misfit, edited: Sequence[str]) ->
     touched = any(not place or path == place or path.startswith(f"{place}.") for place in edited)
     if misfit.dtype is not None:
         if touched:
-            return f"cast . {floating_dtype(module)} casts the whole model; what flows in here stays {misfit.dtype}"
+            whole = f"cast . {floating_dtype(module)} casts the whole model"
+            if "" in edited:
+                whole = f"the model's own code makes {misfit.dtype} of what flows in there"
+            return f"{whole}; --check none writes it all the same"
         return f"cast {path} {misfit.dtype} as well, or cast . {misfit.dtype}, which is the whole model"
     if misfit.argument is not None and misfit.value is not None:
         text = _with_hole(module, misfit.argument)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, BinaryIO
 
-from modelcli.blueprint import ITEM_BYTES
+from modelcli.blueprint import ITEM_BYTES, value_class
 from modelcli.checkpoints import limits
 from modelcli.checkpoints.contents import Storage, TensorEntry
 from modelcli.errors import FileFormatError, ModelcliError
@@ -36,7 +36,7 @@ class Global:
         return f"{self.module}.{self.name}"
 
 
-@dataclass(frozen=True, slots=True)
+@value_class
 class StorageRef:
     """A persistent id: the bytes of a storage, `count` elements of `dtype` (None for raw bytes).
 

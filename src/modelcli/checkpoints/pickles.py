@@ -487,13 +487,19 @@ class _Machine:
 
     def _storage(self, persistent_id: Any) -> Any:
         """The storage that a persistent id names; before 1.6 a module's class came with its source, too."""
-        match persistent_id:
-            case "storage", Global() as storage_class, str() as key, _location, int() as count, *view if count >= 0:
-                pass
-            case "module", Global() as module_class, *_:
-                return module_class
-            case _:
-                raise FileFormatError(f"{self.where} is damaged: a persistent id is not that of a storage")
+        if not isinstance(persistent_id, tuple):
+            raise FileFormatError(f"{self.where} is damaged: a persistent id is no tuple")
+        if persistent_id[0] == "module" and isinstance(persistent_id[1], Global):
+            return persistent_id[1]
+        kind, storage_class, key, _location, count, *view = persistent_id
+        if (
+            kind != "storage"
+            or not isinstance(storage_class, Global)
+            or not isinstance(key, str)
+            or not isinstance(count, int)
+            or count < 0
+        ):
+            raise FileFormatError(f"{self.where} is damaged: a persistent id is not that of a storage")
         found = self.storages.get(key)
         dtype = _STORAGE_DTYPES.get(storage_class.name)
         if found is None:

@@ -11,7 +11,7 @@ JOBS   ?= 2
 STAMP     := $(VENV)/.installed-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 DEV_STAMP := $(STAMP)-dev
 
-.PHONY: help demo test test-all check fix golden bench fuzz clean
+.PHONY: help demo test test-all check fix golden bench fuzz torture clean
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -50,10 +50,14 @@ golden: $(DEV_STAMP) ## write the golden files anew; read the diff before you co
 	GOLDEN=write $(BIN)/python -m pytest -q tests/test_golden.py
 
 bench: $(DEV_STAMP) ## how long things take, as ratios to stated peers
-	$(BIN)/python tests/benchmarks/bench_reading.py
+	$(BIN)/python -m tests.benchmarks.bench_reading
+	$(BIN)/python -m tests.benchmarks.bench_writing
 
 fuzz: $(DEV_STAMP) ## a million damaged inputs for every parser; fewer: make fuzz INPUTS=1000
 	$(BIN)/python -m tests.fuzz
+
+torture: $(DEV_STAMP) ## writers killed at random moments, 200 times each way; fewer: make torture TIMES=30
+	$(BIN)/python -m tests.torture
 
 clean: ## remove the environment and what tools left
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis dist

@@ -150,7 +150,7 @@ def test_parameters_keep_their_flag(tmp_path: Path) -> None:
     state["e"].note = "mine"  # type: ignore[attr-defined]
     contents = assert_reads_as_torch(saved(tmp_path / "m.pth", state))
     assert [entry.is_parameter for entry in contents.tensors.values()] == [True, True, False, True, False]
-    assert [info.requires_grad for info in contents.infos().values()] == [True, False, None, True, None]
+    assert [info.requires_grad for info in contents.infos().values()] == [True, False, True, True, None]
     assert not contents.foreign
 
 
@@ -248,7 +248,7 @@ def test_key(tmp_path: Path, legacy: bool) -> None:
 def test_no_state_dict_at_all(tmp_path: Path) -> None:
     with pytest.raises(FileFormatError, match="a dict with the keys 'epoch', 'lr'"):
         checkpoints.read(saved(tmp_path / "a.pth", {"epoch": 1, "lr": 0.1}))
-    with pytest.raises(FileFormatError, match="it is list"):
+    with pytest.raises(FileFormatError, match="it is a list"):
         checkpoints.read(saved(tmp_path / "b.pth", [1, 2]))
 
 

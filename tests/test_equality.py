@@ -459,7 +459,7 @@ def is_pair_without_dimension(tensor: torch.Tensor) -> bool:
 
 def written_again(source: Path, out: Path) -> Path:
     live = open_live(Source(model=str(source)))
-    writing.write(plan(live, out, writing.format_of(out)), out, force=False)
+    writing.write(plan(live, out, writing.format_of(out)), out)
     return out
 
 
@@ -496,7 +496,7 @@ def test_generated_quantized_and_sparse_tensors_of_a_live_model(
     entry = composites.planned(tensor, lambda part: planned(part, storages))
     assert entry.stored_bytes == bytes_taken(tensor)
     path = place(".pth")
-    writing.write(Plan({}, "{}", extras={"t": entry}), path, force=False)
+    writing.write(Plan({}, "{}", extras={"t": entry}), path)
     assert_equal(torch.load(path, weights_only=True)["t"], tensor)
 
 

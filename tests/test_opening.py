@@ -475,7 +475,7 @@ def test_a_record_imports_nothing(cli: Cli, folder: Path, reference: str, where:
     else:
         evil = replace(record, edits=("replace 0 Sequential(trap:Net())",), edit_count=1)
     plan = planning.plan(open_live(Source("out.pth")), Path("evil.pth"), "pth")
-    writing.write(replace(plan, record=to_text(evil)), Path("evil.pth"), force=True)
+    writing.write(replace(plan, record=to_text(evil)), Path("evil.pth"), writing.Care(force=True))
     for words in (("freeze", ".", "-m", "evil.pth"), ("load", "evil.pth"), ("save", "x.pth", "-m", "evil.pth")):
         assert "--trust" in cli(*words, code=3).err
     with pytest.raises(UnsafeError):

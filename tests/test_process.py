@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import test_distributed
+
 PROGRAM = [sys.executable, "-m", "modelcli"]
 
 
@@ -115,14 +117,28 @@ def test_torchvision_beside_a_torch_it_does_not_match(folder: Path, builder: str
         (["params", "small.pth"], ("torch", "torchvision", "numpy", "safetensors", "rich.console", "zipfile")),
         (["modules", "small.pth", "--tree"], ("torch", "torchvision", "numpy", "safetensors", "tomlkit")),
         (["summary", "small.pth", "--json"], ("torch", "torchvision", "numpy", "safetensors")),
+        *(
+            ([command, file], ("torch", "torchvision", "numpy", "safetensors", "rich.console"))
+            for command in ("params", "modules", "summary")
+            for file in ("small.safetensors", "shards/", "ck/", "old.pth", "whole.pth", "written.pth")
+        ),
         (["log", "--recipe", "r.toml"], ("torch", "torchvision", "numpy")),
     ],
 )
 def test_what_is_imported(folder: Path, words: list[str], forbidden: tuple[str, ...]) -> None:
     """A look at a file needs no torch, and `--version` no Rich."""
     import torch
+    from safetensors.torch import save_file
 
-    torch.save({"a.weight": torch.zeros(2)}, "small.pth")
+    from modelcli.cli import main
+
+    state = {"a.weight": torch.zeros(2)}
+    torch.save(state, "small.pth")
+    torch.save(state, "old.pth", _use_new_zipfile_serialization=False)
+    torch.save(torch.nn.Linear(2, 3), "whole.pth")
+    save_file(state, "small.safetensors")
+    test_distributed.saved(state, folder / "ck")
+    assert main(["save", "written.pth", "-m", "Linear(2,3)"]) == main(["save", "shards/", "-m", "small.pth"]) == 0
     (folder / "r.toml").write_text('model = "alexnet"\n')
     code = "import sys; from modelcli.cli import main; assert main(sys.argv[1:]) == 0; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)

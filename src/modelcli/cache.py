@@ -95,7 +95,7 @@ def put(key: Key, found: Blueprint) -> None:
     body = json.dumps(entry, separators=(",", ":")).encode()
     with (
         contextlib.suppress(ModelcliError),
-        atomic.replacing(_path(document), force=True, durable=False) as (file, _),
+        atomic.replacing(_path(document), force=True, durable=False, through_links=False) as (file, _),
     ):
         file.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
 

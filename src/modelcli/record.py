@@ -126,4 +126,10 @@ def disagreement(record: Record, tensors: Mapping[str, TensorInfo]) -> str | Non
         found = tensors[name]
         if (tensor.shape, tensor.dtype) != (found.shape, found.dtype):
             return f"{name} is {list(found.shape or ())} {found.dtype} in the file, not as it says"
+        if (tensor.layout, tensor.stored_bytes) != (found.layout, found.stored_bytes):
+            return f"{name} is stored in another way in the file"
+        if tensor.tied_to is None or not tensor.elements:
+            continue
+        if tensor.tied_to not in tensors or tensors[tensor.tied_to].identity != found.identity:
+            return f"{name} and {tensor.tied_to} are two tensors in the file, and one as it says"
     return None

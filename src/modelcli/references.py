@@ -168,7 +168,7 @@ def missing_file(path: Path, text: str) -> RequestError:
     if not _exists(folder):
         return RequestError(f"no such file: {text}", f"the folder {folder} does not exist")
     try:
-        near = closest(path.name, [entry.name for entry in folder.iterdir()])
+        near = closest(path.name, [entry.name for entry in folder.iterdir() if entry.name != path.name])
     except (OSError, ValueError):
         near = []
     return RequestError(f"no such file: {text}", f"in {folder}: {', '.join(near)}" if near else None)
@@ -210,6 +210,19 @@ class Source:
 
     def reference(self) -> Reference:
         return parse(self.model, self.folder)
+
+
+#: What a size in bytes may end in, as disks and Hugging Face count: in powers of ten, those with an i in powers of two.
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_bytes(text: str) -> int:
+    """`5GB`, `500MB`, `2GiB` or a plain number as bytes. Raises RequestError on anything else."""
+    match = re.fullmatch(r"\s*(\d{1,12}(?:\.\d{1,6})?)\s*([A-Za-z]*)\s*", text, re.ASCII)
+    if match is None or match[2].upper() not in _UNITS or (size := int(float(match[1]) * _UNITS[match[2].upper()])) < 1:
+        raise RequestError(f"{text!r} is no size in bytes", "write 5GB, 500MB or 2GiB")
+    return size
 
 
 def parse_input_size(text: str) -> tuple[int, ...]:

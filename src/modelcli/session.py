@@ -18,6 +18,7 @@ from modelcli import blueprints, cache, checkpoints, references, selectors
 from modelcli import record as records
 from modelcli.blueprints import Blueprint, Totals, Trace
 from modelcli.checkpoints import Contents
+from modelcli.checkpoints.contents import foreign_names
 from modelcli.edits import Edit
 from modelcli.errors import ModelcliError, RequestError
 from modelcli.references import CheckpointFile, Installed, PythonObject, Source
@@ -126,12 +127,24 @@ def find_batch(
 
 @dataclass(frozen=True)
 class Look:
-    """A blueprint to show, and what to tell about it."""
+    """A blueprint to show, and what to tell about it. `warnings` are told whoever wants to hear nothing."""
 
     blueprint: Blueprint
     notes: tuple[str, ...] = ()
     contents: Contents | None = None
     live: Live | None = None
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        if self.contents is None or not self.contents.foreign:
+            return ()
+        names = foreign_names(self.contents.foreign, most=20)
+        return (f"{self.contents.path} also holds objects of {names}: none was loaded, the tensors are shown",)
+
+    @property
+    def foreign(self) -> tuple[str, ...]:
+        """The names in the file that only running code could follow."""
+        return () if self.contents is None else self.contents.foreign
 
 
 def _stdout_is_for_data(function: Callable[P, R]) -> Callable[P, R]:
@@ -169,7 +182,9 @@ def look(target: Target, *, traced: bool = False, mode: str = "eval", cached: bo
 
 
 def warm(name: str) -> None:
-    """Keep the blueprint of a builder, if it is not kept yet."""
+    """Keep the blueprint of a builder, if it is not kept yet. Raises RequestError where nothing may be kept."""
+    if cache.is_off():
+        raise RequestError("$MODELCLI_NO_CACHE is set: no blueprint would be kept", "unset MODELCLI_NO_CACHE")
     look(Target(Source(model=name)), traced=True)
 
 
@@ -195,9 +210,6 @@ def _look_at_file(target: Target, *, traced: bool, mode: str) -> Look | None:
         return None
     contents = checkpoints.read(reference.path, key=source.key)
     notes = list(contents.notes)
-    if contents.foreign:
-        names = ", ".join(contents.foreign[:5])
-        notes.append(f"{reference.path} also holds objects of {names}: none was loaded, the tensors are shown")
     record = contents.record
     if record is not None and (why := records.disagreement(record, contents.infos())):
         notes.append(f"the record in {reference.path.name} was ignored: {why}")
@@ -209,7 +221,10 @@ def _look_at_file(target: Target, *, traced: bool, mode: str) -> Look | None:
         return Look(bare, tuple(notes), contents)
     if traced and (source.input_size is not None or source.input_dtype or mode != "eval"):
         return None
-    return Look(record.blueprint, tuple(notes), contents)
+    found = record.blueprint
+    if traced and found.trace is None:
+        found = found.with_trace(Trace(None, reason="the record in the file holds no forward pass"))
+    return Look(found, tuple(notes), contents)
 
 
 @_stdout_is_for_data
@@ -253,13 +268,21 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Writing:
-    """Where to and how: `check` is `meta`, `run` or `none`; `bare` drops what stood around the state dict."""
+    """Where to and how: `check` is `meta`, `run` or `none`; `bare` drops what stood around the state dict.
+
+    `kind` is the format of `out`, told by how its name ends; the rest is what `writing.Care` says.
+    """
 
     out: Path | None = None
+    kind: str = "pth"
     force: bool = False
     dry_run: bool = False
     check: str = "meta"
     bare: bool = False
+    durable: bool = True
+    verify: bool = False
+    max_shard_bytes: int | None = None
+    report: Callable[[int, int], None] | None = None
 
 
 @_stdout_is_for_data
@@ -272,7 +295,7 @@ def edit(target: Target, added: Sequence[Edit], how: Writing, places: Sequence[s
     from modelcli import recipe, writing
 
     if how.out is not None:
-        writing.check_target(how.out, force=how.force)
+        writing.check_target(how.out, how.kind, force=how.force)
     from modelcli.live import opening
 
     live = opening.open_live(target.source)
@@ -297,7 +320,7 @@ def save(target: Target, how: Writing) -> Outcome:
     from modelcli import writing
 
     assert how.out is not None
-    writing.check_target(how.out, force=how.force)
+    writing.check_target(how.out, how.kind, force=how.force)
     from modelcli.live import opening
 
     live = opening.open_live(target.source)
@@ -405,8 +428,10 @@ def _write(live: Live, outcome: Outcome, out: Path, how: Writing) -> Outcome:
     from modelcli import writing
     from modelcli.live import planning
 
-    plan = planning.plan(live, out, writing.format_of(out), bare=how.bare)
-    written = writing.write(plan, out, force=how.force)
+    plan = planning.plan(live, out, how.kind, bare=how.bare)
+    size = writing.DEFAULT_SIZE if how.max_shard_bytes is None else how.max_shard_bytes
+    care = writing.Care(how.force, how.durable, how.verify, how.report, size)
+    written = writing.write(plan, out, care, kind=how.kind)
     notes = list(outcome.notes)
     if live.report is not None and live.report.missing:
         count = len(live.report.missing)

@@ -38,6 +38,16 @@ def read(path: Path, *, key: str | None = None) -> Contents:
 def _read_file(path: Path, key: str | None = None) -> Contents:
     """Read one file that holds tensors itself."""
     try:
+        return _read_by_content(path, key)
+    except FileFormatError as error:
+        if path.suffix == distributed.SUFFIX and (path.parent / distributed.METADATA).exists():
+            what = f"{path} is what one rank wrote of a torch.distributed.checkpoint"
+            raise FileFormatError(what, f"name its folder: {path.parent}/") from None
+        raise error
+
+
+def _read_by_content(path: Path, key: str | None) -> Contents:
+    try:
         size = path.stat().st_size
         with path.open("rb") as file:
             head = file.read(kinds.HEAD_BYTES)

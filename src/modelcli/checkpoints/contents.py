@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Protocol
@@ -212,7 +212,8 @@ class Contents:
     `tensors` is the state dict; `extras` its entries that are no tensors; `metadata` its `_metadata`. `tree` is the
     whole of a training checkpoint as inert values, and `key` the path of the state dict in it (None where the file is
     nothing but a state dict). `foreign` are the names of classes and functions outside the allow-list; none was
-    looked up. `notes` are for a person. `types` are the class names of a pickled module, by path.
+    looked up. `notes` are for a person. `types` are the class names of a pickled module, by path. `texts` is what
+    safetensors' `__metadata__` holds beside what modelcli wrote there.
     """
 
     path: Path
@@ -226,6 +227,7 @@ class Contents:
     foreign: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     types: Mapping[str, str] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
 
     def without_objects(self) -> Contents:
         """The tensors and nothing else: what objects of foreign classes stood around them is dropped."""
@@ -247,6 +249,13 @@ class Contents:
         return from_keys(self.infos().values(), self.types)
 
 
+def foreign_names(names: Sequence[str], *, most: int) -> str:
+    """Names of foreign classes and functions in a line: those that no tensor library has come first."""
+    harmless = ("torch.", "torchvision.", "numpy.", "collections.")
+    ordered = sorted(names, key=lambda name: name.startswith(harmless))
+    return ", ".join(ordered[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def row_major(shape: Shape) -> Shape:
     """The strides, in elements, of a contiguous tensor."""
     stride = [1] * len(shape)
@@ -262,7 +271,8 @@ def info_of(name: str, entry: TensorEntry | CompositeEntry, original: str) -> Te
         shape=entry.shape,
         dtype=entry.dtype,
         kind="parameter" if entry.is_parameter or not looks_like_buffer(name, entry.dtype) else "buffer",
-        requires_grad=entry.requires_grad if entry.is_parameter else None,
+        # A state dict's tensors are detached: of them only a flag that is set says something.
+        requires_grad=entry.requires_grad if entry.is_parameter or entry.requires_grad else None,
         tied_to=None if original == name else original,
         layout=entry.layout,
         stored_bytes=entry.stored_bytes,

@@ -17,6 +17,8 @@ from modelcli.checkpoints.contents import Contents, JoinedSpan, Storage, TensorE
 from modelcli.errors import FileFormatError, SystemFailureError, UnsafeError
 
 METADATA = ".metadata"
+#: How the files end that each rank writes.
+SUFFIX = ".distcp"
 #: A tensor is sharded along one axis, two or three; the check of its parts doubles with each.
 MAX_CUT_AXES = 8
 #: Elements of all nested lists together: a path may name any, and those before it are made.

@@ -52,12 +52,20 @@ def read(index: Path, read_file: Reader) -> Contents:
         if extra := next((name for name in shard.tensors if name not in weight_map), None):
             raise FileFormatError(f"{path.name} holds {extra}, which {index} does not name")
     text = metadata.get(records.SAFETENSORS_KEY)
+    record = records.from_text(text) if isinstance(text, str) else None
+    aliases = {name: first for name, first in metadata.items() if isinstance(first, str) and name not in tensors}
+    tensors |= {name: tensors[first] for name, first in aliases.items() if first in tensors}
+    if record is not None:
+        order = {info.name: number for number, info in enumerate(record.blueprint.tensors)}
+        tensors = dict(sorted(tensors.items(), key=lambda item: order.get(item[0], len(order))))
+    texts = [shard.texts for shard in shards.values()]
     formats = {shard.format for shard in shards.values()}
     return Contents(
         path=index.parent,
         format=formats.pop() if len(formats) == 1 else "mixed",
         tensors=tensors,
-        record=records.from_text(text) if isinstance(text, str) else None,
+        record=record,
+        texts=texts[0] if texts and all(other == texts[0] for other in texts) else {},
         foreign=tuple(dict.fromkeys(name for shard in shards.values() for name in shard.foreign)),
         notes=(f"{len(tensors)} tensors in {len(shards)} shards, as {index.name} says",),
     )

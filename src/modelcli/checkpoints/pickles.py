@@ -548,11 +548,11 @@ class _Machine:
                 return replace(tensor, requires_grad=bool(grad))
             case "torch._tensor._rebuild_from_type_v2", (
                 Global() as inner,
-                Global(module="torch", name="Tensor") | Global(module="torch.nn.parameter", name="Parameter"),
+                Global(),
                 tuple() as inner_args,
                 _state,
             ):
-                # A tensor with attributes of its own: they are none of a state dict's.
+                # A tensor with attributes of its own, or of a class of its own: they are none of a state dict's.
                 return self._reduce(inner, inner_args)
             case "torch._utils._rebuild_tensor_v3", (
                 StorageRef() as storage,

@@ -17,7 +17,8 @@ _MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
 def looks_like(head: bytes) -> bool:
-    return head.startswith(b"\x80") and _MAGIC in head
+    """Whether a file starts with the pickle of torch's magic number, from protocol 4 on behind the size of a frame."""
+    return head.startswith(b"\x80") and any(head.startswith(_MAGIC, place) for place in (2, 11))
 
 
 def read(path: Path, key: str | None) -> Contents:
@@ -26,6 +27,7 @@ def read(path: Path, key: str | None) -> Contents:
         identity = identity_of(path)
         with path.open("rb") as file:
             stream = io.BytesIO(file.read(limits.PICKLE_BYTES.value))
+            cut = len(stream.getbuffer()) < identity[0]
             pickles.read(stream, f"{path}: its start")
             protocol = pickles.read(stream, f"{path}: its protocol").value
             if protocol != PROTOCOL:
@@ -41,6 +43,10 @@ def read(path: Path, key: str | None) -> Contents:
             spans = _spans(path, file, order, dtypes.found, identity)
     except OSError as error:
         raise SystemFailureError(f"cannot read {path}: {error.strerror or error}") from None
+    except FileFormatError:
+        if cut and stream.tell() >= len(stream.getbuffer()):
+            raise limits.PICKLE_BYTES.exceeded(f"{path}: its values", "more than that") from None
+        raise
 
     def span_of(storage: str, _dtype: str | None) -> Span:
         if storage not in spans:

@@ -22,9 +22,10 @@ def read(path: Path, key: str | None) -> Contents:
             archive = archive_in(file, path, identity, str(path), 0, identity[0])
             pickled = archive.pickled(file)
             record_text = archive.record_text(file)
+            notes = archive.notes()
     except OSError as error:
         raise SystemFailureError(f"cannot read {path}: {error.strerror or error}") from None
-    return trees.contents_of(path, pickled, key, record_text)
+    return trees.contents_of(path, pickled, key, record_text, notes)
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,12 @@ class Archive:
         if f"{self.prefix}byteorder" in self.entries and self._small(file, "byteorder") not in (b"little", b""):
             raise FileFormatError(f"{self.where} was written on a big-endian machine", "load and save it with torch")
         return pickles.read(data, f"{self.where}: {self.prefix}data.pkl", self.span_of)
+
+    def notes(self) -> tuple[str, ...]:
+        """What there is to tell of an archive that states no checksum of its values: damage in it is not noticed."""
+        if self.entries[f"{self.prefix}data.pkl"].crc:
+            return ()
+        return (f"{self.path.name} was written without checksums: damage in it would not be noticed",)
 
     def record_text(self, file: BinaryIO) -> str | None:
         """The record, or None where it is damaged: the tensors are there without it, and so is its copy."""

@@ -59,6 +59,11 @@ def contents_of(
             tensors[name] = known[id(item)]
         else:
             extras[name] = item
+    if hidden := [name for name, item in extras.items() if _holds_tensors(item)]:
+        chosen = (
+            *chosen,
+            f"{_listed(hidden)} hold{'s' if len(hidden) == 1 else ''} tensors that have no row of their own",
+        )
     state = state_dict.state if isinstance(state_dict, pickles.OrderedDict) else None
     metadata = state.get("_metadata") if isinstance(state, dict) else None
     if not isinstance(metadata, dict):
@@ -76,6 +81,24 @@ def contents_of(
         notes=(*notes, *chosen),
         types=types,
     )
+
+
+def _holds_tensors(value: Any) -> bool:
+    """Whether tensors lie in a value: weights that a quantized module packs, an object that only code could make."""
+    seen: set[int] = set()
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, TensorEntry) or composites.makes_tensor(item):
+            return True
+        if not isinstance(item, _LEAVES) and id(item) not in seen:
+            seen.add(id(item))
+            stack += _within(item)
+    return False
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 #: What nothing lies in. As a tuple that is made once: a file may have 100,000 of them.
@@ -148,7 +171,13 @@ def _find_state_dict(
             note = f"took the state dict under {chosen!r} of {path.name}"
             if others:
                 note += f"; --key takes another: {', '.join(others[:6])}"
-            return (chosen,), tree[chosen], (note,)
+            notes = [note]
+            # Tensors without a dimension are figures of the training: the best loss, a step.
+            if beside := [name for name, value in tree.items() if isinstance(value, TensorEntry) and value.shape]:
+                notes.append(
+                    f"{_listed(list(map(str, beside)))} beside it {'is' if len(beside) == 1 else 'are'} not shown"
+                )
+            return (chosen,), tree[chosen], tuple(notes)
         if not tree:
             return (), tree, ()
     if pickled.foreign:
@@ -156,9 +185,10 @@ def _find_state_dict(
     what = (
         f"a dict with the keys {', '.join(map(reprlib.repr, list(tree)[:6]))}"
         if isinstance(tree, dict)
-        else type(tree).__name__
+        else f"a {'tensor' if _is_tensor(tree) else type(tree).__name__}"
     )
-    raise FileFormatError(f"{path} holds no state dict: it is {what}", "--key names the one to take")
+    hint = "--key names the one to take: a.b lies in a" if isinstance(tree, dict) else None
+    raise FileFormatError(f"{path} holds no state dict: it is {what}", hint)
 
 
 def _nothing_to_show(path: Path, pickled: pickles.Pickle) -> UnsafeError:

@@ -67,12 +67,15 @@ def read(file: BinaryIO, size: int, where: str, *, start: int = 0) -> dict[str, 
 
 
 def contents(file: BinaryIO, entry: Entry, where: str) -> bytes:
-    """The bytes of a small record, checked against their CRC-32. The caller has looked at its size."""
+    """The bytes of a small record, checked against their CRC-32. The caller has looked at its size.
+
+    A CRC-32 of 0 is none: torch writes it where it is told to count none (`set_crc32_options(False)`).
+    """
     if not entry.stored:
         raise FileFormatError(f"{where}: record {entry.name} is compressed", STORE)
     file.seek(entry.offset)
     data = file.read(entry.nbytes)
-    if len(data) != entry.nbytes or zlib.crc32(data) != entry.crc:
+    if len(data) != entry.nbytes or entry.crc not in (0, zlib.crc32(data)):
         raise FileFormatError(f"{where} is damaged: record {entry.name} does not have the CRC-32 that is stated")
     return data
 

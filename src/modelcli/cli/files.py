@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from modelcli.cli import operate, output
+from modelcli.cli import operate, output, progress
 from modelcli.cli.options import OutputOptions, SaveOptions, SourceOptions, expanded
 
 Dry = Annotated[bool, typer.Option("--dry-run", help="Change nothing anywhere.")]
@@ -55,7 +55,7 @@ def load(
 
 
 def save(
-    out: Annotated[str, typer.Argument(help="The file to write: .pth, .pt or .safetensors.")],
+    out: Annotated[str, typer.Argument(help="The file to write: .pth, .pt, .safetensors, or a folder/ of shards.")],
     edit: SaveOptions,
     source: SourceOptions,
     options: OutputOptions,
@@ -71,8 +71,9 @@ def save(
 
     output.format_of(options)
     target = session.find_target(edit.model, source.overrides(), source.recipe)
-    how = operate.writing_of(edit, out)
-    outcome = session.save(target, how)
+    with progress.of_bytes(options) as report:
+        how = operate.writing_of(edit, out, report)
+        outcome = session.save(target, how)
     assert how.out is not None
     written = outcome.written
     view = documents.save(

@@ -12,6 +12,7 @@ from modelcli.errors import RequestError, did_you_mean
 if TYPE_CHECKING:
     from modelcli.blueprints import TensorInfo
     from modelcli.live.stats import Statistics
+    from modelcli.render.views import View
     from modelcli.session import Look
 
 Model = Annotated[str | None, typer.Argument(help="The model. [default: the working recipe]", show_default=False)]
@@ -24,6 +25,12 @@ def _named(model: str | None, look: LookOptions) -> str | None:
     if model is not None and look.option_model is not None:
         raise RequestError(f"two models: {model} and -m {look.option_model}", "give one of them")
     return model if model is not None else look.option_model
+
+
+def _show(view: "View", options: OutputOptions, found: "Look", notes: Sequence[str]) -> None:
+    """Show a look at a model; what only running code could follow is named whatever was asked for."""
+    more = {"foreign": list(found.foreign)} if found.foreign else {}
+    output.show(view, options, notes, warnings=found.warnings, **more)
 
 
 def summary(
@@ -48,7 +55,8 @@ def summary(
         raise RequestError(f"no mode {mode!r}", "--mode eval or --mode train")
     target = session.find_target(_named(model, look), source.overrides(), source.recipe)
     found = session.look(target, traced=True, mode=mode, cached=not look.no_cache)
-    output.show(documents.summary(target.source.model, found.blueprint, depth=depth), options, found.notes)
+    view = documents.summary(target.source.model, found.blueprint, depth=depth)
+    _show(view, options, found, found.notes)
 
 
 def params(
@@ -101,7 +109,7 @@ def params(
     view = documents.params(
         target.source.model, found.blueprint, tensors, values=lists, value_texts=texts, stats=statistics
     )
-    output.show(view, options, found.notes)
+    _show(view, options, found, found.notes)
 
 
 def _statistics(found: "Look", tensors: "Sequence[TensorInfo]", options: OutputOptions) -> "dict[str, Statistics]":
@@ -145,7 +153,7 @@ def modules(
             notes.append(f"{below} modules lie below {paths[0]}: -s '{paths[0]}.**' shows them")
     style = "tree" if tree else "repr" if as_repr else "table"
     view = documents.modules(target.source.model, blueprint, paths, depth=depth, style=style)
-    output.show(view, options, notes)
+    _show(view, options, found, notes)
 
 
 def list_builders(

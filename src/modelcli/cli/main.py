@@ -7,6 +7,7 @@ import gc
 import io
 import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -16,20 +17,59 @@ from modelcli.errors import ModelcliError, SystemFailureError
 INTERRUPTED = 130
 
 
+class _EndedError(BaseException):
+    """The system asked the program to end: what is half done is taken back on the way out, as on Ctrl-C."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
 def run() -> None:
     """The `modelcli` program."""
     # It lives for one command: rows by the 100,000 are made and kept, and looking for garbage among them is in vain. Of
     # 100,000 tensors there are more than a million objects; beyond two, garbage might be what takes the memory.
     gc.set_threshold(2_000_000, 50, 100)
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # what a terminal's encoding lacks is shown escaped
+    _end_in_order()
     code = main()
     try:
         sys.stdout.flush()
     except BrokenPipeError:
         _leave_pipe()
+    except OSError as error:
+        _leave_pipe()
+        code = code or _fail(error)
     sys.exit(code)
+
+
+def _open_closed_streams() -> None:
+    """Give the program a standard output and a standard error where it was started without one (`>&-`)."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115
+
+
+def _fail(error: OSError) -> int:
+    """Tell of what the system refused where nothing else is left to be done; gives the exit code."""
+    failure = SystemFailureError(f"cannot write standard output: {error.strerror or error}")
+    tell_error(failure, as_json=False)
+    return failure.exit_code
+
+
+def _end_in_order() -> None:
+    """Let SIGTERM and SIGHUP unwind the program, so that no temporary file stays behind; `nohup` is heeded."""
+
+    def end(number: int, _frame: object) -> None:
+        raise _EndedError(number)
+
+    for name in ("SIGTERM", "SIGHUP"):  # Windows has no second one
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, end)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,15 +91,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PipeClosedError:
         _leave_pipe()
         return 0
+    except SystemExit as error:
+        # So Rich and Typer end where the reader of a help text has gone; from a model's own code it is no way out.
+        if error.code != 1 or _is_open(sys.stdout):
+            raise
+        return 0
     except (KeyboardInterrupt, typer.Abort):
         tell("interrupted", "error")
         return INTERRUPTED
+    except _EndedError as error:
+        tell(f"ended by {signal.Signals(error.number).name}", "error")
+        return 128 + error.number
     except ModelcliError as error:
         if debug:
             _show_traceback()
         tell_error(error, as_json=as_json)
         return error.exit_code
     except typer.TyperException as error:
+        if not getattr(error, "format_message", error.__str__)():
+            return 0  # a group without a command has shown its help
         tell_error(_usage_error(error), as_json=as_json)
         return 2
     except MemoryError:
@@ -88,6 +138,9 @@ def _show_version() -> int:
         write(text() + "\n")
     except PipeClosedError:
         _leave_pipe()
+    except OSError as error:
+        _leave_pipe()
+        return _fail(error)
     return 0
 
 
@@ -111,6 +164,18 @@ def _usage_error(error: Exception) -> ModelcliError:
 def _wants_json(words: Sequence[str]) -> bool:
     joined = "\0".join(words)
     return "--json" in words or bool(re.search(r"(^|\0)(-f\0?=?|--format[\0=])json(\0|$)", joined))
+
+
+def _is_open(stream: object) -> bool:
+    """Whether somebody still reads a stream: Rich lets it lead nowhere where nobody does, Typer wraps it."""
+    if type(stream).__name__ == "PacifyFlushWrapper":
+        return False
+    from pathlib import Path
+
+    try:
+        return not os.path.samestat(os.fstat(sys.stdout.fileno()), Path(os.devnull).stat())
+    except (OSError, ValueError, AttributeError):
+        return True
 
 
 def _leave_pipe() -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from modelcli.cli import output
+from modelcli.cli import output, progress
 from modelcli.cli.options import (
     EditOptions,
     MatchOptions,
@@ -237,7 +237,8 @@ def apply(
     output.format_of(options)
     path, given = _edits_from(file, lines, source)
     batch = session.find_batch(path, given, edit.model, source.overrides(), source.recipe)
-    outcome = session.edit(batch.target, batch.edits, writing_of(edit, edit.out), batch.places)
+    with progress.of_bytes(options) as report:
+        outcome = session.edit(batch.target, batch.edits, writing_of(edit, edit.out, report), batch.places)
     show_outcome(batch.target, outcome, edit, options)
 
 
@@ -324,7 +325,8 @@ def _carry_out(
         edits.checked_operand(word, known)
     made = edits.from_words(name, [*flags, "--", *operands])
     target = session.find_target(options.model, source.overrides(), source.recipe)
-    outcome = session.edit(target, [made], writing_of(options, options.out))
+    with progress.of_bytes(shown) as report:
+        outcome = session.edit(target, [made], writing_of(options, options.out, report))
     show_outcome(target, outcome, options, shown)
 
 
@@ -336,6 +338,9 @@ ALL_OPTIONS = (
         "--dry-run",
         "--check",
         "--bare",
+        "--max-shard-size",
+        "--no-fsync",
+        "--verify",
         "--weights",
         "--arch",
     ),
@@ -354,9 +359,10 @@ ALL_OPTIONS = (
 )
 
 
-def writing_of(options: SaveOptions, out: str | None) -> "Writing":
+def writing_of(options: SaveOptions, out: str | None, report: Callable[[int, int], None] | None = None) -> "Writing":
     """The options as the session wants them. Raises RequestError for a check or a format that does not exist."""
     from modelcli import writing
+    from modelcli.references import parse_bytes
     from modelcli.session import Writing
 
     ways = ("meta", "run", "none")
@@ -364,10 +370,18 @@ def writing_of(options: SaveOptions, out: str | None) -> "Writing":
         raise RequestError(
             f"no check {options.check!r}", did_you_mean(options.check, ways) or "--check meta, run or none"
         )
-    if out is not None:
-        writing.format_of(out)
-    path = None if out is None else Path(out)
-    return Writing(path, options.force, options.dry_run, options.check, options.bare)
+    return Writing(
+        out=None if out is None else Path(out),
+        kind="pth" if out is None else writing.format_of(out),
+        force=options.force,
+        dry_run=options.dry_run,
+        check=options.check,
+        bare=options.bare,
+        durable=not options.no_fsync,
+        verify=options.verify,
+        max_shard_bytes=None if options.max_shard_size is None else parse_bytes(options.max_shard_size),
+        report=report,
+    )
 
 
 def show_outcome(target: "Target", outcome: "Outcome", options: EditOptions, shown: OutputOptions) -> None:

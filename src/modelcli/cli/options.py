@@ -133,6 +133,21 @@ class SaveOptions:
         default=False,
         rich_help_panel="Result",
     )
+    max_shard_size: str | None = _option(
+        "--max-shard-size",
+        help="The most that a shard of a folder holds. [default: 5GB]",
+        metavar="SIZE",
+        rich_help_panel="Result",
+    )
+    no_fsync: bool = _option(
+        "--no-fsync",
+        help="Do not wait until the disk has it: for scratch files.",
+        default=False,
+        rich_help_panel="Result",
+    )
+    verify: bool = _option(
+        "--verify", help="Read every byte back, and compare.", default=False, rich_help_panel="Result"
+    )
 
 
 @dataclass(frozen=True)
@@ -140,7 +155,7 @@ class EditOptions(SaveOptions):
     """Which model an edit works on, and what becomes of the result."""
 
     out: str | None = _option(
-        "-o", "--out", help="Write the result: .pth, .pt or .safetensors.", rich_help_panel="Result"
+        "-o", "--out", help="Write the result: .pth, .pt, .safetensors, or a folder/.", rich_help_panel="Result"
     )
 
 

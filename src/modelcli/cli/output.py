@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterable
@@ -31,15 +32,23 @@ def format_of(options: OutputOptions) -> str:
     return name
 
 
-def show(view: View, options: OutputOptions, notes: Iterable[str] = ()) -> None:
-    """Show a view, then what there is to tell about it: in the document itself where that is JSON."""
+def show(
+    view: View, options: OutputOptions, notes: Iterable[str] = (), *, warnings: Iterable[str] = (), **more: object
+) -> None:
+    """Show a view, then what there is to tell about it: in the document itself where that is JSON.
+
+    `warnings` are told in any case; `more` joins a JSON document.
+    """
     from modelcli.render import writers
 
     kind = format_of(options)
     told = [] if options.quiet else list(notes)
     match kind:
         case "json":
-            write(writers.to_json({**view.document, "notes": told} if told else view.document) + "\n")
+            notes_of = {"notes": told} if told else {}
+            write(writers.to_json({**view.document, **more, **notes_of}) + "\n")
+            for warning in warnings:
+                tell(f"warning: {warning}", "error")
             return
         case "csv":
             write(writers.to_csv(view))
@@ -55,6 +64,8 @@ def show(view: View, options: OutputOptions, notes: Iterable[str] = ()) -> None:
                 raise PipeClosedError from None
         case _:
             write(writers.to_plain(view))
+    for warning in warnings:
+        tell(f"warning: {warning}", "error")
     for note in told:
         tell(f"note: {note}")
 
@@ -89,8 +100,8 @@ def tell(text: str, style: str = "dim") -> None:
         encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
         sys.stderr.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
         sys.stderr.flush()
-    except BrokenPipeError:
-        pass
+    except OSError:
+        pass  # nobody reads it, or there is no room for it: the exit code says the rest
 
 
 def _wrapped(line: str) -> str:
@@ -113,7 +124,9 @@ def tell_error(error: ModelcliError, *, as_json: bool) -> None:
             "hint": error.hint,
             "exit_code": error.exit_code,
         }
-        sys.stderr.write(writers.to_json({"schema": 1, "error": body}) + "\n")
+        with contextlib.suppress(OSError):
+            sys.stderr.write(writers.to_json({"schema": 1, "error": body}) + "\n")
+            sys.stderr.flush()
         return
     tell(f"error: {error.message}", "error")
     if error.hint:

@@ -41,13 +41,17 @@ class Mismatch:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """How a checkpoint's keys fit an architecture's. `prefix` was stripped from every key."""
+    """How a checkpoint's keys fit an architecture's. `prefix` was stripped from every key.
+
+    `overruled` are names of tied tensors that the file holds apart, each with the name whose numbers both have now.
+    """
 
     matched: int
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     mismatched: tuple[Mismatch, ...] = ()
     prefix: str = ""
+    overruled: tuple[tuple[str, str], ...] = ()
 
     @property
     def is_strict(self) -> bool:
@@ -213,12 +217,12 @@ def load(module: nn.Module, state: StateDict) -> LoadReport:
     except RuntimeError as error:
         # A whole number in the place of a trained parameter, or what a module's own hook refuses.
         raise AnswerNoError(f"PyTorch refuses the state dict: {' '.join(str(error).split())}") from None
-    _tie_again(module, ties, set(given))
+    overruled = _tie_again(module, ties, given)
     loaded = {name for group in ties for name in group if set(group) & set(given)}
     missing = tuple(name for name in keys.missing_keys if name not in wrong and name not in loaded)
     unexpected = (*keys.unexpected_keys, *(name for name in state.extras if name not in own))
     matched = sum(name in own for name in given)
-    return LoadReport(matched, missing, tuple(unexpected), found.mismatched, found.prefix)
+    return LoadReport(matched, missing, tuple(unexpected), found.mismatched, found.prefix, overruled)
 
 
 class _WithMetadata(dict[str, Any]):
@@ -234,17 +238,29 @@ def _ties(module: nn.Module) -> list[list[str]]:
     return [names for names in groups.values() if len(names) > 1]
 
 
-def _tie_again(module: nn.Module, ties: list[list[str]], loaded: set[str]) -> None:
-    """One tensor for each group again: the last that was loaded, as copying in order would leave it."""
+def _tie_again(module: nn.Module, ties: list[list[str]], loaded: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """One tensor for each group again: the last that was loaded, as copying in order would leave it.
+
+    Gives the names of others that the file holds apart, each with that of the last.
+    """
+    overruled = []
     for names in ties:
         last = [name for name in names if name in loaded]
         if last:
+            places = {name: _place(loaded[name]) for name in last}
+            overruled += [(name, last[-1]) for name in last if places[name] != places[last[-1]]]
             tensor = named_tensors(module)[last[-1]]
             for name in names:
                 path, _, own = name.rpartition(".")
                 owner = module.get_submodule(path)
                 table: dict[str, Any] = owner._parameters if own in owner._parameters else owner._buffers
                 table[own] = tensor
+    return tuple(overruled)
+
+
+def _place(tensor: torch.Tensor) -> tuple[int, int]:
+    """Equal for two tensors of a state dict that begin at the same byte."""
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 
 def bare_module(contents: Contents) -> nn.Module:

@@ -12,6 +12,7 @@ from modelcli import checkpoints, references
 from modelcli import record as records
 from modelcli.blueprints import Blueprint
 from modelcli.checkpoints import Contents
+from modelcli.checkpoints.contents import foreign_names
 from modelcli.edits import Edit, Extract
 from modelcli.errors import RequestError, UnsafeError
 from modelcli.live import loading, trace, zoo
@@ -200,6 +201,10 @@ class _Opening:
     def _check(self, report: LoadReport, report_only: bool) -> None:
         if report.prefix:
             self.notes.append(f"stripped {report.prefix!r} from every key: a wrapper had put it there")
+        for name, last in report.overruled:
+            self.notes.append(
+                f"{name} and {last} are one tensor here and two in the file: the numbers of {last} are taken"
+            )
         assert self.base is not None
         error = report.refusal(self._contents(), str(self.base.reference), strict=self.source.strict)
         if error is not None and not report_only:
@@ -226,7 +231,7 @@ def read_to_edit(path: Path, source: Source, notes: list[str]) -> Contents:
     contents = checkpoints.read(path, key=source.key)
     if not contents.foreign:
         return contents
-    names = ", ".join(contents.foreign[:3]) + (", ..." if len(contents.foreign) > 3 else "")
+    names = foreign_names(contents.foreign, most=5)
     if not source.tensors_only:
         raise UnsafeError(
             f"{path} holds objects of {names}, which only running code could load",

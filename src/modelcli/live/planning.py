@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from modelcli import record as records
+from modelcli import writing
 from modelcli.blueprints import Blueprint, Trace
 from modelcli.checkpoints import CompositeEntry, TensorEntry
 from modelcli.checkpoints.pickles import Global, Opaque, OrderedDict, StorageRef
@@ -27,7 +28,7 @@ from modelcli.writing import Plan, PlannedTensor
 
 
 def plan(live: Live, out: Path, kind: str, *, bare: bool = False) -> Plan:
-    """What to write for a live model; `kind` is `pth` or `safetensors`, `bare` drops what stood around the state dict.
+    """What to write for a live model, in a format of `writing`; `bare` drops what stood around the state dict.
 
     Raises RequestError for what a checkpoint of that kind cannot hold.
     """
@@ -47,9 +48,9 @@ def plan(live: Live, out: Path, kind: str, *, bare: bool = False) -> Plan:
     tree, key = None, None
     if bare:
         extras = {name: value for name, value in extras.items() if _belongs(name, value)}
-    elif contents is not None and contents.key is not None and kind == "pth":
+    elif contents is not None and contents.key is not None and writing.holds_pickles(kind):
         tree, key = contents.tree, contents.key
-    if extras and kind == "safetensors":
+    if extras and not writing.holds_pickles(kind):
         raise RequestError(_not_for_safetensors(extras), "write a .pth file")
     metadata: Mapping[str, Any] = getattr(state, "_metadata", {})
     if live.architecture is None and contents is not None:
@@ -61,6 +62,7 @@ def plan(live: Live, out: Path, kind: str, *, bare: bool = False) -> Plan:
         extras,
         tree,
         key,
+        {} if contents is None else contents.texts,
     )
 
 
@@ -88,7 +90,7 @@ def _planned(name: str, tensor: torch.Tensor, kind: str, values: dict[object, Va
     if source is None:
         raise RequestError(f"{name} has no numbers: nothing says where they come from")
     whole = tensor.is_contiguous() and tensor.storage_offset() == 0
-    if kind == "safetensors" and not (whole and source.nbytes == tensor.numel() * tensor.element_size()):
+    if not writing.holds_pickles(kind) and not (whole and source.nbytes == tensor.numel() * tensor.element_size()):
         # safetensors holds every tensor by itself, row-major: a view is written as what it shows.
         view = (source, tensor.storage_offset(), tensor.size(), tensor.stride(), tensor.dtype)
         memory.require(tensor.numel() * tensor.element_size(), name)

@@ -1,45 +1,153 @@
-"""Writing checkpoints from a plan: for each tensor, where its bytes come from. No torch, no weights in memory."""
+"""Writing checkpoints from a plan: for each tensor, where its bytes come from. No torch, no weights in memory.
+
+A layout is worked out first (which bytes lie where, how large it will be); then it is written beside the target,
+read back, and put in its place in one step.
+"""
 
 from __future__ import annotations
 
+import os
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from modelcli import atomic
-from modelcli.errors import RequestError
-from modelcli.writing import safetensors, torch_zip
+from modelcli.errors import RequestError, SystemFailureError
+from modelcli.writing import safetensors, shards, torch_zip
+from modelcli.writing.output import Output, Report
 from modelcli.writing.plan import Plan, PlannedStorage, PlannedTensor, Source, Written
+from modelcli.writing.shards import DEFAULT_SIZE
 
-__all__ = ["Plan", "PlannedStorage", "PlannedTensor", "Source", "Written", "check_target", "format_of", "write"]
+__all__ = [
+    "DEFAULT_SIZE",
+    "Care",
+    "Plan",
+    "PlannedStorage",
+    "PlannedTensor",
+    "Source",
+    "Written",
+    "check_target",
+    "format_of",
+    "holds_pickles",
+    "write",
+]
 
-_WRITERS = {"pth": torch_zip.write, "safetensors": safetensors.write}
-_VERIFIERS = {"pth": torch_zip.verify, "safetensors": safetensors.verify}
+FOLDER = "folder"
+
+
+@dataclass(frozen=True)
+class Care:
+    """How carefully a checkpoint is written.
+
+    `force` replaces what exists; with `durable` it is on the disk when the command ends; with `verify` every byte is
+    read back and compared. `report` is told of the bytes that are written, `max_shard_bytes` is for folders.
+    """
+
+    force: bool = False
+    durable: bool = True
+    verify: bool = False
+    report: Report | None = None
+    max_shard_bytes: int = DEFAULT_SIZE
 
 
 def format_of(path: str | Path) -> str:
-    """`pth` or `safetensors`, told by the suffix. Raises RequestError for any other."""
+    """`pth`, `safetensors` or `folder`, told by how the name ends. Raises RequestError for any other."""
     text = str(path)
+    if text.endswith(("/", os.sep)):
+        return FOLDER
     match Path(text).suffix.lower():
         case ".pth" | ".pt":
             return "pth"
         case ".safetensors":
             return "safetensors"
-    if text.endswith(("/", "\\")):
-        raise RequestError(f"{text}: folders of shards cannot be written yet", "write one .safetensors or .pth file")
-    raise RequestError(f"{text} does not say which format to write", "end it in .pth, .pt (torch.save) or .safetensors")
+    raise RequestError(
+        f"{text} does not say which format to write",
+        "end it in .pth, .pt (torch.save), .safetensors, or / (a folder of shards)",
+    )
 
 
-def check_target(path: Path, *, force: bool) -> None:
+def holds_pickles(kind: str) -> bool:
+    """Whether a format holds more than tensors."""
+    return kind == "pth"
+
+
+def check_target(path: Path, kind: str | None = None, *, force: bool) -> None:
     """Refuse, before any work is done, a target that cannot be written. Raises RequestError or SystemFailureError."""
-    format_of(path)
-    atomic.check_target(path, force=force)
+    kind = kind or format_of(path)
+    atomic.check_target(path, force=force, folder=kind == FOLDER)
 
 
-def write(plan: Plan, path: Path, *, force: bool) -> Written:
-    """Write the plan to a sibling of `path`, read its header back, then put it in the place of `path` in one step."""
-    kind = format_of(path)
-    with atomic.replacing(path, force=force) as (file, temporary):
-        _WRITERS[kind](plan, file)
-        file.flush()
-        _VERIFIERS[kind](plan, temporary)
-        nbytes = temporary.stat().st_size
+def write(plan: Plan, path: Path, care: Care | None = None, *, kind: str | None = None) -> Written:
+    """Write a plan to a sibling of `path`, read it back, then put it in the place of `path` in one step.
+
+    `kind` is the format, by default what the name ends in (a `Path` has lost its trailing slash).
+
+    Raises SystemFailureError before a byte is written where there is no room for all of them.
+    """
+    kind, care = kind or format_of(path), care or Care()
+    nbytes = _write_folder(plan, path, care) if kind == FOLDER else _write_file(plan, path, kind, care)
     return Written(path, kind, len(plan.tensors) + len(plan.composites), nbytes)
+
+
+def _write_file(plan: Plan, path: Path, kind: str, care: Care) -> int:
+    layout: torch_zip.Layout | safetensors.Layout
+    if kind == "pth":
+        layout, verify_header = torch_zip.layout(plan), torch_zip.verify_header
+    else:
+        layout, verify_header = safetensors.layout(plan), safetensors.verify_header
+    atomic.require_space(path, layout.nbytes)
+    with atomic.replacing(path, force=care.force, durable=care.durable) as (file, temporary):
+        with Output(file, layout.nbytes, care.report) as output:
+            layout.write(output)
+            output.require_unchanged_sources()
+        _require_size(temporary, layout.nbytes)
+        verify_header(plan, temporary)
+        if care.verify:
+            _compare(file, layout.parts())
+    return layout.nbytes
+
+
+def _write_folder(plan: Plan, path: Path, care: Care) -> int:
+    folder = shards.layout(plan, care.max_shard_bytes)
+    atomic.require_space(path, folder.nbytes)
+    done = 0
+    with atomic.replacing_folder(path, force=care.force, durable=care.durable) as temporary:
+        for name, layout in folder.shards.items():
+            with (temporary / name).open("xb+", buffering=0) as file:
+                with Output(file, folder.nbytes, _after(care.report, done)) as output:
+                    layout.write(output)
+                    output.require_unchanged_sources()
+                _require_size(temporary / name, layout.nbytes)
+                if care.verify:
+                    _compare(file, layout.parts())
+            done += layout.nbytes
+        (temporary / shards.INDEX).write_bytes(folder.index)
+        shards.verify_headers(folder, temporary)
+    return folder.nbytes
+
+
+def _after(report: Report | None, done: int) -> Report | None:
+    """A report of one file among several, of which `done` bytes are written."""
+    return None if report is None else lambda more, total: report(done + more, total)
+
+
+def _require_size(path: Path, nbytes: int) -> None:
+    if (found := path.stat().st_size) != nbytes:
+        raise SystemFailureError(f"{path.parent} holds {found:,} of {nbytes:,} bytes of what was written")
+
+
+def _compare(file: BinaryIO, parts: Iterable[tuple[int, Source]]) -> None:
+    """Read every byte back, and compare it with its source. Raises SystemFailureError where one differs."""
+    for offset, source in parts:
+        file.seek(offset)
+        expected = found = 0
+        for chunk in source.chunks():
+            expected = zlib.crc32(chunk, expected)
+            found = zlib.crc32(file.read(len(chunk)), found)
+        if expected != found:
+            raise SystemFailureError(
+                f"byte {offset:,} and the {source.nbytes:,} from there were not written as they were read",
+                "the disk may be failing: nothing was changed",
+            )

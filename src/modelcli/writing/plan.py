@@ -52,7 +52,8 @@ class Plan:
 
     `tensors` is the state dict, in order; `extras` its entries that are no plain tensors, inert: those that are made
     of others are `CompositeEntry`s; `metadata` its `_metadata`; `record` the text that says where the model comes
-    from. `tree` and `key` are the training checkpoint around the state dict, as inert values, where there is one.
+    from. `texts` are those of a safetensors file's `__metadata__` that are kept.
+    `tree` and `key` are the training checkpoint around the state dict, as inert values, where there is one.
     """
 
     tensors: Mapping[str, PlannedTensor]
@@ -61,6 +62,7 @@ class Plan:
     extras: Mapping[str, Any] = field(default_factory=dict)
     tree: Any = None
     key: tuple[str, ...] | None = None
+    texts: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def composites(self) -> dict[str, CompositeEntry]:
@@ -70,7 +72,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Written:
-    """What was written where; `nbytes` is the size of the file."""
+    """What was written where; `nbytes` is the size of the file, or of all files of a folder."""
 
     path: Path
     format: str

@@ -2,27 +2,50 @@
 
 from __future__ import annotations
 
-import struct
-import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from modelcli import record as records
 from modelcli.blueprints import ITEM_BYTES
 from modelcli.checkpoints import CompositeEntry
 from modelcli.checkpoints import torch_zip as reader
 from modelcli.checkpoints.pickles import OrderedDict
-from modelcli.errors import SystemFailureError
-from modelcli.writing import pickling
+from modelcli.errors import FileFormatError, SystemFailureError
+from modelcli.writing import pickling, zip_layout
+from modelcli.writing.output import Output
 from modelcli.writing.plan import Plan, Source
+from modelcli.writing.zip_layout import Bytes, Placed
 
 PREFIX = "archive"
-ALIGNMENT = 64
 
 
-def write(plan: Plan, file: BinaryIO) -> None:
-    """Write the archive. The same plan gives the same bytes, whatever the file is called."""
+@dataclass(frozen=True)
+class Layout:
+    """An archive as it will be: its records at their places."""
+
+    records: Sequence[Placed]
+
+    @property
+    def nbytes(self) -> int:
+        return zip_layout.size_of(self.records)
+
+    def parts(self) -> Iterator[tuple[int, Source]]:
+        """Where each source's bytes are."""
+        return ((record.offset, record.source) for record in self.records)
+
+    def write(self, output: Output) -> None:
+        """Write the archive; a record's header comes last, since it states the checksum of the bytes."""
+        checksums = []
+        for record in self.records:
+            checksums.append(output.put_with_checksum(record.offset, record.source))
+            output.write(record.header, record.local_header(checksums[-1]))
+        output.write(self.records[-1].end, zip_layout.directory(self.records, checksums))
+
+
+def layout(plan: Plan) -> Layout:
+    """Lay an archive out. The same plan gives the same bytes, whatever the file is called."""
     storages: dict[tuple[Source, str | None], str] = {}
 
     def storage_key(source: Source, dtype: str | None) -> tuple[str, int]:
@@ -31,14 +54,10 @@ def write(plan: Plan, file: BinaryIO) -> None:
         return key, source.nbytes // (ITEM_BYTES[dtype] if dtype else 1)
 
     data = pickling.dumps(_tree(plan), storage_key)
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        _add(archive, file, "data.pkl", [data], len(data))
-        _add(archive, file, "byteorder", [b"little"], 6)
-        for (source, _), key in storages.items():
-            _add(archive, file, f"data/{key}", source.chunks(), source.nbytes)
-        record = plan.record.encode()
-        _add(archive, file, records.ZIP_RECORD, [record], len(record))
-        _add(archive, file, "version", [b"3\n"], 2)
+    named: list[tuple[str, Source]] = [("data.pkl", Bytes(data)), ("byteorder", Bytes(b"little"))]
+    named += [(f"data/{key}", source) for (source, _), key in storages.items()]
+    named += [(records.ZIP_RECORD, Bytes(plan.record.encode())), ("version", Bytes(b"3\n"))]
+    return Layout(zip_layout.place([(f"{PREFIX}/{name}", source) for name, source in named]))
 
 
 def _tree(plan: Plan) -> Any:
@@ -63,24 +82,12 @@ def _with(tree: Any, key: tuple[str, ...], value: Any) -> Any:
     return changed
 
 
-def _add(archive: zipfile.ZipFile, file: BinaryIO, name: str, chunks: Iterable[bytes | memoryview], size: int) -> None:
-    """Add one stored record whose bytes start on a boundary: the header's extra field is padded up to it."""
-    info = zipfile.ZipInfo(f"{PREFIX}/{name}", (1980, 1, 1, 0, 0, 0))
-    info.create_system = 0
-    info.external_attr = 0
-    info.file_size = size
-    zip64 = size * 1.05 > zipfile.ZIP64_LIMIT
-    start = file.tell() + 30 + len(info.filename.encode()) + (20 if zip64 else 0) + 4
-    padding = -start % ALIGNMENT
-    info.extra = b"FB" + struct.pack("<H", padding) + b"Z" * padding
-    with archive.open(info, "w", force_zip64=zip64) as record:
-        for chunk in chunks:
-            record.write(chunk)
-
-
-def verify(plan: Plan, path: Path) -> None:
+def verify_header(plan: Plan, path: Path) -> None:
     """Read the archive's own account of itself back, and compare it with the plan."""
-    contents = reader.read(path, ".".join(plan.key) if plan.key else None)
+    try:
+        contents = reader.read(path, ".".join(plan.key) if plan.key else None)
+    except FileFormatError as error:
+        raise SystemFailureError(f"what was read back is damaged; nothing was changed: {error.message}") from None
     found = {
         name: (e.shape, e.dtype, e.stored_bytes if isinstance(e, CompositeEntry) else e.storage.nbytes)
         for name, e in contents.tensors.items()

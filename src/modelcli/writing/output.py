@@ -1,0 +1,249 @@
+"""Bytes of a plan into an open file: by the system itself where they lie in a file, else piece by piece."""
+
+from __future__ import annotations
+
+import errno
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+from modelcli.checkpoints import zip_directory
+from modelcli.checkpoints.contents import CHUNK, Span
+from modelcli.errors import FileFormatError, SystemFailureError
+from modelcli.writing.plan import Source
+
+#: Told how many bytes are written, and how many there will be.
+Report = Callable[[int, int], None]
+
+#: Offsets in two files that are equal modulo this are copied fastest, and shared where a file system can share blocks.
+PAGE = 4096
+#: Spans from here on are worth a place that suits them.
+LARGE = 256 * 1024
+#: So much is copied at a time: a whole number of pages, few enough for a progress bar to move.
+_STEP = 64 * 1024 * 1024
+_OPEN_FILES = 32
+#: What says that the system cannot copy from this file to that one; to read and write tells which one fails, if any.
+_CANNOT_COPY = frozenset(
+    (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.EIO, errno.ETXTBSY)
+)
+
+
+class Output:
+    """A file that is being written, any part of it at any time; `total` is what all of it will take."""
+
+    def __init__(self, file: BinaryIO, total: int, report: Report | None = None) -> None:
+        self._handle = file.fileno()
+        self._total = total
+        self._done = 0
+        self._report = report
+        self._sources: dict[tuple[Path, tuple[int, int, int]], int] = {}
+        self._checksums: dict[tuple[Path, tuple[int, int, int]], dict[tuple[int, int], int]] = {}
+        self._copies = hasattr(os, "copy_file_range")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._sources.values():
+            os.close(handle)
+        self._sources.clear()
+
+    def write(self, offset: int, data: bytes | memoryview) -> None:
+        """Write bytes at an offset."""
+        view = memoryview(data).cast("B")
+        while view:
+            written = _pwrite(self._handle, view, offset)
+            view, offset = view[written:], offset + written
+            self._advance(written)
+
+    def put(self, offset: int, source: Source) -> None:
+        """Write all bytes of a source at an offset. Raises FileFormatError where it gives fewer than it says."""
+        if isinstance(source, Span):
+            self._copy(source, offset)
+            return
+        for _ in self._streamed(offset, source):
+            pass
+
+    def put_with_checksum(self, offset: int, source: Source) -> int:
+        """The same; gives the CRC-32 of the bytes, which of a span that is copied is the one that its file states."""
+        if isinstance(source, Span) and (known := self._stated_checksum(source)) is not None:
+            self._copy(source, offset)
+            return known
+        checksum = 0
+        for chunk in self._streamed(offset, source):
+            checksum = zlib.crc32(chunk, checksum)
+        return checksum
+
+    def require_unchanged_sources(self) -> None:
+        """Raise FileFormatError where a file that was copied from is another one by now."""
+        for path, identity in {*self._sources, *self._checksums}:
+            if _identity(path.stat()) != identity:
+                raise _changed(path)
+
+    def _streamed(self, offset: int, source: Source) -> Iterator[bytes | memoryview]:
+        """Write a source piece by piece, and give each piece for whoever counts it up."""
+        left = source.nbytes
+        for chunk in self._read(source) if isinstance(source, Span) else source.chunks():
+            self.write(offset, chunk)
+            offset, left = offset + len(chunk), left - len(chunk)
+            yield chunk
+        if left:
+            raise SystemFailureError(f"a source of {source.nbytes:,} bytes gave {source.nbytes - left:,}")
+
+    # --- spans of files --------------------------------------------------------------------------------------------
+
+    def _copy(self, span: Span, offset: int) -> None:
+        """Copy a span, holes left as holes."""
+        if span.nbytes < LARGE:
+            for _ in self._streamed(offset, span):
+                pass
+            return
+        source = self._opened(span)
+        shift = offset - span.offset
+        end = span.offset + span.nbytes
+        done = span.offset
+        for first, last in _data_in(source, span.offset, end):
+            self._advance(first - done)
+            for start, stop in _in_pages(first, last, shift):
+                self._copy_data(span, source, start, stop, start + shift)
+            done = last
+        self._advance(end - done)
+        if os.fstat(self._handle).st_size < end + shift:
+            os.ftruncate(self._handle, end + shift)
+
+    def _copy_data(self, span: Span, source: int, start: int, stop: int, offset: int) -> None:
+        """Copy bytes of an open file by the system; where that cannot, read and write them."""
+        while self._copies and start < stop:
+            try:
+                copied = os.copy_file_range(source, self._handle, min(_STEP, stop - start), start, offset)
+            except OSError as error:
+                if error.errno not in _CANNOT_COPY:
+                    raise
+                self._copies = False
+                break
+            if not copied:
+                break
+            start, offset = start + copied, offset + copied
+            self._advance(copied)
+        for data in self._read(span.part(start - span.offset, stop - start)):
+            self.write(offset, data)
+            offset += len(data)
+
+    def _read(self, span: Span) -> Iterator[bytes]:
+        """The bytes of a span, in pieces of at most 8 MiB."""
+        source, start, stop = self._opened(span), span.offset, span.offset + span.nbytes
+        while start < stop:
+            try:
+                data = _pread(source, min(CHUNK, stop - start), start)
+            except OSError as error:
+                raise SystemFailureError(f"cannot read {span.path}: {error.strerror or error}") from None
+            if not data:
+                raise FileFormatError(f"{span.path} ends early: {stop - start:,} bytes are missing")
+            yield data
+            start += len(data)
+
+    def _opened(self, span: Span) -> int:
+        """The open file of a span; the last few stay open. Raises FileFormatError where it is not what was read."""
+        key = (span.path, span.identity)
+        if key not in self._sources:
+            while len(self._sources) >= _OPEN_FILES:
+                os.close(self._sources.pop(next(iter(self._sources))))
+            try:
+                handle = os.open(span.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            except OSError as error:
+                raise SystemFailureError(f"cannot read {span.path}: {error.strerror or error}") from None
+            self._sources[key] = handle
+            if _identity(os.fstat(handle)) != span.identity:
+                raise _changed(span.path)
+        if span.offset + span.nbytes > span.identity[0]:
+            raise FileFormatError(f"{span.path} ends early: it has {span.identity[0]:,} bytes")
+        return self._sources[key]
+
+    def _stated_checksum(self, span: Span) -> int | None:
+        """The CRC-32 that a zip file states of a record, where the span is one; torch writes 0 where it counts none."""
+        key = (span.path, span.identity)
+        if key not in self._checksums:
+            self._checksums[key] = _checksums_in(span.path)
+        return self._checksums[key].get((span.offset, span.nbytes)) or None
+
+    def _advance(self, nbytes: int) -> None:
+        self._done += nbytes
+        if self._report is not None and nbytes:
+            self._report(min(self._done, self._total), self._total)
+
+
+def _checksums_in(path: Path) -> dict[tuple[int, int], int]:
+    """The CRC-32 of each record of a zip file, by its place and size; none of a file that is no zip."""
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            return {}
+        try:
+            entries = zip_directory.read(file, file.seek(0, os.SEEK_END), str(path))
+        except FileFormatError:
+            return {}  # an archive inside another file
+    return {(entry.offset, entry.nbytes): entry.crc for entry in entries.values() if entry.stored}
+
+
+def _in_pages(start: int, stop: int, shift: int) -> Iterator[tuple[int, int]]:
+    """Cut what is to be copied at its first and last page border, where both files have them at the same places."""
+    first, last = start + -start % PAGE, stop - stop % PAGE
+    if shift % PAGE or first >= last:
+        yield start, stop
+        return
+    yield from ((a, b) for a, b in ((start, first), (first, last), (last, stop)) if a < b)
+
+
+def _data_in(handle: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """The parts of a file between two offsets that are no holes; all of it where the system does not tell."""
+    if not hasattr(os, "SEEK_DATA"):
+        yield start, stop
+        return
+    while start < stop:
+        try:
+            first = os.lseek(handle, start, os.SEEK_DATA)
+            last = os.lseek(handle, first, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # which says that nothing but a hole follows
+                yield start, stop
+            return
+        if first >= stop:
+            return
+        yield first, min(last, stop)
+        start = last
+
+
+def _identity(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def _changed(path: Path) -> FileFormatError:
+    return FileFormatError(f"{path} changed while it was being read", "run the command again")
+
+
+def _pwrite(handle: int, data: memoryview, offset: int) -> int:
+    if hasattr(os, "pwrite"):
+        return os.pwrite(handle, data, offset)
+    os.lseek(handle, offset, os.SEEK_SET)
+    return os.write(handle, data)
+
+
+def _pread(handle: int, nbytes: int, offset: int) -> bytes:
+    if hasattr(os, "pread"):
+        return os.pread(handle, nbytes, offset)
+    os.lseek(handle, offset, os.SEEK_SET)
+    return os.read(handle, nbytes)
+
+
+def place_like(source: Source, at_least: int, alignment: int) -> int:
+    """Where to put a source: on a multiple of `alignment`, and of a large span where its own file has it in a page."""
+    if isinstance(source, Span) and source.nbytes >= LARGE and source.offset % alignment == 0:
+        return at_least + (source.offset - at_least) % PAGE
+    return at_least + -at_least % alignment
+
+
+__all__ = ["LARGE", "PAGE", "Output", "Report", "place_like"]

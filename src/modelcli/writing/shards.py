@@ -1,0 +1,69 @@
+"""The writer of folders: safetensors shards of a limited size, and the index that says which holds what."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from modelcli import record as records
+from modelcli.errors import SystemFailureError
+from modelcli.writing import safetensors
+from modelcli.writing.plan import Plan, PlannedTensor
+
+INDEX = "model.safetensors.index.json"
+#: As large as Hugging Face's programs make them.
+DEFAULT_SIZE = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder as it will be: the layout of each shard by its name, and the text of the index."""
+
+    shards: Mapping[str, safetensors.Layout]
+    names: Mapping[str, frozenset[str]]
+    index: bytes
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.index) + sum(layout.nbytes for layout in self.shards.values())
+
+
+def layout(plan: Plan, max_bytes: int) -> Folder:
+    """Cut a plan into shards of at most `max_bytes` of tensors, in order; a larger tensor has one to itself."""
+    groups = _cut(safetensors.unique(plan), max_bytes)
+    texts = safetensors.texts_of(plan)
+    record = texts.pop(records.SAFETENSORS_KEY)
+    shards: dict[str, safetensors.Layout] = {}
+    weight_map: dict[str, str] = {}
+    for number, tensors in enumerate(groups, 1):
+        name = f"model-{number:05}-of-{len(groups):05}.safetensors"
+        shards[name] = safetensors.layout_of(tensors, {"format": "pt", **plan.texts})
+        weight_map |= dict.fromkeys(tensors, name)
+    aliases = {name: first for name, first in texts.items() if first in weight_map and name not in weight_map}
+    total = sum(tensor.source.nbytes for tensors in groups for tensor in tensors.values())
+    metadata = {"total_size": total, **aliases, records.SAFETENSORS_KEY: record}
+    document = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+    index = json.dumps(document, indent=2).encode() + b"\n"
+    held = {name: frozenset(key for key, file in weight_map.items() if file == name) for name in shards}
+    return Folder(shards, held, index)
+
+
+def _cut(tensors: Mapping[str, PlannedTensor], max_bytes: int) -> list[dict[str, PlannedTensor]]:
+    groups: list[dict[str, PlannedTensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if groups[-1] and size + tensor.source.nbytes > max_bytes:
+            groups.append({})
+            size = 0
+        groups[-1][name] = tensor
+        size += tensor.source.nbytes
+    return groups
+
+
+def verify_headers(folder: Folder, path: Path) -> None:
+    """Let safetensors' own reader check every shard."""
+    for name, held in folder.names.items():
+        if safetensors.read_back(path / name) != held:
+            raise SystemFailureError(f"what was read back from {name} is not what was written; nothing was changed")

@@ -1,0 +1,144 @@
+"""How long an edit of a large checkpoint takes, as ratios to `cp` and to a plain script: whole processes, interleaved.
+
+    make bench
+
+Each round runs every command once, the disk settled in between, so that none pays for what another left to be written.
+From modelcli's time and from the script's the median of `python -c "import torch"` is taken off: what is compared is
+the work, with its fsync, against `cp` and `sync` of the same file.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+from tests.benchmarks.bench_reading import MODELCLI, PYTHON, sparse_safetensors
+
+ROUNDS = int(os.environ.get("ROUNDS", "5"))
+NBYTES = int(os.environ.get("NBYTES", str(2 * 10**9)))
+
+MAKE = """
+import sys, torch
+from safetensors.torch import save_file
+state = {f"layers.{n}.weight": torch.randn(5120, 2560) for n in range(int(sys.argv[1]) // (5120 * 2560 * 4))}
+state |= {"head.weight": torch.randn(1000, 2560), "head.bias": torch.randn(1000)}
+torch.save(state, "in.pth")
+save_file(state, "in.safetensors")
+"""
+
+SCRIPT = """
+import os, torch
+state = torch.load("in.pth", mmap=True, weights_only=True)
+state["head.weight"], state["head.bias"] = torch.randn(10, 2560), torch.randn(10)
+with open("out.pth", "wb") as file:
+    torch.save(state, file)
+    file.flush()
+    os.fsync(file.fileno())
+"""
+
+EDIT = ("replace", "head", "Linear(_,10)", "-q")
+
+
+def measure(command: tuple[str, ...]) -> tuple[float, int]:
+    """Seconds, and the largest resident memory in MB, of one run on a settled disk."""
+    for name in ("out.pth", "out.safetensors", "copy"):
+        Path(name).unlink(missing_ok=True)
+    os.sync()
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start
+    if status:
+        raise SystemExit(f"{' '.join(command)} failed: {status}")
+    return seconds, usage.ru_maxrss // 1024
+
+
+def row(title: str, seconds: float, peer: float, memory: int, bound: str) -> None:
+    print(f"{title:52} {seconds:7.3f} s {peer:7.3f} s {seconds / peer:7.3f} {memory:6} MB   {bound}", flush=True)
+
+
+def compare() -> None:
+    """The rows of an ordinary file system."""
+    commands: dict[str, tuple[str, ...]] = {
+        "import": (PYTHON, "-c", "import torch"),
+        "cp.pth": ("sh", "-c", "cp in.pth copy && sync copy"),
+        "edit.pth": (*MODELCLI, *EDIT, "-m", "in.pth", "-o", "out.pth"),
+        "cp.safetensors": ("sh", "-c", "cp in.safetensors copy && sync copy"),
+        "edit.safetensors": (*MODELCLI, *EDIT, "-m", "in.safetensors", "-o", "out.safetensors"),
+        "script": (PYTHON, "script.py"),
+    }
+    times: dict[str, list[float]] = {name: [] for name in commands}
+    memory = dict.fromkeys(commands, 0)
+    for number in range(ROUNDS + 1):
+        for name, command in commands.items():
+            seconds, peak = measure(command)
+            if number:
+                times[name].append(seconds)
+                memory[name] = max(memory[name], peak)
+    median = {name: statistics.median(found) for name, found in times.items()}
+    base = median["import"]
+    for kind in ("pth", "safetensors"):
+        mine = median[f"edit.{kind}"] - base
+        above = memory[f"edit.{kind}"] - memory["import"]
+        row(f"replace on 2 GB .{kind} / cp", mine, median[f"cp.{kind}"], above, "<= 1.2, <= 150 MB above import torch")
+    mine = median["script"] - base
+    row("plain script / replace on 2 GB .pth", mine, median["edit.pth"] - base, memory["script"], ">= 2.5")
+    sparse_safetensors(Path("in.safetensors"), 20 * 10**9)
+    seconds, peak = measure((*MODELCLI, "cast", "model.layers.0", "half", "-q", *("-m", "in.safetensors"),
+                             *("-o", "out.safetensors")))  # fmt: skip
+    row("cast one of 800 tensors, 20 GB sparse", seconds - base, base, peak - memory["import"], "<= 150 MB above")
+
+
+def share_blocks(folder: Path) -> None:
+    """The row of a file system that can share blocks: a Btrfs in a file, mounted by a loop, where one can be made."""
+    image, place = folder / "btrfs.img", folder / "btrfs"
+    place.mkdir()
+    with image.open("wb") as file:
+        file.truncate(8 * 10**9)
+    try:
+        subprocess.run(["mkfs.btrfs", "-q", str(image)], check=True)
+        subprocess.run(["mount", "-o", "loop", str(image), str(place)], check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"edit on Btrfs: not measured, no such file system could be made here ({error})")
+        return
+    try:
+        os.chdir(place)
+        subprocess.run([PYTHON, "-c", MAKE, str(NBYTES)], check=True)
+        subprocess.run([*MODELCLI, "save", "aligned.safetensors", "-m", "in.safetensors", "-q"], check=True)
+        edit = (*MODELCLI, *EDIT, "--no-fsync", "-m", "aligned.safetensors", "-o", "out.safetensors")
+        look = (*MODELCLI, *EDIT, "-m", "aligned.safetensors")
+        times: dict[tuple[str, ...], list[float]] = {edit: [], look: []}
+        for _ in range(ROUNDS):
+            for command, found in times.items():
+                found.append(measure(command)[0])
+        edited, base = (statistics.median(found) for found in times.values())
+        print(f"{'2 GB page-aligned safetensors on Btrfs, beyond a dry run':52} {edited - base:7.3f} s   <= 0.2 s")
+    finally:
+        os.chdir(folder)
+        subprocess.run(["umount", str(place)], check=False)
+
+
+def main() -> None:
+    """Make the files, run the rows."""
+    with tempfile.TemporaryDirectory(dir=os.environ.get("BENCH_FOLDER")) as name:
+        folder = Path(name)
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        os.chdir(folder)
+        (folder / "script.py").write_text(SCRIPT)
+        subprocess.run([PYTHON, "-c", MAKE, str(NBYTES)], check=True)
+        print(f"{'':52} {'first':>9} {'second':>9} {'ratio':>7} {'memory':>9}   bound   ({ROUNDS} rounds)")
+        compare()
+        if shutil.which("mkfs.btrfs"):
+            share_blocks(folder)
+        else:
+            print("edit on Btrfs: not measured, mkfs.btrfs is not installed")
+        os.chdir("/")
+
+
+if __name__ == "__main__":
+    main()

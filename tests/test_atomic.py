@@ -1,0 +1,338 @@
+"""Files and folders replaced in one step: the old one or the new one is there at every moment, and nothing else."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from modelcli import atomic
+from modelcli.cli import main
+from modelcli.errors import RequestError, SystemFailureError
+from tests import torture
+from tests.conftest import NETS, Cli
+
+posix_only = pytest.mark.skipif(os.name != "posix", reason="signals and locks of POSIX")
+
+
+def digest(path: Path) -> str:
+    """The bytes of a file, or of every file of a folder with their names."""
+    found = hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(path.rglob("*")):
+        if file.is_file():
+            found.update(str(file.relative_to(path.parent)).encode() + b"\0" + file.read_bytes())
+    return found.hexdigest()
+
+
+def temporaries(folder: Path) -> list[str]:
+    return [entry.name for entry in folder.rglob(f"*{atomic.TEMPORARY}")]
+
+
+# --- folders -------------------------------------------------------------------------------------------------------
+
+
+def fill(path: Path, files: dict[str, str], **options: Any) -> None:
+    with atomic.replacing_folder(path, force=True, **options) as folder:
+        for name, text in files.items():
+            (folder / name).write_text(text)
+
+
+def held(path: Path) -> dict[str, str]:
+    return {str(file.relative_to(path)): file.read_text() for file in path.rglob("*") if file.is_file()}
+
+
+def test_a_folder_has_no_shard_of_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    fill(path, {"model-00001-of-00002.safetensors": "1", "model-00002-of-00002.safetensors": "2"})
+    (path / "tokenizer.json").write_text("{}")
+    (path / "assets").mkdir()
+    (path / "assets" / "deep.txt").write_text("x")
+    fill(path, {"model-00001-of-00001.safetensors": "new"})
+    assert held(path) == {
+        "model-00001-of-00001.safetensors": "new",
+        "tokenizer.json": "{}",
+        "assets/deep.txt": "x",
+    }
+    assert temporaries(tmp_path) == []
+
+
+def interrupt_midway(path: Path) -> None:
+    with atomic.replacing_folder(path, force=True) as folder:
+        (folder / "a.safetensors").write_text("new")
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_what_fails_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool) -> None:
+    path = tmp_path / "out"
+    fill(path, {"a.safetensors": "old", "note.txt": "kept"})
+    before = digest(path)
+    if not can_exchange:
+        monkeypatch.setattr(atomic, "_exchange", lambda *_names: False)
+    with pytest.raises(KeyboardInterrupt):
+        interrupt_midway(path)
+    assert digest(path) == before
+    assert temporaries(tmp_path) == []
+    fill(path, {"a.safetensors": "new"})
+    assert held(path) == {"a.safetensors": "new", "note.txt": "kept"}
+    assert temporaries(tmp_path) == []
+
+
+def test_a_rename_that_fails_midway_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the system cannot exchange two names, the second rename may fail: the first is undone."""
+    path = tmp_path / "out"
+    fill(path, {"a.safetensors": "old"})
+    before = digest(path)
+    monkeypatch.setattr(atomic, "_exchange", lambda *_names: False)
+    original = Path.rename
+
+    def rename(self: Path, target: Path) -> Path:
+        if Path(target) == path and not self.name.endswith(f".old{atomic.TEMPORARY}"):
+            raise OSError(errno.EIO, "Input/output error")
+        return original(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(SystemFailureError, match="Input/output error"):
+        fill(path, {"a.safetensors": "new"})
+    assert digest(path) == before
+    assert temporaries(tmp_path) == []
+
+
+def test_a_run_killed_between_two_names_is_put_right_by_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    fill(path, {"a.safetensors": "old"})
+    path.rename(tmp_path / f".out.00000000.old{atomic.TEMPORARY}")
+    with pytest.raises(ZeroDivisionError), atomic.replacing_folder(path, force=True):
+        raise ZeroDivisionError
+    assert held(path) == {"a.safetensors": "old"}
+
+
+def test_modes_and_links_of_folders(tmp_path: Path) -> None:
+    real = tmp_path / "real"
+    fill(real, {"a.safetensors": "old"})
+    real.chmod(0o750)
+    (tmp_path / "link").symlink_to("real")
+    fill(tmp_path / "link", {"a.safetensors": "new"})
+    assert (tmp_path / "link").is_symlink()
+    assert held(real) == {"a.safetensors": "new"}
+    assert real.stat().st_mode & 0o777 == 0o750
+
+
+def test_what_is_no_folder(cli: Cli, folder: Path) -> None:
+    (folder / "file").write_text("x")
+    assert "file is not a folder" in cli("save", "file/", "-m", "nets.py:Net", code=2).err
+    os.mkfifo(folder / "pipe")
+    assert "is not a folder" in cli("save", "pipe/", "-m", "nets.py:Net", "--force", code=2).err
+    cli("save", "out.pth/", "-m", "nets.py:Net")
+    assert "out.pth exists" in cli("save", "out.pth/", "-m", "nets.py:Net", code=2).err
+    error = cli("save", "out.pth", "-m", "nets.py:Net", "--force", code=2).err
+    assert "out.pth is a folder" in error
+    assert "end it in a slash: out.pth/" in error
+
+
+@pytest.mark.parametrize("out", ["out.pth", "out.safetensors", "out/"])
+def test_onto_ones_own_input(cli: Cli, out: str) -> None:
+    """Through a second name of the file as well: it keeps the old one."""
+    cli("save", out, "-m", "nets.py:Places")
+    name = out if out != "out/" else "./out"
+    if out != "out/":
+        os.link(out, "second")
+        shutil.copy(out, "copy")
+    cli("replace", "fc", "Linear(4,9)", "-m", name, "--trust", "-o", out, "--force")
+    shapes = {row["name"]: row["shape"] for row in cli("params", name, "--json").json["tensors"]}
+    assert shapes["fc.weight"] == [9, 4]
+    assert out == "out/" or Path("second").read_bytes() == Path("copy").read_bytes()
+    if out != "out/":
+        Path(f"link{Path(out).suffix}").symlink_to(out)
+        cli("freeze", ".", "-m", f"link{Path(out).suffix}", "--trust", "-o", f"link{Path(out).suffix}", "--force")
+        assert Path(f"link{Path(out).suffix}").is_symlink()
+
+
+@pytest.mark.parametrize("out", ["one.pth", "one.safetensors", "one/"])
+def test_the_same_command_writes_the_same_bytes(cli: Cli, out: str) -> None:
+    torch.save({f"w{number}": torch.randn(100_000) for number in range(4)}, "in.pth")
+    digests = set()
+    for _ in range(2):
+        cli("add", "fc", "Linear(3,2)", "-m", "in.pth", "-o", out, "--force", "--max-shard-size", "900KB")
+        digests.add(digest(Path(out)))
+    assert len(digests) == 1
+
+
+def test_shards_are_as_large_as_they_may_be(cli: Cli) -> None:
+    import json
+
+    from safetensors import safe_open
+
+    torch.save({"a": torch.zeros(100), "b": torch.ones(100), "c": torch.zeros(300), "d": torch.arange(5)}, "in.pth")
+    cli("save", "out/", "-m", "in.pth", "--max-shard-size", "800")
+    index = json.loads(Path("out/model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {
+        "a": "model-00001-of-00003.safetensors",
+        "b": "model-00001-of-00003.safetensors",
+        "c": "model-00002-of-00003.safetensors",  # larger than a shard may be, and alone
+        "d": "model-00003-of-00003.safetensors",
+    }
+    assert index["metadata"]["total_size"] == 400 + 400 + 1200 + 40
+    for name, file in index["weight_map"].items():
+        with safe_open(f"out/{file}", "pt") as shard:
+            assert torch.equal(shard.get_tensor(name), torch.load("in.pth")[name])
+    assert "is no size in bytes" in cli("save", "x/", "-m", "in.pth", "--max-shard-size", "big", code=2).err
+
+
+# --- what runs leave behind ----------------------------------------------------------------------------------------
+
+
+@posix_only
+def test_only_what_nobody_writes_any_more_is_removed(tmp_path: Path) -> None:
+    target = tmp_path / "m[1].pth"
+    abandoned = tmp_path / f".m[1].pth.deadbeef{atomic.TEMPORARY}"
+    abandoned.write_bytes(b"half")
+    other = tmp_path / f".m.pth.deadbeef{atomic.TEMPORARY}"
+    other.write_bytes(b"of another file")
+    (tmp_path / f".m[1].pth.folder{atomic.TEMPORARY}").mkdir()
+    (tmp_path / f".m[1].pth.link{atomic.TEMPORARY}").symlink_to(other)
+    with atomic.replacing(target, force=True) as (file, temporary):
+        file.write(b"new")
+        assert not abandoned.exists()
+        with atomic.replacing(target, force=True) as (second, _):  # at the same time, by another one
+            second.write(b"second")
+            assert temporary.exists()
+    assert target.read_bytes() == b"new"
+    assert sorted(temporaries(tmp_path)) == sorted([other.name, f".m[1].pth.link{atomic.TEMPORARY}"])
+
+
+def test_a_temporary_file_follows_no_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    names = iter(["00000000", "11111111"])
+    monkeypatch.setattr("secrets.token_hex", lambda _n: next(names))
+    (tmp_path / f".m.pth.00000000{atomic.TEMPORARY}").symlink_to(victim)
+    with atomic.replacing(tmp_path / "m.pth", force=True) as (file, _):
+        file.write(b"new")
+    assert victim.read_text() == "precious"
+
+
+# --- faults --------------------------------------------------------------------------------------------------------
+
+
+def failing(original: Callable[..., Any], number: int, at: int) -> Callable[..., Any]:
+    """A call that fails the `at`-th time."""
+    calls = []
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        if len(calls) == at:
+            raise OSError(number, os.strerror(number))
+        return original(*args, **kwargs)
+
+    return call
+
+
+FAULTS = [(name, number) for name in ("pwrite", "fsync", "ftruncate") for number in (errno.ENOSPC, errno.EIO)]
+FAULTS += [
+    ("copy_file_range", errno.ENOSPC),
+    ("replace", errno.EIO),
+    ("replace", errno.EXDEV),
+    ("replace", errno.EACCES),
+]
+FAULTS += [("open", errno.EACCES), ("mkdir", errno.ENOSPC), ("rename", errno.EIO), ("chmod", errno.EPERM)]
+
+
+@posix_only
+@pytest.mark.parametrize("out", ["out.pth", "out.safetensors", "out/"])
+@pytest.mark.parametrize(("name", "number"), FAULTS, ids=[f"{n}-{errno.errorcode[e]}" for n, e in FAULTS])
+def test_a_fault_at_any_call_leaves_the_old_one(
+    cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch, out: str, name: str, number: int
+) -> None:
+    """Each call fails in its turn, until the command gets through: exit 5, one message with the path and the reason."""
+    state = {"w": torch.randn(100_000), "b": torch.ones(3)}
+    torch.save(state, "in.pth")
+    cli("save", out, "-m", "in.pth")
+    before, path = digest(Path(out)), Path(out)
+    for at in range(1, 60):
+        with monkeypatch.context() as patch:
+            patch.setattr(atomic, "_exchange", lambda *_names: False)  # the way with more steps
+            patch.setattr(os, name, failing(getattr(os, name), number, at))
+            code = main(["remove", "b", "-m", "in.pth", "-o", out, "--force"])
+        if code == 0:
+            break
+        assert code == 5
+        assert digest(path) == before, f"the {at}th call of {name}"
+        assert temporaries(folder) == []
+    else:
+        pytest.fail("never got through")
+    assert digest(path) != before
+    assert temporaries(folder) == []
+
+
+@posix_only
+@pytest.mark.parametrize("out", ["out.pth", "out.safetensors", "out/"])
+def test_a_fault_is_one_message(cli: Cli, monkeypatch: pytest.MonkeyPatch, out: str) -> None:
+    def full(*_args: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        error = cli("save", out, "-m", "nets.py:Places", code=5).err
+    assert error.count("\n") == 1
+    assert f"error: cannot write {out.rstrip('/')}: No space left on device" in error
+
+
+@posix_only
+def test_a_file_that_grows_too_large(cli: Cli, folder: Path) -> None:
+    """RLIMIT_FSIZE, as a quota has it: the kernel's own refusal, in a process of its own."""
+    torch.save({"w": torch.randn(1_000_000)}, "in.pth")
+    Path("out.pth").write_bytes(b"old")
+    program = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000));"
+        "from modelcli.cli import main; raise SystemExit(main(['save', 'out.pth', '-m', 'in.pth', '--force']))"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 5
+    assert "cannot write out.pth: File too large" in ended.stderr
+    assert Path("out.pth").read_bytes() == b"old"
+    assert temporaries(folder) == []
+
+
+# --- kills ---------------------------------------------------------------------------------------------------------
+
+
+@posix_only
+@pytest.mark.parametrize(
+    ("out", "number"),
+    [("out.pth", signal.SIGTERM), ("out.pth", signal.SIGHUP), ("out.pth", signal.SIGINT), ("out/", signal.SIGTERM)],
+)
+def test_a_signal_leaves_no_temporary_file(folder: Path, out: str, number: signal.Signals) -> None:
+    code, told = torture.interrupted(folder, out, number)
+    assert code == 128 + number
+    assert ("interrupted" if number == signal.SIGINT else f"ended by {number.name}") in told
+    assert temporaries(folder) == []
+    assert not (folder / out).exists()
+
+
+@posix_only
+@pytest.mark.parametrize("out", ["out.pth", "out/"])
+def test_killed_at_random_moments(tmp_path: Path, out: str) -> None:
+    """A few times here, and 200 times each by `make torture`."""
+    shutil.copy(NETS, tmp_path)
+    report = torture.kill_repeatedly(tmp_path, out, times=12, seed=int(time.time()) % 1000)
+    assert report.broken == []
+    assert report.left_behind == []
+    assert report.old + report.new == 12
+
+
+def test_needs_force_again_where_it_appeared(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="exists by now"), atomic.replacing_folder(tmp_path / "x", force=False):
+        (tmp_path / "x").mkdir()

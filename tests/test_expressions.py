@@ -222,6 +222,21 @@ def test_text_outside_ascii_may_stand_in_strings_on_any_line(newline: str) -> No
         parse(f"M({newline}'\u00e9',{newline}\u00e9)")
 
 
+@pytest.mark.parametrize(
+    ("text", "string"),
+    [
+        ("'''it's'''", "it's"),
+        ("'''x\ny:Z(1), '''", "x\ny:Z(1), "),
+        ('"""a"b:c,"""', 'a"b:c,'),
+        ("'a\\\nb:c'", "ab:c"),
+        ("# it's\n''", ""),
+        ("''''''", ""),
+    ],
+)
+def test_the_colon_of_a_class_is_found_behind_any_string(text: str, string: str) -> None:
+    assert parse(f"M({text},nets.layers:Own)") == Call("M", (string, Name("nets.layers:Own")))
+
+
 # --- limits --------------------------------------------------------------------------------------------------------
 
 
@@ -317,6 +332,9 @@ def test_arithmetic_that_has_no_answer(text: str, message: str) -> None:
         "{" * 60_000,
         "f'{" * 20_000,
         "'" * 60_001,
+        "M('" + "\\'" * 32_000,
+        'M("' + '\\"' * 32_000,
+        "'''\\'" * 12_000,
         "\\\n" * 30_000,
     ],
 )

@@ -96,7 +96,11 @@ def parse_value(text: str) -> Value:
 #: Stands for the colon of `package.module:Class` while `ast` reads the text: no Python name holds a colon.
 _COLON_NAME = "__colon__"
 _COLON = f".{_COLON_NAME}."
-_STRING = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
+#: A string of Python's, or one that lacks its end, up to the end of its line or of the text. Nothing is tried twice:
+#: a text full of quotes is read once, and not from each of them on.
+_STRING = "|".join(
+    rf"{q}{q}{q}(?:[^{q}\\]|\\.|{q}(?!{q}{q}))*+(?:{q}{q}{q})?|{q}(?:[^{q}\\\n]|\\.)*+{q}?" for q in ("'", '"')
+)
 _COLONED = re.compile(
     rf"{_STRING}|(?<![\w.])(?!(?:True|False|None):)([A-Za-z_][\w.]*):([A-Za-z_]\w*)(?=\s*(?:[(,)\]}}]|$))",
     re.ASCII | re.DOTALL,

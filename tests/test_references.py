@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,13 @@ def test_a_drive_letter_is_no_module(folder: Path) -> None:
 def test_a_name_that_no_file_can_have_is_no_file(folder: Path, text: str) -> None:
     with pytest.raises(RequestError, match="no such file"):
         parse(text)
+
+
+def test_text_full_of_files_is_looked_at_as_far_as_a_path_can_reach(folder: Path) -> None:
+    start = time.process_time()
+    with pytest.raises(RequestError):
+        parse("a/" * 16_000 + ".py:" * 16_000)
+    assert time.process_time() - start < 2
 
 
 @given(st.text(max_size=40) | st.text("aN.py:()/\\'\"=,3 ", max_size=25))

@@ -13,6 +13,8 @@ from modelcli import expressions
 from modelcli.errors import RequestError, closest
 from modelcli.expressions import Call
 
+#: No system has longer paths: longer text is none.
+MAX_PATH = 4096
 CHECKPOINT_SUFFIXES = frozenset({".pth", ".pt", ".safetensors", ".ckpt", ".bin", ".tar"})
 
 
@@ -92,7 +94,7 @@ def parse(text: str, folder: Path | None = None) -> Reference:
     if re.fullmatch(r"[A-Za-z_]\w*", text, re.ASCII):
         return Installed(Call(text))
     path = folder / text
-    if "\0" not in text and len(text) < 4096 and _exists(path):
+    if "\0" not in text and len(text) < MAX_PATH and _exists(path):
         if path.suffix == ".py" and path.is_file():
             raise _names_no_class(text, path)
         return CheckpointFile(path)
@@ -121,7 +123,7 @@ def _split_object(text: str, folder: Path) -> tuple[str, str] | None:
 
     A file that exists is cut off first: folders may have colons and parentheses in their names.
     """
-    for match in re.finditer(r"\.py:", text):
+    for match in re.finditer(r"\.py:", text[:MAX_PATH]):
         if _exists(folder / text[: match.end() - 1]):
             return text[: match.end() - 1], text[match.end() :]
     start = 2 if re.match(r"[A-Za-z]:[\\/]", text) else 0

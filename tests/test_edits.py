@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
+import time
 from typing import Any
 
 import pytest
@@ -108,6 +110,36 @@ def test_a_bad_line_names_the_word_that_is_wrong(line: str, message: str, hint: 
 def test_words_of_a_command_line_make_the_same_edit() -> None:
     assert from_words("replace", ["head", "Linear", "3", "-1"]) == edits.parse("replace head Linear 3 -1")
     assert from_words("freeze", ["a b"]) == Freeze(targets=("a b",))
+
+
+@given(st.text("ab \"'\\\n\t\r\u00e9\u00a0\u2028$#\0", max_size=20))
+@settings(max_examples=1000, deadline=None)
+def test_words_are_those_of_a_posix_shell(line: str) -> None:
+    try:
+        expected = shlex.split(line)
+    except ValueError:
+        with pytest.raises(RequestError, match="cannot split"):
+            edits.split(line)
+    else:
+        assert edits.split(line) == expected
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "freeze " + "a" * 1_000_000,
+        "freeze '" + "a" * 1_000_000,
+        "freeze " + "'a'" * 300_000,
+        "freeze " + '"\\"' * 300_000,
+        "freeze a" + " --except a" * 100_000,
+        "freeze" + " --expect 1" * 100_000,
+    ],
+)
+def test_a_long_line_takes_time_that_grows_with_it(line: str) -> None:
+    start = time.process_time()
+    with contextlib.suppress(RequestError):
+        edits.parse(line)
+    assert time.process_time() - start < 5
 
 
 selector_texts = st.text(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -174,6 +176,13 @@ def test_what_does_not_fit_in_memory(on_meta: bool) -> None:
     model = open_live(Source("Sequential(Linear(4,4))")).module if on_meta else nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(SystemFailureError, match="of memory are free"):
         apply(model, "replace 0 Linear(1000000,1000000)")
+
+
+def test_a_module_whose_constructor_makes_no_numbers_is_not_written(cli: Cli) -> None:
+    for words in (("replace", "0", "Linear(4,4,device='meta')", "-m", "Sequential(Linear(4,4))", "-o", "out.pth"),
+                  ("save", "out.pth", "-m", "Linear(4,4,device='meta')")):  # fmt: skip
+        assert "weight has no numbers: its constructor makes it on the meta device" in cli(*words, code=2).err
+    assert not Path("out.pth").exists()
 
 
 def test_nested_modules_and_classes_of_torchvision_ops() -> None:

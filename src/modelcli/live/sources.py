@@ -55,6 +55,8 @@ class Drawn:
 
     def real(self) -> torch.UntypedStorage:
         storage = self.build.tensor(self.name).untyped_storage()
+        if storage.device.type == "meta":
+            raise RequestError(f"{self.name} has no numbers: its constructor makes it on the meta device")
         if storage.nbytes() != self._nbytes:
             raise ModelcliError(
                 f"{self.name} was built with {storage.nbytes():,} bytes, and its twin without weights says "

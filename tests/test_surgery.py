@@ -178,6 +178,30 @@ def test_what_does_not_fit_in_memory(on_meta: bool) -> None:
         apply(model, "replace 0 Linear(1000000,1000000)")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "LSTM(1,1,10**9)",
+        "GRU(1,1,num_layers=10**9)",
+        "TransformerEncoder(ReLU(),10**9)",
+        "TransformerDecoder(TransformerDecoder(ReLU(),1000),1000)",
+        "Transformer(8,2,10**9,10**9)",
+    ],
+)
+def test_more_layers_than_a_constructor_comes_back_from(text: str) -> None:
+    with pytest.raises(RequestError, match="layers; the limit is 2,000"):
+        apply(small(), f"replace 3 {text}")
+
+
+def test_as_many_layers_as_a_class_of_ones_own_takes(folder: Path) -> None:
+    (folder / "deep.py").write_text(
+        "from torch import nn\nclass Deep(nn.Identity):\n    def __init__(self, num_layers): super().__init__()\n"
+    )
+    model = small()
+    apply(model, "replace 3 deep:Deep(10**9)")
+    assert type(model[3]).__name__ == "Deep"
+
+
 def test_a_module_whose_constructor_makes_no_numbers_is_not_written(cli: Cli) -> None:
     for words in (("replace", "0", "Linear(4,4,device='meta')", "-m", "Sequential(Linear(4,4))", "-o", "out.pth"),
                   ("save", "out.pth", "-m", "Linear(4,4,device='meta')")):  # fmt: skip

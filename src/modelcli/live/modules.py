@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,10 @@ from modelcli.expressions import HOLE, Call, Name
 from modelcli.live import python_objects, zoo
 from modelcli.live.sources import dtype_of
 from modelcli.references import is_installed_name
+
+#: Layers that one argument may ask for; those of an RNN take time that grows with their square.
+MAX_LAYERS = 2_000
+_LAYERS = re.compile(r"num_(\w+_)?layers")
 
 
 def find_class(dotted: str, *, trusted: bool) -> type[nn.Module]:
@@ -71,7 +76,18 @@ def make(call: Call, *, trusted: bool = True) -> nn.Module:
         raise RequestError(f"{call}: _ stands for what was there before, and nothing was", "write the argument out")
     args = [value_of(value, trusted=trusted) for value in call.args]
     kwargs = {key: value_of(value, trusted=trusted) for key, value in call.kwargs.items()}
+    if is_installed_name(call.name):
+        _require_few(kind, args, kwargs, str(call))
     return construct(kind, args, kwargs, str(call))
+
+
+def _require_few(kind: type[nn.Module], args: list[Any], kwargs: dict[str, Any], text: str) -> None:
+    """Raise RequestError where a module is asked for so often that its constructor would not come back."""
+    named = [*zip(parameter_names(kind), args, strict=False), *kwargs.items()]
+    times = sum(value for name, value in named if _LAYERS.fullmatch(name) and isinstance(value, int))
+    inside = sum(len(list(value.modules())) for _, value in named if isinstance(value, nn.Module))
+    if times * max(inside, 1) > MAX_LAYERS:
+        raise RequestError(f"{text} has {times * max(inside, 1):,} layers; the limit is {MAX_LAYERS:,}")
 
 
 def construct(

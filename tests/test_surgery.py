@@ -10,7 +10,7 @@ from torch import nn
 
 from modelcli import edits
 from modelcli.errors import RequestError, SystemFailureError
-from modelcli.live import surgery
+from modelcli.live import memory, surgery, twins
 from modelcli.live.describe import describe
 from modelcli.live.opening import open_live
 from modelcli.live.sources import real_tensor
@@ -176,6 +176,19 @@ def test_what_does_not_fit_in_memory(on_meta: bool) -> None:
     model = open_live(Source("Sequential(Linear(4,4))")).module if on_meta else nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(SystemFailureError, match="of memory are free"):
         apply(model, "replace 0 Linear(1000000,1000000)")
+
+
+@pytest.mark.parametrize("last", ["Linear(1,1,device='nowhere')", "Conv2d(1,1,1,padding_mode='meta')"])
+def test_an_error_that_seems_to_need_numbers_makes_nothing_that_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch, last: str
+) -> None:
+    """What torch says of both has `meta` in it, as if another device could help: there the first layer is made."""
+    monkeypatch.setattr(memory, "available", lambda: 1000)
+    made: list[object] = []
+    monkeypatch.setattr(twins, "_parameters_on_meta", made.append)
+    with pytest.raises(RequestError, match=r"nowhere|padding_mode"):
+        apply(small(), f'replace 3 "Sequential(Linear(100,100),{last})"')
+    assert not made
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,12 @@ def available() -> int | None:
         return None
 
 
+def fits(nbytes: int) -> bool:
+    """Whether `nbytes` are to be had; yes where the system does not tell."""
+    there = available()
+    return there is None or nbytes <= there
+
+
 def require(nbytes: int, what: str) -> None:
     """Raise SystemFailureError where `nbytes` are more than there is."""
     there = available()

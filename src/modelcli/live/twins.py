@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from modelcli.live import memory
 from modelcli.live.modules import ConstructorError
 from modelcli.live.sources import AnySource, Value, is_composite, is_lazy, named_tensors
 
@@ -29,17 +31,37 @@ def build_on_meta(construct: Constructor, *, only_if_needed: bool = False) -> nn
 
     A ladder: under `torch.device("meta")`; else with each parameter moved to meta as it is registered, buffers real
     until the end (constructors that compute on plain tensors); else for real, then copied. With `only_if_needed` an
-    error that has nothing to do with the meta device ends it at once.
+    error that has nothing to do with the meta device ends it at once, and so does one where the parameters that were
+    made before it say that the next rung, which makes them for real, does not fit in memory.
     """
     rungs: tuple[Callable[[Constructor], nn.Module], ...] = (_under_meta, _parameters_on_meta, lambda make: make())
     for number, rung in enumerate(rungs):
-        with seeded(0):
+        with seeded(0), _sizes_registered() as sizes:
             try:
                 return _moved_to_meta(rung(construct))
             except ConstructorError as error:
                 if number == len(rungs) - 1 or (only_if_needed and not error.may_need_numbers):
                     raise
+                one_by_one = rungs[number + 1] is _parameters_on_meta
+                if sizes and not memory.fits(max(sizes) if one_by_one else sum(sizes)):
+                    raise
     raise AssertionError("the last rung returns or raises")
+
+
+@contextlib.contextmanager
+def _sizes_registered() -> Iterator[list[int]]:
+    """The bytes of each parameter that any module is given in the block."""
+    sizes: list[int] = []
+
+    def note(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not is_lazy(parameter):
+            sizes.append(parameter.nbytes)
+
+    hook = register_module_parameter_registration_hook(note)
+    try:
+        yield sizes
+    finally:
+        hook.remove()
 
 
 def _under_meta(construct: Constructor) -> nn.Module:

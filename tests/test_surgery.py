@@ -69,6 +69,19 @@ def test_each_match_gets_a_module_of_its_own() -> None:
     assert changes[0].resolved == ("replace 0 PReLU()", "replace 1.0 PReLU()")
 
 
+def test_lines_of_modules_that_keep_nothing_do_not_ask_for_it() -> None:
+    """By itself such a line is refused, and a file with it could not be opened."""
+    changes = apply(small(), "replace * Linear(4,4) --keep-weights")
+    assert changes[0].resolved == (
+        "replace 0 Linear(4,4) --keep-weights",
+        "replace 1 Linear(4,4)",
+        "replace 2 Linear(4,4) --keep-weights",
+        "replace 3 Linear(4,4) --keep-weights",
+    )
+    for line in changes[0].resolved:
+        apply(small(), line)
+
+
 def test_a_shared_module_stays_one() -> None:
     shared = nn.ReLU()
     model = nn.Sequential(shared, nn.Linear(2, 2), shared)

@@ -46,10 +46,12 @@ def carry_out(module: nn.Module, edit: Replace, context: Context) -> Done:
     olds = [(target.module, target.paths[0]) for target in targets]
     calls = resolved_calls(module, edit.module, olds, context)
     news = maker(module, calls, context, olds)()
-    lines = _resolved_lines(edit, [(target.paths, call) for target, call in zip(targets, calls, strict=True)])
     notes = [tie.note for tie in parted]
+    kept: Mapping[str, Mapping[str, tuple[int, ...]]] = {}
     if edit.keep_weights:
-        notes += _keep_weights(edit, [(*pair, new) for pair, new in zip(olds, news, strict=True)])
+        kept, told = _keep_weights(edit, [(*pair, new) for pair, new in zip(olds, news, strict=True)])
+        notes += told
+    lines = _resolved_lines(edit, [(target.paths, call) for target, call in zip(targets, calls, strict=True)], kept)
     changes = []
     for target, new in zip(targets, news, strict=True):
         old = target.module
@@ -125,8 +127,12 @@ def _parted(module: nn.Module, targets: Sequence[_Target]) -> list[_Parting]:
 # --- keep-weights --------------------------------------------------------------------------------------------------
 
 
-def _keep_weights(edit: Replace, groups: Sequence[tuple[nn.Module, str, nn.Module]]) -> list[str]:
-    """Copy the overlapping part of each same-named tensor of old modules into new ones. Gives what there is to tell.
+def _keep_weights(
+    edit: Replace, groups: Sequence[tuple[nn.Module, str, nn.Module]]
+) -> tuple[Mapping[str, Mapping[str, tuple[int, ...]]], list[str]]:
+    """Copy the overlapping part of each same-named tensor of old modules into new ones.
+
+    Gives what each module keeps, by its path, and what there is to tell.
 
     Raises RequestError where no tensor of any of them has a counterpart.
     """
@@ -147,7 +153,9 @@ def _keep_weights(edit: Replace, groups: Sequence[tuple[nn.Module, str, nn.Modul
             notes.append(f"{path} keeps {', '.join(told[:4])}{' ...' if len(told) > 4 else ''} of the old {brief(old)}")
         else:
             notes.append(f"{path} keeps no weights")
-    return notes if len(notes) <= 4 else [f"{sum(map(bool, kept.values()))} of {len(kept)} modules keep their weights"]
+    if len(notes) > 4:
+        notes = [f"{sum(map(bool, kept.values()))} of {len(kept)} modules keep their weights"]
+    return kept, notes
 
 
 def _overlap(old: nn.Module, new: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -207,14 +215,20 @@ def _fill(old: nn.Module, new: nn.Module, parts: Mapping[str, tuple[int, ...]]) 
 # --- the record ----------------------------------------------------------------------------------------------------
 
 
-def _resolved_lines(edit: Replace, groups: Sequence[tuple[Sequence[str], Call]]) -> list[str]:
-    """The edit as lines without patterns and holes: one for each module, under all the names that were picked."""
+def _resolved_lines(
+    edit: Replace, groups: Sequence[tuple[Sequence[str], Call]], kept: Mapping[str, Mapping[str, tuple[int, ...]]]
+) -> list[str]:
+    """The edit as lines without patterns and holes: one for each module, under all the names that were picked.
+
+    A module of which nothing is kept does not ask for it by itself: that is refused.
+    """
     settled = replace(edit, without=(), expect=None)
-    return [
-        str(replace(settled, target=first, also=tuple(more), module=call))
-        for names, call in groups
-        for first, *more in [list(map(selectors.literal, names))]
-    ]
+    lines = []
+    for paths, call in groups:
+        first, *more = map(selectors.literal, paths)
+        keeps = bool(kept.get(paths[0]))
+        lines.append(str(replace(settled, target=first, also=tuple(more), module=call, keep_weights=keeps)))
+    return lines
 
 
 def _refuse_expanded(edit: Replace, module: nn.Module) -> None:

@@ -184,6 +184,16 @@ def test_edits_that_cannot_be_done_are_told_together(cli: Cli, folder: Path) -> 
     assert files(folder) == {"many.toml"}
 
 
+def test_a_line_that_no_recipe_can_hold_writes_no_result(cli: Cli, folder: Path) -> None:
+    cli("load", "nets.py:Net")
+    (folder / "out.pth").write_bytes(b"mine")
+    before = (folder / "modelcli.toml").read_bytes()
+    error = cli("apply", "-e", "add '\udcff' ReLU", "-o", "out.pth", "--force", "--json", code=2).error
+    assert error["message"] == "cannot write modelcli.toml: a recipe is UTF-8 text, and a name in it is not"
+    assert (folder / "modelcli.toml").read_bytes() == before
+    assert (folder / "out.pth").read_bytes() == b"mine"
+
+
 def test_a_result_that_does_not_run_is_not_recorded(cli: Cli, folder: Path) -> None:
     cli("load", "nets.py:Net", "--input-size", "1,1,4,4")
     before = (folder / "modelcli.toml").read_bytes()

@@ -219,11 +219,22 @@ def start(path: Path, source: Source) -> None:
     if source.input_dtype:
         document["input_dtype"] = list(source.input_dtype)
     document["edits"] = tomlkit.array()
-    _write(path, tomlkit.dumps(document))
+    _write(path, _encoded(path, tomlkit.dumps(document)))
 
 
 def append(path: Path, added: Sequence[Edit]) -> None:
     """Add edits to the end of a recipe's list; all else in the file stays as it is."""
+    _write(path, _appended(path, added))
+
+
+def check_append(path: Path, added: Sequence[Edit]) -> None:
+    """Raise what `append` would, before anything else is written."""
+    _appended(path, added)
+    atomic.check_target(path, force=True)
+
+
+def _appended(path: Path, added: Sequence[Edit]) -> bytes:
+    """What a recipe holds with edits at the end of its list."""
     text = _read_text(path)
     document = _document(path, text)
     array = document.setdefault("edits", tomlkit.array())
@@ -236,7 +247,7 @@ def append(path: Path, added: Sequence[Edit]) -> None:
     else:
         array.extend(map(str, added))
         array.multiline(True)
-    _write(path, tomlkit.dumps(document), like=text)
+    return _encoded(path, tomlkit.dumps(document), like=text)
 
 
 def take_back(path: Path, count: int) -> list[str]:
@@ -249,17 +260,21 @@ def take_back(path: Path, count: int) -> list[str]:
         taken.extend(str(array.pop()) for _ in range(min(count, len(array))))
         if not array and "#" not in array.as_string():
             document["edits"] = tomlkit.array()
-    _write(path, tomlkit.dumps(document), like=text)
+    _write(path, _encoded(path, tomlkit.dumps(document), like=text))
     return taken[::-1]
 
 
-def _write(path: Path, text: str, *, like: str = "") -> None:
-    """Replace the file in one step, so that an interrupted run leaves the old one; its lines end as those of `like`."""
+def _encoded(path: Path, text: str, *, like: str = "") -> bytes:
+    """The bytes of a recipe, whose lines end as those of `like`."""
     ending = "\r\n" if "\r\n" in like else "\n"
     text = text.replace("\r\n", "\n").replace("\n", ending)
     try:
-        data = text.encode()
+        return text.encode()
     except UnicodeEncodeError:
         raise RequestError(f"cannot write {path}: a recipe is UTF-8 text, and a name in it is not") from None
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Replace the file in one step, so that an interrupted run leaves the old one."""
     with atomic.replacing(path, force=True) as (file, _):
         file.write(data)

@@ -296,6 +296,8 @@ def edit(target: Target, added: Sequence[Edit], how: Writing, places: Sequence[s
 
     if how.out is not None:
         writing.check_target(how.out, how.kind, force=how.force)
+    if target.recipe is not None:
+        recipe.check_append(target.recipe, added)
     from modelcli.live import opening
 
     live = opening.open_live(target.source)

@@ -56,6 +56,7 @@ def test_a_python_object(folder: Path) -> None:
     assert parse("nets:Outer.Inner()") == PythonObject("nets", "Outer.Inner", Call("Outer.Inner"))
     for text in ("nets.py:Net(3,2)", "nets.py:instance", "package.module:build(depth=3)"):
         assert str(parse(text)) == text
+    assert parse("(package.module:build(depth=3))") == parse("package.module:build(depth=3)")
 
 
 @pytest.mark.parametrize("name", ["runs (1)", "12:30", "a b", "x(y", "d.py:e"])

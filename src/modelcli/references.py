@@ -108,7 +108,8 @@ def parse(text: str, folder: Path | None = None) -> Reference:
         raise missing_file(path, text)
     if re.fullmatch(r"[\w.+-]+", text) and not re.fullmatch(r"[A-Za-z_][\w.]*", text, re.ASCII):
         return Installed(Call(text))  # `bert-base-uncased`: no expression, and no model of that name either
-    return Installed(expressions.parse(text))
+    call = expressions.parse(text)
+    return parse(str(call), folder) if ":" in call.name else Installed(call)  # parentheses around `module:build(3)`
 
 
 def _exists(path: Path) -> bool:

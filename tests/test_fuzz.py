@@ -1,10 +1,14 @@
-"""Damaged inputs for every parser: a result or one error, in little time. `make fuzz` runs a million of each."""
+"""Inputs without end for every parser: a result or one error, in little time. `make fuzz` runs a million of each."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
+import random
+import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +20,77 @@ from modelcli import checkpoints
 from modelcli.checkpoints import pickles, zip_directory
 from modelcli.errors import ModelcliError
 from tests import hostile
-from tests.fuzz import reading
+from tests.fuzz import languages, limits, reading, running
 from tests.fuzz.running import run
+from tests.fuzz.target import Target
 
 with tempfile.TemporaryDirectory() as _folder:
     NAMES = [target.name for target in reading.every(Path(_folder))]
+    LANGUAGES = [target.name for target in languages.every(Path(_folder))]
+
+
+def target_of(folder: Path, name: str) -> Target:
+    every = (target for targets in (languages.every, reading.every) for target in targets(folder))
+    return next(target for target in every if target.name == name)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_thousands_of_damaged_inputs(tmp_path: Path, name: str) -> None:
-    target = next(target for target in reading.every(tmp_path) if target.name == name)
-    assert run(target, 2000, seed=1) == []
+    assert run(target_of(tmp_path, name), 2000, seed=1) == []
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", LANGUAGES)
+def test_thousands_of_texts(tmp_path: Path, name: str) -> None:
+    """None runs or imports what it names, and none asks for more time or memory than there is."""
+    assert run(target_of(tmp_path, name), 5_000, seed=1) == []
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("name", LANGUAGES)
+def test_texts_of_a_grammar_are_good_often_enough(tmp_path: Path, name: str) -> None:
+    """Else the fuzzer would see nothing but the first refusal."""
+    target = target_of(tmp_path, name)
+    draw = random.Random(1)
+    good = 0
+    for _ in range(300):
+        with contextlib.suppress(ModelcliError):
+            target.run(target.made(draw))
+            good += 1
+    assert good > 30
+
+
+def test_a_fuzzer_tells_of_what_it_looks_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "canary.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(running, "SECONDS", 0.5)
+
+    def hangs(_data: bytes) -> None:
+        while True:
+            pass
+
+    def opens(_data: bytes) -> None:
+        (tmp_path / "made").write_bytes(b"")
+
+    def raises(_data: bytes) -> None:
+        raise ValueError("no")
+
+    def of(parser: Callable[[bytes], object]) -> str:
+        target = Target("made", parser, [], [], nasty=[b"canary"], forbidden=limits.EVALUATING)
+        return " and ".join(running.run(target, 0, seed=0))
+
+    assert "ValueError: no" in of(raises)
+    assert "no end in 0.5 s" in of(hangs)
+    assert "import canary" in of(lambda _: importlib.import_module("canary"))
+    assert "open " in of(opens)
+    assert "exec " in of(lambda _: exec("1"))
+    if sys.platform == "linux":
+        assert "MemoryError" in of(lambda _: bytearray(2 << 30))
+
+
+@pytest.mark.parametrize("name", NAMES + LANGUAGES)
 def test_the_inputs_to_start_from_are_read(tmp_path: Path, name: str) -> None:
     """Else every input would be refused at its first byte, and nothing tested."""
-    target = next(target for target in reading.every(tmp_path) if target.name == name)
+    target = target_of(tmp_path, name)
     read = 0
     for seed in target.seeds:
         try:

@@ -1,7 +1,8 @@
 """Inputs without end for every parser: nothing but a result or one of modelcli's errors may come of any.
 
-    make fuzz                      a million inputs for each parser
+    make fuzz                      a million inputs for each parser, fewer where each takes long
     make fuzz INPUTS=1000 SEED=7   fewer, and others
+    make fuzz TARGETS=edits,pickle these parsers alone
 
 What breaks a parser is printed as bytes, with the parser's name; the seed and the number make it again.
 """
@@ -15,31 +16,38 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from tests.fuzz import reading
+from tests.fuzz import languages, reading
 from tests.fuzz.running import run
+from tests.fuzz.target import Target
 
 INPUTS = int(os.environ.get("INPUTS", "1000000"))
 #: Where a file is no more than memory, if there is such a place.
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
 SEED = int(os.environ.get("SEED", "0"))
+TARGETS = [name for name in os.environ.get("TARGETS", "").split(",") if name]
 
 
-def fuzz(name: str) -> tuple[str, float, list[str]]:
-    """Run one parser in a process of its own."""
+def every(folder: Path) -> list[Target]:
+    """The parsers of files and the languages."""
+    return [*reading.every(folder), *languages.every(folder)]
+
+
+def fuzz(name: str) -> tuple[int, float, list[str]]:
+    """Run one parser in a process of its own. Gives how many inputs it had, how long that took, and the faults."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
-        target = next(target for target in reading.every(Path(folder)) if target.name == name)
+        target = next(target for target in every(Path(folder)) if target.name == name)
         faults = run(target, INPUTS, SEED)
-    return name, time.perf_counter() - start, faults
+    return INPUTS // target.one_in, time.perf_counter() - start, faults
 
 
 def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
-        names = [target.name for target in reading.every(Path(folder))]
+        names = [target.name for target in every(Path(folder)) if target.name in TARGETS or not TARGETS]
     broken = 0
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        for name, seconds, faults in pool.map(fuzz, names):
-            print(f"{name:24} {INPUTS:>10,} inputs {seconds:8.0f} s   {len(faults)} faults", flush=True)
+        for name, (inputs, seconds, faults) in zip(names, pool.map(fuzz, names), strict=True):
+            print(f"{name:24} {inputs:>10,} inputs {seconds:8.0f} s   {len(faults)} faults", flush=True)
             for fault in faults[:5]:
                 print(f"    {fault}", flush=True)
             broken += len(faults)

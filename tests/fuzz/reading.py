@@ -8,8 +8,6 @@ import json
 import pickletools
 import struct
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +16,7 @@ from modelcli import record as records
 from modelcli.blueprints import TensorInfo, from_keys
 from modelcli.checkpoints import Span, pickles, trees, zip_directory
 from tests import hostile
-
-
-@dataclass(frozen=True)
-class Target:
-    """A parser: what is run on an input, good inputs, and the words that the format is made of."""
-
-    name: str
-    run: Callable[[bytes], object]
-    seeds: Sequence[bytes]
-    words: Sequence[bytes]
-
+from tests.fuzz.target import Target
 
 _NAMES = [
     b"ctorch._utils\n_rebuild_tensor_v2\n",

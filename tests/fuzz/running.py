@@ -1,4 +1,4 @@
-"""The loop of a fuzzer: one input after another, each with a limit on its time."""
+"""The loop of a fuzzer: one input after another, each with a limit on its time, all with one on their memory."""
 
 from __future__ import annotations
 
@@ -6,27 +6,48 @@ import random
 import time
 
 from modelcli.errors import ModelcliError
-from tests.fuzz.mutations import mutated
-from tests.fuzz.reading import Target
+from tests.fuzz import limits
+from tests.fuzz.target import Target
 
 #: An input that takes longer is a fault: it would be a hang with a larger file.
 SECONDS = 2.0
+#: What a parser may take on top of what the process has: the inputs are small, so what is more is their word for it.
+MEMORY = 1 << 30
 
 
 def run(target: Target, inputs: int, seed: int) -> list[str]:
-    """Run a parser on so many inputs, and tell of each that raised what is no error of modelcli's, or took long."""
+    """Run a parser on so many inputs, and tell of each that raised what is no error of modelcli's, or took long.
+
+    An input is told of as well that brought about what is forbidden to the parser: an import, a process.
+    """
     draw = random.Random(f"{target.name} {seed}")
+    faults: list[str] = []
+    with limits.on_memory(MEMORY):
+        for number, data in enumerate(target.nasty):
+            faults += _faults_of(target, data, f"nasty {number}")
+        for number in range(inputs // target.one_in):
+            faults += _faults_of(target, target.made(draw), str(number))
+    return faults
+
+
+def _faults_of(target: Target, data: bytes, number: str) -> list[str]:
     faults = []
-    for number in range(inputs):
-        data = mutated(target.seeds, target.words, draw)
-        start = time.process_time()
+    start = time.process_time()
+    with limits.watched(data, target.forbidden) as seen:
         try:
-            target.run(data)
+            with limits.on_time(SECONDS):
+                target.run(data)
         except ModelcliError as error:
             if error.exit_code not in (2, 3, 4, 5) or not error.message:
-                faults.append(f"{number}: an error of exit code {error.exit_code} for {data!r}")
+                faults.append(f"an error of exit code {error.exit_code}")
+            if "can't allocate" in error.message:  # what torch says when it is too late to refuse
+                faults.append(error.message)
+        except limits.TookTooLongError:
+            faults.append(f"no end in {SECONDS} s")
         except Exception as error:
-            faults.append(f"{number}: {type(error).__name__}: {error} for {data!r}")
-        if time.process_time() - start > SECONDS:
-            faults.append(f"{number}: {time.process_time() - start:.1f} s for {data!r}")
-    return faults
+            faults.append(f"{type(error).__name__}: {error}")
+    if not faults and time.process_time() - start > SECONDS:
+        faults.append(f"{time.process_time() - start:.1f} s")
+    faults += seen
+    shown = repr(data) if len(data) < 2000 else f"{data[:200]!r}... of {len(data):,} bytes"
+    return [f"{number}: {fault} for {shown}" for fault in faults]

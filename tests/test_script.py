@@ -478,3 +478,9 @@ def test_in_a_process_of_its_own(cli: Cli, folder: Path, model: str) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, env=environment)
     assert same(tensors("theirs.pth"), tensors("ours.pth"))
+
+
+def test_a_folder_of_shards_has_no_statement(cli: Cli) -> None:
+    result = cli("script", "-m", "Linear(2,3)", "-o", "out/")
+    assert result.out.endswith('raise NotImplementedError("write out/")\n')
+    assert "the script stops at 'write out/': PyTorch has no statement that writes a folder of shards" in result.err

@@ -462,13 +462,13 @@ def _around(live: Live, *, kept: bool) -> list[str]:
 
 
 @_stdout_is_for_data
-def script(batch: Batch, out: Path, *, bare: bool) -> Script:
+def script(batch: Batch, out: Path, kind: str, *, bare: bool) -> Script:
     """The same work as a plain PyTorch script: see `live.scripting.script`."""
     from modelcli.live import scripting
 
     edits = (*batch.target.edits, *batch.edits)
     places = (*batch.target.places, *batch.places)
-    return scripting.script(batch.target.source, edits, places, out, bare=bare)
+    return scripting.script(batch.target.source, edits, places, out, kind, bare=bare)
 
 
 @dataclass(frozen=True)

@@ -273,13 +273,13 @@ def script(
     from modelcli.render import documents
 
     output.format_of(options)
-    writing.format_of(out)
+    kind = writing.format_of(out)
     path, given = _edits_from(file, lines, source)
     if path is None and not given:
         batch = session.Batch(session.find_target(model, source.overrides(), source.recipe))
     else:
         batch = session.find_batch(path, given, model, source.overrides(), source.recipe)
-    made = session.script(batch, Path(out), bare=bare)
+    made = session.script(batch, Path(out), kind, bare=bare)
     output.show(documents.script(batch.target.source.model, made.blueprint, made.text), options, made.notes)
 
 

@@ -22,6 +22,7 @@ from modelcli.writing.shards import DEFAULT_SIZE
 
 __all__ = [
     "DEFAULT_SIZE",
+    "FOLDER",
     "Care",
     "Plan",
     "PlannedStorage",

@@ -37,7 +37,9 @@ class Script:
     blueprint: Blueprint
 
 
-def script(source: Source, edits: Sequence[Edit], places: Sequence[str], out: Path, *, bare: bool = False) -> Script:
+def script(
+    source: Source, edits: Sequence[Edit], places: Sequence[str], out: Path, kind: str, *, bare: bool = False
+) -> Script:
     """Write a script that opens a model, edits it and saves its state dict to `out`: the tensors that `save` writes.
 
     Where plain PyTorch has no statements for something, the script says so and stops there, and a note tells it.
@@ -52,7 +54,7 @@ def script(source: Source, edits: Sequence[Edit], places: Sequence[str], out: Pa
     work.open_model(source)
     for number, (edit, place) in enumerate(zip(edits, places, strict=True), 1):
         work.edit(edit, f"{place}: edit {number}")
-    work.save(out, bare=bare)
+    work.save(out, kind, bare=bare)
     return Script(page.text(), (*live.notes, *page.notes), live.describe())
 
 
@@ -167,12 +169,14 @@ class _Script:
 
     # --- the result ------------------------------------------------------------------------------------------------
 
-    def save(self, out: Path, *, bare: bool) -> None:
+    def save(self, out: Path, kind: str, *, bare: bool) -> None:
         """What writes the state dict, or the training checkpoint around it."""
         page, contents = self.page, self.contents
         page.paragraph()
         state = "model.state_dict()" if self._is_model else "state"
-        if writing.format_of(out) == "safetensors":
+        if kind == writing.FOLDER:
+            page.refuse(f"write {_seen(out)}/", "PyTorch has no statement that writes a folder of shards")
+        elif kind == "safetensors":
             page.imports.add("from safetensors.torch import save_file")
             again, alone = _shared(self.live.module)
             if again:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from modelcli.errors import RequestError, SystemFailureError
 from modelcli.live import memory, surgery, twins
 from modelcli.live.describe import describe
 from modelcli.live.opening import open_live
-from modelcli.live.sources import real_tensor
+from modelcli.live.sources import named_tensors, real_tensor
 from modelcli.references import Source
 from tests.conftest import Cli
 
@@ -319,6 +321,32 @@ def test_meta_and_real_agree() -> None:
     numbers = real.state_dict()
     for name, tensor in live.module.state_dict().items():
         assert torch.equal(real_tensor(tensor), numbers[name]), name
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "freeze .",
+        "init . normal",
+        "init . default",
+        "cast . half",
+        "replace 0 Linear(4,8)",
+        "replace 0 Linear(4,9) --keep-weights",
+        "insert 0 Linear(4,4)",
+        "extract 0",
+    ],
+)
+def test_a_model_that_nobody_needs_any_more_is_gone(line: str) -> None:
+    """What makes a tensor's numbers must not hold the tensor: no collector sees through a storage."""
+    live = open_live(Source("Sequential(Linear(4,8),BatchNorm1d(8))"))
+    held = [weakref.ref(tensor) for tensor in named_tensors(live.module).values()]
+    live.apply([edits.parse(line)])
+    held += [weakref.ref(tensor) for tensor in named_tensors(live.module).values()]
+    for tensor in named_tensors(live.module).values():
+        real_tensor(tensor)
+    del live, tensor
+    gc.collect()
+    assert all(reference() is None for reference in held)
 
 
 @pytest.mark.parametrize(

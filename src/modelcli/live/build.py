@@ -42,7 +42,8 @@ class Architecture:
         if self.instance is not None:
             return meta_twin(self.instance, keep_values=True)
         module = build_on_meta(self.without_weights, only_if_needed=self.is_torch_class)
-        tag_drawn(module, Lazy(lambda: self.real(seed, needed=memory.bytes_of(module))))
+        needed = memory.bytes_of(module)  # what a storage holds is never collected where the storage is in it
+        tag_drawn(module, Lazy(lambda: self.real(seed, needed=needed)))
         return module
 
     def real(self, seed: int, *, needed: int = 0, weights: bool = True) -> nn.Module:

@@ -83,19 +83,20 @@ def _draw(module: nn.Module, drawing: Drawing, chosen: Collection[int], seed: in
     blank = {key for key in keys if drawing.overwrites and _is_alone(views[key])}
     wanted = list(dict.fromkeys(key for key, tensor in zip(keys, drawing.tensors, strict=True) if id(tensor) in chosen))
     sizes = {key: tensor.untyped_storage().nbytes() for key, tensor in zip(keys, drawing.old, strict=True)}
+    old, fill = drawing.old, drawing.fill  # without the model's own tensors, which will hold what is built here
 
     def build() -> nn.Module:
         memory.require(sum(sizes.values()), "init")
         fresh: dict[int, torch.UntypedStorage] = {}
         real = []
-        for key, tensor in zip(keys, drawing.old, strict=True):
+        for key, tensor in zip(keys, old, strict=True):
             if key not in fresh:
                 fresh[key] = _zeros(sizes[key]) if key in blank else copied(tensor)
             empty = torch.empty(0, dtype=tensor.dtype)
             real.append(empty.set_(fresh[key], tensor.storage_offset(), tensor.size(), tensor.stride()))
         with seeded(seed), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what there is to say was said when the edit was made
-            drawing.fill(real)
+            fill(real)
         holder = nn.Module()
         for key in wanted:
             holder.register_buffer(str(key), torch.empty(0, dtype=torch.uint8).set_(fresh[key]))
@@ -387,8 +388,9 @@ def _resets(module: nn.Module, edit: Init, blueprint: Blueprint, names: Sequence
         if has_storage(tensor)
     }
 
+    twins = [twin for _, twin in pairs.values()]
+
     def fill(real: Sequence[torch.Tensor]) -> None:
-        twins = [twin for _, twin in pairs.values()]
         made = {id(twin): _like(twin, tensor) for twin, tensor in zip(twins, real, strict=True)}
         _reset(frozen, paths, made)
 
@@ -405,7 +407,7 @@ def _resets(module: nn.Module, edit: Init, blueprint: Blueprint, names: Sequence
         filled,
         (DEFAULT,),
         [tensor for tensor, _ in pairs.values()],
-        [twin.detach() for _, twin in pairs.values()],
+        [twin.detach() for twin in twins],
         fill,
         (line,),
         _kept_notes(kept),

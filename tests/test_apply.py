@@ -178,7 +178,7 @@ def test_edits_that_cannot_be_done_are_told_together(cli: Cli, folder: Path) -> 
     error = cli("apply", "many.toml", "-o", "out.pth", "--json", code=2).error
     first, second = error["message"].splitlines()
     assert first.startswith("many.toml:3: edit 1, 'freeze conv9': no tensor matches 'conv9' (nearest: conv")
-    assert second.startswith("many.toml:5: edit 3, 'replace conv2 Linaer(3,5)': no class 'Linaer'")
+    assert second.startswith("many.toml:5: edit 3, 'replace conv2 Linaer(3,5)': conv2: no class 'Linaer'")
     assert "did you mean Linear" in second
     assert error["hint"] == "mend the first one first: the others may come from it"
     assert files(folder) == {"many.toml"}
@@ -232,3 +232,14 @@ def test_what_is_missing(cli: Cli, recipe: Path, folder: Path, monkeypatch: pyte
     assert "empty.toml has no edits to apply" in cli("apply", "empty.toml", code=2).err
     typed(monkeypatch, "# nothing\n")
     assert "no edits on standard input" in cli("apply", "-", "-m", "alexnet", code=2).err
+
+
+def test_no_edits_at_all(cli: Cli) -> None:
+    error = cli("apply", "-m", "nets.py:Net", code=2).err
+    assert "no edits are given" in error
+    assert "-e EDIT gives one, a path a recipe, and - standard input" in error
+
+
+def test_another_recipe_is_named_where_it_has_to_be(cli: Cli) -> None:
+    cli("load", "nets.py:Net", "--recipe", "my.toml")
+    assert "(modelcli save OUT --recipe my.toml writes the result)" in cli("freeze", "bn", "--recipe", "my.toml").out

@@ -333,6 +333,19 @@ def test_killed_at_random_moments(tmp_path: Path, out: str) -> None:
     assert report.old + report.new == 12
 
 
+def test_a_signal_whose_exception_was_lost_is_heeded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch catches everything around one of its imports: what a handler raises there is gone."""
+    path = tmp_path / "m.pth"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(atomic, "asked_to_end", [signal.SIGINT])
+    with pytest.raises(KeyboardInterrupt), atomic.replacing(path, force=True) as (file, _):
+        file.write(b"new")
+    with pytest.raises(KeyboardInterrupt), atomic.replacing_folder(tmp_path / "x", force=True) as folder:
+        (folder / "a.safetensors").write_text("new")
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["m.pth"]
+
+
 def test_needs_force_again_where_it_appeared(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="exists by now"), atomic.replacing_folder(tmp_path / "x", force=False):
         (tmp_path / "x").mkdir()

@@ -166,3 +166,27 @@ def test_holes_of_recurrent_modules(cli: Cli) -> None:
     document = cli("replace", "0", "LSTM(_,5)", "-m", "Sequential(LSTM(3,4))", "--json").json
     assert document["edits"] == ["replace 0 LSTM(_,5)"]
     assert document["changes"][0]["after"].startswith("LSTM(3, 5")
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (("insert", "features.1", "BatchNorm2d(65)"), "insert features.1 'BatchNorm2d(_)' takes num_features=64"),
+        (("append", "classifier", "Linear(31,10)"), "append classifier 'Linear(_,10)' takes in_features=1000"),
+        (("replace", "classifier.6", "Linear(31,10)"), "replace classifier.6 'Linear(_,10)' takes in_features=4096"),
+    ],
+)
+def test_the_fix_is_in_the_words_of_the_edit(cli: Cli, folder: Path, words: tuple[str, ...], hint: str) -> None:
+    assert hint in refused(cli, folder, *words, "-m", "alexnet")
+
+
+def test_of_many_matches_the_one_that_cannot_be_made_is_named(cli: Cli) -> None:
+    error = cli("replace", "**:BatchNorm2d", "GroupNorm(32,_)", "-m", "mobilenet_v2", code=2).err
+    assert "features.1.conv.2: GroupNorm(32,16): num_channels (16) must be divisible by num_groups (32)" in " ".join(
+        error.split()
+    )
+
+
+def test_a_class_of_a_file_in_an_expression(cli: Cli) -> None:
+    change = cli("replace", "1", "nets.py:MyLinear(4,3)", "-m", "Sequential(ReLU(),Linear(4,2))", "--json").json
+    assert change["changes"][0]["after"].startswith("MyLinear")

@@ -484,3 +484,11 @@ def test_a_folder_of_shards_has_no_statement(cli: Cli) -> None:
     result = cli("script", "-m", "Linear(2,3)", "-o", "out/")
     assert result.out.endswith('raise NotImplementedError("write out/")\n')
     assert "the script stops at 'write out/': PyTorch has no statement that writes a folder of shards" in result.err
+
+
+def test_a_model_that_would_not_run_is_told(cli: Cli) -> None:
+    told = cli("script", "-e", "replace classifier.6 Linear(4095,10)", "-m", "alexnet").err
+    assert "the edited model does not fit, and modelcli itself would not write it: classifier.6" in " ".join(
+        told.split()
+    )
+    assert "does not fit" not in cli("script", "-e", "replace classifier.6 Linear(_,10)", "-m", "alexnet").err

@@ -16,6 +16,10 @@ from typing import BinaryIO
 
 from modelcli.errors import ModelcliError, RequestError, SystemFailureError
 
+#: Signals to end the program that came. What a handler raises is lost where other code catches everything, as torch
+#: does around an import: so it is asked again before something is replaced.
+asked_to_end: list[int] = []
+
 #: How the name ends of a file or folder that is still being written.
 TEMPORARY = ".modelcli-tmp"
 
@@ -94,6 +98,7 @@ def replacing(
             temporary.chmod(target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask())
             if not force and target.exists():
                 raise RequestError(f"{path} exists by now", "--force replaces it")
+            _heed_signals()
             temporary.replace(target)
             if durable:
                 _sync_folder(target.parent)
@@ -132,6 +137,7 @@ def replacing_folder(path: Path, *, force: bool, durable: bool = True) -> Iterat
                 temporary.chmod(0o777 & ~_umask())
             if durable:
                 _sync_tree(temporary)
+            _heed_signals()
             _swap(temporary, target)
             if durable:
                 _sync_folder(target.parent)
@@ -141,6 +147,12 @@ def replacing_folder(path: Path, *, force: bool, durable: bool = True) -> Iterat
             _remove_tree(temporary)
         if lock is not None:
             os.close(lock)
+
+
+def _heed_signals() -> None:
+    """Raise KeyboardInterrupt where a signal to end the program came, and what it raised was lost."""
+    if asked_to_end:
+        raise KeyboardInterrupt
 
 
 def _remove_tree(folder: Path) -> None:

@@ -94,6 +94,8 @@ def find_batch(
     from modelcli import edits, recipe
 
     if recipe_path is None and not lines:
+        if model is not None and not (working_recipe or recipe.default_path()).exists():
+            raise RequestError("no edits are given", "-e EDIT gives one, a path a recipe, and - standard input")
         recipe_path = working_recipe or recipe.default_path()
     elif recipe_path is not None and not recipe_path.exists():
         raise references.missing_file(recipe_path, str(recipe_path))
@@ -173,7 +175,9 @@ def look(target: Target, *, traced: bool = False, mode: str = "eval", cached: bo
     from modelcli.live import opening, planning
 
     live = opening.open_live(target.source)
+    told = len(live.notes)
     _apply_recipe(live, target)
+    del live.notes[told:]  # what the edits had to say was said when they were made
     # What is kept has a forward pass in it, so that it answers every question.
     blueprint = planning.traced(live, mode) if traced or key is not None else live.describe()
     if key is not None:
@@ -367,7 +371,7 @@ def _check(live: Live, target: Target, added: Sequence[Edit], how: Writing) -> d
     from modelcli.live import check as checking
     from modelcli.live import opening
 
-    edited = [change.path for change in live.changes]
+    edited = {change.path: change.action for change in live.changes}
     if how.check == "none":
         result = checking.Check(False, "--check none skips it")
     elif live.architecture is None:
@@ -463,12 +467,29 @@ def _around(live: Live, *, kept: bool) -> list[str]:
 
 @_stdout_is_for_data
 def script(batch: Batch, out: Path, kind: str, *, bare: bool) -> Script:
-    """The same work as a plain PyTorch script: see `live.scripting.script`."""
+    """The same work as a plain PyTorch script: see `live.scripting.script`. A note says where it would not run."""
     from modelcli.live import scripting
 
     edits = (*batch.target.edits, *batch.edits)
     places = (*batch.target.places, *batch.places)
-    return scripting.script(batch.target.source, edits, places, out, kind, bare=bare)
+    made = scripting.script(batch.target.source, edits, places, out, kind, bare=bare)
+    if not edits:
+        return made
+    misfit = _misfit(replace(batch.target, edits=edits, places=places))
+    return made if misfit is None else replace(made, notes=(*made.notes, misfit))
+
+
+def _misfit(target: Target) -> str | None:
+    """What the check before writing would refuse in an edited model."""
+    from modelcli.live import opening
+
+    live = opening.open_live(target.source)
+    _apply_recipe(live, target)
+    try:
+        _check(live, target, target.edits, Writing())
+    except RequestError as error:
+        return f"the edited model does not fit, and modelcli itself would not write it: {error.message}"
+    return None
 
 
 @dataclass(frozen=True)

@@ -61,12 +61,15 @@ def _fail(error: OSError) -> int:
 
 
 def _end_in_order() -> None:
-    """Let SIGTERM and SIGHUP unwind the program, so that no temporary file stays behind; `nohup` is heeded."""
+    """Let SIGINT, SIGTERM and SIGHUP unwind the program, so that no temporary file stays behind; `nohup` is heeded."""
 
     def end(number: int, _frame: object) -> None:
-        raise _EndedError(number)
+        from modelcli import atomic
 
-    for name in ("SIGTERM", "SIGHUP"):  # Windows has no second one
+        atomic.asked_to_end.append(number)
+        raise KeyboardInterrupt if number == signal.SIGINT else _EndedError(number)
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no third one
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, end)

@@ -394,7 +394,10 @@ def show_outcome(target: "Target", outcome: "Outcome", options: EditOptions, sho
     elif options.dry_run:
         result = ("not written", "--dry-run changes nothing")
     elif target.recipe is not None:
-        result = ("recorded", f"{target.recipe} (modelcli save OUT writes the result)")
+        from modelcli import recipe
+
+        other = "" if target.recipe == recipe.default_path() else f" --recipe {target.recipe}"
+        result = ("recorded", f"{target.recipe} (modelcli save OUT{other} writes the result)")
     else:
         result = ("not written", "-o OUT writes the result")
     results = [result]

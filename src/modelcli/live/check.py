@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from modelcli import expressions
-from modelcli.blueprints import joined, shown
+from modelcli.blueprints import joined, parent_of, shown
 from modelcli.errors import RequestError
 from modelcli.expressions import HOLE, Call
 from modelcli.live import modules, rules, trace
@@ -36,9 +36,9 @@ def check(
     before: Callable[[], tuple[nn.Module, Inputs | None]],
     after: nn.Module,
     inputs: Inputs | None,
-    edited: Sequence[str],
+    edited: Mapping[str, str],
 ) -> Check:
-    """Run `after` on meta under the rules for `torch.nn`; `edited` are the paths that the edits touched.
+    """Run `after` on meta under the rules for `torch.nn`; `edited` says of paths what the edits did there.
 
     `before` gives the unedited model and its input, and is asked only where `after` fails.
 
@@ -104,7 +104,7 @@ def _pass(module: nn.Module, inputs: Inputs) -> tuple[_Watch, trace.Pass]:
     return watch, trace.run(trace.twin_or_itself(module), inputs.tensors("meta"), visit=watch, leave=watch.leave)
 
 
-def _refusal(after: nn.Module, failure: trace.Failure, watch: _Watch, edited: Sequence[str]) -> RequestError:
+def _refusal(after: nn.Module, failure: trace.Failure, watch: _Watch, edited: Mapping[str, str]) -> RequestError:
     path = failure.path
     module = after.get_submodule(path)
     if not isinstance(failure.error, MisfitError):
@@ -144,7 +144,7 @@ def _next(model: nn.Module, path: str) -> str:
     return ""
 
 
-def _way_out(after: nn.Module, path: str, error: Exception, edited: Sequence[str]) -> str:
+def _way_out(after: nn.Module, path: str, error: Exception, edited: Mapping[str, str]) -> str:
     """What to do where the code of a module fails: it may ask for a child that was taken out."""
     there = dict(after.named_modules())
     gone = [place for place in edited if place and place not in there]
@@ -154,7 +154,7 @@ def _way_out(after: nn.Module, path: str, error: Exception, edited: Sequence[str
     return f"what was edited: {', '.join(map(shown, edited))}; --check none writes it all the same"
 
 
-def _fix(module: nn.Module, path: str, misfit: Misfit, edited: Sequence[str]) -> str:
+def _fix(module: nn.Module, path: str, misfit: Misfit, edited: Mapping[str, str]) -> str:
     """The nearest edit that would make it fit."""
     touched = any(not place or path == place or path.startswith(f"{place}.") for place in edited)
     if misfit.dtype is not None:
@@ -168,15 +168,25 @@ def _fix(module: nn.Module, path: str, misfit: Misfit, edited: Sequence[str]) ->
         text = _with_hole(module, misfit.argument)
         if text is not None:
             if touched:
-                return f"replace {path} '{text}' takes {misfit.argument}={misfit.value} from what flows in"
+                return f"{_again(path, edited)} '{text}' takes {misfit.argument}={misfit.value} from what flows in"
             return (
                 f"replace {path} '{text}' as well, which takes {misfit.argument}={misfit.value}; "
-                f"or keep the size that {', '.join(map(shown, edited[:3]))} gave before"
+                f"or keep the size that {', '.join(map(shown, list(edited)[:3]))} gave before"
             )
         return f"it would have to have {misfit.argument}={misfit.value}"
     if touched:
         return "--check none writes it all the same"
-    return f"what was edited: {', '.join(map(shown, edited[:3]))}; --check none writes it all the same"
+    return f"what was edited: {', '.join(map(shown, list(edited)[:3]))}; --check none writes it all the same"
+
+
+def _again(path: str, edited: Mapping[str, str]) -> str:
+    """The words of the edit that put a module at a path, up to the module."""
+    match edited.get(path):
+        case "append":
+            return f"append {shown(parent_of(path))}"
+        case "add" | "insert" as verb:
+            return f"{verb} {path}"
+    return f"replace {path}"
 
 
 def _with_hole(module: nn.Module, argument: str) -> str | None:

@@ -48,6 +48,7 @@ def find_class(dotted: str, *, trusted: bool) -> type[nn.Module]:
             "--trust (trust=True in Python) follows it; --arch names an architecture instead",
         )
     attribute = name
+    package = package.removesuffix(".py")  # nets.py:Net, as a reference has it: the current folder is importable
     module = python_objects.import_module(package)
     found = getattr(module, attribute, None)
     if not (isinstance(found, type) and issubclass(found, nn.Module)):

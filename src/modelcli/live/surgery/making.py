@@ -139,10 +139,7 @@ def maker(
         return [_settled(new, *setting) for new, setting in zip(made, settings, strict=True)]
 
     def on_meta() -> list[nn.Module]:
-        made = [
-            build_on_meta(lambda call=call: modules.make(call, trusted=context.trusted), only_if_needed=True)  # type: ignore[misc]
-            for call in calls
-        ]
+        made = [_on_meta(call, path, context) for call, (_, path) in zip(calls, targets, strict=True)]
         made = [_settled(new, *setting) for new, setting in zip(made, settings, strict=True)]
         memory.require(sum(map(memory.bytes_of, made)), str(calls[0]))
         holder = nn.ModuleList(made)
@@ -154,6 +151,15 @@ def maker(
         return for_real()
 
     return on_meta if is_meta(module) else in_two_steps
+
+
+def _on_meta(call: Call, path: str, context: Context) -> nn.Module:
+    """A new module on the meta device. An error says where it was to be put."""
+    try:
+        return build_on_meta(lambda: modules.make(call, trusted=context.trusted), only_if_needed=True)
+    except RequestError as error:
+        error.message = f"{path}: {error.message}"
+        raise
 
 
 def _settled(new: nn.Module, dtype: torch.dtype | None, training: bool) -> nn.Module:

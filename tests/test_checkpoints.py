@@ -377,6 +377,22 @@ def test_hostile_pickles_are_one_error(tmp_path: Path, pickled: bytes) -> None:
         checkpoints.read(with_pickle(tmp_path, pickled))
 
 
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        b"\x80\x02(K\x07q\x00K\x08q\x01h\x01h\x00t.",
+        b"\x80\x02(K\x07q\x01K\x08q\x02h\x01h\x02t.",
+        b"\x80\x02(K\x07q\x00K\x08q\x05K\x09q\x01K\x0ar\x02\x00\x00\x00h\x00h\x05j\x01\x00\x00\x00h\x02t.",
+        b"\x80\x02(K\x07q\x03K\x08q\x03K\x09q\x00K\x0aq\x00h\x00h\x03t.",
+        b"(I7\np900\nI8\np0\ng900\ng0\nt.",
+        b"\x80\x04(K\x07\x94K\x08q\x05K\x09\x94h\x00h\x05h\x02t.",
+    ],
+    ids=["from 0", "from 1", "left out", "twice", "text", "counted"],
+)
+def test_a_memo_may_be_numbered_in_any_order(pickled: bytes) -> None:
+    assert pickles.read(pickled, "made").value == pickle.loads(pickled)
+
+
 def test_a_tree_that_holds_itself_many_times_is_read_once(tmp_path: Path) -> None:
     shared: list[Any] = [torch.ones(1)]
     for _ in range(60):

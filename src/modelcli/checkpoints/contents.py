@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Protocol
 
-from modelcli.blueprints import Blueprint, Shape, TensorInfo, from_keys
+from modelcli.blueprints import Blueprint, Shape, TensorInfo, from_keys, value_class
 from modelcli.errors import FileFormatError
 from modelcli.record import Record
 
@@ -68,8 +68,7 @@ class Storage(Protocol):
     def __hash__(self) -> int: ...
 
 
-# A file may have 100,000 tensors, and a frozen dataclass takes four times as long to make: these two are never changed.
-@dataclass(slots=True, unsafe_hash=True)
+@value_class
 class Span:
     """`nbytes` bytes of a file, from `offset`. `identity` is the file's (size, mtime, inode) when it was read."""
 
@@ -157,7 +156,7 @@ def identity_of(path: Path) -> tuple[int, int, int]:
     return status.st_size, status.st_mtime_ns, status.st_ino
 
 
-@dataclass(slots=True, unsafe_hash=True)
+@value_class
 class TensorEntry:
     """One tensor of a checkpoint: a view into a storage, which is a span of the file or of several.
 

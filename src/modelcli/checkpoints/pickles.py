@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, BinaryIO
 
-from modelcli.blueprints import ITEM_BYTES
+from modelcli.blueprints import ITEM_BYTES, value_class
 from modelcli.checkpoints import limits
 from modelcli.checkpoints.contents import Storage, TensorEntry
 from modelcli.errors import FileFormatError, ModelcliError
@@ -36,7 +36,7 @@ class Global:
         return f"{self.module}.{self.name}"
 
 
-@dataclass(frozen=True, slots=True)
+@value_class
 class StorageRef:
     """A persistent id: the bytes of a storage, `count` elements of `dtype` (None for raw bytes).
 
@@ -162,12 +162,18 @@ _SIZES = rb"%(i)s\x85|%(i)s{2}\x86|%(i)s{3}\x87|\(%(i)s{4,64}t" % {b"i": _INT}
 #: 256 entries: a storage with its class, key, place and size; offset, shape, stride (which are not empty);
 #: requires_grad; no hooks. Each thing made is put into the memo.
 _TENSOR = re.compile(
-    rb"\(\(h(.)h(.)X(.{4})([0-9]{1,20})r(.{4})h(.)(%(i)s)tr(.{4})Q"
-    rb"(%(i)s)(%(s)s)r(.{4})(%(s)s)r(.{4})([\x88\x89])h(.)\)Rr(.{4})tr(.{4})Rr(.{4})" % {b"i": _INT, b"s": _SIZES},
+    rb"\(\((h.h.X.{4})([0-9]{1,20})(r.{4}h.)(%(i)s)(tr.{4}Q)"
+    rb"(%(i)s)(%(s)s)(r.{4})(%(s)s)(r.{4}[\x88\x89]h.\)Rr.{4}tr.{4}Rr.{4})" % {b"i": _INT, b"s": _SIZES},
     re.DOTALL,
 )
 #: How many opcodes that is, at least; each makes a value, or remembers one.
 _TENSOR_OPCODES = 30
+#: What stands between its texts and numbers, which tells where in the memo each thing is found, or put.
+_BEFORE_KEY = struct.Struct("<xBxBxI")
+_BEHIND_KEY = struct.Struct("<xIxB")
+_BEHIND_ID = struct.Struct("<2xIx")
+_BEHIND_SHAPE = struct.Struct("<xI")
+_BEHIND_STRIDE = struct.Struct("<xIBxB3xI2xI2xI")
 #: How many opcodes are run between two looks at the limits.
 _BLOCK = 65_536
 #: Keys whose hashes a file can choose: many equal ones would make a dict as slow as a list.
@@ -205,7 +211,10 @@ class _Machine:
         self.span_of = span_of
         self.stack: list[Any] = []
         self.marks: list[int] = []
-        self.memo: dict[int, Any] = {}
+        #: What was put into the memo under 0, 1, 2 and so on, as nearly every pickler counts: a list of a million takes
+        #: a tenth of the memory of a dict. As soon as a number is left out, the others go to `memo_by_number`.
+        self.memo: list[Any] = []
+        self.memo_by_number: dict[int, Any] = {}
         self.foreign: dict[str, None] = {}
         self.storages: dict[str, StorageRef] = {}
         self.extents: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
@@ -220,7 +229,7 @@ class _Machine:
         The opcodes that make up nearly all of a state dict are decoded here, the commonest first; `pickletools` knows
         the arguments of the others.
         """
-        stack, memo, marks = self.stack, self.memo, self.marks
+        stack, marks = self.stack, self.marks
         position, nodes, stream = 0, 0, io.BytesIO(data)
         self.copies_left = len(data)
         left = limits.OPCODES.value
@@ -231,21 +240,22 @@ class _Machine:
                 code = data[position]
                 position += 1
                 if code == 0x72:  # LONG_BINPUT
-                    (number,) = _U4.unpack_from(data, position)
-                    memo[number] = stack[-1]
+                    self._remember(_U4.unpack_from(data, position)[0], stack[-1])
                     position += 4
                 elif code == 0x71:  # BINPUT
-                    memo[data[position]] = stack[-1]
+                    self._remember(data[position], stack[-1])
                     position += 1
                 elif code == 0x68:  # BINGET
-                    value = memo[data[position]]
+                    value = self._remembered(data[position])
                     position += 1
-                    stack.append(value)
                     if value.__class__ is Global and value == _REBUILD and (found := _TENSOR.match(data, position)):
-                        stack[-1] = self._saved_tensor(found)
-                        position = found.end()
-                        left -= _TENSOR_OPCODES
-                        nodes += _TENSOR_OPCODES
+                        made = self._saved_tensor(found)
+                        if made is not None:
+                            value = made
+                            position = found.end()
+                            left -= _TENSOR_OPCODES
+                            nodes += _TENSOR_OPCODES
+                    stack.append(value)
                 elif code == 0x4B:  # BININT1
                     stack.append(data[position])
                     position += 1
@@ -282,7 +292,7 @@ class _Machine:
                     stack.append(data[position] | data[position + 1] << 8)
                     position += 2
                 elif code == 0x6A:  # LONG_BINGET
-                    stack.append(memo[_U4.unpack_from(data, position)[0]])
+                    stack.append(self._remembered(_U4.unpack_from(data, position)[0]))
                     position += 4
                 elif code == 0x2E:  # STOP
                     limits.NODES.check(nodes, self.where)
@@ -302,32 +312,55 @@ class _Machine:
         raise limits.OPCODES.exceeded(self.where, f"more than {limits.OPCODES.value:,} opcodes")
 
     def _saved_tensor(self, found: re.Match[bytes]) -> Any:
-        """What `_TENSOR` matched, with every effect of its opcodes: a whole tensor in one step instead of thirty."""
-        word, kind, length, key, key_at, place, count, id_at, *view, hooks, hooks_at, args_at, at = found.groups()
-        if _U4.unpack(length)[0] != len(key):
+        """What `_TENSOR` matched, with every effect of its opcodes: a whole tensor in one step instead of thirty.
+
+        None, and no effect, where it numbers what it puts into the memo in a way of its own: then its opcodes have to
+        be run one by one, for what it puts there may be what it takes from there.
+        """
+        before_key, key, behind_key, count, behind_id, offset, shape, behind_shape, stride, behind_stride = (
+            found.groups()
+        )
+        word, kind, length = _BEFORE_KEY.unpack(before_key)
+        key_at, place = _BEHIND_KEY.unpack(behind_key)
+        (id_at,) = _BEHIND_ID.unpack(behind_id)
+        (shape_at,) = _BEHIND_SHAPE.unpack(behind_shape)
+        stride_at, grad, hooks, hooks_at, args_at, made_at = _BEHIND_STRIDE.unpack(behind_stride)
+        memo, first = self.memo, len(self.memo)
+        numbers = (key_at, id_at, shape_at, stride_at, hooks_at, args_at, made_at)
+        if first < 256 or numbers != tuple(range(first, first + 7)) or self.memo_by_number:
+            return None
+        if length != len(key):
             raise FileFormatError(f"{self.where} is damaged: a storage's key is not as long as it says")
-        memo = self.memo
-        name = memo[_U4.unpack(key_at)[0]] = key.decode()
-        storage_id = (memo[word[0]], memo[kind[0]], name, memo[place[0]], _integers(count)[0])
-        memo[_U4.unpack(id_at)[0]] = storage_id
+        name, sizes, steps = key.decode(), _integers(shape), _integers(stride)
+        storage_id = (memo[word], memo[kind], name, memo[place], _integers(count)[0])
         storage = self._storage(storage_id)
-        offset, shape, shape_at, stride, stride_at, grad = view
-        start, grad = _integers(offset)[0], grad == b"\x88"
-        memo[_U4.unpack(shape_at)[0]] = sizes = _integers(shape)
-        memo[_U4.unpack(stride_at)[0]] = steps = _integers(stride)
-        called = memo[hooks[0]]
-        memo[_U4.unpack(hooks_at)[0]] = none = OrderedDict() if called == _ORDERED_DICT else self._reduce(called, ())
-        memo[_U4.unpack(args_at)[0]] = args = (storage, start, sizes, steps, grad, none)
+        start, called = _integers(offset)[0], memo[hooks]
+        none = OrderedDict() if called == _ORDERED_DICT else self._reduce(called, ())
+        args = (storage, start, sizes, steps, grad == 0x88, none)
         if storage.__class__ is StorageRef:
-            made = self._view(storage, storage.dtype, start, sizes, steps, grad)
+            made = self._view(storage, storage.dtype, start, sizes, steps, grad == 0x88)
         else:
             made = self._reduce(_REBUILD, args)
-        memo[_U4.unpack(at)[0]] = made
+        memo += (name, storage_id, sizes, steps, none, args, made)
         return made
+
+    def _remember(self, number: int, value: Any) -> None:
+        """Put a value into the memo."""
+        memo = self.memo
+        if number == len(memo) and not self.memo_by_number:
+            memo.append(value)
+        elif 0 <= number < len(memo):
+            memo[number] = value
+        else:
+            self.memo_by_number[number] = value
+
+    def _remembered(self, number: int) -> Any:
+        """What the memo has under a number. Raises KeyError where that is nothing."""
+        return self.memo[number] if 0 <= number < len(self.memo) else self.memo_by_number[number]
 
     def _step(self, name: str, arg: Any) -> None:
         """One opcode that is not among the commonest."""
-        stack, memo = self.stack, self.memo
+        stack = self.stack
         match name:
             case "PROTO" | "FRAME":
                 pass
@@ -380,11 +413,11 @@ class _Machine:
             case "SETITEMS":
                 self._set_items(self._to_mark())
             case "PUT":
-                memo[int(arg)] = stack[-1]
+                self._remember(int(arg), stack[-1])
             case "MEMOIZE":
-                memo[len(memo)] = stack[-1]
+                self._remember(len(self.memo) + len(self.memo_by_number), stack[-1])
             case "GET":
-                stack.append(memo[int(arg)])
+                stack.append(self._remembered(int(arg)))
             case "GLOBAL":
                 module, _, attribute = arg.partition(" ")
                 stack.append(self._global(module, attribute))
@@ -454,18 +487,13 @@ class _Machine:
 
     def _storage(self, persistent_id: Any) -> Any:
         """The storage that a persistent id names; before 1.6 a module's class came with its source, too."""
-        kind, storage_class, *rest = persistent_id
-        if kind == "module" and isinstance(storage_class, Global):
-            return storage_class
-        key, _location, count, *view = rest
-        if (
-            kind != "storage"
-            or not isinstance(storage_class, Global)
-            or not isinstance(key, str)
-            or not isinstance(count, int)
-            or count < 0
-        ):
-            raise FileFormatError(f"{self.where} is damaged: a persistent id is not that of a storage")
+        match persistent_id:
+            case "storage", Global() as storage_class, str() as key, _location, int() as count, *view if count >= 0:
+                pass
+            case "module", Global() as module_class, *_:
+                return module_class
+            case _:
+                raise FileFormatError(f"{self.where} is damaged: a persistent id is not that of a storage")
         found = self.storages.get(key)
         dtype = _STORAGE_DTYPES.get(storage_class.name)
         if found is None:

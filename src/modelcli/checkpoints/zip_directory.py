@@ -20,8 +20,9 @@ from modelcli.errors import FileFormatError
 _END = struct.Struct("<4s4H2LH")
 _END64_LOCATOR = struct.Struct("<4sLQL")
 _END64 = struct.Struct("<4sQ2H2L4Q")
-_CENTRAL = struct.Struct("<4s4B4H3L5H2L")
-_LOCAL = struct.Struct("<4s2B4H3L2H")
+# Of the entries, of which there may be 100,000, without what nothing here asks for: versions, times, attributes.
+_CENTRAL = struct.Struct("<4s4x2H4x3L3H8xL")
+_LOCAL = struct.Struct("<4s2x2H4x3L2H")
 _MAX_COMMENT = 65_535
 _ENCRYPTED, _DESCRIPTOR, _UTF8 = 0x1 | 0x2000, 0x8, 0x800
 _STORED = 0
@@ -126,16 +127,14 @@ def _listed(data: bytes, count: int, where: str) -> list[_Listed]:
     try:
         for _ in range(count):
             fields = _CENTRAL.unpack_from(data, position)
-            signature, flags, method = fields[0], fields[5], fields[6]
-            crc, compressed, nbytes, name_length, extra_length, comment_length = fields[9:15]
-            header = fields[18]
+            signature, flags, method, crc, compressed, nbytes, name_size, extra_size, comment_size, header = fields
             position += _CENTRAL.size
-            name = data[position : position + name_length]
-            position += name_length
+            name = data[position : position + name_size]
+            position += name_size
             if _32 in (nbytes, compressed, header):
-                extra = data[position : position + extra_length]
+                extra = data[position : position + extra_size]
                 nbytes, compressed, header = _zip64(extra, (nbytes, compressed, header), where)
-            position += extra_length + comment_length
+            position += extra_size + comment_size
             if signature != b"PK\x01\x02":
                 raise FileFormatError(f"{where} is a damaged zip file: an entry of its directory is none")
             found.append(_Listed(name, header, nbytes, compressed, crc, method, flags))
@@ -175,20 +174,21 @@ def _located(file: BinaryIO, listed: list[_Listed], directory: int, where: str, 
             limits.NAME_BYTES.check(len(raw), f"{where}: the name of a record")
         file.seek(start + at)
         header = file.read(_LOCAL.size + len(raw))
-        if header[:4] != b"PK\x03\x04" or len(header) < _LOCAL.size + len(raw):
+        if not header.startswith(b"PK\x03\x04") or len(header) < _LOCAL.size + len(raw):
             raise FileFormatError(f"{where} is damaged: record {raw!r} has no header")
         fields = _LOCAL.unpack_from(header)
-        if fields[10] != len(raw) or header[_LOCAL.size :] != raw:
+        _, own_flags, own_method, own_crc, own_compressed, own_nbytes, name_size, extra_size = fields
+        if name_size != len(raw) or not header.endswith(raw):
             raise FileFormatError(f"{where} is damaged: record {raw!r} has another name in its own header")
-        sizes = fields[7:10]
+        sizes = (own_crc, own_compressed, own_nbytes)
         left_open = flags & _DESCRIPTOR and sizes == _NOTHING  # as torch writes it
-        if fields[3:5] != (flags, method) or not (left_open or sizes == (crc, compressed, nbytes)):
-            _compare(entry, fields, where)
+        if own_flags != flags or own_method != method or not (left_open or sizes == (crc, compressed, nbytes)):
+            _compare(entry, own_flags, own_method, sizes, where)
         if flags & _ENCRYPTED:
             raise FileFormatError(f"{where}: record {raw!r} is encrypted")
         if method == _STORED and compressed != nbytes:
             raise FileFormatError(f"{where} is damaged: record {raw!r} is stored, and has two sizes")
-        offset = at + len(header) + fields[11]
+        offset = at + len(header) + extra_size
         end, last = offset + compressed, raw
         if end > directory:
             raise FileFormatError(f"{where} is cut off: record {raw!r} ends behind the records")
@@ -198,16 +198,15 @@ def _located(file: BinaryIO, listed: list[_Listed], directory: int, where: str, 
     return found
 
 
-def _compare(entry: _Listed, fields: tuple[int, ...], where: str) -> None:
+def _compare(entry: _Listed, flags: int, method: int, sizes: Iterable[int], where: str) -> None:
     """Raise FileFormatError where a record's own header says other than the directory.
 
     It may leave sizes and CRC-32 to a descriptor behind the bytes, and sizes of more than four bytes to its extra
     field.
     """
-    flags, method = fields[3], fields[4]
     left_open = 0 if flags & _DESCRIPTOR else None
     stated = ((entry.crc, None), (entry.compressed, _32), (entry.nbytes, _32))
-    same = all(own in (said, wide, left_open) for own, (said, wide) in zip(fields[7:10], stated, strict=True))
+    same = all(own in (said, wide, left_open) for own, (said, wide) in zip(sizes, stated, strict=True))
     if method != entry.method or not same or (flags ^ entry.flags) & (_ENCRYPTED | _UTF8):
         raise FileFormatError(f"{where} is damaged: record {entry.name!r} is another in its own header")
 

@@ -18,8 +18,9 @@ INTERRUPTED = 130
 
 def run() -> None:
     """The `modelcli` program."""
-    # It lives for one command: rows by the 100,000 are made and kept, and looking for garbage among them is in vain.
-    gc.set_threshold(100_000, 50, 100)
+    # It lives for one command: rows by the 100,000 are made and kept, and looking for garbage among them is in vain. Of
+    # 100,000 tensors there are more than a million objects; beyond two, garbage might be what takes the memory.
+    gc.set_threshold(2_000_000, 50, 100)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # what a terminal's encoding lacks is shown escaped

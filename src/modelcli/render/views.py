@@ -35,8 +35,15 @@ def megabytes(value: int | None) -> str:
     return f"{value / 1e6:.6f} MB" if 0 < value < 10_000 else f"{value / 1e6:,.2f} MB"
 
 
+def whole_numbers(value: Any) -> str | None:
+    """`[1,3,224,224]` for a list of whole numbers, as JSON has it, too; None for whatever else it is."""
+    return str(value).replace(" ", "") if type(value) is list and set(map(type, value)) == {int} else None
+
+
 def shape(value: Any) -> str:
     """`[1,3,224,224]`; `{out:[1,21,520,520]}` and `([1,2],[1,3])` for an output of several tensors."""
+    if (sizes := whole_numbers(value)) is not None:  # the commonest first: a checkpoint may have 100,000
+        return sizes
     if value is None:
         return "-"
     if isinstance(value, Mapping):

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from modelcli.render.views import Column, View
+from modelcli.render.views import Column, View, whole_numbers
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -74,7 +74,7 @@ def _csv_cell(value: Any) -> str | int:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, list | tuple | Mapping):
-        return _COMPACT.encode(value)
+        return whole_numbers(value) or _COMPACT.encode(value)
     return safe(str(value))
 
 
@@ -99,23 +99,17 @@ def to_plain(view: View) -> str:
     if view.body is not None:
         return "\n".join(safe(line) for line in view.body.split("\n")) + "\n"
     titles = [[column.title] if view.header else [] for column in view.columns]
-    cells = [
-        _aligned(title + _texts(view, column), right=column.right)
-        for title, column in zip(titles, view.columns, strict=True)
-    ]
-    lines = ["  ".join(row).rstrip() for row in zip(*cells, strict=True)]
+    cells = [title + _texts(view, column) for title, column in zip(titles, view.columns, strict=True)]
+    widths = [max(map(len, texts), default=0) for texts in cells]
+    fields = [f"%{'' if column.right else '-'}{width}s" for column, width in zip(view.columns, widths, strict=True)]
+    line = "  ".join(fields)
+    lines = [(line % row).rstrip() for row in zip(*cells, strict=True)]
     if view.footer:
         if view.header:
             lines.append("")
         width = max(len(label) for label, _ in view.footer)
         lines += [f"{label + ':':<{width + 1}} {safe(value)}" for label, value in view.footer]
     return "\n".join(lines) + "\n"
-
-
-def _aligned(texts: Sequence[str], *, right: bool) -> list[str]:
-    """The texts, filled with spaces to the length of the longest."""
-    width = max(map(len, texts), default=0)
-    return [text.rjust(width) for text in texts] if right else [text.ljust(width) for text in texts]
 
 
 # --- on a terminal -------------------------------------------------------------------------------------------------

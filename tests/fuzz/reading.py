@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import pickletools
 import struct
@@ -128,18 +129,23 @@ def _distributed(folder: Path) -> bytes:
 
 
 def _saved() -> list[bytes]:
-    """What torch's own pickler writes for tensors, once the numbers of its memo take four bytes."""
+    """What torch's own pickler writes for tensors once its memo's numbers take four bytes, today and before 1.6."""
+    return [_saved_tensors(b""), _saved_tensors(b"N")]
+
+
+def _saved_tensors(view: bytes) -> bytes:
+    """Three tensors whose storages are named with `view`, behind 256 things in the memo."""
+    named = (_NAMES[0], hostile.text("storage"), _NAMES[2], hostile.text("cpu"), _NAMES[4])
+    things = (*named, *[b"N"] * (255 - len(named)))
+    start = b"\x80\x02}q\x00" + b"".join(b"%bq%c0" % (thing, number) for number, thing in enumerate(things, 1)) + b"("
     body = b""
-    memo = 300
+    puts = (b"r" + struct.pack("<I", number) for number in itertools.count(256))
     for number in range(3):
-        puts = iter(b"r" + struct.pack("<I", memo + step) for step in range(8))
-        memo += 8
         body += hostile.text(f"layer.{number}.weight") + next(puts)
-        body += b"h\x02((h\x03h\x04" + hostile.text(str(number)) + next(puts) + b"h\x06K\x02t" + next(puts) + b"QK\x00"
-        body += b"K\x02\x85" + next(puts) + b"K\x01\x85" + next(puts) + b"\x89h\x07)R" + next(puts) + b"t" + next(puts)
-        body += b"R" + next(puts)
-    start = b"\x80\x02}q\x01" + _NAMES[0] + b"q\x020" + hostile.text("storage") + b"q\x030" + _NAMES[2] + b"q\x040"
-    return [start + hostile.text("cpu") + b"q\x060" + _NAMES[4] + b"q\x070(" + body + b"u."]
+        body += b"h\x01((h\x02h\x03" + hostile.text(str(number)) + next(puts) + b"h\x04K\x02" + view + b"t" + next(puts)
+        body += b"QK\x00K\x02\x85" + next(puts) + b"K\x01\x85" + next(puts) + b"\x89h\x05)R" + next(puts)
+        body += b"t" + next(puts) + b"R" + next(puts)
+    return start + body + b"u."
 
 
 def _blueprint(data: bytes) -> Any:

@@ -159,10 +159,10 @@ _INT_BYTES = {ord("K"): 1, ord("M"): 2, ord("J"): 4}
 _INT = rb"(?:K.|M..|J.{4})"
 _SIZES = rb"%(i)s\x85|%(i)s{2}\x86|%(i)s{3}\x87|\(%(i)s{4,64}t" % {b"i": _INT}
 #: What torch.save writes for a tensor, from behind `_rebuild_tensor_v2` to its last opcode, once the memo has more than
-#: 256 entries: a storage with its class, key, place and size; offset, shape, stride (which are not empty);
-#: requires_grad; no hooks. Each thing made is put into the memo.
+#: 256 entries: a storage with its class, key, place and size (and before 1.6 None: it is whole); offset, shape, stride
+#: (which are not empty); requires_grad; no hooks. Each thing made is put into the memo.
 _TENSOR = re.compile(
-    rb"\(\((h.h.X.{4})([0-9]{1,20})(r.{4}h.)(%(i)s)(tr.{4}Q)"
+    rb"\(\((h.h.X.{4})([0-9]{1,20})(r.{4}h.)(%(i)s)(N?)(tr.{4}Q)"
     rb"(%(i)s)(%(s)s)(r.{4})(%(s)s)(r.{4}[\x88\x89]h.\)Rr.{4}tr.{4}Rr.{4})" % {b"i": _INT, b"s": _SIZES},
     re.DOTALL,
 )
@@ -317,9 +317,8 @@ class _Machine:
         None, and no effect, where it numbers what it puts into the memo in a way of its own: then its opcodes have to
         be run one by one, for what it puts there may be what it takes from there.
         """
-        before_key, key, behind_key, count, behind_id, offset, shape, behind_shape, stride, behind_stride = (
-            found.groups()
-        )
+        before_key, key, behind_key, count, whole, behind_id, *view = found.groups()
+        offset, shape, behind_shape, stride, behind_stride = view
         word, kind, length = _BEFORE_KEY.unpack(before_key)
         key_at, place = _BEHIND_KEY.unpack(behind_key)
         (id_at,) = _BEHIND_ID.unpack(behind_id)
@@ -332,7 +331,9 @@ class _Machine:
         if length != len(key):
             raise FileFormatError(f"{self.where} is damaged: a storage's key is not as long as it says")
         name, sizes, steps = key.decode(), _integers(shape), _integers(stride)
-        storage_id = (memo[word], memo[kind], name, memo[place], _integers(count)[0])
+        storage_id: tuple[Any, ...] = (memo[word], memo[kind], name, memo[place], _integers(count)[0])
+        if whole:
+            storage_id = (*storage_id, None)
         storage = self._storage(storage_id)
         start, called = _integers(offset)[0], memo[hooks]
         none = OrderedDict() if called == _ORDERED_DICT else self._reduce(called, ())
@@ -487,13 +488,19 @@ class _Machine:
 
     def _storage(self, persistent_id: Any) -> Any:
         """The storage that a persistent id names; before 1.6 a module's class came with its source, too."""
-        match persistent_id:
-            case "storage", Global() as storage_class, str() as key, _location, int() as count, *view if count >= 0:
-                pass
-            case "module", Global() as module_class, *_:
-                return module_class
-            case _:
-                raise FileFormatError(f"{self.where} is damaged: a persistent id is not that of a storage")
+        if not isinstance(persistent_id, tuple):
+            raise FileFormatError(f"{self.where} is damaged: a persistent id is no tuple")
+        if persistent_id[0] == "module" and isinstance(persistent_id[1], Global):
+            return persistent_id[1]
+        kind, storage_class, key, _location, count, *view = persistent_id
+        if (
+            kind != "storage"
+            or not isinstance(storage_class, Global)
+            or not isinstance(key, str)
+            or not isinstance(count, int)
+            or count < 0
+        ):
+            raise FileFormatError(f"{self.where} is damaged: a persistent id is not that of a storage")
         found = self.storages.get(key)
         dtype = _STORAGE_DTYPES.get(storage_class.name)
         if found is None:

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from modelcli import record as records
-from modelcli.checkpoints import limits, strict_json
+from modelcli.checkpoints import carried, limits, strict_json
 from modelcli.checkpoints.contents import CompositeEntry, Contents, TensorEntry
 from modelcli.errors import FileFormatError, RequestError, SystemFailureError
 
@@ -57,7 +57,7 @@ def read(index: Path, read_file: Reader) -> Contents:
         path=index.parent,
         format=formats.pop() if len(formats) == 1 else "mixed",
         tensors=tensors,
-        record=records.from_text(text) if isinstance(text, str) else None,
+        record=carried.record_in(text, str(index)),
         foreign=tuple(dict.fromkeys(name for shard in shards.values() for name in shard.foreign)),
         notes=(f"{len(tensors)} tensors in {len(shards)} shards, as {index.name} says",),
     )
@@ -66,7 +66,7 @@ def read(index: Path, read_file: Reader) -> Contents:
 def _index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     try:
         limits.INDEX_BYTES.check(path.stat().st_size, str(path))
-        document = strict_json.loads(path.read_bytes())
+        document = strict_json.loads(path.read_bytes(), str(path))
     except OSError as error:
         raise SystemFailureError(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:

@@ -19,12 +19,17 @@ PYTHON = f"open({MARKER!r}, 'w')"
 
 
 class Hostile(NamedTuple):
-    """A file's name and bytes, the exit code of a look at it, and what the message has to name."""
+    """A file's name and bytes, the exit code of a look at it, and what the message has to name.
+
+    `file` is what it is called on disk, and `beside` are other files in its folder, by their names.
+    """
 
     name: str
     data: bytes
     code: int
     says: str = ""
+    file: str = "m.pth"
+    beside: Mapping[str, bytes] = {}
 
 
 # --- pickles by hand -----------------------------------------------------------------------------------------------
@@ -502,7 +507,7 @@ def safetensors_files() -> Iterator[Hostile]:
 def indexes() -> Iterator[Hostile]:
     def one(title: str, document: object, code: int = 4, says: str = "") -> Hostile:
         data = document if isinstance(document, bytes) else json.dumps(document).encode()
-        return Hostile(f"index {title}.index.json", data, code, says)
+        return Hostile(f"index {title}", data, code, says, "m.index.json")
 
     for title, file in (
         ("absolute", "/etc/passwd"), ("above", "../x.safetensors"), ("above by steps", "a/../../x"),

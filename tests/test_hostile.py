@@ -11,14 +11,24 @@ from typing import Any
 
 import pytest
 
-from tests import hostile
+from tests import hostile, hostile_growth
 
-CORPUS = hostile.every()
+GROWTH = hostile_growth.every()
+CORPUS = [*hostile.every(), *GROWTH]
 SECONDS, MEGABYTES = 1.0, 200
+
+#: Every way to look at a file that needs no torch.
+LOOKS_WITHOUT_TORCH = (
+    "params", "params --json", "params -f csv", "params -f markdown", "modules --tree", "modules", "modules --json",
+    "modules --repr", "summary", "summary --json", "summary -f csv",
+)  # fmt: skip
+LOOKS_AT_NUMBERS = ("params --values", "params --values --json", "params --stats", "params --stats --json")
 
 
 def commands(item: hostile.Hostile) -> tuple[str, ...]:
-    """What a file is looked at with: one command reads as much as the other, and shows other names of it."""
+    """What a file is looked at with: every way where much could come of it, and of those that are refused some."""
+    if item in GROWTH:
+        return LOOKS_WITHOUT_TORCH[:: 4 if item.code else 1]
     return ("params",) if item.code else ("params", "modules")
 
 
@@ -27,6 +37,7 @@ LOOKS = """
 import json, os, sys
 from modelcli.cli import main
 import modelcli.session, modelcli.render.documents, modelcli.render.writers, modelcli.checkpoints, modelcli.selectors
+{before}
 for line in sys.stdin:
     words, out = json.loads(line)
     child = os.fork()
@@ -39,6 +50,26 @@ for line in sys.stdin:
     told = {"code": os.waitstatus_to_exitcode(status), "seconds": usage.ru_utime + usage.ru_stime}
     print(json.dumps(told | {"kilobytes": usage.ru_maxrss}), flush=True)
 """
+#: For looks that need it: it is loaded once, before the clock runs.
+WITH_TORCH = """
+import torch, modelcli.live.values, modelcli.live.stats
+torch.set_num_threads(1)
+"""
+
+
+def looked(folder: Path, asked: list[tuple[Path, str]], before: str = "") -> list[dict[str, Any]]:
+    """What became of each look, a file and the words of a command; `text` is what it wrote."""
+    outs = [folder / f"{number}.out" for number in range(len(asked))]
+    lines = []
+    for (path, words), out in zip(asked, outs, strict=True):
+        command, *options = words.split()
+        lines.append(json.dumps([[command, str(path), *options], str(out)]))
+    script = LOOKS.replace("{before}", before)
+    done = subprocess.run(
+        [sys.executable, "-c", script], input="\n".join(lines), capture_output=True, text=True, check=True, cwd=folder
+    )
+    told = map(json.loads, done.stdout.splitlines())
+    return [{**one, "text": out.read_text(encoding="utf-8")} for one, out in zip(told, outs, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -47,19 +78,13 @@ def looks(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dic
     folder = tmp_path_factory.mktemp("hostile")
     asked = []
     for number, item in enumerate(CORPUS):
-        suffix = ".index.json" if item.name.startswith("index ") else ".pth"
-        path = folder / f"{number}{suffix}"
-        path.write_bytes(item.data)
-        asked += [(item.name, command, path, folder / f"{number}.{command}") for command in commands(item)]
-    lines = [json.dumps([[command, str(path)], str(out)]) for _, command, path, out in asked]
-    done = subprocess.run(
-        [sys.executable, "-c", LOOKS], input="\n".join(lines), capture_output=True, text=True, check=True, cwd=folder
-    )
-    told = map(json.loads, done.stdout.splitlines())
-    found = {
-        (name, command): {**one, "text": out.read_text(encoding="utf-8")}
-        for (name, command, _, out), one in zip(asked, told, strict=True)
-    }
+        path = folder / str(number) / item.file
+        path.parent.mkdir()
+        for file, data in {item.file: item.data, **item.beside}.items():
+            (path.parent / file).write_bytes(data)
+        asked += [(item.name, words, path) for words in commands(item)]
+    told = looked(folder, [(path, words) for _, words, path in asked])
+    found = {(name, words): one for (name, words, _), one in zip(asked, told, strict=True)}
     found["", "marker"] = {"there": (folder / hostile.MARKER).exists()}
     return found
 
@@ -83,7 +108,7 @@ def test_one_message_and_nothing_run(looks: Any, item: hostile.Hostile, command:
     assert "torch is there" not in text
     assert "\x1b" not in text
     assert len(text) < 4000 or not item.code
-    if item.code:
+    if item.code and "--json" not in command:
         assert text.startswith("error: ")
     if item.code or command == "params":
         assert item.says in text
@@ -94,6 +119,25 @@ def test_one_message_and_nothing_run(looks: Any, item: hostile.Hostile, command:
 @pytest.mark.skipif(os.name == "nt", reason="children are forked")
 def test_no_payload_ran(looks: Any) -> None:
     assert looks["", "marker"] == {"there": False}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="children are forked")
+def test_numbers_of_views_are_bounded_by_the_bytes_that_there_are(tmp_path: Path) -> None:
+    """A view of one byte can have any number of elements: each look at them ends, and takes little."""
+    asked = []
+    for number, (name, data) in enumerate(hostile_growth.views().items()):
+        path = tmp_path / f"{number}.pth"
+        path.write_bytes(data)
+        asked += [(name, path, words) for words in LOOKS_AT_NUMBERS]
+    told = looked(tmp_path, [(path, words) for _, path, words in asked], before=WITH_TORCH)
+    needed = told[0]["kilobytes"]  # torch's own, and a tensor of two numbers
+    for (name, _, words), look in zip(asked, told, strict=True):
+        text = look["text"]
+        assert look["code"] in (0, 4), (name, words, text[:500])
+        assert look["code"] == 0 or "MODELCLI_MAX_EXPANSION" in text, (name, words, text[:500])
+        assert "fault in modelcli" not in text
+        assert look["seconds"] < SECONDS, (name, words, look["seconds"])
+        assert look["kilobytes"] - needed < MEGABYTES * 1000, (name, words)
 
 
 def test_a_payload_would_run(tmp_path: Path) -> None:

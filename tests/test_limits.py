@@ -54,6 +54,19 @@ def nested_module(folder: Path) -> Path:
     return path
 
 
+def a_wide(folder: Path) -> Path:
+    path = folder / "wide.pth"
+    torch.save({"a": torch.ones((1,) * 5)}, path)
+    return path
+
+
+def a_shared_module(folder: Path) -> Path:
+    """One module at 2,000 places: each has its names at all of them."""
+    path = folder / "shared.pth"
+    torch.save(nn.Sequential(*[nn.Linear(1, 1)] * 2000), path)
+    return path
+
+
 @pytest.mark.parametrize(
     ("limit", "make", "few"),
     [
@@ -63,6 +76,8 @@ def nested_module(folder: Path) -> Path:
         (limits.NESTING, nested, 20),
         (limits.NESTING, nested_module, 10),
         (limits.NAME_BYTES, a_pth, 5),
+        (limits.DIMENSIONS, a_wide, 4),
+        (limits.EXPANSION, a_shared_module, 10),
         (limits.ZIP_ENTRIES, a_pth, 3),
         (limits.HEADER_BYTES, a_safetensors, 20),
         (limits.INDEX_BYTES, an_index, 10),
@@ -114,7 +129,7 @@ def test_values_nested_below_the_limit_are_read_and_written_again(
 
 def test_values_nested_deeper_than_the_limit_are_refused(tmp_path: Path) -> None:
     """However deep: no step of the reader recurses."""
-    deep = b"\x80\x02}(X\x01\x00\x00\x00a" + b"]" * 200_000 + b"a" * 199_999 + b"u."
+    deep = b"\x80\x02}(X\x01\x00\x00\x00a" + b"]" * 100_000 + b"a" * 99_999 + b"u."
     from modelcli.checkpoints import pickles, trees
 
     read = pickles.read(deep, "made")

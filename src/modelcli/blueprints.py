@@ -6,11 +6,12 @@ Everything that is shown is shown from a blueprint. Paths are PyTorch's: the roo
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import chain
+from itertools import chain, groupby, islice, pairwise, takewhile
 from math import prod
+from operator import itemgetter
 from typing import Any, Literal, TypeVar, dataclass_transform
 
 Shape = tuple[int, ...]
@@ -203,24 +204,28 @@ class Blueprint:
         return {path: tuple(kids) for path, kids in found.items()}
 
     @cached_property
-    def _parameters_below(self) -> Mapping[str, dict[str, TensorInfo]]:
-        below: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
-        for tensor in self.tensors:
-            if tensor.kind == "parameter":
-                for path in ancestors(parent_of(tensor.name)):
-                    below[path].setdefault(tensor.identity, tensor)
-        return below
+    def _below(self) -> Mapping[str, _Sum]:
+        """The parameters at and below each module, summed up from the leaves to the root."""
+        sums = {module.path: _Sum() for module in self.modules}
+        for path, tensor, times in _counted_once(self.tensors):
+            holder = path if path in sums else next(above for above in ancestors(path) if above in sums)
+            sums[holder].add(tensor, times)
+        # Each module stands behind the one that holds it.
+        for path in reversed(sums):
+            if path and (above := sums.get(parent_of(path))) is not None:
+                above.merge(sums[path])
+        return sums
 
     def params_of(self, path: str) -> int:
         """`sum(p.numel() for p in module.parameters())` of the module at this path."""
-        return sum(tensor.elements for tensor in self._parameters_below.get(path, {}).values())
+        return self._below.get(path, _Sum()).elements
 
     def trainable_of(self, path: str) -> Trainable:
         """Whether the parameters at and below this path are trained; a flag that nothing states counts as yes."""
-        flags = {tensor.requires_grad is not False for tensor in self._parameters_below.get(path, {}).values()}
-        if not flags:
-            return "none"
-        return "partial" if len(flags) == 2 else "yes" if flags.pop() else "no"
+        below = self._below.get(path, _Sum())
+        if below.trained and below.frozen:
+            return "partial"
+        return "yes" if below.trained else "no" if below.frozen else "none"
 
     @cached_property
     def totals(self) -> Totals:
@@ -228,6 +233,55 @@ class Blueprint:
 
     def with_trace(self, trace: Trace) -> Blueprint:
         return replace(self, trace=trace)
+
+
+@dataclass(slots=True)
+class _Sum:
+    """What parameters come to: their elements, and how many of them are trained and how many are not."""
+
+    elements: int = 0
+    trained: int = 0
+    frozen: int = 0
+
+    def add(self, tensor: TensorInfo, times: int) -> None:
+        self.elements += times * tensor.elements
+        if tensor.requires_grad is not False:
+            self.trained += times
+        else:
+            self.frozen += times
+
+    def merge(self, other: _Sum) -> None:
+        self.elements += other.elements
+        self.trained += other.trained
+        self.frozen += other.frozen
+
+
+def _counted_once(tensors: Sequence[TensorInfo]) -> Iterator[tuple[str, TensorInfo, int]]:
+    """Where to count parameters, and how often, so that sums from the leaves to the root have each of them once.
+
+    One with several names counts at each of its places, and is taken off again where the ways from two neighbouring
+    places to the root meet: above, it would count twice.
+    """
+    tied: dict[str, list[TensorInfo]] = defaultdict(list)
+    names = {tensor.tied_to for tensor in tensors if tensor.tied_to is not None}
+    for tensor in tensors:
+        if tensor.kind != "parameter":
+            continue
+        if tensor.tied_to is None and tensor.name not in names:
+            yield parent_of(tensor.name), tensor, 1
+        else:
+            tied[tensor.identity].append(tensor)
+    for first, *others in tied.values():
+        places = sorted(parent_of(tensor.name).split(".") for tensor in (first, *others))
+        for place in places:
+            yield ".".join(place), first, 1
+        for place, neighbour in pairwise(places):
+            yield _common(place, neighbour), first, -1
+
+
+def _common(one: Sequence[str], other: Sequence[str]) -> str:
+    """The path that two paths, in their components, start with."""
+    return ".".join(part for part, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def totals_of(tensors: Iterable[TensorInfo]) -> Totals:
@@ -249,47 +303,73 @@ def totals_of(tensors: Iterable[TensorInfo]) -> Totals:
     return Totals(params, trainable, buffers, param_bytes, buffer_bytes)
 
 
+#: A line of a printed model: how deep it is indented, and what stands in it.
+_Line = tuple[int, str]
+
+
 def repr_text(blueprint: Blueprint, path: str = "") -> str:
     """The text that `print(module)` gives, built from the blueprint by the rules of `nn.Module.__repr__`.
 
     `ModuleList` folds runs of equal children (`(0-5): 6 x Block(...)`); a class that prints itself in its own way has
-    its own text.
+    its own text. However deep the modules lie in one another, nothing recurses, and each line is indented once.
     """
-    module = blueprint.by_path[path]
-    if module.own_repr is not None:
-        return module.own_repr
-    children = blueprint.children.get(path, ())
-    if "ModuleList" in module.bases:
-        return _module_list_text(module, [repr_text(blueprint, child.path) for child in children])
-    lines = [f"({child.path.rpartition('.')[2]}): {_indented(repr_text(blueprint, child.path))}" for child in children]
-    for position, name in module.absent:
-        lines.insert(position, f"({name}): None")
-    extra = module.config.split("\n") if module.config else []
-    if len(extra) == 1 and not lines:
-        return f"{module.type}({extra[0]})"
-    if not extra and not lines:
-        return f"{module.type}()"
-    return f"{module.type}(\n  " + "\n  ".join(extra + lines) + "\n)"
-
-
-def _module_list_text(module: ModuleInfo, texts: list[str]) -> str:
-    if not texts:
-        return f"{module.type}()"
-    runs: list[tuple[int, int, str]] = []
-    for index, text in enumerate(texts):
-        if runs and runs[-1][2] == text:
-            runs[-1] = (runs[-1][0], index, text)
+    printed: dict[str, list[_Line]] = {}
+    stack = [path]
+    while stack:
+        module = blueprint.by_path[stack[-1]]
+        children = () if module.own_repr is not None else blueprint.children.get(module.path, ())
+        missing = [child.path for child in children if child.path not in printed]
+        if missing:
+            stack += missing
         else:
-            runs.append((index, index, text))
-    lines = [
-        _indented(f"({first}): {text}" if first == last else f"({first}-{last}): {last - first + 1} x {text}")
-        for first, last, text in runs
-    ]
-    return f"{module.type}(\n  " + "\n  ".join(lines) + "\n)"
+            printed[stack.pop()] = _lines(module, [(_own_name(child), printed.pop(child.path)) for child in children])
+    return "\n".join("  " * level + text for level, text in printed[path])
 
 
-def _indented(text: str) -> str:
-    return text.replace("\n", "\n  ")
+def _own_name(module: ModuleInfo) -> str:
+    return module.path.rpartition(".")[2]
+
+
+def _lines(module: ModuleInfo, children: list[tuple[str, list[_Line]]]) -> list[_Line]:
+    """A printed module, from the name and the lines of each of its children."""
+    if module.own_repr is not None:
+        return [(0, line) for line in module.own_repr.split("\n")]
+    if "ModuleList" in module.bases:
+        extra, entries = [], _folded([lines for _, lines in children])
+    else:
+        extra, entries = module.config.split("\n") if module.config else [], _with_absent(module, children)
+    if not entries and len(extra) < 2:
+        return [(0, f"{module.type}({''.join(extra)})")]
+    below = [(1, line) for line in extra]
+    for name, lines in entries:
+        (_, first), *rest = lines
+        below.append((1, f"({name}): {first}"))
+        below += [(level + 1, text) for level, text in rest]
+    return [(0, f"{module.type}("), *below, (0, ")")]
+
+
+def _with_absent(module: ModuleInfo, children: list[tuple[str, list[_Line]]]) -> list[tuple[str, list[_Line]]]:
+    """The children with those that are None between them, each at its position."""
+    entries: list[tuple[str, list[_Line]]] = []
+    rest = iter(children)
+    for position, name in sorted(module.absent):
+        entries += islice(rest, max(position - len(entries), 0))
+        entries.append((name, [(0, "None")]))
+    return [*entries, *rest]
+
+
+def _folded(texts: list[list[_Line]]) -> list[tuple[str, list[_Line]]]:
+    """The entries of a `ModuleList`: runs of equal ones are one entry, which says how many they are."""
+    entries: list[tuple[str, list[_Line]]] = []
+    for _, run in groupby(enumerate(texts), key=itemgetter(1)):
+        numbers = [number for number, _ in run]
+        first, last = numbers[0], numbers[-1]
+        (level, text), *rest = texts[first]
+        if first == last:
+            entries.append((str(first), texts[first]))
+        else:
+            entries.append((f"{first}-{last}", [(level, f"{last - first + 1} x {text}"), *rest]))
+    return entries
 
 
 # --- to and from JSON ----------------------------------------------------------------------------------------------
@@ -424,17 +504,23 @@ def shape_from_json(value: object) -> Shape:
     return tuple(map(_size, value))
 
 
-def _output_shape(value: Any) -> Any:
+#: Lists and dicts in one another that an output may be made of.
+_MAX_OUTPUT_DEPTH = 50
+
+
+def _output_shape(value: Any, depth: int = 0) -> Any:
     """What a `LayerTrace` holds: a list of ints, or a list or dict of those, or None."""
+    if depth > _MAX_OUTPUT_DEPTH:
+        raise ValueError(f"an output of more than {_MAX_OUTPUT_DEPTH} levels")
     match value:
         case None:
             return None
         case dict():
-            return {key: _output_shape(item) for key, item in value.items()}
+            return {key: _output_shape(item, depth + 1) for key, item in value.items()}
         case list() | tuple() if all(type(item) is int for item in value):
             return list(shape_from_json(value))
         case list() | tuple():
-            return [_output_shape(item) for item in value]
+            return [_output_shape(item, depth + 1) for item in value]
     raise TypeError(f"expected the shape of an output, found {value!r}")
 
 
@@ -444,21 +530,30 @@ def _dtype(value: object) -> str:
     return str(value)
 
 
-def from_keys(tensors: Iterable[TensorInfo], types: Mapping[str, str] | None = None) -> Blueprint:
-    """The blueprint of a bare checkpoint: a tree of its key names, and of `types`, class names by path, if any."""
+def from_keys(
+    tensors: Iterable[TensorInfo],
+    types: Mapping[str, str] | None = None,
+    pay: Callable[[int], None] = lambda _characters: None,
+) -> Blueprint:
+    """The blueprint of a bare checkpoint: a tree of its key names, and of `types`, class names by path, if any.
+
+    A name of 4,000 characters can tell of 2,000 modules: `pay` is told the length of each path before it is made, and
+    raises where they are too many.
+    """
     listed, types = tuple(tensors), types or {}
-    children = _tree_of(chain(types, (parent_of(tensor.name) for tensor in listed)))
+    children = _tree_of(chain(types, (parent_of(tensor.name) for tensor in listed)), pay)
     named = ((path, types.get(path)) for path in _depth_first(children))
     modules = (ModuleInfo(path, kind, () if kind is None else (kind,)) for path, kind in named)
     return Blueprint(tuple(modules), listed)
 
 
-def _tree_of(paths: Iterable[str]) -> Mapping[str, list[str]]:
+def _tree_of(paths: Iterable[str], pay: Callable[[int], None]) -> Mapping[str, list[str]]:
     """The children of each of these paths and of all that lie above them, siblings in their first order."""
     children: dict[str, list[str]] = {"": []}
     for path in paths:
         below: list[str] = []
         while path not in children:
+            pay(len(path))
             children[path] = below
             path, below = parent_of(path), [path]
         children[path] += below

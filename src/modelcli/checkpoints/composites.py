@@ -10,8 +10,9 @@ from math import prod
 from typing import Any
 
 from modelcli.blueprints import ITEM_BYTES, Shape
+from modelcli.checkpoints import limits, shapes
 from modelcli.checkpoints.contents import CompositeEntry, TensorEntry
-from modelcli.checkpoints.pickles import MAX_DIMENSIONS, Global, Opaque, OrderedDict, StorageRef
+from modelcli.checkpoints.pickles import Global, Opaque, OrderedDict, StorageRef, sizes_in
 from modelcli.errors import FileFormatError
 
 _CALLS = frozenset(
@@ -38,34 +39,36 @@ def _is_call(value: Any) -> bool:
     return isinstance(value, Opaque) and isinstance(value.call, Global) and value.call.dotted in _CALLS
 
 
-def entry_of(value: Opaque, where: str) -> CompositeEntry:
-    """The tensor that a call makes; `where` names it.
+def entry_of(value: Opaque, where: str, budget: limits.Budget) -> CompositeEntry:
+    """The tensor that a call makes; `where` names it, and `budget` is that of its file.
 
     What is kept of the call is what the tensor needs: where hooks and attributes stand could be anything. Raises
     FileFormatError where its arguments are not those of a tensor, or need more bytes than there are.
     """
     try:
-        return _entry(value)
+        return _entry(value, where, budget)
     except (ValueError, TypeError) as error:
         raise FileFormatError(f"{where} is damaged: {error}") from None
 
 
-def _entry(value: Opaque) -> CompositeEntry:
+def _entry(value: Opaque, where: str, budget: limits.Budget) -> CompositeEntry:
     match value.call.name, value.args:
         case "_rebuild_qtensor", (StorageRef(offset=0) as storage, int() as offset, shape, stride, quantizer, grad, *_):
-            return _quantized(storage, offset, _shape(shape), _sizes(stride), _quantizer(quantizer), bool(grad))
+            view = shapes.shape(sizes_in(shape), where), shapes.sizes(sizes_in(stride), where)
+            return _quantized(storage, offset, *view, _quantizer(quantizer, budget), bool(grad))
         case "_rebuild_sparse_tensor", (
             Opaque(call=Global(name="_get_layout"), args=(str() as layout,)),
             tuple() as data,
         ):
-            return _sparse(layout.removeprefix("torch."), data)
+            return _sparse(layout.removeprefix("torch."), data, where)
         case "_rebuild_meta_tensor_no_storage", (Global(module="torch", name=dtype), shape, stride, grad):
             if dtype not in ITEM_BYTES:
                 raise ValueError(f"a tensor of dtype {dtype}")
-            args = (Global("torch", dtype), _shape(shape), _sizes(stride), bool(grad))
-            return CompositeEntry(args[1], dtype, "strided", (), 0, _call("_rebuild_meta_tensor_no_storage", *args))
+            size, step = shapes.shape(sizes_in(shape), where), shapes.sizes(sizes_in(stride), where)
+            made_by = _call("_rebuild_meta_tensor_no_storage", Global("torch", dtype), size, step, bool(grad))
+            return CompositeEntry(size, dtype, "strided", (), 0, made_by)
         case (("_rebuild_parameter" | "_rebuild_parameter_with_state"), (Opaque() as inner, grad, *_)):
-            plain = _entry(inner)
+            plain = _entry(inner, where, budget)
             made_by = _call("_rebuild_parameter", plain.made_by, bool(grad), OrderedDict())
             return replace(plain, made_by=made_by, requires_grad=bool(grad), is_parameter=True)
     raise ValueError(f"{value.call.dotted} with arguments that make no tensor")
@@ -79,11 +82,11 @@ def _quantized(
     storage: StorageRef, offset: int, shape: Shape, stride: Shape, quantizer: tuple[Any, ...], grad: bool
 ) -> CompositeEntry:
     dtype = storage.dtype
-    if dtype is None or not dtype.startswith("q") or len(shape) != len(stride) or offset < 0:
+    if dtype is None or not dtype.startswith("q") or offset < 0:
         raise ValueError(f"a quantized tensor of dtype {dtype}, shape {shape}, stride {stride}")
     data = TensorEntry(shape, dtype, stride, offset, storage.span)
-    last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
-    needed = (last + 1) * ITEM_BYTES[dtype] if 0 not in shape else 0
+    last = shapes.extent(shape, stride)
+    needed = (offset + last) * ITEM_BYTES[dtype] if last else 0
     if (sharing := _ELEMENTS_PER_BYTE.get(dtype)) is not None:
         # Strides say nothing of where such elements are: the bytes themselves are shown.
         nbytes = quantized_bytes(dtype, shape)
@@ -96,7 +99,7 @@ def _quantized(
     return CompositeEntry(shape, dtype, "strided", parts, _bytes_of(parts), made_by)
 
 
-def _quantizer(value: Any) -> tuple[Any, ...]:
+def _quantizer(value: Any, budget: limits.Budget) -> tuple[Any, ...]:
     """The scheme and its numbers: a scale and a zero point, or those of each channel and the axis of the channels."""
     match value:
         case Global(module="torch", name="per_tensor_affine") as scheme, int() | float() as scale, int() as zero_point:
@@ -106,13 +109,16 @@ def _quantizer(value: Any) -> tuple[Any, ...]:
             TensorEntry() | list() as scales,
             TensorEntry() | list() as zero_points,
             int() as axis,
-        ) if _are_numbers(scales) and _are_numbers(zero_points):
+        ) if _are_numbers(scales, budget) and _are_numbers(zero_points, budget):
             return scheme, scales, zero_points, axis
     raise ValueError("a quantized tensor without a scale")
 
 
-def _are_numbers(values: TensorEntry | list[Any]) -> bool:
-    return isinstance(values, TensorEntry) or all(isinstance(value, int | float) for value in values)
+def _are_numbers(values: TensorEntry | list[Any], budget: limits.Budget) -> bool:
+    if isinstance(values, TensorEntry):
+        return True
+    budget.spend(len(values))
+    return all(isinstance(value, int | float) for value in values)
 
 
 def quantized_bytes(dtype: str, shape: Shape) -> int:
@@ -121,7 +127,7 @@ def quantized_bytes(dtype: str, shape: Shape) -> int:
     return prod(outer) * -(-row * ITEM_BYTES[dtype] // _ELEMENTS_PER_BYTE.get(dtype, 1))
 
 
-def _sparse(layout: str, data: tuple[Any, ...]) -> CompositeEntry:
+def _sparse(layout: str, data: tuple[Any, ...], where: str) -> CompositeEntry:
     parts: tuple[TensorEntry, ...]
     match layout, data:
         case "sparse_coo", (TensorEntry() as indices, TensorEntry() as values, size, *more) if more in (
@@ -137,7 +143,7 @@ def _sparse(layout: str, data: tuple[Any, ...]) -> CompositeEntry:
             parts, more = (compressed, plain, values), []
         case _:
             raise ValueError(f"a sparse tensor of layout {layout!r} that is not made of indices and values")
-    shape = _shape(size)
+    shape = shapes.shape(sizes_in(size), where)
     made_by = _call(
         "_rebuild_sparse_tensor",
         Opaque(Global("torch.serialization", "_get_layout"), (f"torch.{layout}",)),
@@ -148,20 +154,3 @@ def _sparse(layout: str, data: tuple[Any, ...]) -> CompositeEntry:
 
 def _bytes_of(parts: tuple[TensorEntry, ...]) -> int:
     return sum(prod(part.shape) * ITEM_BYTES[part.dtype] for part in parts)
-
-
-def _shape(value: Any) -> Shape:
-    sizes = _sizes(value)
-    if prod(size or 1 for size in sizes) >= 2**63:
-        raise ValueError(f"a tensor of more elements than there can be: shape {sizes}")
-    return sizes
-
-
-def _sizes(value: Any) -> Shape:
-    if isinstance(value, Opaque) and isinstance(value.call, Global) and value.call.dotted == "torch.Size":
-        (value,) = value.args
-    if not isinstance(value, tuple) or not all(type(size) is int and 0 <= size < 2**63 for size in value):
-        raise ValueError("what should be a shape is none")
-    if len(value) > MAX_DIMENSIONS:
-        raise ValueError(f"a tensor of {len(value):,} dimensions")
-    return value

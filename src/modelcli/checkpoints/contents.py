@@ -11,33 +11,41 @@ from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Protocol
 
 from modelcli.blueprints import Blueprint, Shape, TensorInfo, from_keys, value_class
+from modelcli.checkpoints import limits
 from modelcli.errors import FileFormatError
 from modelcli.record import Record
 
 CHUNK = 8 * 1024 * 1024
+#: A layer of one tensor in a module of its own, as adapters have them, comes to three.
+_MODULES_OF_A_TENSOR = 4
 
 
 class Windows:
     """Long pieces of files, mapped once for all tensors of one load: a mapping holds its file open, and a process may
     have no more than 1,024 files open.
+
+    `length` is how many bytes it is from the start of one window to the next; what does not fit into one, or is more
+    than `longest`, is mapped by itself. Of more windows than `most` the oldest are let go.
     """
 
-    #: Bytes from the start of one window to the next; what does not fit into one is mapped by itself.
-    LENGTH = 1 << 30
-
-    def __init__(self) -> None:
+    def __init__(self, length: int = 1 << 30, *, longest: int | None = None, most: int | None = None) -> None:
+        self.length = length
+        self.longest = length if longest is None else longest
+        self.most = most
         self._found: dict[tuple[Path, tuple[int, int, int], int], mmap.mmap] = {}
 
     def view(self, span: Span) -> memoryview:
         """The bytes of a span as private, writable memory that no other load shares."""
-        number, start = divmod(span.offset, self.LENGTH)
-        if start + span.nbytes > self.LENGTH:
+        number, start = divmod(span.offset, self.length)
+        if span.nbytes > min(self.longest, self.length - start):
             return span.mapped()
         key = (span.path, span.identity, number)
         if key not in self._found:
-            first = number * self.LENGTH
+            if len(self._found) == self.most:
+                self._found.pop(next(iter(self._found)))
+            first = number * self.length
             with span.opened() as file:
-                length = min(self.LENGTH, span.identity[0] - first)
+                length = min(self.length, span.identity[0] - first)
                 self._found[key] = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=first)
         return memoryview(self._found[key])[start : start + span.nbytes]
 
@@ -113,7 +121,7 @@ class Span:
         return memoryview(mapping)[self.offset - start :]
 
     def part(self, start: int, nbytes: int) -> Span:
-        return replace(self, offset=self.offset + start, nbytes=nbytes)
+        return Span(self.path, self.offset + start, nbytes, self.identity)
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,18 +243,29 @@ class Contents:
 
     def infos(self) -> dict[str, TensorInfo]:
         """The tensors as a blueprint has them: ties found by storage, buffers told by their usual names."""
+        budget = self._budget("the names of its tied tensors")
         first: dict[tuple[object, ...], str] = {}
         infos = {}
         uses = Counter(id(entry.storage) for entry in self.tensors.values() if isinstance(entry, TensorEntry))
         for name, entry in self.tensors.items():
             is_alone = isinstance(entry, TensorEntry) and uses[id(entry.storage)] == 1
             view = None if is_alone else entry.view
-            infos[name] = info_of(name, entry, first.setdefault(view, name) if view is not None else name)
+            original = first.setdefault(view, name) if view is not None else name
+            if original is not name:
+                budget.spend(len(original))
+            infos[name] = info_of(name, entry, original)
         return infos
 
     def bare_blueprint(self) -> Blueprint:
         """The tree of the key names; types are known only where the file names the classes of a pickled module."""
-        return from_keys(self.infos().values(), self.types)
+        budget = self._budget("the modules in its names", times=_MODULES_OF_A_TENSOR)
+        return from_keys(self.infos().values(), self.types, lambda length: budget.spend(limits.ENTRY + length))
+
+    def _budget(self, what: str, times: int = 1) -> limits.Budget:
+        """What may be made of the names: as much as they take, so many times over."""
+        names = (*self.tensors, *self.types)
+        nbytes = sum(map(len, names)) + limits.ENTRY * len(names)
+        return limits.Budget(f"{self.path}: {what}", nbytes, times)
 
 
 def foreign_names(names: Sequence[str], *, most: int) -> str:
@@ -254,14 +273,6 @@ def foreign_names(names: Sequence[str], *, most: int) -> str:
     harmless = ("torch.", "torchvision.", "numpy.", "collections.")
     ordered = sorted(names, key=lambda name: name.startswith(harmless))
     return ", ".join(ordered[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def row_major(shape: Shape) -> Shape:
-    """The strides, in elements, of a contiguous tensor."""
-    stride = [1] * len(shape)
-    for axis in range(len(shape) - 2, -1, -1):
-        stride[axis] = stride[axis + 1] * max(shape[axis + 1], 1)
-    return tuple(stride)
 
 
 def info_of(name: str, entry: TensorEntry | CompositeEntry, original: str) -> TensorInfo:

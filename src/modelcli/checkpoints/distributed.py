@@ -5,24 +5,22 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from modelcli.blueprints import ITEM_BYTES, Shape
-from modelcli.checkpoints import embedded, folders, limits, pickles, trees
-from modelcli.checkpoints.contents import Contents, JoinedSpan, Storage, TensorEntry, Windows, identity_of, row_major
+from modelcli.checkpoints import embedded, folders, limits, pickles, shapes, trees
+from modelcli.checkpoints.contents import Contents, JoinedSpan, Storage, TensorEntry, Windows, identity_of
 from modelcli.errors import FileFormatError, SystemFailureError, UnsafeError
 
 METADATA = ".metadata"
 #: How the files end that each rank writes.
 SUFFIX = ".distcp"
-#: A tensor is sharded along one axis, two or three; the check of its parts doubles with each.
-MAX_CUT_AXES = 8
-#: Elements of all nested lists together: a path may name any, and those before it are made.
-MAX_ELEMENTS = 1_000_000
+#: What an account of a part of a tensor takes in a `.metadata`, and what one of its corners is to be counted as.
+_PART, _CORNER = 64, 8
 #: Entries that are no tensors repeat one another (a learning rate for each parameter): these are parsed once.
 _SMALL = 4096
 
@@ -81,8 +79,9 @@ def read(path: Path, key: str | None) -> Contents:
     except OSError as error:
         raise SystemFailureError(f"cannot read {path}: {error.strerror or error}") from None
     pickled = pickles.read(data, str(path))
+    budget = pickled.budget
     foreign = tuple(name for name in pickled.foreign if name not in _EXPECTED)
-    folder = _Folder(path)
+    folder = _Folder(path, budget)
     try:
         tensors, values, ways = folder.items(pickled.value)
     except FileFormatError:
@@ -92,9 +91,9 @@ def read(path: Path, key: str | None) -> Contents:
                 "to load them would run code"
             ) from None
         raise
-    tree = _tree(path, tensors | values, ways)
+    tree = _tree(path, tensors | values, ways, budget)
     tree, key, notes = _chosen(path.parent, tree, key)
-    inert = pickles.Pickle(tree, tuple(dict.fromkeys((*foreign, *folder.foreign))))
+    inert = pickles.Pickle(tree, tuple(dict.fromkeys((*foreign, *folder.foreign))), budget)
     contents = trees.contents_of(path.parent, inert, key)
     note = f"{len(contents.tensors)} tensors in {len(folder.files)} files, as {METADATA} says"
     return replace(contents, format="dcp", notes=(note, *notes, *contents.notes))
@@ -110,12 +109,13 @@ class _Chunk:
 
 @dataclass
 class _Folder:
-    """What a `.metadata` says, checked against the files beside it."""
+    """What a `.metadata` says, checked against the files beside it; entries may share whatever they are made of."""
 
     path: Path
+    budget: limits.Budget
     files: dict[str, tuple[Path, tuple[int, int, int]]] = field(default_factory=dict)
     foreign: list[str] = field(default_factory=list)
-    parsed: dict[bytes, Any] = field(default_factory=dict)
+    parsed: dict[bytes | embedded.Place, Any] = field(default_factory=dict)
 
     def items(self, value: Any) -> tuple[dict[str, TensorEntry], dict[str, Any], Mapping[str, Way]]:
         """Tensors and other values by their flat names, and the ways to them."""
@@ -139,16 +139,16 @@ class _Folder:
     def _tensor(self, name: str, entry: Any, places: Places) -> TensorEntry:
         fields = self._fields(entry, _TENSOR, name)
         dtype = self._dtype(name, fields.get("properties"))
-        shape = self._sizes(name, fields.get("size"))
-        chunks = [self._chunk(name, chunk, shape) for chunk in self._list(fields.get("chunks"), name)]
-        if prod(size or 1 for size in shape) >= 2**63:
-            raise self._damaged(f"{name} has more elements than there can be")
+        shape = self._sizes(name, fields.get("size"), shapes.shape)
+        stated = self._list(fields.get("chunks"), name)
+        self.budget.spend((_PART + len(shape)) * len(stated))
+        chunks = [self._chunk(name, chunk, shape) for chunk in stated]
         # Ranks beyond the last row have an empty part; an empty tensor has no other.
         chunks = [chunk for chunk in chunks if 0 not in chunk.sizes] or chunks[:1]
         if not chunks or (0 not in shape and not self._covers_once(name, shape, chunks)):
             raise self._damaged(f"the parts of {name} do not cover its shape {list(shape)} exactly once")
         storage = self._storage(name, dtype, shape, chunks, places)
-        return TensorEntry(shape, dtype, row_major(shape), 0, storage, requires_grad=False)
+        return TensorEntry(shape, dtype, shapes.row_major(shape), 0, storage, requires_grad=False)
 
     def _storage(self, name: str, dtype: str, shape: Shape, chunks: Sequence[_Chunk], places: Places) -> Storage:
         """The bytes of a tensor, put together from its parts where each is one run of them."""
@@ -182,8 +182,7 @@ class _Folder:
         if len(chunks) == 1:
             return chunks[0].sizes == shape
         cut = [axis for axis, size in enumerate(shape) if any(chunk.sizes[axis] != size for chunk in chunks)]
-        if len(cut) > MAX_CUT_AXES:
-            raise self._damaged(f"{name} is cut along {len(cut)} axes; the limit is {MAX_CUT_AXES}")
+        self.budget.spend(_CORNER * len(chunks) * 2 ** len(cut))
         corners: Counter[Shape] = Counter()
         ends = list(itertools.product((0, 1), repeat=len(cut)))
         for chunk, times in [(_Chunk((0,) * len(shape), shape), -1), *((chunk, 1) for chunk in chunks)]:
@@ -197,11 +196,14 @@ class _Folder:
         place = places.get((name, None))
         if place is None:
             raise self._damaged(f"it does not say where {name} is")
+        lies = replace(place, name="")
         data = self._bytes(place) if place.length <= _SMALL else None
-        if data is not None and data in self.parsed:
-            return self.parsed[data]
-        pickled = embedded.read(place)
+        for known in (lies, data):
+            if known in self.parsed:
+                return self.parsed[known]
+        pickled = embedded.read(place, self.budget)
         self.foreign.extend(pickled.foreign)
+        self.parsed[lies] = pickled.value
         if data is not None and _is_plain(pickled.value):
             self.parsed[data] = pickled.value
         return pickled.value
@@ -266,6 +268,7 @@ class _Folder:
                 or not all(isinstance(step, str) or _is_size(step) for step in way)
             ):
                 raise self._damaged("planner_data has a path that is not made of names and numbers")
+            self.budget.spend(len(way))
             ways[name] = way
         for name in entries:
             ways.setdefault(name, (name,))
@@ -292,13 +295,12 @@ class _Folder:
             )
         return chunk
 
-    def _sizes(self, name: str, value: Any) -> Shape:
+    def _sizes(self, name: str, value: Any, checked: Callable[[Any, str], Shape] = shapes.sizes) -> Shape:
         """A `torch.Size` of numbers below 2^63."""
-        if _is(value, ("torch.Size",)) and isinstance(value.args, tuple) and len(value.args) == 1:
-            value = value.args[0]
-        if not isinstance(value, tuple) or len(value) > pickles.MAX_DIMENSIONS or not all(map(_is_size, value)):
-            raise self._damaged(f"{name} has a shape or an offset that is none")
-        return value
+        try:
+            return checked(pickles.sizes_in(value), f"{self.path}: {name}")
+        except (ValueError, TypeError) as error:
+            raise self._damaged(f"{name} has a shape or an offset that is none: {error}") from None
 
     def _fields(self, value: Any, classes: tuple[str, ...], where: str) -> Mapping[str, Any]:
         if not _is(value, classes) or not isinstance(value.state, dict):
@@ -351,7 +353,7 @@ def _run_start(shape: Shape, chunk: _Chunk) -> int | None:
     first = next((axis for axis, size in enumerate(chunk.sizes) if size != 1), len(shape))
     if chunk.sizes[first + 1 :] != shape[first + 1 :]:
         return None
-    return sum(offset * step for offset, step in zip(chunk.offsets, row_major(shape), strict=True))
+    return sum(offset * step for offset, step in zip(chunk.offsets, shapes.row_major(shape), strict=True))
 
 
 def _is(value: Any, classes: tuple[str, ...]) -> bool:
@@ -374,18 +376,18 @@ def _is_optimizer(name: object) -> bool:
     return isinstance(name, str) and name.startswith("optim")
 
 
-def _tree(path: Path, leaves: Mapping[str, Any], ways: Mapping[str, Way]) -> dict[str, Any]:
-    """The nested dicts and lists that were saved. What an optimizer says of itself comes last."""
+def _tree(path: Path, leaves: Mapping[str, Any], ways: Mapping[str, Way], budget: limits.Budget) -> dict[str, Any]:
+    """The nested dicts and lists that were saved. What an optimizer says of itself comes last.
+
+    A way may name any number of a list, and those before it are made.
+    """
     tree: dict[str, Any] = {}
-    room = MAX_ELEMENTS
     for name, way in sorted(ways.items(), key=lambda item: _is_optimizer(item[1][0])):
         container: Any = tree
         for step, below in itertools.zip_longest(way, way[1:]):
             if isinstance(container, list) and isinstance(step, int):
-                missing = step + 1 - len(container)
-                if missing > room:
-                    raise FileFormatError(f"{path} is damaged: {name} is number {step:,} of a list without the others")
-                room -= max(missing, 0)
+                missing = max(step + 1 - len(container), 0)
+                budget.spend(missing, name)
                 container.extend([None] * missing)
                 found = container[step]
             elif isinstance(container, dict) and isinstance(step, str):

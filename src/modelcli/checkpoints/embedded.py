@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from modelcli.blueprints import ITEM_BYTES, Shape
-from modelcli.checkpoints import pickles, safetensors, torch_zip
-from modelcli.checkpoints.contents import CHUNK, Span, Storage, TensorEntry, Windows, identity_of, row_major
+from modelcli.checkpoints import limits, pickles, safetensors, shapes, torch_zip
+from modelcli.checkpoints.contents import CHUNK, Span, Storage, TensorEntry, Windows, identity_of
 from modelcli.errors import FileFormatError, SystemFailureError, UnsafeError
 
 #: Elements of as many bytes as memoryview counts them.
@@ -32,8 +32,8 @@ class Place:
         return f"{self.path}: {self.name}, at byte {self.offset:,}"
 
 
-def read(place: Place) -> pickles.Pickle:
-    """The value of an archive; no tensor's bytes are touched.
+def read(place: Place, budget: limits.Budget | None = None) -> pickles.Pickle:
+    """The value of an archive; no tensor's bytes are touched. `budget` is that of all the archives of a folder.
 
     Raises FileFormatError where what lies there is no such archive.
     """
@@ -44,7 +44,7 @@ def read(place: Place) -> pickles.Pickle:
             file.seek(place.offset)
             _expect_archive(place, file.read(min(64, place.length)))
             archive = torch_zip.archive_in(file, place.path, place.identity, str(place), place.offset, place.length)
-            return archive.pickled(file)
+            return archive.pickled(file, budget)
     except OSError as error:
         raise SystemFailureError(f"cannot read {place.path}: {error.strerror or error}") from None
 
@@ -102,11 +102,10 @@ class TensorSpan:
                 f"{self.place} is {tensor.dtype} {list(tensor.shape)}; it should be {self.dtype} {list(self.shape)}"
             )
         item = ITEM_BYTES[self.dtype]
-        last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride, strict=True))
-        nbytes = (last + 1) * item if 0 not in tensor.shape else 0
+        nbytes = shapes.extent(tensor.shape, tensor.stride) * item
         span = Span(record.path, record.offset + tensor.offset * item, nbytes, record.identity)
         axes = [axis for axis, size in enumerate(tensor.shape) if size != 1]
-        wanted = row_major(tensor.shape)
+        wanted = shapes.row_major(tensor.shape)
         if 0 in tensor.shape or all(tensor.stride[axis] == wanted[axis] for axis in axes):
             return span
         if any(tensor.stride[axis] == 0 for axis in axes):
@@ -146,7 +145,7 @@ class _Reordered:
         format_ = _FORMATS[unit]
         found = self.span.mapped().cast(format_)
         ordered = memoryview(bytearray(self.nbytes))
-        target, target_stride = ordered.cast(format_), row_major(shape)
+        target, target_stride = ordered.cast(format_), shapes.row_major(shape)
         longest = shape.index(max(shape))
         count, step, target_step = shape[longest], stride[longest], target_stride[longest]
         outer = [range(size) if axis != longest else range(1) for axis, size in enumerate(shape)]

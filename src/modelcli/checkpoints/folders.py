@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from modelcli import record as records
-from modelcli.checkpoints import limits, strict_json
+from modelcli.checkpoints import carried, limits, strict_json
 from modelcli.checkpoints.contents import CompositeEntry, Contents, TensorEntry
 from modelcli.errors import FileFormatError, RequestError, SystemFailureError
 
@@ -52,7 +52,7 @@ def read(index: Path, read_file: Reader) -> Contents:
         if extra := next((name for name in shard.tensors if name not in weight_map), None):
             raise FileFormatError(f"{path.name} holds {extra}, which {index} does not name")
     text = metadata.get(records.SAFETENSORS_KEY)
-    record = records.from_text(text) if isinstance(text, str) else None
+    record = carried.record_in(text, str(index))
     aliases = {name: first for name, first in metadata.items() if isinstance(first, str) and name not in tensors}
     tensors |= {name: tensors[first] for name, first in aliases.items() if first in tensors}
     if record is not None:
@@ -74,7 +74,7 @@ def read(index: Path, read_file: Reader) -> Contents:
 def _index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     try:
         limits.INDEX_BYTES.check(path.stat().st_size, str(path))
-        document = strict_json.loads(path.read_bytes())
+        document = strict_json.loads(path.read_bytes(), str(path))
     except OSError as error:
         raise SystemFailureError(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:

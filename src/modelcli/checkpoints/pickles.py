@@ -11,17 +11,15 @@ import io
 import pickletools
 import re
 import struct
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from math import prod
 from typing import Any, BinaryIO
 
 from modelcli.blueprints import ITEM_BYTES, value_class
-from modelcli.checkpoints import limits
+from modelcli.checkpoints import limits, shapes
 from modelcli.checkpoints.contents import Storage, TensorEntry
 from modelcli.errors import FileFormatError, ModelcliError
-
-MAX_DIMENSIONS = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +47,7 @@ class StorageRef:
     offset: int = 0
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Opaque:
     """An object that is kept as what it was made from: `call(*args)`, then items, appended values and state."""
 
@@ -142,11 +140,26 @@ _HARMLESS = frozenset(
 
 @dataclass(frozen=True)
 class Pickle:
-    """The value of a pickle, and the names in it that are on no allow-list."""
+    """The value of a pickle, the names in it that are on no allow-list, and what may still be made of its file."""
 
     value: Any
     foreign: tuple[str, ...]
+    budget: limits.Budget
 
+
+#: What is made here, where its arguments are those that torch writes; all else is kept as a call.
+_MADE = frozenset(
+    {
+        "collections.OrderedDict",
+        "torch._utils._rebuild_tensor",
+        "torch._utils._rebuild_tensor_v2",
+        "torch._utils._rebuild_tensor_v3",
+        "torch._utils._rebuild_device_tensor_from_cpu_tensor",
+        "torch._utils._rebuild_parameter",
+        "torch._utils._rebuild_parameter_with_state",
+        "torch._tensor._rebuild_from_type_v2",
+    }
+)
 
 #: Gives the bytes of a storage by its key and dtype (None for raw bytes).
 SpanOf = Callable[[str, str | None], Storage]
@@ -176,22 +189,32 @@ _BEHIND_SHAPE = struct.Struct("<xI")
 _BEHIND_STRIDE = struct.Struct("<xIBxB3xI2xI2xI")
 #: How many opcodes are run between two looks at the limits.
 _BLOCK = 65_536
-#: Keys whose hashes a file can choose: many equal ones would make a dict as slow as a list.
-_MAX_ODD_KEYS = 10_000
+#: Each byte pays for what is made of it, and again for what is done with that: a module is made, and named.
+_TIMES = 2
+#: What a list, a dict or an object takes in a file: the least that torch.save writes for one, and what is in it.
+_CONTAINER = 16
+#: What an item of a dict takes.
+_ITEM = 32
 
 
 def _no_storages(key: str, _dtype: str | None) -> Storage:
     raise FileFormatError(f"storage {key!r} stands where none belongs")
 
 
-def read(data: bytes | BinaryIO, where: str, span_of: SpanOf = _no_storages) -> Pickle:
+def read(
+    data: bytes | BinaryIO, where: str, span_of: SpanOf = _no_storages, budget: limits.Budget | None = None
+) -> Pickle:
     """Interpret a pickle, or the next one of a stream, which then stands behind it; `where` names it.
+
+    `budget` is that of the file of which it is but a part; a pickle that is the whole of one has its own.
 
     Raises FileFormatError where it is damaged or beyond a limit.
     """
-    machine = _Machine(where, span_of)
     start = 0 if isinstance(data, bytes) else data.tell()
     text = data if isinstance(data, bytes) else data.read()
+    budget = budget or limits.Budget(where, 0, _TIMES)
+    budget.earn(len(text))
+    machine = _Machine(where, span_of, budget)
     try:
         value, end = machine.run(text)
     except ModelcliError:
@@ -200,14 +223,15 @@ def read(data: bytes | BinaryIO, where: str, span_of: SpanOf = _no_storages) -> 
         raise FileFormatError(f"{where} is damaged: {error}") from None
     if not isinstance(data, bytes):
         data.seek(start + end)
-    return Pickle(value, tuple(machine.foreign))
+    return Pickle(value, tuple(machine.foreign), budget)
 
 
 class _Machine:
     """The pickle virtual machine, with every construction inert."""
 
-    def __init__(self, where: str, span_of: SpanOf) -> None:
+    def __init__(self, where: str, span_of: SpanOf, budget: limits.Budget) -> None:
         self.where = where
+        self.budget = budget
         self.span_of = span_of
         self.stack: list[Any] = []
         self.marks: list[int] = []
@@ -218,10 +242,8 @@ class _Machine:
         self.foreign: dict[str, None] = {}
         self.storages: dict[str, StorageRef] = {}
         self.extents: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
-        self.odd_keys = 0
-        #: How many values may still be made from others, beyond the one for each opcode: a pickle that says
-        #: everything once needs fewer than it has bytes.
-        self.copies_left = 0
+        #: How often a key with a hash that a file can choose was put into a dict, by the dict and the hash.
+        self.chosen_hashes: Counter[tuple[int, int]] = Counter()
 
     def run(self, data: bytes) -> tuple[Any, int]:
         """The value of the pickle at the start of `data`, and where it ends.
@@ -231,7 +253,6 @@ class _Machine:
         """
         stack, marks = self.stack, self.marks
         position, nodes, stream = 0, 0, io.BytesIO(data)
-        self.copies_left = len(data)
         left = limits.OPCODES.value
         while left > 0:
             block = min(_BLOCK, left)
@@ -385,21 +406,25 @@ class _Machine:
             case "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8":
                 stack.append(arg)
             case "BYTEARRAY8":
-                stack.append(Opaque(Global("builtins", "bytearray"), (bytes(arg),)))
+                stack.append(self._object(Global("builtins", "bytearray"), (bytes(arg),)))
             case "SHORT_BINSTRING" | "BINSTRING" | "STRING":
                 stack.append(arg)
             case "EMPTY_LIST":
+                self.budget.spend(_CONTAINER)
                 stack.append([])
             case "EMPTY_DICT":
+                self.budget.spend(_CONTAINER)
                 stack.append({})
             case "EMPTY_SET":
-                stack.append(Opaque(Global("builtins", "set"), (), how="set"))
+                stack.append(self._object(Global("builtins", "set"), (), "set"))
             case "LIST":
                 stack.append(self._to_mark())
             case "DICT":
-                stack.append(dict(self._pairs(self._to_mark())))
+                items = self._to_mark()
+                stack.append({})
+                self._set_items(items)
             case "FROZENSET":
-                stack.append(Opaque(self._global("builtins", "frozenset"), (self._to_mark(),)))
+                stack.append(self._object(self._global("builtins", "frozenset"), (self._to_mark(),)))
             case "ADDITEMS":
                 added = self._to_mark()
                 stack[-1].appended.extend(added)
@@ -427,10 +452,10 @@ class _Machine:
                 stack.append(self._global(module, attribute))
             case "NEWOBJ":
                 args, kind = stack.pop(), stack.pop()
-                stack.append(Opaque(kind, args, how="newobj"))
+                stack.append(self._object(kind, args, "newobj"))
             case "NEWOBJ_EX":
                 kwargs, args, kind = stack.pop(), stack.pop(), stack.pop()
-                stack.append(Opaque(kind, (args, kwargs), how="newobj_ex"))
+                stack.append(self._object(kind, (args, kwargs), "newobj_ex"))
             case "BUILD":
                 state = stack.pop()
                 self._build(stack[-1], state)
@@ -456,7 +481,7 @@ class _Machine:
 
     def _set_items(self, items: list[Any]) -> None:
         target = self.stack[-1]
-        pairs = self._pairs(items)
+        pairs = self._pairs(items, target)
         if isinstance(target, dict):
             target.update(pairs)
         elif isinstance(target, Opaque):
@@ -464,18 +489,28 @@ class _Machine:
         else:
             raise FileFormatError(f"{self.where}: items are set on {_described(target)}")
 
-    def _pairs(self, items: list[Any]) -> list[tuple[Any, Any]]:
-        """Keys and values. A dict must not take ages: of keys whose hashes a file can choose there are but a few."""
+    def _pairs(self, items: list[Any], target: Any) -> list[tuple[Any, Any]]:
+        """Keys and values to be put into `target`."""
         pairs = list(zip(items[::2], items[1::2], strict=True))
         for key, _ in pairs:
-            if type(key) is str or (type(key) is int and -(2**60) < key < 2**60):
-                continue
-            if isinstance(key, tuple) and any(isinstance(part, tuple) for part in key):
-                raise ValueError("a key is a tuple of tuples")
-            self.odd_keys += 1
-            if self.odd_keys > _MAX_ODD_KEYS:
-                raise ValueError(f"more than {_MAX_ODD_KEYS:,} keys that are neither text nor a number")
+            if type(key) is not str and not (type(key) is int and -(2**60) < key < 2**60):
+                self._pay_for_key(key, target)
         return pairs
+
+    def _pay_for_key(self, key: Any, target: Any) -> None:
+        """A dict must not take ages. Where a file can choose a key's hash, each of many equal ones meets all others.
+
+        A tuple is hashed again, and compared item by item, whenever it is used.
+        """
+        length = 1
+        if isinstance(key, tuple):
+            length += len(key)
+            self.budget.spend(length)
+            if any(isinstance(part, tuple) for part in key):
+                raise ValueError("a key is a tuple of tuples")
+        place = id(target), hash(key)
+        self.chosen_hashes[place] += 1
+        self.budget.spend(length * self.chosen_hashes[place])
 
     def _global(self, module: Any, name: Any) -> Global:
         if not isinstance(module, str) or not isinstance(name, str):
@@ -492,7 +527,9 @@ class _Machine:
             raise FileFormatError(f"{self.where} is damaged: a persistent id is no tuple")
         if persistent_id[0] == "module" and isinstance(persistent_id[1], Global):
             return persistent_id[1]
-        kind, storage_class, key, _location, count, *view = persistent_id
+        # A name for all that is behind these would copy it, and a file may have a long one in many places.
+        kind, storage_class, key, _location, count = persistent_id[:5]
+        view = persistent_id[5] if len(persistent_id) > 5 else None
         if (
             kind != "storage"
             or not isinstance(storage_class, Global)
@@ -509,19 +546,24 @@ class _Machine:
             found = self.storages[key] = StorageRef(self.span_of(key, dtype), dtype, count)
         elif found.dtype != dtype:
             raise FileFormatError(f"{self.where} is damaged: storage {key!r} has two dtypes")
-        if view and view[0] is not None:
-            _, offset, size = view[0]
+        if view is not None:
+            _, offset, size = view
             return StorageRef(found.span, dtype, int(size), int(offset))
         return found
 
     def _reduce(self, function: Any, args: Any) -> Any:
         name = function.dotted if isinstance(function, Global) else ""
+        if name not in _MADE:
+            return self._object(function, args)
         match name, args:
             case "collections.OrderedDict", ():
+                self.budget.spend(_CONTAINER)
                 return OrderedDict()
             case "collections.OrderedDict", (list() as pairs,):
-                self._copy(len(pairs))
-                return OrderedDict(self._pairs([part for pair in pairs for part in _pair(pair)]))
+                self.budget.spend(_ITEM * len(pairs))
+                made = OrderedDict()
+                made.update(self._pairs([part for pair in pairs for part in _pair(pair)], made))
+                return made
             case "torch._utils._rebuild_tensor_v2", (
                 StorageRef() as storage,
                 offset,
@@ -529,9 +571,9 @@ class _Machine:
                 stride,
                 grad,
                 _hooks,
-                *metadata,
+                *_,  # a name for the rest would copy it, and a file may have long arguments in many places
             ):
-                if any(isinstance(bits, dict) and (bits.get("conj") or bits.get("neg")) for bits in metadata):
+                if any(isinstance(bits, dict) and (bits.get("conj") or bits.get("neg")) for bits in args[6:7]):
                     raise FileFormatError(
                         f"{self.where}: a tensor that is conjugated or negated only when it is read",
                         "save tensor.resolve_conj().resolve_neg() instead",
@@ -553,6 +595,7 @@ class _Machine:
                 _state,
             ):
                 # A tensor with attributes of its own, or of a class of its own: they are none of a state dict's.
+                self.budget.spend(_CONTAINER)
                 return self._reduce(inner, inner_args)
             case "torch._utils._rebuild_tensor_v3", (
                 StorageRef() as storage,
@@ -570,14 +613,20 @@ class _Machine:
                 (TensorEntry() as tensor, grad, *_),
             ):
                 return replace(tensor, requires_grad=bool(grad), is_parameter=True)
-        return Opaque(function, args)
+        return self._object(function, args)
+
+    def _object(self, call: Any, args: Any, how: str = "reduce") -> Opaque:
+        self.budget.spend(_CONTAINER)
+        return Opaque(call, args, how=how)
 
     def _tensor(
         self, storage: StorageRef, dtype: str | None, offset: Any, shape: Any, stride: Any, grad: Any
     ) -> TensorEntry:
         if dtype is None or dtype not in ITEM_BYTES or type(offset) is not int or offset < 0:
-            raise FileFormatError(f"{self.where}: a tensor of dtype {dtype}, shape {shape}, offset {offset}")
-        return self._view(storage, dtype, offset, _sizes(shape), _sizes(stride), bool(grad))
+            raise FileFormatError(f"{self.where}: a tensor of dtype {dtype} at no offset that there can be")
+        # Only numbers may be looked up by: a file can make tuples that no hash of them ends.
+        sizes, steps = shapes.sizes(sizes_in(shape), self.where), shapes.sizes(sizes_in(stride), self.where)
+        return self._view(storage, dtype, offset, sizes, steps, bool(grad))
 
     def _view(
         self,
@@ -603,20 +652,12 @@ class _Machine:
             )
         return TensorEntry(shape, dtype, stride, offset, storage.span, grad)
 
-    def _copy(self, count: int) -> None:
-        self.copies_left -= count
-        if self.copies_left < 0:
-            raise FileFormatError(f"{self.where} is damaged: it makes more values of one than it has bytes")
-
     def _extent(self, shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
         """How many elements of a storage a view spans from its first to its last; 0 for an empty one."""
-        self._copy(len(shape))
-        if len(shape) != len(stride) or min((*shape, *stride), default=0) < 0:
-            raise FileFormatError(f"{self.where}: a tensor of shape {shape} and stride {stride}")
-        last = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
-        if max(prod(size or 1 for size in shape), last, *stride) >= 2**63:
-            raise FileFormatError(f"{self.where}: a tensor of more elements than there can be: shape {shape}")
-        return last if 0 not in shape else 0
+        last = shapes.extent(shapes.shape(shape, self.where), shapes.sizes(stride, self.where))
+        if last >= 2**63:
+            raise ValueError(f"a tensor of more elements than there can be: shape {list(shape)}")
+        return last
 
     def _build(self, target: Any, state: Any) -> None:
         if (isinstance(target, OrderedDict) and isinstance(state, dict)) or isinstance(target, Opaque):
@@ -648,11 +689,8 @@ def _pair(value: Any) -> tuple[Any, Any]:
     return key, item
 
 
-def _sizes(value: Any) -> tuple[int, ...]:
+def sizes_in(value: Any) -> Any:
+    """What stands for a shape or a stride, `torch.Size` taken off."""
     if isinstance(value, Opaque) and isinstance(value.call, Global) and value.call.dotted == "torch.Size":
-        value = value.args[0]
-    if not isinstance(value, tuple) or not all(type(size) is int for size in value):
-        raise ValueError("what should be a shape is none")
-    if len(value) > MAX_DIMENSIONS:
-        raise ValueError(f"a tensor of {len(value):,} dimensions")
+        (value,) = value.args
     return value

@@ -9,8 +9,8 @@ from typing import Any
 
 from modelcli import record as records
 from modelcli.blueprints import ITEM_BYTES, Shape
-from modelcli.checkpoints import limits, strict_json
-from modelcli.checkpoints.contents import CompositeEntry, Contents, Span, TensorEntry, identity_of, row_major
+from modelcli.checkpoints import carried, limits, shapes, strict_json
+from modelcli.checkpoints.contents import CompositeEntry, Contents, Span, TensorEntry, identity_of
 from modelcli.errors import FileFormatError, SystemFailureError
 
 #: torch's dtype for each of the format's.
@@ -58,7 +58,7 @@ def read(path: Path) -> Contents:
     except OSError as error:
         raise SystemFailureError(f"cannot read {path}: {error.strerror or error}") from None
     try:
-        header = strict_json.loads(raw)
+        header = strict_json.loads(raw, f"{path}: its header")
     except (ValueError, RecursionError) as error:
         raise FileFormatError(f"{path}: the header is not what safetensors writes: {error}") from None
     metadata = header.pop("__metadata__", None) or {}
@@ -66,10 +66,7 @@ def read(path: Path) -> Contents:
         raise FileFormatError(f"{path}: __metadata__ in the header is not texts by name")
     tensors: dict[str, TensorEntry | CompositeEntry] = {}
     start, end = 8 + length, 0
-    longest = limits.NAME_BYTES.value // 4  # a character takes up to four bytes
-    for name in header:
-        if len(name) > longest:
-            limits.check_name(name, str(path))
+    limits.check_names(header, str(path))
     for name, info in sorted(header.items(), key=lambda item: _begin(item[1])):
         entry, begin, end_ = _entry(path, name, info, start, identity)
         if begin != end:
@@ -78,8 +75,7 @@ def read(path: Path) -> Contents:
         tensors[name] = entry
     if start + end != identity[0]:
         raise FileFormatError(f"{path}: the header tells of {start + end:,} bytes, the file has {identity[0]:,}")
-    text = metadata.pop(records.SAFETENSORS_KEY, None)
-    record = records.from_text(text) if text is not None else None
+    record = carried.record_in(metadata.pop(records.SAFETENSORS_KEY, None), str(path))
     aliases = {name: first for name, first in metadata.items() if first in tensors and name not in tensors}
     ordered = {name: tensors[name] for name in header} | {name: tensors[first] for name, first in aliases.items()}
     return Contents(
@@ -116,12 +112,9 @@ def _entry(
     path: Path, name: str, info: Any, start: int, identity: tuple[int, int, int]
 ) -> tuple[TensorEntry | CompositeEntry, int, int]:
     try:
-        code, shape, (begin, end) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
+        code, shape = info["dtype"], shapes.shape(info["shape"], f"{path}: {name}")
+        begin, end = shapes.sizes(info["data_offsets"], f"{path}: the offsets of {name}")
         dtype, bits = _SUB_BYTE[code] if code in _SUB_BYTE else (DTYPES[code], 8 * ITEM_BYTES[DTYPES[code]])
-        if not all(type(size) is int and 0 <= size < 2**63 for size in (*shape, begin, end)):
-            raise ValueError("a size is not a whole number below 2^63")
-        if prod(size or 1 for size in shape) >= 2**63:
-            raise ValueError("more elements than there can be")
     except (KeyError, TypeError, ValueError) as error:
         raise FileFormatError(f"{path}: the header's entry for {name!r} is wrong: {error}") from None
     nbytes, rest = divmod(prod(shape) * bits, 8)
@@ -144,4 +137,4 @@ def _entry(
 
 def _whole(shape: Shape, dtype: str, span: Span) -> TensorEntry:
     """A tensor that is all of a span."""
-    return TensorEntry(shape, dtype, row_major(shape), 0, span)
+    return TensorEntry(shape, dtype, shapes.row_major(shape), 0, span)

@@ -1,4 +1,4 @@
-"""JSON from a file, read strictly: UTF-8, and no name twice in one object."""
+"""JSON from a file, read strictly: UTF-8, no name twice in one object, and no more values than its size warrants."""
 
 from __future__ import annotations
 
@@ -7,10 +7,23 @@ import reprlib
 from collections import Counter
 from typing import Any
 
+from modelcli.checkpoints import limits
 
-def loads(data: bytes) -> Any:
-    """The value. Raises ValueError or RecursionError for what is no JSON, not UTF-8, or has a name twice."""
-    return json.loads(data.decode(), object_pairs_hook=_no_duplicates)
+#: What a list or an object takes in the header of a safetensors file, which has little else.
+_CONTAINER = 16
+
+
+def loads(data: bytes, what: str) -> Any:
+    """The value; `what` names it. Raises ValueError or RecursionError for what is no JSON, not UTF-8, or has a name
+    twice, and FileFormatError where it is made of brackets and little else."""
+    text = data.decode()
+    pay_for(text, limits.Budget(what, len(text)))
+    return json.loads(text, object_pairs_hook=_no_duplicates)
+
+
+def pay_for(text: str, budget: limits.Budget) -> None:
+    """Pay for the lists and objects of a text before they are made: one of two characters takes 30 times as much."""
+    budget.spend(_CONTAINER * (text.count("[") + text.count("{")))
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -38,12 +38,12 @@ class Archive:
     prefix: str
     entries: Mapping[str, Entry]
 
-    def pickled(self, file: BinaryIO) -> pickles.Pickle:
-        """The tree of values in it."""
+    def pickled(self, file: BinaryIO, budget: limits.Budget | None = None) -> pickles.Pickle:
+        """The tree of values in it, made on a budget of others, or one of its own."""
         data = self._small(file, "data.pkl")
         if f"{self.prefix}byteorder" in self.entries and self._small(file, "byteorder") not in (b"little", b""):
             raise FileFormatError(f"{self.where} was written on a big-endian machine", "load and save it with torch")
-        return pickles.read(data, f"{self.where}: {self.prefix}data.pkl", self.span_of)
+        return pickles.read(data, f"{self.where}: {self.prefix}data.pkl", self.span_of, budget)
 
     def notes(self) -> tuple[str, ...]:
         """What there is to tell of an archive that states no checksum of its values: damage in it is not noticed."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from modelcli import record as records
-from modelcli.checkpoints import composites, limits, pickles
+from modelcli.checkpoints import carried, composites, limits, pickles
 from modelcli.checkpoints.contents import CompositeEntry, Contents, TensorEntry
 from modelcli.errors import FileFormatError, RequestError, UnsafeError, did_you_mean
 
@@ -29,6 +29,9 @@ STATE_DICT_KEYS = (
     "params_ema",
 )
 
+#: What a name in a set takes in a file, at least.
+_NAME = 4
+
 
 def contents_of(
     path: Path,
@@ -41,21 +44,19 @@ def contents_of(
     _check_nesting(path, pickled.value)
     keys, found, chosen = _find_state_dict(path, pickled, key)
     types: dict[str, str] = {}
-    state_dict = found if isinstance(found, dict) else _tensors_of_module(path, found, types)
+    state_dict = found if isinstance(found, dict) else _tensors_of_module(path, found, types, pickled.budget)
     if not isinstance(found, dict) and not state_dict:
         raise _nothing_to_show(path, pickled)
     tensors: dict[str, TensorEntry | CompositeEntry] = {}
     extras: dict[str, Any] = {}
     known: dict[int, CompositeEntry] = {}  # one tensor may stand under several names
-    longest = limits.NAME_BYTES.value // 4  # a character takes up to four bytes
+    limits.check_names(state_dict, str(path))
     for name, item in state_dict.items():
-        if len(name) > longest:
-            limits.check_name(name, str(path))
         if isinstance(item, TensorEntry):
             tensors[name] = item
         elif composites.makes_tensor(item):
             if id(item) not in known:
-                known[id(item)] = composites.entry_of(item, f"{path}: {name}")
+                known[id(item)] = composites.entry_of(item, f"{path}: {name}", pickled.budget)
             tensors[name] = known[id(item)]
         else:
             extras[name] = item
@@ -74,7 +75,7 @@ def contents_of(
         tensors=tensors,
         extras=extras,
         metadata={name: item for name, item in metadata.items() if name != records.METADATA_KEY},
-        record=_record(record_text, metadata),
+        record=_record(path, record_text, metadata),
         tree=pickled.value if keys else None,
         key=keys or None,
         foreign=pickled.foreign,
@@ -102,7 +103,7 @@ def _listed(names: list[str]) -> str:
 
 
 #: What nothing lies in. As a tuple that is made once: a file may have 100,000 of them.
-_LEAVES = (TensorEntry, str, int, float, type(None))
+_LEAVES = (TensorEntry, str, int, float, bytes, type(None), pickles.Global, pickles.StorageRef)
 
 
 def _check_nesting(path: Path, tree: Any) -> None:
@@ -113,7 +114,7 @@ def _check_nesting(path: Path, tree: Any) -> None:
     while stack:
         depth, values = stack[-1]
         for value in values:
-            if isinstance(value, _LEAVES) or id(value) in seen:
+            if isinstance(value, _LEAVES) or value == () or id(value) in seen:
                 continue
             seen.add(id(value))
             if depth > deepest:
@@ -140,10 +141,10 @@ def _within(value: Any) -> Iterator[Any]:
                 yield from pair
 
 
-def _record(zip_text: str | None, metadata: Mapping[str, Any]) -> records.Record | None:
+def _record(path: Path, zip_text: str | None, metadata: Mapping[str, Any]) -> records.Record | None:
     """The embedded record. Where the two copies differ, the zip record wins."""
     for text in (zip_text, metadata.get(records.METADATA_KEY)):
-        if isinstance(text, str) and (record := records.from_text(text)) is not None:
+        if (record := carried.record_in(text, str(path))) is not None:
             return record
     return None
 
@@ -152,18 +153,13 @@ def _find_state_dict(
     path: Path, pickled: pickles.Pickle, key: str | None
 ) -> tuple[tuple[str, ...], Any, tuple[str, ...]]:
     """Where the state dict stands in the tree, the state dict or pickled module, and what to tell of the choice."""
-    tree = pickled.value
+    tree, search = pickled.value, _Search()
     if key is not None:
         return _at_key(path, tree, key)
-    if _is_state_dict(tree) or _is_module(tree):
+    if search.finds(tree):
         return (), tree, ()
     if isinstance(tree, dict):
-        # One value may stand under many names, and is looked at once.
-        known: dict[int, bool] = {}
-        for value in tree.values():
-            if id(value) not in known:
-                known[id(value)] = _is_state_dict(value) or _is_module(value)
-        fitting = [name for name, value in tree.items() if isinstance(name, str) and known[id(value)]]
+        fitting = [name for name, value in tree.items() if isinstance(name, str) and search.finds(value)]
         candidates = [name for name in STATE_DICT_KEYS if name in fitting]
         candidates += [name for name in fitting if name not in candidates]
         if candidates:
@@ -208,8 +204,11 @@ def _is_module(value: Any) -> bool:
     )
 
 
-def _tensors_of_module(path: Path, root: Any, types: dict[str, str]) -> dict[str, Any]:
-    """The tensors of a pickled module under the names that `state_dict()` gives them; `types` gets its classes."""
+def _tensors_of_module(path: Path, root: Any, types: dict[str, str], budget: limits.Budget) -> dict[str, Any]:
+    """The tensors of a pickled module under the names that `state_dict()` gives them; `types` gets its classes.
+
+    A module that stands at several places has its names at each, and so have all below it: each is paid for.
+    """
     found: dict[str, Any] = {}
     # Modules still to be looked at, with their prefix and what they lie in; children stand on it last first.
     stack: list[tuple[Any, str, tuple[int, ...]]] = [(root, "", ())]
@@ -218,31 +217,41 @@ def _tensors_of_module(path: Path, root: Any, types: dict[str, str]) -> dict[str
         limits.NESTING.check(len(above), f"{path}: its tree of modules")
         limits.check_name(prefix, str(path))
         if isinstance(module.call, pickles.Global):
+            budget.spend(len(module.call.name))
             types[prefix.removesuffix(".")] = module.call.name
-        hidden = _names_in_set(module.state.get("_non_persistent_buffers_set"))
+        hidden = _names_in_set(module.state.get("_non_persistent_buffers_set"), budget)
         for table in ("_parameters", "_buffers"):
-            for name, tensor in module.state[table].items():
-                if isinstance(name, str) and _is_tensor(tensor) and name not in hidden:
+            for name, tensor in _named_in(module, table, prefix, budget):
+                if _is_tensor(tensor) and name not in hidden:
                     found[prefix + name] = tensor
         inside = (*above, id(module))
         children = [
             (child, f"{prefix}{name}.", inside)
-            for name, child in module.state["_modules"].items()
-            if isinstance(name, str) and _is_module(child) and id(child) not in inside
+            for name, child in _named_in(module, "_modules", prefix, budget)
+            if _is_module(child) and id(child) not in inside
         ]
         stack += reversed(children)
-        limits.NODES.check(len(types) + len(found) + len(stack), f"{path}: its tree of modules")
     return found
 
 
-def _names_in_set(value: Any) -> set[str]:
+def _named_in(module: Any, table: str, prefix: str, budget: limits.Budget) -> Iterator[tuple[str, Any]]:
+    """What a module has under names in one of its tables, which several modules may have in common."""
+    for name, value in module.state[table].items():
+        if isinstance(name, str):
+            budget.spend(limits.ENTRY + len(prefix) + len(name))
+            yield name, value
+
+
+def _names_in_set(value: Any, budget: limits.Budget) -> set[str]:
     """The names in an inert set, however it was pickled."""
     if not isinstance(value, pickles.Opaque):
         return set()
-    args = (
-        [item for arg in value.args if isinstance(arg, list) for item in arg] if isinstance(value.args, tuple) else []
-    )
-    return {name for name in (*args, *value.appended) if isinstance(name, str)}
+    lists = [arg for arg in value.args[:1] if isinstance(arg, list)] if isinstance(value.args, tuple) else []
+    names: set[str] = set()
+    for items in (*lists, value.appended):
+        budget.spend(_NAME * len(items))
+        names.update(name for name in items if isinstance(name, str))
+    return names
 
 
 def _at_key(path: Path, tree: Any, key: str) -> tuple[tuple[str, ...], Any, tuple[str, ...]]:
@@ -259,25 +268,38 @@ def _at_key(path: Path, tree: Any, key: str) -> tuple[tuple[str, ...], Any, tupl
             raise RequestError(f"no key {key!r} in {path}", hint)
         keys, value = (*keys, step), value[step]
         rest = rest[len(step) + 1 :]
-    if rest or not (_is_state_dict(value) or _is_module(value)):
+    if rest or not _Search().finds(value):
         raise RequestError(f"what stands under the key {key!r} of {path} is not a state dict")
     return keys, value, ()
 
 
-def _is_state_dict(value: Any) -> bool:
-    """Whether it is a dict of names with a tensor in it, and none around another: an `_extra_state` may hold any."""
-    if not isinstance(value, dict) or not any(map(_is_tensor, value.values())):
-        return False
-    inner: dict[int, bool] = {}
-    for name, item in value.items():
-        if not isinstance(name, str):
+class _Search:
+    """Tells what in a tree holds tensors. One value may stand at many places, and is looked at once."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, bool] = {}
+        self._tensors: dict[int, bool] = {}
+
+    def finds(self, value: Any) -> bool:
+        """Whether a value is a state dict or a module pickled whole."""
+        if id(value) not in self._found:
+            self._found[id(value)] = _is_module(value) or self._is_state_dict(value)
+        return self._found[id(value)]
+
+    def _is_state_dict(self, value: Any) -> bool:
+        """Whether it is a dict of names with a tensor in it, and none around another: `_extra_state` may hold any."""
+        if not isinstance(value, dict) or not self._has_tensor(value):
             return False
-        if isinstance(item, dict) and not name.endswith("_extra_state"):
-            if id(item) not in inner:
-                inner[id(item)] = any(map(_is_tensor, item.values()))
-            if inner[id(item)]:
-                return False
-    return True
+        return all(
+            isinstance(name, str)
+            and (not isinstance(item, dict) or name.endswith("_extra_state") or not self._has_tensor(item))
+            for name, item in value.items()
+        )
+
+    def _has_tensor(self, value: dict[Any, Any]) -> bool:
+        if id(value) not in self._tensors:
+            self._tensors[id(value)] = any(map(_is_tensor, value.values()))
+        return self._tensors[id(value)]
 
 
 def _is_tensor(value: Any) -> bool:

@@ -16,7 +16,7 @@ from modelcli.blueprints import Shape, ancestors, parent_of
 from modelcli.checkpoints import CompositeEntry, Contents, Storage, TensorEntry
 from modelcli.checkpoints.composites import entry_of, makes_tensor
 from modelcli.checkpoints.contents import Windows
-from modelcli.checkpoints.limits import NESTING, room_for_nesting
+from modelcli.checkpoints.limits import NESTING, Budget, room_for_nesting
 from modelcli.checkpoints.pickles import Global, Opaque, OrderedDict
 from modelcli.errors import AnswerNoError, RequestError
 from modelcli.live import composites
@@ -134,7 +134,7 @@ def _real_value(name: str, value: Any, tensor: Callable[[TensorEntry], torch.Ten
         case CompositeEntry():
             return composites.real(name, value)
         case Opaque() if makes_tensor(value):
-            return composites.real(name, entry_of(value, name))
+            return composites.real(name, entry_of(value, name, Budget(name, 0)))
         case OrderedDict():
             return collections.OrderedDict((key, real(item)) for key, item in value.items())
         case dict():

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 
 from modelcli.checkpoints import Storage
 from modelcli.checkpoints.contents import Windows
+from modelcli.checkpoints.limits import Budget
 from modelcli.errors import ModelcliError, RequestError
 
 CHUNK = 8 * 1024 * 1024
+#: What a number counts as that is made a Python object and written, and one that torch works off: see `budget_of`.
+NUMBER, COUNTED = 16, 4
 
 
 class Value:
@@ -162,6 +165,23 @@ def tag_drawn(module: torch.nn.Module, build: Lazy) -> None:
             tag(tensor, Drawn(build, name, tensor.untyped_storage().nbytes()))
 
 
+def budget_of(tensors: Iterable[torch.Tensor], what: str) -> Budget:
+    """What may be made of the numbers of tensors: views can have far more elements than there are bytes in a file.
+
+    A number that is shown counts as `NUMBER`, one of statistics as `COUNTED`.
+    """
+    nbytes = {storage._cdata: storage.nbytes() for storage in map(torch.Tensor.untyped_storage, tensors)}
+    return Budget(what, sum(nbytes.values()), times=NUMBER)
+
+
+def near_windows() -> Windows:
+    """Windows for tensors that are looked at one after another: to map each of 100,000 small ones takes far longer.
+
+    What they hold stays small: the one that a tensor lies in, and no large tensors.
+    """
+    return Windows(1 << 26, longest=1 << 16, most=1)
+
+
 def is_lazy(tensor: Any) -> bool:
     """Whether a tensor has no shape yet, as those of `LazyLinear` before the first forward pass."""
     return bool(torch.nn.parameter.is_lazy(tensor))
@@ -197,10 +217,11 @@ def extent(tensor: torch.Tensor) -> int:
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True))
 
 
-def real_tensor(tensor: torch.Tensor) -> torch.Tensor:
+def real_tensor(tensor: torch.Tensor, windows: Windows | None = None) -> torch.Tensor:
     """A real tensor with the bytes of a live model's meta tensor, its shape and stride.
 
-    Of a file, the bytes from the tensor's first element to its last are mapped, and not the rest of the storage.
+    Of a file, the bytes from the tensor's first element to its last are mapped, and not the rest of the storage; with
+    `windows` they are a part of one of those.
     """
     if not tensor.is_meta:
         return tensor.detach()
@@ -212,4 +233,4 @@ def real_tensor(tensor: torch.Tensor) -> torch.Tensor:
         size = tensor.element_size()
         source, offset = source.part(offset * size, extent(tensor) * size), 0
     made = torch.empty(0, dtype=tensor.dtype)
-    return made.set_(real_storage(source), offset, tensor.size(), tensor.stride())
+    return made.set_(real_storage(source, windows), offset, tensor.size(), tensor.stride())

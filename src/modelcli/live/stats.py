@@ -13,7 +13,17 @@ import torch
 from modelcli.checkpoints import Contents, TensorEntry
 from modelcli.live import loading
 from modelcli.live.opening import Live
-from modelcli.live.sources import dtype_of, extent, is_lazy, named_tensors, real_tensor, source_of
+from modelcli.live.sources import (
+    COUNTED,
+    budget_of,
+    dtype_of,
+    extent,
+    is_lazy,
+    named_tensors,
+    near_windows,
+    real_tensor,
+    source_of,
+)
 
 #: Elements worked off at a time, holes between them counted: 8 MiB as float64.
 CHUNK = 1 << 20
@@ -44,44 +54,53 @@ def of_contents(contents: Contents, names: Sequence[str], progress: Progress = _
     entries = {name: contents.tensors[name] for name in names if name in contents.tensors}
     plain = {name: entry for name, entry in entries.items() if isinstance(entry, TensorEntry)}
     chosen = {name: entry for name, entry in plain.items() if _is_known(dtype_of(entry.dtype))}
-    return collect(loading.on_meta(Contents(contents.path, contents.format, chosen)).tensors, progress)
+    return collect(
+        loading.on_meta(Contents(contents.path, contents.format, chosen)).tensors,
+        progress,
+        f"{contents.path}: what its tensors view",
+    )
 
 
-def collect(tensors: Mapping[str, torch.Tensor], progress: Progress = _silent) -> dict[str, Statistics]:
+def collect(
+    tensors: Mapping[str, torch.Tensor], progress: Progress = _silent, what: str = "the model"
+) -> dict[str, Statistics]:
     """`min`, `max`, `mean`, `std`, `zeros`, `nan` and `inf` of each tensor, by its name.
 
     The first four are of the finite elements, the last three count elements. `std` is `torch.std`'s, with Bessel's
     correction. The statistics of complex numbers are those of their absolute values. What is not defined is None: of
     no finite element the first four, of a single one `std`, and what float64 cannot hold. Left out are tensors without
     numbers (lazy ones, meta tensors of unknown source), quantized and sparse ones, and dtypes that are no numbers to
-    torch (float4_e2m1fn_x2). What is there under several names is read once.
+    torch (float4_e2m1fn_x2). What is there under several names is read once. `what` names the model in a refusal.
     """
-    views: dict[tuple[Any, ...], torch.Tensor] = {}
+    views: dict[tuple[Any, ...], tuple[torch.Tensor, int]] = {}
     names: dict[tuple[Any, ...], list[str]] = defaultdict(list)
     for name, tensor in tensors.items():
         if _has_numbers(tensor):
-            key = (
-                tensor.untyped_storage()._cdata,
-                tensor.storage_offset(),
-                tensor.size(),
-                tensor.stride(),
-                tensor.dtype,
-            )
-            views[key] = tensor.detach()
+            key = _view_of(tensor)
+            if key not in views:
+                views[key] = _without_repeats(tensor.detach())
             names[key].append(name)
-    done, total = 0, sum(_without_repeats(view)[0].nbytes for view in views.values())
+    done, total = 0, sum(once.nbytes for once, _ in views.values())
     progress(done, total)
-    found = {}
-    for key, view in views.items():
-        once, repeats = _without_repeats(view)
+    budget, windows = budget_of((once for once, _ in views.values()), what), near_windows()
+    found: dict[str, Statistics] = {}
+    for key, (once, repeats) in views.items():
         moments = Moments()
-        for piece in _pieces(once):
-            moments = moments.merged(_moments_of(real_tensor(piece)))
+        for number, piece in enumerate(_pieces(once)):
+            # Besides its elements, a piece takes a while by itself: many may be made of few elements far apart.
+            budget.spend(COUNTED * (piece.numel() + (CHUNK // 256 if number else 0)), names[key][0])
+            more = _moments_of(real_tensor(piece, windows))
+            moments = moments.merged(more) if number else more
             done += piece.nbytes
             progress(done, total)
         for name in names[key]:
             found[name] = moments.repeated(repeats).statistics()
     return found
+
+
+def _view_of(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Equal for tensors that are the same part of the same storage."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.size(), tensor.stride(), tensor.dtype
 
 
 @dataclass(frozen=True)
@@ -123,6 +142,8 @@ class Moments:
 
     def repeated(self, times: int) -> Moments:
         """Those of the same elements so many times over."""
+        if times == 1:
+            return self
         return replace(
             self,
             count=self.count * times,
@@ -191,6 +212,8 @@ def _pieces(view: torch.Tensor) -> Iterator[torch.Tensor]:
 
 def _moments_of(piece: torch.Tensor) -> Moments:
     """The moments of a real tensor, all of it converted to float64."""
+    if piece.numel() == 1 and not piece.is_complex():
+        return _moments_of_one(piece.item())
     # A copy in any case: what follows works in place, and the bytes are a model's own.
     if piece.is_complex():
         numbers = piece.to(torch.complex128).abs().flatten()
@@ -210,6 +233,13 @@ def _moments_of(piece: torch.Tensor) -> Moments:
     mean = total / count
     m2 = numbers.sub_(mean).square_().sum().item()
     return Moments(count, low, high, mean, m2, zeros, nan, inf)
+
+
+def _moments_of_one(number: float) -> Moments:
+    """The moments of a single number: a checkpoint may have 100,000 scales, and a step of torch's takes longer."""
+    if not math.isfinite(number):
+        return Moments(nan=int(math.isnan(number)), inf=int(math.isinf(number)))
+    return Moments(1, number, number, float(number), 0.0, zeros=int(not number))
 
 
 def _range(numbers: torch.Tensor) -> tuple[float, float]:

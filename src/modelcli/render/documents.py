@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modelcli.blueprints import Blueprint, ModuleInfo, TensorInfo, Totals, repr_text, shown, totals_of
+from modelcli.blueprints import Blueprint, ModuleInfo, TensorInfo, Totals, ancestors, repr_text, shown, totals_of
 from modelcli.render.views import Column, Share, View, count, megabytes, number, percent, shape, signed, text
 
 SCHEMA = 1
@@ -231,7 +231,7 @@ def modules(
     if style == "tree":
         body = "\n".join(_tree(blueprint, path, depth) for path in _outermost(paths))
     elif style == "repr":
-        body = "\n".join(_printed(blueprint, path) for path in _outermost(paths))
+        body = "\n".join(repr_text(blueprint, path) for path in _outermost(paths))
     columns = (
         Column("path", "path", style="cyan"),
         Column("type", "type"),
@@ -255,32 +255,28 @@ def _module_row(blueprint: Blueprint, module: ModuleInfo) -> dict[str, Any]:
 
 def _outermost(paths: Sequence[str]) -> list[str]:
     """The paths that do not lie inside another one."""
-    found: list[str] = []
+    found: dict[str, None] = {}
     for path in paths:
-        if not any(not above or path == above or path.startswith(f"{above}.") for above in found):
-            found.append(path)
-    return found
-
-
-def _printed(blueprint: Blueprint, path: str) -> str:
-    return repr_text(blueprint, path)
+        if not any(above in found for above in ancestors(path)):
+            found[path] = None
+    return list(found)
 
 
 def _tree(blueprint: Blueprint, top: str, depth: int | None) -> str:
     """The modules below a path, indented with guides."""
-    lines = [_tree_label(blueprint, blueprint.by_path[top], shown(top))]
-
-    def add(path: str, guide: str) -> None:
-        children = blueprint.children.get(path, ())
-        for index, child in enumerate(children):
-            if depth is not None and child.depth > depth:
-                continue
-            last = index == len(children) - 1
-            label = _tree_label(blueprint, child, child.path.rpartition(".")[2])
-            lines.append(f"{guide}{'└── ' if last else '├── '}{label}")
-            add(child.path, guide + ("    " if last else "│   "))
-
-    add(top, "")
+    lines = []
+    # Modules still to be written: what stands before the label, and before those of the children.
+    stack = [(blueprint.by_path[top], shown(top), "", "")]
+    while stack:
+        module, name, before, guide = stack.pop()
+        lines.append(before + _tree_label(blueprint, module, name))
+        rows = [
+            (child, child.path.rpartition(".")[2], f"{guide}├── ", f"{guide}│   ")
+            for child in blueprint.children.get(module.path, ())
+            if depth is None or child.depth <= depth
+        ]
+        rows[-1:] = [(child, own, f"{guide}└── ", f"{guide}    ") for child, own, _, _ in rows[-1:]]
+        stack += reversed(rows)
     return "\n".join(lines)
 
 

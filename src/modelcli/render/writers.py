@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 FORMATS = ("table", "json", "csv", "markdown")
 MIN_FLEXIBLE = 12
+#: Characters that a column of a pipe is filled to at most.
+_MAX_FILLED = 256
 #: Rows of a long table that are written at once: an interrupt or a closed terminal is noticed after so many.
 BATCH = 100
 #: The first of the characters for private use: one terminal cell wide each, and none that means anything to Rich.
@@ -100,7 +102,8 @@ def to_plain(view: View) -> str:
         return "\n".join(safe(line) for line in view.body.split("\n")) + "\n"
     titles = [[column.title] if view.header else [] for column in view.columns]
     cells = [title + _texts(view, column) for title, column in zip(titles, view.columns, strict=True)]
-    widths = [max(map(len, texts), default=0) for texts in cells]
+    # A row of a longer text stands out: to fill all the others to its length could take gigabytes.
+    widths = [max((len(text) for text in texts if len(text) <= _MAX_FILLED), default=0) for texts in cells]
     fields = [f"%{'' if column.right else '-'}{width}s" for column, width in zip(view.columns, widths, strict=True)]
     line = "  ".join(fields)
     lines = [(line % row).rstrip() for row in zip(*cells, strict=True)]
@@ -285,7 +288,7 @@ def _filled(texts: Iterable[str], field: _Field, *, right: bool) -> list[str]:
 def _fit(view: View, widths: list[int], available: int) -> tuple[list[int], list[int], int]:
     """Which columns to show, how wide, and the gap between them: narrower gaps first, then fewer, then cut columns."""
     kept = list(range(len(widths)))
-    widths = list(widths)
+    widths = [min(width, available) for width in widths]
 
     def needed(gap: int) -> int:
         return sum(widths[index] for index in kept) + gap * (len(kept) - 1)

@@ -1,0 +1,49 @@
+"""Shapes and strides as files state them: checked here, for every format, before anything is computed from them."""
+
+from __future__ import annotations
+
+from math import prod
+
+from modelcli.blueprints import Shape
+from modelcli.checkpoints import limits
+
+
+def sizes(value: object, what: str) -> Shape:
+    """A shape, stride or offset as a tuple of numbers from 0 to below 2^63, no more of them than the limit.
+
+    Raises ValueError for anything else, and FileFormatError, with `what` for a subject, for too many.
+    """
+    if not isinstance(value, tuple | list):
+        raise ValueError("what should be a shape is none")
+    limits.DIMENSIONS.check(len(value), what)
+    if not all(type(size) is int and 0 <= size < 2**63 for size in value):
+        raise ValueError("what should be a shape is none: a size is not a whole number below 2^63")
+    return tuple(value)
+
+
+def shape(value: object, what: str) -> Shape:
+    """A shape of fewer than 2^63 elements; an axis of none counts as one of one."""
+    found = sizes(value, what)
+    if prod(size or 1 for size in found) >= 2**63:
+        raise ValueError(f"a tensor of more elements than there can be: shape {list(found)}")
+    return found
+
+
+def extent(shape: Shape, stride: Shape) -> int:
+    """How many elements of a storage a view spans from its first to its last; 0 for an empty one.
+
+    Raises ValueError where the two have not as many axes.
+    """
+    if len(shape) != len(stride):
+        raise ValueError(f"a tensor of shape {list(shape)} and stride {list(stride)}")
+    if 0 in shape:
+        return 0
+    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+
+
+def row_major(shape: Shape) -> Shape:
+    """The strides, in elements, of a contiguous tensor."""
+    stride = [1] * len(shape)
+    for axis in range(len(shape) - 2, -1, -1):
+        stride[axis] = stride[axis + 1] * max(shape[axis + 1], 1)
+    return tuple(stride)

@@ -109,7 +109,7 @@ def test_what_is_no_seed(seed: int) -> None:
     ("line", "message"),
     [
         ("freeze decoder", "edit 3, 'freeze decoder': no tensor matches 'decoder'"),
-        ("replace conv2 Conv2d(3)", "edit 3, 'replace conv2 Conv2d(3)': Conv2d(3): missing a required argument"),
+        ("replace conv2 Conv2d(3)", "edit 3, 'replace conv2 Conv2d(3)': conv2: Conv2d(3): missing a required argument"),
         ("replace conv2 Conv3d(_,_,_,groups=7)", "edit 3, 'replace conv2 Conv3d(_,_,_,groups=7)'"),
         ("rename conv1.* first.*", "Net cannot load a state dict where conv1.weight is called first.weight"),
     ],

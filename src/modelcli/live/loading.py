@@ -21,7 +21,7 @@ from modelcli.checkpoints.pickles import Global, Opaque, OrderedDict
 from modelcli.errors import AnswerNoError, RequestError
 from modelcli.live import composites
 from modelcli.live.build import Bare
-from modelcli.live.sources import dtype_of, is_lazy, named_tensors, real_storage
+from modelcli.live.sources import dtype_of, is_composite, is_lazy, named_tensors, real_storage
 from modelcli.live.twins import tagged
 
 #: How deep modules may lie in one another: PyTorch recurses into them, some frames for each level.
@@ -259,7 +259,9 @@ def _tie_again(module: nn.Module, ties: list[list[str]], loaded: Mapping[str, An
 
 
 def _place(tensor: torch.Tensor) -> tuple[int, int]:
-    """Equal for two tensors of a state dict that begin at the same byte."""
+    """Equal for two tensors of a state dict that begin at the same byte; one that is no view of bytes is itself alone."""
+    if is_composite(tensor):
+        return id(tensor), 0
     return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 

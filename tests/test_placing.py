@@ -294,3 +294,31 @@ def test_on_meta_as_for_real() -> None:
     assert repr(real.module) == repr(meta.module)
     assert [change.resolved for change in real.changes] == [change.resolved for change in meta.changes]
     assert real.inputs == meta.inputs
+
+
+def test_children_that_mean_the_same_number_are_not_renumbered(cli: Cli) -> None:
+    saved(b__01__weight=(2, 2), b__1__weight=(2, 2), b__2__weight=(2, 2))
+    assert "some here have other names" in cli("remove", "b.1", "--renumber", "-m", "bare.pth", code=2).err
+    assert "those of b have names" in cli("insert", "b.1", "ReLU", "--renumber", "-m", "bare.pth", code=2).err
+
+
+def test_before_the_last_of_numbers_with_gaps(cli: Cli) -> None:
+    saved(a__0__weight=(2, 2), a__2__weight=(2, 2), a__10__weight=(2, 2))
+    cli("insert", "a.-1", "Linear(2,2,bias=False)", "--renumber", "-m", "bare.pth", "-o", "out.pth")
+    assert keys() == ["a.0.weight", "a.2.weight", "a.10.weight", "a.11.weight"]
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
+@pytest.mark.parametrize("line", ["cast . half", "init . normal", "freeze ."])
+def test_what_is_no_dense_tensor_stays(cli: Cli, line: str) -> None:
+    torch.save({"a.weight": torch.randn(4, 4), "s.weight": torch.randn(4, 4).to_sparse()}, "bare.pth")
+    told = cli("apply", "-e", line, "-m", "bare.pth", "-o", "out.pth").err
+    assert line == "freeze ." or "s.weight" in told
+    assert torch.load("out.pth", weights_only=True)["s.weight"].is_sparse
+
+
+def test_a_hole_in_the_place_of_a_lazy_module(folder: Path) -> None:
+    model = modelcli.apply(nn.Sequential(nn.LazyLinear(4), nn.ReLU()), "replace 0 Linear(_,3)", input_size=(1, 5))
+    assert model[0].in_features == 5
+    with pytest.raises(RequestError, match="is not known"):
+        modelcli.apply(nn.Sequential(nn.LazyLinear(4)), "replace 0 Linear(_,3)")

@@ -71,7 +71,7 @@ class LoadReport:
         for word, names in (("missing", self.missing), ("unexpected", self.unexpected)):
             if names:
                 parts.append(f"{word}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}")
-        if contents.record is not None:
+        if contents.record is not None and contents.record.reference is not None:
             hint = f"{path.name} says itself which model it is: leave --arch out"
         elif strict and not self.mismatched:
             hint = "modelcli load --no-strict takes what matches"
@@ -259,7 +259,7 @@ def _tie_again(module: nn.Module, ties: list[list[str]], loaded: Mapping[str, An
 
 
 def _place(tensor: torch.Tensor) -> tuple[int, int]:
-    """Equal for two tensors of a state dict that begin at the same byte; one that is no view of bytes is itself alone."""
+    """Equal for two tensors of a state dict that begin at the same byte; what is no view of bytes is itself alone."""
     if is_composite(tensor):
         return id(tensor), 0
     return tensor.untyped_storage()._cdata, int(tensor.storage_offset())

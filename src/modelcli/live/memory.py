@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from modelcli.errors import SystemFailureError
-from modelcli.live.sources import is_lazy, named_tensors
+from modelcli.live.sources import is_composite, is_lazy, named_tensors
 
 
 def bytes_of(module: nn.Module) -> int:
@@ -16,7 +16,7 @@ def bytes_of(module: nn.Module) -> int:
     storages = {
         tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
         for tensor in named_tensors(module).values()
-        if not is_lazy(tensor)
+        if not is_lazy(tensor) and not is_composite(tensor)
     }
     return sum(storages.values())
 

@@ -36,7 +36,8 @@ def statements(page: Page, edit: Edit, before: nn.Module, after: nn.Module, seed
             gone = [name for path in paths for name in before.state_dict() if name.startswith(f"{path}.")]
             if edit.keep_weights:
                 page.helpers.setdefault(KEEP_WEIGHTS)
-                return [*_added(page, edit, paths, after, seed), *loop("key", _left(gone, after), "del state[key]")]
+                left = _left(gone, after)
+                return [*_added(page, edit, paths, after, seed), *(loop("key", left, "del state[key]") if left else [])]
             return [*loop("key", gone, "del state[key]"), *_added(page, edit, paths, after, seed)]
         case Insert():
             above, _, position = edit.path.rpartition(".")
@@ -110,7 +111,8 @@ def _added(
     for path in paths:
         prefix = f"{path}."
         if isinstance(edit, Replace) and edit.keep_weights:
-            below = f"{{key.removeprefix({quoted(prefix)}): value for key, value in state.items()}}"
+            below = f"key.removeprefix({quoted(prefix)}): value for key, value in state.items()"
+            below = f"{{{below} if key.startswith({quoted(prefix)})}}"
             lines.append(f"keep_weights({below}, new)")
         lines.append(f"state |= {{{quoted(prefix)} + key: value for key, value in new.state_dict().items()}}")
     return lines

@@ -24,7 +24,8 @@ def carry_out(module: nn.Module, edit: Cast, context: Context) -> Done:
     blueprint = describe(module)
     names = selectors.select_tensors(blueprint, edit.targets, without=edit.without)
     tensors = named_tensors(module)
-    floating = [name for name in names if tensors[name].is_floating_point()]
+    apart = [name for name in names if name not in tensors]
+    floating = [name for name in names if name in tensors and tensors[name].is_floating_point()]
     if not floating:
         raise RequestError(
             f"nothing to cast: {', '.join(edit.targets)} has no floating-point tensors",
@@ -33,6 +34,7 @@ def carry_out(module: nn.Module, edit: Cast, context: Context) -> Done:
     groups = groups_of(edit.targets, blueprint, floating)
     require_expected(edit.expect, groups)
     changes, notes = [], tie_notes(blueprint, floating, "cast")
+    notes += [f"{name} stays as it is: it is no dense tensor" for name in apart]
     for path, below in groups:
         own = {id(tensors[name]): tensors[name] for name in below}
         before = dict.fromkeys(dtype_name(tensor.dtype) for tensor in own.values())

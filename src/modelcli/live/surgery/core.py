@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +82,11 @@ def is_numbered(module: nn.Module) -> bool:
     return isinstance(module, nn.Sequential | nn.ModuleList) and list(module._modules) == [
         str(number) for number in range(len(module._modules))
     ]
+
+
+def are_numbers(names: Iterable[str]) -> bool:
+    """Whether names are numbers as PyTorch calls children, none of them twice in another spelling (`1`, `01`)."""
+    return all(name.isascii() and name.isdigit() and len(name) < 10 and str(int(name)) == name for name in names)
 
 
 def put_children(module: nn.Module, children: Mapping[str, nn.Module | None]) -> None:

@@ -36,10 +36,13 @@ DEFAULT = "default"
 
 def carry_out(module: nn.Module, edit: Init, context: Context) -> Done:
     blueprint = describe(module)
-    names = selectors.select_tensors(blueprint, edit.targets, without=edit.without)
+    selected = selectors.select_tensors(blueprint, edit.targets, without=edit.without)
+    tensors = named_tensors(module)
+    names = [name for name in selected if name in tensors]
+    if not names:
+        raise _nothing(edit)
     plan = _resets if scheme_name(edit.scheme) == DEFAULT else _fills
     drawing = plan(module, edit, blueprint, names)
-    tensors = named_tensors(module)
     filled = {id(tensors[name]): text for name, text in drawing.filled.items()}
     groups = groups_of(edit.targets, blueprint, {name for name in names if id(tensors[name]) in filled})
     require_expected(edit.expect, groups)
@@ -51,6 +54,7 @@ def carry_out(module: nn.Module, edit: Init, context: Context) -> Done:
         changes.append(Change(path, edit.name, "as it was", after, size, size))
     _draw(module, drawing, {id(tensors[name]) for name in drawing.filled}, context.seed)
     notes = [*drawing.notes, *tie_notes(blueprint, names, "drawn anew")]
+    notes += [f"{name} keeps its numbers: it is no dense tensor" for name in selected if name not in tensors]
     return Done(module, [replace(changes[0], resolved=drawing.lines), *changes[1:]], notes, context.inputs)
 
 

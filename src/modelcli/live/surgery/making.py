@@ -14,7 +14,7 @@ from modelcli.errors import RequestError
 from modelcli.expressions import HOLE, Call
 from modelcli.live import memory, modules
 from modelcli.live.build import Bare
-from modelcli.live.sources import Lazy, named_tensors, tag_drawn
+from modelcli.live.sources import Lazy, is_lazy, named_tensors, tag_drawn
 from modelcli.live.surgery import shapes
 from modelcli.live.surgery.core import Context, is_meta, submodule
 from modelcli.live.trace import flowing_into
@@ -96,8 +96,10 @@ class _Holes:
 
 
 def _attribute(old: nn.Module, name: str) -> Any:
-    """The old module's value for a constructor argument, where it is a plain one."""
+    """The old module's value for a constructor argument, where it is a plain one, and known."""
     value = getattr(old, name, None)
+    if value == 0 and any(map(is_lazy, old.parameters())):
+        return None  # a lazy module does not know its sizes yet
     if name == "bias" and (value is None or isinstance(value, torch.Tensor)):
         return value is not None if "bias" in old._parameters else None
     if isinstance(value, torch.Size):

@@ -10,7 +10,17 @@ from modelcli.edits import Add, Append, Insert
 from modelcli.errors import RequestError
 from modelcli.live.build import Bare
 from modelcli.live.describe import describe
-from modelcli.live.surgery.core import Change, Context, Done, brief, count, is_numbered, put_children, submodule
+from modelcli.live.surgery.core import (
+    Change,
+    Context,
+    Done,
+    are_numbers,
+    brief,
+    count,
+    is_numbered,
+    put_children,
+    submodule,
+)
 from modelcli.live.surgery.making import Placeholder, maker, resolved_calls
 
 Children = dict[str, nn.Module | None]
@@ -94,6 +104,8 @@ def _inserted(holder: nn.Module, path: str, word: str, new: nn.Module, *, renumb
         )
     size = len(holder._modules)
     position = _position(word, size)
+    if isinstance(holder, Bare) and word.startswith("-") and position is not None and position >= 0:
+        position = sorted(map(int, holder._modules))[position]  # its numbers have gaps
     if position is None or (position > size and not isinstance(holder, Bare)) or position < 0:
         raise RequestError(
             f"{word!r} is no position in {where}, whose children are 0 to {size - 1}"
@@ -136,7 +148,7 @@ def _appended(holder: nn.Module, path: str, new: nn.Module) -> tuple[str, Childr
 
 def _require_numbers(holder: Bare, path: str, renumber: bool) -> None:
     """Raise RequestError where the children of a module of unknown type cannot be, or are not said to be, in order."""
-    if not all(name.isascii() and name.isdigit() for name in holder._modules):
+    if not are_numbers(holder._modules):
         raise RequestError(
             f"insert takes a place among numbered children, and those of {shown(path)} have names",
             f"add {joined(path, 'NAME')} MODULE gives a child a name",

@@ -15,7 +15,17 @@ from modelcli.live import composites
 from modelcli.live.build import Bare
 from modelcli.live.describe import describe, dtype_name, floating_dtype
 from modelcli.live.inputs import Inputs
-from modelcli.live.surgery.core import Change, Context, Done, brief, count, is_numbered, put_children, submodule
+from modelcli.live.surgery.core import (
+    Change,
+    Context,
+    Done,
+    are_numbers,
+    brief,
+    count,
+    is_numbered,
+    put_children,
+    submodule,
+)
 from modelcli.live.trace import first_calls
 
 
@@ -91,12 +101,14 @@ def _picked(module: nn.Module, blueprint: Blueprint, edit: Remove) -> tuple[list
 def _take_out(holder: nn.Module, gone: dict[str, None], *, renumber: bool) -> bool:
     """Take children out. Gives whether numbered ones keep their numbers only because nothing says what they are."""
     left = {name: child for name, child in holder._modules.items() if name not in gone}
-    numbers = all(name.isascii() and name.isdigit() for name in holder._modules)
+    numbers = are_numbers(holder._modules)
     if is_numbered(holder):
         left = {str(number): child for number, child in enumerate(left.values())}
     elif isinstance(holder, Bare) and numbers and renumber:
         left = {str(int(name) - sum(int(n) < int(name) for n in gone)): child for name, child in left.items()}
     put_children(holder, left)
+    if renumber and isinstance(holder, Bare) and not numbers:
+        raise RequestError("--renumber is for children called 0, 1, 2, and some here have other names", "leave it out")
     later = numbers and any(int(name) > min(map(int, gone)) for name in left)
     return isinstance(holder, Bare) and later and not renumber
 

@@ -380,3 +380,19 @@ def test_freeze_all_but_the_head_reads_well(cli: Cli) -> None:
     lines = cli("freeze", ".", "--except", "classifier.6", "-m", "alexnet").out.splitlines()
     assert lines[0] == ".  trainable  ->  frozen except classifier.6  57,003,840 params"
     assert "trainable:   61,100,840 -> 4,097,000 (-57,003,840)" in lines
+
+
+def test_batch_statistics_are_told_where_tensors_are_picked(cli: Cli) -> None:
+    told = " ".join(cli("freeze", "**.weight", "-m", "resnet18").err.split())
+    assert "20 normalisation layers (bn1, layer1.0.bn1" in told
+    assert "1 normalisation layer (bn1) still updates" in " ".join(
+        cli("freeze", "bn1.bias", "-m", "resnet18").err.split()
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning", "ignore:.*deprecated:DeprecationWarning")
+def test_compiled_modules_are_refused() -> None:
+    model = nn.ModuleDict({"a": torch.jit.script(nn.Linear(2, 2)), "b": nn.Linear(2, 2)})
+    for line in ("replace b ReLU", "init . normal", "remove b"):
+        with pytest.raises(RequestError, match="holds compiled modules"):
+            apply(model, [edits.parse(line)])

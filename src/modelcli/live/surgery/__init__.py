@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from modelcli.edits import (
@@ -21,7 +22,7 @@ from modelcli.edits import (
     Replace,
     Unfreeze,
 )
-from modelcli.errors import ModelcliError
+from modelcli.errors import ModelcliError, RequestError
 from modelcli.live.surgery import casting, flags, initialising, placing, removing, renaming, replacing
 from modelcli.live.surgery.core import Change, Context, Done, brief, count, seed_of
 from modelcli.live.surgery.making import argument_from
@@ -62,6 +63,11 @@ def apply(
     they are made at once. All or nothing: where one raises RequestError, the module is as it was before the first,
     and the message names the edit where there are several.
     """
+    if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
+        raise RequestError(
+            f"{type(module).__name__} holds compiled modules (torch.jit), which cannot be edited",
+            "edit the model that they were compiled of",
+        )
     all_done = Done(module, inputs=inputs)
     with restored_on_error(module):
         for number, edit in enumerate(edits, first):

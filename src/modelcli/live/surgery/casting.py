@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from modelcli import selectors
-from modelcli.blueprints import FLOATING, Blueprint, shown
+from modelcli.blueprints import FLOATING, Blueprint, ancestors, shown
 from modelcli.edits import Cast
 from modelcli.errors import RequestError
 from modelcli.live.describe import describe, dtype_name, floating_dtype
@@ -115,12 +116,8 @@ def _span(view: torch.Tensor) -> tuple[int, int]:
 
 def _resolved_targets(blueprint: Blueprint, groups: Sequence[tuple[str, list[str]]]) -> list[str]:
     """Literal paths: a module where all its floating-point tensors were chosen, else the tensors one by one."""
+    there = Counter(path for t in blueprint.tensors if t.dtype in FLOATING for path in ancestors(t.name))
     found: list[str] = []
     for path, below in groups:
-        there = [t.name for t in blueprint.tensors if t.dtype in FLOATING and _is_at(t.name, path)]
-        found += [selectors.literal(path)] if len(there) == len(below) else map(selectors.literal, below)
+        found += [selectors.literal(path)] if there[path] == len(below) else map(selectors.literal, below)
     return found
-
-
-def _is_at(name: str, path: str) -> bool:
-    return not path or name == path or name.startswith(f"{path}.")

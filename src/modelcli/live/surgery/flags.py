@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -41,12 +42,13 @@ def carry_out(module: nn.Module, edit: Freeze | Unfreeze, context: Context) -> D
     changes = []
     groups = groups_of(edit.targets, blueprint, chosen)
     require_expected(edit.expect, groups)
+    there = parameters_at(blueprint)
     for path, below in groups:
         own = {id(parameters[name]): parameters[name] for name in below}
         before = _flags([p.requires_grad for p in own.values()])
         size = sum(p.numel() for p in own.values() if not is_lazy(p))
         after = "trainable" if trained else "frozen"
-        if edit.without and len(below) < parameters_at(blueprint, path):
+        if edit.without and len(below) < there[path]:
             after += f" except {', '.join(edit.without)}"
         changes.append(Change(path, edit.name, before, after, size, size))
     for tensor in tensors.values():
@@ -58,19 +60,23 @@ def carry_out(module: nn.Module, edit: Freeze | Unfreeze, context: Context) -> D
     return Done(module, [replace(changes[0], resolved=(line,)), *changes[1:]], notes, context.inputs)
 
 
-def _statistics_note(blueprint: Blueprint, names: Sequence[str]) -> list[str]:
-    """What `requires_grad` leaves as it is: layers that count batches update their statistics in train mode."""
-    tensors = (blueprint.by_name[name] for name in names)
-    counters = [
-        tensor.name
-        for tensor in tensors
-        if tensor.name.rpartition(".")[2] == "num_batches_tracked" and tensor.tied_to is None
-    ]
-    if not counters:
+def _statistics_note(blueprint: Blueprint, names: Collection[str]) -> list[str]:
+    """What `requires_grad` leaves as it is: layers with running statistics update them in train mode.
+
+    `names` are the tensors that were picked: of such a layer one is enough.
+    """
+    picked = {parent_of(name) for name in names}
+    statistics = {
+        parent_of(tensor.name): None
+        for tensor in blueprint.tensors
+        if tensor.name.rpartition(".")[2] == "running_mean" and tensor.tied_to is None
+    }
+    layers = [path for path in statistics if path in picked]
+    if not layers:
         return []
-    listed = ", ".join(shown(parent_of(name)) for name in counters[:3]) + (", ..." if len(counters) > 3 else "")
-    one = len(counters) == 1
-    update = "1 normalisation layer" if one else f"{len(counters)} normalisation layers"
+    listed = ", ".join(map(shown, layers[:3])) + (", ..." if len(layers) > 3 else "")
+    one = len(layers) == 1
+    update = "1 normalisation layer" if one else f"{len(layers)} normalisation layers"
     update += f" ({listed}) still {'updates its' if one else 'update their'} running mean and variance in train mode"
     return [f"frozen or not, {update}: call .eval() on {'it' if one else 'them'} after model.train()"]
 
@@ -78,8 +84,9 @@ def _statistics_note(blueprint: Blueprint, names: Sequence[str]) -> list[str]:
 def _resolved_targets(blueprint: Blueprint, edit: Freeze | Unfreeze, chosen: set[str]) -> list[str]:
     """Literal paths: a module where all its parameters were chosen, else the tensors one by one."""
     found: list[str] = []
+    there = parameters_at(blueprint)
     for path, below in groups_of(edit.targets, blueprint, chosen):
-        whole = len(below) == parameters_at(blueprint, path)
+        whole = len(below) == there[path]
         found += [selectors.literal(path)] if whole else map(selectors.literal, below)
     return found
 
@@ -105,10 +112,11 @@ def require_expected(expected: int | None, groups: Sequence[tuple[str, list[str]
         raise RequestError(f"{len(groups)} match, not the {expected} expected: {listed}")
 
 
-def parameters_at(blueprint: Blueprint, path: str) -> int:
-    """How many parameters a path names: its own, or those of the module at it and below."""
-    names = (tensor.name for tensor in blueprint.tensors if tensor.kind == "parameter")
-    return sum(not path or name == path or name.startswith(f"{path}.") for name in names)
+def parameters_at(blueprint: Blueprint) -> Mapping[str, int]:
+    """How many parameters each path names: its own, or those of the module at it and below."""
+    return Counter(
+        path for tensor in blueprint.tensors if tensor.kind == "parameter" for path in ancestors(tensor.name)
+    )
 
 
 def _flags(flags: Sequence[bool]) -> str:

@@ -395,4 +395,4 @@ def test_compiled_modules_are_refused() -> None:
     model = nn.ModuleDict({"a": torch.jit.script(nn.Linear(2, 2)), "b": nn.Linear(2, 2)})
     for line in ("replace b ReLU", "init . normal", "remove b"):
         with pytest.raises(RequestError, match="holds compiled modules"):
-            apply(model, [edits.parse(line)])
+            apply(model, line)

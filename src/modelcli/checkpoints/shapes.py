@@ -7,24 +7,32 @@ from math import prod
 from modelcli.blueprints import Shape
 from modelcli.checkpoints import limits
 
+_END = 2**63
+_SEQUENCES = (tuple, list)
+#: A file may have 100,000 tensors, and hardly one has more dimensions: no limit on them is looked up for these.
+_USUAL = 4
+
 
 def sizes(value: object, what: str) -> Shape:
     """A shape, stride or offset as a tuple of numbers from 0 to below 2^63, no more of them than the limit.
 
     Raises ValueError for anything else, and FileFormatError, with `what` for a subject, for too many.
     """
-    if not isinstance(value, tuple | list):
+    if not isinstance(value, _SEQUENCES):
         raise ValueError("what should be a shape is none")
-    limits.DIMENSIONS.check(len(value), what)
-    if not all(type(size) is int and 0 <= size < 2**63 for size in value):
-        raise ValueError("what should be a shape is none: a size is not a whole number below 2^63")
+    if len(value) > _USUAL:
+        limits.DIMENSIONS.check(len(value), what)
+    for size in value:
+        if type(size) is not int or not 0 <= size < _END:
+            raise ValueError("what should be a shape is none: a size is not a whole number below 2^63")
     return tuple(value)
 
 
 def shape(value: object, what: str) -> Shape:
     """A shape of fewer than 2^63 elements; an axis of none counts as one of one."""
     found = sizes(value, what)
-    if prod(size or 1 for size in found) >= 2**63:
+    elements = prod(found) if 0 not in found else prod(size or 1 for size in found)
+    if elements >= _END:
         raise ValueError(f"a tensor of more elements than there can be: shape {list(found)}")
     return found
 

@@ -391,8 +391,18 @@ def test_batch_statistics_are_told_where_tensors_are_picked(cli: Cli) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning", "ignore:.*deprecated:DeprecationWarning")
-def test_compiled_modules_are_refused() -> None:
+def test_compiled_modules_with_tensors_are_refused() -> None:
     model = nn.ModuleDict({"a": torch.jit.script(nn.Linear(2, 2)), "b": nn.Linear(2, 2)})
     for line in ("replace b ReLU", "init . normal", "remove b"):
-        with pytest.raises(RequestError, match="holds compiled modules"):
+        with pytest.raises(RequestError, match="a is a compiled module"):
             apply(model, line)
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning", "ignore:.*deprecated:DeprecationWarning")
+def test_compiled_modules_without_tensors_are_in_nobodys_way() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), torch.jit.script(nn.ReLU()))
+    with pytest.raises(RequestError, match=r"edit 2"):
+        apply(model, "freeze 0", "replace 0 Nothing")
+    assert model[0].weight.requires_grad
+    apply(model, "freeze 0", "replace 0 Linear(_,1)")
+    assert model(torch.ones(1, 2)).shape == (1, 1)

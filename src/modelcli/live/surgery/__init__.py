@@ -63,11 +63,7 @@ def apply(
     they are made at once. All or nothing: where one raises RequestError, the module is as it was before the first,
     and the message names the edit where there are several.
     """
-    if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
-        raise RequestError(
-            f"{type(module).__name__} holds compiled modules (torch.jit), which cannot be edited",
-            "edit the model that they were compiled of",
-        )
+    _require_editable(module)
     all_done = Done(module, inputs=inputs)
     with restored_on_error(module):
         for number, edit in enumerate(edits, first):
@@ -83,6 +79,16 @@ def apply(
             all_done.notes += done.notes
             all_done.inputs = done.inputs
     return all_done
+
+
+def _require_editable(module: nn.Module) -> None:
+    """Refuse compiled modules with tensors; those without any (a scripted ReLU) are in nobody's way."""
+    for path, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule) and part.state_dict():
+            raise RequestError(
+                f"{path or 'the model'} is a compiled module (torch.jit), whose tensors cannot be edited",
+                "edit the model that it was compiled of",
+            )
 
 
 __all__ = ["Change", "Done", "apply", "argument_from", "brief", "count", "seed_of"]

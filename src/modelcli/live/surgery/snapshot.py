@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from modelcli.live.sources import named_tensors
@@ -17,7 +18,8 @@ def restored_on_error(module: nn.Module) -> Iterator[None]:
 
     Holds as long as edits give a tensor other data, and write nothing into the data that it has.
     """
-    tables = [(part, dict(vars(part)), [dict(table) for table in _tables_of(part)]) for part in module.modules()]
+    parts = [part for part in module.modules() if not isinstance(part, torch.jit.ScriptModule)]  # theirs are C++
+    tables = [(part, dict(vars(part)), [dict(table) for table in _tables_of(part)]) for part in parts]
     tensors = [
         (tensor, tensor.data, tensor.requires_grad, tensor.grad if tensor.is_leaf else None)
         for tensor in named_tensors(module).values()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import pickle
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 import modelcli
 from modelcli import checkpoints
 from modelcli.blueprints import ITEM_BYTES
-from modelcli.checkpoints import Contents, TensorEntry
+from modelcli.checkpoints import Contents, TensorEntry, pickles
 from modelcli.errors import FileFormatError, ModelcliError, RequestError, UnsafeError
 from tests.conftest import Cli
 from tests.test_checkpoints import DTYPES
@@ -689,3 +690,28 @@ def test_objects_in_the_archive_of_a_tensor(folder: Path) -> None:
     with pytest.raises(UnsafeError, match=SYSTEM):
         contents.tensors["0.weight"].storage.bytes()
     assert not marker.exists()
+
+
+def test_an_enum_that_is_pickled_by_getattr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # So do some versions of Python 3.11, whatever the enum.
+    with monkeypatch.context() as patch:
+        patch.setattr(enum.Enum, "__reduce_ex__", lambda self, _: (getattr, (type(self), self._name_)))
+        folder = saved(STATE, tmp_path / "model")
+    contents = checkpoints.read(folder)
+    assert contents.foreign == ()
+    assert set(contents.tensors) == set(STATE)
+
+
+@pytest.mark.parametrize(
+    "called",
+    [
+        "cos\nsystem\nX\x04\0\0\0name",  # of a class that is no enum
+        "ctorch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING\nK\x01",  # not by a name
+    ],
+)
+def test_getattr_of_anything_else_is_foreign(tmp_path: Path, called: str) -> None:
+    inert = "ctorch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING\nX\x04\0\0\0name"
+    for order in ((called, inert), (inert, called)):
+        first, second = order
+        data = f"cbuiltins\ngetattr\nq\0({first}tR0h\0({second}tR.".encode("latin-1")
+        assert "builtins.getattr" in pickles.read(data, "data.pkl").foreign

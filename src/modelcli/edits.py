@@ -284,9 +284,9 @@ def parse(line: str) -> Edit:
 
 
 #: What a word is made of for a POSIX shell: plain characters, quoted ones, and those behind a backslash.
-_PIECE = r"""[^ \t\r\n'"\\]++|'[^']*+'|"(?:[^"\\]|\\.)*+"|\\."""
+_PIECE = r"""[^ \t\r\n'"\\]+|'[^']*'|"(?:[^"\\]|\\.)*"|\\."""
 _PIECES = re.compile(_PIECE, re.DOTALL)
-_WORD = re.compile(rf"[ \t\r\n]*+((?:{_PIECE})*+)", re.DOTALL)
+_WORD = re.compile(rf"[ \t\r\n]*((?:{_PIECE})*)", re.DOTALL)  # it always matches, and so never tries again
 
 
 def split(line: str) -> list[str]:

@@ -137,6 +137,15 @@ _HARMLESS = frozenset(
     }
 )
 
+#: What an enum is pickled by in some versions of Python 3.11: `getattr(class, name)`, with classes that may be meant.
+_GETATTR = frozenset({"builtins.getattr", "__builtin__.getattr"})
+_ENUMS = frozenset(
+    {
+        "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING",
+        "torch.distributed._shard.sharded_tensor.metadata.MEM_FORMAT_ENCODING",
+    }
+)
+
 
 @dataclass(frozen=True)
 class Pickle:
@@ -240,6 +249,7 @@ class _Machine:
         self.memo: list[Any] = []
         self.memo_by_number: dict[int, Any] = {}
         self.foreign: dict[str, None] = {}
+        self.getattr_misused = False
         self.storages: dict[str, StorageRef] = {}
         self.extents: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
         #: How often a key with a hash that a file can choose was put into a dict, by the dict and the hash.
@@ -554,6 +564,8 @@ class _Machine:
     def _reduce(self, function: Any, args: Any) -> Any:
         name = function.dotted if isinstance(function, Global) else ""
         if name not in _MADE:
+            if name in _GETATTR:
+                self._judge_getattr(name, args)
             return self._object(function, args)
         match name, args:
             case "collections.OrderedDict", ():
@@ -614,6 +626,16 @@ class _Machine:
             ):
                 return replace(tensor, requires_grad=bool(grad), is_parameter=True)
         return self._object(function, args)
+
+    def _judge_getattr(self, name: str, args: Any) -> None:
+        """`getattr` is foreign, unless all that it is called for are members of enums, by their names."""
+        match args:
+            case Global() as kind, str() if kind.dotted in _ENUMS:
+                if not self.getattr_misused:
+                    self.foreign.pop(name, None)
+            case _:
+                self.getattr_misused = True
+                self.foreign[name] = None
 
     def _object(self, call: Any, args: Any, how: str = "reduce") -> Opaque:
         self.budget.spend(_CONTAINER)

@@ -16,6 +16,7 @@ from modelcli.live import memory, surgery, twins
 from modelcli.live.describe import describe
 from modelcli.live.opening import open_live
 from modelcli.live.sources import named_tensors, real_tensor
+from modelcli.live.surgery.storages import tied
 from modelcli.references import Source
 from tests.conftest import Cli
 
@@ -406,3 +407,81 @@ def test_compiled_modules_without_tensors_are_in_nobodys_way() -> None:
     assert model[0].weight.requires_grad
     apply(model, "freeze 0", "replace 0 Linear(_,1)")
     assert model(torch.ones(1, 2)).shape == (1, 1)
+
+
+# --- ties that storages show ---------------------------------------------------------------------------------------
+
+
+class Transposed(nn.Module):
+    """An autoencoder: the decoder's weight is the encoder's, the other way round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(4, 3)
+        self.decoder = nn.Linear(3, 4)
+        self.decoder.weight = nn.Parameter(self.encoder.weight.detach().t())
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_view_is_a_tie(device: str) -> None:
+    model = Transposed() if device == "cpu" else twins.build_on_meta(Transposed)
+    with pytest.raises(RequestError, match=r"decoder\.weight is tied to encoder\.weight"):
+        apply(model, "replace decoder Linear(3,4)")
+    assert model.decoder.weight.untyped_storage()._cdata == model.encoder.weight.untyped_storage()._cdata
+    apply(model, "replace decoder Linear(3,4) --untie")
+    assert model.decoder.weight.untyped_storage()._cdata != model.encoder.weight.untyped_storage()._cdata
+
+
+def test_drawing_a_view_is_told() -> None:
+    model = Transposed()
+    done = surgery.apply(model, [edits.parse("init encoder normal")])
+    assert done.notes == ["encoder.weight is one tensor with decoder.weight: that is drawn anew too"]
+    assert torch.equal(model.decoder.weight, model.encoder.weight.t())
+
+
+def test_neighbours_in_one_storage_are_not_tied() -> None:
+    flat = torch.arange(24.0)
+    model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 3, bias=False))
+    model[0].weight = nn.Parameter(flat[:12].view(4, 3))
+    model[1].weight = nn.Parameter(flat[12:].view(3, 4))
+    assert tied(model) == [["0.weight"], ["1.weight"]]
+    apply(model, "replace 1 Linear(4,2)")
+    assert torch.equal(model[0].weight, flat[:12].view(4, 3))
+
+
+def test_groups_of_tied_tensors() -> None:
+    flat = torch.arange(10.0)
+    model = nn.Module()
+    for name, view in {"a": flat[6:], "b": flat[:4], "c": flat[3:6], "d": flat[8:9], "e": flat[:0]}.items():
+        model.register_parameter(name, nn.Parameter(view))
+    model.f = model.b
+    assert sorted(tied(model)) == [["a", "d"], ["b", "c", "f"], ["e"]]
+
+
+# --- flags that cannot be set --------------------------------------------------------------------------------------
+
+
+def with_whole_numbers() -> nn.Sequential:
+    model = small()
+    model[0].codes = nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False)
+    return model
+
+
+def test_whole_numbers_stay_frozen() -> None:
+    model = with_whole_numbers()
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    frozen = surgery.apply(model, [edits.parse("freeze .")])
+    thawed = surgery.apply(model, [edits.parse("unfreeze .")])
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
+    assert [change.resolved for change in (*frozen.changes, *thawed.changes)] == [("freeze .",), ("unfreeze .",)]
+    assert thawed.notes == ["0.codes stays frozen: int8 cannot be trained"]
+    with pytest.raises(RequestError, match=r"no parameters that can be trained: 0\.codes is int8"):
+        apply(model, "unfreeze 0.codes")
+
+
+def test_what_is_no_dense_tensor_keeps_its_flag(cli: Cli, folder: Path) -> None:
+    state = {"a.weight": nn.Parameter(torch.ones(2, 2)), "a.mask": nn.Parameter(torch.eye(2).to_sparse())}
+    torch.save(state, folder / "bare.pth")
+    told = cli("freeze", ".", "-m", "bare.pth", "-o", "out.pth").err
+    assert "a.mask stays trainable: it is no dense tensor" in " ".join(told.split())
+    assert [t["trainable"] for t in cli("params", "out.pth", "--json").json["tensors"]] == [False, True]

@@ -102,7 +102,14 @@ def _start(folder: Path, program: str, *words: str) -> subprocess.Popen[bytes]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        preexec_fn=None if os.name == "nt" else _heed_signals,
     )
+
+
+def _heed_signals() -> None:
+    """A job in the background inherits that some are ignored; at a terminal they are not."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def _finish(process: subprocess.Popen[bytes]) -> None:
@@ -124,11 +131,15 @@ def kill_repeatedly(folder: Path, out: str, *, times: int, seed: int) -> Report:
         assert process.stdout is not None
         process.stdout.readline()
         time.sleep(moments.uniform(0, 0.05))
-        while process.poll() is None:
+        for _ in range(5):
             process.send_signal(signals[number % 3])
             # Python loses what a handler raises while a generator is being closed: as a person would, ask again.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=5)
+                break
+        else:
+            process.kill()
+            report.broken.append(f"kill {number} by {signals[number % 3].name}: it did not end")
         process.communicate()
         found = digest(folder / out)
         report.old += found == digests[0]

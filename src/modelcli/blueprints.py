@@ -100,6 +100,11 @@ class TensorInfo:
         return self.elements * ITEM_BYTES[self.dtype] if self.stored_bytes is None else self.stored_bytes
 
     @property
+    def is_differentiable(self) -> bool:
+        """Whether torch lets it have a gradient, and so be trained: whole numbers have none."""
+        return self.dtype.startswith(("float", "bfloat", "complex"))
+
+    @property
     def identity(self) -> str:
         """One name for all the names of a tied tensor."""
         return self.name if self.tied_to is None else self.tied_to  # a name may be empty

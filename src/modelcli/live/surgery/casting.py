@@ -14,10 +14,10 @@ from modelcli.blueprints import FLOATING, Blueprint, ancestors, shown
 from modelcli.edits import Cast
 from modelcli.errors import RequestError
 from modelcli.live.describe import describe, dtype_name, floating_dtype
-from modelcli.live.sources import converted, extent, is_lazy, named_tensors
-from modelcli.live.surgery.core import Change, Context, Done, tie_notes
-from modelcli.live.surgery.flags import groups_of, require_expected
-from modelcli.live.surgery.storages import has_storage, view_anew, viewers
+from modelcli.live.sources import converted, is_lazy, named_tensors
+from modelcli.live.surgery.core import Change, Context, Done, names_of_one, tie_notes
+from modelcli.live.surgery.picking import groups_of, require_expected
+from modelcli.live.surgery.storages import byte_span, has_storage, view_anew, viewers
 
 
 def carry_out(module: nn.Module, edit: Cast, context: Context) -> Done:
@@ -34,7 +34,7 @@ def carry_out(module: nn.Module, edit: Cast, context: Context) -> Done:
         )
     groups = groups_of(edit.targets, blueprint, floating)
     require_expected(edit.expect, groups)
-    changes, notes = [], tie_notes(blueprint, floating, "cast")
+    changes, notes = [], tie_notes(names_of_one(blueprint), floating, "cast")
     notes += [f"{name} stays as it is: it is no dense tensor" for name in apart]
     for path, below in groups:
         own = {id(tensors[name]): tensors[name] for name in below}
@@ -94,8 +94,8 @@ def _require_conversion(before: torch.dtype, after: torch.dtype, name: str) -> N
 
 def _refuse_overlap(part: Sequence[torch.Tensor], others: Iterable[torch.Tensor], names: Mapping[int, str]) -> None:
     """Raise RequestError where tensors that are converted and tensors that are not show the same bytes."""
-    spans = [(*_span(view), True, names[id(view)]) for view in part if view.numel()]
-    spans += [(*_span(view), False, names[id(view)]) for view in others if view.numel()]
+    spans = [(*byte_span(view), True, names[id(view)]) for view in part if view.numel()]
+    spans += [(*byte_span(view), False, names[id(view)]) for view in others if view.numel()]
     furthest: dict[bool, tuple[int, str]] = {True: (0, ""), False: (0, "")}
     for start, end, converts, name in sorted(spans):
         reached, other = furthest[not converts]
@@ -106,12 +106,6 @@ def _refuse_overlap(part: Sequence[torch.Tensor], others: Iterable[torch.Tensor]
                 f"name both: {inside} {outside}",
             )
         furthest[converts] = max(furthest[converts], (end, name))
-
-
-def _span(view: torch.Tensor) -> tuple[int, int]:
-    """The bytes of its storage that a tensor lies in: the first, and the one after the last."""
-    start = int(view.storage_offset())
-    return start * view.element_size(), (start + extent(view)) * view.element_size()
 
 
 def _resolved_targets(blueprint: Blueprint, groups: Sequence[tuple[str, list[str]]]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -105,21 +105,27 @@ def submodule(module: nn.Module, path: str) -> nn.Module:
     return module
 
 
-def tie_notes(blueprint: Blueprint, names: Collection[str], done: str) -> list[str]:
-    """What there is to tell where an edit of some tensors is one of others as well, since they are the same.
+def tie_notes(groups: Iterable[Sequence[str]], names: Collection[str], done: str) -> list[str]:
+    """What there is to tell where an edit of some tensors is one of others as well, since they are tied.
 
-    `names` are those that were picked, and `done` is what became of them: `frozen`.
+    `groups` are the names of tensors that are one for this edit, `names` those that were picked, and `done` is what
+    became of them: `frozen`.
     """
-    everywhere: dict[str, list[str]] = {}
-    for tensor in blueprint.tensors:
-        everywhere.setdefault(tensor.identity, []).append(tensor.name)
     told = []
-    for group in everywhere.values():
+    for group in groups:
         picked = [name for name in group if name in names]
         others = [name for name in group if name not in names]
         if picked and others:
             told.append(f"{picked[0]} is one tensor with {', '.join(others)}: that is {done} too")
     return told if len(told) <= 3 else [*told[:3], f"{len(told) - 3} more tensors are {done} under other names too"]
+
+
+def names_of_one(blueprint: Blueprint) -> list[list[str]]:
+    """All names of each tensor, tied ones together: what has one flag and one dtype. Views are tensors of their own."""
+    everywhere: dict[str, list[str]] = {}
+    for tensor in blueprint.tensors:
+        everywhere.setdefault(tensor.identity, []).append(tensor.name)
+    return list(everywhere.values())
 
 
 def brief(module: nn.Module) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -14,7 +14,8 @@ from modelcli.edits import Freeze, Unfreeze
 from modelcli.errors import RequestError
 from modelcli.live.describe import describe
 from modelcli.live.sources import is_lazy
-from modelcli.live.surgery.core import Change, Context, Done, tie_notes
+from modelcli.live.surgery.core import Change, Context, Done, names_of_one, tie_notes
+from modelcli.live.surgery.picking import groups_of, require_expected
 
 
 def carry_out(module: nn.Module, edit: Freeze | Unfreeze, context: Context) -> Done:
@@ -28,21 +29,20 @@ def carry_out(module: nn.Module, edit: Freeze | Unfreeze, context: Context) -> D
             )
     names = selectors.select_tensors(blueprint, edit.targets, without=edit.without)
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    chosen = {name for name in names if name in parameters}
+    possible = [name for name in parameters if blueprint.by_name[name].is_differentiable]
+    chosen = set(names).intersection(possible)
     if not chosen:
+        whole_numbers = next((blueprint.by_name[name] for name in names if name in parameters), None)
+        why = "" if whole_numbers is None else f" that can be trained: {whole_numbers.name} is {whole_numbers.dtype}"
         raise RequestError(
-            f"nothing to {edit.name}: {', '.join(edit.targets)} has no parameters",
+            f"nothing to {edit.name}: {', '.join(edit.targets)} has no parameters{why}",
             "modelcli params shows where they are",
         )
     tensors = {id(parameters[name]): parameters[name] for name in chosen}
-    if trained:
-        for name in chosen:
-            if not (parameters[name].is_floating_point() or parameters[name].is_complex()):
-                raise RequestError(f"{name} is {parameters[name].dtype}: only floating-point tensors can be trained")
     changes = []
     groups = groups_of(edit.targets, blueprint, chosen)
     require_expected(edit.expect, groups)
-    there = parameters_at(blueprint)
+    there = _count_at(possible)
     for path, below in groups:
         own = {id(parameters[name]): parameters[name] for name in below}
         before = _flags([p.requires_grad for p in own.values()])
@@ -53,8 +53,9 @@ def carry_out(module: nn.Module, edit: Freeze | Unfreeze, context: Context) -> D
         changes.append(Change(path, edit.name, before, after, size, size))
     for tensor in tensors.values():
         tensor.requires_grad = trained  # the method is not for parameters without a shape
-    line = str(type(edit)(targets=tuple(_resolved_targets(blueprint, edit, chosen))))
-    notes = tie_notes(blueprint, chosen, "trainable" if trained else "frozen")
+    line = str(type(edit)(targets=tuple(_resolved_targets(groups, there))))
+    notes = tie_notes(names_of_one(blueprint), chosen, "trainable" if trained else "frozen")
+    notes += _left_note(blueprint, names, chosen, trained)
     if not trained:
         notes += _statistics_note(blueprint, names)
     return Done(module, [replace(changes[0], resolved=(line,)), *changes[1:]], notes, context.inputs)
@@ -81,42 +82,29 @@ def _statistics_note(blueprint: Blueprint, names: Collection[str]) -> list[str]:
     return [f"frozen or not, {update}: call .eval() on {'it' if one else 'them'} after model.train()"]
 
 
-def _resolved_targets(blueprint: Blueprint, edit: Freeze | Unfreeze, chosen: set[str]) -> list[str]:
+def _resolved_targets(groups: Sequence[tuple[str, list[str]]], there: Mapping[str, int]) -> list[str]:
     """Literal paths: a module where all its parameters were chosen, else the tensors one by one."""
     found: list[str] = []
-    there = parameters_at(blueprint)
-    for path, below in groups_of(edit.targets, blueprint, chosen):
+    for path, below in groups:
         whole = len(below) == there[path]
         found += [selectors.literal(path)] if whole else map(selectors.literal, below)
     return found
 
 
-def groups_of(targets: Sequence[str], blueprint: Blueprint, chosen: Collection[str]) -> list[tuple[str, list[str]]]:
-    """The chosen tensors by the outermost module or tensor that a target names: one row each."""
-    tops: dict[str, list[str]] = {}
-    named: set[str] = set()
-    for target in targets:
-        selector = selectors.parse(target)
-        named |= selectors.matched_modules(selector, blueprint)
-    for name in blueprint.by_name:
-        if name in chosen:
-            holders = [path for path in list(ancestors(name))[1:] if path in named]
-            tops.setdefault(holders[-1] if holders else name, []).append(name)
-    return list(tops.items())
+def _count_at(names: Iterable[str]) -> Mapping[str, int]:
+    """How many of these tensors each path names: the tensor itself, and the modules above it."""
+    return Counter(path for name in names for path in ancestors(name))
 
 
-def require_expected(expected: int | None, groups: Sequence[tuple[str, list[str]]]) -> None:
-    """Raise RequestError where `--expect` names another number than that of the groups."""
-    if expected is not None and len(groups) != expected:
-        listed = ", ".join(shown(path) for path, _ in groups[:5]) + (", ..." if len(groups) > 5 else "")
-        raise RequestError(f"{len(groups)} match, not the {expected} expected: {listed}")
-
-
-def parameters_at(blueprint: Blueprint) -> Mapping[str, int]:
-    """How many parameters each path names: its own, or those of the module at it and below."""
-    return Counter(
-        path for tensor in blueprint.tensors if tensor.kind == "parameter" for path in ancestors(tensor.name)
-    )
+def _left_note(blueprint: Blueprint, names: Sequence[str], chosen: Collection[str], trained: bool) -> list[str]:
+    """The parameters that were picked and whose flag stays: whole numbers, and what is no dense tensor."""
+    left = [info for name in names if name not in chosen and (info := blueprint.by_name[name]).kind == "parameter"]
+    left = [info for info in left if info.requires_grad is (not trained)]
+    if not left:
+        return []
+    first, more = left[0], f" (and {len(left) - 1} more)" if len(left) > 1 else ""
+    why = "it is no dense tensor" if first.is_differentiable else f"{first.dtype} cannot be trained"
+    return [f"{first.name}{more} stays {'frozen' if trained else 'trainable'}: {why}"]
 
 
 def _flags(flags: Sequence[bool]) -> str:

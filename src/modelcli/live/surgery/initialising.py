@@ -25,8 +25,8 @@ from modelcli.live.build import Bare
 from modelcli.live.describe import describe, dtype_name
 from modelcli.live.sources import Drawn, Lazy, is_lazy, named_tensors
 from modelcli.live.surgery.core import Change, Context, Done, tie_notes
-from modelcli.live.surgery.flags import groups_of, require_expected
-from modelcli.live.surgery.storages import copied, has_storage, key_of, view_anew, viewers
+from modelcli.live.surgery.picking import groups_of, require_expected
+from modelcli.live.surgery.storages import copied, has_storage, key_of, tied, view_anew, viewers
 from modelcli.live.twins import meta_twin, seeded
 
 #: Layers that start at weight 1 and bias 0, whatever scheme the layers around them get.
@@ -53,7 +53,7 @@ def carry_out(module: nn.Module, edit: Init, context: Context) -> Done:
         after = min((filled[key] for key in own), key=drawing.texts.index)
         changes.append(Change(path, edit.name, "as it was", after, size, size))
     _draw(module, drawing, {id(tensors[name]) for name in drawing.filled}, context.seed)
-    notes = [*drawing.notes, *tie_notes(blueprint, names, "drawn anew")]
+    notes = [*drawing.notes, *tie_notes(tied(module), names, "drawn anew")]
     notes += [f"{name} keeps its numbers: it is no dense tensor" for name in selected if name not in tensors]
     return Done(module, [replace(changes[0], resolved=drawing.lines), *changes[1:]], notes, context.inputs)
 

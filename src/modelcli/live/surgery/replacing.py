@@ -18,7 +18,7 @@ from modelcli.live.describe import describe
 from modelcli.live.sources import Computed, is_lazy, named_tensors, real_tensor
 from modelcli.live.surgery.core import Change, Context, Done, brief, count, places, submodule
 from modelcli.live.surgery.making import maker, resolved_calls
-from modelcli.live.surgery.storages import copied, has_storage, view_anew, viewers
+from modelcli.live.surgery.storages import copied, has_storage, tied, view_anew, viewers
 
 
 @dataclass(frozen=True)
@@ -105,11 +105,11 @@ def _parted(module: nn.Module, targets: Sequence[_Target]) -> list[_Parting]:
         if len(target.paths) == len(target.everywhere)
         for path in target.paths
     }
-    holders: dict[int, dict[int | None, str]] = {}
-    for name, tensor in named_tensors(module).items():
-        index = next((whole[path] for path in ancestors(parent_of(name)) if path in whole), None)
-        holders.setdefault(id(tensor), {}).setdefault(index, name)
-    for names in holders.values():
+    for group in tied(module):
+        names: dict[int | None, str] = {}
+        for name in group:
+            index = next((whole[path] for path in ancestors(parent_of(name)) if path in whole), None)
+            names.setdefault(index, name)
         replaced = [index for index in names if index is not None]
         if len(names) > 1 and replaced:
             name = names[replaced[0]]

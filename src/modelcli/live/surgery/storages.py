@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from modelcli.errors import ModelcliError
-from modelcli.live.sources import AnySource, is_lazy, named_tensors, real_storage, source_of
+from modelcli.live.sources import AnySource, extent, is_lazy, named_tensors, real_storage, source_of
 from modelcli.live.twins import tagged
 
 
@@ -29,6 +29,35 @@ def viewers(module: nn.Module) -> dict[int, list[torch.Tensor]]:
         if has_storage(tensor):
             found.setdefault(key_of(tensor), {})[id(tensor)] = tensor
     return {key: list(tensors.values()) for key, tensors in found.items()}
+
+
+def byte_span(view: torch.Tensor) -> tuple[int, int]:
+    """The bytes of its storage that a tensor lies in: the first, and the one after the last."""
+    start = int(view.storage_offset())
+    return start * view.element_size(), (start + extent(view)) * view.element_size()
+
+
+def tied(module: nn.Module) -> list[list[str]]:
+    """The names of tensors that are one, or that show some of the same bytes: a group for each, in their order.
+
+    Tensors that lie side by side in one storage are not tied; what has no storage of its own is tied to itself alone.
+    """
+    tensors = named_tensors(module)
+    groups: dict[object, list[str]] = {}
+    by_storage: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        if has_storage(tensor) and tensor.numel():
+            by_storage.setdefault(key_of(tensor), []).append(name)
+        else:
+            groups.setdefault(id(tensor), []).append(name)
+    for key, names in by_storage.items():
+        reached, number = 0, 0
+        for (start, end), name in sorted((byte_span(tensors[name]), name) for name in names):
+            number += start >= reached  # behind all before it: the next group
+            reached = max(reached, end)
+            groups.setdefault((key, number), []).append(name)
+    order = {name: position for position, name in enumerate(tensors)}
+    return [sorted(names, key=order.__getitem__) for names in groups.values()]
 
 
 def view_anew(tensors: Sequence[torch.Tensor], source: AnySource, dtype: torch.dtype | None = None) -> None:

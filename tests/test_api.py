@@ -15,6 +15,7 @@ import modelcli
 from modelcli.edits import Freeze, Replace
 from modelcli.errors import RequestError, SystemFailureError
 from modelcli.expressions import Call
+from modelcli.live.surgery import making
 from tests import nets
 
 
@@ -35,6 +36,28 @@ def small() -> nn.Sequential:
 
 
 # --- apply ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_is_real_in_part_gets_real_modules() -> None:
+    model = small()
+    model[0] = nn.Linear(4, 8, device="meta")
+    modelcli.apply(model, "replace 3 Linear(_,10)", "append . Linear(10,2)")
+    torch.manual_seed(2)
+    assert torch.equal(model[4].weight, nn.Linear(10, 2).weight)
+    assert [name for name, p in model.named_parameters() if p.is_meta] == ["0.weight", "0.bias"]
+
+
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="a second device is needed")
+def test_new_modules_go_where_the_model_is() -> None:
+    model = small().to(torch.accelerator.current_accelerator())
+    modelcli.apply(model, "replace 3 Linear(_,10)", "append . Linear(10,2)")
+    assert {p.device for p in model.parameters()} == {model[0].weight.device}
+
+
+def test_the_place_of_a_new_module_says_its_dtype_and_device() -> None:
+    place = making._Place(training=False, dtype=torch.float16, device=torch.device("meta"))
+    new = place.settle(nn.Linear(2, 2))
+    assert (new.weight.device.type, new.weight.dtype, new.training) == ("meta", torch.float16, False)
 
 
 def test_it_is_plain_pytorch() -> None:
@@ -90,14 +113,14 @@ def test_an_input_fills_holes(size: Any) -> None:
     assert model[2].weight.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("size", ["1,x", (), (1, "3"), (1, -3), ((1, 3), 4), [()], [[1.0]]])
+@pytest.mark.parametrize("size", ["1,x", (), (1, "3"), (1, -3), ((1, 3), 4), [()], [[1.0]], 5, True, {1: 2}])
 def test_what_is_no_input(size: Any) -> None:
     with pytest.raises(RequestError, match=r"input size|input_size"):
         modelcli.apply(small(), "freeze 0", input_size=size)
 
 
-@pytest.mark.parametrize("seed", [-1, 2**63])
-def test_what_is_no_seed(seed: int) -> None:
+@pytest.mark.parametrize("seed", [-1, 2**63, "a", 1.5, True, None])
+def test_what_is_no_seed(seed: Any) -> None:
     with pytest.raises(RequestError, match="seed"):
         modelcli.apply(small(), "freeze 0", seed=seed)
 

@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 import modelcli
+from modelcli import edits, writing
 from modelcli.errors import AnswerNoError, FileFormatError, RequestError, UnsafeError
-from modelcli.live import zoo
+from modelcli.live import planning, zoo
 from modelcli.live.opening import open_live
 from modelcli.live.sources import named_tensors, real_tensor
 from modelcli.references import Source
+from modelcli.writing import Care
 from tests import nets
 from tests.conftest import Cli
 
@@ -472,9 +474,9 @@ def test_a_record_imports_nothing(cli: Cli, folder: Path, reference: str, where:
     if where == "reference":
         evil = replace(record, reference=reference)
     elif "(" in reference and not reference.startswith("resnet18"):
-        evil = replace(record, edits=(f"replace 0 {reference}",), edit_count=1)
+        evil = replace(record, edits=(f"replace 0 {reference}",), numbers=(1,), edit_count=1)
     else:
-        evil = replace(record, edits=("replace 0 Sequential(trap:Net())",), edit_count=1)
+        evil = replace(record, edits=("replace 0 Sequential(trap:Net())",), numbers=(1,), edit_count=1)
     plan = planning.plan(open_live(Source("out.pth")), Path("evil.pth"), "pth")
     writing.write(replace(plan, record=to_text(evil)), Path("evil.pth"), writing.Care(force=True))
     for words in (("freeze", ".", "-m", "evil.pth"), ("load", "evil.pth"), ("save", "x.pth", "-m", "evil.pth")):
@@ -578,3 +580,35 @@ def test_metadata_of_safetensors_is_not_that_of_modules(cli: Cli, folder: Path) 
     own.format = nn.BatchNorm1d(2)
     own.load_state_dict(torch.load("bare.pth", weights_only=True))
     assert "--key x is for training checkpoints" in cli("params", "f.safetensors", "--key", "x", code=2).err
+
+
+NOISE = """
+import torch
+from torch import nn
+
+class Noise(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.register_buffer("noise", torch.randn(size), persistent=False)
+
+    def forward(self, x):
+        return x + self.noise
+"""
+
+
+def test_what_is_in_no_file_is_drawn_again_as_it_was(folder: Path) -> None:
+    """An edit of many matches is many lines of a record, and one that changes nothing is none: numbers stay."""
+    (folder / "own.py").write_text(NOISE)
+    live = open_live(Source("Sequential(ReLU(),Linear(4,4),ReLU(),Dropout())"))
+    for line in ("replace **:ReLU GELU()", "cast . float32", "replace 3 own:Noise(4)", "replace 1 Linear(4,4)"):
+        live.apply([edits.parse(line)])
+    plan = planning.plan(live, folder / "out.pth", "pth")
+    writing.write(plan, folder / "out.pth", Care())
+    loaded = modelcli.load(folder / "out.pth", trust=True)
+    torch.manual_seed(3)
+    assert torch.equal(loaded[3].noise, torch.randn(4))
+    again = open_live(Source(str(folder / "out.pth"), trust=True))
+    assert torch.equal(real_tensor(again.module[3].noise), loaded[3].noise)
+    again.apply([edits.parse("init 1 normal --bias normal")])
+    torch.manual_seed(5)
+    assert torch.equal(real_tensor(again.module[1].weight), torch.randn(4, 4))

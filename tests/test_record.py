@@ -24,6 +24,8 @@ RECORD = Record(
     blueprint=TIED,
     input_size=((1, 3), (2,)),
     input_dtype=("int64", "float32"),
+    numbers=(1, 3),
+    edit_count=4,
 )
 records = st.builds(
     Record,
@@ -35,7 +37,7 @@ records = st.builds(
     blueprints,
     st.none() | st.lists(st.lists(sizes, max_size=3).map(tuple), max_size=2).map(tuple),
     st.lists(texts, max_size=2).map(tuple),
-)
+).map(lambda record: replace(record, numbers=tuple(range(3, 3 + len(record.edits))), edit_count=9))
 
 
 @given(records)
@@ -53,6 +55,7 @@ def test_what_the_record_holds() -> None:
     assert document["weights"] == "IMAGENET1K_V1"
     assert document["seed"] == 7
     assert document["edits"] == ["replace head Linear(4,11,bias=False)", "freeze norm"]
+    assert (document["numbers"], document["edit_count"]) == ([1, 3], 4)
     assert document["frozen"] == ["norm.weight", "norm.bias"]
     assert document["input_size"] == [[1, 3], [2]]
     assert [tensor["name"] for tensor in document["blueprint"]["tensors"]] == [info.name for info in TIED.tensors]

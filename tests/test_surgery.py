@@ -141,7 +141,7 @@ def test_holes_take_what_flows_in() -> None:
     norms = {path: module for path, module in live.module.named_modules() if isinstance(module, nn.GroupNorm)}
     plain = {t.name: t.shape for t in open_live(Source("resnet18")).describe().tensors if t.name.endswith("weight")}
     assert {f"{path}.weight": (norm.num_channels,) for path, norm in norms.items()}.items() <= plain.items()
-    assert live.edits[0] == "replace bn1 GroupNorm(32,64)"
+    assert live.edits[0] == (1, "replace bn1 GroupNorm(32,64)")
 
 
 def test_holes_in_nested_modules() -> None:

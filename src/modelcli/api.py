@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from modelcli import edits as edit_lines
 from modelcli.blueprints import Blueprint
@@ -74,8 +74,8 @@ def apply(
     parameters, their values and flags.
     """
     made = edit_lines.parse_all((f"edit {number}", line) for number, line in enumerate(edits, 1))
-    if not 0 <= seed < 2**63:
-        raise RequestError(f"seed {seed} is not a whole number from 0 to 2^63 - 1")
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise RequestError(f"seed {seed!r} is not a whole number from 0 to 2^63 - 1")
     shapes = None if input_size is None else _shapes(input_size)
     from modelcli.live import opening
 
@@ -119,13 +119,14 @@ def _reference(path: str | os.PathLike[str]) -> str:
     return text
 
 
-def _shapes(given: str | Sequence[int] | Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+def _shapes(given: object) -> tuple[tuple[int, ...], ...]:
     """One shape for each input. Raises RequestError for what is none."""
     if isinstance(given, str):
         return (parse_input_size(given),)
-    if all(isinstance(item, int) for item in given):
-        given = cast("Sequence[Sequence[int]]", [given])
-    shapes = tuple(tuple(shape) if isinstance(shape, Sequence) else () for shape in given)
+    several: Sequence[object] = given if isinstance(given, Sequence) else ()
+    if all(isinstance(item, int) for item in several):
+        several = [several]
+    shapes = tuple(tuple(shape) if isinstance(shape, Sequence) else () for shape in several)
     if not shapes or not all(shape and all(type(n) is int and n >= 0 for n in shape) for shape in shapes):
         raise RequestError(f"input_size {given!r} is no shape", "write (1, 3, 224, 224), batch included")
     return shapes

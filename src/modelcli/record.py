@@ -27,8 +27,8 @@ class Record:
 
     `reference` is None where the architecture was never known. `weights` is torchvision's name of the numbers the
     model started with. `frozen` are the names of the parameters that are not trained. An edit of many matches is many
-    lines in `edits`; `edit_count` says how many edits they were, and so which number the next one has, which decides
-    its random numbers.
+    lines in `edits`; `numbers` says of each which edit it came of, and `edit_count` how many there were: the number of
+    an edit decides what it draws.
     """
 
     reference: str | None
@@ -39,6 +39,7 @@ class Record:
     blueprint: Blueprint
     input_size: tuple[tuple[int, ...], ...] | None = None
     input_dtype: tuple[str, ...] = ()
+    numbers: tuple[int, ...] = ()
     edit_count: int = 0
 
     def parsed_edits(self) -> list[Edit]:
@@ -56,6 +57,7 @@ def to_text(record: Record) -> str:
         "frozen": list(record.frozen),
         "input_size": record.input_size,
         "input_dtype": list(record.input_dtype),
+        "numbers": list(record.numbers),
         "edit_count": record.edit_count,
         "blueprint": blueprints.to_json(record.blueprint),
     }
@@ -83,6 +85,7 @@ def from_text(text: str) -> Record | None:
             blueprint=blueprints.from_json(document["blueprint"]),
             input_size=_sizes(document.get("input_size")),
             input_dtype=_texts(document.get("input_dtype") or []),
+            numbers=_numbers(document.get("numbers", [*range(1, len(edits) + 1)]), len(edits)),
             edit_count=_count(document.get("edit_count", len(edits))),
         )
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError, RequestError):
@@ -99,6 +102,12 @@ def _count(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
         raise ValueError("a count was expected")
     return value
+
+
+def _numbers(values: object, count: int) -> tuple[int, ...]:
+    if not isinstance(values, list) or len(values) != count:
+        raise ValueError("a number for each edit was expected")
+    return tuple(map(_count, values))
 
 
 def _optional_text(value: object) -> str | None:

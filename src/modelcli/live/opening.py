@@ -30,9 +30,9 @@ class Live:
     """A model on the meta device, where it comes from, and what was done to it.
 
     `architecture` is None for a bare checkpoint; `edits` are those since the architecture's reference, as lines with
-    selectors and `_` resolved. `drawn` says that numbers will be drawn at random when they are needed. `report` says
-    how a checkpoint's keys fitted; `record` is the file's own account, where that was followed. `opened_with` are the
-    parameters that it had when it was opened.
+    selectors and `_` resolved, each with the number of its edit. `drawn` says that numbers will be drawn at random when
+    they are needed. `report` says how a checkpoint's keys fitted; `record` is the file's own account, where that was
+    followed. `opened_with` are the parameters that it had when it was opened.
     """
 
     module: nn.Module
@@ -40,7 +40,7 @@ class Live:
     architecture: Architecture | None
     contents: Contents | None = None
     inputs: Inputs | None = None
-    edits: list[str] = field(default_factory=list)
+    edits: list[tuple[int, str]] = field(default_factory=list)
     changes: list[Change] = field(default_factory=list)
     report: LoadReport | None = None
     record: Record | None = None
@@ -62,15 +62,18 @@ class Live:
 
         Without `trusted` an edit that would run code other than torch's and torchvision's is refused.
         """
-        first = self.edit_count + 1
-        done = apply(self.module, edits, seed=self.seed, first=first, inputs=self.inputs, trusted=trusted)
+        numbers = self.next_numbers(len(edits))
+        done = apply(self.module, edits, seed=self.seed, numbers=numbers, inputs=self.inputs, trusted=trusted)
         self.module, self.inputs = done.module, done.inputs
         self.edit_count += len(edits)
-        for change in done.changes:
-            self.edits += change.resolved
+        self.edits += done.lines
         self.changes += done.changes
         self.notes += done.notes
         return done.changes
+
+    def next_numbers(self, count: int) -> range:
+        """What so many further edits count as."""
+        return range(self.edit_count + 1, self.edit_count + 1 + count)
 
 
 def open_live(source: Source, *, report_only: bool = False) -> Live:
@@ -156,13 +159,11 @@ class _Opening:
         module = self.base.on_meta(seed) if self.base else loading.bare_module(self._contents())
         live = Live(module, self.source, self.base, self.contents, record=self.record, notes=self.notes, seed=seed)
         if self.record is not None and self.base is not None:
-            told = len(live.notes)
-            live.apply(self.record.parsed_edits(), trusted=self.source.trust)
-            live.changes.clear()
-            del live.notes[told:]  # what the edits had to say was said when they were made
-            module = live.module
+            # What the edits have to tell was told when they were made.
+            module = self._follow_edits(module, seed)
+            live.module = module
         if self.record is not None:
-            live.edits = list(self.record.edits)
+            live.edits = list(zip(self.record.numbers, self.record.edits, strict=True))
             live.edit_count = self.record.edit_count
         if self.contents is not None and self.base is not None:
             live.report = loading.load(module, loading.on_meta(self.contents))
@@ -184,15 +185,21 @@ class _Opening:
         # A file brings all the numbers: nothing has to be downloaded for it.
         module = self.base.real(live.seed, weights=self.contents is None)
         if self.record is not None:
-            # live() has been through the same edits, and has refused what is not trusted.
-            module = apply(module, self.record.parsed_edits(), seed=live.seed, first=1).module
+            module = self._follow_edits(module, live.seed)
         if self.contents is not None:
             loading.load(module, loading.mapped(self.contents))
         if self.record is not None:
             set_frozen(module, self.record.frozen)
-        done = apply(module, edits, seed=live.seed, first=live.edit_count + 1, inputs=live.inputs)
+        numbers = live.next_numbers(len(edits))
+        done = apply(module, edits, seed=live.seed, numbers=numbers, inputs=live.inputs)
         live.apply(edits)
         return done.module, live
+
+    def _follow_edits(self, module: nn.Module, seed: int) -> nn.Module:
+        """The edits of the record, carried out on its architecture."""
+        assert self.record is not None
+        edits, trusted = self.record.parsed_edits(), self.source.trust
+        return apply(module, edits, seed=seed, numbers=self.record.numbers, trusted=trusted).module
 
     def _contents(self) -> Contents:
         assert self.contents is not None

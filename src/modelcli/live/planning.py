@@ -164,7 +164,8 @@ def record_of(live: Live, folder: Path) -> Record:
         weights=base.weights if base is not None else None,
         seed=live.seed,
         edit_count=live.edit_count,
-        edits=tuple(live.edits),
+        edits=tuple(line for _, line in live.edits),
+        numbers=tuple(number for number, _ in live.edits),
         frozen=frozen,
         blueprint=traced(live),
         input_size=live.inputs.shapes if live.inputs is not None and _is_stated(live) else None,
@@ -175,7 +176,7 @@ def record_of(live: Live, folder: Path) -> Record:
 def _is_stated(live: Live) -> bool:
     """Whether what the model takes cannot be told from its reference: somebody said it, or `extract` changed it."""
     recorded = live.record.input_size if live.record is not None else None
-    extracted = any(line.startswith(f"{Extract.name} ") for line in live.edits)
+    extracted = any(line.startswith(f"{Extract.name} ") for _, line in live.edits)
     return extracted or live.source.input_size is not None or recorded is not None
 
 

@@ -53,11 +53,11 @@ def apply(
     edits: Sequence[Edit],
     *,
     seed: int = 0,
-    first: int = 1,
+    numbers: Sequence[int] | None = None,
     inputs: Inputs | None = None,
     trusted: bool = True,
 ) -> Done:
-    """Carry out edits in order; `first` is the number of the first one, which decides its random numbers.
+    """Carry out edits in order. `numbers`, else 1, 2, 3, are what they count as, which decides what each draws.
 
     On a meta module new modules are made on meta and drawn for real when their numbers are asked for; on a real one
     they are made at once. All or nothing: where one raises RequestError, the module is as it was before the first,
@@ -66,16 +66,18 @@ def apply(
     _require_editable(module)
     all_done = Done(module, inputs=inputs)
     with restored_on_error(module):
-        for number, edit in enumerate(edits, first):
+        for position, edit in enumerate(edits):
+            number = position + 1 if numbers is None else numbers[position]
             context = Context(seed_of(seed, number), all_done.inputs, trusted)
             try:
                 done = _CARRY_OUT[type(edit)](all_done.module, edit, context)
             except ModelcliError as error:
                 if len(edits) > 1:
-                    error.message = f"edit {number - first + 1}, {str(edit)!r}: {error.message}"
+                    error.message = f"edit {position + 1}, {str(edit)!r}: {error.message}"
                 raise
             all_done.module = done.module
             all_done.changes += done.changes
+            all_done.lines += [(number, line) for change in done.changes for line in change.resolved]
             all_done.notes += done.notes
             all_done.inputs = done.inputs
     return all_done

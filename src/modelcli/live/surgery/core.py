@@ -13,7 +13,7 @@ from modelcli import expressions
 from modelcli.blueprints import Blueprint
 from modelcli.errors import RequestError
 from modelcli.live.build import Bare
-from modelcli.live.sources import is_lazy, named_tensors
+from modelcli.live.sources import is_composite, is_lazy, named_tensors
 
 if TYPE_CHECKING:
     from modelcli.live.inputs import Inputs
@@ -49,13 +49,15 @@ class Context:
 class Done:
     """What edits came to: the model, which is another module after `extract`, and the input that it takes now.
 
-    `inputs` is None where nobody knows what it takes.
+    `inputs` is None where nobody knows what it takes. `lines` are the edits as what they were resolved to, each with
+    its number.
     """
 
     module: nn.Module
     changes: list[Change] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     inputs: Inputs | None = None
+    lines: list[tuple[int, str]] = field(default_factory=list)
 
 
 def seed_of(seed: int, number: int) -> int:
@@ -65,8 +67,8 @@ def seed_of(seed: int, number: int) -> int:
 
 def is_meta(module: nn.Module) -> bool:
     """Whether a model lives on the meta device: its numbers are made, or read, when they are asked for."""
-    tensors = [tensor for tensor in named_tensors(module).values() if not is_lazy(tensor)]
-    return any(tensor.is_meta for tensor in tensors)
+    tensors = [tensor for tensor in named_tensors(module).values() if not is_lazy(tensor) and not is_composite(tensor)]
+    return bool(tensors) and all(tensor.is_meta for tensor in tensors)
 
 
 def places(module: nn.Module) -> dict[int, list[str]]:

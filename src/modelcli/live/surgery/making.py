@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -133,16 +134,18 @@ def maker(
     """What makes the new modules of one edit: all drawn from one generator, in order."""
     # A dtype that the expression itself states is taken at its word.
     own_dtype = any(expressions.gives(call, "dtype") for call in calls)
-    settings = [(None if own_dtype else _dtype_near(module, old, path), old.training) for old, path in targets]
+    places = [_place(module, old, path, own_dtype=own_dtype) for old, path in targets]
+
+    def settled(news: Sequence[nn.Module]) -> list[nn.Module]:
+        return [place.settle(new) for place, new in zip(places, news, strict=True)]
 
     def for_real() -> list[nn.Module]:
         with seeded(context.seed):
             made = [modules.make(call, trusted=context.trusted) for call in calls]
-        return [_settled(new, *setting) for new, setting in zip(made, settings, strict=True)]
+        return settled(made)
 
     def on_meta() -> list[nn.Module]:
-        made = [_on_meta(call, path, context) for call, (_, path) in zip(calls, targets, strict=True)]
-        made = [_settled(new, *setting) for new, setting in zip(made, settings, strict=True)]
+        made = settled([_on_meta(call, path, context) for call, (_, path) in zip(calls, targets, strict=True)])
         memory.require(sum(map(memory.bytes_of, made)), str(calls[0]))
         holder = nn.ModuleList(made)
         tag_drawn(holder, Lazy(lambda: nn.ModuleList(for_real())))
@@ -164,19 +167,30 @@ def _on_meta(call: Call, path: str, context: Context) -> nn.Module:
         raise
 
 
-def _settled(new: nn.Module, dtype: torch.dtype | None, training: bool) -> nn.Module:
-    if dtype is not None and any(
-        tensor.is_floating_point() and tensor.dtype != dtype for tensor in named_tensors(new).values()
-    ):
-        new = new.to(dtype)
-    return new.train(training)
+@dataclass(frozen=True)
+class _Place:
+    """What a new module is to be like: the mode of what was there; the dtype and device of tensors near by, if any."""
+
+    training: bool
+    dtype: torch.dtype | None = None
+    device: torch.device | None = None
+
+    def settle(self, new: nn.Module) -> nn.Module:
+        """The new module, like this; one that is on meta, or goes among modules there, stays on the device it is on."""
+        tensors = named_tensors(new).values()
+        if self.dtype is not None and any(t.is_floating_point() and t.dtype != self.dtype for t in tensors):
+            new = new.to(self.dtype)
+        if self.device is not None and any(not t.is_meta for t in tensors):
+            new = new.to(self.device)
+        return new.train(self.training)
 
 
-def _dtype_near(module: nn.Module, old: nn.Module, path: str) -> torch.dtype | None:
-    """The floating dtype of the old module, else of its nearest relative with parameters."""
+def _place(module: nn.Module, old: nn.Module, path: str, *, own_dtype: bool) -> _Place:
+    """The place of an old module: it decides by its first floating-point tensor, else its nearest relative does."""
     for above in ancestors(path):
         relative = submodule(module, above)
         for tensor in (*old.parameters(), *old.buffers(), *relative.parameters()):
             if tensor.dtype.is_floating_point:
-                return tensor.dtype
-    return None
+                device = None if tensor.is_meta else tensor.device
+                return _Place(old.training, None if own_dtype else tensor.dtype, device)
+    return _Place(old.training)

@@ -284,3 +284,34 @@ def test_where_the_architecture_is_known_it_is_refused(cli: Cli) -> None:
     result = cli("rename", "classifier.6.*", "head.*", "-m", "alexnet", "--json", code=2)
     assert result.error["message"] == "AlexNet cannot load a state dict where classifier.6.weight is called head.weight"
     assert "load the result with --arch" in result.error["hint"]
+
+
+def test_a_new_module_keeps_its_version_when_its_keys_are_renamed(cli: Cli, folder: Path) -> None:
+    torch.save(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 3)).state_dict(), folder / "bare.pth")
+    lines = ("replace 1 BatchNorm1d(3)", "rename '0.**' 'first.**'", "rename '1.**' 'norm.**'")
+    words = [word for line in lines for word in ("-e", line)]
+    cli("apply", *words, "-m", "bare.pth", "-o", "out.pth")
+    metadata = torch.load(folder / "out.pth", weights_only=True)._metadata
+    assert metadata["norm"] == {"version": nn.BatchNorm1d._version}
+    assert metadata["first"] == {"version": nn.Linear._version}
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        ("freeze .", "b.w a.w scale b.v a.v"),
+        ("cast a float16", "b.w a.w scale b.v a.v"),
+        ("rename a.** c.d.**", "b.w c.d.w scale b.v c.d.v"),
+        ("rename a.w a.x", "b.w a.x scale b.v a.v"),
+        ("remove a", "b.w scale b.v"),
+        ("add n Linear(2,2)", "b.w a.w scale b.v a.v n.weight n.bias"),
+        ("add b.n Linear(2,2)", "b.w a.w scale b.v b.n.weight b.n.bias a.v"),
+        ("replace a Linear(2,2)", "b.w scale b.v a.weight a.bias"),
+    ],
+)
+def test_keys_stay_in_the_order_of_their_file(cli: Cli, folder: Path, line: str, wanted: str) -> None:
+    keys = ("b.w", "a.w", "scale", "b.v", "a.v")
+    state = {key: nn.Parameter(torch.full((2,), float(number))) for number, key in enumerate(keys)}
+    torch.save(state, folder / "bare.pth")
+    cli("apply", "-e", line, "-m", "bare.pth", "-o", "out.pth")
+    assert list(torch.load(folder / "out.pth", weights_only=True)) == wanted.split()

@@ -149,12 +149,14 @@ def _python_object(reference: PythonObject, folder: Path) -> Architecture:
 class Bare(nn.Module):
     """A module of a checkpoint without an architecture: it has a path and tensors, and no known type.
 
-    `origin` is its path in the file, wherever edits have moved it; None for one that stands for none there.
+    `origin` is its path in the file, wherever edits have moved it; None for one that stands for none there. `version`
+    is that of the class that a new module had before its keys were renamed: its state dict says it.
     """
 
     def __init__(self, origin: str | None = None) -> None:
         super().__init__()
         self.origin = origin
+        self.version: int | None = None
 
     def forward(self, *_args: Any) -> torch.Tensor:
         raise NotImplementedError("a checkpoint without an architecture cannot run")

@@ -323,9 +323,10 @@ def metadata_of(module: nn.Module, contents: Contents) -> dict[str, Any]:
     taken = set()
     for path, child in module.named_modules(remove_duplicate=False):
         taken.add(path)
-        if not isinstance(child, Bare):
-            known[path] = {"version": child._version}
-        elif child.origin is not None:
+        version = child.version if isinstance(child, Bare) else child._version
+        if version is not None:
+            known[path] = {"version": version}
+        elif isinstance(child, Bare) and child.origin is not None:
             places[child.origin].append(path)
     found: dict[str, Any] = {path: entry for path, entry in contents.metadata.items() if not path}
     for path, entry in contents.metadata.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from modelcli.errors import RequestError
 from modelcli.live import composites, loading, memory, trace
 from modelcli.live.describe import describe, dtype_name
 from modelcli.live.opening import Live
-from modelcli.live.sources import Value, is_composite, is_lazy, real_tensor, source_of
+from modelcli.live.sources import Value, is_composite, is_lazy, named_tensors, real_tensor, source_of
 from modelcli.record import Record
 from modelcli.references import PythonObject
 from modelcli.writing import Plan, PlannedTensor
@@ -36,7 +36,8 @@ def plan(live: Live, out: Path, kind: str, *, bare: bool = False) -> Plan:
     tensors: dict[str, PlannedTensor] = {}
     extras: dict[str, Any] = {}
     values: dict[object, Value] = {}
-    for name, value in state.items():
+    for name in _in_order(live, state):
+        value = state[name]
         planned = partial(_planned, name, kind=kind, values=values)
         if not isinstance(value, torch.Tensor):
             extras[name] = _inert(name, value, planned)
@@ -64,6 +65,25 @@ def plan(live: Live, out: Path, kind: str, *, bare: bool = False) -> Plan:
         key,
         {} if contents is None else contents.texts,
     )
+
+
+def _in_order(live: Live, names: Iterable[str]) -> list[str]:
+    """The order in which tensors are written: PyTorch's, or of a file without an architecture its own.
+
+    There a renamed key stays where it was, and a new one stands behind the one that is before it in its module.
+    """
+    if live.architecture is not None or live.contents is None:
+        return list(names)
+    positions = {name: position for position, name in enumerate((*live.contents.tensors, *live.contents.extras))}
+    of_tensors = {id(tensor): positions[name] for name, tensor in reversed(live.opened_with.items())}
+    tensors = named_tensors(live.module)
+    found: dict[str, int] = {}
+    last = -1
+    for name in names:
+        was = live.opened_with.get(name)
+        moved = None if name in tensors and tensors[name] is was else of_tensors.get(id(tensors.get(name)))
+        found[name] = last = positions.get(name, last) if moved is None else moved
+    return sorted(found, key=found.__getitem__)
 
 
 def _belongs(name: str, value: Any) -> bool:

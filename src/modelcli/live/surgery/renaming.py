@@ -76,14 +76,17 @@ def _check(names: Mapping[str, str], moved: Sequence[str]) -> None:
 
 
 def _keep_origins(before: nn.Module, after: Bare, names: Mapping[str, str]) -> None:
-    """Tell the modules of the new tree which ones of the file they are, as far as the names of their tensors show."""
-    old_modules, new_modules = dict(before.named_modules()), dict(after.named_modules())
-    found: dict[str, str | None] = {}
+    """Tell the modules of the new tree which ones they were, as far as the names of their tensors show."""
+    old_modules, new_modules = dict(before.named_modules(remove_duplicate=False)), dict(after.named_modules())
+    found: dict[str, nn.Module] = {}
     for name, new in names.items():
         for path, new_path in _places(name, new):  # where they differ, the first tensor decides
-            found.setdefault(new_path, getattr(old_modules[path], "origin", None))
-    for path, origin in found.items():
-        new_modules[path].origin = origin
+            found.setdefault(new_path, old_modules[path])
+    for path, old in found.items():
+        renamed = new_modules[path]
+        assert isinstance(renamed, Bare)
+        renamed.origin = old.origin if isinstance(old, Bare) else None
+        renamed.version = old.version if isinstance(old, Bare) else old._version
 
 
 def _places(name: str, new: str) -> list[tuple[str, str]]:

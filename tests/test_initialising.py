@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import init
 
 import modelcli
+from modelcli import expressions
 from modelcli.errors import RequestError
 from modelcli.live.surgery import seed_of
 from tests import nets
@@ -281,3 +282,35 @@ def test_seeds(cli: Cli, folder: Path) -> None:
         cli("init", ".", "normal", "-m", "Linear(3,2)", "--seed", seed, "-o", f"{name}.pth")
     assert Path("a.pth").read_bytes() == Path("b.pth").read_bytes()
     assert not torch.equal(torch.load("a.pth")["weight"], torch.load("c.pth")["weight"])
+
+
+@pytest.mark.parametrize("scheme", ["trunc_normal(0,0.02,1,2)", "trunc_normal(5,1,-1000,1)", "trunc_normal(a=50,b=60)"])
+def test_a_distribution_that_nearly_nothing_is_drawn_from(scheme: str) -> None:
+    with pytest.raises(RequestError, match=r"lies .* standard deviations from the mean"):
+        modelcli.apply(nn.Linear(4, 4), f"init . {scheme}")
+
+
+@pytest.mark.parametrize(
+    "scheme", ["trunc_normal(0,0.02)", "trunc_normal(0,1,1.5,4)", "trunc_normal(0,0.02,-0.04,0.04)"]
+)
+def test_distributions_that_numbers_are_drawn_from(scheme: str) -> None:
+    model, plain = nn.Linear(100, 100), nn.Linear(100, 100)
+    modelcli.apply(model, f"init weight {scheme}")
+    torch.manual_seed(1)
+    nn.init.trunc_normal_(plain.weight, *expressions.parse(scheme).args)
+    assert torch.equal(model.weight, plain.weight)
+
+
+def test_a_normalisation_of_ones_own_is_told(cli: Cli, folder: Path) -> None:
+    (folder / "own.py").write_text(
+        "import torch\nfrom torch import nn\n\n"
+        "class MyRMSNorm(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n        self.weight = nn.Parameter(torch.ones(4))\n"
+        "    def forward(self, x):\n        return x * self.weight\n\n"
+        "def net():\n    return nn.Sequential(nn.Linear(4, 4), MyRMSNorm(), nn.Linear(4, 4), MyRMSNorm())\n"
+    )
+    told = " ".join(cli("init", ".", "normal", "-m", "own.py:net").err.split())
+    assert "MyRMSNorm is no normalisation layer of torch.nn, but is called like one: normal went into 1.weight;" in told
+    assert "--except '**:MyRMSNorm' leaves them as they are" in told
+    quiet = " ".join(cli("init", ".", "normal", "--except", "**:MyRMSNorm", "-m", "own.py:net").err.split())
+    assert "called like one" not in quiet

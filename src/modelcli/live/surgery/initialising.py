@@ -195,7 +195,32 @@ def scheme_of(call: Call) -> Scheme:
     except TypeError as error:
         raise RequestError(f"{call}: {error}", shown_signature) from None
     text = expressions.to_text(Call(name, call.args, call.kwargs)).removesuffix("()")
+    if name == "trunc_normal":
+        _require_hits(text, signature.bind(*call.args, **call.kwargs))
     return Scheme(text, shown_signature, function, call.args, call.kwargs)
+
+
+#: How many numbers torch may have to draw for one that `trunc_normal` keeps.
+_MOST_DRAWS = 100
+
+
+def _require_hits(text: str, arguments: inspect.BoundArguments) -> None:
+    """Raise RequestError for a truncated normal distribution that torch would draw from for hours.
+
+    It draws evenly from [a, b] and keeps what falls below the density, as a share of the highest one there. With the
+    mean d standard deviations outside, and the interval w of them wide, about one number in d * w does.
+    """
+    arguments.apply_defaults()
+    mean, std, a, b = (arguments.arguments[name] for name in ("mean", "std", "a", "b"))
+    if not all(isinstance(number, int | float) for number in (mean, std, a, b)) or not std:
+        return  # torch says itself what is wrong
+    outside = max(a - mean, mean - b) / abs(std)
+    if outside > 1 and outside * (b - a) / abs(std) > _MOST_DRAWS:
+        raise RequestError(
+            f"{text} finds next to nothing: [{a}, {b}] lies {outside:.3g} standard deviations from the mean {mean}",
+            f"a and b bound the numbers themselves: trunc_normal({mean},{std},{mean - 2 * std:g},{mean + 2 * std:g}) "
+            "cuts at two standard deviations",
+        )
 
 
 _ONES, _ZEROS = Call("ones"), Call("zeros")
@@ -307,7 +332,7 @@ def _leave_out_refused(parts: _Sorted, tensors: Mapping[str, torch.Tensor], weig
 
 
 def _notes(module: nn.Module, parts: _Sorted, edit: Init) -> list[str]:
-    notes = _kept_notes(parts.kept)
+    notes, scheme = _kept_notes(parts.kept), scheme_of(edit.scheme).text
     if parts.normalised:
         layers = len({parent_of(name) for name in parts.normalised})
         notes.append(
@@ -318,14 +343,33 @@ def _notes(module: nn.Module, parts: _Sorted, edit: Init) -> list[str]:
     if unsure:
         notes.append(
             f"{_listed(unsure)} may belong to normalisation layers, which the file does not say: "
-            f"{edit.scheme} went into them; --except leaves them as they are, --arch names the architecture"
+            f"{scheme} went into them; --except leaves them as they are, --arch names the architecture"
+        )
+    own = {
+        type(holder).__name__: name
+        for name in reversed(parts.weights)
+        if _is_called_norm(holder := _holder(module, name))
+    }
+    for kind, name in own.items():
+        notes.append(
+            f"{kind} is no normalisation layer of torch.nn, but is called like one: {scheme} went into {name}; "
+            f"--except '**:{kind}' leaves them as they are"
         )
     return notes
 
 
+def _holder(module: nn.Module, name: str) -> nn.Module:
+    return module.get_submodule(parent_of(name))
+
+
+def _is_called_norm(module: nn.Module) -> bool:
+    """Whether a class that no scheme spares calls itself a normalisation."""
+    return "norm" in type(module).__name__.lower() and not isinstance(module, NORMALISATIONS)
+
+
 def _may_normalise(module: nn.Module, name: str) -> bool:
     """Whether a tensor of a module of unknown type could be the weight of a LayerNorm: its bias has the same length."""
-    holder = module.get_submodule(parent_of(name))
+    holder = _holder(module, name)
     weight, bias = (holder._parameters.get(own) for own in ("weight", "bias"))
     if not isinstance(holder, Bare) or not name.endswith("weight") or weight is None or bias is None:
         return False

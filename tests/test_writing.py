@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickletools
 import stat
 import struct
 import warnings
@@ -236,6 +237,21 @@ def test_oracle_torch_save(tmp_path: Path) -> None:
 
 
 # --- what stands around and beside the state dict ------------------------------------------------------------------
+
+
+def test_tensors_come_to_the_opcodes_of_torch_save(tmp_path: Path) -> None:
+    """So a reader that knows these takes a whole tensor in one step, and the Python one shares what is the same."""
+    sizes = [(2, 3), (7,), (1, 300), (70_000, 1), (1, 2, 3, 4, 5)] * 80
+    state = {f"layers.{number}.weight": torch.zeros(size) for number, size in enumerate(sizes)}
+    ours, theirs = write(plan_of(state), tmp_path / "ours.pth"), saved(tmp_path / "theirs.pth", OrderedDict(state))
+    opcodes = [[opcode.name for opcode, _, _ in pickletools.genops(pickle_in(path))] for path in (ours, theirs)]
+    tensors = [found[found.index("BINUNICODE") : found.index("SETITEMS")] for found in opcodes]
+    assert tensors[0] == tensors[1]
+
+
+def pickle_in(path: Path) -> bytes:
+    with zipfile.ZipFile(path) as archive:
+        return archive.read(next(name for name in archive.namelist() if name.endswith("/data.pkl")))
 
 
 def training_checkpoint(model: nn.Module) -> dict[Any, Any]:

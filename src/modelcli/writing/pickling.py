@@ -1,4 +1,8 @@
-"""Inert values back into a pickle of protocol 2, as `torch.save` writes them: a dozen opcodes, no torch."""
+"""Inert values back into a pickle of protocol 2, as `torch.save` writes them: a dozen opcodes, no torch.
+
+Tensors come to the very opcodes of `torch.save`, with all that it puts into the memo: readers that know these take a
+whole tensor in one step, as ours does.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +33,8 @@ class _Writer:
     def __init__(self, out: bytearray, storage_key: StorageKey) -> None:
         self.out = out
         self.storage_key = storage_key
-        self.memo: dict[Global | int, int] = {}
+        self.memo: dict[Global | str | int, int] = {}
+        self.count = 0
         self.kept: list[Any] = []
         # Two more than what was read: the state dict around its `_metadata`, in its place in the tree.
         self.deepest = NESTING.value + 2
@@ -100,6 +105,8 @@ class _Writer:
     def _integer(self, value: int) -> None:
         if 0 <= value < 256:
             self.out += b"K" + bytes([value])
+        elif 0 <= value < 65536:
+            self.out += b"M" + struct.pack("<H", value)
         elif -(2**31) <= value < 2**31:
             self.out += b"J" + struct.pack("<i", value)
         else:
@@ -123,6 +130,8 @@ class _Writer:
             self.out += b"("
             for key, item in values.items():
                 self.write(key, depth + 1)
+                if isinstance(key, str):
+                    self._number()
                 self.write(item, depth + 1)
             self.out += b"u"
 
@@ -133,11 +142,25 @@ class _Writer:
         self.out += b"c" + value.module.encode() + b"\n" + value.name.encode() + b"\n"
         self._put(value)
 
+    def _word(self, text: str) -> None:
+        """A text that is written again and again."""
+        if (number := self.memo.get(text)) is not None:
+            self._get(number)
+            return
+        self.write(text, 0)
+        self.memo[text] = self.count
+        self._number()
+
     def _put(self, value: Any) -> None:
         """Remember what was just made: a class by its name, a container by its identity, so that it stays one."""
-        number = len(self.memo)
-        self.memo[value if isinstance(value, Global) else id(value)] = number
+        self.memo[value if isinstance(value, Global) else id(value)] = self.count
         self.kept.append(value)
+        self._number()
+
+    def _number(self) -> None:
+        """Put what was just made into the reader's memo, under the next number."""
+        number = self.count
+        self.count += 1
         self.out += b"q" + bytes([number]) if number < 256 else b"r" + struct.pack("<I", number)
 
     def _get(self, number: int) -> None:
@@ -180,27 +203,36 @@ class _Writer:
         self._global(Global("torch._utils", name))
         self.out += b"("
         self._storage(tensor.source, tensor.dtype if is_typed else None)
-        self.write(tensor.offset, 0)
-        self._sequence(tensor.shape, 0)
-        self._sequence(tensor.stride, 0)
+        self._integer(tensor.offset)
+        for sizes in (tensor.shape, tensor.stride):
+            self._sequence(sizes, 0)
+            if sizes:
+                self._number()
         self.out += b"\x88" if requires_grad else b"\x89"
         self._empty_ordered_dict()
         if not is_typed:
             self._global(Global("torch", tensor.dtype))
-        self.out += b"tR"
+        self.out += b"t"
+        self._number()
+        self.out += b"R"
+        self._number()
 
     def _storage(self, source: Source, dtype: str | None) -> None:
         """The persistent id of a storage: `("storage", class, key, location, number of elements)`."""
         key, count = self.storage_key(source, dtype)
         self.out += b"("
-        self.write("storage", 0)
+        self._word("storage")
         module, name = ("torch", STORAGE_CLASSES[dtype]) if dtype else ("torch.storage", "UntypedStorage")
         self._global(Global(module, name))
         self.write(key, 0)
-        self.write("cpu", 0)
-        self.write(count, 0)
-        self.out += b"tQ"
+        self._number()
+        self._word("cpu")
+        self._integer(count)
+        self.out += b"t"
+        self._number()
+        self.out += b"Q"
 
     def _empty_ordered_dict(self) -> None:
         self._global(Global("collections", "OrderedDict"))
         self.out += b")R"
+        self._number()

@@ -23,11 +23,14 @@ from modelcli.live.scripting.places import place
 from tests import nets
 from tests.conftest import Cli
 
+#: Modules of the user's own that tests write: a script finds its own.
+OWN = ("nets", "own", "models", "init")
+
 
 def run(text: str) -> dict[str, Any]:
     """Run a script here, as a fresh interpreter would: no module of ours is in reach, the generator is anywhere."""
     zoo.torchvision()  # for a torchvision that torch itself does not match
-    kept, hidden = list(sys.path), {name: sys.modules.pop(name) for name in ("nets", "own") if name in sys.modules}
+    kept, hidden = list(sys.path), {name: sys.modules.pop(name) for name in OWN if name in sys.modules}
     ours = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "modelcli"}
     sys.modules.update(dict.fromkeys(ours))  # type: ignore[arg-type]
     found: dict[str, Any] = {}
@@ -39,7 +42,7 @@ def run(text: str) -> dict[str, Any]:
     finally:
         sys.modules.update(ours)
         sys.path[:] = kept
-        for name in ("nets", "own"):
+        for name in OWN:
             sys.modules.pop(name, None)
         sys.modules.update(hidden)
     return found
@@ -62,8 +65,17 @@ def same(found: Any, expected: Any) -> bool:
     return bool(found == expected)
 
 
+def shared(state: dict[str, Any]) -> set[frozenset[str]]:
+    """The names of the tensors that share a storage."""
+    groups: dict[int, set[str]] = {}
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor) and value.numel():
+            groups.setdefault(value.untyped_storage().data_ptr(), set()).add(name)
+    return {frozenset(names) for names in groups.values() if len(names) > 1}
+
+
 def both(cli: Cli, *words: str, suffix: str = "pth") -> str:
-    """Save with modelcli and with the script, compare, and give the script."""
+    """Save with modelcli and with the script, compare, ties included, and give the script."""
     result = cli("script", *words, "-o", f"theirs.{suffix}")
     Path(f"ours.{suffix}").unlink(missing_ok=True)
     if "-e" in words:
@@ -71,7 +83,11 @@ def both(cli: Cli, *words: str, suffix: str = "pth") -> str:
     else:
         cli("save", f"ours.{suffix}", *words)
     run(result.out)
-    assert same(tensors(f"theirs.{suffix}"), tensors(f"ours.{suffix}"))
+    theirs, ours = tensors(f"theirs.{suffix}"), tensors(f"ours.{suffix}")
+    assert same(theirs, ours)
+    if "torch.save(model.state_dict()" in result.out:
+        assert list(theirs) == list(ours)
+    assert shared(theirs) == shared(ours)
     return result.out
 
 
@@ -111,7 +127,7 @@ torch.save(model.state_dict(), "head10.pth")
         ("nets.py:Tied", "model = Tied()"),
         ("nets:build(depth=3)", "model = build(depth=3)"),
         ("Sequential(nets:MyLinear(3,2))", "model = nn.Sequential(nets.MyLinear(3, 2))"),
-        ("odd-name.py:Holder.build()", 'model = runpy.run_path("odd-name.py")["Holder"].build()'),
+        ("odd-name.py:Holder.build()", 'model = odd_name["Holder"].build()'),
         ("sub/own.py:Own", "model = Own()"),
     ],
 )
@@ -126,6 +142,67 @@ def test_references(cli: Cli, folder: Path, model: str, statement: str) -> None:
     )
     assert statement in both(cli, "-m", model, "--seed", "7").splitlines()
     sys.modules.pop("helper", None)
+
+
+CLASS = """
+from torch import randn
+from torch.nn import Linear, Module
+
+class {name}(Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = Linear(2, 2)
+        self.register_buffer("drawn", randn(3))
+"""
+
+
+@pytest.mark.parametrize(
+    "name", ["init", "nn", "models", "ops", "torch", "sys", "model", "state", "name", "save_file", "list", "os"]
+)
+def test_a_class_that_is_called_as_something_of_the_script_is(cli: Cli, folder: Path, name: str) -> None:
+    """The script imports it under another name."""
+    (folder / "own.py").write_text(CLASS.format(name=name))
+    lines = ["-e", "replace fc Linear(2,3)", "-e", "init fc normal", "-e", "add more Permute([0,1])"]
+    out = both(cli, "-m", f"own.py:{name}", *lines, suffix="safetensors")
+    assert f"from own import {name} as own_{name}" in out.splitlines()
+    out = both(cli, "-m", f"own:{name}", *lines)
+    assert f"model = own_{name}()" in out.splitlines()
+    sys.modules.pop("own")
+
+
+@pytest.mark.parametrize("file", ["init", "models", "torch", "random", "sys", "numpy"])
+def test_a_file_that_is_called_as_a_module_of_the_script_is(cli: Cli, folder: Path, file: str) -> None:
+    """Of its own the script imports only what an import finds; other files it runs."""
+    (folder / "own").mkdir()
+    (folder / "own" / f"{file}.py").write_text(CLASS.format(name=file))
+    lines = ["-e", "init fc normal", "-e", "add more Permute([0,1])"]
+    both(cli, "-m", f"own/{file}.py:{file}", *lines, suffix="safetensors")
+
+
+def test_modules_that_are_called_as_something_of_the_script_is(cli: Cli, folder: Path) -> None:
+    for name in ("models", "init"):
+        (folder / f"{name}.py").write_text(CLASS.format(name="Own"))
+    lines = ["-e", "replace 1 init:Own", "-e", "init 0 normal", "-e", "append . models:Own"]
+    out = both(cli, "-m", "Sequential(Linear(2,2),ReLU())", *lines)
+    assert "import init as own_init" in out.splitlines()
+    assert "model.append(own_models.Own())" in out.splitlines()
+    for name in ("models", "init"):
+        sys.modules.pop(name)
+
+
+def test_what_a_file_draws_does_not_shift_the_numbers(cli: Cli, folder: Path) -> None:
+    """It is loaded before the seed is set, however it is called."""
+    for name in ("own.py", "own-nets.py", "random.py"):
+        (folder / name).write_text(CLASS.format(name="Own") + "\nrandn(5)\n")
+        both(cli, "-m", f"./{name}:Own", "-e", "replace fc Linear(2,3)")
+
+
+def test_the_folder_of_the_result_is_made(cli: Cli) -> None:
+    run(cli("script", "-m", "Linear(2,3)", "-o", "new/folder/out.pth").out)
+    assert set(tensors("new/folder/out.pth")) == {"weight", "bias"}
+    run(cli("script", "-m", "Linear(2,3)", "-o", "other/out.safetensors").out)
+    assert set(tensors("other/out.safetensors")) == {"weight", "bias"}
+    assert "makedirs" not in cli("script", "-m", "Linear(2,3)", "-o", "out.pth").out
 
 
 def test_weights_of_torchvision(cli: Cli) -> None:
@@ -277,6 +354,73 @@ def test_replace_and_flags(cli: Cli, folder: Path, base: str, lines: list[str]) 
     assert {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad} == frozen
 
 
+HEADSTRONG = """
+from torch import nn
+
+def refuse(*args, **kwargs):
+    raise RuntimeError("not in this way")
+
+class Uncounted(nn.Sequential):
+    def __len__(self):
+        return 7
+
+class Fixed(nn.Sequential):
+    append = insert = __getitem__ = __setitem__ = __delitem__ = refuse
+
+class List(nn.ModuleList):
+    append = insert = __getitem__ = __setitem__ = __delitem__ = refuse
+
+class Dict(nn.ModuleDict):
+    __getitem__ = __setitem__ = __delitem__ = refuse
+
+class Guarded(nn.Module):
+    add_module = __delattr__ = refuse
+    def __init__(self):
+        super().__init__()
+        self._modules["fc"] = nn.Linear(4, 4)
+    def __setattr__(self, name, value):
+        refuse() if isinstance(value, nn.Module) else super().__setattr__(name, value)
+
+class Stubborn(nn.Module):
+    to = requires_grad_ = refuse
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.uncounted = Uncounted(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+        self.fixed = Fixed(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+        self.list = List([nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)])
+        self.dict = Dict()
+        self.dict.add_module("a", nn.Linear(4, 4))
+        self.dict.add_module("b", nn.Linear(4, 4))
+        self.stubborn = Stubborn()
+        self.guarded = Guarded()
+"""
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["replace '{uncounted,fixed,list}.[0-1]' Linear(4,4)", "replace dict.b Linear(4,3)"],
+        ["replace '{uncounted,fixed,list}.-1' Linear(4,2)"],
+        ["insert uncounted.1 PReLU()", "insert fixed.0 PReLU()", "insert list.3 PReLU()"],
+        ["append uncounted PReLU()", "append fixed PReLU()", "append list PReLU()", "add dict.c PReLU()"],
+        ["remove uncounted.0 fixed.0 fixed.1 list.-1 dict.a"],
+        ["replace guarded.fc Linear(4,2)", "add guarded.more PReLU()"],
+        ["remove guarded.fc"],
+        ["freeze .", "unfreeze stubborn"],
+        ["cast . float16"],
+    ],
+)
+def test_classes_with_methods_of_their_own(cli: Cli, folder: Path, lines: list[str]) -> None:
+    """What torch's method would do is written in another way where a class has its own."""
+    (folder / "own.py").write_text(HEADSTRONG)
+    both(cli, "-m", "own.py:Own", *(word for line in lines for word in ("-e", line)))
+
+
 def test_the_working_recipe(cli: Cli) -> None:
     cli("load", "nets.py:Net", "--seed", "3")
     cli("freeze", "bn")
@@ -293,6 +437,48 @@ def test_a_mode_and_a_dtype_are_those_of_what_was_there(cli: Cli, folder: Path) 
     model = run(both(cli, "-m", "own.py:build", "-e", "replace 0 Linear(2,3)", "-e", "replace 1 PReLU()"))["model"]
     assert not model[0].training
     assert model[1].weight.dtype == torch.bfloat16
+
+
+TIED = """
+import torch
+from torch import nn
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.BatchNorm1d(4)
+        mask = torch.arange(4.0)
+        self.a.register_buffer("mask", mask)
+        self.b.register_buffer("mask", mask)
+        self.b.bias = self.a.bias
+        both = torch.randn(2, 3, 4)
+        self.left, self.right = nn.Parameter(both[0]), nn.Parameter(both[1].T)
+        self.again = nn.Parameter(self.c.weight.data)
+"""
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "cast . float16", "cast a float16", "cast b c again float16", "cast . float16 --except c --except again",
+        "cast left right c.running_mean float64", "cast a.mask float64", "cast b.bias c.weight again float16",
+    ],
+)  # fmt: skip
+def test_a_cast_keeps_ties(cli: Cli, folder: Path, line: str) -> None:
+    """Buffers of several modules, tied parameters, views of one storage: as they were before."""
+    (folder / "own.py").write_text(TIED)
+    both(cli, "-m", "own.py:Tied", "-e", line)
+    assert len(shared(tensors("theirs.pth"))) == 4
+    Path("theirs.pth").rename("cast.pth")
+    both(cli, "-m", "cast.pth", "--arch", "own.py:Tied", "-e", "cast . bfloat16")
+    assert len(shared(tensors("theirs.pth"))) == 4
+
+
+def test_a_cast_of_one_tensor_alone_is_one_statement(cli: Cli, folder: Path) -> None:
+    (folder / "own.py").write_text(TIED)
+    out = both(cli, "-m", "own.py:Tied", "-e", "cast a b float16")
+    assert "model.a.mask.data = model.a.mask.data.to(torch.float16)" in out.splitlines()
+    assert "cast_views" not in out
 
 
 # Each pair of lines does one thing: the edit, and the statements of plain PyTorch that stand in the documentation.
@@ -324,7 +510,7 @@ def plain() -> nn.Module:
          "model.fc.weight.data = model.fc.weight.data.to(torch.float64)"),
         ("cast features.1.running_mean float64", lambda m: m.features[1].register_buffer(
             "running_mean", m.features[1].running_mean.double()),
-         'setattr(model.features[1], "running_mean", model.features[1].running_mean.to(torch.float64))'),
+         "model.features[1].running_mean.data = model.features[1].running_mean.data.to(torch.float64)"),
         ("init features.0.weight kaiming_normal(nonlinearity='relu')",
          lambda m: nn.init.kaiming_normal_(m.features[0].weight, nonlinearity="relu"),
          'init.kaiming_normal_(model.features[0].weight, nonlinearity="relu")'),
@@ -407,6 +593,68 @@ def test_keys(cli: Cli, source: str, lines: list[str], statement: str) -> None:
     save_file(state, "bare.safetensors")
     words = [word for line in lines for word in ("-e", line)]
     assert statement in both(cli, "-m", source, *words).splitlines()
+
+
+def test_a_cast_keeps_ties_of_keys(cli: Cli) -> None:
+    value, other = torch.arange(12.0), torch.arange(4.0)
+    state = {"a.x": value, "b.x": value.detach(), "part": value[2:6].view(2, 2), "n": torch.arange(3)}
+    state |= {f"c.{number}": torch.full((2,), float(number)) for number in range(6)}
+    state |= {"d": other, "e": other.half(), "f": other.view(2, 2).T}
+    torch.save(state, "tied.pth")
+    assert "value.to(torch.bfloat16) if value.is_floating_point() else value" in both(
+        cli, "-m", "tied.pth", "-e", "cast . bfloat16"
+    )
+    assert shared(tensors("theirs.pth")) == {frozenset({"a.x", "b.x", "part"}), frozenset({"d", "f"})}
+    both(cli, "-m", "tied.pth", "-e", "cast '{c,d,f}' 'c.*' float64")
+    both(cli, "-m", "tied.pth", "-e", "cast c.[2-3] float64")
+
+
+@pytest.mark.parametrize(
+    ("line", "names"),
+    [
+        ("replace s.1 Linear(2,3)", "a.w s.0.weight s.0.bias s.1.weight s.1.bias s.2.weight s.2.bias z.weight"),
+        ("replace a Linear(2,3)",
+         "a.weight a.bias s.0.weight s.0.bias s.1.weight s.1.bias s.2.weight s.2.bias z.weight"),
+        ("replace s.1 Linear(2,3,bias=False)", "a.w s.0.weight s.0.bias s.1.weight s.2.weight s.2.bias z.weight"),
+        ("replace s.1 PReLU() --keep-weights", "a.w s.0.weight s.0.bias s.1.weight s.2.weight s.2.bias z.weight"),
+        ("replace s.1 Sequential(Linear(2,2),PReLU())",
+         "a.w s.0.weight s.0.bias s.1.0.weight s.1.0.bias s.1.1.weight s.2.weight s.2.bias z.weight"),
+        ("replace s PReLU()", "a.w s.weight z.weight"),
+        ("replace z Linear(1,2)",
+         "a.w s.0.weight s.0.bias s.1.weight s.1.bias s.2.weight s.2.bias z.weight z.bias"),
+        ("insert s.1 PReLU() --renumber",
+         "a.w s.0.weight s.0.bias s.1.weight s.2.weight s.2.bias s.3.weight s.3.bias z.weight"),
+        ("insert s.3 PReLU() --renumber",
+         "a.w s.0.weight s.0.bias s.1.weight s.1.bias s.2.weight s.2.bias s.3.weight z.weight"),
+        ("add a.more PReLU()",
+         "a.w a.more.weight s.0.weight s.0.bias s.1.weight s.1.bias s.2.weight s.2.bias z.weight"),
+        ("add more PReLU()", "a.w s.0.weight s.0.bias s.1.weight s.1.bias s.2.weight s.2.bias z.weight more.weight"),
+        ("remove s.0 --renumber", "a.w s.0.weight s.0.bias s.1.weight s.1.bias z.weight"),
+        ("rename s.0.* z.zero.*", "a.w z.zero.weight z.zero.bias s.1.weight s.1.bias s.2.weight s.2.bias z.weight"),
+    ],
+)  # fmt: skip
+def test_keys_keep_their_order(cli: Cli, line: str, names: str) -> None:
+    """New tensors stand where the old ones were, others behind those of the same module."""
+    before = "a.w s.0.weight s.0.bias s.1.weight s.1.bias s.2.weight s.2.bias z.weight"
+    torch.save({name: torch.ones(2) for name in before.split()}, "bare.pth")
+    both(cli, "-m", "bare.pth", "-e", line)
+    assert " ".join(tensors("theirs.pth")) == names
+    both(cli, "-m", "bare.pth", "-e", line, "-e", "rename z.weight last", "-e", "replace a PReLU()")
+
+
+def test_keys_in_an_order_of_their_own(cli: Cli) -> None:
+    names = ["b.weight", "a.weight", "b.bias", "c.weight", "a.bias"]
+    torch.save({name: torch.ones(2) for name in names}, "bare.pth")
+    both(cli, "-m", "bare.pth", "-e", "replace b Linear(2,3)")
+    assert list(tensors("theirs.pth")) == ["b.weight", "b.bias", "a.weight", "c.weight", "a.bias"]
+    both(cli, "-m", "bare.pth", "-e", "remove a")
+    assert list(tensors("theirs.pth")) == ["b.weight", "b.bias", "c.weight"]
+
+
+def test_many_keys_go_by_their_prefix(cli: Cli) -> None:
+    torch.save({f"{name}.{number}.weight": torch.ones(2) for name in "ab" for number in range(9)}, "bare.pth")
+    out = both(cli, "-m", "bare.pth", "-e", "remove a")
+    assert 'state = {key: value for key, value in state.items() if not key.startswith("a.")}' in out
 
 
 # --- what cannot be said -------------------------------------------------------------------------------------------

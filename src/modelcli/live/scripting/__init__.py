@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,9 @@ from modelcli.live.scripting.page import InexpressibleError, Page, is_name, loop
 from modelcli.live.surgery import seed_of
 from modelcli.references import Installed, PythonObject, Source
 
+#: What is loaded in a script by the time that files of the user's are: a file called so is not what an import gives.
+_LOADED = ("torch", "torchvision", "safetensors", "numpy")
+
 
 @dataclass(frozen=True)
 class Script:
@@ -49,8 +53,7 @@ def script(
     """
     page = Page()
     live = open_live(source)
-    pair = open_live(source).module, open_live(source).module
-    work = _Script(page, live, *pair)
+    work = _Script(page, live, open_live(source).module)
     work.open_model(source)
     for number, (edit, place) in enumerate(zip(edits, places, strict=True), 1):
         work.edit(edit, f"{place}: edit {number}")
@@ -59,14 +62,14 @@ def script(
 
 
 class _Script:
-    """Writes the parts of a script. `before` and `after` are the model around each edit."""
+    """Writes the parts of a script. `before` is the model before each edit, and `live` after it."""
 
-    def __init__(self, page: Page, live: Live, before: nn.Module, after: nn.Module) -> None:
+    def __init__(self, page: Page, live: Live, before: nn.Module) -> None:
         self.page = page
         self.live = live
         self.before = before
-        self.after = after
         self.contents = live.contents
+        self.state = key_edits.State(list(live.contents.tensors) if live.contents is not None else [])
 
     # --- the model -------------------------------------------------------------------------------------------------
 
@@ -91,7 +94,11 @@ class _Script:
             if not source.strict:
                 arguments.append("strict=False")
             if self._takes_dtypes():
-                arguments.append("assign=True")  # the tensors of the file, in their own dtype
+                built = self._built(base)
+                if model_edits.has_ties(built):  # which assign=True would part
+                    self.page.write(*model_edits.casts(self.page, built, describe(built), self.live.describe()))
+                else:
+                    arguments.append("assign=True")  # the tensors of the file, in their own dtype
             self.page.write(f"model.load_state_dict({', '.join(arguments)})")
             if self.live.record is not None:
                 built = self._built(base)
@@ -144,13 +151,10 @@ class _Script:
             self.page.write("# nothing changes")
         # Modules that take the place of others are told together: none of them lies in another one.
         together = self._is_model and all(isinstance(item, Replace) for item in resolved)
-        groups = [resolved] if together else [[item] for item in resolved]
-        for group in groups:
-            inputs = self.live.inputs
-            self.after = surgery.apply(self.after, group, inputs=inputs).module
-            self._translate(group, self.before, self.after, seed, str(edit))
-            self.before = surgery.apply(self.before, group, inputs=inputs).module
+        for group in [resolved] if together else [[item] for item in resolved]:
+            self._translate(group, self.before, self.live.module, seed, str(edit))
             seed = None  # the generator goes on
+        self.before = surgery.apply(self.before, resolved, inputs=self.live.inputs).module
 
     @property
     def _is_model(self) -> bool:
@@ -163,9 +167,10 @@ class _Script:
             if self._is_model:
                 self.page.write(*model_edits.statements(self.page, edits, before, after, seed))
             else:
-                self.page.write(*key_edits.statements(self.page, edits[0], before, after, seed))
+                self.page.write(*key_edits.statements(self.page, edits[0], before, after, seed, self.state))
         except InexpressibleError as error:
             self.page.refuse(line, str(error))
+            self.state = key_edits.State(list(after.state_dict()))  # as if the script went on
 
     # --- the result ------------------------------------------------------------------------------------------------
 
@@ -173,6 +178,9 @@ class _Script:
         """What writes the state dict, or the training checkpoint around it."""
         page, contents = self.page, self.contents
         page.paragraph()
+        if out.parent.name and kind != writing.FOLDER:
+            page.imports.add("import os")
+            page.write(f"os.makedirs({quoted(_seen(out.parent))}, exist_ok=True)")
         state = "model.state_dict()" if self._is_model else "state"
         if kind == writing.FOLDER:
             page.refuse(f"write {_seen(out)}/", "PyTorch has no statement that writes a folder of shards")
@@ -249,14 +257,14 @@ def _own_object(page: Page, reference: PythonObject, folder: Path) -> str:
     first = reference.name.partition(".")[0]
     if reference.file is None:
         page.folders.setdefault(_seen(folder))
-        page.imports.add(f"from {reference.source} import {first}")
-        return reference.name
-    page.folders.setdefault(_seen(reference.file.parent))
-    if is_name(reference.file.stem):
-        page.imports.add(f"from {reference.file.stem} import {first}")
-        return reference.name
-    page.imports.add("import runpy")
-    found = f"runpy.run_path({quoted(_seen(reference.file))})[{quoted(first)}]"
+        found = page.own_object(reference.source, first)
+    else:
+        page.folders.setdefault(_seen(reference.file.parent))
+        stem = reference.file.stem
+        if is_name(stem) and stem not in sys.stdlib_module_names and stem not in _LOADED:
+            found = page.own_object(stem, first)
+        else:
+            found = f"{page.own_file(_seen(reference.file), stem)}[{quoted(first)}]"
     return found + reference.name.removeprefix(first)
 
 

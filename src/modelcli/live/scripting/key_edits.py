@@ -4,56 +4,110 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import nn
 
 from modelcli import selectors
-from modelcli.blueprints import Blueprint, ancestors, joined, parent_of
+from modelcli.blueprints import FLOATING, Blueprint, ancestors, joined, parent_of
 from modelcli.edits import Add, Cast, Edit, Extract, Freeze, Init, Insert, Remove, Rename, Replace, Unfreeze
 from modelcli.live.describe import describe
-from modelcli.live.scripting.model_edits import KEEP_WEIGHTS, fills, new_module
-from modelcli.live.scripting.page import InexpressibleError, Page, loop, mapping, quoted
+from modelcli.live.scripting.model_edits import CAST_VIEWS, KEEP_WEIGHTS, fills, new_module
+from modelcli.live.scripting.page import STATEMENTS, InexpressibleError, Page, call, loop, mapping, quoted
 from modelcli.live.sources import named_tensors
 from modelcli.live.surgery.initialising import DEFAULT, scheme_name
+from modelcli.live.surgery.storages import has_storage, key_of
 
 
-def statements(page: Page, edit: Edit, before: nn.Module, after: nn.Module, seed: int | None) -> list[str]:
+class State:
+    """What is known of `state` while the script is written: its tensors' names, in their order."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = list(names)
+
+    def delete(self, gone: Sequence[str], paths: Sequence[str] = ()) -> list[str]:
+        """Take keys out; by their prefix where they are many and all those below `paths`."""
+        below = [name for name in self.names if any(name.startswith(f"{path}.") for path in paths)]
+        self.names = [name for name in self.names if name not in set(gone)]
+        if len(gone) <= STATEMENTS:
+            return [f"del state[{quoted(name)}]" for name in gone]
+        if set(below) != set(gone):
+            return loop("key", gone, "del state[key]")
+        prefixes = [quoted(f"{path}.") for path in paths]
+        prefix = prefixes[0] if len(prefixes) == 1 else f"({', '.join(prefixes)})"
+        return [f"state = {{key: value for key, value in state.items() if not key.startswith({prefix})}}"]
+
+    def rename(self, names: Mapping[str, str]) -> list[str]:
+        """Give keys other names, in their places; `names` has all keys."""
+        self.names = [names.get(name, name) for name in self.names]
+        return _renamed(names)
+
+    def put(self, prefix: str, own: Sequence[str], follower: str | None) -> list[str]:
+        """Put in the tensors of `new`, whose own names are given, before a key, or at the end."""
+        names = [prefix + name for name in own]
+        pairs = f"{quoted(prefix)} + key: value for key, value in new.state_dict().items()"
+        in_place = list(dict.fromkeys([*self.names, *names]))
+        self.names = self.placed(names, follower)
+        if in_place == self.names:
+            return [f"state |= {{{pairs}}}"]
+        return [
+            f"at = list(state).index({quoted(follower or '')})",
+            "items = list(state.items())",
+            f"items[at:at] = {{{pairs}}}.items()",
+            "state = dict(items)",
+        ]
+
+    def placed(self, names: Sequence[str], follower: str | None, gone: Sequence[str] = ()) -> list[str]:
+        """The names without those that go, and with some before another one."""
+        left = [name for name in self.names if name not in {*names, *gone}]
+        at = len(left) if follower is None else left.index(follower)
+        return [*left[:at], *names, *left[at:]]
+
+    def after(self, names: Sequence[str], *, gone: Sequence[str] = ()) -> str | None:
+        """The first key behind some of them that stays; None for the end."""
+        last = max((self.names.index(name) for name in names), default=len(self.names))
+        return next((name for name in self.names[last + 1 :] if name not in set(gone)), None)
+
+    def below(self, path: str) -> list[str]:
+        return [name for name in self.names if name.startswith(joined(path, ""))]
+
+
+def statements(
+    page: Page, edit: Edit, before: nn.Module, after: nn.Module, seed: int | None, state: State
+) -> list[str]:
     """What one edit does; `before` and `after` are the trees around it. Raises InexpressibleError."""
     blueprint = describe(before)
     match edit:
         case Rename():
             renamed = selectors.renaming(edit.old, edit.new, blueprint)
             names = {name: renamed(name) for name in before.state_dict()}
-            return _renamed({name: name if new is None else new for name, new in names.items()})
+            return state.rename({name: name if new is None else new for name, new in names.items()})
         case Extract():
             (path,) = selectors.select_modules(blueprint, [edit.path])
-            prefix = quoted(f"{path}.")
-            pairs = f"key.removeprefix({prefix}): value for key, value in state.items()"
-            return [f"state = {{{pairs} if key.startswith({prefix})}}"]
+            prefix = f"{path}."
+            state.names = [name.removeprefix(prefix) for name in state.below(path)]
+            pairs = f"key.removeprefix({quoted(prefix)}): value for key, value in state.items()"
+            return [f"state = {{{pairs} if key.startswith({quoted(prefix)})}}"]
         case Remove():
-            return _removed(edit, blueprint, list(before.state_dict()))
+            return _removed(edit, blueprint, list(before.state_dict()), state)
         case Replace():
             paths = selectors.select_modules(blueprint, edit.targets, without=edit.without)
-            gone = [name for path in paths for name in before.state_dict() if name.startswith(f"{path}.")]
-            if edit.keep_weights:
-                page.helpers.setdefault(KEEP_WEIGHTS)
-                left = _left(gone, after)
-                return [*_added(page, edit, paths, after, seed), *(loop("key", left, "del state[key]") if left else [])]
-            return [*loop("key", gone, "del state[key]"), *_added(page, edit, paths, after, seed)]
+            return _replaced(page, edit, paths, list(before.state_dict()), after, seed, state)
         case Insert():
             above, _, position = edit.path.rpartition(".")
             (holder,) = selectors.select_modules(blueprint, [above or "."])
+            moved = _moved(list(before.state_dict()), holder, lambda number: number + (number >= int(position)), state)
             path = joined(holder, position)
-            moved = _moved(list(before.state_dict()), holder, lambda number: number + (number >= int(position)))
-            return [*moved, *_added(page, edit, [path], after, seed)]
+            later = [name for name in state.below(holder) if _number(name, holder) > int(position)]
+            follower = later[0] if later else state.after(state.below(holder))
+            return [*moved, *_made(page, edit, path, after, seed), *state.put(f"{path}.", _own(after, path), follower)]
         case Add():
             path = next(m.path for m in describe(after).modules if m.path not in blueprint.by_path)
-            return _added(page, edit, [path], after, seed)
+            follower = state.after(state.below(parent_of(path)))
+            return [*_made(page, edit, path, after, seed), *state.put(f"{path}.", _own(after, path), follower)]
         case Freeze() | Unfreeze():
             return ["# a state dict holds no requires_grad: nothing to do"]
         case Cast():
-            now = describe(after).by_name
-            names_of = [t.name for t in blueprint.tensors if now[t.name].dtype != t.dtype]
-            return loop("key", names_of, f"state[key] = state[key].to(torch.{edit.dtype})")
+            return _cast(page, edit, before, after)
         case Init() if scheme_name(edit.scheme) != DEFAULT:
             chosen = selectors.select_tensors(blueprint, edit.targets, without=edit.without)
             chosen = [name for name in chosen if blueprint.by_name[name].tied_to not in chosen]
@@ -63,59 +117,111 @@ def statements(page: Page, edit: Edit, before: nn.Module, after: nn.Module, seed
     raise InexpressibleError(f"{edit.name} on a file that does not say its architecture has no plain statements")
 
 
-def _removed(edit: Remove, blueprint: Blueprint, names: Sequence[str]) -> list[str]:
+# --- dtypes --------------------------------------------------------------------------------------------------------
+
+
+def _cast(page: Page, edit: Cast, before: nn.Module, after: nn.Module) -> list[str]:
+    """What converts tensors; those that share a storage together, so that they share one again."""
+    now = describe(after).by_name
+    tensors = named_tensors(before)
+    changed = [t.name for t in describe(before).tensors if now[t.name].dtype != t.dtype]
+    storages: dict[object, list[str]] = {}
+    for name in changed:
+        alone = not has_storage(tensors[name])
+        storages.setdefault(name if alone else (key_of(tensors[name]), tensors[name].dtype), []).append(name)
+    lines, dtype = [], f"torch.{edit.dtype}"
+    for names in storages.values():
+        if len(names) > 1:
+            page.helpers.setdefault(CAST_VIEWS)
+            lines += call("cast_views", [f"state[{quoted(name)}]" for name in names], dtype)
+    rest = [name for names in storages.values() for name in names if len(names) == 1]
+    if len(rest) <= STATEMENTS:
+        return [*lines, *(f"state[{quoted(name)}] = state[{quoted(name)}].to({dtype})" for name in rest)]
+    floating = (now[name].dtype for name in now if now[name].dtype in FLOATING)
+    if all(map(torch.is_tensor, before.state_dict().values())) and all(found == edit.dtype for found in floating):
+        value = f"value.to({dtype}) if value.is_floating_point() else value"
+        return [*lines, f"state = {{key: {value} for key, value in state.items()}}"]
+    return [*lines, *loop("key", rest, f"state[key] = state[key].to({dtype})")]
+
+
+# --- keys ----------------------------------------------------------------------------------------------------------
+
+
+def _removed(edit: Remove, blueprint: Blueprint, names: Sequence[str], state: State) -> list[str]:
     """The keys that go, and new names for those that move down."""
-    paths, lines = [], []
+    paths = []
     for target in edit.targets:
         selector = selectors.parse(target)
         paths += sorted(
             selectors.matched_modules(selector, blueprint) or selectors.matched_tensors(selector, blueprint)
         )
     gone = [name for name in names if any(path in paths for path in ancestors(name))]
-    lines += loop("key", gone, "del state[key]")
+    lines = state.delete(gone, [path for path in paths if path in blueprint.by_path])
     if edit.renumber:
         left = [name for name in names if name not in gone]
         for holder in dict.fromkeys(map(parent_of, paths)):
             numbers = [int(path.rpartition(".")[2]) for path in paths if parent_of(path) == holder]
-            lines += _moved(left, holder, lambda n, numbers=numbers: n - sum(g < n for g in numbers))  # type: ignore[misc]
+            lines += _moved(left, holder, lambda n, numbers=numbers: n - sum(g < n for g in numbers), state)  # type: ignore[misc]
     return lines
 
 
-def _moved(names: Sequence[str], holder: str, shift: Callable[[int], int]) -> list[str]:
+def _replaced(
+    page: Page,
+    edit: Replace,
+    paths: Sequence[str],
+    names: Sequence[str],
+    after: nn.Module,
+    seed: int | None,
+    state: State,
+) -> list[str]:
+    """The new tensors, where the first of the old ones was."""
+    if len({id(after.get_submodule(path)) for path in paths}) != 1:
+        raise InexpressibleError("one module would have to be several")
+    lines = _made(page, edit, paths[0], after, seed)
+    for path in paths:
+        prefix, own = f"{path}.", _own(after, path)
+        if edit.keep_weights:
+            page.helpers.setdefault(KEEP_WEIGHTS)
+            below = f"key.removeprefix({quoted(prefix)}): value for key, value in state.items()"
+            lines.append(f"keep_weights({{{below} if key.startswith({quoted(prefix)})}}, new)")
+        gone = [name for name in names if name.startswith(prefix)]
+        new = [prefix + name for name in own]
+        follower = state.after(state.below(path)[:1], gone=[*gone, *new])
+        left = [name for name in state.names if name not in gone or name in new]
+        if list(dict.fromkeys([*left, *new])) == state.placed(new, follower, gone):
+            gone = [name for name in gone if name not in new]  # the others are overwritten where they are
+        lines += [*state.delete(gone, [path]), *state.put(prefix, own, follower)]
+    return lines
+
+
+def _own(after: nn.Module, path: str) -> list[str]:
+    """The names that the tensors of a new module have in it."""
+    return list(after.get_submodule(path).state_dict())
+
+
+def _made(page: Page, edit: Replace | Add | Insert, path: str, after: nn.Module, seed: int | None) -> list[str]:
+    """What makes `new`."""
+    new = after.get_submodule(path)
+    seeded = [f"torch.manual_seed({seed})"] if seed is not None and named_tensors(new) else []
+    return [*seeded, f"new = {new_module(page, edit, new)}"]
+
+
+def _number(name: str, holder: str) -> int:
+    """The number of the child of a module that a key lies below; -1 for none."""
+    number, dot, _ = name.removeprefix(joined(holder, "")).partition(".")
+    return int(number) if dot and number.isdigit() else -1
+
+
+def _moved(names: Sequence[str], holder: str, shift: Callable[[int], int], state: State) -> list[str]:
     """New names for the keys below numbered children of a module."""
     prefix, new_names = joined(holder, ""), {}
     for name in names:
-        number, dot, rest = name.removeprefix(prefix).partition(".")
-        if name.startswith(prefix) and dot and number.isdigit():
-            new_names[name] = f"{prefix}{shift(int(number))}.{rest}"
+        if name.startswith(prefix) and (number := _number(name, holder)) >= 0:
+            rest = name.removeprefix(prefix).partition(".")[2]
+            new_names[name] = f"{prefix}{shift(number)}.{rest}"
     if all(name == new for name, new in new_names.items()):
         return []
-    return _renamed({name: new_names.get(name, name) for name in names})
-
-
-def _left(gone: Sequence[str], after: nn.Module) -> list[str]:
-    """The keys that are in no new module either."""
-    there = after.state_dict()
-    return [name for name in gone if name not in there]
-
-
-def _added(
-    page: Page, edit: Replace | Add | Insert, paths: Sequence[str], after: nn.Module, seed: int | None
-) -> list[str]:
-    new = after.get_submodule(paths[0])
-    lines = [f"torch.manual_seed({seed})"] if seed is not None and named_tensors(new) else []
-    made = {id(after.get_submodule(path)): path for path in reversed(paths)}
-    if len(made) != 1:
-        raise InexpressibleError("one module would have to be several")
-    lines.append(f"new = {new_module(page, edit, new)}")
-    for path in paths:
-        prefix = f"{path}."
-        if isinstance(edit, Replace) and edit.keep_weights:
-            below = f"key.removeprefix({quoted(prefix)}): value for key, value in state.items()"
-            below = f"{{{below} if key.startswith({quoted(prefix)})}}"
-            lines.append(f"keep_weights({below}, new)")
-        lines.append(f"state |= {{{quoted(prefix)} + key: value for key, value in new.state_dict().items()}}")
-    return lines
+    return state.rename({name: new_names.get(name, name) for name in names})
 
 
 def _renamed(names: Mapping[str, str]) -> list[str]:
@@ -145,4 +251,4 @@ def _by_prefix(old: str, new: str, everywhere: bool) -> str:
     return f"state = {{{key}{condition}: value for key, value in state.items()}}"
 
 
-__all__ = ["statements"]
+__all__ = ["State", "statements"]

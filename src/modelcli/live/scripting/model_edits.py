@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from torch import nn
 
 from modelcli import expressions, selectors
-from modelcli.blueprints import FLOATING, Blueprint, TensorInfo, parent_of
+from modelcli.blueprints import FLOATING, Blueprint, TensorInfo, joined, parent_of
 from modelcli.edits import Add, Append, Cast, Edit, Extract, Freeze, Init, Insert, Remove, Replace, Unfreeze
 from modelcli.live.describe import describe, dtype_name
-from modelcli.live.scripting.page import InexpressibleError, Page, dedented, is_name, loop, quoted
-from modelcli.live.scripting.places import place, put, take_out, tensor
+from modelcli.live.scripting import places
+from modelcli.live.scripting.page import STATEMENTS, InexpressibleError, Page, call, dedented, loop
+from modelcli.live.scripting.places import is_of_torch, place, tensor
 from modelcli.live.sources import named_tensors
 from modelcli.live.surgery.core import is_numbered
 from modelcli.live.surgery.initialising import DEFAULT, is_bias, scheme_name
-
-#: As many statements of one kind as stand one below the other; more become a loop.
-_STATEMENTS = 4
+from modelcli.live.surgery.storages import has_storage, key_of
 
 KEEP_WEIGHTS = dedented('''
     def keep_weights(old, new):
@@ -27,6 +27,16 @@ KEEP_WEIGHTS = dedented('''
                 part = tuple(slice(min(sizes)) for sizes in zip(tensor.shape, old[name].shape))
                 tensor[part] = old[name][part]
         return new
+''')
+
+CAST_VIEWS = dedented('''
+    def cast_views(tensors, dtype):
+        """Convert tensors that are views of one storage, and let them be views of one storage again."""
+        first = tensors[0].data
+        size = first.untyped_storage().nbytes() // first.element_size()
+        whole = first.as_strided((size,), (1,), 0).to(dtype)
+        for tensor in tensors:
+            tensor.data = whole.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
 ''')
 
 
@@ -44,14 +54,15 @@ def statements(page: Page, edits: Sequence[Edit], before: nn.Module, after: nn.M
         case Add() | Insert() | Append():
             return _place(page, edit, before, after, seed)
         case Remove():
-            return [take_out(before, path) for path in reversed(_distinct(before, edit.targets))]
+            paths = _distinct(before, edit.targets)
+            return [line for path in reversed(paths) for line in places.take_out(before, path)]
         case Extract():
             (path,) = selectors.select_modules(describe(before), [edit.path])
             return [f"model = {place(before, path)}"]
         case Freeze() | Unfreeze():
             return flags(before, describe(before), describe(after))
         case Cast():
-            return _cast(before, describe(before), describe(after), edit)
+            return casts(page, before, describe(before), describe(after))
         case Init():
             return _init(page, edit, before, seed)
     raise InexpressibleError(f"there are no statements of PyTorch for {edit.name}")
@@ -76,15 +87,15 @@ def _replace(page: Page, edits: Sequence[Replace], before: nn.Module, after: nn.
         alike = 0
         while alike < len(made) and made[alike][0] == text and len(made[alike][2]) == 1:
             alike += 1
-        if alike > _STATEMENTS:
-            names = [paths[0] for _, _, paths in made[:alike]]
+        names = [paths[0] for _, _, paths in made[:alike]]
+        if alike > STATEMENTS and all(places.can_be_set(before, path) for path in names):
             new = _kept("model.get_submodule(name)", text) if edit.keep_weights else text
             lines += loop("name", names, f"model.set_submodule(name, {new})")
             made = made[alike:]
             continue
         new = _kept(place(before, paths[0]), text) if edit.keep_weights else text
-        lines.append(put(before, paths[0], new))
-        lines += [put(before, path, place(after, paths[0])) for path in paths[1:]]
+        lines.append(places.put(before, paths[0], new))
+        lines += [places.put(before, path, place(after, paths[0])) for path in paths[1:]]
         made = made[1:]
     return lines
 
@@ -103,19 +114,12 @@ def _place(page: Page, edit: Add | Insert | Append, before: nn.Module, after: nn
         own = selectors.plain(selectors.parse(edit.path).components[-1]) or own
     new = changed._modules[own]
     assert new is not None
-    lines, text, at = _seeded(seed, [new]), new_module(page, edit, new), place(before, holder_path)
-    match edit:
-        case Append():
-            return [*lines, f"{at}.append({text})"]
-        case Insert() if is_numbered(holder):
-            return [*lines, f"{at}.insert({own}, {text})"]
-        case Add() if isinstance(holder, nn.ModuleDict):
-            return [*lines, f"{at}[{quoted(own)}] = {text}"]
-        case Add() if own in vars(holder) and is_name(own):  # None until now, which add_module takes for a child
-            return [*lines, f"{at}.{own} = {text}"]
-        case Add():
-            return [*lines, f"{at}.add_module({quoted(own)}, {text})"]
-    raise InexpressibleError(f"{holder_path or 'the model'} is no sequence with children 0, 1, 2")
+    text, path = new_module(page, edit, new), joined(holder_path, own)
+    if not isinstance(edit, Insert):
+        return [*_seeded(seed, [new]), places.put_new(before, path, text)]
+    if not is_numbered(holder):
+        raise InexpressibleError(f"{holder_path or 'the model'} is no sequence with children 0, 1, 2")
+    return [*_seeded(seed, [new]), *places.insert(before, path, text)]
 
 
 def _parent_selector(path: str) -> str:
@@ -162,34 +166,74 @@ def flags(model: nn.Module, before: Blueprint, after: Blueprint) -> list[str]:
             # Whole numbers cannot be trained: a module with such a parameter refuses.
             return info.kind == "buffer" or (info.name in named and not (wanted and not _differentiable(info)))
 
-        modules, tensors = _largest(before, changed, is_meant)
-        call = f".requires_grad_({wanted})"
-        lines += _each(modules, lambda path: place(model, path), "get_submodule", call)
-        lines += _each(tensors, lambda name: tensor(model, name), "get_parameter", call)
+        modules, tensors = _largest(model, before, changed, is_meant, "requires_grad_")
+        statement = f".requires_grad_({wanted})"
+        lines += _each(modules, lambda path: place(model, path), "get_submodule", statement)
+        lines += _each(tensors, lambda name: tensor(model, name), "get_parameter", statement)
     return lines or ["# nothing changes: the flags are set already"]
 
 
-def _cast(model: nn.Module, before: Blueprint, after: Blueprint, edit: Cast) -> list[str]:
-    """What converts each tensor whose dtype differs: whole modules by their `to`, others one by one."""
-    changed = {t.name for t in before.tensors if after.by_name[t.name].dtype != t.dtype}
+def casts(page: Page, model: nn.Module, before: Blueprint, after: Blueprint) -> list[str]:
+    """What gives each tensor the dtype that it has in `after`: whole modules by their `to`, others one by one."""
+    dtypes = {t.name: after.by_name[t.name].dtype for t in before.tensors if after.by_name[t.name].dtype != t.dtype}
+    lines = []
+    for dtype in dict.fromkeys(dtypes.values()):
+        changed = {name for name, wanted in dtypes.items() if wanted == dtype}
+        # `to` would part what is one tensor, or one storage: it finds those of the right dtype already.
+        apart, together = _shared(model, changed)
+        lines += [_in_place(tensor(model, name), dtype) for name in apart]
+        for names in together:
+            page.helpers.setdefault(CAST_VIEWS)
+            lines += call("cast_views", [tensor(model, name) for name in names], f"torch.{dtype}")
+        done = {*apart, *itertools.chain(*together)}
+        changed = {name for name in changed if before.by_name[name].identity not in done}
 
-    def is_meant(info: TensorInfo) -> bool:
-        # `to` converts complex numbers as well, and drops their imaginary parts.
-        return not info.dtype.startswith("complex") and (
-            info.dtype not in FLOATING or after.by_name[info.name].dtype == edit.dtype
+        def is_meant(info: TensorInfo, dtype: str = dtype) -> bool:
+            # `to` converts complex numbers as well, and drops their imaginary parts.
+            return not info.dtype.startswith("complex") and (
+                info.dtype not in FLOATING or after.by_name[info.name].dtype == dtype
+            )
+
+        floating = {name for name in changed if dtype in FLOATING and before.by_name[name].dtype in FLOATING}
+        modules, tensors = _largest(model, before, floating, is_meant, "to")
+        lines += _each(modules, lambda path: place(model, path), "get_submodule", f".to(torch.{dtype})")
+        tensors += dict.fromkeys(
+            before.by_name[t.name].identity for t in before.tensors if t.name in changed - floating
         )
-
-    modules, tensors = _largest(before, changed, is_meant)
-    call = f".to(torch.{edit.dtype})"
-    lines = _each(modules, lambda path: place(model, path), "get_submodule", call)
-    for name in tensors:
-        text = tensor(model, name)
-        if before.by_name[name].kind == "parameter":
-            lines.append(f"{text}.data = {text}.data{call}")
-        else:
-            above, _, own = name.rpartition(".")
-            lines.append(f"setattr({place(model, above)}, {quoted(own)}, {text}{call})")
+        lines += [_in_place(tensor(model, name), dtype) for name in tensors]
     return lines or ["# nothing changes: the dtype is that already"]
+
+
+def has_ties(model: nn.Module) -> bool:
+    """Whether tensors of a model share a storage."""
+    keys = [key_of(value) for value in named_tensors(model).values() if has_storage(value)]
+    return len(set(keys)) < len(keys)
+
+
+def _in_place(text: str, dtype: str) -> str:
+    """What converts a tensor that stays the one that it is, whoever else holds it."""
+    return f"{text}.data = {text}.data.to(torch.{dtype})"
+
+
+def _shared(model: nn.Module, names: Collection[str]) -> tuple[list[str], list[list[str]]]:
+    """Of the tensors of these names, the buffers that several modules hold, and groups of those that share a storage.
+
+    Each tensor is named once, by its first name.
+    """
+    first: dict[int, str] = {}
+    holders: dict[int, set[tuple[int, str]]] = {}
+    storages: dict[object, dict[int, str]] = {}
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    for name, value in named_tensors(model).items():
+        original = first.setdefault(id(value), name)
+        above, _, own = name.rpartition(".")
+        holders.setdefault(id(value), set()).add((id(model.get_submodule(above)), own))
+        if name in names and has_storage(value):
+            storages.setdefault((key_of(value), value.dtype), {}).setdefault(id(value), original)
+    together = [list(group.values()) for group in storages.values() if len(group) > 1]
+    grouped = set(itertools.chain(*together))
+    apart = [name for key, name in first.items() if name in names and name in buffers and len(holders[key]) > 1]
+    return [name for name in apart if name not in grouped], together
 
 
 def _differentiable(info: TensorInfo) -> bool:
@@ -197,9 +241,12 @@ def _differentiable(info: TensorInfo) -> bool:
 
 
 def _largest(
-    blueprint: Blueprint, changed: set[str], is_meant: Callable[[TensorInfo], bool]
+    model: nn.Module, blueprint: Blueprint, changed: set[str], is_meant: Callable[[TensorInfo], bool], method: str
 ) -> tuple[list[str], list[str]]:
-    """The outermost modules that hold changed tensors and only such as are meant, and the changed tensors elsewhere."""
+    """The outermost modules that hold changed tensors and only such as are meant, and the changed tensors elsewhere.
+
+    `method` is what the modules are asked to do: those with a method of their own are left to what is in them.
+    """
     wanted: dict[str, bool] = {}
     useful: set[str] = set()
     for info in blueprint.tensors:
@@ -212,7 +259,7 @@ def _largest(
     modules: list[str] = []
     for module in blueprint.modules:
         path = module.path
-        if path in useful and wanted[path] and not _lies_in(path, modules):
+        if path in useful and wanted[path] and not _lies_in(path, modules) and _does(model.get_submodule(path), method):
             modules.append(path)
     # A tied tensor is the same one under all its names.
     done = {blueprint.by_name[name].identity for name in changed if _lies_in(parent_of(name), modules)}
@@ -223,15 +270,23 @@ def _largest(
     return modules, list(tensors.values())
 
 
+def _does(module: nn.Module, method: str) -> bool:
+    """Whether a module does with its tensors what torch's method does: nothing that has a part in that is its own."""
+    return is_of_torch(module, method) and all(
+        is_of_torch(part, "_apply", "parameters", "named_parameters", "named_modules", "children")
+        for part in module.modules()
+    )
+
+
 def _lies_in(path: str, modules: Iterable[str]) -> bool:
     return any(not above or path == above or path.startswith(f"{above}.") for above in modules)
 
 
-def _each(names: Sequence[str], text: Callable[[str], str], getter: str, call: str) -> list[str]:
+def _each(names: Sequence[str], text: Callable[[str], str], getter: str, statement: str) -> list[str]:
     """The same call for each name: one below the other, or in a loop where there are many."""
-    if len(names) <= _STATEMENTS:
-        return [f"{text(name)}{call}" for name in names]
-    return loop("name", names, f"model.{getter}(name){call}")
+    if len(names) <= STATEMENTS:
+        return [f"{text(name)}{statement}" for name in names]
+    return loop("name", names, f"model.{getter}(name){statement}")
 
 
 # --- numbers -------------------------------------------------------------------------------------------------------
@@ -269,7 +324,7 @@ def fills(page: Page, names: Sequence[str], edit: Init, text: Callable[[str], st
         arguments = page.arguments(scheme.args, scheme.kwargs)
         arguments = f", {arguments}" if arguments else ""
         function = f"init.{scheme_name(scheme)}_"
-        if len(run) > _STATEMENTS:
+        if len(run) > STATEMENTS:
             lines += loop("name", run, f"{function}({any_text}{arguments})")
         else:
             lines += [f"{function}({text(name)}{arguments})" for name in run]

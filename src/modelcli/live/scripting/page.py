@@ -6,7 +6,9 @@ can become a statement.
 
 from __future__ import annotations
 
+import builtins
 import keyword
+import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -18,7 +20,14 @@ from modelcli.expressions import Call, Name
 from modelcli.references import is_installed_name
 
 WIDTH = 110
+#: As many statements of one kind as stand one below the other; more become a loop.
+STATEMENTS = 4
 NN = "from torch import nn"
+#: What a script imports, defines and assigns itself: nothing of the user's can be called so in it.
+_IMPORTS = frozenset({"torch", "nn", "init", "models", "ops", "os", "sys", "runpy", "load_file", "save_file"})
+_HELPERS = frozenset({"keep_weights", "cast_views"})
+_VARIABLES = frozenset({"model", "state", "checkpoint", "new", "name", "names", "key", "items", "at", "children"})
+_TAKEN = _IMPORTS | _HELPERS | _VARIABLES | frozenset(dir(builtins))
 
 
 class InexpressibleError(Exception):
@@ -26,11 +35,12 @@ class InexpressibleError(Exception):
 
 
 class Page:
-    """A script that grows. `notes` say what it leaves out."""
+    """A script that grows. `own` are names of the user's code and what gives them; `notes` say what is left out."""
 
     def __init__(self) -> None:
         self.imports: set[str] = set()
         self.folders: dict[str, None] = {}
+        self.own: dict[str, str] = {}
         self.helpers: dict[str, None] = {}
         self.body: list[str] = []
         self.notes: list[str] = []
@@ -56,16 +66,15 @@ class Page:
         lines = []
         if self.folders:
             imports |= {"import sys"}
-        standard = [line for line in imports if line.split()[1].partition(".")[0] in _STANDARD]
-        torches = [line for line in imports if line.split()[1].partition(".")[0] in _TORCHES]
-        own = sorted(imports - set(standard) - set(torches))
+        standard = [line for line in imports if line.split()[1] in _STANDARD]
         if standard:
             lines += [*sorted(standard), ""]
-        lines += _in_order(torches)
+        lines += _in_order(imports - set(standard))
         if self.folders:
             lines += ["", *(f"sys.path.insert(0, {quoted(folder)})" for folder in self.folders)]
-        if own:
-            lines += ["", *own]
+        if self.own:
+            run = [line for line in self.own.values() if not line.startswith(("import ", "from "))]
+            lines += ["", *_in_order(set(self.own.values()) - set(run)), *sorted(run)]
         for helper in self.helpers:
             lines += ["", "", *helper.splitlines()]
         if self.helpers:
@@ -96,20 +105,62 @@ class Page:
 
     def class_of(self, dotted: str) -> str:
         """The name of a class in the script, imported there: `nn.Linear`, `ops.Permute`, `nets.Net`."""
-        package, _, name = dotted.replace(":", ".").rpartition(".")
         if not is_installed_name(dotted):
+            package, _, name = dotted.partition(":") if ":" in dotted else dotted.rpartition(".")
             self.folders.setdefault(".")
-            self.imports.add(f"import {package}")
-            return f"{package}.{name}"
+            return f"{self.own_module(package)}.{name}"
+        package, _, name = dotted.replace(":", ".").rpartition(".")
         if package == "torchvision.ops" or not hasattr(nn, name):
             self.imports.add("from torchvision import ops")
             return f"ops.{name}"
         self.imports.add(NN)
         return f"nn.{name}"
 
+    def own_module(self, module: str) -> str:
+        """What a module of the user's is called in the script, imported there."""
+        first = module.partition(".")[0]
+        if self._is_free(first, f"import {first}"):
+            self.own[module] = f"import {module}"
+            return module
+        name = _for_own(module)
+        self.own[name] = f"import {module} as {name}"
+        return name
 
-_STANDARD = ("sys", "runpy")
-_TORCHES = ("torch", "torchvision", "safetensors")
+    def own_object(self, module: str, name: str) -> str:
+        """What a class, function or instance in a module of the user's is called in the script, imported there."""
+        line = f"from {module} import {name}"
+        if self._is_free(name, line):
+            self.own[name] = line
+            return name
+        other = _for_own(name)
+        self.own[other] = f"{line} as {other}"
+        return other
+
+    def own_file(self, path: str, name: str) -> str:
+        """What the names in a file that cannot be imported are called in the script, a dict; run before the rest.
+
+        `name` is what the file is called.
+        """
+        self.imports.add("import runpy")
+        variable = re.sub(r"\W", "_", name, flags=re.ASCII)
+        line = f"runpy.run_path({quoted(path)})"
+        if not is_name(variable) or not self._is_free(variable, f"{variable} = {line}"):
+            variable = _for_own(variable)
+        self.own[variable] = f"{variable} = {line}"
+        return variable
+
+    def _is_free(self, name: str, line: str) -> bool:
+        """Whether nothing else has a name. A package is there for several of its modules."""
+        others = [given for known, given in self.own.items() if known.partition(".")[0] == name]
+        return name not in _TAKEN and all(given == line or given.startswith(f"{line}.") for given in others)
+
+
+_STANDARD = ("os", "sys", "runpy")
+
+
+def _for_own(text: str) -> str:
+    """A name for something of the user's that cannot have its own."""
+    return f"own_{text.replace('.', '_')}"
 
 
 def _in_order(lines: Iterable[str]) -> list[str]:
@@ -152,6 +203,18 @@ def _wrapped(names: Sequence[str]) -> list[str]:
         else:
             lines.append(f"    {name},")
     return lines
+
+
+def call(function: str, values: Sequence[str], *arguments: str) -> list[str]:
+    """A call of a function with a list and further arguments: on one line, or an item of the list a line."""
+    line = f"{function}([{', '.join(values)}], {', '.join(arguments)})"
+    if len(line) <= WIDTH:
+        return [line]
+    return [f"{function}(", "    [", *(f"        {value}," for value in values), "    ],", *_one_by_one(arguments), ")"]
+
+
+def _one_by_one(arguments: Iterable[str]) -> list[str]:
+    return [f"    {argument}," for argument in arguments]
 
 
 def mapping(variable: str, pairs: Iterable[tuple[str, str]]) -> list[str]:

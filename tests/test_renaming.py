@@ -306,7 +306,7 @@ def test_a_new_module_keeps_its_version_when_its_keys_are_renamed(cli: Cli, fold
         ("remove a", "b.w scale b.v"),
         ("add n Linear(2,2)", "b.w a.w scale b.v a.v n.weight n.bias"),
         ("add b.n Linear(2,2)", "b.w a.w scale b.v b.n.weight b.n.bias a.v"),
-        ("replace a Linear(2,2)", "b.w scale b.v a.weight a.bias"),
+        ("replace a Linear(2,2)", "b.w a.weight a.bias scale b.v"),
     ],
 )
 def test_keys_stay_in_the_order_of_their_file(cli: Cli, folder: Path, line: str, wanted: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from modelcli import checkpoints, references
@@ -20,6 +21,7 @@ from modelcli.live.build import Architecture, architecture
 from modelcli.live.describe import describe, floating_dtype
 from modelcli.live.inputs import Inputs
 from modelcli.live.loading import LoadReport
+from modelcli.live.sources import named_tensors
 from modelcli.live.surgery import Change, apply
 from modelcli.record import Record
 from modelcli.references import CheckpointFile, Source
@@ -32,7 +34,8 @@ class Live:
     `architecture` is None for a bare checkpoint; `edits` are those since the architecture's reference, as lines with
     selectors and `_` resolved, each with the number of its edit. `drawn` says that numbers will be drawn at random when
     they are needed. `report` says how a checkpoint's keys fitted; `record` is the file's own account, where that was
-    followed. `opened_with` are the parameters that it had when it was opened.
+    followed. `opened_with` are the parameters that it had when it was opened, `opened_tensors` all its tensors under
+    every name.
     """
 
     module: nn.Module
@@ -48,6 +51,7 @@ class Live:
     seed: int = 0
     edit_count: int = 0
     opened_with: dict[str, nn.Parameter] = field(default_factory=dict)
+    opened_tensors: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def drawn(self) -> bool:
@@ -172,6 +176,7 @@ class _Opening:
             set_frozen(module, self.record.frozen)
         live.inputs = self._inputs(module)
         live.opened_with = dict(module.named_parameters())
+        live.opened_tensors = named_tensors(module)
         return live
 
     def real(self, edits: Sequence[Edit]) -> tuple[nn.Module, Live]:

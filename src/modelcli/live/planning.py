@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 
 from modelcli import record as records
 from modelcli import writing
-from modelcli.blueprints import Blueprint, Trace
+from modelcli.blueprints import Blueprint, Trace, ancestors, parent_of
 from modelcli.checkpoints import CompositeEntry, TensorEntry
 from modelcli.checkpoints.pickles import Global, Opaque, OrderedDict, StorageRef
 from modelcli.edits import Extract
@@ -36,7 +36,7 @@ def plan(live: Live, out: Path, kind: str, *, bare: bool = False) -> Plan:
     tensors: dict[str, PlannedTensor] = {}
     extras: dict[str, Any] = {}
     values: dict[object, Value] = {}
-    for name in _in_order(live, state):
+    for name in in_order(live):
         value = state[name]
         planned = partial(_planned, name, kind=kind, values=values)
         if not isinstance(value, torch.Tensor):
@@ -67,23 +67,50 @@ def plan(live: Live, out: Path, kind: str, *, bare: bool = False) -> Plan:
     )
 
 
-def _in_order(live: Live, names: Iterable[str]) -> list[str]:
-    """The order in which tensors are written: PyTorch's, or of a file without an architecture its own.
+def in_order(live: Live) -> list[str]:
+    """The names of a state dict in the order in which it is written: PyTorch's, or of a bare file its own.
 
-    There a renamed key stays where it was, and a new one stands behind the one that is before it in its module.
+    There a key stays where it was, whatever it is called now. The tensors of a new module stand where the first of
+    the old ones was whose place it took, others behind the one that is before them in their module.
     """
+    names = list(live.module.state_dict())
     if live.architecture is not None or live.contents is None:
-        return list(names)
+        return names
     positions = {name: position for position, name in enumerate((*live.contents.tensors, *live.contents.extras))}
-    of_tensors = {id(tensor): positions[name] for name, tensor in reversed(live.opened_with.items())}
-    tensors = named_tensors(live.module)
+    opened, tensors = live.opened_tensors, named_tensors(live.module)
+    renamed: dict[int, list[int]] = {}  # where each tensor was under names that it has no more: a tied one has several
+    for name in sorted(opened, key=positions.__getitem__):
+        if tensors.get(name) is not opened[name]:
+            renamed.setdefault(id(opened[name]), []).append(positions[name])
+    places = _places_of_new(live, positions)
     found: dict[str, int] = {}
     last = -1
     for name in names:
-        was = live.opened_with.get(name)
-        moved = None if name in tensors and tensors[name] is was else of_tensors.get(id(tensors.get(name)))
-        found[name] = last = positions.get(name, last) if moved is None else moved
+        tensor = tensors.get(name)
+        if tensor is not None and opened.get(name) is tensor:
+            last = positions[name]
+        elif others := renamed.get(id(tensor)):
+            last = others.pop(0)
+        else:
+            place = next((places[path] for path in ancestors(parent_of(name)) if path in places), None)
+            last = positions.get(name, last) if place is None else place
+        found[name] = last
     return sorted(found, key=found.__getitem__)
+
+
+def _places_of_new(live: Live, positions: Mapping[str, int]) -> dict[str, int]:
+    """Where the first tensor of the file was below each path that had some and has none of them any more."""
+    tensors = named_tensors(live.module)
+    there = {id(tensor) for tensor in tensors.values()}
+    known = {id(tensor) for tensor in live.opened_tensors.values()}
+    held = {path for name, tensor in tensors.items() if id(tensor) in known for path in ancestors(parent_of(name))}
+    places: dict[str, int] = {}
+    for name, tensor in live.opened_tensors.items():
+        if id(tensor) not in there:
+            for path in ancestors(parent_of(name)):
+                if path not in held:
+                    places[path] = min(positions[name], places.get(path, positions[name]))
+    return places
 
 
 def _belongs(name: str, value: Any) -> bool:
@@ -216,4 +243,4 @@ def trace_of(live: Live, mode: str) -> tuple[Trace, torch.nn.Module]:
     return trace.trace(live.module, live.inputs, mode=mode)
 
 
-__all__ = ["plan", "record_of", "traced"]
+__all__ = ["in_order", "plan", "record_of", "traced"]

@@ -19,7 +19,7 @@ from modelcli.checkpoints import CompositeEntry, Contents
 from modelcli.checkpoints.contents import Span
 from modelcli.edits import Edit, Replace
 from modelcli.errors import ModelcliError
-from modelcli.live import surgery, zoo
+from modelcli.live import planning, surgery, zoo
 from modelcli.live.build import Architecture
 from modelcli.live.describe import describe
 from modelcli.live.opening import Live, open_live
@@ -150,6 +150,7 @@ class _Script:
         if not resolved:
             self.page.write("# nothing changes")
         # Modules that take the place of others are told together: none of them lies in another one.
+        self.state.wanted = planning.in_order(self.live)
         together = self._is_model and all(isinstance(item, Replace) for item in resolved)
         for group in [resolved] if together else [[item] for item in resolved]:
             self._translate(group, self.before, self.live.module, seed, str(edit))
@@ -170,7 +171,7 @@ class _Script:
                 self.page.write(*key_edits.statements(self.page, edits[0], before, after, seed, self.state))
         except InexpressibleError as error:
             self.page.refuse(line, str(error))
-            self.state = key_edits.State(list(after.state_dict()))  # as if the script went on
+            self.state = key_edits.State(self.state.wanted)  # as if the script went on
 
     # --- the result ------------------------------------------------------------------------------------------------
 

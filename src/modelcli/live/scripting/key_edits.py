@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -19,10 +19,14 @@ from modelcli.live.surgery.storages import has_storage, key_of
 
 
 class State:
-    """What is known of `state` while the script is written: its tensors' names, in their order."""
+    """What is known of `state` while the script is written.
+
+    `names` are its keys in their order; `wanted` are those after the edit that is being told, as modelcli writes them.
+    """
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = list(names)
+        self.wanted = self.names
 
     def delete(self, gone: Sequence[str], paths: Sequence[str] = ()) -> list[str]:
         """Take keys out; by their prefix where they are many and all those below `paths`."""
@@ -41,40 +45,59 @@ class State:
         self.names = [names.get(name, name) for name in self.names]
         return _renamed(names)
 
-    def put(self, prefix: str, own: Sequence[str], follower: str | None) -> list[str]:
-        """Put in the tensors of `new`, whose own names are given, before a key, or at the end."""
+    def put(self, prefix: str, own: Sequence[str], gone: Sequence[str] = ()) -> list[str]:
+        """Put in the tensors of `new`, whose own names are given, in the place of keys that go."""
+        if not own:
+            return self.delete(gone) or ["# a module without tensors: nothing to do"]
         names = [prefix + name for name in own]
         pairs = f"{quoted(prefix)} + key: value for key, value in new.state_dict().items()"
-        in_place = list(dict.fromkeys([*self.names, *names]))
-        self.names = self.placed(names, follower)
-        if in_place == self.names:
-            return [f"state |= {{{pairs}}}"]
+        left = [name for name in gone if name not in names]
+        if self._is_in_order([*(name for name in self.names if name not in left), *names]):
+            deleted = self.delete(left, [prefix.removesuffix(".")])
+            self.names = list(dict.fromkeys([*self.names, *names]))
+            return [*deleted, f"state |= {{{pairs}}}"]
+        deleted = self.delete([name for name in self.names if name in {*gone, *names}], [prefix.removesuffix(".")])
+        behind = self.wanted[self.wanted.index(names[-1]) + 1 :]
+        follower = next((name for name in behind if name in self.names), None)
+        at = len(self.names) if follower is None else self.names.index(follower)
+        self.names[at:at] = names
+        if follower is None:
+            return [*deleted, f"state |= {{{pairs}}}"]
         return [
-            f"at = list(state).index({quoted(follower or '')})",
+            *deleted,
+            f"at = list(state).index({quoted(follower)})",
             "items = list(state.items())",
             f"items[at:at] = {{{pairs}}}.items()",
             "state = dict(items)",
         ]
 
-    def placed(self, names: Sequence[str], follower: str | None, gone: Sequence[str] = ()) -> list[str]:
-        """The names without those that go, and with some before another one."""
-        left = [name for name in self.names if name not in {*names, *gone}]
-        at = len(left) if follower is None else left.index(follower)
-        return [*left[:at], *names, *left[at:]]
+    def sort(self) -> list[str]:
+        """Put the keys into the order that is wanted, where the edit has not done so."""
+        if self._is_in_order(self.names):
+            return []
+        there = set(self.names)
+        wanted = [name for name in self.wanted if name in there]
+        self.names = [*(there - set(wanted)), *wanted]
+        return loop("key", wanted, "state[key] = state.pop(key)")
 
-    def after(self, names: Sequence[str], *, gone: Sequence[str] = ()) -> str | None:
-        """The first key behind some of them that stays; None for the end."""
-        last = max((self.names.index(name) for name in names), default=len(self.names))
-        return next((name for name in self.names[last + 1 :] if name not in set(gone)), None)
-
-    def below(self, path: str) -> list[str]:
-        return [name for name in self.names if name.startswith(joined(path, ""))]
+    def _is_in_order(self, names: Iterable[str]) -> bool:
+        """Whether keys, as often as they are set, are in the order that is wanted, as far as that is known yet."""
+        names = list(dict.fromkeys(names))
+        wanted = set(self.wanted)
+        there = set(names)
+        return [name for name in names if name in wanted] == [name for name in self.wanted if name in there]
 
 
 def statements(
     page: Page, edit: Edit, before: nn.Module, after: nn.Module, seed: int | None, state: State
 ) -> list[str]:
     """What one edit does; `before` and `after` are the trees around it. Raises InexpressibleError."""
+    return [*_statements(page, edit, before, after, seed, state), *state.sort()]
+
+
+def _statements(
+    page: Page, edit: Edit, before: nn.Module, after: nn.Module, seed: int | None, state: State
+) -> list[str]:
     blueprint = describe(before)
     match edit:
         case Rename():
@@ -84,7 +107,7 @@ def statements(
         case Extract():
             (path,) = selectors.select_modules(blueprint, [edit.path])
             prefix = f"{path}."
-            state.names = [name.removeprefix(prefix) for name in state.below(path)]
+            state.names = [name.removeprefix(prefix) for name in state.names if name.startswith(prefix)]
             pairs = f"key.removeprefix({quoted(prefix)}): value for key, value in state.items()"
             return [f"state = {{{pairs} if key.startswith({quoted(prefix)})}}"]
         case Remove():
@@ -97,13 +120,10 @@ def statements(
             (holder,) = selectors.select_modules(blueprint, [above or "."])
             moved = _moved(list(before.state_dict()), holder, lambda number: number + (number >= int(position)), state)
             path = joined(holder, position)
-            later = [name for name in state.below(holder) if _number(name, holder) > int(position)]
-            follower = later[0] if later else state.after(state.below(holder))
-            return [*moved, *_made(page, edit, path, after, seed), *state.put(f"{path}.", _own(after, path), follower)]
+            return [*moved, *_made(page, edit, path, after, seed), *state.put(f"{path}.", _own(after, path))]
         case Add():
             path = next(m.path for m in describe(after).modules if m.path not in blueprint.by_path)
-            follower = state.after(state.below(parent_of(path)))
-            return [*_made(page, edit, path, after, seed), *state.put(f"{path}.", _own(after, path), follower)]
+            return [*_made(page, edit, path, after, seed), *state.put(f"{path}.", _own(after, path))]
         case Freeze() | Unfreeze():
             return ["# a state dict holds no requires_grad: nothing to do"]
         case Cast():
@@ -179,18 +199,12 @@ def _replaced(
         raise InexpressibleError("one module would have to be several")
     lines = _made(page, edit, paths[0], after, seed)
     for path in paths:
-        prefix, own = f"{path}.", _own(after, path)
+        prefix = f"{path}."
         if edit.keep_weights:
             page.helpers.setdefault(KEEP_WEIGHTS)
             below = f"key.removeprefix({quoted(prefix)}): value for key, value in state.items()"
             lines.append(f"keep_weights({{{below} if key.startswith({quoted(prefix)})}}, new)")
-        gone = [name for name in names if name.startswith(prefix)]
-        new = [prefix + name for name in own]
-        follower = state.after(state.below(path)[:1], gone=[*gone, *new])
-        left = [name for name in state.names if name not in gone or name in new]
-        if list(dict.fromkeys([*left, *new])) == state.placed(new, follower, gone):
-            gone = [name for name in gone if name not in new]  # the others are overwritten where they are
-        lines += [*state.delete(gone, [path]), *state.put(prefix, own, follower)]
+        lines += state.put(prefix, _own(after, path), [name for name in names if name.startswith(prefix)])
     return lines
 
 
@@ -200,8 +214,10 @@ def _own(after: nn.Module, path: str) -> list[str]:
 
 
 def _made(page: Page, edit: Replace | Add | Insert, path: str, after: nn.Module, seed: int | None) -> list[str]:
-    """What makes `new`."""
+    """What makes `new`, where it has tensors."""
     new = after.get_submodule(path)
+    if not new.state_dict():
+        return []
     seeded = [f"torch.manual_seed({seed})"] if seed is not None and named_tensors(new) else []
     return [*seeded, f"new = {new_module(page, edit, new)}"]
 

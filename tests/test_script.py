@@ -744,6 +744,28 @@ def test_a_folder_of_shards_has_no_statement(cli: Cli) -> None:
     assert "the script stops at 'write out/': PyTorch has no statement that writes a folder of shards" in result.err
 
 
+@pytest.mark.parametrize("command", ["script", "apply"])
+@pytest.mark.parametrize(
+    ("model", "quoted"),
+    [
+        ("best.pth", "best.pth"), ("nets.py:Net", "nets.py:Net"), ("nets.py", "nets.py"), ("alexnet", "alexnet"),
+        ("missing.safetensors", "missing.safetensors"), ("Linear(2, 3)", "'Linear(2, 3)'"), ("shards", "shards"),
+    ],
+)  # fmt: skip
+def test_a_model_in_the_place_of_the_recipe(cli: Cli, command: str, model: str, quoted: str) -> None:
+    torch.save(trained().state_dict(), "best.pth")
+    Path("shards").mkdir()
+    error = cli(command, model, "--json", code=2).error
+    assert error["message"] == f"{model} is no recipe"
+    assert error["hint"] == f"-m names the model: -m {quoted}"
+
+
+def test_a_recipe_may_be_called_anything(cli: Cli) -> None:
+    for name in ("recipe", "recipe.txt", "recipe.toml"):
+        Path(name).write_text('model = "nets.py:Net"\nedits = ["freeze bn"]\n')
+        assert "model.bn.requires_grad_(False)" in cli("script", name).out
+
+
 def test_a_model_that_would_not_run_is_told(cli: Cli) -> None:
     told = cli("script", "-e", "replace classifier.6 Linear(4095,10)", "-m", "alexnet").err
     assert "the edited model does not fit, and modelcli itself would not write it: classifier.6" in " ".join(

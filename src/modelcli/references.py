@@ -165,6 +165,17 @@ def names_a_file(text: str) -> bool:
     return Path(text).suffix in CHECKPOINT_SUFFIXES or "/" in text or "\\" in text
 
 
+def names_a_model(text: str) -> bool:
+    """Whether text in the place of a recipe names a model: a checkpoint, Python, or what is no file at all."""
+    path = Path(text)
+    if len(text) < MAX_PATH and "\0" not in text and _exists(path):
+        return path.is_dir() or path.suffix in CHECKPOINT_SUFFIXES or path.suffix == ".py"
+    try:
+        return path.suffix != ".toml" and not isinstance(parse(text), CheckpointFile)
+    except RequestError:
+        return path.suffix in CHECKPOINT_SUFFIXES
+
+
 def missing_file(path: Path, text: str) -> RequestError:
     """The error for a path that is not there, with the names near it that are."""
     folder = path.parent

@@ -1,6 +1,7 @@
 """replace, add, freeze and the others: commands that carry out one edit."""
 
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -287,9 +288,13 @@ def _edits_from(
     file: str | None, lines: list[str] | None, source: SourceOptions
 ) -> tuple[Path | None, list[tuple[str, str]]]:
     """The recipe that is named, and the edits of standard input and `-e` with where they stand."""
+    from modelcli import references
+
     given = [(f"-e {number}", line) for number, line in enumerate(lines or (), 1)]
     if file == "-":
         return None, [*_standard_input(), *given]
+    if file is not None and references.names_a_model(file):
+        raise RequestError(f"{file} is no recipe", f"-m names the model: -m {shlex.quote(file)}")
     if file is not None and source.recipe is not None:
         raise RequestError(f"two recipes: {file} and --recipe {source.recipe}", "give one of them")
     return None if file is None else Path(file), given

@@ -11,7 +11,7 @@ JOBS   ?= 2
 STAMP     := $(VENV)/.installed-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 DEV_STAMP := $(STAMP)-dev
 
-.PHONY: help demo test test-all check fix golden bench fuzz torture clean
+.PHONY: help demo test test-long check fix golden bench fuzz torture clean
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -33,7 +33,7 @@ demo: $(STAMP) ## install, and run the story of the README, each command before 
 test: check ## install, check, and run the tests
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "not sweep"
 
-test-all: check ## the tests and the sweeps over every torchvision builder
+test-long: check ## the tests and the sweeps over every torchvision builder
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 
 check: $(DEV_STAMP) ## format, lint, types, layers

@@ -1,6 +1,6 @@
 """Every torchvision builder, against torchvision itself and the figures it publishes.
 
-The sweeps that build every model for real are marked; `make test-all` runs them.
+The sweeps that build every model for real are marked; `make test-long` runs them.
 """
 
 from __future__ import annotations
@@ -278,3 +278,9 @@ def test_list(cli: Cli) -> None:
     }
     assert [m["name"] for m in cli("list", "vgg1?", "--json").json["models"]] == ["vgg11", "vgg13", "vgg16", "vgg19"]
     assert "nearest: alexnet" in cli("list", "alexnt", code=2).err
+
+
+def test_a_wrong_argument_of_a_builder_is_named_with_its_neighbours(cli: Cli) -> None:
+    error = cli("summary", "resnet18(num_clases=10)", code=2).err
+    assert "unexpected keyword argument 'num_clases'" in error
+    assert "hint: did you mean num_classes" in error

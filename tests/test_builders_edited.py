@@ -1,6 +1,6 @@
 """Every torchvision builder frozen, cast and with other activations, against plain PyTorch doing the same.
 
-All but a few small ones are swept by `make test-all`.
+All but a few small ones are swept by `make test-long`.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+import shutil
+import subprocess
 import time
 from typing import Any
 
@@ -12,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelcli import edits
-from modelcli.edits import Edit, Freeze, Replace, Unfreeze, from_words
+from modelcli.edits import Edit, Freeze, Init, Replace, Unfreeze, from_words
 from modelcli.errors import RequestError
 from modelcli.expressions import Call
 from tests.test_expressions import calls
@@ -47,6 +49,21 @@ from tests.test_expressions import calls
         ("freeze -- -x", Freeze(targets=("-x",))),
         ("freeze classifier.-1", Freeze(targets=("classifier.-1",))),
         ("  freeze\ta  ", Freeze(targets=("a",))),
+        ("freeze a # the backbone", Freeze(targets=("a",))),
+        ("freeze a#b '#c' \\#d", Freeze(targets=("a#b", "#c", "#d"))),
+        ("freeze a # it's\n b", Freeze(targets=("a", "b"))),
+        (
+            "init . kaiming_normal(nonlinearity=relu) --bias uniform(b=1)",
+            Init(
+                targets=(".",),
+                scheme=Call("kaiming_normal", (), {"nonlinearity": "relu"}),
+                bias=Call("uniform", (), {"b": 1}),
+            ),
+        ),
+        (
+            'init . kaiming_normal(mode="fan_out")',  # a shell takes the quotes
+            Init(targets=(".",), scheme=Call("kaiming_normal", (), {"mode": "fan_out"})),
+        ),
     ],
 )
 def test_a_line_of_text(line: str, edit: Edit) -> None:
@@ -68,6 +85,7 @@ def test_a_line_of_text(line: str, edit: Edit) -> None:
         ),
         (Freeze(targets=("-x", "b"), expect=2), "freeze --expect 2 -- -x b"),
         (Freeze(targets=("a b",)), "freeze 'a b'"),
+        (Freeze(targets=("#a", "b#")), "freeze '#a' b#"),
     ],
 )
 def test_the_line_of_an_edit_is_as_a_person_writes_it(edit: Edit, line: str) -> None:
@@ -96,6 +114,13 @@ def test_the_line_of_an_edit_is_as_a_person_writes_it(edit: Edit, line: str) -> 
         ("freeze a --except a..b", "selector 'a..b' has an empty component", ""),
         ("replace a[ ReLU", "selector 'a[': [ without ]", ""),
         ("replace a Linear(4096,", "cannot read 'Linear(4096,'", ""),
+        ("replace a Linear(2,3,bias=false)", "false is no value in 'Linear(2,3,bias=false)'", "did you mean False?"),
+        ("replace a Linear 2 3 bias=false", "false is no value in 'false'", "did you mean False?"),
+        ("replace Linear(1,2) a", "replace takes the place before the module", "replace a 'Linear(1,2)'"),
+        ("add Linear(1,2) a.b", "add takes the place before the module", "add a.b 'Linear(1,2)'"),
+        ("init a 2", "'2' is not a scheme", "the scheme comes last: init '**:Conv2d' xavier_uniform"),
+        ("init a b.0", "cannot read 'b.0'", "the scheme comes last"),
+        ("init a normal(", "cannot read 'normal('", "the scheme comes last"),
         ("replace a Linear(open('x').read())", "is not allowed in", "nothing in an expression is evaluated"),
     ],
 )
@@ -112,7 +137,7 @@ def test_words_of_a_command_line_make_the_same_edit() -> None:
     assert from_words("freeze", ["a b"]) == Freeze(targets=("a b",))
 
 
-@given(st.text("ab \"'\\\n\t\r\u00e9\u00a0\u2028$#\0", max_size=20))
+@given(st.text("ab \"'\\\n\t\r\u00e9\u00a0\u2028$\0", max_size=20))
 @settings(max_examples=1000, deadline=None)
 def test_words_are_those_of_a_posix_shell(line: str) -> None:
     try:
@@ -124,10 +149,22 @@ def test_words_are_those_of_a_posix_shell(line: str) -> None:
         assert edits.split(line) == expected
 
 
+@pytest.mark.skipif(shutil.which("sh") is None, reason="asks a shell")
+@pytest.mark.parametrize(
+    "line", ["a # b c", "# a", "a#b", "a '#' b", "a \\# b", "''# a", "a\t#b' \"", "a # b\nc", "a #\n#\n b # c"]
+)
+def test_comments_are_those_of_a_shell(line: str) -> None:
+    script = "set -- " + '\nset -- "$@" '.join(line.split("\n")) + '\nfor word; do printf "%s\\0" "$word"; done'
+    words = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout.split("\0")[:-1]
+    assert edits.split(line) == words
+
+
 @pytest.mark.parametrize(
     "line",
     [
         "freeze " + "a" * 1_000_000,
+        "freeze a " + "#" * 1_000_000,
+        "freeze a" + "\n# b" * 300_000,
         "freeze '" + "a" * 1_000_000,
         "freeze " + "'a'" * 300_000,
         "freeze " + '"\\"' * 300_000,

@@ -435,7 +435,7 @@ def test_the_script(cli: Cli, source: str, cell: Cell) -> None:
 
 # --- a builder -----------------------------------------------------------------------------------------------------
 
-#: One builder has three of the kinds of places; none has a shared module (`tests/test_sweeps.py` looks at all).
+#: One builder has three of the kinds of places; none has a shared module (`test_builders_edited.py` looks at all).
 BUILDER = "deeplabv3_mobilenet_v3_large(num_classes=3)"
 
 

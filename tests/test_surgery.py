@@ -485,3 +485,20 @@ def test_what_is_no_dense_tensor_keeps_its_flag(cli: Cli, folder: Path) -> None:
     told = cli("freeze", ".", "-m", "bare.pth", "-o", "out.pth").err
     assert "a.mask stays trainable: it is no dense tensor" in " ".join(told.split())
     assert [t["trainable"] for t in cli("params", "out.pth", "--json").json["tensors"]] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ("replace 3 Linear(8,2,biass=False)", "did you mean bias? Linear(in_features: int"),
+        (
+            "replace 0 Conv2d(1,2,3,padding_mode=reflect)",
+            "did you mean ReflectionPad3d or ReflectionPad2d or ReflectionPad1d? Text is quoted, and the module around "
+            "it once more: \"Conv2d(1,2,3,padding_mode='reflect')\"",
+        ),
+    ],
+)
+def test_what_was_meant_by_an_argument(line: str, hint: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        apply(small(), line)
+    assert (caught.value.hint or "").startswith(hint)

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Self
 from modelcli import expressions, selectors
 from modelcli.blueprints import FLOATING
 from modelcli.errors import RequestError, did_you_mean
-from modelcli.expressions import Call
+from modelcli.expressions import Call, Name
 
 
 def _option(flag: str, kind: str, default: Any) -> Any:
@@ -79,6 +79,7 @@ class Replace(Selecting):
     def from_operands(cls, words: Sequence[str]) -> Self:
         if len(words) < 2:
             raise RequestError("replace takes a target and a module", "replace classifier.6 'Linear(4096,10)'")
+        _refuse_swapped(cls.name, words)
         return cls(target=_selector(words[0]), module=expressions.parse_words(words[1:]))
 
     @property
@@ -102,6 +103,7 @@ class _Placing(Edit):
     def from_operands(cls, words: Sequence[str]) -> Self:
         if len(words) < 2:
             raise RequestError(f"{cls.name} takes a path and a module", f"{cls.name} {cls.example}")
+        _refuse_swapped(cls.name, words)
         return cls(path=_selector(words[0]), module=expressions.parse_words(words[1:]))
 
     def operands(self) -> list[str]:
@@ -198,7 +200,7 @@ class Init(Selecting):
     def from_operands(cls, words: Sequence[str]) -> Self:
         if len(words) < 2:
             raise RequestError("init takes at least one target and a scheme", "init '**:Conv2d' xavier_uniform")
-        return cls(targets=tuple(map(_selector, words[:-1])), scheme=expressions.parse(words[-1]))
+        return cls(targets=tuple(map(_selector, words[:-1])), scheme=_scheme(words[-1]))
 
     def operands(self) -> list[str]:
         return [*self.targets, expressions.to_text(self.scheme).removesuffix("()")]
@@ -286,11 +288,12 @@ def parse(line: str) -> Edit:
 #: What a word is made of for a POSIX shell: plain characters, quoted ones, and those behind a backslash.
 _PIECE = r"""[^ \t\r\n'"\\]+|'[^']*'|"(?:[^"\\]|\\.)*"|\\."""
 _PIECES = re.compile(_PIECE, re.DOTALL)
-_WORD = re.compile(rf"[ \t\r\n]*((?:{_PIECE})*)", re.DOTALL)  # it always matches, and so never tries again
+#: It always matches, and so never tries again. A # where a word could begin starts a comment.
+_WORD = re.compile(rf"(?:[ \t\r\n]+|#[^\r\n]*)*((?:{_PIECE})*)", re.DOTALL)
 
 
 def split(line: str) -> list[str]:
-    """What `shlex.split` gives, in time that grows with the line and not with its square.
+    """The words of a POSIX shell, in time that grows with the line: a word that starts with `#` starts a comment.
 
     Raises RequestError for a quote without an end.
     """
@@ -382,7 +385,7 @@ def _value_of(flag: str, kind: str, word: str) -> Any:
         case "selectors":
             return _selector(word)
         case "scheme":
-            return expressions.parse(word)
+            return _scheme(word)
     if not re.fullmatch(r"\d{1,9}", word, re.ASCII):
         raise RequestError(f"{flag} takes a number, not {word!r}")
     return int(word)
@@ -398,6 +401,26 @@ def _words_of(flag: str, kind: str, value: Any) -> list[str]:
         case "scheme":
             return [] if value == Call("zeros") else [flag, expressions.to_text(value).removesuffix("()")]
     return [] if value is None else [flag, str(value)]
+
+
+def _refuse_swapped(name: str, words: Sequence[str]) -> None:
+    """Refuse a module before its place: `replace 'Linear(1,2)' classifier.6`."""
+    if len(words) == 2 and "(" in words[0] and "(" not in words[1] and expressions.is_expression(words[0]):
+        raise RequestError(
+            f"{name} takes the place before the module, and {words[0]!r} is a module",
+            f"{name} {words[1]} '{words[0]}'",
+        )
+
+
+def _scheme(word: str) -> Call:
+    """A scheme of its word. A bare word among its arguments is text: no function of `torch.nn.init` takes a class."""
+    hint = "the scheme comes last: init '**:Conv2d' xavier_uniform, or 'normal(0, 0.01)'"
+    call = expressions.parse(word, kind="a scheme", hint=hint)
+    return Call(call.name, tuple(map(_text, call.args)), {key: _text(value) for key, value in call.kwargs.items()})
+
+
+def _text(value: Any) -> Any:
+    return value.dotted if isinstance(value, Name) and value.dotted.isidentifier() else value
 
 
 def _selector(word: str) -> str:
@@ -418,6 +441,6 @@ def _looks_like_option(word: str) -> bool:
 
 def _quoted(word: str) -> str:
     """The word for a shell, quotes only where they are needed: `"Conv2d(3,8,1,padding_mode='reflect')"`."""
-    if re.fullmatch(r"[^\s'\"\\]+", word):
+    if re.fullmatch(r"[^\s'\"\\#][^\s'\"\\]*", word):
         return word
     return f'"{word}"' if "'" in word and not re.search(r'["\\$`!]', word) else shlex.quote(word)

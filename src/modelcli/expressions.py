@@ -57,20 +57,25 @@ class Call:
         return holds_hole(self)
 
 
-def parse(text: str) -> Call:
+#: What to do next where a module was meant and the text is none.
+_WRITE_MODULE = "write Linear(4096, 10)"
+
+
+def parse(text: str, *, kind: str = "a module expression", hint: str = _WRITE_MODULE) -> Call:
     """Parse `Name(arguments)`, or `Name` alone for a call without arguments.
 
-    Raises RequestError that shows the part that is no literal, or the limit that is exceeded.
+    Raises RequestError that shows the part that is no literal, or the limit that is exceeded. `kind` and `hint` are
+    how it tells what was asked for.
     """
-    value = parse_value(text)
+    value = parse_value(text, hint=hint)
     if isinstance(value, Name):
         return Call(value.dotted)
     if not isinstance(value, Call):
-        raise RequestError(f"{_cut(text)!r} is not a module expression", "write Linear(4096, 10)")
+        raise RequestError(f"{_cut(text)!r} is not {kind}", hint)
     return value
 
 
-def parse_value(text: str) -> Value:
+def parse_value(text: str, *, hint: str = _WRITE_MODULE) -> Value:
     """Parse any value of the language."""
     if len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
         raise RequestError(f"an expression of {len(text)} characters; the limit is {MAX_BYTES // 1024} KiB")
@@ -86,7 +91,7 @@ def parse_value(text: str) -> Value:
         detail = error.msg if isinstance(error, SyntaxError) else str(error)
         if "integer string conversion" in detail:
             raise _too_large(text) from None
-        raise RequestError(f"cannot read {_cut(text)!r}: {detail}", "write Linear(4096, 10)") from None
+        raise RequestError(f"cannot read {_cut(text)!r}: {detail}", hint) from None
     except (RecursionError, MemoryError):
         raise _too_deep(text) from None
     _check_limits(tree.body, text)
@@ -147,14 +152,15 @@ def _parse_joined(words: Sequence[str]) -> Call:
     try:
         return parse(" ".join(words))
     except RequestError:
-        if len(words) > 1 and _is_expression(words[0]):
+        if len(words) > 1 and is_expression(words[0]):
             raise RequestError(
                 f"{_cut(words[1])!r} comes after the module {_cut(words[0])}", f"a model is named with -m {words[1]}"
             ) from None
         raise
 
 
-def _is_expression(text: str) -> bool:
+def is_expression(text: str) -> bool:
+    """Whether a text can be read as a module expression."""
     try:
         parse(text)
     except RequestError:
@@ -215,6 +221,10 @@ def _too_deep(text: str) -> RequestError:
     return RequestError(f"an expression nested deeper than {MAX_DEPTH}: {_cut(text)!r}")
 
 
+#: How other languages write values of Python's. Taken for text, `bias=false` would be true.
+_NO_PYTHON = {"true": "True", "false": "False", "none": "None", "null": "None"}
+
+
 def _convert(node: ast.expr, text: str) -> Value:
     match node:
         case ast.Constant(value=str() as value):
@@ -225,6 +235,8 @@ def _convert(node: ast.expr, text: str) -> Value:
             return _checked(value, text)
         case ast.Name(id="_"):
             return HOLE
+        case ast.Name(id=word) if word in _NO_PYTHON:
+            raise RequestError(f"{word} is no value in {_cut(text)!r}", f"did you mean {_NO_PYTHON[word]}?")
         case ast.Name() | ast.Attribute():
             return Name(_dotted(node, text).replace(_COLON, ":"))
         case ast.Tuple(elts=elements):

@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import nn
 
+from modelcli import expressions
 from modelcli.blueprints import ITEM_BYTES
-from modelcli.errors import ModelcliError, RequestError, UnsafeError, closest
+from modelcli.errors import ModelcliError, RequestError, UnsafeError, closest, did_you_mean
 from modelcli.expressions import HOLE, Call, Name
 from modelcli.live import python_objects, zoo
 from modelcli.live.sources import dtype_of
@@ -76,10 +77,23 @@ def make(call: Call, *, trusted: bool = True) -> nn.Module:
     if call.has_hole:
         raise RequestError(f"{call}: _ stands for what was there before, and nothing was", "write the argument out")
     args = [value_of(value, trusted=trusted) for value in call.args]
-    kwargs = {key: value_of(value, trusted=trusted) for key, value in call.kwargs.items()}
+    kwargs = {key: _keyword(call, key, trusted=trusted) for key in call.kwargs}
     if is_installed_name(call.name):
         _require_few(kind, args, kwargs, str(call))
     return construct(kind, args, kwargs, str(call))
+
+
+def _keyword(call: Call, key: str, *, trusted: bool) -> Any:
+    """The value of a keyword argument. An error over a bare word says how the text that it may be is written."""
+    value = call.kwargs[key]
+    try:
+        return value_of(value, trusted=trusted)
+    except RequestError as error:
+        if isinstance(value, Name) and value.dotted.isidentifier():
+            near = f"{error.hint} " if (error.hint or "").startswith("did you mean") else ""
+            meant = expressions.to_text(Call(call.name, call.args, {**call.kwargs, key: value.dotted}))
+            error.hint = f'{near}Text is quoted, and the module around it once more: "{meant}"'
+        raise
 
 
 def _require_few(kind: type[nn.Module], args: list[Any], kwargs: dict[str, Any], text: str) -> None:
@@ -101,7 +115,7 @@ def construct(
     except ModelcliError:
         raise
     except Exception as error:
-        raise ConstructorError(text, error, signature or signature_of(kind)) from error
+        raise ConstructorError(text, error, _argument_meant(error, signature or signature_of(kind))) from error
     if not isinstance(module, nn.Module):
         raise RequestError(f"{text} gives {type(module).__name__}, not an nn.Module")
     return module
@@ -129,7 +143,16 @@ def check_arguments(kind: Callable[..., Any], args: list[Any], kwargs: dict[str,
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:
-        raise RequestError(f"{text}: {error}", signature_of(kind)) from None
+        raise RequestError(f"{text}: {error}", _argument_meant(error, signature_of(kind))) from None
+
+
+def _argument_meant(error: Exception, signature: str | None) -> str | None:
+    """The signature, behind the names in it that come near one that the constructor does not have."""
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    if unknown is None or not isinstance(error, TypeError) or signature is None:
+        return signature
+    near = did_you_mean(unknown[1], re.findall(r"(?<=[(\s])(\w+)(?=[:=,)])", signature))
+    return f"{near} {signature}" if near else signature
 
 
 def signature_of(kind: Callable[..., Any]) -> str | None:

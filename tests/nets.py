@@ -116,6 +116,29 @@ class Mixed(nn.Module):
         return self.deconv(self.conv(x))
 
 
+class Deciding(nn.Module):
+    """Its forward looks at the numbers: it runs with real ones alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x if x.sum() > 0 else -x)
+
+
+class ByKeyword(nn.Module):
+    """Its forward has an argument that is given by keyword alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(4, 4)
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x: torch.Tensor, *, gain: float) -> torch.Tensor:
+        return self.norm(self.body(x)) * gain
+
+
 def build(depth: int = 2) -> nn.Module:
     """A function that returns a model."""
     return nn.Sequential(*(nn.Linear(4, 4) for _ in range(depth)))

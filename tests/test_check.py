@@ -97,7 +97,16 @@ def test_run_uses_real_numbers(cli: Cli) -> None:
     check = cli("replace", "fc", "Linear(_,10)", "-m", "resnet18", "--check", "run", "--json").json["check"]
     assert check == {"ran": True, "reason": None, "output_shape": [1, 10], "input": [[1, 3, 224, 224]]}
     error = cli("replace", "fc", "Linear(7,10)", "-m", "resnet18", "--check", "run", code=2).err
-    assert "the edited model does not run" in error
+    assert "fc Linear(7, 10) does not fit: [1,512] float32 flows in (after avgpool" in error
+    assert "replace fc 'Linear(_,10)' takes in_features=512" in error
+
+
+def test_run_tells_what_the_rules_do_not_know(cli: Cli, folder: Path) -> None:
+    words = ("-m", "Sequential(Linear(4,4),Unflatten(1,(2,2)))", "--input-size", "3,4", "--check", "run")
+    error = refused(cli, folder, "replace", "1", "Unflatten(1,(3,2))", *words)
+    assert "1 Unflatten cannot run after the edit: " in error
+    assert "(after 0 Linear(4, 4))" in error
+    assert "what was edited: 1; --check none writes it all the same" in error
 
 
 def test_an_unknown_check(cli: Cli) -> None:
@@ -151,7 +160,7 @@ def test_an_instance_is_run_as_it_was_and_as_it_is(cli: Cli, folder: Path) -> No
     """`--check run` on a model that exists already compares two models, not one with itself."""
     words = ("-m", "nets.py:instance", "--input-size", "1,3", "--check", "run")
     error = refused(cli, folder, "replace", "0", "Linear(5,2)", *words)
-    assert "the edited model does not run" in error
+    assert "0 Linear(5, 2) does not fit" in error
 
 
 def test_where_a_flow_came_from_is_said_only_where_it_is_sure(cli: Cli, folder: Path) -> None:
@@ -190,3 +199,39 @@ def test_of_many_matches_the_one_that_cannot_be_made_is_named(cli: Cli) -> None:
 def test_a_class_of_a_file_in_an_expression(cli: Cli) -> None:
     change = cli("replace", "1", "nets.py:MyLinear(4,3)", "-m", "Sequential(ReLU(),Linear(4,2))", "--json").json
     assert change["changes"][0]["after"].startswith("MyLinear")
+
+
+def test_a_model_that_needs_numbers_is_sent_to_the_check_with_numbers(cli: Cli) -> None:
+    words = ("replace", "body", "Linear(4,2)", "-m", "nets.py:Deciding", "--input-size", "1,4", "--json")
+    assert "--check run runs it with real ones" in cli(*words).json["check"]["reason"]
+    assert cli(*words, "--check", "run").json["check"]["output_shape"] == [1, 2]
+
+
+def test_a_required_keyword_is_named(cli: Cli) -> None:
+    words = ("-m", "nets.py:ByKeyword", "--input-size", "1,4")
+    reason = cli("replace", "body", "Linear(4,2)", *words, "--json").json["check"]["reason"]
+    assert "its forward takes 'gain' by keyword alone" in reason
+    error = cli("replace", "norm", "GroupNorm(2,_)", *words, code=2).err
+    assert "_ for num_channels is not known" in error
+    assert "the forward pass ended in the model itself: its forward takes 'gain' by keyword alone" in error
+    assert "hint: write num_channels out\n" in error
+
+
+def test_a_hole_without_an_input(cli: Cli) -> None:
+    error = cli("replace", "norm", "GroupNorm(2,_)", "-m", "nets.py:ByKeyword", code=2).err
+    assert "what flows in is not known: no input size is" in error
+    assert "hint: write num_channels out, or give --input-size" in error
+
+
+@pytest.mark.parametrize("check", ["meta", "run"])
+def test_a_stated_dtype_that_no_longer_fits(cli: Cli, folder: Path, check: str) -> None:
+    words = ("-m", "Sequential(Linear(4,4),ReLU())", "--input-size", "1,4", "--check", check)
+    error = refused(cli, folder, "cast", ".", "half", *words, "--input-dtype", "float32")
+    assert "the input is stated to be float32: leave --input-dtype (input_dtype in a recipe) out" in error
+    cli("cast", ".", "half", *words)
+
+
+def test_another_input_may_be_what_was_meant(cli: Cli, folder: Path) -> None:
+    error = refused(cli, folder, "replace", "conv1", "Conv2d(1,64,7)", "-m", "resnet18")
+    assert "takes in_channels=3 from what flows in; or --input-size 1,1,224,224, if that is what it is to take" in error
+    assert "--input-size" not in refused(cli, folder, "replace", "fc", "Linear(7,10)", "-m", "resnet18")

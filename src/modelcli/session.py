@@ -333,11 +333,15 @@ def save(target: Target, how: Writing) -> Outcome:
     before = live.describe()
     _apply_recipe(live, target)
     if target.edits:
-        check = _check(live, target, target.edits, how)
+        check = _check(live, _without_edits(target), target.edits, how)
     else:
         check = {"ran": False, "reason": "nothing was edited", "output_shape": None}
     outcome = _outcome(live, before, check, target.edits)
     return outcome if how.dry_run else _write(live, outcome, how.out, how)
+
+
+def _without_edits(target: Target) -> Target:
+    return replace(target, edits=(), places=())
 
 
 def _apply_recipe(live: Live, target: Target) -> None:
@@ -368,6 +372,7 @@ def _apply_each(live: Live, edits: Sequence[Edit], places: Sequence[str]) -> Non
 
 
 def _check(live: Live, target: Target, added: Sequence[Edit], how: Writing) -> dict[str, Any]:
+    """Check that what `added` made of `target`, which is `live` now, still runs where `target` did."""
     from modelcli.live import check as checking
     from modelcli.live import opening
 
@@ -377,15 +382,18 @@ def _check(live: Live, target: Target, added: Sequence[Edit], how: Writing) -> d
     elif live.architecture is None:
         result = checking.Check(False, "no architecture is known: --arch names one")
     elif how.check == "run":
-        done = target.edits if added is target.edits else (*target.edits, *added)
-        after, _ = opening.open_real(target.source, done)
-        unedited, as_it_was = opening.open_real(target.source, () if added is target.edits else target.edits)
-        result = checking.run_for_real((unedited, as_it_was.inputs), after, live.inputs)
+
+        def really() -> Any:
+            module, unedited = opening.open_real(target.source, target.edits)
+            return module, unedited.inputs
+
+        after, _ = opening.open_real(target.source, (*target.edits, *added))
+        result = checking.check(really, after, live.inputs, edited, device="cpu")
     else:
 
         def before() -> Any:
             unedited = opening.open_live(target.source)
-            _apply_recipe(unedited, target if added is not target.edits else replace(target, edits=(), places=()))
+            _apply_recipe(unedited, target)
             return unedited.module, unedited.inputs
 
         result = checking.check(before, live.module, live.inputs, edited)
@@ -486,7 +494,7 @@ def _misfit(target: Target) -> str | None:
     live = opening.open_live(target.source)
     _apply_recipe(live, target)
     try:
-        _check(live, target, target.edits, Writing())
+        _check(live, _without_edits(target), target.edits, Writing())
     except RequestError as error:
         return f"the edited model does not fit, and modelcli itself would not write it: {error.message}"
     return None

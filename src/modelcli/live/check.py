@@ -16,7 +16,7 @@ from modelcli.expressions import HOLE, Call
 from modelcli.live import modules, rules, trace
 from modelcli.live.describe import dtype_name, floating_dtype
 from modelcli.live.rules import Misfit, MisfitError
-from modelcli.live.surgery import argument_from, brief
+from modelcli.live.surgery import argument_from, brief, shape_with
 
 if TYPE_CHECKING:
     from modelcli.live.inputs import Inputs
@@ -37,26 +37,29 @@ def check(
     after: nn.Module,
     inputs: Inputs | None,
     edited: Mapping[str, str],
+    *,
+    device: str = "meta",
 ) -> Check:
-    """Run `after` on meta under the rules for `torch.nn`; `edited` says of paths what the edits did there.
+    """Run `after` on meta under the rules for `torch.nn`, or on the CPU; `edited` says what edits did at which paths.
 
-    `before` gives the unedited model and its input, and is asked only where `after` fails.
+    `before` gives the unedited model and its input, and is asked only where `after` fails. On the CPU both are real.
 
     Raises RequestError that names the module that no longer fits, what flows in, what it expects and the nearest fix.
     Where `before` fails as well, or no input is known, the check was not possible, and the reason says why.
     """
     if inputs is None:
         return Check(False, "no input size is known; --input-size 1,3,224,224 gives one")
-    if (stored := _storage_dtype(after)) is not None:
+    if device == "meta" and (stored := _storage_dtype(after)) is not None:
         return Check(False, f"{stored} is a dtype to store numbers in: no module of torch.nn computes with it")
-    watch, seen = _pass(after, inputs)
+    watch, seen = _pass(after, inputs, device)
     if seen.failure is None:
         return Check(True, None, trace.shape_of(seen.output), frozenset(seen.output_shapes))
     model, given = before()
-    _, unedited = _pass(model, given or inputs)
+    _, unedited = _pass(model, given or inputs, device)
     if unedited.failure is not None:
-        return Check(False, f"the model cannot run as it was: {unedited.failure.reason}")
-    raise _refusal(after, seen.failure, watch, edited)
+        more = "; --check run runs it with real ones" if unedited.failure.needs_numbers else ""
+        return Check(False, f"the model cannot run as it was: {unedited.failure.reason}{more}")
+    raise _refusal(after, inputs, watch.told(seen.failure), watch, edited)
 
 
 def _storage_dtype(module: nn.Module) -> str | None:
@@ -65,32 +68,26 @@ def _storage_dtype(module: nn.Module) -> str | None:
     return next((dtype_name(dtype) for dtype in dtypes if dtype.is_floating_point and dtype.itemsize == 1), None)
 
 
-def run_for_real(before: tuple[nn.Module, Inputs | None], after: nn.Module, inputs: Inputs | None) -> Check:
-    """Run `after` on the CPU with real numbers. Raises RequestError where it fails and `before` does not."""
-    if inputs is None:
-        return Check(False, "no input size is known; --input-size 1,3,224,224 gives one")
-    seen = trace.run(after, inputs.tensors("cpu"), device="cpu")
-    if seen.failure is None:
-        return Check(True, None, trace.shape_of(seen.output), frozenset(seen.output_shapes))
-    model, given = before
-    unedited = trace.run(model, (given or inputs).tensors("cpu"), device="cpu")
-    if unedited.failure is not None:
-        return Check(False, f"the model cannot run as it was: {unedited.failure.reason}")
-    raise RequestError(f"the edited model does not run: {seen.failure.reason}")
-
-
 class _Watch:
-    """Applies the rules before each module runs, and remembers which leaf gave what flows in, where that is sure."""
+    """Applies the rules before each module runs, and remembers which leaf gave what flows in, where that is sure.
 
-    def __init__(self) -> None:
+    On the meta device a misfit ends the pass; on the CPU it is the numbers that decide, and a misfit only explains.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device = device
         self.last: tuple[str, nn.Module, Any] | None = None
         self.came_from: tuple[str, nn.Module] | None = None
+        self.misfit: tuple[str, Misfit] | None = None
 
     def __call__(self, module: nn.Module, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         misfit = rules.check(module, args, kwargs)
-        if misfit is not None:
-            if self.last is not None and any(value is self.last[2] for value in (*args, *kwargs.values())):
-                self.came_from = self.last[:2]
+        if misfit is None:
+            return
+        sure = self.last is not None and any(value is self.last[2] for value in (*args, *kwargs.values()))
+        self.came_from = self.last[:2] if self.last is not None and sure else None
+        self.misfit = (path, misfit)
+        if self.device == "meta":
             raise MisfitError(misfit)
 
     def leave(self, module: nn.Module, path: str, output: Any) -> None:
@@ -98,13 +95,22 @@ class _Watch:
         if not module._modules:
             self.last = (path, module, output)
 
+    def told(self, failure: trace.Failure) -> trace.Failure:
+        """A failure as the rules tell it, where they have something to say of the module that failed."""
+        if self.misfit is None or self.misfit[0] != failure.path:
+            return failure
+        return trace.Failure(failure.path, MisfitError(self.misfit[1]))
 
-def _pass(module: nn.Module, inputs: Inputs) -> tuple[_Watch, trace.Pass]:
-    watch = _Watch()
-    return watch, trace.run(trace.twin_or_itself(module), inputs.tensors("meta"), visit=watch, leave=watch.leave)
+
+def _pass(module: nn.Module, inputs: Inputs, device: str) -> tuple[_Watch, trace.Pass]:
+    watch = _Watch(device)
+    subject = trace.twin_or_itself(module) if device == "meta" else module
+    return watch, trace.run(subject, inputs.tensors(device), device=device, visit=watch, leave=watch.leave)
 
 
-def _refusal(after: nn.Module, failure: trace.Failure, watch: _Watch, edited: Mapping[str, str]) -> RequestError:
+def _refusal(
+    after: nn.Module, inputs: Inputs, failure: trace.Failure, watch: _Watch, edited: Mapping[str, str]
+) -> RequestError:
     path = failure.path
     module = after.get_submodule(path)
     if not isinstance(failure.error, MisfitError):
@@ -121,7 +127,30 @@ def _refusal(after: nn.Module, failure: trace.Failure, watch: _Watch, edited: Ma
         f"{shown(path)} {brief(module)} does not fit: {misfit.flows} flows in{came_from}, "
         f"it expects {misfit.expects}{_next(after, path)}"
     )
-    return RequestError(message, _fix(module, path, misfit, edited))
+    fix = _fix(module, path, misfit, edited)
+    if watch.last is None and _is_touched(path, edited):
+        fix = _stated(module, misfit, inputs) or fix + _other_size(module, misfit, inputs)
+    return RequestError(message, fix)
+
+
+def _stated(module: nn.Module, misfit: Misfit, inputs: Inputs) -> str | None:
+    """Where the dtype that does not fit is the one that was stated for the input, what to state instead."""
+    if misfit.dtype is None or misfit.dtype not in inputs.dtypes:
+        return None
+    return (
+        f"the input is stated to be {misfit.dtype}: leave --input-dtype (input_dtype in a recipe) out, or "
+        f"--input-dtype {floating_dtype(module)}; --check none writes it all the same"
+    )
+
+
+def _other_size(module: nn.Module, misfit: Misfit, inputs: Inputs) -> str:
+    """The input that a module would fit which takes the model's own: images in grey, more features."""
+    argument, own = misfit.argument, getattr(module, misfit.argument or "", None)
+    sizes = inputs.shapes[0]
+    if argument is None or not isinstance(own, int) or argument_from(argument, sizes) != misfit.value:
+        return ""
+    other = shape_with(argument, sizes, own)
+    return "" if other is None else f"; or --input-size {','.join(map(str, other))}, if that is what it is to take"
 
 
 def _named(path: str, module: nn.Module) -> str:
@@ -156,7 +185,7 @@ def _way_out(after: nn.Module, path: str, error: Exception, edited: Mapping[str,
 
 def _fix(module: nn.Module, path: str, misfit: Misfit, edited: Mapping[str, str]) -> str:
     """The nearest edit that would make it fit."""
-    touched = any(not place or path == place or path.startswith(f"{place}.") for place in edited)
+    touched = _is_touched(path, edited)
     if misfit.dtype is not None:
         if touched:
             whole = f"cast . {floating_dtype(module)} casts the whole model"
@@ -177,6 +206,10 @@ def _fix(module: nn.Module, path: str, misfit: Misfit, edited: Mapping[str, str]
     if touched:
         return "--check none writes it all the same"
     return f"what was edited: {', '.join(map(shown, list(edited)[:3]))}; --check none writes it all the same"
+
+
+def _is_touched(path: str, edited: Mapping[str, str]) -> bool:
+    return any(not place or path == place or path.startswith(f"{place}.") for place in edited)
 
 
 def _again(path: str, edited: Mapping[str, str]) -> str:

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from modelcli.live.inputs import Inputs
 
 
+#: What Python says of a call that leaves arguments out.
+_MISSING = re.compile(r"missing \d+ required (?:positional|(keyword-only)) arguments?: (.*)")
+
+
 @dataclass
 class Failure:
     """Where and why a forward pass ended: the innermost module that was running, and what it raised."""
@@ -31,18 +35,32 @@ class Failure:
     error: Exception
 
     @property
-    def reason(self) -> str:
-        """One line for a person."""
+    def _cause(self) -> tuple[Exception, str]:
+        """The error that others came from, and its first line."""
         error = self.error
         while isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
             error = error.__cause__
-        text = (str(error) or type(error).__name__).strip().splitlines()[0]
-        if "meta tensor" in text.lower() or "register_meta" in text or "aten::" in text:
+        return error, (str(error) or type(error).__name__).strip().splitlines()[0]
+
+    @property
+    def needs_numbers(self) -> bool:
+        """Whether it may only be that the meta device has no numbers."""
+        _, text = self._cause
+        return "meta tensor" in text.lower() or "register_meta" in text or "aten::" in text
+
+    @property
+    def reason(self) -> str:
+        """One line for a person."""
+        error, text = self._cause
+        if self.needs_numbers:
             operation = re.search(r"(?:aten::|torch\.)\w+", text)
             named = f" ({operation[0]})" if operation else ""
             text = f"it needs real numbers, and the meta device has none{named}"
-        if isinstance(error, TypeError) and "missing" in text and not self.path:
-            text += "; --input-size again gives one more input"
+        if isinstance(error, TypeError) and not self.path and (missing := _MISSING.search(text)):
+            by_keyword, names = missing.groups()
+            text = f"its forward takes {names} by keyword alone, and inputs are given by position: give it a default"
+            if not by_keyword:
+                text = f"its forward takes {names} as well: --input-size again gives one more input"
         return f"the forward pass ended in {self.path or 'the model itself'}: {text}"
 
 
@@ -73,8 +91,7 @@ def run(
     """One forward pass without gradients. The module is changed only by what its own `forward` does to it.
 
     `visit` is called before each module runs, with its path and what flows in, and may raise; `leave` after it, with
-    its path and output. `drive` makes the call,
-    by default plainly. An exception of the pass is kept in `failure`.
+    its path and output. `drive` makes the call, by default plainly. An exception of the pass is kept in `failure`.
     """
     seen = Pass()
     paths: dict[int, list[str]] = {}
@@ -252,21 +269,30 @@ def _bytes_of(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def flowing_into(module: nn.Module, paths: Sequence[str], inputs: Inputs | None) -> dict[str, torch.Tensor]:
-    """The first tensor that flows into each module on a forward pass on meta; without those it did not reach."""
+Calls = dict[str, tuple[tuple[Any, ...], Mapping[str, Any]]]
+
+
+def flowing_into(
+    module: nn.Module, paths: Sequence[str], inputs: Inputs | None
+) -> tuple[dict[str, torch.Tensor], Failure | None]:
+    """The first tensor that flows into each module on a forward pass on meta, without those it did not reach; and how
+    the pass failed, where it did."""
+    calls, failure = _first_calls(module, paths, inputs)
     return {
         path: next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
-        for path, (args, kwargs) in first_calls(module, paths, inputs).items()
-    }
+        for path, (args, kwargs) in calls.items()
+    }, failure
 
 
-def first_calls(
-    module: nn.Module, paths: Sequence[str], inputs: Inputs | None
-) -> dict[str, tuple[tuple[Any, ...], Mapping[str, Any]]]:
+def first_calls(module: nn.Module, paths: Sequence[str], inputs: Inputs | None) -> Calls:
     """The arguments of the first call of each module that a tensor flows into, on a forward pass on meta."""
+    return _first_calls(module, paths, inputs)[0]
+
+
+def _first_calls(module: nn.Module, paths: Sequence[str], inputs: Inputs | None) -> tuple[Calls, Failure | None]:
     if inputs is None:
-        return {}
-    found: dict[str, tuple[tuple[Any, ...], Mapping[str, Any]]] = {}
+        return {}, None
+    found: Calls = {}
     twin = twin_or_itself(module)
     places: dict[int, list[str]] = {}
     for path, child in walk(twin):
@@ -278,5 +304,4 @@ def first_calls(
             for path in places.get(id(child), ()):
                 found.setdefault(path, (args, kwargs))
 
-    run(twin, inputs.tensors("meta"), visit=visit)
-    return found
+    return found, run(twin, inputs.tensors("meta"), visit=visit).failure

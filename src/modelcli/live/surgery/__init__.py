@@ -25,7 +25,7 @@ from modelcli.edits import (
 from modelcli.errors import ModelcliError, RequestError
 from modelcli.live.surgery import casting, flags, initialising, placing, removing, renaming, replacing
 from modelcli.live.surgery.core import Change, Context, Done, brief, count, seed_of
-from modelcli.live.surgery.making import argument_from
+from modelcli.live.surgery.making import argument_from, shape_with
 from modelcli.live.surgery.snapshot import restored_on_error
 
 if TYPE_CHECKING:
@@ -93,4 +93,4 @@ def _require_editable(module: nn.Module) -> None:
             )
 
 
-__all__ = ["Change", "Done", "apply", "argument_from", "brief", "count", "seed_of"]
+__all__ = ["Change", "Done", "apply", "argument_from", "brief", "count", "seed_of", "shape_with"]

@@ -18,7 +18,7 @@ from modelcli.live.build import Bare
 from modelcli.live.sources import Lazy, is_lazy, named_tensors, tag_drawn
 from modelcli.live.surgery import shapes
 from modelcli.live.surgery.core import Context, is_meta, submodule
-from modelcli.live.trace import flowing_into
+from modelcli.live.trace import Failure, flowing_into
 from modelcli.live.twins import build_on_meta, seeded
 
 
@@ -44,7 +44,7 @@ class _Holes:
         self.expression = expression
         self.paths = paths
         self.context = context
-        self.flows: dict[str, torch.Tensor] | None = None
+        self.flows: tuple[dict[str, torch.Tensor], Failure | None] | None = None
 
     def filled(self, call: Call, old: nn.Module, path: str) -> Call:
         """A call, nested ones included, as it is to be made in place of `old`."""
@@ -83,7 +83,8 @@ class _Holes:
             return value
         if self.flows is None:
             self.flows = flowing_into(self.module, self.paths, self.context.inputs)
-        flow = self.flows.get(path)
+        flows, failure = self.flows
+        flow = flows.get(path)
         if flow is not None and (size := argument_from(name, tuple(flow.shape))) is not None:
             return size
         was = "nothing was there before"
@@ -91,9 +92,15 @@ class _Holes:
             was = f"the old {type(old).__name__} has no {name}"
         raise RequestError(
             f"{self.expression} at {path}: _ for {name} is not known: {was}"
-            + (", and what flows in does not tell" if flow is not None else ", and no forward pass reached it"),
-            f"write {name} out" + ("" if isinstance(self.module, Bare) else ", or give --input-size"),
+            + (", and what flows in does not tell" if flow is not None else self._unreached(failure)),
+            f"write {name} out" + (", or give --input-size" if self.context.inputs is None else ""),
         )
+
+    def _unreached(self, failure: Failure | None) -> str:
+        """Why nothing is known to flow into a place."""
+        if self.context.inputs is None:
+            return ", and what flows in is not known: no input size is"
+        return ", and no forward pass reached it" if failure is None else f", and {failure.reason}"
 
 
 def _attribute(old: nn.Module, name: str) -> Any:
@@ -126,6 +133,14 @@ def argument_from(name: str, shape: tuple[int, ...]) -> int | None:
     """The value that a constructor argument takes from the shape of what flows in, or None where it takes none."""
     axis = _AXES.get(name)
     return None if axis is None or not -len(shape) <= axis < len(shape) else shape[axis]
+
+
+def shape_with(name: str, shape: tuple[int, ...], size: int) -> tuple[int, ...] | None:
+    """The shape with another size along the axis that gives a constructor argument of this name."""
+    if argument_from(name, shape) is None:
+        return None
+    axis = _AXES[name] % len(shape)
+    return (*shape[:axis], size, *shape[axis + 1 :])
 
 
 def maker(

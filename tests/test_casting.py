@@ -52,7 +52,8 @@ def test_names_that_pytorch_users_say(cli: Cli, nickname: str, dtype: str) -> No
     change = cli("cast", ".", nickname, "-m", "alexnet", "--json").json
     assert change["changes"][:1] == [
         {"path": ".", "action": "cast", "before": "float32", "after": dtype,
-         "params_before": 61_100_840, "params_after": 61_100_840}
+         "params_before": 61_100_840, "params_after": 61_100_840,
+         "bytes_before": 244_403_360, "bytes_after": change["totals_after"]["param_bytes"]}
     ] if dtype != "float32" else change["changes"] == []  # fmt: skip
 
 

@@ -422,7 +422,7 @@ def test_the_model_as_an_option_of_a_look(cli: Cli) -> None:
 def test_an_edit_of_the_recipe_that_fails_is_named(cli: Cli, folder: Path) -> None:
     (folder / "modelcli.toml").write_text('model = "nets.py:Net"\nedits = ["freeze bn", "freeze convv1"]\n')
     error = cli("modules", code=2).err
-    assert "modelcli.toml:2: edit 2, 'freeze convv1': no tensor matches 'convv1'" in error
+    assert "modelcli.toml:2: 'freeze convv1': no tensor matches 'convv1'" in error
     assert "conv1" in error
 
 
@@ -444,3 +444,71 @@ def test_help_and_version(cli: Cli) -> None:
     ):
         assert f"modelcli {name}" in cli(name, "--help").out  # an example at least
     assert cli("--version").out.startswith("modelcli 0.1.0 (torch ")
+
+
+def test_the_environment_before_a_recipe_is_told(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODELCLI_MODEL", "nets.py:Net")
+    note = "$MODELCLI_MODEL is nets.py:Net, and goes before modelcli.toml: unset it to work on the recipe"
+    commands = (
+        ("modules",),
+        ("freeze", "bn"),
+        ("save", "out.pth", "--force"),
+        ("apply", "-e", "freeze bn"),
+        ("script",),
+    )
+    for words in commands:
+        assert note not in cli(*words).err
+    cli("load", "nets.py:MyLinear(3,2)")
+    for words in commands:
+        assert note in cli(*words).err
+    assert note not in cli("freeze", "W", "-m", "nets.py:MyLinear(3,2)").err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("freeze", "features", "alexnet"),
+        ("cast", ".", "half", "alexnet"),
+        ("init", ".", "zeros", "alexnet"),
+        ("replace", "classifier.6", "Linear(_,10)", "alexnet"),
+        ("rename", "a", "alexnet"),
+    ],
+)
+def test_a_model_without_its_option(cli: Cli, words: tuple[str, ...]) -> None:
+    hint = "hint: where alexnet is the model: -m alexnet\n"
+    assert hint in cli(*words, code=2).err
+    cli("load", "nets.py:Net")
+    assert hint in cli(*words, code=2).err
+    assert hint not in cli(*words, "-m", "nets.py:Net", code=2).err
+
+
+def test_files_that_a_shell_made_of_a_pattern(cli: Cli, folder: Path) -> None:
+    (folder / "features.pth").touch()
+    for words in (("freeze", "features.0", "features.pth"), ("replace", "features.0", "features.pth", "ReLU")):
+        assert "if the shell expanded a pattern to it, quote the pattern" in cli(*words, "-m", "alexnet", code=2).err
+
+
+def test_every_option_of_an_edit_is_known_where_one_is_misspelt(cli: Cli) -> None:
+    for wrong, meant in (("--no-sync", "--no-fsync"), ("--input-sise", "--input-size"), ("--debig", "--debug")):
+        assert meant in cli("freeze", ".", wrong, "-m", "alexnet", code=2).err
+
+
+def test_a_cast_shows_bytes(cli: Cli) -> None:
+    out = cli("cast", ".", "half", "-m", "Sequential(Linear(1000,1000))").out
+    assert out.splitlines()[0].endswith("4.00 MB -> 2.00 MB")
+    assert cli("cast", ".", "half", "-m", "Sequential(Linear(2,2))", "-f", "csv").out.endswith(",0\n")
+
+
+def test_rows_that_do_not_add_up_are_explained(cli: Cli) -> None:
+    words = ("replace", "head", "Linear(4,5)", "-m", "nets.py:Tied", "--untie")
+    assert (
+        "the rows add up to -19 params and the totals to +25: these count what has several names once"
+        in cli(*words).err
+    )
+    assert "add up" not in cli("replace", "body", "Linear(4,4)", "-m", "nets.py:Tied").err
+
+
+def test_tensors_of_unknown_modules_are_counted(cli: Cli) -> None:
+    torch.save({**{f"bn.{k}": v for k, v in nn.BatchNorm2d(3).state_dict().items()}, "a.w": torch.ones(3)}, "bare.pth")
+    assert cli("remove", "a", "-m", "bare.pth", "--json").json["changes"][0]["before"] == "1 tensor"
+    assert cli("remove", "bn", "-m", "bare.pth", "--json").json["changes"][0]["before"] == "5 tensors"

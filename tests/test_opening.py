@@ -427,7 +427,7 @@ def test_a_file_of_another_architecture_is_no_load_at_all(cli: Cli, folder: Path
 def test_what_a_loose_load_left_out_is_told_when_it_is_written(cli: Cli) -> None:
     torch.save({"weight": torch.zeros(3, 2)}, "odd.pth")
     cli("load", "odd.pth", "--arch", "Linear(2,3)", "--no-strict")
-    assert "1 tensors are not in the file, and were randomly initialised" in cli("save", "out.pth").err
+    assert "1 tensor is not in the file, and was randomly initialised" in cli("save", "out.pth").err
 
 
 def test_classes_of_a_file_that_is_imported_already(cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from modelcli.edits import Edit
 from modelcli.errors import RequestError, SystemFailureError
 from modelcli.recipe import append, read, start, take_back
 from modelcli.references import CheckpointFile, PythonObject, Source, parse_input_size
+from tests.conftest import Cli
 
 WRITTEN_BY_HAND = """\
 # the classifier of our cats, version 3
@@ -166,10 +167,10 @@ def test_unknown_keys_and_bad_lines_are_reported_all_at_once(folder: Path) -> No
         (6, "no dtype 'flaot32', did you mean float32?"),
         (7, "strict is true or false, not 1"),
         (8, "unknown key 'colour'"),
-        (9, "an edit is a line of text, not 3"),
         (11, "no such edit: 'frezee' (did you mean freeze"),
         (13, "selector 'a{': { without }"),
         (13, "replace takes a target and a module"),
+        (14, "an edit is a line of text, not 3"),
         (15, "no such edit: 'frezee' (did you mean freeze"),
         (16, "cannot read 'Conv2d(3'"),
     ]
@@ -411,3 +412,20 @@ def test_a_name_that_is_no_text_is_refused_and_nothing_written(folder: Path) -> 
     with pytest.raises(RequestError, match="a recipe is UTF-8 text"):
         start(path, Source("\udcff.pth"))
     assert not path.exists()
+
+
+def test_what_is_no_edit_is_told_by_its_line(folder: Path) -> None:
+    path = folder / "bad.toml"
+    path.write_text('model = "alexnet"\nedits = [\n  "freeze features", # 3\n  # 3, true\n  3,\n  true,\n]\n')
+    with pytest.raises(RequestError) as caught:
+        recipe.read(path)
+    lines = [line.removeprefix(f"{path}:") for line in caught.value.message.splitlines()]
+    assert lines == ["5: an edit is a line of text, not 3", "6: an edit is a line of text, not True"]
+
+
+def test_a_recipe_without_a_model_is_one_for_any(cli: Cli) -> None:
+    Path("half.toml").write_text('edits = [\n  "cast . half # to save space",\n]\n')
+    document = cli("apply", "half.toml", "-m", "Sequential(Linear(2,3))", "--json").json
+    assert document["edits"] == ["cast . float16"]
+    assert "apply -m MODEL names one" in cli("apply", "half.toml", code=2).err
+    assert "nn.Sequential(nn.Linear(2, 3))" in cli("script", "half.toml", "-m", "Sequential(Linear(2,3))").out

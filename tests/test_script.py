@@ -690,7 +690,7 @@ def test_what_has_no_statements() -> None:
 
 def test_an_edit_that_is_wrong_is_an_error(cli: Cli) -> None:
     error = cli("script", "-m", "nets.py:Net", "-e", "freeze bn", "-e", "freeze bm", "--json", code=2).error
-    assert error["message"] == "-e 2: edit 2, 'freeze bm': no tensor matches 'bm'"
+    assert error["message"] == "-e 2: 'freeze bm': no tensor matches 'bm'"
 
 
 # --- the text ------------------------------------------------------------------------------------------------------

@@ -502,3 +502,30 @@ def test_what_was_meant_by_an_argument(line: str, hint: str) -> None:
     with pytest.raises(RequestError) as caught:
         apply(small(), line)
     assert (caught.value.hint or "").startswith(hint)
+
+
+def told(line: str, model: nn.Module) -> list[str]:
+    return surgery.apply(model, [edits.parse(line)]).notes
+
+
+def test_what_a_new_module_does_not_take_over_is_told() -> None:
+    def model() -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(1, 4, 3, stride=2, padding=1, bias=False), nn.Conv2d(4, 4, 3, stride=2), nn.ReLU(inplace=True)
+        )
+
+    assert told("replace 0 Conv2d(_,4,3)", model()) == [
+        "0: stride was (2, 2) and is (1, 1) now, padding was (1, 1) and is (0, 0) now, bias was False and is True now: "
+        "stride=_, padding=_, bias=_ keep them"
+    ]
+    assert told("replace 0 Conv2d(_,4,3,stride=_,padding=_,bias=_)", model()) == []
+    assert told("replace 0 Conv2d(_,4,3,1,0,bias=True)", model()) == []
+    assert told("replace 2 GELU", model()) == []
+    assert told("replace 2 ReLU", model()) == ["2: inplace was True and is False now: inplace=_ keeps it"]
+    both = nn.Sequential(*(nn.Dropout(0.1) for _ in range(5)), *(nn.Dropout(p / 10) for p in (2, 3, 4)))
+    assert told("replace *:Dropout Dropout", both) == [
+        "0 and 4 more: p was 0.1 and is 0.5 now: p=_ keeps it",
+        "5: p was 0.2 and is 0.5 now: p=_ keeps it",
+        "6: p was 0.3 and is 0.5 now: p=_ keeps it",
+        "1 more have settings other than before",
+    ]

@@ -60,8 +60,11 @@ def default_path() -> Path:
     return Path(os.environ.get("MODELCLI_RECIPE") or FILE_NAME)
 
 
-def read(path: Path) -> Recipe:
-    """Read a recipe. Raises RequestError that lists every unknown key and bad line at once."""
+def read(path: Path, *, model: str | None = None) -> Recipe:
+    """Read a recipe. Raises RequestError that lists every unknown key and bad line at once.
+
+    A recipe that names no model is one for `model`, where that is given.
+    """
     text = _read_text(path)
     document: dict[str, Any] = _document(path, text).unwrap()
     lines = text.split("\n")
@@ -75,8 +78,8 @@ def read(path: Path) -> Recipe:
             near = closest(key, KEYS, 1)
             report(key, f"unknown key {key!r}" + (f", did you mean {near[0]}?" if near else ""))
     values = {key: document.get(key) for key in KEYS}
-    if "model" not in document:
-        problems.append((1, 'no model: the recipe needs a line like model = "alexnet"'))
+    if "model" not in document and model is None:
+        problems.append((1, 'no model: the recipe needs a line like model = "alexnet", or apply -m MODEL names one'))
     for key in ("model", "weights", "arch", "key"):
         if key in document and not isinstance(values[key], str):
             report(key, f"{key} is text, not {values[key]!r}")
@@ -118,8 +121,10 @@ def read(path: Path) -> Recipe:
         raise RequestError(
             "\n".join(f"{path}:{number}: {what}" for number, what in sorted(problems, key=itemgetter(0)))
         )
+    named = document.get("model", model)
+    assert named is not None
     source = Source(
-        model=document["model"],
+        model=named,
         weights=values["weights"],
         arch=values["arch"],
         key=values["key"],
@@ -166,8 +171,11 @@ def _lines_of_edits(lines: Sequence[str], listed: Sequence[object]) -> list[int]
     """The line of each edit. They are looked for in their order, so that the same one twice has two lines."""
     first = _line_of_key(lines, "edits")
     rest, number, found = "\n".join(lines[first - 1 :]), first, []
-    for word in map(str, listed):
+    for line in listed:
+        word = str(line)
         spellings = {f'"{word}"', f"'{word}'", tomlkit.string(word).as_string()}
+        if not isinstance(line, str):  # a mistake, which is told by its line as well
+            spellings = {tomlkit.item(line).as_string()} if isinstance(line, int | float) else set()
         places = [(place, len(spelling)) for spelling in spellings if (place := _place(rest, spelling)) >= 0]
         if not places:
             found.append(first)
@@ -180,8 +188,8 @@ def _lines_of_edits(lines: Sequence[str], listed: Sequence[object]) -> list[int]
 
 
 def _place(text: str, spelling: str) -> int:
-    """Where a spelling stands for the first time outside a line that is a comment; -1 where nowhere."""
-    match = re.search(rf"^(?!\s*#).*?{re.escape(spelling)}", text, re.MULTILINE)
+    """Where a spelling stands for the first time outside a comment; -1 where nowhere."""
+    match = re.search(rf"^[^#\n]*?{re.escape(spelling)}", text, re.MULTILINE)
     return match.end() - len(spelling) if match else -1
 
 

@@ -38,13 +38,14 @@ R = TypeVar("R")
 class Target:
     """The model that a command works on: where it comes from, the edits of its recipe, and that recipe, if any.
 
-    `places` are where those edits stand: `modelcli.toml:5`.
+    `places` are where those edits stand: `modelcli.toml:5`. `notes` are what there is to tell of the choice.
     """
 
     source: Source
     edits: tuple[Edit, ...] = ()
     recipe: Path | None = None
     places: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def options_given(overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,13 +60,27 @@ def find_target(
 ) -> Target:
     """The argument or `-m`, else `$MODELCLI_MODEL`, else the working recipe. Overrides win over the recipe's lines."""
     given = options_given(overrides)
-    named = model or os.environ.get("MODELCLI_MODEL")
-    if named:
-        return Target(Source(model=named, **given))
+    if model:
+        return Target(Source(model=model, **given))
     from modelcli import recipe
 
-    read = recipe.read(recipe_path or recipe.default_path())
+    path = recipe_path or recipe.default_path()
+    if named := os.environ.get("MODELCLI_MODEL"):
+        note = f"$MODELCLI_MODEL is {named}, and goes before {path}: unset it to work on the recipe"
+        return Target(Source(model=named, **given), notes=(note,) if path.exists() else ())
+    read = recipe.read(path)
     return Target(replace(read.source, **given), read.edits, read.path, read.places)
+
+
+def names_model(word: str) -> bool:
+    """Whether a word is the name of a builder, or of a checkpoint that is there."""
+    from modelcli.live import zoo
+
+    try:
+        reference = references.parse(word)
+    except RequestError:
+        return False
+    return isinstance(reference, CheckpointFile) or word in zoo.builder_names()
 
 
 @dataclass(frozen=True)
@@ -103,7 +118,7 @@ def find_batch(
     read: recipe.Recipe | None = None
     made: list[Edit] = []
     try:
-        read = None if recipe_path is None else recipe.read(recipe_path)
+        read = None if recipe_path is None else recipe.read(recipe_path, model=model)
     except RequestError as error:
         if not lines:
             raise
@@ -166,6 +181,11 @@ def look(target: Target, *, traced: bool = False, mode: str = "eval", cached: bo
 
     Blueprints of installed models are kept on disk and taken from there, unless `cached` is False.
     """
+    found = _looked(target, traced=traced, mode=mode, cached=cached)
+    return replace(found, notes=(*target.notes, *found.notes))
+
+
+def _looked(target: Target, *, traced: bool, mode: str, cached: bool) -> Look:
     found = _look_at_file(target, traced=traced, mode=mode)
     if found is not None:
         return found
@@ -310,7 +330,7 @@ def edit(target: Target, added: Sequence[Edit], how: Writing, places: Sequence[s
     live.changes.clear()
     _apply_each(live, added, places or [""] * len(added))
     check = _check(live, target, added, how)
-    outcome = _outcome(live, before, check, added)
+    outcome = _outcome(live, target, before, check, added)
     if how.dry_run:
         return outcome
     if how.out is not None:
@@ -336,7 +356,7 @@ def save(target: Target, how: Writing) -> Outcome:
         check = _check(live, _without_edits(target), target.edits, how)
     else:
         check = {"ran": False, "reason": "nothing was edited", "output_shape": None}
-    outcome = _outcome(live, before, check, target.edits)
+    outcome = _outcome(live, target, before, check, target.edits)
     return outcome if how.dry_run else _write(live, outcome, how.out, how)
 
 
@@ -355,12 +375,12 @@ def _apply_each(live: Live, edits: Sequence[Edit], places: Sequence[str]) -> Non
     Edits after a wrong one are tried on the model without it, so that what is said of them may come from that one.
     """
     wrong: list[ModelcliError] = []
-    for number, (edit, place) in enumerate(zip(edits, places, strict=True), 1):
+    for edit, place in zip(edits, places, strict=True):
         try:
             live.apply([edit])
         except ModelcliError as error:
             if place:
-                error.message = f"{place}: edit {number}, {str(edit)!r}: {error.message}"
+                error.message = f"{place}: {str(edit)!r}: {error.message}"
             wrong.append(error)
             if not isinstance(error, RequestError):
                 break
@@ -414,7 +434,7 @@ def _idle(live: Live, called: Collection[str]) -> list[str]:
     ]
 
 
-def _outcome(live: Live, before: Blueprint, check: Mapping[str, Any], added: Sequence[Edit]) -> Outcome:
+def _outcome(live: Live, target: Target, before: Blueprint, check: Mapping[str, Any], added: Sequence[Edit]) -> Outcome:
     after = live.describe()
     changes = tuple(
         {
@@ -424,6 +444,7 @@ def _outcome(live: Live, before: Blueprint, check: Mapping[str, Any], added: Seq
             "after": change.after,
             "params_before": change.params_before,
             "params_after": change.params_after,
+            **({} if change.nbytes is None else {"bytes_before": change.nbytes[0], "bytes_after": change.nbytes[1]}),
         }
         for change in live.changes
     )
@@ -433,9 +454,19 @@ def _outcome(live: Live, before: Blueprint, check: Mapping[str, Any], added: Seq
         before.totals,
         after.totals,
         check,
-        notes=tuple(live.notes),
+        notes=(*target.notes, *live.notes, *_sum_note(changes, before.totals, after.totals)),
         edits=tuple(map(str, added)),
     )
+
+
+def _sum_note(changes: Sequence[Mapping[str, Any]], before: Totals, after: Totals) -> list[str]:
+    """Why the rows do not add up to what the totals say, where they do not: a row counts all that its module holds."""
+    rows, total = sum(row["params_after"] - row["params_before"] for row in changes), after.params - before.params
+    if rows == total:
+        return []
+    return [
+        f"the rows add up to {rows:+,} params and the totals to {total:+,}: these count what has several names once"
+    ]
 
 
 def _write(live: Live, outcome: Outcome, out: Path, how: Writing) -> Outcome:
@@ -449,7 +480,9 @@ def _write(live: Live, outcome: Outcome, out: Path, how: Writing) -> Outcome:
     notes = list(outcome.notes)
     if live.report is not None and live.report.missing:
         count = len(live.report.missing)
-        notes.append(f"{count} tensors are not in the file, and were randomly initialised (--seed {live.seed})")
+        what = "1 tensor is" if count == 1 else f"{count} tensors are"
+        drawn = "was" if count == 1 else "were"
+        notes.append(f"{what} not in the file, and {drawn} randomly initialised (--seed {live.seed})")
     if live.drawn:
         assert live.architecture is not None
         notes.append(f"{live.architecture.reference} was randomly initialised (--seed {live.seed})")
@@ -460,7 +493,7 @@ def _write(live: Live, outcome: Outcome, out: Path, how: Writing) -> Outcome:
 
 def _around(live: Live, *, kept: bool) -> list[str]:
     """What became of the rest of a training checkpoint, and what of it no longer fits."""
-    from modelcli.live import optimizers
+    from modelcli.live import around
 
     contents = live.contents
     assert contents is not None
@@ -469,8 +502,11 @@ def _around(live: Live, *, kept: bool) -> list[str]:
     rest = f"what {contents.path.name} holds beside {contents.key[0]!r} ({', '.join(beside[:4])})"
     if not kept:
         return [f"{rest} was left out"]
-    unfit = optimizers.unfit(contents.tree, live.opened_with, dict(live.module.named_parameters()))
-    return [f"{rest} was kept; --bare drops it", *unfit]
+    unfit = around.unfit(contents.tree, live.opened_with, dict(live.module.named_parameters()))
+    changed = any(change.action not in ("freeze", "unfreeze") for change in live.changes)
+    prefix = "" if live.report is None else live.report.prefix
+    copies = around.other_copies(contents, live.describe(), prefix=prefix, changed=changed)
+    return [f"{rest} was kept; --bare drops it", *unfit, *copies]
 
 
 @_stdout_is_for_data
@@ -481,6 +517,7 @@ def script(batch: Batch, out: Path, kind: str, *, bare: bool) -> Script:
     edits = (*batch.target.edits, *batch.edits)
     places = (*batch.target.places, *batch.places)
     made = scripting.script(batch.target.source, edits, places, out, kind, bare=bare)
+    made = replace(made, notes=(*batch.target.notes, *made.notes))
     if not edits:
         return made
     misfit = _misfit(replace(batch.target, edits=edits, places=places))

@@ -1,5 +1,6 @@
 """replace, add, freeze and the others: commands that carry out one edit."""
 
+import os
 import re
 import shlex
 import sys
@@ -17,6 +18,7 @@ from modelcli.cli.options import (
     SaveOptions,
     SourceOptions,
     expanded,
+    names_of,
 )
 from modelcli.errors import RequestError, did_you_mean
 
@@ -325,43 +327,31 @@ def _carry_out(
     from modelcli import edits, session
 
     output.format_of(shown)
-    known = tuple(sorted({*ALL_OPTIONS, *edits.REGISTRY[name].options()}))
+    known = sorted({*names_of(EditOptions, SourceOptions, OutputOptions), *edits.REGISTRY[name].options()})
     for word in operands:
         edits.checked_operand(word, known)
-    made = edits.from_words(name, [*flags, "--", *operands])
-    target = session.find_target(options.model, source.overrides(), source.recipe)
-    with progress.of_bytes(shown) as report:
-        outcome = session.edit(target, [made], writing_of(options, options.out, report))
+    try:
+        made = edits.from_words(name, [*flags, "--", *operands])
+        target = session.find_target(options.model, source.overrides(), source.recipe)
+        with progress.of_bytes(shown) as report:
+            outcome = session.edit(target, [made], writing_of(options, options.out, report))
+    except RequestError as error:
+        error.hint = _meant(operands, error, options.model) or error.hint
+        raise
     show_outcome(target, outcome, options, shown)
 
 
-ALL_OPTIONS = (
-    *(
-        "--model",
-        "--out",
-        "--force",
-        "--dry-run",
-        "--check",
-        "--bare",
-        "--max-shard-size",
-        "--no-fsync",
-        "--verify",
-        "--weights",
-        "--arch",
-    ),
-    *(
-        "--key",
-        "--seed",
-        "--input-size",
-        "--input-dtype",
-        "--trust",
-        "--tensors-only",
-        "--recipe",
-        "--format",
-        "--json",
-        "--quiet",
-    ),
-)
+def _meant(operands: list[str], error: RequestError, model: str | None) -> str | None:
+    """What an edit's words may have been meant for: a model without its `-m`, a pattern that the shell expanded."""
+    from modelcli import session
+
+    last = operands[-1]
+    if model is None and len(operands) > 1 and session.names_model(last):
+        return f"where {last} is the model: -m {last}"
+    files = [word for word in operands[1:] if "." in word and word != "." and os.path.lexists(word)]
+    if files and "pattern" not in (error.hint or ""):
+        return f"{files[0]} is a file here: if the shell expanded a pattern to it, quote the pattern"
+    return None
 
 
 def writing_of(options: SaveOptions, out: str | None, report: Callable[[int, int], None] | None = None) -> "Writing":

@@ -173,6 +173,13 @@ class MatchOptions:
         return words if self.expect is None else [*words, "--expect", str(self.expect)]
 
 
+def names_of(*groups: Any) -> set[str]:
+    """The long names of all options in groups of options."""
+    options = [item.metadata["option"] for group in groups for item in fields(group)]
+    # Typer takes the first name for a default, until the option stands in a signature.
+    return {name for option in options for name in (option.default, *option.param_decls) if name.startswith("--")}
+
+
 def expanded(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function with each parameter of an options class spelt out, as Typer wants it."""
     signature = inspect.signature(function, eval_str=True)

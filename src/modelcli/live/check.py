@@ -180,7 +180,7 @@ def _way_out(after: nn.Module, path: str, error: Exception, edited: Mapping[str,
     if gone and isinstance(error, AttributeError | KeyError | IndexError):
         asks = f"{_named(path, after.get_submodule(path))} asks for what was taken out"
         return f"{asks}: replace {gone[0]} Identity keeps its name and does nothing"
-    return f"what was edited: {', '.join(map(shown, edited))}; --check none writes it all the same"
+    return _edited_elsewhere(edited)
 
 
 def _fix(module: nn.Module, path: str, misfit: Misfit, edited: Mapping[str, str]) -> str:
@@ -205,7 +205,12 @@ def _fix(module: nn.Module, path: str, misfit: Misfit, edited: Mapping[str, str]
         return f"it would have to have {misfit.argument}={misfit.value}"
     if touched:
         return "--check none writes it all the same"
-    return f"what was edited: {', '.join(map(shown, list(edited)[:3]))}; --check none writes it all the same"
+    return _edited_elsewhere(edited)
+
+
+def _edited_elsewhere(edited: Mapping[str, str]) -> str:
+    more = f" and {len(edited) - 3} more" if len(edited) > 3 else ""
+    return f"what was edited: {', '.join(map(shown, list(edited)[:3]))}{more}; --check none writes it all the same"
 
 
 def _is_touched(path: str, edited: Mapping[str, str]) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from modelcli.blueprints import Blueprint, ModuleInfo, TensorInfo, Totals, ancestors, repr_text, shown, totals_of
-from modelcli.render.views import Column, Share, View, count, megabytes, number, percent, shape, signed, text
+from modelcli.render.views import Bytes, Column, Share, View, count, megabytes, number, percent, shape, signed, text
 
 SCHEMA = 1
 
@@ -327,6 +327,9 @@ def edits(
     else:
         footer.append(("check", f"not made: {check['reason']}"))
     shown_rows = [row | {"arrow": "->", "delta": row["params_after"] - row["params_before"]} for row in rows]
+    for row in shown_rows:
+        if "bytes_before" in row:
+            row["delta"] = Bytes(row["bytes_before"], row["bytes_after"])
     columns = [
         Column("path", "path", style="cyan"),
         Column("before", "before", flexible=True),
@@ -336,8 +339,14 @@ def edits(
     if all(row["action"] in ("freeze", "unfreeze") for row in rows):
         columns.append(Column("params_after", "params", lambda value: f"{count(value)} params", right=True))
     else:
-        columns.append(Column("delta", "params", lambda value: f"{signed(value)} params" if value else "same size"))
+        columns.append(Column("delta", "params", _change_of_size))
     return View(document, shown_rows, columns, [*footer, *outcome], header=False)
+
+
+def _change_of_size(value: int | Bytes) -> str:
+    if isinstance(value, Bytes):
+        return f"{megabytes(value.before)} -> {megabytes(value.after)}"
+    return f"{signed(value)} params" if value else "same size"
 
 
 def script(reference: str, blueprint: Blueprint, text: str) -> View:

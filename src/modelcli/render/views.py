@@ -71,6 +71,17 @@ class Share:
         return str(self.part)
 
 
+@dataclass(frozen=True)
+class Bytes:
+    """A size before and after, of as many parameters: a program reads their difference, which is none."""
+
+    before: int
+    after: int
+
+    def __str__(self) -> str:
+        return "0"
+
+
 def percent(value: Share | None) -> str:
     """`12.50%`; `0%` and `100%` are exact, what comes close is `<0.01%` and `>99.99%`."""
     if value is None or not value.whole:

@@ -55,8 +55,8 @@ def script(
     live = open_live(source)
     work = _Script(page, live, open_live(source).module)
     work.open_model(source)
-    for number, (edit, place) in enumerate(zip(edits, places, strict=True), 1):
-        work.edit(edit, f"{place}: edit {number}")
+    for edit, place in zip(edits, places, strict=True):
+        work.edit(edit, place)
     work.save(out, kind, bare=bare)
     return Script(page.text(), (*live.notes, *page.notes), live.describe())
 
@@ -142,7 +142,7 @@ class _Script:
         try:
             changes = self.live.apply([edit])
         except ModelcliError as error:
-            error.message = f"{place}, {str(edit)!r}: {error.message}"
+            error.message = f"{place}: {str(edit)!r}: {error.message}"
             raise
         self.page.paragraph(str(edit))
         resolved = [edit_lines.parse(line) for change in changes for line in change.resolved]

@@ -44,7 +44,9 @@ def carry_out(module: nn.Module, edit: Cast, context: Context) -> Done:
             continue
         params = {key: tensor for key, tensor in own.items() if isinstance(tensor, nn.Parameter)}
         size = sum(tensor.numel() for tensor in params.values() if not is_lazy(tensor))
-        changes.append(Change(path, edit.name, ", ".join(before), edit.dtype, size, size))
+        held = [tensor for tensor in own.values() if not is_lazy(tensor)]
+        nbytes = sum(t.numel() * t.itemsize for t in held), sum(t.numel() for t in held) * dtype.itemsize
+        changes.append(Change(path, edit.name, ", ".join(before), edit.dtype, size, size, nbytes=nbytes))
     chosen = {id(tensors[name]): tensors[name] for name in floating if tensors[name].dtype != dtype}
     _convert(module, chosen, dtype, {id(tensor): name for name, tensor in reversed(tensors.items())})
     inputs = context.inputs

@@ -24,7 +24,7 @@ class Change:
     """What one edit did at one path.
 
     `resolved` are the lines of the edit that made it, selectors and `_` resolved,
-    on the first change of each edit.
+    on the first change of each edit. `nbytes` are those before and after, where they alone are others.
     """
 
     path: str
@@ -34,6 +34,7 @@ class Change:
     params_before: int
     params_after: int
     resolved: tuple[str, ...] = ()
+    nbytes: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,8 @@ def brief(module: nn.Module) -> str:
     arguments lose their names.
     """
     if isinstance(module, Bare):
-        return f"{len(list(module.parameters()))} tensors"
+        held = [*module.parameters(), *module.buffers()]
+        return "1 tensor" if len(held) == 1 else f"{len(held)} tensors"
     name, config = str(module._get_name()), module.extra_repr()
     if len(module._modules) or "\n" in config:
         return name

@@ -79,7 +79,7 @@ class _Holes:
                 f"{self.expression} at {path}: _ for {name} is not known: the file does not say what was there",
                 f"--arch names its architecture; or write {name} out",
             )
-        if (value := _attribute(old, name)) is not None:
+        if (value := attribute(old, name)) is not None:
             return value
         if self.flows is None:
             self.flows = flowing_into(self.module, self.paths, self.context.inputs)
@@ -103,13 +103,13 @@ class _Holes:
         return ", and no forward pass reached it" if failure is None else f", and {failure.reason}"
 
 
-def _attribute(old: nn.Module, name: str) -> Any:
+def attribute(old: nn.Module, name: str) -> Any:
     """The old module's value for a constructor argument, where it is a plain one, and known."""
     value = getattr(old, name, None)
-    if value == 0 and any(map(is_lazy, old.parameters())):
-        return None  # a lazy module does not know its sizes yet
     if name == "bias" and (value is None or isinstance(value, torch.Tensor)):
         return value is not None if "bias" in old._parameters else None
+    if type(value) is int and value == 0 and any(map(is_lazy, old.parameters())):
+        return None  # a lazy module does not know its sizes yet
     if isinstance(value, torch.Size):
         return tuple(value)
     return value if isinstance(value, bool | int | float | str | tuple | list) else None

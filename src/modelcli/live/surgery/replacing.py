@@ -16,6 +16,7 @@ from modelcli.expressions import Call
 from modelcli.live import memory
 from modelcli.live.describe import describe
 from modelcli.live.sources import Computed, is_lazy, named_tensors, real_tensor
+from modelcli.live.surgery import left_out
 from modelcli.live.surgery.core import Change, Context, Done, brief, count, places, submodule
 from modelcli.live.surgery.making import maker, resolved_calls
 from modelcli.live.surgery.storages import copied, has_storage, tied, view_anew, viewers
@@ -47,6 +48,7 @@ def carry_out(module: nn.Module, edit: Replace, context: Context) -> Done:
     calls = resolved_calls(module, edit.module, olds, context)
     news = maker(module, calls, context, olds)()
     notes = [tie.note for tie in parted]
+    notes += left_out.notes(edit.module, [(*pair, new) for pair, new in zip(olds, news, strict=True)])
     kept: Mapping[str, Mapping[str, tuple[int, ...]]] = {}
     if edit.keep_weights:
         kept, told = _keep_weights(edit, [(*pair, new) for pair, new in zip(olds, news, strict=True)])

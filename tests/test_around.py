@@ -1,4 +1,4 @@
-"""What a training checkpoint's optimizer still fits after an edit."""
+"""What a training checkpoint's optimizer still fits after an edit, and what became of its other state dicts."""
 
 from __future__ import annotations
 
@@ -57,10 +57,63 @@ def test_what_no_longer_fits_is_named(cli: Cli, train: str, lines: list[str], to
 
 def test_an_optimizer_of_fewer_parameters(cli: Cli) -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    optimizer = torch.optim.SGD(model[1].parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model[1].parameters(), lr=0.1, momentum=0.9)
+    model(torch.randn(3, 2)).sum().backward()
+    optimizer.step()
     torch.save({"model": model.state_dict(), "opt": [optimizer.state_dict()]}, "train.pth")
     told = cli("replace", "1", "Linear(2,3)", "-m", "train.pth", "-o", "out.pth").err
-    assert "opt[0] holds state for 2 parameters, and the model had 4: whether it still fits is not known" in told
+    assert "opt[0] holds state for 2 parameters, and the model had 4: whether it still fits 1.weight, 1.bias" in told
+
+
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        (["freeze .", "cast . bfloat16", "init . zeros"], None),
+        (["replace 0 Linear(5,3)"], None),
+        (["replace 1 Linear(3,3)"], "whether it still fits 1.bias is not known"),
+        (["replace 2 Linear(3,2)"], "whether it still fits 2.weight, 2.bias is not known"),
+    ],
+)
+def test_an_optimizer_of_the_head_is_told_of_where_the_head_may_have_changed(
+    cli: Cli, lines: list[str], told: str | None
+) -> None:
+    """Shapes alone say which parameters it was made for: of `1` one is as large as one of the head."""
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 2), nn.Linear(2, 2))
+    optimizer = torch.optim.Adam(model[2].parameters())
+    model(torch.randn(3, 5)).sum().backward()
+    optimizer.step()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, "train.pth")
+    words = [word for line in lines for word in ("-e", line)]
+    notes = cli("apply", *words, "-m", "train.pth", "-o", "out.pth").err
+    assert ("whether it still fits" in notes) == (told is not None)
+    assert told is None or told in notes
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("freeze fc", None),
+        ("init fc zeros", "the state dict in {} is as it was: --key {} edits that one"),
+        ("replace fc Linear(4,4)", "the state dict in {} is as it was: --key {} edits that one"),
+        (
+            "replace heads.left Linear(4,5)",
+            "the state dict in {} is as it was, and no longer fits heads.left.weight, heads.left.bias: "
+            "--key {} edits that one",
+        ),
+        ("add extra Linear(4,5)", "the state dict in {} is as it was, and no longer fits extra.weight, extra.bias:"),
+    ],
+)
+@pytest.mark.parametrize("place", ["ema", "averages.state"])
+def test_another_state_dict_is_told_of(cli: Cli, line: str, told: str | None, place: str) -> None:
+    state = nets.Places().state_dict()
+    copy: dict[str, Any] = {f"module.{name}": tensor.clone() for name, tensor in state.items()}
+    for name in reversed(place.split(".")):
+        copy = {name: copy}
+    torch.save({"model": state, "optimizer": {"state": {}, "param_groups": []}, **copy}, "train.pth")
+    notes = cli("apply", "-e", line, "-m", "train.pth", *ARCH, "-o", "out.pth").err
+    assert ("the state dict in" in notes) == (told is not None)
+    assert told is None or told.format(place, place) in notes
+    assert "the state dict in" not in cli("apply", "-e", line, "-m", "train.pth", *ARCH, "-o", "b.pth", "--bare").err
 
 
 def test_an_optimizer_that_knows_names(cli: Cli) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelcli.errors import RequestError
-from modelcli.expressions import HOLE, Call, Name, names_in, parse, parse_value, parse_words, to_text
+from modelcli.expressions import HOLE, Call, Name, names_in, parse, parse_value, parse_words, to_text, to_words
 
 
 @pytest.mark.parametrize(
@@ -393,6 +393,28 @@ values = st.recursive(scalars | st.just(HOLE) | st.builds(Name, class_names), _v
 calls = st.builds(
     Call, class_names, st.lists(values, max_size=3).map(tuple), st.dictionaries(identifiers, values, max_size=3)
 )
+
+
+@given(calls)
+def test_words_give_the_call_back(call: Call) -> None:
+    words = to_words(call)
+    assert words is None or parse_words(words) == call
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Conv2d(3,8,-1,padding_mode='reflect')", "Conv2d 3 8 -1 padding_mode=reflect"),
+        ("Conv2d(_,8,1,bias=False)", "Conv2d _ 8 1 bias=False"),
+        ("ReLU()", None),
+        ("Conv2d(3,8,(1,1))", None),
+        ("Sequential(ReLU())", None),
+        ("M('1')", None),
+        ("M('a b')", None),
+    ],
+)
+def test_what_can_be_said_without_parentheses(text: str, words: str | None) -> None:
+    assert to_words(parse(text)) == (None if words is None else words.split())
 
 
 @given(calls)

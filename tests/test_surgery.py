@@ -494,7 +494,8 @@ def test_what_is_no_dense_tensor_keeps_its_flag(cli: Cli, folder: Path) -> None:
         (
             "replace 0 Conv2d(1,2,3,padding_mode=reflect)",
             "did you mean ReflectionPad3d or ReflectionPad2d or ReflectionPad1d? Text is quoted, and the module around "
-            "it once more: \"Conv2d(1,2,3,padding_mode='reflect')\"",
+            "it once more: \"Conv2d(1,2,3,padding_mode='reflect')\"; or without brackets and quotes: "
+            "Conv2d 1 2 3 padding_mode=reflect",
         ),
     ],
 )

@@ -7,6 +7,7 @@ A value is None, a bool, int, float, str, a tuple, list or dict of values, a `Na
 from __future__ import annotations
 
 import ast
+import contextlib
 import math
 import operator
 import re
@@ -369,6 +370,21 @@ def to_text(value: Value) -> str:
             return "{" + ",".join(f"{to_text(key)}:{to_text(item)}" for key, item in value.items()) + "}"
         case _:
             return repr(value)
+
+
+def to_words(call: Call) -> list[str] | None:
+    """The spelling without parentheses and quotes, as `parse_words` reads it; None for a call that has none."""
+    named = (f"{key}={_word(value)}" for key, value in call.kwargs.items())
+    words = [call.name, *map(_word, call.args), *named]
+    plain = all(re.fullmatch(r"[\w.:=+-]+", word, re.ASCII) for word in words)
+    with contextlib.suppress(RequestError):
+        if plain and len(words) > 1 and parse_words(words) == call:
+            return words
+    return None
+
+
+def _word(value: Value) -> str:
+    return value if isinstance(value, str) else to_text(value)
 
 
 def holds_hole(value: Value) -> bool:

@@ -235,3 +235,19 @@ def test_another_input_may_be_what_was_meant(cli: Cli, folder: Path) -> None:
     error = refused(cli, folder, "replace", "conv1", "Conv2d(1,64,7)", "-m", "resnet18")
     assert "takes in_channels=3 from what flows in; or --input-size 1,1,224,224, if that is what it is to take" in error
     assert "--input-size" not in refused(cli, folder, "replace", "fc", "Linear(7,10)", "-m", "resnet18")
+
+
+def test_a_replaced_module_that_does_not_run_is_told(cli: Cli) -> None:
+    told = " ".join(cli("replace", "aux*.fc2", "Linear(_,10)", "-m", "googlenet").err.split())
+    assert "aux1.fc2, aux2.fc2 did not run on the forward pass: the check says nothing of them" in told
+    assert "did not run" not in cli("replace", "fc", "Linear(_,10)", "-m", "googlenet").err
+
+
+def test_a_container_runs_where_what_is_in_it_does(cli: Cli, folder: Path) -> None:
+    (folder / "own.py").write_text(
+        "from torch import nn\n\nclass Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.blocks = nn.ModuleList([nn.Linear(4, 4)])\n    def forward(self, x):\n"
+        "        for block in self.blocks:\n            x = block(x)\n        return x\n"
+    )
+    words = ("-m", "own.py:Net", "--input-size", "1,4")
+    assert "did not run" not in cli("replace", "blocks", "ModuleList([Linear(4,4),ReLU()])", *words).err

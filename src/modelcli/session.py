@@ -424,14 +424,28 @@ def _check(live: Live, target: Target, added: Sequence[Edit], how: Writing) -> d
 
 
 def _idle(live: Live, called: Collection[str]) -> list[str]:
-    """New modules at new places that the forward pass did not come to: a class calls the children that it knows."""
-    places = [change.path for change in live.changes if change.action in ("add", "insert", "append")]
+    """New modules that the forward pass did not come to: a class calls the children that it knows.
+
+    What stands in the place of another may be used otherwise (`out_proj` of an attention), or in train mode alone.
+    """
+    reached = {path for name in called for path in blueprints.ancestors(name)}
     there = {module.path: module for module in live.describe().modules}
-    return [
-        f"{path} did not run on the forward pass: nothing calls it"
-        for path in places
-        if path in there and path not in called and there[path].shared_with is None
-    ]
+    idle: dict[str, list[str]] = {}
+    for change in live.changes:
+        path = change.path
+        if path in there and path not in reached and there[path].shared_with is None:
+            idle.setdefault(change.action, []).append(path)
+    replaced = idle.get("replace", [])
+    listed = ", ".join(replaced[:3]) + (f" and {len(replaced) - 3} more" if len(replaced) > 3 else "")
+    told = (
+        [f"{listed} did not run on the forward pass: the check says nothing of {_them(replaced)}"] if replaced else []
+    )
+    placed = [path for action in ("add", "insert", "append") for path in idle.get(action, ())]
+    return told + [f"{path} did not run on the forward pass: nothing calls it" for path in placed]
+
+
+def _them(items: Sequence[object]) -> str:
+    return "it" if len(items) == 1 else "them"
 
 
 def _outcome(live: Live, target: Target, before: Blueprint, check: Mapping[str, Any], added: Sequence[Edit]) -> Outcome:

@@ -6,7 +6,7 @@ Everything that is shown is shown from a blueprint. Paths are PyTorch's: the roo
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain, groupby, islice, pairwise, takewhile
@@ -69,6 +69,11 @@ def ancestors(path: str) -> Iterator[str]:
         yield path
         path = parent_of(path)
     yield ""
+
+
+def lies_in(path: str, paths: Container[str]) -> bool:
+    """Whether a path is one of these, or below one."""
+    return any(above in paths for above in ancestors(path))
 
 
 @value_class

@@ -16,7 +16,7 @@ from enum import Enum
 from itertools import pairwise
 from typing import TypeAlias
 
-from modelcli.blueprints import Blueprint, ModuleInfo, ancestors, parent_of, shown
+from modelcli.blueprints import Blueprint, ModuleInfo, ancestors, lies_in, parent_of, shown
 from modelcli.errors import RequestError, closest
 
 MAX_BRACES = 10
@@ -478,7 +478,7 @@ def matched_tensors(selector: Selector, blueprint: Blueprint) -> set[str]:
         found = {tensor.name for tensor in blueprint.tensors if matches(tensor.name)}
     if modules:
         for tensor in blueprint.tensors:
-            if any(path in modules for path in ancestors(parent_of(tensor.name))):
+            if lies_in(parent_of(tensor.name), modules):
                 found.add(tensor.name)
     return found
 

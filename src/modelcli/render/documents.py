@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modelcli.blueprints import Blueprint, ModuleInfo, TensorInfo, Totals, ancestors, repr_text, shown, totals_of
+from modelcli.blueprints import Blueprint, ModuleInfo, TensorInfo, Totals, lies_in, repr_text, shown, totals_of
 from modelcli.render.views import Bytes, Column, Share, View, count, megabytes, number, percent, shape, signed, text
 
 SCHEMA = 1
@@ -257,7 +257,7 @@ def _outermost(paths: Sequence[str]) -> list[str]:
     """The paths that do not lie inside another one."""
     found: dict[str, None] = {}
     for path in paths:
-        if not any(above in found for above in ancestors(path)):
+        if not lies_in(path, found):
             found[path] = None
     return list(found)
 

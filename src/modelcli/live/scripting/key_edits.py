@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from modelcli import selectors
-from modelcli.blueprints import FLOATING, Blueprint, ancestors, joined, parent_of
+from modelcli.blueprints import FLOATING, Blueprint, joined, lies_in, parent_of
 from modelcli.edits import Add, Cast, Edit, Extract, Freeze, Init, Insert, Remove, Rename, Replace, Unfreeze
 from modelcli.live.describe import describe
 from modelcli.live.scripting.model_edits import CAST_VIEWS, KEEP_WEIGHTS, fills, new_module
@@ -175,7 +175,7 @@ def _removed(edit: Remove, blueprint: Blueprint, names: Sequence[str], state: St
         paths += sorted(
             selectors.matched_modules(selector, blueprint) or selectors.matched_tensors(selector, blueprint)
         )
-    gone = [name for name in names if any(path in paths for path in ancestors(name))]
+    gone = [name for name in names if lies_in(name, paths)]
     lines = state.delete(gone, [path for path in paths if path in blueprint.by_path])
     if edit.renumber:
         left = [name for name in names if name not in gone]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -155,12 +155,9 @@ def brief(module: nn.Module) -> str:
             break
         args.append(kwargs.pop(parameter.name))
     kept = {key: value for key, value in kwargs.items() if key not in defaults or value != defaults[key]}
-    parts = [_spaced(value) for value in args] + [f"{key}={_spaced(value)}" for key, value in kept.items()]
+    parts = list(map(expressions.to_text, args))
+    parts += [f"{key}={expressions.to_text(value)}" for key, value in kept.items()]
     return f"{name}({', '.join(parts)})"
-
-
-def _spaced(value: Any) -> str:
-    return expressions.to_text(value)
 
 
 def count(module: nn.Module) -> int:

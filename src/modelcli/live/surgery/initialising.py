@@ -16,7 +16,7 @@ from torch.nn import init
 from torch.nn.modules.batchnorm import _NormBase
 
 from modelcli import expressions, selectors
-from modelcli.blueprints import Blueprint, ancestors, parent_of, shown
+from modelcli.blueprints import Blueprint, ancestors, lies_in, parent_of, shown
 from modelcli.edits import Init
 from modelcli.errors import RequestError, did_you_mean
 from modelcli.expressions import Call
@@ -419,7 +419,7 @@ def _resets(module: nn.Module, edit: Init, blueprint: Blueprint, names: Sequence
         )
     paths = _resettable(module, edit, blueprint, names)
     originals = nn.ModuleList(module.get_submodule(path) for path in paths)
-    below = {name for name in names if any(path in paths for path in ancestors(parent_of(name)))}
+    below = {name for name in names if lies_in(parent_of(name), paths)}
     tensors = named_tensors(module)
     dense = {name for name in below if has_storage(tensors[name])}
     if not dense:
@@ -444,7 +444,7 @@ def _resets(module: nn.Module, edit: Init, blueprint: Blueprint, names: Sequence
 
     first = {id(tensors[name]): name for name in reversed(names) if name in dense}
     filled = {name: DEFAULT for name in names if name in dense and first[id(tensors[name])] == name}
-    excepted = [t.name for t in blueprint.tensors if t.name not in names and _lies_below(t.name, paths)]
+    excepted = [t.name for t in blueprint.tensors if t.name not in names and lies_in(parent_of(t.name), paths)]
     line = str(Init(targets=_literals(paths), scheme=Call(DEFAULT), without=_literals(excepted)))
     kept = {
         name: "no module that holds it has reset_parameters"
@@ -470,11 +470,11 @@ def _resettable(module: nn.Module, edit: Init, blueprint: Blueprint, names: Sequ
     for target in edit.targets:
         matched |= selectors.matched_modules(selectors.parse(target), blueprint)
     touched = {path for name in names for path in ancestors(parent_of(name))}
-    holders = {parent_of(name) for name in names if not any(path in matched for path in ancestors(parent_of(name)))}
+    holders = {parent_of(name) for name in names if not lies_in(parent_of(name), matched)}
     paths: dict[int, str] = {}
     for info in blueprint.modules:
         part = module.get_submodule(info.path)
-        picked = info.path in holders or any(path in matched for path in ancestors(info.path))
+        picked = info.path in holders or lies_in(info.path, matched)
         if picked and info.path in touched and _can_reset(part):
             paths.setdefault(id(part), info.path)
     return dict.fromkeys(paths.values())
@@ -490,10 +490,6 @@ def _can_reset(module: nn.Module) -> bool:
     except (TypeError, ValueError):
         return False
     return True
-
-
-def _lies_below(name: str, paths: Collection[str]) -> bool:
-    return any(path in paths for path in ancestors(parent_of(name)))
 
 
 def _like(twin: torch.Tensor, real: torch.Tensor) -> torch.Tensor:

@@ -262,15 +262,16 @@ def test_verify_reads_every_byte_back(cli: Cli, monkeypatch: pytest.MonkeyPatch,
 
 def test_a_report_for_a_progress_bar(folder: Path, tmp_path: Path) -> None:
     torch.save({"w": torch.randn(5_000_000)}, "in.pth")
-    told: list[tuple[int, int]] = []
+    told: list[tuple[int, int, str]] = []
     for out, kind in (("out.pth", "pth"), ("out.safetensors", "safetensors"), ("out", "folder")):
         told.clear()
         made = plan(open_live(Source("in.pth")), Path(out), kind)
-        written = writing.write(made, Path(out), Care(report=lambda *now: told.append(now)), kind=kind)
-        done = [now for now, _ in told]
-        assert done == sorted(done)
-        assert {total for _, total in told} == {written.nbytes}
-        assert 0.99 * written.nbytes < done[-1] <= written.nbytes
+        written = writing.write(made, Path(out), Care(verify=True, report=lambda *now: told.append(now)), kind=kind)
+        for doing in ("writing", "verifying"):
+            done = [now for now, _, what in told if what == doing]
+            assert done == sorted(done)
+            assert 0.99 * written.nbytes < done[-1] <= written.nbytes
+        assert {total for _, total, _ in told} == {written.nbytes}
 
 
 def test_sources_that_give_other_bytes_than_they_say(tmp_path: Path) -> None:

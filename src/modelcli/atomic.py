@@ -70,6 +70,13 @@ def _existing_folder(path: Path) -> Path:
     return folder
 
 
+def leave_to_disk(file: BinaryIO) -> None:
+    """Put what was written on the disk, and where the system does that out of memory: it is read from there next."""
+    os.fsync(file.fileno())
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 @contextlib.contextmanager
 def replacing(
     path: Path, *, force: bool, durable: bool = True, through_links: bool = True

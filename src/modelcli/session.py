@@ -306,7 +306,7 @@ class Writing:
     durable: bool = True
     verify: bool = False
     max_shard_bytes: int | None = None
-    report: Callable[[int, int], None] | None = None
+    report: Callable[[int, int, str], None] | None = None
 
 
 @_stdout_is_for_data

@@ -354,7 +354,9 @@ def _meant(operands: list[str], error: RequestError, model: str | None) -> str |
     return None
 
 
-def writing_of(options: SaveOptions, out: str | None, report: Callable[[int, int], None] | None = None) -> "Writing":
+def writing_of(
+    options: SaveOptions, out: str | None, report: Callable[[int, int, str], None] | None = None
+) -> "Writing":
     """The options as the session wants them. Raises RequestError for a check or a format that does not exist."""
     from modelcli import writing
     from modelcli.references import parse_bytes

@@ -18,33 +18,47 @@ MOMENT = 0.5
 
 
 @contextmanager
-def of_bytes(options: OutputOptions) -> Iterator[Callable[[int, int], None]]:
-    """What takes how many bytes are done and how many there are; the bar comes after a moment, and goes at the end."""
+def of_bytes(options: OutputOptions) -> Iterator[Callable[..., None]]:
+    """What takes how many bytes are done, how many there are, and what is being done with them.
+
+    The bar comes after a moment, starts anew for another kind of work, and goes at the end.
+    """
     if options.quiet or not sys.stderr.isatty():
-        yield lambda _done, _total: None
+        yield lambda _done, _total, _doing="": None
         return
     with ExitStack() as stack:
         began: float | None = None
         bar: Progress | None = None
 
-        def report(done: int, total: int) -> None:
+        def report(done: int, total: int, doing: str = "reading") -> None:
             nonlocal began, bar
             now = time.monotonic()
             began = now if began is None else began
             if bar is None and now - began > MOMENT:
                 bar = stack.enter_context(_bar())
-                bar.add_task("", total=total)
             if bar is not None:
-                bar.update(bar.tasks[0].id, completed=done)
+                task = next((task for task in bar.tasks if task.description == doing), None)
+                if task is None:
+                    for other in bar.task_ids:
+                        bar.remove_task(other)
+                bar.update(task.id if task else bar.add_task(doing, total=total), completed=done)
 
         yield report
 
 
 def _bar() -> Progress:
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
     return Progress(
+        TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),

@@ -43,7 +43,8 @@ class Care:
     """How carefully a checkpoint is written.
 
     `force` replaces what exists; with `durable` it is on the disk when the command ends; with `verify` every byte is
-    read back and compared. `report` is told of the bytes that are written, `max_shard_bytes` is for folders.
+    read back and compared. `report` is told of the bytes that are written and read back, `max_shard_bytes` is for
+    folders.
     """
 
     force: bool = False
@@ -106,7 +107,7 @@ def _write_file(plan: Plan, path: Path, kind: str, care: Care) -> int:
         _require_size(temporary, layout.nbytes)
         verify_header(plan, temporary)
         if care.verify:
-            _compare(file, layout.parts())
+            _compare(file, layout.parts(), layout.nbytes, care.report)
     return layout.nbytes
 
 
@@ -122,7 +123,7 @@ def _write_folder(plan: Plan, path: Path, care: Care) -> int:
                     output.require_unchanged_sources()
                 _require_size(temporary / name, layout.nbytes)
                 if care.verify:
-                    _compare(file, layout.parts())
+                    _compare(file, layout.parts(), folder.nbytes, _after(care.report, done))
             done += layout.nbytes
         (temporary / shards.INDEX).write_bytes(folder.index)
         shards.verify_headers(folder, temporary)
@@ -131,7 +132,7 @@ def _write_folder(plan: Plan, path: Path, care: Care) -> int:
 
 def _after(report: Report | None, done: int) -> Report | None:
     """A report of one file among several, of which `done` bytes are written."""
-    return None if report is None else lambda more, total: report(done + more, total)
+    return None if report is None else lambda more, total, doing: report(done + more, total, doing)
 
 
 def _require_size(path: Path, nbytes: int) -> None:
@@ -139,14 +140,19 @@ def _require_size(path: Path, nbytes: int) -> None:
         raise SystemFailureError(f"{path.parent} holds {found:,} of {nbytes:,} bytes of what was written")
 
 
-def _compare(file: BinaryIO, parts: Iterable[tuple[int, Source]]) -> None:
+def _compare(file: BinaryIO, parts: Iterable[tuple[int, Source]], total: int, report: Report | None) -> None:
     """Read every byte back, and compare it with its source. Raises SystemFailureError where one differs."""
+    atomic.leave_to_disk(file)
+    done = 0
     for offset, source in parts:
         file.seek(offset)
         expected = found = 0
         for chunk in source.chunks():
             expected = zlib.crc32(chunk, expected)
             found = zlib.crc32(file.read(len(chunk)), found)
+            done += len(chunk)
+            if report is not None:
+                report(done, total, "verifying")
         if expected != found:
             raise SystemFailureError(
                 f"byte {offset:,} and the {source.nbytes:,} from there were not written as they were read",

@@ -15,8 +15,8 @@ from modelcli.checkpoints.contents import CHUNK, Span
 from modelcli.errors import FileFormatError, SystemFailureError
 from modelcli.writing.plan import Source
 
-#: Told how many bytes are written, and how many there will be.
-Report = Callable[[int, int], None]
+#: Told how many bytes are done, how many there will be, and what is being done: they are written, or read back.
+Report = Callable[[int, int, str], None]
 
 #: Offsets in two files that are equal modulo this are copied fastest, and shared where a file system can share blocks.
 PAGE = 4096
@@ -174,7 +174,7 @@ class Output:
     def _advance(self, nbytes: int) -> None:
         self._done += nbytes
         if self._report is not None and nbytes:
-            self._report(min(self._done, self._total), self._total)
+            self._report(min(self._done, self._total), self._total, "writing")
 
 
 def _checksums_in(path: Path) -> dict[tuple[int, int], int]:

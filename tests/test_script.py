@@ -271,9 +271,10 @@ def test_a_training_checkpoint(cli: Cli) -> None:
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 def test_a_file_that_modelcli_wrote(cli: Cli, suffix: str) -> None:
     """What was done before stands in the script, and the flags are those of the file."""
-    lines = ["-e", "replace 2 Linear(_,5)", "-e", "freeze 0.weight", "-e", "replace 1 GELU"]
+    lines = ["-e", "replace 2 Linear(_,5)", "-e", "freeze 0.weight", "-e", "replace 1 GELU", "-e", "init 2 normal"]
     cli("apply", *lines, "-m", "Sequential(Linear(4,4),ReLU(),Linear(4,2))", "-o", f"first.{suffix}", "--seed", "2")
     out = both(cli, "-m", f"first.{suffix}", "-e", "replace 2 Linear(_,7)", suffix=suffix)
+    assert "init." not in out  # the numbers are those of the file
     found = run(out)["model"]
     assert isinstance(found[1], nn.GELU)
     assert [name for name, p in found.named_parameters() if not p.requires_grad] == ["0.weight"]

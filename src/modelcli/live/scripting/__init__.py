@@ -17,14 +17,14 @@ from modelcli import edits as edit_lines
 from modelcli.blueprints import Blueprint
 from modelcli.checkpoints import CompositeEntry, Contents
 from modelcli.checkpoints.contents import Span
-from modelcli.edits import Edit, Replace
+from modelcli.edits import Edit, Init, Replace
 from modelcli.errors import ModelcliError
 from modelcli.live import planning, surgery, zoo
 from modelcli.live.build import Architecture
 from modelcli.live.describe import describe
 from modelcli.live.opening import Live, open_live
 from modelcli.live.scripting import key_edits, model_edits
-from modelcli.live.scripting.page import InexpressibleError, Page, is_name, loop, quoted
+from modelcli.live.scripting.page import InexpressibleError, Page, deleted, is_name, quoted
 from modelcli.live.surgery import seed_of
 from modelcli.references import Installed, PythonObject, Source
 
@@ -126,11 +126,12 @@ class _Script:
     def _follow_record(self, base: Architecture) -> None:
         """The edits that made the architecture of the file what it is; the numbers come from the file."""
         record = self.live.record
-        if record is None or not record.edits:
+        edits = [] if record is None else [edit for edit in record.parsed_edits() if not isinstance(edit, Init)]
+        if not edits:
             return
         before, after = base.on_meta(self.live.seed), base.on_meta(self.live.seed)
         self.page.paragraph("what was done to it before it was saved")
-        for edit in record.parsed_edits():
+        for edit in edits:
             after = surgery.apply(after, [edit], inputs=self.live.inputs).module
             self._translate([edit], before, after, None, str(edit))
             before = surgery.apply(before, [edit], inputs=self.live.inputs).module
@@ -190,7 +191,7 @@ class _Script:
             again, alone = _shared(self.live.module)
             if again:
                 page.write(f"state = {state}", "# tied tensors are saved once, under their first name")
-                page.write(*loop("name", again, "del state[name]"))
+                page.write(*deleted(again))
                 state = "state"
             if not alone:
                 # safetensors holds every tensor by itself, row-major

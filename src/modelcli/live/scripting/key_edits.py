@@ -12,7 +12,7 @@ from modelcli.blueprints import FLOATING, Blueprint, joined, lies_in, parent_of
 from modelcli.edits import Add, Cast, Edit, Extract, Freeze, Init, Insert, Remove, Rename, Replace, Unfreeze
 from modelcli.live.describe import describe
 from modelcli.live.scripting.model_edits import CAST_VIEWS, KEEP_WEIGHTS, fills, new_module
-from modelcli.live.scripting.page import STATEMENTS, InexpressibleError, Page, call, loop, mapping, quoted
+from modelcli.live.scripting.page import STATEMENTS, InexpressibleError, Page, call, deleted, loop, mapping, quoted
 from modelcli.live.sources import named_tensors
 from modelcli.live.surgery.initialising import DEFAULT, scheme_name
 from modelcli.live.surgery.storages import has_storage, key_of
@@ -32,10 +32,8 @@ class State:
         """Take keys out; by their prefix where they are many and all those below `paths`."""
         below = [name for name in self.names if any(name.startswith(f"{path}.") for path in paths)]
         self.names = [name for name in self.names if name not in set(gone)]
-        if len(gone) <= STATEMENTS:
-            return [f"del state[{quoted(name)}]" for name in gone]
-        if set(below) != set(gone):
-            return loop("key", gone, "del state[key]")
+        if len(gone) <= STATEMENTS or set(below) != set(gone):
+            return deleted(gone)
         prefixes = [quoted(f"{path}.") for path in paths]
         prefix = prefixes[0] if len(prefixes) == 1 else f"({', '.join(prefixes)})"
         return [f"state = {{key: value for key, value in state.items() if not key.startswith({prefix})}}"]

@@ -194,6 +194,13 @@ def loop(variable: str, values: Sequence[str], *body: str) -> list[str]:
     return [f"for {variable} in (", *wrapped, "):", *(f"    {line}" for line in body)]
 
 
+def deleted(keys: Sequence[str]) -> list[str]:
+    """What takes keys out of `state`."""
+    if len(keys) <= STATEMENTS:
+        return [f"del state[{quoted(key)}]" for key in keys]
+    return loop("key", keys, "del state[key]")
+
+
 def _wrapped(names: Sequence[str]) -> list[str]:
     """Literals with commas after them, indented, in lines of the page's width."""
     lines: list[str] = []

@@ -121,6 +121,7 @@ def test_the_line_of_an_edit_is_as_a_person_writes_it(edit: Edit, line: str) -> 
         ("init a 2", "'2' is not a scheme", "the scheme comes last: init '**:Conv2d' xavier_uniform"),
         ("init a b.0", "cannot read 'b.0'", "the scheme comes last"),
         ("init a normal(", "cannot read 'normal('", "the scheme comes last"),
+        ("init a ones --bias 3", "'3' is not a scheme", "--bias takes a scheme: ones, or 'normal(0, 0.01)'"),
         ("replace a Linear(open('x').read())", "is not allowed in", "nothing in an expression is evaluated"),
     ],
 )

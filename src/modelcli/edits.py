@@ -200,7 +200,8 @@ class Init(Selecting):
     def from_operands(cls, words: Sequence[str]) -> Self:
         if len(words) < 2:
             raise RequestError("init takes at least one target and a scheme", "init '**:Conv2d' xavier_uniform")
-        return cls(targets=tuple(map(_selector, words[:-1])), scheme=_scheme(words[-1]))
+        hint = "the scheme comes last: init '**:Conv2d' xavier_uniform, or 'normal(0, 0.01)'"
+        return cls(targets=tuple(map(_selector, words[:-1])), scheme=_scheme(words[-1], hint))
 
     def operands(self) -> list[str]:
         return [*self.targets, expressions.to_text(self.scheme).removesuffix("()")]
@@ -385,7 +386,7 @@ def _value_of(flag: str, kind: str, word: str) -> Any:
         case "selectors":
             return _selector(word)
         case "scheme":
-            return _scheme(word)
+            return _scheme(word, f"{flag} takes a scheme: ones, or 'normal(0, 0.01)'")
     if not re.fullmatch(r"\d{1,9}", word, re.ASCII):
         raise RequestError(f"{flag} takes a number, not {word!r}")
     return int(word)
@@ -412,9 +413,8 @@ def _refuse_swapped(name: str, words: Sequence[str]) -> None:
         )
 
 
-def _scheme(word: str) -> Call:
+def _scheme(word: str, hint: str) -> Call:
     """A scheme of its word. A bare word among its arguments is text: no function of `torch.nn.init` takes a class."""
-    hint = "the scheme comes last: init '**:Conv2d' xavier_uniform, or 'normal(0, 0.01)'"
     call = expressions.parse(word, kind="a scheme", hint=hint)
     return Call(call.name, tuple(map(_text, call.args)), {key: _text(value) for key, value in call.kwargs.items()})
 

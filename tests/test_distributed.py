@@ -108,7 +108,7 @@ def test_a_folder_of_one_process(folder: Path) -> None:
         assert contents.format == "dcp"
         assert contents.path == path
         assert list(contents.tensors) == list(STATE)
-        assert contents.notes == ("3 tensors in 1 files, as .metadata says",)
+        assert contents.notes == ("3 tensors in 1 file, as .metadata says",)
         assert not contents.foreign
         assert_same(everything(contents), as_torch_loads(path))
 

@@ -48,6 +48,11 @@ def value_class(cls: type[_T]) -> type[_T]:
     return dataclass(slots=True, unsafe_hash=True)(cls)
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 tensor`, `5 tensors`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def shown(path: str) -> str:
     """The path as a person reads it: `.` for the root."""
     return path or ROOT

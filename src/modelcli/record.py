@@ -128,9 +128,9 @@ def disagreement(record: Record, tensors: Mapping[str, TensorInfo]) -> str | Non
     """Why a record cannot be believed, or None: its blueprint must list the tensors that the file holds."""
     expected = {t.name: t for t in record.blueprint.tensors if t.persistent}
     if missing := expected.keys() - tensors.keys():
-        return f"{len(missing)} tensors it lists are not in the file, such as {min(missing)}"
+        return f"the file lacks {blueprints.counted(len(missing), 'tensor')} that it lists, such as {min(missing)}"
     if extra := tensors.keys() - expected.keys():
-        return f"{len(extra)} tensors in the file are not in it, such as {min(extra)}"
+        return f"it lacks {blueprints.counted(len(extra), 'tensor')} of the file, such as {min(extra)}"
     for name, tensor in expected.items():
         found = tensors[name]
         if (tensor.shape, tensor.dtype) != (found.shape, found.dtype):

@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from modelcli.blueprints import ITEM_BYTES, Shape
+from modelcli.blueprints import ITEM_BYTES, Shape, counted
 from modelcli.checkpoints import embedded, folders, limits, pickles, shapes, trees
 from modelcli.checkpoints.contents import Contents, JoinedSpan, Storage, TensorEntry, Windows, identity_of
 from modelcli.errors import FileFormatError, SystemFailureError, UnsafeError
@@ -95,7 +95,7 @@ def read(path: Path, key: str | None) -> Contents:
     tree, key, notes = _chosen(path.parent, tree, key)
     inert = pickles.Pickle(tree, tuple(dict.fromkeys((*foreign, *folder.foreign))), budget)
     contents = trees.contents_of(path.parent, inert, key)
-    note = f"{len(contents.tensors)} tensors in {len(folder.files)} files, as {METADATA} says"
+    note = f"{counted(len(contents.tensors), 'tensor')} in {counted(len(folder.files), 'file')}, as {METADATA} says"
     return replace(contents, format="dcp", notes=(note, *notes, *contents.notes))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from modelcli import record as records
+from modelcli.blueprints import counted
 from modelcli.checkpoints import carried, limits, strict_json
 from modelcli.checkpoints.contents import CompositeEntry, Contents, TensorEntry
 from modelcli.errors import FileFormatError, RequestError, SystemFailureError
@@ -67,7 +68,7 @@ def read(index: Path, read_file: Reader) -> Contents:
         record=record,
         texts=texts[0] if texts and all(other == texts[0] for other in texts) else {},
         foreign=tuple(dict.fromkeys(name for shard in shards.values() for name in shard.foreign)),
-        notes=(f"{len(tensors)} tensors in {len(shards)} shards, as {index.name} says",),
+        notes=(f"{counted(len(tensors), 'tensor')} in {counted(len(shards), 'shard')}, as {index.name} says",),
     )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from modelcli import expressions
-from modelcli.blueprints import Blueprint
+from modelcli.blueprints import Blueprint, counted
 from modelcli.errors import RequestError
 from modelcli.live.build import Bare
 from modelcli.live.sources import is_composite, is_lazy, named_tensors
@@ -138,8 +138,7 @@ def brief(module: nn.Module) -> str:
     arguments lose their names.
     """
     if isinstance(module, Bare):
-        held = [*module.parameters(), *module.buffers()]
-        return "1 tensor" if len(held) == 1 else f"{len(held)} tensors"
+        return counted(len([*module.parameters(), *module.buffers()]), "tensor")
     name, config = str(module._get_name()), module.extra_repr()
     if len(module._modules) or "\n" in config:
         return name

@@ -497,6 +497,10 @@ def test_what_is_no_dense_tensor_keeps_its_flag(cli: Cli, folder: Path) -> None:
             "it once more: \"Conv2d(1,2,3,padding_mode='reflect')\"; or without brackets and quotes: "
             "Conv2d 1 2 3 padding_mode=reflect",
         ),
+        (
+            "replace 0 Conv2d(1,2,(3,3),padding_mode=rflect)",
+            "text is quoted, and the module around it once more: \"Conv2d(1,2,(3,3),padding_mode='rflect')\"",
+        ),
     ],
 )
 def test_what_was_meant_by_an_argument(line: str, hint: str) -> None:

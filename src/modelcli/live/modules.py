@@ -90,9 +90,10 @@ def _keyword(call: Call, key: str, *, trusted: bool) -> Any:
         return value_of(value, trusted=trusted)
     except RequestError as error:
         if isinstance(value, Name) and value.dotted.isidentifier():
-            near = f"{error.hint} " if (error.hint or "").startswith("did you mean") else ""
+            told = error.hint or ""
+            start = f"{told} Text" if told.startswith("did you mean") else "text"
             meant = Call(call.name, call.args, {**call.kwargs, key: value.dotted})
-            error.hint = f'{near}Text is quoted, and the module around it once more: "{meant}"'
+            error.hint = f'{start} is quoted, and the module around it once more: "{meant}"'
             if (words := expressions.to_words(meant)) is not None:
                 error.hint += f"; or without brackets and quotes: {' '.join(words)}"
         raise

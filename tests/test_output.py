@@ -41,7 +41,7 @@ def span(path: Path, offset: int, nbytes: int) -> Span:
     return Span(path, offset, nbytes, identity_of(path))
 
 
-def put(path: Path, spans: list[tuple[int, Span]], told: list[tuple[int, int]] | None = None) -> bytes:
+def put(path: Path, spans: list[tuple[int, Span]], told: list[tuple[int, int, str]] | None = None) -> bytes:
     total = max(offset + part.nbytes for offset, part in spans)
     with (
         path.open("wb+", buffering=0) as file,
@@ -60,10 +60,10 @@ def test_a_span_arrives_whatever_its_place(
 ) -> None:
     if not copies:
         monkeypatch.delattr(os, "copy_file_range", raising=False)
-    told: list[tuple[int, int]] = []
+    told: list[tuple[int, int, str]] = []
     found = put(tmp_path / "out.bin", [(start + shift, span(source, start, nbytes))], told)
     assert found[start + shift :] == DATA[start : start + nbytes]
-    assert not nbytes or told[-1] == (nbytes, start + shift + nbytes)
+    assert not nbytes or told[-1] == (nbytes, start + shift + nbytes, "writing")
 
 
 @pytest.mark.parametrize("number", sorted(output._CANNOT_COPY))

@@ -65,7 +65,7 @@ def test_names_that_pytorch_users_say(cli: Cli, nickname: str, dtype: str) -> No
         ("cast . float4_e2m1fn_x2", "is no floating-point dtype", ""),
         ("cast bfloat16", "cast takes at least one target and a dtype", "cast . bfloat16"),
         ("cast 1 half", "'1' has no tensors", "modelcli params shows where they are"),
-        ("cast . half --expect 3", "1 match, not the 3 expected", ""),
+        ("cast . half --expect 3", "1 matches, not the 3 expected", ""),
     ],
 )
 def test_refused(line: str, message: str, hint: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -251,3 +252,18 @@ def test_a_container_runs_where_what_is_in_it_does(cli: Cli, folder: Path) -> No
     )
     words = ("-m", "own.py:Net", "--input-size", "1,4")
     assert "did not run" not in cli("replace", "blocks", "ModuleList([Linear(4,4),ReLU()])", *words).err
+
+
+def test_a_refusal_tells_what_was_noted_on_the_way(cli: Cli) -> None:
+    words = ("replace", "layer2.0.conv1", "Conv2d(_,_,_)", "-m", "resnet18")
+    told = " ".join(cli(*words, code=2).err.split())
+    assert "note: layer2.0.conv1" in told
+    assert "stride" in told.partition("error:")[0]
+    assert json.loads(cli(*words, "--json", code=2).err)["error"]["notes"]
+    assert "note:" not in cli(*words, "-q", code=2).err
+
+
+def test_notes_of_a_recipe_are_told_once(cli: Cli, folder: Path) -> None:
+    cli("load", "resnet18")
+    assert "running mean" in cli("freeze", "layer1").err
+    assert "running mean" not in cli("replace", "fc", "Linear(_,10)").err

@@ -193,7 +193,7 @@ def test_what_a_scheme_cannot_fill_is_named(cli: Cli) -> None:
         ("init . default --bias ones", "--bias has nothing to say there"),
         ("init . ones --bias default", "default resets weights and biases together"),
         ("init 1 ones", "'1' has no tensors"),
-        ("init . ones --expect 2", "1 match, not the 2 expected"),
+        ("init . ones --expect 2", "1 matches, not the 2 expected"),
     ],
 )
 def test_refused_and_nothing_is_drawn(line: str, message: str) -> None:

@@ -119,7 +119,7 @@ def test_flags_follow_their_modules(cli: Cli) -> None:
         ("insert seq.٣ ReLU", "'٣' is no position", "insert seq.0"),
         ("remove seq seq.0", "seq.0 lies inside seq, and both match", "narrow the selector"),
         ("remove fc.weight", "fc.weight is a tensor of Places, and remove takes modules out", "bias=False"),
-        ("remove fc --expect 2", "1 match, not the 2 expected", ""),
+        ("remove fc --expect 2", "1 matches, not the 2 expected", ""),
         ("remove fk", "no module matches 'fk'", "there are: seq, blocks, heads, fc"),
         ("extract 'seq.*'", "'seq.*' names 4 modules, and extract takes one", ""),
         ("extract fc.weight", "no module matches 'fc.weight'", ""),

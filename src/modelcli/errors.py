@@ -9,7 +9,7 @@ class ModelcliError(Exception):
     """An error with a message for a person, a hint at what to do next, and an exit code for a script.
 
     `kind` names the class of error in JSON; `message` says what was wrong, with the value; `hint`, where there is
-    one, says what to do next.
+    one, says what to do next. `notes` are what was noted on the way to it, and may be where it comes from.
     """
 
     exit_code = 2
@@ -19,6 +19,7 @@ class ModelcliError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.message}\n{self.hint}" if self.hint else self.message

@@ -520,10 +520,17 @@ def _select(
     found = [candidate for candidate in candidates if candidate in taken]
     if not found:
         raise RequestError(f"--except takes away all {noun} that were selected")
-    if expect is not None and len(found) != expect:
-        names = ", ".join(shown(path) for path in found[:5]) + (", ..." if len(found) > 5 else "")
-        raise RequestError(f"{len(found)} {noun} match, not the {expect} expected: {names}")
+    require_expected(expect, found, f" {noun}")
     return found
+
+
+def require_expected(expect: int | None, found: Sequence[str], noun: str = "") -> None:
+    """Raise RequestError where `--expect` names another number than that of the paths that were found."""
+    if expect is None or len(found) == expect:
+        return
+    names = ", ".join(map(shown, found[:5])) + (", ..." if len(found) > 5 else "")
+    match = f"1{noun.removesuffix('s')} matches" if len(found) == 1 else f"{len(found)}{noun} match"
+    raise RequestError(f"{match}, not the {expect} expected: {names}")
 
 
 def _checked(text: str, blueprint: Blueprint, match: Callable[[Selector, Blueprint], set[str]], noun: str) -> set[str]:

@@ -24,6 +24,7 @@ from modelcli.errors import ModelcliError, RequestError
 from modelcli.references import CheckpointFile, Installed, PythonObject, Source
 
 if TYPE_CHECKING:
+    from modelcli.live.check import Check
     from modelcli.live.opening import Live
     from modelcli.live.scripting import Script
     from modelcli.live.stats import Statistics
@@ -325,7 +326,9 @@ def edit(target: Target, added: Sequence[Edit], how: Writing, places: Sequence[s
     from modelcli.live import opening
 
     live = opening.open_live(target.source)
+    told = len(live.notes)
     _apply_recipe(live, target)
+    del live.notes[told:]  # what the recipe's edits had to say was said when they were made
     before = live.describe()
     live.changes.clear()
     _apply_each(live, added, places or [""] * len(added))
@@ -393,34 +396,41 @@ def _apply_each(live: Live, edits: Sequence[Edit], places: Sequence[str]) -> Non
 
 def _check(live: Live, target: Target, added: Sequence[Edit], how: Writing) -> dict[str, Any]:
     """Check that what `added` made of `target`, which is `live` now, still runs where `target` did."""
+    try:
+        result = _checked(live, target, added, how)
+    except RequestError as error:
+        error.notes = tuple(live.notes)
+        raise
+    if result.ran:
+        live.notes += _idle(live, result.called)
+    shapes = None if live.inputs is None else [list(size) for size in live.inputs.shapes]
+    return {"ran": result.ran, "reason": result.reason, "output_shape": result.output_shape, "input": shapes}
+
+
+def _checked(live: Live, target: Target, added: Sequence[Edit], how: Writing) -> Check:
     from modelcli.live import check as checking
     from modelcli.live import opening
 
     edited = {change.path: change.action for change in live.changes}
     if how.check == "none":
-        result = checking.Check(False, "--check none skips it")
-    elif live.architecture is None:
-        result = checking.Check(False, "no architecture is known: --arch names one")
-    elif how.check == "run":
+        return checking.Check(False, "--check none skips it")
+    if live.architecture is None:
+        return checking.Check(False, "no architecture is known: --arch names one")
+    if how.check == "run":
 
         def really() -> Any:
             module, unedited = opening.open_real(target.source, target.edits)
             return module, unedited.inputs
 
         after, _ = opening.open_real(target.source, (*target.edits, *added))
-        result = checking.check(really, after, live.inputs, edited, device="cpu")
-    else:
+        return checking.check(really, after, live.inputs, edited, device="cpu")
 
-        def before() -> Any:
-            unedited = opening.open_live(target.source)
-            _apply_recipe(unedited, target)
-            return unedited.module, unedited.inputs
+    def before() -> Any:
+        unedited = opening.open_live(target.source)
+        _apply_recipe(unedited, target)
+        return unedited.module, unedited.inputs
 
-        result = checking.check(before, live.module, live.inputs, edited)
-    if result.ran:
-        live.notes += _idle(live, result.called)
-    shapes = None if live.inputs is None else [list(size) for size in live.inputs.shapes]
-    return {"ran": result.ran, "reason": result.reason, "output_shape": result.output_shape, "input": shapes}
+    return checking.check(before, live.module, live.inputs, edited)
 
 
 def _idle(live: Live, called: Collection[str]) -> list[str]:

@@ -108,6 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModelcliError as error:
         if debug:
             _show_traceback()
+        if not {"-q", "--quiet"}.isdisjoint(words):
+            error.notes = ()
         tell_error(error, as_json=as_json)
         return error.exit_code
     except typer.TyperException as error:

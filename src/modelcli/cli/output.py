@@ -118,16 +118,20 @@ def tell_error(error: ModelcliError, *, as_json: bool) -> None:
     from modelcli.render import writers
 
     if as_json:
-        body = {
+        body: dict[str, object] = {
             "kind": error.kind,
             "message": error.message,
             "hint": error.hint,
             "exit_code": error.exit_code,
         }
+        if error.notes:
+            body["notes"] = list(error.notes)
         with contextlib.suppress(OSError):
             sys.stderr.write(writers.to_json({"schema": 1, "error": body}) + "\n")
             sys.stderr.flush()
         return
+    for note in error.notes:
+        tell(f"note: {note}")
     tell(f"error: {error.message}", "error")
     if error.hint:
         tell(f"hint: {error.hint}", "hint")

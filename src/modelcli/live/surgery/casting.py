@@ -16,7 +16,7 @@ from modelcli.errors import RequestError
 from modelcli.live.describe import describe, dtype_name, floating_dtype
 from modelcli.live.sources import converted, is_lazy, named_tensors
 from modelcli.live.surgery.core import Change, Context, Done, names_of_one, tie_notes
-from modelcli.live.surgery.picking import groups_of, require_expected
+from modelcli.live.surgery.picking import groups_of
 from modelcli.live.surgery.storages import byte_span, has_storage, view_anew, viewers
 
 
@@ -33,7 +33,7 @@ def carry_out(module: nn.Module, edit: Cast, context: Context) -> Done:
             "modelcli params shows the dtypes",
         )
     groups = groups_of(edit.targets, blueprint, floating)
-    require_expected(edit.expect, groups)
+    selectors.require_expected(edit.expect, [path for path, _ in groups])
     changes, notes = [], tie_notes(names_of_one(blueprint), floating, "cast")
     notes += [f"{name} stays as it is: it is no dense tensor" for name in apart]
     for path, below in groups:

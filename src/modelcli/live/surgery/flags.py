@@ -15,7 +15,7 @@ from modelcli.errors import RequestError
 from modelcli.live.describe import describe
 from modelcli.live.sources import is_lazy
 from modelcli.live.surgery.core import Change, Context, Done, names_of_one, tie_notes
-from modelcli.live.surgery.picking import groups_of, require_expected
+from modelcli.live.surgery.picking import groups_of
 
 
 def carry_out(module: nn.Module, edit: Freeze | Unfreeze, context: Context) -> Done:
@@ -41,7 +41,7 @@ def carry_out(module: nn.Module, edit: Freeze | Unfreeze, context: Context) -> D
     tensors = {id(parameters[name]): parameters[name] for name in chosen}
     changes = []
     groups = groups_of(edit.targets, blueprint, chosen)
-    require_expected(edit.expect, groups)
+    selectors.require_expected(edit.expect, [path for path, _ in groups])
     there = _count_at(possible)
     for path, below in groups:
         own = {id(parameters[name]): parameters[name] for name in below}

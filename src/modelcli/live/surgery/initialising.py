@@ -25,7 +25,7 @@ from modelcli.live.build import Bare
 from modelcli.live.describe import describe, dtype_name
 from modelcli.live.sources import Drawn, Lazy, is_lazy, named_tensors
 from modelcli.live.surgery.core import Change, Context, Done, tie_notes
-from modelcli.live.surgery.picking import groups_of, require_expected
+from modelcli.live.surgery.picking import groups_of
 from modelcli.live.surgery.storages import copied, has_storage, key_of, tied, view_anew, viewers
 from modelcli.live.twins import meta_twin, seeded
 
@@ -45,7 +45,7 @@ def carry_out(module: nn.Module, edit: Init, context: Context) -> Done:
     drawing = plan(module, edit, blueprint, names)
     filled = {id(tensors[name]): text for name, text in drawing.filled.items()}
     groups = groups_of(edit.targets, blueprint, {name for name in names if id(tensors[name]) in filled})
-    require_expected(edit.expect, groups)
+    selectors.require_expected(edit.expect, [path for path, _ in groups])
     changes = []
     for path, below in groups:
         own = {id(tensors[name]): tensors[name] for name in below}

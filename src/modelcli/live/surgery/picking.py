@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from modelcli import selectors
-from modelcli.blueprints import Blueprint, ancestors, shown
-from modelcli.errors import RequestError
+from modelcli.blueprints import Blueprint, ancestors
 
 
 def groups_of(targets: Sequence[str], blueprint: Blueprint, chosen: Collection[str]) -> list[tuple[str, list[str]]]:
@@ -21,10 +20,3 @@ def groups_of(targets: Sequence[str], blueprint: Blueprint, chosen: Collection[s
             holders = [path for path in list(ancestors(name))[1:] if path in named]
             tops.setdefault(holders[-1] if holders else name, []).append(name)
     return list(tops.items())
-
-
-def require_expected(expected: int | None, groups: Sequence[tuple[str, list[str]]]) -> None:
-    """Raise RequestError where `--expect` names another number than that of the groups."""
-    if expected is not None and len(groups) != expected:
-        listed = ", ".join(shown(path) for path, _ in groups[:5]) + (", ..." if len(groups) > 5 else "")
-        raise RequestError(f"{len(groups)} match, not the {expected} expected: {listed}")

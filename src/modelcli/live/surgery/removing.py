@@ -36,8 +36,7 @@ def remove(module: nn.Module, edit: Remove, context: Context) -> Done:
     if "" in paths:
         raise RequestError("the model itself cannot be removed", "extract PATH makes a part of it the model")
     selectors.refuse_nested([*paths, *names], "remove")
-    if edit.expect is not None and len(paths) + len(names) != edit.expect:
-        raise RequestError(f"{len(paths) + len(names)} match, not the {edit.expect} expected")
+    selectors.require_expected(edit.expect, [*paths, *names])
     changes = []
     holders: dict[int, tuple[nn.Module, str, dict[str, None]]] = {}
     for path in paths:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -123,7 +124,8 @@ def _put_and_get(number: int) -> bool:
 
 
 def test_concurrent_runs(folder: Path) -> None:
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
+    # Where one is killed, an executor says so: a pool would wait for it without end.
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         assert all(pool.map(_put_and_get, range(4)))
     assert len(cache.entries()) == 1
 

@@ -37,6 +37,8 @@ _RECORD = records.to_text(
         seed=0,
         edits=("replace a Linear(2,3)", "freeze a.b"),
         frozen=("a.weight",),
+        numbers=(1, 2),
+        edit_count=2,
         blueprint=from_keys([TensorInfo("a.weight", (2, 3), "float32"), TensorInfo("b", (), "int64", "buffer")]),
         input_size=((1, 3),),
     )

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from modelcli import recipe
+from modelcli.errors import SystemFailureError
 from modelcli.live import zoo
 from modelcli.live.check import check
 from modelcli.live.opening import open_live
@@ -227,9 +229,9 @@ def test_a_hole_without_an_input(cli: Cli) -> None:
 @pytest.mark.parametrize("check", ["meta", "run"])
 def test_a_stated_dtype_that_no_longer_fits(cli: Cli, folder: Path, check: str) -> None:
     words = ("-m", "Sequential(Linear(4,4),ReLU())", "--input-size", "1,4", "--check", check)
-    error = refused(cli, folder, "cast", ".", "half", *words, "--input-dtype", "float32")
+    error = refused(cli, folder, "replace", "0", "Linear(4,4,dtype=torch.half)", *words, "--input-dtype", "float32")
     assert "the input is stated to be float32: leave --input-dtype (input_dtype in a recipe) out" in error
-    cli("cast", ".", "half", *words)
+    cli("cast", ".", "half", *words, "--input-dtype", "float32")
 
 
 def test_another_input_may_be_what_was_meant(cli: Cli, folder: Path) -> None:
@@ -267,3 +269,43 @@ def test_notes_of_a_recipe_are_told_once(cli: Cli, folder: Path) -> None:
     cli("load", "resnet18")
     assert "running mean" in cli("freeze", "layer1").err
     assert "running mean" not in cli("replace", "fc", "Linear(_,10)").err
+
+
+@pytest.mark.parametrize("check", ["meta", "run"])
+def test_stated_inputs_are_of_the_new_dtype_after_a_cast(cli: Cli, folder: Path, check: str) -> None:
+    (folder / "two.py").write_text(
+        "from torch import nn\n\nclass Two(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.tok = nn.Embedding(5, 4)\n        self.img = nn.Conv2d(3, 4, 8)\n"
+        "    def forward(self, words, image):\n        return self.tok(words).sum(1) + self.img(image).flatten(1)\n"
+    )
+    words = ("-m", "two.py:Two", "--input-size", "2,5", "--input-size", "2,3,8,8")
+    words += ("--input-dtype", "int64", "--input-dtype", "float32", "--check", check)
+    assert cli("cast", ".", "bf16", *words, "-o", "out.pth", "--json").json["check"]["ran"]
+    assert cli("freeze", "tok", "-m", "out.pth", "--trust", "--json").json["check"]["ran"]
+    error = cli("cast", "img", "bf16", *words, code=2).err
+    assert "the input is stated to be float32" in error
+
+
+def test_a_recipe_that_cannot_be_written_is_told_with_what_was(
+    cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise SystemFailureError("modelcli.toml: full")
+
+    cli("load", "resnet18")
+    before = (folder / "modelcli.toml").read_bytes()
+    monkeypatch.setattr(recipe, "append", fails)
+    error = " ".join(cli("freeze", "layer1", "-o", "out.pth", code=5).err.split())
+    assert "modelcli.toml: full; out.pth was written all the same, and the recipe is as it was" in error
+    assert (folder / "modelcli.toml").read_bytes() == before
+
+
+def test_extract_knows_what_flows_in_past_settings_that_are_left_alone(cli: Cli, folder: Path) -> None:
+    (folder / "own.py").write_text(
+        "from torch import nn\n\nclass Part(nn.Linear):\n    def forward(self, x, mask=None, scale=1):\n"
+        "        return super().forward(x) * scale\n\nclass Net(nn.Module):\n    def __init__(self):\n"
+        "        super().__init__()\n        self.part = Part(4, 2)\n"
+        "    def forward(self, x):\n        return self.part(x, mask=None, scale=1)\n"
+    )
+    check = cli("extract", "part", "-m", "own.py:Net", "--input-size", "1,4", "--json").json["check"]
+    assert (check["ran"], check["output_shape"]) == (True, [1, 2])

@@ -315,3 +315,46 @@ def test_keys_stay_in_the_order_of_their_file(cli: Cli, folder: Path, line: str,
     torch.save(state, folder / "bare.pth")
     cli("apply", "-e", line, "-m", "bare.pth", "-o", "out.pth")
     assert list(torch.load(folder / "out.pth", weights_only=True)) == wanted.split()
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse")
+def test_what_is_no_plain_tensor_keeps_its_place_too(cli: Cli, folder: Path) -> None:
+    state: dict[str, Any] = {
+        "a._extra_state": None,
+        "mask": torch.eye(2).to_sparse(),
+        "a.weight": torch.ones(2, 2),
+        "b._extra_state": {"calls": 3},
+        "b.weight": torch.ones(2),
+    }
+    torch.save(state, folder / "bare.pth")
+    cli("cast", "a", "float16", "-m", "bare.pth", "-o", "out.pth")
+    assert list(torch.load(folder / "out.pth", weights_only=True)) == list(state)
+
+
+def test_the_order_of_an_architecture_is_that_of_its_state_dict(cli: Cli, folder: Path) -> None:
+    (folder / "own.py").write_text(
+        "from torch import nn\n\nclass Extra(nn.Linear):\n    def __init__(self):\n        super().__init__(2, 2)\n"
+        "        self.part = nn.Linear(2, 2)\n    def get_extra_state(self):\n        return 7\n"
+        "    def set_extra_state(self, state):\n        pass\n"
+    )
+    cli("freeze", "part", "-m", "own.py:Extra", "-o", "out.pth")
+    found = list(torch.load(folder / "out.pth", weights_only=True))
+    assert found == ["weight", "bias", "_extra_state", "part.weight", "part.bias"]
+
+
+def test_single_entries_that_are_no_tensors_are_removed(cli: Cli, folder: Path) -> None:
+    state: dict[str, Any] = {"a.weight": torch.ones(2), "a._extra_state": None, "b._extra_state": {"calls": 3}}
+    torch.save(state, folder / "bare.pth")
+    rows = cli("remove", "**._extra_state", "-m", "bare.pth", "-o", "out.pth").out
+    assert "a._extra_state  1 entry" in rows
+    assert list(torch.load(folder / "out.pth", weights_only=True)) == ["a.weight"]
+    cli("remove", "b._extra_state", "-m", "bare.pth")
+
+
+def test_rows_of_what_is_no_dense_tensor_add_up(cli: Cli, folder: Path) -> None:
+    state = {"s.m": nn.Parameter(torch.eye(3).to_sparse()), "w": nn.Parameter(torch.ones(2, 2))}
+    torch.save(state, folder / "bare.pth")
+    document = cli("remove", "s", "-m", "bare.pth", "--json").json
+    assert [(row["before"], row["params_before"]) for row in document["changes"]] == [("1 tensor", 9)]
+    assert document["totals_before"]["params"] - document["totals_after"]["params"] == 9
+    assert "notes" not in document

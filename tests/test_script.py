@@ -773,3 +773,9 @@ def test_a_model_that_would_not_run_is_told(cli: Cli) -> None:
         told.split()
     )
     assert "does not fit" not in cli("script", "-e", "replace classifier.6 Linear(_,10)", "-m", "alexnet").err
+
+
+def test_script_takes_the_words_of_apply(cli: Cli) -> None:
+    words = ("-e", "freeze layer1", "-m", "resnet18", "-o", "out.pth")
+    more = ("--force", "--check", "none", "--no-fsync", "--verify", "--max-shard-size", "1GB", "--dry-run")
+    assert cli("script", *words, *more).out == cli("script", *words).out

@@ -435,8 +435,23 @@ def test_a_view_is_a_tie(device: str) -> None:
 def test_drawing_a_view_is_told() -> None:
     model = Transposed()
     done = surgery.apply(model, [edits.parse("init encoder normal")])
-    assert done.notes == ["encoder.weight is one tensor with decoder.weight: that is drawn anew too"]
+    assert done.notes == ["decoder.weight shows numbers of encoder.weight: it has the new ones too"]
     assert torch.equal(model.decoder.weight, model.encoder.weight.t())
+
+
+def test_only_views_of_what_is_drawn_are_told() -> None:
+    whole = torch.arange(6.0)
+    model = nn.Module()
+    for name, view in {"full": whole, "q": whole[:3], "k": whole[3:], "again": whole[:3]}.items():
+        model.register_parameter(name, nn.Parameter(view))
+    model.same = model.q
+    done = surgery.apply(model, [edits.parse("init q 'constant(9)'")])
+    assert done.notes == [
+        "q is one tensor with same: that is drawn anew too",
+        "full shows numbers of q: it has the new ones too",
+        "again shows numbers of q: it has the new ones too",
+    ]
+    assert model.full.tolist() == [9, 9, 9, 3, 4, 5]
 
 
 def test_neighbours_in_one_storage_are_not_tied() -> None:

@@ -339,7 +339,12 @@ def edit(target: Target, added: Sequence[Edit], how: Writing, places: Sequence[s
     if how.out is not None:
         outcome = _write(live, outcome, how.out, how)
     if target.recipe is not None:
-        recipe.append(target.recipe, added)
+        try:
+            recipe.append(target.recipe, added)
+        except ModelcliError as error:
+            if outcome.written is not None:
+                error.message += f"; {how.out} was written all the same, and the recipe is as it was"
+            raise
     return outcome
 
 
@@ -529,6 +534,11 @@ def _around(live: Live, *, kept: bool) -> list[str]:
     unfit = around.unfit(contents.tree, live.opened_with, dict(live.module.named_parameters()))
     changed = any(change.action not in ("freeze", "unfreeze") for change in live.changes)
     prefix = "" if live.report is None else live.report.prefix
+    if prefix:
+        unfit.append(
+            f"the keys in {contents.key[0]!r} are written without {prefix!r}: what wrote the file may ask for it "
+            f"(rename '**' '{prefix}**' without --arch puts it back)"
+        )
     copies = around.other_copies(contents, live.describe(), prefix=prefix, changed=changed)
     return [f"{rest} was kept; --bare drops it", *unfit, *copies]
 

@@ -221,7 +221,8 @@ class Contents:
     whole of a training checkpoint as inert values, and `key` the path of the state dict in it (None where the file is
     nothing but a state dict). `foreign` are the names of classes and functions outside the allow-list; none was
     looked up. `notes` are for a person. `types` are the class names of a pickled module, by path. `texts` is what
-    safetensors' `__metadata__` holds beside what modelcli wrote there.
+    safetensors' `__metadata__` holds beside what modelcli wrote there. `order` has the names of tensors and extras as
+    they stand in the file, where there are both.
     """
 
     path: Path
@@ -236,10 +237,16 @@ class Contents:
     notes: tuple[str, ...] = ()
     types: Mapping[str, str] = field(default_factory=dict)
     texts: Mapping[str, str] = field(default_factory=dict)
+    order: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all entries of the state dict, in the order of the file."""
+        return self.order or (*self.tensors, *self.extras)
 
     def without_objects(self) -> Contents:
         """The tensors and nothing else: what objects of foreign classes stood around them is dropped."""
-        return replace(self, extras={}, metadata={}, record=None, tree=None, key=None, foreign=())
+        return replace(self, extras={}, metadata={}, record=None, tree=None, key=None, foreign=(), order=())
 
     def infos(self) -> dict[str, TensorInfo]:
         """The tensors as a blueprint has them: ties found by storage, buffers told by their usual names."""

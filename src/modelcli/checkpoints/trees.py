@@ -81,6 +81,7 @@ def contents_of(
         foreign=pickled.foreign,
         notes=(*notes, *chosen),
         types=types,
+        order=tuple(state_dict) if extras else (),
     )
 
 

@@ -17,6 +17,7 @@ from modelcli.cli.options import (
     OutputOptions,
     SaveOptions,
     SourceOptions,
+    UnheededOptions,
     expanded,
     names_of,
 )
@@ -248,6 +249,7 @@ def apply(
 def script(
     source: SourceOptions,
     options: OutputOptions,
+    _unheeded: UnheededOptions,
     file: RecipeArgument = None,
     lines: Lines = None,
     model: Annotated[

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, get_type_hints
 import typer
 
 
-def _option(*names: str, help: str, default: Any = None, **settings: Any) -> Any:  # noqa: A002
+def _option(*names: str, help: str | None = None, default: Any = None, **settings: Any) -> Any:  # noqa: A002
     return field(default=default, metadata={"option": typer.Option(*names, help=help, **settings)})
 
 
@@ -157,6 +157,19 @@ class EditOptions(SaveOptions):
     out: str | None = _option(
         "-o", "--out", help="Write the result: .pth, .pt, .safetensors, or a folder/.", rich_help_panel="Result"
     )
+
+
+@dataclass(frozen=True)
+class UnheededOptions:
+    """How `apply` writes: `script` takes the same words, and writes nothing."""
+
+    is_group: ClassVar[bool] = True
+    force: bool = _option("--force", default=False, hidden=True)
+    dry_run: bool = _option("--dry-run", default=False, hidden=True)
+    check: str = _option("--check", default="meta", hidden=True)
+    max_shard_size: str | None = _option("--max-shard-size", hidden=True)
+    no_fsync: bool = _option("--no-fsync", default=False, hidden=True)
+    verify: bool = _option("--verify", default=False, hidden=True)
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,8 @@ def _copies(
     if not isinstance(tree, dict) or path == tuple(own):
         return
     keys = [key for key, value in tree.items() if isinstance(key, str) and isinstance(value, TensorEntry)]
-    if names and 2 * sum(key in names or key.partition(".")[2] in names for key in keys) >= len(names):
+    known = {*names, *(name.partition(".")[2] for name in names)}
+    if names and 2 * sum(key in known or key.partition(".")[2] in known for key in keys) >= len(names):
         yield path
     elif len(path) < _DEPTH and len(tree) < _MOST:
         for key, value in tree.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -74,8 +74,10 @@ class _Watch:
     On the meta device a misfit ends the pass; on the CPU it is the numbers that decide, and a misfit only explains.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, given: Sequence[Any]) -> None:
         self.device = device
+        self.given = given
+        self.is_input = False
         self.last: tuple[str, nn.Module, Any] | None = None
         self.came_from: tuple[str, nn.Module] | None = None
         self.misfit: tuple[str, Misfit] | None = None
@@ -84,6 +86,7 @@ class _Watch:
         misfit = rules.check(module, args, kwargs)
         if misfit is None:
             return
+        self.is_input = any(value is given for value in (*args, *kwargs.values()) for given in self.given)
         sure = self.last is not None and any(value is self.last[2] for value in (*args, *kwargs.values()))
         self.came_from = self.last[:2] if self.last is not None and sure else None
         self.misfit = (path, misfit)
@@ -103,9 +106,10 @@ class _Watch:
 
 
 def _pass(module: nn.Module, inputs: Inputs, device: str) -> tuple[_Watch, trace.Pass]:
-    watch = _Watch(device)
+    given = inputs.tensors(device)
+    watch = _Watch(device, given)
     subject = trace.twin_or_itself(module) if device == "meta" else module
-    return watch, trace.run(subject, inputs.tensors(device), device=device, visit=watch, leave=watch.leave)
+    return watch, trace.run(subject, given, device=device, visit=watch, leave=watch.leave)
 
 
 def _refusal(
@@ -120,16 +124,18 @@ def _refusal(
             _way_out(after, path, failure.error, edited),
         )
     misfit = failure.error.misfit
-    came_from = _last_that_ran(watch)
+    came_from = "" if watch.is_input else _last_that_ran(watch)
     if watch.came_from is not None:
         came_from = f" (from {shown(watch.came_from[0])} {brief(watch.came_from[1])})"
     message = (
         f"{shown(path)} {brief(module)} does not fit: {misfit.flows} flows in{came_from}, "
         f"it expects {misfit.expects}{_next(after, path)}"
     )
-    fix = _fix(module, path, misfit, edited)
-    if watch.last is None and _is_touched(path, edited):
-        fix = _stated(module, misfit, inputs) or fix + _other_size(module, misfit, inputs)
+    fix, touched = _fix(module, path, misfit, edited), _is_touched(path, edited)
+    if touched and watch.is_input:
+        fix = _stated(module, misfit, inputs) or fix
+    if touched and (watch.is_input or watch.last is None):
+        fix += _other_size(module, misfit, inputs)
     return RequestError(message, fix)
 
 

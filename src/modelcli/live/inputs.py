@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,11 @@ class Inputs:
     dtypes: tuple[str, ...] = ()
     as_list: bool = False
     floating: str = "float32"
+
+    def with_floating(self, dtype: str) -> Inputs:
+        """What the model takes when its own dtype is another: inputs that were stated to be of the old one are, too."""
+        stated = tuple(dtype if name == self.floating else name for name in self.dtypes)
+        return replace(self, dtypes=stated, floating=dtype)
 
     def tensors(self, device: str) -> list[Any]:
         """Inputs of these shapes: on meta, or drawn from a normal distribution (whole numbers: zeros)."""

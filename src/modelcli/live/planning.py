@@ -36,7 +36,8 @@ def plan(live: Live, out: Path, kind: str, *, bare: bool = False) -> Plan:
     tensors: dict[str, PlannedTensor] = {}
     extras: dict[str, Any] = {}
     values: dict[object, Value] = {}
-    for name in in_order(live):
+    names = in_order(live)
+    for name in names:
         value = state[name]
         planned = partial(_planned, name, kind=kind, values=values)
         if not isinstance(value, torch.Tensor):
@@ -64,6 +65,7 @@ def plan(live: Live, out: Path, kind: str, *, bare: bool = False) -> Plan:
         tree,
         key,
         {} if contents is None else contents.texts,
+        tuple(name for name in names if name in tensors or name in extras),
     )
 
 
@@ -76,7 +78,7 @@ def in_order(live: Live) -> list[str]:
     names = list(live.module.state_dict())
     if live.architecture is not None or live.contents is None:
         return names
-    positions = {name: position for position, name in enumerate((*live.contents.tensors, *live.contents.extras))}
+    positions = {name: position for position, name in enumerate(live.contents.names)}
     opened, tensors = live.opened_tensors, named_tensors(live.module)
     renamed: dict[int, list[int]] = {}  # where each tensor was under names that it has no more: a tied one has several
     for name in sorted(opened, key=positions.__getitem__):

@@ -52,8 +52,9 @@ class Plan:
 
     `tensors` is the state dict, in order; `extras` its entries that are no plain tensors, inert: those that are made
     of others are `CompositeEntry`s; `metadata` its `_metadata`; `record` the text that says where the model comes
-    from. `texts` are those of a safetensors file's `__metadata__` that are kept.
-    `tree` and `key` are the training checkpoint around the state dict, as inert values, where there is one.
+    from. `texts` are those of a safetensors file's `__metadata__` that are kept. `tree` and `key` are the training
+    checkpoint around the state dict, as inert values, where there is one. `order` has the names of tensors and extras
+    in theirs, where that is not tensors first.
     """
 
     tensors: Mapping[str, PlannedTensor]
@@ -63,6 +64,13 @@ class Plan:
     tree: Any = None
     key: tuple[str, ...] | None = None
     texts: Mapping[str, str] = field(default_factory=dict)
+    order: tuple[str, ...] = ()
+
+    @property
+    def entries(self) -> dict[str, Any]:
+        """The whole state dict, in order."""
+        both = {**self.tensors, **self.extras}
+        return {name: both[name] for name in self.order} | both
 
     @property
     def composites(self) -> dict[str, CompositeEntry]:

@@ -62,8 +62,7 @@ def layout(plan: Plan) -> Layout:
 
 def _tree(plan: Plan) -> Any:
     """The state dict with its `_metadata`, in its place inside the training checkpoint where there is one."""
-    state_dict = OrderedDict(plan.tensors)
-    state_dict.update(plan.extras)
+    state_dict = OrderedDict(plan.entries)
     metadata = OrderedDict(plan.metadata)
     metadata[records.METADATA_KEY] = plan.record
     state_dict.state = {"_metadata": metadata}

@@ -51,7 +51,7 @@ def carry_out(module: nn.Module, edit: Cast, context: Context) -> Done:
     _convert(module, chosen, dtype, {id(tensor): name for name, tensor in reversed(tensors.items())})
     inputs = context.inputs
     if inputs is not None:
-        inputs = replace(inputs, floating=floating_dtype(module) or inputs.floating)
+        inputs = inputs.with_floating(floating_dtype(module) or inputs.floating)
     if changes:
         line = str(Cast(targets=tuple(_resolved_targets(blueprint, groups)), dtype=edit.dtype))
         changes[0] = replace(changes[0], resolved=(line,))

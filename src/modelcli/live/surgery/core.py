@@ -13,6 +13,7 @@ from modelcli import expressions
 from modelcli.blueprints import Blueprint, counted
 from modelcli.errors import RequestError
 from modelcli.live.build import Bare
+from modelcli.live.describe import describe
 from modelcli.live.sources import is_composite, is_lazy, named_tensors
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def tie_notes(groups: Iterable[Sequence[str]], names: Collection[str], done: str
     `groups` are the names of tensors that are one for this edit, `names` those that were picked, and `done` is what
     became of them: `frozen`.
     """
-    told = []
+    told, names = [], frozenset(names)
     for group in groups:
         picked = [name for name in group if name in names]
         others = [name for name in group if name not in names]
@@ -138,7 +139,7 @@ def brief(module: nn.Module) -> str:
     arguments lose their names.
     """
     if isinstance(module, Bare):
-        return counted(len([*module.parameters(), *module.buffers()]), "tensor")
+        return counted(len({tensor.identity for tensor in describe(module).tensors}), "tensor")
     name, config = str(module._get_name()), module.extra_repr()
     if len(module._modules) or "\n" in config:
         return name
@@ -161,4 +162,6 @@ def brief(module: nn.Module) -> str:
 
 def count(module: nn.Module) -> int:
     """`sum(p.numel() for p in module.parameters())`, lazy parameters counting nothing."""
+    if isinstance(module, Bare):
+        return describe(module).totals.params  # with those that are no dense tensors
     return sum(parameter.numel() for parameter in module.parameters() if not is_lazy(parameter))

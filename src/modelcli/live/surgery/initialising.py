@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import init
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.parametrize import ParametrizationList
 
 from modelcli import expressions, selectors
 from modelcli.blueprints import Blueprint, ancestors, lies_in, parent_of, shown
@@ -24,9 +25,9 @@ from modelcli.live import memory
 from modelcli.live.build import Bare
 from modelcli.live.describe import describe, dtype_name
 from modelcli.live.sources import Drawn, Lazy, is_lazy, named_tensors
-from modelcli.live.surgery.core import Change, Context, Done, tie_notes
+from modelcli.live.surgery.core import Change, Context, Done, names_of_one, tie_notes
 from modelcli.live.surgery.picking import groups_of
-from modelcli.live.surgery.storages import copied, has_storage, key_of, tied, view_anew, viewers
+from modelcli.live.surgery.storages import copied, has_storage, key_of, shown_too, view_anew, viewers
 from modelcli.live.twins import meta_twin, seeded
 
 #: Layers that start at weight 1 and bias 0, whatever scheme the layers around them get.
@@ -53,9 +54,19 @@ def carry_out(module: nn.Module, edit: Init, context: Context) -> Done:
         after = min((filled[key] for key in own), key=drawing.texts.index)
         changes.append(Change(path, edit.name, "as it was", after, size, size))
     _draw(module, drawing, {id(tensors[name]) for name in drawing.filled}, context.seed)
-    notes = [*drawing.notes, *tie_notes(tied(module), names, "drawn anew")]
+    notes = [*drawing.notes, *tie_notes(names_of_one(blueprint), names, "drawn anew")]
+    notes += _view_notes(module, set(drawing.filled))
     notes += [f"{name} keeps its numbers: it is no dense tensor" for name in selected if name not in tensors]
     return Done(module, [replace(changes[0], resolved=drawing.lines), *changes[1:]], notes, context.inputs)
+
+
+def _view_notes(module: nn.Module, filled: set[str]) -> list[str]:
+    """What there is to tell of other tensors that show numbers which are drawn anew."""
+    views = [
+        f"{name} shows numbers of {picked}: it has the new ones too"
+        for name, picked in shown_too(module, filled).items()
+    ]
+    return views if len(views) <= 3 else [*views[:3], f"{len(views) - 3} more tensors show new numbers too"]
 
 
 @dataclass(frozen=True)
@@ -421,7 +432,8 @@ def _resets(module: nn.Module, edit: Init, blueprint: Blueprint, names: Sequence
     originals = nn.ModuleList(module.get_submodule(path) for path in paths)
     below = {name for name in names if lies_in(parent_of(name), paths)}
     tensors = named_tensors(module)
-    dense = {name for name in below if has_storage(tensors[name])}
+    hidden = {name for name in below if isinstance(_holder(module, name), ParametrizationList)}
+    dense = {name for name in below - hidden if has_storage(tensors[name])}
     if not dense:
         raise RequestError(
             f"nothing to initialise: no module at or below {', '.join(edit.targets)} has reset_parameters with "
@@ -444,13 +456,14 @@ def _resets(module: nn.Module, edit: Init, blueprint: Blueprint, names: Sequence
 
     first = {id(tensors[name]): name for name in reversed(names) if name in dense}
     filled = {name: DEFAULT for name in names if name in dense and first[id(tensors[name])] == name}
-    excepted = [t.name for t in blueprint.tensors if t.name not in names and lies_in(parent_of(t.name), paths)]
+    picked = frozenset(names)
+    excepted = [t.name for t in blueprint.tensors if t.name not in picked and lies_in(parent_of(t.name), paths)]
     line = str(Init(targets=_literals(paths), scheme=Call(DEFAULT), without=_literals(excepted)))
     kept = {
         name: "no module that holds it has reset_parameters"
         for name in names
         if name not in below and blueprint.by_name[name].kind == "parameter"
-    }
+    } | {name: "reset_parameters does not reach through a parametrization" for name in names if name in hidden}
     return Drawing(
         filled,
         (DEFAULT,),

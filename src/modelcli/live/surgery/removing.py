@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 
 import torch
 from torch import nn
 
 from modelcli import selectors
-from modelcli.blueprints import Blueprint, parent_of, shown
+from modelcli.blueprints import Blueprint, TensorInfo, parent_of, shown
 from modelcli.edits import Extract, Remove
 from modelcli.errors import RequestError
 from modelcli.live import composites
@@ -31,7 +32,8 @@ from modelcli.live.trace import first_calls
 
 def remove(module: nn.Module, edit: Remove, context: Context) -> Done:
     """Take modules out, and in a checkpoint of unknown architecture single tensors as well."""
-    blueprint = describe(module)
+    tensors = describe(module).by_name
+    blueprint = _with_other_entries(module, describe(module))
     paths, names = _picked(module, blueprint, edit)
     if "" in paths:
         raise RequestError("the model itself cannot be removed", "extract PATH makes a part of it the model")
@@ -54,7 +56,8 @@ def remove(module: nn.Module, edit: Remove, context: Context) -> Done:
             )
     for name in names:
         size = blueprint.by_name[name].elements if blueprint.by_name[name].kind == "parameter" else 0
-        changes.append(Change(name, edit.name, "1 tensor", "", size, 0))
+        what = "1 tensor" if name in tensors else "1 entry"
+        changes.append(Change(name, edit.name, what, "", size, 0))
         _take_tensor(submodule(module, parent_of(name)), name.rpartition(".")[2])
     if isinstance(module, Bare):
         _prune(module)
@@ -62,6 +65,14 @@ def remove(module: nn.Module, edit: Remove, context: Context) -> Done:
             raise RequestError(f"remove {', '.join(edit.targets)} would leave no tensor")
     line = str(Remove(targets=tuple(map(selectors.literal, [*paths, *names])), renumber=edit.renumber))
     return Done(module, [replace(changes[0], resolved=(line,)), *changes[1:]], notes, context.inputs)
+
+
+def _with_other_entries(module: nn.Module, blueprint: Blueprint) -> Blueprint:
+    """A blueprint that also has the entries of a bare file that are no tensors (`_extra_state`), as empty ones."""
+    known = blueprint.by_name
+    state = module.state_dict(keep_vars=True) if isinstance(module, Bare) else {}
+    others = [TensorInfo(name, (0,), "uint8", "buffer") for name in state if name not in known]
+    return replace(blueprint, tensors=(*blueprint.tensors, *others)) if others else blueprint
 
 
 def _picked(module: nn.Module, blueprint: Blueprint, edit: Remove) -> tuple[list[str], list[str]]:
@@ -142,9 +153,13 @@ def extract(module: nn.Module, edit: Extract, context: Context) -> Done:
 
 
 def _inputs_of(module: nn.Module, part: nn.Module, path: str, inputs: Inputs | None) -> Inputs | None:
-    """What flows into a submodule, where that is nothing but tensors."""
+    """What flows into a submodule, where that is nothing but tensors, and settings as its `forward` has them anyway."""
     args, kwargs = first_calls(module, [path], inputs).get(path, ((), {}))
-    if not args or kwargs or not all(isinstance(value, torch.Tensor) for value in args):
+    while args and args[-1] is None:
+        args = args[:-1]
+    defaults = inspect.signature(part.forward).parameters
+    stated = [name for name, value in kwargs.items() if name not in defaults or value is not defaults[name].default]
+    if not args or stated or not all(isinstance(value, torch.Tensor) for value in args):
         return None
     floating = floating_dtype(part) or "float32"
     dtypes = tuple(dtype_name(value.dtype) for value in args)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import bisect
+import itertools
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import nn
@@ -58,6 +60,42 @@ def tied(module: nn.Module) -> list[list[str]]:
             groups.setdefault((key, number), []).append(name)
     order = {name: position for position, name in enumerate(tensors)}
     return [sorted(names, key=order.__getitem__) for names in groups.values()]
+
+
+def shown_too(module: nn.Module, names: Collection[str]) -> dict[str, str]:
+    """The other tensors that show some of the bytes of these, each with the first of these whose bytes it shows.
+
+    Names of one and the same tensor are no others.
+    """
+    tensors = named_tensors(module)
+    own = {id(tensors[name]) for name in names}
+    spans: dict[int, list[tuple[int, int, str]]] = {}
+    rest: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        if not has_storage(tensor) or not tensor.numel():
+            continue
+        if name in names:
+            spans.setdefault(key_of(tensor), []).append((*byte_span(tensor), name))
+        elif id(tensor) not in own:
+            rest.setdefault(key_of(tensor), []).append(name)
+    found = {}
+    for key, others in rest.items():
+        if key not in spans:
+            continue
+        chosen = sorted(spans[key])
+        starts = [start for start, _, _ in chosen]
+        furthest = list(itertools.accumulate(chosen, _further))
+        for name in others:
+            start, end = byte_span(tensors[name])
+            count = bisect.bisect_left(starts, end)  # of the others none begins before this one ends
+            if count and furthest[count - 1][1] > start:
+                found[name] = furthest[count - 1][2]
+    return found
+
+
+def _further(first: tuple[int, int, str], second: tuple[int, int, str]) -> tuple[int, int, str]:
+    """Of two spans the one that ends later."""
+    return second if second[1] > first[1] else first
 
 
 def view_anew(tensors: Sequence[torch.Tensor], source: AnySource, dtype: torch.dtype | None = None) -> None:

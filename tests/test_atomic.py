@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +23,7 @@ import torch
 from modelcli import atomic
 from modelcli.cli import main
 from modelcli.errors import RequestError, SystemFailureError
+from modelcli.writing import shards
 from tests import torture
 from tests.conftest import NETS, Cli
 
@@ -43,7 +47,7 @@ def temporaries(folder: Path) -> list[str]:
 
 
 def fill(path: Path, files: dict[str, str], **options: Any) -> None:
-    with atomic.replacing_folder(path, force=True, **options) as folder:
+    with atomic.replacing_folder(path, force=True, superseded=shards.superseded, **options) as folder:
         for name, text in files.items():
             (folder / name).write_text(text)
 
@@ -65,6 +69,65 @@ def test_a_folder_has_no_shard_of_the_old_one(tmp_path: Path) -> None:
         "assets/deep.txt": "x",
     }
     assert temporaries(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "old",
+    [
+        {"pytorch_model.bin.index.json": '{"weight_map": {"a": "pytorch_model-1.bin"}}', "pytorch_model-1.bin": "x"},
+        {".metadata": "x", "__0_0.distcp": "x", "__1_0.distcp": "x"},
+        {"model.safetensors": "x", "weights.index.json": "no index"},
+    ],
+)
+def test_what_the_old_checkpoint_was_made_of_goes_and_nothing_else(tmp_path: Path, old: dict[str, str]) -> None:
+    path = tmp_path / "out"
+    others = {"precious.safetensors": "x", "pytorch_model.bin": "x", "adapter.distcp.txt": "x"}
+    fill(path, old | others)
+    fill(path, {"model-00001-of-00001.safetensors": "new"})
+    assert held(path) == {"model-00001-of-00001.safetensors": "new"} | others
+
+
+def test_a_folder_of_bin_shards_is_read_again_when_it_was_written_over(cli: Cli) -> None:
+    Path("bin").mkdir()
+    torch.save({"a": torch.ones(2)}, "bin/pytorch_model-00001-of-00001.bin")
+    index = {"metadata": {}, "weight_map": {"a": "pytorch_model-00001-of-00001.bin"}}
+    Path("bin/pytorch_model.bin.index.json").write_text(json.dumps(index))
+    cli("cast", "a", "half", "-m", "bin/", "-o", "bin/", "--force")
+    assert [t["dtype"] for t in cli("params", "bin/", "--json").json["tensors"]] == ["float16"]
+
+
+@pytest.mark.parametrize("where", ["./", "../", "/"])
+def test_the_current_folder_and_those_above_are_refused(cli: Cli, folder: Path, where: str) -> None:
+    torch.save({"a": torch.ones(2)}, "in.pth")
+    error = cli("save", where, "-m", "in.pth", "--force", code=2).err
+    assert "cannot be replaced in one step" in error
+    assert "hint: name a folder in it:" in error
+
+
+def test_a_mount_point_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mounted").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda self: self.name == "mounted")
+    with pytest.raises(RequestError, match="mounted is where a file system is mounted"):
+        atomic.check_target(tmp_path / "mounted", force=True, folder=True)
+
+
+def test_a_folder_that_may_not_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "theirs").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, _mode: Path(path).name != "theirs")
+    with pytest.raises(SystemFailureError, match="no permission to write in it"):
+        atomic.check_target(tmp_path / "theirs", force=True, folder=True)
+
+
+def test_a_file_that_cannot_be_kept_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path / "out", {"note.txt": "x"})
+
+    def refuse(_source: object, _target: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(atomic, "_link_or_copy", refuse)
+    with pytest.raises(SystemFailureError, match=r"cannot keep .*note\.txt: Permission denied"):
+        fill(tmp_path / "out", {"a.safetensors": "new"})
+    assert held(tmp_path / "out") == {"note.txt": "x"}
 
 
 def interrupt_midway(path: Path) -> None:
@@ -255,11 +318,21 @@ FAULTS += [("open", errno.EACCES), ("mkdir", errno.ENOSPC), ("rename", errno.EIO
 def test_a_fault_at_any_call_leaves_the_old_one(
     cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch, out: str, name: str, number: int
 ) -> None:
-    """Each call fails in its turn, until the command gets through: exit 5, one message with the path and the reason."""
+    """Each call fails in its turn, until the command gets through: exit 5, one message with the path and the reason.
+
+    Only where the last step fails, which makes the new name durable, the new one is there, and the message says so.
+    """
     state = {"w": torch.randn(100_000), "b": torch.ones(3)}
     torch.save(state, "in.pth")
     cli("save", out, "-m", "in.pth")
-    before, path = digest(Path(out)), Path(out)
+    path, before = Path(out), digest(Path(out))
+    cli("remove", "b", "-m", "in.pth", "-o", f"after/{out}")
+    after = digest(Path(f"after/{out}"))
+
+    def restore(path: Path) -> None:
+        cli("save", out, "-m", "in.pth", "--force")
+        assert digest(path) == before
+
     for at in range(1, 60):
         with monkeypatch.context() as patch:
             patch.setattr(atomic, "_exchange", lambda *_names: False)  # the way with more steps
@@ -268,8 +341,13 @@ def test_a_fault_at_any_call_leaves_the_old_one(
         if code == 0:
             break
         assert code == 5
-        assert digest(path) == before, f"the {at}th call of {name}"
+        told = cli.capsys.readouterr().err
+        if name == "fsync" and "was written, but it may not survive a loss of power" in told:
+            assert digest(path) == after
+        else:
+            assert digest(path) == before, f"the {at}th call of {name}"
         assert temporaries(folder) == []
+        restore(path)
     else:
         pytest.fail("never got through")
     assert digest(path) != before
@@ -349,3 +427,69 @@ def test_a_signal_whose_exception_was_lost_is_heeded(tmp_path: Path, monkeypatch
 def test_needs_force_again_where_it_appeared(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="exists by now"), atomic.replacing_folder(tmp_path / "x", force=False):
         (tmp_path / "x").mkdir()
+
+
+def test_nobody_takes_what_is_put_in_place_for_abandoned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run may look for leftovers at any moment: until the name is the new one's, the file is locked."""
+    original = Path.replace
+
+    def replace(self: Path, target: Path) -> Path:
+        atomic.remove_abandoned(target)
+        return original(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with atomic.replacing(tmp_path / "m.pth", force=False) as (file, _):
+        file.write(b"new")
+    assert (tmp_path / "m.pth").read_bytes() == b"new"
+
+
+def test_what_a_killed_run_left_takes_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = tmp_path / f".m.pth.00000000{atomic.TEMPORARY}"
+    left.write_bytes(bytes(1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0 if left.exists() else 1000))
+    atomic.require_space(tmp_path / "m.pth", 900)
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("name", ["模" * 80 + ".pth", "é" * 120 + ".pth", "a" * 250 + ".pth"])
+def test_names_as_long_as_the_system_takes(tmp_path: Path, name: str) -> None:
+    left = tmp_path / f".{atomic._stem(tmp_path / name)}.00000000{atomic.TEMPORARY}"
+    left.write_bytes(b"left")
+    with atomic.replacing(tmp_path / name, force=False) as (file, _):
+        file.write(b"new")
+    assert [entry.name for entry in tmp_path.iterdir()] == [name]
+
+
+def test_folders_that_were_made_for_nothing_go_again(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), atomic.replacing(tmp_path / "a" / "b" / "m.pth", force=False):
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_new_names_that_may_not_last_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fails)
+    told = r"m\.pth was written, but it may not survive a loss of power: Input/output error"
+    with (
+        pytest.raises(SystemFailureError, match=told),
+        atomic.replacing(tmp_path / "m.pth", force=False) as (file, _),
+    ):
+        file.write(b"new")
+    assert (tmp_path / "m.pth").read_bytes() == b"new"
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="root alone can give files away")
+def test_owner_and_group_stay(tmp_path: Path) -> None:
+    (tmp_path / "m.pth").write_bytes(b"old")
+    os.chown(tmp_path / "m.pth", 1234, 2345)
+    with atomic.replacing(tmp_path / "m.pth", force=True) as (file, _):
+        file.write(b"new")
+    status = (tmp_path / "m.pth").stat()
+    assert (status.st_uid, status.st_gid) == (1234, 2345)
+    fill(tmp_path / "out", {"a": "old"})
+    (tmp_path / "out").chmod(0o2750)
+    fill(tmp_path / "out", {"a": "new"})
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o2750

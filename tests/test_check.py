@@ -229,7 +229,7 @@ def test_a_hole_without_an_input(cli: Cli) -> None:
 @pytest.mark.parametrize("check", ["meta", "run"])
 def test_a_stated_dtype_that_no_longer_fits(cli: Cli, folder: Path, check: str) -> None:
     words = ("-m", "Sequential(Linear(4,4),ReLU())", "--input-size", "1,4", "--check", check)
-    error = refused(cli, folder, "replace", "0", "Linear(4,4,dtype=torch.half)", *words, "--input-dtype", "float32")
+    error = refused(cli, folder, "replace", "0", "Linear(4,4,dtype=torch.float16)", *words, "--input-dtype", "float32")
     assert "the input is stated to be float32: leave --input-dtype (input_dtype in a recipe) out" in error
     cli("cast", ".", "half", *words, "--input-dtype", "float32")
 

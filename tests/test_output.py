@@ -260,6 +260,34 @@ def test_verify_reads_every_byte_back(cli: Cli, monkeypatch: pytest.MonkeyPatch,
     assert "the disk may be failing: nothing was changed" in error
 
 
+def test_verify_finds_what_was_damaged_before(cli: Cli, folder: Path) -> None:
+    """What is copied keeps the checksum that its file states: a damaged record is a damaged copy."""
+    torch.save({"w": torch.randn(400_000), "b": torch.ones(3)}, "in.pth")
+    data = bytearray((folder / "in.pth").read_bytes())
+    data[700_000] ^= 1
+    (folder / "in.pth").write_bytes(data)
+    cli("cast", "b", "half", "-m", "in.pth", "-o", "out.pth")
+    error = " ".join(cli("cast", "b", "half", "-m", "in.pth", "-o", "new.pth", "--verify", code=5).err.split())
+    assert "do not have the checksum that is stated of them" in error
+    assert not (folder / "new.pth").exists()
+
+
+@pytest.mark.parametrize("out", ["out.safetensors", "out/"])
+def test_verify_reads_headers_and_the_index_back(
+    cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    torch.save({"w": torch.randn(4)}, "in.pth")
+    original = output._pwrite
+
+    def forgetful(handle: int, data: memoryview, offset: int) -> int:
+        altered = bytes(data).replace(b'"seed":0', b'"seed":1').replace(b'"format":"pt"', b'"format":"xx"')
+        return original(handle, memoryview(altered), offset)
+
+    monkeypatch.setattr(output, "_pwrite", forgetful)
+    assert "not written as they were read" in cli("save", out, "-m", "in.pth", "--verify", code=5).err
+    assert not (folder / out).exists()
+
+
 def test_a_report_for_a_progress_bar(folder: Path, tmp_path: Path) -> None:
     torch.save({"w": torch.randn(5_000_000)}, "in.pth")
     told: list[tuple[int, int, str]] = []

@@ -10,7 +10,7 @@ import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,6 +19,9 @@ from modelcli.errors import ModelcliError, RequestError, SystemFailureError
 #: Signals to end the program that came. What a handler raises is lost where other code catches everything, as torch
 #: does around an import: so it is asked again before something is replaced.
 asked_to_end: list[int] = []
+
+#: Whether a file can be locked, as it can where an open one can be renamed.
+_HAS_LOCKS = sys.platform != "win32"
 
 #: How the name ends of a file or folder that is still being written.
 TEMPORARY = ".modelcli-tmp"
@@ -41,6 +44,8 @@ def check_target(path: Path, *, force: bool, folder: bool = False) -> None:
             raise RequestError(f"{path} is a device or a pipe, not a file")
         if not force:
             raise RequestError(f"{path} exists", "--force replaces it")
+        if folder:
+            _check_folder(path)
     above = _existing_folder(path)
     if not above.is_dir():
         raise RequestError(f"cannot write {path}: {above} is not a folder")
@@ -48,9 +53,26 @@ def check_target(path: Path, *, force: bool, folder: bool = False) -> None:
         raise SystemFailureError(f"cannot write {path}: no permission to write in the folder {above}")
 
 
+def _check_folder(path: Path) -> None:
+    """Raise where an existing folder cannot be replaced in one step, or not by this user."""
+    target = Path(os.path.realpath(path))
+    inside = f"name a folder in it: {path / 'model'}/"
+    if target.is_mount():
+        raise RequestError(f"{path} is where a file system is mounted, and cannot be replaced in one step", inside)
+    if target in (here := Path.cwd(), *here.parents):
+        raise RequestError(f"{path} is the current folder or one above it, and cannot be replaced in one step", inside)
+    if not os.access(target, os.W_OK | os.X_OK):
+        raise SystemFailureError(f"cannot write {path}: no permission to write in it")
+
+
 def require_space(path: Path, nbytes: int) -> None:
-    """Raise SystemFailureError where `nbytes` do not fit beside `path`; the old file is there until the new one is."""
+    """Raise SystemFailureError where `nbytes` do not fit beside `path`; the old file is there until the new one is.
+
+    What runs that were killed have left there takes no space any more: it is removed.
+    """
     above = _existing_folder(path)
+    with contextlib.suppress(OSError):
+        remove_abandoned(Path(os.path.realpath(path)))
     try:
         free = shutil.disk_usage(above).free
     except OSError:
@@ -90,70 +112,113 @@ def replacing(
     """
     check_target(path, force=force)
     target = Path(os.path.realpath(path)) if through_links else path
-    with _failing_as(path):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(target)
+
+    def put() -> None:
+        _be_like(temporary, target, 0o666)
+        if not force and target.exists():
+            raise RequestError(f"{path} exists by now", "--force replaces it")
+        _heed_signals()
+        temporary.replace(target)
+
     made: list[Path] = []
-    try:
-        with _failing_as(path):
-            with _new_file(target, made) as file:
-                temporary = made[-1]
-                yield file, temporary
-                file.flush()
-                if durable:
-                    os.fsync(file.fileno())
-            temporary.chmod(target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask())
-            if not force and target.exists():
-                raise RequestError(f"{path} exists by now", "--force replaces it")
-            _heed_signals()
-            temporary.replace(target)
-            if durable:
-                _sync_folder(target.parent)
-    except BaseException:
-        for temporary in made:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-        raise
+    with _parents_of(target, path, durable=durable):
+        try:
+            with _failing_as(path):
+                with _new_file(target, made) as file:
+                    temporary = made[-1]
+                    yield file, temporary
+                    file.flush()
+                    if durable:
+                        os.fsync(file.fileno())
+                    if _HAS_LOCKS:  # which hold until the file is closed: so nobody takes it for abandoned
+                        put()
+                if not _HAS_LOCKS:  # and open files cannot be renamed
+                    put()
+        except BaseException:
+            for temporary in made:
+                with contextlib.suppress(OSError):
+                    temporary.unlink()
+            raise
 
 
 @contextlib.contextmanager
-def replacing_folder(path: Path, *, force: bool, durable: bool = True) -> Iterator[Path]:
+def replacing_folder(
+    path: Path, *, force: bool, durable: bool = True, superseded: Callable[[Path], Collection[str]] = lambda _: ()
+) -> Iterator[Path]:
     """Give a new folder beside `path`; at the end of the block it takes the place of `path`, in one step.
 
-    What else an old folder holds (a tokenizer, a configuration) goes along: the block says which files are its own by
-    having written them, and `is_shard` tells of the others which were the old checkpoint's.
+    What else an old folder holds (a tokenizer, a configuration) goes along: `superseded` gives the names of the files
+    in it that go, because what the block has written stands for them.
     """
     check_target(path, force=force, folder=True)
     target = Path(os.path.realpath(path))
-    with _failing_as(path):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(target)
     made: list[Path] = []
     lock = None
+    with _parents_of(target, path, durable=durable):
+        try:
+            with _failing_as(path):
+                lock = _new_folder(target, made)
+                temporary = made[-1]
+                yield temporary
+                if target.exists():
+                    if not force:
+                        raise RequestError(f"{path} exists by now", "--force replaces it")
+                    _take_along(target, temporary, superseded(target))
+                _be_like(temporary, target, 0o777)
+                if durable:
+                    _sync_tree(temporary)
+                _heed_signals()
+                _swap(temporary, target)
+        finally:
+            # What stands there now is the old folder, or the new one where it did not come to the swap.
+            for temporary in made:
+                _remove_tree(temporary)
+            if lock is not None:
+                os.close(lock)
+
+
+@contextlib.contextmanager
+def _parents_of(target: Path, path: Path, *, durable: bool) -> Iterator[None]:
+    """Make the folders that a target lies in, for a block that puts it there; where it raises, they go again.
+
+    With `durable` the names in them are on the disk at the end.
+    """
+    made: list[Path] = []
     try:
         with _failing_as(path):
-            lock = _new_folder(target, made)
-            temporary = made[-1]
-            yield temporary
-            if target.exists():
-                if not force:
-                    raise RequestError(f"{path} exists by now", "--force replaces it")
-                temporary.chmod(target.stat().st_mode & 0o777)
-                _take_along(target, temporary)
-            else:
-                temporary.chmod(0o777 & ~_umask())
-            if durable:
-                _sync_tree(temporary)
-            _heed_signals()
-            _swap(temporary, target)
-            if durable:
-                _sync_folder(target.parent)
-    finally:
-        # What stands there now is the old folder, or the new one where it did not come to the swap.
-        for temporary in made:
-            _remove_tree(temporary)
-        if lock is not None:
-            os.close(lock)
+            above = target.parent
+            while not above.exists():
+                made.append(above)
+                above = above.parent
+            target.parent.mkdir(parents=True, exist_ok=True)
+            remove_abandoned(target)
+        yield
+    except BaseException:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+    if durable:
+        try:
+            for folder in (target.parent, *(folder.parent for folder in made)):
+                _sync_folder(folder)
+        except OSError as error:
+            raise SystemFailureError(
+                f"{path} was written, but it may not survive a loss of power: {error.strerror or error}"
+            ) from None
+
+
+def _be_like(new: Path, old: Path, mode: int) -> None:
+    """Give what is new the mode and owner of what it replaces, as far as this user may; else what the umask leaves."""
+    try:
+        status = old.stat()
+    except FileNotFoundError:
+        new.chmod(mode & ~_umask())
+        return
+    if hasattr(os, "chown") and (status.st_uid, status.st_gid) != (os.geteuid(), os.getegid()):
+        with contextlib.suppress(OSError):
+            os.chown(new, status.st_uid, status.st_gid)
+    new.chmod(status.st_mode & (0o7777 if stat.S_ISDIR(status.st_mode) else 0o777))
 
 
 def _heed_signals() -> None:
@@ -171,20 +236,18 @@ def _remove_tree(folder: Path) -> None:
         raise
 
 
-def is_shard(name: str) -> bool:
-    """Whether a file of a folder belongs to a checkpoint in shards: it goes when another one is written there."""
-    return name.endswith((".safetensors", ".safetensors.index.json", TEMPORARY))
-
-
-def _take_along(old: Path, new: Path) -> None:
-    """Let a new folder have the files of the old one that are no shards: by a second name, or as copies."""
+def _take_along(old: Path, new: Path, superseded: Collection[str]) -> None:
+    """Let a new folder have the other files of the old one: by a second name, or as copies."""
     for entry in sorted(old.iterdir()):
-        if is_shard(entry.name) or (new / entry.name).exists():
+        if entry.name in superseded or entry.name.endswith(TEMPORARY) or (new / entry.name).exists():
             continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.copytree(entry, new / entry.name, symlinks=True, copy_function=_link_or_copy)
-        else:
-            _link_or_copy(entry, new / entry.name)
+        try:
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.copytree(entry, new / entry.name, symlinks=True, copy_function=_link_or_copy)
+            else:
+                _link_or_copy(entry, new / entry.name)
+        except OSError as error:
+            raise SystemFailureError(f"cannot keep {entry}: {error.strerror or error}") from None
 
 
 def _link_or_copy(source: str | Path, target: str | Path) -> None:
@@ -201,14 +264,22 @@ def _swap(new: Path, target: Path) -> None:
         return
     if _exchange(new, target):
         return
-    old = target.with_name(f".{target.name}.{secrets.token_hex(4)}.old{TEMPORARY}")
-    target.rename(old)
+    old = target.with_name(f".{_stem(target)}.{secrets.token_hex(4)}.old{TEMPORARY}")
+    handle = None
+    with contextlib.suppress(OSError):
+        handle = os.open(target, os.O_RDONLY)
+        _lock(handle)  # else another run might take it for one that was killed between the two names
     try:
-        new.rename(target)
-    except BaseException:
-        old.rename(target)
-        raise
-    _remove_tree(old)
+        target.rename(old)
+        try:
+            new.rename(target)
+        except BaseException:
+            old.rename(target)
+            raise
+        _remove_tree(old)
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -268,33 +339,42 @@ def _new_folder(target: Path, made: list[Path]) -> int | None:
 
 
 def _temporary_name(target: Path) -> Path:
-    return target.with_name(f".{target.name[:100]}.{secrets.token_hex(4)}{TEMPORARY}")
+    return target.with_name(f".{_stem(target)}.{secrets.token_hex(4)}{TEMPORARY}")
+
+
+def _stem(target: Path) -> str:
+    """As much of a name as leaves room for what tells a temporary one: systems count its bytes."""
+    name = target.name[:100]
+    while len(os.fsencode(name)) > 100:
+        name = name[:-1]
+    return name
 
 
 def remove_abandoned(target: Path) -> None:
     """Remove what runs that were killed have left beside `target`: nobody holds its lock any more."""
-    for path in target.parent.glob(f".{_globbed(target.name[:100])}.*{TEMPORARY}"):
+    for path in target.parent.glob(f".{_globbed(_stem(target))}.*{TEMPORARY}"):
         with contextlib.suppress(OSError):
             if path.is_symlink():
                 continue
             if not path.is_dir():
                 _remove_if_free(path)
-            elif path.name.endswith(f".old{TEMPORARY}") and not target.exists():
-                path.rename(target)  # a run was killed between two names
             else:
-                _remove_if_free(path)
+                _remove_if_free(path, back_to=target if path.name.endswith(f".old{TEMPORARY}") else None)
 
 
 def _globbed(name: str) -> str:
     return "".join(f"[{character}]" if character in "*?[" else character for character in name)
 
 
-def _remove_if_free(path: Path) -> None:
+def _remove_if_free(path: Path, back_to: Path | None = None) -> None:
+    """Remove what nobody has locked; a folder whose run was killed between two names goes `back_to` its own."""
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
     try:
         if not _lock(handle):
             return
-        if stat.S_ISDIR(os.fstat(handle).st_mode):
+        if back_to is not None and not back_to.exists():
+            path.rename(back_to)
+        elif stat.S_ISDIR(os.fstat(handle).st_mode):
             shutil.rmtree(path)
         else:
             path.unlink()
@@ -353,10 +433,15 @@ def _sync_tree(folder: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make new names durable. Not every system can open a folder; those that cannot need no sync."""
-    with contextlib.suppress(OSError):
+    """Make new names durable. Not every system can open a folder, or sync one; those that cannot need no sync."""
+    try:
         handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES):
+            raise
+    finally:
+        os.close(handle)

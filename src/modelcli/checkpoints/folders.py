@@ -87,6 +87,11 @@ def _index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     return weight_map, metadata if isinstance(metadata, dict) else {}
 
 
+def files_named(index: Path) -> set[str]:
+    """The files that an index names, as it spells them. Raises FileFormatError where it is none."""
+    return set(_index(index)[0].values())
+
+
 def inside(index: Path, file: str) -> Path:
     """The path of a shard, which has to stay inside the folder of its index, links followed."""
     parts = (*PurePosixPath(file).parts, *PureWindowsPath(file).parts)

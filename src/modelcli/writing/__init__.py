@@ -16,7 +16,7 @@ from typing import BinaryIO
 from modelcli import atomic
 from modelcli.errors import RequestError, SystemFailureError
 from modelcli.writing import safetensors, shards, torch_zip
-from modelcli.writing.output import Output, Report
+from modelcli.writing.output import Output, Report, checksums_in
 from modelcli.writing.plan import Plan, PlannedStorage, PlannedTensor, Source, Written
 from modelcli.writing.shards import DEFAULT_SIZE
 
@@ -107,7 +107,7 @@ def _write_file(plan: Plan, path: Path, kind: str, care: Care) -> int:
         _require_size(temporary, layout.nbytes)
         verify_header(plan, temporary)
         if care.verify:
-            _compare(file, layout.parts(), layout.nbytes, care.report)
+            _compare(file, temporary, layout.parts(), layout.nbytes, care.report)
     return layout.nbytes
 
 
@@ -115,7 +115,8 @@ def _write_folder(plan: Plan, path: Path, care: Care) -> int:
     folder = shards.layout(plan, care.max_shard_bytes)
     atomic.require_space(path, folder.nbytes)
     done = 0
-    with atomic.replacing_folder(path, force=care.force, durable=care.durable) as temporary:
+    replacing = atomic.replacing_folder(path, force=care.force, durable=care.durable, superseded=shards.superseded)
+    with replacing as temporary:
         for name, layout in folder.shards.items():
             with (temporary / name).open("xb+", buffering=0) as file:
                 with Output(file, folder.nbytes, _after(care.report, done)) as output:
@@ -123,7 +124,7 @@ def _write_folder(plan: Plan, path: Path, care: Care) -> int:
                     output.require_unchanged_sources()
                 _require_size(temporary / name, layout.nbytes)
                 if care.verify:
-                    _compare(file, layout.parts(), folder.nbytes, _after(care.report, done))
+                    _compare(file, temporary / name, layout.parts(), folder.nbytes, _after(care.report, done))
             done += layout.nbytes
         (temporary / shards.INDEX).write_bytes(folder.index)
         shards.verify_headers(folder, temporary)
@@ -140,10 +141,15 @@ def _require_size(path: Path, nbytes: int) -> None:
         raise SystemFailureError(f"{path.parent} holds {found:,} of {nbytes:,} bytes of what was written")
 
 
-def _compare(file: BinaryIO, parts: Iterable[tuple[int, Source]], total: int, report: Report | None) -> None:
-    """Read every byte back, and compare it with its source. Raises SystemFailureError where one differs."""
+def _compare(
+    file: BinaryIO, path: Path, parts: Iterable[tuple[int, Source]], total: int, report: Report | None
+) -> None:
+    """Read every byte back, and compare it with its source, and with the checksum that an archive states of it.
+
+    Raises SystemFailureError where one differs.
+    """
     atomic.leave_to_disk(file)
-    done = 0
+    done, stated = 0, checksums_in(path)
     for offset, source in parts:
         file.seek(offset)
         expected = found = 0
@@ -157,4 +163,9 @@ def _compare(file: BinaryIO, parts: Iterable[tuple[int, Source]], total: int, re
             raise SystemFailureError(
                 f"byte {offset:,} and the {source.nbytes:,} from there were not written as they were read",
                 "the disk may be failing: nothing was changed",
+            )
+        if found != stated.get((offset, source.nbytes), found):
+            raise SystemFailureError(
+                f"byte {offset:,} and the {source.nbytes:,} from there do not have the checksum that is stated of them",
+                "the file they come from is damaged, as python -m zipfile -t shows: nothing was changed",
             )

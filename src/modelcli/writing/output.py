@@ -168,7 +168,7 @@ class Output:
         """The CRC-32 that a zip file states of a record, where the span is one; torch writes 0 where it counts none."""
         key = (span.path, span.identity)
         if key not in self._checksums:
-            self._checksums[key] = _checksums_in(span.path)
+            self._checksums[key] = checksums_in(span.path)
         return self._checksums[key].get((span.offset, span.nbytes)) or None
 
     def _advance(self, nbytes: int) -> None:
@@ -177,7 +177,7 @@ class Output:
             self._report(min(self._done, self._total), self._total, "writing")
 
 
-def _checksums_in(path: Path) -> dict[tuple[int, int], int]:
+def checksums_in(path: Path) -> dict[tuple[int, int], int]:
     """The CRC-32 of each record of a zip file, by its place and size; none of a file that is no zip."""
     with path.open("rb") as file:
         if file.read(4) != b"PK\x03\x04":
@@ -246,4 +246,4 @@ def place_like(source: Source, at_least: int, alignment: int) -> int:
     return at_least + -at_least % alignment
 
 
-__all__ = ["LARGE", "PAGE", "Output", "Report", "place_like"]
+__all__ = ["LARGE", "PAGE", "Output", "Report", "checksums_in", "place_like"]

@@ -16,6 +16,7 @@ from modelcli.checkpoints.safetensors import DTYPES, PAIRS
 from modelcli.errors import RequestError, SystemFailureError
 from modelcli.writing.output import LARGE, PAGE, Output
 from modelcli.writing.plan import Plan, PlannedTensor, Source
+from modelcli.writing.zip_layout import Bytes
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()} | {PAIRS: "F4"}
 #: From this size of all tensors on, they begin on a page: then a later edit copies them fastest.
@@ -31,8 +32,8 @@ class Layout:
     nbytes: int
 
     def parts(self) -> Iterator[tuple[int, Source]]:
-        """Where each source's bytes are."""
-        return iter(self.runs)
+        """Where the bytes of the header and of each source are."""
+        return iter([(0, Bytes(self.header)), *self.runs])
 
     def write(self, output: Output) -> None:
         output.write(0, self.header)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from modelcli import record as records
-from modelcli.errors import SystemFailureError
+from modelcli.checkpoints import distributed, folders
+from modelcli.errors import ModelcliError, SystemFailureError
 from modelcli.writing import safetensors
 from modelcli.writing.plan import Plan, PlannedTensor
 
 INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 #: As large as Hugging Face's programs make them.
 DEFAULT_SIZE = 5_000_000_000
 
@@ -50,6 +54,22 @@ def layout(plan: Plan, max_bytes: int) -> Folder:
     return Folder(shards, held, index)
 
 
+def superseded(path: Path) -> set[str]:
+    """The names of the files in a folder that the checkpoint in it is made of: they go when another takes its place.
+
+    Those are the indexes and what they name, the shards of this writer, and what torch.distributed.checkpoint writes.
+    """
+    names = {entry.name for entry in path.iterdir()}
+    found = {name for name in names if name.endswith(folders.INDEX_SUFFIX) or _SHARD.fullmatch(name)}
+    for index in found.copy():
+        if index.endswith(folders.INDEX_SUFFIX):
+            with contextlib.suppress(ModelcliError):  # one that nobody can read names nothing
+                found |= names & folders.files_named(path / index)
+    if distributed.METADATA in names:
+        found |= {name for name in names if name == distributed.METADATA or name.endswith(".distcp")}
+    return found
+
+
 def _cut(tensors: Mapping[str, PlannedTensor], max_bytes: int) -> list[dict[str, PlannedTensor]]:
     groups: list[dict[str, PlannedTensor]] = [{}]
     size = 0
@@ -63,7 +83,9 @@ def _cut(tensors: Mapping[str, PlannedTensor], max_bytes: int) -> list[dict[str,
 
 
 def verify_headers(folder: Folder, path: Path) -> None:
-    """Let safetensors' own reader check every shard."""
+    """Let safetensors' own reader check every shard, and read the index back."""
+    if (path / INDEX).read_bytes() != folder.index:
+        raise SystemFailureError(f"what was read back from {INDEX} is not what was written; nothing was changed")
     for name, held in folder.names.items():
         if safetensors.read_back(path / name) != held:
             raise SystemFailureError(f"what was read back from {name} is not what was written; nothing was changed")

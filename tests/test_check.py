@@ -309,3 +309,8 @@ def test_extract_knows_what_flows_in_past_settings_that_are_left_alone(cli: Cli,
     )
     check = cli("extract", "part", "-m", "own.py:Net", "--input-size", "1,4", "--json").json["check"]
     assert (check["ran"], check["output_shape"]) == (True, [1, 2])
+
+
+def test_a_value_that_fits_is_told_as_the_edit_that_gives_it(cli: Cli, folder: Path) -> None:
+    error = refused(cli, folder, "replace", "classifier.5", "Softmax(4)", "-m", "alexnet")
+    assert "hint: replace classifier.5 'Softmax(dim=-1)'" in error

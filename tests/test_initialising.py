@@ -174,7 +174,9 @@ def test_it_says_what_was_left_to_normalisation(cli: Cli) -> None:
 
 def test_what_a_scheme_cannot_fill_is_named(cli: Cli) -> None:
     result = cli("init", ".", "xavier_uniform", "-m", "Sequential(Linear(3,2),PReLU())")
-    assert "note: 1.weight keeps its numbers: xavier_uniform cannot fill it: Fan in and fan out" in result.err
+    assert (
+        "note: 1.weight keeps its numbers: xavier_uniform does not fill such a tensor: Fan in and fan out" in result.err
+    )
     error = cli("init", "1", "xavier_uniform", "-m", "Sequential(Linear(3,2),PReLU())", code=2).err
     assert "xavier_uniform fills nothing: 1.weight: Fan in and fan out" in error
     assert "hint: xavier_uniform(gain" in error

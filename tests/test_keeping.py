@@ -185,3 +185,8 @@ def test_names_that_no_one_selector_picks(cli: Cli) -> None:
     model = modelcli.load("out.pth", trust=True)
     assert model.first.lin is model.again
     assert modelcli.blueprint("out.pth").by_path["again"].shared_with == "first.lin"
+
+
+def test_what_is_drawn_anew_is_told(cli: Cli) -> None:
+    told = cli("replace", "0", "Linear(4,2)", "--keep-weights", "-m", "Sequential(Linear(4,2,bias=False))").err
+    assert "0 keeps weight of the old Linear(4, 2, bias=False); bias drawn anew" in " ".join(told.split())

@@ -483,7 +483,7 @@ def _outcome(live: Live, target: Target, before: Blueprint, check: Mapping[str, 
         before.totals,
         after.totals,
         check,
-        notes=(*target.notes, *live.notes, *_sum_note(changes, before.totals, after.totals)),
+        notes=tuple(dict.fromkeys((*target.notes, *live.notes, *_sum_note(changes, before.totals, after.totals)))),
         edits=tuple(map(str, added)),
     )
 

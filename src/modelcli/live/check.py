@@ -185,7 +185,7 @@ def _way_out(after: nn.Module, path: str, error: Exception, edited: Mapping[str,
     gone = [place for place in edited if place and place not in there]
     if gone and isinstance(error, AttributeError | KeyError | IndexError):
         asks = f"{_named(path, after.get_submodule(path))} asks for what was taken out"
-        return f"{asks}: replace {gone[0]} Identity keeps its name and does nothing"
+        return f"{asks}: replace {gone[0]} Identity keeps its name, and hands on what flows in"
     return _edited_elsewhere(edited)
 
 
@@ -208,6 +208,8 @@ def _fix(module: nn.Module, path: str, misfit: Misfit, edited: Mapping[str, str]
                 f"replace {path} '{text}' as well, which takes {misfit.argument}={misfit.value}; "
                 f"or keep the size that {', '.join(map(shown, list(edited)[:3]))} gave before"
             )
+        if (text := _with(module, misfit.argument, misfit.value)) is not None:
+            return f"{_again(path, edited)} '{text}'"
         return f"it would have to have {misfit.argument}={misfit.value}"
     if touched:
         return "--check none writes it all the same"
@@ -235,17 +237,22 @@ def _again(path: str, edited: Mapping[str, str]) -> str:
 
 def _with_hole(module: nn.Module, argument: str) -> str | None:
     """The module's own expression with `_` for one argument, where `_` would give the right value."""
+    return None if argument_from(argument, (1, 1, 1, 1)) is None else _with(module, argument, HOLE)
+
+
+def _with(module: nn.Module, argument: str, value: Any) -> str | None:
+    """The module's own expression with another value for one argument; None where it has no such expression."""
     try:
         call = expressions.parse(brief(module))
         names = modules.parameter_names(type(module))
     except (RequestError, ValueError):
         return None
-    if argument not in names or argument_from(argument, (1, 1, 1, 1)) is None:
+    if argument not in names:
         return None
     args, kwargs = list(call.args), dict(call.kwargs)
     position = names.index(argument)
     if position < len(args):
-        args[position] = HOLE
+        args[position] = value
     else:
-        kwargs[argument] = HOLE
+        kwargs[argument] = value
     return expressions.to_text(Call(call.name, tuple(args), kwargs))

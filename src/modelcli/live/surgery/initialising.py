@@ -338,7 +338,7 @@ def _leave_out_refused(parts: _Sorted, tensors: Mapping[str, torch.Tensor], weig
                 name, why = next(iter(refused.items()))
                 raise RequestError(f"{scheme.text} fills nothing: {name}: {why}", scheme.signature)
             names[:] = [name for name in names if name not in refused]
-            parts.kept |= {name: f"{scheme.text} cannot fill it: {why}" for name, why in refused.items()}
+            parts.kept |= {name: f"{scheme.text} does not fill such a tensor: {why}" for name, why in refused.items()}
     return list(dict.fromkeys(str(warning.message) for warning in caught))
 
 

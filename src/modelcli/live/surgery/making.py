@@ -147,6 +147,10 @@ def maker(
     module: nn.Module, calls: Sequence[Call], context: Context, targets: Sequence[tuple[nn.Module, str]]
 ) -> Callable[[], list[nn.Module]]:
     """What makes the new modules of one edit: all drawn from one generator, in order."""
+    if any(expressions.gives(call, "device") for call in calls):
+        raise RequestError(
+            f"{calls[0]}: device has no place here, since a module goes where the model is", "leave device out"
+        )
     # A dtype that the expression itself states is taken at its word.
     own_dtype = any(expressions.gives(call, "dtype") for call in calls)
     places = [_place(module, old, path, own_dtype=own_dtype) for old, path in targets]
@@ -205,7 +209,8 @@ def _place(module: nn.Module, old: nn.Module, path: str, *, own_dtype: bool) -> 
     for above in ancestors(path):
         relative = submodule(module, above)
         for tensor in (*old.parameters(), *old.buffers(), *relative.parameters()):
-            if tensor.dtype.is_floating_point:
+            # Of relatives: a dtype that takes a byte stores what was there, and nothing new is made in it.
+            if tensor.dtype.is_floating_point and (tensor.dtype.itemsize > 1 or above == path):
                 device = None if tensor.is_meta else tensor.device
                 return _Place(old.training, None if own_dtype else tensor.dtype, device)
     return _Place(old.training)

@@ -152,7 +152,10 @@ def _keep_weights(
             _fill(old, new, parts)
             given, made = named_tensors(old), named_tensors(new)
             told = [f"{name}{_extent(part, given[name].shape, made[name].shape)}" for name, part in parts.items()]
-            notes.append(f"{path} keeps {', '.join(told[:4])}{' ...' if len(told) > 4 else ''} of the old {brief(old)}")
+            drawn = [name for name, tensor in made.items() if name not in parts and isinstance(tensor, nn.Parameter)]
+            anew = f"; {', '.join(drawn[:4])}{' ...' if len(drawn) > 4 else ''} drawn anew" if drawn else ""
+            of_old = f"of the old {brief(old)}{anew}"
+            notes.append(f"{path} keeps {', '.join(told[:4])}{' ...' if len(told) > 4 else ''} {of_old}")
         else:
             notes.append(f"{path} keeps no weights")
     if len(notes) > 4:

@@ -243,8 +243,10 @@ def test_a_module_whose_constructor_makes_no_numbers_is_not_written(cli: Cli, fo
         "from torch import nn\n\nclass Made(nn.Linear):\n    def __init__(self):\n"
         "        super().__init__(4, 4, device='meta')\n"
     )
-    error = cli("replace", "0", "own:Made()", "-m", "Sequential(Linear(4,4))", "-o", "out.pth", code=2).err
-    assert "weight has no numbers: its constructor makes it on the meta device" in error
+    for words in (("replace", "0", "own:Made()", "-m", "Sequential(Linear(4,4))", "-o", "out.pth"),
+                  ("save", "out.pth", "-m", "Linear(4,4,device='meta')")):  # fmt: skip
+        assert "weight has no numbers: its constructor makes it on the meta device" in cli(*words, code=2).err
+    assert not Path("out.pth").exists()
 
 
 def test_a_dtype_to_store_in_is_none_to_make_new_modules_in() -> None:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from modelcli.blueprints import counted
 from modelcli.cli import output, progress
 from modelcli.cli.options import LookOptions, OutputOptions, SourceOptions, expanded
 from modelcli.errors import RequestError, did_you_mean
@@ -19,6 +20,10 @@ Model = Annotated[str | None, typer.Argument(help="The model. [default: the work
 Selected = Annotated[list[str] | None, typer.Option("-s", "--select", help="Only what this selector picks.")]
 Depth = Annotated[int | None, typer.Option("--depth", help="Only rows down to this depth; the root is 0.", min=0)]
 
+Expand = Annotated[
+    bool, typer.Option("--expand", help="On a terminal, a row for each of several modules that are alike, too.")
+]
+
 
 def _named(model: str | None, look: LookOptions) -> str | None:
     """The model of the argument or of `-m`, which mean the same."""
@@ -30,6 +35,8 @@ def _named(model: str | None, look: LookOptions) -> str | None:
 def _show(view: "View", options: OutputOptions, found: "Look", notes: Sequence[str]) -> None:
     """Show a look at a model; what only running code could follow is named whatever was asked for."""
     more = {"foreign": list(found.foreign)} if found.foreign else {}
+    if view.folded:
+        notes = [*notes, f"{counted(view.folded, 'module')} like the first of their run: --expand shows each"]
     output.show(view, options, notes, warnings=found.warnings, **more)
 
 
@@ -40,6 +47,10 @@ def summary(
     model: Model = None,
     depth: Depth = None,
     mode: Annotated[str, typer.Option("--mode", help="eval or train.")] = "eval",
+    sort: Annotated[
+        str | None, typer.Option("--sort", help="Sort by params, macs or path; numbers largest first.")
+    ] = None,
+    expand: Expand = False,
 ) -> None:
     """Show every module: its output shape, parameters and mult-adds, and the totals.
 
@@ -53,9 +64,12 @@ def summary(
     output.format_of(options)
     if mode not in ("eval", "train"):
         raise RequestError(f"no mode {mode!r}", "--mode eval or --mode train")
+    if sort is not None:
+        _check_key(sort, documents.SUMMARY_KEYS)
     target = session.find_target(_named(model, look), source.overrides(), source.recipe)
     found = session.look(target, traced=True, mode=mode, cached=not look.no_cache)
-    view = documents.summary(target.source.model, found.blueprint, depth=depth)
+    folded = output.is_screen(options) and not expand
+    view = documents.summary(target.source.model, found.blueprint, depth=depth, sort=sort, folded=folded)
     _show(view, options, found, found.notes)
 
 
@@ -91,8 +105,8 @@ def params(
     if sort in documents.STATS and not stats:
         raise RequestError(f"cannot sort by {sort!r} without statistics", "--stats makes them")
     keys = (*documents.SORT_KEYS, *(documents.STATS if stats else ()))
-    if sort is not None and sort not in keys:
-        raise RequestError(f"cannot sort by {sort!r}", did_you_mean(sort, keys) or f"there are {', '.join(keys)}")
+    if sort is not None:
+        _check_key(sort, keys)
     target = session.find_target(_named(model, look), source.overrides(), source.recipe)
     found = session.look(target, cached=not (values or stats or look.no_cache))
     tensors = session.select_tensors(found.blueprint, select or [], buffers=buffers, frozen=frozen, trainable=trainable)
@@ -112,6 +126,11 @@ def params(
     _show(view, options, found, found.notes)
 
 
+def _check_key(sort: str, keys: Sequence[str]) -> None:
+    if sort not in keys:
+        raise RequestError(f"cannot sort by {sort!r}", did_you_mean(sort, keys) or f"there are {', '.join(keys)}")
+
+
 def _statistics(found: "Look", tensors: "Sequence[TensorInfo]", options: OutputOptions) -> "dict[str, Statistics]":
     """The statistics of tensors, with a progress bar where reading them takes a while."""
     from modelcli import session
@@ -129,6 +148,7 @@ def modules(
     depth: Depth = None,
     tree: Annotated[bool, typer.Option("--tree", help="As a tree.")] = False,
     as_repr: Annotated[bool, typer.Option("--repr", help="As print(model) shows it.")] = False,
+    expand: Expand = False,
 ) -> None:
     """Show every module: path, type, configuration, parameters.
 
@@ -152,7 +172,8 @@ def modules(
         if below:
             notes.append(f"{below} modules lie below {paths[0]}: -s '{paths[0]}.**' shows them")
     style = "tree" if tree else "repr" if as_repr else "table"
-    view = documents.modules(target.source.model, blueprint, paths, depth=depth, style=style)
+    folded = output.is_screen(options) and not expand
+    view = documents.modules(target.source.model, blueprint, paths, depth=depth, style=style, folded=folded)
     _show(view, options, found, notes)
 
 

@@ -70,6 +70,11 @@ def show(
         tell(f"note: {note}")
 
 
+def is_screen(options: OutputOptions) -> bool:
+    """Whether a table is shown to a person: on a terminal. What a program reads is complete."""
+    return format_of(options) == "table" and is_terminal()
+
+
 def is_terminal() -> bool:
     """Whether standard output is a terminal."""
     return sys.stdout.isatty()

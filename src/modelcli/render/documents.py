@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from modelcli.blueprints import Blueprint, ModuleInfo, TensorInfo, Totals, lies_in, repr_text, shown, totals_of
-from modelcli.render.views import Bytes, Column, Share, View, count, megabytes, number, percent, shape, signed, text
+from modelcli.render.runs import Run, Runs
+from modelcli.render.views import (
+    Bytes,
+    Column,
+    Share,
+    View,
+    bar,
+    count,
+    megabytes,
+    number,
+    percent,
+    shape,
+    signed,
+    text,
+)
 
 SCHEMA = 1
 
@@ -31,27 +46,42 @@ def totals_document(totals: Totals) -> dict[str, Any]:
 # --- summary -------------------------------------------------------------------------------------------------------
 
 
-def summary(reference: str, blueprint: Blueprint, *, depth: int | None = None) -> View:
-    """One row a module with its output shape and multiply-accumulates, and the totals."""
+#: What a summary can be sorted by; numbers come from the largest, paths from A to Z.
+SUMMARY_KEYS = ("params", "macs", "path")
+
+
+def summary(
+    reference: str,
+    blueprint: Blueprint,
+    *,
+    depth: int | None = None,
+    sort: str | None = None,
+    folded: bool = False,
+) -> View:
+    """One row a module with its output shape and multiply-accumulates, and the totals.
+
+    Where `folded`, the table has one row for each run of siblings that are alike, with the sums over it; the document
+    has a row for each module in any case. `sort` is one of SUMMARY_KEYS, or None for the model's own order.
+    """
     trace = blueprint.trace
     assert trace is not None
-    layers = []
+    by_path = {}
     for module in blueprint.modules:
         if depth is None or module.depth <= depth:
             ran = trace.layers.get(module.path)
-            layers.append(
-                {
-                    "path": shown(module.path),
-                    "type": module.type,
-                    "depth": module.depth,
-                    "output_shape": ran.output_shape if ran else None,
-                    "params": blueprint.params_of(module.path),
-                    "trainable": blueprint.trainable_of(module.path),
-                    "macs": ran.macs if ran else None,
-                    "executed": ran is not None,
-                    "shared_with": module.shared_with,
-                }
-            )
+            by_path[module.path] = {
+                "path": shown(module.path),
+                "type": module.type,
+                "depth": module.depth,
+                "output_shape": ran.output_shape if ran else None,
+                "params": blueprint.params_of(module.path),
+                "trainable": blueprint.trainable_of(module.path),
+                "macs": ran.macs if ran else None,
+                "executed": ran is not None,
+                "shared_with": module.shared_with,
+            }
+    layers = _sorted_layers(by_path.values(), sort)
+    rows = _sorted_layers(_folded_layers(blueprint, by_path, depth), sort) if folded else layers
     totals = blueprint.totals
     parts = (trace.input_bytes, trace.forward_backward_bytes, totals.param_bytes, totals.buffer_bytes)
     known = [part for part in parts if part is not None]
@@ -76,18 +106,69 @@ def summary(reference: str, blueprint: Blueprint, *, depth: int | None = None) -
     }
     return View(
         document,
-        [layer | {"output_shape": _output_text(layer, passed=trace.reason is None)} for layer in layers],
+        [
+            row
+            | {
+                "output_shape": _output_text(row, passed=trace.reason is None),
+                "share": Share(row["params"], totals.params),
+            }
+            for row in rows
+        ],
         (
             Column("path", "path", style="cyan"),
             Column("type", "type", flexible=True),
             Column("output_shape", "output shape", flexible=True),
             Column("params", "params", count, right=True),
-            Column("trainable", "trainable", lambda value: "-" if value == "none" else text(value)),
+            Column("share", "share", bar, optional=2, on_screen=True),
+            _trainable_column(rows),
             Column("macs", "mult-adds", count, right=True),
         ),
         _summary_footer(document, trace.reason),
         dimmed=lambda row: trace.reason is None and not row["executed"],
+        folded=len(layers) - len(rows),
     )
+
+
+def _trainable_text(value: str) -> str:
+    return "-" if value == "none" else text(value)
+
+
+_TRAINABLE = Column("trainable", "trainable", _trainable_text)
+
+
+def _trainable_column(rows: Sequence[Mapping[str, Any]]) -> Column:
+    """Whether modules are trained; on a narrow terminal left out where all are, which the totals say as well."""
+    told = any(row["trainable"] in ("no", "partial") for row in rows)
+    return replace(_TRAINABLE, optional=0 if told else 1)
+
+
+def _folded_layers(
+    blueprint: Blueprint, layers: Mapping[str, dict[str, Any]], depth: int | None
+) -> Iterator[dict[str, Any]]:
+    """The rows of a summary with one for each run: what its modules have in common, and what they add up to."""
+    runs = Runs(blueprint, traced=True)
+    for run in runs.below(depth=depth):
+        one = layers[run.first]
+        macs = [layers[path]["macs"] for path in run.paths]
+        yield one | {
+            "path": run.path,
+            "type": _times(run, one["type"]),
+            "params": runs.params_of(run),
+            "macs": None if None in macs else sum(macs),
+        }
+
+
+def _times(run: Run, what: str | None) -> str | None:
+    """`12 x EncoderBlock`; of modules that nothing is known of, how many they are."""
+    return what if len(run.paths) == 1 else f"{len(run.paths)} x {what or '-'}"
+
+
+def _sorted_layers(rows: Iterable[dict[str, Any]], key: str | None) -> list[dict[str, Any]]:
+    if key is None:
+        return list(rows)
+    if key == "path":
+        return sorted(rows, key=lambda row: row["path"])
+    return sorted(rows, key=lambda row: -1 if row[key] is None else row[key], reverse=True)
 
 
 def _output_text(layer: Mapping[str, Any], *, passed: bool) -> str:
@@ -220,16 +301,28 @@ def _params_text(tensors: Sequence[TensorInfo], totals: Totals) -> str:
 
 
 def modules(
-    reference: str, blueprint: Blueprint, paths: Sequence[str], *, depth: int | None, style: str = "table"
+    reference: str,
+    blueprint: Blueprint,
+    paths: Sequence[str],
+    *,
+    depth: int | None,
+    style: str = "table",
+    folded: bool = False,
 ) -> View:
-    """One row a module. `style` is `table`, `tree` or `repr`; the last two show what lies below each path as well."""
+    """One row a module. `style` is `table`, `tree` or `repr`; the last two show what lies below each path as well.
+
+    Where `folded`, a tree has one line for each run of siblings that are alike.
+    """
     picked = [blueprint.by_path[path] for path in paths]
     rows = [_module_row(blueprint, module) for module in picked if depth is None or module.depth <= depth]
     totals = totals_document(blueprint.totals)
     document = {"schema": SCHEMA, "model": model_of(reference, blueprint), "modules": rows, "totals": totals}
-    body = None
+    body, hidden = None, 0
     if style == "tree":
-        body = "\n".join(_tree(blueprint, path, depth) for path in _outermost(paths))
+        runs = Runs(blueprint, traced=False) if folded else None
+        trees = [_tree(blueprint, path, depth, runs) for path in _outermost(paths)]
+        body = "\n".join(line for lines, _ in trees for line in lines)
+        hidden = sum(count for _, count in trees)
     elif style == "repr":
         body = "\n".join(repr_text(blueprint, path) for path in _outermost(paths))
     columns = (
@@ -237,9 +330,9 @@ def modules(
         Column("type", "type"),
         Column("config", "configuration", flexible=True),
         Column("params", "params", count, right=True),
-        Column("trainable", "trainable", lambda value: "-" if value == "none" else text(value)),
+        _TRAINABLE,
     )
-    return View(document, rows, columns, [("Modules", count(len(rows)))], body=body)
+    return View(document, rows, columns, [("Modules", count(len(rows)))], body=body, folded=hidden)
 
 
 def _module_row(blueprint: Blueprint, module: ModuleInfo) -> dict[str, Any]:
@@ -262,28 +355,35 @@ def _outermost(paths: Sequence[str]) -> list[str]:
     return list(found)
 
 
-def _tree(blueprint: Blueprint, top: str, depth: int | None) -> str:
-    """The modules below a path, indented with guides."""
-    lines = []
-    # Modules still to be written: what stands before the label, and before those of the children.
-    stack = [(blueprint.by_path[top], shown(top), "", "")]
+def _tree(blueprint: Blueprint, top: str, depth: int | None, runs: Runs | None) -> tuple[list[str], int]:
+    """The modules below a path, a line each, indented with guides; and how many have no line but that of their run."""
+    lines, hidden = [], 0
+    # Runs still to be written: what stands before the label, and before those of the children.
+    stack = [(Run(shown(top), shown(top), (top,), blueprint.by_path[top].depth), "", "")]
     while stack:
-        module, name, before, guide = stack.pop()
-        lines.append(before + _tree_label(blueprint, module, name))
-        rows = [
-            (child, child.path.rpartition(".")[2], f"{guide}├── ", f"{guide}│   ")
-            for child in blueprint.children.get(module.path, ())
-            if depth is None or child.depth <= depth
-        ]
-        rows[-1:] = [(child, own, f"{guide}└── ", f"{guide}    ") for child, own, _, _ in rows[-1:]]
+        run, before, guide = stack.pop()
+        lines.append(before + _tree_label(blueprint, run, runs))
+        hidden += len(run.paths) - 1
+        if depth is not None and run.depth >= depth:
+            continue
+        children = _single(blueprint, run) if runs is None else runs.children(run)
+        rows = [(child, f"{guide}├── ", f"{guide}│   ") for child in children]
+        rows[-1:] = [(child, f"{guide}└── ", f"{guide}    ") for child, _, _ in rows[-1:]]
         stack += reversed(rows)
-    return "\n".join(lines)
+    return lines, hidden
 
 
-def _tree_label(blueprint: Blueprint, module: ModuleInfo, name: str) -> str:
+def _single(blueprint: Blueprint, run: Run) -> list[Run]:
+    """The children of a module, each a run of its own."""
+    names = [(child.path, child.path.rpartition(".")[2]) for child in blueprint.children.get(run.first, ())]
+    return [Run(path, name, (path,), run.depth + 1) for path, name in names]
+
+
+def _tree_label(blueprint: Blueprint, run: Run, runs: Runs | None) -> str:
+    module = blueprint.by_path[run.first]
     config = " ".join(module.config.split())
-    size = blueprint.params_of(module.path)
-    parts = [name, f"{module.type}({config})" if module.type else ""]
+    size = blueprint.params_of(run.first) if runs is None else runs.params_of(run)
+    parts = [run.name, _times(run, f"{module.type}({config})" if module.type else None) or ""]
     if size:
         parts.append(f"{size:,}")
     if module.shared_with is not None:

@@ -92,12 +92,25 @@ def percent(value: Share | None) -> str:
     return "<0.01%" if share < 0.01 else ">99.99%" if share > 99.99 else f"{share:.2f}%"
 
 
+#: Terminal cells of a bar that stands for everything.
+BAR_CELLS = 10
+_EIGHTHS = " ▏▎▍▌▋▊▉█"
+
+
+def bar(value: Share | None) -> str:
+    """A share as a bar of at most `BAR_CELLS`; the least that is there at all has the thinnest line."""
+    if value is None or not value.whole or not value.part:
+        return ""
+    eighths = max(round(8 * BAR_CELLS * value.part / value.whole), 1)
+    return "█" * (eighths // 8) + (_EIGHTHS[eighths % 8] if eighths % 8 else "")
+
+
 @dataclass(frozen=True)
 class Column:
     """One column: the key of the rows it shows, and how.
 
     `optional` columns are left out on a terminal that is too narrow, the highest number first; `flexible` ones may be
-    cut there. Neither happens anywhere else.
+    cut there. Neither happens anywhere else. What is only for the eye (`on_screen`) is not shown anywhere else either.
     """
 
     key: str
@@ -107,11 +120,15 @@ class Column:
     style: str = ""
     optional: int = 0
     flexible: bool = False
+    on_screen: bool = False
 
 
 @dataclass(frozen=True)
 class View:
-    """What a command shows. `body` replaces the table where it is text already (a tree, a printed model)."""
+    """What a command shows. `body` replaces the table where it is text already (a tree, a printed model).
+
+    `folded` is how many modules have no row of their own, because they stand in that of their run.
+    """
 
     document: Mapping[str, Any]
     rows: Sequence[Mapping[str, Any]]
@@ -120,3 +137,4 @@ class View:
     header: bool = True
     body: str | None = None
     dimmed: Callable[[Mapping[str, Any]], bool] | None = None
+    folded: int = 0

@@ -60,7 +60,7 @@ def to_csv(view: View) -> str:
     """The rows with a header, numbers plain."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    keys = [column.key for column in view.columns if column.title]
+    keys = [column.key for column in _kept_in_text(view) if column.title]
     writer.writerow(keys)
     writer.writerows([_csv_cell(row.get(key)) for key in keys] for row in view.rows)
     return out.getvalue()
@@ -80,9 +80,14 @@ def _csv_cell(value: Any) -> str | int:
     return safe(str(value))
 
 
+def _kept_in_text(view: View) -> list[Column]:
+    """The columns that are not for the eye alone."""
+    return [column for column in view.columns if not column.on_screen]
+
+
 def to_markdown(view: View) -> str:
     """The rows as a markdown table."""
-    columns = [column for column in view.columns if column.title]
+    columns = [column for column in _kept_in_text(view) if column.title]
     lines = ["| " + " | ".join(column.title for column in columns) + " |"]
     lines.append("|" + "|".join(" ---: " if column.right else " --- " for column in columns) + "|")
     cells = ([text.replace("\\", "\\\\").replace("|", "\\|") for text in _texts(view, column)] for column in columns)
@@ -100,11 +105,12 @@ def to_plain(view: View) -> str:
     """Aligned columns for a pipe: one line a row, nothing cut, no colour."""
     if view.body is not None:
         return "\n".join(safe(line) for line in view.body.split("\n")) + "\n"
-    titles = [[column.title] if view.header else [] for column in view.columns]
-    cells = [title + _texts(view, column) for title, column in zip(titles, view.columns, strict=True)]
+    columns = _kept_in_text(view)
+    titles = [[column.title] if view.header else [] for column in columns]
+    cells = [title + _texts(view, column) for title, column in zip(titles, columns, strict=True)]
     # A row of a longer text stands out: to fill all the others to its length could take gigabytes.
     widths = [max((len(text) for text in texts if len(text) <= _MAX_FILLED), default=0) for texts in cells]
-    fields = [f"%{'' if column.right else '-'}{width}s" for column, width in zip(view.columns, widths, strict=True)]
+    fields = [f"%{'' if column.right else '-'}{width}s" for column, width in zip(columns, widths, strict=True)]
     line = "  ".join(fields)
     lines = [(line % row).rstrip() for row in zip(*cells, strict=True)]
     if view.footer:

@@ -1,0 +1,138 @@
+"""Runs: siblings that are alike, shown as one row, `encoder.layers.[0-11]`.
+
+Everything here is plain data, made from a blueprint. No model is too deep: nothing recurses.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from modelcli.blueprints import Blueprint, ModuleInfo, TensorInfo, ancestors, joined, shown
+
+_NUMBERED = re.compile(r"(.*?)(0|[1-9][0-9]{0,8})", re.ASCII | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Run:
+    """The modules of one row. `name` is the last component of `path`, which is a selector that picks all of them."""
+
+    path: str
+    name: str
+    paths: tuple[str, ...]
+    depth: int
+
+    @property
+    def first(self) -> str:
+        return self.paths[0]
+
+
+class Runs:
+    """The runs of a model. Alike are modules of one type, configuration and structure, with tensors of the same
+    shapes, dtypes and flags, and, where `traced`, the same output shapes. What has several names is alike under those
+    names alone.
+    """
+
+    def __init__(self, blueprint: Blueprint, *, traced: bool) -> None:
+        self._blueprint = blueprint
+        self._kinds = _kinds(blueprint, traced=traced)
+
+    def below(self, top: str = "", depth: int | None = None) -> Iterator[Run]:
+        """The module at `top` and all that lie below it, down to a depth, each run once and in the model's order."""
+        stack = [Run(shown(top), shown(top), (top,), self._blueprint.by_path[top].depth)]
+        while stack:
+            run = stack.pop()
+            yield run
+            if depth is None or run.depth < depth:
+                stack += reversed(self.children(run))
+
+    def children(self, run: Run) -> list[Run]:
+        """The runs among the children of a run's modules: those of the first stand for those of all."""
+        groups: list[list[ModuleInfo]] = []
+        for child in self._blueprint.children.get(run.first, ()):
+            if groups and self._goes_on(groups[-1][-1], child):
+                groups[-1].append(child)
+            else:
+                groups.append([child])
+        return [self._child(run, [_own_name(module) for module in group]) for group in groups]
+
+    def _child(self, parent: Run, names: Sequence[str]) -> Run:
+        name = names[0]
+        if len(names) > 1:
+            prefix, first = _number(names[0])
+            name = f"{prefix}[{first}-{_number(names[-1])[1]}]"
+        above = "" if parent.paths == ("",) else parent.path
+        paths = tuple(joined(path, each) for path in parent.paths for each in names)
+        return Run(joined(above, name), name, paths, parent.depth + 1)
+
+    def _goes_on(self, module: ModuleInfo, following: ModuleInfo) -> bool:
+        """Whether a sibling goes on with a run: it is alike, and has the next number."""
+        if self._kinds[module.path] != self._kinds[following.path]:
+            return False
+        prefix, number = _number(_own_name(module))
+        return number is not None and _number(_own_name(following)) == (prefix, number + 1)
+
+    def params_of(self, run: Run) -> int:
+        """The parameters at and below the modules of a run, each tied one once."""
+        total = sum(map(self._blueprint.params_of, run.paths))
+        if len(run.paths) == 1:
+            return total
+        paths = frozenset(run.paths)
+        for elements, holders in self._tied:
+            places = {path for holder in holders for path in ancestors(holder) if path in paths}
+            total -= elements * max(len(places) - 1, 0)
+        return total
+
+    @cached_property
+    def _tied(self) -> list[tuple[int, list[str]]]:
+        """Of each parameter with several names: how many elements it has, and what stands in front of its names."""
+        names: dict[str, list[TensorInfo]] = defaultdict(list)
+        for tensor in self._blueprint.tensors:
+            if tensor.kind == "parameter":
+                names[tensor.identity].append(tensor)
+        return [
+            (tied[0].elements, [tensor.name.rpartition(".")[0] for tensor in tied])
+            for tied in names.values()
+            if len(tied) > 1
+        ]
+
+
+def _own_name(module: ModuleInfo) -> str:
+    return module.path.rpartition(".")[2]
+
+
+def _number(name: str) -> tuple[str, int | None]:
+    """`layer_12` as `layer_` and 12; a name that does not end in a number has None."""
+    found = _NUMBERED.fullmatch(name)
+    return (name, None) if found is None else (found[1], int(found[2]))
+
+
+def _kinds(blueprint: Blueprint, *, traced: bool) -> dict[str, int]:
+    """A number for each module: the same for those that are alike."""
+    holders = blueprint.by_path
+    tensors: dict[str, list[tuple[object, ...]]] = defaultdict(list)
+    tied = {tensor.tied_to for tensor in blueprint.tensors if tensor.tied_to is not None}
+    for tensor in blueprint.tensors:
+        holder = next(path for path in ancestors(tensor.name.rpartition(".")[0]) if path in holders)
+        one_of_several = tensor.identity if tensor.tied_to is not None or tensor.name in tied else None
+        flags = (tensor.kind, tensor.requires_grad, tensor.persistent, tensor.layout, one_of_several)
+        tensors[holder].append((tensor.name[len(holder) :], tensor.shape, tensor.dtype, *flags))
+    shared = {module.shared_with for module in blueprint.modules if module.shared_with is not None}
+    layers = blueprint.trace.layers if traced and blueprint.trace is not None else {}
+    numbers: dict[Any, int] = {}
+    kinds: dict[str, int] = {}
+    for module in reversed(blueprint.modules):  # each stands behind the one that holds it
+        path = module.path
+        looks = (
+            (module.type, module.bases, module.config, module.own_repr, module.absent),
+            module.shared_with if path not in shared else path,
+            tuple(tensors[path]),
+            repr(layers[path].output_shape) if path in layers else None,
+            tuple((_own_name(child), kinds[child.path]) for child in blueprint.children.get(path, ())),
+        )
+        kinds[path] = numbers.setdefault(looks, len(numbers))
+    return kinds

@@ -30,6 +30,8 @@ COMMANDS = {
     "modules-unusual": "modules nets.py:Unusual",
     "tree-unusual": "modules nets.py:Unusual --tree",
     "summary-vit": "summary vit_b_16",
+    "params-vit": "params vit_b_16 -s encoder.layers.encoder_layer_[9-11]",
+    "list-rcnn": "list rcnn",
     "summary-vit-sorted": "summary vit_b_16 --sort params --depth 4",
     "summary-vit-expanded": "summary vit_b_16 --expand --depth 3",
     "tree-vit": "modules vit_b_16 --tree",
@@ -72,9 +74,14 @@ def test_in_a_pipe(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     checked(name, capsys.readouterr().out)
 
 
+NARROW = ["summary-vit", "modules-resnet18", "params-vit", "tree-vit", "replace-alexnet", "list-rcnn"]
+
+
 @pytest.mark.usefixtures("_bare")
-@pytest.mark.parametrize("width", [80, 200])
-@pytest.mark.parametrize("name", list(COMMANDS))
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [(name, width) for name in COMMANDS for width in (80, 200)] + [(name, 60) for name in NARROW],
+)
 def test_on_a_terminal(name: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is wider than the terminal, no number is cut, and the words are those of the pipe."""
     terminal = Terminal()
@@ -85,6 +92,23 @@ def test_on_a_terminal(name: str, width: int, monkeypatch: pytest.MonkeyPatch) -
     text = terminal.getvalue()
     bare = re.sub(r"\x1b\[[0-9;]*m", "", text)
     table = bare.partition("\n\n")[0] if "replace" not in name else bare
-    assert all(len(line) <= width for line in table.split("\n") if not name.startswith("tree"))
+    assert all(len(line) <= width for line in table.split("\n"))
     checked(f"{name}-{width}", bare)
     assert ("\x1b[" in text) == (not name.startswith("tree"))
+
+
+@pytest.mark.parametrize("name", ["summary-vit", "tree-vit"])
+def test_on_a_terminal_that_shows_ascii(name: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    class Ascii(Terminal):
+        encoding = "ascii"
+
+    terminal = Ascii()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("TERM", "dumb")
+    main(COMMANDS[name].split())
+    text = terminal.getvalue()
+    assert text.isascii()
+    assert "\x1b" not in text
+    assert "\\" not in text
+    checked(f"{name}-ascii", text)

@@ -53,6 +53,48 @@ def test_a_terminal_without_unicode(folder: Path) -> None:
     assert "gr\\xf6\\xdfe.\\u6a21\\u578b" in shown
 
 
+def terminal_output(words: list[str], columns: int, settings: dict[str, str]) -> str:
+    """What the program writes to a terminal so wide, which says nothing of its width by itself."""
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    main_end, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    known = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "LC_ALL")}
+    subprocess.run([*PROGRAM, *words], stdin=terminal, stdout=terminal, env=known | settings, check=True)
+    os.close(terminal)
+    written = os.read(main_end, 100_000).decode()
+    os.close(main_end)
+    return written
+
+
+@pytest.mark.skipif(os.name == "nt", reason="terminals are otherwise there")
+def test_the_locale_c_gets_ascii(folder: Path) -> None:
+    import torch
+
+    torch.save(torch.nn.Linear(2, 3).state_dict(), "m.pth")
+    for locale, ascii_alone in (("C", True), ("C.UTF-8", False)):
+        written = terminal_output(["modules", "m.pth"], 80, {"LC_ALL": locale, "TERM": "xterm"})
+        assert written.isascii() == ascii_alone
+    piped = subprocess.run([*PROGRAM, "modules", "m.pth"], capture_output=True, env=os.environ | {"LC_ALL": "C"})
+    assert piped.returncode == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="terminals are otherwise there")
+@pytest.mark.parametrize("columns", [60, 100])
+def test_a_dumb_terminal_has_its_own_width_and_no_colour(folder: Path, columns: int) -> None:
+    import torch
+
+    torch.save({f"{'long_name.' * 20}{number}.weight": torch.zeros(2) for number in range(3)}, "m.pth")
+    written = terminal_output(["params", "m.pth"], columns, {"TERM": "dumb", "LC_ALL": "C.UTF-8"})
+    assert "\x1b" not in written
+    widths = {len(line) for line in written.split("\r\n")}
+    assert max(widths) <= columns
+    assert max(widths) > columns - 5
+
+
 @pytest.mark.skipif(os.name == "nt", reason="signals come otherwise there")
 def test_ctrl_c(folder: Path) -> None:
     (folder / "slow.py").write_text("import time\nprint('up', flush=True)\ntime.sleep(60)\n")

@@ -20,7 +20,19 @@ from rich.table import Table
 
 from modelcli.blueprints import Blueprint, LayerTrace, ModuleInfo, TensorInfo, Trace, totals_of
 from modelcli.render import documents, writers
-from modelcli.render.views import Column, View, count, megabytes, shape, signed, text
+from modelcli.render.views import (
+    Branch,
+    Column,
+    Share,
+    View,
+    bar,
+    count,
+    megabytes,
+    path_column,
+    shape,
+    signed,
+    text,
+)
 from modelcli.render.writers import safe, to_csv, to_json, to_markdown, to_plain
 from tests.test_blueprints import TIED
 
@@ -210,6 +222,93 @@ def test_colour_on_a_terminal_and_none_with_no_color(monkeypatch: pytest.MonkeyP
 def test_a_tree_or_printed_model_is_never_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     body = "Net(\n  " + "x" * 300 + "\n)"
     assert visible(on_terminal(View({}, [], (), body=body), 40, monkeypatch)) == body.split("\n")
+
+
+PATHS = [row(f"encoder.layers.encoder_layer_{number}.mlp.0", "Linear", 10**8) for number in range(12)]
+
+
+def narrow_view(*rows: dict[str, Any]) -> View:
+    columns = (
+        path_column("path", "path"),
+        Column("type", "type", flexible=True, spare=1),
+        Column("params", "params", count, right=True),
+        Column("macs", "mult-adds", count, right=True),
+    )
+    return View({}, [one | {"macs": 10**10} for one in rows], columns)
+
+
+@pytest.mark.parametrize("width", range(60, 251, 10))
+def test_paths_stay_apart_and_numbers_whole_from_60_to_250(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [line.split() for line in visible(on_terminal(narrow_view(*PATHS), width, monkeypatch))[2:14]]
+    assert len({line[0] for line in lines}) == len(PATHS)
+    assert all(line[-2:] == ["100,000,000", "10,000,000,000"] for line in lines)
+    whole = [line[0] == one["path"] for line, one in zip(lines, PATHS, strict=True)]
+    assert all(whole) or width < 80
+
+
+def test_a_path_is_cut_in_the_middle_first_and_keeps_its_numbers() -> None:
+    path = "encoder.layers.encoder_layer_11.mlp.0.weight"
+    cut = {width: writers._cut_path(path, width, "…") for width in range(10, 50)}
+    assert cut[44] == path
+    assert cut[43] == "encoder.l….encoder_layer_11.mlp.0.weight"
+    assert cut[30] == "encoder.l….e…11.mlp.0.weight"
+    assert cut[23] == "e….l….e…11.m….0.weight"
+    assert all(cell_len(text) <= width for width, text in cut.items())
+    assert writers._cut_path("layers.block_[0-11].x", 18, "…") == "layers.b…[0-11].x"
+
+
+@given(st.text(st.characters(codec="utf-8"), max_size=40), st.integers(1, 40))
+@settings(deadline=None)
+def test_what_is_cut_fits(words: str, width: int) -> None:
+    for cut in (writers._cut_end, writers._cut_middle, writers._cut_path):
+        assert cell_len(cut(words, width, "…")) <= width
+        assert cut(words, 400, "…") == words
+
+
+def test_the_least_important_columns_go_where_there_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = {width: visible(on_terminal(narrow_view(*PATHS), width, monkeypatch))[0] for width in (60, 50)}
+    assert shown[60].split() == ["path", "type", "params", "mult-adds"]
+    assert shown[50].split() == ["path", "params", "mult-adds"]
+
+
+TREE = View(
+    {},
+    [],
+    (),
+    tree=[
+        Branch("", ".  Net", "()", "  1,234"),
+        Branch("├── ", "größe  Conv2d", f"({'x, ' * 30}end)", "  1,234"),
+        Branch("│   └── ", "name_of_a_module  NonDynamicallyQuantizableLinear", "(1, 2)", "  1,234"),
+    ],
+)
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+def test_a_tree_is_not_wrapped_and_keeps_its_numbers(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = visible(on_terminal(TREE, width, monkeypatch))
+    assert len(lines) == 3
+    assert all(line.endswith("  1,234") and len(line) <= width for line in lines)
+    assert lines[1].startswith("├── größe  Conv2d(x, x,")
+    assert lines[1].endswith("end)  1,234" if width >= 120 else "…)  1,234")
+    assert to_plain(TREE).splitlines()[1] == f"├── größe  Conv2d({'x, ' * 30}end)  1,234"
+
+
+def test_a_tree_where_there_is_ascii_alone() -> None:
+    class Ascii(Terminal):
+        encoding = "ascii"
+
+    out = Ascii()
+    writers.print_rich(TREE, Console(file=out, width=60))
+    assert out.getvalue().isascii()
+    assert "|-- gr\\xf6\\xdfe  Conv2d(x, x" in out.getvalue()
+    assert "|   `-- name_of_a_module" in out.getvalue()
+    assert to_plain(TREE, encoding="ascii").splitlines()[2].startswith("|   `-- ")
+
+
+def test_the_bar_of_a_share() -> None:
+    assert [bar(Share(part, 80)) for part in (0, 1, 8, 40, 79, 80)] == ["", "▏", "█", "█████", "█████████▉", "█" * 10]
+    assert bar(Share(1, 10**9)) == "▏"
+    assert bar(Share(0, 0)) == bar(None) == ""
 
 
 # --- a long table: written without Rich's table, and every byte as Rich has it ---------------------------------------

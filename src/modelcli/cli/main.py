@@ -34,6 +34,9 @@ def run() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # what a terminal's encoding lacks is shown escaped
+            # Python writes UTF-8 in this locale; who asks for it has a terminal that shows ASCII.
+            if os.environ.get("LC_ALL") in ("C", "POSIX") and stream.isatty():
+                stream.reconfigure(encoding="ascii")
     _end_in_order()
     code = main()
     try:

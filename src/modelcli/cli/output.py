@@ -55,15 +55,21 @@ def show(
         case "markdown":
             write(writers.to_markdown(view))
         case _ if is_terminal():
+            import shutil
+
             from rich.console import Console
 
             try:
-                writers.print_rich(view, Console(file=sys.stdout, highlight=False, markup=False, emoji=False))
+                columns, lines = shutil.get_terminal_size()  # Rich takes a dumb terminal to have 80 columns
+                console = Console(
+                    file=sys.stdout, width=columns, height=lines, highlight=False, markup=False, emoji=False
+                )
+                writers.print_rich(view, console)
                 sys.stdout.flush()
             except BrokenPipeError:
                 raise PipeClosedError from None
         case _:
-            write(writers.to_plain(view))
+            write(writers.to_plain(view, encoding=_encoding()))
     for warning in warnings:
         tell(f"warning: {warning}", "error")
     for note in told:
@@ -80,9 +86,13 @@ def is_terminal() -> bool:
     return sys.stdout.isatty()
 
 
+def _encoding() -> str:
+    return getattr(sys.stdout, "encoding", None) or "utf-8"
+
+
 def write(text: str) -> None:
     """Write to standard output; characters that its encoding lacks are escaped."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    encoding = _encoding()
     try:
         sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
         sys.stdout.flush()

@@ -10,6 +10,7 @@ from typing import Any
 from modelcli.blueprints import Blueprint, ModuleInfo, TensorInfo, Totals, lies_in, repr_text, shown, totals_of
 from modelcli.render.runs import Run, Runs
 from modelcli.render.views import (
+    Branch,
     Bytes,
     Column,
     Share,
@@ -18,6 +19,7 @@ from modelcli.render.views import (
     count,
     megabytes,
     number,
+    path_column,
     percent,
     shape,
     signed,
@@ -115,9 +117,9 @@ def summary(
             for row in rows
         ],
         (
-            Column("path", "path", style="cyan"),
-            Column("type", "type", flexible=True),
-            Column("output_shape", "output shape", flexible=True),
+            path_column("path", "path"),
+            Column("type", "type", flexible=True, spare=1),
+            Column("output_shape", "output shape", flexible=True, spare=2),
             Column("params", "params", count, right=True),
             Column("share", "share", bar, optional=2, on_screen=True),
             _trainable_column(rows),
@@ -242,7 +244,7 @@ def params(
         "totals": totals_document(totals),
     }
     columns = [
-        Column("name", "name", style="cyan"),
+        path_column("name", "name"),
         Column("shape", "shape", shape, optional=3 if stats is not None else 0),
         Column("dtype", "dtype", optional=4 if stats is not None else 0),
         Column("elements", "elements", count, right=True, optional=5 if stats is not None else 0),
@@ -317,22 +319,22 @@ def modules(
     rows = [_module_row(blueprint, module) for module in picked if depth is None or module.depth <= depth]
     totals = totals_document(blueprint.totals)
     document = {"schema": SCHEMA, "model": model_of(reference, blueprint), "modules": rows, "totals": totals}
-    body, hidden = None, 0
+    body, tree, hidden = None, None, 0
     if style == "tree":
         runs = Runs(blueprint, traced=False) if folded else None
         trees = [_tree(blueprint, path, depth, runs) for path in _outermost(paths)]
-        body = "\n".join(line for lines, _ in trees for line in lines)
+        tree = [line for lines, _ in trees for line in lines]
         hidden = sum(count for _, count in trees)
     elif style == "repr":
         body = "\n".join(repr_text(blueprint, path) for path in _outermost(paths))
     columns = (
-        Column("path", "path", style="cyan"),
-        Column("type", "type"),
-        Column("config", "configuration", flexible=True),
+        path_column("path", "path"),
+        Column("type", "type", flexible=True),
+        Column("config", "configuration", flexible=True, spare=1),
         Column("params", "params", count, right=True),
-        _TRAINABLE,
+        replace(_TRAINABLE, spare=2),
     )
-    return View(document, rows, columns, [("Modules", count(len(rows)))], body=body, folded=hidden)
+    return View(document, rows, columns, [("Modules", count(len(rows)))], body=body, tree=tree, folded=hidden)
 
 
 def _module_row(blueprint: Blueprint, module: ModuleInfo) -> dict[str, Any]:
@@ -355,14 +357,14 @@ def _outermost(paths: Sequence[str]) -> list[str]:
     return list(found)
 
 
-def _tree(blueprint: Blueprint, top: str, depth: int | None, runs: Runs | None) -> tuple[list[str], int]:
+def _tree(blueprint: Blueprint, top: str, depth: int | None, runs: Runs | None) -> tuple[list[Branch], int]:
     """The modules below a path, a line each, indented with guides; and how many have no line but that of their run."""
     lines, hidden = [], 0
     # Runs still to be written: what stands before the label, and before those of the children.
     stack = [(Run(shown(top), shown(top), (top,), blueprint.by_path[top].depth), "", "")]
     while stack:
         run, before, guide = stack.pop()
-        lines.append(before + _tree_label(blueprint, run, runs))
+        lines.append(_branch(blueprint, run, runs, before))
         hidden += len(run.paths) - 1
         if depth is not None and run.depth >= depth:
             continue
@@ -379,16 +381,17 @@ def _single(blueprint: Blueprint, run: Run) -> list[Run]:
     return [Run(path, name, (path,), run.depth + 1) for path, name in names]
 
 
-def _tree_label(blueprint: Blueprint, run: Run, runs: Runs | None) -> str:
+def _branch(blueprint: Blueprint, run: Run, runs: Runs | None, guide: str) -> Branch:
+    """The line of a module or run in a tree."""
     module = blueprint.by_path[run.first]
-    config = " ".join(module.config.split())
     size = blueprint.params_of(run.first) if runs is None else runs.params_of(run)
-    parts = [run.name, _times(run, f"{module.type}({config})" if module.type else None) or ""]
-    if size:
-        parts.append(f"{size:,}")
+    rest = f"  {size:,}" if size else ""
     if module.shared_with is not None:
-        parts.append(f"(same as {shown(module.shared_with)})")
-    return "  ".join(part for part in parts if part)
+        rest += f"  (same as {shown(module.shared_with)})"
+    if (kind := _times(run, module.type)) is None:
+        return Branch(guide, run.name, rest=rest)
+    config = "" if module.type is None else f"({' '.join(module.config.split())})"
+    return Branch(guide, f"{run.name}  {kind}", config, rest)
 
 
 # --- edits, load, save, list, log ----------------------------------------------------------------------------------
@@ -431,10 +434,10 @@ def edits(
         if "bytes_before" in row:
             row["delta"] = Bytes(row["bytes_before"], row["bytes_after"])
     columns = [
-        Column("path", "path", style="cyan"),
-        Column("before", "before", flexible=True),
+        path_column("path", "path"),
+        Column("before", "before", flexible=True, cut="middle"),
         Column("arrow", ""),
-        Column("after", "after", flexible=True),
+        Column("after", "after", flexible=True, cut="middle"),
     ]
     if all(row["action"] in ("freeze", "unfreeze") for row in rows):
         columns.append(Column("params_after", "params", lambda value: f"{count(value)} params", right=True))
@@ -486,7 +489,7 @@ def load(
     for problem, names in (("missing", missing), ("unexpected", unexpected)):
         rows += [{"name": name, "problem": problem, "expected": None, "found": None} for name in names]
     columns = (
-        Column("name", "name", style="cyan"),
+        path_column("name", "name"),
         Column("problem", "problem", style="red"),
         Column("expected", "expected", shape),
         Column("found", "found", shape),
@@ -523,7 +526,7 @@ def save(
     }
     row = {key: document[key] for key in ("output", "format", "tensors", "params", "bytes")}
     columns = (
-        Column("output", "output", style="cyan"),
+        Column("output", "output", style="cyan", flexible=True, vital=True, cut="middle"),
         Column("format", "format"),
         Column("tensors", "tensors", lambda value: f"{count(value)} tensors", right=True),
         Column("params", "params", lambda value: f"{count(value)} params", right=True),
@@ -536,11 +539,11 @@ def models(entries: Sequence[Mapping[str, Any]]) -> View:
     """The torchvision builders."""
     document = {"schema": SCHEMA, "models": [dict(entry) for entry in entries]}
     columns = (
-        Column("name", "name", style="cyan"),
+        path_column("name", "name"),
         Column("params", "params", count, right=True),
-        Column("macs", "mult-adds", count, right=True, optional=2),
+        Column("macs", "mult-adds", count, right=True),
         Column("group", "group", optional=1),
-        Column("weights", "weights", lambda value: " ".join(value), flexible=True),
+        Column("weights", "weights", lambda value: " ".join(value), flexible=True, spare=1),
     )
     return View(document, list(entries), columns, [("Builders", count(len(entries)))])
 
@@ -549,7 +552,7 @@ def cache(folder: Path, entries: int, nbytes: int) -> View:
     """Where blueprints are kept, and what they take."""
     row = {"path": str(folder), "entries": entries, "bytes": nbytes}
     columns = (
-        Column("path", "path", style="cyan"),
+        Column("path", "path", style="cyan", flexible=True, vital=True, cut="middle"),
         Column("entries", "entries", lambda value: f"{count(value)} entries", right=True),
         Column("bytes", "bytes", megabytes, right=True),
     )
@@ -566,7 +569,7 @@ def log(reference: str, kind: str | None, recipe: Path, lines: Sequence[str], de
         "edits": list(lines),
     }
     rows = [{"number": number, "edit": line} for number, line in enumerate(lines, 1)]
-    columns = (Column("number", "#", right=True), Column("edit", "edit", flexible=True))
+    columns = (Column("number", "#", right=True), Column("edit", "edit", flexible=True, cut="middle"))
     footer = [("recipe", str(recipe)), ("model", reference)]
     footer += [(key, text(value)) for key, value in details.items() if value not in (None, [], ())]
     return View(document, rows, columns, footer, header=bool(rows))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 
 def text(value: Any) -> str:
@@ -109,8 +109,10 @@ def bar(value: Share | None) -> str:
 class Column:
     """One column: the key of the rows it shows, and how.
 
-    `optional` columns are left out on a terminal that is too narrow, the highest number first; `flexible` ones may be
-    cut there. Neither happens anywhere else. What is only for the eye (`on_screen`) is not shown anywhere else either.
+    On a terminal that is too narrow the `optional` columns are left out, the highest number first. Then `flexible` ones
+    are cut, each in its own way (`cut`), the `vital` ones last. Where not even that is enough, the `spare` columns
+    are left out, the highest number first. None of it happens anywhere else, and what is only for the eye (`on_screen`)
+    is not shown anywhere else.
     """
 
     key: str
@@ -120,12 +122,33 @@ class Column:
     style: str = ""
     optional: int = 0
     flexible: bool = False
+    vital: bool = False
+    cut: Literal["end", "middle", "path"] = "end"
+    spare: int = 0
     on_screen: bool = False
+
+
+def path_column(key: str, title: str) -> Column:
+    """A column of paths: what a command is about, and what the end tells most of."""
+    return Column(key, title, style="cyan", flexible=True, vital=True, cut="path")
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A line of a tree: the lines that lead to it, what it is, how it is configured, and what else there is to say.
+
+    On a terminal that is too narrow it is the configuration that gives way.
+    """
+
+    guide: str
+    label: str
+    config: str = ""
+    rest: str = ""
 
 
 @dataclass(frozen=True)
 class View:
-    """What a command shows. `body` replaces the table where it is text already (a tree, a printed model).
+    """What a command shows: a table of `rows`, or a `body` that is text already (a printed model), or a `tree`.
 
     `folded` is how many modules have no row of their own, because they stand in that of their run.
     """
@@ -136,5 +159,6 @@ class View:
     footer: Sequence[tuple[str, str]] = ()
     header: bool = True
     body: str | None = None
+    tree: Sequence[Branch] | None = None
     dimmed: Callable[[Mapping[str, Any]], bool] | None = None
     folded: int = 0

@@ -7,11 +7,11 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from modelcli.render.views import Column, View, whole_numbers
+from modelcli.render.views import Branch, Column, View, whole_numbers
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 FORMATS = ("table", "json", "csv", "markdown")
 MIN_FLEXIBLE = 12
+#: What stays of a column that is cut last.
+MIN_VITAL = 20
 #: Characters that a column of a pipe is filled to at most.
 _MAX_FILLED = 256
 #: Rows of a long table that are written at once: an interrupt or a closed terminal is noticed after so many.
@@ -27,6 +29,12 @@ BATCH = 100
 _FIRST_MARK = 0xE000
 _MARKS = re.compile(r"([\ue000-\uf8ff])\1*")
 _COMPACT = json.JSONEncoder(separators=(",", ":"))
+
+
+#: Marks of ours, not of a model's, in characters that every encoding has.
+_IN_ASCII = str.maketrans(
+    {"├": "|", "└": "`", "─": "-", "│": "|"} | dict.fromkeys("█▉▊▋▌", "#") | dict.fromkeys("▍▎▏", ".")
+)
 
 
 def safe(text: str) -> str:
@@ -101,8 +109,10 @@ def _texts(view: View, column: Column) -> list[str]:
     return texts if "".join(texts).isprintable() else [safe(text) for text in texts]
 
 
-def to_plain(view: View) -> str:
+def to_plain(view: View, *, encoding: str = "utf-8") -> str:
     """Aligned columns for a pipe: one line a row, nothing cut, no colour."""
+    if view.tree is not None:
+        return "".join(f"{_guide(branch, encoding)}{_branch_text(branch)}\n" for branch in view.tree)
     if view.body is not None:
         return "\n".join(safe(line) for line in view.body.split("\n")) + "\n"
     columns = _kept_in_text(view)
@@ -121,6 +131,19 @@ def to_plain(view: View) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _branch_text(branch: Branch) -> str:
+    return safe(f"{branch.label}{branch.config}{branch.rest}")
+
+
+def _guide(branch: Branch, encoding: str) -> str:
+    return branch.guide if _has_marks(encoding) else branch.guide.translate(_IN_ASCII)
+
+
+def _has_marks(encoding: str) -> bool:
+    """Whether an encoding has lines, blocks and the ellipsis."""
+    return encoding.lower().startswith("utf")
+
+
 # --- on a terminal -------------------------------------------------------------------------------------------------
 
 
@@ -128,6 +151,10 @@ def print_rich(view: View, console: Console) -> None:
     """A Rich table that fits the width of the terminal, and the footer below it."""
     from rich.text import Text
 
+    if view.tree is not None:
+        for branch in view.tree:
+            console.print(Text(_branch_fitted(branch, console.width, console.encoding)), soft_wrap=True)
+        return
     if view.body is not None:
         console.print(Text("\n".join(safe(line) for line in view.body.split("\n"))), soft_wrap=True)
         return
@@ -146,8 +173,12 @@ def _print_table(view: View, console: Console) -> None:
     """The table through Rich, which takes half a millisecond a row; what is more than a screenful row by row."""
     from rich.text import Text
 
-    cells = [_texts(view, column) for column in view.columns]
+    cells = [_shown_texts(view, column, console.encoding) for column in view.columns]
     kept, widths, gap = _fit(view, _widths(view, cells), console.width)
+    for index in kept:
+        cut = _CUTS[view.columns[index].cut]
+        mark = _mark(console.encoding)
+        cells[index] = [cut(text, widths[index], mark) for text in cells[index]]
     table = _empty_table(view, kept, widths, gap)
     # Rich draws on an old Windows console by system calls: there are no bytes that would say the same.
     if len(view.rows) > console.height and not console.legacy_windows:
@@ -157,6 +188,94 @@ def _print_table(view: View, console: Console) -> None:
         style = "dim" if view.dimmed is not None and view.dimmed(row) else None
         table.add_row(*(Text(cells[index][position]) for index in kept), style=style)
     console.print(table)
+
+
+def _shown_texts(view: View, column: Column, encoding: str) -> list[str]:
+    """What stands in the cells of a column on a terminal: what its encoding lacks takes the room of its escape."""
+    texts = _texts(view, column)
+    if _has_marks(encoding):
+        return texts
+    if column.on_screen:
+        return [text.translate(_IN_ASCII) for text in texts]
+    return [_escaped(text, encoding) for text in texts]
+
+
+def _escaped(text: str, encoding: str) -> str:
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def _mark(encoding: str) -> str:
+    """What stands for what is left out: one cell wide."""
+    return "…" if _has_marks(encoding) else "~"
+
+
+def _fits(text: str, width: int) -> bool:
+    from rich.cells import cell_len
+
+    return (len(text) <= width and text.isascii()) or cell_len(text) <= width
+
+
+def _cut_end(text: str, width: int, mark: str) -> str:
+    """A text in at most so many terminal cells."""
+    from rich.cells import set_cell_size
+
+    return text if _fits(text, width) else set_cell_size(text, max(width - 1, 0)).rstrip() + mark
+
+
+def _cut_middle(text: str, width: int, mark: str) -> str:
+    """The same with both ends of the text, and more of the second."""
+    from rich.cells import set_cell_size
+
+    if _fits(text, width):
+        return text
+    head = set_cell_size(text, max(width - 1, 0) // 3).rstrip()
+    rest = max(width - 1, 0) - width // 3
+    tail = text[max(len(text) - rest, 0) :] if rest else ""
+    while not _fits(head + mark + tail, width) and tail:
+        tail = tail[1:]
+    return _cut_end(head + mark + tail, width, mark)
+
+
+def _cut_path(text: str, width: int, mark: str) -> str:
+    """A path with components cut to their first letter and their number: `encoder.l….e…11.mlp.0.weight`.
+
+    Those in the middle first, then the first one, so that rows stay apart; where that is not enough, as any text.
+    """
+    if _fits(text, width):
+        return text
+    parts = text.split(".")
+    for index in (*range(1, len(parts) - 1), 0):
+        short = _shortened(parts[index], mark)
+        if len(short) < len(parts[index]) and len(parts) > 1:
+            parts[index] = short
+        if _fits(".".join(parts), width):
+            break
+    return _cut_middle(".".join(parts), width, mark)
+
+
+def _shortened(component: str, mark: str) -> str:
+    found = _NUMBER_AT_END.fullmatch(component)
+    return component if found is None else f"{found[1]}{mark}{found[2]}"
+
+
+_NUMBER_AT_END = re.compile(r"(.).*?(\d*|\[[\d-]+\])", re.DOTALL)
+_CUTS = {"end": _cut_end, "middle": _cut_middle, "path": _cut_path}
+
+
+def _branch_fitted(branch: Branch, width: int, encoding: str) -> str:
+    """A line of a tree in the width of the terminal: its configuration gives way first, then its type and name."""
+    from rich.cells import cell_len
+
+    guide = _guide(branch, encoding)
+    label, config, rest = (safe(text) for text in (branch.label, branch.config, branch.rest))
+    if not _has_marks(encoding):
+        label, config, rest = (_escaped(text, encoding) for text in (label, config, rest))
+    mark = _mark(encoding)
+    room = width - cell_len(guide + label + rest)
+    if cell_len(config) > room:
+        config = f"({_cut_end(config[1:-1], room - 2, mark)})" if room > MIN_FLEXIBLE else ""
+    label = _cut_end(label, max(width - cell_len(guide + config + rest), 1), mark)
+    return _cut_end(guide + label + config + rest, width, mark)
 
 
 def _widths(view: View, cells: Sequence[Sequence[str]]) -> list[int]:
@@ -292,24 +411,47 @@ def _filled(texts: Iterable[str], field: _Field, *, right: bool) -> list[str]:
 
 
 def _fit(view: View, widths: list[int], available: int) -> tuple[list[int], list[int], int]:
-    """Which columns to show, how wide, and the gap between them: narrower gaps first, then fewer, then cut columns."""
+    """Which columns to show, how wide, and the gap between them: see `Column` for what gives way, and in which order.
+
+    Numbers are cut where there is no other way, on a terminal of less than 40 columns or so.
+    """
     kept = list(range(len(widths)))
     widths = [min(width, available) for width in widths]
+    columns = view.columns
+    least = [
+        min(width, MIN_VITAL if column.vital else MIN_FLEXIBLE) if column.flexible else width
+        for width, column in zip(widths, columns, strict=True)
+    ]
 
-    def needed(gap: int) -> int:
+    def needed(widths: Sequence[int], gap: int = 1) -> int:
         return sum(widths[index] for index in kept) + gap * (len(kept) - 1)
 
-    while needed(1) > available:
-        optional = [index for index in kept if view.columns[index].optional]
-        if not optional:
-            break
-        kept.remove(max(optional, key=lambda index: view.columns[index].optional))
-    flexible = [index for index in kept if view.columns[index].flexible]
-    while needed(1) > available and any(widths[index] > MIN_FLEXIBLE for index in flexible):
-        widest = max(flexible, key=lambda index: widths[index])
-        widths[widest] -= 1
-    excess = needed(1) - available
-    if excess > 0 and kept:
+    def drop(rank: Callable[[Column], int]) -> bool:
+        last = max(kept, key=lambda index: rank(columns[index]))
+        if found := rank(columns[last]) > 0:
+            kept.remove(last)
+        return found
+
+    while needed(widths) > available and drop(lambda column: column.optional):
+        pass
+    while needed(least) > available and drop(lambda column: column.spare):
+        pass
+    for vital in (False, True):
+        cuttable = [index for index in kept if columns[index].flexible and columns[index].vital == vital]
+        _shrink(widths, cuttable, least, needed(widths) - available)
+    floor = [min(width, MIN_FLEXIBLE) if column.vital else width for width, column in zip(widths, columns, strict=True)]
+    _shrink(widths, kept, floor, needed(widths) - available)
+    if (excess := needed(widths) - available) > 0 and kept:
         widest = max(kept, key=lambda index: widths[index])
         widths[widest] = max(MIN_FLEXIBLE, widths[widest] - excess)
-    return kept, widths, 2 if needed(2) <= available else 1
+    return kept, widths, 2 if needed(widths, 2) <= available else 1
+
+
+def _shrink(widths: list[int], indexes: Iterable[int], least: Sequence[int], excess: int) -> None:
+    """Take what is too much off these columns, the widest first, none below its least."""
+    cuttable = [index for index in indexes if widths[index] > least[index]]
+    while excess > 0 and cuttable:
+        widest = max(cuttable, key=lambda index: widths[index])
+        widths[widest] -= 1
+        excess -= 1
+        cuttable = [index for index in cuttable if widths[index] > least[index]]

@@ -66,11 +66,25 @@ def test_classes_from_files_are_never_kept(cli: Cli, reference: str) -> None:
 
 def test_recipes_with_edits_and_checkpoints_are_not_kept(cli: Cli) -> None:
     cli("load", "squeezenet1_1")
+    kept = cache.entries()
     cli("freeze", "features")
     cli("save", "out.pth")
     cli("summary")
     cli("summary", "out.pth")
+    assert cache.entries() == kept
+
+
+def test_a_model_that_a_recipe_starts_with_is_kept(cli: Cli) -> None:
+    """So that completion knows its paths; not what no recipe was started with, nor a class of one's own."""
+    cli("load", "squeezenet1_1", "--dry-run")
+    cli("load", "nets.py:Net")
     assert cache.entries() == []
+    cli("load", "squeezenet1_1")
+    (entry,) = cache.entries()
+    written = entry.stat().st_mtime_ns
+    cli("summary", "squeezenet1_1")
+    cli("load", "squeezenet1_1")
+    assert [path.stat().st_mtime_ns for path in cache.entries()] == [written]
 
 
 def test_values_are_drawn_anew(cli: Cli) -> None:

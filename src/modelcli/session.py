@@ -206,6 +206,22 @@ def _looked(target: Target, *, traced: bool, mode: str, cached: bool) -> Look:
     return Look(blueprint, tuple(live.notes), live.contents, live)
 
 
+def known_blueprint(target: Target) -> Blueprint | None:
+    """What is known of a model without torch and without running a line of anybody's: its file or the cache says it.
+
+    The edits of a recipe are left out: hardly any of them changes a path.
+    """
+    target = _without_edits(target)
+    found = _look_at_file(target, traced=False, mode="eval")
+    if found is not None:
+        return found.blueprint
+    for source in (target.source, replace(target.source, input_size=None, input_dtype=())):  # the same modules
+        key = _cache_key(replace(target, source=source), "eval")
+        if key is not None and (kept := cache.get(key)) is not None:
+            return kept
+    return None
+
+
 def warm(name: str) -> None:
     """Keep the blueprint of a builder, if it is not kept yet. Raises RequestError where nothing may be kept."""
     if cache.is_off():
@@ -620,7 +636,17 @@ def load(source: Source, recipe_path: Path, *, force: bool, dry_run: bool) -> Lo
             "--force starts it anew; --recipe names another",
         )
     recipe.start(recipe_path, seen_from(source, recipe_path.parent))
+    _keep(live, Target(source))
     return replace(loaded, recipe=recipe_path)
+
+
+def _keep(live: Live, target: Target) -> None:
+    """Keep the blueprint of a model that a recipe starts with: the next looks, and completion, take it from there."""
+    from modelcli.live import planning
+
+    key = _cache_key(target, "eval")
+    if key is not None and cache.get(key) is None:
+        cache.put(key, planning.traced(live))
 
 
 def seen_from(source: Source, folder: Path) -> Source:

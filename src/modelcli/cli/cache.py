@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from modelcli.cli import output
+from modelcli.cli import completing, output
 from modelcli.cli.options import OutputOptions, expanded
 
 app = typer.Typer(help="Tend the blueprints of installed models that are kept on disk.", no_args_is_help=True)
@@ -41,7 +41,9 @@ def clear(options: OutputOptions) -> None:
 
 def warm(
     options: OutputOptions,
-    pattern: Annotated[str | None, typer.Argument(help="Part of a name, or a pattern: 'resnet*'.")] = None,
+    pattern: Annotated[
+        str | None, typer.Argument(help="Part of a name, or a pattern: 'resnet*'.", autocompletion=completing.builders)
+    ] = None,
 ) -> None:
     """Keep the blueprint of every torchvision builder, so that a look at one needs no torch.
 

@@ -5,14 +5,16 @@ from typing import Annotated, Any
 
 import typer
 
-from modelcli.cli import operate, output, progress
+from modelcli.cli import completing, operate, output, progress
 from modelcli.cli.options import OutputOptions, SaveOptions, SourceOptions, expanded
 
 Dry = Annotated[bool, typer.Option("--dry-run", help="Change nothing anywhere.")]
 
 
 def load(
-    model: Annotated[str, typer.Argument(help="The model: alexnet, nets.py:Net, best.pth.")],
+    model: Annotated[
+        str, typer.Argument(help="The model: alexnet, nets.py:Net, best.pth.", autocompletion=completing.models)
+    ],
     source: SourceOptions,
     options: OutputOptions,
     strict: Annotated[bool, typer.Option("--strict/--no-strict", help="Every key has to match.")] = True,

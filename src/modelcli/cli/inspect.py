@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from modelcli.blueprints import counted
-from modelcli.cli import output, progress
+from modelcli.cli import completing, output, progress
 from modelcli.cli.options import LookOptions, OutputOptions, SourceOptions, expanded
 from modelcli.errors import RequestError, did_you_mean
 
@@ -16,8 +16,16 @@ if TYPE_CHECKING:
     from modelcli.render.views import View
     from modelcli.session import Look
 
-Model = Annotated[str | None, typer.Argument(help="The model. [default: the working recipe]", show_default=False)]
-Selected = Annotated[list[str] | None, typer.Option("-s", "--select", help="Only what this selector picks.")]
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        help="The model. [default: the working recipe]", show_default=False, autocompletion=completing.models
+    ),
+]
+Selected = Annotated[
+    list[str] | None,
+    typer.Option("-s", "--select", help="Only what this selector picks.", autocompletion=completing.targets),
+]
 Depth = Annotated[int | None, typer.Option("--depth", help="Only rows down to this depth; the root is 0.", min=0)]
 
 Expand = Annotated[
@@ -46,9 +54,16 @@ def summary(
     options: OutputOptions,
     model: Model = None,
     depth: Depth = None,
-    mode: Annotated[str, typer.Option("--mode", help="eval or train.")] = "eval",
+    mode: Annotated[
+        str, typer.Option("--mode", help="eval or train.", autocompletion=completing.one_of("eval", "train"))
+    ] = "eval",
     sort: Annotated[
-        str | None, typer.Option("--sort", help="Sort by params, macs or path; numbers largest first.")
+        str | None,
+        typer.Option(
+            "--sort",
+            help="Sort by params, macs or path; numbers largest first.",
+            autocompletion=completing.one_of("params", "macs", "path"),
+        ),
     ] = None,
     expand: Expand = False,
 ) -> None:
@@ -84,7 +99,10 @@ def params(
         bool,
         typer.Option("--stats", help="Show min, max, mean and std of the finite numbers; zeros, NaN and Inf."),
     ] = False,
-    sort: Annotated[str | None, typer.Option("--sort", help="Sort by a column; numbers largest first.")] = None,
+    sort: Annotated[
+        str | None,
+        typer.Option("--sort", help="Sort by a column; numbers largest first.", autocompletion=completing.columns),
+    ] = None,
     top: Annotated[int | None, typer.Option("--top", help="Only the first so many, by size.", min=1)] = None,
     frozen: Annotated[bool, typer.Option("--frozen", help="Only parameters that are not trained.")] = False,
     trainable: Annotated[bool, typer.Option("--trainable", help="Only parameters that are trained.")] = False,
@@ -179,7 +197,9 @@ def modules(
 
 def list_builders(
     options: OutputOptions,
-    pattern: Annotated[str | None, typer.Argument(help="Part of a name, or a pattern: 'resnet*'.")] = None,
+    pattern: Annotated[
+        str | None, typer.Argument(help="Part of a name, or a pattern: 'resnet*'.", autocompletion=completing.builders)
+    ] = None,
 ) -> None:
     """Show torchvision's builders, with parameters, mult-adds and weights as torchvision publishes them.
 

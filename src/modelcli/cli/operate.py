@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from modelcli.cli import output, progress
+from modelcli.cli import completing, output, progress
 from modelcli.cli.options import (
     EditOptions,
     MatchOptions,
@@ -26,19 +26,27 @@ from modelcli.errors import RequestError, did_you_mean
 if TYPE_CHECKING:
     from modelcli.session import Outcome, Target, Writing
 
-Words = Annotated[list[str], typer.Argument(help="Linear(4096,10), or Linear 4096 10.", metavar="MODULE...")]
-Path_ = Annotated[str, typer.Argument(help="A path: classifier.6.", metavar="PATH")]
+Words = Annotated[
+    list[str],
+    typer.Argument(help="Linear(4096,10), or Linear 4096 10.", metavar="MODULE...", autocompletion=completing.classes),
+]
+Path_ = Annotated[str, typer.Argument(help="A path: classifier.6.", metavar="PATH", autocompletion=completing.modules)]
 Renumber = Annotated[
     bool, typer.Option("--renumber", help="The numbered children of a bare checkpoint are a sequence.")
 ]
-Targets = Annotated[list[str], typer.Argument(help="Selectors of modules or parameters.", metavar="TARGET...")]
+Targets = Annotated[
+    list[str],
+    typer.Argument(help="Selectors of modules or parameters.", metavar="TARGET...", autocompletion=completing.targets),
+]
 
 #: Words with a dash in front are operands of these commands where they are numbers: `Flatten 1 -1`.
 NUMBERS_ALLOWED = {"ignore_unknown_options": True}
 
 
 def replace(
-    target: Annotated[str, typer.Argument(help="A selector of modules: classifier.6, '**:ReLU'.")],
+    target: Annotated[
+        str, typer.Argument(help="A selector of modules: classifier.6, '**:ReLU'.", autocompletion=completing.modules)
+    ],
     module: Words,
     matches: MatchOptions,
     edit: EditOptions,
@@ -46,7 +54,11 @@ def replace(
     options: OutputOptions,
     also: Annotated[
         list[str] | None,
-        typer.Option("--also", help="Replace what this selector picks too: other names of a shared module."),
+        typer.Option(
+            "--also",
+            help="Replace what this selector picks too: other names of a shared module.",
+            autocompletion=completing.modules,
+        ),
     ] = None,
     keep_weights: Annotated[
         bool, typer.Option("--keep-weights", help="Copy the overlapping part of each tensor of the same name.")
@@ -131,7 +143,7 @@ def extract(path: Path_, edit: EditOptions, source: SourceOptions, options: Outp
 
 
 def rename(
-    old: Annotated[str, typer.Argument(help="The keys as they are: 'module.**'.")],
+    old: Annotated[str, typer.Argument(help="The keys as they are: 'module.**'.", autocompletion=completing.targets)],
     new: Annotated[str, typer.Argument(help="As they shall be; what wildcards captured comes back in order: '**'.")],
     edit: EditOptions,
     source: SourceOptions,
@@ -174,7 +186,9 @@ def init(
     targets: Annotated[
         list[str],
         typer.Argument(
-            help="Selectors, then the scheme: xavier_uniform, 'normal(0, 0.01)', default.", metavar="TARGET... SCHEME"
+            help="Selectors, then the scheme: xavier_uniform, 'normal(0, 0.01)', default.",
+            metavar="TARGET... SCHEME",
+            autocompletion=completing.targets_and_scheme,
         ),
     ],
     matches: MatchOptions,
@@ -182,7 +196,10 @@ def init(
     source: SourceOptions,
     options: OutputOptions,
     bias: Annotated[
-        str | None, typer.Option("--bias", help="The scheme of biases. [default: zeros]", metavar="SCHEME")
+        str | None,
+        typer.Option(
+            "--bias", help="The scheme of biases. [default: zeros]", metavar="SCHEME", autocompletion=completing.schemes
+        ),
     ] = None,
 ) -> None:
     """Draw the numbers of modules or tensors anew.
@@ -196,7 +213,12 @@ def init(
 
 def cast(
     targets: Annotated[
-        list[str], typer.Argument(help="Selectors, then the dtype: bfloat16, half.", metavar="TARGET... DTYPE")
+        list[str],
+        typer.Argument(
+            help="Selectors, then the dtype: bfloat16, half.",
+            metavar="TARGET... DTYPE",
+            autocompletion=completing.targets_and_dtype,
+        ),
     ],
     matches: MatchOptions,
     edit: EditOptions,
@@ -254,7 +276,13 @@ def script(
     lines: Lines = None,
     model: Annotated[
         str | None,
-        typer.Option("-m", "--model", help="The model. [default: the working recipe]", rich_help_panel="Model"),
+        typer.Option(
+            "-m",
+            "--model",
+            help="The model. [default: the working recipe]",
+            rich_help_panel="Model",
+            autocompletion=completing.models,
+        ),
     ] = None,
     out: Annotated[str, typer.Option("-o", "--out", help="What the script writes.", rich_help_panel="Result")] = (
         "out.pth"

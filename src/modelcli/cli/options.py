@@ -9,6 +9,8 @@ from typing import Annotated, Any, ClassVar, get_type_hints
 
 import typer
 
+from modelcli.cli import completing
+
 
 def _option(*names: str, help: str | None = None, default: Any = None, **settings: Any) -> Any:  # noqa: A002
     return field(default=default, metadata={"option": typer.Option(*names, help=help, **settings)})
@@ -26,6 +28,7 @@ class OutputOptions:
         default="table",
         metavar="FORMAT",
         rich_help_panel="Output",
+        autocompletion=completing.one_of("table", "json", "csv", "markdown"),
     )
     json: bool = _option("--json", help="Short for -f json.", default=False, rich_help_panel="Output")
     quiet: bool = _option("-q", "--quiet", help="No notes, no progress bar.", default=False, rich_help_panel="Output")
@@ -38,10 +41,16 @@ class SourceOptions:
 
     is_group: ClassVar[bool] = True
     weights: str | None = _option(
-        "--weights", help="none, DEFAULT, a name of torchvision's, or a file.", rich_help_panel="Model"
+        "--weights",
+        help="none, DEFAULT, a name of torchvision's, or a file.",
+        rich_help_panel="Model",
+        autocompletion=completing.weights,
     )
     arch: str | None = _option(
-        "--arch", help="The architecture of a checkpoint that does not carry one.", rich_help_panel="Model"
+        "--arch",
+        help="The architecture of a checkpoint that does not carry one.",
+        rich_help_panel="Model",
+        autocompletion=completing.models,
     )
     key: str | None = _option("--key", help="The state dict in a training checkpoint.", rich_help_panel="Model")
     seed: int | None = _option(
@@ -57,7 +66,10 @@ class SourceOptions:
         rich_help_panel="Model",
     )
     input_dtype: list[str] | None = _option(
-        "--input-dtype", help="Dtype of the inputs. [default: the model's own]", rich_help_panel="Model"
+        "--input-dtype",
+        help="Dtype of the inputs. [default: the model's own]",
+        rich_help_panel="Model",
+        autocompletion=completing.dtypes,
     )
     tensors_only: bool = _option(
         "--tensors-only",
@@ -104,7 +116,9 @@ class LookOptions:
     """What the commands that only look have in common."""
 
     is_group: ClassVar[bool] = True
-    option_model: str | None = _option("-m", "--model", help="The same as the argument.", rich_help_panel="Model")
+    option_model: str | None = _option(
+        "-m", "--model", help="The same as the argument.", rich_help_panel="Model", autocompletion=completing.models
+    )
     no_cache: bool = _option(
         "--no-cache", help="Build the model anew, and keep nothing.", default=False, rich_help_panel="Model"
     )
@@ -116,7 +130,11 @@ class SaveOptions:
 
     is_group: ClassVar[bool] = True
     model: str | None = _option(
-        "-m", "--model", help="The model. [default: the working recipe]", rich_help_panel="Model"
+        "-m",
+        "--model",
+        help="The model. [default: the working recipe]",
+        rich_help_panel="Model",
+        autocompletion=completing.models,
     )
     force: bool = _option("--force", help="Replace a file that exists.", default=False, rich_help_panel="Result")
     dry_run: bool = _option("--dry-run", help="Change nothing anywhere.", default=False, rich_help_panel="Result")
@@ -126,6 +144,7 @@ class SaveOptions:
         default="meta",
         metavar="HOW",
         rich_help_panel="Result",
+        autocompletion=completing.one_of("meta", "run", "none"),
     )
     bare: bool = _option(
         "--bare",
@@ -177,7 +196,9 @@ class MatchOptions:
     """How a selector's matches are narrowed."""
 
     is_group: ClassVar[bool] = True
-    without: list[str] | None = _option("--except", help="Take away what this selector picks.", metavar="SELECTOR")
+    without: list[str] | None = _option(
+        "--except", help="Take away what this selector picks.", metavar="SELECTOR", autocompletion=completing.targets
+    )
     expect: int | None = _option("--expect", help="Fail unless so many match.", min=0)
 
     def words(self) -> list[str]:

@@ -1,0 +1,167 @@
+"""What a word on the command line can become: completion in bash, zsh, fish and PowerShell.
+
+Nothing here imports torch or runs a line of anybody's code, and everything is done in the time of a key press. Where
+nothing is offered the shell completes names of files.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import typer
+
+from modelcli.errors import ModelcliError
+
+#: What Typer calls: it tells parameters by their names and types.
+_Completer = Callable[[typer.Context, str], Iterable[str]]
+
+#: Reading a larger checkpoint's tree of values takes longer than somebody waits for a word.
+_OPCODES = "300000"
+
+
+def _completer(function: _Completer) -> Callable[..., list[str]]:
+    """A completer that gives what starts with the word so far, and nothing where anything is wrong.
+
+    A message in the middle of a line that is being typed would help nobody; the command itself will say it.
+    """
+
+    def complete(ctx: typer.Context, incomplete: str) -> list[str]:
+        try:
+            return [word for word in function(ctx, incomplete) if word.startswith(incomplete)]
+        except Exception:
+            return []
+
+    return complete
+
+
+def one_of(*words: str) -> Callable[..., list[str]]:
+    """Completes a value that is one of a few words."""
+    return _completer(lambda _ctx, _incomplete: words)
+
+
+@_completer
+def models(_ctx: typer.Context, incomplete: str) -> Iterable[str]:
+    """Builders, and the files and folders that may be a model."""
+    from modelcli import installed
+
+    return [*installed.builder_names(), *_files(incomplete)]
+
+
+@_completer
+def builders(_ctx: typer.Context, _incomplete: str) -> Iterable[str]:
+    from modelcli import installed
+
+    return installed.builder_names()
+
+
+@_completer
+def weights(_ctx: typer.Context, incomplete: str) -> Iterable[str]:
+    from modelcli import installed
+
+    return ["none", *installed.weights_names(), *_files(incomplete)]
+
+
+@_completer
+def modules(ctx: typer.Context, incomplete: str) -> Iterable[str]:
+    """Paths of modules of the model at hand."""
+    return _paths(ctx, incomplete, tensors=False)
+
+
+@_completer
+def targets(ctx: typer.Context, incomplete: str) -> Iterable[str]:
+    """Paths of its modules and tensors."""
+    return _paths(ctx, incomplete, tensors=True)
+
+
+@_completer
+def targets_and_scheme(ctx: typer.Context, incomplete: str) -> Iterable[str]:
+    """The targets of `init`, and once there is one, schemes."""
+    return [*_paths(ctx, incomplete, tensors=True), *(_schemes() if ctx.params.get("targets") else ())]
+
+
+@_completer
+def targets_and_dtype(ctx: typer.Context, incomplete: str) -> Iterable[str]:
+    """The targets of `cast`, and once there is one, dtypes."""
+    from modelcli.blueprints import FLOATING
+
+    return [*_paths(ctx, incomplete, tensors=True), *(sorted(FLOATING) if ctx.params.get("targets") else ())]
+
+
+@_completer
+def schemes(_ctx: typer.Context, _incomplete: str) -> Iterable[str]:
+    return _schemes()
+
+
+@_completer
+def classes(ctx: typer.Context, _incomplete: str) -> Iterable[str]:
+    """Classes of `torch.nn`, as the first word of a module expression; its arguments are anything."""
+    from modelcli import installed
+
+    return () if ctx.params.get("module") else installed.module_names()
+
+
+@_completer
+def dtypes(_ctx: typer.Context, _incomplete: str) -> Iterable[str]:
+    from modelcli.blueprints import ITEM_BYTES
+
+    return sorted(name for name in ITEM_BYTES if not name.startswith("q"))
+
+
+@_completer
+def columns(_ctx: typer.Context, _incomplete: str) -> Iterable[str]:
+    """What `params` can be sorted by."""
+    from modelcli.render import documents
+
+    return [*documents.SORT_KEYS, *documents.STATS]
+
+
+def _schemes() -> list[str]:
+    from modelcli import installed
+
+    return [*installed.init_names(), "default"]
+
+
+def _files(incomplete: str) -> list[str]:
+    """Folders, checkpoints and Python files that start with a word."""
+    from modelcli.references import CHECKPOINT_SUFFIXES
+
+    folder, name = os.path.split(incomplete)
+    found = []
+    for entry in sorted(Path(folder or ".").iterdir()):
+        if not entry.name.startswith(name) or (entry.name.startswith(".") and not name):
+            continue
+        if entry.is_dir():
+            found.append(os.path.join(folder, entry.name) + "/")  # noqa: PTH118 -- `./` in front stays
+        elif entry.suffix in (*CHECKPOINT_SUFFIXES, ".py"):
+            found.append(os.path.join(folder, entry.name))  # noqa: PTH118
+    return found
+
+
+def _paths(ctx: typer.Context, incomplete: str, *, tensors: bool) -> list[str]:
+    """Paths of the model at hand that are as deep as the word; what lies below where there is but one such path.
+
+    So that a shell, which ends a word that can become one thing only, lets one go on to the children.
+    """
+    from modelcli import session
+
+    os.environ.setdefault("MODELCLI_MAX_OPCODES", _OPCODES)
+    given = ctx.params
+    source = {key: given.get(key) for key in ("weights", "arch", "key")}
+    model = given.get("model") or given.get("option_model")
+    if model is None and "option_model" in given and ctx.args:
+        model = ctx.args[0]  # an option that waits for its value keeps arguments from being told apart
+    try:
+        blueprint = session.known_blueprint(session.find_target(model, source, given.get("recipe")))
+    except (ModelcliError, OSError):  # no model, or none that can be read: other words may fit all the same
+        return []
+    if blueprint is None:
+        return []
+    paths = [module.path for module in blueprint.modules[1:]]
+    paths += [tensor.name for tensor in blueprint.tensors] if tensors else []
+    starting = [path for path in paths if path.startswith(incomplete)]
+    level = [path for path in starting if path.count(".") == incomplete.count(".")]
+    if len(level) == 1:
+        level += [path for path in starting if path.rpartition(".")[0] == level[0]]
+    return level

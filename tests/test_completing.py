@@ -1,0 +1,186 @@
+"""Completion of words, driven through a real bash; zsh and fish by what their scripts ask the program for."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from modelcli import installed
+from modelcli.live import zoo
+from modelcli.live.surgery import initialising
+from tests.conftest import Cli
+
+pytestmark = pytest.mark.skipif(shutil.which("bash") is None or os.name == "nt", reason="no bash")
+
+
+class Bash:
+    """A shell with the completion function that the program itself hands out."""
+
+    def __init__(self, folder: Path) -> None:
+        self.bin = folder / "bin"
+        self.bin.mkdir()
+        program = self.bin / "modelcli"
+        program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -X importtime -m modelcli "$@"\n')
+        program.chmod(0o755)
+        self.imported: set[str] = set()
+        self.script = self.run("_MODELCLI_COMPLETE=source_bash modelcli").stdout
+
+    def run(self, text: str, **settings: str) -> subprocess.CompletedProcess[str]:
+        path = f"{self.bin}{os.pathsep}{os.environ['PATH']}"
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PATH": path} | settings
+        done = subprocess.run(["bash", "--norc", "-c", text], capture_output=True, text=True, env=environment)
+        self.imported |= set(re.findall(r"^import time:.*\| +([\w.]+)$", done.stderr, re.MULTILINE))
+        told = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+        assert (done.returncode, told) == (0, []), done.stderr
+        return done
+
+    def __call__(self, *words: str, **settings: str) -> list[str]:
+        """What the last of these words can become."""
+        listed = " ".join(map(shlex.quote, ("modelcli", *words)))
+        asked = f"COMP_WORDS=({listed}); COMP_CWORD={len(words)}; _modelcli_completion modelcli"
+        done = self.run(f'{self.script}\n{asked}\nprintf "%s\\n" "${{COMPREPLY[@]}}"', **settings)
+        return done.stdout.split("\n")[:-1] if done.stdout.strip() else []
+
+
+@pytest.fixture
+def bash(folder: Path) -> Bash:
+    return Bash(folder)
+
+
+def test_commands_and_options(bash: Bash) -> None:
+    assert bash("fre") == ["freeze"]
+    assert {"summary", "params", "freeze", "unfreeze", "load", "save", "log", "cache"} <= set(bash(""))
+    assert bash("summary", "alexnet", "--dep") == ["--depth"]
+    assert bash("cache", "wa") == ["warm"]
+
+
+def test_values_that_are_one_of_a_few(bash: Bash) -> None:
+    assert bash("summary", "alexnet", "--format", "") == ["table", "json", "csv", "markdown"]
+    assert bash("freeze", "x", "--check", "r") == ["run"]
+    assert bash("summary", "--sort", "p") == ["params", "path"]
+    assert bash("params", "--sort", "el") == ["elements"]
+    assert bash("summary", "--mode", "t") == ["train"]
+    assert {"none", "DEFAULT", "IMAGENET1K_V1"} <= set(bash("load", "alexnet", "--weights", ""))
+    assert bash("summary", "--input-dtype", "bf") == ["bfloat16"]
+
+
+def test_models_are_builders_and_files(bash: Bash, folder: Path) -> None:
+    torch.save(torch.nn.Linear(2, 3).state_dict(), "resonance.pth")
+    (folder / "results").mkdir()
+    (folder / "results" / "one.safetensors").touch()
+    (folder / "readme.txt").touch()
+    assert {"resnet18", "resonance.pth", "results/"} <= set(bash("summary", "res"))
+    assert "readme.txt" not in bash("summary", "re")
+    assert bash("summary", "results/") == ["results/one.safetensors"]
+    assert bash("params", "-m", "alexn") == ["alexnet"]
+    assert bash("load", "best.pth", "--arch", "nets") == ["nets.py"]
+    assert bash("save", "ou") == []  # then bash completes names of files itself
+
+
+def test_paths_of_the_working_recipe(bash: Bash, cli: Cli) -> None:
+    cli("load", "alexnet")
+    assert bash("freeze", "fea") == ["features", *(f"features.{number}" for number in range(13))]
+    assert bash("freeze", "features", "classifier.6.") == ["classifier.6.weight", "classifier.6.bias"]
+    assert bash("replace", "classifier.6") == ["classifier.6"]
+    assert bash("modules", "-s", "avg") == ["avgpool"]
+    assert bash("freeze", ".", "--except", "avg") == ["avgpool"]
+    cli("replace", "classifier.6", "Linear(_,10)")
+    assert bash("freeze", "avg") == ["avgpool"]
+
+
+def test_paths_of_the_model_that_is_named(bash: Bash, cli: Cli) -> None:
+    torch.save(torch.nn.Sequential(torch.nn.Linear(2, 3)).state_dict(), "bare.pth")
+    assert bash("freeze", "-m", "bare.pth", "0") == ["0", "0.weight", "0.bias"]
+    assert bash("freeze", "0.w", MODELCLI_MODEL="bare.pth") == ["0.weight"]
+    assert bash("modules", "bare.pth", "-s", "0.b") == ["0.bias"]
+    cli("summary", "resnet18")
+    assert bash("modules", "resnet18", "-s", "layer1") == ["layer1", "layer1.0", "layer1.1"]
+    assert bash("freeze", "-m", "resnet18", "layer") == ["layer1", "layer2", "layer3", "layer4"]
+
+
+def test_classes_schemes_and_dtypes(bash: Bash) -> None:
+    assert "Linear" in bash("replace", "x", "Lin")
+    assert bash("replace", "x", "Linear", "Lin") == []
+    assert bash("init", "0", "xav") == ["xavier_uniform", "xavier_normal"]
+    assert bash("init", "xav") == []  # the first word is a target
+    assert bash("init", "0", "ones", "--bias", "def") == ["default"]
+    assert bash("cast", "0", "bf") == ["bfloat16"]
+
+
+def test_nothing_is_offered_and_nothing_is_said_where_nothing_is_known(bash: Bash, folder: Path) -> None:
+    assert bash("freeze", "-m", "alexnet", "fea") == []  # not kept yet
+    assert bash("freeze", "-m", "missing.pth", "fea") == []
+    (folder / "modelcli.toml").write_text("nonsense = [")
+    assert bash("freeze", "fea") == []
+    (folder / "broken.pth").write_bytes(b"PK\x03\x04 broken")
+    assert bash("freeze", "-m", "broken.pth", "fea") == []
+
+
+def test_no_code_of_a_reference_runs_and_torch_is_not_imported(bash: Bash, cli: Cli, folder: Path) -> None:
+    """Section 9: completion never runs the code of a reference; and it is done before torch would be there."""
+    (folder / "own.py").write_text("open('ran', 'w')\nfrom nets import Net\n")
+    (folder / "modelcli.toml").write_text('model = "own.py:Net"\n')
+    assert bash("freeze", "con") == []
+    assert bash("freeze", "con", MODELCLI_MODEL="own.py:Net()") == []
+    assert not (folder / "ran").exists()
+    cli("load", "alexnet", "--force")
+    assert bash("freeze", "feat")
+    assert bash("summary", "alex")
+    assert bash("replace", "classifier.6", "Linear")
+    assert bash("load", "alexnet", "--weights", "D") == ["DEFAULT"]
+    assert "modelcli.cli.completing" in bash.imported
+    assert bash.imported.isdisjoint({"torch", "torchvision", "numpy", "safetensors", "torchinfo"})
+
+
+def test_it_takes_less_than_a_moment(bash: Bash, cli: Cli, folder: Path) -> None:
+    """0.3 s, of the processor's time: the machine may be busy with something else."""
+    import resource
+
+    cli("load", "alexnet")
+    words = {"COMP_WORDS": "modelcli\nfreeze\nfea", "COMP_CWORD": "2", "_MODELCLI_COMPLETE": "complete_bash"}
+    environment = os.environ | words | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    taken = []
+    for _ in range(4):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-m", "modelcli"], env=environment, check=True, capture_output=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        taken.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(taken) < 0.3
+
+
+@pytest.mark.parametrize(
+    ("shell", "settings", "expected"),
+    [
+        ("zsh", {}, "_arguments '*: :((\"avgpool\"))'\n"),
+        ("fish", {"_TYPER_COMPLETE_FISH_ACTION": "get-args"}, "avgpool\n"),
+    ],
+)
+def test_other_shells(cli: Cli, folder: Path, shell: str, settings: dict[str, str], expected: str) -> None:
+    cli("load", "alexnet")
+    asked = {"_MODELCLI_COMPLETE": f"complete_{shell}", "_TYPER_COMPLETE_ARGS": "modelcli freeze avg"} | settings
+    environment = os.environ | asked | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-m", "modelcli"], env=environment, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (expected, "")
+    script = os.environ | {"_MODELCLI_COMPLETE": f"source_{shell}", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-m", "modelcli"], env=script, capture_output=True, text=True)
+    assert "_MODELCLI_COMPLETE=complete_" in done.stdout
+
+
+def test_names_read_off_the_sources_are_those_of_the_packages() -> None:
+    import torchvision
+
+    assert installed.builder_names() == zoo.builder_names()
+    assert set(installed.module_names()) == set(torch.nn.modules.__all__)
+    assert set(installed.init_names()) == set(initialising._schemes())
+    weights = {
+        member for name in zoo.builder_names() for member in torchvision.models.get_model_weights(name).__members__
+    }
+    assert weights <= set(installed.weights_names())

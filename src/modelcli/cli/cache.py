@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from modelcli.cli import completing, output
-from modelcli.cli.options import OutputOptions, expanded
+from modelcli.cli.options import OutputOptions, exit_codes, expanded
 
 app = typer.Typer(help="Tend the blueprints of installed models that are kept on disk.", no_args_is_help=True)
 
@@ -16,6 +16,8 @@ def path(options: OutputOptions) -> None:
     """Show where the blueprints are kept, how many there are, and what they take.
 
     modelcli cache path
+
+    modelcli cache path --json
     """
     from modelcli import cache
     from modelcli.render import documents
@@ -30,6 +32,8 @@ def clear(options: OutputOptions) -> None:
     """Remove every blueprint that is kept.
 
     modelcli cache clear
+
+    modelcli cache clear --quiet
     """
     from modelcli import cache
     from modelcli.render import documents
@@ -45,11 +49,11 @@ def warm(
         str | None, typer.Argument(help="Part of a name, or a pattern: 'resnet*'.", autocompletion=completing.builders)
     ] = None,
 ) -> None:
-    """Keep the blueprint of every torchvision builder, so that a look at one needs no torch.
+    """Keep the blueprint of every torchvision builder, or of those of a pattern: a look at one needs no torch then.
 
-    modelcli cache warm
+    modelcli cache warm alexnet
 
-    modelcli cache warm 'resnet*'
+    modelcli cache warm 'squeezenet*'
     """
     from modelcli import session
 
@@ -82,5 +86,5 @@ def _with_bar(names: list[str]) -> Iterator[str]:
 
 def mount(parent: typer.Typer) -> None:
     for name, function in (("path", path), ("clear", clear), ("warm", warm)):
-        app.command(name)(expanded(function))
+        app.command(name, epilog=exit_codes(0, 2, 5))(expanded(function))
     parent.add_typer(app, name="cache", rich_help_panel="Inspect")

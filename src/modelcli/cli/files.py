@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from modelcli.cli import completing, operate, output, progress
-from modelcli.cli.options import OutputOptions, SaveOptions, SourceOptions, expanded
+from modelcli.cli.options import OutputOptions, SaveOptions, SourceOptions, exit_codes, expanded
 
 Dry = Annotated[bool, typer.Option("--dry-run", help="Change nothing anywhere.")]
 
@@ -23,9 +23,9 @@ def load(
 ) -> int:
     """Check that a model loads, and start the working recipe with it.
 
-    modelcli load alexnet --weights DEFAULT
+    modelcli load alexnet
 
-    modelcli load best.pth --arch alexnet
+    modelcli load best.pth --arch resnet18
     """
     from modelcli import recipe, session
     from modelcli.references import Source
@@ -148,5 +148,10 @@ def _show_log(path: str | None, options: OutputOptions, notes: list[str] | None 
 
 
 def mount(app: typer.Typer) -> None:
-    for name, function in (("load", load), ("save", save), ("log", log), ("undo", undo)):
-        app.command(name, rich_help_panel="Read and write")(expanded(function))
+    for function, codes in (
+        (load, exit_codes(0, 1, 2, 3, 4, 5, no="the keys do not match")),
+        (save, exit_codes(0, 2, 3, 4, 5)),
+        (log, exit_codes(0, 2)),
+        (undo, exit_codes(0, 2, 5)),
+    ):
+        app.command(function.__name__, rich_help_panel="Read and write", epilog=codes)(expanded(function))

@@ -7,7 +7,7 @@ import typer
 
 from modelcli.blueprints import counted
 from modelcli.cli import completing, output, progress
-from modelcli.cli.options import LookOptions, OutputOptions, SourceOptions, expanded
+from modelcli.cli.options import LookOptions, OutputOptions, SourceOptions, exit_codes, expanded
 from modelcli.errors import RequestError, did_you_mean
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Model = Annotated[
     str | None,
     typer.Argument(
-        help="The model. [default: the working recipe]", show_default=False, autocompletion=completing.models
+        help="The model. \\[default: the working recipe]", show_default=False, autocompletion=completing.models
     ),
 ]
 Selected = Annotated[
@@ -71,7 +71,7 @@ def summary(
 
     modelcli summary alexnet
 
-    modelcli summary nets.py:Net --input-size 1,1,28,28
+    modelcli summary nets.py:Net --input-size 1,1,28,28 --sort params
     """
     from modelcli import session
     from modelcli.render import documents
@@ -112,7 +112,7 @@ def params(
 
     modelcli params best.pth --frozen
 
-    modelcli params alexnet -s 'classifier.*' --values
+    modelcli params squeezenet1_1 -s 'classifier.**' --values
 
     modelcli params best.pth --stats --sort std --top 10
     """
@@ -221,4 +221,5 @@ def mount(app: typer.Typer) -> None:
         ("modules", modules),
         ("list", list_builders),
     ):
-        app.command(name, rich_help_panel="Inspect")(expanded(function))
+        codes = exit_codes(0, 2) if function is list_builders else exit_codes(0, 2, 3, 4, 5)
+        app.command(name, rich_help_panel="Inspect", epilog=codes)(expanded(function))

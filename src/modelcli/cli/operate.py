@@ -18,6 +18,7 @@ from modelcli.cli.options import (
     SaveOptions,
     SourceOptions,
     UnheededOptions,
+    exit_codes,
     expanded,
     names_of,
 )
@@ -69,7 +70,7 @@ def replace(
 ) -> None:
     """Put a new module in place of every match. _ in its arguments means: as it was.
 
-    modelcli replace classifier.6 'Linear(_,10)' -m alexnet -o head10.pth
+    modelcli replace fc 'Linear(_,10)' -m resnet18 -o head10.pth
 
     modelcli replace '**:ReLU' GELU -m vgg16
     """
@@ -83,7 +84,7 @@ def add(path: Path_, module: Words, edit: EditOptions, source: SourceOptions, op
 
     modelcli add features.dropout 'Dropout(0.5)' -m alexnet
 
-    modelcli add classifier.7 'Softmax(dim=1)' -m alexnet -o out.pth
+    modelcli add classifier.4 'Softmax(dim=1)' -m squeezenet1_1 -o out.pth
     """
     _carry_out("add", [path, *module], [], edit, source, options)
 
@@ -98,7 +99,7 @@ def insert(
 ) -> None:
     """Insert before a position of a Sequential or ModuleList; the later ones move up.
 
-    modelcli insert features.1 'BatchNorm2d(_)' -m alexnet -o out.pth
+    modelcli insert features.1 'BatchNorm2d(_)' -m squeezenet1_1 -o out.pth
 
     modelcli insert classifier.0 'Dropout(0.2)' -m alexnet
     """
@@ -108,7 +109,7 @@ def insert(
 def append(path: Path_, module: Words, edit: EditOptions, source: SourceOptions, options: OutputOptions) -> None:
     """Add at the end of a Sequential or ModuleList.
 
-    modelcli append classifier 'Softmax(dim=1)' -m alexnet -o out.pth
+    modelcli append classifier 'Softmax(dim=1)' -m squeezenet1_1 -o out.pth
 
     modelcli append classifier 'Linear(_,10)' -m alexnet
     """
@@ -125,7 +126,7 @@ def remove(
 ) -> None:
     """Take modules out; in a Sequential or ModuleList the later ones move down.
 
-    modelcli remove '**:Dropout' -m alexnet -o out.pth
+    modelcli remove '**:Dropout' -m squeezenet1_1 -o out.pth
 
     modelcli remove classifier.6 -m alexnet
     """
@@ -135,7 +136,7 @@ def remove(
 def extract(path: Path_, edit: EditOptions, source: SourceOptions, options: OutputOptions) -> None:
     """Let a submodule be the model.
 
-    modelcli extract features -m alexnet -o backbone.pth
+    modelcli extract features -m squeezenet1_1 -o backbone.pth
 
     modelcli extract layer1.0 -m resnet18
     """
@@ -163,9 +164,9 @@ def freeze(
 ) -> None:
     """Stop training parameters: requires_grad becomes False.
 
-    modelcli freeze features -m best.pth -o frozen.pth
+    modelcli freeze 'layer?' -m best.pth -o still.pth
 
-    modelcli freeze . --except classifier.6
+    modelcli freeze . --except fc
     """
     _carry_out("freeze", targets, matches.words(), edit, source, options)
 
@@ -175,7 +176,7 @@ def unfreeze(
 ) -> None:
     """Train parameters again: requires_grad becomes True.
 
-    modelcli unfreeze classifier -m frozen.pth -o head.pth
+    modelcli unfreeze fc -m frozen.pth -o head.pth
 
     modelcli unfreeze '**:BatchNorm2d'
     """
@@ -198,13 +199,16 @@ def init(
     bias: Annotated[
         str | None,
         typer.Option(
-            "--bias", help="The scheme of biases. [default: zeros]", metavar="SCHEME", autocompletion=completing.schemes
+            "--bias",
+            help="The scheme of biases. \\[default: zeros]",
+            metavar="SCHEME",
+            autocompletion=completing.schemes,
         ),
     ] = None,
 ) -> None:
     """Draw the numbers of modules or tensors anew.
 
-    modelcli init '**:Conv2d' xavier_uniform -m alexnet -o fresh.pth
+    modelcli init '**:Conv2d' xavier_uniform -m squeezenet1_1 -o fresh.pth
 
     modelcli init '**:Linear' 'normal(0, 0.01)' --bias zeros -m alexnet
     """
@@ -229,7 +233,7 @@ def cast(
 
     modelcli cast . bfloat16 -m best.pth -o half.pth
 
-    modelcli cast features float16 -m alexnet
+    modelcli cast . half -m squeezenet1_1
     """
     _carry_out("cast", targets, matches.words(), edit, source, options)
 
@@ -237,7 +241,7 @@ def cast(
 RecipeArgument = Annotated[
     str | None,
     typer.Argument(
-        help="A recipe; - reads edits from standard input. [default: the working recipe]",
+        help="A recipe; - reads edits from standard input. \\[default: the working recipe]",
         metavar="[RECIPE]",
         show_default=False,
     ),
@@ -279,7 +283,7 @@ def script(
         typer.Option(
             "-m",
             "--model",
-            help="The model. [default: the working recipe]",
+            help="The model. \\[default: the working recipe]",
             rich_help_panel="Model",
             autocompletion=completing.models,
         ),
@@ -298,7 +302,7 @@ def script(
 ) -> None:
     """Show the same work as a plain PyTorch script that needs no modelcli.
 
-    modelcli script > head10.py
+    modelcli script > work.py
 
     modelcli script -e 'replace fc Linear(_,10)' -m resnet18 -o head10.pth
     """
@@ -445,10 +449,13 @@ def show_outcome(target: "Target", outcome: "Outcome", options: EditOptions, sho
 
 
 def mount(app: typer.Typer) -> None:
+    codes = exit_codes(0, 2, 3, 4, 5)
     commands: tuple[Callable[..., Any], ...] = (
         replace, add, insert, append, remove, extract, rename, freeze, unfreeze, init, cast,
     )  # fmt: skip
     for function in commands:
-        app.command(function.__name__, rich_help_panel="Operate", context_settings=NUMBERS_ALLOWED)(expanded(function))
-    app.command("script", rich_help_panel="Read and write")(expanded(script))
-    app.command("apply", rich_help_panel="Read and write")(expanded(apply))
+        app.command(function.__name__, rich_help_panel="Operate", context_settings=NUMBERS_ALLOWED, epilog=codes)(
+            expanded(function)
+        )
+    for function in (script, apply):
+        app.command(function.__name__, rich_help_panel="Read and write", epilog=codes)(expanded(function))

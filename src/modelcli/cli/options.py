@@ -11,6 +11,22 @@ import typer
 
 from modelcli.cli import completing
 
+EXIT_CODES = {
+    0: "done",
+    1: "the answer is no",
+    2: "the request is wrong",
+    3: "refused as unsafe",
+    4: "the file is corrupt or of no known kind",
+    5: "the system failed",
+    130: "interrupted",
+}
+
+
+def exit_codes(*codes: int, no: str | None = None) -> str:
+    """The last lines of a command's help. `no` says when the answer is no, of a command that has one."""
+    meanings = EXIT_CODES | ({} if no is None else {1: no})
+    return "Exit codes: " + "; ".join(f"{code} {meanings[code]}" for code in (*codes, 130)) + "."
+
 
 def _option(*names: str, help: str | None = None, default: Any = None, **settings: Any) -> Any:  # noqa: A002
     return field(default=default, metadata={"option": typer.Option(*names, help=help, **settings)})
@@ -55,7 +71,7 @@ class SourceOptions:
     key: str | None = _option("--key", help="The state dict in a training checkpoint.", rich_help_panel="Model")
     seed: int | None = _option(
         "--seed",
-        help="Decides every random number. [default: 0]",
+        help="Decides every random number. \\[default: 0]",
         metavar="N",
         rich_help_panel="Model",
     )
@@ -67,7 +83,7 @@ class SourceOptions:
     )
     input_dtype: list[str] | None = _option(
         "--input-dtype",
-        help="Dtype of the inputs. [default: the model's own]",
+        help="Dtype of the inputs. \\[default: the model's own]",
         rich_help_panel="Model",
         autocompletion=completing.dtypes,
     )
@@ -84,7 +100,7 @@ class SourceOptions:
         rich_help_panel="Model",
     )
     recipe: Path | None = _option(
-        "--recipe", help="The recipe. [default: $MODELCLI_RECIPE, or modelcli.toml]", rich_help_panel="Model"
+        "--recipe", help="The recipe. \\[default: $MODELCLI_RECIPE, or modelcli.toml]", rich_help_panel="Model"
     )
 
     def overrides(self) -> dict[str, Any]:
@@ -132,7 +148,7 @@ class SaveOptions:
     model: str | None = _option(
         "-m",
         "--model",
-        help="The model. [default: the working recipe]",
+        help="The model. \\[default: the working recipe]",
         rich_help_panel="Model",
         autocompletion=completing.models,
     )
@@ -154,7 +170,7 @@ class SaveOptions:
     )
     max_shard_size: str | None = _option(
         "--max-shard-size",
-        help="The most that a shard of a folder holds. [default: 5GB]",
+        help="The most that a shard of a folder holds. \\[default: 5GB]",
         metavar="SIZE",
         rich_help_panel="Result",
     )

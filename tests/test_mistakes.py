@@ -1,0 +1,91 @@
+"""The commonest mistakes, and every word that is said to them: what was wrong, and what to do next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tests.conftest import Cli
+
+MISTAKES = {
+    "a model that is spelt wrongly": (
+        "summary alexnt",
+        2,
+        "error: no model is called 'alexnt': no builder, no class of torch.nn\n"
+        "hint: did you mean alexnet? modelcli list shows them all",
+    ),
+    "no model": (
+        "freeze features",
+        2,
+        "error: no model is given, and there is no modelcli.toml\n"
+        "hint: name one with -m MODEL or $MODELCLI_MODEL, or start a recipe: modelcli load alexnet",
+    ),
+    "a command that is spelt wrongly": (
+        "sumary alexnet",
+        2,
+        "error: No such command 'sumary'. Did you mean 'summary'?\nhint: modelcli --help shows how it is used",
+    ),
+    "an option that is spelt wrongly": (
+        "summary alexnet --dept 1",
+        2,
+        "error: No such option: --dept (Possible options: --depth, --help, --mode)\n"
+        "hint: modelcli summary --help shows how it is used",
+    ),
+    "a path that is spelt wrongly": (
+        "freeze clasifier.6 -m alexnet",
+        2,
+        "error: no tensor matches 'clasifier.6'\nhint: nearest: classifier.6, classifier.5, classifier.4",
+    ),
+    "a file that is not there": (
+        "params bets.pth",
+        2,
+        "error: no such file: bets.pth\nhint: in .: best.pth, nets.py",
+    ),
+    "a module that does not fit": (
+        "replace classifier.6 Linear(4095,10) -m alexnet -o out.pth",
+        2,
+        "error: classifier.6 Linear(4095, 10) does not fit: [1,4096] float32 flows in (from "
+        "classifier.5 ReLU(inplace=True)), it expects [*,4095]\n"
+        "hint: replace classifier.6 'Linear(_,10)' takes in_features=4096 from what flows in",
+    ),
+    "an argument that is missing": (
+        "replace classifier.6 Linear(4096) -m alexnet -o out.pth",
+        2,
+        "error: classifier.6: Linear(4096): missing a required argument: 'out_features'\n"
+        "hint: Linear(in_features: int, out_features: int, bias: bool = True)",
+    ),
+    "a model without its -m": (
+        "replace fc Linear(_,10) resnet18",
+        2,
+        "error: 'resnet18' comes after the module Linear(_,10)\nhint: where resnet18 is the model: -m resnet18",
+    ),
+    "a file that would be overwritten": (
+        "freeze 0 -m best.pth -o best.pth",
+        2,
+        "error: best.pth exists\nhint: --force replaces it",
+    ),
+    "an output without a suffix": (
+        "freeze 0 -m best.pth -o out",
+        2,
+        "error: out does not say which format to write\n"
+        "hint: end it in .pth, .pt (torch.save), .safetensors, or / (a folder of shards)",
+    ),
+    "another number of classes": (
+        "load best.pth --arch Sequential(Linear(2,4))",
+        1,
+        "error: best.pth does not fit Sequential(Linear(2,4)): 0.weight is [3, 2] in the file and [4, "
+        "2] in the architecture; 0.bias is [3] in the file and [4] in the architecture\n"
+        "hint: give --arch the arguments that the file was made with: 'Sequential(...)'",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", list(MISTAKES))
+def test_word_for_word(mistake: str, cli: Cli, folder: Path) -> None:
+    torch.save(nn.Sequential(nn.Linear(2, 3)).state_dict(), "best.pth")
+    words, code, said = MISTAKES[mistake]
+    assert cli(*words.split(), code=code).err.rstrip("\n") == said
+    assert {path.name for path in folder.iterdir()} <= {"nets.py", "best.pth", "__pycache__"}

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import sys
+import time
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -263,6 +264,13 @@ def test_what_is_cut_fits(words: str, width: int) -> None:
     for cut in (writers._cut_end, writers._cut_middle, writers._cut_path):
         assert cell_len(cut(words, width, "…")) <= width
         assert cut(words, 400, "…") == words
+
+
+def test_paths_of_thousands_of_components_are_cut_at_once() -> None:
+    started = time.process_time()
+    for _ in range(100):
+        assert cell_len(writers._cut_path("aaa." * 2000 + "b", 40, "…")) <= 40
+    assert time.process_time() - started < 3
 
 
 def test_the_least_important_columns_go_where_there_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -118,6 +119,24 @@ def test_a_parameter_with_several_names_counts_once_in_a_run() -> None:
     assert rows["[0-2]"] == 80  # all three, and the shared layer in them once
     assert rows["[0-2].0"] == 20
     assert rows["[0-2].1"] == 60
+
+
+def test_many_tied_tensors_in_many_runs_take_no_longer_than_they_are_long() -> None:
+    """A small file can say that thousands of tensors are one."""
+    modules, tensors = [ModuleInfo("", None)], []
+    for block in range(3000):
+        modules.append(ModuleInfo(f"b{block}x", None))
+        for number in range(2):
+            path = f"b{block}x.{number}"
+            modules.append(ModuleInfo(path, None))
+            tensors += [TensorInfo(f"{path}.{name}", (2,), "float32", tied_to=f"b0x.{number}.w") for name in "vw"]
+    tensors[1] = replace(tensors[1], tied_to=None)
+    found = Blueprint(tuple(modules), tuple(tensors))
+    started = time.process_time()
+    runs = Runs(found, traced=False)
+    for run in runs.below():
+        runs.params_of(run)
+    assert time.process_time() - started < 2
 
 
 @pytest.mark.parametrize("reference", ["vit_b_16", "resnet50", "vgg11", "swin_t"])

@@ -17,8 +17,12 @@ from modelcli.errors import ModelcliError
 #: What Typer calls: it tells parameters by their names and types.
 _Completer = Callable[[typer.Context, str], Iterable[str]]
 
-#: Reading a larger checkpoint's tree of values takes longer than somebody waits for a word.
-_OPCODES = "300000"
+#: Reading what is larger in a checkpoint takes longer than somebody waits for a word.
+_LIMITS = {
+    "MODELCLI_MAX_OPCODES": "300000",
+    "MODELCLI_MAX_HEADER_BYTES": "4000000",
+    "MODELCLI_MAX_INDEX_BYTES": "4000000",
+}
 
 
 def _completer(function: _Completer) -> Callable[..., list[str]]:
@@ -146,7 +150,8 @@ def _paths(ctx: typer.Context, incomplete: str, *, tensors: bool) -> list[str]:
     """
     from modelcli import session
 
-    os.environ.setdefault("MODELCLI_MAX_OPCODES", _OPCODES)
+    for variable, number in _LIMITS.items():
+        os.environ.setdefault(variable, number)
     given = ctx.params
     source = {key: given.get(key) for key in ("weights", "arch", "key")}
     model = given.get("model") or given.get("option_model")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from modelcli.blueprints import Blueprint, ModuleInfo, TensorInfo, ancestors, joined, shown
+from modelcli.blueprints import Blueprint, ModuleInfo, ancestors, joined, parent_of, shown
 
 _NUMBERED = re.compile(r"(.*?)(0|[1-9][0-9]{0,8})", re.ASCII | re.DOTALL)
 
@@ -79,26 +79,24 @@ class Runs:
     def params_of(self, run: Run) -> int:
         """The parameters at and below the modules of a run, each tied one once."""
         total = sum(map(self._blueprint.params_of, run.paths))
-        if len(run.paths) == 1:
-            return total
-        paths = frozenset(run.paths)
-        for elements, holders in self._tied:
-            places = {path for holder in holders for path in ancestors(holder) if path in paths}
-            total -= elements * max(len(places) - 1, 0)
+        if len(run.paths) > 1:
+            seen: set[str] = set()
+            for path in run.paths:
+                for identity, elements in self._tied_below.get(path, {}).items():
+                    total -= elements if identity in seen else 0
+                    seen.add(identity)
         return total
 
     @cached_property
-    def _tied(self) -> list[tuple[int, list[str]]]:
-        """Of each parameter with several names: how many elements it has, and what stands in front of its names."""
-        names: dict[str, list[TensorInfo]] = defaultdict(list)
+    def _tied_below(self) -> dict[str, dict[str, int]]:
+        """The parameters with several names at and below each module that has any, and how many elements they have."""
+        tied = {tensor.tied_to for tensor in self._blueprint.tensors if tensor.tied_to is not None}
+        below: dict[str, dict[str, int]] = defaultdict(dict)
         for tensor in self._blueprint.tensors:
-            if tensor.kind == "parameter":
-                names[tensor.identity].append(tensor)
-        return [
-            (tied[0].elements, [tensor.name.rpartition(".")[0] for tensor in tied])
-            for tied in names.values()
-            if len(tied) > 1
-        ]
+            if tensor.kind == "parameter" and tensor.identity in tied:
+                for path in ancestors(parent_of(tensor.name)):
+                    below[path][tensor.identity] = tensor.elements
+        return below
 
 
 def _own_name(module: ModuleInfo) -> str:
@@ -117,7 +115,7 @@ def _kinds(blueprint: Blueprint, *, traced: bool) -> dict[str, int]:
     tensors: dict[str, list[tuple[object, ...]]] = defaultdict(list)
     tied = {tensor.tied_to for tensor in blueprint.tensors if tensor.tied_to is not None}
     for tensor in blueprint.tensors:
-        holder = next(path for path in ancestors(tensor.name.rpartition(".")[0]) if path in holders)
+        holder = next(path for path in ancestors(parent_of(tensor.name)) if path in holders)
         one_of_several = tensor.identity if tensor.tied_to is not None or tensor.name in tied else None
         flags = (tensor.kind, tensor.requires_grad, tensor.persistent, tensor.layout, one_of_several)
         tensors[holder].append((tensor.name[len(holder) :], tensor.shape, tensor.dtype, *flags))

@@ -241,14 +241,18 @@ def _cut_path(text: str, width: int, mark: str) -> str:
 
     Those in the middle first, then the first one, so that rows stay apart; where that is not enough, as any text.
     """
+    from rich.cells import cell_len
+
     if _fits(text, width):
         return text
     parts = text.split(".")
+    excess = cell_len(text) - width
     for index in (*range(1, len(parts) - 1), 0):
         short = _shortened(parts[index], mark)
-        if len(short) < len(parts[index]) and len(parts) > 1:
+        if len(parts) > 1 and len(short) < len(parts[index]):
+            excess -= cell_len(parts[index]) - cell_len(short)
             parts[index] = short
-        if _fits(".".join(parts), width):
+        if excess <= 0:
             break
     return _cut_middle(".".join(parts), width, mark)
 

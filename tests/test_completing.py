@@ -156,6 +156,13 @@ def test_it_takes_less_than_a_moment(bash: Bash, cli: Cli, folder: Path) -> None
     assert min(taken) < 0.3
 
 
+def test_it_is_installed_by_one_command(bash: Bash, folder: Path) -> None:
+    told = bash.run("modelcli --install-completion; true", HOME=str(folder)).stdout
+    assert "bash completion installed in" in told
+    assert (folder / ".bash_completions" / "modelcli.sh").read_text().strip() == bash.script.strip()
+    assert "modelcli.sh" in (folder / ".bashrc").read_text()
+
+
 @pytest.mark.parametrize(
     ("shell", "settings", "expected"),
     [

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,11 @@ def test_commands_are_grouped() -> None:
     panels = {command.rich_help_panel for command in app.registered_commands}
     panels |= {group.rich_help_panel for group in app.registered_groups}
     assert {"Inspect", "Operate", "Read and write"} <= panels <= PANELS
+
+
+def test_the_versions_that_are_installed(cli: Cli) -> None:
+    found = [metadata.version(package) for package in ("modelcli", "torch", "torchvision")]
+    assert cli("--version").out == "modelcli {} (torch {}, torchvision {})\n".format(*found)
 
 
 def test_defaults_in_brackets_are_not_taken_for_markup(cli: Cli) -> None:

@@ -23,7 +23,7 @@ MIN_FLEXIBLE = 12
 MIN_VITAL = 20
 #: Characters that a column of a pipe is filled to at most.
 _MAX_FILLED = 256
-#: Rows of a long table that are written at once: an interrupt or a closed terminal is noticed after so many.
+#: Rows of a long table or tree that are written at once: an interrupt or a closed terminal is noticed after so many.
 BATCH = 100
 #: The first of the characters for private use: one terminal cell wide each, and none that means anything to Rich.
 _FIRST_MARK = 0xE000
@@ -152,8 +152,12 @@ def print_rich(view: View, console: Console) -> None:
     from rich.text import Text
 
     if view.tree is not None:
-        for branch in view.tree:
-            console.print(Text(_branch_fitted(branch, console.width, console.encoding)), soft_wrap=True)
+        for start in range(0, len(view.tree), BATCH):
+            lines = (
+                _branch_fitted(branch, console.width, console.encoding) for branch in view.tree[start : start + BATCH]
+            )
+            console.file.write("".join(f"{line}\n" for line in lines))
+            console.file.flush()
         return
     if view.body is not None:
         console.print(Text("\n".join(safe(line) for line in view.body.split("\n"))), soft_wrap=True)

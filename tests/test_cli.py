@@ -512,3 +512,18 @@ def test_tensors_of_unknown_modules_are_counted(cli: Cli) -> None:
     torch.save({**{f"bn.{k}": v for k, v in nn.BatchNorm2d(3).state_dict().items()}, "a.w": torch.ones(3)}, "bare.pth")
     assert cli("remove", "a", "-m", "bare.pth", "--json").json["changes"][0]["before"] == "1 tensor"
     assert cli("remove", "bn", "-m", "bare.pth", "--json").json["changes"][0]["before"] == "5 tensors"
+
+
+def test_load_says_that_numbers_are_random_or_that_nothing_is_known(cli: Cli, folder: Path) -> None:
+    assert "the numbers of squeezenet1_1 are random: --weights DEFAULT takes the pretrained ones" in cli(
+        "load", "squeezenet1_1"
+    ).err.replace("\n", " ")
+    torch.save({"a.weight": torch.ones(2)}, "bare.pth")
+    assert "bare.pth does not say its architecture: --arch names it" in cli("load", "bare.pth", "--force").err
+
+
+def test_a_stated_input_that_does_not_fit_is_asked_after(cli: Cli) -> None:
+    told = cli("replace", "fc", "Linear(_,3)", "-m", "resnet18", "--input-size", "3,224,224").err
+    assert "the check was not made with --input-size 3,224,224: is that right, the batch included?" in " ".join(
+        told.split()
+    )

@@ -612,3 +612,19 @@ def test_what_is_in_no_file_is_drawn_again_as_it_was(folder: Path) -> None:
     again.apply([edits.parse("init 1 normal --bias normal")])
     torch.manual_seed(5)
     assert torch.equal(real_tensor(again.module[1].weight), torch.randn(4, 4))
+
+
+def test_classes_of_torchvisions_models_are_installed_ones(cli: Cli, folder: Path) -> None:
+    predictor = "torchvision.models.detection.faster_rcnn:FastRCNNPredictor"
+    words = ("-m", "fasterrcnn_resnet50_fpn", "--weights", "none")
+    error = cli("replace", "roi_heads.box_predictor", "FastRCNNPredictor(1024,3)", *words, code=2).err
+    assert f"torchvision has one: {predictor}" in " ".join(error.split())
+    cli("replace", "roi_heads.box_predictor", f"{predictor}(1024,3)", *words, "-o", "out.pth")
+    assert modelcli.load(folder / "out.pth").roi_heads.box_predictor.cls_score.out_features == 3
+    script = cli("script", "-e", f"replace roi_heads.box_predictor {predictor}(1024,3)", *words).out
+    assert "torchvision.models.detection.faster_rcnn.FastRCNNPredictor(1024, 3)" in script
+
+
+def test_weights_of_another_size_say_what_to_do(cli: Cli) -> None:
+    error = cli("load", "resnet18(num_classes=37)", "--weights", "DEFAULT", code=2).err
+    assert "IMAGENET1K_V1 fits resnet18 as it is: -m resnet18 --weights IMAGENET1K_V1" in " ".join(error.split())

@@ -334,3 +334,12 @@ def test_no_selector_takes_long(selector: str) -> None:
     with pytest.raises(RequestError, match="no module matches"):
         select_modules(model, [selector])
     assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize(("asked", "there"), [("fc", "module.fc"), ("model.module.fc", "module.fc")])
+def test_a_wrappers_name_in_front_is_seen(asked: str, there: str) -> None:
+    names = ("module.conv1.weight", "module.fc.weight", "module.fc.bias")
+    blueprint = from_keys([TensorInfo(name, (1,), "float32") for name in names])
+    with pytest.raises(RequestError, match="no module matches") as caught:
+        select_modules(blueprint, [asked])
+    assert caught.value.hint == f"nearest: {there}"

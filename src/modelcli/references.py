@@ -70,13 +70,18 @@ class CheckpointFile:
         return str(self.path)
 
 
+#: Where torchvision has its models, and the modules that they are made of.
+MODELS = "torchvision.models"
+
+
 def is_installed_name(dotted: str) -> bool:
-    """Whether a name is one that `torch.nn`, `torchvision.ops` or torch itself has by that name.
+    """Whether a name is one that `torch.nn`, `torchvision.ops`, `torchvision.models` or torch itself has by that name.
 
     Only such a name may be followed for a file's sake: it is looked up in what is loaded, and imports nothing.
     """
     package, _, name = dotted.replace(":", ".").rpartition(".")
-    return package in ("", "torch", "nn", "torch.nn", "torchvision.ops") and bool(name)
+    is_model = package == MODELS or package.startswith(f"{MODELS}.")
+    return (is_model or package in ("", "torch", "nn", "torch.nn", "torchvision.ops")) and bool(name)
 
 
 Reference = Installed | PythonObject | CheckpointFile

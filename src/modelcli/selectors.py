@@ -180,7 +180,8 @@ def _read_range(body: str, text: str) -> _Range:
         match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", piece.strip(), re.ASCII)
         if not match:
             raise RequestError(
-                f"[{body}] in selector {text!r} is not a range of numbers", "write [0-11]; {a,b} for names"
+                f"[{body}] in selector {text!r} is not a range of numbers",
+                f"a name in a ModuleDict is written .{body}, names to choose from {{a,b}}, numbers [0-11]",
             )
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
@@ -562,12 +563,16 @@ def _nearest(selector: Selector, blueprint: Blueprint, noun: str) -> str:
     paths = [module.path for module in blueprint.modules[1:]]
     names = [tensor.name for tensor in blueprint.tensors]
     bare = selector.text.partition(":")[0]
-    near = closest(bare, (paths + names if noun == "tensors" else paths)[:20_000])
-    if near:
+    known = (paths + names if noun == "tensors" else paths)[:20_000]
+    # A wrapper's name may stand in front here alone, or there alone: `module.fc` for `fc`, `fc` for `model.fc`.
+    below = [path for path in known if path.endswith(f".{bare}")]
+    above = sorted((path for path in known if bare.endswith(f".{path}")), key=len)
+    if near := below[:3] or above[-1:] or closest(bare, known):
         return f"nearest: {', '.join(near)}"
     children = [child.path for child in blueprint.children.get(_longest_existing(bare, blueprint), ())]
     if children:
-        return f"there are: {', '.join(children[:8])}{', ...' if len(children) > 8 else ''}"
+        shown_children = [*children[:6], "...", children[-1]] if len(children) > 8 else children
+        return f"there are: {', '.join(shown_children)}"  # the last one is the head, as a rule
     return "modelcli modules lists the paths"
 
 

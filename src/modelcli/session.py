@@ -425,6 +425,9 @@ def _check(live: Live, target: Target, added: Sequence[Edit], how: Writing) -> d
     if result.ran:
         live.notes += _idle(live, result.called)
     shapes = None if live.inputs is None else [list(size) for size in live.inputs.shapes]
+    if not result.ran and result.reason and live.source.input_size is not None and how.check != "none":
+        stated = ",".join(map(str, live.source.input_size[0]))
+        live.notes.append(f"the check was not made with --input-size {stated}: is that right, the batch included?")
     return {"ran": result.ran, "reason": result.reason, "output_shape": result.output_shape, "input": shapes}
 
 
@@ -616,6 +619,7 @@ def load(source: Source, recipe_path: Path, *, force: bool, dry_run: bool) -> Lo
     elif live.architecture is not None and live.architecture.weights is not None:
         opening.load_weights(live)
     blueprint = live.describe()
+    live.notes += _of_numbers(live)
     loaded = Loaded(
         blueprint=blueprint,
         matched=report.matched if report else sum(tensor.persistent for tensor in blueprint.tensors),
@@ -647,6 +651,16 @@ def _keep(live: Live, target: Target) -> None:
     key = _cache_key(target, "eval")
     if key is not None and cache.get(key) is None:
         cache.put(key, planning.traced(live))
+
+
+def _of_numbers(live: Live) -> list[str]:
+    """Where the numbers of a loaded model come from, where that is not what its user may think."""
+    base = live.architecture
+    if live.drawn and base is not None and base.builder:
+        return [f"the numbers of {base.reference} are random: --weights DEFAULT takes the pretrained ones"]
+    if live.contents is not None and live.architecture is None:
+        return [f"{live.contents.path} does not say its architecture: --arch names it, and edits are then checked"]
+    return []
 
 
 def seen_from(source: Source, folder: Path) -> Source:

@@ -95,7 +95,15 @@ def _builder(reference: Installed, weights: str | None, trust: bool) -> Architec
     build, signature = zoo.constructor(call.name), zoo.signature(call.name)
 
     def plain() -> nn.Module:
-        return modules.construct(build, [], kwargs, str(reference), signature)
+        try:
+            return modules.construct(build, [], kwargs, str(reference), signature)
+        except modules.ConstructorError as error:
+            if kwargs["weights"] is not None and isinstance(error.error, ValueError) and call.kwargs:
+                error.hint = (
+                    f"{kwargs['weights']} fits {call.name} as it is: -m {call.name} --weights {kwargs['weights']}, "
+                    "and replace what is to have another size"
+                )
+            raise
 
     def without_weights() -> nn.Module:
         with zoo.architecture_only():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from modelcli.errors import ModelcliError, RequestError, UnsafeError, closest, d
 from modelcli.expressions import HOLE, Call, Name
 from modelcli.live import python_objects, zoo
 from modelcli.live.sources import dtype_of
-from modelcli.references import is_installed_name
+from modelcli.references import MODELS, is_installed_name
 
 #: Layers that one argument may ask for; those of an RNN take time that grows with their square.
 MAX_LAYERS = 2_000
@@ -31,7 +32,11 @@ def find_class(dotted: str, *, trusted: bool) -> type[nn.Module]:
     """
     package, _, name = dotted.replace(":", ".").rpartition(".")
     if is_installed_name(dotted):
-        found = getattr(zoo.torchvision().ops if package == "torchvision.ops" else nn, name, None)
+        torchvision = zoo.torchvision()
+        namespace = torchvision.ops if package == "torchvision.ops" else nn
+        if package.startswith(MODELS):
+            namespace = sys.modules.get(package)
+        found = getattr(namespace, name, None)
         if found is None and not package:
             found = getattr(zoo.torchvision().ops, name, None)
         if isinstance(found, type) and issubclass(found, nn.Module):
@@ -39,9 +44,12 @@ def find_class(dotted: str, *, trusted: bool) -> type[nn.Module]:
         near = closest(name, class_names())
         raise RequestError(
             f"no class {dotted!r} in torch.nn or torchvision.ops",
-            f"did you mean {' or '.join(near)}?"
-            if near
-            else "a class of your own is written package.module:Class(...)",
+            _in_models(name)
+            or (
+                f"did you mean {' or '.join(near)}?"
+                if near
+                else "a class of your own is written package.module:Class(...)"
+            ),
         )
     if not trusted:
         raise UnsafeError(
@@ -57,6 +65,16 @@ def find_class(dotted: str, *, trusted: bool) -> type[nn.Module]:
         near = closest(attribute, names)
         raise RequestError(f"no module class {attribute} in {package}", f"did you mean {near[0]}?" if near else None)
     return found
+
+
+def _in_models(name: str) -> str | None:
+    """Where torchvision's models have a class of this name, as an expression writes it."""
+    found = [
+        f"{module}:{name}"
+        for module, loaded in sorted(sys.modules.items())
+        if module.startswith(f"{MODELS}.") and getattr(getattr(loaded, name, None), "__module__", None) == module
+    ]
+    return f"torchvision has one: {' or '.join(found)}" if found else None
 
 
 def class_names() -> list[str]:

@@ -153,7 +153,13 @@ def signature(name: str) -> str:
         for parameter in inspect.signature(kind).parameters.values()
         if parameter.name not in hidden and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
     }
-    return f"{name}({', '.join(map(str, taken.values()))})"
+    return f"{name}({', '.join(map(_shown, taken.values()))})"
+
+
+def _shown(parameter: inspect.Parameter) -> str:
+    """An argument with its type, where that is no longer than a few words."""
+    text = str(parameter)
+    return text if len(text) <= 40 else str(parameter.replace(annotation=parameter.empty))
 
 
 @contextlib.contextmanager

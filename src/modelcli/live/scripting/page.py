@@ -17,7 +17,7 @@ from torch import nn
 
 from modelcli.blueprints import ITEM_BYTES
 from modelcli.expressions import Call, Name
-from modelcli.references import is_installed_name
+from modelcli.references import MODELS, is_installed_name
 
 WIDTH = 110
 #: As many statements of one kind as stand one below the other; more become a loop.
@@ -110,6 +110,9 @@ class Page:
             self.folders.setdefault(".")
             return f"{self.own_module(package)}.{name}"
         package, _, name = dotted.replace(":", ".").rpartition(".")
+        if package.startswith(MODELS):
+            self.imports.add(f"import {package}")
+            return f"{package}.{name}"
         if package == "torchvision.ops" or not hasattr(nn, name):
             self.imports.add("from torchvision import ops")
             return f"ops.{name}"

@@ -165,7 +165,7 @@ class Look:
         return () if self.contents is None else self.contents.foreign
 
 
-def _stdout_is_for_data(function: Callable[P, R]) -> Callable[P, R]:
+def stdout_is_for_data(function: Callable[P, R]) -> Callable[P, R]:
     """What a model's own code prints while it is built or run goes to standard error: data alone goes to the other."""
 
     @functools.wraps(function)
@@ -176,7 +176,7 @@ def _stdout_is_for_data(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-@_stdout_is_for_data
+@stdout_is_for_data
 def look(target: Target, *, traced: bool = False, mode: str = "eval", cached: bool = True) -> Look:
     """The blueprint of a model as it stands, its recipe's edits applied. With `traced`, with a forward pass in it.
 
@@ -268,7 +268,7 @@ def _look_at_file(target: Target, *, traced: bool, mode: str) -> Look | None:
     return Look(found, tuple(notes), contents)
 
 
-@_stdout_is_for_data
+@stdout_is_for_data
 def values(found: Look, names: Sequence[str], *, whole: bool) -> tuple[dict[str, Any], dict[str, str]]:
     """The numbers of tensors: as nested lists where `whole`, and as one line each."""
     from modelcli.live import values as reading
@@ -279,7 +279,7 @@ def values(found: Look, names: Sequence[str], *, whole: bool) -> tuple[dict[str,
     return reading.of_contents(found.contents, names, whole=whole)
 
 
-@_stdout_is_for_data
+@stdout_is_for_data
 def stats(found: Look, names: Sequence[str], progress: Callable[[int, int], None]) -> dict[str, Statistics]:
     """Statistics of the numbers of tensors, by name: see `live.stats.collect`.
 
@@ -326,7 +326,7 @@ class Writing:
     report: Callable[[int, int, str], None] | None = None
 
 
-@_stdout_is_for_data
+@stdout_is_for_data
 def edit(target: Target, added: Sequence[Edit], how: Writing, places: Sequence[str] = ()) -> Outcome:
     """Apply edits, check the result, and write it where `how` says so; the recipe, if any, gets the edits at the end.
 
@@ -364,7 +364,7 @@ def edit(target: Target, added: Sequence[Edit], how: Writing, places: Sequence[s
     return outcome
 
 
-@_stdout_is_for_data
+@stdout_is_for_data
 def save(target: Target, how: Writing) -> Outcome:
     """Apply the recipe's edits, check the result and write it."""
     from modelcli import writing
@@ -562,7 +562,7 @@ def _around(live: Live, *, kept: bool) -> list[str]:
     return [f"{rest} was kept; --bare drops it", *unfit, *copies]
 
 
-@_stdout_is_for_data
+@stdout_is_for_data
 def script(batch: Batch, out: Path, kind: str, *, bare: bool) -> Script:
     """The same work as a plain PyTorch script: see `live.scripting.script`. A note says where it would not run."""
     from modelcli.live import scripting
@@ -604,7 +604,7 @@ class Loaded:
     error: ModelcliError | None = None
 
 
-@_stdout_is_for_data
+@stdout_is_for_data
 def load(source: Source, recipe_path: Path, *, force: bool, dry_run: bool) -> Loaded:
     """Check that a model loads, and start the working recipe with it."""
     from modelcli import recipe

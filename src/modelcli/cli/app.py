@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from modelcli.cli import cache, files, inspect, operate
+from modelcli.cli import cache, compare, files, inspect, operate
 
 app = typer.Typer(
     name="modelcli",
@@ -38,4 +38,5 @@ def _root(
 inspect.mount(app)
 operate.mount(app)
 files.mount(app)
+compare.mount(app)
 cache.mount(app)

@@ -5,11 +5,15 @@ import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_type_hints
 
 import typer
 
 from modelcli.cli import completing
+
+if TYPE_CHECKING:
+    from modelcli.references import Source
+
 
 EXIT_CODES = {
     0: "done",
@@ -30,6 +34,14 @@ def exit_codes(*codes: int, no: str | None = None) -> str:
 
 def _option(*names: str, help: str | None = None, default: Any = None, **settings: Any) -> Any:  # noqa: A002
     return field(default=default, metadata={"option": typer.Option(*names, help=help, **settings)})
+
+
+def check_seed(seed: int | None) -> None:
+    """Raise RequestError for a seed that torch does not take."""
+    from modelcli.errors import RequestError
+
+    if seed is not None and not 0 <= seed < 2**63:
+        raise RequestError(f"--seed {seed} is not a whole number from 0 to 2^63 - 1")
 
 
 @dataclass(frozen=True)
@@ -109,8 +121,7 @@ class SourceOptions:
         from modelcli.errors import RequestError, did_you_mean
         from modelcli.references import parse_input_size
 
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise RequestError(f"--seed {self.seed} is not a whole number from 0 to 2^63 - 1")
+        check_seed(self.seed)
         dtypes = tuple(name.removeprefix("torch.") for name in self.input_dtype or ())
         for name in dtypes:
             if name not in ITEM_BYTES or name.startswith("q"):
@@ -125,6 +136,51 @@ class SourceOptions:
             "trust": self.trust,
             "tensors_only": self.tensors_only,
         }
+
+
+@dataclass(frozen=True)
+class DiffOptions:
+    """What decides the two models that are compared, besides their references."""
+
+    is_group: ClassVar[bool] = True
+    weights: str | None = _option(
+        "--weights", help="Of a builder: none, DEFAULT or a name of torchvision's.", rich_help_panel="Models"
+    )
+    arch: str | None = _option(
+        "--arch", help="The architecture of a checkpoint that does not carry one.", rich_help_panel="Models"
+    )
+    key: list[str] | None = _option(
+        "--key",
+        help="The state dict in a training checkpoint; twice, that of A and that of B.",
+        metavar="NAME",
+        rich_help_panel="Models",
+    )
+    seed: int | None = _option(
+        "--seed", help="Decides every random number. [default: 0]", metavar="N", rich_help_panel="Models"
+    )
+    tensors_only: bool = _option(
+        "--tensors-only",
+        help="Of a file with objects of foreign classes, take the tensors and drop the rest.",
+        default=False,
+        rich_help_panel="Models",
+    )
+    trust: bool = _option(
+        "--trust", help="Follow a record in a file that names Python code.", default=False, rich_help_panel="Models"
+    )
+
+    def sources(self, a: str, b: str) -> "tuple[Source, Source]":
+        """The two models. Raises RequestError for more keys than there are models."""
+        from modelcli.errors import RequestError
+        from modelcli.references import Source
+
+        keys: list[str | None] = [*self.key] if self.key else [None]
+        if len(keys) > 2:
+            raise RequestError(
+                f"{len(keys)} keys for two models", "--key once for both, or twice: that of A, that of B"
+            )
+        check_seed(self.seed)
+        rest = {name: getattr(self, name) for name in ("weights", "arch", "seed", "tensors_only", "trust")}
+        return Source(a, key=keys[0], **rest), Source(b, key=keys[-1], **rest)
 
 
 @dataclass(frozen=True)

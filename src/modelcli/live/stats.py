@@ -28,7 +28,7 @@ from modelcli.live.sources import (
 #: Elements worked off at a time, holes between them counted: 8 MiB as float64.
 CHUNK = 1 << 20
 
-_INTEGERS = frozenset(
+INTEGERS = frozenset(
     getattr(torch, name) for name in ("bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))
 )
 
@@ -53,7 +53,7 @@ def of_contents(contents: Contents, names: Sequence[str], progress: Progress = _
     """Statistics of tensors of a checkpoint, as `collect` gives them: only the bytes of those asked for are read."""
     entries = {name: contents.tensors[name] for name in names if name in contents.tensors}
     plain = {name: entry for name, entry in entries.items() if isinstance(entry, TensorEntry)}
-    chosen = {name: entry for name, entry in plain.items() if _is_known(dtype_of(entry.dtype))}
+    chosen = {name: entry for name, entry in plain.items() if is_known(dtype_of(entry.dtype))}
     return collect(
         loading.on_meta(Contents(contents.path, contents.format, chosen)).tensors,
         progress,
@@ -170,15 +170,15 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _is_known(dtype: torch.dtype) -> bool:
+def is_known(dtype: torch.dtype) -> bool:
     """Whether torch knows the elements of this dtype as numbers."""
     if dtype.is_floating_point:
         return dtype is not torch.float4_e2m1fn_x2  # two to a byte, and no conversion
-    return dtype.is_complex or dtype in _INTEGERS
+    return dtype.is_complex or dtype in INTEGERS
 
 
 def _has_numbers(tensor: torch.Tensor) -> bool:
-    if is_lazy(tensor) or not _is_known(tensor.dtype) or tensor.layout != torch.strided:
+    if is_lazy(tensor) or not is_known(tensor.dtype) or tensor.layout != torch.strided:
         return False
     return source_of(tensor) is not None
 
@@ -229,7 +229,7 @@ def _moments_of(piece: torch.Tensor) -> Moments:
     count = numbers.numel()
     if not count:
         return Moments(zeros=zeros, nan=nan, inf=inf)
-    low, high = _integer_range(piece) if piece.dtype in _INTEGERS else _range(numbers)
+    low, high = _integer_range(piece) if piece.dtype in INTEGERS else _range(numbers)
     mean = total / count
     m2 = numbers.sub_(mean).square_().sum().item()
     return Moments(count, low, high, mean, m2, zeros, nan, inf)

@@ -1,0 +1,47 @@
+"""diff, check, identify: commands that answer yes or no, for scripts and CI."""
+
+from typing import Annotated
+
+import typer
+
+from modelcli.cli import output, progress
+from modelcli.cli.options import DiffOptions, OutputOptions, expanded
+
+
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="A model: alexnet, nets.py:Net, before.pth.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
+    options: OutputOptions,
+    sides: DiffOptions,
+    select: Annotated[
+        list[str] | None, typer.Option("-s", "--select", help="Only what this selector picks. Again for more.")
+    ] = None,
+    without: Annotated[
+        list[str] | None, typer.Option("--except", help="Take away what this selector picks.", metavar="SELECTOR")
+    ] = None,
+    values: Annotated[bool, typer.Option("--values/--no-values", help="Compare the numbers too.")] = True,
+    atol: Annotated[float, typer.Option("--atol", help="A difference up to this is none.", metavar="X")] = 0.0,
+) -> int:
+    """Show what differs between two models or checkpoints. Exit code 1 where anything does.
+
+    modelcli diff before.pth after.pth
+
+    modelcli diff resnet18 best.pth --no-values
+    """
+    from modelcli import comparing
+    from modelcli.render import documents
+
+    output.format_of(options)
+    comparing.check_atol(atol)
+    before, after = (comparing.open_side(source, values=values) for source in sides.sources(a, b))
+    scope = comparing.Scope(tuple(select or ()), tuple(without or ()), values, atol)
+    with progress.of_bytes(options) as report:
+        found = comparing.compare(before, after, (a, b), scope, report)
+    warnings = (*before.warnings, *after.warnings)
+    output.show(documents.diff(a, b, found, values=values), options, found.notes, warnings=warnings)
+    return 0 if found.same else 1
+
+
+def mount(app: typer.Typer) -> None:
+    for name, function in (("diff", diff),):
+        app.command(name, rich_help_panel="Compare")(expanded(function))

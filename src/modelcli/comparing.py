@@ -32,11 +32,12 @@ Entry = Any
 class Scope:
     """What is compared: what `selected` picks in either model (all where it is empty) less what `without` picks.
 
-    With `values` the numbers as well; a difference up to `atol` is none.
+    With `modules` their modules too, and with `values` their numbers; a difference up to `atol` is none.
     """
 
     selected: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
+    modules: bool = True
     values: bool = True
     atol: float = 0.0
 
@@ -60,7 +61,7 @@ def compare(
     `names` are what the two are called in notes. Buffers that are not saved are compared where both models have them.
     Raises RequestError for a selector that matches nothing in either.
     """
-    notes = list(_notes(one, other, names))
+    notes = list(_notes(one, other, names, scope))
     found = differences.structure(one.blueprint, other.blueprint, scope.selected, scope.without)
     tensors = {name: list(changes) for name, changes in found.tensors.items()}
     if scope.values:
@@ -70,19 +71,20 @@ def compare(
             if largest is None or not largest <= scope.atol:
                 tensors[name].append(TensorChange(name, "values", max_abs_diff=largest))
     changes = tuple(change for several in tensors.values() for change in several)
-    return Comparison(found.modules, changes, sum(not several for several in tensors.values()), tuple(notes))
+    modules = found.modules if scope.modules else ()
+    return Comparison(modules, changes, sum(not several for several in tensors.values()), tuple(notes))
 
 
 def _silent(_done: int, _total: int, _doing: str) -> None:
     """The progress of work that nobody watches."""
 
 
-def _notes(one: Look, other: Look, names: tuple[str, str]) -> Iterable[str]:
+def _notes(one: Look, other: Look, names: tuple[str, str], scope: Scope) -> Iterable[str]:
     """What is to be told beforehand: which choices were made, and what cannot be compared."""
     for found, name in zip((one, other), names, strict=True):
         yield from (f"{name}: {note}" for note in found.notes)
     typed = [found.blueprint.root.type is not None for found in (one, other)]
-    if any(typed) and not all(typed):
+    if scope.modules and any(typed) and not all(typed):
         bare = names[typed.index(False)]
         yield f"{bare} does not say its architecture: modules are not compared, tensors are"
     ties = [{t.name: t.identity for t in found.blueprint.tensors} for found in (one, other)]

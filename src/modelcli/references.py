@@ -244,6 +244,19 @@ def parse_bytes(text: str) -> int:
     return size
 
 
+#: What a count may end in: thousands, millions, billions.
+_COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
+
+
+def parse_count(text: str) -> int:
+    """`60M`, `1.5B`, `200K` or a plain number (`60_000_000`). Raises RequestError on anything else."""
+    match = re.fullmatch(r"\s*(\d[\d_,]{0,20}(?:\.\d{1,6})?)\s*([A-Za-z]?)\s*", text, re.ASCII)
+    if match is None or match[2].upper() not in _COUNTS:
+        raise RequestError(f"{text!r} is no count", "write 60M, 1.5B, 200K or 61100840")
+    digits, unit = re.sub("[_,]", "", match[1]), _COUNTS[match[2].upper()]
+    return round(float(digits) * unit) if "." in digits else int(digits) * unit
+
+
 def parse_input_size(text: str) -> tuple[int, ...]:
     """`1,3,224,224` as a shape; also `1x3x224x224`. Raises RequestError on anything else."""
     pieces = re.split(r"[,x]", text.strip().strip("[]()"))

@@ -1,11 +1,12 @@
 """diff, check, identify: commands that answer yes or no, for scripts and CI."""
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
-from modelcli.cli import output, progress
-from modelcli.cli.options import DiffOptions, OutputOptions, expanded
+from modelcli.cli import inspect, output, progress
+from modelcli.cli.options import AssertOptions, DiffOptions, LookOptions, OutputOptions, SourceOptions, expanded
 
 
 def diff(
@@ -34,7 +35,7 @@ def diff(
     output.format_of(options)
     comparing.check_atol(atol)
     before, after = (comparing.open_side(source, values=values) for source in sides.sources(a, b))
-    scope = comparing.Scope(tuple(select or ()), tuple(without or ()), values, atol)
+    scope = comparing.Scope(tuple(select or ()), tuple(without or ()), values=values, atol=atol)
     with progress.of_bytes(options) as report:
         found = comparing.compare(before, after, (a, b), scope, report)
     warnings = (*before.warnings, *after.warnings)
@@ -42,6 +43,33 @@ def diff(
     return 0 if found.same else 1
 
 
+def check(
+    source: SourceOptions,
+    look: LookOptions,
+    asserted: AssertOptions,
+    options: OutputOptions,
+    model: inspect.Model = None,
+) -> int:
+    """Assert what a model is: a row an assertion. Exit code 1 where any does not hold.
+
+    modelcli check best.pth --finite --safe --max-params 60M
+
+    modelcli check best.pth --frozen features --has 'classifier.6:Linear' --output-shape 1,10
+    """
+    from modelcli import asserting, session
+    from modelcli.render import documents
+
+    output.format_of(options)
+    wanted = asserted.wanted()
+    target = session.find_target(inspect.named(model, look), source.overrides(), source.recipe)
+    with progress.of_bytes(options) as report:
+        verdict = asserting.check(target, wanted, cached=not look.no_cache, progress=report)
+    checks = [asdict(checked) for checked in verdict.checks]
+    view = documents.check(target.source.model, verdict.look.blueprint, checks)
+    output.show(view, options, verdict.notes, warnings=verdict.look.warnings)
+    return 0 if verdict.passed else 1
+
+
 def mount(app: typer.Typer) -> None:
-    for name, function in (("diff", diff),):
+    for name, function in (("diff", diff), ("check", check)):
         app.command(name, rich_help_panel="Compare")(expanded(function))

@@ -33,7 +33,7 @@ Expand = Annotated[
 ]
 
 
-def _named(model: str | None, look: LookOptions) -> str | None:
+def named(model: str | None, look: LookOptions) -> str | None:
     """The model of the argument or of `-m`, which mean the same."""
     if model is not None and look.option_model is not None:
         raise RequestError(f"two models: {model} and -m {look.option_model}", "give one of them")
@@ -81,7 +81,7 @@ def summary(
         raise RequestError(f"no mode {mode!r}", "--mode eval or --mode train")
     if sort is not None:
         _check_key(sort, documents.SUMMARY_KEYS)
-    target = session.find_target(_named(model, look), source.overrides(), source.recipe)
+    target = session.find_target(named(model, look), source.overrides(), source.recipe)
     found = session.look(target, traced=True, mode=mode, cached=not look.no_cache)
     folded = output.is_screen(options) and not expand
     view = documents.summary(target.source.model, found.blueprint, depth=depth, sort=sort, folded=folded)
@@ -125,7 +125,7 @@ def params(
     keys = (*documents.SORT_KEYS, *(documents.STATS if stats else ()))
     if sort is not None:
         _check_key(sort, keys)
-    target = session.find_target(_named(model, look), source.overrides(), source.recipe)
+    target = session.find_target(named(model, look), source.overrides(), source.recipe)
     found = session.look(target, cached=not (values or stats or look.no_cache))
     tensors = session.select_tensors(found.blueprint, select or [], buffers=buffers, frozen=frozen, trainable=trainable)
     statistics = None
@@ -180,7 +180,7 @@ def modules(
     output.format_of(options)
     if tree and as_repr:
         raise RequestError("--tree and --repr show the same in two ways", "give one of them")
-    target = session.find_target(_named(model, look), source.overrides(), source.recipe)
+    target = session.find_target(named(model, look), source.overrides(), source.recipe)
     found = session.look(target, cached=not look.no_cache)
     blueprint = found.blueprint
     paths = selectors.select_modules(blueprint, select) if select else [module.path for module in blueprint.modules]

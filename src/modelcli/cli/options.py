@@ -12,6 +12,7 @@ import typer
 from modelcli.cli import completing
 
 if TYPE_CHECKING:
+    from modelcli.asserting import Wanted
     from modelcli.references import Source
 
 
@@ -181,6 +182,92 @@ class DiffOptions:
         check_seed(self.seed)
         rest = {name: getattr(self, name) for name in ("weights", "arch", "seed", "tensors_only", "trust")}
         return Source(a, key=keys[0], **rest), Source(b, key=keys[-1], **rest)
+
+
+@dataclass(frozen=True)
+class AssertOptions:
+    """What a model is asserted to be."""
+
+    is_group: ClassVar[bool] = True
+    max_params: str | None = _option(
+        "--max-params", help="At most so many parameters: 60M.", metavar="N", rich_help_panel="Assertions"
+    )
+    max_bytes: str | None = _option(
+        "--max-bytes",
+        help="Parameters and buffers take at most so much: 250MB.",
+        metavar="SIZE",
+        rich_help_panel="Assertions",
+    )
+    frozen: list[str] | None = _option(
+        "--frozen", help="All that it picks is frozen.", metavar="SELECTOR", rich_help_panel="Assertions"
+    )
+    trainable: list[str] | None = _option(
+        "--trainable", help="All that it picks is trained.", metavar="SELECTOR", rich_help_panel="Assertions"
+    )
+    has: list[str] | None = _option(
+        "--has",
+        help="It picks something: 'classifier.6:Linear'.",
+        metavar="SELECTOR",
+        rich_help_panel="Assertions",
+    )
+    absent: list[str] | None = _option(
+        "--absent", help="It picks nothing.", metavar="SELECTOR", rich_help_panel="Assertions"
+    )
+    dtype: list[str] | None = _option(
+        "--dtype",
+        help="Floating-point tensors are of this dtype; again for another that is allowed.",
+        metavar="DTYPE",
+        rich_help_panel="Assertions",
+    )
+    finite: bool = _option(
+        "--finite", help="No number is NaN or infinite.", default=False, rich_help_panel="Assertions"
+    )
+    safe: bool = _option(
+        "--safe",
+        help="The file holds no objects of foreign classes.",
+        default=False,
+        rich_help_panel="Assertions",
+    )
+    output_shape: list[str] | None = _option(
+        "--output-shape",
+        help="The forward pass gives a tensor of this shape: 1,10.",
+        metavar="SIZES",
+        rich_help_panel="Assertions",
+    )
+    same_as: list[str] | None = _option(
+        "--same-as",
+        help="All tensors are those of this model: names, shapes, dtypes and values.",
+        metavar="REFERENCE",
+        rich_help_panel="Assertions",
+    )
+    without: list[str] | None = _option(
+        "--except",
+        help="Tensors that --same-as leaves out.",
+        metavar="SELECTOR",
+        rich_help_panel="Assertions",
+    )
+
+    def wanted(self) -> "Wanted":
+        """The assertions. Raises RequestError for what cannot be read as one."""
+        from modelcli.asserting import Wanted
+        from modelcli.references import parse_bytes, parse_count, parse_input_size
+
+        found = Wanted(
+            max_params=None if self.max_params is None else parse_count(self.max_params),
+            max_bytes=None if self.max_bytes is None else parse_bytes(self.max_bytes),
+            frozen=tuple(self.frozen or ()),
+            trainable=tuple(self.trainable or ()),
+            has=tuple(self.has or ()),
+            absent=tuple(self.absent or ()),
+            dtypes=tuple(name.removeprefix("torch.") for name in self.dtype or ()),
+            finite=self.finite,
+            safe=self.safe,
+            output_shapes=tuple(map(parse_input_size, self.output_shape or ())),
+            same_as=tuple(self.same_as or ()),
+            without=tuple(self.without or ()),
+        )
+        found.require_sense()
+        return found
 
 
 @dataclass(frozen=True)

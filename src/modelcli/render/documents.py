@@ -618,6 +618,31 @@ def _are(number: int) -> str:
     return "is" if number == 1 else "are"
 
 
+# --- check ---------------------------------------------------------------------------------------------------------
+
+
+def check(reference: str, blueprint: Blueprint, checks: Sequence[Mapping[str, Any]]) -> View:
+    """One row an assertion: whether it holds, what was found, and what was wanted."""
+    passed = sum(row["passed"] for row in checks)
+    document = {
+        "schema": SCHEMA,
+        "model": model_of(reference, blueprint),
+        "passed": passed == len(checks),
+        "checks": [dict(row) for row in checks],
+    }
+    columns = (
+        Column("check", "check", style="cyan"),
+        Column("passed", "result", lambda value: "passed" if value else "FAILED"),
+        Column("found", "found", _finding, flexible=True),
+        Column("wanted", "wanted", _finding, flexible=True),
+    )
+    return View(document, list(checks), columns, [("Checks", f"{passed} of {len(checks)} passed")])
+
+
+def _finding(value: Any) -> str:
+    return count(value) if isinstance(value, int) else value if isinstance(value, str) else shape(value)
+
+
 def models(entries: Sequence[Mapping[str, Any]]) -> View:
     """The torchvision builders."""
     document = {"schema": SCHEMA, "models": [dict(entry) for entry in entries]}

@@ -1,0 +1,264 @@
+"""Assertions about a model, each of which holds or does not: what `check` answers in scripts and CI."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from modelcli import checkpoints, comparing, selectors, session
+from modelcli.blueprints import FLOATING, Blueprint, Shape, TensorInfo, counted, shown
+from modelcli.checkpoints.contents import foreign_names
+from modelcli.comparing import Scope
+from modelcli.differences import TensorChange
+from modelcli.errors import RequestError, did_you_mean
+from modelcli.references import Source
+from modelcli.session import Look, Target
+
+#: Told how many bytes are done, how many there are, and what is being done with them.
+Progress = Callable[[int, int, str], None]
+#: Names that a row lists of those that are wrong.
+MOST_NAMED = 3
+SAFE = "tensors alone"
+NOTHING = "nothing"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asserted of a model; None, empty and False stand for what is not.
+
+    `max_params` and `max_bytes` are the most parameters, and the most bytes of parameters and buffers. `frozen`,
+    `trainable`, `has` and `absent` are selectors. `dtypes` are those that floating-point tensors may have.
+    `output_shapes` are shapes of what the forward pass gives. `same_as` are references, and `without` selectors of
+    tensors that may differ from those.
+    """
+
+    max_params: int | None = None
+    max_bytes: int | None = None
+    frozen: tuple[str, ...] = ()
+    trainable: tuple[str, ...] = ()
+    has: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
+    finite: bool = False
+    safe: bool = False
+    output_shapes: tuple[Shape, ...] = ()
+    same_as: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+
+    def require_sense(self) -> None:
+        """Raise RequestError where nothing is asserted, or what is makes no sense."""
+        if self.without and not self.same_as:
+            raise RequestError(
+                f"--except {self.without[0]} is for --same-as", "--same-as REFERENCE says what all other tensors are"
+            )
+        if self == Wanted(without=self.without):
+            raise RequestError(
+                "nothing is asserted", "--max-params 60M, --frozen features, --finite: modelcli check --help lists them"
+            )
+        for name in self.dtypes:
+            if name not in FLOATING:
+                raise RequestError(f"no floating-point dtype {name!r}", did_you_mean(name, FLOATING))
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One assertion: what was found and what was wanted, as numbers, shapes or words."""
+
+    check: str
+    passed: bool
+    found: Any
+    wanted: Any
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of all assertions about a model."""
+
+    look: Look
+    checks: tuple[Checked, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        return all(checked.passed for checked in self.checks)
+
+
+def check(target: Target, wanted: Wanted, *, cached: bool = True, progress: Progress | None = None) -> Verdict:
+    """Find out which assertions hold. Numbers are read for `finite`, and for `same_as` where bytes differ.
+
+    Raises RequestError for a selector that picks nothing, but for those of `has` and `absent`, which say something
+    by that.
+    """
+    wanted.require_sense()
+    needs_values = wanted.finite or bool(wanted.same_as)
+    found = session.look(target, traced=bool(wanted.output_shapes), cached=cached and not needs_values)
+    notes = list(found.notes)
+    checks = [*_structure(found.blueprint, wanted), *_outputs(found.blueprint, wanted.output_shapes)]
+    if wanted.safe:
+        checks.append(_safe(found, target.source))
+    if wanted.finite:
+        checks.append(_finite(found, progress, notes))
+    names = wanted.same_as
+    checks += [_same_as(found, target.source.model, name, wanted.without, progress, notes) for name in names]
+    return Verdict(found, tuple(checks), tuple(notes))
+
+
+def _structure(blueprint: Blueprint, wanted: Wanted) -> Iterator[Checked]:
+    """The assertions that a blueprint answers."""
+    totals = blueprint.totals
+    if wanted.max_params is not None:
+        yield Checked("max-params", totals.params <= wanted.max_params, totals.params, wanted.max_params)
+    if wanted.max_bytes is not None:
+        nbytes = totals.param_bytes + totals.buffer_bytes
+        yield Checked("max-bytes", nbytes <= wanted.max_bytes, nbytes, wanted.max_bytes)
+    for text in wanted.frozen:
+        yield _flags(blueprint, text, trained=False)
+    for text in wanted.trainable:
+        yield _flags(blueprint, text, trained=True)
+    for text in wanted.has:
+        names = _matches(blueprint, text)
+        yield Checked("has", bool(names), _listed(names or [_nothing(blueprint, text)]), text)
+    for text in wanted.absent:
+        names = _matches(blueprint, text)
+        told = _nothing(blueprint, text)
+        yield Checked("absent", not names and told == NOTHING, _listed(names or [told]), text)
+    if wanted.dtypes:
+        yield _dtype(blueprint, wanted.dtypes)
+
+
+def _flags(blueprint: Blueprint, text: str, *, trained: bool) -> Checked:
+    """Whether all parameters that a selector picks are trained, or all are frozen."""
+    names = set(selectors.select_tensors(blueprint, [text]))
+    parameters = [t for t in blueprint.tensors if t.name in names and t.kind == "parameter" and t.is_differentiable]
+    if not parameters:
+        raise RequestError(f"{text!r} picks no parameter that could be trained", "modelcli params lists them")
+    kind, state = ("trainable", "trained") if trained else ("frozen", "frozen")
+    other = "frozen" if trained else "trained"
+    wrong = [t.name for t in parameters if t.requires_grad is (not trained)]
+    unknown = [t.name for t in parameters if t.requires_grad is None]
+    if wrong:
+        told = f"{len(wrong):,} of {counted(len(parameters), 'parameter')} {_are(len(wrong))} {other}: {_listed(wrong)}"
+    elif unknown:
+        told = f"nothing says whether {_listed(unknown)} {_are(len(unknown))} {state}: --arch names the architecture"
+    else:
+        told = f"{counted(len(parameters), 'parameter')} {_are(len(parameters))} {state}"
+    return Checked(kind, not (wrong or unknown), told, text)
+
+
+def _matches(blueprint: Blueprint, text: str) -> list[str]:
+    """The modules and tensors that a selector itself names, in the model's order."""
+    selector = selectors.parse(text)
+    modules = selectors.matched_modules(selector, blueprint)
+    found = [shown(module.path) for module in blueprint.modules if module.path in modules]
+    return found or [t.name for t in blueprint.tensors if t.name in selectors.matched_tensors(selector, blueprint)]
+
+
+def _nothing(blueprint: Blueprint, text: str) -> str:
+    """What a selector picked that picked nothing: one for a class says nothing where no class is known."""
+    if selectors.parse(text).type is not None and all(module.type is None for module in blueprint.modules):
+        return "no class is known: --arch names the architecture"
+    return NOTHING
+
+
+def _dtype(blueprint: Blueprint, dtypes: Sequence[str]) -> Checked:
+    """Whether each floating-point tensor has one of these dtypes; a model without any has none of them."""
+    floating = [tensor for tensor in blueprint.tensors if _is_floating(tensor)]
+    wrong = [tensor for tensor in floating if tensor.dtype not in dtypes]
+    told = " and ".join(sorted({tensor.dtype for tensor in floating})) or "no floating-point tensor"
+    if wrong:
+        more = f", and {len(wrong) - 1} more differ" if len(wrong) > 1 else ""
+        told = f"{wrong[0].name} is {wrong[0].dtype}{more}"
+    return Checked("dtype", bool(floating) and not wrong, told, " or ".join(dtypes))
+
+
+def _is_floating(tensor: TensorInfo) -> bool:
+    return tensor.dtype.startswith(("float", "bfloat"))
+
+
+def _outputs(blueprint: Blueprint, wanted: Sequence[Shape]) -> Iterator[Checked]:
+    """Whether the forward pass gives tensors of these shapes; a pass that was not made gives none."""
+    trace = blueprint.trace
+    for shape in wanted:
+        ran = trace.layers.get("") if trace is not None else None
+        if trace is None or ran is None or trace.reason is not None:
+            yield Checked("output-shape", False, trace.reason if trace else "no forward pass was made", list(shape))
+        else:
+            yield Checked("output-shape", list(shape) in _flat(ran.output_shape), ran.output_shape, list(shape))
+
+
+def _flat(output: Any) -> list[list[int]]:
+    """The shapes of all tensors in an output, whatever it is made of."""
+    if output is None:
+        return []
+    if isinstance(output, dict):
+        output = list(output.values())
+    elif all(isinstance(size, int) for size in output):
+        return [list(output)]
+    return [shape for item in output for shape in _flat(item)]
+
+
+def _safe(found: Look, source: Source) -> Checked:
+    """Whether the file, if the model comes from one, holds nothing that only running code could load."""
+    contents = found.contents
+    if contents is not None and found.live is not None:
+        contents = checkpoints.read(contents.path, key=source.key)  # as it is, before objects were dropped
+    foreign = () if contents is None else contents.foreign
+    told = f"objects of {foreign_names(foreign, most=MOST_NAMED)}" if foreign else SAFE if contents else "no file"
+    return Checked("safe", not foreign, told, SAFE)
+
+
+def _finite(found: Look, progress: Progress | None, notes: list[str]) -> Checked:
+    """Whether no tensor has a NaN or an infinity in it."""
+    names = [tensor.name for tensor in found.blueprint.tensors]
+    report = progress or (lambda _done, _total, _doing: None)
+    statistics = session.stats(found, names, lambda done, total: report(done, total, "reading"))
+    wrong = {name: numbers for name, numbers in statistics.items() if numbers["nan"] or numbers["inf"]}
+    without = [name for name in names if name not in statistics]
+    if without:
+        notes.append(f"--finite says nothing of {_listed(without)}: nothing gives {_its(without)} numbers")
+    if wrong:
+        name, numbers = next(iter(wrong.items()))
+        counts = [f"{numbers[key]:,} {word}" for key, word in (("nan", "NaN"), ("inf", "Inf")) if numbers[key]]
+        more = f", and {counted(len(wrong) - 1, 'more tensor')}" if len(wrong) > 1 else ""
+        told = f"{name}: {' and '.join(counts)}{more}"
+    else:
+        told = f"{counted(len(statistics), 'tensor')} without NaN or Inf"
+    return Checked("finite", not wrong, told, "no NaN, no Inf")
+
+
+def _same_as(
+    found: Look, model: str, reference: str, without: tuple[str, ...], progress: Progress | None, notes: list[str]
+) -> Checked:
+    """Whether all tensors are those of another model in shape, dtype and values."""
+    other = comparing.open_side(Source(reference), values=True)
+    # What is to be told of the model itself stands among the notes already.
+    names = (model, reference)
+    compared = comparing.compare(other, found, names[::-1], Scope(without=without, modules=False), progress)
+    notes += [note for note in compared.notes if note not in {f"{model}: {told}" for told in found.notes}]
+    differing: dict[str, list[TensorChange]] = {}
+    for change in compared.tensors:
+        if change.change != "trainable":
+            differing.setdefault(change.name, []).append(change)
+    wanted = f"{reference} except {', '.join(without)}" if without else reference
+    if differing:
+        named = [f"{name} ({', '.join(c.change for c in changes)})" for name, changes in differing.items()]
+        number = counted(len(differing), "tensor")
+        told = f"{number} {'differs' if len(differing) == 1 else 'differ'}: {_listed(named)}"
+        return Checked("same-as", False, told, wanted)
+    equal = compared.equal + len({change.name for change in compared.tensors})
+    return Checked("same-as", True, f"{counted(equal, 'tensor')} {_are(equal)} equal", wanted)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more
+
+
+def _are(number: int) -> str:
+    return "is" if number == 1 else "are"
+
+
+def _its(names: Sequence[str]) -> str:
+    return "its" if len(names) == 1 else "their"

@@ -23,6 +23,7 @@ from modelcli.errors import ModelcliError
 
 SCHEMA = 1
 SUFFIX = ".blueprint"
+INDEX_SUFFIX = ".index"
 
 
 def folder() -> Path:
@@ -68,48 +69,76 @@ def _versions() -> Iterator[tuple[str, str | None]]:
         yield package, installed.version(package)
 
 
-def _path(document: Mapping[str, Any]) -> Path:
+def _path(document: Mapping[str, Any], suffix: str) -> Path:
     text = json.dumps(document, sort_keys=True)
-    return folder() / f"{hashlib.sha256(text.encode()).hexdigest()}{SUFFIX}"
+    return folder() / f"{hashlib.sha256(text.encode()).hexdigest()}{suffix}"
 
 
 def get(key: Key) -> Blueprint | None:
     """The blueprint kept for a key, or None."""
-    document = key.document()
     try:
-        digest, _, body = _path(document).read_bytes().partition(b"\n")
-        if hashlib.sha256(body).hexdigest().encode() != digest:
-            return None
-        entry = json.loads(body)
-        if entry["key"] != document:
-            return None
-        return blueprints.from_json(entry["blueprint"])
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+        return blueprints.from_json(_kept(key.document(), SUFFIX, "blueprint"))
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         return None
 
 
 def put(key: Key, found: Blueprint) -> None:
     """Keep a blueprint. A cache that cannot be written is no error: the next look is only slower."""
-    document = key.document()
-    entry = {"key": document, "blueprint": blueprints.to_json(found)}
-    body = json.dumps(entry, separators=(",", ":")).encode()
+    _keep(key.document(), SUFFIX, "blueprint", blueprints.to_json(found))
+
+
+def index(name: str) -> Any:
+    """What is kept under a name beside the blueprints, as JSON values, or None."""
+    return _kept(_index_key(name), INDEX_SUFFIX, "index")
+
+
+def put_index(name: str, values: Any) -> None:
+    """Keep JSON values under a name, for these versions of what is installed."""
+    _keep(_index_key(name), INDEX_SUFFIX, "index", values)
+
+
+def _index_key(name: str) -> dict[str, Any]:
+    return {"schema": SCHEMA, "index": name, "versions": dict(_versions())}
+
+
+def _kept(document: Mapping[str, Any], suffix: str, what: str) -> Any:
+    """What is kept for a key, or None where there is nothing, or nothing that can be believed."""
+    try:
+        digest, _, body = _path(document, suffix).read_bytes().partition(b"\n")
+        if hashlib.sha256(body).hexdigest().encode() != digest:
+            return None
+        entry = json.loads(body)
+        return entry[what] if entry["key"] == document else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _keep(document: Mapping[str, Any], suffix: str, what: str, values: Any) -> None:
+    body = json.dumps({"key": document, what: values}, separators=(",", ":")).encode()
     with (
         contextlib.suppress(ModelcliError),
-        atomic.replacing(_path(document), force=True, durable=False, through_links=False) as (file, _),
+        atomic.replacing(_path(document, suffix), force=True, durable=False, through_links=False) as (file, _),
     ):
         file.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
 
 
 def entries() -> list[Path]:
-    """The files of the cache, half-written ones of killed runs included."""
+    """The files of blueprints, half-written ones of killed runs included."""
+    return _files(SUFFIX, atomic.TEMPORARY)
+
+
+def _files(*suffixes: str) -> list[Path]:
     try:
-        return sorted(path for path in folder().iterdir() if path.suffix in (SUFFIX, atomic.TEMPORARY))
+        return sorted(path for path in folder().iterdir() if path.suffix in suffixes)
     except OSError:
         return []
 
 
 def clear() -> int:
-    """Remove every entry, and nothing else; gives their number."""
+    """Remove every entry and what was made of them, and nothing else; gives the number of the entries."""
+    for path in _files(INDEX_SUFFIX):
+        with contextlib.suppress(OSError):
+            path.unlink()
     removed = 0
     for path in entries():
         with contextlib.suppress(OSError):

@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import shlex
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from modelcli import blueprints, cache, checkpoints, references, selectors
+from modelcli import blueprints, cache, checkpoints, likeness, references, selectors
 from modelcli import record as records
 from modelcli.blueprints import Blueprint, Totals, Trace
 from modelcli.checkpoints import Contents
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from modelcli.live.stats import Statistics
     from modelcli.writing import Written
 
+
+#: How the note begins that names the builders a file fits.
+LOOKS_LIKE = "looks like torchvision"
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -190,7 +194,7 @@ def _looked(target: Target, *, traced: bool, mode: str, cached: bool) -> Look:
     found = _look_at_file(target, traced=traced, mode=mode)
     if found is not None:
         return found
-    key = _cache_key(target, mode) if cached else None
+    key = cache_key(target, mode) if cached else None
     if key is not None and (kept := cache.get(key)) is not None:
         return Look(kept)
     from modelcli.live import opening, planning
@@ -229,7 +233,7 @@ def warm(name: str) -> None:
     look(Target(Source(model=name)), traced=True)
 
 
-def _cache_key(target: Target, mode: str) -> cache.Key | None:
+def cache_key(target: Target, mode: str) -> cache.Key | None:
     """The key of a builder or an expression of installed classes; None for what other code or a file decides."""
     source = target.source
     if cache.is_off() or target.edits or source.arch is not None or source.key is not None:
@@ -256,6 +260,7 @@ def _look_at_file(target: Target, *, traced: bool, mode: str) -> Look | None:
         notes.append(f"the record in {reference.path.name} was ignored: {why}")
         record = None
     if record is None:
+        notes += likeness_notes(contents)
         bare = contents.bare_blueprint()
         if traced:
             bare = bare.with_trace(Trace(None, reason="the file does not say its architecture: --arch names one"))
@@ -266,6 +271,21 @@ def _look_at_file(target: Target, *, traced: bool, mode: str) -> Look | None:
     if traced and found.trace is None:
         found = found.with_trace(Trace(None, reason="the record in the file holds no forward pass"))
     return Look(found, tuple(notes), contents)
+
+
+def likeness_notes(contents: Contents) -> list[str]:
+    """Which torchvision builders a file that does not say its architecture fits exactly, as far as the cache knows."""
+    if cache.is_off() or contents.types or not contents.tensors:
+        return []
+    known = cache.index(likeness.FINGERPRINTS)
+    if not isinstance(known, dict) or len(contents.tensors) > 2 * known["most"]:  # what is larger need not be looked at
+        return []
+    shapes, _ = likeness.unwrapped(likeness.shapes_of(contents.infos().values()))
+    names = known["models"].get(likeness.fingerprint(shapes))
+    if not names:
+        return []
+    others = f" (or {', '.join(names[1:])})" if len(names) > 1 else ""
+    return [f"{LOOKS_LIKE} {names[0]}{others}: --arch {shlex.quote(names[0])}"]
 
 
 @stdout_is_for_data
@@ -484,6 +504,8 @@ def _them(items: Sequence[object]) -> str:
 
 def _outcome(live: Live, target: Target, before: Blueprint, check: Mapping[str, Any], added: Sequence[Edit]) -> Outcome:
     after = live.describe()
+    contents = live.contents
+    likely = [] if contents is None or live.architecture or live.record else likeness_notes(contents)
     changes = tuple(
         {
             "path": change.path,
@@ -502,7 +524,9 @@ def _outcome(live: Live, target: Target, before: Blueprint, check: Mapping[str, 
         before.totals,
         after.totals,
         check,
-        notes=tuple(dict.fromkeys((*target.notes, *live.notes, *_sum_note(changes, before.totals, after.totals)))),
+        notes=tuple(
+            dict.fromkeys((*target.notes, *live.notes, *likely, *_sum_note(changes, before.totals, after.totals)))
+        ),
         edits=tuple(map(str, added)),
     )
 

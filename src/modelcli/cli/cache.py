@@ -1,12 +1,10 @@
 """cache path, cache clear, cache warm: the blueprints that are kept on disk."""
 
-import sys
-from collections.abc import Iterable, Iterator
 from typing import Annotated
 
 import typer
 
-from modelcli.cli import completing, output
+from modelcli.cli import completing, output, progress
 from modelcli.cli.options import OutputOptions, exit_codes, expanded
 
 app = typer.Typer(help="Tend the blueprints of installed models that are kept on disk.", no_args_is_help=True)
@@ -55,33 +53,14 @@ def warm(
 
     modelcli cache warm 'squeezenet*'
     """
-    from modelcli import session
+    from modelcli import identifying, session
 
     output.format_of(options)
     names = [entry["name"] for entry in session.builders(pattern)]
-    for name in _progress(names, options):
+    for name in progress.of_names(names, options):
         session.warm(name)
+    identifying.keep(names, complete=pattern is None)
     path(options)
-
-
-def _progress(names: list[str], options: OutputOptions) -> Iterable[str]:
-    """The names, with a progress bar on a terminal."""
-    if options.quiet or not sys.stderr.isatty():
-        return names
-    return _with_bar(names)
-
-
-def _with_bar(names: list[str]) -> Iterator[str]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
-        task = bar.add_task("", total=len(names))
-        for name in names:
-            bar.update(task, description=name)
-            yield name
-            bar.advance(task)
 
 
 def mount(parent: typer.Typer) -> None:

@@ -70,6 +70,26 @@ def check(
     return 0 if verdict.passed else 1
 
 
+def identify(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint: best.pth.")],
+    options: OutputOptions,
+    key: Annotated[
+        str | None, typer.Option("--key", help="The state dict in a training checkpoint.", metavar="NAME")
+    ] = None,
+) -> int:
+    """Show which torchvision builder a checkpoint belongs to, by names and shapes. Exit code 1 where none comes near.
+
+    modelcli identify bare.pth
+    """
+    from modelcli import identifying
+    from modelcli.render import documents
+
+    output.format_of(options)
+    found = identifying.identify(checkpoint, key, lambda names: progress.of_names(names, options))
+    output.show(documents.identify(checkpoint, found.matches), options, found.notes, warnings=found.look.warnings)
+    return 0 if found.matches else 1
+
+
 def mount(app: typer.Typer) -> None:
-    for name, function in (("diff", diff), ("check", check)):
+    for name, function in (("diff", diff), ("check", check), ("identify", identify)):
         app.command(name, rich_help_panel="Compare")(expanded(function))

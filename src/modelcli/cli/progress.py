@@ -1,10 +1,10 @@
-"""Progress of long work over bytes: a bar on standard error where that is a terminal, nothing anywhere else."""
+"""Progress of long work: a bar on standard error where that is a terminal, nothing anywhere else."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
@@ -69,3 +69,23 @@ def _bar() -> Progress:
         redirect_stdout=False,
         redirect_stderr=False,
     )
+
+
+def of_names(names: Sequence[str], options: OutputOptions) -> Iterable[str]:
+    """The names of what is worked off one after another, with a bar where that is watched."""
+    if options.quiet or not sys.stderr.isatty():
+        return names
+    return _with_bar(names)
+
+
+def _with_bar(names: Sequence[str]) -> Iterator[str]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
+        task = bar.add_task("", total=len(names))
+        for name in names:
+            bar.update(task, description=name)
+            yield name
+            bar.advance(task)

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from modelcli.blueprints import Shape, ancestors, parent_of
+from modelcli.blueprints import ancestors, parent_of
 from modelcli.checkpoints import CompositeEntry, Contents, Storage, TensorEntry
 from modelcli.checkpoints.composites import entry_of, makes_tensor
 from modelcli.checkpoints.contents import Windows
 from modelcli.checkpoints.limits import NESTING, Budget, room_for_nesting
 from modelcli.checkpoints.pickles import Global, Opaque, OrderedDict
 from modelcli.errors import AnswerNoError, RequestError
+from modelcli.likeness import WRAPPER_PREFIXES, Mismatch
 from modelcli.live import composites
 from modelcli.live.build import Bare
 from modelcli.live.sources import dtype_of, is_composite, is_lazy, named_tensors, real_storage
@@ -26,17 +27,6 @@ from modelcli.live.twins import tagged
 
 #: How deep modules may lie in one another: PyTorch recurses into them, some frames for each level.
 MAX_MODULE_DEPTH = 200
-#: What wrappers put before every key: DataParallel, torch.compile, Lightning.
-WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.")
-
-
-@dataclass(frozen=True)
-class Mismatch:
-    """A tensor whose shape in the file is not that in the architecture."""
-
-    name: str
-    expected: Shape
-    found: Shape
 
 
 @dataclass(frozen=True)

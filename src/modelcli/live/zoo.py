@@ -143,17 +143,46 @@ def constructor(name: str) -> Callable[..., nn.Module]:
 
 def signature(name: str) -> str:
     """What a builder takes: its own arguments, and those that it hands on to the class of its model."""
+    hidden = {"weights", "weights_backbone", "progress"}
+    taken = [parameter for parameter in _parameters(name) if parameter.name not in hidden]
+    return f"{name}({', '.join(map(_shown, taken))})"
+
+
+def _parameters(name: str) -> list[inspect.Parameter]:
+    """The arguments of a builder's model by keyword: of its class, with what the builder itself says of them."""
     builder = torchvision().models.get_model_builder(name)
     made = inspect.get_annotations(builder).get("return")
     kinds = [builder, made] if inspect.isclass(made) else [builder]
-    hidden = {"weights", "weights_backbone", "progress"}
     taken = {
         parameter.name: parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
         for kind in reversed(kinds)
         for parameter in inspect.signature(kind).parameters.values()
-        if parameter.name not in hidden and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
     }
-    return f"{name}({', '.join(map(_shown, taken.values()))})"
+    return list(taken.values())
+
+
+def references_of(name: str) -> list[str]:
+    """The builder, and it with those arguments that its published weights may have been made with.
+
+    These are auxiliary heads (most files of googlenet have none, and those of segmentation models have one) and, for
+    vision transformers, the size of the images.
+    """
+    taken = {parameter.name for parameter in _parameters(name.removeprefix("quantized_"))}
+    found = [name]
+    found += [
+        f"{name}({heads}={flag})" for heads, flag in (("aux_logits", False), ("aux_loss", True)) if heads in taken
+    ]
+    if "image_size" in taken:
+        sizes = {crop[-1] for entry in _weights_enum(name, quantize=False) if (crop := _crop_size(entry))}
+        found += [f"{name}(image_size={size})" for size in sorted(sizes - {224})]
+    return found
+
+
+def _crop_size(entry: Any) -> list[int] | None:
+    """The size that the preprocessing of these weights cuts images to."""
+    size: list[int] | None = getattr(entry.transforms(), "crop_size", None)
+    return size
 
 
 def _shown(parameter: inspect.Parameter) -> str:

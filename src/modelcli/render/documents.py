@@ -12,6 +12,7 @@ from typing import Any
 
 from modelcli.blueprints import Blueprint, ModuleInfo, TensorInfo, Totals, counted, lies_in, repr_text, shown, totals_of
 from modelcli.differences import Comparison, ModuleChange, TensorChange
+from modelcli.likeness import Match
 from modelcli.render.runs import Run, Runs
 from modelcli.render.views import (
     Branch,
@@ -641,6 +642,49 @@ def check(reference: str, blueprint: Blueprint, checks: Sequence[Mapping[str, An
 
 def _finding(value: Any) -> str:
     return count(value) if isinstance(value, int) else value if isinstance(value, str) else shape(value)
+
+
+# --- identify ------------------------------------------------------------------------------------------------------
+
+#: Tensors that a row names of those that do not fit.
+_MOST_NAMED = 4
+
+
+def identify(reference: str, matches: Sequence[Match]) -> View:
+    """The models that a checkpoint fits or comes near, a row each, and what does not fit."""
+    entries = [
+        {
+            "model": match.model,
+            "exact": match.exact,
+            "matched": match.matched,
+            "missing": list(match.missing),
+            "unexpected": list(match.unexpected),
+            "mismatched": [
+                asdict(item) | {"expected": [*item.expected], "found": [*item.found]} for item in match.mismatched
+            ],
+        }
+        for match in matches
+    ]
+    document = {"schema": SCHEMA, "matches": entries}
+    columns = (
+        Column("model", "model", style="cyan"),
+        Column("exact", "fits", lambda value: "exactly" if value else "nearly"),
+        Column("matched", "matched", count, right=True),
+        Column("differing", "what does not fit", flexible=True),
+    )
+    if not matches:
+        return View(document, [], columns, body=f"{reference} comes near no torchvision builder")
+    return View(
+        document, [row | {"differing": _unfit(match)} for row, match in zip(entries, matches, strict=True)], columns
+    )
+
+
+def _unfit(match: Match) -> str:
+    """The first tensors that do not fit, those of another shape first."""
+    parts = [f"{item.name} {shape([*item.found])} not {shape([*item.expected])}" for item in match.mismatched]
+    parts += [f"{name} missing" for name in match.missing] + [f"{name} unexpected" for name in match.unexpected]
+    more = [f"and {len(parts) - _MOST_NAMED} more"] if len(parts) > _MOST_NAMED else []
+    return ", ".join([*parts[:_MOST_NAMED], *more])
 
 
 def models(entries: Sequence[Mapping[str, Any]]) -> View:

@@ -210,6 +210,18 @@ SPECIAL = {
     ),
     "uint8": (torch.tensor([255], dtype=torch.uint8), torch.tensor([0], dtype=torch.uint8), 255),
     "float8": (torch.tensor([1.0]).to(torch.float8_e4m3fn), torch.tensor([2.0]).to(torch.float8_e4m3fn), 1.0),
+    "float8 against NaN": (
+        torch.tensor([1.0, math.nan]).to(torch.float8_e5m2),
+        torch.tensor([1.5, math.nan]).to(torch.float8_e5m2),
+        0.5,
+    ),
+    "half": (torch.tensor([1.0, math.inf]).half(), torch.tensor([1.25, math.inf]).half(), 0.25),
+    "complex NaN": (torch.tensor([complex(math.nan, 1), 0j]), torch.tensor([complex(math.nan, 2), 2j]), 2.0),
+    "no numbers to torch": (
+        torch.tensor([1], dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
+        torch.tensor([2], dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
+        "unknown",
+    ),
     "scalars": (torch.tensor(1.0), torch.tensor(3.0), 2.0),
     "empty": (torch.empty(0, 3), torch.empty(0, 3), None),
 }
@@ -221,7 +233,9 @@ def test_numbers(cli: Cli, what: str) -> None:
     torch.save({"t": before}, "a.pth")
     torch.save({"t": after}, "b.pth")
     rows = cli("diff", "a.pth", "b.pth", "--json", code=0 if wanted is None else 1).json["tensors"]
-    assert [row["max_abs_diff"] for row in rows] == ([] if wanted is None else [wanted])
+    assert [row["max_abs_diff"] for row in rows] == (
+        [] if wanted is None else [None if wanted == "unknown" else wanted]
+    )
     assert cli("diff", "a.pth", "a.pth").out == "a.pth and a.pth are the same: 1 tensor is equal\n"
 
 

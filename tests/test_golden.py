@@ -38,6 +38,8 @@ COMMANDS = {
     "summary-ssdlite": "summary ssdlite320_mobilenet_v3_large --depth 1",
     "replace-alexnet": "replace classifier.6 Linear(_,10) -m alexnet",
     "freeze-alexnet": "freeze . --except classifier.6 -m alexnet",
+    "diff-alexnet": "diff alexnet alexnet(num_classes=10) --no-values",
+    "check-alexnet": "check alexnet --max-params 60M --has classifier.6:Linear --frozen features --output-shape 1,1000",
     "load-mismatch": "load bare.pth --arch Linear(2,4)",
 }
 

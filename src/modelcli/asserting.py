@@ -150,8 +150,10 @@ def _matches(blueprint: Blueprint, text: str) -> list[str]:
     """The modules and tensors that a selector itself names, in the model's order."""
     selector = selectors.parse(text)
     modules = selectors.matched_modules(selector, blueprint)
-    found = [shown(module.path) for module in blueprint.modules if module.path in modules]
-    return found or [t.name for t in blueprint.tensors if t.name in selectors.matched_tensors(selector, blueprint)]
+    if modules:
+        return [shown(module.path) for module in blueprint.modules if module.path in modules]
+    tensors = selectors.matched_tensors(selector, blueprint)
+    return [tensor.name for tensor in blueprint.tensors if tensor.name in tensors]
 
 
 def _nothing(blueprint: Blueprint, text: str) -> str:

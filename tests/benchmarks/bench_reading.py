@@ -146,6 +146,10 @@ def main() -> None:
             "second summary resnet50 / Typer + Rich table", [*MODELCLI, "summary", "resnet50"], peer["table"], "<= 1.6"
         )
         compare("second summary resnet50 / torchinfo", [*MODELCLI, "summary", "resnet50"], peer["torchinfo"], "<= 0.05")
+        sparse_safetensors(folder / "a.safetensors", 4 * 10**9)
+        sparse_safetensors(folder / "b.safetensors", 4 * 10**9)
+        diff = [*MODELCLI, "diff", "a.safetensors", "b.safetensors"]
+        compare("diff of two files of 4 GB / cmp", diff, ["cmp", "a.safetensors", "b.safetensors"], "<= 1.6")
         for style in ("json", "csv", "table"):
             seconds, peak = measure([*MODELCLI, "params", "many.pth", "-f", style])
             print(f"{f'params of 100,000 tensors, {style}':44} {seconds:7.3f} s {'':17} {peak / 1024:6.0f} MB   <= 4 s")

@@ -30,6 +30,8 @@ from modelcli.live.sources import (
 )
 from modelcli.live.stats import CHUNK, INTEGERS, is_known
 
+#: Dtypes that torch brings to float64 by itself, an element at a time.
+_PROMOTED = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 #: An entry of a file, or a tensor of a live model that no file holds.
 Entry = TensorEntry | torch.Tensor
 
@@ -137,16 +139,22 @@ def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
     kinds = {one.dtype, other.dtype}
     if kinds <= INTEGERS and (torch.uint64 not in kinds or len(kinds) == 1):
         return _whole_difference(one, other)
-    wide = torch.complex128 if one.is_complex() or other.is_complex() else torch.float64
-    left, right = one.to(wide), other.to(wide)
-    apart = (left - right).abs()
-    most: float = apart.max().item()
+    if not kinds <= _PROMOTED:
+        wide = torch.complex128 if one.is_complex() or other.is_complex() else torch.float64
+        one, other = one.to(wide), other.to(wide)
+    apart = (one - other).abs() if one.is_complex() else one.to(torch.float64, copy=True).sub_(other)
+    most = _furthest(apart)
     if not math.isnan(most):
         return most
     # Infinities take away from one another to NaN, too.
-    same = (left == right) | (left.isnan() & right.isnan())
-    found: float = apart.masked_fill_(same, 0).max().item()
-    return found
+    same = (one == other) | (one.isnan() & other.isnan())
+    return _furthest(apart.masked_fill_(same, 0))
+
+
+def _furthest(apart: torch.Tensor) -> float:
+    """The largest absolute value; NaN where there is one."""
+    low, high = torch.aminmax(apart)
+    return max(-low.item(), high.item()) if not low.isnan() else math.nan
 
 
 def _whole_difference(one: torch.Tensor, other: torch.Tensor) -> int:

@@ -13,7 +13,7 @@ from torch import nn
 from modelcli.errors import RequestError
 from modelcli.references import parse_count
 from tests.conftest import Cli
-from tests.test_diff import fresh
+from tests.test_diff import EDITS, fresh, plain, states
 
 BASE = "Sequential(Conv2d(1,4,1),BatchNorm2d(4),Flatten(),Linear(4,3),Linear(3,2))"
 
@@ -125,6 +125,16 @@ def test_same_as_but_for_some(cli: Cli) -> None:
     # Flags are no values.
     cli("unfreeze", "0", "-m", "m.pth", "-o", "warm.pth")
     cli("check", "warm.pth", "--same-as", "m.pth")
+
+
+@pytest.mark.usefixtures("_files")
+@pytest.mark.parametrize("line", list(EDITS))
+def test_same_as_is_what_plain_torch_finds(cli: Cli, line: str) -> None:
+    cli("apply", "-m", "m.pth", "-o", "edited.pth", "-e", line, "--check", "none")
+    wanted = plain(*states("m.pth", "edited.pth"))
+    row = cli("check", "edited.pth", "--same-as", "m.pth", "--json", code=1 if wanted else 0).json["checks"][0]
+    told = row["found"].split()[0]
+    assert int(told) == len(wanted) if wanted else row["found"].endswith("are equal")
 
 
 @pytest.mark.usefixtures("_files")

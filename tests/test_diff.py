@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
+from modelcli import comparing
 from modelcli.checkpoints import Span, same_bytes
+from modelcli.references import Source
 from tests import test_distributed
 from tests.conftest import Cli
 from tests.test_golden import Terminal
@@ -502,6 +504,24 @@ def test_many_small_tensors_share_open_files(cli: Cli, folder: Path, monkeypatch
     monkeypatch.setattr(same_bytes.ByteComparison, "_open", opening)
     cli("diff", "a.safetensors", "b.pth")
     assert len(opened) == 2
+
+
+@pytest.mark.parametrize("differ", [False, True])
+def test_progress_ends_at_the_total(cli: Cli, folder: Path, differ: bool) -> None:
+    state = {"a": torch.zeros(3 << 20), "b": torch.zeros(5), "c": torch.zeros(0)}
+    torch.save(state, "a.pth")
+    if differ:
+        state["a"][-1] = state["b"][2] = 1
+    save_file(state, "b.safetensors")
+    sides = [comparing.open_side(Source(path), values=True) for path in ("a.pth", "b.safetensors")]
+    told: list[tuple[int, int, str]] = []
+    found = comparing.compare(sides[0], sides[1], ("a", "b"), progress=lambda *told_: told.append(told_))
+    total = sum(tensor.nbytes for tensor in state.values())
+    assert found.same is not differ
+    assert told[0] == (0, total, "comparing")
+    assert told[-1] == (total, total, "comparing")
+    assert len(told) > 10
+    assert max(done for done, _, _ in told) == total
 
 
 def test_views_of_one_another_are_not_read_without_end(cli: Cli, folder: Path) -> None:

@@ -145,7 +145,7 @@ def test_looks_and_edits_say_which_builder_a_file_fits(cli: Cli) -> None:
     note = "looks like torchvision squeezenet1_1: --arch squeezenet1_1"
     assert "looks like" not in cli("params", "bare.pth").err  # nothing is built for it
     cli("cache", "warm", "squeezenet1_1")
-    for words in (("params",), ("summary",), ("modules",), ("freeze", "features", "-m")):
+    for words in (("params",), ("summary",), ("modules",), ("freeze", "features", "-m"), ("load",)):
         assert f"note: {note}\n" in cli(*words, "bare.pth").err
         assert note in cli(*words, "bare.pth", "--json").json["notes"]
     assert "looks like" not in cli("params", "bare.pth", "-q").err

@@ -220,7 +220,7 @@ def known_blueprint(target: Target) -> Blueprint | None:
     if found is not None:
         return found.blueprint
     for source in (target.source, replace(target.source, input_size=None, input_dtype=())):  # the same modules
-        key = _cache_key(replace(target, source=source), "eval")
+        key = cache_key(replace(target, source=source), "eval")
         if key is not None and (kept := cache.get(key)) is not None:
             return kept
     return None
@@ -286,6 +286,12 @@ def likeness_notes(contents: Contents) -> list[str]:
         return []
     others = f" (or {', '.join(names[1:])})" if len(names) > 1 else ""
     return [f"{LOOKS_LIKE} {names[0]}{others}: --arch {shlex.quote(names[0])}"]
+
+
+def _likeness_of(live: Live) -> list[str]:
+    """The same of a model that was opened, where nothing has said its architecture."""
+    contents = live.contents
+    return [] if contents is None or live.architecture or live.record else likeness_notes(contents)
 
 
 @stdout_is_for_data
@@ -504,8 +510,6 @@ def _them(items: Sequence[object]) -> str:
 
 def _outcome(live: Live, target: Target, before: Blueprint, check: Mapping[str, Any], added: Sequence[Edit]) -> Outcome:
     after = live.describe()
-    contents = live.contents
-    likely = [] if contents is None or live.architecture or live.record else likeness_notes(contents)
     changes = tuple(
         {
             "path": change.path,
@@ -525,7 +529,9 @@ def _outcome(live: Live, target: Target, before: Blueprint, check: Mapping[str, 
         after.totals,
         check,
         notes=tuple(
-            dict.fromkeys((*target.notes, *live.notes, *likely, *_sum_note(changes, before.totals, after.totals)))
+            dict.fromkeys(
+                (*target.notes, *live.notes, *_likeness_of(live), *_sum_note(changes, before.totals, after.totals))
+            )
         ),
         edits=tuple(map(str, added)),
     )
@@ -653,7 +659,7 @@ def load(source: Source, recipe_path: Path, *, force: bool, dry_run: bool) -> Lo
             {"name": item.name, "expected": list(item.expected), "found": list(item.found)}
             for item in (report.mismatched if report else ())
         ),
-        notes=tuple(live.notes),
+        notes=(*live.notes, *_likeness_of(live)),
         error=error,
     )
     if error is not None or dry_run:
@@ -672,7 +678,7 @@ def _keep(live: Live, target: Target) -> None:
     """Keep the blueprint of a model that a recipe starts with: the next looks, and completion, take it from there."""
     from modelcli.live import planning
 
-    key = _cache_key(target, "eval")
+    key = cache_key(target, "eval")
     if key is not None and cache.get(key) is None:
         cache.put(key, planning.traced(live))
 

@@ -8,8 +8,9 @@ import struct
 import subprocess
 import sys
 import textwrap
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pytest
 import torch
@@ -497,7 +498,7 @@ def test_many_small_tensors_share_open_files(cli: Cli, folder: Path, monkeypatch
     opened = []
     original = same_bytes.ByteComparison._open
 
-    def opening(self: same_bytes.ByteComparison, span: Span) -> BinaryIO:
+    def opening(self: same_bytes.ByteComparison, span: Span) -> FileIO:
         opened.append(span.path)
         return original(self, span)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from io import FileIO
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Self
 
 from modelcli.blueprints import ITEM_BYTES
 from modelcli.checkpoints.contents import CompositeEntry, JoinedSpan, Span, Storage, TensorEntry, identity_of
@@ -51,7 +52,8 @@ class ByteComparison:
 
     def __init__(self) -> None:
         self._stack = ExitStack()
-        self._files: dict[Path, BinaryIO] = {}
+        self._buffers = bytearray(CHUNK), bytearray(CHUNK)
+        self._files: dict[Path, FileIO] = {}
         self._one_file: dict[tuple[Path, Path], bool] = {}
 
     def __enter__(self) -> Self:
@@ -84,7 +86,7 @@ class ByteComparison:
         if len(first) == len(second) and all(map(self._is_one_place, first, second)):
             return True
         for left, right in _in_step(first, second):
-            if self._read(left) != self._read(right):
+            if self._read(left, self._buffers[0]) != self._read(right, self._buffers[1]):
                 return False
             told(left.nbytes)
         return True
@@ -100,25 +102,25 @@ class ByteComparison:
             self._one_file[names] = names[0] == names[1] or one.path.samefile(other.path)
         return self._one_file[names]
 
-    def _read(self, span: _Piece) -> bytes:
-        if isinstance(span, memoryview):
-            return bytes(span)
-        file = self._files.get(span.path)
-        if file is None:
-            file = self._open(span)
-        file.seek(span.offset)
-        data = file.read(span.nbytes)
-        while len(data) < span.nbytes:  # an unbuffered read may give less than there is
-            more = file.read(span.nbytes - len(data))
-            if not more:
-                raise FileFormatError(f"{span.path} ends early: {span.nbytes - len(data)} bytes are missing")
-            data += more
+    def _read(self, piece: _Piece, buffer: bytearray) -> bytes | bytearray:
+        """The bytes of a piece, in `buffer` where they fill it: with memory taken anew it is four times slower."""
+        if isinstance(piece, memoryview):
+            return bytes(piece)
+        file = self._files.get(piece.path) or self._open(piece)
+        file.seek(piece.offset)
+        data = buffer if piece.nbytes == len(buffer) else bytearray(piece.nbytes)
+        left = memoryview(data)
+        while left:  # an unbuffered read may give less than there is
+            count = file.readinto(left)
+            if not count:
+                raise FileFormatError(f"{piece.path} ends early: {len(left)} bytes are missing")
+            left = left[count:]
         return data
 
-    def _open(self, span: Span) -> BinaryIO:
+    def _open(self, span: Span) -> FileIO:
         if len(self._files) == MOST_OPEN:
             self._close()
-        file = self._stack.enter_context(span.path.open("rb", buffering=0))
+        file = self._stack.enter_context(FileIO(span.path))
         if identity_of(span.path) != span.identity:
             raise FileFormatError(f"{span.path} changed while it was being read", "run the command again")
         self._files[span.path] = file

@@ -5,13 +5,26 @@ from typing import Annotated
 
 import typer
 
-from modelcli.cli import inspect, output, progress
-from modelcli.cli.options import AssertOptions, DiffOptions, LookOptions, OutputOptions, SourceOptions, expanded
+from modelcli.cli import completing, inspect, output, progress
+from modelcli.cli.options import (
+    AssertOptions,
+    DiffOptions,
+    LookOptions,
+    OutputOptions,
+    SourceOptions,
+    exit_codes,
+    expanded,
+)
 
 
 def diff(
-    a: Annotated[str, typer.Argument(metavar="A", help="A model: alexnet, nets.py:Net, before.pth.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
+    a: Annotated[
+        str,
+        typer.Argument(
+            metavar="A", help="A model: alexnet, nets.py:Net, before.pth.", autocompletion=completing.models
+        ),
+    ],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another one.", autocompletion=completing.models)],
     options: OutputOptions,
     sides: DiffOptions,
     select: Annotated[
@@ -23,9 +36,9 @@ def diff(
     values: Annotated[bool, typer.Option("--values/--no-values", help="Compare the numbers too.")] = True,
     atol: Annotated[float, typer.Option("--atol", help="A difference up to this is none.", metavar="X")] = 0.0,
 ) -> int:
-    """Show what differs between two models or checkpoints. Exit code 1 where anything does.
+    """Show what differs between two models or checkpoints.
 
-    modelcli diff before.pth after.pth
+    modelcli diff best.pth frozen.pth
 
     modelcli diff resnet18 best.pth --no-values
     """
@@ -50,11 +63,11 @@ def check(
     options: OutputOptions,
     model: inspect.Model = None,
 ) -> int:
-    """Assert what a model is: a row an assertion. Exit code 1 where any does not hold.
+    """Assert what a model is: a row an assertion.
 
     modelcli check best.pth --finite --safe --max-params 60M
 
-    modelcli check best.pth --frozen features --has 'classifier.6:Linear' --output-shape 1,10
+    modelcli check best.pth --trainable fc --has 'fc:Linear' --output-shape 1,1000
     """
     from modelcli import asserting, session
     from modelcli.render import documents
@@ -71,15 +84,17 @@ def check(
 
 
 def identify(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint: best.pth.")],
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint: best.pth.", autocompletion=completing.models)],
     options: OutputOptions,
     key: Annotated[
         str | None, typer.Option("--key", help="The state dict in a training checkpoint.", metavar="NAME")
     ] = None,
 ) -> int:
-    """Show which torchvision builder a checkpoint belongs to, by names and shapes. Exit code 1 where none comes near.
+    """Show which torchvision builder a checkpoint belongs to, by names and shapes.
 
-    modelcli identify bare.pth
+    modelcli identify best.pth
+
+    modelcli identify bare.pth --json
     """
     from modelcli import identifying
     from modelcli.render import documents
@@ -91,5 +106,10 @@ def identify(
 
 
 def mount(app: typer.Typer) -> None:
-    for name, function in (("diff", diff), ("check", check), ("identify", identify)):
-        app.command(name, rich_help_panel="Compare")(expanded(function))
+    for function, no in (
+        (diff, "they differ"),
+        (check, "an assertion does not hold"),
+        (identify, "no builder comes near"),
+    ):
+        codes = exit_codes(0, 1, 2, 3, 4, 5, no=no)
+        app.command(function.__name__, rich_help_panel="Compare", epilog=codes)(expanded(function))

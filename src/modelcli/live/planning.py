@@ -14,14 +14,14 @@ import torch
 from modelcli import record as records
 from modelcli import writing
 from modelcli.blueprints import Blueprint, Trace, ancestors, parent_of
-from modelcli.checkpoints import CompositeEntry, TensorEntry
+from modelcli.checkpoints import CompositeEntry, TensorEntry, shapes
 from modelcli.checkpoints.pickles import Global, Opaque, OrderedDict, StorageRef
 from modelcli.edits import Extract
 from modelcli.errors import RequestError
-from modelcli.live import composites, loading, memory, trace
+from modelcli.live import composites, loading, trace
 from modelcli.live.describe import describe, dtype_name
 from modelcli.live.opening import Live
-from modelcli.live.sources import Value, is_composite, is_lazy, named_tensors, real_tensor, source_of
+from modelcli.live.sources import AnySource, Value, is_composite, is_lazy, named_tensors, row_major, source_of
 from modelcli.record import Record
 from modelcli.references import PythonObject
 from modelcli.writing import Plan, PlannedTensor
@@ -35,11 +35,11 @@ def plan(live: Live, out: Path, kind: str, *, bare: bool = False) -> Plan:
     state = live.module.state_dict()
     tensors: dict[str, PlannedTensor] = {}
     extras: dict[str, Any] = {}
-    values: dict[object, Value] = {}
+    sources: dict[object, AnySource] = {}
     names = in_order(live)
     for name in names:
         value = state[name]
-        planned = partial(_planned, name, kind=kind, values=values)
+        planned = partial(_planned, name, kind=kind, sources=sources)
         if not isinstance(value, torch.Tensor):
             extras[name] = _inert(name, value, planned)
         elif is_composite(value):
@@ -129,7 +129,7 @@ def _not_for_safetensors(extras: Mapping[str, Any]) -> str:
     return f"{name} is no tensor, and safetensors holds nothing else"
 
 
-def _planned(name: str, tensor: torch.Tensor, kind: str, values: dict[object, Value]) -> PlannedTensor:
+def _planned(name: str, tensor: torch.Tensor, kind: str, sources: dict[object, AnySource]) -> PlannedTensor:
     if is_lazy(tensor):
         raise RequestError(
             f"{name} has no shape yet: its module is lazy",
@@ -138,22 +138,16 @@ def _planned(name: str, tensor: torch.Tensor, kind: str, values: dict[object, Va
     source = source_of(tensor)
     if source is None:
         raise RequestError(f"{name} has no numbers: nothing says where they come from")
-    whole = tensor.is_contiguous() and tensor.storage_offset() == 0
-    if not writing.holds_pickles(kind) and not (whole and source.nbytes == tensor.numel() * tensor.element_size()):
+    if isinstance(source, Value):
+        source = sources.setdefault(source.storage._cdata, source)
+    shape, stride, offset = tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset())
+    if not writing.holds_pickles(kind):
         # safetensors holds every tensor by itself, row-major: a view is written as what it shows.
-        view = (source, tensor.storage_offset(), tensor.size(), tensor.stride(), tensor.dtype)
-        memory.require(tensor.numel() * tensor.element_size(), name)
-        tensor = real_tensor(tensor).clone(memory_format=torch.contiguous_format)
-        source = values.setdefault(view, Value(tensor.untyped_storage()))
-    elif isinstance(source, Value):
-        source = values.setdefault(source.storage._cdata, source)
-    return PlannedTensor(
-        shape=tuple(tensor.shape),
-        dtype=dtype_name(tensor.dtype),
-        stride=tuple(tensor.stride()),
-        offset=int(tensor.storage_offset()),
-        source=source,
-    )
+        view = (source, offset, shape, stride, tensor.dtype)
+        if view not in sources:
+            sources[view] = row_major(tensor)
+        source, stride, offset = sources[view], shapes.row_major(shape), 0
+    return PlannedTensor(shape=shape, dtype=dtype_name(tensor.dtype), stride=stride, offset=offset, source=source)
 
 
 def _inert(name: str, value: Any, planned: Callable[[torch.Tensor], PlannedTensor]) -> Any:

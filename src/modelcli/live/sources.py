@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from modelcli.checkpoints.limits import Budget
 from modelcli.errors import ModelcliError, RequestError
 
 CHUNK = 8 * 1024 * 1024
+#: So much of a file is mapped at a time, and so much is made at a time, where elements that lie far apart in it are
+#: brought together: more takes more memory, less reads its pages more often.
+WINDOW = 64 * 1024 * 1024
 #: What a number counts as that is made a Python object and written, and one that torch works off: see `budget_of`.
 NUMBER, COUNTED = 16, 4
 
@@ -39,6 +43,12 @@ class Value:
 
     def real(self) -> torch.UntypedStorage:
         return self.storage
+
+    def part(self, start: int, nbytes: int) -> Value:
+        """`nbytes` of the bytes, from `start`: the same memory."""
+        if (start, nbytes) == (0, self.nbytes):
+            return self
+        return Value(self.storage[start : start + nbytes])
 
 
 class Drawn:
@@ -67,6 +77,13 @@ class Drawn:
             )
         return storage
 
+    def part(self, start: int, nbytes: int) -> Drawn | Computed:
+        """`nbytes` of the bytes, from `start`: of the memory that the build takes, when it is there."""
+        if (start, nbytes) == (0, self._nbytes):
+            return self
+        whole = Computed(self._nbytes, lambda first, count: Value(self.real()).part(first, count).real())
+        return whole.part(start, nbytes)
+
 
 class Lazy:
     """A real module that is built when the first of its tensors is asked for."""
@@ -83,55 +100,95 @@ class Lazy:
         return self._tensors[name]
 
 
+@dataclass(frozen=True, slots=True)
 class Computed:
     """Bytes that are computed when they are asked for, each time anew: nothing is kept.
 
-    `compute` gives a contiguous tensor that is all of its storage: these bytes. `cut` gives so many bytes from a start
-    on as a source of their own, where a part can be computed without the rest.
+    `compute(start, nbytes)` gives so many of them from a start on, both on the border of an element, as a storage.
+    `step` is how many are computed at a time. These are the `nbytes` from `start` of what it can give.
     """
 
-    def __init__(
-        self,
-        nbytes: int,
-        compute: Callable[[], torch.Tensor],
-        cut: Callable[[int, int], Computed] | None = None,
-    ) -> None:
-        self._nbytes = nbytes
-        self._compute = compute
-        self._cut = cut
-
-    @property
-    def nbytes(self) -> int:
-        return self._nbytes
+    nbytes: int
+    compute: Callable[[int, int], torch.UntypedStorage]
+    step: int = CHUNK
+    start: int = 0
 
     def chunks(self) -> Iterator[bytes]:
-        """The bytes, in pieces of at most 8 MiB; computed one at a time where that can be."""
-        step = CHUNK if self._cut is not None else max(self._nbytes, 1)
-        for start in range(0, self._nbytes, step):
-            part = self.part(start, min(step, self._nbytes - start))
+        """The bytes, in pieces of at most 8 MiB."""
+        for start in range(0, self.nbytes, self.step):
+            part = self.part(start, min(self.step, self.nbytes - start))
             for piece in Value(part.real()).chunks():
                 yield bytes(piece)  # a copy, which outlives the storage
 
     def real(self) -> torch.UntypedStorage:
-        return self._compute().untyped_storage()
+        return self.compute(self.start, self.nbytes)
 
     def part(self, start: int, nbytes: int) -> Computed:
         """`nbytes` of the bytes, from `start`, both on the border of an element."""
-        if (start, nbytes) == (0, self._nbytes):
-            return self
-        if self._cut is not None:
-            return self._cut(start, nbytes)
-        return Computed(nbytes, lambda: self._compute().flatten().view(torch.uint8)[start : start + nbytes].clone())
+        return replace(self, nbytes=nbytes, start=self.start + start)
 
 
 def converted(flat: torch.Tensor, dtype: torch.dtype) -> Computed:
     """The elements of a tensor of one dimension as another dtype: what `flat.to(dtype)` gives, a piece at a time."""
     size = dtype.itemsize
 
-    def cut(start: int, nbytes: int) -> Computed:
-        return converted(flat[start // size : (start + nbytes) // size], dtype)
+    def compute(start: int, nbytes: int) -> torch.UntypedStorage:
+        return real_tensor(flat[start // size : (start + nbytes) // size]).to(dtype).untyped_storage()
 
-    return Computed(flat.numel() * size, lambda: real_tensor(flat).to(dtype), cut)
+    return Computed(flat.numel() * size, compute)
+
+
+def row_major(tensor: torch.Tensor) -> AnySource:
+    """The elements of a tensor one after another, as a contiguous copy of it has them; nothing is read yet.
+
+    Raises ModelcliError where nothing says where its numbers come from.
+    """
+    source, size = require_source(tensor), tensor.element_size()
+    if tensor.is_contiguous():
+        return source.part(int(tensor.storage_offset()) * size, tensor.numel() * size)
+    view = tensor.detach()
+
+    def compute(start: int, nbytes: int) -> torch.UntypedStorage:
+        made, done = torch.empty(nbytes // size, dtype=view.dtype), 0
+        for part in _run(view, start // size, (start + nbytes) // size):
+            copy_into(made[done : done + part.numel()].view(part.shape), part)
+            done += part.numel()
+        return made.untyped_storage()
+
+    return Computed(view.numel() * size, compute, step=WINDOW)
+
+
+def _run(view: torch.Tensor, start: int, stop: int) -> list[torch.Tensor]:
+    """The elements of a tensor from one to another in row-major order, as views of it: whole rows as far as can be."""
+    if (start, stop) == (0, view.numel()):
+        return [view]
+    row = view[0].numel()
+    first, last = -(-start // row), stop // row
+    if first > last:  # both lie in one row
+        return _run(view[last], start - last * row, stop - last * row)
+    head = _run(view[first - 1], start - (first - 1) * row, row) if start < first * row else []
+    tail = _run(view[last], 0, stop - last * row) if last * row < stop else []
+    return [*head, *([view[first:last]] if first < last else []), *tail]
+
+
+def copy_into(target: torch.Tensor, tensor: torch.Tensor) -> None:
+    """Copy the numbers of a live model's tensor into a real one of its shape, whose dtype they take.
+
+    Of a file no more than `WINDOW` bytes are mapped at a time: what lies far apart is copied in halves.
+    """
+    if extent(tensor) * tensor.element_size() <= WINDOW or not tensor.is_meta:
+        target.copy_(real_tensor(tensor))
+        return
+    for half in halves(tensor):
+        copy_into(target[half], tensor[half])
+
+
+def halves(tensor: torch.Tensor) -> list[tuple[slice, ...]]:
+    """The indices of the two halves of a tensor of several elements, cut where they lie furthest apart."""
+    reach = [((size - 1) * step, size) for size, step in zip(tensor.size(), tensor.stride(), strict=True)]
+    widest = reach.index(max(reach))
+    whole, middle = (slice(None),) * widest, tensor.size(widest) // 2
+    return [(*whole, slice(middle)), (*whole, slice(middle, None))]
 
 
 AnySource = Value | Drawn | Computed | Storage
@@ -155,6 +212,14 @@ def source_of(tensor: torch.Tensor) -> AnySource | None:
     source: AnySource | None = getattr(storage, "source", None)
     if source is None and not tensor.is_meta:
         return Value(storage)
+    return source
+
+
+def require_source(tensor: torch.Tensor) -> AnySource:
+    """Where a tensor's bytes come from. Raises ModelcliError for a meta tensor that nothing says it of."""
+    source = source_of(tensor)
+    if source is None:
+        raise ModelcliError(f"a tensor of shape {list(tensor.shape)} has no numbers: nothing says where they come from")
     return source
 
 
@@ -225,12 +290,7 @@ def real_tensor(tensor: torch.Tensor, windows: Windows | None = None) -> torch.T
     """
     if not tensor.is_meta:
         return tensor.detach()
-    source = source_of(tensor)
-    if source is None:
-        raise ModelcliError(f"a tensor of shape {list(tensor.shape)} has no numbers: nothing says where they come from")
-    offset = int(tensor.storage_offset())
-    if not isinstance(source, Value | Drawn):
-        size = tensor.element_size()
-        source, offset = source.part(offset * size, extent(tensor) * size), 0
-    made = torch.empty(0, dtype=tensor.dtype)
-    return made.set_(real_storage(source, windows), offset, tensor.size(), tensor.stride())
+    source = require_source(tensor)
+    made, size = torch.empty(0, dtype=tensor.dtype), tensor.element_size()
+    part = source.part(int(tensor.storage_offset()) * size, extent(tensor) * size)
+    return made.set_(real_storage(part, windows), 0, tensor.size(), tensor.stride())

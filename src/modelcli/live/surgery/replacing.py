@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -13,13 +14,21 @@ from modelcli.blueprints import ancestors, parent_of
 from modelcli.edits import Replace
 from modelcli.errors import RequestError
 from modelcli.expressions import Call
-from modelcli.live import memory
 from modelcli.live.describe import describe
-from modelcli.live.sources import Computed, is_lazy, named_tensors, real_tensor
+from modelcli.live.sources import (
+    AnySource,
+    Computed,
+    copy_into,
+    halves,
+    is_lazy,
+    named_tensors,
+    real_storage,
+    require_source,
+)
 from modelcli.live.surgery import left_out
 from modelcli.live.surgery.core import Change, Context, Done, brief, count, places, submodule
 from modelcli.live.surgery.making import maker, resolved_calls
-from modelcli.live.surgery.storages import copied, has_storage, tied, view_anew, viewers
+from modelcli.live.surgery.storages import byte_span, has_storage, tied, view_anew, viewers
 
 
 @dataclass(frozen=True)
@@ -186,7 +195,7 @@ def _extent(part: tuple[int, ...], old: torch.Size, new: torch.Size) -> str:
 def _fill(old: nn.Module, new: nn.Module, parts: Mapping[str, tuple[int, ...]]) -> None:
     """Let the tensors of a new module show the old numbers where they overlap, the new ones elsewhere.
 
-    On the meta device that is done when the numbers are asked for, one storage at a time.
+    On the meta device that is done when the numbers are asked for, so many of them at a time as are asked for.
     """
     before = {name: named_tensors(old)[name].detach() for name in parts}
     names: dict[int, list[str]] = {}
@@ -196,25 +205,40 @@ def _fill(old: nn.Module, new: nn.Module, parts: Mapping[str, tuple[int, ...]]) 
         filled = [(view.detach(), name) for view in views for name in names[id(view)] if name in parts]
         if not filled:
             continue
-        first = views[0].detach()
-        nbytes = first.untyped_storage().nbytes()
+        drawn = require_source(views[0])
+        kept = []
+        for view, name in filled:
+            part = tuple(slice(size) for size in parts[name])
+            kept.append((view[part], before[name][part]))
+        covered = any(view.is_contiguous() and view.nbytes == drawn.nbytes for view, _ in kept)
+        compute = partial(_overlaid, None if covered else drawn, kept)  # what is covered whole need not be drawn
+        view_anew(views, Computed(drawn.nbytes, compute))
 
-        def compute(
-            first: torch.Tensor = first,
-            filled: Sequence[tuple[torch.Tensor, str]] = tuple(filled),
-            nbytes: int = nbytes,
-        ) -> torch.Tensor:
-            memory.require(nbytes, "--keep-weights")
-            covered = any(parts[name] == tuple(view.shape) and view.nbytes == nbytes for view, name in filled)
-            storage = torch.UntypedStorage(nbytes) if covered else copied(first)  # what is covered need not be drawn
-            for view, name in filled:
-                part = tuple(slice(size) for size in parts[name])
-                shown_view = torch.empty(0, dtype=view.dtype)
-                shown_view.set_(storage, view.storage_offset(), view.size(), view.stride())
-                shown_view[part] = real_tensor(before[name]).cpu()[part].to(view.dtype)
-            return torch.empty(0, dtype=torch.uint8).set_(storage)
 
-        view_anew(views, Computed(nbytes, compute))
+def _overlaid(
+    drawn: AnySource | None, kept: Sequence[tuple[torch.Tensor, torch.Tensor]], start: int, nbytes: int
+) -> torch.UntypedStorage:
+    """So many bytes of a new storage, from a start on: those that were drawn, and over them what is kept.
+
+    `kept` are views of that storage, each with the old numbers that it is to show.
+    """
+    storage = torch.UntypedStorage(nbytes) if drawn is None else real_storage(drawn.part(start, nbytes)).cpu().clone()
+    for view, numbers in kept:
+        _lay(storage, start, view, numbers)
+    return storage
+
+
+def _lay(storage: torch.UntypedStorage, start: int, view: torch.Tensor, numbers: torch.Tensor) -> None:
+    """Put numbers where a view of a storage shows them: those that lie in this piece of it, which starts at a byte."""
+    first, end = byte_span(view)
+    if end <= start or start + storage.nbytes() <= first:
+        return
+    if view.numel() > 1 and (first < start or start + storage.nbytes() < end):
+        for half in halves(view):
+            _lay(storage, start, view[half], numbers[half])
+        return
+    offset = int(view.storage_offset()) - start // view.element_size()
+    copy_into(torch.empty(0, dtype=view.dtype).set_(storage, offset, view.size(), view.stride()), numbers)
 
 
 # --- the record ----------------------------------------------------------------------------------------------------

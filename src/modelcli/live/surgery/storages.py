@@ -9,8 +9,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import nn
 
-from modelcli.errors import ModelcliError
-from modelcli.live.sources import AnySource, extent, is_lazy, named_tensors, real_storage, source_of
+from modelcli.live.sources import AnySource, extent, is_lazy, named_tensors, real_storage, require_source
 from modelcli.live.twins import tagged
 
 
@@ -113,8 +112,5 @@ def view_anew(tensors: Sequence[torch.Tensor], source: AnySource, dtype: torch.d
 
 def copied(tensor: torch.Tensor) -> torch.UntypedStorage:
     """A copy in memory of the storage of a tensor, its bytes read from where they come from."""
-    source = source_of(tensor)
-    if source is None:
-        raise ModelcliError(f"a tensor of shape {list(tensor.shape)} has no numbers: nothing says where they come from")
-    copy: torch.UntypedStorage = real_storage(source).cpu().clone()
+    copy: torch.UntypedStorage = real_storage(require_source(tensor)).cpu().clone()
     return copy

@@ -8,12 +8,13 @@ import subprocess
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from modelcli import checkpoints, writing
@@ -23,7 +24,7 @@ from modelcli.errors import FileFormatError, ModelcliError, SystemFailureError
 from modelcli.live.opening import open_live
 from modelcli.live.planning import plan
 from modelcli.references import Source
-from modelcli.writing import Care, Plan, PlannedTensor, output, zip_layout
+from modelcli.writing import Care, Plan, PlannedTensor, output, torch_zip, zip_layout
 from modelcli.writing.output import LARGE, PAGE, Output, place_like
 from tests.conftest import Cli
 
@@ -122,6 +123,78 @@ def test_a_source_that_changes_at_the_end_is_noticed(tmp_path: Path, source: Pat
         os.utime(source, ns=(1, 1))
         with pytest.raises(FileFormatError, match="changed while it was being read"):
             out.require_unchanged_sources()
+
+
+def one_tensor(path: str) -> None:
+    safetensors.torch.save_file({"w": torch.randn(3, 4)}, path)
+
+
+def quantized(path: str) -> None:
+    torch.save({"w": torch.quantize_per_tensor(torch.randn(3, 4), 0.1, 0, torch.qint8)}, path)
+
+
+SOURCES: list[tuple[Callable[[str], None], str, tuple[str, ...]]] = [
+    (one_tensor, "in.safetensors", ("save", "out.pth")),
+    (one_tensor, "in.safetensors", ("cast", ".", "half", "-o", "out.pth")),
+    (lambda path: torch.save({"w": torch.randn(3, 4).t()}, path), "in.pth", ("save", "out.safetensors")),
+    (lambda path: torch.save({"m.weight": torch.randn(4, 4)}, path), "in.pth",
+     ("replace", "m", "Linear(4,5)", "--keep-weights", "-o", "out.pth")),
+    (quantized, "in.pth", ("save", "out.pth")),
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*quant")
+@pytest.mark.parametrize("change", [lambda path: os.utime(path, ns=(1, 1)), Path.unlink], ids=["changed", "removed"])
+@pytest.mark.parametrize(("make", "name", "words"), SOURCES)
+def test_a_source_that_changes_at_the_end_is_noticed_however_it_is_read(
+    cli: Cli,
+    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[[str], None],
+    name: str,
+    words: tuple[str, ...],
+    change: Callable[[Path], None],
+) -> None:
+    make(name)
+    original = Output.require_unchanged_sources
+
+    def late(out: Output) -> None:
+        change(Path(name))
+        original(out)
+
+    monkeypatch.setattr(Output, "require_unchanged_sources", late)
+    error = cli(*words, "-m", name, code=4).err
+    assert f"{name} changed while it was being read" in error
+    assert "run the command again" in error
+    assert not list(Path().glob("*out*"))
+
+
+def test_a_shard_that_is_not_open_any_more_is_looked_at_too(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({f"w{number:02}": torch.randn(500) for number in range(40)}, "in.pth")
+    cli("save", "many/", "-m", "in.pth", "--max-shard-size", "2000")
+    original = Output.require_unchanged_sources
+
+    def late(out: Output) -> None:
+        os.utime("many/model-00001-of-00040.safetensors", ns=(1, 1))
+        original(out)
+
+    monkeypatch.setattr(Output, "require_unchanged_sources", late)
+    error = cli("save", "one.safetensors", "-m", "./many", code=4).err
+    assert "model-00001-of-00040.safetensors changed while it was being read" in error
+
+
+@pytest.mark.parametrize("words", [("save", "out.pth"), ("cast", ".", "half", "-o", "out.pth")])
+def test_a_source_that_is_gone_before_it_is_read_is_named(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    one_tensor("in.safetensors")
+    original = torch_zip.Layout.write
+
+    def late(layout: torch_zip.Layout, out: Output) -> None:
+        Path("in.safetensors").unlink()
+        original(layout, out)
+
+    monkeypatch.setattr(torch_zip.Layout, "write", late)
+    assert "in.safetensors changed while it was being read" in cli(*words, "-m", "in.safetensors", code=4).err
 
 
 @pytest.mark.skipif(not hasattr(os, "SEEK_DATA"), reason="this system does not tell of holes")

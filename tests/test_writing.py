@@ -46,6 +46,9 @@ class Bytes:
     def nbytes(self) -> int:
         return len(self.data)
 
+    def files(self) -> tuple[()]:
+        return ()
+
     def chunks(self) -> Iterator[bytes]:
         for start in range(0, len(self.data), 5):
             yield self.data[start : start + 5]

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Protocol
 
 from modelcli.blueprints import Blueprint, Shape, TensorInfo, from_keys, value_class
 from modelcli.checkpoints import limits
-from modelcli.errors import FileFormatError
+from modelcli.errors import FileFormatError, SystemFailureError
 from modelcli.record import Record
 
 CHUNK = 8 * 1024 * 1024
 #: A layer of one tensor in a module of its own, as adapters have them, comes to three.
 _MODULES_OF_A_TENSOR = 4
+
+
+#: A file's size, time of its last change, and inode: what tells that it is still the same.
+Identity = tuple[int, int, int]
+FileId = tuple[Path, Identity]
 
 
 class Windows:
@@ -32,7 +38,7 @@ class Windows:
         self.length = length
         self.longest = length if longest is None else longest
         self.most = most
-        self._found: dict[tuple[Path, tuple[int, int, int], int], mmap.mmap] = {}
+        self._found: dict[tuple[Path, Identity, int], mmap.mmap] = {}
 
     def view(self, span: Span) -> memoryview:
         """The bytes of a span as private, writable memory that no other load shares."""
@@ -55,6 +61,10 @@ class Storage(Protocol):
 
     @property
     def nbytes(self) -> int: ...
+
+    def files(self) -> Iterable[FileId]:
+        """The files that the bytes are read from, as they were when it was found out where in them they lie."""
+        ...
 
     def chunks(self) -> Iterator[bytes]:
         """The bytes, in pieces of at most 8 MiB. Raises FileFormatError where they are not what was promised."""
@@ -83,15 +93,20 @@ class Span:
     path: Path
     offset: int
     nbytes: int
-    identity: tuple[int, int, int]
+    identity: Identity
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[BinaryIO]:
-        """The file. Raises FileFormatError where it is no longer the same."""
-        with self.path.open("rb") as file:
-            if identity_of(self.path) != self.identity:
-                raise FileFormatError(f"{self.path} changed while it was being read", "run the command again")
-            yield file
+        """The file. Raises FileFormatError where it is no longer the same, SystemFailureError where reading fails."""
+        require_unchanged(self.path, self.identity)
+        try:
+            with self.path.open("rb") as file:
+                yield file
+        except OSError as error:
+            raise SystemFailureError(f"cannot read {self.path}: {error.strerror or error}") from None
+
+    def files(self) -> Iterable[FileId]:
+        return ((self.path, self.identity),)
 
     def chunks(self) -> Iterator[bytes]:
         """The bytes, in pieces of at most 8 MiB. Raises FileFormatError where the file is no longer the same."""
@@ -134,6 +149,9 @@ class JoinedSpan:
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts)
 
+    def files(self) -> Iterable[FileId]:
+        return {file for part in self.parts for file in part.files()}
+
     def chunks(self) -> Iterator[bytes]:
         for part in self.parts:
             yield from part.chunks()
@@ -159,9 +177,22 @@ class JoinedSpan:
         return JoinedSpan(tuple(found))
 
 
-def identity_of(path: Path) -> tuple[int, int, int]:
-    status = path.stat()
+def identity_of(file: Path | int) -> Identity:
+    """Of a file by its path or its open handle. Raises OSError where it is not there."""
+    status = os.fstat(file) if isinstance(file, int) else file.stat()
     return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def require_unchanged(path: Path, identity: Identity, handle: int | None = None) -> None:
+    """Raise FileFormatError where a file, or what is open of it, is not the one that was read before, or is gone."""
+    try:
+        if identity_of(path if handle is None else handle) == identity:
+            return
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise SystemFailureError(f"cannot read {path}: {error.strerror or error}") from None
+    raise FileFormatError(f"{path} changed while it was being read", "run the command again")
 
 
 @value_class

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 
 from modelcli.blueprints import ITEM_BYTES, Shape, counted
 from modelcli.checkpoints import embedded, folders, limits, pickles, shapes, trees
-from modelcli.checkpoints.contents import Contents, JoinedSpan, Storage, TensorEntry, Windows, identity_of
+from modelcli.checkpoints.contents import Contents, FileId, JoinedSpan, Storage, TensorEntry, Windows, identity_of
 from modelcli.errors import FileFormatError, SystemFailureError, UnsafeError
 
 METADATA = ".metadata"
@@ -328,6 +328,9 @@ class _Scattered:
     folder: Path
     name: str
     nbytes: int
+
+    def files(self) -> Iterable[FileId]:
+        return ()
 
     def chunks(self) -> Iterator[bytes]:
         raise self._refusal()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -11,7 +11,16 @@ from typing import Literal
 
 from modelcli.blueprints import ITEM_BYTES, Shape
 from modelcli.checkpoints import limits, pickles, safetensors, shapes, torch_zip
-from modelcli.checkpoints.contents import CHUNK, Span, Storage, TensorEntry, Windows, identity_of
+from modelcli.checkpoints.contents import (
+    CHUNK,
+    FileId,
+    Identity,
+    Span,
+    Storage,
+    TensorEntry,
+    Windows,
+    require_unchanged,
+)
 from modelcli.errors import FileFormatError, SystemFailureError, UnsafeError
 
 #: Elements of as many bytes as memoryview counts them.
@@ -25,7 +34,7 @@ class Place:
     path: Path
     offset: int
     length: int
-    identity: tuple[int, int, int]
+    identity: Identity
     name: str
 
     def __str__(self) -> str:
@@ -37,10 +46,9 @@ def read(place: Place, budget: limits.Budget | None = None) -> pickles.Pickle:
 
     Raises FileFormatError where what lies there is no such archive.
     """
+    require_unchanged(place.path, place.identity)
     try:
         with place.path.open("rb") as file:
-            if identity_of(place.path) != place.identity:
-                raise FileFormatError(f"{place.path} changed while it was being read", "run the command again")
             file.seek(place.offset)
             _expect_archive(place, file.read(min(64, place.length)))
             archive = torch_zip.archive_in(file, place.path, place.identity, str(place), place.offset, place.length)
@@ -75,6 +83,9 @@ class TensorSpan:
     @property
     def nbytes(self) -> int:
         return prod(self.shape) * ITEM_BYTES[self.dtype]
+
+    def files(self) -> Iterable[FileId]:
+        return ((self.place.path, self.place.identity),)
 
     def chunks(self) -> Iterator[bytes]:
         yield from self._located().chunks()
@@ -126,6 +137,9 @@ class _Reordered:
     def nbytes(self) -> int:
         return prod(self.shape) * self.item
 
+    def files(self) -> Iterable[FileId]:
+        return self.span.files()
+
     def chunks(self) -> Iterator[bytes]:
         ordered = self.mapped()
         for start in range(0, len(ordered), CHUNK):
@@ -164,6 +178,9 @@ class _Part:
     whole: _Reordered
     start: int
     nbytes: int
+
+    def files(self) -> Iterable[FileId]:
+        return self.whole.files()
 
     def chunks(self) -> Iterator[bytes]:
         yield self.bytes()

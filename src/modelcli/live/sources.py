@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from modelcli.checkpoints import Storage
-from modelcli.checkpoints.contents import Windows
+from modelcli.checkpoints.contents import FileId, Windows
 from modelcli.checkpoints.limits import Budget
 from modelcli.errors import ModelcliError, RequestError
 
@@ -23,14 +23,18 @@ NUMBER, COUNTED = 16, 4
 
 
 class Value:
-    """Bytes that are in memory already: the storage of a real tensor."""
+    """Bytes that are in memory already: the storage of a real tensor. `files` are those that it is a mapping of."""
 
-    def __init__(self, storage: torch.UntypedStorage) -> None:
+    def __init__(self, storage: torch.UntypedStorage, files: Iterable[FileId] = ()) -> None:
         self.storage = storage
+        self._files = files
 
     @property
     def nbytes(self) -> int:
         return self.storage.nbytes()
+
+    def files(self) -> Iterable[FileId]:
+        return self._files
 
     def chunks(self) -> Iterator[memoryview]:
         """The bytes, in pieces of at most 8 MiB, without a copy."""
@@ -48,7 +52,7 @@ class Value:
         """`nbytes` of the bytes, from `start`: the same memory."""
         if (start, nbytes) == (0, self.nbytes):
             return self
-        return Value(self.storage[start : start + nbytes])
+        return Value(self.storage[start : start + nbytes], self._files)
 
 
 class Drawn:
@@ -62,6 +66,9 @@ class Drawn:
     @property
     def nbytes(self) -> int:
         return self._nbytes
+
+    def files(self) -> Iterable[FileId]:
+        return ()
 
     def chunks(self) -> Iterator[memoryview]:
         return Value(self.real()).chunks()
@@ -81,7 +88,7 @@ class Drawn:
         """`nbytes` of the bytes, from `start`: of the memory that the build takes, when it is there."""
         if (start, nbytes) == (0, self._nbytes):
             return self
-        whole = Computed(self._nbytes, lambda first, count: Value(self.real()).part(first, count).real())
+        whole = Computed(self._nbytes, lambda first, count: Value(self.real()).part(first, count).real(), (self,))
         return whole.part(start, nbytes)
 
 
@@ -105,13 +112,18 @@ class Computed:
     """Bytes that are computed when they are asked for, each time anew: nothing is kept.
 
     `compute(start, nbytes)` gives so many of them from a start on, both on the border of an element, as a storage.
-    `step` is how many are computed at a time. These are the `nbytes` from `start` of what it can give.
+    `reads` are the sources that it takes its numbers from. `step` is how many bytes are computed at a time. These are
+    the `nbytes` from `start` of what it can give.
     """
 
     nbytes: int
     compute: Callable[[int, int], torch.UntypedStorage]
+    reads: tuple[AnySource, ...] = ()
     step: int = CHUNK
     start: int = 0
+
+    def files(self) -> Iterable[FileId]:
+        return {file for source in self.reads for file in source.files()}
 
     def chunks(self) -> Iterator[bytes]:
         """The bytes, in pieces of at most 8 MiB."""
@@ -135,7 +147,7 @@ def converted(flat: torch.Tensor, dtype: torch.dtype) -> Computed:
     def compute(start: int, nbytes: int) -> torch.UntypedStorage:
         return real_tensor(flat[start // size : (start + nbytes) // size]).to(dtype).untyped_storage()
 
-    return Computed(flat.numel() * size, compute)
+    return Computed(flat.numel() * size, compute, (require_source(flat),))
 
 
 def row_major(tensor: torch.Tensor) -> AnySource:
@@ -155,7 +167,7 @@ def row_major(tensor: torch.Tensor) -> AnySource:
             done += part.numel()
         return made.untyped_storage()
 
-    return Computed(view.numel() * size, compute, step=WINDOW)
+    return Computed(view.numel() * size, compute, (source,), step=WINDOW)
 
 
 def _run(view: torch.Tensor, start: int, stop: int) -> list[torch.Tensor]:
@@ -211,7 +223,7 @@ def source_of(tensor: torch.Tensor) -> AnySource | None:
     storage = tensor.untyped_storage()
     source: AnySource | None = getattr(storage, "source", None)
     if source is None and not tensor.is_meta:
-        return Value(storage)
+        return Value(storage, getattr(storage, "mapped_files", ()))
     return source
 
 
@@ -272,7 +284,9 @@ def real_storage(source: AnySource, windows: Windows | None = None) -> torch.Unt
     view = source.mapped(windows)
     if not view.nbytes:
         return torch.UntypedStorage(0)
-    return torch.frombuffer(view, dtype=torch.uint8).untyped_storage()
+    made = torch.frombuffer(view, dtype=torch.uint8).untyped_storage()
+    made.mapped_files = source.files()  # type: ignore[attr-defined]  # of which it shows what is not read yet
+    return made
 
 
 def extent(tensor: torch.Tensor) -> int:

@@ -149,7 +149,7 @@ def _compare(
     Raises SystemFailureError where one differs.
     """
     atomic.leave_to_disk(file)
-    done, stated = 0, checksums_in(path)
+    done, stated = 0, checksums_in(file, str(path))
     for offset, source in parts:
         file.seek(offset)
         expected = found = 0

@@ -6,12 +6,11 @@ import errno
 import os
 import zlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
 from modelcli.checkpoints import zip_directory
-from modelcli.checkpoints.contents import CHUNK, Span
+from modelcli.checkpoints.contents import CHUNK, FileId, Span, require_unchanged
 from modelcli.errors import FileFormatError, SystemFailureError
 from modelcli.writing.plan import Source
 
@@ -39,8 +38,9 @@ class Output:
         self._total = total
         self._done = 0
         self._report = report
-        self._sources: dict[tuple[Path, tuple[int, int, int]], int] = {}
-        self._checksums: dict[tuple[Path, tuple[int, int, int]], dict[tuple[int, int], int]] = {}
+        self._sources: dict[FileId, int] = {}
+        self._checksums: dict[FileId, dict[tuple[int, int], int]] = {}
+        self._files: set[FileId] = set()
         self._copies = hasattr(os, "copy_file_range")
 
     def __enter__(self) -> Self:
@@ -63,6 +63,7 @@ class Output:
 
     def put(self, offset: int, source: Source) -> None:
         """Write all bytes of a source at an offset. Raises FileFormatError where it gives fewer than it says."""
+        self._files.update(source.files())
         if isinstance(source, Span):
             self._copy(source, offset)
             return
@@ -71,6 +72,7 @@ class Output:
 
     def put_with_checksum(self, offset: int, source: Source) -> int:
         """The same; gives the CRC-32 of the bytes, which of a span that is copied is the one that its file states."""
+        self._files.update(source.files())
         if isinstance(source, Span) and (known := self._stated_checksum(source)) is not None:
             self._copy(source, offset)
             return known
@@ -80,10 +82,9 @@ class Output:
         return checksum
 
     def require_unchanged_sources(self) -> None:
-        """Raise FileFormatError where a file that was copied from is another one by now."""
-        for path, identity in {*self._sources, *self._checksums}:
-            if _identity(path.stat()) != identity:
-                raise _changed(path)
+        """Raise FileFormatError where a file that was read, by whatever source, is another one by now, or gone."""
+        for path, identity in sorted(self._files):
+            require_unchanged(path, identity)
 
     def _streamed(self, offset: int, source: Source) -> Iterator[bytes | memoryview]:
         """Write a source piece by piece, and give each piece for whoever counts it up."""
@@ -153,13 +154,12 @@ class Output:
         if key not in self._sources:
             while len(self._sources) >= _OPEN_FILES:
                 os.close(self._sources.pop(next(iter(self._sources))))
+            require_unchanged(span.path, span.identity)
             try:
-                handle = os.open(span.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+                self._sources[key] = os.open(span.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
             except OSError as error:
                 raise SystemFailureError(f"cannot read {span.path}: {error.strerror or error}") from None
-            self._sources[key] = handle
-            if _identity(os.fstat(handle)) != span.identity:
-                raise _changed(span.path)
+            require_unchanged(span.path, span.identity, self._sources[key])
         if span.offset + span.nbytes > span.identity[0]:
             raise FileFormatError(f"{span.path} ends early: it has {span.identity[0]:,} bytes")
         return self._sources[key]
@@ -168,7 +168,8 @@ class Output:
         """The CRC-32 that a zip file states of a record, where the span is one; torch writes 0 where it counts none."""
         key = (span.path, span.identity)
         if key not in self._checksums:
-            self._checksums[key] = checksums_in(span.path)
+            with span.opened() as file:
+                self._checksums[key] = checksums_in(file, str(span.path))
         return self._checksums[key].get((span.offset, span.nbytes)) or None
 
     def _advance(self, nbytes: int) -> None:
@@ -177,15 +178,15 @@ class Output:
             self._report(min(self._done, self._total), self._total, "writing")
 
 
-def checksums_in(path: Path) -> dict[tuple[int, int], int]:
+def checksums_in(file: BinaryIO, where: str) -> dict[tuple[int, int], int]:
     """The CRC-32 of each record of a zip file, by its place and size; none of a file that is no zip."""
-    with path.open("rb") as file:
-        if file.read(4) != b"PK\x03\x04":
-            return {}
-        try:
-            entries = zip_directory.read(file, file.seek(0, os.SEEK_END), str(path))
-        except FileFormatError:
-            return {}  # an archive inside another file
+    file.seek(0)
+    if file.read(4) != b"PK\x03\x04":
+        return {}
+    try:
+        entries = zip_directory.read(file, file.seek(0, os.SEEK_END), where)
+    except FileFormatError:
+        return {}  # an archive inside another file
     return {(entry.offset, entry.nbytes): entry.crc for entry in entries.values() if entry.stored}
 
 
@@ -215,14 +216,6 @@ def _data_in(handle: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
             return
         yield first, min(last, stop)
         start = last
-
-
-def _identity(status: os.stat_result) -> tuple[int, int, int]:
-    return status.st_size, status.st_mtime_ns, status.st_ino
-
-
-def _changed(path: Path) -> FileFormatError:
-    return FileFormatError(f"{path} changed while it was being read", "run the command again")
 
 
 def _pwrite(handle: int, data: memoryview, offset: int) -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from modelcli.blueprints import Shape
 from modelcli.checkpoints import CompositeEntry
+from modelcli.checkpoints.contents import FileId
 
 
 class Source(Protocol):
@@ -16,6 +17,10 @@ class Source(Protocol):
 
     @property
     def nbytes(self) -> int: ...
+
+    def files(self) -> Iterable[FileId]:
+        """The files that the bytes are read from; none where they are in memory already."""
+        ...
 
     def chunks(self) -> Iterator[bytes | memoryview]: ...
 

@@ -6,9 +6,10 @@ The layout is that of PKWARE's APPNOTE.TXT, sections 4.3 (headers) and 4.5.3 (zi
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from modelcli.checkpoints.contents import FileId
 from modelcli.writing.output import place_like
 from modelcli.writing.plan import Source
 
@@ -36,6 +37,9 @@ class Bytes:
     @property
     def nbytes(self) -> int:
         return len(self.data)
+
+    def files(self) -> Iterable[FileId]:
+        return ()
 
     def chunks(self) -> Iterator[bytes]:
         yield self.data

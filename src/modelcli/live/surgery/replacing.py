@@ -212,7 +212,8 @@ def _fill(old: nn.Module, new: nn.Module, parts: Mapping[str, tuple[int, ...]]) 
             kept.append((view[part], before[name][part]))
         covered = any(view.is_contiguous() and view.nbytes == drawn.nbytes for view, _ in kept)
         compute = partial(_overlaid, None if covered else drawn, kept)  # what is covered whole need not be drawn
-        view_anew(views, Computed(drawn.nbytes, compute))
+        reads = (drawn, *(require_source(numbers) for _, numbers in kept))
+        view_anew(views, Computed(drawn.nbytes, compute, reads))
 
 
 def _overlaid(

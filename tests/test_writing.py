@@ -490,6 +490,43 @@ def test_what_safetensors_has_no_name_for(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "folder"])
+def test_a_tensor_of_the_name_that_safetensors_has_its_texts_under(tmp_path: Path, kind: str) -> None:
+    state = {"w": torch.ones(2), "__metadata__": torch.zeros(3)}
+    with pytest.raises(RequestError, match="a tensor called __metadata__") as error:
+        writing.write(plan_of(state), tmp_path / "out.safetensors", kind=kind)
+    assert (error.value.hint, error.value.exit_code) == ("write a .pth file", 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "folder"])
+def test_names_of_tied_tensors_leave_what_the_metadata_says(tmp_path: Path, kind: str) -> None:
+    """Such a name is in the record, and ties all the same when the file is read again."""
+    weight = torch.randn(2, 3)
+    names = ("a", "format", "total_size", "modelcli", "author", "z")
+    state = dict.fromkeys(names, weight) | {"pt": torch.ones(1)}
+    texts = {"format": "pt", "author": "somebody"}
+    path = tmp_path / "out.safetensors"
+    writing.write(plan_of(state, record_of(state, ties=dict.fromkeys(names[1:], "a")), texts=texts), path, kind=kind)
+    if kind == "folder":
+        metadata = json.loads((path / "model.safetensors.index.json").read_text())["metadata"]
+        assert metadata["total_size"] == weight.nbytes + 4
+        files = list(path.glob("*.safetensors"))
+    else:
+        files = [path]
+    for file in files:
+        with safetensors.safe_open(file, "pt") as reader:
+            assert texts.items() <= reader.metadata().items()
+    contents = checkpoints.read(path)
+    assert list(contents.tensors) == list(state)
+    assert contents.record is not None
+    assert contents.texts == texts
+    assert {name: info.tied_to for name, info in contents.infos().items()} == dict.fromkeys(names, "a") | {
+        "a": None,
+        "pt": None,
+    }
+
+
 def test_formats_by_suffix(tmp_path: Path) -> None:
     assert [writing.format_of(name) for name in ("a.pth", "a.PT", "a.safetensors")] == ["pth", "pth", "safetensors"]
     for name in ("a", "a.bin", "a.onnx"):

@@ -1,10 +1,18 @@
-"""The record that a file carries, read no further than its size warrants."""
+"""What a file carries beside its tensors: the record, read no further than its size warrants, and further names."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 from modelcli import record as records
 from modelcli.blueprints import ModuleInfo
 from modelcli.checkpoints import limits, strict_json
+from modelcli.checkpoints.contents import CompositeEntry, TensorEntry
+
+#: What safetensors' `__metadata__`, or that of an index, says by these names is about the file. A tied tensor that is
+#: called so has its other name in the record alone.
+RESERVED = frozenset(("format", "total_size", "total_parameters", records.SAFETENSORS_KEY))
 
 
 def record_in(text: object, what: str) -> records.Record | None:
@@ -18,6 +26,29 @@ def record_in(text: object, what: str) -> records.Record | None:
         for module in record.blueprint.modules:
             budget.spend(_shown(module))
     return record
+
+
+def aliases_in(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, str]:
+    """The other names of tied tensors, each with the one that its tensor is stored under."""
+    return {
+        name: first
+        for name, first in metadata.items()
+        if isinstance(first, str) and first in tensors and name not in tensors and name not in RESERVED
+    }
+
+
+def in_order_of(
+    record: records.Record | None, tensors: dict[str, TensorEntry | CompositeEntry]
+) -> dict[str, TensorEntry | CompositeEntry]:
+    """The tensors in the model's order, those that are tied under all their names: the file holds each once."""
+    if record is None:
+        return tensors
+    found = {}
+    for info in record.blueprint.tensors:
+        entry = tensors.get(info.name) or tensors.get(info.identity)
+        if info.persistent and entry is not None and (entry.shape, entry.dtype) == (info.shape, info.dtype):
+            found[info.name] = entry
+    return found | {name: entry for name, entry in tensors.items() if name not in found}
 
 
 def _shown(module: ModuleInfo) -> int:

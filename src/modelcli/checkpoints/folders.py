@@ -54,11 +54,8 @@ def read(index: Path, read_file: Reader) -> Contents:
             raise FileFormatError(f"{path.name} holds {extra}, which {index} does not name")
     text = metadata.get(records.SAFETENSORS_KEY)
     record = carried.record_in(text, str(index))
-    aliases = {name: first for name, first in metadata.items() if isinstance(first, str) and name not in tensors}
-    tensors |= {name: tensors[first] for name, first in aliases.items() if first in tensors}
-    if record is not None:
-        order = {info.name: number for number, info in enumerate(record.blueprint.tensors)}
-        tensors = dict(sorted(tensors.items(), key=lambda item: order.get(item[0], len(order))))
+    tensors |= {name: tensors[first] for name, first in carried.aliases_in(metadata, tensors).items()}
+    tensors = carried.in_order_of(record, tensors)
     texts = [shard.texts for shard in shards.values()]
     formats = {shard.format for shard in shards.values()}
     return Contents(

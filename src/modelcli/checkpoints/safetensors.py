@@ -76,29 +76,15 @@ def read(path: Path) -> Contents:
     if start + end != identity[0]:
         raise FileFormatError(f"{path}: the header tells of {start + end:,} bytes, the file has {identity[0]:,}")
     record = carried.record_in(metadata.pop(records.SAFETENSORS_KEY, None), str(path))
-    aliases = {name: first for name, first in metadata.items() if first in tensors and name not in tensors}
+    aliases = carried.aliases_in(metadata, tensors)
     ordered = {name: tensors[name] for name in header} | {name: tensors[first] for name, first in aliases.items()}
     return Contents(
         path=path,
         format="safetensors",
-        tensors=_in_order_of(record, ordered),
+        tensors=carried.in_order_of(record, ordered),
         record=record,
         texts={name: text for name, text in metadata.items() if name not in aliases},
     )
-
-
-def _in_order_of(
-    record: records.Record | None, tensors: dict[str, TensorEntry | CompositeEntry]
-) -> dict[str, TensorEntry | CompositeEntry]:
-    """The tensors in the model's order, those that are tied under all their names: the file holds each once."""
-    if record is None:
-        return tensors
-    found = {}
-    for info in record.blueprint.tensors:
-        entry = tensors.get(info.name) or tensors.get(info.identity)
-        if info.persistent and entry is not None and (entry.shape, entry.dtype) == (info.shape, info.dtype):
-            found[info.name] = entry
-    return found | {name: entry for name, entry in tensors.items() if name not in found}
 
 
 def _begin(info: Any) -> tuple[int, int]:

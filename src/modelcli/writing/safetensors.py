@@ -11,6 +11,7 @@ from typing import Any
 
 from modelcli import record as records
 from modelcli.blueprints import ITEM_BYTES
+from modelcli.checkpoints.carried import RESERVED
 from modelcli.checkpoints.contents import Span
 from modelcli.checkpoints.safetensors import DTYPES, PAIRS
 from modelcli.errors import RequestError, SystemFailureError
@@ -21,6 +22,7 @@ from modelcli.writing.zip_layout import Bytes
 _NAMES = {dtype: name for name, dtype in DTYPES.items()} | {PAIRS: "F4"}
 #: From this size of all tensors on, they begin on a page: then a later edit copies them fastest.
 _ALIGNED_FROM = 1024 * 1024
+_INSTEAD = "write a .pth file"
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,13 @@ def _first_names(plan: Plan) -> dict[str, str]:
 
 def texts_of(plan: Plan) -> dict[str, str]:
     """The `__metadata__`: what the source had, the other names of tied tensors as `save_model` has them, the record."""
-    aliases = {name: first for name, first in _first_names(plan).items() if name != first}
-    return {"format": "pt", **plan.texts, **aliases, records.SAFETENSORS_KEY: plan.record}
+    return {"format": "pt", **aliases_of(plan), **plan.texts, records.SAFETENSORS_KEY: plan.record}
+
+
+def aliases_of(plan: Plan) -> dict[str, str]:
+    """The other names of tied tensors, each with the first one; those that mean something else are in the record."""
+    first = _first_names(plan)
+    return {name: other for name, other in first.items() if name != other and name not in RESERVED}
 
 
 def layout_of(tensors: Mapping[str, PlannedTensor], texts: Mapping[str, str]) -> Layout:
@@ -78,8 +85,10 @@ def layout_of(tensors: Mapping[str, PlannedTensor], texts: Mapping[str, str]) ->
         body += tensors[name].source.nbytes
     header: dict[str, Any] = {"__metadata__": dict(texts)}
     for name, tensor in tensors.items():
+        if name in header:
+            raise RequestError(f"a tensor called {name} is none to safetensors, which has its texts there", _INSTEAD)
         if tensor.dtype not in _NAMES:
-            raise RequestError(f"{name} is {tensor.dtype}, which safetensors has no name for", "write a .pth file")
+            raise RequestError(f"{name} is {tensor.dtype}, which safetensors has no name for", _INSTEAD)
         header[name] = {
             "dtype": _NAMES[tensor.dtype],
             "shape": _header_shape(name, tensor),
@@ -88,7 +97,7 @@ def layout_of(tensors: Mapping[str, PlannedTensor], texts: Mapping[str, str]) ->
     try:
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     except UnicodeEncodeError:
-        raise RequestError("a name in it is no valid text, which safetensors asks for", "write a .pth file") from None
+        raise RequestError("a name in it is no valid text, which safetensors asks for", _INSTEAD) from None
     runs = _runs(sorted((place, tensors[name].source) for name, place in places.items() if tensors[name].source.nbytes))
     start = _start(8 + len(text), runs, body)
     text += b" " * (start - 8 - len(text))
@@ -136,7 +145,7 @@ def _header_shape(name: str, tensor: PlannedTensor) -> list[int]:
     if tensor.dtype != PAIRS:
         return list(tensor.shape)
     if not tensor.shape:
-        raise RequestError(f"{name} is {PAIRS} without a dimension, which safetensors cannot hold", "write a .pth file")
+        raise RequestError(f"{name} is {PAIRS} without a dimension, which safetensors cannot hold", _INSTEAD)
     return [*tensor.shape[:-1], tensor.shape[-1] * 2]
 
 

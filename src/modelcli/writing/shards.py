@@ -37,17 +37,14 @@ class Folder:
 def layout(plan: Plan, max_bytes: int) -> Folder:
     """Cut a plan into shards of at most `max_bytes` of tensors, in order; a larger tensor has one to itself."""
     groups = _cut(safetensors.unique(plan), max_bytes)
-    texts = safetensors.texts_of(plan)
-    record = texts.pop(records.SAFETENSORS_KEY)
     shards: dict[str, safetensors.Layout] = {}
     weight_map: dict[str, str] = {}
     for number, tensors in enumerate(groups, 1):
         name = f"model-{number:05}-of-{len(groups):05}.safetensors"
         shards[name] = safetensors.layout_of(tensors, {"format": "pt", **plan.texts})
         weight_map |= dict.fromkeys(tensors, name)
-    aliases = {name: first for name, first in texts.items() if first in weight_map and name not in weight_map}
     total = sum(tensor.source.nbytes for tensors in groups for tensor in tensors.values())
-    metadata = {"total_size": total, **aliases, records.SAFETENSORS_KEY: record}
+    metadata = {"total_size": total, **safetensors.aliases_of(plan), records.SAFETENSORS_KEY: plan.record}
     document = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
     index = json.dumps(document, indent=2).encode() + b"\n"
     held = {name: frozenset(key for key, file in weight_map.items() if file == name) for name in shards}

@@ -87,12 +87,18 @@ def test_where_the_system_cannot_copy_it_is_read_and_written(
         monkeypatch.undo()
 
 
-def test_what_only_a_target_can_refuse_is_raised(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("call", ["copy_file_range", "pwrite"])
+def test_a_disk_that_is_full_midway(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     def full(*_args: Any) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "copy_file_range", full)
-    with pytest.raises(OSError, match="No space left"):
+    if call == "pwrite":
+        monkeypatch.delattr(os, "copy_file_range", raising=False)
+    monkeypatch.setattr(os, call, full, raising=False)
+    room = SimpleNamespace(f_bavail=30, f_frsize=4096)
+    monkeypatch.setattr(os, "fstatvfs", lambda _handle: room, raising=False)
+    message = r"No space left on device: it takes 2\.10 MB in all, and 0\.12 MB are free by now"
+    with pytest.raises(OSError, match=message):
         put(tmp_path / "out.bin", [(0, span(source, 0, len(DATA)))])
 
 

@@ -57,7 +57,10 @@ class Output:
         """Write bytes at an offset."""
         view = memoryview(data).cast("B")
         while view:
-            written = _pwrite(self._handle, view, offset)
+            try:
+                written = _pwrite(self._handle, view, offset)
+            except OSError as error:
+                raise self._with_room(error) from None
             view, offset = view[written:], offset + written
             self._advance(written)
 
@@ -124,7 +127,7 @@ class Output:
                 copied = os.copy_file_range(source, self._handle, min(_STEP, stop - start), start, offset)
             except OSError as error:
                 if error.errno not in _CANNOT_COPY:
-                    raise
+                    raise self._with_room(error) from None
                 self._copies = False
                 break
             if not copied:
@@ -171,6 +174,17 @@ class Output:
             with span.opened() as file:
                 self._checksums[key] = checksums_in(file, str(span.path))
         return self._checksums[key].get((span.offset, span.nbytes)) or None
+
+    def _with_room(self, error: OSError) -> OSError:
+        """What the system says; of a full disk also how much there is to write, and how much room is left for it."""
+        if error.errno != errno.ENOSPC or not hasattr(os, "fstatvfs"):
+            return error
+        status = os.fstatvfs(self._handle)
+        free = status.f_bavail * status.f_frsize
+        return OSError(
+            error.errno,
+            f"{error.strerror}: it takes {self._total / 1e6:,.2f} MB in all, and {free / 1e6:,.2f} MB are free by now",
+        )
 
     def _advance(self, nbytes: int) -> None:
         self._done += nbytes

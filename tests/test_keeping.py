@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 import modelcli
+from modelcli import checkpoints
 from modelcli.errors import RequestError
+from modelcli.live import sources
 from modelcli.live.surgery import seed_of
 from tests import nets
 from tests.conftest import Cli
+from tests.test_checkpoints import tensors_of
 
 
 def plain(seed: int = 0) -> nn.Sequential:
@@ -62,6 +68,36 @@ def test_the_overlap_of_each_tensor_is_copied(cli: Cli, path: str, text: str, ne
         found = modelcli.apply(model, f"replace {path} {text} --keep-weights").get_submodule(path).state_dict()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("step", [8, 40, 1 << 20])
+@pytest.mark.parametrize(
+    ("text", "new"),
+    [
+        ("Conv2d(4,5,2)", lambda: drawn(nn.Conv2d, 4, 5, 2)),
+        ("Conv2d(2,7,3)", lambda: drawn(nn.Conv2d, 2, 7, 3)),
+        ("Conv2d(3,6,3)", lambda: drawn(nn.Conv2d, 3, 6, 3)),
+        ("Conv2d(3,6,3,dtype=torch.float64)", lambda: drawn(nn.Conv2d, 3, 6, 3, dtype=torch.float64)),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_what_is_kept_comes_piece_by_piece(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, step: int, text: str, new: Callable[[], nn.Module], suffix: str
+) -> None:
+    """However the old numbers lie, wherever a piece ends, and whatever is done with them afterwards."""
+    monkeypatch.setattr(sources, "WINDOW", step)
+    monkeypatch.setattr(sources, "CHUNK", step)
+    old = plain()[0].to(memory_format=torch.channels_last)
+    torch.save({f"conv.{name}": tensor for name, tensor in old.state_dict().items()}, "bare.pth")
+    assert not old.weight.is_contiguous()
+    with torch.no_grad():
+        expected = kept(old, new())
+    words = ("-m", "bare.pth", "--check", "none")
+    cli("apply", "-e", f"replace conv {text} --keep-weights", "-e", "cast conv bfloat16", *words, "-o", f"out.{suffix}")
+    found = tensors_of(checkpoints.read(Path(f"out.{suffix}")))
+    assert {name: tensor.tolist() for name, tensor in found.items()} == {
+        f"conv.{name}": tensor.bfloat16().tolist() for name, tensor in expected.items()
+    }
 
 
 def test_nested_modules_keep_by_their_names() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -119,7 +119,7 @@ class Computed:
     nbytes: int
     compute: Callable[[int, int], torch.UntypedStorage]
     reads: tuple[AnySource, ...] = ()
-    step: int = CHUNK
+    step: int = field(default_factory=lambda: CHUNK)
     start: int = 0
 
     def files(self) -> Iterable[FileId]:

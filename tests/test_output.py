@@ -188,6 +188,26 @@ def test_a_shard_that_is_not_open_any_more_is_looked_at_too(cli: Cli, monkeypatc
     assert "model-00001-of-00040.safetensors changed while it was being read" in error
 
 
+def test_a_source_of_the_first_shard_that_changes_while_the_last_is_written(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save({f"w{number}": torch.randn(500) for number in range(4)}, "in.pth")
+    cli("save", "many/", "-m", "in.pth", "--max-shard-size", "2000")
+    original = writing.safetensors.Layout.write
+    written = []
+
+    def late(layout: writing.safetensors.Layout, out: Output) -> None:
+        original(layout, out)
+        written.append(layout)
+        if len(written) == 4:
+            os.utime("many/model-00001-of-00004.safetensors", ns=(1, 1))
+
+    monkeypatch.setattr(writing.safetensors.Layout, "write", late)
+    error = cli("save", "again/", "-m", "./many", "--max-shard-size", "2000", code=4).err
+    assert "model-00001-of-00004.safetensors changed while it was being read" in error
+    assert not Path("again").exists()
+
+
 @pytest.mark.parametrize("words", [("save", "out.pth"), ("cast", ".", "half", "-o", "out.pth")])
 def test_a_source_that_is_gone_before_it_is_read_is_named(
     cli: Cli, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]

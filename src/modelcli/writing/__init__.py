@@ -114,18 +114,20 @@ def _write_file(plan: Plan, path: Path, kind: str, care: Care) -> int:
 def _write_folder(plan: Plan, path: Path, care: Care) -> int:
     folder = shards.layout(plan, care.max_shard_bytes)
     atomic.require_space(path, folder.nbytes)
-    done = 0
+    done, outputs = 0, []
     replacing = atomic.replacing_folder(path, force=care.force, durable=care.durable, superseded=shards.superseded)
     with replacing as temporary:
         for name, layout in folder.shards.items():
             with (temporary / name).open("xb+", buffering=0) as file:
                 with Output(file, folder.nbytes, _after(care.report, done)) as output:
+                    outputs.append(output)
                     layout.write(output)
-                    output.require_unchanged_sources()
                 _require_size(temporary / name, layout.nbytes)
                 if care.verify:
                     _compare(file, temporary / name, layout.parts(), folder.nbytes, _after(care.report, done))
             done += layout.nbytes
+        for output in outputs:  # at the end of all: a source of the first may change while the last is written
+            output.require_unchanged_sources()
         (temporary / shards.INDEX).write_bytes(folder.index)
         shards.verify_headers(folder, temporary)
     return folder.nbytes

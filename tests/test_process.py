@@ -165,6 +165,8 @@ def test_torchvision_beside_a_torch_it_does_not_match(folder: Path, builder: str
             for file in ("small.safetensors", "shards/", "ck/", "old.pth", "whole.pth", "written.pth")
         ),
         (["log", "--recipe", "r.toml"], ("torch", "torchvision", "numpy")),
+        (["replace", "a", "Linear(2,3)", "-m", "small.pth", "-o", "out.pth"], ("torchvision",)),
+        (["cast", "a", "half", "-m", "small.safetensors", "-o", "out.safetensors"], ("torchvision",)),
     ],
 )
 def test_what_is_imported(folder: Path, words: list[str], forbidden: tuple[str, ...]) -> None:

@@ -7,6 +7,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 from torch import nn
@@ -32,11 +33,7 @@ def find_class(dotted: str, *, trusted: bool) -> type[nn.Module]:
     """
     package, _, name = dotted.replace(":", ".").rpartition(".")
     if is_installed_name(dotted):
-        torchvision = zoo.torchvision()
-        namespace = torchvision.ops if package == "torchvision.ops" else nn
-        if package.startswith(MODELS):
-            namespace = sys.modules.get(package)
-        found = getattr(namespace, name, None)
+        found = getattr(_namespace(package), name, None)
         if found is None and not package:
             found = getattr(zoo.torchvision().ops, name, None)
         if isinstance(found, type) and issubclass(found, nn.Module):
@@ -65,6 +62,14 @@ def find_class(dotted: str, *, trusted: bool) -> type[nn.Module]:
         near = closest(attribute, names)
         raise RequestError(f"no module class {attribute} in {package}", f"did you mean {near[0]}?" if near else None)
     return found
+
+
+def _namespace(package: str) -> ModuleType | None:
+    """Where classes of a package are looked up; torchvision takes as long to import as torch, and waits until then."""
+    if not package.startswith("torchvision"):
+        return nn
+    torchvision = zoo.torchvision()
+    return torchvision.ops if package == "torchvision.ops" else sys.modules.get(package)
 
 
 def _in_models(name: str) -> str | None:

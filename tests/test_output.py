@@ -426,3 +426,19 @@ def test_more_shards_than_files_may_be_open(cli: Cli) -> None:
     if sys.platform != "win32":
         subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, timeout=120)
         assert torch.load("one.pth")["w59"].equal(torch.load("in.pth")["w59"])
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no advice")
+@pytest.mark.parametrize("durable", [True, False])
+def test_what_is_copied_goes_to_the_disk_while_more_is_copied(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, durable: bool
+) -> None:
+    advice: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _handle, offset, nbytes, _what: advice.append((offset, nbytes)))
+    with (
+        (tmp_path / "out.bin").open("wb+", buffering=0) as file,
+        Output(file, len(DATA), durable=durable) as out,
+    ):
+        out.put(0, span(source, 0, len(DATA)))
+    assert (tmp_path / "out.bin").read_bytes() == DATA
+    assert sum(nbytes for _, nbytes in advice) == (len(DATA) if durable else 0)

@@ -101,7 +101,7 @@ def _write_file(plan: Plan, path: Path, kind: str, care: Care) -> int:
         layout, verify_header = safetensors.layout(plan), safetensors.verify_header
     atomic.require_space(path, layout.nbytes)
     with atomic.replacing(path, force=care.force, durable=care.durable) as (file, temporary):
-        with Output(file, layout.nbytes, care.report) as output:
+        with Output(file, layout.nbytes, care.report, durable=care.durable) as output:
             layout.write(output)
             output.require_unchanged_sources()
         _require_size(temporary, layout.nbytes)
@@ -119,7 +119,7 @@ def _write_folder(plan: Plan, path: Path, care: Care) -> int:
     with replacing as temporary:
         for name, layout in folder.shards.items():
             with (temporary / name).open("xb+", buffering=0) as file:
-                with Output(file, folder.nbytes, _after(care.report, done)) as output:
+                with Output(file, folder.nbytes, _after(care.report, done), durable=care.durable) as output:
                     outputs.append(output)
                     layout.write(output)
                 _require_size(temporary / name, layout.nbytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import zlib
@@ -33,8 +34,9 @@ _CANNOT_COPY = frozenset(
 class Output:
     """A file that is being written, any part of it at any time; `total` is what all of it will take."""
 
-    def __init__(self, file: BinaryIO, total: int, report: Report | None = None) -> None:
+    def __init__(self, file: BinaryIO, total: int, report: Report | None = None, *, durable: bool = False) -> None:
         self._handle = file.fileno()
+        self._durable = durable and hasattr(os, "posix_fadvise")
         self._total = total
         self._done = 0
         self._report = report
@@ -132,11 +134,18 @@ class Output:
                 break
             if not copied:
                 break
+            self._send(offset, copied)
             start, offset = start + copied, offset + copied
             self._advance(copied)
         for data in self._read(span.part(start - span.offset, stop - start)):
             self.write(offset, data)
             offset += len(data)
+
+    def _send(self, offset: int, nbytes: int) -> None:
+        """Let what was written go to the disk while more is copied, so that less is left to wait for at the end."""
+        if self._durable and nbytes >= LARGE:
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(self._handle, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
     def _read(self, span: Span) -> Iterator[bytes]:
         """The bytes of a span, in pieces of at most 8 MiB."""

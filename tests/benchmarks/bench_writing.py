@@ -74,8 +74,10 @@ def compare() -> None:
     }
     times: dict[str, list[float]] = {name: [] for name in commands}
     memory = dict.fromkeys(commands, 0)
+    order = list(commands.items())
     for number in range(ROUNDS + 1):
-        for name, command in commands.items():
+        order.append(order.pop(0))  # none always comes behind the same other one, and pays for what that left
+        for name, command in order:
             seconds, peak = measure(command)
             if number:
                 times[name].append(seconds)

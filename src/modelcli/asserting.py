@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from modelcli import checkpoints, comparing, selectors, session
-from modelcli.blueprints import FLOATING, Blueprint, Shape, TensorInfo, counted, shown
+from modelcli.blueprints import FLOATING, Blueprint, Shape, TensorInfo, counted, listed, shown
 from modelcli.checkpoints.contents import foreign_names
-from modelcli.comparing import Scope
+from modelcli.comparing import Progress, Scope
 from modelcli.differences import TensorChange
 from modelcli.errors import RequestError, did_you_mean
 from modelcli.references import Source
 from modelcli.session import Look, Target
 
-#: Told how many bytes are done, how many there are, and what is being done with them.
-Progress = Callable[[int, int, str], None]
 #: Names that a row lists of those that are wrong.
 MOST_NAMED = 3
 SAFE = "tensors alone"
@@ -118,11 +116,11 @@ def _structure(blueprint: Blueprint, wanted: Wanted) -> Iterator[Checked]:
         yield _flags(blueprint, text, trained=True)
     for text in wanted.has:
         names = _matches(blueprint, text)
-        yield Checked("has", bool(names), _listed(names or [_nothing(blueprint, text)]), text)
+        yield Checked("has", bool(names), listed(names or [_nothing(blueprint, text)], MOST_NAMED), text)
     for text in wanted.absent:
         names = _matches(blueprint, text)
         told = _nothing(blueprint, text)
-        yield Checked("absent", not names and told == NOTHING, _listed(names or [told]), text)
+        yield Checked("absent", not names and told == NOTHING, listed(names or [told], MOST_NAMED), text)
     if wanted.dtypes:
         yield _dtype(blueprint, wanted.dtypes)
 
@@ -138,9 +136,11 @@ def _flags(blueprint: Blueprint, text: str, *, trained: bool) -> Checked:
     wrong = [t.name for t in parameters if t.requires_grad is (not trained)]
     unknown = [t.name for t in parameters if t.requires_grad is None]
     if wrong:
-        told = f"{len(wrong):,} of {counted(len(parameters), 'parameter')} {_are(len(wrong))} {other}: {_listed(wrong)}"
+        of_all = f"{len(wrong):,} of {counted(len(parameters), 'parameter')}"
+        told = f"{of_all} {_are(len(wrong))} {other}: {listed(wrong, MOST_NAMED)}"
     elif unknown:
-        told = f"nothing says whether {_listed(unknown)} {_are(len(unknown))} {state}: --arch names the architecture"
+        named = listed(unknown, MOST_NAMED)
+        told = f"nothing says whether {named} {_are(len(unknown))} {state}: --arch names the architecture"
     else:
         told = f"{counted(len(parameters), 'parameter')} {_are(len(parameters))} {state}"
     return Checked(kind, not (wrong or unknown), told, text)
@@ -218,7 +218,7 @@ def _finite(found: Look, progress: Progress | None, notes: list[str]) -> Checked
     wrong = {name: numbers for name, numbers in statistics.items() if numbers["nan"] or numbers["inf"]}
     without = [name for name in names if name not in statistics]
     if without:
-        notes.append(f"--finite says nothing of {_listed(without)}: nothing gives {_its(without)} numbers")
+        notes.append(f"--finite says nothing of {listed(without, MOST_NAMED)}: nothing gives {_its(without)} numbers")
     if wrong:
         name, numbers = next(iter(wrong.items()))
         counts = [f"{numbers[key]:,} {word}" for key, word in (("nan", "NaN"), ("inf", "Inf")) if numbers[key]]
@@ -246,16 +246,10 @@ def _same_as(
     if differing:
         named = [f"{name} ({', '.join(c.change for c in changes)})" for name, changes in differing.items()]
         number = counted(len(differing), "tensor")
-        told = f"{number} {'differs' if len(differing) == 1 else 'differ'}: {_listed(named)}"
+        told = f"{number} {'differs' if len(differing) == 1 else 'differ'}: {listed(named, MOST_NAMED)}"
         return Checked("same-as", False, told, wanted)
     equal = compared.equal + len({change.name for change in compared.tensors})
     return Checked("same-as", True, f"{counted(equal, 'tensor')} {_are(equal)} equal", wanted)
-
-
-def _listed(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return ", ".join(names[:MOST_NAMED]) + more
 
 
 def _are(number: int) -> str:

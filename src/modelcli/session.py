@@ -496,16 +496,13 @@ def _idle(live: Live, called: Collection[str]) -> list[str]:
         if path in there and path not in reached and there[path].shared_with is None:
             idle.setdefault(change.action, []).append(path)
     replaced = idle.get("replace", [])
-    listed = ", ".join(replaced[:3]) + (f" and {len(replaced) - 3} more" if len(replaced) > 3 else "")
-    told = (
-        [f"{listed} did not run on the forward pass: the check says nothing of {_them(replaced)}"] if replaced else []
-    )
+    told = []
+    if replaced:
+        them = "it" if len(replaced) == 1 else "them"
+        names = blueprints.listed(replaced, 3)
+        told.append(f"{names} did not run on the forward pass: the check says nothing of {them}")
     placed = [path for action in ("add", "insert", "append") for path in idle.get(action, ())]
     return told + [f"{path} did not run on the forward pass: nothing calls it" for path in placed]
-
-
-def _them(items: Sequence[object]) -> str:
-    return "it" if len(items) == 1 else "them"
 
 
 def _outcome(live: Live, target: Target, before: Blueprint, check: Mapping[str, Any], added: Sequence[Edit]) -> Outcome:

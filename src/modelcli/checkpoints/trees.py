@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from modelcli import record as records
+from modelcli.blueprints import listed
 from modelcli.checkpoints import carried, composites, limits, pickles
 from modelcli.checkpoints.contents import CompositeEntry, Contents, TensorEntry
 from modelcli.errors import FileFormatError, RequestError, UnsafeError, did_you_mean
@@ -63,7 +64,7 @@ def contents_of(
     if hidden := [name for name, item in extras.items() if _holds_tensors(item)]:
         chosen = (
             *chosen,
-            f"{_listed(hidden)} hold{'s' if len(hidden) == 1 else ''} tensors that have no row of their own",
+            f"{listed(hidden, 4)} hold{'s' if len(hidden) == 1 else ''} tensors that have no row of their own",
         )
     state = state_dict.state if isinstance(state_dict, pickles.OrderedDict) else None
     metadata = state.get("_metadata") if isinstance(state, dict) else None
@@ -97,10 +98,6 @@ def _holds_tensors(value: Any) -> bool:
             seen.add(id(item))
             stack += _within(item)
     return False
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 #: What nothing lies in. As a tuple that is made once: a file may have 100,000 of them.
@@ -172,7 +169,7 @@ def _find_state_dict(
             # Tensors without a dimension are figures of the training: the best loss, a step.
             if beside := [name for name, value in tree.items() if isinstance(value, TensorEntry) and value.shape]:
                 notes.append(
-                    f"{_listed(list(map(str, beside)))} beside it {'is' if len(beside) == 1 else 'are'} not shown"
+                    f"{listed(list(map(str, beside)), 4)} beside it {'is' if len(beside) == 1 else 'are'} not shown"
                 )
             return (chosen,), tree[chosen], tuple(notes)
         if not tree:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from modelcli.blueprints import Blueprint
+from modelcli.blueprints import Blueprint, listed
 from modelcli.checkpoints import Contents
 from modelcli.checkpoints.contents import CompositeEntry, TensorEntry
 from modelcli.live.sources import is_lazy
@@ -36,7 +36,7 @@ def unfit(tree: Any, before: Mapping[str, nn.Parameter], after: Mapping[str, nn.
             if changed := _perhaps_its_own(state, before, after):
                 told.append(
                     f"{name} holds state for {len(ids)} parameters, and the model had {len(before)}: "
-                    f"whether it still fits {_listed(changed)} is not known"
+                    f"whether it still fits {listed(changed, 4)} is not known"
                 )
             continue
         else:
@@ -46,7 +46,7 @@ def unfit(tree: Any, before: Mapping[str, nn.Parameter], after: Mapping[str, nn.
             if not wrong and len(now) > len(before):
                 wrong = list(after)[len(before) :]
         if wrong and state:
-            told.append(f"the state in {name} no longer fits {_listed(wrong)}: make the optimizer anew")
+            told.append(f"the state in {name} no longer fits {listed(wrong, 4)}: make the optimizer anew")
     return told
 
 
@@ -82,7 +82,7 @@ def other_copies(contents: Contents, after: Blueprint, *, prefix: str, changed: 
         return []
     told = []
     for path in _copies(contents.tree, contents.key or (), set(was)):
-        unfit = f", and no longer fits {_listed(wrong)}" if wrong else ""
+        unfit = f", and no longer fits {listed(wrong, 4)}" if wrong else ""
         told.append(f"the state dict in {'.'.join(path)} is as it was{unfit}: --key {'.'.join(path)} edits that one")
     return told
 
@@ -123,7 +123,3 @@ def _optimizers(tree: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str
 def _parameters(group: Any) -> list[Any]:
     params = group.get("params") if isinstance(group, dict) else None
     return params if isinstance(params, list) else []
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

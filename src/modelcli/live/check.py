@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from modelcli import expressions
-from modelcli.blueprints import joined, parent_of, shown
+from modelcli.blueprints import joined, listed, parent_of, shown
 from modelcli.errors import RequestError
 from modelcli.expressions import HOLE, Call
 from modelcli.live import modules, rules, trace
@@ -217,8 +217,7 @@ def _fix(module: nn.Module, path: str, misfit: Misfit, edited: Mapping[str, str]
 
 
 def _edited_elsewhere(edited: Mapping[str, str]) -> str:
-    more = f" and {len(edited) - 3} more" if len(edited) > 3 else ""
-    return f"what was edited: {', '.join(map(shown, list(edited)[:3]))}{more}; --check none writes it all the same"
+    return f"what was edited: {listed([*map(shown, edited)], 3)}; --check none writes it all the same"
 
 
 def _is_touched(path: str, edited: Mapping[str, str]) -> bool:

@@ -84,7 +84,7 @@ def in_order(live: Live) -> list[str]:
     for name in sorted(opened, key=positions.__getitem__):
         if tensors.get(name) is not opened[name]:
             renamed.setdefault(id(opened[name]), []).append(positions[name])
-    places = _places_of_new(live, positions)
+    places = _places_of_new(opened, tensors, positions)
     found: dict[str, int] = {}
     last = -1
     for name in names:
@@ -100,14 +100,15 @@ def in_order(live: Live) -> list[str]:
     return sorted(found, key=found.__getitem__)
 
 
-def _places_of_new(live: Live, positions: Mapping[str, int]) -> dict[str, int]:
+def _places_of_new(
+    opened: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], positions: Mapping[str, int]
+) -> dict[str, int]:
     """Where the first tensor of the file was below each path that had some and has none of them any more."""
-    tensors = named_tensors(live.module)
     there = {id(tensor) for tensor in tensors.values()}
-    known = {id(tensor) for tensor in live.opened_tensors.values()}
+    known = {id(tensor) for tensor in opened.values()}
     held = {path for name, tensor in tensors.items() if id(tensor) in known for path in ancestors(parent_of(name))}
     places: dict[str, int] = {}
-    for name, tensor in live.opened_tensors.items():
+    for name, tensor in opened.items():
         if id(tensor) not in there:
             for path in ancestors(parent_of(name)):
                 if path not in held:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from torch import nn
 
 from modelcli import expressions, selectors
-from modelcli.blueprints import FLOATING, Blueprint, TensorInfo, joined, parent_of
+from modelcli.blueprints import FLOATING, Blueprint, TensorInfo, joined, lies_in, parent_of
 from modelcli.edits import Add, Append, Cast, Edit, Extract, Freeze, Init, Insert, Remove, Replace, Unfreeze
 from modelcli.live.describe import describe, dtype_name
 from modelcli.live.scripting import places
@@ -164,7 +164,7 @@ def flags(model: nn.Module, before: Blueprint, after: Blueprint) -> list[str]:
 
         def is_meant(info: TensorInfo, named: set[str] = named, wanted: bool = wanted) -> bool:
             # Whole numbers cannot be trained: a module with such a parameter refuses.
-            return info.kind == "buffer" or (info.name in named and not (wanted and not _differentiable(info)))
+            return info.kind == "buffer" or (info.name in named and not (wanted and not info.is_differentiable))
 
         modules, tensors = _largest(model, before, changed, is_meant, "requires_grad_")
         statement = f".requires_grad_({wanted})"
@@ -236,10 +236,6 @@ def _shared(model: nn.Module, names: Collection[str]) -> tuple[list[str], list[l
     return [name for name in apart if name not in grouped], together
 
 
-def _differentiable(info: TensorInfo) -> bool:
-    return info.dtype in FLOATING or info.dtype.startswith("complex")
-
-
 def _largest(
     model: nn.Module, blueprint: Blueprint, changed: set[str], is_meant: Callable[[TensorInfo], bool], method: str
 ) -> tuple[list[str], list[str]]:
@@ -256,18 +252,18 @@ def _largest(
             wanted[path] = wanted.get(path, True) and is_meant(info)
             if info.name in changed:
                 useful.add(path)
-    modules: list[str] = []
+    modules: dict[str, None] = {}
     for module in blueprint.modules:
         path = module.path
-        if path in useful and wanted[path] and not _lies_in(path, modules) and _does(model.get_submodule(path), method):
-            modules.append(path)
+        if path in useful and wanted[path] and not lies_in(path, modules) and _does(model.get_submodule(path), method):
+            modules[path] = None
     # A tied tensor is the same one under all its names.
-    done = {blueprint.by_name[name].identity for name in changed if _lies_in(parent_of(name), modules)}
+    done = {blueprint.by_name[name].identity for name in changed if lies_in(parent_of(name), modules)}
     tensors: dict[str, str] = {}
     for info in blueprint.tensors:
         if info.name in changed and info.identity not in done:
             tensors.setdefault(info.identity, info.name)
-    return modules, list(tensors.values())
+    return list(modules), list(tensors.values())
 
 
 def _does(module: nn.Module, method: str) -> bool:
@@ -276,10 +272,6 @@ def _does(module: nn.Module, method: str) -> bool:
         is_of_torch(part, "_apply", "parameters", "named_parameters", "named_modules", "children")
         for part in module.modules()
     )
-
-
-def _lies_in(path: str, modules: Iterable[str]) -> bool:
-    return any(not above or path == above or path.startswith(f"{above}.") for above in modules)
 
 
 def _each(names: Sequence[str], text: Callable[[str], str], getter: str, statement: str) -> list[str]:

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrize import ParametrizationList
 
 from modelcli import expressions, selectors
-from modelcli.blueprints import Blueprint, ancestors, lies_in, parent_of, shown
+from modelcli.blueprints import Blueprint, ancestors, lies_in, listed, parent_of, shown
 from modelcli.edits import Init
 from modelcli.errors import RequestError, did_you_mean
 from modelcli.expressions import Call
@@ -353,7 +353,7 @@ def _notes(module: nn.Module, parts: _Sorted, edit: Init) -> list[str]:
     unsure = [name for name in parts.weights if _may_normalise(module, name)]
     if unsure:
         notes.append(
-            f"{_listed(unsure)} may belong to normalisation layers, which the file does not say: "
+            f"{listed(unsure, 5)} may belong to normalisation layers, which the file does not say: "
             f"{scheme} went into them; --except leaves them as they are, --arch names the architecture"
         )
     own = {
@@ -393,13 +393,9 @@ def _kept_notes(kept: Mapping[str, str]) -> list[str]:
     for name, why in kept.items():
         by_reason[why].append(name)
     return [
-        f"{_listed(names)} {'keeps its' if len(names) == 1 else 'keep their'} numbers: {why}"
+        f"{listed(names, 5)} {'keeps its' if len(names) == 1 else 'keep their'} numbers: {why}"
         for why, names in by_reason.items()
     ]
-
-
-def _listed(names: Sequence[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _literals(names: Iterable[str]) -> tuple[str, ...]:

@@ -32,8 +32,8 @@ from modelcli.live.trace import first_calls
 
 def remove(module: nn.Module, edit: Remove, context: Context) -> Done:
     """Take modules out, and in a checkpoint of unknown architecture single tensors as well."""
-    tensors = describe(module).by_name
-    blueprint = _with_other_entries(module, describe(module))
+    described = describe(module)
+    blueprint = _with_other_entries(module, described)
     paths, names = _picked(module, blueprint, edit)
     if "" in paths:
         raise RequestError("the model itself cannot be removed", "extract PATH makes a part of it the model")
@@ -56,7 +56,7 @@ def remove(module: nn.Module, edit: Remove, context: Context) -> Done:
             )
     for name in names:
         size = blueprint.by_name[name].elements if blueprint.by_name[name].kind == "parameter" else 0
-        what = "1 tensor" if name in tensors else "1 entry"
+        what = "1 tensor" if name in described.by_name else "1 entry"
         changes.append(Change(name, edit.name, what, "", size, 0))
         _take_tensor(submodule(module, parent_of(name)), name.rpartition(".")[2])
     if isinstance(module, Bare):

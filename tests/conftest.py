@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,8 +57,11 @@ def cli(capsys: pytest.CaptureFixture[str], folder: Path) -> Cli:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A new folder with `nets.py` in it, as the current one; no setting of the machine's reaches the test."""
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A new folder with `nets.py` in it, as the current one; no setting of the machine's reaches the test.
+
+    What Python imports from it is forgotten with it: the next test's `own.py` is a module of its own.
+    """
     for name in ("MODELCLI_MODEL", "MODELCLI_RECIPE", "NO_COLOR", "FORCE_COLOR", "COLUMNS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.delenv("MODELCLI_NO_CACHE", raising=False)
@@ -63,4 +69,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / ".torch"))
     (tmp_path / "nets.py").write_bytes(NETS.read_bytes())
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    paths = list(sys.path)
+    yield tmp_path
+    sys.path[:] = paths
+    for name, module in list(sys.modules.items()):
+        if (getattr(module, "__file__", None) or "").startswith(f"{tmp_path}{os.sep}"):
+            del sys.modules[name]

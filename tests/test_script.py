@@ -141,7 +141,6 @@ def test_references(cli: Cli, folder: Path, model: str, statement: str) -> None:
         "from helper import Base\nclass Own(Base):\n    def __init__(self):\n        super().__init__(3, 3)\n"
     )
     assert statement in both(cli, "-m", model, "--seed", "7").splitlines()
-    sys.modules.pop("helper", None)
 
 
 CLASS = """
@@ -167,7 +166,6 @@ def test_a_class_that_is_called_as_something_of_the_script_is(cli: Cli, folder: 
     assert f"from own import {name} as own_{name}" in out.splitlines()
     out = both(cli, "-m", f"own:{name}", *lines)
     assert f"model = own_{name}()" in out.splitlines()
-    sys.modules.pop("own")
 
 
 @pytest.mark.parametrize("file", ["init", "models", "torch", "random", "sys", "numpy"])
@@ -186,8 +184,6 @@ def test_modules_that_are_called_as_something_of_the_script_is(cli: Cli, folder:
     out = both(cli, "-m", "Sequential(Linear(2,2),ReLU())", *lines)
     assert "import init as own_init" in out.splitlines()
     assert "model.append(own_models.Own())" in out.splitlines()
-    for name in ("models", "init"):
-        sys.modules.pop(name)
 
 
 def test_what_a_file_draws_does_not_shift_the_numbers(cli: Cli, folder: Path) -> None:

@@ -25,6 +25,20 @@ def test_the_installed_program_and_the_module(folder: Path) -> None:
         assert done.stdout == ""
 
 
+def test_what_a_models_own_code_leaves_for_the_end_is_done(folder: Path) -> None:
+    """The program ends without taking itself apart; exit handlers have run by then, and threads are waited for."""
+    handler = "import atexit, nets\natexit.register(lambda: open('ended', 'w').close())\n"
+    thread = "import threading, time\ndef late():\n    time.sleep(1)\n    open('late', 'w').close()\n"
+    (folder / "handler.py").write_text(f"{handler}Net = nets.Net\n")
+    (folder / "thread.py").write_text(f"{handler}{thread}threading.Thread(target=late).start()\nNet = nets.Net\n")
+    for file, expected in (("handler.py", ["ended"]), ("thread.py", ["ended", "late"])):
+        done = subprocess.run([*PROGRAM, "params", f"{file}:Net", "-f", "csv"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[1].startswith("scale,")
+        assert [name for name in ("ended", "late") if Path(name).exists()] == expected
+        Path("ended").unlink()
+
+
 @pytest.mark.skipif(os.name == "nt", reason="pipes end otherwise there")
 def test_a_closed_pipe_ends_quietly(folder: Path) -> None:
     line = f"{' '.join(PROGRAM)} params vgg16 | head -1; echo ${{PIPESTATUS[0]}}"

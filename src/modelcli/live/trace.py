@@ -10,9 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torchinfo
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from modelcli.blueprints import LayerTrace, Trace
 from modelcli.live import rules
@@ -20,6 +18,8 @@ from modelcli.live.describe import walk
 from modelcli.live.twins import meta_twin, seeded
 
 if TYPE_CHECKING:
+    from torch.utils.flop_counter import FlopCounterMode
+
     from modelcli.live.inputs import Inputs
 
 
@@ -202,6 +202,9 @@ def trace(module: nn.Module, inputs: Inputs | None, *, mode: str = "eval") -> tu
     """
     if inputs is None:
         return Trace(None, reason="no input size is known: give --input-size, batch included"), module
+    import torchinfo  # here alone: FlopCounterMode brings Triton with it, which the edit of a bare file has no use for
+    from torch.utils.flop_counter import FlopCounterMode
+
     twin = twin_or_itself(module)
     tensors = inputs.tensors("meta")
     statistics: list[Any] = []

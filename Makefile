@@ -52,6 +52,7 @@ golden: $(DEV_STAMP) ## write the golden files anew; read the diff before you co
 bench: $(DEV_STAMP) ## how long things take, as ratios to stated peers
 	$(BIN)/python -m tests.benchmarks.bench_reading
 	$(BIN)/python -m tests.benchmarks.bench_writing
+	$(BIN)/python -m tests.benchmarks.bench_peers
 
 fuzz: $(DEV_STAMP) ## a million damaged inputs for every parser and language; fewer: make fuzz INPUTS=1000
 	$(BIN)/python -m tests.fuzz

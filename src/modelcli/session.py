@@ -405,7 +405,7 @@ def save(target: Target, how: Writing) -> Outcome:
     if target.edits:
         check = _check(live, _without_edits(target), target.edits, how)
     else:
-        check = {"ran": False, "reason": "nothing was edited", "output_shape": None}
+        check = {"ran": False, "reason": "nothing was edited", "output_shape": None, "input": None}
     outcome = _outcome(live, target, before, check, target.edits)
     return outcome if how.dry_run else _write(live, outcome, how.out, how)
 

@@ -124,3 +124,29 @@ def test_an_optimizer_that_knows_names(cli: Cli) -> None:
     torch.save({"model": {f"fc.{k}": v for k, v in state.items()}, "optim": optimizer}, "train.pth")
     told = cli("replace", "fc", "Linear(2,3)", "-m", "train.pth", "-o", "out.pth").err
     assert "the state in optim no longer fits fc.weight, fc.bias" in told
+
+
+def test_a_prefix_that_is_not_written_again_is_told_of(cli: Cli) -> None:
+    """A program that wrote `module.fc.weight` asks for it when it goes on."""
+    state = {f"module.{name}": tensor for name, tensor in nets.Places().state_dict().items()}
+    torch.save({"model": state, "epoch": 1}, "train.pth")
+    notes = " ".join(cli("init", "fc", "zeros", "-m", "train.pth", *ARCH, "-o", "out.pth").err.split())
+    assert "the keys in 'model' are written without 'module.'" in notes
+    assert "(an edit without --arch leaves the keys as they are)" in notes
+    assert [f"module.{name}" for name in torch.load("out.pth", weights_only=True)["model"]] == list(state)
+    assert "are written without" not in cli("init", "module.fc", "zeros", "-m", "train.pth", "-o", "b.pth").err
+    assert list(torch.load("b.pth", weights_only=True)["model"]) == list(state)
+
+
+@pytest.mark.parametrize(("key", "other"), [("model", "ema"), ("ema", "model")])
+def test_each_of_two_state_dicts_is_told_of_the_other(cli: Cli, key: str, other: str) -> None:
+    """`--key` says which is edited; the other one is there as it was, whichever stands first."""
+    state = nets.Places().state_dict()
+    torch.save({"model": state, "ema": {name: tensor + 1 for name, tensor in state.items()}}, "train.pth")
+    words = ("replace", "fc", "Linear(4,4)", "--key", key, "-m", "train.pth", *ARCH, "-o", "out.pth")
+    notes = cli(*words).err
+    assert f"the state dict in {other} is as it was: --key {other} edits that one" in notes
+    before, after = (torch.load(path, weights_only=True) for path in ("train.pth", "out.pth"))
+    assert all(torch.equal(after[other][name], tensor) for name, tensor in before[other].items())
+    assert not torch.equal(after[key]["fc.weight"], before[key]["fc.weight"])
+    assert torch.equal(after[key]["seq.0.weight"], before[key]["seq.0.weight"])

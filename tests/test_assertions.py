@@ -112,6 +112,11 @@ def test_safe(cli: Cli) -> None:
     # To take the tensors alone is no way to make the file itself safe.
     cli("check", "whole.pth", "--safe", "--arch", "Linear(2,2)", "--tensors-only", code=1)
     assert cli("check", "Linear(2,2)", "--safe", "--json").json["checks"][0]["found"] == "no file"
+    # Where there is nothing but such objects there is no model that could be asserted to be anything.
+    torch.save({"who": nn.Linear, "n": 3}, "objects.pth")
+    assert (
+        "holds no tensors in a state dict, but objects of torch.nn" in cli("check", "objects.pth", "--safe", code=3).err
+    )
 
 
 @pytest.mark.usefixtures("_files")

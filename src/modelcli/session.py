@@ -582,8 +582,8 @@ def _around(live: Live, *, kept: bool) -> list[str]:
     prefix = "" if live.report is None else live.report.prefix
     if prefix:
         unfit.append(
-            f"the keys in {contents.key[0]!r} are written without {prefix!r}: what wrote the file may ask for it "
-            f"(rename '**' '{prefix}**' without --arch puts it back)"
+            f"the keys in {contents.key[0]!r} are written without {prefix!r}, and what wrote the file may ask for it "
+            "(an edit without --arch leaves the keys as they are)"
         )
     copies = around.other_copies(contents, live.describe(), prefix=prefix, changed=changed)
     return [f"{rest} was kept; --bare drops it", *unfit, *copies]

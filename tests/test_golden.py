@@ -76,6 +76,10 @@ def test_in_a_pipe(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     checked(name, capsys.readouterr().out)
 
 
+#: Reset, bold, dim, red, cyan: each theme gives these a colour that is read on its background, dark or light. White,
+#: yellow, bright colours and backgrounds are not among them.
+READABLE = {"", "0", "1", "2", "31", "36"}
+
 NARROW = ["summary-vit", "modules-resnet18", "params-vit", "tree-vit", "replace-alexnet", "list-rcnn"]
 
 
@@ -97,6 +101,8 @@ def test_on_a_terminal(name: str, width: int, monkeypatch: pytest.MonkeyPatch) -
     assert all(len(line) <= width for line in table.split("\n"))
     checked(f"{name}-{width}", bare)
     assert ("\x1b[" in text) == (not name.startswith("tree"))
+    used = {code for codes in re.findall(r"\x1b\[([0-9;]*)m", text) for code in codes.split(";")}
+    assert used <= READABLE
 
 
 @pytest.mark.parametrize("name", ["summary-vit", "tree-vit"])

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import stat
@@ -313,14 +314,16 @@ FAULTS += [("open", errno.EACCES), ("mkdir", errno.ENOSPC), ("rename", errno.EIO
 
 
 @posix_only
+@pytest.mark.parametrize("can_exchange", [True, False])
 @pytest.mark.parametrize("out", ["out.pth", "out.safetensors", "out/"])
 @pytest.mark.parametrize(("name", "number"), FAULTS, ids=[f"{n}-{errno.errorcode[e]}" for n, e in FAULTS])
 def test_a_fault_at_any_call_leaves_the_old_one(
-    cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch, out: str, name: str, number: int
+    cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch, out: str, name: str, number: int, can_exchange: bool
 ) -> None:
     """Each call fails in its turn, until the command gets through: exit 5, one message with the path and the reason.
 
-    Only where the last step fails, which makes the new name durable, the new one is there, and the message says so.
+    Only where the last step fails, which makes the new name durable, and the system has no way back to the old one, the
+    new one is there, and the message says so.
     """
     state = {"w": torch.randn(100_000), "b": torch.ones(3)}
     torch.save(state, "in.pth")
@@ -335,14 +338,16 @@ def test_a_fault_at_any_call_leaves_the_old_one(
 
     for at in range(1, 60):
         with monkeypatch.context() as patch:
-            patch.setattr(atomic, "_exchange", lambda *_names: False)  # the way with more steps
+            if not can_exchange:
+                patch.setattr(atomic, "_exchange", lambda *_names: False)
             patch.setattr(os, name, failing(getattr(os, name), number, at))
             code = main(["remove", "b", "-m", "in.pth", "-o", out, "--force"])
         if code == 0:
             break
         assert code == 5
         told = cli.capsys.readouterr().err
-        if name == "fsync" and "was written, but it may not survive a loss of power" in told:
+        assert re.search(rf"\b({path}|in.pth)\b", told), told
+        if not can_exchange and name == "fsync" and "was written, but it may not survive a loss of power" in told:
             assert digest(path) == after
         else:
             assert digest(path) == before, f"the {at}th call of {name}"
@@ -466,19 +471,49 @@ def test_folders_that_were_made_for_nothing_go_again(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_new_names_that_may_not_last_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@posix_only
+@pytest.mark.parametrize("is_folder", [False, True])
+@pytest.mark.parametrize("old", [None, "old"])
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_new_names_that_cannot_be_made_durable_are_taken_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_folder: bool, old: str | None, can_exchange: bool
+) -> None:
+    path = tmp_path / "new" / "m"
+    held = path / "model.safetensors" if is_folder else path
+    if old is not None:
+        held.parent.mkdir(parents=True)
+        held.write_text(old)
+    fsync = os.fsync
+
     def fails(handle: int) -> None:
-        if stat.S_ISDIR(os.fstat(handle).st_mode):
+        if os.path.samestat(os.fstat(handle), path.parent.stat()):
             raise OSError(errno.EIO, "Input/output error")
+        fsync(handle)
+
+    def write() -> None:
+        if is_folder:
+            with atomic.replacing_folder(path, force=True) as folder:
+                (folder / held.name).write_text("new")
+        else:
+            with atomic.replacing(path, force=True) as (file, _):
+                file.write(b"new")
 
     monkeypatch.setattr(os, "fsync", fails)
-    told = r"m\.pth was written, but it may not survive a loss of power: Input/output error"
-    with (
-        pytest.raises(SystemFailureError, match=told),
-        atomic.replacing(tmp_path / "m.pth", force=False) as (file, _),
-    ):
-        file.write(b"new")
-    assert (tmp_path / "m.pth").read_bytes() == b"new"
+    if not can_exchange:
+        monkeypatch.setattr(atomic, "_exchange", lambda *_names: False)
+    if old is None:
+        with pytest.raises(SystemFailureError, match=r"cannot write .*m: Input/output error"):
+            write()
+        assert list(tmp_path.iterdir()) == []
+    elif can_exchange:
+        with pytest.raises(SystemFailureError, match=r"cannot write .*m: Input/output error"):
+            write()
+        assert held.read_text() == "old"
+    else:
+        with pytest.raises(SystemFailureError, match=r"m was written, but it may not survive a loss of power: Input"):
+            write()
+        assert held.read_text() == "new"
+    assert temporaries(tmp_path) == []
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="root alone can give files away")

@@ -10,7 +10,7 @@ import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -118,10 +118,12 @@ def replacing(
         if not force and target.exists():
             raise RequestError(f"{path} exists by now", "--force replaces it")
         _heed_signals()
-        temporary.replace(target)
+        _put(temporary, target, path, folders if durable else ())
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
     made: list[Path] = []
-    with _parents_of(target, path, durable=durable):
+    with _parents_of(target, path) as folders:
         try:
             with _failing_as(path):
                 with _new_file(target, made) as file:
@@ -154,7 +156,7 @@ def replacing_folder(
     target = Path(os.path.realpath(path))
     made: list[Path] = []
     lock = None
-    with _parents_of(target, path, durable=durable):
+    with _parents_of(target, path) as folders:
         try:
             with _failing_as(path):
                 lock = _new_folder(target, made)
@@ -168,7 +170,7 @@ def replacing_folder(
                 if durable:
                     _sync_tree(temporary)
                 _heed_signals()
-                _swap(temporary, target)
+                _put(temporary, target, path, folders if durable else ())
         finally:
             # What stands there now is the old folder, or the new one where it did not come to the swap.
             for temporary in made:
@@ -178,10 +180,10 @@ def replacing_folder(
 
 
 @contextlib.contextmanager
-def _parents_of(target: Path, path: Path, *, durable: bool) -> Iterator[None]:
+def _parents_of(target: Path, path: Path) -> Iterator[list[Path]]:
     """Make the folders that a target lies in, for a block that puts it there; where it raises, they go again.
 
-    With `durable` the names in them are on the disk at the end.
+    Gives the folders in which there are new names then.
     """
     made: list[Path] = []
     try:
@@ -192,20 +194,37 @@ def _parents_of(target: Path, path: Path, *, durable: bool) -> Iterator[None]:
                 above = above.parent
             target.parent.mkdir(parents=True, exist_ok=True)
             remove_abandoned(target)
-        yield
+        yield [target.parent, *(folder.parent for folder in made)]
     except BaseException:
         for folder in made:
             with contextlib.suppress(OSError):
                 folder.rmdir()
         raise
-    if durable:
-        try:
-            for folder in (target.parent, *(folder.parent for folder in made)):
-                _sync_folder(folder)
-        except OSError as error:
-            raise SystemFailureError(
-                f"{path} was written, but it may not survive a loss of power: {error.strerror or error}"
-            ) from None
+
+
+def _put(new: Path, target: Path, path: Path, folders: Iterable[Path]) -> None:
+    """Give what is new the name of its target in one step, and put the names in `folders` on the disk.
+
+    What had that name is called `new` then, or is gone. Where the disk refuses the names, they are taken back.
+    """
+    there = os.path.lexists(target)
+    exchanged = there and _exchange(new, target)
+    if not exchanged and there and new.is_dir():
+        _move_in_two_steps(new, target)
+    elif not exchanged:
+        new.replace(target)
+    try:
+        for folder in folders:
+            _sync_folder(folder)
+    except OSError as error:
+        if exchanged and _exchange(new, target):
+            raise
+        if not there:
+            target.rename(new)
+            raise
+        raise SystemFailureError(
+            f"{path} was written, but it may not survive a loss of power: {error.strerror or error}"
+        ) from None
 
 
 def _be_like(new: Path, old: Path, mode: int) -> None:
@@ -257,13 +276,8 @@ def _link_or_copy(source: str | Path, target: str | Path) -> None:
         shutil.copy2(source, target, follow_symlinks=False)
 
 
-def _swap(new: Path, target: Path) -> None:
-    """Put a folder in the place of another; where the system can, as one step that leaves the old one at `new`."""
-    if not target.exists():
-        new.rename(target)
-        return
-    if _exchange(new, target):
-        return
+def _move_in_two_steps(new: Path, target: Path) -> None:
+    """Put a folder in the place of another where the system cannot exchange their names."""
     old = target.with_name(f".{_stem(target)}.{secrets.token_hex(4)}.old{TEMPORARY}")
     handle = None
     with contextlib.suppress(OSError):

@@ -566,3 +566,24 @@ def test_what_a_new_module_does_not_take_over_is_told() -> None:
         "6: p was 0.3 and is 0.5 now: p=_ keeps it",
         "1 more have settings other than before",
     ]
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("replace fc Linear(5,3)", "fc: the old tensors say in_features=4, the new module takes 5: _ keeps it"),
+        ("replace fc Linear(_,3)", None),
+        ("replace conv Conv2d(2,6,3)", "conv: the old tensors say in_channels=3, the new module takes 2: _ keeps it"),
+        ("replace conv Conv2d(6,6,3,groups=2)", None),
+        ("replace conv ConvTranspose2d(2,6,3)", None),
+        ("replace bn GroupNorm(2,4)", "bn: the old tensors say num_channels=6, the new module takes 4: _ keeps it"),
+        ("replace bn LayerNorm(6)", None),
+        ("replace fc Sequential(Linear(5,3))", None),
+    ],
+)
+def test_a_new_width_is_told_of_where_no_architecture_says_what_fits(cli: Cli, line: str, told: str | None) -> None:
+    model = nn.ModuleDict({"conv": nn.Conv2d(3, 6, 3), "bn": nn.BatchNorm2d(6), "fc": nn.Linear(4, 2)})
+    torch.save(model.state_dict(), "bare.pth")
+    notes = cli("apply", "-e", line, "-m", "bare.pth").err
+    assert ("the old tensors say" in notes) == (told is not None)
+    assert told is None or f"note: {told}\n" in notes

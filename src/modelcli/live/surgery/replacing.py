@@ -25,7 +25,7 @@ from modelcli.live.sources import (
     real_storage,
     require_source,
 )
-from modelcli.live.surgery import left_out
+from modelcli.live.surgery import left_out, shapes
 from modelcli.live.surgery.core import Change, Context, Done, brief, count, places, submodule
 from modelcli.live.surgery.making import maker, resolved_calls
 from modelcli.live.surgery.storages import byte_span, has_storage, tied, view_anew, viewers
@@ -57,10 +57,11 @@ def carry_out(module: nn.Module, edit: Replace, context: Context) -> Done:
     calls = resolved_calls(module, edit.module, olds, context)
     news = maker(module, calls, context, olds)()
     notes = [tie.note for tie in parted]
-    notes += left_out.notes(edit.module, [(*pair, new) for pair, new in zip(olds, news, strict=True)])
+    replaced = [(*pair, new) for pair, new in zip(olds, news, strict=True)]
+    notes += left_out.notes(edit.module, replaced) + shapes.notes(replaced, calls)
     kept: Mapping[str, Mapping[str, tuple[int, ...]]] = {}
     if edit.keep_weights:
-        kept, told = _keep_weights(edit, [(*pair, new) for pair, new in zip(olds, news, strict=True)])
+        kept, told = _keep_weights(edit, replaced)
         notes += told
     lines = _resolved_lines(edit, [(target.paths, call) for target, call in zip(targets, calls, strict=True)], kept)
     changes = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -49,6 +49,26 @@ def argument_told(old: Bare, kind: type[nn.Module], call: Call, name: str) -> An
     if weight.dim() not in dimensions or (name == "in_channels" and _argument(call, kind, "groups", 1) != 1):
         return None
     return weight.shape[axis]
+
+
+#: Arguments that say how much flows in: nothing but a forward pass would show that it is another number now.
+_FLOWS_IN = ("in_features", "in_channels", "num_features", "num_channels", "normalized_shape")
+
+
+def notes(replaced: Iterable[tuple[nn.Module, str, nn.Module]], calls: Iterable[Call]) -> list[str]:
+    """A line for each new module that takes another width than the tensors of the old one say, which nothing checks
+    where the architecture is not known. `replaced` are the old modules, their paths, and the new ones.
+    """
+    told = []
+    for (old, path, new), call in zip(replaced, calls, strict=True):
+        if not isinstance(old, Bare):
+            continue
+        for name in _FLOWS_IN:
+            now = getattr(new, name, None)
+            was = argument_told(old, type(new), call, name)
+            if now is not None and was is not None and now not in (was, (was,)):
+                told.append(f"{path}: the old tensors say {name}={was}, the new module takes {now}: _ keeps it")
+    return told
 
 
 def _argument(call: Call, kind: type[nn.Module], name: str, default: object) -> object:

@@ -77,6 +77,7 @@ def world(folder: Path) -> Path:
 
 
 def test_every_example_runs_and_prints_what_the_readme_says(cli: Cli, world: Path) -> None:
+    cli("save", "own.pth", "-m", "nets.py:Net")
     ran = 0
     for block in blocks():
         if block.language == "python":

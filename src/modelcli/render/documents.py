@@ -445,9 +445,9 @@ def edits(
         Column("after", "after", flexible=True, cut="middle"),
     ]
     if all(row["action"] in ("freeze", "unfreeze") for row in rows):
-        columns.append(Column("params_after", "params", lambda value: f"{count(value)} params", right=True))
+        columns.append(Column("params_after", "params", lambda value: f"{count(value)} params", right=True, optional=1))
     else:
-        columns.append(Column("delta", "params", _change_of_size))
+        columns.append(Column("delta", "params", _change_of_size, optional=1))  # the totals say it as well
     return View(document, shown_rows, columns, [*footer, *outcome], header=False)
 
 
@@ -693,9 +693,9 @@ def models(entries: Sequence[Mapping[str, Any]]) -> View:
     columns = (
         path_column("name", "name"),
         Column("params", "params", count, right=True),
-        Column("macs", "mult-adds", count, right=True),
-        Column("group", "group", optional=1),
-        Column("weights", "weights", lambda value: " ".join(value), flexible=True, spare=1),
+        Column("macs", "mult-adds", count, right=True, optional=2),
+        Column("group", "group", optional=3),
+        Column("weights", "weights", lambda value: " ".join(value), optional=1),
     )
     return View(document, list(entries), columns, [("Builders", count(len(entries)))])
 

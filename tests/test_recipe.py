@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from modelcli import edits, recipe
+from modelcli import atomic, edits, recipe
 from modelcli.edits import Edit
 from modelcli.errors import RequestError, SystemFailureError
 from modelcli.recipe import append, read, start, take_back
@@ -385,14 +385,16 @@ def test_what_is_appended_is_read_again_and_taken_back(folder: Path, text: str, 
 # --- how it is written ---------------------------------------------------------------------------------------------
 
 
-def test_a_failed_write_leaves_the_old_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_failed_write_leaves_the_old_file(folder: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     path = written(folder, WRITTEN_BY_HAND)
     before = set(folder.iterdir())
 
     def fails(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "replace", fails)
+    monkeypatch.setattr(atomic, "_exchange", lambda *_names: False)
+    monkeypatch.setattr(os, call, fails)
     with pytest.raises(SystemFailureError, match=r"cannot write .*: No space left on device"):
         append(path, [edit("freeze x")])
     assert path.read_text() == WRITTEN_BY_HAND

@@ -318,6 +318,8 @@ def test_a_recipe_that_is_wrong_says_everything_at_once(cli: Cli, folder: Path) 
         ("summary alexnet --mode fast", 2, "no mode 'fast'", "eval or"),
         ("modules alexnet --tree --repr", 2, "--tree and --repr", None),
         ("undo 0 --recipe x.toml", 2, "0", None),
+        ("list vit --json -f csv", 2, '"two formats: --json and -f csv"', "give one of them"),
+        ("list vit -f table --json", 2, '"two formats: --json and -f table"', "give one of them"),
         ("summary alexnet --seed -1", 2, "--seed -1 is not a whole number", None),
         ("summary bert-base-uncased", 2, "no model is called 'bert-base-uncased'", None),
         ("summary vit", 2, "no model is called 'vit'", "vit_b_16"),

@@ -50,11 +50,10 @@ class OutputOptions:
     """How to show the result."""
 
     is_group: ClassVar[bool] = True
-    format: str = _option(
+    format: str | None = _option(
         "-f",
         "--format",
-        help="table, json, csv or markdown.",
-        default="table",
+        help="table, json, csv or markdown. \\[default: table]",
         metavar="FORMAT",
         rich_help_panel="Output",
         autocompletion=completing.one_of("table", "json", "csv", "markdown"),

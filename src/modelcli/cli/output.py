@@ -20,10 +20,12 @@ class PipeClosedError(Exception):
 
 
 def format_of(options: OutputOptions) -> str:
-    """The format asked for. Raises RequestError for one that does not exist."""
+    """The format asked for. Raises RequestError for one that does not exist, and for two."""
     from modelcli.render import writers
 
-    name = "json" if options.json else options.format
+    if options.json and options.format not in (None, "json"):
+        raise RequestError(f"two formats: --json and -f {options.format}", "give one of them")
+    name = "json" if options.json else options.format or "table"
     if name not in writers.FORMATS:
         raise RequestError(
             f"no format {name!r}",

@@ -57,6 +57,11 @@ MISTAKES = {
         "error: classifier.6: Linear(4096): missing a required argument: 'out_features'\n"
         "hint: Linear(in_features: int, out_features: int, bias: bool = True)",
     ),
+    "a scheme in pieces": (
+        "init classifier.6 normal std=0.01 -m alexnet",
+        2,
+        "error: 'std=0.01' is no scheme, but an argument of one\nhint: write it as 'normal(std=0.01)'",
+    ),
     "a model without its -m": (
         "replace fc Linear(_,10) resnet18",
         2,

@@ -200,6 +200,8 @@ class Init(Selecting):
     def from_operands(cls, words: Sequence[str]) -> Self:
         if len(words) < 2:
             raise RequestError("init takes at least one target and a scheme", "init '**:Conv2d' xavier_uniform")
+        if (scheme := _scheme_in_pieces(words)) is not None:
+            raise RequestError(f"{words[-1]!r} is no scheme, but an argument of one", f"write it as {scheme!r}")
         hint = "the scheme comes last: init '**:Conv2d' xavier_uniform, or 'normal(0, 0.01)'"
         return cls(targets=tuple(map(_selector, words[:-1])), scheme=_scheme(words[-1], hint))
 
@@ -411,6 +413,19 @@ def _refuse_swapped(name: str, words: Sequence[str]) -> None:
             f"{name} takes the place before the module, and {words[0]!r} is a module",
             f"{name} {words[1]} '{words[0]}'",
         )
+
+
+def _scheme_in_pieces(words: Sequence[str]) -> str | None:
+    """The scheme whose name and arguments are words of their own: `normal(std=0.01)` of `fc normal std=0.01`."""
+    first = next((place for place in range(len(words), 0, -1) if not _is_argument(words[place - 1])), 0)
+    if first < 2 or first == len(words) or not words[first - 1].isidentifier():
+        return None
+    return f"{words[first - 1]}({', '.join(words[first:])})"
+
+
+def _is_argument(word: str) -> bool:
+    """Whether a word is a number, or a value by its name: `0.01`, `std=0.01`."""
+    return re.fullmatch(r"([A-Za-z_]\w*=.+|[-+]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?)", word, re.ASCII) is not None
 
 
 def _scheme(word: str, hint: str) -> Call:

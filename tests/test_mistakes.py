@@ -57,6 +57,24 @@ MISTAKES = {
         "error: classifier.6: Linear(4096): missing a required argument: 'out_features'\n"
         "hint: Linear(in_features: int, out_features: int, bias: bool = True)",
     ),
+    "a model in pieces": (
+        "load resnet18 num_classes=37",
+        2,
+        "error: Got unexpected extra argument(s) (num_classes=37)\n"
+        "hint: a model and its arguments are one word: modelcli load 'resnet18(num_classes=37)'",
+    ),
+    "targets with a comma between": (
+        "freeze features,classifier -m alexnet",
+        2,
+        "error: no tensor matches 'features,classifier'\n"
+        "hint: write '{features,classifier}', or each selector as a word of its own: features classifier",
+    ),
+    "several modules": (
+        "replace classifier.6 Linear(_,3) Linear(3,4) -m alexnet",
+        2,
+        "error: replace takes one target and one module, not 2 modules: Linear(_,3), Linear(3,4)\n"
+        "hint: several go in as one: 'Sequential(Linear(_,3), Linear(3,4))'",
+    ),
     "a scheme in pieces": (
         "init classifier.6 normal std=0.01 -m alexnet",
         2,

@@ -14,7 +14,7 @@ from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, ClassVar, Self
 
 from modelcli import expressions, selectors
-from modelcli.blueprints import FLOATING
+from modelcli.blueprints import FLOATING, listed
 from modelcli.errors import RequestError, did_you_mean
 from modelcli.expressions import Call, Name
 
@@ -80,6 +80,7 @@ class Replace(Selecting):
         if len(words) < 2:
             raise RequestError("replace takes a target and a module", "replace classifier.6 'Linear(4096,10)'")
         _refuse_swapped(cls.name, words)
+        _refuse_several(f"{cls.name} takes one target", words)
         return cls(target=_selector(words[0]), module=expressions.parse_words(words[1:]))
 
     @property
@@ -104,6 +105,7 @@ class _Placing(Edit):
         if len(words) < 2:
             raise RequestError(f"{cls.name} takes a path and a module", f"{cls.name} {cls.example}")
         _refuse_swapped(cls.name, words)
+        _refuse_several(f"{cls.name} takes one path", words)
         return cls(path=_selector(words[0]), module=expressions.parse_words(words[1:]))
 
     def operands(self) -> list[str]:
@@ -412,6 +414,16 @@ def _refuse_swapped(name: str, words: Sequence[str]) -> None:
         raise RequestError(
             f"{name} takes the place before the module, and {words[0]!r} is a module",
             f"{name} {words[1]} '{words[0]}'",
+        )
+
+
+def _refuse_several(taken: str, words: Sequence[str]) -> None:
+    """Refuse more modules than one: `replace fc 'Linear(_,3)' 'Linear(3,4)'`."""
+    given = words[1:]
+    if len(given) > 1 and all("(" in word and expressions.is_expression(word) for word in given):
+        one = shlex.quote(f"Sequential({', '.join(given)})")
+        raise RequestError(
+            f"{taken} and one module, not {len(given)} modules: {listed(given, 3)}", f"several go in as one: {one}"
         )
 
 

@@ -546,10 +546,19 @@ def no_match(selector: Selector, blueprint: Blueprint, noun: str = "modules") ->
     """The error for a selector that picks nothing: the nearest existing paths, and what the shell may have done."""
     if noun == "tensors" and matched_modules(selector, blueprint):
         return RequestError(f"{selector.text!r} has no tensors", "modelcli params shows where they are")
-    hint = _nearest(selector, blueprint, noun)
+    hint = _in_words(selector.text) or _nearest(selector, blueprint, noun)
     if os.path.lexists(selector.text) and selector.text != ".":
         hint += f"; {selector.text!r} is a file here: if the shell expanded a pattern to it, quote the pattern"
     return RequestError(f"no {noun[:-1]} matches {selector.text!r}", hint)
+
+
+def _in_words(text: str) -> str | None:
+    """How several selectors are written that came as one, with commas between: `layer1,layer2`."""
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) < 2 or not all(re.fullmatch(r"[\w.*?-]+", part) for part in parts):
+        return None
+    braces = "" if "." in text else f"'{{{','.join(parts)}}}', or "
+    return f"write {braces}each selector as a word of its own: {' '.join(parts)}"
 
 
 def _nearest(selector: Selector, blueprint: Blueprint, noun: str) -> str:

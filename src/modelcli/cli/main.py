@@ -179,12 +179,19 @@ def _show_traceback() -> None:
 def _usage_error(error: Exception) -> ModelcliError:
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "modelcli"
-    made = ModelcliError(
-        getattr(error, "format_message", error.__str__)().replace("\n", " ").strip(),
-        f"{path} --help shows how it is used",
-    )
+    message = getattr(error, "format_message", error.__str__)().replace("\n", " ").strip()
+    model = None if context is None else context.params.get("model")
+    made = ModelcliError(message, _model_with(model, message, path) or f"{path} --help shows how it is used")
     made.kind = "usage"
     return made
+
+
+def _model_with(model: object, message: str, path: str) -> str | None:
+    """How a model is written whose arguments came as words of their own: `load resnet18 num_classes=37`."""
+    extra = re.fullmatch(r"Got unexpected extra argument\(s\) \((\w+=\S+( \w+=\S+)*)\)", message)
+    if extra is None or not isinstance(model, str) or not re.fullmatch(r"[\w.:/-]*\w", model):
+        return None
+    return f"a model and its arguments are one word: {path} '{model}({', '.join(extra[1].split())})'"
 
 
 def _wants_json(words: Sequence[str]) -> bool:

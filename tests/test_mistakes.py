@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from modelcli.cli import synonyms
+from modelcli.cli.app import app
 from tests.conftest import Cli
 
 MISTAKES = {
@@ -27,6 +30,16 @@ MISTAKES = {
         "sumary alexnet",
         2,
         "error: No such command 'sumary'. Did you mean 'summary'?\nhint: modelcli --help shows how it is used",
+    ),
+    "another program's word for a command": (
+        "rm '**:Dropout' -m alexnet",
+        2,
+        "error: No such command 'rm'.\nhint: did you mean: modelcli remove '**:Dropout' -m alexnet",
+    ),
+    "a format to convert to": (
+        "convert best.pth best.safetensors",
+        2,
+        "error: No such command 'convert'.\nhint: did you mean: modelcli save best.safetensors -m best.pth",
     ),
     "an option that is spelt wrongly": (
         "summary alexnet --dept 1",
@@ -110,5 +123,12 @@ MISTAKES = {
 def test_word_for_word(mistake: str, cli: Cli, folder: Path) -> None:
     torch.save(nn.Sequential(nn.Linear(2, 3)).state_dict(), "best.pth")
     words, code, said = MISTAKES[mistake]
-    assert cli(*words.split(), code=code).err.rstrip("\n") == said
+    assert cli(*shlex.split(words), code=code).err.rstrip("\n") == said
     assert {path.name for path in folder.iterdir()} <= {"nets.py", "best.pth", "__pycache__"}
+
+
+def test_other_words_for_commands_stand_for_commands(cli: Cli) -> None:
+    known = {command.name for command in app.registered_commands}
+    assert set(synonyms.COMMANDS.values()) <= known
+    assert not known & {*synonyms.COMMANDS, *synonyms.COPYING, "strip"}
+    assert "modelcli rename 'module.**' '**'" in cli("strip", "module.", "-m", "x.pth", code=2).err

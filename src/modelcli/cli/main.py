@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from modelcli.cli.output import PipeClosedError, tell, tell_error, write
+from modelcli.cli.synonyms import meant
 from modelcli.errors import ModelcliError, SystemFailureError
 
 INTERRUPTED = 130
@@ -136,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except typer.TyperException as error:
         if not getattr(error, "format_message", error.__str__)():
             return 0  # a group without a command has shown its help
-        tell_error(_usage_error(error), as_json=as_json)
+        tell_error(_usage_error(error, words), as_json=as_json)
         return 2
     except MemoryError:
         failure = SystemFailureError("not enough memory")
@@ -176,12 +177,16 @@ def _show_traceback() -> None:
     traceback.print_exc()
 
 
-def _usage_error(error: Exception) -> ModelcliError:
+def _usage_error(error: Exception, words: Sequence[str]) -> ModelcliError:
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "modelcli"
     message = getattr(error, "format_message", error.__str__)().replace("\n", " ").strip()
     model = None if context is None else context.params.get("model")
-    made = ModelcliError(message, _model_with(model, message, path) or f"{path} --help shows how it is used")
+    if path == "modelcli" and message.startswith(f"No such command {words[0]!r}") and (line := meant(words)):
+        made = ModelcliError(f"No such command {words[0]!r}.", f"did you mean: {line}")
+    else:
+        hint = _model_with(model, message, path) or f"{path} --help shows how it is used"
+        made = ModelcliError(message, hint)
     made.kind = "usage"
     return made
 

@@ -20,6 +20,17 @@ MISTAKES = {
         "error: no model is called 'alexnt': no builder, no class of torch.nn\n"
         "hint: did you mean alexnet? modelcli list shows them all",
     ),
+    "a model as Python names it": (
+        "summary torchvision.models.resnet18(num_classes=3)",
+        2,
+        "error: no class 'torchvision.models.resnet18' in torch.nn or torchvision.ops\n"
+        "hint: torchvision's models go by their names: resnet18(num_classes=3)",
+    ),
+    "a model as a program with imports names it": (
+        "summary models.resnet18",
+        2,
+        "error: no module named models\nhint: torchvision's models go by their names: resnet18",
+    ),
     "no model": (
         "freeze features",
         2,

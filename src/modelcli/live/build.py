@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,7 @@ def _expression(reference: Installed, weights: str | None, trust: bool) -> Archi
     except RequestError as error:
         near = zoo.nearest_names(call.name)
         if "." in call.name or ":" in call.name:
+            error.hint = _by_its_name(call) or error.hint
             raise
         hint = f"did you mean {' or '.join(near)}? modelcli list shows them all" if near else error.hint
         if re.fullmatch(r"\w+", call.name) and Path(call.name).exists():
@@ -131,6 +132,14 @@ def _expression(reference: Installed, weights: str | None, trust: bool) -> Archi
         return modules.make(call, trusted=trust)
 
     return Architecture(reference, plain, plain, is_torch_class=reference.runs_only_installed_code)
+
+
+def _by_its_name(call: Call) -> str | None:
+    """A model of torchvision's by its name alone, where it was named as Python does: `torchvision.models.resnet18`."""
+    package, _, name = call.name.rpartition(".")
+    if package.split(".")[0] not in ("torchvision", "models") or name not in zoo.builder_names():
+        return None
+    return f"torchvision's models go by their names: {Installed(replace(call, name=name))}"
 
 
 def _python_object(reference: PythonObject, folder: Path) -> Architecture:

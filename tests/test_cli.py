@@ -309,7 +309,7 @@ def test_a_recipe_that_is_wrong_says_everything_at_once(cli: Cli, folder: Path) 
         ("summary", 2, "no model is given", "-m MODEL or $MODELCLI_MODEL, or start a recipe: modelcli load"),
         ("freeze features", 2, "no model is given", "modelcli load alexnet"),
         ("save out.pth", 2, "no model is given", "modelcli load"),
-        ("log", 2, "no model is given", "modelcli load"),
+        ("log", 2, "there is no recipe", "modelcli load"),
         ("replace classifier.6 ReLU --dry-rnu -m alexnet", 2, "no such option: --dry-rnu", "--dry-run"),
         ("replace classifier.6 Flatten 1 -2x -m alexnet", 2, "no such option: -2x", None),
         ("sumary alexnet", 2, "No such command", "modelcli --help"),

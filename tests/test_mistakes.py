@@ -37,6 +37,16 @@ MISTAKES = {
         "error: no model is given, and there is no modelcli.toml\n"
         "hint: name one with -m MODEL or $MODELCLI_MODEL, or start a recipe: modelcli load alexnet",
     ),
+    "no recipe to show": (
+        "log",
+        2,
+        "error: there is no recipe: no modelcli.toml is here\nhint: modelcli load MODEL starts one",
+    ),
+    "no recipe to take back from": (
+        "undo 2 --recipe head.toml",
+        2,
+        "error: there is no recipe: no head.toml is here\nhint: modelcli load MODEL --recipe head.toml starts one",
+    ),
     "a command that is spelt wrongly": (
         "sumary alexnet",
         2,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
@@ -58,6 +59,13 @@ def _dtype(text: str) -> str:
 def default_path() -> Path:
     """`$MODELCLI_RECIPE`, or `modelcli.toml` in the current folder."""
     return Path(os.environ.get("MODELCLI_RECIPE") or FILE_NAME)
+
+
+def require(path: Path) -> None:
+    """Raise RequestError where there is no recipe, for what is about a recipe and about no model."""
+    if not path.exists():
+        other = "" if path == default_path() else f" --recipe {shlex.quote(str(path))}"
+        raise RequestError(f"there is no recipe: no {path} is here", f"modelcli load MODEL{other} starts one")
 
 
 def read(path: Path, *, model: str | None = None) -> Recipe:

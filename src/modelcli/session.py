@@ -663,7 +663,7 @@ def load(source: Source, recipe_path: Path, *, force: bool, dry_run: bool) -> Lo
         return loaded
     if recipe_path.exists() and not force and (count := len(recipe.read(recipe_path).edits)):
         raise RequestError(
-            f"{recipe_path} has {count} edit{'s' if count > 1 else ''}",
+            f"{recipe_path} has {blueprints.counted(count, 'edit')}",
             "--force starts it anew; --recipe names another",
         )
     recipe.start(recipe_path, seen_from(source, recipe_path.parent))
@@ -765,6 +765,7 @@ def undo(path: Path, count: int, *, dry_run: bool = False) -> list[str]:
     """Take back the last edits of a recipe. Raises RequestError where there are none."""
     from modelcli import recipe
 
+    recipe.require(path)
     read = recipe.read(path)
     if not read.edits:
         raise RequestError(f"{path} has no edits to take back")

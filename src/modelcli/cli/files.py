@@ -138,7 +138,9 @@ def _show_log(path: str | None, options: OutputOptions, notes: list[str] | None 
     from modelcli import recipe
     from modelcli.render import documents
 
-    read = recipe.read(_recipe_path(path))
+    where = _recipe_path(path)
+    recipe.require(where)
+    read = recipe.read(where)
     source = read.source
     sizes = None if source.input_size is None else [list(size) for size in source.input_size]
     details: dict[str, Any] = {"weights": source.weights, "arch": source.arch, "key": source.key, "seed": source.seed}

@@ -128,7 +128,23 @@ def test_a_folder_with_a_bare_name(cli: Cli) -> None:
 
 def test_a_link_that_leads_nowhere(cli: Cli, folder: Path) -> None:
     (folder / "gone.pth").symlink_to("nowhere")
-    assert "in .: gone.pth" not in cli("params", "gone.pth", code=2).err
+    assert "hint" not in cli("params", "gone.pth", code=2).err
+
+
+def test_a_file_that_is_called_otherwise(cli: Cli) -> None:
+    for name in ("gone.pth", "runs/best.pth"):
+        cli("save", name, "-m", "Linear(2,3)")
+    assert "hint: here is: gone.pth" in cli("params", "gne.pth", code=2).err
+    assert f"hint: in runs{os.sep}: best.pth" in cli("params", "runs/bets.pth", code=2).err
+
+
+def test_one_of_a_kind_is_no_plural(cli: Cli) -> None:
+    cli("cache", "warm", "squeezenet1_1")
+    assert "  1 entry  " in cli("cache", "path").out
+    assert "removed 1 entry\n" in cli("cache", "clear").err
+    assert "  1 tensor  2 params  " in cli("save", "one.pth", "-m", "Linear(2,1,bias=False)").out
+    below = cli("modules", "-s", "0", "-m", "Sequential(Sequential(ReLU()))").err
+    assert "1 module lies below 0: -s '0.**' shows it" in below
 
 
 # --- records -------------------------------------------------------------------------------------------------------

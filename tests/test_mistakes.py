@@ -76,7 +76,7 @@ MISTAKES = {
     "a file that is not there": (
         "params bets.pth",
         2,
-        "error: no such file: bets.pth\nhint: in .: best.pth, nets.py",
+        "error: no such file: bets.pth\nhint: here are: best.pth, nets.py",
     ),
     "a module that does not fit": (
         "replace classifier.6 Linear(4095,10) -m alexnet -o out.pth",

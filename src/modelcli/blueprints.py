@@ -48,9 +48,9 @@ def value_class(cls: type[_T]) -> type[_T]:
     return dataclass(slots=True, unsafe_hash=True)(cls)
 
 
-def counted(number: int, noun: str) -> str:
-    """`1 tensor`, `5 tensors`."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def counted(number: int, noun: str, several: str | None = None) -> str:
+    """`1 tensor`, `5,000 tensors`; `several` is the plural where it is no more than an s."""
+    return f"{number:,} {noun if number == 1 else several or f'{noun}s'}"
 
 
 def listed(names: Sequence[str], most: int) -> str:

@@ -190,7 +190,14 @@ def missing_file(path: Path, text: str) -> RequestError:
         near = closest(path.name, [entry.name for entry in folder.iterdir() if entry.name != path.name])
     except (OSError, ValueError):
         near = []
-    return RequestError(f"no such file: {text}", f"in {folder}: {', '.join(near)}" if near else None)
+    return RequestError(f"no such file: {text}", f"{_there(folder, len(near))}: {', '.join(near)}" if near else None)
+
+
+def _there(folder: Path, count: int) -> str:
+    """How a list of files begins that lie in a folder: `here are`, `in runs/`."""
+    if folder == Path():
+        return "here is" if count == 1 else "here are"
+    return f"in {folder}{os.sep}"
 
 
 def _names_no_class(text: str, path: Path) -> RequestError:

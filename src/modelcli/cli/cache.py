@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from modelcli.blueprints import counted
 from modelcli.cli import completing, output, progress
 from modelcli.cli.options import OutputOptions, exit_codes, expanded
 
@@ -38,7 +39,7 @@ def clear(options: OutputOptions) -> None:
 
     output.format_of(options)
     removed = cache.clear()
-    output.show(documents.cache(cache.folder(), 0, 0), options, [f"removed {removed} entries"])
+    output.show(documents.cache(cache.folder(), 0, 0), options, [f"removed {counted(removed, 'entry', 'entries')}"])
 
 
 def warm(

@@ -188,7 +188,8 @@ def modules(
     if select and len(paths) == 1 and not (tree or as_repr):
         below = sum(module.path.startswith(f"{paths[0]}.") for module in blueprint.modules) if paths[0] else 0
         if below:
-            notes.append(f"{below} modules lie below {paths[0]}: -s '{paths[0]}.**' shows them")
+            lie, them = ("lies", "it") if below == 1 else ("lie", "them")
+            notes.append(f"{counted(below, 'module')} {lie} below {paths[0]}: -s '{paths[0]}.**' shows {them}")
     style = "tree" if tree else "repr" if as_repr else "table"
     folded = output.is_screen(options) and not expand
     view = documents.modules(target.source.model, blueprint, paths, depth=depth, style=style, folded=folded)

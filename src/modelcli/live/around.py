@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from modelcli.blueprints import Blueprint, listed
+from modelcli.blueprints import Blueprint, counted, listed
 from modelcli.checkpoints import Contents
 from modelcli.checkpoints.contents import CompositeEntry, TensorEntry
 from modelcli.live.sources import is_lazy
@@ -35,7 +35,7 @@ def unfit(tree: Any, before: Mapping[str, nn.Parameter], after: Mapping[str, nn.
         elif len(ids) != len(before):
             if changed := _perhaps_its_own(state, before, after):
                 told.append(
-                    f"{name} holds state for {len(ids)} parameters, and the model had {len(before)}: "
+                    f"{name} holds state for {counted(len(ids), 'parameter')}, and the model had {len(before)}: "
                     f"whether it still fits {listed(changed, 4)} is not known"
                 )
             continue

@@ -445,7 +445,7 @@ def edits(
         Column("after", "after", flexible=True, cut="middle"),
     ]
     if all(row["action"] in ("freeze", "unfreeze") for row in rows):
-        columns.append(Column("params_after", "params", lambda value: f"{count(value)} params", right=True, optional=1))
+        columns.append(Column("params_after", "params", lambda value: counted(value, "param"), right=True, optional=1))
     else:
         columns.append(Column("delta", "params", _change_of_size, optional=1))  # the totals say it as well
     return View(document, shown_rows, columns, [*footer, *outcome], header=False)
@@ -533,8 +533,8 @@ def save(
     columns = (
         Column("output", "output", style="cyan", flexible=True, vital=True, cut="middle"),
         Column("format", "format"),
-        Column("tensors", "tensors", lambda value: f"{count(value)} tensors", right=True),
-        Column("params", "params", lambda value: f"{count(value)} params", right=True),
+        Column("tensors", "tensors", lambda value: counted(value, "tensor"), right=True),
+        Column("params", "params", lambda value: counted(value, "param"), right=True),
         Column("bytes", "bytes", megabytes, right=True),
     )
     return View(document, [row], columns, header=False)
@@ -705,7 +705,7 @@ def cache(folder: Path, entries: int, nbytes: int) -> View:
     row = {"path": str(folder), "entries": entries, "bytes": nbytes}
     columns = (
         Column("path", "path", style="cyan", flexible=True, vital=True, cut="middle"),
-        Column("entries", "entries", lambda value: f"{count(value)} entries", right=True),
+        Column("entries", "entries", lambda value: counted(value, "entry", "entries"), right=True),
         Column("bytes", "bytes", megabytes, right=True),
     )
     return View({"schema": SCHEMA, **row}, [row], columns, header=False)

@@ -183,9 +183,12 @@ def test_unknown_keys_and_bad_lines_are_reported_all_at_once(folder: Path) -> No
 @pytest.mark.parametrize(
     ("text", "line", "words"),
     [
-        ("model = \n", 1, ""),
+        ("model = \n", 1, "unexpected end of the line: model ="),
+        ("model = alexnet\n", 1, "unexpected 'a': model = alexnet"),
+        ('model = "a"\nedits = [\n "freeze b,\n]\n', 3, 'a text without its closing quote: "freeze b,'),
+        ('model = "a"\ninput_size = [1, 3]\n', 2, "input_size is text like '1,3,224,224', not [1, 3]"),
         ('model = "a"\nedits = [\n', 2, "the text ends in the middle of a value"),
-        ('model = "a"\nmodel = "b"\n', 2, "model"),
+        ('model = "a"\nmodel = "b"\n', 2, 'key "model" already exists: model = "b"'),
         ('model = "a"\n\nwhat is this\n', 3, ""),
         ('model = "a"\nedits = "freeze a"\n', 2, "edits is a list of lines, not 'freeze a'"),
         ('model = "a"\n[edits]\nx = 1\n', 2, "edits is a list of lines"),

@@ -100,7 +100,7 @@ def read(path: Path, *, model: str | None = None) -> Recipe:
     sizes: list[tuple[int, ...]] = []
     dtypes: list[str] = []
     for key, example in (("input_size", "1,3,224,224"), ("input_dtype", "float32")):
-        for item in _listed(document.get(key)):
+        for item in _listed(document.get(key), whole=key == "input_size"):
             try:
                 if not isinstance(item, str):
                     raise RequestError(f"{key} is text like {example!r}, not {item!r}")
@@ -147,10 +147,13 @@ def read(path: Path, *, model: str | None = None) -> Recipe:
     return Recipe(path, source, tuple(parsed), tuple(places))
 
 
-def _listed(value: object) -> list[object]:
+def _listed(value: object, *, whole: bool) -> list[object]:
+    """What a key lists. Where `whole`, numbers alone are one item, and no list of them."""
     if value is None:
         return []
-    return list(value) if isinstance(value, list) else [value]
+    if not isinstance(value, list) or (whole and value and all(isinstance(item, int) for item in value)):
+        return [value]
+    return list(value)
 
 
 def _document(path: Path, text: str) -> TOMLDocument:
@@ -160,11 +163,22 @@ def _document(path: Path, text: str) -> TOMLDocument:
         what = str(error).rpartition(" at line ")[0] or str(error)
         if what.endswith(r"'\x00'") and "\0" not in text:  # tomlkit's own mark of the end
             what = "the text ends in the middle of a value"
+        elif "Control characters" in what and "u000a" in what:
+            what = "a text without its closing quote"
+        line = "".join(text.split("\n")[error.line - 1 : error.line]).strip()
+        shown = f": {line if len(line) <= 80 else line[:77] + '...'}" if line else ""
         raise RequestError(
-            f"{path}:{error.line}: {what}", 'the file is TOML: model = "alexnet", edits = [...]'
+            f"{path}:{error.line}: {_in_words(what)}{shown}",
+            'the file is TOML, and text stands in quotes: model = "alexnet", edits = ["freeze features"]',
         ) from None
     except (TOMLKitError, ValueError, RecursionError) as error:
         raise RequestError(f"{path} cannot be read: {error}") from None
+
+
+def _in_words(what: str) -> str:
+    """What tomlkit says, as part of a sentence: `unexpected 'a'`, `unexpected end of the line`."""
+    what = what.replace("Unexpected character: '\\n'", "unexpected end of the line").replace("character: ", "")
+    return what[:1].lower() + what[1:].removesuffix(".")
 
 
 def _line_of_key(lines: Sequence[str], key: str) -> int:

@@ -161,6 +161,17 @@ def test_load_save_and_log_documents(cli: Cli) -> None:
     assert (document["recipe"], document["edits"]) == ("modelcli.toml", ["freeze bn"])
 
 
+def test_a_table_of_keys_that_do_not_fit_has_an_end(cli: Cli) -> None:
+    cli("save", "many.pth", "-m", f"Sequential({', '.join(['Linear(1,1)'] * 30)})")
+    words = ("load", "many.pth", "--arch", "Sequential(Linear(1,2))")
+    table = cli(*words, code=1).out
+    assert (table.count(" unexpected "), table.count(" mismatched ")) == (20, 2)
+    assert "unexpected: 58 (20 above, and 38 more: --json shows all)\nmismatched: 2\n" in table
+    assert len(cli(*words, "--json", code=1).json["unexpected"]) == 58
+    for kind in ("csv", "markdown"):
+        assert cli(*words, "-f", kind, code=1).out.count("unexpected") == 58
+
+
 def test_errors_document(cli: Cli) -> None:
     error = cli("summary", "alexnt", "-f", "json", code=2).error
     assert error == {

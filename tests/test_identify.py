@@ -150,6 +150,8 @@ def test_looks_and_edits_say_which_builder_a_file_fits(cli: Cli) -> None:
         assert note in cli(*words, "bare.pth", "--json").json["notes"]
     assert "looks like" not in cli("params", "bare.pth", "-q").err
     assert "looks like" not in cli("params", "bare.pth", "--arch", "squeezenet1_1").err
+    assert "looks like" not in cli("load", "bare.pth", "--arch", "squeezenet1_1").err
+    assert f"note: {note}\n" in cli("load", "bare.pth", "--arch", "Linear(2,3)", code=1).err
     assert "looks like" not in cli("summary", "squeezenet1_1").err
     cli("save", "own.pth", "-m", "squeezenet1_1")
     assert "looks like" not in cli("params", "own.pth").err

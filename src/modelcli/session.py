@@ -289,9 +289,10 @@ def likeness_notes(contents: Contents) -> list[str]:
 
 
 def _likeness_of(live: Live) -> list[str]:
-    """The same of a model that was opened, where nothing has said its architecture."""
+    """The same of a model that was opened, where nothing has said its architecture, or what was said does not fit."""
     contents = live.contents
-    return [] if contents is None or live.architecture or live.record else likeness_notes(contents)
+    fits = live.report is None or live.report.is_strict
+    return [] if contents is None or live.record or (live.architecture and fits) else likeness_notes(contents)
 
 
 @stdout_is_for_data

@@ -8,6 +8,9 @@ import typer
 from modelcli.cli import completing, operate, output, progress
 from modelcli.cli.options import OutputOptions, SaveOptions, SourceOptions, exit_codes, expanded
 
+#: The rows of a table for keys that are missing, and for those of each other kind of problem.
+MOST_KEYS = 20
+
 Dry = Annotated[bool, typer.Option("--dry-run", help="Change nothing anywhere.")]
 
 
@@ -31,7 +34,7 @@ def load(
     from modelcli.references import Source
     from modelcli.render import documents
 
-    output.format_of(options)
+    kind = output.format_of(options)
     opened = Source(model=model, strict=strict, **session.options_given(source.overrides()))
     path = source.recipe or recipe.default_path()
     loaded = session.load(opened, path, force=force, dry_run=dry_run)
@@ -49,6 +52,7 @@ def load(
         unexpected=loaded.unexpected,
         mismatched=loaded.mismatched,
         outcome=[outcome],
+        most=MOST_KEYS if kind == "table" else None,
     )
     output.show(view, options, loaded.notes)
     if loaded.error is not None:

@@ -477,8 +477,9 @@ def load(
     unexpected: Sequence[str],
     mismatched: Sequence[Mapping[str, Any]],
     outcome: Sequence[tuple[str, str]],
+    most: int | None = None,
 ) -> View:
-    """How a checkpoint's keys fit the architecture."""
+    """How a checkpoint's keys fit the architecture; the table has at most so many rows of each kind of problem."""
     document = {
         "schema": SCHEMA,
         "model": model_of(reference, blueprint),
@@ -489,10 +490,10 @@ def load(
     }
     rows: list[dict[str, Any]] = [
         {"name": item["name"], "problem": "mismatched", "expected": item["expected"], "found": item["found"]}
-        for item in mismatched
+        for item in mismatched[:most]
     ]
     for problem, names in (("missing", missing), ("unexpected", unexpected)):
-        rows += [{"name": name, "problem": problem, "expected": None, "found": None} for name in names]
+        rows += [{"name": name, "problem": problem, "expected": None, "found": None} for name in names[:most]]
     columns = (
         path_column("name", "name"),
         Column("problem", "problem", style="red"),
@@ -501,11 +502,17 @@ def load(
     )
     footer = [
         ("matched", count(matched)),
-        ("missing", count(len(missing))),
-        ("unexpected", count(len(unexpected))),
-        ("mismatched", count(len(mismatched))),
+        ("missing", _of_which(len(missing), most)),
+        ("unexpected", _of_which(len(unexpected), most)),
+        ("mismatched", _of_which(len(mismatched), most)),
     ]
     return View(document, rows, columns, [*footer, *outcome], header=bool(rows))
+
+
+def _of_which(number: int, most: int | None) -> str:
+    """`118 (20 above, and 98 more: --json shows all)`; the number alone where all have a row."""
+    more = f" ({most} above, and {count(number - most)} more: --json shows all)" if most and number > most else ""
+    return f"{count(number)}{more}"
 
 
 def save(

@@ -386,12 +386,22 @@ def test_brief(module: nn.Module, text: str) -> None:
 
 def test_batch_statistics_below_a_frozen_path_are_told(cli: Cli) -> None:
     told = " ".join(cli("freeze", "layer1", "-m", "resnet18").err.split())
-    assert "frozen or not, 4 normalisation layers (layer1.0.bn1, layer1.0.bn2, layer1.1.bn1, ...) still update" in told
+    assert "frozen or not, 4 normalisation layers (layer1.0.bn1, layer1.0.bn2, layer1.1.bn1 and 1 more) still" in told
     told = " ".join(cli("freeze", "bn1", "-m", "resnet18").err.split())
     assert "1 normalisation layer (bn1) still updates its running mean and variance in train mode: call .eval()" in told
     assert "normalisation" not in cli("freeze", "layer1.0.conv1", "-m", "resnet18").err
     assert "normalisation" not in cli("unfreeze", "layer1", "-m", "resnet18").err
     assert "normalisation" not in cli("freeze", ".", "-m", "convnext_tiny").err  # LayerNorm counts nothing
+
+
+def test_a_freeze_that_changes_nothing_says_so_and_is_recorded(cli: Cli) -> None:
+    cli("load", "alexnet")
+    assert "changes nothing" not in cli("freeze", "features").err
+    assert "changes nothing" not in cli("freeze", "features", "classifier.1").err
+    assert "note: freeze changes nothing: features is frozen already\n" in cli("freeze", "features").err
+    again = cli("unfreeze", "classifier.4", "classifier.6", "--json").json
+    assert again["notes"] == ["unfreeze changes nothing: classifier.4, classifier.6 are trainable already"]
+    assert len(cli("log", "--json").json["edits"]) == 4
 
 
 def test_freeze_all_but_the_head_reads_well(cli: Cli) -> None:

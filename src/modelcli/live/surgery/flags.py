@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import nn
 
 from modelcli import selectors
-from modelcli.blueprints import Blueprint, ancestors, parent_of, shown
+from modelcli.blueprints import Blueprint, ancestors, counted, listed, parent_of, shown
 from modelcli.edits import Freeze, Unfreeze
 from modelcli.errors import RequestError
 from modelcli.live.describe import describe
@@ -51,14 +51,25 @@ def carry_out(module: nn.Module, edit: Freeze | Unfreeze, context: Context) -> D
         if edit.without and len(below) < there[path]:
             after += f" except {', '.join(edit.without)}"
         changes.append(Change(path, edit.name, before, after, size, size))
+    notes = _nothing_new(changes, edit)
     for tensor in tensors.values():
         tensor.requires_grad = trained  # the method is not for parameters without a shape
     line = str(type(edit)(targets=tuple(_resolved_targets(groups, there))))
-    notes = tie_notes(names_of_one(blueprint), chosen, "trainable" if trained else "frozen")
+    notes += tie_notes(names_of_one(blueprint), chosen, "trainable" if trained else "frozen")
     notes += _left_note(blueprint, names, chosen, trained)
     if not trained:
         notes += _statistics_note(blueprint, names)
     return Done(module, [replace(changes[0], resolved=(line,)), *changes[1:]], notes, context.inputs)
+
+
+def _nothing_new(changes: Sequence[Change], edit: Freeze | Unfreeze) -> list[str]:
+    """That an edit changes nothing, where every flag is what it was: it may be one too many."""
+    now = "frozen" if isinstance(edit, Freeze) else "trainable"
+    if any(change.before != now for change in changes):
+        return []
+    paths = [shown(change.path) for change in changes]
+    be = "is" if len(paths) == 1 else "are"
+    return [f"{edit.name} changes nothing: {listed(paths, 3)} {be} {changes[0].after} already"]
 
 
 def _statistics_note(blueprint: Blueprint, names: Collection[str]) -> list[str]:
@@ -75,10 +86,9 @@ def _statistics_note(blueprint: Blueprint, names: Collection[str]) -> list[str]:
     layers = [path for path in statistics if path in picked]
     if not layers:
         return []
-    listed = ", ".join(map(shown, layers[:3])) + (", ..." if len(layers) > 3 else "")
     one = len(layers) == 1
-    update = "1 normalisation layer" if one else f"{len(layers)} normalisation layers"
-    update += f" ({listed}) still {'updates its' if one else 'update their'} running mean and variance in train mode"
+    update = f"{counted(len(layers), 'normalisation layer')} ({listed([*map(shown, layers)], 3)})"
+    update += f" still {'updates its' if one else 'update their'} running mean and variance in train mode"
     return [f"frozen or not, {update}: call .eval() on {'it' if one else 'them'} after model.train()"]
 
 

@@ -53,7 +53,9 @@ class _Holes:
         kind = modules.find_class(call.name, trusted=self.context.trusted)
         names = modules.parameter_names(kind)
         if len(call.args) > len(names) and "args" not in names:
-            raise RequestError(f"{call}: {kind.__name__} takes {counted(len(names), 'argument')}", modules.signature_of(kind))
+            raise RequestError(
+                f"{call}: {kind.__name__} takes {counted(len(names), 'argument')}", modules.signature_of(kind)
+            )
         named = [*zip(call.args, [*names, *[""] * len(call.args)], strict=False)]
         args = tuple(self._value(call, value, name, old, path) for value, name in named)
         values = {key: self._value(call, value, key, old, path) for key, value in call.kwargs.items()}

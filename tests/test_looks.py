@@ -258,3 +258,25 @@ def test_ends_of_streams(folder: Path, command: str, code: int) -> None:
 def test_looked_at_from_python(folder: Path) -> None:
     without_checksums("in.pth", {"fc.w": torch.ones(2)})
     assert modelcli.blueprint("in.pth").totals.params == 2
+
+
+@pytest.mark.filterwarnings("always")
+def test_what_torch_and_a_models_own_code_warn_of_is_a_note(cli: Cli, folder: Path) -> None:
+    (folder / "noisy.py").write_text(
+        "import warnings\n"
+        "from torch import nn\n\n"
+        "class Net(nn.Sequential):\n"
+        "    def __init__(self):\n"
+        "        super().__init__(nn.Linear(2, 3))\n"
+        '        warnings.warn("an old\\nnet (Triggered internally at x.cpp:1.)", stacklevel=1)\n'
+    )
+    own, zero = "noisy.py:7 warns: an old net", "torch warns: Initializing zero-element tensors is a no-op"
+    words = ("replace", "0", "Linear(_,0)", "-m", "noisy.py:Net")
+    told = cli(*words).err
+    assert (told.count(f"note: {own}\n"), told.count(f"note: {zero}\n")) == (1, 1)
+    assert "UserWarning" not in told
+    result = cli(*words, "-o", "zero.pth", "--json")
+    assert {own, zero} <= {*result.json["notes"]}
+    assert result.err == ""
+    assert "warns" not in cli(*words, "-q").err
+    assert cli("freeze", "1", "-m", "noisy.py:Net", "--json", code=2).error["notes"] == [own]

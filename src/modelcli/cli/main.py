@@ -14,7 +14,7 @@ import threading
 from collections.abc import Sequence
 from typing import NoReturn
 
-from modelcli.cli.output import PipeClosedError, tell, tell_error, write
+from modelcli.cli.output import PipeClosedError, tell, tell_error, warned, warnings_kept, write
 from modelcli.cli.synonyms import meant
 from modelcli.errors import ModelcliError, SystemFailureError
 
@@ -102,6 +102,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words == ["--version"]:  # needs no parser
         return _show_version()
+    with warnings_kept():
+        return _carry_out(words)
+
+
+def _carry_out(words: list[str]) -> int:
     import typer
 
     from modelcli.cli.app import app
@@ -130,8 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModelcliError as error:
         if debug:
             _show_traceback()
-        if not {"-q", "--quiet"}.isdisjoint(words):
-            error.notes = ()
+        error.notes = (*error.notes, *warned()) if {"-q", "--quiet"}.isdisjoint(words) else ()
         tell_error(error, as_json=as_json)
         return error.exit_code
     except typer.TyperException as error:

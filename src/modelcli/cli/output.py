@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
 from modelcli.errors import ModelcliError, RequestError, did_you_mean
 
@@ -17,6 +20,48 @@ if TYPE_CHECKING:
 
 class PipeClosedError(Exception):
     """The reader of standard output has gone: there is nothing left to do."""
+
+
+#: What Python's warnings said since the last result was shown.
+_warned: list[str] = []
+
+
+@contextlib.contextmanager
+def warnings_kept() -> Iterator[None]:
+    """Keep what torch and a model's own code warn of, for the notes of the result or of the error that comes."""
+
+    def keep(
+        message: Warning | str,
+        _category: type[Warning],
+        filename: str,
+        lineno: int,
+        _file: TextIO | None = None,
+        _line: str | None = None,
+    ) -> None:
+        said = re.sub(r"\s*\(Triggered internally at .*", "", " ".join(str(message).split()))
+        _warned.append(f"{_speaker(filename, lineno)} warns: {said}")
+
+    _warned.clear()
+    shown, warnings.showwarning = warnings.showwarning, keep
+    try:
+        yield
+    finally:
+        warnings.showwarning = shown
+
+
+def _speaker(filename: str, lineno: int) -> str:
+    """Who warns: an installed package by its name, other code by its file and line."""
+    package = re.search(r"[/\\](?:site|dist)-packages[/\\](\w+)", filename)
+    if package is not None:
+        return package[1]
+    return "torch" if f"modelcli{os.sep}" in filename else f"{Path(filename).name}:{lineno}"
+
+
+def warned() -> list[str]:
+    """What was kept of warnings, each once; it is kept no longer."""
+    said = list(dict.fromkeys(_warned))
+    _warned.clear()
+    return said
 
 
 def format_of(options: OutputOptions) -> str:
@@ -44,7 +89,7 @@ def show(
     from modelcli.render import writers
 
     kind = format_of(options)
-    told = [] if options.quiet else list(notes)
+    told = [] if options.quiet else [*notes, *warned()]
     match kind:
         case "json":
             notes_of = {"notes": told} if told else {}

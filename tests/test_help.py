@@ -44,6 +44,7 @@ def test_a_sentence_two_examples_and_the_exit_codes(name: str, cli: Cli) -> None
     assert len(examples(name)) >= 2
     assert all(example.startswith(f"modelcli {name}") for example in examples(name))
     shown = " ".join(cli(*name.split(), "--help").out.split())
+    assert not re.search(r"<(str|path|int|float)>", shown)  # what is wanted has a name: SELECTOR, FILE
     assert all(" ".join(example.split()) in shown for example in examples(name))
     codes = dict(re.findall(r"(\d+) ([^;.]+)[;.]", shown.partition("Exit codes: ")[2]))
     assert {"0", "2", "130"} <= codes.keys() <= set(map(str, EXIT_CODES))

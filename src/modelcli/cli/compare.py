@@ -28,7 +28,8 @@ def diff(
     options: OutputOptions,
     sides: DiffOptions,
     select: Annotated[
-        list[str] | None, typer.Option("-s", "--select", help="Only what this selector picks. Again for more.")
+        list[str] | None,
+        typer.Option("-s", "--select", help="Only what this selector picks. Again for more.", metavar="SELECTOR"),
     ] = None,
     without: Annotated[
         list[str] | None, typer.Option("--except", help="Take away what this selector picks.", metavar="SELECTOR")

@@ -99,7 +99,7 @@ def save(
 
 def log(
     options: OutputOptions,
-    path: Annotated[str | None, typer.Option("--recipe", help="The recipe.")] = None,
+    path: Annotated[str | None, typer.Option("--recipe", help="The recipe.", metavar="FILE")] = None,
 ) -> None:
     """Show the working recipe, an edit a row.
 
@@ -114,7 +114,7 @@ def log(
 def undo(
     options: OutputOptions,
     count: Annotated[int, typer.Argument(help="How many edits.", min=1)] = 1,
-    path: Annotated[str | None, typer.Option("--recipe", help="The recipe.")] = None,
+    path: Annotated[str | None, typer.Option("--recipe", help="The recipe.", metavar="FILE")] = None,
     dry_run: Dry = False,
 ) -> None:
     """Take back the last edits of the working recipe.

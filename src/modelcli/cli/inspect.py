@@ -24,9 +24,13 @@ Model = Annotated[
 ]
 Selected = Annotated[
     list[str] | None,
-    typer.Option("-s", "--select", help="Only what this selector picks.", autocompletion=completing.targets),
+    typer.Option(
+        "-s", "--select", help="Only what this selector picks.", autocompletion=completing.targets, metavar="SELECTOR"
+    ),
 ]
-Depth = Annotated[int | None, typer.Option("--depth", help="Only rows down to this depth; the root is 0.", min=0)]
+Depth = Annotated[
+    int | None, typer.Option("--depth", help="Only rows down to this depth; the root is 0.", min=0, metavar="N")
+]
 
 Expand = Annotated[
     bool, typer.Option("--expand", help="On a terminal, a row for each of several modules that are alike, too.")
@@ -55,7 +59,10 @@ def summary(
     model: Model = None,
     depth: Depth = None,
     mode: Annotated[
-        str, typer.Option("--mode", help="eval or train.", autocompletion=completing.one_of("eval", "train"))
+        str,
+        typer.Option(
+            "--mode", help="eval or train.", autocompletion=completing.one_of("eval", "train"), metavar="MODE"
+        ),
     ] = "eval",
     sort: Annotated[
         str | None,
@@ -63,6 +70,7 @@ def summary(
             "--sort",
             help="Sort by params, macs or path; numbers largest first.",
             autocompletion=completing.one_of("params", "macs", "path"),
+            metavar="COLUMN",
         ),
     ] = None,
     expand: Expand = False,
@@ -101,9 +109,16 @@ def params(
     ] = False,
     sort: Annotated[
         str | None,
-        typer.Option("--sort", help="Sort by a column; numbers largest first.", autocompletion=completing.columns),
+        typer.Option(
+            "--sort",
+            help="Sort by a column; numbers largest first.",
+            autocompletion=completing.columns,
+            metavar="COLUMN",
+        ),
     ] = None,
-    top: Annotated[int | None, typer.Option("--top", help="Only the first so many, by size.", min=1)] = None,
+    top: Annotated[
+        int | None, typer.Option("--top", help="Only the first so many, by size.", min=1, metavar="N")
+    ] = None,
     frozen: Annotated[bool, typer.Option("--frozen", help="Only parameters that are not trained.")] = False,
     trainable: Annotated[bool, typer.Option("--trainable", help="Only parameters that are trained.")] = False,
     buffers: Annotated[bool, typer.Option("--buffers/--no-buffers", help="Buffers as well.")] = True,

@@ -59,6 +59,7 @@ def replace(
             "--also",
             help="Replace what this selector picks too: other names of a shared module.",
             autocompletion=completing.modules,
+            metavar="SELECTOR",
         ),
     ] = None,
     keep_weights: Annotated[
@@ -246,7 +247,9 @@ RecipeArgument = Annotated[
         show_default=False,
     ),
 ]
-Lines = Annotated[list[str] | None, typer.Option("-e", "--edit", help="An edit, as a line of text. Again for more.")]
+Lines = Annotated[
+    list[str] | None, typer.Option("-e", "--edit", help="An edit, as a line of text. Again for more.", metavar="EDIT")
+]
 
 
 def apply(
@@ -286,11 +289,12 @@ def script(
             help="The model. \\[default: the working recipe]",
             rich_help_panel="Model",
             autocompletion=completing.models,
+            metavar="MODEL",
         ),
     ] = None,
-    out: Annotated[str, typer.Option("-o", "--out", help="What the script writes.", rich_help_panel="Result")] = (
-        "out.pth"
-    ),
+    out: Annotated[
+        str, typer.Option("-o", "--out", help="What the script writes.", rich_help_panel="Result", metavar="OUT")
+    ] = ("out.pth"),
     bare: Annotated[
         bool,
         typer.Option(

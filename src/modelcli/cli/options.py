@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_type_hints
 
 import typer
+from typer._click.types import StringParamType  # typer's own click: nothing else of it leaves a type out of the help
+from typer.models import ArgumentInfo
 
 from modelcli.cli import completing
 
@@ -73,14 +75,18 @@ class SourceOptions:
         help="none, DEFAULT, a name of torchvision's, or a file.",
         rich_help_panel="Model",
         autocompletion=completing.weights,
+        metavar="WEIGHTS",
     )
     arch: str | None = _option(
         "--arch",
         help="The architecture of a checkpoint that does not carry one.",
         rich_help_panel="Model",
         autocompletion=completing.models,
+        metavar="REFERENCE",
     )
-    key: str | None = _option("--key", help="The state dict in a training checkpoint.", rich_help_panel="Model")
+    key: str | None = _option(
+        "--key", help="The state dict in a training checkpoint.", rich_help_panel="Model", metavar="NAME"
+    )
     seed: int | None = _option(
         "--seed",
         help="Decides every random number. \\[default: 0]",
@@ -98,6 +104,7 @@ class SourceOptions:
         help="Dtype of the inputs. \\[default: the model's own]",
         rich_help_panel="Model",
         autocompletion=completing.dtypes,
+        metavar="DTYPE",
     )
     tensors_only: bool = _option(
         "--tensors-only",
@@ -112,7 +119,10 @@ class SourceOptions:
         rich_help_panel="Model",
     )
     recipe: Path | None = _option(
-        "--recipe", help="The recipe. \\[default: $MODELCLI_RECIPE, or modelcli.toml]", rich_help_panel="Model"
+        "--recipe",
+        help="The recipe. \\[default: $MODELCLI_RECIPE, or modelcli.toml]",
+        rich_help_panel="Model",
+        metavar="FILE",
     )
 
     def overrides(self) -> dict[str, Any]:
@@ -144,10 +154,16 @@ class DiffOptions:
 
     is_group: ClassVar[bool] = True
     weights: str | None = _option(
-        "--weights", help="Of a builder: none, DEFAULT or a name of torchvision's.", rich_help_panel="Models"
+        "--weights",
+        help="Of a builder: none, DEFAULT or a name of torchvision's.",
+        rich_help_panel="Models",
+        metavar="WEIGHTS",
     )
     arch: str | None = _option(
-        "--arch", help="The architecture of a checkpoint that does not carry one.", rich_help_panel="Models"
+        "--arch",
+        help="The architecture of a checkpoint that does not carry one.",
+        rich_help_panel="Models",
+        metavar="REFERENCE",
     )
     key: list[str] | None = _option(
         "--key",
@@ -275,7 +291,12 @@ class LookOptions:
 
     is_group: ClassVar[bool] = True
     option_model: str | None = _option(
-        "-m", "--model", help="The same as the argument.", rich_help_panel="Model", autocompletion=completing.models
+        "-m",
+        "--model",
+        help="The same as the argument.",
+        rich_help_panel="Model",
+        autocompletion=completing.models,
+        metavar="MODEL",
     )
     no_cache: bool = _option(
         "--no-cache", help="Build the model anew, and keep nothing.", default=False, rich_help_panel="Model"
@@ -293,6 +314,7 @@ class SaveOptions:
         help="The model. \\[default: the working recipe]",
         rich_help_panel="Model",
         autocompletion=completing.models,
+        metavar="MODEL",
     )
     force: bool = _option("--force", help="Replace a file that exists.", default=False, rich_help_panel="Result")
     dry_run: bool = _option("--dry-run", help="Change nothing anywhere.", default=False, rich_help_panel="Result")
@@ -332,7 +354,11 @@ class EditOptions(SaveOptions):
     """Which model an edit works on, and what becomes of the result."""
 
     out: str | None = _option(
-        "-o", "--out", help="Write the result: .pth, .pt, .safetensors, or a folder/.", rich_help_panel="Result"
+        "-o",
+        "--out",
+        help="Write the result: .pth, .pt, .safetensors, or a folder/.",
+        rich_help_panel="Result",
+        metavar="OUT",
     )
 
 
@@ -357,7 +383,7 @@ class MatchOptions:
     without: list[str] | None = _option(
         "--except", help="Take away what this selector picks.", metavar="SELECTOR", autocompletion=completing.targets
     )
-    expect: int | None = _option("--expect", help="Fail unless so many match.", min=0)
+    expect: int | None = _option("--expect", help="Fail unless so many match.", min=0, metavar="N")
 
     def words(self) -> list[str]:
         """The options as words of an edit's line."""
@@ -372,6 +398,21 @@ def names_of(*groups: Any) -> set[str]:
     return {name for option in options for name in (option.default, *option.param_decls) if name.startswith("--")}
 
 
+class _Word(StringParamType):
+    """Text, of which the help says nothing but its name: that it is a `<str>` tells a user nothing."""
+
+    def get_metavar(self, *_args: Any, **_given: Any) -> str:
+        return ""
+
+
+def _named_in_capitals(parameter: inspect.Parameter) -> None:
+    """Let the help call an argument by its name in capitals, where it has no other there, and leave its type out."""
+    for info in getattr(parameter.annotation, "__metadata__", ()):
+        if isinstance(info, ArgumentInfo):
+            info.metavar = info.metavar or parameter.name.upper()
+            info.click_type = info.click_type or (None if info.min is not None else _Word())
+
+
 def expanded(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function with each parameter of an options class spelt out, as Typer wants it."""
     signature = inspect.signature(function, eval_str=True)
@@ -380,6 +421,7 @@ def expanded(function: Callable[..., Any]) -> Callable[..., Any]:
     for parameter in signature.parameters.values():
         kind = parameter.annotation
         if not getattr(kind, "is_group", False):
+            _named_in_capitals(parameter)
             parameters.append(parameter)
             continue
         groups[parameter.name] = kind

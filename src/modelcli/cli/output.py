@@ -32,11 +32,11 @@ def warnings_kept() -> Iterator[None]:
 
     def keep(
         message: Warning | str,
-        _category: type[Warning],
+        category: type[Warning],
         filename: str,
         lineno: int,
-        _file: TextIO | None = None,
-        _line: str | None = None,
+        file: TextIO | None = None,
+        line: str | None = None,
     ) -> None:
         said = re.sub(r"\s*\(Triggered internally at .*", "", " ".join(str(message).split()))
         _warned.append(f"{_speaker(filename, lineno)} warns: {said}")

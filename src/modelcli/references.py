@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modelcli import expressions
+from modelcli.blueprints import listed
 from modelcli.errors import RequestError, closest
 from modelcli.expressions import Call
 
@@ -211,8 +212,8 @@ def _names_no_class(text: str, path: Path) -> RequestError:
     names = [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
     if not names:
         return RequestError(f"{text} names no class, and the file has none", f"write {text}:build(...)")
-    listed = ", ".join(f"{text}:{name}" for name in names[:12])
-    return RequestError(f"{text} names a file, not a class in it", f"classes in it: {listed}")
+    classes = listed([f"{text}:{name}" for name in names], 12)
+    return RequestError(f"{text} names a file, not a class in it", f"classes in it: {classes}")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from enum import Enum
 from itertools import pairwise
 from typing import TypeAlias
 
-from modelcli.blueprints import Blueprint, ModuleInfo, ancestors, lies_in, parent_of, shown
+from modelcli.blueprints import Blueprint, ModuleInfo, ancestors, lies_in, listed, parent_of, shown
 from modelcli.errors import RequestError, closest
 
 MAX_BRACES = 10
@@ -457,7 +457,7 @@ def select_one(blueprint: Blueprint, selector: str, verb: str) -> str:
     """The one path that a selector picks. Raises RequestError where it picks none, or several."""
     found = select_modules(blueprint, [selector])
     if len(found) > 1:
-        names = ", ".join(map(shown, found[:5])) + (", ..." if len(found) > 5 else "")
+        names = listed([*map(shown, found)], 5)
         raise RequestError(f"{selector!r} names {len(found)} modules, and {verb} takes one: {names}")
     return found[0]
 
@@ -529,7 +529,7 @@ def require_expected(expect: int | None, found: Sequence[str], noun: str = "") -
     """Raise RequestError where `--expect` names another number than that of the paths that were found."""
     if expect is None or len(found) == expect:
         return
-    names = ", ".join(map(shown, found[:5])) + (", ..." if len(found) > 5 else "")
+    names = listed([*map(shown, found)], 5)
     match = f"1{noun.removesuffix('s')} matches" if len(found) == 1 else f"{len(found)}{noun} match"
     raise RequestError(f"{match}, not the {expect} expected: {names}")
 

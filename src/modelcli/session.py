@@ -575,7 +575,7 @@ def _around(live: Live, *, kept: bool) -> list[str]:
     assert contents is not None
     assert contents.key is not None
     beside = [str(name) for name in contents.tree if name != contents.key[0]] if isinstance(contents.tree, dict) else []
-    rest = f"what {contents.path.name} holds beside {contents.key[0]!r} ({', '.join(beside[:4])})"
+    rest = f"what {contents.path.name} holds beside {contents.key[0]!r} ({blueprints.listed(beside, 4)})"
     if not kept:
         return [f"{rest} was left out"]
     unfit = around.unfit(contents.tree, live.opened_with, dict(live.module.named_parameters()))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Protocol
 
-from modelcli.blueprints import Blueprint, Shape, TensorInfo, from_keys, value_class
+from modelcli.blueprints import Blueprint, Shape, TensorInfo, from_keys, listed, value_class
 from modelcli.checkpoints import limits
 from modelcli.errors import FileFormatError, SystemFailureError
 from modelcli.record import Record
@@ -310,7 +310,7 @@ def foreign_names(names: Sequence[str], *, most: int) -> str:
     """Names of foreign classes and functions in a line: those that no tensor library has come first."""
     harmless = ("torch.", "torchvision.", "numpy.", "collections.")
     ordered = sorted(names, key=lambda name: name.startswith(harmless))
-    return ", ".join(ordered[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return listed(ordered, most)
 
 
 def info_of(name: str, entry: TensorEntry | CompositeEntry, original: str) -> TensorInfo:

@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from modelcli.blueprints import ITEM_BYTES, Shape, counted
+from modelcli.blueprints import ITEM_BYTES, Shape, counted, listed
 from modelcli.checkpoints import embedded, folders, limits, pickles, shapes, trees
 from modelcli.checkpoints.contents import Contents, FileId, JoinedSpan, Storage, TensorEntry, Windows, identity_of
 from modelcli.errors import FileFormatError, SystemFailureError, UnsafeError
@@ -87,7 +87,7 @@ def read(path: Path, key: str | None) -> Contents:
     except FileFormatError:
         if foreign:
             raise UnsafeError(
-                f"{path} is no account of a checkpoint, but holds objects of {', '.join(foreign[:3])}; "
+                f"{path} is no account of a checkpoint, but holds objects of {listed(foreign, 3)}; "
                 "to load them would run code"
             ) from None
         raise
@@ -420,7 +420,7 @@ def _chosen(folder: Path, tree: dict[str, Any], key: str | None) -> tuple[dict[s
     below = [name for name, value in tree.items() if isinstance(value, dict) and not name.endswith("_extra_state")]
     if below and any(isinstance(value, TensorEntry) for value in tree.values()):
         own = {name: value for name, value in tree.items() if name not in below}
-        names = ", ".join(below[:6])
+        names = listed(below, 6)
         return own, None, (f"took the tensors at the top of {folder.name} and left out {names}; --key takes another",)
     if len(below) == 1 and (name := _model_in(tree[below[0]])) is not None:
         key = f"{below[0]}.{name}"

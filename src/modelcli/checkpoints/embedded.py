@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Literal
 
-from modelcli.blueprints import ITEM_BYTES, Shape
+from modelcli.blueprints import ITEM_BYTES, Shape, listed
 from modelcli.checkpoints import limits, pickles, safetensors, shapes, torch_zip
 from modelcli.checkpoints.contents import (
     CHUNK,
@@ -104,7 +104,7 @@ class TensorSpan:
         tensor = pickled.value
         if pickled.foreign:
             raise UnsafeError(
-                f"{self.place} holds objects of {', '.join(pickled.foreign[:3])}; to load them would run code"
+                f"{self.place} holds objects of {listed(pickled.foreign, 3)}; to load them would run code"
             )
         if not isinstance(tensor, TensorEntry) or not isinstance(record := tensor.storage, Span):
             raise FileFormatError(f"{self.place} is no dense tensor")

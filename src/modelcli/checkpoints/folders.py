@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from modelcli import record as records
-from modelcli.blueprints import counted
+from modelcli.blueprints import counted, listed
 from modelcli.checkpoints import carried, limits, strict_json
 from modelcli.checkpoints.contents import CompositeEntry, Contents, TensorEntry
 from modelcli.errors import FileFormatError, RequestError, SystemFailureError
@@ -27,9 +27,9 @@ def index_in(folder: Path) -> Path:
     if len(found) == 1:
         return folder / found[0]
     if found:
-        raise RequestError(f"{folder} holds {len(found)} indexes", f"name one of {', '.join(found[:6])}")
+        raise RequestError(f"{folder} holds {len(found)} indexes", f"name one of {listed(found, 6)}")
     files = [name for name in names if name.endswith((".pth", ".pt", ".safetensors", ".bin", ".ckpt"))]
-    hint = f"name a file in it: {', '.join(files[:6])}" if files else None
+    hint = f"name a file in it: {listed(files, 6)}" if files else None
     raise RequestError(f"{folder} is a folder without an index (*{INDEX_SUFFIX})", hint)
 
 

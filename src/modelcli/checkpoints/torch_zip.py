@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from modelcli import record as records
+from modelcli.blueprints import listed
 from modelcli.checkpoints import limits, pickles, trees, zip_directory
 from modelcli.checkpoints.contents import Contents, Span, identity_of
 from modelcli.checkpoints.zip_directory import Entry
@@ -90,7 +91,7 @@ def _prefix(where: str, entries: Mapping[str, Entry]) -> str:
         raise FileFormatError(*_named(where, entries))
     prefix = pickled[0].removesuffix("data.pkl")
     if len(pickled) > 1:
-        raise FileFormatError(f"{where} holds {len(pickled)} files named data.pkl: {', '.join(pickled[:3])}")
+        raise FileFormatError(f"{where} holds {len(pickled)} files named data.pkl: {listed(pickled, 3)}")
     if prefix.count("/") != 1:
         raise FileFormatError(f"{where} holds {pickled[0]}, and torch looks for data.pkl in one folder of the archive")
     if f"{prefix}constants.pkl" in entries:

@@ -164,7 +164,7 @@ def _find_state_dict(
             chosen, *others = candidates
             note = f"took the state dict under {chosen!r} of {path.name}"
             if others:
-                note += f"; --key takes another: {', '.join(others[:6])}"
+                note += f"; --key takes another: {listed(others, 6)}"
             notes = [note]
             # Tensors without a dimension are figures of the training: the best loss, a step.
             if beside := [name for name, value in tree.items() if isinstance(value, TensorEntry) and value.shape]:
@@ -187,7 +187,7 @@ def _find_state_dict(
 
 def _nothing_to_show(path: Path, pickled: pickles.Pickle) -> UnsafeError:
     return UnsafeError(
-        f"{path} holds no tensors in a state dict, but objects of {', '.join(pickled.foreign[:3])}; "
+        f"{path} holds no tensors in a state dict, but objects of {listed(pickled.foreign, 3)}; "
         "to load them would run code",
         "save model.state_dict() where the model was made, and use that file",
     )
@@ -262,7 +262,7 @@ def _at_key(path: Path, tree: Any, key: str) -> tuple[tuple[str, ...], Any, tupl
         step = next((step for step in steps if step in value), None)
         if step is None:
             names = [name for name in value if isinstance(name, str)]
-            hint = did_you_mean(words[0], names) or f"there are: {', '.join(names[:8])}"
+            hint = did_you_mean(words[0], names) or f"there are: {listed(names, 8)}"
             raise RequestError(f"no key {key!r} in {path}", hint)
         keys, value = (*keys, step), value[step]
         rest = rest[len(step) + 1 :]

@@ -206,7 +206,7 @@ def _fix(module: nn.Module, path: str, misfit: Misfit, edited: Mapping[str, str]
                 return f"{_again(path, edited)} '{text}' takes {misfit.argument}={misfit.value} from what flows in"
             return (
                 f"replace {path} '{text}' as well, which takes {misfit.argument}={misfit.value}; "
-                f"or keep the size that {', '.join(map(shown, list(edited)[:3]))} gave before"
+                f"or keep the size that {listed([*map(shown, edited)], 3)} gave before"
             )
         if (text := _with(module, misfit.argument, misfit.value)) is not None:
             return f"{_again(path, edited)} '{text}'"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from modelcli.blueprints import ancestors, parent_of
+from modelcli.blueprints import ancestors, listed, parent_of
 from modelcli.checkpoints import CompositeEntry, Contents, Storage, TensorEntry
 from modelcli.checkpoints.composites import entry_of, makes_tensor
 from modelcli.checkpoints.contents import Windows
@@ -60,7 +60,7 @@ class LoadReport:
         ]
         for word, names in (("missing", self.missing), ("unexpected", self.unexpected)):
             if names:
-                parts.append(f"{word}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}")
+                parts.append(f"{word}: {listed(names, 3)}")
         if contents.record is not None and contents.record.reference is not None:
             hint = f"{path.name} says itself which model it is: leave --arch out"
         elif strict and not self.mismatched:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from modelcli.blueprints import listed
 from modelcli.errors import ModelcliError, RequestError, closest
 from modelcli.references import PythonObject
 
@@ -24,8 +25,8 @@ def find(reference: PythonObject, folder: Path) -> Any:
         if not hasattr(value, step):
             names = [name for name in vars(value) if not name.startswith("_")] if hasattr(value, "__dict__") else []
             own = [name for name in names if getattr(getattr(value, name), "__module__", "") == module.__name__]
-            near = closest(step, names) or own[:8]
-            raise RequestError(f"no {step!r} in {reference.source}", f"there is: {', '.join(near)}" if near else None)
+            near = closest(step, names) or own
+            raise RequestError(f"no {step!r} in {reference.source}", f"there is: {listed(near, 8)}" if near else None)
         value = getattr(value, step)
     return value
 

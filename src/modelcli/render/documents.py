@@ -10,7 +10,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from modelcli.blueprints import Blueprint, ModuleInfo, TensorInfo, Totals, counted, lies_in, repr_text, shown, totals_of
+from modelcli.blueprints import (
+    Blueprint,
+    ModuleInfo,
+    TensorInfo,
+    Totals,
+    counted,
+    lies_in,
+    listed,
+    repr_text,
+    shown,
+    totals_of,
+)
 from modelcli.differences import Comparison, ModuleChange, TensorChange
 from modelcli.likeness import Match
 from modelcli.render.runs import Run, Runs
@@ -690,8 +701,7 @@ def _unfit(match: Match) -> str:
     """The first tensors that do not fit, those of another shape first."""
     parts = [f"{item.name} {shape([*item.found])} not {shape([*item.expected])}" for item in match.mismatched]
     parts += [f"{name} missing" for name in match.missing] + [f"{name} unexpected" for name in match.unexpected]
-    more = [f"and {len(parts) - _MOST_NAMED} more"] if len(parts) > _MOST_NAMED else []
-    return ", ".join([*parts[:_MOST_NAMED], *more])
+    return listed(parts, _MOST_NAMED)
 
 
 def models(entries: Sequence[Mapping[str, Any]]) -> View:

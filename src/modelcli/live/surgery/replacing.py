@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from modelcli import selectors
-from modelcli.blueprints import ancestors, parent_of
+from modelcli.blueprints import ancestors, listed, parent_of
 from modelcli.edits import Replace
 from modelcli.errors import RequestError
 from modelcli.expressions import Call
@@ -163,9 +163,9 @@ def _keep_weights(
             given, made = named_tensors(old), named_tensors(new)
             told = [f"{name}{_extent(part, given[name].shape, made[name].shape)}" for name, part in parts.items()]
             drawn = [name for name, tensor in made.items() if name not in parts and isinstance(tensor, nn.Parameter)]
-            anew = f"; {', '.join(drawn[:4])}{' ...' if len(drawn) > 4 else ''} drawn anew" if drawn else ""
+            anew = f"; {listed(drawn, 4)} drawn anew" if drawn else ""
             of_old = f"of the old {brief(old)}{anew}"
-            notes.append(f"{path} keeps {', '.join(told[:4])}{' ...' if len(told) > 4 else ''} {of_old}")
+            notes.append(f"{path} keeps {listed(told, 4)} {of_old}")
         else:
             notes.append(f"{path} keeps no weights")
     if len(notes) > 4:

@@ -61,18 +61,12 @@ def flat(text: str) -> str:
 
 @pytest.fixture
 def world(folder: Path) -> Path:
-    """What a reader has: a file of classes, checkpoints from elsewhere, and torchvision's numbers in its own cache."""
+    """What a reader has: a file of classes, and torchvision's numbers in its own cache."""
     (folder / "nets.py").write_bytes((EXAMPLES / "nets.py").read_bytes())
-    torch.manual_seed(1)
-    model = torchvision.models.resnet18()
-    state = model.state_dict()
     downloads = Path(os.environ["TORCH_HOME"], "hub", "checkpoints")
     downloads.mkdir(parents=True)
+    state = torchvision.models.resnet18().state_dict()
     torch.save(state, downloads / Path(torchvision.models.ResNet18_Weights.DEFAULT.url).name)
-    torch.save({f"module.{name}": tensor for name, tensor in state.items()}, "parallel.pth")
-    torch.save(torchvision.models.alexnet(num_classes=10).state_dict(), "bare.pth")
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    torch.save({"epoch": 3, "model": state, "ema": state, "optimizer": optimizer.state_dict()}, "train.pth")
     return folder
 
 
@@ -168,6 +162,7 @@ def test_the_json_documents_are_as_the_readme_says(kind: str, cli: Cli, world: P
     assert set(DOCUMENTS) == found.keys()
     promised = set(re.findall(r'"(\w+)"(?=[:,}\]]| \()', re.sub(r':\[?"[^"]*"\]?', ":", found[kind])))
     torch.save(torch.nn.Linear(3, 2).state_dict(), "small.pth")
+    torch.save(torchvision.models.alexnet(num_classes=10).state_dict(), "bare.pth")
     Path("modelcli.toml").write_text('model = "Linear(3,2)"\nedits = ["freeze weight"]\n')
     code = {"load": 1, "diff": 1, "errors": 2}.get(kind, 0)
     result = cli(*DOCUMENTS[kind], "--json", code=code)

@@ -22,6 +22,7 @@ class PipeClosedError(Exception):
     """The reader of standard output has gone: there is nothing left to do."""
 
 
+_FOR_DEVELOPERS = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning, BytesWarning)
 #: What Python's warnings said since the last result was shown.
 _warned: list[str] = []
 

@@ -14,6 +14,9 @@ from modelcli.errors import RequestError
 from modelcli.references import parse_count
 from tests.conftest import Cli
 from tests.test_diff import EDITS, fresh, plain, states
+from tests.test_equality import QUIET
+
+pytestmark = QUIET
 
 BASE = "Sequential(Conv2d(1,4,1),BatchNorm2d(4),Flatten(),Linear(4,3),Linear(3,2))"
 
@@ -90,8 +93,57 @@ def test_what_numbers_are_not_finite(cli: Cli) -> None:
     torch.save({"a": torch.tensor([1.0, float("nan"), float("inf")]), "b": torch.tensor([float("-inf")])}, "m.pth")
     (row,) = cli("check", "m.pth", "--finite", "--json", code=1).json["checks"]
     assert row["found"] == "a: 1 NaN and 1 Inf, and 1 more tensor"
-    torch.save({"a": torch.ones(2), "s": torch.eye(2).to_sparse()}, "m.pth")
-    assert "--finite says nothing of s" in cli("check", "m.pth", "--finite").err
+
+
+def quantized(scale: float, scales: torch.Tensor) -> dict[str, torch.Tensor]:
+    whole = torch.zeros(2, 2, dtype=torch.int8)
+    return {
+        "whole": torch._make_per_tensor_quantized_tensor(whole, scale, 0),
+        "rows": torch._make_per_channel_quantized_tensor(whole, scales, torch.zeros(2, dtype=torch.int64), 0),
+    }
+
+
+MASKED = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, number):
+        super().__init__()
+        self.register_buffer("mask", (number * torch.ones(3, 3, device="cpu")).to_sparse())
+"""
+
+PARTS: list[tuple[Any, str]] = [
+    (lambda: {"s": torch.eye(2).to_sparse()}, ""),
+    (lambda: {"s": (torch.eye(2) * float("nan")).to_sparse()}, "s: 4 NaN"),
+    (lambda: {"s": torch.diag(torch.tensor([1.0, float("inf")])).to_sparse_csr()}, "s: 1 Inf"),
+    (lambda: quantized(0.5, torch.ones(2)), ""),
+    (lambda: quantized(float("nan"), torch.ones(2)), "whole: 1 NaN"),
+    (lambda: quantized(0.5, torch.tensor([float("inf"), 1.0])), "rows: 1 Inf"),
+    (lambda: {"a": torch.ones(2), "m": torch.ones(2, device="meta")}, "m cannot be looked at"),
+]
+
+
+@pytest.mark.parametrize(("made", "found"), PARTS)
+def test_what_quantized_and_sparse_tensors_are_made_of_is_looked_at(cli: Cli, made: Any, found: str) -> None:
+    state = made()
+    torch.save(state, "m.pth")
+    row = cli("check", "m.pth", "--finite", "--json", code=1 if found else 0).json["checks"][0]
+    assert row["found"] == (found or f"{len(state)} tensor{'s' if len(state) > 1 else ''} without NaN or Inf")
+
+
+@pytest.mark.parametrize(("number", "code"), [("1.0", 0), ("1e39", 1)])
+def test_what_a_class_makes_sparse_is_looked_at(cli: Cli, number: str, code: int) -> None:
+    Path("masked.py").write_text(MASKED)
+    cli("check", f"masked.py:Net({number})", "--finite", code=code)
+
+
+def test_a_dtype_without_nan_passes_and_a_lazy_tensor_does_not(cli: Cli) -> None:
+    torch.save({"f": torch.zeros(2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)}, "m.pth")
+    cli("check", "m.pth", "--finite")
+    row = cli("check", "LazyLinear(2)", "--finite", "--json", code=1).json["checks"][0]
+    assert row["found"] == "weight, bias cannot be looked at"
 
 
 @pytest.mark.usefixtures("_files")

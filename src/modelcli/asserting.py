@@ -8,7 +8,7 @@ from typing import Any
 
 from modelcli import checkpoints, comparing, selectors, session
 from modelcli.blueprints import FLOATING, Blueprint, Shape, TensorInfo, counted, listed, shown
-from modelcli.checkpoints.contents import foreign_names
+from modelcli.checkpoints.contents import CompositeEntry, foreign_names
 from modelcli.comparing import Progress, Scope
 from modelcli.differences import TensorChange
 from modelcli.errors import RequestError, did_you_mean
@@ -19,6 +19,8 @@ from modelcli.session import Look, Target
 MOST_NAMED = 3
 SAFE = "tensors alone"
 NOTHING = "nothing"
+#: How the names of those dtypes begin that have neither NaN nor infinities.
+_ALWAYS_FINITE = ("float4", "float6")
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def check(target: Target, wanted: Wanted, *, cached: bool = True, progress: Prog
     if wanted.safe:
         checks.append(_safe(found, target.source))
     if wanted.finite:
-        checks.append(_finite(found, progress, notes))
+        checks.append(_finite(found, progress))
     names = wanted.same_as
     checks += [_same_as(found, target.source.model, name, wanted.without, progress, notes) for name in names]
     return Verdict(found, tuple(checks), tuple(notes))
@@ -210,23 +212,34 @@ def _safe(found: Look, source: Source) -> Checked:
     return Checked("safe", not foreign, told, SAFE)
 
 
-def _finite(found: Look, progress: Progress | None, notes: list[str]) -> Checked:
-    """Whether no tensor has a NaN or an infinity in it."""
-    names = [tensor.name for tensor in found.blueprint.tensors]
+def _finite(found: Look, progress: Progress | None) -> Checked:
+    """Whether no tensor has a NaN or an infinity in it; one that cannot be looked at may have."""
+    names = [tensor.name for tensor in found.blueprint.tensors if not tensor.dtype.startswith(_ALWAYS_FINITE)]
     report = progress or (lambda _done, _total, _doing: None)
     statistics = session.stats(found, names, lambda done, total: report(done, total, "reading"))
+    statistics |= _of_parts(found, [name for name in names if name not in statistics])
     wrong = {name: numbers for name, numbers in statistics.items() if numbers["nan"] or numbers["inf"]}
-    without = [name for name in names if name not in statistics]
-    if without:
-        notes.append(f"--finite says nothing of {listed(without, MOST_NAMED)}: nothing gives {_its(without)} numbers")
+    unseen = [name for name in names if name not in statistics]
     if wrong:
         name, numbers = next(iter(wrong.items()))
         counts = [f"{numbers[key]:,} {word}" for key, word in (("nan", "NaN"), ("inf", "Inf")) if numbers[key]]
         more = f", and {counted(len(wrong) - 1, 'more tensor')}" if len(wrong) > 1 else ""
         told = f"{name}: {' and '.join(counts)}{more}"
+    elif unseen:
+        told = f"{listed(unseen, MOST_NAMED)} cannot be looked at"
     else:
-        told = f"{counted(len(statistics), 'tensor')} without NaN or Inf"
-    return Checked("finite", not wrong, told, "no NaN, no Inf")
+        told = f"{counted(len(found.blueprint.tensors), 'tensor')} without NaN or Inf"
+    return Checked("finite", not (wrong or unseen), told, "no NaN, no Inf")
+
+
+def _of_parts(found: Look, names: Sequence[str]) -> dict[str, Any]:
+    """The NaNs and infinities of quantized and sparse tensors among these."""
+    if not names:
+        return {}
+    from modelcli.live import stats
+
+    entries = comparing.entries(found)
+    return stats.of_parts({n: entries[n] for n in names if isinstance(entries.get(n), CompositeEntry)})
 
 
 def _same_as(
@@ -254,7 +267,3 @@ def _same_as(
 
 def _are(number: int) -> str:
     return "is" if number == 1 else "are"
-
-
-def _its(names: Sequence[str]) -> str:
-    return "its" if len(names) == 1 else "their"

@@ -65,7 +65,7 @@ def compare(
     found = differences.structure(one.blueprint, other.blueprint, scope.selected, scope.without)
     tensors = {name: list(changes) for name, changes in found.tensors.items()}
     if scope.values:
-        differing, more = _values(_entries(one), _entries(other), found.comparable, progress or _silent)
+        differing, more = _values(entries(one), entries(other), found.comparable, progress or _silent)
         notes += more
         for name, largest in differing.items():
             if largest is None or not largest <= scope.atol:
@@ -103,8 +103,8 @@ def _are_parted(name: str, first: str, others: Mapping[str, str]) -> bool:
 # --- values --------------------------------------------------------------------------------------------------------
 
 
-def _entries(found: Look) -> Mapping[str, Entry]:
-    """Where the numbers of each tensor are."""
+def entries(found: Look) -> Mapping[str, Entry]:
+    """Where the numbers of each tensor are; tensors that have none are left out."""
     if found.live is not None:
         from modelcli.live import closeness
 

@@ -72,7 +72,7 @@ class ByteComparison:
 
     def same_parts(self, one: CompositeEntry, other: CompositeEntry, told: Told) -> bool:
         """Whether two quantized or sparse tensors are made of the same parts and numbers."""
-        if _numbers(one) != _numbers(other) or len(one.parts) != len(other.parts):
+        if numbers_of(one) != numbers_of(other) or len(one.parts) != len(other.parts):
             return False
         return all(
             (first.shape, first.dtype) == (second.shape, second.dtype)
@@ -158,7 +158,7 @@ def _cut(piece: _Piece, start: int, length: int | None = None) -> _Piece:
     return piece.part(start, length) if isinstance(piece, Span) else piece[start : start + length]
 
 
-def _numbers(entry: CompositeEntry) -> list[object]:
+def numbers_of(entry: CompositeEntry) -> list[object]:
     """What a quantized tensor has besides its parts: its scheme, and a scale and a zero point for all of it."""
     made_by = entry.made_by
     while isinstance(made_by, Opaque) and made_by.args and isinstance(made_by.args[0], Opaque):

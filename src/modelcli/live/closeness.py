@@ -39,11 +39,16 @@ Entry = TensorEntry | torch.Tensor
 def entries_of(live: Live) -> dict[str, TensorEntry | CompositeEntry | torch.Tensor]:
     """The numbers of a live model: as entries where they lie in files, so that their bytes can be compared.
 
-    Left out are tensors without numbers: lazy ones, and meta tensors that nothing says the source of.
+    Quantized and sparse ones are entries in any case: their parts are compared. Left out are tensors without numbers:
+    lazy ones, and meta tensors that nothing says the source of.
     """
     found: dict[str, TensorEntry | CompositeEntry | torch.Tensor] = {}
     for name, tensor in named_tensors(live.module).items():
-        if is_lazy(tensor) or is_composite(tensor):
+        if is_lazy(tensor):
+            continue
+        if is_composite(tensor):
+            if (entry := composites.held(name, tensor)) is not None:
+                found[name] = entry
             continue
         source = source_of(tensor)
         if source is None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import collections
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,10 +15,12 @@ import torch
 from torch import nn
 
 from modelcli.checkpoints import CompositeEntry, TensorEntry
-from modelcli.checkpoints.composites import quantized_bytes
-from modelcli.checkpoints.pickles import Global, Opaque, OrderedDict
+from modelcli.checkpoints.composites import entry_of, quantized_bytes
+from modelcli.checkpoints.contents import FileId, Windows
+from modelcli.checkpoints.limits import Budget
+from modelcli.checkpoints.pickles import Global, Opaque, OrderedDict, StorageRef
 from modelcli.errors import FileFormatError, RequestError
-from modelcli.live.sources import dtype_of, real_storage
+from modelcli.live.sources import Value, dtype_of, real_storage
 from modelcli.writing import PlannedStorage, PlannedTensor
 
 
@@ -162,3 +164,63 @@ def _sparse_call(tensor: torch.Tensor, plan: Callable[[torch.Tensor], PlannedTen
     more = (tensor.is_coalesced(),) if tensor.layout == torch.sparse_coo else ()
     data = (*map(plan, components(tensor)), size, *more)
     return Opaque(Global("torch._utils", "_rebuild_sparse_tensor"), (layout, data))
+
+
+# --- in memory -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Held:
+    """The bytes of a tensor in memory, where entries of files have theirs on the disk; nothing is copied."""
+
+    value: Value
+
+    @property
+    def nbytes(self) -> int:
+        return self.value.nbytes
+
+    def files(self) -> Iterable[FileId]:
+        return self.value.files()
+
+    def chunks(self) -> Iterator[bytes]:
+        return map(bytes, self.value.chunks())
+
+    def bytes(self) -> bytes:
+        return b"".join(self.chunks())
+
+    def mapped(self, _windows: Windows | None = None) -> memoryview:
+        """The bytes where they are: to be read, since they are a model's own."""
+        return self.value.view()
+
+    def part(self, start: int, nbytes: int) -> Held:
+        return Held(self.value.part(start, nbytes))
+
+
+def held(name: str, tensor: torch.Tensor) -> CompositeEntry | None:
+    """The entry that a file would have of a quantized or sparse tensor; None for one on the meta device."""
+    if tensor.is_meta:
+        return None
+    call = planned(tensor, _planned_here).made_by
+    return entry_of(Opaque(call.call, _as_read(call.args)), name, Budget(name, 0))
+
+
+def _planned_here(part: torch.Tensor) -> PlannedTensor:
+    return PlannedTensor(
+        shape=tuple(part.shape),
+        dtype=str(part.dtype).removeprefix("torch."),
+        stride=tuple(part.stride()),
+        offset=int(part.storage_offset()),
+        source=Value(part.untyped_storage()),
+    )
+
+
+def _as_read(value: Any) -> Any:
+    """What is to be written, as it is when it has been read; all of it is in memory."""
+    match value:
+        case PlannedStorage(dtype=dtype, source=Value() as source):
+            return StorageRef(Held(source), dtype, source.nbytes)
+        case PlannedTensor(source=Value() as source):
+            return TensorEntry(value.shape, value.dtype, value.stride, value.offset, Held(source))
+        case tuple():
+            return tuple(map(_as_read, value))
+    return value

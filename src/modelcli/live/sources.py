@@ -38,12 +38,15 @@ class Value:
 
     def chunks(self) -> Iterator[memoryview]:
         """The bytes, in pieces of at most 8 MiB, without a copy."""
-        nbytes = self.nbytes
-        if not nbytes:
-            return
-        view = memoryview((ctypes.c_char * nbytes).from_address(self.storage.data_ptr())).cast("B")
-        for start in range(0, nbytes, CHUNK):
+        view = self.view()
+        for start in range(0, self.nbytes, CHUNK):
             yield view[start : start + CHUNK]
+
+    def view(self) -> memoryview:
+        """The bytes, without a copy. The storage has to outlive it."""
+        if not self.nbytes:
+            return memoryview(b"")
+        return memoryview((ctypes.c_char * self.nbytes).from_address(self.storage.data_ptr())).cast("B")
 
     def real(self) -> torch.UntypedStorage:
         return self.storage

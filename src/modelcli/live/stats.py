@@ -6,11 +6,13 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from modelcli.checkpoints import Contents, TensorEntry
+from modelcli.checkpoints import CompositeEntry, Contents, TensorEntry
+from modelcli.checkpoints.same_bytes import numbers_of
 from modelcli.live import loading
 from modelcli.live.opening import Live
 from modelcli.live.sources import (
@@ -59,6 +61,41 @@ def of_contents(contents: Contents, names: Sequence[str], progress: Progress = _
         progress,
         f"{contents.path}: what its tensors view",
     )
+
+
+def of_parts(entries: Mapping[str, CompositeEntry]) -> dict[str, Statistics]:
+    """How many NaNs and infinities quantized and sparse tensors are made of: those of their values, or of their scales.
+
+    Left out are those that have no parts (on the meta device), or some that torch knows no numbers of.
+    """
+    looked_at = {name: entry for name, entry in entries.items() if entry.parts and all(map(_is_known, entry.parts))}
+    parts = {
+        f"{number} {name}": part
+        for name, entry in looked_at.items()
+        for number, part in enumerate(entry.parts)
+        if not _is_whole(part)
+    }
+    found = {name: _not_finite(numbers_of(entry)) for name, entry in looked_at.items()}
+    for key, statistics in collect(loading.on_meta(Contents(Path(), "", parts)).tensors).items():
+        name = key.partition(" ")[2]
+        found[name] = {word: (count or 0) + (statistics[word] or 0) for word, count in found[name].items()}
+    return found
+
+
+def _is_known(part: TensorEntry) -> bool:
+    return _is_whole(part) or is_known(dtype_of(part.dtype))
+
+
+def _is_whole(part: TensorEntry) -> bool:
+    """Whether a part has whole numbers: indices, or the elements of a quantized tensor."""
+    return part.dtype.startswith(("q", "int", "uint", "bool"))
+
+
+def _not_finite(values: Sequence[object]) -> Statistics:
+    """How many NaNs and infinities are among numbers, some of which stand in lists."""
+    several = (value if isinstance(value, list) else [value] for value in values)
+    numbers = [number for numbers in several for number in numbers if isinstance(number, float)]
+    return {"nan": sum(map(math.isnan, numbers)), "inf": sum(map(math.isinf, numbers))}
 
 
 def collect(

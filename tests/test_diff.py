@@ -285,6 +285,48 @@ def test_quantized_and_sparse_tensors_by_their_parts(cli: Cli) -> None:
     assert [(row["change"], row["before"], row["after"]) for row in rows] == [("layout", "sparse_coo", "strided")]
 
 
+MADE_OF_PARTS = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, number=1.0):
+        super().__init__()
+        self.register_buffer("mask", (number * torch.eye(3, device="cpu")).to_sparse())
+        codes = torch.ones(2, 3, dtype=torch.int8, device="cpu")
+        scales, zeros = torch.tensor([1.0, number], device="cpu"), torch.tensor([0, 0], device="cpu")
+        self.register_buffer("codes", torch._make_per_tensor_quantized_tensor(codes, number, 0))
+        self.register_buffer("rows", torch._make_per_channel_quantized_tensor(codes, scales, zeros, 0))
+"""
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantized_and_sparse_tensors_of_classes_by_their_parts(cli: Cli) -> None:
+    Path("own.py").write_text(MADE_OF_PARTS)
+    cli("save", "own.pth", "-m", "own.py:Net")
+    torch.save(dict(torch.load("own.pth", weights_only=True)), "bare.pth")
+    names = ["mask", "codes", "rows"]
+    for one in ("own.py:Net", "bare.pth", "own.pth"):
+        assert "are the same: 3 tensors are equal" in cli("diff", one, "own.py:Net()").out
+        cli("check", one, "--same-as", "own.py:Net()")
+        rows = cli("diff", one, "own.py:Net(2.0)", "--json", code=1).json["tensors"]
+        assert [(row["name"], row["change"]) for row in rows] == [(name, "values") for name in names]
+        cli("check", "own.py:Net(2.0)", "--same-as", one, code=1)
+
+
+def test_what_was_not_compared_is_not_the_same(cli: Cli) -> None:
+    torch.save({"w": torch.ones(2), "a": torch.ones(2)}, "a.pth")
+    torch.save({"w": torch.ones(2, device="meta"), "a": torch.ones(2)}, "b.pth")
+    for pair in (("a.pth", "b.pth"), ("b.pth", "a.pth")):
+        result = cli("diff", *pair, "--json", code=1)
+        assert [(row["name"], row["change"]) for row in result.json["tensors"]] == [("w", "not compared")]
+        assert "the values of w were not compared" in result.json["notes"][0]
+        row = cli("check", pair[0], "--same-as", pair[1], "--json", code=1).json["checks"][0]
+        assert row["found"] == "1 tensor differs: w (not compared)"
+    assert "are the same" in cli("diff", "LazyLinear(2)", "LazyLinear(2)").out
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_views_are_compared_by_what_they_show(cli: Cli, data: st.DataObject) -> None:

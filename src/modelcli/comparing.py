@@ -65,11 +65,13 @@ def compare(
     found = differences.structure(one.blueprint, other.blueprint, scope.selected, scope.without)
     tensors = {name: list(changes) for name, changes in found.tensors.items()}
     if scope.values:
-        differing, more = _values(entries(one), entries(other), found.comparable, progress or _silent)
-        notes += more
+        differing, unknown = _values(entries(one), entries(other), found.comparable, progress or _silent)
+        notes += _told_of(unknown)
         for name, largest in differing.items():
             if largest is None or not largest <= scope.atol:
                 tensors[name].append(TensorChange(name, "values", max_abs_diff=largest))
+        for name in unknown:
+            tensors[name].append(TensorChange(name, "not compared"))
     changes = tuple(change for several in tensors.values() for change in several)
     modules = found.modules if scope.modules else ()
     return Comparison(modules, changes, sum(not several for several in tensors.values()), tuple(notes))
@@ -136,24 +138,28 @@ class _Work:
 def _values(
     before: Mapping[str, Entry], after: Mapping[str, Entry], names: Sequence[str], progress: Progress
 ) -> tuple[dict[str, float | None], list[str]]:
-    """The largest difference of each tensor whose numbers are not the same, and what to tell of those left out."""
+    """The largest difference of each tensor whose numbers are not the same, and the names of those left out."""
     pairs = {name: (before[name], after[name]) for name in names if name in before and name in after}
     work = _Work(sum(_nbytes(left) for left, _ in pairs.values()), progress)
     work.left_at(0)
     verdicts = _by_bytes(pairs, work)
     largest: dict[str, float | None] = {name: None for name, same in verdicts.items() if not same}
     unsure = {name: pair for name, pair in pairs.items() if name not in verdicts}
-    if without := [name for name in names if name not in pairs or _is_half_composite(*pairs[name])]:
-        unsure = {name: pair for name, pair in unsure.items() if not _is_half_composite(*pair)}
+    without = [name for name in names if name not in pairs or _is_half_composite(*pairs[name])]
+    unsure = {name: pair for name, pair in unsure.items() if not _is_half_composite(*pair)}
     if unsure:
         from modelcli.live import closeness
 
         largest |= closeness.largest(unsure, work.read)
     differing = {name: largest[name] for name in names if largest.get(name, 0) != 0}
+    return differing, without
+
+
+def _told_of(without: Sequence[str]) -> list[str]:
     if not without:
-        return differing, []
+        return []
     more = f" and {len(without) - 1} more" if len(without) > 1 else ""
-    return differing, [f"the values of {without[0]}{more} were not compared: nothing gives their numbers on both sides"]
+    return [f"the values of {without[0]}{more} were not compared: nothing gives their numbers on both sides"]
 
 
 def _by_bytes(pairs: Mapping[str, tuple[Entry, Entry]], work: _Work) -> dict[str, bool]:
@@ -184,7 +190,7 @@ def _by_bytes(pairs: Mapping[str, tuple[Entry, Entry]], work: _Work) -> dict[str
 
 
 def _is_half_composite(one: Entry, other: Entry) -> bool:
-    """Whether one of two tensors is quantized or sparse, and the other is not in a file as such."""
+    """Whether one of two tensors is made of parts (of none on the meta device), and the other is a plain one."""
     return isinstance(one, CompositeEntry) != isinstance(other, CompositeEntry)
 
 

@@ -25,12 +25,12 @@ class TensorChange:
     """How one tensor differs; one that differs in several ways has a change for each.
 
     `before` and `after` are a shape, a dtype, a layout or a flag; a dict of shape and dtype where the tensor is new or
-    gone, and None for values. `max_abs_diff` is that of values: NaN where one side alone has a NaN, None where the
-    bytes differ and are no numbers.
+    gone, and None for values and for those not compared. `max_abs_diff` is that of values: NaN where one side alone has
+    a NaN, None where the bytes differ and are no numbers. What was not compared may be the same or not.
     """
 
     name: str
-    change: Literal["added", "removed", "shape", "dtype", "layout", "trainable", "values"]
+    change: Literal["added", "removed", "shape", "dtype", "layout", "trainable", "values", "not compared"]
     before: Any = None
     after: Any = None
     max_abs_diff: float | None = None
@@ -54,7 +54,7 @@ class Comparison:
 class Structure:
     """What two models differ in besides values: modules, and for the name of each tensor its changes, if any.
 
-    `comparable` are the tensors whose values can be compared: both sides have them, in one shape and layout.
+    `comparable` are the tensors whose values can be compared: both sides have them, in one known shape and one layout.
     """
 
     modules: tuple[ModuleChange, ...]
@@ -78,7 +78,7 @@ def structure(
         if not chosen.has_tensor(name):
             continue
         tensors[name] = _tensor_changes(name, left, right)
-        if left is not None and right is not None and (left.shape, left.layout) == (right.shape, right.layout):
+        if left is not None and right is not None and _is_comparable(left, right):
             comparable.append(name)
     return Structure(_module_changes(before, after, chosen) if all(typed) else (), tensors, comparable)
 
@@ -190,6 +190,11 @@ def _tensor_changes(name: str, before: TensorInfo | None, after: TensorInfo | No
     if None not in flags and flags[0] != flags[1]:
         changes.append(TensorChange(name, "trainable", *flags))
     return changes
+
+
+def _is_comparable(before: TensorInfo, after: TensorInfo) -> bool:
+    """Whether both have numbers, each of which has one to be compared with; a lazy tensor has none yet."""
+    return before.shape is not None and (before.shape, before.layout) == (after.shape, after.layout)
 
 
 def _shape(tensor: TensorInfo) -> list[int] | None:

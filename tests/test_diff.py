@@ -315,6 +315,22 @@ def test_quantized_and_sparse_tensors_of_classes_by_their_parts(cli: Cli) -> Non
         cli("check", "own.py:Net(2.0)", "--same-as", one, code=1)
 
 
+def test_an_empty_comparison_is_no_yes(cli: Cli) -> None:
+    cli("save", "a.pth", "-m", BASE)
+    result = cli("diff", "a.pth", BASE, "-s", "4.bias", "--except", "4.bias", code=2)
+    told = "nothing is left to compare: --except 4.bias takes away all that -s 4.bias picks"
+    assert f"{told}\n" in result.err
+    everything = "nothing is left to compare: --except . takes away all there is"
+    assert everything in cli("diff", "a.pth", BASE, "--except", ".", code=2).err
+    assert everything in cli("check", "a.pth", "--same-as", BASE, "--except", ".", code=2).err
+    # A module without tensors is compared where both sides know its class, and there alone.
+    cli("diff", "a.pth", BASE, "-s", "2")
+    torch.save({"4.weight": torch.ones(2)}, "bare.pth")
+    assert "-s 1 picks no tensor" in cli("diff", "Sequential(ReLU(),ReLU())", "bare.pth", "-s", "1", code=2).err
+    assert "are the same" in cli("diff", "ReLU()", "ReLU()").out
+    cli("check", "ReLU()", "--same-as", "ReLU()")
+
+
 def test_what_was_not_compared_is_not_the_same(cli: Cli) -> None:
     torch.save({"w": torch.ones(2), "a": torch.ones(2)}, "a.pth")
     torch.save({"w": torch.ones(2, device="meta"), "a": torch.ones(2)}, "b.pth")

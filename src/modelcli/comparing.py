@@ -59,10 +59,10 @@ def compare(
     """What differs from one model to another, in the order of the first, what is new behind it.
 
     `names` are what the two are called in notes. Buffers that are not saved are compared where both models have them.
-    Raises RequestError for a selector that matches nothing in either.
+    Raises RequestError for a selector that matches nothing in either, and where nothing is left to compare.
     """
     notes = list(_notes(one, other, names, scope))
-    found = differences.structure(one.blueprint, other.blueprint, scope.selected, scope.without)
+    found = differences.structure(one.blueprint, other.blueprint, scope.selected, scope.without, modules=scope.modules)
     tensors = {name: list(changes) for name, changes in found.tensors.items()}
     if scope.values:
         differing, unknown = _values(entries(one), entries(other), found.comparable, progress or _silent)
@@ -73,8 +73,7 @@ def compare(
         for name in unknown:
             tensors[name].append(TensorChange(name, "not compared"))
     changes = tuple(change for several in tensors.values() for change in several)
-    modules = found.modules if scope.modules else ()
-    return Comparison(modules, changes, sum(not several for several in tensors.values()), tuple(notes))
+    return Comparison(found.modules, changes, sum(not several for several in tensors.values()), tuple(notes))
 
 
 def _silent(_done: int, _total: int, _doing: str) -> None:

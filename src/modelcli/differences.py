@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from modelcli import selectors
 from modelcli.blueprints import Blueprint, ModuleInfo, TensorInfo, lies_in
+from modelcli.errors import RequestError
 
 
 @dataclass(frozen=True)
@@ -63,12 +65,18 @@ class Structure:
 
 
 def structure(
-    before: Blueprint, after: Blueprint, selected: Sequence[str] = (), without: Sequence[str] = ()
+    before: Blueprint,
+    after: Blueprint,
+    selected: Sequence[str] = (),
+    without: Sequence[str] = (),
+    *,
+    modules: bool = True,
 ) -> Structure:
     """Compare what `selected` picks in either model (all where it is empty) less what `without` picks.
 
     The order is that of the first model, what is new behind it. Modules are compared where both models know their
-    types; buffers that are not saved likewise. Raises RequestError for a selector that matches nothing in either.
+    types, and only with `modules`; buffers that are not saved likewise. Raises RequestError for a selector that matches
+    nothing in either, and where selectors leave nothing to compare.
     """
     chosen = _Chosen.of(before, after, selected, without)
     typed = [found.root.type is not None for found in (before, after)]
@@ -80,7 +88,26 @@ def structure(
         tensors[name] = _tensor_changes(name, left, right)
         if left is not None and right is not None and _is_comparable(left, right):
             comparable.append(name)
-    return Structure(_module_changes(before, after, chosen) if all(typed) else (), tensors, comparable)
+    modules = modules and all(typed)
+    if not tensors and not (modules and any(map(chosen.has_module, (*before.by_path, *after.by_path)))):
+        _require_all(selected, without)
+    return Structure(_module_changes(before, after, chosen) if modules else (), tensors, comparable)
+
+
+def _require_all(selected: Sequence[str], without: Sequence[str]) -> None:
+    """Raise RequestError where selectors are why nothing was compared: two models of nothing are the same."""
+    picks = " ".join(f"-s {shlex.quote(text)}" for text in selected)
+    if without:
+        everything = f"all that {picks} picks" if picks else "all there is"
+        words = " ".join(f"--except {shlex.quote(text)}" for text in without)
+        raise RequestError(
+            f"nothing is left to compare: {words} takes away {everything}", "let --except pick less, or leave it out"
+        )
+    if selected:
+        raise RequestError(
+            f"nothing is left to compare: {picks} picks no tensor, and modules are not compared here",
+            "modelcli params lists the tensors",
+        )
 
 
 # --- what is compared ----------------------------------------------------------------------------------------------

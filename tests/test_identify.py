@@ -106,6 +106,25 @@ def test_a_replaced_head(known: Cli) -> None:
     assert "resnet50" in known("identify", "bare.pth").out
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        *((name, {}) for name in ("resnet18", "alexnet", "vgg11", "mobilenet_v3_small", "densenet121")),
+        *((name, {}) for name in ("squeezenet1_0", "vit_b_16")),
+        ("googlenet", {"aux_logits": False, "init_weights": False}),
+        ("googlenet", {"init_weights": False}),
+    ],
+)
+def test_a_head_of_another_width_in_every_family(known: Cli, name: str, arguments: dict[str, Any]) -> None:
+    with torch.device("meta"):
+        shapes = plain(name, num_classes=10, **arguments).state_dict()
+    torch.save({key: torch.empty(()).expand(tensor.shape) for key, tensor in shapes.items()}, "bare.pth")
+    written = f"{name}({'aux_logits=False, ' if 'aux_logits' in arguments else ''}num_classes=10)"
+    result = known("identify", "bare.pth")
+    assert f"{written} fits exactly: modelcli load bare.pth --arch '{written}'" in result.err
+    known("load", "bare.pth", "--arch", written, "--dry-run")
+
+
 def test_wrappers_training_checkpoints_and_files_of_before_0_4_1(known: Cli) -> None:
     state = torchvision.models.resnet18().state_dict()
     torch.save({"model": {f"module.{name}": tensor.half() for name, tensor in state.items()}, "epoch": 3}, "bare.pth")

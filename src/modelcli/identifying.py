@@ -121,9 +121,10 @@ def _shapes(reference: str) -> dict[str, Shape]:
 def _with_classes(match: Match, shapes: Shapes) -> str | None:
     """The model with another number of classes, where a replaced head is all that does not fit."""
     counts = {item.found[0] if item.found else None for item in match.mismatched}
-    if len(counts) != 1 or None in counts or match.missing or match.unexpected or "(" in match.model:
+    if len(counts) != 1 or None in counts or match.missing or match.unexpected:
         return None
-    text = f"{match.model}(num_classes={counts.pop()})"
+    builder, _, arguments = match.model.removesuffix(")").partition("(")
+    text = f"{builder}({f'{arguments}, ' if arguments else ''}num_classes={counts.pop()})"
     try:
         return text if likeness.compare(text, _shapes(text), shapes).exact else None
     except RequestError:

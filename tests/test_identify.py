@@ -181,6 +181,20 @@ def test_looks_and_edits_say_which_builder_a_file_fits(cli: Cli) -> None:
     assert "looks like" not in cli("params", "bare.pth").err
 
 
+@pytest.mark.parametrize("words", [("summary", "squeezenet1_1"), ("load", "squeezenet1_1")])
+def test_a_file_is_known_by_a_builder_that_was_looked_at(cli: Cli, words: tuple[str, ...]) -> None:
+    save(torchvision.models.squeezenet1_1())
+    cli(*words)
+    assert "looks like torchvision squeezenet1_1" in cli("params", "bare.pth").err
+    # What else is kept later takes nothing away; a builder with arguments, and a class, are none.
+    cli("summary", "squeezenet1_1(num_classes=3)")
+    cli("summary", "Linear(2,2)")
+    cli("cache", "warm", "alexnet")
+    assert "looks like torchvision squeezenet1_1" in cli("params", "bare.pth").err
+    save(torchvision.models.squeezenet1_1(num_classes=3))
+    assert "looks like" not in cli("params", "bare.pth").err
+
+
 def test_a_damaged_index_is_none(cli: Cli) -> None:
     save(torchvision.models.squeezenet1_1())
     cli("cache", "warm", "squeezenet1_1")

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from shlex import quote
-from typing import Any
 
-from modelcli import cache, likeness, session
+from modelcli import cache, fingerprints, likeness, session
 from modelcli.blueprints import Shape
 from modelcli.errors import RequestError
-from modelcli.likeness import FINGERPRINTS, LISTING, Match, Shapes
+from modelcli.likeness import LISTING, Match, Shapes
 from modelcli.references import CheckpointFile, Source
 from modelcli.session import Look, Target, stdout_is_for_data
 
@@ -85,15 +84,8 @@ def _kept() -> dict[str, Shapes]:
 def _keep(models: dict[str, Shapes], *, complete: bool) -> None:
     before = cache.index(LISTING)
     complete = complete or (isinstance(before, dict) and before["complete"])
-    by_fingerprint: dict[str, list[str]] = {}
-    for model, shapes in models.items():
-        by_fingerprint.setdefault(likeness.fingerprint(shapes), []).append(model)
-    fingerprints: dict[str, Any] = {
-        "most": max(map(len, models.values()), default=0),
-        "models": {text: likeness.in_order(names) for text, names in by_fingerprint.items()},
-    }
     cache.put_index(LISTING, {"complete": complete, "models": models})
-    cache.put_index(FINGERPRINTS, fingerprints)
+    fingerprints.add(models)
 
 
 @stdout_is_for_data

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from modelcli import blueprints, cache, checkpoints, likeness, references, selectors
+from modelcli import blueprints, cache, checkpoints, fingerprints, likeness, references, selectors
 from modelcli import record as records
 from modelcli.blueprints import Blueprint, Totals, Trace
 from modelcli.checkpoints import Contents
@@ -206,7 +206,7 @@ def _looked(target: Target, *, traced: bool, mode: str, cached: bool) -> Look:
     # What is kept has a forward pass in it, so that it answers every question.
     blueprint = planning.traced(live, mode) if traced or key is not None else live.describe()
     if key is not None:
-        cache.put(key, blueprint)
+        _keep_blueprint(key, blueprint)
     return Look(blueprint, tuple(live.notes), live.contents, live)
 
 
@@ -678,7 +678,16 @@ def _keep(live: Live, target: Target) -> None:
 
     key = cache_key(target, "eval")
     if key is not None and cache.get(key) is None:
-        cache.put(key, planning.traced(live))
+        _keep_blueprint(key, planning.traced(live))
+
+
+def _keep_blueprint(key: cache.Key, found: Blueprint) -> None:
+    """Keep a blueprint, and of a builder by itself its fingerprint, so that files are known by it."""
+    from modelcli.live import zoo
+
+    cache.put(key, found)
+    if key.weights in (None, "none") and key.reference in zoo.builder_names():
+        fingerprints.add({key.reference: likeness.shapes_of(found.tensors)})
 
 
 def _of_numbers(live: Live) -> list[str]:

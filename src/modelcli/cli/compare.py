@@ -1,9 +1,10 @@
 """diff, check, identify: commands that answer yes or no, for scripts and CI."""
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperOption
 
 from modelcli.cli import completing, inspect, output, progress
 from modelcli.cli.options import (
@@ -15,6 +16,25 @@ from modelcli.cli.options import (
     exit_codes,
     expanded,
 )
+
+
+class AssertionsCommand(TyperCommand):
+    """A command whose assertions hold all at once: one of two with other limits would be dropped without a word."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not ctx.resilient_parsing:
+            _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+            for option in given:
+                if given.count(option) > 1 and _is_single(option):
+                    ctx.fail(f"{option.opts[0]} is given {given.count(option)} times: leave all but one out")
+        return super().parse_args(ctx, args)
+
+
+def _is_single(parameter: Any) -> bool:
+    """Whether this is an assertion with a value that stands alone."""
+    if not isinstance(parameter, TyperOption) or parameter.rich_help_panel != "Assertions":
+        return False
+    return not (parameter.multiple or parameter.is_flag)
 
 
 def diff(
@@ -107,10 +127,10 @@ def identify(
 
 
 def mount(app: typer.Typer) -> None:
-    for function, no in (
-        (diff, "they differ"),
-        (check, "an assertion does not hold"),
-        (identify, "no builder comes near"),
+    for function, no, kind in (
+        (diff, "they differ", TyperCommand),
+        (check, "an assertion does not hold", AssertionsCommand),
+        (identify, "no builder comes near", TyperCommand),
     ):
         codes = exit_codes(0, 1, 2, 3, 4, 5, no=no)
-        app.command(function.__name__, rich_help_panel="Compare", epilog=codes)(expanded(function))
+        app.command(function.__name__, cls=kind, rich_help_panel="Compare", epilog=codes)(expanded(function))

@@ -19,7 +19,7 @@ from typing import Any
 from modelcli import atomic, blueprints, installed
 from modelcli._version import __version__
 from modelcli.blueprints import Blueprint
-from modelcli.errors import ModelcliError
+from modelcli.errors import ModelcliError, SystemFailureError
 
 SCHEMA = 1
 SUFFIX = ".blueprint"
@@ -84,7 +84,20 @@ def get(key: Key) -> Blueprint | None:
 
 def put(key: Key, found: Blueprint) -> None:
     """Keep a blueprint. A cache that cannot be written is no error: the next look is only slower."""
-    _keep(key.document(), SUFFIX, "blueprint", blueprints.to_json(found))
+    with contextlib.suppress(ModelcliError):
+        _keep(key.document(), SUFFIX, "blueprint", blueprints.to_json(found))
+
+
+def require(key: Key, found: Blueprint) -> None:
+    """See that a blueprint is kept. Raises SystemFailureError where the cache cannot be written."""
+    if get(key) is not None:
+        return
+    try:
+        _keep(key.document(), SUFFIX, "blueprint", blueprints.to_json(found))
+    except ModelcliError as error:
+        raise SystemFailureError(
+            f"the cache folder {folder()} cannot be written: {error.message}", "$MODELCLI_CACHE names another folder"
+        ) from None
 
 
 def index(name: str) -> Any:
@@ -94,7 +107,8 @@ def index(name: str) -> Any:
 
 def put_index(name: str, values: Any) -> None:
     """Keep JSON values under a name, for these versions of what is installed."""
-    _keep(_index_key(name), INDEX_SUFFIX, "index", values)
+    with contextlib.suppress(ModelcliError):
+        _keep(_index_key(name), INDEX_SUFFIX, "index", values)
 
 
 def _index_key(name: str) -> dict[str, Any]:
@@ -115,10 +129,8 @@ def _kept(document: Mapping[str, Any], suffix: str, what: str) -> Any:
 
 def _keep(document: Mapping[str, Any], suffix: str, what: str, values: Any) -> None:
     body = json.dumps({"key": document, what: values}, separators=(",", ":")).encode()
-    with (
-        contextlib.suppress(ModelcliError),
-        atomic.replacing(_path(document, suffix), force=True, durable=False, through_links=False) as (file, _),
-    ):
+    path = _path(document, suffix)
+    with atomic.replacing(path, force=True, durable=False, through_links=False) as (file, _):
         file.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
 
 

@@ -227,10 +227,14 @@ def known_blueprint(target: Target) -> Blueprint | None:
 
 
 def warm(name: str) -> None:
-    """Keep the blueprint of a builder, if it is not kept yet. Raises RequestError where nothing may be kept."""
+    """Keep the blueprint of a builder, if it is not kept yet. Raises RequestError where nothing may be kept, and
+    SystemFailureError where nothing can."""
     if cache.is_off():
         raise RequestError("$MODELCLI_NO_CACHE is set: no blueprint would be kept", "unset MODELCLI_NO_CACHE")
-    look(Target(Source(model=name)), traced=True)
+    target = Target(Source(model=name))
+    found = look(target, traced=True)
+    if (key := cache_key(target, "eval")) is not None:
+        cache.require(key, found.blueprint)
 
 
 def cache_key(target: Target, mode: str) -> cache.Key | None:

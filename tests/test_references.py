@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from modelcli.errors import RequestError
 from modelcli.expressions import Call, Name
 from modelcli.references import CheckpointFile, Installed, PythonObject, parse
+from tests.conftest import Cli
 
 
 @pytest.mark.parametrize(
@@ -29,6 +32,22 @@ from modelcli.references import CheckpointFile, Installed, PythonObject, parse
 def test_builders_and_module_expressions(folder: Path, text: str, call: Call) -> None:
     assert parse(text) == Installed(call)
     assert parse(str(parse(text))) == Installed(call)
+
+
+@pytest.mark.parametrize("text", ["locked/old.pth", "locked/old", "locked/nets.py:Net", "locked/"])
+def test_what_may_not_be_looked_at_is_not_missing(cli: Cli, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    own = Path.stat
+
+    def stat(path: Path, **options: bool) -> os.stat_result:
+        if "locked" in path.parts:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return own(path, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    named = text.partition(":")[0]
+    result = cli("params", text, code=5)
+    assert result.err.startswith(f"error: cannot read {named}: Permission denied\n")
+    assert "is not open to you" in result.err
 
 
 def test_a_bare_word_is_a_builder_first(folder: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from modelcli import expressions
 from modelcli.blueprints import listed
-from modelcli.errors import RequestError, closest
+from modelcli.errors import ModelcliError, RequestError, SystemFailureError, closest
 from modelcli.expressions import Call
 
 #: No system has longer paths: longer text is none.
@@ -178,13 +178,20 @@ def names_a_model(text: str) -> bool:
         return path.is_dir() or path.suffix in CHECKPOINT_SUFFIXES or path.suffix == ".py"
     try:
         return path.suffix != ".toml" and not isinstance(parse(text), CheckpointFile)
-    except RequestError:
+    except (RequestError, SystemFailureError):
         return path.suffix in CHECKPOINT_SUFFIXES
 
 
-def missing_file(path: Path, text: str) -> RequestError:
-    """The error for a path that is not there, with the names near it that are."""
+def missing_file(path: Path, text: str) -> ModelcliError:
+    """The error for a path that is not there, with the names near it that are, or that may not be looked at."""
     folder = path.parent
+    try:
+        path.stat()
+    except PermissionError as error:
+        told = f"cannot read {text}: {error.strerror or error}"
+        return SystemFailureError(told, f"{folder}, or a folder above it, is not open to you: chmod u+x opens your own")
+    except (OSError, ValueError):
+        pass
     if not _exists(folder):
         return RequestError(f"no such file: {text}", f"the folder {folder} does not exist")
     try:

@@ -316,6 +316,7 @@ def test_a_recipe_that_is_wrong_says_everything_at_once(cli: Cli, folder: Path) 
         ("params page.pth", 4, "page.pth is an HTML page", None),
         ("freeze . -m nets.py:Net -o there.pth", 2, "there.pth exists", "--force replaces it"),
         ("freeze . -m nets.py:Net -o out.txt", 2, "does not say which format", ".safetensors"),
+        ("save  -m nets.py:Net", 2, "the path to write is empty: ''", "out.pth"),
         ("freeze . -m nets.py:Net -o nets.py/out.pth", 2, "is not a folder", None),
         ("summary", 2, "no model is given", "-m MODEL or $MODELCLI_MODEL, or start a recipe: modelcli load"),
         ("freeze features", 2, "no model is given", "modelcli load alexnet"),

@@ -57,6 +57,8 @@ class Care:
 def format_of(path: str | Path) -> str:
     """`pth`, `safetensors` or `folder`, told by how the name ends. Raises RequestError for any other."""
     text = str(path)
+    if not text:
+        raise RequestError("the path to write is empty: ''", "name a file, such as out.pth, or a folder: out/")
     if text.endswith(("/", os.sep)):
         return FOLDER
     match Path(text).suffix.lower():

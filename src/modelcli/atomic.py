@@ -119,8 +119,7 @@ def replacing(
             raise RequestError(f"{path} exists by now", "--force replaces it")
         _heed_signals()
         _put(temporary, target, path, folders if durable else ())
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        _remove_file(temporary)
 
     made: list[Path] = []
     with _parents_of(target, path) as folders:
@@ -138,8 +137,7 @@ def replacing(
                     put()
         except BaseException:
             for temporary in made:
-                with contextlib.suppress(OSError):
-                    temporary.unlink()
+                _remove_file(temporary)
             raise
 
 
@@ -246,9 +244,19 @@ def _heed_signals() -> None:
         raise KeyboardInterrupt
 
 
+def _remove_file(path: Path) -> None:
+    """Remove a file where it is still there, at the second attempt if need be; what stays is the next run's."""
+    for _ in range(2):
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+            return
+
+
 def _remove_tree(folder: Path) -> None:
-    """Remove a folder, a signal to end the program put off until it is gone."""
+    """Remove a folder likewise, a signal to end the program put off until it is gone."""
     try:
+        shutil.rmtree(folder)
+    except OSError:
         shutil.rmtree(folder, ignore_errors=True)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)

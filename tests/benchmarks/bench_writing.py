@@ -15,9 +15,15 @@ import statistics
 import subprocess
 import tempfile
 import time
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tests.benchmarks.bench_reading import MODELCLI, PYTHON, sparse_safetensors
+
+from modelcli.checkpoints.contents import FileId
+from modelcli.writing import Plan, PlannedTensor, torch_zip, zip_layout
 
 ROUNDS = int(os.environ.get("ROUNDS", "5"))
 NBYTES = int(os.environ.get("NBYTES", str(2 * 10**9)))
@@ -42,6 +48,44 @@ with open("out.pth", "wb") as file:
 """
 
 EDIT = ("replace", "head", "Linear(_,10)", "-q")
+
+
+@dataclass(frozen=True)
+class Hole:
+    """A source of zeros that are never written."""
+
+    name: str
+    nbytes: int
+
+    def files(self) -> Iterable[FileId]:
+        return ()
+
+    def chunks(self) -> Iterator[bytes]:
+        yield bytes(self.nbytes)
+
+
+def sparse_pth(path: Path, sizes: Sequence[int]) -> None:
+    """A .pth of float32 tensors `layers.N.weight` of so many elements: every record on a page, holes for their bytes.
+
+    The checksums are those of the zeros, so that they can be copied like any other's.
+    """
+    holes = {f"layers.{number}.weight": Hole(str(number), 4 * size) for number, size in enumerate(sizes)}
+    tensors = {name: PlannedTensor((hole.nbytes // 4,), "float32", (1,), 0, hole) for name, hole in holes.items()}
+    checksums = {nbytes: zlib.crc32(bytes(nbytes)) for nbytes in {hole.nbytes for hole in holes.values()}}
+    placed: list[zip_layout.Placed] = []
+    for record in torch_zip.layout(Plan(tensors, "")).records:
+        start = placed[-1].end if placed else 0
+        offset = start + record.offset - record.header
+        placed.append(replace(record, header=start, offset=offset + -offset % 4096))
+    found = [checksums.get(r.source.nbytes) or zlib.crc32(b"".join(r.source.chunks())) for r in placed]
+    with path.open("wb") as file:
+        for record, checksum in zip(placed, found, strict=True):
+            file.seek(record.header)
+            file.write(record.local_header(checksum))
+            if not isinstance(record.source, Hole):
+                file.write(b"".join(record.source.chunks()))
+        file.seek(placed[-1].end)
+        file.write(zip_layout.directory(placed, found))
 
 
 def measure(command: tuple[str, ...]) -> tuple[float, int]:

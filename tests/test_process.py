@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from modelcli import identifying
 from tests import test_distributed
+from tests.test_stats import sparse_file
 
 PROGRAM = [sys.executable, "-m", "modelcli"]
 
@@ -23,6 +25,41 @@ def test_the_installed_program_and_the_module(folder: Path) -> None:
         assert done.returncode == 2
         assert "did you mean alexnet?" in done.stderr
         assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("code", "words", "out", "err"),
+    [
+        (0, ["params", "a.safetensors", "-f", "csv"], "w,[2],float32,2,8,parameter,", ""),
+        (0, ["diff", "a.safetensors", "a.safetensors"], "are the same: 1 tensor is equal", ""),
+        (0, ["check", "a.safetensors", "--max-params", "2"], "Checks: 1 of 1 passed", ""),
+        (1, ["diff", "a.safetensors", "b.safetensors"], "Tensors: 1 differs, 0 are equal", ""),
+        (1, ["check", "a.safetensors", "--max-params", "1"], "Checks: 0 of 1 passed", ""),
+        (1, ["identify", "a.safetensors"], "a.safetensors comes near no torchvision builder", ""),
+        (1, ["load", "a.safetensors", "--arch", "Linear(2,3)"], "w       unexpected", "a.safetensors does not fit"),
+        (2, ["params", "nowhere.pth"], "", "no such file: nowhere.pth"),
+        (3, ["freeze", ".", "-m", "whole.pth", "-o", "out.pth"], "", "whole.pth holds objects of"),
+        (4, ["params", "broken.pth"], "", "broken.pth is not a checkpoint"),
+    ],
+)
+def test_exit_codes_and_streams(folder: Path, code: int, words: list[str], out: str, err: str) -> None:
+    """Answers go to standard output, and errors to the other; the code tells which kind it was."""
+    sparse_file(folder / "a.safetensors", {"w": [2]})
+    sparse_file(folder / "b.safetensors", {"w": [3]})
+    (folder / "broken.pth").write_text("junk")
+    if "whole.pth" in words:
+        import torch
+
+        torch.save(torch.nn.Linear(2, 3), "whole.pth")
+    if "identify" in words:
+        identifying.keep(["alexnet"], complete=True)  # nearly all of its time is spent on building the others
+    done = subprocess.run([*PROGRAM, *words], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert out in done.stdout
+    assert (done.stdout == "") == (out == "")
+    assert done.stderr.startswith(f"error: {err}" if err else "")
+    assert (done.stderr == "") == (err == "")
+    assert not (folder / "out.pth").exists()
 
 
 def test_what_a_models_own_code_leaves_for_the_end_is_done(folder: Path) -> None:

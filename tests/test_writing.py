@@ -7,6 +7,9 @@ import os
 import pickletools
 import stat
 import struct
+import subprocess
+import sys
+import textwrap
 import warnings
 import zipfile
 from collections import Counter, OrderedDict
@@ -33,7 +36,9 @@ from modelcli.live.sources import Value
 from modelcli.record import Record
 from modelcli.references import Source
 from modelcli.writing import Care, Plan, PlannedTensor, pickling, torch_zip, zip_layout
+from tests.benchmarks.bench_writing import sparse_pth
 from tests.test_checkpoints import DTYPES, SAFETENSORS_DTYPES, assert_same, raw, saved, tensor_of, tensors_of
+from tests.test_stats import sparse_file
 
 
 @dataclass(frozen=True)
@@ -791,3 +796,78 @@ def test_values_of_a_tree_survive_two_rounds(tmp_path: Path, make: Callable[[], 
     )
     for loaded in torch_loads(write(plan_from(checkpoints.read(source)), tmp_path / "c.pth")):
         assert loaded["v"] == [make()] * 2
+
+
+# --- memory --------------------------------------------------------------------------------------------------------
+
+with_proc = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="/proc says how much memory a process takes"
+)
+#: So many elements has each tensor of a large file: 25 MB.
+ELEMENTS = 6_250_000
+LARGE = f"""
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.PReLU({ELEMENTS}) for _ in range(40))
+"""
+
+
+def memory_of(folder: Path, code: str) -> dict[str, int]:
+    """What a new process that runs some code takes, in MB: the peak, and of what it has at the end the part of its own.
+
+    The rest are pages of files, which the system takes back where it needs them.
+    """
+    report = "print(*(line.split()[1] for line in open('/proc/self/status') if line.startswith(('VmHWM', 'RssAnon'))))"
+    run = [sys.executable, "-c", f"{textwrap.dedent(code)}\n{report}"]
+    done = subprocess.run(run, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    peak, own = done.stdout.splitlines()[-1].split()
+    return {"peak": int(peak) // 1024, "own": int(own) // 1024}
+
+
+@pytest.fixture(scope="module")
+def of_torch(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
+    """What `import torch` alone takes."""
+    return memory_of(tmp_path_factory.mktemp("torch"), "import torch")
+
+
+def large(path: Path, tensors: int) -> Path:
+    """A checkpoint of so many tensors of 25 MB, whose bytes are holes."""
+    if path.suffix == ".pth":
+        sparse_pth(path, [ELEMENTS] * tensors)
+    else:
+        sparse_file(path, {f"layers.{number}.weight": [ELEMENTS] for number in range(tensors)})
+    return path
+
+
+@with_proc
+@pytest.mark.parametrize("name", ["in.pth", "in.safetensors"])
+def test_an_edit_of_3_gb_in_bounded_memory(folder: Path, of_torch: dict[str, int], name: str) -> None:
+    """Numbers are converted, and the others copied: the peak is less than 150 MB above that of `import torch`."""
+    nbytes = large(folder / name, 120).stat().st_size
+    out = folder / f"out{Path(name).suffix}"
+    taken = memory_of(
+        folder,
+        f"from modelcli.cli import main; assert main(['cast', 'layers.0', 'half', '-m', '{name}', '-o', '{out}']) == 0",
+    )
+    assert out.stat().st_size > nbytes - 4 * ELEMENTS
+    assert taken["peak"] < of_torch["peak"] + 150
+
+
+@with_proc
+@pytest.mark.parametrize("name", ["in.pth", "in.safetensors"])
+def test_a_model_of_1_gb_is_not_held_in_memory(folder: Path, of_torch: dict[str, int], name: str) -> None:
+    """Its numbers are pages of the file, even once they were read; the peak is what its constructor makes first."""
+    large(folder / name, 40)
+    (folder / "large.py").write_text(LARGE)
+    code = f"""
+        import modelcli
+        model = modelcli.load('{name}', arch='large.py:Net')
+        assert [float(weight.sum()) for weight in model.parameters()] == [0] * 40
+    """
+    taken = memory_of(folder, code)
+    assert taken["own"] < of_torch["own"] + 150
+    assert taken["peak"] < of_torch["peak"] + 40 * 25 + 150

@@ -589,6 +589,47 @@ def test_new_names_that_cannot_be_made_durable_are_taken_back(
     assert temporaries(tmp_path) == []
 
 
+def as_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the system answer for a user whom modes bind: root may write everything."""
+
+    def access(path: str | Path, mode: int) -> bool:
+        return mode & os.W_OK == 0 or bool(Path(path).stat().st_mode & stat.S_IWUSR)
+
+    monkeypatch.setattr(os, "access", access)
+
+
+@pytest.mark.parametrize("words", [["save", "m.pth", "-m", "nets.py:Net", "--force"], ["freeze", "."]])
+def test_a_file_that_may_not_be_written_is_refused(
+    cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    """A recipe as well: the folder's permission is enough for a rename, but not what was meant by the file's mode."""
+    as_nobody(monkeypatch)
+    if words[0] == "freeze":
+        cli("load", "nets.py:Net")
+    else:
+        cli("save", "m.pth", "-m", "nets.py:Net")
+    file = folder / ("modelcli.toml" if words[0] == "freeze" else "m.pth")
+    before = file.read_bytes()
+    file.chmod(0o444)
+    assert f"cannot write {file.name}: no permission to write it" in cli(*words, code=5).err
+    assert (file.read_bytes(), stat.S_IMODE(file.stat().st_mode)) == (before, 0o444)
+    assert temporaries(folder) == []
+    file.chmod(0o644)
+    cli(*words)
+    assert file.read_bytes() != before or words[0] == "save"
+
+
+def test_what_a_read_only_file_is_called_by_is_replaced_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache replaces links and never what they point to: whether that may be written is not asked."""
+    as_nobody(monkeypatch)
+    (tmp_path / "theirs").write_bytes(b"theirs")
+    (tmp_path / "theirs").chmod(0o444)
+    (tmp_path / "link").symlink_to("theirs")
+    with atomic.replacing(tmp_path / "link", force=True, through_links=False) as (file, _):
+        file.write(b"new")
+    assert ((tmp_path / "link").read_bytes(), (tmp_path / "theirs").read_bytes()) == (b"new", b"theirs")
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="root alone can give files away")
 def test_owner_and_group_stay(tmp_path: Path) -> None:
     (tmp_path / "m.pth").write_bytes(b"old")

@@ -27,8 +27,8 @@ _HAS_LOCKS = sys.platform != "win32"
 TEMPORARY = ".modelcli-tmp"
 
 
-def check_target(path: Path, *, force: bool, folder: bool = False) -> None:
-    """Raise where `path` cannot be written: it exists and `force` is not set, is of another kind, or is locked."""
+def check_target(path: Path, *, force: bool, folder: bool = False, through_links: bool = True) -> None:
+    """Raise where `path` cannot be written: it is there and `force` is not set, of another kind, or read-only."""
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -46,6 +46,9 @@ def check_target(path: Path, *, force: bool, folder: bool = False) -> None:
             raise RequestError(f"{path} exists", "--force replaces it")
         if folder:
             _check_folder(path)
+        elif (through_links or not path.is_symlink()) and not os.access(path, os.W_OK):
+            # A rename would not ask for it, but `cp` and `torch.save` do.
+            raise SystemFailureError(f"cannot write {path}: no permission to write it")
     above = _existing_folder(path)
     if not above.is_dir():
         raise RequestError(f"cannot write {path}: {above} is not a folder")
@@ -110,7 +113,7 @@ def replacing(
     The parent folder is made. Where the block raises, the new file is removed and the old one is as it was. A link is
     followed: the file that it points to is replaced; without `through_links` it is replaced itself.
     """
-    check_target(path, force=force)
+    check_target(path, force=force, through_links=through_links)
     target = Path(os.path.realpath(path)) if through_links else path
 
     def put() -> None:

@@ -57,7 +57,7 @@ bench: $(DEV_STAMP) ## how long things take, as ratios to stated peers
 fuzz: $(DEV_STAMP) ## a million damaged inputs for every parser and language; fewer: make fuzz INPUTS=1000
 	$(BIN)/python -m tests.fuzz
 
-torture: $(DEV_STAMP) ## writers killed at random moments, 200 times each way; fewer: make torture TIMES=30
+torture: $(DEV_STAMP) ## writers killed at random moments, 200 times by each of three signals; fewer: make torture TIMES=30 (10 by each)
 	$(BIN)/python -m tests.torture
 
 clean: ## remove the environment and what tools left

@@ -28,7 +28,7 @@ from modelcli.errors import RequestError, SystemFailureError
 from modelcli.writing import shards
 from tests import torture
 from tests.benchmarks.bench_writing import sparse_pth
-from tests.conftest import NETS, Cli
+from tests.conftest import Cli
 
 posix_only = pytest.mark.skipif(os.name != "posix", reason="signals and locks of POSIX")
 
@@ -479,14 +479,19 @@ def test_a_signal_leaves_no_temporary_file(folder: Path, out: str, number: signa
 
 
 @posix_only
-@pytest.mark.parametrize("out", ["out.pth", "out/"])
-def test_killed_at_random_moments(tmp_path: Path, out: str) -> None:
-    """A few times here, and 200 times each by `make torture`."""
-    shutil.copy(NETS, tmp_path)
-    report = torture.kill_repeatedly(tmp_path, out, times=12, seed=int(time.time()) % 1000)
+@pytest.mark.parametrize(
+    ("kill", "times", "out"),
+    [
+        *((torture.kill_repeatedly, 12, out) for out in ("out.pth", "out.safetensors", "out/")),
+        *((torture.kill_edits, 3, out) for out in ("out.pth", "out/")),
+    ],
+)
+def test_killed_at_random_moments(tmp_path: Path, kill: Callable[..., torture.Report], times: int, out: str) -> None:
+    """A few times here, and hundreds of times by `make torture`: by SIGKILL, SIGTERM and SIGINT in turn."""
+    report = kill(tmp_path, out, times=times, seed=int(time.time()) % 1000)
     assert report.broken == []
     assert report.left_behind == []
-    assert report.old + report.new == 12
+    assert report.old + report.new == times
 
 
 def test_a_signal_whose_exception_was_lost_is_heeded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -183,6 +183,14 @@ def test_errors_document(cli: Cli) -> None:
     assert cli("summary", "--nonsense", "--json", code=2).error["kind"] == "usage"
 
 
+@pytest.mark.parametrize(
+    "words", ["-qf json", "-qfjson", "-fjson", "-f json", "--format=json", "--format json", "--json", "-qqf json"]
+)
+def test_an_error_is_a_document_however_json_is_asked_for(cli: Cli, words: str) -> None:
+    assert cli("params", "missing.pth", *words.split(), code=2).error["exit_code"] == 2
+    assert cli("params", *words.split(), "--nonsense", code=2).error["kind"] == "usage"
+
+
 def test_csv_and_markdown(cli: Cli) -> None:
     lines = cli("params", "nets.py:MyLinear(3,2)", "-f", "csv").out.splitlines()
     assert lines == [
@@ -382,6 +390,23 @@ def test_dry_run_changes_nothing_anywhere(cli: Cli, folder: Path) -> None:
     result = cli("save", "out.pth", "-m", "nets.py:Net", "--dry-run")
     assert "--dry-run changes nothing" in result.err
     assert not list(folder.glob("*.pth"))
+
+
+@pytest.mark.parametrize(("out", "kind"), [("out.pth", "pth"), ("out.safetensors", "safetensors"), ("out/", "folder")])
+def test_a_dry_run_claims_no_file_and_the_rest_as_it_would_be(cli: Cli, folder: Path, out: str, kind: str) -> None:
+    torch.save(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).state_dict(), "in.pth")
+    dry = cli("save", out, "-m", "in.pth", "--dry-run", "--json").json
+    assert not Path(out).exists()
+    done = cli("save", out, "-m", "in.pth", "--json").json
+    assert (dry.pop("output"), dry.pop("bytes"), dry.pop("notes")[-1]) == (
+        None,
+        None,
+        "nothing was written: --dry-run changes nothing",
+    )
+    assert done.pop("bytes") > 0
+    assert done.pop("output") in out
+    assert (dry["format"], dry["tensors"], dry["params"]) == (kind, 7, 15)
+    assert {**dry, "notes": None} == {**done, "notes": None}
 
 
 def test_without_out_nothing_is_written_and_that_is_said(cli: Cli, folder: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -113,6 +115,120 @@ def test_classes_schemes_and_dtypes(bash: Bash) -> None:
     assert bash("init", "xav") == []  # the first word is a target
     assert bash("init", "0", "ones", "--bias", "def") == ["default"]
     assert bash("cast", "0", "bf") == ["bfloat16"]
+
+
+@pytest.fixture
+def files(cli: Cli) -> None:
+    """Two bare files, a training checkpoint, and a builder that was looked at."""
+    torch.save(torch.nn.Sequential(torch.nn.Linear(2, 3)).state_dict(), "a.pth")
+    torch.save({"layer.weight": torch.zeros(2, 3)}, "b.pth")
+    state = {"0.weight": torch.zeros(2, 3)}
+    training = {"epoch": 3, "model": state, "ema": state, "optimizer": {"state": {0: {"step": torch.ones(())}}}}
+    torch.save(training | {"teacher": {"net": {"9.weight": torch.zeros(1)}}}, "train.pth")
+
+
+@pytest.mark.usefixtures("files")
+@pytest.mark.parametrize("option", ["--frozen", "--trainable", "--has", "--absent", "--except"])
+def test_check_knows_the_paths_of_its_model(bash: Bash, option: str) -> None:
+    assert bash("check", "a.pth", option, "0.") == ["0.weight", "0.bias"]
+    assert bash("check", "--finite", "a.pth", option, "0.w") == ["0.weight"]
+
+
+def test_check_knows_dtypes_and_models(bash: Bash) -> None:
+    assert {"float16", "float32", "float64"} <= set(bash("check", "m.pth", "--dtype", "flo"))
+    assert bash("check", "m.pth", "--same-as", "ale") == ["alexnet"]
+
+
+@pytest.mark.usefixtures("files")
+def test_diff_knows_the_paths_of_both_models(bash: Bash) -> None:
+    assert bash("diff", "a.pth", "b.pth", "-s", "lay") == ["layer", "layer.weight"]
+    assert bash("diff", "a.pth", "b.pth", "--except", "0.") == ["0.weight", "0.bias"]
+    assert bash("diff", "a.pth", "missing.pth", "-s", "0.w") == ["0.weight"]
+    assert "resnet18" in bash("diff", "a.pth", "b.pth", "--arch", "res")
+    assert bash("diff", "a.pth", "b.pth", "--weights", "DEF") == ["DEFAULT"]
+
+
+@pytest.mark.usefixtures("files")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("params", "train.pth"),
+        ("load", "train.pth"),
+        ("check", "train.pth"),
+        ("identify", "train.pth"),
+        ("freeze", "0", "-m", "train.pth"),
+        ("diff", "a.pth", "train.pth"),
+    ],
+)
+def test_keys_are_the_state_dicts_of_the_training_checkpoint(bash: Bash, words: tuple[str, ...]) -> None:
+    assert bash(*words, "--key", "") == ["model", "ema", "teacher.net"]
+    assert bash(*words, "--key", "e") == ["ema"]
+
+
+@pytest.mark.usefixtures("files")
+def test_a_key_decides_the_paths(bash: Bash) -> None:
+    assert bash("params", "train.pth", "--key", "teacher.net", "-s", "9.") == ["9.weight"]
+    assert bash("diff", "a.pth", "train.pth", "--key", "model", "--key", "ema", "-s", "0.w") == ["0.weight"]
+    assert bash("params", "a.pth", "--key", "") == []  # nothing but a state dict
+
+
+@pytest.mark.usefixtures("files")
+def test_options_with_an_equals_sign(bash: Bash) -> None:
+    """Bash parts words at `=` and `:`."""
+    assert bash("freeze", "--model", "=", "ale") == ["alexnet"]
+    assert "resnet18" in bash("load", "r18.pth", "--arch", "=", "res")
+    assert "resnet18" in bash("load", "r18.pth", "--arch", "=")
+    assert bash("load", "r18.pth", "--arch", "=", "resnet18", "--weights", "=", "DEF") == ["DEFAULT"]
+    assert bash("freeze", "--model", "=", "a.pth", "0.w") == ["0.weight"]
+    assert bash("freeze", "0", "--except", "=", "0.w", "-m", "a.pth") == ["a.pth"]
+    assert bash("params", "train.pth", "--key", "=", "em") == ["ema"]
+    assert bash("freeze", "-m", "nets.py", ":", "a") == []
+    assert bash("check", "a.pth", "--has", "0", ":", "Linear", "--frozen", "0.w") == ["0.weight"]
+
+
+KEYED = [
+    ("check a.pth --frozen 0.w", "check a.pth --frozen 0.weight "),
+    ("check a.pth --same-as ale", "check a.pth --same-as alexnet "),
+    ("freeze --model=ale", "freeze --model=alexnet "),
+    ("diff a.pth b.pth -s layer.w", "diff a.pth b.pth -s layer.weight "),
+    ("params train.pth --key e", "params train.pth --key ema "),
+]
+
+
+@pytest.mark.usefixtures("files")
+@pytest.mark.parametrize(("typed", "expected"), KEYED)
+def test_a_key_press_in_an_interactive_bash(bash: Bash, folder: Path, typed: str, expected: str) -> None:
+    """What TAB makes of a line, as readline itself has it."""
+    pty = pytest.importorskip("pty")
+    (folder / "completion.sh").write_text(bash.script)
+    (folder / "rc").write_text(
+        ". ./completion.sh\nshow() { printf '<%s>\\n' \"$READLINE_LINE\"; READLINE_LINE=; }\n"
+        "bind -x '\"\\C-g\": show' || echo no readline\necho started\n"
+    )
+    path = f"{bash.bin}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PATH": path, "TERM": "dumb", "PS1": "$ "}
+    number, terminal = pty.fork()
+    if number == 0:
+        os.execvpe("bash", ["bash", "--noprofile", "--rcfile", "rc", "-i"], environment)
+    try:
+        said = _read_until(terminal, "started")
+        if "no readline" in said:
+            pytest.skip("bash without readline")
+        os.write(terminal, f"modelcli {typed}\t\x07".encode())
+        assert f"<modelcli {expected}>" in _read_until(terminal, ">")
+    finally:
+        os.kill(number, signal.SIGKILL)
+        os.waitpid(number, 0)
+        os.close(terminal)
+
+
+def _read_until(terminal: int, text: str) -> str:
+    said = ""
+    while text not in said:
+        ready, _, _ = select.select([terminal], [], [], 30)
+        assert ready, f"nothing more after {said!r}"
+        said += os.read(terminal, 4096).decode()
+    return said
 
 
 def test_nothing_is_offered_and_nothing_is_said_where_nothing_is_known(bash: Bash, folder: Path) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 
 from modelcli.cli import main
 from modelcli.cli.app import app
-from modelcli.cli.options import EXIT_CODES
+from modelcli.cli.options import ENDED, EXIT_CODES
 from tests.conftest import Cli
 
 PANELS = {"Inspect", "Operate", "Read and write", "Compare"}
@@ -46,7 +46,8 @@ def test_a_sentence_two_examples_and_the_exit_codes(name: str, cli: Cli) -> None
     shown = " ".join(cli(*name.split(), "--help").out.split())
     assert not re.search(r"<(str|path|int|float)>", shown)  # what is wanted has a name: SELECTOR, FILE
     assert all(" ".join(example.split()) in shown for example in examples(name))
-    codes = dict(re.findall(r"(\d+) ([^;.]+)[;.]", shown.partition("Exit codes: ")[2]))
+    codes = dict(re.findall(r"(\d+) ([^;.]+)[;.]", shown.partition("Exit codes: ")[2].replace(ENDED, "")))
+    assert shown.rstrip().endswith(f"{ENDED}.")
     assert {"0", "2", "130"} <= codes.keys() <= set(map(str, EXIT_CODES))
 
 

@@ -196,6 +196,7 @@ def test_foreign_names_cannot_hide_behind_harmless_ones(cli: Cli, folder: Path) 
     document = cli("params", "evil.pth", "--json", "-q").json
     assert len(document["foreign"]) == 31
     assert "os.system" in document["foreign"]
+    assert document["notes"][0].startswith("warning: evil.pth also holds objects of os.system")
     assert "foreign" not in cli("params", "Linear(2,3)", "--json").json
 
 
@@ -240,6 +241,8 @@ def program(command: str) -> tuple[int, str]:
         ("modelcli params --help | head -1; exit ${PIPESTATUS[0]}", 0),
         ("modelcli --version > /dev/full", 5),
         ("modelcli params in.safetensors > /dev/full", 5),
+        ("modelcli params in.safetensors --json > /dev/full", 5),
+        ("modelcli params --help > /dev/full", 5),
         ("modelcli params in.safetensors >&-", 0),
         ("modelcli params none.pth --json 2>&1 | true; exit ${PIPESTATUS[0]}", 2),
         ("modelcli params none.pth 2> /dev/full", 2),
@@ -253,6 +256,7 @@ def test_ends_of_streams(folder: Path, command: str, code: int) -> None:
     found, told = program(command)
     assert found == code
     assert "Traceback" not in told
+    assert ("cannot write standard output: No space left on device" in told) == (code == 5)
 
 
 def test_looked_at_from_python(folder: Path) -> None:

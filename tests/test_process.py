@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -104,6 +106,10 @@ def test_a_terminal_without_unicode(folder: Path) -> None:
     assert "gr\\xf6\\xdfe.\\u6a21\\u578b" in shown
 
 
+#: Of the environment of who runs the tests: what decides what a terminal shows.
+LEFT_OUT = ("COLUMNS", "LINES", "LC_ALL", "LC_CTYPE", "LANG", "NO_COLOR")
+
+
 def terminal_output(words: list[str], columns: int, settings: dict[str, str]) -> str:
     """What the program writes to a terminal so wide, which says nothing of its width by itself."""
     import fcntl
@@ -113,8 +119,8 @@ def terminal_output(words: list[str], columns: int, settings: dict[str, str]) ->
 
     main_end, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-    known = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "LC_ALL")}
-    subprocess.run([*PROGRAM, *words], stdin=terminal, stdout=terminal, env=known | settings, check=True)
+    known = {name: value for name, value in os.environ.items() if name not in LEFT_OUT}
+    subprocess.run([*PROGRAM, *words], stdin=terminal, stdout=terminal, stderr=terminal, env=known | settings)
     os.close(terminal)
     written = os.read(main_end, 100_000).decode()
     os.close(main_end)
@@ -126,11 +132,29 @@ def test_the_locale_c_gets_ascii(folder: Path) -> None:
     import torch
 
     torch.save(torch.nn.Linear(2, 3).state_dict(), "m.pth")
-    for locale, ascii_alone in (("C", True), ("C.UTF-8", False)):
-        written = terminal_output(["modules", "m.pth"], 80, {"LC_ALL": locale, "TERM": "xterm"})
-        assert written.isascii() == ascii_alone
+    for locale, ascii_alone in (
+        ({"LC_ALL": "C"}, True),
+        ({"LC_ALL": "C.UTF-8"}, False),
+        ({"LC_CTYPE": "C"}, True),
+        ({"LANG": "POSIX"}, True),
+        ({"LC_ALL": "", "LC_CTYPE": "", "LANG": "C"}, True),
+        ({"LC_ALL": "C.UTF-8", "LC_CTYPE": "C", "LANG": "C"}, False),
+        ({"LC_CTYPE": "C.UTF-8", "LANG": "C"}, False),
+        ({}, False),
+    ):
+        written = terminal_output(["modules", "m.pth"], 80, {"TERM": "xterm", **locale})
+        assert written.isascii() == ascii_alone, locale
     piped = subprocess.run([*PROGRAM, "modules", "m.pth"], capture_output=True, env=os.environ | {"LC_ALL": "C"})
     assert piped.returncode == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="terminals are otherwise there")
+@pytest.mark.parametrize(("value", "coloured"), [(None, True), ("", True), ("1", False), ("0", False)])
+def test_no_color_means_the_same_to_tables_and_messages(folder: Path, value: str | None, coloured: bool) -> None:
+    settings = {"TERM": "xterm-256color"} | ({} if value is None else {"NO_COLOR": value})
+    shown = terminal_output(["list", "resnet1*"], 100, settings)
+    told = terminal_output(["list", "nothing"], 100, settings)
+    assert (bool(re.search(r"\x1b\[[\d;]*3\dm", shown)), "\x1b[" in told) == (coloured, coloured)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="terminals are otherwise there")
@@ -147,23 +171,36 @@ def test_a_dumb_terminal_has_its_own_width_and_no_colour(folder: Path, columns: 
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals come otherwise there")
-def test_ctrl_c(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (signal.SIGINT, "interrupted"),
+        (signal.SIGTERM, "ended by SIGTERM"),
+        (signal.SIGHUP, "ended by SIGHUP"),
+    ],
+)
+@pytest.mark.parametrize("as_json", [False, True])
+def test_signals(folder: Path, number: signal.Signals, message: str, as_json: bool) -> None:
     (folder / "slow.py").write_text("import time\nprint('up', flush=True)\ntime.sleep(60)\n")
     process = subprocess.Popen(
-        [*PROGRAM, "save", "out.pth", "-m", "slow.py:Net"],
+        [*PROGRAM, "save", "out.pth", "-m", "slow.py:Net", *(["--json"] if as_json else [])],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         # A job in the background inherits that SIGINT is ignored; at a terminal it is not.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
     assert process.stderr is not None
     assert process.stderr.readline() == "up\n"
     time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, error = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert error.strip() == "interrupted"
+    assert process.returncode == 128 + number
+    if as_json:
+        body = {"kind": "signal", "message": message, "hint": None, "exit_code": 128 + number}
+        assert json.loads(error) == {"schema": 1, "error": body}
+    else:
+        assert error.strip() == message
     assert {path.name for path in folder.iterdir()} <= {"nets.py", "slow.py", "__pycache__"}
 
 

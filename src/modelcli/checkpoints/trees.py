@@ -185,6 +185,22 @@ def _find_state_dict(
     raise FileFormatError(f"{path} holds no state dict: it is {what}", hint)
 
 
+def state_dict_keys(tree: Any) -> list[str]:
+    """What `--key` may name in a training checkpoint: its state dicts, and those that lie one level deeper (`a.b`)."""
+    search = _Search()
+    found = []
+    for name, value in _named(tree):
+        if search.finds(value):
+            found.append(name)
+        else:
+            found += [f"{name}.{below}" for below, inner in _named(value) if search.finds(inner)]
+    return found
+
+
+def _named(value: Any) -> list[tuple[str, Any]]:
+    return [(name, item) for name, item in value.items() if isinstance(name, str)] if isinstance(value, dict) else []
+
+
 def _nothing_to_show(path: Path, pickled: pickles.Pickle) -> UnsafeError:
     return UnsafeError(
         f"{path} holds no tensors in a state dict, but objects of {listed(pickled.foreign, 3)}; "

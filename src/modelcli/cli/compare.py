@@ -49,10 +49,22 @@ def diff(
     sides: DiffOptions,
     select: Annotated[
         list[str] | None,
-        typer.Option("-s", "--select", help="Only what this selector picks. Again for more.", metavar="SELECTOR"),
+        typer.Option(
+            "-s",
+            "--select",
+            help="Only what this selector picks. Again for more.",
+            metavar="SELECTOR",
+            autocompletion=completing.targets,
+        ),
     ] = None,
     without: Annotated[
-        list[str] | None, typer.Option("--except", help="Take away what this selector picks.", metavar="SELECTOR")
+        list[str] | None,
+        typer.Option(
+            "--except",
+            help="Take away what this selector picks.",
+            metavar="SELECTOR",
+            autocompletion=completing.targets,
+        ),
     ] = None,
     values: Annotated[bool, typer.Option("--values/--no-values", help="Compare the numbers too.")] = True,
     atol: Annotated[float, typer.Option("--atol", help="A difference up to this is none.", metavar="X")] = 0.0,
@@ -108,7 +120,10 @@ def identify(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint: best.pth.", autocompletion=completing.models)],
     options: OutputOptions,
     key: Annotated[
-        str | None, typer.Option("--key", help="The state dict in a training checkpoint.", metavar="NAME")
+        str | None,
+        typer.Option(
+            "--key", help="The state dict in a training checkpoint.", metavar="NAME", autocompletion=completing.keys
+        ),
     ] = None,
 ) -> int:
     """Show which torchvision builder a checkpoint belongs to, by names and shapes.

@@ -6,13 +6,18 @@ nothing is offered the shell completes names of files.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from modelcli.errors import ModelcliError
+
+if TYPE_CHECKING:
+    from modelcli.session import Target
 
 #: What Typer calls: it tells parameters by their names and types.
 _Completer = Callable[[typer.Context, str], Iterable[str]]
@@ -121,6 +126,38 @@ def columns(_ctx: typer.Context, _incomplete: str) -> Iterable[str]:
     return [*documents.SORT_KEYS, *documents.STATS]
 
 
+@_completer
+def keys(ctx: typer.Context, _incomplete: str) -> Iterable[str]:
+    """The state dicts in the training checkpoint at hand."""
+    from modelcli import checkpoints
+    from modelcli.checkpoints import trees
+    from modelcli.references import CheckpointFile
+
+    files = [target.source.reference() for target in _targets(ctx)]
+    read = [checkpoints.read(file.path) for file in files if isinstance(file, CheckpointFile)]
+    return dict.fromkeys(key for contents in read for key in trees.state_dict_keys(contents.tree))
+
+
+def join_words() -> None:
+    """Put together the words on bash's line that it took apart at `=` and `:`, for what Typer makes of them.
+
+    `--model=ale` arrives as three words, and bash replaces the last of them.
+    """
+    place = int(os.environ.get("COMP_CWORD", "0"))
+    given = os.environ.get("COMP_WORDS", "").split("\n")[: place + 1]
+    words = given[:1]
+    for before, word in itertools.pairwise(given):
+        if len(words) > 1 and word and (_is_break(word) or _is_break(before)):
+            words[-1] += word
+        else:
+            words.append(word)
+    os.environ["COMP_WORDS"], os.environ["COMP_CWORD"] = "\n".join(words), str(len(words) - 1)
+
+
+def _is_break(word: str) -> bool:
+    return bool(word) and not word.strip("=:")
+
+
 def _schemes() -> list[str]:
     from modelcli import installed
 
@@ -131,6 +168,8 @@ def _files(incomplete: str) -> list[str]:
     """Folders, checkpoints and Python files that start with a word."""
     from modelcli.references import CHECKPOINT_SUFFIXES
 
+    if ":" in incomplete:  # bash would put the whole name after the part that it parts at the colon
+        return []
     folder, name = os.path.split(incomplete)
     found = []
     for entry in sorted(Path(folder or ".").iterdir()):
@@ -148,25 +187,45 @@ def _paths(ctx: typer.Context, incomplete: str, *, tensors: bool) -> list[str]:
 
     So that a shell, which ends a word that can become one thing only, lets one go on to the children.
     """
-    from modelcli import session
-
-    for variable, number in _LIMITS.items():
-        os.environ.setdefault(variable, number)
-    given = ctx.params
-    source = {key: given.get(key) for key in ("weights", "arch", "key")}
-    model = given.get("model") or given.get("option_model")
-    if model is None and "option_model" in given and ctx.args:
-        model = ctx.args[0]  # an option that waits for its value keeps arguments from being told apart
-    try:
-        blueprint = session.known_blueprint(session.find_target(model, source, given.get("recipe")))
-    except (ModelcliError, OSError):  # no model, or none that can be read: other words may fit all the same
-        return []
-    if blueprint is None:
-        return []
-    paths = [module.path for module in blueprint.modules[1:]]
-    paths += [tensor.name for tensor in blueprint.tensors] if tensors else []
-    starting = [path for path in paths if path.startswith(incomplete)]
+    paths = [path for target in _targets(ctx) for path in _paths_of(target, tensors=tensors)]
+    starting = [path for path in dict.fromkeys(paths) if path.startswith(incomplete)]
     level = [path for path in starting if path.count(".") == incomplete.count(".")]
     if len(level) == 1:
         level += [path for path in starting if path.rpartition(".")[0] == level[0]]
     return level
+
+
+def _paths_of(target: Target, *, tensors: bool) -> list[str]:
+    from modelcli import session
+
+    try:
+        blueprint = session.known_blueprint(target)
+    except (ModelcliError, OSError):  # none that can be read: other words may fit all the same
+        return []
+    if blueprint is None:
+        return []
+    paths = [module.path for module in blueprint.modules[1:]]
+    return paths + ([tensor.name for tensor in blueprint.tensors] if tensors else [])
+
+
+def _targets(ctx: typer.Context) -> list[Target]:
+    """The model at hand, or the two of `diff`; none where there is no model yet, nor a recipe."""
+    from modelcli import session
+
+    for variable, number in _LIMITS.items():
+        os.environ.setdefault(variable, number)
+    arguments = [parameter.name for parameter in ctx.command.params if parameter.param_type_name == "argument"]
+    # An option that waits for its value keeps arguments from being told apart.
+    given: dict[str | None, Any] = dict(zip(arguments, ctx.args, strict=False))
+    given |= {name: value for name, value in ctx.params.items() if value is not None}
+    models = [given[name] for name in ("model", "option_model", "a", "b", "checkpoint") if name in given]
+    source = {name: given.get(name) for name in ("weights", "arch")}
+    keys = given.get("key")
+    keys = keys if isinstance(keys, list | tuple) and keys else [keys or None]
+    try:
+        return [
+            session.find_target(model, {**source, "key": key}, given.get("recipe"))
+            for model, key in zip(models or [None], (*keys, keys[-1]), strict=False)
+        ]
+    except (ModelcliError, OSError):
+        return []

@@ -80,15 +80,15 @@ def save(
     with progress.of_bytes(options) as report:
         how = operate.writing_of(edit, out, report)
         outcome = session.save(target, how)
-    assert how.out is not None
     written = outcome.written
+    kept = sum(tensor.persistent for tensor in outcome.blueprint.tensors)
     view = documents.save(
         target.source.model,
         outcome.blueprint,
-        output=how.out,
-        kind="" if written is None else written.format,
-        tensors=0 if written is None else written.tensors,
-        nbytes=0 if written is None else written.nbytes,
+        output=None if written is None else how.out,
+        kind=how.kind if written is None else written.format,
+        tensors=kept if written is None else written.tensors,
+        nbytes=None if written is None else written.nbytes,
         check=outcome.check,
     )
     notes = list(outcome.notes)

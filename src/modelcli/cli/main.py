@@ -11,10 +11,10 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
-from modelcli.cli.output import PipeClosedError, tell, tell_error, warned, warnings_kept, write
+from modelcli.cli.output import PipeClosedError, tell, tell_error, unwritten, warned, warnings_kept, write
 from modelcli.cli.synonyms import meant
 from modelcli.errors import ModelcliError, SystemFailureError
 
@@ -39,7 +39,7 @@ def run() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # what a terminal's encoding lacks is shown escaped
             # Python writes UTF-8 in this locale; who asks for it has a terminal that shows ASCII.
-            if os.environ.get("LC_ALL") in ("C", "POSIX") and stream.isatty():
+            if _locale_of_characters() in ("C", "POSIX") and stream.isatty():
                 stream.reconfigure(encoding="ascii")
     _end_in_order()
     code = main()
@@ -51,6 +51,22 @@ def run() -> None:
         _leave_pipe()
         code = code or _fail(error)
     _leave(code)
+
+
+def _locale_of_characters() -> str | None:
+    """The locale that was asked for, if any: the first variable that is set, and not to nothing."""
+    given = _environment_at_start()
+    return next((value for name in ("LC_ALL", "LC_CTYPE", "LANG") if (value := given.get(name))), None)
+
+
+def _environment_at_start() -> Mapping[str, str]:
+    """The environment as it was given: Python itself sets LC_CTYPE to C.UTF-8 where the locale is C."""
+    try:
+        with open("/proc/self/environ", "rb") as file:  # noqa: PTH123
+            entries = os.fsdecode(file.read()).split("\0")
+    except OSError:  # no Linux
+        return os.environ
+    return {name: value for name, _, value in (entry.partition("=") for entry in entries)}
 
 
 def _leave(code: int) -> NoReturn:
@@ -77,9 +93,17 @@ def _open_closed_streams() -> None:
 
 def _fail(error: OSError) -> int:
     """Tell of what the system refused where nothing else is left to be done; gives the exit code."""
-    failure = SystemFailureError(f"cannot write standard output: {error.strerror or error}")
+    failure = unwritten(error)
     tell_error(failure, as_json=False)
     return failure.exit_code
+
+
+def _failure_of(error: OSError, words: Sequence[str]) -> SystemFailureError:
+    """What the system refused. Typer writes help texts itself, and then there is no other file."""
+    if error.filename is None and (not words or not {"-h", "--help"}.isdisjoint(words)):
+        return unwritten(error)
+    where = f"{error.filename}: " if error.filename else ""
+    return SystemFailureError(f"{where}{error.strerror or error}")
 
 
 def _end_in_order() -> None:
@@ -111,13 +135,16 @@ def _carry_out(words: list[str]) -> int:
 
     from modelcli.cli.app import app
 
+    if os.environ.get("_MODELCLI_COMPLETE") == "complete_bash":
+        from modelcli.cli import completing
+
+        completing.join_words()
     as_json, debug = _wants_json(words), "--debug" in words
     try:
         result = app(args=words or ["--help"], standalone_mode=False, prog_name="modelcli")
         code = result if isinstance(result, int) else 0
-        if code == INTERRUPTED:  # Typer has caught the KeyboardInterrupt
-            tell("interrupted", "error")
-        return code
+        # Typer has caught the KeyboardInterrupt
+        return _tell_end("interrupted", code, as_json=as_json) if code == INTERRUPTED else code
     except PipeClosedError:
         _leave_pipe()
         return 0
@@ -127,11 +154,9 @@ def _carry_out(words: list[str]) -> int:
             raise
         return 0
     except (KeyboardInterrupt, typer.Abort):
-        tell("interrupted", "error")
-        return INTERRUPTED
+        return _tell_end("interrupted", INTERRUPTED, as_json=as_json)
     except _EndedError as error:
-        tell(f"ended by {signal.Signals(error.number).name}", "error")
-        return 128 + error.number
+        return _tell_end(f"ended by {signal.Signals(error.number).name}", 128 + error.number, as_json=as_json)
     except ModelcliError as error:
         if debug:
             _show_traceback()
@@ -148,8 +173,7 @@ def _carry_out(words: list[str]) -> int:
     except OSError as error:
         if debug:
             _show_traceback()
-        where = f"{error.filename}: " if error.filename else ""
-        failure = SystemFailureError(f"{where}{error.strerror or error}")
+        failure = _failure_of(error, words)
     except Exception as error:
         if debug:
             _show_traceback()
@@ -162,6 +186,17 @@ def _carry_out(words: list[str]) -> int:
     return failure.exit_code
 
 
+def _tell_end(message: str, code: int, *, as_json: bool) -> int:
+    """Tell that a signal ended the program; gives the exit code."""
+    if not as_json:
+        tell(message, "error")
+        return code
+    error = ModelcliError(message)
+    error.kind, error.exit_code = "signal", code
+    tell_error(error, as_json=True)
+    return code
+
+
 def _show_version() -> int:
     from modelcli.cli.version import text
 
@@ -169,9 +204,10 @@ def _show_version() -> int:
         write(text() + "\n")
     except PipeClosedError:
         _leave_pipe()
-    except OSError as error:
+    except SystemFailureError as failure:
         _leave_pipe()
-        return _fail(error)
+        tell_error(failure, as_json=False)
+        return failure.exit_code
     return 0
 
 
@@ -204,8 +240,9 @@ def _model_with(model: object, message: str, path: str) -> str | None:
 
 
 def _wants_json(words: Sequence[str]) -> bool:
+    """Whether an error is to be a document: before the words are parsed, and where they cannot be."""
     joined = "\0".join(words)
-    return "--json" in words or bool(re.search(r"(^|\0)(-f\0?=?|--format[\0=])json(\0|$)", joined))
+    return "--json" in words or bool(re.search(r"(^|\0)(-q*f\0?=?|--format[\0=])json(\0|$)", joined))
 
 
 def _is_open(stream: object) -> bool:

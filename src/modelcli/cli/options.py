@@ -27,12 +27,14 @@ EXIT_CODES = {
     5: "the system failed",
     130: "interrupted",
 }
+#: The code where the system or a person ended the program otherwise: 143 is SIGTERM, 129 SIGHUP.
+ENDED = "128 + N: ended by signal N"
 
 
 def exit_codes(*codes: int, no: str | None = None) -> str:
     """The last lines of a command's help. `no` says when the answer is no, of a command that has one."""
     meanings = EXIT_CODES | ({} if no is None else {1: no})
-    return "Exit codes: " + "; ".join(f"{code} {meanings[code]}" for code in (*codes, 130)) + "."
+    return "Exit codes: " + "; ".join(f"{code} {meanings[code]}" for code in (*codes, 130)) + f"; {ENDED}."
 
 
 def _option(*names: str, help: str | None = None, default: Any = None, **settings: Any) -> Any:  # noqa: A002
@@ -66,8 +68,8 @@ class OutputOptions:
 
 
 @dataclass(frozen=True)
-class SourceOptions:
-    """What decides a model's architecture and numbers, besides its reference."""
+class ModelOptions:
+    """What decides a model's architecture and numbers, of one model or of both that are compared."""
 
     is_group: ClassVar[bool] = True
     weights: str | None = _option(
@@ -84,14 +86,36 @@ class SourceOptions:
         autocompletion=completing.models,
         metavar="REFERENCE",
     )
-    key: str | None = _option(
-        "--key", help="The state dict in a training checkpoint.", rich_help_panel="Model", metavar="NAME"
-    )
     seed: int | None = _option(
         "--seed",
         help="Decides every random number. \\[default: 0]",
         metavar="N",
         rich_help_panel="Model",
+    )
+    tensors_only: bool = _option(
+        "--tensors-only",
+        help="Of a file with objects of foreign classes, take the tensors and drop the rest.",
+        default=False,
+        rich_help_panel="Model",
+    )
+    trust: bool = _option(
+        "--trust",
+        help="Follow a record in the file that names Python code.",
+        default=False,
+        rich_help_panel="Model",
+    )
+
+
+@dataclass(frozen=True)
+class SourceOptions(ModelOptions):
+    """What decides one model, besides its reference."""
+
+    key: str | None = _option(
+        "--key",
+        help="The state dict in a training checkpoint.",
+        rich_help_panel="Model",
+        autocompletion=completing.keys,
+        metavar="NAME",
     )
     input_size: list[str] | None = _option(
         "--input-size",
@@ -105,18 +129,6 @@ class SourceOptions:
         rich_help_panel="Model",
         autocompletion=completing.dtypes,
         metavar="DTYPE",
-    )
-    tensors_only: bool = _option(
-        "--tensors-only",
-        help="Of a file with objects of foreign classes, take the tensors and drop the rest.",
-        default=False,
-        rich_help_panel="Model",
-    )
-    trust: bool = _option(
-        "--trust",
-        help="Follow a record in the file that names Python code.",
-        default=False,
-        rich_help_panel="Model",
     )
     recipe: Path | None = _option(
         "--recipe",
@@ -149,39 +161,15 @@ class SourceOptions:
 
 
 @dataclass(frozen=True)
-class DiffOptions:
+class DiffOptions(ModelOptions):
     """What decides the two models that are compared, besides their references."""
 
-    is_group: ClassVar[bool] = True
-    weights: str | None = _option(
-        "--weights",
-        help="Of a builder: none, DEFAULT or a name of torchvision's.",
-        rich_help_panel="Models",
-        metavar="WEIGHTS",
-    )
-    arch: str | None = _option(
-        "--arch",
-        help="The architecture of a checkpoint that does not carry one.",
-        rich_help_panel="Models",
-        metavar="REFERENCE",
-    )
     key: list[str] | None = _option(
         "--key",
         help="The state dict in a training checkpoint; twice, that of A and that of B.",
         metavar="NAME",
-        rich_help_panel="Models",
-    )
-    seed: int | None = _option(
-        "--seed", help="Decides every random number. [default: 0]", metavar="N", rich_help_panel="Models"
-    )
-    tensors_only: bool = _option(
-        "--tensors-only",
-        help="Of a file with objects of foreign classes, take the tensors and drop the rest.",
-        default=False,
-        rich_help_panel="Models",
-    )
-    trust: bool = _option(
-        "--trust", help="Follow a record in a file that names Python code.", default=False, rich_help_panel="Models"
+        rich_help_panel="Model",
+        autocompletion=completing.keys,
     )
 
     def sources(self, a: str, b: str) -> "tuple[Source, Source]":
@@ -214,25 +202,39 @@ class AssertOptions:
         rich_help_panel="Assertions",
     )
     frozen: list[str] | None = _option(
-        "--frozen", help="All that it picks is frozen.", metavar="SELECTOR", rich_help_panel="Assertions"
+        "--frozen",
+        help="All that it picks is frozen.",
+        metavar="SELECTOR",
+        rich_help_panel="Assertions",
+        autocompletion=completing.targets,
     )
     trainable: list[str] | None = _option(
-        "--trainable", help="All that it picks is trained.", metavar="SELECTOR", rich_help_panel="Assertions"
+        "--trainable",
+        help="All that it picks is trained.",
+        metavar="SELECTOR",
+        rich_help_panel="Assertions",
+        autocompletion=completing.targets,
     )
     has: list[str] | None = _option(
         "--has",
         help="It picks something: 'classifier.6:Linear'.",
         metavar="SELECTOR",
         rich_help_panel="Assertions",
+        autocompletion=completing.targets,
     )
     absent: list[str] | None = _option(
-        "--absent", help="It picks nothing.", metavar="SELECTOR", rich_help_panel="Assertions"
+        "--absent",
+        help="It picks nothing.",
+        metavar="SELECTOR",
+        rich_help_panel="Assertions",
+        autocompletion=completing.targets,
     )
     dtype: list[str] | None = _option(
         "--dtype",
         help="Floating-point tensors are of this dtype; again for another that is allowed.",
         metavar="DTYPE",
         rich_help_panel="Assertions",
+        autocompletion=completing.dtypes,
     )
     finite: bool = _option(
         "--finite", help="No number is NaN or infinite.", default=False, rich_help_panel="Assertions"
@@ -254,12 +256,14 @@ class AssertOptions:
         help="All tensors are those of this model: names, shapes, dtypes and values.",
         metavar="REFERENCE",
         rich_help_panel="Assertions",
+        autocompletion=completing.models,
     )
     without: list[str] | None = _option(
         "--except",
         help="Tensors that --same-as leaves out.",
         metavar="SELECTOR",
         rich_help_panel="Assertions",
+        autocompletion=completing.targets,
     )
 
     def wanted(self) -> "Wanted":

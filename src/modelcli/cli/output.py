@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from modelcli.errors import ModelcliError, RequestError, did_you_mean
+from modelcli.errors import ModelcliError, RequestError, SystemFailureError, did_you_mean
 
 if TYPE_CHECKING:
     from modelcli.cli.options import OutputOptions
@@ -93,10 +93,9 @@ def show(
     told = [] if options.quiet else [*notes, *warned()]
     match kind:
         case "json":
+            told = [*(f"warning: {warning}" for warning in warnings), *told]
             notes_of = {"notes": told} if told else {}
             write(writers.to_json({**view.document, **more, **notes_of}) + "\n")
-            for warning in warnings:
-                tell(f"warning: {warning}", "error")
             return
         case "csv":
             write(writers.to_csv(view))
@@ -116,6 +115,8 @@ def show(
                 sys.stdout.flush()
             except BrokenPipeError:
                 raise PipeClosedError from None
+            except OSError as error:
+                raise unwritten(error) from None
         case _:
             write(writers.to_plain(view, encoding=_encoding()))
     for warning in warnings:
@@ -146,6 +147,14 @@ def write(text: str) -> None:
         sys.stdout.flush()
     except BrokenPipeError:
         raise PipeClosedError from None
+    except OSError as error:
+        raise unwritten(error) from None
+
+
+def unwritten(error: OSError) -> SystemFailureError:
+    """What is told where the system does not take what is to be shown."""
+    hint = "is there room where it is redirected to?"
+    return SystemFailureError(f"cannot write standard output: {error.strerror or error}", hint)
 
 
 def tell(text: str, style: str = "dim") -> None:
@@ -155,7 +164,7 @@ def tell(text: str, style: str = "dim") -> None:
     text = "\n".join(writers.safe(line) for line in text.split("\n"))
     if sys.stderr.isatty():
         text = "\n".join(_wrapped(line) for line in text.split("\n"))
-    if sys.stderr.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb":
+    if sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
         codes = {"dim": "2", "error": "1;31", "hint": "36"}
         head, colon, rest = text.partition(":")
         text = f"\x1b[{codes[style]}m{head}{colon}\x1b[0m{rest}"

@@ -530,17 +530,17 @@ def save(
     reference: str,
     blueprint: Blueprint,
     *,
-    output: Path,
+    output: Path | None,
     kind: str,
     tensors: int,
-    nbytes: int,
+    nbytes: int | None,
     check: Mapping[str, Any],
 ) -> View:
-    """What was saved where; `bytes` is the size of the file."""
+    """What was saved where, or would be (`output` and `bytes` are null); `bytes` is the size of the file."""
     document = {
         "schema": SCHEMA,
         "model": model_of(reference, blueprint),
-        "output": str(output),
+        "output": None if output is None else str(output),
         "format": kind,
         "tensors": tensors,
         "params": blueprint.totals.params,

@@ -13,7 +13,7 @@ from torch import nn
 
 import modelcli
 from modelcli.edits import Freeze, Replace
-from modelcli.errors import RequestError, SystemFailureError
+from modelcli.errors import RequestError, SystemFailureError, UnsafeError
 from modelcli.expressions import Call
 from modelcli.live.surgery import making
 from tests import nets
@@ -236,3 +236,25 @@ def test_blueprint_is_the_function_whatever_was_imported() -> None:
 
     assert callable(modelcli.blueprint)
     assert modelcli.blueprints.Blueprint is type(modelcli.blueprint(nets.Places()))
+
+
+def test_what_decides_a_loaded_model_besides_its_file(folder: Path) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        expected = nn.Linear(4, 2)
+    assert torch.equal(modelcli.load("Linear(4,2)", seed=3).weight, expected.weight)
+    torch.save(expected, "whole.pth")
+    loaded = modelcli.load("whole.pth", arch="Linear(4,2)", tensors_only=True)
+    assert torch.equal(loaded.weight, expected.weight)
+    with pytest.raises(UnsafeError):
+        modelcli.load("whole.pth", arch="Linear(4,2)")
+    with pytest.raises(RequestError, match="seed -1 is not a whole number"):
+        modelcli.load("Linear(4,2)", seed=-1)
+
+
+@pytest.mark.parametrize("arch", [nn.Linear, len, 3])
+def test_an_architecture_that_is_none(folder: Path, arch: Any) -> None:
+    torch.save(nn.Linear(4, 2).state_dict(), "bare.pth")
+    with pytest.raises(RequestError, match=r"arch takes an nn\.Module or a reference, not") as caught:
+        modelcli.load("bare.pth", arch=arch)
+    assert (caught.value.hint is not None) == callable(arch)

@@ -263,3 +263,11 @@ def test_torch_is_not_imported_where_the_file_says_it(folder: Path) -> None:
     ):
         modules, code, _ = fresh(folder, words)
         assert (code, "torch" in modules) == (0, torch_too), words
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "bf16", "torch.bfloat16"])
+def test_dtypes_and_sizes_by_the_names_that_people_give_them(cli: Cli, dtype: str) -> None:
+    """As `cast` takes them."""
+    cli("cast", ".", dtype, "-m", "Linear(4,2)", "-o", "m.pth")
+    cli("check", "m.pth", "--dtype", dtype, "--max-bytes", "1M")
+    cli("summary", "m.pth", "--input-size", "1,4", "--input-dtype", dtype)

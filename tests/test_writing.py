@@ -37,6 +37,7 @@ from modelcli.record import Record
 from modelcli.references import Source
 from modelcli.writing import Care, Plan, PlannedTensor, pickling, torch_zip, zip_layout
 from tests.benchmarks.bench_writing import sparse_pth
+from tests.conftest import Cli
 from tests.test_checkpoints import DTYPES, SAFETENSORS_DTYPES, assert_same, raw, saved, tensor_of, tensors_of
 from tests.test_stats import sparse_file
 
@@ -871,3 +872,11 @@ def test_a_model_of_1_gb_is_not_held_in_memory(folder: Path, of_torch: dict[str,
     taken = memory_of(folder, code)
     assert taken["own"] < of_torch["own"] + 150
     assert taken["peak"] < of_torch["peak"] + 40 * 25 + 150
+
+
+def test_a_folder_is_named_as_commands_take_it(cli: Cli) -> None:
+    """A word without a slash is a builder's name."""
+    assert cli("save", "shards/", "-m", "Linear(2,3)", "--json").json["output"] == "shards/"
+    told = cli("freeze", ".", "-m", "shards/", "-o", "again/").out
+    assert "written: again/ (" in " ".join(told.split())
+    cli("params", "again/")

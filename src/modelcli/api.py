@@ -23,7 +23,9 @@ def load(
     arch: str | nn.Module | None = None,
     weights: str | None = None,
     key: str | None = None,
+    seed: int = 0,
     trust: bool = False,
+    tensors_only: bool = False,
     strict: bool = True,
 ) -> nn.Module:
     """Load a model: its architecture, its weights, its `requires_grad` flags.
@@ -31,7 +33,8 @@ def load(
     Takes the path of a checkpoint (or any other model reference). A checkpoint that modelcli wrote says which model
     it is; for others `arch` names the architecture, as a reference or as an `nn.Module`, which is filled in place.
     `weights` is a name of torchvision's or a file, for a reference that is no checkpoint; `key` the state dict inside
-    a training checkpoint. `trust` follows a record that names Python code of its own.
+    a training checkpoint. `seed` decides the numbers of what has no weights. `trust` follows a record that names Python
+    code of its own; `tensors_only` takes the tensors of a file that holds more than these.
 
     Tied parameters are one `Parameter` again; non-persistent buffers and plain tensor attributes are what the
     constructor makes them. The caller's random generator is left as it was.
@@ -42,12 +45,12 @@ def load(
     from modelcli.live import opening
 
     text = _reference(path)
-    source = Source(model=text, weights=weights, key=key, trust=trust, strict=strict)
-    if arch is not None and not isinstance(arch, str):
-        return opening.with_arch_instance(source, arch)[0]
-    if isinstance(arch, str):
-        source = Source(model=text, arch=arch, weights=weights, key=key, trust=trust, strict=strict)
-    return opening.open_real(source)[0]
+    _check_seed(seed)
+    reference = arch if isinstance(arch, str) else None
+    source = Source(text, weights, reference, key, seed, trust=trust, tensors_only=tensors_only, strict=strict)
+    if arch is None or isinstance(arch, str):
+        return opening.open_real(source)[0]
+    return opening.with_arch_instance(source, arch)[0]
 
 
 def apply(
@@ -74,8 +77,7 @@ def apply(
     parameters, their values and flags.
     """
     made = edit_lines.parse_all((f"edit {number}", line) for number, line in enumerate(edits, 1))
-    if type(seed) is not int or not 0 <= seed < 2**63:
-        raise RequestError(f"seed {seed!r} is not a whole number from 0 to 2^63 - 1")
+    _check_seed(seed)
     shapes = None if input_size is None else _shapes(input_size)
     from modelcli.live import opening
 
@@ -130,3 +132,8 @@ def _shapes(given: object) -> tuple[tuple[int, ...], ...]:
     if not shapes or not all(shape and all(type(n) is int and n >= 0 for n in shape) for shape in shapes):
         raise RequestError(f"input_size {given!r} is no shape", "write (1, 3, 224, 224), batch included")
     return shapes
+
+
+def _check_seed(seed: int) -> None:
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise RequestError(f"seed {seed!r} is not a whole number from 0 to 2^63 - 1")

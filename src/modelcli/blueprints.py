@@ -35,7 +35,26 @@ ITEM_BYTES: Mapping[str, int] = {
 FLOATING = frozenset(
     name for name in ITEM_BYTES if name.startswith(("float", "bfloat")) and not name.startswith("float4")
 )
+#: What PyTorch's own methods, and people, call them.
+_NICKNAMES = {
+    "half": "float16",
+    "float": "float32",
+    "double": "float64",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "fp32": "float32",
+    "fp64": "float64",
+    "long": "int64",
+    "int": "int32",
+    "short": "int16",
+}
 ROOT = "."
+
+
+def dtype_called(text: str) -> str:
+    """The name of a dtype that is called `torch.bfloat16`, `bf16` or `long`; what is none comes back as it is."""
+    name = text.removeprefix("torch.")
+    return _NICKNAMES.get(name, name)
 
 
 @dataclass_transform(frozen_default=True)

@@ -14,7 +14,7 @@ from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, ClassVar, Self
 
 from modelcli import expressions, selectors
-from modelcli.blueprints import FLOATING, listed
+from modelcli.blueprints import FLOATING, dtype_called, listed
 from modelcli.errors import RequestError, did_you_mean
 from modelcli.expressions import Call, Name
 
@@ -223,8 +223,7 @@ class Cast(Selecting):
     def from_operands(cls, words: Sequence[str]) -> Self:
         if len(words) < 2:
             raise RequestError("cast takes at least one target and a dtype", "cast . bfloat16")
-        dtype = words[-1].removeprefix("torch.")
-        dtype = DTYPE_NICKNAMES.get(dtype, dtype)
+        dtype = dtype_called(words[-1])
         if dtype not in FLOATING:
             near = did_you_mean(dtype, FLOATING) or "one of float32, bfloat16, float16, float64"
             raise RequestError(f"{words[-1]!r} is no floating-point dtype", near)
@@ -232,10 +231,6 @@ class Cast(Selecting):
 
     def operands(self) -> list[str]:
         return [*self.targets, self.dtype]
-
-
-#: What PyTorch's own methods call them.
-DTYPE_NICKNAMES = {"half": "float16", "float": "float32", "double": "float64", "bf16": "bfloat16", "fp16": "float16"}
 
 
 @dataclass(frozen=True, kw_only=True)

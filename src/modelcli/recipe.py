@@ -17,7 +17,7 @@ from tomlkit.exceptions import ParseError, TOMLKitError
 from tomlkit.items import Array
 
 from modelcli import atomic, edits
-from modelcli.blueprints import ITEM_BYTES
+from modelcli.blueprints import ITEM_BYTES, dtype_called
 from modelcli.edits import Edit
 from modelcli.errors import RequestError, closest
 from modelcli.references import Source, parse_input_size
@@ -49,7 +49,7 @@ class Recipe:
 
 
 def _dtype(text: str) -> str:
-    name = text.removeprefix("torch.")
+    name = dtype_called(text)
     if name not in ITEM_BYTES:
         near = closest(name, ITEM_BYTES, 1)
         raise RequestError(f"no dtype {text!r}" + (f", did you mean {near[0]}?" if near else ""))

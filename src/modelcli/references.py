@@ -248,7 +248,12 @@ class Source:
 
 #: What a size in bytes may end in, as disks and Hugging Face count: in powers of ten, those with an i in powers of two.
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_UNITS |= {unit[0]: size for unit, size in _UNITS.items() if len(unit) == 2} | {
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
 
 
 def parse_bytes(text: str) -> int:

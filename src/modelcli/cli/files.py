@@ -85,7 +85,7 @@ def save(
     view = documents.save(
         target.source.model,
         outcome.blueprint,
-        output=None if written is None else how.out,
+        output=None if written is None else written.reference,
         kind=how.kind if written is None else written.format,
         tensors=kept if written is None else written.tensors,
         nbytes=None if written is None else written.nbytes,

@@ -425,7 +425,7 @@ def show_outcome(target: "Target", outcome: "Outcome", options: EditOptions, sho
 
     written = outcome.written
     if written is not None:
-        result = ("written", f"{written.path} ({views.megabytes(written.nbytes)})")
+        result = ("written", f"{written.reference} ({views.megabytes(written.nbytes)})")
     elif options.dry_run:
         result = ("not written", "--dry-run changes nothing")
     elif target.recipe is not None:
@@ -446,7 +446,7 @@ def show_outcome(target: "Target", outcome: "Outcome", options: EditOptions, sho
         before=outcome.before,
         after=outcome.after,
         check=outcome.check,
-        output=None if written is None else written.path,
+        output=None if written is None else written.reference,
         outcome=results,
     )
     output.show(view, shown, outcome.notes)

@@ -139,12 +139,12 @@ class SourceOptions(ModelOptions):
 
     def overrides(self) -> dict[str, Any]:
         """The fields of a `Source` that were given. Raises RequestError for an input that cannot be read."""
-        from modelcli.blueprints import ITEM_BYTES
+        from modelcli.blueprints import ITEM_BYTES, dtype_called
         from modelcli.errors import RequestError, did_you_mean
         from modelcli.references import parse_input_size
 
         check_seed(self.seed)
-        dtypes = tuple(name.removeprefix("torch.") for name in self.input_dtype or ())
+        dtypes = tuple(map(dtype_called, self.input_dtype or ()))
         for name in dtypes:
             if name not in ITEM_BYTES or name.startswith("q"):
                 raise RequestError(f"no dtype {name!r}", did_you_mean(name, ITEM_BYTES) or "float32, bfloat16, int64")
@@ -269,6 +269,7 @@ class AssertOptions:
     def wanted(self) -> "Wanted":
         """The assertions. Raises RequestError for what cannot be read as one."""
         from modelcli.asserting import Wanted
+        from modelcli.blueprints import dtype_called
         from modelcli.references import parse_bytes, parse_count, parse_input_size
 
         found = Wanted(
@@ -278,7 +279,7 @@ class AssertOptions:
             trainable=tuple(self.trainable or ()),
             has=tuple(self.has or ()),
             absent=tuple(self.absent or ()),
-            dtypes=tuple(name.removeprefix("torch.") for name in self.dtype or ()),
+            dtypes=tuple(map(dtype_called, self.dtype or ())),
             finite=self.finite,
             safe=self.safe,
             output_shapes=tuple(map(parse_input_size, self.output_shape or ())),

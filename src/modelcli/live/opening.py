@@ -273,8 +273,11 @@ def set_frozen(module: nn.Module, frozen: Sequence[str]) -> None:
             parameter.requires_grad_(name not in names)
 
 
-def with_arch_instance(source: Source, instance: nn.Module) -> tuple[nn.Module, LoadReport]:
+def with_arch_instance(source: Source, instance: object) -> tuple[nn.Module, LoadReport]:
     """Load a checkpoint into a module that exists already; it is changed in place."""
+    if not isinstance(instance, nn.Module):
+        how = f"call it: arch={instance.__name__}()" if callable(instance) and hasattr(instance, "__name__") else None
+        raise RequestError(f"arch takes an nn.Module or a reference, not {instance!r:.60}", how)
     reference = source.reference()
     if not isinstance(reference, CheckpointFile):
         raise RequestError(f"{reference} is not a checkpoint, and arch is a module already")

@@ -422,7 +422,7 @@ def edits(
     before: Totals,
     after: Totals,
     check: Mapping[str, Any],
-    output: Path | None,
+    output: str | None,
     outcome: Sequence[tuple[str, str]],
 ) -> View:
     """What an edit changed: a row for each change, the totals, the check, and what became of it."""
@@ -435,7 +435,7 @@ def edits(
         "totals_before": totals_document(before),
         "totals_after": totals_document(after),
         "check": dict(check),
-        "output": None if output is None else str(output),
+        "output": output,
     }
     footer = [("params", _difference(before.params, after.params))]
     if before.non_trainable_params or after.non_trainable_params:
@@ -530,7 +530,7 @@ def save(
     reference: str,
     blueprint: Blueprint,
     *,
-    output: Path | None,
+    output: str | None,
     kind: str,
     tensors: int,
     nbytes: int | None,
@@ -540,7 +540,7 @@ def save(
     document = {
         "schema": SCHEMA,
         "model": model_of(reference, blueprint),
-        "output": None if output is None else str(output),
+        "output": output,
         "format": kind,
         "tensors": tensors,
         "params": blueprint.totals.params,

@@ -91,3 +91,8 @@ class Written:
     format: str
     tensors: int
     nbytes: int
+
+    @property
+    def reference(self) -> str:
+        """As a command takes it: a folder's name ends in a slash, since a word alone is a builder's."""
+        return f"{self.path}/" if self.format == "folder" else str(self.path)

@@ -606,3 +606,30 @@ def test_a_file_that_changes_meanwhile_is_an_error(cli: Cli, monkeypatch: pytest
 
     monkeypatch.setattr(same_bytes.ByteComparison, "same", same)
     assert "changed while it was being read" in cli("diff", "a.pth", "b.pth", code=4).err
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_key_for_two_is_for_the_side_that_is_a_training_checkpoint(cli: Cli) -> None:
+    """An average against its own export."""
+    state = nn.Linear(2, 3).state_dict()
+    torch.save({"model": {name: tensor + 1 for name, tensor in state.items()}, "ema": state}, "train.pth")
+    torch.save(state, "bare.pth")
+    cli("save", "ema.safetensors", "-m", "train.pth", "--key", "ema")
+    for export in ("ema.safetensors", "bare.pth"):
+        cli("diff", "train.pth", export, "--key", "ema")
+        cli("diff", export, "train.pth", "--key", "ema")
+        cli("diff", export, "train.pth", "--key", "model", code=1)
+    assert "no key 'ema' in bare.pth" in cli("diff", "bare.pth", "bare.pth", "--key", "ema", code=2).err
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_prefix_that_one_side_has_before_every_name_is_told_of(cli: Cli) -> None:
+    state = nn.Linear(2, 3).state_dict()
+    torch.save(state, "a.pth")
+    torch.save({f"module.{name}": tensor for name, tensor in state.items()}, "b.pth")
+    told = "every name in b.pth begins with 'module.': modelcli rename 'module.**' '**' takes it off"
+    assert told in cli("diff", "a.pth", "b.pth", code=1).err
+    assert told in cli("diff", "b.pth", "a.pth", code=1).err
+    assert "begins with" not in cli("diff", "b.pth", "b.pth").err
+    cli("rename", "module.**", "**", "-m", "b.pth", "-o", "c.pth")
+    cli("diff", "a.pth", "c.pth")

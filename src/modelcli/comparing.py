@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from modelcli import differences
+from modelcli import checkpoints, differences, likeness
 from modelcli.checkpoints import CompositeEntry, TensorEntry
 from modelcli.checkpoints.limits import Budget
 from modelcli.checkpoints.same_bytes import ByteComparison, lie_alike, nbytes_of
@@ -40,6 +40,24 @@ class Scope:
     modules: bool = True
     values: bool = True
     atol: float = 0.0
+
+
+def open_sides(one: Source, other: Source, *, values: bool) -> tuple[Look, Look]:
+    """Both models to compare. A key that they share is for the sides that are training checkpoints, if any is."""
+    if one.key is not None and one.key == other.key:
+        keyed = [source for source in (one, other) if _is_training_checkpoint(source)]
+        if len(keyed) == 1:
+            one, other = (source if source is keyed[0] else replace(source, key=None) for source in (one, other))
+    return open_side(one, values=values), open_side(other, values=values)
+
+
+def _is_training_checkpoint(source: Source) -> bool:
+    """Whether a file holds more than one state dict, as far as a look without a key can tell."""
+    reference = source.reference()
+    try:
+        return isinstance(reference, CheckpointFile) and checkpoints.read(reference.path).key is not None
+    except RequestError:
+        return True  # it holds none that is found by itself
 
 
 def open_side(source: Source, *, values: bool) -> Look:
@@ -84,6 +102,10 @@ def _notes(one: Look, other: Look, names: tuple[str, str], scope: Scope) -> Iter
     """What is to be told beforehand: which choices were made, and what cannot be compared."""
     for found, name in zip((one, other), names, strict=True):
         yield from (f"{name}: {note}" for note in found.notes)
+    prefixes = [likeness.unwrapped(likeness.shapes_of(found.blueprint.tensors))[1] for found in (one, other)]
+    for name, prefix, other_prefix in ((names[0], *prefixes), (names[1], *prefixes[::-1])):
+        if prefix and not other_prefix:
+            yield f"every name in {name} begins with {prefix!r}: modelcli rename '{prefix}**' '**' takes it off"
     typed = [found.blueprint.root.type is not None for found in (one, other)]
     if scope.modules and any(typed) and not all(typed):
         bare = names[typed.index(False)]

@@ -80,7 +80,7 @@ def diff(
 
     output.format_of(options)
     comparing.check_atol(atol)
-    before, after = (comparing.open_side(source, values=values) for source in sides.sources(a, b))
+    before, after = comparing.open_sides(*sides.sources(a, b), values=values)
     scope = comparing.Scope(tuple(select or ()), tuple(without or ()), values=values, atol=atol)
     with progress.of_bytes(options) as report:
         found = comparing.compare(before, after, (a, b), scope, report)

@@ -579,6 +579,31 @@ def test_what_a_new_module_does_not_take_over_is_told() -> None:
 
 
 @pytest.mark.parametrize(
+    ("old", "line", "notes"),
+    [
+        (
+            nn.BatchNorm2d(4, eps=0.001),
+            "replace 0 torchvision.ops:FrozenBatchNorm2d(_) --keep-weights",
+            ["0: eps was 0.001 and is 1e-05 now: eps=_ keeps it"],
+        ),
+        (nn.BatchNorm2d(4, eps=0.001), "replace 0 'torchvision.ops:FrozenBatchNorm2d(_, eps=_)'", []),
+        (nn.BatchNorm2d(4), "replace 0 GroupNorm(2,4)", []),
+        (nn.BatchNorm2d(4), "replace 0 SyncBatchNorm(_)", []),
+        (nn.MaxPool2d(2, stride=2), "replace 0 Conv2d(3,3,2,stride=2)", []),
+        (nn.MaxPool2d(2), "replace 0 AvgPool2d(2)", []),
+        (
+            nn.Conv2d(3, 4, 1, bias=False),
+            "replace 0 Linear(3,4)",
+            ["0: bias was False and is True now: bias=_ keeps it"],
+        ),
+        (nn.MaxPool2d(2), "replace 0 Conv2d(3,3,2)", ["0: stride was 2 and is (1, 1) now: stride=_ keeps it"]),
+    ],
+)
+def test_what_another_class_does_not_take_over_is_told(old: nn.Module, line: str, notes: list[str]) -> None:
+    assert [note for note in told(line, nn.Sequential(old)) if " now: " in note] == notes
+
+
+@pytest.mark.parametrize(
     ("line", "told"),
     [
         ("replace fc Linear(5,3)", "fc: the old tensors say in_features=4, the new module takes 5: _ keeps it"),

@@ -144,6 +144,18 @@ def test_holes_take_what_flows_in() -> None:
     assert live.edits[0] == (1, "replace bn1 GroupNorm(32,64)")
 
 
+@pytest.mark.parametrize("new", ["LayerNorm(_)", "RMSNorm(_)", "Sequential(LayerNorm(_),ReLU())"])
+def test_the_width_of_an_image_fills_no_hole(cli: Cli, new: str) -> None:
+    error = cli("replace", "bn1", new, "-m", "resnet18", "--json", code=2).error
+    assert (
+        f"{new} at bn1: _ for normalized_shape is not known: the old BatchNorm2d goes by channels" in error["message"]
+    )
+    assert "[1,64,112,112]" in error["message"]
+    assert error["hint"].startswith("GroupNorm(1,_) normalises over channels and space")
+    cli("replace", "bn1", "GroupNorm(1,_)", "-m", "resnet18")
+    cli("replace", "features.1.0.norm1", new, "-m", "swin_t")  # has its channels at the end
+
+
 def test_holes_in_nested_modules() -> None:
     model = small()
     apply(model, "replace 3 Sequential(Linear(_,64),ReLU(),Linear(64,_))")

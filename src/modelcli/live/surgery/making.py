@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
 from modelcli import expressions
 from modelcli.blueprints import ancestors, counted
@@ -87,6 +89,8 @@ class _Holes:
             self.flows = flowing_into(self.module, self.paths, self.context.inputs)
         flows, failure = self.flows
         flow = flows.get(path)
+        if name == "normalized_shape" and flow is not None:
+            self._require_no_channels(call, old, path, tuple(flow.shape))
         if flow is not None and (size := argument_from(name, tuple(flow.shape))) is not None:
             return size
         was = "nothing was there before"
@@ -97,6 +101,16 @@ class _Holes:
             + (", and what flows in does not tell" if flow is not None else self._unreached(failure)),
             f"write {name} out" + (", or give --input-size" if self.context.inputs is None else ""),
         )
+
+    def _require_no_channels(self, call: Call, old: nn.Module, path: str, shape: tuple[int, ...]) -> None:
+        """Refuse the last axis of an image, its width, in the place of a module that goes by the channels."""
+        if isinstance(old, _BY_CHANNELS) and len(shape) >= 4:
+            raise RequestError(
+                f"{self.expression} at {path}: _ for normalized_shape is not known: the old {type(old).__name__} goes "
+                f"by channels, and the last axis of what flows in, [{','.join(map(str, shape))}], has none: {call.name} "
+                "would normalise over it and tie the model to that size",
+                "GroupNorm(1,_) normalises over channels and space; or write normalized_shape out",
+            )
 
     def _unreached(self, failure: Failure | None) -> str:
         """Why nothing is known to flow into a place."""
@@ -116,6 +130,9 @@ def attribute(old: nn.Module, name: str) -> Any:
         return tuple(value)
     return value if isinstance(value, bool | int | float | str | tuple | list) else None
 
+
+#: Modules that normalise or convolve over channels, which are the second axis.
+_BY_CHANNELS = (_NormBase, nn.GroupNorm, _ConvNd)
 
 #: Which axis of what flows in gives an argument of this name. Channels are the second axis, features the last.
 _AXES = {

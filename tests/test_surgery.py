@@ -615,6 +615,21 @@ def test_what_another_class_does_not_take_over_is_told(old: nn.Module, line: str
     assert [note for note in told(line, nn.Sequential(old)) if " now: " in note] == notes
 
 
+def test_it_is_told_that_what_is_new_trains() -> None:
+    def frozen() -> nn.Module:
+        return nn.Sequential(*(nn.Linear(3, 3) for _ in range(5)), nn.ReLU()).requires_grad_(False)
+
+    one = "0 was frozen, what is new trains: freeze 0 keeps it so"
+    assert told("replace 0 Linear(3,3)", frozen()) == [one]
+    assert one in told("replace 0 Linear(3,3) --keep-weights", frozen())
+    assert told("replace *:Linear Linear(3,3)", frozen()) == [
+        "0, 1, 2 and 2 more were frozen, what is new trains: freeze keeps them so"
+    ]
+    assert told("replace *:Linear Identity", frozen()) == []
+    assert told("replace 5 Linear(3,3)", frozen()) == []
+    assert told("replace 0 Linear(3,3)", frozen().requires_grad_(True)) == []
+
+
 @pytest.mark.parametrize(
     ("line", "told"),
     [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -59,6 +59,7 @@ def carry_out(module: nn.Module, edit: Replace, context: Context) -> Done:
     notes = [tie.note for tie in parted]
     replaced = [(*pair, new) for pair, new in zip(olds, news, strict=True)]
     notes += left_out.notes(edit.module, replaced) + shapes.notes(replaced, calls)
+    notes += _trains_now(replaced)
     kept: Mapping[str, Mapping[str, tuple[int, ...]]] = {}
     if edit.keep_weights:
         kept, told = _keep_weights(edit, replaced)
@@ -241,6 +242,25 @@ def _lay(storage: torch.UntypedStorage, start: int, view: torch.Tensor, numbers:
         return
     offset = int(view.storage_offset()) - start // view.element_size()
     copy_into(torch.empty(0, dtype=view.dtype).set_(storage, offset, view.size(), view.stride()), numbers)
+
+
+# --- flags -----------------------------------------------------------------------------------------------------------
+
+
+def _trains_now(replaced: Iterable[tuple[nn.Module, str, nn.Module]]) -> list[str]:
+    """A line for the modules that were frozen and whose new ones are not."""
+    paths = [path for old, path, new in replaced if _is_frozen(old) and any(p.requires_grad for p in new.parameters())]
+    if not paths:
+        return []
+    if len(paths) == 1:
+        return [f"{paths[0]} was frozen, what is new trains: freeze {selectors.literal(paths[0])} keeps it so"]
+    return [f"{listed(paths, 3)} were frozen, what is new trains: freeze keeps them so"]
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    """Whether it has parameters that could be trained, and none of them is."""
+    possible = [p for p in module.parameters() if p.is_floating_point() or p.is_complex()]
+    return bool(possible) and not any(p.requires_grad for p in possible)
 
 
 # --- the record ----------------------------------------------------------------------------------------------------

@@ -204,6 +204,26 @@ def test_a_result_that_does_not_run_is_not_recorded(cli: Cli, folder: Path) -> N
     assert b"Conv2d(9,5,1)" in (folder / "modelcli.toml").read_bytes()
 
 
+def test_the_edits_that_made_what_does_not_fit_are_named(cli: Cli, folder: Path) -> None:
+    lines = ["replace fc Linear(11,5)", "freeze layer1", "replace fc Linear(_,3)", "freeze ."]
+    error = cli("apply", "-m", "resnet18", *(w for line in lines for w in ("-e", line)), "--json", code=2).error
+    assert error["message"].startswith(
+        "-e 1: 'replace fc Linear(11,5)', -e 3: 'replace fc Linear(_,3)': fc Linear(11, 3) does not fit: [1,512]"
+    )
+    assert error["hint"] == "replace fc 'Linear(512,3)'"
+    (folder / "wide.toml").write_text(
+        'model = "alexnet"\nedits = [\n    "freeze .",\n    "replace classifier.4 Linear(4096,9)",\n]\n'
+    )
+    for command in (["apply", "wide.toml"], ["save", "out.pth", "--recipe", "wide.toml"]):
+        error = cli(*command, "--json", code=2).error
+        assert error["message"].startswith(
+            "wide.toml:4: 'replace classifier.4 Linear(4096,9)': classifier.6 Linear(4096, 1000) does not fit"
+        )
+        assert "keep the size that classifier.4 gave" in error["hint"]
+    error = cli("replace", "classifier.6", "Linear(9,5)", "-m", "alexnet", "--json", code=2).error
+    assert error["message"].startswith("classifier.6 Linear(9, 5) does not fit")
+
+
 def test_bad_lines_are_told_all_at_once(cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the model is looked for: this one does not exist."""
     typed(monkeypatch, "frezee a\n# a comment\nfreeze a\nreplace b Linear(\n")

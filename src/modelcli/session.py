@@ -378,6 +378,7 @@ def edit(target: Target, added: Sequence[Edit], how: Writing, places: Sequence[s
     del live.notes[told:]  # what the recipe's edits had to say was said when they were made
     before = live.describe()
     live.changes.clear()
+    live.origins.clear()
     _apply_each(live, added, places or [""] * len(added))
     check = _check(live, target, added, how)
     outcome = _outcome(live, target, before, check, added)
@@ -432,7 +433,7 @@ def _apply_each(live: Live, edits: Sequence[Edit], places: Sequence[str]) -> Non
     wrong: list[ModelcliError] = []
     for edit, place in zip(edits, places, strict=True):
         try:
-            live.apply([edit])
+            live.apply([edit], place=place)
         except ModelcliError as error:
             if place:
                 error.message = f"{place}: {str(edit)!r}: {error.message}"
@@ -464,9 +465,10 @@ def _check(live: Live, target: Target, added: Sequence[Edit], how: Writing) -> d
 
 def _checked(live: Live, target: Target, added: Sequence[Edit], how: Writing) -> Check:
     from modelcli.live import check as checking
-    from modelcli.live import opening
+    from modelcli.live import opening, origins
 
-    edited = {change.path: change.action for change in live.changes}
+    as_before = [kind.name for kind in origins.FITS_AS_BEFORE]
+    edited = {change.path: change.action for change in live.changes if change.action not in as_before}
     if how.check == "none":
         return checking.Check(False, "--check none skips it")
     if live.architecture is None:
@@ -478,14 +480,14 @@ def _checked(live: Live, target: Target, added: Sequence[Edit], how: Writing) ->
             return module, unedited.inputs
 
         after, _ = opening.open_real(target.source, (*target.edits, *added))
-        return checking.check(really, after, live.inputs, edited, device="cpu")
+        return checking.check(really, after, live.inputs, edited, device="cpu", origins=live.origins)
 
     def before() -> Any:
         unedited = opening.open_live(target.source)
         _apply_recipe(unedited, target)
         return unedited.module, unedited.inputs
 
-    return checking.check(before, live.module, live.inputs, edited)
+    return checking.check(before, live.module, live.inputs, edited, origins=live.origins)
 
 
 def _idle(live: Live, called: Collection[str]) -> list[str]:

@@ -15,6 +15,7 @@ from modelcli.errors import RequestError
 from modelcli.expressions import HOLE, Call
 from modelcli.live import modules, rules, trace
 from modelcli.live.describe import dtype_name, floating_dtype
+from modelcli.live.origins import Origins
 from modelcli.live.rules import Misfit, MisfitError
 from modelcli.live.surgery import argument_from, brief, shape_with
 
@@ -39,8 +40,10 @@ def check(
     edited: Mapping[str, str],
     *,
     device: str = "meta",
+    origins: Origins | None = None,
 ) -> Check:
-    """Run `after` on meta under the rules for `torch.nn`, or on the CPU; `edited` says what edits did at which paths.
+    """Run `after` on meta under the rules for `torch.nn`, or on the CPU; `edited` says what edits did at which paths,
+    and `origins` which edits that were.
 
     `before` gives the unedited model and its input, and is asked only where `after` fails. On the CPU both are real.
 
@@ -59,7 +62,11 @@ def check(
     if unedited.failure is not None:
         more = "; --check run runs it with real ones" if unedited.failure.needs_numbers else ""
         return Check(False, f"the model cannot run as it was: {unedited.failure.reason}{more}")
-    raise _refusal(after, inputs, watch.told(seen.failure), watch, edited)
+    origins = origins or Origins()
+    failure = watch.told(seen.failure)
+    refusal = _refusal(after, inputs, failure, watch, edited, origins)
+    refusal.message = _where(failure.path, watch, origins) + refusal.message
+    raise refusal
 
 
 def _storage_dtype(module: nn.Module) -> str | None:
@@ -113,7 +120,12 @@ def _pass(module: nn.Module, inputs: Inputs, device: str) -> tuple[_Watch, trace
 
 
 def _refusal(
-    after: nn.Module, inputs: Inputs, failure: trace.Failure, watch: _Watch, edited: Mapping[str, str]
+    after: nn.Module,
+    inputs: Inputs,
+    failure: trace.Failure,
+    watch: _Watch,
+    edited: Mapping[str, str],
+    origins: Origins,
 ) -> RequestError:
     path = failure.path
     module = after.get_submodule(path)
@@ -131,7 +143,8 @@ def _refusal(
         f"{shown(path)} {brief(module)} does not fit: {misfit.flows} flows in{came_from}, "
         f"it expects {misfit.expects}{_next(after, path)}"
     )
-    fix, touched = _fix(module, path, misfit, edited), _is_touched(path, edited)
+    settled = origins.count(path) > 1  # `_` takes what an edit before gave: the number itself is told
+    fix, touched = _fix(module, path, misfit, edited, settled=settled), _is_touched(path, edited)
     if touched and watch.is_input:
         fix = _stated(module, misfit, inputs) or fix
     if touched and (watch.is_input or watch.last is None):
@@ -157,6 +170,13 @@ def _other_size(module: nn.Module, misfit: Misfit, inputs: Inputs) -> str:
         return ""
     other = shape_with(argument, sizes, own)
     return "" if other is None else f"; or --input-size {','.join(map(str, other))}, if that is what it is to take"
+
+
+def _where(path: str, watch: _Watch, origins: Origins) -> str:
+    """`-e 1: 'replace fc ...': ` of each edit that made the module which fails, or what flows into it."""
+    before = "" if watch.came_from is None else origins.told(watch.came_from[0])
+    told = origins.told(path) or before or origins.only()
+    return f"{told}: " if told else ""
 
 
 def _named(path: str, module: nn.Module) -> str:
@@ -189,7 +209,7 @@ def _way_out(after: nn.Module, path: str, error: Exception, edited: Mapping[str,
     return _edited_elsewhere(edited)
 
 
-def _fix(module: nn.Module, path: str, misfit: Misfit, edited: Mapping[str, str]) -> str:
+def _fix(module: nn.Module, path: str, misfit: Misfit, edited: Mapping[str, str], *, settled: bool) -> str:
     """The nearest edit that would make it fit."""
     touched = _is_touched(path, edited)
     if misfit.dtype is not None:
@@ -200,7 +220,7 @@ def _fix(module: nn.Module, path: str, misfit: Misfit, edited: Mapping[str, str]
             return f"{whole}; --check none writes it all the same"
         return f"cast {path} {misfit.dtype} as well, or cast . {misfit.dtype}, which is the whole model"
     if misfit.argument is not None and misfit.value is not None:
-        text = _with_hole(module, misfit.argument)
+        text = None if settled else _with_hole(module, misfit.argument)
         if text is not None:
             if touched:
                 return f"{_again(path, edited)} '{text}' takes {misfit.argument}={misfit.value} from what flows in"
@@ -217,6 +237,8 @@ def _fix(module: nn.Module, path: str, misfit: Misfit, edited: Mapping[str, str]
 
 
 def _edited_elsewhere(edited: Mapping[str, str]) -> str:
+    if not edited:
+        return "--check none writes it all the same"
     return f"what was edited: {listed([*map(shown, edited)], 3)}; --check none writes it all the same"
 
 

@@ -21,6 +21,7 @@ from modelcli.live.build import Architecture, architecture
 from modelcli.live.describe import describe, floating_dtype
 from modelcli.live.inputs import Inputs
 from modelcli.live.loading import LoadReport
+from modelcli.live.origins import Origins
 from modelcli.live.sources import named_tensors
 from modelcli.live.surgery import Change, apply
 from modelcli.record import Record
@@ -45,6 +46,7 @@ class Live:
     inputs: Inputs | None = None
     edits: list[tuple[int, str]] = field(default_factory=list)
     changes: list[Change] = field(default_factory=list)
+    origins: Origins = field(default_factory=Origins)
     report: LoadReport | None = None
     record: Record | None = None
     notes: list[str] = field(default_factory=list)
@@ -61,8 +63,8 @@ class Live:
     def describe(self) -> Blueprint:
         return describe(self.module)
 
-    def apply(self, edits: Sequence[Edit], *, trusted: bool = True) -> list[Change]:
-        """Apply edits through the one core; what they resolved to joins `edits`.
+    def apply(self, edits: Sequence[Edit], *, trusted: bool = True, place: str = "") -> list[Change]:
+        """Apply edits through the one core; what they resolved to joins `edits`. `place` is where one edit stands.
 
         Without `trusted` an edit that would run code other than torch's and torchvision's is refused.
         """
@@ -73,6 +75,8 @@ class Live:
         self.edits += done.lines
         self.changes += done.changes
         self.notes += done.notes
+        if len(edits) == 1:
+            self.origins.note(edits[0], place, done.changes)
         return done.changes
 
     def next_numbers(self, count: int) -> range:

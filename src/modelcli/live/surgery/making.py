@@ -90,7 +90,7 @@ class _Holes:
         flows, failure = self.flows
         flow = flows.get(path)
         if name == "normalized_shape" and flow is not None:
-            self._require_no_channels(call, old, path, tuple(flow.shape))
+            self._refuse_width(old, path, tuple(flow.shape))
         if flow is not None and (size := argument_from(name, tuple(flow.shape))) is not None:
             return size
         was = "nothing was there before"
@@ -102,13 +102,13 @@ class _Holes:
             f"write {name} out" + (", or give --input-size" if self.context.inputs is None else ""),
         )
 
-    def _require_no_channels(self, call: Call, old: nn.Module, path: str, shape: tuple[int, ...]) -> None:
+    def _refuse_width(self, old: nn.Module, path: str, shape: tuple[int, ...]) -> None:
         """Refuse the last axis of an image, its width, in the place of a module that goes by the channels."""
         if isinstance(old, _BY_CHANNELS) and len(shape) >= 4:
             raise RequestError(
                 f"{self.expression} at {path}: _ for normalized_shape is not known: the old {type(old).__name__} goes "
-                f"by channels, and the last axis of what flows in, [{','.join(map(str, shape))}], has none: {call.name} "
-                "would normalise over it and tie the model to that size",
+                f"by channels, but the last axis of [{','.join(map(str, shape))}], which flows in, is none: it "
+                "would be normalised over, and the model tied to that size",
                 "GroupNorm(1,_) normalises over channels and space; or write normalized_shape out",
             )
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from modelcli import edits
+from modelcli import checkpoints, edits, load
 from modelcli.errors import RequestError, SystemFailureError
 from modelcli.live import memory, surgery, twins
 from modelcli.live.describe import describe
@@ -300,7 +300,9 @@ def test_freeze_all_except() -> None:
     (change,) = apply(model, "freeze . --except 3")
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["3.weight", "3.bias"]
     assert change.params_before == 4 * 8 + 8 + 16
-    assert change.resolved == ("freeze 0.weight 0.bias 2.weight 2.bias",)
+    assert change.resolved == ("freeze . --except 3",)
+    change = apply(model, "unfreeze * --except 2")[0]
+    assert change.resolved == ("unfreeze 0 3",)
 
 
 def test_what_has_no_parameters_cannot_be_frozen() -> None:
@@ -420,6 +422,30 @@ def test_freeze_all_but_the_head_reads_well(cli: Cli) -> None:
     lines = cli("freeze", ".", "--except", "classifier.6", "-m", "alexnet").out.splitlines()
     assert lines[0] == ".  trainable  ->  frozen except classifier.6  57,003,840 params"
     assert "trainable:   61,100,840 -> 4,097,000 (-57,003,840)" in lines
+
+
+def test_what_changes_nothing_does_not_join_the_record(cli: Cli) -> None:
+    def record() -> tuple[tuple[str, ...], int]:
+        found = checkpoints.read(Path("g.pth")).record
+        assert found is not None
+        return found.edits, found.edit_count
+
+    again = ("freeze", ".", "--except", "fc", "--expect", "1", "-o", "g.pth", "--force", "-m")
+    cli(*again, "resnet18")
+    assert record() == (("freeze . --except fc",), 1)
+    for count in (2, 3):
+        told = cli(*again, "g.pth")
+        assert told.out.startswith(".  frozen except fc  ->  frozen except fc")
+        assert "note: nothing changes: what freeze picks is frozen already" in told.err
+        assert record() == (("freeze . --except fc",), count)
+    cli("cast", ".", "float32", "-o", "g.pth", "--force", "-m", "g.pth")
+    cli("unfreeze", "fc", "-o", "g.pth", "--force", "-m", "g.pth")
+    assert record() == (("freeze . --except fc",), 5)
+    cli("unfreeze", "layer1.*.bn1", "--except", "layer1.1.bn1", "-o", "g.pth", "--force", "-m", "g.pth")
+    assert record() == (("freeze . --except fc", "unfreeze layer1.0.bn1"), 6)
+    frozen = {name for name, parameter in load("g.pth").named_parameters() if not parameter.requires_grad}
+    assert frozen.isdisjoint({"fc.weight", "layer1.0.bn1.bias"})
+    assert len(frozen) == 58
 
 
 def test_batch_statistics_are_told_where_tensors_are_picked(cli: Cli) -> None:

@@ -39,7 +39,7 @@ def carry_out(module: nn.Module, edit: Freeze | Unfreeze, context: Context) -> D
             "modelcli params shows where they are",
         )
     tensors = {id(parameters[name]): parameters[name] for name in chosen}
-    changes = []
+    changes, done = [], "trainable" if trained else "frozen"
     groups = groups_of(edit.targets, blueprint, chosen)
     selectors.require_expected(edit.expect, [path for path, _ in groups])
     there = _count_at(possible)
@@ -47,29 +47,30 @@ def carry_out(module: nn.Module, edit: Freeze | Unfreeze, context: Context) -> D
         own = {id(parameters[name]): parameters[name] for name in below}
         before = _flags([p.requires_grad for p in own.values()])
         size = sum(p.numel() for p in own.values() if not is_lazy(p))
-        after = "trainable" if trained else "frozen"
         if edit.without and len(below) < there[path]:
-            after += f" except {', '.join(edit.without)}"
+            left = f" except {', '.join(edit.without)}"
+            before, after = f"{before}{left}" if before == done else before, f"{done}{left}"
+        else:
+            after = done
         changes.append(Change(path, edit.name, before, after, size, size))
-    notes = _nothing_new(changes, edit)
+    same = all(tensor.requires_grad is trained for tensor in tensors.values())
     for tensor in tensors.values():
         tensor.requires_grad = trained  # the method is not for parameters without a shape
-    line = str(type(edit)(targets=tuple(_resolved_targets(groups, there))))
-    notes += tie_notes(names_of_one(blueprint), chosen, "trainable" if trained else "frozen")
+    notes = [_nothing_new(changes, edit)] if same else []
+    notes += tie_notes(names_of_one(blueprint), chosen, done)
     notes += _left_note(blueprint, names, chosen, trained)
     if not trained:
         notes += _statistics_note(blueprint, names)
-    return Done(module, [replace(changes[0], resolved=(line,)), *changes[1:]], notes, context.inputs)
+    if not same:
+        changes[0] = replace(changes[0], resolved=(_resolved_line(edit, blueprint, groups, there),))
+    return Done(module, changes, notes, context.inputs)
 
 
-def _nothing_new(changes: Sequence[Change], edit: Freeze | Unfreeze) -> list[str]:
-    """That an edit changes nothing, where every flag is what it was: it may be one too many."""
-    now = "frozen" if isinstance(edit, Freeze) else "trainable"
-    if any(change.before != now for change in changes):
-        return []
+def _nothing_new(changes: Sequence[Change], edit: Freeze | Unfreeze) -> str:
+    """That an edit changes nothing: it may be one too many."""
     paths = [shown(change.path) for change in changes]
     be = "is" if len(paths) == 1 else "are"
-    return [f"{edit.name} changes nothing: {listed(paths, 3)} {be} {changes[0].after} already"]
+    return f"{edit.name} changes nothing: {listed(paths, 3)} {be} {changes[0].after} already"
 
 
 def _statistics_note(blueprint: Blueprint, names: Collection[str]) -> list[str]:
@@ -90,6 +91,16 @@ def _statistics_note(blueprint: Blueprint, names: Collection[str]) -> list[str]:
     update = f"{counted(len(layers), 'normalisation layer')} ({listed([*map(shown, layers)], 3)})"
     update += f" still {'updates its' if one else 'update their'} running mean and variance in train mode"
     return [f"frozen or not, {update}: call .eval() on {'it' if one else 'them'} after model.train()"]
+
+
+def _resolved_line(
+    edit: Freeze | Unfreeze, blueprint: Blueprint, groups: Sequence[tuple[str, list[str]]], there: Mapping[str, int]
+) -> str:
+    """The edit without patterns: as it was given where it has none, since `--except fc` says many names in one."""
+    paths = (*(module.path for module in blueprint.modules), *(tensor.name for tensor in blueprint.tensors))
+    if {*edit.targets, *edit.without} <= set(map(selectors.literal, paths)):
+        return str(replace(edit, expect=None))
+    return str(type(edit)(targets=tuple(_resolved_targets(groups, there))))
 
 
 def _resolved_targets(groups: Sequence[tuple[str, list[str]]], there: Mapping[str, int]) -> list[str]:

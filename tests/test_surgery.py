@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from modelcli import checkpoints, edits, load
 from modelcli.errors import RequestError, SystemFailureError
@@ -381,6 +382,18 @@ def test_a_model_that_nobody_needs_any_more_is_gone(line: str) -> None:
     assert all(reference() is None for reference in held)
 
 
+class Printed(nn.Module):
+    """Prints itself in its own way, or fails to."""
+
+    def __init__(self, text: str | None) -> None:
+        super().__init__()
+        self.text = text
+
+    def __repr__(self) -> str:
+        assert self.text is not None
+        return self.text
+
+
 @pytest.mark.parametrize(
     ("module", "text"),
     [
@@ -392,10 +405,21 @@ def test_a_model_that_nobody_needs_any_more_is_gone(line: str) -> None:
         (nn.BatchNorm2d(64), "BatchNorm2d(64)"),
         (nn.Sequential(nn.ReLU()), "Sequential"),
         (nn.Dropout(0.25), "Dropout(p=0.25)"),
+        (FrozenBatchNorm2d(8), "FrozenBatchNorm2d(8)"),
+        (FrozenBatchNorm2d(8, eps=0.001), "FrozenBatchNorm2d(8, eps=0.001)"),
+        (Printed("Printed(of its own)"), "Printed(of its own)"),
+        (Printed("Printed(\n)"), "Printed()"),
+        (Printed("a module"), "Printed()"),
+        (Printed(None), "Printed()"),
     ],
 )
 def test_brief(module: nn.Module, text: str) -> None:
     assert surgery.brief(module) == text
+
+
+def test_the_configuration_of_what_prints_itself() -> None:
+    model = nn.Sequential(FrozenBatchNorm2d(8, eps=0.001), Printed(None))
+    assert [module.config for module in describe(model).modules] == ["", "8, eps=0.001", ""]
 
 
 def test_batch_statistics_below_a_frozen_path_are_told(cli: Cli) -> None:

@@ -63,11 +63,27 @@ def _module_info(path: str, module: nn.Module, shared_with: str | None) -> Modul
         return ModuleInfo(path, None, shared_with=shared_with)
     kind = type(module)
     bases = tuple(base.__name__ for base in kind.__mro__ if issubclass(base, nn.Module) and base is not nn.Module)
-    own_repr = None
-    if kind.__repr__ not in (nn.Module.__repr__, nn.ModuleList.__repr__):
-        own_repr = repr(module)
     absent = tuple((index, name) for index, (name, child) in enumerate(module._modules.items()) if child is None)
-    return ModuleInfo(path, module._get_name(), bases, module.extra_repr(), shared_with, own_repr, absent)
+    return ModuleInfo(path, module._get_name(), bases, configuration(module), shared_with, _own_repr(module), absent)
+
+
+def configuration(module: nn.Module) -> str:
+    """What a module says of itself: its `extra_repr()`; of a class that prints itself as `Name(...)`, the inside."""
+    config, name = module.extra_repr(), module._get_name()
+    printed = None if config else _own_repr(module)
+    if printed is None or "\n" in printed or not (printed.startswith(f"{name}(") and printed.endswith(")")):
+        return config
+    return printed.removeprefix(f"{name}(").removesuffix(")")
+
+
+def _own_repr(module: nn.Module) -> str | None:
+    """How a module prints itself, where its class does so in its own way and comes through."""
+    if type(module).__repr__ in (nn.Module.__repr__, nn.ModuleList.__repr__):
+        return None
+    try:
+        return repr(module)
+    except Exception:  # the class is anybody's
+        return None
 
 
 def floating_dtype(module: nn.Module) -> str | None:

@@ -13,7 +13,7 @@ from modelcli import expressions
 from modelcli.blueprints import Blueprint, counted
 from modelcli.errors import RequestError
 from modelcli.live.build import Bare
-from modelcli.live.describe import describe
+from modelcli.live.describe import configuration, describe
 from modelcli.live.sources import is_composite, is_lazy, named_tensors
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def brief(module: nn.Module) -> str:
     """
     if isinstance(module, Bare):
         return counted(len({tensor.identity for tensor in describe(module).tensors}), "tensor")
-    name, config = str(module._get_name()), module.extra_repr()
+    name, config = str(module._get_name()), configuration(module)
     if len(module._modules) or "\n" in config:
         return name
     try:

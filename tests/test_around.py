@@ -116,6 +116,15 @@ def test_another_state_dict_is_told_of(cli: Cli, line: str, told: str | None, pl
     assert "the state dict in" not in cli("apply", "-e", line, "-m", "train.pth", *ARCH, "-o", "b.pth", "--bare").err
 
 
+def test_a_renamed_key_is_one_that_no_longer_fits(cli: Cli) -> None:
+    state = nets.Places().state_dict()
+    torch.save({"model": state, "ema": dict(state), "epoch": 1}, "train.pth")
+    notes = cli("rename", "**", "body.**", "-m", "train.pth", "-o", "out.pth").err
+    names = list(state)
+    told = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    assert f"the state dict in ema is as it was, and no longer fits {told}: --key ema" in notes
+
+
 def test_an_optimizer_that_knows_names(cli: Cli) -> None:
     """As FSDP and torch.distributed.checkpoint write it."""
     state = nn.Linear(2, 2).state_dict()

@@ -592,7 +592,8 @@ def _around(live: Live, *, kept: bool) -> list[str]:
             f"the keys in {contents.key[0]!r} are written without {prefix!r}, and what wrote the file may ask for it "
             "(an edit without --arch leaves the keys as they are)"
         )
-    copies = around.other_copies(contents, live.describe(), prefix=prefix, changed=changed)
+    renamed = around.renamed(live.opened_tensors, live.module)
+    copies = around.other_copies(contents, live.describe(), prefix=prefix, changed=changed, renamed=renamed)
     return [f"{rest} was kept; --bare drops it", *unfit, *copies]
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from modelcli.blueprints import Blueprint, counted, listed
 from modelcli.checkpoints import Contents
 from modelcli.checkpoints.contents import CompositeEntry, TensorEntry
-from modelcli.live.sources import is_lazy
+from modelcli.live.sources import is_lazy, named_tensors
 
 #: How deep in a checkpoint an optimizer's state dict is looked for: Lightning has lists of them.
 _DEPTH = 3
@@ -69,15 +70,24 @@ def _shapes(entry: Mapping[Any, Any]) -> Iterator[tuple[int, ...]]:
             yield tuple(value.shape)
 
 
-def other_copies(contents: Contents, after: Blueprint, *, prefix: str, changed: bool) -> list[str]:
+def renamed(opened: Mapping[str, torch.Tensor], module: nn.Module) -> set[str]:
+    """The names of tensors that were there under others when the model was opened, and have those no more."""
+    now = named_tensors(module)
+    gone = {id(tensor) for name, tensor in opened.items() if name not in now}
+    return {name for name, tensor in now.items() if name not in opened and id(tensor) in gone}
+
+
+def other_copies(
+    contents: Contents, after: Blueprint, *, prefix: str, changed: bool, renamed: Collection[str]
+) -> list[str]:
     """A line for each further state dict of the same model in a checkpoint, such as a mean of its weights.
 
     `prefix` stands before every key in the file and before none in the model, and `changed` says that numbers may be
-    others where shapes are not.
+    others where shapes are not. `renamed` are new names of what the file has under others, which stand for both.
     """
     was = {name.removeprefix(prefix): entry.shape for name, entry in contents.tensors.items()}
     now = {tensor.name: tensor.shape for tensor in after.tensors if tensor.persistent}
-    wrong = [name for name in {**was, **now} if was.get(name) != now.get(name)]
+    wrong = [name for name in {**was, **now} if was.get(name) != now.get(name) and name not in renamed]
     if not (wrong or changed):
         return []
     told = []

@@ -111,7 +111,7 @@ def test_what_a_file_prints_does_not_mix_with_data(cli: Cli, folder: Path) -> No
         ("nets.py:MyLinear(_,2)", "_ stands for what was there before", "write the argument out"),
         ("Linear(2)", "missing a required argument", "Linear(in_features: int"),
         ("nosuchmodule:Net", "no module named nosuchmodule", "nets.py:Net"),
-        ("nets.py:torch", "not a class, function or module", None),
+        ("nets.py:torch", "nets.py:torch is the Python module torch, not an nn.Module, its class, or a function", None),
         ("", "an empty model reference", "alexnet"),
     ],
 )

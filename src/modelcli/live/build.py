@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -148,7 +149,12 @@ def _python_object(reference: PythonObject, folder: Path) -> Architecture:
     if isinstance(value, nn.Module) and reference.call is None:
         return Architecture(reference, lambda: value, lambda: value, instance=value)
     if not callable(value) or (reference.call is None and isinstance(value, nn.Module)):
-        raise RequestError(f"{text} is {type(value).__name__}, not a class, function or module")
+        what = (
+            f"the Python module {value.__name__}"
+            if isinstance(value, ModuleType)
+            else f"of type {type(value).__name__}"
+        )
+        raise RequestError(f"{text} is {what}, not an nn.Module, its class, or a function that returns one")
     call = reference.call or Call(reference.name)
     if call.has_hole:
         raise RequestError(f"{call}: _ stands for what was there before, and nothing was", "write the argument out")

@@ -1,0 +1,291 @@
+"""Edits carried out, checked and written: as files, as recipes, as scripts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from modelcli import blueprints
+from modelcli.blueprints import Blueprint, Totals
+from modelcli.edits import Edit
+from modelcli.errors import ModelcliError, RequestError
+from modelcli.session.looking import likeness_of, stdout_is_for_data
+from modelcli.session.targets import Batch, Target, apply_each, apply_recipe, without_edits
+
+if TYPE_CHECKING:
+    from modelcli.live.check import Check
+    from modelcli.live.opening import Live
+    from modelcli.live.scripting import Script
+    from modelcli.writing import Written
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What editing or saving came to. `output` is None where nothing was written."""
+
+    blueprint: Blueprint
+    changes: tuple[Mapping[str, Any], ...]
+    before: Totals
+    after: Totals
+    check: Mapping[str, Any]
+    written: Written | None = None
+    notes: tuple[str, ...] = ()
+    edits: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class Writing:
+    """Where to and how: `check` is `meta`, `run` or `none`; `bare` drops what stood around the state dict.
+
+    `kind` is the format of `out`, told by how its name ends; the rest is what `writing.Care` says.
+    """
+
+    out: Path | None = None
+    kind: str = "pth"
+    force: bool = False
+    dry_run: bool = False
+    check: str = "meta"
+    bare: bool = False
+    durable: bool = True
+    verify: bool = False
+    max_shard_bytes: int | None = None
+    report: Callable[[int, int, str], None] | None = None
+
+
+@stdout_is_for_data
+def edit(target: Target, added: Sequence[Edit], how: Writing, places: Sequence[str] = ()) -> Outcome:
+    """Apply edits, check the result, and write it where `how` says so; the recipe, if any, gets the edits at the end.
+
+    Nothing is written where anything is wrong. `places` are where edits stand that were read together: an error names
+    the one that is wrong.
+    """
+    from modelcli import recipe, writing
+
+    if how.out is not None:
+        writing.check_target(how.out, how.kind, force=how.force)
+    if target.recipe is not None:
+        recipe.check_append(target.recipe, added)
+    from modelcli.live import opening
+
+    live = opening.open_live(target.source)
+    told = len(live.notes)
+    apply_recipe(live, target)
+    del live.notes[told:]  # what the recipe's edits had to say was said when they were made
+    before = live.describe()
+    live.changes.clear()
+    live.origins.clear()
+    apply_each(live, added, places or [""] * len(added))
+    check = _check(live, target, added, how)
+    outcome = _outcome(live, target, before, check, added)
+    if how.dry_run:
+        return outcome
+    if how.out is not None:
+        outcome = _write(live, outcome, how.out, how)
+    if target.recipe is not None:
+        try:
+            recipe.append(target.recipe, added)
+        except ModelcliError as error:
+            if outcome.written is not None:
+                error.message += f"; {how.out} was written all the same, and the recipe is as it was"
+            raise
+    return outcome
+
+
+@stdout_is_for_data
+def save(target: Target, how: Writing) -> Outcome:
+    """Apply the recipe's edits, check the result and write it."""
+    from modelcli import writing
+
+    assert how.out is not None
+    writing.check_target(how.out, how.kind, force=how.force)
+    from modelcli.live import opening
+
+    live = opening.open_live(target.source)
+    before = live.describe()
+    apply_recipe(live, target)
+    if target.edits:
+        check = _check(live, without_edits(target), target.edits, how)
+    else:
+        check = {"ran": False, "reason": "nothing was edited", "output_shape": None, "input": None}
+    outcome = _outcome(live, target, before, check, target.edits)
+    return outcome if how.dry_run else _write(live, outcome, how.out, how)
+
+
+def _check(live: Live, target: Target, added: Sequence[Edit], how: Writing) -> dict[str, Any]:
+    """Check that what `added` made of `target`, which is `live` now, still runs where `target` did."""
+    try:
+        result = _checked(live, target, added, how)
+    except RequestError as error:
+        error.notes = tuple(live.notes)
+        raise
+    if result.ran:
+        live.notes += _idle(live, result.called)
+    shapes = None if live.inputs is None else [list(size) for size in live.inputs.shapes]
+    if not result.ran and result.reason and live.source.input_size is not None and how.check != "none":
+        stated = ",".join(map(str, live.source.input_size[0]))
+        live.notes.append(f"the check was not made with --input-size {stated}: is that right, the batch included?")
+    return {"ran": result.ran, "reason": result.reason, "output_shape": result.output_shape, "input": shapes}
+
+
+def _checked(live: Live, target: Target, added: Sequence[Edit], how: Writing) -> Check:
+    from modelcli.live import check as checking
+    from modelcli.live import opening, origins
+
+    as_before = [kind.name for kind in origins.FITS_AS_BEFORE]
+    edited = {change.path: change.action for change in live.changes if change.action not in as_before}
+    if how.check == "none":
+        return checking.Check(False, "--check none skips it")
+    if live.architecture is None:
+        return checking.Check(False, "no architecture is known: --arch names one")
+    if how.check == "run":
+
+        def really() -> Any:
+            module, unedited = opening.open_real(target.source, target.edits)
+            return module, unedited.inputs
+
+        after, _ = opening.open_real(target.source, (*target.edits, *added))
+        return checking.check(really, after, live.inputs, edited, device="cpu", origins=live.origins)
+
+    def before() -> Any:
+        unedited = opening.open_live(target.source)
+        apply_recipe(unedited, target)
+        return unedited.module, unedited.inputs
+
+    return checking.check(before, live.module, live.inputs, edited, origins=live.origins)
+
+
+def _idle(live: Live, called: Collection[str]) -> list[str]:
+    """New modules that the forward pass did not come to: a class calls the children that it knows.
+
+    What stands in the place of another may be used otherwise (`out_proj` of an attention), or in train mode alone.
+    """
+    reached = {path for name in called for path in blueprints.ancestors(name)}
+    there = {module.path: module for module in live.describe().modules}
+    idle: dict[str, list[str]] = {}
+    for change in live.changes:
+        path = change.path
+        if path in there and path not in reached and there[path].shared_with is None:
+            idle.setdefault(change.action, []).append(path)
+    replaced = idle.get("replace", [])
+    told = []
+    if replaced:
+        them = "it" if len(replaced) == 1 else "them"
+        names = blueprints.listed(replaced, 3)
+        told.append(f"{names} did not run on the forward pass: the check says nothing of {them}")
+    placed = [path for action in ("add", "insert", "append") for path in idle.get(action, ())]
+    return told + [f"{path} did not run on the forward pass: nothing calls it" for path in placed]
+
+
+def _outcome(live: Live, target: Target, before: Blueprint, check: Mapping[str, Any], added: Sequence[Edit]) -> Outcome:
+    after = live.describe()
+    changes = tuple(
+        {
+            "path": change.path,
+            "action": change.action,
+            "before": change.before,
+            "after": change.after,
+            "params_before": change.params_before,
+            "params_after": change.params_after,
+            **({} if change.nbytes is None else {"bytes_before": change.nbytes[0], "bytes_after": change.nbytes[1]}),
+        }
+        for change in live.changes
+    )
+    return Outcome(
+        after,
+        changes,
+        before.totals,
+        after.totals,
+        check,
+        notes=tuple(
+            dict.fromkeys(
+                (*target.notes, *live.notes, *likeness_of(live), *_sum_note(changes, before.totals, after.totals))
+            )
+        ),
+        edits=tuple(map(str, added)),
+    )
+
+
+def _sum_note(changes: Sequence[Mapping[str, Any]], before: Totals, after: Totals) -> list[str]:
+    """Why the rows do not add up to what the totals say, where they do not: a row counts all that its module holds."""
+    rows, total = sum(row["params_after"] - row["params_before"] for row in changes), after.params - before.params
+    if rows == total:
+        return []
+    return [
+        f"the rows add up to {rows:+,} params and the totals to {total:+,}: these count what has several names once"
+    ]
+
+
+def _write(live: Live, outcome: Outcome, out: Path, how: Writing) -> Outcome:
+    from modelcli import writing
+    from modelcli.live import planning
+
+    plan = planning.plan(live, out, how.kind, bare=how.bare)
+    size = writing.DEFAULT_SIZE if how.max_shard_bytes is None else how.max_shard_bytes
+    care = writing.Care(how.force, how.durable, how.verify, how.report, size)
+    written = writing.write(plan, out, care, kind=how.kind)
+    notes = list(outcome.notes)
+    if live.report is not None and live.report.missing:
+        count = len(live.report.missing)
+        what = "1 tensor is" if count == 1 else f"{count} tensors are"
+        drawn = "was" if count == 1 else "were"
+        notes.append(f"{what} not in the file, and {drawn} randomly initialised (--seed {live.seed})")
+    if live.drawn:
+        assert live.architecture is not None
+        notes.append(f"{live.architecture.reference} was randomly initialised (--seed {live.seed})")
+    if live.contents is not None and live.contents.key is not None:
+        notes += _around(live, kept=plan.key is not None)
+    return replace(outcome, written=written, notes=tuple(notes))
+
+
+def _around(live: Live, *, kept: bool) -> list[str]:
+    """What became of the rest of a training checkpoint, and what of it no longer fits."""
+    from modelcli.live import around
+
+    contents = live.contents
+    assert contents is not None
+    assert contents.key is not None
+    beside = [str(name) for name in contents.tree if name != contents.key[0]] if isinstance(contents.tree, dict) else []
+    rest = f"what {contents.path.name} holds beside {contents.key[0]!r} ({blueprints.listed(beside, 4)})"
+    if not kept:
+        return [f"{rest} was left out"]
+    unfit = around.unfit(contents.tree, live.opened_with, dict(live.module.named_parameters()))
+    changed = any(change.action not in ("freeze", "unfreeze") for change in live.changes)
+    prefix = "" if live.report is None else live.report.prefix
+    if prefix:
+        unfit.append(
+            f"the keys in {contents.key[0]!r} are written without {prefix!r}, and what wrote the file may ask for it "
+            "(an edit without --arch leaves the keys as they are)"
+        )
+    renamed = around.renamed(live.opened_tensors, live.module)
+    copies = around.other_copies(contents, live.describe(), prefix=prefix, changed=changed, renamed=renamed)
+    return [f"{rest} was kept; --bare drops it", *unfit, *copies]
+
+
+@stdout_is_for_data
+def script(batch: Batch, out: Path, kind: str, *, bare: bool) -> Script:
+    """The same work as a plain PyTorch script: see `live.scripting.script`. A note says where it would not run."""
+    from modelcli.live import scripting
+
+    edits = (*batch.target.edits, *batch.edits)
+    places = (*batch.target.places, *batch.places)
+    made = scripting.script(batch.target.source, edits, places, out, kind, bare=bare)
+    made = replace(made, notes=(*batch.target.notes, *made.notes))
+    if not edits:
+        return made
+    misfit = _misfit(replace(batch.target, edits=edits, places=places))
+    return made if misfit is None else replace(made, notes=(*made.notes, misfit))
+
+
+def _misfit(target: Target) -> str | None:
+    """What the check before writing would refuse in an edited model."""
+    from modelcli.live import opening
+
+    live = opening.open_live(target.source)
+    apply_recipe(live, target)
+    try:
+        _check(live, without_edits(target), target.edits, Writing())
+    except RequestError as error:
+        return f"the edited model does not fit, and modelcli itself would not write it: {error.message}"
+    return None

@@ -1,0 +1,289 @@
+"""What a model is made of, from a file, from what is kept of earlier looks, or from torch, whichever is enough.
+
+A file, and an installed model that was looked at before, need no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from modelcli import blueprints, cache, checkpoints, fingerprints, likeness, references, selectors
+from modelcli import record as records
+from modelcli.blueprints import Blueprint, Trace
+from modelcli.checkpoints import Contents
+from modelcli.checkpoints.contents import foreign_names
+from modelcli.errors import RequestError
+from modelcli.references import CheckpointFile, Installed, Source
+from modelcli.session.targets import Target, apply_recipe, without_edits
+
+if TYPE_CHECKING:
+    from modelcli.live.opening import Live
+    from modelcli.live.stats import Statistics
+
+
+#: How the note begins that names the builders a file fits.
+LOOKS_LIKE = "looks like torchvision"
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Look:
+    """A blueprint to show, and what to tell about it. `warnings` are told whoever wants to hear nothing."""
+
+    blueprint: Blueprint
+    notes: tuple[str, ...] = ()
+    contents: Contents | None = None
+    live: Live | None = None
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        if self.contents is None or not self.contents.foreign:
+            return ()
+        names = foreign_names(self.contents.foreign, most=20)
+        return (f"{self.contents.path} also holds objects of {names}: none was loaded, the tensors are shown",)
+
+    @property
+    def foreign(self) -> tuple[str, ...]:
+        """The names in the file that only running code could follow."""
+        return () if self.contents is None else self.contents.foreign
+
+
+def stdout_is_for_data(function: Callable[P, R]) -> Callable[P, R]:
+    """What a model's own code prints while it is built or run goes to standard error: data alone goes to the other."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        with contextlib.redirect_stdout(sys.stderr):
+            return function(*args, **kwargs)
+
+    return call
+
+
+@stdout_is_for_data
+def look(target: Target, *, traced: bool = False, mode: str = "eval", cached: bool = True) -> Look:
+    """The blueprint of a model as it stands, its recipe's edits applied. With `traced`, with a forward pass in it.
+
+    Blueprints of installed models are kept on disk and taken from there, unless `cached` is False.
+    """
+    found = _looked(target, traced=traced, mode=mode, cached=cached)
+    return replace(found, notes=(*target.notes, *found.notes))
+
+
+def _looked(target: Target, *, traced: bool, mode: str, cached: bool) -> Look:
+    found = _look_at_file(target, traced=traced, mode=mode)
+    if found is not None:
+        return found
+    key = cache_key(target, mode) if cached else None
+    if key is not None and (kept := cache.get(key)) is not None:
+        return Look(kept)
+    from modelcli.live import opening, planning
+
+    live = opening.open_live(target.source)
+    told = len(live.notes)
+    apply_recipe(live, target)
+    del live.notes[told:]  # what the edits had to say was said when they were made
+    # What is kept has a forward pass in it, so that it answers every question.
+    blueprint = planning.traced(live, mode) if traced or key is not None else live.describe()
+    if key is not None:
+        keep_blueprint(key, blueprint)
+    return Look(blueprint, tuple(live.notes), live.contents, live)
+
+
+def _look_at_file(target: Target, *, traced: bool, mode: str) -> Look | None:
+    """A checkpoint's own account of itself, without torch; None where torch is needed to answer."""
+    source = target.source
+    if target.edits or source.arch is not None or not isinstance(reference := source.reference(), CheckpointFile):
+        return None
+    if source.weights not in (None, "none"):
+        return None
+    contents = checkpoints.read(reference.path, key=source.key)
+    notes = list(contents.notes)
+    record = contents.record
+    if record is not None and (why := records.disagreement(record, contents.infos())):
+        notes.append(f"the record in {reference.path.name} was ignored: {why}")
+        record = None
+    if record is None:
+        notes += likeness_notes(contents)
+        bare = contents.bare_blueprint()
+        if traced:
+            bare = bare.with_trace(Trace(None, reason="the file does not say its architecture: --arch names one"))
+        return Look(bare, tuple(notes), contents)
+    if traced and (source.input_size is not None or source.input_dtype or mode != "eval"):
+        return None
+    found = record.blueprint
+    if traced and found.trace is None:
+        found = found.with_trace(Trace(None, reason="the record in the file holds no forward pass"))
+    return Look(found, tuple(notes), contents)
+
+
+def known_blueprint(target: Target) -> Blueprint | None:
+    """What is known of a model without torch and without running a line of anybody's: its file or the cache says it.
+
+    The edits of a recipe are left out: hardly any of them changes a path.
+    """
+    target = without_edits(target)
+    found = _look_at_file(target, traced=False, mode="eval")
+    if found is not None:
+        return found.blueprint
+    for source in (target.source, replace(target.source, input_size=None, input_dtype=())):  # the same modules
+        key = cache_key(replace(target, source=source), "eval")
+        if key is not None and (kept := cache.get(key)) is not None:
+            return kept
+    return None
+
+
+def warm(name: str) -> None:
+    """Keep the blueprint of a builder, if it is not kept yet. Raises RequestError where nothing may be kept, and
+    SystemFailureError where nothing can."""
+    if cache.is_off():
+        raise RequestError("$MODELCLI_NO_CACHE is set: no blueprint would be kept", "unset MODELCLI_NO_CACHE")
+    target = Target(Source(model=name))
+    found = look(target, traced=True)
+    if (key := cache_key(target, "eval")) is not None:
+        cache.require(key, found.blueprint)
+
+
+def cache_key(target: Target, mode: str) -> cache.Key | None:
+    """The key of a builder or an expression of installed classes; None for what other code or a file decides."""
+    source = target.source
+    if cache.is_off() or target.edits or source.arch is not None or source.key is not None:
+        return None
+    if source.weights is not None and references.names_a_file(source.weights):
+        return None
+    reference = source.reference()
+    if not isinstance(reference, Installed) or not reference.runs_only_installed_code:
+        return None
+    return cache.Key(str(reference), source.weights, source.input_size, source.input_dtype, mode)
+
+
+def keep_blueprint(key: cache.Key, found: Blueprint) -> None:
+    """Keep a blueprint, and of a builder by itself its fingerprint, so that files are known by it."""
+    from modelcli.live import zoo
+
+    cache.put(key, found)
+    if key.weights in (None, "none") and key.reference in zoo.builder_names():
+        fingerprints.add({key.reference: likeness.shapes_of(found.tensors)})
+
+
+def likeness_notes(contents: Contents) -> list[str]:
+    """Which torchvision builders a file that does not say its architecture fits exactly, as far as the cache knows."""
+    if cache.is_off() or contents.types or not contents.tensors:
+        return []
+    known = cache.index(likeness.FINGERPRINTS)
+    if not isinstance(known, dict) or len(contents.tensors) > 2 * known["most"]:  # what is larger need not be looked at
+        return []
+    shapes, _ = likeness.unwrapped(likeness.shapes_of(contents.infos().values()))
+    names = known["models"].get(likeness.fingerprint(shapes))
+    if not names:
+        return []
+    others = f" (or {', '.join(names[1:])})" if len(names) > 1 else ""
+    return [f"{LOOKS_LIKE} {names[0]}{others}: --arch {shlex.quote(names[0])}"]
+
+
+def likeness_of(live: Live) -> list[str]:
+    """The same of a model that was opened, where nothing has said its architecture, or what was said does not fit."""
+    contents = live.contents
+    fits = live.report is None or live.report.is_strict
+    return [] if contents is None or live.record or (live.architecture and fits) else likeness_notes(contents)
+
+
+@stdout_is_for_data
+def values(found: Look, names: Sequence[str], *, whole: bool) -> tuple[dict[str, Any], dict[str, str]]:
+    """The numbers of tensors: as nested lists where `whole`, and as one line each."""
+    from modelcli.live import values as reading
+
+    if found.live is not None:
+        return reading.of_live(found.live, names, whole=whole)
+    assert found.contents is not None
+    return reading.of_contents(found.contents, names, whole=whole)
+
+
+@stdout_is_for_data
+def stats(found: Look, names: Sequence[str], progress: Callable[[int, int], None]) -> dict[str, Statistics]:
+    """Statistics of the numbers of tensors, by name: see `live.stats.collect`.
+
+    `progress` is told how many bytes are done, and how many there are.
+    """
+    from modelcli.live import stats as reading
+
+    if found.live is not None:
+        return reading.of_live(found.live, names, progress)
+    assert found.contents is not None
+    return reading.of_contents(found.contents, names, progress)
+
+
+def select_tensors(
+    blueprint: Blueprint,
+    selected: Sequence[str],
+    *,
+    buffers: bool,
+    frozen: bool,
+    trainable: bool,
+) -> list[blueprints.TensorInfo]:
+    """The tensors to show: those selected, less buffers or flags that were not asked for."""
+    tensors = list(blueprint.tensors)
+    if selected:
+        names = set(selectors.select_tensors(blueprint, selected))
+        tensors = [tensor for tensor in tensors if tensor.name in names]
+    if not buffers:
+        tensors = [tensor for tensor in tensors if tensor.kind != "buffer"]
+    if frozen or trainable:
+        wanted = {False} if frozen and not trainable else {True} if trainable and not frozen else {True, False}
+        tensors = [tensor for tensor in tensors if tensor.requires_grad in wanted]
+    return tensors
+
+
+def sort_tensors(
+    tensors: Sequence[blueprints.TensorInfo], key: str, statistics: Mapping[str, Mapping[str, Any]] | None = None
+) -> list[blueprints.TensorInfo]:
+    """Tensors by a column or a statistic: words from A to Z, numbers from the largest, what has neither at the end.
+
+    Zeros count by their share of the tensor.
+    """
+
+    def rank(tensor: blueprints.TensorInfo) -> tuple[bool, Any]:
+        if key in ("elements", "bytes"):
+            return False, -(tensor.elements if key == "elements" else tensor.nbytes)
+        if statistics is None:
+            word = getattr(tensor, key)
+            return word is None, word
+        number = statistics.get(tensor.name, {}).get(key)
+        if number is None:
+            return True, 0
+        return False, -number / tensor.elements if key == "zeros" and number else -number
+
+    return sorted(tensors, key=rank)
+
+
+def builders(pattern: str | None) -> list[dict[str, Any]]:
+    """torchvision's builders that contain the pattern, or match it where it has a wildcard."""
+    import fnmatch
+
+    from modelcli.live import zoo
+
+    names = zoo.builder_names()
+    if pattern:
+        glob = pattern if any(character in pattern for character in "*?[") else f"*{pattern}*"
+        chosen = [name for name in names if fnmatch.fnmatchcase(name, glob)]
+        if not chosen:
+            near = zoo.nearest_names(pattern)
+            raise RequestError(f"no builder matches {pattern!r}", f"nearest: {', '.join(near)}" if near else None)
+        names = chosen
+    return [
+        {
+            "name": info.name,
+            "params": info.params,
+            "macs": info.macs,
+            "weights": list(info.weights),
+            "group": info.group,
+        }
+        for info in map(zoo.describe, names)
+    ]

@@ -1,0 +1,199 @@
+"""Which model a command works on, the edits that belong to it, and how these are carried out on it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from modelcli import references
+from modelcli.edits import Edit
+from modelcli.errors import ModelcliError, RequestError
+from modelcli.references import CheckpointFile, PythonObject, Source
+
+if TYPE_CHECKING:
+    from modelcli.live.opening import Live
+
+
+@dataclass(frozen=True)
+class Target:
+    """The model that a command works on: where it comes from, the edits of its recipe, and that recipe, if any.
+
+    `places` are where those edits stand: `modelcli.toml:5`. `notes` are what there is to tell of the choice.
+    """
+
+    source: Source
+    edits: tuple[Edit, ...] = ()
+    recipe: Path | None = None
+    places: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def options_given(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that were given: a number may be 0, and is given all the same."""
+    return {key: value for key, value in overrides.items() if value is not None and value != () and value is not False}
+
+
+def find_target(
+    model: str | None,
+    overrides: Mapping[str, Any],
+    recipe_path: Path | None = None,
+) -> Target:
+    """The argument or `-m`, else `$MODELCLI_MODEL`, else the working recipe. Overrides win over the recipe's lines."""
+    given = options_given(overrides)
+    if model:
+        return Target(Source(model=model, **given))
+    from modelcli import recipe
+
+    path = recipe_path or recipe.default_path()
+    if named := os.environ.get("MODELCLI_MODEL"):
+        note = f"$MODELCLI_MODEL is {named}, and goes before {path}: unset it to work on the recipe"
+        return Target(Source(model=named, **given), notes=(note,) if path.exists() else ())
+    read = recipe.read(path)
+    return Target(replace(read.source, **given), read.edits, read.path, read.places)
+
+
+def names_model(word: str) -> bool:
+    """Whether a word is the name of a builder, or of a checkpoint that is there."""
+    from modelcli.live import zoo
+
+    try:
+        reference = references.parse(word)
+    except RequestError:
+        return False
+    return isinstance(reference, CheckpointFile) or word in zoo.builder_names()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Edits to carry out together: on what, and where each of them stands."""
+
+    target: Target
+    edits: tuple[Edit, ...] = ()
+    places: tuple[str, ...] = ()
+
+
+def find_batch(
+    recipe_path: Path | None,
+    lines: Sequence[tuple[str, str]],
+    model: str | None,
+    overrides: Mapping[str, Any],
+    working_recipe: Path | None = None,
+) -> Batch:
+    """The edits of a recipe and those of `lines` (place, text) after them, and the model that they are for.
+
+    `model` takes the place of the recipe's own model, with all that belongs to that one: weights, architecture, key.
+    Without a recipe and without a model the lines are for the working recipe, and without lines its edits are meant.
+
+    Raises RequestError that names every bad line, before anything is opened.
+    """
+    from modelcli import edits, recipe
+
+    if recipe_path is None and not lines:
+        if model is not None and not (working_recipe or recipe.default_path()).exists():
+            raise RequestError("no edits are given", "-e EDIT gives one, a path a recipe, and - standard input")
+        recipe_path = working_recipe or recipe.default_path()
+    elif recipe_path is not None and not recipe_path.exists():
+        raise references.missing_file(recipe_path, str(recipe_path))
+    problems: list[str] = []
+    read: recipe.Recipe | None = None
+    made: list[Edit] = []
+    try:
+        read = None if recipe_path is None else recipe.read(recipe_path, model=model)
+    except RequestError as error:
+        if not lines:
+            raise
+        problems.append(str(error))
+    try:
+        made = edits.parse_all(lines)
+    except RequestError as error:
+        problems.append(error.message)
+    if problems:
+        raise RequestError("\n".join(problems))
+    if read is None:
+        target = find_target(model, overrides, working_recipe)
+        return Batch(target, tuple(made), tuple(place for place, _ in lines))
+    source = read.source
+    if model is not None:
+        source = Source(model, seed=source.seed, input_size=source.input_size, input_dtype=source.input_dtype)
+    target = Target(replace(source, **options_given(overrides)))
+    found = Batch(target, (*read.edits, *made), (*read.places, *(place for place, _ in lines)))
+    if not found.edits:
+        raise RequestError(f"{read.path} has no edits to apply", "modelcli save OUT writes a model as it is")
+    return found
+
+
+def seen_from(source: Source, folder: Path) -> Source:
+    """A source with its relative paths as seen from another folder."""
+
+    def moved(text: str | None) -> str | None:
+        if text is None:
+            return None
+        try:
+            reference = references.parse(text, source.folder)
+        except ModelcliError:
+            return text
+        if isinstance(reference, PythonObject):
+            return reference.relative_to(folder.resolve())
+        if isinstance(reference, CheckpointFile):
+            path = Path(text)
+            if path.is_absolute():
+                return text
+            relative = os.path.relpath(reference.path.resolve(), folder.resolve()).replace(os.sep, "/")
+            return relative if "/" in relative or Path(relative).suffix else f"./{relative}"
+        return text
+
+    model = moved(source.model)
+    assert model is not None
+    weights = source.weights
+    if weights is not None and Path(source.folder / weights).is_file():
+        weights = moved(weights)
+    return replace(source, model=model, arch=moved(source.arch), weights=weights, folder=folder)
+
+
+def without_edits(target: Target) -> Target:
+    return replace(target, edits=(), places=())
+
+
+def apply_recipe(live: Live, target: Target) -> None:
+    """Apply the edits that stand in a recipe already."""
+    apply_each(live, target.edits, target.places)
+
+
+def apply_each(live: Live, edits: Sequence[Edit], places: Sequence[str]) -> None:
+    """Apply edits in order. Those that cannot be done are told together, each by where it stands and its line.
+
+    Edits after a wrong one are tried on the model without it, so that what is said of them may come from that one.
+    """
+    wrong: list[ModelcliError] = []
+    for edit, place in zip(edits, places, strict=True):
+        try:
+            live.apply([edit], place=place)
+        except ModelcliError as error:
+            if place:
+                error.message = f"{place}: {str(edit)!r}: {error.message}"
+            wrong.append(error)
+            if not isinstance(error, RequestError):
+                break
+    if len(wrong) == 1:
+        raise wrong[0]
+    if wrong:
+        told = [f"{error.message} ({error.hint})" if error.hint else error.message for error in wrong]
+        raise RequestError("\n".join(told), "mend the first one first: the others may come from it")
+
+
+def undo(path: Path, count: int, *, dry_run: bool = False) -> list[str]:
+    """Take back the last edits of a recipe. Raises RequestError where there are none."""
+    from modelcli import recipe
+
+    recipe.require(path)
+    read = recipe.read(path)
+    if not read.edits:
+        raise RequestError(f"{path} has no edits to take back")
+    if count > len(read.edits):
+        raise RequestError(f"{path} has {len(read.edits)} to take back, not {count}")
+    if dry_run:
+        return [str(edit) for edit in read.edits[-count:]]
+    return recipe.take_back(path, count)

@@ -286,7 +286,11 @@ def test_what_completion_imports(folder: Path, words: str) -> None:
             main([])
         print(*sys.modules)
     """
-    typed = {"_MODELCLI_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    typed = {
+        "_MODELCLI_COMPLETE": "complete_bash",
+        "COMP_WORDS": words.replace(" ", "\n"),
+        "COMP_CWORD": str(words.count(" ")),
+    }
     run = [sys.executable, "-c", textwrap.dedent(code)]
     done = subprocess.run(run, capture_output=True, text=True, check=True, env=os.environ | typed)
     *offered, modules = done.stdout.splitlines()

@@ -740,7 +740,7 @@ def an_edit(**more: Any) -> View:
         "before": TIED.totals,
         "after": TIED.totals,
         "check": {"ran": True, "reason": None, "input": [[1, 3]], "output_shape": [1, 3]},
-        "output": Path("out.pth"),
+        "output": "out.pth",
         "outcome": [("wrote", "out.pth")],
     }
     return documents.edits("m", TIED, **(arguments | more))
@@ -815,9 +815,7 @@ def test_load() -> None:
 
 
 def test_save() -> None:
-    shown = documents.save(
-        "m", TIED, output=Path("out.pth"), kind="pth", tensors=8, nbytes=244_403_360, check={"ran": False}
-    )
+    shown = documents.save("m", TIED, output="out.pth", kind="pth", tensors=8, nbytes=244_403_360, check={"ran": False})
     document = dict(shown.document)
     assert {key: document[key] for key in ("output", "format", "tensors", "params", "bytes")} == {
         "output": "out.pth",

@@ -281,12 +281,13 @@ def test_only_what_nobody_writes_any_more_is_removed(tmp_path: Path) -> None:
 def test_a_temporary_file_follows_no_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     victim = tmp_path / "victim"
     victim.write_text("precious")
-    names = iter(["00000000", "11111111"])
-    monkeypatch.setattr("secrets.token_hex", lambda _n: next(names))
+    names = iter([bytes(4), bytes([17] * 4)])
+    monkeypatch.setattr(os, "urandom", lambda _n: next(names))
     (tmp_path / f".m.pth.00000000{atomic.TEMPORARY}").symlink_to(victim)
     with atomic.replacing(tmp_path / "m.pth", force=True) as (file, _):
         file.write(b"new")
     assert victim.read_text() == "precious"
+    assert list(names) == []  # both were taken
 
 
 # --- faults --------------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import errno
 import os
-import secrets
 import shutil
 import stat
 import sys
@@ -289,7 +288,7 @@ def _link_or_copy(source: str | Path, target: str | Path) -> None:
 
 def _move_in_two_steps(new: Path, target: Path) -> None:
     """Put a folder in the place of another where the system cannot exchange their names."""
-    old = target.with_name(f".{_stem(target)}.{secrets.token_hex(4)}.old{TEMPORARY}")
+    old = target.with_name(f".{_stem(target)}.{os.urandom(4).hex()}.old{TEMPORARY}")
     handle = None
     with contextlib.suppress(OSError):
         handle = os.open(target, os.O_RDONLY)
@@ -364,7 +363,7 @@ def _new_folder(target: Path, made: list[Path]) -> int | None:
 
 
 def _temporary_name(target: Path) -> Path:
-    return target.with_name(f".{_stem(target)}.{secrets.token_hex(4)}{TEMPORARY}")
+    return target.with_name(f".{_stem(target)}.{os.urandom(4).hex()}{TEMPORARY}")
 
 
 def _stem(target: Path) -> str:

@@ -8,7 +8,6 @@ as good as none.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -71,7 +70,13 @@ def _versions() -> Iterator[tuple[str, str | None]]:
 
 def _path(document: Mapping[str, Any], suffix: str) -> Path:
     text = json.dumps(document, sort_keys=True)
-    return folder() / f"{hashlib.sha256(text.encode()).hexdigest()}{suffix}"
+    return folder() / f"{_digest(text.encode())}{suffix}"
+
+
+def _digest(data: bytes) -> str:
+    import hashlib  # a look at a file that says what it is needs none
+
+    return hashlib.sha256(data).hexdigest()
 
 
 def get(key: Key) -> Blueprint | None:
@@ -119,7 +124,7 @@ def _kept(document: Mapping[str, Any], suffix: str, what: str) -> Any:
     """What is kept for a key, or None where there is nothing, or nothing that can be believed."""
     try:
         digest, _, body = _path(document, suffix).read_bytes().partition(b"\n")
-        if hashlib.sha256(body).hexdigest().encode() != digest:
+        if _digest(body).encode() != digest:
             return None
         entry = json.loads(body)
         return entry[what] if entry["key"] == document else None
@@ -131,7 +136,7 @@ def _keep(document: Mapping[str, Any], suffix: str, what: str, values: Any) -> N
     body = json.dumps({"key": document, what: values}, separators=(",", ":")).encode()
     path = _path(document, suffix)
     with atomic.replacing(path, force=True, durable=False, through_links=False) as (file, _):
-        file.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+        file.write(_digest(body).encode() + b"\n" + body)
 
 
 def entries() -> list[Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -72,6 +71,8 @@ def unwrapped(shapes: Shapes) -> tuple[Shapes, str]:
 
 def fingerprint(shapes: Shapes) -> str:
     """The same text for the same names and shapes, in whatever order."""
+    import hashlib  # as in cache
+
     text = json.dumps([[name, *shapes[name]] for name in sorted(shapes)], separators=(",", ":"))
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 

@@ -3,8 +3,11 @@
 `targets` find the model, `looking` says what it is made of, `editing` changes and writes it, `loading` starts a recipe.
 """
 
-from modelcli.session.editing import Outcome, Writing, edit, save, script
-from modelcli.session.loading import Loaded, load
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from modelcli.session.looking import (
     LOOKS_LIKE,
     Look,
@@ -21,6 +24,10 @@ from modelcli.session.looking import (
     warm,
 )
 from modelcli.session.targets import Batch, Target, find_batch, find_target, names_model, options_given, seen_from, undo
+
+if TYPE_CHECKING:
+    from modelcli.session.editing import Outcome, Writing, edit, save, script
+    from modelcli.session.loading import Loaded, load
 
 __all__ = [
     "LOOKS_LIKE",
@@ -52,3 +59,12 @@ __all__ = [
     "values",
     "warm",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What edits and what loads is imported when it is asked for: a look has no use for it."""
+    for module in ("editing", "loading"):
+        found = vars(importlib.import_module(f"{__name__}.{module}"))
+        if name in found:
+            return found[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -39,7 +39,7 @@ def run() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # what a terminal's encoding lacks is shown escaped
             # Python writes UTF-8 in this locale; who asks for it has a terminal that shows ASCII.
-            if _locale_of_characters() in ("C", "POSIX") and stream.isatty():
+            if stream.isatty() and _locale_of_characters() in ("C", "POSIX"):
                 stream.reconfigure(encoding="ascii")
     _end_in_order()
     code = main()

@@ -8,13 +8,14 @@ import pytest
 import torch
 import torchinfo
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from modelcli.blueprints import Blueprint, repr_text
 from modelcli.live.describe import describe
 from modelcli.live.inputs import Inputs
 from modelcli.live.opening import open_live
 from modelcli.live.planning import traced
-from modelcli.live.trace import shape_of
+from modelcli.live.trace import run, shape_of
 from modelcli.references import Source
 from tests import nets
 from tests.conftest import Cli
@@ -169,3 +170,21 @@ def test_a_forward_that_catches_an_exception(folder: Path) -> None:
     trace = looked_at("tries.py:Net", (1, 3)).trace
     assert trace is not None
     assert sorted(trace.layers) == ["", "b"]
+
+
+def test_modes_see_each_operator_of_the_pass() -> None:
+    class Names(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[str] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            self.seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    names = Names()
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+    seen = run(model, [torch.zeros(1, 2, device="meta")], modes=[names])
+    assert seen.failure is None
+    assert names.seen[-2:] == ["aten.addmm.default", "aten.relu.default"]

@@ -6,6 +6,7 @@ import contextlib
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -87,11 +88,14 @@ def run(
     leave: Callable[[nn.Module, str, Any], None] | None = None,
     drive: Callable[[nn.Module, Sequence[Any]], Any] | None = None,
     counter: FlopCounterMode | None = None,
+    modes: Sequence[AbstractContextManager[Any]] = (),
 ) -> Pass:
     """One forward pass without gradients. The module is changed only by what its own `forward` does to it.
 
     `visit` is called before each module runs, with its path and what flows in, and may raise; `leave` after it, with
-    its path and output. `drive` makes the call, by default plainly. An exception of the pass is kept in `failure`.
+    its path and output. `drive` makes the call, by default plainly. `modes` are entered innermost around the call, in
+    their order: a dispatch mode of the caller's sees each operator, and may raise. An exception of the pass is kept in
+    `failure`.
     """
     seen = Pass()
     paths: dict[int, list[str]] = {}
@@ -137,6 +141,8 @@ def run(
             stack.enter_context(torch.device("meta"))
         if counter is not None:
             stack.enter_context(counter)
+        for inner in modes:
+            stack.enter_context(inner)
         module.train(mode == "train")
         try:
             if drive is None:

@@ -128,7 +128,7 @@ MISTAKES = {
         "freeze 0 -m best.pth -o out",
         2,
         "error: out does not say which format to write\n"
-        "hint: end it in .pth, .pt (torch.save), .safetensors, or / (a folder of shards)",
+        "hint: end it in .pth, .pt, .ckpt or .bin (as torch.save writes), .safetensors, or / (a folder of shards)",
     ),
     "another number of classes": (
         "load best.pth --arch Sequential(Linear(2,4))",

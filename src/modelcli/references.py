@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from modelcli import expressions
+from modelcli import expressions, installed
 from modelcli.blueprints import listed
 from modelcli.errors import ModelcliError, RequestError, SystemFailureError, closest
 from modelcli.expressions import Call
 
 #: No system has longer paths: longer text is none.
 MAX_PATH = 4096
-CHECKPOINT_SUFFIXES = frozenset({".pth", ".pt", ".safetensors", ".ckpt", ".bin", ".tar"})
+#: How files of checkpoints end, in small letters: `has_checkpoint_suffix` takes any.
+CHECKPOINT_SUFFIXES = frozenset(
+    {".pth", ".pt", ".safetensors", ".ckpt", ".bin", ".tar", ".pkl", ".pickle", ".pt2", ".distcp"}
+)
+
+
+def has_checkpoint_suffix(path: str | Path) -> bool:
+    """Whether a name ends as those of checkpoints do, in capitals or small letters: `W.PTH`, `w.pth`."""
+    return Path(path).suffix.lower() in CHECKPOINT_SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -91,22 +100,22 @@ Reference = Installed | PythonObject | CheckpointFile
 def parse(text: str, folder: Path | None = None) -> Reference:
     """Tell what a reference is. Relative paths are seen from `folder`, by default the current one.
 
-    In this order: a bare word is a builder; an existing path; `file.py:Class(...)` or `module:name`; a builder or a
-    module expression. Raises RequestError for what is none of these.
+    In this order: a bare word is a builder or a class of `torch.nn`; an existing path; `file.py:Class(...)` or
+    `module:name`; a builder or a module expression. Raises RequestError for what is none of these.
     """
     folder = folder or Path()
     if not text.strip():
         raise RequestError("an empty model reference", "name one: alexnet, nets.py:Net(3,2), best.pth")
-    if re.fullmatch(r"[A-Za-z_]\w*", text, re.ASCII):
-        return Installed(Call(text))
     path = folder / text
+    if _is_bare_word(text) and (not _exists(path) or _is_installed_model(text)):
+        return Installed(Call(text))
     if "\0" not in text and len(text) < MAX_PATH and _exists(path):
         if path.suffix == ".py" and path.is_file():
             raise _names_no_class(text, path)
         return CheckpointFile(path)
     if (split := _split_object(text, folder)) is not None:
         return _python_object(*split, folder)
-    if Path(text).suffix in CHECKPOINT_SUFFIXES or text.endswith(("/", os.sep)):
+    if has_checkpoint_suffix(text) or text.endswith(("/", os.sep)):
         raise missing_file(path, text)
     if Path(text).suffix == ".py" and "(" not in text:
         raise missing_file(path, text)
@@ -116,6 +125,27 @@ def parse(text: str, folder: Path | None = None) -> Reference:
         return Installed(Call(text))  # `bert-base-uncased`: no expression, and no model of that name either
     call = expressions.parse(text)
     return parse(str(call), folder) if ":" in call.name else Installed(call)  # parentheses around `module:build(3)`
+
+
+def _is_bare_word(text: str) -> bool:
+    return re.fullmatch(r"[A-Za-z_]\w*", text, re.ASCII) is not None
+
+
+@functools.cache
+def _is_installed_model(word: str) -> bool:
+    """Whether a word is a builder of torchvision's or a class of `torch.nn`: then a file of that name needs a path.
+
+    Their sources are read, which takes some 30 ms, so this is asked only where there is such a file.
+    """
+    return word in installed.builder_names() or word in installed.module_names()
+
+
+def hidden_file_note(text: str, folder: Path) -> str | None:
+    """What to tell where a bare word is a builder, and a file or folder of the same name lies there as well."""
+    if not _is_bare_word(text) or not _exists(folder / text) or not _is_installed_model(text):
+        return None
+    what = "folder" if (folder / text).is_dir() else "file"
+    return f"{text} is the model of that name; the {what} that is called so too is named by ./{text}"
 
 
 def _exists(path: Path) -> bool:
@@ -166,20 +196,26 @@ def _python_object(source: str, target: str, folder: Path) -> PythonObject:
     return PythonObject(source, name, call)
 
 
-def names_a_file(text: str) -> bool:
-    """Whether the value of `--weights` is a path, not a name of torchvision's: it has a separator or a suffix."""
-    return Path(text).suffix in CHECKPOINT_SUFFIXES or "/" in text or "\\" in text
+def names_a_file(text: str, folder: Path) -> bool:
+    """Whether the value of `--weights` is a path, as seen from `folder`, and not a name of torchvision's.
+
+    It is one where it has a separator or the suffix of a checkpoint, or where a file or folder is called so and no
+    weights are.
+    """
+    if has_checkpoint_suffix(text) or "/" in text or "\\" in text:
+        return True
+    return text not in ("none", "DEFAULT") and _exists(folder / text) and text not in installed.weights_names()
 
 
 def names_a_model(text: str) -> bool:
     """Whether text in the place of a recipe names a model: a checkpoint, Python, or what is no file at all."""
     path = Path(text)
     if len(text) < MAX_PATH and "\0" not in text and _exists(path):
-        return path.is_dir() or path.suffix in CHECKPOINT_SUFFIXES or path.suffix == ".py"
+        return path.is_dir() or has_checkpoint_suffix(path) or path.suffix == ".py"
     try:
         return path.suffix != ".toml" and not isinstance(parse(text), CheckpointFile)
     except (RequestError, SystemFailureError):
-        return path.suffix in CHECKPOINT_SUFFIXES
+        return has_checkpoint_suffix(path)
 
 
 def missing_file(path: Path, text: str) -> ModelcliError:

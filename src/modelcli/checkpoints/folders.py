@@ -14,11 +14,28 @@ from modelcli.errors import FileFormatError, RequestError, SystemFailureError
 
 INDEX_SUFFIX = ".index.json"
 
+#: The names under which Hugging Face's programs keep all weights of a model, or of an adapter, in one file.
+WHOLE_FILES = frozenset(
+    f"{stem}{suffix}"
+    for stem, suffixes in {
+        "model": (".safetensors",),
+        "pytorch_model": (".bin",),
+        "adapter_model": (".safetensors", ".bin"),
+        "diffusion_pytorch_model": (".safetensors", ".bin"),
+        "open_clip_model": (".safetensors",),
+        "open_clip_pytorch_model": (".bin",),
+    }.items()
+    for suffix in suffixes
+)
+
 Reader = Callable[[Path], Contents]
 
 
 def index_in(folder: Path) -> Path:
-    """The index of a folder. Raises RequestError where it has none or several, with what lies there instead."""
+    """The index of a folder, or of one without an index its only file of weights under a name that all programs use.
+
+    Raises RequestError where there is none or several, with what lies there instead.
+    """
     try:
         names = sorted(entry.name for entry in folder.iterdir())
     except OSError as error:
@@ -28,7 +45,13 @@ def index_in(folder: Path) -> Path:
         return folder / found[0]
     if found:
         raise RequestError(f"{folder} holds {len(found)} indexes", f"name one of {listed(found, 6)}")
-    files = [name for name in names if name.endswith((".pth", ".pt", ".safetensors", ".bin", ".ckpt"))]
+    whole = [name for name in names if name in WHOLE_FILES]
+    if len(whole) == 1:
+        return folder / whole[0]
+    if whole:
+        told = listed([str(folder / name) for name in whole], 6)
+        raise RequestError(f"{folder} holds {len(whole)} files of weights and no index", f"name one of {told}")
+    files = [name for name in names if name.lower().endswith((".pth", ".pt", ".safetensors", ".bin", ".ckpt"))]
     hint = f"name a file in it: {listed(files, 6)}" if files else None
     raise RequestError(f"{folder} is a folder without an index (*{INDEX_SUFFIX})", hint)
 

@@ -122,7 +122,7 @@ def _named(where: str, entries: Mapping[str, Entry]) -> tuple[str, str | None]:
         return f"{where} is {kind}, not a checkpoint", None
     if names and all(name.endswith(".npy") for name in entries):
         return f"{where} is a NumPy archive (.npz), not a checkpoint", None
-    hint = next((f"unpack it: it holds {name}" for name in entries if name.endswith(_SUFFIXES)), None)
+    hint = next((f"unpack it: it holds {name}" for name in entries if name.lower().endswith(_SUFFIXES)), None)
     return f"{where} is a zip file, but none that torch.save wrote: it holds no data.pkl", hint
 
 

@@ -166,7 +166,7 @@ def _schemes() -> list[str]:
 
 def _files(incomplete: str) -> list[str]:
     """Folders, checkpoints and Python files that start with a word."""
-    from modelcli.references import CHECKPOINT_SUFFIXES
+    from modelcli.references import has_checkpoint_suffix
 
     if ":" in incomplete:  # bash would put the whole name after the part that it parts at the colon
         return []
@@ -177,7 +177,7 @@ def _files(incomplete: str) -> list[str]:
             continue
         if entry.is_dir():
             found.append(os.path.join(folder, entry.name) + "/")  # noqa: PTH118 -- `./` in front stays
-        elif entry.suffix in (*CHECKPOINT_SUFFIXES, ".py"):
+        elif entry.suffix == ".py" or has_checkpoint_suffix(entry.name):
             found.append(os.path.join(folder, entry.name))  # noqa: PTH118
     return found
 

@@ -61,7 +61,9 @@ def load(
 
 
 def save(
-    out: Annotated[str, typer.Argument(help="The file to write: .pth, .pt, .safetensors, or a folder/ of shards.")],
+    out: Annotated[
+        str, typer.Argument(help="The file to write: .pth, .pt, .ckpt, .bin, .safetensors, or a folder/ of shards.")
+    ],
     edit: SaveOptions,
     source: SourceOptions,
     options: OutputOptions,

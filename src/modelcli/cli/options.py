@@ -361,7 +361,7 @@ class EditOptions(SaveOptions):
     out: str | None = _option(
         "-o",
         "--out",
-        help="Write the result: .pth, .pt, .safetensors, or a folder/.",
+        help="Write the result: .pth, .pt, .ckpt, .bin, .safetensors, or a folder/.",
         rich_help_panel="Result",
         metavar="OUT",
     )

@@ -116,6 +116,8 @@ class _Opening:
         self.record: Record | None = None
         self.notes: list[str] = []
         self.base: Architecture | None = None
+        if (hidden := references.hidden_file_note(source.model, source.folder)) is not None:
+            self.notes.append(hidden)
         weights = source.weights if source.weights not in (None, "none") else None
         weights_file = _weights_file(weights, source.folder, of_checkpoint=isinstance(reference, CheckpointFile))
         if isinstance(reference, CheckpointFile):
@@ -258,11 +260,11 @@ def read_to_edit(path: Path, source: Source, notes: list[str]) -> Contents:
 
 
 def _weights_file(weights: str | None, folder: Path, *, of_checkpoint: bool) -> Path | None:
-    """The file that `--weights` names, if it names one: it has a separator or a known suffix."""
+    """The file that `--weights` names, if it names one: see `references.names_a_file`."""
     if weights is None or of_checkpoint:
         return None
     path = folder / weights
-    if references.names_a_file(weights):
+    if references.names_a_file(weights, folder):
         if not path.exists():
             raise references.missing_file(path, weights)
         return path

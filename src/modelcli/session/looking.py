@@ -83,7 +83,8 @@ def _looked(target: Target, *, traced: bool, mode: str, cached: bool) -> Look:
         return found
     key = cache_key(target, mode) if cached else None
     if key is not None and (kept := cache.get(key)) is not None:
-        return Look(kept)
+        hidden = references.hidden_file_note(target.source.model, target.source.folder)
+        return Look(kept, () if hidden is None else (hidden,))
     from modelcli.live import opening, planning
 
     live = opening.open_live(target.source)
@@ -156,7 +157,7 @@ def cache_key(target: Target, mode: str) -> cache.Key | None:
     source = target.source
     if cache.is_off() or target.edits or source.arch is not None or source.key is not None:
         return None
-    if source.weights is not None and references.names_a_file(source.weights):
+    if source.weights is not None and references.names_a_file(source.weights, source.folder):
         return None
     reference = source.reference()
     if not isinstance(reference, Installed) or not reference.runs_only_installed_code:

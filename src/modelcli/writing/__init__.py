@@ -55,20 +55,25 @@ class Care:
 
 
 def format_of(path: str | Path) -> str:
-    """`pth`, `safetensors` or `folder`, told by how the name ends. Raises RequestError for any other."""
+    """`pth`, `safetensors` or `folder`, told by how the name ends; a folder that exists is one without a slash, too.
+
+    Raises RequestError for any other.
+    """
     text = str(path)
     if not text:
         raise RequestError("the path to write is empty: ''", "name a file, such as out.pth, or a folder: out/")
     if text.endswith(("/", os.sep)):
         return FOLDER
     match Path(text).suffix.lower():
-        case ".pth" | ".pt":
+        case ".pth" | ".pt" | ".ckpt" | ".bin":
             return "pth"
         case ".safetensors":
             return "safetensors"
+    if Path(text).is_dir():
+        return FOLDER
     raise RequestError(
         f"{text} does not say which format to write",
-        "end it in .pth, .pt (torch.save), .safetensors, or / (a folder of shards)",
+        "end it in .pth, .pt, .ckpt or .bin (as torch.save writes), .safetensors, or / (a folder of shards)",
     )
 
 

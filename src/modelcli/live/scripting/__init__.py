@@ -289,7 +289,7 @@ def _read_state(page: Page, contents: Contents, prefix: str) -> None:
 
 
 def _loaded(page: Page, file: Path) -> str:
-    if file.suffix == ".safetensors":
+    if file.suffix.lower() == ".safetensors":
         page.imports.add("from safetensors.torch import load_file")
         return f"load_file({quoted(_seen(file))})"
     return f'torch.load({quoted(_seen(file))}, map_location="cpu", weights_only=True)'

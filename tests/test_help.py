@@ -20,7 +20,7 @@ from modelcli.cli.app import app
 from modelcli.cli.options import ENDED, EXIT_CODES
 from tests.conftest import Cli
 
-PANELS = {"Inspect", "Operate", "Read and write", "Compare"}
+PANELS = {"Inspect", "Operate", "Read and write", "Compare", "This program"}
 
 
 def commands() -> dict[str, Any]:
@@ -60,6 +60,23 @@ def test_commands_are_grouped() -> None:
 def test_the_versions_that_are_installed(cli: Cli) -> None:
     found = [metadata.version(package) for package in ("modelcli", "torch", "torchvision")]
     assert cli("--version").out == "modelcli {} (torch {}, torchvision {})\n".format(*found)
+
+
+@pytest.mark.parametrize("words", ["-V", "version"])
+def test_other_ways_to_ask_for_the_versions(words: str, cli: Cli) -> None:
+    assert cli(words).out == cli("--version").out
+
+
+@pytest.mark.parametrize("name", ["replace", "cache warm"])
+def test_help_as_a_command(name: str, cli: Cli) -> None:
+    assert cli("help", *name.split()).out.split() == cli(*name.split(), "--help").out.split()
+    assert cli("help").out.split() == cli("--help").out.split()
+
+
+def test_help_of_a_command_that_does_not_exist_names_the_nearest(cli: Cli) -> None:
+    found = cli("help", "replcae", code=2)
+    assert "modelcli has no command 'replcae'" in found.err
+    assert "replace" in found.err.partition("hint:")[2]
 
 
 def test_defaults_in_brackets_are_not_taken_for_markup(cli: Cli) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -138,9 +139,16 @@ def test_a_file_that_is_called_otherwise(cli: Cli) -> None:
     assert f"hint: in runs{os.sep}: best.pth" in cli("params", "runs/bets.pth", code=2).err
 
 
-def test_one_of_a_kind_is_no_plural(cli: Cli) -> None:
+def test_a_pipe_gets_the_folder_of_the_cache_and_nothing_else(cli: Cli) -> None:
+    assert cli("cache", "path").out == f"{os.environ['MODELCLI_CACHE']}\n"
+
+
+def test_one_of_a_kind_is_no_plural(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     cli("cache", "warm", "squeezenet1_1")
-    assert "  1 entry  " in cli("cache", "path").out
+    with monkeypatch.context() as patch:
+        patch.setattr("modelcli.cli.output.is_terminal", lambda: True)
+        patch.setenv("COLUMNS", "200")
+        assert "  1 entry  " in cli("cache", "path").out
     assert "removed 1 entry\n" in cli("cache", "clear").err
     assert "  1 tensor  2 params  " in cli("save", "one.pth", "-m", "Linear(2,1,bias=False)").out
     below = cli("modules", "-s", "0", "-m", "Sequential(Sequential(ReLU()))").err
@@ -284,3 +292,28 @@ def test_what_torch_and_a_models_own_code_warn_of_is_a_note(cli: Cli, folder: Pa
     assert result.err == ""
     assert "warns" not in cli(*words, "-q").err
     assert cli("freeze", "1", "-m", "noisy.py:Net", "--json", code=2).error["notes"] == [own]
+
+
+def test_a_narrow_terminal_names_the_columns_it_has_no_room_for(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modelcli.cli.output.is_terminal", lambda: True)
+    monkeypatch.setenv("COLUMNS", "60")
+    shown = cli("params", "alexnet")
+    assert "bytes" not in shown.out.partition("\n\n")[0]
+    assert re.search(r"note: no room for .*bytes.*: a wider terminal, or -f csv, shows them", shown.err)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert "no room" not in cli("params", "alexnet").err
+    monkeypatch.setenv("COLUMNS", "60")
+    assert "no room" not in cli("params", "alexnet", "--quiet").err
+
+
+def test_deep_paths_are_a_tree_where_they_do_not_fit(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modelcli.cli.output.is_terminal", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = cli("summary", "vit_b_16").out.split("\n")
+    names = [line[:26].rstrip() for line in shown]
+    assert "      encoder_layer_[0-11]" in names
+    assert "        self_attention" in names
+    assert not any("\N{HORIZONTAL ELLIPSIS}" in name for name in names)
+    assert all(len(line) <= 80 for line in shown)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert "encoder.layers.encoder_layer_[0-11].self_attention" in cli("summary", "vit_b_16").out

@@ -27,6 +27,7 @@ from modelcli.render.views import (
     Share,
     View,
     bar,
+    compact,
     count,
     megabytes,
     path_column,
@@ -104,6 +105,18 @@ def test_a_megabyte_is_a_million_bytes() -> None:
     assert megabytes(108) == "0.000108 MB"  # little models are not 0.00 MB
     assert megabytes(0) == "0.00 MB"
     assert megabytes(None) == "-"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "-"), (0, "0"), (9_999, "9,999"), (10_000, "10.0k"), (99_950, "100k"), (999_499, "999k"),
+        (999_500, "1.00M"), (61_100_840, "61.1M"), (17_563_828_224, "17.6G"), (-4_056_030, "-4.06M"),
+        (9_999_999_999, "10.0G"), (6.235e11, "624G"), (10**12, "1.00T"), (10**18, "1000P"), (10**21, "1000000P"),
+    ],
+)  # fmt: skip
+def test_large_counts_have_three_digits_and_a_unit(value: int | None, text: str) -> None:
+    assert compact(None if value is None else int(value)) == text
 
 
 def test_shapes() -> None:

@@ -77,17 +77,40 @@ def test_names_that_end_in_the_next_number_are_a_run() -> None:
     "other",
     [
         changed(stack("0", "1", "2", "3"), "layers.1", type="Other"),
-        changed(stack("0", "1", "2", "3"), "layers.1.lin", config="in_features=4, out_features=4, bias=False"),
         changed_tensor(stack("0", "1", "2", "3"), "layers.1.lin.weight", shape=(4, 5)),
-        changed_tensor(stack("0", "1", "2", "3"), "layers.1.lin.weight", dtype="float16"),
         changed_tensor(stack("0", "1", "2", "3"), "layers.1.lin.weight", requires_grad=False),
         changed_tensor(stack("0", "1", "2", "3"), "layers.1.lin.weight", kind="buffer"),
-        changed(stack("0", "1", "2", "3"), "layers.1.norm", absent=((0, "act"),)),
     ],
-    ids=["type", "configuration", "shape", "dtype", "trainable", "kind", "structure"],
+    ids=["type", "shape", "trainable", "kind"],
 )
 def test_what_differs_stands_by_itself(other: Blueprint) -> None:
     assert paths(other, depth=2)[2:] == ["layers.0", "layers.1", "layers.[2-3]"]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        changed_tensor(stack("0", "1", "2", "3"), "layers.1.lin.weight", dtype="float16"),
+        changed(stack("0", "1", "2", "3"), "layers.1.norm", absent=((0, "act"),)),
+    ],
+    ids=["dtype", "structure"],
+)
+def test_what_no_row_shows_parts_no_run(other: Blueprint) -> None:
+    for traced in (True, False):
+        assert paths(other, traced=traced, depth=2)[2:] == ["layers.[0-3]"]
+
+
+def test_a_configuration_parts_runs_where_it_is_shown() -> None:
+    """The blocks of a ConvNeXt differ in the rate at which they are dropped, which a tree shows and a summary hides."""
+    other = changed(stack("0", "1", "2", "3"), "layers.1.lin", config="in_features=4, out_features=4, bias=False")
+    assert paths(other, traced=True, depth=2)[2:] == ["layers.[0-3]"]
+    assert paths(other, traced=False, depth=2)[2:] == ["layers.0", "layers.1", "layers.[2-3]"]
+
+
+def test_equal_blocks_of_a_convnext_are_one_row(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modelcli.cli.output.is_terminal", lambda: True)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert "features.5.[0-8] " in cli("summary", "convnext_tiny").out
 
 
 def test_outputs_and_calls_tell_modules_apart_where_they_are_shown() -> None:
@@ -188,8 +211,28 @@ def test_sorting() -> None:
     assert by_params[5:8] == ["layers.0.lin", "layers.1.lin", "layers.2.lin"]
     by_path = [row["path"] for row in documents.summary("m", found, sort="path", folded=True).rows]
     assert by_path == sorted(by_path)
+    by_macs = [row["path"] for row in documents.summary("m", found, sort="macs").rows]
+    assert by_macs == [row["path"] for row in documents.summary("m", found, sort="mult-adds").rows]
     document = documents.summary("m", found, sort="params", folded=True).document
     assert [layer["path"] for layer in document["layers"]] == by_params
+
+
+def test_a_summary_of_a_selection_keeps_the_totals_of_the_model(cli: Cli) -> None:
+    whole, part = cli("summary", "alexnet", "--json").json, cli("summary", "alexnet", "-s", "features.*", "--json").json
+    assert [row["path"] for row in part["layers"]] == [f"features.{number}" for number in range(13)]
+    assert part["totals"] == whole["totals"]
+    assert "classifer" in cli("summary", "alexnet", "-s", "classifer", code=2).err
+
+
+def test_a_terminal_shows_three_digits_and_all_on_request(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert " 61,100,840 " in cli("summary", "alexnet").out
+    monkeypatch.setattr("modelcli.cli.output.is_terminal", lambda: True)
+    monkeypatch.setenv("COLUMNS", "120")
+    shown = cli("summary", "alexnet").out
+    assert " 61.1M " in shown.partition("\n\n")[0]
+    assert " 714M" in shown.partition("\n\n")[0]
+    assert "61,100,840" in shown.partition("\n\n")[2]
+    assert " 61,100,840 " in cli("summary", "alexnet", "--exact").out.partition("\n\n")[0]
 
 
 def test_folded_on_a_terminal_and_complete_everywhere_else(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,8 @@ from typing import Annotated
 import typer
 
 from modelcli.cli import cache, compare, files, inspect, operate
+from modelcli.cli.options import exit_codes, expanded
+from modelcli.errors import RequestError, did_you_mean
 
 app = typer.Typer(
     name="modelcli",
@@ -29,10 +31,41 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the versions, and end.")
+        bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Show the versions, and end.")
     ] = False,
 ) -> None:
     pass
+
+
+def show_version() -> None:
+    """Show the versions of modelcli, torch and torchvision.
+
+    modelcli version
+
+    modelcli version > versions.txt
+    """
+    _version(True)
+
+
+def show_help(
+    context: typer.Context,
+    command: Annotated[list[str] | None, typer.Argument(help="The command to explain.", metavar="[COMMAND]")] = None,
+) -> None:
+    """Show how modelcli, or one of its commands, is used.
+
+    modelcli help
+
+    modelcli help replace
+    """
+    parent = context.find_root()
+    for name in command or ():
+        found = parent.command.get_command(parent, name) if hasattr(parent.command, "get_command") else None
+        if found is None:
+            names = parent.command.list_commands(parent) if hasattr(parent.command, "list_commands") else []
+            hint = did_you_mean(name, names) or "modelcli help lists the commands"
+            raise RequestError(f"{parent.command_path} has no command {name!r}", hint)
+        parent = type(context)(found, info_name=name, parent=parent)
+    typer.echo(parent.get_help())
 
 
 inspect.mount(app)
@@ -40,3 +73,5 @@ operate.mount(app)
 files.mount(app)
 compare.mount(app)
 cache.mount(app)
+app.command("help", rich_help_panel="This program", epilog=exit_codes(0, 2))(expanded(show_help))
+app.command("version", rich_help_panel="This program", epilog=exit_codes(0, 2))(show_version)

@@ -21,7 +21,9 @@ def path(options: OutputOptions) -> None:
     from modelcli import cache
     from modelcli.render import documents
 
-    output.format_of(options)
+    if output.format_of(options) == "table" and not output.is_terminal():
+        output.write(f"{cache.folder()}\n")  # what a shell takes: rm -r "$(modelcli cache path)"
+        return
     entries = cache.entries()
     sizes = sum(entry.stat().st_size for entry in entries if entry.exists())
     output.show(documents.cache(cache.folder(), len(entries), sizes), options)

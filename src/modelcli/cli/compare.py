@@ -68,6 +68,7 @@ def diff(
     ] = None,
     values: Annotated[bool, typer.Option("--values/--no-values", help="Compare the numbers too.")] = True,
     atol: Annotated[float, typer.Option("--atol", help="A difference up to this is none.", metavar="X")] = 0.0,
+    expand: inspect.Expand = False,
 ) -> int:
     """Show what differs between two models or checkpoints.
 
@@ -85,7 +86,10 @@ def diff(
     with progress.of_bytes(options) as report:
         found = comparing.compare(before, after, (a, b), scope, report)
     warnings = (*before.warnings, *after.warnings)
-    output.show(documents.diff(a, b, found, values=values), options, found.notes, warnings=warnings)
+    folded = output.is_screen(options) and not expand
+    view = documents.diff(a, b, found, values=values, folded=folded)
+    notes = [*found.notes, *output.folding_note(view, "difference")]
+    output.show(view, options, notes, warnings=warnings)
     return 0 if found.same else 1
 
 

@@ -33,7 +33,7 @@ Depth = Annotated[
 ]
 
 Expand = Annotated[
-    bool, typer.Option("--expand", help="On a terminal, a row for each of several modules that are alike, too.")
+    bool, typer.Option("--expand", help="On a terminal, a row for each of several siblings that look alike.")
 ]
 
 
@@ -47,8 +47,7 @@ def named(model: str | None, look: LookOptions) -> str | None:
 def _show(view: "View", options: OutputOptions, found: "Look", notes: Sequence[str]) -> None:
     """Show a look at a model; what only running code could follow is named whatever was asked for."""
     more = {"foreign": list(found.foreign)} if found.foreign else {}
-    if view.folded:
-        notes = [*notes, f"{counted(view.folded, 'module')} like the first of their run: --expand shows each"]
+    notes = [*notes, *output.folding_note(view, "module")]
     output.show(view, options, notes, warnings=found.warnings, **more)
 
 
@@ -68,12 +67,14 @@ def summary(
         str | None,
         typer.Option(
             "--sort",
-            help="Sort by params, macs or path; numbers largest first.",
-            autocompletion=completing.one_of("params", "macs", "path"),
+            help="Sort by params, mult-adds (or macs) or path; numbers largest first.",
+            autocompletion=completing.one_of("params", "mult-adds", "macs", "path"),
             metavar="COLUMN",
         ),
     ] = None,
+    select: Selected = None,
     expand: Expand = False,
+    exact: Annotated[bool, typer.Option("--exact", help="On a terminal, every digit of large numbers.")] = False,
 ) -> None:
     """Show every module: its output shape, parameters and mult-adds, and the totals.
 
@@ -81,7 +82,7 @@ def summary(
 
     modelcli summary nets.py:Net --input-size 1,1,28,28 --sort params
     """
-    from modelcli import session
+    from modelcli import selectors, session
     from modelcli.render import documents
 
     output.format_of(options)
@@ -91,8 +92,15 @@ def summary(
         _check_key(sort, documents.SUMMARY_KEYS)
     target = session.find_target(named(model, look), source.overrides(), source.recipe)
     found = session.look(target, traced=True, mode=mode, cached=not look.no_cache)
-    folded = output.is_screen(options) and not expand
-    view = documents.summary(target.source.model, found.blueprint, depth=depth, sort=sort, folded=folded)
+    view = documents.summary(
+        target.source.model,
+        found.blueprint,
+        depth=depth,
+        sort=sort,
+        folded=output.is_screen(options) and not expand,
+        paths=frozenset(selectors.select_modules(found.blueprint, select)) if select else None,
+        exact=exact,
+    )
     _show(view, options, found, found.notes)
 
 

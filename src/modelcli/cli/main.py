@@ -124,7 +124,7 @@ def _end_in_order() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and give its exit code. Every error ends here, as one message and what to do next."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if words == ["--version"]:  # needs no parser
+    if words in (["--version"], ["-V"], ["version"]):  # needs no parser
         return _show_version()
     with warnings_kept():
         return _carry_out(words)

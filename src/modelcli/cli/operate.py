@@ -448,8 +448,9 @@ def show_outcome(target: "Target", outcome: "Outcome", options: EditOptions, sho
         check=outcome.check,
         output=None if written is None else written.reference,
         outcome=results,
+        folded=output.is_screen(shown),
     )
-    output.show(view, shown, outcome.notes)
+    output.show(view, shown, [*outcome.notes, *output.folding_note(view, "change", "-f csv")])
 
 
 def mount(app: typer.Typer) -> None:

@@ -111,18 +111,28 @@ def show(
                 console = Console(
                     file=sys.stdout, width=columns, height=lines, highlight=False, markup=False, emoji=False
                 )
-                writers.print_rich(view, console)
+                left_out = writers.print_rich(view, console)
                 sys.stdout.flush()
             except BrokenPipeError:
                 raise PipeClosedError from None
             except OSError as error:
                 raise unwritten(error) from None
+            if left_out and not options.quiet:
+                shows = "shows it" if len(left_out) == 1 else "shows them"
+                told.append(f"no room for {', '.join(left_out)}: a wider terminal, or -f csv, {shows}")
         case _:
             write(writers.to_plain(view, encoding=_encoding()))
     for warning in warnings:
         tell(f"warning: {warning}", "error")
     for note in told:
         tell(f"note: {note}")
+
+
+def folding_note(view: View, noun: str, way_out: str = "--expand") -> list[str]:
+    """How many rows of a table stand in the row of another that looks the same, and what shows each."""
+    from modelcli.blueprints import counted
+
+    return [f"{counted(view.folded, noun)} like the first of their run: {way_out} shows each"] if view.folded else []
 
 
 def is_screen(options: OutputOptions) -> bool:

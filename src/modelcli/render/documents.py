@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from modelcli.blueprints import (
 )
 from modelcli.differences import Comparison, ModuleChange, TensorChange
 from modelcli.likeness import Match
+from modelcli.render import folding
 from modelcli.render.runs import Run, Runs
 from modelcli.render.views import (
     Branch,
@@ -32,6 +33,7 @@ from modelcli.render.views import (
     Share,
     View,
     bar,
+    compact,
     count,
     megabytes,
     number,
@@ -64,8 +66,8 @@ def totals_document(totals: Totals) -> dict[str, Any]:
 # --- summary -------------------------------------------------------------------------------------------------------
 
 
-#: What a summary can be sorted by; numbers come from the largest, paths from A to Z.
-SUMMARY_KEYS = ("params", "macs", "path")
+#: What a summary can be sorted by; numbers come from the largest, paths from A to Z. `mult-adds` means `macs`.
+SUMMARY_KEYS = ("params", "macs", "mult-adds", "path")
 
 
 def summary(
@@ -75,17 +77,21 @@ def summary(
     depth: int | None = None,
     sort: str | None = None,
     folded: bool = False,
+    paths: Collection[str] | None = None,
+    exact: bool = False,
 ) -> View:
     """One row a module with its output shape and multiply-accumulates, and the totals.
 
     Where `folded`, the table has one row for each run of siblings that are alike, with the sums over it; the document
-    has a row for each module in any case. `sort` is one of SUMMARY_KEYS, or None for the model's own order.
+    has a row for each module in any case. `sort` is one of SUMMARY_KEYS, or None for the model's own order. `paths` are
+    the modules to show, by default all; the totals are those of the whole model. A terminal shows large counts with
+    three digits, unless `exact`.
     """
     trace = blueprint.trace
     assert trace is not None
     by_path = {}
     for module in blueprint.modules:
-        if depth is None or module.depth <= depth:
+        if (depth is None or module.depth <= depth) and (paths is None or module.path in paths):
             ran = trace.layers.get(module.path)
             by_path[module.path] = {
                 "path": shown(module.path),
@@ -99,7 +105,8 @@ def summary(
                 "shared_with": module.shared_with,
             }
     layers = _sorted_layers(by_path.values(), sort)
-    rows = _sorted_layers(_folded_layers(blueprint, by_path, depth), sort) if folded else layers
+    rows = _sorted_layers(_folded_layers(blueprint, by_path, depth), sort) if folded and paths is None else layers
+    on_screen = None if exact else compact
     totals = blueprint.totals
     parts = (trace.input_bytes, trace.forward_backward_bytes, totals.param_bytes, totals.buffer_bytes)
     known = [part for part in parts if part is not None]
@@ -136,12 +143,13 @@ def summary(
             path_column("path", "path"),
             Column("type", "type", flexible=True, spare=1),
             Column("output_shape", "output shape", flexible=True, spare=2),
-            Column("params", "params", count, right=True),
+            Column("params", "params", count, right=True, screen_format=on_screen),
             Column("share", "share", bar, optional=2, on_screen=True),
             _trainable_column(rows),
-            Column("macs", "mult-adds", count, right=True),
+            Column("macs", "mult-adds", count, right=True, screen_format=on_screen),
         ),
         _summary_footer(document, trace.reason),
+        nested=sort is None and paths is None,
         dimmed=lambda row: trace.reason is None and not row["executed"],
         folded=len(layers) - len(rows),
     )
@@ -186,6 +194,7 @@ def _sorted_layers(rows: Iterable[dict[str, Any]], key: str | None) -> list[dict
         return list(rows)
     if key == "path":
         return sorted(rows, key=lambda row: row["path"])
+    key = "macs" if key == "mult-adds" else key
     return sorted(rows, key=lambda row: -1 if row[key] is None else row[key], reverse=True)
 
 
@@ -350,7 +359,9 @@ def modules(
         Column("params", "params", count, right=True),
         replace(_TRAINABLE, spare=2),
     )
-    return View(document, rows, columns, [("Modules", count(len(rows)))], body=body, tree=tree, folded=hidden)
+    nested = len(picked) == len(blueprint.modules)
+    footer = [("Modules", count(len(rows)))]
+    return View(document, rows, columns, footer, body=body, tree=tree, nested=nested, folded=hidden)
 
 
 def _module_row(blueprint: Blueprint, module: ModuleInfo) -> dict[str, Any]:
@@ -424,8 +435,12 @@ def edits(
     check: Mapping[str, Any],
     output: str | None,
     outcome: Sequence[tuple[str, str]],
+    folded: bool = False,
 ) -> View:
-    """What an edit changed: a row for each change, the totals, the check, and what became of it."""
+    """What an edit changed: a row for each change, the totals, the check, and what became of it.
+
+    Where `folded`, the table has one row for the same change of numbered siblings; the document has a row for each.
+    """
     rows = [{**change, "path": shown(change["path"])} for change in changes]
     document = {
         "schema": SCHEMA,
@@ -446,6 +461,8 @@ def edits(
     else:
         footer.append(("check", f"not made: {check['reason']}"))
     shown_rows = [row | {"arrow": "->", "delta": row["params_after"] - row["params_before"]} for row in rows]
+    if folded:
+        shown_rows = [_folded_change(fold) for fold in folding.folded(shown_rows, "path", _looks_of_change)]
     for row in shown_rows:
         if "bytes_before" in row:
             row["delta"] = Bytes(row["bytes_before"], row["bytes_after"])
@@ -459,7 +476,22 @@ def edits(
         columns.append(Column("params_after", "params", lambda value: counted(value, "param"), right=True, optional=1))
     else:
         columns.append(Column("delta", "params", _change_of_size, optional=1))  # the totals say it as well
-    return View(document, shown_rows, columns, [*footer, *outcome], header=False)
+    hidden = len(rows) - len(shown_rows)
+    return View(document, shown_rows, columns, [*footer, *outcome], header=False, folded=hidden)
+
+
+def _looks_of_change(row: Mapping[str, Any]) -> tuple[object, ...]:
+    """What a row shows of a change besides its path."""
+    keys = ("action", "before", "after", "params_before", "params_after", "bytes_before", "bytes_after")
+    return tuple(row.get(key) for key in keys)
+
+
+def _folded_change(fold: folding.Fold) -> dict[str, Any]:
+    """One row for changes that are the same: sizes are those of all of them."""
+    first, number = fold.rows[0], len(fold.rows)
+    sizes = {key: value * number for key, value in first.items() if type(value) is int}
+    before = first["before"] if number == 1 else f"{number} x {first['before']}"
+    return {**first, **sizes, "path": fold.path, "before": before}
 
 
 def _change_of_size(value: int | Bytes) -> str:
@@ -561,13 +593,19 @@ def save(
 # --- diff ----------------------------------------------------------------------------------------------------------
 
 
-def diff(a: str, b: str, found: Comparison, *, values: bool) -> View:
-    """What differs between two models: a row a change, modules before tensors."""
+def diff(a: str, b: str, found: Comparison, *, values: bool, folded: bool = False) -> View:
+    """What differs between two models: a row a change, modules before tensors.
+
+    Where `folded`, the table has one row for the same change of numbered siblings; the document has a row for each.
+    """
     modules = [{**asdict(change), "path": shown(change.path)} for change in found.modules]
     tensors = [asdict(change) for change in found.tensors]
     document = {"schema": SCHEMA, "a": a, "b": b, "same": found.same, "modules": modules, "tensors": tensors}
     rows = [{"kind": "module", "name": row["path"], **row, **_what_differs(row)} for row in modules]
     rows += [{"kind": "tensor", **row} for row in tensors]
+    every = len(rows)
+    if folded:
+        rows = [{**fold.rows[0], "name": fold.path} for fold in folding.folded(rows, "name", _looks_of_difference)]
     has_values = any(change.change == "values" for change in found.tensors)
     columns = [
         Column("name", "name", style="cyan"),
@@ -587,7 +625,12 @@ def diff(a: str, b: str, found: Comparison, *, values: bool) -> View:
     largest = max((row for row in found.tensors if row.max_abs_diff is not None), key=_size_of, default=None)
     if largest is not None:
         footer.append(("Largest difference", f"{number(largest.max_abs_diff)} in {largest.name}"))
-    return View(document, rows, columns, footer)
+    return View(document, rows, columns, footer, folded=every - len(rows))
+
+
+def _looks_of_difference(row: Mapping[str, Any]) -> tuple[object, ...]:
+    """What a row shows of a difference besides its name."""
+    return row["kind"], row["change"], _side(row["before"]), _side(row["after"]), number(row.get("max_abs_diff"))
 
 
 def _what_differs(row: Mapping[str, Any]) -> dict[str, str]:
@@ -655,7 +698,9 @@ def check(reference: str, blueprint: Blueprint, checks: Sequence[Mapping[str, An
         Column("found", "found", _finding, flexible=True),
         Column("wanted", "wanted", _finding, flexible=True),
     )
-    return View(document, list(checks), columns, [("Checks", f"{passed} of {len(checks)} passed")])
+    rows = sorted(checks, key=lambda row: bool(row["passed"]))  # what fails is read first
+    footer = [("Checks", f"{passed} of {len(checks)} passed")]
+    return View(document, rows, columns, footer, alarming=lambda row: not row["passed"])
 
 
 def _finding(value: Any) -> str:

@@ -32,9 +32,10 @@ class Run:
 
 
 class Runs:
-    """The runs of a model. Alike are modules of one type, configuration and structure, with tensors of the same
-    shapes, dtypes and flags, and, where `traced`, the same output shapes. What has several names is alike under those
-    names alone.
+    """The runs of a model: siblings fold into one row where their rows, and all rows below them, would be equal.
+
+    A summary (`traced`) shows types, output shapes, parameters, whether they are trained and mult-adds; a tree shows
+    types, configurations and parameters. What has several names is alike under those names alone.
     """
 
     def __init__(self, blueprint: Blueprint, *, traced: bool) -> None:
@@ -110,27 +111,39 @@ def _number(name: str) -> tuple[str, int | None]:
 
 
 def _kinds(blueprint: Blueprint, *, traced: bool) -> dict[str, int]:
-    """A number for each module: the same for those that are alike."""
+    """A number for each module: the same for those whose rows, and whose rows below, show the same."""
     holders = blueprint.by_path
-    tensors: dict[str, list[tuple[object, ...]]] = defaultdict(list)
-    tied = {tensor.tied_to for tensor in blueprint.tensors if tensor.tied_to is not None}
+    tied: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    firsts = {tensor.tied_to for tensor in blueprint.tensors if tensor.tied_to is not None}
     for tensor in blueprint.tensors:
-        holder = next(path for path in ancestors(parent_of(tensor.name)) if path in holders)
-        one_of_several = tensor.identity if tensor.tied_to is not None or tensor.name in tied else None
-        flags = (tensor.kind, tensor.requires_grad, tensor.persistent, tensor.layout, one_of_several)
-        tensors[holder].append((tensor.name[len(holder) :], tensor.shape, tensor.dtype, *flags))
+        if tensor.tied_to is not None or tensor.name in firsts:
+            holder = next(path for path in ancestors(parent_of(tensor.name)) if path in holders)
+            tied[holder].append((tensor.name[len(holder) :], tensor.identity))
     shared = {module.shared_with for module in blueprint.modules if module.shared_with is not None}
-    layers = blueprint.trace.layers if traced and blueprint.trace is not None else {}
+    shown_of = _summary_cells if traced else _tree_cells
     numbers: dict[Any, int] = {}
     kinds: dict[str, int] = {}
     for module in reversed(blueprint.modules):  # each stands behind the one that holds it
         path = module.path
         looks = (
-            (module.type, module.bases, module.config, module.own_repr, module.absent),
+            module.type,
+            blueprint.params_of(path),
+            shown_of(blueprint, module),
             module.shared_with if path not in shared else path,
-            tuple(tensors[path]),
-            repr(layers[path].output_shape) if path in layers else None,
+            tuple(tied[path]),
             tuple((_own_name(child), kinds[child.path]) for child in blueprint.children.get(path, ())),
         )
         kinds[path] = numbers.setdefault(looks, len(numbers))
     return kinds
+
+
+def _summary_cells(blueprint: Blueprint, module: ModuleInfo) -> tuple[object, ...]:
+    """What a row of a summary shows of a module besides its name, type and parameters."""
+    layers = blueprint.trace.layers if blueprint.trace is not None else {}
+    ran = layers.get(module.path)
+    return blueprint.trainable_of(module.path), None if ran is None else (repr(ran.output_shape), ran.macs)
+
+
+def _tree_cells(_blueprint: Blueprint, module: ModuleInfo) -> tuple[object, ...]:
+    """What a line of a tree shows of a module besides its name, type and parameters."""
+    return (module.config,)

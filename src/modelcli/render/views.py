@@ -23,6 +23,25 @@ def count(value: int | None) -> str:
     return "-" if value is None else f"{value:,}"
 
 
+def compact(value: int | None) -> str:
+    """`9,408`, `61.1M`, `17.6G`: from 10,000 on three digits and a unit (k is a thousand, then M, G, T, P)."""
+    if value is None or abs(value) < 10_000:
+        return count(value)
+    rounded = float(f"{value:.3g}")
+    power = next(power for power in (15, 12, 9, 6, 3) if abs(rounded) >= 10**power)
+    scaled = rounded / 10**power
+    return f"{scaled:.{max(0, 2 - len(str(int(abs(scaled)))) + 1)}f}{_UNITS[power]}"
+
+
+_UNITS = {3: "k", 6: "M", 9: "G", 12: "T", 15: "P"}
+
+
+def compact_and_exact(value: int | None) -> str:
+    """`61.1M (61,100,840)`; one of the two where both are the same."""
+    short, exact = compact(value), count(value)
+    return exact if short == exact else f"{short} ({exact})"
+
+
 def signed(value: int | None) -> str:
     """`-4,056,030`; `0` stays `0`."""
     return "-" if value is None else f"{value:+,}" if value else "0"
@@ -112,7 +131,8 @@ class Column:
     On a terminal that is too narrow the `optional` columns are left out, the highest number first. Then `flexible` ones
     are cut, each in its own way (`cut`), the `vital` ones last. Where not even that is enough, the `spare` columns
     are left out, the highest number first. None of it happens anywhere else, and what is only for the eye (`on_screen`)
-    is not shown anywhere else.
+    is not shown anywhere else. `screen_format` is how a terminal shows the values, where that is another way than
+    `format`.
     """
 
     key: str
@@ -126,6 +146,7 @@ class Column:
     cut: Literal["end", "middle", "path"] = "end"
     spare: int = 0
     on_screen: bool = False
+    screen_format: Callable[[Any], str] | None = None
 
 
 def path_column(key: str, title: str) -> Column:
@@ -150,7 +171,9 @@ class Branch:
 class View:
     """What a command shows: a table of `rows`, or a `body` that is text already (a printed model), or a `tree`.
 
-    `folded` is how many modules have no row of their own, because they stand in that of their run.
+    `folded` is how many modules have no row of their own, because they stand in that of their run. `dimmed` and
+    `alarming` say which rows a terminal shows dim, and which in red. Where `nested`, the rows are modules in the
+    model's order: a terminal that has no room for their paths indents the last names of these.
     """
 
     document: Mapping[str, Any]
@@ -161,4 +184,6 @@ class View:
     body: str | None = None
     tree: Sequence[Branch] | None = None
     dimmed: Callable[[Mapping[str, Any]], bool] | None = None
+    alarming: Callable[[Mapping[str, Any]], bool] | None = None
+    nested: bool = False
     folded: int = 0

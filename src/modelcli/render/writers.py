@@ -8,9 +8,10 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from modelcli.blueprints import ROOT
 from modelcli.render.views import Branch, Column, View, whole_numbers
 
 if TYPE_CHECKING:
@@ -147,10 +148,15 @@ def _has_marks(encoding: str) -> bool:
 # --- on a terminal -------------------------------------------------------------------------------------------------
 
 
-def print_rich(view: View, console: Console) -> None:
-    """A Rich table that fits the width of the terminal, and the footer below it."""
+def print_rich(view: View, console: Console) -> list[str]:
+    """A Rich table that fits the width of the terminal, and the footer below it.
+
+    Returns:
+        The titles of the columns that the terminal had no room for.
+    """
     from rich.text import Text
 
+    left_out: list[str] = []
     if view.tree is not None:
         for start in range(0, len(view.tree), BATCH):
             lines = (
@@ -158,12 +164,12 @@ def print_rich(view: View, console: Console) -> None:
             )
             console.file.write("".join(f"{line}\n" for line in lines))
             console.file.flush()
-        return
+        return left_out
     if view.body is not None:
         console.print(Text("\n".join(safe(line) for line in view.body.split("\n"))), soft_wrap=True)
-        return
+        return left_out
     if view.rows or view.header:
-        _print_table(view, console)
+        left_out = _print_table(view, console)
     if view.footer:
         if view.header:
             console.print()
@@ -171,32 +177,57 @@ def print_rich(view: View, console: Console) -> None:
         for label, value in view.footer:
             line = Text.assemble((f"{label + ':':<{width + 1}} ", "dim"), safe(value))
             console.print(line)
+    return left_out
 
 
-def _print_table(view: View, console: Console) -> None:
+def _print_table(view: View, console: Console) -> list[str]:
     """The table through Rich, which takes half a millisecond a row; what is more than a screenful row by row."""
     from rich.text import Text
 
     cells = [_shown_texts(view, column, console.encoding) for column in view.columns]
-    kept, widths, gap = _fit(view, _widths(view, cells), console.width)
+    full = _widths(view, cells)
+    kept, widths, gap = _fit(view, full, console.width)
+    path = next((index for index, column in enumerate(view.columns) if column.cut == "path"), None)
+    if view.nested and path is not None and widths[path] < full[path]:
+        return _print_table(_indented(view), console)
     for index in kept:
         cut = _CUTS[view.columns[index].cut]
         mark = _mark(console.encoding)
         cells[index] = [cut(text, widths[index], mark) for text in cells[index]]
     table = _empty_table(view, kept, widths, gap)
     # Rich draws on an old Windows console by system calls: there are no bytes that would say the same.
-    if len(view.rows) > console.height and not console.legacy_windows:
+    if len(view.rows) > console.height and not console.legacy_windows and view.alarming is None:
         _stream_rows(view, cells, kept, table, console)
-        return
-    for position, row in enumerate(view.rows):
-        style = "dim" if view.dimmed is not None and view.dimmed(row) else None
-        table.add_row(*(Text(cells[index][position]) for index in kept), style=style)
-    console.print(table)
+    else:
+        for position, row in enumerate(view.rows):
+            table.add_row(*(Text(cells[index][position]) for index in kept), style=_style(view, row))
+        console.print(table)
+    dropped = [index for index in range(len(view.columns)) if index not in kept and not view.columns[index].on_screen]
+    return [view.columns[index].title for index in dropped if not {*cells[index]} <= {"-", ""}]
+
+
+def _style(view: View, row: Mapping[str, Any]) -> str | None:
+    if view.alarming is not None and view.alarming(row):
+        return "red"
+    return "dim" if view.dimmed is not None and view.dimmed(row) else None
+
+
+def _indented(view: View) -> View:
+    """The same rows with the last names of their paths, indented by how deep these lie."""
+    key = next(column.key for column in view.columns if column.cut == "path")
+    depths = [0 if row[key] == ROOT else row[key].count(".") + 1 for row in view.rows]
+    top = min(depths, default=0)
+    rows = [
+        {**row, key: "  " * (depth - top) + (row[key].rpartition(".")[2] or row[key])}
+        for depth, row in zip(depths, view.rows, strict=True)
+    ]
+    columns = [replace(column, cut="end") if column.key == key else column for column in view.columns]
+    return replace(view, rows=rows, columns=columns, nested=False)
 
 
 def _shown_texts(view: View, column: Column, encoding: str) -> list[str]:
     """What stands in the cells of a column on a terminal: what its encoding lacks takes the room of its escape."""
-    texts = _texts(view, column)
+    texts = _texts(view, column if column.screen_format is None else replace(column, format=column.screen_format))
     if _has_marks(encoding):
         return texts
     if column.on_screen:

@@ -37,6 +37,28 @@ MISTAKES = {
         "error: no model is given, and there is no modelcli.toml\n"
         "hint: name one with -m MODEL or $MODELCLI_MODEL, or start a recipe: modelcli load alexnet",
     ),
+    "a model before its edit": (
+        "replace resnet18 fc 'Linear(_,10)'",
+        2,
+        "error: no model is given, and there is no modelcli.toml\n"
+        "hint: the model comes with -m: modelcli replace fc 'Linear(_,10)' -m resnet18",
+    ),
+    "a model in the place of the target": (
+        "freeze resnet18 --except fc",
+        2,
+        "error: no model is given, and there is no modelcli.toml\n"
+        "hint: the model comes with -m: modelcli freeze --except fc TARGET -m resnet18",
+    ),
+    "a value left out": (
+        "replace fc Linear 4 5 bias= -m resnet18",
+        2,
+        "error: bias= has no value\nhint: bias=None, bias=True, or bias=_ for what it was",
+    ),
+    "a dtype that no input has": (
+        "summary alexnet --input-dtype quint8",
+        2,
+        "error: no input is made of quint8, a quantized dtype\nhint: float32, bfloat16 or int64",
+    ),
     "no recipe to show": (
         "log",
         2,
@@ -153,3 +175,15 @@ def test_other_words_for_commands_stand_for_commands(cli: Cli) -> None:
     assert set(synonyms.COMMANDS.values()) <= known
     assert not known & {*synonyms.COMMANDS, *synonyms.COPYING, "strip"}
     assert "modelcli rename 'module.**' '**'" in cli("strip", "module.", "-m", "x.pth", code=2).err
+
+
+def test_a_bare_file_as_the_target_is_the_model(cli: Cli, folder: Path) -> None:
+    torch.save(nn.Linear(4, 5).state_dict(), "bare.pth")
+    found = cli("freeze", "bare.pth", "weight", code=2)
+    line = found.err.strip().partition("hint: the model comes with -m: ")[2]
+    assert line == "modelcli freeze weight -m bare.pth"
+    cli(*shlex.split(line)[1:])
+    assert "modelcli freeze TARGET -m bare.pth" in cli("freeze", "bare.pth", code=2).err
+    line = cli("rename", "bare.pth", "weight", "w", code=2).err.strip().partition("with -m: ")[2]
+    assert line == "modelcli rename weight w -m bare.pth"
+    cli(*shlex.split(line)[1:])

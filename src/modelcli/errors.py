@@ -70,8 +70,8 @@ def closest(word: str, candidates: Iterable[str], count: int = 3) -> list[str]:
 
 
 def did_you_mean(word: str, candidates: Iterable[str]) -> str | None:
-    """`did you mean alexnet?`, or None where nothing comes near."""
-    names = closest(word, candidates)
+    """`did you mean alexnet?`, or None where nothing comes near. The word itself is no answer to it."""
+    names = closest(word, (name for name in candidates if name != word))
     if not names:
         return None
     return f"did you mean {' or '.join([', '.join(names[:-1]), names[-1]] if len(names) > 1 else names)}?"

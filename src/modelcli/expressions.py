@@ -139,6 +139,10 @@ def parse_words(words: Sequence[str]) -> Call:
         if match:
             if match[1] in kwargs:
                 raise RequestError(f"{match[1]} is given twice")
+            if not match[2]:
+                raise RequestError(
+                    f"{match[1]}= has no value", f"{match[1]}=None, {match[1]}=True, or {match[1]}=_ for what it was"
+                )
             kwargs[match[1]] = _word_value(match[2])
         elif kwargs:
             raise RequestError(f"{_cut(word)!r} comes after {next(iter(kwargs))}=: positional arguments come first")

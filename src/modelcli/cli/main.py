@@ -14,7 +14,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
-from modelcli.cli.output import PipeClosedError, tell, tell_error, unwritten, warned, warnings_kept, write
+from modelcli.cli.output import PipeClosedError, prints_kept, tell, tell_error, unwritten, warned, warnings_kept, write
 from modelcli.cli.synonyms import meant
 from modelcli.errors import ModelcliError, SystemFailureError
 
@@ -141,7 +141,8 @@ def _carry_out(words: list[str]) -> int:
         completing.join_words()
     as_json, debug = _wants_json(words), "--debug" in words
     try:
-        result = app(args=words or ["--help"], standalone_mode=False, prog_name="modelcli")
+        with prints_kept(wanted=as_json):
+            result = app(args=words or ["--help"], standalone_mode=False, prog_name="modelcli")
         code = result if isinstance(result, int) else 0
         # Typer has caught the KeyboardInterrupt
         return _tell_end("interrupted", code, as_json=as_json) if code == INTERRUPTED else code
@@ -225,7 +226,11 @@ def _usage_error(error: Exception, words: Sequence[str]) -> ModelcliError:
     if path == "modelcli" and message.startswith(f"No such command {words[0]!r}") and (line := meant(words)):
         made = ModelcliError(f"No such command {words[0]!r}.", f"did you mean: {line}")
     else:
-        hint = _model_with(model, message, path) or f"{path} --help shows how it is used"
+        hint = (
+            _model_with(model, message, path)
+            or _model_before_edit(words, message)
+            or f"{path} --help shows how it is used"
+        )
         made = ModelcliError(message, hint)
     made.kind = "usage"
     return made
@@ -237,6 +242,19 @@ def _model_with(model: object, message: str, path: str) -> str | None:
     if extra is None or not isinstance(model, str) or not re.fullmatch(r"[\w.:/-]*\w", model):
         return None
     return f"a model and its arguments are one word: {path} '{model}({', '.join(extra[1].split())})'"
+
+
+def _model_before_edit(words: Sequence[str], message: str) -> str | None:
+    """The command whose first word is a model that belongs behind `-m`: `rename bare.pth weight w`."""
+    from modelcli import edits, session
+    from modelcli.cli.operate import with_model
+
+    name, *operands = words
+    if not message.startswith("Got unexpected extra argument") or name not in edits.REGISTRY or len(operands) < 2:
+        return None
+    if any(word.startswith("-") for word in operands) or not session.names_model(operands[0]):
+        return None
+    return with_model(name, operands[1:], [], operands[0])
 
 
 def _wants_json(words: Sequence[str]) -> bool:

@@ -374,22 +374,35 @@ def _carry_out(
         with progress.of_bytes(shown) as report:
             outcome = session.edit(target, [made], writing_of(options, options.out, report))
     except RequestError as error:
-        error.hint = _meant(operands, error, options.model) or error.hint
+        error.hint = _meant(name, operands, flags, error, options.model) or error.hint
         raise
     show_outcome(target, outcome, options, shown)
 
 
-def _meant(operands: list[str], error: RequestError, model: str | None) -> str | None:
+def _meant(name: str, operands: list[str], flags: list[str], error: RequestError, model: str | None) -> str | None:
     """What an edit's words may have been meant for: a model without its `-m`, a pattern that the shell expanded."""
     from modelcli import session
 
-    last = operands[-1]
-    if model is None and len(operands) > 1 and session.names_model(last):
-        return f"where {last} is the model: -m {last}"
-    files = [word for word in operands[1:] if "." in word and word != "." and os.path.lexists(word)]
+    first, *rest = operands
+    if model is None and session.names_model(first):
+        return with_model(name, rest, flags, first)
+    if model is None and rest and session.names_model(rest[-1]):
+        return f"where {rest[-1]} is the model: -m {shlex.quote(rest[-1])}"
+    files = [word for word in rest if "." in word and word != "." and os.path.lexists(word)]
     if files and "pattern" not in (error.hint or ""):
         return f"{files[0]} is a file here: if the shell expanded a pattern to it, quote the pattern"
     return None
+
+
+def with_model(name: str, operands: list[str], flags: list[str], model: str) -> str:
+    """The command whose model was given as its first word: `replace resnet18 fc 'Linear(_,10)'`."""
+    from modelcli import edits
+
+    try:
+        edits.from_words(name, [*flags, "--", *operands])
+    except RequestError:
+        operands = ["TARGET"]
+    return f"the model comes with -m: {shlex.join(['modelcli', name, *flags, *operands, '-m', model])}"
 
 
 def writing_of(

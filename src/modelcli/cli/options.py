@@ -146,8 +146,10 @@ class SourceOptions(ModelOptions):
         check_seed(self.seed)
         dtypes = tuple(map(dtype_called, self.input_dtype or ()))
         for name in dtypes:
-            if name not in ITEM_BYTES or name.startswith("q"):
+            if name not in ITEM_BYTES:
                 raise RequestError(f"no dtype {name!r}", did_you_mean(name, ITEM_BYTES) or "float32, bfloat16, int64")
+            if name.startswith("q"):
+                raise RequestError(f"no input is made of {name}, a quantized dtype", "float32, bfloat16 or int64")
         return {
             "weights": self.weights,
             "arch": self.arch,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from modelcli.errors import ModelcliError, RequestError, SystemFailureError, did_you_mean
 
@@ -65,6 +66,53 @@ def warned() -> list[str]:
     return said
 
 
+#: Characters that are kept of what was printed, and lines of it that become notes.
+_MOST_PRINTED, _MOST_LINES = 65_536, 20
+_printed: TextIO | None = None
+
+
+class _Beginning(io.BytesIO):
+    """Takes everything and keeps the beginning: a model may print without end."""
+
+    def write(self, data: Any, /) -> int:
+        super().write(bytes(data)[: max(_MOST_PRINTED - self.tell(), 0)])
+        return len(data)
+
+
+@contextlib.contextmanager
+def prints_kept(*, wanted: bool) -> Iterator[None]:
+    """Keep what others print on standard error (a model's own code, a library that downloads), for the notes.
+
+    Where the result is JSON (`wanted`), nothing but the document of an error stands on standard error.
+    """
+    global _printed
+    if not wanted:
+        yield
+        return
+    _printed = io.TextIOWrapper(_Beginning(), encoding="utf-8", errors="backslashreplace", write_through=True)
+    try:
+        with contextlib.redirect_stderr(_printed):
+            yield
+    finally:
+        said = printed()
+        _printed = None
+        _warned.extend(said)
+
+
+def printed() -> list[str]:
+    """The lines that others printed on standard error and that were kept; they are kept no longer."""
+    if not isinstance(_printed, io.TextIOWrapper):
+        return []
+    kept = _printed.buffer
+    assert isinstance(kept, _Beginning)
+    data = kept.getvalue().decode("utf-8", "backslashreplace")
+    kept.seek(0)
+    kept.truncate()
+    lines = [line.strip() for line in re.split(r"[\r\n]+", data) if line.strip()]
+    more = [f"{len(lines) - _MOST_LINES} more lines were printed"] if len(lines) > _MOST_LINES else []
+    return [*(f"printed: {line}" for line in lines[:_MOST_LINES]), *more]
+
+
 def format_of(options: OutputOptions) -> str:
     """The format asked for. Raises RequestError for one that does not exist, and for two."""
     from modelcli.render import writers
@@ -90,7 +138,7 @@ def show(
     from modelcli.render import writers
 
     kind = format_of(options)
-    told = [] if options.quiet else [*notes, *warned()]
+    told = [] if options.quiet else [*notes, *warned(), *printed()]
     match kind:
         case "json":
             told = [*(f"warning: {warning}" for warning in warnings), *told]

@@ -79,7 +79,7 @@ def test_a_folder_has_no_shard_of_the_old_one(tmp_path: Path) -> None:
     [
         {"pytorch_model.bin.index.json": '{"weight_map": {"a": "pytorch_model-1.bin"}}', "pytorch_model-1.bin": "x"},
         {".metadata": "x", "__0_0.distcp": "x", "__1_0.distcp": "x"},
-        {"model.safetensors": "x", "weights.index.json": "no index"},
+        {"model.safetensors": "x"},
     ],
 )
 def test_what_the_old_checkpoint_was_made_of_goes_and_nothing_else(tmp_path: Path, old: dict[str, str]) -> None:

@@ -159,3 +159,90 @@ def test_the_check_runs_in_the_new_dtype(cli: Cli) -> None:
 
 def test_nothing_to_do_is_told(cli: Cli) -> None:
     assert "note: . is float32 already" in cli("cast", ".", "float32", "-m", "alexnet").err
+
+
+# --- weights with scales beside them -------------------------------------------------------------------------------
+
+
+def fp8(*shape: int) -> torch.Tensor:
+    return torch.ones(*shape).to(torch.float8_e4m3fn)
+
+
+def bytes_(*shape: int) -> torch.Tensor:
+    return torch.ones(*shape, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"a.weight": fp8(4, 4), "a.weight_scale_inv": torch.ones(1, 1)}, "a.weight is a scaled float8_e4m3fn weight"),
+        ({"a.weight": fp8(4, 4), "a.weight_scale": torch.ones(1)}, "times a.weight_scale:"),
+        ({"a.weight": fp8(4, 4), "a.scale_weight": torch.ones(1)}, "times a.scale_weight:"),
+        (
+            {
+                "a.qweight": torch.ones(2, 4, dtype=torch.int32),
+                "a.qzeros": torch.ones(1, 1, dtype=torch.int32),
+                "a.scales": torch.ones(1, 4).half(),
+            },
+            "a.qweight is a weight packed by GPTQ or AWQ",
+        ),
+        (
+            {"a.weight_packed": torch.ones(2, 4, dtype=torch.int32), "a.weight_scale": torch.ones(4)},
+            "compressed-tensors",
+        ),
+        ({"a.weight": bytes_(8, 1), "a.weight.absmax": torch.ones(1)}, "a packed uint8 weight"),
+        ({"a.weight": torch.ones(4, 4, dtype=torch.int8), "a.SCB": torch.ones(4)}, "times a.SCB"),
+    ],
+)
+def test_scaled_weights_are_not_cast(cli: Cli, state: dict[str, torch.Tensor], message: str) -> None:
+    torch.save({**state, "norm.weight": torch.ones(4)}, "in.pth")
+    error = cli("cast", ".", "bfloat16", "-m", "in.pth", "-o", "out.pth", code=2).err
+    assert message in error
+    cli("cast", "norm", "bfloat16", "-m", "in.pth", "-o", "out.pth")
+    found = state_of("out.pth")
+    assert found["norm.weight"].dtype == torch.bfloat16
+    assert all(found[name].dtype == tensor.dtype for name, tensor in state.items())
+
+
+def test_fp8_without_a_scale_is_cast(cli: Cli) -> None:
+    torch.save({"a.weight": fp8(4, 4), "a.bias": torch.ones(4)}, "in.pth")
+    cli("cast", ".", "bfloat16", "-m", "in.pth", "-o", "out.pth")
+    assert state_of("out.pth")["a.weight"].equal(torch.ones(4, 4).bfloat16())
+
+
+# --- values that do not fit ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("out", ["out.pth", "out.safetensors"])
+@pytest.mark.parametrize(
+    ("dtype", "after"),
+    [("float32", "float16"), ("float64", "float32"), ("float32", "bfloat16"), ("float64", "float16")],
+)
+def test_values_beyond_the_range_are_counted(cli: Cli, out: str, dtype: str, after: str) -> None:
+    torch.manual_seed(0)
+    before, target = getattr(torch, dtype), getattr(torch, after)
+    spread = torch.finfo(target).max * 1.5 * (2 * torch.rand(3_000_000, dtype=torch.float64) - 1)
+    values = spread.clamp(torch.finfo(before).min, torch.finfo(before).max).to(before)
+    values[:4] = torch.tensor([float("inf"), float("nan"), 0, torch.finfo(target).max])
+    state = {"w": values.view(1000, 3000).T, "v": torch.ones(2, dtype=before)}
+    torch.save(state, "in.pth")
+    wanted = int((state["w"].isfinite() & state["w"].to(target).isinf()).sum())
+    assert wanted
+    note = f"{wanted:,} values became Inf in w: {after} ends at"
+    assert note in cli("cast", ".", after, "-m", "in.pth", "-o", out).err
+    assert "became" not in cli("cast", "v", after, "-m", "in.pth", "-o", out, "--force").err
+
+
+def test_those_that_come_to_the_end_of_the_range_are_counted(cli: Cli) -> None:
+    values = torch.tensor([1.0, 448.0, 449.0, 1e6, -1e9])
+    torch.save({"w": values}, "in.pth")
+    err = cli("cast", ".", "float8_e4m3fn", "-m", "in.pth", "-o", "out.pth").err
+    lost = state_of("out.pth")["w"].float() != values
+    assert f"{int(lost.sum())} values became" in err
+
+
+def test_what_one_cast_lost_is_told_after_another(cli: Cli) -> None:
+    torch.save({"w": torch.tensor([1.0, 1e5])}, "in.pth")
+    err = cli("apply", "-e", "cast . half", "-e", "cast . float32", "-m", "in.pth", "-o", "out.pth").err
+    assert "1 value became Inf in w: float16 ends at 65,504" in err
+    assert state_of("out.pth")["w"].tolist() == [1.0, float("inf")]

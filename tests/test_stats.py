@@ -221,7 +221,7 @@ def test_pieces_are_small_and_have_each_element_once(axes: list[tuple[int, int]]
     view = torch.arange(250).as_strided([size for size, _ in axes], [stride for _, stride in axes], offset)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stats, "CHUNK", chunk)
-        pieces = list(stats._pieces(view))
+        pieces = list(stats.pieces_of(view))
     assert sorted(number for piece in pieces for number in piece.flatten().tolist()) == sorted(view.flatten().tolist())
     for piece in pieces:
         numbers = piece.flatten().tolist()
@@ -239,7 +239,7 @@ def test_an_expanded_tensor_is_read_once(tmp_path: Path) -> None:
 
 def test_overlapping_rows_do_not_take_memory() -> None:
     """10^12 elements over two million: pieces are bounded by what they hold, not only by what they span."""
-    pieces = stats._pieces(torch.zeros(2_000_000).as_strided((1_000_000, 1_000_000), (1, 1)))
+    pieces = stats.pieces_of(torch.zeros(2_000_000).as_strided((1_000_000, 1_000_000), (1, 1)))
     for _ in range(100):
         assert next(pieces).numel() <= stats.CHUNK
 

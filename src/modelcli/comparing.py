@@ -189,7 +189,7 @@ def _by_bytes(pairs: Mapping[str, tuple[Entry, Entry]], work: _Work) -> dict[str
     Bytes that are the same are the same numbers. Other bytes may be, too (`-0.0`, NaNs): such tensors are left out,
     but for quantized and sparse ones, which are compared by their parts alone.
     """
-    storages = {id(entry.storage): entry.storage for pair in pairs.values() for entry in pair if _is_plain(entry)}
+    storages = {id(part.storage): part.storage for pair in pairs.values() for entry in pair for part in _parts(entry)}
     nbytes = sum(storage.nbytes for storage in storages.values())
     budget = Budget("what the tensors of both models view", nbytes, times=_TIMES)
     found: dict[str, bool] = {}
@@ -217,6 +217,13 @@ def _is_half_composite(one: Entry, other: Entry) -> bool:
 
 def _is_plain(entry: Entry) -> bool:
     return isinstance(entry, TensorEntry)
+
+
+def _parts(entry: Entry) -> Sequence[TensorEntry]:
+    """The views into storages that an entry is made of; none of a tensor in memory."""
+    if isinstance(entry, CompositeEntry):
+        return entry.parts
+    return (entry,) if isinstance(entry, TensorEntry) else ()
 
 
 def _nbytes(entry: Entry) -> int:

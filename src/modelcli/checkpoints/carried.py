@@ -28,13 +28,35 @@ def record_in(text: object, what: str) -> records.Record | None:
     return record
 
 
-def aliases_in(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, str]:
-    """The other names of tied tensors, each with the one that its tensor is stored under."""
+def aliases_in(
+    metadata: Mapping[str, Any], tensors: Mapping[str, Any], record: records.Record | None
+) -> dict[str, str]:
+    """The other names of tied tensors, each with the one that its tensor is stored under.
+
+    `safetensors.torch.save_model` writes them among the texts of `__metadata__`, where nothing tells them from a text
+    that happens to be the name of a tensor (`"target": "clip_l"`). One is taken for a name where the record says so, or
+    where both are tensors of modules that have the same name in theirs: `lm_head.weight` for `embed_tokens.weight`.
+    """
+    tied = {} if record is None else {info.name: info.identity for info in record.blueprint.tensors}
     return {
         name: first
         for name, first in metadata.items()
-        if isinstance(first, str) and first in tensors and name not in tensors and name not in RESERVED
+        if isinstance(first, str)
+        and first in tensors
+        and name not in tensors
+        and name not in RESERVED
+        and (_are_tied(name, first, tied) or _have_one_own_name(name, first))
     }
+
+
+def _are_tied(name: str, other: str, identities: Mapping[str, str]) -> bool:
+    return name in identities and identities[name] == identities.get(other)
+
+
+def _have_one_own_name(name: str, other: str) -> bool:
+    """Whether two names are those of tensors in modules, and end alike: `decoder.weight` and `encoder.0.weight`."""
+    (path, _, own), (other_path, _, other_own) = name.rpartition("."), other.rpartition(".")
+    return bool(path and other_path) and own == other_own
 
 
 def in_order_of(

@@ -77,7 +77,7 @@ def read(index: Path, read_file: Reader) -> Contents:
             raise FileFormatError(f"{path.name} holds {extra}, which {index} does not name")
     text = metadata.get(records.SAFETENSORS_KEY)
     record = carried.record_in(text, str(index))
-    tensors |= {name: tensors[first] for name, first in carried.aliases_in(metadata, tensors).items()}
+    tensors |= {name: tensors[first] for name, first in carried.aliases_in(metadata, tensors, record).items()}
     tensors = carried.in_order_of(record, tensors)
     texts = [shard.texts for shard in shards.values()]
     formats = {shard.format for shard in shards.values()}

@@ -76,7 +76,7 @@ def read(path: Path) -> Contents:
     if start + end != identity[0]:
         raise FileFormatError(f"{path}: the header tells of {start + end:,} bytes, the file has {identity[0]:,}")
     record = carried.record_in(metadata.pop(records.SAFETENSORS_KEY, None), str(path))
-    aliases = carried.aliases_in(metadata, tensors)
+    aliases = carried.aliases_in(metadata, tensors, record)
     ordered = {name: tensors[name] for name in header} | {name: tensors[first] for name, first in aliases.items()}
     return Contents(
         path=path,

@@ -425,6 +425,7 @@ def writing_of(
         dry_run=options.dry_run,
         check=options.check,
         bare=options.bare,
+        compact=options.compact,
         durable=not options.no_fsync,
         verify=options.verify,
         max_shard_bytes=None if options.max_shard_size is None else parse_bytes(options.max_shard_size),

@@ -339,6 +339,12 @@ class SaveOptions:
         default=False,
         rich_help_panel="Result",
     )
+    compact: bool = _option(
+        "--compact",
+        help="Write of each storage what its tensors show: a slice of a buffer without the buffer.",
+        default=False,
+        rich_help_panel="Result",
+    )
     max_shard_size: str | None = _option(
         "--max-shard-size",
         help="The most that a shard of a folder holds. \\[default: 5GB]",

@@ -151,7 +151,15 @@ _MAKERS: Mapping[str, Callable[..., Any]] = {
     "Counter": collections.Counter,
     "Size": torch.Size,
     "device": torch.device,
+    "_get_layout": lambda name: _layout(name),
 }
+
+
+def _layout(name: str) -> torch.layout:
+    found = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(found, torch.layout):
+        raise RequestError(f"torch {torch.__version__} has no layout {name}")
+    return found
 
 
 def foreign_prefix(keys: set[str], own: set[str]) -> str:
@@ -209,10 +217,16 @@ def load(module: nn.Module, state: StateDict) -> LoadReport:
         raise AnswerNoError(f"PyTorch refuses the state dict: {' '.join(str(error).split())}") from None
     overruled = _tie_again(module, ties, given)
     loaded = {name for group in ties for name in group if set(group) & set(given)}
-    missing = tuple(name for name in keys.missing_keys if name not in wrong and name not in loaded)
+    empty = {name for name, value in own.items() if name.endswith("_extra_state") and _is_empty(value)}
+    missing = tuple(name for name in keys.missing_keys if name not in wrong | loaded | empty)
     unexpected = (*keys.unexpected_keys, *(name for name in state.extras if name not in own))
     matched = sum(name in own for name in given)
     return LoadReport(matched, missing, tuple(unexpected), found.mismatched, found.prefix, overruled)
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether an `_extra_state` says nothing: safetensors files leave it out, and nothing is missing without it."""
+    return value is None or (isinstance(value, str | bytes | dict | list | tuple | set | bytearray) and not value)
 
 
 class _WithMetadata(dict[str, Any]):

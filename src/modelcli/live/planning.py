@@ -13,12 +13,12 @@ import torch
 
 from modelcli import record as records
 from modelcli import writing
-from modelcli.blueprints import Blueprint, Trace, ancestors, parent_of
+from modelcli.blueprints import Blueprint, Trace, ancestors, listed, parent_of
 from modelcli.checkpoints import CompositeEntry, TensorEntry, shapes
 from modelcli.checkpoints.pickles import Global, Opaque, OrderedDict, StorageRef
 from modelcli.edits import Extract
 from modelcli.errors import RequestError
-from modelcli.live import composites, loading, trace
+from modelcli.live import compacting, composites, loading, trace
 from modelcli.live.describe import describe, dtype_name
 from modelcli.live.opening import Live
 from modelcli.live.sources import AnySource, Value, is_composite, is_lazy, named_tensors, row_major, source_of
@@ -27,8 +27,11 @@ from modelcli.references import PythonObject
 from modelcli.writing import Plan, PlannedTensor
 
 
-def plan(live: Live, out: Path, kind: str, *, bare: bool = False) -> Plan:
-    """What to write for a live model, in a format of `writing`; `bare` drops what stood around the state dict.
+def plan(live: Live, out: Path, kind: str, *, bare: bool = False, compact: bool = False) -> Plan:
+    """What to write for a live model, in a format of `writing`.
+
+    `bare` drops what stood around the state dict. `compact` writes of each storage what the tensors show of it: without
+    it a slice of a large buffer takes the whole buffer along, as `torch.save` does.
 
     Raises RequestError for what a checkpoint of that kind cannot hold.
     """
@@ -52,8 +55,18 @@ def plan(live: Live, out: Path, kind: str, *, bare: bool = False) -> Plan:
         extras = {name: value for name, value in extras.items() if _belongs(name, value)}
     elif contents is not None and contents.key is not None and writing.holds_pickles(kind):
         tree, key = contents.tree, contents.key
-    if extras and not writing.holds_pickles(kind):
-        raise RequestError(_not_for_safetensors(extras), "write a .pth file")
+    notes = []
+    if not writing.holds_pickles(kind):
+        if empty := [name for name, value in extras.items() if _is_empty(value)]:
+            what = "is empty and was" if len(empty) == 1 else "are empty and were"
+            notes.append(f"{listed(empty, 3)} {what} left out: safetensors holds tensors alone")
+            extras = {name: value for name, value in extras.items() if not _is_empty(value)}
+        if extras:
+            raise RequestError(_not_for_safetensors(extras), "write a .pth file")
+    elif compact:
+        tensors = compacting.compacted(tensors, {name: state[name] for name in tensors})
+    elif unshown := compacting.unshown(tensors):
+        notes.append(unshown)
     metadata: Mapping[str, Any] = getattr(state, "_metadata", {})
     if live.architecture is None and contents is not None:
         metadata = loading.metadata_of(live.module, contents)
@@ -66,6 +79,7 @@ def plan(live: Live, out: Path, kind: str, *, bare: bool = False) -> Plan:
         key,
         {} if contents is None else contents.texts,
         tuple(name for name in names if name in tensors or name in extras),
+        tuple(notes),
     )
 
 
@@ -114,6 +128,30 @@ def _places_of_new(
                 if path not in held:
                     places[path] = min(positions[name], places.get(path, positions[name]))
     return places
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether an entry says nothing that would be missed: the `_extra_state` of a module that has none to tell."""
+    if isinstance(value, Opaque):
+        return value.call in _EMPTIES and not any((*_as_tuple(value.args), value.appended, value.items, value.state))
+    return value is None or (isinstance(value, str | bytes | dict | list | tuple) and not value)
+
+
+def _as_tuple(args: Any) -> tuple[Any, ...]:
+    return args if isinstance(args, tuple) else (args,)
+
+
+#: The calls that make an empty container where they have no arguments, or empty ones.
+_EMPTIES = frozenset(
+    Global(module, name)
+    for module, names in (
+        ("builtins", ("set", "bytearray", "bytes")),
+        ("__builtin__", ("set", "bytearray", "bytes")),
+        ("collections", ("Counter",)),
+        ("_codecs", ("encode",)),
+    )
+    for name in names
+)
 
 
 def _belongs(name: str, value: Any) -> bool:
@@ -188,6 +226,8 @@ _MAKERS: Mapping[type, tuple[Global, Callable[[Any], tuple[Any, ...]]]] = {
     complex: (Global("builtins", "complex"), lambda value: (value.real, value.imag)),
     collections.Counter: (Global("collections", "Counter"), lambda value: (dict(value),)),
     torch.Size: (Global("torch", "Size"), lambda value: (tuple(value),)),
+    torch.device: (Global("torch", "device"), lambda value: value.__reduce__()[1]),
+    torch.layout: (Global("torch.serialization", "_get_layout"), lambda value: (str(value),)),
 }
 
 

@@ -116,7 +116,8 @@ class Computed:
 
     `compute(start, nbytes)` gives so many of them from a start on, both on the border of an element, as a storage.
     `reads` are the sources that it takes its numbers from. `step` is how many bytes are computed at a time. These are
-    the `nbytes` from `start` of what it can give.
+    the `nbytes` from `start` of what it can give. `conversion` is set where the elements are those of another tensor,
+    converted.
     """
 
     nbytes: int
@@ -124,6 +125,7 @@ class Computed:
     reads: tuple[AnySource, ...] = ()
     step: int = field(default_factory=lambda: CHUNK)
     start: int = 0
+    conversion: Conversion | None = None
 
     def files(self) -> Iterable[FileId]:
         return {file for source in self.reads for file in source.files()}
@@ -143,14 +145,44 @@ class Computed:
         return replace(self, nbytes=nbytes, start=self.start + start)
 
 
+@dataclass(eq=False, slots=True)
+class Conversion:
+    """The elements of `flat`, a tensor of one dimension, as another dtype.
+
+    `may_exceed` says whether an element beyond the range of that dtype, or a NaN, has been converted so far.
+    """
+
+    flat: torch.Tensor
+    dtype: torch.dtype
+    may_exceed: bool = False
+
+    @property
+    def narrows(self) -> bool:
+        """Whether the dtype has a smaller range than that of the elements."""
+        return torch.finfo(self.dtype).max < torch.finfo(self.flat.dtype).max
+
+    def note(self, piece: torch.Tensor) -> None:
+        """Take in a piece that is converted: one look at its least and greatest element."""
+        if not self.may_exceed and piece.numel() and self.narrows:
+            low, high = torch.aminmax(piece if piece.dtype in _ORDERED else piece.float())
+            most = torch.finfo(self.dtype).max
+            self.may_exceed = not (-most <= low.item() and high.item() <= most)
+
+
+#: The floating-point dtypes whose least and greatest element torch finds.
+_ORDERED = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+
+
 def converted(flat: torch.Tensor, dtype: torch.dtype) -> Computed:
     """The elements of a tensor of one dimension as another dtype: what `flat.to(dtype)` gives, a piece at a time."""
-    size = dtype.itemsize
+    size, conversion = dtype.itemsize, Conversion(flat, dtype)
 
     def compute(start: int, nbytes: int) -> torch.UntypedStorage:
-        return real_tensor(flat[start // size : (start + nbytes) // size]).to(dtype).untyped_storage()
+        piece = real_tensor(flat[start // size : (start + nbytes) // size])
+        conversion.note(piece)
+        return piece.to(dtype).untyped_storage()
 
-    return Computed(flat.numel() * size, compute, (require_source(flat),))
+    return Computed(flat.numel() * size, compute, (require_source(flat),), conversion=conversion)
 
 
 def row_major(tensor: torch.Tensor) -> AnySource:

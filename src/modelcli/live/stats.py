@@ -123,7 +123,7 @@ def collect(
     found: dict[str, Statistics] = {}
     for key, (once, repeats) in views.items():
         moments = Moments()
-        for number, piece in enumerate(_pieces(once)):
+        for number, piece in enumerate(pieces_of(once)):
             # Besides its elements, a piece takes a while by itself: many may be made of few elements far apart.
             budget.spend(COUNTED * (piece.numel() + (CHUNK // 256 if number else 0)), names[key][0])
             more = _moments_of(real_tensor(piece, windows))
@@ -230,7 +230,7 @@ def _without_repeats(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
     return tensor, repeats
 
 
-def _pieces(view: torch.Tensor) -> Iterator[torch.Tensor]:
+def pieces_of(view: torch.Tensor) -> Iterator[torch.Tensor]:
     """Views that have each element of a view once; none has, or spans, more than CHUNK elements.
 
     Elements near one another in the storage stay together: the axis with the longest stride is cut.
@@ -244,7 +244,7 @@ def _pieces(view: torch.Tensor) -> Iterator[torch.Tensor]:
     # At most a half: where strides overlap, a short stretch of storage can hold any number of elements.
     step = max(1, min(CHUNK // max(view.stride(axis), 1), (size + 1) // 2))
     for start in range(0, size, step):
-        yield from _pieces(view.narrow(axis, start, min(step, size - start)))
+        yield from pieces_of(view.narrow(axis, start, min(step, size - start)))
 
 
 def _moments_of(piece: torch.Tensor) -> Moments:

@@ -39,6 +39,8 @@ class Outcome:
 class Writing:
     """Where to and how: `check` is `meta`, `run` or `none`; `bare` drops what stood around the state dict.
 
+    `compact` drops what no tensor shows of a storage.
+
     `kind` is the format of `out`, told by how its name ends; the rest is what `writing.Care` says.
     """
 
@@ -48,6 +50,7 @@ class Writing:
     dry_run: bool = False
     check: str = "meta"
     bare: bool = False
+    compact: bool = False
     durable: bool = True
     verify: bool = False
     max_shard_bytes: int | None = None
@@ -219,13 +222,13 @@ def _sum_note(changes: Sequence[Mapping[str, Any]], before: Totals, after: Total
 
 def _write(live: Live, outcome: Outcome, out: Path, how: Writing) -> Outcome:
     from modelcli import writing
-    from modelcli.live import planning
+    from modelcli.live import overflow, planning
 
-    plan = planning.plan(live, out, how.kind, bare=how.bare)
+    plan = planning.plan(live, out, how.kind, bare=how.bare, compact=how.compact)
     size = writing.DEFAULT_SIZE if how.max_shard_bytes is None else how.max_shard_bytes
     care = writing.Care(how.force, how.durable, how.verify, how.report, size)
     written = writing.write(plan, out, care, kind=how.kind)
-    notes = list(outcome.notes)
+    notes = [*outcome.notes, *plan.notes, *overflow.notes_of(live.module), *_beside(written)]
     if live.report is not None and live.report.missing:
         count = len(live.report.missing)
         what = "1 tensor is" if count == 1 else f"{count} tensors are"
@@ -237,6 +240,18 @@ def _write(live: Live, outcome: Outcome, out: Path, how: Writing) -> Outcome:
     if live.contents is not None and live.contents.key is not None:
         notes += _around(live, kept=plan.key is not None)
     return replace(outcome, written=written, notes=tuple(notes))
+
+
+def _beside(written: Written) -> list[str]:
+    """Which other checkpoint a folder holds beside the one that was written: a command has to say which it means."""
+    from modelcli.writing import shards
+
+    if written.format != "folder" or not (others := shards.other_indexes(written.path)):
+        return []
+    return [
+        f"{written.reference} holds {blueprints.listed(others, 3)} as well, which was left as it was: "
+        f"{written.reference}{shards.INDEX} names what was written"
+    ]
 
 
 def _around(live: Live, *, kept: bool) -> list[str]:

@@ -59,7 +59,7 @@ class Plan:
     of others are `CompositeEntry`s; `metadata` its `_metadata`; `record` the text that says where the model comes
     from. `texts` are those of a safetensors file's `__metadata__` that are kept. `tree` and `key` are the training
     checkpoint around the state dict, as inert values, where there is one. `order` has the names of tensors and extras
-    in theirs, where that is not tensors first.
+    in theirs, where that is not tensors first. `notes` are what there is to tell whoever asked for it.
     """
 
     tensors: Mapping[str, PlannedTensor]
@@ -70,6 +70,7 @@ class Plan:
     key: tuple[str, ...] | None = None
     texts: Mapping[str, str] = field(default_factory=dict)
     order: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def entries(self) -> dict[str, Any]:

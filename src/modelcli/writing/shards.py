@@ -54,17 +54,38 @@ def layout(plan: Plan, max_bytes: int) -> Folder:
 def superseded(path: Path) -> set[str]:
     """The names of the files in a folder that the checkpoint in it is made of: they go when another takes its place.
 
-    Those are the indexes and what they name, the shards of this writer, and what torch.distributed.checkpoint writes.
+    A folder may hold several checkpoints. Where one of them is of this writer's own format, that one alone is replaced:
+    its index and what that names, or the files that are called as this writer calls them where there is no index.
+    Where there is none, the new checkpoint replaces what the folder is read by: another index and its shards, or what
+    torch.distributed.checkpoint wrote.
     """
     names = {entry.name for entry in path.iterdir()}
-    found = {name for name in names if name.endswith(folders.INDEX_SUFFIX) or _SHARD.fullmatch(name)}
+    if INDEX in names:
+        return {INDEX, *(names & _named_by(path / INDEX))}
+    if own := {name for name in names if _SHARD.fullmatch(name)}:
+        return own
+    found = {name for name in names if name.endswith(folders.INDEX_SUFFIX)}
     for index in found.copy():
-        if index.endswith(folders.INDEX_SUFFIX):
-            with contextlib.suppress(ModelcliError):  # one that nobody can read names nothing
-                found |= names & folders.files_named(path / index)
+        found |= names & _named_by(path / index)
     if distributed.METADATA in names:
         found |= {name for name in names if name == distributed.METADATA or name.endswith(".distcp")}
     return found
+
+
+def _named_by(index: Path) -> set[str]:
+    """The files that an index names; none of one that nobody can read."""
+    with contextlib.suppress(ModelcliError):
+        return folders.files_named(index)
+    return set()
+
+
+def other_indexes(path: Path) -> list[str]:
+    """The indexes of other checkpoints in a folder that this writer has written to."""
+    return sorted(entry.name for entry in path.iterdir() if _is_other_index(entry.name))
+
+
+def _is_other_index(name: str) -> bool:
+    return name == distributed.METADATA or (name.endswith(folders.INDEX_SUFFIX) and name != INDEX)
 
 
 def _cut(tensors: Mapping[str, PlannedTensor], max_bytes: int) -> list[dict[str, PlannedTensor]]:

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from modelcli import selectors
-from modelcli.blueprints import FLOATING, Blueprint, ancestors, shown
+from modelcli.blueprints import FLOATING, Blueprint, ancestors, counted, shown
+from modelcli.checkpoints.scaled_weights import scaled_weights
 from modelcli.edits import Cast
 from modelcli.errors import RequestError
 from modelcli.live.describe import describe, dtype_name, floating_dtype
@@ -32,6 +33,7 @@ def carry_out(module: nn.Module, edit: Cast, context: Context) -> Done:
             f"nothing to cast: {', '.join(edit.targets)} has no floating-point tensors",
             "modelcli params shows the dtypes",
         )
+    _refuse_scaled(blueprint, floating)
     groups = groups_of(edit.targets, blueprint, floating)
     selectors.require_expected(edit.expect, [path for path, _ in groups])
     changes, notes = [], tie_notes(names_of_one(blueprint), floating, "cast")
@@ -56,6 +58,22 @@ def carry_out(module: nn.Module, edit: Cast, context: Context) -> Done:
         line = str(Cast(targets=tuple(_resolved_targets(blueprint, groups)), dtype=edit.dtype))
         changes[0] = replace(changes[0], resolved=(line,))
     return Done(module, changes, notes, inputs)
+
+
+def _refuse_scaled(blueprint: Blueprint, names: Sequence[str]) -> None:
+    """Raise RequestError where a weight or its scale would be cast apart from the other: neither means much alone."""
+    pairs = scaled_weights({tensor.name: tensor.dtype for tensor in blueprint.tensors})
+    if (name := next((name for name in names if name in pairs), None)) is None:
+        return
+    pair = pairs[name]
+    many = len({pairs[name].weight for name in names if name in pairs})
+    more = f", and {counted(many - 1, 'weight')} more like it" if many > 1 else ""
+    raise RequestError(
+        f"{pair.weight} is {pair.how}, whose values are its elements times {pair.scale}{more}: a cast of either by "
+        "itself gives other weights",
+        "cast what is not scaled: --except leaves weights and scales out; the program that wrote the file can "
+        "dequantize it",
+    )
 
 
 def _convert(

@@ -68,11 +68,16 @@ def _check(names: Mapping[str, str], moved: Sequence[str]) -> None:
     changed = set(moved)
     for new, name in olds.items():
         for above in ancestors(parent_of(new)):
-            if above in olds and (name in changed or olds[above] in changed):
+            if above in olds and (name in changed or olds[above] in changed) and not _lies_below(name, olds[above]):
                 raise RequestError(
                     f"{olds[above]} would be called {above}, and {name} {new}: "
                     f"{above} cannot be a tensor and a module at once"
                 )
+
+
+def _lies_below(name: str, other: str) -> bool:
+    """Whether the file itself has keys below that of a tensor, as bitsandbytes writes `w.weight.absmax`."""
+    return other in ancestors(parent_of(name))
 
 
 def _keep_origins(before: nn.Module, after: Bare, names: Mapping[str, str]) -> None:

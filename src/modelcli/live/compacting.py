@@ -1,0 +1,104 @@
+"""Storages of which tensors show a part: how much of a file nothing shows, and plans that leave it out."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import torch
+
+from modelcli.blueprints import ITEM_BYTES
+from modelcli.checkpoints import shapes
+from modelcli.live.sources import row_major
+from modelcli.writing import PlannedTensor
+
+#: So many bytes that nothing shows are told of, or as many as the tensors show.
+_TOLD_FROM = 1_000_000
+
+
+def unshown(tensors: Mapping[str, PlannedTensor]) -> str | None:
+    """What there is to tell where storages are much larger than what the tensors show of them, else None."""
+    held = shown = 0
+    for names in _by_source(tensors).values():
+        held += tensors[names[0]].source.nbytes
+        shown += sum(end - start for start, end, _ in _runs(tensors, names))
+    if held - shown < min(_TOLD_FROM, max(shown, 1)):
+        return None
+    return (
+        f"the tensors show {shown:,} of the {held:,} bytes that are written: they are slices of larger storages, "
+        "which are written whole, as torch.save does; --compact writes what they show"
+    )
+
+
+def compacted(tensors: Mapping[str, PlannedTensor], views: Mapping[str, torch.Tensor]) -> dict[str, PlannedTensor]:
+    """The same tensors, each in a storage of what it shows.
+
+    Tensors that are tied stay so. Those that show some of the same bytes keep one storage where that takes no more than
+    one for each, row by row, would. `views` are the tensors themselves.
+    """
+    found: dict[str, PlannedTensor] = {}
+    for names in _by_source(tensors).values():
+        for start, end, inside in _runs(tensors, names):
+            apart = {tensors[name].view: name for name in reversed(inside)}
+            if sum(_shown_bytes(tensors[name]) for name in apart.values()) < end - start:
+                found |= _each_by_itself(tensors, views, inside)
+                continue
+            whole: Any = tensors[inside[0]].source
+            source = whole.part(start, end - start)
+            for name in inside:
+                offset = tensors[name].offset - start // ITEM_BYTES[tensors[name].dtype] if end else 0
+                found[name] = replace(tensors[name], source=source, offset=offset)
+    return {name: found[name] for name in tensors}
+
+
+def _each_by_itself(
+    tensors: Mapping[str, PlannedTensor], views: Mapping[str, torch.Tensor], names: Sequence[str]
+) -> dict[str, PlannedTensor]:
+    sources: dict[object, Any] = {}
+    made = {}
+    for name in names:
+        tensor = tensors[name]
+        if tensor.view not in sources:
+            sources[tensor.view] = row_major(views[name])
+        made[name] = replace(tensor, source=sources[tensor.view], stride=shapes.row_major(tensor.shape), offset=0)
+    return made
+
+
+def _shown_bytes(tensor: PlannedTensor) -> int:
+    return prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
+
+
+def _by_source(tensors: Mapping[str, PlannedTensor]) -> dict[object, list[str]]:
+    """The names of the tensors in each storage."""
+    found: dict[object, list[str]] = defaultdict(list)
+    for name, tensor in tensors.items():
+        found[tensor.source].append(name)
+    return found
+
+
+def _runs(tensors: Mapping[str, PlannedTensor], names: Sequence[str]) -> list[tuple[int, int, list[str]]]:
+    """The stretches of one storage that tensors show, as its bytes from and to, and who shows some of each."""
+    found: list[tuple[int, int, list[str]]] = []
+    for start, end, name in sorted((*_byte_span(tensors[name]), name) for name in names):
+        if found and start < found[-1][1]:
+            first, last, inside = found.pop()
+            found.append((first, max(last, end), [*inside, name]))
+        elif found and start == end == found[-1][0] == found[-1][1]:
+            found[-1][2].append(name)
+        else:
+            found.append((start, end, [name]))
+    return [(_aligned(start, tensors, inside), end, inside) for start, end, inside in found]
+
+
+def _byte_span(tensor: PlannedTensor) -> tuple[int, int]:
+    """The bytes of its storage from the first to behind the last that a tensor shows."""
+    item, last = ITEM_BYTES[tensor.dtype], shapes.extent(tensor.shape, tensor.stride)
+    return (tensor.offset * item, (tensor.offset + last) * item) if last else (0, 0)
+
+
+def _aligned(start: int, tensors: Mapping[str, PlannedTensor], names: Sequence[str]) -> int:
+    """A start on the border of an element of every dtype that the bytes are shown as."""
+    return start - start % max(ITEM_BYTES[tensors[name].dtype] for name in names)

@@ -1,0 +1,237 @@
+"""What is not a plain tensor in a flat dict takes part: in rows, counts, `diff`, `check` and files, or is named."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+import modelcli
+from tests.conftest import Cli
+from tests.test_equality import QUIET
+
+pytestmark = QUIET
+
+
+def rows_of(cli: Cli, model: str) -> dict[str, Any]:
+    """The rows of `params` by name."""
+    return {row["name"]: row for row in cli("params", model, "--json").json["tensors"]}
+
+
+# --- folders -------------------------------------------------------------------------------------------------------
+
+
+def folder_of_both(path: Path) -> None:
+    """A folder as the Hub has many: the same model in safetensors and in pickles."""
+    path.mkdir()
+    state = {"w": torch.ones(4)}
+    safetensors.torch.save_file(state, path / "model-00001-of-00001.safetensors")
+    torch.save(state, path / "pytorch_model-00001-of-00001.bin")
+    for stem, file in (("model.safetensors", "model-00001-of-00001.safetensors"), ("pytorch_model.bin", None)):
+        file = file or "pytorch_model-00001-of-00001.bin"
+        (path / f"{stem}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"w": file}}))
+    (path / "config.json").write_text("{}")
+
+
+def test_a_folder_keeps_its_other_checkpoint(cli: Cli, folder: Path) -> None:
+    folder_of_both(folder / "both")
+    before = {file.name: file.read_bytes() for file in Path("both").iterdir()}
+    err = cli("cast", "w", "half", "-m", "both/model.safetensors.index.json", "-o", "both/", "--force").err
+    assert {file.name for file in Path("both").iterdir()} == set(before)
+    for name in ("pytorch_model.bin.index.json", "pytorch_model-00001-of-00001.bin", "config.json"):
+        assert Path("both", name).read_bytes() == before[name]
+    assert "both/ holds pytorch_model.bin.index.json as well" in err
+    assert rows_of(cli, "both/model.safetensors.index.json")["w"]["dtype"] == "float16"
+    assert rows_of(cli, "both/pytorch_model.bin.index.json")["w"]["dtype"] == "float32"
+
+
+def test_what_the_old_index_owned_goes(cli: Cli, folder: Path) -> None:
+    folder_of_both(folder / "both")
+    state = {name: torch.ones(4) for name in ("w", "v")}
+    torch.save(state, "two.pth")
+    cli("save", "both/", "-m", "two.pth", "--force", "--max-shard-size", "16")
+    assert sorted(file.name for file in Path("both").glob("model-*")) == [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    ]
+    assert len(list(Path("both").glob("pytorch_model*"))) == 2
+
+
+# --- texts beside tensors ------------------------------------------------------------------------------------------
+
+
+def test_a_text_that_is_the_name_of_a_tensor_is_a_text(cli: Cli, folder: Path) -> None:
+    state = {"clip_l": torch.ones(2), "net.b": torch.ones(1)}
+    texts = {"target": "clip_l", "ss_base.model": "net.b", "format": "pt"}
+    safetensors.torch.save_file(state, "m.safetensors", metadata=texts)
+    assert set(rows_of(cli, "m.safetensors")) == set(state)
+    cli("cast", "net", "half", "-m", "m.safetensors", "-o", "out.safetensors")
+    assert set(rows_of(cli, "out.safetensors")) == set(state)
+    with safetensors.safe_open("out.safetensors", "pt") as reader:
+        assert reader.metadata().items() >= texts.items()
+
+
+def test_names_that_save_model_writes_are_names(cli: Cli, folder: Path) -> None:
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+    model["b"].weight = model["a"].weight
+    safetensors.torch.save_model(model, "m.safetensors")
+    rows = rows_of(cli, "m.safetensors")
+    assert set(rows) == set(model.state_dict())
+    assert rows["b.weight"]["tied_to"] == "a.weight"
+
+
+def test_a_record_knows_which_names_are_tied(cli: Cli, folder: Path) -> None:
+    first = torch.ones(3)
+    torch.save({"first": first, "second": first}, "m.pth")
+    cli("save", "m.safetensors", "-m", "m.pth")
+    assert rows_of(cli, "m.safetensors")["second"]["tied_to"] == "first"
+
+
+# --- large tensors that are no plain views -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["quantized", "sparse"])
+def test_a_large_one_is_compared(cli: Cli, folder: Path, kind: str) -> None:
+    values = torch.rand(1500, 2000)
+    if kind == "quantized":
+        one, other = (torch.quantize_per_tensor(v, 0.1, 0, torch.qint8) for v in (values, values + 1))
+    else:
+        index = torch.arange(150_000).repeat(2, 1)
+        one, other = (
+            torch.sparse_coo_tensor(index, torch.full((150_000,), n), (150_000,) * 2, check_invariants=True)
+            for n in (1.0, 2.0)
+        )
+    for name, tensor in (("a", one), ("same", one.clone()), ("b", other)):
+        torch.save({"w": tensor}, f"{name}.pth")
+    cli("diff", "a.pth", "same.pth")
+    cli("check", "a.pth", "--same-as", "same.pth", "--finite")
+    assert cli("diff", "a.pth", "b.pth", "--json", code=1).json["tensors"][0]["name"] == "w"
+    cli("check", "a.pth", "--same-as", "b.pth", code=1)
+
+
+# --- keys below the key of a tensor --------------------------------------------------------------------------------
+
+
+def test_keys_below_a_tensor_are_renamed(cli: Cli, folder: Path) -> None:
+    state = {
+        "model.w.weight": torch.ones(4, 1, dtype=torch.uint8),
+        "model.w.weight.absmax": torch.ones(1),
+        "model.w.weight.quant_map": torch.ones(16),
+        "model.v.bias": torch.ones(2),
+    }
+    safetensors.torch.save_file(state, "m.safetensors")
+    cli("rename", "model.**", "x.**", "-m", "m.safetensors", "-o", "out.safetensors")
+    found = safetensors.torch.load_file("out.safetensors")
+    assert found.keys() == {name.replace("model.", "x.") for name in state}
+    for name, tensor in found.items():
+        assert tensor.equal(state[name.replace("x.", "model.")])
+    error = cli("rename", "model.v.bias", "model.w", "-m", "m.safetensors", "-o", "no.safetensors", code=2).err
+    assert "cannot be a tensor and a module at once" in error
+
+
+# --- slices of large buffers ---------------------------------------------------------------------------------------
+
+
+def slices() -> dict[str, torch.Tensor]:
+    buffer = torch.arange(500_000.0)
+    wide = torch.arange(1_000_000, dtype=torch.int16).view(1000, 1000)
+    return {
+        "a": buffer[:10],
+        "b": buffer[20:30],
+        "c": buffer[25:40],  # shows some of what b shows
+        "again": buffer[20:30],
+        "row": wide[3],
+        "column": wide[:, 7],
+        "turned": wide[10:12].T,
+        "one": torch.ones(1).expand(1000),
+        "none": buffer[5:5],
+        "whole": torch.ones(3, 3),
+    }
+
+
+def test_slices_are_told_of_and_written_compactly(cli: Cli, folder: Path) -> None:
+    state = slices()
+    torch.save(state, "m.pth")
+    err = cli("save", "large.pth", "-m", "m.pth").err
+    assert "--compact writes what they show" in err
+    assert Path("large.pth").stat().st_size > 4_000_000
+    for command in (
+        ["save", "o.pth"],
+        ["cast", "whole", "half", "-o", "o.pth"],
+        ["apply", "-e", "freeze a", "-o", "o.pth"],
+    ):
+        err = cli(*command, "-m", "m.pth", "--compact", "--force").err
+        assert "--compact" not in err
+        assert Path("o.pth").stat().st_size < 20_000
+        found = torch.load("o.pth", weights_only=True)
+        assert list(found) == list(state)
+        for name, tensor in state.items():
+            assert found[name].equal(tensor.to(found[name].dtype)), name
+        assert found["b"].untyped_storage().data_ptr() == found["c"].untyped_storage().data_ptr()
+        assert found["again"].data_ptr() == found["b"].data_ptr()
+        assert found["a"].untyped_storage().data_ptr() != found["b"].untyped_storage().data_ptr()
+
+
+def test_a_plain_file_says_nothing_of_slices(cli: Cli, folder: Path) -> None:
+    torch.save(nn.LSTM(4, 4).state_dict(), "m.pth")
+    assert cli("save", "o.pth", "-m", "m.pth").err == ""
+
+
+# --- _extra_state --------------------------------------------------------------------------------------------------
+
+EXTRA = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    told = None
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+    def get_extra_state(self):
+        return self.told
+    def set_extra_state(self, state):
+        self.told = state
+
+class Devices(Net):
+    told = {"device": torch.device("cuda:1"), "layout": torch.strided, "dtype": torch.float16}
+"""
+
+
+@pytest.mark.parametrize("value", [None, {}, [], (), "", set(), OrderedDict(), bytearray(), torch.empty(0)])
+def test_an_empty_extra_state_does_not_block_safetensors(cli: Cli, folder: Path, value: Any) -> None:
+    torch.save({"w": torch.ones(2), "layer._extra_state": value}, "m.pth")
+    err = cli("save", "m.safetensors", "-m", "m.pth").err
+    if not isinstance(value, torch.Tensor):
+        assert "layer._extra_state is empty and was left out" in err
+    assert safetensors.torch.load_file("m.safetensors")["w"].equal(torch.ones(2))
+
+
+@pytest.mark.parametrize("value", [{"a": 1}, [0], "x", 0])
+def test_one_that_says_something_does(cli: Cli, folder: Path, value: Any) -> None:
+    torch.save({"w": torch.ones(2), "layer._extra_state": value}, "m.pth")
+    assert "layer._extra_state is no tensor" in cli("save", "m.safetensors", "-m", "m.pth", code=2).err
+
+
+def test_a_model_with_an_empty_one_comes_back_from_safetensors(cli: Cli, folder: Path) -> None:
+    (folder / "own.py").write_text(EXTRA, encoding="utf-8")
+    cli("save", "m.safetensors", "-m", "own.py:Net")
+    assert cli("load", "m.safetensors", "--trust", "--dry-run", "--json").json["missing"] == []
+    model = modelcli.load("m.safetensors", trust=True)
+    assert model.state_dict()["layer.weight"].equal(safetensors.torch.load_file("m.safetensors")["layer.weight"])
+
+
+def test_a_device_in_it_is_kept(cli: Cli, folder: Path) -> None:
+    (folder / "own.py").write_text(EXTRA, encoding="utf-8")
+    cli("save", "m.pth", "-m", "own.py:Devices")
+    wanted = {"device": torch.device("cuda:1"), "layout": torch.strided, "dtype": torch.float16}
+    assert torch.load("m.pth", weights_only=True)["_extra_state"] == wanted
+    cli("cast", ".", "half", "-m", "m.pth", "-o", "o.pth", "--trust")
+    assert torch.load("o.pth", weights_only=True)["_extra_state"] == wanted
+    assert modelcli.load("o.pth", trust=True).told == wanted

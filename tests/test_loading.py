@@ -12,13 +12,14 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from modelcli import checkpoints
+from modelcli import checkpoints, wrappers
 from modelcli.blueprints import Blueprint, ModuleInfo
 from modelcli.errors import AnswerNoError, RequestError
 from modelcli.live import loading
-from modelcli.live.loading import LoadReport, Mismatch, foreign_prefix
+from modelcli.live.loading import LoadReport, Mismatch
 from modelcli.live.sources import named_tensors, real_tensor, source_of
 from modelcli.live.twins import build_on_meta
+from modelcli.wrappers import Unwrapping
 from tests.nets import Tied, Unusual
 from tests.test_checkpoints import assert_same, raw, saved
 
@@ -159,7 +160,7 @@ def test_a_wrapper_s_prefix_is_stripped(tmp_path: Path, load: Any, prefix: str) 
         outer.add_module(name, wrapped)
         wrapped = outer
     found, report = load(Block(), saved(tmp_path / "m.pth", wrapped.state_dict()))
-    assert report == LoadReport(len(wanted.state_dict()), prefix=prefix)
+    assert report == LoadReport(len(wanted.state_dict()), unwrapping=Unwrapping(prefix))
     assert_same_state(found, wanted)
 
 
@@ -169,7 +170,7 @@ def test_real_wrappers(tmp_path: Path) -> None:
     for wrapper in wrappers:
         _, report = loaded_for_real(Block(), saved(tmp_path / "m.pth", wrapper.state_dict()))
         assert report.is_strict
-        assert report.prefix in ("module.", "_orig_mod.")
+        assert report.unwrapping.prefix in ("module.", "_orig_mod.")
 
 
 def test_what_the_metadata_says_of_the_root_moves_with_it(tmp_path: Path) -> None:
@@ -183,14 +184,23 @@ def test_what_the_metadata_says_of_the_root_moves_with_it(tmp_path: Path) -> Non
 
 
 def test_only_foreign_prefixes_are_stripped() -> None:
+    def prefix(found: set[str], own: set[str]) -> str:
+        return wrappers.fit(dict.fromkeys(found), dict.fromkeys(own)).prefix
+
     own = {"model.weight", "model.bias"}
-    assert foreign_prefix({"model.weight", "model.bias"}, own) == ""
-    assert foreign_prefix({"module.model.weight", "module.model.bias"}, own) == "module."
-    assert foreign_prefix({"model.other"}, own) == ""  # the architecture has a child of that name
-    assert foreign_prefix({"module.weight", "epoch"}, {"weight"}) == ""  # not before every key
-    assert foreign_prefix({"encoder.weight"}, {"weight"}) == ""  # no wrapper's
-    assert foreign_prefix({"module.module.weight"}, {"weight"}) == "module.module."
-    assert foreign_prefix(set(), {"weight"}) == ""
+    assert prefix({"model.weight", "model.bias"}, own) == ""
+    assert prefix({"module.model.weight", "module.model.bias"}, own) == "module."
+    assert prefix({"model.other"}, own) == ""  # the architecture has a child of that name
+    beside = wrappers.fit({"module.weight": None, "epoch": None}, {"weight": None})
+    assert (beside.parts, beside.key("module.weight"), beside.key("epoch")) == (("module",), "weight", "epoch")
+    assert prefix({"encoder.weight"}, {"weight"}) == "encoder."
+    assert prefix({"a.weight", "b.weight"}, {"weight"}) == ""  # nothing says which is meant
+    found: dict[str, tuple[int, ...] | None] = {"a.weight": (1,), "b.weight": (2,), "b.bias": (3,)}
+    assert wrappers.fit(found, {"weight": (2,)}).elsewhere == ("b.",)  # one layer of three is no model
+    assert wrappers.fit(found, {"weight": (2,), "bias": (3,)}).prefix == "b."
+    assert prefix({"module.module.weight"}, {"weight"}) == "module.module."
+    assert prefix({"model.weight", "weight"}, {"weight"}) == ""  # the name itself is there
+    assert prefix(set(), {"weight"}) == ""
 
 
 def test_extra_state_loses_the_prefix_too(tmp_path: Path) -> None:
@@ -205,7 +215,7 @@ def test_extra_state_loses_the_prefix_too(tmp_path: Path) -> None:
 
     wanted = Extra(2, 1)
     found, report = loaded_for_real(Extra(2, 1), saved(tmp_path / "m.pth", nn.DataParallel(wanted).state_dict()))
-    assert (report.is_strict, report.prefix) == (True, "module.")
+    assert (report.is_strict, report.unwrapping.prefix) == (True, "module.")
     theirs = wanted.get_extra_state()
     assert found.got.pop("scale").equal(theirs.pop("scale"))
     assert found.got == theirs

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from modelcli import checkpoints, differences, likeness
+from modelcli import blueprints, checkpoints, differences, likeness
 from modelcli.checkpoints import CompositeEntry, TensorEntry
 from modelcli.checkpoints.limits import Budget
 from modelcli.checkpoints.same_bytes import ByteComparison, lie_alike, nbytes_of
@@ -102,10 +102,14 @@ def _notes(one: Look, other: Look, names: tuple[str, str], scope: Scope) -> Iter
     """What is to be told beforehand: which choices were made, and what cannot be compared."""
     for found, name in zip((one, other), names, strict=True):
         yield from (f"{name}: {note}" for note in found.notes)
-    prefixes = [likeness.unwrapped(likeness.shapes_of(found.blueprint.tensors))[1] for found in (one, other)]
-    for name, prefix, other_prefix in ((names[0], *prefixes), (names[1], *prefixes[::-1])):
-        if prefix and not other_prefix:
+    wrapped = [likeness.unwrapped(likeness.shapes_of(found.blueprint.tensors))[1] for found in (one, other)]
+    for name, mine, theirs in ((names[0], wrapped[0], wrapped[1]), (names[1], wrapped[1], wrapped[0])):
+        if mine and not theirs and mine.everywhere:
+            prefix = mine.prefix
             yield f"every name in {name} begins with {prefix!r}: modelcli rename '{prefix}**' '**' takes it off"
+        elif mine and not theirs:
+            parts = blueprints.listed(mine.parts, 6)
+            yield f"names in {name} hold {parts}, which a wrapper had put there: that is a difference by itself"
     typed = [found.blueprint.root.type is not None for found in (one, other)]
     if scope.modules and any(typed) and not all(typed):
         bare = names[typed.index(False)]

@@ -38,11 +38,11 @@ def identify(checkpoint: str, key: str | None = None, steps: Steps = iter) -> Id
     if not isinstance(source.reference(), CheckpointFile):
         raise RequestError(f"{checkpoint} is no checkpoint: it says itself which model it is", "name a file: best.pth")
     found = session.look(Target(source))
-    shapes, prefix = likeness.unwrapped(likeness.shapes_of(found.blueprint.tensors))
+    shapes, unwrapping = likeness.unwrapped(likeness.shapes_of(found.blueprint.tensors))
     matches = likeness.best(shapes, _models(steps), MOST)
     notes = [note for note in found.notes if not note.startswith(session.LOOKS_LIKE)]
-    if prefix:
-        notes.append(f"stripped {prefix!r} from every key: a wrapper had put it there")
+    if unwrapping:
+        notes.append(unwrapping.note())
     if matches:
         first = matches[0]
         words = f"--arch {quote(first.model)}"

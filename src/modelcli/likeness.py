@@ -6,15 +6,15 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from modelcli import wrappers
 from modelcli.blueprints import Shape, TensorInfo
+from modelcli.wrappers import Unwrapping
 
 Shapes = Mapping[str, Shape]
 
 #: What the cache keeps of the builders: the fingerprints alone, for a look at a file, and all names and shapes.
 FINGERPRINTS, LISTING = "fingerprints", "tensors of builders"
 
-#: What wrappers put before every key: DataParallel, torch.compile, Lightning.
-WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.")
 #: BatchNorm's count of batches. Files from before torch 0.4.1 lack it, frozen ones too, and PyTorch loads both.
 _COUNTER = "num_batches_tracked"
 
@@ -57,16 +57,12 @@ def shapes_of(tensors: Iterable[TensorInfo]) -> dict[str, Shape]:
     }
 
 
-def unwrapped(shapes: Shapes) -> tuple[Shapes, str]:
-    """The shapes without what wrappers put before every name, and what that is. No known model has such names."""
-    prefix = ""
-    while shapes:
-        found = next((p for p in WRAPPER_PREFIXES if all(name.startswith(p) for name in shapes)), None)
-        if found is None:
-            break
-        shapes = {name.removeprefix(found): shape for name, shape in shapes.items()}
-        prefix += found
-    return shapes, prefix
+def unwrapped(shapes: Shapes) -> tuple[Shapes, Unwrapping]:
+    """The shapes without what wrappers put into the names, and what that is. No known model has such names."""
+    found = wrappers.known(shapes)
+    if not found:
+        return shapes, found
+    return {found.key(name): shape for name, shape in shapes.items() if name not in found.dropped}, found
 
 
 def fingerprint(shapes: Shapes) -> str:

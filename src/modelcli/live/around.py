@@ -12,6 +12,7 @@ from modelcli.blueprints import Blueprint, counted, listed
 from modelcli.checkpoints import Contents
 from modelcli.checkpoints.contents import CompositeEntry, TensorEntry
 from modelcli.live.sources import is_lazy, named_tensors
+from modelcli.wrappers import Unwrapping
 
 #: How deep in a checkpoint an optimizer's state dict is looked for: Lightning has lists of them.
 _DEPTH = 3
@@ -78,14 +79,14 @@ def renamed(opened: Mapping[str, torch.Tensor], module: nn.Module) -> set[str]:
 
 
 def other_copies(
-    contents: Contents, after: Blueprint, *, prefix: str, changed: bool, renamed: Collection[str]
+    contents: Contents, after: Blueprint, *, unwrapping: Unwrapping, changed: bool, renamed: Collection[str]
 ) -> list[str]:
     """A line for each further state dict of the same model in a checkpoint, such as a mean of its weights.
 
-    `prefix` stands before every key in the file and before none in the model, and `changed` says that numbers may be
-    others where shapes are not. `renamed` are new names of what the file has under others, which stand for both.
+    `unwrapping` makes the keys of the file those of the model, and `changed` says that numbers may be others where
+    shapes are not. `renamed` are new names of what the file has under others, which stand for both.
     """
-    was = {name.removeprefix(prefix): entry.shape for name, entry in contents.tensors.items()}
+    was = {unwrapping.key(name): entry.shape for name, entry in contents.tensors.items()}
     now = {tensor.name: tensor.shape for tensor in after.tensors if tensor.persistent}
     wrong = [name for name in {**was, **now} if was.get(name) != now.get(name) and name not in renamed]
     if not (wrong or changed):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import collections
+import shlex
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from modelcli import wrappers
 from modelcli.blueprints import ancestors, listed, parent_of
 from modelcli.checkpoints import CompositeEntry, Contents, Storage, TensorEntry
 from modelcli.checkpoints.composites import entry_of, makes_tensor
@@ -19,11 +22,12 @@ from modelcli.checkpoints.contents import Windows
 from modelcli.checkpoints.limits import NESTING, Budget, room_for_nesting
 from modelcli.checkpoints.pickles import Global, Opaque, OrderedDict
 from modelcli.errors import AnswerNoError, RequestError
-from modelcli.likeness import WRAPPER_PREFIXES, Mismatch
+from modelcli.likeness import Mismatch
 from modelcli.live import composites
 from modelcli.live.build import Bare
 from modelcli.live.sources import dtype_of, is_composite, is_lazy, named_tensors, real_storage
 from modelcli.live.twins import tagged
+from modelcli.wrappers import Unwrapping
 
 #: How deep modules may lie in one another: PyTorch recurses into them, some frames for each level.
 MAX_MODULE_DEPTH = 200
@@ -31,7 +35,7 @@ MAX_MODULE_DEPTH = 200
 
 @dataclass(frozen=True)
 class LoadReport:
-    """How a checkpoint's keys fit an architecture's. `prefix` was stripped from every key.
+    """How a checkpoint's keys fit an architecture's. `unwrapping` is what was taken out of them for that.
 
     `overruled` are names of tied tensors that the file holds apart, each with the name whose numbers both have now.
     """
@@ -40,7 +44,7 @@ class LoadReport:
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     mismatched: tuple[Mismatch, ...] = ()
-    prefix: str = ""
+    unwrapping: Unwrapping = Unwrapping()
     overruled: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -66,10 +70,20 @@ class LoadReport:
         elif strict and not self.mismatched:
             hint = "modelcli load --no-strict takes what matches"
             if not self.matched:
-                hint = "nothing in the file belongs to that architecture"
+                hint = self._nothing_matches(path, architecture)
         else:
             hint = f"give --arch the arguments that the file was made with: '{architecture.partition('(')[0]}(...)'"
         return AnswerNoError(f"{path} does not fit {architecture}: {'; '.join(parts)}", hint)
+
+    def _nothing_matches(self, path: Path, architecture: str) -> str:
+        """What to say where not one key is in both: what was looked for, and where the names stand nevertheless."""
+        name = architecture.partition("(")[0]
+        if below := [prefix.removesuffix(".") for prefix in self.unwrapping.elsewhere]:
+            out = shlex.quote(f"{below[0]}.pth")
+            command = f"modelcli extract {shlex.quote(below[0])} -m {shlex.quote(str(path))} -o {out}"
+            return f"tensors of {name} stand below {listed(below, 4)} in the file: {command} takes that one out"
+        told = f"no tensor of the file has a name and shape of {name}'s, below a prefix or not"
+        return f"{told}: modelcli identify may know the file"
 
 
 @dataclass
@@ -162,34 +176,36 @@ def _layout(name: str) -> torch.layout:
     return found
 
 
-def foreign_prefix(keys: set[str], own: set[str]) -> str:
-    """What wrappers put before every key of a file, as the architecture's own keys show."""
-    prefix = ""
-    while keys and not keys & own:
-        found = next((p for p in WRAPPER_PREFIXES if all(key.startswith(p) for key in keys)), None)
-        if found is None or any(key.startswith(found) for key in own):
-            break
-        keys = {key.removeprefix(found) for key in keys}
-        prefix += found
-    return prefix
-
-
 def compare(module: nn.Module, state: StateDict) -> tuple[StateDict, LoadReport]:
-    """How the keys fit, and the state dict without foreign prefixes. The module is not changed."""
+    """How the keys fit, and the state dict without what wrappers put into them. The module is not changed."""
     own: dict[str, Any] = module.state_dict(keep_vars=True)
-    prefix = foreign_prefix(set(state.tensors), set(own))
-    if prefix:
-        strip = len(prefix)
-        root = {"": state.metadata[prefix[:-1]]} if prefix[:-1] in state.metadata else {}
-        metadata = {k[strip:]: v for k, v in state.metadata.items() if k.startswith(prefix)}
-        extras = {k.removeprefix(prefix): v for k, v in state.extras.items()}
-        state = StateDict({k[strip:]: v for k, v in state.tensors.items()}, root | metadata, extras)
+    found = {name: tuple(tensor.shape) for name, tensor in state.tensors.items()} | dict.fromkeys(state.extras)
+    unwrapping = wrappers.fit(found, {name: _shape(value) for name, value in own.items()})
+    if unwrapping:
+        state = _unwrapped(state, unwrapping)
     mismatched = tuple(
         Mismatch(name, tuple(own[name].shape), tuple(tensor.shape))
         for name, tensor in state.tensors.items()
         if isinstance(own.get(name), torch.Tensor) and not is_lazy(own[name]) and not _same_shape(own[name], tensor)
     )
-    return state, LoadReport(0, mismatched=mismatched, prefix=prefix)
+    return state, LoadReport(0, mismatched=mismatched, unwrapping=unwrapping)
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    """The shape of an entry of a state dict; None where it has none (yet)."""
+    return tuple(value.shape) if isinstance(value, torch.Tensor) and not is_lazy(value) else None
+
+
+def _unwrapped(state: StateDict, unwrapping: Unwrapping) -> StateDict:
+    """A state dict with what wrappers put into its keys taken out, and out of the paths of its metadata."""
+    # A wrapper has an entry for itself and one for what it wraps, which is that of the deeper path.
+    metadata = {}
+    for path in sorted(state.metadata, key=lambda path: path.count(".") + bool(path)):
+        if (inner := unwrapping.path(path)) is not None:
+            metadata[inner] = state.metadata[path]
+    tensors = {unwrapping.key(name): value for name, value in state.tensors.items() if name not in unwrapping.dropped}
+    extras = {unwrapping.key(name): value for name, value in state.extras.items()}
+    return StateDict(tensors, metadata, extras)
 
 
 def _same_shape(own: torch.Tensor, found: torch.Tensor) -> bool:
@@ -221,7 +237,7 @@ def load(module: nn.Module, state: StateDict) -> LoadReport:
     missing = tuple(name for name in keys.missing_keys if name not in wrong | loaded | empty)
     unexpected = (*keys.unexpected_keys, *(name for name in state.extras if name not in own))
     matched = sum(name in own for name in given)
-    return LoadReport(matched, missing, tuple(unexpected), found.mismatched, found.prefix, overruled)
+    return LoadReport(matched, missing, tuple(unexpected), found.mismatched, found.unwrapping, overruled)
 
 
 def _is_empty(value: Any) -> bool:

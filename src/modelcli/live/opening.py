@@ -217,8 +217,8 @@ class _Opening:
         return self.contents
 
     def _check(self, report: LoadReport, report_only: bool) -> None:
-        if report.prefix:
-            self.notes.append(f"stripped {report.prefix!r} from every key: a wrapper had put it there")
+        if report.unwrapping:
+            self.notes.append(report.unwrapping.note())
         for name, last in report.overruled:
             self.notes.append(
                 f"{name} and {last} are one tensor here and two in the file: the numbers of {last} are taken"

@@ -13,6 +13,7 @@ from modelcli.edits import Edit
 from modelcli.errors import ModelcliError, RequestError
 from modelcli.session.looking import likeness_of, stdout_is_for_data
 from modelcli.session.targets import Batch, Target, apply_each, apply_recipe, without_edits
+from modelcli.wrappers import Unwrapping
 
 if TYPE_CHECKING:
     from modelcli.live.check import Check
@@ -267,14 +268,15 @@ def _around(live: Live, *, kept: bool) -> list[str]:
         return [f"{rest} was left out"]
     unfit = around.unfit(contents.tree, live.opened_with, dict(live.module.named_parameters()))
     changed = any(change.action not in ("freeze", "unfreeze") for change in live.changes)
-    prefix = "" if live.report is None else live.report.prefix
-    if prefix:
+    unwrapping = Unwrapping() if live.report is None else live.report.unwrapping
+    if unwrapping:
+        parts = blueprints.listed([repr(part) for part in unwrapping.parts], 6)
         unfit.append(
-            f"the keys in {contents.key[0]!r} are written without {prefix!r}, and what wrote the file may ask for it "
+            f"the keys in {contents.key[0]!r} are written without {parts}, and what wrote the file may ask for it "
             "(an edit without --arch leaves the keys as they are)"
         )
     renamed = around.renamed(live.opened_tensors, live.module)
-    copies = around.other_copies(contents, live.describe(), prefix=prefix, changed=changed, renamed=renamed)
+    copies = around.other_copies(contents, live.describe(), unwrapping=unwrapping, changed=changed, renamed=renamed)
     return [f"{rest} was kept; --bare drops it", *unfit, *copies]
 
 

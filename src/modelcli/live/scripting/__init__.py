@@ -27,6 +27,7 @@ from modelcli.live.scripting import key_edits, model_edits
 from modelcli.live.scripting.page import InexpressibleError, Page, deleted, is_name, quoted
 from modelcli.live.surgery import seed_of
 from modelcli.references import Installed, PythonObject, Source
+from modelcli.wrappers import Unwrapping
 
 #: What is loaded in a script by the time that files of the user's are: a file called so is not what an import gives.
 _LOADED = ("torch", "torchvision", "safetensors", "numpy")
@@ -86,7 +87,7 @@ class _Script:
         try:
             if source.tensors_only and checkpoints.read(contents.path, key=source.key).foreign:
                 raise InexpressibleError("the file holds objects of foreign classes, which weights_only=True refuses")
-            _read_state(self.page, contents, self.live.report.prefix if self.live.report else "")
+            _read_state(self.page, contents, self.live.report.unwrapping if self.live.report else Unwrapping())
         except InexpressibleError as error:
             self.page.refuse(f"read {contents.path}", str(error))
         if base is not None:
@@ -270,7 +271,7 @@ def _own_object(page: Page, reference: PythonObject, folder: Path) -> str:
     return found + reference.name.removeprefix(first)
 
 
-def _read_state(page: Page, contents: Contents, prefix: str) -> None:
+def _read_state(page: Page, contents: Contents, unwrapping: Unwrapping) -> None:
     """The statements that make `state`, a dict of tensors."""
     if contents.format == "dcp":
         raise InexpressibleError("it is a folder of torch.distributed.checkpoint")
@@ -284,8 +285,23 @@ def _read_state(page: Page, contents: Contents, prefix: str) -> None:
         page.write(f"checkpoint = {_loaded(page, files[0])}", f"state = checkpoint{_keys(contents)}")
     else:
         page.write(f"state = {_loaded(page, files[0])}")
-    if prefix:
-        page.write(f"state = {{key.removeprefix({quoted(prefix)}): value for key, value in state.items()}}")
+    if unwrapping:
+        page.write(_unwrapped(unwrapping))
+
+
+def _unwrapped(found: Unwrapping) -> str:
+    """The statement that takes out of the keys of `state` what wrappers put there."""
+    key = "key"
+    if found.markers:
+        markers = quoted(found.markers[0])
+        test = f"part != {markers}" if len(found.markers) == 1 else f"part not in {found.markers!r}"
+        key = f'".".join(part for part in key.split(".") if {test})'
+    if found.prefix:
+        key += f".removeprefix({quoted(found.prefix)})"
+    left_out = "".join(f" if key != {quoted(name)}" for name in found.dropped[:1])
+    if len(found.dropped) > 1:
+        left_out = f" if key not in {found.dropped!r}"
+    return f"state = {{{key}: value for key, value in state.items(){left_out}}}"
 
 
 def _loaded(page: Page, file: Path) -> str:

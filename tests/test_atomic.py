@@ -161,14 +161,14 @@ def test_a_rename_that_fails_midway_is_taken_back(tmp_path: Path, monkeypatch: p
     fill(path, {"a.safetensors": "old"})
     before = digest(path)
     monkeypatch.setattr(atomic, "_exchange", lambda *_names: False)
-    original = Path.rename
+    original = os.rename
 
-    def rename(self: Path, target: Path) -> Path:
-        if Path(target) == path and not self.name.endswith(f".old{atomic.TEMPORARY}"):
+    def rename(old: str, new: str, **folders: Any) -> None:
+        if new == path.name and not old.endswith(f".old{atomic.TEMPORARY}"):
             raise OSError(errno.EIO, "Input/output error")
-        return original(self, target)
+        original(old, new, **folders)
 
-    monkeypatch.setattr(Path, "rename", rename)
+    monkeypatch.setattr(os, "rename", rename)
     with pytest.raises(SystemFailureError, match="Input/output error"):
         fill(path, {"a.safetensors": "new"})
     assert digest(path) == before
@@ -266,8 +266,8 @@ def test_only_what_nobody_writes_any_more_is_removed(tmp_path: Path) -> None:
     abandoned.write_bytes(b"half")
     other = tmp_path / f".m.pth.deadbeef{atomic.TEMPORARY}"
     other.write_bytes(b"of another file")
-    (tmp_path / f".m[1].pth.folder{atomic.TEMPORARY}").mkdir()
-    (tmp_path / f".m[1].pth.link{atomic.TEMPORARY}").symlink_to(other)
+    (tmp_path / f".m[1].pth.00f01de2{atomic.TEMPORARY}").mkdir()
+    (tmp_path / f".m[1].pth.0000114c{atomic.TEMPORARY}").symlink_to(other)
     with atomic.replacing(target, force=True) as (file, temporary):
         file.write(b"new")
         assert not abandoned.exists()
@@ -275,7 +275,7 @@ def test_only_what_nobody_writes_any_more_is_removed(tmp_path: Path) -> None:
             second.write(b"second")
             assert temporary.exists()
     assert target.read_bytes() == b"new"
-    assert sorted(temporaries(tmp_path)) == sorted([other.name, f".m[1].pth.link{atomic.TEMPORARY}"])
+    assert sorted(temporaries(tmp_path)) == sorted([other.name, f".m[1].pth.0000114c{atomic.TEMPORARY}"])
 
 
 def test_a_temporary_file_follows_no_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -515,13 +515,13 @@ def test_needs_force_again_where_it_appeared(tmp_path: Path) -> None:
 
 def test_nobody_takes_what_is_put_in_place_for_abandoned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another run may look for leftovers at any moment: until the name is the new one's, the file is locked."""
-    original = Path.replace
+    original = os.replace
 
-    def replace(self: Path, target: Path) -> Path:
-        atomic.remove_abandoned(target)
-        return original(self, target)
+    def replace(old: str, new: str, **folders: Any) -> None:
+        atomic.remove_abandoned(tmp_path / new)
+        original(old, new, **folders)
 
-    monkeypatch.setattr(Path, "replace", replace)
+    monkeypatch.setattr(os, "replace", replace)
     with atomic.replacing(tmp_path / "m.pth", force=False) as (file, _):
         file.write(b"new")
     assert (tmp_path / "m.pth").read_bytes() == b"new"
@@ -537,7 +537,7 @@ def test_what_a_killed_run_left_takes_no_space(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize("name", ["模" * 80 + ".pth", "é" * 120 + ".pth", "a" * 250 + ".pth"])
 def test_names_as_long_as_the_system_takes(tmp_path: Path, name: str) -> None:
-    left = tmp_path / f".{atomic._stem(tmp_path / name)}.00000000{atomic.TEMPORARY}"
+    left = tmp_path / f".{atomic._stem(name)}.00000000{atomic.TEMPORARY}"
     left.write_bytes(b"left")
     with atomic.replacing(tmp_path / name, force=False) as (file, _):
         file.write(b"new")

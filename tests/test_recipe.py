@@ -393,7 +393,7 @@ def test_a_failed_write_leaves_the_old_file(folder: Path, monkeypatch: pytest.Mo
     path = written(folder, WRITTEN_BY_HAND)
     before = set(folder.iterdir())
 
-    def fails(*_: Any) -> None:
+    def fails(*_: Any, **_folders: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(atomic, "_exchange", lambda *_names: False)

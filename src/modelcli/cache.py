@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,18 +136,21 @@ def _kept(document: Mapping[str, Any], suffix: str, what: str) -> Any:
 def _keep(document: Mapping[str, Any], suffix: str, what: str, values: Any) -> None:
     body = json.dumps({"key": document, what: values}, separators=(",", ":")).encode()
     path = _path(document, suffix)
-    with atomic.replacing(path, force=True, durable=False, through_links=False) as (file, _):
+    with atomic.replacing(path, force=True, through_links=False) as (file, _):
         file.write(_digest(body).encode() + b"\n" + body)
 
 
 def entries() -> list[Path]:
     """The files of blueprints, half-written ones of killed runs included."""
-    return _files(SUFFIX, atomic.TEMPORARY)
+    return _files(SUFFIX)
 
 
-def _files(*suffixes: str) -> list[Path]:
+def _files(suffix: str) -> list[Path]:
+    """What has a name as entries have it; what else somebody keeps in the folder is not ours."""
+    name = rf"[0-9a-f]{{64}}{re.escape(suffix)}"
+    own = re.compile(rf"{name}|\.{name}\.[0-9a-f]{{8}}{re.escape(atomic.TEMPORARY)}")
     try:
-        return sorted(path for path in folder().iterdir() if path.suffix in suffixes)
+        return sorted(path for path in folder().iterdir() if own.fullmatch(path.name))
     except OSError:
         return []
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
@@ -16,10 +17,10 @@ from tomlkit import TOMLDocument
 from tomlkit.exceptions import ParseError, TOMLKitError
 from tomlkit.items import Array
 
-from modelcli import atomic, edits
+from modelcli import atomic, edits, locks
 from modelcli.blueprints import ITEM_BYTES, dtype_called
 from modelcli.edits import Edit
-from modelcli.errors import RequestError, closest
+from modelcli.errors import RequestError, SystemFailureError, closest
 from modelcli.references import Source, parse_input_size
 
 FILE_NAME = "modelcli.toml"
@@ -305,6 +306,27 @@ def _encoded(path: Path, text: str, *, like: str = "") -> bytes:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Replace the file in one step, so that an interrupted run leaves the old one."""
-    with atomic.replacing(path, force=True) as (file, _):
+    """Replace the file in one step, so that an interrupted run and a full disk leave the old one."""
+    with atomic.replacing(path, force=True, is_locked=True) as (file, _):
         file.write(data)
+
+
+#: Seconds that another command is waited for that works on the same recipe: an edit is checked before it is recorded.
+PATIENCE = 600.0
+
+
+@contextlib.contextmanager
+def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Keep other commands from changing a recipe while it is read, its edits are checked, and one is appended.
+
+    `waiting` is called where another one is at work on it. Raises SystemFailureError where that does not end.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locks.held(path, PATIENCE, waiting))
+        except TimeoutError:
+            raise SystemFailureError(
+                f"another command has been at work on {path} for {PATIENCE:.0f} s: it was left as it is",
+                "end that command, or wait for it, and run this one again",
+            ) from None
+        yield

@@ -269,8 +269,8 @@ def apply(
 
     output.format_of(options)
     path, given = _edits_from(file, lines, source)
-    batch = session.find_batch(path, given, edit.model, source.overrides(), source.recipe)
-    with progress.of_bytes(options) as report:
+    with session.recipe_locked(edit.model, source.recipe, _tell_waiting), progress.of_bytes(options) as report:
+        batch = session.find_batch(path, given, edit.model, source.overrides(), source.recipe)
         outcome = session.edit(batch.target, batch.edits, writing_of(edit, edit.out, report), batch.places)
     show_outcome(batch.target, outcome, edit, options)
 
@@ -370,13 +370,19 @@ def _carry_out(
         edits.checked_operand(word, known)
     try:
         made = edits.from_words(name, [*flags, "--", *operands])
-        target = session.find_target(options.model, source.overrides(), source.recipe)
-        with progress.of_bytes(shown) as report:
+        with session.recipe_locked(options.model, source.recipe, _tell_waiting), progress.of_bytes(shown) as report:
+            target = session.find_target(options.model, source.overrides(), source.recipe)
             outcome = session.edit(target, [made], writing_of(options, options.out, report))
     except RequestError as error:
         error.hint = _meant(name, operands, flags, error, options.model) or error.hint
         raise
     show_outcome(target, outcome, options, shown)
+
+
+def _tell_waiting(recipe: Path) -> None:
+    """Tell whoever sits before a terminal why nothing happens."""
+    if sys.stderr.isatty():
+        output.tell(f"note: waiting for another command that is at work on {recipe}")
 
 
 def _meant(name: str, operands: list[str], flags: list[str], error: RequestError, model: str | None) -> str | None:

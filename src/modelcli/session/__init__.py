@@ -23,7 +23,17 @@ from modelcli.session.looking import (
     values,
     warm,
 )
-from modelcli.session.targets import Batch, Target, find_batch, find_target, names_model, options_given, seen_from, undo
+from modelcli.session.targets import (
+    Batch,
+    Target,
+    find_batch,
+    find_target,
+    names_model,
+    options_given,
+    recipe_locked,
+    seen_from,
+    undo,
+)
 
 if TYPE_CHECKING:
     from modelcli.session.editing import Outcome, Writing, edit, save, script
@@ -48,6 +58,7 @@ __all__ = [
     "look",
     "names_model",
     "options_given",
+    "recipe_locked",
     "save",
     "script",
     "seen_from",

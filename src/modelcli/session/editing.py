@@ -16,6 +16,7 @@ from modelcli.session.targets import Batch, Target, apply_each, apply_recipe, wi
 from modelcli.wrappers import Unwrapping
 
 if TYPE_CHECKING:
+    from modelcli.checkpoints.contents import Contents, FileId
     from modelcli.live.check import Check
     from modelcli.live.opening import Live
     from modelcli.live.scripting import Script
@@ -227,7 +228,8 @@ def _write(live: Live, outcome: Outcome, out: Path, how: Writing) -> Outcome:
 
     plan = planning.plan(live, out, how.kind, bare=how.bare, compact=how.compact)
     size = writing.DEFAULT_SIZE if how.max_shard_bytes is None else how.max_shard_bytes
-    care = writing.Care(how.force, how.durable, how.verify, how.report, size)
+    reads = _files_of(live.contents) if live.contents is not None and out.exists() else frozenset()
+    care = writing.Care(how.force, how.durable, how.verify, how.report, size, reads)
     written = writing.write(plan, out, care, kind=how.kind)
     notes = [*outcome.notes, *plan.notes, *overflow.notes_of(live.module), *_beside(written)]
     if live.report is not None and live.report.missing:
@@ -253,6 +255,16 @@ def _beside(written: Written) -> list[str]:
         f"{written.reference} holds {blueprints.listed(others, 3)} as well, which was left as it was: "
         f"{written.reference}{shards.INDEX} names what was written"
     ]
+
+
+def _files_of(contents: Contents) -> frozenset[FileId]:
+    """The files that a model was read from. Of two that edit one of them in its place at once, the second finds that it
+    is another one by now: its own edits would undo those of the first."""
+    from modelcli.checkpoints import CompositeEntry
+
+    entries = contents.tensors.values()
+    parts = (part for each in entries for part in (each.parts if isinstance(each, CompositeEntry) else (each,)))
+    return frozenset(file for part in parts for file in part.storage.files())
 
 
 def _around(live: Live, *, kept: bool) -> list[str]:

@@ -62,12 +62,13 @@ def load(source: Source, recipe_path: Path, *, force: bool, dry_run: bool) -> Lo
     )
     if error is not None or dry_run:
         return loaded
-    if recipe_path.exists() and not force and (count := len(recipe.read(recipe_path).edits)):
-        raise RequestError(
-            f"{recipe_path} has {counted(count, 'edit')}",
-            "--force starts it anew; --recipe names another",
-        )
-    recipe.start(recipe_path, seen_from(source, recipe_path.parent))
+    with recipe.locked(recipe_path):
+        if recipe_path.exists() and not force and (count := len(recipe.read(recipe_path).edits)):
+            raise RequestError(
+                f"{recipe_path} has {counted(count, 'edit')}",
+                "--force starts it anew; --recipe names another",
+            )
+        recipe.start(recipe_path, seen_from(source, recipe_path.parent))
     _keep(live, Target(source))
     return replace(loaded, recipe=recipe_path)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +54,24 @@ def find_target(
         return Target(Source(model=named, **given), notes=(note,) if path.exists() else ())
     read = recipe.read(path)
     return Target(replace(read.source, **given), read.edits, read.path, read.places)
+
+
+@contextlib.contextmanager
+def recipe_locked(
+    model: str | None, recipe_path: Path | None = None, waiting: Callable[[Path], None] = lambda _: None
+) -> Iterator[None]:
+    """Keep other commands from changing the working recipe, where that is what a command works on.
+
+    `waiting` is called with its path where another command is at work on it.
+    """
+    if model or os.environ.get("MODELCLI_MODEL"):
+        yield
+        return
+    from modelcli import recipe
+
+    path = recipe_path or recipe.default_path()
+    with recipe.locked(path, lambda: waiting(path)):
+        yield
 
 
 def names_model(word: str) -> bool:
@@ -189,11 +208,12 @@ def undo(path: Path, count: int, *, dry_run: bool = False) -> list[str]:
     from modelcli import recipe
 
     recipe.require(path)
-    read = recipe.read(path)
-    if not read.edits:
-        raise RequestError(f"{path} has no edits to take back")
-    if count > len(read.edits):
-        raise RequestError(f"{path} has {len(read.edits)} to take back, not {count}")
-    if dry_run:
-        return [str(edit) for edit in read.edits[-count:]]
-    return recipe.take_back(path, count)
+    with recipe.locked(path):
+        read = recipe.read(path)
+        if not read.edits:
+            raise RequestError(f"{path} has no edits to take back")
+        if count > len(read.edits):
+            raise RequestError(f"{path} has {len(read.edits)} to take back, not {count}")
+        if dry_run:
+            return [str(edit) for edit in read.edits[-count:]]
+        return recipe.take_back(path, count)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from modelcli import atomic
+from modelcli.checkpoints.contents import FileId, require_unchanged
 from modelcli.errors import RequestError, SystemFailureError
 from modelcli.writing import safetensors, shards, torch_zip
 from modelcli.writing.output import Output, Report, checksums_in
@@ -44,7 +45,8 @@ class Care:
 
     `force` replaces what exists; with `durable` it is on the disk when the command ends; with `verify` every byte is
     read back and compared. `report` is told of the bytes that are written and read back, `max_shard_bytes` is for
-    folders.
+    folders. `reads` are files that have to be unchanged when the new one takes its place, as those have to be that
+    bytes are copied from.
     """
 
     force: bool = False
@@ -52,6 +54,7 @@ class Care:
     verify: bool = False
     report: Report | None = None
     max_shard_bytes: int = DEFAULT_SIZE
+    reads: frozenset[FileId] = frozenset()
 
 
 def format_of(path: str | Path) -> str:
@@ -107,11 +110,15 @@ def _write_file(plan: Plan, path: Path, kind: str, care: Care) -> int:
     else:
         layout, verify_header = safetensors.layout(plan), safetensors.verify_header
     atomic.require_space(path, layout.nbytes)
-    with atomic.replacing(path, force=care.force, durable=care.durable) as (file, temporary):
+    outputs: list[Output] = []
+    replacing = atomic.replacing(
+        path, force=care.force, durable=care.durable, require_unchanged=lambda: _require_unchanged(outputs, care)
+    )
+    with replacing as (file, temporary):
         with Output(file, layout.nbytes, care.report, durable=care.durable) as output:
+            outputs.append(output)
             layout.write(output)
-            output.require_unchanged_sources()
-        _require_size(temporary, layout.nbytes)
+        _require_size(path, file.fileno(), layout.nbytes)
         verify_header(plan, temporary)
         if care.verify:
             _compare(file, temporary, layout.parts(), layout.nbytes, care.report)
@@ -121,20 +128,24 @@ def _write_file(plan: Plan, path: Path, kind: str, care: Care) -> int:
 def _write_folder(plan: Plan, path: Path, care: Care) -> int:
     folder = shards.layout(plan, care.max_shard_bytes)
     atomic.require_space(path, folder.nbytes)
-    done, outputs = 0, []
-    replacing = atomic.replacing_folder(path, force=care.force, durable=care.durable, superseded=shards.superseded)
+    done, outputs = 0, list[Output]()
+    replacing = atomic.replacing_folder(
+        path,
+        force=care.force,
+        durable=care.durable,
+        superseded=shards.superseded,
+        require_unchanged=lambda: _require_unchanged(outputs, care),
+    )
     with replacing as temporary:
         for name, layout in folder.shards.items():
             with (temporary / name).open("xb+", buffering=0) as file:
                 with Output(file, folder.nbytes, _after(care.report, done), durable=care.durable) as output:
                     outputs.append(output)
                     layout.write(output)
-                _require_size(temporary / name, layout.nbytes)
+                _require_size(path / name, file.fileno(), layout.nbytes)
                 if care.verify:
                     _compare(file, temporary / name, layout.parts(), folder.nbytes, _after(care.report, done))
             done += layout.nbytes
-        for output in outputs:  # at the end of all: a source of the first may change while the last is written
-            output.require_unchanged_sources()
         (temporary / shards.INDEX).write_bytes(folder.index)
         shards.verify_headers(folder, temporary)
     return folder.nbytes
@@ -145,9 +156,20 @@ def _after(report: Report | None, done: int) -> Report | None:
     return None if report is None else lambda more, total, doing: report(done + more, total, doing)
 
 
-def _require_size(path: Path, nbytes: int) -> None:
-    if (found := path.stat().st_size) != nbytes:
-        raise SystemFailureError(f"{path.parent} holds {found:,} of {nbytes:,} bytes of what was written")
+def _require_unchanged(outputs: Iterable[Output], care: Care) -> None:
+    """Raise FileFormatError where a file that was read is another one by now: its edits would be lost, or half there.
+
+    That is asked at the end of all: a source of the first shard may change while the last is written.
+    """
+    for output in outputs:
+        output.require_unchanged_sources()
+    for path, identity in sorted(care.reads):
+        require_unchanged(path, identity)
+
+
+def _require_size(path: Path, handle: int, nbytes: int) -> None:
+    if (found := os.fstat(handle).st_size) != nbytes:
+        raise SystemFailureError(f"cannot write {path}: {found:,} of {nbytes:,} bytes are there")
 
 
 def _compare(

@@ -13,7 +13,7 @@ from modelcli import expressions
 from modelcli.blueprints import joined, listed, parent_of, shown
 from modelcli.errors import RequestError
 from modelcli.expressions import HOLE, Call
-from modelcli.live import modules, rules, trace
+from modelcli.live import modules, trace
 from modelcli.live.describe import dtype_name, floating_dtype
 from modelcli.live.origins import Origins
 from modelcli.live.rules import Misfit, MisfitError
@@ -63,9 +63,8 @@ def check(
         more = "; --check run runs it with real ones" if unedited.failure.needs_numbers else ""
         return Check(False, f"the model cannot run as it was: {unedited.failure.reason}{more}")
     origins = origins or Origins()
-    failure = watch.told(seen.failure)
-    refusal = _refusal(after, inputs, failure, watch, edited, origins)
-    refusal.message = _where(failure.path, watch, origins) + refusal.message
+    refusal = _refusal(after, inputs, seen.failure, watch, edited, origins)
+    refusal.message = _where(seen.failure.path, watch, origins) + refusal.message
     raise refusal
 
 
@@ -76,47 +75,44 @@ def _storage_dtype(module: nn.Module) -> str | None:
 
 
 class _Watch:
-    """Applies the rules before each module runs, and remembers which leaf gave what flows in, where that is sure.
+    """Remembers where what flows into a module came from: the input itself, or the leaf that gave it, where that is
+    sure."""
 
-    On the meta device a misfit ends the pass; on the CPU it is the numbers that decide, and a misfit only explains.
-    """
-
-    def __init__(self, device: str, given: Sequence[Any]) -> None:
-        self.device = device
+    def __init__(self, given: Sequence[Any]) -> None:
         self.given = given
-        self.is_input = False
         self.last: tuple[str, nn.Module, Any] | None = None
-        self.came_from: tuple[str, nn.Module] | None = None
-        self.misfit: tuple[str, Misfit] | None = None
+        self._inputs: set[str] = set()
+        self._came_from: dict[str, tuple[str, nn.Module]] = {}
 
-    def __call__(self, module: nn.Module, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        misfit = rules.check(module, args, kwargs)
-        if misfit is None:
-            return
-        self.is_input = any(value is given for value in (*args, *kwargs.values()) for given in self.given)
-        sure = self.last is not None and any(value is self.last[2] for value in (*args, *kwargs.values()))
-        self.came_from = self.last[:2] if self.last is not None and sure else None
-        self.misfit = (path, misfit)
-        if self.device == "meta":
-            raise MisfitError(misfit)
+    def visit(self, _module: nn.Module, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Look at what flows into a module on its way."""
+        flows = (*args, *kwargs.values())
+        self._inputs.discard(path)
+        self._came_from.pop(path, None)
+        if any(value is given for value in flows for given in self.given):
+            self._inputs.add(path)
+        if self.last is not None and any(value is self.last[2] for value in flows):
+            self._came_from[path] = self.last[:2]
+
+    def takes_input(self, path: str) -> bool:
+        """Whether the input of the model itself flowed into a module when it was called last."""
+        return path in self._inputs
+
+    def came_from(self, path: str) -> tuple[str, nn.Module] | None:
+        """The leaf whose output flowed into a module when it was called last."""
+        return self._came_from.get(path)
 
     def leave(self, module: nn.Module, path: str, output: Any) -> None:
         """Keep what the last leaf gave."""
         if not module._modules:
             self.last = (path, module, output)
 
-    def told(self, failure: trace.Failure) -> trace.Failure:
-        """A failure as the rules tell it, where they have something to say of the module that failed."""
-        if self.misfit is None or self.misfit[0] != failure.path:
-            return failure
-        return trace.Failure(failure.path, MisfitError(self.misfit[1]))
-
 
 def _pass(module: nn.Module, inputs: Inputs, device: str) -> tuple[_Watch, trace.Pass]:
     given = inputs.tensors(device)
-    watch = _Watch(device, given)
+    watch = _Watch(given)
     subject = trace.twin_or_itself(module) if device == "meta" else module
-    return watch, trace.run(subject, given, device=device, visit=watch, leave=watch.leave)
+    return watch, trace.run(subject, given, device=device, visit=watch.visit, leave=watch.leave)
 
 
 def _refusal(
@@ -136,18 +132,19 @@ def _refusal(
             _way_out(after, path, failure.error, edited),
         )
     misfit = failure.error.misfit
-    came_from = "" if watch.is_input else _last_that_ran(watch)
-    if watch.came_from is not None:
-        came_from = f" (from {shown(watch.came_from[0])} {brief(watch.came_from[1])})"
+    is_input, leaf = watch.takes_input(path), watch.came_from(path)
+    came_from = "" if is_input else _last_that_ran(watch)
+    if leaf is not None:
+        came_from = f" (from {shown(leaf[0])} {brief(leaf[1])})"
     message = (
         f"{shown(path)} {brief(module)} does not fit: {misfit.flows} flows in{came_from}, "
         f"it expects {misfit.expects}{_next(after, path)}"
     )
     settled = origins.count(path) > 1  # `_` takes what an edit before gave: the number itself is told
     fix, touched = _fix(module, path, misfit, edited, settled=settled), _is_touched(path, edited)
-    if touched and watch.is_input:
+    if touched and is_input:
         fix = _stated(module, misfit, inputs) or fix
-    if touched and (watch.is_input or watch.last is None):
+    if touched and (is_input or watch.last is None):
         fix += _other_size(module, misfit, inputs)
     return RequestError(message, fix)
 
@@ -174,7 +171,8 @@ def _other_size(module: nn.Module, misfit: Misfit, inputs: Inputs) -> str:
 
 def _where(path: str, watch: _Watch, origins: Origins) -> str:
     """`-e 1: 'replace fc ...': ` of each edit that made the module which fails, or what flows into it."""
-    before = "" if watch.came_from is None else origins.told(watch.came_from[0])
+    leaf = watch.came_from(path)
+    before = "" if leaf is None else origins.told(leaf[0])
     told = origins.told(path) or before or origins.only()
     return f"{told}: " if told else ""
 

@@ -31,12 +31,45 @@ class Misfit:
     dtype: str | None = None
 
 
-class MisfitError(Exception):
-    """Ends a forward pass at the module that the flow does not fit."""
+class RefusedError(RuntimeError):
+    """Ends a forward pass on meta where the CPU would end it: no fault of the meta device, and never mended by it.
+
+    It is a RuntimeError, as what torch raises is: a `forward` that catches that catches this.
+    """
+
+
+class MisfitError(RefusedError):
+    """What flows into a module is not what it takes."""
 
     def __init__(self, misfit: Misfit) -> None:
         super().__init__(f"{misfit.flows} flows in, it expects {misfit.expects}")
         self.misfit = misfit
+
+
+class Explainer:
+    """Looks at what flows into each module of a forward pass, and explains a failure there.
+
+    The rules only explain: whether a module runs is decided by its operators (see `operator_rules`), since a rule for
+    a module cannot know what its `forward` makes of a flow. The exceptions are modules of `_DECIDED_HERE`.
+    """
+
+    def __init__(self, *, on_meta: bool = True) -> None:
+        self.on_meta = on_meta
+        self._misfits: dict[str, Misfit] = {}
+
+    def visit(self, module: nn.Module, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Remember what does not fit at a path, as `trace.run` comes to it. Raises MisfitError where that decides."""
+        self._misfits.pop(path, None)
+        if (misfit := check(module, args, kwargs)) is None:
+            return
+        self._misfits[path] = misfit
+        if self.on_meta and type(module) in _DECIDED_HERE:
+            raise MisfitError(misfit)
+
+    def explained(self, path: str, error: Exception) -> Exception:
+        """The failure of a module in the terms of its rules, where these have something to say; else as it is."""
+        misfit = self._misfits.get(path)
+        return error if misfit is None else MisfitError(misfit)
 
 
 Rule = Callable[[Any, torch.Tensor], Misfit | None]
@@ -259,6 +292,9 @@ def _conv(dims: int) -> tuple[Rule, ...]:
 def _spatial(dims: int) -> tuple[Rule, ...]:
     return (_dims(dims + 1, dims + 2),)
 
+
+#: Modules whose operators on meta are not those that the CPU runs: it has a kernel of its own for MaxPool1d.
+_DECIDED_HERE = frozenset({nn.MaxPool1d})
 
 _BATCH_NORM = (_channels("num_features"), _norm_dtype)
 

@@ -16,6 +16,7 @@ from torch import nn
 from modelcli.blueprints import LayerTrace, Trace
 from modelcli.live import rules
 from modelcli.live.describe import walk
+from modelcli.live.operator_rules import OperatorRules
 from modelcli.live.twins import meta_twin, seeded
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class Pass:
     macs: dict[str, int] = field(default_factory=dict)
     output: Any = None
     failure: Failure | None = None
+    rules: OperatorRules | None = None
 
 
 Visitor = Callable[[nn.Module, str, tuple[Any, ...], Mapping[str, Any]], None]
@@ -89,6 +91,7 @@ def run(
     drive: Callable[[nn.Module, Sequence[Any]], Any] | None = None,
     counter: FlopCounterMode | None = None,
     modes: Sequence[AbstractContextManager[Any]] = (),
+    judged: bool = True,
 ) -> Pass:
     """One forward pass without gradients. The module is changed only by what its own `forward` does to it.
 
@@ -96,8 +99,13 @@ def run(
     its path and output. `drive` makes the call, by default plainly. `modes` are entered innermost around the call, in
     their order: a dispatch mode of the caller's sees each operator, and may raise. An exception of the pass is kept in
     `failure`.
+
+    A pass on meta ends where the CPU would end it (see `operator_rules`), unless it is not to be `judged`: what is then
+    said to have run may not run.
     """
-    seen = Pass()
+    on_meta = device == "meta"
+    seen = Pass(rules=OperatorRules() if on_meta and judged else None)
+    explainer = rules.Explainer(on_meta=on_meta and judged)
     paths: dict[int, list[str]] = {}
     for path, child in walk(module):
         paths.setdefault(id(child), []).append(path)
@@ -109,6 +117,7 @@ def run(
     def before(child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         path = _path_of_call(paths[id(child)], running[-1][0] if running else "")
         running.append((path, total(), child))
+        explainer.visit(child, path, args, kwargs)
         if visit is not None:
             visit(child, path, args, kwargs)
 
@@ -137,11 +146,11 @@ def run(
         stack.enter_context(torch.no_grad())
         stack.enter_context(seeded(0))
         stack.enter_context(_plain_attention())
-        if device == "meta":
+        if on_meta:
             stack.enter_context(torch.device("meta"))
         if counter is not None:
             stack.enter_context(counter)
-        for inner in modes:
+        for inner in (*modes, *filter(None, [seen.rules])):
             stack.enter_context(inner)
         module.train(mode == "train")
         try:
@@ -150,8 +159,15 @@ def run(
             else:
                 drive(module, inputs)
         except Exception as error:
-            seen.failure = Failure(running[-1][0] if running else "", error)
+            seen.failure = _explained(Failure(running[-1][0] if running else "", error), explainer)
     return seen
+
+
+def _explained(failure: Failure, explainer: rules.Explainer) -> Failure:
+    """A failure in the terms of the rules for `torch.nn`, where these know better why the module does not run."""
+    if failure.needs_numbers:
+        return failure
+    return Failure(failure.path, explainer.explained(failure.path, failure.error))
 
 
 def _path_of_call(paths: Sequence[str], caller: str) -> str:
@@ -233,8 +249,7 @@ def trace(module: nn.Module, inputs: Inputs | None, *, mode: str = "eval") -> tu
     }
     input_bytes = sum(_bytes_of(tensor) for tensor in _flat(tensors))
     if seen.failure is not None:
-        reason = _reason_by_rules(module, inputs, mode) or seen.failure.reason
-        return Trace(inputs.shapes, layers, input_bytes=input_bytes, reason=reason), twin
+        return Trace(inputs.shapes, layers, input_bytes=input_bytes, reason=seen.failure.reason), twin
     summary = statistics[0] if statistics else None
     return Trace(
         inputs=inputs.shapes,
@@ -243,17 +258,6 @@ def trace(module: nn.Module, inputs: Inputs | None, *, mode: str = "eval") -> tu
         input_bytes=input_bytes,
         forward_backward_bytes=None if summary is None else int(summary.total_output_bytes),
     ), twin
-
-
-def _reason_by_rules(module: nn.Module, inputs: Inputs, mode: str) -> str | None:
-    """Why a pass fails, where a rule for `torch.nn` says it better than what torch raised."""
-
-    def visit(child: nn.Module, _path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if (misfit := rules.check(child, args, kwargs)) is not None:
-            raise rules.MisfitError(misfit)
-
-    failure = run(twin_or_itself(module), inputs.tensors("meta"), mode=mode, visit=visit).failure
-    return failure.reason if failure is not None and isinstance(failure.error, rules.MisfitError) else None
 
 
 def _raised_by_torchinfo(error: Exception) -> bool:
@@ -313,4 +317,4 @@ def _first_calls(module: nn.Module, paths: Sequence[str], inputs: Inputs | None)
             for path in places.get(id(child), ()):
                 found.setdefault(path, (args, kwargs))
 
-    return found, run(twin, inputs.tensors("meta"), visit=visit).failure
+    return found, run(twin, inputs.tensors("meta"), visit=visit, judged=False).failure

@@ -183,12 +183,6 @@ def test_what_is_no_tensor_stays_beside_them(tmp_path: Path) -> None:
     assert (extra["steps"], extra["kind"]) == ([1, 2], "fp8")
 
 
-def test_a_lazily_conjugated_tensor_is_refused(tmp_path: Path) -> None:
-    path = saved(tmp_path / "m.pth", {"w": torch.ones(2, dtype=torch.complex64).conj()})
-    with pytest.raises(FileFormatError, match="conjugated"):
-        checkpoints.read(path)
-
-
 def test_an_empty_state_dict(tmp_path: Path) -> None:
     contents = checkpoints.read(saved(tmp_path / "m.pth", nn.ReLU().state_dict()))
     assert (contents.tensors, contents.key) == ({}, None)
@@ -642,9 +636,10 @@ def test_foreign_is_what_torch_refuses(tmp_path: Path) -> None:
 def test_harmless_names_are_those_that_torch_allows() -> None:
     """Name by name. Of torch's versions each has a dtype or a function that another has not."""
     allowed = set(torch._weights_only_unpickler._get_allowed_globals())
-    assert allowed - pickles._HARMLESS <= {"torch._utils._rebuild_nested_tensor"}  # torch 2.13 has it
-    ours = {name.replace("__builtin__", "builtins") for name in pickles._HARMLESS}  # as Python 2 called it
-    assert ours - allowed <= {"torch.bcomplex32"}  # torch 2.13 has it not
+    assert allowed <= pickles.HARMLESS
+    ours = {name.replace("__builtin__", "builtins") for name in pickles.HARMLESS}  # as Python 2 called it
+    # torch 2.13 has the first not, and torch 2.12 not the second.
+    assert ours - allowed <= {"torch.bcomplex32", "torch._utils._rebuild_nested_tensor"}
 
 
 class OfAnotherDevice:

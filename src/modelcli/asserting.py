@@ -11,8 +11,8 @@ from modelcli.blueprints import FLOATING, Blueprint, Shape, TensorInfo, counted,
 from modelcli.checkpoints.contents import CompositeEntry, foreign_names
 from modelcli.comparing import Progress, Scope
 from modelcli.differences import TensorChange
-from modelcli.errors import RequestError, did_you_mean
-from modelcli.references import Source
+from modelcli.errors import ModelcliError, RequestError, did_you_mean
+from modelcli.references import CheckpointFile, Source
 from modelcli.session import Look, Target
 
 #: Names that a row lists of those that are wrong.
@@ -94,7 +94,8 @@ def check(target: Target, wanted: Wanted, *, cached: bool = True, progress: Prog
     needs_values = wanted.finite or bool(wanted.same_as)
     found = session.look(target, traced=bool(wanted.output_shapes), cached=cached and not needs_values)
     notes = list(found.notes)
-    checks = [*_structure(found.blueprint, wanted), *_outputs(found.blueprint, wanted.output_shapes)]
+    unseen = () if found.contents is None else found.contents.unseen
+    checks = [*_structure(found.blueprint, wanted, unseen), *_outputs(found.blueprint, wanted.output_shapes)]
     if wanted.safe:
         checks.append(_safe(found, target.source))
     if wanted.finite:
@@ -104,14 +105,13 @@ def check(target: Target, wanted: Wanted, *, cached: bool = True, progress: Prog
     return Verdict(found, tuple(checks), tuple(notes))
 
 
-def _structure(blueprint: Blueprint, wanted: Wanted) -> Iterator[Checked]:
-    """The assertions that a blueprint answers."""
+def _structure(blueprint: Blueprint, wanted: Wanted, unseen: Sequence[str]) -> Iterator[Checked]:
+    """The assertions that a blueprint answers. `unseen` are entries of the file that it cannot have."""
     totals = blueprint.totals
     if wanted.max_params is not None:
-        yield Checked("max-params", totals.params <= wanted.max_params, totals.params, wanted.max_params)
+        yield _at_most("max-params", totals.params, wanted.max_params, unseen)
     if wanted.max_bytes is not None:
-        nbytes = totals.param_bytes + totals.buffer_bytes
-        yield Checked("max-bytes", nbytes <= wanted.max_bytes, nbytes, wanted.max_bytes)
+        yield _at_most("max-bytes", totals.param_bytes + totals.buffer_bytes, wanted.max_bytes, unseen)
     for text in wanted.frozen:
         yield _flags(blueprint, text, trained=False)
     for text in wanted.trainable:
@@ -124,7 +124,14 @@ def _structure(blueprint: Blueprint, wanted: Wanted) -> Iterator[Checked]:
         told = _nothing(blueprint, text)
         yield Checked("absent", not names and told == NOTHING, listed(names or [told], MOST_NAMED), text)
     if wanted.dtypes:
-        yield _dtype(blueprint, wanted.dtypes)
+        yield _dtype(blueprint, wanted.dtypes, unseen)
+
+
+def _at_most(check: str, found: int, most: int, unseen: Sequence[str]) -> Checked:
+    """Whether a number is small enough; what could not be counted may make it any larger."""
+    if unseen and found <= most:
+        return Checked(check, False, f"{found:,} or more: {listed(unseen, MOST_NAMED)} cannot be counted", most)
+    return Checked(check, found <= most, found, most)
 
 
 def _flags(blueprint: Blueprint, text: str, *, trained: bool) -> Checked:
@@ -165,7 +172,7 @@ def _nothing(blueprint: Blueprint, text: str) -> str:
     return NOTHING
 
 
-def _dtype(blueprint: Blueprint, dtypes: Sequence[str]) -> Checked:
+def _dtype(blueprint: Blueprint, dtypes: Sequence[str], unseen: Sequence[str]) -> Checked:
     """Whether each floating-point tensor has one of these dtypes; a model without any has none of them."""
     floating = [tensor for tensor in blueprint.tensors if _is_floating(tensor)]
     wrong = [tensor for tensor in floating if tensor.dtype not in dtypes]
@@ -173,7 +180,9 @@ def _dtype(blueprint: Blueprint, dtypes: Sequence[str]) -> Checked:
     if wrong:
         more = f", and {len(wrong) - 1} more differ" if len(wrong) > 1 else ""
         told = f"{wrong[0].name} is {wrong[0].dtype}{more}"
-    return Checked("dtype", bool(floating) and not wrong, told, " or ".join(dtypes))
+    elif unseen:
+        told = f"{listed(unseen, MOST_NAMED)} cannot be looked at"
+    return Checked("dtype", bool(floating) and not wrong and not unseen, told, " or ".join(dtypes))
 
 
 def _is_floating(tensor: TensorInfo) -> bool:
@@ -207,8 +216,17 @@ def _safe(found: Look, source: Source) -> Checked:
     contents = found.contents
     if contents is not None and found.live is not None:
         contents = checkpoints.read(contents.path, key=source.key)  # as it is, before objects were dropped
-    foreign = () if contents is None else contents.foreign
-    told = f"objects of {foreign_names(foreign, most=MOST_NAMED)}" if foreign else SAFE if contents else "no file"
+    foreign = {} if contents is None else dict.fromkeys(contents.foreign)
+    reference = source.reference()
+    for path in checkpoints.accounts_beside(reference.path) if isinstance(reference, CheckpointFile) else ():
+        # Whoever loads the folder may take this one.
+        try:
+            foreign |= dict.fromkeys(checkpoints.read(path).foreign)
+        except ModelcliError as error:
+            return Checked("safe", False, f"{path.name} beside it cannot be looked at: {error.message}", SAFE)
+    told = (
+        f"objects of {foreign_names(tuple(foreign), most=MOST_NAMED)}" if foreign else SAFE if contents else "no file"
+    )
     return Checked("safe", not foreign, told, SAFE)
 
 
@@ -220,6 +238,8 @@ def _finite(found: Look, progress: Progress | None) -> Checked:
     statistics |= _of_parts(found, [name for name in names if name not in statistics])
     wrong = {name: numbers for name, numbers in statistics.items() if numbers["nan"] or numbers["inf"]}
     unseen = [name for name in names if name not in statistics]
+    if found.contents is not None:
+        unseen += [*found.contents.unseen, *found.contents.hidden]
     if wrong:
         name, numbers = next(iter(wrong.items()))
         counts = [f"{numbers[key]:,} {word}" for key, word in (("nan", "NaN"), ("inf", "Inf")) if numbers[key]]

@@ -67,6 +67,11 @@ def value_class(cls: type[_T]) -> type[_T]:
     return dataclass(slots=True, unsafe_hash=True)(cls)
 
 
+def is_differentiable(dtype: str) -> bool:
+    """Whether torch lets a tensor of a dtype have a gradient: one of whole numbers has none."""
+    return dtype.startswith(("float", "bfloat", "complex", "bcomplex"))
+
+
 def counted(number: int, noun: str, several: str | None = None) -> str:
     """`1 tensor`, `5,000 tensors`; `several` is the plural where it is no more than an s."""
     return f"{number:,} {noun if number == 1 else several or f'{noun}s'}"
@@ -136,7 +141,7 @@ class TensorInfo:
     @property
     def is_differentiable(self) -> bool:
         """Whether torch lets it have a gradient, and so be trained: whole numbers have none."""
-        return self.dtype.startswith(("float", "bfloat", "complex"))
+        return is_differentiable(self.dtype)
 
     @property
     def identity(self) -> str:

@@ -90,8 +90,17 @@ def compare(
                 tensors[name].append(TensorChange(name, "values", max_abs_diff=largest))
         for name in unknown:
             tensors[name].append(TensorChange(name, "not compared"))
+    tensors |= {name: [TensorChange(name, "not compared")] for name in _unseen(one, other, scope)}
     changes = tuple(change for several in tensors.values() for change in several)
     return Comparison(found.modules, changes, sum(not several for several in tensors.values()), tuple(notes))
+
+
+def _unseen(one: Look, other: Look, scope: Scope) -> list[str]:
+    """Entries of the files of which nothing is known: the two may differ in them. None where others were selected."""
+    if scope.selected:
+        return []
+    names = [name for found in (one, other) if found.contents is not None for name in found.contents.unseen]
+    return [name for name in dict.fromkeys(names) if name not in scope.without]
 
 
 def _silent(_done: int, _total: int, _doing: str) -> None:

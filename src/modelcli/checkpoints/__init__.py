@@ -8,7 +8,10 @@ from modelcli.checkpoints import distributed, folders, kinds, safetensors, torch
 from modelcli.checkpoints.contents import CompositeEntry, Contents, Span, Storage, TensorEntry
 from modelcli.errors import FileFormatError, RequestError, SystemFailureError
 
-__all__ = ["CompositeEntry", "Contents", "Span", "Storage", "TensorEntry", "read"]
+__all__ = ["CompositeEntry", "Contents", "Span", "Storage", "TensorEntry", "accounts_beside", "read"]
+
+#: How many bytes the end of a zip archive takes that has no comment.
+_ZIP_END = 22
 
 
 def read(path: Path, *, key: str | None = None) -> Contents:
@@ -35,6 +38,19 @@ def read(path: Path, *, key: str | None = None) -> Contents:
     return _read_file(path, key)
 
 
+def accounts_beside(path: Path) -> list[Path]:
+    """The accounts of checkpoints (an index of shards, a `.metadata`) that lie beside the one that `path` names.
+
+    Other programs may read the folder by one of these.
+    """
+    if path.is_dir():
+        path = distributed.metadata_in(path) or folders.index_in(path)
+    if not path.name.endswith(folders.INDEX_SUFFIX) and path.name != distributed.METADATA:
+        return []
+    found = [*path.parent.glob(f"*{folders.INDEX_SUFFIX}"), path.parent / distributed.METADATA]
+    return sorted(other for other in found if other != path and other.is_file())
+
+
 def _read_file(path: Path, key: str | None = None) -> Contents:
     """Read one file that holds tensors itself."""
     try:
@@ -51,21 +67,39 @@ def _read_by_content(path: Path, key: str | None) -> Contents:
         size = path.stat().st_size
         with path.open("rb") as file:
             head = file.read(kinds.HEAD_BYTES)
+            file.seek(max(size - _ZIP_END, 0))
+            end = file.read(_ZIP_END)
     except OSError as error:
         raise SystemFailureError(f"cannot read {path}: {error.strerror or error}") from None
     if not size:
         raise FileFormatError(f"{path} is empty", "the program that wrote it may have been interrupted")
-    if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+    is_zip = head.startswith((b"PK\x03\x04", b"PK\x05\x06"))
+    is_safetensors, is_legacy = safetensors.looks_like(head, size), torch_legacy.looks_like(head)
+    if is_zip or is_safetensors or is_legacy:
+        _refuse_second_format(path, head, end, is_zip=is_zip)
+    if is_zip:
         return torch_zip.read(path, key)
-    if safetensors.looks_like(head, size):
+    if is_safetensors:
         _refuse_key(key, path, "a safetensors file")
         return safetensors.read(path)
-    if torch_legacy.looks_like(head):
+    if is_legacy:
         return torch_legacy.read(path, key)
     if kind := kinds.name(head):
         raise FileFormatError(f"{path} is {kind.name}", kind.hint)
     what, hint = kinds.unknown(head)
     raise FileFormatError(f"{path} {what}", hint)
+
+
+def _refuse_second_format(path: Path, head: bytes, end: bytes, *, is_zip: bool) -> None:
+    """Programs differ in where they look first: a file of two formats is two files, and one would be hidden."""
+    if kinds.is_tar(head):
+        raise FileFormatError(
+            f"{path} is a tar archive and a checkpoint at once", "ask whoever made it for one of the two"
+        )
+    if end.startswith(b"PK\x05\x06") and not is_zip:
+        raise FileFormatError(
+            f"{path} is a checkpoint and ends as a zip archive does", "ask whoever made it for one of the two"
+        )
 
 
 def _refuse_key(key: str | None, path: Path, what: str) -> None:

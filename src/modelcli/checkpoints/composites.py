@@ -12,7 +12,7 @@ from typing import Any
 from modelcli.blueprints import ITEM_BYTES, Shape
 from modelcli.checkpoints import limits, shapes
 from modelcli.checkpoints.contents import CompositeEntry, TensorEntry
-from modelcli.checkpoints.pickles import Global, Opaque, OrderedDict, StorageRef, sizes_in
+from modelcli.checkpoints.pickles import HARMLESS, PARAMETER, Global, Opaque, OrderedDict, StorageRef, sizes_in
 from modelcli.errors import FileFormatError
 
 _CALLS = frozenset(
@@ -23,12 +23,9 @@ _CALLS = frozenset(
     }
 )
 _PARAMETERS = frozenset({"torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"})
+#: What other libraries' objects in a state dict are known to be, where they are no tensors.
+_NEVER_TENSORS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "pathlib.", "datetime.", "enum.")
 _ELEMENTS_PER_BYTE = {"quint4x2": 2, "quint2x4": 4}
-
-
-def is_tensor(value: Any) -> bool:
-    """Whether an inert value is a tensor: a view into a storage, or what such a call makes."""
-    return isinstance(value, TensorEntry) or makes_tensor(value)
 
 
 def makes_tensor(value: Any) -> bool:
@@ -42,6 +39,18 @@ def makes_tensor(value: Any) -> bool:
 
 def _is_call(value: Any) -> bool:
     return isinstance(value, Opaque) and isinstance(value.call, Global) and value.call.dotted in _CALLS
+
+
+def may_be_tensor(value: Any) -> bool:
+    """Whether torch makes a tensor of an inert value, or only running its code could tell that it makes none."""
+    if not isinstance(value, Opaque):
+        return isinstance(value, StorageRef)
+    if not isinstance(value.call, Global):
+        return True
+    name = value.call.dotted
+    if name in HARMLESS:
+        return "Tensor" in name or "_rebuild" in name or "Storage" in name or name == PARAMETER
+    return not name.startswith(_NEVER_TENSORS)
 
 
 def entry_of(value: Opaque, where: str, budget: limits.Budget) -> CompositeEntry:

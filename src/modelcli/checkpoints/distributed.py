@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from modelcli.blueprints import ITEM_BYTES, Shape, counted, listed
-from modelcli.checkpoints import embedded, folders, limits, pickles, shapes, state_dicts, trees
+from modelcli.checkpoints import embedded, folders, limits, pickles, shapes, trees
 from modelcli.checkpoints.contents import Contents, FileId, JoinedSpan, Storage, TensorEntry, Windows, identity_of
 from modelcli.errors import FileFormatError, SystemFailureError, UnsafeError
 
@@ -93,7 +93,9 @@ def read(path: Path, key: str | None) -> Contents:
         raise
     tree = _tree(path, tensors | values, ways, budget)
     tree, key, notes = _chosen(path.parent, tree, key)
-    inert = pickles.Pickle(tree, tuple(dict.fromkeys((*foreign, *folder.foreign))), budget)
+    inert = pickles.Pickle(
+        tree, tuple(dict.fromkeys((*foreign, *folder.foreign))), budget, (*pickled.attributes, *folder.attributes)
+    )
     contents = trees.contents_of(path.parent, inert, key)
     note = f"{counted(len(contents.tensors), 'tensor')} in {counted(len(folder.files), 'file')}, as {METADATA} says"
     return replace(contents, format="dcp", notes=(note, *notes, *contents.notes))
@@ -115,6 +117,7 @@ class _Folder:
     budget: limits.Budget
     files: dict[str, tuple[Path, tuple[int, int, int]]] = field(default_factory=dict)
     foreign: list[str] = field(default_factory=list)
+    attributes: list[tuple[str, Any]] = field(default_factory=list)
     parsed: dict[bytes | embedded.Place, Any] = field(default_factory=dict)
 
     def items(self, value: Any) -> tuple[dict[str, TensorEntry], dict[str, Any], Mapping[str, Way]]:
@@ -203,6 +206,7 @@ class _Folder:
                 return self.parsed[known]
         pickled = embedded.read(place, self.budget)
         self.foreign.extend(pickled.foreign)
+        self.attributes.extend(pickled.attributes)
         self.parsed[lies] = pickled.value
         if data is not None and _is_plain(pickled.value):
             self.parsed[data] = pickled.value
@@ -430,4 +434,4 @@ def _chosen(folder: Path, tree: dict[str, Any], key: str | None) -> tuple[dict[s
 
 def _model_in(tree: Mapping[str, Any]) -> str | None:
     """The usual name under which a dict keeps a state dict."""
-    return next((name for name in state_dicts.STATE_DICT_KEYS if isinstance(tree.get(name), dict)), None)
+    return next((name for name in trees.STATE_DICT_KEYS if isinstance(tree.get(name), dict)), None)

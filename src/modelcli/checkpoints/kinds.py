@@ -66,6 +66,24 @@ def name(head: bytes) -> Kind | None:
     return None
 
 
+def is_tar(head: bytes) -> bool:
+    """Whether a file starts with a header of a tar archive: what counts is its checksum, as for Python's `tarfile`.
+
+    A name of up to 100 bytes stands first in it, which may be the start of any other format.
+    """
+    block = head[:512]
+    if len(block) < 512:
+        return False
+    stated = block[148:156]
+    try:
+        wanted = int.from_bytes(stated[1:]) if stated[0] == 0x80 else int(stated.partition(b"\0")[0].strip() or b"0", 8)
+    except ValueError:
+        return False
+    counted = block[:148] + b" " * 8 + block[156:]
+    signed = sum(counted) - 256 * sum(byte > 127 for byte in counted)
+    return wanted in (sum(counted), signed)
+
+
 def _is_onnx(head: bytes) -> bool:
     """A protobuf message that starts as `ModelProto` does: ir_version, then producer_name or what follows it."""
     return len(head) > 4 and head[0] == 0x08 and 0 < head[1] < 0x20 and head[2] in (0x12, 0x1A, 0x3A, 0x42)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +29,20 @@ def read(path: Path, key: str | None) -> Contents:
         with path.open("rb") as file:
             stream = io.BytesIO(file.read(limits.PICKLE_BYTES.value))
             cut = len(stream.getbuffer()) < identity[0]
-            pickles.read(stream, f"{path}: its start")
-            protocol = pickles.read(stream, f"{path}: its protocol").value
-            if protocol != PROTOCOL:
+            beside = [pickles.read(stream, f"{path}: its start")]
+            beside.append(pickles.read(stream, f"{path}: its protocol"))
+            if beside[-1].value != PROTOCOL:
                 raise FileFormatError(f"{path} is in no format that torch.save wrote: it has no protocol {PROTOCOL}")
-            system = pickles.read(stream, f"{path}: its account of the system").value
+            beside.append(pickles.read(stream, f"{path}: its account of the system"))
+            system = beside[-1].value
             if isinstance(system, dict) and system.get("little_endian") is False:
                 raise FileFormatError(f"{path} was written on a big-endian machine", "load and save it with torch")
             # Where a storage lies is known only behind the values that name its dtype: they are read twice.
             start, dtypes = stream.tell(), _Dtypes(path, identity)
             pickles.read(stream, f"{path}: its values", dtypes.span_of)
-            order = pickles.read(stream, f"{path}: its list of storages").value
+            beside.append(pickles.read(stream, f"{path}: its list of storages"))
             file.seek(stream.tell())
-            spans = _spans(path, file, order, dtypes.found, identity)
+            spans = _spans(path, file, beside[-1].value, dtypes.found, identity)
     except OSError as error:
         raise SystemFailureError(f"cannot read {path}: {error.strerror or error}") from None
     except FileFormatError:
@@ -54,7 +56,10 @@ def read(path: Path, key: str | None) -> Contents:
         return spans[storage]
 
     stream.seek(start)
-    return trees.contents_of(path, pickles.read(stream, f"{path}: its values", span_of), key)
+    pickled = pickles.read(stream, f"{path}: its values", span_of, exact=True)
+    # To load the file, each of its pickles is run: what any of them names counts.
+    names = (name for part in (*beside, pickled) for name in part.foreign)
+    return trees.contents_of(path, replace(pickled, foreign=tuple(dict.fromkeys(names))), key)
 
 
 class _Dtypes:
@@ -79,6 +84,8 @@ def _spans(
     """Where each storage lies: a count of elements in eight bytes, then the elements."""
     if not isinstance(order, list) or not all(isinstance(key, str) and key in dtypes for key in order):
         raise FileFormatError(f"{path} is damaged: its list of storages does not fit its values")
+    if len(set(order)) < len(order):
+        raise FileFormatError(f"{path} is damaged: its list of storages names one twice")
     spans = {}
     for key in order:
         count = file.read(8)

@@ -42,9 +42,25 @@ class Archive:
     def pickled(self, file: BinaryIO, budget: limits.Budget | None = None) -> pickles.Pickle:
         """The tree of values in it, made on a budget of others, or one of its own."""
         data = self._small(file, "data.pkl")
-        if f"{self.prefix}byteorder" in self.entries and self._small(file, "byteorder") not in (b"little", b""):
-            raise FileFormatError(f"{self.where} was written on a big-endian machine", "load and save it with torch")
+        self._require_little_endian(file)
         return pickles.read(data, f"{self.where}: {self.prefix}data.pkl", self.span_of, budget)
+
+    def _require_little_endian(self, file: BinaryIO) -> None:
+        """Raise FileFormatError where a record says that the numbers have another order of bytes, or nothing known."""
+        wanted = f"{self.prefix}byteorder"
+        # torch finds it by a name in any case.
+        found = next(
+            (name for name in self.entries if len(name) == len(wanted) and name.lower() == wanted.lower()), None
+        )
+        if found is None:
+            return
+        if found != wanted:
+            raise FileFormatError(f"{self.where}: the record {found} should be called {wanted}")
+        order = self._small(file, "byteorder")
+        if order == b"big":
+            raise FileFormatError(f"{self.where} was written on a big-endian machine", "load and save it with torch")
+        if order != b"little":
+            raise FileFormatError(f"{self.where} is damaged: its byteorder is {order[:20]!r}")
 
     def notes(self) -> tuple[str, ...]:
         """What there is to tell of an archive that states no checksum of its values: damage in it is not noticed."""

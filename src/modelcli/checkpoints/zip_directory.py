@@ -20,12 +20,14 @@ from modelcli.errors import FileFormatError
 _END = struct.Struct("<4s4H2LH")
 _END64_LOCATOR = struct.Struct("<4sLQL")
 _END64 = struct.Struct("<4sQ2H2L4Q")
-# Of the entries, of which there may be 100,000, without what nothing here asks for: versions, times, attributes.
-_CENTRAL = struct.Struct("<4s4x2H4x3L3H8xL")
+# Of the entries, of which there may be 100,000, without what nothing here asks for: versions, times.
+_CENTRAL = struct.Struct("<4s4x2H4x3L3H4x2L")
 _LOCAL = struct.Struct("<4s2x2H4x3L2H")
 _MAX_COMMENT = 65_535
 _ENCRYPTED, _DESCRIPTOR, _UTF8 = 0x1 | 0x2000, 0x8, 0x800
 _STORED = 0
+#: The attribute of a folder, of MS-DOS: torch's reader looks at it whatever system wrote the archive.
+_FOLDER = 0x10
 #: What to do about a record that is compressed.
 STORE = "torch.save stores plainly: unpack it and pack it again with zip -0 -r"
 _NOTHING = (0, 0, 0)
@@ -130,7 +132,9 @@ def _listed(data: bytes, count: int, where: str) -> list[_Listed]:
     try:
         for _ in range(count):
             fields = _CENTRAL.unpack_from(data, position)
-            signature, flags, method, crc, compressed, nbytes, name_size, extra_size, comment_size, header = fields
+            signature, flags, method, crc, compressed, nbytes, name_size, extra_size, comment_size, marks, header = (
+                fields
+            )
             position += _CENTRAL.size
             name = data[position : position + name_size]
             position += name_size
@@ -140,6 +144,12 @@ def _listed(data: bytes, count: int, where: str) -> list[_Listed]:
             position += extra_size + comment_size
             if signature != b"PK\x01\x02":
                 raise FileFormatError(f"{where} is a damaged zip file: an entry of its directory is none")
+            if marks & _FOLDER and (nbytes or not name.endswith(b"/")):
+                raise FileFormatError(
+                    f"{where}: the record {name!r} is marked as a folder, and torch reads nothing of it"
+                )
+            if name.endswith(b"/") and nbytes:
+                raise FileFormatError(f"{where}: the record {name!r} is a folder, and has {nbytes:,} bytes")
             found.append(_Listed(name, header, nbytes, compressed, crc, method, flags))
     except struct.error:
         position = -1
@@ -215,8 +225,11 @@ def _compare(entry: _Listed, flags: int, method: int, sizes: Iterable[int], wher
 
 
 def _name(raw: bytes, flags: int, where: str) -> str:
+    """The name of a record: torch looks for bytes, and knows nothing of the flag that says which letters they are."""
+    if b"\0" in raw:
+        raise FileFormatError(f"{where}: the name of the record {raw!r} has a NUL in it, where programs end it")
     try:
-        return str(raw, "utf-8" if flags & _UTF8 else "cp437")
+        return str(raw, "utf-8", "strict" if flags & _UTF8 else "surrogateescape")
     except UnicodeDecodeError:
         raise FileFormatError(f"{where} is a damaged zip file: the name {raw!r} is not UTF-8") from None
 

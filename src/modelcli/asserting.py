@@ -63,12 +63,16 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Checked:
-    """One assertion: what was found and what was wanted, as numbers, shapes or words."""
+    """One assertion: what was found and what was wanted, as numbers, shapes or words.
+
+    Where nothing could be found out, `answered` is False, and `found` says why.
+    """
 
     check: str
     passed: bool
     found: Any
     wanted: Any
+    answered: bool = True
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,12 @@ class Verdict:
     @property
     def passed(self) -> bool:
         return all(checked.passed for checked in self.checks)
+
+    def require_answers(self) -> None:
+        """Raise RequestError for an assertion of which nothing could be found out."""
+        for checked in self.checks:
+            if not checked.answered:
+                raise RequestError(f"--{checked.check} cannot be checked: {checked.found}")
 
 
 def check(target: Target, wanted: Wanted, *, cached: bool = True, progress: Progress | None = None) -> Verdict:
@@ -190,14 +200,15 @@ def _is_floating(tensor: TensorInfo) -> bool:
 
 
 def _outputs(blueprint: Blueprint, wanted: Sequence[Shape]) -> Iterator[Checked]:
-    """Whether the forward pass gives tensors of these shapes; a pass that was not made gives none."""
+    """Whether the forward pass gives tensors of these shapes; one that could not be made answers neither yes nor no."""
     trace = blueprint.trace
     for shape in wanted:
         ran = trace.layers.get("") if trace is not None else None
         if trace is None or ran is None or trace.reason is not None:
-            yield Checked("output-shape", False, trace.reason if trace else "no forward pass was made", list(shape))
-        else:
-            yield Checked("output-shape", list(shape) in _flat(ran.output_shape), ran.output_shape, list(shape))
+            reason = trace.reason if trace is not None and trace.reason else "no forward pass was made"
+            yield Checked("output-shape", False, reason, list(shape), answered=False)
+            continue
+        yield Checked("output-shape", list(shape) in _flat(ran.output_shape), ran.output_shape, list(shape))
 
 
 def _flat(output: Any) -> list[list[int]]:

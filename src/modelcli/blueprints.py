@@ -181,19 +181,23 @@ class LayerTrace:
     """What a forward pass showed of one module.
 
     `output_shape` is a list of ints for a tensor, a list or dict of those for an output of several, None for none.
-    `macs` counts the multiply-accumulates of the module and all below it.
+    `macs` counts the multiply-accumulates of the module and all below it; None for a further place of a shared module,
+    whose calls are counted at another.
     """
 
     output_shape: Any
-    macs: int
+    macs: int | None
 
 
 @dataclass(frozen=True)
 class Trace:
-    """A forward pass on the meta device. Modules that are not in `layers` were not called.
+    """A forward pass. Modules that are not in `layers` were not called, but for those in `unseen`: they lie inside a
+    scripted module that ran, and nothing tells whether they did.
 
     `reason` is None where the pass ran to its end, else the one line that says why it did not; the rows that ran
-    are there all the same, and the totals are None.
+    are there all the same, and the totals are None. `device` is where it was made: `meta`, `cpu`, or `fake` for fake
+    tensors; None where none was made. `notes` say what there is to tell of that. `uncounted` names the operators that
+    multiply and that nothing is known of: with one of them `macs` is a lower bound.
     """
 
     inputs: tuple[Shape, ...] | None
@@ -202,6 +206,10 @@ class Trace:
     input_bytes: int | None = None
     forward_backward_bytes: int | None = None
     reason: str | None = None
+    device: str | None = "meta"
+    notes: tuple[str, ...] = ()
+    uncounted: tuple[str, ...] = ()
+    unseen: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -464,6 +472,11 @@ def to_json(blueprint: Blueprint) -> dict[str, Any]:
             "forward_backward_bytes": trace.forward_backward_bytes,
             "reason": trace.reason,
         }
+        for key in ("notes", "uncounted", "unseen"):
+            if texts := getattr(trace, key):
+                document["trace"][key] = list(texts)
+        if trace.device != "meta":
+            document["trace"]["device"] = trace.device
     return document
 
 
@@ -504,12 +517,17 @@ def from_json(document: Mapping[str, Any]) -> Blueprint:
         trace = Trace(
             inputs=None if inputs is None else tuple(map(shape_from_json, inputs)),
             layers={
-                _text(path): LayerTrace(_output_shape(shape), _size(macs)) for path, shape, macs in entry["layers"]
+                _text(path): LayerTrace(_output_shape(shape), _optional_size(macs))
+                for path, shape, macs in entry["layers"]
             },
             macs=_optional_size(entry["macs"]),
             input_bytes=_optional_size(entry["input_bytes"]),
             forward_backward_bytes=_optional_size(entry["forward_backward_bytes"]),
             reason=_optional_text(entry["reason"]),
+            device=_one_of(("meta", "cpu", "fake", None), entry.get("device", "meta")),
+            notes=tuple(map(_text, entry.get("notes", ()))),
+            uncounted=tuple(map(_text, entry.get("uncounted", ()))),
+            unseen=tuple(map(_text, entry.get("unseen", ()))),
         )
     return Blueprint(modules, tensors, trace)
 

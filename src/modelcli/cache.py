@@ -21,7 +21,7 @@ from modelcli._version import __version__
 from modelcli.blueprints import Blueprint
 from modelcli.errors import ModelcliError, SystemFailureError
 
-SCHEMA = 1
+SCHEMA = 2
 SUFFIX = ".blueprint"
 INDEX_SUFFIX = ".index"
 

@@ -114,9 +114,10 @@ def check(
     target = session.find_target(inspect.named(model, look), source.overrides(), source.recipe)
     with progress.of_bytes(options) as report:
         verdict = asserting.check(target, wanted, cached=not look.no_cache, progress=report)
-    checks = [asdict(checked) for checked in verdict.checks]
+    checks = [{key: value for key, value in asdict(each).items() if key != "answered"} for each in verdict.checks]
     view = documents.check(target.source.model, verdict.look.blueprint, checks)
     output.show(view, options, verdict.notes, warnings=verdict.look.warnings)
+    verdict.require_answers()
     return 0 if verdict.passed else 1
 
 

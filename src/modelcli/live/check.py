@@ -110,7 +110,7 @@ class _Watch:
 
 def _pass(module: nn.Module, inputs: Inputs, device: str) -> tuple[_Watch, trace.Pass]:
     given = inputs.tensors(device)
-    watch = _Watch(given)
+    watch = _Watch(list(given))
     subject = trace.twin_or_itself(module) if device == "meta" else module
     return watch, trace.run(subject, given, device=device, visit=watch.visit, leave=watch.leave)
 

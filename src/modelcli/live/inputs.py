@@ -1,11 +1,44 @@
-"""What a model is known to take."""
+"""What a model is known to take, and the arguments that are made of it for a forward pass."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import nn
+
+from modelcli import input_texts
+from modelcli.blueprints import listed
+from modelcli.errors import RequestError, did_you_mean
+from modelcli.input_texts import InputText
+from modelcli.live.twins import seeded
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What `forward` is called with. Iterating gives its tensors, those inside lists and dicts too."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return tensors_in((self.args, self.kwargs))
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in a value made of tensors, lists, tuples and dicts."""
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, torch.Tensor):
+            yield item
+        elif isinstance(item, Mapping):
+            stack.extend(reversed(list(item.values())))
+        elif isinstance(item, list | tuple):
+            stack.extend(reversed(item))
 
 
 @dataclass(frozen=True)
@@ -13,27 +46,150 @@ class Inputs:
     """What a model is known to take: a shape for each input, batch included, and their dtypes where someone said so.
 
     Where nobody did, inputs are `floating`, the model's own floating-point dtype. With `as_list` the one input is a
-    list of images, as torchvision's detection models take it.
+    list of images, as torchvision's detection models take it. `named` are inputs that are stated by the name of their
+    argument, or are no tensors; they come after those of `shapes`. `tuples` are the arguments, by name or position,
+    whose items make a tuple and not a list.
     """
 
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[str, ...] = ()
     as_list: bool = False
     floating: str = "float32"
+    named: tuple[InputText, ...] = ()
+    tuples: frozenset[str] = frozenset()
+
+    @property
+    def all_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shape of each tensor, in the order in which they are stated."""
+        return (*self.shapes, *(item.shape for item in self.named if item.shape is not None))
 
     def with_floating(self, dtype: str) -> Inputs:
         """What the model takes when its own dtype is another: inputs that were stated to be of the old one are, too."""
         stated = tuple(dtype if name == self.floating else name for name in self.dtypes)
-        return replace(self, dtypes=stated, floating=dtype)
+        named = tuple(replace(item, dtype=dtype) if item.dtype == self.floating else item for item in self.named)
+        return replace(self, dtypes=stated, floating=dtype, named=named)
 
-    def tensors(self, device: str) -> list[Any]:
+    def tensors(self, device: str) -> Arguments:
         """Inputs of these shapes: on meta, or drawn from a normal distribution (whole numbers: zeros)."""
         made: list[Any] = []
-        for index, shape in enumerate(self.shapes):
-            name = self.dtypes[min(index, len(self.dtypes) - 1)] if self.dtypes else self.floating
-            dtype = getattr(torch, name)
-            if device == "meta" or not dtype.is_floating_point:
-                made.append(torch.zeros(shape, dtype=dtype, device=device))
-            else:
-                made.append(torch.randn(shape, device=device).to(dtype))
-        return [made] if self.as_list else made
+        with seeded(0):
+            for index, shape in enumerate(self.shapes):
+                name = self.dtypes[min(index, len(self.dtypes) - 1)] if self.dtypes else self.floating
+                made.append(_tensor(shape, name, device))
+            tree: dict[str, Any] = {}
+            for item in input_texts.numbered(self.named, len(made)):
+                if item.shape is None:
+                    _put(tree, item.path, item.value)
+                else:
+                    ones = item.path[-1] == "attention_mask"
+                    _put(tree, item.path, _tensor(item.shape, item.dtype or self._usual(item.path), device, ones=ones))
+        arguments = {name: self._built(value, (name,)) for name, value in tree.items()}
+        if self.as_list:
+            made = [made]
+        positions = sorted((name for name in arguments if name.isdecimal()), key=int)
+        for name in positions:
+            if int(name) != len(made):
+                raise RequestError(f"input {name} is stated, and input {len(made)} is not", input_texts.EXAMPLES)
+            made.append(arguments.pop(name))
+        return Arguments(tuple(made), arguments)
+
+    def _usual(self, path: Sequence[str]) -> str:
+        """The dtype of an input that nothing states it of: tokens and their masks are whole numbers everywhere."""
+        last = path[-1]
+        whole = last.endswith("_ids") or last in ("labels", "attention_mask", "tokens")
+        return "int64" if whole else self.floating
+
+    def _built(self, value: Any, path: tuple[str, ...]) -> Any:
+        """A dict, or a list where its keys are 0, 1, 2 and so on."""
+        if not isinstance(value, _Items):
+            return value
+        items = {key: self._built(item, (*path, key)) for key, item in value.items()}
+        if sorted(items, key=lambda key: (len(key), key)) != [str(index) for index in range(len(items))]:
+            return items
+        found = [items[str(index)] for index in range(len(items))]
+        return tuple(found) if len(path) == 1 and path[0] in self.tuples else found
+
+
+class _Items(dict[str, Any]):
+    """The items of an argument that is stated by dotted names."""
+
+
+def _put(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    *above, last = path
+    for step in above:
+        tree = tree.setdefault(step, _Items())
+        if not isinstance(tree, _Items):
+            raise RequestError(f"input {'.'.join(path)} is stated, and so is what holds it", input_texts.EXAMPLES)
+    if last in tree:
+        raise RequestError(f"input {'.'.join(path)} is stated twice")
+    tree[last] = value
+
+
+def _tensor(shape: tuple[int, ...], dtype_name: str, device: str, *, ones: bool = False) -> torch.Tensor:
+    dtype = getattr(torch, dtype_name)
+    if device == "meta" or not (dtype.is_floating_point or dtype.is_complex):
+        return (
+            torch.full(shape, int(ones), dtype=dtype, device=device)
+            if ones
+            else torch.zeros(shape, dtype=dtype, device=device)
+        )
+    if dtype.is_complex:
+        return torch.randn(shape, dtype=dtype, device=device)
+    return torch.randn(shape, device=device).to(dtype)
+
+
+def fitted(inputs: Inputs, module: nn.Module) -> Inputs:
+    """The inputs, once it is known that `forward` has arguments of these names.
+
+    Raises RequestError for a name that it does not have.
+    """
+    try:
+        parameters = list(inspect.signature(module.forward).parameters.values())
+    except (TypeError, ValueError):
+        return inputs
+    by_position = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    any_name = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    for item in inputs.named:
+        if item.path and not item.path[0].isdecimal() and item.path[0] not in names and not any_name:
+            hint = did_you_mean(item.path[0], names) or (f"it takes {listed(names, 8)}" if names else None)
+            raise RequestError(f"forward of {type(module).__name__} has no argument {item.path[0]!r}", hint)
+    tuples = {p.name for p in parameters if "uple" in str(p.annotation)}
+    tuples |= {str(position) for position, name in enumerate(by_position) if name in tuples}
+    return replace(inputs, tuples=frozenset(tuples))
+
+
+def known_by_itself(module: nn.Module) -> Inputs | None:
+    """What a model says that it takes: nothing, where its `forward` has no argument, or Lightning's example."""
+    example = getattr(module, "example_input_array", None)
+    if example is not None and (found := _as_example(example)) is not None:
+        return found
+    try:
+        takes = inspect.signature(module.forward).parameters
+    except (TypeError, ValueError):
+        return None
+    return Inputs(()) if not takes else None
+
+
+def _as_example(example: Any) -> Inputs | None:
+    """`example_input_array` of a `LightningModule`: a tensor, a tuple of arguments, or a dict of them by name."""
+    if isinstance(example, torch.Tensor):
+        example = (example,)
+    named: list[InputText] = []
+
+    def add(path: tuple[str, ...], value: Any) -> bool:
+        if isinstance(value, torch.Tensor):
+            named.append(InputText(path, tuple(value.shape), str(value.dtype).removeprefix("torch.")))
+        elif value is None or isinstance(value, bool | int | float | str):
+            named.append(InputText(path, None, value=value))
+        elif isinstance(value, Mapping):
+            return all(add((*path, str(key)), item) for key, item in value.items())
+        elif isinstance(value, list | tuple):
+            return all(add((*path, str(index)), item) for index, item in enumerate(value))
+        else:
+            return False
+        return True
+
+    if not isinstance(example, Mapping | list | tuple) or not add((), example):
+        return None
+    return Inputs((), named=tuple(named))

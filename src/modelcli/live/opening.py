@@ -15,8 +15,9 @@ from modelcli.blueprints import Blueprint
 from modelcli.checkpoints import Contents
 from modelcli.checkpoints.contents import foreign_names
 from modelcli.edits import Edit, Extract
+from modelcli.edits import parse as parse_edit
 from modelcli.errors import RequestError, UnsafeError
-from modelcli.live import loading, trace, zoo
+from modelcli.live import loading, memory, trace, zoo
 from modelcli.live.build import Architecture, architecture
 from modelcli.live.describe import describe, floating_dtype
 from modelcli.live.inputs import Inputs
@@ -78,6 +79,25 @@ class Live:
         if len(edits) == 1:
             self.origins.note(edits[0], place, done.changes)
         return done.changes
+
+    def real_module(self) -> nn.Module:
+        """This model with values, for a forward pass: those of its file, else those that the constructor draws.
+
+        Nothing is downloaded. Raises RequestError, SystemFailureError where it does not fit in memory.
+        """
+        assert self.architecture is not None
+        times = 1 if self.contents is None else 2  # those that the constructor draws, and those of the file
+        needed = times * memory.bytes_of(self.module)
+        module = self.architecture.real(self.seed, needed=needed, weights=False)
+        recorded = 0 if self.record is None else len(self.record.edits)
+        module = self._edited(module, self.edits[:recorded])
+        if self.contents is not None:
+            loading.load(module, loading.mapped(self.contents))
+        return self._edited(module, self.edits[recorded:])
+
+    def _edited(self, module: nn.Module, lines: Sequence[tuple[int, str]]) -> nn.Module:
+        edits, numbers = [parse_edit(line) for _, line in lines], [number for number, _ in lines]
+        return apply(module, edits, seed=self.seed, numbers=numbers, trusted=True).module
 
     def next_numbers(self, count: int) -> range:
         """What so many further edits count as."""

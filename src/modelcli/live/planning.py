@@ -264,20 +264,23 @@ def _is_stated(live: Live) -> bool:
     return extracted or live.source.input_size is not None or recorded is not None
 
 
-def traced(live: Live, mode: str = "eval") -> Blueprint:
-    """The blueprint of a live model with a forward pass in it; lazy parameters have the shapes it gave them."""
-    made, twin = trace_of(live, mode)
+def traced(live: Live, mode: str = "eval", *, with_values: bool = False) -> Blueprint:
+    """The blueprint of a live model with a forward pass in it; lazy parameters have the shapes it gave them.
+
+    A model that the meta device cannot run is run under fake tensors; `with_values` on the CPU, where memory allows.
+    """
+    made, twin = trace_of(live, mode, with_values=with_values)
     blueprint = live.describe()
     if any(tensor.shape is None for tensor in blueprint.tensors) and made.reason is None:
         blueprint = describe(twin)
     return blueprint.with_trace(made)
 
 
-def trace_of(live: Live, mode: str) -> tuple[Trace, torch.nn.Module]:
+def trace_of(live: Live, mode: str, *, with_values: bool = False) -> tuple[Trace, torch.nn.Module]:
     if live.architecture is None:
         reason = "no architecture is known: --arch names one"
-        return Trace(None, reason=reason), live.module
-    return trace.trace(live.module, live.inputs, mode=mode)
+        return Trace(None, reason=reason, device=None), live.module
+    return trace.trace(live.module, live.inputs, mode=mode, real=live.real_module if with_values else None)
 
 
 __all__ = ["in_order", "plan", "record_of", "traced"]

@@ -1,27 +1,34 @@
-"""Forward passes on the meta device: shapes, multiply-accumulates, and what flows in where."""
+"""Forward passes: shapes, sizes, multiply-accumulates, and what flows in where.
+
+A pass is made on the meta device, and elsewhere where that device cannot run the model: see `on_some_device`.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from modelcli.blueprints import LayerTrace, Trace
-from modelcli.live import rules
+from modelcli.blueprints import LayerTrace, Trace, listed
+from modelcli.errors import ModelcliError
+from modelcli.live import memory, rules
+from modelcli.live.calls import Call, Calls
 from modelcli.live.describe import walk
+from modelcli.live.inputs import Arguments, tensors_in
+from modelcli.live.mult_adds import MultAdds
 from modelcli.live.operator_rules import OperatorRules
-from modelcli.live.twins import meta_twin, seeded
+from modelcli.live.twins import fake_twin, meta_twin, seeded
 
 if TYPE_CHECKING:
-    from torch.utils.flop_counter import FlopCounterMode
-
     from modelcli.live.inputs import Inputs
 
 
@@ -35,6 +42,7 @@ class Failure:
 
     path: str
     error: Exception
+    device: str = "meta"
 
     @property
     def _cause(self) -> tuple[Exception, str]:
@@ -48,11 +56,26 @@ class Failure:
     def needs_numbers(self) -> bool:
         """Whether it may only be that the meta device has no numbers."""
         _, text = self._cause
-        return "meta tensor" in text.lower() or "register_meta" in text or "aten::" in text
+        if self.device == "cpu":
+            return False
+        return re.search(r"\bmeta\b|register_meta|aten::|data.dependent|fake tensor", text, re.IGNORECASE) is not None
 
     @property
-    def reason(self) -> str:
-        """One line for a person."""
+    def may_be_of_meta(self) -> bool:
+        """Whether the same pass may run elsewhere: no rule was broken, and `forward` was called as it can be."""
+        error, text = self._cause
+        wrong_call = isinstance(error, TypeError) and not self.path and "argument" in text
+        return not wrong_call and not isinstance(error, rules.RefusedError)
+
+    @property
+    def is_of_memory(self) -> bool:
+        """Whether memory did not suffice."""
+        error, text = self._cause
+        return isinstance(error, MemoryError) or "allocate memory" in text
+
+    @property
+    def text(self) -> str:
+        """What was wrong, without where."""
         error, text = self._cause
         if self.needs_numbers:
             operation = re.search(r"(?:aten::|torch\.)\w+", text)
@@ -60,106 +83,125 @@ class Failure:
             text = f"it needs real numbers, and the meta device has none{named}"
         if isinstance(error, TypeError) and not self.path and (missing := _MISSING.search(text)):
             by_keyword, names = missing.groups()
-            text = f"its forward takes {names} by keyword alone, and inputs are given by position: give it a default"
-            if not by_keyword:
-                text = f"its forward takes {names} as well: --input-size again gives one more input"
-        return f"the forward pass ended in {self.path or 'the model itself'}: {text}"
+            first = names.split(",")[0].split(" ")[0].strip("'")
+            how = f"--input {first}=SHAPE[:DTYPE] gives a tensor, --input {first}==VALUE what is none"
+            text = f"its forward takes {names} {'by keyword alone' if by_keyword else 'as well'}: {how}"
+        return text
+
+    @property
+    def reason(self) -> str:
+        """One line for a person."""
+        return f"the forward pass ended in {self.path or 'the model itself'}: {self.text}"
 
 
 @dataclass
 class Pass:
-    """What hooks saw of one forward pass, by path. A shared module has the path that its caller knows it by."""
+    """What was seen of one forward pass, by path. A shared module has the path that its caller knows it by.
+
+    `macs` is None for a further place of a module that ran under another of its paths. `unseen` are modules inside
+    scripted ones that ran: nothing tells which of them were called. `leaf_bytes` are the outputs of modules with
+    parameters that called no other module, `output_bytes` those of all.
+    """
 
     output_shapes: dict[str, Any] = field(default_factory=dict)
-    macs: dict[str, int] = field(default_factory=dict)
+    macs: dict[str, int | None] = field(default_factory=dict)
     output: Any = None
     failure: Failure | None = None
     rules: OperatorRules | None = None
+    device: str = "meta"
+    unseen: tuple[str, ...] = ()
+    leaf_bytes: int = 0
+    output_bytes: int = 0
 
 
 Visitor = Callable[[nn.Module, str, tuple[Any, ...], Mapping[str, Any]], None]
+Leaver = Callable[[nn.Module, str, Any], None]
+
+
+@dataclass
+class _Listener:
+    """Writes down what a pass shows, and hands each call on to who asked for it."""
+
+    seen: Pass
+    explainer: rules.Explainer
+    visit: Visitor | None
+    leave: Leaver | None
+    counter: MultAdds | None
+
+    def begins(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        call.started = self.counter.total if self.counter is not None else 0
+        self.explainer.visit(call.module, call.path, args, kwargs)
+        if self.visit is not None:
+            self.visit(call.module, call.path, args, kwargs)
+
+    def ends(self, call: Call, output: Any) -> None:
+        total = self.counter.total if self.counter is not None else 0
+        self.seen.macs[call.path] = (self.seen.macs.get(call.path) or 0) + total - call.started
+        self.seen.output_shapes.setdefault(call.path, shape_of(output))
+        nbytes = sum({id(tensor): _bytes_of(tensor) for tensor in tensors_in(output)}.values())
+        self.seen.output_bytes += nbytes
+        if not call.inside and _has_parameters(call.module):
+            self.seen.leaf_bytes += nbytes
+        if self.leave is not None:
+            self.leave(call.module, call.path, output)
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return any(
+        child._parameters and any(p is not None for p in child._parameters.values()) for _, child in walk(module)
+    )
 
 
 def run(
     module: nn.Module,
-    inputs: Sequence[Any],
+    inputs: Sequence[Any] | Arguments,
     *,
     device: str = "meta",
     mode: str = "eval",
     visit: Visitor | None = None,
-    leave: Callable[[nn.Module, str, Any], None] | None = None,
-    drive: Callable[[nn.Module, Sequence[Any]], Any] | None = None,
-    counter: FlopCounterMode | None = None,
+    leave: Leaver | None = None,
+    counter: MultAdds | None = None,
     modes: Sequence[AbstractContextManager[Any]] = (),
     judged: bool = True,
 ) -> Pass:
     """One forward pass without gradients. The module is changed only by what its own `forward` does to it.
 
     `visit` is called before each module runs, with its path and what flows in, and may raise; `leave` after it, with
-    its path and output. `drive` makes the call, by default plainly. `modes` are entered innermost around the call, in
-    their order: a dispatch mode of the caller's sees each operator, and may raise. An exception of the pass is kept in
-    `failure`.
+    its path and output. `modes` are entered innermost around the call, in their order: a dispatch mode of the caller's
+    sees each operator, and may raise. An exception of the pass is kept in `failure`.
 
-    A pass on meta ends where the CPU would end it (see `operator_rules`), unless it is not to be `judged`: what is then
-    said to have run may not run.
+    `device` is `meta`, `cpu`, or `fake`: then `modes` begin with the `FakeTensorMode` that the tensors belong to. A
+    pass without values ends where the CPU would end it (see `operator_rules`), unless it is not to be `judged`: what is
+    then said to have run may not run.
     """
-    on_meta = device == "meta"
-    seen = Pass(rules=OperatorRules() if on_meta and judged else None)
-    explainer = rules.Explainer(on_meta=on_meta and judged)
-    paths: dict[int, list[str]] = {}
-    for path, child in walk(module):
-        paths.setdefault(id(child), []).append(path)
-    running: list[tuple[str, int, nn.Module]] = []
-
-    def total() -> int:
-        return counter.get_total_flops() if counter is not None else 0
-
-    def before(child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        path = _path_of_call(paths[id(child)], running[-1][0] if running else "")
-        running.append((path, total(), child))
-        explainer.visit(child, path, args, kwargs)
-        if visit is not None:
-            visit(child, path, args, kwargs)
-
-    def after(child: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
-        # A module whose exception was caught above it has left no call of this hook.
-        while running and running[-1][2] is not child:
-            running.pop()
-        path, started, _ = running.pop()
-        # FlopCounterMode counts a multiply-accumulate as two.
-        seen.macs[path] = seen.macs.get(path, 0) + (total() - started) // 2
-        seen.output_shapes.setdefault(path, shape_of(output))
-        if not running:
-            seen.output = output
-        if leave is not None:
-            leave(child, path, output)
-
+    judged = judged and device != "cpu"
+    given = inputs if isinstance(inputs, Arguments) else Arguments(tuple(inputs))
+    seen = Pass(rules=OperatorRules() if judged else None, device=device)
+    explainer = rules.Explainer(on_meta=judged)
+    calls = Calls(module, _Listener(seen, explainer, visit, leave, counter))
     with contextlib.ExitStack() as stack:
-        for child in {id(child): child for _, child in walk(module)}.values():
-            if isinstance(child, torch.jit.ScriptModule):
-                continue  # takes no hooks of this kind
-            hook = child.register_forward_pre_hook(before, with_kwargs=True)
-            stack.callback(hook.remove)
-            late_hook = child.register_forward_hook(after, with_kwargs=True)
-            stack.callback(late_hook.remove)
         stack.enter_context(_quiet())
         stack.enter_context(torch.no_grad())
         stack.enter_context(seeded(0))
         stack.enter_context(_plain_attention())
-        if on_meta:
+        stack.enter_context(_not_compiled())
+        if device == "meta":
             stack.enter_context(torch.device("meta"))
+        inner = list(modes)
+        if device == "fake" and inner:
+            stack.enter_context(inner.pop(0))
         if counter is not None:
             stack.enter_context(counter)
-        for inner in (*modes, *filter(None, [seen.rules])):
-            stack.enter_context(inner)
-        module.train(mode == "train")
+        for each in (*inner, *filter(None, [seen.rules])):
+            stack.enter_context(each)
         try:
-            if drive is None:
-                module(*inputs)
-            else:
-                drive(module, inputs)
+            module.train(mode == "train")
+            with calls.watched():
+                seen.output = module(*given.args, **given.kwargs)
+            _require_result(seen.output)
         except Exception as error:
-            seen.failure = _explained(Failure(running[-1][0] if running else "", error), explainer)
+            seen.failure = _explained(Failure(calls.failed_in or "", error, device), explainer)
+    _fill_in(seen, calls)
     return seen
 
 
@@ -167,13 +209,34 @@ def _explained(failure: Failure, explainer: rules.Explainer) -> Failure:
     """A failure in the terms of the rules for `torch.nn`, where these know better why the module does not run."""
     if failure.needs_numbers:
         return failure
-    return Failure(failure.path, explainer.explained(failure.path, failure.error))
+    return replace(failure, error=explainer.explained(failure.path, failure.error))
 
 
-def _path_of_call(paths: Sequence[str], caller: str) -> str:
-    """Which of a module's paths a call from `caller` means: the nearest one below it, else the first."""
-    below = [path for path in paths if not caller or path.startswith(f"{caller}.")]
-    return min(below or paths[:1], key=lambda path: path.count("."))
+def _require_result(output: Any) -> None:
+    """Raise for a `forward` whose call runs nothing yet: that of a generator, or an `async` one."""
+    if inspect.iscoroutine(output):
+        output.close()
+        raise TypeError("forward is an async function: calling it runs nothing")
+    if isinstance(output, Iterator):
+        raise TypeError(f"forward gives a {type(output).__name__}: nothing runs until its values are asked for")
+
+
+def _fill_in(seen: Pass, calls: Calls) -> None:
+    """The further places of modules that ran, and what lies inside those whose insides are hidden."""
+    unseen: list[str] = []
+    for key, paths in calls.paths.items():
+        if key not in calls.ran:
+            continue
+        first = next((path for path in paths if path in seen.output_shapes), None)
+        for path in paths:
+            if first is not None and path not in seen.output_shapes:
+                seen.output_shapes[path], seen.macs[path] = seen.output_shapes[first], None
+        if isinstance(calls.modules[key], torch.jit.ScriptModule):
+            every = [path for places in calls.paths.values() for path in places]
+            unseen += [
+                path for path in every for above in paths if path.startswith(f"{above}." if above else "") and path
+            ]
+    seen.unseen = tuple(path for path in dict.fromkeys(unseen) if path not in seen.output_shapes)
 
 
 @contextlib.contextmanager
@@ -194,10 +257,20 @@ def _plain_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(enabled)
 
 
+@contextlib.contextmanager
+def _not_compiled() -> Iterator[None]:
+    """Let what `torch.compile` made run as it was written; nothing to do where nothing was compiled."""
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
 def shape_of(output: Any) -> Any:
     """The shape of what a module gave: a list of ints, or a list or dict of those; None for what is no tensor."""
     if isinstance(output, torch.Tensor):
-        return list(output.shape)
+        return [int(size) for size in output.shape]
     if isinstance(output, Mapping):
         return {str(key): shape_of(value) for key, value in output.items()}
     if isinstance(output, tuple) and hasattr(output, "_fields"):
@@ -216,73 +289,148 @@ def twin_or_itself(module: nn.Module) -> nn.Module:
         return module
 
 
-def trace(module: nn.Module, inputs: Inputs | None, *, mode: str = "eval") -> tuple[Trace, nn.Module]:
-    """Trace a forward pass on a meta twin; gives the twin as well, whose lazy parameters have their shapes now.
+def trace(
+    module: nn.Module, inputs: Inputs | None, *, mode: str = "eval", real: Callable[[], nn.Module] | None = None
+) -> tuple[Trace, nn.Module]:
+    """Trace a forward pass; gives the module that ran as well, whose lazy parameters have their shapes now.
 
-    torchinfo drives the pass and sums up the sizes of inputs and outputs; MACs are halved FLOPs of
-    `FlopCounterMode`; rows come from hooks of our own, so that a pass that fails still gives its rows.
+    `real` builds the same model with values, for a pass on the CPU where the meta device cannot run it. Shapes, sizes
+    and multiply-accumulates come from hooks and a dispatch mode of our own, so that a pass that fails still gives rows.
     """
     if inputs is None:
-        return Trace(None, reason="no input size is known: give --input-size, batch included"), module
-    import torchinfo  # here alone: FlopCounterMode brings Triton with it, which the edit of a bare file has no use for
-    from torch.utils.flop_counter import FlopCounterMode
+        return Trace(None, reason="no input size is known: give --input-size, batch included", device=None), module
+    counter = MultAdds()
 
-    twin = twin_or_itself(module)
-    tensors = inputs.tensors("meta")
-    statistics: list[Any] = []
+    def attempt(subject: nn.Module, given: Arguments, device: str, outer: Outer) -> Pass:
+        nonlocal counter
+        counter = MultAdds()
+        return run(subject, given, device=device, mode=mode, counter=counter, modes=outer)
 
-    def drive(model: nn.Module, given: Sequence[Any]) -> None:
-        statistics.append(
-            torchinfo.summary(model, input_data=list(given), device="meta", mode=mode, verbose=0, depth=1_000)
-        )
-
-    counter = FlopCounterMode(display=False)
-    seen = run(twin, tensors, mode=mode, drive=drive, counter=counter)
-    if seen.failure is not None and _raised_by_torchinfo(seen.failure.error):
-        twin = twin_or_itself(module)
-        counter = FlopCounterMode(display=False)
-        seen = run(twin, tensors, mode=mode, counter=counter)
+    ran = on_some_device(module, inputs, attempt, real=real)
+    seen = ran.seen
     layers = {
         path: LayerTrace(seen.output_shapes[path], seen.macs[path])
-        for path, _ in walk(twin)
+        for path, _ in walk(ran.module)
         if path in seen.output_shapes
     }
-    input_bytes = sum(_bytes_of(tensor) for tensor in _flat(tensors))
+    notes, uncounted = ran.notes, tuple(counter.uncounted)
+    if uncounted:
+        names = listed(uncounted, 4)
+        notes += (f"mult-adds are a lower bound: nothing is known of how often {names} multiply",)
+    made = Trace(
+        inputs.all_shapes,
+        layers,
+        input_bytes=sum(_bytes_of(tensor) for tensor in inputs.tensors("meta")),
+        device=seen.device,
+        notes=notes,
+        uncounted=uncounted,
+        unseen=seen.unseen,
+    )
     if seen.failure is not None:
-        return Trace(inputs.shapes, layers, input_bytes=input_bytes, reason=seen.failure.reason), twin
-    summary = statistics[0] if statistics else None
-    return Trace(
-        inputs=inputs.shapes,
-        layers=layers,
-        macs=counter.get_total_flops() // 2,
-        input_bytes=input_bytes,
-        forward_backward_bytes=None if summary is None else int(summary.total_output_bytes),
-    ), twin
-
-
-def _raised_by_torchinfo(error: Exception) -> bool:
-    """Whether torchinfo itself fell over an output it does not expect, and not the model."""
-    while isinstance(error.__cause__, Exception):
-        error = error.__cause__
-    place = error.__traceback__
-    while place is not None and place.tb_next is not None:
-        place = place.tb_next
-    return place is not None and "torchinfo" in place.tb_frame.f_code.co_filename
-
-
-def _flat(values: Any) -> Iterator[torch.Tensor]:
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        else:
-            yield from _flat(value)
+        return replace(made, reason=ran.reason), ran.module
+    # As torchinfo reckons it: what is kept for the backward pass is counted with its gradient, so twice.
+    return replace(made, macs=counter.total, forward_backward_bytes=2 * seen.leaf_bytes), ran.module
 
 
 def _bytes_of(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+    return int(tensor.numel()) * tensor.element_size()
 
 
-Calls = dict[str, tuple[tuple[Any, ...], Mapping[str, Any]]]
+#: Modes that come before all others: the `FakeTensorMode` of fake tensors.
+Outer = tuple[AbstractContextManager[Any], ...]
+Attempt = Callable[[nn.Module, Arguments, str, Outer], Pass]
+
+#: A model of more bytes, or a pass of more multiply-accumulates, is tried under fake tensors first.
+_LARGE_BYTES, _LARGE_MACS = 2**28, 5 * 10**11
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A forward pass as it was made in the end, the module that ran, and what there is to tell of that.
+
+    `reason` says why it failed, where it did.
+    """
+
+    seen: Pass
+    module: nn.Module
+    notes: tuple[str, ...] = ()
+    reason: str | None = None
+
+
+def on_some_device(
+    module: nn.Module, inputs: Inputs, attempt: Attempt, *, real: Callable[[], nn.Module] | None = None
+) -> Ran:
+    """Make a forward pass on the meta device; where that fails for the device's own reasons, elsewhere.
+
+    That is on the CPU, with the values that `real` gives, where memory allows it; else under fake tensors, which claim
+    a device and have no values. A large model is tried under fake tensors first. What a rule refuses has failed, and so
+    has what the CPU refuses. `attempt` makes one pass.
+    """
+    subject = twin_or_itself(module)
+    on_meta = attempt(subject, inputs.tensors("meta"), "meta", ())
+    failure = on_meta.failure
+    if failure is None:
+        return Ran(on_meta, subject)
+    if not failure.may_be_of_meta:
+        return Ran(on_meta, subject, reason=failure.reason)
+    nbytes = memory.bytes_of(module)
+    is_large = nbytes > _LARGE_BYTES or sum(macs or 0 for macs in on_meta.macs.values()) > _LARGE_MACS
+    why_not = None
+    for device in ("fake", "cpu") if is_large else ("cpu", "fake"):
+        if device == "fake":
+            ran = _under_fake_tensors(module, inputs, attempt)
+            how = "under fake tensors, which have shapes and no values"
+        elif is_large and not failure.needs_numbers:
+            continue  # under fake tensors it failed as well, and no word of either speaks of the device
+        else:
+            why_not = _no_room(nbytes, on_meta, inputs) if real is not None else None
+            ran = _on_cpu(real, inputs, attempt) if real is not None and why_not is None else None
+            how = "on the CPU, with random numbers as input, which may decide what came out"
+        if ran is None:
+            continue
+        if ran.seen.failure is None:
+            return replace(ran, notes=(f"the forward pass was made {how}: on the meta device {failure.text}",))
+        if device == "cpu":
+            return replace(ran, reason=ran.seen.failure.reason)
+    return Ran(on_meta, subject, reason=f"{failure.reason}; {why_not}" if why_not else failure.reason)
+
+
+def _no_room(nbytes: int, on_meta: Pass, inputs: Inputs) -> str | None:
+    """Why a pass with values does not fit in memory; None where it does, as far as the pass on meta came."""
+    flows = sum(_bytes_of(tensor) for tensor in inputs.tensors("meta"))
+    needed = 2 * nbytes + 2 * on_meta.output_bytes + 16 * flows
+    if memory.fits(needed):
+        return None
+    return f"on the CPU it would take about {needed / 1e9:,.1f} GB of memory, which are not free"
+
+
+def _on_cpu(real: Callable[[], nn.Module], inputs: Inputs, attempt: Attempt) -> Ran | None:
+    """A pass with values; None where the model cannot be built with them, or memory does not suffice after all."""
+    try:
+        subject = real()
+    except (ModelcliError, MemoryError):
+        return None
+    seen = attempt(subject, inputs.tensors("cpu"), "cpu", ())
+    if seen.failure is not None and seen.failure.is_of_memory:
+        return None
+    return Ran(seen, subject)
+
+
+def _under_fake_tensors(module: nn.Module, inputs: Inputs, attempt: Attempt) -> Ran | None:
+    """A pass under fake tensors that say they lie on the CPU; None where the module has no copy of such."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        subject = fake_twin(module, fake)
+        with fake:
+            given = inputs.tensors("cpu")
+    except Exception:
+        return None
+    return Ran(attempt(subject, given, "fake", (fake,)), subject)
+
+
+FirstCalls = dict[str, tuple[tuple[Any, ...], Mapping[str, Any]]]
 
 
 def flowing_into(
@@ -297,24 +445,35 @@ def flowing_into(
     }, failure
 
 
-def first_calls(module: nn.Module, paths: Sequence[str], inputs: Inputs | None) -> Calls:
+def first_calls(module: nn.Module, paths: Sequence[str], inputs: Inputs | None) -> FirstCalls:
     """The arguments of the first call of each module that a tensor flows into, on a forward pass on meta."""
     return _first_calls(module, paths, inputs)[0]
 
 
-def _first_calls(module: nn.Module, paths: Sequence[str], inputs: Inputs | None) -> tuple[Calls, Failure | None]:
+def _first_calls(module: nn.Module, paths: Sequence[str], inputs: Inputs | None) -> tuple[FirstCalls, Failure | None]:
     if inputs is None:
         return {}, None
-    found: Calls = {}
-    twin = twin_or_itself(module)
-    places: dict[int, list[str]] = {}
-    for path, child in walk(twin):
-        if path in paths:
-            places.setdefault(id(child), []).append(path)
+    found: FirstCalls = {}
 
-    def visit(child: nn.Module, _path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if any(isinstance(value, torch.Tensor) for value in (*args, *kwargs.values())):
-            for path in places.get(id(child), ()):
-                found.setdefault(path, (args, kwargs))
+    def attempt(subject: nn.Module, given: Arguments, device: str, outer: Outer) -> Pass:
+        found.clear()
+        places: dict[int, list[str]] = {}
+        for path, child in walk(subject):
+            if path in paths:
+                places.setdefault(id(child), []).append(path)
 
-    return found, run(twin, inputs.tensors("meta"), visit=visit, judged=False).failure
+        def visit(child: nn.Module, _path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            if any(isinstance(value, torch.Tensor) for value in (*args, *kwargs.values())):
+                for path in places.get(id(child), ()):
+                    found.setdefault(path, (args, kwargs))
+
+        return run(subject, given, device=device, visit=visit, modes=outer, judged=False)
+
+    seen = attempt(twin_or_itself(module), inputs.tensors("meta"), "meta", ())
+    if seen.failure is not None and len(found) < len(set(paths)):
+        on_meta, failure = dict(found), seen.failure
+        ran = on_some_device(module, inputs, attempt)  # what it did not reach on meta it may reach elsewhere
+        if len(found) < len(on_meta):
+            return on_meta, failure
+        seen = ran.seen
+    return found, seen.failure

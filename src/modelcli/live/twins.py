@@ -5,15 +5,20 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from modelcli.live import memory
+from modelcli.live.closures import Functions
 from modelcli.live.modules import ConstructorError
 from modelcli.live.sources import AnySource, Value, is_composite, is_lazy, named_tensors
+from modelcli.live.walking import modules_in
+
+if TYPE_CHECKING:
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
 Constructor = Callable[[], nn.Module]
 
@@ -93,7 +98,7 @@ def _moved_to_meta(module: nn.Module) -> nn.Module:
     twins: dict[int, torch.Tensor] = {}
     storages: dict[int, torch.UntypedStorage] = {}
     kept: list[torch.Tensor] = []
-    for child in module.modules():
+    for child in modules_in(module):
         tables: tuple[dict[str, Any], ...] = (child._parameters, child._buffers)
         for table in tables:
             for name, tensor in table.items():
@@ -109,19 +114,55 @@ def meta_twin(module: nn.Module, *, keep_values: bool = False, plain_tensors: bo
     """A copy on the meta device: ties and views hold, sources stay known, no weight is copied.
 
     With `keep_values` a real tensor's twin has the real storage as its source. With `plain_tensors` tensors that are
-    plain attributes move to meta as well, as a forward pass there needs.
+    plain attributes move to meta as well, as a forward pass there needs. Functions that know modules or tensors of the
+    original, such as the hooks of a feature extractor, know those of the copy.
+    """
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def plain(tensor: torch.Tensor) -> torch.Tensor | None:
+        if plain_tensors:
+            return tensor.detach().to("meta")
+        return tensor.detach() if tensor.grad_fn is not None else None  # what was computed from others is not copied
+
+    return _copied(module, lambda tensor: _tensor_twin(tensor, storages, keep_values), plain)
+
+
+def fake_twin(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """A copy whose tensors are fake ones of `mode`, which say that they lie on the CPU."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        twin = _tensor_twin(tensor, storages, keep_values=False)
+        made: torch.Tensor = FakeTensor(mode, twin.detach(), torch.device("cpu"))
+        return nn.Parameter(made, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+
+    return _copied(module, fake, lambda tensor: FakeTensor(mode, tensor.detach().to("meta"), torch.device("cpu")))
+
+
+def _copied(
+    module: nn.Module,
+    registered: Callable[[torch.Tensor], torch.Tensor],
+    plain: Callable[[torch.Tensor], torch.Tensor | None],
+) -> nn.Module:
+    """A deep copy with other tensors: `registered` makes those of parameters and buffers, `plain` those of attributes.
+
+    Where `plain` gives None, the attribute's tensor is copied as it is.
     """
     memo: dict[int, Any] = {}
-    storages: dict[int, torch.UntypedStorage] = {}
     kept: list[Any] = []
     for tensor in named_tensors(module).values():
-        memo.setdefault(id(tensor), _tensor_twin(tensor, storages, keep_values))
+        memo.setdefault(id(tensor), registered(tensor))
         kept.append(tensor)
     for tensor in _plain_tensors(module):
-        if plain_tensors or tensor.grad_fn is not None:  # what was computed from others cannot be copied
-            memo.setdefault(id(tensor), tensor.detach().to("meta") if plain_tensors else tensor.detach())
+        if id(tensor) not in memo and (other := plain(tensor)) is not None:
+            memo[id(tensor)] = other
             kept.append(tensor)
-    return copy.deepcopy(module, memo)
+    functions = Functions(module, memo)
+    made = copy.deepcopy(module, memo)
+    functions.fill()
+    return made
 
 
 def _tensor_twin(tensor: torch.Tensor, storages: dict[int, torch.UntypedStorage], keep_values: bool) -> torch.Tensor:
@@ -148,7 +189,7 @@ def _plain_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
     """Tensors that are attributes of a module without being registered, also in its lists and dicts."""
     hidden = ("_parameters", "_buffers", "_modules")
     stack: list[Any] = [
-        value for child in module.modules() for name, value in vars(child).items() if name not in hidden
+        value for child in modules_in(module) for name, value in vars(child).items() if name not in hidden
     ]
     for _ in range(100_000):
         if not stack:

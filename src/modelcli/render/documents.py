@@ -90,6 +90,7 @@ def summary(
     trace = blueprint.trace
     assert trace is not None
     by_path = {}
+    unseen = frozenset(trace.unseen)
     for module in blueprint.modules:
         if (depth is None or module.depth <= depth) and (paths is None or module.path in paths):
             ran = trace.layers.get(module.path)
@@ -101,7 +102,7 @@ def summary(
                 "params": blueprint.params_of(module.path),
                 "trainable": blueprint.trainable_of(module.path),
                 "macs": ran.macs if ran else None,
-                "executed": ran is not None,
+                "executed": None if module.path in unseen else ran is not None,
                 "shared_with": module.shared_with,
             }
     layers = _sorted_layers(by_path.values(), sort)
@@ -128,6 +129,8 @@ def summary(
             "total_bytes": sum(known) if len(known) == len(parts) else None,
         },
         "reason": trace.reason,
+        "device": trace.device,
+        "uncounted": list(trace.uncounted),
     }
     return View(
         document,
@@ -150,7 +153,7 @@ def summary(
         ),
         _summary_footer(document, trace.reason),
         nested=sort is None and paths is None,
-        dimmed=lambda row: trace.reason is None and not row["executed"],
+        dimmed=lambda row: trace.reason is None and row["executed"] is False,
         folded=len(layers) - len(rows),
     )
 
@@ -200,17 +203,18 @@ def _sorted_layers(rows: Iterable[dict[str, Any]], key: str | None) -> list[dict
 
 def _output_text(layer: Mapping[str, Any], *, passed: bool) -> str:
     """What stands for the output shape: `not called` is for a pass that was made and did not come by."""
-    return shape(layer["output_shape"]) if layer["executed"] or not passed else "(not called)"
+    return "(not called)" if layer["executed"] is False and passed else shape(layer["output_shape"])
 
 
 def _summary_footer(document: Mapping[str, Any], reason: str | None) -> list[tuple[str, str]]:
     totals = document["totals"]
+    lower_bound = document["uncounted"] and totals["macs"] is not None
     lines = [
         ("Total params", count(totals["params"])),
         ("Trainable params", count(totals["trainable_params"])),
         ("Non-trainable params", count(totals["non_trainable_params"])),
         ("Buffers", count(totals["buffers"])),
-        ("Total mult-adds", count(totals["macs"])),
+        ("Total mult-adds", f"at least {count(totals['macs'])}" if lower_bound else count(totals["macs"])),
         ("Input size", megabytes(totals["input_bytes"])),
         ("Forward/backward pass size", megabytes(totals["forward_backward_bytes"])),
         ("Params size", megabytes(totals["param_bytes"])),

@@ -79,7 +79,7 @@ def _keep(live: Live, target: Target) -> None:
 
     key = cache_key(target, "eval")
     if key is not None and cache.get(key) is None:
-        keep_blueprint(key, planning.traced(live))
+        keep_blueprint(key, planning.traced(live, with_values=True))
 
 
 def _of_numbers(live: Live) -> list[str]:

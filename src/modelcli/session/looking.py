@@ -74,7 +74,8 @@ def look(target: Target, *, traced: bool = False, mode: str = "eval", cached: bo
     Blueprints of installed models are kept on disk and taken from there, unless `cached` is False.
     """
     found = _looked(target, traced=traced, mode=mode, cached=cached)
-    return replace(found, notes=(*target.notes, *found.notes))
+    made = found.blueprint.trace if traced else None
+    return replace(found, notes=(*target.notes, *found.notes, *(made.notes if made is not None else ())))
 
 
 def _looked(target: Target, *, traced: bool, mode: str, cached: bool) -> Look:
@@ -92,7 +93,7 @@ def _looked(target: Target, *, traced: bool, mode: str, cached: bool) -> Look:
     apply_recipe(live, target)
     del live.notes[told:]  # what the edits had to say was said when they were made
     # What is kept has a forward pass in it, so that it answers every question.
-    blueprint = planning.traced(live, mode) if traced or key is not None else live.describe()
+    blueprint = planning.traced(live, mode, with_values=True) if traced or key is not None else live.describe()
     if key is not None:
         keep_blueprint(key, blueprint)
     return Look(blueprint, tuple(live.notes), live.contents, live)
@@ -115,13 +116,15 @@ def _look_at_file(target: Target, *, traced: bool, mode: str) -> Look | None:
         notes += likeness_notes(contents)
         bare = contents.bare_blueprint()
         if traced:
-            bare = bare.with_trace(Trace(None, reason="the file does not say its architecture: --arch names one"))
+            bare = bare.with_trace(
+                Trace(None, reason="the file does not say its architecture: --arch names one", device=None)
+            )
         return Look(bare, tuple(notes), contents)
     if traced and (source.input_size is not None or source.input_dtype or mode != "eval"):
         return None
     found = record.blueprint
     if traced and found.trace is None:
-        found = found.with_trace(Trace(None, reason="the record in the file holds no forward pass"))
+        found = found.with_trace(Trace(None, reason="the record in the file holds no forward pass", device=None))
     return Look(found, tuple(notes), contents)
 
 

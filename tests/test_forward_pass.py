@@ -1,0 +1,397 @@
+"""Forward passes: what the meta device cannot run, what is counted, and what is said of it.
+
+Truth is a pass of plain PyTorch on the CPU, multiply-accumulates worked out by hand, and torchinfo where it is right.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+import torchinfo
+from torch import nn
+
+from modelcli.blueprints import Trace
+from modelcli.live.inputs import Inputs
+from modelcli.live.mult_adds import MultAdds
+from modelcli.live.opening import open_live
+from modelcli.live.planning import traced
+from modelcli.live.trace import shape_of
+from modelcli.references import Source
+from tests.conftest import Cli
+
+HEAD = "from __future__ import annotations\nimport torch\nfrom torch import nn\nimport torch.nn.functional as F\n"
+
+
+def written(folder: Path, code: str, name: str = "own.py") -> str:
+    """Write a file of classes; gives its name."""
+    (folder / name).write_text(HEAD + code)
+    return name
+
+
+def seen(reference: str, *sizes: tuple[int, ...], dtype: tuple[str, ...] = ()) -> Trace:
+    """The pass of a reference, as `summary` makes it."""
+    live = open_live(Source(reference, input_size=sizes or None, input_dtype=dtype))
+    found = traced(live, with_values=True).trace
+    assert found is not None
+    return found
+
+
+# --- multiply-accumulates ---------------------------------------------------------------------------------------------
+
+
+def counted(call: Callable[[], Any], device: str) -> MultAdds:
+    counter = MultAdds()
+    with warnings.catch_warnings(), torch.no_grad(), torch.device(device), counter:
+        warnings.simplefilter("ignore")
+        call()
+    return counter
+
+
+def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+def in_inference_mode() -> None:
+    with torch.inference_mode():
+        nn.Linear(4, 5)(zeros(2, 4))
+        F.bilinear(zeros(2, 20), zeros(2, 30), zeros(40, 20, 30))
+
+
+def deformed() -> None:
+    from torchvision.ops import deform_conv2d
+
+    deform_conv2d(zeros(2, 4, 10, 10), zeros(2, 18, 10, 10), zeros(16, 4, 3, 3), padding=1)
+
+
+def grouped_by(one: torch.Tensor, other: torch.Tensor, ends: list[int]) -> Callable[[], Any]:
+    return lambda: torch._grouped_mm(one, other, offs=torch.tensor(ends, dtype=torch.int32))
+
+
+BF16 = torch.bfloat16
+BY_HAND: dict[str, tuple[Callable[[], Any], int]] = {
+    "bilinear": (lambda: F.bilinear(zeros(2, 20), zeros(2, 30), zeros(40, 20, 30)), 2 * 40 * 20 * 30 + 2 * 40 * 30),
+    "Bilinear": (lambda: nn.Bilinear(20, 30, 40)(zeros(2, 20), zeros(2, 30)), 50_400),
+    "matrix by vector": (lambda: zeros(64, 784) @ zeros(784), 50_176),
+    "vector by matrix": (lambda: zeros(64) @ zeros(64, 784), 50_176),
+    "vector by vector": (lambda: zeros(784) @ zeros(784), 784),
+    "deform_conv2d": (deformed, 115_200),
+    "_int_mm": (lambda: torch._int_mm(zeros(32, 16, dtype=torch.int8), zeros(16, 8, dtype=torch.int8)), 32 * 16 * 8),
+    "conv_tbc": (lambda: torch.conv_tbc(zeros(10, 2, 4), zeros(3, 4, 5), zeros(5)), 8 * 2 * 5 * 3 * 4),
+    "addbmm": (lambda: torch.addbmm(zeros(3, 5), zeros(10, 3, 4), zeros(10, 4, 5)), 10 * 3 * 4 * 5),
+    "baddbmm": (lambda: torch.baddbmm(zeros(10, 3, 5), zeros(10, 3, 4), zeros(10, 4, 5)), 10 * 3 * 4 * 5),
+    "addmv": (lambda: torch.addmv(zeros(3), zeros(3, 4), zeros(4)), 12),
+    "addr": (lambda: torch.addr(zeros(3, 4), zeros(3), zeros(4)), 12),
+    "addmm_": (lambda: zeros(3, 5).addmm_(zeros(3, 4), zeros(4, 5)), 60),
+    "cdist": (lambda: torch.cdist(zeros(2, 5, 7), zeros(2, 6, 7)), 2 * 5 * 6 * 7),
+    "cdist by a product": (lambda: torch.cdist(zeros(30, 7), zeros(30, 7)), 30 * 30 * 7),
+    "pdist": (lambda: F.pdist(zeros(5, 7)), 10 * 7),
+    "experts": (lambda: grouped_by(zeros(16, 32, dtype=BF16), zeros(4, 32, 32, dtype=BF16), [4, 8, 12, 16])(), 16_384),
+    "experts by column": (
+        lambda: grouped_by(zeros(2, 8, 16, dtype=BF16), zeros(16, 32, dtype=BF16), [16, 32])(),
+        4_096,
+    ),
+    "two batches": (lambda: torch._grouped_mm(zeros(2, 8, 16, dtype=BF16), zeros(2, 16, 8, dtype=BF16)), 2_048),
+    "LSTM": (lambda: nn.LSTM(4, 6)(zeros(5, 3, 4)), 5 * 3 * 24 * (4 + 6)),
+    "LSTM in two directions": (
+        lambda: nn.LSTM(4, 6, 2, bidirectional=True)(zeros(5, 3, 4)),
+        2 * 5 * 3 * 24 * (4 + 6) + 2 * 5 * 3 * 24 * (12 + 6),
+    ),
+    "LSTM that projects": (lambda: nn.LSTM(4, 6, proj_size=3)(zeros(5, 3, 4)), 5 * 3 * (24 * (4 + 3) + 6 * 3)),
+    "GRU": (lambda: nn.GRU(4, 6)(zeros(5, 3, 4)), 5 * 3 * 18 * (4 + 6)),
+    "RNN": (lambda: nn.RNN(4, 6)(zeros(5, 3, 4)), 5 * 3 * 6 * (4 + 6)),
+    "LSTMCell": (lambda: nn.LSTMCell(4, 6)(zeros(3, 4)), 3 * 24 * (4 + 6)),
+    "attention": (
+        lambda: F.scaled_dot_product_attention(zeros(1, 2, 5, 8), zeros(1, 2, 7, 8), zeros(1, 2, 7, 8)),
+        2 * 5 * 7 * (8 + 8),
+    ),
+    "attention with a mask": (
+        lambda: F.scaled_dot_product_attention(
+            zeros(1, 2, 5, 8), zeros(1, 2, 7, 8), zeros(1, 2, 7, 8), attn_mask=zeros(5, 7)
+        ),
+        2 * 5 * 7 * (8 + 8),
+    ),
+    "attention that shares keys": (
+        lambda: F.scaled_dot_product_attention(
+            zeros(1, 4, 5, 8), zeros(1, 2, 7, 8), zeros(1, 2, 7, 8), enable_gqa=True
+        ),
+        4 * 5 * 7 * (8 + 8),
+    ),
+    "einsum": (lambda: torch.einsum("bij,bjk->bik", zeros(2, 3, 4), zeros(2, 4, 5)), 120),
+    "tensordot": (lambda: torch.tensordot(zeros(2, 3, 4), zeros(4, 5), 1), 120),
+    "inference mode": (in_inference_mode, 40 + 50_400),
+    "elementwise": (lambda: F.layer_norm(torch.outer(zeros(3), zeros(4)) * 2, (4,)).cumsum(0), 0),
+}
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+@pytest.mark.parametrize("name", BY_HAND)
+def test_mult_adds_by_hand(name: str, device: str) -> None:
+    """The same on the CPU, whose kernels are others, as on the meta device."""
+    call, macs = BY_HAND[name]
+    counter = counted(call, device)
+    assert counter.total == macs
+    assert not counter.uncounted
+
+
+def test_spectral_norm_counts_its_products() -> None:
+    def normed() -> None:
+        nn.utils.parametrizations.spectral_norm(nn.Linear(8, 4)).eval()(zeros(2, 8))
+
+    # Sigma is u times W times v; then the layer itself. What the constructor does to start with comes on top.
+    assert counted(normed, "meta").total >= 4 * 8 + 4 + 2 * 4 * 8
+
+
+UNKNOWN: dict[str, Callable[[], Any]] = {
+    "aten::linalg_matrix_exp": lambda: torch.matrix_exp(zeros(4, 4)),
+    "aten::linalg_inv_ex": lambda: torch.linalg.inv(torch.eye(4)),
+    "aten::_fft_r2c": lambda: torch.fft.rfft(zeros(16)),
+    "aten::_linalg_svd": lambda: torch.linalg.svd(zeros(4, 4)),
+    "aten::cholesky_solve": lambda: torch.cholesky_solve(zeros(4, 2), torch.eye(4)),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_an_operator_that_multiplies_and_is_not_known_is_named(name: str) -> None:
+    assert name in counted(UNKNOWN[name], "cpu").uncounted
+
+
+def test_an_operator_of_another_library_is_named() -> None:
+    @torch.library.custom_op("modelcli_tests::squared", mutates_args=())
+    def squared(x: torch.Tensor) -> torch.Tensor:
+        return x @ x
+
+    squared.register_fake(torch.empty_like)
+    assert list(counted(lambda: squared(zeros(3, 3)), "meta").uncounted) == ["modelcli_tests::squared"]
+
+
+def test_every_operator_that_multiplies_is_known_or_named() -> None:
+    """Operators of ATen by name: products, convolutions, attention, recurrent layers are all looked out for."""
+    from modelcli.live.mult_adds import _multiplies
+
+    names = {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("aten::")}
+    for word in ("mm", "mv", "convolution", "attention", "lstm", "linear", "matmul", "linalg_qr", "_fft_c2c"):
+        assert any(_multiplies(name) for name in names if word in name), word
+    for name in ("add.Tensor", "mul", "layer_norm", "upsample_bilinear2d", "embedding", "lgamma", "convert", "addcmul"):
+        assert not _multiplies(f"aten::{name}"), name
+
+
+def test_a_lower_bound_says_so(cli: Cli, folder: Path) -> None:
+    written(
+        folder,
+        "class Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n        self.a = nn.Linear(4, 4)\n"
+        "    def forward(self, x):\n        return torch.fft.rfft(self.a(x)).real\n",
+    )
+    result = cli("summary", "own.py:Net", "--input-size", "1,4", "-f", "table")
+    assert "at least 16" in result.out
+    assert "lower bound" in result.err
+    assert "aten::_fft_r2c" in result.err
+    assert cli("summary", "own.py:Net", "--input-size", "1,4", "--json").json["uncounted"] == ["aten::_fft_r2c"]
+
+
+# --- sizes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["alexnet", "resnet18", "mobilenet_v3_small", "densenet121", "squeezenet1_1"])
+def test_sizes_are_those_of_torchinfo_where_it_is_right(name: str) -> None:
+    live = open_live(Source(name))
+    peer = torchinfo.summary(live.module, input_size=(1, 3, 224, 224), device="meta", verbose=0)
+    assert seen(name).forward_backward_bytes == peer.total_output_bytes
+
+
+def test_attention_has_a_size(cli: Cli) -> None:
+    """vit_b_16: torchinfo leaves out 12 outputs of 197 x 768 numbers, each with its gradient: 14.5 MB."""
+    attention = seen("MultiheadAttention(8,2)", (5, 1, 8), (5, 1, 8), (5, 1, 8))
+    assert attention.forward_backward_bytes == 2 * 4 * (5 * 8 + 5 * 5)  # the output, and the weights of attention
+    live = open_live(Source("vit_b_16"))
+    peer = torchinfo.summary(live.module, input_size=(1, 3, 224, 224), device="meta", verbose=0)
+    assert seen("vit_b_16").forward_backward_bytes == peer.total_output_bytes + 12 * 197 * 768 * 4 * 2
+
+
+# --- what runs on the CPU and not on the meta device -----------------------------------------------------------------
+
+INIT = "    def __init__(self):\n        super().__init__()\n"
+
+DECIDE: dict[str, tuple[str, tuple[int, ...]]] = {
+    "a mask": (
+        "class Net(nn.Module):\n" + INIT + "        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)\n"
+        "        self.body = nn.TransformerEncoder(layer, 2)\n    def forward(self, x):\n"
+        "        mask = torch.zeros(x.shape[0], x.shape[1], dtype=torch.bool)\n        mask[:, -1] = True\n"
+        "        return self.body(x, src_key_padding_mask=mask)\n",
+        (2, 5, 8),
+    ),
+    "a causal mask": (
+        "class Net(nn.Module):\n" + INIT + "        self.body = nn.Transformer(8, 2, 1, 1, 16, batch_first=True)\n"
+        "    def forward(self, x):\n        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])\n"
+        "        return self.body(x, x, tgt_mask=mask)\n",
+        (2, 5, 8),
+    ),
+    "a state moved to a device": (
+        "class Net(nn.Module):\n" + INIT + "        self.body = nn.LSTM(8, 4, batch_first=True)\n"
+        "        self.device = torch.device('cpu')\n    def forward(self, x):\n"
+        "        h = torch.zeros(1, x.shape[0], 4).to(self.device)\n        return self.body(x, (h, h))[0]\n",
+        (2, 5, 8),
+    ),
+    "item": (
+        "class Net(nn.Module):\n" + INIT + "        self.body = nn.Linear(8, 4)\n    def forward(self, x):\n"
+        "        return self.body(x) * (1 if x.abs().max().item() > 0 else 2)\n",
+        (2, 8),
+    ),
+    "packed sequences": (
+        "class Net(nn.Module):\n" + INIT + "        self.body = nn.GRU(8, 4, batch_first=True)\n"
+        "    def forward(self, x):\n        lengths = (x.abs().sum(2) > 0).sum(1).cpu()\n"
+        "        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)\n"
+        "        return nn.utils.rnn.pad_packed_sequence(self.body(packed)[0], batch_first=True)[0]\n",
+        (2, 5, 8),
+    ),
+    "a distribution": (
+        "class Net(nn.Module):\n" + INIT + "        self.body = nn.Linear(8, 4)\n    def forward(self, x):\n"
+        "        return torch.distributions.Categorical(logits=self.body(x)).sample()\n",
+        (2, 8),
+    ),
+    "experts": (
+        "class Net(nn.Module):\n" + INIT + "        self.gate = nn.Linear(8, 4)\n"
+        "        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))\n    def forward(self, x):\n"
+        "        top, out = self.gate(x).argmax(1), torch.zeros_like(x)\n"
+        "        for index, expert in enumerate(self.experts):\n            rows = torch.where(top == index)[0]\n"
+        "            if len(rows):\n                out[rows] = expert(x[rows])\n        return out\n",
+        (16, 8),
+    ),
+    "unique": (
+        "class Net(nn.Module):\n" + INIT + "        self.body = nn.Linear(8, 4)\n    def forward(self, x):\n"
+        "        return self.body(torch.unique(x, dim=0))\n",
+        (3, 8),
+    ),
+    "non-maximum suppression": (
+        "class Net(nn.Module):\n" + INIT + "        self.body = nn.Linear(8, 4)\n    def forward(self, x):\n"
+        "        from torchvision.ops import nms\n        boxes = self.body(x).abs()\n"
+        "        return boxes[nms(boxes, boxes[:, 0], 1.0)]\n",
+        (3, 8),
+    ),
+    "NumPy": (
+        "class Net(nn.Module):\n" + INIT + "        self.body = nn.Linear(8, 4)\n    def forward(self, x):\n"
+        "        return self.body(torch.from_numpy(x.numpy() * 2))\n",
+        (3, 8),
+    ),
+    "autocast": (
+        "class Net(nn.Module):\n" + INIT + "        self.body = nn.Linear(8, 4)\n    def forward(self, x):\n"
+        "        with torch.autocast(x.device.type, dtype=torch.bfloat16):\n            return self.body(x)\n",
+        (3, 8),
+    ),
+    "gradients": (
+        "class Net(nn.Module):\n" + INIT + "        self.body = nn.Linear(8, 1)\n    def forward(self, x):\n"
+        "        with torch.enable_grad():\n            x = x.detach().requires_grad_()\n"
+        "            return torch.autograd.grad(self.body(x).sum(), x)[0]\n",
+        (3, 8),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DECIDE)
+def test_what_runs_on_the_cpu_alone_has_its_shapes(name: str, folder: Path) -> None:
+    """The shapes and the products of a pass of plain PyTorch on the CPU, by hooks of the test's own."""
+    code, size = DECIDE[name]
+    written(folder, code)
+    found = seen("own.py:Net", size)
+    namespace: dict[str, Any] = {"__name__": "plain"}
+    exec(HEAD + code, namespace)
+    torch.manual_seed(0)
+    model: nn.Module = namespace["Net"]().eval()
+    shapes: dict[str, Any] = {}
+    for path, module in model.named_modules():
+
+        def keep(_module: nn.Module, _args: Any, output: Any, path: str = path) -> None:
+            shapes.setdefault(path, shape_of(output))
+
+        module.register_forward_hook(keep)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad():
+            model(Inputs((size,)).tensors("cpu").args[0])
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    assert found.reason is None
+    ran = {path: layer.output_shape for path, layer in found.layers.items()}
+    assert {path: shape for path, shape in ran.items() if path in shapes} == shapes
+    assert found.macs
+    if found.device != "meta":
+        assert len(found.notes) == 1
+        assert "on the CPU" in found.notes[0]
+
+
+def test_the_summary_says_where_the_pass_was_made(cli: Cli, folder: Path) -> None:
+    written(folder, DECIDE["item"][0])
+    result = cli("summary", "own.py:Net", "--input-size", "2,8", "--json")
+    assert result.json["device"] == "cpu"
+    assert result.json["totals"]["macs"] == 2 * 8 * 4
+    assert "the forward pass was made on the CPU" in result.json["notes"][0]
+    assert cli("summary", "Linear(8,4)", "--input-size", "2,8", "--json").json["device"] == "meta"
+
+
+def test_a_model_too_large_for_memory_is_run_under_fake_tensors(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(folder, DECIDE["a state moved to a device"][0])
+    monkeypatch.setattr("modelcli.live.memory.available", lambda: 1_000)
+    found = seen("own.py:Net", (2, 5, 8))
+    assert found.reason is None
+    assert found.device == "fake"
+    assert found.layers[""].output_shape == [2, 5, 4]
+    assert found.macs == 2 * 5 * 16 * (8 + 4)
+    assert "under fake tensors" in found.notes[0]
+    written(folder, DECIDE["item"][0], "decides.py")
+    reason = seen("decides.py:Net", (2, 8)).reason
+    assert reason is not None
+    assert "needs real numbers" in reason
+    assert "memory" in reason
+
+
+def test_loaded_values_decide(cli: Cli, folder: Path) -> None:
+    """A pass on the CPU is made with the values of the file, and with edits carried out."""
+    written(
+        folder,
+        "class Net(nn.Module):\n" + INIT + "        self.body = nn.Linear(8, 4)\n"
+        "        self.gate = nn.Parameter(torch.zeros(1))\n"
+        "    def forward(self, x):\n        y = self.body(x)\n        return y if self.gate.item() > 0 else y[:, :2]\n",
+    )
+    weights = {"body.weight": zeros(4, 8), "body.bias": zeros(4), "gate": torch.ones(1)}
+    torch.save(weights, "open.pth")
+    torch.save(weights | {"gate": zeros(1)}, "shut.pth")
+    for name, shape in (("open.pth", [2, 4]), ("shut.pth", [2, 2])):
+        words = ("summary", "own.py:Net", "--weights", name, "--input-size", "2,8", "--json")
+        assert cli(*words).json["layers"][0]["output_shape"] == shape
+    cli("load", "own.py:Net", "--weights", "open.pth", "--input-size", "2,8")
+    cli("replace", "body", "Linear(8,6)")
+    assert cli("summary", "--json").json["layers"][0]["output_shape"] == [2, 6]
+
+
+def test_an_error_of_the_model_itself_stands(folder: Path) -> None:
+    written(
+        folder,
+        "class Net(nn.Module):\n" + INIT + "        self.body = nn.Linear(8, 4)\n    def forward(self, x):\n"
+        "        return self.body(x) @ torch.zeros(3, 3)\n",
+    )
+    reason = seen("own.py:Net", (2, 8)).reason
+    assert reason is not None
+    assert "2x4 and 3x3" in reason
+
+
+def test_detection_runs(cli: Cli) -> None:
+    """torchvision publishes 583 million products for it, and a shape needs the values of the boxes."""
+    document = cli("summary", "ssdlite320_mobilenet_v3_large", "--json").json
+    assert document["reason"] is None
+    assert document["device"] == "cpu"
+    assert round(document["totals"]["macs"] / 1e6) == 583
+
+
+def test_an_output_shape_that_cannot_be_found_out_is_no_answer(cli: Cli, folder: Path) -> None:
+    """Exit code 2 and the reason, after the rows of what was found out."""
+    words = ("check", "Sequential(Linear(4,3),Linear(5,2))", "--input-size", "1,4", "--max-params", "100")
+    result = cli(*words, "--output-shape", "1,2", "--json", code=2)
+    assert [row["passed"] for row in result.json["checks"]] == [True, False]
+    assert "--output-shape cannot be checked: the forward pass ended in 1" in result.error["message"]
+    assert "no input size is known" in cli("check", "Linear(4,3)", "--output-shape", "1,3", code=2).err
+    cli("check", "Linear(4,3)", "--input-size", "1,4", "--output-shape", "1,2", code=1)

@@ -286,7 +286,10 @@ PLACES: list[tuple[list[Any], list[Any]]] = [
     (["trace"], [3, "ab", [1]]),
     (["trace", "inputs"], [3, "12", [["1"]], [[-1]]]),
     (["trace", "layers"], [None, 3, [3], [["", []]], [[3, [], 0]], [["", 5, 0]], [["", "ab", 0]], [["", [1, "a"], 0]]]),
-    (["trace", "layers", 0, 2], [None, "1", -1, 1.5]),
+    (["trace", "layers", 0, 2], ["1", -1, 1.5]),  # None stands for a further place of a shared module
+    (["trace", "device"], ["cuda", 3, ["cpu"]]),
+    (["trace", "notes"], [3, [3]]),
+    (["trace", "uncounted"], [3, [3]]),
     (["trace", "macs"], ["1", -1, [1]]),
     (["trace", "reason"], [3, ["a"]]),
 ]

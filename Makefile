@@ -54,7 +54,7 @@ bench: $(DEV_STAMP) ## how long things take, as ratios to stated peers
 	$(BIN)/python -m tests.benchmarks.bench_writing
 	$(BIN)/python -m tests.benchmarks.bench_peers
 
-fuzz: $(DEV_STAMP) ## a million damaged inputs for every parser and language; fewer: make fuzz INPUTS=1000
+fuzz: $(DEV_STAMP) ## a million damaged inputs for every parser and language, and beside torch; fewer: make fuzz INPUTS=1000
 	$(BIN)/python -m tests.fuzz
 
 torture: $(DEV_STAMP) ## writers killed at random moments, 200 times by each of three signals; fewer: make torture TIMES=30 (10 by each)

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import shutil
+import signal
 import struct
+import sys
 import tarfile
 import zipfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,7 @@ from modelcli.errors import FileFormatError
 from modelcli.live import loading
 from tests import hostile
 from tests.conftest import Cli
+from tests.fuzz import agreement
 from tests.hostile import archive, legacy, name, number, sizes, state_dict, tensor, text
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support", "ignore:Detected pickle protocol")
@@ -699,3 +704,56 @@ def test_what_lies_beside_an_index_counts_for_its_safety(cli: Cli, folder: Path)
     shutil.copy("1.index.json", ".metadata")
     Path("1.index.json").unlink()
     assert ".metadata beside it" in cli("check", "0.index.json", "--safe", code=1).out
+
+
+# --- inputs without end --------------------------------------------------------------------------------------------
+
+#: Of each format, in the tests; `make fuzz` runs a million.
+INPUTS = 600
+_ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="it forks, and limits memory as Linux does")
+
+
+@_ON_LINUX
+@pytest.mark.parametrize("form", agreement.every(), ids=lambda form: form.name)
+def test_what_two_readers_take_is_the_same(form: agreement.Format) -> None:
+    """Names, shapes, dtypes, strides, values and flags: see `tests.fuzz.agreement`."""
+    outcome = agreement.run(form, INPUTS, seed=1)
+    assert outcome.faults == []
+    assert outcome.inputs == INPUTS
+    # Of tars torch takes none with `weights_only`: what counts is that neither does modelcli.
+    assert outcome.both > INPUTS // 100 or form.name.startswith("tar")
+
+
+def _form(*oracles: Callable[[Path], Any]) -> agreement.Format:
+    good = archive()
+    return agreement.Format("made", lambda _draw: good, oracles)
+
+
+@_ON_LINUX
+def test_the_comparison_tells_of_what_it_looks_for() -> None:
+    good = torch.tensor([0.0, 0.0])
+    for other in (good + 1, good.double(), good[:1], good.reshape(1, 2), torch.zeros(4)[::2], nn.Parameter(good)):
+        outcome = agreement.run(_form(lambda _path, other=other: {"a.weight": other}), 1, seed=0)  # type: ignore[misc]
+        assert len(outcome.faults) == 1, other
+    for value in ({"b": good}, {"a.weight": good, "b": good}, {"a.weight": good, "b": [good]}, {"a.weight": 1}, [good]):
+        outcome = agreement.run(_form(lambda _path, value=value: value), 1, seed=0)  # type: ignore[misc]
+        assert len(outcome.faults) == 1, value
+    assert agreement.run(_form(lambda _path: {"a.weight": good}), 3, seed=0) == agreement.Outcome(3, 3)
+
+
+@_ON_LINUX
+def test_a_reader_that_crashes_has_refused_and_modelcli_must_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def crashes(_path: Path) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert agreement.run(_form(crashes), 2, seed=0) == agreement.Outcome(2, 0, 2)
+    monkeypatch.setattr("tests.fuzz.agreement.checkpoints.read", crashes)
+    assert "modelcli's reader ended" in agreement.run(_form(), 1, seed=0).faults[0]
+
+
+@_ON_LINUX
+def test_a_name_that_torch_refuses_has_to_be_foreign() -> None:
+    def refuses(_path: Path) -> None:
+        raise pickle.UnpicklingError("Unsupported global: os.system")
+
+    assert "is not foreign" in agreement.run(_form(refuses), 1, seed=0).faults[0]

@@ -2,7 +2,7 @@
 
     make fuzz                      a million inputs for each parser, fewer where each takes long
     make fuzz INPUTS=1000 SEED=7   fewer, and others
-    make fuzz TARGETS=edits,pickle these parsers alone
+    make fuzz TARGETS=edits,pickle these parsers alone; agreement: the readers beside torch's and safetensors'
 
 What breaks a parser is printed as bytes, with the parser's name; the seed and the number make it again.
 """
@@ -16,7 +16,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from tests.fuzz import languages, reading
+from tests.fuzz import agreement, languages, reading
 from tests.fuzz.running import run
 from tests.fuzz.target import Target
 
@@ -51,6 +51,8 @@ def main() -> int:
             for fault in faults[:5]:
                 print(f"    {fault}", flush=True)
             broken += len(faults)
+    if sys.platform == "linux" and (not TARGETS or "agreement" in TARGETS):
+        broken += agreement.main(INPUTS, SEED)
     return 1 if broken else 0
 
 

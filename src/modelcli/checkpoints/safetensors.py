@@ -61,7 +61,8 @@ def read(path: Path) -> Contents:
         header = strict_json.loads(raw, f"{path}: its header")
     except (ValueError, RecursionError) as error:
         raise FileFormatError(f"{path}: the header is not what safetensors writes: {error}") from None
-    metadata = header.pop("__metadata__", None) or {}
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise FileFormatError(f"{path}: __metadata__ in the header is not texts by name")
     tensors: dict[str, TensorEntry | CompositeEntry] = {}

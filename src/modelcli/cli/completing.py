@@ -6,7 +6,6 @@ nothing is offered the shell completes names of files.
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -138,26 +137,6 @@ def keys(ctx: typer.Context, _incomplete: str) -> Iterable[str]:
     return dict.fromkeys(key for contents in read for key in trees.state_dict_keys(contents.tree))
 
 
-def join_words() -> None:
-    """Put together the words on bash's line that it took apart at `=` and `:`, for what Typer makes of them.
-
-    `--model=ale` arrives as three words, and bash replaces the last of them.
-    """
-    place = int(os.environ.get("COMP_CWORD", "0"))
-    given = os.environ.get("COMP_WORDS", "").split("\n")[: place + 1]
-    words = given[:1]
-    for before, word in itertools.pairwise(given):
-        if len(words) > 1 and word and (_is_break(word) or _is_break(before)):
-            words[-1] += word
-        else:
-            words.append(word)
-    os.environ["COMP_WORDS"], os.environ["COMP_CWORD"] = "\n".join(words), str(len(words) - 1)
-
-
-def _is_break(word: str) -> bool:
-    return bool(word) and not word.strip("=:")
-
-
 def _schemes() -> list[str]:
     from modelcli import installed
 
@@ -168,8 +147,6 @@ def _files(incomplete: str) -> list[str]:
     """Folders, checkpoints and Python files that start with a word."""
     from modelcli.references import has_checkpoint_suffix
 
-    if ":" in incomplete:  # bash would put the whole name after the part that it parts at the colon
-        return []
     folder, name = os.path.split(incomplete)
     found = []
     for entry in sorted(Path(folder or ".").iterdir()):

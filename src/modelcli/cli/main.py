@@ -124,6 +124,10 @@ def _end_in_order() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and give its exit code. Every error ends here, as one message and what to do next."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if asked := os.environ.get("_MODELCLI_COMPLETE"):  # by a shell, for what a word can become
+        from modelcli.cli import shells
+
+        return shells.answer(asked, words)
     if words in (["--version"], ["-V"], ["version"]):  # needs no parser
         return _show_version()
     with warnings_kept():
@@ -135,10 +139,10 @@ def _carry_out(words: list[str]) -> int:
 
     from modelcli.cli.app import app
 
-    if os.environ.get("_MODELCLI_COMPLETE") == "complete_bash":
-        from modelcli.cli import completing
+    if not {"--install-completion", "--show-completion"}.isdisjoint(words):
+        from modelcli.cli import shells
 
-        completing.join_words()
+        shells.hand_out_scripts()
     as_json, debug = _wants_json(words), "--debug" in words
     try:
         with prints_kept(wanted=as_json):

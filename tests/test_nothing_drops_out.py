@@ -235,3 +235,207 @@ def test_a_device_in_it_is_kept(cli: Cli, folder: Path) -> None:
     cli("cast", ".", "half", "-m", "m.pth", "-o", "o.pth", "--trust")
     assert torch.load("o.pth", weights_only=True)["_extra_state"] == wanted
     assert modelcli.load("o.pth", trust=True).told == wanted
+
+
+# --- modules pickled whole -----------------------------------------------------------------------------------------
+
+
+class OwnReduce(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+    def __reduce__(self) -> Any:
+        return OwnReduce, (), {"weights": self.state_dict()}
+
+
+class OwnState(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+    def __getstate__(self) -> Any:
+        return {"packed": list(self.parameters())}
+
+
+class Slotted(nn.Module):
+    __slots__ = ("depth",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.depth = 3
+
+
+def feature_extractor() -> nn.Module:
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3))
+    return create_feature_extractor(body, ["2"])
+
+
+@pytest.mark.parametrize("make", [feature_extractor, Slotted, lambda: torch.fx.symbolic_trace(nn.Linear(2, 2))])
+@pytest.mark.parametrize("is_root", [False, True])
+def test_all_tensors_of_a_pickled_module_are_there(cli: Cli, folder: Path, make: Any, is_root: bool) -> None:
+    module = make() if is_root else nn.Sequential(nn.Linear(5, 43), make())
+    torch.save(module, "whole.pth")
+    document = cli("params", "whole.pth", "--json").json
+    wanted = module.state_dict()
+    assert {row["name"]: row["shape"] for row in document["tensors"]} == {n: list(t.shape) for n, t in wanted.items()}
+    assert document["totals"]["params"] == sum(p.numel() for p in module.parameters())
+    cli("save", "out.pth", "-m", "whole.pth", "--tensors-only")
+    found = torch.load("out.pth", weights_only=True)
+    assert found.keys() == wanted.keys()
+    assert all(found[name].equal(tensor) for name, tensor in wanted.items())
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (OwnReduce, "1 (OwnReduce)"),
+        (OwnState, "1 (OwnState)"),
+        (lambda: torch.ao.nn.quantized.Conv2d(3, 8, 3), "1 (Conv2d)"),
+        (lambda: torch.ao.nn.quantized.Linear(3, 8), "1._packed_params._packed_params (ScriptObject)"),
+        (lambda: nn.LazyLinear(3), "1.weight (UninitializedParameter)"),
+    ],
+)
+def test_a_child_that_cannot_be_understood_is_named(cli: Cli, folder: Path, make: Any, named: str) -> None:
+    torch.save(nn.Sequential(nn.Linear(5, 43), make()), "whole.pth")
+    for command in (["summary", "whole.pth"], ["check", "whole.pth", "--max-params", "1M"]):
+        assert f"what {named} holds cannot be told" in cli(*command, code=3).err
+    assert named in cli("save", "out.pth", "-m", "whole.pth", "--tensors-only", code=3).err
+    assert not Path("out.pth").exists()
+
+
+def spectral() -> nn.Module:
+    return nn.utils.spectral_norm(nn.Linear(3, 4))
+
+
+def pruned() -> nn.Module:
+    from torch.nn.utils import prune
+
+    layer = nn.Linear(3, 4)
+    prune.l1_unstructured(layer, "weight", 0.5)
+    return layer
+
+
+@pytest.mark.parametrize("make", [spectral, pruned, lambda: nn.BatchNorm1d(3)])
+def test_the_tables_say_what_is_a_buffer(cli: Cli, folder: Path, make: Any) -> None:
+    module = nn.Sequential(make())
+    torch.save(module, "whole.pth")
+    rows = rows_of(cli, "whole.pth")
+    assert {n for n, row in rows.items() if row["kind"] == "parameter"} == set(dict(module.named_parameters()))
+    assert {n for n, row in rows.items() if row["kind"] == "buffer"} == set(dict(module.named_buffers()))
+    cli("save", "out.pth", "-m", "whole.pth", "--tensors-only")
+    totals = cli("params", "out.pth", "--json").json["totals"]
+    assert totals["params"] == sum(p.numel() for p in module.parameters())
+
+
+def test_tensors_outside_the_tables_are_named(cli: Cli, folder: Path) -> None:
+    module = nn.Sequential(nn.Linear(2, 2))
+    module[0].cache = [torch.ones(3)]
+    torch.save(module, "whole.pth")
+    assert "0.cache holds tensors outside the parameters and buffers" in cli("params", "whole.pth").err
+
+
+# --- conjugated and negated buffers --------------------------------------------------------------------------------
+
+MARKED = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.register_buffer("conj", torch.tensor([1 + 2j, 3 + 4j]).conj())
+        self.register_buffer("part", torch.arange(6.0).to(torch.complex64).view(2, 3)[:, 1:].mul(1j).conj())
+        self.register_buffer("neg", torch.tensor([1 + 2j, 5j]).conj().imag)
+
+net = Net()
+"""
+
+
+@pytest.mark.parametrize("model", ["own.py:net", "own.py:Net"])
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_marked_buffers_are_written_as_they_are_read(cli: Cli, folder: Path, model: str, suffix: str) -> None:
+    (folder / "own.py").write_text(MARKED, encoding="utf-8")
+    names: dict[str, Any] = {}
+    exec(MARKED, names)
+    wanted = names["net"].state_dict()
+    assert wanted["conj"].is_conj()
+    assert wanted["neg"].is_neg()
+    cli("save", f"out.{suffix}", "-m", model)
+    cli("freeze", "layer", "-o", f"frozen.{suffix}", "-m", model)
+    read = safetensors.torch.load_file if suffix == "safetensors" else torch.load
+    for file in ("out", "frozen"):
+        found = read(f"{file}.{suffix}")
+        for name in ("conj", "part", "neg"):
+            assert found[name].equal(wanted[name]), name
+    cli("diff", model, f"out.{suffix}", *(["--except", "layer"] if model.endswith("Net") else []))
+    wrong = {**torch.load("out.pth"), "neg": -wanted["neg"]} if suffix == "pth" else {}
+    if wrong:
+        torch.save(wrong, "wrong.pth")
+        changes = cli("diff", "own.py:net", "wrong.pth", "-s", "neg", "--json", code=1).json["tensors"]
+        assert [(change["name"], change["max_abs_diff"]) for change in changes] == [("neg", 10.0)]
+
+
+def test_their_values_are_shown_and_cast(cli: Cli, folder: Path) -> None:
+    (folder / "own.py").write_text(MARKED, encoding="utf-8")
+    document = cli("params", "own.py:net", "--values", "-s", "neg", "--json").json
+    assert document["tensors"][0]["values"] == [-2.0, -5.0]
+    assert cli("params", "own.py:net", "--stats", "-s", "neg", "--json").json["tensors"][0]["stats"]["max"] == -2.0
+    cli("cast", ".", "half", "-m", "own.py:net", "-o", "half.pth")
+    assert torch.load("half.pth")["neg"].tolist() == [-2.0, -5.0]
+    module = nn.Module()
+    module.register_buffer("neg", torch.tensor([1 + 2j]).conj().imag)
+    assert modelcli.apply(module, "cast . half").neg.tolist() == [-2.0]
+
+
+# --- DeepSpeed -----------------------------------------------------------------------------------------------------
+
+
+def deepspeed(home: Path, stage: int) -> None:
+    """The files of one rank as DeepSpeed 0.14 lays them out."""
+    step = home / "global_step5"
+    step.mkdir(parents=True)
+    layers = {f"l{i}.weight": torch.empty(0) if stage == 3 else torch.ones(3, 3) for i in range(16)}
+    states = {
+        "module": layers,
+        "param_shapes": [{name: torch.Size([3, 3]) for name in layers}],
+        "ds_config": {"zero_optimization": {"stage": stage}},
+        "ds_version": "0.14.4",
+        "mp_world_size": 1,
+    }
+    rank = "zero_pp_rank_0_mp_rank_00" if stage == 3 else "mp_rank_00"
+    torch.save(states, step / f"{rank}_model_states.pt")
+    optimizer = {"zero_stage": stage, "partition_count": 1, "fp32_flat_groups": [torch.ones(144)]}
+    torch.save(
+        {"optimizer_state_dict": optimizer, "ds_config": {}, "ds_version": "0.14.4"},
+        step / "zero_pp_rank_0_mp_rank_00_optim_states.pt",
+    )
+    (home / "latest").write_text("global_step5")
+    (home / "zero_to_fp32.py").write_text("")
+
+
+def test_zero_3_is_named_with_what_to_run(cli: Cli, folder: Path) -> None:
+    deepspeed(folder / "run", 3)
+    states = "run/global_step5/zero_pp_rank_0_mp_rank_00_model_states.pt"
+    for command in (["summary", states], ["save", "out.pth", "-m", states], ["params", states, "--key", "module"]):
+        err = cli(*command, code=4).err
+        assert "model states of one rank of DeepSpeed ZeRO-3: 16 tensors of shape [0]" in err
+        assert "python run/zero_to_fp32.py run OUT" in err
+    assert not Path("out.pth").exists()
+    err = cli("params", "run/global_step5/zero_pp_rank_0_mp_rank_00_optim_states.pt", code=4).err
+    assert "ZeRO-3 optimizer states of one rank of DeepSpeed" in err
+    for name in ("run", "run/", "run/global_step5/"):
+        err = cli("summary", name, code=2).err
+        assert "is a checkpoint of DeepSpeed" in err
+        assert "python run/zero_to_fp32.py run OUT" in err
+
+
+def test_zero_2_is_read_by_its_model_states(cli: Cli, folder: Path) -> None:
+    deepspeed(folder / "run", 2)
+    err = cli("summary", "run/", code=2).err
+    assert "name run/global_step5/mp_rank_00_model_states.pt" in err
+    assert len(rows_of(cli, "run/global_step5/mp_rank_00_model_states.pt")) == 16

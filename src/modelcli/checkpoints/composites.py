@@ -28,6 +28,11 @@ _NEVER_TENSORS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar
 _ELEMENTS_PER_BYTE = {"quint4x2": 2, "quint2x4": 4}
 
 
+def is_tensor(value: Any) -> bool:
+    """Whether an inert value is a tensor: a view into a storage, or what such a call makes."""
+    return isinstance(value, TensorEntry) or makes_tensor(value)
+
+
 def makes_tensor(value: Any) -> bool:
     """Whether an inert value is a call that makes such a tensor, or a `Parameter` around one."""
     if not isinstance(value, Opaque) or not isinstance(value.call, Global):

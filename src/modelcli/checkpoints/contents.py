@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Protocol
 
-from modelcli.blueprints import Blueprint, Shape, TensorInfo, from_keys, listed, value_class
+from modelcli.blueprints import Blueprint, Kind, Shape, TensorInfo, from_keys, listed, value_class
 from modelcli.checkpoints import limits
 from modelcli.errors import FileFormatError, SystemFailureError
 from modelcli.record import Record
@@ -251,7 +251,8 @@ class Contents:
     `tensors` is the state dict; `extras` its entries that are no tensors; `metadata` its `_metadata`. `tree` is the
     whole of a training checkpoint as inert values, and `key` the path of the state dict in it (None where the file is
     nothing but a state dict). `foreign` are the names of classes and functions outside the allow-list; none was
-    looked up. `notes` are for a person. `types` are the class names of a pickled module, by path. `texts` is what
+    looked up. `notes` are for a person. `types` are the class names of a pickled module, by path, and `kinds` says
+    which of its tensors are parameters and which are buffers. `texts` is what
     safetensors' `__metadata__` holds beside what modelcli wrote there. `order` has the names of tensors and extras as
     they stand in the file, where there are both.
 
@@ -271,6 +272,7 @@ class Contents:
     foreign: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     types: Mapping[str, str] = field(default_factory=dict)
+    kinds: Mapping[str, Kind] = field(default_factory=dict)
     texts: Mapping[str, str] = field(default_factory=dict)
     order: tuple[str, ...] = ()
     unseen: tuple[str, ...] = ()
@@ -297,7 +299,7 @@ class Contents:
             original = first.setdefault(view, name) if view is not None else name
             if original is not name:
                 budget.spend(len(original))
-            infos[name] = info_of(name, entry, original)
+            infos[name] = info_of(name, entry, original, self.kinds.get(name))
         return infos
 
     def bare_blueprint(self) -> Blueprint:
@@ -319,13 +321,19 @@ def foreign_names(names: Sequence[str], *, most: int) -> str:
     return listed(ordered, most)
 
 
-def info_of(name: str, entry: TensorEntry | CompositeEntry, original: str) -> TensorInfo:
-    """An entry as a blueprint has it; `original` is the first name of the same tensor."""
+def info_of(
+    name: str, entry: TensorEntry | CompositeEntry, original: str, known_kind: Kind | None = None
+) -> TensorInfo:
+    """An entry as a blueprint has it; `original` is the first name of the same tensor.
+
+    Where no kind is known, the name and the dtype tell it.
+    """
+    guessed: Kind = "parameter" if entry.is_parameter or not looks_like_buffer(name, entry.dtype) else "buffer"
     return TensorInfo(
         name=name,
         shape=entry.shape,
         dtype=entry.dtype,
-        kind="parameter" if entry.is_parameter or not looks_like_buffer(name, entry.dtype) else "buffer",
+        kind=known_kind or guessed,
         # A state dict's tensors are detached: of them only a flag that is set says something.
         requires_grad=entry.requires_grad if entry.is_parameter or entry.requires_grad else None,
         tied_to=None if original == name else original,

@@ -8,7 +8,7 @@ from typing import Any
 
 from modelcli import record as records
 from modelcli.blueprints import counted, listed
-from modelcli.checkpoints import carried, limits, strict_json
+from modelcli.checkpoints import carried, deepspeed, limits, strict_json
 from modelcli.checkpoints.contents import CompositeEntry, Contents, TensorEntry
 from modelcli.errors import FileFormatError, RequestError, SystemFailureError
 
@@ -51,6 +51,7 @@ def index_in(folder: Path) -> Path:
     if whole:
         told = listed([str(folder / name) for name in whole], 6)
         raise RequestError(f"{folder} holds {len(whole)} files of weights and no index", f"name one of {told}")
+    deepspeed.require_no_checkpoint(folder, names)
     files = [name for name in names if name.lower().endswith((".pth", ".pt", ".safetensors", ".bin", ".ckpt"))]
     hint = f"name a file in it: {listed(files, 6)}" if files else None
     raise RequestError(f"{folder} is a folder without an index (*{INDEX_SUFFIX})", hint)

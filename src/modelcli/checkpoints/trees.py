@@ -9,7 +9,7 @@ from typing import Any
 
 from modelcli import record as records
 from modelcli.blueprints import listed
-from modelcli.checkpoints import carried, composites, limits, pickles
+from modelcli.checkpoints import carried, composites, deepspeed, limits, pickled_modules, pickles
 from modelcli.checkpoints.contents import CompositeEntry, Contents, TensorEntry
 from modelcli.errors import FileFormatError, RequestError, UnsafeError, did_you_mean
 
@@ -30,9 +30,6 @@ STATE_DICT_KEYS = (
     "params_ema",
 )
 
-#: What a name in a set takes in a file, at least.
-_NAME = 4
-
 
 def contents_of(
     path: Path,
@@ -43,10 +40,11 @@ def contents_of(
 ) -> Contents:
     """What a file of `torch.save` holds."""
     _check_nesting(path, pickled.value)
+    notes = (*notes, *deepspeed.notes_of(path, pickled.value))
     keys, found, chosen = _find_state_dict(path, pickled, key)
-    types: dict[str, str] = {}
-    state_dict = found if isinstance(found, dict) else _tensors_of_module(path, found, types, pickled.budget)
-    if not isinstance(found, dict) and not state_dict:
+    whole = None if isinstance(found, dict) else pickled_modules.read(path, found, pickled.budget)
+    state_dict = found if whole is None else whole.tensors
+    if whole is not None and not state_dict:
         raise _nothing_to_show(path, pickled)
     tensors: dict[str, TensorEntry | CompositeEntry] = {}
     extras: dict[str, Any] = {}
@@ -80,8 +78,9 @@ def contents_of(
         tree=pickled.value if keys else None,
         key=keys or None,
         foreign=pickled.foreign,
-        notes=(*notes, *chosen, *told),
-        types=types,
+        notes=(*notes, *chosen, *told, *(() if whole is None else whole.notes)),
+        types={} if whole is None else whole.types,
+        kinds={} if whole is None else whole.kinds,
         order=tuple(state_dict) if extras else (),
         unseen=unseen,
         hidden=(*hidden, *(f"the attribute {name!r} of a tensor" for name in attributes)),
@@ -228,65 +227,6 @@ def _nothing_to_show(path: Path, pickled: pickles.Pickle) -> UnsafeError:
     )
 
 
-def _is_module(value: Any) -> bool:
-    """Whether it is an `nn.Module` pickled whole, as `torch.save(model)` does: told by its state, and never loaded."""
-    return (
-        isinstance(value, pickles.Opaque)
-        and isinstance(value.state, dict)
-        and all(isinstance(value.state.get(table), dict) for table in ("_parameters", "_buffers", "_modules"))
-    )
-
-
-def _tensors_of_module(path: Path, root: Any, types: dict[str, str], budget: limits.Budget) -> dict[str, Any]:
-    """The tensors of a pickled module under the names that `state_dict()` gives them; `types` gets its classes.
-
-    A module that stands at several places has its names at each, and so have all below it: each is paid for.
-    """
-    found: dict[str, Any] = {}
-    # Modules still to be looked at, with their prefix and what they lie in; children stand on it last first.
-    stack: list[tuple[Any, str, tuple[int, ...]]] = [(root, "", ())]
-    while stack:
-        module, prefix, above = stack.pop()
-        limits.NESTING.check(len(above), f"{path}: its tree of modules")
-        limits.check_name(prefix, str(path))
-        if isinstance(module.call, pickles.Global):
-            budget.spend(len(module.call.name))
-            types[prefix.removesuffix(".")] = module.call.name
-        hidden = _names_in_set(module.state.get("_non_persistent_buffers_set"), budget)
-        for table in ("_parameters", "_buffers"):
-            for name, tensor in _named_in(module, table, prefix, budget):
-                if _is_tensor(tensor) and name not in hidden:
-                    found[prefix + name] = tensor
-        inside = (*above, id(module))
-        children = [
-            (child, f"{prefix}{name}.", inside)
-            for name, child in _named_in(module, "_modules", prefix, budget)
-            if _is_module(child) and id(child) not in inside
-        ]
-        stack += reversed(children)
-    return found
-
-
-def _named_in(module: Any, table: str, prefix: str, budget: limits.Budget) -> Iterator[tuple[str, Any]]:
-    """What a module has under names in one of its tables, which several modules may have in common."""
-    for name, value in module.state[table].items():
-        if isinstance(name, str):
-            budget.spend(limits.ENTRY + len(prefix) + len(name))
-            yield name, value
-
-
-def _names_in_set(value: Any, budget: limits.Budget) -> set[str]:
-    """The names in an inert set, however it was pickled."""
-    if not isinstance(value, pickles.Opaque):
-        return set()
-    lists = [arg for arg in value.args[:1] if isinstance(arg, list)] if isinstance(value.args, tuple) else []
-    names: set[str] = set()
-    for items in (*lists, value.appended):
-        budget.spend(_NAME * len(items))
-        names.update(name for name in items if isinstance(name, str))
-    return names
-
-
 def _at_key(path: Path, tree: Any, key: str) -> tuple[tuple[str, ...], Any, tuple[str, ...]]:
     keys: tuple[str, ...] = ()
     value, rest = tree, key
@@ -316,7 +256,7 @@ class _Search:
     def finds(self, value: Any) -> bool:
         """Whether a value is a state dict or a module pickled whole."""
         if id(value) not in self._found:
-            self._found[id(value)] = _is_module(value) or self._is_state_dict(value)
+            self._found[id(value)] = pickled_modules.is_module(value) or self._is_state_dict(value)
         return self._found[id(value)]
 
     def _is_state_dict(self, value: Any) -> bool:
@@ -336,4 +276,4 @@ class _Search:
 
 
 def _is_tensor(value: Any) -> bool:
-    return isinstance(value, TensorEntry) or composites.makes_tensor(value)
+    return composites.is_tensor(value)

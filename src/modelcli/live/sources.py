@@ -107,7 +107,8 @@ class Lazy:
             self._tensors = named_tensors(self._build())
         if name not in self._tensors:
             raise ModelcliError(f"the constructor made no {name} this time: it makes another model each time")
-        return self._tensors[name]
+        # A mark that the bytes are conjugated or negated when they are read is lost with them.
+        return self._tensors[name].detach().resolve_conj().resolve_neg()
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +192,7 @@ def row_major(tensor: torch.Tensor) -> AnySource:
     Raises ModelcliError where nothing says where its numbers come from.
     """
     source, size = require_source(tensor), tensor.element_size()
-    if tensor.is_contiguous():
+    if tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
         return source.part(int(tensor.storage_offset()) * size, tensor.numel() * size)
     view = tensor.detach()
 

@@ -14,7 +14,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from modelcli.live import memory
 from modelcli.live.closures import Functions
 from modelcli.live.modules import ConstructorError
-from modelcli.live.sources import AnySource, Value, is_composite, is_lazy, named_tensors
+from modelcli.live.sources import AnySource, Value, is_composite, is_lazy, named_tensors, row_major, tag
 from modelcli.live.walking import modules_in
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def _moved_to_meta(module: nn.Module) -> nn.Module:
         tables: tuple[dict[str, Any], ...] = (child._parameters, child._buffers)
         for table in tables:
             for name, tensor in table.items():
-                if tensor is not None and not tensor.is_meta:
+                if tensor is not None and (not tensor.is_meta or _is_marked(tensor)):
                     kept.append(tensor)  # so that its id is not given to another one
                     if id(tensor) not in twins:
                         twins[id(tensor)] = _tensor_twin(tensor, storages, keep_values=False)
@@ -173,16 +173,27 @@ def _tensor_twin(tensor: torch.Tensor, storages: dict[int, torch.UntypedStorage]
     if is_composite(tensor):
         return tensor
     data = tensor.detach()
-    if not data.is_meta:
+    if _is_marked(data):
+        # The mark says how the bytes are read: a twin has the values themselves, in a storage of its own.
+        twin = torch.empty(data.size(), dtype=data.dtype, device="meta")
+        if keep_values and not data.is_meta:
+            tag(twin, row_major(data))
+        data = twin
+    elif not data.is_meta:
         real = data.untyped_storage()
-        twin = storages.setdefault(real._cdata, torch.UntypedStorage(real.nbytes(), device="meta"))
-        if keep_values and not hasattr(twin, "source"):
-            twin.source = Value(real)  # type: ignore[attr-defined]
+        storage = storages.setdefault(real._cdata, torch.UntypedStorage(real.nbytes(), device="meta"))
+        if keep_values and not hasattr(storage, "source"):
+            storage.source = Value(real)  # type: ignore[attr-defined]
         shape, stride, offset = data.size(), data.stride(), data.storage_offset()
-        data = torch.empty(0, dtype=data.dtype, device="meta").set_(twin, offset, shape, stride)
+        data = torch.empty(0, dtype=data.dtype, device="meta").set_(storage, offset, shape, stride)
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(data, requires_grad=tensor.requires_grad)
     return data
+
+
+def _is_marked(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is conjugated or negated when it is read: its bytes are not its values."""
+    return not is_lazy(tensor) and (tensor.is_conj() or tensor.is_neg())
 
 
 def _plain_tensors(module: nn.Module) -> Iterator[torch.Tensor]:

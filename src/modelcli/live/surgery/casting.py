@@ -82,6 +82,8 @@ def _convert(
     """Convert tensors, by `id`, each storage once. Looks at all of them before it changes any."""
     for tensor in chosen.values():
         _require_conversion(tensor.dtype, dtype, names[id(tensor)])
+        if not tensor.is_meta and tensor.is_neg():
+            tensor.data = tensor.data.resolve_neg()
     parts: list[list[torch.Tensor]] = []
     for views in viewers(module).values():
         for before in {view.dtype for view in views if id(view) in chosen}:

@@ -239,3 +239,140 @@ def test_identify_and_diff_know_wrappers_in_the_middle(cli: Cli, folder: Path) -
     torch.save({name.replace("layers.", "layers._orig_mod."): value for name, value in state.items()}, "compiled.pth")
     notes = cli("diff", "compiled.pth", "plain.pth", "--json", code=1).json["notes"]
     assert any("_orig_mod" in note and "a wrapper had put there" in note for note in notes)
+
+
+# --- training checkpoints: where the state dict is -------------------------------------------------------------------
+
+
+def adam(module: nn.Module) -> dict[str, Any]:
+    """The state dict of an optimizer that made a step."""
+    optimizer = torch.optim.Adam(module.parameters())
+    sum(p.sum() for p in module.parameters()).backward()
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+def linear() -> dict[str, Any]:
+    return nn.Linear(2, 3).state_dict()
+
+
+def composer() -> Any:
+    return {
+        "state": {"model": linear(), "optimizers": {"Adam": adam(nn.Linear(2, 3))}, "run_name": "x"},
+        "rng": [{"torch": torch.get_rng_state()}],
+    }
+
+
+def diffusion_policy() -> Any:
+    return {
+        "cfg": {"n": 1},
+        "state_dicts": {"model": linear(), "ema_model": linear(), "optimizer": adam(nn.Linear(2, 3))},
+        "pickles": {"global_step": b"1"},
+    }
+
+
+def norm_beside() -> Any:
+    return {"norm": {"mean": torch.ones(3)}, "model": {"net": linear()}}
+
+
+def lightning() -> Any:
+    return {
+        "epoch": 1,
+        "state_dict": linear(),
+        "optimizer_states": [adam(nn.Linear(2, 3))],
+        "loops": {"fit_loop": {}},
+        "callbacks": {"EMA": {"decay": 0.9}},
+        "hyper_parameters": {"lr": 0.1},
+    }
+
+
+@pytest.mark.parametrize(
+    ("made", "key", "others"),
+    [
+        (composer, "state.model", ""),
+        (diffusion_policy, "state_dicts.model", "state_dicts.ema_model"),
+        (norm_beside, "model.net", "norm"),
+        (lightning, "state_dict", ""),
+    ],
+)
+def test_a_state_dict_that_lies_deeper_is_found(cli: Cli, folder: Path, made: Any, key: str, others: str) -> None:
+    tree = made()
+    torch.save(tree, "train.pt")
+    result = cli("params", "train.pt", "--values", "--json").json
+    wanted = tree
+    for step in key.split("."):
+        wanted = wanted[step]
+    assert {row["name"]: row["values"] for row in result["tensors"]} == {n: t.tolist() for n, t in wanted.items()}
+    told = f"took the state dict under {key!r} of train.pt" + (f"; --key takes another: {others}" if others else "")
+    assert told in result["notes"]
+    cli("cast", "**", "float16", "-m", "train.pt", "-o", "half.pt")
+    written: Any = torch.load("half.pt", weights_only=True)
+    assert written.keys() == tree.keys()
+    for step in key.split("."):
+        written = written[step]
+    assert {tensor.dtype for tensor in written.values()} == {torch.float16}
+
+
+def test_two_nets_beside_one_norm_differ(cli: Cli, folder: Path) -> None:
+    for name, value in (("a.pth", 1.0), ("b.pth", 2.0)):
+        torch.save({"norm": {"mean": torch.ones(3)}, "model": {"net": {"w": torch.full((2,), value)}}}, name)
+    cli("diff", "a.pth", "b.pth", code=1)
+
+
+def test_where_several_fit_the_error_lists_every_key(cli: Cli, folder: Path) -> None:
+    torch.save({"netG": linear(), "netD": linear(), "epoch": 3}, "gan.pth")
+    error = cli("summary", "gan.pth", code=2).err
+    assert "gan.pth holds 2 state dicts" in error
+    for key in ("netG", "netD"):
+        assert f"--key {key} (2 tensors)" in error
+        cli("summary", "gan.pth", "--key", key)
+    megatron = {
+        "args": {"n": 1},
+        "checkpoint_version": 3.0,
+        "iteration": 5,
+        "model": {
+            "language_model": {
+                "embedding": {"word_embeddings": {"weight": torch.ones(4, 2)}},
+                "encoder": {f"layers.{i}.weight": torch.ones(2, 2) for i in range(9)},
+            }
+        },
+        "optimizer": {"optimizer": adam(nn.Linear(2, 3))},
+        "rng_state": [{"torch_rng_state": torch.ones(3)}],
+    }
+    torch.save(megatron, "megatron.pt")
+    error = cli("summary", "megatron.pt", code=2).err
+    assert "holds no" not in error
+    for key in ("model.language_model.embedding.word_embeddings", "model.language_model.encoder"):
+        assert f"--key {key} " in error
+        cli("summary", "megatron.pt", "--key", key)
+
+
+def test_key_reaches_into_lists(cli: Cli, folder: Path) -> None:
+    one, two = linear(), linear()
+    torch.save({"models": [one, two], "epoch": 3}, "ensemble.pth")
+    assert "--key models.0 (2 tensors), --key models.1" in cli("params", "ensemble.pth", code=2).err
+    assert shown(cli, "ensemble.pth", "--key", "models.1")["weight"] == two["weight"].tolist()
+    assert "models is a list of 2" in cli("params", "ensemble.pth", "--key", "models.2", code=2).err
+    cli("freeze", "weight", "-m", "ensemble.pth", "--key", "models.1")
+    cli("cast", "weight", "float16", "-m", "ensemble.pth", "--key", "models.1", "-o", "out.pth")
+    written = torch.load("out.pth", weights_only=True)
+    assert [state["weight"].dtype for state in written["models"]] == [torch.float32, torch.float16]
+    assert written["epoch"] == 3
+    torch.save([one, two], "list.pth")
+    assert shown(cli, "list.pth", "--key", "0")["weight"] == one["weight"].tolist()
+    cli("cast", "weight", "float16", "-m", "list.pth", "--key", "0", "-o", "list2.pth")
+    assert torch.load("list2.pth", weights_only=True)[0]["weight"].dtype == torch.float16
+    script = cli("script", "-m", "list.pth", "--key", "0", "-e", "cast weight float16", "--out", "s.pth").out
+    exec(compile(script, "script", "exec"), {"__name__": "__main__"})
+    assert torch.load("s.pth", weights_only=True)[0]["weight"].dtype == torch.float16
+
+
+def test_a_nested_tensor_beside_is_kept(cli: Cli, folder: Path) -> None:
+    state = {"a.weight": torch.ones(2), "b.weight": torch.ones(2), "epoch": 3, "stats": {"mean": torch.full((1,), 7.0)}}
+    torch.save(state, "in.pth")
+    assert shown(cli, "in.pth").keys() == {"a.weight", "b.weight"}
+    cli("cast", "**", "float16", "-m", "in.pth", "-o", "out.pth")
+    written = torch.load("out.pth", weights_only=True)
+    assert written["epoch"] == 3
+    assert torch.equal(written["stats"]["mean"], torch.full((1,), 7.0))
+    assert written["a.weight"].dtype == torch.float16

@@ -268,7 +268,7 @@ class Contents:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     record: Record | None = None
     tree: Any = None
-    key: tuple[str, ...] | None = None
+    key: tuple[str | int, ...] | None = None
     foreign: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     types: Mapping[str, str] = field(default_factory=dict)

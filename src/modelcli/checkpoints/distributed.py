@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from modelcli.blueprints import ITEM_BYTES, Shape, counted, listed
-from modelcli.checkpoints import embedded, folders, limits, pickles, shapes, trees
+from modelcli.checkpoints import embedded, folders, limits, pickles, shapes, state_dicts, trees
 from modelcli.checkpoints.contents import Contents, FileId, JoinedSpan, Storage, TensorEntry, Windows, identity_of
 from modelcli.errors import FileFormatError, SystemFailureError, UnsafeError
 
@@ -434,4 +434,4 @@ def _chosen(folder: Path, tree: dict[str, Any], key: str | None) -> tuple[dict[s
 
 def _model_in(tree: Mapping[str, Any]) -> str | None:
     """The usual name under which a dict keeps a state dict."""
-    return next((name for name in trees.STATE_DICT_KEYS if isinstance(tree.get(name), dict)), None)
+    return next((name for name in state_dicts.STATE_DICT_KEYS if isinstance(tree.get(name), dict)), None)

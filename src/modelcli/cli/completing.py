@@ -129,12 +129,12 @@ def columns(_ctx: typer.Context, _incomplete: str) -> Iterable[str]:
 def keys(ctx: typer.Context, _incomplete: str) -> Iterable[str]:
     """The state dicts in the training checkpoint at hand."""
     from modelcli import checkpoints
-    from modelcli.checkpoints import trees
+    from modelcli.checkpoints import state_dicts
     from modelcli.references import CheckpointFile
 
     files = [target.source.reference() for target in _targets(ctx)]
     read = [checkpoints.read(file.path) for file in files if isinstance(file, CheckpointFile)]
-    return dict.fromkeys(key for contents in read for key in trees.state_dict_keys(contents.tree))
+    return dict.fromkeys(key for contents in read for key in state_dicts.keys_in(contents.tree))
 
 
 def _schemes() -> list[str]:

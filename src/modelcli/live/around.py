@@ -99,7 +99,7 @@ def other_copies(
 
 
 def _copies(
-    tree: Any, own: Sequence[str], names: Collection[str], path: tuple[str, ...] = ()
+    tree: Any, own: Sequence[str | int], names: Collection[str], path: tuple[str, ...] = ()
 ) -> Iterator[tuple[str, ...]]:
     """Where dicts stand that have tensors under at least half of these names, a wrapper's prefix before them or not."""
     if not isinstance(tree, dict) or path == tuple(own):

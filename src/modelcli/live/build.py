@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -123,8 +122,6 @@ def _expression(reference: Installed, weights: str | None, trust: bool) -> Archi
             error.hint = _by_its_name(call) or error.hint
             raise
         hint = f"did you mean {' or '.join(near)}? modelcli list shows them all" if near else error.hint
-        if re.fullmatch(r"\w+", call.name) and Path(call.name).exists():
-            hint = f"a file or folder of that name is written ./{call.name}"
         raise RequestError(f"no model is called {call.name!r}: no builder, no class of torch.nn", hint) from None
     if weights is not None:
         raise RequestError(f"--weights {weights} is for torchvision's builders", "give a file: --weights FILE")

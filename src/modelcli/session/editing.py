@@ -269,13 +269,16 @@ def _files_of(contents: Contents) -> frozenset[FileId]:
 
 def _around(live: Live, *, kept: bool) -> list[str]:
     """What became of the rest of a training checkpoint, and what of it no longer fits."""
+    from modelcli.checkpoints import state_dicts
     from modelcli.live import around
 
     contents = live.contents
     assert contents is not None
     assert contents.key is not None
     beside = [str(name) for name in contents.tree if name != contents.key[0]] if isinstance(contents.tree, dict) else []
-    rest = f"what {contents.path.name} holds beside {contents.key[0]!r} ({blueprints.listed(beside, 4)})"
+    key = state_dicts.key_of(contents.key)
+    names = f" ({blueprints.listed(beside, 4)})" if beside else ""
+    rest = f"what {contents.path.name} holds beside {key!r}{names}"
     if not kept:
         return [f"{rest} was left out"]
     unfit = around.unfit(contents.tree, live.opened_with, dict(live.module.named_parameters()))
@@ -284,7 +287,7 @@ def _around(live: Live, *, kept: bool) -> list[str]:
     if unwrapping:
         parts = blueprints.listed([repr(part) for part in unwrapping.parts], 6)
         unfit.append(
-            f"the keys in {contents.key[0]!r} are written without {parts}, and what wrote the file may ask for it "
+            f"the keys in {key!r} are written without {parts}, and what wrote the file may ask for it "
             "(an edit without --arch leaves the keys as they are)"
         )
     renamed = around.renamed(live.opened_tensors, live.module)

@@ -67,7 +67,7 @@ class Plan:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     extras: Mapping[str, Any] = field(default_factory=dict)
     tree: Any = None
-    key: tuple[str, ...] | None = None
+    key: tuple[str | int, ...] | None = None
     texts: Mapping[str, str] = field(default_factory=dict)
     order: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()

@@ -9,7 +9,7 @@ from typing import Any
 
 from modelcli import record as records
 from modelcli.blueprints import ITEM_BYTES
-from modelcli.checkpoints import CompositeEntry
+from modelcli.checkpoints import CompositeEntry, state_dicts
 from modelcli.checkpoints import torch_zip as reader
 from modelcli.checkpoints.pickles import OrderedDict
 from modelcli.errors import FileFormatError, SystemFailureError
@@ -71,9 +71,12 @@ def _tree(plan: Plan) -> Any:
     return _with(plan.tree, plan.key, state_dict)
 
 
-def _with(tree: Any, key: tuple[str, ...], value: Any) -> Any:
+def _with(tree: Any, key: tuple[str | int, ...], value: Any) -> Any:
+    """A tree with another value at the end of a path through its dicts and lists."""
     if not key:
         return value
+    if isinstance(tree, list | tuple):
+        return type(tree)(_with(item, key[1:], value) if place == key[0] else item for place, item in enumerate(tree))
     changed = type(tree)(tree)
     if isinstance(tree, OrderedDict):
         changed.state = tree.state
@@ -84,7 +87,7 @@ def _with(tree: Any, key: tuple[str, ...], value: Any) -> Any:
 def verify_header(plan: Plan, path: Path) -> None:
     """Read the archive's own account of itself back, and compare it with the plan."""
     try:
-        contents = reader.read(path, ".".join(plan.key) if plan.key else None)
+        contents = reader.read(path, state_dicts.key_of(plan.key) if plan.key else None)
     except FileFormatError as error:
         raise SystemFailureError(f"what was read back is damaged; nothing was changed: {error.message}") from None
     found = {

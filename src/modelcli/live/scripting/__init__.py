@@ -312,7 +312,7 @@ def _loaded(page: Page, file: Path) -> str:
 
 
 def _keys(contents: Contents) -> str:
-    return "".join(f"[{quoted(key)}]" for key in contents.key or ())
+    return "".join(f"[{step if isinstance(step, int) else quoted(step)}]" for step in contents.key or ())
 
 
 def _seen(path: Path) -> str:

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
+import collections
+import datetime
+import decimal
+import enum
+import functools
+import os
+import pickle
+import subprocess
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -376,3 +387,144 @@ def test_a_nested_tensor_beside_is_kept(cli: Cli, folder: Path) -> None:
     assert written["epoch"] == 3
     assert torch.equal(written["stats"]["mean"], torch.full((1,), 7.0))
     assert written["a.weight"].dtype == torch.float16
+
+
+def test_rename_leaves_what_stands_beside_the_tensors(cli: Cli, folder: Path) -> None:
+    torch.save({"w": torch.ones(2), "b.w": torch.ones(2), "epoch": 3, "stats": {"mean": torch.ones(1)}}, "in.pth")
+    cli("rename", "**", "x.**", "-m", "in.pth", "-o", "out.pth")
+    written = torch.load("out.pth", weights_only=True)
+    assert written.keys() == {"x.w", "x.b.w", "epoch", "stats"}
+    script = cli("script", "-m", "in.pth", "-e", "rename ** x.**", "--out", "s.pth").out
+    exec(compile(script, "script", "exec"), {"__name__": "__main__"})
+    assert torch.load("s.pth", weights_only=True).keys() == written.keys()
+    cli("rename", "epoch", "step", "-m", "in.pth", "-o", "named.pth")  # by its own name it is meant
+    assert torch.load("named.pth", weights_only=True)["step"] == 3
+
+
+# --- training checkpoints: what stands beside the state dict ---------------------------------------------------------
+
+
+class Phase(enum.Enum):
+    """An enum of somebody's own."""
+
+    WARM_UP = "warm up"
+    MAIN = 2
+
+
+class Config(collections.OrderedDict[str, Any]):
+    """A configuration as many programs have it."""
+
+
+def beside() -> dict[str, Any]:
+    """What training loops save of themselves."""
+    space = argparse.Namespace(lr=0.1, out=Path("runs/1"), betas=(0.9, 0.95), nested=argparse.Namespace(n=None))
+    config = Config(lr=0.1)
+    config["inner"] = Config(depth=3)
+    return {
+        "epoch": 3,
+        "best": np.float64(0.25),
+        "step": np.int64(7),
+        "curve": np.arange(6.0).reshape(2, 3),
+        "dtype": np.dtype("float32"),
+        "rng": np.random.RandomState(1).get_state(),
+        "out": Path("runs/1"),
+        "args": space,
+        "started": datetime.datetime(2026, 1, 2, 3, 4, 5, tzinfo=datetime.UTC),
+        "took": datetime.timedelta(seconds=3),
+        "phase": Phase.WARM_UP,
+        "next": Phase.MAIN,
+        "config": config,
+        "counts": collections.defaultdict(int, a=1),
+        "last": collections.deque([1, 2], maxlen=5),
+        "tags": frozenset({"a"}),
+        "id": uuid.UUID(int=5),
+        "price": decimal.Decimal("1.5"),
+    }
+
+
+def same(ours: Any, theirs: Any) -> bool:
+    if isinstance(theirs, np.ndarray):
+        return bool(ours.dtype == theirs.dtype and np.array_equal(ours, theirs))
+    if isinstance(theirs, tuple):
+        return len(ours) == len(theirs) and all(map(same, ours, theirs))
+    return type(ours) is type(theirs) and bool(ours == theirs)
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_objects_of_standard_types_beside_the_state_dict_are_kept(cli: Cli, folder: Path, legacy: bool) -> None:
+    net = nn.Linear(2, 3)
+    tree = {"model": net.state_dict(), "optimizer": adam(net), **beside()}
+    torch.save(tree, "train.pth", _use_new_zipfile_serialization=not legacy)
+    result = cli("cast", "weight", "float16", "-m", "train.pth", "-o", "out.pth", "--json").json
+    assert any("are copied as they are, and none is loaded" in note for note in result["notes"])
+    written = torch.load("out.pth", weights_only=False)
+    assert list(written) == list(tree)
+    assert written["model"]["weight"].dtype == torch.float16
+    assert torch.equal(written["optimizer"]["state"][0]["exp_avg"], tree["optimizer"]["state"][0]["exp_avg"])
+    for name, theirs in beside().items():
+        assert same(written[name], theirs), name
+    for file in ("train.pth", "out.pth"):
+        (row,) = cli("check", file, "--safe", "--json", code=1).json["checks"]
+        assert "argparse.Namespace" in row["found"]
+    cli("freeze", ".", "-m", "out.pth", "-o", "again.pth")  # what was written can be edited again
+    assert same(torch.load("again.pth", weights_only=False)["phase"], Phase.WARM_UP)
+
+
+def test_objects_in_a_flat_checkpoint_are_kept(cli: Cli, folder: Path) -> None:
+    torch.save({"w": torch.ones(2), "args": argparse.Namespace(lr=0.1), "best": np.float32(1)}, "in.pth")
+    cli("rename", "**", "x.**", "-m", "in.pth", "-o", "out.pth")
+    written = torch.load("out.pth", weights_only=False)
+    assert written.keys() == {"x.w", "args", "best"}
+    assert written["args"] == argparse.Namespace(lr=0.1)
+
+
+class Calls:
+    """Pickled as a call of anything."""
+
+    def __init__(self, function: Any, *args: Any) -> None:
+        self.call = (function, args)
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+class Loaded:
+    """An object of somebody's own that does as it likes when it is loaded."""
+
+    def __init__(self) -> None:
+        self.path = "x"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        Calls(os.system, "true"),
+        Calls(subprocess.Popen, "true"),
+        Calls(eval, "1"),
+        Calls(Path.touch, Path("x")),
+        Calls(Phase, Phase("warm up"), 1),
+        Calls(Loaded, "/tmp/x.so"),
+        Calls(collections.defaultdict, os.getcwd),
+        Calls(getattr, os, "system"),
+        os.system,
+        Loaded(),
+        functools.partial(os.system, "true"),
+        nn.Linear(2, 2),
+    ],
+    ids=lambda value: str(getattr(value, "call", value))[:30],
+)
+def test_any_other_object_beside_the_state_dict_is_refused(cli: Cli, folder: Path, value: Any) -> None:
+    try:
+        torch.save({"model": linear(), "args": argparse.Namespace(lr=0.1), "x": value}, "train.pth")
+    except (pickle.PicklingError, TypeError):
+        pytest.skip("Python does not pickle it")
+    error = cli("cast", "weight", "float16", "-m", "train.pth", "-o", "out.pth", code=3).err
+    assert "--tensors-only" in error
+    assert not Path("out.pth").exists()
+    cli("cast", "weight", "float16", "-m", "train.pth", "-o", "out.pth", "--tensors-only")
+    assert torch.load("out.pth", weights_only=True).keys() == linear().keys()
+
+
+def test_a_whole_pickled_module_is_refused_as_before(cli: Cli, folder: Path) -> None:
+    torch.save({"model": nn.Linear(2, 3), "args": argparse.Namespace(lr=0.1)}, "whole.pth")
+    cli("cast", "weight", "float16", "-m", "whole.pth", "-o", "out.pth", code=3)

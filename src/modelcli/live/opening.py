@@ -12,7 +12,7 @@ from torch import nn
 from modelcli import checkpoints, references
 from modelcli import record as records
 from modelcli.blueprints import Blueprint
-from modelcli.checkpoints import Contents
+from modelcli.checkpoints import Contents, inert_objects
 from modelcli.checkpoints.contents import foreign_names
 from modelcli.edits import Edit, Extract
 from modelcli.edits import parse as parse_edit
@@ -265,11 +265,18 @@ class _Opening:
 
 
 def read_to_edit(path: Path, source: Source, notes: list[str]) -> Contents:
-    """Read a checkpoint. One with objects of foreign classes is refused, or cleaned of them where `source` asks to."""
+    """Read a checkpoint. Objects of foreign classes in it are kept where they are inert beside the state dict; else it
+    is refused, or cleaned of them where `source` asks to."""
     contents = checkpoints.read(path, key=source.key)
     if not contents.foreign:
         return contents
     names = foreign_names(contents.foreign, most=5)
+    if not source.tensors_only and inert_objects.all_inert(contents):
+        notes.append(
+            f"objects of {names} beside the tensors are copied as they are, and none is loaded: "
+            "check --safe fails on what holds them, and torch.load needs weights_only=False"
+        )
+        return contents
     if not source.tensors_only:
         raise UnsafeError(
             f"{path} holds objects of {names}, which only running code could load",

@@ -85,7 +85,7 @@ class _Script:
         if base is not None:
             self.page.paragraph()
         try:
-            if source.tensors_only and checkpoints.read(contents.path, key=source.key).foreign:
+            if contents.foreign or (source.tensors_only and checkpoints.read(contents.path, key=source.key).foreign):
                 raise InexpressibleError("the file holds objects of foreign classes, which weights_only=True refuses")
             _read_state(self.page, contents, self.live.report.unwrapping if self.live.report else Unwrapping())
         except InexpressibleError as error:

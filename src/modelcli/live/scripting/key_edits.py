@@ -14,6 +14,7 @@ from modelcli.live.describe import describe
 from modelcli.live.scripting.model_edits import CAST_VIEWS, KEEP_WEIGHTS, fills, new_module
 from modelcli.live.scripting.page import STATEMENTS, InexpressibleError, Page, call, deleted, loop, mapping, quoted
 from modelcli.live.sources import named_tensors
+from modelcli.live.surgery import renaming
 from modelcli.live.surgery.initialising import DEFAULT, scheme_name
 from modelcli.live.surgery.storages import has_storage, key_of
 
@@ -99,8 +100,7 @@ def _statements(
     blueprint = describe(before)
     match edit:
         case Rename():
-            renamed = selectors.renaming(edit.old, edit.new, blueprint)
-            names = {name: renamed(name) for name in before.state_dict()}
+            names = renaming.names_given(edit, blueprint, before.state_dict())
             return state.rename({name: name if new is None else new for name, new in names.items()})
         case Extract():
             (path,) = selectors.select_modules(blueprint, [edit.path])

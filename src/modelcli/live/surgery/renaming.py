@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from modelcli import selectors
-from modelcli.blueprints import ancestors, parent_of
+from modelcli.blueprints import Blueprint, ancestors, parent_of
+from modelcli.checkpoints import CompositeEntry
 from modelcli.edits import Rename
 from modelcli.errors import RequestError
 from modelcli.live.build import Bare
@@ -25,9 +27,8 @@ _ROWS = 20
 def carry_out(module: nn.Module, edit: Rename, context: Context) -> Done:
     """Give a new tree with the keys renamed; the old one stays as it is."""
     blueprint = describe(module)
-    renamed = selectors.renaming(edit.old, edit.new, blueprint)
     state: dict[str, Any] = module.state_dict(keep_vars=True)
-    new_names = {name: renamed(name) for name in state}
+    new_names = names_given(edit, blueprint, state)
     if all(new is None for new in new_names.values()):
         selector = selectors.parse(edit.old)
         if selectors.matched_modules(selector, blueprint):
@@ -49,6 +50,23 @@ def carry_out(module: nn.Module, edit: Rename, context: Context) -> Done:
     _keep_origins(module, tree, names)
     changes = _changes(edit, state, names, moved)
     return Done(tree, [replace(changes[0], resolved=(str(edit),)), *changes[1:]], inputs=context.inputs)
+
+
+def names_given(edit: Rename, blueprint: Blueprint, state: Mapping[str, Any]) -> dict[str, str | None]:
+    """The new name of each key of a state dict; None for one that is not meant."""
+    renamed = selectors.renaming(edit.old, edit.new, blueprint)
+    return {
+        name: None if name != edit.old and _is_beside(name, value) else renamed(name) for name, value in state.items()
+    }
+
+
+def _is_beside(name: str, value: Any) -> bool:
+    """Whether an entry of a flat checkpoint is no part of the model: `epoch` beside the tensors.
+
+    It is renamed by its own name, and no pattern means it.
+    """
+    is_tensor = isinstance(value, torch.Tensor | CompositeEntry)
+    return not is_tensor and "." not in name and not name.endswith("_extra_state")
 
 
 def _check(names: Mapping[str, str], moved: Sequence[str]) -> None:

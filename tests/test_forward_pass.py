@@ -16,6 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 import torchinfo
 from torch import nn
 
+from modelcli import input_texts
 from modelcli.blueprints import Trace
 from modelcli.live.inputs import Inputs
 from modelcli.live.mult_adds import MultAdds
@@ -395,3 +396,124 @@ def test_an_output_shape_that_cannot_be_found_out_is_no_answer(cli: Cli, folder:
     assert "--output-shape cannot be checked: the forward pass ended in 1" in result.error["message"]
     assert "no input size is known" in cli("check", "Linear(4,3)", "--output-shape", "1,3", code=2).err
     cli("check", "Linear(4,3)", "--input-size", "1,4", "--output-shape", "1,2", code=1)
+
+
+# --- what flows in ----------------------------------------------------------------------------------------------------
+
+TAKES = (
+    "class Two(nn.Module):\n" + INIT + "        self.a = nn.Linear(4, 3)\n"
+    "    def forward(self, x, y):\n        return self.a(x) + y\n"
+    "class Keyword(Two):\n    def forward(self, *, x, y=0):\n        return self.a(x) + y\n"
+    "class Batch(Two):\n    def forward(self, batch):\n        return self.a(batch['image']) * batch['more']['scale']\n"
+    "class Several(Two):\n    def forward(self, xs: list[torch.Tensor], steps: int, flag: bool = False):\n"
+    "        return torch.cat([self.a(x) for x in xs] * steps) if flag else self.a(xs[0])\n"
+    "class State(Two):\n    def forward(self, x, state: tuple[torch.Tensor, torch.Tensor]):\n"
+    "        return self.a(x) + (state + (x,))[1]\n"
+    "class Nothing(Two):\n    def forward(self):\n        return self.a.weight.sum(0)\n"
+    "class Maybe(Two):\n    def forward(self, x=None):\n        return self.a(torch.ones(2, 4) if x is None else x)\n"
+    "class Time(Two):\n    def forward(self, x, t):\n        return self.a(x) * t.sin().reshape(-1, 1)\n"
+    "class Tokens(nn.Module):\n" + INIT + "        self.a = nn.Embedding(9, 4)\n"
+    "    def forward(self, input_ids, attention_mask=None):\n        x = self.a(input_ids)\n"
+    "        return x if attention_mask is None else x * attention_mask.unsqueeze(2)\n"
+    "class Lightning(Two):\n    example_input_array = None\n    def __init__(self):\n        super().__init__()\n"
+    "        self.example_input_array = {'x': torch.zeros(7, 4), 'y': torch.zeros(7, 3)}\n"
+)
+
+STATED: dict[str, tuple[str, tuple[str, ...], list[int]]] = {
+    "by name": ("Two", ("x=2,4", "y=2,3"), [2, 3]),
+    "by position": ("Two", ("2,4", "2,3"), [2, 3]),
+    "both": ("Two", ("2,4", "y=1x3"), [2, 3]),
+    "by keyword alone": ("Keyword", ("x=2,4",), [2, 3]),
+    "a number by keyword": ("Keyword", ("x=2,4", "y==5"), [2, 3]),
+    "a dict": ("Batch", ("batch.image=2,4", "batch.more.scale=scalar"), [2, 3]),
+    "a list": ("Several", ("xs.0=2,4", "xs.1=5,4", "steps==2", "flag==True"), [14, 3]),
+    "a list by position": ("Several", ("0.0=2,4", "0.1=5,4", "==3", "flag==true"), [21, 3]),
+    "a tuple": ("State", ("x=1,3", "state.0=1,3", "state.1=1,3"), []),
+    "nothing": ("Nothing", ("none",), [4]),
+    "nothing though it could": ("Maybe", ("none",), [2, 3]),
+    "no dimension": ("Time", ("x=2,4", "t=()"), [2, 3]),
+    "no dimension, by its word": ("Time", ("x=2,4", "t=scalar:float32"), [2, 3]),
+    "tokens": ("Tokens", ("input_ids=2,6", "attention_mask=2,6"), [2, 6, 4]),
+    "whole numbers": ("Tokens", ("2,6:int64",), [2, 6, 4]),
+}
+
+
+@pytest.mark.parametrize("name", STATED)
+def test_inputs_that_are_stated(name: str, cli: Cli, folder: Path) -> None:
+    kind, inputs, shape = STATED[name]
+    written(folder, TAKES.replace("nn.Linear(4, 3)", "nn.Linear(3, 3)") if kind == "State" else TAKES)
+    words = [word for text in inputs for word in ("--input", text)]
+    document = cli("summary", f"own.py:{kind}", *words, "--json").json
+    assert document["reason"] is None
+    assert document["layers"][0]["output_shape"] == (shape or [1, 3])
+
+
+def test_inputs_are_given_to_plain_torch_as_they_are_stated() -> None:
+    texts = ("a=2,3", "b.x=1:int64", "b.y.0=4", "b.y.1==2.5", "c==hello", "d=scalar:bool")
+    given = Inputs((), named=input_texts.parse_all(texts)).tensors("cpu")
+    assert given.args == ()
+    assert {"a", "b", "c", "d"} == given.kwargs.keys()
+    assert given.kwargs["b"]["x"].dtype == torch.int64
+    assert (given.kwargs["b"]["y"][0].shape, given.kwargs["b"]["y"][1]) == ((4,), 2.5)
+    assert (given.kwargs["c"], given.kwargs["d"].shape, given.kwargs["d"].dtype) == ("hello", (), torch.bool)
+    assert [tuple(tensor.shape) for tensor in given] == [(2, 3), (1,), (4,), ()]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "told"),
+    [
+        (("z=2,4",), "no argument 'z'"),
+        (("x=2,a",), "'2,a' is not a shape"),
+        (("x=2,4:float31",), "no dtype 'float31'"),
+        (("x y=2,4",), "'x y' is not the name of an argument"),
+        (("none", "x=2,4"), "--input none says that forward takes nothing"),
+        (("x=2,4", "x=2,4"), "input x is stated twice"),
+        (("x=2,4", "x.a=2,4"), "what holds it"),
+        (("2=2,4",), "input 0 is not"),
+    ],
+)
+def test_inputs_that_are_wrong(inputs: tuple[str, ...], told: str, cli: Cli, folder: Path) -> None:
+    written(folder, TAKES)
+    words = [word for text in inputs for word in ("--input", text)]
+    assert told in cli("summary", "own.py:Two", *words, code=2).err
+
+
+def test_a_model_that_says_what_it_takes(cli: Cli, folder: Path) -> None:
+    """Lightning's `example_input_array`, and a forward without arguments."""
+    written(folder, TAKES)
+    assert cli("summary", "own.py:Lightning", "--json").json["layers"][0]["output_shape"] == [7, 3]
+    assert cli("summary", "own.py:Nothing", "--json").json["layers"][0]["output_shape"] == [4]
+
+
+def test_a_hint_names_what_works(cli: Cli, folder: Path) -> None:
+    """What a hint says, once the shapes are filled in, is taken."""
+    written(folder, TAKES)
+    reason = cli("summary", "own.py:Keyword", "--json").json["reason"]
+    assert "--input x=SHAPE" in reason
+    reason = cli("summary", "own.py:Two", "--json").json["reason"]
+    assert "--input x=SHAPE --input y=SHAPE" in reason
+    reason = cli("summary", "own.py:Two", "--input-size", "2,4", "--json").json["reason"]
+    assert "--input y=SHAPE" in reason
+    words = ("summary", "own.py:Two", "--input-size", "2,4", "--input", "y=2,3", "--json")
+    assert cli(*words).json["reason"] is None
+
+
+def test_recipes_and_records_keep_the_inputs(cli: Cli, folder: Path) -> None:
+    written(folder, TAKES)
+    cli("load", "own.py:Batch", "--input", "batch.image=2,4", "--input", "batch.more.scale=scalar")
+    assert 'inputs = ["batch.image=2,4", "batch.more.scale=scalar"]' in (folder / "modelcli.toml").read_text()
+    assert cli("log", "--json").json["inputs"] == ["batch.image=2,4", "batch.more.scale=scalar"]
+    assert cli("replace", "a", "Linear(_,7)", "--json").json["check"]["ran"]
+    cli("save", "out.pth")
+    (folder / "modelcli.toml").unlink()
+    assert cli("summary", "out.pth", "--json").json["layers"][0]["output_shape"] == [2, 7]
+    edited = cli("replace", "a", "Linear(_,9)", "-m", "out.pth", "--trust", "--json").json
+    assert edited["check"]["output_shape"] == [2, 9]
+    cli("load", "own.py:Nothing", "--input", "none")
+    cli("save", "none.safetensors")
+    assert cli("summary", "none.safetensors", "--json").json["layers"][0]["output_shape"] == [4]
+    (folder / "modelcli.toml").write_text('model = "own.py:Two"\ninputs = ["x=2,4", "y=2,b"]\nedits = []\n')
+    assert "modelcli.toml:2: input 'y=2,b': '2,b' is not a shape" in cli("summary", code=2).err
+    (folder / "modelcli.toml").write_text('model = "own.py:Two"\ninputs = ["x=2,4"]\nedits = []\n')
+    result = cli("summary", "--input", "x=5,4", "--input", "y=5,3", "--json")
+    assert result.json["layers"][0]["output_shape"] == [5, 3]

@@ -49,6 +49,7 @@ class Key:
     input_size: tuple[tuple[int, ...], ...] | None
     input_dtype: tuple[str, ...]
     mode: str
+    inputs: tuple[str, ...] = ()
 
     def document(self) -> dict[str, Any]:
         """The key as JSON values, with the versions that decide what a builder builds."""
@@ -58,6 +59,7 @@ class Key:
             "weights": self.weights,
             "input_size": None if self.input_size is None else [list(size) for size in self.input_size],
             "input_dtype": list(self.input_dtype),
+            "inputs": list(self.inputs),
             "mode": self.mode,
             "versions": dict(_versions()),
         }

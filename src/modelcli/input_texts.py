@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 
 from modelcli.blueprints import ITEM_BYTES, Shape, dtype_called
 from modelcli.errors import RequestError, did_you_mean
@@ -33,9 +34,12 @@ class InputText:
     dtype: str | None = None
     value: Value = None
 
-    @property
-    def is_tensor(self) -> bool:
-        return self.shape is not None
+    def __str__(self) -> str:
+        name = ".".join(self.path)
+        if self.shape is None:
+            return f"{name}=={self.value!r}"
+        shape = ",".join(map(str, self.shape)) or "scalar"
+        return (f"{name}={shape}" if name else shape) + (f":{self.dtype}" if self.dtype else "")
 
 
 def parse_all(texts: Sequence[str]) -> tuple[InputText, ...]:
@@ -48,14 +52,11 @@ def parse_all(texts: Sequence[str]) -> tuple[InputText, ...]:
 
 
 def numbered(inputs: Sequence[InputText], start: int = 0) -> Iterator[InputText]:
-    """The inputs with a position for each that has no name; `start` positions are taken already."""
-    position = start
+    """The inputs with a position for each that has no name: the next that none states; `start` are taken already."""
+    stated = {item.path[0] for item in inputs if item.path}
+    free = (str(position) for position in count(start) if str(position) not in stated)
     for item in inputs:
-        if item.path:
-            yield item
-        else:
-            yield replace(item, path=(str(position),))
-            position += 1
+        yield item if item.path else replace(item, path=(next(free),))
 
 
 def parse(text: str) -> InputText:

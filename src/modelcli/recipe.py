@@ -17,7 +17,7 @@ from tomlkit import TOMLDocument
 from tomlkit.exceptions import ParseError, TOMLKitError
 from tomlkit.items import Array
 
-from modelcli import atomic, edits, locks
+from modelcli import atomic, edits, input_texts, locks
 from modelcli.blueprints import ITEM_BYTES, dtype_called
 from modelcli.edits import Edit
 from modelcli.errors import RequestError, SystemFailureError, closest
@@ -35,6 +35,7 @@ KEYS = (
     "seed",
     "input_size",
     "input_dtype",
+    "inputs",
     "edits",
 )
 
@@ -111,6 +112,13 @@ def read(path: Path, *, model: str | None = None) -> Recipe:
                     dtypes.append(_dtype(item))
             except RequestError as error:
                 report(key, error.message)
+    inputs = [item for item in _listed(document.get("inputs"), whole=False) if isinstance(item, str)]
+    try:
+        input_texts.parse_all(inputs)
+        if len(inputs) < len(_listed(document.get("inputs"), whole=False)):
+            raise RequestError(f"inputs is text like 'x=1,128:int64', not {document['inputs']!r}")
+    except RequestError as error:
+        report("inputs", error.message)
     parsed: list[Edit] = []
     places: list[str] = []
     lines_of_edits = document.get("edits", [])
@@ -143,6 +151,7 @@ def read(path: Path, *, model: str | None = None) -> Recipe:
         seed=document.get("seed"),
         input_size=tuple(sizes) or None,
         input_dtype=tuple(dtypes),
+        inputs=tuple(inputs),
         folder=path.parent,
     )
     return Recipe(path, source, tuple(parsed), tuple(places))
@@ -249,6 +258,8 @@ def start(path: Path, source: Source) -> None:
         document["input_size"] = sizes[0] if len(sizes) == 1 else sizes
     if source.input_dtype:
         document["input_dtype"] = list(source.input_dtype)
+    if source.inputs:
+        document["inputs"] = list(source.inputs)
     document["edits"] = tomlkit.array()
     _write(path, _encoded(path, tomlkit.dumps(document)))
 

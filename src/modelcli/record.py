@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from modelcli import blueprints
+from modelcli import blueprints, input_texts
 from modelcli.blueprints import Blueprint, TensorInfo
 from modelcli.edits import Edit
 from modelcli.edits import parse as parse_edit
@@ -41,6 +41,7 @@ class Record:
     input_dtype: tuple[str, ...] = ()
     numbers: tuple[int, ...] = ()
     edit_count: int = 0
+    inputs: tuple[str, ...] = ()
 
     def parsed_edits(self) -> list[Edit]:
         return [parse_edit(line) for line in self.edits]
@@ -61,6 +62,8 @@ def to_text(record: Record) -> str:
         "edit_count": record.edit_count,
         "blueprint": blueprints.to_json(record.blueprint),
     }
+    if record.inputs:
+        document["inputs"] = list(record.inputs)
     return json.dumps(document, ensure_ascii=True, separators=(",", ":"))
 
 
@@ -87,6 +90,7 @@ def from_text(text: str) -> Record | None:
             input_dtype=_texts(document.get("input_dtype") or []),
             numbers=_numbers(document.get("numbers", [*range(1, len(edits) + 1)]), len(edits)),
             edit_count=_count(document.get("edit_count", len(edits))),
+            inputs=_inputs(document.get("inputs")),
         )
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError, RequestError):
         return None
@@ -96,6 +100,12 @@ def _texts(values: object) -> tuple[str, ...]:
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise TypeError("a list of text was expected")
     return tuple(values)
+
+
+def _inputs(values: object) -> tuple[str, ...]:
+    texts = () if values is None else _texts(values)
+    input_texts.parse_all(texts)
+    return texts
 
 
 def _count(value: object) -> int:

@@ -263,7 +263,8 @@ def _names_no_class(text: str, path: Path) -> RequestError:
 class Source:
     """Where a model comes from: everything that decides its architecture and its numbers.
 
-    `folder` is what relative paths are seen from. `input_size` holds one shape for each input, batch included.
+    `folder` is what relative paths are seen from. `input_size` holds one shape for each input, batch included, and
+    `inputs` the texts of those that are stated otherwise: see `input_texts`.
     """
 
     model: str
@@ -273,6 +274,7 @@ class Source:
     seed: int | None = None
     input_size: tuple[tuple[int, ...], ...] | None = None
     input_dtype: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
     folder: Path = Path()
     strict: bool = True
     trust: bool = False
@@ -280,6 +282,10 @@ class Source:
 
     def reference(self) -> Reference:
         return parse(self.model, self.folder)
+
+    def reference_folder(self) -> Path:
+        """The folder that a record in this model's file sees paths from."""
+        return (self.folder / self.model).parent
 
 
 #: What a size in bytes may end in, as disks and Hugging Face count: in powers of ten, those with an i in powers of two.

@@ -150,7 +150,7 @@ def _show_log(path: str | None, options: OutputOptions, notes: list[str] | None 
     source = read.source
     sizes = None if source.input_size is None else [list(size) for size in source.input_size]
     details: dict[str, Any] = {"weights": source.weights, "arch": source.arch, "key": source.key, "seed": source.seed}
-    details |= {"input_size": sizes, "input_dtype": list(source.input_dtype)}
+    details |= {"input_size": sizes, "input_dtype": list(source.input_dtype), "inputs": list(source.inputs)}
     view = documents.log(source.model, None, read.path, [str(edit) for edit in read.edits], details)
     output.show(view, options, notes or ())
 

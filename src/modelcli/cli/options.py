@@ -130,6 +130,13 @@ class SourceOptions(ModelOptions):
         autocompletion=completing.dtypes,
         metavar="DTYPE",
     )
+    inputs: list[str] | None = _option(
+        "--input",
+        help="An input by the name of its argument: input_ids=1,128:int64, batch.image=1,3,8,8, x=scalar, steps==5; "
+        "none where forward takes nothing. Again for each further input.",
+        metavar="NAME=SHAPE[:DTYPE]",
+        rich_help_panel="Model",
+    )
     recipe: Path | None = _option(
         "--recipe",
         help="The recipe. \\[default: $MODELCLI_RECIPE, or modelcli.toml]",
@@ -139,11 +146,13 @@ class SourceOptions(ModelOptions):
 
     def overrides(self) -> dict[str, Any]:
         """The fields of a `Source` that were given. Raises RequestError for an input that cannot be read."""
+        from modelcli import input_texts
         from modelcli.blueprints import ITEM_BYTES, dtype_called
         from modelcli.errors import RequestError, did_you_mean
         from modelcli.references import parse_input_size
 
         check_seed(self.seed)
+        input_texts.parse_all(self.inputs or ())
         dtypes = tuple(map(dtype_called, self.input_dtype or ()))
         for name in dtypes:
             if name not in ITEM_BYTES:
@@ -157,6 +166,7 @@ class SourceOptions(ModelOptions):
             "seed": self.seed,
             "input_size": tuple(map(parse_input_size, self.input_size or ())),
             "input_dtype": dtypes,
+            "inputs": tuple(self.inputs or ()),
             "trust": self.trust,
             "tensors_only": self.tensors_only,
         }

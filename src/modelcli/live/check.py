@@ -162,8 +162,8 @@ def _stated(module: nn.Module, misfit: Misfit, inputs: Inputs) -> str | None:
 def _other_size(module: nn.Module, misfit: Misfit, inputs: Inputs) -> str:
     """The input that a module would fit which takes the model's own: images in grey, more features."""
     argument, own = misfit.argument, getattr(module, misfit.argument or "", None)
-    sizes = inputs.shapes[0]
-    if argument is None or not isinstance(own, int) or argument_from(argument, sizes) != misfit.value:
+    sizes = inputs.shapes[0] if inputs.shapes else ()
+    if argument is None or not sizes or not isinstance(own, int) or argument_from(argument, sizes) != misfit.value:
         return ""
     other = shape_with(argument, sizes, own)
     return "" if other is None else f"; or --input-size {','.join(map(str, other))}, if that is what it is to take"

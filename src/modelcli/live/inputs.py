@@ -63,6 +63,13 @@ class Inputs:
         """The shape of each tensor, in the order in which they are stated."""
         return (*self.shapes, *(item.shape for item in self.named if item.shape is not None))
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The inputs that are stated otherwise than by shapes alone, as `input_texts` reads them."""
+        if not self.shapes and not self.named:
+            return (input_texts.NONE,)
+        return tuple(map(str, self.named))
+
     def with_floating(self, dtype: str) -> Inputs:
         """What the model takes when its own dtype is another: inputs that were stated to be of the old one are, too."""
         stated = tuple(dtype if name == self.floating else name for name in self.dtypes)
@@ -161,7 +168,10 @@ def fitted(inputs: Inputs, module: nn.Module) -> Inputs:
 
 def known_by_itself(module: nn.Module) -> Inputs | None:
     """What a model says that it takes: nothing, where its `forward` has no argument, or Lightning's example."""
-    example = getattr(module, "example_input_array", None)
+    try:
+        example = getattr(module, "example_input_array", None)
+    except Exception:  # a property of anybody's
+        example = None
     if example is not None and (found := _as_example(example)) is not None:
         return found
     try:
@@ -193,3 +203,16 @@ def _as_example(example: Any) -> Inputs | None:
     if not isinstance(example, Mapping | list | tuple) or not add((), example):
         return None
     return Inputs((), named=tuple(named))
+
+
+def how_to_state(module: nn.Module) -> str:
+    """Which options would say what flows into a model whose input is not known."""
+    try:
+        parameters = inspect.signature(module.forward).parameters.values()
+    except (TypeError, ValueError):
+        parameters = ()  # type: ignore[assignment]
+    variable = [p for p in parameters if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    needed = [p for p in parameters if p.default is p.empty and p not in variable]
+    if len(needed) <= 1 and not any(p.kind is p.KEYWORD_ONLY for p in needed):
+        return "give --input-size, batch included"
+    return f"give {' '.join(f'--input {p.name}=SHAPE' for p in needed)}, batch included"

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from modelcli import checkpoints, references
+from modelcli import checkpoints, input_texts, references
 from modelcli import record as records
 from modelcli.blueprints import Blueprint
 from modelcli.checkpoints import Contents, inert_objects
@@ -17,7 +18,7 @@ from modelcli.checkpoints.contents import foreign_names
 from modelcli.edits import Edit, Extract
 from modelcli.edits import parse as parse_edit
 from modelcli.errors import RequestError, UnsafeError
-from modelcli.live import loading, memory, trace, zoo
+from modelcli.live import inputs, loading, memory, trace, zoo
 from modelcli.live.build import Architecture, architecture
 from modelcli.live.describe import describe, floating_dtype
 from modelcli.live.inputs import Inputs
@@ -255,13 +256,20 @@ class _Opening:
         if record is not None and any(isinstance(edit, Extract) for edit in record.parsed_edits()):
             builder = None  # what is left of it takes something else
         dtypes = source.input_dtype or (record.input_dtype if record else ())
-        shapes = source.input_size or (record.input_size if record else None)
+        shapes, texts = source.input_size, source.inputs
+        if shapes is None and not texts and record is not None:
+            shapes, texts = record.input_size, record.inputs
+        floating = floating_dtype(module) or "float32"
+        if texts:
+            stated = Inputs(shapes or (), dtypes, floating=floating, named=input_texts.parse_all(texts))
+            return inputs.fitted(stated, module)
         if shapes is None and builder is not None and self.base is not None:
             shapes = zoo.input_sizes(builder, self.base.weights, module)
         if shapes is None:
-            return None
+            known = inputs.known_by_itself(module)
+            return None if known is None else replace(known, floating=floating)
         as_list = builder is not None and zoo.takes_list_of_images(builder)
-        return Inputs(shapes, dtypes, as_list, floating_dtype(module) or "float32")
+        return Inputs(shapes, dtypes, as_list, floating)
 
 
 def read_to_edit(path: Path, source: Source, notes: list[str]) -> Contents:
@@ -332,8 +340,8 @@ def blueprint_of(instance: nn.Module, shapes: tuple[tuple[int, ...], ...] | None
     found = describe(instance)
     if shapes is None:
         return found
-    inputs = Inputs(shapes, floating=floating_dtype(instance) or "float32")
-    return found.with_trace(trace.trace(instance, inputs)[0])
+    given = Inputs(shapes, floating=floating_dtype(instance) or "float32")
+    return found.with_trace(trace.trace(instance, given, real=lambda: copy.deepcopy(instance))[0])
 
 
 def edit_instance(
@@ -342,7 +350,7 @@ def edit_instance(
     """Apply edits to a real module, in place; what comes back is another one after `extract`."""
     if not isinstance(instance, nn.Module):
         raise RequestError(f"apply takes an nn.Module, not {instance!r:.40}", "modelcli.load(...) gives one")
-    inputs = None
+    given = None
     if shapes is not None:
-        inputs = Inputs(shapes, floating=floating_dtype(instance) or "float32")
-    return apply(instance, edits, seed=seed, inputs=inputs).module
+        given = Inputs(shapes, floating=floating_dtype(instance) or "float32")
+    return apply(instance, edits, seed=seed, inputs=given).module

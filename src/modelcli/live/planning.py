@@ -252,16 +252,17 @@ def record_of(live: Live, folder: Path) -> Record:
         numbers=tuple(number for number, _ in live.edits),
         frozen=frozen,
         blueprint=traced(live),
-        input_size=live.inputs.shapes if live.inputs is not None and _is_stated(live) else None,
+        input_size=live.inputs.shapes or None if live.inputs is not None and _is_stated(live) else None,
         input_dtype=live.inputs.dtypes if live.inputs is not None else (),
+        inputs=live.inputs.texts if live.inputs is not None and _is_stated(live) else (),
     )
 
 
 def _is_stated(live: Live) -> bool:
     """Whether what the model takes cannot be told from its reference: somebody said it, or `extract` changed it."""
-    recorded = live.record.input_size if live.record is not None else None
+    recorded = live.record is not None and (live.record.input_size is not None or live.record.inputs)
     extracted = any(line.startswith(f"{Extract.name} ") for _, line in live.edits)
-    return extracted or live.source.input_size is not None or recorded is not None
+    return bool(extracted or live.source.input_size is not None or live.source.inputs or recorded)
 
 
 def traced(live: Live, mode: str = "eval", *, with_values: bool = False) -> Blueprint:

@@ -23,7 +23,7 @@ from modelcli.errors import ModelcliError
 from modelcli.live import memory, rules
 from modelcli.live.calls import Call, Calls
 from modelcli.live.describe import walk
-from modelcli.live.inputs import Arguments, tensors_in
+from modelcli.live.inputs import Arguments, how_to_state, tensors_in
 from modelcli.live.mult_adds import MultAdds
 from modelcli.live.operator_rules import OperatorRules
 from modelcli.live.twins import fake_twin, meta_twin, seeded
@@ -298,7 +298,7 @@ def trace(
     and multiply-accumulates come from hooks and a dispatch mode of our own, so that a pass that fails still gives rows.
     """
     if inputs is None:
-        return Trace(None, reason="no input size is known: give --input-size, batch included", device=None), module
+        return Trace(None, reason=f"no input size is known: {how_to_state(module)}", device=None), module
     counter = MultAdds()
 
     def attempt(subject: nn.Module, given: Arguments, device: str, outer: Outer) -> Pass:

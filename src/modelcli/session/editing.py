@@ -127,7 +127,7 @@ def _check(live: Live, target: Target, added: Sequence[Edit], how: Writing) -> d
         raise
     if result.ran:
         live.notes += _idle(live, result.called)
-    shapes = None if live.inputs is None else [list(size) for size in live.inputs.shapes]
+    shapes = None if live.inputs is None else [list(size) for size in live.inputs.all_shapes]
     if not result.ran and result.reason and live.source.input_size is not None and how.check != "none":
         stated = ",".join(map(str, live.source.input_size[0]))
         live.notes.append(f"the check was not made with --input-size {stated}: is that right, the batch included?")

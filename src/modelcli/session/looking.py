@@ -19,6 +19,7 @@ from modelcli.blueprints import Blueprint, Trace
 from modelcli.checkpoints import Contents
 from modelcli.checkpoints.contents import foreign_names
 from modelcli.errors import RequestError
+from modelcli.record import Record
 from modelcli.references import CheckpointFile, Installed, Source
 from modelcli.session.targets import Target, apply_recipe, without_edits
 
@@ -120,12 +121,23 @@ def _look_at_file(target: Target, *, traced: bool, mode: str) -> Look | None:
                 Trace(None, reason="the file does not say its architecture: --arch names one", device=None)
             )
         return Look(bare, tuple(notes), contents)
-    if traced and (source.input_size is not None or source.input_dtype or mode != "eval"):
+    if traced and (source.input_size is not None or source.input_dtype or source.inputs or mode != "eval"):
+        return None
+    if traced and _may_run(record, source):
         return None
     found = record.blueprint
     if traced and found.trace is None:
         found = found.with_trace(Trace(None, reason="the record in the file holds no forward pass", device=None))
     return Look(found, tuple(notes), contents)
+
+
+def _may_run(record: Record, source: Source) -> bool:
+    """Whether a pass that failed when the record was written may come through with values, and may be tried."""
+    made = record.blueprint.trace
+    if made is None or made.reason is None or made.inputs is None or record.reference is None:
+        return False
+    reference = references.parse(record.reference, source.reference_folder())
+    return source.trust or (isinstance(reference, Installed) and reference.runs_only_installed_code)
 
 
 def known_blueprint(target: Target) -> Blueprint | None:
@@ -137,7 +149,10 @@ def known_blueprint(target: Target) -> Blueprint | None:
     found = _look_at_file(target, traced=False, mode="eval")
     if found is not None:
         return found.blueprint
-    for source in (target.source, replace(target.source, input_size=None, input_dtype=())):  # the same modules
+    for source in (
+        target.source,
+        replace(target.source, input_size=None, input_dtype=(), inputs=()),
+    ):  # the same modules
         key = cache_key(replace(target, source=source), "eval")
         if key is not None and (kept := cache.get(key)) is not None:
             return kept
@@ -165,7 +180,7 @@ def cache_key(target: Target, mode: str) -> cache.Key | None:
     reference = source.reference()
     if not isinstance(reference, Installed) or not reference.runs_only_installed_code:
         return None
-    return cache.Key(str(reference), source.weights, source.input_size, source.input_dtype, mode)
+    return cache.Key(str(reference), source.weights, source.input_size, source.input_dtype, mode, source.inputs)
 
 
 def keep_blueprint(key: cache.Key, found: Blueprint) -> None:

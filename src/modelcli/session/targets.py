@@ -37,6 +37,13 @@ def options_given(overrides: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in overrides.items() if value is not None and value != () and value is not False}
 
 
+def with_options(source: Source, given: Mapping[str, Any]) -> Source:
+    """A source with the options that were given. Inputs that are given take the place of all that a recipe states."""
+    if "input_size" in given or "inputs" in given:
+        source = replace(source, input_size=None, inputs=())
+    return replace(source, **given)
+
+
 def find_target(
     model: str | None,
     overrides: Mapping[str, Any],
@@ -53,7 +60,7 @@ def find_target(
         note = f"$MODELCLI_MODEL is {named}, and goes before {path}: unset it to work on the recipe"
         return Target(Source(model=named, **given), notes=(note,) if path.exists() else ())
     read = recipe.read(path)
-    return Target(replace(read.source, **given), read.edits, read.path, read.places)
+    return Target(with_options(read.source, given), read.edits, read.path, read.places)
 
 
 @contextlib.contextmanager
@@ -136,8 +143,9 @@ def find_batch(
         return Batch(target, tuple(made), tuple(place for place, _ in lines))
     source = read.source
     if model is not None:
-        source = Source(model, seed=source.seed, input_size=source.input_size, input_dtype=source.input_dtype)
-    target = Target(replace(source, **options_given(overrides)))
+        same = {key: getattr(source, key) for key in ("seed", "input_size", "input_dtype", "inputs")}
+        source = Source(model, **same)
+    target = Target(with_options(source, options_given(overrides)))
     found = Batch(target, (*read.edits, *made), (*read.places, *(place for place, _ in lines)))
     if not found.edits:
         raise RequestError(f"{read.path} has no edits to apply", "modelcli save OUT writes a model as it is")

@@ -132,9 +132,9 @@ class SourceOptions(ModelOptions):
     )
     inputs: list[str] | None = _option(
         "--input",
-        help="An input by the name of its argument: input_ids=1,128:int64, batch.image=1,3,8,8, x=scalar, steps==5; "
+        help="NAME=SHAPE\\[:DTYPE], or NAME==VALUE: input_ids=1,128:int64, batch.image=1,3,8,8, x=scalar, steps==5; "
         "none where forward takes nothing. Again for each further input.",
-        metavar="NAME=SHAPE[:DTYPE]",
+        metavar="INPUT",
         rich_help_panel="Model",
     )
     recipe: Path | None = _option(

@@ -6,8 +6,11 @@ A missing bash, zsh or fish skips its tests; in CI it fails them.
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
 import os
 import random
+import re
 import select
 import shlex
 import shutil
@@ -18,13 +21,19 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from html import unescape
 from pathlib import Path
 
 import pytest
 import torch
+from markdown_it import MarkdownIt
 from typer import _completion_shared
 
 from modelcli.cli import shells
+from modelcli.quoting import quoted
+from modelcli.render.views import Column, View
+from modelcli.render.writers import safe, to_csv
+from tests.conftest import Cli
 
 SHELLS = ("bash", "zsh", "fish")
 
@@ -444,3 +453,100 @@ def test_any_word_comes_back_as_it_was_offered(
         terminal.close()
     assert list(folder.iterdir()) == []
     assert inserted > count * (0.9 if origin == "own" else 0.1)
+
+
+# --- spreadsheets and pages ------------------------------------------------------------------------------------------
+
+FORMULAS = ["=1+1", "+1+1", "-1+1", "@SUM(A1)", "\t=1", "\r=1", " =1", "＝1", "a;=1+1", 'a,"=1', "=cmd|' /C calc'!A0"]
+MARKUP = [
+    "a|b",
+    "`code`",
+    "``a`",
+    "<script>alert(1)</script>",
+    "<http://evil>",
+    "[x](javascript:alert(1))",
+    "![x](http://evil/x.png)",
+    "[x]: http://evil",
+    "*a* **b** _c_ __d__",
+    "&lt;b&gt;",
+    "a\\|b\\",
+    "~~gone~~",
+    "running_mean",
+]
+
+
+def test_no_cell_of_a_csv_is_a_formula(cli: Cli, folder: Path) -> None:
+    """Also for a spreadsheet that parts cells at semicolons."""
+    torch.save({name: torch.zeros(1) for name in FORMULAS}, "t.pth")
+    text = cli("params", "t.pth", "-f", "csv").out
+    names = [row["name"] for row in csv.DictReader(io.StringIO(text))]
+    assert [name.removeprefix("'").replace(";'", ";") for name in names] == [safe(name) for name in FORMULAS]
+    for delimiter in ",;":
+        cells = [cell for row in csv.reader(io.StringIO(text), delimiter=delimiter) for cell in row]
+        assert not [cell for cell in cells if cell.lstrip(" \"'")[:1] in [*"=+-@\t\r＝"] and cell[:1] != "'"]
+
+
+def test_numbers_of_a_csv_stay_numbers() -> None:
+    view = View(
+        {},
+        [{"least": -0.5, "change": -3, "shape": [-1, 2]}],
+        [Column(key, key) for key in ("least", "change", "shape")],
+    )
+    assert to_csv(view) == 'least,change,shape\n-0.5,-3,"[-1,2]"\n'
+
+
+def test_a_markdown_page_shows_names_as_they_are(cli: Cli, folder: Path) -> None:
+    """As markdown-it reads them, by which Rich came."""
+    torch.save({name: torch.zeros(1) for name in MARKUP}, "t.pth")
+    html = (
+        MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(cli("params", "t.pth", "-f", "markdown").out)
+    )
+    assert set(re.findall(r"</?(\w+)", html)) == {"table", "thead", "tbody", "tr", "th", "td"}
+    rows = re.findall(r"<tr>\s*<td>(.*?)</td>", html)
+    assert [unescape(name) for name in rows] == MARKUP
+
+
+# --- commands that hints and notes show ------------------------------------------------------------------------------
+
+
+def test_a_quoted_word_is_the_same_in_every_shell(shell: str) -> None:
+    words = [*HOSTILE, *nasty_words(500, 3), "layer1.0", "Linear(4, 10)"]
+    line = "printf '%s\\0' " + " ".join(map(quoted, words))
+    done = subprocess.run([shell, "-c", line], capture_output=True, check=True)
+    assert done.stdout.decode().split("\0")[:-1] == words
+    assert (quoted("layer1.0"), quoted("Linear(4, 10)")) == ("layer1.0", "'Linear(4, 10)'")
+    assert quoted("Conv2d(3,8,1,padding_mode='reflect')") == "\"Conv2d(3,8,1,padding_mode='reflect')\""
+
+
+HOSTILE_NAME = "$(touch PWNED)"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "shown"),
+    [
+        (("modules", "t.pth", "-s", HOSTILE_NAME), 0, f"-s '{HOSTILE_NAME}.**' shows"),
+        (("rename", HOSTILE_NAME, "x", "-m", "t.pth"), 2, f"rename '{HOSTILE_NAME}.**' 'x.**' renames"),
+        (("diff", "t.pth", "t.pth", "--except", f"{HOSTILE_NAME}.**"), 2, f"--except '{HOSTILE_NAME}.**' takes away"),
+        (("add", HOSTILE_NAME, "ReLU", "-m", "t.pth", "--arch", "own.py:Net"), 2, f"replace '{HOSTILE_NAME}' puts"),
+        (("convert", f"{HOSTILE_NAME}.pth", "b.pth"), 2, f"modelcli save b.pth -m '{HOSTILE_NAME}.pth'"),
+    ],
+)
+def test_a_command_in_a_hint_is_quoted(cli: Cli, folder: Path, words: tuple[str, ...], code: int, shown: str) -> None:
+    torch.save({f"{HOSTILE_NAME}.0.weight": torch.zeros(2, 2), f"{HOSTILE_NAME}.0.bias": torch.zeros(2)}, "t.pth")
+    (folder / "own.py").write_text(
+        "from torch import nn\nclass Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        f"        self.add_module({HOSTILE_NAME!r}, nn.Sequential(nn.Linear(2, 2)))\n"
+    )
+    result = cli(*words, code=code)
+    assert shown in result.out + result.err
+
+
+def test_a_line_of_a_recipe_runs_nothing_when_it_is_copied(cli: Cli, folder: Path) -> None:
+    names = ("$(reboot)", "a;reboot", "`reboot`", "a>b", "a|b")
+    torch.save({f"{name}.weight": torch.zeros(1) for name in names}, "t.pth")
+    cli("load", "t.pth")
+    for name in names:
+        cli("cast", name, "float16")
+    log = cli("log").out
+    for name in names:
+        assert f"cast '{name}' float16" in log

@@ -16,6 +16,7 @@ from modelcli.checkpoints.limits import Budget
 from modelcli.checkpoints.same_bytes import ByteComparison, lie_alike, nbytes_of
 from modelcli.differences import Comparison, TensorChange
 from modelcli.errors import RequestError
+from modelcli.quoting import command
 from modelcli.references import CheckpointFile, Source
 from modelcli.session import Look, Target, look, stdout_is_for_data
 
@@ -115,7 +116,8 @@ def _notes(one: Look, other: Look, names: tuple[str, str], scope: Scope) -> Iter
     for name, mine, theirs in ((names[0], wrapped[0], wrapped[1]), (names[1], wrapped[1], wrapped[0])):
         if mine and not theirs and mine.everywhere:
             prefix = mine.prefix
-            yield f"every name in {name} begins with {prefix!r}: modelcli rename '{prefix}**' '**' takes it off"
+            line = command(["modelcli", "rename", f"{prefix}**", "**"])
+            yield f"every name in {name} begins with {prefix!r}: {line} takes it off"
         elif mine and not theirs:
             parts = blueprints.listed(mine.parts, 6)
             yield f"names in {name} hold {parts}, which a wrapper had put there: that is a difference by itself"

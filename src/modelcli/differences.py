@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -10,6 +9,7 @@ from typing import Any, Literal
 from modelcli import selectors
 from modelcli.blueprints import Blueprint, ModuleInfo, TensorInfo, lies_in
 from modelcli.errors import RequestError
+from modelcli.quoting import quoted
 
 
 @dataclass(frozen=True)
@@ -96,10 +96,10 @@ def structure(
 
 def _require_all(selected: Sequence[str], without: Sequence[str]) -> None:
     """Raise RequestError where selectors are why nothing was compared: two models of nothing are the same."""
-    picks = " ".join(f"-s {shlex.quote(text)}" for text in selected)
+    picks = " ".join(f"-s {quoted(text)}" for text in selected)
     if without:
         everything = f"all that {picks} picks" if picks else "all there is"
-        words = " ".join(f"--except {shlex.quote(text)}" for text in without)
+        words = " ".join(f"--except {quoted(text)}" for text in without)
         raise RequestError(
             f"nothing is left to compare: {words} takes away {everything}", "let --except pick less, or leave it out"
         )

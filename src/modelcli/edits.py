@@ -7,7 +7,6 @@ words and options of the command, split as a POSIX shell splits them.
 from __future__ import annotations
 
 import re
-import shlex
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
@@ -17,6 +16,7 @@ from modelcli import expressions, selectors
 from modelcli.blueprints import FLOATING, dtype_called, listed
 from modelcli.errors import RequestError, did_you_mean
 from modelcli.expressions import Call, Name
+from modelcli.quoting import quoted
 
 
 def _option(flag: str, kind: str, default: Any) -> Any:
@@ -408,7 +408,7 @@ def _refuse_swapped(name: str, words: Sequence[str]) -> None:
     if len(words) == 2 and "(" in words[0] and "(" not in words[1] and expressions.is_expression(words[0]):
         raise RequestError(
             f"{name} takes the place before the module, and {words[0]!r} is a module",
-            f"{name} {words[1]} '{words[0]}'",
+            f"{name} {quoted(words[1])} {quoted(words[0])}",
         )
 
 
@@ -416,7 +416,7 @@ def _refuse_several(taken: str, words: Sequence[str]) -> None:
     """Refuse more modules than one: `replace fc 'Linear(_,3)' 'Linear(3,4)'`."""
     given = words[1:]
     if len(given) > 1 and all("(" in word and expressions.is_expression(word) for word in given):
-        one = shlex.quote(f"Sequential({', '.join(given)})")
+        one = quoted(f"Sequential({', '.join(given)})")
         raise RequestError(
             f"{taken} and one module, not {len(given)} modules: {listed(given, 3)}", f"several go in as one: {one}"
         )
@@ -463,6 +463,7 @@ def _looks_like_option(word: str) -> bool:
 
 def _quoted(word: str) -> str:
     """The word for a shell, quotes only where they are needed: `"Conv2d(3,8,1,padding_mode='reflect')"`."""
-    if re.fullmatch(r"[^\s'\"\\#][^\s'\"\\]*", word):
+    # Brackets and stars stay: it is a line of a recipe first. What a shell runs does not.
+    if re.fullmatch(r"[^\s'\"\\#=$`;&|<>!~][^\s'\"\\$`;&|<>!]*", word):
         return word
-    return f'"{word}"' if "'" in word and not re.search(r'["\\$`!]', word) else shlex.quote(word)
+    return quoted(word)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from modelcli.errors import RequestError
+from modelcli.quoting import quoted
 
 MAX_BYTES = 64 * 1024
 MAX_DEPTH = 50
@@ -159,7 +160,8 @@ def _parse_joined(words: Sequence[str]) -> Call:
     except RequestError:
         if len(words) > 1 and is_expression(words[0]):
             raise RequestError(
-                f"{_cut(words[1])!r} comes after the module {_cut(words[0])}", f"a model is named with -m {words[1]}"
+                f"{_cut(words[1])!r} comes after the module {_cut(words[0])}",
+                f"a model is named with -m {quoted(words[1])}",
             ) from None
         raise
 

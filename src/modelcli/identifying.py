@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from shlex import quote
 
 from modelcli import cache, fingerprints, likeness, session
 from modelcli.blueprints import Shape
 from modelcli.errors import RequestError
 from modelcli.likeness import LISTING, Match, Shapes
+from modelcli.quoting import quoted
 from modelcli.references import CheckpointFile, Source
 from modelcli.session import Look, Target, stdout_is_for_data
 
@@ -45,11 +45,11 @@ def identify(checkpoint: str, key: str | None = None, steps: Steps = iter) -> Id
         notes.append(unwrapping.note())
     if matches:
         first = matches[0]
-        words = f"--arch {quote(first.model)}"
+        words = f"--arch {quoted(first.model)}"
         if first.exact:
-            notes.append(f"{words} is its architecture: modelcli load {quote(checkpoint)} {words}")
+            notes.append(f"{words} is its architecture: modelcli load {quoted(checkpoint)} {words}")
         elif (fitting := _with_classes(first, shapes)) is not None:
-            notes.append(f"{fitting} fits exactly: modelcli load {quote(checkpoint)} --arch {quote(fitting)}")
+            notes.append(f"{fitting} fits exactly: modelcli load {quoted(checkpoint)} --arch {quoted(fitting)}")
     return Identified(found, tuple(matches), tuple(notes))
 
 

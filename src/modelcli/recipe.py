@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
@@ -21,6 +20,7 @@ from modelcli import atomic, edits, input_texts, locks
 from modelcli.blueprints import ITEM_BYTES, dtype_called
 from modelcli.edits import Edit
 from modelcli.errors import RequestError, SystemFailureError, closest
+from modelcli.quoting import quoted
 from modelcli.references import Source, parse_input_size
 
 FILE_NAME = "modelcli.toml"
@@ -66,7 +66,7 @@ def default_path() -> Path:
 def require(path: Path) -> None:
     """Raise RequestError where there is no recipe, for what is about a recipe and about no model."""
     if not path.exists():
-        other = "" if path == default_path() else f" --recipe {shlex.quote(str(path))}"
+        other = "" if path == default_path() else f" --recipe {quoted(str(path))}"
         raise RequestError(f"there is no recipe: no {path} is here", f"modelcli load MODEL{other} starts one")
 
 

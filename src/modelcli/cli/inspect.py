@@ -9,6 +9,7 @@ from modelcli.blueprints import counted
 from modelcli.cli import completing, output, progress
 from modelcli.cli.options import LookOptions, OutputOptions, SourceOptions, exit_codes, expanded
 from modelcli.errors import RequestError, did_you_mean
+from modelcli.quoting import quoted
 
 if TYPE_CHECKING:
     from modelcli.blueprints import TensorInfo
@@ -212,7 +213,9 @@ def modules(
         below = sum(module.path.startswith(f"{paths[0]}.") for module in blueprint.modules) if paths[0] else 0
         if below:
             lie, them = ("lies", "it") if below == 1 else ("lie", "them")
-            notes.append(f"{counted(below, 'module')} {lie} below {paths[0]}: -s '{paths[0]}.**' shows {them}")
+            notes.append(
+                f"{counted(below, 'module')} {lie} below {paths[0]}: -s {quoted(f'{paths[0]}.**')} shows {them}"
+            )
     style = "tree" if tree else "repr" if as_repr else "table"
     folded = output.is_screen(options) and not expand
     view = documents.modules(target.source.model, blueprint, paths, depth=depth, style=style, folded=folded)

@@ -17,6 +17,7 @@ from typing import NoReturn
 from modelcli.cli.output import PipeClosedError, prints_kept, tell, tell_error, unwritten, warned, warnings_kept, write
 from modelcli.cli.synonyms import meant
 from modelcli.errors import ModelcliError, SystemFailureError
+from modelcli.quoting import quoted
 
 INTERRUPTED = 130
 
@@ -245,7 +246,8 @@ def _model_with(model: object, message: str, path: str) -> str | None:
     extra = re.fullmatch(r"Got unexpected extra argument\(s\) \((\w+=\S+( \w+=\S+)*)\)", message)
     if extra is None or not isinstance(model, str) or not re.fullmatch(r"[\w.:/-]*\w", model):
         return None
-    return f"a model and its arguments are one word: {path} '{model}({', '.join(extra[1].split())})'"
+    call = f"{model}({', '.join(extra[1].split())})"
+    return f"a model and its arguments are one word: {path} {quoted(call)}"
 
 
 def _model_before_edit(words: Sequence[str], message: str) -> str | None:

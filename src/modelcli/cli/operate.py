@@ -2,7 +2,6 @@
 
 import os
 import re
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from modelcli.cli.options import (
     names_of,
 )
 from modelcli.errors import RequestError, did_you_mean
+from modelcli.quoting import command, quoted
 
 if TYPE_CHECKING:
     from modelcli.session import Outcome, Target, Writing
@@ -334,7 +334,7 @@ def _edits_from(
     if file == "-":
         return None, [*_standard_input(), *given]
     if file is not None and references.names_a_model(file):
-        raise RequestError(f"{file} is no recipe", f"-m names the model: -m {shlex.quote(file)}")
+        raise RequestError(f"{file} is no recipe", f"-m names the model: -m {quoted(file)}")
     if file is not None and source.recipe is not None:
         raise RequestError(f"two recipes: {file} and --recipe {source.recipe}", "give one of them")
     return None if file is None else Path(file), given
@@ -393,7 +393,7 @@ def _meant(name: str, operands: list[str], flags: list[str], error: RequestError
     if model is None and session.names_model(first):
         return with_model(name, rest, flags, first)
     if model is None and rest and session.names_model(rest[-1]):
-        return f"where {rest[-1]} is the model: -m {shlex.quote(rest[-1])}"
+        return f"where {rest[-1]} is the model: -m {quoted(rest[-1])}"
     files = [word for word in rest if "." in word and word != "." and os.path.lexists(word)]
     if files and "pattern" not in (error.hint or ""):
         return f"{files[0]} is a file here: if the shell expanded a pattern to it, quote the pattern"
@@ -408,7 +408,7 @@ def with_model(name: str, operands: list[str], flags: list[str], model: str) -> 
         edits.from_words(name, [*flags, "--", *operands])
     except RequestError:
         operands = ["TARGET"]
-    return f"the model comes with -m: {shlex.join(['modelcli', name, *flags, *operands, '-m', model])}"
+    return f"the model comes with -m: {command(['modelcli', name, *flags, *operands, '-m', model])}"
 
 
 def writing_of(
@@ -451,7 +451,7 @@ def show_outcome(target: "Target", outcome: "Outcome", options: EditOptions, sho
     elif target.recipe is not None:
         from modelcli import recipe
 
-        other = "" if target.recipe == recipe.default_path() else f" --recipe {target.recipe}"
+        other = "" if target.recipe == recipe.default_path() else f" --recipe {quoted(target.recipe)}"
         result = ("recorded", f"{target.recipe} (modelcli save OUT{other} writes the result)")
     else:
         result = ("not written", "-o OUT writes the result")

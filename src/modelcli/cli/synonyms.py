@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
+
+from modelcli.quoting import command
 
 #: A command that does the same, by the words that are tried for it.
 COMMANDS = {
@@ -33,6 +34,6 @@ def meant(words: Sequence[str]) -> str | None:
         return "modelcli rename 'module.**' '**' -m IN.pth -o OUT.pth"
     if word in COPYING:
         files = rest if len(rest) == 2 and not any(file.startswith("-") for file in rest) else ["IN.pth", "OUT.pth"]
-        return shlex.join(["modelcli", "save", files[1], "-m", files[0]])
+        return command(["modelcli", "save", files[1], "-m", files[0]])
     name = COMMANDS.get(word)
-    return None if name is None else shlex.join(["modelcli", name, *rest])
+    return None if name is None else command(["modelcli", name, *rest])

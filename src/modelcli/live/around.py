@@ -12,6 +12,7 @@ from modelcli.blueprints import Blueprint, counted, listed
 from modelcli.checkpoints import Contents
 from modelcli.checkpoints.contents import CompositeEntry, TensorEntry
 from modelcli.live.sources import is_lazy, named_tensors
+from modelcli.quoting import quoted
 from modelcli.wrappers import Unwrapping
 
 #: How deep in a checkpoint an optimizer's state dict is looked for: Lightning has lists of them.
@@ -94,7 +95,9 @@ def other_copies(
     told = []
     for path in _copies(contents.tree, contents.key or (), set(was)):
         unfit = f", and no longer fits {listed(wrong, 4)}" if wrong else ""
-        told.append(f"the state dict in {'.'.join(path)} is as it was{unfit}: --key {'.'.join(path)} edits that one")
+        told.append(
+            f"the state dict in {'.'.join(path)} is as it was{unfit}: --key {quoted('.'.join(path))} edits that one"
+        )
     return told
 
 

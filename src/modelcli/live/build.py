@@ -18,6 +18,7 @@ from modelcli.expressions import Call
 from modelcli.live import memory, modules, python_objects, zoo
 from modelcli.live.sources import Lazy, tag_drawn
 from modelcli.live.twins import build_on_meta, meta_twin, seeded
+from modelcli.quoting import quoted
 from modelcli.references import CheckpointFile, Installed, PythonObject
 
 
@@ -75,7 +76,8 @@ def architecture(
             if not trust:
                 raise UnsafeError(
                     f"the checkpoint names {reference}, and to follow that runs its code",
-                    f"--trust (trust=True in Python) follows it; --arch {reference} is the whole architecture instead",
+                    f"--trust (trust=True in Python) follows it; --arch {quoted(reference)} is the whole architecture "
+                    "instead",
                 )
             if weights is not None:
                 raise RequestError(f"--weights {weights} is for torchvision's builders", "give a file: --weights FILE")
@@ -100,8 +102,8 @@ def _builder(reference: Installed, weights: str | None, trust: bool) -> Architec
         except modules.ConstructorError as error:
             if kwargs["weights"] is not None and isinstance(error.error, ValueError) and call.kwargs:
                 error.hint = (
-                    f"{kwargs['weights']} fits {call.name} as it is: -m {call.name} --weights {kwargs['weights']}, "
-                    "and replace what is to have another size"
+                    f"{kwargs['weights']} fits {call.name} as it is: "
+                    f"-m {call.name} --weights {quoted(kwargs['weights'])}, and replace what is to have another size"
                 )
             raise
 

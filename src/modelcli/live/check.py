@@ -18,6 +18,7 @@ from modelcli.live.describe import dtype_name, floating_dtype
 from modelcli.live.origins import Origins
 from modelcli.live.rules import Misfit, MisfitError
 from modelcli.live.surgery import argument_from, brief, shape_with
+from modelcli.quoting import quoted
 
 if TYPE_CHECKING:
     from modelcli.live.inputs import Inputs
@@ -203,7 +204,7 @@ def _way_out(after: nn.Module, path: str, error: Exception, edited: Mapping[str,
     gone = [place for place in edited if place and place not in there]
     if gone and isinstance(error, AttributeError | KeyError | IndexError):
         asks = f"{_named(path, after.get_submodule(path))} asks for what was taken out"
-        return f"{asks}: replace {gone[0]} Identity keeps its name, and hands on what flows in"
+        return f"{asks}: replace {quoted(gone[0])} Identity keeps its name, and hands on what flows in"
     return _edited_elsewhere(edited)
 
 
@@ -216,18 +217,20 @@ def _fix(module: nn.Module, path: str, misfit: Misfit, edited: Mapping[str, str]
             if "" in edited:
                 whole = f"the model's own code makes {misfit.dtype} of what flows in there"
             return f"{whole}; --check none writes it all the same"
-        return f"cast {path} {misfit.dtype} as well, or cast . {misfit.dtype}, which is the whole model"
+        return f"cast {quoted(path)} {misfit.dtype} as well, or cast . {misfit.dtype}, which is the whole model"
     if misfit.argument is not None and misfit.value is not None:
         text = None if settled else _with_hole(module, misfit.argument)
         if text is not None:
             if touched:
-                return f"{_again(path, edited)} '{text}' takes {misfit.argument}={misfit.value} from what flows in"
+                return (
+                    f"{_again(path, edited)} {quoted(text)} takes {misfit.argument}={misfit.value} from what flows in"
+                )
             return (
-                f"replace {path} '{text}' as well, which takes {misfit.argument}={misfit.value}; "
+                f"replace {quoted(path)} {quoted(text)} as well, which takes {misfit.argument}={misfit.value}; "
                 f"or keep the size that {listed([*map(shown, edited)], 3)} gave before"
             )
         if (text := _with(module, misfit.argument, misfit.value)) is not None:
-            return f"{_again(path, edited)} '{text}'"
+            return f"{_again(path, edited)} {quoted(text)}"
         return f"it would have to have {misfit.argument}={misfit.value}"
     if touched:
         return "--check none writes it all the same"
@@ -248,10 +251,10 @@ def _again(path: str, edited: Mapping[str, str]) -> str:
     """The words of the edit that put a module at a path, up to the module."""
     match edited.get(path):
         case "append":
-            return f"append {shown(parent_of(path))}"
+            return f"append {quoted(shown(parent_of(path)))}"
         case "add" | "insert" as verb:
-            return f"{verb} {path}"
-    return f"replace {path}"
+            return f"{verb} {quoted(path)}"
+    return f"replace {quoted(path)}"
 
 
 def _with_hole(module: nn.Module, argument: str) -> str | None:

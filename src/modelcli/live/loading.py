@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import shlex
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from modelcli.live import composites
 from modelcli.live.build import Bare
 from modelcli.live.sources import dtype_of, is_composite, is_lazy, named_tensors, real_storage
 from modelcli.live.twins import tagged
+from modelcli.quoting import quoted
 from modelcli.wrappers import Unwrapping
 
 #: How deep modules may lie in one another: PyTorch recurses into them, some frames for each level.
@@ -72,15 +72,16 @@ class LoadReport:
             if not self.matched:
                 hint = self._nothing_matches(path, architecture)
         else:
-            hint = f"give --arch the arguments that the file was made with: '{architecture.partition('(')[0]}(...)'"
+            form = quoted(f"{architecture.partition('(')[0]}(...)")
+            hint = f"give --arch the arguments that the file was made with: {form}"
         return AnswerNoError(f"{path} does not fit {architecture}: {'; '.join(parts)}", hint)
 
     def _nothing_matches(self, path: Path, architecture: str) -> str:
         """What to say where not one key is in both: what was looked for, and where the names stand nevertheless."""
         name = architecture.partition("(")[0]
         if below := [prefix.removesuffix(".") for prefix in self.unwrapping.elsewhere]:
-            out = shlex.quote(f"{below[0]}.pth")
-            command = f"modelcli extract {shlex.quote(below[0])} -m {shlex.quote(str(path))} -o {out}"
+            out = quoted(f"{below[0]}.pth")
+            command = f"modelcli extract {quoted(below[0])} -m {quoted(str(path))} -o {out}"
             return f"tensors of {name} stand below {listed(below, 4)} in the file: {command} takes that one out"
         told = f"no tensor of the file has a name and shape of {name}'s, below a prefix or not"
         return f"{told}: modelcli identify may know the file"

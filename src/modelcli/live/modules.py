@@ -18,6 +18,7 @@ from modelcli.errors import ModelcliError, RequestError, UnsafeError, closest, d
 from modelcli.expressions import HOLE, Call, Name
 from modelcli.live import python_objects, zoo
 from modelcli.live.sources import dtype_of
+from modelcli.quoting import command, quoted
 from modelcli.references import MODELS, is_installed_name
 
 #: Layers that one argument may ask for; those of an RNN take time that grows with their square.
@@ -116,9 +117,9 @@ def _keyword(call: Call, key: str, *, trusted: bool) -> Any:
             told = error.hint or ""
             start = f"{told} Text" if told.startswith("did you mean") else "text"
             meant = Call(call.name, call.args, {**call.kwargs, key: value.dotted})
-            error.hint = f'{start} is quoted, and the module around it once more: "{meant}"'
+            error.hint = f"{start} is quoted, and the module around it once more: {quoted(meant)}"
             if (words := expressions.to_words(meant)) is not None:
-                error.hint += f"; or without brackets and quotes: {' '.join(words)}"
+                error.hint += f"; or without brackets and quotes: {command(words)}"
         raise
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import re
@@ -66,27 +64,44 @@ def _finite(value: Any) -> Any:
 
 
 def to_csv(view: View) -> str:
-    """The rows with a header, numbers plain."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
+    """The rows with a header, numbers plain. Text that a spreadsheet would take for a formula begins with `'`."""
     keys = [column.key for column in _kept_in_text(view) if column.title]
-    writer.writerow(keys)
-    writer.writerows([_csv_cell(row.get(key)) for key in keys] for row in view.rows)
-    return out.getvalue()
+    rows = [",".join([_csv_cell(row.get(key)) for key in keys]) for row in view.rows]
+    return "\n".join([",".join(keys), *(row or '""' for row in rows), ""])
 
 
-def _csv_cell(value: Any) -> str | int:
+#: With these a formula begins, in halfwidth or fullwidth characters, also where blanks stand before it.
+_FORMULA = re.compile(r"\s*[=+\-@\t\r\uff1d\uff0b\uff0d\uff20]")
+#: The same behind what parts the cells of some countries' spreadsheets.
+_FORMULA_IN_TEXT = re.compile(r";(?=[\s\"']*[=+\-@\uff1d\uff0b\uff0d\uff20])")
+_CSV_NOT_PLAIN = re.compile(rf"[,;\"]|\A{_FORMULA.pattern}")
+_CSV_SPECIAL = re.compile('[,;"]')
+
+
+def _csv_cell(value: Any) -> str:
     if type(value) is str:  # the commonest first: a checkpoint may have 100,000 rows
-        return safe(value)
+        return _csv_text(value)
     if type(value) is int:
-        return value
+        return str(value)
     if value is None:
         return ""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, list | tuple | Mapping):
-        return whole_numbers(value) or _COMPACT.encode(value)
-    return safe(str(value))
+        return _csv_field(whole_numbers(value) or _COMPACT.encode(value))
+    return _csv_field(str(value)) if isinstance(value, int | float) else _csv_text(str(value))
+
+
+def _csv_text(text: str) -> str:
+    """A cell that every spreadsheet shows as this text."""
+    if text.isprintable() and not _CSV_NOT_PLAIN.search(text):  # the commonest
+        return text
+    marked = f"'{text}" if _FORMULA.match(text) else text
+    return _csv_field(safe(_FORMULA_IN_TEXT.sub(";'", marked)))
+
+
+def _csv_field(text: str) -> str:
+    return '"' + text.replace('"', '""') + '"' if _CSV_SPECIAL.search(text) else text
 
 
 def _kept_in_text(view: View) -> list[Column]:
@@ -99,9 +114,21 @@ def to_markdown(view: View) -> str:
     columns = [column for column in _kept_in_text(view) if column.title]
     lines = ["| " + " | ".join(column.title for column in columns) + " |"]
     lines.append("|" + "|".join(" ---: " if column.right else " --- " for column in columns) + "|")
-    cells = ([text.replace("\\", "\\\\").replace("|", "\\|") for text in _texts(view, column)] for column in columns)
+    cells = (_markdown_texts(_texts(view, column)) for column in columns)
     lines += ["| " + " | ".join(row) + " |" for row in zip(*cells, strict=True)]
     return "\n".join(lines) + "\n"
+
+
+#: What makes a cell, code, HTML, a link, an image, emphasis or a formula of a text, wherever it stands.
+_MARKDOWN = re.compile(r"[\\|`<\[!*~$@]")
+#: What does so in some places: an underscore at the edge of a word, an entity, an address that becomes a link.
+_MARKDOWN_IN_PLACES = re.compile(r"_(?:(?![^\W_])|(?<![^\W_]_))|&(?=#?\w+;)|:(?=//)|\.(?<=www\.)", re.IGNORECASE)
+
+
+def _markdown_texts(texts: Sequence[str]) -> list[str]:
+    """The cells of a column, which a page shows as these texts."""
+    joined = _MARKDOWN.sub(r"\\\g<0>", "\n".join(texts))  # no text has a line break: 100,000 in one go
+    return _MARKDOWN_IN_PLACES.sub(r"\\\g<0>", joined).split("\n") if texts else []
 
 
 def _texts(view: View, column: Column) -> list[str]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from modelcli.blueprints import Blueprint, Trace
 from modelcli.checkpoints import Contents
 from modelcli.checkpoints.contents import foreign_names
 from modelcli.errors import RequestError
+from modelcli.quoting import quoted
 from modelcli.record import Record
 from modelcli.references import CheckpointFile, Installed, Source
 from modelcli.session.targets import Target, apply_recipe, without_edits
@@ -204,7 +204,7 @@ def likeness_notes(contents: Contents) -> list[str]:
     if not names:
         return []
     others = f" (or {', '.join(names[1:])})" if len(names) > 1 else ""
-    return [f"{LOOKS_LIKE} {names[0]}{others}: --arch {shlex.quote(names[0])}"]
+    return [f"{LOOKS_LIKE} {names[0]}{others}: --arch {quoted(names[0])}"]
 
 
 def likeness_of(live: Live) -> list[str]:

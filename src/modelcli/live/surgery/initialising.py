@@ -29,6 +29,7 @@ from modelcli.live.surgery.core import Change, Context, Done, names_of_one, tie_
 from modelcli.live.surgery.picking import groups_of
 from modelcli.live.surgery.storages import copied, has_storage, key_of, shown_too, view_anew, viewers
 from modelcli.live.twins import meta_twin, seeded
+from modelcli.quoting import quoted
 
 #: Layers that start at weight 1 and bias 0, whatever scheme the layers around them get.
 NORMALISATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -364,7 +365,7 @@ def _notes(module: nn.Module, parts: _Sorted, edit: Init) -> list[str]:
     for kind, name in own.items():
         notes.append(
             f"{kind} is no normalisation layer of torch.nn, but is called like one: {scheme} went into {name}; "
-            f"--except '**:{kind}' leaves them as they are"
+            f"--except {quoted(f'**:{kind}')} leaves them as they are"
         )
     return notes
 

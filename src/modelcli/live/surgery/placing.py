@@ -22,6 +22,7 @@ from modelcli.live.surgery.core import (
     submodule,
 )
 from modelcli.live.surgery.making import Placeholder, maker, resolved_calls
+from modelcli.quoting import quoted
 
 Children = dict[str, nn.Module | None]
 
@@ -78,7 +79,7 @@ def _require_free(holder: nn.Module, path: str, name: str) -> None:
     there = joined(path, name)
     if (child := holder._modules.get(name)) is not None:
         raise RequestError(
-            f"{there} is there already: {brief(child)}", f"replace {there} puts another module in its place"
+            f"{there} is there already: {brief(child)}", f"replace {quoted(there)} puts another module in its place"
         )
     if name in holder._parameters or name in holder._buffers:
         raise RequestError(f"{there} is a tensor, and no child can have its name", "add takes a name that is free")
@@ -100,7 +101,7 @@ def _inserted(holder: nn.Module, path: str, word: str, new: nn.Module, *, renumb
     elif not is_numbered(holder):
         raise RequestError(
             f"insert takes a place in a Sequential or ModuleList with children 0 to n-1, and {where} is none",
-            f"add {joined(path, 'NAME')} MODULE gives a child a name",
+            f"add {quoted(joined(path, 'NAME'))} MODULE gives a child a name",
         )
     size = len(holder._modules)
     position = _position(word, size)
@@ -111,7 +112,7 @@ def _inserted(holder: nn.Module, path: str, word: str, new: nn.Module, *, renumb
             f"{word!r} is no position in {where}, whose children are 0 to {size - 1}"
             if size
             else f"{word!r} is no position in {where}, which has no children yet",
-            f"insert {joined(path, '0')} puts it first, append {shown(path)} last",
+            f"insert {quoted(joined(path, '0'))} puts it first, append {quoted(shown(path))} last",
         )
     moved = {name: str(int(name) + 1) if int(name) >= position else name for name in holder._modules}
     children: Children = {moved[name]: child for name, child in holder._modules.items()}
@@ -136,12 +137,12 @@ def _appended(holder: nn.Module, path: str, new: nn.Module) -> tuple[str, Childr
     if isinstance(holder, Bare) or not isinstance(holder, nn.Sequential | nn.ModuleList):
         raise RequestError(
             f"append takes a Sequential or ModuleList, and {shown(path)} {_what(holder)} is none",
-            f"add {joined(path, 'NAME')} MODULE gives a child a name",
+            f"add {quoted(joined(path, 'NAME'))} MODULE gives a child a name",
         )
     if name in holder._modules:
         raise RequestError(
             f"{shown(path)} has {name} children, and one of them is called {name} already",
-            f"add {joined(path, 'NAME')} MODULE gives a child another name",
+            f"add {quoted(joined(path, 'NAME'))} MODULE gives a child another name",
         )
     return name, {**holder._modules, name: new}
 
@@ -151,7 +152,7 @@ def _require_numbers(holder: Bare, path: str, renumber: bool) -> None:
     if not are_numbers(holder._modules):
         raise RequestError(
             f"insert takes a place among numbered children, and those of {shown(path)} have names",
-            f"add {joined(path, 'NAME')} MODULE gives a child a name",
+            f"add {quoted(joined(path, 'NAME'))} MODULE gives a child a name",
         )
     if not renumber:
         raise RequestError(

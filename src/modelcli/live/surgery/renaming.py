@@ -19,6 +19,7 @@ from modelcli.live.describe import describe
 from modelcli.live.loading import MAX_MODULE_DEPTH, bare_tree
 from modelcli.live.sources import is_lazy
 from modelcli.live.surgery.core import Change, Context, Done
+from modelcli.quoting import quoted
 
 #: Changes that fill a screen; more are told as one.
 _ROWS = 20
@@ -33,7 +34,9 @@ def carry_out(module: nn.Module, edit: Rename, context: Context) -> Done:
         selector = selectors.parse(edit.old)
         if selectors.matched_modules(selector, blueprint):
             old, new = (_all_below(name.removeprefix(".")) for name in (edit.old, edit.new))
-            raise RequestError(f"{edit.old!r} is a module, and no key", f"rename '{old}' '{new}' renames all its keys")
+            raise RequestError(
+                f"{edit.old!r} is a module, and no key", f"rename {quoted(old)} {quoted(new)} renames all its keys"
+            )
         raise selectors.no_match(selector, blueprint, "tensors")
     names = {name: name if new is None else new for name, new in new_names.items()}
     moved = [name for name, new in names.items() if new != name]

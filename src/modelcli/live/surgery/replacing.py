@@ -29,6 +29,7 @@ from modelcli.live.surgery import left_out, shapes
 from modelcli.live.surgery.core import Change, Context, Done, brief, count, places, submodule
 from modelcli.live.surgery.making import maker, resolved_calls
 from modelcli.live.surgery.storages import byte_span, has_storage, tied, view_anew, viewers
+from modelcli.quoting import command, quoted
 
 
 @dataclass(frozen=True)
@@ -103,12 +104,12 @@ def _parted(module: nn.Module, targets: Sequence[_Target]) -> list[_Parting]:
     for target in targets:
         others = [path for path in target.everywhere if path not in target.paths]
         if others:
+            also = [word for path in others for word in ("--also", selectors.literal(path))]
             found.append(
                 _Parting(
                     f"{target.paths[0]} is one module with {len(target.everywhere)} names "
                     f"({', '.join(target.everywhere)}); the selector names {len(target.paths)} of them",
-                    f"{' '.join(f'--also {selectors.literal(path)}' for path in others)} replaces it everywhere; "
-                    "--untie replaces it under the names picked alone",
+                    f"{command(also)} replaces it everywhere; --untie replaces it under the names picked alone",
                     f"{', '.join(target.paths)} and {', '.join(others)} are no longer one module",
                 )
             )
@@ -253,7 +254,7 @@ def _trains_now(replaced: Iterable[tuple[nn.Module, str, nn.Module]]) -> list[st
     if not paths:
         return []
     if len(paths) == 1:
-        return [f"{paths[0]} was frozen, what is new trains: freeze {selectors.literal(paths[0])} keeps it so"]
+        return [f"{paths[0]} was frozen, what is new trains: freeze {quoted(selectors.literal(paths[0]))} keeps it so"]
     return [f"{listed(paths, 3)} were frozen, what is new trains: freeze keeps them so"]
 
 

@@ -13,6 +13,7 @@ from modelcli.blueprints import listed
 from modelcli.checkpoints import composites, limits, pickled_modules, pickles
 from modelcli.checkpoints.contents import TensorEntry
 from modelcli.errors import FileFormatError, RequestError, UnsafeError, did_you_mean
+from modelcli.quoting import quoted
 
 #: The steps to a value through the dicts (names) and lists (numbers) that it lies in.
 Path_ = tuple[str | int, ...]
@@ -221,11 +222,19 @@ def _rank(path: Path_) -> tuple[int, ...] | None:
     return tuple(STATE_DICT_KEYS.index(str(step)) for step in names)
 
 
+class SeveralStateDictsError(RequestError):
+    """None of several state dicts is the one that must be meant; `keys` are what `--key` takes."""
+
+    keys: tuple[str, ...] = ()
+
+
 def _several(path: Path, found: Sequence[Found]) -> RequestError:
-    sizes = [f"--key {one.key}{_size(one)}" for one in found]
-    return RequestError(
+    sizes = [f"--key {quoted(one.key)}{_size(one)}" for one in found]
+    error = SeveralStateDictsError(
         f"{path} holds {len(found)} state dicts, and each may be meant", f"name one: {listed(sizes, _MOST)}"
     )
+    error.keys = tuple(one.key for one in found)
+    return error
 
 
 def _size(one: Found) -> str:

@@ -133,8 +133,14 @@ def keys(ctx: typer.Context, _incomplete: str) -> Iterable[str]:
     from modelcli.references import CheckpointFile
 
     files = [target.source.reference() for target in _targets(ctx)]
-    read = [checkpoints.read(file.path) for file in files if isinstance(file, CheckpointFile)]
-    return dict.fromkeys(key for contents in read for key in state_dicts.keys_in(contents.tree))
+    found: list[str] = []
+    for file in files:
+        if isinstance(file, CheckpointFile):
+            try:
+                found += state_dicts.keys_in(checkpoints.read(file.path).tree)
+            except state_dicts.SeveralStateDictsError as error:  # where a key is most needed
+                found += error.keys
+    return dict.fromkeys(found)
 
 
 def _schemes() -> list[str]:

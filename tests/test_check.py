@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from modelcli import recipe
+from modelcli.cli import main
 from modelcli.errors import SystemFailureError
 from modelcli.live import zoo
 from modelcli.live.check import check
@@ -314,3 +316,161 @@ def test_extract_knows_what_flows_in_past_settings_that_are_left_alone(cli: Cli,
 def test_a_value_that_fits_is_told_as_the_edit_that_gives_it(cli: Cli, folder: Path) -> None:
     error = refused(cli, folder, "replace", "classifier.5", "Softmax(4)", "-m", "alexnet")
     assert "hint: replace classifier.5 'Softmax(dim=-1)'" in error
+
+
+GREY = ("-m", "resnet18", "--input-size", "1,1,224,224")
+
+
+@pytest.mark.parametrize("check", ["meta", "run"])
+def test_a_stated_input_that_fits_the_edited_model_alone_is_no_excuse(cli: Cli, folder: Path, check: str) -> None:
+    """resnet18 is known to run on 1,3,224,224: that it does not take the stated input excuses no other failure."""
+    error = refused(cli, folder, "replace", "conv1", "Conv2d(1,32,7,2,3,bias=False)", *GREY, "--check", check)
+    assert "bn1 BatchNorm2d(64) does not fit: [1,32,112,112] float32 flows in (from conv1" in error
+    assert "the model as it was does not take the stated input (1,1,224,224)" in error
+
+
+def test_a_stated_input_that_the_edited_model_takes(cli: Cli) -> None:
+    words = ("replace", "conv1", "Conv2d(1,64,7,2,3,bias=False)", *GREY, "--json")
+    assert cli(*words).json["check"]["output_shape"] == [1, 1000]
+
+
+def test_a_stated_input_that_fits_neither_model(cli: Cli, folder: Path) -> None:
+    """Channels last: the model itself takes another input, so that the check could have been made."""
+    words = ("replace", "fc", "Linear(_,3)", "-m", "resnet18", "--input-size", "1,224,224,3")
+    error = refused(cli, folder, *words)
+    assert "the model as it was does not take the stated input (1,224,224,3)" in error
+    assert "hint: leave --input-size" in error
+    cli("replace", "fc", "Linear(_,3)", "-m", "resnet18", "--dry-run")
+
+
+@pytest.mark.parametrize("check", ["meta", "run"])
+def test_another_failure_than_the_unedited_models_is_refused(cli: Cli, folder: Path, check: str) -> None:
+    """Nothing says what a Sequential takes: its own failure excuses the same one alone."""
+    words = ("-m", "Sequential(Linear(4,3),Linear(3,3),Linear(5,2))", "--input-size", "1,4", "--check", check)
+    error = refused(cli, folder, "replace", "0", "Linear(4,7)", *words)
+    assert "1 Linear(3, 3) does not fit: [1,7] float32 flows in" in error
+    assert "before the edit the forward pass ended in 2: [1,3] float32 flows in, it expects [*,5]" in error
+    check_of = cli("freeze", "0", *words, "--json").json["check"]
+    assert check_of["reason"].startswith("the model cannot run as it was: the forward pass ended in 2")
+
+
+def test_a_failure_that_an_edit_has_moved_is_the_same(cli: Cli) -> None:
+    words = ("-m", "Sequential(Linear(4,3),Linear(5,2))", "--input-size", "1,4", "--json")
+    assert cli("insert", "0", "Identity()", *words).json["check"]["ran"] is False
+
+
+def test_new_code_that_needs_numbers_is_no_misfit(cli: Cli, folder: Path) -> None:
+    words = ("replace", "1", "nets.py:Deciding()", "-m", "Sequential(Linear(4,4),ReLU())", "--input-size", "1,4")
+    check = cli(*words, "--json").json["check"]
+    assert (check["ran"], "--check run runs it with real ones" in check["reason"]) == (False, True)
+    assert cli(*words, "--check", "run", "--json").json["check"]["output_shape"] == [1, 4]
+
+
+def test_another_input_is_offered_only_where_it_works(cli: Cli, folder: Path) -> None:
+    error = refused(cli, folder, "replace", "conv1", "Conv2d(1,32,7,2,3,bias=False)", "-m", "resnet18")
+    assert "takes in_channels=3 from what flows in" in error
+    assert "--input-size" not in error
+
+
+BY_HAND = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+class Mm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w, self.v = nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(4, 3))
+    def forward(self, x):
+        return torch.mm(torch.mm(x, self.w), self.v)
+
+class Line(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w, self.v = nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(3))
+    def forward(self, x):
+        return F.linear(x, self.w, self.v)
+
+class Norm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(4))
+        self.register_buffer("v", torch.zeros(4))
+        self.register_buffer("u", torch.ones(4))
+    def forward(self, x):
+        return F.batch_norm(x, self.v, self.u, self.w)
+
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tok, self.pos, self.head = nn.Embedding(10, 8), nn.Embedding(6, 8), nn.Linear(8, 3)
+    def forward(self, x):
+        return self.head(self.tok(x) + self.pos(torch.arange(x.shape[1], device=x.device)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("target", "model", "message"),
+    [
+        ("fc.bias", ("resnet18",), "fc Linear cannot run after the edit: PyTorch does not run addmm"),
+        ("**:LayerNorm2d", ("convnext_tiny",), "features.0.1 LayerNorm2d cannot run after the edit"),
+        ("**.running_*", ("resnet18",), "bn1 BatchNorm2d cannot run after the edit"),
+        ("v", ("own.py:Mm", "--input-size", "2,4"), "PyTorch does not run mm on [2,4] float32, [4,3] bfloat16"),
+        ("v", ("own.py:Line", "--input-size", "2,4"), "PyTorch does not run addmm on [3] bfloat16"),
+        ("v", ("own.py:Norm", "--input-size", "2,4,5"), "PyTorch does not run native_batch_norm"),
+    ],
+)
+def test_a_dtype_that_does_not_fit_an_operator(
+    cli: Cli, folder: Path, target: str, model: tuple[str, ...], message: str
+) -> None:
+    (folder / "own.py").write_text(BY_HAND)
+    error = refused(cli, folder, "cast", target, "bfloat16", "-m", *model)
+    assert message in error
+    assert "hint: cast . bfloat16 casts the whole model" in error
+    cli("cast", ".", "bfloat16", "-m", *model, "-o", "out.pth")
+
+
+def test_an_empty_batch_runs_in_any_dtype(cli: Cli, folder: Path) -> None:
+    """The CPU has nothing to do there, and does not ask."""
+    words = ("-m", "Sequential(BatchNorm2d(3),ReLU())", "--input-size", "0,3,8,8", "--input-dtype", "float32")
+    assert nn.BatchNorm2d(3, dtype=torch.bfloat16).eval()(torch.zeros(0, 3, 8, 8)).shape == (0, 3, 8, 8)
+    assert cli("replace", "0", "BatchNorm2d(3,dtype=torch.bfloat16)", *words, "--json").json["check"]["ran"]
+
+
+def test_the_range_of_indices_is_said_not_to_be_checked(cli: Cli, folder: Path) -> None:
+    (folder / "own.py").write_text(BY_HAND)
+    words = ("-m", "own.py:Words", "--input-size", "1,6", "--input-dtype", "int64")
+    told = " ".join(cli("replace", "pos", "Embedding(4,_)", *words).err.split())
+    assert "note: pos.weight has 4 rows: which rows are looked up is not known without values" in told
+    error = refused(cli, folder, "replace", "pos", "Embedding(4,_)", *words, "--check", "run")
+    assert "pos Embedding cannot run after the edit: index out of range" in error
+    assert "rows" not in cli("replace", "head", "Linear(_,5)", *words).err
+
+
+def test_a_kernel_that_the_cpu_lacks_is_no_misfit(cli: Cli, folder: Path) -> None:
+    """A GPU has it: the check says what it could not see."""
+    (folder / "own.py").write_text(
+        "import torch\nfrom torch import nn\n\nclass Far(nn.Module):\n    def __init__(self):\n"
+        "        super().__init__()\n        self.w = nn.Parameter(torch.ones(3, 4))\n"
+        "    def forward(self, x):\n        return torch.cdist(x, self.w)\n"
+    )
+    told = cli("cast", ".", "bfloat16", "-m", "own.py:Far", "--input-size", "2,4").err
+    assert "for bfloat16 on the CPU: whether it fits was not checked" in " ".join(told.split())
+
+
+@pytest.mark.parametrize(
+    ("model", "words", "reason"),
+    [
+        ("Sequential(Conv2d(3,8,3),ConvTranspose2d(4,2,2))", ("1,3,8,8",), "[1,8,6,6] float32 flows in, it expects 4"),
+        ("Linear(4,2)", ("1,4", "--input-dtype", "bfloat16"), "[1,4] bfloat16 flows in, it expects float32"),
+        ("Softmax(4)", ("1,4",), "an axis 4 to work on"),
+    ],
+)
+def test_the_rules_hold_for_every_pass(cli: Cli, model: str, words: tuple[str, ...], reason: str) -> None:
+    """What the meta device forgives is no pass that ran: not for a summary, nor for an output shape."""
+    assert reason in " ".join(cli("summary", model, "--input-size", *words).out.split())
+    shape = "1,2,7,7" if "Conv" in model else "1,2"
+    code = main(["check", model, "--input-size", *words, "--output-shape", shape])
+    told = cli.capsys.readouterr()
+    assert code in (1, 2)
+    assert reason in " ".join((told.out + told.err).split())

@@ -7,7 +7,7 @@ import functools
 import os
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from modelcli import expressions, installed
@@ -286,6 +286,10 @@ class Source:
     def reference_folder(self) -> Path:
         """The folder that a record in this model's file sees paths from."""
         return (self.folder / self.model).parent
+
+    def without_input(self) -> Source:
+        """The same source without what was stated of its input."""
+        return replace(self, input_size=None, input_dtype=(), inputs=())
 
 
 #: What a size in bytes may end in, as disks and Hugging Face count: in powers of ten, those with an i in powers of two.

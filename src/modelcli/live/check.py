@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from modelcli.errors import RequestError
 from modelcli.expressions import HOLE, Call
 from modelcli.live import modules, trace
 from modelcli.live.describe import dtype_name, floating_dtype
+from modelcli.live.operator_rules import OperatorError
 from modelcli.live.origins import Origins
 from modelcli.live.rules import Misfit, MisfitError
 from modelcli.live.surgery import argument_from, brief, shape_with
@@ -26,30 +28,46 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Check:
-    """Whether a forward pass was made, why not where it was not, the shape that came out, and what was called in it."""
+    """Whether a forward pass was made, why not where it was not, the shape that came out, what was called in it, and
+    what the pass could not tell."""
 
     ran: bool
     reason: str | None = None
     output_shape: Any = None
     called: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
+
+
+#: Gives a model and what it takes.
+Subject = Callable[[], "tuple[nn.Module, Inputs | None]"]
 
 
 def check(
-    before: Callable[[], tuple[nn.Module, Inputs | None]],
+    before: Subject,
     after: nn.Module,
     inputs: Inputs | None,
     edited: Mapping[str, str],
     *,
+    known: Subject | None = None,
     device: str = "meta",
     origins: Origins | None = None,
 ) -> Check:
-    """Run `after` on meta under the rules for `torch.nn`, or on the CPU; `edited` says what edits did at which paths,
-    and `origins` which edits that were.
+    """Run `after` on meta under the rules for operators, or on the CPU.
 
-    `before` gives the unedited model and its input, and is asked only where `after` fails. On the CPU both are real.
+    The unedited model is run only where `after` fails, to see whether it fails as well. On the CPU both are real.
+
+    Args:
+        before: gives the unedited model and its input: the stated one, where one was stated.
+        after: the edited model.
+        inputs: what it takes.
+        edited: what edits did at which paths.
+        known: gives the unedited model and the input that it is known to take by itself, where another one was stated.
+        device: `meta` or `cpu`.
+        origins: which edits those were.
 
     Raises RequestError that names the module that no longer fits, what flows in, what it expects and the nearest fix.
-    Where `before` fails as well, or no input is known, the check was not possible, and the reason says why.
+    Where no input is known, or the unedited model fails in the same way on every input that is known, the check was not
+    possible, and the reason says why.
     """
     if inputs is None:
         return Check(False, "no input size is known; --input-size 1,3,224,224 gives one")
@@ -57,16 +75,75 @@ def check(
         return Check(False, f"{stored} is a dtype to store numbers in: no module of torch.nn computes with it")
     watch, seen = _pass(after, inputs, device)
     if seen.failure is None:
-        return Check(True, None, trace.shape_of(seen.output), frozenset(seen.output_shapes))
-    model, given = before()
-    _, unedited = _pass(model, given or inputs, device)
-    if unedited.failure is not None:
-        more = "; --check run runs it with real ones" if unedited.failure.needs_numbers else ""
-        return Check(False, f"the model cannot run as it was: {unedited.failure.reason}{more}")
+        called = frozenset(seen.output_shapes)
+        return Check(True, None, trace.shape_of(seen.output), called, _not_told(watch, seen, edited))
+    if seen.failure.needs_numbers:
+        return Check(False, f"{seen.failure.reason}; --check run runs it with real ones")
+    unedited, runs_elsewhere = _failure_as_it_was(before, known, inputs, device)
+    if unedited is not None and not runs_elsewhere and _is_same(unedited, seen.failure):
+        return Check(False, f"the model cannot run as it was: {unedited.reason}")
     origins = origins or Origins()
     refusal = _refusal(after, inputs, seen.failure, watch, edited, origins)
     refusal.message = _where(seen.failure.path, watch, origins) + refusal.message
+    if unedited is not None:
+        refusal.message += _also_fails(unedited, inputs, elsewhere=runs_elsewhere)
+        if _is_same(unedited, seen.failure):
+            refusal.hint = (
+                "leave --input-size and --input-dtype (in a recipe input_size, input_dtype) out, or mend them"
+            )
     raise refusal
+
+
+def _failure_as_it_was(
+    before: Subject, known: Subject | None, inputs: Inputs, device: str
+) -> tuple[trace.Failure | None, bool]:
+    """How the unedited model fails on the stated input, and whether it runs on the one that it is known to take."""
+    model, given = before()
+    failure = _pass(model, given or inputs, device)[1].failure
+    if failure is None or known is None:
+        return failure, False
+    model, given = known()
+    return failure, given is not None and _pass(model, given, device)[1].failure is None
+
+
+def _is_same(unedited: trace.Failure, failure: trace.Failure) -> bool:
+    """Whether two passes end alike: in one place for one reason. An edit may have moved what fails to another path."""
+    if _kind_of(unedited.error) != _kind_of(failure.error):
+        return False
+    return unedited.path == failure.path or str(unedited.error) == str(failure.error)
+
+
+def _kind_of(error: Exception) -> tuple[Any, ...]:
+    """What kind of failure an error is: what it is about, without the numbers in it."""
+    if isinstance(error, MisfitError):
+        return MisfitError, error.misfit.argument, error.misfit.dtype is not None
+    return type(error), re.sub(r"\d+", "", str(error))
+
+
+def _also_fails(unedited: trace.Failure, inputs: Inputs, *, elsewhere: bool) -> str:
+    """What there is to say of an unedited model that fails on the stated input as well."""
+    if not elsewhere:
+        return f"; before the edit {unedited.reason}"
+    sizes = " and ".join(",".join(map(str, shape)) for shape in inputs.shapes)
+    return f"; the model as it was does not take the stated input ({sizes}): {unedited.reason}"
+
+
+def _not_told(watch: _Watch, seen: trace.Pass, edited: Mapping[str, str]) -> tuple[str, ...]:
+    """What a pass that ran on meta does not tell: where a kernel is missing, and whether new tables are long enough."""
+    if seen.rules is None:
+        return ()
+    notes = [f"{reason}: whether it fits was not checked" for reason in seen.rules.unchecked.values()]
+    places = [path for path, action in edited.items() if action not in ("cast", "rename", "remove")]
+    looked_up = {table.untyped_storage()._cdata for table in seen.rules.tables}
+    for name, tensor in watch.subject.named_parameters():
+        if tensor.untyped_storage()._cdata in looked_up and any(_is_below(name, place) for place in places):
+            looks = "which rows are looked up is not known without values, so that their range was not checked"
+            notes.append(f"{name} has {tensor.shape[0]} rows: {looks}; --check run looks them up")
+    return tuple(notes)
+
+
+def _is_below(path: str, place: str) -> bool:
+    return not place or path == place or path.startswith(f"{place}.")
 
 
 def _storage_dtype(module: nn.Module) -> str | None:
@@ -79,7 +156,8 @@ class _Watch:
     """Remembers where what flows into a module came from: the input itself, or the leaf that gave it, where that is
     sure."""
 
-    def __init__(self, given: Sequence[Any]) -> None:
+    def __init__(self, subject: nn.Module, given: Sequence[Any]) -> None:
+        self.subject = subject
         self.given = given
         self.last: tuple[str, nn.Module, Any] | None = None
         self._inputs: set[str] = set()
@@ -111,8 +189,8 @@ class _Watch:
 
 def _pass(module: nn.Module, inputs: Inputs, device: str) -> tuple[_Watch, trace.Pass]:
     given = inputs.tensors(device)
-    watch = _Watch(list(given))
     subject = trace.twin_or_itself(module) if device == "meta" else module
+    watch = _Watch(subject, list(given))
     return watch, trace.run(subject, given, device=device, visit=watch.visit, leave=watch.leave)
 
 
@@ -146,7 +224,7 @@ def _refusal(
     if touched and is_input:
         fix = _stated(module, misfit, inputs) or fix
     if touched and (is_input or watch.last is None):
-        fix += _other_size(module, misfit, inputs)
+        fix += _other_size(after, module, misfit, inputs)
     return RequestError(message, fix)
 
 
@@ -160,14 +238,19 @@ def _stated(module: nn.Module, misfit: Misfit, inputs: Inputs) -> str | None:
     )
 
 
-def _other_size(module: nn.Module, misfit: Misfit, inputs: Inputs) -> str:
-    """The input that a module would fit which takes the model's own: images in grey, more features."""
+def _other_size(after: nn.Module, module: nn.Module, misfit: Misfit, inputs: Inputs) -> str:
+    """The input that a module would fit which takes the model's own: images in grey, more features. It was tried."""
     argument, own = misfit.argument, getattr(module, misfit.argument or "", None)
     sizes = inputs.shapes[0] if inputs.shapes else ()
     if argument is None or not sizes or not isinstance(own, int) or argument_from(argument, sizes) != misfit.value:
         return ""
     other = shape_with(argument, sizes, own)
-    return "" if other is None else f"; or --input-size {','.join(map(str, other))}, if that is what it is to take"
+    if other is None:
+        return ""
+    tried = replace(inputs, shapes=(tuple(other), *inputs.shapes[1:]))
+    if _pass(after, tried, "meta")[1].failure is not None:
+        return ""
+    return f"; or --input-size {','.join(map(str, other))}, if that is what it is to take"
 
 
 def _where(path: str, watch: _Watch, origins: Origins) -> str:
@@ -205,7 +288,18 @@ def _way_out(after: nn.Module, path: str, error: Exception, edited: Mapping[str,
     if gone and isinstance(error, AttributeError | KeyError | IndexError):
         asks = f"{_named(path, after.get_submodule(path))} asks for what was taken out"
         return f"{asks}: replace {quoted(gone[0])} Identity keeps its name, and hands on what flows in"
+    if isinstance(error, OperatorError) and error.mixed and (dtype := _cast_to(after, edited)) is not None:
+        return f"cast . {dtype} casts the whole model; --check none writes it all the same"
     return _edited_elsewhere(edited)
+
+
+def _cast_to(after: nn.Module, edited: Mapping[str, str]) -> str | None:
+    """The dtype that an edit gave to a part of the model alone."""
+    places = [path for path, action in edited.items() if action == "cast" and path]
+    for name, tensor in (*after.named_parameters(), *after.named_buffers()):
+        if tensor.dtype.is_floating_point and any(_is_below(name, place) for place in places):
+            return dtype_name(tensor.dtype)
+    return None
 
 
 def _fix(module: nn.Module, path: str, misfit: Misfit, edited: Mapping[str, str], *, settled: bool) -> str:
@@ -244,7 +338,7 @@ def _edited_elsewhere(edited: Mapping[str, str]) -> str:
 
 
 def _is_touched(path: str, edited: Mapping[str, str]) -> bool:
-    return any(not place or path == place or path.startswith(f"{place}.") for place in edited)
+    return any(_is_below(path, place) for place in edited)
 
 
 def _again(path: str, edited: Mapping[str, str]) -> str:

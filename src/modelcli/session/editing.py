@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from modelcli import blueprints
 from modelcli.blueprints import Blueprint, Totals
 from modelcli.edits import Edit
 from modelcli.errors import ModelcliError, RequestError
+from modelcli.references import Source
 from modelcli.session.looking import likeness_of, stdout_is_for_data
 from modelcli.session.targets import Batch, Target, apply_each, apply_recipe, without_edits
 from modelcli.wrappers import Unwrapping
@@ -125,6 +127,7 @@ def _check(live: Live, target: Target, added: Sequence[Edit], how: Writing) -> d
     except RequestError as error:
         error.notes = tuple(live.notes)
         raise
+    live.notes += result.notes
     if result.ran:
         live.notes += _idle(live, result.called)
     shapes = None if live.inputs is None else [list(size) for size in live.inputs.all_shapes]
@@ -144,21 +147,32 @@ def _checked(live: Live, target: Target, added: Sequence[Edit], how: Writing) ->
         return checking.Check(False, "--check none skips it")
     if live.architecture is None:
         return checking.Check(False, "no architecture is known: --arch names one")
+    source, unstated = target.source, target.source.without_input()
     if how.check == "run":
 
-        def really() -> Any:
-            module, unedited = opening.open_real(target.source, target.edits)
+        def really(source: Source) -> Any:
+            module, unedited = opening.open_real(source, target.edits)
             return module, unedited.inputs
 
-        after, _ = opening.open_real(target.source, (*target.edits, *added))
-        return checking.check(really, after, live.inputs, edited, device="cpu", origins=live.origins)
+        after, _ = opening.open_real(source, (*target.edits, *added))
+        unedited, device = really, "cpu"
+    else:
 
-    def before() -> Any:
-        unedited = opening.open_live(target.source)
-        apply_recipe(unedited, target)
-        return unedited.module, unedited.inputs
+        def on_meta(source: Source) -> Any:
+            unedited = opening.open_live(source)
+            apply_recipe(unedited, replace(target, source=source))
+            return unedited.module, unedited.inputs
 
-    return checking.check(before, live.module, live.inputs, edited, origins=live.origins)
+        after, unedited, device = live.module, on_meta, "meta"
+    return checking.check(
+        partial(unedited, source),
+        after,
+        live.inputs,
+        edited,
+        known=partial(unedited, unstated) if unstated != source else None,
+        device=device,
+        origins=live.origins,
+    )
 
 
 def _idle(live: Live, called: Collection[str]) -> list[str]:

@@ -329,8 +329,25 @@ def test_a_tensor_that_is_not_understood_fails_each_guard(cli: Cli, folder: Path
     for guard in (("--finite",), ("--max-params", "100"), ("--max-bytes", "1G"), ("--dtype", "float32")):
         result = cli("check", path, *guard, code=cli_code(path, 1))
         assert "w cannot be" in result.out or result.err.startswith("error: ")
+    cli("check", path, "--absent", "w", code=cli_code(path, 1))
+    cli("check", path, "--absent", "x", code=cli_code(path, 0))
     cli("check", path, "--same-as", "v.pth", code=cli_code(path, 1))
     cli("diff", path, path, code=cli_code(path, 1))
+
+
+def test_a_parameter_that_is_not_understood_is_not_known_to_be_frozen(cli: Cli, folder: Path) -> None:
+    trained = parameter(called("torch.Tensor", NUMBERS))
+    path = packed(folder / "m.pth", state_dict(("v", parameter(tensor(), b"\x89")), ("w", trained)))
+    assert torch.load(path, weights_only=True)["w"].requires_grad
+    cli("check", path, "--frozen", "v")
+    assert "nothing says whether w is frozen" in cli("check", path, "--frozen", "**", code=1).out
+
+
+def test_what_is_not_understood_in_a_shard_fails_the_folder(cli: Cli, folder: Path) -> None:
+    packed(folder / "a.bin", state_dict(("v", tensor()), ("w", called("torch.Tensor", NUMBERS))))
+    index = folder / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": {"v": "a.bin"}}), encoding="ascii")
+    assert "w cannot be" in cli("check", folder, "--finite", code=1).out
 
 
 def cli_code(path: Path, code: int) -> int:

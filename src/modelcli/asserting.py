@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from modelcli import checkpoints, comparing, selectors, session
-from modelcli.blueprints import FLOATING, Blueprint, Shape, TensorInfo, counted, listed, shown
+from modelcli.blueprints import FLOATING, Blueprint, Shape, TensorInfo, counted, from_keys, listed, shown
 from modelcli.checkpoints.contents import CompositeEntry, foreign_names
 from modelcli.comparing import Progress, Scope
 from modelcli.differences import TensorChange
@@ -123,14 +123,14 @@ def _structure(blueprint: Blueprint, wanted: Wanted, unseen: Sequence[str]) -> I
     if wanted.max_bytes is not None:
         yield _at_most("max-bytes", totals.param_bytes + totals.buffer_bytes, wanted.max_bytes, unseen)
     for text in wanted.frozen:
-        yield _flags(blueprint, text, trained=False)
+        yield _flags(blueprint, text, unseen, trained=False)
     for text in wanted.trainable:
-        yield _flags(blueprint, text, trained=True)
+        yield _flags(blueprint, text, unseen, trained=True)
     for text in wanted.has:
         names = _matches(blueprint, text)
         yield Checked("has", bool(names), listed(names or [_nothing(blueprint, text)], MOST_NAMED), text)
     for text in wanted.absent:
-        names = _matches(blueprint, text)
+        names = _matches(blueprint, text) or _matching(unseen, text)
         told = _nothing(blueprint, text)
         yield Checked("absent", not names and told == NOTHING, listed(names or [told], MOST_NAMED), text)
     if wanted.dtypes:
@@ -144,7 +144,18 @@ def _at_most(check: str, found: int, most: int, unseen: Sequence[str]) -> Checke
     return Checked(check, found <= most, found, most)
 
 
-def _flags(blueprint: Blueprint, text: str, *, trained: bool) -> Checked:
+def _matching(unseen: Sequence[str], text: str) -> list[str]:
+    """Which entries without a row a selector would pick, or what is in them, if they had one."""
+    if not unseen:
+        return []
+    try:
+        found = selectors.select_tensors(from_keys(TensorInfo(name, None, "float32") for name in unseen), [text])
+    except RequestError:  # it picks none
+        return []
+    return [name for name in unseen if name in found]
+
+
+def _flags(blueprint: Blueprint, text: str, unseen: Sequence[str], *, trained: bool) -> Checked:
     """Whether all parameters that a selector picks are trained, or all are frozen."""
     names = set(selectors.select_tensors(blueprint, [text]))
     parameters = [t for t in blueprint.tensors if t.name in names and t.kind == "parameter" and t.is_differentiable]
@@ -153,7 +164,7 @@ def _flags(blueprint: Blueprint, text: str, *, trained: bool) -> Checked:
     kind, state = ("trainable", "trained") if trained else ("frozen", "frozen")
     other = "frozen" if trained else "trained"
     wrong = [t.name for t in parameters if t.requires_grad is (not trained)]
-    unknown = [t.name for t in parameters if t.requires_grad is None]
+    unknown = [t.name for t in parameters if t.requires_grad is None] + _matching(unseen, text)
     if wrong:
         of_all = f"{len(wrong):,} of {counted(len(parameters), 'parameter')}"
         told = f"{of_all} {_are(len(wrong))} {other}: {listed(wrong, MOST_NAMED)}"

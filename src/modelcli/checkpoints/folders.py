@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -88,9 +88,15 @@ def read(index: Path, read_file: Reader) -> Contents:
         tensors=tensors,
         record=record,
         texts=texts[0] if texts and all(other == texts[0] for other in texts) else {},
-        foreign=tuple(dict.fromkeys(name for shard in shards.values() for name in shard.foreign)),
+        foreign=_of_all(shards, lambda shard: shard.foreign),
+        unseen=_of_all(shards, lambda shard: shard.unseen),
+        hidden=_of_all(shards, lambda shard: shard.hidden),
         notes=(f"{counted(len(tensors), 'tensor')} in {counted(len(shards), 'shard')}, as {index.name} says",),
     )
+
+
+def _of_all(shards: Mapping[Path, Contents], names: Callable[[Contents], Iterable[str]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for shard in shards.values() for name in names(shard)))
 
 
 def _index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:

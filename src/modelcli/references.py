@@ -8,11 +8,11 @@ import os
 import re
 import warnings
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from modelcli import expressions, installed
 from modelcli.blueprints import listed
-from modelcli.errors import ModelcliError, RequestError, SystemFailureError, closest
+from modelcli.errors import ModelcliError, RequestError, SystemFailureError, UnsafeError, closest
 from modelcli.expressions import Call
 
 #: No system has longer paths: longer text is none.
@@ -97,24 +97,56 @@ def is_installed_name(dotted: str) -> bool:
 Reference = Installed | PythonObject | CheckpointFile
 
 
+def recorded(text: str, folder: Path, *, trust: bool) -> Reference:
+    """The reference that a record in a file in `folder` holds.
+
+    Without `trust` no path that it names is looked at: the name of a file on another machine would be asked for there.
+    With it a Python file is looked for, but only by a path from `folder`. Raises RequestError for what is no reference,
+    UnsafeError for a checkpoint, and for Python code at a path that does not start from the folder.
+    """
+    reference = _parsed(text, folder, look=False)
+    if isinstance(reference, CheckpointFile):
+        raise UnsafeError(f"a record may not name another file as its architecture, and it names {text}", _ARCH)
+    if isinstance(reference, PythonObject) and reference.file is not None:
+        if _is_absolute(reference.source):
+            raise UnsafeError(f"a record may not name code outside its folder, and it names {reference.source}", _ARCH)
+        if trust:
+            return parse(text, folder)
+    return reference
+
+
+_ARCH = "--arch names the architecture instead"
+
+
+def _is_absolute(path: str) -> bool:
+    """Whether a path starts at a root, at a drive, or on another machine, on any system."""
+    return path.startswith(("/", "\\")) or bool(PureWindowsPath(path).drive)
+
+
 def parse(text: str, folder: Path | None = None) -> Reference:
     """Tell what a reference is. Relative paths are seen from `folder`, by default the current one.
 
     In this order: a bare word is a builder or a class of `torch.nn`; an existing path; `file.py:Class(...)` or
     `module:name`; a builder or a module expression. Raises RequestError for what is none of these.
     """
-    folder = folder or Path()
+    return _parsed(text, folder or Path(), look=True)
+
+
+def _parsed(text: str, folder: Path, *, look: bool) -> Reference:
+    """The same; without `look` by the text alone: no path in it is looked at, and one with a suffix is a file."""
     if not text.strip():
         raise RequestError("an empty model reference", "name one: alexnet, nets.py:Net(3,2), best.pth")
     path = folder / text
-    if _is_bare_word(text) and (not _exists(path) or _is_installed_model(text)):
+    if _is_bare_word(text) and (not look or not _exists(path) or _is_installed_model(text)):
         return Installed(Call(text))
-    if "\0" not in text and len(text) < MAX_PATH and _exists(path):
+    if look and "\0" not in text and len(text) < MAX_PATH and _exists(path):
         if path.suffix == ".py" and path.is_file():
             raise _names_no_class(text, path)
         return CheckpointFile(path)
-    if (split := _split_object(text, folder)) is not None:
-        return _python_object(*split, folder)
+    if (split := _split_object(text, folder, look=look)) is not None:
+        return _installed_object(*split) or _python_object(*split, folder, look=look)
+    if not look and (has_checkpoint_suffix(text) or re.search(r"[/\\]", text.partition("(")[0])):
+        return CheckpointFile(path)
     if has_checkpoint_suffix(text) or text.endswith(("/", os.sep)):
         raise missing_file(path, text)
     if Path(text).suffix == ".py" and "(" not in text:
@@ -124,7 +156,8 @@ def parse(text: str, folder: Path | None = None) -> Reference:
     if re.fullmatch(r"[\w.+-]+", text) and not re.fullmatch(r"[A-Za-z_][\w.]*", text, re.ASCII):
         return Installed(Call(text))  # `bert-base-uncased`: no expression, and no model of that name either
     call = expressions.parse(text)
-    return parse(str(call), folder) if ":" in call.name else Installed(call)  # parentheses around `module:build(3)`
+    # Parentheses may stand around `module:build(3)`.
+    return _parsed(str(call), folder, look=look) if ":" in call.name else Installed(call)
 
 
 def _is_bare_word(text: str) -> bool:
@@ -155,13 +188,13 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def _split_object(text: str, folder: Path) -> tuple[str, str] | None:
+def _split_object(text: str, folder: Path, *, look: bool) -> tuple[str, str] | None:
     """Cut `nets.py:Net(3)` at its colon; a drive letter's colon is none, nor one inside the arguments.
 
     A file that exists is cut off first: folders may have colons and parentheses in their names.
     """
     for match in re.finditer(r"\.py:", text[:MAX_PATH]):
-        if _exists(folder / text[: match.end() - 1]):
+        if not look or _exists(folder / text[: match.end() - 1]):
             return text[: match.end() - 1], text[match.end() :]
     start = 2 if re.match(r"[A-Za-z]:[\\/]", text) else 0
     colon = text.find(":", start)
@@ -171,7 +204,18 @@ def _split_object(text: str, folder: Path) -> tuple[str, str] | None:
     return text[:colon], text[colon + 1 :]
 
 
-def _python_object(source: str, target: str, folder: Path) -> PythonObject:
+def _installed_object(source: str, target: str) -> Installed | None:
+    """A class of torch's or torchvision's own that is written with a colon: `torchvision.ops:MLP(4,[4,4])`."""
+    name = target.partition("(")[0].strip()
+    if source.split(".")[0] not in ("torch", "torchvision") or not is_installed_name(f"{source}:{name}"):
+        return None
+    if not re.fullmatch(r"[A-Z]\w*", name, re.ASCII):  # what begins otherwise is a function
+        return None
+    call = expressions.parse(target)
+    return Installed(Call(f"{source}.{name}", call.args, call.kwargs))
+
+
+def _python_object(source: str, target: str, folder: Path, *, look: bool) -> PythonObject:
     call = None
     if "(" in target:
         call = expressions.parse(target)
@@ -185,7 +229,7 @@ def _python_object(source: str, target: str, folder: Path) -> PythonObject:
         )
     if source.endswith(".py"):
         path = folder / source
-        if not _exists(path):
+        if look and not _exists(path):
             raise missing_file(path, source)
         return PythonObject(source, name, call, path)
     if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", source, re.ASCII):

@@ -15,7 +15,8 @@ from torch import nn
 from modelcli import references
 from modelcli.errors import RequestError, UnsafeError
 from modelcli.expressions import Call
-from modelcli.live import memory, modules, python_objects, zoo
+from modelcli.live import bounds, memory, modules, python_objects, zoo
+from modelcli.live.bounds import Bounds
 from modelcli.live.sources import Lazy, tag_drawn
 from modelcli.live.twins import build_on_meta, meta_twin, seeded
 from modelcli.quoting import quoted
@@ -27,7 +28,8 @@ class Architecture:
     """A model that can be constructed. `weights` is the resolved name of torchvision's weights, if any.
 
     `construct` is the plain constructor, with those weights; `without_weights` gives the same structure and neither
-    downloads nor loads. `instance` is set where the reference names a module that exists already.
+    downloads nor loads. `instance` is set where the reference names a module that exists already. `bounds` are what
+    building may take.
     """
 
     reference: references.Reference
@@ -37,12 +39,13 @@ class Architecture:
     builder: str | None = None
     instance: nn.Module | None = None
     is_torch_class: bool = False
+    bounds: Bounds | None = None
 
     def on_meta(self, seed: int) -> nn.Module:
         """The architecture on the meta device; its numbers are those that `real(seed)` gives, when asked for."""
         if self.instance is not None:
             return meta_twin(self.instance, keep_values=True)
-        module = build_on_meta(self.without_weights, only_if_needed=self.is_torch_class)
+        module = build_on_meta(self.without_weights, only_if_needed=self.is_torch_class, bounds=self.bounds)
         needed = memory.bytes_of(module)  # what a storage holds is never collected where the storage is in it
         tag_drawn(module, Lazy(lambda: self.real(seed, needed=needed)))
         return module
@@ -111,7 +114,8 @@ def _builder(reference: Installed, weights: str | None, trust: bool) -> Architec
         with zoo.architecture_only():
             return plain()
 
-    return Architecture(reference, plain, without_weights, kwargs["weights"], builder=call.name)
+    held = bounds.as_typed(str(reference)) if reference.runs_only_installed_code else None
+    return Architecture(reference, plain, without_weights, kwargs["weights"], builder=call.name, bounds=held)
 
 
 def _expression(reference: Installed, weights: str | None, trust: bool) -> Architecture:
@@ -131,7 +135,9 @@ def _expression(reference: Installed, weights: str | None, trust: bool) -> Archi
     def plain() -> nn.Module:
         return modules.make(call, trusted=trust)
 
-    return Architecture(reference, plain, plain, is_torch_class=reference.runs_only_installed_code)
+    installed = reference.runs_only_installed_code
+    held = bounds.as_typed(str(reference)) if installed else None
+    return Architecture(reference, plain, plain, is_torch_class=installed, bounds=held)
 
 
 def _by_its_name(call: Call) -> str | None:

@@ -51,8 +51,13 @@ class LoadReport:
     def is_strict(self) -> bool:
         return not (self.missing or self.unexpected or self.mismatched)
 
-    def refusal(self, contents: Contents, architecture: str, *, strict: bool) -> AnswerNoError | None:
-        """The error for a load that PyTorch would refuse as well; shapes that differ are refused in any case."""
+    def refusal(
+        self, contents: Contents, architecture: str, *, strict: bool, follows_record: bool = False
+    ) -> AnswerNoError | None:
+        """The error for a load that PyTorch would refuse as well; shapes that differ are refused in any case.
+
+        `follows_record` says that the file itself names the architecture.
+        """
         path = contents.path
         if not self.matched and self.missing:
             strict = True  # nothing of the file would be in the model: that is no load
@@ -65,7 +70,9 @@ class LoadReport:
         for word, names in (("missing", self.missing), ("unexpected", self.unexpected)):
             if names:
                 parts.append(f"{word}: {listed(names, 3)}")
-        if contents.record is not None and contents.record.reference is not None:
+        if follows_record:
+            hint = f"the record in {path.name} is not that of its tensors: --arch names the architecture instead"
+        elif contents.record is not None and contents.record.reference is not None:
             hint = f"{path.name} says itself which model it is: leave --arch out"
         elif strict and not self.mismatched:
             hint = "modelcli load --no-strict takes what matches"

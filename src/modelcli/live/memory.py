@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch import nn
 
-from modelcli.errors import SystemFailureError
+from modelcli.errors import FileFormatError, SystemFailureError
 from modelcli.live.sources import is_composite, is_lazy, named_tensors
 
 
@@ -41,8 +43,31 @@ def fits(nbytes: int) -> bool:
     return there is None or nbytes <= there
 
 
+#: The most that `require` lets pass, and for whose sake: the last one holds.
+_ceilings: list[tuple[int, str]] = []
+
+
+@contextlib.contextmanager
+def at_most(nbytes: int, whose: str) -> Iterator[None]:
+    """Let no more be required in the block, however much there is. `whose` names the file that asks for it."""
+    _ceilings.append((nbytes, whose))
+    try:
+        yield
+    finally:
+        _ceilings.pop()
+
+
 def require(nbytes: int, what: str) -> None:
-    """Raise SystemFailureError where `nbytes` are more than there is."""
+    """Raise SystemFailureError where `nbytes` are more than there is.
+
+    Within `at_most`, raises FileFormatError where they are more than that.
+    """
+    if _ceilings and nbytes > _ceilings[-1][0]:
+        most, whose = _ceilings[-1]
+        raise FileFormatError(
+            f"{what} takes {nbytes / 1e6:,.0f} MB, far more than {whose} holds; the limit is {most / 1e6:,.0f} MB",
+            "--arch names an architecture that may take more",
+        )
     there = available()
     if there is not None and nbytes > there:
         raise SystemFailureError(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,8 +18,8 @@ from modelcli.checkpoints import Contents, inert_objects
 from modelcli.checkpoints.contents import foreign_names
 from modelcli.edits import Edit, Extract
 from modelcli.edits import parse as parse_edit
-from modelcli.errors import RequestError, UnsafeError
-from modelcli.live import inputs, loading, memory, trace, zoo
+from modelcli.errors import FileFormatError, RequestError, UnsafeError
+from modelcli.live import bounds, inputs, loading, memory, trace, zoo
 from modelcli.live.build import Architecture, architecture
 from modelcli.live.describe import describe, floating_dtype
 from modelcli.live.inputs import Inputs
@@ -27,7 +28,11 @@ from modelcli.live.origins import Origins
 from modelcli.live.sources import named_tensors
 from modelcli.live.surgery import Change, apply
 from modelcli.record import Record
-from modelcli.references import CheckpointFile, Source
+from modelcli.references import CheckpointFile, Installed, Source
+
+#: What a record may ask for beyond the tensors of its file, and in proportion to them.
+_BASE_BYTES = 1_000_000_000
+_BASE_TIMES = 4
 
 
 @dataclass
@@ -137,6 +142,8 @@ class _Opening:
         self.record: Record | None = None
         self.notes: list[str] = []
         self.base: Architecture | None = None
+        self.bounds: bounds.Bounds | None = None
+        self.base_bytes = 0
         if (hidden := references.hidden_file_note(source.model, source.folder)) is not None:
             self.notes.append(hidden)
         weights = source.weights if source.weights not in (None, "none") else None
@@ -178,20 +185,43 @@ class _Opening:
         self.record = record
         if record.reference is None:
             return
-        reference = references.parse(record.reference, path.parent)
-        if isinstance(reference, CheckpointFile):
-            raise UnsafeError(f"{path} names another file as its architecture: {reference}", "--arch names one")
-        self._take_architecture(reference, record.weights, trust=self.source.trust)
+        self.bounds = bounds.of_record(f"the architecture that {path.name} names", len(record.blueprint.modules))
+        zoo.torchvision()  # its import takes longer than what is bounded here
+        with self._following(), self._memory_of_record():
+            reference = references.recorded(record.reference, path.parent, trust=self.source.trust)
+            self._take_architecture(reference, record.weights, trust=self.source.trust)
+        if isinstance(reference, Installed):
+            assert self.base is not None
+            self.base = replace(self.base, bounds=self.bounds)
+
+    @contextlib.contextmanager
+    def _following(self) -> Iterator[None]:
+        """Do what the record says, within its bounds. What is wrong with that is wrong with the file."""
+        path = self._contents().path
+        try:
+            with bounds.held(self.bounds):
+                yield
+        except RequestError as error:
+            what = f"the record in {path.name} cannot be followed: {error.message}"
+            raise FileFormatError(what, "--arch names the architecture instead") from None
+
+    def _memory_of_record(self) -> contextlib.AbstractContextManager[None]:
+        """What a record asks for fits in with the size of its file: a part that `extract` left has a larger base."""
+        contents = self._contents()
+        nbytes = sum(info.nbytes for info in contents.infos().values())
+        return memory.at_most(_BASE_BYTES + _BASE_TIMES * nbytes, contents.path.name)
 
     def live(self, *, report_only: bool = False) -> Live:
         seed = self.source.seed
         if seed is None:
             seed = self.record.seed if self.record else 0
-        module = self.base.on_meta(seed) if self.base else loading.bare_module(self._contents())
+        module = self._architecture_on_meta(seed)
         live = Live(module, self.source, self.base, self.contents, record=self.record, notes=self.notes, seed=seed)
         if self.record is not None and self.base is not None:
             # What the edits have to tell was told when they were made.
-            module = self._follow_edits(module, seed)
+            self.base_bytes = memory.bytes_of(module)
+            with self._following(), self._memory_of_record():
+                module = self._follow_edits(module, seed)
             live.module = module
         if self.record is not None:
             live.edits = list(zip(self.record.numbers, self.record.edits, strict=True))
@@ -206,6 +236,14 @@ class _Opening:
         live.opened_tensors = named_tensors(module)
         return live
 
+    def _architecture_on_meta(self, seed: int) -> nn.Module:
+        if self.base is None:
+            return loading.bare_module(self._contents())
+        if self.record is None:
+            return self.base.on_meta(seed)
+        with self._following():
+            return self.base.on_meta(seed)
+
     def real(self, edits: Sequence[Edit]) -> tuple[nn.Module, Live]:
         if self.base is None:
             path = self._contents().path
@@ -214,10 +252,13 @@ class _Opening:
                 "name it: --arch alexnet, or arch= in Python",
             )
         live = self.live()
-        # A file brings all the numbers: nothing has to be downloaded for it.
-        module = self.base.real(live.seed, weights=self.contents is None)
         if self.record is not None:
-            module = self._follow_edits(module, live.seed)
+            with self._memory_of_record():
+                module = self.base.real(live.seed, needed=self.base_bytes, weights=False)
+                module = self._follow_edits(module, live.seed)
+        else:
+            # A file brings all the numbers: nothing has to be downloaded for it.
+            module = self.base.real(live.seed, weights=self.contents is None)
         if self.contents is not None:
             loading.load(module, loading.mapped(self.contents))
         if self.record is not None:
@@ -245,7 +286,12 @@ class _Opening:
                 f"{name} and {last} are one tensor here and two in the file: the numbers of {last} are taken"
             )
         assert self.base is not None
-        error = report.refusal(self._contents(), str(self.base.reference), strict=self.source.strict)
+        error = report.refusal(
+            self._contents(),
+            str(self.base.reference),
+            strict=self.source.strict,
+            follows_record=self.record is not None,
+        )
         if error is not None and not report_only:
             raise error
 

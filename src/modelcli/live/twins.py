@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from modelcli.live import memory
+from modelcli.live.bounds import Bounds, held
 from modelcli.live.closures import Functions
 from modelcli.live.modules import ConstructorError
 from modelcli.live.sources import AnySource, Value, is_composite, is_lazy, named_tensors, row_major, tag
@@ -31,17 +32,18 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def build_on_meta(construct: Constructor, *, only_if_needed: bool = False) -> nn.Module:
+def build_on_meta(construct: Constructor, *, only_if_needed: bool = False, bounds: Bounds | None = None) -> nn.Module:
     """Construct a module whose parameters and buffers are all on the meta device.
 
     A ladder: under `torch.device("meta")`; else with each parameter moved to meta as it is registered, buffers real
     until the end (constructors that compute on plain tensors); else for real, then copied. With `only_if_needed` an
     error that has nothing to do with the meta device ends it at once, and so does one where the parameters that were
-    made before it say that the next rung, which makes them for real, does not fit in memory.
+    made before it say that the next rung, which makes them for real, does not fit in memory. `bounds` hold for each
+    rung.
     """
     rungs: tuple[Callable[[Constructor], nn.Module], ...] = (_under_meta, _parameters_on_meta, lambda make: make())
     for number, rung in enumerate(rungs):
-        with seeded(0), _sizes_registered() as sizes:
+        with seeded(0), _sizes_registered() as sizes, held(bounds):
             try:
                 return _moved_to_meta(rung(construct))
             except ConstructorError as error:

@@ -43,7 +43,12 @@ def load(source: Source, recipe_path: Path, *, force: bool, dry_run: bool) -> Lo
     report = live.report
     error = None
     if report is not None and live.architecture is not None and live.contents is not None:
-        error = report.refusal(live.contents, str(live.architecture.reference), strict=source.strict)
+        error = report.refusal(
+            live.contents,
+            str(live.architecture.reference),
+            strict=source.strict,
+            follows_record=live.record is not None,
+        )
     elif live.architecture is not None and live.architecture.weights is not None:
         opening.load_weights(live)
     blueprint = live.describe()

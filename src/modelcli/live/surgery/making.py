@@ -11,11 +11,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from modelcli import expressions
+from modelcli import expressions, references
 from modelcli.blueprints import ancestors, counted
 from modelcli.errors import RequestError
 from modelcli.expressions import HOLE, Call
-from modelcli.live import memory, modules
+from modelcli.live import bounds, memory, modules
 from modelcli.live.build import Bare
 from modelcli.live.sources import Lazy, is_lazy, named_tensors, tag_drawn
 from modelcli.live.surgery import shapes
@@ -199,7 +199,9 @@ def maker(
 def _on_meta(call: Call, path: str, context: Context) -> nn.Module:
     """A new module on the meta device. An error says where it was to be put."""
     try:
-        return build_on_meta(lambda: modules.make(call, trusted=context.trusted), only_if_needed=True)
+        installed = all(map(references.is_installed_name, expressions.names_in(call)))
+        held = bounds.as_typed(str(call)) if installed else None
+        return build_on_meta(lambda: modules.make(call, trusted=context.trusted), only_if_needed=True, bounds=held)
     except RequestError as error:
         error.message = f"{path}: {error.message}"
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from dataclasses import replace
@@ -12,6 +13,7 @@ import pytest
 
 import modelcli
 from modelcli import checkpoints, references, writing
+from modelcli.blueprints import LayerTrace, ModuleInfo
 from modelcli.checkpoints import limits
 from modelcli.errors import FileFormatError, RequestError, UnsafeError
 from modelcli.live import planning, zoo
@@ -190,3 +192,175 @@ def test_a_class_of_torchvisions_is_an_installed_one_by_either_spelling(cli: Cli
         assert type(modelcli.load("mlp.pth")) is zoo.torchvision().ops.MLP  # without trust
     assert isinstance(references.parse("torch.nn:Linear(2,3)"), Installed)
     assert not isinstance(references.parse("torchvision.models:resnet18"), Installed | CheckpointFile)  # a function
+
+
+# --- what a record says of the tensors -----------------------------------------------------------------------------
+
+NET = "Sequential(Conv2d(3,8,3),BatchNorm2d(8),Flatten(),Linear(8,4),LayerNorm(4))"
+
+
+def changed(record: Record, *, tensors: Any = None, modules: Any = None, layers: Any = None) -> Any:
+    """The blueprint of a record with some of its tensors, modules and outputs changed, by name."""
+    blueprint = record.blueprint
+    assert blueprint.trace is not None
+    infos = [replace(t, **(tensors or {}).get(t.name, {})) for t in blueprint.tensors]
+    listed = [replace(m, **(modules or {}).get(m.path, {})) for m in blueprint.modules]
+    ran = {path: replace(layer, **(layers or {}).get(path, {})) for path, layer in blueprint.trace.layers.items()}
+    return replace(blueprint, tensors=tuple(infos), modules=tuple(listed), trace=replace(blueprint.trace, layers=ran))
+
+
+BUFFER = {"kind": "buffer", "requires_grad": None}
+#: Changes to the blueprint of a record, and what contradicts them.
+FALSE: dict[str, tuple[dict[str, Any], str]] = {
+    "weights are buffers": ({"tensors": {"3.weight": BUFFER}}, "3.weight is a buffer, and in a Linear that is a param"),
+    "statistics are parameters": (
+        {"tensors": {"1.running_mean": {"kind": "parameter", "requires_grad": True}}},
+        "1.running_mean is a parameter, and in a BatchNorm2d that is a buffer",
+    ),
+    "a layer of other sizes": (
+        {"modules": {"3": {"config": "in_features=9, out_features=4, bias=True"}}},
+        "its weight is [4, 8]",
+    ),
+    "a convolution of other sizes": (
+        {"modules": {"0": {"config": "3, 8, kernel_size=(5, 5), stride=(1, 1)"}}},
+        "its weight is [8, 3, 3, 3]",
+    ),
+    "another class": ({"modules": {"3": {"type": "ReLU"}}}, "3 is a ReLU, which has no weight"),
+    "a class without its tensors": (
+        {"modules": {"2": {"type": "Linear", "config": "in_features=8, out_features=4, bias=True"}}},
+        "lists no weight of it",
+    ),
+    "another output of a layer": ({"layers": {"3": {"output_shape": [1, 5]}}}, "3 gave [1, 5], and its weight is"),
+    "another output of the model": ({"layers": {"": {"output_shape": [1, 10]}}}, ". gave [1, 10], and its last layer"),
+    "frozen by one account": ({"tensors": {"3.bias": {"requires_grad": False}}}, "lists 3.bias as frozen"),
+    "a module twice": ({"modules": {"1": {"path": "0"}}}, "lists the module 0 twice"),
+    "a module without its holder": ({"modules": {"4": {"path": "9.9"}}}, "lists 9.9 and not the module that holds it"),
+    "shared with nothing": ({"modules": {"4": {"shared_with": "7"}}}, "4 is 7 as well, which it does not list"),
+    "a trained whole number": (
+        {"tensors": {"1.num_batches_tracked": {"kind": "parameter", "requires_grad": True}}},
+        "1.num_batches_tracked is trained, which int64 cannot be",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "told"), FALSE.values(), ids=FALSE.keys())
+def test_a_record_that_contradicts_its_tensors_is_ignored(cli: Cli, changes: dict[str, Any], told: str) -> None:
+    """By each look, without building anything; nothing is left of it, and a note says why."""
+    cli("save", "one.pth", "-m", NET, "--input-size", "1,3,3,3", "-q")
+    assert "ignored" not in cli("summary", "one.pth").err
+    record = record_of("one.pth")
+    forge("one.pth", "evil.pth", blueprint=changed(record, **changes))
+    for words in (("summary", "evil.pth"), ("modules", "evil.pth"), ("params", "evil.pth")):
+        result = cli(*words)
+        assert "the record in evil.pth was ignored: " in result.err
+        assert told in " ".join(result.err.split())
+    assert cli("modules", "evil.pth", "--json").json["modules"][0]["type"] is None
+
+
+def test_a_frozen_name_that_is_no_parameter(cli: Cli) -> None:
+    cli("save", "one.pth", "-m", NET, "-q")
+    forge("one.pth", "evil.pth", frozen=("nothing.weight",))
+    assert "it calls nothing.weight frozen" in cli("params", "evil.pth").err
+
+
+@pytest.mark.parametrize("field", ["input_dtype", "seed", "edits", "schema"])
+def test_a_damaged_record_is_named(cli: Cli, folder: Path, field: str) -> None:
+    """It used to be passed over in silence."""
+    cli("save", "one.pth", "-m", BASE, "-q")
+    wrong = {"input_dtype": ["nonsense"], "seed": -1, "edits": ["frezee 0"], "schema": 2}
+    document = json.loads(to_text(record_of("one.pth"))) | {field: wrong[field]}
+    plan = planning.plan(open_live(Source("one.pth")), Path("evil.pth"), "pth")
+    writing.write(replace(plan, record=json.dumps(document)), Path("evil.pth"), writing.Care(force=True))
+    told = {"input_dtype": "no dtype 'nonsense'", "seed": "its seed is -1", "edits": "frezee", "schema": "schema is 2"}
+    error = cli("summary", "evil.pth").err
+    assert "the record in evil.pth was ignored" in error
+    assert told[field] in error
+    for words in (("check", "evil.pth", "--frozen", "."), ("check", "evil.pth", "--has", "0:Linear")):
+        cli(*words, code=1)
+    (folder / "modelcli.toml").write_text('model = "Linear(2,3)"\ninput_size = "1,2"\ninput_dtype = ["nonsense"]\n')
+    assert "modelcli.toml:3: no dtype 'nonsense'" in cli("summary", code=2).err
+
+
+# --- assertions ----------------------------------------------------------------------------------------------------
+
+OWN = """
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(2, 3)
+
+    def forward(self, x):
+        return self.fc(x)
+"""
+
+
+def test_assertions_are_not_answered_by_a_forged_record(cli: Cli) -> None:
+    """The record of a file says what the shell asks for: small, frozen, with that layer and that output."""
+    cli("save", "one.pth", "-m", "alexnet(num_classes=7)", "-q")
+    record = record_of("one.pth")
+    fake = ModuleInfo("classifier.7", "Linear", ("Linear",), "in_features=7, out_features=10")
+    buffers = [
+        replace(t, kind="buffer", requires_grad=None) if t.name == "features.0.weight" else t
+        for t in record.blueprint.tensors
+    ]
+    assert record.blueprint.trace is not None
+    layers = dict(record.blueprint.trace.layers) | {"": LayerTrace([1, 10], 5)}
+    claims = [
+        ({"tensors": tuple(buffers)}, ("--max-params", "57000000")),
+        ({"modules": (*record.blueprint.modules, fake)}, ("--has", "classifier.7:Linear")),
+        ({"trace": replace(record.blueprint.trace, layers=layers)}, ("--output-shape", "1,10")),
+        ({"modules": record.blueprint.modules[:-1]}, ("--absent", "classifier.6:Linear")),
+    ]
+    for changes, words in claims:
+        forge("one.pth", "evil.pth", blueprint=replace(record.blueprint, **changes))
+        cli("check", "evil.pth", *words, code=1)
+    cli("check", "one.pth", "--max-params", "57.1M", "--has", "classifier.6:Linear", "--output-shape", "1,7", "--safe")
+
+
+def test_what_is_built_decides_and_a_note_says_that_the_record_differs(cli: Cli) -> None:
+    """A pooling in the place of a ReLU has the same tensors: only its code tells what comes out of it."""
+    cli("save", "one.pth", "-m", "Sequential(Linear(4,4),ReLU())", "--input-size", "1,4", "-q")
+    forge("one.pth", "evil.pth", reference="Sequential(Linear(4,4),AdaptiveAvgPool1d(2))")
+    assert cli("check", "evil.pth", "--output-shape", "1,2", "--json").json["passed"]
+    result = cli("check", "evil.pth", "--output-shape", "1,4", code=1)
+    assert "lists another model than it names" in result.err
+
+
+def test_a_reference_that_does_not_fit_the_tensors_is_ignored(cli: Cli) -> None:
+    cli("save", "one.pth", "-m", "Sequential(Linear(4,4),ReLU())", "--input-size", "1,4", "-q")
+    forge("one.pth", "evil.pth", reference="Sequential(Linear(4,5))")
+    result = cli("check", "evil.pth", "--output-shape", "1,4", code=1)
+    assert "the record in evil.pth was ignored: evil.pth does not fit" in result.err
+
+
+def test_what_the_record_alone_says_does_not_pass_with_safe(cli: Cli, folder: Path) -> None:
+    """Its architecture is code of the user's, which is not run for a file's sake."""
+    (folder / "own.py").write_text(OWN)
+    cli("save", "one.pth", "-m", "own.py:Net", "--input-size", "1,2", "-q")
+    claims = ("--frozen", "fc.bias", "--has", "fc:Linear", "--output-shape", "1,3", "--absent", "head")
+    cli("freeze", "fc", "-m", "one.pth", "--trust", "-o", "two.pth", "-q")
+    (folder / "own.py").write_text("raise SystemExit('ran')")
+    rows = cli("check", "two.pth", *claims, "--json").json["checks"]
+    assert all("names own.py:Net" in row["on_record"] for row in rows)
+    assert "the record says so" in cli("check", "two.pth", *claims).out
+    document = cli("check", "two.pth", *claims, "--safe", "--max-params", "20", "--json", code=1).json
+    failed = {row["check"] for row in document["checks"] if not row["passed"]}
+    assert failed == {"frozen", "has", "output-shape", "absent"}
+    (folder / "own.py").write_text(OWN)
+    document = cli("check", "two.pth", *claims, "--safe", "--trust", "--json").json
+    assert not any("on_record" in row for row in document["checks"])
+
+
+def test_what_the_tensors_say_needs_nothing_built(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    from modelcli.live import opening
+
+    cli("save", "one.pth", "-m", BASE, "-q")
+
+    def refuse(*_args: Any, **_kwargs: Any) -> Any:
+        raise AssertionError("something was built")
+
+    monkeypatch.setattr(opening, "open_live", refuse)
+    cli("check", "one.pth", "--max-params", "17", "--has", "0.weight", "--has", "2", "--dtype", "float32", "--safe")

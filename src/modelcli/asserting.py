@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from modelcli import checkpoints, comparing, selectors, session
@@ -66,6 +66,7 @@ class Checked:
     """One assertion: what was found and what was wanted, as numbers, shapes or words.
 
     Where nothing could be found out, `answered` is False, and `found` says why.
+    `basis` is set where a file's record says what was found and nothing else does: why nothing else could be asked.
     """
 
     check: str
@@ -73,6 +74,7 @@ class Checked:
     found: Any
     wanted: Any
     answered: bool = True
+    basis: str | None = None
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,17 @@ def check(target: Target, wanted: Wanted, *, cached: bool = True, progress: Prog
     needs_values = wanted.finite or bool(wanted.same_as)
     found = session.look(target, traced=bool(wanted.output_shapes), cached=cached and not needs_values)
     notes = list(found.notes)
-    unseen = () if found.contents is None else found.contents.unseen
-    checks = [*_structure(found.blueprint, wanted, unseen), *_outputs(found.blueprint, wanted.output_shapes)]
+    checks = _of_structure(found, wanted)
+    if any(_rests_on_record(found, row) for row in checks):
+        found, basis = session.built(target, found, traced=bool(wanted.output_shapes))
+        notes = list(found.notes)
+        checks = _of_structure(found, wanted)
+        if basis is not None:
+            by_record = [_rests_on_record(found, row) for row in checks]
+            checks = [
+                replace(row, passed=row.passed and not wanted.safe, basis=basis) if alone else row
+                for row, alone in zip(checks, by_record, strict=True)
+            ]
     if wanted.safe:
         checks.append(_safe(found, target.source))
     if wanted.finite:
@@ -113,6 +124,28 @@ def check(target: Target, wanted: Wanted, *, cached: bool = True, progress: Prog
     names = wanted.same_as
     checks += [_same_as(found, target.source.model, name, wanted.without, progress, notes) for name in names]
     return Verdict(found, tuple(checks), tuple(notes))
+
+
+#: The assertions that nothing but a record answers where a file has one.
+_ON_RECORD = ("max-bytes", "frozen", "trainable", "absent", "output-shape")
+
+
+def _rests_on_record(found: Look, row: Checked) -> bool:
+    """Whether a file's record decides about an assertion, and not the tensors in the file alone."""
+    if found.record is None:
+        return False
+    if row.check == "max-params":  # the record says which tensors are buffers
+        totals = session.without_record(found).totals
+        return totals.params + totals.buffers > int(row.wanted)
+    if row.check == "has":
+        return not _matches(session.without_record(found), row.wanted)
+    return row.check in _ON_RECORD
+
+
+def _of_structure(found: Look, wanted: Wanted) -> list[Checked]:
+    """The assertions that need no values."""
+    unseen = () if found.contents is None else found.contents.unseen
+    return [*_structure(found.blueprint, wanted, unseen), *_outputs(found.blueprint, wanted.output_shapes)]
 
 
 def _structure(blueprint: Blueprint, wanted: Wanted, unseen: Sequence[str]) -> Iterator[Checked]:

@@ -35,6 +35,8 @@ ITEM_BYTES: Mapping[str, int] = {
 FLOATING = frozenset(
     name for name in ITEM_BYTES if name.startswith(("float", "bfloat")) and not name.startswith("float4")
 )
+#: The dtypes that a model's input can have: of the others torch cannot make a tensor of zeros or of random values.
+INPUT_DTYPES = frozenset(name for name in ITEM_BYTES if not name.startswith(("q", "float4")))
 #: What PyTorch's own methods, and people, call them.
 _NICKNAMES = {
     "half": "float16",

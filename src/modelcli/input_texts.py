@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 
-from modelcli.blueprints import ITEM_BYTES, Shape, dtype_called
+from modelcli.blueprints import INPUT_DTYPES, Shape, dtype_called
 from modelcli.errors import RequestError, did_you_mean
 
 #: The one text that says that `forward` takes nothing.
@@ -96,8 +96,8 @@ def _shape(text: str, whole: str) -> Shape:
 
 def _dtype(text: str) -> str:
     name = dtype_called(text)
-    if name not in ITEM_BYTES or name.startswith("q"):
-        raise RequestError(f"no dtype {text!r}", did_you_mean(name, ITEM_BYTES) or "float32, bfloat16, int64")
+    if name not in INPUT_DTYPES:
+        raise RequestError(f"no dtype {text!r}", did_you_mean(name, INPUT_DTYPES) or "float32, bfloat16, int64")
     return name
 
 

@@ -17,7 +17,7 @@ from tomlkit.exceptions import ParseError, TOMLKitError
 from tomlkit.items import Array
 
 from modelcli import atomic, edits, input_texts, locks
-from modelcli.blueprints import ITEM_BYTES, dtype_called
+from modelcli.blueprints import INPUT_DTYPES, dtype_called
 from modelcli.edits import Edit
 from modelcli.errors import RequestError, SystemFailureError, closest
 from modelcli.quoting import quoted
@@ -52,8 +52,8 @@ class Recipe:
 
 def _dtype(text: str) -> str:
     name = dtype_called(text)
-    if name not in ITEM_BYTES:
-        near = closest(name, ITEM_BYTES, 1)
+    if name not in INPUT_DTYPES:
+        near = closest(name, INPUT_DTYPES, 1)
         raise RequestError(f"no dtype {text!r}" + (f", did you mean {near[0]}?" if near else ""))
     return name
 

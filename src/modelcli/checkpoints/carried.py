@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from modelcli import record as records
@@ -15,17 +16,26 @@ from modelcli.checkpoints.contents import CompositeEntry, TensorEntry
 RESERVED = frozenset(("format", "total_size", "total_parameters", records.SAFETENSORS_KEY))
 
 
-def record_in(text: object, what: str) -> records.Record | None:
-    """The record that a text is; None for anything else. Raises FileFormatError where far more comes of it."""
-    if not isinstance(text, str):
-        return None
-    budget = limits.Budget(f"{what}: its record", len(text))
-    strict_json.pay_for(text, budget)
-    record = records.from_text(text)
-    if record is not None:
+def record_in(texts: Iterable[object], path: Path) -> tuple[records.Record | None, tuple[str, ...]]:
+    """The record that the first of these texts is that is one, and what there is to tell where none is.
+
+    Raises FileFormatError where far more comes of a text than it could spell out.
+    """
+    wrong = []
+    for text in texts:
+        if not isinstance(text, str):
+            continue
+        budget = limits.Budget(f"{path}: its record", len(text))
+        strict_json.pay_for(text, budget)
+        try:
+            record = records.read(text)
+        except records.DamagedError as error:
+            wrong.append(str(error))
+            continue
         for module in record.blueprint.modules:
             budget.spend(_shown(module))
-    return record
+        return record, ()
+    return None, tuple(f"the record in {path.name} was ignored: {why}" for why in wrong[:1])
 
 
 def aliases_in(

@@ -77,7 +77,7 @@ def read(index: Path, read_file: Reader) -> Contents:
         if extra := next((name for name in shard.tensors if name not in weight_map), None):
             raise FileFormatError(f"{path.name} holds {extra}, which {index} does not name")
     text = metadata.get(records.SAFETENSORS_KEY)
-    record = carried.record_in(text, str(index))
+    record, wrong = carried.record_in((text,), index)
     tensors |= {name: tensors[first] for name, first in carried.aliases_in(metadata, tensors, record).items()}
     tensors = carried.in_order_of(record, tensors)
     texts = [shard.texts for shard in shards.values()]
@@ -91,7 +91,7 @@ def read(index: Path, read_file: Reader) -> Contents:
         foreign=_of_all(shards, lambda shard: shard.foreign),
         unseen=_of_all(shards, lambda shard: shard.unseen),
         hidden=_of_all(shards, lambda shard: shard.hidden),
-        notes=(f"{counted(len(tensors), 'tensor')} in {counted(len(shards), 'shard')}, as {index.name} says",),
+        notes=(f"{counted(len(tensors), 'tensor')} in {counted(len(shards), 'shard')}, as {index.name} says", *wrong),
     )
 
 

@@ -76,7 +76,7 @@ def read(path: Path) -> Contents:
         tensors[name] = entry
     if start + end != identity[0]:
         raise FileFormatError(f"{path}: the header tells of {start + end:,} bytes, the file has {identity[0]:,}")
-    record = carried.record_in(metadata.pop(records.SAFETENSORS_KEY, None), str(path))
+    record, notes = carried.record_in((metadata.pop(records.SAFETENSORS_KEY, None),), path)
     aliases = carried.aliases_in(metadata, tensors, record)
     ordered = {name: tensors[name] for name in header} | {name: tensors[first] for name, first in aliases.items()}
     return Contents(
@@ -84,6 +84,7 @@ def read(path: Path) -> Contents:
         format="safetensors",
         tensors=carried.in_order_of(record, ordered),
         record=record,
+        notes=notes,
         texts={name: text for name, text in metadata.items() if name not in aliases},
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +49,19 @@ def contents_of(
     metadata = state.get("_metadata") if isinstance(state, dict) else None
     if not isinstance(metadata, dict):
         metadata = {}
+    # Where the two copies of the record differ, the one in the zip archive wins.
+    record, wrong = carried.record_in((record_text, metadata.get(records.METADATA_KEY)), path)
     return Contents(
         path=path,
         format="pth",
         tensors=tensors,
         extras=extras,
         metadata={name: item for name, item in metadata.items() if name != records.METADATA_KEY},
-        record=_record(path, record_text, metadata),
+        record=record,
         tree=pickled.value if keys else None,
         key=keys or None,
         foreign=pickled.foreign,
-        notes=(*notes, *chosen, *told, *(() if whole is None else whole.notes)),
+        notes=(*notes, *wrong, *chosen, *told, *(() if whole is None else whole.notes)),
         types={} if whole is None else whole.types,
         kinds={} if whole is None else whole.kinds,
         order=tuple(state_dict) if extras else (),
@@ -138,11 +140,3 @@ def _within(value: Any) -> Iterator[Any]:
             yield from (value.call, value.args, value.state, *value.appended)
             for pair in value.items:
                 yield from pair
-
-
-def _record(path: Path, zip_text: str | None, metadata: Mapping[str, Any]) -> records.Record | None:
-    """The embedded record. Where the two copies differ, the zip record wins."""
-    for text in (zip_text, metadata.get(records.METADATA_KEY)):
-        if (record := carried.record_in(text, str(path))) is not None:
-            return record
-    return None

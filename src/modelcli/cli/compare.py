@@ -1,7 +1,7 @@
 """diff, check, identify: commands that answer yes or no, for scripts and CI."""
 
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperOption
@@ -16,6 +16,9 @@ from modelcli.cli.options import (
     exit_codes,
     expanded,
 )
+
+if TYPE_CHECKING:
+    from modelcli.asserting import Checked
 
 
 class AssertionsCommand(TyperCommand):
@@ -114,11 +117,18 @@ def check(
     target = session.find_target(inspect.named(model, look), source.overrides(), source.recipe)
     with progress.of_bytes(options) as report:
         verdict = asserting.check(target, wanted, cached=not look.no_cache, progress=report)
-    checks = [{key: value for key, value in asdict(each).items() if key != "answered"} for each in verdict.checks]
+    checks = [_row(checked) for checked in verdict.checks]
     view = documents.check(target.source.model, verdict.look.blueprint, checks)
     output.show(view, options, verdict.notes, warnings=verdict.look.warnings)
     verdict.require_answers()
     return 0 if verdict.passed else 1
+
+
+def _row(checked: "Checked") -> dict[str, Any]:
+    """An assertion as the document has it."""
+    row = {key: value for key, value in asdict(checked).items() if key != "answered"}
+    basis = row.pop("basis")
+    return row if basis is None else row | {"on_record": basis}
 
 
 def identify(

@@ -147,7 +147,7 @@ class SourceOptions(ModelOptions):
     def overrides(self) -> dict[str, Any]:
         """The fields of a `Source` that were given. Raises RequestError for an input that cannot be read."""
         from modelcli import input_texts
-        from modelcli.blueprints import ITEM_BYTES, dtype_called
+        from modelcli.blueprints import INPUT_DTYPES, ITEM_BYTES, dtype_called
         from modelcli.errors import RequestError, did_you_mean
         from modelcli.references import parse_input_size
 
@@ -157,8 +157,8 @@ class SourceOptions(ModelOptions):
         for name in dtypes:
             if name not in ITEM_BYTES:
                 raise RequestError(f"no dtype {name!r}", did_you_mean(name, ITEM_BYTES) or "float32, bfloat16, int64")
-            if name.startswith("q"):
-                raise RequestError(f"no input is made of {name}, a quantized dtype", "float32, bfloat16 or int64")
+            if name not in INPUT_DTYPES:
+                raise RequestError(f"no input is made of {name}", "float32, bfloat16 or int64")
         return {
             "weights": self.weights,
             "arch": self.arch,

@@ -688,7 +688,10 @@ def _are(number: int) -> str:
 
 
 def check(reference: str, blueprint: Blueprint, checks: Sequence[Mapping[str, Any]]) -> View:
-    """One row an assertion: whether it holds, what was found, and what was wanted."""
+    """One row an assertion: whether it holds, what was found, and what was wanted.
+
+    A row with `on_record` says why a file's record alone answers it.
+    """
     passed = sum(row["passed"] for row in checks)
     document = {
         "schema": SCHEMA,
@@ -702,7 +705,13 @@ def check(reference: str, blueprint: Blueprint, checks: Sequence[Mapping[str, An
         Column("found", "found", _finding, flexible=True),
         Column("wanted", "wanted", _finding, flexible=True),
     )
-    rows = sorted(checks, key=lambda row: bool(row["passed"]))  # what fails is read first
+    rows = [
+        row | {"found": f"{_finding(row['found'])} (the record says so, and nothing else: {row['on_record']})"}
+        if "on_record" in row
+        else row
+        for row in map(dict, checks)
+    ]
+    rows.sort(key=lambda row: bool(row["passed"]))  # what fails is read first
     footer = [("Checks", f"{passed} of {len(checks)} passed")]
     return View(document, rows, columns, footer, alarming=lambda row: not row["passed"])
 

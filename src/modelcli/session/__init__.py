@@ -12,6 +12,7 @@ from modelcli.session.looking import (
     LOOKS_LIKE,
     Look,
     builders,
+    built,
     cache_key,
     known_blueprint,
     likeness_notes,
@@ -22,6 +23,7 @@ from modelcli.session.looking import (
     stdout_is_for_data,
     values,
     warm,
+    without_record,
 )
 from modelcli.session.targets import (
     Batch,
@@ -48,6 +50,7 @@ __all__ = [
     "Target",
     "Writing",
     "builders",
+    "built",
     "cache_key",
     "edit",
     "find_batch",
@@ -69,6 +72,7 @@ __all__ = [
     "undo",
     "values",
     "warm",
+    "without_record",
 ]
 
 

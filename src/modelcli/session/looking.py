@@ -17,7 +17,7 @@ from modelcli import record as records
 from modelcli.blueprints import Blueprint, Trace
 from modelcli.checkpoints import Contents
 from modelcli.checkpoints.contents import foreign_names
-from modelcli.errors import RequestError
+from modelcli.errors import ModelcliError, RequestError, SystemFailureError, UnsafeError
 from modelcli.quoting import quoted
 from modelcli.record import Record
 from modelcli.references import CheckpointFile, Installed, Source
@@ -31,18 +31,25 @@ if TYPE_CHECKING:
 #: How the note begins that names the builders a file fits.
 LOOKS_LIKE = "looks like torchvision"
 
+NO_ARCHITECTURE = "the file does not say its architecture: --arch names one"
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 @dataclass(frozen=True)
 class Look:
-    """A blueprint to show, and what to tell about it. `warnings` are told whoever wants to hear nothing."""
+    """A blueprint to show, and what to tell about it. `warnings` are told whoever wants to hear nothing.
+
+    `record` is set where the blueprint is that of a file's own record, and nothing was built to find out whether it is
+    so.
+    """
 
     blueprint: Blueprint
     notes: tuple[str, ...] = ()
     contents: Contents | None = None
     live: Live | None = None
+    record: Record | None = None
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -117,9 +124,7 @@ def _look_at_file(target: Target, *, traced: bool, mode: str) -> Look | None:
         notes += likeness_notes(contents)
         bare = contents.bare_blueprint()
         if traced:
-            bare = bare.with_trace(
-                Trace(None, reason="the file does not say its architecture: --arch names one", device=None)
-            )
+            bare = bare.with_trace(Trace(None, reason=NO_ARCHITECTURE, device=None))
         return Look(bare, tuple(notes), contents)
     if traced and (source.input_size is not None or source.input_dtype or source.inputs or mode != "eval"):
         return None
@@ -128,7 +133,54 @@ def _look_at_file(target: Target, *, traced: bool, mode: str) -> Look | None:
     found = record.blueprint
     if traced and found.trace is None:
         found = found.with_trace(Trace(None, reason="the record in the file holds no forward pass", device=None))
-    return Look(found, tuple(notes), contents)
+    return Look(found, tuple(notes), contents, record=record)
+
+
+def without_record(found: Look) -> Blueprint:
+    """What a file says without its record: its tensors, and the tree of their names."""
+    assert found.contents is not None
+    return found.contents.bare_blueprint()
+
+
+@stdout_is_for_data
+def built(target: Target, found: Look, *, traced: bool) -> tuple[Look, str | None]:
+    """The look at a file with its recorded architecture built, in the place of what its record says of that.
+
+    Where it cannot be built without running code that is not trusted, and where the record names none, the look stays
+    as it is and the second value says why. Where what is built is not what the tensors are, nothing of the record is
+    left, and a note says so.
+    """
+    assert found.record is not None
+    assert found.contents is not None
+    if found.record.reference is None:
+        return found, "it names no architecture"
+    if found.contents.foreign:
+        return found, "the file holds more than tensors"
+    from modelcli.live import opening, planning
+
+    try:
+        live = opening.open_live(target.source)
+        blueprint = planning.traced(live) if traced else live.describe()
+    except UnsafeError as error:
+        return found, f"{error.message} ({error.hint})"
+    except SystemFailureError:
+        raise
+    except ModelcliError as error:
+        notes = (*found.notes, f"the record in {found.contents.path.name} was ignored: {error.message}")
+        bare = without_record(found)
+        if traced:
+            bare = bare.with_trace(Trace(None, reason=NO_ARCHITECTURE, device=None))
+        return Look(bare, tuple(dict.fromkeys(notes)), found.contents), None
+    notes = (*found.notes, *live.notes)
+    if _outline(blueprint) != _outline(found.blueprint):
+        notes = (*notes, f"the record in {found.contents.path.name} lists another model than it names: that is built")
+    return Look(blueprint, tuple(dict.fromkeys(notes)), found.contents, live), None
+
+
+def _outline(blueprint: Blueprint) -> tuple[object, ...]:
+    """What a blueprint says of modules and of tensors."""
+    modules = [(module.path, module.type) for module in blueprint.modules]
+    return modules, [(t.name, t.shape, t.dtype, t.kind, t.requires_grad, t.persistent) for t in blueprint.tensors]
 
 
 def _may_run(record: Record, source: Source) -> bool:
@@ -136,8 +188,7 @@ def _may_run(record: Record, source: Source) -> bool:
     made = record.blueprint.trace
     if made is None or made.reason is None or made.inputs is None or record.reference is None:
         return False
-    reference = references.parse(record.reference, source.reference_folder())
-    return source.trust or (isinstance(reference, Installed) and reference.runs_only_installed_code)
+    return source.trust or records.is_of_installed_code(record)
 
 
 def known_blueprint(target: Target) -> Blueprint | None:

@@ -158,7 +158,8 @@ class SourceOptions(ModelOptions):
             if name not in ITEM_BYTES:
                 raise RequestError(f"no dtype {name!r}", did_you_mean(name, ITEM_BYTES) or "float32, bfloat16, int64")
             if name not in INPUT_DTYPES:
-                raise RequestError(f"no input is made of {name}", "float32, bfloat16 or int64")
+                kind = "quantized" if name.startswith("q") else "packed"
+                raise RequestError(f"no input is made of {name}, a {kind} dtype", "float32, bfloat16 or int64")
         return {
             "weights": self.weights,
             "arch": self.arch,

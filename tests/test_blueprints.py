@@ -85,8 +85,8 @@ def test_totals_count_a_tied_tensor_once() -> None:
     assert totals.buffer_bytes == 4 * 4 + 8
 
 
-def test_what_nothing_states_counts_as_trainable() -> None:
-    assert totals_of([TensorInfo("w", (3,), "float32")]) == Totals(3, 3, 0, 12, 0)
+def test_what_nothing_states_is_unknown() -> None:
+    assert totals_of([TensorInfo("w", (3,), "float32")]) == Totals(3, None, 0, 12, 0)
 
 
 def test_parameters_of_a_module_are_those_of_its_whole_subtree() -> None:
@@ -103,15 +103,15 @@ def test_parameters_of_a_module_are_those_of_its_whole_subtree() -> None:
     assert shared.params_of("") == 44
 
 
-def test_trainable_is_yes_no_partial_or_none() -> None:
+def test_trainable_is_true_false_partial_or_none() -> None:
     assert {module.path: TIED.trainable_of(module.path) for module in TIED.modules} == {
         "": "partial",
-        "embed": "yes",
-        "norm": "no",
+        "embed": True,
+        "norm": False,
         "body": "partial",
         "body.0": "partial",
-        "body.1": "none",
-        "head": "yes",
+        "body.1": None,
+        "head": True,
     }
 
 

@@ -32,13 +32,13 @@ def test_summary_document(cli: Cli) -> None:
         "depth": 3,
         "output_shape": [2, 4],
         "params": 20,
-        "trainable": "yes",
+        "trainable": True,
         "macs": 32,
         "executed": True,
         "shared_with": None,
     }
     assert layers["spare"]["executed"] is False
-    assert layers["first.act"]["trainable"] == "none"
+    assert layers["first.act"]["trainable"] is None
     totals = document["totals"]
     assert TOTALS | {"macs", "input_bytes", "forward_backward_bytes", "total_bytes"} == totals.keys()
     parts = ("param_bytes", "buffer_bytes", "input_bytes", "forward_backward_bytes")
@@ -109,7 +109,7 @@ def test_modules_document(cli: Cli) -> None:
             "type": "Conv2d",
             "config": "1, 3, kernel_size=(1, 1), stride=(1, 1)",
             "params": 6,
-            "trainable": "yes",
+            "trainable": True,
             "shared_with": None,
         }
     ]

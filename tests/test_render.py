@@ -590,7 +590,7 @@ def test_summary() -> None:
     assert [rows[path]["depth"] for path in (".", "body", "body.0")] == [0, 1, 2]
     assert rows["head"]["output_shape"] == {"out": [1, 3, 11], "aux": None}
     assert (rows["body"]["executed"], rows["body"]["output_shape"], rows["body"]["macs"]) == (False, None, None)
-    assert rows["body.1"]["trainable"] == "none"
+    assert rows["body.1"]["trainable"] is None
     assert document["totals"] == TOTALS_BYTES | {
         "macs": 500,
         "input_bytes": 24,

@@ -182,7 +182,7 @@ def test_the_rows_of_a_folded_summary_are_sums_and_the_document_is_whole() -> No
     found = stack("0", "1", "2")
     shown = documents.summary("m", found, folded=True)
     row = {row["path"]: row for row in shown.rows}["layers.[0-2].lin"]
-    assert (row["type"], row["params"], row["macs"], row["trainable"]) == ("3 x Linear", 48, 48, "yes")
+    assert (row["type"], row["params"], row["macs"], row["trainable"]) == ("3 x Linear", 48, 48, True)
     assert shown.folded == 6
     assert len(shown.document["layers"]) == len(found.modules)
     assert shown.document == documents.summary("m", found).document

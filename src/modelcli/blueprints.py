@@ -17,7 +17,8 @@ from typing import Any, Literal, TypeVar, dataclass_transform
 Shape = tuple[int, ...]
 _T = TypeVar("_T")
 Kind = Literal["parameter", "buffer"]
-Trainable = Literal["yes", "no", "partial", "none"]
+#: Whether what a module holds is trained; None where nothing says, and where there is nothing to train.
+Trainable = bool | Literal["partial"] | None
 
 #: `itemsize` of every dtype of torch, by its name without `torch.`.
 #: `float4_e2m1fn_x2` has two numbers in an element of one byte; elements of `quint4x2` share bytes all the same.
@@ -146,6 +147,11 @@ class TensorInfo:
         return is_differentiable(self.dtype)
 
     @property
+    def is_trained(self) -> bool | None:
+        """Whether a parameter is trained; None where nothing says that of one that could be."""
+        return self.requires_grad if self.is_differentiable else False
+
+    @property
     def identity(self) -> str:
         """One name for all the names of a tied tensor."""
         return self.name if self.tied_to is None else self.tied_to  # a name may be empty
@@ -216,17 +222,20 @@ class Trace:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """What a model adds up to. Each tied tensor is counted once; bytes are what the tensors take in memory."""
+    """What a model adds up to. Each tied tensor is counted once; bytes are what the tensors take in memory.
+
+    `trainable_params` is None where nothing says of some parameter whether it is trained.
+    """
 
     params: int
-    trainable_params: int
+    trainable_params: int | None
     buffers: int
     param_bytes: int
     buffer_bytes: int
 
     @property
-    def non_trainable_params(self) -> int:
-        return self.params - self.trainable_params
+    def non_trainable_params(self) -> int | None:
+        return None if self.trainable_params is None else self.params - self.trainable_params
 
 
 @dataclass(frozen=True)
@@ -275,11 +284,16 @@ class Blueprint:
         return self._below.get(path, _Sum()).elements
 
     def trainable_of(self, path: str) -> Trainable:
-        """Whether the parameters at and below this path are trained; a flag that nothing states counts as yes."""
+        """Whether the parameters at and below this path are trained, all of them or a part.
+
+        None where the flag of one is unknown and the others do not say it already, and where there are no parameters.
+        """
         below = self._below.get(path, _Sum())
         if below.trained and below.frozen:
             return "partial"
-        return "yes" if below.trained else "no" if below.frozen else "none"
+        if below.unknown or not (below.trained or below.frozen):
+            return None
+        return below.trained > 0
 
     @cached_property
     def totals(self) -> Totals:
@@ -291,23 +305,28 @@ class Blueprint:
 
 @dataclass(slots=True)
 class _Sum:
-    """What parameters come to: their elements, and how many of them are trained and how many are not."""
+    """What parameters come to: their elements, and how many are trained, frozen, or neither for all that is known."""
 
     elements: int = 0
     trained: int = 0
     frozen: int = 0
+    unknown: int = 0
 
     def add(self, tensor: TensorInfo, times: int) -> None:
         self.elements += times * tensor.elements
-        if tensor.requires_grad is not False:
-            self.trained += times
-        else:
-            self.frozen += times
+        match tensor.is_trained:
+            case True:
+                self.trained += times
+            case False:
+                self.frozen += times
+            case None:
+                self.unknown += times
 
     def merge(self, other: _Sum) -> None:
         self.elements += other.elements
         self.trained += other.trained
         self.frozen += other.frozen
+        self.unknown += other.unknown
 
 
 def _counted_once(tensors: Sequence[TensorInfo]) -> Iterator[tuple[str, TensorInfo, int]]:
@@ -342,6 +361,7 @@ def totals_of(tensors: Iterable[TensorInfo]) -> Totals:
     """Add up tensors, each tied one once."""
     seen: set[str] = set()
     params = trainable = buffers = param_bytes = buffer_bytes = 0
+    all_known = True
     for tensor in tensors:
         if (identity := tensor.identity) in seen:
             continue
@@ -353,8 +373,9 @@ def totals_of(tensors: Iterable[TensorInfo]) -> Totals:
         else:
             params += elements
             param_bytes += nbytes
-            trainable += elements if tensor.requires_grad is not False else 0
-    return Totals(params, trainable, buffers, param_bytes, buffer_bytes)
+            trainable += elements if tensor.is_trained else 0
+            all_known = all_known and tensor.is_trained is not None
+    return Totals(params, trainable if all_known else None, buffers, param_bytes, buffer_bytes)
 
 
 #: A line of a printed model: how deep it is indented, and what stands in it.

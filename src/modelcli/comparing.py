@@ -125,6 +125,9 @@ def _notes(one: Look, other: Look, names: tuple[str, str], scope: Scope) -> Iter
     if scope.modules and any(typed) and not all(typed):
         bare = names[typed.index(False)]
         yield f"{bare} does not say its architecture: modules are not compared, tensors are"
+    silent = [found.blueprint.totals.trainable_params is None for found in (one, other)]
+    if scope.modules and any(silent) and not all(silent):
+        yield f"nothing says in {names[silent.index(True)]} which parameters are trained: that is not compared"
     ties = [{t.name: t.identity for t in found.blueprint.tensors} for found in (one, other)]
     for number, (own, others) in enumerate(((ties[0], ties[1]), (ties[1], ties[0]))):
         parted = [name for name, first in own.items() if first != name and _are_parted(name, first, others)]

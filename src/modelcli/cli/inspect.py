@@ -165,7 +165,10 @@ def params(
     view = documents.params(
         target.source.model, found.blueprint, tensors, values=lists, value_texts=texts, stats=statistics
     )
-    _show(view, options, found, found.notes)
+    notes = found.notes
+    if (frozen or trainable) and found.blueprint.totals.trainable_params is None:
+        notes = (*notes, "nothing says of some parameters whether they are trained: those are not shown")
+    _show(view, options, found, notes)
 
 
 def _check_key(sort: str, keys: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ from modelcli.blueprints import Blueprint, Kind, ModuleInfo, TensorInfo
 from modelcli.checkpoints.contents import info_of
 from modelcli.live import composites
 from modelcli.live.build import Bare
-from modelcli.live.sources import is_composite, is_lazy
+from modelcli.live.sources import flag_of, is_composite, is_lazy
 
 
 def describe(module: nn.Module) -> Blueprint:
@@ -37,7 +37,7 @@ def describe(module: nn.Module) -> Blueprint:
                             shape=None if is_lazy(tensor) else tuple(tensor.shape),
                             dtype=dtype_name(tensor.dtype),
                             kind=kind,
-                            requires_grad=tensor.requires_grad if kind == "parameter" else None,
+                            requires_grad=flag_of(tensor) if kind == "parameter" else None,
                             tied_to=None if original == name else original,
                             persistent=persistent,
                             layout=str(tensor.layout).removeprefix("torch."),

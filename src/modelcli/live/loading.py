@@ -24,7 +24,7 @@ from modelcli.errors import AnswerNoError, RequestError
 from modelcli.likeness import Mismatch
 from modelcli.live import composites
 from modelcli.live.build import Bare
-from modelcli.live.sources import dtype_of, is_composite, is_lazy, named_tensors, real_storage
+from modelcli.live.sources import dtype_of, is_composite, is_lazy, named_tensors, real_storage, set_flag
 from modelcli.live.twins import tagged
 from modelcli.quoting import quoted
 from modelcli.wrappers import Unwrapping
@@ -307,9 +307,8 @@ def bare_module(contents: Contents) -> nn.Module:
         if info.tied_to is not None:
             made[name] = made[info.tied_to]
         elif info.kind == "parameter":
-            differentiable = tensor.dtype.is_floating_point or tensor.dtype.is_complex
-            trained = info.requires_grad is not False and differentiable
-            made[name] = nn.Parameter(tensor, requires_grad=trained)
+            made[name] = nn.Parameter(tensor, requires_grad=False)
+            set_flag(made[name], info.requires_grad)
         else:
             made[name] = tensor
     rest = {name: value for name, value in contents.tensors.items() if name not in made}

@@ -25,7 +25,7 @@ from modelcli.live.describe import describe, floating_dtype
 from modelcli.live.inputs import Inputs
 from modelcli.live.loading import LoadReport
 from modelcli.live.origins import Origins
-from modelcli.live.sources import named_tensors
+from modelcli.live.sources import named_tensors, set_flag
 from modelcli.live.surgery import Change, apply
 from modelcli.record import Record
 from modelcli.references import CheckpointFile, Installed, Source
@@ -230,7 +230,7 @@ class _Opening:
             live.report = loading.load(module, loading.on_meta(self.contents))
             self._check(live.report, report_only)
         if self.record is not None:
-            set_frozen(module, self.record.frozen)
+            set_flags(module, self.record)
         live.inputs = self._inputs(module)
         live.opened_with = dict(module.named_parameters())
         live.opened_tensors = named_tensors(module)
@@ -262,7 +262,7 @@ class _Opening:
         if self.contents is not None:
             loading.load(module, loading.mapped(self.contents))
         if self.record is not None:
-            set_frozen(module, self.record.frozen)
+            set_flags(module, self.record)
         numbers = live.next_numbers(len(edits))
         done = apply(module, edits, seed=live.seed, numbers=numbers, inputs=live.inputs)
         live.apply(edits)
@@ -352,12 +352,15 @@ def _weights_file(weights: str | None, folder: Path, *, of_checkpoint: bool) -> 
     return None
 
 
-def set_frozen(module: nn.Module, frozen: Sequence[str]) -> None:
-    """Set every flag: the parameters named are frozen, all others are trained."""
-    names = set(frozen)
+def set_flags(module: nn.Module, record: Record) -> None:
+    """Set every flag as a record has it: the parameters that it names are frozen, all others are trained.
+
+    Of those that it lists without a flag nothing is known, and a record of them knows no more.
+    """
+    frozen = set(record.frozen)
+    unknown = {info.name for info in record.blueprint.tensors if info.kind == "parameter" and info.is_trained is None}
     for name, parameter in module.named_parameters():
-        if parameter.dtype.is_floating_point or parameter.dtype.is_complex:
-            parameter.requires_grad_(name not in names)
+        set_flag(parameter, None if name in unknown else name not in frozen)
 
 
 def with_arch_instance(source: Source, instance: object) -> tuple[nn.Module, LoadReport]:

@@ -21,7 +21,7 @@ from modelcli.errors import RequestError
 from modelcli.live import compacting, composites, loading, trace
 from modelcli.live.describe import describe, dtype_name
 from modelcli.live.opening import Live
-from modelcli.live.sources import AnySource, Value, is_composite, is_lazy, named_tensors, row_major, source_of
+from modelcli.live.sources import AnySource, Value, flag_of, is_composite, is_lazy, named_tensors, row_major, source_of
 from modelcli.record import Record
 from modelcli.references import PythonObject
 from modelcli.writing import Plan, PlannedTensor
@@ -242,7 +242,7 @@ def record_of(live: Live, folder: Path) -> Record:
     if base is not None:
         ours = base.reference
         reference = ours.relative_to(folder) if isinstance(ours, PythonObject) else str(ours)
-    frozen = tuple(name for name, parameter in live.module.named_parameters() if not parameter.requires_grad)
+    frozen = tuple(name for name, parameter in live.module.named_parameters() if flag_of(parameter) is False)
     return Record(
         reference=reference,
         weights=base.weights if base is not None else None,

@@ -295,6 +295,24 @@ def near_windows() -> Windows:
     return Windows(1 << 26, longest=1 << 16, most=1)
 
 
+#: Set on a parameter of which nothing says whether it is trained: torch itself has no third value for that.
+_UNKNOWN = "_modelcli_flag_unknown"
+
+
+def set_flag(parameter: torch.Tensor, trained: bool | None) -> None:
+    """Set `requires_grad`; None where nothing says it, and then it is as torch makes a parameter."""
+    if parameter.dtype.is_floating_point or parameter.dtype.is_complex:
+        parameter.requires_grad = trained is not False  # the method is not for parameters without a shape
+    vars(parameter).pop(_UNKNOWN, None)
+    if trained is None:
+        setattr(parameter, _UNKNOWN, True)
+
+
+def flag_of(parameter: torch.Tensor) -> bool | None:
+    """`requires_grad`, or None where nothing says it."""
+    return None if hasattr(parameter, _UNKNOWN) else parameter.requires_grad
+
+
 def is_lazy(tensor: Any) -> bool:
     """Whether a tensor has no shape yet, as those of `LazyLinear` before the first forward pass."""
     return bool(torch.nn.parameter.is_lazy(tensor))

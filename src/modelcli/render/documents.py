@@ -158,16 +158,12 @@ def summary(
     )
 
 
-def _trainable_text(value: str) -> str:
-    return "-" if value == "none" else text(value)
-
-
-_TRAINABLE = Column("trainable", "trainable", _trainable_text)
+_TRAINABLE = Column("trainable", "trainable")
 
 
 def _trainable_column(rows: Sequence[Mapping[str, Any]]) -> Column:
     """Whether modules are trained; on a narrow terminal left out where all are, which the totals say as well."""
-    told = any(row["trainable"] in ("no", "partial") for row in rows)
+    told = any(row["trainable"] in (False, "partial") for row in rows)
     return replace(_TRAINABLE, optional=0 if told else 1)
 
 
@@ -324,7 +320,7 @@ def _not_finite(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _params_text(tensors: Sequence[TensorInfo], totals: Totals) -> str:
     """The number of parameters, and of those trained where anything says that."""
-    known = any(tensor.requires_grad is not None for tensor in tensors)
+    known = totals.trainable_params is not None and totals.params
     return count(totals.params) + (f" ({count(totals.trainable_params)} trainable)" if known else "")
 
 
@@ -457,8 +453,12 @@ def edits(
         "output": output,
     }
     footer = [("params", _difference(before.params, after.params))]
-    if before.non_trainable_params or after.non_trainable_params:
-        footer.append(("trainable", _difference(before.trainable_params, after.trainable_params)))
+    trained, still = before.trainable_params, after.trainable_params
+    if trained is not None and still is not None:
+        if before.non_trainable_params or after.non_trainable_params:
+            footer.append(("trainable", _difference(trained, still)))
+    elif trained is not still:
+        footer.append(("trainable", f"{count(trained)} -> {count(still)}"))
     if check["ran"]:
         given = " ".join(shape(size) for size in check["input"])
         footer.append(("check", f"runs: {given} -> {shape(check['output_shape'])}"))

@@ -13,7 +13,7 @@ from modelcli.blueprints import Blueprint, ancestors, counted, listed, parent_of
 from modelcli.edits import Freeze, Unfreeze
 from modelcli.errors import RequestError
 from modelcli.live.describe import describe
-from modelcli.live.sources import is_lazy
+from modelcli.live.sources import flag_of, is_lazy, set_flag
 from modelcli.live.surgery.core import Change, Context, Done, names_of_one, tie_notes
 from modelcli.live.surgery.picking import groups_of
 
@@ -45,7 +45,7 @@ def carry_out(module: nn.Module, edit: Freeze | Unfreeze, context: Context) -> D
     there = _count_at(possible)
     for path, below in groups:
         own = {id(parameters[name]): parameters[name] for name in below}
-        before = _flags([p.requires_grad for p in own.values()])
+        before = _flags([flag_of(p) for p in own.values()])
         size = sum(p.numel() for p in own.values() if not is_lazy(p))
         if edit.without and len(below) < there[path]:
             left = f" except {', '.join(edit.without)}"
@@ -53,9 +53,9 @@ def carry_out(module: nn.Module, edit: Freeze | Unfreeze, context: Context) -> D
         else:
             after = done
         changes.append(Change(path, edit.name, before, after, size, size))
-    same = all(tensor.requires_grad is trained for tensor in tensors.values())
+    same = all(flag_of(tensor) is trained for tensor in tensors.values())
     for tensor in tensors.values():
-        tensor.requires_grad = trained  # the method is not for parameters without a shape
+        set_flag(tensor, trained)
     notes = [_nothing_new(changes, edit)] if same else []
     notes += tie_notes(names_of_one(blueprint), chosen, done)
     notes += _left_note(blueprint, names, chosen, trained)
@@ -128,5 +128,9 @@ def _left_note(blueprint: Blueprint, names: Sequence[str], chosen: Collection[st
     return [f"{first.name}{more} stays {'frozen' if trained else 'trainable'}: {why}"]
 
 
-def _flags(flags: Sequence[bool]) -> str:
-    return "trainable" if all(flags) else "frozen" if not any(flags) else "partly frozen"
+def _flags(flags: Sequence[bool | None]) -> str:
+    if True in flags and False in flags:
+        return "partly frozen"
+    if None in flags:
+        return "not known"
+    return "trainable" if all(flags) else "frozen"

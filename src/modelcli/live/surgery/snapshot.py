@@ -21,15 +21,17 @@ def restored_on_error(module: nn.Module) -> Iterator[None]:
     parts = [part for part in module.modules() if not isinstance(part, torch.jit.ScriptModule)]  # theirs are C++
     tables = [(part, dict(vars(part)), [dict(table) for table in _tables_of(part)]) for part in parts]
     tensors = [
-        (tensor, tensor.data, tensor.requires_grad, tensor.grad if tensor.is_leaf else None)
+        (tensor, tensor.data, tensor.requires_grad, tensor.grad if tensor.is_leaf else None, dict(vars(tensor)))
         for tensor in named_tensors(module).values()
     ]
     try:
         yield
     except BaseException:
-        for tensor, data, trained, gradient in tensors:
+        for tensor, data, trained, gradient, own in tensors:
             tensor.data = data
             tensor.requires_grad = trained  # the method is not for parameters without a shape
+            vars(tensor).clear()
+            vars(tensor).update(own)
             if gradient is not None:
                 tensor.grad = gradient
         for part, attributes, saved in tables:

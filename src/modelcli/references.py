@@ -147,7 +147,7 @@ def _parsed(text: str, folder: Path, *, look: bool) -> Reference:
         return _installed_object(*split) or _python_object(*split, folder, look=look)
     if not look and (has_checkpoint_suffix(text) or re.search(r"[/\\]", text.partition("(")[0])):
         return CheckpointFile(path)
-    if has_checkpoint_suffix(text) or text.endswith(("/", os.sep)):
+    if has_checkpoint_suffix(text) or text.endswith(("/", os.sep, ".toml")):
         raise missing_file(path, text)
     if Path(text).suffix == ".py" and "(" not in text:
         raise missing_file(path, text)

@@ -25,7 +25,7 @@ from modelcli.live.describe import describe, floating_dtype
 from modelcli.live.inputs import Inputs
 from modelcli.live.loading import LoadReport
 from modelcli.live.origins import Origins
-from modelcli.live.sources import named_tensors, set_flag
+from modelcli.live.sources import flag_of, named_tensors, set_flag
 from modelcli.live.surgery import Change, apply
 from modelcli.record import Record
 from modelcli.references import CheckpointFile, Installed, Source
@@ -144,6 +144,9 @@ class _Opening:
         self.base: Architecture | None = None
         self.bounds: bounds.Bounds | None = None
         self.base_bytes = 0
+        #: The file that the record is of: that of the tensors, or the one that --arch names.
+        self.recorded_in: Path | None = None
+        self.trust = source.trust
         if (hidden := references.hidden_file_note(source.model, source.folder)) is not None:
             self.notes.append(hidden)
         weights = source.weights if source.weights not in (None, "none") else None
@@ -156,7 +159,7 @@ class _Opening:
                 )
             self.contents = read_to_edit(reference.path, source, self.notes)
             if source.arch is not None:
-                self._take_architecture(references.parse(source.arch, source.folder), None)
+                self._take_named(source.arch)
             else:
                 self._follow_record(reference.path)
         elif source.arch is not None:
@@ -174,8 +177,51 @@ class _Opening:
     def _take_architecture(self, reference: references.Reference, weights: str | None, *, trust: bool = True) -> None:
         self.base = architecture(reference, weights=weights, folder=self.source.folder, trust=trust)
 
+    def _take_named(self, arch: str) -> None:
+        """The architecture that `--arch` names: a reference, or a file whose record or recipe says it."""
+        reference = references.parse(arch, self.source.folder)
+        if not isinstance(reference, CheckpointFile):
+            self._take_architecture(reference, None)
+        elif reference.path.suffix.lower() == ".toml":
+            self._take_recipe(reference.path)
+        else:
+            named = _Opening(Source(arch, folder=self.source.folder, trust=self.source.trust))
+            if named.base is None or named.record is None:
+                raise RequestError(
+                    f"--arch {arch}: that file does not say its architecture",
+                    "name a builder or a class, a file that modelcli wrote, or a recipe",
+                )
+            self.base, self.record, self.bounds = named.base, named.record, named.bounds
+            self.recorded_in = reference.path
+
+    def _take_recipe(self, path: Path) -> None:
+        """The model of a recipe, its edits applied. The recipe is the user's own, and so is the Python it names."""
+        from modelcli import recipe
+
+        read = recipe.read(path)
+        live = _Opening(replace(read.source, weights=_weights_name(read.source))).live()
+        if live.architecture is None:
+            raise RequestError(f"--arch {path}: the model of that recipe, {read.source.model}, names no architecture")
+        for edit, place in zip(read.edits, read.places, strict=True):
+            live.apply([edit], place=place)
+        flags = {name: flag_of(parameter) for name, parameter in live.module.named_parameters()}
+        self.base, self.recorded_in, self.trust = live.architecture, path, True
+        self.record = Record(
+            reference=str(live.architecture.reference),
+            weights=live.architecture.weights,
+            seed=live.seed,
+            edits=tuple(line for _, line in live.edits),
+            frozen=tuple(name for name, flag in flags.items() if flag is False),
+            blueprint=live.describe(),
+            input_size=read.source.input_size,
+            input_dtype=read.source.input_dtype,
+            numbers=tuple(number for number, _ in live.edits),
+            edit_count=live.edit_count,
+        )
+
     def _follow_record(self, path: Path) -> None:
         assert self.contents is not None
+        self.recorded_in = path
         record = self.contents.record
         if record is None:
             return
@@ -197,12 +243,12 @@ class _Opening:
     @contextlib.contextmanager
     def _following(self) -> Iterator[None]:
         """Do what the record says, within its bounds. What is wrong with that is wrong with the file."""
-        path = self._contents().path
+        assert self.recorded_in is not None
         try:
             with bounds.held(self.bounds):
                 yield
         except RequestError as error:
-            what = f"the record in {path.name} cannot be followed: {error.message}"
+            what = f"the record in {self.recorded_in.name} cannot be followed: {error.message}"
             raise FileFormatError(what, "--arch names the architecture instead") from None
 
     def _memory_of_record(self) -> contextlib.AbstractContextManager[None]:
@@ -271,7 +317,7 @@ class _Opening:
     def _follow_edits(self, module: nn.Module, seed: int) -> nn.Module:
         """The edits of the record, carried out on its architecture."""
         assert self.record is not None
-        edits, trusted = self.record.parsed_edits(), self.source.trust
+        edits, trusted = self.record.parsed_edits(), self.trust
         return apply(module, edits, seed=seed, numbers=self.record.numbers, trusted=trusted).module
 
     def _contents(self) -> Contents:
@@ -290,7 +336,7 @@ class _Opening:
             self._contents(),
             str(self.base.reference),
             strict=self.source.strict,
-            follows_record=self.record is not None,
+            follows_record=self.record is not None and self.source.arch is None,
         )
         if error is not None and not report_only:
             raise error
@@ -338,6 +384,12 @@ def read_to_edit(path: Path, source: Source, notes: list[str]) -> Contents:
         )
     notes.append(f"took the tensors of {path.name} alone: objects of {names} were dropped")
     return contents.without_objects()
+
+
+def _weights_name(source: Source) -> str | None:
+    """The name of weights, which may decide an architecture; a file of them does not."""
+    weights = source.weights
+    return None if weights is None or references.names_a_file(weights, source.folder) else weights
 
 
 def _weights_file(weights: str | None, folder: Path, *, of_checkpoint: bool) -> Path | None:

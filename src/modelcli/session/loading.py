@@ -47,7 +47,7 @@ def load(source: Source, recipe_path: Path, *, force: bool, dry_run: bool) -> Lo
             live.contents,
             str(live.architecture.reference),
             strict=source.strict,
-            follows_record=live.record is not None,
+            follows_record=live.record is not None and source.arch is None,
         )
     elif live.architecture is not None and live.architecture.weights is not None:
         opening.load_weights(live)

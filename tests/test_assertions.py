@@ -80,10 +80,10 @@ def test_all_at_once(cli: Cli) -> None:
     lines = result.out.splitlines()
     assert lines[0].split() == ["check", "result", "found", "wanted"]
     assert [line.split()[:2] for line in lines[1:5]] == [
-        ["frozen", "passed"],
         ["frozen", "FAILED"],
-        ["has", "passed"],
         ["has", "FAILED"],
+        ["frozen", "passed"],
+        ["has", "passed"],
     ]
     assert lines[-1] == "Checks: 2 of 4 passed"
     assert result.err == ""

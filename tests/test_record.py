@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelcli import edits
-from modelcli.blueprints import TensorInfo, from_keys
+from modelcli.blueprints import INPUT_DTYPES, TensorInfo, from_keys
 from modelcli.record import Record, disagreement, from_text, to_text
 from tests.test_blueprints import TIED, blueprints, sizes, texts
 
@@ -20,7 +20,7 @@ RECORD = Record(
     weights="IMAGENET1K_V1",
     seed=7,
     edits=("replace head Linear(4,11,bias=False)", "freeze norm"),
-    frozen=("norm.weight", "norm.bias"),
+    frozen=("norm.weight", "norm.bias", "body.0.bias"),
     blueprint=TIED,
     input_size=((1, 3), (2,)),
     input_dtype=("int64", "float32"),
@@ -36,7 +36,7 @@ records = st.builds(
     st.lists(texts, max_size=3).map(tuple),
     blueprints,
     st.none() | st.lists(st.lists(sizes, max_size=3).map(tuple), max_size=2).map(tuple),
-    st.lists(texts, max_size=2).map(tuple),
+    st.lists(st.sampled_from(sorted(INPUT_DTYPES)), max_size=2).map(tuple),
 ).map(lambda record: replace(record, numbers=tuple(range(3, 3 + len(record.edits))), edit_count=9))
 
 
@@ -56,7 +56,7 @@ def test_what_the_record_holds() -> None:
     assert document["seed"] == 7
     assert document["edits"] == ["replace head Linear(4,11,bias=False)", "freeze norm"]
     assert (document["numbers"], document["edit_count"]) == ([1, 3], 4)
-    assert document["frozen"] == ["norm.weight", "norm.bias"]
+    assert document["frozen"] == ["norm.weight", "norm.bias", "body.0.bias"]
     assert document["input_size"] == [[1, 3], [2]]
     assert [tensor["name"] for tensor in document["blueprint"]["tensors"]] == [info.name for info in TIED.tensors]
 
@@ -75,7 +75,7 @@ def test_its_edits_are_read_as_lines() -> None:
         ("edits", [None, "freeze norm", [3], ["frezee norm"], ["freeze a{"], ["replace a " + "(" * 9999]]),
         ("frozen", [None, "norm", [3]]),
         ("input_size", [3, "1,3", [3], ["13"], [[-1]], [[1.5]], [[float("inf")]], [["1"]]]),
-        ("input_dtype", ["int64", [3]]),
+        ("input_dtype", ["int64", [3], ["nonsense"], ["quint8"]]),
         ("blueprint", [None, [], {}, 3]),
     ],
 )

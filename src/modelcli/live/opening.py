@@ -18,7 +18,7 @@ from modelcli.checkpoints import Contents, inert_objects
 from modelcli.checkpoints.contents import foreign_names
 from modelcli.edits import Edit, Extract
 from modelcli.edits import parse as parse_edit
-from modelcli.errors import FileFormatError, RequestError, UnsafeError
+from modelcli.errors import FileFormatError, ModelcliError, RequestError, UnsafeError
 from modelcli.live import bounds, inputs, loading, memory, trace, zoo
 from modelcli.live.build import Architecture, architecture
 from modelcli.live.describe import describe, floating_dtype
@@ -203,7 +203,11 @@ class _Opening:
         if live.architecture is None:
             raise RequestError(f"--arch {path}: the model of that recipe, {read.source.model}, names no architecture")
         for edit, place in zip(read.edits, read.places, strict=True):
-            live.apply([edit], place=place)
+            try:
+                live.apply([edit], place=place)
+            except ModelcliError as error:
+                error.message = f"{place}: {str(edit)!r}: {error.message}"
+                raise
         flags = {name: flag_of(parameter) for name, parameter in live.module.named_parameters()}
         self.base, self.recorded_in, self.trust = live.architecture, path, True
         self.record = Record(

@@ -4,6 +4,7 @@ a folder that is not to be trusted, and packages that are not installed."""
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import stat
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 from modelcli import atomic, cache, locks, recipe
+from modelcli.cli import main
 from modelcli.errors import SystemFailureError
 from tests.conftest import Cli
 from tests.test_atomic import temporaries
@@ -363,3 +365,311 @@ def test_only_names_of_our_own_are_left_out_and_cleared(cli: Cli, folder: Path) 
         path.touch()
     cli("cache", "clear")
     assert sorted(cache.folder().iterdir()) == sorted(others)
+
+
+@posix_only
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("summary", "./pipe"),
+        ("params", "pipe.pth"),
+        ("summary", "pipe.py:Net"),
+        ("summary", "shards/"),
+        ("summary", "index/"),
+        ("summary", "Linear(2,3)", "--weights", "pipe.pth"),
+        ("log", "--recipe", "socket"),
+        ("log", "--recipe", "/dev/zero"),
+        ("diff", "pipe.pth", "pipe.pth"),
+        ("save", "pipe.pth", "-m", "Linear(2,3)", "--force"),
+        ("save", "/dev/null", "-m", "Linear(2,3)", "--force"),
+        ("load", "Linear(2,3)", "--recipe", "pipe.toml", "--force"),
+    ],
+    ids=" ".join,
+)
+def test_what_is_no_file_holds_nothing_up(cli: Cli, folder: Path, words: tuple[str, ...]) -> None:
+    import socket
+
+    (folder / "shards").mkdir()
+    (folder / "index").mkdir()
+    index = '{"metadata": {}, "weight_map": {"a": "model.safetensors"}}'
+    (folder / "shards" / "model.safetensors.index.json").write_text(index)
+    pipes = ["pipe", "pipe.pth", "pipe.py", "pipe.toml", "shards/model.safetensors"]
+    for name in [*pipes, "index/model.safetensors.index.json"]:
+        os.mkfifo(folder / name)
+    with socket.socket(socket.AF_UNIX) as server, within(60):
+        server.bind("socket")
+        found = main(list(words))
+    assert found in (2, 4, 5)
+    told = cli.capsys.readouterr().err
+    assert "error: " in told
+    assert "a fault in modelcli itself" not in told
+
+
+@posix_only
+def test_a_pipe_in_the_cache_or_in_a_folder_that_is_replaced(cli: Cli, folder: Path) -> None:
+    cli("modules", "Linear(2,3)")
+    (entry,) = cache.entries()
+    entry.unlink()
+    os.mkfifo(entry)
+    (folder / "out").mkdir()
+    os.mkfifo(folder / "out" / "pytorch_model.bin.index.json")
+    with within(60):
+        cli("modules", "Linear(2,3)")
+        cli("save", "out/", "-m", "Linear(2,3)", "--force")
+    assert cli("params", "out/", "--json").json["tensors"][0]["shape"] == [3, 2]
+
+
+@posix_only
+def test_a_recipe_may_come_through_a_pipe(folder: Path) -> None:
+    torch.save({"a": torch.ones(2)}, "m.pth")
+    lines = "echo 'edits = [\"cast . half\"]'"
+    line = f"{' '.join(PROGRAM)} apply <(sleep 0.2; {lines}) -m m.pth -f csv; {' '.join(PROGRAM)} apply - -m m.pth <&-"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+    assert "float16" in done.stdout
+    assert "no edits on standard input: it is closed" in done.stderr
+    assert done.returncode == 2
+
+
+# --- messages that are not ours to give ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["key.pth", "beside.pth", "inside.pth"])
+@pytest.mark.parametrize(
+    "words",
+    [("params",), ("summary", "--json"), ("check", "--safe"), ("save", "o.safetensors", "-m"), ("diff", "key.pth")],
+    ids=" ".join,
+)
+def test_an_integer_of_6000_digits_is_no_fault_of_ours(cli: Cli, name: str, words: tuple[str, ...]) -> None:
+    state = {"a": torch.ones(2)}
+    torch.save(state | {10**6000: torch.ones(1)}, "key.pth")
+    torch.save({"state_dict": state, 10**6000: 1}, "beside.pth")
+    torch.save({"state_dict": state, "epoch": [10**6000]}, "inside.pth")
+    told = cli(*words, name, code=4).err
+    assert "holds an integer of 2,492 bytes" in told
+    with pytest.raises(Exception, match="weights_only"):  # nor does torch read it
+        torch.load(name, weights_only=True)
+
+
+def test_the_longest_integer_that_torch_reads(cli: Cli) -> None:
+    torch.save({"state_dict": {"a": torch.ones(2)}, "n": 2**2039 - 1, "m": -(2**2038)}, "n.pth")
+    assert torch.load("n.pth", weights_only=True)["n"] == 2**2039 - 1
+    cli("cast", ".", "half", "-m", "n.pth", "-o", "o.pth")
+    assert torch.load("o.pth", weights_only=True)["m"] == -(2**2038)
+
+
+@pytest.mark.parametrize("what", ["modules", "tensors"])
+@pytest.mark.parametrize("words", [("summary",), ("params", "--stats"), ("diff", "o.pth"), ("save", "x.pth", "-m")])
+def test_a_record_that_lists_a_path_twice_is_not_believed(cli: Cli, what: str, words: tuple[str, ...]) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    cli("save", "o.pth", "-m", "Sequential(Linear(2,3))")
+    cli("save", "o.safetensors", "-m", "o.pth")
+    with safe_open("o.safetensors", "pt") as file:
+        metadata, state = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    document = json.loads(metadata["modelcli"])
+    listed = document["blueprint"][what]
+    listed.append(listed[-1])
+    save_file(state, "twice.safetensors", metadata | {"modelcli": json.dumps(document)})
+    cli.capsys.readouterr()
+    found = main([*words, "twice.safetensors"])
+    told = cli.capsys.readouterr().err
+    assert found == 0, told
+    assert "a fault in modelcli itself" not in told
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a limit of addresses is heeded on Linux")
+def test_torch_that_does_not_fit_into_memory(folder: Path) -> None:
+    line = f"ulimit -v 600000; {' '.join(PROGRAM)} save o.pth -m 'Linear(2,3)'"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+    assert done.returncode == 5, done.stderr
+    assert "cannot be imported: " in done.stderr or "not enough memory" in done.stderr
+    assert "a limit of 614 MB of memory is set" in done.stderr
+    assert "ulimit -v unlimited lifts the limit" in done.stderr
+    assert "a fault in modelcli itself" not in done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="users of Windows have a folder")
+def test_a_user_without_a_home_folder(cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pwd
+
+    def unknown(_uid: int) -> object:
+        raise KeyError("getpwuid(): uid not found: 12345")
+
+    for name in ("HOME", "XDG_CACHE_HOME", "MODELCLI_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    torch.save({"a": torch.ones(2)}, "m.pth")
+    for words in (["summary", "m.pth"], ["summary", "Linear(2,3)"], ["save", "o.pth", "-m", "Linear(2,3)"]):
+        cli(*words)
+    for words in (["cache", "path"], ["cache", "clear"], ["cache", "warm", "squeezenet1_1"]):
+        told = cli(*words, code=5).err
+        assert "there is no cache: this user has no home folder" in told
+        assert "$MODELCLI_CACHE" in told
+    assert sorted(path.name for path in folder.iterdir()) == ["m.pth", "nets.py", "o.pth"]
+
+
+@posix_only
+def test_a_home_folder_that_cannot_be_written(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MODELCLI_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", "/proc/nobody")
+    cli("summary", "Linear(2,3)")
+
+
+# --- the current folder is not to be trusted -----------------------------------------------------------------------
+
+PLANTED = "open('PWNED', 'w').close()\nraise SystemExit('planted')\n"
+
+
+@pytest.mark.parametrize("safe_path", ["", "1"])
+def test_a_file_in_the_current_folder_is_no_package(folder: Path, safe_path: str) -> None:
+    """`python -m` puts the current folder first."""
+    names = ("torch", "numpy", "torchvision", "typer", "rich", "tomlkit", "safetensors", "platformdirs", "fcntl")
+    for name in names:
+        (folder / f"{name}.py").write_text(PLANTED)
+    settings = os.environ | {"PYTHONSAFEPATH": safe_path}
+    done = subprocess.run(
+        [*PROGRAM, "save", "o.safetensors", "-m", "nets.py:Net"], capture_output=True, text=True, env=settings
+    )
+    assert (done.returncode, (folder / "PWNED").exists()) == (0, False), done.stderr
+
+
+def test_the_folder_of_a_reference_comes_last(cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is installed goes before what lies beside a named file; what only lies there is found."""
+    installed = folder / "site"
+    installed.mkdir()
+    (installed / "a_package.py").write_text("import its_dependency\nfrom nets import Net\n")
+    (installed / "its_dependency.py").write_text("")
+    monkeypatch.setattr(sys, "path", ["", *sys.path, str(installed)])
+    for name in ("its_dependency", "torchvision", "numpy", "a_package"):
+        (folder / f"{name}.py").write_text(PLANTED)
+    (folder / "sibling.py").write_text("from nets import Net\n")
+    (folder / "own.py").write_text("import its_dependency, torchvision, numpy\nfrom sibling import Net\n")
+    for reference in ("own.py:Net", "a_package:Net", "sibling:Net"):
+        cli("params", reference, "--json")
+    assert not (folder / "PWNED").exists()
+    assert sys.path[0] == ""
+    assert str(folder) not in sys.path
+
+
+def test_a_package_that_a_users_file_imports_and_nobody_has(cli: Cli, folder: Path) -> None:
+    (folder / "own.py").write_text("import torch\nimport surely_nobody_has_it.inside\n")
+    told = cli("params", "own.py:Net", code=2).err
+    assert "imports surely_nobody_has_it, which is not installed in " in told
+    assert sys.executable in told
+    assert f"{folder / 'own.py'}:2" in told
+    assert "-m pip install surely_nobody_has_it installs it there" in told
+    (folder / "own.py").write_text("import torch.surely_not_there\n")
+    told = cli("params", "own.py:Net", code=2).err
+    assert f"and the torch of {sys.executable} has no such module" in told
+
+
+def test_a_recipe_that_names_python_says_so_at_the_first_look(cli: Cli, folder: Path) -> None:
+    said = "names Python, which runs with your rights, as a Makefile does: nets.py:Net"
+    (folder / "modelcli.toml").write_text('model = "nets.py:Net"\nedits = []\n')
+    assert said in cli("params").err
+    assert said not in cli("params").err
+    (folder / "modelcli.toml").write_text('model = "nets.py:Net"\nedits = ["replace linear nets:Places()"]\n')
+    found = main(["params"])
+    assert "as a Makefile does: nets.py:Net, nets:Places" in cli.capsys.readouterr().err, found
+    (folder / "other.toml").write_text('model = "nets.py:Nothing"\n')
+    told = cli("params", "--recipe", "other.toml", code=2).err
+    assert "other.toml names Python" in told  # an error does not hide it
+    (folder / "plain.toml").write_text('model = "Linear(2,3)"\n')
+    assert "Python" not in cli("params", "--recipe", "plain.toml").err
+
+
+def test_who_names_python_himself_is_not_told(cli: Cli, folder: Path) -> None:
+    cli("load", "nets.py:Places")
+    assert "names Python" not in cli("params").err
+    cli("freeze", "fc")
+    assert "names Python" not in cli("params").err
+
+
+def test_a_recipe_that_names_python_is_told_each_time_without_a_cache(
+    cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MODELCLI_NO_CACHE", "1")
+    (folder / "modelcli.toml").write_text('model = "nets.py:Net"\n')
+    for _ in range(2):
+        assert "names Python" in cli("params").err
+
+
+# --- Ctrl-C --------------------------------------------------------------------------------------------------------
+
+#: Presses Ctrl-C when a module is imported, as seen from where the import begins or in the middle of a callback.
+PRESSED = """
+import builtins, signal, sys
+at, how = sys.argv.pop(1), sys.argv.pop(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+class Pressing:
+    def find_spec(self, name, path=None, target=None):
+        if name == at:
+            sys.meta_path.remove(self)
+            if how == "lost":
+                try:
+                    signal.raise_signal(signal.SIGINT)
+                except BaseException:
+                    pass
+            elif how == "changed":
+                try:
+                    signal.raise_signal(signal.SIGINT)
+                except BaseException:
+                    raise ImportError("initialization failed") from None
+            elif how == "callback":
+                class Late:
+                    def __del__(self):
+                        signal.raise_signal(signal.SIGINT)
+                Late()
+            else:
+                signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, Pressing())
+from modelcli.start import run
+run()
+"""
+
+
+@posix_only
+@pytest.mark.parametrize(
+    ("module", "how"),
+    [
+        ("modelcli.cli", "raised"),
+        ("modelcli.cli.main", "raised"),
+        ("typer", "raised"),
+        ("modelcli.cli.app", "raised"),
+        ("modelcli.session", "raised"),
+        ("modelcli.session", "lost"),
+        ("modelcli.session", "changed"),
+        ("modelcli.session", "callback"),
+        ("torch", "raised"),
+        ("torch.nn", "changed"),
+        ("torch.nn", "lost"),
+        ("modelcli.live.trace", "callback"),
+    ],
+)
+def test_ctrl_c_at_any_moment_of_start_up(folder: Path, module: str, how: str) -> None:
+    words = ["summary", "Linear(2,3)", "--no-cache"]
+    done = subprocess.run([sys.executable, "-c", PRESSED, module, how, *words], capture_output=True, text=True)
+    assert done.returncode == 130, done.stderr
+    assert done.stderr in ("", "interrupted\n")
+
+
+@posix_only
+def test_ctrl_c_after_some_time(folder: Path) -> None:
+    """From outside, whenever it comes; before Python itself has started it ends the process without a word of ours."""
+    for delay in (0.0, 0.1, 0.2, 0.4, 0.8, 1.6):
+        run = subprocess.Popen(
+            [*PROGRAM, "summary", "Linear(2,3)", "--no-cache"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        time.sleep(delay)
+        run.send_signal(signal.SIGINT)
+        _, told = run.communicate(timeout=120)
+        assert run.returncode in (0, 130, -signal.SIGINT), told
+        assert told in ("", "interrupted\n") or "modelcli" not in told

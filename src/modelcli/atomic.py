@@ -17,11 +17,8 @@ from typing import Any, BinaryIO, cast
 
 from modelcli import locks
 from modelcli.errors import ModelcliError, RequestError, SystemFailureError
+from modelcli.interrupts import asked_to_end
 from modelcli.open_folder import NO_SURPRISES, OpenFolder, path_of_handle, sync_folder
-
-#: Signals to end the program that came. What a handler raises is lost where other code catches everything, as torch
-#: does around an import: so it is asked again before something is replaced.
-asked_to_end: list[int] = []
 
 #: Whether a file can be locked, as it can where an open one can be renamed.
 _HAS_LOCKS = sys.platform != "win32"
@@ -44,6 +41,8 @@ def check_target(path: Path, *, force: bool, folder: bool = False, through_links
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         mode = None
+    except ValueError:
+        raise RequestError(f"no file can be called {str(path)!r}", "a name holds no NUL") from None
     except OSError as error:
         raise _failure(path, error) from None
     if mode is not None:

@@ -534,6 +534,9 @@ def from_json(document: Mapping[str, Any]) -> Blueprint:
     )
     if not modules or modules[0].path:
         raise ValueError("a blueprint starts with its root")
+    for names in ([module.path for module in modules], [tensor.name for tensor in tensors]):
+        if len(set(names)) < len(names):
+            raise ValueError("a blueprint lists each path once")
     trace = None
     if entry := document.get("trace"):
         inputs = entry["inputs"]

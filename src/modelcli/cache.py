@@ -20,6 +20,7 @@ from modelcli import atomic, blueprints, installed
 from modelcli._version import __version__
 from modelcli.blueprints import Blueprint
 from modelcli.errors import ModelcliError, SystemFailureError
+from modelcli.open_folder import read_regular
 
 SCHEMA = 2
 SUFFIX = ".blueprint"
@@ -27,12 +28,24 @@ INDEX_SUFFIX = ".index"
 
 
 def folder() -> Path:
-    """Where the entries lie: `$MODELCLI_CACHE`, or the system's folder for such things."""
+    """Where the entries lie: `$MODELCLI_CACHE`, or the system's folder for such things.
+
+    Raises SystemFailureError for a user who has no such folder: one without `$HOME` and without an entry in passwd.
+    """
     if named := os.environ.get("MODELCLI_CACHE"):
         return Path(named)
     import platformdirs
 
-    return platformdirs.user_cache_path("modelcli") / "blueprints"
+    try:
+        found = platformdirs.user_cache_path("modelcli") / "blueprints"
+    except (RuntimeError, KeyError, OSError):
+        found = Path()
+    if not found.is_absolute():
+        raise SystemFailureError(
+            "there is no cache: this user has no home folder",
+            "$MODELCLI_CACHE or $XDG_CACHE_HOME names a folder for it",
+        )
+    return found
 
 
 def is_off() -> bool:
@@ -100,11 +113,12 @@ def require(key: Key, found: Blueprint) -> None:
     """See that a blueprint is kept. Raises SystemFailureError where the cache cannot be written."""
     if get(key) is not None:
         return
+    where = folder()
     try:
         _keep(key.document(), SUFFIX, "blueprint", blueprints.to_json(found))
     except ModelcliError as error:
         raise SystemFailureError(
-            f"the cache folder {folder()} cannot be written: {error.message}", "$MODELCLI_CACHE names another folder"
+            f"the cache folder {where} cannot be written: {error.message}", "$MODELCLI_CACHE names another folder"
         ) from None
 
 
@@ -126,12 +140,12 @@ def _index_key(name: str) -> dict[str, Any]:
 def _kept(document: Mapping[str, Any], suffix: str, what: str) -> Any:
     """What is kept for a key, or None where there is nothing, or nothing that can be believed."""
     try:
-        digest, _, body = _path(document, suffix).read_bytes().partition(b"\n")
+        digest, _, body = read_regular(_path(document, suffix)).partition(b"\n")
         if _digest(body).encode() != digest:
             return None
         entry = json.loads(body)
         return entry[what] if entry["key"] == document else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SystemFailureError):
         return None
 
 
@@ -153,7 +167,7 @@ def _files(suffix: str) -> list[Path]:
     own = re.compile(rf"{name}|\.{name}\.[0-9a-f]{{8}}{re.escape(atomic.TEMPORARY)}")
     try:
         return sorted(path for path in folder().iterdir() if own.fullmatch(path.name))
-    except OSError:
+    except (OSError, SystemFailureError):
         return []
 
 

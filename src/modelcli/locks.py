@@ -58,7 +58,7 @@ def _of_the_file(path: Path) -> Callable[[], None] | None:
     """Lock the file itself; gives how to release it, or None where another process holds it."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    except OSError:
+    except (OSError, ValueError):
         return lambda: None  # there is none, or none that can be read: who reads it says so
     try:
         # Who held it may have put another file in its place: then that one's lock counts.

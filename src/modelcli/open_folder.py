@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -136,6 +137,26 @@ def _opened(path: Path) -> int:
         finally:
             os.close(above)
     return handle
+
+
+def read_regular(path: Path, *, or_pipe: bool = False) -> bytes:
+    """The bytes of a file. Raises OSError for a device or a socket, and for a pipe: nobody may ever write to it.
+
+    With `or_pipe` a pipe is read that somebody writes to (`<(command)`); one that nobody has open is empty.
+    """
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        mode = os.fstat(handle).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(mode) and not (or_pipe and stat.S_ISFIFO(mode)):
+            raise OSError(errno.EINVAL, "it is a device or a pipe, not a file", str(path))
+        if stat.S_ISFIFO(mode):
+            os.set_blocking(handle, True)
+        with open(handle, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(handle)
 
 
 def path_of_handle(handle: int | None, path: Path) -> Path:

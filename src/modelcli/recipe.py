@@ -20,6 +20,7 @@ from modelcli import atomic, edits, input_texts, locks
 from modelcli.blueprints import INPUT_DTYPES, dtype_called
 from modelcli.edits import Edit
 from modelcli.errors import RequestError, SystemFailureError, closest
+from modelcli.open_folder import read_regular
 from modelcli.quoting import quoted
 from modelcli.references import Source, parse_input_size
 
@@ -227,8 +228,7 @@ def _place(text: str, spelling: str) -> int:
 
 def _read_text(path: Path) -> str:
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            return file.read()
+        return read_regular(path, or_pipe=True).decode("utf-8-sig")
     except FileNotFoundError:
         raise RequestError(
             f"no model is given, and there is no {path}",
@@ -238,6 +238,10 @@ def _read_text(path: Path) -> str:
         raise RequestError(f"{path} is not UTF-8 text: {error}") from None
     except IsADirectoryError:
         raise RequestError(f"{path} is a folder, not a recipe") from None
+    except ValueError:
+        raise RequestError(f"no file can be called {str(path)!r}") from None
+    except OSError as error:
+        raise SystemFailureError(f"cannot read {path}: {error.strerror or error}") from None
 
 
 def start(path: Path, source: Source) -> None:

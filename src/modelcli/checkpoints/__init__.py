@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from pathlib import Path
 
 from modelcli.checkpoints import distributed, folders, kinds, safetensors, torch_legacy, torch_zip
@@ -64,7 +65,9 @@ def _read_file(path: Path, key: str | None = None) -> Contents:
 
 def _read_by_content(path: Path, key: str | None) -> Contents:
     try:
-        size = path.stat().st_size
+        if not stat.S_ISREG((status := path.stat()).st_mode):
+            raise RequestError(f"{path} is a device or a pipe, and a checkpoint is a file")
+        size = status.st_size
         with path.open("rb") as file:
             head = file.read(kinds.HEAD_BYTES)
             file.seek(max(size - _ZIP_END, 0))

@@ -15,6 +15,7 @@ from modelcli.blueprints import ITEM_BYTES, Shape, counted, listed
 from modelcli.checkpoints import embedded, folders, limits, pickles, shapes, state_dicts, trees
 from modelcli.checkpoints.contents import Contents, FileId, JoinedSpan, Storage, TensorEntry, Windows, identity_of
 from modelcli.errors import FileFormatError, SystemFailureError, UnsafeError
+from modelcli.open_folder import read_regular
 
 METADATA = ".metadata"
 #: How the files end that each rank writes.
@@ -75,7 +76,7 @@ def read(path: Path, key: str | None) -> Contents:
     """
     try:
         limits.INDEX_BYTES.check(path.stat().st_size, str(path))
-        data = path.read_bytes()
+        data = read_regular(path)
     except OSError as error:
         raise SystemFailureError(f"cannot read {path}: {error.strerror or error}") from None
     pickled = pickles.read(data, str(path))

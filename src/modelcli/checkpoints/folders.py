@@ -11,6 +11,7 @@ from modelcli.blueprints import counted, listed
 from modelcli.checkpoints import carried, deepspeed, limits, strict_json
 from modelcli.checkpoints.contents import CompositeEntry, Contents, TensorEntry
 from modelcli.errors import FileFormatError, RequestError, SystemFailureError
+from modelcli.open_folder import read_regular
 
 INDEX_SUFFIX = ".index.json"
 
@@ -102,7 +103,7 @@ def _of_all(shards: Mapping[Path, Contents], names: Callable[[Contents], Iterabl
 def _index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     try:
         limits.INDEX_BYTES.check(path.stat().st_size, str(path))
-        document = strict_json.loads(path.read_bytes(), str(path))
+        document = strict_json.loads(read_regular(path), str(path))
     except OSError as error:
         raise SystemFailureError(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:

@@ -208,6 +208,8 @@ _LINES = frozenset(b"cIFLSVgp")
 SpanOf = Callable[[str, str | None], Storage]
 
 _U4 = struct.Struct("<I")
+#: What an integer has at most that `torch.load(weights_only=True)` reads: LONG1 counts its bytes in a single one.
+_INTEGER_BITS = 255 * 8 - 1
 _OPCODES = {ord(opcode.code): opcode for opcode in pickletools.opcodes}
 _REBUILD = Global("torch._utils", "_rebuild_tensor_v2")
 _REBUILD_PARAMETER = Global("torch._utils", "_rebuild_parameter")
@@ -473,6 +475,11 @@ class _Machine:
             case "NEWTRUE":
                 stack.append(True)
             case "BININT" | "LONG1" | "LONG4" | "BINFLOAT":
+                if isinstance(arg, int) and (bits := (arg if arg >= 0 else ~arg).bit_length()) > _INTEGER_BITS:
+                    raise FileFormatError(
+                        f"{self.where} holds an integer of {bits // 8 + 1:,} bytes",
+                        f"PyTorch reads none of more than {_INTEGER_BITS // 8 + 1}",
+                    )
                 stack.append(arg)
             case "INT":
                 stack.append({b"00": False, b"01": True}[arg] if arg in (b"00", b"01") else self._decimal(arg))

@@ -24,9 +24,9 @@ def path(options: OutputOptions) -> None:
     if output.format_of(options) == "table" and not output.is_terminal():
         output.write(f"{cache.folder()}\n")  # what a shell takes: rm -r "$(modelcli cache path)"
         return
-    entries = cache.entries()
+    where, entries = cache.folder(), cache.entries()
     sizes = sum(entry.stat().st_size for entry in entries if entry.exists())
-    output.show(documents.cache(cache.folder(), len(entries), sizes), options)
+    output.show(documents.cache(where, len(entries), sizes), options)
 
 
 def clear(options: OutputOptions) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import atexit
 import contextlib
 import gc
@@ -11,15 +12,15 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NoReturn
 
+from modelcli.cli import failures
 from modelcli.cli.output import PipeClosedError, prints_kept, tell, tell_error, unwritten, warned, warnings_kept, write
 from modelcli.cli.synonyms import meant
 from modelcli.errors import ModelcliError, SystemFailureError
+from modelcli.interrupts import INTERRUPTED, asked_to_end
 from modelcli.quoting import quoted
-
-INTERRUPTED = 130
 
 
 class _EndedError(BaseException):
@@ -111,11 +112,19 @@ def _end_in_order() -> None:
     """Let SIGINT, SIGTERM and SIGHUP unwind the program, so that no temporary file stays behind; `nohup` is heeded."""
 
     def end(number: int, _frame: object) -> None:
-        from modelcli import atomic
-
-        atomic.asked_to_end.append(number)
+        asked_to_end.append(number)
         raise KeyboardInterrupt if number == signal.SIGINT else _EndedError(number)
 
+    def ignored(lost: sys.UnraisableHookArgs) -> None:
+        """What was raised where nothing can be raised, as in a callback of the import system, is raised again soon."""
+        if not asked_to_end or not isinstance(lost.exc_value, (KeyboardInterrupt, _EndedError)):
+            sys.__unraisablehook__(lost)
+        else:
+            again = threading.Timer(0.02, _thread.interrupt_main, (signal.Signals(asked_to_end[-1]),))
+            again.daemon = True
+            again.start()
+
+    sys.unraisablehook = ignored
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no third one
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) != signal.SIG_IGN:
@@ -131,11 +140,47 @@ def main(argv: Sequence[str] | None = None) -> int:
         return shells.answer(asked, words)
     if words in (["--version"], ["-V"], ["version"]):  # needs no parser
         return _show_version()
-    with warnings_kept():
+    with warnings_kept(), _without_current_folder():
         return _carry_out(words)
 
 
+@contextlib.contextmanager
+def _without_current_folder() -> Iterator[None]:
+    """Import nothing from the current folder for being there: it comes after what is installed, where it is wanted."""
+    entries = [(place, entry) for place, entry in enumerate(sys.path) if entry == ""]
+    sys.path[:] = [entry for entry in sys.path if entry != ""]
+    try:
+        yield
+    finally:
+        for place, entry in entries:
+            sys.path.insert(place, entry)
+
+
 def _carry_out(words: list[str]) -> int:
+    as_json = _wants_json(words)
+    try:
+        code = _attempt(words, as_json=as_json)
+    except (KeyboardInterrupt, _EndedError) as error:
+        asked_to_end[:] = [error.number if isinstance(error, _EndedError) else signal.SIGINT]
+        code = 0
+    if not asked_to_end:
+        return code
+    number = asked_to_end[-1]
+    asked_to_end.clear()
+    told = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
+    return _tell_end(told, INTERRUPTED if number == signal.SIGINT else 128 + number, as_json=as_json)
+
+
+def _require_not_asked_to_end() -> None:
+    """Raise KeyboardInterrupt where a signal came, and what it raised was lost or came out as another error.
+
+    torch catches everything around an import of its own; the import of a compiled module fails in other ways.
+    """
+    if asked_to_end:
+        raise KeyboardInterrupt from None
+
+
+def _attempt(words: list[str], *, as_json: bool) -> int:
     import typer
 
     from modelcli.cli.app import app
@@ -144,13 +189,13 @@ def _carry_out(words: list[str]) -> int:
         from modelcli.cli import shells
 
         shells.hand_out_scripts()
-    as_json, debug = _wants_json(words), "--debug" in words
+    debug = "--debug" in words
     try:
         with prints_kept(wanted=as_json):
             result = app(args=words or ["--help"], standalone_mode=False, prog_name="modelcli")
-        code = result if isinstance(result, int) else 0
-        # Typer has caught the KeyboardInterrupt
-        return _tell_end("interrupted", code, as_json=as_json) if code == INTERRUPTED else code
+        if result == INTERRUPTED:  # Typer has caught the KeyboardInterrupt
+            raise KeyboardInterrupt
+        return result if isinstance(result, int) else 0
     except PipeClosedError:
         _leave_pipe()
         return 0
@@ -160,10 +205,9 @@ def _carry_out(words: list[str]) -> int:
             raise
         return 0
     except (KeyboardInterrupt, typer.Abort):
-        return _tell_end("interrupted", INTERRUPTED, as_json=as_json)
-    except _EndedError as error:
-        return _tell_end(f"ended by {signal.Signals(error.number).name}", 128 + error.number, as_json=as_json)
+        raise KeyboardInterrupt from None
     except ModelcliError as error:
+        _require_not_asked_to_end()
         if debug:
             _show_traceback()
         error.notes = (*error.notes, *warned()) if {"-q", "--quiet"}.isdisjoint(words) else ()
@@ -174,20 +218,22 @@ def _carry_out(words: list[str]) -> int:
             return 0  # a group without a command has shown its help
         tell_error(_usage_error(error, words), as_json=as_json)
         return 2
-    except MemoryError:
-        failure = SystemFailureError("not enough memory")
-    except OSError as error:
-        if debug:
-            _show_traceback()
-        failure = _failure_of(error, words)
     except Exception as error:
+        _require_not_asked_to_end()
         if debug:
             _show_traceback()
-        failure = SystemFailureError(
-            f"a fault in modelcli itself: {type(error).__name__}: {error}",
-            None if debug else "--debug shows where; please report it",
-        )
-        failure.kind = "internal"
+        if (package := failures.imported_at(error)) is not None:
+            failure = failures.of_import(package, error)
+        elif isinstance(error, MemoryError):
+            failure = failures.of_memory()
+        elif isinstance(error, OSError):
+            failure = _failure_of(error, words)
+        else:
+            failure = SystemFailureError(
+                f"a fault in modelcli itself: {type(error).__name__}: {error}",
+                None if debug else "--debug shows where; please report it",
+            )
+            failure.kind = "internal"
     tell_error(failure, as_json=as_json)
     return failure.exit_code
 

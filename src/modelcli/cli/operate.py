@@ -342,6 +342,8 @@ def _edits_from(
 
 def _standard_input() -> list[tuple[str, str]]:
     """The lines of standard input that are edits, and where they stand. Raises RequestError where there are none."""
+    if sys.stdin is None:  # it was closed: `<&-`
+        raise RequestError("no edits on standard input: it is closed", "one a line: freeze features")
     try:
         text = sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:

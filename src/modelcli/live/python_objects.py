@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import os
 import sys
 import traceback
 from collections.abc import Iterator
@@ -40,6 +41,8 @@ def import_file(path: Path) -> ModuleType:
     name = f"_modelcli_{path.stem}_{abs(hash(path)):x}"
     if name in sys.modules:
         return sys.modules[name]
+    if not path.is_file():
+        raise RequestError(f"{path} is a device, a pipe or a folder, not a Python file")
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise RequestError(f"{path} is not a Python file")
@@ -60,21 +63,31 @@ def import_module(name: str, folder: Path = Path()) -> ModuleType:
         try:
             return importlib.import_module(name)
         except ModuleNotFoundError as error:
-            if error.name is not None and name.startswith(error.name):
-                raise RequestError(
-                    f"no module named {error.name}", "a file is written with its suffix: nets.py:Net(3,2)"
-                ) from None
-            raise
+            if error.name is None or not (name == error.name or name.startswith(f"{error.name}.")):
+                raise
+            raise RequestError(f"no module named {error.name}", _file_of(name, Path(), folder)) from None
+
+
+def _file_of(name: str, *folders: Path) -> str:
+    """How a module is written that is not found by its name: where a file has it, an installed package goes before."""
+    path = Path(*name.split(".")).with_suffix(".py")
+    if found := next((folder / path for folder in folders if (folder / path).is_file()), None):
+        return f"an installed package has that name; the file is named by its path: {found}:..."
+    return "a file is written with its suffix: nets.py:Net(3,2)"
 
 
 @contextlib.contextmanager
 def running_user_code(what: str, *folders: Path) -> Iterator[None]:
     """Run code of the user's, modules in the folders importable.
 
-    What it prints goes to standard error, what it raises becomes a RequestError.
+    The folders come last: what is installed, and what an installed package imports, is never taken from a file that
+    happens to lie in the current folder. What the code prints goes to standard error, what it raises becomes a
+    RequestError.
     """
     entries = list(dict.fromkeys(str(folder.resolve()) for folder in folders))
-    sys.path[:0] = entries
+    before = list(sys.path)
+    sys.path[:] = [*(entry for entry in before if entry and os.path.realpath(entry) not in entries), *entries]
+    during = list(sys.path)
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
@@ -82,12 +95,26 @@ def running_user_code(what: str, *folders: Path) -> Iterator[None]:
         raise
     except SystemExit as error:
         raise RequestError(f"{what} ended the program: exit code {error.code}") from error
+    except ModuleNotFoundError as error:
+        raise _missing(what, error) from error
     except Exception as error:
         raise RequestError(f"{what} raised {type(error).__name__}: {error}", _place(error)) from error
     finally:
-        for entry in entries:
-            if entry in sys.path:
-                sys.path.remove(entry)
+        own = [entry for entry in sys.path if entry not in during and entry not in before]  # the code's own entries
+        sys.path[:] = [*own, *before]
+
+
+def _missing(what: str, error: ModuleNotFoundError) -> RequestError:
+    """The error for code that imports what is not there: of two environments it may be the other one that has it."""
+    name, place = error.name or str(error), _place(error)
+    package, _, inside = name.partition(".")
+    at = f" ({place})" if place else ""
+    if inside and package in sys.modules:
+        return RequestError(f"{what} imports {name}, and the {package} of {sys.executable} has no such module{at}")
+    return RequestError(
+        f"{what} imports {package}, which is not installed in {sys.executable}, nor a file beside it{at}",
+        f"{sys.executable} -m pip install {package} installs it there, if it is a package",
+    )
 
 
 def _place(error: Exception) -> str | None:

@@ -14,7 +14,7 @@ from modelcli.edits import Edit
 from modelcli.errors import ModelcliError, RequestError
 from modelcli.references import Source
 from modelcli.session.looking import likeness_of, stdout_is_for_data
-from modelcli.session.targets import Batch, Target, apply_each, apply_recipe, without_edits
+from modelcli.session.targets import Batch, Target, apply_each, apply_recipe, notes_of_python, without_edits
 from modelcli.wrappers import Unwrapping
 
 if TYPE_CHECKING:
@@ -68,6 +68,11 @@ def edit(target: Target, added: Sequence[Edit], how: Writing, places: Sequence[s
     Nothing is written where anything is wrong. `places` are where edits stand that were read together: an error names
     the one that is wrong.
     """
+    with target.noted():
+        return _edited(target, added, how, places)
+
+
+def _edited(target: Target, added: Sequence[Edit], how: Writing, places: Sequence[str]) -> Outcome:
     from modelcli import recipe, writing
 
     if how.out is not None:
@@ -93,6 +98,7 @@ def edit(target: Target, added: Sequence[Edit], how: Writing, places: Sequence[s
     if target.recipe is not None:
         try:
             recipe.append(target.recipe, added)
+            notes_of_python(target.recipe, target.source, (*target.edits, *added), own=True)
         except ModelcliError as error:
             if outcome.written is not None:
                 error.message += f"; {how.out} was written all the same, and the recipe is as it was"
@@ -103,6 +109,11 @@ def edit(target: Target, added: Sequence[Edit], how: Writing, places: Sequence[s
 @stdout_is_for_data
 def save(target: Target, how: Writing) -> Outcome:
     """Apply the recipe's edits, check the result and write it."""
+    with target.noted():
+        return _saved(target, how)
+
+
+def _saved(target: Target, how: Writing) -> Outcome:
     from modelcli import writing
 
     assert how.out is not None

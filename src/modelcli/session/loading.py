@@ -12,7 +12,7 @@ from modelcli.blueprints import Blueprint, counted
 from modelcli.errors import ModelcliError, RequestError
 from modelcli.references import Source
 from modelcli.session.looking import cache_key, keep_blueprint, likeness_of, stdout_is_for_data
-from modelcli.session.targets import Target, seen_from
+from modelcli.session.targets import Target, notes_of_python, seen_from
 
 if TYPE_CHECKING:
     from modelcli.live.opening import Live
@@ -73,7 +73,9 @@ def load(source: Source, recipe_path: Path, *, force: bool, dry_run: bool) -> Lo
                 f"{recipe_path} has {counted(count, 'edit')}",
                 "--force starts it anew; --recipe names another",
             )
-        recipe.start(recipe_path, seen_from(source, recipe_path.parent))
+        started = seen_from(source, recipe_path.parent)
+        recipe.start(recipe_path, started)
+    notes_of_python(recipe_path, started, (), own=True)
     _keep(live, Target(source))
     return replace(loaded, recipe=recipe_path)
 

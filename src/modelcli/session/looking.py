@@ -81,7 +81,8 @@ def look(target: Target, *, traced: bool = False, mode: str = "eval", cached: bo
 
     Blueprints of installed models are kept on disk and taken from there, unless `cached` is False.
     """
-    found = _looked(target, traced=traced, mode=mode, cached=cached)
+    with target.noted():
+        found = _looked(target, traced=traced, mode=mode, cached=cached)
     made = found.blueprint.trace if traced else None
     return replace(found, notes=(*target.notes, *found.notes, *(made.notes if made is not None else ())))
 

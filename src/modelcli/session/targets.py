@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modelcli import references
+from modelcli.blueprints import listed
 from modelcli.edits import Edit
 from modelcli.errors import ModelcliError, RequestError
-from modelcli.references import CheckpointFile, PythonObject, Source
+from modelcli.expressions import Call, names_in
+from modelcli.references import CheckpointFile, PythonObject, Reference, Source, is_installed_name
 
 if TYPE_CHECKING:
     from modelcli.live.opening import Live
@@ -30,6 +32,15 @@ class Target:
     recipe: Path | None = None
     places: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
+        """Let an error tell the notes too: the choice of the model may be what is wrong."""
+        try:
+            yield
+        except ModelcliError as error:
+            error.notes = tuple(dict.fromkeys((*self.notes, *error.notes)))
+            raise
 
 
 def options_given(overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,7 +71,45 @@ def find_target(
         note = f"$MODELCLI_MODEL is {named}, and goes before {path}: unset it to work on the recipe"
         return Target(Source(model=named, **given), notes=(note,) if path.exists() else ())
     read = recipe.read(path)
-    return Target(with_options(read.source, given), read.edits, read.path, read.places)
+    return Target(
+        with_options(read.source, given),
+        read.edits,
+        read.path,
+        read.places,
+        notes=notes_of_python(path, read.source, read.edits),
+    )
+
+
+def notes_of_python(path: Path, source: Source, edits: Sequence[Edit], *, own: bool = False) -> tuple[str, ...]:
+    """What to tell at the first look at a recipe that names Python: that it runs, as a Makefile does.
+
+    A recipe is known by its path and by the Python that it names; with `own` the user has just put that there.
+    """
+    named = {str(reference) for reference in _references_of(source) if isinstance(reference, PythonObject)}
+    calls = (getattr(edit, item.name) for edit in edits for item in fields(edit))
+    named |= {
+        name for call in calls if isinstance(call, Call) for name in names_in(call) if not is_installed_name(name)
+    }
+    if not named:
+        return ()
+    from modelcli import cache
+
+    name = f"Python of {os.path.realpath(path)}"
+    known = cache.index(name)
+    if isinstance(known, list) and named <= set(known):
+        return ()
+    if not cache.is_off():
+        cache.put_index(name, sorted(named))
+    if own:
+        return ()
+    return (f"{path} names Python, which runs with your rights, as a Makefile does: {listed(sorted(named), 4)}",)
+
+
+def _references_of(source: Source) -> Iterator[Reference]:
+    for text in (source.model, source.arch):
+        with contextlib.suppress(ModelcliError):
+            if text is not None:
+                yield references.parse(text, source.folder)
 
 
 @contextlib.contextmanager
@@ -83,13 +132,15 @@ def recipe_locked(
 
 def names_model(word: str) -> bool:
     """Whether a word is the name of a builder, or of a checkpoint that is there."""
-    from modelcli.live import zoo
-
     try:
         reference = references.parse(word)
-    except RequestError:
+        if isinstance(reference, CheckpointFile):
+            return True
+        from modelcli.live import zoo
+
+        return word in zoo.builder_names()
+    except (ModelcliError, ImportError):  # a hint is not worth an error of its own: torchvision may not be installed
         return False
-    return isinstance(reference, CheckpointFile) or word in zoo.builder_names()
 
 
 @dataclass(frozen=True)
@@ -145,7 +196,8 @@ def find_batch(
     if model is not None:
         same = {key: getattr(source, key) for key in ("seed", "input_size", "input_dtype", "inputs")}
         source = Source(model, **same)
-    target = Target(with_options(source, options_given(overrides)))
+    notes = notes_of_python(read.path, source, (*read.edits, *made))
+    target = Target(with_options(source, options_given(overrides)), notes=notes)
     found = Batch(target, (*read.edits, *made), (*read.places, *(place for place, _ in lines)))
     if not found.edits:
         raise RequestError(f"{read.path} has no edits to apply", "modelcli save OUT writes a model as it is")

@@ -181,7 +181,7 @@ def test_a_dumb_terminal_has_its_own_width_and_no_colour(folder: Path, columns: 
 )
 @pytest.mark.parametrize("as_json", [False, True])
 def test_signals(folder: Path, number: signal.Signals, message: str, as_json: bool) -> None:
-    (folder / "slow.py").write_text("import time\nprint('up', flush=True)\ntime.sleep(60)\n")
+    (folder / "slow.py").write_text("import time\nopen('up', 'w').close()\ntime.sleep(60)\n")
     process = subprocess.Popen(
         [*PROGRAM, "save", "out.pth", "-m", "slow.py:Net", *(["--json"] if as_json else [])],
         stdout=subprocess.PIPE,
@@ -190,8 +190,9 @@ def test_signals(folder: Path, number: signal.Signals, message: str, as_json: bo
         # A job in the background inherits that SIGINT is ignored; at a terminal it is not.
         preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
-    assert process.stderr is not None
-    assert process.stderr.readline() == "up\n"
+    while not (folder / "up").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
     time.sleep(0.2)
     process.send_signal(number)
     _, error = process.communicate(timeout=30)
@@ -201,7 +202,7 @@ def test_signals(folder: Path, number: signal.Signals, message: str, as_json: bo
         assert json.loads(error) == {"schema": 1, "error": body}
     else:
         assert error.strip() == message
-    assert {path.name for path in folder.iterdir()} <= {"nets.py", "slow.py", "__pycache__"}
+    assert {path.name for path in folder.iterdir()} <= {"nets.py", "slow.py", "up", "__pycache__"}
 
 
 HIDE = """

@@ -12,11 +12,13 @@ import torch
 from torch import nn
 
 import modelcli
+from modelcli import checkpoints
 from modelcli.edits import Freeze, Replace
 from modelcli.errors import RequestError, SystemFailureError, UnsafeError
 from modelcli.expressions import Call
 from modelcli.live.surgery import making
 from tests import nets
+from tests.conftest import Cli
 
 
 def same(model: nn.Module, other: nn.Module) -> bool:
@@ -258,3 +260,109 @@ def test_an_architecture_that_is_none(folder: Path, arch: Any) -> None:
     with pytest.raises(RequestError, match=r"arch takes an nn\.Module or a reference, not") as caught:
         modelcli.load("bare.pth", arch=arch)
     assert (caught.value.hint is not None) == callable(arch)
+
+
+# --- save ----------------------------------------------------------------------------------------------------------
+
+SMALL = "Sequential(Linear(4,8),BatchNorm1d(8),ReLU(),Linear(8,2))"
+
+
+def head(cli: Cli) -> nn.Sequential:
+    """A model with an edit in its record, trained for a step."""
+    cli("apply", "-m", SMALL, "-e", "replace 3 Linear(_,3)", "-e", "freeze 0", "-o", "head.pth", "-q")
+    model = modelcli.load("head.pth")
+    assert isinstance(model, nn.Sequential)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    model(torch.randn(5, 4)).square().sum().backward()
+    optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize("out", ["out.pth", "out.safetensors", "runs/"])
+def test_save_writes_the_record_of_the_file_that_a_model_came_from(cli: Cli, out: str) -> None:
+    model = head(cli)
+    model[1].requires_grad_(False)
+    modelcli.save(model, out, like="head.pth")
+    again = modelcli.load(out)
+    assert same(again, model)
+    written, before = (checkpoints.read(Path(name)).record for name in (out, "head.pth"))
+    assert written is not None
+    assert before is not None
+    assert (written.reference, written.edits, written.seed) == (before.reference, before.edits, before.seed)
+    assert "1.weight" in written.frozen
+    cli("check", out, "--frozen", "{0,1}", "--trainable", "3", "--has", "3:Linear", "--output-shape", "2,3", code=2)
+    cli("replace", "3", "Linear(_,7)", "-m", out, "-o", "seven.pth", "-q")
+    if out == "out.pth":
+        assert torch.equal(torch.load(out, weights_only=True)["3.weight"], model[3].weight)
+
+
+def test_save_takes_the_dtype_and_the_ties_that_a_model_has(cli: Cli, folder: Path) -> None:
+    model = head(cli)
+    modelcli.save(model.half(), "half.pth", like="head.pth")
+    assert modelcli.load("half.pth")[3].weight.dtype is torch.float16  # type: ignore[index, union-attr]
+    (folder / "tied.py").write_text(
+        "from torch import nn\nclass Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.embed, self.head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)\n"
+        "        self.head.weight = self.embed.weight\n"
+    )
+    cli("save", "tied.pth", "-m", "tied.py:Net", "-q")
+    tied = modelcli.load("tied.pth", trust=True)
+    (folder / "runs").mkdir()
+    modelcli.save(tied, "runs/tied.pth", like="tied.pth")  # the class is its caller's: no trust is asked for
+    assert modelcli.load("runs/tied.pth", trust=True).head.weight.shape == (5, 3)  # type: ignore[union-attr]
+    tied.head.weight = nn.Parameter(torch.zeros(5, 3))  # type: ignore[union-attr]
+    with pytest.raises(RequestError, match=r"its head\.weight and embed\.weight are two tensors, and one there"):
+        modelcli.save(tied, "apart.pth", like="tied.pth")
+
+
+def test_save_looks_through_wrappers(cli: Cli) -> None:
+    model = head(cli)
+    modelcli.save(nn.DataParallel(model), "parallel.pth", like="head.pth")
+    modelcli.save(torch.compile(model), "compiled.pth", like="head.pth")  # type: ignore[arg-type]
+    assert same(modelcli.load("parallel.pth"), model)
+    assert same(modelcli.load("compiled.pth"), model)
+
+
+def test_save_refuses_another_model_a_file_without_a_record_and_what_exists(cli: Cli) -> None:
+    model = head(cli)
+    torch.save(dict(model.state_dict()), "bare.pth")
+    with pytest.raises(RequestError, match="carries no record"):
+        modelcli.save(model, "out.pth", like="bare.pth")
+    with pytest.raises(RequestError, match=r"its 3\.(weight|bias) is \[2.*\], and \[3.*\] there"):
+        modelcli.save(small(), "out.pth", like="head.pth")
+    with pytest.raises(RequestError, match="it lacks 5 tensors"):
+        modelcli.save(nn.Sequential(model[0], nn.ReLU(), nn.ReLU(), model[3]), "out.pth", like="head.pth")
+    with pytest.raises(RequestError, match="exists"):
+        modelcli.save(model, "head.pth", like="head.pth")
+    assert not Path("out.pth").exists()
+    modelcli.save(model, "head.pth", like="head.pth", force=True)
+    assert same(modelcli.load("head.pth"), model)
+
+
+# --- its face ------------------------------------------------------------------------------------------------------
+
+
+def test_a_type_checker_knows_every_name_and_no_other(tmp_path: Path) -> None:
+    """`modelcli.laod()` is an error before it runs; what is there has its own types."""
+    (tmp_path / "mypy.ini").write_text(
+        "[mypy]\nmypy_path = " + str(Path(modelcli.__file__).parent.parent) + "\nfollow_imports = silent\n"
+        "[mypy-torch.*]\nfollow_imports = skip\n"
+    )
+    (tmp_path / "user.py").write_text(
+        'import modelcli\nmodelcli.laod("a.pth")\nmodelcli.load(3)\n'
+        'modelcli.blueprint("a.pth").totals.params.bit_count()\n'
+    )
+    cache = str(Path(__file__).parent.parent / ".mypy_cache" / "face")
+    words = ["--config-file", "mypy.ini", "--cache-dir", cache, "user.py"]
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", *words], cwd=tmp_path, text=True, capture_output=True, check=False
+    )
+    errors = [line for line in done.stdout.splitlines() if ": error: " in line]
+    assert [line.partition(": error")[0] for line in errors] == ["user.py:2", "user.py:3"], done.stdout + done.stderr
+    assert 'has no attribute "laod"' in errors[0]
+
+
+def test_every_name_of_the_face_is_there() -> None:
+    assert all(hasattr(modelcli, name) for name in modelcli.__all__)
+    assert not hasattr(modelcli, "laod")
+    assert set(dir(modelcli)) == set(modelcli.__all__)

@@ -84,6 +84,22 @@ def apply(
     return opening.edit_instance(model, made, seed=seed, shapes=shapes)
 
 
+def save(model: nn.Module, path: str | os.PathLike[str], *, like: str | os.PathLike[str], force: bool = False) -> None:
+    """Write a model with the record of a file that modelcli wrote: what training changes are values and flags.
+
+    `model` is what `modelcli.load(like)` gave, trained since, or another of the same modules; on any device, in
+    DataParallel or compiled as well. `like` is the file whose record goes along: the reference, the edits, the seed.
+    Values, dtypes and `requires_grad` are those of the model. How `path` ends says the format: `.pth`, `.safetensors`,
+    or `/` for a folder. With `force` it may exist.
+
+    Raises RequestError where `like` carries no record, where the model has other tensors than it lists, and where
+    `path` exists; SystemFailureError where there is no room.
+    """
+    from modelcli.live import saving
+
+    saving.save(model, path, Path(like), force=force)
+
+
 def blueprint(
     model: nn.Module | str | os.PathLike[str],
     *,

@@ -219,6 +219,7 @@ class _Opening:
             blueprint=live.describe(),
             input_size=read.source.input_size,
             input_dtype=read.source.input_dtype,
+            inputs=read.source.inputs,
             numbers=tuple(number for number, _ in live.edits),
             edit_count=live.edit_count,
         )

@@ -27,11 +27,14 @@ from modelcli.references import PythonObject
 from modelcli.writing import Plan, PlannedTensor
 
 
-def plan(live: Live, out: Path, kind: str, *, bare: bool = False, compact: bool = False) -> Plan:
+def plan(
+    live: Live, out: Path, kind: str, *, bare: bool = False, compact: bool = False, record: Record | None = None
+) -> Plan:
     """What to write for a live model, in a format of `writing`.
 
     `bare` drops what stood around the state dict. `compact` writes of each storage what the tensors show of it: without
-    it a slice of a large buffer takes the whole buffer along, as `torch.save` does.
+    it a slice of a large buffer takes the whole buffer along, as `torch.save` does. `record` is the one to write, by
+    default that of the live model.
 
     Raises RequestError for what a checkpoint of that kind cannot hold.
     """
@@ -72,7 +75,7 @@ def plan(live: Live, out: Path, kind: str, *, bare: bool = False, compact: bool 
         metadata = loading.metadata_of(live.module, contents)
     return Plan(
         tensors,
-        records.to_text(record_of(live, Path(os.path.realpath(out)).parent)),
+        records.to_text(record or record_of(live, Path(os.path.realpath(out)).parent)),
         _plain(metadata),
         extras,
         tree,

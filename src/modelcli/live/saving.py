@@ -1,0 +1,144 @@
+"""A trained model written with the record that its architecture came from."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from modelcli import checkpoints, references, writing
+from modelcli import record as records
+from modelcli.blueprints import TensorInfo, counted
+from modelcli.errors import RequestError
+from modelcli.live import planning
+from modelcli.live.describe import dtype_name
+from modelcli.live.opening import Live
+from modelcli.live.sources import is_composite
+from modelcli.record import Record
+from modelcli.references import PythonObject, Source
+
+
+def save(model: nn.Module, path: str | os.PathLike[str], like: Path, *, force: bool) -> None:
+    """See `modelcli.save`."""
+    if not isinstance(model, nn.Module):
+        raise RequestError(f"save takes an nn.Module, not {model!r:.40}")
+    text = os.fspath(path)
+    out, kind = Path(text), writing.format_of(text)
+    writing.check_target(out, kind, force=force)
+    model = _unwrapped(model)
+    state = _on_cpu(model.state_dict())
+    record = _record_of(like, out)
+    _require_same_tensors(state, record, like)
+    live = Live(_Holder(state), Source(str(like)), None)
+    plan = planning.plan(live, out, kind, record=_with_flags(record, model, state))
+    writing.write(plan, out, writing.Care(force=force), kind=kind)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, where `torch.compile` or a parallel wrapper stands around it."""
+    while True:
+        if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+class _Holder(nn.Module):
+    """Gives a state dict that was made already: a model on another device is not copied as a whole."""
+
+    def __init__(self, state: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.state = state
+
+    def state_dict(self, *_args: Any, **_kwargs: Any) -> Any:
+        return self.state
+
+
+def _on_cpu(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A state dict in memory: tensors of other devices are copied, each storage once, so that ties hold."""
+    storages: dict[int, torch.UntypedStorage] = {}
+    found: dict[str, Any] = OrderedDict()
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor) or value.device.type in ("cpu", "meta"):
+            found[name] = value
+        elif is_composite(value) or value.is_conj() or value.is_neg():
+            found[name] = value.cpu()
+        else:
+            own = value.untyped_storage()
+            if own._cdata not in storages:
+                storages[own._cdata] = own.cpu()
+            empty = torch.empty(0, dtype=value.dtype)
+            found[name] = empty.set_(storages[own._cdata], value.storage_offset(), value.size(), value.stride())
+    found._metadata = getattr(state, "_metadata", {})  # type: ignore[attr-defined]
+    return found
+
+
+def _record_of(like: Path, out: Path) -> Record:
+    """The record of a file, its Python path as seen from the folder that is written to."""
+    contents = checkpoints.read(like)
+    record = contents.record
+    why = None if record is None else records.disagreement(record, contents.infos())
+    if record is None or why is not None:
+        raise RequestError(
+            f"{like} carries no record that could go along" + (f": {why}" if why else ""),
+            "name a file that modelcli wrote; without one, torch.save(model.state_dict(), ...) is all there is",
+        )
+    if record.reference is None:
+        return record
+    reference = references.recorded(record.reference, like.parent, trust=False)
+    if isinstance(reference, PythonObject):
+        return replace(record, reference=reference.relative_to(Path(os.path.realpath(out)).parent))
+    return record
+
+
+def _require_same_tensors(state: Mapping[str, Any], record: Record, like: Path) -> None:
+    """Raise RequestError where a model has other tensors than a record lists: it is another architecture by now."""
+    listed = {info.name: info for info in record.blueprint.tensors if info.persistent}
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    why = None
+    if missing := listed.keys() - tensors.keys():
+        why = f"it lacks {counted(len(missing), 'tensor')}, such as {min(missing)}"
+    elif extra := tensors.keys() - listed.keys():
+        why = f"it has {counted(len(extra), 'tensor')} more, such as {min(extra)}"
+    else:
+        for name, info in listed.items():
+            if info.shape != (shape := tuple(tensors[name].shape)):
+                why = f"its {name} is {list(shape)}, and {list(info.shape or ())} there"
+            elif info.tied_to is not None and not _are_one(tensors[name], tensors[info.tied_to]):
+                why = f"its {name} and {info.tied_to} are two tensors, and one there"
+    if why is not None:
+        raise RequestError(
+            f"the model is not the one of {like}: {why}",
+            "write the architecture first (modelcli replace ... -o new.pth), and give that file as like=",
+        )
+
+
+def _are_one(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one is other or not one.numel() or is_composite(one) or is_composite(other):
+        return True
+    places = [(t.untyped_storage()._cdata, t.storage_offset(), t.size(), t.stride()) for t in (one, other)]
+    return places[0] == places[1]
+
+
+def _with_flags(record: Record, model: nn.Module, state: Mapping[str, Any]) -> Record:
+    """The record with the flags and the dtypes that the model has now."""
+    flags = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
+
+    def now(info: TensorInfo) -> TensorInfo:
+        value = state.get(info.name)
+        dtype = info.dtype if value is None or is_composite(value) else dtype_name(value.dtype)
+        if info.kind != "parameter":
+            return replace(info, dtype=dtype)
+        return replace(info, dtype=dtype, requires_grad=flags.get(info.name, info.requires_grad))
+
+    blueprint = replace(record.blueprint, tensors=tuple(map(now, record.blueprint.tensors)))
+    frozen = tuple(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
+    return replace(record, blueprint=blueprint, frozen=frozen)

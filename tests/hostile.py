@@ -256,8 +256,10 @@ def zips() -> Iterator[Hostile]:
     yield Hostile("no pickle", archive(prefix="x/").replace(b"x/data.pkl", b"x/data.pkx"), 4, "no data.pkl")
     yield Hostile("a torch.jit archive", _with_record("archive/constants.pkl"), 4, "torch.jit")
     yield Hostile("big-endian", good.replace(b"little", b"bigbig"), 4, "CRC-32")
-    yield Hostile("all compressed", archive(compression=zipfile.ZIP_DEFLATED), 4, "compressed")
-    yield Hostile("a bomb", archive(GOOD + bytes(50_000_000), compression=zipfile.ZIP_DEFLATED), 4, "compressed")
+    yield Hostile("all compressed", archive(compression=zipfile.ZIP_DEFLATED), 0)
+    yield Hostile(
+        "a bomb", archive(GOOD + bytes(50_000_000), compression=zipfile.ZIP_DEFLATED), 4, "MODELCLI_MAX_EXPANSION"
+    )
     yield Hostile("bytes behind", good + b"x", 4, "behind its end")
     yield Hostile("a comment", taken.joined(behind=b"hello", comment=5), 0)
     yield Hostile("a comment that is an end", taken.joined(behind=taken.end, comment=22), 4)

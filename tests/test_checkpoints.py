@@ -423,7 +423,7 @@ def test_a_tensor_of_more_elements_than_there_can_be(tmp_path: Path) -> None:
 
 def test_a_missing_and_a_compressed_record(tmp_path: Path) -> None:
     path = tmp_path / "made.pth"
-    for compression, message in ((None, "is missing"), (zipfile.ZIP_DEFLATED, "is compressed")):
+    for compression, message in ((None, "is missing"), (zipfile.ZIP_BZIP2, "is compressed by method 12")):
         with zipfile.ZipFile(io.BytesIO(files()["zip"])) as old, zipfile.ZipFile(path, "w") as new:
             for info in old.infolist():
                 if not info.filename.endswith("data/0"):

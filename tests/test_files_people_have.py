@@ -12,6 +12,7 @@ import os
 import pickle
 import subprocess
 import uuid
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -528,3 +529,59 @@ def test_any_other_object_beside_the_state_dict_is_refused(cli: Cli, folder: Pat
 def test_a_whole_pickled_module_is_refused_as_before(cli: Cli, folder: Path) -> None:
     torch.save({"model": nn.Linear(2, 3), "args": argparse.Namespace(lr=0.1)}, "whole.pth")
     cli("cast", "weight", "float16", "-m", "whole.pth", "-o", "out.pth", code=3)
+
+
+# --- compressed archives ---------------------------------------------------------------------------------------------
+
+
+def repacked(source: str, target: str, method: int = zipfile.ZIP_DEFLATED) -> None:
+    """The same records in an archive of another program's."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", method) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+
+
+def test_a_deflated_archive_is_read_as_torch_reads_it(cli: Cli, folder: Path) -> None:
+    base = torch.randn(40)
+    torch.save({"model": {"a": torch.randn(300, 7), "b": base[3:9], "c": base.view(8, 5).T}, "n": 3}, "plain.pth")
+    repacked("plain.pth", "deflated.pth")
+    theirs = torch.load("deflated.pth", weights_only=True)
+    assert shown(cli, "deflated.pth") == {name: tensor.tolist() for name, tensor in theirs["model"].items()}
+    cli("diff", "plain.pth", "deflated.pth")
+    cli("check", "deflated.pth", "--finite", "--safe")
+    cli("save", "out.pth", "-m", "deflated.pth", "--verify")
+    written = torch.load("out.pth", weights_only=True)
+    assert all(torch.equal(written["model"][name], tensor) for name, tensor in theirs["model"].items())
+    cli("save", "out.safetensors", "-m", "deflated.pth")
+    cli("diff", "out.safetensors", "plain.pth")
+    assert cli("params", "deflated.pth", "--stats", "--json").json["tensors"][0]["name"] == "a"
+
+
+def test_a_deflated_archive_that_grows_out_of_bounds_is_refused_before_it_does(
+    cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save({"w": torch.zeros(10_000_000)}, "plain.pth")
+    repacked("plain.pth", "bomb.pth")
+    assert Path("bomb.pth").stat().st_size < 100_000
+    assert "MODELCLI_MAX_EXPANSION" in cli("params", "bomb.pth", code=4).err
+    monkeypatch.setenv("MODELCLI_MAX_EXPANSION", "100000000")
+    cli("check", "bomb.pth", "--finite")
+
+
+@pytest.mark.parametrize("change", ["crc", "size", "bytes"])
+def test_a_deflated_record_that_is_not_what_it_states(cli: Cli, folder: Path, change: str) -> None:
+    torch.save({"w": torch.randn(1000)}, "plain.pth")
+    repacked("plain.pth", "deflated.pth")
+    data = bytearray(Path("deflated.pth").read_bytes())
+    with zipfile.ZipFile("deflated.pth") as archive:
+        info = next(info for info in archive.infolist() if info.filename.endswith("data/0"))
+        central = data.rindex(info.filename.encode()) - 46
+    if change == "bytes":
+        place = info.header_offset + 30 + len(info.filename) + info.compress_size // 2
+        data[place] ^= 0xFF
+    else:
+        for start in (info.header_offset + 14, central + 16):
+            data[start + (0 if change == "crc" else 8)] ^= 0x01
+    Path("deflated.pth").write_bytes(data)
+    error = cli("params", "deflated.pth", "--values", code=4).err
+    assert "deflated.pth" in error

@@ -10,7 +10,8 @@ from typing import BinaryIO
 from modelcli import record as records
 from modelcli.blueprints import listed
 from modelcli.checkpoints import limits, pickles, trees, zip_directory
-from modelcli.checkpoints.contents import Contents, Span, identity_of
+from modelcli.checkpoints.contents import Contents, Span, Storage, identity_of
+from modelcli.checkpoints.inflating import Inflated
 from modelcli.checkpoints.zip_directory import Entry
 from modelcli.errors import FileFormatError, SystemFailureError
 
@@ -77,14 +78,20 @@ class Archive:
         except (UnicodeDecodeError, FileFormatError):
             return None
 
-    def span_of(self, storage: str, _dtype: str | None) -> Span:
+    def span_of(self, storage: str, _dtype: str | None) -> Storage:
         """The bytes of a storage, by its key."""
-        entry = self.entries.get(f"{self.prefix}data/{storage}")
+        return self.bytes_of(f"data/{storage}")
+
+    def bytes_of(self, name: str) -> Storage:
+        """The bytes of a record, by its name below the prefix; nothing is read yet."""
+        entry = self.entries.get(f"{self.prefix}{name}")
         if entry is None:
-            raise FileFormatError(f"{self.where} is damaged: record {self.prefix}data/{storage} is missing")
-        if not entry.stored:
-            raise FileFormatError(f"{self.where}: record {entry.name} is compressed", zip_directory.STORE)
-        return Span(self.path, entry.offset, entry.nbytes, self.identity)
+            raise FileFormatError(f"{self.where} is damaged: record {self.prefix}{name} is missing")
+        zip_directory.require_method(entry, self.where)
+        if entry.stored:
+            return Span(self.path, entry.offset, entry.nbytes, self.identity)
+        packed = Span(self.path, entry.offset, entry.packed, self.identity)
+        return Inflated(packed, entry.name, entry.nbytes, entry.crc)
 
     def _small(self, file: BinaryIO, name: str) -> bytes:
         entry = self.entries[f"{self.prefix}{name}"]

@@ -25,7 +25,9 @@ _CENTRAL = struct.Struct("<4s4x2H4x3L3H4x2L")
 _LOCAL = struct.Struct("<4s2x2H4x3L2H")
 _MAX_COMMENT = 65_535
 _ENCRYPTED, _DESCRIPTOR, _UTF8 = 0x1 | 0x2000, 0x8, 0x800
-_STORED = 0
+_STORED, _DEFLATED = 0, 8
+#: So many times as large may compressed records become, and what `MODELCLI_MAX_EXPANSION` allows beyond.
+_GROWTH = 20
 #: The attribute of a folder, of MS-DOS: torch's reader looks at it whatever system wrote the archive.
 _FOLDER = 0x10
 #: What to do about a record that is compressed.
@@ -35,13 +37,18 @@ _16, _32 = 0xFFFF, 0xFFFF_FFFF
 
 
 class Entry(NamedTuple):
-    """One record: where its bytes lie in the file, how many, and their CRC-32 as the directory states it."""
+    """One record: where its bytes lie in the file, how many, and their CRC-32 as the directory states it.
+
+    One that is not `stored` as it is lies there in `packed` bytes; `method` is how (8 is deflate).
+    """
 
     name: str
     offset: int
     nbytes: int
     crc: int
     stored: bool
+    packed: int = 0
+    method: int = _STORED
 
 
 class _Listed(NamedTuple):
@@ -65,7 +72,9 @@ def read(file: BinaryIO, size: int, where: str, *, start: int = 0) -> dict[str, 
     count, offset, length = _end(file, size, where, start)
     file.seek(start + offset)
     listed = _listed(file.read(length), count, where)
-    return _located(file, listed, offset, where, start)
+    entries = _located(file, listed, offset, where, start)
+    _check_growth(entries.values(), where)
+    return entries
 
 
 def contents(file: BinaryIO, entry: Entry, where: str) -> bytes:
@@ -73,13 +82,40 @@ def contents(file: BinaryIO, entry: Entry, where: str) -> bytes:
 
     A CRC-32 of 0 is none: torch writes it where it is told to count none (`set_crc32_options(False)`).
     """
-    if not entry.stored:
-        raise FileFormatError(f"{where}: record {entry.name} is compressed", STORE)
+    require_method(entry, where)
     file.seek(entry.offset)
-    data = file.read(entry.nbytes)
+    if entry.stored:
+        data = file.read(entry.nbytes)
+    else:
+        try:
+            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(file.read(entry.packed), entry.nbytes + 1)
+        except zlib.error as error:
+            raise FileFormatError(f"{where} is damaged: record {entry.name}: {error}") from None
     if len(data) != entry.nbytes or entry.crc not in (0, zlib.crc32(data)):
         raise FileFormatError(f"{where} is damaged: record {entry.name} does not have the CRC-32 that is stated")
     return data
+
+
+def require_method(entry: Entry, where: str) -> None:
+    """Raise FileFormatError for a record that is compressed in another way than torch's reader knows: deflate."""
+    if not entry.stored and entry.method != _DEFLATED:
+        raise FileFormatError(
+            f"{where}: record {entry.name} is compressed by method {entry.method}, which torch does not read", STORE
+        )
+
+
+def _check_growth(entries: Iterable[Entry], where: str) -> None:
+    """Raise FileFormatError where little compressed bytes come to much: that is checked before any are inflated.
+
+    Weights hardly shrink. What is left over `_GROWTH` times is for files with few bytes, and those full of zeros.
+    """
+    packed = nbytes = 0
+    for entry in entries:
+        if not entry.stored:
+            packed, nbytes = packed + entry.packed, nbytes + entry.nbytes
+    if nbytes > _GROWTH * packed + limits.EXPANSION.value:
+        more = f"{nbytes:,} bytes in {packed:,} compressed ones, which is over {_GROWTH} times as many and more than it"
+        raise limits.EXPANSION.exceeded(where, more)
 
 
 def _end(file: BinaryIO, size: int, where: str, start: int) -> tuple[int, int, int]:
@@ -206,7 +242,7 @@ def _located(file: BinaryIO, listed: list[_Listed], directory: int, where: str, 
         if end > directory:
             raise FileFormatError(f"{where} is cut off: record {raw!r} ends behind the records")
         name = _name(raw, flags, where)
-        found[name] = Entry(name, start + offset, nbytes, crc, method == _STORED)
+        found[name] = Entry(name, start + offset, nbytes, crc, method == _STORED, compressed, method)
     _refuse_twins(found, listed, where)
     return found
 

@@ -292,13 +292,61 @@ def test_rows_of_several_ranks_are_joined(two: Path) -> None:
         assert_same(found[name], wanted[name])
 
 
-def test_columns_are_shown_and_not_read(two: Path) -> None:
-    storage = checkpoints.read(two / "sharded").tensors["columns"].storage
-    assert storage.nbytes == 60
-    for read in (storage.bytes, storage.mapped, lambda: list(storage.chunks())):
-        with pytest.raises(FileFormatError, match="do not lie row after row") as error:
-            read()
-        assert "torch.distributed.checkpoint.format_utils.dcp_to_torch_save" in str(error.value.hint)
+BLOCKS = """
+import os, pathlib, sys, warnings
+warnings.simplefilter("ignore")
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+folder, children = sys.argv[1], []
+for rank in range(4):  # forked, so that torch is imported once
+    if not (child := os.fork()):
+        break
+    children.append(child)
+else:
+    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+dist.init_process_group("gloo", init_method=pathlib.Path(folder, "meeting").as_uri(), rank=rank, world_size=4)
+mesh = init_device_mesh("cpu", (2, 2))
+state = {
+    name: distribute_tensor(tensor, mesh, placements)
+    for name, tensor, placements in [
+        ("blocks", torch.arange(35.0).reshape(5, 7), [Shard(0), Shard(1)]),
+        ("turned", torch.arange(35.0).reshape(5, 7), [Shard(1), Shard(0)]),
+        ("twice", torch.arange(14).reshape(7, 2), [Shard(0), Shard(0)]),
+        ("middle", torch.arange(60.0).reshape(2, 6, 5), [Shard(1), Shard(2)]),
+        ("half", torch.arange(12.0).reshape(3, 4), [Replicate(), Shard(1)]),
+    ]
+}
+dcp.save(state, checkpoint_id=f"{folder}/blocks")
+torch.save({"model": state}, f"{folder}/model_world_size_4_rank_{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which four processes, two by two, wrote `blocks` and a file each."""
+    folder = tmp_path_factory.mktemp("four")
+    (folder / "blocks.py").write_text(BLOCKS)
+    subprocess.run([sys.executable, str(folder / "blocks.py"), str(folder)], check=True, timeout=300)
+    return folder
+
+
+def test_columns_and_the_blocks_of_a_mesh_of_two_dimensions(two: Path, four: Path) -> None:
+    assert_same(checkpoints.read(two / "sharded").tensors["columns"], as_torch_loads(two / "sharded")["columns"])
+    contents = checkpoints.read(four / "blocks")
+    wanted = as_torch_loads(four / "blocks")
+    assert set(contents.tensors) == wanted.keys()
+    for name, entry in contents.tensors.items():
+        assert_same(entry, wanted[name])
+
+
+def test_a_file_that_one_rank_wrote_is_refused_with_what_to_run(cli: Cli, four: Path) -> None:
+    error = cli("params", four / "model_world_size_4_rank_0.pt", code=4).err
+    assert "holds what one process had of its tensors (DTensor), and not the whole" in error
+    assert "StateDictOptions(full_state_dict=True)" in error
 
 
 def test_commands_on_a_sharded_folder(cli: Cli, two: Path, folder: Path) -> None:
@@ -307,8 +355,9 @@ def test_commands_on_a_sharded_folder(cli: Cli, two: Path, folder: Path) -> None
     assert rows["columns"]["shape"] == [5, 3]
     values = cli("params", path, "-s", "uneven", "--values", "--json").json["tensors"][0]["values"]
     assert values == torch.arange(15.0).reshape(5, 3).tolist()
-    assert "dcp_to_torch_save" in cli("save", "out.pth", "-m", path, code=4).err
-    assert not (folder / "out.pth").exists()
+    cli("save", "out.pth", "-m", path)
+    written, theirs = torch.load("out.pth", weights_only=True), as_torch_loads(path)
+    assert all(torch.equal(written[name], theirs[name]) for name in rows)
 
 
 def test_commands_on_an_fsdp_folder(cli: Cli, two: Path, folder: Path) -> None:
@@ -365,13 +414,34 @@ def test_a_look_opens_no_tensor(folder: Path) -> None:
 # What is refused
 
 
-def test_forms_that_are_not_read_have_a_name(folder: Path) -> None:
+def test_the_safetensors_form(cli: Cli, folder: Path) -> None:
     path = saved(STATE, folder / "form", serialization_format=SerializationFormat.SAFETENSORS)
     contents = checkpoints.read(path)
     assert list(contents.tensors) == list(STATE)
-    with pytest.raises(FileFormatError, match=r"safetensors form \(SerializationFormat.SAFETENSORS\)"):
-        contents.tensors["0.weight"].storage.bytes()
+    for name, entry in contents.tensors.items():
+        assert_same(entry, STATE[name])
+    cli("save", "out.pth", "-m", "form/")
+    assert_same(torch.load("out.pth", weights_only=True), STATE)
 
+
+def test_parts_of_hugging_face_s_form_name_what_puts_them_together(cli: Cli, folder: Path) -> None:
+    from torch.distributed.checkpoint._consolidate_hf_safetensors import consolidate_safetensors_files
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        writer = HuggingFaceStorageWriter(path=str(folder / "parts"), save_distributed=True)
+        save(STATE, storage_writer=writer, no_dist=True)
+    error = cli("params", "parts/", code=2).err
+    assert "consolidate_safetensors_files" in error
+    part = next((folder / "parts").iterdir())
+    assert "is what one process wrote" in cli("params", part).err
+    (folder / "whole").mkdir()
+    consolidate_safetensors_files("parts", "whole", num_threads=1, fqn_to_index_mapping=dict.fromkeys(STATE, 1))
+    assert cli("params", "whole/model-00001-of-00001.safetensors", "--json").json["totals"]["params"] == 21
+
+
+def test_forms_that_are_not_read_have_a_name(folder: Path) -> None:
     from torch.distributed.checkpoint._extension import StreamTransformExtension
 
     class Same(StreamTransformExtension):

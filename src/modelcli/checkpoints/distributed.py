@@ -5,15 +5,14 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import prod
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from modelcli.blueprints import ITEM_BYTES, Shape, counted, listed
-from modelcli.checkpoints import embedded, folders, limits, pickles, shapes, state_dicts, trees
-from modelcli.checkpoints.contents import Contents, FileId, JoinedSpan, Storage, TensorEntry, Windows, identity_of
+from modelcli.checkpoints import boxes, embedded, folders, limits, pickles, shapes, state_dicts, trees
+from modelcli.checkpoints.contents import Contents, JoinedSpan, Storage, TensorEntry, identity_of
 from modelcli.errors import FileFormatError, SystemFailureError, UnsafeError
 from modelcli.open_folder import read_regular
 
@@ -155,8 +154,9 @@ class _Folder:
         return TensorEntry(shape, dtype, shapes.row_major(shape), 0, storage, requires_grad=False)
 
     def _storage(self, name: str, dtype: str, shape: Shape, chunks: Sequence[_Chunk], places: Places) -> Storage:
-        """The bytes of a tensor, put together from its parts where each is one run of them."""
+        """The bytes of a tensor, put together from its parts: one behind another where each is one run of them."""
         parts: list[tuple[int, embedded.TensorSpan]] = []
+        found: list[boxes.Box] = []
         scattered = False
         for chunk in chunks:
             place = places.get((name, chunk.offsets))
@@ -171,8 +171,9 @@ class _Folder:
             start = _run_start(shape, chunk)
             scattered = scattered or start is None
             parts.append((start or 0, part))
+            found.append(boxes.Box(chunk.offsets, chunk.sizes, part))
         if scattered:
-            return _Scattered(self.path.parent, name, prod(shape) * ITEM_BYTES[dtype])
+            return boxes.storage_of(shape, ITEM_BYTES[dtype], found)
         if len(parts) == 1:
             return parts[0][1]
         return JoinedSpan(tuple(part for _, part in sorted(parts, key=lambda item: item[0])))
@@ -324,36 +325,6 @@ class _Folder:
 
     def _damaged(self, what: str) -> FileFormatError:
         return FileFormatError(f"{self.path} is damaged: {what}")
-
-
-@dataclass(frozen=True, slots=True)
-class _Scattered:
-    """The bytes of a tensor whose parts are no runs of it: they are known to be there, and are not put together."""
-
-    folder: Path
-    name: str
-    nbytes: int
-
-    def files(self) -> Iterable[FileId]:
-        return ()
-
-    def chunks(self) -> Iterator[bytes]:
-        raise self._refusal()
-
-    def bytes(self) -> bytes:
-        raise self._refusal()
-
-    def mapped(self, windows: Windows | None = None) -> memoryview:
-        raise self._refusal()
-
-    def part(self, start: int, nbytes: int) -> Storage:
-        raise self._refusal()
-
-    def _refusal(self) -> FileFormatError:
-        return FileFormatError(
-            f"{self.folder}: {self.name} is sharded in parts that do not lie row after row",
-            "torch.distributed.checkpoint.format_utils.dcp_to_torch_save(folder, file) puts them together",
-        )
 
 
 def _run_start(shape: Shape, chunk: _Chunk) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from modelcli.blueprints import ITEM_BYTES, Shape, listed
 from modelcli.checkpoints import limits, pickles, safetensors, shapes, torch_zip
 from modelcli.checkpoints.contents import (
     CHUNK,
+    CompositeEntry,
     FileId,
     Identity,
     Span,
@@ -60,11 +62,6 @@ def read(place: Place, budget: limits.Budget | None = None) -> pickles.Pickle:
 def _expect_archive(place: Place, head: bytes) -> None:
     if head.startswith(b"PK\x03\x04"):
         return
-    if safetensors.looks_like(head, place.length):
-        raise FileFormatError(
-            f"{place} is in safetensors form (SerializationFormat.SAFETENSORS), which is not read here",
-            "load and save it with torch.distributed.checkpoint",
-        )
     raise FileFormatError(f"{place} is no archive that torch.save wrote: it starts with {head[:8]!r}")
 
 
@@ -100,6 +97,10 @@ class TensorSpan:
         return self._located().part(start, nbytes)
 
     def _located(self) -> Storage:
+        if (found := _in_safetensors(self.place)) is not None:
+            if (found.shape, found.dtype) != (self.shape, self.dtype):
+                raise self._is_another(found)
+            return found.storage
         pickled = read(self.place)
         tensor = pickled.value
         if pickled.foreign:
@@ -109,9 +110,7 @@ class TensorSpan:
         if not isinstance(tensor, TensorEntry) or not isinstance(record := tensor.storage, Span):
             raise FileFormatError(f"{self.place} is no dense tensor")
         if (tensor.shape, tensor.dtype) != (self.shape, self.dtype):
-            raise FileFormatError(
-                f"{self.place} is {tensor.dtype} {list(tensor.shape)}; it should be {self.dtype} {list(self.shape)}"
-            )
+            raise self._is_another(tensor)
         item = ITEM_BYTES[self.dtype]
         nbytes = shapes.extent(tensor.shape, tensor.stride) * item
         span = Span(record.path, record.offset + tensor.offset * item, nbytes, record.identity)
@@ -122,6 +121,32 @@ class TensorSpan:
         if any(tensor.stride[axis] == 0 for axis in axes):
             raise FileFormatError(f"{self.place} is an expanded tensor, and each element should be there by itself")
         return _Reordered(span, tensor.shape, tensor.stride, item)
+
+    def _is_another(self, found: TensorEntry) -> FileFormatError:
+        return FileFormatError(
+            f"{self.place} is {found.dtype} {list(found.shape)}; it should be {self.dtype} {list(self.shape)}"
+        )
+
+
+def _in_safetensors(place: Place) -> TensorEntry | None:
+    """A tensor by its name, where the whole file of a rank is a safetensors file (SerializationFormat.SAFETENSORS).
+
+    Such a file's `.metadata` says nothing of where in it a tensor lies: the header of the file does.
+    """
+    require_unchanged(place.path, place.identity)
+    with place.path.open("rb") as file:
+        head = file.read(64)
+    if head.startswith(b"PK\x03\x04") or not safetensors.looks_like(head, place.identity[0]):
+        return None
+    entry = _header_of(place.path, place.identity).get(place.name)
+    if not isinstance(entry, TensorEntry):
+        raise FileFormatError(f"{place.path} has no dense tensor {place.name}, and the .metadata beside it says so")
+    return entry
+
+
+@functools.lru_cache(maxsize=4)
+def _header_of(path: Path, _identity: Identity) -> Mapping[str, TensorEntry | CompositeEntry]:
+    return safetensors.read(path).tensors
 
 
 @dataclass(frozen=True, slots=True)

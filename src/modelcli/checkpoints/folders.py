@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -29,6 +30,9 @@ WHOLE_FILES = frozenset(
     for suffix in suffixes
 )
 
+#: What each process writes where torch.distributed.checkpoint writes safetensors: a part of each tensor.
+_PART = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
+
 Reader = Callable[[Path], Contents]
 
 
@@ -53,6 +57,14 @@ def index_in(folder: Path) -> Path:
         told = listed([str(folder / name) for name in whole], 6)
         raise RequestError(f"{folder} holds {len(whole)} files of weights and no index", f"name one of {told}")
     deepspeed.require_no_checkpoint(folder, names)
+    if parts := [name for name in names if _PART.fullmatch(name)]:
+        raise RequestError(
+            f"{folder} holds {len(parts)} files of torch.distributed.checkpoint's HuggingFaceStorageWriter, each with "
+            "what one process wrote",
+            "torch.distributed.checkpoint._consolidate_hf_safetensors.consolidate_safetensors_files(folder, other, "
+            "num_threads=1, fqn_to_index_mapping={name: 1 for each tensor}) puts them together, and so does the writer "
+            "with enable_consolidation=True",
+        )
     files = [name for name in names if name.lower().endswith((".pth", ".pt", ".safetensors", ".bin", ".ckpt"))]
     hint = f"name a file in it: {listed(files, 6)}" if files else None
     raise RequestError(f"{folder} is a folder without an index (*{INDEX_SUFFIX})", hint)

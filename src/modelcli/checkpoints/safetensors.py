@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -84,9 +85,20 @@ def read(path: Path) -> Contents:
         format="safetensors",
         tensors=carried.in_order_of(record, ordered),
         record=record,
-        notes=notes,
+        notes=(*notes, *_part_notes(path, metadata)),
         texts={name: text for name, text in metadata.items() if name not in aliases},
     )
+
+
+def _part_notes(path: Path, metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    """What there is to tell of a file of torch.distributed.checkpoint: its tensors may be parts of larger ones."""
+    if _SHARDING not in metadata:
+        return ()
+    return (f"{path.name} is what one process wrote of a torch.distributed.checkpoint: its tensors may be parts",)
+
+
+#: Where torch.distributed.checkpoint says which part of each tensor a file has.
+_SHARDING = "DCP_SHARDING_INFO"
 
 
 def _begin(info: Any) -> tuple[int, int]:

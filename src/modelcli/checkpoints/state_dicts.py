@@ -39,6 +39,17 @@ STATE_DICT_KEYS = (
 _AROUND = frozenset({"state", "state_dicts", "checkpoint", "ckpt"})
 #: How entries begin that are never a model: what an optimizer and the generators of random numbers keep.
 _NEVER = ("optim", "rng")
+#: Classes of tensors of which each process has a part.
+_SHARDED = frozenset(
+    {
+        "torch.distributed.tensor.DTensor",
+        "torch.distributed.tensor._api.DTensor",
+        "torch.distributed._tensor.DTensor",
+        "torch.distributed._tensor.api.DTensor",
+        "torch.distributed._shard.sharded_tensor.api.ShardedTensor",
+        "torch.distributed._shard.sharded_tensor.ShardedTensor",
+    }
+)
 #: So many state dicts are named in an error.
 _MOST = 60
 #: A module that was pickled whole is taken to have more tensors than any dict beside it.
@@ -247,7 +258,7 @@ def _none(path: Path, pickled: pickles.Pickle) -> FileFormatError | UnsafeError:
     """The error for a file without a state dict, which says what it is instead."""
     tree = pickled.value
     if pickled.foreign:
-        return nothing_to_show(path, pickled)
+        return part_of_a_rank(path, pickled) or nothing_to_show(path, pickled)
     what = (
         f"a dict with the keys {', '.join(map(reprlib.repr, list(tree)[:6]))}"
         if isinstance(tree, dict)
@@ -256,6 +267,29 @@ def _none(path: Path, pickled: pickles.Pickle) -> FileFormatError | UnsafeError:
     return FileFormatError(
         f"{path} holds no state dict: it is {what}",
         "a state dict is a dict of names and tensors, as state_dict() gives",
+    )
+
+
+def is_sharded(value: Any) -> bool:
+    """Whether a value is a tensor of which each process has a part."""
+    if not isinstance(value, pickles.Opaque):
+        return False
+    named = (arg for arg in value.args[:3] if isinstance(arg, pickles.Global)) if isinstance(value.args, tuple) else ()
+    return any(kind.dotted in _SHARDED for kind in (value.call, *named) if isinstance(kind, pickles.Global))
+
+
+def part_of_a_rank(path: Path, pickled: pickles.Pickle) -> FileFormatError | None:
+    """The error for a file that one process of several wrote: a DTensor or ShardedTensor in it is a part of a tensor.
+
+    None where the file names no such class.
+    """
+    kind = next((name for name in pickled.foreign if name in _SHARDED), None)
+    if kind is None:
+        return None
+    return FileFormatError(
+        f"{path} holds what one process had of its tensors ({kind.rpartition('.')[2]}), and not the whole",
+        "in the program that made it: torch.distributed.checkpoint.save(state_dict, checkpoint_id=folder), and name "
+        "the folder; or get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) and torch.save",
     )
 
 

@@ -27,6 +27,10 @@ def contents_of(
     state_dict = found if whole is None else whole.tensors
     if whole is not None and not state_dict:
         raise state_dicts.nothing_to_show(path, pickled)
+    if whole is None and any(
+        isinstance(item, pickles.Opaque) and state_dicts.is_sharded(item) for item in found.values()
+    ):
+        raise state_dicts.part_of_a_rank(path, pickled) or state_dicts.nothing_to_show(path, pickled)
     tensors: dict[str, TensorEntry | CompositeEntry] = {}
     extras: dict[str, Any] = {}
     known: dict[int, CompositeEntry] = {}  # one tensor may stand under several names

@@ -5,6 +5,8 @@ Truth is a pass of plain PyTorch on the CPU, multiply-accumulates worked out by 
 
 from __future__ import annotations
 
+import os
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +24,7 @@ from modelcli.live.inputs import Inputs
 from modelcli.live.mult_adds import MultAdds
 from modelcli.live.opening import open_live
 from modelcli.live.planning import traced
-from modelcli.live.trace import shape_of
+from modelcli.live.trace import shape_of, trace
 from modelcli.references import Source
 from tests.conftest import Cli
 
@@ -517,3 +519,230 @@ def test_recipes_and_records_keep_the_inputs(cli: Cli, folder: Path) -> None:
     (folder / "modelcli.toml").write_text('model = "own.py:Two"\ninputs = ["x=2,4"]\nedits = []\n')
     result = cli("summary", "--input", "x=5,4", "--input", "y=5,3", "--json")
     assert result.json["layers"][0]["output_shape"] == [5, 3]
+
+
+# --- modules that ran, and models that are built in their own way -----------------------------------------------------
+
+
+def executed(cli: Cli, reference: str, *words: str) -> dict[str, Any]:
+    layers = cli("summary", reference, *words, "--json").json["layers"]
+    return {layer["path"]: layer["executed"] for layer in layers}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
+def test_modules_that_ran_are_not_called_idle(cli: Cli, folder: Path) -> None:
+    written(
+        folder,
+        "class Calls(nn.Linear):\n    def __call__(self, x):\n        return F.linear(x, self.weight)\n"
+        "class Outer(nn.Module):\n"
+        + INIT
+        + "        self.direct, self.own = nn.Linear(4, 4), Calls(4, 4)\n"
+        + "        self.again = self.alias = nn.Linear(4, 4)\n"
+        + "        self.scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))\n"
+        + "        self.idle = nn.Linear(4, 4)\n"
+        + "    def forward(self, x):\n        x = self.direct.forward(x)\n"
+        + "        return self.scripted(self.alias(self.own(x)))\n",
+    )
+    found = executed(cli, "own.py:Outer", "--input-size", "2,4")
+    ran = {path for path, value in found.items() if value}
+    assert ran == {".", "direct", "own", "again", "alias", "scripted"}
+    assert {path for path, value in found.items() if value is None} == {"scripted.0", "scripted.1"}
+    assert [path for path, value in found.items() if value is False] == ["idle"]
+    trace = seen("own.py:Outer", (2, 4))
+    assert trace.macs == 4 * 2 * 4 * 4
+    assert trace.layers["own"].macs == trace.layers["direct"].macs == 2 * 4 * 4
+    table = cli("summary", "own.py:Outer", "--input-size", "2,4").out
+    assert table.count("(not called)") == 1
+
+
+@pytest.mark.parametrize("how", ["closure", "default", "method", "partial"])
+def test_a_feature_extractor_sees_its_own_features(how: str, cli: Cli, folder: Path) -> None:
+    """The usual one: hooks that know `self`, and write into a dict under a name."""
+    hooks = {
+        "closure": "self.hook(name)",
+        "default": "lambda module, args, out, self=self, name=name: self.features.__setitem__(name, out)",
+        "method": "self.keep",
+        "partial": "functools.partial(self.named, name)",
+    }
+    written(
+        folder,
+        "import functools\nclass Net(nn.Module):\n"
+        + INIT
+        + "        self.features = {}\n"
+        + "        self.body = nn.ModuleDict({'l0': nn.Linear(4, 4), 'l1': nn.Linear(4, 2)})\n"
+        + f"        for name in self.body:\n            self.body[name].register_forward_hook({hooks[how]})\n"
+        + "    def hook(self, name):\n        def fn(module, args, out):\n            self.features[name] = out\n"
+        + "        return fn\n    def keep(self, module, args, out):\n"
+        + "        self.features['l0' if 'l0' not in self.features else 'l1'] = out\n"
+        + "    def named(self, name, module, args, out):\n        self.features[name] = out\n"
+        + "    def forward(self, x):\n        self.features.clear()\n        self.body['l1'](self.body['l0'](x))\n"
+        + "        return self.features['l0'], self.features['l1']\n",
+    )
+    document = cli("summary", "own.py:Net", "--input-size", "3,4", "--json").json
+    assert document["reason"] is None
+    assert document["layers"][0]["output_shape"] == [[3, 4], [3, 2]]
+
+
+def test_a_forward_that_yields_says_that_nothing_ran(cli: Cli, folder: Path) -> None:
+    written(
+        folder,
+        "class Net(nn.Module):\n" + INIT + "        self.a = nn.Linear(4, 4)\n"
+        "    def forward(self, x):\n        yield self.a(x)\n"
+        "class Later(Net):\n    async def forward(self, x):\n        return self.a(x)\n",
+    )
+    assert "generator" in cli("summary", "own.py:Net", "--input-size", "2,4", "--json").json["reason"]
+    assert "async" in cli("summary", "own.py:Later", "--input-size", "2,4", "--json").json["reason"]
+
+
+def test_deep_nesting_takes_no_longer_than_its_modules(folder: Path) -> None:
+    """torchinfo doubles its time with each level: 26 of them took it half a minute."""
+    depth = 60
+    model: nn.Module = nn.Linear(4, 4)
+    for _ in range(depth):
+        model = nn.Sequential(model, nn.ReLU())
+    started = time.perf_counter()
+    found, _ = trace(model, Inputs(((1, 4),)))
+    assert time.perf_counter() - started < 10
+    assert found.macs == 16
+    assert len(found.layers) == 2 * depth + 1
+
+
+def test_a_view_of_a_parameter_may_flow_in(folder: Path) -> None:
+    written(
+        folder,
+        "class Net(nn.Module):\n" + INIT + "        self.p = nn.Parameter(torch.zeros(3))\n"
+        "        self.inner = nn.Bilinear(4, 3, 2)\n    def forward(self, x):\n"
+        "        return self.inner(x, self.p.view(1, 3))\n",
+    )
+    found = seen("own.py:Net", (1, 4))
+    assert found.reason is None
+    assert found.macs == 2 * 4 * 3 + 2 * 3
+
+
+def test_models_over_which_torchinfo_fell(cli: Cli, folder: Path) -> None:
+    """Pruned, compiled, with a kernel size of no dimension."""
+    written(
+        folder,
+        "from torch.nn.utils import prune\ndef pruned():\n    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())\n"
+        "    prune.l1_unstructured(model[0], 'weight', amount=0.5)\n    return model\n"
+        "class Compiled(nn.Module):\n" + INIT + "        self.a = torch.compile(nn.Linear(4, 3))\n"
+        "    def forward(self, x):\n        return self.a(x)\n"
+        "def kernel():\n    conv = nn.Conv1d(4, 3, 1)\n    conv.kernel_size = torch.tensor(1)\n"
+        "    return nn.Sequential(conv)\n",
+    )
+    for name, size, output in (
+        ("pruned()", "2,4", [2, 3]),
+        ("Compiled", "2,4", [2, 3]),
+        ("kernel()", "1,4,5", [1, 3, 5]),
+    ):
+        document = cli("summary", f"own.py:{name}", "--input-size", size, "--json").json
+        assert document["reason"] is None
+        assert document["layers"][0]["output_shape"] == output
+        assert document["totals"]["forward_backward_bytes"] > 0
+        assert document["totals"]["macs"] > 0
+
+
+def test_names_of_torch_that_a_class_uses_otherwise(cli: Cli, folder: Path) -> None:
+    written(
+        folder,
+        "class Net(nn.Module):\n" + INIT + "        self.a = nn.Linear(4, 4)\n        self.modules = [self.a]\n"
+        "    def forward(self, x):\n        return self.modules[0](x)\n",
+    )
+    assert cli("params", "own.py:Net", "--json").json["totals"]["params"] == 20
+    assert executed(cli, "own.py:Net", "--input-size", "2,4") == {".": True, "a": True}
+    cli("freeze", "a", "-m", "own.py:Net", "-o", "out.pth")
+
+
+def test_sparse_buffers_and_parameters(cli: Cli, folder: Path) -> None:
+    written(
+        folder,
+        "class Sparse(nn.Module):\n" + INIT + "        self.register_buffer('adj', torch.eye(4).to_sparse())\n"
+        "        self.a = nn.Linear(4, 2)\n    def forward(self, x):\n"
+        "        return self.a(torch.sparse.mm(self.adj, x))\n"
+        "class Made(Sparse):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.adj = torch.sparse_coo_tensor([[0, 1], [1, 0]], [1.0, 2.0], (4, 4))\n"
+        "class Parameter(Sparse):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.w = nn.Parameter(torch.eye(4).to_sparse())\n",
+    )
+    for name, stored in (("Sparse", 4), ("Made", 2), ("Parameter", 4)):
+        rows = {row["name"]: row for row in cli("params", f"own.py:{name}", "--json").json["tensors"]}
+        assert rows["adj"]["layout"] == "sparse_coo"
+        assert rows["adj"]["bytes"] == stored * (4 + 2 * 8)
+        document = cli("summary", f"own.py:{name}", "--input-size", "4,4", "--json").json
+        assert document["layers"][0]["output_shape"] == [4, 2]
+        assert document["totals"]["macs"] == stored * 4 + 4 * 4 * 2
+
+
+# --- downloads, weights that a constructor loads, paths ---------------------------------------------------------------
+
+FETCHES = {
+    "torch.hub": "torch.hub.load_state_dict_from_url('https://weights.example/w.pth')",
+    "urllib": "__import__('urllib.request').request.urlopen('https://weights.example/w.pth')",
+    "socket": "__import__('socket').create_connection(('weights.example', 443))",
+    "http.client": "__import__('http.client').client.HTTPSConnection('weights.example').request('GET', '/w.pth')",
+}
+
+
+@pytest.mark.parametrize("how", FETCHES)
+def test_looking_says_what_it_would_fetch(how: str, cli: Cli, folder: Path) -> None:
+    written(
+        folder,
+        "class Net(nn.Module):\n" + INIT + f"        self.a = nn.Linear(4, 4)\n        {FETCHES[how]}\n"
+        "    def forward(self, x):\n        return self.a(x)\n",
+    )
+    started = time.perf_counter()
+    error = cli("summary", "own.py:Net", "--input-size", "2,4", code=2).err
+    assert "weights.example" in error
+    assert "downloads nothing" in error
+    assert time.perf_counter() - started < 20
+
+
+def test_looking_tells_the_hub_to_stay_offline(cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    written(
+        folder,
+        "import os\nclass Net(nn.Linear):\n    def __init__(self):\n"
+        "        assert os.environ['HF_HUB_OFFLINE'] == '1'\n        super().__init__(4, 4)\n",
+    )
+    cli("summary", "own.py:Net", "--input-size", "2,4")
+    assert "HF_HUB_OFFLINE" not in os.environ
+
+
+def test_weights_that_the_constructor_loads_are_not_called_random(cli: Cli, folder: Path) -> None:
+    torch.save(nn.Linear(4, 4).state_dict(), "w.pth")
+    written(
+        folder,
+        "class Net(nn.Linear):\n    def __init__(self, path):\n        super().__init__(4, 4)\n"
+        "        self.load_state_dict(torch.load(path))\n"
+        "class Plain(nn.Linear):\n    def __init__(self):\n        super().__init__(4, 4)\n",
+    )
+    error = cli("save", "out.pth", "-m", "own.py:Net('w.pth')").err
+    assert "randomly initialised" not in error
+    assert "loads weights itself" in error
+    assert torch.equal(torch.load("out.pth")["weight"], torch.load("w.pth")["weight"])
+    assert "was randomly initialised" in cli("save", "plain.pth", "-m", "own.py:Plain").err
+
+
+def test_paths_in_arguments_are_seen_from_the_recipe_and_the_record(
+    cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "there").mkdir()
+    (folder / "there" / "size.txt").write_text("7")
+    written(
+        folder,
+        "from pathlib import Path\nclass Net(nn.Linear):\n    def __init__(self, path, others=()):\n"
+        "        super().__init__(4, int(Path(path).read_text()))\n",
+        "there/own.py",
+    )
+    (folder / "there" / "modelcli.toml").write_text("model = \"own.py:Net('size.txt')\"\nedits = []\n")
+    words = ("params", "--recipe", "there/modelcli.toml", "--json")
+    assert cli(*words).json["totals"]["params"] == 35
+    # Typed here, it is seen from here; in a record, from the record's folder.
+    (folder / "out").mkdir()
+    cli("save", "out/made.pth", "-m", "there/own.py:Net('there/size.txt')")
+    monkeypatch.chdir(folder / "out")
+    assert "runs" in cli("freeze", "weight", "-m", "made.pth", "--trust", "--input-size", "2,4").out
+    monkeypatch.chdir(folder)
+    cli("load", "there/own.py:Net('there/size.txt')", "--recipe", "out/r.toml")
+    assert "own.py:Net('../there/size.txt')" in (folder / "out" / "r.toml").read_text()
+    assert cli("params", "--recipe", "out/r.toml", "--json").json["totals"]["params"] == 35

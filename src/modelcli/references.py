@@ -9,6 +9,7 @@ import re
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
+from typing import Any
 
 from modelcli import expressions, installed
 from modelcli.blueprints import listed
@@ -59,15 +60,36 @@ class PythonObject:
         text = expressions.to_text(self.call) if self.call else self.name
         return f"{self.source}:{text}"
 
-    def relative_to(self, folder: Path) -> str:
-        """The text of this reference as seen from a folder."""
+    def relative_to(self, folder: Path, base: Path = Path()) -> str:
+        """The text of this reference as seen from a folder; paths in its arguments are seen from `base` now."""
+        call = None if self.call is None else _moved(self.call, base.resolve(), folder.resolve())
         if self.file is None:
-            return str(self)
+            return str(PythonObject(self.source, self.name, call))
         try:
             path = os.path.relpath(self.file.resolve(), folder.resolve())
         except ValueError:  # another drive on Windows
             path = str(self.file)
-        return str(PythonObject(path.replace(os.sep, "/"), self.name, self.call, self.file))
+        return str(PythonObject(path.replace(os.sep, "/"), self.name, call, self.file))
+
+
+def _moved(value: Any, base: Path, folder: Path) -> Any:
+    """A value of a call with its relative paths, those that exist as seen from `base`, as seen from `folder`."""
+    if isinstance(value, Call):
+        args = tuple(_moved(item, base, folder) for item in value.args)
+        return replace(value, args=args, kwargs={key: _moved(item, base, folder) for key, item in value.kwargs.items()})
+    if type(value) in (list, tuple):
+        return type(value)(_moved(item, base, folder) for item in value)
+    if type(value) is dict:
+        return {key: _moved(item, base, folder) for key, item in value.items()}
+    if type(value) is not str or not re.search(r"[/\\]|\.\w", value):
+        return value  # `resnet18` is a name, though a folder may be called so
+    if "\0" in value or len(value) > MAX_PATH or Path(value).is_absolute() or not _exists(base / value):
+        return value
+    try:
+        path = os.path.relpath(base / value, folder).replace(os.sep, "/")
+    except ValueError:  # another drive on Windows
+        return str(base / value)
+    return path
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +16,7 @@ from torch import nn
 from modelcli import references
 from modelcli.errors import RequestError, UnsafeError
 from modelcli.expressions import Call
-from modelcli.live import bounds, memory, modules, python_objects, zoo
+from modelcli.live import bounds, downloads, memory, modules, python_objects, zoo
 from modelcli.live.bounds import Bounds
 from modelcli.live.sources import Lazy, tag_drawn
 from modelcli.live.twins import build_on_meta, meta_twin, seeded
@@ -29,7 +30,8 @@ class Architecture:
 
     `construct` is the plain constructor, with those weights; `without_weights` gives the same structure and neither
     downloads nor loads. `instance` is set where the reference names a module that exists already. `bounds` are what
-    building may take.
+    building may take. Relative paths in its arguments are seen from `folder`. `loads` are the calls by which the
+    constructor was seen to load weights itself.
     """
 
     reference: references.Reference
@@ -40,6 +42,8 @@ class Architecture:
     instance: nn.Module | None = None
     is_torch_class: bool = False
     bounds: Bounds | None = None
+    folder: Path = Path()
+    loads: list[str] = field(default_factory=list, compare=False)
 
     def on_meta(self, seed: int) -> nn.Module:
         """The architecture on the meta device; its numbers are those that `real(seed)` gives, when asked for."""
@@ -58,8 +62,10 @@ class Architecture:
         memory.require(needed, str(self.reference))
         if self.instance is not None:
             return copy.deepcopy(self.instance)
-        with seeded(seed):
-            return self.construct() if weights else self.without_weights()
+        with seeded(seed), downloads.loads_noted() as loads:
+            module = self.construct() if weights else self.without_weights()
+        self.loads.extend(loads)
+        return module
 
 
 def architecture(
@@ -167,11 +173,14 @@ def _python_object(reference: PythonObject, folder: Path) -> Architecture:
     kwargs = {key: modules.value_of(item, trusted=True) for key, item in call.kwargs.items()}
     modules.check_arguments(value, args, kwargs, text)
 
+    home = folder.resolve()  # the current folder may be another when it is built
+    imported_from = reference.file.parent.resolve() if reference.file else home
+
     def plain() -> nn.Module:
-        with python_objects.running_user_code(text, reference.file.parent if reference.file else folder):
+        with python_objects.running_user_code(text, imported_from), contextlib.chdir(home):
             return modules.construct(value, args, kwargs, text)
 
-    return Architecture(reference, plain, plain)
+    return Architecture(reference, plain, plain, folder=home)
 
 
 class Bare(nn.Module):

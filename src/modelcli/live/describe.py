@@ -88,7 +88,8 @@ def _own_repr(module: nn.Module) -> str | None:
 
 def floating_dtype(module: nn.Module) -> str | None:
     """The dtype of the first floating-point parameter: what a model in half precision takes as well."""
-    return next((dtype_name(p.dtype) for p in module.parameters() if p.dtype.is_floating_point), None)
+    parameters = nn.Module.parameters(module)  # a class may have an attribute of that name
+    return next((dtype_name(p.dtype) for p in parameters if p.dtype.is_floating_point), None)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

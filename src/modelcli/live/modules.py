@@ -18,6 +18,7 @@ from modelcli.errors import ModelcliError, RequestError, UnsafeError, closest, d
 from modelcli.expressions import HOLE, Call, Name
 from modelcli.live import python_objects, zoo
 from modelcli.live.sources import dtype_of
+from modelcli.live.walking import modules_in
 from modelcli.quoting import command, quoted
 from modelcli.references import MODELS, is_installed_name
 
@@ -127,7 +128,7 @@ def _require_few(kind: type[nn.Module], args: list[Any], kwargs: dict[str, Any],
     """Raise RequestError where a module is asked for so often that its constructor would not come back."""
     named = [*zip(parameter_names(kind), args, strict=False), *kwargs.items()]
     times = sum(value for name, value in named if _LAYERS.fullmatch(name) and isinstance(value, int))
-    inside = sum(len(list(value.modules())) for _, value in named if isinstance(value, nn.Module))
+    inside = sum(sum(1 for _ in modules_in(value)) for _, value in named if isinstance(value, nn.Module))
     if times * max(inside, 1) > MAX_LAYERS:
         raise RequestError(f"{text} has {times * max(inside, 1):,} layers; the limit is {MAX_LAYERS:,}")
 

@@ -174,8 +174,12 @@ class _Opening:
         if self.contents is not None:
             self.notes += self.contents.notes
 
-    def _take_architecture(self, reference: references.Reference, weights: str | None, *, trust: bool = True) -> None:
-        self.base = architecture(reference, weights=weights, folder=self.source.folder, trust=trust)
+    def _take_architecture(
+        self, reference: references.Reference, weights: str | None, *, trust: bool = True, folder: Path | None = None
+    ) -> None:
+        """Find what a reference names; paths in its arguments are seen from `folder`, by default the source's."""
+        seen_from = self.source.folder if folder is None else folder
+        self.base = architecture(reference, weights=weights, folder=seen_from, trust=trust)
 
     def _take_named(self, arch: str) -> None:
         """The architecture that `--arch` names: a reference, or a file whose record or recipe says it."""
@@ -240,7 +244,7 @@ class _Opening:
         zoo.torchvision()  # its import takes longer than what is bounded here
         with self._following(), self._memory_of_record():
             reference = references.recorded(record.reference, path.parent, trust=self.source.trust)
-            self._take_architecture(reference, record.weights, trust=self.source.trust)
+            self._take_architecture(reference, record.weights, trust=self.source.trust, folder=path.parent)
         if isinstance(reference, Installed):
             assert self.base is not None
             self.base = replace(self.base, bounds=self.bounds)

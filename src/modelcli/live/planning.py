@@ -244,7 +244,7 @@ def record_of(live: Live, folder: Path) -> Record:
     reference = None
     if base is not None:
         ours = base.reference
-        reference = ours.relative_to(folder) if isinstance(ours, PythonObject) else str(ours)
+        reference = ours.relative_to(folder, base.folder) if isinstance(ours, PythonObject) else str(ours)
     frozen = tuple(name for name, parameter in live.module.named_parameters() if flag_of(parameter) is False)
     return Record(
         reference=reference,

@@ -244,8 +244,9 @@ AnySource = Value | Drawn | Computed | Storage
 
 def named_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Every parameter and buffer, under every name it has."""
-    found: dict[str, torch.Tensor] = dict(module.named_parameters(remove_duplicate=False))
-    found.update(module.named_buffers(remove_duplicate=False))
+    kind = torch.nn.Module  # a class may have an attribute, or a method of its own, of one of these names
+    found: dict[str, torch.Tensor] = dict(kind.named_parameters(module, remove_duplicate=False))
+    found.update(kind.named_buffers(module, remove_duplicate=False))
     return found
 
 
@@ -274,7 +275,7 @@ def require_source(tensor: torch.Tensor) -> AnySource:
 def tag_drawn(module: torch.nn.Module, build: Lazy) -> None:
     """Let every tensor of a meta module that has no source yet come from a real build of it, by name."""
     for name, tensor in named_tensors(module).items():
-        if not is_lazy(tensor) and tensor.is_meta and source_of(tensor) is None:
+        if not is_lazy(tensor) and tensor.is_meta and not is_composite(tensor) and source_of(tensor) is None:
             tag(tensor, Drawn(build, name, tensor.untyped_storage().nbytes()))
 
 

@@ -45,7 +45,10 @@ def build_on_meta(construct: Constructor, *, only_if_needed: bool = False, bound
     for number, rung in enumerate(rungs):
         with seeded(0), _sizes_registered() as sizes, held(bounds):
             try:
-                return _moved_to_meta(rung(construct))
+                module = _moved_to_meta(rung(construct))
+                if any(t.is_meta and is_composite(t) for t in named_tensors(module).values()) and rung is _under_meta:
+                    continue  # a sparse tensor without values says nothing of itself
+                return module
             except ConstructorError as error:
                 if number == len(rungs) - 1 or (only_if_needed and not error.may_need_numbers):
                     raise
@@ -61,7 +64,7 @@ def _sizes_registered() -> Iterator[list[int]]:
     sizes: list[int] = []
 
     def note(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not is_lazy(parameter):
+        if parameter is not None and not is_lazy(parameter) and not is_composite(parameter):
             sizes.append(parameter.nbytes)
 
     hook = register_module_parameter_registration_hook(note)
@@ -81,7 +84,7 @@ def _parameters_on_meta(construct: Constructor) -> nn.Module:
     twins: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
 
     def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if isinstance(param, nn.Parameter) and not param.is_meta and not is_lazy(param):
+        if isinstance(param, nn.Parameter) and not (param.is_meta or is_lazy(param) or is_composite(param)):
             # The original is kept beside its twin, so that its id is not given to another parameter.
             _, param = twins.setdefault(
                 id(param), (param, nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad))

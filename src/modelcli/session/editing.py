@@ -264,7 +264,11 @@ def _write(live: Live, outcome: Outcome, out: Path, how: Writing) -> Outcome:
         notes.append(f"{what} not in the file, and {drawn} randomly initialised (--seed {live.seed})")
     if live.drawn:
         assert live.architecture is not None
-        notes.append(f"{live.architecture.reference} was randomly initialised (--seed {live.seed})")
+        if live.architecture.loads:
+            told = f"loads weights itself; what these leave out is drawn at random (--seed {live.seed})"
+        else:
+            told = f"was randomly initialised (--seed {live.seed})"
+        notes.append(f"{live.architecture.reference} {told}")
     if live.contents is not None and live.contents.key is not None:
         notes += _around(live, kept=plan.key is not None)
     return replace(outcome, written=written, notes=tuple(notes))

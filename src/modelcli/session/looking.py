@@ -95,14 +95,15 @@ def _looked(target: Target, *, traced: bool, mode: str, cached: bool) -> Look:
     if key is not None and (kept := cache.get(key)) is not None:
         hidden = references.hidden_file_note(target.source.model, target.source.folder)
         return Look(kept, () if hidden is None else (hidden,))
-    from modelcli.live import opening, planning
+    from modelcli.live import downloads, opening, planning
 
-    live = opening.open_live(target.source)
-    told = len(live.notes)
-    apply_recipe(live, target)
-    del live.notes[told:]  # what the edits had to say was said when they were made
-    # What is kept has a forward pass in it, so that it answers every question.
-    blueprint = planning.traced(live, mode, with_values=True) if traced or key is not None else live.describe()
+    with downloads.none_allowed():
+        live = opening.open_live(target.source)
+        told = len(live.notes)
+        apply_recipe(live, target)
+        del live.notes[told:]  # what the edits had to say was said when they were made
+        # What is kept has a forward pass in it, so that it answers every question.
+        blueprint = planning.traced(live, mode, with_values=True) if traced or key is not None else live.describe()
     if key is not None:
         keep_blueprint(key, blueprint)
     return Look(blueprint, tuple(live.notes), live.contents, live)

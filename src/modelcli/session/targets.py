@@ -215,7 +215,7 @@ def seen_from(source: Source, folder: Path) -> Source:
         except ModelcliError:
             return text
         if isinstance(reference, PythonObject):
-            return reference.relative_to(folder.resolve())
+            return reference.relative_to(folder.resolve(), source.folder)
         if isinstance(reference, CheckpointFile):
             path = Path(text)
             if path.is_absolute():

@@ -18,6 +18,7 @@ from modelcli.live.sources import named_tensors
 from modelcli.live.surgery.core import is_numbered
 from modelcli.live.surgery.initialising import DEFAULT, is_bias, scheme_name
 from modelcli.live.surgery.storages import has_storage, key_of
+from modelcli.live.walking import modules_in
 
 KEEP_WEIGHTS = dedented('''
     def keep_weights(old, new):
@@ -270,7 +271,7 @@ def _does(module: nn.Module, method: str) -> bool:
     """Whether a module does with its tensors what torch's method does: nothing that has a part in that is its own."""
     return is_of_torch(module, method) and all(
         is_of_torch(part, "_apply", "parameters", "named_parameters", "named_modules", "children")
-        for part in module.modules()
+        for part in modules_in(module)
     )
 
 

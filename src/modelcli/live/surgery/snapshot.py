@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from modelcli.live.sources import named_tensors
+from modelcli.live.walking import modules_in
 
 
 @contextlib.contextmanager
@@ -18,7 +19,7 @@ def restored_on_error(module: nn.Module) -> Iterator[None]:
 
     Holds as long as edits give a tensor other data, and write nothing into the data that it has.
     """
-    parts = [part for part in module.modules() if not isinstance(part, torch.jit.ScriptModule)]  # theirs are C++
+    parts = [part for part in modules_in(module) if not isinstance(part, torch.jit.ScriptModule)]  # theirs are C++
     tables = [(part, dict(vars(part)), [dict(table) for table in _tables_of(part)]) for part in parts]
     tensors = [
         (tensor, tensor.data, tensor.requires_grad, tensor.grad if tensor.is_leaf else None, dict(vars(tensor)))

@@ -45,7 +45,7 @@ def kept(old: nn.Module, new: nn.Module) -> dict[str, torch.Tensor]:
         ("3", "Linear(294,2)", lambda: drawn(nn.Linear, 294, 2)),
         ("3", "Linear(294,9)", lambda: drawn(nn.Linear, 294, 9)),
         ("3", "Linear(100,9,bias=False)", lambda: drawn(nn.Linear, 100, 9, bias=False)),
-        ("0", "Conv2d(4,6,5)", lambda: drawn(nn.Conv2d, 4, 6, 5)),
+        ("0", "Conv2d(4,6,3)", lambda: drawn(nn.Conv2d, 4, 6, 3)),
         ("0", "Conv2d(3,6,3)", lambda: drawn(nn.Conv2d, 3, 6, 3)),
         ("1", "BatchNorm2d(8)", lambda: drawn(nn.BatchNorm2d, 8)),
         ("1", "BatchNorm2d(4,affine=False)", lambda: drawn(nn.BatchNorm2d, 4, affine=False)),
@@ -74,7 +74,7 @@ def test_the_overlap_of_each_tensor_is_copied(cli: Cli, path: str, text: str, ne
 @pytest.mark.parametrize(
     ("text", "new"),
     [
-        ("Conv2d(4,5,2)", lambda: drawn(nn.Conv2d, 4, 5, 2)),
+        ("Conv2d(4,5,3)", lambda: drawn(nn.Conv2d, 4, 5, 3)),
         ("Conv2d(2,7,3)", lambda: drawn(nn.Conv2d, 2, 7, 3)),
         ("Conv2d(3,6,3)", lambda: drawn(nn.Conv2d, 3, 6, 3)),
         ("Conv2d(3,6,3,dtype=torch.float64)", lambda: drawn(nn.Conv2d, 3, 6, 3, dtype=torch.float64)),

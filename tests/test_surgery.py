@@ -75,15 +75,17 @@ def test_each_match_gets_a_module_of_its_own() -> None:
 
 def test_lines_of_modules_that_keep_nothing_do_not_ask_for_it() -> None:
     """By itself such a line is refused, and a file with it could not be opened."""
-    changes = apply(small(), "replace * Linear(4,4) --keep-weights")
+    with pytest.raises(RequestError, match="bias of BatchNorm1d does not mean the same in Linear"):
+        apply(small(), "replace * Linear(4,4) --keep-weights")
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+    changes = apply(model, "replace * Linear(4,4) --keep-weights")
     assert changes[0].resolved == (
         "replace 0 Linear(4,4) --keep-weights",
         "replace 1 Linear(4,4)",
         "replace 2 Linear(4,4) --keep-weights",
-        "replace 3 Linear(4,4) --keep-weights",
     )
     for line in changes[0].resolved:
-        apply(small(), line)
+        apply(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)), line)
 
 
 def test_a_shared_module_stays_one() -> None:

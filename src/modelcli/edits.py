@@ -64,8 +64,9 @@ class Selecting(Edit):
 class Replace(Selecting):
     """Put a new module in place of every match.
 
-    `also` are further targets, such as the other names of a shared module; `keep_weights` copies the overlapping part
-    of each tensor of the same name; `untie` replaces a shared module under the names picked alone.
+    `also` are further targets, such as the other names of a shared module; `keep_weights` carries over the overlapping
+    part of each tensor that means the same in both modules; `untie` replaces a shared module under the names picked
+    alone.
     """
 
     name: ClassVar[str] = "replace"

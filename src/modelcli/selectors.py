@@ -153,7 +153,8 @@ def _read_until(component: str, position: int, depth: int, text: str) -> tuple[t
                 raise RequestError(f"selector {text!r}: {character} without {'[' if character == ']' else '{'}")
             case "." if depth:
                 raise RequestError(
-                    f"{{}} stays inside one component: {component!r} in selector {text!r}", "give two selectors"
+                    f"{{}} stays inside one component: {component!r} in selector {text!r}",
+                    "write a selector for each; replace takes further ones with --also",
                 )
             case _:
                 tokens.append(character)

@@ -63,7 +63,7 @@ def replace(
         ),
     ] = None,
     keep_weights: Annotated[
-        bool, typer.Option("--keep-weights", help="Copy the overlapping part of each tensor of the same name.")
+        bool, typer.Option("--keep-weights", help="Carry the old values over where they mean the same.")
     ] = False,
     untie: Annotated[
         bool, typer.Option("--untie", help="Replace a shared module under the names picked alone.")

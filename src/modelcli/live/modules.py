@@ -37,7 +37,7 @@ def find_class(dotted: str, *, trusted: bool) -> type[nn.Module]:
     if is_installed_name(dotted):
         found = getattr(_namespace(package), name, None)
         if found is None and not package:
-            found = getattr(zoo.torchvision().ops, name, None)
+            found = getattr(zoo.torchvision().ops, name, None) or _the_one_in_models(name)
         if isinstance(found, type) and issubclass(found, nn.Module):
             return found
         near = closest(name, class_names())
@@ -74,14 +74,70 @@ def _namespace(package: str) -> ModuleType | None:
     return torchvision.ops if package == "torchvision.ops" else sys.modules.get(package)
 
 
+def find_maker(dotted: str, *, trusted: bool) -> Callable[..., Any]:
+    """The class that a name stands for, or the function that returns a module: `torchvision.models:resnet18`.
+
+    A builder of torchvision is given without weights, whatever its own default is. Raises as `find_class` does.
+    """
+    if (builder := builder_named(dotted)) is not None:
+        return zoo.without_weights(builder)
+    if not is_installed_name(dotted) and trusted:
+        package, _, name = dotted.replace(":", ".").rpartition(".")
+        found = getattr(python_objects.import_module(package.removesuffix(".py")), name, None)
+        if callable(found) and not isinstance(found, type | nn.Module):
+            function: Callable[..., Any] = found
+            return function
+    return find_class(dotted, trusted=trusted)
+
+
+def builder_named(dotted: str) -> str | None:
+    """The builder of torchvision that `torchvision.models:resnet18` or `torchvision.models.resnet:resnet18` names."""
+    package, _, name = dotted.replace(":", ".").rpartition(".")
+    if not (package == MODELS or package.startswith(f"{MODELS}.")):
+        return None
+    builder = name if name in zoo.builder_names() else f"quantized_{name}"
+    if builder not in zoo.builder_names():
+        return None
+    home = zoo.torchvision().models.get_model_builder(builder).__module__
+    return builder if home == package or home.startswith(f"{package}.") else None
+
+
+def written_out(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of a call as Python has to give them: a builder's own default may download weights."""
+    builder = builder_named(name)
+    if builder is None or "weights_backbone" not in inspect.signature(zoo.without_weights(builder)).parameters:
+        return kwargs
+    return {**kwargs, "weights_backbone": None}
+
+
+def _classes_in_models(name: str) -> dict[str, type[nn.Module]]:
+    """The module classes of this name that torchvision's models have, by where they are defined."""
+    zoo.torchvision()
+    found: dict[str, type[nn.Module]] = {}
+    for module, loaded in sorted(sys.modules.items()):
+        kind = getattr(loaded, name, None) if module.startswith(f"{MODELS}.") else None
+        if isinstance(kind, type) and issubclass(kind, nn.Module) and kind.__module__ == module:
+            found[module] = kind
+    return found
+
+
+def _the_one_in_models(name: str) -> type[nn.Module] | None:
+    """The class of this name of torchvision's models, where there is just one: `FastRCNNPredictor`."""
+    found = _classes_in_models(name)
+    return next(iter(found.values())) if len(found) == 1 else None
+
+
+def full_name(dotted: str) -> str:
+    """The name of an installed class with the module that defines it, where a bare name alone would not be found."""
+    if "." in dotted or ":" in dotted or hasattr(nn, dotted) or hasattr(zoo.torchvision().ops, dotted):
+        return dotted
+    return next((f"{module}:{dotted}" for module in _classes_in_models(dotted)), dotted)
+
+
 def _in_models(name: str) -> str | None:
-    """Where torchvision's models have a class of this name, as an expression writes it."""
-    found = [
-        f"{module}:{name}"
-        for module, loaded in sorted(sys.modules.items())
-        if module.startswith(f"{MODELS}.") and getattr(getattr(loaded, name, None), "__module__", None) == module
-    ]
-    return f"torchvision has one: {' or '.join(found)}" if found else None
+    """Which classes of this name torchvision's models have, as an expression writes it."""
+    found = [f"{module}:{name}" for module in _classes_in_models(name)]
+    return f"torchvision has {'one' if len(found) == 1 else 'several'}: {' or '.join(found)}" if found else None
 
 
 def class_names() -> list[str]:
@@ -98,7 +154,7 @@ def class_names() -> list[str]:
 
 def make(call: Call, *, trusted: bool = True) -> nn.Module:
     """Call the constructor on the current device. Raises RequestError that shows its signature."""
-    kind = find_class(call.name, trusted=trusted)
+    kind = find_maker(call.name, trusted=trusted)
     if call.has_hole:
         raise RequestError(f"{call}: _ stands for what was there before, and nothing was", "write the argument out")
     args = [value_of(value, trusted=trusted) for value in call.args]
@@ -124,7 +180,7 @@ def _keyword(call: Call, key: str, *, trusted: bool) -> Any:
         raise
 
 
-def _require_few(kind: type[nn.Module], args: list[Any], kwargs: dict[str, Any], text: str) -> None:
+def _require_few(kind: Callable[..., Any], args: list[Any], kwargs: dict[str, Any], text: str) -> None:
     """Raise RequestError where a module is asked for so often that its constructor would not come back."""
     named = [*zip(parameter_names(kind), args, strict=False), *kwargs.items()]
     times = sum(value for name, value in named if _LAYERS.fullmatch(name) and isinstance(value, int))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import inspect
 import sys
@@ -137,6 +138,16 @@ def constructor(name: str) -> Callable[..., nn.Module]:
                 "give a file instead, --weights FILE, or put it where torchvision's cache looks",
             ) from None
         return module
+
+    return build
+
+
+def without_weights(name: str) -> Callable[..., nn.Module]:
+    """A builder as a function of its keyword arguments that draws its values, and downloads nothing."""
+
+    @functools.wraps(torchvision().models.get_model_builder(name))
+    def build(*args: Any, **kwargs: Any) -> nn.Module:
+        return constructor(name)(**arguments(name, args, kwargs, None))
 
     return build
 

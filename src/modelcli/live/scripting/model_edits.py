@@ -15,18 +15,23 @@ from modelcli.live.scripting import places
 from modelcli.live.scripting.page import STATEMENTS, InexpressibleError, Page, call, dedented, loop
 from modelcli.live.scripting.places import is_of_torch, place, tensor
 from modelcli.live.sources import named_tensors
+from modelcli.live.surgery import layouts
 from modelcli.live.surgery.core import is_numbered
 from modelcli.live.surgery.initialising import DEFAULT, is_bias, scheme_name
 from modelcli.live.surgery.storages import has_storage, key_of
 from modelcli.live.walking import modules_in
 
 KEEP_WEIGHTS = dedented('''
-    def keep_weights(old, new):
-        """Copy the overlapping part of each tensor of the same name out of a state dict, and give `new` back."""
+    def keep_weights(old, new, swapped=()):
+        """Copy the overlapping part of each tensor of the same name out of a state dict, and give `new` back.
+
+        The axes of those in `swapped` are the other way round in the old module.
+        """
         for name, tensor in new.state_dict().items():
             if name in old and tensor.dim() == old[name].dim():
-                part = tuple(slice(min(sizes)) for sizes in zip(tensor.shape, old[name].shape))
-                tensor[part] = old[name][part]
+                values = old[name].t() if name in swapped else old[name]
+                part = tuple(slice(min(sizes)) for sizes in zip(tensor.shape, values.shape))
+                tensor[part] = values[part]
         return new
 ''')
 
@@ -89,20 +94,25 @@ def _replace(page: Page, edits: Sequence[Replace], before: nn.Module, after: nn.
         while alike < len(made) and made[alike][0] == text and len(made[alike][2]) == 1:
             alike += 1
         names = [paths[0] for _, _, paths in made[:alike]]
-        if alike > STATEMENTS and all(places.can_be_set(before, path) for path in names):
-            new = _kept("model.get_submodule(name)", text) if edit.keep_weights else text
+        swapped = [layouts.transposed(before.get_submodule(path), after.get_submodule(path)) for path in names]
+        if alike > STATEMENTS and all(places.can_be_set(before, path) for path in names) and len(set(swapped)) == 1:
+            new = _kept("model.get_submodule(name)", text, swapped[0]) if edit.keep_weights else text
             lines += loop("name", names, f"model.set_submodule(name, {new})")
             made = made[alike:]
             continue
-        new = _kept(place(before, paths[0]), text) if edit.keep_weights else text
+        new = text
+        if edit.keep_weights:
+            old = before.get_submodule(paths[0])
+            new = _kept(place(before, paths[0]), text, layouts.transposed(old, after.get_submodule(paths[0])))
         lines.append(places.put(before, paths[0], new))
         lines += [places.put(before, path, place(after, paths[0])) for path in paths[1:]]
         made = made[1:]
     return lines
 
 
-def _kept(old: str, new: str) -> str:
-    return f"keep_weights({old}.state_dict(), {new})"
+def _kept(old: str, new: str, swapped: Sequence[str]) -> str:
+    more = f", swapped={tuple(swapped)!r}" if swapped else ""
+    return f"keep_weights({old}.state_dict(), {new}{more})"
 
 
 def _place(page: Page, edit: Add | Insert | Append, before: nn.Module, after: nn.Module, seed: int | None) -> list[str]:

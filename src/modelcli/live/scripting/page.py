@@ -17,6 +17,7 @@ from torch import nn
 
 from modelcli.blueprints import ITEM_BYTES
 from modelcli.expressions import Call, Name
+from modelcli.live import modules
 from modelcli.references import MODELS, is_installed_name
 
 WIDTH = 110
@@ -85,7 +86,7 @@ class Page:
         """A plain value as Python writes it, modules as the calls that make them."""
         match value:
             case Call(name=name, args=args, kwargs=kwargs):
-                return f"{self.class_of(name)}({self.arguments(args, kwargs)})"
+                return f"{self.class_of(name)}({self.arguments(args, modules.written_out(name, kwargs))})"
             case Name(dotted=dotted):
                 short = dotted.removeprefix("torch.")
                 return f"torch.{short}" if short in ITEM_BYTES else self.class_of(dotted)
@@ -109,7 +110,7 @@ class Page:
             package, _, name = dotted.partition(":") if ":" in dotted else dotted.rpartition(".")
             self.folders.setdefault(".")
             return f"{self.own_module(package)}.{name}"
-        package, _, name = dotted.replace(":", ".").rpartition(".")
+        package, _, name = modules.full_name(dotted).replace(":", ".").rpartition(".")
         if package.startswith(MODELS):
             self.imports.add(f"import {package}")
             return f"{package}.{name}"

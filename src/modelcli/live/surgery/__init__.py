@@ -25,7 +25,7 @@ from modelcli.edits import (
 from modelcli.errors import ModelcliError, RequestError
 from modelcli.live.surgery import casting, flags, initialising, placing, removing, renaming, replacing
 from modelcli.live.surgery.core import Change, Context, Done, brief, count, seed_of
-from modelcli.live.surgery.making import argument_from, shape_with
+from modelcli.live.surgery.holes import argument_from, shape_with
 from modelcli.live.surgery.snapshot import restored_on_error
 
 if TYPE_CHECKING:

@@ -1,51 +1,161 @@
-"""What a new module does not take over of the old one, because the expression leaves it out."""
+"""What a new module does not take over of the old one: settings, children, a forward of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 from torch import nn
 
+from modelcli.blueprints import counted, listed
+from modelcli.errors import ModelcliError
 from modelcli.expressions import Call
 from modelcli.live import modules
-from modelcli.live.surgery.making import attribute
+from modelcli.live.build import Bare
+from modelcli.live.surgery.settings import UNKNOWN, setting
+from modelcli.live.twins import build_on_meta
 
 #: Lines about modules that differ in different ways.
 _MOST = 3
+#: Arguments that the printed module shows, since they decide the shape of a tensor, and those that decide no number.
+_TOLD_ANYWAY = {
+    *("in_features", "out_features", "in_channels", "out_channels", "kernel_size", "num_features", "num_channels"),
+    *("num_groups", "num_parameters", "normalized_shape", "num_embeddings", "embedding_dim", "input_size"),
+    *("hidden_size", "embed_dim", "num_heads", "d_model", "nhead", "affine", "elementwise_affine"),
+    *("track_running_stats", "inplace", "device", "dtype"),
+}
+
+#: A setting that is another one now: its name, the old value and the new one, both as text; no new one where the new
+#: module has no such argument.
+_Setting = tuple[str, str, str | None]
 
 
-def notes(call: Call, replaced: Iterable[tuple[nn.Module, str, nn.Module]]) -> list[str]:
-    """A line for each way in which modules differ from the old ones that nobody wrote: a stride of 2, say, that is 1
-    now. `call` is the expression as it was given, and `replaced` the old modules, their paths, the new.
+def notes(call: Call, resolved: Iterable[Call], replaced: Iterable[tuple[nn.Module, str, nn.Module]]) -> list[str]:
+    """A line for each way in which modules differ from the old ones that nobody wrote.
+
+    Args:
+        call: the expression as it was given.
+        resolved: for each module the expression with `_` filled in.
+        replaced: the old modules, their paths, the new ones.
     """
-    paths: dict[tuple[tuple[str, str, str], ...], list[str]] = {}
-    for old, path, new in replaced:
-        if settings := _settings(call, old, new):
-            paths.setdefault(settings, []).append(path)
-    told = []
-    for settings, where in list(paths.items())[:_MOST]:
-        place = where[0] if len(where) == 1 else f"{where[0]} and {len(where) - 1} more"
-        changed = ", ".join(f"{name} was {was} and is {now} now" for name, was, now in settings)
-        keeping = ", ".join(f"{name}=_" for name, _, _ in settings)
-        told.append(f"{place}: {changed}: {keeping} {'keeps it' if len(settings) == 1 else 'keep them'}")
-    rest = sum(map(len, list(paths.values())[_MOST:]))
-    return [*told, f"{rest} more have settings other than before"] if rest else told
+    replaced = list(replaced)
+    settings: dict[tuple[_Setting, ...], list[str]] = {}
+    lost: dict[tuple[str, str], list[str]] = {}
+    for (old, path, new), made in zip(replaced, resolved, strict=True):
+        if isinstance(old, Bare):
+            continue
+        if found := tuple(_settings_within(call, made, old, new)):
+            settings.setdefault(found, []).append(path)
+        if what := _code_that_goes(old, new):
+            lost.setdefault((type(old).__name__, what), []).append(path)
+    told = [f"{_where(where)}: {_changed(found)}" for found, where in list(settings.items())[:_MOST]]
+    rest = sum(map(len, list(settings.values())[_MOST:]))
+    told += [f"{rest} more have settings other than before"] if rest else []
+    told += [f"{_where(where)}: the old {name} had {what}" for (name, what), where in list(lost.items())[:_MOST]]
+    rest = sum(map(len, list(lost.values())[_MOST:]))
+    return [*told, f"{rest} more had children or a forward of their own"] if rest else told
 
 
-def _settings(call: Call, old: nn.Module, new: nn.Module) -> tuple[tuple[str, str, str], ...]:
-    """The arguments that both classes have, the expression leaves out, and that differ: name, old and new value."""
-    had = modules.parameter_names(type(old))
-    names = [name for name in modules.parameter_names(type(new))[len(call.args) :] if name in had]
-    values = [(name, attribute(old, name), attribute(new, name)) for name in names if name not in call.kwargs]
-    return tuple((name, str(was), str(now)) for name, was, now in values if _differ(was, now))
+def _where(paths: list[str]) -> str:
+    return paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
+
+
+def _changed(settings: tuple[_Setting, ...]) -> str:
+    """`stride was (2, 2) and is (1, 1) now: stride=_ keeps it`; what the new class cannot have is named apart."""
+    kept = [(name, was, now) for name, was, now in settings if now is not None]
+    gone = [f"{name}={was}" for name, was, now in settings if now is None]
+    parts = []
+    if kept:
+        changed = ", ".join(f"{name} was {was} and is {now} now" for name, was, now in kept)
+        keeping = ", ".join(f"{name}=_" for name, _, _ in kept)
+        parts.append(f"{changed}: {keeping} {'keeps it' if len(kept) == 1 else 'keep them'}")
+    if gone:
+        parts.append(
+            f"{', '.join(gone)} {'is' if len(gone) == 1 else 'are'} lost: the new module takes no such argument"
+        )
+    return "; ".join(parts)
+
+
+# --- settings ------------------------------------------------------------------------------------------------------
+
+
+def _settings_within(call: Call, made: Call, old: nn.Module, new: nn.Module) -> Iterator[_Setting]:
+    """The settings of the old module that what takes its place has not: the new module, or one of its kind inside."""
+    if _akin(type(old), type(new)) or not _nested(call):
+        yield from _settings(call, old, new)
+        return
+    for inner, inner_made in zip(_nested(call), _nested(made), strict=True):
+        try:
+            kind = modules.find_maker(inner.name, trusted=True)
+            if isinstance(kind, type) and _akin(type(old), kind):
+                module = build_on_meta(partial(modules.make, inner_made), only_if_needed=True)
+                yield from _settings(inner, old, module)
+                return
+        except ModelcliError:
+            continue
+
+
+def _nested(call: Call) -> list[Call]:
+    """The calls inside a call, outer ones first."""
+    found: list[Call] = []
+    for value in (*call.args, *call.kwargs.values()):
+        if isinstance(value, Call):
+            found += [value, *_nested(value)]
+    return found
+
+
+def _akin(one: type, other: type) -> bool:
+    """Whether two classes have a base in common besides `Module`: convolutions, norms, dropouts."""
+    shared = set(one.__mro__) & set(other.__mro__)
+    return any(issubclass(kind, nn.Module) and kind is not nn.Module for kind in shared)
+
+
+def _settings(call: Call, old: nn.Module, new: nn.Module) -> Iterator[_Setting]:
+    """The settings of the old module that the expression leaves out, and that differ or are none of the new one's."""
+    taken = modules.parameter_names(type(new))
+    written = {*taken[: len(call.args)], *call.kwargs}
+    defaults = _defaults(type(old))
+    for name in modules.parameter_names(type(old)):
+        was = setting(old, name)
+        if was is UNKNOWN or name in written:
+            continue
+        if name in taken:
+            now = setting(new, name)
+            if now is not UNKNOWN and _differ(was, now):
+                yield name, str(was), str(now)
+        elif name not in _TOLD_ANYWAY and name in defaults and _differ(was, defaults[name]) and not _nested(call):
+            yield name, str(was), None
+
+
+def _defaults(kind: type[nn.Module]) -> dict[str, Any]:
+    """The defaults of a constructor's arguments."""
+    for base in kind.__mro__:
+        parameters = inspect.signature(base).parameters.values()
+        if [parameter.name for parameter in parameters][:1] != ["args"]:
+            return {p.name: p.default for p in parameters if p.default is not p.empty}
+    return {}
 
 
 def _differ(was: Any, now: Any) -> bool:
-    """Whether two values that are known are not the same; 2 is (2, 2)."""
-    if was is None or now is None:
-        return False
-    if isinstance(was, tuple) != isinstance(now, tuple):
+    """Whether two values are not the same; 2 is (2, 2), and None is a value."""
+    if isinstance(was, tuple) != isinstance(now, tuple) and was is not None and now is not None:
         several, one = (was, now) if isinstance(was, tuple) else (now, was)
         return any(value != one for value in several)
     return bool(was != now)
+
+
+# --- code ------------------------------------------------------------------------------------------------------------
+
+
+def _code_that_goes(old: nn.Module, new: nn.Module) -> str | None:
+    """What the old module ran besides what its class of `torch.nn` runs: children, a forward of its own."""
+    children = [f"{name} {type(child).__name__}" for name, child in old.named_children()]
+    parts = []
+    if children and list(old._modules) != list(new._modules):
+        parts.append(f"{counted(len(children), 'child', 'children')} ({listed(children, 3)})")
+    own: Any = type(old).forward
+    if own is not type(new).forward and not (own.__module__ or "").startswith("torch.nn."):
+        parts.append("a forward of its own")
+    return f"{' and '.join(parts)}: the new one does not" if parts else None

@@ -1,165 +1,21 @@
-"""New modules for an edit: `_` filled in, made on meta or for real, with the dtype and mode of what is around them."""
+"""New modules for an edit: made on meta or for real, with the dtype and mode of what is around them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
 
 from modelcli import expressions, references
-from modelcli.blueprints import ancestors, counted
+from modelcli.blueprints import ancestors
 from modelcli.errors import RequestError
-from modelcli.expressions import HOLE, Call
+from modelcli.expressions import Call
 from modelcli.live import bounds, memory, modules
-from modelcli.live.build import Bare
-from modelcli.live.sources import Lazy, is_lazy, named_tensors, tag_drawn
-from modelcli.live.surgery import shapes
+from modelcli.live.sources import Lazy, named_tensors, tag_drawn
 from modelcli.live.surgery.core import Context, is_meta, submodule
-from modelcli.live.trace import Failure, flowing_into
 from modelcli.live.twins import build_on_meta, seeded
-
-
-class Placeholder(nn.Identity):
-    """Stands where a new module will be, so that a forward pass tells what flows in there."""
-
-
-def resolved_calls(
-    module: nn.Module, expression: Call, targets: Sequence[tuple[nn.Module, str]], context: Context
-) -> list[Call]:
-    """The expression for each target (the module that is there, and its path) with every `_` filled in."""
-    if not expression.has_hole:
-        return [expression] * len(targets)
-    holes = _Holes(module, expression, [path for _, path in targets], context)
-    return [holes.filled(expression, old, path) for old, path in targets]
-
-
-class _Holes:
-    """Fills `_`: with the old module's attribute of that name, else with what flows in there on a forward pass."""
-
-    def __init__(self, module: nn.Module, expression: Call, paths: Sequence[str], context: Context) -> None:
-        self.module = module
-        self.expression = expression
-        self.paths = paths
-        self.context = context
-        self.flows: tuple[dict[str, torch.Tensor], Failure | None] | None = None
-
-    def filled(self, call: Call, old: nn.Module, path: str) -> Call:
-        """A call, nested ones included, as it is to be made in place of `old`."""
-        if not call.has_hole:
-            return call
-        kind = modules.find_class(call.name, trusted=self.context.trusted)
-        names = modules.parameter_names(kind)
-        if len(call.args) > len(names) and "args" not in names:
-            raise RequestError(
-                f"{call}: {kind.__name__} takes {counted(len(names), 'argument')}", modules.signature_of(kind)
-            )
-        named = [*zip(call.args, [*names, *[""] * len(call.args)], strict=False)]
-        args = tuple(self._value(call, value, name, old, path) for value, name in named)
-        values = {key: self._value(call, value, key, old, path) for key, value in call.kwargs.items()}
-        return Call(call.name, args, values)
-
-    def _value(self, call: Call, value: Any, name: str, old: nn.Module, path: str) -> Any:
-        if value == HOLE:
-            return self._fill(call, name, old, path)
-        if isinstance(value, Call):
-            return self.filled(value, old, path)
-        if expressions.holds_hole(value):
-            raise RequestError(
-                f"{self.expression}: _ stands for a whole argument, not for a part of one", "write it out"
-            )
-        return value
-
-    def _fill(self, call: Call, name: str, old: nn.Module, path: str) -> Any:
-        if isinstance(old, Bare):
-            kind = modules.find_class(call.name, trusted=self.context.trusted)
-            if (told := shapes.argument_told(old, kind, call, name)) is not None:
-                return told
-            raise RequestError(
-                f"{self.expression} at {path}: _ for {name} is not known: the file does not say what was there",
-                f"--arch names its architecture; or write {name} out",
-            )
-        if (value := attribute(old, name)) is not None:
-            return value
-        if self.flows is None:
-            self.flows = flowing_into(self.module, self.paths, self.context.inputs)
-        flows, failure = self.flows
-        flow = flows.get(path)
-        if name == "normalized_shape" and flow is not None:
-            self._refuse_width(old, path, tuple(flow.shape))
-        if flow is not None and (size := argument_from(name, tuple(flow.shape))) is not None:
-            return size
-        was = "nothing was there before"
-        if not isinstance(old, Placeholder):
-            was = f"the old {type(old).__name__} has no {name}"
-        raise RequestError(
-            f"{self.expression} at {path}: _ for {name} is not known: {was}"
-            + (", and what flows in does not tell" if flow is not None else self._unreached(failure)),
-            f"write {name} out" + (", or give --input-size" if self.context.inputs is None else ""),
-        )
-
-    def _refuse_width(self, old: nn.Module, path: str, shape: tuple[int, ...]) -> None:
-        """Refuse the last axis of an image, its width, in the place of a module that goes by the channels."""
-        if isinstance(old, _BY_CHANNELS) and len(shape) >= 4:
-            raise RequestError(
-                f"{self.expression} at {path}: _ for normalized_shape is not known: the old {type(old).__name__} goes "
-                f"by channels, but the last axis of [{','.join(map(str, shape))}], which flows in, is none: it "
-                "would be normalised over, and the model tied to that size",
-                "GroupNorm(1,_) normalises over channels and space; or write normalized_shape out",
-            )
-
-    def _unreached(self, failure: Failure | None) -> str:
-        """Why nothing is known to flow into a place."""
-        if self.context.inputs is None:
-            return ", and what flows in is not known: no input size is"
-        return ", and no forward pass reached it" if failure is None else f", and {failure.reason}"
-
-
-def attribute(old: nn.Module, name: str) -> Any:
-    """The old module's value for a constructor argument, where it is a plain one, and known."""
-    value = getattr(old, name, None)
-    if name == "bias" and (value is None or isinstance(value, torch.Tensor)):
-        return value is not None if "bias" in old._parameters else None
-    if type(value) is int and value == 0 and any(map(is_lazy, old.parameters())):
-        return None  # a lazy module does not know its sizes yet
-    if isinstance(value, torch.Size):
-        return tuple(value)
-    return value if isinstance(value, bool | int | float | str | tuple | list) else None
-
-
-#: Modules that normalise or convolve over channels, which are the second axis.
-_BY_CHANNELS = (_NormBase, nn.GroupNorm, _ConvNd)
-
-#: Which axis of what flows in gives an argument of this name. Channels are the second axis, features the last.
-_AXES = {
-    "in_features": -1,
-    "normalized_shape": -1,
-    "input_size": -1,
-    "embed_dim": -1,
-    "d_model": -1,
-    "in_channels": 1,
-    "num_channels": 1,
-    "num_features": 1,
-    "num_parameters": 1,
-}
-
-
-def argument_from(name: str, shape: tuple[int, ...]) -> int | None:
-    """The value that a constructor argument takes from the shape of what flows in, or None where it takes none."""
-    axis = _AXES.get(name)
-    return None if axis is None or not -len(shape) <= axis < len(shape) else shape[axis]
-
-
-def shape_with(name: str, shape: tuple[int, ...], size: int) -> tuple[int, ...] | None:
-    """The shape with another size along the axis that gives a constructor argument of this name."""
-    if argument_from(name, shape) is None:
-        return None
-    axis = _AXES[name] % len(shape)
-    return (*shape[:axis], size, *shape[axis + 1 :])
 
 
 def maker(

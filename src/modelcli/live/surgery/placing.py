@@ -21,7 +21,8 @@ from modelcli.live.surgery.core import (
     put_children,
     submodule,
 )
-from modelcli.live.surgery.making import Placeholder, maker, resolved_calls
+from modelcli.live.surgery.holes import Placeholder, resolved_calls
+from modelcli.live.surgery.making import maker
 from modelcli.quoting import quoted
 
 Children = dict[str, nn.Module | None]
@@ -101,7 +102,7 @@ def _inserted(holder: nn.Module, path: str, word: str, new: nn.Module, *, renumb
     elif not is_numbered(holder):
         raise RequestError(
             f"insert takes a place in a Sequential or ModuleList with children 0 to n-1, and {where} is none",
-            f"add {quoted(joined(path, 'NAME'))} MODULE gives a child a name",
+            f"add {quoted(joined(path, 'NAME'))} MODULE puts a child with a name at the end",
         )
     size = len(holder._modules)
     position = _position(word, size)
@@ -137,12 +138,12 @@ def _appended(holder: nn.Module, path: str, new: nn.Module) -> tuple[str, Childr
     if isinstance(holder, Bare) or not isinstance(holder, nn.Sequential | nn.ModuleList):
         raise RequestError(
             f"append takes a Sequential or ModuleList, and {shown(path)} {_what(holder)} is none",
-            f"add {quoted(joined(path, 'NAME'))} MODULE gives a child a name",
+            f"add {quoted(joined(path, 'NAME'))} MODULE puts a child with a name at the end",
         )
     if name in holder._modules:
         raise RequestError(
             f"{shown(path)} has {name} children, and one of them is called {name} already",
-            f"add {quoted(joined(path, 'NAME'))} MODULE gives a child another name",
+            f"add {quoted(joined(path, 'NAME'))} MODULE puts a child with another name at the end",
         )
     return name, {**holder._modules, name: new}
 
@@ -152,7 +153,7 @@ def _require_numbers(holder: Bare, path: str, renumber: bool) -> None:
     if not are_numbers(holder._modules):
         raise RequestError(
             f"insert takes a place among numbered children, and those of {shown(path)} have names",
-            f"add {quoted(joined(path, 'NAME'))} MODULE gives a child a name",
+            f"add {quoted(joined(path, 'NAME'))} MODULE puts a child with a name at the end",
         )
     if not renumber:
         raise RequestError(

@@ -25,9 +25,10 @@ from modelcli.live.sources import (
     real_storage,
     require_source,
 )
-from modelcli.live.surgery import left_out, shapes
+from modelcli.live.surgery import layouts, left_out, shapes
 from modelcli.live.surgery.core import Change, Context, Done, brief, count, places, submodule
-from modelcli.live.surgery.making import maker, resolved_calls
+from modelcli.live.surgery.holes import resolved_calls
+from modelcli.live.surgery.making import maker
 from modelcli.live.surgery.storages import byte_span, has_storage, tied, view_anew, viewers
 from modelcli.quoting import command, quoted
 
@@ -59,9 +60,9 @@ def carry_out(module: nn.Module, edit: Replace, context: Context) -> Done:
     news = maker(module, calls, context, olds)()
     notes = [tie.note for tie in parted]
     replaced = [(*pair, new) for pair, new in zip(olds, news, strict=True)]
-    notes += left_out.notes(edit.module, replaced) + shapes.notes(replaced, calls)
+    notes += left_out.notes(edit.module, calls, replaced) + shapes.notes(replaced, calls)
     notes += _trains_now(replaced)
-    kept: Mapping[str, Mapping[str, tuple[int, ...]]] = {}
+    kept: Mapping[str, Mapping[str, _Part]] = {}
     if edit.keep_weights:
         kept, told = _keep_weights(edit, replaced)
         notes += told
@@ -141,16 +142,30 @@ def _parted(module: nn.Module, targets: Sequence[_Target]) -> list[_Parting]:
 # --- keep-weights --------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Part:
+    """The part of a new tensor that takes old values: its sizes from 0 along each axis. Where `transposed`, the old
+    tensor has its two axes the other way round."""
+
+    sizes: tuple[int, ...]
+    transposed: bool = False
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The part of an old tensor, as it lies in the new one."""
+        whole = tensor.t() if self.transposed else tensor
+        return whole[tuple(slice(size) for size in self.sizes)]
+
+
 def _keep_weights(
     edit: Replace, groups: Sequence[tuple[nn.Module, str, nn.Module]]
-) -> tuple[Mapping[str, Mapping[str, tuple[int, ...]]], list[str]]:
-    """Copy the overlapping part of each same-named tensor of old modules into new ones.
+) -> tuple[Mapping[str, Mapping[str, _Part]], list[str]]:
+    """Carry over the overlapping part of each tensor that means the same in the old modules and in the new ones.
 
     Gives what each module keeps, by its path, and what there is to tell.
 
     Raises RequestError where no tensor of any of them has a counterpart.
     """
-    kept = {path: _overlap(old, new) for old, path, new in groups}
+    kept = {path: _overlap(path, old, new) for old, path, new in groups}
     if not any(kept.values()):
         old, path, new = groups[0]
         raise RequestError(
@@ -175,27 +190,39 @@ def _keep_weights(
     return kept, notes
 
 
-def _overlap(old: nn.Module, new: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The sizes, from 0 along each dimension, that the same-named tensors of two modules have in common."""
+def _overlap(path: str, old: nn.Module, new: nn.Module) -> dict[str, _Part]:
+    """What the tensors of two modules have in common that mean the same in both.
+
+    Raises RequestError where tensors of one name mean different things, or would come to lie where they do.
+    """
     given = named_tensors(old)
-    return {
-        name: tuple(map(min, tensor.shape, given[name].shape))
-        for name, tensor in named_tensors(new).items()
-        if name in given and _dense(tensor) and _dense(given[name]) and tensor.dim() == given[name].dim()
-    }
+    parts: dict[str, _Part] = {}
+    for name, tensor in named_tensors(new).items():
+        if name not in given or not _dense(tensor) or not _dense(given[name]):
+            continue
+        how = layouts.carrying(name, old, new)
+        if how is None:
+            continue
+        if how.refusal is not None:
+            raise RequestError(f"--keep-weights cannot carry over {path}: {how.refusal}", "leave --keep-weights out")
+        shape = given[name].shape[::-1] if how.transposed else given[name].shape
+        parts[name] = _Part(tuple(map(min, tensor.shape, shape)), how.transposed)
+    return parts
 
 
 def _dense(tensor: torch.Tensor) -> bool:
     return not is_lazy(tensor) and has_storage(tensor)
 
 
-def _extent(part: tuple[int, ...], old: torch.Size, new: torch.Size) -> str:
-    """`[:10,:]`: which part of a tensor is kept; nothing where that is all of it."""
-    sizes = [":" if old[axis] == new[axis] else f":{size}" for axis, size in enumerate(part)]
-    return "" if old == new else f"[{','.join(sizes)}]"
+def _extent(part: _Part, old: torch.Size, new: torch.Size) -> str:
+    """`[:10,:]`: which part of a tensor is kept; nothing where that is all of it, `.T` where its axes are swapped."""
+    if part.transposed:
+        old = old[::-1]
+    sizes = [":" if old[axis] == new[axis] else f":{size}" for axis, size in enumerate(part.sizes)]
+    return (".T" if part.transposed else "") + ("" if old == new else f"[{','.join(sizes)}]")
 
 
-def _fill(old: nn.Module, new: nn.Module, parts: Mapping[str, tuple[int, ...]]) -> None:
+def _fill(old: nn.Module, new: nn.Module, parts: Mapping[str, _Part]) -> None:
     """Let the tensors of a new module show the old numbers where they overlap, the new ones elsewhere.
 
     On the meta device that is done when the numbers are asked for, so many of them at a time as are asked for.
@@ -211,8 +238,8 @@ def _fill(old: nn.Module, new: nn.Module, parts: Mapping[str, tuple[int, ...]]) 
         drawn = require_source(views[0])
         kept = []
         for view, name in filled:
-            part = tuple(slice(size) for size in parts[name])
-            kept.append((view[part], before[name][part]))
+            part = parts[name]
+            kept.append((view[tuple(slice(size) for size in part.sizes)], part.of(before[name])))
         covered = any(view.is_contiguous() and view.nbytes == drawn.nbytes for view, _ in kept)
         compute = partial(_overlaid, None if covered else drawn, kept)  # what is covered whole need not be drawn
         reads = (drawn, *(require_source(numbers) for _, numbers in kept))
@@ -249,18 +276,33 @@ def _lay(storage: torch.UntypedStorage, start: int, view: torch.Tensor, numbers:
 
 
 def _trains_now(replaced: Iterable[tuple[nn.Module, str, nn.Module]]) -> list[str]:
-    """A line for the modules that were frozen and whose new ones are not."""
-    paths = [path for old, path, new in replaced if _is_frozen(old) and any(p.requires_grad for p in new.parameters())]
-    if not paths:
-        return []
-    if len(paths) == 1:
-        return [f"{paths[0]} was frozen, what is new trains: freeze {quoted(selectors.literal(paths[0]))} keeps it so"]
-    return [f"{listed(paths, 3)} were frozen, what is new trains: freeze keeps them so"]
+    """A line for the modules that were frozen, or had frozen parameters, and whose new ones train."""
+    paths: list[str] = []
+    parts: list[str] = []
+    for old, path, new in replaced:
+        trained = {name for name, parameter in new.named_parameters() if parameter.requires_grad}
+        frozen = [name for name, p in old.named_parameters() if _is_differentiable(p) and not p.requires_grad]
+        if _is_frozen(old) and trained:
+            paths.append(path)
+        else:
+            parts += [f"{path}.{name}" for name in frozen if name in trained]
+    told = []
+    for names in (paths, parts):
+        if len(names) == 1:
+            kept = quoted(selectors.literal(names[0]))
+            told.append(f"{names[0]} was frozen, what is new trains: freeze {kept} keeps it so")
+        elif names:
+            told.append(f"{listed(names, 3)} were frozen, what is new trains: freeze keeps them so")
+    return told
+
+
+def _is_differentiable(parameter: nn.Parameter) -> bool:
+    return parameter.is_floating_point() or parameter.is_complex()
 
 
 def _is_frozen(module: nn.Module) -> bool:
     """Whether it has parameters that could be trained, and none of them is."""
-    possible = [p for p in module.parameters() if p.is_floating_point() or p.is_complex()]
+    possible = list(filter(_is_differentiable, module.parameters()))
     return bool(possible) and not any(p.requires_grad for p in possible)
 
 
@@ -268,7 +310,7 @@ def _is_frozen(module: nn.Module) -> bool:
 
 
 def _resolved_lines(
-    edit: Replace, groups: Sequence[tuple[Sequence[str], Call]], kept: Mapping[str, Mapping[str, tuple[int, ...]]]
+    edit: Replace, groups: Sequence[tuple[Sequence[str], Call]], kept: Mapping[str, Mapping[str, _Part]]
 ) -> list[str]:
     """The edit as lines without patterns and holes: one for each module, under all the names that were picked.
 

@@ -1,0 +1,340 @@
+"""`_` in a module expression: as it was. What the old module tells, else what flows in on a forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+from modelcli import expressions
+from modelcli.blueprints import counted
+from modelcli.errors import ModelcliError, RequestError
+from modelcli.expressions import HOLE, Call
+from modelcli.live import modules
+from modelcli.live.build import Bare
+from modelcli.live.surgery import shapes
+from modelcli.live.surgery.core import Context
+from modelcli.live.surgery.settings import UNKNOWN, Unknown, setting
+from modelcli.live.trace import Failure, flowing_into
+from modelcli.live.twins import build_on_meta
+
+
+class Placeholder(nn.Identity):
+    """Stands where a new module will be, so that a forward pass tells what flows in there."""
+
+
+#: Where the channels of a tensor lie that has more than two axes: second, as convolutions have them, or last, as
+#: linear layers and layer norms have their features.
+Layout = Literal["channels first", "features last"]
+
+#: Which axis of what flows in gives an argument of this name. Channels are the second axis, features the last.
+_AXES = {
+    "in_features": -1,
+    "normalized_shape": -1,
+    "input_size": -1,
+    "embed_dim": -1,
+    "d_model": -1,
+    "in_channels": 1,
+    "input_channels": 1,
+    "num_channels": 1,
+    "num_features": 1,
+    "num_parameters": 1,
+}
+#: Modules that take the second axis for channels, and how many axes their input has.
+_BY_CHANNELS: dict[type[nn.Module], int] = {
+    **dict.fromkeys((nn.Conv1d, nn.ConvTranspose1d, nn.MaxPool1d, nn.AvgPool1d), 3),
+    **dict.fromkeys((nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.Upsample), 4),
+    **dict.fromkeys((nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.InstanceNorm2d, nn.PixelShuffle), 4),
+    **dict.fromkeys((nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d, nn.InstanceNorm1d), 3),
+    **dict.fromkeys((nn.Conv3d, nn.ConvTranspose3d, nn.BatchNorm3d, nn.MaxPool3d, nn.AvgPool3d), 5),
+    **dict.fromkeys((nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool3d, nn.InstanceNorm3d), 5),
+}
+_BY_FEATURES = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.MultiheadAttention, nn.RMSNorm)
+
+
+def argument_from(name: str, shape: tuple[int, ...]) -> int | None:
+    """The value that a constructor argument takes from the shape of what flows in, or None where it takes none."""
+    axis = _AXES.get(name)
+    return None if axis is None or not -len(shape) <= axis < len(shape) else shape[axis]
+
+
+def shape_with(name: str, shape: tuple[int, ...], size: int) -> tuple[int, ...] | None:
+    """The shape with another size along the axis that gives a constructor argument of this name."""
+    if argument_from(name, shape) is None:
+        return None
+    axis = _AXES[name] % len(shape)
+    return (*shape[:axis], size, *shape[axis + 1 :])
+
+
+def resolved_calls(
+    module: nn.Module, expression: Call, targets: Sequence[tuple[nn.Module, str]], context: Context
+) -> list[Call]:
+    """The expression for each target (the module that is there, and its path) with every `_` filled in."""
+    if not expression.has_hole:
+        return [expression] * len(targets)
+    flows = _Flows(module, [path for _, path in targets], context)
+    return [_Filling(expression, old, path, flows, context).filled(expression) for old, path in targets]
+
+
+@dataclass(frozen=True)
+class _Flow:
+    """What flows into a module: a tensor on meta, and where its channels lie, where that is known."""
+
+    tensor: torch.Tensor
+    layout: Layout | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    def __str__(self) -> str:
+        return f"[{','.join(map(str, self.shape))}]"
+
+
+class _Flows:
+    """What flows into each target on a forward pass, which is made once, and only where somebody asks."""
+
+    def __init__(self, module: nn.Module, paths: Sequence[str], context: Context) -> None:
+        self.context = context
+        self._module = module
+        self._paths = paths
+        self._found: tuple[dict[str, torch.Tensor], Failure | None] | None = None
+
+    def into(self, path: str) -> _Flow | None:
+        if self._found is None:
+            self._found = flowing_into(self._module, self._paths, self.context.inputs)
+        tensor = self._found[0].get(path)
+        return None if tensor is None else _Flow(tensor.detach().to("meta"), self._layout_at(path, tensor.dim()))
+
+    def unknown(self) -> str:
+        """Why nothing is known to flow into a place."""
+        if self.context.inputs is None:
+            return ", and what flows in is not known: no input size is"
+        failure = None if self._found is None else self._found[1]
+        return ", and no forward pass reached it" if failure is None else f", and {failure.reason}"
+
+    def _layout_at(self, path: str, axes: int) -> Layout | None:
+        """Where the channels lie of what flows into a place, as the modules before it tell."""
+        before: list[nn.Module] = []
+        for name, child in self._module.named_modules():
+            if name == path:
+                break
+            before.append(child)
+        return _layout_behind(before, axes)
+
+
+def _layout_behind(before: Iterable[nn.Module], axes: int) -> Layout | None:
+    """Where the channels of a tensor with so many axes lie that has come through these modules, the last ones first."""
+    for module in reversed(list(before)):
+        if (found := _layout_of(module, axes)) is not None:
+            return found
+    return None
+
+
+def _layout_of(module: nn.Module, axes: int) -> Layout | None:
+    """Where a module has the channels of a tensor with so many axes; None where it tells nothing of these."""
+    for kind, its_axes in _BY_CHANNELS.items():
+        if isinstance(module, kind):
+            return "channels first" if axes == its_axes else None
+    dims = getattr(module, "dims", None)
+    if type(module).__name__ == "Permute" and isinstance(dims, list | tuple) and len(dims) == axes and axes > 2:
+        return "channels first" if dims[1] == axes - 1 else "features last" if dims[-1] == 1 else None
+    if isinstance(module, _BY_FEATURES) and not _is_by_channels(module):
+        return "features last"
+    return None
+
+
+def _is_by_channels(module: nn.Module) -> bool:
+    """Whether a layer norm turns the channels of images to the end and back by itself, as torchvision's does."""
+    return type(module).__name__ == "LayerNorm2d"
+
+
+def goes_by_channels(module: nn.Module) -> bool:
+    """Whether a module normalises or convolves over the second axis."""
+    return isinstance(module, _NormBase | nn.GroupNorm | _ConvNd) or _is_by_channels(module)
+
+
+class _Filling:
+    """Fills `_` of one expression at one place: with the old module's attribute of that name, else what flows in."""
+
+    def __init__(self, expression: Call, old: nn.Module, path: str, flows: _Flows, context: Context) -> None:
+        self.expression = expression
+        self.old = old
+        self.path = path
+        self.flows = flows
+        self.context = context
+
+    def filled(self, call: Call, inner: _Flow | None = None, *, first: bool = True) -> Call:
+        """A call, nested ones included, as it is to be made.
+
+        `first` says that it takes what flowed into the old module; else `inner` flows into it, from the modules before
+        it in a `Sequential` of the expression, or None where that is not known.
+        """
+        if not call.has_hole:
+            return call
+        kind = modules.find_maker(call.name, trusted=self.context.trusted)
+        names = modules.parameter_names(kind)
+        if kind is nn.Sequential:
+            return self._filled_sequence(call, inner, first=first)
+        if len(call.args) > len(names) and "args" not in names:
+            raise RequestError(
+                f"{call}: {kind.__name__} takes {counted(len(names), 'argument')}", modules.signature_of(kind)
+            )
+        named = [*zip(call.args, [*names, *[""] * len(call.args)], strict=False)]
+        args = tuple(self._value(call, value, name, inner, first=first) for value, name in named)
+        values = {key: self._value(call, value, key, inner, first=first) for key, value in call.kwargs.items()}
+        return Call(call.name, args, values)
+
+    def _filled_sequence(self, call: Call, flow: _Flow | None, *, first: bool) -> Call:
+        """A `Sequential`: each module takes what the one before it gives."""
+        args: list[Any] = []
+        for position, value in enumerate(call.args):
+            at_start = first and position == 0
+            args.append(self._value(call, value, "", flow, first=at_start))
+            if any(map(expressions.holds_hole, call.args[position + 1 :])):
+                taken = self._what_flowed_in(args[-1]) if at_start else flow
+                flow = self._behind(args[-1], taken)
+        return Call(call.name, tuple(args), dict(call.kwargs))
+
+    def _what_flowed_in(self, call: Any) -> _Flow | None:
+        """What flows into the place of the old module: from a forward pass, else as wide as the modules there are."""
+        if not isinstance(self.old, Bare) and (flow := self.flows.into(self.path)) is not None:
+            return flow
+        made = self._made(call)
+        for module in (self.old, *(() if made is None else made.modules())):
+            if (flow := _as_wide_as(module)) is not None:
+                return flow
+        return None
+
+    def _behind(self, call: Any, flow: _Flow | None) -> _Flow | None:
+        """What a module gives for a flow; None where it does not take it, or is no module with a plain output."""
+        made = self._made(call)
+        if made is None or flow is None:
+            return None
+        given = flow.tensor.float() if flow.tensor.is_floating_point() else flow.tensor
+        try:
+            with torch.no_grad(), torch.device("meta"):
+                out = made.eval()(given)
+        except Exception:
+            return None
+        if not isinstance(out, torch.Tensor):
+            return None
+        layout = _layout_behind(made.modules(), out.dim())
+        return _Flow(out, layout or (flow.layout if out.dim() == given.dim() else None))
+
+    def _made(self, call: Any) -> nn.Module | None:
+        """A module of the expression on the meta device, to be asked what it gives."""
+        if not isinstance(call, Call) or call.has_hole:
+            return None
+        try:
+            return build_on_meta(lambda: modules.make(call, trusted=self.context.trusted), only_if_needed=True)
+        except ModelcliError:
+            return None  # what is wrong with it is said when it is made to stay
+
+    def _value(self, call: Call, value: Any, name: str, inner: _Flow | None, *, first: bool) -> Any:
+        if value == HOLE:
+            return self._fill(call, name, inner, first=first)
+        if isinstance(value, Call):
+            return self.filled(value, inner, first=first)
+        if expressions.holds_hole(value):
+            raise RequestError(
+                f"{self.expression}: _ stands for a whole argument, not for a part of one", "write it out"
+            )
+        return value
+
+    def _fill(self, call: Call, name: str, inner: _Flow | None, *, first: bool) -> Any:
+        if not first and name in _AXES:
+            if inner is not None and (size := self._size(call, name, inner)) is not None:
+                return size
+            raise RequestError(
+                f"{self.expression} at {self.path}: _ for {name} of {call.name} is not known: what the modules before "
+                "it give is not",
+                f"write {name} out",
+            )
+        if isinstance(self.old, Bare):
+            kind = modules.find_class(call.name, trusted=self.context.trusted)
+            if (told := shapes.argument_told(self.old, kind, call, name)) is not None:
+                return told
+            raise RequestError(
+                f"{self.expression} at {self.path}: _ for {name} is not known: the file does not say what was there",
+                f"--arch names its architecture; or write {name} out",
+            )
+        if (value := setting(self.old, name)) is not UNKNOWN:
+            return value
+        flow = self.flows.into(self.path) if name in _AXES else None
+        if flow is not None and (size := self._size(call, name, flow)) is not None:
+            return size
+        if flow is None and (width := _width_of_children(self.old, name)) is not UNKNOWN:
+            return width
+        was = "nothing was there before"
+        if not isinstance(self.old, Placeholder):
+            was = f"the old {type(self.old).__name__} has no {name}"
+        raise RequestError(
+            f"{self.expression} at {self.path}: _ for {name} is not known: {was}"
+            + (", and what flows in does not tell" if flow is not None or name not in _AXES else self.flows.unknown()),
+            f"write {name} out" + (", or give --input-size" if self.context.inputs is None else ""),
+        )
+
+    def _size(self, call: Call, name: str, flow: _Flow) -> int | None:
+        """The size of the axis that an argument names.
+
+        Raises RequestError where that axis is another one in what flows in: the width of an image is no features.
+        """
+        size, axes = argument_from(name, flow.shape), flow.tensor.dim()
+        if size is None or axes < 3:
+            return size
+        last = _AXES[name] == -1
+        # An image without a word of where its channels lie may have them at either end.
+        doubtful = axes >= 4 and flow.layout is None
+        if last and (flow.layout == "channels first" or doubtful or (axes >= 4 and goes_by_channels(self.old))):
+            old = f"the old {type(self.old).__name__} goes by channels, and " if goes_by_channels(self.old) else ""
+            raise RequestError(
+                f"{self.expression} at {self.path}: _ for {name} is not known: {old}the last axis of {flow}, which "
+                f"flows in, is {'perhaps ' if doubtful and not old else ''}the width of an image, no features",
+                _way_out(call, name),
+            )
+        if not last and flow.layout == "features last" and name in ("in_channels", "input_channels"):
+            raise RequestError(
+                f"{self.expression} at {self.path}: _ for {name} is not known: {flow} flows in, which has its "
+                "features last and no channels on its second axis",
+                f"write {name} out",
+            )
+        return size
+
+
+def _way_out(call: Call, name: str) -> str:
+    if name == "normalized_shape":
+        return "GroupNorm(1,_) normalises over channels and space; or write normalized_shape out"
+    if call.name == "Linear" and len(call.args) > 1 and isinstance(call.args[1], int):
+        return f"Conv2d(_,{call.args[1]},1) goes by the channels of an image; or write in_features out"
+    return f"write {name} out"
+
+
+def _as_wide_as(module: nn.Module) -> _Flow | None:
+    """A flow that a module takes by its own sizes, where no forward pass tells what really flows in."""
+    if isinstance(features := getattr(module, "in_features", None), int) and features > 0:
+        return _Flow(torch.empty(1, features, device="meta"))
+    if isinstance(module, _ConvNd) and module.in_channels > 0:
+        sides = [_SIDE] * len(module.kernel_size)
+        return _Flow(torch.empty(1, module.in_channels, *sides, device="meta"), "channels first")
+    return None
+
+
+#: Pixels along each axis of an image that stands for one of unknown size.
+_SIDE = 64
+
+
+def _width_of_children(old: nn.Module, name: str) -> int | Unknown:
+    """How wide the input of a module is whose class takes this argument, as the first layer in it tells."""
+    if name not in _AXES or name not in modules.parameter_names(type(old)):
+        return UNKNOWN
+    for child in old.modules():
+        for attribute in ("in_features", "in_channels"):
+            if child is not old and isinstance(width := getattr(child, attribute, None), int):
+                return width
+    return UNKNOWN

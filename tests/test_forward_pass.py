@@ -746,3 +746,28 @@ def test_paths_in_arguments_are_seen_from_the_recipe_and_the_record(
     cli("load", "there/own.py:Net('there/size.txt')", "--recipe", "out/r.toml")
     assert "own.py:Net('../there/size.txt')" in (folder / "out" / "r.toml").read_text()
     assert cli("params", "--recipe", "out/r.toml", "--json").json["totals"]["params"] == 35
+
+
+# --- torchinfo's table ------------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_torchinfo(cli: Cli, folder: Path) -> None:
+    from torchvision.models import resnet18
+
+    plain = torchinfo.summary(resnet18(), input_size=(1, 3, 224, 224), verbose=0)
+    assert cli("summary", "resnet18", "--layout", "torchinfo").out == f"{plain}\n"
+    deeper = torchinfo.summary(resnet18(), input_size=(2, 3, 64, 64), verbose=0, depth=1)
+    words = ("--input-size", "2,3,64,64", "--depth", "1")
+    assert cli("summary", "resnet18", "--layout", "torchinfo", *words).out == f"{deeper}\n"
+    written(
+        folder,
+        DECIDE["item"][0] + "def nested():\n    model = nn.Linear(4, 4)\n    for _ in range(30):\n"
+        "        model = nn.Sequential(model)\n    return model\n",
+    )
+    assert "Linear" in cli("summary", "own.py:Net", "--input-size", "2,8", "--layout", "torchinfo").out
+    error = cli("summary", "own.py:nested()", "--input-size", "2,4", "--layout", "torchinfo", code=2).err
+    assert "nested 30 levels deep" in error
+    assert "table as it is" in cli("summary", "resnet18", "--layout", "torchinfo", "--json", code=2).err
+    assert "no layout 'keras'" in cli("summary", "resnet18", "--layout", "keras", code=2).err
+    error = cli("summary", "Linear(4,3)", "--input-size", "2,5", "--layout", "torchinfo", code=2).err
+    assert "torchinfo cannot run this model" in error

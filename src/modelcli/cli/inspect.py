@@ -76,6 +76,15 @@ def summary(
     select: Selected = None,
     expand: Expand = False,
     exact: Annotated[bool, typer.Option("--exact", help="On a terminal, every digit of large numbers.")] = False,
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            "--layout",
+            help="torchinfo: the table that torchinfo makes.",
+            autocompletion=completing.one_of("torchinfo"),
+            metavar="LAYOUT",
+        ),
+    ] = None,
 ) -> None:
     """Show every module: its output shape, parameters and mult-adds, and the totals.
 
@@ -91,7 +100,14 @@ def summary(
         raise RequestError(f"no mode {mode!r}", "--mode eval or --mode train")
     if sort is not None:
         _check_key(sort, documents.SUMMARY_KEYS)
+    if layout not in (None, "torchinfo"):
+        raise RequestError(f"no layout {layout!r}", "--layout torchinfo, or none of it")
     target = session.find_target(named(model, look), source.overrides(), source.recipe)
+    if layout is not None:
+        if output.format_of(options) != "table" or sort is not None or select:
+            raise RequestError("--layout torchinfo is a table as it is", "leave --format, --sort and --select out")
+        output.write(session.torchinfo_table(target, mode=mode, depth=depth) + "\n")
+        return
     found = session.look(target, traced=True, mode=mode, cached=not look.no_cache)
     view = documents.summary(
         target.source.model,

@@ -193,6 +193,17 @@ def _may_run(record: Record, source: Source) -> bool:
     return source.trust or records.is_of_installed_code(record)
 
 
+@stdout_is_for_data
+def torchinfo_table(target: Target, *, mode: str, depth: int | None) -> str:
+    """The table that torchinfo makes of a model, its recipe's edits applied. Raises RequestError where it cannot."""
+    from modelcli.live import downloads, opening, torchinfo_table
+
+    with downloads.none_allowed():
+        live = opening.open_live(target.source)
+        apply_recipe(live, target)
+        return torchinfo_table.table(live, mode=mode, depth=depth)
+
+
 def known_blueprint(target: Target) -> Blueprint | None:
     """What is known of a model without torch and without running a line of anybody's: its file or the cache says it.
 

@@ -1,0 +1,76 @@
+"""The table that users of torchinfo know, made by torchinfo, where it can run."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from modelcli.errors import ModelcliError, RequestError
+from modelcli.live import memory
+from modelcli.live.describe import walk
+from modelcli.live.inputs import Arguments
+from modelcli.live.trace import twin_or_itself
+
+if TYPE_CHECKING:
+    from modelcli.live.opening import Live
+
+#: torchinfo takes twice as long for each level of nesting: 24 of them took it half a minute.
+MOST_LEVELS = 18
+_OWN = "modelcli's own table shows it: leave --layout torchinfo out"
+
+
+def table(live: Live, *, mode: str, depth: int | None) -> str:
+    """What `str(torchinfo.summary(model, ...))` is; `depth` is torchinfo's, 3 by default.
+
+    It runs on the meta device, else on the CPU where memory allows. Raises RequestError where torchinfo cannot run.
+    """
+    if live.architecture is None:
+        raise RequestError("torchinfo needs a model that can run, and no architecture is known", "--arch names one")
+    levels = max(path.count(".") + 1 for path, _ in walk(live.module))
+    if levels > MOST_LEVELS:
+        raise RequestError(f"torchinfo takes hours for a model that is nested {levels} levels deep", _OWN)
+    ways: list[tuple[str, Callable[[], nn.Module]]] = [("meta", lambda: twin_or_itself(live.module))]
+    if memory.fits(4 * memory.bytes_of(live.module)):
+        ways.append(("cpu", live.real_module))
+    reason = ""
+    for device, build in ways:
+        try:
+            return _made(build(), None if live.inputs is None else live.inputs.tensors(device), device, mode, depth)
+        except ModelcliError:
+            raise
+        except Exception as error:
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            reason = (str(cause) or type(cause).__name__).strip().splitlines()[0]
+    raise RequestError(f"torchinfo cannot run this model: {reason}", _OWN)
+
+
+def _made(module: nn.Module, given: Arguments | None, device: str, mode: str, depth: int | None) -> str:
+    import torchinfo  # here alone: nothing else needs it
+
+    inputs: dict[str, Any] = {}
+    if given is not None:
+        inputs = {"input_data": dict(given.kwargs) if given.kwargs and not given.args else list(given.args)}
+        if given.args:
+            inputs |= given.kwargs
+    with torch.no_grad(), _on_meta(device):
+        made = torchinfo.summary(
+            module, device=device, mode=mode, verbose=0, cache_forward_pass=False, depth=depth or 3, **inputs
+        )
+        # Names are the model's own: no control code of theirs reaches a terminal.
+        return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in str(made))
+
+
+@contextlib.contextmanager
+def _on_meta(device: str) -> Iterator[None]:
+    """Let what `forward` makes lie on the meta device too."""
+    if device != "meta":
+        yield
+        return
+    with torch.device("meta"):
+        yield

@@ -16,9 +16,16 @@ from modelcli.cli.options import (
     exit_codes,
     expanded,
 )
+from modelcli.errors import ModelcliError
 
 if TYPE_CHECKING:
-    from modelcli.asserting import Checked
+    from collections.abc import Callable
+
+    from modelcli.asserting import Checked, Verdict
+    from modelcli.render.annotations import CheckedModel
+
+#: A format that `check` alone has: commands of a GitHub workflow.
+GITHUB = "github"
 
 
 class AssertionsCommand(TyperCommand):
@@ -101,27 +108,69 @@ def check(
     look: LookOptions,
     asserted: AssertOptions,
     options: OutputOptions,
-    model: inspect.Model = None,
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL]...",
+            help="The model, or several. \\[default: the working recipe]",
+            show_default=False,
+            autocompletion=completing.models,
+        ),
+    ] = None,
 ) -> int:
-    """Assert what a model is: a row an assertion.
+    """Assert what a model is, or several: a row an assertion. -f github prints annotations for a workflow's log.
 
     modelcli check best.pth --finite --safe --max-params 60M
 
     modelcli check best.pth --trainable fc --has 'fc:Linear' --output-shape 1,1000
     """
     from modelcli import asserting, session
-    from modelcli.render import documents
+    from modelcli.render import annotations, documents
 
-    output.format_of(options)
+    kind = output.format_of(options, GITHUB)
     wanted = asserted.wanted()
-    target = session.find_target(inspect.named(model, look), source.overrides(), source.recipe)
-    with progress.of_bytes(options) as report:
-        verdict = asserting.check(target, wanted, cached=not look.no_cache, progress=report)
-    checks = [_row(checked) for checked in verdict.checks]
-    view = documents.check(target.source.model, verdict.look.blueprint, checks)
-    output.show(view, options, verdict.notes, warnings=verdict.look.warnings)
-    verdict.require_answers()
-    return 0 if verdict.passed else 1
+    wanted.require_sense()
+    names = [inspect.named(name, look) for name in models] if models else [inspect.named(None, look)]
+
+    def verdict_on(name: str | None) -> tuple[str, "Verdict"]:
+        target = session.find_target(name, source.overrides(), source.recipe)
+        with progress.of_bytes(options) as report:
+            return target.source.model, asserting.check(target, wanted, cached=not look.no_cache, progress=report)
+
+    if len(names) == 1 and kind != GITHUB:
+        model, verdict = verdict_on(names[0])
+        checks = [_row(checked) for checked in verdict.checks]
+        view = documents.check(model, verdict.look.blueprint, checks)
+        output.show(view, options, verdict.notes, warnings=verdict.look.warnings)
+        verdict.require_answers()
+        return 0 if verdict.passed else 1
+    outcomes = [_outcome(name, verdict_on) for name in names]
+    if kind == GITHUB:
+        output.write(annotations.of_checks(outcomes))
+    else:
+        notes = [f"{found.model}: {note}" for found in outcomes for note in found.notes]
+        warnings = [warning for found in outcomes for warning in found.warnings]
+        output.show(documents.checks(outcomes), options, notes, warnings=warnings)
+    return max(found.exit_code for found in outcomes)
+
+
+def _outcome(name: str | None, verdict_on: "Callable[[str | None], tuple[str, Verdict]]") -> "CheckedModel":
+    """What became of one model of several: one that cannot be opened does not keep the others from being looked at."""
+    from modelcli.render.annotations import CheckedModel
+
+    try:
+        model, verdict = verdict_on(name)
+    except ModelcliError as error:
+        notes = (error.hint,) if error.hint else ()
+        return CheckedModel(name or "the working recipe", (), notes, error=error, exit_code=error.exit_code)
+    rows = tuple(map(_row, verdict.checks))
+    code = 0 if verdict.passed else 1
+    try:
+        verdict.require_answers()
+    except ModelcliError as unanswered:
+        code = unanswered.exit_code
+    class_ = verdict.look.blueprint.root.type
+    return CheckedModel(model, rows, verdict.notes, verdict.look.warnings, class_, exit_code=code)
 
 
 def _row(checked: "Checked") -> dict[str, Any]:

@@ -113,18 +113,19 @@ def printed() -> list[str]:
     return [*(f"printed: {line}" for line in lines[:_MOST_LINES]), *more]
 
 
-def format_of(options: OutputOptions) -> str:
-    """The format asked for. Raises RequestError for one that does not exist, and for two."""
+def format_of(options: OutputOptions, *own: str) -> str:
+    """The format asked for; `own` are those that one command alone has.
+
+    Raises RequestError for one that does not exist, and for two.
+    """
     from modelcli.render import writers
 
     if options.json and options.format not in (None, "json"):
         raise RequestError(f"two formats: --json and -f {options.format}", "give one of them")
     name = "json" if options.json else options.format or "table"
-    if name not in writers.FORMATS:
-        raise RequestError(
-            f"no format {name!r}",
-            did_you_mean(name, writers.FORMATS) or f"there are {', '.join(writers.FORMATS)}",
-        )
+    known = (*writers.FORMATS, *own)
+    if name not in known:
+        raise RequestError(f"no format {name!r}", did_you_mean(name, known) or f"there are {', '.join(known)}")
     return name
 
 

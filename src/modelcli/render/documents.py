@@ -23,8 +23,10 @@ from modelcli.blueprints import (
     totals_of,
 )
 from modelcli.differences import Comparison, ModuleChange, TensorChange
+from modelcli.errors import ModelcliError
 from modelcli.likeness import Match
 from modelcli.render import folding
+from modelcli.render.annotations import CheckedModel, finding
 from modelcli.render.runs import Run, Runs
 from modelcli.render.views import (
     Branch,
@@ -699,25 +701,53 @@ def check(reference: str, blueprint: Blueprint, checks: Sequence[Mapping[str, An
         "passed": passed == len(checks),
         "checks": [dict(row) for row in checks],
     }
-    columns = (
-        Column("check", "check", style="cyan"),
-        Column("passed", "result", lambda value: "passed" if value else "FAILED"),
-        Column("found", "found", _finding, flexible=True),
-        Column("wanted", "wanted", _finding, flexible=True),
-    )
-    rows = [
-        row | {"found": f"{_finding(row['found'])} (the record says so, and nothing else: {row['on_record']})"}
-        if "on_record" in row
-        else row
-        for row in map(dict, checks)
-    ]
-    rows.sort(key=lambda row: bool(row["passed"]))  # what fails is read first
+    rows = sorted(map(_with_basis, checks), key=lambda row: bool(row["passed"]))  # what fails is read first
     footer = [("Checks", f"{passed} of {len(checks)} passed")]
+    return View(document, rows, _CHECK_COLUMNS, footer, alarming=lambda row: not row["passed"])
+
+
+_CHECK_COLUMNS = (
+    Column("check", "check", style="cyan"),
+    Column("passed", "result", lambda value: "passed" if value else "FAILED"),
+    Column("found", "found", finding, flexible=True),
+    Column("wanted", "wanted", finding, flexible=True),
+)
+
+
+def _with_basis(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as a table has it: what a file's record alone says is told as that."""
+    if "on_record" not in row:
+        return dict(row)
+    why = row["on_record"]
+    return dict(row) | {"found": f"{finding(row['found'])} (the record says so, and nothing else: {why})"}
+
+
+def checks(outcomes: Sequence[CheckedModel]) -> View:
+    """The assertions about several models: one row an assertion, with the model that it is about."""
+    rows = [{"model": found.model} | _with_basis(row) for found in outcomes for row in found.rows]
+    passed = sum(row["passed"] for row in rows)
+    document = {
+        "schema": SCHEMA,
+        "passed": passed == len(rows),
+        "models": [
+            {
+                "model": {"reference": found.model, "class": found.type},
+                "passed": all(row["passed"] for row in found.rows),
+                "checks": [dict(row) for row in found.checks],
+                **({} if found.error is None else {"error": error_document(found.error)}),
+            }
+            for found in outcomes
+        ],
+    }
+    columns = (path_column("model", "model"), *_CHECK_COLUMNS)
+    rows.sort(key=lambda row: bool(row["passed"]))  # what fails is read first
+    footer = [("Checks", f"{passed} of {len(rows)} passed")]
     return View(document, rows, columns, footer, alarming=lambda row: not row["passed"])
 
 
-def _finding(value: Any) -> str:
-    return count(value) if isinstance(value, int) else value if isinstance(value, str) else shape(value)
+def error_document(error: ModelcliError) -> dict[str, Any]:
+    """An error as the JSON documents have it."""
+    return {"kind": error.kind, "message": error.message, "hint": error.hint, "exit_code": error.exit_code}
 
 
 # --- identify ------------------------------------------------------------------------------------------------------

@@ -69,12 +69,12 @@ def test_flags_where_the_file_says_so(cli: Cli) -> None:
     assert [(row["name"], row["trainable"]) for row in rows] == [("w", True), ("v", None)]
 
 
-def test_packed_weights_are_told_of(cli: Cli) -> None:
-    """What a quantized module packs has no row, and is not lost without a word."""
+def test_packed_weights_have_a_row(cli: Cli) -> None:
+    """What a quantized module packs is reached as Python does."""
     torch.save({"fc.scale": torch.ones(1), "fc.packed": (torch.ones(3), None), "n": 3}, "in.pth")
-    assert "note: fc.packed holds tensors that have no row of their own" in cli("params", "in.pth").err
-    torch.save({"fc.scale": torch.ones(1), "n": 3}, "in.pth")
-    assert "no row" not in cli("params", "in.pth").err
+    result = cli("params", "in.pth", "--json")
+    assert [row["name"] for row in result.json["tensors"]] == ["fc.scale", "fc.packed[0]"]
+    assert "no row" not in result.err
 
 
 def test_tensors_beside_the_state_dict_are_told_of(cli: Cli) -> None:

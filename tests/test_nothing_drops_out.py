@@ -16,7 +16,7 @@ import modelcli
 from tests.conftest import Cli
 from tests.test_equality import QUIET
 
-pytestmark = QUIET
+pytestmark = [*QUIET, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")]
 
 
 def rows_of(cli: Cli, model: str) -> dict[str, Any]:
@@ -439,3 +439,214 @@ def test_zero_2_is_read_by_its_model_states(cli: Cli, folder: Path) -> None:
     err = cli("summary", "run/", code=2).err
     assert "name run/global_step5/mp_rank_00_model_states.pt" in err
     assert len(rows_of(cli, "run/global_step5/mp_rank_00_model_states.pt")) == 16
+
+
+# --- entries that are no tensors -----------------------------------------------------------------------------------
+
+
+def packed(value: float, bias: float = 1.0) -> nn.Module:
+    """A dynamically quantized layer: its state dict has its weights in a tuple."""
+    model = nn.Sequential(nn.Linear(3, 4))
+    with torch.no_grad():
+        model[0].weight.fill_(value)
+        model[0].bias.fill_(bias)
+    return torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+
+
+WEIGHT, BIAS = (f"0._packed_params._packed_params[{index}]" for index in (0, 1))
+
+
+def test_packed_weights_have_rows_and_are_counted(cli: Cli, folder: Path) -> None:
+    torch.save(packed(1.0).state_dict(), "m.pth")
+    document = cli("params", "m.pth", "--json").json
+    rows = {row["name"]: row for row in document["tensors"]}
+    assert (rows[WEIGHT]["shape"], rows[WEIGHT]["dtype"]) == ([4, 3], "qint8")
+    assert (rows[BIAS]["shape"], rows[BIAS]["dtype"]) == ([4], "float32")
+    assert document["totals"]["params"] == 16  # what the layer had before
+    cli("save", "out.pth", "-m", "m.pth")
+    assert rows_of(cli, "out.pth").keys() == rows.keys()
+    assert [row["name"] for row in cli("params", "m.pth", "-s", WEIGHT, "--json").json["tensors"]] == [WEIGHT]
+    cli("check", "m.pth", "--max-params", "15", code=1)
+    cli("check", "m.pth", "--max-bytes", "27", code=1)  # 12 and 4 x 4
+
+
+@pytest.mark.parametrize(("other", "name"), [((2.0, 1.0), WEIGHT), ((1.0, 5.0), BIAS)])
+def test_packed_weights_are_compared(cli: Cli, folder: Path, other: tuple[float, float], name: str) -> None:
+    for file, module in (("a", packed(1.0)), ("same", packed(1.0)), ("b", packed(*other))):
+        torch.save(module.state_dict(), f"{file}.pth")
+    cli("diff", "a.pth", "same.pth")
+    cli("check", "a.pth", "--same-as", "same.pth", "--finite")
+    changes = cli("diff", "a.pth", "b.pth", "--json", code=1).json["tensors"]
+    assert [(change["name"], change["change"]) for change in changes] == [(name, "values")]
+    cli("check", "a.pth", "--same-as", "b.pth", code=1)
+    cli("diff", "a.pth", "b.pth", "--except", "**._packed_params*")
+
+
+def test_packed_weights_are_looked_at_for_nan(cli: Cli, folder: Path) -> None:
+    torch.save(packed(1.0, float("nan")).state_dict(), "m.pth")
+    assert f"{BIAS}: 4 NaN" in cli("check", "m.pth", "--finite", code=1).out
+
+
+EXTRAS = [
+    ({"a": 1}, {"a": 2}),
+    ({"a": 1}, None),
+    ([1, 2], [2, 1]),
+    (1, True),
+    ("a", b"a"),
+    ({1, 2}, {1, 3}),
+    (torch.float16, torch.float32),
+    (float("nan"), 0.0),
+    ({"t": torch.ones(2)}, {"t": torch.zeros(2)}),
+    ({"t": torch.ones(2)}, {"t": torch.ones(3)}),
+    ((torch.ones(2), 1), (torch.ones(2), 2)),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), EXTRAS)
+def test_entries_that_are_no_tensors_are_compared(cli: Cli, folder: Path, one: Any, other: Any) -> None:
+    for file, value in (("a", one), ("same", one), ("b", other)):
+        torch.save({"w": torch.ones(2), "layer._extra_state": value}, f"{file}.pth")
+    torch.save({"w": torch.ones(2)}, "without.pth")
+    cli("diff", "a.pth", "same.pth")
+    cli("check", "a.pth", "--same-as", "same.pth")
+    cli("diff", "a.pth", "b.pth", code=1)
+    for left, right, change in (("a", "without", "removed"), ("without", "a", "added")):
+        changes = cli("diff", f"{left}.pth", f"{right}.pth", "--json", code=1).json["tensors"]
+        assert {row["change"] for row in changes} == {change}
+        assert all(row["name"].startswith("layer._extra_state") for row in changes)
+    assert "layer._extra_state" in cli("check", "a.pth", "--same-as", "b.pth", code=1).out
+    cli("check", "a.pth", "--same-as", "without.pth", code=1)
+    cli("diff", "a.pth", "b.pth", "--except", "**._extra_state*")
+    cli("diff", "a.pth", "b.pth", "-s", "w")
+
+
+def test_the_order_of_keys_says_nothing(cli: Cli, folder: Path) -> None:
+    for file, keys in (("a", "xy"), ("b", "yx")):
+        torch.save({"w": torch.ones(1), "_extra_state": {key: ord(key) for key in keys}}, f"{file}.pth")
+    cli("diff", "a.pth", "b.pth")
+
+
+class Foreign:
+    """An object of a class that no reader knows, with a tensor in it."""
+
+    def __init__(self, value: float) -> None:
+        self.tensor = torch.full((3,), value)
+
+
+def test_what_cannot_be_looked_at_never_passes(cli: Cli, folder: Path) -> None:
+    for file, value in (("a", 1.0), ("b", float("nan"))):
+        torch.save({"w": torch.ones(1), "layer.scale": Foreign(value)}, f"{file}.pth")
+    assert "layer.scale" in cli("params", "a.pth").err
+    changes = cli("diff", "a.pth", "b.pth", "--json", code=1).json["tensors"]
+    assert {(row["name"], row["change"]) for row in changes} == {("layer.scale", "not compared")}
+    for words in (["--finite"], ["--max-params", "1M"], ["--max-bytes", "1M"], ["--same-as", "b.pth"]):
+        assert "layer.scale" in cli("check", "b.pth", *words, code=1).out
+    error = cli("save", "out.pth", "-m", "a.pth", "--tensors-only", code=3).err
+    assert "layer.scale in a.pth would be dropped" in error
+
+
+QUANTIZED = """
+import torch
+from torch import nn
+
+def linear():
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4))
+    return torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+
+def conv():
+    return nn.Sequential(torch.ao.nn.quantized.Conv2d.from_float(prepared()))
+
+def prepared():
+    layer = nn.Conv2d(3, 8, 3)
+    layer.qconfig = torch.ao.quantization.get_default_qconfig("x86")
+    seen = torch.ao.quantization.prepare(nn.Sequential(layer))
+    seen(torch.ones(1, 3, 8, 8))
+    return seen[0]
+"""
+
+
+@pytest.mark.parametrize(("make", "params", "nbytes"), [("linear", 2_212, 2_344), ("conv", 224, 388)])
+def test_quantized_modules_of_a_live_model_are_counted(
+    cli: Cli, folder: Path, make: str, params: int, nbytes: int
+) -> None:
+    (folder / "own.py").write_text(QUANTIZED, encoding="utf-8")
+    result = cli("params", f"own.py:{make}", "--json")
+    totals = result.json["totals"]
+    assert totals["params"] == params
+    assert not totals["trainable_params"]
+    assert totals["param_bytes"] + totals["buffer_bytes"] == nbytes
+    assert "does not list them" in str(result.json.get("notes", result.err))
+    cli("save", "out.pth", "-m", f"own.py:{make}")
+    err = cli("diff", f"own.py:{make}", "out.pth").err
+    assert "ignored" not in err
+    cli("check", f"own.py:{make}", "--finite", "--same-as", "out.pth")
+
+
+# --- tensors of classes of their own, as torchao's -----------------------------------------------------------------
+
+
+class Int8Tensor(torch.Tensor):
+    """What torchao's classes are: a tensor without values that wraps others."""
+
+    @staticmethod
+    def __new__(cls: Any, qdata: torch.Tensor, scale: torch.Tensor, block: Any) -> Any:
+        return torch.Tensor._make_wrapper_subclass(cls, qdata.shape, dtype=scale.dtype, requires_grad=False)
+
+    def __init__(self, qdata: torch.Tensor, scale: torch.Tensor, block: Any) -> None:
+        self.qdata, self.scale, self.block = qdata, scale, block
+
+    def __tensor_flatten__(self) -> Any:
+        return ["qdata", "scale"], {}
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return "Int8Tensor"
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        assert function is torch.ops.aten.detach.default
+        return cls(args[0].qdata, args[0].scale, args[0].block)
+
+
+def wrapped(value: int = 1, scale: float = 1.0, block: int = 64) -> dict[str, torch.Tensor]:
+    def weight(*shape: int) -> Int8Tensor:
+        return Int8Tensor(torch.full(shape, value, dtype=torch.int8), torch.full((shape[0], 1), scale), [1, block])
+
+    return {"0.weight": weight(32, 64), "0.bias": torch.ones(32), "2.weight": weight(4, 32), "2.bias": torch.ones(4)}
+
+
+def test_wrapped_tensors_are_rows(cli: Cli, folder: Path) -> None:
+    torch.save(wrapped(), "m.pth")
+    document = cli("params", "m.pth", "--json").json
+    rows = {row["name"]: row for row in document["tensors"]}
+    assert list(rows) == list(wrapped())
+    assert (rows["0.weight"]["shape"], rows["0.weight"]["dtype"]) == ([32, 64], "float32")
+    assert rows["0.weight"]["bytes"] == 32 * 64 + 32 * 4
+    assert rows["0.weight"]["layout"] == "Int8Tensor"
+    assert document["totals"]["params"] == 2_212
+    cli("check", "m.pth", "--max-params", "2211", code=1)
+    cli("check", "m.pth", "--safe", code=1)
+    error = cli("save", "out.pth", "-m", "m.pth", "--tensors-only", code=3).err
+    assert "0.weight in m.pth is a tests.test_nothing_drops_out.Int8Tensor" in error
+
+
+@pytest.mark.parametrize("other", [{"value": 2}, {"scale": 2.0}, {"block": 32}])
+def test_wrapped_tensors_are_compared(cli: Cli, folder: Path, other: dict[str, Any]) -> None:
+    for file, state in (("a", wrapped()), ("same", wrapped()), ("b", wrapped(**other))):
+        torch.save(state, f"{file}.pth")
+    cli("diff", "a.pth", "same.pth")
+    changes = cli("diff", "a.pth", "b.pth", "--json", code=1).json["tensors"]
+    assert {change["name"] for change in changes} == {"0.weight", "2.weight"}
+
+
+def test_their_scales_are_looked_at_for_nan(cli: Cli, folder: Path) -> None:
+    torch.save(wrapped(scale=float("nan")), "m.pth")
+    assert "0.weight: 32 NaN" in cli("check", "m.pth", "--finite", code=1).out
+
+
+def test_wrapped_tensors_of_a_live_model_are_not_written_as_something_else(cli: Cli, folder: Path) -> None:
+    lines = ["import torch", "from torch import nn", "from tests.test_nothing_drops_out import wrapped"]
+    lines += ["net = nn.Linear(64, 32)", "net.weight = nn.Parameter(wrapped()['0.weight'], requires_grad=False)"]
+    (folder / "own.py").write_text("\n".join(lines), encoding="utf-8")
+    assert rows_of(cli, "own.py:net")["weight"]["shape"] == [32, 64]
+    assert "weight" in cli("save", "out.pth", "-m", "own.py:net", code=2).err
+    assert "weight cannot be looked at" in cli("check", "own.py:net", "--finite", code=1).out

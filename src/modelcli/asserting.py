@@ -144,12 +144,12 @@ def _rests_on_record(found: Look, row: Checked) -> bool:
 
 def _of_structure(found: Look, wanted: Wanted) -> list[Checked]:
     """The assertions that need no values."""
-    unseen = () if found.contents is None else found.contents.unseen
+    unseen = comparing.unseen_of(found)
     return [*_structure(found.blueprint, wanted, unseen), *_outputs(found.blueprint, wanted.output_shapes)]
 
 
 def _structure(blueprint: Blueprint, wanted: Wanted, unseen: Sequence[str]) -> Iterator[Checked]:
-    """The assertions that a blueprint answers. `unseen` are entries of the file that it cannot have."""
+    """The assertions that a blueprint answers. `unseen` are entries of the state dict that it cannot count."""
     totals = blueprint.totals
     if wanted.max_params is not None:
         yield _at_most("max-params", totals.params, wanted.max_params, unseen)
@@ -292,9 +292,9 @@ def _finite(found: Look, progress: Progress | None) -> Checked:
     statistics = session.stats(found, names, lambda done, total: report(done, total, "reading"))
     statistics |= _of_parts(found, [name for name in names if name not in statistics])
     wrong = {name: numbers for name, numbers in statistics.items() if numbers["nan"] or numbers["inf"]}
-    unseen = [name for name in names if name not in statistics]
+    unseen = [*(name for name in names if name not in statistics), *comparing.unseen_of(found)]
     if found.contents is not None:
-        unseen += [*found.contents.unseen, *found.contents.hidden]
+        unseen += found.contents.hidden
     if wrong:
         name, numbers = next(iter(wrong.items()))
         counts = [f"{numbers[key]:,} {word}" for key, word in (("nan", "NaN"), ("inf", "Inf")) if numbers[key]]

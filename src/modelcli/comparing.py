@@ -6,12 +6,12 @@ Values are compared by their bytes first, which needs no torch; where bytes diff
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from modelcli import blueprints, checkpoints, differences, likeness
-from modelcli.checkpoints import CompositeEntry, TensorEntry
+from modelcli.checkpoints import CompositeEntry, TensorEntry, forms
 from modelcli.checkpoints.limits import Budget
 from modelcli.checkpoints.same_bytes import ByteComparison, lie_alike, nbytes_of
 from modelcli.differences import Comparison, TensorChange
@@ -81,7 +81,15 @@ def compare(
     Raises RequestError for a selector that matches nothing in either, and where nothing is left to compare.
     """
     notes = list(_notes(one, other, names, scope))
-    found = differences.structure(one.blueprint, other.blueprint, scope.selected, scope.without, modules=scope.modules)
+    extras = extras_of(one), extras_of(other)
+    found = differences.structure(
+        one.blueprint,
+        other.blueprint,
+        scope.selected,
+        scope.without,
+        modules=scope.modules,
+        extras=(tuple(extras[0]), tuple(extras[1])),
+    )
     tensors = {name: list(changes) for name, changes in found.tensors.items()}
     if scope.values:
         differing, unknown = _values(entries(one), entries(other), found.comparable, progress or _silent)
@@ -91,17 +99,10 @@ def compare(
                 tensors[name].append(TensorChange(name, "values", max_abs_diff=largest))
         for name in unknown:
             tensors[name].append(TensorChange(name, "not compared"))
-    tensors |= {name: [TensorChange(name, "not compared")] for name in _unseen(one, other, scope)}
     changes = tuple(change for several in tensors.values() for change in several)
+    changes += tuple(_extra_changes(extras[0], extras[1], found.extras, found.tensors, values=scope.values))
+    changes += tuple(TensorChange(name, "not compared") for name in _unseen(one, other, scope, found.extras))
     return Comparison(found.modules, changes, sum(not several for several in tensors.values()), tuple(notes))
-
-
-def _unseen(one: Look, other: Look, scope: Scope) -> list[str]:
-    """Entries of the files of which nothing is known: the two may differ in them. None where others were selected."""
-    if scope.selected:
-        return []
-    names = [name for found in (one, other) if found.contents is not None for name in found.contents.unseen]
-    return [name for name in dict.fromkeys(names) if name not in scope.without]
 
 
 def _silent(_done: int, _total: int, _doing: str) -> None:
@@ -151,7 +152,55 @@ def entries(found: Look) -> Mapping[str, Entry]:
 
         return closeness.entries_of(found.live)
     assert found.contents is not None
-    return found.contents.tensors
+    return found.contents.rows
+
+
+def _unseen(one: Look, other: Look, scope: Scope, chosen: Collection[str]) -> list[str]:
+    """What nobody can look at in either model, of what was chosen: the two may differ in it."""
+    entries = {*extras_of(one), *extras_of(other)}
+    return [
+        name
+        for name in dict.fromkeys((*unseen_of(one), *unseen_of(other)))
+        if (name in chosen if name in entries else not scope.selected)
+    ]
+
+
+def extras_of(found: Look) -> Mapping[str, Any]:
+    """The entries of a model's state dict that are no tensors, as inert values."""
+    if found.live is not None:
+        from modelcli.live import apart
+
+        return apart.of(found.live.module).extras
+    return {} if found.contents is None else found.contents.extras
+
+
+def unseen_of(found: Look) -> Sequence[str]:
+    """The entries of a model's state dict in which tensors may lie that nobody can look at."""
+    if found.live is not None:
+        from modelcli.live import apart
+
+        return apart.of(found.live.module).unseen
+    return () if found.contents is None else found.contents.unseen
+
+
+def _extra_changes(
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    names: Sequence[str],
+    tensors: Collection[str],
+    *,
+    values: bool,
+) -> Iterator[TensorChange]:
+    """How entries that are no tensors differ; the tensors in them have changes of their own."""
+    for name in names:
+        if name not in before or name not in after:
+            if any(tensor.startswith(f"{name}[") for tensor in tensors):
+                continue  # the tensors in it are added or removed
+            change: Literal["added", "removed"] = "removed" if name in before else "added"
+            left, right = (forms.brief(side[name]) if name in side else None for side in (before, after))
+            yield TensorChange(name, change, left, right)
+        elif values and forms.form_of(before[name]) != forms.form_of(after[name]):
+            yield TensorChange(name, "values", forms.brief(before[name]), forms.brief(after[name]))
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from modelcli import selectors
@@ -57,11 +57,13 @@ class Structure:
     """What two models differ in besides values: modules, and for the name of each tensor its changes, if any.
 
     `comparable` are the tensors whose values can be compared: both sides have them, in one known shape and one layout.
+    `extras` are the entries that are no tensors, of either side.
     """
 
     modules: tuple[ModuleChange, ...]
     tensors: Mapping[str, Sequence[TensorChange]]
     comparable: Sequence[str]
+    extras: Sequence[str] = ()
 
 
 def structure(
@@ -71,14 +73,16 @@ def structure(
     without: Sequence[str] = (),
     *,
     modules: bool = True,
+    extras: tuple[Sequence[str], Sequence[str]] = ((), ()),
 ) -> Structure:
     """Compare what `selected` picks in either model (all where it is empty) less what `without` picks.
 
     The order is that of the first model, what is new behind it. Modules are compared where both models know their
     types, and only with `modules`; buffers that are not saved likewise. Raises RequestError for a selector that matches
-    nothing in either, and where selectors leave nothing to compare.
+    nothing in either, and where selectors leave nothing to compare. `extras` are the names of entries of either state
+    dict that are no tensors, which selectors pick by their names as well.
     """
-    chosen = _Chosen.of(before, after, selected, without)
+    chosen = _Chosen.of(_with(before, extras[0]), _with(after, extras[1]), selected, without)
     typed = [found.root.type is not None for found in (before, after)]
     tensors: dict[str, list[TensorChange]] = {}
     comparable = []
@@ -89,9 +93,17 @@ def structure(
         if left is not None and right is not None and _is_comparable(left, right):
             comparable.append(name)
     modules = modules and all(typed)
-    if not tensors and not (modules and any(map(chosen.has_module, (*before.by_path, *after.by_path)))):
+    others = [name for name in dict.fromkeys((*extras[0], *extras[1])) if chosen.has_tensor(name)]
+    if not tensors and not others and not (modules and any(map(chosen.has_module, (*before.by_path, *after.by_path)))):
         _require_all(selected, without)
-    return Structure(_module_changes(before, after, chosen) if modules else (), tensors, comparable)
+    return Structure(_module_changes(before, after, chosen) if modules else (), tensors, comparable, others)
+
+
+def _with(blueprint: Blueprint, extras: Sequence[str]) -> Blueprint:
+    """A blueprint in which selectors find entries that are no tensors."""
+    if not extras:
+        return blueprint
+    return replace(blueprint, tensors=(*blueprint.tensors, *(TensorInfo(name, (0,), "uint8") for name in extras)))
 
 
 def _require_all(selected: Sequence[str], without: Sequence[str]) -> None:

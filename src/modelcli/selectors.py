@@ -477,7 +477,8 @@ def matched_tensors(selector: Selector, blueprint: Blueprint) -> set[str]:
     found = set()
     if selector.type is None:
         matches = _matcher(selector, blueprint)
-        found = {tensor.name for tensor in blueprint.tensors if matches(tensor.name)}
+        # What lies in an entry that is no tensor has brackets in its name, as `params` shows it: `packed[0]`.
+        found = {tensor.name for tensor in blueprint.tensors if tensor.name == selector.text or matches(tensor.name)}
     if modules:
         for tensor in blueprint.tensors:
             if lies_in(parent_of(tensor.name), modules):

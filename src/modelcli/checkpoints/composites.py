@@ -5,6 +5,7 @@ The calls are those of `torch._utils` that `torch.Tensor.__reduce_ex__` writes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -22,6 +23,11 @@ _CALLS = frozenset(
         "torch._utils._rebuild_meta_tensor_no_storage",
     }
 )
+#: What makes a tensor of a class that wraps others, as torchao's, from `_WRAPPER`, the class, arguments and state.
+_OF_CLASS = Global("torch._tensor", "_rebuild_from_type_v2")
+_WRAPPER = Global("torch._utils", "_rebuild_wrapper_subclass")
+#: Of this class one rank has a part of the elements alone.
+_SHARDED = "DTensor"
 _PARAMETERS = frozenset({"torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"})
 #: What other libraries' objects in a state dict are known to be, where they are no tensors.
 _NEVER_TENSORS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "pathlib.", "datetime.", "enum.")
@@ -43,7 +49,30 @@ def makes_tensor(value: Any) -> bool:
 
 
 def _is_call(value: Any) -> bool:
-    return isinstance(value, Opaque) and isinstance(value.call, Global) and value.call.dotted in _CALLS
+    if not isinstance(value, Opaque) or not isinstance(value.call, Global):
+        return False
+    return value.call.dotted in _CALLS or _is_wrapper(value)
+
+
+def _is_wrapper(value: Opaque) -> bool:
+    """Whether a call makes a tensor of a class of its own, whose values are in other tensors."""
+    match value.call, value.args:
+        case call, (made_by, Global() as kind, tuple(), _) if (call, made_by) == (_OF_CLASS, _WRAPPER):
+            return kind.name != _SHARDED
+    return False
+
+
+def class_of(entry: CompositeEntry) -> str | None:
+    """The name of the class of a tensor that wraps others, which only its own code makes again; None of any other."""
+    made_by = without_parameter(entry.made_by)
+    return made_by.args[1].dotted if isinstance(made_by, Opaque) and _is_wrapper(made_by) else None
+
+
+def without_parameter(made_by: Any) -> Any:
+    """The call that makes a tensor, less those around it that make it a parameter."""
+    while isinstance(made_by, Opaque) and isinstance(made_by.call, Global) and made_by.call.dotted in _PARAMETERS:
+        made_by = made_by.args[0]
+    return made_by
 
 
 def may_be_tensor(value: Any) -> bool:
@@ -71,6 +100,8 @@ def entry_of(value: Opaque, where: str, budget: limits.Budget) -> CompositeEntry
 
 
 def _entry(value: Opaque, where: str, budget: limits.Budget) -> CompositeEntry:
+    if _is_wrapper(value):
+        return _wrapped(value, where, budget)
     match value.call.name, value.args:
         case "_rebuild_qtensor", (StorageRef(offset=0) as storage, int() as offset, shape, stride, quantizer, grad, *_):
             view = shapes.shape(sizes_in(shape), where), shapes.sizes(sizes_in(stride), where)
@@ -169,6 +200,40 @@ def _sparse(layout: str, data: tuple[Any, ...], where: str) -> CompositeEntry:
         (*parts, Opaque(Global("torch", "Size"), (shape,)), *more),
     )
     return CompositeEntry(shape, values.dtype, layout, parts, _bytes_of(parts), made_by)
+
+
+def _wrapped(value: Opaque, where: str, budget: limits.Budget) -> CompositeEntry:
+    """A tensor of a class that wraps others: it says of itself which shape and dtype it has."""
+    _, kind, args, state = value.args
+    match args:
+        case (Global(), Global(module="torch", name=dtype), size, *_) if dtype in ITEM_BYTES:
+            shape = shapes.shape(sizes_in(size), where)
+        case _:
+            raise ValueError(f"a {kind.dotted} that does not say its shape and dtype")
+    parts = tuple(_parts_in(state, where, budget))
+    if not parts:
+        raise ValueError(f"a {kind.dotted} that holds no tensor")
+    grad = args[-1] if isinstance(args[-1], bool) else None
+    return CompositeEntry(shape, dtype, kind.name, parts, _bytes_of(parts), value, requires_grad=grad)
+
+
+def _parts_in(state: Any, where: str, budget: limits.Budget) -> Iterator[TensorEntry]:
+    """The plain tensors in the attributes of a tensor, in their order; some may lie in tensors that lie in it."""
+    seen: set[int] = set()
+    stack = [state]
+    while stack:
+        item = stack.pop()
+        budget.spend(limits.ENTRY)
+        if isinstance(item, TensorEntry):
+            yield item
+        elif makes_tensor(item) and not _is_wrapper(without_parameter(item)):
+            yield from _entry(item, where, budget).parts
+        elif isinstance(item, dict | list | tuple | Opaque) and id(item) not in seen:
+            seen.add(id(item))
+            if isinstance(item, Opaque):
+                stack += [item.state, item.args]
+            else:
+                stack += reversed([*(item.values() if isinstance(item, dict) else item)])
 
 
 def _bytes_of(parts: tuple[TensorEntry, ...]) -> int:

@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Protocol
 
@@ -256,9 +257,10 @@ class Contents:
     safetensors' `__metadata__` holds beside what modelcli wrote there. `order` has the names of tensors and extras as
     they stand in the file, where there are both.
 
-    `unseen` are entries that torch makes tensors of, or that only running code could tell from tensors, and that have
-    no row; `hidden` are entries and attributes of tensors in which tensors lie. Whoever vouches for the file has to
-    say that these were not looked at.
+    `inner` are tensors that lie in `extras`, each named as Python reaches it. `unseen` are entries that torch makes
+    tensors of, or in which something lies that only running code could tell from tensors, and that have no row;
+    `hidden` are attributes of tensors in which tensors lie. Whoever vouches for the file has to say that these were not
+    looked at.
     """
 
     path: Path
@@ -275,8 +277,14 @@ class Contents:
     kinds: Mapping[str, Kind] = field(default_factory=dict)
     texts: Mapping[str, str] = field(default_factory=dict)
     order: tuple[str, ...] = ()
+    inner: Mapping[str, TensorEntry | CompositeEntry] = field(default_factory=dict)
     unseen: tuple[str, ...] = ()
     hidden: tuple[str, ...] = ()
+
+    @cached_property
+    def rows(self) -> Mapping[str, TensorEntry | CompositeEntry]:
+        """All tensors that have a row: those of the state dict, and those in its other entries."""
+        return {**self.tensors, **self.inner} if self.inner else self.tensors
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -285,21 +293,22 @@ class Contents:
 
     def without_objects(self) -> Contents:
         """The tensors and nothing else: what objects of foreign classes stood around them is dropped."""
-        return replace(self, extras={}, metadata={}, record=None, tree=None, key=None, foreign=(), order=())
+        return replace(self, extras={}, metadata={}, record=None, tree=None, key=None, foreign=(), order=(), inner={})
 
     def infos(self) -> dict[str, TensorInfo]:
         """The tensors as a blueprint has them: ties found by storage, buffers told by their usual names."""
         budget = self._budget("the names of its tied tensors")
         first: dict[tuple[object, ...], str] = {}
         infos = {}
-        uses = Counter(id(entry.storage) for entry in self.tensors.values() if isinstance(entry, TensorEntry))
-        for name, entry in self.tensors.items():
+        uses = Counter(id(entry.storage) for entry in self.rows.values() if isinstance(entry, TensorEntry))
+        for name, entry in self.rows.items():
             is_alone = isinstance(entry, TensorEntry) and uses[id(entry.storage)] == 1
             view = None if is_alone else entry.view
             original = first.setdefault(view, name) if view is not None else name
             if original is not name:
                 budget.spend(len(original))
-            infos[name] = info_of(name, entry, original, self.kinds.get(name))
+            info = info_of(name, entry, original, self.kinds.get(name))
+            infos[name] = info if name in self.tensors else replace(info, requires_grad=None)
         return infos
 
     def bare_blueprint(self) -> Blueprint:
@@ -309,7 +318,7 @@ class Contents:
 
     def _budget(self, what: str, times: int = 1) -> limits.Budget:
         """What may be made of the names: as much as they take, so many times over."""
-        names = (*self.tensors, *self.types)
+        names = (*self.rows, *self.types)
         nbytes = sum(map(len, names)) + limits.ENTRY * len(names)
         return limits.Budget(f"{self.path}: {what}", nbytes, times)
 
@@ -346,5 +355,5 @@ def looks_like_buffer(name: str, dtype: str) -> bool:
     """Whether a tensor of a bare checkpoint is a buffer: normalisation statistics, and what cannot be trained."""
     last = name.rpartition(".")[2]
     return last in ("running_mean", "running_var", "num_batches_tracked") or not dtype.startswith(
-        ("float", "bfloat", "complex", "bcomplex")
+        ("float", "bfloat", "complex", "bcomplex", "qint", "quint")
     )

@@ -782,13 +782,15 @@ class _Machine:
 
     def _of_class(self, function: Global, kind: Global, made: Any, args: tuple[Any, ...], state: Any) -> Any:
         """A tensor with attributes of its own, or of a class of its own: they are none of a state dict's."""
+        known = len(self.attributes)
         self._set_attributes(state)
         if isinstance(made, TensorEntry):
             return replace(made, is_parameter=True) if kind.dotted == PARAMETER else made
         if not isinstance(made, Opaque):
             raise FileFormatError(f"{self.where}: {_described(made)} is made a tensor of {kind.dotted}, and is none")
         if isinstance(made.call, Global) and made.call.name == "_rebuild_wrapper_subclass":
-            return self._object(function, args)  # its numbers are in its attributes
+            del self.attributes[known:]  # its values are in them: they are its parts
+            return self._object(function, args)
         return made
 
     def _set_attributes(self, state: Any) -> None:

@@ -11,7 +11,9 @@ from types import TracebackType
 from typing import Self
 
 from modelcli.blueprints import ITEM_BYTES
+from modelcli.checkpoints.composites import class_of, without_parameter
 from modelcli.checkpoints.contents import CompositeEntry, JoinedSpan, Span, Storage, TensorEntry, identity_of
+from modelcli.checkpoints.forms import form_of
 from modelcli.checkpoints.pickles import Opaque
 from modelcli.checkpoints.shapes import extent
 from modelcli.errors import FileFormatError
@@ -159,12 +161,15 @@ def _cut(piece: _Piece, start: int, length: int | None = None) -> _Piece:
 
 
 def numbers_of(entry: CompositeEntry) -> list[object]:
-    """What a quantized tensor has besides its parts: its scheme, and a scale and a zero point for all of it."""
-    made_by = entry.made_by
-    while isinstance(made_by, Opaque) and made_by.args and isinstance(made_by.args[0], Opaque):
-        if not made_by.call.name.startswith("_rebuild_parameter"):
-            break
-        made_by = made_by.args[0]
-    if not isinstance(made_by, Opaque) or made_by.call.name != "_rebuild_qtensor":
+    """What a tensor has besides its parts: of a quantized one its scheme, and a scale and a zero point for all of it.
+
+    Of one of a class of its own it is the form of its attributes: all that they say, less the tensors in them.
+    """
+    made_by = without_parameter(entry.made_by)
+    if not isinstance(made_by, Opaque):
+        return []
+    if class_of(entry) is not None:
+        return [form_of(made_by.args)]
+    if made_by.call.name != "_rebuild_qtensor":
         return []
     return [value for value in made_by.args[4] if not isinstance(value, TensorEntry)]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from modelcli import record as records
-from modelcli.blueprints import listed
-from modelcli.checkpoints import carried, composites, deepspeed, limits, pickled_modules, pickles, state_dicts
+from modelcli.blueprints import Kind, listed
+from modelcli.checkpoints import carried, composites, deepspeed, inner, limits, pickled_modules, pickles, state_dicts
 from modelcli.checkpoints.contents import CompositeEntry, Contents, TensorEntry
 
 
@@ -44,11 +44,13 @@ def contents_of(
             tensors[name] = known[id(item)]
         else:
             extras[name] = item
-    unseen = tuple(name for name, item in extras.items() if composites.may_be_tensor(item))
-    seen_through = {name: item for name, item in extras.items() if not composites.may_be_tensor(item)}
-    hidden = tuple(name for name, item in seen_through.items() if _holds_tensors(item, pickled.budget))
-    attributes = dict.fromkeys(name for name, value in pickled.attributes if _holds_tensors(value, pickled.budget))
-    told = _told_of(unseen, hidden, tuple(attributes))
+    within, beyond = inner.tensors_within(extras, str(path), pickled.budget)
+    unseen = [name for name, item in extras.items() if composites.may_be_tensor(item)]
+    beyond = [name for name in beyond if name not in unseen]
+    attributes = dict.fromkeys(
+        name for name, value in pickled.attributes if inner.may_hold_tensors(value, pickled.budget)
+    )
+    told = _told_of(unseen, beyond, tuple(attributes))
     state = state_dict.state if isinstance(state_dict, pickles.OrderedDict) else None
     metadata = state.get("_metadata") if isinstance(state, dict) else None
     if not isinstance(metadata, dict):
@@ -67,19 +69,23 @@ def contents_of(
         foreign=pickled.foreign,
         notes=(*notes, *wrong, *chosen, *told, *(() if whole is None else whole.notes)),
         types={} if whole is None else whole.types,
-        kinds={} if whole is None else whole.kinds,
+        kinds=_kinds_of_scales(tensors) if whole is None else whole.kinds,
         order=tuple(state_dict) if extras else (),
-        unseen=unseen,
-        hidden=(*hidden, *(f"the attribute {name!r} of a tensor" for name in attributes)),
+        inner=within,
+        unseen=(*unseen, *beyond),
+        hidden=tuple(f"the attribute {name!r} of a tensor" for name in attributes),
     )
 
 
-def _told_of(unseen: Sequence[str], hidden: Sequence[str], attributes: Sequence[str]) -> Iterator[str]:
+def _told_of(unseen: Sequence[str], beyond: Sequence[str], attributes: Sequence[str]) -> Iterator[str]:
     """What is to be told of tensors that have no row."""
     if unseen:
         yield f"{listed(unseen, 4)} {_is_or_are(unseen)} made by calls that are not followed here: no row shows what of"
-    if hidden:
-        yield f"{listed(hidden, 4)} hold{'s' if len(hidden) == 1 else ''} tensors that have no row of their own"
+    if beyond:
+        yield (
+            f"{listed(beyond, 4)} hold{'s' if len(beyond) == 1 else ''} tensors that have no row of their own, or "
+            "objects that only running code could load: the totals leave them out"
+        )
     if attributes:
         yield f"tensors have attributes with tensors in them ({listed(attributes, 4)}), which no state dict loads"
 
@@ -88,23 +94,11 @@ def _is_or_are(names: Sequence[str]) -> str:
     return "is" if len(names) == 1 else "are"
 
 
-def _holds_tensors(value: Any, budget: limits.Budget) -> bool:
-    """Whether tensors lie in a value: weights that a quantized module packs, an object that only code could make.
-
-    Many entries may have one large value in common: each look through it is paid for.
-    """
-    seen: set[int] = set()
-    stack = [value]
-    while stack:
-        item = stack.pop()
-        if isinstance(item, TensorEntry) or composites.may_be_tensor(item):
-            return True
-        if not isinstance(item, _LEAVES) and id(item) not in seen:
-            seen.add(id(item))
-            within = list(_within(item))
-            budget.spend(len(within))
-            stack += within
-    return False
+def _kinds_of_scales(tensors: Mapping[str, TensorEntry | CompositeEntry]) -> dict[str, Kind]:
+    """The scales of what quantized modules give, each beside its zero point: torch has no parameters for them."""
+    ends = [name for name, entry in tensors.items() if name.endswith("zero_point") and not entry.shape]
+    scales = (f"{name.removesuffix('zero_point')}scale" for name in ends)
+    return {name: "buffer" for name in scales if name in tensors and not tensors[name].shape}
 
 
 #: What nothing lies in. As a tuple that is made once: a file may have 100,000 of them.

@@ -10,7 +10,7 @@ import torch
 
 from modelcli.checkpoints import CompositeEntry, Contents, Storage, TensorEntry
 from modelcli.errors import RequestError
-from modelcli.live import composites, loading
+from modelcli.live import apart, composites, loading
 from modelcli.live.describe import dtype_name, walk
 from modelcli.live.opening import Live
 from modelcli.live.sources import (
@@ -60,7 +60,7 @@ def entries_of(live: Live) -> dict[str, TensorEntry | CompositeEntry | torch.Ten
     for path, module in walk(live.module):
         for own_name, entry in composites.kept(module):
             found[f"{path}.{own_name}" if path else own_name] = entry
-    return found
+    return found | apart.of(live.module).tensors
 
 
 def _entry(tensor: torch.Tensor, storage: Storage) -> TensorEntry:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from modelcli.checkpoints import CompositeEntry, TensorEntry
-from modelcli.checkpoints.composites import entry_of, quantized_bytes
+from modelcli.checkpoints.composites import class_of, entry_of, quantized_bytes
 from modelcli.checkpoints.contents import FileId, Windows
 from modelcli.checkpoints.limits import Budget
 from modelcli.checkpoints.pickles import Global, Opaque, OrderedDict, StorageRef
@@ -90,6 +90,8 @@ def require_call(name: str, entry: CompositeEntry) -> None:
     """Raise RequestError for a tensor that torch has no type for."""
     if entry.made_by is None:
         raise RequestError(f"{name} is {entry.dtype}, which torch has no type for: it can be looked at, and no more")
+    if (kind := class_of(entry)) is not None:
+        raise RequestError(f"{name} is a {kind}, which only its own code makes: it can be looked at, and no more")
 
 
 def _plain(entry: TensorEntry) -> torch.Tensor:
@@ -200,11 +202,11 @@ def held(name: str, tensor: torch.Tensor) -> CompositeEntry | None:
     """The entry that a file would have of a quantized or sparse tensor; None for one on the meta device."""
     if tensor.is_meta:
         return None
-    call = planned(tensor, _planned_here).made_by
-    return entry_of(Opaque(call.call, _as_read(call.args)), name, Budget(name, 0))
+    call = planned(tensor, planned_here).made_by
+    return entry_of(Opaque(call.call, as_read(call.args)), name, Budget(name, 0))
 
 
-def _planned_here(part: torch.Tensor) -> PlannedTensor:
+def planned_here(part: torch.Tensor) -> PlannedTensor:
     return PlannedTensor(
         shape=tuple(part.shape),
         dtype=str(part.dtype).removeprefix("torch."),
@@ -214,13 +216,21 @@ def _planned_here(part: torch.Tensor) -> PlannedTensor:
     )
 
 
-def _as_read(value: Any) -> Any:
+def as_read(value: Any) -> Any:
     """What is to be written, as it is when it has been read; all of it is in memory."""
     match value:
         case PlannedStorage(dtype=dtype, source=Value() as source):
             return StorageRef(Held(source), dtype, source.nbytes)
         case PlannedTensor(source=Value() as source):
             return TensorEntry(value.shape, value.dtype, value.stride, value.offset, Held(source))
-        case tuple():
-            return tuple(map(_as_read, value))
+        case CompositeEntry(parts=()) if isinstance(value.made_by, Opaque):
+            return as_read(value.made_by)  # one that is planned, and has its parts in its call
+        case Opaque():
+            return Opaque(value.call, as_read(value.args), value.state, value.items, value.appended, value.how)
+        case OrderedDict():
+            return OrderedDict((key, as_read(item)) for key, item in value.items())
+        case dict():
+            return {key: as_read(item) for key, item in value.items()}
+        case tuple() | list():
+            return type(value)(map(as_read, value))
     return value

@@ -9,7 +9,7 @@ from torch import nn
 
 from modelcli.blueprints import Blueprint, Kind, ModuleInfo, TensorInfo
 from modelcli.checkpoints.contents import info_of
-from modelcli.live import composites
+from modelcli.live import apart, composites
 from modelcli.live.build import Bare
 from modelcli.live.sources import flag_of, is_composite, is_lazy
 
@@ -47,7 +47,7 @@ def describe(module: nn.Module) -> Blueprint:
         for own_name, entry in composites.kept(child):
             name = f"{path}.{own_name}" if path else own_name
             tensors.append(info_of(name, entry, first_view.setdefault(entry.view or name, name)))
-    return Blueprint(tuple(modules), tuple(tensors))
+    return Blueprint(tuple(modules), (*tensors, *apart.rows(module)))
 
 
 def walk(module: nn.Module, path: str = "", above: tuple[int, ...] = ()) -> Iterator[tuple[str, nn.Module]]:

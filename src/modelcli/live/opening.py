@@ -13,9 +13,10 @@ from torch import nn
 
 from modelcli import checkpoints, input_texts, references
 from modelcli import record as records
-from modelcli.blueprints import Blueprint
+from modelcli.blueprints import Blueprint, listed
 from modelcli.checkpoints import Contents, inert_objects
-from modelcli.checkpoints.contents import foreign_names
+from modelcli.checkpoints.composites import class_of
+from modelcli.checkpoints.contents import CompositeEntry, foreign_names
 from modelcli.edits import Edit, Extract
 from modelcli.edits import parse as parse_edit
 from modelcli.errors import FileFormatError, ModelcliError, RequestError, UnsafeError
@@ -391,6 +392,7 @@ def read_to_edit(path: Path, source: Source, notes: list[str]) -> Contents:
             f"{path} holds objects of {names}, which only running code could load",
             "--tensors-only takes the tensors and drops everything else",
         )
+    _require_all_tensors(contents)
     notes.append(f"took the tensors of {path.name} alone: objects of {names} were dropped")
     return contents.without_objects()
 
@@ -399,6 +401,23 @@ def _weights_name(source: Source) -> str | None:
     """The name of weights, which may decide an architecture; a file of them does not."""
     weights = source.weights
     return None if weights is None or references.names_a_file(weights, source.folder) else weights
+
+
+def _require_all_tensors(contents: Contents) -> None:
+    """Raise UnsafeError where a file holds tensors that would be dropped with the objects of foreign classes."""
+    for name, entry in contents.tensors.items():
+        if isinstance(entry, CompositeEntry) and (kind := class_of(entry)) is not None:
+            raise UnsafeError(
+                f"{name} in {contents.path} is a {kind}, which only its own code makes again: --tensors-only cannot "
+                "keep it",
+                f"load the file where {kind.partition('.')[0]} is installed, and save plain tensors: "
+                "tensor.dequantize()",
+            )
+    if lost := [*contents.inner, *contents.unseen]:
+        raise UnsafeError(
+            f"{listed(lost, 3)} in {contents.path} would be dropped with the objects of foreign classes",
+            "save model.state_dict() where the model was made, and use that file",
+        )
 
 
 def _weights_file(weights: str | None, folder: Path, *, of_checkpoint: bool) -> Path | None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import collections
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,13 @@ import torch
 from modelcli import record as records
 from modelcli import writing
 from modelcli.blueprints import Blueprint, Trace, ancestors, listed, parent_of
-from modelcli.checkpoints import CompositeEntry, TensorEntry, shapes
-from modelcli.checkpoints.pickles import Global, Opaque, OrderedDict, StorageRef
+from modelcli.checkpoints import CompositeEntry, shapes
+from modelcli.checkpoints.pickles import Global, Opaque
 from modelcli.edits import Extract
 from modelcli.errors import RequestError
 from modelcli.live import compacting, composites, loading, trace
 from modelcli.live.describe import describe, dtype_name
+from modelcli.live.inert import inert_of
 from modelcli.live.opening import Live
 from modelcli.live.sources import AnySource, Value, flag_of, is_composite, is_lazy, named_tensors, row_major, source_of
 from modelcli.record import Record
@@ -47,7 +47,7 @@ def plan(
         value = state[name]
         planned = partial(_planned, name, kind=kind, sources=sources)
         if not isinstance(value, torch.Tensor):
-            extras[name] = _inert(name, value, planned)
+            extras[name] = inert_of(name, value, planned)
         elif is_composite(value):
             extras[name] = composites.planned(value, planned)
         else:
@@ -177,6 +177,11 @@ def _planned(name: str, tensor: torch.Tensor, kind: str, sources: dict[object, A
             f"{name} has no shape yet: its module is lazy",
             "put a module with all its sizes in its place first",
         )
+    if hasattr(tensor, "__tensor_flatten__"):
+        raise RequestError(
+            f"{name} is a {type(tensor).__name__}, whose values only its own class can write",
+            "write tensor.dequantize() in its place",
+        )
     source = source_of(tensor)
     if source is None:
         raise RequestError(f"{name} has no numbers: nothing says where they come from")
@@ -190,48 +195,6 @@ def _planned(name: str, tensor: torch.Tensor, kind: str, sources: dict[object, A
             sources[view] = row_major(tensor)
         source, stride, offset = sources[view], shapes.row_major(shape), 0
     return PlannedTensor(shape=shape, dtype=dtype_name(tensor.dtype), stride=stride, offset=offset, source=source)
-
-
-def _inert(name: str, value: Any, planned: Callable[[torch.Tensor], PlannedTensor]) -> Any:
-    """An `_extra_state`, where it is made of what `torch.load(weights_only=True)` takes."""
-
-    def inert(item: Any) -> Any:
-        return _inert(name, item, planned)
-
-    if value is None or isinstance(value, str | bytes) or type(value) in (bool, int, float):
-        return value
-    if isinstance(value, CompositeEntry):
-        composites.require_call(name, value)
-    if isinstance(value, TensorEntry | CompositeEntry | StorageRef | Opaque | Global | OrderedDict):
-        return value  # from a file, and as inert as it was
-    if isinstance(value, torch.Tensor):
-        return composites.planned(value, planned) if is_composite(value) else planned(value)
-    if isinstance(value, torch.dtype):
-        return Global("torch", dtype_name(value))
-    if type(value) is collections.OrderedDict:
-        return OrderedDict((key, inert(item)) for key, item in value.items())
-    if type(value) is dict:
-        return {key: inert(item) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(inert(item) for item in value)
-    if (how := _MAKERS.get(type(value))) is not None:
-        call, args = how
-        return Opaque(call, tuple(inert(item) for item in args(value)))
-    raise RequestError(
-        f"{name} holds a {type(value).__name__}, which cannot be written without running code to load it"
-    )
-
-
-#: The class that makes a value again when it is loaded, and from what.
-_MAKERS: Mapping[type, tuple[Global, Callable[[Any], tuple[Any, ...]]]] = {
-    set: (Global("builtins", "set"), lambda value: (sorted(value, key=repr),)),
-    bytearray: (Global("builtins", "bytearray"), lambda value: (bytes(value),)),
-    complex: (Global("builtins", "complex"), lambda value: (value.real, value.imag)),
-    collections.Counter: (Global("collections", "Counter"), lambda value: (dict(value),)),
-    torch.Size: (Global("torch", "Size"), lambda value: (tuple(value),)),
-    torch.device: (Global("torch", "device"), lambda value: value.__reduce__()[1]),
-    torch.layout: (Global("torch.serialization", "_get_layout"), lambda value: (str(value),)),
-}
 
 
 def _plain(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -257,6 +257,8 @@ def tag(tensor: torch.Tensor, source: AnySource) -> None:
 
 def source_of(tensor: torch.Tensor) -> AnySource | None:
     """Where a tensor's bytes come from; None for a meta tensor that nothing says it of."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        return None  # of a class of its own, whose values are in its attributes
     storage = tensor.untyped_storage()
     source: AnySource | None = getattr(storage, "source", None)
     if source is None and not tensor.is_meta:

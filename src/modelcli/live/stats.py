@@ -13,7 +13,7 @@ import torch
 
 from modelcli.checkpoints import CompositeEntry, Contents, TensorEntry
 from modelcli.checkpoints.same_bytes import numbers_of
-from modelcli.live import loading
+from modelcli.live import apart, loading
 from modelcli.live.opening import Live
 from modelcli.live.sources import (
     COUNTED,
@@ -48,12 +48,18 @@ def _silent(_done: int, _total: int) -> None:
 def of_live(live: Live, names: Sequence[str], progress: Progress = _silent) -> dict[str, Statistics]:
     """Statistics of tensors of a live model, as `collect` gives them: drawn or read only for those asked for."""
     tensors = named_tensors(live.module)
-    return collect({name: tensors[name] for name in names if name in tensors}, progress)
+    found = collect({name: tensors[name] for name in names if name in tensors}, progress)
+    others = {name for name in names if name not in tensors}
+    if not others:
+        return found
+    entries = apart.of(live.module).tensors
+    plain = {n: e for n, e in entries.items() if n in others and isinstance(e, TensorEntry) and _is_known(e)}
+    return found | collect(loading.on_meta(Contents(Path(), "", plain)).tensors)
 
 
 def of_contents(contents: Contents, names: Sequence[str], progress: Progress = _silent) -> dict[str, Statistics]:
     """Statistics of tensors of a checkpoint, as `collect` gives them: only the bytes of those asked for are read."""
-    entries = {name: contents.tensors[name] for name in names if name in contents.tensors}
+    entries = {name: contents.rows[name] for name in names if name in contents.rows}
     plain = {name: entry for name, entry in entries.items() if isinstance(entry, TensorEntry)}
     chosen = {name: entry for name, entry in plain.items() if is_known(dtype_of(entry.dtype))}
     return collect(

@@ -187,7 +187,8 @@ def _tensor_twin(tensor: torch.Tensor, storages: dict[int, torch.UntypedStorage]
     elif not data.is_meta:
         real = data.untyped_storage()
         storage = storages.setdefault(real._cdata, torch.UntypedStorage(real.nbytes(), device="meta"))
-        if keep_values and not hasattr(storage, "source"):
+        has_bytes = not hasattr(tensor, "__tensor_flatten__")  # else its values are in its attributes
+        if keep_values and has_bytes and not hasattr(storage, "source"):
             storage.source = Value(real)  # type: ignore[attr-defined]
         shape, stride, offset = data.size(), data.stride(), data.storage_offset()
         data = torch.empty(0, dtype=data.dtype, device="meta").set_(storage, offset, shape, stride)

@@ -30,7 +30,7 @@ def of_live(live: Live, names: Sequence[str], *, whole: bool) -> tuple[dict[str,
 
 def of_contents(contents: Contents, names: Sequence[str], *, whole: bool) -> tuple[dict[str, Any], dict[str, str]]:
     """Numbers of a checkpoint: only the pages of the tensors asked for are read."""
-    chosen = {name: contents.tensors[name] for name in names if name in contents.tensors}
+    chosen = {name: contents.rows[name] for name in names if name in contents.rows}
     state = loading.on_meta(Contents(contents.path, contents.format, chosen))  # each is mapped in its turn
     return _collect(state.tensors, whole, f"{contents.path}: what its tensors view")
 

@@ -95,7 +95,7 @@ def _looked(target: Target, *, traced: bool, mode: str, cached: bool) -> Look:
     if key is not None and (kept := cache.get(key)) is not None:
         hidden = references.hidden_file_note(target.source.model, target.source.folder)
         return Look(kept, () if hidden is None else (hidden,))
-    from modelcli.live import downloads, opening, planning
+    from modelcli.live import apart, downloads, opening, planning
 
     with downloads.none_allowed():
         live = opening.open_live(target.source)
@@ -106,7 +106,7 @@ def _looked(target: Target, *, traced: bool, mode: str, cached: bool) -> Look:
         blueprint = planning.traced(live, mode, with_values=True) if traced or key is not None else live.describe()
     if key is not None:
         keep_blueprint(key, blueprint)
-    return Look(blueprint, tuple(live.notes), live.contents, live)
+    return Look(blueprint, (*live.notes, *apart.note_of(live.module)), live.contents, live)
 
 
 def _look_at_file(target: Target, *, traced: bool, mode: str) -> Look | None:

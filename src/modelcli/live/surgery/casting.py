@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from modelcli import selectors
-from modelcli.blueprints import FLOATING, Blueprint, ancestors, counted, shown
+from modelcli.blueprints import FLOATING, Blueprint, ancestors, counted, listed, shown
 from modelcli.checkpoints.scaled_weights import scaled_weights
 from modelcli.edits import Cast
 from modelcli.errors import RequestError
@@ -37,7 +37,9 @@ def carry_out(module: nn.Module, edit: Cast, context: Context) -> Done:
     groups = groups_of(edit.targets, blueprint, floating)
     selectors.require_expected(edit.expect, [path for path, _ in groups])
     changes, notes = [], tie_notes(names_of_one(blueprint), floating, "cast")
-    notes += [f"{name} stays as it is: it is no dense tensor" for name in apart]
+    if apart:
+        stay = "stays as it is: it is" if len(apart) == 1 else "stay as they are: each is"
+        notes.append(f"{listed(apart, 3)} {stay} no dense tensor")
     for path, below in groups:
         own = {id(tensors[name]): tensors[name] for name in below}
         before = dict.fromkeys(dtype_name(tensor.dtype) for tensor in own.values())

@@ -1,0 +1,120 @@
+"""What the state dict of a live model holds besides its parameters and buffers.
+
+Modules may write what they like into it: quantized ones a tuple of packed weights, or tensors that they keep packed;
+others an `_extra_state`. Here each such entry is inert, as a file would have it, and the tensors in it have names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from modelcli.blueprints import TensorInfo, counted, listed
+from modelcli.checkpoints import CompositeEntry, TensorEntry
+from modelcli.checkpoints.contents import info_of
+from modelcli.checkpoints.inner import tensors_within
+from modelcli.checkpoints.limits import Budget
+from modelcli.errors import ModelcliError
+from modelcli.live import composites
+from modelcli.live.inert import inert_of
+from modelcli.live.sources import is_composite, is_lazy, named_tensors
+
+#: What is in memory, or was read from a file within its limits, may be looked through.
+_PLENTY = 1 << 40
+
+
+@dataclass
+class Apart:
+    """`tensors` have a row, by their names; `extras` are the entries that are no tensors. `unseen` are those of which
+    nothing is known but that they are there."""
+
+    tensors: dict[str, TensorEntry | CompositeEntry] = field(default_factory=dict)
+    extras: dict[str, Any] = field(default_factory=dict)
+    unseen: list[str] = field(default_factory=list)
+
+
+def of(module: nn.Module) -> Apart:
+    """What stands in the state dict of a module and in none of the tables of its modules."""
+    found = Apart()
+    if not any(map(_writes_more, module.modules())):
+        return found
+    try:
+        state: Mapping[str, Any] = module.state_dict(keep_vars=True)
+    except Exception:  # the class is anybody's, and may want values that the meta device does not have
+        found.unseen.append("what its own state_dict() writes")
+        return found
+    own = named_tensors(module)
+    for name, value in state.items():
+        if name not in own and not (isinstance(value, torch.Tensor) and is_lazy(value)):
+            _take(found, name, value)
+    inner, unseen = tensors_within(found.extras, "the model", Budget("the model", _PLENTY))
+    found.tensors |= inner
+    found.unseen += unseen
+    return found
+
+
+def _writes_more(module: nn.Module) -> bool:
+    """Whether a module may write more into a state dict than what is in its tables."""
+    kind = type(module)
+    return (
+        kind._save_to_state_dict is not nn.Module._save_to_state_dict
+        or kind.get_extra_state is not nn.Module.get_extra_state
+        or kind.state_dict is not nn.Module.state_dict
+        or bool(module._state_dict_hooks)
+    )
+
+
+def _take(found: Apart, name: str, value: Any) -> None:
+    if isinstance(value, CompositeEntry | TensorEntry):
+        found.tensors[name] = value
+        return
+    try:
+        if isinstance(value, torch.Tensor) and is_composite(value):
+            entry = composites.held(name, value)
+        elif isinstance(value, torch.Tensor):
+            entry = composites.as_read(composites.planned_here(value)) if not value.is_meta else None
+        else:
+            found.extras[name] = composites.as_read(inert_of(name, value, composites.planned_here))
+            return
+    except ModelcliError:
+        entry = None
+    if entry is None:
+        found.unseen.append(name)
+    else:
+        found.tensors[name] = entry
+
+
+def rows(module: nn.Module) -> list[TensorInfo]:
+    """The tensors besides parameters and buffers, as a blueprint has them. Nothing says of them that they are trained.
+
+    Those that a bare checkpoint keeps by themselves stand with their modules, and are left out here.
+    """
+    found = of(module)
+    kept = {id(entry) for child in module.modules() for _, entry in composites.kept(child)}
+    infos = []
+    first: dict[object, str] = {}
+    for name, entry in found.tensors.items():
+        if id(entry) not in kept:
+            info = info_of(name, entry, first.setdefault(entry.view or name, name))
+            if not info.shape and not info.dtype.startswith("q"):
+                info = replace(info, kind="buffer")  # a scale or a zero point
+            infos.append(replace(info, requires_grad=None))
+    return infos
+
+
+def note_of(module: nn.Module) -> list[str]:
+    """What there is to tell of a model that keeps tensors which PyTorch does not list."""
+    found = of(module)
+    notes = []
+    if found.tensors and not any(True for child in module.modules() for _ in composites.kept(child)):
+        notes.append(
+            f"{counted(len(found.tensors), 'tensor')} of its state dict, such as {next(iter(found.tensors))}, "
+            "are packed in modules: parameters() of PyTorch does not list them, and the totals count them"
+        )
+    if found.unseen:
+        notes.append(f"{listed(found.unseen, 3)} cannot be looked at: the totals leave it out")
+    return notes

@@ -673,3 +673,102 @@ def test_ctrl_c_after_some_time(folder: Path) -> None:
         _, told = run.communicate(timeout=120)
         assert run.returncode in (0, 130, -signal.SIGINT), told
         assert told in ("", "interrupted\n") or "modelcli" not in told
+
+
+# --- a file that is cut short while it is read ---------------------------------------------------------------------
+
+#: Cuts a file short when a part of the program is about to read numbers from it, as another program may.
+CUT = """
+import os, sys
+from modelcli.checkpoints import contents
+from modelcli.live import sources
+from modelcli.cli import main
+
+original, left = sources.real_tensor, [2]
+
+def real_tensor(tensor, windows=None):
+    found = original(tensor, windows)
+    left[0] -= 1
+    if not left[0]:
+        os.truncate("m.pth", 4096)
+    return found
+
+import modelcli.live.closeness, modelcli.live.stats
+for module in (sources, modelcli.live.closeness, modelcli.live.stats):
+    module.real_tensor = real_tensor
+raise SystemExit(main(sys.argv[1:]))
+"""
+
+
+@posix_only
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("params", "m.pth", "--stats"),
+        ("check", "m.pth", "--finite"),
+        ("diff", "other.pth", "m.pth", "--atol", "0.1"),
+        ("cast", ".", "half", "-m", "m.pth", "-o", "o.pth"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_file_that_is_cut_short_ends_in_a_message(folder: Path, words: tuple[str, ...]) -> None:
+    """To touch a mapping of it would end the process by SIGBUS, without a word."""
+    state = {f"w{number}": torch.randn(500_000) for number in range(4)}
+    torch.save(state, "m.pth")
+    torch.save({name: tensor + 1 for name, tensor in state.items()}, "other.pth")
+    done = subprocess.run([sys.executable, "-c", CUT, *words], capture_output=True, text=True)
+    assert done.returncode == 4, (done.returncode, done.stderr)
+    assert "m.pth changed while it was being read" in done.stderr or "m.pth ends early" in done.stderr
+    assert not Path("o.pth").exists()
+
+
+@pytest.mark.parametrize("size", [3, 40_000])
+def test_small_tensors_are_read_together_and_right(cli: Cli, size: int) -> None:
+    state = {f"w{number}": torch.randn(size) for number in range(40)} | {"big": torch.randn(400_000)}
+    torch.save(state, "m.pth")
+    rows = {row["name"]: row for row in cli("params", "m.pth", "--stats", "--values", "--json").json["tensors"]}
+    for name, tensor in state.items():
+        assert rows[name]["stats"]["mean"] == pytest.approx(tensor.double().mean().item(), abs=1e-12)
+        assert rows[name]["stats"]["max"] == tensor.max().item()
+        assert torch.equal(torch.tensor(rows[name]["values"]), tensor)
+
+
+# --- packages that are not installed -------------------------------------------------------------------------------
+
+#: The program in a Python that lacks packages.
+WITHOUT = """
+import sys
+
+class Missing:
+    def __init__(self, names):
+        self.names = names
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in self.names:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing(sys.argv.pop(1).split(",")))
+from modelcli.cli import main
+raise SystemExit(main(sys.argv[1:]))
+"""
+
+
+def test_without_torch(folder: Path, cli: Cli) -> None:
+    """What needs none works, and the rest says what it needs, with exit code 5."""
+    torch.save({"a": torch.ones(2), "b": torch.ones(3)}, "m.pth")
+    cli("save", "s.safetensors", "-m", "Sequential(Linear(2,3))")
+    for code, *words in (
+        (0, "--version"),
+        (0, "summary", "m.pth"),
+        (0, "params", "s.safetensors", "--json"),
+        (0, "modules", "s.safetensors"),
+        (0, "check", "m.pth", "--max-params", "10"),
+        (5, "freeze", "a", "-m", "m.pth", "-o", "o.pth"),
+        (5, "summary", "alexnet"),
+    ):
+        run = [sys.executable, "-c", WITHOUT, "torch,torchvision,torchinfo,numpy", *words]
+        done = subprocess.run(run, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        if code:
+            assert done.stderr.startswith("error: this needs torch: pip install torch\n")
+            assert sys.executable in done.stderr

@@ -18,6 +18,8 @@ from modelcli.errors import FileFormatError, SystemFailureError
 from modelcli.record import Record
 
 CHUNK = 8 * 1024 * 1024
+#: So much is read rather than mapped: statistics, conversions and comparisons work on no larger pieces.
+MOST_READ = 64 * 1024 * 1024
 #: A layer of one tensor in a module of its own, as adapters have them, comes to three.
 _MODULES_OF_A_TENSOR = 4
 
@@ -45,7 +47,7 @@ class Windows:
         """The bytes of a span as private, writable memory that no other load shares."""
         number, start = divmod(span.offset, self.length)
         if span.nbytes > min(self.longest, self.length - start):
-            return span.mapped()
+            return span.mapping()
         key = (span.path, span.identity, number)
         if key not in self._found:
             if len(self._found) == self.most:
@@ -55,6 +57,35 @@ class Windows:
                 length = min(self.length, span.identity[0] - first)
                 self._found[key] = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=first)
         return memoryview(self._found[key])[start : start + span.nbytes]
+
+
+class ReadAhead(Windows):
+    """Pieces of files that are read, for tensors that are looked at one after another: to read each of 100,000 small
+    ones takes far longer.
+
+    Nothing is mapped: a file that somebody cuts short meanwhile ends in an error, where to touch a mapping of it ends
+    the process without a word. What is held stays small, the last piece alone. With `in_part`, of a large tensor only
+    a few elements are wanted, and it is mapped all the same.
+    """
+
+    def __init__(self, length: int = 1 << 20, longest: int = 1 << 16, *, in_part: bool = False) -> None:
+        super().__init__(length, longest=longest)
+        self.in_part = in_part
+        self._last: tuple[Path, Identity, int, memoryview] | None = None
+
+    def view(self, span: Span) -> memoryview:
+        """The bytes of a span in memory, with what follows them in the file as far as the piece goes."""
+        if span.nbytes > self.longest:
+            return span.mapping() if self.in_part else span.mapped()
+        if self._last is not None:
+            path, identity, first, piece = self._last
+            start = span.offset - first
+            if 0 <= start <= len(piece) - span.nbytes and (path, identity) == (span.path, span.identity):
+                return piece[start : start + span.nbytes]
+        first = span.offset - span.offset % mmap.PAGESIZE  # so that elements lie in memory as they do in the file
+        whole = Span(span.path, first, min(self.length, span.identity[0] - first), span.identity)
+        self._last = (span.path, span.identity, first, whole.mapped())
+        return self.view(span)
 
 
 class Storage(Protocol):
@@ -74,7 +105,7 @@ class Storage(Protocol):
     def bytes(self) -> bytes: ...
 
     def mapped(self, windows: Windows | None = None) -> memoryview:
-        """The bytes as writable memory of its own: mapped where they lie in one piece, else copied.
+        """The bytes as writable memory of its own: read, or mapped where they are many and lie in one piece.
 
         With `windows` they are a part of one of those.
         """
@@ -125,11 +156,33 @@ class Span:
         return b"".join(self.chunks())
 
     def mapped(self, windows: Windows | None = None) -> memoryview:
-        """The bytes as a private, writable mapping: pages are read when they are used, and writes stay in memory."""
+        """The bytes as private, writable memory: read, or beyond `MOST_READ` a mapping, whose pages are read when they
+        are used, and which keeps what is written to itself."""
         if not self.nbytes:
             return memoryview(bytearray())
         if windows is not None:
             return windows.view(self)
+        if self.nbytes <= MOST_READ:
+            found = memoryview(bytearray(self.nbytes))
+            self.read_into(found)
+            return found
+        return self.mapping()
+
+    def read_into(self, memory: memoryview) -> None:
+        """Read the bytes into memory of this size. Raises FileFormatError where the file has fewer by now."""
+        with self.opened() as file:
+            file.seek(self.offset)
+            done = 0
+            while done < self.nbytes:
+                count = file.readinto(memory[done:])  # type: ignore[attr-defined]
+                if not count:
+                    raise FileFormatError(
+                        f"{self.path} ends early: {self.nbytes - done:,} bytes are missing", "run the command again"
+                    )
+                done += count
+
+    def mapping(self) -> memoryview:
+        """The bytes as a private, writable mapping. The file must not be cut short while it is in use."""
         start = self.offset - self.offset % mmap.ALLOCATIONGRANULARITY
         length = self.offset - start + self.nbytes
         with self.opened() as file:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from modelcli.checkpoints import Storage
-from modelcli.checkpoints.contents import FileId, Windows
+from modelcli.checkpoints import Span, Storage
+from modelcli.checkpoints.contents import MOST_READ, FileId, ReadAhead, Windows
 from modelcli.checkpoints.limits import Budget
 from modelcli.errors import ModelcliError, RequestError
 
@@ -290,12 +290,9 @@ def budget_of(tensors: Iterable[torch.Tensor], what: str) -> Budget:
     return Budget(what, sum(nbytes.values()), times=NUMBER)
 
 
-def near_windows() -> Windows:
-    """Windows for tensors that are looked at one after another: to map each of 100,000 small ones takes far longer.
-
-    What they hold stays small: the one that a tensor lies in, and no large tensors.
-    """
-    return Windows(1 << 26, longest=1 << 16, most=1)
+def near_windows(*, in_part: bool = False) -> Windows:
+    """What reads tensors that are looked at one after another, small ones together; with `in_part` a few elements."""
+    return ReadAhead(in_part=in_part)
 
 
 #: Set on a parameter of which nothing says whether it is trained: torch itself has no third value for that.
@@ -335,9 +332,21 @@ def is_composite(tensor: torch.Tensor) -> bool:
 
 
 def real_storage(source: AnySource, windows: Windows | None = None) -> torch.UntypedStorage:
-    """The bytes of a source as a real storage; those of one span of a file are mapped, not read."""
+    """The bytes of a source as a real storage, which no other one shares.
+
+    They are read; those of a whole load, whose `windows` are mappings, are read when they are used.
+    """
     if isinstance(source, Value | Drawn | Computed):
         return source.real()
+    is_read = windows is None or (
+        isinstance(windows, ReadAhead) and not windows.in_part and source.nbytes > windows.longest
+    )
+    if isinstance(source, Span) and is_read and source.nbytes <= MOST_READ:
+        read = torch.UntypedStorage(source.nbytes)  # which is not filled with zeros first, as Python's memory is
+        if source.nbytes:
+            source.read_into(Value(read).view())
+        read.mapped_files = source.files()  # type: ignore[attr-defined]
+        return read
     view = source.mapped(windows)
     if not view.nbytes:
         return torch.UntypedStorage(0)

@@ -43,7 +43,7 @@ def _has_numbers(tensor: torch.Tensor) -> bool:
 def _collect(tensors: Mapping[str, torch.Tensor], whole: bool, what: str) -> tuple[dict[str, Any], dict[str, str]]:
     lists: dict[str, Any] = {}
     texts: dict[str, str] = {}
-    budget, windows = budget_of(tensors.values(), what), near_windows()
+    budget, windows = budget_of(tensors.values(), what), near_windows(in_part=not whole)
     for name, tensor in tensors.items():
         budget.spend(NUMBER * (tensor.numel() if whole else min(tensor.numel(), MOST)), name)
         if tensor.is_meta:

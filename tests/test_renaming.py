@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -283,7 +285,7 @@ def test_refused(folder: Path, line: str, message: str, hint: str) -> None:
 def test_where_the_architecture_is_known_it_is_refused(cli: Cli) -> None:
     result = cli("rename", "classifier.6.*", "head.*", "-m", "alexnet", "--json", code=2)
     assert result.error["message"] == "AlexNet cannot load a state dict where classifier.6.weight is called head.weight"
-    assert "load the result with --arch" in result.error["hint"]
+    assert result.error["hint"].startswith("--bare-keys renames the keys of a file whatever its record says")
 
 
 def test_a_new_module_keeps_its_version_when_its_keys_are_renamed(cli: Cli, folder: Path) -> None:
@@ -358,3 +360,86 @@ def test_rows_of_what_is_no_dense_tensor_add_up(cli: Cli, folder: Path) -> None:
     assert [(row["before"], row["params_before"]) for row in document["changes"]] == [("1 tensor", 9)]
     assert document["totals_before"]["params"] - document["totals_after"]["params"] == 9
     assert "notes" not in document
+
+
+# --- a file with a record as keys alone -------------------------------------------------------------------------------
+
+
+def test_a_file_with_an_architecture_is_renamed_as_keys_alone(cli: Cli) -> None:
+    cli("save", "net.pth", "-m", "resnet18", "-q")
+    words = ("rename", "fc.*", "head.*", "-m", "net.pth", "-o", "out.pth")
+    assert "--bare-keys" in cli(*words, code=2).err
+    told = cli(*words, "--bare-keys").err
+    assert "the record in net.pth is left aside: its architecture, edits and flags are not carried on" in told
+    before, after = (torch.load(name, weights_only=True) for name in ("net.pth", "out.pth"))
+    renamed = {name.replace("fc.", "head."): value for name, value in before.items()}
+    assert list(after) == list(renamed)
+    assert all(torch.equal(after[name], value) for name, value in renamed.items())
+    assert cli("modules", "out.pth", "-s", "head", "--json").json["modules"][0]["type"] is None
+    assert "--arch names one" in cli("summary", "out.pth").out
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_a_file_with_an_architecture_is_made_bare(cli: Cli, suffix: str) -> None:
+    cli("freeze", ".", "--except", "fc", "-m", "resnet18", "-o", "net.pth", "-q")
+    cli("save", f"bare.{suffix}", "-m", "net.pth", "--bare-keys")
+    assert cli("summary", f"bare.{suffix}", "--json").json["model"]["class"] is None
+    cli("load", f"bare.{suffix}", "--arch", "resnet18", "-q")
+
+
+# --- numbered tensors without an architecture -------------------------------------------------------------------------
+
+
+def of_list() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.ps = nn.ParameterList([torch.randn(size) for size in (2, 3, 4)])
+    return dict(model.state_dict())
+
+
+def test_what_is_inserted_among_numbered_tensors_moves_them_up(cli: Cli) -> None:
+    state = of_list()
+    torch.save(state, "bare.pth")
+    edit = ("insert", "ps.1", "Linear(4,4)", "--renumber")
+    cli(*edit, "-m", "bare.pth", "-o", "out.pth")
+    found = torch.load("out.pth", weights_only=True)
+    assert set(found) == {"ps.0", "ps.1.weight", "ps.1.bias", "ps.2", "ps.3"}
+    for new, old in (("ps.0", "ps.0"), ("ps.2", "ps.1"), ("ps.3", "ps.2")):
+        assert torch.equal(found[new], state[old])
+    same_by_script(cli, " ".join(edit), found)
+
+
+@pytest.mark.parametrize(("target", "left"), [("ps.0", [1, 2]), ("ps.1", [0, 2]), ("ps.2", [0, 1]), ("ps.[0-1]", [2])])
+def test_later_tensors_move_down(cli: Cli, target: str, left: list[int]) -> None:
+    state = of_list()
+    torch.save(state, "bare.pth")
+    told = cli("remove", target, "-m", "bare.pth").err
+    assert ("the later tensors of ps keep their numbers" in told) == (target in ("ps.0", "ps.1", "ps.[0-1]"))
+    edit = ("remove", target, "--renumber")
+    cli(*edit, "-m", "bare.pth", "-o", "out.pth")
+    found = torch.load("out.pth", weights_only=True)
+    assert list(found) == [f"ps.{number}" for number in range(len(left))]
+    assert all(torch.equal(found[f"ps.{new}"], state[f"ps.{old}"]) for new, old in enumerate(left))
+    same_by_script(cli, " ".join(edit), found)
+
+
+def test_what_has_no_number_is_not_renumbered(cli: Cli) -> None:
+    torch.save({f"features.5.{n}": v for n, v in nn.BatchNorm2d(3).state_dict().items()}, "bare.pth")
+    for command in ("remove", "script"):
+        words = ("remove", "features.5.running_mean", "--renumber")
+        line = ("script", "-e", " ".join(words)) if command == "script" else words
+        error = cli(*line, "-m", "bare.pth", "--json", code=2).error
+        assert (
+            "--renumber is for what is called 0, 1, 2, and what lies in features.5 has other names" in error["message"]
+        )
+    error = cli("insert", "features.5.0", "Linear(2,2)", "--renumber", "-m", "bare.pth", "--json", code=2).error
+    assert "those of features.5 have names" in error["message"]
+
+
+def same_by_script(cli: Cli, edit: str, wanted: dict[str, torch.Tensor]) -> None:
+    """The script of an edit makes the same tensors without modelcli."""
+    Path("work.py").write_text(cli("script", "-e", edit, "-m", "bare.pth", "-o", "script.pth").out)
+    subprocess.run([sys.executable, "work.py"], check=True, capture_output=True)
+    made = torch.load("script.pth", weights_only=True)
+    assert set(made) == set(wanted)
+    assert all(torch.equal(made[name], value) for name, value in wanted.items())

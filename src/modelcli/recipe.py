@@ -32,6 +32,7 @@ KEYS = (
     "key",
     "strict",
     "tensors_only",
+    "bare_keys",
     "trust",
     "seed",
     "input_size",
@@ -97,7 +98,7 @@ def read(path: Path, *, model: str | None = None) -> Recipe:
     seed = document.get("seed", 0)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         report("seed", f"seed is a whole number from 0 to 2^63 - 1, not {seed!r}")
-    for key in ("strict", "tensors_only", "trust"):
+    for key in ("strict", "tensors_only", "bare_keys", "trust"):
         if not isinstance(document.get(key, True), bool):
             report(key, f"{key} is true or false, not {document[key]!r}")
     sizes: list[tuple[int, ...]] = []
@@ -148,6 +149,7 @@ def read(path: Path, *, model: str | None = None) -> Recipe:
         key=values["key"],
         strict=document.get("strict", True),
         tensors_only=document.get("tensors_only", False),
+        bare_keys=document.get("bare_keys", False),
         trust=document.get("trust", False),
         seed=document.get("seed"),
         input_size=tuple(sizes) or None,
@@ -253,7 +255,7 @@ def start(path: Path, source: Source) -> None:
             document[key] = value
     if not source.strict:
         document["strict"] = False
-    for key in ("tensors_only", "trust"):
+    for key in ("tensors_only", "bare_keys", "trust"):
         if getattr(source, key):
             document[key] = True
     document["seed"] = source.seed or 0

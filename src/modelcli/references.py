@@ -345,6 +345,7 @@ class Source:
     strict: bool = True
     trust: bool = False
     tensors_only: bool = False
+    bare_keys: bool = False
 
     def reference(self) -> Reference:
         return parse(self.model, self.folder)

@@ -339,6 +339,13 @@ class Contents:
         """All tensors that have a row: those of the state dict, and those in its other entries."""
         return {**self.tensors, **self.inner} if self.inner else self.tensors
 
+    def without_record(self) -> Contents:
+        """The same file as keys alone: what its record says of an architecture, edits and flags is left aside."""
+        if self.record is None:
+            return self
+        note = f"the record in {self.path.name} is left aside: its architecture, edits and flags are not carried on"
+        return replace(self, record=None, notes=(*self.notes, note))
+
     @property
     def names(self) -> tuple[str, ...]:
         """The names of all entries of the state dict, in the order of the file."""

@@ -98,6 +98,12 @@ class ModelOptions:
         default=False,
         rich_help_panel="Model",
     )
+    bare_keys: bool = _option(
+        "--bare-keys",
+        help="Leave the record in the file aside: its keys are edited, and written without an architecture.",
+        default=False,
+        rich_help_panel="Model",
+    )
     trust: bool = _option(
         "--trust",
         help="Follow a record in the file that names Python code.",
@@ -170,6 +176,7 @@ class SourceOptions(ModelOptions):
             "inputs": tuple(self.inputs or ()),
             "trust": self.trust,
             "tensors_only": self.tensors_only,
+            "bare_keys": self.bare_keys,
         }
 
 
@@ -196,7 +203,7 @@ class DiffOptions(ModelOptions):
                 f"{len(keys)} keys for two models", "--key once for both, or twice: that of A, that of B"
             )
         check_seed(self.seed)
-        rest = {name: getattr(self, name) for name in ("weights", "arch", "seed", "tensors_only", "trust")}
+        rest = {name: getattr(self, name) for name in ("weights", "arch", "seed", "tensors_only", "bare_keys", "trust")}
         return Source(a, key=keys[0], **rest), Source(b, key=keys[-1], **rest)
 
 

@@ -378,6 +378,8 @@ def read_to_edit(path: Path, source: Source, notes: list[str]) -> Contents:
     """Read a checkpoint. Objects of foreign classes in it are kept where they are inert beside the state dict; else it
     is refused, or cleaned of them where `source` asks to."""
     contents = checkpoints.read(path, key=source.key)
+    if source.bare_keys:
+        contents = contents.without_record()
     if not contents.foreign:
         return contents
     names = foreign_names(contents.foreign, most=5)

@@ -117,6 +117,8 @@ def _look_at_file(target: Target, *, traced: bool, mode: str) -> Look | None:
     if source.weights not in (None, "none"):
         return None
     contents = checkpoints.read(reference.path, key=source.key)
+    if source.bare_keys:
+        contents = contents.without_record()
     notes = list(contents.notes)
     record = contents.record
     if record is not None and (why := records.disagreement(record, contents.infos())):

@@ -221,9 +221,9 @@ def _made(page: Page, edit: Replace | Add | Insert, path: str, after: nn.Module,
 
 
 def _number(name: str, holder: str) -> int:
-    """The number of the child of a module that a key lies below; -1 for none."""
-    number, dot, _ = name.removeprefix(joined(holder, "")).partition(".")
-    return int(number) if dot and number.isdigit() else -1
+    """The number of the child or tensor of a module that a key is, or lies below; -1 for none."""
+    number = name.removeprefix(joined(holder, "")).partition(".")[0]
+    return int(number) if number.isdigit() else -1
 
 
 def _moved(names: Sequence[str], holder: str, shift: Callable[[int], int], state: State) -> list[str]:
@@ -231,8 +231,8 @@ def _moved(names: Sequence[str], holder: str, shift: Callable[[int], int], state
     prefix, new_names = joined(holder, ""), {}
     for name in names:
         if name.startswith(prefix) and (number := _number(name, holder)) >= 0:
-            rest = name.removeprefix(prefix).partition(".")[2]
-            new_names[name] = f"{prefix}{shift(number)}.{rest}"
+            _, dot, rest = name.removeprefix(prefix).partition(".")
+            new_names[name] = f"{prefix}{shift(number)}{dot}{rest}"
     if all(name == new for name, new in new_names.items()):
         return []
     return state.rename({name: new_names.get(name, name) for name in names})

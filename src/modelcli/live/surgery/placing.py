@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import nn
 
 from modelcli import selectors
@@ -10,6 +12,7 @@ from modelcli.edits import Add, Append, Insert
 from modelcli.errors import RequestError
 from modelcli.live.build import Bare
 from modelcli.live.describe import describe
+from modelcli.live.surgery import numbering
 from modelcli.live.surgery.core import (
     Change,
     Context,
@@ -104,20 +107,31 @@ def _inserted(holder: nn.Module, path: str, word: str, new: nn.Module, *, renumb
             f"insert takes a place in a Sequential or ModuleList with children 0 to n-1, and {where} is none",
             f"add {quoted(joined(path, 'NAME'))} MODULE puts a child with a name at the end",
         )
-    size = len(holder._modules)
+    names = numbering.entry_names(holder) if isinstance(holder, Bare) else list(holder._modules)
+    size = len(names)
     position = _position(word, size)
     if isinstance(holder, Bare) and word.startswith("-") and position is not None and position >= 0:
-        position = sorted(map(int, holder._modules))[position]  # its numbers have gaps
+        position = sorted(map(int, names))[position]  # its numbers have gaps
     if position is None or (position > size and not isinstance(holder, Bare)) or position < 0:
+        last = (
+            f"insert {quoted(joined(path, str(size)))}" if isinstance(holder, Bare) else f"append {quoted(shown(path))}"
+        )
         raise RequestError(
             f"{word!r} is no position in {where}, whose children are 0 to {size - 1}"
             if size
             else f"{word!r} is no position in {where}, which has no children yet",
-            f"insert {quoted(joined(path, '0'))} puts it first, append {quoted(shown(path))} last",
+            f"insert {quoted(joined(path, '0'))} puts it first, {last} last",
         )
-    moved = {name: str(int(name) + 1) if int(name) >= position else name for name in holder._modules}
-    children: Children = {moved[name]: child for name, child in holder._modules.items()}
+    moved = partial(_moved_up, position)
+    if isinstance(holder, Bare):
+        numbering.renumber(holder, moved)
+        return str(position), _in_order({**holder._modules, str(position): new})
+    children: Children = {str(moved(int(name))): child for name, child in holder._modules.items()}
     return str(position), _in_order({**children, str(position): new})
+
+
+def _moved_up(position: int, number: int) -> int:
+    return number + (number >= position)
 
 
 def _position(word: str, size: int) -> int | None:
@@ -150,7 +164,7 @@ def _appended(holder: nn.Module, path: str, new: nn.Module) -> tuple[str, Childr
 
 def _require_numbers(holder: Bare, path: str, renumber: bool) -> None:
     """Raise RequestError where the children of a module of unknown type cannot be, or are not said to be, in order."""
-    if not are_numbers(holder._modules):
+    if not are_numbers(numbering.entry_names(holder)):
         raise RequestError(
             f"insert takes a place among numbered children, and those of {shown(path)} have names",
             f"add {quoted(joined(path, 'NAME'))} MODULE puts a child with a name at the end",

@@ -16,6 +16,7 @@ from modelcli.live import composites
 from modelcli.live.build import Bare
 from modelcli.live.describe import describe, dtype_name, floating_dtype
 from modelcli.live.inputs import Inputs
+from modelcli.live.surgery import numbering
 from modelcli.live.surgery.core import (
     Change,
     Context,
@@ -50,15 +51,15 @@ def remove(module: nn.Module, edit: Remove, context: Context) -> Done:
     notes = []
     for holder, above, gone in holders.values():
         if _take_out(holder, gone, renumber=edit.renumber):
-            notes.append(
-                f"the later children of {shown(above)} keep their numbers: nothing in the file says that they are a "
-                "sequence; --renumber moves them down"
-            )
+            notes.append(_keep_their_numbers("children", above))
+    gone_tensors: dict[str, list[str]] = {}
     for name in names:
         size = blueprint.by_name[name].elements if blueprint.by_name[name].kind == "parameter" else 0
         what = "1 tensor" if name in described.by_name else "1 entry"
         changes.append(Change(name, edit.name, what, "", size, 0))
-        _take_tensor(submodule(module, parent_of(name)), name.rpartition(".")[2])
+        gone_tensors.setdefault(parent_of(name), []).append(name.rpartition(".")[2])
+    for above, own in gone_tensors.items():
+        notes += _take_tensors(submodule(module, above), above, own, renumber=edit.renumber)
     if isinstance(module, Bare):
         _prune(module)
         if not describe(module).tensors:
@@ -123,13 +124,38 @@ def _take_out(holder: nn.Module, gone: dict[str, None], *, renumber: bool) -> bo
     return isinstance(holder, Bare) and later and not renumber
 
 
-def _take_tensor(holder: nn.Module, name: str) -> None:
-    """Take one tensor out of a module of unknown type."""
-    holder._parameters.pop(name, None)
-    holder._buffers.pop(name, None)
-    for key, hook in list(holder._state_dict_hooks.items()):
-        if isinstance(hook, composites.Kept) and hook.name == name:
-            del holder._state_dict_hooks[key]
+def _take_tensors(holder: nn.Module, path: str, gone: list[str], *, renumber: bool) -> list[str]:
+    """Take tensors out of a module of unknown type; what is called by later numbers moves down where that is asked.
+
+    Returns:
+        A note where later ones keep their numbers only because nothing says that they are a sequence.
+    """
+    assert isinstance(holder, Bare)
+    numbers = are_numbers(numbering.entry_names(holder))
+    if renumber and not numbers:
+        raise RequestError(
+            f"--renumber is for what is called 0, 1, 2, and what lies in {shown(path)} has other names", "leave it out"
+        )
+    for name in gone:
+        holder._parameters.pop(name, None)
+        holder._buffers.pop(name, None)
+        for key, hook in list(holder._state_dict_hooks.items()):
+            if isinstance(hook, composites.Kept) and hook.name == name:
+                del holder._state_dict_hooks[key]
+    if not numbers or not any(int(name) > min(map(int, gone)) for name in numbering.entry_names(holder)):
+        return []
+    if not renumber:
+        return [_keep_their_numbers("tensors", path)]
+    taken = [int(name) for name in gone]
+    numbering.renumber(holder, lambda number: number - sum(other < number for other in taken))
+    return []
+
+
+def _keep_their_numbers(what: str, path: str) -> str:
+    return (
+        f"the later {what} of {shown(path)} keep their numbers: nothing in the file says that they are a sequence; "
+        "--renumber moves them down"
+    )
 
 
 def _prune(module: nn.Module) -> None:

@@ -46,7 +46,7 @@ def carry_out(module: nn.Module, edit: Rename, context: Context) -> Done:
     if not isinstance(module, Bare):
         raise RequestError(
             f"{type(module).__name__} cannot load a state dict where {moved[0]} is called {names[moved[0]]}",
-            "rename the keys of a bare file, and load the result with --arch; "
+            "--bare-keys renames the keys of a file whatever its record says, which does not go with them; "
             "in a model, replace, add and extract change where modules are",
         )
     tree = bare_tree({names[name]: value for name, value in state.items()})

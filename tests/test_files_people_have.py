@@ -382,7 +382,7 @@ def test_key_reaches_into_lists(cli: Cli, folder: Path) -> None:
 def test_a_nested_tensor_beside_is_kept(cli: Cli, folder: Path) -> None:
     state = {"a.weight": torch.ones(2), "b.weight": torch.ones(2), "epoch": 3, "stats": {"mean": torch.full((1,), 7.0)}}
     torch.save(state, "in.pth")
-    assert shown(cli, "in.pth").keys() == {"a.weight", "b.weight"}
+    assert shown(cli, "in.pth").keys() == {"a.weight", "b.weight", "stats['mean']"}
     cli("cast", "**", "float16", "-m", "in.pth", "-o", "out.pth")
     written = torch.load("out.pth", weights_only=True)
     assert written["epoch"] == 3
@@ -585,3 +585,145 @@ def test_a_deflated_record_that_is_not_what_it_states(cli: Cli, folder: Path, ch
     Path("deflated.pth").write_bytes(data)
     error = cli("params", "deflated.pth", "--values", code=4).err
     assert "deflated.pth" in error
+
+
+# --- pickles and programs --------------------------------------------------------------------------------------------
+
+
+def pickled(value: Any, path: str, protocol: int) -> None:
+    with Path(path).open("wb") as file:
+        pickle.dump(value, file, protocol=protocol)
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_a_plain_pickle_of_a_state_dict(cli: Cli, folder: Path, protocol: int) -> None:
+    net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    base = torch.arange(12.0).reshape(3, 4)
+    state = {**net.state_dict(), "column": base[:, 1], "half": torch.ones(2).half(), "none": torch.empty(0, 3)}
+    pickled({"model": state, "epoch": 3}, "in.pkl", protocol)
+    assert shown(cli, "in.pkl") == {name: tensor.tolist() for name, tensor in state.items()}
+    cli("check", "in.pkl", "--finite", "--safe")
+    cli("save", "out.pth", "-m", "in.pkl")
+    written = torch.load("out.pth", weights_only=True)
+    assert written["epoch"] == 3
+    assert all(torch.equal(written["model"][name], tensor) for name, tensor in state.items())
+    cli("save", "out.safetensors", "-m", "in.pkl")
+    pickled(net.state_dict(), "flat.pkl", protocol)
+    cli("load", "flat.pkl", "--arch", "Sequential(Linear(2,3),BatchNorm1d(3))")
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_numpy_arrays_by_name_as_detectron2_has_them(cli: Cli, folder: Path, protocol: int) -> None:
+    rng = np.random.default_rng(0)
+    arrays = {
+        "conv.weight": rng.standard_normal((4, 3, 2)).astype("float32"),
+        "conv.bias": np.zeros(4, "float16"),
+        "turned": np.asfortranarray(rng.standard_normal((3, 5))),
+        "count": np.array(7),
+        "mask": np.array([True, False]),
+        "wave": np.array([1 + 2j], "complex64"),
+        "empty": np.zeros((0, 2), "int16"),
+    }
+    pickled({"model": arrays, "__author__": "Caffe2", "matching_heuristics": True}, "R-50.pkl", protocol)
+    found = cli("params", "R-50.pkl", "--json").json["tensors"]
+    assert {row["name"]: (row["shape"], row["dtype"]) for row in found} == {
+        name: (list(array.shape), str(array.dtype)) for name, array in arrays.items()
+    }
+    cli("check", "R-50.pkl", "--finite", "--safe")
+    cli("save", "out.pth", "-m", "R-50.pkl")
+    written = torch.load("out.pth", weights_only=True)
+    assert written["__author__"] == "Caffe2"
+    for name, array in arrays.items():
+        assert np.array_equal(written["model"][name].numpy(), array), name
+    pickled(arrays, "flat.pkl", protocol)
+    cli("rename", "conv.**", "stem.**", "-m", "flat.pkl", "-o", "renamed.pth")
+    assert "stem.weight" in torch.load("renamed.pth", weights_only=True)
+
+
+def test_arrays_that_python_2_pickled(cli: Cli, folder: Path) -> None:
+    """Its texts are bytes, and so are an array's: written here by hand, as detectron2's first files have them."""
+
+    def text(value: bytes) -> bytes:
+        return b"U" + bytes([len(value)]) + value
+
+    data = np.array([1.5, -2.0], "float32").tobytes()
+    array = (
+        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85" + text(b"b") + b"tR"
+        b"(K\x01K\x02\x85cnumpy\ndtype\n(" + text(b"f4") + b"K\x00K\x01tR(K\x03" + text(b"<") + b"NNNJ\xff\xff\xff\xff"
+        b"J\xff\xff\xff\xffK\x00tb\x89" + text(data) + b"tb"
+    )
+    Path("old.pkl").write_bytes(b"\x80\x02}" + text(b"blobs") + b"}" + text(b"w") + array + b"ss.")
+    with Path("old.pkl").open("rb") as file:
+        theirs = pickle.load(file, encoding="latin1")
+    assert shown(cli, "old.pkl", "--key", "blobs") == {"w": theirs["blobs"]["w"].tolist()}
+
+
+def test_a_plain_pickle_that_calls_something_is_shown_and_not_saved(cli: Cli, folder: Path) -> None:
+    pickled({"model": linear(), "x": Calls(os.system, "touch ran")}, "in.pkl", 4)
+    assert "posix.system" in cli("params", "in.pkl").err
+    cli("check", "in.pkl", "--safe", code=1)
+    cli("save", "out.pth", "-m", "in.pkl", code=3)
+    cli("save", "out.pth", "-m", "in.pkl", "--tensors-only")
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize("cut", [0.3, 0.6, 0.95])
+def test_a_plain_pickle_that_is_cut_off(cli: Cli, folder: Path, cut: float) -> None:
+    for value in (linear(), {"a": np.ones(9)}):
+        pickled(value, "in.pkl", 2)
+        data = Path("in.pkl").read_bytes()
+        Path("in.pkl").write_bytes(data[: int(len(data) * cut)])
+        cli("params", "in.pkl", code=4)
+        Path("in.pkl").write_bytes(data + b"x")
+        cli("params", "in.pkl", code=4)
+
+
+class Scripted(nn.Module):
+    """With a child twice, a buffer, a tensor that is no buffer, and children in containers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(2, 3)
+        self.again = self.first
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))])
+        self.register_buffer("scale", torch.full((1,), 2.0))
+        self.plain = torch.ones(1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        return x * self.scale + self.plain
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("way", ["script", "trace"])
+def test_a_torchscript_archive_is_shown_and_converted(cli: Cli, folder: Path, way: str) -> None:
+    net = Scripted().eval()
+    made: Any = torch.jit.script(net) if way == "script" else torch.jit.trace(net, torch.ones(4, 2))
+    made.save("program.pt")
+    theirs = torch.jit.load("program.pt").state_dict()
+    assert shown(cli, "program.pt") == {name: tensor.tolist() for name, tensor in theirs.items()}
+    rows = {row["name"]: row["kind"] for row in cli("params", "program.pt", "--json").json["tensors"]}
+    assert rows["scale"] == "buffer"
+    assert rows["blocks.0.0.weight"] == "parameter"
+    assert "its code is not run" in cli("params", "program.pt").err
+    cli("check", "program.pt", "--safe", code=1)
+    cli("save", "out.pth", "-m", "program.pt")
+    net.load_state_dict(torch.load("out.pth", weights_only=True))
+    cli("save", "out.safetensors", "-m", "program.pt")
+    assert "--key" in cli("params", "program.pt", "--key", "x", code=2).err
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_exported_program_is_shown_and_converted(cli: Cli, folder: Path) -> None:
+    net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).eval()
+    program = torch.export.export(net, (torch.ones(4, 2),))
+    torch.export.save(program, "program.pt2")
+    assert shown(cli, "program.pt2") == {name: tensor.tolist() for name, tensor in program.state_dict.items()}
+    rows = {row["name"]: row["kind"] for row in cli("params", "program.pt2", "--json").json["tensors"]}
+    assert rows["1.running_mean"] == "buffer"
+    cli("check", "program.pt2", "--safe", code=1)
+    cli("save", "out.pth", "-m", "program.pt2")
+    net.load_state_dict(torch.load("out.pth", weights_only=True))
+    cli("load", "program.pt2", "--arch", "Sequential(Linear(2,3),BatchNorm1d(3))")

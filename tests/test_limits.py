@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,12 @@ def an_index(folder: Path) -> Path:
     a_safetensors(folder)
     path = folder / "m.safetensors.index.json"
     path.write_text(json.dumps({"weight_map": {"a": "m.safetensors"}}))
+    return path
+
+
+def a_plain_pickle(folder: Path) -> Path:
+    path = folder / "m.pkl"
+    path.write_bytes(pickle.dumps({"a": torch.ones(3)}))
     return path
 
 
@@ -71,6 +78,7 @@ def a_shared_module(folder: Path) -> Path:
     ("limit", "make", "few"),
     [
         (limits.PICKLE_BYTES, a_pth, 50),
+        (limits.WHOLE_PICKLE_BYTES, a_plain_pickle, 50),
         (limits.OPCODES, a_pth, 20),
         (limits.NODES, a_pth, 10),
         (limits.NESTING, nested, 20),

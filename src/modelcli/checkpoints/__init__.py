@@ -5,7 +5,7 @@ from __future__ import annotations
 import stat
 from pathlib import Path
 
-from modelcli.checkpoints import distributed, folders, kinds, safetensors, torch_legacy, torch_zip
+from modelcli.checkpoints import distributed, folders, kinds, plain_pickle, safetensors, torch_legacy, torch_zip
 from modelcli.checkpoints.contents import CompositeEntry, Contents, Span, Storage, TensorEntry
 from modelcli.errors import FileFormatError, RequestError, SystemFailureError
 
@@ -87,6 +87,8 @@ def _read_by_content(path: Path, key: str | None) -> Contents:
         return safetensors.read(path)
     if is_legacy:
         return torch_legacy.read(path, key)
+    if plain_pickle.looks_like(head):
+        return plain_pickle.read(path, key)
     if kind := kinds.name(head):
         raise FileFormatError(f"{path} is {kind.name}", kind.hint)
     what, hint = kinds.unknown(head)

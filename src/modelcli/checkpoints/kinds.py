@@ -59,10 +59,6 @@ def name(head: bytes) -> Kind | None:
     if text.startswith((b"{", b"[")):
         hint = "the index of a folder of shards is called *.index.json; name the folder, or a file of weights"
         return Kind("a JSON file", hint)
-    if head.startswith(b"\x80") and head[1:2] in b"\x02\x03\x04\x05":
-        return Kind(
-            "a pickle that torch.save did not write", "save model.state_dict() with torch.save, and use that file"
-        )
     return None
 
 

@@ -57,6 +57,8 @@ def _number(variable: str, text: str | None, default: int) -> int:
 
 
 PICKLE_BYTES = Limit("MODELCLI_MAX_PICKLE_BYTES", 64 * 1024 * 1024, "bytes")
+#: Of a pickle that torch.save did not write: its tensors lie in it, and it is read whole.
+WHOLE_PICKLE_BYTES = Limit("MODELCLI_MAX_WHOLE_PICKLE_BYTES", 4 * 1024**3, "bytes")
 OPCODES = Limit("MODELCLI_MAX_OPCODES", 20_000_000, "opcodes")
 #: Values of a pickle; modules and tensors of a module pickled whole, where shared ones have a name at each place.
 NODES = Limit("MODELCLI_MAX_NODES", 10_000_000, "values")
@@ -73,7 +75,7 @@ MODULES = Limit("MODELCLI_MAX_MODULES", 20_000, "modules")
 HEADER_BYTES = Limit("MODELCLI_MAX_HEADER_BYTES", 100_000_000, "bytes")
 INDEX_BYTES = Limit("MODELCLI_MAX_INDEX_BYTES", 64 * 1024 * 1024, "bytes")
 ALL = (
-    *(PICKLE_BYTES, OPCODES, NODES, NESTING, NAME_BYTES, DIMENSIONS, EXPANSION),
+    *(PICKLE_BYTES, WHOLE_PICKLE_BYTES, OPCODES, NODES, NESTING, NAME_BYTES, DIMENSIONS, EXPANSION),
     *(ZIP_ENTRIES, HEADER_BYTES, INDEX_BYTES, MODULES),
 )
 

@@ -13,7 +13,7 @@ import pickletools
 import re
 import struct
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO
 
@@ -204,6 +204,8 @@ _SEQUENCES = frozenset({list, tuple})
 #: Opcodes whose argument is a line of text.
 _LINES = frozenset(b"cIFLSVgp")
 
+#: Makes a value of the arguments of a call; None where it is to be kept as a call.
+Call = Callable[[tuple[Any, ...]], Any]
 #: Gives the bytes of a storage by its key and dtype (None for raw bytes).
 SpanOf = Callable[[str, str | None], Storage]
 
@@ -256,12 +258,14 @@ def read(
     *,
     exact: bool = False,
     encoding: str = "utf-8",
+    calls: Mapping[str, Call] | None = None,
 ) -> Pickle:
     """Interpret a pickle, or the next one of a stream, which then stands behind it; `where` names it.
 
     `budget` is that of the file of which it is but a part; a pickle that is the whole of one has its own. `exact` says
     that a storage has exactly the bytes that its elements take, and not more. `encoding` is that of the texts that
-    Python 2 wrote as bytes; torch takes UTF-8.
+    Python 2 wrote as bytes; torch takes UTF-8. `calls` make a value of the arguments of a function, by its name: what
+    they make is no object of a foreign class, and where they give None it is.
 
     Raises FileFormatError where it is damaged or beyond a limit, and where it does what Python's own reader would give
     another meaning than is shown here.
@@ -271,6 +275,7 @@ def read(
     budget = budget or limits.Budget(where, 0, _TIMES)
     budget.earn(len(text))
     machine = _Machine(where, span_of, budget, exact=exact, encoding=encoding)
+    machine.calls = calls or {}
     try:
         value, end = machine.run(text)
     except ModelcliError:
@@ -291,6 +296,7 @@ class _Machine:
         self.span_of = span_of
         self.exact = exact
         self.encoding = encoding
+        self.calls: Mapping[str, Call] = {}
         #: What lies above the last mark, which is all that an opcode may touch, and what lies below each mark.
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []
@@ -635,7 +641,7 @@ class _Machine:
         if not isinstance(module, str) or not isinstance(name, str):
             raise FileFormatError(f"{self.where} is damaged: the name of a class is no text")
         found = Global(module, name)
-        if found.dotted not in HARMLESS:
+        if found.dotted not in HARMLESS and found.dotted not in self.calls:
             limits.check_name(found.dotted, self.where)
             self.foreign[found.dotted] = None
         return found
@@ -701,6 +707,11 @@ class _Machine:
         name = function.dotted if isinstance(function, Global) else ""
         if not isinstance(args, tuple):
             raise FileFormatError(f"{self.where} is damaged: {_described(function)} is called with no tuple")
+        if name in self.calls:
+            made = self.calls[name](args)
+            if made is not None:
+                return made
+            self.foreign[name] = None
         if name not in _MADE:
             if name in _GETATTR:
                 self._judge_getattr(name, args)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from modelcli.blueprints import ITEM_BYTES
 from modelcli.checkpoints import limits, pickles, trees
-from modelcli.checkpoints.contents import Contents, Span, identity_of
+from modelcli.checkpoints.contents import Contents, Span, Storage, identity_of
 from modelcli.errors import FileFormatError, SystemFailureError
 
 PROTOCOL = 1001
@@ -60,6 +60,33 @@ def read(path: Path, key: str | None) -> Contents:
     # To load the file, each of its pickles is run: what any of them names counts.
     names = (name for part in (*beside, pickled) for name in part.foreign)
     return trees.contents_of(path, replace(pickled, foreign=tuple(dict.fromkeys(names))), key)
+
+
+def storage_in(data: bytes, where: str, held: Callable[[memoryview], Storage]) -> pickles.StorageRef | None:
+    """The one storage that a file of torch.save in memory holds, which is how a storage itself is pickled.
+
+    None where it is anything else.
+    """
+    if not looks_like(data[:32]):
+        return None
+    stream = io.BytesIO(data)
+    start = [pickles.read(stream, where) for _ in range(3)]
+    if start[1].value != PROTOCOL:
+        return None
+    if isinstance(start[2].value, dict) and start[2].value.get("little_endian") is False:
+        raise FileFormatError(f"{where} was written on a big-endian machine", "load and save it with torch")
+    dtypes = _Dtypes(Path(where), (0, 0, 0))
+    value = pickles.read(stream, where, dtypes.span_of)
+    order = pickles.read(stream, where).value
+    if not isinstance(value.value, pickles.StorageRef) or order != list(dtypes.found) or len(order) != 1:
+        return None
+    if any(part.foreign for part in (*start, value)) or value.value.offset:
+        return None
+    count = int.from_bytes(data[stream.tell() : stream.tell() + 8], "little")
+    rest = memoryview(data)[stream.tell() + 8 :]
+    if len(rest) != count * value.value.item or count != value.value.count:
+        raise FileFormatError(f"{where} is damaged: it states {count:,} elements, and {len(rest):,} bytes follow")
+    return replace(value.value, span=held(rest))
 
 
 class _Dtypes:

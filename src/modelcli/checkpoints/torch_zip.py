@@ -21,13 +21,32 @@ def read(path: Path, key: str | None) -> Contents:
     try:
         identity = identity_of(path)
         with path.open("rb") as file:
-            archive = archive_in(file, path, identity, str(path), 0, identity[0])
+            entries = zip_directory.read(file, identity[0], str(path))
+            if any(name.endswith(_PROGRAMS) for name in entries):
+                return _read_program(file, path, identity, entries, key)
+            archive = Archive(path, identity, str(path), _prefix(str(path), entries), entries)
             pickled = archive.pickled(file)
             record_text = archive.record_text(file)
             notes = archive.notes()
     except OSError as error:
         raise SystemFailureError(f"cannot read {path}: {error.strerror or error}") from None
     return trees.contents_of(path, pickled, key, record_text, notes)
+
+
+#: How records are called that programs have and checkpoints have not.
+_PROGRAMS = ("constants.pkl", "archive_format", "serialized_exported_program.json")
+
+
+def _read_program(
+    file: BinaryIO, path: Path, identity: tuple[int, int, int], entries: Mapping[str, Entry], key: str | None
+) -> Contents:
+    from modelcli.checkpoints import programs  # which reads archives, too
+
+    programs.refuse_key(key, path)
+    archive = Archive(path, identity, str(path), programs.prefix_of(str(path), entries), entries)
+    if programs.is_torchscript(entries):
+        return programs.read_torchscript(archive, file)
+    return programs.read_exported(archive, file)
 
 
 @dataclass(frozen=True)
@@ -42,7 +61,7 @@ class Archive:
 
     def pickled(self, file: BinaryIO, budget: limits.Budget | None = None) -> pickles.Pickle:
         """The tree of values in it, made on a budget of others, or one of its own."""
-        data = self._small(file, "data.pkl")
+        data = self.small(file, "data.pkl")
         self._require_little_endian(file)
         return pickles.read(data, f"{self.where}: {self.prefix}data.pkl", self.span_of, budget)
 
@@ -57,7 +76,7 @@ class Archive:
             return
         if found != wanted:
             raise FileFormatError(f"{self.where}: the record {found} should be called {wanted}")
-        order = self._small(file, "byteorder")
+        order = self.small(file, "byteorder")
         if order == b"big":
             raise FileFormatError(f"{self.where} was written on a big-endian machine", "load and save it with torch")
         if order != b"little":
@@ -74,7 +93,7 @@ class Archive:
         if f"{self.prefix}{records.ZIP_RECORD}" not in self.entries:
             return None
         try:
-            return self._small(file, records.ZIP_RECORD).decode()
+            return self.small(file, records.ZIP_RECORD).decode()
         except (UnicodeDecodeError, FileFormatError):
             return None
 
@@ -93,7 +112,7 @@ class Archive:
         packed = Span(self.path, entry.offset, entry.packed, self.identity)
         return Inflated(packed, entry.name, entry.nbytes, entry.crc)
 
-    def _small(self, file: BinaryIO, name: str) -> bytes:
+    def small(self, file: BinaryIO, name: str) -> bytes:
         entry = self.entries[f"{self.prefix}{name}"]
         limits.PICKLE_BYTES.check(entry.nbytes, f"{self.where}: {entry.name}")
         return zip_directory.contents(file, entry, self.where)
@@ -134,7 +153,6 @@ _OTHER_ZIPS = (
     ("[Content_Types].xml", "an Office document"),
     ("META-INF/MANIFEST.MF", "a Java archive"),
     ("AndroidManifest.xml", "an Android package"),
-    ("archive_format", "a torch.export archive"),
 )
 
 

@@ -118,13 +118,13 @@ def _check_nesting(path: Path, tree: Any) -> None:
             seen.add(id(value))
             if depth > deepest:
                 raise limits.NESTING.exceeded(f"{path}: the tree of its values", f"more than {deepest:,} levels")
-            stack.append((depth + 1, _within(value)))
+            stack.append((depth + 1, within(value)))
             break
         else:
             stack.pop()
 
 
-def _within(value: Any) -> Iterator[Any]:
+def within(value: Any) -> Iterator[Any]:
     """What lies directly in a value."""
     match value:
         case dict():

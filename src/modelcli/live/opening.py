@@ -14,7 +14,7 @@ from torch import nn
 from modelcli import checkpoints, input_texts, references
 from modelcli import record as records
 from modelcli.blueprints import Blueprint, listed
-from modelcli.checkpoints import Contents, inert_objects
+from modelcli.checkpoints import Contents, inert_objects, programs
 from modelcli.checkpoints.composites import class_of
 from modelcli.checkpoints.contents import CompositeEntry, foreign_names
 from modelcli.edits import Edit, Extract
@@ -382,6 +382,8 @@ def read_to_edit(path: Path, source: Source, notes: list[str]) -> Contents:
         contents = contents.without_record()
     if not contents.foreign:
         return contents
+    if contents.format in programs.FORMATS:
+        return contents.without_objects()
     names = foreign_names(contents.foreign, most=5)
     if not source.tensors_only and inert_objects.all_inert(contents):
         notes.append(

@@ -273,6 +273,8 @@ def _own_object(page: Page, reference: PythonObject, folder: Path) -> str:
 
 def _read_state(page: Page, contents: Contents, unwrapping: Unwrapping) -> None:
     """The statements that make `state`, a dict of tensors."""
+    if contents.format in ("pickle", "jit", "pt2"):
+        raise InexpressibleError("torch.load does not read it: modelcli save makes a checkpoint of it first")
     if contents.format == "dcp":
         raise InexpressibleError("it is a folder of torch.distributed.checkpoint")
     files = [contents.path]

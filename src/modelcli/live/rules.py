@@ -285,6 +285,11 @@ def _mean_or_spatial(dims: int) -> Rule:
     return rule
 
 
+def _max_pool_dtype(module: Any, flow: torch.Tensor) -> Misfit | None:
+    """The kernel that gives indices as well takes whole numbers."""
+    return None if module.return_indices else _floating(module, flow)
+
+
 def _conv(dims: int) -> tuple[Rule, ...]:
     return _dims(dims + 1, dims + 2), _channels("in_channels", dims), _same_dtype
 
@@ -334,7 +339,7 @@ RULES: Mapping[type, tuple[Rule, ...]] = {
     nn.PixelShuffle: (_pixel_shuffle,),
     nn.PixelUnshuffle: (_pixel_unshuffle,),
     nn.ChannelShuffle: (_channel_shuffle,),
-    nn.MaxPool1d: (*_spatial(1), _floating),
+    nn.MaxPool1d: (*_spatial(1), _max_pool_dtype),
     nn.MaxPool2d: _spatial(2),
     nn.MaxPool3d: _spatial(3),
     nn.AvgPool1d: _spatial(1),

@@ -771,3 +771,45 @@ def test_the_table_of_torchinfo(cli: Cli, folder: Path) -> None:
     assert "no layout 'keras'" in cli("summary", "resnet18", "--layout", "keras", code=2).err
     error = cli("summary", "Linear(4,3)", "--input-size", "2,5", "--layout", "torchinfo", code=2).err
     assert "torchinfo cannot run this model" in error
+
+
+def test_an_operator_that_is_called_on_other_devices_alone(folder: Path) -> None:
+    """As transformers counts the tokens of each expert: the CPU has no `histc` of whole numbers, and is not asked."""
+    written(
+        folder,
+        "class Net(nn.Module):\n" + INIT + "        self.a = nn.Linear(4, 4)\n    def forward(self, x):\n"
+        "        index = self.a(x).argmax(1)\n"
+        "        index = index.float() if x.device.type == 'cpu' else index.int()\n"
+        "        return torch.histc(index, 4, 0, 3)\n",
+    )
+    found = seen("own.py:Net", (2, 4))
+    assert found.reason is None
+    assert found.device == "cpu"
+    assert found.layers[""].output_shape == [4]
+    written(
+        folder,
+        "class Net(nn.Module):\n" + INIT + "        self.a = nn.Linear(4, 4)\n    def forward(self, x):\n"
+        "        return torch.histc(self.a(x).argmax(1).int(), 4, 0, 3)\n",
+        "everywhere.py",
+    )
+    reason = seen("everywhere.py:Net", (2, 4)).reason
+    assert reason is not None
+    assert "histc" in reason
+
+
+def test_experts_of_a_model_too_large_for_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers runs them, in float32: 16 rows by the 32 x 32 matrices of 4 experts, and the gate."""
+    written(
+        folder,
+        "class Net(nn.Module):\n" + INIT + "        self.gate = nn.Linear(32, 4)\n"
+        "        self.experts = nn.Parameter(torch.zeros(4, 32, 32))\n    def forward(self, x):\n"
+        "        top = self.gate(x).argmax(1).sort()[0]\n"
+        "        tokens = torch.histc(top.float() if x.device.type == 'cpu' else top.int(), 4, 0, 3)\n"
+        "        return torch._grouped_mm(x, self.experts, offs=tokens.cumsum(0, dtype=torch.int32))\n",
+    )
+    by_hand = 16 * 32 * 4 + 16_384
+    found = seen("own.py:Net", (16, 32))
+    assert (found.device, found.macs, found.reason) == ("cpu", by_hand, None)
+    monkeypatch.setattr("modelcli.live.memory.available", lambda: 1_000)
+    found = seen("own.py:Net", (16, 32))
+    assert (found.device, found.macs, found.reason) == ("fake", by_hand, None)

@@ -23,6 +23,7 @@ from modelcli.errors import ModelcliError
 from modelcli.live import memory, rules
 from modelcli.live.calls import Call, Calls
 from modelcli.live.describe import walk
+from modelcli.live.fake_kernels import MissingKernels, without_log
 from modelcli.live.inputs import Arguments, how_to_state, tensors_in
 from modelcli.live.mult_adds import MultAdds
 from modelcli.live.operator_rules import OperatorRules
@@ -62,10 +63,13 @@ class Failure:
 
     @property
     def may_be_of_meta(self) -> bool:
-        """Whether the same pass may run elsewhere: no rule was broken, and `forward` was called as it can be."""
+        """Whether the same pass may run elsewhere: `forward` was called as it can be, and what flows in fits.
+
+        An operator that the CPU refuses (see `operator_rules`) may be one that the model calls on other devices alone.
+        """
         error, text = self._cause
         wrong_call = isinstance(error, TypeError) and not self.path and "argument" in text
-        return not wrong_call and not isinstance(error, rules.RefusedError)
+        return not wrong_call and not isinstance(error, rules.MisfitError)
 
     @property
     def is_of_memory(self) -> bool:
@@ -190,6 +194,7 @@ def run(
         inner = list(modes)
         if device == "fake" and inner:
             stack.enter_context(inner.pop(0))
+            stack.enter_context(MissingKernels())  # type: ignore[no-untyped-call]
         if counter is not None:
             stack.enter_context(counter)
         for each in (*inner, *filter(None, [seen.rules])):
@@ -391,7 +396,9 @@ def on_some_device(
         if ran.seen.failure is None:
             return replace(ran, notes=(f"the forward pass was made {how}: on the meta device {failure.text}",))
         if device == "cpu":
-            return replace(ran, reason=ran.seen.failure.reason)
+            # Both refuse it: a rule says better why.
+            told = failure if isinstance(failure.error, rules.RefusedError) else ran.seen.failure
+            return replace(ran, reason=told.reason)
     return Ran(on_meta, subject, reason=f"{failure.reason}; {why_not}" if why_not else failure.reason)
 
 
@@ -427,7 +434,8 @@ def _under_fake_tensors(module: nn.Module, inputs: Inputs, attempt: Attempt) -> 
             given = inputs.tensors("cpu")
     except Exception:
         return None
-    return Ran(attempt(subject, given, "fake", (fake,)), subject)
+    with without_log():
+        return Ran(attempt(subject, given, "fake", (fake,)), subject)
 
 
 FirstCalls = dict[str, tuple[tuple[Any, ...], Mapping[str, Any]]]

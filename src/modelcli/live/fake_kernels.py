@@ -1,0 +1,42 @@
+"""What the CPU runs and torch's kernels without values refuse: supplied for passes under fake tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class MissingKernels(TorchDispatchMode):
+    """Lets `grouped_mm` take float32, as the CPU's does: by it transformers runs the experts of a model.
+
+    The kernel without values asks for bfloat16 or float16; what comes out has the same shape.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operator, `grouped_mm` of float32 as one of bfloat16."""
+        if func is not torch.ops.aten._grouped_mm.default or args[0].dtype != torch.float32:
+            return func(*args, **(kwargs or {}))
+        given = [arg.to(torch.bfloat16) if _is_float32(arg) else arg for arg in args]
+        named = {key: arg.to(torch.bfloat16) if _is_float32(arg) else arg for key, arg in (kwargs or {}).items()}
+        return func(*given, **named).to(torch.float32)
+
+
+def _is_float32(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype == torch.float32
+
+
+@contextlib.contextmanager
+def without_log() -> Iterator[None]:
+    """Keep torch from printing a traceback for each operator that fails under fake tensors: the pass reports it."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

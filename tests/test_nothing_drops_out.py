@@ -650,3 +650,19 @@ def test_wrapped_tensors_of_a_live_model_are_not_written_as_something_else(cli: 
     assert rows_of(cli, "own.py:net")["weight"]["shape"] == [32, 64]
     assert "weight" in cli("save", "out.pth", "-m", "own.py:net", code=2).err
     assert "weight cannot be looked at" in cli("check", "own.py:net", "--finite", code=1).out
+
+
+@pytest.mark.parametrize("is_named", [False, True])
+def test_entries_of_shards_that_are_no_tensors(cli: Cli, folder: Path, is_named: bool) -> None:
+    """transformers names every entry in the index; others name tensors alone."""
+    file = "pytorch_model-00001-of-00001.bin"
+    for name, value in (("a", 1), ("b", 2)):
+        Path(name).mkdir()
+        torch.save({"w": torch.ones(4), "l._extra_state": {"n": value, "t": torch.ones(3)}}, f"{name}/{file}")
+        weight_map = {"w": file} | ({"l._extra_state": file} if is_named else {})
+        Path(name, "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert list(rows_of(cli, "a/")) == ["w", "l._extra_state['t']"]
+    changes = cli("diff", "a/", "b/", "--json", code=1).json["tensors"]
+    assert [(row["name"], row["change"]) for row in changes] == [("l._extra_state", "values")]
+    cli("save", "out.pth", "-m", "a/")
+    assert torch.load("out.pth", weights_only=True)["l._extra_state"]["n"] == 1

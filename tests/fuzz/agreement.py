@@ -22,8 +22,9 @@ import tempfile
 import traceback
 import types
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,28 +138,48 @@ def compare(contents: Contents, wanted: Any) -> None:
         wanted = wanted[key]
     _require(isinstance(wanted, Mapping), f"a state dict is a {type(wanted).__name__}")
     told = {*contents.unseen, *contents.hidden}
+    true: dict[Any, Any] = {}
     for name, value in wanted.items():
         if isinstance(value, torch.Tensor):
             _require(name in contents.tensors or name in contents.unseen, f"{name!r} has no row")
-        elif name not in told:
-            _require(not _holds_tensors(value), f"tensors in {name!r} are not told of")
-    mapped = loading.mapped(contents).tensors
-    for name, entry in contents.tensors.items():
-        _require(isinstance(wanted.get(name), torch.Tensor), f"{name!r} is no tensor")
+            true[name] = value
+            continue
+        reached = dict(_reached(name, value))
+        true |= reached
+        if name not in told:
+            missing = _count(value) - len(reached) or len(reached.keys() - contents.inner.keys())
+            _require(not missing, f"tensors in {name!r} are not told of")
+    mapped = loading.mapped(replace(contents, tensors=contents.rows)).tensors
+    for name, entry in contents.rows.items():
+        _require(isinstance(true.get(name), torch.Tensor), f"{name!r} is no tensor")
         if isinstance(entry, TensorEntry):
-            _compare_plain(name, entry, mapped[name], wanted[name])
+            _compare_plain(name, entry, mapped[name], true[name])
         else:
-            _compare_composite(name, entry, wanted[name])
+            _compare_composite(name, entry, true[name])
 
 
-def _holds_tensors(value: Any, depth: int = 0) -> bool:
+def _reached(name: str, value: Any, depth: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors in a value, each named as Python reaches it."""
     if isinstance(value, torch.Tensor):
-        return True
+        yield name, value
+    elif depth <= 50 and type(value) in (dict, OrderedDict):
+        for key, item in value.items():
+            if isinstance(key, str | int):
+                yield from _reached(f"{name}[{key!r}]", item, depth + 1)
+    elif depth <= 50 and type(value) in (list, tuple):
+        for index, item in enumerate(value):
+            yield from _reached(f"{name}[{index}]", item, depth + 1)
+
+
+def _count(value: Any, depth: int = 0) -> int:
+    """How many tensors lie in a value, at all their places."""
+    if isinstance(value, torch.Tensor):
+        return 1
     if depth > 50:
-        return False
+        return 0
     if isinstance(value, Mapping):
-        return any(_holds_tensors(item, depth + 1) for pair in value.items() for item in pair)
-    return isinstance(value, list | tuple | set) and any(_holds_tensors(item, depth + 1) for item in value)
+        return sum(_count(item, depth + 1) for pair in value.items() for item in pair)
+    return sum(_count(item, depth + 1) for item in value) if isinstance(value, list | tuple | set) else 0
 
 
 def _compare_plain(name: str, entry: TensorEntry, found: torch.Tensor, wanted: torch.Tensor) -> None:

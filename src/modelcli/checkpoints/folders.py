@@ -82,10 +82,11 @@ def read(index: Path, read_file: Reader) -> Contents:
             # One file may be spelt in several ways, and is read once.
             if paths[file].resolve() not in shards:
                 shards[paths[file].resolve()] = read_file(paths[file])
-        entry = shards[paths[file].resolve()].tensors.get(name)
-        if entry is None:
+        shard = shards[paths[file].resolve()]
+        if (entry := shard.tensors.get(name)) is not None:
+            tensors[name] = entry
+        elif name not in shard.extras:
             raise FileFormatError(f"{index} says that {name} is in {file}, and it is not")
-        tensors[name] = entry
     for path, shard in shards.items():
         if extra := next((name for name in shard.tensors if name not in weight_map), None):
             raise FileFormatError(f"{path.name} holds {extra}, which {index} does not name")
@@ -99,6 +100,9 @@ def read(index: Path, read_file: Reader) -> Contents:
         path=index.parent,
         format=formats.pop() if len(formats) == 1 else "mixed",
         tensors=tensors,
+        # An index may leave out what is no tensor.
+        extras={name: value for shard in shards.values() for name, value in shard.extras.items()},
+        inner={name: entry for shard in shards.values() for name, entry in shard.inner.items()},
         record=record,
         texts=texts[0] if texts and all(other == texts[0] for other in texts) else {},
         foreign=_of_all(shards, lambda shard: shard.foreign),

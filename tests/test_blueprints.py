@@ -230,8 +230,12 @@ traces = st.builds(
 )
 blueprints = st.builds(
     Blueprint,
-    st.builds(lambda root, rest: (replace(root, path=""), *rest), module_infos, st.lists(module_infos, max_size=4)),
-    st.lists(tensor_infos, max_size=5).map(tuple),
+    st.builds(
+        lambda root, rest: (replace(root, path=""), *(module for module in rest if module.path)),
+        module_infos,
+        st.lists(module_infos, max_size=4, unique_by=lambda module: module.path),
+    ),
+    st.lists(tensor_infos, max_size=5, unique_by=lambda tensor: tensor.name).map(tuple),
     st.none() | traces,
 )
 

@@ -233,7 +233,7 @@ FALSE: dict[str, tuple[dict[str, Any], str]] = {
     "another output of a layer": ({"layers": {"3": {"output_shape": [1, 5]}}}, "3 gave [1, 5], and its weight is"),
     "another output of the model": ({"layers": {"": {"output_shape": [1, 10]}}}, ". gave [1, 10], and its last layer"),
     "frozen by one account": ({"tensors": {"3.bias": {"requires_grad": False}}}, "lists 3.bias as frozen"),
-    "a module twice": ({"modules": {"1": {"path": "0"}}}, "lists the module 0 twice"),
+    "a module twice": ({"modules": {"1": {"path": "0"}}}, "lists each path once"),
     "a module without its holder": ({"modules": {"4": {"path": "9.9"}}}, "lists 9.9 and not the module that holds it"),
     "shared with nothing": ({"modules": {"4": {"shared_with": "7"}}}, "4 is 7 as well, which it does not list"),
     "a trained whole number": (

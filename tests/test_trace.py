@@ -188,3 +188,24 @@ def test_modes_see_each_operator_of_the_pass() -> None:
     seen = run(model, [torch.zeros(1, 2, device="meta")], modes=[names])
     assert seen.failure is None
     assert names.seen[-2:] == ["aten.addmm.default", "aten.relu.default"]
+
+
+def test_a_failure_names_the_file_and_line_of_the_users_code(cli: Cli, folder: Path) -> None:
+    lines = (
+        "import torch",
+        "class Net(torch.nn.Module):",
+        "    def __init__(self, wrong=False):",
+        "        super().__init__()",
+        "        self.a, self.b = torch.nn.Linear(4, 8), torch.nn.Linear(9, 2)",
+        "        self.wrong = wrong",
+        "    def forward(self, x):",
+        "        x = self.a(x)",
+        "        if self.wrong:",
+        "            x = x.view(-1, 7)",
+        "        return self.b(x)",
+    )
+    (folder / "own.py").write_text("\n".join(lines))
+    totals = cli("summary", "own.py:Net", "--input-size", "1,4").out
+    assert "the forward pass ended in b (own.py:11): [1,8] float32 flows in, it expects [*,9]" in totals
+    totals = cli("summary", "own.py:Net(wrong=True)", "--input-size", "1,4").out
+    assert "the forward pass ended in the model itself (own.py:10): " in totals

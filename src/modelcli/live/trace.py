@@ -9,10 +9,13 @@ import contextlib
 import inspect
 import re
 import sys
+import sysconfig
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -95,7 +98,27 @@ class Failure:
     @property
     def reason(self) -> str:
         """One line for a person."""
-        return f"the forward pass ended in {self.path or 'the model itself'}: {self.text}"
+        return f"the forward pass ended in {self.path or 'the model itself'}{self.line}: {self.text}"
+
+    @property
+    def line(self) -> str:
+        """` (nets.py:12)`: the last line that ran of code of the user's own; nothing where none ran."""
+        frames = traceback.extract_tb(self._cause[0].__traceback__) or traceback.extract_tb(self.error.__traceback__)
+        own = [frame for frame in frames if not _is_of_a_library(frame.filename)]
+        return f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
+
+
+def _is_of_a_library(filename: str) -> bool:
+    """Whether a file is installed, is modelcli's own, or is no file."""
+    path = Path(filename)
+    if filename.startswith("<") or not {"site-packages", "dist-packages"}.isdisjoint(path.parts):
+        return True
+    return path.is_relative_to(_HERE) or path.is_relative_to(_STANDARD_LIBRARY)
+
+
+#: Where modelcli and Python's standard library are.
+_HERE = Path(__file__).parent.parent
+_STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
 
 
 @dataclass
@@ -214,7 +237,8 @@ def _explained(failure: Failure, explainer: rules.Explainer) -> Failure:
     """A failure in the terms of the rules for `torch.nn`, where these know better why the module does not run."""
     if failure.needs_numbers:
         return failure
-    return replace(failure, error=explainer.explained(failure.path, failure.error))
+    explained = explainer.explained(failure.path, failure.error)
+    return replace(failure, error=explained.with_traceback(failure.error.__traceback__))
 
 
 def _require_result(output: Any) -> None:

@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from modelcli.live import rules, trace
-from modelcli.live.twins import meta_twin
+from modelcli.live.twins import fake_twin, meta_twin
+from tests.test_rules_against_cpu import Calls
 
 SHAPES: tuple[tuple[int, ...], ...] = (
     (),
@@ -146,3 +148,43 @@ def test_a_misfit_says_what_flows_and_what_is_expected() -> None:
     assert misfit == rules.Misfit("[1,4,5,5] float32", "8 channels", "in_channels", 4)
     assert rules.check(nn.Linear(4, 2), (), {"input": torch.zeros(1, 4)}) is None
     assert rules.check(nn.Identity(), (torch.zeros(1),), {}) is None
+
+
+def test_fake_tensors_are_held_to_the_same_rules() -> None:
+    """They forgive what the meta device forgives, and what only its kernels refuse runs."""
+    fake = FakeTensorMode()
+    bytes_as_mask = Calls(lambda _, x: torch.where(x.to(torch.uint8), x, x))
+    for module, fails in (
+        (nn.Linear(4, 2, dtype=torch.bfloat16), True),
+        (nn.Linear(4, 2), False),
+        (bytes_as_mask, False),
+    ):
+        twin = fake_twin(module, fake)
+        with fake:
+            flow = torch.zeros(1, 4)
+        seen = trace.run(twin, [flow], device="fake", modes=[fake])
+        assert (seen.failure is not None) == fails, seen.failure
+
+
+def test_a_forward_may_catch_what_the_cpu_would_raise() -> None:
+    class Tries(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            try:
+                return x @ self.w
+            except RuntimeError:
+                return x @ self.w.to(x.dtype)
+
+    seen = trace.run(meta_twin(Tries()), [torch.zeros(1, 4, device="meta")])
+    assert seen.failure is None
+    assert seen.output.dtype == torch.float32
+
+
+def test_an_operator_that_only_the_meta_device_refuses_runs() -> None:
+    """torch.where takes bytes as a mask on the CPU, and says that it will not for ever."""
+    module = Calls(lambda _, x: torch.where(x.to(torch.uint8), x, x))
+    seen = trace.run(meta_twin(module), [torch.zeros(2, 4, device="meta")])
+    assert (seen.failure, trace.shape_of(seen.output)) == (None, [2, 4])

@@ -208,7 +208,7 @@ def _run(func: Any, given: Mapping[str, Any], value: int) -> Any:
 
 
 def _as_on_cpu(func: Any, given: Mapping[str, Any], error: Exception) -> Any:
-    """What the CPU gives, on meta, for an operator whose meta kernel refuses it; None where the CPU refuses it too.
+    """What the CPU gives, without values, for an operator whose meta kernel refuses it; None where the CPU does too.
 
     An operator without a meta kernel is none of these: what comes out of it depends on the values that flow in.
     """
@@ -218,11 +218,14 @@ def _as_on_cpu(func: Any, given: Mapping[str, Any], error: Exception) -> Any:
     for same in _as_they_are(given):
         outcomes = [_run(func, same, value) for value in (0, 1)]
         shapes = [[(tensor.shape, tensor.dtype) for tensor in _tensors(outcome)] for outcome in outcomes]
-        if any(isinstance(outcome, _Refusal) for outcome in outcomes) or shapes[0] != shapes[1] or not shapes[0]:
+        if any(isinstance(outcome, _Refusal) for outcome in outcomes) or shapes[0] != shapes[1]:
+            return None
+        if not shapes[0] or not _tensors(given):
             return None
         if func._schema.is_mutable:
             return given["self"] if name.endswith("_") and "self" in given else None
-        made = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in shapes[0]]
+        device = _tensors(given)[0].device  # under fake tensors the one that they claim
+        made = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes[0]]
         return made[0] if isinstance(outcomes[0], torch.Tensor) else type(outcomes[0])(made)
     return None
 

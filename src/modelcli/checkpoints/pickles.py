@@ -200,6 +200,7 @@ _LOCATION = re.compile(r"(?!meta\b)[a-z][a-z0-9_]*(?::[0-9]{1,9})?")
 #: Numbers as Python's pickler writes them in text. Python's own readers disagree about others: one takes `010` for 8.
 _DECIMAL = re.compile(rb"-?(?:0|[1-9][0-9]*)")
 _FLOAT = re.compile(rb"-?(?:[0-9]+(?:\.[0-9]*)?(?:e[-+]?[0-9]+)?|inf)|nan", re.IGNORECASE)
+_PLAIN_DTYPES = frozenset(dtype for dtype in ITEM_BYTES if not dtype.startswith("q"))
 _SEQUENCES = frozenset({list, tuple})
 #: Opcodes whose argument is a line of text.
 _LINES = frozenset(b"cIFLSVgp")
@@ -902,6 +903,10 @@ class _Machine:
             last = self.extents[shape, stride] = self._extent(shape, stride)
         if dtype is None:
             raise FileFormatError(f"{self.where}: a tensor of shape {shape} in a storage without a dtype")
+        # Nearly all are plain: the bytes that they need are there, and nothing else has to be looked at.
+        plain = dtype == storage.dtype and not (storage.offset or storage.is_meta or grad) and dtype in _PLAIN_DTYPES
+        if plain and 0 <= offset <= storage.count - last and storage.count * ITEM_BYTES[dtype] <= storage.span.nbytes:
+            return TensorEntry(shape, dtype, stride, offset, storage.span, grad)
         if dtype.startswith("q"):
             raise FileFormatError(f"{self.where}: a quantized tensor of dtype {dtype} without a scale")
         item = ITEM_BYTES[dtype]

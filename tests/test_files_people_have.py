@@ -506,7 +506,6 @@ class Loaded:
         Calls(Phase, Phase("warm up"), 1),
         Calls(Loaded, "/tmp/x.so"),
         Calls(collections.defaultdict, os.getcwd),
-        Calls(getattr, os, "system"),
         os.system,
         Loaded(),
         functools.partial(os.system, "true"),
@@ -515,10 +514,7 @@ class Loaded:
     ids=lambda value: str(getattr(value, "call", value))[:30],
 )
 def test_any_other_object_beside_the_state_dict_is_refused(cli: Cli, folder: Path, value: Any) -> None:
-    try:
-        torch.save({"model": linear(), "args": argparse.Namespace(lr=0.1), "x": value}, "train.pth")
-    except (pickle.PicklingError, TypeError):
-        pytest.skip("Python does not pickle it")
+    torch.save({"model": linear(), "args": argparse.Namespace(lr=0.1), "x": value}, "train.pth")
     error = cli("cast", "weight", "float16", "-m", "train.pth", "-o", "out.pth", code=3).err
     assert "--tensors-only" in error
     assert not Path("out.pth").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -474,3 +475,20 @@ def test_the_rules_hold_for_every_pass(cli: Cli, model: str, words: tuple[str, .
     told = cli.capsys.readouterr()
     assert code in (1, 2)
     assert reason in " ".join((told.out + told.err).split())
+
+
+def test_the_fix_of_a_part_of_a_new_module_can_be_typed(cli: Cli, folder: Path) -> None:
+    """The unedited model has no fc.2: the part is mended inside the new module."""
+    new = "Sequential(Linear(_,256),ReLU(),{})"
+    error = refused(cli, folder, "replace", "fc", new.format("Linear(7,10)"), "-m", "resnet18")
+    assert "fc.2 Linear(7, 10) does not fit: [1,256] float32" in error
+    assert "replace fc.2" not in error
+    mended = re.search(r"hint: write (\S+) for Linear\(7, 10\) inside the module that goes to fc\n", error)
+    assert mended is not None
+    cli("replace", "fc", new.format(mended[1]), "-m", "resnet18", "--dry-run")
+
+
+def test_selectors_joined_by_commas_are_answered_with_what_works(cli: Cli, folder: Path) -> None:
+    error = cli("replace", "relu,maxpool", "Identity()", "-m", "resnet18", code=2).err
+    assert "hint: write '{relu,maxpool}', in quotes" in error
+    cli("replace", "{relu,maxpool}", "Identity()", "-m", "resnet18", "--dry-run", "--check", "none")

@@ -122,8 +122,7 @@ MISTAKES = {
     "targets with a comma between": (
         "freeze features,classifier -m alexnet",
         2,
-        "error: no tensor matches 'features,classifier'\n"
-        "hint: write '{features,classifier}', or each selector as a word of its own: features classifier",
+        "error: no tensor matches 'features,classifier'\nhint: write '{features,classifier}', in quotes",
     ),
     "several modules": (
         "replace classifier.6 Linear(_,3) Linear(3,4) -m alexnet",

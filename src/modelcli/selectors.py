@@ -559,8 +559,9 @@ def _in_words(text: str) -> str | None:
     parts = [part.strip() for part in text.split(",")]
     if len(parts) < 2 or not all(re.fullmatch(r"[\w.*?-]+", part) for part in parts):
         return None
-    braces = "" if "." in text else f"'{{{','.join(parts)}}}', or "
-    return f"write {braces}each selector as a word of its own: {' '.join(parts)}"
+    if "." not in text:
+        return f"write '{{{','.join(parts)}}}', in quotes"
+    return f"an edit of several targets takes each as a word of its own ({' '.join(parts)}); others take one at a time"
 
 
 def _nearest(selector: Selector, blueprint: Blueprint, noun: str) -> str:

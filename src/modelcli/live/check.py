@@ -313,6 +313,9 @@ def _fix(module: nn.Module, path: str, misfit: Misfit, edited: Mapping[str, str]
             return f"{whole}; --check none writes it all the same"
         return f"cast {quoted(path)} {misfit.dtype} as well, or cast . {misfit.dtype}, which is the whole model"
     if misfit.argument is not None and misfit.value is not None:
+        place, inner = _placed_above(path, edited), _with(module, misfit.argument, misfit.value)
+        if place is not None and inner is not None:
+            return f"write {inner} for {brief(module)} inside the module that goes to {shown(place)}"
         text = None if settled else _with_hole(module, misfit.argument)
         if text is not None:
             if touched:
@@ -339,6 +342,12 @@ def _edited_elsewhere(edited: Mapping[str, str]) -> str:
 
 def _is_touched(path: str, edited: Mapping[str, str]) -> bool:
     return any(_is_below(path, place) for place in edited)
+
+
+def _placed_above(path: str, edited: Mapping[str, str]) -> str | None:
+    """The path of the new module that a module is a part of: by itself no edit can name it, before that is written."""
+    placed = [place for place, verb in edited.items() if verb in ("replace", "add", "insert", "append")]
+    return next((place for place in placed if path != place and _is_below(path, place)), None)
 
 
 def _again(path: str, edited: Mapping[str, str]) -> str:

@@ -697,6 +697,21 @@ def test_looking_says_what_it_would_fetch(how: str, cli: Cli, folder: Path) -> N
     assert time.perf_counter() - started < 20
 
 
+def test_what_the_hub_would_be_asked_for_is_named(cli: Cli, folder: Path) -> None:
+    """As huggingface_hub and timm raise it: the error itself does not say which file was meant."""
+    written(
+        folder,
+        "class LocalEntryNotFoundError(OSError):\n    pass\n"
+        "def hf_hub_download(repo_id, filename):\n    raise LocalEntryNotFoundError('not in the local cache')\n"
+        "class Net(nn.Module):\n"
+        + INIT
+        + "        hf_hub_download('timm/resnet18.a1_in1k', filename='model.safetensors')\n",
+    )
+    error = cli("summary", "own.py:Net", "--input-size", "2,4", code=2).err
+    assert "model.safetensors of timm/resnet18.a1_in1k" in error
+    assert "downloads nothing" in error
+
+
 def test_looking_tells_the_hub_to_stay_offline(cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     written(

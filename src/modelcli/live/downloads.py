@@ -7,6 +7,7 @@ import importlib
 import os
 import socket
 import sys
+import traceback
 import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -58,6 +59,8 @@ def none_allowed() -> Iterator[None]:
             yield
         except ModelcliError as error:
             if not isinstance(error, DownloadError) and _is_not_cached(error):
+                if (asked := _asked_for(error)) is not None:
+                    error.message += f" (to build it would fetch {asked})"
                 error.hint = f"looking at a model downloads nothing: {_HINT}"
             raise
 
@@ -105,6 +108,22 @@ def _is_not_cached(error: BaseException | None) -> bool:
             return True
         error, seen = error.__cause__ or error.__context__, seen + 1
     return False
+
+
+def _asked_for(error: BaseException | None) -> str | None:
+    """The repository on the Hub, and its file, that the call which failed was asked for."""
+    found: dict[str, str] = {}
+    seen = 0
+    while error is not None and seen < 20:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            for name in ("repo_id", "path_or_repo_id", "filename"):
+                if isinstance(value := frame.f_locals.get(name), str):
+                    found[name] = value
+        error, seen = error.__cause__ or error.__context__, seen + 1
+    repository = found.get("repo_id") or found.get("path_or_repo_id")
+    if repository is None:
+        return None
+    return f"{found['filename']} of {repository}" if "filename" in found else repository
 
 
 @contextlib.contextmanager

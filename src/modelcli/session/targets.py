@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modelcli import references
-from modelcli.blueprints import listed
+from modelcli.blueprints import ROOT, listed
 from modelcli.edits import Edit
 from modelcli.errors import ModelcliError, RequestError
 from modelcli.expressions import Call, names_in
@@ -131,7 +131,9 @@ def recipe_locked(
 
 
 def names_model(word: str) -> bool:
-    """Whether a word is the name of a builder, or of a checkpoint that is there."""
+    """Whether a word is the name of a builder, or of a checkpoint that is there; `.` is a model's root in an edit."""
+    if word == ROOT:
+        return False
     try:
         reference = references.parse(word)
         if isinstance(reference, CheckpointFile):

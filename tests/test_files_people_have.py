@@ -11,6 +11,7 @@ import functools
 import os
 import pickle
 import subprocess
+import tracemalloc
 import uuid
 import zipfile
 from collections.abc import Callable
@@ -723,3 +724,21 @@ def test_an_exported_program_is_shown_and_converted(cli: Cli, folder: Path) -> N
     cli("save", "out.pth", "-m", "program.pt2")
     net.load_state_dict(torch.load("out.pth", weights_only=True))
     cli("load", "program.pt2", "--arch", "Sequential(Linear(2,3),BatchNorm1d(3))")
+
+
+def test_many_arrays_of_one_text_are_made_of_it_once(cli: Cli, folder: Path) -> None:
+    """A file of 2 MB would take 2 GB if each array had its own copy."""
+    count = 1_000_000
+    shape = b"J" + count.to_bytes(4, "little")
+    head = (
+        b"\x80\x02X" + count.to_bytes(4, "little") + b"a" * count + b"q\x000"
+        b"cnumpy.core.multiarray\n_reconstruct\nq\x010cnumpy\nndarray\nq\x020"
+        b"cnumpy\ndtype\n(X\x02\x00\x00\x00u1K\x00K\x01tRq\x030}"
+    )
+    array = b"h\x01(h\x02K\x00\x85X\x01\x00\x00\x00btR(K\x01" + shape + b"\x85h\x03\x89h\x00tb"
+    arrays = b"".join(b"X\x05\x00\x00\x00w%04d" % number + array + b"s" for number in range(2000))
+    Path("many.pkl").write_bytes(head + arrays + b".")
+    tracemalloc.start()
+    assert cli("params", "many.pkl", "--json").json["tensors"][1999]["shape"] == [count]
+    assert tracemalloc.get_traced_memory()[1] < 100_000_000
+    tracemalloc.stop()

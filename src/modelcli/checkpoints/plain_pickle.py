@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +107,25 @@ class _Reader:
 
     path: Path
     file: FileId
+    #: What was made of texts and bytes, by their identity: a small file can name large ones at many places.
+    encoded: dict[int, tuple[Any, bytes | None]] = field(default_factory=dict)
+    storages: dict[int, StorageRef | None] = field(default_factory=dict)
 
     def storage(self, args: tuple[Any, ...]) -> StorageRef | None:
         """What `torch.storage._load_from_bytes(bytes)` gives: a file of torch.save in itself, of one storage."""
-        data = _bytes_of(args[0]) if len(args) == 1 else None
-        return None if data is None else torch_legacy.storage_in(data, f"{self.path}: a storage in it", self._held)
+        data = self._bytes_of(args[0]) if len(args) == 1 else None
+        if data is None:
+            return None
+        if id(data) not in self.storages:
+            self.storages[id(data)] = torch_legacy.storage_in(data, f"{self.path}: a storage in it", self._held)
+        return self.storages[id(data)]
+
+    def _bytes_of(self, value: Any) -> bytes | None:
+        """Bytes in each of the ways in which they are pickled; the same object for the same text."""
+        plain = _innermost(value)
+        if id(plain) not in self.encoded:
+            self.encoded[id(plain)] = plain, _encoded(plain)
+        return self.encoded[id(plain)][1]
 
     def _held(self, data: memoryview) -> Held:
         return Held(data, self.file)
@@ -150,7 +164,7 @@ class _Reader:
                 pass
             case _:
                 return None
-        kind, found = self._dtype(dtype), _bytes_of(data)
+        kind, found = self._dtype(dtype), self._bytes_of(data)
         if kind is None or found is None:
             return None
         where = f"{self.path}: an array of shape {list(shape)}"
@@ -172,25 +186,27 @@ class _Reader:
         return None
 
 
-def _bytes_of(value: Any) -> bytes | None:
-    """Bytes in each of the ways in which they are pickled."""
-    match value:
-        case bytes():
-            return value
-        case str():  # as Python 2 wrote them
-            try:
-                return value.encode("latin-1")
-            except UnicodeEncodeError:
-                return None
-        case Opaque(call=Global(module="_codecs", name="encode"), args=(str() as text, str() as encoding)) if (
-            encoding in ("latin1", "latin-1")
-        ):
-            return _bytes_of(text)
-        case Opaque(call=Global(name="bytearray"), args=(inner,)):
-            return _bytes_of(inner)
-        case Opaque(call=Global(name="bytes"), args=()):
-            return b""
-    return None
+def _innermost(value: Any) -> Any:
+    """The text or bytes that a call makes bytes of; the value itself where it is no such call."""
+    for _ in range(2):
+        match value:
+            case Opaque(call=Global(module="_codecs", name="encode"), args=(str() as text, "latin1" | "latin-1")):
+                return text
+            case Opaque(call=Global(name="bytearray"), args=(inner,)):
+                value = inner
+            case Opaque(call=Global(name="bytes"), args=()):
+                return b""
+    return value
+
+
+def _encoded(value: Any) -> bytes | None:
+    """Bytes as they are, and texts as Python 2 wrote them; None for anything else."""
+    if isinstance(value, bytes):
+        return value
+    try:
+        return value.encode("latin-1") if isinstance(value, str) else None
+    except UnicodeEncodeError:
+        return None
 
 
 def _names_in(tree: Any) -> set[str]:

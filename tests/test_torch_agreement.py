@@ -488,6 +488,17 @@ def test_a_class_is_named_by_its_very_bytes() -> None:
     assert found.foreign == ("os.sys\\x74em",)
 
 
+def test_a_frame_ends_between_two_opcodes() -> None:
+    """Python's reader drops the start of what a frame cuts in two, and so finds another name."""
+    whole = pickle.dumps({"a": 1, "b": [2.5, "x"]}, protocol=4)
+    assert pickles.read(whole, "made").value == {"a": 1, "b": [2.5, "x"]}
+    for length in (len(whole) - 8, len(whole) - 4, 2**62):
+        with pytest.raises(FileFormatError, match="frame"):
+            pickles.read(
+                whole[:3] + struct.pack("<Q", length) + whole[11:-2] + b"ctorch\nfloat32\n0" + whole[-2:], "made"
+            )
+
+
 def test_nothing_below_a_mark_is_taken() -> None:
     for data in (b"\x80\x02K\x01(0.", b"\x80\x02K\x01(\x85.", b"\x80\x02K\x01(q\x00.", b"\x80\x02K\x01(2."):
         with pytest.raises((IndexError, pickle.UnpicklingError)):

@@ -200,6 +200,8 @@ _LOCATION = re.compile(r"(?!meta\b)[a-z][a-z0-9_]*(?::[0-9]{1,9})?")
 #: Numbers as Python's pickler writes them in text. Python's own readers disagree about others: one takes `010` for 8.
 _DECIMAL = re.compile(rb"-?(?:0|[1-9][0-9]*)")
 _FLOAT = re.compile(rb"-?(?:[0-9]+(?:\.[0-9]*)?(?:e[-+]?[0-9]+)?|inf)|nan", re.IGNORECASE)
+#: Behind every place in a pickle.
+_NO_FRAME = 1 << 63
 _PLAIN_DTYPES = frozenset(dtype for dtype in ITEM_BYTES if not dtype.startswith("q"))
 _SEQUENCES = frozenset({list, tuple})
 #: Opcodes whose argument is a line of text.
@@ -324,10 +326,15 @@ class _Machine:
         stack, below = self.stack, self.below
         position, nodes, stream = 0, 0, io.BytesIO(data)
         left = limits.OPCODES.value
+        frame_end = _NO_FRAME
         while left > 0:
             block = min(_BLOCK, left)
             left -= block
             for _ in range(block):
+                if position >= frame_end:
+                    if position > frame_end:  # Python's reader drops the first part of an argument that is cut in two
+                        raise FileFormatError(f"{self.where} is damaged: a frame ends inside an opcode")
+                    frame_end = _NO_FRAME
                 code = data[position]
                 position += 1
                 if code == 0x72:  # LONG_BINPUT
@@ -390,6 +397,8 @@ class _Machine:
                     position += 4
                 elif code == 0x2E:  # STOP
                     limits.NODES.check(nodes, self.where)
+                    if frame_end not in (position, _NO_FRAME):
+                        raise FileFormatError(f"{self.where} is damaged: a frame does not end where its pickle does")
                     return stack.pop(), position
                 else:
                     opcode = _OPCODES.get(code)
@@ -409,6 +418,11 @@ class _Machine:
                         arg = opcode.arg.reader(stream)
                         position = stream.tell()
                     nodes += 1
+                    if code == 0x95:  # FRAME
+                        if frame_end != _NO_FRAME or position + arg > len(data):
+                            raise FileFormatError(f"{self.where} is damaged: a frame is longer than what it stands in")
+                        frame_end = position + arg
+                        continue
                     self._step(opcode.name, arg)
                     stack = self.stack
             limits.NODES.check(nodes, self.where)
@@ -466,7 +480,7 @@ class _Machine:
         """One opcode that is not among the commonest."""
         stack = self.stack
         match name:
-            case "PROTO" | "FRAME":
+            case "PROTO":
                 pass
             case "POP":
                 if not stack and self.below:

@@ -512,7 +512,19 @@ class Loaded:
         functools.partial(os.system, "true"),
         nn.Linear(2, 2),
     ],
-    ids=lambda value: str(getattr(value, "call", value))[:30],
+    ids=[
+        "system",
+        "Popen",
+        "eval",
+        "touch",
+        "enum",
+        "own class called",
+        "factory",
+        "function",
+        "own class",
+        "partial",
+        "module",
+    ],
 )
 def test_any_other_object_beside_the_state_dict_is_refused(cli: Cli, folder: Path, value: Any) -> None:
     torch.save({"model": linear(), "args": argparse.Namespace(lr=0.1), "x": value}, "train.pth")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from modelcli import wrappers
 from modelcli.blueprints import Shape, TensorInfo
-from modelcli.wrappers import Unwrapping
+
+if TYPE_CHECKING:
+    from modelcli.wrappers import Unwrapping
 
 Shapes = Mapping[str, Shape]
 
@@ -59,6 +61,8 @@ def shapes_of(tensors: Iterable[TensorInfo]) -> dict[str, Shape]:
 
 def unwrapped(shapes: Shapes) -> tuple[Shapes, Unwrapping]:
     """The shapes without what wrappers put into the names, and what that is. No known model has such names."""
+    from modelcli import wrappers
+
     found = wrappers.known(shapes)
     if not found:
         return shapes, found

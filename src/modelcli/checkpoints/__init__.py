@@ -5,7 +5,7 @@ from __future__ import annotations
 import stat
 from pathlib import Path
 
-from modelcli.checkpoints import distributed, folders, kinds, plain_pickle, safetensors, torch_legacy, torch_zip
+from modelcli.checkpoints import folders, kinds
 from modelcli.checkpoints.contents import CompositeEntry, Contents, Span, Storage, TensorEntry
 from modelcli.errors import FileFormatError, RequestError, SystemFailureError
 
@@ -24,7 +24,7 @@ def read(path: Path, *, key: str | None = None) -> Contents:
     """
     try:
         if path.is_dir():
-            path = distributed.metadata_in(path) or folders.index_in(path)
+            path = folders.metadata_in(path) or folders.index_in(path)
         if not path.exists():
             raise RequestError(f"no such file: {path}")
         if not path.is_file():
@@ -34,7 +34,9 @@ def read(path: Path, *, key: str | None = None) -> Contents:
     if path.name.endswith(folders.INDEX_SUFFIX):
         _refuse_key(key, path, "an index of shards")
         return folders.read(path, _read_file)
-    if path.name == distributed.METADATA:
+    if path.name == folders.METADATA:
+        from modelcli.checkpoints import distributed
+
         return distributed.read(path, key)
     return _read_file(path, key)
 
@@ -45,10 +47,10 @@ def accounts_beside(path: Path) -> list[Path]:
     Other programs may read the folder by one of these.
     """
     if path.is_dir():
-        path = distributed.metadata_in(path) or folders.index_in(path)
-    if not path.name.endswith(folders.INDEX_SUFFIX) and path.name != distributed.METADATA:
+        path = folders.metadata_in(path) or folders.index_in(path)
+    if not path.name.endswith(folders.INDEX_SUFFIX) and path.name != folders.METADATA:
         return []
-    found = [*path.parent.glob(f"*{folders.INDEX_SUFFIX}"), path.parent / distributed.METADATA]
+    found = [*path.parent.glob(f"*{folders.INDEX_SUFFIX}"), path.parent / folders.METADATA]
     return sorted(other for other in found if other != path and other.is_file())
 
 
@@ -57,7 +59,7 @@ def _read_file(path: Path, key: str | None = None) -> Contents:
     try:
         return _read_by_content(path, key)
     except FileFormatError as error:
-        if path.suffix == distributed.SUFFIX and (path.parent / distributed.METADATA).exists():
+        if path.suffix == folders.RANK_SUFFIX and (path.parent / folders.METADATA).exists():
             what = f"{path} is what one rank wrote of a torch.distributed.checkpoint"
             raise FileFormatError(what, f"name its folder: {path.parent}/") from None
         raise error
@@ -76,16 +78,22 @@ def _read_by_content(path: Path, key: str | None) -> Contents:
         raise SystemFailureError(f"cannot read {path}: {error.strerror or error}") from None
     if not size:
         raise FileFormatError(f"{path} is empty", "the program that wrote it may have been interrupted")
-    is_zip = head.startswith((b"PK\x03\x04", b"PK\x05\x06"))
-    is_safetensors, is_legacy = safetensors.looks_like(head, size), torch_legacy.looks_like(head)
-    if is_zip or is_safetensors or is_legacy:
-        _refuse_second_format(path, head, end, is_zip=is_zip)
-    if is_zip:
+    # Each reader is imported for its own files alone: a look at one of another format need not pay for it.
+    if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+        from modelcli.checkpoints import torch_zip
+
+        _refuse_second_format(path, head, end, is_zip=True)
         return torch_zip.read(path, key)
-    if is_safetensors:
+    from modelcli.checkpoints import safetensors
+
+    if safetensors.looks_like(head, size):
+        _refuse_second_format(path, head, end, is_zip=False)
         _refuse_key(key, path, "a safetensors file")
         return safetensors.read(path)
-    if is_legacy:
+    from modelcli.checkpoints import plain_pickle, torch_legacy
+
+    if torch_legacy.looks_like(head):
+        _refuse_second_format(path, head, end, is_zip=False)
         return torch_legacy.read(path, key)
     if plain_pickle.looks_like(head):
         return plain_pickle.read(path, key)

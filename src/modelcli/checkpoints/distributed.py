@@ -16,9 +16,7 @@ from modelcli.checkpoints.contents import Contents, JoinedSpan, Storage, TensorE
 from modelcli.errors import FileFormatError, SystemFailureError, UnsafeError
 from modelcli.open_folder import read_regular
 
-METADATA = ".metadata"
-#: How the files end that each rank writes.
-SUFFIX = ".distcp"
+METADATA = folders.METADATA
 #: What an account of a part of a tensor takes in a `.metadata`, and what one of its corners is to be counted as.
 _PART, _CORNER = 64, 8
 #: Entries that are no tensors repeat one another (a learning rate for each parameter): these are parsed once.
@@ -57,14 +55,6 @@ _EXPECTED = frozenset(
 Way = tuple[str | int, ...]
 #: Where parts lie, by the name of their tensor and their offsets in it (None for what is no tensor).
 Places = Mapping[tuple[str, Shape | None], embedded.Place]
-
-
-def metadata_in(folder: Path) -> Path | None:
-    """The `.metadata` of a folder; None where it has none, or an index of shards that goes first."""
-    path = folder / METADATA
-    if not path.is_file() or any(folder.glob(f"*{folders.INDEX_SUFFIX}")):
-        return None
-    return path
 
 
 def read(path: Path, key: str | None) -> Contents:

@@ -9,12 +9,14 @@ from typing import Any
 
 from modelcli import record as records
 from modelcli.blueprints import counted, listed
-from modelcli.checkpoints import carried, deepspeed, limits, strict_json
+from modelcli.checkpoints import carried, limits, strict_json
 from modelcli.checkpoints.contents import CompositeEntry, Contents, TensorEntry
 from modelcli.errors import FileFormatError, RequestError, SystemFailureError
 from modelcli.open_folder import read_regular
 
 INDEX_SUFFIX = ".index.json"
+#: The account of a folder that torch.distributed.checkpoint wrote, and how the files end that each rank writes.
+METADATA, RANK_SUFFIX = ".metadata", ".distcp"
 
 #: The names under which Hugging Face's programs keep all weights of a model, or of an adapter, in one file.
 WHOLE_FILES = frozenset(
@@ -34,6 +36,14 @@ WHOLE_FILES = frozenset(
 _PART = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
 
 Reader = Callable[[Path], Contents]
+
+
+def metadata_in(folder: Path) -> Path | None:
+    """The `.metadata` of a folder; None where it has none, or an index of shards that goes first."""
+    path = folder / METADATA
+    if not path.is_file() or any(folder.glob(f"*{INDEX_SUFFIX}")):
+        return None
+    return path
 
 
 def index_in(folder: Path) -> Path:
@@ -56,6 +66,8 @@ def index_in(folder: Path) -> Path:
     if whole:
         told = listed([str(folder / name) for name in whole], 6)
         raise RequestError(f"{folder} holds {len(whole)} files of weights and no index", f"name one of {told}")
+    from modelcli.checkpoints import deepspeed
+
     deepspeed.require_no_checkpoint(folder, names)
     if parts := [name for name in names if _PART.fullmatch(name)]:
         raise RequestError(

@@ -20,7 +20,6 @@ from typing import Any, BinaryIO
 from modelcli.blueprints import ITEM_BYTES, is_differentiable, value_class
 from modelcli.checkpoints import limits, shapes
 from modelcli.checkpoints.contents import Storage, TensorEntry
-from modelcli.checkpoints.resolved import resolved
 from modelcli.errors import FileFormatError, ModelcliError
 
 
@@ -900,6 +899,8 @@ class _Machine:
         # Two tensors that share a storage and its marks stay tied.
         key = id(tensor.storage), tensor.dtype, conj, neg
         if key not in self.resolved:
+            from modelcli.checkpoints.resolved import resolved
+
             self.resolved[key] = resolved(tensor.storage, tensor.dtype, conj=conj, neg=neg)
         return replace(tensor, storage=self.resolved[key])
 

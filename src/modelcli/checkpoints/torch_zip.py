@@ -11,7 +11,6 @@ from modelcli import record as records
 from modelcli.blueprints import listed
 from modelcli.checkpoints import limits, pickles, trees, zip_directory
 from modelcli.checkpoints.contents import Contents, Span, Storage, identity_of
-from modelcli.checkpoints.inflating import Inflated
 from modelcli.checkpoints.zip_directory import Entry
 from modelcli.errors import FileFormatError, SystemFailureError
 
@@ -109,6 +108,8 @@ class Archive:
         zip_directory.require_method(entry, self.where)
         if entry.stored:
             return Span(self.path, entry.offset, entry.nbytes, self.identity)
+        from modelcli.checkpoints.inflating import Inflated
+
         packed = Span(self.path, entry.offset, entry.packed, self.identity)
         return Inflated(packed, entry.name, entry.nbytes, entry.crc)
 

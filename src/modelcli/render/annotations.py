@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from modelcli.errors import ModelcliError
-from modelcli.render.views import count, shape
+from modelcli.render.views import finding
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,3 @@ def _data(text: str) -> str:
 
 def _property(text: str) -> str:
     return _data(text).replace(":", "%3A").replace(",", "%2C")
-
-
-def finding(value: Any) -> str:
-    """What was found or wanted, as text: `61,100,840`, `[1,10]`, words as they are."""
-    return count(value) if isinstance(value, int) else value if isinstance(value, str) else shape(value)

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from modelcli.blueprints import (
     Blueprint,
@@ -22,11 +22,7 @@ from modelcli.blueprints import (
     shown,
     totals_of,
 )
-from modelcli.differences import Comparison, ModuleChange, TensorChange
 from modelcli.errors import ModelcliError
-from modelcli.likeness import Match
-from modelcli.render import folding
-from modelcli.render.annotations import CheckedModel, finding
 from modelcli.render.runs import Run, Runs
 from modelcli.render.views import (
     Branch,
@@ -37,6 +33,7 @@ from modelcli.render.views import (
     bar,
     compact,
     count,
+    finding,
     megabytes,
     number,
     path_column,
@@ -45,6 +42,12 @@ from modelcli.render.views import (
     signed,
     text,
 )
+
+if TYPE_CHECKING:
+    from modelcli.differences import Comparison, ModuleChange, TensorChange
+    from modelcli.likeness import Match
+    from modelcli.render.annotations import CheckedModel
+    from modelcli.render.folding import Fold
 
 SCHEMA = 1
 
@@ -468,6 +471,8 @@ def edits(
         footer.append(("check", f"not made: {check['reason']}"))
     shown_rows = [row | {"arrow": "->", "delta": row["params_after"] - row["params_before"]} for row in rows]
     if folded:
+        from modelcli.render import folding
+
         shown_rows = [_folded_change(fold) for fold in folding.folded(shown_rows, "path", _looks_of_change)]
     for row in shown_rows:
         if "bytes_before" in row:
@@ -492,7 +497,7 @@ def _looks_of_change(row: Mapping[str, Any]) -> tuple[object, ...]:
     return tuple(row.get(key) for key in keys)
 
 
-def _folded_change(fold: folding.Fold) -> dict[str, Any]:
+def _folded_change(fold: Fold) -> dict[str, Any]:
     """One row for changes that are the same: sizes are those of all of them."""
     first, number = fold.rows[0], len(fold.rows)
     sizes = {key: value * number for key, value in first.items() if type(value) is int}
@@ -611,6 +616,8 @@ def diff(a: str, b: str, found: Comparison, *, values: bool, folded: bool = Fals
     rows += [{"kind": "tensor", **row} for row in tensors]
     every = len(rows)
     if folded:
+        from modelcli.render import folding
+
         rows = [{**fold.rows[0], "name": fold.path} for fold in folding.folded(rows, "name", _looks_of_difference)]
     has_values = any(change.change == "values" for change in found.tensors)
     columns = [
@@ -625,8 +632,8 @@ def diff(a: str, b: str, found: Comparison, *, values: bool, folded: bool = Fals
         equal = counted(found.equal, "tensor")
         what = "the same" if values else "of the same structure (values were not compared)"
         return View(document, rows, columns, body=f"{a} and {b} are {what}: {equal} {_are(found.equal)} equal")
-    footer = [("Modules", _differing(found.modules))] if modules else []
-    differing = _differing(found.tensors)
+    footer = [("Modules", _differing(found.modules, "path"))] if modules else []
+    differing = _differing(found.tensors, "name")
     footer.append(("Tensors", f"{differing}, {found.equal:,} {_are(found.equal)} equal"))
     largest = max((row for row in found.tensors if row.max_abs_diff is not None), key=_size_of, default=None)
     if largest is not None:
@@ -669,11 +676,11 @@ def _side(value: Any) -> str:
     return shape(value) if isinstance(value, list) else text(value)
 
 
-def _differing(changes: Sequence[ModuleChange] | Sequence[TensorChange]) -> str:
+def _differing(changes: Sequence[ModuleChange] | Sequence[TensorChange], key: str) -> str:
     """`12 differ, 2 added, 1 removed`: how many have changed, whatever number of changes each has."""
     kinds: dict[str, str] = {}
     for change in changes:
-        name = change.path if isinstance(change, ModuleChange) else change.name
+        name: str = getattr(change, key)
         kinds[name] = change.change if change.change in ("added", "removed") else "differ"
     counts = Counter(kinds.values())
     parts = [f"{counts[kind]:,} {kind}" for kind in ("differ", "added", "removed") if counts[kind]]

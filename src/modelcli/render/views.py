@@ -72,6 +72,11 @@ def shape(value: Any) -> str:
     return "(" + ",".join(map(shape, value)) + ")"
 
 
+def finding(value: Any) -> str:
+    """What was found or wanted, as text: `61,100,840`, `[1,10]`, words as they are."""
+    return count(value) if isinstance(value, int) else value if isinstance(value, str) else shape(value)
+
+
 def number(value: float | None) -> str:
     """`-0.0173`, `3.2e-05`: three significant digits; of whole numbers below 10^9 all, so that a cell stays narrow."""
     if value is None or (isinstance(value, int) and abs(value) < 10**9):

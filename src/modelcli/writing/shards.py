@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modelcli import record as records
-from modelcli.checkpoints import distributed, folders
+from modelcli.checkpoints import folders
 from modelcli.errors import ModelcliError, SystemFailureError
 from modelcli.writing import safetensors
 from modelcli.writing.plan import Plan, PlannedTensor
@@ -67,8 +67,8 @@ def superseded(path: Path) -> set[str]:
     found = {name for name in names if name.endswith(folders.INDEX_SUFFIX)}
     for index in found.copy():
         found |= names & _named_by(path / index)
-    if distributed.METADATA in names:
-        found |= {name for name in names if name == distributed.METADATA or name.endswith(".distcp")}
+    if folders.METADATA in names:
+        found |= {name for name in names if name == folders.METADATA or name.endswith(".distcp")}
     return found
 
 
@@ -85,7 +85,7 @@ def other_indexes(path: Path) -> list[str]:
 
 
 def _is_other_index(name: str) -> bool:
-    return name == distributed.METADATA or (name.endswith(folders.INDEX_SUFFIX) and name != INDEX)
+    return name == folders.METADATA or (name.endswith(folders.INDEX_SUFFIX) and name != INDEX)
 
 
 def _cut(tensors: Mapping[str, PlannedTensor], max_bytes: int) -> list[dict[str, PlannedTensor]]:

@@ -42,15 +42,16 @@ def read(path: Path, *, key: str | None = None) -> Contents:
 
 
 def accounts_beside(path: Path) -> list[Path]:
-    """The accounts of checkpoints (an index of shards, a `.metadata`) that lie beside the one that `path` names.
+    """What lies beside an index of shards or a `.metadata` that `path` names, from which others may load the folder.
 
-    Other programs may read the folder by one of these.
+    That is another of these, or a file with all weights under a name that programs look for.
     """
     if path.is_dir():
         path = folders.metadata_in(path) or folders.index_in(path)
     if not path.name.endswith(folders.INDEX_SUFFIX) and path.name != folders.METADATA:
         return []
     found = [*path.parent.glob(f"*{folders.INDEX_SUFFIX}"), path.parent / folders.METADATA]
+    found += [path.parent / name for name in folders.WHOLE_FILES]
     return sorted(other for other in found if other != path and other.is_file())
 
 

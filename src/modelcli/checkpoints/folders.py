@@ -49,18 +49,21 @@ def metadata_in(folder: Path) -> Path | None:
 def index_in(folder: Path) -> Path:
     """The index of a folder, or of one without an index its only file of weights under a name that all programs use.
 
-    Raises RequestError where there is none or several, with what lies there instead.
+    Raises RequestError where there is none, or where several things may be meant, with what lies there.
     """
     try:
         names = sorted(entry.name for entry in folder.iterdir())
     except OSError as error:
         raise SystemFailureError(f"cannot read {folder}: {error.strerror or error}") from None
     found = [name for name in names if name.endswith(INDEX_SUFFIX)]
+    whole = [name for name in names if name in WHOLE_FILES]
+    if found and whole:  # programs differ in which they take
+        told = listed([str(folder / name) for name in (*found, *whole)], 6)
+        raise RequestError(f"{folder} holds an index and {whole[0]}, each with the weights", f"name one of {told}")
     if len(found) == 1:
         return folder / found[0]
     if found:
         raise RequestError(f"{folder} holds {len(found)} indexes", f"name one of {listed(found, 6)}")
-    whole = [name for name in names if name in WHOLE_FILES]
     if len(whole) == 1:
         return folder / whole[0]
     if whole:
@@ -93,7 +96,7 @@ def read(index: Path, read_file: Reader) -> Contents:
             paths[file] = inside(index, file)
             # One file may be spelt in several ways, and is read once.
             if paths[file].resolve() not in shards:
-                shards[paths[file].resolve()] = read_file(paths[file])
+                shards[paths[file].resolve()] = _shard(paths[file], read_file)
         shard = shards[paths[file].resolve()]
         if (entry := shard.tensors.get(name)) is not None:
             tensors[name] = entry
@@ -102,6 +105,7 @@ def read(index: Path, read_file: Reader) -> Contents:
     for path, shard in shards.items():
         if extra := next((name for name in shard.tensors if name not in weight_map), None):
             raise FileFormatError(f"{path.name} holds {extra}, which {index} does not name")
+    _refuse_twins(index, shards)
     text = metadata.get(records.SAFETENSORS_KEY)
     record, wrong = carried.record_in((text,), index)
     tensors |= {name: tensors[first] for name, first in carried.aliases_in(metadata, tensors, record).items()}
@@ -122,6 +126,22 @@ def read(index: Path, read_file: Reader) -> Contents:
         hidden=_of_all(shards, lambda shard: shard.hidden),
         notes=(f"{counted(len(tensors), 'tensor')} in {counted(len(shards), 'shard')}, as {index.name} says", *wrong),
     )
+
+
+def _shard(path: Path, read_file: Reader) -> Contents:
+    shard = read_file(path)
+    if shard.key is not None:
+        raise FileFormatError(f"{path} is a training checkpoint, and a shard is nothing but tensors by name")
+    return shard
+
+
+def _refuse_twins(index: Path, shards: Mapping[Path, Contents]) -> None:
+    """Raise FileFormatError for a name that two shards give to what is no tensor, or to a tensor in it."""
+    seen: dict[str, Path] = {}
+    for path, shard in shards.items():
+        for name in (*shard.rows, *shard.extras):
+            if seen.setdefault(name, path) != path:
+                raise FileFormatError(f"{index}: {seen[name].name} and {path.name} both hold {name}")
 
 
 def _of_all(shards: Mapping[Path, Contents], names: Callable[[Contents], Iterable[str]]) -> tuple[str, ...]:

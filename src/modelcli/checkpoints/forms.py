@@ -44,7 +44,8 @@ class _Forms:
         match value:
             case dict():
                 items = sorted(self.of(key) + self.of(item) for key, item in value.items())
-                return _digest(type(value).__name__, *items)
+                state = value.state if isinstance(value, OrderedDict) and value.state else None
+                return _digest(type(value).__name__, *items, *(() if state is None else ("state", self.of(state))))
             case Opaque(call=Global(module="_codecs", name="encode"), args=(str() as text, "latin1" | "latin-1")):
                 return self.of(text.encode("latin-1"))
             case Opaque(call=Global(name="set" | "frozenset" as name), args=tuple() as args):

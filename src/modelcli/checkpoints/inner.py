@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from modelcli.checkpoints import composites, limits
 from modelcli.checkpoints.contents import CompositeEntry, TensorEntry
-from modelcli.checkpoints.pickles import Global, Opaque, StorageRef
+from modelcli.checkpoints.pickles import Global, Opaque, OrderedDict, StorageRef
 
 #: What nothing lies in. As a tuple that is made once: a file may have 100,000 of them.
 _LEAVES = (str, int, float, bytes, type(None), Global)
 
 
 def tensors_within(
-    extras: Mapping[str, Any], where: str, budget: limits.Budget
+    extras: Mapping[str, Any], names: Collection[str], where: str, budget: limits.Budget
 ) -> tuple[dict[str, TensorEntry | CompositeEntry], list[str]]:
     """The tensors in lists, tuples and dicts, each named as Python reaches it: `layer._packed_params[0]`.
 
-    Gives the names of those entries besides in which something lies that only code could tell from tensors.
+    Gives the names of those entries besides in which something lies that only code could tell from tensors, or a tensor
+    that would be called as another one is. `names` are those of all entries of the state dict.
     """
     found: dict[str, TensorEntry | CompositeEntry] = {}
     unseen = []
@@ -29,9 +30,12 @@ def tensors_within(
             unseen.append(name)
         if holds_tensors(value, budget):
             for inner_name, tensor in _walk(name, value, budget):
+                if inner_name in names or inner_name in found:
+                    unseen.append(name)  # one row cannot show two tensors
+                    continue
                 is_view = isinstance(tensor, TensorEntry | CompositeEntry)
                 found[inner_name] = tensor if is_view else composites.entry_of(tensor, f"{where}: {inner_name}", budget)
-    return found, unseen
+    return found, list(dict.fromkeys(unseen))
 
 
 def _walk(name: str, value: Any, budget: limits.Budget) -> Iterator[tuple[str, Any]]:
@@ -90,6 +94,8 @@ def _all_in(value: Any, budget: limits.Budget) -> Iterator[Any]:
             continue
         if isinstance(item, dict):
             within = [*item.keys(), *item.values()]
+            if isinstance(item, OrderedDict):
+                within.append(item.state)
         elif isinstance(item, list | tuple):
             within = [*item]
         elif isinstance(item, Opaque):

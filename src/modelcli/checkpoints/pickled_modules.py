@@ -31,12 +31,13 @@ _NAME = 4
 @dataclass
 class Whole:
     """What a pickled module holds: its tensors under the names that `state_dict()` gives them, which of them are
-    buffers, and the names of its classes by path."""
+    buffers, and the names of its classes by path. `hidden` names what holds tensors that no state dict has."""
 
     tensors: dict[str, Any] = field(default_factory=dict)
     kinds: dict[str, Kind] = field(default_factory=dict)
     types: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    hidden: list[str] = field(default_factory=list)
 
 
 def is_module(value: Any) -> bool:
@@ -82,14 +83,16 @@ def read(path: Path, root: Any, budget: limits.Budget) -> Whole:
         _take_tensors(path, found, state, prefix, budget)
         inside = (*above, id(module))
         children = []
-        for name, child in _named_in(state, "_modules", prefix, budget):
+        for name, child in _named_in(path, state, "_modules", prefix, budget):
             if child is None or id(child) in inside:
                 continue
             if not is_module(child):
                 _refuse(path, prefix + name, child, "it is pickled in a way of its own")
             children.append((child, f"{prefix}{name}.", inside))
         stack += reversed(children)
-    found.notes = tuple(_told_of(_outside(path, found, places)))
+    outside = _outside(path, found, places)
+    found.notes = tuple(_told_of(outside))
+    found.hidden += outside
     return found
 
 
@@ -98,8 +101,11 @@ def _take_tensors(path: Path, found: Whole, state: dict[Any, Any], prefix: str, 
     hidden = _names_in_set(state.get("_non_persistent_buffers_set"), budget)
     tables: tuple[tuple[str, Kind], ...] = (("_parameters", "parameter"), ("_buffers", "buffer"))
     for table, kind in tables:
-        for name, tensor in _named_in(state, table, prefix, budget):
-            if tensor is None or name in hidden:
+        for name, tensor in _named_in(path, state, table, prefix, budget):
+            if tensor is None:
+                continue
+            if name in hidden:
+                found.hidden.append(prefix + name)
                 continue
             if not composites.is_tensor(tensor):
                 _refuse(path, prefix + name, tensor, "nothing says which values it has")
@@ -107,12 +113,15 @@ def _take_tensors(path: Path, found: Whole, state: dict[Any, Any], prefix: str, 
             found.kinds[prefix + name] = kind
 
 
-def _named_in(state: dict[Any, Any], table: str, prefix: str, budget: limits.Budget) -> Iterator[tuple[str, Any]]:
+def _named_in(
+    path: Path, state: dict[Any, Any], table: str, prefix: str, budget: limits.Budget
+) -> Iterator[tuple[str, Any]]:
     """What a module has under names in one of its tables, which several modules may have in common."""
     for name, value in state[table].items():
-        if isinstance(name, str):
-            budget.spend(limits.ENTRY + len(prefix) + len(name))
-            yield name, value
+        if not isinstance(name, str):
+            _refuse(path, f"{prefix}{table}[{name!r:.40}]", value, "torch names its tensors and modules by texts alone")
+        budget.spend(limits.ENTRY + len(prefix) + len(name))
+        yield name, value
 
 
 def _names_in_set(value: Any, budget: limits.Budget) -> set[str]:
@@ -151,6 +160,9 @@ def _holds_others(path: Path, name: str, value: Any, seen: set[int], shown: set[
         if isinstance(item, TensorEntry):
             found = found or id(item.storage) not in shown
             continue
+        if isinstance(item, pickles.StorageRef):
+            found = found or id(item.span) not in shown
+            continue
         if isinstance(item, _LEAVES) or id(item) in seen:
             continue
         seen.add(id(item))
@@ -161,14 +173,16 @@ def _holds_others(path: Path, name: str, value: Any, seen: set[int], shown: set[
                 _refuse(path, name, item, "it packs its weights in an object that only torch opens")
             stack += (item.args, item.state, *item.appended, *(part for pair in item.items for part in pair))
         elif isinstance(item, dict):
-            stack += item.values()
+            stack += (*item.keys(), *item.values())
+            if isinstance(item, pickles.OrderedDict):
+                stack.append(item.state)
         elif isinstance(item, list | tuple):
             stack += item
     return found
 
 
 #: What nothing lies in.
-_LEAVES = (str, int, float, bytes, type(None), pickles.Global, pickles.StorageRef)
+_LEAVES = (str, int, float, bytes, type(None), pickles.Global)
 
 
 def _told_of(names: list[str]) -> list[str]:

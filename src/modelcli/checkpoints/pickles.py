@@ -7,6 +7,7 @@ everything else, which remember the name of their class and what it was made fro
 from __future__ import annotations
 
 import codecs
+import collections
 import functools
 import io
 import pickletools
@@ -194,6 +195,8 @@ TENSOR_PROPERTIES = frozenset(
         *("_backward_hooks", "_post_accumulate_grad_hooks", "_is_param"),
     }
 )
+#: What every dict has. An attribute of such a name would stand before the dict's own: `items` that gives other items.
+_DICT_ATTRIBUTES = frozenset(dir(collections.OrderedDict))
 #: Where a storage was when it was saved, but for the meta device, which has no values.
 _LOCATION = re.compile(r"(?!meta\b)[a-z][a-z0-9_]*(?::[0-9]{1,9})?")
 #: Numbers as Python's pickler writes them in text. Python's own readers disagree about others: one takes `010` for 8.
@@ -953,6 +956,11 @@ class _Machine:
         match target, state:
             case OrderedDict(), dict():
                 self.budget.spend(_ITEM * len(state))
+                if (name := next((name for name in state if name in _DICT_ATTRIBUTES), None)) is not None:
+                    raise FileFormatError(
+                        f"{self.where}: the attribute {name!r} of a dict is set, by which programs read it",
+                        "load it with torch, and save dict(state_dict)",
+                    )
                 target.state = {**(target.state or {}), **state}
             case TensorEntry(is_parameter=True), (bool() as grad, _, _):
                 # As parameters were written before 0.4: whether it is trained, and nothing else.

@@ -187,16 +187,26 @@ def find(path: Path, pickled: pickles.Pickle, key: str | None) -> tuple[Path_, A
     if chosen.path:
         note = f"took the state dict under {chosen.key!r} of {path.name}"
         notes.append(f"{note}; --key takes another: {listed(others, 6)}" if others else note)
-    if beside := _beside(tree, chosen):
+    if beside := _beside(tree, chosen.path):
         notes.append(f"{listed(beside, 4)} beside it {'is' if len(beside) == 1 else 'are'} not shown")
     return chosen.path, chosen.value, tuple(notes)
 
 
-def _beside(tree: Any, chosen: Found) -> list[str]:
+def _beside(tree: Any, path: Path_) -> list[str]:
     """Tensors at the top of a file whose state dict lies deeper; one without a dimension is a figure of training."""
-    if not chosen.path or not isinstance(tree, dict):
+    if not path or not isinstance(tree, dict):
         return []
     return [str(name) for name, value in tree.items() if isinstance(value, TensorEntry) and value.shape]
+
+
+def left_out_by_guess(tree: Any, path: Path_, key: str | None) -> list[str]:
+    """Tensors at the top of a file that may belong to the model: its state dict has no usual name, and nobody named it.
+
+    Generators' states and what an optimizer keeps are none of a model's.
+    """
+    if key is not None or _rank(path) is not None:
+        return []
+    return [name for name in _beside(tree, path) if not name.startswith(_NEVER)]
 
 
 def _is_within(one: Found, other: Found) -> bool:

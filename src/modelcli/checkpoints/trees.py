@@ -44,14 +44,16 @@ def contents_of(
             tensors[name] = known[id(item)]
         else:
             extras[name] = item
-    within, beyond = inner.tensors_within(extras, str(path), pickled.budget)
+    within, beyond = inner.tensors_within(extras, state_dict, str(path), pickled.budget)
     unseen = [name for name, item in extras.items() if composites.may_be_tensor(item)]
     beyond = [name for name in beyond if name not in unseen]
+    left_out = [name for name in state_dicts.left_out_by_guess(pickled.value, keys, key) if name not in state_dict]
     attributes = dict.fromkeys(
         name for name, value in pickled.attributes if inner.may_hold_tensors(value, pickled.budget)
     )
     told = _told_of(unseen, beyond, tuple(attributes))
     state = state_dict.state if isinstance(state_dict, pickles.OrderedDict) else None
+    of_the_dict = [name for name, value in (state or {}).items() if inner.may_hold_tensors(value, pickled.budget)]
     metadata = state.get("_metadata") if isinstance(state, dict) else None
     if not isinstance(metadata, dict):
         metadata = {}
@@ -72,8 +74,12 @@ def contents_of(
         kinds=_kinds_of_scales(tensors) if whole is None else whole.kinds,
         order=tuple(state_dict) if extras else (),
         inner=within,
-        unseen=(*unseen, *beyond),
-        hidden=tuple(f"the attribute {name!r} of a tensor" for name in attributes),
+        unseen=(*unseen, *beyond, *left_out),
+        hidden=(
+            *(f"the attribute {name!r} of a tensor" for name in attributes),
+            *(f"the attribute {name!r:.40} of the state dict" for name in of_the_dict),
+            *(() if whole is None else whole.hidden),
+        ),
     )
 
 

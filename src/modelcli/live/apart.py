@@ -51,7 +51,7 @@ def of(module: nn.Module) -> Apart:
     for name, value in state.items():
         if name not in own and not (isinstance(value, torch.Tensor) and is_lazy(value)):
             _take(found, name, value)
-    inner, unseen = tensors_within(found.extras, "the model", Budget("the model", _PLENTY))
+    inner, unseen = tensors_within(found.extras, state, "the model", Budget("the model", _PLENTY))
     found.tensors |= inner
     found.unseen += unseen
     return found

@@ -1,0 +1,187 @@
+"""What a guard did not look at fails it: tensors whose names clash, that lie beside, or in what no state dict loads.
+
+Each file holds a NaN in a place of its own; `torch.load` is the witness that it is there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from tests.conftest import Cli
+
+FINE, WRONG = torch.tensor([1.0, 2.0]), torch.tensor([float("nan"), 1.0])
+
+
+class Payload:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch it-ran",)
+
+
+def with_attributes(**attributes: Any) -> OrderedDict[str, Any]:
+    state_dict: OrderedDict[str, Any] = OrderedDict(w=FINE)
+    state_dict.__dict__.update(attributes)
+    return state_dict
+
+
+def module(**attributes: Any) -> nn.Module:
+    made = nn.Linear(2, 2)
+    made.__dict__.update(attributes)
+    return made
+
+
+def with_buffer() -> nn.Module:
+    made = nn.Linear(2, 2)
+    made.register_buffer("scratch", WRONG, persistent=False)
+    return made
+
+
+def in_the_dict_of_an_entry() -> dict[str, Any]:
+    inner: OrderedDict[str, Any] = OrderedDict()
+    inner.__dict__["told"] = WRONG
+    return {"w": FINE, "more": inner}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"a": [FINE], "a[0]": WRONG, "b": FINE},
+        {"a[0]": WRONG, "a": [FINE]},
+        {"a": {"b": FINE}, "a['b']": WRONG},
+        {"w": FINE, "a": [[WRONG]], "a[0]": [FINE]},
+        {"w": FINE, "a[0]": [FINE], "a": [[WRONG]]},
+        {"tower": {"x": FINE, "y": FINE}, "w": WRONG},
+        with_attributes(told=WRONG),
+        with_attributes(_metadata={"": {"told": WRONG}}),
+        in_the_dict_of_an_entry(),
+        module(told=WRONG),
+        module(told={(1, 2): WRONG}),
+        module(told=WRONG.untyped_storage()),
+        with_buffer(),
+    ],
+    ids=[
+        "list, same name",
+        "list, same name first",
+        "dict, same name",
+        "two lists",
+        "two lists, turned round",
+        "beside a guess",
+        "attribute of the dict",
+        "metadata",
+        "attribute of a dict in it",
+        "attribute of a module",
+        "by a tuple",
+        "a storage",
+        "a buffer that no state dict has",
+    ],
+)
+def test_a_nan_that_has_no_row_fails(cli: Cli, folder: Path, value: Any) -> None:
+    torch.save(value, "m.pth")
+    found = cli("check", "m.pth", "--finite", "--json", code=1).json["checks"]
+    assert [row["passed"] for row in found] == [False]
+
+
+def test_names_that_clash_are_not_compared(cli: Cli, folder: Path) -> None:
+    torch.save({"a": [FINE], "a[0]": FINE}, "one.pth")
+    torch.save({"a": [WRONG], "a[0]": FINE}, "other.pth")
+    cli("diff", "one.pth", "other.pth", code=1)
+    cli("check", "one.pth", "--same-as", "other.pth", code=1)
+
+
+def test_what_lies_beside_counts_no_more_where_a_key_is_named(cli: Cli, folder: Path) -> None:
+    torch.save({"tower": {"x": FINE, "y": FINE}, "w": WRONG}, "m.pth")
+    cli("check", "m.pth", "--finite", "--key", "tower")
+    torch.save({"model": {"x": FINE}, "rng_state": torch.get_rng_state()}, "trained.pth")
+    cli("check", "trained.pth", "--finite")
+
+
+@pytest.mark.parametrize("attribute", ["keys", "items", "copy", "get", "__class__"])
+def test_an_attribute_that_hides_a_method_of_a_dict_is_refused(cli: Cli, folder: Path, attribute: str) -> None:
+    state_dict = with_attributes(extra=OrderedDict)
+    torch.save(state_dict, "m.pth")
+    plain = Path("m.pth").read_bytes()
+    cli("check", "m.pth", "--finite")
+    torch.save(with_attributes(**{attribute: OrderedDict}) if attribute != "items" else state_dict, "m.pth")
+    if attribute == "items":  # torch.save itself would ask it for the items
+        Path("m.pth").write_bytes(without_checksum(plain, b"extra", b"items"))
+    assert attribute in torch.load("m.pth", weights_only=True).__dict__
+    assert repr(attribute) in cli("check", "m.pth", "--finite", "--json", code=4).error["message"]
+
+
+def without_checksum(archive: bytes, before: bytes, after: bytes) -> bytes:
+    """An archive with other bytes of the same length in its pickle, which is written anew."""
+    import io
+    import zipfile
+
+    made = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(archive)) as old, zipfile.ZipFile(made, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name).replace(before, after))
+    return made.getvalue()
+
+
+def test_a_module_with_a_name_that_is_no_text_is_refused(cli: Cli, folder: Path) -> None:
+    made = nn.Linear(2, 2)
+    made._buffers[0] = WRONG  # type: ignore[index]
+    torch.save(made, "m.pth")
+    cli("check", "m.pth", "--finite", code=3)
+
+
+# --- folders -------------------------------------------------------------------------------------------------------
+
+
+def index(name: str, **files: str) -> None:
+    Path(name).write_text(json.dumps({"weight_map": files}))
+
+
+@pytest.mark.parametrize("whole", ["pytorch_model.bin", "model.safetensors"])
+def test_an_index_and_a_whole_file_may_both_be_meant(cli: Cli, folder: Path, whole: str) -> None:
+    torch.save({"w": FINE}, "part.bin")
+    index("pytorch_model.bin.index.json", w="part.bin")
+    if whole.endswith(".bin"):
+        torch.save({"w": WRONG, "payload": Payload()}, whole)
+    else:
+        save_file({"w": WRONG}, whole)
+    error = cli("check", "./", "--finite", "--json", code=2).error
+    assert whole in error["hint"]
+    cli("check", "pytorch_model.bin.index.json", "--finite")
+
+
+def test_what_programs_load_instead_of_an_index_counts_for_its_safety(cli: Cli, folder: Path) -> None:
+    save_file({"w": FINE}, "part.safetensors")
+    index("model.safetensors.index.json", w="part.safetensors")
+    cli("check", "model.safetensors.index.json", "--safe")
+    torch.save({"w": FINE, "payload": Payload()}, "pytorch_model.bin")
+    cli("check", "model.safetensors.index.json", "--safe", code=1)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"v": FINE, "w": WRONG}, {"w": FINE}),
+        ({"v": FINE, "more": [WRONG]}, {"w": FINE, "more": [FINE]}),
+        ({"v": FINE, "more[0]": WRONG}, {"w": FINE, "more": [FINE]}),
+    ],
+    ids=["tensor", "entry", "tensor in an entry"],
+)
+def test_a_name_in_two_shards_is_refused(cli: Cli, folder: Path, one: Any, other: Any) -> None:
+    torch.save(one, "1.bin")
+    torch.save(other, "2.bin")
+    named = {name: "1.bin" for name in one if name != "w"} | {"w": "2.bin"}
+    named.pop("more", None)
+    index("pytorch_model.bin.index.json", **named)
+    assert "both hold" in cli("check", "./", "--finite", "--json", code=4).error["message"]
+
+
+def test_a_training_checkpoint_is_no_shard(cli: Cli, folder: Path) -> None:
+    torch.save({"state_dict": {"w": FINE}, "w": WRONG}, "1.bin")
+    index("pytorch_model.bin.index.json", w="1.bin")
+    cli("check", "./", "--finite", code=4)

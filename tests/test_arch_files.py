@@ -81,6 +81,11 @@ def test_what_names_no_architecture_is_none(cli: Cli, folder: Path) -> None:
     (folder / "bare.toml").write_text('model = "trained.pth"\n')
     assert "names no architecture" in cli("save", "x.pth", "-m", "trained.pth", "--arch", "bare.toml", code=2).err
     assert "no such file: none.toml" in cli("save", "x.pth", "-m", "trained.pth", "--arch", "none.toml", code=2).err
+    for name, other in (("one", "two"), ("two", "one"), ("same", "same")):
+        (folder / f"{name}.toml").write_text(f'model = "trained.pth"\narch = "{other}.toml"\n')
+    for name in ("one", "same"):
+        error = cli("save", "x.pth", "-m", "trained.pth", "--arch", f"{name}.toml", code=2).err
+        assert f"the architecture of {name}.toml is that of {name}.toml itself" in error
     torch.save(nn.Linear(2, 2).state_dict(), "other.pth")
     assert "does not fit" in cli("save", "x.pth", "-m", "other.pth", "--arch", "head.pth", code=1).err
     with pytest.raises(RequestError, match="does not say its architecture"):

@@ -653,6 +653,46 @@ def test_names_of_torch_that_a_class_uses_otherwise(cli: Cli, folder: Path) -> N
     cli("freeze", "a", "-m", "own.py:Net", "-o", "out.pth")
 
 
+@pytest.mark.parametrize("name", ["named_modules", "named_parameters", "extra_repr", "_get_name"])
+def test_an_attribute_without_which_pytorch_lists_no_model(name: str, cli: Cli, folder: Path) -> None:
+    written(
+        folder,
+        f"class Inner(nn.Module):\n{INIT}        self.a = nn.Linear(4, 4)\n        self.{name} = [1]\n"
+        f"class Net(nn.Module):\n{INIT}        self.inner = nn.Sequential(Inner())\n",
+    )
+    for command in ("summary", "params", "modules"):
+        for kind in ("Inner", "Net"):
+            error = cli(command, f"own.py:{kind}", code=2).err
+            assert f"Inner has an attribute {name}, which hides the method of torch.nn.Module" in error
+
+
+def test_products_with_sparse_tensors_of_every_layout(cli: Cli, folder: Path) -> None:
+    layouts = {"sparse": 4, "sparse_csr": 4, "sparse_csc": 4, "sparse_bsr((2, 2))": 8}
+    for layout, stored in layouts.items():
+        made = layout if layout.endswith(")") else f"{layout}()"
+        written(
+            folder,
+            f"class Net(nn.Module):\n{INIT}        self.register_buffer('adj', torch.eye(4).to_{made})\n"
+            "    def forward(self, x):\n        return self.adj @ x\n",
+            f"{layout[:10]}.py",
+        )
+        document = cli("summary", f"{layout[:10]}.py:Net", "--input-size", "4,6", "--json").json
+        assert document["uncounted"] == [], layout
+        assert document["totals"]["macs"] == stored * 6, layout
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_products_of_dynamically_quantized_layers(cli: Cli, folder: Path) -> None:
+    written(
+        folder,
+        "def net():\n    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))\n"
+        "    return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)\n",
+    )
+    document = cli("summary", "own.py:net", "--input-size", "3,4", "--json").json
+    assert document["totals"]["macs"] == 3 * (4 * 5 + 5 * 2)
+    assert document["uncounted"] == []
+
+
 def test_sparse_buffers_and_parameters(cli: Cli, folder: Path) -> None:
     written(
         folder,

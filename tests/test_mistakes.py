@@ -186,3 +186,8 @@ def test_a_bare_file_as_the_target_is_the_model(cli: Cli, folder: Path) -> None:
     line = cli("rename", "bare.pth", "weight", "w", code=2).err.strip().partition("with -m: ")[2]
     assert line == "modelcli rename weight w -m bare.pth"
     cli(*shlex.split(line)[1:])
+    for words in (("freeze", "bare.pth", "weight"), ("rename", "bare.pth", "weight", "w")):
+        out = f"{words[0]}.pth"
+        line = cli(*words, "-o", out, code=2).err.strip().partition("with -m: ")[2]
+        cli(*shlex.split(line)[1:])
+        assert (folder / out).is_file()

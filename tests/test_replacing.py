@@ -245,6 +245,18 @@ def test_children_and_a_forward_of_its_own_are_told(cli: Cli) -> None:
     assert "bn: the old Act had 2 children (drop Identity, act SiLU) and a forward of its own: the new one" in told
 
 
+def test_hooks_that_go_are_told(cli: Cli, folder: Path) -> None:
+    (folder / "hooked.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Sequential):\n    def __init__(self):\n"
+        "        super().__init__(nn.Linear(4, 4), nn.utils.spectral_norm(nn.Linear(4, 4)))\n"
+        "        self[0].register_forward_hook(lambda module, args, out: out * 2)\n"
+    )
+    for path in "01":
+        told = cli("replace", path, "Linear(_,_)", "-m", "hooked.py:Net", "--input-size", "1,4").err
+        assert f"{path}: the old Linear had 1 hook: the new one does not" in told
+
+
 def test_no_word_where_nothing_is_lost(cli: Cli) -> None:
     assert "the old" not in cli("replace", "fc", "Linear(_,10)", "-m", "resnet18").err
     assert "note" not in cli("replace", "relu", "GELU()", "-m", "resnet18").err

@@ -86,7 +86,8 @@ def contents_of(
 def _told_of(unseen: Sequence[str], beyond: Sequence[str], attributes: Sequence[str]) -> Iterator[str]:
     """What is to be told of tensors that have no row."""
     if unseen:
-        yield f"{listed(unseen, 4)} {_is_or_are(unseen)} made by calls that are not followed here: no row shows what of"
+        made = "made by calls that are not followed here, and cannot be looked at"
+        yield f"{listed(unseen, 4)} {_is_or_are(unseen)} {made}"
     if beyond:
         yield (
             f"{listed(beyond, 4)} hold{'s' if len(beyond) == 1 else ''} tensors that have no row of their own, or "

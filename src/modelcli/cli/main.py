@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
 from typing import NoReturn
 
 from modelcli.cli import failures
@@ -301,12 +302,14 @@ def _model_before_edit(words: Sequence[str], message: str) -> str | None:
     from modelcli import edits, session
     from modelcli.cli.operate import with_model
 
-    name, *operands = words
+    name, *given = words
+    operands = list(takewhile(lambda word: not word.startswith("-"), given))
     if not message.startswith("Got unexpected extra argument") or name not in edits.REGISTRY or len(operands) < 2:
         return None
-    if any(word.startswith("-") for word in operands) or not session.names_model(operands[0]):
+    more = given[len(operands) :]
+    if not {"-m", "--model"}.isdisjoint(more) or not session.names_model(operands[0]):
         return None
-    return with_model(name, operands[1:], [], operands[0])
+    return with_model(name, operands[1:], [], operands[0], more)
 
 
 def _wants_json(words: Sequence[str]) -> bool:

@@ -3,7 +3,7 @@
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -376,7 +376,7 @@ def _carry_out(
             target = session.find_target(options.model, source.overrides(), source.recipe)
             outcome = session.edit(target, [made], writing_of(options, options.out, report))
     except RequestError as error:
-        error.hint = _meant(name, operands, flags, error, options.model) or error.hint
+        error.hint = _meant(name, operands, flags, error, options) or error.hint
         raise
     show_outcome(target, outcome, options, shown)
 
@@ -387,14 +387,14 @@ def _tell_waiting(recipe: Path) -> None:
         output.tell(f"note: waiting for another command that is at work on {recipe}")
 
 
-def _meant(name: str, operands: list[str], flags: list[str], error: RequestError, model: str | None) -> str | None:
+def _meant(name: str, operands: list[str], flags: list[str], error: RequestError, options: EditOptions) -> str | None:
     """What an edit's words may have been meant for: a model without its `-m`, a pattern that the shell expanded."""
     from modelcli import session
 
     first, *rest = operands
-    if model is None and session.names_model(first):
-        return with_model(name, rest, flags, first)
-    if model is None and rest and session.names_model(rest[-1]):
+    if options.model is None and session.names_model(first):
+        return with_model(name, rest, flags, first, [] if options.out is None else ["-o", options.out])
+    if options.model is None and rest and session.names_model(rest[-1]):
         return f"where {rest[-1]} is the model: -m {quoted(rest[-1])}"
     files = [word for word in rest if "." in word and word != "." and os.path.lexists(word)]
     if files and "pattern" not in (error.hint or ""):
@@ -402,15 +402,16 @@ def _meant(name: str, operands: list[str], flags: list[str], error: RequestError
     return None
 
 
-def with_model(name: str, operands: list[str], flags: list[str], model: str) -> str:
-    """The command whose model was given as its first word: `replace resnet18 fc 'Linear(_,10)'`."""
+def with_model(name: str, operands: list[str], flags: list[str], model: str, more: Sequence[str] = ()) -> str:
+    """The command whose model was given as its first word: `replace resnet18 fc 'Linear(_,10)'`. `more` are the words
+    behind the model, such as `-o OUT`."""
     from modelcli import edits
 
     try:
         edits.from_words(name, [*flags, "--", *operands])
     except RequestError:
         operands = ["TARGET"]
-    return f"the model comes with -m: {command(['modelcli', name, *flags, *operands, '-m', model])}"
+    return f"the model comes with -m: {command(['modelcli', name, *flags, *operands, '-m', model, *more])}"
 
 
 def writing_of(

@@ -22,6 +22,7 @@ from modelcli.errors import ModelcliError
 from modelcli.live import composites
 from modelcli.live.inert import inert_of
 from modelcli.live.sources import is_composite, is_lazy, named_tensors
+from modelcli.live.walking import modules_in
 
 #: What is in memory, or was read from a file within its limits, may be looked through.
 _PLENTY = 1 << 40
@@ -40,7 +41,7 @@ class Apart:
 def of(module: nn.Module) -> Apart:
     """What stands in the state dict of a module and in none of the tables of its modules."""
     found = Apart()
-    if not any(map(_writes_more, module.modules())):
+    if not any(map(_writes_more, modules_in(module))):
         return found
     try:
         state: Mapping[str, Any] = module.state_dict(keep_vars=True)
@@ -94,7 +95,7 @@ def rows(module: nn.Module) -> list[TensorInfo]:
     Those that a bare checkpoint keeps by themselves stand with their modules, and are left out here.
     """
     found = of(module)
-    kept = {id(entry) for child in module.modules() for _, entry in composites.kept(child)}
+    kept = {id(entry) for child in modules_in(module) for _, entry in composites.kept(child)}
     infos = []
     first: dict[object, str] = {}
     for name, entry in found.tensors.items():
@@ -110,7 +111,7 @@ def note_of(module: nn.Module) -> list[str]:
     """What there is to tell of a model that keeps tensors which PyTorch does not list."""
     found = of(module)
     notes = []
-    if found.tensors and not any(True for child in module.modules() for _ in composites.kept(child)):
+    if found.tensors and not any(True for child in modules_in(module) for _ in composites.kept(child)):
         notes.append(
             f"{counted(len(found.tensors), 'tensor')} of its state dict, such as {next(iter(found.tensors))}, "
             "are packed in modules: parameters() of PyTorch does not list them, and the totals count them"

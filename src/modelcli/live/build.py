@@ -20,6 +20,7 @@ from modelcli.live import bounds, downloads, memory, modules, python_objects, zo
 from modelcli.live.bounds import Bounds
 from modelcli.live.sources import Lazy, tag_drawn
 from modelcli.live.twins import build_on_meta, meta_twin, seeded
+from modelcli.live.walking import require_methods
 from modelcli.quoting import quoted
 from modelcli.references import CheckpointFile, Installed, PythonObject
 
@@ -48,7 +49,7 @@ class Architecture:
     def on_meta(self, seed: int) -> nn.Module:
         """The architecture on the meta device; its numbers are those that `real(seed)` gives, when asked for."""
         if self.instance is not None:
-            return meta_twin(self.instance, keep_values=True)
+            return meta_twin(require_methods(self.instance), keep_values=True)
         module = build_on_meta(self.without_weights, only_if_needed=self.is_torch_class, bounds=self.bounds)
         needed = memory.bytes_of(module)  # what a storage holds is never collected where the storage is in it
         tag_drawn(module, Lazy(lambda: self.real(seed, needed=needed)))

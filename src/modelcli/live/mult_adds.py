@@ -61,11 +61,29 @@ def _addr(_added: torch.Tensor, one: torch.Tensor, other: torch.Tensor, *_args: 
     return one.numel() * other.numel()
 
 
-def _sparse_addmm(
-    _added: torch.Tensor, sparse: torch.Tensor, dense: torch.Tensor, *_a: Any, out: Any, **_k: Any
-) -> int:
-    """Each element that is stored meets a row of the other matrix."""
-    return int(sparse._nnz()) * dense.shape[-1]
+#: Products of which an operand may be sparse, each with the place of its first factor among the arguments.
+_OF_SPARSE = {"mm": 0, "bmm": 0, "mv": 0, "_sparse_mm": 0, "addmm": 1, "addmv": 1, "baddbmm": 1, "_sparse_addmm": 1}
+
+
+def _of_stored(one: torch.Tensor, other: torch.Tensor) -> int:
+    """A product with a sparse matrix: each element that it stores meets a row, or a column, of the other operand.
+
+    Raises ValueError where both are sparse: then the positions decide.
+    """
+    if _is_sparse(one) and _is_sparse(other):
+        raise ValueError("both operands are sparse")
+    if _is_sparse(one):
+        return _stored(one) * (other.shape[-1] if other.dim() > 1 else 1)
+    return _stored(other) * one.shape[-2]
+
+
+def _is_sparse(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.layout != torch.strided
+
+
+def _stored(sparse: torch.Tensor) -> int:
+    """How many elements a sparse tensor stores, those of whole blocks included."""
+    return (sparse._values() if sparse.layout == torch.sparse_coo else sparse.values()).numel()
 
 
 def _batched(
@@ -162,7 +180,6 @@ _FORMULAS: Mapping[str, Formula] = {
     "aten::addmv": _addmv,
     "aten::addr": _addr,
     "aten::addbmm": _batched,
-    "aten::_sparse_addmm": _sparse_addmm,
     "aten::_foreach_mm": _foreach_mm,
     "aten::_trilinear": _trilinear,
     "aten::conv_tbc": _conv_tbc,
@@ -216,17 +233,34 @@ class MultAdds(TorchDispatchMode):
             out = func(*args, **kwargs)
             self._add(str(func), self._registry.get(func), args, kwargs, out, multiplies=True)
             return out
-        packet, name = func.overloadpacket, func._schema.name
+        name = func._schema.name
         if name.partition("::")[2] in _QUESTIONS:
             return NotImplemented
-        formula, doubled = _FORMULAS.get(name) or _FORMULAS.get(name.removesuffix("_")), False
-        if formula is None and (formula := self._registry.get(packet) or self._in_place(packet, name)) is not None:
-            doubled = True
-        if formula is None and (made := self._decomposed(func, args, kwargs)) is not NotImplemented:
+        if not self._has_formula(func, args) and (made := self._decomposed(func, args, kwargs)) is not NotImplemented:
             return made
         out = func(*args, **kwargs)
-        self._add(name, formula, args, kwargs, out, doubled=doubled, multiplies=_multiplies(name))
+        self.count(func, args, kwargs, out)
         return out
+
+    def count(self, func: OpOverload, args: Any, kwargs: Any, out: Any) -> None:
+        """Add what one operator multiplies. For a mode inside this one, which got the output in a way of its own."""
+        formula, doubled = self._formula(func, args)
+        name = func._schema.name
+        self._add(name, formula, args, kwargs, out, doubled=doubled, multiplies=_multiplies(name))
+
+    def _has_formula(self, func: OpOverload, args: Any) -> bool:
+        return self._formula(func, args)[0] is not None
+
+    def _formula(self, func: OpOverload, args: Any) -> tuple[Formula | None, bool]:
+        """The formula of an operator, and whether it counts a multiply-accumulate as two, as torch's own do."""
+        name = func._schema.name
+        place = _OF_SPARSE.get(name.partition("::")[2].removesuffix("_"))
+        if place is not None and any(map(_is_sparse, args[place : place + 2])):
+            return (lambda *given, **_: _of_stored(*given[place : place + 2])), False
+        if (own := _FORMULAS.get(name) or _FORMULAS.get(name.removesuffix("_"))) is not None:
+            return own, False
+        packet = func.overloadpacket
+        return self._registry.get(packet) or self._in_place(packet, name), True
 
     def _in_place(self, packet: Any, name: str) -> Formula | None:
         """The formula of `addmm` for `addmm_`."""

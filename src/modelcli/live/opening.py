@@ -136,8 +136,10 @@ def open_real(source: Source, edits: Sequence[Edit] = ()) -> tuple[nn.Module, Li
 class _Opening:
     """The decisions that the live and the real way share: which architecture, which file, which edits before."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, followed: tuple[Path, ...] = ()) -> None:
         self.source = source
+        #: The recipes that led here, each as the architecture of the one before.
+        self.followed = followed
         reference = source.reference()
         self.contents: Contents | None = None
         self.record: Record | None = None
@@ -203,8 +205,14 @@ class _Opening:
         """The model of a recipe, its edits applied. The recipe is the user's own, and so is the Python it names."""
         from modelcli import recipe
 
+        itself = path.resolve()
+        if itself in self.followed:
+            raise RequestError(
+                f"the architecture of {path} is that of {path} itself", "name another in its line arch ="
+            )
         read = recipe.read(path)
-        live = _Opening(replace(read.source, weights=_weights_name(read.source))).live()
+        source = replace(read.source, weights=_weights_name(read.source))
+        live = _Opening(source, (*self.followed, itself)).live()
         if live.architecture is None:
             raise RequestError(f"--arch {path}: the model of that recipe, {read.source.model}, names no architecture")
         for edit, place in zip(read.edits, read.places, strict=True):

@@ -42,13 +42,15 @@ class OperatorRules(TorchDispatchMode):
 
     Where it is the meta device that refuses what the CPU runs, the CPU's answer is taken. `unchecked` says of operators
     that could not be judged why not: the CPU may lack a kernel that a GPU has. `tables` are the tensors that indices
-    were looked up in: the meta device has no values, so that no index was seen to be in range.
+    were looked up in: the meta device has no values, so that no index was seen to be in range. `answered` is called
+    with an operator, its arguments and its output where the CPU's answer was taken: no mode outside sees it then.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.unchecked: dict[str, str] = {}
         self.tables: list[torch.Tensor] = []
+        self.answered: Callable[[Any, Any, Any, Any], None] | None = None
         self._threads: list[int] = []
         self._tried: dict[Any, Exception | None] = {}
 
@@ -82,6 +84,8 @@ class OperatorRules(TorchDispatchMode):
         except Exception as error:
             if (instead := _as_on_cpu(func, given, error)) is None:
                 raise
+            if self.answered is not None:
+                self.answered(func, args, kwargs, instead)
             return instead
         name = func._schema.name.rpartition("::")[2]
         if name not in _NEVER_REFUSED and not func.is_view:

@@ -220,6 +220,8 @@ def run(
             stack.enter_context(MissingKernels())  # type: ignore[no-untyped-call]
         if counter is not None:
             stack.enter_context(counter)
+            if seen.rules is not None:
+                seen.rules.answered = counter.count
         for each in (*inner, *filter(None, [seen.rules])):
             stack.enter_context(each)
         try:

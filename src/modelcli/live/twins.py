@@ -16,7 +16,7 @@ from modelcli.live.bounds import Bounds, held
 from modelcli.live.closures import Functions
 from modelcli.live.modules import ConstructorError
 from modelcli.live.sources import AnySource, Value, is_composite, is_lazy, named_tensors, row_major, tag
-from modelcli.live.walking import modules_in
+from modelcli.live.walking import modules_in, require_methods
 
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -45,7 +45,7 @@ def build_on_meta(construct: Constructor, *, only_if_needed: bool = False, bound
     for number, rung in enumerate(rungs):
         with seeded(0), _sizes_registered() as sizes, held(bounds):
             try:
-                module = _moved_to_meta(rung(construct))
+                module = _moved_to_meta(require_methods(rung(construct)))
                 if any(t.is_meta and is_composite(t) for t in named_tensors(module).values()) and rung is _under_meta:
                     continue  # a sparse tensor without values says nothing of itself
                 return module

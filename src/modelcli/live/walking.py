@@ -6,6 +6,11 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from modelcli.errors import RequestError
+
+#: Methods that PyTorch itself calls on each module to list a model.
+_ASKED = ("named_modules", "named_parameters", "extra_repr", "_get_name")
+
 
 def modules_in(model: nn.Module) -> Iterator[nn.Module]:
     """Each module in a model once, itself first, parents before children."""
@@ -17,3 +22,17 @@ def modules_in(model: nn.Module) -> Iterator[nn.Module]:
             seen.add(id(module))
             yield module
             stack.extend(child for child in reversed(module._modules.values()) if child is not None)
+
+
+def require_methods(model: nn.Module) -> nn.Module:
+    """The model itself. Raises RequestError where an attribute hides a method without which no model can be listed."""
+    for module in modules_in(model):
+        for name in _ASKED:
+            if name in vars(module):
+                kind = type(module).__name__
+                raise RequestError(
+                    f"{kind} has an attribute {name}, which hides the method of torch.nn.Module: PyTorch cannot list "
+                    "such a model",
+                    f"call the attribute of {kind} something else",
+                )
+    return model

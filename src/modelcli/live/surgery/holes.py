@@ -22,6 +22,7 @@ from modelcli.live.surgery.core import Context
 from modelcli.live.surgery.settings import UNKNOWN, Unknown, setting
 from modelcli.live.trace import Failure, flowing_into
 from modelcli.live.twins import build_on_meta
+from modelcli.live.walking import modules_in
 
 
 class Placeholder(nn.Identity):
@@ -333,7 +334,7 @@ def _width_of_children(old: nn.Module, name: str) -> int | Unknown:
     """How wide the input of a module is whose class takes this argument, as the first layer in it tells."""
     if name not in _AXES or name not in modules.parameter_names(type(old)):
         return UNKNOWN
-    for child in old.modules():
+    for child in modules_in(old):
         for attribute in ("in_features", "in_channels"):
             if child is not old and isinstance(width := getattr(child, attribute, None), int):
                 return width

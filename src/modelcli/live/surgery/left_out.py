@@ -1,4 +1,4 @@
-"""What a new module does not take over of the old one: settings, children, a forward of its own."""
+"""What a new module does not take over of the old one: settings, children, a forward of its own, hooks."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def notes(call: Call, resolved: Iterable[Call], replaced: Iterable[tuple[nn.Modu
     told += [f"{rest} more have settings other than before"] if rest else []
     told += [f"{_where(where)}: the old {name} had {what}" for (name, what), where in list(lost.items())[:_MOST]]
     rest = sum(map(len, list(lost.values())[_MOST:]))
-    return [*told, f"{rest} more had children or a forward of their own"] if rest else told
+    return [*told, f"{rest} more had children, hooks or a forward of their own"] if rest else told
 
 
 def _where(paths: list[str]) -> str:
@@ -150,7 +150,7 @@ def _differ(was: Any, now: Any) -> bool:
 
 
 def _code_that_goes(old: nn.Module, new: nn.Module) -> str | None:
-    """What the old module ran besides what its class of `torch.nn` runs: children, a forward of its own."""
+    """What the old module ran besides what its class of `torch.nn` runs: children, a forward of its own, hooks."""
     children = [f"{name} {type(child).__name__}" for name, child in old.named_children()]
     parts = []
     if children and list(old._modules) != list(new._modules):
@@ -158,4 +158,6 @@ def _code_that_goes(old: nn.Module, new: nn.Module) -> str | None:
     own: Any = type(old).forward
     if own is not type(new).forward and not (own.__module__ or "").startswith("torch.nn."):
         parts.append("a forward of its own")
+    if hooks := len(old._forward_hooks) + len(old._forward_pre_hooks):
+        parts.append(counted(hooks, "hook"))
     return f"{' and '.join(parts)}: the new one does not" if parts else None

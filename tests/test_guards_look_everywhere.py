@@ -185,3 +185,84 @@ def test_a_training_checkpoint_is_no_shard(cli: Cli, folder: Path) -> None:
     torch.save({"state_dict": {"w": FINE}, "w": WRONG}, "1.bin")
     index("pytorch_model.bin.index.json", w="1.bin")
     cli("check", "./", "--finite", code=4)
+
+
+# --- dtypes and programs -------------------------------------------------------------------------------------------
+
+
+WITH_INFINITIES = (
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2),
+    *(torch.complex128, torch.complex64, torch.complex32),
+)
+WITH_NAN = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu)
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
+@pytest.mark.parametrize(
+    ("dtype", "wrong"),
+    [
+        *((dtype, wrong) for dtype in WITH_INFINITIES for wrong in (float("nan"), float("inf"))),
+        *((dtype, float("nan")) for dtype in WITH_NAN),
+    ],
+    ids=str,
+)
+def test_what_is_not_finite_fails_in_every_dtype(cli: Cli, folder: Path, dtype: torch.dtype, wrong: float) -> None:
+    tensor = torch.tensor([1.0, wrong]).to(dtype)
+    assert not tensor.to(torch.complex128).isfinite().all()
+    torch.save({"w": tensor}, "m.pth")
+    cli("check", "m.pth", "--finite", code=1)
+
+
+class Program(nn.Module):
+    """Adds what it holds beside a layer."""
+
+    def __init__(self, **kept: Any) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        vars(self).update(kept)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
+
+
+class WithTensor(Program):
+    def __init__(self) -> None:
+        super().__init__(kept=WRONG)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) + self.kept
+
+
+class WithDict(Program):
+    def __init__(self) -> None:
+        super().__init__(kept={"a": WRONG})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) + self.kept["a"]
+
+
+class WithConstant(Program):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) + WRONG
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["attribute", "dict", "constant", "frozen"])
+def test_a_nan_outside_the_state_dict_of_torchscript_fails(cli: Cli, folder: Path, kind: str) -> None:
+    made = {"attribute": WithTensor, "dict": WithDict, "constant": WithConstant, "frozen": WithTensor}[kind]().eval()
+    program = torch.jit.trace(made, FINE) if kind == "constant" else torch.jit.script(made)
+    torch.jit.save(torch.jit.freeze(program) if kind == "frozen" else program, "m.pt")
+    cli("check", "m.pt", "--finite", code=1)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_programs_without_constants_are_finite(cli: Cli, folder: Path) -> None:
+    torch.jit.save(torch.jit.script(Program()), "m.pt")
+    cli("check", "m.pt", "--finite")
+    torch.export.save(torch.export.export(Program(), (FINE,)), "m.pt2")
+    cli("check", "m.pt2", "--finite")
+
+
+def test_a_nan_outside_the_state_dict_of_an_exported_program_fails(cli: Cli, folder: Path) -> None:
+    torch.export.save(torch.export.export(WithTensor(), (FINE,)), "m.pt2")
+    cli("check", "m.pt2", "--finite", code=1)

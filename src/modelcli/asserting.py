@@ -19,8 +19,8 @@ from modelcli.session import Look, Target
 MOST_NAMED = 3
 SAFE = "tensors alone"
 NOTHING = "nothing"
-#: How the names of those dtypes begin that have neither NaN nor infinities.
-_ALWAYS_FINITE = ("float4", "float6")
+#: The dtypes of floating-point numbers that have neither NaN nor infinities.
+_ALWAYS_FINITE = frozenset({"float4_e2m1fn", "float4_e2m1fn_x2", "float6_e2m3fn", "float6_e3m2fn"})
 
 
 @dataclass(frozen=True)
@@ -287,7 +287,7 @@ def _safe(found: Look, source: Source) -> Checked:
 
 def _finite(found: Look, progress: Progress | None) -> Checked:
     """Whether no tensor has a NaN or an infinity in it; one that cannot be looked at may have."""
-    names = [tensor.name for tensor in found.blueprint.tensors if not tensor.dtype.startswith(_ALWAYS_FINITE)]
+    names = [tensor.name for tensor in found.blueprint.tensors if tensor.dtype not in _ALWAYS_FINITE]
     report = progress or (lambda _done, _total, _doing: None)
     statistics = session.stats(found, names, lambda done, total: report(done, total, "reading"))
     statistics |= _of_parts(found, [name for name in names if name not in statistics])

@@ -6,12 +6,12 @@ Their tensors are shown, and can be written as a checkpoint. Their code is not l
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from modelcli.blueprints import ITEM_BYTES, Kind
-from modelcli.checkpoints import composites, embedded, limits, shapes, strict_json, trees
+from modelcli.checkpoints import composites, embedded, inner, limits, shapes, strict_json, trees
 from modelcli.checkpoints.contents import CompositeEntry, Contents, Storage, TensorEntry
 from modelcli.checkpoints.pickles import Global, Opaque
 from modelcli.errors import FileFormatError, RequestError
@@ -72,6 +72,7 @@ def read_torchscript(archive: Archive, file: BinaryIO) -> Contents:
     tensors: dict[str, TensorEntry | CompositeEntry] = {}
     kinds: dict[str, Kind] = {}
     types: dict[str, str] = {}
+    hidden: list[str] = []
     stack: list[tuple[Any, str, tuple[int, ...]]] = [(pickled.value, "", ())]
     while stack:
         module, prefix, above = stack.pop()
@@ -93,7 +94,11 @@ def read_torchscript(archive: Archive, file: BinaryIO) -> Contents:
                     kinds[prefix + name] = "parameter" if name in parameters else "buffer"
             elif _is_object(value) and id(value) not in above:
                 children.append((value, f"{prefix}{name}.", (*above, id(module))))
+            elif not _is_object(value) and inner.may_hold_tensors(value, pickled.budget):
+                hidden.append(prefix + name)
         stack += reversed(children)
+    if archive.has_any("constants/"):
+        hidden.append("what the code has for constants")
     return Contents(
         path=archive.path,
         format="jit",
@@ -102,6 +107,7 @@ def read_torchscript(archive: Archive, file: BinaryIO) -> Contents:
         notes=(f"{archive.path.name} is a TorchScript program: its tensors are shown, and its code is not run",),
         types=types,
         kinds=kinds,
+        hidden=tuple(hidden),
     )
 
 
@@ -157,21 +163,40 @@ def read_exported(archive: Archive, file: BinaryIO) -> Contents:
     whole = [name for name in names if name.endswith(("serialized_state_dict.pt", "data/weights/model.pt"))]
     note = f"{archive.path.name} is a program of torch.export: its tensors are shown, and it is not run"
     foreign = ("torch.export.ExportedProgram",)
+    hidden = ("what the program has for constants",) if any(_constants_in(archive)) else ()
     if len(configs) == 1:
         tensors, kinds = _configured(archive, file, configs[0])
-        return Contents(archive.path, "pt2", tensors, kinds=kinds, foreign=foreign, notes=(note,))
+        return Contents(archive.path, "pt2", tensors, kinds=kinds, foreign=foreign, notes=(note,), hidden=hidden)
     if len(whole) == 1 and archive.entries[whole[0]].stored:
         entry = archive.entries[whole[0]]
         place = embedded.Place(archive.path, entry.offset, entry.nbytes, archive.identity, entry.name)
         found = trees.contents_of(archive.path, embedded.read(place), None)
         return Contents(
-            archive.path, "pt2", found.tensors, foreign=(*foreign, *found.foreign), notes=(note, *found.notes)
+            archive.path,
+            "pt2",
+            found.tensors,
+            extras=found.extras,
+            inner=found.inner,
+            foreign=(*foreign, *found.foreign),
+            notes=(note, *found.notes),
+            unseen=found.unseen,
+            hidden=(*hidden, *found.hidden),
         )
     held = f"{len(configs)} accounts of weights" if configs else "no account of its weights that is known here"
     raise FileFormatError(
         f"{archive.path} is a program of torch.export with {held}",
         "torch.save(torch.export.load(file).state_dict, 'out.pth') where it can be loaded",
     )
+
+
+def _constants_in(archive: Archive) -> Iterator[bool]:
+    """Whether tensors may lie in each record of constants: buffers that are in no state dict, and plain attributes."""
+    for name, entry in archive.entries.items():
+        if name.endswith(("serialized_constants.pt", "constants/model.pt")) and entry.stored:
+            pickled = embedded.read(embedded.Place(archive.path, entry.offset, entry.nbytes, archive.identity, name))
+            yield inner.may_hold_tensors(pickled.value, pickled.budget)
+        elif name.endswith("serialized_constants.pt") or "/constants/" in f"/{name}":
+            yield not name.endswith(".json")
 
 
 def _configured(

@@ -113,6 +113,10 @@ class Archive:
         packed = Span(self.path, entry.offset, entry.packed, self.identity)
         return Inflated(packed, entry.name, entry.nbytes, entry.crc)
 
+    def has_any(self, folder: str) -> bool:
+        """Whether records lie in a folder below the prefix."""
+        return any(name.startswith(f"{self.prefix}{folder}") for name in self.entries)
+
     def small(self, file: BinaryIO, name: str) -> bytes:
         entry = self.entries[f"{self.prefix}{name}"]
         limits.PICKLE_BYTES.check(entry.nbytes, f"{self.where}: {entry.name}")

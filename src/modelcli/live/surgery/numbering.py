@@ -7,19 +7,22 @@ from dataclasses import replace
 
 from modelcli.live import composites
 from modelcli.live.build import Bare
+from modelcli.live.surgery.core import are_numbers
 
 
-def entry_names(holder: Bare) -> list[str]:
-    """The names of all that lies directly in a module: its tensors, what else its file has there, its children."""
+def numbers_in(holder: Bare) -> list[int]:
+    """The numbers by which something that lies directly in a module is called: a tensor, what else its file has there,
+    a child."""
     kept = [hook.name for hook in holder._state_dict_hooks.values() if isinstance(hook, composites.Kept)]
-    return [*holder._parameters, *holder._buffers, *kept, *holder._modules]
+    names = (*holder._parameters, *holder._buffers, *kept, *holder._modules)
+    return [int(name) for name in names if are_numbers([name])]
 
 
 def renumber(holder: Bare, number_of: Callable[[int], int]) -> None:
-    """Give each child and tensor, all called by numbers, the number that it is to have."""
+    """Give each child and tensor that is called by a number the one that it is to have; others keep their names."""
 
     def moved(name: str) -> str:
-        return str(number_of(int(name)))
+        return str(number_of(int(name))) if are_numbers([name]) else name
 
     for table in (holder._parameters, holder._buffers, holder._modules):
         entries = {moved(name): value for name, value in table.items()}

@@ -107,11 +107,10 @@ def _inserted(holder: nn.Module, path: str, word: str, new: nn.Module, *, renumb
             f"insert takes a place in a Sequential or ModuleList with children 0 to n-1, and {where} is none",
             f"add {quoted(joined(path, 'NAME'))} MODULE puts a child with a name at the end",
         )
-    names = numbering.entry_names(holder) if isinstance(holder, Bare) else list(holder._modules)
-    size = len(names)
+    size = len(numbering.numbers_in(holder)) if isinstance(holder, Bare) else len(holder._modules)
     position = _position(word, size)
     if isinstance(holder, Bare) and word.startswith("-") and position is not None and position >= 0:
-        position = sorted(map(int, names))[position]  # its numbers have gaps
+        position = sorted(numbering.numbers_in(holder))[position]  # its numbers have gaps
     if position is None or (position > size and not isinstance(holder, Bare)) or position < 0:
         last = (
             f"insert {quoted(joined(path, str(size)))}" if isinstance(holder, Bare) else f"append {quoted(shown(path))}"
@@ -164,7 +163,7 @@ def _appended(holder: nn.Module, path: str, new: nn.Module) -> tuple[str, Childr
 
 def _require_numbers(holder: Bare, path: str, renumber: bool) -> None:
     """Raise RequestError where the children of a module of unknown type cannot be, or are not said to be, in order."""
-    if not are_numbers(numbering.entry_names(holder)):
+    if not are_numbers(holder._modules):
         raise RequestError(
             f"insert takes a place among numbered children, and those of {shown(path)} have names",
             f"add {quoted(joined(path, 'NAME'))} MODULE puts a child with a name at the end",

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from modelcli import selectors
-from modelcli.blueprints import Blueprint, TensorInfo, parent_of, shown
+from modelcli.blueprints import Blueprint, TensorInfo, joined, parent_of, shown
 from modelcli.edits import Extract, Remove
 from modelcli.errors import RequestError
 from modelcli.live import composites
@@ -131,10 +131,11 @@ def _take_tensors(holder: nn.Module, path: str, gone: list[str], *, renumber: bo
         A note where later ones keep their numbers only because nothing says that they are a sequence.
     """
     assert isinstance(holder, Bare)
-    numbers = are_numbers(numbering.entry_names(holder))
+    numbers = are_numbers(gone)
     if renumber and not numbers:
+        named = next(name for name in gone if not are_numbers([name]))
         raise RequestError(
-            f"--renumber is for what is called 0, 1, 2, and what lies in {shown(path)} has other names", "leave it out"
+            f"--renumber is for what is called 0, 1, 2, and {joined(path, named)} has another name", "leave it out"
         )
     for name in gone:
         holder._parameters.pop(name, None)
@@ -142,7 +143,7 @@ def _take_tensors(holder: nn.Module, path: str, gone: list[str], *, renumber: bo
         for key, hook in list(holder._state_dict_hooks.items()):
             if isinstance(hook, composites.Kept) and hook.name == name:
                 del holder._state_dict_hooks[key]
-    if not numbers or not any(int(name) > min(map(int, gone)) for name in numbering.entry_names(holder)):
+    if not numbers or not any(number > min(map(int, gone)) for number in numbering.numbers_in(holder)):
         return []
     if not renumber:
         return [_keep_their_numbers("tensors", path)]

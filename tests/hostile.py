@@ -305,7 +305,7 @@ def zips() -> Iterator[Hostile]:
     yield Hostile("a long name", _with_record("archive/" + "n" * 5000), 4, "MODELCLI_MAX_NAME_BYTES")
     yield Hostile("a damaged pickle", good.replace(b"a.weight", b"b.weight", 1), 4, "CRC-32")
     yield Hostile("a missing record", archive(records={}), 4, "data/0 is missing")
-    yield Hostile("a short record", archive(records={"data/0": bytes(7)}), 4, "needs 8 bytes")
+    yield Hostile("a short record", archive(records={"data/0": bytes(7)}), 4, "should have 8 bytes")
 
 
 def _with_record(filename: str) -> bytes:
@@ -461,7 +461,7 @@ def legacies() -> Iterator[Hostile]:
         yield one(f"{title}, for the list", legacy(order=b"\x80\x02" + PAYLOADS[title] + b"."))
     yield one("no storages", legacy(storages=b""), 4, "cut off")
     yield one("a storage longer than the file", legacy(storages=struct.pack("<Q", 2**63) + bytes(8)), 4, "cut off")
-    yield one("a storage too short", legacy(storages=struct.pack("<Q", 1) + bytes(4)), 4, "needs 8 bytes")
+    yield one("a storage too short", legacy(storages=struct.pack("<Q", 1) + bytes(4)), 4, "should have 8 bytes")
     yield one("a list of other storages", legacy(order=b"\x80\x02](" + text("9") + b"e."))
     yield one("a list that is none", legacy(order=b"\x80\x02N."))
     yield one("an empty list", legacy(order=b"\x80\x02]."), 4, "is missing")

@@ -137,7 +137,7 @@ def test_a_lazy_module_is_checked_too(cli: Cli, expression: str) -> None:
 def test_every_builder_that_runs_passes_its_own_check(name: str) -> None:
     """No rule refuses what torchvision does: subclasses with a forward of their own, odd shapes, several inputs."""
     live = open_live(Source(name))
-    assert check(lambda: (live.module, live.inputs), live.module, live.inputs, []).ran
+    assert check(lambda: (live.module, live.inputs), live.module, live.inputs, {}).ran
 
 
 def test_a_subclass_with_a_forward_of_its_own_is_not_judged(cli: Cli, folder: Path) -> None:

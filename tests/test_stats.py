@@ -96,13 +96,22 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def mapped(monkeypatch: pytest.MonkeyPatch) -> list[Span]:
-    """Every span of a file that is mapped, in order."""
+    """Every span of a file that is asked for, in order. What is read ahead beside one is at most 1 MiB."""
     spans: list[Span] = []
     original = Span.mapped
+    depth = 0
 
     def spy(span: Span, *windows: Any) -> memoryview:
-        spans.append(span)
-        return original(span, *windows)
+        nonlocal depth
+        if depth:
+            assert span.nbytes <= 1 << 20
+        else:
+            spans.append(span)
+        depth += 1
+        try:
+            return original(span, *windows)
+        finally:
+            depth -= 1
 
     monkeypatch.setattr(Span, "mapped", spy)
     return spans

@@ -53,9 +53,10 @@ def _of_tensors(blueprint: Blueprint) -> Iterator[str]:
         name = tensor.name
         if name in seen:
             yield f"it lists the tensor {name} twice"
-        if parent_of(name) not in blueprint.by_path:
+        is_bare = blueprint.root.type is None  # keys of any form, also `.weight` and a key below another
+        if parent_of(name) not in blueprint.by_path and not is_bare:
             yield f"it lists {name} and not the module that holds it"
-        if name in blueprint.by_path and blueprint.root.type is not None:  # the keys of a bare file may be so
+        if name in blueprint.by_path and not is_bare:
             yield f"it says that {name} is a module and a tensor"
         if tensor.kind == "buffer" and tensor.requires_grad is not None:
             yield f"it says of the buffer {name} whether it is trained"

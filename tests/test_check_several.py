@@ -70,7 +70,7 @@ def test_annotations_for_github(cli: Cli) -> None:
     assert result.err == ""
     assert result.out.splitlines() == [
         "::error file=nan.pth,title=modelcli check --finite::nan.pth: fc.weight: 6 NaN; wanted: no NaN, no Inf",
-        "::error title=modelcli check --open::none.pth: no such file: none.pth; wanted: a model",
+        "::error title=modelcli check::no such file: none.pth",
         *[line for line in result.out.splitlines() if line.startswith("::notice title=modelcli check::none.pth: ")],
         "Checks: 1 of 3 passed",
     ]

@@ -243,7 +243,7 @@ def test_undo(cli: Cli) -> None:
     cli("load", "nets.py:Net")
     for target in ("conv1", "bn", "conv2"):
         cli("freeze", target)
-    assert "has 3 to take back, not 4" in cli("undo", 4, code=2).err
+    assert "has 3 edits to take back, not 4" in cli("undo", 4, code=2).err
     cli("undo", 2, "--dry-run")
     assert len(cli("log", "--json").json["edits"]) == 3
     cli("undo", 2)

@@ -54,6 +54,38 @@ MISTAKES = {
         2,
         "error: bias= has no value\nhint: bias=None, bias=True, or bias=_ for what it was",
     ),
+    "text for what is true or false": (
+        "replace fc Linear _ 10 bias=flase -m resnet18",
+        2,
+        "error: fc: Linear(512,10,bias='flase'): bias is True or False, not 'flase'\nhint: bias=True or bias=False",
+    ),
+    "text for what is true or false, of a builder": (
+        """summary "resnet18(zero_init_residual='yes')\"""",
+        2,
+        "error: resnet18(zero_init_residual='yes'): zero_init_residual is True or False, not 'yes'\n"
+        "hint: zero_init_residual=True or zero_init_residual=False",
+    ),
+    "an argument that a builder does not have": (
+        "summary 'resnet18(in_channels=1)'",
+        2,
+        "error: resnet18(in_channels=1): ResNet.__init__() got an unexpected keyword argument 'in_channels'\n"
+        "hint: resnet18(num_classes: int = 1000, zero_init_residual: bool = False, groups: int = 1, "
+        "width_per_group: int = 64, replace_stride_with_dilation=None, norm_layer=None)",
+    ),
+    "one channel": (
+        "replace conv1 'Conv2d(1,64,7,stride=_,padding=_,bias=_)' -m resnet18",
+        2,
+        "error: conv1 Conv2d(1, 64, (7,7), stride=(2,2), padding=(3,3), bias=False) does not fit: "
+        "[1,3,224,224] float32 flows in, it expects 1 channel\n"
+        "hint: replace conv1 'Conv2d(_,64,(7,7),stride=(2,2),padding=(3,3),bias=False)' takes in_channels=3 "
+        "from what flows in; or --input-size 1,1,224,224, if that is what it is to take",
+    ),
+    "a scheme that no such tensor takes": (
+        "init bn1 xavier_uniform -m resnet18",
+        2,
+        "error: xavier_uniform fills nothing: bn1.weight: Fan in and fan out can not be computed for tensor with "
+        "fewer than 2 dimensions\nhint: normal, uniform, constant, ones and zeros fill any tensor",
+    ),
     "a dtype that no input has": (
         "summary alexnet --input-dtype quint8",
         2,

@@ -434,3 +434,52 @@ def test_a_recipe_without_a_model_is_one_for_any(cli: Cli) -> None:
     assert document["edits"] == ["cast . float16"]
     assert "apply -m MODEL names one" in cli("apply", "half.toml", code=2).err
     assert "nn.Sequential(nn.Linear(2, 3))" in cli("script", "half.toml", "-m", "Sequential(Linear(2,3))").out
+
+
+GREY = ("replace", "conv1", "Conv2d(1,_,_,stride=_,padding=_,bias=_)", "--input-size", "1,1,64,64")
+
+
+def test_an_edit_on_another_input_lets_the_recipe_state_it(cli: Cli) -> None:
+    """What was recorded has to be carried out again, and it fits on that input alone."""
+    assert cli("load", "resnet18").code == 0
+    made = cli(*GREY)
+    assert made.code == 0, made.err
+    assert "note: modelcli.toml states from now on what this command said of the input" in made.err
+    document = tomllib.loads(Path("modelcli.toml").read_text())
+    assert document["input_size"] == "1,1,64,64"
+    assert list(document)[-1] == "edits"
+    after = cli("replace", "fc", "Linear(_,10)")
+    assert "runs: [1,1,64,64] -> [1,10]" in after.out
+    assert "states from now on" not in after.err
+    assert cli("save", "grey.pth").code == 0
+    assert "input_size: 1,1,64,64\n" in cli("log").out
+
+
+def test_an_input_that_the_recipe_states_stays(cli: Cli) -> None:
+    text = 'model = "Linear(2,3)"  # mine\n# what flows in\ninput_size = "1,2"\n# and what is done\nedits = []\n'
+    Path("modelcli.toml").write_text(text)
+    assert cli("freeze", "bias", "--input-size", "1,2").code == 0
+    assert Path("modelcli.toml").read_text() == text.replace("[]", '[\n    "freeze bias",\n]')
+    assert cli("freeze", "weight", "--input-size", "5,2").code == 0
+    assert '"5,2"\n# and what is done\nedits = [' in Path("modelcli.toml").read_text()
+
+
+def test_an_input_in_another_form_takes_the_place_of_the_one_before(cli: Cli) -> None:
+    Path("modelcli.toml").write_text('model = "Linear(2,3)"\ninput_size = "1,2"\nedits = []')
+    assert cli("freeze", "bias", "--input", "input=4,2").code == 0
+    document = tomllib.loads(Path("modelcli.toml").read_text())
+    assert document == {"model": "Linear(2,3)", "inputs": ["input=4,2"], "edits": ["freeze bias"]}
+
+
+def test_nothing_is_stated_where_nothing_is_recorded(cli: Cli) -> None:
+    assert cli("load", "resnet18").code == 0
+    before = Path("modelcli.toml").read_bytes()
+    assert cli(*GREY, "--dry-run").code == 0
+    assert Path("modelcli.toml").read_bytes() == before
+
+
+def test_options_that_a_recipe_does_not_take_over_are_told(cli: Cli) -> None:
+    assert cli("load", "Linear(2,3)").code == 0
+    shown = cli("freeze", "bias", "--seed", "4")
+    assert "note: --seed is for this command alone: modelcli.toml says otherwise, and stays as it is" in shown.err
+    assert "this command alone" not in cli("freeze", "weight", "--seed", "0").err

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
@@ -259,20 +259,32 @@ def start(path: Path, source: Source) -> None:
         if getattr(source, key):
             document[key] = True
     document["seed"] = source.seed or 0
-    if source.input_size is not None:
-        sizes = [",".join(map(str, shape)) for shape in source.input_size]
-        document["input_size"] = sizes[0] if len(sizes) == 1 else sizes
-    if source.input_dtype:
-        document["input_dtype"] = list(source.input_dtype)
-    if source.inputs:
-        document["inputs"] = list(source.inputs)
+    for key, value in _input_of(source).items():
+        document[key] = value
     document["edits"] = tomlkit.array()
     _write(path, _encoded(path, tomlkit.dumps(document)))
 
 
-def append(path: Path, added: Sequence[Edit]) -> None:
-    """Add edits to the end of a recipe's list; all else in the file stays as it is."""
-    _write(path, _appended(path, added))
+def _input_of(source: Source) -> dict[str, Any]:
+    """The keys that state what flows in, as a recipe has them."""
+    found: dict[str, Any] = {}
+    if source.input_size is not None:
+        sizes = [",".join(map(str, shape)) for shape in source.input_size]
+        found["input_size"] = sizes[0] if len(sizes) == 1 else sizes
+    if source.input_dtype:
+        found["input_dtype"] = list(source.input_dtype)
+    if source.inputs:
+        found["inputs"] = list(source.inputs)
+    return found
+
+
+def append(path: Path, added: Sequence[Edit], stated: Source | None = None) -> None:
+    """Add edits to the end of a recipe's list; all else in the file stays as it is.
+
+    But what flows in is from then on what `stated` says, where it is given: the edits were checked on that, and on
+    another input they may fit nothing.
+    """
+    _write(path, _appended(path, added, stated))
 
 
 def check_append(path: Path, added: Sequence[Edit]) -> None:
@@ -281,10 +293,25 @@ def check_append(path: Path, added: Sequence[Edit]) -> None:
     atomic.check_target(path, force=True)
 
 
-def _appended(path: Path, added: Sequence[Edit]) -> bytes:
-    """What a recipe holds with edits at the end of its list."""
+def _state_input(document: TOMLDocument, keys: Mapping[str, Any]) -> None:
+    """Let a recipe state another input; new keys come before its edits, which may be long."""
+    for key in ("input_size", "input_dtype", "inputs"):
+        if key in document and key not in keys:
+            del document[key]
+    new = [key for key in keys if key not in document]
+    listed = document.pop("edits", None) if new else None
+    for key, value in keys.items():
+        document[key] = value
+    if listed is not None:
+        document["edits"] = listed
+
+
+def _appended(path: Path, added: Sequence[Edit], stated: Source | None = None) -> bytes:
+    """What a recipe holds with edits at the end of its list, and with the input that is stated."""
     text = _read_text(path)
     document = _document(path, text)
+    if stated is not None:
+        _state_input(document, _input_of(stated))
     array = document.setdefault("edits", tomlkit.array())
     assert isinstance(array, Array)
     if "\n" in array.as_string():

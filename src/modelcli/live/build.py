@@ -85,9 +85,9 @@ def architecture(
         case PythonObject():
             if not trust:
                 raise UnsafeError(
-                    f"the checkpoint names {reference}, and to follow that runs its code",
-                    f"--trust (trust=True in Python) follows it; --arch {quoted(reference)} is the whole architecture "
-                    "instead",
+                    f"the checkpoint names {reference.relative_to(Path(), folder)}, and to follow that runs its code",
+                    "--trust (trust=True in Python) follows it; --arch names the whole architecture instead, with all "
+                    "that was edited",
                 )
             if weights is not None:
                 raise RequestError(f"--weights {weights} is for torchvision's builders", "give a file: --weights FILE")
@@ -105,6 +105,7 @@ def _builder(reference: Installed, weights: str | None, trust: bool) -> Architec
     values = {key: modules.value_of(value, trusted=trust) for key, value in call.kwargs.items()}
     kwargs = zoo.arguments(call.name, call.args, values, weights)
     build, signature = zoo.constructor(call.name), zoo.signature(call.name)
+    modules.check_flags({taken.name: taken for taken in zoo.parameters_of(call.name)}, values, str(reference))
 
     def plain() -> nn.Module:
         try:

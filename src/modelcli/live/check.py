@@ -70,7 +70,7 @@ def check(
     possible, and the reason says why.
     """
     if inputs is None:
-        return Check(False, "no input size is known; --input-size 1,3,224,224 gives one")
+        return Check(False, "no input size is known: --input-size gives it, batch included")
     if device == "meta" and (stored := _storage_dtype(after)) is not None:
         return Check(False, f"{stored} is a dtype to store numbers in: no module of torch.nn computes with it")
     watch, seen = _pass(after, inputs, device)

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -225,9 +225,17 @@ def check_arguments(kind: Callable[..., Any], args: list[Any], kwargs: dict[str,
     except (TypeError, ValueError):
         return
     try:
-        signature.bind(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
     except TypeError as error:
         raise RequestError(f"{text}: {error}", _argument_meant(error, signature_of(kind))) from None
+    check_flags(signature.parameters, bound.arguments, text)
+
+
+def check_flags(parameters: Mapping[str, inspect.Parameter], given: Mapping[str, Any], text: str) -> None:
+    """Raise RequestError where text is given for a parameter that is True or False: Python takes any text for True."""
+    for name, value in given.items():
+        if isinstance(value, str) and name in parameters and parameters[name].annotation in (bool, "bool"):
+            raise RequestError(f"{text}: {name} is True or False, not {value!r}", f"{name}=True or {name}=False")
 
 
 def _argument_meant(error: Exception, signature: str | None) -> str | None:

@@ -24,6 +24,7 @@ from typing import Any, Self
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from modelcli.blueprints import counted
 from modelcli.live.describe import dtype_name
 from modelcli.live.rules import RefusedError, text_of
 
@@ -371,7 +372,7 @@ def _convolution(given: Mapping[str, Any]) -> str | None:
     if weight.shape[0] % groups:
         return f"a weight that {groups} groups divide"
     if flow.shape[1] != channels:
-        return f"{channels} channels"
+        return counted(channels, "channel")
     if bias is not None and tuple(bias.shape) != (outputs,):
         return f"a bias of [{outputs}]"
     if transposed and flow.numel():

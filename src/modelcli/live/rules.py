@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from modelcli.blueprints import counted
 from modelcli.live.describe import dtype_name
 
 
@@ -120,7 +121,7 @@ def _channels(attribute: str, spatial: int | None = None) -> Rule:
         if flow.dim() > axis and flow.shape[axis] == wanted:
             return None
         found = flow.shape[axis] if flow.dim() > axis else None
-        return Misfit(text_of(flow), f"{wanted} channels", attribute, found)
+        return Misfit(text_of(flow), counted(wanted, "channel"), attribute, found)
 
     return rule
 
@@ -221,7 +222,7 @@ def _prelu(module: Any, flow: torch.Tensor) -> Misfit | None:
     if wanted == 1 or (flow.dim() > 1 and flow.shape[1] == wanted):
         return None
     found = flow.shape[1] if flow.dim() > 1 else 1
-    return Misfit(text_of(flow), f"{wanted} channels", "num_parameters", found)
+    return Misfit(text_of(flow), counted(wanted, "channel"), "num_parameters", found)
 
 
 def _pixel_shuffle(module: Any, flow: torch.Tensor) -> Misfit | None:

@@ -153,13 +153,20 @@ def without_weights(name: str) -> Callable[..., nn.Module]:
 
 
 def signature(name: str) -> str:
-    """What a builder takes: its own arguments, and those that it hands on to the class of its model."""
+    """What a builder takes: its own arguments, and those that it hands on to the class of its model.
+
+    What that class has no default for (`block`, `layers`) the builder decides.
+    """
     hidden = {"weights", "weights_backbone", "progress"}
-    taken = [parameter for parameter in _parameters(name) if parameter.name not in hidden]
+    taken = [
+        parameter
+        for parameter in parameters_of(name)
+        if parameter.name not in hidden and parameter.default is not parameter.empty
+    ]
     return f"{name}({', '.join(map(_shown, taken))})"
 
 
-def _parameters(name: str) -> list[inspect.Parameter]:
+def parameters_of(name: str) -> list[inspect.Parameter]:
     """The arguments of a builder's model by keyword: of its class, with what the builder itself says of them."""
     builder = torchvision().models.get_model_builder(name)
     made = inspect.get_annotations(builder).get("return")
@@ -179,7 +186,7 @@ def references_of(name: str) -> list[str]:
     These are auxiliary heads (most files of googlenet have none, and those of segmentation models have one) and, for
     vision transformers, the size of the images.
     """
-    taken = {parameter.name for parameter in _parameters(name.removeprefix("quantized_"))}
+    taken = {parameter.name for parameter in parameters_of(name.removeprefix("quantized_"))}
     found = [name]
     found += [
         f"{name}({heads}={flag})" for heads, flag in (("aux_logits", False), ("aux_loss", True)) if heads in taken

@@ -48,11 +48,19 @@ def _of_model(found: CheckedModel) -> Iterator[str]:
     for row in found.rows:
         if not row["passed"]:
             told = f"{found.model}: {finding(row['found'])}; wanted: {finding(row['wanted'])}"
+            title = f"modelcli check --{row['check']}"
+            if found.error is not None:
+                told, title = _of_error(found.model, found.error.message), "modelcli check"
             if "on_record" in row:
                 told += f" (the record alone says so: {row['on_record']})"
-            yield command("error", told, {**place, "title": f"modelcli check --{row['check']}"})
+            yield command("error", told, {**place, "title": title})
     yield from _told("warning", found, found.warnings, place)
     yield from _told("notice", found, found.notes, place)
+
+
+def _of_error(model: str, message: str) -> str:
+    """What is wrong with a model that could not be looked at: most messages name it themselves."""
+    return message if model in message else f"{model}: {message}"
 
 
 def _told(kind: str, found: CheckedModel, texts: Iterable[str], place: Mapping[str, str]) -> Iterator[str]:

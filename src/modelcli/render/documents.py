@@ -835,5 +835,8 @@ def log(reference: str, kind: str | None, recipe: Path, lines: Sequence[str], de
     rows = [{"number": number, "edit": line} for number, line in enumerate(lines, 1)]
     columns = (Column("number", "#", right=True), Column("edit", "edit", flexible=True, cut="middle"))
     footer = [("recipe", str(recipe)), ("model", reference)]
-    footer += [(key, text(value)) for key, value in details.items() if value not in (None, [], ())]
+    told = dict(details)
+    if sizes := told.get("input_size"):
+        told["input_size"] = " and ".join(",".join(map(str, size)) for size in sizes)  # as the option is written
+    footer += [(key, text(value)) for key, value in told.items() if value not in (None, [], ())]
     return View(document, rows, columns, footer, header=bool(rows))

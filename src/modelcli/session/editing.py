@@ -97,12 +97,15 @@ def _edited(target: Target, added: Sequence[Edit], how: Writing, places: Sequenc
         outcome = _write(live, outcome, how.out, how)
     if target.recipe is not None:
         try:
-            recipe.append(target.recipe, added)
+            recipe.append(target.recipe, added, target.source if target.restates_input else None)
             notes_of_python(target.recipe, target.source, (*target.edits, *added), own=True)
         except ModelcliError as error:
             if outcome.written is not None:
                 error.message += f"; {how.out} was written all the same, and the recipe is as it was"
             raise
+        if target.restates_input:
+            note = f"{target.recipe} states from now on what this command said of the input"
+            outcome = replace(outcome, notes=(*outcome.notes, note))
     return outcome
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modelcli import references
-from modelcli.blueprints import ROOT, listed
+from modelcli.blueprints import ROOT, counted, listed
 from modelcli.edits import Edit
 from modelcli.errors import ModelcliError, RequestError
 from modelcli.expressions import Call, names_in
@@ -20,11 +20,16 @@ if TYPE_CHECKING:
     from modelcli.live.opening import Live
 
 
+INPUT = frozenset({"input_size", "input_dtype", "inputs"})
+"""The options that state what flows in."""
+
+
 @dataclass(frozen=True)
 class Target:
     """The model that a command works on: where it comes from, the edits of its recipe, and that recipe, if any.
 
     `places` are where those edits stand: `modelcli.toml:5`. `notes` are what there is to tell of the choice.
+    `restates_input` says whether the options of this command state another input than the recipe does.
     """
 
     source: Source
@@ -32,6 +37,7 @@ class Target:
     recipe: Path | None = None
     places: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    restates_input: bool = False
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:
@@ -71,13 +77,26 @@ def find_target(
         note = f"$MODELCLI_MODEL is {named}, and goes before {path}: unset it to work on the recipe"
         return Target(Source(model=named, **given), notes=(note,) if path.exists() else ())
     read = recipe.read(path)
+    source = with_options(read.source, given)
     return Target(
-        with_options(read.source, given),
+        source,
         read.edits,
         read.path,
         read.places,
-        notes=notes_of_python(path, read.source, read.edits),
+        notes=(*notes_of_python(path, read.source, read.edits), *_for_this_command_alone(path, read.source, given)),
+        restates_input=any(getattr(source, key) != getattr(read.source, key) for key in INPUT),
     )
+
+
+def _for_this_command_alone(path: Path, source: Source, given: Mapping[str, Any]) -> tuple[str, ...]:
+    """What to tell of options that say another thing of the model than its recipe, which does not take them over."""
+    other = [
+        f"--{key}" for key in ("weights", "arch", "key", "seed") if key in given and getattr(source, key) != given[key]
+    ]
+    if not other:
+        return ()
+    verb = "is" if len(other) == 1 else "are"
+    return (f"{listed(other, 4)} {verb} for this command alone: {path} says otherwise, and stays as it is",)
 
 
 def notes_of_python(path: Path, source: Source, edits: Sequence[Edit], *, own: bool = False) -> tuple[str, ...]:
@@ -275,7 +294,7 @@ def undo(path: Path, count: int, *, dry_run: bool = False) -> list[str]:
         if not read.edits:
             raise RequestError(f"{path} has no edits to take back")
         if count > len(read.edits):
-            raise RequestError(f"{path} has {len(read.edits)} to take back, not {count}")
+            raise RequestError(f"{path} has {counted(len(read.edits), 'edit')} to take back, not {count}")
         if dry_run:
             return [str(edit) for edit in read.edits[-count:]]
         return recipe.take_back(path, count)

@@ -337,7 +337,9 @@ def _leave_out_refused(parts: _Sorted, tensors: Mapping[str, torch.Tensor], weig
             refused = {name: why for name in names if (why := scheme.refusal(tensors[name])) is not None}
             if refused and len(refused) == len(names):
                 name, why = next(iter(refused.items()))
-                raise RequestError(f"{scheme.text} fills nothing: {name}: {why}", scheme.signature)
+                flat = all(tensors[name].dim() < 2 for name in refused)
+                hint = "normal, uniform, constant, ones and zeros fill any tensor" if flat else scheme.signature
+                raise RequestError(f"{scheme.text} fills nothing: {name}: {why}", hint)
             names[:] = [name for name in names if name not in refused]
             parts.kept |= {name: f"{scheme.text} does not fill such a tensor: {why}" for name, why in refused.items()}
     return list(dict.fromkeys(str(warning.message) for warning in caught))

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 
-from modelcli.blueprints import INPUT_DTYPES, Shape, dtype_called
+from modelcli.blueprints import INPUT_DTYPES, ITEM_BYTES, Shape, dtype_called
 from modelcli.errors import RequestError, did_you_mean
 
 #: The one text that says that `forward` takes nothing.
@@ -71,7 +71,7 @@ def parse(text: str) -> InputText:
     name, equals, rest = text.rpartition("=")
     shape_text, _, dtype = rest.partition(":")
     path = _path(name, text) if equals else ()
-    return InputText(path, _shape(shape_text.strip(), text), _dtype(dtype.strip()) if dtype.strip() else None)
+    return InputText(path, _shape(shape_text.strip(), text), dtype_of_input(dtype.strip()) if dtype.strip() else None)
 
 
 def _path(name: str, text: str) -> tuple[str, ...]:
@@ -94,10 +94,14 @@ def _shape(text: str, whole: str) -> Shape:
         raise RequestError(f"input {whole!r}: {text!r} is not a shape", EXAMPLES) from None
 
 
-def _dtype(text: str) -> str:
+def dtype_of_input(text: str) -> str:
+    """The name of a dtype that inputs can have, from what people call it. Raises RequestError for any other text."""
     name = dtype_called(text)
+    if name not in ITEM_BYTES:
+        raise RequestError(f"no dtype {name!r}", did_you_mean(name, INPUT_DTYPES) or "float32, bfloat16, int64")
     if name not in INPUT_DTYPES:
-        raise RequestError(f"no dtype {text!r}", did_you_mean(name, INPUT_DTYPES) or "float32, bfloat16, int64")
+        kind = "quantized" if name.startswith("q") else "packed"
+        raise RequestError(f"no input is made of {name}, a {kind} dtype", "float32, bfloat16 or int64")
     return name
 
 

@@ -153,19 +153,11 @@ class SourceOptions(ModelOptions):
     def overrides(self) -> dict[str, Any]:
         """The fields of a `Source` that were given. Raises RequestError for an input that cannot be read."""
         from modelcli import input_texts
-        from modelcli.blueprints import INPUT_DTYPES, ITEM_BYTES, dtype_called
-        from modelcli.errors import RequestError, did_you_mean
         from modelcli.references import parse_input_size
 
         check_seed(self.seed)
         input_texts.parse_all(self.inputs or ())
-        dtypes = tuple(map(dtype_called, self.input_dtype or ()))
-        for name in dtypes:
-            if name not in ITEM_BYTES:
-                raise RequestError(f"no dtype {name!r}", did_you_mean(name, ITEM_BYTES) or "float32, bfloat16, int64")
-            if name not in INPUT_DTYPES:
-                kind = "quantized" if name.startswith("q") else "packed"
-                raise RequestError(f"no input is made of {name}, a {kind} dtype", "float32, bfloat16 or int64")
+        dtypes = tuple(map(input_texts.dtype_of_input, self.input_dtype or ()))
         return {
             "weights": self.weights,
             "arch": self.arch,

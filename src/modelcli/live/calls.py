@@ -157,7 +157,7 @@ class Calls:
             return None
         if above is not None:
             above.inside = True
-        path = _path_of_call(self.paths[id(child)], above.path if above else "")
+        path = _path_of_call(self.paths[id(child)], child, above)
         call = Call(child, path, level, level)
         self._open.append(call)
         self.ran.add(id(child))
@@ -179,7 +179,12 @@ class Calls:
             self._error, self.failed_in = error, path
 
 
-def _path_of_call(paths: Sequence[str], caller: str) -> str:
-    """Which of a module's paths a call from `caller` means: the nearest one below it, else the first."""
+def _path_of_call(paths: Sequence[str], child: nn.Module, above: Call | None) -> str:
+    """Which of a module's paths a call inside the call `above` means: the nearest one below it, else the first."""
+    caller = "" if above is None else above.path
+    if above is not None:
+        for name, own in above.module._modules.items():
+            if own is child:
+                return f"{caller}.{name}" if caller else name
     below = [path for path in paths if not caller or path.startswith(f"{caller}.")]
     return min(below or paths[:1], key=lambda path: path.count("."))

@@ -8,6 +8,7 @@ import datetime
 import decimal
 import enum
 import functools
+import io
 import os
 import pickle
 import subprocess
@@ -391,6 +392,20 @@ def test_a_nested_tensor_beside_is_kept(cli: Cli, folder: Path) -> None:
     assert written["a.weight"].dtype == torch.float16
 
 
+def test_a_smaller_state_dict_of_a_usual_name_among_tensors_is_not_the_model(cli: Cli, folder: Path) -> None:
+    state = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)).state_dict()
+    torch.save({**state, "ema": {"0.weight": torch.ones(4, 4)}}, "in.pth")
+    assert shown(cli, "in.pth").keys() == {*state, "ema['0.weight']"}
+    cli("rename", "0.**", "a.**", "-m", "in.pth", "-o", "out.pth")
+    written = torch.load("out.pth", weights_only=True)
+    assert written.keys() == {"a.weight", "a.bias", "1.weight", "1.bias", "ema"}
+    told = cli("rename", "0.**", "a.**", "-m", "in.pth", "--key", "ema", "-o", "ema.pth").err
+    assert "the state dict at the top of the file is as it was, and no longer fits 0.weight\n" in told
+    figures = {"torch_rng_state": torch.get_rng_state(), **{f"figure{n}": torch.ones(3) for n in range(5)}}
+    torch.save({"model": state, **figures}, "train.pth")
+    assert shown(cli, "train.pth").keys() == state.keys()
+
+
 def test_rename_leaves_what_stands_beside_the_tensors(cli: Cli, folder: Path) -> None:
     torch.save({"w": torch.ones(2), "b.w": torch.ones(2), "epoch": 3, "stats": {"mean": torch.ones(1)}}, "in.pth")
     cli("rename", "**", "x.**", "-m", "in.pth", "-o", "out.pth")
@@ -441,6 +456,8 @@ def beside() -> dict[str, Any]:
         "tags": frozenset({"a"}),
         "id": uuid.UUID(int=5),
         "price": decimal.Decimal("1.5"),
+        "blob": b"",
+        "steps": range(3, 9, 2),
     }
 
 
@@ -468,6 +485,9 @@ def test_objects_of_standard_types_beside_the_state_dict_are_kept(cli: Cli, fold
     for file in ("train.pth", "out.pth"):
         (row,) = cli("check", file, "--safe", "--json", code=1).json["checks"]
         assert "argparse.Namespace" in row["found"]
+    torch.save({**linear(), "_extra_state": io.BytesIO(b"scales")}, "stream.pth")  # as Megatron has it
+    cli("cast", "weight", "float16", "-m", "stream.pth", "-o", "streamed.pth")
+    assert torch.load("streamed.pth", weights_only=False)["_extra_state"].getvalue() == b"scales"
     cli("freeze", ".", "-m", "out.pth", "-o", "again.pth")  # what was written can be edited again
     assert same(torch.load("again.pth", weights_only=False)["phase"], Phase.WARM_UP)
 

@@ -266,3 +266,27 @@ def test_programs_without_constants_are_finite(cli: Cli, folder: Path) -> None:
 def test_a_nan_outside_the_state_dict_of_an_exported_program_fails(cli: Cli, folder: Path) -> None:
     torch.export.save(torch.export.export(WithTensor(), (FINE,)), "m.pt2")
     cli("check", "m.pt2", "--finite", code=1)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_numbers_in_lists_of_a_program_hide_no_tensor(cli: Cli, folder: Path) -> None:
+    class Listing(nn.Module):
+        def __init__(self, tensors: list[torch.Tensor]) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(1, 1, 1)
+            self.sizes, self.scales = [1, 2], [0.5]
+            self.tensors = tensors
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x) * self.scales[0] + self.sizes[0] + self.tensors[0]
+
+    class Plain(Listing):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x) * self.scales[0] + self.sizes[0]
+
+    torch.jit.script(Listing([WRONG])).save("listing.pt")
+    plain = Plain([])
+    del plain.tensors
+    torch.jit.script(plain).save("plain.pt")
+    assert "tensors" in cli("check", "listing.pt", "--finite", "--json", code=1).json["checks"][0]["found"]
+    cli("check", "plain.pt", "--finite")

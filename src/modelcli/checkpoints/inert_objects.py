@@ -42,7 +42,12 @@ _STANDARD = frozenset(
             for builtins in ("builtins", "__builtin__")
             for name in ("int", "float", "bool", "str", "list", "tuple", "dict", "frozenset", "slice", "object")
         ),
-        *("__builtin__.long", "__builtin__.unicode"),
+        *(
+            f"{builtins}.{name}"
+            for builtins in ("builtins", "__builtin__")
+            for name in ("bytes", "bytearray", "range", "xrange", "complex")
+        ),
+        *("__builtin__.long", "__builtin__.unicode", "_io.BytesIO", "io.BytesIO"),
         *("copyreg._reconstructor", "copy_reg._reconstructor"),
         "torch.torch_version.TorchVersion",
     }

@@ -94,7 +94,7 @@ def read_torchscript(archive: Archive, file: BinaryIO) -> Contents:
                     kinds[prefix + name] = "parameter" if name in parameters else "buffer"
             elif _is_object(value) and id(value) not in above:
                 children.append((value, f"{prefix}{name}.", (*above, id(module))))
-            elif not _is_object(value) and inner.may_hold_tensors(value, pickled.budget):
+            elif not _is_object(value) and inner.may_hold_tensors(_without_tag(value), pickled.budget):
                 hidden.append(prefix + name)
         stack += reversed(children)
     if archive.has_any("constants/"):
@@ -119,6 +119,17 @@ def _is_object(value: Any) -> bool:
         and isinstance(value.state, dict)
         and all(isinstance(name, str) for name in value.state)
     )
+
+
+def _without_tag(value: Any) -> Any:
+    """A list or dict as it is, without the call by which TorchScript says of what type it is."""
+    while isinstance(value, Opaque) and isinstance(value.call, Global) and value.call.module == "torch.jit._pickle":
+        if value.call.name in ("build_intlist", "build_doublelist", "build_boollist"):
+            return None  # numbers alone
+        if value.call.name not in ("restore_type_tag", "build_tensorlist") or not value.args:
+            break
+        value = value.args[0]
+    return value
 
 
 class _Tables:

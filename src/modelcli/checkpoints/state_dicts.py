@@ -221,6 +221,10 @@ def _chosen(path: Path, found: Sequence[Found]) -> Found:
     whole = [one for one in found if not one.is_mixed]
     usual = sorted((one for one in whole if _rank(one.path) is not None), key=lambda one: _rank(one.path) or ())
     if usual:
+        around = [one for one in found if one.is_mixed and _is_within(usual[0], one)]
+        larger = next((one for one in around if _like_a_module(one) > usual[0].tensors), None)
+        if larger is not None:  # a state dict with a part of itself, or of another, among its tensors
+            return larger
         if 2 * usual[0].tensors >= max((one.tensors for one in whole if one.tensors != _WHOLE), default=0):
             return usual[0]
         raise _several(path, whole)
@@ -233,6 +237,11 @@ def _chosen(path: Path, found: Sequence[Found]) -> Found:
         if best.tensors < 4 * less or not is_alone:
             raise _several(path, whole)
     return best
+
+
+def _like_a_module(one: Found) -> int:
+    """How many tensors have names as modules give them, `layer1.0.weight`: figures of training have one word."""
+    return sum("." in name and composites.is_tensor(value) for name, value in one.value.items())
 
 
 def _rank(path: Path_) -> tuple[int, ...] | None:

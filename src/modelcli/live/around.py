@@ -94,10 +94,10 @@ def other_copies(
         return []
     told = []
     for path in _copies(contents.tree, contents.key or (), set(was)):
+        where = f"in {'.'.join(path)}" if path else "at the top of the file"
         unfit = f", and no longer fits {listed(wrong, 4)}" if wrong else ""
-        told.append(
-            f"the state dict in {'.'.join(path)} is as it was{unfit}: --key {quoted('.'.join(path))} edits that one"
-        )
+        edits = f": --key {quoted('.'.join(path))} edits that one" if path else ""
+        told.append(f"the state dict {where} is as it was{unfit}{edits}")
     return told
 
 

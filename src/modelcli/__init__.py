@@ -1,11 +1,10 @@
 """Inspect PyTorch models and operate on them. `modelcli.load("best.pth")` gives the model back."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
-
+# Nothing of Python's own library is imported here: `python -m modelcli` comes here while the current folder is still
+# the first place to search (see __main__), and a `typing.py` that lies in it would run.
 from modelcli._version import __version__
 
+TYPE_CHECKING = False  # as in `typing`: a type checker takes it for true
 if TYPE_CHECKING:
     from modelcli.api import apply, blueprint, load, save
 
@@ -14,7 +13,7 @@ __all__ = ["__version__", "apply", "blueprint", "load", "save"]
 
 if not TYPE_CHECKING:  # a type checker would take any name for one of these
 
-    def __getattr__(name: str) -> Any:
+    def __getattr__(name: str) -> object:
         if name in __all__:
             from modelcli import api
 

@@ -526,7 +526,7 @@ PLANTED = "open('PWNED', 'w').close()\nraise SystemExit('planted')\n"
 def test_a_file_in_the_current_folder_is_no_package(folder: Path, safe_path: str) -> None:
     """`python -m` puts the current folder first."""
     names = ("torch", "numpy", "torchvision", "typer", "rich", "tomlkit", "safetensors", "platformdirs", "fcntl")
-    names += ("typing", "re", "enum", "dataclasses", "contextlib")
+    names += ("typing", "re", "enum", "dataclasses")
     for name in names:
         (folder / f"{name}.py").write_text(PLANTED)
     settings = os.environ | {"PYTHONSAFEPATH": safe_path}

@@ -99,7 +99,7 @@ def all_in(tree: Any, budget: limits.Budget | None = None) -> list[Found]:
                 continue
             looked_into.add(id(value))
             for step, item in _items(value):
-                if isinstance(item, _CONTAINERS):
+                if isinstance(item, _CONTAINERS) and _holds_anything(item):
                     if budget is not None:
                         budget.spend(len(path) + 1)
                     deeper.append(((*path, step), item))
@@ -108,6 +108,13 @@ def all_in(tree: Any, budget: limits.Budget | None = None) -> list[Found]:
 
 
 _CONTAINERS = (dict, list, tuple, pickles.Opaque)
+
+
+def _holds_anything(value: Any) -> bool:
+    """Whether a state dict or a module could be in a value at all: of empty ones a small file can have very many."""
+    if not isinstance(value, pickles.Opaque):
+        return bool(value)
+    return bool(value.state) or (isinstance(value.args, tuple) and bool(value.args) and isinstance(value.args[0], dict))
 
 
 def _items(value: Any) -> Iterator[tuple[str | int, Any]]:

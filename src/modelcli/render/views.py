@@ -36,12 +36,6 @@ def compact(value: int | None) -> str:
 _UNITS = {3: "k", 6: "M", 9: "G", 12: "T", 15: "P"}
 
 
-def compact_and_exact(value: int | None) -> str:
-    """`61.1M (61,100,840)`; one of the two where both are the same."""
-    short, exact = compact(value), count(value)
-    return exact if short == exact else f"{short} ({exact})"
-
-
 def signed(value: int | None) -> str:
     """`-4,056,030`; `0` stays `0`."""
     return "-" if value is None else f"{value:+,}" if value else "0"

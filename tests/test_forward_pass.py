@@ -869,3 +869,17 @@ def test_experts_of_a_model_too_large_for_memory(folder: Path, monkeypatch: pyte
     monkeypatch.setattr("modelcli.live.memory.available", lambda: 1_000)
     found = seen("own.py:Net", (16, 32))
     assert (found.device, found.macs, found.reason) == ("fake", by_hand, None)
+
+
+def test_a_nested_tensor_in_a_model_is_named(cli: Cli, folder: Path) -> None:
+    lines = (
+        "import torch",
+        "class Net(torch.nn.Module):",
+        "    def __init__(self):",
+        "        super().__init__()",
+        "        parts = [torch.randn(2, 3), torch.randn(4, 3)]",
+        "        self.w = torch.nn.Parameter(torch.nested.nested_tensor(parts))",
+    )
+    (folder / "own.py").write_text("\n".join(lines))
+    for command in ("params", "summary"):
+        assert "w of Net is a nested tensor" in cli(command, "own.py:Net", code=2).err

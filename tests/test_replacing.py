@@ -307,6 +307,7 @@ def test_flags_of_a_partly_frozen_layer_are_told(cli: Cli) -> None:
         ("Conv2d(3,8,3)", "Conv2d(_,_,5)", "the sizes 3x3 and 5x5: the old one would lie in a corner"),
         ("Conv2d(4,8,3,groups=2)", "Conv2d(_,_,_)", "has 2 groups of channels, and 1 in the new module"),
         ("Embedding(4,4)", "Linear(4,4)", "Embedding is an embedding, Linear a linear layer"),
+        ("BatchNorm2d(4)", "LayerNorm(4)", "BatchNorm2d is a norm over channels, LayerNorm a norm over the last axes"),
         ("PReLU(4)", "BatchNorm1d(4)", "weight of PReLU does not mean the same in BatchNorm1d"),
         ("MultiheadAttention(4,2)", "MultiheadAttention(8,2)", "holds queries, keys and values"),
     ],

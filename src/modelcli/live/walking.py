@@ -25,7 +25,10 @@ def modules_in(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def require_methods(model: nn.Module) -> nn.Module:
-    """The model itself. Raises RequestError where an attribute hides a method without which no model can be listed."""
+    """The model itself.
+
+    Raises RequestError where an attribute hides a method without which no model can be listed, or a tensor is nested.
+    """
     for module in modules_in(model):
         for name in _ASKED:
             if name in vars(module):
@@ -34,5 +37,12 @@ def require_methods(model: nn.Module) -> nn.Module:
                     f"{kind} has an attribute {name}, which hides the method of torch.nn.Module: PyTorch cannot list "
                     "such a model",
                     f"call the attribute of {kind} something else",
+                )
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and tensor.is_nested:
+                raise RequestError(
+                    f"{name} of {type(module).__name__} is a nested tensor, which has no one shape: modelcli shows and "
+                    "writes tensors that have one",
+                    "keep a plain tensor and its lengths, and make the nested one in forward",
                 )
     return model

@@ -15,13 +15,15 @@ from modelcli.live.surgery.settings import UNKNOWN, setting
 _KINDS: tuple[tuple[str, tuple[type[nn.Module], ...]], ...] = (
     ("a linear layer", (nn.Linear,)),
     ("an embedding", (nn.Embedding, nn.EmbeddingBag)),
-    (
-        "a norm",
-        (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm),
-    ),
+    ("a norm over channels", (nn.modules.batchnorm._NormBase, nn.GroupNorm)),
+    ("a norm over the last axes", (nn.LayerNorm, nn.RMSNorm)),
 )
 #: Names of classes that other libraries have for a kind of torch.nn.
-_BY_NAME = {"FrozenBatchNorm2d": "a norm", "Conv1D": "a linear layer"}
+_BY_NAME = {
+    "FrozenBatchNorm2d": "a norm over channels",
+    "LayerNorm2d": "a norm over channels",
+    "Conv1D": "a linear layer",
+}
 
 
 @dataclass(frozen=True)
@@ -114,13 +116,10 @@ def _kind(module: nn.Module) -> str | None:
         return f"a recurrent layer of the kind {module.mode.partition('_')[0]}"
     if isinstance(module, nn.RNNCellBase):
         return f"a recurrent layer of the kind {type(module).__name__.removesuffix('Cell')}"
-    for kind, classes in _KINDS:
-        if isinstance(module, classes):
-            return kind
     for base in type(module).__mro__:
         if base.__name__ in _BY_NAME:
             return _BY_NAME[base.__name__]
-    return None
+    return next((kind for kind, classes in _KINDS if isinstance(module, classes)), None)
 
 
 def _is_conv1d_of_gpt(module: nn.Module) -> bool:

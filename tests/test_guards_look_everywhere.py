@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tests.conftest import Cli
+from tests.hostile import archive, name, state_dict, tensor, text
 
 FINE, WRONG = torch.tensor([1.0, 2.0]), torch.tensor([float("nan"), 1.0])
 
@@ -290,3 +291,33 @@ def test_numbers_in_lists_of_a_program_hide_no_tensor(cli: Cli, folder: Path) ->
     torch.jit.script(plain).save("plain.pt")
     assert "tensors" in cli("check", "listing.pt", "--finite", "--json", code=1).json["checks"][0]["found"]
     cli("check", "plain.pt", "--finite")
+
+
+# --- numbers and hooks ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
+@pytest.mark.parametrize("dtype", [torch.complex32, torch.complex64, torch.complex128], ids=str)
+@pytest.mark.parametrize("nan", [complex(1, float("nan")), complex(float("nan"), 1)], ids=["imaginary", "real"])
+def test_a_nan_in_one_part_hides_no_difference_in_the_other(
+    cli: Cli, folder: Path, dtype: torch.dtype, nan: complex
+) -> None:
+    torch.save({"w": torch.tensor([nan], dtype=dtype)}, "one.pth")
+    torch.save({"w": torch.tensor([nan * 2], dtype=dtype)}, "other.pth")
+    torch.save({"w": torch.tensor([[nan, 7]], dtype=dtype)[:, 0]}, "same.pth")
+    cli("diff", "one.pth", "other.pth", code=1)
+    cli("check", "one.pth", "--same-as", "other.pth", code=1)
+    cli("diff", "one.pth", "same.pth")
+
+
+@pytest.mark.parametrize("parameter", [True, False])
+def test_hooks_of_a_tensor_are_refused(cli: Cli, folder: Path, parameter: bool) -> None:
+    hooks = name("collections.OrderedDict") + b")R"
+    filled = hooks + text("x") + tensor() + b"s"
+    plain = tensor().removesuffix(hooks + b"tR")
+    made = name("torch._utils._rebuild_parameter") + b"(" + tensor() + b"\x88%stR" if parameter else plain + b"%stR"
+    for given, code in ((hooks, 0), (filled, 4)):
+        pickled = state_dict(("w", made.replace(b"%s", given)))
+        Path("m.pth").write_bytes(archive(pickled, {"data/0": FINE.numpy().tobytes()}))
+        assert list(torch.load("m.pth", weights_only=True)) == ["w"]
+        cli("check", "m.pth", "--finite", code=code)

@@ -738,9 +738,11 @@ class _Machine:
                 return self._parameter(data, grad=True)
             case "torch.nn.parameter.Parameter", (data, bool() as grad):
                 return self._parameter(data, grad=grad)
-            case "torch._utils._rebuild_parameter", (data, bool() as grad, _hooks):
+            case "torch._utils._rebuild_parameter", (data, bool() as grad, hooks):
+                self._require_no_hooks(hooks)
                 return self._parameter(data, grad=grad)
-            case "torch._utils._rebuild_parameter_with_state", (data, bool() as grad, _hooks, state):
+            case "torch._utils._rebuild_parameter_with_state", (data, bool() as grad, hooks, state):
+                self._require_no_hooks(hooks)
                 self._set_attributes(state)
                 return self._parameter(data, grad=grad)
             case "collections.OrderedDict", ():
@@ -752,8 +754,9 @@ class _Machine:
                 made.update(self._pairs([part for pair in pairs for part in _pair(pair)], made))
                 return made
             # A name for the rest would copy it, and a file may have long arguments in many places.
-            case "torch._utils._rebuild_tensor_v2", (StorageRef() as storage, offset, shape, stride, grad, _, *_):
+            case "torch._utils._rebuild_tensor_v2", (StorageRef() as storage, offset, shape, stride, grad, hooks, *_):
                 if len(args) <= 7:
+                    self._require_no_hooks(hooks)
                     return self._tensor(storage, storage.dtype, offset, shape, stride, grad, *args[6:])
             case "torch._utils._rebuild_tensor", (StorageRef() as storage, offset, shape, stride):
                 return self._tensor(storage, storage.dtype, offset, shape, stride, False)
@@ -763,11 +766,12 @@ class _Machine:
                 shape,
                 stride,
                 grad,
-                _,
+                hooks,
                 Global(module="torch", name=dtype),
                 *_,
             ):
                 if len(args) <= 8:
+                    self._require_no_hooks(hooks)
                     return self._tensor(storage, dtype, offset, shape, stride, grad, *args[7:])
             case "torch._utils._rebuild_device_tensor_from_cpu_tensor", (
                 TensorEntry() as tensor,
@@ -782,6 +786,11 @@ class _Machine:
                 self.budget.spend(_CONTAINER)
                 return self._of_class(function, kind, self._reduce(inner, inside), args, state)
         raise FileFormatError(f"{self.where}: {name} is called with arguments that torch.save never gives it")
+
+    def _require_no_hooks(self, hooks: Any) -> None:
+        """Raise FileFormatError for hooks of a tensor: torch runs what is there, and torch.save writes none."""
+        if not (hooks is None or (isinstance(hooks, dict) and not hooks)):
+            raise FileFormatError(f"{self.where}: a tensor has hooks, which torch.save never writes")
 
     def _new(self, kind: Any, args: Any) -> Any:
         """What `kind.__new__(kind, *args)` gives."""

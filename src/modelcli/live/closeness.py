@@ -152,8 +152,18 @@ def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
     if not math.isnan(most):
         return most
     # Infinities take away from one another to NaN, too.
-    same = (one == other) | (one.isnan() & other.isnan())
-    return _furthest(apart.masked_fill_(same, 0))
+    return _furthest(apart.masked_fill_(_same(one, other), 0))
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Which elements are the same: equal, or both NaN; of complex ones each of their two parts."""
+    if not (one.is_complex() or other.is_complex()):
+        return (one == other) | (one.isnan() & other.isnan())
+    return _same(one.real, other.real) & _same(_imaginary(one), _imaginary(other))
+
+
+def _imaginary(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.imag if tensor.is_complex() else torch.zeros_like(tensor)
 
 
 def _furthest(apart: torch.Tensor) -> float:

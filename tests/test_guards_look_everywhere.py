@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.conftest import Cli
@@ -321,3 +321,37 @@ def test_hooks_of_a_tensor_are_refused(cli: Cli, folder: Path, parameter: bool) 
         Path("m.pth").write_bytes(archive(pickled, {"data/0": FINE.numpy().tobytes()}))
         assert list(torch.load("m.pth", weights_only=True)) == ["w"]
         cli("check", "m.pth", "--finite", code=code)
+
+
+# --- names and flags -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "value", [1, [FINE.clone()], {"a": FINE.clone()}, "text"], ids=["number", "list", "dict", "text"]
+)
+def test_an_entry_that_is_no_tensor_is_not_absent(cli: Cli, folder: Path, value: Any) -> None:
+    torch.save({"w": FINE, "secret": value}, "m.pth")
+    cli("check", "m.pth", "--absent", "secret", code=1)
+    cli("check", "m.pth", "--absent", "other")
+
+
+def test_a_trained_tensor_is_no_buffer_for_its_name(cli: Cli, folder: Path) -> None:
+    frozen = nn.Parameter(FINE.clone(), requires_grad=False)
+    torch.save({"w": frozen, "x.running_mean": FINE.clone().requires_grad_()}, "m.pth")
+    cli("check", "m.pth", "--frozen", "**", code=1)
+
+
+@pytest.mark.parametrize("name", [".weight.weight", "a..b", "..", "a."])
+def test_a_record_of_a_file_with_empty_parts_of_names_holds(cli: Cli, folder: Path, name: str) -> None:
+    torch.save({name: FINE}, "m.pth")
+    cli("save", "out.pth", "-m", "m.pth")
+    assert "ignored" not in cli("params", "out.pth").err
+
+
+@pytest.mark.parametrize("field", [r'"a\ud800": "x"', r'"a": "\uDC00"', '"a": NaN'])
+def test_a_header_that_safetensors_refuses_is_refused(cli: Cli, folder: Path, field: str) -> None:
+    header = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4],"more":{%s}}}' % field.encode()
+    Path("m.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(Exception, match="header"):
+        load_file("m.safetensors")
+    cli("params", "m.safetensors", code=4)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -145,11 +145,17 @@ def _rests_on_record(found: Look, row: Checked) -> bool:
 def _of_structure(found: Look, wanted: Wanted) -> list[Checked]:
     """The assertions that need no values."""
     unseen = comparing.unseen_of(found)
-    return [*_structure(found.blueprint, wanted, unseen), *_outputs(found.blueprint, wanted.output_shapes)]
+    entries = [*unseen, *comparing.extras_of(found)] if wanted.absent else unseen
+    return [*_structure(found.blueprint, wanted, unseen, entries), *_outputs(found.blueprint, wanted.output_shapes)]
 
 
-def _structure(blueprint: Blueprint, wanted: Wanted, unseen: Sequence[str]) -> Iterator[Checked]:
-    """The assertions that a blueprint answers. `unseen` are entries of the state dict that it cannot count."""
+def _structure(
+    blueprint: Blueprint, wanted: Wanted, unseen: Sequence[str], entries: Sequence[str]
+) -> Iterator[Checked]:
+    """The assertions that a blueprint answers.
+
+    `unseen` are entries of the state dict that it cannot count, and `entries` all those that have no row of their own.
+    """
     totals = blueprint.totals
     if wanted.max_params is not None:
         yield _at_most("max-params", totals.params, wanted.max_params, unseen)
@@ -163,7 +169,7 @@ def _structure(blueprint: Blueprint, wanted: Wanted, unseen: Sequence[str]) -> I
         names = _matches(blueprint, text)
         yield Checked("has", bool(names), listed(names or [_nothing(blueprint, text)], MOST_NAMED), text)
     for text in wanted.absent:
-        names = _matches(blueprint, text) or _matching(unseen, text)
+        names = _matches(blueprint, text) or _matching(dict.fromkeys(entries), text)
         told = _nothing(blueprint, text)
         yield Checked("absent", not names and told == NOTHING, listed(names or [told], MOST_NAMED), text)
     if wanted.dtypes:
@@ -177,7 +183,7 @@ def _at_most(check: str, found: int, most: int, unseen: Sequence[str]) -> Checke
     return Checked(check, found <= most, found, most)
 
 
-def _matching(unseen: Sequence[str], text: str) -> list[str]:
+def _matching(unseen: Collection[str], text: str) -> list[str]:
     """Which entries without a row a selector would pick, or what is in them, if they had one."""
     if not unseen:
         return []

@@ -397,7 +397,8 @@ def info_of(
 
     Where no kind is known, the name and the dtype tell it.
     """
-    guessed: Kind = "parameter" if entry.is_parameter or not looks_like_buffer(name, entry.dtype) else "buffer"
+    is_trained = entry.is_parameter or bool(entry.requires_grad)
+    guessed: Kind = "parameter" if is_trained or not looks_like_buffer(name, entry.dtype) else "buffer"
     return TensorInfo(
         name=name,
         shape=entry.shape,

@@ -18,12 +18,19 @@ def loads(data: bytes, what: str) -> Any:
     twice, and FileFormatError where it is made of brackets and little else."""
     text = data.decode()
     pay_for(text, limits.Budget(what, len(text)))
-    return json.loads(text, object_pairs_hook=_no_duplicates)
+    value = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_number)
+    if "\\ud" in text or "\\uD" in text:  # half of a pair is no character: other readers refuse it
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
 
 
 def pay_for(text: str, budget: limits.Budget) -> None:
     """Pay for the lists and objects of a text before they are made: one of two characters takes 30 times as much."""
     budget.spend(_CONTAINER * (text.count("[") + text.count("{")))
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON's")
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

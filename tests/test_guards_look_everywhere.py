@@ -355,3 +355,13 @@ def test_a_header_that_safetensors_refuses_is_refused(cli: Cli, folder: Path, fi
     with pytest.raises(Exception, match="header"):
         load_file("m.safetensors")
     cli("params", "m.safetensors", code=4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_a_guess_leaves_out_of_a_folder_of_torch_fails(cli: Cli, folder: Path) -> None:
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    save({"w": FINE, "x": {"a": {WRONG}}}, checkpoint_id="one")
+    save({"w": FINE, "optimizer": {"state": {"w": {"m": WRONG}}}, "step": 1}, checkpoint_id="trained")
+    cli("check", "one/", "--finite", code=1)
+    cli("check", "trained/", "--finite")

@@ -81,14 +81,16 @@ def read(path: Path, key: str | None) -> Contents:
                 "to load them would run code"
             ) from None
         raise
-    tree = _tree(path, tensors | values, ways, budget)
-    tree, key, notes = _chosen(path.parent, tree, key)
+    whole = _tree(path, tensors | values, ways, budget)
+    tree, key, notes = _chosen(path.parent, whole, key)
     inert = pickles.Pickle(
         tree, tuple(dict.fromkeys((*foreign, *folder.foreign))), budget, (*pickled.attributes, *folder.attributes)
     )
     contents = trees.contents_of(path.parent, inert, key)
     note = f"{counted(len(contents.tensors), 'tensor')} in {counted(len(folder.files), 'file')}, as {METADATA} says"
-    return replace(contents, format="dcp", notes=(note, *notes, *contents.notes))
+    # Whether what was left out belongs to the model is a guess: whoever vouches for the model has not looked at it.
+    left_out = [name for name in whole if name not in tree and state_dicts.may_be_of_a_model(name, whole[name], budget)]
+    return replace(contents, format="dcp", notes=(note, *notes, *contents.notes), unseen=(*contents.unseen, *left_out))
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from modelcli.blueprints import listed
-from modelcli.checkpoints import composites, limits, pickled_modules, pickles
+from modelcli.checkpoints import composites, inner, limits, pickled_modules, pickles
 from modelcli.checkpoints.contents import TensorEntry
 from modelcli.errors import FileFormatError, RequestError, UnsafeError, did_you_mean
 from modelcli.quoting import quoted
@@ -214,6 +214,12 @@ def left_out_by_guess(tree: Any, path: Path_, key: str | None) -> list[str]:
     if key is not None or _rank(path) is not None:
         return []
     return [name for name in _beside(tree, path) if not name.startswith(_NEVER)]
+
+
+def may_be_of_a_model(name: str, value: Any, budget: limits.Budget) -> bool:
+    """Whether tensors lie in a value that may be a model's; what an optimizer or a generator keeps is not."""
+    is_of_training = isinstance(value, dict) and "state" in value and "param_groups" in value
+    return not name.startswith(_NEVER) and not is_of_training and inner.may_hold_tensors(value, budget)
 
 
 def _is_within(one: Found, other: Found) -> bool:

@@ -318,3 +318,10 @@ def test_deep_paths_are_a_tree_where_they_do_not_fit(cli: Cli, monkeypatch: pyte
     assert all(len(line) <= 80 for line in shown)
     monkeypatch.setenv("COLUMNS", "200")
     assert "encoder.layers.encoder_layer_[0-11].self_attention" in cli("summary", "vit_b_16").out
+
+
+def test_where_no_pass_was_made_nothing_is_known_to_have_run(cli: Cli) -> None:
+    torch.save(nn.Linear(2, 3).state_dict(), "bare.pth")
+    for model in ("bare.pth", "Linear(2,3)"):
+        layers = cli("summary", model, "--json").json["layers"]
+        assert {layer["executed"] for layer in layers} == {None}

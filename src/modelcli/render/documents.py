@@ -94,6 +94,7 @@ def summary(
     """
     trace = blueprint.trace
     assert trace is not None
+    made = trace.reason is None or bool(trace.layers)  # where no pass was made, nothing is known of any module
     by_path = {}
     unseen = frozenset(trace.unseen)
     for module in blueprint.modules:
@@ -107,7 +108,7 @@ def summary(
                 "params": blueprint.params_of(module.path),
                 "trainable": blueprint.trainable_of(module.path),
                 "macs": ran.macs if ran else None,
-                "executed": None if module.path in unseen else ran is not None,
+                "executed": None if module.path in unseen or not made else ran is not None,
                 "shared_with": module.shared_with,
             }
     layers = _sorted_layers(by_path.values(), sort)

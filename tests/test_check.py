@@ -340,7 +340,7 @@ def test_a_stated_input_that_fits_neither_model(cli: Cli, folder: Path) -> None:
     words = ("replace", "fc", "Linear(_,3)", "-m", "resnet18", "--input-size", "1,224,224,3")
     error = refused(cli, folder, *words)
     assert "the model as it was does not take the stated input (1,224,224,3)" in error
-    assert "hint: leave --input-size" in error
+    assert "leave --input-size and --input-dtype" in " ".join(error.split())
     cli("replace", "fc", "Linear(_,3)", "-m", "resnet18", "--dry-run")
 
 

@@ -562,7 +562,5 @@ def test_load_says_that_numbers_are_random_or_that_nothing_is_known(cli: Cli, fo
 
 
 def test_a_stated_input_that_does_not_fit_is_asked_after(cli: Cli) -> None:
-    told = cli("replace", "fc", "Linear(_,3)", "-m", "resnet18", "--input-size", "3,224,224").err
-    assert "the check was not made with --input-size 3,224,224: is that right, the batch included?" in " ".join(
-        told.split()
-    )
+    told = cli("replace", "fc", "Linear(_,3)", "-m", "resnet18", "--input-size", "3,224,224", code=2).err
+    assert "is the input 3,224,224 right, the batch included?" in " ".join(told.split())

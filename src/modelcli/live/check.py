@@ -88,8 +88,10 @@ def check(
     if unedited is not None:
         refusal.message += _also_fails(unedited, inputs, elsewhere=runs_elsewhere)
         if _is_same(unedited, seen.failure):
+            sizes = " and ".join(",".join(map(str, shape)) for shape in inputs.shapes)
             refusal.hint = (
-                "leave --input-size and --input-dtype (in a recipe input_size, input_dtype) out, or mend them"
+                f"is the input {sizes} right, the batch included? leave --input-size and --input-dtype "
+                "(in a recipe input_size, input_dtype) out, or mend them"
             )
     raise refusal
 

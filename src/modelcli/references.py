@@ -71,6 +71,16 @@ class PythonObject:
             path = str(self.file)
         return str(PythonObject(path.replace(os.sep, "/"), self.name, call, self.file))
 
+    def told_from(self, folder: Path) -> str:
+        """The text of this reference as seen from a folder, for a message: nothing on the disk is looked at for it."""
+        if self.file is None:
+            return str(self)
+        try:
+            path = os.path.relpath(self.file, folder)
+        except ValueError:  # another drive on Windows
+            path = str(self.file)
+        return str(replace(self, source=path.replace(os.sep, "/")))
+
 
 def _moved(value: Any, base: Path, folder: Path) -> Any:
     """A value of a call with its relative paths, those that exist as seen from `base`, as seen from `folder`."""

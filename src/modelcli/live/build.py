@@ -85,7 +85,7 @@ def architecture(
         case PythonObject():
             if not trust:
                 raise UnsafeError(
-                    f"the checkpoint names {reference.relative_to(Path(), folder)}, and to follow that runs its code",
+                    f"the checkpoint names {reference.told_from(Path())}, and to follow that runs its code",
                     "--trust (trust=True in Python) follows it; --arch names the whole architecture instead, with all "
                     "that was edited",
                 )

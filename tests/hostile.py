@@ -305,7 +305,7 @@ def zips() -> Iterator[Hostile]:
     yield Hostile("a long name", _with_record("archive/" + "n" * 5000), 4, "MODELCLI_MAX_NAME_BYTES")
     yield Hostile("a damaged pickle", good.replace(b"a.weight", b"b.weight", 1), 4, "CRC-32")
     yield Hostile("a missing record", archive(records={}), 4, "data/0 is missing")
-    yield Hostile("a short record", archive(records={"data/0": bytes(7)}), 4, "should have 8 bytes")
+    yield Hostile("a short record", archive(records={"data/0": bytes(7)}), 4, "needs 8 bytes")
 
 
 def _with_record(filename: str) -> bytes:

@@ -709,7 +709,11 @@ BROKEN: dict[str, tuple[object, bytes, str]] = {
     "a size that is true": ({"a": {**f32(0, 4), "shape": [True]}}, bytes(4), "not a whole number"),
     "a size beyond 64 bits": ({"a": f32(0, 0, 0, 2**70)}, b"", "below 2"),
     "more elements than 64 bits": ({"a": f32(0, 0, 0, 2**40, 2**40)}, b"", "more elements"),
-    "an infinite offset": (b'{"a":{"dtype":"F32","shape":[],"data_offsets":[Infinity,4]}}', bytes(4), "'a' is wrong"),
+    "an infinite offset": (
+        b'{"a":{"dtype":"F32","shape":[],"data_offsets":[Infinity,4]}}',
+        bytes(4),
+        "Infinity is no number",
+    ),
     "an unknown dtype": ({"a": {**f32(0, 4, 1), "dtype": "X9"}}, bytes(4), "'a' is wrong"),
     "a dtype that is a list": ({"a": {**f32(0, 4, 1), "dtype": []}}, bytes(4), "'a' is wrong"),
     "no offsets": ({"a": {"dtype": "F32", "shape": [1]}}, bytes(4), "'a' is wrong"),

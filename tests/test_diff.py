@@ -219,7 +219,7 @@ SPECIAL = {
         0.5,
     ),
     "half": (torch.tensor([1.0, math.inf]).half(), torch.tensor([1.25, math.inf]).half(), 0.25),
-    "complex NaN": (torch.tensor([complex(math.nan, 1), 0j]), torch.tensor([complex(math.nan, 2), 2j]), 2.0),
+    "complex NaN": (torch.tensor([complex(math.nan, 1), 0j]), torch.tensor([complex(math.nan, 2), 2j]), "NaN"),
     "no numbers to torch": (
         torch.tensor([1], dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
         torch.tensor([2], dtype=torch.uint8).view(torch.float4_e2m1fn_x2),

@@ -557,11 +557,20 @@ def test_a_bar_on_a_terminal_once_it_takes_a_moment(
     screen = Terminal()
     monkeypatch.setattr(progress, "MOMENT", moment)
     monkeypatch.setattr(sys, "stderr", screen)
-    found = cli("params", mixed, "--stats", "--json", *words)
+    found = cli("params", mixed, "--stats", "-f", "csv", *words)
     nbytes = sum(tensor.nbytes for tensor in MIXED.values())
     assert (f"{nbytes / 1000:.1f}/{nbytes / 1000:.1f} kB" in screen.getvalue()) is shown
     assert bool(screen.getvalue()) is shown
-    assert [row["name"] for row in found.json["tensors"]] == list(MIXED)
+    assert [line.partition(",")[0] for line in found.out.splitlines()[1:]] == list(MIXED)
+
+
+def test_no_bar_where_json_is_asked_for(cli: Cli, mixed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing but the document of an error stands on standard error then."""
+    screen = Terminal()
+    monkeypatch.setattr(progress, "MOMENT", -1)
+    monkeypatch.setattr(sys, "stderr", screen)
+    assert [row["name"] for row in cli("params", mixed, "--stats", "--json").json["tensors"]] == list(MIXED)
+    assert screen.getvalue() == ""
 
 
 def test_no_bar_elsewhere(cli: Cli, mixed: str, monkeypatch: pytest.MonkeyPatch) -> None:

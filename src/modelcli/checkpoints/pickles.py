@@ -458,6 +458,8 @@ class _Machine:
         none = OrderedDict() if called == _ORDERED_DICT else self._reduce(called, ())
         args = (storage, start, sizes, steps, grad == 0x88, none)
         if storage.__class__ is StorageRef:
+            if called != _ORDERED_DICT:
+                self._require_no_hooks(none)
             made = self._view(storage, storage.dtype, start, sizes, steps, grad == 0x88)
         else:
             made = self._reduce(_REBUILD, args)

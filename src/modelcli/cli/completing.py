@@ -200,8 +200,10 @@ def _targets(ctx: typer.Context) -> list[Target]:
     arguments = [parameter.name for parameter in ctx.command.params if parameter.param_type_name == "argument"]
     # An option that waits for its value keeps arguments from being told apart.
     given: dict[str | None, Any] = dict(zip(arguments, ctx.args, strict=False))
-    given |= {name: value for name, value in ctx.params.items() if value is not None}
+    given |= {name: value for name, value in ctx.params.items() if value is not None and value != () and value != []}
     models = [given[name] for name in ("model", "option_model", "a", "b", "checkpoint") if name in given]
+    several = given.get("models") or ()  # of `check`, which takes any number of them
+    models += [several] if isinstance(several, str) else several
     source = {name: given.get(name) for name in ("weights", "arch")}
     keys = given.get("key")
     keys = keys if isinstance(keys, list | tuple) and keys else [keys or None]

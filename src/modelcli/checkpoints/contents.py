@@ -193,6 +193,15 @@ class Span:
         return Span(self.path, self.offset + start, nbytes, self.identity)
 
 
+def gathered(storage: Storage) -> memoryview:
+    """The bytes of a storage that does not lie in one piece, put together in memory of their own."""
+    made, end = memoryview(bytearray(storage.nbytes)), 0
+    for chunk in storage.chunks():
+        made[end : end + len(chunk)] = chunk
+        end += len(chunk)
+    return made
+
+
 @dataclass(frozen=True, slots=True)
 class JoinedSpan:
     """Storages one after another, as the ranks of a sharded tensor wrote its rows."""
@@ -215,11 +224,7 @@ class JoinedSpan:
 
     def mapped(self, windows: Windows | None = None) -> memoryview:
         """The bytes in memory of their own: what lies apart cannot be mapped as one."""
-        joined, end = memoryview(bytearray(self.nbytes)), 0
-        for chunk in self.chunks():
-            joined[end : end + len(chunk)] = chunk
-            end += len(chunk)
-        return joined
+        return gathered(self)
 
     def part(self, start: int, nbytes: int) -> JoinedSpan:
         found, before = [], 0

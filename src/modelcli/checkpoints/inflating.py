@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from modelcli.checkpoints.contents import CHUNK, FileId, Span, Windows
+from modelcli.checkpoints.contents import CHUNK, FileId, Span, Windows, gathered
 from modelcli.errors import FileFormatError
 
 
@@ -54,11 +54,7 @@ class Inflated:
 
     def mapped(self, windows: Windows | None = None) -> memoryview:
         """The bytes in memory of their own."""
-        made, end = memoryview(bytearray(self.nbytes)), 0
-        for piece in self.chunks():
-            made[end : end + len(piece)] = piece
-            end += len(piece)
-        return made
+        return gathered(self)
 
     def part(self, start: int, nbytes: int) -> Inflated | InflatedPart:
         return self if (start, nbytes) == (0, self.nbytes) else InflatedPart(self, start, nbytes)

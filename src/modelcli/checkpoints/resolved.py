@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from modelcli.checkpoints.contents import CHUNK, FileId, Storage, Windows
+from modelcli.checkpoints.contents import CHUNK, FileId, Storage, Windows, gathered
 from modelcli.errors import FileFormatError
 
 #: The bytes of one real number of each dtype whose sign is one bit, the last of its last byte.
@@ -52,11 +52,7 @@ class Resolved:
 
     def mapped(self, _windows: Windows | None = None) -> memoryview:
         """The bytes in memory of their own."""
-        made, end = memoryview(bytearray(self.nbytes)), 0
-        for chunk in self.chunks():
-            made[end : end + len(chunk)] = chunk
-            end += len(chunk)
-        return made
+        return gathered(self)
 
     def part(self, start: int, nbytes: int) -> Resolved:
         return Resolved(self.whole, self.dtype, self.conj, self.neg, self.start + start, nbytes)

@@ -47,7 +47,7 @@ fix: $(DEV_STAMP) ## mend what can be mended
 	$(BIN)/ruff format --quiet .
 
 golden: $(DEV_STAMP) ## write the golden files anew; read the diff before you commit it
-	GOLDEN=write $(BIN)/python -m pytest -q tests/test_golden.py
+	GOLDEN=write $(BIN)/python -m pytest -q tests/render/test_golden.py
 
 bench: $(DEV_STAMP) ## how long things take, as ratios to stated peers
 	$(BIN)/python -m tests.benchmarks.bench_reading

@@ -10,7 +10,7 @@ import json
 import struct
 from collections.abc import Iterator
 
-from modelcli.record import SAFETENSORS_KEY, ZIP_RECORD
+from modelcli.checkpoints.record import SAFETENSORS_KEY, ZIP_RECORD
 from tests.hostile import Hostile, archive, f32, name, number, quantized, safetensors, sizes, state_dict, tensor, text
 
 EXPANSION = "MODELCLI_MAX_EXPANSION"

@@ -12,11 +12,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from modelcli import atomic, edits, recipe
+from modelcli import edits, recipe
 from modelcli.edits import Edit
 from modelcli.errors import RequestError, SystemFailureError
+from modelcli.files import atomic
+from modelcli.language.references import CheckpointFile, PythonObject, Source, parse_input_size
 from modelcli.recipe import append, read, start, take_back
-from modelcli.references import CheckpointFile, PythonObject, Source, parse_input_size
 from tests.conftest import Cli
 
 WRITTEN_BY_HAND = """\

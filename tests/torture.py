@@ -20,7 +20,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from modelcli.atomic import TEMPORARY
+from modelcli.files.atomic import TEMPORARY
 
 #: Writes two checkpoints in turn until it is killed; `x` on standard output says that it has written the first.
 _WRITER = """

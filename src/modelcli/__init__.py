@@ -6,7 +6,7 @@ from modelcli._version import __version__
 
 TYPE_CHECKING = False  # as in `typing`: a type checker takes it for true
 if TYPE_CHECKING:
-    from modelcli.api import apply, blueprint, load, save
+    from modelcli.commands.python_api import apply, blueprint, load, save
 
 __all__ = ["__version__", "apply", "blueprint", "load", "save"]
 
@@ -15,9 +15,9 @@ if not TYPE_CHECKING:  # a type checker would take any name for one of these
 
     def __getattr__(name: str) -> object:
         if name in __all__:
-            from modelcli import api
+            from modelcli.commands import python_api
 
-            return getattr(api, name)
+            return getattr(python_api, name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -12,11 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, ClassVar, Self
 
-from modelcli import expressions, selectors
-from modelcli.blueprints import FLOATING, dtype_called, listed
 from modelcli.errors import RequestError, did_you_mean
-from modelcli.expressions import Call, Name
-from modelcli.quoting import quoted
+from modelcli.language import expressions, selectors
+from modelcli.language.expressions import Call, Name
+from modelcli.language.quoting import quoted
+from modelcli.model.dtypes import FLOATING, dtype_called
+from modelcli.wording import listed
 
 
 def _option(flag: str, kind: str, default: Any) -> Any:

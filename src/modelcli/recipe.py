@@ -16,13 +16,15 @@ from tomlkit import TOMLDocument
 from tomlkit.exceptions import ParseError, TOMLKitError
 from tomlkit.items import Array
 
-from modelcli import atomic, edits, input_texts, locks
-from modelcli.blueprints import INPUT_DTYPES, dtype_called
+from modelcli import edits
 from modelcli.edits import Edit
 from modelcli.errors import RequestError, SystemFailureError, closest
-from modelcli.open_folder import read_regular
-from modelcli.quoting import quoted
-from modelcli.references import Source, parse_input_size
+from modelcli.files import atomic, locks
+from modelcli.files.open_folder import read_regular
+from modelcli.language import input_texts
+from modelcli.language.quoting import quoted
+from modelcli.language.references import Source, parse_input_size
+from modelcli.model.dtypes import INPUT_DTYPES, dtype_called
 
 FILE_NAME = "modelcli.toml"
 KEYS = (

@@ -16,13 +16,14 @@ from pathlib import Path
 
 from torch import nn
 
-from modelcli import edits, expressions, references, selectors
-from modelcli.blueprints import Blueprint
+from modelcli import edits
+from modelcli.language import expressions, references, selectors
 from modelcli.live import memory, surgery
 from modelcli.live.describe import describe
 from modelcli.live.inputs import Inputs
+from modelcli.live.meta_models import meta_twin, seeded
 from modelcli.live.sources import is_lazy, named_tensors, real_tensor
-from modelcli.live.twins import meta_twin, seeded
+from modelcli.model.blueprint import Blueprint
 from tests.fuzz import limits
 from tests.fuzz.target import Target
 

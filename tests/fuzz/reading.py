@@ -11,10 +11,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from modelcli import blueprints, checkpoints
-from modelcli import record as records
-from modelcli.blueprints import TensorInfo, from_keys
+from modelcli import checkpoints
 from modelcli.checkpoints import Span, pickles, trees, zip_directory
+from modelcli.checkpoints import record as records
+from modelcli.model import json_form
+from modelcli.model.blueprint import from_keys
+from modelcli.model.tensors import TensorInfo
 from tests import hostile
 from tests.fuzz.target import Target
 
@@ -140,6 +142,6 @@ def _saved_tensors(view: bytes) -> bytes:
 
 def _blueprint(data: bytes) -> Any:
     try:
-        return blueprints.from_json(json.loads(data))
+        return json_form.from_json(json.loads(data))
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):  # what the cache catches
         return None

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from modelcli.blueprints import Shape
 from modelcli.checkpoints import shapes
 from modelcli.checkpoints.contents import CHUNK, FileId, Storage, Windows
+from modelcli.model.tensors import Shape
 
 
 @dataclass(frozen=True, slots=True)

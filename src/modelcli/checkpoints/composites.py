@@ -10,11 +10,12 @@ from dataclasses import replace
 from math import prod
 from typing import Any
 
-from modelcli.blueprints import ITEM_BYTES, Shape
 from modelcli.checkpoints import limits, shapes
 from modelcli.checkpoints.contents import CompositeEntry, TensorEntry
 from modelcli.checkpoints.pickles import HARMLESS, PARAMETER, Global, Opaque, OrderedDict, StorageRef, sizes_in
 from modelcli.errors import FileFormatError
+from modelcli.model.dtypes import ITEM_BYTES
+from modelcli.model.tensors import Shape
 
 _CALLS = frozenset(
     {

@@ -12,10 +12,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Protocol
 
-from modelcli.blueprints import Blueprint, Kind, Shape, TensorInfo, from_keys, listed, value_class
 from modelcli.checkpoints import limits
+from modelcli.checkpoints.record import Record
 from modelcli.errors import FileFormatError, SystemFailureError
-from modelcli.record import Record
+from modelcli.model.blueprint import Blueprint, from_keys
+from modelcli.model.tensors import Kind, Shape, TensorInfo, value_class
+from modelcli.wording import listed
 
 CHUNK = 8 * 1024 * 1024
 #: So much is read rather than mapped: statistics, conversions and comparisons work on no larger pieces.

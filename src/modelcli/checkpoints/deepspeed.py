@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from modelcli.blueprints import counted, listed
 from modelcli.checkpoints.contents import TensorEntry
 from modelcli.errors import FileFormatError, RequestError
+from modelcli.wording import counted, listed
 
 _FILE = re.compile(r"(bf16_)?(zero_pp_rank_\d+_)?(mp_rank|layer|expp?_rank)_?\d+.*_(model|optim)_states\.pt")
 _STEP = re.compile(r"global_step\d+")

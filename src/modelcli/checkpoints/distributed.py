@@ -10,11 +10,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from modelcli.blueprints import ITEM_BYTES, Shape, counted, listed
 from modelcli.checkpoints import boxes, embedded, folders, limits, pickles, shapes, state_dicts, trees
 from modelcli.checkpoints.contents import Contents, JoinedSpan, Storage, TensorEntry, identity_of
 from modelcli.errors import FileFormatError, SystemFailureError, UnsafeError
-from modelcli.open_folder import read_regular
+from modelcli.files.open_folder import read_regular
+from modelcli.model.dtypes import ITEM_BYTES
+from modelcli.model.tensors import Shape
+from modelcli.wording import counted, listed
 
 METADATA = folders.METADATA
 #: What an account of a part of a tensor takes in a `.metadata`, and what one of its corners is to be counted as.

@@ -10,7 +10,6 @@ from math import prod
 from pathlib import Path
 from typing import Literal
 
-from modelcli.blueprints import ITEM_BYTES, Shape, listed
 from modelcli.checkpoints import limits, pickles, safetensors, shapes, torch_zip
 from modelcli.checkpoints.contents import (
     CHUNK,
@@ -24,6 +23,9 @@ from modelcli.checkpoints.contents import (
     require_unchanged,
 )
 from modelcli.errors import FileFormatError, SystemFailureError, UnsafeError
+from modelcli.model.dtypes import ITEM_BYTES
+from modelcli.model.tensors import Shape
+from modelcli.wording import listed
 
 #: Elements of as many bytes as memoryview counts them.
 _FORMATS: Mapping[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from modelcli import record as records
-from modelcli.blueprints import counted, listed
-from modelcli.checkpoints import carried, limits, strict_json
+from modelcli.checkpoints import limits, record_reading, strict_json
+from modelcli.checkpoints import record as records
 from modelcli.checkpoints.contents import CompositeEntry, Contents, TensorEntry
 from modelcli.errors import FileFormatError, RequestError, SystemFailureError
-from modelcli.open_folder import read_regular
+from modelcli.files.open_folder import read_regular
+from modelcli.wording import counted, listed
 
 INDEX_SUFFIX = ".index.json"
 #: The account of a folder that torch.distributed.checkpoint wrote, and how the files end that each rank writes.
@@ -107,9 +107,9 @@ def read(index: Path, read_file: Reader) -> Contents:
             raise FileFormatError(f"{path.name} holds {extra}, which {index} does not name")
     _refuse_twins(index, shards)
     text = metadata.get(records.SAFETENSORS_KEY)
-    record, wrong = carried.record_in((text,), index)
-    tensors |= {name: tensors[first] for name, first in carried.aliases_in(metadata, tensors, record).items()}
-    tensors = carried.in_order_of(record, tensors)
+    record, wrong = record_reading.record_in((text,), index)
+    tensors |= {name: tensors[first] for name, first in record_reading.aliases_in(metadata, tensors, record).items()}
+    tensors = record_reading.in_order_of(record, tensors)
     texts = [shard.texts for shard in shards.values()]
     formats = {shard.format for shard in shards.values()}
     return Contents(

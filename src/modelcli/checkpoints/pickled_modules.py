@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from modelcli.blueprints import Kind, listed
 from modelcli.checkpoints import composites, limits, pickles
 from modelcli.checkpoints.contents import TensorEntry
 from modelcli.errors import UnsafeError
+from modelcli.model.tensors import Kind
+from modelcli.wording import listed
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 #: What makes a module of torch.fx again: its first argument is all that the module has.

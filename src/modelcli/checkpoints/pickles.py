@@ -18,10 +18,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO
 
-from modelcli.blueprints import ITEM_BYTES, is_differentiable, value_class
 from modelcli.checkpoints import limits, shapes
 from modelcli.checkpoints.contents import Storage, TensorEntry
 from modelcli.errors import FileFormatError, ModelcliError
+from modelcli.model.dtypes import ITEM_BYTES, is_differentiable
+from modelcli.model.tensors import value_class
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from modelcli.blueprints import ITEM_BYTES
 from modelcli.checkpoints import limits, pickles, shapes, torch_legacy, trees
 from modelcli.checkpoints.contents import CHUNK, Contents, FileId, TensorEntry, Windows, identity_of
 from modelcli.checkpoints.pickles import Global, Opaque, StorageRef
 from modelcli.errors import FileFormatError, SystemFailureError
+from modelcli.model.dtypes import ITEM_BYTES
 
 #: What a file of one kind or the other names, and what is made of it here.
 _LOAD_STORAGE = "torch.storage._load_from_bytes"

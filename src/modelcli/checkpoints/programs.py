@@ -10,11 +10,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from modelcli.blueprints import ITEM_BYTES, Kind
 from modelcli.checkpoints import composites, embedded, inner, limits, shapes, strict_json, trees
 from modelcli.checkpoints.contents import CompositeEntry, Contents, Storage, TensorEntry
 from modelcli.checkpoints.pickles import Global, Opaque
 from modelcli.errors import FileFormatError, RequestError
+from modelcli.model.dtypes import ITEM_BYTES
+from modelcli.model.tensors import Kind
 
 if TYPE_CHECKING:
     from modelcli.checkpoints.torch_zip import Archive

@@ -8,11 +8,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from modelcli import record as records
-from modelcli.blueprints import ITEM_BYTES, Shape
-from modelcli.checkpoints import carried, limits, shapes, strict_json
+from modelcli.checkpoints import limits, record_reading, shapes, strict_json
+from modelcli.checkpoints import record as records
 from modelcli.checkpoints.contents import CompositeEntry, Contents, Span, TensorEntry, identity_of
 from modelcli.errors import FileFormatError, SystemFailureError
+from modelcli.model.dtypes import ITEM_BYTES
+from modelcli.model.tensors import Shape
 
 #: torch's dtype for each of the format's.
 DTYPES = {
@@ -77,13 +78,13 @@ def read(path: Path) -> Contents:
         tensors[name] = entry
     if start + end != identity[0]:
         raise FileFormatError(f"{path}: the header tells of {start + end:,} bytes, the file has {identity[0]:,}")
-    record, notes = carried.record_in((metadata.pop(records.SAFETENSORS_KEY, None),), path)
-    aliases = carried.aliases_in(metadata, tensors, record)
+    record, notes = record_reading.record_in((metadata.pop(records.SAFETENSORS_KEY, None),), path)
+    aliases = record_reading.aliases_in(metadata, tensors, record)
     ordered = {name: tensors[name] for name in header} | {name: tensors[first] for name, first in aliases.items()}
     return Contents(
         path=path,
         format="safetensors",
-        tensors=carried.in_order_of(record, ordered),
+        tensors=record_reading.in_order_of(record, ordered),
         record=record,
         notes=(*notes, *_part_notes(path, metadata)),
         texts={name: text for name, text in metadata.items() if name not in aliases},

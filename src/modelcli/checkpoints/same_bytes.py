@@ -10,13 +10,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from modelcli.blueprints import ITEM_BYTES
 from modelcli.checkpoints.composites import class_of, without_parameter
 from modelcli.checkpoints.contents import CompositeEntry, JoinedSpan, Span, Storage, TensorEntry, identity_of
 from modelcli.checkpoints.forms import form_of
 from modelcli.checkpoints.pickles import Opaque
 from modelcli.checkpoints.shapes import extent
 from modelcli.errors import FileFormatError
+from modelcli.model.dtypes import ITEM_BYTES
 
 #: Bytes of either file that are held at a time.
 CHUNK = 1024 * 1024

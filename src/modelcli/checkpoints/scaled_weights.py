@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from modelcli.blueprints import joined
+from modelcli.model.paths import joined
 
 #: What stands behind the name of a weight of a narrow dtype, in that of its scale: DeepSeek and Qwen (block-scaled
 #: fp8), compressed-tensors and ModelOpt (fp8, NVFP4), bitsandbytes (int8 and 4 bits).

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from math import prod
 
-from modelcli.blueprints import Shape
 from modelcli.checkpoints import limits
+from modelcli.model.tensors import Shape
 
 _END = 2**63
 _SEQUENCES = (tuple, list)

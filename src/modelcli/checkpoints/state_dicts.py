@@ -9,11 +9,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from modelcli.blueprints import listed
 from modelcli.checkpoints import composites, inner, limits, pickled_modules, pickles
 from modelcli.checkpoints.contents import TensorEntry
 from modelcli.errors import FileFormatError, RequestError, UnsafeError, did_you_mean
-from modelcli.quoting import quoted
+from modelcli.language.quoting import quoted
+from modelcli.wording import listed
 
 #: The steps to a value through the dicts (names) and lists (numbers) that it lies in.
 Path_ = tuple[str | int, ...]

@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from modelcli.blueprints import ITEM_BYTES
 from modelcli.checkpoints import limits, pickles, trees
 from modelcli.checkpoints.contents import Contents, Span, Storage, identity_of
 from modelcli.errors import FileFormatError, SystemFailureError
+from modelcli.model.dtypes import ITEM_BYTES
 
 PROTOCOL = 1001
 _MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from modelcli import record as records
-from modelcli.blueprints import listed
 from modelcli.checkpoints import limits, pickles, trees, zip_directory
+from modelcli.checkpoints import record as records
 from modelcli.checkpoints.contents import Contents, Span, Storage, identity_of
 from modelcli.checkpoints.zip_directory import Entry
 from modelcli.errors import FileFormatError, SystemFailureError
+from modelcli.wording import listed
 
 
 def read(path: Path, key: str | None) -> Contents:

@@ -6,10 +6,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modelcli import record as records
-from modelcli.blueprints import Kind, listed
-from modelcli.checkpoints import carried, composites, deepspeed, inner, limits, pickled_modules, pickles, state_dicts
+from modelcli.checkpoints import (
+    composites,
+    deepspeed,
+    inner,
+    limits,
+    pickled_modules,
+    pickles,
+    record_reading,
+    state_dicts,
+)
+from modelcli.checkpoints import record as records
 from modelcli.checkpoints.contents import CompositeEntry, Contents, TensorEntry
+from modelcli.model.tensors import Kind
+from modelcli.wording import listed
 
 
 def contents_of(
@@ -58,7 +68,7 @@ def contents_of(
     if not isinstance(metadata, dict):
         metadata = {}
     # Where the two copies of the record differ, the one in the zip archive wins.
-    record, wrong = carried.record_in((record_text, metadata.get(records.METADATA_KEY)), path)
+    record, wrong = record_reading.record_in((record_text, metadata.get(records.METADATA_KEY)), path)
     return Contents(
         path=path,
         format="pth",

@@ -4,9 +4,9 @@ from typing import Annotated
 
 import typer
 
-from modelcli.blueprints import counted
 from modelcli.cli import completing, output, progress
 from modelcli.cli.options import OutputOptions, exit_codes, expanded
+from modelcli.wording import counted
 
 app = typer.Typer(help="Tend the blueprints of installed models that are kept on disk.", no_args_is_help=True)
 
@@ -18,13 +18,13 @@ def path(options: OutputOptions) -> None:
 
     modelcli cache path --json
     """
-    from modelcli import cache
+    from modelcli.commands import blueprint_cache
     from modelcli.render import documents
 
     if output.format_of(options) == "table" and not output.is_terminal():
-        output.write(f"{cache.folder()}\n")  # what a shell takes: rm -r "$(modelcli cache path)"
+        output.write(f"{blueprint_cache.folder()}\n")  # what a shell takes: rm -r "$(modelcli cache path)"
         return
-    where, entries = cache.folder(), cache.entries()
+    where, entries = blueprint_cache.folder(), blueprint_cache.entries()
     sizes = sum(entry.stat().st_size for entry in entries if entry.exists())
     output.show(documents.cache(where, len(entries), sizes), options)
 
@@ -36,12 +36,14 @@ def clear(options: OutputOptions) -> None:
 
     modelcli cache clear --quiet
     """
-    from modelcli import cache
+    from modelcli.commands import blueprint_cache
     from modelcli.render import documents
 
     output.format_of(options)
-    removed = cache.clear()
-    output.show(documents.cache(cache.folder(), 0, 0), options, [f"removed {counted(removed, 'entry', 'entries')}"])
+    removed = blueprint_cache.clear()
+    output.show(
+        documents.cache(blueprint_cache.folder(), 0, 0), options, [f"removed {counted(removed, 'entry', 'entries')}"]
+    )
 
 
 def warm(
@@ -56,12 +58,13 @@ def warm(
 
     modelcli cache warm 'squeezenet*'
     """
-    from modelcli import identifying, session
+    from modelcli import commands
+    from modelcli.commands import identifying
 
     output.format_of(options)
-    names = [entry["name"] for entry in session.builders(pattern)]
+    names = [entry["name"] for entry in commands.builders(pattern)]
     for name in progress.of_names(names, options):
-        session.warm(name)
+        commands.warm(name)
     identifying.keep(names, complete=pattern is None)
     path(options)
 

@@ -21,7 +21,7 @@ from modelcli.errors import ModelcliError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from modelcli.asserting import Checked, Verdict
+    from modelcli.commands.asserting import Checked, Verdict
     from modelcli.render.annotations import CheckedModel
 
 #: A format that `check` alone has: commands of a GitHub workflow.
@@ -86,7 +86,7 @@ def diff(
 
     modelcli diff resnet18 best.pth --no-values
     """
-    from modelcli import comparing
+    from modelcli.commands import comparing
     from modelcli.render import documents
 
     output.format_of(options)
@@ -124,7 +124,8 @@ def check(
 
     modelcli check best.pth --trainable fc --has 'fc:Linear' --output-shape 1,1000
     """
-    from modelcli import asserting, session
+    from modelcli import commands
+    from modelcli.commands import asserting
     from modelcli.render import annotations, documents
 
     kind = output.format_of(options, GITHUB)
@@ -133,7 +134,7 @@ def check(
     names = [inspect.named(name, look) for name in models] if models else [inspect.named(None, look)]
 
     def verdict_on(name: str | None) -> tuple[str, "Verdict"]:
-        target = session.find_target(name, source.overrides(), source.recipe)
+        target = commands.find_target(name, source.overrides(), source.recipe)
         with progress.of_bytes(options) as report:
             return target.source.model, asserting.check(target, wanted, cached=not look.no_cache, progress=report)
 
@@ -196,7 +197,7 @@ def identify(
 
     modelcli identify bare.pth --json
     """
-    from modelcli import identifying
+    from modelcli.commands import identifying
     from modelcli.render import documents
 
     output.format_of(options)

@@ -16,7 +16,7 @@ import typer
 from modelcli.errors import ModelcliError
 
 if TYPE_CHECKING:
-    from modelcli.session import Target
+    from modelcli.commands import Target
 
 #: What Typer calls: it tells parameters by their names and types.
 _Completer = Callable[[typer.Context, str], Iterable[str]]
@@ -92,7 +92,7 @@ def targets_and_scheme(ctx: typer.Context, incomplete: str) -> Iterable[str]:
 @_completer
 def targets_and_dtype(ctx: typer.Context, incomplete: str) -> Iterable[str]:
     """The targets of `cast`, and once there is one, dtypes."""
-    from modelcli.blueprints import FLOATING
+    from modelcli.model.dtypes import FLOATING
 
     return [*_paths(ctx, incomplete, tensors=True), *(sorted(FLOATING) if ctx.params.get("targets") else ())]
 
@@ -112,7 +112,7 @@ def classes(ctx: typer.Context, _incomplete: str) -> Iterable[str]:
 
 @_completer
 def dtypes(_ctx: typer.Context, _incomplete: str) -> Iterable[str]:
-    from modelcli.blueprints import ITEM_BYTES
+    from modelcli.model.dtypes import ITEM_BYTES
 
     return sorted(name for name in ITEM_BYTES if not name.startswith("q"))
 
@@ -130,7 +130,7 @@ def keys(ctx: typer.Context, _incomplete: str) -> Iterable[str]:
     """The state dicts in the training checkpoint at hand."""
     from modelcli import checkpoints
     from modelcli.checkpoints import state_dicts
-    from modelcli.references import CheckpointFile
+    from modelcli.language.references import CheckpointFile
 
     files = [target.source.reference() for target in _targets(ctx)]
     found: list[str] = []
@@ -151,7 +151,7 @@ def _schemes() -> list[str]:
 
 def _files(incomplete: str) -> list[str]:
     """Folders, checkpoints and Python files that start with a word."""
-    from modelcli.references import has_checkpoint_suffix
+    from modelcli.language.references import has_checkpoint_suffix
 
     folder, name = os.path.split(incomplete)
     found = []
@@ -179,10 +179,10 @@ def _paths(ctx: typer.Context, incomplete: str, *, tensors: bool) -> list[str]:
 
 
 def _paths_of(target: Target, *, tensors: bool) -> list[str]:
-    from modelcli import session
+    from modelcli import commands
 
     try:
-        blueprint = session.known_blueprint(target)
+        blueprint = commands.known_blueprint(target)
     except (ModelcliError, OSError):  # none that can be read: other words may fit all the same
         return []
     if blueprint is None:
@@ -193,7 +193,7 @@ def _paths_of(target: Target, *, tensors: bool) -> list[str]:
 
 def _targets(ctx: typer.Context) -> list[Target]:
     """The model at hand, or the two of `diff`; none where there is no model yet, nor a recipe."""
-    from modelcli import session
+    from modelcli import commands
 
     for variable, number in _LIMITS.items():
         os.environ.setdefault(variable, number)
@@ -209,7 +209,7 @@ def _targets(ctx: typer.Context) -> list[Target]:
     keys = keys if isinstance(keys, list | tuple) and keys else [keys or None]
     try:
         return [
-            session.find_target(model, {**source, "key": key}, given.get("recipe"))
+            commands.find_target(model, {**source, "key": key}, given.get("recipe"))
             for model, key in zip(models or [None], (*keys, keys[-1]), strict=False)
         ]
     except (ModelcliError, OSError):

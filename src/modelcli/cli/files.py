@@ -30,14 +30,14 @@ def load(
 
     modelcli load best.pth --arch resnet18
     """
-    from modelcli import recipe, session
-    from modelcli.references import Source
+    from modelcli import commands, recipe
+    from modelcli.language.references import Source
     from modelcli.render import documents
 
     kind = output.format_of(options)
-    opened = Source(model=model, strict=strict, **session.options_given(source.overrides()))
+    opened = Source(model=model, strict=strict, **commands.options_given(source.overrides()))
     path = source.recipe or recipe.default_path()
-    loaded = session.load(opened, path, force=force, dry_run=dry_run)
+    loaded = commands.load(opened, path, force=force, dry_run=dry_run)
     if loaded.recipe is not None:
         outcome = ("recipe", f"{loaded.recipe} starts with {model}")
     elif loaded.error is not None:
@@ -74,14 +74,14 @@ def save(
 
     modelcli save copy.safetensors -m best.pth
     """
-    from modelcli import session
+    from modelcli import commands
     from modelcli.render import documents
 
     output.format_of(options)
-    target = session.find_target(edit.model, source.overrides(), source.recipe)
+    target = commands.find_target(edit.model, source.overrides(), source.recipe)
     with progress.of_bytes(options) as report:
         how = operate.writing_of(edit, out, report)
-        outcome = session.save(target, how)
+        outcome = commands.save(target, how)
     written = outcome.written
     kept = sum(tensor.persistent for tensor in outcome.blueprint.tensors)
     view = documents.save(
@@ -125,12 +125,12 @@ def undo(
 
     modelcli undo 3
     """
-    from modelcli import session
+    from modelcli import commands
 
     output.format_of(options)
     where = _recipe_path(path)
     verb = "would take back" if dry_run else "took back"
-    notes = [f"{verb}: {line}" for line in session.undo(where, count, dry_run=dry_run)]
+    notes = [f"{verb}: {line}" for line in commands.undo(where, count, dry_run=dry_run)]
     _show_log(path, options, notes)
 
 

@@ -5,17 +5,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from modelcli.blueprints import counted
 from modelcli.cli import completing, output, progress
 from modelcli.cli.options import LookOptions, OutputOptions, SourceOptions, exit_codes, expanded
 from modelcli.errors import RequestError, did_you_mean
-from modelcli.quoting import quoted
+from modelcli.language.quoting import quoted
+from modelcli.wording import counted
 
 if TYPE_CHECKING:
-    from modelcli.blueprints import TensorInfo
+    from modelcli.commands import Look
     from modelcli.live.stats import Statistics
+    from modelcli.model.tensors import TensorInfo
     from modelcli.render.views import View
-    from modelcli.session import Look
 
 Model = Annotated[
     str | None,
@@ -92,7 +92,8 @@ def summary(
 
     modelcli summary nets.py:Net --input-size 1,1,28,28 --sort params
     """
-    from modelcli import selectors, session
+    from modelcli import commands
+    from modelcli.language import selectors
     from modelcli.render import documents
 
     output.format_of(options)
@@ -102,13 +103,13 @@ def summary(
         _check_key(sort, documents.SUMMARY_KEYS)
     if layout not in (None, "torchinfo"):
         raise RequestError(f"no layout {layout!r}", "--layout torchinfo, or none of it")
-    target = session.find_target(named(model, look), source.overrides(), source.recipe)
+    target = commands.find_target(named(model, look), source.overrides(), source.recipe)
     if layout is not None:
         if output.format_of(options) != "table" or sort is not None or select:
             raise RequestError("--layout torchinfo is a table as it is", "leave --format, --sort and --select out")
-        output.write(session.torchinfo_table(target, mode=mode, depth=depth) + "\n")
+        output.write(commands.torchinfo_table(target, mode=mode, depth=depth) + "\n")
         return
-    found = session.look(target, traced=True, mode=mode, cached=not look.no_cache)
+    found = commands.look(target, traced=True, mode=mode, cached=not look.no_cache)
     view = documents.summary(
         target.source.model,
         found.blueprint,
@@ -156,7 +157,7 @@ def params(
 
     modelcli params best.pth --stats --sort std --top 10
     """
-    from modelcli import session
+    from modelcli import commands
     from modelcli.render import documents
 
     kind = output.format_of(options)
@@ -165,19 +166,21 @@ def params(
     keys = (*documents.SORT_KEYS, *(documents.STATS if stats else ()))
     if sort is not None:
         _check_key(sort, keys)
-    target = session.find_target(named(model, look), source.overrides(), source.recipe)
-    found = session.look(target, cached=not (values or stats or look.no_cache))
-    tensors = session.select_tensors(found.blueprint, select or [], buffers=buffers, frozen=frozen, trainable=trainable)
+    target = commands.find_target(named(model, look), source.overrides(), source.recipe)
+    found = commands.look(target, cached=not (values or stats or look.no_cache))
+    tensors = commands.select_tensors(
+        found.blueprint, select or [], buffers=buffers, frozen=frozen, trainable=trainable
+    )
     statistics = None
     if sort not in documents.STATS:  # what comes first is known: no other tensor is read
-        tensors = session.sort_tensors(tensors, sort or "elements")[:top] if sort or top else tensors
+        tensors = commands.sort_tensors(tensors, sort or "elements")[:top] if sort or top else tensors
     if stats:
         statistics = _statistics(found, tensors, options)
     if sort in documents.STATS:
-        tensors = session.sort_tensors(tensors, sort, statistics)[:top]
+        tensors = commands.sort_tensors(tensors, sort, statistics)[:top]
     lists, texts = None, None
     if values:
-        lists, texts = session.values(found, [tensor.name for tensor in tensors], whole=kind == "json")
+        lists, texts = commands.values(found, [tensor.name for tensor in tensors], whole=kind == "json")
     view = documents.params(
         target.source.model, found.blueprint, tensors, values=lists, value_texts=texts, stats=statistics
     )
@@ -194,10 +197,10 @@ def _check_key(sort: str, keys: Sequence[str]) -> None:
 
 def _statistics(found: "Look", tensors: "Sequence[TensorInfo]", options: OutputOptions) -> "dict[str, Statistics]":
     """The statistics of tensors, with a progress bar where reading them takes a while."""
-    from modelcli import session
+    from modelcli import commands
 
     with progress.of_bytes(options) as report:
-        return session.stats(found, [tensor.name for tensor in tensors], report)
+        return commands.stats(found, [tensor.name for tensor in tensors], report)
 
 
 def modules(
@@ -217,14 +220,15 @@ def modules(
 
     modelcli modules best.pth --tree
     """
-    from modelcli import selectors, session
+    from modelcli import commands
+    from modelcli.language import selectors
     from modelcli.render import documents
 
     output.format_of(options)
     if tree and as_repr:
         raise RequestError("--tree and --repr show the same in two ways", "give one of them")
-    target = session.find_target(named(model, look), source.overrides(), source.recipe)
-    found = session.look(target, cached=not look.no_cache)
+    target = commands.find_target(named(model, look), source.overrides(), source.recipe)
+    found = commands.look(target, cached=not look.no_cache)
     blueprint = found.blueprint
     paths = selectors.select_modules(blueprint, select) if select else [module.path for module in blueprint.modules]
     notes = list(found.notes)
@@ -253,11 +257,11 @@ def list_builders(
 
     modelcli list 'vit_*'
     """
-    from modelcli import session
+    from modelcli import commands
     from modelcli.render import documents
 
     output.format_of(options)
-    output.show(documents.models(session.builders(pattern)), options)
+    output.show(documents.models(commands.builders(pattern)), options)
 
 
 def mount(app: typer.Typer) -> None:

@@ -21,7 +21,7 @@ from modelcli.cli.output import PipeClosedError, prints_kept, tell, tell_error, 
 from modelcli.cli.synonyms import meant
 from modelcli.errors import ModelcliError, SystemFailureError
 from modelcli.interrupts import INTERRUPTED, asked_to_end
-from modelcli.quoting import quoted
+from modelcli.language.quoting import quoted
 
 
 class _EndedError(BaseException):
@@ -299,7 +299,7 @@ def _model_with(model: object, message: str, path: str) -> str | None:
 
 def _model_before_edit(words: Sequence[str], message: str) -> str | None:
     """The command whose first word is a model that belongs behind `-m`: `rename bare.pth weight w`."""
-    from modelcli import edits, session
+    from modelcli import commands, edits
     from modelcli.cli.operate import with_model
 
     name, *given = words
@@ -307,7 +307,7 @@ def _model_before_edit(words: Sequence[str], message: str) -> str | None:
     if not message.startswith("Got unexpected extra argument") or name not in edits.REGISTRY or len(operands) < 2:
         return None
     more = given[len(operands) :]
-    if not {"-m", "--model"}.isdisjoint(more) or not session.names_model(operands[0]):
+    if not {"-m", "--model"}.isdisjoint(more) or not commands.names_model(operands[0]):
         return None
     return with_model(name, operands[1:], [], operands[0], more)
 

@@ -22,10 +22,10 @@ from modelcli.cli.options import (
     names_of,
 )
 from modelcli.errors import RequestError, did_you_mean
-from modelcli.quoting import command, quoted
+from modelcli.language.quoting import command, quoted
 
 if TYPE_CHECKING:
-    from modelcli.session import Outcome, Target, Writing
+    from modelcli.commands import Outcome, Target, Writing
 
 Words = Annotated[
     list[str],
@@ -265,13 +265,13 @@ def apply(
 
     modelcli apply -e 'replace classifier.6 Linear(_,10)' -e 'freeze features' -m alexnet
     """
-    from modelcli import session
+    from modelcli import commands
 
     output.format_of(options)
     path, given = _edits_from(file, lines, source)
-    with session.recipe_locked(edit.model, source.recipe, _tell_waiting), progress.of_bytes(options) as report:
-        batch = session.find_batch(path, given, edit.model, source.overrides(), source.recipe)
-        outcome = session.edit(batch.target, batch.edits, writing_of(edit, edit.out, report), batch.places)
+    with commands.recipe_locked(edit.model, source.recipe, _tell_waiting), progress.of_bytes(options) as report:
+        batch = commands.find_batch(path, given, edit.model, source.overrides(), source.recipe)
+        outcome = commands.edit(batch.target, batch.edits, writing_of(edit, edit.out, report), batch.places)
     show_outcome(batch.target, outcome, edit, options)
 
 
@@ -310,17 +310,17 @@ def script(
 
     modelcli script -e 'replace fc Linear(_,10)' -m resnet18 -o head10.pth
     """
-    from modelcli import session, writing
+    from modelcli import commands, writing
     from modelcli.render import documents
 
     output.format_of(options)
     kind = writing.format_of(out)
     path, given = _edits_from(file, lines, source)
     if path is None and not given:
-        batch = session.Batch(session.find_target(model, source.overrides(), source.recipe))
+        batch = commands.Batch(commands.find_target(model, source.overrides(), source.recipe))
     else:
-        batch = session.find_batch(path, given, model, source.overrides(), source.recipe)
-    made = session.script(batch, Path(out), kind, bare=bare)
+        batch = commands.find_batch(path, given, model, source.overrides(), source.recipe)
+    made = commands.script(batch, Path(out), kind, bare=bare)
     output.show(documents.script(batch.target.source.model, made.blueprint, made.text), options, made.notes)
 
 
@@ -328,7 +328,7 @@ def _edits_from(
     file: str | None, lines: list[str] | None, source: SourceOptions
 ) -> tuple[Path | None, list[tuple[str, str]]]:
     """The recipe that is named, and the edits of standard input and `-e` with where they stand."""
-    from modelcli import references
+    from modelcli.language import references
 
     given = [(f"-e {number}", line) for number, line in enumerate(lines or (), 1)]
     if file == "-":
@@ -364,7 +364,7 @@ def _carry_out(
     shown: OutputOptions,
 ) -> None:
     """Carry out the edit with these operands; `flags` are the words of its own options."""
-    from modelcli import edits, session
+    from modelcli import commands, edits
 
     output.format_of(shown)
     known = sorted({*names_of(EditOptions, SourceOptions, OutputOptions), *edits.REGISTRY[name].options()})
@@ -372,9 +372,9 @@ def _carry_out(
         edits.checked_operand(word, known)
     try:
         made = edits.from_words(name, [*flags, "--", *operands])
-        with session.recipe_locked(options.model, source.recipe, _tell_waiting), progress.of_bytes(shown) as report:
-            target = session.find_target(options.model, source.overrides(), source.recipe)
-            outcome = session.edit(target, [made], writing_of(options, options.out, report))
+        with commands.recipe_locked(options.model, source.recipe, _tell_waiting), progress.of_bytes(shown) as report:
+            target = commands.find_target(options.model, source.overrides(), source.recipe)
+            outcome = commands.edit(target, [made], writing_of(options, options.out, report))
     except RequestError as error:
         error.hint = _meant(name, operands, flags, error, options) or error.hint
         raise
@@ -389,12 +389,12 @@ def _tell_waiting(recipe: Path) -> None:
 
 def _meant(name: str, operands: list[str], flags: list[str], error: RequestError, options: EditOptions) -> str | None:
     """What an edit's words may have been meant for: a model without its `-m`, a pattern that the shell expanded."""
-    from modelcli import session
+    from modelcli import commands
 
     first, *rest = operands
-    if options.model is None and session.names_model(first):
+    if options.model is None and commands.names_model(first):
         return with_model(name, rest, flags, first, [] if options.out is None else ["-o", options.out])
-    if options.model is None and rest and session.names_model(rest[-1]):
+    if options.model is None and rest and commands.names_model(rest[-1]):
         return f"where {rest[-1]} is the model: -m {quoted(rest[-1])}"
     files = [word for word in rest if "." in word and word != "." and os.path.lexists(word)]
     if files and "pattern" not in (error.hint or ""):
@@ -419,8 +419,8 @@ def writing_of(
 ) -> "Writing":
     """The options as the session wants them. Raises RequestError for a check or a format that does not exist."""
     from modelcli import writing
-    from modelcli.references import parse_bytes
-    from modelcli.session import Writing
+    from modelcli.commands import Writing
+    from modelcli.language.references import parse_bytes
 
     ways = ("meta", "run", "none")
     if options.check not in ways:

@@ -14,8 +14,8 @@ from typer.models import ArgumentInfo
 from modelcli.cli import completing
 
 if TYPE_CHECKING:
-    from modelcli.asserting import Wanted
-    from modelcli.references import Source
+    from modelcli.commands.asserting import Wanted
+    from modelcli.language.references import Source
 
 
 EXIT_CODES = {
@@ -152,8 +152,8 @@ class SourceOptions(ModelOptions):
 
     def overrides(self) -> dict[str, Any]:
         """The fields of a `Source` that were given. Raises RequestError for an input that cannot be read."""
-        from modelcli import input_texts
-        from modelcli.references import parse_input_size
+        from modelcli.language import input_texts
+        from modelcli.language.references import parse_input_size
 
         check_seed(self.seed)
         input_texts.parse_all(self.inputs or ())
@@ -187,7 +187,7 @@ class DiffOptions(ModelOptions):
     def sources(self, a: str, b: str) -> "tuple[Source, Source]":
         """The two models. Raises RequestError for more keys than there are models."""
         from modelcli.errors import RequestError
-        from modelcli.references import Source
+        from modelcli.language.references import Source
 
         keys: list[str | None] = [*self.key] if self.key else [None]
         if len(keys) > 2:
@@ -280,9 +280,9 @@ class AssertOptions:
 
     def wanted(self) -> "Wanted":
         """The assertions. Raises RequestError for what cannot be read as one."""
-        from modelcli.asserting import Wanted
-        from modelcli.blueprints import dtype_called
-        from modelcli.references import parse_bytes, parse_count, parse_input_size
+        from modelcli.commands.asserting import Wanted
+        from modelcli.language.references import parse_bytes, parse_count, parse_input_size
+        from modelcli.model.dtypes import dtype_called
 
         found = Wanted(
             max_params=None if self.max_params is None else parse_count(self.max_params),

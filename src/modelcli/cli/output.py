@@ -179,7 +179,7 @@ def show(
 
 def folding_note(view: View, noun: str, way_out: str = "--expand") -> list[str]:
     """How many rows of a table stand in the row of another that looks the same, and what shows each."""
-    from modelcli.blueprints import counted
+    from modelcli.wording import counted
 
     return [f"{counted(view.folded, noun)} in rows of others like them: {way_out} shows each"] if view.folded else []
 

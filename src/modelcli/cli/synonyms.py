@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from modelcli.quoting import command
+from modelcli.language.quoting import command
 
 #: A command that does the same, by the words that are tried for it.
 COMMANDS = {

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from modelcli.blueprints import TensorInfo, counted, listed
 from modelcli.checkpoints import CompositeEntry, TensorEntry
 from modelcli.checkpoints.contents import info_of
 from modelcli.checkpoints.inner import tensors_within
@@ -23,6 +22,8 @@ from modelcli.live import composites
 from modelcli.live.inert import inert_of
 from modelcli.live.sources import is_composite, is_lazy, named_tensors
 from modelcli.live.walking import modules_in
+from modelcli.model.tensors import TensorInfo
+from modelcli.wording import counted, listed
 
 #: What is in memory, or was read from a file within its limits, may be looked through.
 _PLENTY = 1 << 40

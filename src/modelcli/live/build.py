@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from modelcli import references
 from modelcli.errors import RequestError, UnsafeError
-from modelcli.expressions import Call
+from modelcli.language import references
+from modelcli.language.expressions import Call
+from modelcli.language.quoting import quoted
+from modelcli.language.references import CheckpointFile, Installed, PythonObject
 from modelcli.live import bounds, downloads, memory, modules, python_objects, zoo
 from modelcli.live.bounds import Bounds
+from modelcli.live.meta_models import build_on_meta, meta_twin, seeded
 from modelcli.live.sources import Lazy, tag_drawn
-from modelcli.live.twins import build_on_meta, meta_twin, seeded
 from modelcli.live.walking import require_methods
-from modelcli.quoting import quoted
-from modelcli.references import CheckpointFile, Installed, PythonObject
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from modelcli import expressions
-from modelcli.blueprints import joined, listed, parent_of, shown
 from modelcli.errors import RequestError
-from modelcli.expressions import HOLE, Call
+from modelcli.language import expressions
+from modelcli.language.expressions import HOLE, Call
+from modelcli.language.quoting import quoted
 from modelcli.live import modules, trace
 from modelcli.live.describe import dtype_name, floating_dtype
+from modelcli.live.edit_history import Origins
 from modelcli.live.operator_rules import OperatorError
-from modelcli.live.origins import Origins
 from modelcli.live.rules import Misfit, MisfitError
 from modelcli.live.surgery import argument_from, brief, shape_with
-from modelcli.quoting import quoted
+from modelcli.model.paths import joined, parent_of, shown
+from modelcli.wording import listed
 
 if TYPE_CHECKING:
     from modelcli.live.inputs import Inputs

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from modelcli.blueprints import ITEM_BYTES
 from modelcli.checkpoints import shapes
 from modelcli.live.sources import row_major
+from modelcli.model.dtypes import ITEM_BYTES
 from modelcli.writing import PlannedTensor
 
 #: So many bytes that nothing shows are told of, or as many as the tensors show.

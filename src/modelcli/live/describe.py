@@ -7,11 +7,12 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from modelcli.blueprints import Blueprint, Kind, ModuleInfo, TensorInfo
 from modelcli.checkpoints.contents import info_of
 from modelcli.live import apart, composites
 from modelcli.live.build import Bare
 from modelcli.live.sources import flag_of, is_composite, is_lazy
+from modelcli.model.blueprint import Blueprint, ModuleInfo
+from modelcli.model.tensors import Kind, TensorInfo
 
 
 def describe(module: nn.Module) -> Blueprint:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from modelcli import input_texts
-from modelcli.blueprints import listed
 from modelcli.errors import RequestError, did_you_mean
-from modelcli.input_texts import InputText
-from modelcli.live.twins import seeded
+from modelcli.language import input_texts
+from modelcli.language.input_texts import InputText
+from modelcli.live.meta_models import seeded
+from modelcli.wording import listed
 
 
 @dataclass(frozen=True)

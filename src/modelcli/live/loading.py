@@ -13,21 +13,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from modelcli import wrappers
-from modelcli.blueprints import ancestors, listed, parent_of
 from modelcli.checkpoints import CompositeEntry, Contents, Storage, TensorEntry
 from modelcli.checkpoints.composites import entry_of, makes_tensor
 from modelcli.checkpoints.contents import Windows
 from modelcli.checkpoints.limits import NESTING, Budget, room_for_nesting
 from modelcli.checkpoints.pickles import Global, Opaque, OrderedDict
 from modelcli.errors import AnswerNoError, RequestError
-from modelcli.likeness import Mismatch
+from modelcli.language.quoting import quoted
 from modelcli.live import composites
 from modelcli.live.build import Bare
+from modelcli.live.meta_models import tagged
 from modelcli.live.sources import dtype_of, is_composite, is_lazy, named_tensors, real_storage, set_flag
-from modelcli.live.twins import tagged
-from modelcli.quoting import quoted
-from modelcli.wrappers import Unwrapping
+from modelcli.model import wrapper_prefixes
+from modelcli.model.paths import ancestors, parent_of
+from modelcli.model.state_dict_match import Mismatch
+from modelcli.model.wrapper_prefixes import Unwrapping
+from modelcli.wording import listed
 
 #: How deep modules may lie in one another: PyTorch recurses into them, some frames for each level.
 MAX_MODULE_DEPTH = 200
@@ -188,7 +189,7 @@ def compare(module: nn.Module, state: StateDict) -> tuple[StateDict, LoadReport]
     """How the keys fit, and the state dict without what wrappers put into them. The module is not changed."""
     own: dict[str, Any] = module.state_dict(keep_vars=True)
     found = {name: tuple(tensor.shape) for name, tensor in state.tensors.items()} | dict.fromkeys(state.extras)
-    unwrapping = wrappers.fit(found, {name: _shape(value) for name, value in own.items()})
+    unwrapping = wrapper_prefixes.fit(found, {name: _shape(value) for name, value in own.items()})
     if unwrapping:
         state = _unwrapped(state, unwrapping)
     mismatched = tuple(

@@ -12,15 +12,15 @@ from typing import Any
 
 from torch import nn
 
-from modelcli import expressions
-from modelcli.blueprints import ITEM_BYTES
 from modelcli.errors import ModelcliError, RequestError, UnsafeError, closest, did_you_mean
-from modelcli.expressions import HOLE, Call, Name
+from modelcli.language import expressions
+from modelcli.language.expressions import HOLE, Call, Name
+from modelcli.language.quoting import command, quoted
+from modelcli.language.references import MODELS, is_installed_name
 from modelcli.live import python_objects, zoo
 from modelcli.live.sources import dtype_of
 from modelcli.live.walking import modules_in
-from modelcli.quoting import command, quoted
-from modelcli.references import MODELS, is_installed_name
+from modelcli.model.dtypes import ITEM_BYTES
 
 #: Layers that one argument may ask for; those of an RNN take time that grows with their square.
 MAX_LAYERS = 2_000

@@ -11,25 +11,27 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from modelcli import checkpoints, input_texts, references
-from modelcli import record as records
-from modelcli.blueprints import Blueprint, listed
+from modelcli import checkpoints
 from modelcli.checkpoints import Contents, inert_objects, programs
+from modelcli.checkpoints import record as records
 from modelcli.checkpoints.composites import class_of
 from modelcli.checkpoints.contents import CompositeEntry, foreign_names
+from modelcli.checkpoints.record import Record
 from modelcli.edits import Edit, Extract
 from modelcli.edits import parse as parse_edit
 from modelcli.errors import FileFormatError, ModelcliError, RequestError, UnsafeError
+from modelcli.language import input_texts, references
+from modelcli.language.references import CheckpointFile, Installed, Source
 from modelcli.live import bounds, inputs, loading, memory, trace, zoo
 from modelcli.live.build import Architecture, architecture
 from modelcli.live.describe import describe, floating_dtype
+from modelcli.live.edit_history import Origins
 from modelcli.live.inputs import Inputs
 from modelcli.live.loading import LoadReport
-from modelcli.live.origins import Origins
 from modelcli.live.sources import flag_of, named_tensors, set_flag
 from modelcli.live.surgery import Change, apply
-from modelcli.record import Record
-from modelcli.references import CheckpointFile, Installed, Source
+from modelcli.model.blueprint import Blueprint
+from modelcli.wording import listed
 
 #: What a record may ask for beyond the tensors of its file, and in proportion to them.
 _BASE_BYTES = 1_000_000_000

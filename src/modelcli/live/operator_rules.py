@@ -24,9 +24,9 @@ from typing import Any, Self
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modelcli.blueprints import counted
 from modelcli.live.describe import dtype_name
 from modelcli.live.rules import RefusedError, text_of
+from modelcli.wording import counted
 
 
 class OperatorError(RefusedError):

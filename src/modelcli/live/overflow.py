@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from modelcli.blueprints import counted
 from modelcli.live.describe import dtype_name
 from modelcli.live.sources import Computed, Conversion, is_composite, is_lazy, named_tensors, real_tensor, source_of
 from modelcli.live.stats import pieces_of
+from modelcli.wording import counted
 
 
 @dataclass

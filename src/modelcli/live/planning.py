@@ -10,20 +10,22 @@ from typing import Any
 
 import torch
 
-from modelcli import record as records
 from modelcli import writing
-from modelcli.blueprints import Blueprint, Trace, ancestors, listed, parent_of
 from modelcli.checkpoints import CompositeEntry, shapes
+from modelcli.checkpoints import record as records
 from modelcli.checkpoints.pickles import Global, Opaque
+from modelcli.checkpoints.record import Record
 from modelcli.edits import Extract
 from modelcli.errors import RequestError
+from modelcli.language.references import PythonObject
 from modelcli.live import compacting, composites, loading, trace
 from modelcli.live.describe import describe, dtype_name
 from modelcli.live.inert import inert_of
 from modelcli.live.opening import Live
 from modelcli.live.sources import AnySource, Value, flag_of, is_composite, is_lazy, named_tensors, row_major, source_of
-from modelcli.record import Record
-from modelcli.references import PythonObject
+from modelcli.model.blueprint import Blueprint, Trace
+from modelcli.model.paths import ancestors, parent_of
+from modelcli.wording import listed
 from modelcli.writing import Plan, PlannedTensor
 
 

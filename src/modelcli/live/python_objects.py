@@ -13,9 +13,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from modelcli.blueprints import listed
 from modelcli.errors import ModelcliError, RequestError, closest
-from modelcli.references import PythonObject
+from modelcli.language.references import PythonObject
+from modelcli.wording import listed
 
 
 def find(reference: PythonObject, folder: Path) -> Any:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from modelcli.blueprints import counted
 from modelcli.live.describe import dtype_name
+from modelcli.wording import counted
 
 
 @dataclass(frozen=True)

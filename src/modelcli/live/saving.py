@@ -12,16 +12,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from modelcli import checkpoints, references, writing
-from modelcli import record as records
-from modelcli.blueprints import TensorInfo, counted
+from modelcli import checkpoints, writing
+from modelcli.checkpoints import record as records
+from modelcli.checkpoints.record import Record
 from modelcli.errors import RequestError
+from modelcli.language import references
+from modelcli.language.references import PythonObject, Source
 from modelcli.live import planning
 from modelcli.live.describe import dtype_name
 from modelcli.live.opening import Live
 from modelcli.live.sources import is_composite
-from modelcli.record import Record
-from modelcli.references import PythonObject, Source
+from modelcli.model.tensors import TensorInfo
+from modelcli.wording import counted
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], like: Path, *, force: bool) -> None:

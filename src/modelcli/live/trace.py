@@ -21,16 +21,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from modelcli.blueprints import LayerTrace, Trace, listed
 from modelcli.errors import ModelcliError
 from modelcli.live import memory, rules
 from modelcli.live.calls import Call, Calls
 from modelcli.live.describe import walk
 from modelcli.live.fake_kernels import MissingKernels, without_log
 from modelcli.live.inputs import Arguments, how_to_state, tensors_in
+from modelcli.live.meta_models import fake_twin, meta_twin, seeded
 from modelcli.live.mult_adds import MultAdds
 from modelcli.live.operator_rules import OperatorRules
-from modelcli.live.twins import fake_twin, meta_twin, seeded
+from modelcli.model.blueprint import LayerTrace, Trace
+from modelcli.wording import listed
 
 if TYPE_CHECKING:
     from modelcli.live.inputs import Inputs

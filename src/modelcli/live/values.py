@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from modelcli.blueprints import Shape
 from modelcli.checkpoints import Contents
 from modelcli.errors import RequestError
 from modelcli.live import loading
 from modelcli.live.opening import Live
 from modelcli.live.sources import NUMBER, budget_of, is_composite, is_lazy, named_tensors, near_windows, real_tensor
+from modelcli.model.tensors import Shape
 
 #: Up to this many numbers are shown whole; of more, the first and the last three along each axis.
 WHOLE = 24

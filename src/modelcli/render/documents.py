@@ -10,19 +10,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modelcli.blueprints import (
-    Blueprint,
-    ModuleInfo,
-    TensorInfo,
-    Totals,
-    counted,
-    lies_in,
-    listed,
-    repr_text,
-    shown,
-    totals_of,
-)
 from modelcli.errors import ModelcliError
+from modelcli.model.blueprint import Blueprint, ModuleInfo
+from modelcli.model.paths import lies_in, shown
+from modelcli.model.printed import repr_text
+from modelcli.model.tensors import TensorInfo
+from modelcli.model.totals import Totals, totals_of
 from modelcli.render.runs import Run, Runs
 from modelcli.render.views import (
     Branch,
@@ -42,10 +35,11 @@ from modelcli.render.views import (
     signed,
     text,
 )
+from modelcli.wording import counted, listed
 
 if TYPE_CHECKING:
-    from modelcli.differences import Comparison, ModuleChange, TensorChange
-    from modelcli.likeness import Match
+    from modelcli.commands.differences import Comparison, ModuleChange, TensorChange
+    from modelcli.model.state_dict_match import Match
     from modelcli.render.annotations import CheckedModel
     from modelcli.render.folding import Fold
 

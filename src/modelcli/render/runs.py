@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from modelcli.blueprints import Blueprint, ModuleInfo, ancestors, joined, parent_of, shown
+from modelcli.model.blueprint import Blueprint, ModuleInfo
+from modelcli.model.paths import ancestors, joined, parent_of, shown
 
 _NUMBERED = re.compile(r"(.*?)(0|[1-9][0-9]{0,8})", re.ASCII | re.DOTALL)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from modelcli.blueprints import ROOT
+from modelcli.model.paths import ROOT
 from modelcli.render.views import Branch, Column, View, whole_numbers
 
 if TYPE_CHECKING:

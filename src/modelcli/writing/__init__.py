@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from modelcli import atomic
 from modelcli.checkpoints.contents import FileId, require_unchanged
 from modelcli.errors import RequestError, SystemFailureError
+from modelcli.files import atomic
 from modelcli.writing import safetensors, shards, torch_zip
 from modelcli.writing.output import Output, Report, checksums_in
 from modelcli.writing.plan import Plan, PlannedStorage, PlannedTensor, Source, Written

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from modelcli.blueprints import Shape
 from modelcli.checkpoints import CompositeEntry
 from modelcli.checkpoints.contents import FileId
+from modelcli.model.tensors import Shape
 
 
 class Source(Protocol):

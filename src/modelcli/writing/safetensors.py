@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modelcli import record as records
-from modelcli.blueprints import ITEM_BYTES
-from modelcli.checkpoints.carried import RESERVED
+from modelcli.checkpoints import record as records
 from modelcli.checkpoints.contents import Span
+from modelcli.checkpoints.record_reading import RESERVED
 from modelcli.checkpoints.safetensors import DTYPES, PAIRS
 from modelcli.errors import RequestError, SystemFailureError
+from modelcli.model.dtypes import ITEM_BYTES
 from modelcli.writing.output import LARGE, PAGE, Output
 from modelcli.writing.plan import Plan, PlannedTensor, Source
 from modelcli.writing.zip_layout import Bytes

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from modelcli import record as records
 from modelcli.checkpoints import folders
+from modelcli.checkpoints import record as records
 from modelcli.errors import ModelcliError, SystemFailureError
 from modelcli.writing import safetensors
 from modelcli.writing.plan import Plan, PlannedTensor

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modelcli import record as records
-from modelcli.blueprints import ITEM_BYTES
 from modelcli.checkpoints import CompositeEntry, state_dicts
+from modelcli.checkpoints import record as records
 from modelcli.checkpoints import torch_zip as reader
 from modelcli.checkpoints.pickles import OrderedDict
 from modelcli.errors import FileFormatError, SystemFailureError
+from modelcli.model.dtypes import ITEM_BYTES
 from modelcli.writing import pickling, zip_layout
 from modelcli.writing.output import Output
 from modelcli.writing.plan import Plan, Source

@@ -14,11 +14,11 @@ from torch import nn
 
 from modelcli import checkpoints, writing
 from modelcli import edits as edit_lines
-from modelcli.blueprints import Blueprint
 from modelcli.checkpoints import CompositeEntry, Contents
 from modelcli.checkpoints.contents import Span
 from modelcli.edits import Edit, Init, Replace
 from modelcli.errors import ModelcliError
+from modelcli.language.references import Installed, PythonObject, Source
 from modelcli.live import planning, surgery, zoo
 from modelcli.live.build import Architecture
 from modelcli.live.describe import describe
@@ -26,8 +26,8 @@ from modelcli.live.opening import Live, open_live
 from modelcli.live.scripting import key_edits, model_edits
 from modelcli.live.scripting.page import InexpressibleError, Page, deleted, is_name, quoted
 from modelcli.live.surgery import seed_of
-from modelcli.references import Installed, PythonObject, Source
-from modelcli.wrappers import Unwrapping
+from modelcli.model.blueprint import Blueprint
+from modelcli.model.wrapper_prefixes import Unwrapping
 
 #: What is loaded in a script by the time that files of the user's are: a file called so is not what an import gives.
 _LOADED = ("torch", "torchvision", "safetensors", "numpy")

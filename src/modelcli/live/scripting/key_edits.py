@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
-from modelcli import selectors
-from modelcli.blueprints import FLOATING, Blueprint, joined, lies_in, parent_of
 from modelcli.edits import Add, Cast, Edit, Extract, Freeze, Init, Insert, Remove, Rename, Replace, Unfreeze
+from modelcli.language import selectors
 from modelcli.live.describe import describe
 from modelcli.live.scripting.model_edits import CAST_VIEWS, KEEP_WEIGHTS, fills, new_module
 from modelcli.live.scripting.page import STATEMENTS, InexpressibleError, Page, call, deleted, loop, mapping, quoted
@@ -17,6 +16,9 @@ from modelcli.live.sources import named_tensors
 from modelcli.live.surgery import renaming
 from modelcli.live.surgery.initialising import DEFAULT, scheme_name
 from modelcli.live.surgery.storages import has_storage, key_of
+from modelcli.model.blueprint import Blueprint
+from modelcli.model.dtypes import FLOATING
+from modelcli.model.paths import joined, lies_in, parent_of
 
 
 class State:

@@ -7,9 +7,8 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 
 from torch import nn
 
-from modelcli import expressions, selectors
-from modelcli.blueprints import FLOATING, Blueprint, TensorInfo, joined, lies_in, parent_of
 from modelcli.edits import Add, Append, Cast, Edit, Extract, Freeze, Init, Insert, Remove, Replace, Unfreeze
+from modelcli.language import expressions, selectors
 from modelcli.live.describe import describe, dtype_name
 from modelcli.live.scripting import places
 from modelcli.live.scripting.page import STATEMENTS, InexpressibleError, Page, call, dedented, loop
@@ -20,6 +19,10 @@ from modelcli.live.surgery.core import is_numbered
 from modelcli.live.surgery.initialising import DEFAULT, is_bias, scheme_name
 from modelcli.live.surgery.storages import has_storage, key_of
 from modelcli.live.walking import modules_in
+from modelcli.model.blueprint import Blueprint
+from modelcli.model.dtypes import FLOATING
+from modelcli.model.paths import joined, lies_in, parent_of
+from modelcli.model.tensors import TensorInfo
 
 KEEP_WEIGHTS = dedented('''
     def keep_weights(old, new, swapped=()):

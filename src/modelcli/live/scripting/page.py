@@ -15,10 +15,10 @@ from typing import Any
 
 from torch import nn
 
-from modelcli.blueprints import ITEM_BYTES
-from modelcli.expressions import Call, Name
+from modelcli.language.expressions import Call, Name
+from modelcli.language.references import MODELS, is_installed_name
 from modelcli.live import modules
-from modelcli.references import MODELS, is_installed_name
+from modelcli.model.dtypes import ITEM_BYTES
 
 WIDTH = 110
 #: As many statements of one kind as stand one below the other; more become a loop.

@@ -8,20 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from modelcli.edits import (
-    Add,
-    Append,
-    Cast,
-    Edit,
-    Extract,
-    Freeze,
-    Init,
-    Insert,
-    Remove,
-    Rename,
-    Replace,
-    Unfreeze,
-)
+from modelcli.edits import Add, Append, Cast, Edit, Extract, Freeze, Init, Insert, Remove, Rename, Replace, Unfreeze
 from modelcli.errors import ModelcliError, RequestError
 from modelcli.live.surgery import casting, flags, initialising, placing, removing, renaming, replacing
 from modelcli.live.surgery.core import Change, Context, Done, brief, count, seed_of

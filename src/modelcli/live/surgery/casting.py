@@ -9,16 +9,19 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from modelcli import selectors
-from modelcli.blueprints import FLOATING, Blueprint, ancestors, counted, listed, shown
 from modelcli.checkpoints.scaled_weights import scaled_weights
 from modelcli.edits import Cast
 from modelcli.errors import RequestError
+from modelcli.language import selectors
 from modelcli.live.describe import describe, dtype_name, floating_dtype
 from modelcli.live.sources import converted, is_lazy, named_tensors
 from modelcli.live.surgery.core import Change, Context, Done, names_of_one, tie_notes
 from modelcli.live.surgery.picking import groups_of
 from modelcli.live.surgery.storages import byte_span, has_storage, view_anew, viewers
+from modelcli.model.blueprint import Blueprint
+from modelcli.model.dtypes import FLOATING
+from modelcli.model.paths import ancestors, shown
+from modelcli.wording import counted, listed
 
 
 def carry_out(module: nn.Module, edit: Cast, context: Context) -> Done:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from modelcli import expressions
-from modelcli.blueprints import Blueprint, counted
 from modelcli.errors import RequestError
+from modelcli.language import expressions
 from modelcli.live.build import Bare
 from modelcli.live.describe import configuration, describe
 from modelcli.live.sources import is_composite, is_lazy, named_tensors
+from modelcli.model.blueprint import Blueprint
+from modelcli.wording import counted
 
 if TYPE_CHECKING:
     from modelcli.live.inputs import Inputs

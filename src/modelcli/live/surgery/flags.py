@@ -8,14 +8,16 @@ from dataclasses import replace
 
 from torch import nn
 
-from modelcli import selectors
-from modelcli.blueprints import Blueprint, ancestors, counted, listed, parent_of, shown
 from modelcli.edits import Freeze, Unfreeze
 from modelcli.errors import RequestError
+from modelcli.language import selectors
 from modelcli.live.describe import describe
 from modelcli.live.sources import flag_of, is_lazy, set_flag
 from modelcli.live.surgery.core import Change, Context, Done, names_of_one, tie_notes
 from modelcli.live.surgery.picking import groups_of
+from modelcli.model.blueprint import Blueprint
+from modelcli.model.paths import ancestors, parent_of, shown
+from modelcli.wording import counted, listed
 
 
 def carry_out(module: nn.Module, edit: Freeze | Unfreeze, context: Context) -> Done:

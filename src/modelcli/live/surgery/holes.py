@@ -11,18 +11,18 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from modelcli import expressions
-from modelcli.blueprints import counted
 from modelcli.errors import ModelcliError, RequestError
-from modelcli.expressions import HOLE, Call
+from modelcli.language import expressions
+from modelcli.language.expressions import HOLE, Call
 from modelcli.live import modules
 from modelcli.live.build import Bare
+from modelcli.live.meta_models import build_on_meta
 from modelcli.live.surgery import shapes
 from modelcli.live.surgery.core import Context
 from modelcli.live.surgery.settings import UNKNOWN, Unknown, setting
 from modelcli.live.trace import Failure, flowing_into
-from modelcli.live.twins import build_on_meta
 from modelcli.live.walking import modules_in
+from modelcli.wording import counted
 
 
 class Placeholder(nn.Identity):

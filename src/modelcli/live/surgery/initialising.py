@@ -16,20 +16,22 @@ from torch.nn import init
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrize import ParametrizationList
 
-from modelcli import expressions, selectors
-from modelcli.blueprints import Blueprint, ancestors, lies_in, listed, parent_of, shown
 from modelcli.edits import Init
 from modelcli.errors import RequestError, did_you_mean
-from modelcli.expressions import Call
+from modelcli.language import expressions, selectors
+from modelcli.language.expressions import Call
+from modelcli.language.quoting import quoted
 from modelcli.live import memory
 from modelcli.live.build import Bare
 from modelcli.live.describe import describe, dtype_name
+from modelcli.live.meta_models import meta_twin, seeded
 from modelcli.live.sources import Drawn, Lazy, is_lazy, named_tensors
 from modelcli.live.surgery.core import Change, Context, Done, names_of_one, tie_notes
 from modelcli.live.surgery.picking import groups_of
 from modelcli.live.surgery.storages import copied, has_storage, key_of, shown_too, view_anew, viewers
-from modelcli.live.twins import meta_twin, seeded
-from modelcli.quoting import quoted
+from modelcli.model.blueprint import Blueprint
+from modelcli.model.paths import ancestors, lies_in, parent_of, shown
+from modelcli.wording import listed
 
 #: Layers that start at weight 1 and bias 0, whatever scheme the layers around them get.
 NORMALISATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)

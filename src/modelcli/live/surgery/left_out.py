@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from modelcli.blueprints import counted, listed
 from modelcli.errors import ModelcliError
-from modelcli.expressions import Call
+from modelcli.language.expressions import Call
 from modelcli.live import modules
 from modelcli.live.build import Bare
+from modelcli.live.meta_models import build_on_meta
 from modelcli.live.surgery.settings import UNKNOWN, setting
-from modelcli.live.twins import build_on_meta
+from modelcli.wording import counted, listed
 
 #: Lines about modules that differ in different ways.
 _MOST = 3

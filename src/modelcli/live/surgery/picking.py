@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from modelcli import selectors
-from modelcli.blueprints import Blueprint, ancestors
+from modelcli.language import selectors
+from modelcli.model.blueprint import Blueprint
+from modelcli.model.paths import ancestors
 
 
 def groups_of(targets: Sequence[str], blueprint: Blueprint, chosen: Collection[str]) -> list[tuple[str, list[str]]]:

@@ -6,10 +6,10 @@ from functools import partial
 
 from torch import nn
 
-from modelcli import selectors
-from modelcli.blueprints import Blueprint, joined, shown
 from modelcli.edits import Add, Append, Insert
 from modelcli.errors import RequestError
+from modelcli.language import selectors
+from modelcli.language.quoting import quoted
 from modelcli.live.build import Bare
 from modelcli.live.describe import describe
 from modelcli.live.surgery import numbering
@@ -25,8 +25,9 @@ from modelcli.live.surgery.core import (
     submodule,
 )
 from modelcli.live.surgery.holes import Placeholder, resolved_calls
-from modelcli.live.surgery.making import maker
-from modelcli.quoting import quoted
+from modelcli.live.surgery.new_modules import maker
+from modelcli.model.blueprint import Blueprint
+from modelcli.model.paths import joined, shown
 
 Children = dict[str, nn.Module | None]
 

@@ -8,10 +8,9 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from modelcli import selectors
-from modelcli.blueprints import Blueprint, TensorInfo, joined, parent_of, shown
 from modelcli.edits import Extract, Remove
 from modelcli.errors import RequestError
+from modelcli.language import selectors
 from modelcli.live import composites
 from modelcli.live.build import Bare
 from modelcli.live.describe import describe, dtype_name, floating_dtype
@@ -29,6 +28,9 @@ from modelcli.live.surgery.core import (
     submodule,
 )
 from modelcli.live.trace import first_calls
+from modelcli.model.blueprint import Blueprint
+from modelcli.model.paths import joined, parent_of, shown
+from modelcli.model.tensors import TensorInfo
 
 
 def remove(module: nn.Module, edit: Remove, context: Context) -> Done:

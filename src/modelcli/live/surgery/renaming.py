@@ -9,17 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from modelcli import selectors
-from modelcli.blueprints import Blueprint, ancestors, parent_of
 from modelcli.checkpoints import CompositeEntry
 from modelcli.edits import Rename
 from modelcli.errors import RequestError
+from modelcli.language import selectors
+from modelcli.language.quoting import quoted
 from modelcli.live.build import Bare
 from modelcli.live.describe import describe
 from modelcli.live.loading import MAX_MODULE_DEPTH, bare_tree
 from modelcli.live.sources import is_lazy
 from modelcli.live.surgery.core import Change, Context, Done
-from modelcli.quoting import quoted
+from modelcli.model.blueprint import Blueprint
+from modelcli.model.paths import ancestors, parent_of
 
 #: Changes that fill a screen; more are told as one.
 _ROWS = 20

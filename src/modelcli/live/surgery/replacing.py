@@ -9,11 +9,11 @@ from functools import partial
 import torch
 from torch import nn
 
-from modelcli import selectors
-from modelcli.blueprints import ancestors, listed, parent_of
 from modelcli.edits import Replace
 from modelcli.errors import RequestError
-from modelcli.expressions import Call
+from modelcli.language import selectors
+from modelcli.language.expressions import Call
+from modelcli.language.quoting import command, quoted
 from modelcli.live.describe import describe
 from modelcli.live.sources import (
     AnySource,
@@ -28,9 +28,10 @@ from modelcli.live.sources import (
 from modelcli.live.surgery import layouts, left_out, shapes
 from modelcli.live.surgery.core import Change, Context, Done, brief, count, places, submodule
 from modelcli.live.surgery.holes import resolved_calls
-from modelcli.live.surgery.making import maker
+from modelcli.live.surgery.new_modules import maker
 from modelcli.live.surgery.storages import byte_span, has_storage, tied, view_anew, viewers
-from modelcli.quoting import command, quoted
+from modelcli.model.paths import ancestors, parent_of
+from modelcli.wording import listed
 
 
 @dataclass(frozen=True)

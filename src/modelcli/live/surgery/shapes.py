@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from modelcli.expressions import Call
+from modelcli.language.expressions import Call
 from modelcli.live import modules
 from modelcli.live.build import Bare
 

@@ -9,8 +9,8 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import nn
 
+from modelcli.live.meta_models import tagged
 from modelcli.live.sources import AnySource, extent, is_lazy, named_tensors, real_storage, require_source
-from modelcli.live.twins import tagged
 
 
 def key_of(tensor: torch.Tensor) -> int:

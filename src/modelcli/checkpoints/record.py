@@ -1,0 +1,236 @@
+"""The record that a written checkpoint carries: which model it is, and what was done to it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modelcli.edits import Edit
+from modelcli.edits import parse as parse_edit
+from modelcli.errors import ModelcliError, RequestError
+from modelcli.language import input_texts, references
+from modelcli.language.references import Installed
+from modelcli.model import json_form
+from modelcli.model.blueprint import Blueprint
+from modelcli.model.dtypes import INPUT_DTYPES
+from modelcli.model.json_form import shape_from_json
+from modelcli.model.tensors import TensorInfo
+from modelcli.wording import counted
+
+#: Where it stands: a key of `state_dict._metadata`, a zip record under the archive's own prefix, a key of
+#: safetensors' `__metadata__`.
+METADATA_KEY = ".modelcli"
+ZIP_RECORD = ".data/modelcli.json"
+SAFETENSORS_KEY = "modelcli"
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """A model's origin.
+
+    `reference` is None where the architecture was never known. `weights` is torchvision's name of the numbers the
+    model started with. `frozen` are the names of the parameters that are not trained. An edit of many matches is many
+    lines in `edits`; `numbers` says of each which edit it came of, and `edit_count` how many there were: the number of
+    an edit decides what it draws.
+    """
+
+    reference: str | None
+    weights: str | None
+    seed: int
+    edits: tuple[str, ...]
+    frozen: tuple[str, ...]
+    blueprint: Blueprint
+    input_size: tuple[tuple[int, ...], ...] | None = None
+    input_dtype: tuple[str, ...] = ()
+    numbers: tuple[int, ...] = ()
+    edit_count: int = 0
+    inputs: tuple[str, ...] = ()
+
+    def parsed_edits(self) -> list[Edit]:
+        return [parse_edit(line) for line in self.edits]
+
+
+def to_text(record: Record) -> str:
+    """The record as JSON, the same text for the same record."""
+    document: dict[str, Any] = {
+        "schema": SCHEMA,
+        "reference": record.reference,
+        "weights": record.weights,
+        "seed": record.seed,
+        "edits": list(record.edits),
+        "frozen": list(record.frozen),
+        "input_size": record.input_size,
+        "input_dtype": list(record.input_dtype),
+        "numbers": list(record.numbers),
+        "edit_count": record.edit_count,
+        "blueprint": json_form.to_json(record.blueprint),
+    }
+    if record.inputs:
+        document["inputs"] = list(record.inputs)
+    return json.dumps(document, ensure_ascii=True, separators=(",", ":"))
+
+
+class DamagedError(ValueError):
+    """A text is no record; the message says why, as a part of a sentence."""
+
+
+def from_text(text: str) -> Record | None:
+    """Read a record, or None where the text is none: damaged, foreign, or of a later schema."""
+    try:
+        return read(text)
+    except DamagedError:
+        return None
+
+
+def read(text: str) -> Record:
+    """Read a record. Raises DamagedError that says why the text is none."""
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        raise DamagedError("it is no JSON") from None
+    if not isinstance(document, dict) or "schema" not in document:
+        raise DamagedError("it is no record of modelcli's")
+    if type(document["schema"]) is not int or document["schema"] != SCHEMA:
+        raise DamagedError(f"its schema is {document['schema']!r:.40}, and this version of modelcli reads {SCHEMA}")
+    try:
+        edits = _texts(document["edits"])
+        for line in edits:
+            parse_edit(line)
+        seed = document["seed"]
+        if type(seed) is not int or not 0 <= seed < 2**63:
+            raise ValueError(f"its seed is {seed!r:.40}")
+        return Record(
+            reference=_optional_text(document["reference"]),
+            weights=_optional_text(document["weights"]),
+            seed=seed,
+            edits=edits,
+            frozen=_texts(document["frozen"]),
+            blueprint=json_form.from_json(document["blueprint"]),
+            input_size=_sizes(document.get("input_size")),
+            input_dtype=_dtypes(document.get("input_dtype") or []),
+            numbers=_numbers(document.get("numbers", [*range(1, len(edits) + 1)]), len(edits)),
+            edit_count=_count(document.get("edit_count", len(edits))),
+            inputs=_inputs(document.get("inputs")),
+        )
+    except KeyError as error:
+        raise DamagedError(f"it lacks {error}") from None
+    except RequestError as error:
+        raise DamagedError(f"a line in it cannot be read: {error.message:.200}") from None
+    except (TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:
+        raise DamagedError(f"{error!s:.200}") from None
+
+
+def _texts(values: object) -> tuple[str, ...]:
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise TypeError("a list of text was expected")
+    return tuple(values)
+
+
+def _inputs(values: object) -> tuple[str, ...]:
+    texts = () if values is None else _texts(values)
+    input_texts.parse_all(texts)
+    return texts
+
+
+def _dtypes(values: object) -> tuple[str, ...]:
+    names = _texts(values)
+    if wrong := [name for name in names if name not in INPUT_DTYPES]:
+        raise ValueError(f"its input_dtype has no dtype {wrong[0]!r:.40}")
+    return names
+
+
+def _count(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
+        raise ValueError("a count was expected")
+    return value
+
+
+def _numbers(values: object, count: int) -> tuple[int, ...]:
+    if not isinstance(values, list) or len(values) != count:
+        raise ValueError("a number for each edit was expected")
+    return tuple(map(_count, values))
+
+
+def _optional_text(value: object) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise TypeError("text was expected")
+    return value
+
+
+def _sizes(value: object) -> tuple[tuple[int, ...], ...] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list):
+        raise TypeError("a list of shapes was expected")
+    return tuple(map(shape_from_json, value))
+
+
+def disagreement(record: Record, tensors: Mapping[str, TensorInfo]) -> str | None:
+    """Why a record cannot be believed, or None.
+
+    Its blueprint must list the tensors that the file holds, as they are there, and must not contradict itself.
+    """
+    if (why := _tensors_differ(record, tensors)) is not None:
+        return why
+    from modelcli.checkpoints import record_consistency
+
+    blueprint = record.blueprint
+    if (why := record_consistency.contradiction(blueprint, installed=is_of_installed_code(record))) is not None:
+        return why
+    listed = {t.name: t for t in blueprint.tensors if t.requires_grad is False and t.tied_to is None}
+    if (odd := next((name for name in record.frozen if name not in listed), None)) is not None:
+        return f"it calls {odd} frozen, and does not list it as a frozen parameter"
+    frozen = set(record.frozen)
+    odd = next((name for name, tensor in listed.items() if name not in frozen and _is_dense(tensor)), None)
+    if odd is not None:
+        return f"it lists {odd} as frozen, and does not call it so"
+    traced = blueprint.trace.inputs if blueprint.trace is not None else None
+    if record.input_size is not None and traced is not None and traced != record.input_size:
+        return "its forward pass took another input than it says"
+    return None
+
+
+def _is_dense(tensor: TensorInfo) -> bool:
+    """Whether the record decides its flag: what is no dense tensor keeps its own."""
+    return tensor.layout == "strided" and tensor.stored_bytes is None and tensor.is_differentiable
+
+
+def is_of_installed_code(record: Record) -> bool:
+    """Whether a record names classes and builders of torch and torchvision alone: their names say what they are."""
+    if record.reference is None:
+        return False
+    try:
+        reference = references.recorded(record.reference, Path(), trust=False)
+    except ModelcliError:
+        return False
+    calls = [getattr(edit, "module", None) for edit in record.parsed_edits()]  # of those that place a module
+    own = isinstance(reference, Installed) and reference.runs_only_installed_code
+    return own and all(Installed(call).runs_only_installed_code for call in calls if call is not None)
+
+
+def _tensors_differ(record: Record, tensors: Mapping[str, TensorInfo]) -> str | None:
+    """How the tensors of a file are not those that its record lists."""
+    expected = {t.name: t for t in record.blueprint.tensors if t.persistent}
+    if missing := expected.keys() - tensors.keys():
+        return f"the file lacks {counted(len(missing), 'tensor')} that it lists, such as {min(missing)}"
+    if extra := tensors.keys() - expected.keys():
+        return f"it lacks {counted(len(extra), 'tensor')} of the file, such as {min(extra)}"
+    for name, tensor in expected.items():
+        found = tensors[name]
+        if (tensor.shape, tensor.dtype) != (found.shape, found.dtype):
+            return f"{name} is {list(found.shape or ())} {found.dtype} in the file, not as it says"
+        if (tensor.layout, tensor.stored_bytes) != (found.layout, found.stored_bytes):
+            return f"{name} is stored in another way in the file"
+        if found.requires_grad is not None and (tensor.kind != "parameter" or tensor.requires_grad is None):
+            return f"{name} is a parameter in the file, and not as it says"
+        if found.requires_grad is not None and tensor.requires_grad is not found.requires_grad:
+            return f"{name} is {'trained' if found.requires_grad else 'frozen'} in the file, not as it says"
+        if tensor.tied_to is None or not tensor.elements:
+            continue
+        if tensor.tied_to not in tensors or tensors[tensor.tied_to].identity != found.identity:
+            return f"{name} and {tensor.tied_to} are two tensors in the file, and one as it says"
+    return None

@@ -1,0 +1,186 @@
+"""Blueprints of installed models, kept on disk, so that a second look at one needs no torch.
+
+An entry is one file: the digest of what follows on its first line, then the key it was made for and the blueprint. It
+is written beside its place and moved there in one step; one that is damaged, half written, or made for another key is
+as good as none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modelcli import installed
+from modelcli._version import __version__
+from modelcli.errors import ModelcliError, SystemFailureError
+from modelcli.files import atomic
+from modelcli.files.open_folder import read_regular
+from modelcli.model import json_form
+from modelcli.model.blueprint import Blueprint
+
+SCHEMA = 2
+SUFFIX = ".blueprint"
+INDEX_SUFFIX = ".index"
+
+
+def folder() -> Path:
+    """Where the entries lie: `$MODELCLI_CACHE`, or the system's folder for such things.
+
+    Raises SystemFailureError for a user who has no such folder: one without `$HOME` and without an entry in passwd.
+    """
+    if named := os.environ.get("MODELCLI_CACHE"):
+        return Path(named)
+    import platformdirs
+
+    try:
+        found = platformdirs.user_cache_path("modelcli") / "blueprints"
+    except (RuntimeError, KeyError, OSError):
+        found = Path()
+    if not found.is_absolute():
+        raise SystemFailureError(
+            "there is no cache: this user has no home folder",
+            "$MODELCLI_CACHE or $XDG_CACHE_HOME names a folder for it",
+        )
+    return found
+
+
+def is_off() -> bool:
+    """Whether `$MODELCLI_NO_CACHE` is set to anything but nothing or 0."""
+    return os.environ.get("MODELCLI_NO_CACHE", "0") not in ("", "0")
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a blueprint depends on besides the versions of what is installed."""
+
+    reference: str
+    weights: str | None
+    input_size: tuple[tuple[int, ...], ...] | None
+    input_dtype: tuple[str, ...]
+    mode: str
+    inputs: tuple[str, ...] = ()
+
+    def document(self) -> dict[str, Any]:
+        """The key as JSON values, with the versions that decide what a builder builds."""
+        return {
+            "schema": SCHEMA,
+            "reference": self.reference,
+            "weights": self.weights,
+            "input_size": None if self.input_size is None else [list(size) for size in self.input_size],
+            "input_dtype": list(self.input_dtype),
+            "inputs": list(self.inputs),
+            "mode": self.mode,
+            "versions": dict(_versions()),
+        }
+
+
+def _versions() -> Iterator[tuple[str, str | None]]:
+    yield "modelcli", __version__
+    for package in ("torch", "torchvision"):
+        yield package, installed.version(package)
+
+
+def _path(document: Mapping[str, Any], suffix: str) -> Path:
+    text = json.dumps(document, sort_keys=True)
+    return folder() / f"{_digest(text.encode())}{suffix}"
+
+
+def _digest(data: bytes) -> str:
+    import hashlib  # a look at a file that says what it is needs none
+
+    return hashlib.sha256(data).hexdigest()
+
+
+def get(key: Key) -> Blueprint | None:
+    """The blueprint kept for a key, or None."""
+    try:
+        return json_form.from_json(_kept(key.document(), SUFFIX, "blueprint"))
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+        return None
+
+
+def put(key: Key, found: Blueprint) -> None:
+    """Keep a blueprint. A cache that cannot be written is no error: the next look is only slower."""
+    with contextlib.suppress(ModelcliError):
+        _keep(key.document(), SUFFIX, "blueprint", json_form.to_json(found))
+
+
+def require(key: Key, found: Blueprint) -> None:
+    """See that a blueprint is kept. Raises SystemFailureError where the cache cannot be written."""
+    if get(key) is not None:
+        return
+    where = folder()
+    try:
+        _keep(key.document(), SUFFIX, "blueprint", json_form.to_json(found))
+    except ModelcliError as error:
+        raise SystemFailureError(
+            f"the cache folder {where} cannot be written: {error.message}", "$MODELCLI_CACHE names another folder"
+        ) from None
+
+
+def index(name: str) -> Any:
+    """What is kept under a name beside the blueprints, as JSON values, or None."""
+    return _kept(_index_key(name), INDEX_SUFFIX, "index")
+
+
+def put_index(name: str, values: Any) -> None:
+    """Keep JSON values under a name, for these versions of what is installed."""
+    with contextlib.suppress(ModelcliError):
+        _keep(_index_key(name), INDEX_SUFFIX, "index", values)
+
+
+def _index_key(name: str) -> dict[str, Any]:
+    return {"schema": SCHEMA, "index": name, "versions": dict(_versions())}
+
+
+def _kept(document: Mapping[str, Any], suffix: str, what: str) -> Any:
+    """What is kept for a key, or None where there is nothing, or nothing that can be believed."""
+    try:
+        digest, _, body = read_regular(_path(document, suffix)).partition(b"\n")
+        if _digest(body).encode() != digest:
+            return None
+        entry = json.loads(body)
+        return entry[what] if entry["key"] == document else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SystemFailureError):
+        return None
+
+
+def _keep(document: Mapping[str, Any], suffix: str, what: str, values: Any) -> None:
+    body = json.dumps({"key": document, what: values}, separators=(",", ":")).encode()
+    path = _path(document, suffix)
+    with atomic.replacing(path, force=True, through_links=False) as (file, _):
+        file.write(_digest(body).encode() + b"\n" + body)
+
+
+def entries() -> list[Path]:
+    """The files of blueprints, half-written ones of killed runs included."""
+    return _files(SUFFIX)
+
+
+def _files(suffix: str) -> list[Path]:
+    """What has a name as entries have it; what else somebody keeps in the folder is not ours."""
+    name = rf"[0-9a-f]{{64}}{re.escape(suffix)}"
+    own = re.compile(rf"{name}|\.{name}\.[0-9a-f]{{8}}{re.escape(atomic.TEMPORARY)}")
+    try:
+        return sorted(path for path in folder().iterdir() if own.fullmatch(path.name))
+    except (OSError, SystemFailureError):
+        return []
+
+
+def clear() -> int:
+    """Remove every entry and what was made of them, and nothing else; gives the number of the entries."""
+    for path in _files(INDEX_SUFFIX):
+        with contextlib.suppress(OSError):
+            path.unlink()
+    removed = 0
+    for path in entries():
+        with contextlib.suppress(OSError):
+            path.unlink()
+            removed += 1
+    return removed

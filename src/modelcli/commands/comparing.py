@@ -1,0 +1,307 @@
+"""What differs between two models, by the names of their modules and tensors.
+
+Values are compared by their bytes first, which needs no torch; where bytes differ, `live.closeness` says by how much.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from modelcli import checkpoints
+from modelcli.checkpoints import CompositeEntry, TensorEntry, forms
+from modelcli.checkpoints.limits import Budget
+from modelcli.checkpoints.same_bytes import ByteComparison, lie_alike, nbytes_of
+from modelcli.commands import Look, Target, differences, look, stdout_is_for_data
+from modelcli.commands.differences import Comparison, TensorChange
+from modelcli.errors import RequestError
+from modelcli.language.quoting import command
+from modelcli.language.references import CheckpointFile, Source
+from modelcli.model import state_dict_match
+from modelcli.wording import listed
+
+#: How often the bytes of a file may be read over, as views of one another.
+_TIMES = 16
+
+#: Told how many bytes are compared, how many there are, and what is being done with them.
+Progress = Callable[[int, int, str], None]
+#: An entry of a file, or a tensor of torch's where no file holds it.
+Entry = Any
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What is compared: what `selected` picks in either model (all where it is empty) less what `without` picks.
+
+    With `modules` their modules too, and with `values` their numbers; a difference up to `atol` is none.
+    """
+
+    selected: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    modules: bool = True
+    values: bool = True
+    atol: float = 0.0
+
+
+def open_sides(one: Source, other: Source, *, values: bool) -> tuple[Look, Look]:
+    """Both models to compare. A key that they share is for the sides that are training checkpoints, if any is."""
+    if one.key is not None and one.key == other.key:
+        keyed = [source for source in (one, other) if _is_training_checkpoint(source)]
+        if len(keyed) == 1:
+            one, other = (source if source is keyed[0] else replace(source, key=None) for source in (one, other))
+    return open_side(one, values=values), open_side(other, values=values)
+
+
+def _is_training_checkpoint(source: Source) -> bool:
+    """Whether a file holds more than one state dict, as far as a look without a key can tell."""
+    reference = source.reference()
+    try:
+        return isinstance(reference, CheckpointFile) and checkpoints.read(reference.path).key is not None
+    except RequestError:
+        return True  # it holds none that is found by itself
+
+
+def open_side(source: Source, *, values: bool) -> Look:
+    """A model to compare. What belongs to a checkpoint alone (`arch`, `key`) is left out for others, and `weights` for
+    checkpoints, so that one set of options is for both sides."""
+    if isinstance(source.reference(), CheckpointFile):
+        source = replace(source, weights=None)
+    else:
+        source = replace(source, arch=None, key=None)
+    return look(Target(source), cached=not values)
+
+
+@stdout_is_for_data
+def compare(
+    one: Look, other: Look, names: tuple[str, str], scope: Scope = Scope(), progress: Progress | None = None
+) -> Comparison:
+    """What differs from one model to another, in the order of the first, what is new behind it.
+
+    `names` are what the two are called in notes. Buffers that are not saved are compared where both models have them.
+    Raises RequestError for a selector that matches nothing in either, and where nothing is left to compare.
+    """
+    notes = list(_notes(one, other, names, scope))
+    extras = extras_of(one), extras_of(other)
+    found = differences.structure(
+        one.blueprint,
+        other.blueprint,
+        scope.selected,
+        scope.without,
+        modules=scope.modules,
+        extras=(tuple(extras[0]), tuple(extras[1])),
+    )
+    tensors = {name: list(changes) for name, changes in found.tensors.items()}
+    if scope.values:
+        differing, unknown = _values(entries(one), entries(other), found.comparable, progress or _silent)
+        notes += _told_of(unknown)
+        for name, largest in differing.items():
+            if largest is None or not largest <= scope.atol:
+                tensors[name].append(TensorChange(name, "values", max_abs_diff=largest))
+        for name in unknown:
+            tensors[name].append(TensorChange(name, "not compared"))
+    changes = tuple(change for several in tensors.values() for change in several)
+    changes += tuple(_extra_changes(extras[0], extras[1], found.extras, found.tensors, values=scope.values))
+    changes += tuple(TensorChange(name, "not compared") for name in _unseen(one, other, scope, found.extras))
+    return Comparison(found.modules, changes, sum(not several for several in tensors.values()), tuple(notes))
+
+
+def _silent(_done: int, _total: int, _doing: str) -> None:
+    """The progress of work that nobody watches."""
+
+
+def _notes(one: Look, other: Look, names: tuple[str, str], scope: Scope) -> Iterable[str]:
+    """What is to be told beforehand: which choices were made, and what cannot be compared."""
+    for found, name in zip((one, other), names, strict=True):
+        yield from (f"{name}: {note}" for note in found.notes)
+    wrapped = [
+        state_dict_match.unwrapped(state_dict_match.shapes_of(found.blueprint.tensors))[1] for found in (one, other)
+    ]
+    for name, mine, theirs in ((names[0], wrapped[0], wrapped[1]), (names[1], wrapped[1], wrapped[0])):
+        if mine and not theirs and mine.everywhere:
+            prefix = mine.prefix
+            line = command(["modelcli", "rename", f"{prefix}**", "**"])
+            yield f"every name in {name} begins with {prefix!r}: {line} takes it off"
+        elif mine and not theirs:
+            parts = listed(mine.parts, 6)
+            yield f"names in {name} hold {parts}, which a wrapper had put there: that is a difference by itself"
+    typed = [found.blueprint.root.type is not None for found in (one, other)]
+    if scope.modules and any(typed) and not all(typed):
+        bare = names[typed.index(False)]
+        yield f"{bare} does not say its architecture: modules are not compared, tensors are"
+    silent = [found.blueprint.totals.trainable_params is None for found in (one, other)]
+    if scope.modules and any(silent) and not all(silent):
+        yield f"nothing says in {names[silent.index(True)]} which parameters are trained: that is not compared"
+    ties = [{t.name: t.identity for t in found.blueprint.tensors} for found in (one, other)]
+    for number, (own, others) in enumerate(((ties[0], ties[1]), (ties[1], ties[0]))):
+        parted = [name for name, first in own.items() if first != name and _are_parted(name, first, others)]
+        if parted:
+            tied = f"{parted[0]} and {own[parted[0]]}"
+            more = f", and {len(parted) - 1} more like them" if len(parted) > 1 else ""
+            yield f"{tied} are one tensor in {names[number]}, and two in {names[1 - number]}{more}"
+
+
+def _are_parted(name: str, first: str, others: Mapping[str, str]) -> bool:
+    return name in others and first in others and others[name] != others[first]
+
+
+# --- values --------------------------------------------------------------------------------------------------------
+
+
+def entries(found: Look) -> Mapping[str, Entry]:
+    """Where the numbers of each tensor are; tensors that have none are left out."""
+    if found.live is not None:
+        from modelcli.live import value_differences
+
+        return value_differences.entries_of(found.live)
+    assert found.contents is not None
+    return found.contents.rows
+
+
+def _unseen(one: Look, other: Look, scope: Scope, chosen: Collection[str]) -> list[str]:
+    """What nobody can look at in either model, of what was chosen: the two may differ in it."""
+    entries = {*extras_of(one), *extras_of(other)}
+    return [
+        name
+        for name in dict.fromkeys((*unseen_of(one), *unseen_of(other)))
+        if (name in chosen if name in entries else not scope.selected)
+    ]
+
+
+def extras_of(found: Look) -> Mapping[str, Any]:
+    """The entries of a model's state dict that are no tensors, as inert values."""
+    if found.live is not None:
+        from modelcli.live import apart
+
+        return apart.of(found.live.module).extras
+    return {} if found.contents is None else found.contents.extras
+
+
+def unseen_of(found: Look) -> Sequence[str]:
+    """The entries of a model's state dict in which tensors may lie that nobody can look at."""
+    if found.live is not None:
+        from modelcli.live import apart
+
+        return apart.of(found.live.module).unseen
+    return () if found.contents is None else found.contents.unseen
+
+
+def _extra_changes(
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    names: Sequence[str],
+    tensors: Collection[str],
+    *,
+    values: bool,
+) -> Iterator[TensorChange]:
+    """How entries that are no tensors differ; the tensors in them have changes of their own."""
+    for name in names:
+        if name not in before or name not in after:
+            if any(tensor.startswith(f"{name}[") for tensor in tensors):
+                continue  # the tensors in it are added or removed
+            change: Literal["added", "removed"] = "removed" if name in before else "added"
+            left, right = (forms.brief(side[name]) if name in side else None for side in (before, after))
+            yield TensorChange(name, change, left, right)
+        elif values and forms.form_of(before[name]) != forms.form_of(after[name]):
+            yield TensorChange(name, "values", forms.brief(before[name]), forms.brief(after[name]))
+
+
+@dataclass
+class _Work:
+    """How far a comparison has come, in bytes of the first model."""
+
+    total: int
+    report: Progress
+    done: int = 0
+    begun: int = 0
+
+    def read(self, nbytes: int) -> None:
+        """So many bytes of the tensor at hand have been compared."""
+        self.begun += nbytes
+        self.report(self.done + self.begun, self.total, "comparing")
+
+    def left_at(self, nbytes: int) -> None:
+        """The tensor at hand is left, with so many of its bytes done: all, or none where it will be read again."""
+        self.done, self.begun = self.done + nbytes, 0
+        self.report(self.done, self.total, "comparing")
+
+
+def _values(
+    before: Mapping[str, Entry], after: Mapping[str, Entry], names: Sequence[str], progress: Progress
+) -> tuple[dict[str, float | None], list[str]]:
+    """The largest difference of each tensor whose numbers are not the same, and the names of those left out."""
+    pairs = {name: (before[name], after[name]) for name in names if name in before and name in after}
+    work = _Work(sum(_nbytes(left) for left, _ in pairs.values()), progress)
+    work.left_at(0)
+    verdicts = _by_bytes(pairs, work)
+    largest: dict[str, float | None] = {name: None for name, same in verdicts.items() if not same}
+    unsure = {name: pair for name, pair in pairs.items() if name not in verdicts}
+    without = [name for name in names if name not in pairs or _is_half_composite(*pairs[name])]
+    unsure = {name: pair for name, pair in unsure.items() if not _is_half_composite(*pair)}
+    if unsure:
+        from modelcli.live import value_differences
+
+        largest |= value_differences.largest(unsure, work.read)
+    differing = {name: largest[name] for name in names if largest.get(name, 0) != 0}
+    return differing, without
+
+
+def _told_of(without: Sequence[str]) -> list[str]:
+    if not without:
+        return []
+    more = f" and {len(without) - 1} more" if len(without) > 1 else ""
+    return [f"the values of {without[0]}{more} were not compared: nothing gives their numbers on both sides"]
+
+
+def _by_bytes(pairs: Mapping[str, tuple[Entry, Entry]], work: _Work) -> dict[str, bool]:
+    """Whether tensors are the same, of those whose bytes say so.
+
+    Bytes that are the same are the same numbers. Other bytes may be, too (`-0.0`, NaNs): such tensors are left out,
+    but for quantized and sparse ones, which are compared by their parts alone.
+    """
+    storages = {id(part.storage): part.storage for pair in pairs.values() for entry in pair for part in _parts(entry)}
+    nbytes = sum(storage.nbytes for storage in storages.values())
+    budget = Budget("what the tensors of both models view", nbytes, times=_TIMES)
+    found: dict[str, bool] = {}
+    known: dict[object, bool] = {}
+    with ByteComparison() as files:
+        for name, (left, right) in pairs.items():
+            if isinstance(left, CompositeEntry) and isinstance(right, CompositeEntry):
+                budget.spend(nbytes_of(left), name)
+                found[name] = files.same_parts(left, right, work.read)
+            elif _is_plain(left) and _is_plain(right) and left.dtype == right.dtype and lie_alike(left, right):
+                views = left.view, right.view
+                if views not in known:
+                    budget.spend(nbytes_of(left), name)
+                    known[views] = files.same(left, right, work.read)
+                if known[views]:
+                    found[name] = True
+            work.left_at(_nbytes(left) if name in found else 0)
+    return found
+
+
+def _is_half_composite(one: Entry, other: Entry) -> bool:
+    """Whether one of two tensors is made of parts (of none on the meta device), and the other is a plain one."""
+    return isinstance(one, CompositeEntry) != isinstance(other, CompositeEntry)
+
+
+def _is_plain(entry: Entry) -> bool:
+    return isinstance(entry, TensorEntry)
+
+
+def _parts(entry: Entry) -> Sequence[TensorEntry]:
+    """The views into storages that an entry is made of; none of a tensor in memory."""
+    if isinstance(entry, CompositeEntry):
+        return entry.parts
+    return (entry,) if isinstance(entry, TensorEntry) else ()
+
+
+def _nbytes(entry: Entry) -> int:
+    return nbytes_of(entry) if isinstance(entry, TensorEntry | CompositeEntry) else int(entry.nbytes)
+
+
+def check_atol(atol: float) -> None:
+    """Raise RequestError for what is no tolerance."""
+    if math.isnan(atol) or atol < 0:
+        raise RequestError(f"--atol {atol} is no largest difference", "a number of 0 or more, such as 1e-6")

@@ -1,0 +1,246 @@
+"""What differs between two blueprints, by the names of their modules and tensors: plain data, as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from modelcli.errors import RequestError
+from modelcli.language import selectors
+from modelcli.language.quoting import quoted
+from modelcli.model.blueprint import Blueprint, ModuleInfo
+from modelcli.model.paths import lies_in
+from modelcli.model.tensors import TensorInfo
+
+
+@dataclass(frozen=True)
+class ModuleChange:
+    """How one module differs. `before` and `after` are how it is printed; None where it is not there."""
+
+    path: str
+    change: Literal["added", "removed", "type", "config"]
+    before: str | None
+    after: str | None
+
+
+@dataclass(frozen=True)
+class TensorChange:
+    """How one tensor differs; one that differs in several ways has a change for each.
+
+    `before` and `after` are a shape, a dtype, a layout or a flag; a dict of shape and dtype where the tensor is new or
+    gone, and None for values and for those not compared. `max_abs_diff` is that of values: NaN where one side alone has
+    a NaN, None where the bytes differ and are no numbers. What was not compared may be the same or not.
+    """
+
+    name: str
+    change: Literal["added", "removed", "shape", "dtype", "layout", "trainable", "values", "not compared"]
+    before: Any = None
+    after: Any = None
+    max_abs_diff: float | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What two models differ in. `equal` is the number of tensors that differ in nothing that was compared."""
+
+    modules: tuple[ModuleChange, ...]
+    tensors: tuple[TensorChange, ...]
+    equal: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def same(self) -> bool:
+        return not (self.modules or self.tensors)
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What two models differ in besides values: modules, and for the name of each tensor its changes, if any.
+
+    `comparable` are the tensors whose values can be compared: both sides have them, in one known shape and one layout.
+    `extras` are the entries that are no tensors, of either side.
+    """
+
+    modules: tuple[ModuleChange, ...]
+    tensors: Mapping[str, Sequence[TensorChange]]
+    comparable: Sequence[str]
+    extras: Sequence[str] = ()
+
+
+def structure(
+    before: Blueprint,
+    after: Blueprint,
+    selected: Sequence[str] = (),
+    without: Sequence[str] = (),
+    *,
+    modules: bool = True,
+    extras: tuple[Sequence[str], Sequence[str]] = ((), ()),
+) -> Structure:
+    """Compare what `selected` picks in either model (all where it is empty) less what `without` picks.
+
+    The order is that of the first model, what is new behind it. Modules are compared where both models know their
+    types, and only with `modules`; buffers that are not saved likewise. Raises RequestError for a selector that matches
+    nothing in either, and where selectors leave nothing to compare. `extras` are the names of entries of either state
+    dict that are no tensors, which selectors pick by their names as well.
+    """
+    chosen = _Chosen.of(_with(before, extras[0]), _with(after, extras[1]), selected, without)
+    typed = [found.root.type is not None for found in (before, after)]
+    tensors: dict[str, list[TensorChange]] = {}
+    comparable = []
+    for name, left, right in _joined(_tensors(before, typed[1]), _tensors(after, typed[0])):
+        if not chosen.has_tensor(name):
+            continue
+        tensors[name] = _tensor_changes(name, left, right)
+        if left is not None and right is not None and _is_comparable(left, right):
+            comparable.append(name)
+    modules = modules and all(typed)
+    others = [name for name in dict.fromkeys((*extras[0], *extras[1])) if chosen.has_tensor(name)]
+    if not tensors and not others and not (modules and any(map(chosen.has_module, (*before.by_path, *after.by_path)))):
+        _require_all(selected, without)
+    return Structure(_module_changes(before, after, chosen) if modules else (), tensors, comparable, others)
+
+
+def _with(blueprint: Blueprint, extras: Sequence[str]) -> Blueprint:
+    """A blueprint in which selectors find entries that are no tensors."""
+    if not extras:
+        return blueprint
+    return replace(blueprint, tensors=(*blueprint.tensors, *(TensorInfo(name, (0,), "uint8") for name in extras)))
+
+
+def _require_all(selected: Sequence[str], without: Sequence[str]) -> None:
+    """Raise RequestError where selectors are why nothing was compared: two models of nothing are the same."""
+    picks = " ".join(f"-s {quoted(text)}" for text in selected)
+    if without:
+        everything = f"all that {picks} picks" if picks else "all there is"
+        words = " ".join(f"--except {quoted(text)}" for text in without)
+        raise RequestError(
+            f"nothing is left to compare: {words} takes away {everything}", "let --except pick less, or leave it out"
+        )
+    if selected:
+        raise RequestError(
+            f"nothing is left to compare: {picks} picks no tensor, and modules are not compared here",
+            "modelcli params lists the tensors",
+        )
+
+
+# --- what is compared ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Names that selectors picked, of either model. None stands for all."""
+
+    tensors: set[str] | None
+    modules: set[str] | None
+    without_tensors: set[str] = field(default_factory=set)
+    without_modules: set[str] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, before: Blueprint, after: Blueprint, selected: Sequence[str], without: Sequence[str]) -> _Chosen:
+        tensors, modules = _picked(before, after, selected) if selected else (None, None)
+        return cls(tensors, modules, *_picked(before, after, without))
+
+    def has_tensor(self, name: str) -> bool:
+        return (self.tensors is None or name in self.tensors) and name not in self.without_tensors
+
+    def has_module(self, path: str) -> bool:
+        """Whether a module, or one above it, was picked."""
+        return (self.modules is None or lies_in(path, self.modules)) and not lies_in(path, self.without_modules)
+
+
+def _picked(before: Blueprint, after: Blueprint, texts: Iterable[str]) -> tuple[set[str], set[str]]:
+    tensors: set[str] = set()
+    modules: set[str] = set()
+    for text in texts:
+        selector = selectors.parse(text)
+        found = [
+            (selectors.matched_tensors(selector, blueprint), selectors.matched_modules(selector, blueprint))
+            for blueprint in (before, after)
+        ]
+        if not any(names for pair in found for names in pair):
+            selectors.select_tensors(before, [text])  # which raises, with what is near
+        for names, paths in found:
+            tensors |= names
+            modules |= paths
+    return tensors, modules
+
+
+def _tensors(blueprint: Blueprint, other_is_typed: bool) -> dict[str, TensorInfo]:
+    """The tensors of one side. A file that does not say its architecture cannot have buffers that are not saved."""
+    return {tensor.name: tensor for tensor in blueprint.tensors if tensor.persistent or other_is_typed}
+
+
+def _joined(
+    before: Mapping[str, TensorInfo], after: Mapping[str, TensorInfo]
+) -> Iterable[tuple[str, TensorInfo | None, TensorInfo | None]]:
+    for name, tensor in before.items():
+        yield name, tensor, after.get(name)
+    for name, tensor in after.items():
+        if name not in before:
+            yield name, None, tensor
+
+
+# --- structure -----------------------------------------------------------------------------------------------------
+
+
+def _module_changes(before: Blueprint, after: Blueprint, chosen: _Chosen) -> tuple[ModuleChange, ...]:
+    changes: list[ModuleChange] = []
+    for path, module in before.by_path.items():
+        if chosen.has_module(path) and (change := _module_change(module, after.by_path.get(path))) is not None:
+            changes.append(change)
+    changes += [
+        ModuleChange(path, "added", None, _printed(module))
+        for path, module in after.by_path.items()
+        if path not in before.by_path and chosen.has_module(path)
+    ]
+    return tuple(changes)
+
+
+def _module_change(before: ModuleInfo, after: ModuleInfo | None) -> ModuleChange | None:
+    if after is None:
+        return ModuleChange(before.path, "removed", _printed(before), None)
+    if before.type != after.type:
+        return ModuleChange(before.path, "type", _printed(before), _printed(after))
+    if _config(before) != _config(after):
+        return ModuleChange(before.path, "config", _printed(before), _printed(after))
+    return None
+
+
+def _config(module: ModuleInfo) -> str:
+    return " ".join(module.config.split())
+
+
+def _printed(module: ModuleInfo) -> str:
+    config = _config(module)
+    return f"{module.type}({config})" if config else str(module.type)
+
+
+def _tensor_changes(name: str, before: TensorInfo | None, after: TensorInfo | None) -> list[TensorChange]:
+    """How a tensor differs in all but its values."""
+    if before is None or after is None:
+        return [TensorChange(name, "added" if before is None else "removed", _summary(before), _summary(after))]
+    changes = []
+    if before.shape != after.shape:
+        changes.append(TensorChange(name, "shape", _shape(before), _shape(after)))
+    if before.dtype != after.dtype:
+        changes.append(TensorChange(name, "dtype", before.dtype, after.dtype))
+    if before.layout != after.layout:
+        changes.append(TensorChange(name, "layout", before.layout, after.layout))
+    flags = (before.requires_grad, after.requires_grad)
+    if None not in flags and flags[0] != flags[1]:
+        changes.append(TensorChange(name, "trainable", *flags))
+    return changes
+
+
+def _is_comparable(before: TensorInfo, after: TensorInfo) -> bool:
+    """Whether both have numbers, each of which has one to be compared with; a lazy tensor has none yet."""
+    return before.shape is not None and (before.shape, before.layout) == (after.shape, after.layout)
+
+
+def _shape(tensor: TensorInfo) -> list[int] | None:
+    return None if tensor.shape is None else list(tensor.shape)
+
+
+def _summary(tensor: TensorInfo | None) -> dict[str, Any] | None:
+    return None if tensor is None else {"shape": _shape(tensor), "dtype": tensor.dtype}

@@ -1,0 +1,100 @@
+"""How a checkpoint fits an architecture; the recipe that starts with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from modelcli.commands import blueprint_cache
+from modelcli.commands.looking import cache_key, keep_blueprint, likeness_of, stdout_is_for_data
+from modelcli.commands.targets import Target, notes_of_python, seen_from
+from modelcli.errors import ModelcliError, RequestError
+from modelcli.language.references import Source
+from modelcli.model.blueprint import Blueprint
+from modelcli.wording import counted
+
+if TYPE_CHECKING:
+    from modelcli.live.opening import Live
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """How a model's keys fit. `error` is set where the load fails; then no recipe was written."""
+
+    blueprint: Blueprint
+    matched: int
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    mismatched: tuple[Mapping[str, Any], ...] = ()
+    recipe: Path | None = None
+    notes: tuple[str, ...] = ()
+    error: ModelcliError | None = None
+
+
+@stdout_is_for_data
+def load(source: Source, recipe_path: Path, *, force: bool, dry_run: bool) -> Loaded:
+    """Check that a model loads, and start the working recipe with it."""
+    from modelcli import recipe
+    from modelcli.live import opening
+
+    # Missing and unexpected keys are shown, not raised: the command decides what they come to.
+    live = opening.open_live(source, report_only=True)
+    report = live.report
+    error = None
+    if report is not None and live.architecture is not None and live.contents is not None:
+        error = report.refusal(
+            live.contents,
+            str(live.architecture.reference),
+            strict=source.strict,
+            follows_record=live.record is not None and source.arch is None,
+        )
+    elif live.architecture is not None and live.architecture.weights is not None:
+        opening.load_weights(live)
+    blueprint = live.describe()
+    live.notes += _of_numbers(live)
+    loaded = Loaded(
+        blueprint=blueprint,
+        matched=report.matched if report else sum(tensor.persistent for tensor in blueprint.tensors),
+        missing=report.missing if report else (),
+        unexpected=report.unexpected if report else (),
+        mismatched=tuple(
+            {"name": item.name, "expected": list(item.expected), "found": list(item.found)}
+            for item in (report.mismatched if report else ())
+        ),
+        notes=(*live.notes, *likeness_of(live)),
+        error=error,
+    )
+    if error is not None or dry_run:
+        return loaded
+    with recipe.locked(recipe_path):
+        if recipe_path.exists() and not force and (count := len(recipe.read(recipe_path).edits)):
+            raise RequestError(
+                f"{recipe_path} has {counted(count, 'edit')}",
+                "--force starts it anew; --recipe names another",
+            )
+        started = seen_from(source, recipe_path.parent)
+        recipe.start(recipe_path, started)
+    notes_of_python(recipe_path, started, (), own=True)
+    _keep(live, Target(source))
+    return replace(loaded, recipe=recipe_path)
+
+
+def _keep(live: Live, target: Target) -> None:
+    """Keep the blueprint of a model that a recipe starts with: the next looks, and completion, take it from there."""
+    from modelcli.live import planning
+
+    key = cache_key(target, "eval")
+    if key is not None and blueprint_cache.get(key) is None:
+        keep_blueprint(key, planning.traced(live, with_values=True))
+
+
+def _of_numbers(live: Live) -> list[str]:
+    """Where the numbers of a loaded model come from, where that is not what its user may think."""
+    base = live.architecture
+    if live.drawn and base is not None and base.builder:
+        return [f"the numbers of {base.reference} are random: --weights DEFAULT takes the pretrained ones"]
+    if live.contents is not None and live.architecture is None:
+        return [f"{live.contents.path} does not say its architecture: --arch names it, and edits are then checked"]
+    return []

@@ -1,0 +1,380 @@
+"""What a model is made of, from a file, from what is kept of earlier looks, or from torch, whichever is enough.
+
+A file, and an installed model that was looked at before, need no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from modelcli import checkpoints
+from modelcli.checkpoints import Contents
+from modelcli.checkpoints import record as records
+from modelcli.checkpoints.contents import foreign_names
+from modelcli.checkpoints.record import Record
+from modelcli.commands import blueprint_cache, fingerprints
+from modelcli.commands.targets import Target, apply_recipe, without_edits
+from modelcli.errors import ModelcliError, RequestError, SystemFailureError, UnsafeError
+from modelcli.language import references, selectors
+from modelcli.language.quoting import quoted
+from modelcli.language.references import CheckpointFile, Installed, Source
+from modelcli.model import state_dict_match
+from modelcli.model.blueprint import Blueprint, Trace
+from modelcli.model.tensors import TensorInfo
+
+if TYPE_CHECKING:
+    from modelcli.live.opening import Live
+    from modelcli.live.stats import Statistics
+
+
+#: How the note begins that names the builders a file fits.
+LOOKS_LIKE = "looks like torchvision"
+
+NO_ARCHITECTURE = "the file does not say its architecture: --arch names one"
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Look:
+    """A blueprint to show, and what to tell about it. `warnings` are told whoever wants to hear nothing.
+
+    `record` is set where the blueprint is that of a file's own record, and nothing was built to find out whether it is
+    so.
+    """
+
+    blueprint: Blueprint
+    notes: tuple[str, ...] = ()
+    contents: Contents | None = None
+    live: Live | None = None
+    record: Record | None = None
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        if self.contents is None or not self.contents.foreign:
+            return ()
+        names = foreign_names(self.contents.foreign, most=20)
+        return (f"{self.contents.path} also holds objects of {names}: none was loaded, the tensors are shown",)
+
+    @property
+    def foreign(self) -> tuple[str, ...]:
+        """The names in the file that only running code could follow."""
+        return () if self.contents is None else self.contents.foreign
+
+
+def stdout_is_for_data(function: Callable[P, R]) -> Callable[P, R]:
+    """What a model's own code prints while it is built or run goes to standard error: data alone goes to the other."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        with contextlib.redirect_stdout(sys.stderr):
+            return function(*args, **kwargs)
+
+    return call
+
+
+@stdout_is_for_data
+def look(target: Target, *, traced: bool = False, mode: str = "eval", cached: bool = True) -> Look:
+    """The blueprint of a model as it stands, its recipe's edits applied. With `traced`, with a forward pass in it.
+
+    Blueprints of installed models are kept on disk and taken from there, unless `cached` is False.
+    """
+    with target.noted():
+        found = _looked(target, traced=traced, mode=mode, cached=cached)
+    made = found.blueprint.trace if traced else None
+    return replace(found, notes=(*target.notes, *found.notes, *(made.notes if made is not None else ())))
+
+
+def _looked(target: Target, *, traced: bool, mode: str, cached: bool) -> Look:
+    found = _look_at_file(target, traced=traced, mode=mode)
+    if found is not None:
+        return found
+    key = cache_key(target, mode) if cached else None
+    if key is not None and (kept := blueprint_cache.get(key)) is not None:
+        hidden = references.hidden_file_note(target.source.model, target.source.folder)
+        return Look(kept, () if hidden is None else (hidden,))
+    from modelcli.live import apart, downloads, opening, planning
+
+    with downloads.none_allowed():
+        live = opening.open_live(target.source)
+        told = len(live.notes)
+        apply_recipe(live, target)
+        del live.notes[told:]  # what the edits had to say was said when they were made
+        # What is kept has a forward pass in it, so that it answers every question.
+        blueprint = planning.traced(live, mode, with_values=True) if traced or key is not None else live.describe()
+    if key is not None:
+        keep_blueprint(key, blueprint)
+    return Look(blueprint, (*live.notes, *apart.note_of(live.module)), live.contents, live)
+
+
+def _look_at_file(target: Target, *, traced: bool, mode: str) -> Look | None:
+    """A checkpoint's own account of itself, without torch; None where torch is needed to answer."""
+    source = target.source
+    if target.edits or source.arch is not None or not isinstance(reference := source.reference(), CheckpointFile):
+        return None
+    if source.weights not in (None, "none"):
+        return None
+    contents = checkpoints.read(reference.path, key=source.key)
+    if source.bare_keys:
+        contents = contents.without_record()
+    notes = list(contents.notes)
+    record = contents.record
+    if record is not None and (why := records.disagreement(record, contents.infos())):
+        notes.append(f"the record in {reference.path.name} was ignored: {why}")
+        record = None
+    if record is None:
+        notes += likeness_notes(contents)
+        bare = contents.bare_blueprint()
+        if traced:
+            bare = bare.with_trace(Trace(None, reason=NO_ARCHITECTURE, device=None))
+        return Look(bare, tuple(notes), contents)
+    if traced and (source.input_size is not None or source.input_dtype or source.inputs or mode != "eval"):
+        return None
+    if traced and _may_run(record, source):
+        return None
+    found = record.blueprint
+    if traced and found.trace is None:
+        found = found.with_trace(Trace(None, reason="the record in the file holds no forward pass", device=None))
+    return Look(found, tuple(notes), contents, record=record)
+
+
+def without_record(found: Look) -> Blueprint:
+    """What a file says without its record: its tensors, and the tree of their names."""
+    assert found.contents is not None
+    return found.contents.bare_blueprint()
+
+
+@stdout_is_for_data
+def built(target: Target, found: Look, *, traced: bool) -> tuple[Look, str | None]:
+    """The look at a file with its recorded architecture built, in the place of what its record says of that.
+
+    Where it cannot be built without running code that is not trusted, and where the record names none, the look stays
+    as it is and the second value says why. Where what is built is not what the tensors are, nothing of the record is
+    left, and a note says so.
+    """
+    assert found.record is not None
+    assert found.contents is not None
+    if found.record.reference is None:
+        return found, "it names no architecture"
+    if found.contents.foreign:
+        return found, "the file holds more than tensors"
+    from modelcli.live import opening, planning
+
+    try:
+        live = opening.open_live(target.source)
+        blueprint = planning.traced(live) if traced else live.describe()
+    except UnsafeError as error:
+        return found, f"{error.message} ({error.hint})"
+    except SystemFailureError:
+        raise
+    except ModelcliError as error:
+        notes = (*found.notes, f"the record in {found.contents.path.name} was ignored: {error.message}")
+        bare = without_record(found)
+        if traced:
+            bare = bare.with_trace(Trace(None, reason=NO_ARCHITECTURE, device=None))
+        return Look(bare, tuple(dict.fromkeys(notes)), found.contents), None
+    notes = (*found.notes, *live.notes)
+    if _outline(blueprint) != _outline(found.blueprint):
+        notes = (*notes, f"the record in {found.contents.path.name} lists another model than it names: that is built")
+    return Look(blueprint, tuple(dict.fromkeys(notes)), found.contents, live), None
+
+
+def _outline(blueprint: Blueprint) -> tuple[object, ...]:
+    """What a blueprint says of modules and of tensors."""
+    modules = [(module.path, module.type) for module in blueprint.modules]
+    return modules, [(t.name, t.shape, t.dtype, t.kind, t.requires_grad, t.persistent) for t in blueprint.tensors]
+
+
+def _may_run(record: Record, source: Source) -> bool:
+    """Whether a pass that failed when the record was written may come through with values, and may be tried."""
+    made = record.blueprint.trace
+    if made is None or made.reason is None or made.inputs is None or record.reference is None:
+        return False
+    return source.trust or records.is_of_installed_code(record)
+
+
+@stdout_is_for_data
+def torchinfo_table(target: Target, *, mode: str, depth: int | None) -> str:
+    """The table that torchinfo makes of a model, its recipe's edits applied. Raises RequestError where it cannot."""
+    from modelcli.live import downloads, opening, torchinfo_table
+
+    with downloads.none_allowed():
+        live = opening.open_live(target.source)
+        apply_recipe(live, target)
+        return torchinfo_table.table(live, mode=mode, depth=depth)
+
+
+def known_blueprint(target: Target) -> Blueprint | None:
+    """What is known of a model without torch and without running a line of anybody's: its file or the cache says it.
+
+    The edits of a recipe are left out: hardly any of them changes a path.
+    """
+    target = without_edits(target)
+    found = _look_at_file(target, traced=False, mode="eval")
+    if found is not None:
+        return found.blueprint
+    for source in (
+        target.source,
+        replace(target.source, input_size=None, input_dtype=(), inputs=()),
+    ):  # the same modules
+        key = cache_key(replace(target, source=source), "eval")
+        if key is not None and (kept := blueprint_cache.get(key)) is not None:
+            return kept
+    return None
+
+
+def warm(name: str) -> None:
+    """Keep the blueprint of a builder, if it is not kept yet. Raises RequestError where nothing may be kept, and
+    SystemFailureError where nothing can."""
+    if blueprint_cache.is_off():
+        raise RequestError("$MODELCLI_NO_CACHE is set: no blueprint would be kept", "unset MODELCLI_NO_CACHE")
+    target = Target(Source(model=name))
+    found = look(target, traced=True)
+    if (key := cache_key(target, "eval")) is not None:
+        blueprint_cache.require(key, found.blueprint)
+
+
+def cache_key(target: Target, mode: str) -> blueprint_cache.Key | None:
+    """The key of a builder or an expression of installed classes; None for what other code or a file decides."""
+    source = target.source
+    if blueprint_cache.is_off() or target.edits or source.arch is not None or source.key is not None:
+        return None
+    if source.weights is not None and references.names_a_file(source.weights, source.folder):
+        return None
+    reference = source.reference()
+    if not isinstance(reference, Installed) or not reference.runs_only_installed_code:
+        return None
+    return blueprint_cache.Key(
+        str(reference), source.weights, source.input_size, source.input_dtype, mode, source.inputs
+    )
+
+
+def keep_blueprint(key: blueprint_cache.Key, found: Blueprint) -> None:
+    """Keep a blueprint, and of a builder by itself its fingerprint, so that files are known by it."""
+    from modelcli.live import zoo
+
+    blueprint_cache.put(key, found)
+    if key.weights in (None, "none") and key.reference in zoo.builder_names():
+        fingerprints.add({key.reference: state_dict_match.shapes_of(found.tensors)})
+
+
+def likeness_notes(contents: Contents) -> list[str]:
+    """Which torchvision builders a file that does not say its architecture fits exactly, as far as the cache knows."""
+    if blueprint_cache.is_off() or contents.types or not contents.tensors:
+        return []
+    known = blueprint_cache.index(state_dict_match.FINGERPRINTS)
+    if not isinstance(known, dict) or len(contents.tensors) > 2 * known["most"]:  # what is larger need not be looked at
+        return []
+    shapes, _ = state_dict_match.unwrapped(state_dict_match.shapes_of(contents.infos().values()))
+    names = known["models"].get(state_dict_match.fingerprint(shapes))
+    if not names:
+        return []
+    others = f" (or {', '.join(names[1:])})" if len(names) > 1 else ""
+    return [f"{LOOKS_LIKE} {names[0]}{others}: --arch {quoted(names[0])}"]
+
+
+def likeness_of(live: Live) -> list[str]:
+    """The same of a model that was opened, where nothing has said its architecture, or what was said does not fit."""
+    contents = live.contents
+    fits = live.report is None or live.report.is_strict
+    return [] if contents is None or live.record or (live.architecture and fits) else likeness_notes(contents)
+
+
+@stdout_is_for_data
+def values(found: Look, names: Sequence[str], *, whole: bool) -> tuple[dict[str, Any], dict[str, str]]:
+    """The numbers of tensors: as nested lists where `whole`, and as one line each."""
+    from modelcli.live import values as reading
+
+    if found.live is not None:
+        return reading.of_live(found.live, names, whole=whole)
+    assert found.contents is not None
+    return reading.of_contents(found.contents, names, whole=whole)
+
+
+@stdout_is_for_data
+def stats(found: Look, names: Sequence[str], progress: Callable[[int, int], None]) -> dict[str, Statistics]:
+    """Statistics of the numbers of tensors, by name: see `live.stats.collect`.
+
+    `progress` is told how many bytes are done, and how many there are.
+    """
+    from modelcli.live import stats as reading
+
+    if found.live is not None:
+        return reading.of_live(found.live, names, progress)
+    assert found.contents is not None
+    return reading.of_contents(found.contents, names, progress)
+
+
+def select_tensors(
+    blueprint: Blueprint,
+    selected: Sequence[str],
+    *,
+    buffers: bool,
+    frozen: bool,
+    trainable: bool,
+) -> list[TensorInfo]:
+    """The tensors to show: those selected, less buffers or flags that were not asked for."""
+    tensors = list(blueprint.tensors)
+    if selected:
+        names = set(selectors.select_tensors(blueprint, selected))
+        tensors = [tensor for tensor in tensors if tensor.name in names]
+    if not buffers:
+        tensors = [tensor for tensor in tensors if tensor.kind != "buffer"]
+    if frozen or trainable:
+        wanted = {False} if frozen and not trainable else {True} if trainable and not frozen else {True, False}
+        tensors = [tensor for tensor in tensors if tensor.requires_grad in wanted]
+    return tensors
+
+
+def sort_tensors(
+    tensors: Sequence[TensorInfo], key: str, statistics: Mapping[str, Mapping[str, Any]] | None = None
+) -> list[TensorInfo]:
+    """Tensors by a column or a statistic: words from A to Z, numbers from the largest, what has neither at the end.
+
+    Zeros count by their share of the tensor.
+    """
+
+    def rank(tensor: TensorInfo) -> tuple[bool, Any]:
+        if key in ("elements", "bytes"):
+            return False, -(tensor.elements if key == "elements" else tensor.nbytes)
+        if statistics is None:
+            word = getattr(tensor, key)
+            return word is None, word
+        number = statistics.get(tensor.name, {}).get(key)
+        if number is None:
+            return True, 0
+        return False, -number / tensor.elements if key == "zeros" and number else -number
+
+    return sorted(tensors, key=rank)
+
+
+def builders(pattern: str | None) -> list[dict[str, Any]]:
+    """torchvision's builders that contain the pattern, or match it where it has a wildcard."""
+    import fnmatch
+
+    from modelcli.live import zoo
+
+    names = zoo.builder_names()
+    if pattern:
+        glob = pattern if any(character in pattern for character in "*?[") else f"*{pattern}*"
+        chosen = [name for name in names if fnmatch.fnmatchcase(name, glob)]
+        if not chosen:
+            near = zoo.nearest_names(pattern)
+            raise RequestError(f"no builder matches {pattern!r}", f"nearest: {', '.join(near)}" if near else None)
+        names = chosen
+    return [
+        {
+            "name": info.name,
+            "params": info.params,
+            "macs": info.macs,
+            "weights": list(info.weights),
+            "group": info.group,
+        }
+        for info in map(zoo.describe, names)
+    ]

@@ -1,0 +1,301 @@
+"""Which model a command works on, the edits that belong to it, and how these are carried out on it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from modelcli.edits import Edit
+from modelcli.errors import ModelcliError, RequestError
+from modelcli.language import references
+from modelcli.language.expressions import Call, names_in
+from modelcli.language.references import CheckpointFile, PythonObject, Reference, Source, is_installed_name
+from modelcli.model.paths import ROOT
+from modelcli.wording import counted, listed
+
+if TYPE_CHECKING:
+    from modelcli.live.opening import Live
+
+
+INPUT = frozenset({"input_size", "input_dtype", "inputs"})
+"""The options that state what flows in."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """The model that a command works on: where it comes from, the edits of its recipe, and that recipe, if any.
+
+    `places` are where those edits stand: `modelcli.toml:5`. `notes` are what there is to tell of the choice.
+    `restates_input` says whether the options of this command state another input than the recipe does.
+    """
+
+    source: Source
+    edits: tuple[Edit, ...] = ()
+    recipe: Path | None = None
+    places: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    restates_input: bool = False
+
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
+        """Let an error tell the notes too: the choice of the model may be what is wrong."""
+        try:
+            yield
+        except ModelcliError as error:
+            error.notes = tuple(dict.fromkeys((*self.notes, *error.notes)))
+            raise
+
+
+def options_given(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that were given: a number may be 0, and is given all the same."""
+    return {key: value for key, value in overrides.items() if value is not None and value != () and value is not False}
+
+
+def with_options(source: Source, given: Mapping[str, Any]) -> Source:
+    """A source with the options that were given. Inputs that are given take the place of all that a recipe states."""
+    if "input_size" in given or "inputs" in given:
+        source = replace(source, input_size=None, inputs=())
+    return replace(source, **given)
+
+
+def find_target(
+    model: str | None,
+    overrides: Mapping[str, Any],
+    recipe_path: Path | None = None,
+) -> Target:
+    """The argument or `-m`, else `$MODELCLI_MODEL`, else the working recipe. Overrides win over the recipe's lines."""
+    given = options_given(overrides)
+    if model:
+        return Target(Source(model=model, **given))
+    from modelcli import recipe
+
+    path = recipe_path or recipe.default_path()
+    if named := os.environ.get("MODELCLI_MODEL"):
+        note = f"$MODELCLI_MODEL is {named}, and goes before {path}: unset it to work on the recipe"
+        return Target(Source(model=named, **given), notes=(note,) if path.exists() else ())
+    read = recipe.read(path)
+    source = with_options(read.source, given)
+    return Target(
+        source,
+        read.edits,
+        read.path,
+        read.places,
+        notes=(*notes_of_python(path, read.source, read.edits), *_for_this_command_alone(path, read.source, given)),
+        restates_input=any(getattr(source, key) != getattr(read.source, key) for key in INPUT),
+    )
+
+
+def _for_this_command_alone(path: Path, source: Source, given: Mapping[str, Any]) -> tuple[str, ...]:
+    """What to tell of options that say another thing of the model than its recipe, which does not take them over."""
+    other = [
+        f"--{key}" for key in ("weights", "arch", "key", "seed") if key in given and getattr(source, key) != given[key]
+    ]
+    if not other:
+        return ()
+    verb = "is" if len(other) == 1 else "are"
+    return (f"{listed(other, 4)} {verb} for this command alone: {path} says otherwise, and stays as it is",)
+
+
+def notes_of_python(path: Path, source: Source, edits: Sequence[Edit], *, own: bool = False) -> tuple[str, ...]:
+    """What to tell at the first look at a recipe that names Python: that it runs, as a Makefile does.
+
+    A recipe is known by its path and by the Python that it names; with `own` the user has just put that there.
+    """
+    named = {str(reference) for reference in _references_of(source) if isinstance(reference, PythonObject)}
+    calls = (getattr(edit, item.name) for edit in edits for item in fields(edit))
+    named |= {
+        name for call in calls if isinstance(call, Call) for name in names_in(call) if not is_installed_name(name)
+    }
+    if not named:
+        return ()
+    from modelcli.commands import blueprint_cache
+
+    name = f"Python of {os.path.realpath(path)}"
+    known = blueprint_cache.index(name)
+    if isinstance(known, list) and named <= set(known):
+        return ()
+    if not blueprint_cache.is_off():
+        blueprint_cache.put_index(name, sorted(named))
+    if own:
+        return ()
+    return (f"{path} names Python, which runs with your rights, as a Makefile does: {listed(sorted(named), 4)}",)
+
+
+def _references_of(source: Source) -> Iterator[Reference]:
+    for text in (source.model, source.arch):
+        with contextlib.suppress(ModelcliError):
+            if text is not None:
+                yield references.parse(text, source.folder)
+
+
+@contextlib.contextmanager
+def recipe_locked(
+    model: str | None, recipe_path: Path | None = None, waiting: Callable[[Path], None] = lambda _: None
+) -> Iterator[None]:
+    """Keep other commands from changing the working recipe, where that is what a command works on.
+
+    `waiting` is called with its path where another command is at work on it.
+    """
+    if model or os.environ.get("MODELCLI_MODEL"):
+        yield
+        return
+    from modelcli import recipe
+
+    path = recipe_path or recipe.default_path()
+    with recipe.locked(path, lambda: waiting(path)):
+        yield
+
+
+def names_model(word: str) -> bool:
+    """Whether a word is the name of a builder, or of a checkpoint that is there; `.` is a model's root in an edit."""
+    if word == ROOT:
+        return False
+    try:
+        reference = references.parse(word)
+        if isinstance(reference, CheckpointFile):
+            return True
+        from modelcli.live import zoo
+
+        return word in zoo.builder_names()
+    except (ModelcliError, ImportError):  # a hint is not worth an error of its own: torchvision may not be installed
+        return False
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Edits to carry out together: on what, and where each of them stands."""
+
+    target: Target
+    edits: tuple[Edit, ...] = ()
+    places: tuple[str, ...] = ()
+
+
+def find_batch(
+    recipe_path: Path | None,
+    lines: Sequence[tuple[str, str]],
+    model: str | None,
+    overrides: Mapping[str, Any],
+    working_recipe: Path | None = None,
+) -> Batch:
+    """The edits of a recipe and those of `lines` (place, text) after them, and the model that they are for.
+
+    `model` takes the place of the recipe's own model, with all that belongs to that one: weights, architecture, key.
+    Without a recipe and without a model the lines are for the working recipe, and without lines its edits are meant.
+
+    Raises RequestError that names every bad line, before anything is opened.
+    """
+    from modelcli import edits, recipe
+
+    if recipe_path is None and not lines:
+        if model is not None and not (working_recipe or recipe.default_path()).exists():
+            raise RequestError("no edits are given", "-e EDIT gives one, a path a recipe, and - standard input")
+        recipe_path = working_recipe or recipe.default_path()
+    elif recipe_path is not None and not recipe_path.exists():
+        raise references.missing_file(recipe_path, str(recipe_path))
+    problems: list[str] = []
+    read: recipe.Recipe | None = None
+    made: list[Edit] = []
+    try:
+        read = None if recipe_path is None else recipe.read(recipe_path, model=model)
+    except RequestError as error:
+        if not lines:
+            raise
+        problems.append(str(error))
+    try:
+        made = edits.parse_all(lines)
+    except RequestError as error:
+        problems.append(error.message)
+    if problems:
+        raise RequestError("\n".join(problems))
+    if read is None:
+        target = find_target(model, overrides, working_recipe)
+        return Batch(target, tuple(made), tuple(place for place, _ in lines))
+    source = read.source
+    if model is not None:
+        same = {key: getattr(source, key) for key in ("seed", "input_size", "input_dtype", "inputs")}
+        source = Source(model, **same)
+    notes = notes_of_python(read.path, source, (*read.edits, *made))
+    target = Target(with_options(source, options_given(overrides)), notes=notes)
+    found = Batch(target, (*read.edits, *made), (*read.places, *(place for place, _ in lines)))
+    if not found.edits:
+        raise RequestError(f"{read.path} has no edits to apply", "modelcli save OUT writes a model as it is")
+    return found
+
+
+def seen_from(source: Source, folder: Path) -> Source:
+    """A source with its relative paths as seen from another folder."""
+
+    def moved(text: str | None) -> str | None:
+        if text is None:
+            return None
+        try:
+            reference = references.parse(text, source.folder)
+        except ModelcliError:
+            return text
+        if isinstance(reference, PythonObject):
+            return reference.relative_to(folder.resolve(), source.folder)
+        if isinstance(reference, CheckpointFile):
+            path = Path(text)
+            if path.is_absolute():
+                return text
+            relative = os.path.relpath(reference.path.resolve(), folder.resolve()).replace(os.sep, "/")
+            return relative if "/" in relative or Path(relative).suffix else f"./{relative}"
+        return text
+
+    model = moved(source.model)
+    assert model is not None
+    weights = source.weights
+    if weights is not None and Path(source.folder / weights).is_file():
+        weights = moved(weights)
+    return replace(source, model=model, arch=moved(source.arch), weights=weights, folder=folder)
+
+
+def without_edits(target: Target) -> Target:
+    return replace(target, edits=(), places=())
+
+
+def apply_recipe(live: Live, target: Target) -> None:
+    """Apply the edits that stand in a recipe already."""
+    apply_each(live, target.edits, target.places)
+
+
+def apply_each(live: Live, edits: Sequence[Edit], places: Sequence[str]) -> None:
+    """Apply edits in order. Those that cannot be done are told together, each by where it stands and its line.
+
+    Edits after a wrong one are tried on the model without it, so that what is said of them may come from that one.
+    """
+    wrong: list[ModelcliError] = []
+    for edit, place in zip(edits, places, strict=True):
+        try:
+            live.apply([edit], place=place)
+        except ModelcliError as error:
+            if place:
+                error.message = f"{place}: {str(edit)!r}: {error.message}"
+            wrong.append(error)
+            if not isinstance(error, RequestError):
+                break
+    if len(wrong) == 1:
+        raise wrong[0]
+    if wrong:
+        told = [f"{error.message} ({error.hint})" if error.hint else error.message for error in wrong]
+        raise RequestError("\n".join(told), "mend the first one first: the others may come from it")
+
+
+def undo(path: Path, count: int, *, dry_run: bool = False) -> list[str]:
+    """Take back the last edits of a recipe. Raises RequestError where there are none."""
+    from modelcli import recipe
+
+    recipe.require(path)
+    with recipe.locked(path):
+        read = recipe.read(path)
+        if not read.edits:
+            raise RequestError(f"{path} has no edits to take back")
+        if count > len(read.edits):
+            raise RequestError(f"{path} has {counted(len(read.edits), 'edit')} to take back, not {count}")
+        if dry_run:
+            return [str(edit) for edit in read.edits[-count:]]
+        return recipe.take_back(path, count)

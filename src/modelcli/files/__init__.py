@@ -1,0 +1,1 @@
+"""Files of the system: opened in a known folder, locked, and replaced in one step."""

@@ -1,0 +1,1 @@
+"""The texts that people write: selectors, module expressions, references, inputs; and how words are quoted."""

@@ -1,0 +1,606 @@
+"""Selectors: `features.*:Conv2d` picks modules or tensors of a blueprint.
+
+The language, matched against the full dotted path, case-sensitive: `*`, `?` and `{a,b}` stay inside one component,
+`[0-11]` is a range of numbers with its ends, `**` is any number of components, `-1` the last child of a sequence,
+`:Type` asks for a class or one of its bases, `.` is the root, and a backslash takes the next character as it is.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from itertools import pairwise
+from typing import TypeAlias
+
+from modelcli.errors import RequestError, closest
+from modelcli.model.blueprint import Blueprint, ModuleInfo
+from modelcli.model.paths import ancestors, lies_in, parent_of, shown
+from modelcli.wording import listed
+
+MAX_BRACES = 10
+MAX_LENGTH = 4096
+
+
+class _Wildcard(Enum):
+    ANY = "*"
+    ONE = "?"
+
+
+@dataclass(frozen=True, slots=True)
+class _Range:
+    """`[0-3,7]`: spans of numbers, ends included."""
+
+    spans: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """`{a,b}`: any of these."""
+
+    options: tuple[tuple[_Token, ...], ...]
+
+
+_Token: TypeAlias = "str | _Wildcard | _Range | _Options"
+
+
+@dataclass(frozen=True)
+class Selector:
+    """A parsed selector: the components of its path pattern, and the type asked for."""
+
+    text: str
+    components: tuple[str, ...]
+    type: str | None = None
+
+
+def parse(text: str) -> Selector:
+    """Parse one selector. Raises RequestError that says what cannot be read."""
+    if len(text) > MAX_LENGTH:
+        raise RequestError(f"selector of {len(text)} characters; the limit is {MAX_LENGTH}")
+    path, colon, kind = _split_type(text)
+    if colon and not re.fullmatch(r"[A-Za-z_*?][\w*?]*", kind):
+        raise RequestError(f"{kind!r} in selector {text!r} is not the name of a class", "write **:Conv2d")
+    if not path and not kind:
+        raise RequestError("an empty selector", "'.' is the whole model, '**' every module")
+    if path == ".":
+        return Selector(text, (), kind or None)
+    components = tuple(_split_components(path)) if path else ("**",)
+    if "" in components:
+        raise RequestError(f"selector {text!r} has an empty component", "write it as classifier.6")
+    for component in components:
+        if component != "**":
+            _read(component, text)
+    return Selector(text, components, kind or None)
+
+
+def _split_type(text: str) -> tuple[str, str, str]:
+    """Cut at the last colon that no bracket or backslash hides."""
+    depth, cut, skip = 0, -1, False
+    for position, character in enumerate(text):
+        if skip:
+            skip = False
+        elif character == "\\":
+            skip = True
+        elif character in "[{":
+            depth += 1
+        elif character in "]}":
+            depth -= 1
+        elif character == ":" and depth == 0:
+            cut = position
+    return (text, "", "") if cut < 0 else (text[:cut], ":", text[cut + 1 :])
+
+
+def _split_components(path: str) -> list[str]:
+    found, current, depth, skip = [], "", 0, False
+    for character in path:
+        if character == "." and depth == 0 and not skip:
+            found.append(current)
+            current = ""
+            continue
+        current += character
+        if skip:
+            skip = False
+        elif character == "\\":
+            skip = True
+        elif character in "[{":
+            depth += 1
+        elif character in "]}":
+            depth -= 1
+    return [*found, current]
+
+
+def _read(component: str, text: str) -> tuple[_Token, ...]:
+    """One component as tokens. `text` is the whole selector, for the errors."""
+    tokens, end = _read_until(component, 0, 0, text)
+    assert end == len(component)
+    return tokens
+
+
+def _read_until(component: str, position: int, depth: int, text: str) -> tuple[tuple[_Token, ...], int]:
+    """Read tokens up to the end, or inside braces up to the comma or brace that ends the option."""
+    tokens: list[_Token] = []
+    while position < len(component):
+        character = component[position]
+        if depth and character in ",}":
+            break
+        position += 1
+        match character:
+            case "\\":
+                if position == len(component):
+                    raise RequestError(f"selector {text!r} ends in a backslash")
+                tokens.append(component[position])
+                position += 1
+            case "*":
+                if component[position : position + 1] == "*":
+                    raise RequestError(
+                        f"** stands for whole components, not inside one: {component!r} in selector {text!r}",
+                        "write **.name or name.**",
+                    )
+                tokens.append(_Wildcard.ANY)
+            case "?":
+                tokens.append(_Wildcard.ONE)
+            case "[":
+                end = component.find("]", position)
+                if end < 0:
+                    raise RequestError(f"selector {text!r}: [ without ]")
+                tokens.append(_read_range(component[position:end], text))
+                position = end + 1
+            case "{":
+                options, position = _read_options(component, position, depth + 1, text)
+                tokens.append(options)
+            case "]" | "}":
+                raise RequestError(f"selector {text!r}: {character} without {'[' if character == ']' else '{'}")
+            case "." if depth:
+                raise RequestError(
+                    f"{{}} stays inside one component: {component!r} in selector {text!r}",
+                    "write a selector for each; replace takes further ones with --also",
+                )
+            case _:
+                tokens.append(character)
+    return tuple(tokens), position
+
+
+def _read_options(component: str, position: int, depth: int, text: str) -> tuple[_Options, int]:
+    if depth > MAX_BRACES:
+        raise RequestError(f"selector {text!r}: braces nested deeper than {MAX_BRACES}")
+    options = []
+    while True:
+        option, position = _read_until(component, position, depth, text)
+        options.append(option)
+        if position == len(component):
+            raise RequestError(f"selector {text!r}: {{ without }}")
+        position += 1
+        if component[position - 1] == "}":
+            return _Options(tuple(options)), position
+
+
+def _read_range(body: str, text: str) -> _Range:
+    spans = []
+    for piece in body.split(","):
+        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", piece.strip(), re.ASCII)
+        if not match:
+            raise RequestError(
+                f"[{body}] in selector {text!r} is not a range of numbers",
+                f"a name in a ModuleDict is written .{body}, names to choose from {{a,b}}, numbers [0-11]",
+            )
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise RequestError(f"[{body}] in selector {text!r} is empty: {first} is more than {last}")
+        spans.append((first, last))
+    return _Range(tuple(spans))
+
+
+def _ends(tokens: Sequence[_Token], name: str, starts: set[int]) -> set[int]:
+    """Where in a name a match of the tokens can end that begins at one of `starts`.
+
+    All positions go forward together, so that no selector takes more than its length times the name's: the regular
+    expression for `*a*a*a*a*b` tries every way to share the letters out.
+    """
+    for token in tokens:
+        match token:
+            case _Wildcard.ANY:
+                starts = set(range(min(starts), len(name) + 1))
+            case _Wildcard.ONE:
+                starts = {start + 1 for start in starts if start < len(name)}
+            case _Range():
+                starts = {end for start in starts for end in _number_ends(token, name, start)}
+            case _Options():
+                starts = set().union(*(_ends(option, name, starts) for option in token.options))
+            case _:
+                starts = {start + 1 for start in starts if name[start : start + 1] == token}
+        if not starts:
+            break
+    return starts
+
+
+def _number_ends(wanted: _Range, name: str, start: int) -> Iterator[int]:
+    """The ends of the numbers that stand at `start` and lie in the range; `01` is not how a child is called."""
+    digits = re.compile(r"0|[1-9]\d{0,8}", re.ASCII).match(name, start)
+    for end in range(start + 1, digits.end() + 1 if digits else start):
+        number = int(name[start:end])
+        if any(first <= number <= last for first, last in wanted.spans):
+            yield end
+
+
+def _matcher(selector: Selector, blueprint: Blueprint) -> Callable[[str], bool]:
+    """Tell of a full path whether the selector's components match it, each one a component or `**` any number."""
+    from_end: Mapping[str, int] = {}
+    if any(_is_negative(component) for component in selector.components):
+        from_end = _numbered_from_end(blueprint)
+    steps = [_step(component, selector.text, from_end) for component in selector.components]
+
+    def opened(states: Iterable[int]) -> set[int]:
+        """`**` may stand for nothing: where it is reached, so is what follows."""
+        found = set()
+        for state in states:
+            found.add(state)
+            while state < len(steps) and steps[state] is None:
+                state += 1
+                found.add(state)
+        return found
+
+    first = opened({0})
+
+    def matches(path: str) -> bool:
+        states, end = first, -1
+        for part in path.split(".") if path else ():
+            end += 1 + len(part)
+            reached = set()
+            for state in states:
+                if state < len(steps):
+                    step = steps[state]
+                    if step is None:
+                        reached.add(state)
+                    elif step(part, path[:end]):
+                        reached.add(state + 1)
+            if not reached:
+                return False
+            states = opened(reached)
+        return len(steps) in states
+
+    return matches
+
+
+def _step(component: str, text: str, from_end: Mapping[str, int]) -> Callable[[str, str], bool] | None:
+    """Tell of one component of a path, and of the path up to it, whether it matches; None stands for `**`."""
+    if component == "**":
+        return None
+    if _is_negative(component):
+        index = int(component)
+        return lambda part, path: from_end.get(path) == index
+    tokens = _read(component, text)
+    known: dict[str, bool] = {}  # the same few names stand in every path
+
+    def matches(part: str, path: str) -> bool:
+        if part not in known:
+            known[part] = len(part) in _ends(tokens, part, {0})
+        return known[part]
+
+    return matches
+
+
+def _is_negative(component: str) -> bool:
+    return re.fullmatch(r"-\d{1,9}", component, re.ASCII) is not None
+
+
+def _numbered_from_end(blueprint: Blueprint) -> dict[str, int]:
+    """The children of sequences, counted from the end: -1 is the last. A bare checkpoint's numbers make a sequence."""
+    found = {}
+    for above, children in blueprint.children.items():
+        names = [child.path.rpartition(".")[2] for child in children]
+        module = blueprint.by_path.get(above)
+        if module is None or not (
+            module.is_sequence or (module.type is None and names == [str(number) for number in range(len(names))])
+        ):
+            continue
+        found.update({child.path: number - len(children) for number, child in enumerate(children)})
+    return found
+
+
+def _is_type(module: ModuleInfo, wanted: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, wanted) for name in (module.type, *module.bases) if name)
+
+
+def renaming(old: str, new: str, blueprint: Blueprint) -> Callable[[str], str | None]:
+    """Tell of a name the new one that `old` and `new` give it, or None where `old` does not match it.
+
+    What the wildcards of `old` capture is put in the place of those of `new`, in the same order. The first one takes
+    as much as it can, then the second, as in a regular expression; a `**` that captures nothing leaves no dot.
+
+    Raises RequestError where `new` has other wildcards, or where one of the two asks for a type.
+    """
+    before, after = parse(old), parse(new)
+    for selector in (before, after):
+        if selector.type is not None:
+            raise RequestError(
+                f"{selector.text!r} asks for a type, and names of tensors have none", "write '**.weight'"
+            )
+    if any(map(_is_negative, after.components)):
+        raise RequestError(f"{new!r} counts from the end, and a new name is written out")
+    theirs, ours = _wildcards(before), _wildcards(after)
+    if theirs != ours:
+        raise RequestError(
+            f"{old!r} has {_listed(theirs)}, and {new!r} has {_listed(ours)}",
+            "both names have the same wildcards in the same order: rename 'module.**' '**'",
+        )
+    captured = _capturer(before, blueprint)
+    parts = [None if part == "**" else _read(part, new) for part in after.components]
+
+    def renamed(name: str) -> str | None:
+        found = captured(name)
+        if found is None:
+            return None
+        rest = iter(found)
+        filled = [
+            next(rest) if part is None else "".join(t if isinstance(t, str) else next(rest) for t in part)
+            for part in parts
+        ]
+        return ".".join(part for part in filled if part)
+
+    return renamed
+
+
+def _wildcards(selector: Selector) -> list[str]:
+    """Its wildcards in order, as they are written."""
+    found = []
+    for component in selector.components:
+        if component == "**":
+            found.append(component)
+        elif not _is_negative(component):
+            found += [_spelt(token) for token in _read(component, selector.text) if not isinstance(token, str)]
+    return found
+
+
+def _spelt(token: _Token) -> str:
+    match token:
+        case _Wildcard():
+            return token.value
+        case _Range(spans):
+            return f"[{','.join(f'{first}-{last}' if last > first else str(first) for first, last in spans)}]"
+        case _Options(options):
+            return f"{{{','.join(''.join(map(_spelt, option)) for option in options)}}}"
+    return token if token.isalnum() or token in "_-" else f"\\{token}"
+
+
+def _listed(wildcards: Sequence[str]) -> str:
+    return f"the wildcard{'s' if len(wildcards) > 1 else ''} {' '.join(wildcards)}" if wildcards else "no wildcard"
+
+
+def _capturer(selector: Selector, blueprint: Blueprint) -> Callable[[str], list[str] | None]:
+    """Tell of a full path what each wildcard of the selector captures, or None where it does not match."""
+    from_end = _numbered_from_end(blueprint) if any(map(_is_negative, selector.components)) else {}
+    steps = [_step(component, selector.text, from_end) for component in selector.components]
+    tokens = [
+        () if step is None or _is_negative(component) else _read(component, selector.text)
+        for component, step in zip(selector.components, steps, strict=True)
+    ]
+    inside: dict[tuple[int, str], list[str]] = {}  # the same few names stand in every path
+
+    def captured(path: str) -> list[str] | None:
+        parts = path.split(".") if path else []
+        above = [".".join(parts[: end + 1]) for end in range(len(parts))]
+
+        def ends(number: int, start: int) -> Iterable[int]:
+            step = steps[number]
+            if step is None:
+                return range(start, len(parts) + 1)
+            return (start + 1,) if start < len(parts) and step(parts[start], above[start]) else ()
+
+        cuts = _cuts(len(steps), ends, len(parts))
+        if cuts is None:
+            return None
+        found: list[str] = []
+        for number, (start, end) in enumerate(pairwise(cuts)):
+            if steps[number] is None:
+                found.append(".".join(parts[start:end]))
+            elif tokens[number]:
+                key = (number, parts[start])
+                if key not in inside:
+                    inside[key] = _captured_inside(tokens[number], parts[start])
+                found += inside[key]
+        return found
+
+    return captured
+
+
+def _captured_inside(tokens: Sequence[_Token], name: str) -> list[str]:
+    """What each wildcard of a component captures of a name that the component matches."""
+    cuts = _cuts(len(tokens), lambda number, start: _ends(tokens[number : number + 1], name, {start}), len(name))
+    assert cuts is not None
+    return [
+        name[start:end]
+        for token, (start, end) in zip(tokens, pairwise(cuts), strict=True)
+        if not isinstance(token, str)
+    ]
+
+
+def _cuts(count: int, ends: Callable[[int, int], Iterable[int]], length: int) -> list[int] | None:
+    """Where to cut `length` things into `count` pieces, each as long as it can be, the first ones first.
+
+    `ends(number, start)` are the ends that piece `number` may have where it begins at `start`. Every position is
+    looked at once for each piece, so that no pattern tries all the ways to share the things out.
+    """
+    starts = [{0}]
+    for number in range(count):
+        starts.append({end for start in starts[-1] for end in ends(number, start)})
+    good = starts[-1] & {length}
+    for number in reversed(range(count)):
+        starts[number + 1] = good
+        good = {start for start in starts[number] if not good.isdisjoint(ends(number, start))}
+    if not good:
+        return None
+    cuts = [0]
+    for number in range(count):
+        cuts.append(max(starts[number + 1].intersection(ends(number, cuts[-1]))))
+    return cuts
+
+
+def _escaped(name: str) -> str:
+    escaped = re.sub(r"([\\*?\[\]{}:])", r"\\\1", name)
+    return "\\" + escaped if re.fullmatch(r"-\d+", escaped) else escaped
+
+
+def literal(path: str) -> str:
+    """A selector that picks exactly this path."""
+    return ".".join(_escaped(part) for part in path.split(".")) if path else "."
+
+
+def plain(component: str) -> str | None:
+    """The name that one component of a selector stands for, without its backslashes; None for a pattern."""
+    if component == "**" or _is_negative(component):
+        return None
+    tokens = _read(component, component)
+    return "".join(map(str, tokens)) if all(isinstance(token, str) for token in tokens) else None
+
+
+def select_one(blueprint: Blueprint, selector: str, verb: str) -> str:
+    """The one path that a selector picks. Raises RequestError where it picks none, or several."""
+    found = select_modules(blueprint, [selector])
+    if len(found) > 1:
+        names = listed([*map(shown, found)], 5)
+        raise RequestError(f"{selector!r} names {len(found)} modules, and {verb} takes one: {names}")
+    return found[0]
+
+
+def matched_modules(selector: Selector, blueprint: Blueprint) -> set[str]:
+    matches = _matcher(selector, blueprint)
+    found = {module.path for module in blueprint.modules if matches(module.path)}
+    if selector.type is not None:
+        found = {path for path in found if _is_type(blueprint.by_path[path], selector.type)}
+    return found
+
+
+def matched_tensors(selector: Selector, blueprint: Blueprint) -> set[str]:
+    """The tensors that a selector names, and all those at and below the modules that it names."""
+    modules = matched_modules(selector, blueprint)
+    found = set()
+    if selector.type is None:
+        matches = _matcher(selector, blueprint)
+        # What lies in an entry that is no tensor has brackets in its name, as `params` shows it: `packed[0]`.
+        found = {tensor.name for tensor in blueprint.tensors if tensor.name == selector.text or matches(tensor.name)}
+    if modules:
+        for tensor in blueprint.tensors:
+            if lies_in(parent_of(tensor.name), modules):
+                found.add(tensor.name)
+    return found
+
+
+def select_modules(
+    blueprint: Blueprint, selectors: Iterable[str], *, without: Iterable[str] = (), expect: int | None = None
+) -> list[str]:
+    """The paths of the modules that the selectors pick, less those of `without`, in the model's own order.
+
+    Raises RequestError where a selector matches nothing, or where `expect` is another number than that of the
+    matches.
+    """
+    candidates = [module.path for module in blueprint.modules]
+    return _select(blueprint, selectors, without, expect, matched_modules, candidates, "modules")
+
+
+def select_tensors(
+    blueprint: Blueprint, selectors: Iterable[str], *, without: Iterable[str] = (), expect: int | None = None
+) -> list[str]:
+    """The names of the tensors that the selectors pick, by their own name or by a module above them."""
+    candidates = [tensor.name for tensor in blueprint.tensors]
+    return _select(blueprint, selectors, without, expect, matched_tensors, candidates, "tensors")
+
+
+def _select(
+    blueprint: Blueprint,
+    selectors: Iterable[str],
+    without: Iterable[str],
+    expect: int | None,
+    match: Callable[[Selector, Blueprint], set[str]],
+    candidates: list[str],
+    noun: str,
+) -> list[str]:
+    taken: set[str] = set()
+    for text in selectors:
+        taken |= _checked(text, blueprint, match, noun)
+    for text in without:
+        taken -= _checked(text, blueprint, match, noun)
+    found = [candidate for candidate in candidates if candidate in taken]
+    if not found:
+        raise RequestError(f"--except takes away all {noun} that were selected")
+    require_expected(expect, found, f" {noun}")
+    return found
+
+
+def require_expected(expect: int | None, found: Sequence[str], noun: str = "") -> None:
+    """Raise RequestError where `--expect` names another number than that of the paths that were found."""
+    if expect is None or len(found) == expect:
+        return
+    names = listed([*map(shown, found)], 5)
+    match = f"1{noun.removesuffix('s')} matches" if len(found) == 1 else f"{len(found)}{noun} match"
+    raise RequestError(f"{match}, not the {expect} expected: {names}")
+
+
+def _checked(text: str, blueprint: Blueprint, match: Callable[[Selector, Blueprint], set[str]], noun: str) -> set[str]:
+    selector = parse(text)
+    found = match(selector, blueprint)
+    if not found:
+        raise no_match(selector, blueprint, noun)
+    return found
+
+
+def no_match(selector: Selector, blueprint: Blueprint, noun: str = "modules") -> RequestError:
+    """The error for a selector that picks nothing: the nearest existing paths, and what the shell may have done."""
+    if noun == "tensors" and matched_modules(selector, blueprint):
+        return RequestError(f"{selector.text!r} has no tensors", "modelcli params shows where they are")
+    hint = _in_words(selector.text) or _nearest(selector, blueprint, noun)
+    if os.path.lexists(selector.text) and selector.text != ".":
+        hint += f"; {selector.text!r} is a file here: if the shell expanded a pattern to it, quote the pattern"
+    return RequestError(f"no {noun[:-1]} matches {selector.text!r}", hint)
+
+
+def _in_words(text: str) -> str | None:
+    """How several selectors are written that came as one, with commas between: `layer1,layer2`."""
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) < 2 or not all(re.fullmatch(r"[\w.*?-]+", part) for part in parts):
+        return None
+    if "." not in text:
+        return f"write '{{{','.join(parts)}}}', in quotes"
+    return f"an edit of several targets takes each as a word of its own ({' '.join(parts)}); others take one at a time"
+
+
+def _nearest(selector: Selector, blueprint: Blueprint, noun: str) -> str:
+    if selector.type is not None:
+        types = {name for module in blueprint.modules for name in (module.type, *module.bases) if name}
+        if not types:
+            return "a bare checkpoint does not say its types: --arch names the architecture"
+        if not any(_is_type(module, selector.type) for module in blueprint.modules):
+            near = closest(selector.type, types)
+            return f"no module is of type {selector.type}" + (f"; nearest: {', '.join(near)}" if near else "")
+    paths = [module.path for module in blueprint.modules[1:]]
+    names = [tensor.name for tensor in blueprint.tensors]
+    bare = selector.text.partition(":")[0]
+    known = (paths + names if noun == "tensors" else paths)[:20_000]
+    # A wrapper's name may stand in front here alone, or there alone: `module.fc` for `fc`, `fc` for `model.fc`.
+    below = [path for path in known if path.endswith(f".{bare}")]
+    above = sorted((path for path in known if bare.endswith(f".{path}")), key=len)
+    if near := below[:3] or above[-1:] or closest(bare, known):
+        return f"nearest: {', '.join(near)}"
+    children = [child.path for child in blueprint.children.get(_longest_existing(bare, blueprint), ())]
+    if children:
+        shown_children = [*children[:6], "...", children[-1]] if len(children) > 8 else children
+        return f"there are: {', '.join(shown_children)}"  # the last one is the head, as a rule
+    return "modelcli modules lists the paths"
+
+
+def _longest_existing(path: str, blueprint: Blueprint) -> str:
+    return next((above for above in ancestors(path) if above in blueprint.by_path), "")
+
+
+def refuse_nested(paths: Sequence[str], verb: str) -> None:
+    """Refuse matches inside one another, where the edit would destroy the inner one with the outer one."""
+    taken = set(paths)
+    for path in paths:
+        for above in list(ancestors(path))[1:]:
+            if above in taken:
+                raise RequestError(
+                    f"{path} lies inside {shown(above)}, and both match: to {verb} the outer one destroys the inner",
+                    "narrow the selector, or take one away with --except",
+                )

@@ -1,0 +1,93 @@
+"""New modules for an edit: made on meta or for real, with the dtype and mode of what is around them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from modelcli.errors import RequestError
+from modelcli.language import expressions, references
+from modelcli.language.expressions import Call
+from modelcli.live import bounds, memory, modules
+from modelcli.live.meta_models import build_on_meta, seeded
+from modelcli.live.sources import Lazy, named_tensors, tag_drawn
+from modelcli.live.surgery.core import Context, is_meta, submodule
+from modelcli.model.paths import ancestors
+
+
+def maker(
+    module: nn.Module, calls: Sequence[Call], context: Context, targets: Sequence[tuple[nn.Module, str]]
+) -> Callable[[], list[nn.Module]]:
+    """What makes the new modules of one edit: all drawn from one generator, in order."""
+    if any(expressions.gives(call, "device") for call in calls):
+        raise RequestError(
+            f"{calls[0]}: device has no place here, since a module goes where the model is", "leave device out"
+        )
+    # A dtype that the expression itself states is taken at its word.
+    own_dtype = any(expressions.gives(call, "dtype") for call in calls)
+    places = [_place(module, old, path, own_dtype=own_dtype) for old, path in targets]
+
+    def settled(news: Sequence[nn.Module]) -> list[nn.Module]:
+        return [place.settle(new) for place, new in zip(places, news, strict=True)]
+
+    def for_real() -> list[nn.Module]:
+        with seeded(context.seed):
+            made = [modules.make(call, trusted=context.trusted) for call in calls]
+        return settled(made)
+
+    def on_meta() -> list[nn.Module]:
+        made = settled([_on_meta(call, path, context) for call, (_, path) in zip(calls, targets, strict=True)])
+        memory.require(sum(map(memory.bytes_of, made)), str(calls[0]))
+        holder = nn.ModuleList(made)
+        tag_drawn(holder, Lazy(lambda: nn.ModuleList(for_real())))
+        return made
+
+    def in_two_steps() -> list[nn.Module]:
+        on_meta()  # finds wrong arguments and sizes before anything is allocated
+        return for_real()
+
+    return on_meta if is_meta(module) else in_two_steps
+
+
+def _on_meta(call: Call, path: str, context: Context) -> nn.Module:
+    """A new module on the meta device. An error says where it was to be put."""
+    try:
+        installed = all(map(references.is_installed_name, expressions.names_in(call)))
+        held = bounds.as_typed(str(call)) if installed else None
+        return build_on_meta(lambda: modules.make(call, trusted=context.trusted), only_if_needed=True, bounds=held)
+    except RequestError as error:
+        error.message = f"{path}: {error.message}"
+        raise
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What a new module is to be like: the mode of what was there; the dtype and device of tensors near by, if any."""
+
+    training: bool
+    dtype: torch.dtype | None = None
+    device: torch.device | None = None
+
+    def settle(self, new: nn.Module) -> nn.Module:
+        """The new module, like this; one that is on meta, or goes among modules there, stays on the device it is on."""
+        tensors = named_tensors(new).values()
+        if self.dtype is not None and any(t.is_floating_point() and t.dtype != self.dtype for t in tensors):
+            new = new.to(self.dtype)
+        if self.device is not None and any(not t.is_meta for t in tensors):
+            new = new.to(self.device)
+        return new.train(self.training)
+
+
+def _place(module: nn.Module, old: nn.Module, path: str, *, own_dtype: bool) -> _Place:
+    """The place of an old module: it decides by its first floating-point tensor, else its nearest relative does."""
+    for above in ancestors(path):
+        relative = submodule(module, above)
+        for tensor in (*old.parameters(), *old.buffers(), *relative.parameters()):
+            # Of relatives: a dtype that takes a byte stores what was there, and nothing new is made in it.
+            if tensor.dtype.is_floating_point and (tensor.dtype.itemsize > 1 or above == path):
+                device = None if tensor.is_meta else tensor.device
+                return _Place(old.training, None if own_dtype else tensor.dtype, device)
+    return _Place(old.training)

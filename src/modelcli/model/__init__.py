@@ -1,0 +1,1 @@
+"""A model as plain data, without torch: blueprint, tensors, totals, dtypes, paths, and the JSON form."""

@@ -1,0 +1,787 @@
+"""Folders of torch.distributed.checkpoint: what its own loader makes of them, without it, and nothing believed."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import pickle
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, SerializationFormat
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, Metadata, MetadataIndex
+from torch.distributed.checkpoint.state_dict_saver import save
+
+import modelcli
+from modelcli import checkpoints
+from modelcli.checkpoints import Contents, TensorEntry, pickles
+from modelcli.errors import FileFormatError, ModelcliError, RequestError, UnsafeError
+from modelcli.model.dtypes import ITEM_BYTES
+from tests.checkpoints.test_checkpoints import DTYPES
+from tests.conftest import Cli
+
+STATE = {"0.weight": torch.arange(6.0).reshape(3, 2), "0.bias": torch.ones(3), "1.weight": torch.full((4, 3), 2.0)}
+ARCH = "Sequential(Linear(2,3),Linear(3,4,bias=False))"
+
+
+def saved(state: dict[str, Any], folder: Path, **how: Any) -> Path:
+    """The folder that torch writes from one process; `how` is for its writer."""
+    writer = FileSystemWriter(folder, **how)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is one process is meant
+        save(state, storage_writer=writer, no_dist=True)
+    return folder
+
+
+def as_torch_loads(folder: Path) -> Any:
+    """Everything in the folder, as torch's own conversion gives it."""
+    file = folder.with_name(f"{folder.name}-converted.pth")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp_to_torch_save(folder, file)
+    return torch.load(file, weights_only=False)
+
+
+def tensor_of(entry: TensorEntry) -> torch.Tensor:
+    """A tensor from what was read; its bytes are taken twice, in both ways."""
+    data = entry.storage.bytes()
+    assert bytes(entry.storage.mapped()) == data
+    for start, end in ((0, len(data) // 3), (len(data) // 4, len(data) // 2), (len(data) // 2, len(data))):
+        part = entry.storage.part(start, end - start)
+        assert part.bytes() == bytes(part.mapped()) == b"".join(part.chunks()) == data[start:end]
+        assert part.part(1, part.nbytes - 1).bytes() == data[start + 1 : end] if part.nbytes else not data[start:end]
+    assert len(data) == entry.storage.nbytes
+    dtype = getattr(torch, entry.dtype)
+    if not data:
+        return torch.empty(entry.shape, dtype=dtype)
+    return torch.frombuffer(bytearray(data), dtype=dtype).as_strided(entry.shape, entry.stride, entry.offset)
+
+
+def assert_same(found: Any, wanted: Any) -> None:
+    """The same values, shapes, strides and dtypes, however deep they lie."""
+    if isinstance(found, TensorEntry):
+        found = tensor_of(found)
+    assert type(found) is type(wanted) or isinstance(wanted, dict)
+    if isinstance(wanted, torch.Tensor):
+        assert (found.shape, found.dtype, found.stride()) == (wanted.shape, wanted.dtype, wanted.stride())
+        assert bytes(found.untyped_storage()) == bytes(wanted.untyped_storage())
+    elif isinstance(wanted, dict):
+        assert found.keys() == wanted.keys()
+        for name in wanted:
+            assert_same(found[name], wanted[name])
+    elif isinstance(wanted, list | tuple):
+        assert len(found) == len(wanted)
+        for one, other in zip(found, wanted, strict=True):
+            assert_same(one, other)
+    else:
+        assert found == wanted
+
+
+def everything(contents: Contents) -> Any:
+    return contents.tree if contents.key is not None else {**contents.tensors, **contents.extras}
+
+
+def trained() -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.randn(5, 4)).sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+# What torch writes
+
+
+def test_a_folder_of_one_process(folder: Path) -> None:
+    path = saved(STATE, folder / "run")
+    for reference in (path, path / ".metadata"):
+        contents = checkpoints.read(reference)
+        assert contents.format == "dcp"
+        assert contents.path == path
+        assert list(contents.tensors) == list(STATE)
+        assert contents.notes == ("3 tensors in 1 file, as .metadata says",)
+        assert not contents.foreign
+        assert_same(everything(contents), as_torch_loads(path))
+
+
+def test_a_training_checkpoint(folder: Path) -> None:
+    model, optimizer = trained()
+    state = {"optim": optimizer.state_dict(), "epoch": 3, "model": model.state_dict(), "none": None}
+    path = saved(state, folder / "run")
+    contents = checkpoints.read(path)
+    assert contents.key == ("model",)
+    assert "took the state dict under 'model' of run" in contents.notes[1]
+    assert_same(contents.tensors, dict(model.state_dict()))
+    assert list(contents.tensors) == list(model.state_dict())
+    assert_same(contents.tree, as_torch_loads(path))
+    assert set(checkpoints.read(path, key="optim.state.0").tensors) == {"step", "exp_avg", "exp_avg_sq"}
+    with pytest.raises(RequestError, match="no key 'modle'"):
+        checkpoints.read(path, key="modle")
+
+
+def test_what_is_nested_comes_back_as_it_was(folder: Path) -> None:
+    state = {
+        "model": dict(STATE),
+        "lists": [torch.ones(2), {"a": torch.zeros(()), "b": [[torch.ones(1)], 7]}, "text"],
+        "terminal": [1, 2, (3, "four")],
+        "tuple": (1, torch.arange(3)),
+        "rates": [{"lr": 0.1, "on": True}, {"lr": 0.1, "on": 1}, {"lr": None}],
+    }
+    path = saved(state, folder / "run")
+    assert_same(checkpoints.read(path).tree, as_torch_loads(path))
+
+
+def test_an_empty_dict_in_a_list_leaves_its_place(folder: Path) -> None:
+    """Nothing of it is saved, and torch's own conversion fails at it."""
+    path = saved({"model": dict(STATE), "list": [{}, torch.ones(1)]}, folder / "run")
+    assert_same(checkpoints.read(path).tree["list"], [None, torch.ones(1)])
+
+
+def _of_dtype(dtype: str) -> torch.Tensor:
+    size = ITEM_BYTES[dtype]
+    data = bytearray(range(1, 1 + 6 * size)) if dtype != "bool" else bytearray([0, 1] * 3)
+    return torch.frombuffer(data, dtype=getattr(torch, dtype)).reshape(3, 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_dtype(folder: Path, dtype: str) -> None:
+    path = saved(
+        {"a": _of_dtype(dtype), "scalar": _of_dtype(dtype)[1, 1], "none": _of_dtype(dtype)[:0]}, folder / "run"
+    )
+    entries = checkpoints.read(path).tensors
+    assert {entry.dtype for entry in entries.values()} == {dtype}
+    assert_same(entries, as_torch_loads(path))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float16", "float32", "float64", "complex128"])
+def test_every_layout_comes_row_major(folder: Path, dtype: str) -> None:
+    base = torch.arange(2 * 3 * 4 * 5).to(getattr(torch, dtype)).reshape(2, 3, 4, 5)
+    state = {
+        "channels_last": base.contiguous(memory_format=torch.channels_last),
+        "transposed": base[0, 0].t(),
+        "permuted": base.permute(3, 1, 0, 2),
+        "sliced": base[1, :, 1:3, ::2],
+        "expanded": base[0, 0, :1].expand(3, 5),
+        "ones": base[:1, :, :1, :1].transpose(0, 1),
+        "parameter": nn.Parameter(torch.ones(2, 3).t()),
+    }
+    path = saved(state, folder / "run")
+    entries = checkpoints.read(path).tensors
+    assert_same(entries, as_torch_loads(path))
+    assert all(b"".join(entry.storage.chunks()) == entry.storage.bytes() for entry in entries.values())
+
+
+def test_several_files(folder: Path) -> None:
+    path = saved(STATE | {"step": 5}, folder / "run", single_file_per_rank=False, thread_count=2)
+    contents = checkpoints.read(path)
+    assert contents.notes == ("3 tensors in 4 files, as .metadata says",)
+    assert_same(everything(contents), as_torch_loads(path))
+
+
+@pytest.mark.parametrize(
+    ("layout", "key"),
+    [
+        (lambda model, optimizer: {"app": {"optim": optimizer, "model": model}, "epoch": 1}, ("app", "model")),
+        (lambda model, optimizer: {"optimizer": optimizer["state"]["0"], "generator": model}, ("generator",)),
+        (lambda model, optimizer: {**model, "optimizer": optimizer, "train": {"step": torch.ones(1)}}, None),
+    ],
+)
+def test_the_state_dict_is_found_where_trainers_put_it(
+    folder: Path, layout: Callable[[Any, Any], dict[str, Any]], key: tuple[str, ...] | None
+) -> None:
+    model, optimizer = trained()
+    steps = {str(number): state for number, state in optimizer.state_dict()["state"].items()}
+    path = saved(layout(dict(model.state_dict()), {"state": steps}), folder / "run")
+    contents = checkpoints.read(path)
+    assert contents.key == key
+    assert_same(contents.tensors, dict(model.state_dict()))
+    assert not contents.extras
+    assert any("took the" in note for note in contents.notes)
+
+
+def test_extra_state_stays_with_its_module(folder: Path) -> None:
+    state = {**STATE, "0._extra_state": {"scale": torch.ones(2), "name": "x"}, "1._extra_state": 7}
+    path = saved(state, folder / "run")
+    contents = checkpoints.read(path)
+    assert set(contents.tensors) == set(STATE)
+    assert_same(everything(contents), as_torch_loads(path))
+
+
+# What several processes write
+
+WORKER = """
+import pathlib
+import sys
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+meeting = pathlib.Path(folder, "meeting").as_uri()
+dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
+mesh = init_device_mesh("cpu", (world,))
+state = {
+    name: distribute_tensor(tensor, mesh, [placement])
+    for name, tensor, placement in [
+        ("even", torch.arange(12.0).reshape(4, 3), Shard(0)),
+        ("uneven", torch.arange(15.0).reshape(5, 3), Shard(0)),
+        ("turned", torch.arange(12.0).reshape(3, 4).t(), Shard(0)),
+        ("vector", torch.arange(7), Shard(0)),
+        ("one_row", torch.ones(1, 3), Shard(0)),
+        ("experts", torch.arange(24.0).reshape(1, 4, 6), Shard(1)),
+        ("none", torch.empty(0, 3), Shard(0)),
+        ("columns", torch.arange(15.0).reshape(5, 3), Shard(1)),
+        ("all", torch.arange(4.0), Replicate()),
+    ]
+}
+dcp.save({**state, "plain": torch.arange(3), "step": 5}, checkpoint_id=f"{folder}/sharded")
+
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4, bias=False))
+fully_shard(model, mesh=mesh)
+optimizer = torch.optim.Adam(model.parameters())
+model(torch.ones(1, 2)).sum().backward()
+optimizer.step()
+weights, rest = get_state_dict(model, optimizer)
+dcp.save({"model": weights, "optim": rest}, checkpoint_id=f"{folder}/fsdp")
+dist.destroy_process_group()
+"""
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which two processes wrote `sharded` and `fsdp`."""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "worker.py").write_text(WORKER)
+    words = [sys.executable, "-W", "ignore", str(folder / "worker.py")]
+    ranks = [subprocess.Popen([*words, str(rank), "2", str(folder)], stderr=subprocess.PIPE) for rank in range(2)]
+    try:
+        for process in ranks:
+            _, error = process.communicate(timeout=300)
+            assert process.returncode == 0, error.decode()
+    finally:
+        for process in ranks:
+            process.kill()  # one that waits for another that failed
+    return folder
+
+
+def test_rows_of_several_ranks_are_joined(two: Path) -> None:
+    contents = checkpoints.read(two / "sharded")
+    wanted = as_torch_loads(two / "sharded")
+    assert list(contents.tensors) == [
+        *("even", "uneven", "turned", "vector", "one_row", "experts", "none", "columns", "all", "plain")
+    ]
+    found = everything(contents)
+    assert {name: (entry.shape, entry.dtype) for name, entry in contents.tensors.items()} == {
+        name: (tuple(wanted[name].shape), str(wanted[name].dtype)[6:]) for name in contents.tensors
+    }
+    for name in wanted.keys() - {"columns"}:
+        assert_same(found[name], wanted[name])
+
+
+BLOCKS = """
+import os, pathlib, sys, warnings
+warnings.simplefilter("ignore")
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+folder, children = sys.argv[1], []
+for rank in range(4):  # forked, so that torch is imported once
+    if not (child := os.fork()):
+        break
+    children.append(child)
+else:
+    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+dist.init_process_group("gloo", init_method=pathlib.Path(folder, "meeting").as_uri(), rank=rank, world_size=4)
+mesh = init_device_mesh("cpu", (2, 2))
+state = {
+    name: distribute_tensor(tensor, mesh, placements)
+    for name, tensor, placements in [
+        ("blocks", torch.arange(35.0).reshape(5, 7), [Shard(0), Shard(1)]),
+        ("turned", torch.arange(35.0).reshape(5, 7), [Shard(1), Shard(0)]),
+        ("twice", torch.arange(14).reshape(7, 2), [Shard(0), Shard(0)]),
+        ("middle", torch.arange(60.0).reshape(2, 6, 5), [Shard(1), Shard(2)]),
+        ("half", torch.arange(12.0).reshape(3, 4), [Replicate(), Shard(1)]),
+    ]
+}
+dcp.save(state, checkpoint_id=f"{folder}/blocks")
+torch.save({"model": state}, f"{folder}/model_world_size_4_rank_{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which four processes, two by two, wrote `blocks` and a file each."""
+    folder = tmp_path_factory.mktemp("four")
+    (folder / "blocks.py").write_text(BLOCKS)
+    subprocess.run([sys.executable, str(folder / "blocks.py"), str(folder)], check=True, timeout=300)
+    return folder
+
+
+def test_columns_and_the_blocks_of_a_mesh_of_two_dimensions(two: Path, four: Path) -> None:
+    assert_same(checkpoints.read(two / "sharded").tensors["columns"], as_torch_loads(two / "sharded")["columns"])
+    contents = checkpoints.read(four / "blocks")
+    wanted = as_torch_loads(four / "blocks")
+    assert set(contents.tensors) == wanted.keys()
+    for name, entry in contents.tensors.items():
+        assert_same(entry, wanted[name])
+
+
+def test_a_file_that_one_rank_wrote_is_refused_with_what_to_run(cli: Cli, four: Path) -> None:
+    error = cli("params", four / "model_world_size_4_rank_0.pt", code=4).err
+    assert "holds what one process had of its tensors (DTensor), and not the whole" in error
+    assert "StateDictOptions(full_state_dict=True)" in error
+
+
+def test_commands_on_a_sharded_folder(cli: Cli, two: Path, folder: Path) -> None:
+    path = two / "sharded"
+    rows = {row["name"]: row for row in cli("params", path, "--json").json["tensors"]}
+    assert rows["columns"]["shape"] == [5, 3]
+    values = cli("params", path, "-s", "uneven", "--values", "--json").json["tensors"][0]["values"]
+    assert values == torch.arange(15.0).reshape(5, 3).tolist()
+    cli("save", "out.pth", "-m", path)
+    written, theirs = torch.load("out.pth", weights_only=True), as_torch_loads(path)
+    assert all(torch.equal(written[name], theirs[name]) for name in rows)
+
+
+def test_commands_on_an_fsdp_folder(cli: Cli, two: Path, folder: Path) -> None:
+    path = two / "fsdp"
+    wanted = as_torch_loads(path)
+    cli("save", "out.pth", "-m", path)
+    assert_same(torch.load("out.pth", weights_only=True), wanted)
+    cli("save", "bare.safetensors", "-m", path, "--arch", ARCH, "--bare")
+    for reference in (path, "bare.safetensors"):
+        model = modelcli.load(reference, arch=ARCH)
+        assert_same(dict(model.state_dict()), wanted["model"])
+    assert cli("load", path, "--arch", ARCH, "--json").json["matched"] == 3
+    cli("freeze", "0")
+    cli("save", "frozen.pth")
+    assert_same(torch.load("frozen.pth", weights_only=True)["model"], wanted["model"])
+
+
+# Commands on what one process wrote
+
+
+def test_commands(cli: Cli, folder: Path) -> None:
+    path = saved(STATE, folder / "run")
+    wanted = as_torch_loads(path)
+    for reference in ("run/", "./run", "run/.metadata"):
+        rows = {row["name"]: row["values"] for row in cli("params", reference, "--values", "--json").json["tensors"]}
+        assert rows == {name: tensor.tolist() for name, tensor in wanted.items()}
+    cli("save", "out.pth", "-m", "run/")
+    assert_same(torch.load("out.pth", weights_only=True), wanted)
+    cli("save", "out.safetensors", "-m", "run/")
+    assert_same(checkpoints.read(folder / "out.safetensors").tensors, wanted)
+    plain = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4, bias=False))
+    plain.load_state_dict(wanted)
+    assert cli("load", "run/", "--arch", ARCH, "--json").json["matched"] == 3
+    assert_same(dict(modelcli.load(path, arch=ARCH).state_dict()), dict(plain.state_dict()))
+
+
+def test_an_index_of_shards_goes_first(folder: Path) -> None:
+    path = saved(STATE, folder / "run")
+    (path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(FileFormatError, match="no weight_map"):
+        checkpoints.read(path)
+
+
+def test_a_look_opens_no_tensor(folder: Path) -> None:
+    path = saved(STATE, folder / "run")
+    file = path / "__0_0.distcp"
+    file.write_bytes(bytes(file.stat().st_size))
+    contents = checkpoints.read(path)
+    assert len(contents.infos()) == 3
+    with pytest.raises(FileFormatError, match=r"0.weight, at byte 0 is no archive that torch.save wrote"):
+        contents.tensors["0.weight"].storage.bytes()
+
+
+# What is refused
+
+
+def test_the_safetensors_form(cli: Cli, folder: Path) -> None:
+    path = saved(STATE, folder / "form", serialization_format=SerializationFormat.SAFETENSORS)
+    contents = checkpoints.read(path)
+    assert list(contents.tensors) == list(STATE)
+    for name, entry in contents.tensors.items():
+        assert_same(entry, STATE[name])
+    cli("save", "out.pth", "-m", "form/")
+    assert_same(torch.load("out.pth", weights_only=True), STATE)
+
+
+def test_parts_of_hugging_face_s_form_name_what_puts_them_together(cli: Cli, folder: Path) -> None:
+    from torch.distributed.checkpoint._consolidate_hf_safetensors import consolidate_safetensors_files
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        writer = HuggingFaceStorageWriter(path=str(folder / "parts"), save_distributed=True)
+        save(STATE, storage_writer=writer, no_dist=True)
+    error = cli("params", "parts/", code=2).err
+    assert "consolidate_safetensors_files" in error
+    part = next((folder / "parts").iterdir())
+    assert "is what one process wrote" in cli("params", part).err
+    (folder / "whole").mkdir()
+    consolidate_safetensors_files("parts", "whole", num_threads=1, fqn_to_index_mapping=dict.fromkeys(STATE, 1))
+    assert cli("params", "whole/model-00001-of-00001.safetensors", "--json").json["totals"]["params"] == 21
+
+
+def test_forms_that_are_not_read_have_a_name(folder: Path) -> None:
+    from torch.distributed.checkpoint._extension import StreamTransformExtension
+
+    class Same(StreamTransformExtension):
+        @staticmethod
+        def from_descriptor(version: str) -> Same:
+            return Same()
+
+        @staticmethod
+        def registry_name() -> str:
+            return "stream.same"
+
+        def get_descriptor(self) -> str:
+            return "stream.same/1"
+
+        def transform_to(self, output: Any) -> Any:
+            return output
+
+        def transform_from(self, input: Any) -> Any:  # noqa: A002
+            return input
+
+    path = saved(STATE, folder / "transformed", _extensions=[Same()])
+    with pytest.raises(FileFormatError, match=r"0.weight was written through a transform \(stream.same/1\)"):
+        checkpoints.read(path)
+
+
+def rewritten(path: Path, change: Callable[[Metadata], None]) -> Path:
+    """The folder with a changed `.metadata`."""
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    change(metadata)
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    return path
+
+
+def moved(file: str) -> Callable[[Metadata], None]:
+    def change(metadata: Metadata) -> None:
+        for info in metadata.storage_data.values():
+            info.relative_path = file
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "../outside.distcp",
+        "/etc/passwd",
+        "C:\\x.distcp",
+        "C:x.distcp",
+        "\\x",
+        "a\\..\\..\\x.distcp",
+        "a/../../x",
+        "",
+        "x\0y",
+    ],
+)
+def test_paths_stay_inside_the_folder(folder: Path, file: str) -> None:
+    path = saved(STATE, folder / "run")
+    (folder / "outside.distcp").write_bytes((path / "__0_0.distcp").read_bytes())
+    with pytest.raises(FileFormatError, match="outside its folder"):
+        checkpoints.read(rewritten(path, moved(file)))
+
+
+def test_links_out_of_the_folder_and_files_that_are_not_there(folder: Path) -> None:
+    path = saved(STATE, folder / "run")
+    (path / "__0_0.distcp").rename(folder / "outside.distcp")
+    with pytest.raises(FileFormatError, match=r"__0_0.distcp', which is not there"):
+        checkpoints.read(path)
+    (path / "__0_0.distcp").symlink_to(folder / "outside.distcp")
+    with pytest.raises(FileFormatError, match="a link to outside its folder"):
+        checkpoints.read(path)
+
+
+def chunk(offsets: list[int], sizes: list[int]) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+
+
+def parts(*chunks: ChunkStorageMetadata) -> Callable[[Metadata], None]:
+    """Other parts for `0.weight` of shape [3, 2]; each is said to be where the whole is."""
+
+    def change(metadata: Metadata) -> None:
+        metadata.state_dict_metadata["0.weight"].chunks[:] = chunks
+        info = metadata.storage_data[MetadataIndex("0.weight", [0, 0])]
+        for part in chunks:
+            metadata.storage_data[MetadataIndex("0.weight", part.offsets)] = info
+
+    return change
+
+
+def entry(**fields: Any) -> Callable[[Metadata], None]:
+    def change(metadata: Metadata) -> None:
+        for name, value in fields.items():
+            setattr(metadata.state_dict_metadata["0.weight"], name, value)
+
+    return change
+
+
+def place(**fields: Any) -> Callable[[Metadata], None]:
+    def change(metadata: Metadata) -> None:
+        for name, value in fields.items():
+            setattr(metadata.storage_data[MetadataIndex("0.weight", [0, 0])], name, value)
+
+    return change
+
+
+def whole(**fields: Any) -> Callable[[Metadata], None]:
+    def change(metadata: Metadata) -> None:
+        for name, value in fields.items():
+            setattr(metadata, name, value)
+
+    return change
+
+
+def way(*steps: Any) -> Callable[[Metadata], None]:
+    return lambda metadata: metadata.planner_data.__setitem__("0.bias", steps)
+
+
+def properties(**fields: Any) -> Callable[[Metadata], None]:
+    def change(metadata: Metadata) -> None:
+        found = metadata.state_dict_metadata["0.weight"]
+        found.properties = dataclasses.replace(found.properties, **fields)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (parts(chunk([0, 0], [2, 2])), "do not cover its shape"),
+        (parts(chunk([0, 0], [3, 2]), chunk([2, 0], [1, 2])), "do not cover its shape"),
+        (parts(chunk([0, 0], [2, 2]), chunk([1, 0], [2, 2])), "do not cover its shape"),
+        (parts(chunk([0, 0], [1, 2]), chunk([2, 0], [1, 2])), "do not cover its shape"),
+        (parts(chunk([0, 0], [2, 1]), chunk([1, 1], [2, 1]), chunk([0, 1], [1, 1])), "do not cover its shape"),
+        (parts(chunk([0, 0], [3, 2]), chunk([0, 0], [3, 2])), "do not cover its shape"),
+        (parts(chunk([0, 0], [0, 2])), "do not cover its shape"),
+        (parts(), "do not cover its shape"),
+        (parts(chunk([0, 0], [4, 2])), r"sizes \[4, 2\] at \[0, 0\] is outside \[3, 2\]"),
+        (parts(chunk([1, 0], [3, 2])), "is outside"),
+        (parts(chunk([0, 0, 0], [3, 2, 1])), "is outside"),
+        (parts(chunk([0], [3])), "is outside"),
+        (entry(chunks=None), "is no list"),
+        (entry(size=torch.Size([-3, 2])), "a shape or an offset that is none"),
+        (entry(size=(3, 2.0)), "a shape or an offset that is none"),
+        (entry(size=(True, 2)), "a shape or an offset that is none"),
+        (entry(size=(2**63, 2)), "a shape or an offset that is none"),
+        (entry(size=(2**40, 2**40)), "more elements than there can be"),
+        (entry(size=(1,) * 2000), "2,000 dimensions; the limit is 64"),
+        (entry(properties=None), "properties of 0.weight are none"),
+        (properties(dtype="float32"), "not one of torch's"),
+        (properties(dtype=torch.float64), r"is float32 \[3, 2\]; it should be float64 \[3, 2\]"),
+        (properties(layout=torch.sparse_coo), "no dense tensor"),
+        (place(length=10), "needs 24 bytes, and __0_0.distcp gives it 10"),
+        (place(offset=10**6), "is cut off: 0.weight ends at byte"),
+        (place(offset=-1), "not a file, an offset and a length"),
+        (place(length=2**63), "not a file, an offset and a length"),
+        (place(relative_path=7), "not a file, an offset and a length"),
+        (place(relative_path="."), "not there"),
+        (lambda metadata: metadata.storage_data.clear(), r"the part of 0.weight at \[0, 0\] is"),
+        (lambda metadata: metadata.state_dict_metadata.update(x=BytesStorageMetadata()), "does not say where x is"),
+        (lambda metadata: metadata.state_dict_metadata.update(x=7), "x is no TensorStorageMetadata"),
+        (lambda metadata: metadata.state_dict_metadata.update({7: 7}), "the name of an entry is no text"),
+        (whole(state_dict_metadata=None), "state_dict_metadata is no dict"),
+        (whole(storage_data=[]), "storage_data is no dict"),
+        (whole(storage_data={"a": "b"}), "storage_data is no MetadataIndex"),
+        (whole(planner_data=7), "planner_data is no dict"),
+        (way(), "not made of names and numbers"),
+        (way("a", None), "not made of names and numbers"),
+        (way("a", -1), "not made of names and numbers"),
+        (way(0, "a"), "not made of names and numbers"),
+        (way(*"a" * 1100), "not made of names and numbers"),
+        (way("a", 10**9), "all that it shares counted at each place up to 0.[a-z]*, over"),
+        (way("0.weight"), "two entries have the place of"),
+        (way("0.weight", "a"), "lies inside another entry"),
+    ],
+)
+def test_accounts_that_do_not_hold_together(folder: Path, change: Callable[[Metadata], None], message: str) -> None:
+    path = rewritten(saved(STATE, folder / "run"), change)
+    with pytest.raises(FileFormatError, match=message):
+        checkpoints.read(path).tensors["0.weight"].storage.bytes()
+
+
+def test_parts_of_any_exact_cover_are_accepted(folder: Path) -> None:
+    """Two ways to cut [3, 2] without hole or overlap: a pinwheel, too, is no grid."""
+    for chunks in (
+        (chunk([0, 0], [1, 2]), chunk([1, 0], [2, 1]), chunk([1, 1], [2, 1])),
+        (chunk([2, 1], [1, 1]), chunk([0, 0], [2, 1]), chunk([0, 1], [2, 1]), chunk([2, 0], [1, 1])),
+    ):
+        path = rewritten(saved(STATE, folder / f"run{len(chunks)}"), parts(*chunks))
+        assert checkpoints.read(path).tensors["0.weight"].shape == (3, 2)
+
+
+def test_a_part_that_is_another_tensor(folder: Path) -> None:
+    def swap(metadata: Metadata) -> None:
+        index = {name: next(key for key in metadata.storage_data if key.fqn == name) for name in STATE}
+        metadata.storage_data[index["0.weight"]] = metadata.storage_data[index["1.weight"]]
+
+    path = rewritten(saved(STATE, folder / "run"), swap)
+    with pytest.raises(FileFormatError, match=r"is float32 \[4, 3\]; it should be float32 \[3, 2\]"):
+        checkpoints.read(path).tensors["0.weight"].storage.bytes()
+
+
+def test_a_file_that_changes_after_it_was_read(folder: Path) -> None:
+    path = saved(STATE, folder / "run")
+    contents = checkpoints.read(path)
+    with (path / "__0_0.distcp").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(FileFormatError, match="changed while it was being read"):
+        contents.tensors["0.weight"].storage.bytes()
+
+
+def test_an_account_beyond_the_limit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(STATE, folder / "run")
+    monkeypatch.setenv("MODELCLI_MAX_INDEX_BYTES", "10")
+    with pytest.raises(FileFormatError, match="the limit is 10"):
+        checkpoints.read(path)
+
+
+def _use_everything(path: Path) -> bool:
+    """Read a folder and all bytes in it; whether something was refused. Nothing but a ModelcliError may be raised."""
+    try:
+        for found in checkpoints.read(path).tensors.values():
+            found.storage.bytes()
+    except ModelcliError:
+        return True
+    return False
+
+
+def test_an_account_cut_off_anywhere(folder: Path) -> None:
+    path = saved({"model": {"w": torch.ones(2)}, "step": 5}, folder / "run")
+    data = (path / ".metadata").read_bytes()
+    for length in range(len(data)):
+        (path / ".metadata").write_bytes(data[:length])
+        assert _use_everything(path)
+
+
+def test_flipped_bits(folder: Path) -> None:
+    path = saved({"model": {"w": torch.ones(2)}, "step": 5}, folder / "run")
+    for file in (path / ".metadata", path / "__0_0.distcp"):
+        data = file.read_bytes()
+        refused = 0
+        for bit in range(0, 8 * len(data), 23):
+            damaged = bytearray(data)
+            damaged[bit // 8] ^= 1 << bit % 8
+            file.write_bytes(damaged)
+            refused += _use_everything(path)
+        assert refused > 20
+        file.write_bytes(data)
+    assert not _use_everything(path)
+
+
+# What would run
+
+
+class Marker:
+    """Unpickles to a call of os.system that leaves a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        import os
+
+        return os.system, (f"touch {self.file}",)
+
+
+SYSTEM = f"{__import__('os').system.__module__}.system"
+
+
+@pytest.mark.parametrize("where", ["storage_meta", "version"])
+def test_objects_beside_the_tensors_are_named_and_not_made(cli: Cli, folder: Path, where: str) -> None:
+    marker = folder / "marker"
+    path = rewritten(saved(STATE, folder / "run"), whole(**{where: Marker(marker)}))
+    assert checkpoints.read(path).foreign == (SYSTEM,)
+    assert SYSTEM in cli("params", "run/").err
+    assert SYSTEM in cli("save", "out.pth", "-m", "run/", code=3).err
+    cli("save", "out.pth", "-m", "run/", "--tensors-only")
+    assert_same(torch.load("out.pth", weights_only=True), STATE)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("where", ["planner_data", "state_dict_metadata", None])
+def test_objects_instead_of_tensors_are_refused(cli: Cli, folder: Path, where: str | None) -> None:
+    marker = folder / "marker"
+    path = saved(STATE, folder / "run")
+    if where is None:
+        (path / ".metadata").write_bytes(pickle.dumps(Marker(marker)))
+    else:
+        rewritten(path, whole(**{where: Marker(marker)}))
+    with pytest.raises(UnsafeError, match=SYSTEM):
+        checkpoints.read(path)
+    assert SYSTEM in cli("params", "run/", code=3).err
+    assert not marker.exists()
+
+
+def test_objects_in_an_entry_are_named(cli: Cli, folder: Path) -> None:
+    """torch.distributed.checkpoint unpickles such an entry without a guard."""
+    marker = folder / "marker"
+    path = saved({"model": STATE, "epoch": Marker(marker)}, folder / "run")
+    assert checkpoints.read(path).foreign == (SYSTEM,)
+    assert SYSTEM in cli("params", "run/").err
+    cli("save", "out.pth", "-m", "run/", code=3)
+    assert not marker.exists()
+    with pytest.raises(UnsafeError, match=SYSTEM):
+        checkpoints.read(saved({"epoch": Marker(marker)}, folder / "other"))
+
+
+def test_objects_in_the_archive_of_a_tensor(folder: Path) -> None:
+    marker = folder / "marker"
+    path = saved({**STATE, "epoch": Marker(marker)}, folder / "run")
+
+    def swap(metadata: Metadata) -> None:
+        index: Mapping[str, MetadataIndex] = {key.fqn: key for key in metadata.storage_data}
+        metadata.storage_data[index["0.weight"]] = metadata.storage_data.pop(index["epoch"])
+        del metadata.state_dict_metadata["epoch"]
+
+    contents = checkpoints.read(rewritten(path, swap))
+    with pytest.raises(UnsafeError, match=SYSTEM):
+        contents.tensors["0.weight"].storage.bytes()
+    assert not marker.exists()
+
+
+def test_an_enum_that_is_pickled_by_getattr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # So do some versions of Python 3.11, whatever the enum.
+    with monkeypatch.context() as patch:
+        patch.setattr(enum.Enum, "__reduce_ex__", lambda self, _: (getattr, (type(self), self._name_)))
+        folder = saved(STATE, tmp_path / "model")
+    contents = checkpoints.read(folder)
+    assert contents.foreign == ()
+    assert set(contents.tensors) == set(STATE)
+
+
+@pytest.mark.parametrize(
+    "called",
+    [
+        "cos\nsystem\nX\x04\0\0\0name",  # of a class that is no enum
+        "ctorch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING\nK\x01",  # not by a name
+    ],
+)
+def test_getattr_of_anything_else_is_foreign(tmp_path: Path, called: str) -> None:
+    inert = "ctorch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING\nX\x04\0\0\0name"
+    for order in ((called, inert), (inert, called)):
+        first, second = order
+        data = f"cbuiltins\ngetattr\nq\0({first}tR0h\0({second}tR.".encode("latin-1")
+        assert "builtins.getattr" in pickles.read(data, "data.pkl").foreign

@@ -1,0 +1,148 @@
+"""Files that lie, or that would run something: one message and an exit code, in little time and memory, nothing run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import hostile, hostile_growth
+
+GROWTH = hostile_growth.every()
+CORPUS = [*hostile.every(), *GROWTH]
+SECONDS, MEGABYTES = 1.0, 200
+
+#: Every way to look at a file that needs no torch.
+LOOKS_WITHOUT_TORCH = (
+    "params", "params --json", "params -f csv", "params -f markdown", "modules --tree", "modules", "modules --json",
+    "modules --repr", "summary", "summary --json", "summary -f csv",
+)  # fmt: skip
+LOOKS_AT_NUMBERS = ("params --values", "params --values --json", "params --stats", "params --stats --json")
+
+
+def commands(item: hostile.Hostile) -> tuple[str, ...]:
+    """What a file is looked at with: every way where much could come of it, and of those that are refused some."""
+    if item in GROWTH:
+        return LOOKS_WITHOUT_TORCH[:: 4 if item.code else 1]
+    return ("params",) if item.code else ("params", "modules")
+
+
+#: A process without torch that looks at each file in a child of its own, and tells what became of it.
+LOOKS = """
+import json, os, sys
+from modelcli.cli import main
+import modelcli.commands.looking, modelcli.render.documents, modelcli.render.writers, modelcli.checkpoints
+import modelcli.language.selectors
+{before}
+for line in sys.stdin:
+    words, out = json.loads(line)
+    child = os.fork()
+    if not child:
+        sys.stdout = sys.stderr = open(out, "w", encoding="utf-8")
+        code = main(words)
+        print("torch is there" if "torch" in sys.modules else "", flush=True)
+        os._exit(code)
+    _, status, usage = os.wait4(child, 0)
+    told = {"code": os.waitstatus_to_exitcode(status), "seconds": usage.ru_utime + usage.ru_stime}
+    print(json.dumps(told | {"kilobytes": usage.ru_maxrss}), flush=True)
+"""
+#: For looks that need it: it is loaded once, before the clock runs.
+WITH_TORCH = """
+import torch, modelcli.live.values, modelcli.live.stats
+torch.set_num_threads(1)
+"""
+
+
+def looked(folder: Path, asked: list[tuple[Path, str]], before: str = "") -> list[dict[str, Any]]:
+    """What became of each look, a file and the words of a command; `text` is what it wrote."""
+    outs = [folder / f"{number}.out" for number in range(len(asked))]
+    lines = []
+    for (path, words), out in zip(asked, outs, strict=True):
+        command, *options = words.split()
+        lines.append(json.dumps([[command, str(path), *options], str(out)]))
+    script = LOOKS.replace("{before}", before)
+    done = subprocess.run(
+        [sys.executable, "-c", script], input="\n".join(lines), capture_output=True, text=True, check=True, cwd=folder
+    )
+    told = map(json.loads, done.stdout.splitlines())
+    return [{**one, "text": out.read_text(encoding="utf-8")} for one, out in zip(told, outs, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def looks(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, Any]]:
+    """What became of a look at every file, by its name and the command."""
+    folder = tmp_path_factory.mktemp("hostile")
+    asked = []
+    for number, item in enumerate(CORPUS):
+        path = folder / str(number) / item.file
+        path.parent.mkdir()
+        for file, data in {item.file: item.data, **item.beside}.items():
+            (path.parent / file).write_bytes(data)
+        asked += [(item.name, words, path) for words in commands(item)]
+    told = looked(folder, [(path, words) for _, words, path in asked])
+    found = {(name, words): one for (name, words, _), one in zip(asked, told, strict=True)}
+    found["", "marker"] = {"there": (folder / hostile.MARKER).exists()}
+    return found
+
+
+def test_the_corpus_is_large_and_its_names_differ() -> None:
+    assert len(CORPUS) >= 100
+    assert len({item.name for item in CORPUS}) == len(CORPUS)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="children are forked")
+@pytest.mark.parametrize(
+    ("item", "command"),
+    [pytest.param(item, command, id=f"{item.name}: {command}") for item in CORPUS for command in commands(item)],
+)
+def test_one_message_and_nothing_run(looks: Any, item: hostile.Hostile, command: str) -> None:
+    look = looks[item.name, command]
+    text = look["text"]
+    assert look["code"] == item.code, text[:500]
+    assert "Traceback" not in text
+    assert "fault in modelcli" not in text
+    assert "torch is there" not in text
+    assert "\x1b" not in text
+    assert len(text) < 4000 or not item.code
+    if item.code and "--json" not in command:
+        assert text.startswith("error: ")
+    if item.code or command == "params":
+        assert item.says in text
+    assert look["seconds"] < SECONDS
+    assert look["kilobytes"] < MEGABYTES * 1000
+
+
+@pytest.mark.skipif(os.name == "nt", reason="children are forked")
+def test_no_payload_ran(looks: Any) -> None:
+    assert looks["", "marker"] == {"there": False}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="children are forked")
+def test_numbers_of_views_are_bounded_by_the_bytes_that_there_are(tmp_path: Path) -> None:
+    """A view of one byte can have any number of elements: each look at them ends, and takes little."""
+    asked = []
+    for number, (name, data) in enumerate(hostile_growth.views().items()):
+        path = tmp_path / f"{number}.pth"
+        path.write_bytes(data)
+        asked += [(name, path, words) for words in LOOKS_AT_NUMBERS]
+    told = looked(tmp_path, [(path, words) for _, path, words in asked], before=WITH_TORCH)
+    needed = told[0]["kilobytes"]  # torch's own, and a tensor of two numbers
+    for (name, _, words), look in zip(asked, told, strict=True):
+        text = look["text"]
+        assert look["code"] in (0, 4), (name, words, text[:500])
+        assert look["code"] == 0 or "MODELCLI_MAX_EXPANSION" in text, (name, words, text[:500])
+        assert "fault in modelcli" not in text
+        assert look["seconds"] < SECONDS, (name, words, look["seconds"])
+        assert look["kilobytes"] - needed < MEGABYTES * 1000, (name, words)
+
+
+def test_a_payload_would_run(tmp_path: Path) -> None:
+    """With Python's own pickle it does: the markers mark."""
+    code = f"import pickle; pickle.loads(b'\\x80\\x02' + {hostile.PAYLOADS['os.system']!r} + b'.')"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    assert (tmp_path / hostile.MARKER).exists()

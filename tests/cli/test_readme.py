@@ -1,0 +1,220 @@
+"""The README is the manual: what it shows is what happens, and all that there is stands in it.
+
+Every `console` block runs here, in order and in one folder, and prints what the README says it prints; Python blocks
+between them run as well, and the command lines of the CI examples. What a reader would have already is made first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torchvision
+import typer
+import yaml
+
+from modelcli.cli.app import app
+from tests.cli.test_help import commands
+from tests.conftest import Cli
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+EXAMPLES = Path(__file__).parents[2] / "examples"
+#: What the README itself says of these: the answer is no, or the request is wrong.
+CODES = {"modelcli load runs/best.pth --arch alexnet": 1, "modelcli diff runs/best.pth runs/tuesday.pth": 1}
+
+
+class Block(NamedTuple):
+    """A fenced block: its language, its text, the number of its first line."""
+
+    language: str
+    text: str
+    line: int
+
+
+def blocks() -> Iterator[Block]:
+    for found in re.finditer(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL):
+        yield Block(found[1], found[2], README.count("\n", 0, found.start()) + 1)
+
+
+def steps(text: str) -> Iterator[tuple[str, str]]:
+    """The command lines of a console block, each with what it prints."""
+    for part in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]:
+        lines = part.splitlines()
+        command = [lines.pop(0)]
+        while command[-1].endswith("\\"):
+            command[-1] = command[-1].removesuffix("\\")
+            command.append(lines.pop(0))
+        yield " ".join(line.strip() for line in command), "\n".join(lines).strip()
+
+
+def flat(text: str) -> str:
+    """Words alone: the README breaks long lines where it has to."""
+    return " ".join(text.split())
+
+
+@pytest.fixture
+def world(folder: Path) -> Path:
+    """What a reader has: a file of classes, and torchvision's numbers in its own cache."""
+    (folder / "nets.py").write_bytes((EXAMPLES / "nets.py").read_bytes())
+    downloads = Path(os.environ["TORCH_HOME"], "hub", "checkpoints")
+    downloads.mkdir(parents=True)
+    state = torchvision.models.resnet18().state_dict()
+    torch.save(state, downloads / Path(torchvision.models.ResNet18_Weights.DEFAULT.url).name)
+    return folder
+
+
+def test_every_example_runs_and_prints_what_the_readme_says(cli: Cli, world: Path) -> None:
+    cli("save", "own.pth", "-m", "nets.py:Net")
+    ran = 0
+    for block in blocks():
+        if block.language == "python":
+            exec(block.text, {"__name__": "readme"})
+        for command, shown in steps(block.text) if block.language == "console" else ():
+            words = shlex.split(command, comments=True)
+            code = 2 if shown.startswith("error:") else CODES.get(shlex.join(words), 0)
+            result = cli(*words[1:], code=code)
+            said = flat(result.out + result.err)
+            assert flat(shown) in (said, flat(result.out), flat(result.err), ""), f"README.md:{block.line}: {command}"
+            ran += 1
+        for command in ci_lines(block.text) if block.language == "yaml" else ():
+            words = shlex.split(command.partition(" >")[0])
+            assert cli(*words[1:]).err == ""
+            ran += 1
+    assert ran == README.count("\n$ modelcli ") + README.count("run: modelcli ") + README.count("    - modelcli ") > 40
+
+
+def ci_lines(text: str) -> Iterator[str]:
+    """The command lines of modelcli in a workflow of GitHub's or a pipeline of GitLab's."""
+    (_, jobs), *_ = [item for item in yaml.safe_load(text).items() if item[0] in ("jobs", "checkpoint")]
+    for job in jobs.values() if "script" not in jobs else (jobs,):
+        lines = [*job.get("script", ()), *(step.get("run", "") for step in job.get("steps", ()))]
+        assert any(line.startswith("modelcli check") for line in lines)
+        yield from (line for line in lines if line.startswith("modelcli "))
+
+
+def test_a_recipe_of_the_readme_is_one(cli: Cli, world: Path) -> None:
+    (recipe,) = [block.text for block in blocks() if block.language == "toml"]
+    (world / "modelcli.toml").write_text(recipe)
+    assert cli("log", "--json").json["edits"] == ["replace classifier.6 Linear(4096,10)", "freeze features"]
+
+
+@pytest.mark.parametrize("name", list(commands()))
+def test_every_command_and_option_is_in_the_reference(name: str) -> None:
+    reference = README.partition("\n## Reference\n")[2].partition("\n## ")[0]
+    cells = [line.split(" | ")[0] for line in reference.splitlines() if line.startswith("| ")]
+    assert any(re.search(rf"`{name}[ `]", cell) for cell in cells)
+    group: Any = typer.main.get_command(app)
+    for word in name.split():
+        group = group.commands[word]
+    known = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", reference))
+    for option in group.params:
+        if option.param_type_name == "option":
+            assert {*option.opts, *option.secondary_opts} <= known, f"{name} {'/'.join(option.opts)}"
+
+
+def test_the_options_of_the_program_are_in_the_readme() -> None:
+    group: Any = typer.main.get_command(app)
+    names = {name for option in group.params for name in option.opts}
+    assert names > {"--version", "--install-completion"}
+    assert all(f"{name}`" in README or f"{name}\n" in README for name in names)
+
+
+DOCUMENTS = {
+    "summary": ("summary", "Linear(3,2)", "--input-size", "1,3"),
+    "params": ("params", "Linear(3,2)", "--stats", "--values"),
+    "modules": ("modules", "Linear(3,2)"),
+    "edits": ("freeze", "weight", "-m", "Linear(3,2)"),
+    "load": ("load", "small.pth", "--arch", "Linear(2,2)", "--dry-run"),
+    "save": ("save", "out.pth", "-m", "Linear(3,2)"),
+    "log": ("log",),
+    "undo": ("undo",),
+    "script": ("script", "-e", "freeze .", "-m", "Linear(3,2)"),
+    "list": ("list", "alexnet"),
+    "cache": ("cache", "path"),
+    "diff": ("diff", "Linear(3,2)", "Sequential(Linear(2,2))"),
+    "check": ("check", "Linear(3,2)", "--max-params", "8"),
+    "identify": ("identify", "bare.pth"),
+    "errors": ("params", "nowhere.pth"),
+}
+
+
+#: Further ones, for keys that are there at times.
+MORE_DOCUMENTS = [
+    ("edits", ("cast", ".", "float16", "-m", "Linear(3,2)")),
+    ("save", ("save", "out.pth", "-m", "Linear(3,2)", "--dry-run")),
+    ("params", ("params", "own.py:Net")),
+    ("params", ("params", "sparse.pth")),
+]
+
+
+OWN = """
+import torch
+class Net(torch.nn.Linear):
+    def __init__(self):
+        super().__init__(2, 3)
+        self.register_buffer("steps", torch.zeros(3), persistent=False)
+"""
+#: What lies in lists that are empty in the document at hand.
+EMPTY = {"identify": {f"matches.mismatched.{name}" for name in ("name", "expected", "found")}}
+TOTALS = ("params", "trainable_params", "non_trainable_params", "buffers", "param_bytes", "buffer_bytes")
+
+
+def keys_of(value: Any, above: str = "") -> set[str]:
+    """Every key in a document, each behind those that it lies under: `tensors.stats.min`."""
+    if isinstance(value, list):
+        return {key for item in value for key in keys_of(item, above)}
+    if not isinstance(value, dict):
+        return set()
+    return {f"{above}{key}" for key in value} | {
+        below for key, item in value.items() for below in keys_of(item, f"{above}{key}.")
+    }
+
+
+def promised_in(text: str) -> tuple[set[str], set[str]]:
+    """The keys of a document as the README writes it, and those of them that are there at times."""
+    keys, sometimes, path, key, before = set(), set(), [], "", ""
+    for token, remark in re.findall(r'("[^"]*"|[{}\[\],:|])( \()?', text):
+        if token == "{":
+            path.append(key)
+        elif token == "}":
+            path.pop()
+            if not path:
+                break
+        elif token.startswith('"') and before in ("{", ","):
+            key = token.strip('"')
+            keys.add(".".join([*path[1:], key]))
+            if remark:
+                sometimes.add(".".join([*path[1:], key]))
+        before = token
+    model = {"model.reference", "model.class"} if "model" in keys else set()
+    totals = {name for name in ("totals", "totals_before", "totals_after") if name in keys}
+    bare = totals - {key.partition(".")[0] for key in keys if "." in key}
+    sometimes |= {key for key in keys if key.rpartition(".")[0] in sometimes}
+    return keys | model | {f"{name}.{count}" for name in bare for count in TOTALS}, sometimes
+
+
+@pytest.mark.parametrize(("kind", "words"), [*DOCUMENTS.items(), *MORE_DOCUMENTS])
+def test_the_json_documents_are_as_the_readme_says(kind: str, words: tuple[str, ...], cli: Cli, world: Path) -> None:
+    text = README.partition("### JSON documents")[2].partition("```text\n")[2].partition("```")[0]
+    found: dict[str, str] = {}
+    for entry in re.split(r"\n(?=\w)", text.strip()):
+        names, _, document = entry.partition("{")
+        found |= {name.strip(): document for name in names.split(",")}
+    assert set(DOCUMENTS) == found.keys()
+    promised, sometimes = promised_in("{" + found[kind])
+    torch.save(torch.nn.Linear(3, 2).state_dict(), "small.pth")
+    torch.save(torchvision.models.alexnet(num_classes=10).state_dict(), "bare.pth")
+    torch.save({"w": torch.eye(3).to_sparse()}, "sparse.pth")
+    Path("own.py").write_text(OWN)
+    Path("modelcli.toml").write_text('model = "Linear(3,2)"\nedits = ["freeze weight"]\n')
+    code = {"load": 1, "diff": 1, "errors": 2}.get(kind, 0)
+    result = cli(*words, "--json", code=code)
+    made = keys_of(json.loads(result.err if kind == "errors" else result.out)) - {"notes"}
+    assert promised - sometimes - EMPTY.get(kind, set()) <= made <= promised

@@ -1,0 +1,556 @@
+"""What holds of every edit: as text, in a recipe, on a blueprint on the meta device, on a real model, and undone.
+
+Edits and models are generated; what they come to is told by plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import tomllib
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import modelcli
+from modelcli import edits, recipe, writing
+from modelcli.cli import main
+from modelcli.edits import (
+    REGISTRY,
+    Add,
+    Append,
+    Cast,
+    Edit,
+    Extract,
+    Freeze,
+    Init,
+    Insert,
+    Remove,
+    Rename,
+    Replace,
+    Unfreeze,
+    from_words,
+)
+from modelcli.errors import ModelcliError
+from modelcli.language.expressions import Call, parse
+from modelcli.language.references import Source
+from modelcli.language.selectors import literal
+from modelcli.live import planning, surgery
+from modelcli.live.meta_models import meta_twin
+from modelcli.live.opening import Live, open_live
+from modelcli.model.dtypes import FLOATING
+from modelcli.model.paths import joined
+from tests.conftest import Cli
+from tests.language.test_expressions import calls
+
+IN_A_FOLDER = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+# --- edits as text -------------------------------------------------------------------------------------------------
+
+ODD_NAMES = [
+    "it's", 'a"b', "a\\b", "\\", "'", '"', "{x}", "[0]", "-x", "--", "--except=a", "-1", "-1.5e3", "a b", " ",
+    "\u00e9\u6a21", "$(true)", "`x`", "#", "a:b", "\n", "\t", "\r\n", "=", "*", "**", "?", "\x7f", "\x1b[1m",
+    "\u2028", "\U0001f600",
+]  # fmt: skip
+PATTERNS = [
+    ".", "**", "**:Linear", "a.*:_*", "classifier.-1", "-1", "a.[0-3,7]", "{a,b}.*", "{-a,{b,}}", "**.bn?", "\\-x",
+    "-[0-3]",
+]  # fmt: skip
+
+names = st.sampled_from(ODD_NAMES) | st.text(
+    st.characters(exclude_characters=".", exclude_categories=["Cs"]), min_size=1, max_size=8
+)
+selector_texts = st.lists(names, min_size=1, max_size=3).map(".".join).map(literal) | st.sampled_from(PATTERNS)
+targets = st.lists(selector_texts, min_size=1, max_size=3).map(tuple)
+picking: dict[str, Any] = {
+    "without": st.lists(selector_texts, max_size=2).map(tuple),
+    "expect": st.none() | st.integers(0, 999_999_999),
+}
+placing: dict[str, Any] = {"path": selector_texts, "module": calls}
+
+EDITS: dict[type[Edit], st.SearchStrategy[Edit]] = {
+    Replace: st.builds(
+        Replace, target=selector_texts, module=calls, keep_weights=st.booleans(), untie=st.booleans(), **picking
+    ),
+    Add: st.builds(Add, **placing),
+    Insert: st.builds(Insert, **placing, renumber=st.booleans()),
+    Append: st.builds(Append, **placing),
+    Remove: st.builds(Remove, targets=targets, renumber=st.booleans(), **picking),
+    Extract: st.builds(Extract, path=selector_texts),
+    Rename: st.builds(Rename, old=selector_texts, new=selector_texts),
+    Freeze: st.builds(Freeze, targets=targets, **picking),
+    Unfreeze: st.builds(Unfreeze, targets=targets, **picking),
+    Init: st.builds(Init, targets=targets, scheme=calls, bias=calls | st.just(Call("zeros")), **picking),
+    Cast: st.builds(Cast, targets=targets, dtype=st.sampled_from(sorted(FLOATING)), **picking),
+}
+some_edit = st.one_of(*EDITS.values())
+
+
+def test_every_edit_with_all_its_options_is_generated() -> None:
+    assert set(EDITS) == set(REGISTRY.values())
+
+
+@pytest.mark.parametrize("kind", EDITS)
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_the_text_of_an_edit_gives_the_edit_and_the_text(kind: type[Edit], data: st.DataObject) -> None:
+    """Compared by `repr`: to Python, `True` and `1` are equal, and so are `0.0` and `-0.0`."""
+    edit = data.draw(EDITS[kind])
+    text = str(edit)
+    assert repr(edits.parse(text)) == repr(edit)
+    assert str(edits.parse(text)) == text
+    name, *words = shlex.split(text)
+    assert repr(from_words(name, words)) == repr(edit)
+
+
+def quoted(word: str, how: int) -> str:
+    """A word as one of the spellings that a shell has for it."""
+    if how == 0:
+        return shlex.quote(word)
+    if how == 1:
+        return '"' + word.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return "".join(f"\\{character}" for character in word) or "''"
+
+
+@given(some_edit, st.lists(st.integers(0, 2), min_size=20, max_size=20), st.sampled_from([" ", "  ", "\t", " \n "]))
+@settings(max_examples=150, deadline=None)
+def test_however_its_words_are_quoted_an_edit_has_one_text(edit: Edit, hows: list[int], space: str) -> None:
+    words = shlex.split(str(edit))
+    assume(len(words) <= len(hows))
+    line = space.join(quoted(word, how) for word, how in zip(words, hows, strict=False))
+    assert str(edits.parse(f" {line} ")) == str(edit)
+
+
+@given(st.lists(st.lists(some_edit, min_size=1, max_size=3), min_size=1, max_size=3))
+@settings(IN_A_FOLDER, max_examples=45)
+def test_a_recipe_is_read_as_it_was_written(folder: Path, steps: list[list[Edit]]) -> None:
+    path = folder / "made.toml"
+    path.unlink(missing_ok=True)
+    recipe.start(path, Source("alexnet", seed=3))
+    stages = [path.read_bytes()]
+    for step in steps:
+        recipe.append(path, step)
+        stages.append(path.read_bytes())
+    added = [edit for step in steps for edit in step]
+    assert repr(recipe.read(path).edits) == repr(tuple(added))
+    assert tomllib.loads(path.read_text("utf-8"))["edits"] == list(map(str, added))
+    assert recipe.take_back(path, len(added)) == list(map(str, added))
+    assert path.read_bytes() == stages[0]
+
+
+# --- models --------------------------------------------------------------------------------------------------------
+
+
+class Own(nn.Module):
+    """A parameter without a shape, a buffer, one that is not saved, and a tensor that is only an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.randn(()))
+        self.register_buffer("offset", torch.ones(2))
+        self.register_buffer("hidden", torch.zeros(3), persistent=False)
+        self.plain = torch.ones(1)
+
+
+LEAVES: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(4, 4),
+    "wide": lambda: nn.Linear(4, 6, bias=False),
+    "conv": lambda: nn.Conv2d(2, 3, 1),
+    "norm": lambda: nn.BatchNorm1d(4),
+    "layer norm": lambda: nn.LayerNorm(4),
+    "embedding": lambda: nn.Embedding(4, 4),
+    "activation": nn.ReLU,
+    "prelu": nn.PReLU,
+    "gru": lambda: nn.GRU(2, 2),
+    "own": Own,
+}
+CHILDREN = ["body", "head", "-1", "a b", "\u00e9", "{x}", "it's", "a:b", "*", "7", "module"]
+
+#: A leaf by its name, a module that stands elsewhere already by its number, or a container and its children by name.
+Spec = str | int | tuple[str, tuple[tuple[str, Any], ...]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model is made, each time the same: its tree, which weights are tied, which parameters are frozen."""
+
+    root: Spec
+    ties: tuple[tuple[int, int], ...] = ()
+    frozen: tuple[int, ...] = ()
+    training: bool = True
+
+    def build(self) -> nn.Module:
+        model = _made(self.root, [])
+        holders = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Embedding)]
+        for one, other in self.ties:
+            if holders:
+                first, second = holders[one % len(holders)], holders[other % len(holders)]
+                if first.weight.shape == second.weight.shape:
+                    second.weight = first.weight
+        parameters = list(model.parameters())
+        for number in self.frozen:
+            if parameters:
+                parameters[number % len(parameters)].requires_grad = False
+        return model.train(self.training)
+
+    def seeded(self, seed: int) -> nn.Module:
+        """As after `torch.manual_seed`; the generator is left as it was."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.build()
+
+
+def _made(spec: Spec, there: list[nn.Module]) -> nn.Module:
+    if isinstance(spec, str):
+        there.append(LEAVES[spec]())
+    elif isinstance(spec, int):
+        return there[spec % len(there)] if there else nn.Identity()
+    else:
+        kind, named = spec
+        children = OrderedDict((name, _made(child, there)) for name, child in named)
+        match kind:
+            case "numbered":
+                there.append(nn.Sequential(*children.values()))
+            case "list":
+                there.append(nn.ModuleList(children.values()))
+            case "named":
+                there.append(nn.Sequential(children))
+            case _:
+                there.append(nn.ModuleDict(children))
+    return there[-1]
+
+
+def _containers(below: st.SearchStrategy[Spec], least: int = 0) -> st.SearchStrategy[Spec]:
+    children = st.lists(
+        st.tuples(st.sampled_from(CHILDREN), below), min_size=least, max_size=4, unique_by=lambda item: item[0]
+    )
+    return st.tuples(st.sampled_from(["numbered", "list", "named", "dict"]), children.map(tuple))
+
+
+parts: st.SearchStrategy[Spec] = st.recursive(
+    st.sampled_from(list(LEAVES)) | st.integers(0, 5), _containers, max_leaves=10
+)
+small_numbers = st.integers(0, 9)
+plans = st.builds(
+    Plan,
+    _containers(parts, least=2),
+    st.lists(st.tuples(small_numbers, small_numbers), max_size=2).map(tuple),
+    st.lists(small_numbers, max_size=3).map(tuple),
+    st.booleans(),
+)
+
+
+def under_every_name(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+
+
+def account(model: nn.Module) -> dict[str, Any]:
+    """All that PyTorch tells of a model but its numbers."""
+    tensors = under_every_name(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return {
+        "printed": repr(model),
+        "modules": {path: (type(module), module.training) for path, module in modules.items()},
+        "shared": _first_names(modules),
+        "tensors": {
+            name: (type(tensor), tensor.shape, tensor.dtype, tensor.requires_grad) for name, tensor in tensors.items()
+        },
+        "tied": _first_names(tensors),
+        "keys": list(model.state_dict()),
+    }
+
+
+def _first_names(named: dict[str, Any]) -> dict[str, str]:
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(value), name) for name, value in named.items()}
+
+
+def assert_same_numbers(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert list(found) == list(expected)
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+# --- the meta device and the real model ----------------------------------------------------------------------------
+
+NEW_MODULES = [
+    "Linear(4,5)", "PReLU()", "ReLU()", "BatchNorm1d(3)", "LayerNorm(4)", "Linear(_,3)", "Linear(3,_,bias=_)",
+    "Sequential(Linear(4,4),ReLU(),PReLU())", "Embedding(5,4)", "GRU(2,_)", "Linear(4,4,dtype=torch.float64)",
+    "Linear(4)",
+]  # fmt: skip
+SCHEMES = ["xavier_uniform", "normal(0,0.01)", "default", "zeros", "constant(2.0)", "eye", "sparse(0.5)", "nothing"]
+WIDE = ["*", "**:Linear", "**.weight", "**:_BatchNorm", "*.*", "-1", "."]
+
+
+@st.composite
+def edits_of(draw: st.DrawFn, model: nn.Module) -> list[Edit]:
+    """A few edits whose targets are mostly there, as the model is before the first of them."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    paths = [*filter(None, modules), ""]
+    place = st.sampled_from(paths).map(literal)
+    named = st.sampled_from([*paths[:-1], *under_every_name(model)]).map(literal)
+    target = named | named | st.sampled_from(WIDE)
+    several = st.lists(target, min_size=1, max_size=2).map(tuple)
+    new = st.sampled_from(NEW_MODULES).map(parse)
+    free = st.builds(joined, st.sampled_from(paths), st.sampled_from([*CHILDREN, "new", "gain"])).map(literal)
+    sequences = [path for path, module in modules.items() if isinstance(module, nn.Sequential | nn.ModuleList)]
+    position = st.sampled_from(["0", "1", "2", "-1"])
+    numbered = st.builds(joined, st.sampled_from(sequences or paths).map(lambda path: path and literal(path)), position)
+    schemes = st.sampled_from(SCHEMES).map(parse)
+    less: dict[str, Any] = {
+        "without": st.just(()) | st.just(()) | st.tuples(target),
+        "expect": st.sampled_from([None, None, None, 1]),
+    }
+    kinds: list[st.SearchStrategy[Edit]] = [
+        st.builds(Replace, target=target, module=new, keep_weights=st.booleans(), untie=st.booleans(), **less),
+        st.builds(Add, path=free, module=new),
+        st.builds(Insert, path=numbered, module=new),
+        st.builds(Append, path=st.sampled_from(sequences or paths).map(literal), module=new),
+        st.builds(Remove, targets=several, **less),
+        st.builds(Extract, path=place),
+        st.builds(Rename, old=target, new=target),
+        st.builds(Freeze, targets=several, **less),
+        st.builds(Unfreeze, targets=several, **less),
+        st.builds(Init, targets=several, scheme=schemes, bias=st.just(Call("zeros")) | schemes, **less),
+        st.builds(Cast, targets=several, dtype=st.sampled_from(["float16", "bfloat16", "float64"]), **less),
+    ]
+    return draw(st.lists(st.one_of(kinds), min_size=1, max_size=4))
+
+
+@pytest.fixture
+def generated(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A module that can be imported, for `build`: a model that a reference names."""
+    module = ModuleType("generated_for_a_test")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return module
+
+
+@given(plans, st.integers(0, 2**63 - 1), st.booleans(), st.data())
+@settings(IN_A_FOLDER, max_examples=90)
+def test_an_edit_is_the_same_on_meta_and_for_real_and_in_the_file(
+    folder: Path, generated: ModuleType, plan: Plan, seed: int, as_instance: bool, data: st.DataObject
+) -> None:
+    """Each edit is refused by both alike, or gives both the same model; what is written has the real one's numbers."""
+    model = plan.seeded(seed)
+    generated.__dict__["model"] = plan.seeded(seed) if as_instance else plan.build
+    live = open_live(Source(f"{generated.__name__}:model", seed=seed))
+    assert account(live.module) == account(model)
+    done = []
+    for edit in data.draw(edits_of(model)):
+        before = account(model)
+        problem, model = carried_out(model, edit, seed, live.edit_count + 1)
+        assert on_meta(live, edit) == problem
+        assert account(live.module) == account(model)
+        if problem is None:
+            done.append(edit)
+        else:
+            assert account(model) == before
+    again = modelcli.apply(plan.seeded(seed), *map(str, done), seed=seed)
+    assert_same_numbers(under_every_name(again), under_every_name(model))
+    assume(model.state_dict())
+    out = folder / "out.pth"
+    writing.write(planning.plan(live, out, "pth"), out, writing.Care(force=True))
+    assert_same_numbers(torch.load(out, weights_only=True), model.state_dict())
+    loaded = modelcli.load(out, trust=True)
+    assert account(loaded) == account(model)
+    assert_same_numbers(loaded.state_dict(), model.state_dict())
+
+
+def carried_out(model: nn.Module, edit: Edit, seed: int, number: int) -> tuple[str | None, nn.Module]:
+    """What an edit of a real model is refused for, if it is, and the model."""
+    try:
+        return None, surgery.apply(model, [edit], seed=seed, numbers=[number]).module
+    except ModelcliError as error:
+        return str(error), model
+
+
+def on_meta(live: Live, edit: Edit) -> str | None:
+    """What an edit of a model on the meta device is refused for, if it is."""
+    try:
+        live.apply([edit])
+    except ModelcliError as error:
+        return str(error)
+    return None
+
+
+# --- done and undone -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A model at one time: which objects stand where, and what they hold."""
+
+    account: dict[str, Any]
+    modules: dict[str, nn.Module]
+    tensors: dict[str, torch.Tensor]
+    numbers: dict[str, torch.Tensor]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Taken:
+        tensors = under_every_name(model)
+        numbers = {name: tensor.detach().clone() for name, tensor in tensors.items() if not tensor.is_meta}
+        return cls(account(model), dict(model.named_modules(remove_duplicate=False)), tensors, numbers)
+
+    def assert_is(self, model: nn.Module) -> None:
+        now = Taken.of(model)
+        assert now.account == self.account
+        for before, after in ((self.modules, now.modules), (self.tensors, now.tensors)):
+            assert list(after) == list(before)
+            assert all(after[name] is before[name] for name in before)
+        assert_same_numbers(now.numbers, self.numbers)
+
+
+def placed(model: nn.Module, meta: bool) -> nn.Module:
+    return meta_twin(model, keep_values=True) if meta else model
+
+
+def sequences_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Where `insert` takes a position."""
+    return {
+        path: module
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.Sequential | nn.ModuleList)
+        and list(module._modules) == list(map(str, range(len(module))))
+    }
+
+
+@given(plans, st.booleans(), st.data())
+@settings(max_examples=60, deadline=None)
+def test_what_is_inserted_and_removed_was_never_there(plan: Plan, meta: bool, data: st.DataObject) -> None:
+    model = placed(plan.build(), meta)
+    assume(sequences := sequences_of(model))
+    path = data.draw(st.sampled_from(list(sequences)))
+    children, taken = list(sequences[path]._modules.values()), Taken.of(model)
+    position = data.draw(st.integers(0, len(children)))
+    there = literal(joined(path, str(position)))
+    surgery.apply(model, [Insert(path=there, module=Call("Linear", (4, 4)))])
+    now = list(sequences[path]._modules.values())
+    assert [*now[:position], *now[position + 1 :]] == children
+    assert type(now[position]) is nn.Linear
+    surgery.apply(model, [Remove(targets=(there,))])
+    taken.assert_is(model)
+
+
+@given(plans, st.booleans(), st.booleans(), st.data())
+@settings(max_examples=60, deadline=None)
+def test_what_is_frozen_and_unfrozen_is_as_it_was(plan: Plan, meta: bool, thaw: bool, data: st.DataObject) -> None:
+    """The flags of what a target names, of what is tied to it as well, and of nothing else; nothing but the flags."""
+    model = placed(plan.build(), meta)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    assume(parameters)
+    paths = [path for path, _ in model.named_modules(remove_duplicate=False)]
+    places = st.sampled_from([*parameters, *(path for path in paths if any(_at(name, path) for name in parameters))])
+    targets = data.draw(st.lists(places, min_size=1, max_size=3))
+    without = data.draw(st.lists(places, max_size=1))
+    chosen = [
+        parameter
+        for name, parameter in parameters.items()
+        if any(_at(name, target) for target in targets) and not any(_at(name, target) for target in without)
+    ]
+    assume(chosen)
+    for parameter in chosen:
+        parameter.requires_grad = not thaw
+    taken, flags = Taken.of(model), {name: parameter.requires_grad for name, parameter in parameters.items()}
+    first, second = (Unfreeze, Freeze) if thaw else (Freeze, Unfreeze)
+    selected: dict[str, Any] = {"targets": tuple(map(literal, targets)), "without": tuple(map(literal, without))}
+    surgery.apply(model, [first(**selected)])
+    ids = set(map(id, chosen))
+    assert {name: parameter.requires_grad for name, parameter in parameters.items()} == {
+        name: thaw if id(parameters[name]) in ids else flag for name, flag in flags.items()
+    }
+    surgery.apply(model, [second(**selected)])
+    taken.assert_is(model)
+
+
+def _at(name: str, path: str) -> bool:
+    """Whether a tensor is the one at a path, or lies in the module there."""
+    return not path or name == path or name.startswith(f"{path}.")
+
+
+@given(plans, st.booleans(), st.data())
+@settings(max_examples=60, deadline=None)
+def test_edits_of_which_one_is_refused_change_nothing(plan: Plan, meta: bool, data: st.DataObject) -> None:
+    model = placed(plan.build(), meta)
+    taken = Taken.of(model)
+    good = data.draw(edits_of(model))
+    with pytest.raises(ModelcliError):
+        surgery.apply(model, [*good, Freeze(targets=("no such module",))])
+    taken.assert_is(model)
+
+
+# --- a failed apply ------------------------------------------------------------------------------------------------
+
+GOOD = ["freeze conv1", "unfreeze bn.bias", "replace conv1 Conv2d(1,_,1)", "init conv2 ones", "add spare 'ReLU()'"]
+BAD = [
+    "frezee conv1",
+    "freeze 'conv1",
+    "freeze nothing.*",
+    "freeze bn --expect 7",
+    "remove .",
+    "rename conv1.* c.*",
+    "replace conv2 Linear(4)",
+    "replace conv2 'Conv2d(9,5,1)'",
+    "replace conv2 'Linear(10**6,10**7)'",
+    "replace conv2 no_such:Class",
+    "init bn.running_mean zeros",
+]
+
+
+def files_of(folder: Path) -> dict[str, tuple[bytes, int, int, int]]:
+    """What each file holds, and that it is the same file, untouched."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and "__pycache__" not in path.parts:
+            state = path.stat()
+            found[str(path.relative_to(folder))] = (path.read_bytes(), state.st_mtime_ns, state.st_ino, state.st_mode)
+    return found
+
+
+@pytest.fixture
+def project(cli: Cli, folder: Path) -> Path:
+    """A working recipe with an edit, another recipe, a checkpoint, and a file where the result would go."""
+    cli("load", "nets.py:Net", "--input-size", "1,1,4,4")
+    cli("freeze", "conv2")
+    cli("save", "model.pth")
+    (folder / "out.pth").write_bytes(b"mine")
+    (folder / "other.toml").write_text('model = "nets.py:Net"\ninput_size = "1,1,4,4"\nedits = ["freeze bn"]\n')
+    return folder
+
+
+@given(
+    st.lists(st.sampled_from(GOOD), max_size=2),
+    st.sampled_from(BAD),
+    st.lists(st.sampled_from(GOOD), max_size=2),
+    st.sampled_from([[], ["other.toml"], ["-m", "model.pth", "--trust"], ["other.toml", "-m", "nets.py:Net"]]),
+    st.sampled_from([[], ["-o", "out.pth", "--force"], ["-o", "new/out.pth"], ["-o", "out/"], ["--dry-run"]]),
+)
+@settings(IN_A_FOLDER, max_examples=45)
+def test_a_failed_apply_leaves_recipe_and_files_untouched(
+    cli: Cli, project: Path, before: list[str], bad: str, after: list[str], model: list[str], out: list[str]
+) -> None:
+    taken = files_of(project)
+    lines = [word for line in (*before, bad, *after) for word in ("-e", line)]
+    failed(cli, "apply", *model, *lines, *out)
+    assert files_of(project) == taken
+
+
+def failed(cli: Cli, *words: str) -> None:
+    """Run a command that fails, with whatever exit code an error has."""
+    code = main(list(words))
+    captured = cli.capsys.readouterr()
+    assert code in (2, 3, 5), f"{words} gave {code}: {captured.out}"
+    assert "Traceback" not in captured.err

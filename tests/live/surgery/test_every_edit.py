@@ -1,0 +1,510 @@
+"""Every edit at every kind of place of every kind of model: it does what PyTorch's own statements do, or says why not.
+
+The places are a child of a `Sequential`, of a `ModuleList`, of a `ModuleDict`, a named child, a shared one, and the
+model itself; the models a torchvision builder, a class of one's own, a checkpoint that modelcli wrote, and three files
+that say nothing of their architecture or have it said: a state dict, a training checkpoint, a safetensors file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import init
+
+import modelcli
+from modelcli.live.surgery import seed_of
+from tests import nets
+from tests.commands.test_script import both
+from tests.conftest import Cli
+
+State = dict[str, torch.Tensor]
+#: What a cell comes to: statements on a model or a state dict, or the words of a refusal.
+Truth = Callable[[Any], Any] | str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One edit at one place: its lines, and what they come to where the architecture is known and where it is not.
+
+    `on_keys` is None where a bare file comes to the same state dict as the model does.
+    """
+
+    lines: tuple[str, ...]
+    on_model: Truth
+    on_keys: Truth | None = None
+
+
+def numbers() -> None:
+    """Draw as the first edit of a model with seed 0 draws."""
+    torch.manual_seed(seed_of(0, 1))
+
+
+def put(path: str, make: Callable[[], nn.Module], *more: str) -> Callable[[nn.Module], None]:
+    def statements(model: nn.Module) -> None:
+        numbers()
+        new = make()
+        for place in (path, *more):
+            model.set_submodule(place, new)
+
+    return statements
+
+
+def put_and_keep(path: str, make: Callable[[], nn.Module], *more: str) -> Callable[[nn.Module], None]:
+    def statements(model: nn.Module) -> None:
+        old = model.get_submodule(path).state_dict()
+        put(path, make, *more)(model)
+        for name, tensor in model.get_submodule(path).state_dict().items():
+            if name in old and old[name].dim() == tensor.dim():
+                part = tuple(slice(min(sizes)) for sizes in zip(old[name].shape, tensor.shape, strict=True))
+                tensor[part] = old[name][part]
+
+    return statements
+
+
+def drawn(change: Callable[[nn.Module], Any]) -> Callable[[nn.Module], None]:
+    def statements(model: nn.Module) -> None:
+        numbers()
+        change(model)
+
+    return statements
+
+
+def filled(path: str) -> Callable[[nn.Module], None]:
+    """Xavier for weights, zeros for biases, normalisation at 1 and 0."""
+
+    def statements(model: nn.Module) -> None:
+        numbers()
+        part = model.get_submodule(path)
+        for module in part.modules():
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+                init.ones_(module.weight)
+                init.zeros_(module.bias)
+            elif isinstance(module, nn.Linear | nn.Conv2d):
+                init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    init.zeros_(module.bias)
+
+    return statements
+
+
+def filled_keys(state: State) -> State:
+    """The same by the keys of a file: what has a running mean normalises.
+
+    Keys of one module stand together, each module where its first key stands, as in the tree that the keys make.
+    """
+    numbers()
+    done: set[int] = set()
+    first: dict[str, int] = {}
+    for index, name in enumerate(state):
+        for end in (match.start() for match in re.finditer(r"\.", name)):
+            first.setdefault(name[:end], index)
+    for name in sorted(state, key=lambda name: [first[name[: m.start()]] for m in re.finditer(r"\.", name)]):
+        tensor = state[name]
+        holder, _, own = name.rpartition(".")
+        if own in ("weight", "bias") and tensor.data_ptr() not in done:
+            done.add(tensor.data_ptr())
+            if own == "bias":
+                init.zeros_(tensor)
+            elif f"{holder}.running_mean" in state:
+                init.ones_(tensor)
+            else:
+                init.xavier_uniform_(tensor)
+    return state
+
+
+def without(*prefixes: str) -> Callable[[State], State]:
+    return lambda state: {key: value for key, value in state.items() if not key.startswith(prefixes)}
+
+
+def renamed(old: str, new: str) -> Callable[[State], State]:
+    def statements(state: State) -> State:
+        return {new + key[len(old) :] if key.startswith(old) else key: value for key, value in state.items()}
+
+    return statements
+
+
+def with_new(path: str, make: Callable[[], nn.Module]) -> Callable[[State], State]:
+    def statements(state: State) -> State:
+        numbers()
+        return state | {f"{path}.{key}": value for key, value in make().state_dict().items()}
+
+    return statements
+
+
+def flags(path: str, *, first: bool, then: bool | None = None) -> Callable[[nn.Module], None]:
+    def statements(model: nn.Module) -> None:
+        model.get_submodule(path).requires_grad_(first)
+        if then is not None:
+            model.get_submodule(path).requires_grad_(then)
+
+    return statements
+
+
+def five() -> nn.Module:
+    return nn.Linear(4, 5)
+
+
+def four() -> nn.Module:
+    return nn.Linear(4, 4)
+
+
+NO_SEQUENCE = "is none"
+UNKNOWN = "nothing in the file says that the children of {} are a sequence"
+ROOT_STAYS = "the model itself cannot be replaced"
+
+#: The table, for `nets.Places` and files of it.
+TABLE: dict[tuple[str, str], Cell] = {
+    ("replace", "Sequential"): Cell(("replace seq.3 Linear(4,5)",), put("seq.3", five)),
+    ("replace", "ModuleList"): Cell(("replace blocks.1 Linear(4,5)",), put("blocks.1", five)),
+    ("replace", "ModuleDict"): Cell(("replace heads.left Linear(4,5)",), put("heads.left", five)),
+    ("replace", "child"): Cell(("replace fc Linear(_,5)",), put("fc", five)),
+    ("replace", "shared"): Cell(
+        ("replace {shared,again} Linear(4,5)",),
+        put("shared", five, "again"),
+        # Two modules in a file, one tensor under two names: which stays tied only where that is asked for.
+        "shared.weight is tied to again.weight",
+    ),
+    ("replace", "root"): Cell(("replace . Linear(4,5)",), ROOT_STAYS, ROOT_STAYS),
+    ("keep", "Sequential"): Cell(("replace seq.3 Linear(4,5) --keep-weights",), put_and_keep("seq.3", five)),
+    ("keep", "ModuleList"): Cell(("replace blocks.1 Linear(4,5) --keep-weights",), put_and_keep("blocks.1", five)),
+    ("keep", "ModuleDict"): Cell(("replace heads.left Linear(4,5) --keep-weights",), put_and_keep("heads.left", five)),
+    ("keep", "child"): Cell(("replace fc Linear(2,5) --keep-weights",), put_and_keep("fc", lambda: nn.Linear(2, 5))),
+    ("keep", "shared"): Cell(
+        ("replace {shared,again} Linear(4,5) --keep-weights",),
+        put_and_keep("shared", five, "again"),
+        "shared.weight is tied to again.weight",
+    ),
+    ("keep", "root"): Cell(("replace . Linear(4,5) --keep-weights",), ROOT_STAYS, ROOT_STAYS),
+    ("add", "Sequential"): Cell(
+        ("add seq.extra Linear(4,4)",), drawn(lambda model: model.seq.add_module("extra", four()))
+    ),
+    ("add", "ModuleList"): Cell(("add blocks.2 Linear(4,4)",), drawn(lambda model: model.blocks.append(four()))),
+    ("add", "ModuleDict"): Cell(
+        ("add heads.mid Linear(4,4)",), drawn(lambda model: model.heads.update({"mid": four()}))
+    ),
+    ("add", "child"): Cell(("add fc.extra Linear(4,4)",), drawn(lambda model: model.fc.add_module("extra", four()))),
+    ("add", "shared"): Cell(
+        ("add shared.extra Linear(4,4)",),
+        drawn(lambda model: model.shared.add_module("extra", four())),
+        with_new("shared.extra", four),
+    ),
+    ("add", "root"): Cell(("add later Linear(4,4)",), drawn(lambda model: setattr(model, "later", four()))),
+    ("insert", "Sequential"): Cell(
+        ("insert seq.1 Linear(4,4)",), drawn(lambda model: model.seq.insert(1, four())), UNKNOWN.format("seq")
+    ),
+    ("insert", "ModuleList"): Cell(
+        ("insert blocks.-1 Linear(4,4)",),
+        drawn(lambda model: model.blocks.insert(1, four())),
+        UNKNOWN.format("blocks"),
+    ),
+    ("insert", "ModuleDict"): Cell(("insert heads.0 Linear(4,4)",), NO_SEQUENCE, "those of heads have names"),
+    ("insert", "child"): Cell(("insert fc.0 Linear(4,4)",), NO_SEQUENCE, UNKNOWN.format("fc")),
+    ("insert", "shared"): Cell(("insert shared.0 Linear(4,4)",), NO_SEQUENCE, UNKNOWN.format("shared")),
+    ("insert", "root"): Cell(("insert 0 Linear(4,4)",), NO_SEQUENCE, "those of . have names"),
+    ("append", "Sequential"): Cell(
+        ("append seq Linear(4,4)",), drawn(lambda model: model.seq.append(four())), NO_SEQUENCE
+    ),
+    ("append", "ModuleList"): Cell(
+        ("append blocks Linear(4,4)",), drawn(lambda model: model.blocks.append(four())), NO_SEQUENCE
+    ),
+    ("append", "ModuleDict"): Cell(("append heads Linear(4,4)",), NO_SEQUENCE, NO_SEQUENCE),
+    ("append", "child"): Cell(("append fc Linear(4,4)",), NO_SEQUENCE, NO_SEQUENCE),
+    ("append", "shared"): Cell(("append shared Linear(4,4)",), NO_SEQUENCE, NO_SEQUENCE),
+    ("append", "root"): Cell(("append . Linear(4,4)",), NO_SEQUENCE, NO_SEQUENCE),
+    ("remove", "Sequential"): Cell(("remove seq.0",), lambda model: model.seq.pop(0), without("seq.0.")),
+    ("remove", "ModuleList"): Cell(("remove blocks.0",), lambda model: model.blocks.pop(0), without("blocks.0.")),
+    ("remove", "ModuleDict"): Cell(("remove heads.left",), lambda model: model.heads.pop("left")),
+    ("remove", "child"): Cell(("remove fc",), lambda model: model.__delattr__("fc")),
+    ("remove", "shared"): Cell(("remove shared",), lambda model: model.__delattr__("shared")),
+    ("remove", "root"): Cell(("remove .",), "the model itself cannot be removed", "the model itself cannot be removed"),
+    ("extract", "Sequential"): Cell(("extract seq",), lambda model: model.seq),
+    ("extract", "ModuleList"): Cell(("extract blocks.1",), lambda model: model.blocks[1]),
+    ("extract", "ModuleDict"): Cell(("extract heads",), lambda model: model.heads),
+    ("extract", "child"): Cell(("extract fc",), lambda model: model.fc),
+    ("extract", "shared"): Cell(("extract again",), lambda model: model.again),
+    ("extract", "root"): Cell(("extract .",), "is the model already", "is the model already"),
+    ("rename", "Sequential"): Cell(("rename seq.** body.**",), "cannot load a state dict", renamed("seq.", "body.")),
+    ("rename", "ModuleList"): Cell(
+        ("rename blocks.[0-1].* layer[0-1].*",),
+        "cannot load a state dict",
+        lambda state: renamed("blocks.0.", "layer0.")(renamed("blocks.1.", "layer1.")(state)),
+    ),
+    ("rename", "ModuleDict"): Cell(
+        ("rename heads.left.* left.*",), "cannot load a state dict", renamed("heads.left.", "left.")
+    ),
+    ("rename", "child"): Cell(("rename fc.* head.*",), "cannot load a state dict", renamed("fc.", "head.")),
+    ("rename", "shared"): Cell(("rename again.* twice.*",), "cannot load a state dict", renamed("again.", "twice.")),
+    ("rename", "root"): Cell(("rename ** module.**",), "cannot load a state dict", renamed("", "module.")),
+    ("freeze", "Sequential"): Cell(("freeze seq.0",), flags("seq.0", first=False)),
+    ("freeze", "ModuleList"): Cell(("freeze blocks",), flags("blocks", first=False)),
+    ("freeze", "ModuleDict"): Cell(("freeze heads.left",), flags("heads.left", first=False)),
+    ("freeze", "child"): Cell(("freeze fc",), flags("fc", first=False)),
+    ("freeze", "shared"): Cell(("freeze again",), flags("again", first=False)),
+    ("freeze", "root"): Cell(("freeze .",), flags("", first=False)),
+    ("unfreeze", "Sequential"): Cell(("freeze seq", "unfreeze seq"), flags("seq", first=False, then=True)),
+    ("unfreeze", "ModuleList"): Cell(("freeze blocks", "unfreeze blocks"), flags("blocks", first=False, then=True)),
+    ("unfreeze", "ModuleDict"): Cell(("freeze heads", "unfreeze heads"), flags("heads", first=False, then=True)),
+    ("unfreeze", "child"): Cell(("freeze fc", "unfreeze fc"), flags("fc", first=False, then=True)),
+    ("unfreeze", "shared"): Cell(("freeze shared", "unfreeze again"), flags("again", first=False, then=True)),
+    ("unfreeze", "root"): Cell(("freeze .", "unfreeze ."), flags("", first=False, then=True)),
+    ("init", "Sequential"): Cell(("init seq xavier_uniform",), filled("seq")),
+    ("init", "ModuleList"): Cell(("init blocks xavier_uniform",), filled("blocks")),
+    ("init", "ModuleDict"): Cell(("init heads.left xavier_uniform_",), filled("heads.left")),
+    ("init", "child"): Cell(("init fc xavier_uniform",), filled("fc")),
+    ("init", "shared"): Cell(("init again xavier_uniform",), filled("again")),
+    ("init", "root"): Cell(("init . xavier_uniform",), filled(""), filled_keys),
+    ("cast", "Sequential"): Cell(("cast seq bfloat16",), lambda model: model.seq.bfloat16() and None),
+    ("cast", "ModuleList"): Cell(("cast blocks.1 half",), lambda model: model.blocks[1].half() and None),
+    ("cast", "ModuleDict"): Cell(("cast heads.left float64",), lambda model: model.heads["left"].double() and None),
+    ("cast", "child"): Cell(("cast fc bfloat16",), lambda model: model.fc.bfloat16() and None),
+    ("cast", "shared"): Cell(("cast again bfloat16",), lambda model: model.again.bfloat16() and None),
+    ("cast", "root"): Cell(("cast . bfloat16",), lambda model: model.bfloat16() and None),
+}  # fmt: skip
+
+
+def plain() -> nets.Places:
+    torch.manual_seed(0)
+    return nets.Places()
+
+
+def after(truth: Callable[[Any], Any], model: nn.Module) -> nn.Module:
+    """The model that plain statements give: what comes back where that is a part of it."""
+    kinds = list(model.modules())
+    with torch.no_grad():
+        result = truth(model)
+    extracted = any(part is result for part in kinds) and any(part is result for part in model.modules())
+    return result if extracted else model
+
+
+def assert_same_state(found: State, expected: State) -> None:
+    """The same keys, dtypes and numbers, and one storage for two names where that was so."""
+    assert sorted(found) == sorted(expected)
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+    assert _ties(found) == _ties(expected)
+
+
+def _ties(state: State) -> set[frozenset[str]]:
+    groups: dict[int, set[str]] = {}
+    for name, tensor in state.items():
+        groups.setdefault(tensor.untyped_storage().data_ptr(), set()).add(name)
+    return {frozenset(names) for names in groups.values()}
+
+
+def frozen_of(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
+
+
+def run(cli: Cli, cell: Cell, *words: str, refusal: str | None = None) -> str:
+    edits = [word for line in cell.lines for word in ("-e", line)]
+    told = cli("apply", *edits, *words, code=0 if refusal is None else 2).err
+    if refusal is not None:
+        assert refusal in " ".join(told.split())
+        assert "hint: " in told or "cannot be removed" in told
+    return told
+
+
+CELLS = [pytest.param(cell, id=f"{edit}-{place}") for (edit, place), cell in TABLE.items()]
+KNOWN = {
+    "own class": ("-m", "nets.py:Places"),
+    "modelcli checkpoint": ("-m", "made.pth", "--trust"),
+    "training checkpoint": ("-m", "train.pth", "--arch", "nets.py:Places"),
+}
+
+
+@pytest.mark.parametrize("source", KNOWN)
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_model(cli: Cli, folder: Path, source: str, cell: Cell) -> None:
+    model = plain()
+    if source == "modelcli checkpoint":
+        cli("save", "made.pth", "-m", "nets.py:Places")
+    if source == "training checkpoint":
+        torch.save({"epoch": 3, "state_dict": model.state_dict(), "seen": [1, 2]}, "train.pth")
+    refusal = cell.on_model if isinstance(cell.on_model, str) else None
+    run(cli, cell, *KNOWN[source], "-o", "out.pth", refusal=refusal)
+    if isinstance(cell.on_model, str):
+        assert not Path("out.pth").exists()
+        return
+    expected = after(cell.on_model, model)
+    written = torch.load("out.pth", weights_only=True)
+    if source == "training checkpoint":
+        assert (written["epoch"], written["seen"]) == (3, [1, 2])
+        written = written["state_dict"]
+    assert_same_state(written, expected.state_dict())
+    loaded = modelcli.load("out.pth", trust=True)
+    assert frozen_of(loaded) == frozen_of(expected)
+    assert repr(loaded) == repr(expected)
+    assert_same_state(loaded.state_dict(), expected.state_dict())
+
+
+#: safetensors holds each tensor once, so that such a file knows nothing of a second name.
+ON_FILES = [
+    pytest.param(source, cell, id=f"{edit}-{place}-{source}")
+    for (edit, place), cell in TABLE.items()
+    for source in ("bare.pth", "bare.safetensors", "train.pth")
+    if source != "bare.safetensors" or "again" not in " ".join(cell.lines)
+]
+
+
+@pytest.mark.parametrize(("source", "cell"), ON_FILES)
+def test_a_file_that_says_no_architecture(cli: Cli, source: str, cell: Cell) -> None:
+    model = plain()
+    state = model.state_dict()
+    if source == "bare.safetensors":
+        save_file({name: tensor for name, tensor in state.items() if not name.startswith("again")}, source)
+        state = load_file(source)  # in the order of the file
+    else:
+        torch.save(state if source == "bare.pth" else {"epoch": 3, "model": state}, source)
+    out = "out.safetensors" if source == "bare.safetensors" else "out.pth"
+    truth = cell.on_model if cell.on_keys is None else cell.on_keys
+    run(cli, cell, "-m", source, "-o", out, refusal=truth if isinstance(truth, str) else None)
+    if isinstance(truth, str):
+        assert not Path(out).exists()
+        return
+    expected = truth(dict(state)) if cell.on_keys is not None else after(truth, model).state_dict()
+    if source == "bare.safetensors":
+        expected = {name: tensor for name, tensor in expected.items() if not name.startswith("again")}
+        assert_same_state(load_file(out), expected)
+    else:
+        written = torch.load(out, weights_only=True)
+        if source == "train.pth":
+            assert written["epoch"] == 3
+            written = written["model"]
+        assert_same_state(written, expected)
+    if cell.on_keys is None:
+        kept = frozen_of(after(truth, plain()))
+        rows = cli("params", out, "--json").json["tensors"]
+        assert {row["name"] for row in rows if row["trainable"] is False} == kept & {row["name"] for row in rows}
+
+
+def test_a_file_that_says_no_architecture_says_that_nothing_ran(cli: Cli) -> None:
+    torch.save(plain().state_dict(), "bare.pth")
+    assert (
+        "check:       not made: no architecture is known: --arch names one"
+        in cli("replace", "fc", "Linear(_,5)", "-m", "bare.pth").out
+    )
+
+
+# --- the script that does the same ---------------------------------------------------------------------------------
+
+SCRIPTED = [
+    pytest.param(source, cell, id=f"{edit}-{place}-{source}")
+    for (edit, place), cell in TABLE.items()
+    for source, truth in (
+        *((source, cell.on_model) for source in KNOWN),
+        ("bare.pth", cell.on_model if cell.on_keys is None else cell.on_keys),
+        ("bare.safetensors", cell.on_model if cell.on_keys is None else cell.on_keys),
+    )
+    if not isinstance(truth, str) and (source != "bare.safetensors" or "again" not in " ".join(cell.lines))
+]
+
+
+@pytest.mark.parametrize(("source", "cell"), SCRIPTED)
+def test_the_script(cli: Cli, source: str, cell: Cell) -> None:
+    """Run without modelcli, it saves what modelcli saves, numbers that are drawn included."""
+    state = plain().state_dict()
+    if source == "bare.safetensors":
+        save_file({name: tensor for name, tensor in state.items() if not name.startswith("again")}, source)
+    torch.save(state, "bare.pth")
+    torch.save({"epoch": 3, "state_dict": state}, "train.pth")
+    if source == "modelcli checkpoint":
+        cli(
+            "apply",
+            "-e",
+            "replace heads.right Linear(4,6)",
+            "-e",
+            "freeze fc",
+            "-m",
+            "nets.py:Places",
+            "-o",
+            "made.pth",
+        )
+    edits = [word for line in cell.lines for word in ("-e", line)]
+    both(cli, *KNOWN.get(source, ("-m", source)), *edits)
+
+
+# --- a builder -----------------------------------------------------------------------------------------------------
+
+#: One builder has three of the kinds of places; none has a shared module (`test_builders_edited.py` looks at all).
+BUILDER = "deeplabv3_mobilenet_v3_large(num_classes=3)"
+
+
+def conv(given: int, made: int) -> Callable[[], nn.Module]:
+    return lambda: nn.Conv2d(given, made, 1)
+
+
+def out_of_dict(model: nn.Module) -> None:
+    del model.backbone["16"]
+
+
+ON_BUILDER: dict[tuple[str, str], Cell] = {
+    ("replace", "Sequential"): Cell(("replace classifier.4 Conv2d(_,7,1)",), put("classifier.4", conv(256, 7))),
+    ("replace", "ModuleList"): Cell(
+        ("replace classifier.0.convs.0 Conv2d(960,256,1)",), put("classifier.0.convs.0", conv(960, 256))
+    ),
+    ("replace", "ModuleDict"): Cell(("replace backbone.16 Conv2d(_,960,1)",), put("backbone.16", conv(160, 960))),
+    ("replace", "child"): Cell(
+        ("replace classifier.0.project Conv2d(1280,256,1)",), put("classifier.0.project", conv(1280, 256))
+    ),
+    ("replace", "root"): Cell(("replace . Identity",), ROOT_STAYS),
+    ("keep", "Sequential"): Cell(
+        ("replace classifier.4 Conv2d(256,7,1) --keep-weights",), put_and_keep("classifier.4", conv(256, 7))
+    ),
+    ("add", "Sequential"): Cell(
+        ("add classifier.end Conv2d(3,3,1)",),
+        drawn(lambda model: model.classifier.add_module("end", nn.Conv2d(3, 3, 1))),
+    ),
+    ("add", "ModuleDict"): Cell(
+        ("add backbone.17 Conv2d(960,960,1)",),
+        drawn(lambda model: model.backbone.add_module("17", nn.Conv2d(960, 960, 1))),
+    ),
+    ("insert", "Sequential"): Cell(
+        ("insert classifier.1 Conv2d(_,256,1)",),
+        drawn(lambda model: model.classifier.insert(1, nn.Conv2d(256, 256, 1))),
+    ),
+    ("insert", "ModuleDict"): Cell(("insert backbone.3 Identity",), NO_SEQUENCE),
+    ("append", "Sequential"): Cell(
+        ("append classifier Conv2d(_,2,1)",), drawn(lambda model: model.classifier.append(nn.Conv2d(3, 2, 1)))
+    ),
+    ("append", "ModuleDict"): Cell(("append backbone Identity",), NO_SEQUENCE),
+    ("append", "root"): Cell(("append . Identity",), NO_SEQUENCE),
+    ("remove", "Sequential"): Cell(("remove classifier.1",), lambda model: model.classifier.pop(1)),
+    ("remove", "ModuleList"): Cell(
+        ("remove classifier.0.convs.0",), "classifier.0.project.0 Conv2d(1280, 256"
+    ),
+    ("remove", "ModuleDict"): Cell(("remove backbone.16",), "'out'"),
+    ("remove", "child"): Cell(("remove classifier.0.project",), "asks for what was taken out"),
+    ("extract", "Sequential"): Cell(("extract classifier",), lambda model: model.classifier),
+    ("extract", "ModuleDict"): Cell(("extract backbone",), lambda model: model.backbone),
+    ("rename", "child"): Cell(("rename classifier.** head.**",), "cannot load a state dict"),
+    ("freeze", "ModuleDict"): Cell(("freeze backbone",), flags("backbone", first=False)),
+    ("unfreeze", "Sequential"): Cell(("freeze .", "unfreeze ."), flags("", first=False, then=True)),
+    ("init", "Sequential"): Cell(("init classifier xavier_uniform",), filled("classifier")),
+    ("cast", "root"): Cell(("cast . bfloat16",), lambda model: model.bfloat16() and None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cell", [pytest.param(c, id="-".join(key)) for key, c in ON_BUILDER.items()])
+def test_a_builder(cli: Cli, cell: Cell) -> None:
+    """With the check before writing: the input is known, and an edit that does not fit is refused."""
+    refusal = cell.on_model if isinstance(cell.on_model, str) else None
+    run(cli, cell, "-m", BUILDER, "-o", "out.pth", refusal=refusal)
+    if isinstance(cell.on_model, str):
+        return
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(BUILDER.partition("(")[0], weights_backbone=None, num_classes=3)
+    expected = after(cell.on_model, model)
+    assert_same_state(torch.load("out.pth", weights_only=True), expected.state_dict())
+    loaded = modelcli.load("out.pth")
+    assert frozen_of(loaded) == frozen_of(expected)
+    assert re.sub(r"\s", "", repr(loaded)) == re.sub(r"\s", "", repr(expected))

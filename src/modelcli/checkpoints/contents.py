@@ -100,7 +100,7 @@ class Storage(Protocol):
         """The files that the bytes are read from, as they were when it was found out where in them they lie."""
         ...
 
-    def chunks(self) -> Iterator[bytes]:
+    def chunks(self) -> Iterator[bytes | memoryview]:
         """The bytes, in pieces of at most 8 MiB. Raises FileFormatError where they are not what was promised."""
         ...
 
@@ -217,7 +217,7 @@ class JoinedSpan:
     def files(self) -> Iterable[FileId]:
         return {file for part in self.parts for file in part.files()}
 
-    def chunks(self) -> Iterator[bytes]:
+    def chunks(self) -> Iterator[bytes | memoryview]:
         for part in self.parts:
             yield from part.chunks()
 

@@ -86,7 +86,7 @@ class TensorSpan:
     def files(self) -> Iterable[FileId]:
         return ((self.place.path, self.place.identity),)
 
-    def chunks(self) -> Iterator[bytes]:
+    def chunks(self) -> Iterator[bytes | memoryview]:
         yield from self._located().chunks()
 
     def bytes(self) -> bytes:
@@ -167,7 +167,7 @@ class _Reordered:
     def files(self) -> Iterable[FileId]:
         return self.span.files()
 
-    def chunks(self) -> Iterator[bytes]:
+    def chunks(self) -> Iterator[bytes | memoryview]:
         ordered = self.mapped()
         for start in range(0, len(ordered), CHUNK):
             yield bytes(ordered[start : start + CHUNK])
@@ -209,7 +209,7 @@ class _Part:
     def files(self) -> Iterable[FileId]:
         return self.whole.files()
 
-    def chunks(self) -> Iterator[bytes]:
+    def chunks(self) -> Iterator[bytes | memoryview]:
         yield self.bytes()
 
     def bytes(self) -> bytes:

@@ -1,0 +1,89 @@
+"""The bytes of a storage with its elements converted to another floating-point dtype: a source that a writer takes.
+
+Nothing is read or converted before the bytes are asked for. Then that happens in pieces of `PIECE` elements, on several
+threads, so that at most `threads() + 1` pieces and what they are made from are in memory: with two threads 3 times
+8 MiB for the results and 2 times 8 MiB for what is read, at the most (float64; half of it for float32).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from modelcli.checkpoints.contents import FileId, Storage, Windows, gathered
+from modelcli.model.dtypes import ITEM_BYTES
+from modelcli.values.ordered_work import in_order
+
+if TYPE_CHECKING:
+    from modelcli.values.dtypes import Array
+
+#: Elements converted at a time: 8 MiB of the widest dtype.
+PIECE = 1 << 20
+
+
+@dataclass(eq=False, slots=True)
+class RangeWatch:
+    """Says after a conversion whether it met something that `after` cannot hold: only then values are counted again."""
+
+    exceeded: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """The elements of `source`, of dtype `before`, as `after`: these are the `nbytes` from `start` of the result.
+
+    Bytes of the source behind its last whole element are left out. `watch` is no part of what is compared: equal
+    conversions are one storage.
+    """
+
+    source: Storage
+    before: str
+    after: str
+    start: int
+    nbytes: int
+    watch: RangeWatch = field(default_factory=RangeWatch, compare=False, repr=False)
+
+    def files(self) -> Iterable[FileId]:
+        return self.source.files()
+
+    def chunks(self) -> Iterator[memoryview]:
+        """The bytes, in pieces of at most 8 MiB. Raises FileFormatError where the source is not what it was."""
+        step = PIECE * ITEM_BYTES[self.after]
+        spans = [(start, min(step, self.nbytes - start)) for start in range(0, self.nbytes, step)]
+        pieces = map(self._piece, spans) if len(spans) < 2 else in_order(self._piece, spans)
+        yield from pieces
+
+    def bytes(self) -> bytes:
+        return b"".join(self.chunks())
+
+    def mapped(self, _windows: Windows | None = None) -> memoryview:
+        """The bytes in memory of their own."""
+        return gathered(self)
+
+    def part(self, start: int, nbytes: int) -> Conversion:
+        """`nbytes` of the bytes, from `start`, which may lie inside an element."""
+        return replace(self, start=self.start + start, nbytes=nbytes)
+
+    def _piece(self, span: tuple[int, int]) -> memoryview:
+        """So many bytes of these, from a start on."""
+        from modelcli.values import casting, reading
+        from modelcli.values.dtypes import bits_of, numpy_dtype
+
+        start, nbytes = self.start + span[0], span[1]
+        size, width = ITEM_BYTES[self.before], ITEM_BYTES[self.after]
+        first, stop = start // width, -(-(start + nbytes) // width)
+        data = reading.memory_of(self.source.part(first * size, (stop - first) * size))
+        elements: Array = reading.array_of(data, numpy_dtype(self.before))
+        if not self.watch.exceeded and casting.may_exceed(elements, self.before, self.after):
+            self.watch.exceeded = True
+        made = casting.cast(elements, self.before, self.after)
+        whole = bits_of(made).data.cast("B")
+        skipped = start - first * width
+        return whole[skipped : skipped + nbytes]
+
+
+def converted(source: Storage, before: str, after: str) -> Conversion:
+    """The elements of a storage as another dtype; both are floating-point dtypes that `casting.can_cast` takes."""
+    elements = source.nbytes // ITEM_BYTES[before]
+    return Conversion(source, before, after, 0, elements * ITEM_BYTES[after])

@@ -1,0 +1,218 @@
+"""Elements of tensors in files as NumPy's arrays: in pieces of bounded size, read rather than mapped.
+
+A mapping whose file is cut short meanwhile ends the process; a read gives an error. And reads of large pieces into
+memory that is used again are faster than page faults.
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from io import FileIO
+from math import prod
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from modelcli.checkpoints.contents import FileId, Span, Storage, TensorEntry, require_unchanged
+from modelcli.checkpoints.shapes import extent
+from modelcli.errors import FileFormatError, SystemFailureError
+from modelcli.model.dtypes import ITEM_BYTES
+from modelcli.values.dtypes import Array, numpy_dtype
+
+#: The most elements of a piece, holes between them counted: 1 MiB as float64, which the processor's cache holds.
+PIECE = 1 << 17
+#: Spans of at most `_SMALL` bytes are read with what follows them in their file, `_WINDOW` bytes at a time.
+_SMALL, _WINDOW = 1 << 16, 1 << 20
+
+
+# --- pieces of a tensor ----------------------------------------------------------------------------------------------
+
+
+def without_repeats(entry: TensorEntry) -> tuple[TensorEntry, int]:
+    """A view in which an expanded tensor has each of its elements once, and how many times it has them."""
+    repeated = [size > 1 and not step for size, step in zip(entry.shape, entry.stride, strict=True)]
+    if not any(repeated):
+        return entry, 1
+    shape = tuple(1 if again else size for size, again in zip(entry.shape, repeated, strict=True))
+    return replace(entry, shape=shape), prod(entry.shape) // max(prod(shape), 1)
+
+
+def pieces_of(*entries: TensorEntry) -> Iterator[tuple[TensorEntry, ...]]:
+    """Views that have each element of a tensor once; none has, or spans, more than `PIECE` elements.
+
+    Of several tensors of one shape, each piece is the same part of all of them. Elements near one another in the
+    storage stay together: the axis is cut along which that of the widest tensor has its longest stride.
+    """
+    shape = entries[0].shape
+    spans = [extent(shape, entry.stride) for entry in entries]
+    if max(prod(shape), *spans) <= PIECE:
+        if prod(shape):
+            yield entries
+        return
+    stride = entries[spans.index(max(spans))].stride
+    axis = max((axis for axis, size in enumerate(shape) if size > 1), key=stride.__getitem__)
+    # At most a half: where strides overlap, a short stretch of storage can hold any number of elements.
+    step = max(1, min(PIECE // max(stride[axis], 1), (shape[axis] + 1) // 2))
+    for start in range(0, shape[axis], step):
+        length = min(step, shape[axis] - start)
+        yield from pieces_of(*(_narrowed(entry, axis, start, length) for entry in entries))
+
+
+def _narrowed(entry: TensorEntry, axis: int, start: int, length: int) -> TensorEntry:
+    shape = (*entry.shape[:axis], length, *entry.shape[axis + 1 :])
+    return replace(entry, shape=shape, offset=entry.offset + start * entry.stride[axis])
+
+
+def nbytes_shown(entry: TensorEntry) -> int:
+    """The bytes of the elements that a view shows, each counted as often as it shows it."""
+    return prod(entry.shape) * ITEM_BYTES[entry.dtype]
+
+
+# --- bytes -----------------------------------------------------------------------------------------------------------
+
+
+def memory_of(storage: Storage) -> memoryview:
+    """The bytes of a storage in new memory."""
+    if not isinstance(storage, Span):
+        return storage.mapped()
+    memory = np.empty(storage.nbytes, np.uint8).data
+    storage.read_into(memory)
+    return memory
+
+
+def array_of(data: memoryview, dtype: np.dtype[Any]) -> Array:
+    """All elements that memory holds."""
+    return np.frombuffer(data, dtype) if len(data) else np.empty(0, dtype)
+
+
+def view_of(data: memoryview, entry: TensorEntry) -> Array:
+    """The elements of a tensor; `data` are the bytes from its first element to its last."""
+    dtype = numpy_dtype(entry.dtype)
+    flat = array_of(data, dtype)
+    if not prod(entry.shape):
+        return flat[:0].reshape(entry.shape)
+    strides = [step * dtype.itemsize for step in entry.stride]
+    return np.lib.stride_tricks.as_strided(flat, entry.shape, strides, writeable=False)
+
+
+def part_of(entry: TensorEntry) -> Storage:
+    """The part of a tensor's storage from its first element to its last."""
+    size = ITEM_BYTES[entry.dtype]
+    return entry.storage.part(entry.offset * size, extent(entry.shape, entry.stride) * size)
+
+
+class Reader:
+    """Reads storages one after another, for one thread: the file stays open, and the memory is used again."""
+
+    def __init__(self) -> None:
+        self._file: FileIO | None = None
+        self._open: FileId | None = None
+        self._memory = np.empty(0, np.uint8)
+        self._window = np.empty(0, np.uint8)
+        self._held: tuple[FileId, int, int] | None = None  # the file, the first byte, and how many of `_window`
+
+    def elements(self, entry: TensorEntry) -> Array:
+        """The elements of a tensor, which spans no more than a piece. They are valid until the next call."""
+        return view_of(self.bytes(part_of(entry)), entry)
+
+    def bytes(self, storage: Storage) -> memoryview:
+        """The bytes of a storage. They are valid until the next call."""
+        if not isinstance(storage, Span):
+            return storage.mapped()
+        if storage.nbytes <= _SMALL:
+            return self._from_window(storage)
+        if len(self._memory) < storage.nbytes:
+            self._memory = np.empty(storage.nbytes, np.uint8)
+        found = self._memory.data[: storage.nbytes]
+        self._read(storage, found)
+        return found
+
+    def _from_window(self, span: Span) -> memoryview:
+        file = (span.path, span.identity)
+        if self._held is not None:
+            held, first, length = self._held
+            start = span.offset - first
+            if held == file and 0 <= start <= length - span.nbytes:
+                return self._window.data[start : start + span.nbytes]
+        first = span.offset - span.offset % mmap.PAGESIZE  # so that elements lie in memory as they do in the file
+        length = max(min(_WINDOW, span.identity[0] - first), span.offset + span.nbytes - first)
+        if len(self._window) < length:
+            self._window = np.empty(length, np.uint8)
+        self._held = None
+        self._read(Span(span.path, first, length, span.identity), self._window.data[:length])
+        self._held = (file, first, length)
+        start = span.offset - first
+        return self._window.data[start : start + span.nbytes]
+
+    def _read(self, span: Span, memory: memoryview) -> None:
+        """Read a span. Raises FileFormatError where its file has changed or ends early."""
+        file = self._opened(span)
+        try:
+            file.seek(span.offset)
+            left = memory
+            while left:
+                count = file.readinto(left)
+                if not count:
+                    raise FileFormatError(
+                        f"{span.path} ends early: {len(left):,} bytes are missing", "run the command again"
+                    )
+                left = left[count:]
+        except OSError as error:
+            raise SystemFailureError(f"cannot read {span.path}: {error.strerror or error}") from None
+
+    def _opened(self, span: Span) -> FileIO:
+        if self._file is not None and self._open == (span.path, span.identity):
+            return self._file
+        self.close()
+        require_unchanged(span.path, span.identity)
+        try:
+            self._file = FileIO(span.path)
+        except OSError as error:
+            raise SystemFailureError(f"cannot read {span.path}: {error.strerror or error}") from None
+        require_unchanged(span.path, span.identity, self._file.fileno())
+        self._open = (span.path, span.identity)
+        return self._file
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+        self._file = self._open = None
+
+
+class Readers:
+    """A reader for each thread that asks for one. Where all went well, its end looks whether the files are the same."""
+
+    def __init__(self) -> None:
+        self._all: list[Reader] = []
+        self._own = threading.local()
+        self._files: set[FileId] = set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for reader in self._all:
+            reader.close()
+        if error is None:
+            for path, identity in sorted(self._files):
+                require_unchanged(path, identity)
+
+    def own(self) -> Reader:
+        """The reader of the thread that calls."""
+        if not hasattr(self._own, "reader"):
+            self._own.reader = Reader()
+            self._all.append(self._own.reader)
+        found: Reader = self._own.reader
+        return found
+
+    def watch(self, entries: Sequence[TensorEntry]) -> None:
+        """Let the end look at the files of these tensors as well."""
+        for storage in {id(entry.storage): entry.storage for entry in entries}.values():
+            self._files.update(storage.files())

@@ -114,9 +114,9 @@ def test_a_variable_that_is_no_number(monkeypatch: pytest.MonkeyPatch, limit: li
 
 
 def test_the_defaults_are_those_that_are_documented() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "safety.md").read_text(encoding="utf-8")
     for limit in limits.ALL:
-        assert f"| `{limit.variable}` | {limit.default:,} " in readme
+        assert f"| `{limit.variable}` | {limit.default:,} " in page
 
 
 @pytest.mark.parametrize("levels", [300, 990])

@@ -25,6 +25,8 @@ from tests.cli.test_help import commands
 from tests.conftest import Cli
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+REPOSITORY = Path(__file__).parents[2]
+PAGES = sorted(page.relative_to(REPOSITORY) for page in [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md")])
 EXAMPLES = Path(__file__).parents[2] / "examples"
 #: What the README itself says of these: the answer is no, or the request is wrong.
 CODES = {"modelcli load runs/best.pth --arch alexnet": 1, "modelcli diff runs/best.pth runs/tuesday.pth": 1}
@@ -124,6 +126,22 @@ def test_the_options_of_the_program_are_in_the_readme() -> None:
     names = {name for option in group.params for name in option.opts}
     assert names > {"--version", "--install-completion"}
     assert all(f"{name}`" in README or f"{name}\n" in README for name in names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    for link in links:
+        target, _, anchor = link.partition("#")
+        if "://" in target:
+            continue
+        file = (REPOSITORY / page).parent / target if target else REPOSITORY / page
+        assert file.exists(), f"{page}: {link}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            known = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in known, f"{page}: {link}"
 
 
 DOCUMENTS = {

@@ -14,7 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelcli import edits
-from modelcli.edits import Edit, Freeze, Init, Replace, Unfreeze, from_words
+from modelcli.edits import Edit, from_words
+from modelcli.edits.freeze import Freeze
+from modelcli.edits.init import Init
+from modelcli.edits.replace import Replace
+from modelcli.edits.unfreeze import Unfreeze
 from modelcli.errors import RequestError
 from modelcli.language.expressions import Call
 from tests.language.test_expressions import calls

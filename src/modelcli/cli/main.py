@@ -304,7 +304,7 @@ def _model_before_edit(words: Sequence[str], message: str) -> str | None:
 
     name, *given = words
     operands = list(takewhile(lambda word: not word.startswith("-"), given))
-    if not message.startswith("Got unexpected extra argument") or name not in edits.REGISTRY or len(operands) < 2:
+    if not message.startswith("Got unexpected extra argument") or edits.find(name) is None or len(operands) < 2:
         return None
     more = given[len(operands) :]
     if not {"-m", "--model"}.isdisjoint(more) or not commands.names_model(operands[0]):

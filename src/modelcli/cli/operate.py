@@ -367,7 +367,9 @@ def _carry_out(
     from modelcli import commands, edits
 
     output.format_of(shown)
-    known = sorted({*names_of(EditOptions, SourceOptions, OutputOptions), *edits.REGISTRY[name].options()})
+    kind = edits.find(name)
+    assert kind is not None
+    known = sorted({*names_of(EditOptions, SourceOptions, OutputOptions), *kind.option_fields()})
     for word in operands:
         edits.checked_operand(word, known)
     try:

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from modelcli.edits import Edit, Extract, Freeze, Init, Insert, Remove, Unfreeze
+from modelcli.edits import Edit
+from modelcli.edits.extract import Extract
+from modelcli.edits.freeze import Freeze
+from modelcli.edits.init import Init
+from modelcli.edits.insert import Insert
+from modelcli.edits.remove import Remove
+from modelcli.edits.unfreeze import Unfreeze
 from modelcli.live.surgery import Change
 from modelcli.model.paths import ancestors
 

@@ -17,8 +17,9 @@ from modelcli.checkpoints import record as records
 from modelcli.checkpoints.composites import class_of
 from modelcli.checkpoints.contents import CompositeEntry, foreign_names
 from modelcli.checkpoints.record import Record
-from modelcli.edits import Edit, Extract
+from modelcli.edits import Edit
 from modelcli.edits import parse as parse_edit
+from modelcli.edits.extract import Extract
 from modelcli.errors import FileFormatError, ModelcliError, RequestError, UnsafeError
 from modelcli.language import input_texts, references
 from modelcli.language.references import CheckpointFile, Installed, Source

@@ -15,7 +15,7 @@ from modelcli.checkpoints import CompositeEntry, shapes
 from modelcli.checkpoints import record as records
 from modelcli.checkpoints.pickles import Global, Opaque
 from modelcli.checkpoints.record import Record
-from modelcli.edits import Extract
+from modelcli.edits.extract import Extract
 from modelcli.errors import RequestError
 from modelcli.language.references import PythonObject
 from modelcli.live import compacting, composites, loading, trace

@@ -24,22 +24,18 @@ from torch import nn
 import modelcli
 from modelcli import edits, recipe, writing
 from modelcli.cli import main
-from modelcli.edits import (
-    REGISTRY,
-    Add,
-    Append,
-    Cast,
-    Edit,
-    Extract,
-    Freeze,
-    Init,
-    Insert,
-    Remove,
-    Rename,
-    Replace,
-    Unfreeze,
-    from_words,
-)
+from modelcli.edits import Edit, from_words
+from modelcli.edits.add import Add
+from modelcli.edits.append import Append
+from modelcli.edits.cast import Cast
+from modelcli.edits.extract import Extract
+from modelcli.edits.freeze import Freeze
+from modelcli.edits.init import Init
+from modelcli.edits.insert import Insert
+from modelcli.edits.remove import Remove
+from modelcli.edits.rename import Rename
+from modelcli.edits.replace import Replace
+from modelcli.edits.unfreeze import Unfreeze
 from modelcli.errors import ModelcliError
 from modelcli.language.expressions import Call, parse
 from modelcli.language.references import Source
@@ -96,7 +92,7 @@ some_edit = st.one_of(*EDITS.values())
 
 
 def test_every_edit_with_all_its_options_is_generated() -> None:
-    assert set(EDITS) == set(REGISTRY.values())
+    assert set(EDITS) == {edits.find(name) for name in edits.own_names()}
 
 
 @pytest.mark.parametrize("kind", EDITS)

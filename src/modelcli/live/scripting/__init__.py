@@ -16,7 +16,9 @@ from modelcli import checkpoints, writing
 from modelcli import edits as edit_lines
 from modelcli.checkpoints import CompositeEntry, Contents
 from modelcli.checkpoints.contents import Span
-from modelcli.edits import Edit, Init, Replace
+from modelcli.edits import Edit
+from modelcli.edits.init import Init
+from modelcli.edits.replace import Replace
 from modelcli.errors import ModelcliError
 from modelcli.language.references import Installed, PythonObject, Source
 from modelcli.live import planning, surgery, zoo

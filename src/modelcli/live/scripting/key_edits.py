@@ -7,7 +7,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
-from modelcli.edits import Add, Cast, Edit, Extract, Freeze, Init, Insert, Remove, Rename, Replace, Unfreeze
+from modelcli.edits import Edit
+from modelcli.edits.add import Add
+from modelcli.edits.cast import Cast
+from modelcli.edits.extract import Extract
+from modelcli.edits.freeze import Freeze
+from modelcli.edits.init import Init
+from modelcli.edits.insert import Insert
+from modelcli.edits.remove import Remove
+from modelcli.edits.rename import Rename
+from modelcli.edits.replace import Replace
+from modelcli.edits.unfreeze import Unfreeze
 from modelcli.language import selectors
 from modelcli.live.describe import describe
 from modelcli.live.scripting.model_edits import CAST_VIEWS, KEEP_WEIGHTS, fills, new_module

@@ -7,7 +7,17 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 
 from torch import nn
 
-from modelcli.edits import Add, Append, Cast, Edit, Extract, Freeze, Init, Insert, Remove, Replace, Unfreeze
+from modelcli.edits import Edit
+from modelcli.edits.add import Add
+from modelcli.edits.append import Append
+from modelcli.edits.cast import Cast
+from modelcli.edits.extract import Extract
+from modelcli.edits.freeze import Freeze
+from modelcli.edits.init import Init
+from modelcli.edits.insert import Insert
+from modelcli.edits.remove import Remove
+from modelcli.edits.replace import Replace
+from modelcli.edits.unfreeze import Unfreeze
 from modelcli.language import expressions, selectors
 from modelcli.live.describe import describe, dtype_name
 from modelcli.live.scripting import places

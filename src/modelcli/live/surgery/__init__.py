@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from modelcli.edits import Add, Append, Cast, Edit, Extract, Freeze, Init, Insert, Remove, Rename, Replace, Unfreeze
+from modelcli.edits import Edit
+from modelcli.edits.add import Add
+from modelcli.edits.append import Append
+from modelcli.edits.cast import Cast
+from modelcli.edits.extract import Extract
+from modelcli.edits.freeze import Freeze
+from modelcli.edits.init import Init
+from modelcli.edits.insert import Insert
+from modelcli.edits.remove import Remove
+from modelcli.edits.rename import Rename
+from modelcli.edits.replace import Replace
+from modelcli.edits.unfreeze import Unfreeze
 from modelcli.errors import ModelcliError, RequestError
 from modelcli.live.surgery import casting, flags, initialising, placing, removing, renaming, replacing
 from modelcli.live.surgery.core import Change, Context, Done, brief, count, seed_of

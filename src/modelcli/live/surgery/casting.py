@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from modelcli.checkpoints.scaled_weights import scaled_weights
-from modelcli.edits import Cast
+from modelcli.edits.cast import Cast
 from modelcli.errors import RequestError
 from modelcli.language import selectors
 from modelcli.live.describe import describe, dtype_name, floating_dtype

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 from torch import nn
 
-from modelcli.edits import Freeze, Unfreeze
+from modelcli.edits.freeze import Freeze
+from modelcli.edits.unfreeze import Unfreeze
 from modelcli.errors import RequestError
 from modelcli.language import selectors
 from modelcli.live.describe import describe

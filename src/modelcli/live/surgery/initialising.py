@@ -16,7 +16,7 @@ from torch.nn import init
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrize import ParametrizationList
 
-from modelcli.edits import Init
+from modelcli.edits.init import Init
 from modelcli.errors import RequestError, did_you_mean
 from modelcli.language import expressions, selectors
 from modelcli.language.expressions import Call

@@ -6,7 +6,9 @@ from functools import partial
 
 from torch import nn
 
-from modelcli.edits import Add, Append, Insert
+from modelcli.edits.add import Add
+from modelcli.edits.append import Append
+from modelcli.edits.insert import Insert
 from modelcli.errors import RequestError
 from modelcli.language import selectors
 from modelcli.language.quoting import quoted

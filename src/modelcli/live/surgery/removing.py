@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from modelcli.edits import Extract, Remove
+from modelcli.edits.extract import Extract
+from modelcli.edits.remove import Remove
 from modelcli.errors import RequestError
 from modelcli.language import selectors
 from modelcli.live import composites

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from modelcli.checkpoints import CompositeEntry
-from modelcli.edits import Rename
+from modelcli.edits.rename import Rename
 from modelcli.errors import RequestError
 from modelcli.language import selectors
 from modelcli.language.quoting import quoted

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from modelcli.edits import Replace
+from modelcli.edits.replace import Replace
 from modelcli.errors import RequestError
 from modelcli.language import selectors
 from modelcli.language.expressions import Call

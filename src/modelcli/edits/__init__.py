@@ -1,0 +1,35 @@
+"""Edits: one surgical operation each, as a frozen dataclass and as one line of text.
+
+An edit has one module here, without torch, and one in `modelcli.live.surgery` that carries it out on a live model; the
+line in `registry` is all that others need to find it. `edits.Replace` and the other classes are found here as well.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from modelcli.edits.base import Edit
+from modelcli.edits.lines import from_words, kind_of, parse, parse_all
+from modelcli.edits.registry import class_called, everything, find, names, own_names
+from modelcli.edits.words import checked_operand, split
+
+
+def __getattr__(name: str) -> Any:
+    if (found := class_called(name)) is not None:
+        return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = [
+    "Edit",
+    "checked_operand",
+    "everything",
+    "find",
+    "from_words",
+    "kind_of",
+    "names",
+    "own_names",
+    "parse",
+    "parse_all",
+    "split",
+]

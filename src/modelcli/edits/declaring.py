@@ -1,0 +1,121 @@
+"""What an edit declares of its words and options: the command, its help, completion and lines are made from it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from modelcli.errors import RequestError
+from modelcli.language import selectors
+
+#: What completes a word: paths of the model at hand, or a function that gives words.
+Completion = str | Callable[[], Iterable[str]]
+#: Completes a word with paths of modules of the model at hand.
+MODULES: Completion = "modules"
+#: Completes a word with paths of modules and names of tensors of the model at hand.
+TENSORS: Completion = "tensors"
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One word of an edit that is no option, or the rest of its words where `several` of them may follow.
+
+    Attributes:
+        name: what the words are called in an error of the command line: `target`.
+        help: one line for `--help`.
+        metavar: how the usage line shows it; by default the name in capitals.
+        several: whether this takes all the words that are left, and at least one.
+        completes: what the first of its words can become.
+        completes_later: what each further word can become.
+    """
+
+    name: str
+    help: str
+    metavar: str | None = None
+    several: bool = False
+    completes: tuple[Completion, ...] = ()
+    completes_later: tuple[Completion, ...] = ()
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How the value of an option is written.
+
+    Attributes:
+        read: gives the value for the option's name and one word; None for a flag, which takes no word.
+        several: whether the option may come again: its value is a tuple.
+        text: gives the word for a value.
+        type: what a command line reads the word as, before `read`.
+        minimum: the least number that is taken, for numbers.
+    """
+
+    read: Callable[[str, str], Any] | None
+    several: bool = False
+    text: Callable[[Any], str] = str
+    type: type = str
+    minimum: int | None = None
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of an edit.
+
+    Attributes:
+        flag: its name on a command line: `--also`.
+        kind: how its value is written.
+        help: one line for `--help`.
+        metavar: how the help calls its value.
+        default: how the help shows the value that is taken where the option is not given.
+        completes: what its value can become.
+    """
+
+    flag: str
+    kind: Kind
+    help: str
+    metavar: str | None = None
+    default: str | None = None
+    completes: tuple[Completion, ...] = ()
+
+    def words(self, value: Any) -> list[str]:
+        """The words that give this option a value that is not its default."""
+        if self.kind.read is None:
+            return [self.flag]
+        values = value if self.kind.several else (value,)
+        return [word for each in values for word in (self.flag, self.kind.text(each))]
+
+
+def option(
+    flag: str,
+    kind: Kind,
+    default: Any,
+    help: str,  # noqa: A002 -- what Typer calls it too
+    *,
+    metavar: str | None = None,
+    shown_default: str | None = None,
+    completes: tuple[Completion, ...] = (),
+) -> Any:
+    """A field of an edit's class that is an option: see `Option`. `default` is the value where it is not given."""
+    made = Option(flag, kind, help, metavar, shown_default, completes)
+    return field(default=default, metadata={"option": made})
+
+
+def selector(word: str) -> str:
+    """The word, which is a selector. Raises RequestError where it cannot be read as one."""
+    selectors.parse(word)
+    return word
+
+
+def _number(flag: str, word: str) -> int:
+    if not re.fullmatch(r"\d{1,9}", word, re.ASCII):
+        raise RequestError(f"{flag} takes a number, not {word!r}")
+    return int(word)
+
+
+#: An option without a value.
+FLAG = Kind(None)
+#: An option that takes a whole number from 0.
+NUMBER = Kind(_number, type=int, minimum=0)
+#: An option that takes a selector, and may come again.
+SELECTORS = Kind(lambda _flag, word: selector(word), several=True)

@@ -1,0 +1,39 @@
+"""extract: a submodule as the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from modelcli.edits.base import Edit
+from modelcli.edits.declaring import Operand, selector
+from modelcli.edits.placing import PATH
+from modelcli.errors import RequestError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extract(Edit):
+    """Let the submodule at `path` be the model."""
+
+    path: str
+
+    name: ClassVar[str] = "extract"
+    summary: ClassVar[str] = "Let a submodule be the model."
+    examples: ClassVar[tuple[str, ...]] = (
+        "modelcli extract features -m squeezenet1_1 -o backbone.pth",
+        "modelcli extract layer1.0 -m resnet18",
+    )
+    words: ClassVar[tuple[Operand, ...]] = (PATH,)
+    handler: ClassVar[str] = "modelcli.live.surgery.extract"
+    moves_paths: ClassVar[bool] = True
+    changes_input: ClassVar[bool] = True
+
+    @classmethod
+    def from_operands(cls, words: Sequence[str]) -> Self:
+        if len(words) != 1:
+            raise RequestError("extract takes one path", "extract features")
+        return cls(path=selector(words[0]))
+
+    def operands(self) -> list[str]:
+        return [self.path]

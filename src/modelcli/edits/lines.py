@@ -1,0 +1,98 @@
+"""Edits as lines of text: `parse("replace classifier.6 Linear(4096,10)")` gives a `Replace`, `str(edit)` the line.
+
+A line has the words and options of the command, split as a POSIX shell splits them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from modelcli.edits import registry
+from modelcli.edits.base import Edit
+from modelcli.edits.words import checked_operand, split
+from modelcli.errors import RequestError, did_you_mean
+
+
+def parse(line: str) -> Edit:
+    """Read one line. Raises RequestError that says which word is wrong."""
+    words = split(line)
+    if not words:
+        raise RequestError("an empty edit", f"an edit is one of {', '.join(registry.names())}")
+    return from_words(words[0], words[1:])
+
+
+def parse_all(lines: Iterable[tuple[str, object]]) -> list[Edit]:
+    """Read many lines, each with its place: `head.toml:5`. What is an edit already stays as it is.
+
+    Raises one RequestError that names every line that is wrong.
+    """
+    made: list[Edit] = []
+    problems = []
+    for place, line in lines:
+        try:
+            if not isinstance(line, str | Edit):
+                raise RequestError(f"an edit is a line of text, not {line!r}")
+            made.append(parse(line) if isinstance(line, str) else line)
+        except RequestError as error:
+            problems.append(f"{place}: {error.message}" + (f" ({error.hint})" if error.hint else ""))
+    if problems:
+        raise RequestError("\n".join(problems))
+    return made
+
+
+def kind_of(line: str) -> type[Edit]:
+    """The class of the edit that a line is of, without reading the rest of it.
+
+    Raises RequestError where its first word names no edit.
+    """
+    return _required(next(iter(split(line)), ""))
+
+
+def from_words(name: str, words: Sequence[str]) -> Edit:
+    """Make an edit of its name and the words after it, options included."""
+    kind = _required(name)
+    options = kind.option_fields()
+    operands: list[str] = []
+    given: dict[str, Any] = {}
+    several: dict[str, list[Any]] = {}
+    rest = deque(words)
+    while rest:
+        word = rest.popleft()
+        if word == "--":
+            operands += rest
+            break
+        flag, equals, value = word.partition("=")
+        item = options.get(flag)
+        if item is None:
+            operands.append(checked_operand(word, tuple(options)))
+            continue
+        how = item.metadata["option"].kind
+        if how.read is None:
+            if equals:
+                raise RequestError(f"{flag} takes no value")
+            given[item.name] = True
+            continue
+        if not equals:
+            if not rest:
+                raise RequestError(f"{flag} takes a value")
+            value = rest.popleft()
+        read = how.read(flag, value)
+        if how.several:
+            several.setdefault(item.name, []).append(read)
+        else:
+            given[item.name] = read
+    given.update((key, tuple(read)) for key, read in several.items())
+    return replace(kind.from_operands(operands), **given)
+
+
+def _required(name: str) -> type[Edit]:
+    kind = registry.find(name)
+    if kind is None:
+        names = registry.names()
+        raise RequestError(
+            f"no such edit: {name!r}", did_you_mean(name, names) or f"an edit is one of {', '.join(names)}"
+        )
+    return kind

@@ -1,0 +1,86 @@
+"""Which edits there are: one line each. An edit's module is imported when the edit is asked for.
+
+Other packages add edits by an entry point of the group `modelcli.edits` whose name is the edit's and whose value is its
+class: `clamp = "my_package.clamp:Clamp"`. Entry points are read only for a name that is not here, and where all names
+are wanted.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, cast
+
+from modelcli.errors import SystemFailureError
+
+if TYPE_CHECKING:
+    from modelcli.edits.base import Edit
+
+#: Where the class of each edit is, in the order in which the help lists them.
+_EDITS: Mapping[str, str] = {
+    "replace": "modelcli.edits.replace:Replace",
+    "add": "modelcli.edits.add:Add",
+    "insert": "modelcli.edits.insert:Insert",
+    "append": "modelcli.edits.append:Append",
+    "remove": "modelcli.edits.remove:Remove",
+    "extract": "modelcli.edits.extract:Extract",
+    "rename": "modelcli.edits.rename:Rename",
+    "freeze": "modelcli.edits.freeze:Freeze",
+    "unfreeze": "modelcli.edits.unfreeze:Unfreeze",
+    "init": "modelcli.edits.init:Init",
+    "cast": "modelcli.edits.cast:Cast",
+}
+ENTRY_POINTS = "modelcli.edits"
+
+
+def find(name: str) -> type[Edit] | None:
+    """The class of the edit with this name; None where there is none, here or in another package.
+
+    Raises SystemFailureError where another package says that it has it, and it cannot be imported.
+    """
+    where = _EDITS.get(name) or _from_elsewhere().get(name)
+    return None if where is None else _loaded(name, where)
+
+
+def names() -> list[str]:
+    """The names of all edits: those of modelcli, then those of other packages."""
+    return [*_EDITS, *(name for name in _from_elsewhere() if name not in _EDITS)]
+
+
+def own_names() -> list[str]:
+    """The names of the edits that modelcli brings itself: costs nothing to ask."""
+    return list(_EDITS)
+
+
+def everything() -> Iterator[type[Edit]]:
+    """The class of each edit there is."""
+    for name in names():
+        found = find(name)
+        assert found is not None
+        yield found
+
+
+def class_called(name: str) -> type[Edit] | None:
+    """The class of modelcli's own that has this name in Python: `Replace`."""
+    edit = next((edit for edit, where in _EDITS.items() if where.endswith(f":{name}")), None)
+    return None if edit is None else find(edit)
+
+
+@functools.cache
+def _loaded(name: str, where: str) -> type[Edit]:
+    module, _, attribute = where.partition(":")
+    try:
+        return cast("type[Edit]", getattr(importlib.import_module(module), attribute))
+    except (ImportError, AttributeError) as error:
+        if name in _EDITS:
+            raise
+        raise SystemFailureError(f"the edit {name} cannot be loaded from {where}: {error}") from error
+
+
+@functools.cache
+def _from_elsewhere() -> Mapping[str, str]:
+    """Where the classes of other packages' edits are, by the names of the edits."""
+    from importlib.metadata import entry_points
+
+    return {point.name: point.value for point in entry_points(group=ENTRY_POINTS)}

@@ -1,0 +1,27 @@
+"""unfreeze: parameters that are trained again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from modelcli.edits.targets import OfTargets
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unfreeze(OfTargets):
+    """Set `requires_grad` of the parameters that match to True."""
+
+    #: What `requires_grad` becomes.
+    trains: ClassVar[bool] = True
+
+    name: ClassVar[str] = "unfreeze"
+    summary: ClassVar[str] = "Train parameters again: requires_grad becomes True."
+    example: ClassVar[str] = "classifier"
+    examples: ClassVar[tuple[str, ...]] = (
+        "modelcli unfreeze fc -m frozen.pth -o head.pth",
+        "modelcli unfreeze '**:BatchNorm2d'",
+    )
+    handler: ClassVar[str] = "modelcli.live.surgery.freeze"
+    can_break_fit: ClassVar[bool] = False
+    changes_flags_only: ClassVar[bool] = True

@@ -37,7 +37,7 @@ from modelcli.edits.rename import Rename
 from modelcli.edits.replace import Replace
 from modelcli.edits.unfreeze import Unfreeze
 from modelcli.errors import ModelcliError
-from modelcli.language.expressions import Call, parse
+from modelcli.language.expressions import Call, Name, parse
 from modelcli.language.references import Source
 from modelcli.language.selectors import literal
 from modelcli.live import planning, surgery
@@ -71,6 +71,18 @@ picking: dict[str, Any] = {
     "without": st.lists(selector_texts, max_size=2).map(tuple),
     "expect": st.none() | st.integers(0, 999_999_999),
 }
+
+
+def in_words(call: Call) -> Call:
+    """A scheme as it is read back: a bare word among its arguments is text there."""
+
+    def read(value: Any) -> Any:
+        return value.dotted if isinstance(value, Name) and value.dotted.isidentifier() else value
+
+    return Call(call.name, tuple(map(read, call.args)), {key: read(value) for key, value in call.kwargs.items()})
+
+
+schemes = calls.map(in_words)
 placing: dict[str, Any] = {"path": selector_texts, "module": calls}
 
 EDITS: dict[type[Edit], st.SearchStrategy[Edit]] = {
@@ -85,7 +97,7 @@ EDITS: dict[type[Edit], st.SearchStrategy[Edit]] = {
     Rename: st.builds(Rename, old=selector_texts, new=selector_texts),
     Freeze: st.builds(Freeze, targets=targets, **picking),
     Unfreeze: st.builds(Unfreeze, targets=targets, **picking),
-    Init: st.builds(Init, targets=targets, scheme=calls, bias=calls | st.just(Call("zeros")), **picking),
+    Init: st.builds(Init, targets=targets, scheme=schemes, bias=schemes | st.just(Call("zeros")), **picking),
     Cast: st.builds(Cast, targets=targets, dtype=st.sampled_from(sorted(FLOATING)), **picking),
 }
 some_edit = st.one_of(*EDITS.values())

@@ -94,11 +94,11 @@ def compare(title: str, ours: Sequence[str], peer: Sequence[str], bound: str) ->
     print(f"{title:44} {mine:7.3f} s {other:7.3f} s {mine / other:7.3f} {memory / 1024:6.0f} MB   {bound}", flush=True)
 
 
-def sparse_safetensors(path: Path, nbytes: int, tensors: int = 800) -> None:
+def sparse_safetensors(path: Path, nbytes: int, tensors: int = 800, prefix: str = "model.layers") -> None:
     """A safetensors file with a right header and a hole for its bytes."""
     each = nbytes // tensors // 4 * 4
     header = {
-        f"model.layers.{number}.weight": {
+        f"{prefix}.{number}.weight": {
             "dtype": "F32",
             "shape": [each // 4],
             "data_offsets": [number * each, (number + 1) * each],

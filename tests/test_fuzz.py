@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import save
 
 from modelcli import checkpoints
-from modelcli.checkpoints import pickles, zip_directory
+from modelcli.checkpoints.torch_pickle import pickles
+from modelcli.checkpoints.zip_archives import directory as zip_directory
 from modelcli.errors import ModelcliError
 from tests import hostile
 from tests.fuzz import languages, limits, reading, running

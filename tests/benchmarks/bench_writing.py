@@ -24,8 +24,10 @@ from pathlib import Path
 
 from tests.benchmarks.bench_reading import MODELCLI, PYTHON, sparse_safetensors
 
-from modelcli.checkpoints.contents import FileId
-from modelcli.writing import Plan, PlannedTensor, torch_zip, zip_layout
+from modelcli.checkpoints.storage import FileId
+from modelcli.checkpoints.torch_pickle import writing as torch_zip
+from modelcli.checkpoints.zip_archives import layout as zip_layout
+from modelcli.writing import Plan, PlannedTensor
 
 ROUNDS = int(os.environ.get("ROUNDS", "5"))
 NBYTES = int(os.environ.get("NBYTES", str(2 * 10**9)))

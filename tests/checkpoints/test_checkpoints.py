@@ -26,8 +26,9 @@ import torch
 from torch import nn
 
 from modelcli import checkpoints
-from modelcli.checkpoints import Contents, TensorEntry, pickles
-from modelcli.checkpoints import contents as contents_of_files
+from modelcli.checkpoints import Contents, TensorEntry
+from modelcli.checkpoints.storage import Windows
+from modelcli.checkpoints.torch_pickle import pickles
 from modelcli.errors import FileFormatError, ModelcliError, RequestError
 from modelcli.live import loading
 
@@ -785,7 +786,7 @@ def test_a_file_of_many_tensors_is_open_but_once(tmp_path: Path) -> None:
 def test_what_lies_across_two_windows(tmp_path: Path) -> None:
     state = {str(number): torch.arange(1000.0) + number for number in range(40)}
     contents = checkpoints.read(saved(tmp_path / "m.pth", state))
-    windows = contents_of_files.Windows(mmap.ALLOCATIONGRANULARITY, most=2)
+    windows = Windows(mmap.ALLOCATIONGRANULARITY, most=2)
     for name, entry in contents.tensors.items():
         assert isinstance(entry, TensorEntry)
         assert bytes(entry.storage.mapped(windows)) == state[name].numpy().tobytes()

@@ -22,7 +22,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 import modelcli
 from modelcli import checkpoints
-from modelcli.checkpoints import Contents, TensorEntry, pickles
+from modelcli.checkpoints import Contents, TensorEntry
+from modelcli.checkpoints.torch_pickle import pickles
 from modelcli.errors import FileFormatError, ModelcliError, RequestError, UnsafeError
 from modelcli.model.dtypes import ITEM_BYTES
 from tests.checkpoints.test_checkpoints import DTYPES

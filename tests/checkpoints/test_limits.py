@@ -138,7 +138,7 @@ def test_values_nested_below_the_limit_are_read_and_written_again(
 def test_values_nested_deeper_than_the_limit_are_refused(tmp_path: Path) -> None:
     """However deep: no step of the reader recurses."""
     deep = b"\x80\x02}(X\x01\x00\x00\x00a" + b"]" * 100_000 + b"a" * 99_999 + b"u."
-    from modelcli.checkpoints import pickles, trees
+    from modelcli.checkpoints.torch_pickle import pickles, trees
 
     read = pickles.read(deep, "made")
     with pytest.raises(FileFormatError, match="more than 1,000 levels"):

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from modelcli import checkpoints
-from modelcli.checkpoints import pickles, resolved
+from modelcli.checkpoints.torch_pickle import conj_and_neg, pickles
 from modelcli.errors import FileFormatError
 from modelcli.live import loading
 from tests import hostile
@@ -287,7 +287,7 @@ def test_parts_of_resolved_bytes(tmp_path: Path) -> None:
     """From any byte on, as a window or a chunk may begin inside an element."""
     path = saved(tmp_path / "m.pth", {"w": torch.arange(8).to(torch.complex64).mul(1 + 1j).conj()})
     storage = checkpoints.read(path).tensors["w"].storage
-    assert isinstance(storage, resolved.Resolved)
+    assert isinstance(storage, conj_and_neg.Resolved)
     whole = storage.bytes()
     for start in range(20):
         for length in (0, 1, 7, 30):

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from modelcli.checkpoints import Span, same_bytes
+from modelcli.checkpoints import Span, byte_comparison
 from modelcli.commands import comparing
 from modelcli.language.references import Source
 from tests.checkpoints import test_distributed
@@ -523,7 +523,7 @@ def test_one_file_under_two_names_is_not_read(cli: Cli, monkeypatch: pytest.Monk
     def read(*_: object) -> bytes:
         raise AssertionError("nothing has to be read")
 
-    monkeypatch.setattr(same_bytes.ByteComparison, "_read", read)
+    monkeypatch.setattr(byte_comparison.ByteComparison, "_read", read)
     for other in ("a.pth", "b.pth", "c.pth"):
         cli("diff", "a.pth", other)
 
@@ -554,13 +554,13 @@ def test_many_small_tensors_share_open_files(cli: Cli, folder: Path, monkeypatch
     save_file(state, "a.safetensors")
     torch.save(state, "b.pth")
     opened = []
-    original = same_bytes.ByteComparison._open
+    original = byte_comparison.ByteComparison._open
 
-    def opening(self: same_bytes.ByteComparison, span: Span) -> FileIO:
+    def opening(self: byte_comparison.ByteComparison, span: Span) -> FileIO:
         opened.append(span.path)
         return original(self, span)
 
-    monkeypatch.setattr(same_bytes.ByteComparison, "_open", opening)
+    monkeypatch.setattr(byte_comparison.ByteComparison, "_open", opening)
     cli("diff", "a.safetensors", "b.pth")
     assert len(opened) == 2
 
@@ -598,13 +598,13 @@ def test_views_of_one_another_are_not_read_without_end(cli: Cli, folder: Path) -
 def test_a_file_that_changes_meanwhile_is_an_error(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a.pth", "b.pth"):
         torch.save({"w": torch.zeros(4)}, name)
-    original = same_bytes.ByteComparison.same
+    original = byte_comparison.ByteComparison.same
 
     def same(self: Any, *args: Any) -> bool:
         torch.save({"w": torch.zeros(9)}, "b.pth")
         return original(self, *args)
 
-    monkeypatch.setattr(same_bytes.ByteComparison, "same", same)
+    monkeypatch.setattr(byte_comparison.ByteComparison, "same", same)
     assert "changed while it was being read" in cli("diff", "a.pth", "b.pth", code=4).err
 
 

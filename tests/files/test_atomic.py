@@ -22,11 +22,11 @@ import pytest
 import torch
 
 from modelcli import checkpoints
-from modelcli.checkpoints.contents import Span
+from modelcli.checkpoints.sharded import writing as shards
+from modelcli.checkpoints.storage import Span
 from modelcli.cli import main
 from modelcli.errors import RequestError, SystemFailureError
 from modelcli.files import atomic
-from modelcli.writing import shards
 from tests import torture
 from tests.benchmarks.bench_writing import sparse_pth
 from tests.conftest import Cli

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from modelcli import checkpoints
-from modelcli.checkpoints import Span, pickles, trees, zip_directory
+from modelcli.checkpoints import Span
 from modelcli.checkpoints import record as records
+from modelcli.checkpoints.torch_pickle import pickles, trees
+from modelcli.checkpoints.zip_archives import directory as zip_directory
 from modelcli.model import json_form
 from modelcli.model.blueprint import from_keys
 from modelcli.model.tensors import TensorInfo

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 from modelcli import checkpoints
-from modelcli.checkpoints.contents import Span
+from modelcli.checkpoints.storage import Span
 from modelcli.language.references import Source
 from modelcli.live import sources
 from modelcli.live.opening import open_live

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from modelcli import checkpoints
-from modelcli.checkpoints.contents import JoinedSpan, Span, Storage, TensorEntry, identity_of
-from modelcli.checkpoints.resolved import resolved
+from modelcli.checkpoints.entries import TensorEntry
+from modelcli.checkpoints.storage import JoinedSpan, Span, Storage, identity_of
+from modelcli.checkpoints.torch_pickle.conj_and_neg import resolved
 from modelcli.errors import FileFormatError
 from modelcli.values import conversion, ordered_work, overflow
 from modelcli.values.conversion import Conversion, converted

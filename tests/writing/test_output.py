@@ -18,14 +18,18 @@ import safetensors.torch
 import torch
 
 from modelcli import checkpoints, writing
-from modelcli.checkpoints import zip_directory
-from modelcli.checkpoints.contents import Span, identity_of
+from modelcli.checkpoints.layout import LARGE, PAGE, Bytes, place_like
+from modelcli.checkpoints.safetensors import writing as safetensors_writing
+from modelcli.checkpoints.storage import Span, identity_of
+from modelcli.checkpoints.torch_pickle import writing as torch_zip
+from modelcli.checkpoints.zip_archives import directory as zip_directory
+from modelcli.checkpoints.zip_archives import layout as zip_layout
 from modelcli.errors import FileFormatError, ModelcliError, SystemFailureError
 from modelcli.language.references import Source
 from modelcli.live.opening import open_live
 from modelcli.live.planning import plan
-from modelcli.writing import Care, Plan, PlannedTensor, output, torch_zip, zip_layout
-from modelcli.writing.output import LARGE, PAGE, Output, place_like
+from modelcli.writing import Care, Plan, PlannedTensor, output
+from modelcli.writing.output import Output
 from tests.conftest import Cli
 
 DATA = bytes(range(256)) * 8192  # 2 MiB
@@ -193,16 +197,16 @@ def test_a_source_of_the_first_shard_that_changes_while_the_last_is_written(
 ) -> None:
     torch.save({f"w{number}": torch.randn(500) for number in range(4)}, "in.pth")
     cli("save", "many/", "-m", "in.pth", "--max-shard-size", "2000")
-    original = writing.safetensors.Layout.write
+    original = safetensors_writing.Layout.write
     written = []
 
-    def late(layout: writing.safetensors.Layout, out: Output) -> None:
+    def late(layout: safetensors_writing.Layout, out: Output) -> None:
         original(layout, out)
         written.append(layout)
         if len(written) == 4:
             os.utime("many/model-00001-of-00004.safetensors", ns=(1, 1))
 
-    monkeypatch.setattr(writing.safetensors.Layout, "write", late)
+    monkeypatch.setattr(safetensors_writing.Layout, "write", late)
     error = cli("save", "again/", "-m", "./many", "--max-shard-size", "2000", code=4).err
     assert "model-00001-of-00004.safetensors changed while it was being read" in error
     assert not Path("again").exists()
@@ -402,7 +406,7 @@ def test_a_report_for_a_progress_bar(folder: Path, tmp_path: Path) -> None:
 
 
 def test_sources_that_give_other_bytes_than_they_say(tmp_path: Path) -> None:
-    class Short(zip_layout.Bytes):
+    class Short(Bytes):
         def chunks(self) -> Iterator[bytes]:
             yield self.data[:-4]
 

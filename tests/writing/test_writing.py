@@ -27,8 +27,11 @@ from torch import nn
 from modelcli import checkpoints, writing
 from modelcli.checkpoints import Contents
 from modelcli.checkpoints import record as records
-from modelcli.checkpoints.pickles import Global, Opaque
 from modelcli.checkpoints.record import Record
+from modelcli.checkpoints.torch_pickle import pickling
+from modelcli.checkpoints.torch_pickle import writing as torch_zip
+from modelcli.checkpoints.torch_pickle.pickles import Global, Opaque
+from modelcli.checkpoints.zip_archives import layout as zip_layout
 from modelcli.errors import ModelcliError, RequestError, SystemFailureError
 from modelcli.files import atomic
 from modelcli.language.references import Source
@@ -37,7 +40,7 @@ from modelcli.live.planning import plan
 from modelcli.live.sources import Value
 from modelcli.model.blueprint import Blueprint, ModuleInfo
 from modelcli.model.tensors import TensorInfo
-from modelcli.writing import Care, Plan, PlannedTensor, pickling, torch_zip, zip_layout
+from modelcli.writing import Care, Plan, PlannedTensor
 from tests.benchmarks.bench_writing import sparse_pth
 from tests.checkpoints.test_checkpoints import (
     DTYPES,

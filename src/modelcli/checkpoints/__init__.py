@@ -5,8 +5,11 @@ from __future__ import annotations
 import stat
 from pathlib import Path
 
-from modelcli.checkpoints import folders, kinds
-from modelcli.checkpoints.contents import CompositeEntry, Contents, Span, Storage, TensorEntry
+from modelcli.checkpoints import unknown_files
+from modelcli.checkpoints.contents import Contents
+from modelcli.checkpoints.entries import CompositeEntry, TensorEntry
+from modelcli.checkpoints.sharded import reading as folders
+from modelcli.checkpoints.storage import Span, Storage
 from modelcli.errors import FileFormatError, RequestError, SystemFailureError
 
 __all__ = ["CompositeEntry", "Contents", "Span", "Storage", "TensorEntry", "accounts_beside", "read"]
@@ -35,7 +38,7 @@ def read(path: Path, *, key: str | None = None) -> Contents:
         _refuse_key(key, path, "an index of shards")
         return folders.read(path, _read_file)
     if path.name == folders.METADATA:
-        from modelcli.checkpoints import distributed
+        from modelcli.checkpoints.distributed import reading as distributed
 
         return distributed.read(path, key)
     return _read_file(path, key)
@@ -72,7 +75,7 @@ def _read_by_content(path: Path, key: str | None) -> Contents:
             raise RequestError(f"{path} is a device or a pipe, and a checkpoint is a file")
         size = status.st_size
         with path.open("rb") as file:
-            head = file.read(kinds.HEAD_BYTES)
+            head = file.read(unknown_files.HEAD_BYTES)
             file.seek(max(size - _ZIP_END, 0))
             end = file.read(_ZIP_END)
     except OSError as error:
@@ -81,32 +84,33 @@ def _read_by_content(path: Path, key: str | None) -> Contents:
         raise FileFormatError(f"{path} is empty", "the program that wrote it may have been interrupted")
     # Each reader is imported for its own files alone: a look at one of another format need not pay for it.
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
-        from modelcli.checkpoints import torch_zip
+        from modelcli.checkpoints.torch_pickle import zip_format
 
         _refuse_second_format(path, head, end, is_zip=True)
-        return torch_zip.read(path, key)
-    from modelcli.checkpoints import safetensors
+        return zip_format.read(path, key)
+    from modelcli.checkpoints.safetensors import reading as safetensors
 
     if safetensors.looks_like(head, size):
         _refuse_second_format(path, head, end, is_zip=False)
         _refuse_key(key, path, "a safetensors file")
         return safetensors.read(path)
-    from modelcli.checkpoints import plain_pickle, torch_legacy
+    from modelcli.checkpoints.plain_pickle import reading as plain_pickle
+    from modelcli.checkpoints.torch_pickle import legacy_format
 
-    if torch_legacy.looks_like(head):
+    if legacy_format.looks_like(head):
         _refuse_second_format(path, head, end, is_zip=False)
-        return torch_legacy.read(path, key)
+        return legacy_format.read(path, key)
     if plain_pickle.looks_like(head):
         return plain_pickle.read(path, key)
-    if kind := kinds.name(head):
+    if kind := unknown_files.name(head):
         raise FileFormatError(f"{path} is {kind.name}", kind.hint)
-    what, hint = kinds.unknown(head)
+    what, hint = unknown_files.unknown(head)
     raise FileFormatError(f"{path} {what}", hint)
 
 
 def _refuse_second_format(path: Path, head: bytes, end: bytes, *, is_zip: bool) -> None:
     """Programs differ in where they look first: a file of two formats is two files, and one would be hidden."""
-    if kinds.is_tar(head):
+    if unknown_files.is_tar(head):
         raise FileFormatError(
             f"{path} is a tar archive and a checkpoint at once", "ask whoever made it for one of the two"
         )

@@ -10,15 +10,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from modelcli.checkpoints import composites, embedded, inner, limits, shapes, strict_json, trees
-from modelcli.checkpoints.contents import CompositeEntry, Contents, Storage, TensorEntry
-from modelcli.checkpoints.pickles import Global, Opaque
+from modelcli.checkpoints import limits, shapes, strict_json
+from modelcli.checkpoints.contents import Contents
+from modelcli.checkpoints.entries import CompositeEntry, TensorEntry
+from modelcli.checkpoints.storage import Storage
+from modelcli.checkpoints.torch_pickle import composite_tensors, embedded, nested_tensors, trees
+from modelcli.checkpoints.torch_pickle.pickles import Global, Opaque
 from modelcli.errors import FileFormatError, RequestError
 from modelcli.model.dtypes import ITEM_BYTES
 from modelcli.model.tensors import Kind
 
 if TYPE_CHECKING:
-    from modelcli.checkpoints.torch_zip import Archive
+    from modelcli.checkpoints.torch_pickle.zip_format import Archive
 
 #: The formats of what is read here: all that can be kept of such a file are its tensors.
 FORMATS = frozenset({"jit", "pt2"})
@@ -87,15 +90,17 @@ def read_torchscript(archive: Archive, file: BinaryIO) -> Contents:
         children = []
         for name, value in module.state.items():
             pickled.budget.spend(limits.ENTRY + len(prefix) + len(str(name)))
-            if composites.is_tensor(value) and (parameters is None or name in parameters or name in (buffers or ())):
+            if composite_tensors.is_tensor(value) and (
+                parameters is None or name in parameters or name in (buffers or ())
+            ):
                 where = f"{archive.path}: {prefix}{name}"
                 is_plain = isinstance(value, TensorEntry)
-                tensors[prefix + name] = value if is_plain else composites.entry_of(value, where, pickled.budget)
+                tensors[prefix + name] = value if is_plain else composite_tensors.entry_of(value, where, pickled.budget)
                 if parameters is not None:
                     kinds[prefix + name] = "parameter" if name in parameters else "buffer"
             elif _is_object(value) and id(value) not in above:
                 children.append((value, f"{prefix}{name}.", (*above, id(module))))
-            elif not _is_object(value) and inner.may_hold_tensors(_without_tag(value), pickled.budget):
+            elif not _is_object(value) and nested_tensors.may_hold_tensors(_without_tag(value), pickled.budget):
                 hidden.append(prefix + name)
         stack += reversed(children)
     if archive.has_any("constants/"):
@@ -206,7 +211,7 @@ def _constants_in(archive: Archive) -> Iterator[bool]:
     for name, entry in archive.entries.items():
         if name.endswith(("serialized_constants.pt", "constants/model.pt")) and entry.stored:
             pickled = embedded.read(embedded.Place(archive.path, entry.offset, entry.nbytes, archive.identity, name))
-            yield inner.may_hold_tensors(pickled.value, pickled.budget)
+            yield nested_tensors.may_hold_tensors(pickled.value, pickled.budget)
         elif name.endswith("serialized_constants.pt") or "/constants/" in f"/{name}":
             yield not name.endswith(".json")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from modelcli.checkpoints import limits, strict_json
 from modelcli.checkpoints import record as records
-from modelcli.checkpoints.contents import CompositeEntry, TensorEntry
+from modelcli.checkpoints.entries import CompositeEntry, TensorEntry
 from modelcli.model.blueprint import ModuleInfo
 
 #: What safetensors' `__metadata__`, or that of an index, says by these names is about the file. A tied tensor that is

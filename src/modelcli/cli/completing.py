@@ -129,7 +129,7 @@ def columns(_ctx: typer.Context, _incomplete: str) -> Iterable[str]:
 def keys(ctx: typer.Context, _incomplete: str) -> Iterable[str]:
     """The state dicts in the training checkpoint at hand."""
     from modelcli import checkpoints
-    from modelcli.checkpoints import state_dicts
+    from modelcli.checkpoints.torch_pickle import state_dicts
     from modelcli.language.references import CheckpointFile
 
     files = [target.source.reference() for target in _targets(ctx)]

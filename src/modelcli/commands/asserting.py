@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from modelcli import checkpoints, commands
-from modelcli.checkpoints.contents import CompositeEntry, foreign_names
+from modelcli.checkpoints.contents import foreign_names
+from modelcli.checkpoints.entries import CompositeEntry
 from modelcli.commands import Look, Target, comparing
 from modelcli.commands.comparing import Progress, Scope
 from modelcli.commands.differences import TensorChange

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from modelcli import checkpoints
-from modelcli.checkpoints import CompositeEntry, TensorEntry, forms
+from modelcli.checkpoints import CompositeEntry, TensorEntry
+from modelcli.checkpoints.byte_comparison import ByteComparison, lie_alike, nbytes_of
 from modelcli.checkpoints.limits import Budget
-from modelcli.checkpoints.same_bytes import ByteComparison, lie_alike, nbytes_of
+from modelcli.checkpoints.torch_pickle import value_digests
 from modelcli.commands import Look, Target, differences, look, stdout_is_for_data
 from modelcli.commands.differences import Comparison, TensorChange
 from modelcli.errors import RequestError
@@ -201,10 +202,10 @@ def _extra_changes(
             if any(tensor.startswith(f"{name}[") for tensor in tensors):
                 continue  # the tensors in it are added or removed
             change: Literal["added", "removed"] = "removed" if name in before else "added"
-            left, right = (forms.brief(side[name]) if name in side else None for side in (before, after))
+            left, right = (value_digests.brief(side[name]) if name in side else None for side in (before, after))
             yield TensorChange(name, change, left, right)
-        elif values and forms.form_of(before[name]) != forms.form_of(after[name]):
-            yield TensorChange(name, "values", forms.brief(before[name]), forms.brief(after[name]))
+        elif values and value_digests.form_of(before[name]) != value_digests.form_of(after[name]):
+            yield TensorChange(name, "values", value_digests.brief(before[name]), value_digests.brief(after[name]))
 
 
 @dataclass

@@ -20,7 +20,8 @@ from modelcli.model.wrapper_prefixes import Unwrapping
 from modelcli.wording import listed
 
 if TYPE_CHECKING:
-    from modelcli.checkpoints.contents import Contents, FileId
+    from modelcli.checkpoints.contents import Contents
+    from modelcli.checkpoints.storage import FileId
     from modelcli.live.check import Check
     from modelcli.live.opening import Live
     from modelcli.live.scripting import Script
@@ -281,7 +282,7 @@ def _write(live: Live, outcome: Outcome, out: Path, how: Writing) -> Outcome:
 
 def _beside(written: Written) -> list[str]:
     """Which other checkpoint a folder holds beside the one that was written: a command has to say which it means."""
-    from modelcli.writing import shards
+    from modelcli.checkpoints.sharded import writing as shards
 
     if written.format != "folder" or not (others := shards.other_indexes(written.path)):
         return []
@@ -303,7 +304,7 @@ def _files_of(contents: Contents) -> frozenset[FileId]:
 
 def _around(live: Live, *, kept: bool) -> list[str]:
     """What became of the rest of a training checkpoint, and what of it no longer fits."""
-    from modelcli.checkpoints import state_dicts
+    from modelcli.checkpoints.torch_pickle import state_dicts
     from modelcli.live import training_state
 
     contents = live.contents

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from modelcli.checkpoints import CompositeEntry, TensorEntry
-from modelcli.checkpoints.contents import info_of
-from modelcli.checkpoints.inner import tensors_within
+from modelcli.checkpoints.entries import info_of
 from modelcli.checkpoints.limits import Budget
+from modelcli.checkpoints.torch_pickle.nested_tensors import tensors_within
 from modelcli.errors import ModelcliError
 from modelcli.live import composites
 from modelcli.live.inert import inert_of

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from modelcli.checkpoints import CompositeEntry, TensorEntry
-from modelcli.checkpoints.composites import class_of, entry_of, quantized_bytes
-from modelcli.checkpoints.contents import FileId, Windows
 from modelcli.checkpoints.limits import Budget
-from modelcli.checkpoints.pickles import Global, Opaque, OrderedDict, StorageRef
+from modelcli.checkpoints.storage import FileId, Windows
+from modelcli.checkpoints.torch_pickle.composite_tensors import class_of, entry_of, quantized_bytes
+from modelcli.checkpoints.torch_pickle.pickles import Global, Opaque, OrderedDict, StorageRef
 from modelcli.errors import FileFormatError, RequestError
 from modelcli.live.sources import Value, dtype_of, real_storage
 from modelcli.writing import PlannedStorage, PlannedTensor

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from modelcli.checkpoints.contents import info_of
+from modelcli.checkpoints.entries import info_of
 from modelcli.live import apart, composites
 from modelcli.live.build import Bare
 from modelcli.live.sources import flag_of, is_composite, is_lazy

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from modelcli.checkpoints import CompositeEntry, TensorEntry
-from modelcli.checkpoints.pickles import Global, Opaque, OrderedDict, StorageRef
+from modelcli.checkpoints.torch_pickle.pickles import Global, Opaque, OrderedDict, StorageRef
 from modelcli.errors import RequestError
 from modelcli.live import composites
 from modelcli.live.sources import is_composite

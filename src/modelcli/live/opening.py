@@ -12,11 +12,13 @@ import torch
 from torch import nn
 
 from modelcli import checkpoints
-from modelcli.checkpoints import Contents, inert_objects, programs
+from modelcli.checkpoints import Contents, programs
 from modelcli.checkpoints import record as records
-from modelcli.checkpoints.composites import class_of
-from modelcli.checkpoints.contents import CompositeEntry, foreign_names
+from modelcli.checkpoints.contents import foreign_names
+from modelcli.checkpoints.entries import CompositeEntry
 from modelcli.checkpoints.record import Record
+from modelcli.checkpoints.torch_pickle import inert_objects
+from modelcli.checkpoints.torch_pickle.composite_tensors import class_of
 from modelcli.edits import Edit
 from modelcli.edits import parse as parse_edit
 from modelcli.edits.extract import Extract

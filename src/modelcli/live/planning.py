@@ -13,8 +13,8 @@ import torch
 from modelcli import writing
 from modelcli.checkpoints import CompositeEntry, shapes
 from modelcli.checkpoints import record as records
-from modelcli.checkpoints.pickles import Global, Opaque
 from modelcli.checkpoints.record import Record
+from modelcli.checkpoints.torch_pickle.pickles import Global, Opaque
 from modelcli.edits.extract import Extract
 from modelcli.errors import RequestError
 from modelcli.language.references import PythonObject

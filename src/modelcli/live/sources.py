@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from modelcli.checkpoints import Span, Storage
-from modelcli.checkpoints.contents import MOST_READ, FileId, ReadAhead, Windows
 from modelcli.checkpoints.limits import Budget
+from modelcli.checkpoints.storage import MOST_READ, FileId, ReadAhead, Windows
 from modelcli.errors import ModelcliError, RequestError
 
 CHUNK = 8 * 1024 * 1024

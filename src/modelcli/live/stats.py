@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from modelcli.checkpoints import CompositeEntry, Contents, TensorEntry
-from modelcli.checkpoints.same_bytes import numbers_of
+from modelcli.checkpoints.byte_comparison import numbers_of
 from modelcli.live import apart, loading
 from modelcli.live.opening import Live
 from modelcli.live.sources import (

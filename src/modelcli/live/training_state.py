@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from modelcli.checkpoints import Contents
-from modelcli.checkpoints.contents import CompositeEntry, TensorEntry
+from modelcli.checkpoints.entries import CompositeEntry, TensorEntry
 from modelcli.language.quoting import quoted
 from modelcli.live.sources import is_lazy, named_tensors
 from modelcli.model.blueprint import Blueprint

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from modelcli.checkpoints.contents import FileId, Storage, Windows, gathered
+from modelcli.checkpoints.storage import FileId, Storage, Windows, gathered
 from modelcli.model.dtypes import ITEM_BYTES
 from modelcli.values.ordered_work import in_order
 

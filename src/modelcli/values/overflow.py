@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from modelcli.checkpoints.contents import Storage, TensorEntry
+from modelcli.checkpoints.entries import TensorEntry
+from modelcli.checkpoints.storage import Storage
 from modelcli.model.dtypes import ITEM_BYTES
 from modelcli.values.conversion import Conversion
 from modelcli.wording import counted

@@ -17,8 +17,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from modelcli.checkpoints.contents import FileId, Span, Storage, TensorEntry, require_unchanged
+from modelcli.checkpoints.entries import TensorEntry
 from modelcli.checkpoints.shapes import extent
+from modelcli.checkpoints.storage import FileId, Span, Storage, require_unchanged
 from modelcli.errors import FileFormatError, SystemFailureError
 from modelcli.model.dtypes import ITEM_BYTES
 from modelcli.values.dtypes import Array, numpy_dtype

@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from modelcli.checkpoints.contents import FileId, require_unchanged
+from modelcli.checkpoints.plan import Plan, PlannedStorage, PlannedTensor, Source, Written
+from modelcli.checkpoints.safetensors import writing as safetensors
+from modelcli.checkpoints.sharded import writing as shards
+from modelcli.checkpoints.sharded.writing import DEFAULT_SIZE
+from modelcli.checkpoints.storage import FileId, require_unchanged
+from modelcli.checkpoints.torch_pickle import writing as torch_zip
 from modelcli.errors import RequestError, SystemFailureError
 from modelcli.files import atomic
-from modelcli.writing import safetensors, shards, torch_zip
 from modelcli.writing.output import Output, Report, checksums_in
-from modelcli.writing.plan import Plan, PlannedStorage, PlannedTensor, Source, Written
-from modelcli.writing.shards import DEFAULT_SIZE
 
 __all__ = [
     "DEFAULT_SIZE",

@@ -10,18 +10,15 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import BinaryIO, Self
 
-from modelcli.checkpoints import zip_directory
-from modelcli.checkpoints.contents import CHUNK, FileId, Span, require_unchanged
+from modelcli.checkpoints.layout import LARGE, PAGE
+from modelcli.checkpoints.plan import Source
+from modelcli.checkpoints.storage import CHUNK, FileId, Span, require_unchanged
+from modelcli.checkpoints.zip_archives import directory as zip_directory
 from modelcli.errors import FileFormatError, SystemFailureError
-from modelcli.writing.plan import Source
 
 #: Told how many bytes are done, how many there will be, and what is being done: they are written, or read back.
 Report = Callable[[int, int, str], None]
 
-#: Offsets in two files that are equal modulo this are copied fastest, and shared where a file system can share blocks.
-PAGE = 4096
-#: Spans from here on are worth a place that suits them.
-LARGE = 256 * 1024
 #: So much is copied at a time: a whole number of pages, few enough for a progress bar to move.
 _STEP = 64 * 1024 * 1024
 _OPEN_FILES = 32
@@ -253,13 +250,3 @@ def _pread(handle: int, nbytes: int, offset: int) -> bytes:
         return os.pread(handle, nbytes, offset)
     os.lseek(handle, offset, os.SEEK_SET)
     return os.read(handle, nbytes)
-
-
-def place_like(source: Source, at_least: int, alignment: int) -> int:
-    """Where to put a source: on a multiple of `alignment`, and of a large span where its own file has it in a page."""
-    if isinstance(source, Span) and source.nbytes >= LARGE and source.offset % alignment == 0:
-        return at_least + (source.offset - at_least) % PAGE
-    return at_least + -at_least % alignment
-
-
-__all__ = ["LARGE", "PAGE", "Output", "Report", "checksums_in", "place_like"]

@@ -15,7 +15,7 @@ from torch import nn
 from modelcli import checkpoints, writing
 from modelcli import edits as edit_lines
 from modelcli.checkpoints import CompositeEntry, Contents
-from modelcli.checkpoints.contents import Span
+from modelcli.checkpoints.storage import Span
 from modelcli.edits import Edit
 from modelcli.edits.init import Init
 from modelcli.edits.replace import Replace

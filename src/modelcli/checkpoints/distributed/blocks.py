@@ -1,0 +1,78 @@
+"""Tensors whose parts are boxes of any kind: columns, or the blocks of a two-dimensional mesh of processes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from modelcli.checkpoints import shapes
+from modelcli.checkpoints.storage import CHUNK, FileId, Storage, Windows
+from modelcli.model.tensors import Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A part of a tensor: `sizes` elements along each dimension, from `offsets`; `storage` has them row-major."""
+
+    offsets: Shape
+    sizes: Shape
+    storage: Storage
+
+
+@dataclass(frozen=True, slots=True)
+class Boxes:
+    """The bytes of a row-major tensor of `shape` that boxes make up exactly; an element takes `item` bytes.
+
+    They are put together in memory, as `torch.distributed.checkpoint.load` does: these are the `nbytes` from `start`.
+    """
+
+    shape: Shape
+    item: int
+    boxes: tuple[Box, ...]
+    start: int
+    nbytes: int
+
+    def files(self) -> Iterable[FileId]:
+        return {file for box in self.boxes for file in box.storage.files()}
+
+    def chunks(self) -> Iterator[bytes]:
+        whole = self.mapped()
+        for start in range(0, self.nbytes, CHUNK):
+            yield bytes(whole[start : start + CHUNK])
+
+    def bytes(self) -> bytes:
+        return bytes(self.mapped())
+
+    def mapped(self, _windows: Windows | None = None) -> memoryview:
+        """A copy. Only the boxes that have some of these bytes are read."""
+        made = memoryview(bytearray(self.nbytes))
+        stop = self.start + self.nbytes
+        for box in self.boxes:
+            found: memoryview | None = None
+            for here, there, length in self._runs(box):
+                first, last = max(there, self.start), min(there + length, stop)
+                if first < last:
+                    found = box.storage.mapped() if found is None else found
+                    made[first - self.start : last - self.start] = found[here + first - there : here + last - there]
+        return made
+
+    def part(self, start: int, nbytes: int) -> Boxes:
+        return Boxes(self.shape, self.item, self.boxes, self.start + start, nbytes)
+
+    def _runs(self, box: Box) -> Iterator[tuple[int, int, int]]:
+        """The longest runs of a box that lie in one piece: where in it, where in the tensor, how many bytes."""
+        # Behind the last dimension that is cut, all that a box has lies together.
+        cut = max((axis for axis, size in enumerate(box.sizes) if size != self.shape[axis]), default=0)
+        steps = shapes.row_major(self.shape)
+        length = prod(box.sizes[cut:]) * self.item
+        first = sum(offset * step for offset, step in zip(box.offsets, steps, strict=True)) * self.item
+        indices = itertools.product(*(range(size) for size in box.sizes[:cut]))
+        for number, index in enumerate(indices):
+            yield number * length, first + sum(map(int.__mul__, index, steps)) * self.item, length
+
+
+def storage_of(shape: Shape, item: int, boxes: Sequence[Box]) -> Boxes:
+    """The bytes of a whole tensor."""
+    return Boxes(shape, item, tuple(boxes), 0, prod(shape) * item)

@@ -1,0 +1,70 @@
+"""A file as it will be, worked out before a byte of it is written: where each source of bytes goes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from modelcli.checkpoints.plan import Source
+from modelcli.checkpoints.storage import FileId, Span
+
+#: Offsets in two files that are equal modulo this are copied fastest, and shared where a file system can share blocks.
+PAGE = 4096
+#: Spans from here on are worth a place that suits them.
+LARGE = 256 * 1024
+
+
+class Output(Protocol):
+    """The file that a layout writes into, any part of it at any time."""
+
+    def write(self, offset: int, data: bytes | memoryview) -> None:
+        """Write bytes at an offset."""
+        ...
+
+    def put(self, offset: int, source: Source) -> None:
+        """Write all bytes of a source at an offset."""
+        ...
+
+    def put_with_checksum(self, offset: int, source: Source) -> int:
+        """Write all bytes of a source at an offset, and give their CRC-32."""
+        ...
+
+
+class Layout(Protocol):
+    """One file as it will be, `nbytes` long."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def parts(self) -> Iterable[tuple[int, Source]]:
+        """Where the bytes of each source will be: what `--verify` reads back and compares."""
+        ...
+
+    def write(self, output: Output) -> None:
+        """Write the whole file."""
+        ...
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """A source that is in memory already."""
+
+    data: bytes
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.data)
+
+    def files(self) -> Iterable[FileId]:
+        return ()
+
+    def chunks(self) -> Iterator[bytes]:
+        yield self.data
+
+
+def place_like(source: Source, at_least: int, alignment: int) -> int:
+    """Where to put a source: on a multiple of `alignment`, and of a large span where its own file has it in a page."""
+    if isinstance(source, Span) and source.nbytes >= LARGE and source.offset % alignment == 0:
+        return at_least + (source.offset - at_least) % PAGE
+    return at_least + -at_least % alignment

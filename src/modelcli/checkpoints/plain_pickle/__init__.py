@@ -1,0 +1,1 @@
+"""Pickles that `torch.save` did not write."""

@@ -1,0 +1,143 @@
+"""safetensors: eight bytes with the length of a JSON header, the header, then the tensors' bytes without a hole."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from modelcli.checkpoints import limits, record_reading, shapes, strict_json
+from modelcli.checkpoints import record as records
+from modelcli.checkpoints.contents import Contents
+from modelcli.checkpoints.entries import CompositeEntry, TensorEntry
+from modelcli.checkpoints.storage import Span, identity_of
+from modelcli.errors import FileFormatError, SystemFailureError
+from modelcli.model.dtypes import ITEM_BYTES
+from modelcli.model.tensors import Shape
+
+#: torch's dtype for each of the format's.
+DTYPES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+    "I16": "int16",
+    "U16": "uint16",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I32": "int32",
+    "U32": "uint32",
+    "F32": "float32",
+    "I64": "int64",
+    "U64": "uint64",
+    "F64": "float64",
+    "C64": "complex64",
+}
+#: Those of fewer bits than a byte: a name, and the bits of an element. torch has a type for two `F4` in a byte.
+_SUB_BYTE = {"F4": ("float4_e2m1fn", 4), "F6_E2M3": ("float6_e2m3fn", 6), "F6_E3M2": ("float6_e3m2fn", 6)}
+PAIRS = "float4_e2m1fn_x2"
+
+
+def looks_like(head: bytes, size: int) -> bool:
+    """Whether a file with this start and size can be one: a plausible length, then a JSON object."""
+    return len(head) > 8 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] >= 2
+
+
+def read(path: Path) -> Contents:
+    """Read the header. Raises FileFormatError that names what breaks which of the format's rules."""
+    identity = identity_of(path)
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            limits.HEADER_BYTES.check(length, f"{path}: its header")
+            if 8 + length > identity[0]:
+                raise FileFormatError(f"{path} is cut off inside its header")
+            raw = file.read(length)
+    except OSError as error:
+        raise SystemFailureError(f"cannot read {path}: {error.strerror or error}") from None
+    try:
+        header = strict_json.loads(raw, f"{path}: its header")
+    except (ValueError, RecursionError) as error:
+        raise FileFormatError(f"{path}: the header is not what safetensors writes: {error}") from None
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise FileFormatError(f"{path}: __metadata__ in the header is not texts by name")
+    tensors: dict[str, TensorEntry | CompositeEntry] = {}
+    start, end = 8 + length, 0
+    limits.check_names(header, str(path))
+    for name, info in sorted(header.items(), key=lambda item: _begin(item[1])):
+        entry, begin, end_ = _entry(path, name, info, start, identity)
+        if begin != end:
+            raise FileFormatError(f"{path}: {name} starts at byte {begin:,}, the one before it ends at {end:,}")
+        end = end_
+        tensors[name] = entry
+    if start + end != identity[0]:
+        raise FileFormatError(f"{path}: the header tells of {start + end:,} bytes, the file has {identity[0]:,}")
+    record, notes = record_reading.record_in((metadata.pop(records.SAFETENSORS_KEY, None),), path)
+    aliases = record_reading.aliases_in(metadata, tensors, record)
+    ordered = {name: tensors[name] for name in header} | {name: tensors[first] for name, first in aliases.items()}
+    return Contents(
+        path=path,
+        format="safetensors",
+        tensors=record_reading.in_order_of(record, ordered),
+        record=record,
+        notes=(*notes, *_part_notes(path, metadata)),
+        texts={name: text for name, text in metadata.items() if name not in aliases},
+    )
+
+
+def _part_notes(path: Path, metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    """What there is to tell of a file of torch.distributed.checkpoint: its tensors may be parts of larger ones."""
+    if _SHARDING not in metadata:
+        return ()
+    return (f"{path.name} is what one process wrote of a torch.distributed.checkpoint: its tensors may be parts",)
+
+
+#: Where torch.distributed.checkpoint says which part of each tensor a file has.
+_SHARDING = "DCP_SHARDING_INFO"
+
+
+def _begin(info: Any) -> tuple[int, int]:
+    try:
+        return int(info["data_offsets"][0]), int(info["data_offsets"][1])
+    except (TypeError, KeyError, IndexError, ValueError, OverflowError):
+        return 0, 0
+
+
+def _entry(
+    path: Path, name: str, info: Any, start: int, identity: tuple[int, int, int]
+) -> tuple[TensorEntry | CompositeEntry, int, int]:
+    try:
+        code, shape = info["dtype"], shapes.shape(info["shape"], f"{path}: {name}")
+        begin, end = shapes.sizes(info["data_offsets"], f"{path}: the offsets of {name}")
+        dtype, bits = _SUB_BYTE[code] if code in _SUB_BYTE else (DTYPES[code], 8 * ITEM_BYTES[DTYPES[code]])
+    except (KeyError, TypeError, ValueError) as error:
+        raise FileFormatError(f"{path}: the header's entry for {name!r} is wrong: {error}") from None
+    nbytes, rest = divmod(prod(shape) * bits, 8)
+    if rest:
+        raise FileFormatError(f"{path}: {name} of shape {list(shape)} and dtype {code} ends inside a byte")
+    if end - begin != nbytes:
+        raise FileFormatError(
+            f"{path}: {name} of shape {list(shape)} needs {nbytes:,} bytes, the header gives it {end - begin:,}"
+        )
+    span = Span(path, start + begin, nbytes, identity)
+    entry: TensorEntry | CompositeEntry
+    if code not in _SUB_BYTE:
+        entry = _whole(shape, dtype, span)
+    elif code == "F4" and shape and shape[-1] % 2 == 0:
+        entry = _whole((*shape[:-1], shape[-1] // 2), PAIRS, span)
+    else:
+        entry = CompositeEntry(shape, dtype, "strided", (_whole((nbytes,), "uint8", span),), nbytes, made_by=None)
+    return entry, begin, end
+
+
+def _whole(shape: Shape, dtype: str, span: Span) -> TensorEntry:
+    """A tensor that is all of a span."""
+    return TensorEntry(shape, dtype, shapes.row_major(shape), 0, span)

@@ -1,0 +1,165 @@
+"""The writer of `.safetensors`: a JSON header, then each tensor's bytes, tied ones once."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modelcli.checkpoints import record as records
+from modelcli.checkpoints.layout import LARGE, PAGE, Bytes, Output
+from modelcli.checkpoints.plan import Plan, PlannedTensor, Source
+from modelcli.checkpoints.record_reading import RESERVED
+from modelcli.checkpoints.safetensors.reading import DTYPES, PAIRS
+from modelcli.checkpoints.storage import Span
+from modelcli.errors import RequestError, SystemFailureError
+from modelcli.model.dtypes import ITEM_BYTES
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {PAIRS: "F4"}
+#: From this size of all tensors on, they begin on a page: then a later edit copies them fastest.
+_ALIGNED_FROM = 1024 * 1024
+_INSTEAD = "write a .pth file"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A file as it will be: its header, and each run of bytes at its place behind it."""
+
+    header: bytes
+    runs: Sequence[tuple[int, Source]]
+    nbytes: int
+
+    def parts(self) -> Iterator[tuple[int, Source]]:
+        """Where the bytes of the header and of each source are."""
+        return iter([(0, Bytes(self.header)), *self.runs])
+
+    def write(self, output: Output) -> None:
+        output.write(0, self.header)
+        for offset, source in self.runs:
+            output.put(offset, source)
+
+
+def layout(plan: Plan) -> Layout:
+    """Lay a file out. Raises RequestError for what the format has no name for."""
+    return layout_of(unique(plan), texts_of(plan))
+
+
+def unique(plan: Plan) -> dict[str, PlannedTensor]:
+    """Each tensor under its first name, in the plan's order. Every one is the whole of its source, row-major."""
+    first = _first_names(plan)
+    return {name: tensor for name, tensor in plan.tensors.items() if first[name] == name}
+
+
+def _first_names(plan: Plan) -> dict[str, str]:
+    """The first name of each tensor: the format holds one that is tied once."""
+    first: dict[tuple[object, ...], str] = {}
+    return {
+        name: first.setdefault(tensor.view if tensor.source.nbytes else (name,), name)
+        for name, tensor in plan.tensors.items()
+    }
+
+
+def texts_of(plan: Plan) -> dict[str, str]:
+    """The `__metadata__`: what the source had, the other names of tied tensors as `save_model` has them, the record."""
+    return {"format": "pt", **aliases_of(plan), **plan.texts, records.SAFETENSORS_KEY: plan.record}
+
+
+def aliases_of(plan: Plan) -> dict[str, str]:
+    """The other names of tied tensors, each with the first one; those that mean something else are in the record."""
+    first = _first_names(plan)
+    return {name: other for name, other in first.items() if name != other and name not in RESERVED}
+
+
+def layout_of(tensors: Mapping[str, PlannedTensor], texts: Mapping[str, str]) -> Layout:
+    """Lay tensors out: the widest dtypes first, so that every one is aligned, and as they lie in their own files."""
+    files: dict[Path, int] = {}
+    order = {name: _rank(tensor, index, files) for index, (name, tensor) in enumerate(tensors.items())}
+    places: dict[str, int] = {}
+    body = 0
+    for name in sorted(tensors, key=order.__getitem__):
+        places[name] = body
+        body += tensors[name].source.nbytes
+    header: dict[str, Any] = {"__metadata__": dict(texts)}
+    for name, tensor in tensors.items():
+        if name in header:
+            raise RequestError(f"a tensor called {name} is none to safetensors, which has its texts there", _INSTEAD)
+        if tensor.dtype not in _NAMES:
+            raise RequestError(f"{name} is {tensor.dtype}, which safetensors has no name for", _INSTEAD)
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": _header_shape(name, tensor),
+            "data_offsets": [places[name], places[name] + tensor.source.nbytes],
+        }
+    try:
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError:
+        raise RequestError("a name in it is no valid text, which safetensors asks for", _INSTEAD) from None
+    runs = _runs(sorted((place, tensors[name].source) for name, place in places.items() if tensors[name].source.nbytes))
+    start = _start(8 + len(text), runs, body)
+    text += b" " * (start - 8 - len(text))
+    found = [(start + place, source) for place, source in runs]
+    return Layout(struct.pack("<Q", len(text)) + text, found, start + body)
+
+
+def _rank(tensor: PlannedTensor, index: int, files: dict[Path, int]) -> tuple[int, ...]:
+    """What decides a tensor's place: new ones come behind those that are copied, which stay as they lie."""
+    source = tensor.source
+    if isinstance(source, Span):
+        return -ITEM_BYTES[tensor.dtype], 0, files.setdefault(source.path, len(files)), source.offset
+    return -ITEM_BYTES[tensor.dtype], 1, index
+
+
+def _runs(parts: Sequence[tuple[int, Source]]) -> list[tuple[int, Source]]:
+    """Spans that lie one behind the other here and in their file, each such run as one span."""
+    found: list[tuple[int, Source]] = []
+    for place, source in parts:
+        if found and isinstance(source, Span):
+            first, last = found[-1]
+            if (
+                isinstance(last, Span)
+                and (last.path, last.identity) == (source.path, source.identity)
+                and (first + last.nbytes, last.offset + last.nbytes) == (place, source.offset)
+            ):
+                found[-1] = (first, Span(last.path, last.offset, last.nbytes + source.nbytes, last.identity))
+                continue
+        found.append((place, source))
+    return found
+
+
+def _start(at_least: int, runs: Sequence[tuple[int, Source]], body: int) -> int:
+    """Where the tensors begin: where the largest run lies in a page as it does in its own file, else on a boundary."""
+    spans = [(source.nbytes, -place, source) for place, source in runs if isinstance(source, Span)]
+    if spans:
+        nbytes, place, source = max(spans, key=lambda span: span[:2])
+        if nbytes >= LARGE and (source.offset + place) % 8 == 0:
+            return at_least + (source.offset + place - at_least) % PAGE
+    return at_least + -at_least % (PAGE if body >= _ALIGNED_FROM else 8)
+
+
+def _header_shape(name: str, tensor: PlannedTensor) -> list[int]:
+    """The shape, counted in elements: `float4_e2m1fn_x2` has two in each of torch's."""
+    if tensor.dtype != PAIRS:
+        return list(tensor.shape)
+    if not tensor.shape:
+        raise RequestError(f"{name} is {PAIRS} without a dimension, which safetensors cannot hold", _INSTEAD)
+    return [*tensor.shape[:-1], tensor.shape[-1] * 2]
+
+
+def verify_header(plan: Plan, path: Path) -> None:
+    """Let safetensors' own reader check the file."""
+    if read_back(path) != set(unique(plan)):
+        raise SystemFailureError("what was read back is not what was written; nothing was changed")
+
+
+def read_back(path: Path) -> set[str]:
+    """The names of a file's tensors, as safetensors' own reader finds them."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as reader:
+            return set(reader.keys())
+    except SafetensorError as error:
+        raise SystemFailureError(f"safetensors does not accept what was written: {error}") from None

@@ -1,0 +1,215 @@
+"""Archives of `torch.save` that lie whole inside a larger file, each read by itself."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Literal
+
+from modelcli.checkpoints import limits, shapes
+from modelcli.checkpoints.entries import CompositeEntry, TensorEntry
+from modelcli.checkpoints.safetensors import reading as safetensors
+from modelcli.checkpoints.storage import CHUNK, FileId, Identity, Span, Storage, Windows, require_unchanged
+from modelcli.checkpoints.torch_pickle import pickles, zip_format
+from modelcli.errors import FileFormatError, SystemFailureError, UnsafeError
+from modelcli.model.dtypes import ITEM_BYTES
+from modelcli.model.tensors import Shape
+from modelcli.wording import listed
+
+#: Elements of as many bytes as memoryview counts them.
+_FORMATS: Mapping[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an archive lies: `length` bytes of a file from `offset`. `name` is what it holds, for messages."""
+
+    path: Path
+    offset: int
+    length: int
+    identity: Identity
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.name}, at byte {self.offset:,}"
+
+
+def read(place: Place, budget: limits.Budget | None = None) -> pickles.Pickle:
+    """The value of an archive; no tensor's bytes are touched. `budget` is that of all the archives of a folder.
+
+    Raises FileFormatError where what lies there is no such archive.
+    """
+    require_unchanged(place.path, place.identity)
+    try:
+        with place.path.open("rb") as file:
+            file.seek(place.offset)
+            _expect_archive(place, file.read(min(64, place.length)))
+            archive = zip_format.archive_in(file, place.path, place.identity, str(place), place.offset, place.length)
+            return archive.pickled(file, budget)
+    except OSError as error:
+        raise SystemFailureError(f"cannot read {place.path}: {error.strerror or error}") from None
+
+
+def _expect_archive(place: Place, head: bytes) -> None:
+    if head.startswith(b"PK\x03\x04"):
+        return
+    raise FileFormatError(f"{place} is no archive that torch.save wrote: it starts with {head[:8]!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpan:
+    """The bytes of a tensor that is an archive by itself, row-major.
+
+    The archive is opened when the bytes are asked for; then FileFormatError is raised where it holds anything but
+    one tensor of this shape and dtype.
+    """
+
+    place: Place
+    shape: Shape
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * ITEM_BYTES[self.dtype]
+
+    def files(self) -> Iterable[FileId]:
+        return ((self.place.path, self.place.identity),)
+
+    def chunks(self) -> Iterator[bytes | memoryview]:
+        yield from self._located().chunks()
+
+    def bytes(self) -> bytes:
+        return self._located().bytes()
+
+    def mapped(self, windows: Windows | None = None) -> memoryview:
+        return self._located().mapped(windows)
+
+    def part(self, start: int, nbytes: int) -> Storage:
+        return self._located().part(start, nbytes)
+
+    def _located(self) -> Storage:
+        if (found := _in_safetensors(self.place)) is not None:
+            if (found.shape, found.dtype) != (self.shape, self.dtype):
+                raise self._is_another(found)
+            return found.storage
+        pickled = read(self.place)
+        tensor = pickled.value
+        if pickled.foreign:
+            raise UnsafeError(
+                f"{self.place} holds objects of {listed(pickled.foreign, 3)}; to load them would run code"
+            )
+        if not isinstance(tensor, TensorEntry) or not isinstance(record := tensor.storage, Span):
+            raise FileFormatError(f"{self.place} is no dense tensor")
+        if (tensor.shape, tensor.dtype) != (self.shape, self.dtype):
+            raise self._is_another(tensor)
+        item = ITEM_BYTES[self.dtype]
+        nbytes = shapes.extent(tensor.shape, tensor.stride) * item
+        span = Span(record.path, record.offset + tensor.offset * item, nbytes, record.identity)
+        axes = [axis for axis, size in enumerate(tensor.shape) if size != 1]
+        wanted = shapes.row_major(tensor.shape)
+        if 0 in tensor.shape or all(tensor.stride[axis] == wanted[axis] for axis in axes):
+            return span
+        if any(tensor.stride[axis] == 0 for axis in axes):
+            raise FileFormatError(f"{self.place} is an expanded tensor, and each element should be there by itself")
+        return _Reordered(span, tensor.shape, tensor.stride, item)
+
+    def _is_another(self, found: TensorEntry) -> FileFormatError:
+        return FileFormatError(
+            f"{self.place} is {found.dtype} {list(found.shape)}; it should be {self.dtype} {list(self.shape)}"
+        )
+
+
+def _in_safetensors(place: Place) -> TensorEntry | None:
+    """A tensor by its name, where the whole file of a rank is a safetensors file (SerializationFormat.SAFETENSORS).
+
+    Such a file's `.metadata` says nothing of where in it a tensor lies: the header of the file does.
+    """
+    require_unchanged(place.path, place.identity)
+    with place.path.open("rb") as file:
+        head = file.read(64)
+    if head.startswith(b"PK\x03\x04") or not safetensors.looks_like(head, place.identity[0]):
+        return None
+    entry = _header_of(place.path, place.identity).get(place.name)
+    if not isinstance(entry, TensorEntry):
+        raise FileFormatError(f"{place.path} has no dense tensor {place.name}, and the .metadata beside it says so")
+    return entry
+
+
+@functools.lru_cache(maxsize=4)
+def _header_of(path: Path, _identity: Identity) -> Mapping[str, TensorEntry | CompositeEntry]:
+    return safetensors.read(path).tensors
+
+
+@dataclass(frozen=True, slots=True)
+class _Reordered:
+    """The elements of a strided view, brought into row-major order in memory. `item` is an element's bytes."""
+
+    span: Span
+    shape: Shape
+    stride: Shape
+    item: int
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.item
+
+    def files(self) -> Iterable[FileId]:
+        return self.span.files()
+
+    def chunks(self) -> Iterator[bytes | memoryview]:
+        ordered = self.mapped()
+        for start in range(0, len(ordered), CHUNK):
+            yield bytes(ordered[start : start + CHUNK])
+
+    def bytes(self) -> bytes:
+        return bytes(self.mapped())
+
+    def part(self, start: int, nbytes: int) -> Storage:
+        return _Part(self, start, nbytes)
+
+    def mapped(self, windows: Windows | None = None) -> memoryview:
+        """A copy, made a slice of the longest axis at a time."""
+        unit = min(self.item, 8)
+        shape = (*self.shape, self.item // unit)
+        stride = (*(step * shape[-1] for step in self.stride), 1)
+        format_ = _FORMATS[unit]
+        found = self.span.mapped().cast(format_)
+        ordered = memoryview(bytearray(self.nbytes))
+        target, target_stride = ordered.cast(format_), shapes.row_major(shape)
+        longest = shape.index(max(shape))
+        count, step, target_step = shape[longest], stride[longest], target_stride[longest]
+        outer = [range(size) if axis != longest else range(1) for axis, size in enumerate(shape)]
+        for index in itertools.product(*outer):
+            here = sum(map(int.__mul__, index, stride))
+            there = sum(map(int.__mul__, index, target_stride))
+            values = found[here : here + (count - 1) * step + 1 : step]
+            target[there : there + (count - 1) * target_step + 1 : target_step] = values
+        return ordered
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A part of what has to be brought in order as a whole."""
+
+    whole: _Reordered
+    start: int
+    nbytes: int
+
+    def files(self) -> Iterable[FileId]:
+        return self.whole.files()
+
+    def chunks(self) -> Iterator[bytes | memoryview]:
+        yield self.bytes()
+
+    def bytes(self) -> bytes:
+        return bytes(self.mapped())
+
+    def mapped(self, windows: Windows | None = None) -> memoryview:
+        return self.whole.mapped()[self.start : self.start + self.nbytes]
+
+    def part(self, start: int, nbytes: int) -> Storage:
+        return _Part(self.whole, self.start + start, nbytes)

@@ -1,0 +1,128 @@
+"""The format of `torch.save` before 1.6: five pickles in a row, then the length and the bytes of each storage."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from modelcli.checkpoints import limits
+from modelcli.checkpoints.contents import Contents
+from modelcli.checkpoints.storage import Span, Storage, identity_of
+from modelcli.checkpoints.torch_pickle import pickles, trees
+from modelcli.errors import FileFormatError, SystemFailureError
+from modelcli.model.dtypes import ITEM_BYTES
+
+PROTOCOL = 1001
+_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+
+
+def looks_like(head: bytes) -> bool:
+    """Whether a file starts with the pickle of torch's magic number, from protocol 4 on behind the size of a frame."""
+    return head.startswith(b"\x80") and any(head.startswith(_MAGIC, place) for place in (2, 11))
+
+
+def read(path: Path, key: str | None) -> Contents:
+    """Read the pickles at the start, and find each storage behind them; no tensor's bytes are touched."""
+    try:
+        identity = identity_of(path)
+        with path.open("rb") as file:
+            stream = io.BytesIO(file.read(limits.PICKLE_BYTES.value))
+            cut = len(stream.getbuffer()) < identity[0]
+            beside = [pickles.read(stream, f"{path}: its start")]
+            beside.append(pickles.read(stream, f"{path}: its protocol"))
+            if beside[-1].value != PROTOCOL:
+                raise FileFormatError(f"{path} is in no format that torch.save wrote: it has no protocol {PROTOCOL}")
+            beside.append(pickles.read(stream, f"{path}: its account of the system"))
+            system = beside[-1].value
+            if isinstance(system, dict) and system.get("little_endian") is False:
+                raise FileFormatError(f"{path} was written on a big-endian machine", "load and save it with torch")
+            # Where a storage lies is known only behind the values that name its dtype: they are read twice.
+            start, dtypes = stream.tell(), _Dtypes(path, identity)
+            pickles.read(stream, f"{path}: its values", dtypes.span_of)
+            beside.append(pickles.read(stream, f"{path}: its list of storages"))
+            file.seek(stream.tell())
+            spans = _spans(path, file, beside[-1].value, dtypes.found, identity)
+    except OSError as error:
+        raise SystemFailureError(f"cannot read {path}: {error.strerror or error}") from None
+    except FileFormatError:
+        if cut and stream.tell() >= len(stream.getbuffer()):
+            raise limits.PICKLE_BYTES.exceeded(f"{path}: its values", "more than that") from None
+        raise
+
+    def span_of(storage: str, _dtype: str | None) -> Span:
+        if storage not in spans:
+            raise FileFormatError(f"{path} is damaged: storage {storage!r} is missing")
+        return spans[storage]
+
+    stream.seek(start)
+    pickled = pickles.read(stream, f"{path}: its values", span_of, exact=True)
+    # To load the file, each of its pickles is run: what any of them names counts.
+    names = (name for part in (*beside, pickled) for name in part.foreign)
+    return trees.contents_of(path, replace(pickled, foreign=tuple(dict.fromkeys(names))), key)
+
+
+def storage_in(data: bytes, where: str, held: Callable[[memoryview], Storage]) -> pickles.StorageRef | None:
+    """The one storage that a file of torch.save in memory holds, which is how a storage itself is pickled.
+
+    None where it is anything else.
+    """
+    if not looks_like(data[:32]):
+        return None
+    stream = io.BytesIO(data)
+    start = [pickles.read(stream, where) for _ in range(3)]
+    if start[1].value != PROTOCOL:
+        return None
+    if isinstance(start[2].value, dict) and start[2].value.get("little_endian") is False:
+        raise FileFormatError(f"{where} was written on a big-endian machine", "load and save it with torch")
+    dtypes = _Dtypes(Path(where), (0, 0, 0))
+    value = pickles.read(stream, where, dtypes.span_of)
+    order = pickles.read(stream, where).value
+    if not isinstance(value.value, pickles.StorageRef) or order != list(dtypes.found) or len(order) != 1:
+        return None
+    if any(part.foreign for part in (*start, value)) or value.value.offset:
+        return None
+    count = int.from_bytes(data[stream.tell() : stream.tell() + 8], "little")
+    rest = memoryview(data)[stream.tell() + 8 :]
+    if len(rest) != count * value.value.item or count != value.value.count:
+        raise FileFormatError(f"{where} is damaged: it states {count:,} elements, and {len(rest):,} bytes follow")
+    return replace(value.value, span=held(rest))
+
+
+class _Dtypes:
+    """The dtype of each storage, by its key; for its place stands one that holds anything."""
+
+    def __init__(self, path: Path, identity: tuple[int, int, int]) -> None:
+        self.anywhere = Span(path, 0, 2**63, identity)
+        self.found: dict[str, str | None] = {}
+
+    def span_of(self, key: str, dtype: str | None) -> Span:
+        self.found[key] = dtype
+        return self.anywhere
+
+
+def _spans(
+    path: Path,
+    file: io.BufferedReader,
+    order: Any,
+    dtypes: Mapping[str, str | None],
+    identity: tuple[int, int, int],
+) -> dict[str, Span]:
+    """Where each storage lies: a count of elements in eight bytes, then the elements."""
+    if not isinstance(order, list) or not all(isinstance(key, str) and key in dtypes for key in order):
+        raise FileFormatError(f"{path} is damaged: its list of storages does not fit its values")
+    if len(set(order)) < len(order):
+        raise FileFormatError(f"{path} is damaged: its list of storages names one twice")
+    spans = {}
+    for key in order:
+        count = file.read(8)
+        dtype = dtypes[key]
+        offset = file.tell()
+        nbytes = int.from_bytes(count, "little") * (ITEM_BYTES[dtype] if dtype else 1)
+        if len(count) < 8 or offset + nbytes > identity[0]:
+            raise FileFormatError(f"{path} is cut off: storage {key!r} ends behind the end of the file")
+        spans[key] = Span(path, offset, nbytes, identity)
+        file.seek(nbytes, io.SEEK_CUR)
+    return spans

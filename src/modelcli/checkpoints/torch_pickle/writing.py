@@ -1,0 +1,101 @@
+"""The writer of `.pth`: torch's zip format, stored records on 64-byte boundaries, valid CRC-32s."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modelcli.checkpoints import record as records
+from modelcli.checkpoints.entries import CompositeEntry
+from modelcli.checkpoints.layout import Bytes, Output
+from modelcli.checkpoints.plan import Plan, Source
+from modelcli.checkpoints.torch_pickle import pickling, state_dicts
+from modelcli.checkpoints.torch_pickle import zip_format as reader
+from modelcli.checkpoints.torch_pickle.pickles import OrderedDict
+from modelcli.checkpoints.zip_archives import layout as zip_layout
+from modelcli.checkpoints.zip_archives.layout import Placed
+from modelcli.errors import FileFormatError, SystemFailureError
+from modelcli.model.dtypes import ITEM_BYTES
+
+PREFIX = "archive"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """An archive as it will be: its records at their places."""
+
+    records: Sequence[Placed]
+
+    @property
+    def nbytes(self) -> int:
+        return zip_layout.size_of(self.records)
+
+    def parts(self) -> Iterator[tuple[int, Source]]:
+        """Where each source's bytes are."""
+        return ((record.offset, record.source) for record in self.records)
+
+    def write(self, output: Output) -> None:
+        """Write the archive; a record's header comes last, since it states the checksum of the bytes."""
+        checksums = []
+        for record in self.records:
+            checksums.append(output.put_with_checksum(record.offset, record.source))
+            output.write(record.header, record.local_header(checksums[-1]))
+        output.write(self.records[-1].end, zip_layout.directory(self.records, checksums))
+
+
+def layout(plan: Plan) -> Layout:
+    """Lay an archive out. The same plan gives the same bytes, whatever the file is called."""
+    storages: dict[tuple[Source, str | None], str] = {}
+
+    def storage_key(source: Source, dtype: str | None) -> tuple[str, int]:
+        # A record has one class: of tensors that read the same bytes as other dtypes, each class gets its own copy.
+        key = storages.setdefault((source, dtype), str(len(storages)))
+        return key, source.nbytes // (ITEM_BYTES[dtype] if dtype else 1)
+
+    data = pickling.dumps(_tree(plan), storage_key)
+    named: list[tuple[str, Source]] = [("data.pkl", Bytes(data)), ("byteorder", Bytes(b"little"))]
+    named += [(f"data/{key}", source) for (source, _), key in storages.items()]
+    named += [(records.ZIP_RECORD, Bytes(plan.record.encode())), ("version", Bytes(b"3\n"))]
+    return Layout(zip_layout.place([(f"{PREFIX}/{name}", source) for name, source in named]))
+
+
+def _tree(plan: Plan) -> Any:
+    """The state dict with its `_metadata`, in its place inside the training checkpoint where there is one."""
+    state_dict = OrderedDict(plan.entries)
+    metadata = OrderedDict(plan.metadata)
+    metadata[records.METADATA_KEY] = plan.record
+    state_dict.state = {"_metadata": metadata}
+    if plan.key is None:
+        return state_dict
+    return _with(plan.tree, plan.key, state_dict)
+
+
+def _with(tree: Any, key: tuple[str | int, ...], value: Any) -> Any:
+    """A tree with another value at the end of a path through its dicts and lists."""
+    if not key:
+        return value
+    if isinstance(tree, list | tuple):
+        return type(tree)(_with(item, key[1:], value) if place == key[0] else item for place, item in enumerate(tree))
+    changed = type(tree)(tree)
+    if isinstance(tree, OrderedDict):
+        changed.state = tree.state
+    changed[key[0]] = _with(tree[key[0]], key[1:], value)
+    return changed
+
+
+def verify_header(plan: Plan, path: Path) -> None:
+    """Read the archive's own account of itself back, and compare it with the plan."""
+    try:
+        contents = reader.read(path, state_dicts.key_of(plan.key) if plan.key else None)
+    except FileFormatError as error:
+        raise SystemFailureError(f"what was read back is damaged; nothing was changed: {error.message}") from None
+    found = {
+        name: (e.shape, e.dtype, e.stored_bytes if isinstance(e, CompositeEntry) else e.storage.nbytes)
+        for name, e in contents.tensors.items()
+    }
+    wanted = {name: (t.shape, t.dtype, t.source.nbytes) for name, t in plan.tensors.items()}
+    wanted |= {name: (e.shape, e.dtype, e.stored_bytes) for name, e in plan.composites.items()}
+    if found != wanted:
+        raise SystemFailureError(f"what was read back from {path.parent} is not what was written; nothing was changed")

@@ -1,0 +1,103 @@
+"""Where the records of a stored zip archive lie, worked out before a byte is written, and the headers that say so.
+
+The layout is that of PKWARE's APPNOTE.TXT, sections 4.3 (headers) and 4.5.3 (zip64).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from modelcli.checkpoints.layout import place_like
+from modelcli.checkpoints.plan import Source
+
+#: torch's own: tensors start there, so that they can be mapped.
+ALIGNMENT = 64
+
+_LOCAL = struct.Struct("<4s5H3L2H")
+_CENTRAL = struct.Struct("<4s6H3L5H2L")
+_END64 = struct.Struct("<4sQ2H2L4Q")
+_END64_LOCATOR = struct.Struct("<4sLQL")
+_END = struct.Struct("<4s4H2LH")
+_STORED, _DATE = 0, 0x21  # the first of January 1980
+_VERSION, _VERSION_64 = 20, 45
+#: From here on a size, an offset or a count takes the fields of zip64; the shorter ones are all ones then.
+ZIP64_FROM = 0xFFFF_FFFF
+_16, _32 = 0xFFFF, 0xFFFF_FFFF
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A record at its place: `header` is where its own header starts, `offset` where its bytes do."""
+
+    name: bytes
+    source: Source
+    header: int
+    offset: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.source.nbytes
+
+    @property
+    def _is_large(self) -> bool:
+        return self.source.nbytes >= ZIP64_FROM
+
+    def local_header(self, checksum: int) -> bytes:
+        """What stands before the bytes. Up to them it is filled with a field that readers skip, as torch does."""
+        nbytes = self.source.nbytes
+        extra = struct.pack("<2H2Q", 1, 16, nbytes, nbytes) if self._is_large else b""
+        padding = self.offset - self.header - _LOCAL.size - len(self.name) - len(extra) - 4
+        extra += b"FB" + struct.pack("<H", padding) + b"Z" * padding
+        size = _32 if self._is_large else nbytes
+        version = _VERSION_64 if self._is_large else _VERSION
+        fields = (b"PK\x03\x04", version, 0, _STORED, 0, _DATE, checksum, size, size, len(self.name), len(extra))
+        return _LOCAL.pack(*fields) + self.name + extra
+
+    def central_header(self, checksum: int) -> bytes:
+        """The record's entry in the directory."""
+        nbytes = self.source.nbytes
+        wide = [nbytes, nbytes] if self._is_large else []
+        if self.header >= ZIP64_FROM:
+            wide.append(self.header)
+        extra = struct.pack(f"<2H{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
+        size = _32 if self._is_large else nbytes
+        header = _32 if self.header >= ZIP64_FROM else self.header
+        version = _VERSION_64 if wide else _VERSION
+        fields = (b"PK\x01\x02", version, version, 0, _STORED, 0, _DATE, checksum, size, size)
+        return _CENTRAL.pack(*fields, len(self.name), len(extra), 0, 0, 0, 0, header) + self.name + extra
+
+
+def place(records: Sequence[tuple[str, Source]]) -> list[Placed]:
+    """Records one behind the other, each on a boundary; a large one where it lies in its own file's pages."""
+    placed: list[Placed] = []
+    position = 0
+    for text, source in records:
+        name = text.encode()
+        header = _LOCAL.size + len(name) + (20 if source.nbytes >= ZIP64_FROM else 0) + 4
+        offset = place_like(source, position + header, ALIGNMENT)
+        placed.append(Placed(name, source, position, offset))
+        position = placed[-1].end
+    return placed
+
+
+def directory(placed: Sequence[Placed], checksums: Sequence[int]) -> bytes:
+    """What stands behind the records: an entry for each, and the end that tells where the entries are."""
+    entries = b"".join(record.central_header(crc) for record, crc in zip(placed, checksums, strict=True))
+    start, count = placed[-1].end, len(placed)
+    end = b""
+    if count >= _16 or len(entries) >= ZIP64_FROM or start >= ZIP64_FROM:
+        end += _END64.pack(
+            *(b"PK\x06\x06", _END64.size - 12, _VERSION_64, _VERSION_64, 0, 0),
+            *(count, count, len(entries), start),
+        )
+        end += _END64_LOCATOR.pack(b"PK\x06\x07", 0, start + len(entries), 1)
+        count, start = min(count, _16), _32 if start >= ZIP64_FROM else start
+    shown = (count, count, min(len(entries), _32), start)
+    return entries + end + _END.pack(b"PK\x05\x06", 0, 0, *shown, 0)
+
+
+def size_of(placed: Sequence[Placed]) -> int:
+    """The size of the whole archive: no checksum changes it."""
+    return placed[-1].end + len(directory(placed, [0] * len(placed)))

@@ -31,12 +31,16 @@ from modelcli.checkpoints.storage import Windows
 from modelcli.checkpoints.torch_pickle import pickles
 from modelcli.errors import FileFormatError, ModelcliError, RequestError
 from modelcli.live import loading
+from modelcli.model.dtypes import ITEM_BYTES
+from tests.needs import COMPLETE, torch_version, what_torch_has
 
-DTYPES = (
+#: Those of torch's newest versions too: an older one has fewer.
+ALL_DTYPES = (
     *("bool", "uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64"),
     *("float16", "bfloat16", "float32", "float64", "complex32", "complex64", "complex128"),
     *("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu", "float4_e2m1fn_x2"),
 )
+DTYPES = what_torch_has(ALL_DTYPES)
 SAFETENSORS_DTYPES = tuple(name for name in DTYPES if name not in ("complex32", "complex128", "float4_e2m1fn_x2"))
 
 
@@ -634,12 +638,12 @@ def test_foreign_is_what_torch_refuses(tmp_path: Path) -> None:
 
 
 def test_harmless_names_are_those_that_torch_allows() -> None:
-    """Name by name. Of torch's versions each has a dtype or a function that another has not."""
+    """Name by name. A torch older than all dtypes allows fewer of them, and a dtype runs nothing."""
     allowed = set(torch._weights_only_unpickler._get_allowed_globals())
     assert allowed <= pickles.HARMLESS
     ours = {name.replace("__builtin__", "builtins") for name in pickles.HARMLESS}  # as Python 2 called it
-    # torch 2.13 has the first not, and torch 2.12 not the second.
-    assert ours - allowed <= {"torch.bcomplex32", "torch._utils._rebuild_nested_tensor"}
+    dtypes = {"torch.bcomplex32"} if torch_version() >= COMPLETE else {f"torch.{name}" for name in ITEM_BYTES}
+    assert ours - allowed <= {"torch._utils._rebuild_nested_tensor", *dtypes}  # torch 2.12 lacks the function
 
 
 class OfAnotherDevice:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.distributed.checkpoint.filesystem import FileSystemWriter, SerializationFormat
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, Metadata, MetadataIndex
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -26,8 +26,9 @@ from modelcli.checkpoints import Contents, TensorEntry
 from modelcli.checkpoints.torch_pickle import pickles
 from modelcli.errors import FileFormatError, ModelcliError, RequestError, UnsafeError
 from modelcli.model.dtypes import ITEM_BYTES
-from tests.checkpoints.test_checkpoints import DTYPES
+from tests.checkpoints.test_checkpoints import ALL_DTYPES
 from tests.conftest import Cli
+from tests.needs import each, needs_torch
 
 STATE = {"0.weight": torch.arange(6.0).reshape(3, 2), "0.bias": torch.ones(3), "1.weight": torch.full((4, 3), 2.0)}
 ARCH = "Sequential(Linear(2,3),Linear(3,4,bias=False))"
@@ -38,7 +39,7 @@ def saved(state: dict[str, Any], folder: Path, **how: Any) -> Path:
     writer = FileSystemWriter(folder, **how)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is one process is meant
-        save(state, storage_writer=writer, no_dist=True)
+        save(state, storage_writer=writer)
     return folder
 
 
@@ -153,7 +154,7 @@ def _of_dtype(dtype: str) -> torch.Tensor:
     return torch.frombuffer(data, dtype=getattr(torch, dtype)).reshape(3, 2)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", each(ALL_DTYPES))
 def test_every_dtype(folder: Path, dtype: str) -> None:
     path = saved(
         {"a": _of_dtype(dtype), "scalar": _of_dtype(dtype)[1, 1], "none": _of_dtype(dtype)[:0]}, folder / "run"
@@ -250,21 +251,22 @@ state = {
 }
 dcp.save({**state, "plain": torch.arange(3), "step": 5}, checkpoint_id=f"{folder}/sharded")
 
-torch.manual_seed(0)
-model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4, bias=False))
-fully_shard(model, mesh=mesh)
-optimizer = torch.optim.Adam(model.parameters())
-model(torch.ones(1, 2)).sum().backward()
-optimizer.step()
-weights, rest = get_state_dict(model, optimizer)
-dcp.save({"model": weights, "optim": rest}, checkpoint_id=f"{folder}/fsdp")
+if hasattr(torch.cpu.Stream, "record_event"):  # without it, fully_shard does not run on the CPU
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4, bias=False))
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    weights, rest = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optim": rest}, checkpoint_id=f"{folder}/fsdp")
 dist.destroy_process_group()
 """
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which two processes wrote `sharded` and `fsdp`."""
+    """The folder in which two processes wrote `sharded` and, where torch can shard a model on the CPU, `fsdp`."""
     folder = tmp_path_factory.mktemp("two")
     (folder / "worker.py").write_text(WORKER)
     words = [sys.executable, "-W", "ignore", str(folder / "worker.py")]
@@ -361,6 +363,7 @@ def test_commands_on_a_sharded_folder(cli: Cli, two: Path, folder: Path) -> None
     assert all(torch.equal(written[name], theirs[name]) for name in rows)
 
 
+@needs_torch("cpu.Stream.record_event")
 def test_commands_on_an_fsdp_folder(cli: Cli, two: Path, folder: Path) -> None:
     path = two / "fsdp"
     wanted = as_torch_loads(path)
@@ -415,7 +418,10 @@ def test_a_look_opens_no_tensor(folder: Path) -> None:
 # What is refused
 
 
+@needs_torch("distributed.checkpoint.filesystem.SerializationFormat")
 def test_the_safetensors_form(cli: Cli, folder: Path) -> None:
+    from torch.distributed.checkpoint.filesystem import SerializationFormat
+
     path = saved(STATE, folder / "form", serialization_format=SerializationFormat.SAFETENSORS)
     contents = checkpoints.read(path)
     assert list(contents.tensors) == list(STATE)
@@ -425,6 +431,10 @@ def test_the_safetensors_form(cli: Cli, folder: Path) -> None:
     assert_same(torch.load("out.pth", weights_only=True), STATE)
 
 
+@needs_torch(
+    "distributed.checkpoint.hf_storage.HuggingFaceStorageWriter",
+    "distributed.checkpoint._consolidate_hf_safetensors.consolidate_safetensors_files",
+)
 def test_parts_of_hugging_face_s_form_name_what_puts_them_together(cli: Cli, folder: Path) -> None:
     from torch.distributed.checkpoint._consolidate_hf_safetensors import consolidate_safetensors_files
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
@@ -432,7 +442,7 @@ def test_parts_of_hugging_face_s_form_name_what_puts_them_together(cli: Cli, fol
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         writer = HuggingFaceStorageWriter(path=str(folder / "parts"), save_distributed=True)
-        save(STATE, storage_writer=writer, no_dist=True)
+        save(STATE, storage_writer=writer)
     error = cli("params", "parts/", code=2).err
     assert "consolidate_safetensors_files" in error
     part = next((folder / "parts").iterdir())
@@ -442,6 +452,7 @@ def test_parts_of_hugging_face_s_form_name_what_puts_them_together(cli: Cli, fol
     assert cli("params", "whole/model-00001-of-00001.safetensors", "--json").json["totals"]["params"] == 21
 
 
+@needs_torch("distributed.checkpoint._extension.StreamTransformExtension")
 def test_forms_that_are_not_read_have_a_name(folder: Path) -> None:
     from torch.distributed.checkpoint._extension import StreamTransformExtension
 

@@ -451,7 +451,7 @@ def owned(tensor: torch.Tensor) -> torch.Tensor:
 
 def is_pair_without_dimension(tensor: torch.Tensor) -> bool:
     """safetensors counts the halves of `float4_e2m1fn_x2`, in the last dimension."""
-    return tensor.dtype == torch.float4_e2m1fn_x2 and not tensor.dim()
+    return dtype_name(tensor.dtype) == "float4_e2m1fn_x2" and not tensor.dim()
 
 
 # --- what is written again -----------------------------------------------------------------------------------------

@@ -691,7 +691,7 @@ def distributed(folder: Path) -> Path:
     from torch.distributed.checkpoint.state_dict_saver import save
 
     with pytest.warns(UserWarning, match="single process"):
-        save({"w": torch.ones(2)}, checkpoint_id=folder / "d", no_dist=True)
+        save({"w": torch.ones(2)}, checkpoint_id=folder / "d")
     return folder / "d"
 
 

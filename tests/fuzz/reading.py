@@ -118,7 +118,7 @@ def _distributed(folder: Path) -> bytes:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is one process is meant
         state = {"model": {"a": torch.ones(2, 3), "b": torch.ones(())}, "epoch": 3, "list": [torch.ones(1), 2.5]}
-        save(state, checkpoint_id=folder, no_dist=True)
+        save(state, checkpoint_id=folder)
     return (folder / ".metadata").read_bytes()
 
 

@@ -27,6 +27,7 @@ from modelcli.live.planning import traced
 from modelcli.live.trace import shape_of, trace
 from modelcli.model.blueprint import Trace
 from tests.conftest import Cli
+from tests.needs import each, needs_torch
 
 HEAD = "from __future__ import annotations\nimport torch\nfrom torch import nn\nimport torch.nn.functional as F\n"
 
@@ -132,8 +133,11 @@ BY_HAND: dict[str, tuple[Callable[[], Any], int]] = {
 }
 
 
+GROUPED = ("experts", "experts by column", "two batches")
+
+
 @pytest.mark.parametrize("device", ["meta", "cpu"])
-@pytest.mark.parametrize("name", BY_HAND)
+@pytest.mark.parametrize("name", each(BY_HAND, dict.fromkeys(GROUPED, "_grouped_mm")))
 def test_mult_adds_by_hand(name: str, device: str) -> None:
     """The same on the CPU, whose kernels are others, as on the meta device."""
     call, macs = BY_HAND[name]
@@ -853,6 +857,7 @@ def test_an_operator_that_is_called_on_other_devices_alone(folder: Path) -> None
     assert "histc" in reason
 
 
+@needs_torch("_grouped_mm")
 def test_experts_of_a_model_too_large_for_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As transformers runs them, in float32: 16 rows by the 32 x 32 matrices of 4 experts, and the gate."""
     written(

@@ -32,6 +32,7 @@ from modelcli.render import documents
 from modelcli.render.views import Share, number, percent
 from modelcli.render.writers import print_rich, to_plain
 from tests.conftest import Cli
+from tests.needs import each, needs_torch, what_torch_has
 from tests.nets import Tied
 
 NOTHING = dict.fromkeys(documents.STATS)
@@ -122,7 +123,7 @@ def mapped(monkeypatch: pytest.MonkeyPatch) -> list[Span]:
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf support")
 @pytest.mark.parametrize("chunk", [1, 63, 64, 1 << 20])
-@pytest.mark.parametrize("dtype", [*INTEGERS, *FLOATS, *FLOATS_OF_A_BYTE, *COMPLEX])
+@pytest.mark.parametrize("dtype", each((*INTEGERS, *FLOATS, *FLOATS_OF_A_BYTE, *COMPLEX)))
 def test_every_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, chunk: int) -> None:
     monkeypatch.setattr(stats, "CHUNK", chunk)
     tensor = random_tensor(dtype, 31, 4, 2)
@@ -130,7 +131,7 @@ def test_every_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
     assert_close(stats.collect({"w": tensor})["w"], plain(tensor))
 
 
-@pytest.mark.parametrize("dtype", [*INTEGERS, *FLOATS, *FLOATS_OF_A_BYTE, "complex64"])
+@pytest.mark.parametrize("dtype", each((*INTEGERS, *FLOATS, *FLOATS_OF_A_BYTE, "complex64")))
 def test_safetensors(tmp_path: Path, dtype: str) -> None:
     tensors = {"odd": torch.zeros(3, dtype=torch.uint8), "w": random_tensor(dtype, 5, 50)}
     assert_close(of_file(tmp_path / "m.safetensors", tensors)["w"], plain(tensors["w"]))
@@ -258,10 +259,11 @@ def test_overlapping_rows_do_not_take_memory() -> None:
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 def test_what_torch_has_no_numbers_for_is_left_out() -> None:
+    packed = what_torch_has(("float4_e2m1fn_x2",))
     tensors = {
         "quantized": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
         "sparse": torch.eye(3).to_sparse(),
-        "packed": torch.ones(3, dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
+        **{dtype: torch.ones(3, dtype=torch.uint8).view(getattr(torch, dtype)) for dtype in packed},
         "meta": torch.empty(3, device="meta"),
         "lazy": nn.UninitializedParameter(),
         "w": torch.ones(3),
@@ -269,6 +271,7 @@ def test_what_torch_has_no_numbers_for_is_left_out() -> None:
     assert list(stats.collect(tensors)) == ["w"]
 
 
+@needs_torch("float4_e2m1fn_x2")
 def test_a_tensor_without_numbers_has_null_for_each(cli: Cli, folder: Path) -> None:
     torch.save({"packed": torch.ones(3, dtype=torch.uint8).view(torch.float4_e2m1fn_x2), "w": torch.ones(2)}, "m.pth")
     rows = cli("params", "m.pth", "--stats", "--json").json["tensors"]

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+#: The operator of `torch.nn.functional.grouped_mm`, or None in a torch that is too old to have it.
+_GROUPED_MM: Any = getattr(getattr(torch.ops.aten, "_grouped_mm", None), "default", None)
+
 
 class MissingKernels(TorchDispatchMode):
     """Lets `grouped_mm` take float32, as the CPU's does: by it transformers runs the experts of a model.
@@ -19,7 +22,7 @@ class MissingKernels(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator, `grouped_mm` of float32 as one of bfloat16."""
-        if func is not torch.ops.aten._grouped_mm.default or args[0].dtype != torch.float32:
+        if func is not _GROUPED_MM or args[0].dtype != torch.float32:
             return func(*args, **(kwargs or {}))
         given = [arg.to(torch.bfloat16) if _is_float32(arg) else arg for arg in args]
         named = {key: arg.to(torch.bfloat16) if _is_float32(arg) else arg for key, arg in (kwargs or {}).items()}

@@ -34,6 +34,9 @@ INTEGERS = frozenset(
     getattr(torch, name) for name in ("bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))
 )
 
+#: Two values lie in each element, and torch converts none of them. None in a torch that is too old to have the dtype.
+_PAIRS: torch.dtype | None = getattr(torch, "float4_e2m1fn_x2", None)
+
 #: By the names `min`, `max`, `mean`, `std`, `zeros`, `nan` and `inf`; None for what is not defined.
 Statistics = dict[str, float | None]
 
@@ -216,7 +219,7 @@ def _finite(value: float) -> float | None:
 def is_known(dtype: torch.dtype) -> bool:
     """Whether torch knows the elements of this dtype as numbers."""
     if dtype.is_floating_point:
-        return dtype is not torch.float4_e2m1fn_x2  # two to a byte, and no conversion
+        return dtype is not _PAIRS
     return dtype.is_complex or dtype in INTEGERS
 
 

@@ -17,7 +17,7 @@ import torch
 
 from modelcli import installed
 from modelcli.live import zoo
-from modelcli.live.surgery import initialising
+from modelcli.live.surgery import init as initialising
 from tests.conftest import Cli
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None or os.name == "nt", reason="no bash")

@@ -360,11 +360,11 @@ class Surgeon:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch says of sizes and of classes
             done = surgery.apply(model, [edit], inputs=Inputs(((2, 4),)), trusted=False)
-            describe(done.module)
+            describe(done.model)
             for change in done.changes:
                 for line in change.resolved:
                     edits.parse(line)
-            if memory.bytes_of(done.module) < 1_000_000:
-                for tensor in named_tensors(done.module).values():
+            if memory.bytes_of(done.model) < 1_000_000:
+                for tensor in named_tensors(done.model).values():
                     assert is_lazy(tensor) or real_tensor(tensor).shape == tensor.shape
         return done

@@ -83,7 +83,7 @@ class Live:
         """
         numbers = self.next_numbers(len(edits))
         done = apply(self.module, edits, seed=self.seed, numbers=numbers, inputs=self.inputs, trusted=trusted)
-        self.module, self.inputs = done.module, done.inputs
+        self.module, self.inputs = done.model, done.inputs
         self.edit_count += len(edits)
         self.edits += done.lines
         self.changes += done.changes
@@ -109,7 +109,7 @@ class Live:
 
     def _edited(self, module: nn.Module, lines: Sequence[tuple[int, str]]) -> nn.Module:
         edits, numbers = [parse_edit(line) for _, line in lines], [number for number, _ in lines]
-        return apply(module, edits, seed=self.seed, numbers=numbers, trusted=True).module
+        return apply(module, edits, seed=self.seed, numbers=numbers, trusted=True).model
 
     def next_numbers(self, count: int) -> range:
         """What so many further edits count as."""
@@ -335,13 +335,13 @@ class _Opening:
         numbers = live.next_numbers(len(edits))
         done = apply(module, edits, seed=live.seed, numbers=numbers, inputs=live.inputs)
         live.apply(edits)
-        return done.module, live
+        return done.model, live
 
     def _follow_edits(self, module: nn.Module, seed: int) -> nn.Module:
         """The edits of the record, carried out on its architecture."""
         assert self.record is not None
         edits, trusted = self.record.parsed_edits(), self.trust
-        return apply(module, edits, seed=seed, numbers=self.record.numbers, trusted=trusted).module
+        return apply(module, edits, seed=seed, numbers=self.record.numbers, trusted=trusted).model
 
     def _contents(self) -> Contents:
         assert self.contents is not None
@@ -499,4 +499,4 @@ def edit_instance(
     given = None
     if shapes is not None:
         given = Inputs(shapes, floating=floating_dtype(instance) or "float32")
-    return apply(instance, edits, seed=seed, inputs=given).module
+    return apply(instance, edits, seed=seed, inputs=given).model

@@ -381,7 +381,7 @@ def test_an_edit_is_the_same_on_meta_and_for_real_and_in_the_file(
 def carried_out(model: nn.Module, edit: Edit, seed: int, number: int) -> tuple[str | None, nn.Module]:
     """What an edit of a real model is refused for, if it is, and the model."""
     try:
-        return None, surgery.apply(model, [edit], seed=seed, numbers=[number]).module
+        return None, surgery.apply(model, [edit], seed=seed, numbers=[number]).model
     except ModelcliError as error:
         return str(error), model
 

@@ -291,7 +291,7 @@ def test_on_meta_as_for_real() -> None:
     inputs = Inputs((IMAGE,))
     real = apply(sequence(), parsed, seed=3, inputs=inputs)
     meta = apply(build_on_meta(sequence), parsed, seed=3, inputs=inputs)
-    assert repr(real.module) == repr(meta.module)
+    assert repr(real.model) == repr(meta.model)
     assert [change.resolved for change in real.changes] == [change.resolved for change in meta.changes]
     assert real.inputs == meta.inputs
 

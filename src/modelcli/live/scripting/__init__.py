@@ -117,7 +117,7 @@ class _Script:
         built = base.on_meta(self.live.seed)
         record = self.live.record
         edits = record.parsed_edits() if record is not None else ()
-        return surgery.apply(built, edits, inputs=self.live.inputs).module
+        return surgery.apply(built, edits, inputs=self.live.inputs).model
 
     def _takes_dtypes(self) -> bool:
         """Whether the file has tensors of another dtype than the architecture: `load_state_dict` converts them."""
@@ -135,9 +135,9 @@ class _Script:
         before, after = base.on_meta(self.live.seed), base.on_meta(self.live.seed)
         self.page.paragraph("what was done to it before it was saved")
         for edit in edits:
-            after = surgery.apply(after, [edit], inputs=self.live.inputs).module
+            after = surgery.apply(after, [edit], inputs=self.live.inputs).model
             self._translate([edit], before, after, None, str(edit))
-            before = surgery.apply(before, [edit], inputs=self.live.inputs).module
+            before = surgery.apply(before, [edit], inputs=self.live.inputs).model
 
     # --- edits -----------------------------------------------------------------------------------------------------
 
@@ -159,7 +159,7 @@ class _Script:
         for group in [resolved] if together else [[item] for item in resolved]:
             self._translate(group, self.before, self.live.module, seed, str(edit))
             seed = None  # the generator goes on
-        self.before = surgery.apply(self.before, resolved, inputs=self.live.inputs).module
+        self.before = surgery.apply(self.before, resolved, inputs=self.live.inputs).model
 
     @property
     def _is_model(self) -> bool:

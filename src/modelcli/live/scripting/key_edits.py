@@ -23,8 +23,8 @@ from modelcli.live.describe import describe
 from modelcli.live.scripting.model_edits import CAST_VIEWS, KEEP_WEIGHTS, fills, new_module
 from modelcli.live.scripting.page import STATEMENTS, InexpressibleError, Page, call, deleted, loop, mapping, quoted
 from modelcli.live.sources import named_tensors
-from modelcli.live.surgery import renaming
-from modelcli.live.surgery.initialising import DEFAULT, scheme_name
+from modelcli.live.surgery import rename as renaming
+from modelcli.live.surgery.init import DEFAULT, scheme_name
 from modelcli.live.surgery.storages import has_storage, key_of
 from modelcli.model.blueprint import Blueprint
 from modelcli.model.dtypes import FLOATING

@@ -26,7 +26,7 @@ from modelcli.live.scripting.places import is_of_torch, place, tensor
 from modelcli.live.sources import named_tensors
 from modelcli.live.surgery import layouts
 from modelcli.live.surgery.core import is_numbered
-from modelcli.live.surgery.initialising import DEFAULT, is_bias, scheme_name
+from modelcli.live.surgery.init import DEFAULT, is_bias, scheme_name
 from modelcli.live.surgery.storages import has_storage, key_of
 from modelcli.live.walking import modules_in
 from modelcli.model.blueprint import Blueprint

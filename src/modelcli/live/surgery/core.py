@@ -1,11 +1,9 @@
-"""What all edits share: what they are told, what they give back, and how a module is told in one line."""
+"""What the handlers of edits share: where modules are, and how one is described in one line."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -16,56 +14,6 @@ from modelcli.live.describe import configuration, describe
 from modelcli.live.sources import is_composite, is_lazy, named_tensors
 from modelcli.model.blueprint import Blueprint
 from modelcli.wording import counted
-
-if TYPE_CHECKING:
-    from modelcli.live.inputs import Inputs
-
-
-@dataclass(frozen=True)
-class Change:
-    """What one edit did at one path.
-
-    `resolved` are the lines of the edit that made it, selectors and `_` resolved,
-    on the first change of each edit. `nbytes` are those before and after, where they alone are others.
-    """
-
-    path: str
-    action: str
-    before: str
-    after: str
-    params_before: int
-    params_after: int
-    resolved: tuple[str, ...] = ()
-    nbytes: tuple[int, int] | None = None
-
-
-@dataclass(frozen=True)
-class Context:
-    """What an edit may need to know besides the module: the seed of its numbers, and the model's input."""
-
-    seed: int
-    inputs: Inputs | None
-    trusted: bool
-
-
-@dataclass
-class Done:
-    """What edits came to: the model, which is another module after `extract`, and the input that it takes now.
-
-    `inputs` is None where nobody knows what it takes. `lines` are the edits as what they were resolved to, each with
-    its number.
-    """
-
-    module: nn.Module
-    changes: list[Change] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    inputs: Inputs | None = None
-    lines: list[tuple[int, str]] = field(default_factory=list)
-
-
-def seed_of(seed: int, number: int) -> int:
-    """The seed of edit `number` (from 1) of a model with this seed: `(seed * 1000003 + number) mod 2^63`."""
-    return (seed * 1_000_003 + number) % 2**63
 
 
 def is_meta(module: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from modelcli.edits.applied import Context
 from modelcli.errors import ModelcliError, RequestError
 from modelcli.language import expressions
 from modelcli.language.expressions import HOLE, Call
@@ -18,7 +19,6 @@ from modelcli.live import modules
 from modelcli.live.build import Bare
 from modelcli.live.meta_models import build_on_meta
 from modelcli.live.surgery import shapes
-from modelcli.live.surgery.core import Context
 from modelcli.live.surgery.settings import UNKNOWN, Unknown, setting
 from modelcli.live.trace import Failure, flowing_into
 from modelcli.live.walking import modules_in

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from modelcli.edits.applied import Context
 from modelcli.errors import RequestError
 from modelcli.language import expressions, references
 from modelcli.language.expressions import Call
 from modelcli.live import bounds, memory, modules
 from modelcli.live.meta_models import build_on_meta, seeded
 from modelcli.live.sources import Lazy, named_tensors, tag_drawn
-from modelcli.live.surgery.core import Context, is_meta, submodule
+from modelcli.live.surgery.core import is_meta, submodule
 from modelcli.model.paths import ancestors
 
 

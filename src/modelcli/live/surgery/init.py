@@ -16,6 +16,7 @@ from torch.nn import init
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrize import ParametrizationList
 
+from modelcli.edits.applied import Applied, Change, Context
 from modelcli.edits.init import Init
 from modelcli.errors import RequestError, did_you_mean
 from modelcli.language import expressions, selectors
@@ -26,7 +27,7 @@ from modelcli.live.build import Bare
 from modelcli.live.describe import describe, dtype_name
 from modelcli.live.meta_models import meta_twin, seeded
 from modelcli.live.sources import Drawn, Lazy, is_lazy, named_tensors
-from modelcli.live.surgery.core import Change, Context, Done, names_of_one, tie_notes
+from modelcli.live.surgery.core import names_of_one, tie_notes
 from modelcli.live.surgery.picking import groups_of
 from modelcli.live.surgery.storages import copied, has_storage, key_of, shown_too, view_anew, viewers
 from modelcli.model.blueprint import Blueprint
@@ -38,7 +39,7 @@ NORMALISATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 DEFAULT = "default"
 
 
-def carry_out(module: nn.Module, edit: Init, context: Context) -> Done:
+def carry_out(module: nn.Module, edit: Init, context: Context) -> Applied[nn.Module]:
     blueprint = describe(module)
     selected = selectors.select_tensors(blueprint, edit.targets, without=edit.without)
     tensors = named_tensors(module)
@@ -60,7 +61,7 @@ def carry_out(module: nn.Module, edit: Init, context: Context) -> Done:
     notes = [*drawing.notes, *tie_notes(names_of_one(blueprint), names, "drawn anew")]
     notes += _view_notes(module, set(drawing.filled))
     notes += [f"{name} keeps its numbers: it is no dense tensor" for name in selected if name not in tensors]
-    return Done(module, [replace(changes[0], resolved=drawing.lines), *changes[1:]], notes, context.inputs)
+    return Applied(module, [replace(changes[0], resolved=drawing.lines), *changes[1:]], notes, context.inputs)
 
 
 def _view_notes(module: nn.Module, filled: set[str]) -> list[str]:

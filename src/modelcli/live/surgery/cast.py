@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from modelcli.checkpoints.scaled_weights import scaled_weights
+from modelcli.edits.applied import Applied, Change, Context
 from modelcli.edits.cast import Cast
 from modelcli.errors import RequestError
 from modelcli.language import selectors
 from modelcli.live.describe import describe, dtype_name, floating_dtype
 from modelcli.live.sources import converted, is_lazy, named_tensors
-from modelcli.live.surgery.core import Change, Context, Done, names_of_one, tie_notes
+from modelcli.live.surgery.core import names_of_one, tie_notes
 from modelcli.live.surgery.picking import groups_of
 from modelcli.live.surgery.storages import byte_span, has_storage, view_anew, viewers
 from modelcli.model.blueprint import Blueprint
@@ -24,7 +25,7 @@ from modelcli.model.paths import ancestors, shown
 from modelcli.wording import counted, listed
 
 
-def carry_out(module: nn.Module, edit: Cast, context: Context) -> Done:
+def carry_out(module: nn.Module, edit: Cast, context: Context) -> Applied[nn.Module]:
     dtype: torch.dtype = getattr(torch, edit.dtype)
     blueprint = describe(module)
     names = selectors.select_tensors(blueprint, edit.targets, without=edit.without)
@@ -62,7 +63,7 @@ def carry_out(module: nn.Module, edit: Cast, context: Context) -> Done:
     if changes:
         line = str(Cast(targets=tuple(_resolved_targets(blueprint, groups)), dtype=edit.dtype))
         changes[0] = replace(changes[0], resolved=(line,))
-    return Done(module, changes, notes, inputs)
+    return Applied(module, changes, notes, inputs)
 
 
 def _refuse_scaled(blueprint: Blueprint, names: Sequence[str]) -> None:

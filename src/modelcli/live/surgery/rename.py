@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from modelcli.checkpoints import CompositeEntry
+from modelcli.edits.applied import Applied, Change, Context
 from modelcli.edits.rename import Rename
 from modelcli.errors import RequestError
 from modelcli.language import selectors
@@ -18,7 +19,6 @@ from modelcli.live.build import Bare
 from modelcli.live.describe import describe
 from modelcli.live.loading import MAX_MODULE_DEPTH, bare_tree
 from modelcli.live.sources import is_lazy
-from modelcli.live.surgery.core import Change, Context, Done
 from modelcli.model.blueprint import Blueprint
 from modelcli.model.paths import ancestors, parent_of
 
@@ -26,7 +26,7 @@ from modelcli.model.paths import ancestors, parent_of
 _ROWS = 20
 
 
-def carry_out(module: nn.Module, edit: Rename, context: Context) -> Done:
+def carry_out(module: nn.Module, edit: Rename, context: Context) -> Applied[nn.Module]:
     """Give a new tree with the keys renamed; the old one stays as it is."""
     blueprint = describe(module)
     state: dict[str, Any] = module.state_dict(keep_vars=True)
@@ -53,7 +53,7 @@ def carry_out(module: nn.Module, edit: Rename, context: Context) -> Done:
     tree = bare_tree({names[name]: value for name, value in state.items()})
     _keep_origins(module, tree, names)
     changes = _changes(edit, state, names, moved)
-    return Done(tree, [replace(changes[0], resolved=(str(edit),)), *changes[1:]], inputs=context.inputs)
+    return Applied(tree, [replace(changes[0], resolved=(str(edit),)), *changes[1:]], inputs=context.inputs)
 
 
 def names_given(edit: Rename, blueprint: Blueprint, state: Mapping[str, Any]) -> dict[str, str | None]:

@@ -1,40 +1,26 @@
-"""remove, extract: less of a model."""
+"""remove: a model without some of its modules."""
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import replace
 
-import torch
 from torch import nn
 
-from modelcli.edits.extract import Extract
+from modelcli.edits.applied import Applied, Change, Context
 from modelcli.edits.remove import Remove
 from modelcli.errors import RequestError
 from modelcli.language import selectors
 from modelcli.live import composites
 from modelcli.live.build import Bare
-from modelcli.live.describe import describe, dtype_name, floating_dtype
-from modelcli.live.inputs import Inputs
+from modelcli.live.describe import describe
 from modelcli.live.surgery import numbering
-from modelcli.live.surgery.core import (
-    Change,
-    Context,
-    Done,
-    are_numbers,
-    brief,
-    count,
-    is_numbered,
-    put_children,
-    submodule,
-)
-from modelcli.live.trace import first_calls
+from modelcli.live.surgery.core import are_numbers, brief, count, is_numbered, put_children, submodule
 from modelcli.model.blueprint import Blueprint
 from modelcli.model.paths import joined, parent_of, shown
 from modelcli.model.tensors import TensorInfo
 
 
-def remove(module: nn.Module, edit: Remove, context: Context) -> Done:
+def carry_out(module: nn.Module, edit: Remove, context: Context) -> Applied[nn.Module]:
     """Take modules out, and in a checkpoint of unknown architecture single tensors as well."""
     described = describe(module)
     blueprint = _with_other_entries(module, described)
@@ -68,7 +54,7 @@ def remove(module: nn.Module, edit: Remove, context: Context) -> Done:
         if not describe(module).tensors:
             raise RequestError(f"remove {', '.join(edit.targets)} would leave no tensor")
     line = str(Remove(targets=tuple(map(selectors.literal, [*paths, *names])), renumber=edit.renumber))
-    return Done(module, [replace(changes[0], resolved=(line,)), *changes[1:]], notes, context.inputs)
+    return Applied(module, [replace(changes[0], resolved=(line,)), *changes[1:]], notes, context.inputs)
 
 
 def _with_other_entries(module: nn.Module, blueprint: Blueprint) -> Blueprint:
@@ -169,29 +155,3 @@ def _prune(module: nn.Module) -> None:
             _prune(child)
             if not (child._modules or child._parameters or child._buffers or child._state_dict_hooks):
                 del module._modules[name]
-
-
-def extract(module: nn.Module, edit: Extract, context: Context) -> Done:
-    """Let a submodule be the model; it takes what flows into it."""
-    path = selectors.select_one(describe(module), edit.path, edit.name)
-    if not path:
-        raise RequestError("the model itself is the model already", "extract takes a path in it: extract features")
-    part = submodule(module, path)
-    line = str(Extract(path=selectors.literal(path)))
-    change = Change(path, edit.name, brief(module), brief(part), count(module), count(part), (line,))
-    return Done(part, [change], inputs=_inputs_of(module, part, path, context.inputs))
-
-
-def _inputs_of(module: nn.Module, part: nn.Module, path: str, inputs: Inputs | None) -> Inputs | None:
-    """What flows into a submodule, where that is nothing but tensors, and settings as its `forward` has them anyway."""
-    args, kwargs = first_calls(module, [path], inputs).get(path, ((), {}))
-    while args and args[-1] is None:
-        args = args[:-1]
-    defaults = inspect.signature(part.forward).parameters
-    stated = [name for name, value in kwargs.items() if name not in defaults or value is not defaults[name].default]
-    if not args or stated or not all(isinstance(value, torch.Tensor) for value in args):
-        return None
-    floating = floating_dtype(part) or "float32"
-    dtypes = tuple(dtype_name(value.dtype) for value in args)
-    shapes = tuple(tuple(value.shape) for value in args)
-    return Inputs(shapes, () if set(dtypes) == {floating} else dtypes, floating=floating)

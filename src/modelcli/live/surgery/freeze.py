@@ -8,21 +8,22 @@ from dataclasses import replace
 
 from torch import nn
 
+from modelcli.edits.applied import Applied, Change, Context
 from modelcli.edits.freeze import Freeze
 from modelcli.edits.unfreeze import Unfreeze
 from modelcli.errors import RequestError
 from modelcli.language import selectors
 from modelcli.live.describe import describe
 from modelcli.live.sources import flag_of, is_lazy, set_flag
-from modelcli.live.surgery.core import Change, Context, Done, names_of_one, tie_notes
+from modelcli.live.surgery.core import names_of_one, tie_notes
 from modelcli.live.surgery.picking import groups_of
 from modelcli.model.blueprint import Blueprint
 from modelcli.model.paths import ancestors, parent_of, shown
 from modelcli.wording import counted, listed
 
 
-def carry_out(module: nn.Module, edit: Freeze | Unfreeze, context: Context) -> Done:
-    trained = isinstance(edit, Unfreeze)
+def carry_out(module: nn.Module, edit: Freeze | Unfreeze, context: Context) -> Applied[nn.Module]:
+    trained = edit.trains
     blueprint = describe(module)
     for target in edit.targets:
         sizes = [blueprint.params_of(path) for path in selectors.matched_modules(selectors.parse(target), blueprint)]
@@ -66,7 +67,7 @@ def carry_out(module: nn.Module, edit: Freeze | Unfreeze, context: Context) -> D
         notes += _statistics_note(blueprint, names)
     if not same:
         changes[0] = replace(changes[0], resolved=(_resolved_line(edit, blueprint, groups, there),))
-    return Done(module, changes, notes, context.inputs)
+    return Applied(module, changes, notes, context.inputs)
 
 
 def _nothing_new(changes: Sequence[Change], edit: Freeze | Unfreeze) -> str:

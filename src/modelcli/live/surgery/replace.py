@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from modelcli.edits.applied import Applied, Change, Context
 from modelcli.edits.replace import Replace
 from modelcli.errors import RequestError
 from modelcli.language import selectors
@@ -26,7 +27,7 @@ from modelcli.live.sources import (
     require_source,
 )
 from modelcli.live.surgery import layouts, left_out, shapes
-from modelcli.live.surgery.core import Change, Context, Done, brief, count, places, submodule
+from modelcli.live.surgery.core import brief, count, places, submodule
 from modelcli.live.surgery.holes import resolved_calls
 from modelcli.live.surgery.new_modules import maker
 from modelcli.live.surgery.storages import byte_span, has_storage, tied, view_anew, viewers
@@ -43,7 +44,7 @@ class _Target:
     everywhere: tuple[str, ...]
 
 
-def carry_out(module: nn.Module, edit: Replace, context: Context) -> Done:
+def carry_out(module: nn.Module, edit: Replace, context: Context) -> Applied[nn.Module]:
     blueprint = describe(module)
     paths = selectors.select_modules(blueprint, edit.targets, without=edit.without, expect=edit.expect)
     _refuse_expanded(edit, module)
@@ -75,7 +76,7 @@ def carry_out(module: nn.Module, edit: Replace, context: Context) -> Done:
             parent, _, name = path.rpartition(".")
             submodule(module, parent)._modules[name] = new
             changes.append(Change(path, edit.name, brief(old), brief(new), count(old), count(new)))
-    return Done(module, [replace(changes[0], resolved=tuple(lines)), *changes[1:]], notes, context.inputs)
+    return Applied(module, [replace(changes[0], resolved=tuple(lines)), *changes[1:]], notes, context.inputs)
 
 
 def _targets(module: nn.Module, paths: Sequence[str]) -> list[_Target]:

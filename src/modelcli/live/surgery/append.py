@@ -1,0 +1,40 @@
+"""append: a new module at the end of a sequence."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from modelcli.edits.append import Append
+from modelcli.edits.applied import Applied, Context
+from modelcli.errors import RequestError
+from modelcli.language import selectors
+from modelcli.language.quoting import quoted
+from modelcli.live.build import Bare
+from modelcli.live.describe import describe
+from modelcli.live.surgery.placing import Children, kind_of, put_new
+from modelcli.model.paths import joined, shown
+
+
+def carry_out(module: nn.Module, edit: Append, context: Context) -> Applied[nn.Module]:
+    path = selectors.select_one(describe(module), edit.path, edit.name)
+
+    def arranged(holder: nn.Module, new: nn.Module) -> tuple[str, Children]:
+        return _appended(holder, path, new)
+
+    return put_new(module, edit, context, path, arranged, line_names_holder=True)
+
+
+def _appended(holder: nn.Module, path: str, new: nn.Module) -> tuple[str, Children]:
+    """The children with a new one at the end, called by their number, as PyTorch's own `append` does."""
+    name = str(len(holder._modules))
+    if isinstance(holder, Bare) or not isinstance(holder, nn.Sequential | nn.ModuleList):
+        raise RequestError(
+            f"append takes a Sequential or ModuleList, and {shown(path)} {kind_of(holder)} is none",
+            f"add {quoted(joined(path, 'NAME'))} MODULE puts a child with a name at the end",
+        )
+    if name in holder._modules:
+        raise RequestError(
+            f"{shown(path)} has {name} children, and one of them is called {name} already",
+            f"add {quoted(joined(path, 'NAME'))} MODULE puts a child with another name at the end",
+        )
+    return name, {**holder._modules, name: new}

@@ -1,0 +1,43 @@
+"""extract: a submodule as the model."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import nn
+
+from modelcli.edits.applied import Applied, Change, Context
+from modelcli.edits.extract import Extract
+from modelcli.errors import RequestError
+from modelcli.language import selectors
+from modelcli.live.describe import describe, dtype_name, floating_dtype
+from modelcli.live.inputs import Inputs
+from modelcli.live.surgery.core import brief, count, submodule
+from modelcli.live.trace import first_calls
+
+
+def carry_out(module: nn.Module, edit: Extract, context: Context) -> Applied[nn.Module]:
+    """Let a submodule be the model; it takes what flows into it."""
+    path = selectors.select_one(describe(module), edit.path, edit.name)
+    if not path:
+        raise RequestError("the model itself is the model already", "extract takes a path in it: extract features")
+    part = submodule(module, path)
+    line = str(Extract(path=selectors.literal(path)))
+    change = Change(path, edit.name, brief(module), brief(part), count(module), count(part), (line,))
+    return Applied(part, [change], inputs=_inputs_of(module, part, path, context.inputs))
+
+
+def _inputs_of(module: nn.Module, part: nn.Module, path: str, inputs: Inputs | None) -> Inputs | None:
+    """What flows into a submodule, where that is nothing but tensors, and settings as its `forward` has them anyway."""
+    args, kwargs = first_calls(module, [path], inputs).get(path, ((), {}))
+    while args and args[-1] is None:
+        args = args[:-1]
+    defaults = inspect.signature(part.forward).parameters
+    stated = [name for name, value in kwargs.items() if name not in defaults or value is not defaults[name].default]
+    if not args or stated or not all(isinstance(value, torch.Tensor) for value in args):
+        return None
+    floating = floating_dtype(part) or "float32"
+    dtypes = tuple(dtype_name(value.dtype) for value in args)
+    shapes = tuple(tuple(value.shape) for value in args)
+    return Inputs(shapes, () if set(dtypes) == {floating} else dtypes, floating=floating)

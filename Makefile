@@ -6,12 +6,18 @@ TORCH  ?= torch torchvision
 BIN    := $(VENV)/bin
 JOBS   ?= 2
 
+TESTS = $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "not sweep"
+
+# The oldest pair that pyproject.toml allows. It has wheels for Python 3.11 to 3.13: PYTHON=python3.13 picks one.
+OLDEST      := torch==2.6.0 torchvision==0.21.0
+VENV_OLDEST := .venv-oldest
+
 # A plain file per step: a second run reuses the environment, and a changed pyproject.toml mends it. The stamp's
 # name carries the choice of torch, so that another choice is not mistaken for this one.
 STAMP     := $(VENV)/.installed-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 DEV_STAMP := $(STAMP)-dev
 
-.PHONY: help demo test test-long check fix golden bench fuzz torture clean
+.PHONY: help demo test test-long test-oldest tests-alone check fix golden bench fuzz torture clean
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -31,10 +37,16 @@ demo: $(STAMP) ## install, and run the story of the README, each command before 
 	@PATH="$(abspath $(BIN)):$$PATH" sh examples/story.sh
 
 test: check ## install, check, and run the tests
-	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "not sweep"
+	$(TESTS)
 
 test-long: check ## the tests and the sweeps over every torchvision builder
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
+
+test-oldest: ## the tests on the oldest torch and torchvision that modelcli takes, in .venv-oldest
+	$(MAKE) tests-alone VENV=$(VENV_OLDEST) TORCH='$(OLDEST)'
+
+tests-alone: $(DEV_STAMP)
+	$(TESTS)
 
 check: $(DEV_STAMP) ## format, lint, types, layers
 	$(BIN)/ruff format --check --quiet .
@@ -62,4 +74,4 @@ torture: $(DEV_STAMP) ## writers killed at random moments, 200 times by each of 
 	$(BIN)/python -m tests.torture
 
 clean: ## remove the environment and what tools left
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis dist
+	rm -rf $(VENV) $(VENV_OLDEST) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis dist

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from modelcli import edits, recipe
+from modelcli import edits, recipe, resolve
 from modelcli.edits import Edit
 from modelcli.errors import RequestError, SystemFailureError
 from modelcli.files import atomic
@@ -114,9 +114,9 @@ def test_paths_are_relative_to_the_recipe(folder: Path) -> None:
     (folder / "deep" / "own.py").touch()
     (folder / "deep" / "best.pth").touch()
     path = written(folder / "deep", 'model = "own.py:Net"\n')
-    assert read(path).source.reference() == PythonObject("own.py", "Net", None, folder / "deep" / "own.py")
+    assert resolve.reference_of(read(path).source) == PythonObject("own.py", "Net", None, folder / "deep" / "own.py")
     path = written(folder / "deep", 'model = "./best.pth"\n')
-    assert read(path).source.reference() == CheckpointFile(folder / "deep" / "best.pth")
+    assert resolve.reference_of(read(path).source) == CheckpointFile(folder / "deep" / "best.pth")
 
 
 def test_where_the_recipe_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 
 import modelcli
-from modelcli import checkpoints, writing
+from modelcli import checkpoints, resolve, writing
 from modelcli.checkpoints import limits
 from modelcli.checkpoints.record import Record, to_text
 from modelcli.errors import FileFormatError, RequestError, UnsafeError
-from modelcli.language import references
-from modelcli.language.references import CheckpointFile, Installed, Source
+from modelcli.language.references import CheckpointFile, NamedModel, Source
 from modelcli.live import planning, zoo
 from modelcli.live.opening import open_live
 from modelcli.model.blueprint import LayerTrace, ModuleInfo
@@ -186,13 +185,13 @@ def test_trust_does_not_lead_to_another_machine(cli: Cli) -> None:
 
 def test_a_class_of_torchvisions_is_an_installed_one_by_either_spelling(cli: Cli) -> None:
     texts = ("torchvision.ops:MLP(4,[4,4])", "torchvision.ops.MLP(4,[4,4])")
-    assert len({str(references.parse(text)) for text in texts}) == 1
-    assert all(isinstance(references.parse(text), Installed) for text in texts)
+    assert len({str(resolve.parse(text)) for text in texts}) == 1
+    assert all(isinstance(resolve.parse(text), NamedModel) for text in texts)
     for text in texts:
         cli("save", "mlp.pth", "-m", text, "-q", "--force")
         assert type(modelcli.load("mlp.pth")) is zoo.torchvision().ops.MLP  # without trust
-    assert isinstance(references.parse("torch.nn:Linear(2,3)"), Installed)
-    assert not isinstance(references.parse("torchvision.models:resnet18"), Installed | CheckpointFile)  # a function
+    assert isinstance(resolve.parse("torch.nn:Linear(2,3)"), NamedModel)
+    assert not isinstance(resolve.parse("torchvision.models:resnet18"), NamedModel | CheckpointFile)  # a function
 
 
 # --- what a record says of the tensors -----------------------------------------------------------------------------

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from modelcli import installed
 from modelcli.live import zoo
 from modelcli.live.surgery import init as initialising
+from modelcli.providers import torch_nn
+from modelcli.providers import torchvision as torchvision_provider
 from tests.conftest import Cli
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None or os.name == "nt", reason="no bash")
@@ -300,10 +301,10 @@ def test_other_shells(cli: Cli, folder: Path, shell: str, settings: dict[str, st
 def test_names_read_off_the_sources_are_those_of_the_packages() -> None:
     import torchvision
 
-    assert installed.builder_names() == zoo.builder_names()
-    assert set(installed.module_names()) == set(torch.nn.modules.__all__)
-    assert set(installed.init_names()) == set(initialising._schemes())
+    assert torchvision_provider.PROVIDER.names() == zoo.builder_names()
+    assert set(torch_nn.PROVIDER.class_names()) == set(torch.nn.modules.__all__)
+    assert set(torch_nn.init_names()) == set(initialising._schemes())
     weights = {
         member for name in zoo.builder_names() for member in torchvision.models.get_model_weights(name).__members__
     }
-    assert weights <= set(installed.weights_names())
+    assert weights <= set(torchvision_provider.PROVIDER.weights_names())

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from torch import nn
 
-from modelcli import edits
+from modelcli import edits, resolve
 from modelcli.language import expressions, references, selectors
 from modelcli.live import memory, surgery
 from modelcli.live.describe import describe
@@ -239,8 +239,8 @@ def every(folder: Path) -> list[Target]:
     blueprint = describe(surgeon.model)
 
     def reference(data: bytes) -> object:
-        found = references.parse(_text(data), folder)
-        assert not isinstance(found, references.Installed) or references.parse(str(found), folder) == found
+        found = resolve.parse(_text(data), folder)
+        assert not isinstance(found, references.NamedModel) or resolve.parse(str(found), folder) == found
         return found
 
     words = [_bytes(mark) for mark in _MARKS]

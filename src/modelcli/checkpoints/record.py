@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from modelcli.edits import Edit
 from modelcli.edits import parse as parse_edit
-from modelcli.errors import ModelcliError, RequestError
-from modelcli.language import input_texts, references
-from modelcli.language.references import Installed
+from modelcli.errors import RequestError
+from modelcli.language import input_texts
 from modelcli.model import json_form
 from modelcli.model.blueprint import Blueprint
 from modelcli.model.dtypes import INPUT_DTYPES
@@ -169,17 +167,18 @@ def _sizes(value: object) -> tuple[tuple[int, ...], ...] | None:
     return tuple(map(shape_from_json, value))
 
 
-def disagreement(record: Record, tensors: Mapping[str, TensorInfo]) -> str | None:
+def disagreement(record: Record, tensors: Mapping[str, TensorInfo], *, known_code: bool) -> str | None:
     """Why a record cannot be believed, or None.
 
-    Its blueprint must list the tensors that the file holds, as they are there, and must not contradict itself.
+    Its blueprint must list the tensors that the file holds, as they are there, and must not contradict itself. With
+    `known_code` it names classes of known libraries alone, so that a `Linear` in it is that of `torch.nn`.
     """
     if (why := _tensors_differ(record, tensors)) is not None:
         return why
     from modelcli.checkpoints import record_consistency
 
     blueprint = record.blueprint
-    if (why := record_consistency.contradiction(blueprint, installed=is_of_installed_code(record))) is not None:
+    if (why := record_consistency.contradiction(blueprint, known_code=known_code)) is not None:
         return why
     listed = {t.name: t for t in blueprint.tensors if t.requires_grad is False and t.tied_to is None}
     if (odd := next((name for name in record.frozen if name not in listed), None)) is not None:
@@ -197,19 +196,6 @@ def disagreement(record: Record, tensors: Mapping[str, TensorInfo]) -> str | Non
 def _is_dense(tensor: TensorInfo) -> bool:
     """Whether the record decides its flag: what is no dense tensor keeps its own."""
     return tensor.layout == "strided" and tensor.stored_bytes is None and tensor.is_differentiable
-
-
-def is_of_installed_code(record: Record) -> bool:
-    """Whether a record names classes and builders of torch and torchvision alone: their names say what they are."""
-    if record.reference is None:
-        return False
-    try:
-        reference = references.recorded(record.reference, Path(), trust=False)
-    except ModelcliError:
-        return False
-    calls = [getattr(edit, "module", None) for edit in record.parsed_edits()]  # of those that place a module
-    own = isinstance(reference, Installed) and reference.runs_only_installed_code
-    return own and all(Installed(call).runs_only_installed_code for call in calls if call is not None)
 
 
 def _tensors_differ(record: Record, tensors: Mapping[str, TensorInfo]) -> str | None:

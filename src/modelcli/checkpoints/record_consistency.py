@@ -14,18 +14,18 @@ from modelcli.model.paths import parent_of, shown
 from modelcli.model.tensors import Shape, TensorInfo
 
 
-def contradiction(blueprint: Blueprint, *, installed: bool) -> str | None:
+def contradiction(blueprint: Blueprint, *, known_code: bool) -> str | None:
     """The first thing that cannot be so, as part of a sentence about the record, or None.
 
-    With `installed` a `Linear` is torch's own: the model is made of torch's and torchvision's classes alone.
+    With `known_code` a `Linear` is that of `torch.nn`: the model is made of classes of known libraries alone.
     """
-    return next(_contradictions(blueprint, installed=installed), None)
+    return next(_contradictions(blueprint, known_code=known_code), None)
 
 
-def _contradictions(blueprint: Blueprint, *, installed: bool) -> Iterator[str]:
+def _contradictions(blueprint: Blueprint, *, known_code: bool) -> Iterator[str]:
     yield from _of_modules(blueprint)
     yield from _of_tensors(blueprint)
-    if installed:
+    if known_code:
         yield from _of_trace(blueprint)
         own: dict[str, list[TensorInfo]] = {}
         for tensor in blueprint.tensors:

@@ -52,23 +52,19 @@ def one_of(*words: str) -> Callable[..., list[str]]:
 @_completer
 def models(_ctx: typer.Context, incomplete: str) -> Iterable[str]:
     """Builders, and the files and folders that may be a model."""
-    from modelcli import installed
-
-    return [*installed.builder_names(), *_files(incomplete)]
+    return [*_names(), *_files(incomplete)]
 
 
 @_completer
 def builders(_ctx: typer.Context, _incomplete: str) -> Iterable[str]:
-    from modelcli import installed
-
-    return installed.builder_names()
+    return _names()
 
 
 @_completer
 def weights(_ctx: typer.Context, incomplete: str) -> Iterable[str]:
-    from modelcli import installed
+    from modelcli import providers
 
-    return ["none", *installed.weights_names(), *_files(incomplete)]
+    return ["none", *(name for known in providers.built_in() for name in known.weights_names()), *_files(incomplete)]
 
 
 @_completer
@@ -105,9 +101,11 @@ def schemes(_ctx: typer.Context, _incomplete: str) -> Iterable[str]:
 @_completer
 def classes(ctx: typer.Context, _incomplete: str) -> Iterable[str]:
     """Classes of `torch.nn`, as the first word of a module expression; its arguments are anything."""
-    from modelcli import installed
+    from modelcli import providers
 
-    return () if ctx.params.get("module") else installed.module_names()
+    if ctx.params.get("module"):
+        return ()
+    return providers.class_names()
 
 
 @_completer
@@ -128,11 +126,11 @@ def columns(_ctx: typer.Context, _incomplete: str) -> Iterable[str]:
 @_completer
 def keys(ctx: typer.Context, _incomplete: str) -> Iterable[str]:
     """The state dicts in the training checkpoint at hand."""
-    from modelcli import checkpoints
+    from modelcli import checkpoints, resolve
     from modelcli.checkpoints.torch_pickle import state_dicts
     from modelcli.language.references import CheckpointFile
 
-    files = [target.source.reference() for target in _targets(ctx)]
+    files = [resolve.reference_of(target.source) for target in _targets(ctx)]
     found: list[str] = []
     for file in files:
         if isinstance(file, CheckpointFile):
@@ -144,9 +142,15 @@ def keys(ctx: typer.Context, _incomplete: str) -> Iterable[str]:
 
 
 def _schemes() -> list[str]:
-    from modelcli import installed
+    from modelcli.providers import torch_nn
 
-    return [*installed.init_names(), "default"]
+    return [*torch_nn.init_names(), "default"]
+
+
+def _names() -> list[str]:
+    from modelcli import providers
+
+    return [name for provider in providers.built_in() for name in provider.names()]
 
 
 def _files(incomplete: str) -> list[str]:

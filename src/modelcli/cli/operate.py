@@ -328,12 +328,12 @@ def _edits_from(
     file: str | None, lines: list[str] | None, source: SourceOptions
 ) -> tuple[Path | None, list[tuple[str, str]]]:
     """The recipe that is named, and the edits of standard input and `-e` with where they stand."""
-    from modelcli.language import references
+    from modelcli import resolve
 
     given = [(f"-e {number}", line) for number, line in enumerate(lines or (), 1)]
     if file == "-":
         return None, [*_standard_input(), *given]
-    if file is not None and references.names_a_model(file):
+    if file is not None and resolve.names_a_model(file):
         raise RequestError(f"{file} is no recipe", f"-m names the model: -m {quoted(file)}")
     if file is not None and source.recipe is not None:
         raise RequestError(f"two recipes: {file} and --recipe {source.recipe}", "give one of them")

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from modelcli import checkpoints, commands
+from modelcli import checkpoints, commands, resolve
 from modelcli.checkpoints.contents import foreign_names
 from modelcli.checkpoints.entries import CompositeEntry
 from modelcli.commands import Look, Target, comparing
@@ -284,7 +284,7 @@ def _safe(found: Look, source: Source) -> Checked:
     if contents is not None and found.live is not None:
         contents = checkpoints.read(contents.path, key=source.key)  # as it is, before objects were dropped
     foreign = {} if contents is None else dict.fromkeys(contents.foreign)
-    reference = source.reference()
+    reference = resolve.reference_of(source)
     for path in checkpoints.accounts_beside(reference.path) if isinstance(reference, CheckpointFile) else ():
         # Whoever loads the folder may take this one.
         try:

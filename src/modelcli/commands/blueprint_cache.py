@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modelcli import installed
+from modelcli import installed, providers
 from modelcli._version import __version__
 from modelcli.errors import ModelcliError, SystemFailureError
 from modelcli.files import atomic
@@ -82,7 +82,7 @@ class Key:
 
 def _versions() -> Iterator[tuple[str, str | None]]:
     yield "modelcli", __version__
-    for package in ("torch", "torchvision"):
+    for package in providers.packages():
         yield package, installed.version(package)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from modelcli import checkpoints
+from modelcli import checkpoints, resolve
 from modelcli.checkpoints import CompositeEntry, TensorEntry
 from modelcli.checkpoints.byte_comparison import ByteComparison, lie_alike, nbytes_of
 from modelcli.checkpoints.limits import Budget
@@ -57,7 +57,7 @@ def open_sides(one: Source, other: Source, *, values: bool) -> tuple[Look, Look]
 
 def _is_training_checkpoint(source: Source) -> bool:
     """Whether a file holds more than one state dict, as far as a look without a key can tell."""
-    reference = source.reference()
+    reference = resolve.reference_of(source)
     try:
         return isinstance(reference, CheckpointFile) and checkpoints.read(reference.path).key is not None
     except RequestError:
@@ -67,7 +67,7 @@ def _is_training_checkpoint(source: Source) -> bool:
 def open_side(source: Source, *, values: bool) -> Look:
     """A model to compare. What belongs to a checkpoint alone (`arch`, `key`) is left out for others, and `weights` for
     checkpoints, so that one set of options is for both sides."""
-    if isinstance(source.reference(), CheckpointFile):
+    if isinstance(resolve.reference_of(source), CheckpointFile):
         source = replace(source, weights=None)
     else:
         source = replace(source, arch=None, key=None)

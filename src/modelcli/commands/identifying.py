@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from modelcli import commands
+from modelcli import commands, resolve
 from modelcli.commands import Look, Target, blueprint_cache, fingerprints, stdout_is_for_data
 from modelcli.errors import RequestError
 from modelcli.language.quoting import quoted
@@ -36,7 +36,7 @@ def identify(checkpoint: str, key: str | None = None, steps: Steps = iter) -> Id
     Prefixes of wrappers are stripped. Raises RequestError for what is no checkpoint.
     """
     source = Source(checkpoint, key=key)
-    if not isinstance(source.reference(), CheckpointFile):
+    if not isinstance(resolve.reference_of(source), CheckpointFile):
         raise RequestError(f"{checkpoint} is no checkpoint: it says itself which model it is", "name a file: best.pth")
     found = commands.look(Target(source))
     shapes, unwrapping = state_dict_match.unwrapped(state_dict_match.shapes_of(found.blueprint.tensors))

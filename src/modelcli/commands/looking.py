@@ -12,20 +12,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from modelcli import checkpoints
+from modelcli import checkpoints, resolve
 from modelcli.checkpoints import Contents
-from modelcli.checkpoints import record as records
 from modelcli.checkpoints.contents import foreign_names
 from modelcli.checkpoints.record import Record
 from modelcli.commands import blueprint_cache, fingerprints
 from modelcli.commands.targets import Target, apply_recipe, without_edits
 from modelcli.errors import ModelcliError, RequestError, SystemFailureError, UnsafeError
-from modelcli.language import references, selectors
+from modelcli.language import selectors
 from modelcli.language.quoting import quoted
-from modelcli.language.references import CheckpointFile, Installed, Source
+from modelcli.language.references import CheckpointFile, NamedModel, Source
 from modelcli.model import state_dict_match
 from modelcli.model.blueprint import Blueprint, Trace
 from modelcli.model.tensors import TensorInfo
+from modelcli.providers import known_code
 
 if TYPE_CHECKING:
     from modelcli.live.opening import Live
@@ -97,7 +97,7 @@ def _looked(target: Target, *, traced: bool, mode: str, cached: bool) -> Look:
         return found
     key = cache_key(target, mode) if cached else None
     if key is not None and (kept := blueprint_cache.get(key)) is not None:
-        hidden = references.hidden_file_note(target.source.model, target.source.folder)
+        hidden = resolve.hidden_file_note(target.source.model, target.source.folder)
         return Look(kept, () if hidden is None else (hidden,))
     from modelcli.live import apart, downloads, opening, planning
 
@@ -116,7 +116,9 @@ def _looked(target: Target, *, traced: bool, mode: str, cached: bool) -> Look:
 def _look_at_file(target: Target, *, traced: bool, mode: str) -> Look | None:
     """A checkpoint's own account of itself, without torch; None where torch is needed to answer."""
     source = target.source
-    if target.edits or source.arch is not None or not isinstance(reference := source.reference(), CheckpointFile):
+    if target.edits or source.arch is not None:
+        return None
+    if not isinstance(reference := resolve.reference_of(source), CheckpointFile):
         return None
     if source.weights not in (None, "none"):
         return None
@@ -125,7 +127,7 @@ def _look_at_file(target: Target, *, traced: bool, mode: str) -> Look | None:
         contents = contents.without_record()
     notes = list(contents.notes)
     record = contents.record
-    if record is not None and (why := records.disagreement(record, contents.infos())):
+    if record is not None and (why := resolve.disagreement(record, contents)):
         notes.append(f"the record in {reference.path.name} was ignored: {why}")
         record = None
     if record is None:
@@ -196,7 +198,7 @@ def _may_run(record: Record, source: Source) -> bool:
     made = record.blueprint.trace
     if made is None or made.reason is None or made.inputs is None or record.reference is None:
         return False
-    return source.trust or records.is_of_installed_code(record)
+    return source.trust or resolve.record_runs_known_code(record)
 
 
 @stdout_is_for_data
@@ -245,10 +247,10 @@ def cache_key(target: Target, mode: str) -> blueprint_cache.Key | None:
     source = target.source
     if blueprint_cache.is_off() or target.edits or source.arch is not None or source.key is not None:
         return None
-    if source.weights is not None and references.names_a_file(source.weights, source.folder):
+    if source.weights is not None and resolve.names_a_file(source.weights, source.folder):
         return None
-    reference = source.reference()
-    if not isinstance(reference, Installed) or not reference.runs_only_installed_code:
+    reference = resolve.reference_of(source)
+    if not isinstance(reference, NamedModel) or not known_code.runs_known_code(reference):
         return None
     return blueprint_cache.Key(
         str(reference), source.weights, source.input_size, source.input_dtype, mode, source.inputs

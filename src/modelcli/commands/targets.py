@@ -9,12 +9,14 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from modelcli import resolve
 from modelcli.edits import Edit
 from modelcli.errors import ModelcliError, RequestError
 from modelcli.language import references
 from modelcli.language.expressions import Call, names_in
-from modelcli.language.references import CheckpointFile, PythonObject, Reference, Source, is_installed_name
+from modelcli.language.references import CheckpointFile, PythonObject, Reference, Source
 from modelcli.model.paths import ROOT
+from modelcli.providers import known_code
 from modelcli.wording import counted, listed
 
 if TYPE_CHECKING:
@@ -107,9 +109,8 @@ def notes_of_python(path: Path, source: Source, edits: Sequence[Edit], *, own: b
     """
     named = {str(reference) for reference in _references_of(source) if isinstance(reference, PythonObject)}
     calls = (getattr(edit, item.name) for edit in edits for item in fields(edit))
-    named |= {
-        name for call in calls if isinstance(call, Call) for name in names_in(call) if not is_installed_name(name)
-    }
+    of_edits = (name for call in calls if isinstance(call, Call) for name in names_in(call))
+    named |= {name for name in of_edits if not known_code.is_known_name(name)}
     if not named:
         return ()
     from modelcli.commands import blueprint_cache
@@ -129,7 +130,7 @@ def _references_of(source: Source) -> Iterator[Reference]:
     for text in (source.model, source.arch):
         with contextlib.suppress(ModelcliError):
             if text is not None:
-                yield references.parse(text, source.folder)
+                yield resolve.parse(text, source.folder)
 
 
 @contextlib.contextmanager
@@ -155,7 +156,7 @@ def names_model(word: str) -> bool:
     if word == ROOT:
         return False
     try:
-        reference = references.parse(word)
+        reference = resolve.parse(word)
         if isinstance(reference, CheckpointFile):
             return True
         from modelcli.live import zoo
@@ -233,7 +234,7 @@ def seen_from(source: Source, folder: Path) -> Source:
         if text is None:
             return None
         try:
-            reference = references.parse(text, source.folder)
+            reference = resolve.parse(text, source.folder)
         except ModelcliError:
             return text
         if isinstance(reference, PythonObject):

@@ -15,9 +15,9 @@ from modelcli.language.expressions import Call, Name
 
 
 def _schemes() -> Iterable[str]:
-    from modelcli import installed
+    from modelcli.providers import torch_nn
 
-    return [*installed.init_names(), "default"]
+    return [*torch_nn.init_names(), "default"]
 
 
 def _scheme(word: str, hint: str) -> Call:

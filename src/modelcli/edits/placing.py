@@ -16,10 +16,10 @@ from modelcli.wording import listed
 
 
 def _classes() -> Iterable[str]:
-    """Classes of `torch.nn`."""
-    from modelcli import installed
+    """Classes that the providers know."""
+    from modelcli import providers
 
-    return installed.module_names()
+    return providers.class_names()
 
 
 #: The word for a path.

@@ -77,6 +77,23 @@ def parse(text: str, *, kind: str = "a module expression", hint: str = _WRITE_MO
     return value
 
 
+def parse_named(text: str) -> Call:
+    """Parse `NAME` or `NAME(arguments)`; the name may be any text without parentheses: `org/name@main(classes=3)`.
+
+    Raises RequestError for a name that is empty or not printable, and as `parse` does for the arguments.
+    """
+    name, parenthesis, rest = text.strip().partition("(")
+    name = name.strip()
+    if not name or not name.isprintable() or ")" in name:
+        raise RequestError(f"{_cut(text)!r} does not begin with the name of a model", "write NAME or NAME(arguments)")
+    if not parenthesis:
+        return Call(name)
+    call = parse(f"model({rest}", kind="a name with its arguments in parentheses", hint="write NAME(argument=1)")
+    if call.name != "model":
+        raise RequestError(f"{_cut(text)!r} is more than a name with its arguments", "write NAME(argument=1)")
+    return Call(name, call.args, call.kwargs)
+
+
 def parse_value(text: str, *, hint: str = _WRITE_MODULE) -> Value:
     """Parse any value of the language."""
     if len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:

@@ -1,21 +1,18 @@
-"""References: the text that names a model, and which kind it is. Nothing is imported or opened to find that out."""
+"""References: what the text that names a model is made of. What a word means says `modelcli.resolve`, which knows the
+providers; here stands what needs none of them."""
 
 from __future__ import annotations
 
-import ast
-import functools
 import os
 import re
-import warnings
 from dataclasses import dataclass, replace
-from pathlib import Path, PureWindowsPath
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from modelcli import installed
-from modelcli.errors import ModelcliError, RequestError, SystemFailureError, UnsafeError, closest
-from modelcli.language import expressions
-from modelcli.language.expressions import Call
-from modelcli.wording import listed
+from modelcli.errors import ModelcliError, RequestError, SystemFailureError, closest
+
+if TYPE_CHECKING:
+    from modelcli.language.expressions import Call  # a file by its path needs none
 
 #: No system has longer paths: longer text is none.
 MAX_PATH = 4096
@@ -31,18 +28,15 @@ def has_checkpoint_suffix(path: str | Path) -> bool:
 
 
 @dataclass(frozen=True)
-class Installed:
-    """A torchvision builder or a module expression: `alexnet`, `resnet18(num_classes=10)`, `Linear(2,3)`."""
+class NamedModel:
+    """A model that a provider knows by its name: `alexnet`, `Linear(2,3)`, with a prefix `timm:resnet50`."""
 
     call: Call
-
-    @property
-    def runs_only_installed_code(self) -> bool:
-        """Whether it names nothing but torch's and torchvision's own: no code of the user's decides what it is."""
-        return all(map(is_installed_name, expressions.names_in(self.call)))
+    prefix: str | None = None
 
     def __str__(self) -> str:
-        return expressions.to_text(self.call) if self.call.args or self.call.kwargs else self.call.name
+        text = str(self.call) if self.call.args or self.call.kwargs else self.call.name
+        return text if self.prefix is None else f"{self.prefix}:{text}"
 
 
 @dataclass(frozen=True)
@@ -58,7 +52,7 @@ class PythonObject:
     file: Path | None = None
 
     def __str__(self) -> str:
-        text = expressions.to_text(self.call) if self.call else self.name
+        text = str(self.call) if self.call else self.name
         return f"{self.source}:{text}"
 
     def relative_to(self, folder: Path, base: Path = Path()) -> str:
@@ -85,6 +79,8 @@ class PythonObject:
 
 def _moved(value: Any, base: Path, folder: Path) -> Any:
     """A value of a call with its relative paths, those that exist as seen from `base`, as seen from `folder`."""
+    from modelcli.language.expressions import Call
+
     if isinstance(value, Call):
         args = tuple(_moved(item, base, folder) for item in value.args)
         return replace(value, args=args, kwargs={key: _moved(item, base, folder) for key, item in value.kwargs.items()})
@@ -94,7 +90,7 @@ def _moved(value: Any, base: Path, folder: Path) -> Any:
         return {key: _moved(item, base, folder) for key, item in value.items()}
     if type(value) is not str or not re.search(r"[/\\]|\.\w", value):
         return value  # `resnet18` is a name, though a folder may be called so
-    if "\0" in value or len(value) > MAX_PATH or Path(value).is_absolute() or not _exists(base / value):
+    if "\0" in value or len(value) > MAX_PATH or Path(value).is_absolute() or not exists(base / value):
         return value
     try:
         path = os.path.relpath(base / value, folder).replace(os.sep, "/")
@@ -113,186 +109,15 @@ class CheckpointFile:
         return str(self.path)
 
 
-#: Where torchvision has its models, and the modules that they are made of.
-MODELS = "torchvision.models"
+Reference = NamedModel | PythonObject | CheckpointFile
 
 
-def is_installed_name(dotted: str) -> bool:
-    """Whether a name is one that `torch.nn`, `torchvision.ops`, `torchvision.models` or torch itself has by that name.
-
-    Only such a name may be followed for a file's sake: it is looked up in what is loaded, and imports nothing.
-    """
-    package, _, name = dotted.replace(":", ".").rpartition(".")
-    is_model = package == MODELS or package.startswith(f"{MODELS}.")
-    return (is_model or package in ("", "torch", "nn", "torch.nn", "torchvision.ops")) and bool(name)
-
-
-Reference = Installed | PythonObject | CheckpointFile
-
-
-def recorded(text: str, folder: Path, *, trust: bool) -> Reference:
-    """The reference that a record in a file in `folder` holds.
-
-    Without `trust` no path that it names is looked at: the name of a file on another machine would be asked for there.
-    With it a Python file is looked for, but only by a path from `folder`. Raises RequestError for what is no reference,
-    UnsafeError for a checkpoint, and for Python code at a path that does not start from the folder.
-    """
-    reference = _parsed(text, folder, look=False)
-    if isinstance(reference, CheckpointFile):
-        raise UnsafeError(f"a record may not name another file as its architecture, and it names {text}", _ARCH)
-    if isinstance(reference, PythonObject) and reference.file is not None:
-        if _is_absolute(reference.source):
-            raise UnsafeError(f"a record may not name code outside its folder, and it names {reference.source}", _ARCH)
-        if trust:
-            return parse(text, folder)
-    return reference
-
-
-_ARCH = "--arch names the architecture instead"
-
-
-def _is_absolute(path: str) -> bool:
-    """Whether a path starts at a root, at a drive, or on another machine, on any system."""
-    return path.startswith(("/", "\\")) or bool(PureWindowsPath(path).drive)
-
-
-def parse(text: str, folder: Path | None = None) -> Reference:
-    """Tell what a reference is. Relative paths are seen from `folder`, by default the current one.
-
-    In this order: a bare word is a builder or a class of `torch.nn`; an existing path; `file.py:Class(...)` or
-    `module:name`; a builder or a module expression. Raises RequestError for what is none of these.
-    """
-    return _parsed(text, folder or Path(), look=True)
-
-
-def _parsed(text: str, folder: Path, *, look: bool) -> Reference:
-    """The same; without `look` by the text alone: no path in it is looked at, and one with a suffix is a file."""
-    if not text.strip():
-        raise RequestError("an empty model reference", "name one: alexnet, nets.py:Net(3,2), best.pth")
-    path = folder / text
-    if _is_bare_word(text) and (not look or not _exists(path) or _is_installed_model(text)):
-        return Installed(Call(text))
-    if look and "\0" not in text and len(text) < MAX_PATH and _exists(path):
-        if path.suffix == ".py" and path.is_file():
-            raise _names_no_class(text, path)
-        return CheckpointFile(path)
-    if (split := _split_object(text, folder, look=look)) is not None:
-        return _installed_object(*split) or _python_object(*split, folder, look=look)
-    if not look and (has_checkpoint_suffix(text) or re.search(r"[/\\]", text.partition("(")[0])):
-        return CheckpointFile(path)
-    if has_checkpoint_suffix(text) or text.endswith(("/", os.sep, ".toml")):
-        raise missing_file(path, text)
-    if Path(text).suffix == ".py" and "(" not in text:
-        raise missing_file(path, text)
-    if re.search(r"[/\\]", text.partition("(")[0]):
-        raise missing_file(path, text)
-    if re.fullmatch(r"[\w.+-]+", text) and not re.fullmatch(r"[A-Za-z_][\w.]*", text, re.ASCII):
-        return Installed(Call(text))  # `bert-base-uncased`: no expression, and no model of that name either
-    call = expressions.parse(text)
-    # Parentheses may stand around `module:build(3)`.
-    return _parsed(str(call), folder, look=look) if ":" in call.name else Installed(call)
-
-
-def _is_bare_word(text: str) -> bool:
-    return re.fullmatch(r"[A-Za-z_]\w*", text, re.ASCII) is not None
-
-
-@functools.cache
-def _is_installed_model(word: str) -> bool:
-    """Whether a word is a builder of torchvision's or a class of `torch.nn`: then a file of that name needs a path.
-
-    Their sources are read, which takes some 30 ms, so this is asked only where there is such a file.
-    """
-    return word in installed.builder_names() or word in installed.module_names()
-
-
-def hidden_file_note(text: str, folder: Path) -> str | None:
-    """What to tell where a bare word is a builder, and a file or folder of the same name lies there as well."""
-    if not _is_bare_word(text) or not _exists(folder / text) or not _is_installed_model(text):
-        return None
-    what = "folder" if (folder / text).is_dir() else "file"
-    return f"{text} is the model of that name; the {what} that is called so too is named by ./{text}"
-
-
-def _exists(path: Path) -> bool:
+def exists(path: Path) -> bool:
+    """Whether there is a file or folder, also by a name that is too long or that none can have."""
     try:
         return path.exists()
-    except (OSError, ValueError):  # a name that is too long, or that no file can have
+    except (OSError, ValueError):
         return False
-
-
-def _split_object(text: str, folder: Path, *, look: bool) -> tuple[str, str] | None:
-    """Cut `nets.py:Net(3)` at its colon; a drive letter's colon is none, nor one inside the arguments.
-
-    A file that exists is cut off first: folders may have colons and parentheses in their names.
-    """
-    for match in re.finditer(r"\.py:", text[:MAX_PATH]):
-        if not look or _exists(folder / text[: match.end() - 1]):
-            return text[: match.end() - 1], text[match.end() :]
-    start = 2 if re.match(r"[A-Za-z]:[\\/]", text) else 0
-    colon = text.find(":", start)
-    parenthesis = text.find("(")
-    if colon < 0 or 0 <= parenthesis < colon:
-        return None
-    return text[:colon], text[colon + 1 :]
-
-
-def _installed_object(source: str, target: str) -> Installed | None:
-    """A class of torch's or torchvision's own that is written with a colon: `torchvision.ops:MLP(4,[4,4])`."""
-    name = target.partition("(")[0].strip()
-    if source.split(".")[0] not in ("torch", "torchvision") or not is_installed_name(f"{source}:{name}"):
-        return None
-    if not re.fullmatch(r"[A-Z]\w*", name, re.ASCII):  # what begins otherwise is a function
-        return None
-    call = expressions.parse(target)
-    return Installed(Call(f"{source}.{name}", call.args, call.kwargs))
-
-
-def _python_object(source: str, target: str, folder: Path, *, look: bool) -> PythonObject:
-    call = None
-    if "(" in target:
-        call = expressions.parse(target)
-        name = call.name
-    else:
-        name = target.strip()
-    if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", name, re.ASCII):
-        raise RequestError(
-            f"{name!r} after the colon of {source}: is not a name",
-            "write nets.py:Net(3,2) or package.module:build()",
-        )
-    if source.endswith(".py"):
-        path = folder / source
-        if look and not _exists(path):
-            raise missing_file(path, source)
-        return PythonObject(source, name, call, path)
-    if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", source, re.ASCII):
-        raise RequestError(
-            f"{source!r} before the colon is neither a Python file nor an importable module",
-            "write nets.py:Net(3,2) or package.module:build()",
-        )
-    return PythonObject(source, name, call)
-
-
-def names_a_file(text: str, folder: Path) -> bool:
-    """Whether the value of `--weights` is a path, as seen from `folder`, and not a name of torchvision's.
-
-    It is one where it has a separator or the suffix of a checkpoint, or where a file or folder is called so and no
-    weights are.
-    """
-    if has_checkpoint_suffix(text) or "/" in text or "\\" in text:
-        return True
-    return text not in ("none", "DEFAULT") and _exists(folder / text) and text not in installed.weights_names()
-
-
-def names_a_model(text: str) -> bool:
-    """Whether text in the place of a recipe names a model: a checkpoint, Python, or what is no file at all."""
-    path = Path(text)
-    if len(text) < MAX_PATH and "\0" not in text and _exists(path):
-        return path.is_dir() or has_checkpoint_suffix(path) or path.suffix == ".py"
-    try:
-        return path.suffix != ".toml" and not isinstance(parse(text), CheckpointFile)
-    except (RequestError, SystemFailureError):
-        return has_checkpoint_suffix(path)
 
 
 def missing_file(path: Path, text: str) -> ModelcliError:
@@ -305,7 +130,7 @@ def missing_file(path: Path, text: str) -> ModelcliError:
         return SystemFailureError(told, f"{folder}, or a folder above it, is not open to you: chmod u+x opens your own")
     except (OSError, ValueError):
         pass
-    if not _exists(folder):
+    if not exists(folder):
         return RequestError(f"no such file: {text}", f"the folder {folder} does not exist")
     try:
         near = closest(path.name, [entry.name for entry in folder.iterdir() if entry.name != path.name])
@@ -319,21 +144,6 @@ def _there(folder: Path, count: int) -> str:
     if folder == Path():
         return "here is" if count == 1 else "here are"
     return f"in {folder}{os.sep}"
-
-
-def _names_no_class(text: str, path: Path) -> RequestError:
-    """`nets.py` alone: list the classes in it, read without running them."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        return RequestError(f"{text} is not valid Python: {error}")
-    names = [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
-    if not names:
-        return RequestError(f"{text} names no class, and the file has none", f"write {text}:build(...)")
-    classes = listed([f"{text}:{name}" for name in names], 12)
-    return RequestError(f"{text} names a file, not a class in it", f"classes in it: {classes}")
 
 
 @dataclass(frozen=True)
@@ -357,9 +167,6 @@ class Source:
     trust: bool = False
     tensors_only: bool = False
     bare_keys: bool = False
-
-    def reference(self) -> Reference:
-        return parse(self.model, self.folder)
 
     def reference_folder(self) -> Path:
         """The folder that a record in this model's file sees paths from."""

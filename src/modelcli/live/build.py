@@ -17,12 +17,13 @@ from modelcli.errors import RequestError, UnsafeError
 from modelcli.language import references
 from modelcli.language.expressions import Call
 from modelcli.language.quoting import quoted
-from modelcli.language.references import CheckpointFile, Installed, PythonObject
+from modelcli.language.references import CheckpointFile, NamedModel, PythonObject
 from modelcli.live import bounds, downloads, memory, modules, python_objects, zoo
 from modelcli.live.bounds import Bounds
 from modelcli.live.meta_models import build_on_meta, meta_twin, seeded
 from modelcli.live.sources import Lazy, tag_drawn
 from modelcli.live.walking import require_methods
+from modelcli.providers import known_code
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def architecture(
     would run code and `trust` is not given.
     """
     match reference:
-        case Installed(call=call):
+        case NamedModel(call=call):
             if call.name in zoo.builder_names():
                 return _builder(reference, weights, trust)
             return _expression(reference, weights, trust)
@@ -98,7 +99,7 @@ def architecture(
             )
 
 
-def _builder(reference: Installed, weights: str | None, trust: bool) -> Architecture:
+def _builder(reference: NamedModel, weights: str | None, trust: bool) -> Architecture:
     call = reference.call
     if call.has_hole:
         raise RequestError(f"{call}: _ stands for what was there before, and nothing was", "write the argument out")
@@ -122,11 +123,11 @@ def _builder(reference: Installed, weights: str | None, trust: bool) -> Architec
         with zoo.architecture_only():
             return plain()
 
-    held = bounds.as_typed(str(reference)) if reference.runs_only_installed_code else None
+    held = bounds.as_typed(str(reference)) if known_code.runs_known_code(reference) else None
     return Architecture(reference, plain, without_weights, kwargs["weights"], builder=call.name, bounds=held)
 
 
-def _expression(reference: Installed, weights: str | None, trust: bool) -> Architecture:
+def _expression(reference: NamedModel, weights: str | None, trust: bool) -> Architecture:
     call = reference.call
     try:
         modules.find_class(call.name, trusted=trust)
@@ -143,7 +144,7 @@ def _expression(reference: Installed, weights: str | None, trust: bool) -> Archi
     def plain() -> nn.Module:
         return modules.make(call, trusted=trust)
 
-    installed = reference.runs_only_installed_code
+    installed = known_code.runs_known_code(reference)
     held = bounds.as_typed(str(reference)) if installed else None
     return Architecture(reference, plain, plain, is_torch_class=installed, bounds=held)
 
@@ -153,7 +154,7 @@ def _by_its_name(call: Call) -> str | None:
     package, _, name = call.name.rpartition(".")
     if package.split(".")[0] not in ("torchvision", "models") or name not in zoo.builder_names():
         return None
-    return f"torchvision's models go by their names: {Installed(replace(call, name=name))}"
+    return f"torchvision's models go by their names: {NamedModel(replace(call, name=name))}"
 
 
 def _python_object(reference: PythonObject, folder: Path) -> Architecture:

@@ -16,11 +16,12 @@ from modelcli.errors import ModelcliError, RequestError, UnsafeError, closest, d
 from modelcli.language import expressions
 from modelcli.language.expressions import HOLE, Call, Name
 from modelcli.language.quoting import command, quoted
-from modelcli.language.references import MODELS, is_installed_name
 from modelcli.live import python_objects, zoo
 from modelcli.live.sources import dtype_of
 from modelcli.live.walking import modules_in
 from modelcli.model.dtypes import ITEM_BYTES
+from modelcli.providers.known_code import is_known_name
+from modelcli.providers.torchvision import MODELS
 
 #: Layers that one argument may ask for; those of an RNN take time that grows with their square.
 MAX_LAYERS = 2_000
@@ -34,7 +35,7 @@ def find_class(dotted: str, *, trusted: bool) -> type[nn.Module]:
     names.
     """
     package, _, name = dotted.replace(":", ".").rpartition(".")
-    if is_installed_name(dotted):
+    if is_known_name(dotted):
         found = getattr(_namespace(package), name, None)
         if found is None and not package:
             found = getattr(zoo.torchvision().ops, name, None) or _the_one_in_models(name)
@@ -81,7 +82,7 @@ def find_maker(dotted: str, *, trusted: bool) -> Callable[..., Any]:
     """
     if (builder := builder_named(dotted)) is not None:
         return zoo.without_weights(builder)
-    if not is_installed_name(dotted) and trusted:
+    if not is_known_name(dotted) and trusted:
         package, _, name = dotted.replace(":", ".").rpartition(".")
         found = getattr(python_objects.import_module(package.removesuffix(".py")), name, None)
         if callable(found) and not isinstance(found, type | nn.Module):
@@ -159,7 +160,7 @@ def make(call: Call, *, trusted: bool = True) -> nn.Module:
         raise RequestError(f"{call}: _ stands for what was there before, and nothing was", "write the argument out")
     args = [value_of(value, trusted=trusted) for value in call.args]
     kwargs = {key: _keyword(call, key, trusted=trusted) for key in call.kwargs}
-    if is_installed_name(call.name):
+    if is_known_name(call.name):
         _require_few(kind, args, kwargs, str(call))
     return construct(kind, args, kwargs, str(call))
 

@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from modelcli import checkpoints
+from modelcli import checkpoints, resolve
 from modelcli.checkpoints import Contents, programs
-from modelcli.checkpoints import record as records
 from modelcli.checkpoints.contents import foreign_names
 from modelcli.checkpoints.entries import CompositeEntry
 from modelcli.checkpoints.record import Record
@@ -24,7 +23,7 @@ from modelcli.edits import parse as parse_edit
 from modelcli.edits.extract import Extract
 from modelcli.errors import FileFormatError, ModelcliError, RequestError, UnsafeError
 from modelcli.language import input_texts, references
-from modelcli.language.references import CheckpointFile, Installed, Source
+from modelcli.language.references import CheckpointFile, NamedModel, Source
 from modelcli.live import bounds, inputs, loading, memory, trace, zoo
 from modelcli.live.build import Architecture, architecture
 from modelcli.live.describe import describe, floating_dtype
@@ -145,7 +144,7 @@ class _Opening:
         self.source = source
         #: The recipes that led here, each as the architecture of the one before.
         self.followed = followed
-        reference = source.reference()
+        reference = resolve.reference_of(source)
         self.contents: Contents | None = None
         self.record: Record | None = None
         self.notes: list[str] = []
@@ -155,7 +154,7 @@ class _Opening:
         #: The file that the record is of: that of the tensors, or the one that --arch names.
         self.recorded_in: Path | None = None
         self.trust = source.trust
-        if (hidden := references.hidden_file_note(source.model, source.folder)) is not None:
+        if (hidden := resolve.hidden_file_note(source.model, source.folder)) is not None:
             self.notes.append(hidden)
         weights = source.weights if source.weights not in (None, "none") else None
         weights_file = _weights_file(weights, source.folder, of_checkpoint=isinstance(reference, CheckpointFile))
@@ -191,7 +190,7 @@ class _Opening:
 
     def _take_named(self, arch: str) -> None:
         """The architecture that `--arch` names: a reference, or a file whose record or recipe says it."""
-        reference = references.parse(arch, self.source.folder)
+        reference = resolve.parse(arch, self.source.folder)
         if not isinstance(reference, CheckpointFile):
             self._take_architecture(reference, None)
         elif reference.path.suffix.lower() == ".toml":
@@ -248,7 +247,7 @@ class _Opening:
         record = self.contents.record
         if record is None:
             return
-        if why := records.disagreement(record, self.contents.infos()):
+        if why := resolve.disagreement(record, self.contents):
             self.notes.append(f"the record in {path.name} was ignored: {why}")
             return
         self.record = record
@@ -257,9 +256,9 @@ class _Opening:
         self.bounds = bounds.of_record(f"the architecture that {path.name} names", len(record.blueprint.modules))
         zoo.torchvision()  # its import takes longer than what is bounded here
         with self._following(), self._memory_of_record():
-            reference = references.recorded(record.reference, path.parent, trust=self.source.trust)
+            reference = resolve.recorded(record.reference, path.parent, trust=self.source.trust)
             self._take_architecture(reference, record.weights, trust=self.source.trust, folder=path.parent)
-        if isinstance(reference, Installed):
+        if isinstance(reference, NamedModel):
             assert self.base is not None
             self.base = replace(self.base, bounds=self.bounds)
 
@@ -417,7 +416,7 @@ def read_to_edit(path: Path, source: Source, notes: list[str]) -> Contents:
 def _weights_name(source: Source) -> str | None:
     """The name of weights, which may decide an architecture; a file of them does not."""
     weights = source.weights
-    return None if weights is None or references.names_a_file(weights, source.folder) else weights
+    return None if weights is None or resolve.names_a_file(weights, source.folder) else weights
 
 
 def _require_all_tensors(contents: Contents) -> None:
@@ -438,11 +437,11 @@ def _require_all_tensors(contents: Contents) -> None:
 
 
 def _weights_file(weights: str | None, folder: Path, *, of_checkpoint: bool) -> Path | None:
-    """The file that `--weights` names, if it names one: see `references.names_a_file`."""
+    """The file that `--weights` names, if it names one: see `resolve.names_a_file`."""
     if weights is None or of_checkpoint:
         return None
     path = folder / weights
-    if references.names_a_file(weights, folder):
+    if resolve.names_a_file(weights, folder):
         if not path.exists():
             raise references.missing_file(path, weights)
         return path
@@ -465,7 +464,7 @@ def with_arch_instance(source: Source, instance: object) -> tuple[nn.Module, Loa
     if not isinstance(instance, nn.Module):
         how = f"call it: arch={instance.__name__}()" if callable(instance) and hasattr(instance, "__name__") else None
         raise RequestError(f"arch takes an nn.Module or a reference, not {instance!r:.60}", how)
-    reference = source.reference()
+    reference = resolve.reference_of(source)
     if not isinstance(reference, CheckpointFile):
         raise RequestError(f"{reference} is not a checkpoint, and arch is a module already")
     if source.weights not in (None, "none"):

@@ -12,11 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from modelcli import checkpoints, writing
-from modelcli.checkpoints import record as records
+from modelcli import checkpoints, resolve, writing
 from modelcli.checkpoints.record import Record
 from modelcli.errors import RequestError
-from modelcli.language import references
 from modelcli.language.references import PythonObject, Source
 from modelcli.live import planning
 from modelcli.live.describe import dtype_name
@@ -87,7 +85,7 @@ def _record_of(like: Path, out: Path) -> Record:
     """The record of a file, its Python path as seen from the folder that is written to."""
     contents = checkpoints.read(like)
     record = contents.record
-    why = None if record is None else records.disagreement(record, contents.infos())
+    why = None if record is None else resolve.disagreement(record, contents)
     if record is None or why is not None:
         raise RequestError(
             f"{like} carries no record that could go along" + (f": {why}" if why else ""),
@@ -95,7 +93,7 @@ def _record_of(like: Path, out: Path) -> Record:
         )
     if record.reference is None:
         return record
-    reference = references.recorded(record.reference, like.parent, trust=False)
+    reference = resolve.recorded(record.reference, like.parent, trust=False)
     if isinstance(reference, PythonObject):
         return replace(record, reference=reference.relative_to(Path(os.path.realpath(out)).parent))
     return record

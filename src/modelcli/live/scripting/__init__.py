@@ -20,7 +20,7 @@ from modelcli.edits import Edit
 from modelcli.edits.init import Init
 from modelcli.edits.replace import Replace
 from modelcli.errors import ModelcliError
-from modelcli.language.references import Installed, PythonObject, Source
+from modelcli.language.references import NamedModel, PythonObject, Source
 from modelcli.live import planning, surgery, zoo
 from modelcli.live.build import Architecture
 from modelcli.live.describe import describe
@@ -237,7 +237,7 @@ def _construct(page: Page, base: Architecture, source: Source, seed: int | None)
     if seed is not None:
         page.write(f"torch.manual_seed({seed})")
     match base.reference:
-        case Installed(call=call) if base.builder is not None:
+        case NamedModel(call=call) if base.builder is not None:
             arguments = dict(call.kwargs)
             if base.weights is not None:
                 arguments["weights"] = base.weights
@@ -249,7 +249,7 @@ def _construct(page: Page, base: Architecture, source: Source, seed: int | None)
                 page.write(f"model = models.{base.builder}({page.arguments((), arguments)})")
             else:
                 page.write(f"model = models.get_model({page.arguments((base.builder,), arguments)})")
-        case Installed(call=call):
+        case NamedModel(call=call):
             page.write(f"model = {page.value(call)}")
         case PythonObject(call=call) as reference:
             found = _own_object(page, reference, source.folder)

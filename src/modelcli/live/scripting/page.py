@@ -16,9 +16,10 @@ from typing import Any
 from torch import nn
 
 from modelcli.language.expressions import Call, Name
-from modelcli.language.references import MODELS, is_installed_name
 from modelcli.live import modules
 from modelcli.model.dtypes import ITEM_BYTES
+from modelcli.providers.known_code import is_known_name
+from modelcli.providers.torchvision import MODELS
 
 WIDTH = 110
 #: As many statements of one kind as stand one below the other; more become a loop.
@@ -106,7 +107,7 @@ class Page:
 
     def class_of(self, dotted: str) -> str:
         """The name of a class in the script, imported there: `nn.Linear`, `ops.Permute`, `nets.Net`."""
-        if not is_installed_name(dotted):
+        if not is_known_name(dotted):
             package, _, name = dotted.partition(":") if ":" in dotted else dotted.rpartition(".")
             self.folders.setdefault(".")
             return f"{self.own_module(package)}.{name}"

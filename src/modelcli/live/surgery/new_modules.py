@@ -10,13 +10,14 @@ from torch import nn
 
 from modelcli.edits.applied import Context
 from modelcli.errors import RequestError
-from modelcli.language import expressions, references
+from modelcli.language import expressions
 from modelcli.language.expressions import Call
 from modelcli.live import bounds, memory, modules
 from modelcli.live.meta_models import build_on_meta, seeded
 from modelcli.live.sources import Lazy, named_tensors, tag_drawn
 from modelcli.live.surgery.core import is_meta, submodule
 from modelcli.model.paths import ancestors
+from modelcli.providers.known_code import names_known_code
 
 
 def maker(
@@ -56,8 +57,7 @@ def maker(
 def _on_meta(call: Call, path: str, context: Context) -> nn.Module:
     """A new module on the meta device. An error says where it was to be put."""
     try:
-        installed = all(map(references.is_installed_name, expressions.names_in(call)))
-        held = bounds.as_typed(str(call)) if installed else None
+        held = bounds.as_typed(str(call)) if names_known_code(call) else None
         return build_on_meta(lambda: modules.make(call, trusted=context.trusted), only_if_needed=True, bounds=held)
     except RequestError as error:
         error.message = f"{path}: {error.message}"

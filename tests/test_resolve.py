@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from modelcli.errors import RequestError
 from modelcli.language.expressions import Call, Name
-from modelcli.language.references import CheckpointFile, Installed, PythonObject, parse
+from modelcli.language.references import CheckpointFile, NamedModel, PythonObject
+from modelcli.resolve import parse
 from tests.conftest import Cli
 
 
@@ -30,8 +31,8 @@ from tests.conftest import Cli
     ],
 )
 def test_builders_and_module_expressions(folder: Path, text: str, call: Call) -> None:
-    assert parse(text) == Installed(call)
-    assert parse(str(parse(text))) == Installed(call)
+    assert parse(text) == NamedModel(call)
+    assert parse(str(parse(text))) == NamedModel(call)
 
 
 @pytest.mark.parametrize("text", ["locked/old.pth", "locked/old", "locked/nets.py:Net", "locked/"])
@@ -52,7 +53,7 @@ def test_what_may_not_be_looked_at_is_not_missing(cli: Cli, monkeypatch: pytest.
 
 def test_a_bare_word_is_a_builder_first(folder: Path) -> None:
     (folder / "alexnet").mkdir()
-    assert parse("alexnet") == Installed(Call("alexnet"))
+    assert parse("alexnet") == NamedModel(Call("alexnet"))
     assert parse("./alexnet") == CheckpointFile(Path("alexnet"))
     assert parse("alexnet/") == CheckpointFile(Path("alexnet"))
 
@@ -192,6 +193,6 @@ def test_any_text_is_a_reference_or_an_error_of_ours(folder: Path, text: str) ->
         found = parse(text, folder)
     except RequestError:
         return
-    assert isinstance(found, Installed | PythonObject | CheckpointFile)
-    if isinstance(found, Installed):
+    assert isinstance(found, NamedModel | PythonObject | CheckpointFile)
+    if isinstance(found, NamedModel):
         assert parse(str(found), folder) == found

@@ -1,0 +1,151 @@
+"""The registry of providers: one line each, imported when it is asked for.
+
+Other packages register one by the entry point group `modelcli.providers`: the name of the entry point is the prefix of
+its references. Entry points are read when a prefix, or the package of a class, belongs to no built-in provider, and
+where all models are asked for: by `list`, `identify` and `--help`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from modelcli.errors import ModelcliError, SystemFailureError
+from modelcli.providers.base import Provider
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
+#: The built-in providers whose models go by bare names. In this order a bare name is looked for in expressions.
+_BY_BARE_NAMES = (
+    "modelcli.providers.torch_nn",
+    "modelcli.providers.torchvision",
+    "modelcli.providers.python_objects",
+)
+#: The built-in providers whose models have a prefix, by it.
+_BY_PREFIX: Mapping[str, str] = {}
+
+#: The entry point group by which other packages register theirs.
+GROUP = "modelcli.providers"
+
+
+@functools.cache
+def built_in() -> tuple[Provider, ...]:
+    """The providers whose models go by bare names."""
+    return tuple(map(_provider_in, _BY_BARE_NAMES))
+
+
+def _provider_in(module: str) -> Provider:
+    found: Provider = importlib.import_module(module).PROVIDER
+    return found
+
+
+@functools.cache
+def by_prefix(prefix: str) -> Provider | None:
+    """The provider whose references begin with `prefix` and a colon: a built-in one, else that of another package.
+
+    Raises SystemFailureError where that package cannot be imported.
+    """
+    if (module := _BY_PREFIX.get(prefix)) is not None:
+        return _provider_in(module)
+    entry = plug_ins().get(prefix)
+    return None if entry is None else _loaded(prefix, entry)
+
+
+@functools.cache
+def plug_ins() -> Mapping[str, EntryPoint]:
+    """What other packages register, by its prefix; nothing is imported for it. Of two of a prefix the first counts."""
+    from importlib.metadata import entry_points  # takes as long as a plain look at a file
+
+    found: dict[str, EntryPoint] = {}
+    for entry in entry_points(group=GROUP):
+        if entry.name not in _BY_PREFIX:
+            found.setdefault(entry.name, entry)
+    return found
+
+
+def _loaded(prefix: str, entry: EntryPoint) -> Provider:
+    """The provider of another package. What is wrong with it is told as what it is, and hides nothing else."""
+    hint = f"mend or uninstall the package that registers {prefix}: ({entry.value})"
+    try:
+        found = entry.load()
+        if isinstance(found, type):
+            found = found()
+    except Exception as error:
+        raise SystemFailureError(
+            f"the provider of {prefix}: cannot be loaded: {type(error).__name__}: {error}", hint
+        ) from error
+    if not isinstance(found, Provider):
+        raise SystemFailureError(f"the provider of {prefix}: is a {type(found).__name__}, not a Provider", hint)
+    if found.prefix != prefix:
+        told = f"the provider that is registered as {prefix}: calls itself {found.prefix}:"
+        raise SystemFailureError(told, hint)
+    return found
+
+
+@dataclass(frozen=True)
+class Everything:
+    """All providers that are installed, and what is wrong with those that cannot be loaded."""
+
+    providers: tuple[Provider, ...]
+    problems: tuple[str, ...] = ()
+
+
+def everything() -> Everything:
+    """Every provider: those that come with modelcli, and those of other packages."""
+    found, problems = list(built_in()), []
+    for prefix in (*_BY_PREFIX, *plug_ins()):
+        try:
+            provider = by_prefix(prefix)
+        except ModelcliError as error:
+            problems.append(error.message)
+            continue
+        if provider is not None:
+            found.append(provider)
+    return Everything(tuple(found), tuple(problems))
+
+
+def prefixes() -> list[str]:
+    """The prefixes that references may have; no provider is imported for it."""
+    return [*_BY_PREFIX, *plug_ins()]
+
+
+@functools.cache
+def owner(package: str) -> Provider | None:
+    """The provider whose library a package belongs to, so that a file may name the module classes in it; or None.
+
+    Other packages' providers are asked where no built-in one owns it.
+    """
+    for provider in built_in():
+        if provider.owns(package):
+            return provider
+    others = everything().providers[len(built_in()) :]
+    return next((provider for provider in others if provider.owns(package)), None)
+
+
+def packages() -> tuple[str, ...]:
+    """The names under which the libraries of the built-in providers are installed, each once."""
+    return tuple(dict.fromkeys(package for provider in built_in() for package in provider.packages))
+
+
+def with_weights() -> str:
+    """Whose models have weights by name, for messages: `torchvision`."""
+    return " or ".join(provider.name for provider in built_in() if provider.weights_names())
+
+
+def class_packages() -> str:
+    """Where bare names of module classes are looked for, for messages: `torch.nn or torchvision.ops`."""
+    return " or ".join(provider.classes_from for provider in built_in() if provider.classes_from is not None)
+
+
+def class_names() -> list[str]:
+    """The module classes that expressions may name by their bare names, without those of other packages."""
+    return [name for provider in built_in() for name in provider.class_names()]
+
+
+def titles() -> list[str]:
+    """What models the built-in providers know, for `--help`."""
+    return [provider.title for provider in built_in() if provider.title]

@@ -1,0 +1,78 @@
+"""What a provider declares: all that has to be known of a library's models before torch, or that library, is imported.
+
+A provider turns references of one kind into models. This is its torch-free half; the other one, which builds, is a
+`modelcli.live.providers.LiveProvider` that `live` names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from modelcli.language.expressions import Call
+
+
+class Provider:
+    """A library of models. Subclass it, set the attributes, and override what the library has.
+
+    Everything here is asked for a look at a file, for completion or for `list`: it reads no more than text on the disk,
+    and imports neither torch nor the library.
+    """
+
+    #: What messages call it: `torchvision`.
+    name: ClassVar[str]
+    #: Where its other half is: `package.module:Class`, a subclass of `modelcli.live.providers.LiveProvider`.
+    live: ClassVar[str]
+    #: What stands before the colon of its references, `timm` in `timm:resnet50`. None for those that come with
+    #: modelcli and whose models go by their bare names.
+    prefix: ClassVar[str | None] = None
+    #: What its models are called in `--help`, with an example: `a torchvision builder (alexnet)`.
+    title: ClassVar[str] = ""
+    #: The names under which its libraries are installed. Their versions decide what is built: they belong to the key of
+    #: every blueprint that is kept, and those of the built-in providers to `--version`.
+    packages: ClassVar[tuple[str, ...]] = ()
+    #: The package whose module classes an expression may name by their bare names, as messages call it: `torch.nn`.
+    classes_from: ClassVar[str | None] = None
+    #: Names that a script gets from what this provider lets it import: nothing of the user's can be called so there.
+    script_names: ClassVar[frozenset[str]] = frozenset()
+
+    def names(self) -> Sequence[str]:
+        """The names of its models without the prefix, read off the installed library; for `list` and completion."""
+        return ()
+
+    def weights_names(self) -> Sequence[str]:
+        """Every name that pretrained weights of its models have, as `--weights` takes it."""
+        return ()
+
+    def class_names(self) -> Sequence[str]:
+        """The module classes that expressions may name by their bare names."""
+        return ()
+
+    def bare_words(self) -> Sequence[str]:
+        """The words that mean a model of its own also where a file is called so; asked without a prefix alone."""
+        return self.names()
+
+    def owns(self, package: str) -> bool:
+        """Whether module classes in a package are the library's own, by the dotted name of the package.
+
+        These may be named in expressions and in records without `--trust`: to look one up runs the library alone.
+        """
+        return False
+
+    def is_known_code(self, name: str) -> bool:
+        """Whether a record in a file may name this model without `--trust`, by the name before its arguments.
+
+        Only where to build it runs the code of the installed library and nothing that a file brings. Asked only of a
+        provider with a prefix; what stands in the arguments is asked for by itself.
+        """
+        return False
+
+    def parse(self, text: str) -> Call:
+        """What stands after the prefix: `NAME` or `NAME(arguments)`; the name is everything before the parenthesis.
+
+        Raises RequestError for text that names no model, and for arguments that are no literals.
+        """
+        from modelcli.language import expressions
+
+        return expressions.parse_named(text)

@@ -1,0 +1,51 @@
+"""torchvision: its builders, by their bare names, and the module classes of its `ops` and of its models.
+
+Names are read off its source, which takes 30 ms where the import takes seconds. They are for completing words: what is
+right is decided by the package itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from modelcli import installed
+from modelcli.providers.base import Provider
+
+#: Where it has its models, and the modules that they are made of.
+MODELS = "torchvision.models"
+OPS = "torchvision.ops"
+
+
+class Torchvision(Provider):
+    """`alexnet`, `resnet18(num_classes=10)`; `torchvision.ops.MLP(4,[4,4])` inside an expression."""
+
+    name = "torchvision"
+    live = "modelcli.live.providers.torchvision:LiveTorchvision"
+    title = "a torchvision builder (alexnet)"
+    packages = ("torch", "torchvision")
+    classes_from = OPS
+    script_names = frozenset({"models", "ops"})
+
+    def names(self) -> list[str]:
+        """What `torchvision.models.list_models()` gives: the functions that its sources register."""
+        registered = re.compile(r"^@register_model\((?:name=\"(\w+)\")?\)$.*?^def (\w+)\(", re.MULTILINE | re.DOTALL)
+        return sorted(name or function for text in _model_sources() for name, function in registered.findall(text))
+
+    def weights_names(self) -> list[str]:
+        """The members of its enums of weights."""
+        members = re.compile(r"^    ([A-Z][A-Z0-9_]+) = (?:Weights\(|[A-Z])", re.MULTILINE)
+        return sorted({name for text in _model_sources() for name in members.findall(text)})
+
+    def owns(self, package: str) -> bool:
+        """Whether it is `torchvision.ops`, `torchvision.models` or a module of the models."""
+        return package in (OPS, MODELS) or package.startswith(f"{MODELS}.")
+
+
+PROVIDER = Torchvision()
+
+
+def _model_sources() -> Iterator[str]:
+    folder = installed.folder("torchvision")
+    for path in sorted((folder / "models").rglob("*.py")) if folder is not None else ():
+        yield path.read_text(encoding="utf-8")

@@ -1,0 +1,268 @@
+"""What the text that names a model means: a provider's model, a Python object, or a file or folder.
+
+The rules are those of section 2 of the contract. To find out which it is nothing is opened, and no code of the user's
+runs; which names there are the providers say.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from pathlib import Path, PureWindowsPath
+from typing import TYPE_CHECKING
+
+from modelcli import providers
+from modelcli.errors import ModelcliError, RequestError, SystemFailureError, UnsafeError
+from modelcli.language.references import (
+    MAX_PATH,
+    CheckpointFile,
+    NamedModel,
+    PythonObject,
+    Reference,
+    Source,
+    exists,
+    has_checkpoint_suffix,
+    missing_file,
+)
+from modelcli.providers import known_code
+from modelcli.wording import listed
+
+if TYPE_CHECKING:
+    from modelcli.checkpoints import Contents
+    from modelcli.checkpoints.record import Record
+
+
+def reference_of(source: Source) -> Reference:
+    """The reference of a source's model, seen from the source's folder. Raises as `parse` does."""
+    return parse(source.model, source.folder)
+
+
+def recorded(text: str, folder: Path, *, trust: bool) -> Reference:
+    """The reference that a record in a file in `folder` holds.
+
+    Without `trust` no path that it names is looked at: the name of a file on another machine would be asked for there.
+    With it a Python file is looked for, but only by a path from `folder`. Raises RequestError for what is no reference,
+    UnsafeError for a checkpoint, and for Python code at a path that does not start from the folder.
+    """
+    reference = _parsed(text, folder, look=False)
+    if isinstance(reference, CheckpointFile):
+        raise UnsafeError(f"a record may not name another file as its architecture, and it names {text}", _ARCH)
+    if isinstance(reference, PythonObject) and reference.file is not None:
+        if _is_absolute(reference.source):
+            raise UnsafeError(f"a record may not name code outside its folder, and it names {reference.source}", _ARCH)
+        if trust:
+            return parse(text, folder)
+    return reference
+
+
+def record_runs_known_code(record: Record) -> bool:
+    """Whether a record names classes and models of known libraries alone: their names say what they are."""
+    if record.reference is None:
+        return False
+    try:
+        reference = recorded(record.reference, Path(), trust=False)
+    except ModelcliError:
+        return False
+    calls = [getattr(edit, "module", None) for edit in record.parsed_edits()]  # of those that place a module
+    own = isinstance(reference, NamedModel) and known_code.runs_known_code(reference)
+    return own and all(known_code.names_known_code(call) for call in calls if call is not None)
+
+
+def disagreement(record: Record, contents: Contents) -> str | None:
+    """Why the record of a file is not believed, or None: see `checkpoints.record.disagreement`."""
+    from modelcli.checkpoints import record as records
+
+    return records.disagreement(record, contents.infos(), known_code=record_runs_known_code(record))
+
+
+_ARCH = "--arch names the architecture instead"
+
+
+def _is_absolute(path: str) -> bool:
+    """Whether a path starts at a root, at a drive, or on another machine, on any system."""
+    return path.startswith(("/", "\\")) or bool(PureWindowsPath(path).drive)
+
+
+def parse(text: str, folder: Path | None = None) -> Reference:
+    """Tell what a reference is. Relative paths are seen from `folder`, by default the current one.
+
+    In this order: a bare word that a provider knows, or that is no file; an existing path; `file.py:Class(...)`;
+    `PREFIX:NAME(...)` with the prefix of a provider; `module:name`; a builder or a module expression. A registered
+    prefix goes before a Python module of that name: the module's file is named by its path, `PREFIX.py:Class(...)`.
+
+    Raises RequestError for what is none of these, SystemFailureError for a prefix whose provider cannot be loaded.
+    """
+    return _parsed(text, folder or Path(), look=True)
+
+
+def _parsed(text: str, folder: Path, *, look: bool) -> Reference:
+    """The same; without `look` by the text alone: no path in it is looked at, and one with a suffix is a file."""
+    from modelcli.language import expressions
+    from modelcli.language.expressions import Call
+
+    if not text.strip():
+        raise RequestError("an empty model reference", "name one: alexnet, nets.py:Net(3,2), best.pth")
+    path = folder / text
+    if _is_bare_word(text) and (not look or not exists(path) or _is_known_word(text)):
+        return NamedModel(Call(text))
+    if look and "\0" not in text and len(text) < MAX_PATH and exists(path):
+        if path.suffix == ".py" and path.is_file():
+            raise _names_no_class(text, path)
+        return CheckpointFile(path)
+    if (split := _split_object(text, folder, look=look)) is not None:
+        return _library_class(*split) or _prefixed(*split) or _python_object(*split, folder, look=look)
+    if not look and (has_checkpoint_suffix(text) or re.search(r"[/\\]", text.partition("(")[0])):
+        return CheckpointFile(path)
+    if has_checkpoint_suffix(text) or text.endswith(("/", os.sep, ".toml")):
+        raise missing_file(path, text)
+    if Path(text).suffix == ".py" and "(" not in text:
+        raise missing_file(path, text)
+    if re.search(r"[/\\]", text.partition("(")[0]):
+        raise missing_file(path, text)
+    if re.fullmatch(r"[\w.+-]+", text) and not re.fullmatch(r"[A-Za-z_][\w.]*", text, re.ASCII):
+        return NamedModel(Call(text))  # `bert-base-uncased`: no expression, and no model of that name either
+    call = expressions.parse(text)
+    # Parentheses may stand around `module:build(3)`.
+    return _parsed(str(call), folder, look=look) if ":" in call.name else NamedModel(call)
+
+
+def _is_bare_word(text: str) -> bool:
+    return re.fullmatch(r"[A-Za-z_]\w*", text, re.ASCII) is not None
+
+
+@functools.cache
+def _is_known_word(word: str) -> bool:
+    """Whether a bare word means a model of a provider's: then a file of that name needs a path.
+
+    The sources of libraries are read for it, which takes some 30 ms, so this is asked only where there is such a file.
+    """
+    return any(word in provider.bare_words() for provider in providers.built_in())
+
+
+def hidden_file_note(text: str, folder: Path) -> str | None:
+    """What to tell where a name means a provider's model, and a file or folder could be meant by it as well."""
+    prefix, colon, _ = text.partition(":")
+    if colon and _is_prefix(prefix) and exists(folder / f"{prefix}.py"):
+        return f"{text} is a model of the provider {prefix}; the file of that name is meant by {prefix}.py:..."
+    if not _is_bare_word(text) or not exists(folder / text) or not _is_known_word(text):
+        return None
+    what = "folder" if (folder / text).is_dir() else "file"
+    return f"{text} is the model of that name; the {what} that is called so too is named by ./{text}"
+
+
+def _split_object(text: str, folder: Path, *, look: bool) -> tuple[str, str] | None:
+    """Cut `nets.py:Net(3)` at its colon; a drive letter's colon is none, nor one inside the arguments.
+
+    A file that exists is cut off first: folders may have colons and parentheses in their names.
+    """
+    for match in re.finditer(r"\.py:", text[:MAX_PATH]):
+        if not look or exists(folder / text[: match.end() - 1]):
+            return text[: match.end() - 1], text[match.end() :]
+    start = 2 if re.match(r"[A-Za-z]:[\\/]", text) else 0
+    colon = text.find(":", start)
+    parenthesis = text.find("(")
+    if colon < 0 or 0 <= parenthesis < colon:
+        return None
+    return text[:colon], text[colon + 1 :]
+
+
+def _library_class(source: str, target: str) -> NamedModel | None:
+    """A class of a provider's own library that is written with a colon: `torch.nn:Linear(2,3)`."""
+    from modelcli.language import expressions
+    from modelcli.language.expressions import Call
+
+    package = source.partition(".")[0]
+    if not any(package in provider.packages and provider.owns(source) for provider in providers.built_in()):
+        return None
+    name = target.partition("(")[0].strip()
+    if not re.fullmatch(r"[A-Z]\w*", name, re.ASCII):  # what begins otherwise is a function
+        return None
+    call = expressions.parse(target)
+    return NamedModel(Call(f"{source}.{name}", call.args, call.kwargs))
+
+
+def _prefixed(source: str, target: str) -> NamedModel | None:
+    """A model of a provider with a prefix: `timm:resnet50(num_classes=10)`."""
+    if not _is_prefix(source):
+        return None
+    provider = providers.by_prefix(source)
+    return None if provider is None else NamedModel(provider.parse(target), source)
+
+
+def _is_prefix(text: str) -> bool:
+    """Whether a provider has this prefix; entry points are read where it may be that of another package's."""
+    return re.fullmatch(r"[A-Za-z][\w-]*", text, re.ASCII) is not None and text in providers.prefixes()
+
+
+def _python_object(source: str, target: str, folder: Path, *, look: bool) -> PythonObject:
+    from modelcli.language import expressions
+
+    call = None
+    if "(" in target:
+        call = expressions.parse(target)
+        name = call.name
+    else:
+        name = target.strip()
+    if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", name, re.ASCII):
+        raise RequestError(
+            f"{name!r} after the colon of {source}: is not a name",
+            "write nets.py:Net(3,2) or package.module:build()",
+        )
+    if source.endswith(".py"):
+        path = folder / source
+        if look and not exists(path):
+            raise missing_file(path, source)
+        return PythonObject(source, name, call, path)
+    if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", source, re.ASCII):
+        raise RequestError(
+            f"{source!r} before the colon is neither a Python file nor an importable module",
+            "write nets.py:Net(3,2) or package.module:build()",
+        )
+    return PythonObject(source, name, call)
+
+
+def names_a_file(text: str, folder: Path, prefix: str | None = None) -> bool:
+    """Whether the value of `--weights` is a path, as seen from `folder`, and not a name of a provider's weights.
+
+    It is one where it has a separator or the suffix of a checkpoint, or where a file or folder is called so and no
+    weights are. `prefix` is that of the model which the weights are for.
+    """
+    if has_checkpoint_suffix(text) or "/" in text or "\\" in text:
+        return True
+    return text not in ("none", "DEFAULT") and exists(folder / text) and not _names_weights(text, prefix)
+
+
+def _names_weights(text: str, prefix: str | None) -> bool:
+    provider = None if prefix is None else providers.by_prefix(prefix)
+    asked = providers.built_in() if provider is None else (provider,)
+    return any(text in provider.weights_names() for provider in asked)
+
+
+def names_a_model(text: str) -> bool:
+    """Whether text in the place of a recipe names a model: a checkpoint, Python, or what is no file at all."""
+    path = Path(text)
+    if len(text) < MAX_PATH and "\0" not in text and exists(path):
+        return path.is_dir() or has_checkpoint_suffix(path) or path.suffix == ".py"
+    try:
+        return path.suffix != ".toml" and not isinstance(parse(text), CheckpointFile)
+    except (RequestError, SystemFailureError):
+        return has_checkpoint_suffix(path)
+
+
+def _names_no_class(text: str, path: Path) -> RequestError:
+    """`nets.py` alone: list the classes in it, read without running them."""
+    import ast
+    import warnings
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        return RequestError(f"{text} is not valid Python: {error}")
+    names = [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
+    if not names:
+        return RequestError(f"{text} names no class, and the file has none", f"write {text}:build(...)")
+    classes = listed([f"{text}:{name}" for name in names], 12)
+    return RequestError(f"{text} names a file, not a class in it", f"classes in it: {classes}")

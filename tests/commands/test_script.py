@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from modelcli import edits
-from modelcli.live import zoo
-from modelcli.live.scripting import model_edits
-from modelcli.live.scripting.page import InexpressibleError, Page
-from modelcli.live.scripting.places import place
+from modelcli.live import scripting, zoo
+from modelcli.live.script.access_paths import place
+from modelcli.live.script.source_text import InexpressibleError, SourceText
+from modelcli.live.script.step import Step
 from tests import nets
 from tests.conftest import Cli
 
@@ -541,16 +541,17 @@ def test_keep_weights_copies_what_overlaps() -> None:
         new.weight[:2, :4] = before.fc.weight
         new.bias[:2] = before.fc.bias
     after.fc = new
-    page = Page()
-    page.write(*model_edits.statements(page, [edits.parse("replace fc Linear(6,3) --keep-weights")], before, after, 3))
+    script = SourceText()
+    edit = edits.parse("replace fc Linear(6,3) --keep-weights")
+    script.write(*scripting.statements([edit], Step(script, before, after, 3)))
     model = plain()
-    exec(page.text(), {"model": model})
+    exec(script.whole(), {"model": model})
     assert same(model.state_dict(), after.state_dict())
 
 
 def _statements(line: str, before: nn.Module, after: nn.Module, seed: int | None) -> list[str]:
     edit = edits.parse(line) if "'" not in line else edits.from_words(*_split(line))
-    return model_edits.statements(Page(), [edit], before, after, seed)
+    return scripting.statements([edit], Step(SourceText(), before, after, seed))
 
 
 def _split(line: str) -> tuple[str, list[str]]:

@@ -11,8 +11,12 @@ from modelcli.language import selectors
 from modelcli.language.quoting import quoted
 from modelcli.live.build import Bare
 from modelcli.live.describe import describe
+from modelcli.live.script import access_paths
+from modelcli.live.script.new_modules import new_statements, own_names
+from modelcli.live.script.state import State
+from modelcli.live.script.step import Step
 from modelcli.live.surgery.core import brief
-from modelcli.live.surgery.placing import Children, holder_and_name, put_new
+from modelcli.live.surgery.placing import Children, holder_and_name, new_child, put_new
 from modelcli.model.paths import joined
 
 
@@ -44,3 +48,20 @@ def _require_free(holder: nn.Module, path: str, name: str) -> None:
             f"{type(holder).__name__} has something else called {name}: no child can have that name",
             "add takes a name that is free",
         )
+
+
+# --- scripts ---------------------------------------------------------------------------------------------------------
+
+
+def script_lines(edit: Add, step: Step) -> list[str]:
+    holder, own = holder_and_name(describe(step.before), edit)
+    path = joined(holder, selectors.plain(own) or own)
+    before, text = new_child(edit.module, step, path)
+    return [*before, access_paths.put_new(step.before, path, text)]
+
+
+def state_dict_script_lines(edit: Add, step: Step, state: State) -> list[str]:
+    known = describe(step.before).by_path
+    path = next(module.path for module in describe(step.after).modules if module.path not in known)
+    lines = new_statements(step.script, edit.module, path, step.after, step.seed)
+    return [*lines, *state.put(f"{path}.", own_names(step.after, path))]

@@ -11,7 +11,10 @@ from modelcli.language import selectors
 from modelcli.language.quoting import quoted
 from modelcli.live.build import Bare
 from modelcli.live.describe import describe
-from modelcli.live.surgery.placing import Children, kind_of, put_new
+from modelcli.live.script import access_paths
+from modelcli.live.script.step import Step
+from modelcli.live.surgery.core import submodule
+from modelcli.live.surgery.placing import Children, kind_of, new_child, put_new
 from modelcli.model.paths import joined, shown
 
 
@@ -38,3 +41,13 @@ def _appended(holder: nn.Module, path: str, new: nn.Module) -> tuple[str, Childr
             f"add {quoted(joined(path, 'NAME'))} MODULE puts a child with another name at the end",
         )
     return name, {**holder._modules, name: new}
+
+
+# --- scripts ---------------------------------------------------------------------------------------------------------
+
+
+def script_lines(edit: Append, step: Step) -> list[str]:
+    (holder,) = selectors.select_modules(describe(step.before), [edit.path])
+    path = joined(holder, list(submodule(step.after, holder)._modules)[-1])
+    before, text = new_child(edit.module, step, path)
+    return [*before, access_paths.put_new(step.before, path, text)]

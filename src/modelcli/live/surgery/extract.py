@@ -13,6 +13,10 @@ from modelcli.errors import RequestError
 from modelcli.language import selectors
 from modelcli.live.describe import describe, dtype_name, floating_dtype
 from modelcli.live.inputs import Inputs
+from modelcli.live.script.access_paths import place
+from modelcli.live.script.source_text import quoted
+from modelcli.live.script.state import State
+from modelcli.live.script.step import Step
 from modelcli.live.surgery.core import brief, count, submodule
 from modelcli.live.trace import first_calls
 
@@ -41,3 +45,19 @@ def _inputs_of(module: nn.Module, part: nn.Module, path: str, inputs: Inputs | N
     dtypes = tuple(dtype_name(value.dtype) for value in args)
     shapes = tuple(tuple(value.shape) for value in args)
     return Inputs(shapes, () if set(dtypes) == {floating} else dtypes, floating=floating)
+
+
+# --- scripts ---------------------------------------------------------------------------------------------------------
+
+
+def script_lines(edit: Extract, step: Step) -> list[str]:
+    (path,) = selectors.select_modules(describe(step.before), [edit.path])
+    return [f"model = {place(step.before, path)}"]
+
+
+def state_dict_script_lines(edit: Extract, step: Step, state: State) -> list[str]:
+    (path,) = selectors.select_modules(describe(step.before), [edit.path])
+    prefix = f"{path}."
+    state.names = [name.removeprefix(prefix) for name in state.names if name.startswith(prefix)]
+    pairs = f"key.removeprefix({quoted(prefix)}): value for key, value in state.items()"
+    return [f"state = {{{pairs} if key.startswith({quoted(prefix)})}}"]

@@ -26,6 +26,12 @@ from modelcli.live import memory
 from modelcli.live.build import Bare
 from modelcli.live.describe import describe, dtype_name
 from modelcli.live.meta_models import meta_twin, seeded
+from modelcli.live.script import access_paths
+from modelcli.live.script.grouped_calls import each
+from modelcli.live.script.source_text import STATEMENTS, InexpressibleError, SourceText, loop
+from modelcli.live.script.source_text import quoted as literal
+from modelcli.live.script.state import State
+from modelcli.live.script.step import Step
 from modelcli.live.sources import Drawn, Lazy, is_lazy, named_tensors
 from modelcli.live.surgery.core import names_of_one, tie_notes
 from modelcli.live.surgery.picking import groups_of
@@ -526,3 +532,61 @@ def _reset(frozen: nn.Module, paths: Iterable[str], made: Mapping[int, torch.Ten
     for name, tensor in named_tensors(copies).items():
         if name in given and tensor is not given[name] and tensor.shape == given[name].shape:
             given[name].copy_(tensor)  # the module put another tensor in its place
+
+
+# --- scripts ---------------------------------------------------------------------------------------------------------
+
+
+def script_lines(edit: Init, step: Step) -> list[str]:
+    script, model, lines = step.script, step.before, step.seeded()
+    blueprint = describe(model)
+    if scheme_name(edit.scheme) == DEFAULT:
+        if edit.without:
+            raise InexpressibleError("reset_parameters draws all the tensors of a module, and some are kept here")
+        paths = selectors.select_modules(blueprint, edit.targets)
+        return [
+            *lines,
+            *each(paths, lambda path: access_paths.place(model, path), "get_submodule", ".reset_parameters()"),
+        ]
+    names = selectors.select_tensors(blueprint, edit.targets, without=edit.without)
+    infos = {blueprint.by_name[name].identity: name for name in reversed(names)}
+    chosen = [name for name in names if name in infos.values() and blueprint.by_name[name].kind == "parameter"]
+    script.imports.add("from torch.nn import init")
+    return lines + fills(
+        script, chosen, edit, lambda name: access_paths.tensor(model, name), "model.get_parameter(name)"
+    )
+
+
+def fills(script: SourceText, names: Sequence[str], edit: Init, text: Callable[[str], str], any_text: str) -> list[str]:
+    """The calls that fill tensors in their order; runs of the same call become loops.
+
+    `any_text` is the expression for the tensor that is called `name`.
+    """
+    lines: list[str] = []
+    rest = list(names)
+    if scheme_name(edit.bias) in ("zeros", "ones", "constant"):  # draws nothing, and so may come last
+        rest = [name for name in names if not is_bias(name)] + [name for name in names if is_bias(name)]
+    while rest:
+        scheme = edit.bias if is_bias(rest[0]) else edit.scheme
+        run = [rest[0]]
+        while len(run) < len(rest) and is_bias(rest[len(run)]) == is_bias(run[0]):
+            run.append(rest[len(run)])
+        arguments = script.arguments(scheme.args, scheme.kwargs)
+        arguments = f", {arguments}" if arguments else ""
+        function = f"init.{scheme_name(scheme)}_"
+        if len(run) > STATEMENTS:
+            lines += loop("name", run, f"{function}({any_text}{arguments})")
+        else:
+            lines += [f"{function}({text(name)}{arguments})" for name in run]
+        rest = rest[len(run) :]
+    return lines
+
+
+def state_dict_script_lines(edit: Init, step: Step, state: State) -> list[str]:
+    if scheme_name(edit.scheme) == DEFAULT:
+        raise InexpressibleError(f"{edit.name} on a file that does not say its architecture has no plain statements")
+    blueprint = describe(step.before)
+    chosen = selectors.select_tensors(blueprint, edit.targets, without=edit.without)
+    chosen = [name for name in chosen if blueprint.by_name[name].tied_to not in chosen]
+    step.script.imports.add("from torch.nn import init")
+    return step.seeded() + fills(step.script, chosen, edit, lambda name: f"state[{literal(name)}]", "state[name]")

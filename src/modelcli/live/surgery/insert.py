@@ -9,12 +9,18 @@ from torch import nn
 from modelcli.edits.applied import Applied, Context
 from modelcli.edits.insert import Insert
 from modelcli.errors import RequestError
+from modelcli.language import selectors
 from modelcli.language.quoting import quoted
 from modelcli.live.build import Bare
 from modelcli.live.describe import describe
+from modelcli.live.script import access_paths
+from modelcli.live.script.new_modules import new_statements, own_names
+from modelcli.live.script.source_text import InexpressibleError
+from modelcli.live.script.state import State, moved
+from modelcli.live.script.step import Step
 from modelcli.live.surgery import numbering
-from modelcli.live.surgery.core import are_numbers, is_numbered
-from modelcli.live.surgery.placing import Children, holder_and_name, kind_of, put_new
+from modelcli.live.surgery.core import are_numbers, is_numbered, submodule
+from modelcli.live.surgery.placing import Children, holder_and_name, kind_of, new_child, put_new
 from modelcli.model.paths import joined, shown
 
 
@@ -87,3 +93,25 @@ def _require_numbers(holder: Bare, path: str, renumber: bool) -> None:
             f"nothing in the file says that the children of {shown(path)} are a sequence",
             "--renumber says so, and moves the later ones up; add takes a name that is free",
         )
+
+
+# --- scripts ---------------------------------------------------------------------------------------------------------
+
+
+def script_lines(edit: Insert, step: Step) -> list[str]:
+    above, own = holder_and_name(describe(step.before), edit)
+    path = joined(above, selectors.plain(own) or own)
+    before, text = new_child(edit.module, step, path)
+    if not is_numbered(submodule(step.before, above)):
+        raise InexpressibleError(f"{above or 'the model'} is no sequence with children 0, 1, 2")
+    return [*before, *access_paths.insert(step.before, path, text)]
+
+
+def state_dict_script_lines(edit: Insert, step: Step, state: State) -> list[str]:
+    above, _, position = edit.path.rpartition(".")
+    (holder,) = selectors.select_modules(describe(step.before), [above or "."])
+    names = list(step.before.state_dict())
+    shifted = moved(names, holder, lambda number: number + (number >= int(position)), state)
+    path = joined(holder, position)
+    lines = new_statements(step.script, edit.module, path, step.after, step.seed)
+    return [*shifted, *lines, *state.put(f"{path}.", own_names(step.after, path))]

@@ -11,7 +11,10 @@ from modelcli.edits.applied import Applied, Change, Context
 from modelcli.edits.placing import Placing
 from modelcli.errors import RequestError
 from modelcli.language import selectors
+from modelcli.language.expressions import Call
 from modelcli.live.build import Bare
+from modelcli.live.script.new_modules import new_module, seeded
+from modelcli.live.script.step import Step
 from modelcli.live.surgery.core import brief, count, put_children, submodule
 from modelcli.live.surgery.holes import Placeholder, resolved_calls
 from modelcli.live.surgery.new_modules import maker
@@ -68,3 +71,12 @@ def holder_and_name(blueprint: Blueprint, edit: Placing) -> tuple[str, str]:
 def kind_of(holder: nn.Module) -> str:
     """The type of a module, for an error."""
     return "(of unknown type)" if isinstance(holder, Bare) else type(holder).__name__
+
+
+# --- scripts ---------------------------------------------------------------------------------------------------------
+
+
+def new_child(call: Call, step: Step, path: str) -> tuple[list[str], str]:
+    """The statements that set the generator for the new module at `path`, and the call that makes it."""
+    new = submodule(step.after, path)
+    return seeded(step.seed, [new]), new_module(step.script, call, new)

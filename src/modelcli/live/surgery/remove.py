@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -13,10 +14,13 @@ from modelcli.language import selectors
 from modelcli.live import composites
 from modelcli.live.build import Bare
 from modelcli.live.describe import describe
+from modelcli.live.script import access_paths
+from modelcli.live.script.state import State, moved
+from modelcli.live.script.step import Step
 from modelcli.live.surgery import numbering
 from modelcli.live.surgery.core import are_numbers, brief, count, is_numbered, put_children, submodule
 from modelcli.model.blueprint import Blueprint
-from modelcli.model.paths import joined, parent_of, shown
+from modelcli.model.paths import joined, lies_in, parent_of, shown
 from modelcli.model.tensors import TensorInfo
 
 
@@ -155,3 +159,39 @@ def _prune(module: nn.Module) -> None:
             _prune(child)
             if not (child._modules or child._parameters or child._buffers or child._state_dict_hooks):
                 del module._modules[name]
+
+
+# --- scripts ---------------------------------------------------------------------------------------------------------
+
+
+def script_lines(edit: Remove, step: Step) -> list[str]:
+    paths = _distinct(step.before, edit.targets)
+    return [line for path in reversed(paths) for line in access_paths.take_out(step.before, path)]
+
+
+def _distinct(model: nn.Module, targets: Sequence[str]) -> list[str]:
+    """The paths that selectors pick, less those that lead to the same child of the same module again."""
+    found: dict[tuple[int, str], str] = {}
+    for path in selectors.select_modules(describe(model), targets):
+        above, _, own = path.rpartition(".")
+        found.setdefault((id(model.get_submodule(above)), own), path)
+    return list(found.values())
+
+
+def state_dict_script_lines(edit: Remove, step: Step, state: State) -> list[str]:
+    """The keys that go, and new names for those that move down."""
+    blueprint, names = describe(step.before), list(step.before.state_dict())
+    paths = []
+    for target in edit.targets:
+        selector = selectors.parse(target)
+        paths += sorted(
+            selectors.matched_modules(selector, blueprint) or selectors.matched_tensors(selector, blueprint)
+        )
+    gone = [name for name in names if lies_in(name, paths)]
+    lines = state.delete(gone, [path for path in paths if path in blueprint.by_path])
+    if edit.renumber:
+        left = [name for name in names if name not in gone]
+        for holder in dict.fromkeys(map(parent_of, paths)):
+            numbers = [int(path.rpartition(".")[2]) for path in paths if parent_of(path) == holder]
+            lines += moved(left, holder, lambda n, numbers=numbers: n - sum(g < n for g in numbers), state)  # type: ignore[misc]
+    return lines

@@ -18,6 +18,8 @@ from modelcli.language.quoting import quoted
 from modelcli.live.build import Bare
 from modelcli.live.describe import describe
 from modelcli.live.loading import MAX_MODULE_DEPTH, bare_tree
+from modelcli.live.script.state import State
+from modelcli.live.script.step import Step
 from modelcli.live.sources import is_lazy
 from modelcli.model.blueprint import Blueprint
 from modelcli.model.paths import ancestors, parent_of
@@ -154,3 +156,11 @@ def _change(path: str, before: str, after: str, names: Sequence[str], state: Map
     own = {id(state[name]): state[name] for name in names if isinstance(state[name], nn.Parameter)}
     size = sum(tensor.numel() for tensor in own.values() if not is_lazy(tensor))
     return Change(path, "rename", before, after if len(names) == 1 else f"{after} ({len(names)} keys)", size, size)
+
+
+# --- scripts ---------------------------------------------------------------------------------------------------------
+
+
+def state_dict_script_lines(edit: Rename, step: Step, state: State) -> list[str]:
+    names = names_given(edit, describe(step.before), step.before.state_dict())
+    return state.rename({name: name if new is None else new for name, new in names.items()})

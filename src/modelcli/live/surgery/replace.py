@@ -16,6 +16,12 @@ from modelcli.language import selectors
 from modelcli.language.expressions import Call
 from modelcli.language.quoting import command, quoted
 from modelcli.live.describe import describe
+from modelcli.live.script import access_paths
+from modelcli.live.script.new_modules import new_module, new_statements, own_names, seeded
+from modelcli.live.script.source_text import STATEMENTS, InexpressibleError, dedented, loop
+from modelcli.live.script.source_text import quoted as literal
+from modelcli.live.script.state import State
+from modelcli.live.script.step import Step
 from modelcli.live.sources import (
     AnySource,
     Computed,
@@ -336,3 +342,90 @@ def _refuse_expanded(edit: Replace, module: nn.Module) -> None:
             f"{name} is a path of this model, not the name of a class",
             "the shell may have expanded a pattern: quote the target",
         )
+
+
+# --- scripts ---------------------------------------------------------------------------------------------------------
+
+
+KEEP_WEIGHTS = dedented('''
+    def keep_weights(old, new, swapped=()):
+        """Copy the overlapping part of each tensor of the same name out of a state dict, and give `new` back.
+
+        The axes of those in `swapped` are the other way round in the old module.
+        """
+        for name, tensor in new.state_dict().items():
+            if name in old and tensor.dim() == old[name].dim():
+                values = old[name].t() if name in swapped else old[name]
+                part = tuple(slice(min(sizes)) for sizes in zip(tensor.shape, values.shape))
+                tensor[part] = values[part]
+        return new
+''')
+
+
+def script_lines(edit: Replace, step: Step) -> list[str]:
+    return script_lines_together([edit], step)
+
+
+def script_lines_together(edits: Sequence[Replace], step: Step) -> list[str]:
+    """Replacements that one edit resolved to: none of the modules lies in another one."""
+    script, before, after = step.script, step.before, step.after
+    blueprint = describe(before)
+    news: dict[int, tuple[Replace, list[str]]] = {}
+    for edit in edits:
+        for path in selectors.select_modules(blueprint, edit.targets, without=edit.without):
+            news.setdefault(id(after.get_submodule(path)), (edit, []))[1].append(path)
+    lines = seeded(step.seed, [after.get_submodule(paths[0]) for _, paths in news.values()])
+    if any(edit.keep_weights for edit in edits):
+        script.helpers.setdefault(KEEP_WEIGHTS)
+    made = [
+        (new_module(script, edit.module, after.get_submodule(paths[0])), edit, paths) for edit, paths in news.values()
+    ]
+    # The generator goes on from one to the next, so they stay in their order: runs of equal ones become loops.
+    while made:
+        text, edit, paths = made[0]
+        alike = 0
+        while alike < len(made) and made[alike][0] == text and len(made[alike][2]) == 1:
+            alike += 1
+        names = [paths[0] for _, _, paths in made[:alike]]
+        swapped = [layouts.transposed(before.get_submodule(path), after.get_submodule(path)) for path in names]
+        if (
+            alike > STATEMENTS
+            and all(access_paths.can_be_set(before, path) for path in names)
+            and len(set(swapped)) == 1
+        ):
+            new = _kept("model.get_submodule(name)", text, swapped[0]) if edit.keep_weights else text
+            lines += loop("name", names, f"model.set_submodule(name, {new})")
+            made = made[alike:]
+            continue
+        new = text
+        if edit.keep_weights:
+            old = before.get_submodule(paths[0])
+            new = _kept(
+                access_paths.place(before, paths[0]), text, layouts.transposed(old, after.get_submodule(paths[0]))
+            )
+        lines.append(access_paths.put(before, paths[0], new))
+        lines += [access_paths.put(before, path, access_paths.place(after, paths[0])) for path in paths[1:]]
+        made = made[1:]
+    return lines
+
+
+def _kept(old: str, new: str, swapped: Sequence[str]) -> str:
+    more = f", swapped={tuple(swapped)!r}" if swapped else ""
+    return f"keep_weights({old}.state_dict(), {new}{more})"
+
+
+def state_dict_script_lines(edit: Replace, step: Step, state: State) -> list[str]:
+    """The new tensors, where the first of the old ones was."""
+    script, after, names = step.script, step.after, list(step.before.state_dict())
+    paths = selectors.select_modules(describe(step.before), edit.targets, without=edit.without)
+    if len({id(after.get_submodule(path)) for path in paths}) != 1:
+        raise InexpressibleError("one module would have to be several")
+    lines = new_statements(script, edit.module, paths[0], after, step.seed)
+    for path in paths:
+        prefix = f"{path}."
+        if edit.keep_weights:
+            script.helpers.setdefault(KEEP_WEIGHTS)
+            below = f"key.removeprefix({literal(prefix)}): value for key, value in state.items()"
+            lines.append(f"keep_weights({{{below} if key.startswith({literal(prefix)})}}, new)")
+        lines += state.put(prefix, own_names(after, path), [name for name in names if name.startswith(prefix)])
+    return lines

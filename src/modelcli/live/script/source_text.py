@@ -36,7 +36,7 @@ class InexpressibleError(Exception):
     """Something that plain PyTorch statements do not do; the text says what and why."""
 
 
-class Page:
+class SourceText:
     """A script that grows. `own` are names of the user's code and what gives them; `notes` say what is left out."""
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class Page:
         self.notes.append(f"the script stops at {what!r}: {why}")
         self.write(f"# {on_one_line(why)}", f"raise NotImplementedError({quoted(what)})")
 
-    def text(self) -> str:
+    def whole(self) -> str:
         """The whole script."""
         imports = {"import torch"} | self.imports
         lines = []
@@ -207,7 +207,7 @@ def deleted(keys: Sequence[str]) -> list[str]:
 
 
 def _wrapped(names: Sequence[str]) -> list[str]:
-    """Literals with commas after them, indented, in lines of the page's width."""
+    """Literals with commas after them, indented, in lines of the script's width."""
     lines: list[str] = []
     for name in names:
         if lines and len(lines[-1]) + len(name) + 2 <= WIDTH:

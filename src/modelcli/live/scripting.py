@@ -17,17 +17,16 @@ from modelcli import edits as edit_lines
 from modelcli.checkpoints import CompositeEntry, Contents
 from modelcli.checkpoints.storage import Span
 from modelcli.edits import Edit
-from modelcli.edits.init import Init
-from modelcli.edits.replace import Replace
 from modelcli.errors import ModelcliError
 from modelcli.language.references import NamedModel, PythonObject, Source
 from modelcli.live import planning, surgery, zoo
 from modelcli.live.build import Architecture
 from modelcli.live.describe import describe
 from modelcli.live.opening import Live, open_live
-from modelcli.live.scripting import key_edits, model_edits
-from modelcli.live.scripting.page import InexpressibleError, Page, deleted, is_name, quoted
-from modelcli.live.surgery import seed_of
+from modelcli.live.script.source_text import InexpressibleError, SourceText, deleted, is_name, quoted
+from modelcli.live.script.state import State
+from modelcli.live.script.step import Step
+from modelcli.live.surgery import cast, freeze, handler_of, seed_of
 from modelcli.model.blueprint import Blueprint
 from modelcli.model.wrapper_prefixes import Unwrapping
 
@@ -54,25 +53,25 @@ def script(
 
     Raises RequestError for an edit that is wrong, and what opening the model raises.
     """
-    page = Page()
+    text = SourceText()
     live = open_live(source)
-    work = _Script(page, live, open_live(source).module)
+    work = _Script(text, live, open_live(source).module)
     work.open_model(source)
     for edit, place in zip(edits, places, strict=True):
         work.edit(edit, place)
     work.save(out, kind, bare=bare)
-    return Script(page.text(), (*live.notes, *page.notes), live.describe())
+    return Script(text.whole(), (*live.notes, *text.notes), live.describe())
 
 
 class _Script:
     """Writes the parts of a script. `before` is the model before each edit, and `live` after it."""
 
-    def __init__(self, page: Page, live: Live, before: nn.Module) -> None:
-        self.page = page
+    def __init__(self, text: SourceText, live: Live, before: nn.Module) -> None:
+        self.text = text
         self.live = live
         self.before = before
         self.contents = live.contents
-        self.state = key_edits.State(list(live.contents.tensors) if live.contents is not None else [])
+        self.state = State(list(live.contents.tensors) if live.contents is not None else [])
 
     # --- the model -------------------------------------------------------------------------------------------------
 
@@ -80,32 +79,32 @@ class _Script:
         """The architecture, the edits that a record tells, and the numbers of a file."""
         base, contents = self.live.architecture, self.contents
         if base is not None:
-            _construct(self.page, base, source, self.live.seed if self._draws() else None)
+            _construct(self.text, base, source, self.live.seed if self._draws() else None)
             self._follow_record(base)
         if contents is None:
             return
         if base is not None:
-            self.page.paragraph()
+            self.text.paragraph()
         try:
             if contents.foreign or (source.tensors_only and checkpoints.read(contents.path, key=source.key).foreign):
                 raise InexpressibleError("the file holds objects of foreign classes, which weights_only=True refuses")
-            _read_state(self.page, contents, self.live.report.unwrapping if self.live.report else Unwrapping())
+            _read_state(self.text, contents, self.live.report.unwrapping if self.live.report else Unwrapping())
         except InexpressibleError as error:
-            self.page.refuse(f"read {contents.path}", str(error))
+            self.text.refuse(f"read {contents.path}", str(error))
         if base is not None:
             arguments = ["state"]
             if not source.strict:
                 arguments.append("strict=False")
             if self._takes_dtypes():
                 built = self._built(base)
-                if model_edits.has_ties(built):  # which assign=True would part
-                    self.page.write(*model_edits.casts(self.page, built, describe(built), self.live.describe()))
+                if cast.has_ties(built):  # which assign=True would part
+                    self.text.write(*cast.casts(self.text, built, describe(built), self.live.describe()))
                 else:
                     arguments.append("assign=True")  # the tensors of the file, in their own dtype
-            self.page.write(f"model.load_state_dict({', '.join(arguments)})")
+            self.text.write(f"model.load_state_dict({', '.join(arguments)})")
             if self.live.record is not None:
                 built = self._built(base)
-                self.page.write(*_without_comment(model_edits.flags(built, describe(built), self.live.describe())))
+                self.text.write(*_without_comment(freeze.flags(built, describe(built), self.live.describe())))
 
     def _draws(self) -> bool:
         """Whether numbers that the constructor draws are in the result."""
@@ -129,11 +128,11 @@ class _Script:
     def _follow_record(self, base: Architecture) -> None:
         """The edits that made the architecture of the file what it is; the numbers come from the file."""
         record = self.live.record
-        edits = [] if record is None else [edit for edit in record.parsed_edits() if not isinstance(edit, Init)]
+        edits = [] if record is None else [edit for edit in record.parsed_edits() if not edit.changes_values_only]
         if not edits:
             return
         before, after = base.on_meta(self.live.seed), base.on_meta(self.live.seed)
-        self.page.paragraph("what was done to it before it was saved")
+        self.text.paragraph("what was done to it before it was saved")
         for edit in edits:
             after = surgery.apply(after, [edit], inputs=self.live.inputs).model
             self._translate([edit], before, after, None, str(edit))
@@ -148,14 +147,14 @@ class _Script:
         except ModelcliError as error:
             error.message = f"{place}: {str(edit)!r}: {error.message}"
             raise
-        self.page.paragraph(str(edit))
+        self.text.paragraph(str(edit))
         resolved = [edit_lines.parse(line) for change in changes for line in change.resolved]
         seed: int | None = seed_of(self.live.seed, self.live.edit_count)
         if not resolved:
-            self.page.write("# nothing changes")
+            self.text.write("# nothing changes")
         # Modules that take the place of others are told together: none of them lies in another one.
         self.state.wanted = planning.in_order(self.live)
-        together = self._is_model and all(isinstance(item, Replace) for item in resolved)
+        together = self._is_model and len(resolved) > 1 and hasattr(handler_of(edit), "script_lines_together")
         for group in [resolved] if together else [[item] for item in resolved]:
             self._translate(group, self.before, self.live.module, seed, str(edit))
             seed = None  # the generator goes on
@@ -168,43 +167,64 @@ class _Script:
     def _translate(
         self, edits: Sequence[Edit], before: nn.Module, after: nn.Module, seed: int | None, line: str
     ) -> None:
+        step = Step(self.text, before, after, seed)
         try:
-            if self._is_model:
-                self.page.write(*model_edits.statements(self.page, edits, before, after, seed))
-            else:
-                self.page.write(*key_edits.statements(self.page, edits[0], before, after, seed, self.state))
+            lines = statements(edits, step) if self._is_model else state_statements(edits[0], step, self.state)
+            self.text.write(*lines)
         except InexpressibleError as error:
-            self.page.refuse(line, str(error))
-            self.state = key_edits.State(self.state.wanted)  # as if the script went on
+            self.text.refuse(line, str(error))
+            self.state = State(self.state.wanted)  # as if the script went on
 
     # --- the result ------------------------------------------------------------------------------------------------
 
     def save(self, out: Path, kind: str, *, bare: bool) -> None:
         """What writes the state dict, or the training checkpoint around it."""
-        page, contents = self.page, self.contents
-        page.paragraph()
+        text, contents = self.text, self.contents
+        text.paragraph()
         if out.parent.name and kind != writing.FOLDER:
-            page.imports.add("import os")
-            page.write(f"os.makedirs({quoted(_seen(out.parent))}, exist_ok=True)")
+            text.imports.add("import os")
+            text.write(f"os.makedirs({quoted(_seen(out.parent))}, exist_ok=True)")
         state = "model.state_dict()" if self._is_model else "state"
         if kind == writing.FOLDER:
-            page.refuse(f"write {_seen(out)}/", "PyTorch has no statement that writes a folder of shards")
+            text.refuse(f"write {_seen(out)}/", "PyTorch has no statement that writes a folder of shards")
         elif kind == "safetensors":
-            page.imports.add("from safetensors.torch import save_file")
+            text.imports.add("from safetensors.torch import save_file")
             again, alone = _shared(self.live.module)
             if again:
-                page.write(f"state = {state}", "# tied tensors are saved once, under their first name")
-                page.write(*deleted(again))
+                text.write(f"state = {state}", "# tied tensors are saved once, under their first name")
+                text.write(*deleted(again))
                 state = "state"
             if not alone:
                 # safetensors holds every tensor by itself, row-major
                 whole = "value.clone(memory_format=torch.contiguous_format)"
                 state = f"{{key: {whole} for key, value in {state}.items()}}"
-            page.write(f"save_file({state}, {quoted(_seen(out))})")
+            text.write(f"save_file({state}, {quoted(_seen(out))})")
         elif contents is not None and contents.key is not None and not bare:
-            page.write(f"checkpoint{_keys(contents)} = {state}", f"torch.save(checkpoint, {quoted(_seen(out))})")
+            text.write(f"checkpoint{_keys(contents)} = {state}", f"torch.save(checkpoint, {quoted(_seen(out))})")
         else:
-            page.write(f"torch.save({state}, {quoted(_seen(out))})")
+            text.write(f"torch.save({state}, {quoted(_seen(out))})")
+
+
+def statements(edits: Sequence[Edit], step: Step) -> list[str]:
+    """What edits do to a model, as statements: one edit, or several that one was resolved to and that go together.
+
+    Raises InexpressibleError where plain PyTorch has none.
+    """
+    handler = handler_of(edits[0])
+    if len(edits) > 1:
+        return list(handler.script_lines_together(edits, step))
+    write = getattr(handler, "script_lines", None)
+    if write is None:
+        raise InexpressibleError(f"there are no statements of PyTorch for {edits[0].name}")
+    return list(write(edits[0], step))
+
+
+def state_statements(edit: Edit, step: Step, state: State) -> list[str]:
+    """What an edit does to a state dict, as statements. Raises InexpressibleError where there are none."""
+    write = getattr(handler_of(edit), "state_dict_script_lines", None)
+    if write is None:
+        raise InexpressibleError(f"{edit.name} on a file that does not say its architecture has no plain statements")
+    return [*write(edit, step, state), *state.sort()]
 
 
 def _shared(module: nn.Module) -> tuple[list[str], bool]:
@@ -228,14 +248,14 @@ def _without_comment(lines: Sequence[str]) -> list[str]:
 # --- where the model comes from ------------------------------------------------------------------------------------
 
 
-def _construct(page: Page, base: Architecture, source: Source, seed: int | None) -> None:
+def _construct(text: SourceText, base: Architecture, source: Source, seed: int | None) -> None:
     """The statements that make `model`; `seed` is None where none of its numbers are drawn."""
     if base.instance is not None:
-        page.write(f"model = {_own_object(page, base.reference, source.folder)}")  # type: ignore[arg-type]
-        page.notes.append(f"{base.reference} has the numbers that it gets when its file is run")
+        text.write(f"model = {_own_object(text, base.reference, source.folder)}")  # type: ignore[arg-type]
+        text.notes.append(f"{base.reference} has the numbers that it gets when its file is run")
         return
     if seed is not None:
-        page.write(f"torch.manual_seed({seed})")
+        text.write(f"torch.manual_seed({seed})")
     match base.reference:
         case NamedModel(call=call) if base.builder is not None:
             arguments = dict(call.kwargs)
@@ -244,36 +264,36 @@ def _construct(page: Page, base: Architecture, source: Source, seed: int | None)
             builder = zoo.torchvision().models.get_model_builder(base.builder)
             if "weights_backbone" in inspect.signature(builder).parameters:
                 arguments["weights_backbone"] = None
-            page.imports.add("from torchvision import models")
+            text.imports.add("from torchvision import models")
             if getattr(zoo.torchvision().models, base.builder, None) is builder:
-                page.write(f"model = models.{base.builder}({page.arguments((), arguments)})")
+                text.write(f"model = models.{base.builder}({text.arguments((), arguments)})")
             else:
-                page.write(f"model = models.get_model({page.arguments((base.builder,), arguments)})")
+                text.write(f"model = models.get_model({text.arguments((base.builder,), arguments)})")
         case NamedModel(call=call):
-            page.write(f"model = {page.value(call)}")
+            text.write(f"model = {text.value(call)}")
         case PythonObject(call=call) as reference:
-            found = _own_object(page, reference, source.folder)
-            arguments_text = "" if call is None else page.arguments(call.args, call.kwargs)
-            page.write(f"model = {found}({arguments_text})")
+            found = _own_object(text, reference, source.folder)
+            arguments_text = "" if call is None else text.arguments(call.args, call.kwargs)
+            text.write(f"model = {found}({arguments_text})")
 
 
-def _own_object(page: Page, reference: PythonObject, folder: Path) -> str:
+def _own_object(text: SourceText, reference: PythonObject, folder: Path) -> str:
     """A class, function or instance of the user's own, imported."""
     first = reference.name.partition(".")[0]
     if reference.file is None:
-        page.folders.setdefault(_seen(folder))
-        found = page.own_object(reference.source, first)
+        text.folders.setdefault(_seen(folder))
+        found = text.own_object(reference.source, first)
     else:
-        page.folders.setdefault(_seen(reference.file.parent))
+        text.folders.setdefault(_seen(reference.file.parent))
         stem = reference.file.stem
         if is_name(stem) and stem not in sys.stdlib_module_names and stem not in _LOADED:
-            found = page.own_object(stem, first)
+            found = text.own_object(stem, first)
         else:
-            found = f"{page.own_file(_seen(reference.file), stem)}[{quoted(first)}]"
+            found = f"{text.own_file(_seen(reference.file), stem)}[{quoted(first)}]"
     return found + reference.name.removeprefix(first)
 
 
-def _read_state(page: Page, contents: Contents, unwrapping: Unwrapping) -> None:
+def _read_state(text: SourceText, contents: Contents, unwrapping: Unwrapping) -> None:
     """The statements that make `state`, a dict of tensors."""
     if contents.format in ("pickle", "jit", "pt2"):
         raise InexpressibleError("torch.load does not read it: modelcli save makes a checkpoint of it first")
@@ -284,13 +304,13 @@ def _read_state(page: Page, contents: Contents, unwrapping: Unwrapping) -> None:
         entries = contents.tensors.values()
         parts = [part for entry in entries for part in (entry.parts if isinstance(entry, CompositeEntry) else (entry,))]
         files = sorted({part.storage.path for part in parts if isinstance(part.storage, Span)})
-        page.write("state = {}", *(f"state |= {_loaded(page, file)}" for file in files))
+        text.write("state = {}", *(f"state |= {_loaded(text, file)}" for file in files))
     elif contents.key is not None:
-        page.write(f"checkpoint = {_loaded(page, files[0])}", f"state = checkpoint{_keys(contents)}")
+        text.write(f"checkpoint = {_loaded(text, files[0])}", f"state = checkpoint{_keys(contents)}")
     else:
-        page.write(f"state = {_loaded(page, files[0])}")
+        text.write(f"state = {_loaded(text, files[0])}")
     if unwrapping:
-        page.write(_unwrapped(unwrapping))
+        text.write(_unwrapped(unwrapping))
 
 
 def _unwrapped(found: Unwrapping) -> str:
@@ -308,9 +328,9 @@ def _unwrapped(found: Unwrapping) -> str:
     return f"state = {{{key}: value for key, value in state.items(){left_out}}}"
 
 
-def _loaded(page: Page, file: Path) -> str:
+def _loaded(text: SourceText, file: Path) -> str:
     if file.suffix.lower() == ".safetensors":
-        page.imports.add("from safetensors.torch import load_file")
+        text.imports.add("from safetensors.torch import load_file")
         return f"load_file({quoted(_seen(file))})"
     return f'torch.load({quoted(_seen(file))}, map_location="cpu", weights_only=True)'
 

@@ -10,7 +10,7 @@ from inspect import isfunction
 
 from torch import nn
 
-from modelcli.live.scripting.page import is_name, quoted
+from modelcli.live.script.source_text import is_name, quoted
 from modelcli.live.surgery.core import is_numbered
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

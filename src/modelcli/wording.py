@@ -13,3 +13,8 @@ def counted(number: int, noun: str, several: str | None = None) -> str:
 def listed(names: Sequence[str], most: int) -> str:
     """The first names, and how many more there are: `a, b and 3 more`."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def is_or_are(number: int) -> str:
+    """The verb for so many things."""
+    return "is" if number == 1 else "are"

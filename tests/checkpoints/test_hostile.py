@@ -36,7 +36,8 @@ def commands(item: hostile.Hostile) -> tuple[str, ...]:
 LOOKS = """
 import json, os, sys
 from modelcli.cli import main
-import modelcli.commands.looking, modelcli.render.documents, modelcli.render.writers, modelcli.checkpoints
+import modelcli.commands.params, modelcli.render.writers, modelcli.checkpoints
+import modelcli.render.documents.params, modelcli.render.documents.modules
 import modelcli.language.selectors
 {before}
 for line in sys.stdin:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from modelcli.commands import identifying
+from modelcli.commands import identify
 from tests.checkpoints import test_distributed
 from tests.live.test_stats import sparse_file
 
@@ -54,7 +54,7 @@ def test_exit_codes_and_streams(folder: Path, code: int, words: list[str], out: 
 
         torch.save(torch.nn.Linear(2, 3), "whole.pth")
     if "identify" in words:
-        identifying.keep(["alexnet"], complete=True)  # nearly all of its time is spent on building the others
+        identify.keep(["alexnet"], complete=True)  # nearly all of its time is spent on building the others
     done = subprocess.run([*PROGRAM, *words], capture_output=True, text=True)
     assert done.returncode == code, done.stderr
     assert out in done.stdout

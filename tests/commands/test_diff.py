@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from modelcli.checkpoints import Span, byte_comparison
-from modelcli.commands import comparing
+from modelcli.commands import diff
 from modelcli.language.references import Source
 from tests.checkpoints import test_distributed
 from tests.conftest import Cli
@@ -577,9 +577,9 @@ def test_progress_ends_at_the_total(cli: Cli, folder: Path, differ: bool) -> Non
     if differ:
         state["a"][-1] = state["b"][2] = 1
     save_file(state, "b.safetensors")
-    sides = [comparing.open_side(Source(path), values=True) for path in ("a.pth", "b.safetensors")]
+    sides = [diff.open_side(Source(path), values=True) for path in ("a.pth", "b.safetensors")]
     told: list[tuple[int, int, str]] = []
-    found = comparing.compare(sides[0], sides[1], ("a", "b"), progress=lambda *told_: told.append(told_))
+    found = diff.compare(sides[0], sides[1], ("a", "b"), progress=lambda *told_: told.append(told_))
     total = sum(tensor.nbytes for tensor in state.values())
     assert found.same is not differ
     assert told[0] == (0, total, "comparing")

@@ -28,14 +28,14 @@ from modelcli import checkpoints
 from modelcli.checkpoints import Span
 from modelcli.cli import progress
 from modelcli.live import stats
-from modelcli.render import documents
+from modelcli.render.documents import params
 from modelcli.render.views import Share, number, percent
 from modelcli.render.writers import print_rich, to_plain
 from tests.conftest import Cli
 from tests.needs import each, needs_torch, what_torch_has
 from tests.nets import Tied
 
-NOTHING = dict.fromkeys(documents.STATS)
+NOTHING = dict.fromkeys(params.STATS)
 INTEGERS = ("bool", "uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64")
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 FLOATS_OF_A_BYTE = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
@@ -434,7 +434,7 @@ def test_csv_has_every_digit_and_counts(cli: Cli, mixed: str) -> None:
     rows = list(csv.DictReader(io.StringIO(cli("params", mixed, "--stats", "-f", "csv").out)))
     for row in rows:
         wanted = plain(MIXED[row["name"]])
-        found = {key: None if row[key] == "" else float(row[key]) for key in documents.STATS}
+        found = {key: None if row[key] == "" else float(row[key]) for key in params.STATS}
         assert_close(found, wanted)
     assert [row["zeros"] for row in rows] == ["1", "0", "1", "0", "0"]
 
@@ -485,7 +485,7 @@ def on_terminal(tensors: dict[str, torch.Tensor], path: Path, width: int) -> str
     found = of_file(path, tensors)
     blueprint = checkpoints.read(path).bare_blueprint()
     screen = io.StringIO()
-    view = documents.params("m", blueprint, blueprint.tensors, stats=found)
+    view = params.params("m", blueprint, blueprint.tensors, stats=found)
     print_rich(view, Console(file=screen, width=width, force_terminal=True, color_system=None))
     assert all(name in to_plain(view) for name in tensors)
     return screen.getvalue()

@@ -22,7 +22,15 @@ from rich.table import Table
 from modelcli.model.blueprint import Blueprint, LayerTrace, ModuleInfo, Trace
 from modelcli.model.tensors import TensorInfo
 from modelcli.model.totals import totals_of
-from modelcli.render import documents, writers
+from modelcli.render import writers
+from modelcli.render.documents import edit as edit_document
+from modelcli.render.documents import list as list_document
+from modelcli.render.documents import load as load_document
+from modelcli.render.documents import modules as modules_document
+from modelcli.render.documents import params as params_document
+from modelcli.render.documents import recipe_log as recipe_log_document
+from modelcli.render.documents import save as save_document
+from modelcli.render.documents import summary as summary_document
 from modelcli.render.views import (
     Branch,
     Column,
@@ -572,7 +580,7 @@ TOTALS_BYTES = TOTALS | {"param_bytes": 228, "buffer_bytes": 24}
 
 
 def test_summary() -> None:
-    shown = documents.summary("nets.py:Model", TRACED)
+    shown = summary_document.summary("nets.py:Model", TRACED)
     document = shown.document
     assert document["schema"] == 1
     assert document["model"] == {"reference": "nets.py:Model", "class": "Model"}
@@ -621,13 +629,13 @@ def test_summary() -> None:
 
 
 def test_summary_to_a_depth_keeps_the_totals() -> None:
-    document = documents.summary("m", TRACED, depth=1).document
+    document = summary_document.summary("m", TRACED, depth=1).document
     assert [layer["path"] for layer in document["layers"]] == [".", "embed", "norm", "body", "head"]
     assert document["totals"]["params"] == 62
 
 
 def test_summary_without_a_pass_says_why() -> None:
-    shown = documents.summary("m", TIED.with_trace(Trace(None, reason="no input size is known")))
+    shown = summary_document.summary("m", TIED.with_trace(Trace(None, reason="no input size is known")))
     assert shown.document["input"] is None
     assert shown.document["totals"]["total_bytes"] is None
     assert shown.document["totals"]["params"] == 62
@@ -636,7 +644,7 @@ def test_summary_without_a_pass_says_why() -> None:
 
 
 def test_params() -> None:
-    shown = documents.params("m", TIED, TIED.tensors)
+    shown = params_document.params("m", TIED, TIED.tensors)
     assert shown.document["model"] == {"reference": "m", "class": "Model"}
     assert shown.document["tensors"][0] == {
         "name": "embed.weight",
@@ -660,21 +668,23 @@ def test_params() -> None:
 
 
 def test_params_of_a_selection_add_up_to_it() -> None:
-    shown = documents.params("m", TIED, TIED.tensors[5:7])
+    shown = params_document.params("m", TIED, TIED.tensors[5:7])
     assert shown.document["totals"]["params"] == 10
     assert [tensor["name"] for tensor in shown.document["tensors"]] == ["body.0.weight", "body.0.bias"]
 
 
 def test_params_with_values() -> None:
     values = {"body.0.bias": [0.5, float("nan")]}
-    shown = documents.params("m", TIED, TIED.tensors[6:7], values=values, value_texts={"body.0.bias": "[0.5,nan]"})
+    shown = params_document.params(
+        "m", TIED, TIED.tensors[6:7], values=values, value_texts={"body.0.bias": "[0.5,nan]"}
+    )
     assert json.loads(to_json(shown.document))["tensors"][0]["values"] == [0.5, "NaN"]
     assert to_plain(shown).split("\n")[1].endswith("[0.5,nan]")
 
 
 def test_a_lazy_parameter_has_no_shape() -> None:
     lazy = Blueprint((ModuleInfo("", "M", ("M",)),), (TensorInfo("w", None, "float32", requires_grad=True),))
-    shown = documents.params("m", lazy, lazy.tensors)
+    shown = params_document.params("m", lazy, lazy.tensors)
     assert shown.document["tensors"][0]["shape"] is None
     assert re.search(r"^w +- +float32 +0 +0 ", to_plain(shown), re.MULTILINE)
 
@@ -683,7 +693,7 @@ ALL = [module.path for module in TIED.modules]
 
 
 def test_modules() -> None:
-    shown = documents.modules("m", TIED, ALL, depth=None)
+    shown = modules_document.modules("m", TIED, ALL, depth=None)
     assert [set(entry) >= {"path", "type", "config", "params", "trainable"} for entry in shown.document["modules"]] == [
         True
     ] * 7
@@ -697,11 +707,11 @@ def test_modules() -> None:
     }
     assert shown.document["modules"][0]["path"] == "."
     assert shown.document["totals"] == TOTALS_BYTES
-    assert len(documents.modules("m", TIED, ALL, depth=1).document["modules"]) == 5
+    assert len(modules_document.modules("m", TIED, ALL, depth=1).document["modules"]) == 5
 
 
 def test_modules_as_a_tree() -> None:
-    shown = documents.modules("m", TIED, ALL, depth=None, style="tree")
+    shown = modules_document.modules("m", TIED, ALL, depth=None, style="tree")
     assert to_plain(shown) == (
         ".  Model()  62\n"
         "├── embed  Embedding(11, 4)  44\n"
@@ -712,15 +722,15 @@ def test_modules_as_a_tree() -> None:
         "└── head  Linear(in_features=4, out_features=11, bias=False)  44\n"
     )
     assert len(shown.document["modules"]) == 7
-    shallow = documents.modules("m", TIED, ALL, depth=1, style="tree")
+    shallow = modules_document.modules("m", TIED, ALL, depth=1, style="tree")
     assert to_plain(shallow).count("\n") == 5
-    below = documents.modules("m", TIED, ["body", "body.0"], depth=None, style="tree")
+    below = modules_document.modules("m", TIED, ["body", "body.0"], depth=None, style="tree")
     assert to_plain(below).split("\n")[0] == "body  Sequential()  10"
     assert to_plain(below).count("\n") == 3  # what lies inside another match is shown once
 
 
 def test_modules_as_print_shows_them() -> None:
-    shown = documents.modules("m", TIED, ["body", "body.1", "head"], depth=None, style="repr")
+    shown = modules_document.modules("m", TIED, ["body", "body.1", "head"], depth=None, style="repr")
     assert to_plain(shown) == (
         "Sequential(\n  (0): Linear(in_features=4, out_features=2, bias=True)\n  (1): ReLU()\n)\n"
         "Linear(in_features=4, out_features=11, bias=False)\n"
@@ -736,7 +746,9 @@ def test_a_shared_module_is_said_to_be_the_same() -> None:
         ),
         (),
     )
-    assert "└── b  ReLU()  (same as a)" in to_plain(documents.modules("m", shared, [""], depth=None, style="tree"))
+    assert "└── b  ReLU()  (same as a)" in to_plain(
+        modules_document.modules("m", shared, [""], depth=None, style="tree")
+    )
 
 
 def an_edit(**more: Any) -> View:
@@ -758,7 +770,7 @@ def an_edit(**more: Any) -> View:
         "output": "out.pth",
         "outcome": [("wrote", "out.pth")],
     }
-    return documents.edits("m", TIED, **(arguments | more))
+    return edit_document.edits("m", TIED, **(arguments | more))
 
 
 def test_edits() -> None:
@@ -802,7 +814,7 @@ def test_an_edit_of_the_root_is_shown_as_a_dot() -> None:
 
 
 def test_load() -> None:
-    shown = documents.load(
+    shown = load_document.load(
         "m",
         TIED,
         matched=5,
@@ -830,7 +842,9 @@ def test_load() -> None:
 
 
 def test_save() -> None:
-    shown = documents.save("m", TIED, output="out.pth", kind="pth", tensors=8, nbytes=244_403_360, check={"ran": False})
+    shown = save_document.save(
+        "m", TIED, output="out.pth", kind="pth", tensors=8, nbytes=244_403_360, check={"ran": False}
+    )
     document = dict(shown.document)
     assert {key: document[key] for key in ("output", "format", "tensors", "params", "bytes")} == {
         "output": "out.pth",
@@ -844,14 +858,14 @@ def test_save() -> None:
 
 def test_list() -> None:
     entry = {"name": "alexnet", "params": 61_100_840, "macs": 714_188_480, "weights": ["IMAGENET1K_V1"], "group": "c"}
-    shown = documents.models([entry, entry | {"name": "odd", "macs": None, "weights": []}])
+    shown = list_document.models([entry, entry | {"name": "odd", "macs": None, "weights": []}])
     assert shown.document == {"schema": 1, "models": [entry, entry | {"name": "odd", "macs": None, "weights": []}]}
     assert re.search(r"^alexnet +61,100,840 +714,188,480 +c +IMAGENET1K_V1$", to_plain(shown), re.MULTILINE)
     assert re.search(r"^Builders: +2$", to_plain(shown), re.MULTILINE)
 
 
 def test_log() -> None:
-    shown = documents.log(
+    shown = recipe_log_document.log(
         "alexnet",
         "AlexNet",
         Path("modelcli.toml"),

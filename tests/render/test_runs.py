@@ -15,7 +15,7 @@ import modelcli
 from modelcli.language import selectors
 from modelcli.model.blueprint import Blueprint, LayerTrace, ModuleInfo, Trace
 from modelcli.model.tensors import TensorInfo
-from modelcli.render import documents
+from modelcli.render.documents import summary as summary_document
 from modelcli.render.runs import Runs
 from modelcli.render.writers import to_csv, to_plain
 from tests.conftest import Cli
@@ -181,16 +181,16 @@ def test_no_depth_is_too_much() -> None:
 
 def test_the_rows_of_a_folded_summary_are_sums_and_the_document_is_whole() -> None:
     found = stack("0", "1", "2")
-    shown = documents.summary("m", found, folded=True)
+    shown = summary_document.summary("m", found, folded=True)
     row = {row["path"]: row for row in shown.rows}["layers.[0-2].lin"]
     assert (row["type"], row["params"], row["macs"], row["trainable"]) == ("3 x Linear", 48, 48, True)
     assert shown.folded == 6
     assert len(shown.document["layers"]) == len(found.modules)
-    assert shown.document == documents.summary("m", found).document
+    assert shown.document == summary_document.summary("m", found).document
 
 
 def test_a_share_is_for_the_eye_alone() -> None:
-    shown = documents.summary("m", stack("0", "1"))
+    shown = summary_document.summary("m", stack("0", "1"))
     assert "share" in {column.key for column in shown.columns}
     assert "share" not in to_csv(shown)
     assert "█" not in to_plain(shown)
@@ -198,7 +198,7 @@ def test_a_share_is_for_the_eye_alone() -> None:
 
 def test_trainable_is_left_out_only_where_the_totals_say_as_much() -> None:
     def optional(blueprint: Blueprint) -> int:
-        columns = documents.summary("m", blueprint).columns
+        columns = summary_document.summary("m", blueprint).columns
         return next(column.optional for column in columns if column.key == "trainable")
 
     assert optional(stack("0", "1"))
@@ -207,14 +207,14 @@ def test_trainable_is_left_out_only_where_the_totals_say_as_much() -> None:
 
 def test_sorting() -> None:
     found = stack("0", "1", "2")
-    by_params = [row["path"] for row in documents.summary("m", found, sort="params").rows]
+    by_params = [row["path"] for row in summary_document.summary("m", found, sort="params").rows]
     assert by_params[:5] == [".", "layers", "layers.0", "layers.1", "layers.2"]
     assert by_params[5:8] == ["layers.0.lin", "layers.1.lin", "layers.2.lin"]
-    by_path = [row["path"] for row in documents.summary("m", found, sort="path", folded=True).rows]
+    by_path = [row["path"] for row in summary_document.summary("m", found, sort="path", folded=True).rows]
     assert by_path == sorted(by_path)
-    by_macs = [row["path"] for row in documents.summary("m", found, sort="macs").rows]
-    assert by_macs == [row["path"] for row in documents.summary("m", found, sort="mult-adds").rows]
-    document = documents.summary("m", found, sort="params", folded=True).document
+    by_macs = [row["path"] for row in summary_document.summary("m", found, sort="macs").rows]
+    assert by_macs == [row["path"] for row in summary_document.summary("m", found, sort="mult-adds").rows]
+    document = summary_document.summary("m", found, sort="params", folded=True).document
     assert [layer["path"] for layer in document["layers"]] == by_params
 
 

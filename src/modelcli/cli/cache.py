@@ -19,7 +19,7 @@ def path(options: OutputOptions) -> None:
     modelcli cache path --json
     """
     from modelcli.commands import blueprint_cache
-    from modelcli.render import documents
+    from modelcli.render.documents import cache as documents
 
     if output.format_of(options) == "table" and not output.is_terminal():
         output.write(f"{blueprint_cache.folder()}\n")  # what a shell takes: rm -r "$(modelcli cache path)"
@@ -37,7 +37,7 @@ def clear(options: OutputOptions) -> None:
     modelcli cache clear --quiet
     """
     from modelcli.commands import blueprint_cache
-    from modelcli.render import documents
+    from modelcli.render.documents import cache as documents
 
     output.format_of(options)
     removed = blueprint_cache.clear()
@@ -58,14 +58,15 @@ def warm(
 
     modelcli cache warm 'squeezenet*'
     """
-    from modelcli import commands
-    from modelcli.commands import identifying
+    from modelcli.commands import cache as caching
+    from modelcli.commands import identify
+    from modelcli.commands.list import builders
 
     output.format_of(options)
-    names = [entry["name"] for entry in commands.builders(pattern)]
+    names = [entry["name"] for entry in builders(pattern)]
     for name in progress.of_names(names, options):
-        commands.warm(name)
-    identifying.keep(names, complete=pattern is None)
+        caching.warm(name)
+    identify.keep(names, complete=pattern is None)
     path(options)
 
 

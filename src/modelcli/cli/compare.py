@@ -21,7 +21,7 @@ from modelcli.errors import ModelcliError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from modelcli.commands.asserting import Checked, Verdict
+    from modelcli.commands.check import Checked, Verdict
     from modelcli.render.annotations import CheckedModel
 
 #: A format that `check` alone has: commands of a GitHub workflow.
@@ -86,8 +86,8 @@ def diff(
 
     modelcli diff resnet18 best.pth --no-values
     """
-    from modelcli.commands import comparing
-    from modelcli.render import documents
+    from modelcli.commands import diff as comparing
+    from modelcli.render.documents import diff as documents
 
     output.format_of(options)
     comparing.check_atol(atol)
@@ -124,9 +124,10 @@ def check(
 
     modelcli check best.pth --trainable fc --has 'fc:Linear' --output-shape 1,1000
     """
-    from modelcli import commands
-    from modelcli.commands import asserting
-    from modelcli.render import annotations, documents
+    from modelcli.commands import check as asserting
+    from modelcli.commands.target import find_target
+    from modelcli.render import annotations
+    from modelcli.render.documents import check as documents
 
     kind = output.format_of(options, GITHUB)
     wanted = asserted.wanted()
@@ -134,7 +135,7 @@ def check(
     names = [inspect.named(name, look) for name in models] if models else [inspect.named(None, look)]
 
     def verdict_on(name: str | None) -> tuple[str, "Verdict"]:
-        target = commands.find_target(name, source.overrides(), source.recipe)
+        target = find_target(name, source.overrides(), source.recipe)
         with progress.of_bytes(options) as report:
             return target.source.model, asserting.check(target, wanted, cached=not look.no_cache, progress=report)
 
@@ -197,8 +198,8 @@ def identify(
 
     modelcli identify bare.pth --json
     """
-    from modelcli.commands import identifying
-    from modelcli.render import documents
+    from modelcli.commands import identify as identifying
+    from modelcli.render.documents import identify as documents
 
     output.format_of(options)
     found = identifying.identify(checkpoint, key, lambda names: progress.of_names(names, options))

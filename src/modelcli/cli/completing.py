@@ -16,7 +16,7 @@ import typer
 from modelcli.errors import ModelcliError
 
 if TYPE_CHECKING:
-    from modelcli.commands import Target
+    from modelcli.commands.target import Target
 
 #: What Typer calls: it tells parameters by their names and types.
 _Completer = Callable[[typer.Context, str], Iterable[str]]
@@ -118,7 +118,7 @@ def dtypes(_ctx: typer.Context, _incomplete: str) -> Iterable[str]:
 @_completer
 def columns(_ctx: typer.Context, _incomplete: str) -> Iterable[str]:
     """What `params` can be sorted by."""
-    from modelcli.render import documents
+    from modelcli.render.documents import params as documents
 
     return [*documents.SORT_KEYS, *documents.STATS]
 
@@ -183,10 +183,10 @@ def _paths(ctx: typer.Context, incomplete: str, *, tensors: bool) -> list[str]:
 
 
 def _paths_of(target: Target, *, tensors: bool) -> list[str]:
-    from modelcli import commands
+    from modelcli.commands.look import known_blueprint
 
     try:
-        blueprint = commands.known_blueprint(target)
+        blueprint = known_blueprint(target)
     except (ModelcliError, OSError):  # none that can be read: other words may fit all the same
         return []
     if blueprint is None:
@@ -197,7 +197,7 @@ def _paths_of(target: Target, *, tensors: bool) -> list[str]:
 
 def _targets(ctx: typer.Context) -> list[Target]:
     """The model at hand, or the two of `diff`; none where there is no model yet, nor a recipe."""
-    from modelcli import commands
+    from modelcli.commands.target import find_target
 
     for variable, number in _LIMITS.items():
         os.environ.setdefault(variable, number)
@@ -213,7 +213,7 @@ def _targets(ctx: typer.Context) -> list[Target]:
     keys = keys if isinstance(keys, list | tuple) and keys else [keys or None]
     try:
         return [
-            commands.find_target(model, {**source, "key": key}, given.get("recipe"))
+            find_target(model, {**source, "key": key}, given.get("recipe"))
             for model, key in zip(models or [None], (*keys, keys[-1]), strict=False)
         ]
     except (ModelcliError, OSError):

@@ -30,14 +30,16 @@ def load(
 
     modelcli load best.pth --arch resnet18
     """
-    from modelcli import commands, recipe
+    from modelcli import recipe
+    from modelcli.commands import load as loading
+    from modelcli.commands.target import options_given
     from modelcli.language.references import Source
-    from modelcli.render import documents
+    from modelcli.render.documents import load as documents
 
     kind = output.format_of(options)
-    opened = Source(model=model, strict=strict, **commands.options_given(source.overrides()))
+    opened = Source(model=model, strict=strict, **options_given(source.overrides()))
     path = source.recipe or recipe.default_path()
-    loaded = commands.load(opened, path, force=force, dry_run=dry_run)
+    loaded = loading.load(opened, path, force=force, dry_run=dry_run)
     if loaded.recipe is not None:
         outcome = ("recipe", f"{loaded.recipe} starts with {model}")
     elif loaded.error is not None:
@@ -74,14 +76,15 @@ def save(
 
     modelcli save copy.safetensors -m best.pth
     """
-    from modelcli import commands
-    from modelcli.render import documents
+    from modelcli.commands import save as saving
+    from modelcli.commands.target import find_target
+    from modelcli.render.documents import save as documents
 
     output.format_of(options)
-    target = commands.find_target(edit.model, source.overrides(), source.recipe)
+    target = find_target(edit.model, source.overrides(), source.recipe)
     with progress.of_bytes(options) as report:
         how = operate.writing_of(edit, out, report)
-        outcome = commands.save(target, how)
+        outcome = saving.save(target, how)
     written = outcome.written
     kept = sum(tensor.persistent for tensor in outcome.blueprint.tensors)
     view = documents.save(
@@ -125,12 +128,12 @@ def undo(
 
     modelcli undo 3
     """
-    from modelcli import commands
+    from modelcli.commands import recipe_log
 
     output.format_of(options)
     where = _recipe_path(path)
     verb = "would take back" if dry_run else "took back"
-    notes = [f"{verb}: {line}" for line in commands.undo(where, count, dry_run=dry_run)]
+    notes = [f"{verb}: {line}" for line in recipe_log.undo(where, count, dry_run=dry_run)]
     _show_log(path, options, notes)
 
 
@@ -142,7 +145,7 @@ def _recipe_path(path: str | None) -> Path:
 
 def _show_log(path: str | None, options: OutputOptions, notes: list[str] | None = None) -> None:
     from modelcli import recipe
-    from modelcli.render import documents
+    from modelcli.render.documents import recipe_log as documents
 
     where = _recipe_path(path)
     recipe.require(where)

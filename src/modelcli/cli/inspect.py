@@ -12,7 +12,7 @@ from modelcli.language.quoting import quoted
 from modelcli.wording import counted
 
 if TYPE_CHECKING:
-    from modelcli.commands import Look
+    from modelcli.commands.look import Look
     from modelcli.live.stats import Statistics
     from modelcli.model.tensors import TensorInfo
     from modelcli.render.views import View
@@ -92,9 +92,11 @@ def summary(
 
     modelcli summary nets.py:Net --input-size 1,1,28,28 --sort params
     """
-    from modelcli import commands
+    from modelcli.commands.look import look as look_at
+    from modelcli.commands.look import torchinfo_table
+    from modelcli.commands.target import find_target
     from modelcli.language import selectors
-    from modelcli.render import documents
+    from modelcli.render.documents import summary as documents
 
     output.format_of(options)
     if mode not in ("eval", "train"):
@@ -103,13 +105,13 @@ def summary(
         _check_key(sort, documents.SUMMARY_KEYS)
     if layout not in (None, "torchinfo"):
         raise RequestError(f"no layout {layout!r}", "--layout torchinfo, or none of it")
-    target = commands.find_target(named(model, look), source.overrides(), source.recipe)
+    target = find_target(named(model, look), source.overrides(), source.recipe)
     if layout is not None:
         if output.format_of(options) != "table" or sort is not None or select:
             raise RequestError("--layout torchinfo is a table as it is", "leave --format, --sort and --select out")
-        output.write(commands.torchinfo_table(target, mode=mode, depth=depth) + "\n")
+        output.write(torchinfo_table(target, mode=mode, depth=depth) + "\n")
         return
-    found = commands.look(target, traced=True, mode=mode, cached=not look.no_cache)
+    found = look_at(target, traced=True, mode=mode, cached=not look.no_cache)
     view = documents.summary(
         target.source.model,
         found.blueprint,
@@ -157,8 +159,11 @@ def params(
 
     modelcli params best.pth --stats --sort std --top 10
     """
-    from modelcli import commands
-    from modelcli.render import documents
+    from modelcli.commands.look import look as look_at
+    from modelcli.commands.params import select_tensors, sort_tensors
+    from modelcli.commands.params import values as values_of
+    from modelcli.commands.target import find_target
+    from modelcli.render.documents import params as documents
 
     kind = output.format_of(options)
     if sort in documents.STATS and not stats:
@@ -166,21 +171,19 @@ def params(
     keys = (*documents.SORT_KEYS, *(documents.STATS if stats else ()))
     if sort is not None:
         _check_key(sort, keys)
-    target = commands.find_target(named(model, look), source.overrides(), source.recipe)
-    found = commands.look(target, cached=not (values or stats or look.no_cache))
-    tensors = commands.select_tensors(
-        found.blueprint, select or [], buffers=buffers, frozen=frozen, trainable=trainable
-    )
+    target = find_target(named(model, look), source.overrides(), source.recipe)
+    found = look_at(target, cached=not (values or stats or look.no_cache))
+    tensors = select_tensors(found.blueprint, select or [], buffers=buffers, frozen=frozen, trainable=trainable)
     statistics = None
     if sort not in documents.STATS:  # what comes first is known: no other tensor is read
-        tensors = commands.sort_tensors(tensors, sort or "elements")[:top] if sort or top else tensors
+        tensors = sort_tensors(tensors, sort or "elements")[:top] if sort or top else tensors
     if stats:
         statistics = _statistics(found, tensors, options)
     if sort in documents.STATS:
-        tensors = commands.sort_tensors(tensors, sort, statistics)[:top]
+        tensors = sort_tensors(tensors, sort, statistics)[:top]
     lists, texts = None, None
     if values:
-        lists, texts = commands.values(found, [tensor.name for tensor in tensors], whole=kind == "json")
+        lists, texts = values_of(found, [tensor.name for tensor in tensors], whole=kind == "json")
     view = documents.params(
         target.source.model, found.blueprint, tensors, values=lists, value_texts=texts, stats=statistics
     )
@@ -197,10 +200,10 @@ def _check_key(sort: str, keys: Sequence[str]) -> None:
 
 def _statistics(found: "Look", tensors: "Sequence[TensorInfo]", options: OutputOptions) -> "dict[str, Statistics]":
     """The statistics of tensors, with a progress bar where reading them takes a while."""
-    from modelcli import commands
+    from modelcli.commands.params import stats as stats_of
 
     with progress.of_bytes(options) as report:
-        return commands.stats(found, [tensor.name for tensor in tensors], report)
+        return stats_of(found, [tensor.name for tensor in tensors], report)
 
 
 def modules(
@@ -220,15 +223,16 @@ def modules(
 
     modelcli modules best.pth --tree
     """
-    from modelcli import commands
+    from modelcli.commands.look import look as look_at
+    from modelcli.commands.target import find_target
     from modelcli.language import selectors
-    from modelcli.render import documents
+    from modelcli.render.documents import modules as documents
 
     output.format_of(options)
     if tree and as_repr:
         raise RequestError("--tree and --repr show the same in two ways", "give one of them")
-    target = commands.find_target(named(model, look), source.overrides(), source.recipe)
-    found = commands.look(target, cached=not look.no_cache)
+    target = find_target(named(model, look), source.overrides(), source.recipe)
+    found = look_at(target, cached=not look.no_cache)
     blueprint = found.blueprint
     paths = selectors.select_modules(blueprint, select) if select else [module.path for module in blueprint.modules]
     notes = list(found.notes)
@@ -257,11 +261,11 @@ def list_builders(
 
     modelcli list 'vit_*'
     """
-    from modelcli import commands
-    from modelcli.render import documents
+    from modelcli.commands.list import builders
+    from modelcli.render.documents import list as documents
 
     output.format_of(options)
-    output.show(documents.models(commands.builders(pattern)), options)
+    output.show(documents.models(builders(pattern)), options)
 
 
 def mount(app: typer.Typer) -> None:

@@ -299,15 +299,16 @@ def _model_with(model: object, message: str, path: str) -> str | None:
 
 def _model_before_edit(words: Sequence[str], message: str) -> str | None:
     """The command whose first word is a model that belongs behind `-m`: `rename bare.pth weight w`."""
-    from modelcli import commands, edits
+    from modelcli import edits
     from modelcli.cli.operate import with_model
+    from modelcli.commands.target import names_model
 
     name, *given = words
     operands = list(takewhile(lambda word: not word.startswith("-"), given))
     if not message.startswith("Got unexpected extra argument") or edits.find(name) is None or len(operands) < 2:
         return None
     more = given[len(operands) :]
-    if not {"-m", "--model"}.isdisjoint(more) or not commands.names_model(operands[0]):
+    if not {"-m", "--model"}.isdisjoint(more) or not names_model(operands[0]):
         return None
     return with_model(name, operands[1:], [], operands[0], more)
 

@@ -25,7 +25,8 @@ from modelcli.errors import RequestError, did_you_mean
 from modelcli.language.quoting import command, quoted
 
 if TYPE_CHECKING:
-    from modelcli.commands import Outcome, Target, Writing
+    from modelcli.commands.edit import Outcome, Writing
+    from modelcli.commands.target import Target
 
 Words = Annotated[
     list[str],
@@ -265,13 +266,15 @@ def apply(
 
     modelcli apply -e 'replace classifier.6 Linear(_,10)' -e 'freeze features' -m alexnet
     """
-    from modelcli import commands
+    from modelcli.commands.apply import find_batch
+    from modelcli.commands.edit import edit as carry_out
+    from modelcli.commands.target import recipe_locked
 
     output.format_of(options)
     path, given = _edits_from(file, lines, source)
-    with commands.recipe_locked(edit.model, source.recipe, _tell_waiting), progress.of_bytes(options) as report:
-        batch = commands.find_batch(path, given, edit.model, source.overrides(), source.recipe)
-        outcome = commands.edit(batch.target, batch.edits, writing_of(edit, edit.out, report), batch.places)
+    with recipe_locked(edit.model, source.recipe, _tell_waiting), progress.of_bytes(options) as report:
+        batch = find_batch(path, given, edit.model, source.overrides(), source.recipe)
+        outcome = carry_out(batch.target, batch.edits, writing_of(edit, edit.out, report), batch.places)
     show_outcome(batch.target, outcome, edit, options)
 
 
@@ -310,17 +313,20 @@ def script(
 
     modelcli script -e 'replace fc Linear(_,10)' -m resnet18 -o head10.pth
     """
-    from modelcli import commands, writing
-    from modelcli.render import documents
+    from modelcli import writing
+    from modelcli.commands import script as scripting
+    from modelcli.commands.apply import Batch, find_batch
+    from modelcli.commands.target import find_target
+    from modelcli.render.documents import script as documents
 
     output.format_of(options)
     kind = writing.format_of(out)
     path, given = _edits_from(file, lines, source)
     if path is None and not given:
-        batch = commands.Batch(commands.find_target(model, source.overrides(), source.recipe))
+        batch = Batch(find_target(model, source.overrides(), source.recipe))
     else:
-        batch = commands.find_batch(path, given, model, source.overrides(), source.recipe)
-    made = commands.script(batch, Path(out), kind, bare=bare)
+        batch = find_batch(path, given, model, source.overrides(), source.recipe)
+    made = scripting.script(batch, Path(out), kind, bare=bare)
     output.show(documents.script(batch.target.source.model, made.blueprint, made.text), options, made.notes)
 
 
@@ -364,7 +370,9 @@ def _carry_out(
     shown: OutputOptions,
 ) -> None:
     """Carry out the edit with these operands; `flags` are the words of its own options."""
-    from modelcli import commands, edits
+    from modelcli import edits
+    from modelcli.commands.edit import edit as carry_out
+    from modelcli.commands.target import find_target, recipe_locked
 
     output.format_of(shown)
     kind = edits.find(name)
@@ -374,9 +382,9 @@ def _carry_out(
         edits.checked_operand(word, known)
     try:
         made = edits.from_words(name, [*flags, "--", *operands])
-        with commands.recipe_locked(options.model, source.recipe, _tell_waiting), progress.of_bytes(shown) as report:
-            target = commands.find_target(options.model, source.overrides(), source.recipe)
-            outcome = commands.edit(target, [made], writing_of(options, options.out, report))
+        with recipe_locked(options.model, source.recipe, _tell_waiting), progress.of_bytes(shown) as report:
+            target = find_target(options.model, source.overrides(), source.recipe)
+            outcome = carry_out(target, [made], writing_of(options, options.out, report))
     except RequestError as error:
         error.hint = _meant(name, operands, flags, error, options) or error.hint
         raise
@@ -391,12 +399,12 @@ def _tell_waiting(recipe: Path) -> None:
 
 def _meant(name: str, operands: list[str], flags: list[str], error: RequestError, options: EditOptions) -> str | None:
     """What an edit's words may have been meant for: a model without its `-m`, a pattern that the shell expanded."""
-    from modelcli import commands
+    from modelcli.commands.target import names_model
 
     first, *rest = operands
-    if options.model is None and commands.names_model(first):
+    if options.model is None and names_model(first):
         return with_model(name, rest, flags, first, [] if options.out is None else ["-o", options.out])
-    if options.model is None and rest and commands.names_model(rest[-1]):
+    if options.model is None and rest and names_model(rest[-1]):
         return f"where {rest[-1]} is the model: -m {quoted(rest[-1])}"
     files = [word for word in rest if "." in word and word != "." and os.path.lexists(word)]
     if files and "pattern" not in (error.hint or ""):
@@ -421,7 +429,7 @@ def writing_of(
 ) -> "Writing":
     """The options as the session wants them. Raises RequestError for a check or a format that does not exist."""
     from modelcli import writing
-    from modelcli.commands import Writing
+    from modelcli.commands.edit import Writing
     from modelcli.language.references import parse_bytes
 
     ways = ("meta", "run", "none")
@@ -446,7 +454,8 @@ def writing_of(
 
 def show_outcome(target: "Target", outcome: "Outcome", options: EditOptions, shown: OutputOptions) -> None:
     """Show what an edit changed, and what was written where."""
-    from modelcli.render import documents, views
+    from modelcli.render import views
+    from modelcli.render.documents import edit as documents
 
     written = outcome.written
     if written is not None:

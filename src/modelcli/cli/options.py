@@ -14,7 +14,7 @@ from typer.models import ArgumentInfo
 from modelcli.cli import completing
 
 if TYPE_CHECKING:
-    from modelcli.commands.asserting import Wanted
+    from modelcli.commands.check import Wanted
     from modelcli.language.references import Source
 
 
@@ -280,7 +280,7 @@ class AssertOptions:
 
     def wanted(self) -> "Wanted":
         """The assertions. Raises RequestError for what cannot be read as one."""
-        from modelcli.commands.asserting import Wanted
+        from modelcli.commands.check import Wanted
         from modelcli.language.references import parse_bytes, parse_count, parse_input_size
         from modelcli.model.dtypes import dtype_called
 

@@ -31,6 +31,10 @@ class Run:
     def first(self) -> str:
         return self.paths[0]
 
+    def counted(self, kind: str | None) -> str | None:
+        """`12 x EncoderBlock`; the number of modules alone where their class is not known."""
+        return kind if len(self.paths) == 1 else f"{len(self.paths)} x {kind or '-'}"
+
 
 class Runs:
     """The runs of a model: siblings fold into one row where their rows, and all rows below them, would be equal.

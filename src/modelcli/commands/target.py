@@ -7,21 +7,16 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from modelcli import resolve
 from modelcli.edits import Edit
-from modelcli.errors import ModelcliError, RequestError
-from modelcli.language import references
+from modelcli.errors import ModelcliError
 from modelcli.language.expressions import Call, names_in
 from modelcli.language.references import CheckpointFile, PythonObject, Reference, Source
 from modelcli.model.paths import ROOT
 from modelcli.providers import known_code
-from modelcli.wording import counted, listed
-
-if TYPE_CHECKING:
-    from modelcli.live.opening import Live
-
+from modelcli.wording import listed
 
 INPUT = frozenset({"input_size", "input_dtype", "inputs"})
 """The options that state what flows in."""
@@ -166,67 +161,6 @@ def names_model(word: str) -> bool:
         return False
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Edits to carry out together: on what, and where each of them stands."""
-
-    target: Target
-    edits: tuple[Edit, ...] = ()
-    places: tuple[str, ...] = ()
-
-
-def find_batch(
-    recipe_path: Path | None,
-    lines: Sequence[tuple[str, str]],
-    model: str | None,
-    overrides: Mapping[str, Any],
-    working_recipe: Path | None = None,
-) -> Batch:
-    """The edits of a recipe and those of `lines` (place, text) after them, and the model that they are for.
-
-    `model` takes the place of the recipe's own model, with all that belongs to that one: weights, architecture, key.
-    Without a recipe and without a model the lines are for the working recipe, and without lines its edits are meant.
-
-    Raises RequestError that names every bad line, before anything is opened.
-    """
-    from modelcli import edits, recipe
-
-    if recipe_path is None and not lines:
-        if model is not None and not (working_recipe or recipe.default_path()).exists():
-            raise RequestError("no edits are given", "-e EDIT gives one, a path a recipe, and - standard input")
-        recipe_path = working_recipe or recipe.default_path()
-    elif recipe_path is not None and not recipe_path.exists():
-        raise references.missing_file(recipe_path, str(recipe_path))
-    problems: list[str] = []
-    read: recipe.Recipe | None = None
-    made: list[Edit] = []
-    try:
-        read = None if recipe_path is None else recipe.read(recipe_path, model=model)
-    except RequestError as error:
-        if not lines:
-            raise
-        problems.append(str(error))
-    try:
-        made = edits.parse_all(lines)
-    except RequestError as error:
-        problems.append(error.message)
-    if problems:
-        raise RequestError("\n".join(problems))
-    if read is None:
-        target = find_target(model, overrides, working_recipe)
-        return Batch(target, tuple(made), tuple(place for place, _ in lines))
-    source = read.source
-    if model is not None:
-        same = {key: getattr(source, key) for key in ("seed", "input_size", "input_dtype", "inputs")}
-        source = Source(model, **same)
-    notes = notes_of_python(read.path, source, (*read.edits, *made))
-    target = Target(with_options(source, options_given(overrides)), notes=notes)
-    found = Batch(target, (*read.edits, *made), (*read.places, *(place for place, _ in lines)))
-    if not found.edits:
-        raise RequestError(f"{read.path} has no edits to apply", "modelcli save OUT writes a model as it is")
-    return found
-
-
 def seen_from(source: Source, folder: Path) -> Source:
     """A source with its relative paths as seen from another folder."""
 
@@ -257,46 +191,3 @@ def seen_from(source: Source, folder: Path) -> Source:
 
 def without_edits(target: Target) -> Target:
     return replace(target, edits=(), places=())
-
-
-def apply_recipe(live: Live, target: Target) -> None:
-    """Apply the edits that stand in a recipe already."""
-    apply_each(live, target.edits, target.places)
-
-
-def apply_each(live: Live, edits: Sequence[Edit], places: Sequence[str]) -> None:
-    """Apply edits in order. Those that cannot be done are told together, each by where it stands and its line.
-
-    Edits after a wrong one are tried on the model without it, so that what is said of them may come from that one.
-    """
-    wrong: list[ModelcliError] = []
-    for edit, place in zip(edits, places, strict=True):
-        try:
-            live.apply([edit], place=place)
-        except ModelcliError as error:
-            if place:
-                error.message = f"{place}: {str(edit)!r}: {error.message}"
-            wrong.append(error)
-            if not isinstance(error, RequestError):
-                break
-    if len(wrong) == 1:
-        raise wrong[0]
-    if wrong:
-        told = [f"{error.message} ({error.hint})" if error.hint else error.message for error in wrong]
-        raise RequestError("\n".join(told), "mend the first one first: the others may come from it")
-
-
-def undo(path: Path, count: int, *, dry_run: bool = False) -> list[str]:
-    """Take back the last edits of a recipe. Raises RequestError where there are none."""
-    from modelcli import recipe
-
-    recipe.require(path)
-    with recipe.locked(path):
-        read = recipe.read(path)
-        if not read.edits:
-            raise RequestError(f"{path} has no edits to take back")
-        if count > len(read.edits):
-            raise RequestError(f"{path} has {counted(len(read.edits), 'edit')} to take back, not {count}")
-        if dry_run:
-            return [str(edit) for edit in read.edits[-count:]]
-        return recipe.take_back(path, count)

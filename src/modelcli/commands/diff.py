@@ -15,8 +15,10 @@ from modelcli.checkpoints import CompositeEntry, TensorEntry
 from modelcli.checkpoints.byte_comparison import ByteComparison, lie_alike, nbytes_of
 from modelcli.checkpoints.limits import Budget
 from modelcli.checkpoints.torch_pickle import value_digests
-from modelcli.commands import Look, Target, differences, look, stdout_is_for_data
-from modelcli.commands.differences import Comparison, TensorChange
+from modelcli.commands import diff_structure
+from modelcli.commands.diff_structure import Comparison, TensorChange
+from modelcli.commands.look import Look, look, stdout_is_for_data
+from modelcli.commands.target import Target
 from modelcli.errors import RequestError
 from modelcli.language.quoting import command
 from modelcli.language.references import CheckpointFile, Source
@@ -85,7 +87,7 @@ def compare(
     """
     notes = list(_notes(one, other, names, scope))
     extras = extras_of(one), extras_of(other)
-    found = differences.structure(
+    found = diff_structure.structure(
         one.blueprint,
         other.blueprint,
         scope.selected,

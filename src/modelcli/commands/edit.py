@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modelcli.commands.looking import likeness_of, stdout_is_for_data
-from modelcli.commands.targets import Batch, Target, apply_each, apply_recipe, notes_of_python, without_edits
+from modelcli.commands.look import likeness_of, stdout_is_for_data
+from modelcli.commands.recipe_edits import apply_each, apply_recipe
+from modelcli.commands.target import Target, notes_of_python
 from modelcli.edits import Edit
 from modelcli.errors import ModelcliError, RequestError
 from modelcli.language.references import Source
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from modelcli.checkpoints.storage import FileId
     from modelcli.live.check import Check
     from modelcli.live.opening import Live
-    from modelcli.live.scripting import Script
     from modelcli.writing import Written
 
 
@@ -92,12 +92,12 @@ def _edited(target: Target, added: Sequence[Edit], how: Writing, places: Sequenc
     live.changes.clear()
     live.origins.clear()
     apply_each(live, added, places or [""] * len(added))
-    check = _check(live, target, added, how)
-    outcome = _outcome(live, target, before, check, added)
+    check = check_fit(live, target, added, how)
+    outcome = outcome_of(live, target, before, check, added)
     if how.dry_run:
         return outcome
     if how.out is not None:
-        outcome = _write(live, outcome, how.out, how)
+        outcome = write(live, outcome, how.out, how)
     if target.recipe is not None:
         try:
             recipe.append(target.recipe, added, target.source if target.restates_input else None)
@@ -112,32 +112,7 @@ def _edited(target: Target, added: Sequence[Edit], how: Writing, places: Sequenc
     return outcome
 
 
-@stdout_is_for_data
-def save(target: Target, how: Writing) -> Outcome:
-    """Apply the recipe's edits, check the result and write it."""
-    with target.noted():
-        return _saved(target, how)
-
-
-def _saved(target: Target, how: Writing) -> Outcome:
-    from modelcli import writing
-
-    assert how.out is not None
-    writing.check_target(how.out, how.kind, force=how.force)
-    from modelcli.live import opening
-
-    live = opening.open_live(target.source)
-    before = live.describe()
-    apply_recipe(live, target)
-    if target.edits:
-        check = _check(live, without_edits(target), target.edits, how)
-    else:
-        check = {"ran": False, "reason": "nothing was edited", "output_shape": None, "input": None}
-    outcome = _outcome(live, target, before, check, target.edits)
-    return outcome if how.dry_run else _write(live, outcome, how.out, how)
-
-
-def _check(live: Live, target: Target, added: Sequence[Edit], how: Writing) -> dict[str, Any]:
+def check_fit(live: Live, target: Target, added: Sequence[Edit], how: Writing) -> dict[str, Any]:
     """Check that what `added` made of `target`, which is `live` now, still runs where `target` did."""
     try:
         result = _checked(live, target, added, how)
@@ -214,7 +189,9 @@ def _idle(live: Live, called: Collection[str]) -> list[str]:
     return told + [f"{path} did not run on the forward pass: nothing calls it" for path in placed]
 
 
-def _outcome(live: Live, target: Target, before: Blueprint, check: Mapping[str, Any], added: Sequence[Edit]) -> Outcome:
+def outcome_of(
+    live: Live, target: Target, before: Blueprint, check: Mapping[str, Any], added: Sequence[Edit]
+) -> Outcome:
     after = live.describe()
     changes = tuple(
         {
@@ -253,7 +230,7 @@ def _sum_note(changes: Sequence[Mapping[str, Any]], before: Totals, after: Total
     ]
 
 
-def _write(live: Live, outcome: Outcome, out: Path, how: Writing) -> Outcome:
+def write(live: Live, outcome: Outcome, out: Path, how: Writing) -> Outcome:
     from modelcli import writing
     from modelcli.live import overflow, planning
 
@@ -330,31 +307,3 @@ def _around(live: Live, *, kept: bool) -> list[str]:
         contents, live.describe(), unwrapping=unwrapping, changed=changed, renamed=renamed
     )
     return [f"{rest} was kept; --bare drops it", *unfit, *copies]
-
-
-@stdout_is_for_data
-def script(batch: Batch, out: Path, kind: str, *, bare: bool) -> Script:
-    """The same work as a plain PyTorch script: see `live.scripting.script`. A note says where it would not run."""
-    from modelcli.live import scripting
-
-    edits = (*batch.target.edits, *batch.edits)
-    places = (*batch.target.places, *batch.places)
-    made = scripting.script(batch.target.source, edits, places, out, kind, bare=bare)
-    made = replace(made, notes=(*batch.target.notes, *made.notes))
-    if not edits:
-        return made
-    misfit = _misfit(replace(batch.target, edits=edits, places=places))
-    return made if misfit is None else replace(made, notes=(*made.notes, misfit))
-
-
-def _misfit(target: Target) -> str | None:
-    """What the check before writing would refuse in an edited model."""
-    from modelcli.live import opening
-
-    live = opening.open_live(target.source)
-    apply_recipe(live, target)
-    try:
-        _check(live, without_edits(target), target.edits, Writing())
-    except RequestError as error:
-        return f"the edited model does not fit, and modelcli itself would not write it: {error.message}"
-    return None

@@ -6,12 +6,14 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from modelcli import checkpoints, commands, resolve
+from modelcli import checkpoints, resolve
 from modelcli.checkpoints.contents import foreign_names
 from modelcli.checkpoints.entries import CompositeEntry
-from modelcli.commands import Look, Target, comparing
-from modelcli.commands.comparing import Progress, Scope
-from modelcli.commands.differences import TensorChange
+from modelcli.commands import diff, params
+from modelcli.commands.diff import Progress, Scope
+from modelcli.commands.diff_structure import TensorChange
+from modelcli.commands.look import Look, built, look, without_record
+from modelcli.commands.target import Target
 from modelcli.errors import ModelcliError, RequestError, did_you_mean
 from modelcli.language import selectors
 from modelcli.language.references import CheckpointFile, Source
@@ -19,7 +21,7 @@ from modelcli.model.blueprint import Blueprint, from_keys
 from modelcli.model.dtypes import FLOATING
 from modelcli.model.paths import shown
 from modelcli.model.tensors import Shape, TensorInfo
-from modelcli.wording import counted, listed
+from modelcli.wording import counted, is_or_are, listed
 
 #: Names that a row lists of those that are wrong.
 MOST_NAMED = 3
@@ -110,11 +112,11 @@ def check(target: Target, wanted: Wanted, *, cached: bool = True, progress: Prog
     """
     wanted.require_sense()
     needs_values = wanted.finite or bool(wanted.same_as)
-    found = commands.look(target, traced=bool(wanted.output_shapes), cached=cached and not needs_values)
+    found = look(target, traced=bool(wanted.output_shapes), cached=cached and not needs_values)
     notes = list(found.notes)
     checks = _of_structure(found, wanted)
     if any(_rests_on_record(found, row) for row in checks):
-        found, basis = commands.built(target, found, traced=bool(wanted.output_shapes))
+        found, basis = built(target, found, traced=bool(wanted.output_shapes))
         notes = list(found.notes)
         checks = _of_structure(found, wanted)
         if basis is not None:
@@ -141,17 +143,17 @@ def _rests_on_record(found: Look, row: Checked) -> bool:
     if found.record is None:
         return False
     if row.check == "max-params":  # the record says which tensors are buffers
-        totals = commands.without_record(found).totals
+        totals = without_record(found).totals
         return totals.params + totals.buffers > int(row.wanted)
     if row.check == "has":
-        return not _matches(commands.without_record(found), row.wanted)
+        return not _matches(without_record(found), row.wanted)
     return row.check in _ON_RECORD
 
 
 def _of_structure(found: Look, wanted: Wanted) -> list[Checked]:
     """The assertions that need no values."""
-    unseen = comparing.unseen_of(found)
-    entries = [*unseen, *comparing.extras_of(found)] if wanted.absent else unseen
+    unseen = diff.unseen_of(found)
+    entries = [*unseen, *diff.extras_of(found)] if wanted.absent else unseen
     return [*_structure(found.blueprint, wanted, unseen, entries), *_outputs(found.blueprint, wanted.output_shapes)]
 
 
@@ -212,12 +214,12 @@ def _flags(blueprint: Blueprint, text: str, unseen: Sequence[str], *, trained: b
     unknown = [t.name for t in parameters if t.requires_grad is None] + _matching(unseen, text)
     if wrong:
         of_all = f"{len(wrong):,} of {counted(len(parameters), 'parameter')}"
-        told = f"{of_all} {_are(len(wrong))} {other}: {listed(wrong, MOST_NAMED)}"
+        told = f"{of_all} {is_or_are(len(wrong))} {other}: {listed(wrong, MOST_NAMED)}"
     elif unknown:
         named = listed(unknown, MOST_NAMED)
-        told = f"nothing says whether {named} {_are(len(unknown))} {state}: --arch names the architecture"
+        told = f"nothing says whether {named} {is_or_are(len(unknown))} {state}: --arch names the architecture"
     else:
-        told = f"{counted(len(parameters), 'parameter')} {_are(len(parameters))} {state}"
+        told = f"{counted(len(parameters), 'parameter')} {is_or_are(len(parameters))} {state}"
     return Checked(kind, not (wrong or unknown), told, text)
 
 
@@ -301,10 +303,10 @@ def _finite(found: Look, progress: Progress | None) -> Checked:
     """Whether no tensor has a NaN or an infinity in it; one that cannot be looked at may have."""
     names = [tensor.name for tensor in found.blueprint.tensors if tensor.dtype not in _ALWAYS_FINITE]
     report = progress or (lambda _done, _total, _doing: None)
-    statistics = commands.stats(found, names, lambda done, total: report(done, total, "reading"))
+    statistics = params.stats(found, names, lambda done, total: report(done, total, "reading"))
     statistics |= _of_parts(found, [name for name in names if name not in statistics])
     wrong = {name: numbers for name, numbers in statistics.items() if numbers["nan"] or numbers["inf"]}
-    unseen = [*(name for name in names if name not in statistics), *comparing.unseen_of(found)]
+    unseen = [*(name for name in names if name not in statistics), *diff.unseen_of(found)]
     if found.contents is not None:
         unseen += found.contents.hidden
     if wrong:
@@ -325,7 +327,7 @@ def _of_parts(found: Look, names: Sequence[str]) -> dict[str, Any]:
         return {}
     from modelcli.live import stats
 
-    entries = comparing.entries(found)
+    entries = diff.entries(found)
     return stats.of_parts({n: entries[n] for n in names if isinstance(entries.get(n), CompositeEntry)})
 
 
@@ -333,10 +335,10 @@ def _same_as(
     found: Look, model: str, reference: str, without: tuple[str, ...], progress: Progress | None, notes: list[str]
 ) -> Checked:
     """Whether all tensors are those of another model in shape, dtype and values."""
-    other = comparing.open_side(Source(reference), values=True)
+    other = diff.open_side(Source(reference), values=True)
     # What is to be told of the model itself stands among the notes already.
     names = (model, reference)
-    compared = comparing.compare(other, found, names[::-1], Scope(without=without, modules=False), progress)
+    compared = diff.compare(other, found, names[::-1], Scope(without=without, modules=False), progress)
     notes += [note for note in compared.notes if note not in {f"{model}: {told}" for told in found.notes}]
     differing: dict[str, list[TensorChange]] = {}
     for change in compared.tensors:
@@ -349,8 +351,4 @@ def _same_as(
         told = f"{number} {'differs' if len(differing) == 1 else 'differ'}: {listed(named, MOST_NAMED)}"
         return Checked("same-as", False, told, wanted)
     equal = compared.equal + len({change.name for change in compared.tensors})
-    return Checked("same-as", True, f"{counted(equal, 'tensor')} {_are(equal)} equal", wanted)
-
-
-def _are(number: int) -> str:
-    return "is" if number == 1 else "are"
+    return Checked("same-as", True, f"{counted(equal, 'tensor')} {is_or_are(equal)} equal", wanted)

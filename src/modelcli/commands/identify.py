@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from modelcli import commands, resolve
-from modelcli.commands import Look, Target, blueprint_cache, fingerprints, stdout_is_for_data
+from modelcli import resolve
+from modelcli.commands import blueprint_cache, known_builders
+from modelcli.commands.look import LOOKS_LIKE, Look, cache_key, look, stdout_is_for_data
+from modelcli.commands.target import Target
 from modelcli.errors import RequestError
 from modelcli.language.quoting import quoted
 from modelcli.language.references import CheckpointFile, Source
@@ -38,10 +40,10 @@ def identify(checkpoint: str, key: str | None = None, steps: Steps = iter) -> Id
     source = Source(checkpoint, key=key)
     if not isinstance(resolve.reference_of(source), CheckpointFile):
         raise RequestError(f"{checkpoint} is no checkpoint: it says itself which model it is", "name a file: best.pth")
-    found = commands.look(Target(source))
+    found = look(Target(source))
     shapes, unwrapping = state_dict_match.unwrapped(state_dict_match.shapes_of(found.blueprint.tensors))
     matches = state_dict_match.best(shapes, _models(steps), MOST)
-    notes = [note for note in found.notes if not note.startswith(commands.LOOKS_LIKE)]
+    notes = [note for note in found.notes if not note.startswith(LOOKS_LIKE)]
     if unwrapping:
         notes.append(unwrapping.note())
     if matches:
@@ -86,7 +88,7 @@ def _keep(models: dict[str, Shapes], *, complete: bool) -> None:
     before = blueprint_cache.index(LISTING)
     complete = complete or (isinstance(before, dict) and before["complete"])
     blueprint_cache.put_index(LISTING, {"complete": complete, "models": models})
-    fingerprints.add(models)
+    known_builders.add(models)
 
 
 @stdout_is_for_data
@@ -101,7 +103,7 @@ def _built(names: Sequence[str], steps: Steps) -> dict[str, Shapes]:
 
 def _shapes(reference: str) -> dict[str, Shape]:
     source = Source(reference)
-    key = commands.cache_key(Target(source), "eval")
+    key = cache_key(Target(source), "eval")
     blueprint = None if key is None else blueprint_cache.get(key)
     if blueprint is None:
         from modelcli.live import opening

@@ -8,28 +8,26 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from modelcli import checkpoints, resolve
 from modelcli.checkpoints import Contents
 from modelcli.checkpoints.contents import foreign_names
 from modelcli.checkpoints.record import Record
-from modelcli.commands import blueprint_cache, fingerprints
-from modelcli.commands.targets import Target, apply_recipe, without_edits
-from modelcli.errors import ModelcliError, RequestError, SystemFailureError, UnsafeError
-from modelcli.language import selectors
+from modelcli.commands import blueprint_cache, known_builders
+from modelcli.commands.recipe_edits import apply_recipe
+from modelcli.commands.target import Target, without_edits
+from modelcli.errors import ModelcliError, SystemFailureError, UnsafeError
 from modelcli.language.quoting import quoted
 from modelcli.language.references import CheckpointFile, NamedModel, Source
 from modelcli.model import state_dict_match
 from modelcli.model.blueprint import Blueprint, Trace
-from modelcli.model.tensors import TensorInfo
 from modelcli.providers import known_code
 
 if TYPE_CHECKING:
     from modelcli.live.opening import Live
-    from modelcli.live.stats import Statistics
 
 
 #: How the note begins that names the builders a file fits.
@@ -231,17 +229,6 @@ def known_blueprint(target: Target) -> Blueprint | None:
     return None
 
 
-def warm(name: str) -> None:
-    """Keep the blueprint of a builder, if it is not kept yet. Raises RequestError where nothing may be kept, and
-    SystemFailureError where nothing can."""
-    if blueprint_cache.is_off():
-        raise RequestError("$MODELCLI_NO_CACHE is set: no blueprint would be kept", "unset MODELCLI_NO_CACHE")
-    target = Target(Source(model=name))
-    found = look(target, traced=True)
-    if (key := cache_key(target, "eval")) is not None:
-        blueprint_cache.require(key, found.blueprint)
-
-
 def cache_key(target: Target, mode: str) -> blueprint_cache.Key | None:
     """The key of a builder or an expression of installed classes; None for what other code or a file decides."""
     source = target.source
@@ -263,7 +250,7 @@ def keep_blueprint(key: blueprint_cache.Key, found: Blueprint) -> None:
 
     blueprint_cache.put(key, found)
     if key.weights in (None, "none") and key.reference in zoo.builder_names():
-        fingerprints.add({key.reference: state_dict_match.shapes_of(found.tensors)})
+        known_builders.add({key.reference: state_dict_match.shapes_of(found.tensors)})
 
 
 def likeness_notes(contents: Contents) -> list[str]:
@@ -286,97 +273,3 @@ def likeness_of(live: Live) -> list[str]:
     contents = live.contents
     fits = live.report is None or live.report.is_strict
     return [] if contents is None or live.record or (live.architecture and fits) else likeness_notes(contents)
-
-
-@stdout_is_for_data
-def values(found: Look, names: Sequence[str], *, whole: bool) -> tuple[dict[str, Any], dict[str, str]]:
-    """The numbers of tensors: as nested lists where `whole`, and as one line each."""
-    from modelcli.live import values as reading
-
-    if found.live is not None:
-        return reading.of_live(found.live, names, whole=whole)
-    assert found.contents is not None
-    return reading.of_contents(found.contents, names, whole=whole)
-
-
-@stdout_is_for_data
-def stats(found: Look, names: Sequence[str], progress: Callable[[int, int], None]) -> dict[str, Statistics]:
-    """Statistics of the numbers of tensors, by name: see `live.stats.collect`.
-
-    `progress` is told how many bytes are done, and how many there are.
-    """
-    from modelcli.live import stats as reading
-
-    if found.live is not None:
-        return reading.of_live(found.live, names, progress)
-    assert found.contents is not None
-    return reading.of_contents(found.contents, names, progress)
-
-
-def select_tensors(
-    blueprint: Blueprint,
-    selected: Sequence[str],
-    *,
-    buffers: bool,
-    frozen: bool,
-    trainable: bool,
-) -> list[TensorInfo]:
-    """The tensors to show: those selected, less buffers or flags that were not asked for."""
-    tensors = list(blueprint.tensors)
-    if selected:
-        names = set(selectors.select_tensors(blueprint, selected))
-        tensors = [tensor for tensor in tensors if tensor.name in names]
-    if not buffers:
-        tensors = [tensor for tensor in tensors if tensor.kind != "buffer"]
-    if frozen or trainable:
-        wanted = {False} if frozen and not trainable else {True} if trainable and not frozen else {True, False}
-        tensors = [tensor for tensor in tensors if tensor.requires_grad in wanted]
-    return tensors
-
-
-def sort_tensors(
-    tensors: Sequence[TensorInfo], key: str, statistics: Mapping[str, Mapping[str, Any]] | None = None
-) -> list[TensorInfo]:
-    """Tensors by a column or a statistic: words from A to Z, numbers from the largest, what has neither at the end.
-
-    Zeros count by their share of the tensor.
-    """
-
-    def rank(tensor: TensorInfo) -> tuple[bool, Any]:
-        if key in ("elements", "bytes"):
-            return False, -(tensor.elements if key == "elements" else tensor.nbytes)
-        if statistics is None:
-            word = getattr(tensor, key)
-            return word is None, word
-        number = statistics.get(tensor.name, {}).get(key)
-        if number is None:
-            return True, 0
-        return False, -number / tensor.elements if key == "zeros" and number else -number
-
-    return sorted(tensors, key=rank)
-
-
-def builders(pattern: str | None) -> list[dict[str, Any]]:
-    """torchvision's builders that contain the pattern, or match it where it has a wildcard."""
-    import fnmatch
-
-    from modelcli.live import zoo
-
-    names = zoo.builder_names()
-    if pattern:
-        glob = pattern if any(character in pattern for character in "*?[") else f"*{pattern}*"
-        chosen = [name for name in names if fnmatch.fnmatchcase(name, glob)]
-        if not chosen:
-            near = zoo.nearest_names(pattern)
-            raise RequestError(f"no builder matches {pattern!r}", f"nearest: {', '.join(near)}" if near else None)
-        names = chosen
-    return [
-        {
-            "name": info.name,
-            "params": info.params,
-            "macs": info.macs,
-            "weights": list(info.weights),
-            "group": info.group,
-        }
-        for info in map(zoo.describe, names)
-    ]

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modelcli.commands import blueprint_cache
-from modelcli.commands.looking import cache_key, keep_blueprint, likeness_of, stdout_is_for_data
-from modelcli.commands.targets import Target, notes_of_python, seen_from
+from modelcli.commands.look import cache_key, keep_blueprint, likeness_of, stdout_is_for_data
+from modelcli.commands.target import Target, notes_of_python, seen_from
 from modelcli.errors import ModelcliError, RequestError
 from modelcli.language.references import Source
 from modelcli.model.blueprint import Blueprint

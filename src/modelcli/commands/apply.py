@@ -1,0 +1,75 @@
+"""Many edits at once: those of a recipe, and those of lines after them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modelcli.commands.target import Target, find_target, notes_of_python, options_given, with_options
+from modelcli.edits import Edit
+from modelcli.errors import RequestError
+from modelcli.language import references
+from modelcli.language.references import Source
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Edits to carry out together: on what, and where each of them stands."""
+
+    target: Target
+    edits: tuple[Edit, ...] = ()
+    places: tuple[str, ...] = ()
+
+
+def find_batch(
+    recipe_path: Path | None,
+    lines: Sequence[tuple[str, str]],
+    model: str | None,
+    overrides: Mapping[str, Any],
+    working_recipe: Path | None = None,
+) -> Batch:
+    """The edits of a recipe and those of `lines` (place, text) after them, and the model that they are for.
+
+    `model` takes the place of the recipe's own model, with all that belongs to that one: weights, architecture, key.
+    Without a recipe and without a model the lines are for the working recipe, and without lines its edits are meant.
+
+    Raises RequestError that names every bad line, before anything is opened.
+    """
+    from modelcli import edits, recipe
+
+    if recipe_path is None and not lines:
+        if model is not None and not (working_recipe or recipe.default_path()).exists():
+            raise RequestError("no edits are given", "-e EDIT gives one, a path a recipe, and - standard input")
+        recipe_path = working_recipe or recipe.default_path()
+    elif recipe_path is not None and not recipe_path.exists():
+        raise references.missing_file(recipe_path, str(recipe_path))
+    problems: list[str] = []
+    read: recipe.Recipe | None = None
+    made: list[Edit] = []
+    try:
+        read = None if recipe_path is None else recipe.read(recipe_path, model=model)
+    except RequestError as error:
+        if not lines:
+            raise
+        problems.append(str(error))
+    try:
+        made = edits.parse_all(lines)
+    except RequestError as error:
+        problems.append(error.message)
+    if problems:
+        raise RequestError("\n".join(problems))
+    if read is None:
+        target = find_target(model, overrides, working_recipe)
+        return Batch(target, tuple(made), tuple(place for place, _ in lines))
+    source = read.source
+    if model is not None:
+        same = {key: getattr(source, key) for key in ("seed", "input_size", "input_dtype", "inputs")}
+        source = Source(model, **same)
+    notes = notes_of_python(read.path, source, (*read.edits, *made))
+    target = Target(with_options(source, options_given(overrides)), notes=notes)
+    found = Batch(target, (*read.edits, *made), (*read.places, *(place for place, _ in lines)))
+    if not found.edits:
+        raise RequestError(f"{read.path} has no edits to apply", "modelcli save OUT writes a model as it is")
+    return found

@@ -1,0 +1,1 @@
+"""Results as views: the JSON documents of the contract, key by key, with their tables. One file a command."""

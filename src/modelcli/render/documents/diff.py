@@ -1,0 +1,109 @@
+"""`diff`: a row a difference of two models."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from modelcli.model.paths import shown
+from modelcli.render.documents.common import SCHEMA
+from modelcli.render.views import (
+    Column,
+    View,
+    number,
+    shape,
+    text,
+)
+from modelcli.wording import counted, is_or_are
+
+if TYPE_CHECKING:
+    from modelcli.commands.diff_structure import Comparison, ModuleChange, TensorChange
+
+
+def diff(a: str, b: str, found: Comparison, *, values: bool, folded: bool = False) -> View:
+    """What differs between two models: a row a change, modules before tensors.
+
+    Where `folded`, the table has one row for the same change of numbered siblings; the document has a row for each.
+    """
+    modules = [{**asdict(change), "path": shown(change.path)} for change in found.modules]
+    tensors = [asdict(change) for change in found.tensors]
+    document = {"schema": SCHEMA, "a": a, "b": b, "same": found.same, "modules": modules, "tensors": tensors}
+    rows = [{"kind": "module", "name": row["path"], **row, **_what_differs(row)} for row in modules]
+    rows += [{"kind": "tensor", **row} for row in tensors]
+    every = len(rows)
+    if folded:
+        from modelcli.render import folding
+
+        rows = [{**fold.rows[0], "name": fold.path} for fold in folding.folded(rows, "name", _looks_of_difference)]
+    has_values = any(change.change == "values" for change in found.tensors)
+    columns = [
+        Column("name", "name", style="cyan"),
+        Column("kind", "kind", optional=1),
+        Column("change", "change"),
+        Column("before", "before", _side, flexible=True),
+        Column("after", "after", _side, flexible=True),
+        Column("max_abs_diff", "max abs diff", number, right=True, optional=0 if has_values else 2),
+    ]
+    if not rows:
+        equal = counted(found.equal, "tensor")
+        what = "the same" if values else "of the same structure (values were not compared)"
+        return View(document, rows, columns, body=f"{a} and {b} are {what}: {equal} {is_or_are(found.equal)} equal")
+    footer = [("Modules", _differing(found.modules, "path"))] if modules else []
+    differing = _differing(found.tensors, "name")
+    footer.append(("Tensors", f"{differing}, {found.equal:,} {is_or_are(found.equal)} equal"))
+    largest = max((row for row in found.tensors if row.max_abs_diff is not None), key=_size_of, default=None)
+    if largest is not None:
+        footer.append(("Largest difference", f"{number(largest.max_abs_diff)} in {largest.name}"))
+    return View(document, rows, columns, footer, folded=every - len(rows))
+
+
+def _looks_of_difference(row: Mapping[str, Any]) -> tuple[object, ...]:
+    """What a row shows of a difference besides its name."""
+    return row["kind"], row["change"], _side(row["before"]), _side(row["after"]), number(row.get("max_abs_diff"))
+
+
+def _what_differs(row: Mapping[str, Any]) -> dict[str, str]:
+    """Of two configurations the arguments that differ: the others would fill the columns."""
+    if row["change"] != "config":
+        return {}
+    sides = [_arguments(row[side]) for side in ("before", "after")]
+    kept = [
+        [argument for argument in side if argument not in other] for side, other in zip(sides, sides[::-1], strict=True)
+    ]
+    return {side: ", ".join(parts) for side, parts in zip(("before", "after"), kept, strict=True)} if all(kept) else {}
+
+
+def _arguments(printed: str) -> list[str]:
+    """What stands between the parentheses of a printed module, cut at the commas that lie in no others."""
+    inside = printed.partition("(")[2].removesuffix(")")
+    return re.split(r",\s(?![^(\[]*[)\]])", inside)
+
+
+def _size_of(change: TensorChange) -> float:
+    """What its difference ranks as: NaN is more than any other."""
+    size = change.max_abs_diff
+    return math.inf if size is None or math.isnan(size) else size
+
+
+def _side(value: Any) -> str:
+    """What stands before or after a change: a shape, a word, a flag, or the shape and dtype of a tensor."""
+    if isinstance(value, Mapping):
+        return f"{shape(value['shape'])} {value['dtype']}"
+    return shape(value) if isinstance(value, list) else text(value)
+
+
+def _differing(changes: Sequence[ModuleChange] | Sequence[TensorChange], key: str) -> str:
+    """`12 differ, 2 added, 1 removed`: how many have changed, whatever number of changes each has."""
+    kinds: dict[str, str] = {}
+    for change in changes:
+        name: str = getattr(change, key)
+        kinds[name] = change.change if change.change in ("added", "removed") else "differ"
+    counts = Counter(kinds.values())
+    parts = [f"{counts[kind]:,} {kind}" for kind in ("differ", "added", "removed") if counts[kind]]
+    return (
+        ", ".join(part.replace("1 differ", "1 differs") if part == "1 differ" else part for part in parts) or "0 differ"
+    )

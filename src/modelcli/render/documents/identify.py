@@ -1,0 +1,59 @@
+"""`identify`: the models that a checkpoint fits, or nearly fits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from modelcli.render.documents.common import SCHEMA
+from modelcli.render.views import (
+    Column,
+    View,
+    count,
+    shape,
+)
+from modelcli.wording import listed
+
+if TYPE_CHECKING:
+    from modelcli.model.state_dict_match import Match
+
+
+#: Tensors that a row names of those that do not fit.
+_MOST_NAMED = 4
+
+
+def identify(reference: str, matches: Sequence[Match]) -> View:
+    """The models that a checkpoint fits or comes near, a row each, and what does not fit."""
+    entries = [
+        {
+            "model": match.model,
+            "exact": match.exact,
+            "matched": match.matched,
+            "missing": list(match.missing),
+            "unexpected": list(match.unexpected),
+            "mismatched": [
+                asdict(item) | {"expected": [*item.expected], "found": [*item.found]} for item in match.mismatched
+            ],
+        }
+        for match in matches
+    ]
+    document = {"schema": SCHEMA, "matches": entries}
+    columns = (
+        Column("model", "model", style="cyan"),
+        Column("exact", "fits", lambda value: "exactly" if value else "nearly"),
+        Column("matched", "matched", count, right=True),
+        Column("differing", "what does not fit", flexible=True),
+    )
+    if not matches:
+        return View(document, [], columns, body=f"{reference} comes near no torchvision builder")
+    return View(
+        document, [row | {"differing": _unfit(match)} for row, match in zip(entries, matches, strict=True)], columns
+    )
+
+
+def _unfit(match: Match) -> str:
+    """The first tensors that do not fit, those of another shape first."""
+    parts = [f"{item.name} {shape([*item.found])} not {shape([*item.expected])}" for item in match.mismatched]
+    parts += [f"{name} missing" for name in match.missing] + [f"{name} unexpected" for name in match.unexpected]
+    return listed(parts, _MOST_NAMED)

@@ -1,0 +1,121 @@
+"""`params`: a row a tensor, and the totals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from modelcli.model.blueprint import Blueprint
+from modelcli.model.tensors import TensorInfo
+from modelcli.model.totals import Totals, totals_of
+from modelcli.render.documents.common import SCHEMA, model_of, totals_document
+from modelcli.render.views import (
+    Column,
+    Share,
+    View,
+    count,
+    megabytes,
+    number,
+    path_column,
+    percent,
+    shape,
+)
+
+SORT_KEYS = ("name", "shape", "dtype", "elements", "bytes", "kind")
+
+
+STATS = ("min", "max", "mean", "std", "zeros", "nan", "inf")
+
+
+def params(
+    reference: str,
+    blueprint: Blueprint,
+    tensors: Sequence[TensorInfo],
+    *,
+    values: Mapping[str, Any] | None = None,
+    value_texts: Mapping[str, str] | None = None,
+    stats: Mapping[str, Mapping[str, Any]] | None = None,
+) -> View:
+    """One row a tensor, and the totals of the tensors shown; what `stats` does not tell of a tensor is null."""
+    rows = []
+    for tensor in tensors:
+        row: dict[str, Any] = {
+            "name": tensor.name,
+            "shape": None if tensor.shape is None else list(tensor.shape),
+            "dtype": tensor.dtype,
+            "elements": tensor.elements,
+            "bytes": tensor.nbytes,
+            "kind": tensor.kind,
+            "trainable": tensor.requires_grad if tensor.kind == "parameter" else None,
+            "tied_to": tensor.tied_to,
+        }
+        if not tensor.persistent:
+            row["persistent"] = False
+        if tensor.layout != "strided":
+            row["layout"] = tensor.layout
+        if values is not None:
+            row["values"] = values.get(tensor.name)
+        if stats is not None:
+            row["stats"] = {key: stats.get(tensor.name, {}).get(key) for key in STATS}
+        rows.append(row)
+    totals = totals_of(tensors)
+    document = {
+        "schema": SCHEMA,
+        "model": model_of(reference, blueprint),
+        "tensors": rows,
+        "totals": totals_document(totals),
+    }
+    columns = [
+        path_column("name", "name"),
+        Column("shape", "shape", shape, optional=3 if stats is not None else 0),
+        Column("dtype", "dtype", optional=4 if stats is not None else 0),
+        Column("elements", "elements", count, right=True, optional=5 if stats is not None else 0),
+        Column("bytes", "bytes", count, right=True, optional=9),
+        Column("kind", "kind", optional=8),
+        Column("trainable", "trainable", optional=7),
+    ]
+    if any("layout" in row for row in rows):
+        columns.append(Column("layout", "layout"))
+        rows = [{"layout": "strided"} | row for row in rows]
+    if any(row["tied_to"] for row in rows):
+        columns.append(Column("tied_to", "tied to", optional=6 if stats is not None else 0))
+    if stats is not None:
+        columns += _stat_columns(rows)
+        rows = [row | _stat_cells(row) for row in rows]
+    if value_texts is not None:
+        columns.append(Column("value_text", "values", flexible=True))
+        rows = [row | {"value_text": value_texts.get(row["name"], "-")} for row in rows]
+    footer = [
+        ("Tensors", count(len(rows))),
+        *([("Not finite", _not_finite(rows))] if stats is not None else []),
+        ("Params", _params_text(tensors, totals)),
+        ("Buffers", count(totals.buffers)),
+        ("Size", megabytes(totals.param_bytes + totals.buffer_bytes)),
+    ]
+    return View(document, rows, columns, footer, dimmed=lambda row: row["trainable"] is False)
+
+
+def _stat_columns(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
+    """A column for each statistic; a narrow terminal has none for NaN and Inf where there are none."""
+    return [
+        *(Column(key, key, number, right=True) for key in ("min", "max", "mean", "std")),
+        Column("zeros", "zeros", percent, right=True, optional=1),
+        Column("nan", "NaN", count, right=True, optional=0 if any(row["stats"]["nan"] for row in rows) else 2),
+        Column("inf", "Inf", count, right=True, optional=0 if any(row["stats"]["inf"] for row in rows) else 2),
+    ]
+
+
+def _stat_cells(row: Mapping[str, Any]) -> dict[str, Any]:
+    zeros = row["stats"]["zeros"]
+    return {**row["stats"], "zeros": None if zeros is None else Share(zeros, row["elements"])}
+
+
+def _not_finite(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How many of the tensors have a NaN or an Inf among their elements."""
+    return count(sum(bool(row["stats"]["nan"] or row["stats"]["inf"]) for row in rows))
+
+
+def _params_text(tensors: Sequence[TensorInfo], totals: Totals) -> str:
+    """The number of parameters, and of those trained where anything says that."""
+    known = totals.trainable_params is not None and totals.params
+    return count(totals.params) + (f" ({count(totals.trainable_params)} trainable)" if known else "")

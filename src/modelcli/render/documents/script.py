@@ -1,0 +1,17 @@
+"""`script`: the text of a script."""
+
+from __future__ import annotations
+
+from modelcli.model.blueprint import Blueprint
+from modelcli.render.documents.common import SCHEMA, model_of
+from modelcli.render.views import (
+    Column,
+    View,
+)
+
+
+def script(reference: str, blueprint: Blueprint, text: str) -> View:
+    """A script, as its text; a line a row."""
+    document = {"schema": SCHEMA, "model": model_of(reference, blueprint), "script": text}
+    rows = [{"line": line} for line in text.splitlines()]
+    return View(document, rows, [Column("line", "line")], body=text.removesuffix("\n"))

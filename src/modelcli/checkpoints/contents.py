@@ -71,6 +71,7 @@ class Contents:
     tensors of, or in which something lies that only running code could tell from tensors, and that have no row;
     `hidden` are attributes of tensors in which tensors lie. Whoever vouches for the file has to say that these were not
     looked at.
+    `is_program` says that the tensors belong to a program, whose code and constants are not kept.
     """
 
     path: Path
@@ -90,6 +91,7 @@ class Contents:
     inner: Mapping[str, TensorEntry | CompositeEntry] = field(default_factory=dict)
     unseen: tuple[str, ...] = ()
     hidden: tuple[str, ...] = ()
+    is_program: bool = False
 
     @cached_property
     def rows(self) -> Mapping[str, TensorEntry | CompositeEntry]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -61,6 +61,34 @@ class Bytes:
 
     def chunks(self) -> Iterator[bytes]:
         yield self.data
+
+
+@dataclass(frozen=True)
+class BytesLayout:
+    """A file that is in memory already."""
+
+    data: bytes
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.data)
+
+    def parts(self) -> Iterable[tuple[int, Source]]:
+        return ((0, Bytes(self.data)),)
+
+    def write(self, output: Output) -> None:
+        output.write(0, self.data)
+
+
+@dataclass(frozen=True)
+class FolderLayout:
+    """A folder as it will be: its files by name, in the order in which they are written; the index comes last."""
+
+    files: Mapping[str, Layout]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layout.nbytes for layout in self.files.values())
 
 
 def place_like(source: Source, at_least: int, alignment: int) -> int:

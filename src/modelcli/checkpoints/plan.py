@@ -92,8 +92,9 @@ class Written:
     format: str
     tensors: int
     nbytes: int
+    is_folder: bool = False
 
     @property
     def reference(self) -> str:
         """As a command takes it: a folder's name ends in a slash, since a word alone is a builder's."""
-        return f"{self.path}/" if self.format == "folder" else str(self.path)
+        return f"{self.path}/" if self.is_folder else str(self.path)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-#: How much of a file's start is looked at: the magic of a tar archive stands at byte 257.
-HEAD_BYTES = 512
+from modelcli.checkpoints import formats
+from modelcli.checkpoints.format import Candidate
+from modelcli.errors import FileFormatError
 
 
 class Kind(NamedTuple):
@@ -15,7 +16,7 @@ class Kind(NamedTuple):
     hint: str
 
 
-_CHECKPOINT = "a checkpoint is a .pth that torch.save wrote, a .safetensors file, or a folder of shards"
+_CHECKPOINT = "a checkpoint is a file that torch.save wrote, a safetensors file, or a folder of shards"
 _UNPACK = "unpack it first"
 _CONVERT = "modelcli reads what PyTorch loads: convert it with the program that wrote it"
 
@@ -62,29 +63,38 @@ def name(head: bytes) -> Kind | None:
     return None
 
 
-def is_tar(head: bytes) -> bool:
-    """Whether a file starts with a header of a tar archive: what counts is its checksum, as for Python's `tarfile`.
-
-    A name of up to 100 bytes stands first in it, which may be the start of any other format.
-    """
-    block = head[:512]
-    if len(block) < 512:
-        return False
-    stated = block[148:156]
-    try:
-        wanted = int.from_bytes(stated[1:]) if stated[0] == 0x80 else int(stated.partition(b"\0")[0].strip() or b"0", 8)
-    except ValueError:
-        return False
-    counted = block[:148] + b" " * 8 + block[156:]
-    signed = sum(counted) - 256 * sum(byte > 127 for byte in counted)
-    return wanted in (sum(counted), signed)
-
-
 def _is_onnx(head: bytes) -> bool:
     """A protobuf message that starts as `ModelProto` does: ir_version, then producer_name or what follows it."""
     return len(head) > 4 and head[0] == 0x08 and 0 < head[1] < 0x20 and head[2] in (0x12, 0x1A, 0x3A, 0x42)
 
 
-def unknown(head: bytes) -> tuple[str, str]:
-    """What to say of a file of no kind that is known here, behind its path."""
-    return f"is not a checkpoint: it starts with {head[:8]!r}", _CHECKPOINT
+def error(file: Candidate) -> FileFormatError:
+    """What to say of a file that no format recognises."""
+    if file.is_zip:
+        return FileFormatError(*_zip(file))
+    if kind := name(file.head):
+        return FileFormatError(f"{file.path} is {kind.name}", kind.hint)
+    what = f"{file.path} is not a checkpoint: it starts with {file.head[:8]!r}"
+    return FileFormatError(what, _CHECKPOINT)
+
+
+#: What a zip file may be, by a file in it.
+_ZIPS = (
+    ("keras_metadata.pb", "a Keras model"),
+    ("model.weights.h5", "a Keras model"),
+    ("[Content_Types].xml", "an Office document"),
+    ("META-INF/MANIFEST.MF", "a Java archive"),
+    ("AndroidManifest.xml", "an Android package"),
+)
+
+
+def _zip(file: Candidate) -> tuple[str, str | None]:
+    """What a zip archive is that holds no checkpoint, and what to do about it."""
+    names = {name.partition("/")[2] for name in file.records} | set(file.records)
+    if kind := next((kind for name, kind in _ZIPS if name in names), None):
+        return f"{file.path} is {kind}, not a checkpoint", None
+    if names and all(name.endswith(".npy") for name in file.records):
+        return f"{file.path} is a NumPy archive (.npz), not a checkpoint", None
+    inside = next((name for name in file.records if formats.by_written_suffix(name) is not None), None)
+    hint = None if inside is None else f"unpack it: it holds {inside}"
+    return f"{file.path} is a zip file, but none that torch.save wrote: it holds no data.pkl", hint

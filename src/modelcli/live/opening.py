@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from modelcli import checkpoints, resolve
-from modelcli.checkpoints import Contents, programs
+from modelcli.checkpoints import Contents
 from modelcli.checkpoints.contents import foreign_names
 from modelcli.checkpoints.entries import CompositeEntry
 from modelcli.checkpoints.record import Record
@@ -394,7 +394,7 @@ def read_to_edit(path: Path, source: Source, notes: list[str]) -> Contents:
         contents = contents.without_record()
     if not contents.foreign:
         return contents
-    if contents.format in programs.FORMATS:
+    if contents.is_program:
         return contents.without_objects()
     names = foreign_names(contents.foreign, most=5)
     if not source.tensors_only and inert_objects.all_inert(contents):

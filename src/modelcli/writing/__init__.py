@@ -13,12 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from modelcli.checkpoints import formats
+from modelcli.checkpoints.format import Format
 from modelcli.checkpoints.plan import Plan, PlannedStorage, PlannedTensor, Source, Written
-from modelcli.checkpoints.safetensors import writing as safetensors
-from modelcli.checkpoints.sharded import writing as shards
-from modelcli.checkpoints.sharded.writing import DEFAULT_SIZE
 from modelcli.checkpoints.storage import FileId, require_unchanged
-from modelcli.checkpoints.torch_pickle import writing as torch_zip
 from modelcli.errors import RequestError, SystemFailureError
 from modelcli.files import atomic
 from modelcli.writing.output import Output, Report, checksums_in
@@ -35,10 +33,14 @@ __all__ = [
     "check_target",
     "format_of",
     "holds_pickles",
+    "holds_values",
+    "holds_views",
     "write",
 ]
 
 FOLDER = "folder"
+#: As large as Hugging Face's programs make shards.
+DEFAULT_SIZE = 5_000_000_000
 
 
 @dataclass(frozen=True)
@@ -60,37 +62,44 @@ class Care:
 
 
 def format_of(path: str | Path) -> str:
-    """`pth`, `safetensors` or `folder`, told by how the name ends; a folder that exists is one without a slash, too.
+    """The name of the format that a file is written in, by how its name ends; a folder that exists is one, too.
 
-    Raises RequestError for any other.
+    Raises RequestError for a name that no format is written under.
     """
     text = str(path)
     if not text:
         raise RequestError("the path to write is empty: ''", "name a file, such as out.pth, or a folder: out/")
     if text.endswith(("/", os.sep)):
-        return FOLDER
-    match Path(text).suffix.lower():
-        case ".pth" | ".pt" | ".ckpt" | ".bin":
-            return "pth"
-        case ".safetensors":
-            return "safetensors"
+        return formats.folder_format().name
+    if (found := formats.by_written_suffix(text)) is not None:
+        return found.name
     if Path(text).is_dir():
-        return FOLDER
+        return formats.folder_format().name
     raise RequestError(
         f"{text} does not say which format to write",
-        "end it in .pth, .pt, .ckpt or .bin (as torch.save writes), .safetensors, or / (a folder of shards)",
+        f"end it in {formats.how_to_name()}, or / (a folder of shards)",
     )
 
 
+def holds_values(kind: str) -> bool:
+    """Whether a format holds Python values besides tensors."""
+    return formats.named(kind).holds_values
+
+
 def holds_pickles(kind: str) -> bool:
-    """Whether a format holds more than tensors."""
-    return kind == "pth"
+    """Whether a format holds values and views, as torch.save does."""
+    return holds_values(kind) and holds_views(kind)
+
+
+def holds_views(kind: str) -> bool:
+    """Whether tensors of a format can be views into one storage."""
+    return formats.named(kind).holds_views
 
 
 def check_target(path: Path, kind: str | None = None, *, force: bool) -> None:
     """Refuse, before any work is done, a target that cannot be written. Raises RequestError or SystemFailureError."""
-    kind = kind or format_of(path)
-    atomic.check_target(path, force=force, folder=kind == FOLDER)
+    is_folder = formats.named(kind or format_of(path)).is_folder
+    atomic.check_target(path, force=force, folder=is_folder)
 
 
 def write(plan: Plan, path: Path, care: Care | None = None, *, kind: str | None = None) -> Written:
@@ -100,17 +109,13 @@ def write(plan: Plan, path: Path, care: Care | None = None, *, kind: str | None 
 
     Raises SystemFailureError before a byte is written where there is no room for all of them.
     """
-    kind, care = kind or format_of(path), care or Care()
-    nbytes = _write_folder(plan, path, care) if kind == FOLDER else _write_file(plan, path, kind, care)
-    return Written(path, kind, len(plan.tensors) + len(plan.composites), nbytes)
+    format_, care = formats.named(kind or format_of(path)), care or Care()
+    nbytes = _write_folder(plan, path, format_, care) if format_.is_folder else _write_file(plan, path, format_, care)
+    return Written(path, format_.name, len(plan.tensors) + len(plan.composites), nbytes, is_folder=format_.is_folder)
 
 
-def _write_file(plan: Plan, path: Path, kind: str, care: Care) -> int:
-    layout: torch_zip.Layout | safetensors.Layout
-    if kind == "pth":
-        layout, verify_header = torch_zip.layout(plan), torch_zip.verify_header
-    else:
-        layout, verify_header = safetensors.layout(plan), safetensors.verify_header
+def _write_file(plan: Plan, path: Path, format_: Format, care: Care) -> int:
+    layout = format_.layout(plan)
     atomic.require_space(path, layout.nbytes)
     outputs: list[Output] = []
     replacing = atomic.replacing(
@@ -121,25 +126,25 @@ def _write_file(plan: Plan, path: Path, kind: str, care: Care) -> int:
             outputs.append(output)
             layout.write(output)
         _require_size(path, file.fileno(), layout.nbytes)
-        verify_header(plan, temporary)
+        format_.verify(plan, temporary)
         if care.verify:
             _compare(file, temporary, layout.parts(), layout.nbytes, care.report)
     return layout.nbytes
 
 
-def _write_folder(plan: Plan, path: Path, care: Care) -> int:
-    folder = shards.layout(plan, care.max_shard_bytes)
+def _write_folder(plan: Plan, path: Path, format_: Format, care: Care) -> int:
+    folder = format_.folder_layout(plan, care.max_shard_bytes)
     atomic.require_space(path, folder.nbytes)
     done, outputs = 0, list[Output]()
     replacing = atomic.replacing_folder(
         path,
         force=care.force,
         durable=care.durable,
-        superseded=shards.superseded,
+        superseded=format_.superseded,
         require_unchanged=lambda: _require_unchanged(outputs, care),
     )
     with replacing as temporary:
-        for name, layout in folder.shards.items():
+        for name, layout in folder.files.items():
             with (temporary / name).open("xb+", buffering=0) as file:
                 with Output(file, folder.nbytes, _after(care.report, done), durable=care.durable) as output:
                     outputs.append(output)
@@ -148,8 +153,7 @@ def _write_folder(plan: Plan, path: Path, care: Care) -> int:
                 if care.verify:
                     _compare(file, temporary / name, layout.parts(), folder.nbytes, _after(care.report, done))
             done += layout.nbytes
-        (temporary / shards.INDEX).write_bytes(folder.index)
-        shards.verify_headers(folder, temporary)
+        format_.verify_folder(plan, folder, temporary)
     return folder.nbytes
 
 

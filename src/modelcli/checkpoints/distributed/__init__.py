@@ -1,1 +1,50 @@
-"""Folders that `torch.distributed.checkpoint` writes."""
+"""Folders that `torch.distributed.checkpoint` writes: `.metadata`, and a `.distcp` file of each rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from modelcli.checkpoints.format import Candidate, Format
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from modelcli.checkpoints.contents import Contents
+
+#: The account of a folder, and how the files end that each rank writes.
+METADATA, RANK_SUFFIX = ".metadata", ".distcp"
+
+
+class DistributedCheckpoint(Format):
+    """A folder of `torch.distributed.checkpoint`. It is read only."""
+
+    name = "dcp"
+    title = "a folder of torch.distributed.checkpoint"
+    suffixes = (RANK_SUFFIX,)
+    is_folder = True
+    index_pattern = METADATA
+    has_keys = True
+
+    def is_index(self, name: str) -> bool:
+        return name == METADATA
+
+    def index_in(self, folder: Path, names: Sequence[str]) -> Path | None:
+        path = folder / METADATA
+        return path if METADATA in names and path.is_file() else None
+
+    def files_in(self, folder: Path, names: set[str]) -> set[str]:
+        if METADATA not in names:
+            return set()
+        return {METADATA, *(name for name in names if name.endswith(RANK_SUFFIX))}
+
+    def read(self, file: Candidate, key: str | None) -> Contents:
+        from modelcli.checkpoints.distributed import reading
+
+        return reading.read(file.path, key)
+
+    def explain(self, path: Path) -> tuple[str, str] | None:
+        if path.suffix != RANK_SUFFIX or not (path.parent / METADATA).exists():
+            return None
+        what = f"{path} is what one rank wrote of a torch.distributed.checkpoint"
+        return what, f"name its folder: {path.parent}/"

@@ -10,11 +10,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from modelcli.checkpoints import limits, shapes
+from modelcli.checkpoints import limits, named_files, shapes
 from modelcli.checkpoints.contents import Contents
-from modelcli.checkpoints.distributed import blocks
+from modelcli.checkpoints.distributed import METADATA, blocks
 from modelcli.checkpoints.entries import TensorEntry
-from modelcli.checkpoints.sharded import reading as folders
 from modelcli.checkpoints.storage import JoinedSpan, Storage, identity_of
 from modelcli.checkpoints.torch_pickle import embedded, pickles, state_dicts, trees
 from modelcli.errors import FileFormatError, SystemFailureError, UnsafeError
@@ -23,7 +22,6 @@ from modelcli.model.dtypes import ITEM_BYTES
 from modelcli.model.tensors import Shape
 from modelcli.wording import counted, listed
 
-METADATA = folders.METADATA
 #: What an account of a part of a tensor takes in a `.metadata`, and what one of its corners is to be counted as.
 _PART, _CORNER = 64, 8
 #: Entries that are no tensors repeat one another (a learning rate for each parameter): these are parsed once.
@@ -246,7 +244,7 @@ class _Folder:
         if not isinstance(file, str) or not _is_size(offset) or not _is_size(length):
             raise self._damaged(f"the place of {name} is not a file, an offset and a length")
         if file not in self.files:
-            path = folders.inside(self.path, file)
+            path = named_files.inside(self.path, file)
             try:
                 self.files[file] = path, identity_of(path)
             except OSError as error:

@@ -75,11 +75,6 @@ class Held:
         return isinstance(other, Held) and self.data is other.data
 
 
-def looks_like(head: bytes) -> bool:
-    """Whether a file starts as a pickle of protocol 2 to 5 does."""
-    return head.startswith(b"\x80") and head[1:2] in b"\x02\x03\x04\x05"
-
-
 def read(path: Path, key: str | None) -> Contents:
     """Read a pickle as inert values, arrays and tensors in it as tensors.
 

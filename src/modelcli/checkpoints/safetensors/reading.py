@@ -44,11 +44,6 @@ _SUB_BYTE = {"F4": ("float4_e2m1fn", 4), "F6_E2M3": ("float6_e2m3fn", 6), "F6_E3
 PAIRS = "float4_e2m1fn_x2"
 
 
-def looks_like(head: bytes, size: int) -> bool:
-    """Whether a file with this start and size can be one: a plausible length, then a JSON object."""
-    return len(head) > 8 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] >= 2
-
-
 def read(path: Path) -> Contents:
     """Read the header. Raises FileFormatError that names what breaks which of the format's rules."""
     identity = identity_of(path)

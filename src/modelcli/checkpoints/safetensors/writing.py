@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from modelcli.checkpoints import formats
 from modelcli.checkpoints import record as records
 from modelcli.checkpoints.layout import LARGE, PAGE, Bytes, Output
 from modelcli.checkpoints.plan import Plan, PlannedTensor, Source
@@ -21,7 +22,6 @@ from modelcli.model.dtypes import ITEM_BYTES
 _NAMES = {dtype: name for name, dtype in DTYPES.items()} | {PAIRS: "F4"}
 #: From this size of all tensors on, they begin on a page: then a later edit copies them fastest.
 _ALIGNED_FROM = 1024 * 1024
-_INSTEAD = "write a .pth file"
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,11 @@ def layout_of(tensors: Mapping[str, PlannedTensor], texts: Mapping[str, str]) ->
     header: dict[str, Any] = {"__metadata__": dict(texts)}
     for name, tensor in tensors.items():
         if name in header:
-            raise RequestError(f"a tensor called {name} is none to safetensors, which has its texts there", _INSTEAD)
+            raise RequestError(
+                f"a tensor called {name} is none to safetensors, which has its texts there", formats.instead()
+            )
         if tensor.dtype not in _NAMES:
-            raise RequestError(f"{name} is {tensor.dtype}, which safetensors has no name for", _INSTEAD)
+            raise RequestError(f"{name} is {tensor.dtype}, which safetensors has no name for", formats.instead())
         header[name] = {
             "dtype": _NAMES[tensor.dtype],
             "shape": _header_shape(name, tensor),
@@ -96,7 +98,7 @@ def layout_of(tensors: Mapping[str, PlannedTensor], texts: Mapping[str, str]) ->
     try:
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     except UnicodeEncodeError:
-        raise RequestError("a name in it is no valid text, which safetensors asks for", _INSTEAD) from None
+        raise RequestError("a name in it is no valid text, which safetensors asks for", formats.instead()) from None
     runs = _runs(sorted((place, tensors[name].source) for name, place in places.items() if tensors[name].source.nbytes))
     start = _start(8 + len(text), runs, body)
     text += b" " * (start - 8 - len(text))
@@ -144,11 +146,11 @@ def _header_shape(name: str, tensor: PlannedTensor) -> list[int]:
     if tensor.dtype != PAIRS:
         return list(tensor.shape)
     if not tensor.shape:
-        raise RequestError(f"{name} is {PAIRS} without a dimension, which safetensors cannot hold", _INSTEAD)
+        raise RequestError(f"{name} is {PAIRS} without a dimension, which safetensors cannot hold", formats.instead())
     return [*tensor.shape[:-1], tensor.shape[-1] * 2]
 
 
-def verify_header(plan: Plan, path: Path) -> None:
+def verify(plan: Plan, path: Path) -> None:
     """Let safetensors' own reader check the file."""
     if read_back(path) != set(unique(plan)):
         raise SystemFailureError("what was read back is not what was written; nothing was changed")

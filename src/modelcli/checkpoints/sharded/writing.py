@@ -6,49 +6,38 @@ import contextlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
+from modelcli.checkpoints import formats
 from modelcli.checkpoints import record as records
+from modelcli.checkpoints.layout import BytesLayout, FolderLayout, Layout
 from modelcli.checkpoints.plan import Plan, PlannedTensor
+from modelcli.checkpoints.safetensors import SUFFIX
 from modelcli.checkpoints.safetensors import writing as safetensors
+from modelcli.checkpoints.sharded import INDEX_SUFFIX
 from modelcli.checkpoints.sharded import reading as folders
 from modelcli.errors import ModelcliError, SystemFailureError
 
-INDEX = "model.safetensors.index.json"
-_SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
-#: As large as Hugging Face's programs make them.
-DEFAULT_SIZE = 5_000_000_000
+#: The name of the index, which Hugging Face's programs look for.
+INDEX = f"model{SUFFIX}{INDEX_SUFFIX}"
+_SHARD = re.compile(rf"model(-\d{{5}}-of-\d{{5}})?{re.escape(SUFFIX)}")
 
 
-@dataclass(frozen=True)
-class Folder:
-    """A folder as it will be: the layout of each shard by its name, and the text of the index."""
-
-    shards: Mapping[str, safetensors.Layout]
-    names: Mapping[str, frozenset[str]]
-    index: bytes
-
-    @property
-    def nbytes(self) -> int:
-        return len(self.index) + sum(layout.nbytes for layout in self.shards.values())
-
-
-def layout(plan: Plan, max_bytes: int) -> Folder:
+def layout(plan: Plan, max_bytes: int) -> FolderLayout:
     """Cut a plan into shards of at most `max_bytes` of tensors, in order; a larger tensor has one to itself."""
     groups = _cut(safetensors.unique(plan), max_bytes)
-    shards: dict[str, safetensors.Layout] = {}
+    files: dict[str, Layout] = {}
     weight_map: dict[str, str] = {}
     for number, tensors in enumerate(groups, 1):
-        name = f"model-{number:05}-of-{len(groups):05}.safetensors"
-        shards[name] = safetensors.layout_of(tensors, {"format": "pt", **plan.texts})
+        name = f"model-{number:05}-of-{len(groups):05}{SUFFIX}"
+        files[name] = safetensors.layout_of(tensors, {"format": "pt", **plan.texts})
         weight_map |= dict.fromkeys(tensors, name)
     total = sum(tensor.source.nbytes for tensors in groups for tensor in tensors.values())
     metadata = {"total_size": total, **safetensors.aliases_of(plan), records.SAFETENSORS_KEY: plan.record}
     document = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
     index = json.dumps(document, indent=2).encode() + b"\n"
-    held = {name: frozenset(key for key, file in weight_map.items() if file == name) for name in shards}
-    return Folder(shards, held, index)
+    files[INDEX] = BytesLayout(index)
+    return FolderLayout(files)
 
 
 def superseded(path: Path) -> set[str]:
@@ -56,20 +45,20 @@ def superseded(path: Path) -> set[str]:
 
     A folder may hold several checkpoints. Where one of them is of this writer's own format, that one alone is replaced:
     its index and what that names, or the files that are called as this writer calls them where there is no index.
-    Where there is none, the new checkpoint replaces what the folder is read by: another index and its shards, or what
-    torch.distributed.checkpoint wrote.
+    Where there is none, the new checkpoint replaces what the folder is read by, in whatever format that is.
     """
     names = {entry.name for entry in path.iterdir()}
     if INDEX in names:
         return {INDEX, *(names & _named_by(path / INDEX))}
     if own := {name for name in names if _SHARD.fullmatch(name)}:
         return own
-    found = {name for name in names if name.endswith(folders.INDEX_SUFFIX)}
-    for index in found.copy():
-        found |= names & _named_by(path / index)
-    if folders.METADATA in names:
-        found |= {name for name in names if name == folders.METADATA or name.endswith(".distcp")}
-    return found
+    return {name for format_ in formats.every() for name in format_.files_in(path, names)}
+
+
+def files_in(folder: Path, names: set[str]) -> set[str]:
+    """The indexes in a folder, and the shards that they name."""
+    indexes = {name for name in names if name.endswith(INDEX_SUFFIX)}
+    return indexes.union(*(names & _named_by(folder / index) for index in indexes))
 
 
 def _named_by(index: Path) -> set[str]:
@@ -81,11 +70,7 @@ def _named_by(index: Path) -> set[str]:
 
 def other_indexes(path: Path) -> list[str]:
     """The indexes of other checkpoints in a folder that this writer has written to."""
-    return sorted(entry.name for entry in path.iterdir() if _is_other_index(entry.name))
-
-
-def _is_other_index(name: str) -> bool:
-    return name == folders.METADATA or (name.endswith(folders.INDEX_SUFFIX) and name != INDEX)
+    return sorted(entry.name for entry in path.iterdir() if entry.name != INDEX and formats.is_index(entry.name))
 
 
 def _cut(tensors: Mapping[str, PlannedTensor], max_bytes: int) -> list[dict[str, PlannedTensor]]:
@@ -100,10 +85,14 @@ def _cut(tensors: Mapping[str, PlannedTensor], max_bytes: int) -> list[dict[str,
     return groups
 
 
-def verify_headers(folder: Folder, path: Path) -> None:
-    """Let safetensors' own reader check every shard, and read the index back."""
-    if (path / INDEX).read_bytes() != folder.index:
+def verify(plan: Plan, layout: FolderLayout, path: Path) -> None:
+    """Read the index back, and let safetensors' own reader find in every shard what the index says of it."""
+    index = (path / INDEX).read_bytes()
+    if [index] != [bytes(chunk) for _, source in layout.files[INDEX].parts() for chunk in source.chunks()]:
         raise SystemFailureError(f"what was read back from {INDEX} is not what was written; nothing was changed")
-    for name, held in folder.names.items():
-        if safetensors.read_back(path / name) != held:
-            raise SystemFailureError(f"what was read back from {name} is not what was written; nothing was changed")
+    weight_map = json.loads(index)["weight_map"]
+    if weight_map.keys() != safetensors.unique(plan).keys():
+        raise SystemFailureError(f"{INDEX} does not name the tensors that were written; nothing was changed")
+    for file in layout.files.keys() - {INDEX}:
+        if safetensors.read_back(path / file) != {name for name, held_in in weight_map.items() if held_in == file}:
+            raise SystemFailureError(f"what was read back from {file} is not what was written; nothing was changed")

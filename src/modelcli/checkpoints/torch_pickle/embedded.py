@@ -12,6 +12,7 @@ from typing import Literal
 
 from modelcli.checkpoints import limits, shapes
 from modelcli.checkpoints.entries import CompositeEntry, TensorEntry
+from modelcli.checkpoints.safetensors import looks_like
 from modelcli.checkpoints.safetensors import reading as safetensors
 from modelcli.checkpoints.storage import CHUNK, FileId, Identity, Span, Storage, Windows, require_unchanged
 from modelcli.checkpoints.torch_pickle import pickles, zip_format
@@ -131,7 +132,7 @@ def _in_safetensors(place: Place) -> TensorEntry | None:
     require_unchanged(place.path, place.identity)
     with place.path.open("rb") as file:
         head = file.read(64)
-    if head.startswith(b"PK\x03\x04") or not safetensors.looks_like(head, place.identity[0]):
+    if head.startswith(b"PK\x03\x04") or not looks_like(head):
         return None
     entry = _header_of(place.path, place.identity).get(place.name)
     if not isinstance(entry, TensorEntry):

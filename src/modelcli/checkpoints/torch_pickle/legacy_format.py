@@ -11,17 +11,11 @@ from typing import Any
 from modelcli.checkpoints import limits
 from modelcli.checkpoints.contents import Contents
 from modelcli.checkpoints.storage import Span, Storage, identity_of
-from modelcli.checkpoints.torch_pickle import pickles, trees
+from modelcli.checkpoints.torch_pickle import is_legacy, pickles, trees
 from modelcli.errors import FileFormatError, SystemFailureError
 from modelcli.model.dtypes import ITEM_BYTES
 
 PROTOCOL = 1001
-_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-
-
-def looks_like(head: bytes) -> bool:
-    """Whether a file starts with the pickle of torch's magic number, from protocol 4 on behind the size of a frame."""
-    return head.startswith(b"\x80") and any(head.startswith(_MAGIC, place) for place in (2, 11))
 
 
 def read(path: Path, key: str | None) -> Contents:
@@ -69,7 +63,7 @@ def storage_in(data: bytes, where: str, held: Callable[[memoryview], Storage]) -
 
     None where it is anything else.
     """
-    if not looks_like(data[:32]):
+    if not is_legacy(data[:32]):
         return None
     stream = io.BytesIO(data)
     start = [pickles.read(stream, where) for _ in range(3)]

@@ -9,6 +9,7 @@ from typing import Any
 
 from modelcli.checkpoints import record as records
 from modelcli.checkpoints.entries import CompositeEntry
+from modelcli.checkpoints.format import Candidate
 from modelcli.checkpoints.layout import Bytes, Output
 from modelcli.checkpoints.plan import Plan, Source
 from modelcli.checkpoints.torch_pickle import pickling, state_dicts
@@ -85,10 +86,10 @@ def _with(tree: Any, key: tuple[str | int, ...], value: Any) -> Any:
     return changed
 
 
-def verify_header(plan: Plan, path: Path) -> None:
+def verify(plan: Plan, path: Path) -> None:
     """Read the archive's own account of itself back, and compare it with the plan."""
     try:
-        contents = reader.read(path, state_dicts.key_of(plan.key) if plan.key else None)
+        contents = reader.read(Candidate(path), state_dicts.key_of(plan.key) if plan.key else None)
     except FileFormatError as error:
         raise SystemFailureError(f"what was read back is damaged; nothing was changed: {error.message}") from None
     found = {

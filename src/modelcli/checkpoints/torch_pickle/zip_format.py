@@ -10,7 +10,8 @@ from typing import BinaryIO
 from modelcli.checkpoints import limits
 from modelcli.checkpoints import record as records
 from modelcli.checkpoints.contents import Contents
-from modelcli.checkpoints.storage import Span, Storage, identity_of
+from modelcli.checkpoints.format import Candidate
+from modelcli.checkpoints.storage import Span, Storage
 from modelcli.checkpoints.torch_pickle import pickles, trees
 from modelcli.checkpoints.zip_archives import directory as zip_directory
 from modelcli.checkpoints.zip_archives.directory import Entry
@@ -18,37 +19,24 @@ from modelcli.errors import FileFormatError, SystemFailureError
 from modelcli.wording import listed
 
 
-def read(path: Path, key: str | None) -> Contents:
+def read(candidate: Candidate, key: str | None) -> Contents:
     """Read the directory, the pickle and the record of a torch zip file; no tensor's bytes are touched."""
+    archive = archive_of(candidate)
     try:
-        identity = identity_of(path)
-        with path.open("rb") as file:
-            entries = zip_directory.read(file, identity[0], str(path))
-            if any(name.endswith(_PROGRAMS) for name in entries):
-                return _read_program(file, path, identity, entries, key)
-            archive = Archive(path, identity, str(path), _prefix(str(path), entries), entries)
+        with candidate.path.open("rb") as file:
             pickled = archive.pickled(file)
             record_text = archive.record_text(file)
             notes = archive.notes()
     except OSError as error:
-        raise SystemFailureError(f"cannot read {path}: {error.strerror or error}") from None
-    return trees.contents_of(path, pickled, key, record_text, notes)
+        raise SystemFailureError(f"cannot read {candidate.path}: {error.strerror or error}") from None
+    return trees.contents_of(candidate.path, pickled, key, record_text, notes)
 
 
-#: How records are called that programs have and checkpoints have not.
-_PROGRAMS = ("constants.pkl", "archive_format", "serialized_exported_program.json")
-
-
-def _read_program(
-    file: BinaryIO, path: Path, identity: tuple[int, int, int], entries: Mapping[str, Entry], key: str | None
-) -> Contents:
-    from modelcli.checkpoints import programs  # which reads archives, too
-
-    programs.refuse_key(key, path)
-    archive = Archive(path, identity, str(path), programs.prefix_of(str(path), entries), entries)
-    if programs.is_torchscript(entries):
-        return programs.read_torchscript(archive, file)
-    return programs.read_exported(archive, file)
+def archive_of(candidate: Candidate) -> Archive:
+    """The archive that is the whole of a file. Raises FileFormatError where torch.save does not write such a one."""
+    where = str(candidate.path)
+    entries = candidate.records
+    return Archive(candidate.path, candidate.identity, where, _prefix(where, entries), entries)
 
 
 @dataclass(frozen=True)
@@ -138,7 +126,7 @@ def _prefix(where: str, entries: Mapping[str, Entry]) -> str:
     """The folder in the archive that holds every record of it; torch looks into no other."""
     pickled = [name for name in entries if name == "data.pkl" or name.endswith("/data.pkl")]
     if not pickled:
-        raise FileFormatError(*_named(where, entries))
+        raise FileFormatError(f"{where} is a zip file, but none that torch.save wrote: it holds no data.pkl")
     prefix = pickled[0].removesuffix("data.pkl")
     if len(pickled) > 1:
         raise FileFormatError(f"{where} holds {len(pickled)} files named data.pkl: {listed(pickled, 3)}")
@@ -152,27 +140,3 @@ def _prefix(where: str, entries: Mapping[str, Entry]) -> str:
             "what another program packed into it has to come out first",
         )
     return prefix
-
-
-#: What else a zip file may be, by a file in it.
-_OTHER_ZIPS = (
-    ("keras_metadata.pb", "a Keras model"),
-    ("model.weights.h5", "a Keras model"),
-    ("[Content_Types].xml", "an Office document"),
-    ("META-INF/MANIFEST.MF", "a Java archive"),
-    ("AndroidManifest.xml", "an Android package"),
-)
-
-
-def _named(where: str, entries: Mapping[str, Entry]) -> tuple[str, str | None]:
-    """What a zip file without a data.pkl is, and what to do about it."""
-    names = {name.partition("/")[2] for name in entries} | set(entries)
-    if kind := next((kind for name, kind in _OTHER_ZIPS if name in names), None):
-        return f"{where} is {kind}, not a checkpoint", None
-    if names and all(name.endswith(".npy") for name in entries):
-        return f"{where} is a NumPy archive (.npz), not a checkpoint", None
-    hint = next((f"unpack it: it holds {name}" for name in entries if name.lower().endswith(_SUFFIXES)), None)
-    return f"{where} is a zip file, but none that torch.save wrote: it holds no data.pkl", hint
-
-
-_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")

@@ -1,0 +1,253 @@
+"""The registry of checkpoint formats: one line each, imported when it is asked for.
+
+Other packages register one by the entry point group `modelcli.formats`: an entry point names a subclass of
+`checkpoints.format.Format`. Entry points are read where no built-in format recognises a file or a suffix, and where all
+formats are listed: in `--help`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from modelcli.checkpoints.format import Candidate, Format
+from modelcli.errors import FileFormatError, RequestError, SystemFailureError
+from modelcli.wording import listed
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
+    from modelcli.checkpoints.contents import Contents
+
+#: The built-in formats, in the order in which a file is shown to them; those that are written, as help lists them.
+_BUILT_IN = (
+    "modelcli.checkpoints.torch_programs:TorchScript",
+    "modelcli.checkpoints.torch_programs:TorchExport",
+    "modelcli.checkpoints.torch_pickle:TorchSave",
+    "modelcli.checkpoints.safetensors:Safetensors",
+    "modelcli.checkpoints.plain_pickle:PlainPickle",
+    "modelcli.checkpoints.sharded:ShardedFolder",
+    "modelcli.checkpoints.distributed:DistributedCheckpoint",
+)
+#: The entry point group by which other packages register theirs.
+GROUP = "modelcli.formats"
+
+
+@functools.cache
+def _made(line: str) -> Format:
+    module, _, name = line.partition(":")
+    made: Format = getattr(importlib.import_module(module), name)()
+    return made
+
+
+def built_in() -> Iterator[Format]:
+    """The formats that modelcli brings, each imported when it is asked for."""
+    return map(_made, _BUILT_IN)
+
+
+@functools.cache
+def plug_ins() -> tuple[Format, ...]:
+    """The formats of other packages, by name. A name that is taken already is passed over.
+
+    Raises SystemFailureError for one that cannot be imported.
+    """
+    from importlib.metadata import entry_points
+
+    taken = {format_.name for format_ in built_in()}
+    found: dict[str, Format] = {}
+    for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
+        made = _loaded(entry)
+        if made.name not in taken:
+            found.setdefault(made.name, made)
+    return tuple(found.values())
+
+
+def _loaded(entry: EntryPoint) -> Format:
+    try:
+        made = entry.load()()
+    except Exception as error:
+        package = entry.dist.name if entry.dist is not None else entry.value
+        raise SystemFailureError(
+            f"the format {entry.name} of {package} cannot be imported: {type(error).__name__}: {error}",
+            f"install a version of {package} that works, or uninstall it",
+        ) from None
+    if not isinstance(made, Format):
+        raise SystemFailureError(
+            f"{entry.value}, which is registered as a format, is not one", "see adding-a-format.md"
+        )
+    return made
+
+
+def every() -> Iterator[Format]:
+    """All formats: the built-in ones, then those of other packages, which are looked for when it comes to them."""
+    yield from built_in()
+    yield from plug_ins()
+
+
+# --- by name and by suffix -----------------------------------------------------------------------------------------
+
+
+def named(name: str) -> Format:
+    """The format of a name as `--json` has it. Raises KeyError for one that is none."""
+    for format_ in every():
+        if format_.name == name:
+            return format_
+    raise KeyError(name)
+
+
+def has_known_suffix(path: str | Path) -> bool:
+    """Whether a name ends as those of checkpoints do, in capitals or small letters: `W.PTH`, `w.pth`."""
+    return _by_suffix(Path(path).name, writing=False) is not None
+
+
+def by_written_suffix(path: str | Path) -> Format | None:
+    """The format that a file of this name is written in; None where no format is written under its suffix."""
+    return _by_suffix(Path(path).name, writing=True)
+
+
+def _by_suffix(name: str, *, writing: bool) -> Format | None:
+    lower = name.lower()
+    if not _suffix_like(lower):
+        return None
+    for format_ in every():
+        if lower.endswith(format_.written_suffixes if writing else format_.suffixes):
+            return format_
+    return None
+
+
+def _suffix_like(name: str) -> bool:
+    """Whether a name ends in a dot and a word, with something before: nothing else can be a suffix."""
+    stem, _, last = name.rpartition(".")
+    return bool(stem) and last.replace("_", "").isalnum()
+
+
+def written() -> list[Format]:
+    """The formats that can be written as one file, in the order in which help lists them."""
+    return [format_ for format_ in every() if format_.written_suffixes]
+
+
+def folder_format() -> Format:
+    """The format that a folder is written in."""
+    return next(format_ for format_ in built_in() if format_.is_folder)
+
+
+def default() -> Format:
+    """The format that holds all that can be written: a dry run without a file plans for it."""
+    return next(format_ for format_ in built_in() if format_.written_suffixes and format_.holds_values)
+
+
+def instead() -> str:
+    """What to do, for a hint, where a format cannot hold what is to be written: `write a .pth file`."""
+    return f"write a {default().written_suffixes[0]} file"
+
+
+def written_suffixes() -> str:
+    """The suffixes that can be written, for a help text: `.pth, .pt, .ckpt, .bin, .safetensors`."""
+    return ", ".join(suffix for format_ in written() for suffix in format_.written_suffixes)
+
+
+def how_to_name() -> str:
+    """How a file that is written may end, for a hint: `.pth or .pt (as torch.save writes), .safetensors`."""
+    texts = []
+    for format_ in written():
+        *others, last = format_.written_suffixes
+        suffixes = f"{', '.join(others)} or {last}" if others else last
+        texts.append(f"{suffixes} ({format_.written_as})" if format_.written_as else suffixes)
+    return ", ".join(texts)
+
+
+def whole_files() -> set[str]:
+    """The names under which programs look for all weights of a model in a folder."""
+    return {name for format_ in built_in() for name in format_.whole_files}
+
+
+def is_index(name: str) -> bool:
+    """Whether a file of this name says what a folder holds."""
+    return any(format_.is_index(name) for format_ in every())
+
+
+# --- by content ----------------------------------------------------------------------------------------------------
+
+
+def of_file(file: Candidate) -> Format:
+    """The format of a file, by its content. Raises FileFormatError for a file of none, and for one of two at once."""
+    if not file.size:
+        raise FileFormatError(f"{file.path} is empty", "the program that wrote it may have been interrupted")
+    for format_ in every():
+        if format_.recognises(file):
+            _refuse_second_format(file, format_)
+            return format_
+    from modelcli.checkpoints import unknown_files
+
+    raise unknown_files.error(file)
+
+
+def _refuse_second_format(file: Candidate, format_: Format) -> None:
+    """Programs differ in where they look first: a file of two formats is two files, and one would be hidden."""
+    if format_.container != "tar" and file.is_tar:
+        other = "a tar archive and a checkpoint at once"
+    elif format_.container != "zip" and file.ends_as_zip:
+        other = "a checkpoint and ends as a zip archive does"
+    else:
+        return
+    raise FileFormatError(f"{file.path} is {other}", "ask whoever made it for one of the two")
+
+
+def read_file(path: Path, key: str | None = None) -> Contents:
+    """Read one file that holds tensors itself: no index of other files."""
+    file = Candidate(path)
+    try:
+        return _read(of_file(file), file, key)
+    except FileFormatError:
+        for format_ in every():
+            if explained := format_.explain(path):
+                raise FileFormatError(*explained) from None
+        raise
+
+
+def read_index(format_: Format, path: Path, key: str | None = None) -> Contents:
+    """Read a folder by the file in it that says where everything is."""
+    return _read(format_, Candidate(path), key)
+
+
+def _read(format_: Format, file: Candidate, key: str | None) -> Contents:
+    if key is not None and not format_.has_keys:
+        raise RequestError(f"--key {key} is for training checkpoints, and {file.path} is {format_.title}")
+    return format_.read(file, key)
+
+
+def index_in(folder: Path) -> tuple[Format | None, Path]:
+    """The file by which a folder is read, with its format.
+
+    That is an index, or of a folder without one its only file of weights under a name that all programs use; then its
+    format is for its content to say. Raises RequestError where there is none, or where several things may be meant.
+    """
+    try:
+        names = sorted(entry.name for entry in folder.iterdir())
+    except OSError as error:
+        raise SystemFailureError(f"cannot read {folder}: {error.strerror or error}") from None
+    for format_ in built_in():
+        if (index := format_.index_in(folder, names)) is not None:
+            return format_, index
+    whole = [name for name in names if name in whole_files()]
+    if len(whole) == 1:
+        return None, folder / whole[0]
+    if whole:
+        told = listed([str(folder / name) for name in whole], 6)
+        raise RequestError(f"{folder} holds {len(whole)} files of weights and no index", f"name one of {told}")
+    for format_ in plug_ins():
+        if (index := format_.index_in(folder, names)) is not None:
+            return format_, index
+    for format_ in every():
+        format_.refuse_folder(folder, names)
+    files = [name for name in names if by_written_suffix(name) is not None]
+    hint = f"name a file in it: {listed(files, 6)}" if files else None
+    raise RequestError(f"{folder} is a folder without an index ({folder_format().index_pattern})", hint)
+
+
+def index_format(path: Path) -> Format | None:
+    """The format of a folder that a file says the contents of, by the file's name; None for any other file."""
+    return next((format_ for format_ in built_in() if format_.is_index(path.name)), None)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from modelcli.commands.look import likeness_of, stdout_is_for_data
 from modelcli.commands.recipe_edits import apply_each, apply_recipe
 from modelcli.commands.target import Target, notes_of_python
-from modelcli.edits import Edit
+from modelcli.edits import Edit, kind_called
 from modelcli.errors import ModelcliError, RequestError
 from modelcli.language.references import Source
 from modelcli.model.blueprint import Blueprint
@@ -131,10 +131,9 @@ def check_fit(live: Live, target: Target, added: Sequence[Edit], how: Writing) -
 
 def _checked(live: Live, target: Target, added: Sequence[Edit], how: Writing) -> Check:
     from modelcli.live import check as checking
-    from modelcli.live import edit_history, opening
+    from modelcli.live import opening
 
-    as_before = [kind.name for kind in edit_history.FITS_AS_BEFORE]
-    edited = {change.path: change.action for change in live.changes if change.action not in as_before}
+    kinds = {change.path: kind_called(change.action) for change in live.changes if _can_break_fit(change.action)}
     if how.check == "none":
         return checking.Check(False, "--check none skips it")
     if live.architecture is None:
@@ -160,11 +159,15 @@ def _checked(live: Live, target: Target, added: Sequence[Edit], how: Writing) ->
         partial(unedited, source),
         after,
         live.inputs,
-        edited,
+        kinds,
         known=partial(unedited, unstated) if unstated != source else None,
         device=device,
         origins=live.origins,
     )
+
+
+def _can_break_fit(action: str) -> bool:
+    return kind_called(action).can_break_fit
 
 
 def _idle(live: Live, called: Collection[str]) -> list[str]:
@@ -174,18 +177,18 @@ def _idle(live: Live, called: Collection[str]) -> list[str]:
     """
     reached = {path for name in called for path in ancestors(name)}
     there = {module.path: module for module in live.describe().modules}
-    idle: dict[str, list[str]] = {}
+    idle: list[tuple[type[Edit], str]] = []
     for change in live.changes:
         path = change.path
         if path in there and path not in reached and there[path].shared_with is None:
-            idle.setdefault(change.action, []).append(path)
-    replaced = idle.get("replace", [])
+            idle.append((kind_called(change.action), path))
+    replaced = [path for kind, path in idle if kind.replaces_module]
     told = []
     if replaced:
         them = "it" if len(replaced) == 1 else "them"
         names = listed(replaced, 3)
         told.append(f"{names} did not run on the forward pass: the check says nothing of {them}")
-    placed = [path for action in ("add", "insert", "append") for path in idle.get(action, ())]
+    placed = [path for kind, path in idle if kind.places_module and not kind.replaces_module]
     return told + [f"{path} did not run on the forward pass: nothing calls it" for path in placed]
 
 
@@ -294,7 +297,7 @@ def _around(live: Live, *, kept: bool) -> list[str]:
     if not kept:
         return [f"{rest} was left out"]
     unfit = training_state.unfit(contents.tree, live.opened_with, dict(live.module.named_parameters()))
-    changed = any(change.action not in ("freeze", "unfreeze") for change in live.changes)
+    changed = not all(kind_called(change.action).changes_flags_only for change in live.changes)
     unwrapping = Unwrapping() if live.report is None else live.report.unwrapping
     if unwrapping:
         parts = listed([repr(part) for part in unwrapping.parts], 6)

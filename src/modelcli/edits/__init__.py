@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from modelcli.edits.base import Edit
-from modelcli.edits.lines import from_words, kind_of, parse, parse_all
+from modelcli.edits.lines import from_words, kind_called, kind_of, parse, parse_all
 from modelcli.edits.registry import class_called, everything, find, names, own_names
 from modelcli.edits.words import checked_operand, split
 
@@ -26,6 +26,7 @@ __all__ = [
     "everything",
     "find",
     "from_words",
+    "kind_called",
     "kind_of",
     "names",
     "own_names",

@@ -48,12 +48,12 @@ def kind_of(line: str) -> type[Edit]:
 
     Raises RequestError where its first word names no edit.
     """
-    return _required(next(iter(split(line)), ""))
+    return kind_called(next(iter(split(line)), ""))
 
 
 def from_words(name: str, words: Sequence[str]) -> Edit:
     """Make an edit of its name and the words after it, options included."""
-    kind = _required(name)
+    kind = kind_called(name)
     options = kind.option_fields()
     operands: list[str] = []
     given: dict[str, Any] = {}
@@ -88,7 +88,8 @@ def from_words(name: str, words: Sequence[str]) -> Edit:
     return replace(kind.from_operands(operands), **given)
 
 
-def _required(name: str) -> type[Edit]:
+def kind_called(name: str) -> type[Edit]:
+    """The class of the edit with this name. Raises RequestError where there is none."""
     kind = registry.find(name)
     if kind is None:
         names = registry.names()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from modelcli.edits import Edit
 from modelcli.errors import RequestError
 from modelcli.language import expressions
 from modelcli.language.expressions import HOLE, Call
@@ -20,7 +21,7 @@ from modelcli.live.edit_history import Origins
 from modelcli.live.operator_rules import OperatorError
 from modelcli.live.rules import Misfit, MisfitError
 from modelcli.live.surgery import argument_from, brief, shape_with
-from modelcli.model.paths import joined, parent_of, shown
+from modelcli.model.paths import joined, shown
 from modelcli.wording import listed
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def check(
     before: Subject,
     after: nn.Module,
     inputs: Inputs | None,
-    edited: Mapping[str, str],
+    edited: Mapping[str, type[Edit]],
     *,
     known: Subject | None = None,
     device: str = "meta",
@@ -61,7 +62,7 @@ def check(
         before: gives the unedited model and its input: the stated one, where one was stated.
         after: the edited model.
         inputs: what it takes.
-        edited: what edits did at which paths.
+        edited: which edits did something at which paths, without those that cannot break the fit.
         known: gives the unedited model and the input that it is known to take by itself, where another one was stated.
         device: `meta` or `cpu`.
         origins: which edits those were.
@@ -131,12 +132,12 @@ def _also_fails(unedited: trace.Failure, inputs: Inputs, *, elsewhere: bool) -> 
     return f"; the model as it was does not take the stated input ({sizes}): {unedited.reason}"
 
 
-def _not_told(watch: _Watch, seen: trace.Pass, edited: Mapping[str, str]) -> tuple[str, ...]:
+def _not_told(watch: _Watch, seen: trace.Pass, edited: Mapping[str, type[Edit]]) -> tuple[str, ...]:
     """What a pass that ran on meta does not tell: where a kernel is missing, and whether new tables are long enough."""
     if seen.rules is None:
         return ()
     notes = [f"{reason}: whether it fits was not checked" for reason in seen.rules.unchecked.values()]
-    places = [path for path, action in edited.items() if action not in ("cast", "rename", "remove")]
+    places = [path for path, kind in edited.items() if kind.places_module]
     looked_up = {table.untyped_storage()._cdata for table in seen.rules.tables}
     for name, tensor in watch.subject.named_parameters():
         if tensor.untyped_storage()._cdata in looked_up and any(_is_below(name, place) for place in places):
@@ -202,7 +203,7 @@ def _refusal(
     inputs: Inputs,
     failure: trace.Failure,
     watch: _Watch,
-    edited: Mapping[str, str],
+    edited: Mapping[str, type[Edit]],
     origins: Origins,
 ) -> RequestError:
     path = failure.path
@@ -284,7 +285,7 @@ def _next(model: nn.Module, path: str) -> str:
     return ""
 
 
-def _way_out(after: nn.Module, path: str, error: Exception, edited: Mapping[str, str]) -> str:
+def _way_out(after: nn.Module, path: str, error: Exception, edited: Mapping[str, type[Edit]]) -> str:
     """What to do where the code of a module fails: it may ask for a child that was taken out."""
     there = dict(after.named_modules())
     gone = [place for place in edited if place and place not in there]
@@ -296,16 +297,16 @@ def _way_out(after: nn.Module, path: str, error: Exception, edited: Mapping[str,
     return _edited_elsewhere(edited)
 
 
-def _cast_to(after: nn.Module, edited: Mapping[str, str]) -> str | None:
+def _cast_to(after: nn.Module, edited: Mapping[str, type[Edit]]) -> str | None:
     """The dtype that an edit gave to a part of the model alone."""
-    places = [path for path, action in edited.items() if action == "cast" and path]
+    places = [path for path, kind in edited.items() if kind.changes_dtype and path]
     for name, tensor in (*after.named_parameters(), *after.named_buffers()):
         if tensor.dtype.is_floating_point and any(_is_below(name, place) for place in places):
             return dtype_name(tensor.dtype)
     return None
 
 
-def _fix(module: nn.Module, path: str, misfit: Misfit, edited: Mapping[str, str], *, settled: bool) -> str:
+def _fix(module: nn.Module, path: str, misfit: Misfit, edited: Mapping[str, type[Edit]], *, settled: bool) -> str:
     """The nearest edit that would make it fit."""
     touched = _is_touched(path, edited)
     if misfit.dtype is not None:
@@ -337,30 +338,26 @@ def _fix(module: nn.Module, path: str, misfit: Misfit, edited: Mapping[str, str]
     return _edited_elsewhere(edited)
 
 
-def _edited_elsewhere(edited: Mapping[str, str]) -> str:
+def _edited_elsewhere(edited: Mapping[str, type[Edit]]) -> str:
     if not edited:
         return "--check none writes it all the same"
     return f"what was edited: {listed([*map(shown, edited)], 3)}; --check none writes it all the same"
 
 
-def _is_touched(path: str, edited: Mapping[str, str]) -> bool:
+def _is_touched(path: str, edited: Mapping[str, type[Edit]]) -> bool:
     return any(_is_below(path, place) for place in edited)
 
 
-def _placed_above(path: str, edited: Mapping[str, str]) -> str | None:
+def _placed_above(path: str, edited: Mapping[str, type[Edit]]) -> str | None:
     """The path of the new module that a module is a part of: by itself no edit can name it, before that is written."""
-    placed = [place for place, verb in edited.items() if verb in ("replace", "add", "insert", "append")]
+    placed = [place for place, kind in edited.items() if kind.places_module]
     return next((place for place in placed if path != place and _is_below(path, place)), None)
 
 
-def _again(path: str, edited: Mapping[str, str]) -> str:
+def _again(path: str, edited: Mapping[str, type[Edit]]) -> str:
     """The words of the edit that put a module at a path, up to the module."""
-    match edited.get(path):
-        case "append":
-            return f"append {quoted(shown(parent_of(path)))}"
-        case "add" | "insert" as verb:
-            return f"{verb} {quoted(path)}"
-    return f"replace {quoted(path)}"
+    kind = edited.get(path)
+    return kind.again(path) if kind is not None and kind.places_module else f"replace {quoted(path)}"
 
 
 def _with_hole(module: nn.Module, argument: str) -> str | None:

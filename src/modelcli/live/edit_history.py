@@ -6,19 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from modelcli.edits import Edit
-from modelcli.edits.extract import Extract
-from modelcli.edits.freeze import Freeze
-from modelcli.edits.init import Init
-from modelcli.edits.insert import Insert
-from modelcli.edits.remove import Remove
-from modelcli.edits.unfreeze import Unfreeze
 from modelcli.live.surgery import Change
 from modelcli.model.paths import ancestors
-
-#: Edits after which nothing fits better or worse than before.
-FITS_AS_BEFORE = (Freeze, Unfreeze, Init)
-#: Edits after which other modules than the edited one have other paths.
-_MOVES = (Insert, Remove, Extract)
 
 
 @dataclass
@@ -29,9 +18,9 @@ class Origins:
 
     def note(self, edit: Edit, place: str, changes: Iterable[Change]) -> None:
         """Take in what an edit did. `place` is where it stands: `-e 1`, `modelcli.toml:5`, nothing for a command."""
-        if isinstance(edit, FITS_AS_BEFORE):
+        if not edit.can_break_fit:
             return
-        if isinstance(edit, _MOVES):
+        if edit.moves_paths:
             self._found.clear()
         named = f"{place}: {str(edit)!r}" if place else ""
         for path in {change.path for change in changes}:

@@ -20,7 +20,6 @@ from modelcli.checkpoints.torch_pickle import inert_objects
 from modelcli.checkpoints.torch_pickle.composite_tensors import class_of
 from modelcli.edits import Edit
 from modelcli.edits import parse as parse_edit
-from modelcli.edits.extract import Extract
 from modelcli.errors import FileFormatError, ModelcliError, RequestError, UnsafeError
 from modelcli.language import input_texts, references
 from modelcli.language.references import CheckpointFile, NamedModel, Source
@@ -367,7 +366,7 @@ class _Opening:
         """What the model takes: as the command says, else as the file says, else as torchvision says of its own."""
         source, record = self.source, self.record
         builder = self.base.builder if self.base else None
-        if record is not None and any(isinstance(edit, Extract) for edit in record.parsed_edits()):
+        if record is not None and any(edit.changes_input for edit in record.parsed_edits()):
             builder = None  # what is left of it takes something else
         dtypes = source.input_dtype or (record.input_dtype if record else ())
         shapes, texts = source.input_size, source.inputs

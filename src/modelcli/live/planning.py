@@ -15,7 +15,7 @@ from modelcli.checkpoints import CompositeEntry, shapes
 from modelcli.checkpoints import record as records
 from modelcli.checkpoints.record import Record
 from modelcli.checkpoints.torch_pickle.pickles import Global, Opaque
-from modelcli.edits.extract import Extract
+from modelcli.edits import kind_of
 from modelcli.errors import RequestError
 from modelcli.language.references import PythonObject
 from modelcli.live import compacting, composites, loading, trace
@@ -227,10 +227,10 @@ def record_of(live: Live, folder: Path) -> Record:
 
 
 def _is_stated(live: Live) -> bool:
-    """Whether what the model takes cannot be told from its reference: somebody said it, or `extract` changed it."""
+    """Whether what the model takes cannot be told from its reference: somebody said it, or an edit changed it."""
     recorded = live.record is not None and (live.record.input_size is not None or live.record.inputs)
-    extracted = any(line.startswith(f"{Extract.name} ") for _, line in live.edits)
-    return bool(extracted or live.source.input_size is not None or live.source.inputs or recorded)
+    changed = any(kind_of(line).changes_input for _, line in live.edits)
+    return bool(changed or live.source.input_size is not None or live.source.inputs or recorded)
 
 
 def traced(live: Live, mode: str = "eval", *, with_values: bool = False) -> Blueprint:

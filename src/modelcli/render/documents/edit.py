@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from modelcli.edits import kind_called
 from modelcli.model.blueprint import Blueprint
 from modelcli.model.paths import shown
 from modelcli.model.totals import Totals
@@ -79,7 +80,7 @@ def edits(
         Column("arrow", ""),
         Column("after", "after", flexible=True, cut="middle"),
     ]
-    if all(row["action"] in ("freeze", "unfreeze") for row in rows):
+    if all(kind_called(row["action"]).changes_flags_only for row in rows):
         columns.append(Column("params_after", "params", lambda value: counted(value, "param"), right=True, optional=1))
     else:
         columns.append(Column("delta", "params", _change_of_size, optional=1))  # the totals say it as well

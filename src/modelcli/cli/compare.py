@@ -1,7 +1,7 @@
 """diff, check, identify: commands that answer yes or no, for scripts and CI."""
 
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from functools import partial
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperOption
@@ -16,13 +16,6 @@ from modelcli.cli.options import (
     exit_codes,
     expanded,
 )
-from modelcli.errors import ModelcliError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from modelcli.commands.check import Checked, Verdict
-    from modelcli.render.annotations import CheckedModel
 
 #: A format that `check` alone has: commands of a GitHub workflow.
 GITHUB = "github"
@@ -124,29 +117,28 @@ def check(
 
     modelcli check best.pth --trainable fc --has 'fc:Linear' --output-shape 1,1000
     """
-    from modelcli.commands import check as asserting
+    from modelcli.commands.check import CheckRequest, CheckResult, checked
+    from modelcli.commands.check import check as find_out
     from modelcli.commands.target import find_target
     from modelcli.render import annotations
     from modelcli.render.documents import check as documents
 
     kind = output.format_of(options, GITHUB)
-    wanted = asserted.wanted()
+    wanted = asserted.assertions()
     wanted.require_sense()
     names = [inspect.named(name, look) for name in models] if models else [inspect.named(None, look)]
 
-    def verdict_on(name: str | None) -> tuple[str, "Verdict"]:
+    def check_it(name: str | None) -> CheckResult:
         target = find_target(name, source.overrides(), source.recipe)
         with progress.of_bytes(options) as report:
-            return target.source.model, asserting.check(target, wanted, cached=not look.no_cache, progress=report)
+            return find_out(CheckRequest(target, wanted, cached=not look.no_cache), report)
 
     if len(names) == 1 and kind != GITHUB:
-        model, verdict = verdict_on(names[0])
-        checks = [_row(checked) for checked in verdict.checks]
-        view = documents.check(model, verdict.look.blueprint, checks)
-        output.show(view, options, verdict.notes, warnings=verdict.look.warnings)
-        verdict.require_answers()
-        return 0 if verdict.passed else 1
-    outcomes = [_outcome(name, verdict_on) for name in names]
+        result = check_it(names[0])
+        output.show(documents.check(result), options, result.notes, warnings=result.look.warnings)
+        result.require_answers()
+        return 0 if result.passed else 1
+    outcomes = [checked(name or "the working recipe", partial(check_it, name)) for name in names]
     if kind == GITHUB:
         output.write(annotations.of_checks(outcomes))
     else:
@@ -154,32 +146,6 @@ def check(
         warnings = [warning for found in outcomes for warning in found.warnings]
         output.show(documents.checks(outcomes), options, notes, warnings=warnings)
     return max(found.exit_code for found in outcomes)
-
-
-def _outcome(name: str | None, verdict_on: "Callable[[str | None], tuple[str, Verdict]]") -> "CheckedModel":
-    """What became of one model of several: one that cannot be opened does not keep the others from being looked at."""
-    from modelcli.render.annotations import CheckedModel
-
-    try:
-        model, verdict = verdict_on(name)
-    except ModelcliError as error:
-        notes = (error.hint,) if error.hint else ()
-        return CheckedModel(name or "the working recipe", (), notes, error=error, exit_code=error.exit_code)
-    rows = tuple(map(_row, verdict.checks))
-    code = 0 if verdict.passed else 1
-    try:
-        verdict.require_answers()
-    except ModelcliError as unanswered:
-        code = unanswered.exit_code
-    class_ = verdict.look.blueprint.root.type
-    return CheckedModel(model, rows, verdict.notes, verdict.look.warnings, class_, exit_code=code)
-
-
-def _row(checked: "Checked") -> dict[str, Any]:
-    """An assertion as the document has it."""
-    row = {key: value for key, value in asdict(checked).items() if key != "answered"}
-    basis = row.pop("basis")
-    return row if basis is None else row | {"on_record": basis}
 
 
 def identify(

@@ -14,7 +14,7 @@ from typer.models import ArgumentInfo
 from modelcli.cli import completing
 
 if TYPE_CHECKING:
-    from modelcli.commands.check import Wanted
+    from modelcli.commands.check import Assertions
     from modelcli.language.references import Source
 
 
@@ -278,13 +278,13 @@ class AssertOptions:
         autocompletion=completing.targets,
     )
 
-    def wanted(self) -> "Wanted":
+    def assertions(self) -> "Assertions":
         """The assertions. Raises RequestError for what cannot be read as one."""
-        from modelcli.commands.check import Wanted
+        from modelcli.commands.check import Assertions
         from modelcli.language.references import parse_bytes, parse_count, parse_input_size
         from modelcli.model.dtypes import dtype_called
 
-        found = Wanted(
+        found = Assertions(
             max_params=None if self.max_params is None else parse_count(self.max_params),
             max_bytes=None if self.max_bytes is None else parse_bytes(self.max_bytes),
             frozen=tuple(self.frozen or ()),

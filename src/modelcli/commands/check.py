@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,7 +32,7 @@ _ALWAYS_FINITE = frozenset({"float4_e2m1fn", "float4_e2m1fn_x2", "float6_e2m3fn"
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Assertions:
     """What is asserted of a model; None, empty and False stand for what is not.
 
     `max_params` and `max_bytes` are the most parameters, and the most bytes of parameters and buffers. `frozen`,
@@ -60,7 +60,7 @@ class Wanted:
             raise RequestError(
                 f"--except {self.without[0]} is for --same-as", "--same-as REFERENCE says what all other tensors are"
             )
-        if self == Wanted(without=self.without):
+        if self == Assertions(without=self.without):
             raise RequestError(
                 "nothing is asserted", "--max-params 60M, --frozen features, --finite: modelcli check --help lists them"
             )
@@ -70,11 +70,25 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Checked:
-    """One assertion: what was found and what was wanted, as numbers, shapes or words.
+class CheckRequest:
+    """A model, and what is asserted of it. Without `cached` it is built anew where it is not a file."""
 
-    Where nothing could be found out, `answered` is False, and `found` says why.
-    `basis` is set where a file's record says what was found and nothing else does: why nothing else could be asked.
+    target: Target
+    assertions: Assertions
+    cached: bool = True
+
+
+@dataclass(frozen=True)
+class AssertionResult:
+    """Whether one assertion holds.
+
+    Attributes:
+        check: the assertion's option, without dashes: `max-params`.
+        passed: whether it holds.
+        found: what the model has: a number, a shape or words; why nothing could be found out, where that is so.
+        wanted: what was asserted, likewise.
+        answered: whether anything could be found out.
+        on_record: set where only the file's record answers: why nothing else could be asked.
     """
 
     check: str
@@ -82,34 +96,82 @@ class Checked:
     found: Any
     wanted: Any
     answered: bool = True
-    basis: str | None = None
+    on_record: str | None = None
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What became of all assertions about a model."""
+class CheckResult:
+    """Which assertions about a model hold. `model` is its reference."""
 
+    model: str
     look: Look
-    checks: tuple[Checked, ...]
+    assertions: tuple[AssertionResult, ...]
     notes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
-        return all(checked.passed for checked in self.checks)
+        return all(result.passed for result in self.assertions)
 
     def require_answers(self) -> None:
         """Raise RequestError for an assertion of which nothing could be found out."""
-        for checked in self.checks:
-            if not checked.answered:
-                raise RequestError(f"--{checked.check} cannot be checked: {checked.found}")
+        for result in self.assertions:
+            if not result.answered:
+                raise RequestError(f"--{result.check} cannot be checked: {result.found}")
 
 
-def check(target: Target, wanted: Wanted, *, cached: bool = True, progress: Progress | None = None) -> Verdict:
-    """Find out which assertions hold. Numbers are read for `finite`, and for `same_as` where bytes differ.
+@dataclass(frozen=True)
+class CheckedModel:
+    """One of several models: its result, or the error that kept it from being opened."""
 
-    Raises RequestError for a selector that picks nothing, but for those of `has` and `absent`, which say something
-    by that.
+    model: str
+    result: CheckResult | None = None
+    error: ModelcliError | None = None
+
+    @property
+    def assertions(self) -> tuple[AssertionResult, ...]:
+        """The assertions; for a model that could not be opened, one that says so."""
+        if self.result is not None:
+            return self.result.assertions
+        assert self.error is not None
+        return (AssertionResult("open", False, self.error.message, "a model"),)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        if self.result is not None:
+            return self.result.notes
+        return (self.error.hint,) if self.error is not None and self.error.hint else ()
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return () if self.result is None else self.result.look.warnings
+
+    @property
+    def exit_code(self) -> int:
+        if self.result is None:
+            return 0 if self.error is None else self.error.exit_code
+        try:
+            self.result.require_answers()
+        except ModelcliError as unanswered:
+            return unanswered.exit_code
+        return 0 if self.result.passed else 1
+
+
+def checked(model: str, check_it: Callable[[], CheckResult]) -> CheckedModel:
+    """The result for one of several models: one that cannot be opened does not keep the others from being checked."""
+    try:
+        result = check_it()
+    except ModelcliError as error:
+        return CheckedModel(model, error=error)
+    return CheckedModel(result.model, result)
+
+
+def check(request: CheckRequest, progress: Progress | None = None) -> CheckResult:
+    """Find out which assertions hold. Values are read for `finite`, and for `same_as` where bytes differ.
+
+    Raises RequestError for a selector that picks nothing, except those of `has` and `absent`, for which that is an
+    answer.
     """
+    target, wanted, cached = request.target, request.assertions, request.cached
     wanted.require_sense()
     needs_values = wanted.finite or bool(wanted.same_as)
     found = look(target, traced=bool(wanted.output_shapes), cached=cached and not needs_values)
@@ -122,7 +184,7 @@ def check(target: Target, wanted: Wanted, *, cached: bool = True, progress: Prog
         if basis is not None:
             by_record = [_rests_on_record(found, row) for row in checks]
             checks = [
-                replace(row, passed=row.passed and not wanted.safe, basis=basis) if alone else row
+                replace(row, passed=row.passed and not wanted.safe, on_record=basis) if alone else row
                 for row, alone in zip(checks, by_record, strict=True)
             ]
     if wanted.safe:
@@ -131,14 +193,14 @@ def check(target: Target, wanted: Wanted, *, cached: bool = True, progress: Prog
         checks.append(_finite(found, progress))
     names = wanted.same_as
     checks += [_same_as(found, target.source.model, name, wanted.without, progress, notes) for name in names]
-    return Verdict(found, tuple(checks), tuple(notes))
+    return CheckResult(target.source.model, found, tuple(checks), tuple(notes))
 
 
 #: The assertions that nothing but a record answers where a file has one.
 _ON_RECORD = ("max-bytes", "frozen", "trainable", "absent", "output-shape")
 
 
-def _rests_on_record(found: Look, row: Checked) -> bool:
+def _rests_on_record(found: Look, row: AssertionResult) -> bool:
     """Whether a file's record decides about an assertion, and not the tensors in the file alone."""
     if found.record is None:
         return False
@@ -150,7 +212,7 @@ def _rests_on_record(found: Look, row: Checked) -> bool:
     return row.check in _ON_RECORD
 
 
-def _of_structure(found: Look, wanted: Wanted) -> list[Checked]:
+def _of_structure(found: Look, wanted: Assertions) -> list[AssertionResult]:
     """The assertions that need no values."""
     unseen = diff.unseen_of(found)
     entries = [*unseen, *diff.extras_of(found)] if wanted.absent else unseen
@@ -158,8 +220,8 @@ def _of_structure(found: Look, wanted: Wanted) -> list[Checked]:
 
 
 def _structure(
-    blueprint: Blueprint, wanted: Wanted, unseen: Sequence[str], entries: Sequence[str]
-) -> Iterator[Checked]:
+    blueprint: Blueprint, wanted: Assertions, unseen: Sequence[str], entries: Sequence[str]
+) -> Iterator[AssertionResult]:
     """The assertions that a blueprint answers.
 
     `unseen` are entries of the state dict that it cannot count, and `entries` all those that have no row of their own.
@@ -175,20 +237,20 @@ def _structure(
         yield _flags(blueprint, text, unseen, trained=True)
     for text in wanted.has:
         names = _matches(blueprint, text)
-        yield Checked("has", bool(names), listed(names or [_nothing(blueprint, text)], MOST_NAMED), text)
+        yield AssertionResult("has", bool(names), listed(names or [_nothing(blueprint, text)], MOST_NAMED), text)
     for text in wanted.absent:
         names = _matches(blueprint, text) or _matching(dict.fromkeys(entries), text)
         told = _nothing(blueprint, text)
-        yield Checked("absent", not names and told == NOTHING, listed(names or [told], MOST_NAMED), text)
+        yield AssertionResult("absent", not names and told == NOTHING, listed(names or [told], MOST_NAMED), text)
     if wanted.dtypes:
         yield _dtype(blueprint, wanted.dtypes, unseen)
 
 
-def _at_most(check: str, found: int, most: int, unseen: Sequence[str]) -> Checked:
+def _at_most(check: str, found: int, most: int, unseen: Sequence[str]) -> AssertionResult:
     """Whether a number is small enough; what could not be counted may make it any larger."""
     if unseen and found <= most:
-        return Checked(check, False, f"{found:,} or more: {listed(unseen, MOST_NAMED)} cannot be counted", most)
-    return Checked(check, found <= most, found, most)
+        return AssertionResult(check, False, f"{found:,} or more: {listed(unseen, MOST_NAMED)} cannot be counted", most)
+    return AssertionResult(check, found <= most, found, most)
 
 
 def _matching(unseen: Collection[str], text: str) -> list[str]:
@@ -202,7 +264,7 @@ def _matching(unseen: Collection[str], text: str) -> list[str]:
     return [name for name in unseen if name in found]
 
 
-def _flags(blueprint: Blueprint, text: str, unseen: Sequence[str], *, trained: bool) -> Checked:
+def _flags(blueprint: Blueprint, text: str, unseen: Sequence[str], *, trained: bool) -> AssertionResult:
     """Whether all parameters that a selector picks are trained, or all are frozen."""
     names = set(selectors.select_tensors(blueprint, [text]))
     parameters = [t for t in blueprint.tensors if t.name in names and t.kind == "parameter" and t.is_differentiable]
@@ -220,7 +282,7 @@ def _flags(blueprint: Blueprint, text: str, unseen: Sequence[str], *, trained: b
         told = f"nothing says whether {named} {is_or_are(len(unknown))} {state}: --arch names the architecture"
     else:
         told = f"{counted(len(parameters), 'parameter')} {is_or_are(len(parameters))} {state}"
-    return Checked(kind, not (wrong or unknown), told, text)
+    return AssertionResult(kind, not (wrong or unknown), told, text)
 
 
 def _matches(blueprint: Blueprint, text: str) -> list[str]:
@@ -240,7 +302,7 @@ def _nothing(blueprint: Blueprint, text: str) -> str:
     return NOTHING
 
 
-def _dtype(blueprint: Blueprint, dtypes: Sequence[str], unseen: Sequence[str]) -> Checked:
+def _dtype(blueprint: Blueprint, dtypes: Sequence[str], unseen: Sequence[str]) -> AssertionResult:
     """Whether each floating-point tensor has one of these dtypes; a model without any has none of them."""
     floating = [tensor for tensor in blueprint.tensors if _is_floating(tensor)]
     wrong = [tensor for tensor in floating if tensor.dtype not in dtypes]
@@ -250,23 +312,23 @@ def _dtype(blueprint: Blueprint, dtypes: Sequence[str], unseen: Sequence[str]) -
         told = f"{wrong[0].name} is {wrong[0].dtype}{more}"
     elif unseen:
         told = f"{listed(unseen, MOST_NAMED)} cannot be looked at"
-    return Checked("dtype", bool(floating) and not wrong and not unseen, told, " or ".join(dtypes))
+    return AssertionResult("dtype", bool(floating) and not wrong and not unseen, told, " or ".join(dtypes))
 
 
 def _is_floating(tensor: TensorInfo) -> bool:
     return tensor.dtype.startswith(("float", "bfloat"))
 
 
-def _outputs(blueprint: Blueprint, wanted: Sequence[Shape]) -> Iterator[Checked]:
+def _outputs(blueprint: Blueprint, wanted: Sequence[Shape]) -> Iterator[AssertionResult]:
     """Whether the forward pass gives tensors of these shapes; one that could not be made answers neither yes nor no."""
     trace = blueprint.trace
     for shape in wanted:
         ran = trace.layers.get("") if trace is not None else None
         if trace is None or ran is None or trace.reason is not None:
             reason = trace.reason if trace is not None and trace.reason else "no forward pass was made"
-            yield Checked("output-shape", False, reason, list(shape), answered=False)
+            yield AssertionResult("output-shape", False, reason, list(shape), answered=False)
             continue
-        yield Checked("output-shape", list(shape) in _flat(ran.output_shape), ran.output_shape, list(shape))
+        yield AssertionResult("output-shape", list(shape) in _flat(ran.output_shape), ran.output_shape, list(shape))
 
 
 def _flat(output: Any) -> list[list[int]]:
@@ -280,7 +342,7 @@ def _flat(output: Any) -> list[list[int]]:
     return [shape for item in output for shape in _flat(item)]
 
 
-def _safe(found: Look, source: Source) -> Checked:
+def _safe(found: Look, source: Source) -> AssertionResult:
     """Whether the file, if the model comes from one, holds nothing that only running code could load."""
     contents = found.contents
     if contents is not None and found.live is not None:
@@ -292,14 +354,14 @@ def _safe(found: Look, source: Source) -> Checked:
         try:
             foreign |= dict.fromkeys(checkpoints.read(path).foreign)
         except ModelcliError as error:
-            return Checked("safe", False, f"{path.name} beside it cannot be looked at: {error.message}", SAFE)
+            return AssertionResult("safe", False, f"{path.name} beside it cannot be looked at: {error.message}", SAFE)
     told = (
         f"objects of {foreign_names(tuple(foreign), most=MOST_NAMED)}" if foreign else SAFE if contents else "no file"
     )
-    return Checked("safe", not foreign, told, SAFE)
+    return AssertionResult("safe", not foreign, told, SAFE)
 
 
-def _finite(found: Look, progress: Progress | None) -> Checked:
+def _finite(found: Look, progress: Progress | None) -> AssertionResult:
     """Whether no tensor has a NaN or an infinity in it; one that cannot be looked at may have."""
     names = [tensor.name for tensor in found.blueprint.tensors if tensor.dtype not in _ALWAYS_FINITE]
     report = progress or (lambda _done, _total, _doing: None)
@@ -318,7 +380,7 @@ def _finite(found: Look, progress: Progress | None) -> Checked:
         told = f"{listed(unseen, MOST_NAMED)} cannot be looked at"
     else:
         told = f"{counted(len(found.blueprint.tensors), 'tensor')} without NaN or Inf"
-    return Checked("finite", not (wrong or unseen), told, "no NaN, no Inf")
+    return AssertionResult("finite", not (wrong or unseen), told, "no NaN, no Inf")
 
 
 def _of_parts(found: Look, names: Sequence[str]) -> dict[str, Any]:
@@ -333,7 +395,7 @@ def _of_parts(found: Look, names: Sequence[str]) -> dict[str, Any]:
 
 def _same_as(
     found: Look, model: str, reference: str, without: tuple[str, ...], progress: Progress | None, notes: list[str]
-) -> Checked:
+) -> AssertionResult:
     """Whether all tensors are those of another model in shape, dtype and values."""
     other = diff.open_side(Source(reference), values=True)
     # What is to be told of the model itself stands among the notes already.
@@ -349,6 +411,6 @@ def _same_as(
         named = [f"{name} ({', '.join(c.change for c in changes)})" for name, changes in differing.items()]
         number = counted(len(differing), "tensor")
         told = f"{number} {'differs' if len(differing) == 1 else 'differ'}: {listed(named, MOST_NAMED)}"
-        return Checked("same-as", False, told, wanted)
+        return AssertionResult("same-as", False, told, wanted)
     equal = compared.equal + len({change.name for change in compared.tensors})
-    return Checked("same-as", True, f"{counted(equal, 'tensor')} {is_or_are(equal)} equal", wanted)
+    return AssertionResult("same-as", True, f"{counted(equal, 'tensor')} {is_or_are(equal)} equal", wanted)

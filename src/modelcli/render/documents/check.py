@@ -2,40 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from modelcli.model.blueprint import Blueprint
 from modelcli.render.documents.common import SCHEMA, error_document, model_of
-from modelcli.render.views import (
-    Column,
-    View,
-    finding,
-    path_column,
-)
+from modelcli.render.views import Column, View, finding, path_column
 
 if TYPE_CHECKING:
-    from modelcli.render.annotations import CheckedModel
+    from modelcli.commands.check import AssertionResult, CheckedModel, CheckResult
 
 
-def check(reference: str, blueprint: Blueprint, checks: Sequence[Mapping[str, Any]]) -> View:
-    """One row an assertion: whether it holds, what was found, and what was wanted.
-
-    A row with `on_record` says why a file's record alone answers it.
-    """
-    passed = sum(row["passed"] for row in checks)
+def check(result: CheckResult) -> View:
+    """One row an assertion: whether it holds, what was found, and what was wanted."""
     document = {
         "schema": SCHEMA,
-        "model": model_of(reference, blueprint),
-        "passed": passed == len(checks),
-        "checks": [dict(row) for row in checks],
+        "model": model_of(result.model, result.look.blueprint),
+        "passed": result.passed,
+        "checks": [_entry(assertion) for assertion in result.assertions],
     }
-    rows = sorted(map(_with_basis, checks), key=lambda row: bool(row["passed"]))  # what fails is read first
-    footer = [("Checks", f"{passed} of {len(checks)} passed")]
-    return View(document, rows, _CHECK_COLUMNS, footer, alarming=lambda row: not row["passed"])
+    rows = [_row(assertion) for assertion in result.assertions]
+    return _view(document, rows, _COLUMNS)
 
 
-_CHECK_COLUMNS = (
+def checks(models: Sequence[CheckedModel]) -> View:
+    """The assertions about several models: one row an assertion, with the model that it is about."""
+    document = {
+        "schema": SCHEMA,
+        "passed": all(assertion.passed for found in models for assertion in found.assertions),
+        "models": [_model_entry(found) for found in models],
+    }
+    rows = [{"model": found.model} | _row(assertion) for found in models for assertion in found.assertions]
+    return _view(document, rows, (path_column("model", "model"), *_COLUMNS))
+
+
+_COLUMNS = (
     Column("check", "check", style="cyan"),
     Column("passed", "result", lambda value: "passed" if value else "FAILED"),
     Column("found", "found", finding, flexible=True),
@@ -43,32 +43,39 @@ _CHECK_COLUMNS = (
 )
 
 
-def _with_basis(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row as a table has it: what a file's record alone says is told as that."""
-    if "on_record" not in row:
-        return dict(row)
-    why = row["on_record"]
-    return dict(row) | {"found": f"{finding(row['found'])} (the record says so, and nothing else: {why})"}
-
-
-def checks(outcomes: Sequence[CheckedModel]) -> View:
-    """The assertions about several models: one row an assertion, with the model that it is about."""
-    rows = [{"model": found.model} | _with_basis(row) for found in outcomes for row in found.rows]
+def _view(document: dict[str, Any], rows: list[dict[str, Any]], columns: Sequence[Column]) -> View:
     passed = sum(row["passed"] for row in rows)
-    document = {
-        "schema": SCHEMA,
-        "passed": passed == len(rows),
-        "models": [
-            {
-                "model": {"reference": found.model, "class": found.type},
-                "passed": all(row["passed"] for row in found.rows),
-                "checks": [dict(row) for row in found.checks],
-                **({} if found.error is None else {"error": error_document(found.error)}),
-            }
-            for found in outcomes
-        ],
-    }
-    columns = (path_column("model", "model"), *_CHECK_COLUMNS)
     rows.sort(key=lambda row: bool(row["passed"]))  # what fails is read first
     footer = [("Checks", f"{passed} of {len(rows)} passed")]
     return View(document, rows, columns, footer, alarming=lambda row: not row["passed"])
+
+
+def _entry(assertion: AssertionResult) -> dict[str, Any]:
+    """An assertion as the JSON document has it."""
+    entry = {
+        "check": assertion.check,
+        "passed": assertion.passed,
+        "found": assertion.found,
+        "wanted": assertion.wanted,
+    }
+    return entry if assertion.on_record is None else entry | {"on_record": assertion.on_record}
+
+
+def _row(assertion: AssertionResult) -> dict[str, Any]:
+    """An assertion as a table has it: where only a file's record answers, the cell says so."""
+    entry = _entry(assertion)
+    if assertion.on_record is None:
+        return entry
+    found = f"{finding(assertion.found)} (the record says so, and nothing else: {assertion.on_record})"
+    return entry | {"found": found}
+
+
+def _model_entry(found: CheckedModel) -> dict[str, Any]:
+    """One of several models as the JSON document has it."""
+    result, error = found.result, found.error
+    entry = {
+        "model": {"reference": found.model, "class": None if result is None else result.look.blueprint.root.type},
+        "passed": all(assertion.passed for assertion in found.assertions),
+        "checks": [] if result is None else [_entry(assertion) for assertion in result.assertions],
+    }
+    return entry if error is None else entry | {"error": error_document(error)}

@@ -9,6 +9,7 @@ import re
 import sys
 import time
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,15 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
+from modelcli.commands.list import Builder
+from modelcli.commands.load import LoadResult
+from modelcli.edits import parse
+from modelcli.language.references import Source
 from modelcli.model.blueprint import Blueprint, LayerTrace, ModuleInfo, Trace
+from modelcli.model.state_dict_match import Mismatch
 from modelcli.model.tensors import TensorInfo
 from modelcli.model.totals import totals_of
+from modelcli.recipe import Recipe
 from modelcli.render import writers
 from modelcli.render.documents import edit as edit_document
 from modelcli.render.documents import list as list_document
@@ -814,15 +821,8 @@ def test_an_edit_of_the_root_is_shown_as_a_dot() -> None:
 
 
 def test_load() -> None:
-    shown = load_document.load(
-        "m",
-        TIED,
-        matched=5,
-        missing=["a"],
-        unexpected=["b", "c"],
-        mismatched=[{"name": "d", "expected": [3, 4], "found": [3, 5]}],
-        outcome=[("recipe", "modelcli.toml")],
-    )
+    mismatched = (Mismatch("d", (3, 4), (3, 5)),)
+    shown = load_document.load(LoadResult("m", TIED, 5, ("a",), ("b", "c"), mismatched, Path("modelcli.toml")))
     assert {key: shown.document[key] for key in ("matched", "missing", "unexpected", "mismatched")} == {
         "matched": 5,
         "missing": ["a"],
@@ -857,23 +857,19 @@ def test_save() -> None:
 
 
 def test_list() -> None:
-    entry = {"name": "alexnet", "params": 61_100_840, "macs": 714_188_480, "weights": ["IMAGENET1K_V1"], "group": "c"}
-    shown = list_document.models([entry, entry | {"name": "odd", "macs": None, "weights": []}])
-    assert shown.document == {"schema": 1, "models": [entry, entry | {"name": "odd", "macs": None, "weights": []}]}
+    entry = Builder("alexnet", 61_100_840, 714_188_480, ("IMAGENET1K_V1",), "c")
+    shown = list_document.models([entry, replace(entry, name="odd", macs=None, weights=())])
+    row = {"name": "alexnet", "params": 61_100_840, "macs": 714_188_480, "weights": ["IMAGENET1K_V1"], "group": "c"}
+    assert shown.document == {"schema": 1, "models": [row, row | {"name": "odd", "macs": None, "weights": []}]}
     assert re.search(r"^alexnet +61,100,840 +714,188,480 +c +IMAGENET1K_V1$", to_plain(shown), re.MULTILINE)
     assert re.search(r"^Builders: +2$", to_plain(shown), re.MULTILINE)
 
 
 def test_log() -> None:
-    shown = recipe_log_document.log(
-        "alexnet",
-        "AlexNet",
-        Path("modelcli.toml"),
-        ["freeze features", "freeze a"],
-        {"weights": "DEFAULT", "key": None},
-    )
+    edits = (parse("freeze features"), parse("freeze a"))
+    shown = recipe_log_document.log(Recipe(Path("modelcli.toml"), Source("alexnet", weights="DEFAULT"), edits))
     assert shown.document["recipe"] == "modelcli.toml"
-    assert shown.document["model"] == {"reference": "alexnet", "class": "AlexNet"}
+    assert shown.document["model"] == {"reference": "alexnet", "class": None}
     assert shown.document["edits"] == ["freeze features", "freeze a"]
     plain = to_plain(shown)
     assert re.search(r"^1 +freeze features$", plain, re.MULTILINE)

@@ -18,15 +18,14 @@ def path(options: OutputOptions) -> None:
 
     modelcli cache path --json
     """
-    from modelcli.commands import blueprint_cache
+    from modelcli.commands import cache as caching
     from modelcli.render.documents import cache as documents
 
-    if output.format_of(options) == "table" and not output.is_terminal():
-        output.write(f"{blueprint_cache.folder()}\n")  # what a shell takes: rm -r "$(modelcli cache path)"
-        return
-    where, entries = blueprint_cache.folder(), blueprint_cache.entries()
-    sizes = sum(entry.stat().st_size for entry in entries if entry.exists())
-    output.show(documents.cache(where, len(entries), sizes), options)
+    kind, found = output.format_of(options), caching.state()
+    if kind == "table" and not output.is_terminal():
+        output.write(f"{found.folder}\n")  # what a shell takes: rm -r "$(modelcli cache path)"
+    else:
+        output.show(documents.cache(found), options)
 
 
 def clear(options: OutputOptions) -> None:
@@ -36,14 +35,12 @@ def clear(options: OutputOptions) -> None:
 
     modelcli cache clear --quiet
     """
-    from modelcli.commands import blueprint_cache
+    from modelcli.commands import cache as caching
     from modelcli.render.documents import cache as documents
 
     output.format_of(options)
-    removed = blueprint_cache.clear()
-    output.show(
-        documents.cache(blueprint_cache.folder(), 0, 0), options, [f"removed {counted(removed, 'entry', 'entries')}"]
-    )
+    note = f"removed {counted(caching.clear(), 'entry', 'entries')}"
+    output.show(documents.cache(caching.state()), options, [note])
 
 
 def warm(
@@ -59,14 +56,9 @@ def warm(
     modelcli cache warm 'squeezenet*'
     """
     from modelcli.commands import cache as caching
-    from modelcli.commands import identify
-    from modelcli.commands.list import builders
 
     output.format_of(options)
-    names = [entry["name"] for entry in builders(pattern)]
-    for name in progress.of_names(names, options):
-        caching.warm(name)
-    identify.keep(names, complete=pattern is None)
+    caching.warm(caching.WarmRequest(pattern), lambda names: progress.of_names(names, options))
     path(options)
 
 

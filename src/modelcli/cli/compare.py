@@ -79,20 +79,19 @@ def diff(
 
     modelcli diff resnet18 best.pth --no-values
     """
-    from modelcli.commands import diff as comparing
+    from modelcli.commands.diff import DiffRequest, Scope
+    from modelcli.commands.diff import diff as compare
     from modelcli.render.documents import diff as documents
 
     output.format_of(options)
-    comparing.check_atol(atol)
-    before, after = comparing.open_sides(*sides.sources(a, b), values=values)
-    scope = comparing.Scope(tuple(select or ()), tuple(without or ()), values=values, atol=atol)
+    scope = Scope(tuple(select or ()), tuple(without or ()), values=values, atol=atol)
+    request = DiffRequest(*sides.sources(a, b), (a, b), scope)
     with progress.of_bytes(options) as report:
-        found = comparing.compare(before, after, (a, b), scope, report)
-    warnings = (*before.warnings, *after.warnings)
+        found = compare(request, report)
     folded = output.is_screen(options) and not expand
     view = documents.diff(a, b, found, values=values, folded=folded)
     notes = [*found.notes, *output.folding_note(view, "difference")]
-    output.show(view, options, notes, warnings=warnings)
+    output.show(view, options, notes, warnings=found.warnings)
     return 0 if found.same else 1
 
 
@@ -164,11 +163,12 @@ def identify(
 
     modelcli identify bare.pth --json
     """
-    from modelcli.commands import identify as identifying
+    from modelcli.commands.identify import IdentifyRequest
+    from modelcli.commands.identify import identify as find_architecture
     from modelcli.render.documents import identify as documents
 
     output.format_of(options)
-    found = identifying.identify(checkpoint, key, lambda names: progress.of_names(names, options))
+    found = find_architecture(IdentifyRequest(checkpoint, key), lambda names: progress.of_names(names, options))
     output.show(documents.identify(checkpoint, found.matches), options, found.notes, warnings=found.look.warnings)
     return 0 if found.matches else 1
 

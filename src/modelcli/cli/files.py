@@ -1,7 +1,8 @@
 """load, save, log, undo: commands that start, write out and tend the working recipe."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -31,7 +32,8 @@ def load(
     modelcli load best.pth --arch resnet18
     """
     from modelcli import recipe
-    from modelcli.commands import load as loading
+    from modelcli.commands.load import LoadRequest
+    from modelcli.commands.load import load as start_recipe
     from modelcli.commands.target import options_given
     from modelcli.language.references import Source
     from modelcli.render.documents import load as documents
@@ -39,26 +41,11 @@ def load(
     kind = output.format_of(options)
     opened = Source(model=model, strict=strict, **options_given(source.overrides()))
     path = source.recipe or recipe.default_path()
-    loaded = loading.load(opened, path, force=force, dry_run=dry_run)
-    if loaded.recipe is not None:
-        outcome = ("recipe", f"{loaded.recipe} starts with {model}")
-    elif loaded.error is not None:
-        outcome = ("recipe", "not written: the load failed")
-    else:
-        outcome = ("recipe", "not written: --dry-run changes nothing")
-    view = documents.load(
-        model,
-        loaded.blueprint,
-        matched=loaded.matched,
-        missing=loaded.missing,
-        unexpected=loaded.unexpected,
-        mismatched=loaded.mismatched,
-        outcome=[outcome],
-        most=MOST_KEYS if kind == "table" else None,
-    )
-    output.show(view, options, loaded.notes)
-    if loaded.error is not None:
-        raise loaded.error
+    result = start_recipe(LoadRequest(opened, path, force=force, dry_run=dry_run))
+    view = documents.load(result, most=MOST_KEYS if kind == "table" else None)
+    output.show(view, options, result.notes)
+    if result.error is not None:
+        raise result.error
     return 0
 
 
@@ -113,7 +100,7 @@ def log(
     modelcli log --recipe head10.toml --json
     """
     output.format_of(options)
-    _show_log(path, options)
+    _show_log(_recipe_path(path), options)
 
 
 def undo(
@@ -133,8 +120,8 @@ def undo(
     output.format_of(options)
     where = _recipe_path(path)
     verb = "would take back" if dry_run else "took back"
-    notes = [f"{verb}: {line}" for line in recipe_log.undo(where, count, dry_run=dry_run)]
-    _show_log(path, options, notes)
+    undone = recipe_log.undo(recipe_log.UndoRequest(where, count, dry_run=dry_run))
+    _show_log(where, options, [f"{verb}: {line}" for line in undone])
 
 
 def _recipe_path(path: str | None) -> Path:
@@ -143,19 +130,11 @@ def _recipe_path(path: str | None) -> Path:
     return Path(path) if path else recipe.default_path()
 
 
-def _show_log(path: str | None, options: OutputOptions, notes: list[str] | None = None) -> None:
-    from modelcli import recipe
+def _show_log(path: Path, options: OutputOptions, notes: Sequence[str] = ()) -> None:
+    from modelcli.commands import recipe_log
     from modelcli.render.documents import recipe_log as documents
 
-    where = _recipe_path(path)
-    recipe.require(where)
-    read = recipe.read(where)
-    source = read.source
-    sizes = None if source.input_size is None else [list(size) for size in source.input_size]
-    details: dict[str, Any] = {"weights": source.weights, "arch": source.arch, "key": source.key, "seed": source.seed}
-    details |= {"input_size": sizes, "input_dtype": list(source.input_dtype), "inputs": list(source.inputs)}
-    view = documents.log(source.model, None, read.path, [str(edit) for edit in read.edits], details)
-    output.show(view, options, notes or ())
+    output.show(documents.log(recipe_log.log(path)), options, notes)
 
 
 def mount(app: typer.Typer) -> None:

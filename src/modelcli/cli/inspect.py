@@ -92,8 +92,8 @@ def summary(
 
     modelcli summary nets.py:Net --input-size 1,1,28,28 --sort params
     """
+    from modelcli.commands.look import LookRequest, torchinfo_table
     from modelcli.commands.look import look as look_at
-    from modelcli.commands.look import torchinfo_table
     from modelcli.commands.target import find_target
     from modelcli.language import selectors
     from modelcli.render.documents import summary as documents
@@ -111,7 +111,7 @@ def summary(
             raise RequestError("--layout torchinfo is a table as it is", "leave --format, --sort and --select out")
         output.write(torchinfo_table(target, mode=mode, depth=depth) + "\n")
         return
-    found = look_at(target, traced=True, mode=mode, cached=not look.no_cache)
+    found = look_at(LookRequest(target, traced=True, mode=mode, cached=not look.no_cache))
     view = documents.summary(
         target.source.model,
         found.blueprint,
@@ -159,6 +159,7 @@ def params(
 
     modelcli params best.pth --stats --sort std --top 10
     """
+    from modelcli.commands.look import LookRequest
     from modelcli.commands.look import look as look_at
     from modelcli.commands.params import select_tensors, sort_tensors
     from modelcli.commands.params import values as values_of
@@ -172,7 +173,7 @@ def params(
     if sort is not None:
         _check_key(sort, keys)
     target = find_target(named(model, look), source.overrides(), source.recipe)
-    found = look_at(target, cached=not (values or stats or look.no_cache))
+    found = look_at(LookRequest(target, cached=not (values or stats or look.no_cache)))
     tensors = select_tensors(found.blueprint, select or [], buffers=buffers, frozen=frozen, trainable=trainable)
     statistics = None
     if sort not in documents.STATS:  # what comes first is known: no other tensor is read
@@ -223,6 +224,7 @@ def modules(
 
     modelcli modules best.pth --tree
     """
+    from modelcli.commands.look import LookRequest
     from modelcli.commands.look import look as look_at
     from modelcli.commands.target import find_target
     from modelcli.language import selectors
@@ -232,7 +234,7 @@ def modules(
     if tree and as_repr:
         raise RequestError("--tree and --repr show the same in two ways", "give one of them")
     target = find_target(named(model, look), source.overrides(), source.recipe)
-    found = look_at(target, cached=not look.no_cache)
+    found = look_at(LookRequest(target, cached=not look.no_cache))
     blueprint = found.blueprint
     paths = selectors.select_modules(blueprint, select) if select else [module.path for module in blueprint.modules]
     notes = list(found.notes)
@@ -261,11 +263,11 @@ def list_builders(
 
     modelcli list 'vit_*'
     """
-    from modelcli.commands.list import builders
+    from modelcli.commands.list import ListRequest, builders
     from modelcli.render.documents import list as documents
 
     output.format_of(options)
-    output.show(documents.models(builders(pattern)), options)
+    output.show(documents.models(builders(ListRequest(pattern))), options)
 
 
 def mount(app: typer.Typer) -> None:

@@ -1,20 +1,68 @@
-"""Keep the blueprints of builders on disk before they are asked for."""
+"""The blueprints of installed models that are kept on disk: where they are, to keep them beforehand, to remove them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
 from modelcli.commands import blueprint_cache
-from modelcli.commands.look import cache_key, look
-from modelcli.commands.target import Target
 from modelcli.errors import RequestError
-from modelcli.language.references import Source
+
+#: Goes through names that each take a while, and may show how far it has come.
+Steps = Callable[[Sequence[str]], Iterable[str]]
 
 
-def warm(name: str) -> None:
-    """Keep the blueprint of a builder, if it is not kept yet. Raises RequestError where nothing may be kept, and
-    SystemFailureError where nothing can."""
+@dataclass(frozen=True)
+class WarmRequest:
+    """Whose blueprints to keep: the builders whose name contains `pattern`, or matches it; None means all."""
+
+    pattern: str | None = None
+
+
+@dataclass(frozen=True)
+class CacheState:
+    """The folder of the cache, how many blueprints are in it, and how many bytes they take."""
+
+    folder: Path
+    entries: int
+    nbytes: int
+
+
+def state() -> CacheState:
+    """The cache as it is. Raises SystemFailureError where there is no folder for one."""
+    where, entries = blueprint_cache.folder(), blueprint_cache.entries()
+    return CacheState(where, len(entries), sum(entry.stat().st_size for entry in entries if entry.exists()))
+
+
+def clear() -> int:
+    """Remove every blueprint; gives their number."""
+    return blueprint_cache.clear()
+
+
+def warm(request: WarmRequest, steps: Steps = iter) -> None:
+    """Keep the blueprints of builders, so that a look at one needs no torch.
+
+    Raises RequestError where no builder matches and where nothing may be kept, SystemFailureError where nothing can.
+    """
+    from modelcli.commands import identify
+    from modelcli.commands.list import ListRequest, builders
+
+    names = [builder.name for builder in builders(ListRequest(request.pattern))]
+    for name in steps(names):
+        _keep(name)
+    identify.keep(names, complete=request.pattern is None)
+
+
+def _keep(name: str) -> None:
+    """Keep the blueprint of a builder, if it is not kept yet."""
+    from modelcli.commands.look import LookRequest, cache_key, look
+    from modelcli.commands.target import Target
+    from modelcli.language.references import Source
+
     if blueprint_cache.is_off():
         raise RequestError("$MODELCLI_NO_CACHE is set: no blueprint would be kept", "unset MODELCLI_NO_CACHE")
     target = Target(Source(model=name))
-    found = look(target, traced=True)
+    found = look(LookRequest(target, traced=True))
     if (key := cache_key(target, "eval")) is not None:
         blueprint_cache.require(key, found.blueprint)

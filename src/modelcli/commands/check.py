@@ -12,7 +12,7 @@ from modelcli.checkpoints.entries import CompositeEntry
 from modelcli.commands import diff, params
 from modelcli.commands.diff import Progress, Scope
 from modelcli.commands.diff_structure import TensorChange
-from modelcli.commands.look import Look, built, look, without_record
+from modelcli.commands.look import Look, LookRequest, built, look, without_record
 from modelcli.commands.target import Target
 from modelcli.errors import ModelcliError, RequestError, did_you_mean
 from modelcli.language import selectors
@@ -174,7 +174,7 @@ def check(request: CheckRequest, progress: Progress | None = None) -> CheckResul
     target, wanted, cached = request.target, request.assertions, request.cached
     wanted.require_sense()
     needs_values = wanted.finite or bool(wanted.same_as)
-    found = look(target, traced=bool(wanted.output_shapes), cached=cached and not needs_values)
+    found = look(LookRequest(target, traced=bool(wanted.output_shapes), cached=cached and not needs_values))
     notes = list(found.notes)
     checks = _of_structure(found, wanted)
     if any(_rests_on_record(found, row) for row in checks):

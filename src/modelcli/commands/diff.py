@@ -17,7 +17,7 @@ from modelcli.checkpoints.limits import Budget
 from modelcli.checkpoints.torch_pickle import value_digests
 from modelcli.commands import diff_structure
 from modelcli.commands.diff_structure import Comparison, TensorChange
-from modelcli.commands.look import Look, look, stdout_is_for_data
+from modelcli.commands.look import Look, LookRequest, look, stdout_is_for_data
 from modelcli.commands.target import Target
 from modelcli.errors import RequestError
 from modelcli.language.quoting import command
@@ -48,6 +48,24 @@ class Scope:
     atol: float = 0.0
 
 
+@dataclass(frozen=True)
+class DiffRequest:
+    """The two models to compare, and what of them. `names` are what notes call the two."""
+
+    one: Source
+    other: Source
+    names: tuple[str, str]
+    scope: Scope = Scope()
+
+
+def diff(request: DiffRequest, progress: Progress | None = None) -> Comparison:
+    """Open two models and compare them: see `compare`."""
+    check_atol(request.scope.atol)
+    one, other = open_sides(request.one, request.other, values=request.scope.values)
+    found = compare(one, other, request.names, request.scope, progress)
+    return replace(found, warnings=(*one.warnings, *other.warnings))
+
+
 def open_sides(one: Source, other: Source, *, values: bool) -> tuple[Look, Look]:
     """Both models to compare. A key that they share is for the sides that are training checkpoints, if any is."""
     if one.key is not None and one.key == other.key:
@@ -73,7 +91,7 @@ def open_side(source: Source, *, values: bool) -> Look:
         source = replace(source, weights=None)
     else:
         source = replace(source, arch=None, key=None)
-    return look(Target(source), cached=not values)
+    return look(LookRequest(Target(source), cached=not values))
 
 
 @stdout_is_for_data

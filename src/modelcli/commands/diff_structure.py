@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 from modelcli.errors import RequestError
 from modelcli.language import selectors
 from modelcli.language.quoting import quoted
 from modelcli.model.blueprint import Blueprint, ModuleInfo
 from modelcli.model.paths import lies_in
-from modelcli.model.tensors import TensorInfo
+from modelcli.model.tensors import Shape, TensorInfo
 
 
 @dataclass(frozen=True)
@@ -25,18 +25,29 @@ class ModuleChange:
 
 
 @dataclass(frozen=True)
+class TensorKind:
+    """The shape and dtype of a tensor that one model alone has. `shape` is None for a lazy one."""
+
+    shape: Shape | None
+    dtype: str
+
+
+#: What one model has: a shape, a dtype, a layout or a flag; a kind where the other model lacks the tensor.
+Side = Shape | TensorKind | str | bool | None
+
+
+@dataclass(frozen=True)
 class TensorChange:
     """How one tensor differs; one that differs in several ways has a change for each.
 
-    `before` and `after` are a shape, a dtype, a layout or a flag; a dict of shape and dtype where the tensor is new or
-    gone, and None for values and for those not compared. `max_abs_diff` is that of values: NaN where one side alone has
-    a NaN, None where the bytes differ and are no numbers. What was not compared may be the same or not.
+    `before` and `after` are None for values, and for tensors that were not compared, which may be the same or not.
+    `max_abs_diff` is that of values: NaN where only one side has a NaN, None where bytes differ that are no numbers.
     """
 
     name: str
     change: Literal["added", "removed", "shape", "dtype", "layout", "trainable", "values", "not compared"]
-    before: Any = None
-    after: Any = None
+    before: Side = None
+    after: Side = None
     max_abs_diff: float | None = None
 
 
@@ -48,6 +59,7 @@ class Comparison:
     tensors: tuple[TensorChange, ...]
     equal: int
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def same(self) -> bool:
@@ -219,10 +231,10 @@ def _printed(module: ModuleInfo) -> str:
 def _tensor_changes(name: str, before: TensorInfo | None, after: TensorInfo | None) -> list[TensorChange]:
     """How a tensor differs in all but its values."""
     if before is None or after is None:
-        return [TensorChange(name, "added" if before is None else "removed", _summary(before), _summary(after))]
+        return [TensorChange(name, "added" if before is None else "removed", _kind(before), _kind(after))]
     changes = []
     if before.shape != after.shape:
-        changes.append(TensorChange(name, "shape", _shape(before), _shape(after)))
+        changes.append(TensorChange(name, "shape", before.shape, after.shape))
     if before.dtype != after.dtype:
         changes.append(TensorChange(name, "dtype", before.dtype, after.dtype))
     if before.layout != after.layout:
@@ -238,9 +250,5 @@ def _is_comparable(before: TensorInfo, after: TensorInfo) -> bool:
     return before.shape is not None and (before.shape, before.layout) == (after.shape, after.layout)
 
 
-def _shape(tensor: TensorInfo) -> list[int] | None:
-    return None if tensor.shape is None else list(tensor.shape)
-
-
-def _summary(tensor: TensorInfo | None) -> dict[str, Any] | None:
-    return None if tensor is None else {"shape": _shape(tensor), "dtype": tensor.dtype}
+def _kind(tensor: TensorInfo | None) -> TensorKind | None:
+    return None if tensor is None else TensorKind(tensor.shape, tensor.dtype)

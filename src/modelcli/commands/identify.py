@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from modelcli import resolve
 from modelcli.commands import blueprint_cache, known_builders
-from modelcli.commands.look import LOOKS_LIKE, Look, cache_key, look, stdout_is_for_data
+from modelcli.commands.look import LOOKS_LIKE, Look, LookRequest, cache_key, look, stdout_is_for_data
 from modelcli.commands.target import Target
 from modelcli.errors import RequestError
 from modelcli.language.quoting import quoted
@@ -24,7 +24,15 @@ Steps = Callable[[Sequence[str]], Iterable[str]]
 
 
 @dataclass(frozen=True)
-class Identified:
+class IdentifyRequest:
+    """A checkpoint, and the key of the state dict in it where it holds several."""
+
+    checkpoint: str
+    key: str | None = None
+
+
+@dataclass(frozen=True)
+class IdentifyResult:
     """The models that a checkpoint fits exactly, or those that come near, the nearest first; none may be."""
 
     look: Look
@@ -32,15 +40,16 @@ class Identified:
     notes: tuple[str, ...] = ()
 
 
-def identify(checkpoint: str, key: str | None = None, steps: Steps = iter) -> Identified:
+def identify(request: IdentifyRequest, steps: Steps = iter) -> IdentifyResult:
     """Compare a checkpoint with every builder of torchvision; what is not in the cache is built, on the meta device.
 
     Prefixes of wrappers are stripped. Raises RequestError for what is no checkpoint.
     """
-    source = Source(checkpoint, key=key)
+    checkpoint = request.checkpoint
+    source = Source(checkpoint, key=request.key)
     if not isinstance(resolve.reference_of(source), CheckpointFile):
         raise RequestError(f"{checkpoint} is no checkpoint: it says itself which model it is", "name a file: best.pth")
-    found = look(Target(source))
+    found = look(LookRequest(Target(source)))
     shapes, unwrapping = state_dict_match.unwrapped(state_dict_match.shapes_of(found.blueprint.tensors))
     matches = state_dict_match.best(shapes, _models(steps), MOST)
     notes = [note for note in found.notes if not note.startswith(LOOKS_LIKE)]
@@ -53,7 +62,7 @@ def identify(checkpoint: str, key: str | None = None, steps: Steps = iter) -> Id
             notes.append(f"{words} is its architecture: modelcli load {quoted(checkpoint)} {words}")
         elif (fitting := _with_classes(first, shapes)) is not None:
             notes.append(f"{fitting} fits exactly: modelcli load {quoted(checkpoint)} --arch {quoted(fitting)}")
-    return Identified(found, tuple(matches), tuple(notes))
+    return IdentifyResult(found, tuple(matches), tuple(notes))
 
 
 def keep(names: Sequence[str], *, complete: bool) -> None:

@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 from modelcli.errors import RequestError
 
 
-def builders(pattern: str | None) -> list[dict[str, Any]]:
-    """torchvision's builders that contain the pattern, or match it where it has a wildcard."""
+@dataclass(frozen=True)
+class ListRequest:
+    """Which builders: those whose name contains `pattern`, or matches it where it has a wildcard; None means all."""
+
+    pattern: str | None = None
+
+
+@dataclass(frozen=True)
+class Builder:
+    """A builder, with what its library publishes of its default weights: parameters and multiply-accumulates."""
+
+    name: str
+    params: int | None
+    macs: int | None
+    weights: tuple[str, ...]
+    group: str
+
+
+def builders(request: ListRequest) -> tuple[Builder, ...]:
+    """The builders that match. Raises RequestError where none does."""
     import fnmatch
 
     from modelcli.live import zoo
 
-    names = zoo.builder_names()
+    names, pattern = zoo.builder_names(), request.pattern
     if pattern:
         glob = pattern if any(character in pattern for character in "*?[") else f"*{pattern}*"
         chosen = [name for name in names if fnmatch.fnmatchcase(name, glob)]
@@ -21,13 +39,5 @@ def builders(pattern: str | None) -> list[dict[str, Any]]:
             near = zoo.nearest_names(pattern)
             raise RequestError(f"no builder matches {pattern!r}", f"nearest: {', '.join(near)}" if near else None)
         names = chosen
-    return [
-        {
-            "name": info.name,
-            "params": info.params,
-            "macs": info.macs,
-            "weights": list(info.weights),
-            "group": info.group,
-        }
-        for info in map(zoo.describe, names)
-    ]
+    found = map(zoo.describe, names)
+    return tuple(Builder(info.name, info.params, info.macs, info.weights, info.group) for info in found)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from modelcli.commands import blueprint_cache
 from modelcli.commands.look import cache_key, keep_blueprint, likeness_of, stdout_is_for_data
@@ -13,6 +12,7 @@ from modelcli.commands.target import Target, notes_of_python, seen_from
 from modelcli.errors import ModelcliError, RequestError
 from modelcli.language.references import Source
 from modelcli.model.blueprint import Blueprint
+from modelcli.model.state_dict_match import Mismatch
 from modelcli.wording import counted
 
 if TYPE_CHECKING:
@@ -20,26 +20,38 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """How a model's keys fit. `error` is set where the load fails; then no recipe was written."""
+class LoadRequest:
+    """The model, and the recipe to start with it: with `force` over one that has edits, with `dry_run` not at all."""
 
+    source: Source
+    recipe: Path
+    force: bool = False
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class LoadResult:
+    """How a checkpoint's keys fit the architecture. `error` is set where the load fails; then no recipe was written."""
+
+    reference: str
     blueprint: Blueprint
     matched: int
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
-    mismatched: tuple[Mapping[str, Any], ...] = ()
+    mismatched: tuple[Mismatch, ...] = ()
     recipe: Path | None = None
     notes: tuple[str, ...] = ()
     error: ModelcliError | None = None
 
 
 @stdout_is_for_data
-def load(source: Source, recipe_path: Path, *, force: bool, dry_run: bool) -> Loaded:
+def load(request: LoadRequest) -> LoadResult:
     """Check that a model loads, and start the working recipe with it."""
     from modelcli import recipe
     from modelcli.live import opening
 
-    # Missing and unexpected keys are shown, not raised: the command decides what they come to.
+    source, recipe_path = request.source, request.recipe
+    # Keys that do not match are in the result: the command shows them, and then raises its `error`.
     live = opening.open_live(source, report_only=True)
     report = live.report
     error = None
@@ -54,22 +66,20 @@ def load(source: Source, recipe_path: Path, *, force: bool, dry_run: bool) -> Lo
         opening.load_weights(live)
     blueprint = live.describe()
     live.notes += _of_numbers(live)
-    loaded = Loaded(
+    loaded = LoadResult(
+        reference=source.model,
         blueprint=blueprint,
         matched=report.matched if report else sum(tensor.persistent for tensor in blueprint.tensors),
         missing=report.missing if report else (),
         unexpected=report.unexpected if report else (),
-        mismatched=tuple(
-            {"name": item.name, "expected": list(item.expected), "found": list(item.found)}
-            for item in (report.mismatched if report else ())
-        ),
+        mismatched=report.mismatched if report else (),
         notes=(*live.notes, *likeness_of(live)),
         error=error,
     )
-    if error is not None or dry_run:
+    if error is not None or request.dry_run:
         return loaded
     with recipe.locked(recipe_path):
-        if recipe_path.exists() and not force and (count := len(recipe.read(recipe_path).edits)):
+        if recipe_path.exists() and not request.force and (count := len(recipe.read(recipe_path).edits)):
             raise RequestError(
                 f"{recipe_path} has {counted(count, 'edit')}",
                 "--force starts it anew; --recipe names another",

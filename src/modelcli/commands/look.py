@@ -40,6 +40,19 @@ R = TypeVar("R")
 
 
 @dataclass(frozen=True)
+class LookRequest:
+    """A model to look at. With `traced` the blueprint has a forward pass in it, made in `mode`: `eval` or `train`.
+
+    Without `cached` the model is built anew where it is not a file, and nothing is kept.
+    """
+
+    target: Target
+    traced: bool = False
+    mode: str = "eval"
+    cached: bool = True
+
+
+@dataclass(frozen=True)
 class Look:
     """A blueprint to show, and what to tell about it. `warnings` are told whoever wants to hear nothing.
 
@@ -78,13 +91,14 @@ def stdout_is_for_data(function: Callable[P, R]) -> Callable[P, R]:
 
 
 @stdout_is_for_data
-def look(target: Target, *, traced: bool = False, mode: str = "eval", cached: bool = True) -> Look:
-    """The blueprint of a model as it stands, its recipe's edits applied. With `traced`, with a forward pass in it.
+def look(request: LookRequest) -> Look:
+    """The blueprint of a model, its recipe's edits applied.
 
-    Blueprints of installed models are kept on disk and taken from there, unless `cached` is False.
+    Blueprints of installed models are kept on disk and taken from there.
     """
+    target, traced = request.target, request.traced
     with target.noted():
-        found = _looked(target, traced=traced, mode=mode, cached=cached)
+        found = _looked(target, traced=traced, mode=request.mode, cached=request.cached)
     made = found.blueprint.trace if traced else None
     return replace(found, notes=(*target.notes, *found.notes, *(made.notes if made is not None else ())))
 

@@ -118,11 +118,11 @@ def blueprint(
     """
     shapes = None if input_size is None else _shapes(input_size)
     if isinstance(model, str | os.PathLike):
-        from modelcli.commands.look import look
+        from modelcli.commands.look import LookRequest, look
         from modelcli.commands.target import Target
 
         source = Source(_reference(model), arch=arch, key=key, input_size=shapes)
-        return look(Target(source), traced=True).blueprint
+        return look(LookRequest(Target(source), traced=True)).blueprint
     if arch is not None or key is not None:
         raise RequestError("arch and key are for checkpoints, and the model is a module already")
     from modelcli.live import opening

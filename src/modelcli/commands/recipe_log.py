@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from modelcli.errors import RequestError
 from modelcli.wording import counted
 
+if TYPE_CHECKING:
+    from modelcli.recipe import Recipe
 
-def undo(path: Path, count: int, *, dry_run: bool = False) -> list[str]:
-    """Take back the last edits of a recipe. Raises RequestError where there are none."""
+
+@dataclass(frozen=True)
+class UndoRequest:
+    """How many edits to take back from the end of a recipe; with `dry_run` the recipe stays as it is."""
+
+    recipe: Path
+    count: int = 1
+    dry_run: bool = False
+
+
+def log(path: Path) -> Recipe:
+    """A recipe. Raises RequestError where there is none."""
     from modelcli import recipe
 
+    recipe.require(path)
+    return recipe.read(path)
+
+
+def undo(request: UndoRequest) -> tuple[str, ...]:
+    """Take back the last edits of a recipe, and give them in order. Raises RequestError where there are not so many."""
+    from modelcli import recipe
+
+    path, count = request.recipe, request.count
     recipe.require(path)
     with recipe.locked(path):
         read = recipe.read(path)
@@ -19,6 +42,6 @@ def undo(path: Path, count: int, *, dry_run: bool = False) -> list[str]:
             raise RequestError(f"{path} has no edits to take back")
         if count > len(read.edits):
             raise RequestError(f"{path} has {counted(len(read.edits), 'edit')} to take back, not {count}")
-        if dry_run:
-            return [str(edit) for edit in read.edits[-count:]]
-        return recipe.take_back(path, count)
+        if not request.dry_run:
+            return tuple(recipe.take_back(path, count))
+        return tuple(str(edit) for edit in read.edits[-count:])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from modelcli.render.documents.common import SCHEMA
 from modelcli.render.views import (
@@ -12,10 +12,13 @@ from modelcli.render.views import (
 )
 from modelcli.wording import counted
 
+if TYPE_CHECKING:
+    from modelcli.commands.cache import CacheState
 
-def cache(folder: Path, entries: int, nbytes: int) -> View:
+
+def cache(found: CacheState) -> View:
     """Where blueprints are kept, and what they take."""
-    row = {"path": str(folder), "entries": entries, "bytes": nbytes}
+    row = {"path": str(found.folder), "entries": found.entries, "bytes": found.nbytes}
     columns = (
         Column("path", "path", style="cyan", flexible=True, vital=True, cut="middle"),
         Column("entries", "entries", lambda value: counted(value, "entry", "entries"), right=True),

@@ -6,7 +6,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from modelcli.model.paths import shown
@@ -21,7 +20,7 @@ from modelcli.render.views import (
 from modelcli.wording import counted, is_or_are
 
 if TYPE_CHECKING:
-    from modelcli.commands.diff_structure import Comparison, ModuleChange, TensorChange
+    from modelcli.commands.diff_structure import Comparison, ModuleChange, Side, TensorChange
 
 
 def diff(a: str, b: str, found: Comparison, *, values: bool, folded: bool = False) -> View:
@@ -29,8 +28,8 @@ def diff(a: str, b: str, found: Comparison, *, values: bool, folded: bool = Fals
 
     Where `folded`, the table has one row for the same change of numbered siblings; the document has a row for each.
     """
-    modules = [{**asdict(change), "path": shown(change.path)} for change in found.modules]
-    tensors = [asdict(change) for change in found.tensors]
+    modules = [_module_entry(change) for change in found.modules]
+    tensors = [_tensor_entry(change) for change in found.tensors]
     document = {"schema": SCHEMA, "a": a, "b": b, "same": found.same, "modules": modules, "tensors": tensors}
     rows = [{"kind": "module", "name": row["path"], **row, **_what_differs(row)} for row in modules]
     rows += [{"kind": "tensor", **row} for row in tensors]
@@ -59,6 +58,29 @@ def diff(a: str, b: str, found: Comparison, *, values: bool, folded: bool = Fals
     if largest is not None:
         footer.append(("Largest difference", f"{number(largest.max_abs_diff)} in {largest.name}"))
     return View(document, rows, columns, footer, folded=every - len(rows))
+
+
+def _module_entry(change: ModuleChange) -> dict[str, Any]:
+    return {"path": shown(change.path), "change": change.change, "before": change.before, "after": change.after}
+
+
+def _tensor_entry(change: TensorChange) -> dict[str, Any]:
+    return {
+        "name": change.name,
+        "change": change.change,
+        "before": _json(change.before),
+        "after": _json(change.after),
+        "max_abs_diff": change.max_abs_diff,
+    }
+
+
+def _json(side: Side) -> Any:
+    """What one model has, as JSON values: shapes are lists."""
+    if isinstance(side, str | bool) or side is None:
+        return side
+    if isinstance(side, tuple):
+        return list(side)
+    return {"shape": _json(side.shape), "dtype": side.dtype}
 
 
 def _looks_of_difference(row: Mapping[str, Any]) -> tuple[object, ...]:

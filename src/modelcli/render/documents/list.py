@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from modelcli.render.documents.common import SCHEMA
-from modelcli.render.views import (
-    Column,
-    View,
-    count,
-    path_column,
-)
+from modelcli.render.views import Column, View, count, path_column
+
+if TYPE_CHECKING:
+    from modelcli.commands.list import Builder
 
 
-def models(entries: Sequence[Mapping[str, Any]]) -> View:
-    """The torchvision builders."""
-    document = {"schema": SCHEMA, "models": [dict(entry) for entry in entries]}
+def models(builders: Sequence[Builder]) -> View:
+    """One row a builder."""
+    rows = [
+        {
+            "name": builder.name,
+            "params": builder.params,
+            "macs": builder.macs,
+            "weights": list(builder.weights),
+            "group": builder.group,
+        }
+        for builder in builders
+    ]
     columns = (
         path_column("name", "name"),
         Column("params", "params", count, right=True),
@@ -24,4 +31,4 @@ def models(entries: Sequence[Mapping[str, Any]]) -> View:
         Column("group", "group", optional=3),
         Column("weights", "weights", lambda value: " ".join(value), optional=1),
     )
-    return View(document, list(entries), columns, [("Builders", count(len(entries)))])
+    return View({"schema": SCHEMA, "models": rows}, rows, columns, [("Builders", count(len(rows)))])

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from modelcli.model.blueprint import Blueprint
 from modelcli.render.documents.common import SCHEMA, model_of
 from modelcli.render.views import (
     Column,
@@ -15,32 +13,28 @@ from modelcli.render.views import (
     shape,
 )
 
+if TYPE_CHECKING:
+    from modelcli.commands.load import LoadResult
 
-def load(
-    reference: str,
-    blueprint: Blueprint,
-    *,
-    matched: int,
-    missing: Sequence[str],
-    unexpected: Sequence[str],
-    mismatched: Sequence[Mapping[str, Any]],
-    outcome: Sequence[tuple[str, str]],
-    most: int | None = None,
-) -> View:
+
+def load(result: LoadResult, *, most: int | None = None) -> View:
     """How a checkpoint's keys fit the architecture; the table has at most so many rows of each kind of problem."""
+    mismatched = [
+        {"name": item.name, "expected": list(item.expected), "found": list(item.found)} for item in result.mismatched
+    ]
     document = {
         "schema": SCHEMA,
-        "model": model_of(reference, blueprint),
-        "matched": matched,
-        "missing": list(missing),
-        "unexpected": list(unexpected),
-        "mismatched": [dict(mismatch) for mismatch in mismatched],
+        "model": model_of(result.reference, result.blueprint),
+        "matched": result.matched,
+        "missing": list(result.missing),
+        "unexpected": list(result.unexpected),
+        "mismatched": mismatched,
     }
     rows: list[dict[str, Any]] = [
         {"name": item["name"], "problem": "mismatched", "expected": item["expected"], "found": item["found"]}
         for item in mismatched[:most]
     ]
-    for problem, names in (("missing", missing), ("unexpected", unexpected)):
+    for problem, names in (("missing", result.missing), ("unexpected", result.unexpected)):
         rows += [{"name": name, "problem": problem, "expected": None, "found": None} for name in names[:most]]
     columns = (
         path_column("name", "name"),
@@ -49,12 +43,20 @@ def load(
         Column("found", "found", shape),
     )
     footer = [
-        ("matched", count(matched)),
-        ("missing", _of_which(len(missing), most)),
-        ("unexpected", _of_which(len(unexpected), most)),
-        ("mismatched", _of_which(len(mismatched), most)),
+        ("matched", count(result.matched)),
+        ("missing", _of_which(len(result.missing), most)),
+        ("unexpected", _of_which(len(result.unexpected), most)),
+        ("mismatched", _of_which(len(result.mismatched), most)),
+        ("recipe", _recipe_text(result)),
     ]
-    return View(document, rows, columns, [*footer, *outcome], header=bool(rows))
+    return View(document, rows, columns, footer, header=bool(rows))
+
+
+def _recipe_text(result: LoadResult) -> str:
+    """What became of the recipe."""
+    if result.recipe is not None:
+        return f"{result.recipe} starts with {result.reference}"
+    return "not written: the load failed" if result.error is not None else "not written: --dry-run changes nothing"
 
 
 def _of_which(number: int, most: int | None) -> str:

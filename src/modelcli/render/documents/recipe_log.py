@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from modelcli.render.documents.common import SCHEMA
-from modelcli.render.views import (
-    Column,
-    View,
-    text,
-)
+from modelcli.render.views import Column, View, text
+
+if TYPE_CHECKING:
+    from modelcli.recipe import Recipe
 
 
-def log(reference: str, kind: str | None, recipe: Path, lines: Sequence[str], details: Mapping[str, Any]) -> View:
-    """The working recipe, an edit a row."""
+def log(recipe: Recipe) -> View:
+    """One row an edit, and the other lines of the recipe below."""
+    source, lines = recipe.source, [str(edit) for edit in recipe.edits]
+    details: dict[str, Any] = {
+        "weights": source.weights,
+        "arch": source.arch,
+        "key": source.key,
+        "seed": source.seed,
+        "input_size": None if source.input_size is None else [list(size) for size in source.input_size],
+        "input_dtype": list(source.input_dtype),
+        "inputs": list(source.inputs),
+    }
     document = {
         "schema": SCHEMA,
-        "recipe": str(recipe),
-        "model": {"reference": reference, "class": kind},
+        "recipe": str(recipe.path),
+        "model": {"reference": source.model, "class": None},
         **details,
-        "edits": list(lines),
+        "edits": lines,
     }
     rows = [{"number": number, "edit": line} for number, line in enumerate(lines, 1)]
     columns = (Column("number", "#", right=True), Column("edit", "edit", flexible=True, cut="middle"))
-    footer = [("recipe", str(recipe)), ("model", reference)]
-    told = dict(details)
-    if sizes := told.get("input_size"):
-        told["input_size"] = " and ".join(",".join(map(str, size)) for size in sizes)  # as the option is written
-    footer += [(key, text(value)) for key, value in told.items() if value not in (None, [], ())]
+    footer = [("recipe", str(recipe.path)), ("model", source.model)]
+    if sizes := details["input_size"]:
+        details["input_size"] = " and ".join(",".join(map(str, size)) for size in sizes)  # as the option is written
+    footer += [(key, text(value)) for key, value in details.items() if value not in (None, [])]
     return View(document, rows, columns, footer, header=bool(rows))

@@ -1,4 +1,4 @@
-"""What can go wrong, each with its exit code. The core raises these; `cli` alone turns them into words on a screen."""
+"""The errors of modelcli, each with its exit code. The core raises them; only `cli` prints them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from collections.abc import Iterable
 
 
 class ModelcliError(Exception):
-    """An error with a message for a person, a hint at what to do next, and an exit code for a script.
+    """An error with a message and a hint for a person, and an exit code for a script.
 
-    `kind` names the class of error in JSON; `message` says what was wrong, with the value; `hint`, where there is
-    one, says what to do next. `notes` are what was noted on the way to it, and may be where it comes from.
+    Attributes:
+        kind: the name of the error class in JSON.
+        message: what was wrong, with the value that was wrong.
+        hint: what to do next, or None.
+        notes: the notes collected before the error was raised; they may explain it.
     """
 
     exit_code = 2
@@ -26,39 +29,39 @@ class ModelcliError(Exception):
 
 
 class AnswerNoError(ModelcliError):
-    """The question was understood and the answer is no: a strict load that does not match."""
+    """The command ran and its answer is no, such as a strict load with keys that do not match."""
 
     exit_code = 1
     kind = "no"
 
 
 class RequestError(ModelcliError):
-    """The request is wrong: usage, reference, selector, expression, shapes."""
+    """The request is wrong: an option, a reference, a selector, an expression or a shape."""
 
 
 class UnsafeError(ModelcliError):
-    """Refused, because it would run code that came with a file."""
+    """modelcli refuses the request because it would run code that came with a file."""
 
     exit_code = 3
     kind = "unsafe"
 
 
 class FileFormatError(ModelcliError):
-    """The file is corrupt, or of no kind that is known here."""
+    """The file is corrupt, or has a format that modelcli does not know."""
 
     exit_code = 4
     kind = "format"
 
 
 class SystemFailureError(ModelcliError):
-    """The system failed: no space, no permission, no memory, no network."""
+    """The system failed: it has no space, permission, memory or network."""
 
     exit_code = 5
     kind = "system"
 
 
 def closest(word: str, candidates: Iterable[str], count: int = 3) -> list[str]:
-    """The candidates most like `word`, best first; case is ignored before it is counted."""
+    """Return the `count` candidates most similar to `word`, best first. Case is ignored."""
     import difflib
 
     pool = list(candidates)
@@ -70,7 +73,7 @@ def closest(word: str, candidates: Iterable[str], count: int = 3) -> list[str]:
 
 
 def did_you_mean(word: str, candidates: Iterable[str]) -> str | None:
-    """`did you mean alexnet?`, or None where nothing comes near. The word itself is no answer to it."""
+    """Return `did you mean alexnet?`, or None if no candidate other than `word` itself is similar."""
     names = closest(word, (name for name in candidates if name != word))
     if not names:
         return None

@@ -1,4 +1,4 @@
-"""Counts of things and lists of names, as a sentence has them."""
+"""Counts and lists of names, worded for use in a sentence."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 
 def counted(number: int, noun: str, several: str | None = None) -> str:
-    """`1 tensor`, `5,000 tensors`; `several` is the plural where it is no more than an s."""
+    """Return `1 tensor` or `5,000 tensors`. `several` is the plural if it is not the noun with an s."""
     return f"{number:,} {noun if number == 1 else several or f'{noun}s'}"
 
 
 def listed(names: Sequence[str], most: int) -> str:
-    """The first names, and how many more there are: `a, b and 3 more`."""
+    """Return the first `most` names and the number of the others: `a, b and 3 more`."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 

@@ -199,7 +199,7 @@ def test_what_wrappers_put_into_keys_is_removed_and_said(cli: Cli, folder: Path,
     weights = [tensor for name, tensor in state.items() if not name.endswith("n_averaged")]
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(loaded.state_dict().values(), weights, strict=True))
     if kind.startswith("averaged"):
-        assert any("n_averaged counts its averages, and was left out" in note for note in result["notes"])
+        assert any("n_averaged counts its averages and was left out" in note for note in result["notes"])
 
 
 def body_file(folder: Path) -> None:

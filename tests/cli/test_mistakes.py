@@ -89,7 +89,7 @@ MISTAKES = {
     "a dtype that no input has": (
         "summary alexnet --input-dtype quint8",
         2,
-        "error: no input is made of quint8, a quantized dtype\nhint: float32, bfloat16 or int64",
+        "error: an input cannot have the quantized dtype quint8\nhint: float32, bfloat16 or int64",
     ),
     "no recipe to show": (
         "log",

@@ -109,7 +109,7 @@ def test_the_spelling_without_parentheses(words: str, same: str) -> None:
         (["Linear", "in_features=3", "10"], "'10' comes after in_features="),
         (["Linear", "bias=True", "bias=False"], "bias is given twice"),
         (["Linear", "4", "5", "bias="], "bias= has no value"),
-        (["Linear", "3*'a'"], "arithmetic is for numbers"),
+        (["Linear", "3*'a'"], "arithmetic needs numbers"),
         (["Linear", "class=3"], r"cannot read 'Linear\(class=3\)'"),
         (["None", "3"], r"'None' is not allowed in 'None\(3\)'"),
         (["Sequential", *["1"] * 2001], "more than 2000 parts"),
@@ -191,8 +191,8 @@ def test_anything_else_is_refused(code: str) -> None:
     reasons = (
         "not allowed",
         "cannot read",
-        "arithmetic is for numbers",
-        "a dict's keys",
+        "arithmetic needs numbers",
+        "dictionary keys",
         "given twice",
         "not a module",
     )

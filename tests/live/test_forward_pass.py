@@ -471,7 +471,7 @@ def test_inputs_are_given_to_plain_torch_as_they_are_stated() -> None:
         (("z=2,4",), "no argument 'z'"),
         (("x=2,a",), "'2,a' is not a shape"),
         (("x=2,4:float31",), "no dtype 'float31'"),
-        (("x=2,4:quint8",), "no input is made of quint8, a quantized dtype"),
+        (("x=2,4:quint8",), "an input cannot have the quantized dtype quint8"),
         (("x y=2,4",), "'x y' is not the name of an argument"),
         (("none", "x=2,4"), "--input none says that forward takes nothing"),
         (("x=2,4", "x=2,4"), "input x is stated twice"),

@@ -295,7 +295,7 @@ def test_prefixes_of_wrappers_are_stripped(cli: Cli) -> None:
     torch.save(state, "wrapped.pth")
     result = cli("load", "wrapped.pth", "--arch", "Linear(2,3)", "--json")
     assert result.json["matched"] == 2
-    assert result.json["notes"] == ["stripped 'module._orig_mod.' from every key: a wrapper had put it there"]
+    assert result.json["notes"] == ["stripped 'module._orig_mod.' from every key: a wrapper had added it"]
 
 
 def test_strict_and_not(cli: Cli, folder: Path) -> None:

@@ -1,7 +1,7 @@
-"""Module expressions: `Linear(4096, _)` as plain data. The text is parsed with `ast`; nothing is ever evaluated.
+"""Module expressions such as `Linear(4096, _)`, as plain data. `ast` parses the text; nothing is ever evaluated.
 
-A value is None, a bool, int, float, str, a tuple, list or dict of values, a `Name` (a class or a dtype), a `Call`, or
-`HOLE` (`_`, "as it was").
+A value is None, a bool, int, float or str, a tuple, list or dict of values, a `Name` (a class or a dtype), a `Call`,
+or `HOLE` (`_`: keep the old argument).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Name:
 
 @dataclass(frozen=True, slots=True)
 class Hole:
-    """`_`: the argument as it was."""
+    """`_`: keep the old argument."""
 
 
 HOLE: Final = Hole()
@@ -55,19 +55,25 @@ class Call:
 
     @property
     def has_hole(self) -> bool:
-        """Whether `_` stands anywhere in it, nested calls included."""
+        """Whether the call contains `_`, in nested calls too."""
         return holds_hole(self)
 
 
-#: What to do next where a module was meant and the text is none.
+#: The hint for a text that should be a module expression and is not.
 _WRITE_MODULE = "write Linear(4096, 10)"
 
 
 def parse(text: str, *, kind: str = "a module expression", hint: str = _WRITE_MODULE) -> Call:
     """Parse `Name(arguments)`, or `Name` alone for a call without arguments.
 
-    Raises RequestError that shows the part that is no literal, or the limit that is exceeded. `kind` and `hint` are
-    how it tells what was asked for.
+    Args:
+        text: the expression.
+        kind: what the text should be, for the error message.
+        hint: the hint of the error.
+
+    Raises:
+        RequestError: the text contains something other than literals, names and calls, or exceeds a limit. The
+            message shows the part.
     """
     value = parse_value(text, hint=hint)
     if isinstance(value, Name):
@@ -95,12 +101,12 @@ def parse_named(text: str) -> Call:
 
 
 def parse_value(text: str, *, hint: str = _WRITE_MODULE) -> Value:
-    """Parse any value of the language."""
+    """Parse any value: a literal, a name, a call or `_`. Raises RequestError as `parse` does."""
     if len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
-        raise RequestError(f"an expression of {len(text)} characters; the limit is {MAX_BYTES // 1024} KiB")
-    text = text.strip().replace("\r\n", "\n").replace("\r", "\n")  # as Python itself reads lines
+        raise RequestError(f"the expression has {len(text)} characters; the limit is {MAX_BYTES // 1024} KiB")
+    text = text.strip().replace("\r\n", "\n").replace("\r", "\n")  # Python's own line endings
     if _COLON_NAME in text:
-        raise RequestError(f"names in double underscores are not allowed: {text[:80]!r}")
+        raise RequestError(f"names with double underscores are not allowed: {text[:80]!r}")
     text = _colons_marked(text)
     try:
         with warnings.catch_warnings():
@@ -117,11 +123,11 @@ def parse_value(text: str, *, hint: str = _WRITE_MODULE) -> Value:
     return _convert(tree.body, text)
 
 
-#: Stands for the colon of `package.module:Class` while `ast` reads the text: no Python name holds a colon.
+#: Replaces the colon of `package.module:Class` while `ast` parses the text: a Python name cannot contain a colon.
 _COLON_NAME = "__colon__"
 _COLON = f".{_COLON_NAME}."
-#: A string of Python's, or one that lacks its end, up to the end of its line or of the text. Nothing is tried twice:
-#: a text full of quotes is read once, and not from each of them on.
+#: A Python string; an unclosed one extends to the end of its line or of the text. The quantifiers are possessive, so a
+#: text full of quotes takes linear time.
 _STRING = "|".join(
     rf"{q}{q}{q}(?:[^{q}\\]|\\.|{q}(?!{q}{q}))*+(?:{q}{q}{q})?|{q}(?:[^{q}\\\n]|\\.)*+{q}?" for q in ("'", '"')
 )
@@ -136,9 +142,10 @@ def _colons_marked(text: str) -> str:
 
 
 def parse_words(words: Sequence[str]) -> Call:
-    """Parse the words of a command line: one expression, or the spelling without parentheses.
+    """Parse the words of a command line: one expression, or a call written without parentheses.
 
-    `["Linear", "4096", "10", "bias=False"]` means `Linear(4096, 10, bias=False)`; there a bare word is a string.
+    `["Linear", "4096", "10", "bias=False"]` means `Linear(4096, 10, bias=False)`. In this form a word that is not
+    another value is a string. Raises RequestError as `parse` does.
     """
     if not words:
         raise RequestError("no module is given", "write Linear(4096,10), or Linear 4096 10")
@@ -148,7 +155,7 @@ def parse_words(words: Sequence[str]) -> Call:
     if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(:[A-Za-z_]\w*)?", head, re.ASCII):
         raise RequestError(
             f"{_cut(head)!r} is not the name of a module",
-            "write Linear 4096 10; where it is a path, the shell may have expanded the target: quote that",
+            "write Linear 4096 10; if this is a file, the shell may have expanded the target: quote it",
         )
     args: list[Value] = []
     kwargs: dict[str, Value] = {}
@@ -166,12 +173,12 @@ def parse_words(words: Sequence[str]) -> Call:
             raise RequestError(f"{_cut(word)!r} comes after {next(iter(kwargs))}=: positional arguments come first")
         else:
             args.append(_word_value(word))
-    # Read once more as one text: its limits hold for all the words together, and no name is a Python keyword.
+    # Parsing the whole text applies the limits to all the words together, and refuses Python keywords as names.
     return parse(to_text(Call(head, tuple(args), kwargs)))
 
 
 def _parse_joined(words: Sequence[str]) -> Call:
-    """One expression that the shell or a line of a recipe has split at its spaces."""
+    """Parse one expression that the shell, or a recipe line, has split at its spaces."""
     try:
         return parse(" ".join(words))
     except RequestError:
@@ -210,14 +217,14 @@ def _check_limits(tree: ast.expr, text: str) -> None:
         if depth > MAX_DEPTH:
             raise _too_deep(text)
         if nodes > MAX_NODES:
-            raise RequestError(f"an expression of more than {MAX_NODES} parts: {_cut(text)!r}")
+            raise RequestError(f"the expression has more than {MAX_NODES} parts: {_cut(text)!r}")
         level = [child for node in level for child in _parts(node)]
     if not text.isascii():
         _require_ascii_names(text, strings)
 
 
 def _parts(node: ast.AST) -> Iterator[ast.expr]:
-    """The expressions right below a node: what a person counts, not the nodes that `ast` puts between."""
+    """Yield the expressions directly below a node, without the helper nodes that `ast` puts between them."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.expr):
             yield child
@@ -226,7 +233,7 @@ def _parts(node: ast.AST) -> Iterator[ast.expr]:
 
 
 def _require_ascii_names(text: str, strings: list[ast.Constant]) -> None:
-    """Refuse characters outside ASCII unless they stand in a string: Python would fold some into other names."""
+    """Refuse non-ASCII characters outside strings, because Python normalises some of them into other names."""
     data = bytearray(text.encode())
     starts = [0]
     for line in text.encode().split(b"\n"):
@@ -238,15 +245,15 @@ def _require_ascii_names(text: str, strings: list[ast.Constant]) -> None:
         end = starts[node.end_lineno - 1] + node.end_col_offset
         data[start:end] = b"s" * (end - start)
     if not bytes(data).isascii():
-        raise RequestError(f"names are ASCII in a module expression: {_cut(text)!r}")
+        raise RequestError(f"only strings may have non-ASCII characters in a module expression: {_cut(text)!r}")
 
 
 def _too_deep(text: str) -> RequestError:
-    return RequestError(f"an expression nested deeper than {MAX_DEPTH}: {_cut(text)!r}")
+    return RequestError(f"the expression is nested deeper than {MAX_DEPTH}: {_cut(text)!r}")
 
 
-#: How other languages write values of Python's. Taken for text, `bias=false` would be true.
-_NO_PYTHON = {"true": "True", "false": "False", "none": "None", "null": "None"}
+#: How other languages spell Python's constants. Read as a string, `bias=false` would be true.
+_PYTHON_CONSTANTS = {"true": "True", "false": "False", "none": "None", "null": "None"}
 
 
 def _convert(node: ast.expr, text: str) -> Value:
@@ -259,8 +266,10 @@ def _convert(node: ast.expr, text: str) -> Value:
             return _checked(value, text)
         case ast.Name(id="_"):
             return HOLE
-        case ast.Name(id=word) if word in _NO_PYTHON:
-            raise RequestError(f"{word} is no value in {_cut(text)!r}", f"did you mean {_NO_PYTHON[word]}?")
+        case ast.Name(id=word) if word in _PYTHON_CONSTANTS:
+            raise RequestError(
+                f"{word} is not a Python value in {_cut(text)!r}", f"did you mean {_PYTHON_CONSTANTS[word]}?"
+            )
         case ast.Name() | ast.Attribute():
             return Name(_dotted(node, text).replace(_COLON, ":"))
         case ast.Tuple(elts=elements):
@@ -273,7 +282,7 @@ def _convert(node: ast.expr, text: str) -> Value:
                 raise _refused(node, text)
             converted = [(_convert(key, text), _convert(value, text)) for key, value in pairs if key]
             if any(not isinstance(key, str | int | float | bool | None) for key, _ in converted):
-                raise RequestError(f"a dict's keys are text or numbers: {_segment(node, text)}")
+                raise RequestError(f"dictionary keys must be strings or numbers: {_segment(node, text)}")
             return dict(converted)
         case ast.UnaryOp(op=ast.USub() | ast.UAdd() as sign, operand=operand):
             number = _number(operand, text)
@@ -305,14 +314,14 @@ def _dotted(node: ast.expr, text: str) -> str:
 
 
 def _is_special(name: str) -> bool:
-    """`__class__` and its kind lead from a class to the interpreter; no module has such a name."""
+    """Whether a name is like `__class__`, which leads from a class to the interpreter; no module has such a name."""
     return name.startswith("__") and name.endswith("__") and name != _COLON_NAME
 
 
 def _number(node: ast.expr, text: str) -> int | float:
     value = _convert(node, text)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise RequestError(f"arithmetic is for numbers: {_segment(node, text)} in {_cut(text)!r}")
+        raise RequestError(f"arithmetic needs numbers: {_segment(node, text)} in {_cut(text)!r}")
     return value
 
 
@@ -356,13 +365,13 @@ def _checked(value: Any, text: str) -> Any:
 
 
 def _too_large(text: str) -> RequestError:
-    return RequestError(f"a number beyond 2^63 in {_cut(text)!r}")
+    return RequestError(f"a number is too large (beyond 2^63) in {_cut(text)!r}")
 
 
 def _refused(node: ast.expr, text: str) -> RequestError:
     return RequestError(
-        f"{_segment(node, text)} is not allowed in {_cut(text)!r}: arguments are literals, names and modules",
-        "nothing in an expression is evaluated; write the value out",
+        f"{_segment(node, text)} is not allowed in {_cut(text)!r}: arguments must be literals, names or modules",
+        "nothing in an expression is evaluated; write the value itself",
     )
 
 
@@ -376,7 +385,7 @@ def _cut(text: str) -> str:
 
 
 def to_text(value: Value) -> str:
-    """The canonical spelling, without spaces outside strings: `Linear(4096,10,bias=False)`."""
+    """Return the canonical text, which has no spaces outside strings: `Linear(4096,10,bias=False)`."""
     match value:
         case Call(name=name, args=args, kwargs=kwargs):
             parts = [to_text(arg) for arg in args] + [f"{key}={to_text(arg)}" for key, arg in kwargs.items()]
@@ -396,7 +405,7 @@ def to_text(value: Value) -> str:
 
 
 def to_words(call: Call) -> list[str] | None:
-    """The spelling without parentheses and quotes, as `parse_words` reads it; None for a call that has none."""
+    """Return the words from which `parse_words` makes this call, or None if it needs parentheses or quotes."""
     named = (f"{key}={_word(value)}" for key, value in call.kwargs.items())
     words = [call.name, *map(_word, call.args), *named]
     plain = all(re.fullmatch(r"[\w.:=+-]+", word, re.ASCII) for word in words)
@@ -411,7 +420,7 @@ def _word(value: Value) -> str:
 
 
 def holds_hole(value: Value) -> bool:
-    """Whether `_` stands anywhere in a value."""
+    """Whether a value contains `_`, in nested values too."""
     match value:
         case Hole():
             return True
@@ -426,13 +435,13 @@ def holds_hole(value: Value) -> bool:
 
 
 def gives(call: Call, argument: str) -> bool:
-    """Whether a call, or one nested in it, is given an argument by this name."""
+    """Whether the call, or a call nested in it, passes the keyword argument `argument`."""
     nested = (item for item in (*call.args, *call.kwargs.values()) if isinstance(item, Call))
     return argument in call.kwargs or any(gives(item, argument) for item in nested)
 
 
 def names_in(value: Value) -> Iterator[str]:
-    """Every class or dtype that a value names, calls included."""
+    """Yield the name of every class and dtype in a value, including the names of calls."""
     match value:
         case Call(name=name, args=args, kwargs=kwargs):
             yield name

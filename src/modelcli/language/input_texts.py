@@ -1,4 +1,4 @@
-"""The texts that say what flows into a model: `--input NAME=SHAPE[:DTYPE]`, in recipes and records as well."""
+"""The texts that state a model's inputs: `NAME=SHAPE[:DTYPE]` in `--input`, recipes and records."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from modelcli.errors import RequestError, did_you_mean
 from modelcli.model.dtypes import INPUT_DTYPES, ITEM_BYTES, dtype_called
 from modelcli.model.tensors import Shape
 
-#: The one text that says that `forward` takes nothing.
+#: The text which states that `forward` takes no input.
 NONE = "none"
 EXAMPLES = "write input_ids=1,128:int64, batch.image=1,3,8,8, x=scalar, steps==5, or none where forward takes nothing"
 
@@ -24,10 +24,14 @@ Value = bool | int | float | str | None
 
 @dataclass(frozen=True)
 class InputText:
-    """One input: a tensor of a shape, or a value that is none.
+    """One input of `forward`: a tensor given by its shape, or another value (a number, a bool, None, a string).
 
-    `path` is the name of an argument of `forward`, or its position, and the keys and indices that follow after dots; it
-    is empty where nothing names it, and it then takes the next position. `dtype` is None where nothing states it.
+    Attributes:
+        path: the name or position of the argument of `forward`, and the keys and indices into it; empty if the text
+            names none, which means the next free position.
+        shape: the shape of the tensor; None if the input is not a tensor.
+        dtype: the dtype of the tensor; None if the text states none.
+        value: the value of an input that is not a tensor.
     """
 
     path: tuple[str, ...]
@@ -44,7 +48,7 @@ class InputText:
 
 
 def parse_all(texts: Sequence[str]) -> tuple[InputText, ...]:
-    """All inputs, those without a name with their positions. Raises RequestError for what cannot be read."""
+    """Parse all inputs; `none` alone means no input. Raises RequestError for a text that is not an input."""
     if NONE in texts:
         if len(texts) > 1:
             raise RequestError("--input none says that forward takes nothing, and another input is given")
@@ -53,7 +57,10 @@ def parse_all(texts: Sequence[str]) -> tuple[InputText, ...]:
 
 
 def numbered(inputs: Sequence[InputText], start: int = 0) -> Iterator[InputText]:
-    """The inputs with a position for each that has no name: the next that none states; `start` are taken already."""
+    """Yield the inputs, and give each one without a name the next position that no other input states.
+
+    Positions start at `start`.
+    """
     stated = {item.path[0] for item in inputs if item.path}
     free = (str(position) for position in count(start) if str(position) not in stated)
     for item in inputs:
@@ -61,10 +68,10 @@ def numbered(inputs: Sequence[InputText], start: int = 0) -> Iterator[InputText]
 
 
 def parse(text: str) -> InputText:
-    """Read one input. Raises RequestError that says what was wrong with it.
+    """Parse one input. Raises RequestError for a text that is not an input.
 
-    `NAME=SHAPE[:DTYPE]` is a tensor; of no dimension where the shape is `scalar` or `()`. `NAME==VALUE` is a number,
-    True, False, None, or text. Without `NAME=` it takes the next position.
+    `NAME=SHAPE[:DTYPE]` is a tensor; the shape `scalar` or `()` has no dimensions. `NAME==VALUE` is a number, True,
+    False, None, or a string. An input without `NAME=` takes the next position.
     """
     text = text.strip()
     if (match := _VALUE.fullmatch(text)) is not None:
@@ -96,13 +103,13 @@ def _shape(text: str, whole: str) -> Shape:
 
 
 def dtype_of_input(text: str) -> str:
-    """The name of a dtype that inputs can have, from what people call it. Raises RequestError for any other text."""
+    """Return torch's name of an input dtype from any of its usual names (`long`, `bf16`). Raises RequestError."""
     name = dtype_called(text)
     if name not in ITEM_BYTES:
         raise RequestError(f"no dtype {name!r}", did_you_mean(name, INPUT_DTYPES) or "float32, bfloat16, int64")
     if name not in INPUT_DTYPES:
         kind = "quantized" if name.startswith("q") else "packed"
-        raise RequestError(f"no input is made of {name}, a {kind} dtype", "float32, bfloat16 or int64")
+        raise RequestError(f"an input cannot have the {kind} dtype {name}", "float32, bfloat16 or int64")
     return name
 
 

@@ -1,4 +1,4 @@
-"""Words of commands that are shown for somebody to copy: quoted for whichever shell they are pasted into."""
+"""Quote words of commands that a message prints for people to copy into bash, zsh or fish."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from collections.abc import Iterable
 
 
 def quoted(word: object) -> str:
-    """A word that bash, zsh and fish all take as this text, as it is where it means nothing to any of them.
+    """Return a spelling of `word` that bash, zsh and fish all read as its text, unquoted if that is safe.
 
-    Names of tensors, files and classes come from files: `$(...)` among them must not run when a hint is copied. What
-    `shlex.quote` makes of a backslash and a single quote is something else in fish, which knows backslashes inside of
-    single quotes.
+    Names of tensors, files and classes come from files, and `$(...)` in a name must not run when somebody copies a
+    hint. `shlex.quote` is not enough: fish interprets backslashes inside single quotes.
     """
     text = str(word)
     if not text.startswith("=") and shlex.quote(text) == text:
@@ -24,12 +23,12 @@ def quoted(word: object) -> str:
 
 
 def _part(part: str) -> str:
-    """A part of a word: one of backslashes and single quotes, or one without any."""
+    """Quote a part of a word that consists of backslashes and single quotes alone, or has neither."""
     if part[0] not in "\\'":
         return f"'{part}'"
     return "".join("\\\\" if character == "\\" else '"\'"' for character in part)
 
 
 def command(words: Iterable[object]) -> str:
-    """A whole command line of these words."""
+    """Return the words as one command line."""
     return " ".join(map(quoted, words))

@@ -1,8 +1,8 @@
 """Selectors: `features.*:Conv2d` picks modules or tensors of a blueprint.
 
-The language, matched against the full dotted path, case-sensitive: `*`, `?` and `{a,b}` stay inside one component,
-`[0-11]` is a range of numbers with its ends, `**` is any number of components, `-1` the last child of a sequence,
-`:Type` asks for a class or one of its bases, `.` is the root, and a backslash takes the next character as it is.
+A selector is matched against the full dotted path, case-sensitively: `*`, `?` and `{a,b}` match inside one component,
+`[0-11]` matches the numbers 0 to 11, `**` any number of components, `-1` the last child of a sequence, `:Type` a class
+or a subclass of it, `.` the root, and a backslash makes the next character literal.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ class _Wildcard(Enum):
 
 @dataclass(frozen=True, slots=True)
 class _Range:
-    """`[0-3,7]`: spans of numbers, ends included."""
+    """`[0-3,7]`: ranges of numbers, both ends included."""
 
     spans: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class _Options:
-    """`{a,b}`: any of these."""
+    """`{a,b}`: any one of these."""
 
     options: tuple[tuple[_Token, ...], ...]
 
@@ -49,7 +49,7 @@ _Token: TypeAlias = "str | _Wildcard | _Range | _Options"
 
 @dataclass(frozen=True)
 class Selector:
-    """A parsed selector: the components of its path pattern, and the type asked for."""
+    """A parsed selector: its text, the components of its path pattern, and its type (None without `:Type`)."""
 
     text: str
     components: tuple[str, ...]
@@ -57,14 +57,14 @@ class Selector:
 
 
 def parse(text: str) -> Selector:
-    """Parse one selector. Raises RequestError that says what cannot be read."""
+    """Parse one selector. Raises RequestError for a text that is not a selector."""
     if len(text) > MAX_LENGTH:
         raise RequestError(f"selector of {len(text)} characters; the limit is {MAX_LENGTH}")
     path, colon, kind = _split_type(text)
     if colon and not re.fullmatch(r"[A-Za-z_*?][\w*?]*", kind):
         raise RequestError(f"{kind!r} in selector {text!r} is not the name of a class", "write **:Conv2d")
     if not path and not kind:
-        raise RequestError("an empty selector", "'.' is the whole model, '**' every module")
+        raise RequestError("the selector is empty", "'.' is the whole model, '**' every module")
     if path == ".":
         return Selector(text, (), kind or None)
     components = tuple(_split_components(path)) if path else ("**",)
@@ -77,7 +77,7 @@ def parse(text: str) -> Selector:
 
 
 def _split_type(text: str) -> tuple[str, str, str]:
-    """Cut at the last colon that no bracket or backslash hides."""
+    """Split at the last colon that is outside brackets and not escaped."""
     depth, cut, skip = 0, -1, False
     for position, character in enumerate(text):
         if skip:
@@ -113,14 +113,14 @@ def _split_components(path: str) -> list[str]:
 
 
 def _read(component: str, text: str) -> tuple[_Token, ...]:
-    """One component as tokens. `text` is the whole selector, for the errors."""
+    """Split one component into tokens. `text` is the whole selector, for error messages."""
     tokens, end = _read_until(component, 0, 0, text)
     assert end == len(component)
     return tokens
 
 
 def _read_until(component: str, position: int, depth: int, text: str) -> tuple[tuple[_Token, ...], int]:
-    """Read tokens up to the end, or inside braces up to the comma or brace that ends the option."""
+    """Read tokens up to the end, or, inside braces, up to the comma or brace that ends the option."""
     tokens: list[_Token] = []
     while position < len(component):
         character = component[position]
@@ -136,7 +136,7 @@ def _read_until(component: str, position: int, depth: int, text: str) -> tuple[t
             case "*":
                 if component[position : position + 1] == "*":
                     raise RequestError(
-                        f"** stands for whole components, not inside one: {component!r} in selector {text!r}",
+                        f"** matches whole components, so {component!r} in selector {text!r} cannot contain it",
                         "write **.name or name.**",
                     )
                 tokens.append(_Wildcard.ANY)
@@ -155,8 +155,8 @@ def _read_until(component: str, position: int, depth: int, text: str) -> tuple[t
                 raise RequestError(f"selector {text!r}: {character} without {'[' if character == ']' else '{'}")
             case "." if depth:
                 raise RequestError(
-                    f"{{}} stays inside one component: {component!r} in selector {text!r}",
-                    "write a selector for each; replace takes further ones with --also",
+                    f"{{}} cannot contain a dot: {component!r} in selector {text!r}",
+                    "write one selector for each; replace takes more of them with --also",
                 )
             case _:
                 tokens.append(character)
@@ -184,7 +184,7 @@ def _read_range(body: str, text: str) -> _Range:
         if not match:
             raise RequestError(
                 f"[{body}] in selector {text!r} is not a range of numbers",
-                f"a name in a ModuleDict is written .{body}, names to choose from {{a,b}}, numbers [0-11]",
+                f"write .{body} for a child of a ModuleDict, {{a,b}} for one of several names, [0-11] for numbers",
             )
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
@@ -194,10 +194,10 @@ def _read_range(body: str, text: str) -> _Range:
 
 
 def _ends(tokens: Sequence[_Token], name: str, starts: set[int]) -> set[int]:
-    """Where in a name a match of the tokens can end that begins at one of `starts`.
+    """Return the positions in `name` where a match of the tokens can end if it begins at one of `starts`.
 
-    All positions go forward together, so that no selector takes more than its length times the name's: the regular
-    expression for `*a*a*a*a*b` tries every way to share the letters out.
+    All positions advance together, so a match takes at most len(tokens) * len(name) steps. A backtracking regular
+    expression for `*a*a*a*a*b` would take exponential time.
     """
     for token in tokens:
         match token:
@@ -217,7 +217,7 @@ def _ends(tokens: Sequence[_Token], name: str, starts: set[int]) -> set[int]:
 
 
 def _number_ends(wanted: _Range, name: str, start: int) -> Iterator[int]:
-    """The ends of the numbers that stand at `start` and lie in the range; `01` is not how a child is called."""
+    """Yield the ends of the numbers in the range that begin at `start`. `01` does not match: no child has that name."""
     digits = re.compile(r"0|[1-9]\d{0,8}", re.ASCII).match(name, start)
     for end in range(start + 1, digits.end() + 1 if digits else start):
         number = int(name[start:end])
@@ -226,14 +226,14 @@ def _number_ends(wanted: _Range, name: str, start: int) -> Iterator[int]:
 
 
 def _matcher(selector: Selector, blueprint: Blueprint) -> Callable[[str], bool]:
-    """Tell of a full path whether the selector's components match it, each one a component or `**` any number."""
+    """Return a function that says whether the selector's components match a full path."""
     from_end: Mapping[str, int] = {}
     if any(_is_negative(component) for component in selector.components):
         from_end = _numbered_from_end(blueprint)
     steps = [_step(component, selector.text, from_end) for component in selector.components]
 
     def opened(states: Iterable[int]) -> set[int]:
-        """`**` may stand for nothing: where it is reached, so is what follows."""
+        """Add the states after each `**`, because `**` may match no component at all."""
         found = set()
         for state in states:
             found.add(state)
@@ -265,14 +265,14 @@ def _matcher(selector: Selector, blueprint: Blueprint) -> Callable[[str], bool]:
 
 
 def _step(component: str, text: str, from_end: Mapping[str, int]) -> Callable[[str, str], bool] | None:
-    """Tell of one component of a path, and of the path up to it, whether it matches; None stands for `**`."""
+    """Return a function that says whether a path component (given with the path up to it) matches; None for `**`."""
     if component == "**":
         return None
     if _is_negative(component):
         index = int(component)
         return lambda part, path: from_end.get(path) == index
     tokens = _read(component, text)
-    known: dict[str, bool] = {}  # the same few names stand in every path
+    known: dict[str, bool] = {}  # many paths share a few component names
 
     def matches(part: str, path: str) -> bool:
         if part not in known:
@@ -287,7 +287,10 @@ def _is_negative(component: str) -> bool:
 
 
 def _numbered_from_end(blueprint: Blueprint) -> dict[str, int]:
-    """The children of sequences, counted from the end: -1 is the last. A bare checkpoint's numbers make a sequence."""
+    """Return the index from the end (-1 is the last) of each child of a sequence.
+
+    Where types are not known, a module whose children are named 0, 1, 2, ... counts as a sequence.
+    """
     found = {}
     for above, children in blueprint.children.items():
         names = [child.path.rpartition(".")[2] for child in children]
@@ -305,26 +308,30 @@ def _is_type(module: ModuleInfo, wanted: str) -> bool:
 
 
 def renaming(old: str, new: str, blueprint: Blueprint) -> Callable[[str], str | None]:
-    """Tell of a name the new one that `old` and `new` give it, or None where `old` does not match it.
+    """Return a function that maps a name to its new name, or to None if `old` does not match it.
 
-    What the wildcards of `old` capture is put in the place of those of `new`, in the same order. The first one takes
-    as much as it can, then the second, as in a regular expression; a `**` that captures nothing leaves no dot.
+    The text that each wildcard of `old` matches replaces the wildcard of `new` at the same position. Wildcards are
+    greedy, the first one first, as in a regular expression; a `**` that matches nothing leaves no dot.
 
-    Raises RequestError where `new` has other wildcards, or where one of the two asks for a type.
+    Args:
+        old: the selector that names must match.
+        new: the new name, with the same wildcards in the same order.
+        blueprint: the model, for the sequences that `-1` counts in.
+
+    Raises:
+        RequestError: the wildcards of `old` and `new` differ, or one of the two has a type.
     """
     before, after = parse(old), parse(new)
     for selector in (before, after):
         if selector.type is not None:
-            raise RequestError(
-                f"{selector.text!r} asks for a type, and names of tensors have none", "write '**.weight'"
-            )
+            raise RequestError(f"{selector.text!r} asks for a type, but tensors have no type", "write '**.weight'")
     if any(map(_is_negative, after.components)):
-        raise RequestError(f"{new!r} counts from the end, and a new name is written out")
+        raise RequestError(f"{new!r} counts from the end, but a new name must be written out")
     theirs, ours = _wildcards(before), _wildcards(after)
     if theirs != ours:
         raise RequestError(
             f"{old!r} has {_listed(theirs)}, and {new!r} has {_listed(ours)}",
-            "both names have the same wildcards in the same order: rename 'module.**' '**'",
+            "both names need the same wildcards in the same order: rename 'module.**' '**'",
         )
     captured = _capturer(before, blueprint)
     parts = [None if part == "**" else _read(part, new) for part in after.components]
@@ -344,7 +351,7 @@ def renaming(old: str, new: str, blueprint: Blueprint) -> Callable[[str], str | 
 
 
 def _wildcards(selector: Selector) -> list[str]:
-    """Its wildcards in order, as they are written."""
+    """Return the wildcards of a selector in order, as they are written."""
     found = []
     for component in selector.components:
         if component == "**":
@@ -370,14 +377,14 @@ def _listed(wildcards: Sequence[str]) -> str:
 
 
 def _capturer(selector: Selector, blueprint: Blueprint) -> Callable[[str], list[str] | None]:
-    """Tell of a full path what each wildcard of the selector captures, or None where it does not match."""
+    """Return a function that lists what each wildcard captures of a full path, or None if the path does not match."""
     from_end = _numbered_from_end(blueprint) if any(map(_is_negative, selector.components)) else {}
     steps = [_step(component, selector.text, from_end) for component in selector.components]
     tokens = [
         () if step is None or _is_negative(component) else _read(component, selector.text)
         for component, step in zip(selector.components, steps, strict=True)
     ]
-    inside: dict[tuple[int, str], list[str]] = {}  # the same few names stand in every path
+    inside: dict[tuple[int, str], list[str]] = {}  # many paths share a few component names
 
     def captured(path: str) -> list[str] | None:
         parts = path.split(".") if path else []
@@ -407,7 +414,7 @@ def _capturer(selector: Selector, blueprint: Blueprint) -> Callable[[str], list[
 
 
 def _captured_inside(tokens: Sequence[_Token], name: str) -> list[str]:
-    """What each wildcard of a component captures of a name that the component matches."""
+    """Return what each wildcard of a component captures of a name that the component matches."""
     cuts = _cuts(len(tokens), lambda number, start: _ends(tokens[number : number + 1], name, {start}), len(name))
     assert cuts is not None
     return [
@@ -418,10 +425,10 @@ def _captured_inside(tokens: Sequence[_Token], name: str) -> list[str]:
 
 
 def _cuts(count: int, ends: Callable[[int, int], Iterable[int]], length: int) -> list[int] | None:
-    """Where to cut `length` things into `count` pieces, each as long as it can be, the first ones first.
+    """Return the cuts that split `length` items into `count` pieces, each as long as possible, the first ones first.
 
-    `ends(number, start)` are the ends that piece `number` may have where it begins at `start`. Every position is
-    looked at once for each piece, so that no pattern tries all the ways to share the things out.
+    `ends(number, start)` gives the ends that piece `number` may have if it begins at `start`. Each position is tried
+    once for each piece, so no pattern takes exponential time. None if no split exists.
     """
     starts = [{0}]
     for number in range(count):
@@ -444,12 +451,12 @@ def _escaped(name: str) -> str:
 
 
 def literal(path: str) -> str:
-    """A selector that picks exactly this path."""
+    """Return a selector that picks exactly this path."""
     return ".".join(_escaped(part) for part in path.split(".")) if path else "."
 
 
 def plain(component: str) -> str | None:
-    """The name that one component of a selector stands for, without its backslashes; None for a pattern."""
+    """Return the name that a selector component matches, without its backslashes; None for a pattern."""
     if component == "**" or _is_negative(component):
         return None
     tokens = _read(component, component)
@@ -457,11 +464,11 @@ def plain(component: str) -> str | None:
 
 
 def select_one(blueprint: Blueprint, selector: str, verb: str) -> str:
-    """The one path that a selector picks. Raises RequestError where it picks none, or several."""
+    """Return the one path that a selector picks. Raises RequestError if it picks none or several."""
     found = select_modules(blueprint, [selector])
     if len(found) > 1:
         names = listed([*map(shown, found)], 5)
-        raise RequestError(f"{selector!r} names {len(found)} modules, and {verb} takes one: {names}")
+        raise RequestError(f"{selector!r} matches {len(found)} modules, but {verb} takes one: {names}")
     return found[0]
 
 
@@ -474,12 +481,12 @@ def matched_modules(selector: Selector, blueprint: Blueprint) -> set[str]:
 
 
 def matched_tensors(selector: Selector, blueprint: Blueprint) -> set[str]:
-    """The tensors that a selector names, and all those at and below the modules that it names."""
+    """Return the names of the tensors that a selector picks, and of all tensors in the modules that it picks."""
     modules = matched_modules(selector, blueprint)
     found = set()
     if selector.type is None:
         matches = _matcher(selector, blueprint)
-        # What lies in an entry that is no tensor has brackets in its name, as `params` shows it: `packed[0]`.
+        # A tensor inside an entry that is not a tensor has brackets in its name (`packed[0]`), so compare it literally.
         found = {tensor.name for tensor in blueprint.tensors if tensor.name == selector.text or matches(tensor.name)}
     if modules:
         for tensor in blueprint.tensors:
@@ -491,10 +498,16 @@ def matched_tensors(selector: Selector, blueprint: Blueprint) -> set[str]:
 def select_modules(
     blueprint: Blueprint, selectors: Iterable[str], *, without: Iterable[str] = (), expect: int | None = None
 ) -> list[str]:
-    """The paths of the modules that the selectors pick, less those of `without`, in the model's own order.
+    """Return the paths of the modules that the selectors pick, in the model's order.
 
-    Raises RequestError where a selector matches nothing, or where `expect` is another number than that of the
-    matches.
+    Args:
+        blueprint: the model.
+        selectors: the texts that pick modules.
+        without: the selectors of `--except`, whose modules are left out.
+        expect: the number of `--expect`, if any.
+
+    Raises:
+        RequestError: a selector matches nothing, or the number of matches is not `expect`.
     """
     candidates = [module.path for module in blueprint.modules]
     return _select(blueprint, selectors, without, expect, matched_modules, candidates, "modules")
@@ -503,7 +516,10 @@ def select_modules(
 def select_tensors(
     blueprint: Blueprint, selectors: Iterable[str], *, without: Iterable[str] = (), expect: int | None = None
 ) -> list[str]:
-    """The names of the tensors that the selectors pick, by their own name or by a module above them."""
+    """Return the names of the tensors that the selectors pick, by their own name or by a module above them.
+
+    Arguments and errors are those of `select_modules`.
+    """
     candidates = [tensor.name for tensor in blueprint.tensors]
     return _select(blueprint, selectors, without, expect, matched_tensors, candidates, "tensors")
 
@@ -530,7 +546,7 @@ def _select(
 
 
 def require_expected(expect: int | None, found: Sequence[str], noun: str = "") -> None:
-    """Raise RequestError where `--expect` names another number than that of the paths that were found."""
+    """Raise RequestError if `expect` is given and is not the number of the paths found. `noun` words the message."""
     if expect is None or len(found) == expect:
         return
     names = listed([*map(shown, found)], 5)
@@ -547,7 +563,10 @@ def _checked(text: str, blueprint: Blueprint, match: Callable[[Selector, Bluepri
 
 
 def no_match(selector: Selector, blueprint: Blueprint, noun: str = "modules") -> RequestError:
-    """The error for a selector that picks nothing: the nearest existing paths, and what the shell may have done."""
+    """Return the error for a selector that picks nothing.
+
+    Its hint names the closest paths, and says whether the shell may have expanded a pattern.
+    """
     if noun == "tensors" and matched_modules(selector, blueprint):
         return RequestError(f"{selector.text!r} has no tensors", "modelcli params shows where they are")
     hint = _in_words(selector.text) or _nearest(selector, blueprint, noun)
@@ -557,20 +576,20 @@ def no_match(selector: Selector, blueprint: Blueprint, noun: str = "modules") ->
 
 
 def _in_words(text: str) -> str | None:
-    """How several selectors are written that came as one, with commas between: `layer1,layer2`."""
+    """Return the hint for several selectors that came as one word with commas, such as `layer1,layer2`; else None."""
     parts = [part.strip() for part in text.split(",")]
     if len(parts) < 2 or not all(re.fullmatch(r"[\w.*?-]+", part) for part in parts):
         return None
     if "." not in text:
         return f"write '{{{','.join(parts)}}}', in quotes"
-    return f"an edit of several targets takes each as a word of its own ({' '.join(parts)}); others take one at a time"
+    return f"write several targets as separate words ({' '.join(parts)}); some edits take only one target"
 
 
 def _nearest(selector: Selector, blueprint: Blueprint, noun: str) -> str:
     if selector.type is not None:
         types = {name for module in blueprint.modules for name in (module.type, *module.bases) if name}
         if not types:
-            return "a bare checkpoint does not say its types: --arch names the architecture"
+            return "a plain state dict records no classes: pass --arch REFERENCE"
         if not any(_is_type(module, selector.type) for module in blueprint.modules):
             near = closest(selector.type, types)
             return f"no module is of type {selector.type}" + (f"; nearest: {', '.join(near)}" if near else "")
@@ -578,7 +597,7 @@ def _nearest(selector: Selector, blueprint: Blueprint, noun: str) -> str:
     names = [tensor.name for tensor in blueprint.tensors]
     bare = selector.text.partition(":")[0]
     known = (paths + names if noun == "tensors" else paths)[:20_000]
-    # A wrapper's name may stand in front here alone, or there alone: `module.fc` for `fc`, `fc` for `model.fc`.
+    # The selector or the model may have a wrapper's prefix that the other lacks: `module.fc` for `fc`, or the reverse.
     below = [path for path in known if path.endswith(f".{bare}")]
     above = sorted((path for path in known if bare.endswith(f".{path}")), key=len)
     if near := below[:3] or above[-1:] or closest(bare, known):
@@ -586,7 +605,7 @@ def _nearest(selector: Selector, blueprint: Blueprint, noun: str) -> str:
     children = [child.path for child in blueprint.children.get(_longest_existing(bare, blueprint), ())]
     if children:
         shown_children = [*children[:6], "...", children[-1]] if len(children) > 8 else children
-        return f"there are: {', '.join(shown_children)}"  # the last one is the head, as a rule
+        return f"there are: {', '.join(shown_children)}"  # the last one is usually the head
     return "modelcli modules lists the paths"
 
 
@@ -595,7 +614,7 @@ def _longest_existing(path: str, blueprint: Blueprint) -> str:
 
 
 def refuse_nested(paths: Sequence[str], verb: str) -> None:
-    """Refuse matches inside one another, where the edit would destroy the inner one with the outer one."""
+    """Refuse a match inside another match, because the edit of the outer one would destroy the inner one."""
     taken = set(paths)
     for path in paths:
         for above in list(ancestors(path))[1:]:

@@ -1,1 +1,1 @@
-"""A model as plain data, without torch: blueprint, tensors, totals, dtypes, paths, and the JSON form."""
+"""A model as plain data, without torch: its blueprint, tensors, totals, dtypes and paths, and their JSON form."""

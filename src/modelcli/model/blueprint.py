@@ -1,6 +1,6 @@
-"""A blueprint: what a model is made of, as plain data, without torch and without a single weight.
+"""The blueprint: the modules and tensors of a model as plain data, without torch and without values.
 
-Everything that is shown is shown from a blueprint. Paths are PyTorch's: the root is `""` here and `.` on a screen.
+Everything that modelcli shows comes from a blueprint. Paths are PyTorch's: the root is `""` here, and `.` in output.
 """
 
 from __future__ import annotations
@@ -16,18 +16,22 @@ from modelcli.model.paths import ancestors, parent_of
 from modelcli.model.tensors import Shape, TensorInfo, value_class
 from modelcli.model.totals import Totals, _counted_once, _Sum, totals_of
 
-#: Whether what a module holds is trained; None where nothing says, and where there is nothing to train.
+#: Whether the parameters of a module are trainable; None if that is not known or if it has no parameters.
 Trainable = bool | Literal["partial"] | None
 
 
 @value_class
 class ModuleInfo:
-    """One module at one path. `type` is None where nothing is known but key names.
+    """One module at one path.
 
-    `absent` are the children that are None, by position and name: they are printed and are nothing else.
-    `bases` are the names of its classes from its own up to, not including, `Module`; `config` is its `extra_repr()`;
-    `own_repr` is set where its class prints itself in its own way; `shared_with` is the first path of the same
-    module.
+    Attributes:
+        path: the dotted path; `""` is the root.
+        type: the name of its class; None if only key names are known.
+        bases: the names of its class and its base classes, up to `Module` and without it.
+        config: its `extra_repr()`.
+        shared_with: the first path of the same module, if this is another path of it.
+        own_repr: the whole text that it prints, if its class overrides `__repr__`.
+        absent: position and name of each child that is None; only `print(module)` shows them.
     """
 
     path: str
@@ -49,11 +53,12 @@ class ModuleInfo:
 
 @dataclass(frozen=True, slots=True)
 class LayerTrace:
-    """What a forward pass showed of one module.
+    """The output shape and mult-adds of one module in a forward pass.
 
-    `output_shape` is a list of ints for a tensor, a list or dict of those for an output of several, None for none.
-    `macs` counts the multiply-accumulates of the module and all below it; None for a further place of a shared module,
-    whose calls are counted at another.
+    Attributes:
+        output_shape: a list of ints for a tensor, a list or dict of those for several tensors, None for no tensor.
+        macs: the multiply-accumulates of the module and its submodules; None for a further path of a shared module,
+            whose calls are counted at another path.
     """
 
     output_shape: Any
@@ -62,13 +67,19 @@ class LayerTrace:
 
 @dataclass(frozen=True)
 class Trace:
-    """A forward pass. Modules that are not in `layers` were not called, but for those in `unseen`: they lie inside a
-    scripted module that ran, and nothing tells whether they did.
+    """A forward pass, complete or not.
 
-    `reason` is None where the pass ran to its end, else the one line that says why it did not; the rows that ran
-    are there all the same, and the totals are None. `device` is where it was made: `meta`, `cpu`, or `fake` for fake
-    tensors; None where none was made. `notes` say what there is to tell of that. `uncounted` names the operators that
-    multiply and that nothing is known of: with one of them `macs` is a lower bound.
+    Attributes:
+        inputs: the shapes of the inputs; None if they are not known.
+        layers: the modules that ran, by path. Other modules were not called, except those in `unseen`.
+        macs: the multiply-accumulates of the whole pass; None if it did not finish.
+        input_bytes: the size of the inputs.
+        forward_backward_bytes: the estimated size of the activations, forward and backward.
+        reason: one line that says why the pass did not finish; None if it did.
+        device: where the pass ran: `meta`, `cpu`, or `fake` for fake tensors; None if no pass was made.
+        notes: what users need to know about how the pass was made.
+        uncounted: the operators that multiply and that modelcli cannot count; with any, `macs` is a lower bound.
+        unseen: the modules inside a scripted module that ran; whether they ran is not known.
     """
 
     inputs: tuple[Shape, ...] | None
@@ -85,7 +96,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Blueprint:
-    """A model as plain data: its modules and tensors in PyTorch's order, and a forward pass where one was made."""
+    """A model as plain data: its modules and tensors in PyTorch's order, and a forward pass if one was made."""
 
     modules: tuple[ModuleInfo, ...]
     tensors: tuple[TensorInfo, ...]
@@ -113,12 +124,12 @@ class Blueprint:
 
     @cached_property
     def _below(self) -> Mapping[str, _Sum]:
-        """The parameters at and below each module, summed up from the leaves to the root."""
+        """The sums of the parameters of each module and its submodules, added up from the leaves to the root."""
         sums = {module.path: _Sum() for module in self.modules}
         for path, tensor, times in _counted_once(self.tensors):
             holder = path if path in sums else next(above for above in ancestors(path) if above in sums)
             sums[holder].add(tensor, times)
-        # Each module stands behind the one that holds it.
+        # A module comes after its parent, so the reverse order reaches all children of a module before it.
         for path in reversed(sums):
             if path and (above := sums.get(parent_of(path))) is not None:
                 above.merge(sums[path])
@@ -129,9 +140,9 @@ class Blueprint:
         return self._below.get(path, _Sum()).elements
 
     def trainable_of(self, path: str) -> Trainable:
-        """Whether the parameters at and below this path are trained, all of them or a part.
+        """Whether the parameters at and below this path are trainable: True, False, or `partial`.
 
-        None where the flag of one is unknown and the others do not say it already, and where there are no parameters.
+        None if there are no parameters, or if a flag is unknown and the known ones do not already make it `partial`.
         """
         below = self._below.get(path, _Sum())
         if below.trained and below.frozen:
@@ -153,10 +164,13 @@ def from_keys(
     types: Mapping[str, str] | None = None,
     pay: Callable[[int], None] = lambda _characters: None,
 ) -> Blueprint:
-    """The blueprint of a bare checkpoint: a tree of its key names, and of `types`, class names by path, if any.
+    """Return the blueprint of a plain state dict: the tree that its keys describe.
 
-    A name of 4,000 characters can tell of 2,000 modules: `pay` is told the length of each path before it is made, and
-    raises where they are too many.
+    Args:
+        tensors: the tensors of the state dict.
+        types: class names by path, if the file records any.
+        pay: a function called with the length of each path before it is added; it raises if the total is too large.
+            (A key of 4,000 characters can describe 2,000 modules.)
     """
     listed, types = tuple(tensors), types or {}
     children = _tree_of(chain(types, (parent_of(tensor.name) for tensor in listed)), pay)
@@ -166,7 +180,7 @@ def from_keys(
 
 
 def _tree_of(paths: Iterable[str], pay: Callable[[int], None]) -> Mapping[str, list[str]]:
-    """The children of each of these paths and of all that lie above them, siblings in their first order."""
+    """Return the children of each path and of all paths above it, siblings in the order of first appearance."""
     children: dict[str, list[str]] = {"": []}
     for path in paths:
         below: list[str] = []
@@ -179,7 +193,7 @@ def _tree_of(paths: Iterable[str], pay: Callable[[int], None]) -> Mapping[str, l
 
 
 def _depth_first(children: Mapping[str, list[str]]) -> Iterator[str]:
-    """Parents before children, each subtree whole."""
+    """Yield paths depth-first: a parent before its children, each subtree as a whole."""
     stack = [""]
     while stack:
         path = stack.pop()

@@ -1,11 +1,11 @@
-"""torch's dtypes by their names: how many bytes an element takes, and which are floating-point."""
+"""torch's dtypes by name: their element sizes, and which of them are floating-point."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-#: `itemsize` of every dtype of torch, by its name without `torch.`.
-#: `float4_e2m1fn_x2` has two numbers in an element of one byte; elements of `quint4x2` share bytes all the same.
+#: `itemsize` in bytes of every torch dtype, by its name without `torch.`.
+#: An element of `float4_e2m1fn_x2` is one byte with two values. torch gives 1 for `quint4x2` too, which packs elements.
 ITEM_BYTES: Mapping[str, int] = {
     **dict.fromkeys(("bool", "uint8", "int8", "qint8", "quint8", "float8_e4m3fn", "float8_e5m2"), 1),
     **dict.fromkeys(("float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu", "float4_e2m1fn_x2"), 1),
@@ -18,17 +18,17 @@ ITEM_BYTES: Mapping[str, int] = {
 }
 
 
-#: The floating-point dtypes that numbers can be converted to: `float4_e2m1fn_x2` has two in an element, and none can.
+#: The floating-point dtypes that values can be converted to. torch converts nothing to `float4_e2m1fn_x2`.
 FLOATING = frozenset(
     name for name in ITEM_BYTES if name.startswith(("float", "bfloat")) and not name.startswith("float4")
 )
 
 
-#: The dtypes that a model's input can have: of the others torch cannot make a tensor of zeros or of random values.
+#: The dtypes that a model's input can have. torch cannot make tensors of zeros or random values of the others.
 INPUT_DTYPES = frozenset(name for name in ITEM_BYTES if not name.startswith(("q", "float4")))
 
 
-#: What PyTorch's own methods, and people, call them.
+#: Other names of dtypes: those of PyTorch's methods, and common abbreviations.
 _NICKNAMES = {
     "half": "float16",
     "float": "float32",
@@ -44,11 +44,11 @@ _NICKNAMES = {
 
 
 def dtype_called(text: str) -> str:
-    """The name of a dtype that is called `torch.bfloat16`, `bf16` or `long`; what is none comes back as it is."""
+    """Return torch's name of a dtype written as `torch.bfloat16`, `bf16` or `long`; other texts are unchanged."""
     name = text.removeprefix("torch.")
     return _NICKNAMES.get(name, name)
 
 
 def is_differentiable(dtype: str) -> bool:
-    """Whether torch lets a tensor of a dtype have a gradient: one of whole numbers has none."""
+    """Whether torch allows `requires_grad` for a dtype: floating-point and complex dtypes only."""
     return dtype.startswith(("float", "bfloat", "complex", "bcomplex"))

@@ -1,4 +1,4 @@
-"""Blueprints to plain JSON values and back, checked on the way."""
+"""Convert blueprints to plain JSON values and back, with every value checked."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _T = TypeVar("_T")
 
 
 def to_json(blueprint: Blueprint) -> dict[str, Any]:
-    """The blueprint as plain JSON values. What is not set is left out; classes are listed once."""
+    """Return the blueprint as plain JSON values. Default values are left out, and each class is listed once."""
     classes: dict[tuple[str | None, tuple[str, ...]], int] = {}
     modules = []
     for module in blueprint.modules:
@@ -148,18 +148,18 @@ def _optional_size(value: object) -> int | None:
 
 
 def shape_from_json(value: object) -> Shape:
-    """A list of sizes as a shape. Raises TypeError or ValueError on anything else."""
+    """Return a list of sizes as a shape. Raises TypeError or ValueError for anything else."""
     if not isinstance(value, list | tuple):
         raise TypeError(f"expected a shape, found {value!r}")
     return tuple(map(_size, value))
 
 
-#: Lists and dicts in one another that an output may be made of.
+#: How deep lists and dicts may be nested in the shape of an output.
 _MAX_OUTPUT_DEPTH = 50
 
 
 def _output_shape(value: Any, depth: int = 0) -> Any:
-    """What a `LayerTrace` holds: a list of ints, or a list or dict of those, or None."""
+    """Check and return a `LayerTrace.output_shape`: a list of ints, a list or dict of those, or None."""
     if depth > _MAX_OUTPUT_DEPTH:
         raise ValueError(f"an output of more than {_MAX_OUTPUT_DEPTH} levels")
     match value:

@@ -1,4 +1,4 @@
-"""Paths of modules and names of tensors: the root is `""` here and `.` on a screen."""
+"""Paths of modules and names of tensors. The root is `""` here, and `.` in output."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ ROOT = "."
 
 
 def shown(path: str) -> str:
-    """The path as a person reads it: `.` for the root."""
+    """Return the path as output shows it: `.` for the root."""
     return path or ROOT
 
 
 def parent_of(path: str) -> str:
-    """The path of the module that holds this module or tensor; the root holds what has no dot."""
+    """Return the path of the module that holds this module or tensor; `""` for a name without a dot."""
     return path.rpartition(".")[0]
 
 
 def joined(parent: str, name: str) -> str:
-    """The path of what is called `name` in the module at `parent`."""
+    """Return the path of the child `name` of the module at `parent`."""
     return f"{parent}.{name}" if parent else name
 
 
 def ancestors(path: str) -> Iterator[str]:
-    """The path itself and every module above it, the root last."""
+    """Yield the path itself and the path of every module above it, the root last."""
     while path:
         yield path
         path = parent_of(path)
@@ -31,5 +31,5 @@ def ancestors(path: str) -> Iterator[str]:
 
 
 def lies_in(path: str, paths: Container[str]) -> bool:
-    """Whether a path is one of these, or below one."""
+    """Whether a path is one of `paths`, or below one of them."""
     return any(above in paths for above in ancestors(path))

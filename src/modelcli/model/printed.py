@@ -1,4 +1,4 @@
-"""The text that `print(module)` gives, from a blueprint."""
+"""Make the text of `print(module)` from a blueprint."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from operator import itemgetter
 
 from modelcli.model.blueprint import Blueprint, ModuleInfo
 
-#: A line of a printed model: how deep it is indented, and what stands in it.
+#: A line of a printed model: its indentation level and its text.
 _Line = tuple[int, str]
 
 
 def repr_text(blueprint: Blueprint, path: str = "") -> str:
-    """The text that `print(module)` gives, built from the blueprint by the rules of `nn.Module.__repr__`.
+    """Return the text of `print(module)` for the module at `path`, by the rules of `nn.Module.__repr__`.
 
-    `ModuleList` folds runs of equal children (`(0-5): 6 x Block(...)`); a class that prints itself in its own way has
-    its own text. However deep the modules lie in one another, nothing recurses, and each line is indented once.
+    `ModuleList` folds runs of equal children (`(0-5): 6 x Block(...)`). A class that overrides `__repr__` keeps its own
+    text. The function does not recurse, so deeply nested modules are no problem, and it indents each line once.
     """
     printed: dict[str, list[_Line]] = {}
     stack = [path]
@@ -35,7 +35,7 @@ def _own_name(module: ModuleInfo) -> str:
 
 
 def _lines(module: ModuleInfo, children: list[tuple[str, list[_Line]]]) -> list[_Line]:
-    """A printed module, from the name and the lines of each of its children."""
+    """Return the lines of a module, given the name and the lines of each of its children."""
     if module.own_repr is not None:
         return [(0, line) for line in module.own_repr.split("\n")]
     if "ModuleList" in module.bases:
@@ -53,7 +53,7 @@ def _lines(module: ModuleInfo, children: list[tuple[str, list[_Line]]]) -> list[
 
 
 def _with_absent(module: ModuleInfo, children: list[tuple[str, list[_Line]]]) -> list[tuple[str, list[_Line]]]:
-    """The children with those that are None between them, each at its position."""
+    """Return the children together with those that are None, each at its position."""
     entries: list[tuple[str, list[_Line]]] = []
     rest = iter(children)
     for position, name in sorted(module.absent):
@@ -63,7 +63,7 @@ def _with_absent(module: ModuleInfo, children: list[tuple[str, list[_Line]]]) ->
 
 
 def _folded(texts: list[list[_Line]]) -> list[tuple[str, list[_Line]]]:
-    """The entries of a `ModuleList`: runs of equal ones are one entry, which says how many they are."""
+    """Return the entries of a `ModuleList`, with each run of equal children as one entry that states their number."""
     entries: list[tuple[str, list[_Line]]] = []
     for _, run in groupby(enumerate(texts), key=itemgetter(1)):
         numbers = [number for number, _ in run]

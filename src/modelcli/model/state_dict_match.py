@@ -1,4 +1,4 @@
-"""Which known models a state dict is like, by the names and shapes of its tensors: plain data, compared as it is."""
+"""Find the known models whose state dict has the names and shapes of a given one. Works on plain data."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 
 Shapes = Mapping[str, Shape]
 
-#: What the cache keeps of the builders: the fingerprints alone, for a look at a file, and all names and shapes.
+#: The cache entries about builders: the fingerprints alone (enough for a note about a file), and all names and shapes.
 FINGERPRINTS, LISTING = "fingerprints", "tensors of builders"
 
-#: BatchNorm's count of batches. Files from before torch 0.4.1 lack it, frozen ones too, and PyTorch loads both.
+#: BatchNorm's count of batches. Files from before torch 0.4.1 and frozen norms lack it; PyTorch loads both.
 _COUNTER = "num_batches_tracked"
 
 
 @dataclass(frozen=True)
 class Mismatch:
-    """A tensor of one shape in the model, and another in the file."""
+    """A tensor whose shape in the file (`found`) is not the model's (`expected`)."""
 
     name: str
     expected: Shape
@@ -32,7 +32,7 @@ class Mismatch:
 
 @dataclass(frozen=True)
 class Match:
-    """How a file's tensors fit a model's: `matched` is the number of those that are in both, in one shape."""
+    """How the tensors of a file fit a model. `matched` counts the tensors that both have with the same shape."""
 
     model: str
     matched: int
@@ -42,7 +42,7 @@ class Match:
 
     @property
     def distance(self) -> int:
-        """How many tensors do not fit."""
+        """The number of tensors that do not fit."""
         return len(self.missing) + len(self.unexpected) + len(self.mismatched)
 
     @property
@@ -51,7 +51,7 @@ class Match:
 
 
 def shapes_of(tensors: Iterable[TensorInfo]) -> dict[str, Shape]:
-    """The names and shapes that are compared: of what is saved, but for BatchNorm's counts of batches."""
+    """Return the names and shapes to compare: those of persistent tensors, without BatchNorm's counts of batches."""
     return {
         tensor.name: tensor.shape
         for tensor in tensors
@@ -60,7 +60,10 @@ def shapes_of(tensors: Iterable[TensorInfo]) -> dict[str, Shape]:
 
 
 def unwrapped(shapes: Shapes) -> tuple[Shapes, Unwrapping]:
-    """The shapes without what wrappers put into the names, and what that is. No known model has such names."""
+    """Remove from the names what wrappers added. Returns the new shapes and what was removed.
+
+    No known model uses such names itself.
+    """
     from modelcli.model import wrapper_prefixes
 
     found = wrapper_prefixes.known(shapes)
@@ -70,7 +73,7 @@ def unwrapped(shapes: Shapes) -> tuple[Shapes, Unwrapping]:
 
 
 def fingerprint(shapes: Shapes) -> str:
-    """The same text for the same names and shapes, in whatever order."""
+    """Return a hash of names and shapes that does not depend on their order."""
     import hashlib  # as in cache
 
     text = json.dumps([[name, *shapes[name]] for name in sorted(shapes)], separators=(",", ":"))
@@ -78,7 +81,7 @@ def fingerprint(shapes: Shapes) -> str:
 
 
 def compare(model: str, expected: Shapes, found: Shapes) -> Match:
-    """How what was found fits what a model expects."""
+    """Compare the shapes found in a file with those that `model` expects."""
     both = [name for name in expected if name in found]
     mismatched = tuple(Mismatch(name, expected[name], found[name]) for name in both if expected[name] != found[name])
     return Match(
@@ -91,9 +94,9 @@ def compare(model: str, expected: Shapes, found: Shapes) -> Match:
 
 
 def best(found: Shapes, models: Mapping[str, Shapes], most: int) -> list[Match]:
-    """The models that fit exactly, all of them; if none does, at most so many that come near, the nearest first.
+    """Return all models that fit exactly; if there are none, the closest ones, at most `most`, best first.
 
-    Near is a model that has at least half of the file's tensors, and of whose own tensors the file has half.
+    A model is close if at least half of the file's tensors and half of its own tensors match.
     """
     matches = [compare(model, expected, found) for model, expected in models.items()]
     matches.sort(key=lambda match: (match.distance, _unusual(match.model), match.model))
@@ -104,10 +107,10 @@ def best(found: Shapes, models: Mapping[str, Shapes], most: int) -> list[Match]:
 
 
 def in_order(models: Iterable[str]) -> list[str]:
-    """Models that fit alike, those first that are meant most often."""
+    """Sort models that fit equally well: those that people mean most often come first."""
     return sorted(models, key=lambda model: (_unusual(model), model))
 
 
 def _unusual(model: str) -> tuple[bool, bool]:
-    """What comes behind other models that fit as well: twins made to be quantized, and those that need arguments."""
+    """Sort key that puts quantizable variants and builders with arguments last."""
     return model.startswith("quantized_"), "(" in model

@@ -18,10 +18,10 @@ Kind = Literal["parameter", "buffer"]
 
 @dataclass_transform(frozen_default=True)
 def value_class(cls: type[_T]) -> type[_T]:
-    """A dataclass whose instances are never changed, for what a file may have 100,000 of.
+    """Make a dataclass whose instances must not be changed, for things of which a file may have 100,000.
 
-    That nothing changes one is for the type checker to see: `frozen=True` sees to it at run time as well, and takes
-    three times as long to make each.
+    Only the type checker enforces that. `frozen=True` would enforce it at run time too, but makes creating an instance
+    three times slower.
     """
     return dataclass(slots=True, unsafe_hash=True)(cls)
 
@@ -30,10 +30,17 @@ def value_class(cls: type[_T]) -> type[_T]:
 class TensorInfo:
     """One parameter or buffer under one name.
 
-    `shape` is None for a lazy parameter that no forward pass has given a shape yet. `requires_grad` is None where
-    nothing says (a buffer, a bare checkpoint). `tied_to` is the first name of the same tensor. `layout` is torch's
-    name for how it is stored; `stored_bytes` are what it takes where that is not its elements times their size: of a
-    sparse tensor its indices and values, of a quantized one its scales as well.
+    Attributes:
+        name: the key in the state dict.
+        shape: None for a lazy parameter that has no shape before the first forward pass.
+        dtype: torch's name of the dtype, without `torch.`.
+        kind: `parameter` or `buffer`.
+        requires_grad: None if it is not known (a buffer, a plain state dict).
+        tied_to: the first name of the same tensor, if this is another name of it.
+        persistent: whether the tensor is in the state dict.
+        layout: torch's name of the layout (`strided`, `sparse_coo`).
+        stored_bytes: the size in bytes if it is not `elements` times the element size: for a sparse tensor with its
+            indices, for a quantized one with its scales.
     """
 
     name: str
@@ -56,15 +63,15 @@ class TensorInfo:
 
     @property
     def is_differentiable(self) -> bool:
-        """Whether torch lets it have a gradient, and so be trained: whole numbers have none."""
+        """Whether its dtype allows a gradient, so that it can be trained."""
         return is_differentiable(self.dtype)
 
     @property
     def is_trained(self) -> bool | None:
-        """Whether a parameter is trained; None where nothing says that of one that could be."""
+        """Whether the parameter is trainable; None if it could be and its flag is not known."""
         return self.requires_grad if self.is_differentiable else False
 
     @property
     def identity(self) -> str:
-        """One name for all the names of a tied tensor."""
+        """The same name for all names of a tied tensor."""
         return self.name if self.tied_to is None else self.tied_to  # a name may be empty

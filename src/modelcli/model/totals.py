@@ -1,4 +1,4 @@
-"""What parameters and buffers add up to, each tied one once."""
+"""Sum up parameters and buffers, with each tied tensor counted once."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from modelcli.model.tensors import TensorInfo
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """What a model adds up to. Each tied tensor is counted once; bytes are what the tensors take in memory.
+    """The totals of a model: numbers of elements, and bytes in memory. Each tied tensor is counted once.
 
-    `trainable_params` is None where nothing says of some parameter whether it is trained.
+    `trainable_params` is None if it is not known of every parameter whether it is trainable.
     """
 
     params: int
@@ -31,7 +31,7 @@ class Totals:
 
 @dataclass(slots=True)
 class _Sum:
-    """What parameters come to: their elements, and how many are trained, frozen, or neither for all that is known."""
+    """The sums of some parameters: their elements, and how many are trained, frozen, or unknown."""
 
     elements: int = 0
     trained: int = 0
@@ -56,10 +56,10 @@ class _Sum:
 
 
 def _counted_once(tensors: Sequence[TensorInfo]) -> Iterator[tuple[str, TensorInfo, int]]:
-    """Where to count parameters, and how often, so that sums from the leaves to the root have each of them once.
+    """Yield (path, parameter, times), such that sums from the leaves to the root count each parameter once.
 
-    One with several names counts at each of its places, and is taken off again where the ways from two neighbouring
-    places to the root meet: above, it would count twice.
+    A tied parameter is counted (+1) in each module that holds it, and once less (-1) in the closest module above two
+    neighbouring ones of these, where it would otherwise be counted twice.
     """
     tied: dict[str, list[TensorInfo]] = defaultdict(list)
     names = {tensor.tied_to for tensor in tensors if tensor.tied_to is not None}
@@ -71,20 +71,20 @@ def _counted_once(tensors: Sequence[TensorInfo]) -> Iterator[tuple[str, TensorIn
         else:
             tied[tensor.identity].append(tensor)
     for first, *others in tied.values():
-        places = sorted(parent_of(tensor.name).split(".") for tensor in (first, *others))
-        for place in places:
-            yield ".".join(place), first, 1
-        for place, neighbour in pairwise(places):
-            yield _common(place, neighbour), first, -1
+        holders = sorted(parent_of(tensor.name).split(".") for tensor in (first, *others))
+        for holder in holders:
+            yield ".".join(holder), first, 1
+        for holder, neighbour in pairwise(holders):
+            yield _common(holder, neighbour), first, -1
 
 
 def _common(one: Sequence[str], other: Sequence[str]) -> str:
-    """The path that two paths, in their components, start with."""
+    """Return the longest path that two paths, given as components, have in common at the front."""
     return ".".join(part for part, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def totals_of(tensors: Iterable[TensorInfo]) -> Totals:
-    """Add up tensors, each tied one once."""
+    """Sum up tensors, with each tied one counted once."""
     seen: set[str] = set()
     params = trainable = buffers = param_bytes = buffer_bytes = 0
     all_known = True

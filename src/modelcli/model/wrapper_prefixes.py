@@ -1,4 +1,4 @@
-"""Names that wrappers put into the keys of a state dict: DataParallel, FSDP, torch.compile, Lightning and others."""
+"""Remove the names that wrappers add to the keys of a state dict (DataParallel, FSDP, torch.compile, Lightning)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from modelcli.model.paths import parent_of
 from modelcli.model.tensors import Shape
 from modelcli.wording import listed
 
-#: Attributes in which a wrapper keeps the module that it wraps, wherever in a model that is: DataParallel, DDP and
-#: AveragedModel (`module`), torch.compile, FSDP, activation checkpointing, Lightning's Fabric, Opacus.
+#: The attributes in which wrappers keep the wrapped module, anywhere in a model: DataParallel, DDP and AveragedModel
+#: (`module`), torch.compile, FSDP, activation checkpointing, Lightning's Fabric, Opacus.
 MARKERS = (
     "module",
     "_orig_mod",
@@ -20,23 +20,26 @@ MARKERS = (
     "_forward_module",
     "_module",
 )
-#: Attributes in which people keep a model inside a LightningModule or a model of their own, at the front of a key.
+#: The attributes in which people keep a model inside a LightningModule or an own class; they start the keys.
 ATTRIBUTES = ("model", "net", "network", "backbone")
-#: AveragedModel's count of the averages that it took, a buffer beside `module`.
+#: The buffer beside `module` in which AveragedModel counts its averages.
 AVERAGED = "n_averaged"
 
-#: The names of tensors, each with its shape, or None where it has none.
+#: The names of tensors, each with its shape, or None if it has none.
 Keys = Mapping[str, Shape | None]
 
 
 @dataclass(frozen=True)
 class Unwrapping:
-    """What is taken out of the keys of a file to get those of an architecture.
+    """The changes that turn the keys of a file into those of an architecture.
 
-    `markers` are components of a path that are removed wherever they stand, then `prefix` is removed from the front.
-    `dropped` are keys of a wrapper's own, which no wrapped model has. `everywhere` says that every other key changes
-    by `prefix` alone. `elsewhere` are prefixes below which some of the architecture's tensors stand, where none is
-    removed because nothing says which is meant.
+    Attributes:
+        prefix: removed from the front of each key, after `markers`.
+        markers: path components that are removed wherever they occur.
+        dropped: the wrapper's own keys, which the wrapped model does not have.
+        everywhere: whether removing `prefix` is the only change to every other key.
+        elsewhere: the prefixes under which some tensors of the architecture exist, if none is removed because more
+            than one is possible.
     """
 
     prefix: str = ""
@@ -49,11 +52,11 @@ class Unwrapping:
         return bool(self.prefix or self.markers)
 
     def key(self, key: str) -> str:
-        """A key of the file as the architecture has it."""
+        """Return the architecture's key for a key of the file."""
         return without(key, self.markers).removeprefix(self.prefix)
 
     def path(self, path: str) -> str | None:
-        """The path of a module in the file as the architecture has it; None for what lies outside of it."""
+        """Return the architecture's path for a module path of the file; None for a module outside the architecture."""
         path = without(path, self.markers)
         if not self.prefix:
             return path
@@ -63,25 +66,25 @@ class Unwrapping:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """What is removed, for messages."""
+        """What is removed, for use in messages."""
         return (*self.markers, self.prefix) if self.prefix else self.markers
 
     def note(self) -> str:
-        """What to tell of it, once it is done."""
+        """Return the note that reports the change."""
         parts = [repr(part) for part in self.parts]
         if self.everywhere and not self.markers:
-            told = f"stripped {self.prefix!r} from every key"
+            note = f"stripped {self.prefix!r} from every key"
         else:
-            told = f"stripped {listed(parts, 6)} from the keys"
+            note = f"stripped {listed(parts, 6)} from the keys"
         them = "it" if len(parts) == 1 else "them"
-        told += f": a wrapper had put {them} there"
+        note += f": a wrapper had added {them}"
         if self.dropped:
-            told += f"; {listed(list(self.dropped), 3)} counts its averages, and was left out"
-        return told
+            note += f"; {listed(list(self.dropped), 3)} counts its averages and was left out"
+        return note
 
 
 def without(key: str, markers: Iterable[str]) -> str:
-    """A key, or the path of a module, without some components: `layer._orig_mod.weight` as `layer.weight`."""
+    """Remove components from a key or path: `layer._orig_mod.weight` becomes `layer.weight`."""
     for marker in markers:
         if marker in key:
             key = ".".join(part for part in key.split(".") if part != marker)
@@ -89,9 +92,13 @@ def without(key: str, markers: Iterable[str]) -> str:
 
 
 def fit(found: Keys, own: Keys) -> Unwrapping:
-    """What has to be taken out of a file's keys so that as many as can be are those of an architecture.
+    """Find the change of a file's keys that matches as many as possible of an architecture's keys.
 
-    Nothing is removed that the architecture's own names have too, and nothing that does not bring more keys together.
+    It removes nothing that also occurs in the architecture's names, and nothing that does not match more keys.
+
+    Args:
+        found: the keys and shapes of the file.
+        own: the keys and shapes of the architecture.
     """
     if all(key in own for key in found):
         return Unwrapping()
@@ -111,7 +118,7 @@ def fit(found: Keys, own: Keys) -> Unwrapping:
 
 
 def known(names: Iterable[str]) -> Unwrapping:
-    """The same where no architecture is known: what wrappers alone use, and what all keys begin with."""
+    """Find the change if no architecture is known: the names that only wrappers use, and a prefix of all keys."""
     keys = list(names)
     markers = tuple(sorted(_components(keys) & set(MARKERS), key=MARKERS.index))
     bare = {key: without(key, markers) for key in keys}
@@ -131,7 +138,7 @@ def known(names: Iterable[str]) -> Unwrapping:
 
 
 def _plain(found: Unwrapping, names: Mapping[str, str]) -> Unwrapping:
-    """The same as one prefix, where that is all that it comes to for every key."""
+    """Return the same change as one prefix, if it removes the same prefix from every key."""
     kept = [key for key in names if key not in found.dropped]
     fronts = {key.removesuffix(names[key]) if key.endswith(names[key]) else None for key in kept}
     if len(fronts) == 1 and (front := fronts.pop()) is not None:
@@ -140,11 +147,11 @@ def _plain(found: Unwrapping, names: Mapping[str, str]) -> Unwrapping:
 
 
 def _prefix(found: Keys, own: Keys) -> tuple[str, tuple[str, ...]]:
-    """The prefix below which most of an architecture's names stand in a file; else all below which some do, with their
-    shapes, those of the most first.
+    """Return the prefix under which the file has most of the architecture's names.
 
-    It has to be that of half of the keys, shapes included, or be made of `ATTRIBUTES` and `MARKERS`: layers of one
-    type have the same names.
+    The prefix must match half of the keys with their shapes, or consist of `ATTRIBUTES` and `MARKERS`, because layers
+    of the same type share names. If there is none, the second value lists all prefixes under which some names and
+    shapes match, the one with the most matches first.
     """
     votes: Counter[str] = Counter()
     alike: Counter[str] = Counter()
@@ -173,7 +180,7 @@ def _is_usual(prefix: str) -> bool:
 
 
 def _cuts(name: str) -> Iterator[tuple[str, str]]:
-    """The ways to cut a name into a prefix and the rest, the whole first."""
+    """Yield each way to cut a name into a prefix and the rest, the empty prefix first."""
     place = 0
     yield "", name
     while (place := name.find(".", place) + 1) > 0:
@@ -181,7 +188,7 @@ def _cuts(name: str) -> Iterator[tuple[str, str]]:
 
 
 def _counts(keys: Iterable[str]) -> tuple[str, ...]:
-    """The keys that are AveragedModel's own count: beside a child `module`."""
+    """Return the keys that are AveragedModel's counter, which is beside a child `module`."""
     keys = list(keys)
     found = [key for key in keys if key.rpartition(".")[2] == AVERAGED]
     if not found:

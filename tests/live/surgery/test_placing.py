@@ -121,7 +121,7 @@ def test_flags_follow_their_modules(cli: Cli) -> None:
         ("remove fc.weight", "fc.weight is a tensor of Places, and remove takes modules out", "bias=False"),
         ("remove fc --expect 2", "1 matches, not the 2 expected", ""),
         ("remove fk", "no module matches 'fk'", "there are: seq, blocks, heads, fc"),
-        ("extract 'seq.*'", "'seq.*' names 4 modules, and extract takes one", ""),
+        ("extract 'seq.*'", "'seq.*' matches 4 modules, but extract takes one", ""),
         ("extract fc.weight", "no module matches 'fc.weight'", ""),
     ],
 )

@@ -17,7 +17,7 @@ from modelcli.edits import Edit
 from modelcli.errors import RequestError, SystemFailureError
 from modelcli.files import atomic
 from modelcli.language.references import CheckpointFile, PythonObject, Source, parse_input_size
-from modelcli.recipe import append, read, start, take_back
+from modelcli.recipe import append, read, remove_last, start
 from tests.conftest import Cli
 
 WRITTEN_BY_HAND = """\
@@ -162,16 +162,16 @@ def test_unknown_keys_and_bad_lines_are_reported_all_at_once(folder: Path) -> No
     expected = [
         (1, "no model"),
         (2, "unknown key 'modle', did you mean model?"),
-        (3, "seed is a whole number from 0 to 2^63 - 1, not -1"),
-        (4, "weights is text, not 3"),
+        (3, "seed must be a whole number from 0 to 2^63 - 1, not -1"),
+        (4, "weights must be a string, not 3"),
         (5, "input size '1,a'"),
         (6, "no dtype 'flaot32', did you mean float32?"),
-        (7, "strict is true or false, not 1"),
+        (7, "strict must be true or false, not 1"),
         (8, "unknown key 'colour'"),
         (11, "no such edit: 'frezee' (did you mean freeze"),
         (13, "selector 'a{': { without }"),
         (13, "replace takes a target and a module"),
-        (14, "an edit is a line of text, not 3"),
+        (14, "an edit must be a string, not 3"),
         (15, "no such edit: 'frezee' (did you mean freeze"),
         (16, "cannot read 'Conv2d(3'"),
     ]
@@ -186,21 +186,21 @@ def test_unknown_keys_and_bad_lines_are_reported_all_at_once(folder: Path) -> No
     [
         ("model = \n", 1, "unexpected end of the line: model ="),
         ("model = alexnet\n", 1, "unexpected 'a': model = alexnet"),
-        ('model = "a"\nedits = [\n "freeze b,\n]\n', 3, 'a text without its closing quote: "freeze b,'),
-        ('model = "a"\ninput_size = [1, 3]\n', 2, "input_size is text like '1,3,224,224', not [1, 3]"),
+        ('model = "a"\nedits = [\n "freeze b,\n]\n', 3, 'a string has no closing quote: "freeze b,'),
+        ('model = "a"\ninput_size = [1, 3]\n', 2, "input_size must be a string like '1,3,224,224', not [1, 3]"),
         ('model = "a"\nedits = [\n', 2, "the text ends in the middle of a value"),
         ('model = "a"\nmodel = "b"\n', 2, 'key "model" already exists: model = "b"'),
         ('model = "a"\n\nwhat is this\n', 3, ""),
-        ('model = "a"\nedits = "freeze a"\n', 2, "edits is a list of lines, not 'freeze a'"),
-        ('model = "a"\n[edits]\nx = 1\n', 2, "edits is a list of lines"),
-        ('model = "a"\n[[edits]]\nx = 1\n', 2, "an edit is a line of text"),
+        ('model = "a"\nedits = "freeze a"\n', 2, "edits must be a list of strings, not 'freeze a'"),
+        ('model = "a"\n[edits]\nx = 1\n', 2, "edits must be a list of strings"),
+        ('model = "a"\n[[edits]]\nx = 1\n', 2, "an edit must be a string"),
         ('model = "a"\nedits = ["freeze \\u0061{"]\n', 2, "selector 'a{'"),
         ('model = "a"\nedits = [\n "freeze a",\n """frezee\nb"""]\n', 4, "no such edit: 'frezee'"),
-        ('model = ["a"]\n', 1, "model is text, not ['a']"),
+        ('model = ["a"]\n', 1, "model must be a string, not ['a']"),
         ('model = "a"\nseed = true\n', 2, "not True"),
         ('model = "a"\nseed = 1.0\n', 2, "not 1.0"),
         (f'model = "a"\nseed = {2**63}\n', 2, "from 0 to 2^63 - 1"),
-        ('model = "a"\n"key" = 1\n', 2, "key is text, not 1"),
+        ('model = "a"\n"key" = 1\n', 2, "key must be a string, not 1"),
         ('model = "a"\n[ tool.x ]\n', 2, "unknown key 'tool'"),
         ('model = "a"\r\n# c\r\nseed = -2\r\n', 3, "not -2"),
     ],
@@ -276,13 +276,13 @@ def test_comments_order_and_spaces_survive_appending(folder: Path) -> None:
     assert path.read_text() == WRITTEN_BY_HAND.replace(
         '    "freeze features",\n', '    "freeze features",\n    "unfreeze features.10",\n'
     )
-    assert take_back(path, 1) == ["unfreeze features.10"]
+    assert remove_last(path, 1) == ["unfreeze features.10"]
     assert path.read_text() == WRITTEN_BY_HAND
 
 
 def test_comments_that_are_not_an_edits_own_survive_taking_back(folder: Path) -> None:
     path = written(folder, WRITTEN_BY_HAND)
-    assert take_back(path, 1) == ["freeze features"]
+    assert remove_last(path, 1) == ["freeze features"]
     text = path.read_text()
     for comment in ("# the classifier", "# from torchvision", "# what was", "# ten cats", "# the features are good"):
         assert comment in text
@@ -322,13 +322,13 @@ def test_a_recipe_without_a_list_gets_one(folder: Path) -> None:
 )
 def test_an_emptied_list_is_an_empty_list(folder: Path, text: str) -> None:
     path = written(folder, f'model = "a"\n{text}\n')
-    assert take_back(path, 9) == (["freeze a", "freeze b"] if "freeze" in text else [])
+    assert remove_last(path, 9) == (["freeze a", "freeze b"] if "freeze" in text else [])
     assert path.read_text() == 'model = "a"\nedits = []\n'
 
 
 def test_taken_back_edits_come_in_order(folder: Path) -> None:
     path = written(folder, 'model = "a"\nedits = ["freeze a", "freeze b", "freeze c"]\n')
-    assert take_back(path, 2) == ["freeze b", "freeze c"]
+    assert remove_last(path, 2) == ["freeze b", "freeze c"]
     assert tomllib.loads(path.read_text())["edits"] == ["freeze a"]
 
 
@@ -379,7 +379,7 @@ def test_what_is_appended_is_read_again_and_taken_back(folder: Path, text: str, 
     path = written(folder, text)
     append(path, new)
     assert path.read_text() == one_by_one
-    assert take_back(path, len(new)) == list(map(str, new))
+    assert remove_last(path, len(new)) == list(map(str, new))
     assert read(path) == before
     assert [line for line in text.split("\n") if "#" in line] == [
         line for line in path.read_text().split("\n") if "#" in line
@@ -426,7 +426,7 @@ def test_what_is_no_edit_is_told_by_its_line(folder: Path) -> None:
     with pytest.raises(RequestError) as caught:
         recipe.read(path)
     lines = [line.removeprefix(f"{path}:") for line in caught.value.message.splitlines()]
-    assert lines == ["5: an edit is a line of text, not 3", "6: an edit is a line of text, not True"]
+    assert lines == ["5: an edit must be a string, not 3", "6: an edit must be a string, not True"]
 
 
 def test_a_recipe_without_a_model_is_one_for_any(cli: Cli) -> None:

@@ -1,4 +1,7 @@
-"""The working recipe, `modelcli.toml`: a model reference and a list of edits, kept as its author wrote it."""
+"""Read and change the working recipe `modelcli.toml`: a model reference and a list of edits.
+
+A change keeps the rest of the file as its author wrote it.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,14 @@ KEYS = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe as read from its file. `places` are where its edits stand: `modelcli.toml:5`."""
+    """A recipe as read from its file.
+
+    Attributes:
+        path: the file.
+        source: the model and how to open it.
+        edits: the edits, in order.
+        places: file and line of each edit, such as `modelcli.toml:5`, for error messages.
+    """
 
     path: Path
     source: Source
@@ -68,16 +78,22 @@ def default_path() -> Path:
 
 
 def require(path: Path) -> None:
-    """Raise RequestError where there is no recipe, for what is about a recipe and about no model."""
+    """Raise RequestError if the recipe does not exist. For commands that need a recipe and no model."""
     if not path.exists():
         other = "" if path == default_path() else f" --recipe {quoted(str(path))}"
-        raise RequestError(f"there is no recipe: no {path} is here", f"modelcli load MODEL{other} starts one")
+        raise RequestError(f"there is no recipe: {path} does not exist", f"modelcli load MODEL{other} starts one")
 
 
 def read(path: Path, *, model: str | None = None) -> Recipe:
-    """Read a recipe. Raises RequestError that lists every unknown key and bad line at once.
+    """Read a recipe.
 
-    A recipe that names no model is one for `model`, where that is given.
+    Args:
+        path: the file.
+        model: the model reference for a recipe that names none.
+
+    Raises:
+        RequestError: the file is missing or is not a recipe. The message lists every unknown key and wrong line.
+        SystemFailureError: the file cannot be read.
     """
     text = _read_text(path)
     document: dict[str, Any] = _document(path, text).unwrap()
@@ -93,23 +109,25 @@ def read(path: Path, *, model: str | None = None) -> Recipe:
             report(key, f"unknown key {key!r}" + (f", did you mean {near[0]}?" if near else ""))
     values = {key: document.get(key) for key in KEYS}
     if "model" not in document and model is None:
-        problems.append((1, 'no model: the recipe needs a line like model = "alexnet", or apply -m MODEL names one'))
+        problems.append(
+            (1, 'the recipe names no model: add a line such as model = "alexnet", or pass -m MODEL to apply')
+        )
     for key in ("model", "weights", "arch", "key"):
         if key in document and not isinstance(values[key], str):
-            report(key, f"{key} is text, not {values[key]!r}")
+            report(key, f"{key} must be a string, not {values[key]!r}")
     seed = document.get("seed", 0)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        report("seed", f"seed is a whole number from 0 to 2^63 - 1, not {seed!r}")
+        report("seed", f"seed must be a whole number from 0 to 2^63 - 1, not {seed!r}")
     for key in ("strict", "tensors_only", "bare_keys", "trust"):
         if not isinstance(document.get(key, True), bool):
-            report(key, f"{key} is true or false, not {document[key]!r}")
+            report(key, f"{key} must be true or false, not {document[key]!r}")
     sizes: list[tuple[int, ...]] = []
     dtypes: list[str] = []
     for key, example in (("input_size", "1,3,224,224"), ("input_dtype", "float32")):
         for item in _listed(document.get(key), whole=key == "input_size"):
             try:
                 if not isinstance(item, str):
-                    raise RequestError(f"{key} is text like {example!r}, not {item!r}")
+                    raise RequestError(f"{key} must be a string like {example!r}, not {item!r}")
                 if key == "input_size":
                     sizes.append(parse_input_size(item))
                 else:
@@ -120,19 +138,19 @@ def read(path: Path, *, model: str | None = None) -> Recipe:
     try:
         input_texts.parse_all(inputs)
         if len(inputs) < len(_listed(document.get("inputs"), whole=False)):
-            raise RequestError(f"inputs is text like 'x=1,128:int64', not {document['inputs']!r}")
+            raise RequestError(f"inputs must be strings like 'x=1,128:int64', not {document['inputs']!r}")
     except RequestError as error:
         report("inputs", error.message)
     parsed: list[Edit] = []
     places: list[str] = []
     lines_of_edits = document.get("edits", [])
     if not isinstance(lines_of_edits, list):
-        report("edits", f"edits is a list of lines, not {lines_of_edits!r}")
+        report("edits", f"edits must be a list of strings, not {lines_of_edits!r}")
         lines_of_edits = []
     for line, number in zip(lines_of_edits, _lines_of_edits(lines, lines_of_edits), strict=True):
         try:
             if not isinstance(line, str):
-                raise RequestError(f"an edit is a line of text, not {line!r}")
+                raise RequestError(f"an edit must be a string, not {line!r}")
             parsed.append(edits.parse(line))
             places.append(f"{path}:{number}")
         except RequestError as error:
@@ -163,7 +181,7 @@ def read(path: Path, *, model: str | None = None) -> Recipe:
 
 
 def _listed(value: object, *, whole: bool) -> list[object]:
-    """What a key lists. Where `whole`, numbers alone are one item, and no list of them."""
+    """Return the value of a key as a list. With `whole`, a list of only numbers is one item."""
     if value is None:
         return []
     if not isinstance(value, list) or (whole and value and all(isinstance(item, int) for item in value)):
@@ -179,25 +197,25 @@ def _document(path: Path, text: str) -> TOMLDocument:
         if what.endswith(r"'\x00'") and "\0" not in text:  # tomlkit's own mark of the end
             what = "the text ends in the middle of a value"
         elif "Control characters" in what and "u000a" in what:
-            what = "a text without its closing quote"
+            what = "a string has no closing quote"
         line = "".join(text.split("\n")[error.line - 1 : error.line]).strip()
         shown = f": {line if len(line) <= 80 else line[:77] + '...'}" if line else ""
         raise RequestError(
             f"{path}:{error.line}: {_in_words(what)}{shown}",
-            'the file is TOML, and text stands in quotes: model = "alexnet", edits = ["freeze features"]',
+            'the file is TOML, which needs quotes around strings: model = "alexnet", edits = ["freeze features"]',
         ) from None
     except (TOMLKitError, ValueError, RecursionError) as error:
         raise RequestError(f"{path} cannot be read: {error}") from None
 
 
 def _in_words(what: str) -> str:
-    """What tomlkit says, as part of a sentence: `unexpected 'a'`, `unexpected end of the line`."""
+    """Reword a message of tomlkit as part of a sentence: `unexpected 'a'`, `unexpected end of the line`."""
     what = what.replace("Unexpected character: '\\n'", "unexpected end of the line").replace("character: ", "")
     return what[:1].lower() + what[1:].removesuffix(".")
 
 
 def _line_of_key(lines: Sequence[str], key: str) -> int:
-    """The line that starts a key; 1 where none is found."""
+    """Return the number of the line that starts a key; 1 if there is none."""
     for number, line in enumerate(lines, 1):
         if re.match(rf"\s*[\"']?{re.escape(key)}[\"']?\s*[=\].]|\s*\[+\s*{re.escape(key)}", line):
             return number
@@ -205,13 +223,13 @@ def _line_of_key(lines: Sequence[str], key: str) -> int:
 
 
 def _lines_of_edits(lines: Sequence[str], listed: Sequence[object]) -> list[int]:
-    """The line of each edit. They are looked for in their order, so that the same one twice has two lines."""
+    """Return the line number of each edit. The search goes in order, so two equal edits get two lines."""
     first = _line_of_key(lines, "edits")
     rest, number, found = "\n".join(lines[first - 1 :]), first, []
     for line in listed:
         word = str(line)
         spellings = {f'"{word}"', f"'{word}'", tomlkit.string(word).as_string()}
-        if not isinstance(line, str):  # a mistake, which is told by its line as well
+        if not isinstance(line, str):  # an error, which is reported with its line too
             spellings = {tomlkit.item(line).as_string()} if isinstance(line, int | float) else set()
         places = [(place, len(spelling)) for spelling in spellings if (place := _place(rest, spelling)) >= 0]
         if not places:
@@ -225,7 +243,7 @@ def _lines_of_edits(lines: Sequence[str], listed: Sequence[object]) -> list[int]
 
 
 def _place(text: str, spelling: str) -> int:
-    """Where a spelling stands for the first time outside a comment; -1 where nowhere."""
+    """Return the position of the first occurrence of `spelling` outside a comment; -1 if there is none."""
     match = re.search(rf"^[^#\n]*?{re.escape(spelling)}", text, re.MULTILINE)
     return match.end() - len(spelling) if match else -1
 
@@ -243,13 +261,13 @@ def _read_text(path: Path) -> str:
     except IsADirectoryError:
         raise RequestError(f"{path} is a folder, not a recipe") from None
     except ValueError:
-        raise RequestError(f"no file can be called {str(path)!r}") from None
+        raise RequestError(f"{str(path)!r} cannot be the name of a file") from None
     except OSError as error:
         raise SystemFailureError(f"cannot read {path}: {error.strerror or error}") from None
 
 
 def start(path: Path, source: Source) -> None:
-    """Write a new recipe without edits. Paths in `source` are already as seen from the recipe's folder."""
+    """Write a new recipe without edits. Paths in `source` must already be relative to the recipe's folder."""
     document = tomlkit.document()
     document["model"] = source.model
     for key in ("weights", "arch", "key"):
@@ -268,7 +286,7 @@ def start(path: Path, source: Source) -> None:
 
 
 def _input_of(source: Source) -> dict[str, Any]:
-    """The keys that state what flows in, as a recipe has them."""
+    """Return the recipe keys that state the model's inputs."""
     found: dict[str, Any] = {}
     if source.input_size is not None:
         sizes = [",".join(map(str, shape)) for shape in source.input_size]
@@ -281,22 +299,24 @@ def _input_of(source: Source) -> dict[str, Any]:
 
 
 def append(path: Path, added: Sequence[Edit], stated: Source | None = None) -> None:
-    """Add edits to the end of a recipe's list; all else in the file stays as it is.
+    """Add edits to the end of a recipe's list. The rest of the file stays as it is.
 
-    But what flows in is from then on what `stated` says, where it is given: the edits were checked on that, and on
-    another input they may fit nothing.
+    Args:
+        path: the recipe.
+        added: the edits.
+        stated: if given, the recipe's inputs become those of `stated`, because the edits were checked with them.
     """
     _write(path, _appended(path, added, stated))
 
 
 def check_append(path: Path, added: Sequence[Edit]) -> None:
-    """Raise what `append` would, before anything else is written."""
+    """Raise the errors that `append` would raise, without writing anything."""
     _appended(path, added)
     atomic.check_target(path, force=True)
 
 
 def _state_input(document: TOMLDocument, keys: Mapping[str, Any]) -> None:
-    """Let a recipe state another input; new keys come before its edits, which may be long."""
+    """Change the inputs that a recipe states. New keys come before the edits, whose list may be long."""
     for key in ("input_size", "input_dtype", "inputs"):
         if key in document and key not in keys:
             del document[key]
@@ -309,7 +329,7 @@ def _state_input(document: TOMLDocument, keys: Mapping[str, Any]) -> None:
 
 
 def _appended(path: Path, added: Sequence[Edit], stated: Source | None = None) -> bytes:
-    """What a recipe holds with edits at the end of its list, and with the input that is stated."""
+    """Return the text of a recipe, encoded, with edits added and its inputs changed as `append` says."""
     text = _read_text(path)
     document = _document(path, text)
     if stated is not None:
@@ -327,8 +347,8 @@ def _appended(path: Path, added: Sequence[Edit], stated: Source | None = None) -
     return _encoded(path, tomlkit.dumps(document), like=text)
 
 
-def take_back(path: Path, count: int) -> list[str]:
-    """Remove the last `count` edits from a recipe's list, and give them back in order."""
+def remove_last(path: Path, count: int) -> list[str]:
+    """Remove the last `count` edits from a recipe's list, and return them in order."""
     text = _read_text(path)
     document = _document(path, text)
     array = document.get("edits")
@@ -342,37 +362,37 @@ def take_back(path: Path, count: int) -> list[str]:
 
 
 def _encoded(path: Path, text: str, *, like: str = "") -> bytes:
-    """The bytes of a recipe, whose lines end as those of `like`."""
+    """Encode a recipe, with the line endings of `like`."""
     ending = "\r\n" if "\r\n" in like else "\n"
     text = text.replace("\r\n", "\n").replace("\n", ending)
     try:
         return text.encode()
     except UnicodeEncodeError:
-        raise RequestError(f"cannot write {path}: a recipe is UTF-8 text, and a name in it is not") from None
+        raise RequestError(f"cannot write {path}: a recipe is UTF-8 text, but a name in it is not") from None
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Replace the file in one step, so that an interrupted run and a full disk leave the old one."""
+    """Replace the file in one step, so that an interruption or a full disk leaves the old one."""
     with atomic.replacing(path, force=True, is_locked=True) as (file, _):
         file.write(data)
 
 
-#: Seconds that another command is waited for that works on the same recipe: an edit is checked before it is recorded.
+#: Seconds to wait for another command that uses the same recipe; it may be checking an edit before it records it.
 PATIENCE = 600.0
 
 
 @contextlib.contextmanager
 def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Keep other commands from changing a recipe while it is read, its edits are checked, and one is appended.
+    """Keep other commands from changing a recipe during the block.
 
-    `waiting` is called where another one is at work on it. Raises SystemFailureError where that does not end.
+    `waiting` is called if another command uses the recipe. Raises SystemFailureError if that takes too long.
     """
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(locks.held(path, PATIENCE, waiting))
         except TimeoutError:
             raise SystemFailureError(
-                f"another command has been at work on {path} for {PATIENCE:.0f} s: it was left as it is",
-                "end that command, or wait for it, and run this one again",
+                f"another command has been using {path} for {PATIENCE:.0f} s, so the recipe is unchanged",
+                "wait for that command or end it, then run this one again",
             ) from None
         yield

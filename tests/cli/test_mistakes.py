@@ -94,12 +94,12 @@ MISTAKES = {
     "no recipe to show": (
         "log",
         2,
-        "error: there is no recipe: no modelcli.toml is here\nhint: modelcli load MODEL starts one",
+        "error: there is no recipe: modelcli.toml does not exist\nhint: modelcli load MODEL starts one",
     ),
     "no recipe to take back from": (
         "undo 2 --recipe head.toml",
         2,
-        "error: there is no recipe: no head.toml is here\nhint: modelcli load MODEL --recipe head.toml starts one",
+        "error: there is no recipe: head.toml does not exist\nhint: modelcli load MODEL --recipe head.toml starts one",
     ),
     "a command that is spelt wrongly": (
         "sumary alexnet",

@@ -244,7 +244,7 @@ def test_a_recipe_that_stays_locked_is_told(cli: Cli, folder: Path, monkeypatch:
     with (folder / "modelcli.toml").open("rb") as other:
         assert locks.try_to_lock(other.fileno())
         error = cli("freeze", ".", code=5).err
-    assert "another command has been at work on modelcli.toml for 0 s" in error
+    assert "another command has been using modelcli.toml for 0 s" in error
     assert (folder / "modelcli.toml").read_bytes() == before
     cli("freeze", ".")
 

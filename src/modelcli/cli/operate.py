@@ -394,7 +394,7 @@ def _carry_out(
 def _tell_waiting(recipe: Path) -> None:
     """Tell whoever sits before a terminal why nothing happens."""
     if sys.stderr.isatty():
-        output.tell(f"note: waiting for another command that is at work on {recipe}")
+        output.tell(f"note: waiting for another command that is using {recipe}")
 
 
 def _meant(name: str, operands: list[str], flags: list[str], error: RequestError, options: EditOptions) -> str | None:

@@ -34,7 +34,7 @@ def parse_all(lines: Iterable[tuple[str, object]]) -> list[Edit]:
     for place, line in lines:
         try:
             if not isinstance(line, str | Edit):
-                raise RequestError(f"an edit is a line of text, not {line!r}")
+                raise RequestError(f"an edit must be a string, not {line!r}")
             made.append(parse(line) if isinstance(line, str) else line)
         except RequestError as error:
             problems.append(f"{place}: {error.message}" + (f" ({error.hint})" if error.hint else ""))

@@ -1,4 +1,4 @@
-"""Replacing a file or a folder in one step: whatever happens on the way, the old one or the new one is there, whole."""
+"""Replace a file or a folder in one step, so that a failure leaves the old one or the new one, complete."""
 
 from __future__ import annotations
 
@@ -20,29 +20,40 @@ from modelcli.files import locks
 from modelcli.files.open_folder import NO_SURPRISES, OpenFolder, path_of_handle, sync_folder
 from modelcli.interrupts import asked_to_end
 
-#: Whether a file can be locked, as it can where an open one can be renamed.
+#: Whether files can be locked. Systems that have locks can rename an open file, too.
 _HAS_LOCKS = sys.platform != "win32"
 
-#: Whether mode and owner can be set by an open handle.
+#: Whether the system can set mode and owner through an open handle.
 _BY_HANDLE = os.chmod in os.supports_fd
 
-#: Seconds that another process is waited for that is about to replace the same file. It holds its lock for as long as
-#: the disk takes to write, and nobody waits for one that was stopped.
+#: Seconds to wait for another process that is about to replace the same file. Such a process holds its lock while the
+#: disk writes; the limit is for a process that was stopped.
 _PATIENCE = 60.0
 
-#: How the name ends of a file or folder that is still being written.
+#: The end of the name of a file or folder that is still being written.
 TEMPORARY = ".modelcli-tmp"
 _OWN = re.compile(rf"\..+\.[0-9a-f]{{8}}(\.old)?{re.escape(TEMPORARY)}", re.DOTALL)
 
 
 def check_target(path: Path, *, force: bool, folder: bool = False, through_links: bool = True) -> None:
-    """Raise where `path` cannot be written: it is there and `force` is not set, of another kind, or read-only."""
+    """Raise an error if `path` cannot be written.
+
+    Args:
+        path: the file or folder to write.
+        force: whether an existing one may be replaced.
+        folder: whether the output is a folder.
+        through_links: whether to replace the file that a link points to, not the link itself.
+
+    Raises:
+        RequestError: `path` exists and `force` is not set, or it has another kind than the output.
+        SystemFailureError: the user may not write it.
+    """
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         mode = None
     except ValueError:
-        raise RequestError(f"no file can be called {str(path)!r}", "a name holds no NUL") from None
+        raise RequestError(f"{str(path)!r} cannot be the name of a file", "a name cannot contain NUL") from None
     except OSError as error:
         raise _failure(path, error) from None
     if mode is not None:
@@ -57,7 +68,7 @@ def check_target(path: Path, *, force: bool, folder: bool = False, through_links
         if folder:
             _check_folder(path)
         elif (through_links or not path.is_symlink()) and not os.access(path, os.W_OK):
-            # A rename would not ask for it, but `cp` and `torch.save` do.
+            # A rename needs no write permission for the file, but users expect what `cp` and `torch.save` do.
             raise SystemFailureError(f"cannot write {path}: no permission to write it")
     above = _existing_folder(path)
     if not above.is_dir():
@@ -67,21 +78,22 @@ def check_target(path: Path, *, force: bool, folder: bool = False, through_links
 
 
 def _check_folder(path: Path) -> None:
-    """Raise where an existing folder cannot be replaced in one step, or not by this user."""
+    """Raise an error if an existing folder cannot be replaced in one step, or not by this user."""
     target = Path(os.path.realpath(path))
     inside = f"name a folder in it: {path / 'model'}/"
     if target.is_mount():
-        raise RequestError(f"{path} is where a file system is mounted, and cannot be replaced in one step", inside)
+        raise RequestError(f"{path} is a mount point, which cannot be replaced in one step", inside)
     if target in (here := Path.cwd(), *here.parents):
-        raise RequestError(f"{path} is the current folder or one above it, and cannot be replaced in one step", inside)
+        raise RequestError(f"{path} is the current folder or contains it, so it cannot be replaced in one step", inside)
     if not os.access(target, os.W_OK | os.X_OK):
         raise SystemFailureError(f"cannot write {path}: no permission to write in it")
 
 
 def require_space(path: Path, nbytes: int) -> None:
-    """Raise SystemFailureError where `nbytes` do not fit beside `path`; the old file is there until the new one is.
+    """Raise SystemFailureError if the file system of `path` has no space for `nbytes` more bytes.
 
-    What runs that were killed have left there takes no space any more: it is removed.
+    The new file needs space of its own because the old one stays until the new one is complete. First removes what
+    killed runs have left beside `path`.
     """
     above = _existing_folder(path)
     with contextlib.suppress(OSError):
@@ -93,12 +105,12 @@ def require_space(path: Path, nbytes: int) -> None:
     if nbytes > free:
         raise SystemFailureError(
             f"cannot write {path}: it takes {nbytes / 1e6:,.2f} MB, and {free / 1e6:,.2f} MB are free in {above}",
-            "the new file is written whole before it takes the place of an old one",
+            "modelcli writes the whole new file before it replaces the old one",
         )
 
 
 def _existing_folder(path: Path) -> Path:
-    """The folder that a path lies in, or the nearest one above it that exists."""
+    """Return the folder of `path`, or the nearest folder above it that exists."""
     folder = Path(os.path.realpath(path)).parent
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
@@ -106,15 +118,17 @@ def _existing_folder(path: Path) -> Path:
 
 
 def leave_to_disk(file: BinaryIO) -> None:
-    """Put what was written on the disk, and where the system does that out of memory: it is read from there next."""
+    """Flush the file to the disk and drop it from the page cache, so that the next read comes from the disk."""
     os.fsync(file.fileno())
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 class _NewFile(io.FileIO):
-    """A new file, each write of which is whole: an unbuffered file may take less than it was given, and say so only in
-    what it returns, as it does where the disk is full."""
+    """A new file whose `write` writes all the data or raises OSError.
+
+    `io.FileIO.write` may write less, for example on a full disk, and reports that only in its return value.
+    """
 
     def write(self, data: Any, /) -> int:
         view = memoryview(data).cast("B")
@@ -137,17 +151,25 @@ def replacing(
     is_locked: bool = False,
     require_unchanged: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[BinaryIO, Path]]:
-    """Give a new file beside `path`; at the end of the block it takes the place of `path`.
+    """Open a new file beside `path`; at the end of the block the new file replaces `path`.
 
-    With `durable` it is on the disk by then, so that a loss of power cannot take it away.
+    The function creates missing parent folders. If the block raises, it removes the new file and leaves the old one as
+    it was. It does not follow links that another program puts in the place of a folder or of the new file meanwhile.
 
-    The parent folder is made. Where the block raises, the new file is removed and the old one is as it was. A link is
-    followed: the file that it points to is replaced; without `through_links` it is replaced itself. Links that somebody
-    puts in the place of a folder or of the new file in the meantime are not followed.
+    Args:
+        path: the file to replace or create.
+        force: whether an existing file may be replaced.
+        durable: whether the new file must be on the disk before it replaces the old one, to survive a loss of power.
+        through_links: whether to replace the file that a link points to, not the link itself.
+        is_locked: whether the caller already holds the lock of `path`.
+        require_unchanged: called when no other process can replace `path` any more, and before it is replaced; it
+            raises if the sources of the new file have changed.
 
-    `require_unchanged` is called when nobody else can replace `path` any more, and before it is replaced: it raises
-    where what the new file was made of is another one by now. `is_locked` says that the caller holds the lock of `path`
-    already.
+    Yields:
+        The open file, and its path.
+
+    Raises:
+        RequestError, SystemFailureError: as `check_target`, or the system failed.
     """
     check_target(path, force=force, through_links=through_links)
     target = _resolved(path, through_links=through_links)
@@ -159,7 +181,7 @@ def replacing(
                 folders[0].require_same(temporary, handle)
             _be_like(folders[0], temporary, handle, target.name, 0o666)
             if not force and folders[0].status(target.name) is not None:
-                raise RequestError(f"{path} exists by now", "--force replaces it")
+                raise RequestError(f"{path} appeared meanwhile", "--force replaces it")
             _heed_signals()
             _put(folders[0], temporary, target.name, path, folders if durable else ())
         _remove_file(folders[0], temporary)
@@ -173,9 +195,9 @@ def replacing(
                     yield cast("BinaryIO", file), folders[0].path / temporary
                     if durable:
                         os.fsync(file.fileno())
-                    if _HAS_LOCKS:  # which hold until the file is closed: so nobody takes it for abandoned
+                    if _HAS_LOCKS:  # the lock lasts until the file is closed, so no other run removes it as abandoned
                         put(file.fileno())
-                if not _HAS_LOCKS:  # and open files cannot be renamed
+                if not _HAS_LOCKS:  # such a system cannot rename an open file
                     put(None)
         except BaseException:
             for temporary in made:
@@ -192,12 +214,18 @@ def replacing_folder(
     superseded: Callable[[Path], Collection[str]] = lambda _: (),
     require_unchanged: Callable[[], None] = lambda: None,
 ) -> Iterator[Path]:
-    """Give a new folder beside `path`; at the end of the block it takes the place of `path`, in one step.
+    """Make a new folder beside `path`; at the end of the block the new folder replaces `path` in one step.
 
-    What else an old folder holds (a tokenizer, a configuration) goes along: `superseded` gives the names of the files
-    in it that go, because what the block has written stands for them. `require_unchanged` is that of `replacing`.
+    Other files of the old folder (a tokenizer, a configuration) are kept in the new one.
 
-    The folder is given by its open handle where the system can, so that what is written into it lands nowhere else.
+    Args:
+        path, force, durable, require_unchanged: as in `replacing`.
+        superseded: a function that gets the old folder and returns the names of the files in it that the new ones
+            replace; these are not kept.
+
+    Yields:
+        The path of the new folder: a path through its open handle if the system allows, so that no other program can
+        redirect what the block writes.
     """
     check_target(path, force=force, folder=True)
     target = _resolved(path)
@@ -215,7 +243,7 @@ def replacing_folder(
                     require_unchanged()
                     if beside.status(target.name) is not None:
                         if not force:
-                            raise RequestError(f"{path} exists by now", "--force replaces it")
+                            raise RequestError(f"{path} appeared meanwhile", "--force replaces it")
                         held = path_of_handle(old, target)
                         _take_along(held, new, superseded(held), path)
                     if lock is not None:
@@ -226,7 +254,7 @@ def replacing_folder(
                     _heed_signals()
                     _put(beside, temporary, target.name, path, folders if durable else ())
         finally:
-            # What stands there now is the old folder, or the new one where it did not come to the swap.
+            # By now the temporary name belongs to the old folder, or to the new one if the exchange did not happen.
             for temporary in made:
                 _remove_tree(beside, temporary)
             if lock is not None:
@@ -234,15 +262,15 @@ def replacing_folder(
 
 
 def _resolved(path: Path, *, through_links: bool = True) -> Path:
-    """Where a path leads, links followed once and for all: the last one only with `through_links`."""
+    """Return `path` with all links resolved; a link at its end only with `through_links`."""
     return Path(os.path.realpath(path)) if through_links else Path(os.path.realpath(path.parent)) / path.name
 
 
 @contextlib.contextmanager
 def _parents_of(target: Path, path: Path) -> Iterator[list[OpenFolder]]:
-    """Make the folders that a target lies in, for a block that puts it there; where it raises, they go again.
+    """Make the missing parent folders of a target; if the block raises, remove them again.
 
-    Gives the folders in which there are new names then, the target's own first.
+    Yields the open folders that get a new entry, the target's own folder first.
     """
     made: list[tuple[OpenFolder, str]] = []
     with contextlib.ExitStack() as opened:
@@ -270,9 +298,9 @@ def _parents_of(target: Path, path: Path) -> Iterator[list[OpenFolder]]:
 
 @contextlib.contextmanager
 def _alone(folder: OpenFolder, name: str) -> Iterator[int | None]:
-    """Hold the lock of what has a name, if anything has, so that of two that replace it one comes after the other.
+    """Hold the lock of the file or folder `name`, if it exists, so that two processes replace it one after the other.
 
-    Gives its open handle. Who waited finds another file there, and `require_unchanged` says so.
+    Yields its open handle. For the process that waited, `require_unchanged` then reports the change.
     """
     handle = None
     try:
@@ -288,9 +316,9 @@ def _alone(folder: OpenFolder, name: str) -> Iterator[int | None]:
 
 
 def _put(folder: OpenFolder, new: str, target: str, path: Path, folders: Iterable[OpenFolder]) -> None:
-    """Give what is new the name of its target in one step, and put the names in `folders` on the disk.
+    """Rename `new` to `target` in one step, and flush the entries of `folders` to the disk.
 
-    What had that name is called `new` then, or is gone. Where the disk refuses the names, they are taken back.
+    The old target is called `new` afterwards, or is gone. If the flush fails, the names are changed back.
     """
     there = folder.status(target)
     exchanged = there is not None and _exchange(folder, new, target)
@@ -313,10 +341,10 @@ def _put(folder: OpenFolder, new: str, target: str, path: Path, folders: Iterabl
 
 
 def _be_like(folder: OpenFolder, new: str, handle: int | None, old: str, mode: int) -> None:
-    """Give what is new the mode and owner of what it replaces, as far as this user may; else what the umask leaves.
+    """Give `new` the mode and owner of `old`, as far as this user may; without `old`, `mode` less the umask.
 
-    It is reached by its open handle, not by its name, which somebody else may have given to another file by now. A name
-    is used where the system has no other way.
+    Uses the open handle, because another program may have given the name to another file. Uses the name only if the
+    system has no other way.
     """
     status = folder.status(old)
     new_one: int | Path = handle if handle is not None and _BY_HANDLE else folder.path / new
@@ -330,13 +358,13 @@ def _be_like(folder: OpenFolder, new: str, handle: int | None, old: str, mode: i
 
 
 def _heed_signals() -> None:
-    """Raise KeyboardInterrupt where a signal to end the program came, and what it raised was lost."""
+    """Raise KeyboardInterrupt if a signal to end the program came and its exception was lost."""
     if asked_to_end:
         raise KeyboardInterrupt
 
 
 def _remove_file(folder: OpenFolder, name: str) -> None:
-    """Remove a file where it is still there, at the second attempt if need be; what stays is the next run's."""
+    """Remove a file if it still exists, with one retry. The next run removes what is left."""
     for _ in range(2):
         try:
             folder.remove(name)
@@ -348,7 +376,7 @@ def _remove_file(folder: OpenFolder, name: str) -> None:
 
 
 def _remove_tree(folder: OpenFolder, name: str) -> None:
-    """Remove a folder likewise, a signal to end the program put off until it is gone."""
+    """Remove a folder if it still exists. A signal to end the program takes effect after that."""
     try:
         folder.remove_tree(name)
     except OSError:
@@ -359,9 +387,9 @@ def _remove_tree(folder: OpenFolder, name: str) -> None:
 
 
 def _take_along(old: Path, new: Path, superseded: Collection[str], path: Path) -> None:
-    """Let a new folder have the other files of the old one: by a second name, or as copies.
+    """Keep the other files of the old folder in the new one, as hard links or copies.
 
-    `path` is what the user calls the folder.
+    `path` is the user's name of the folder, for error messages.
     """
     for entry in sorted(old.iterdir()):
         if entry.name in superseded or _OWN.fullmatch(entry.name) or (new / entry.name).exists():
@@ -383,9 +411,10 @@ def _link_or_copy(source: str | Path, target: str | Path) -> None:
 
 
 def _move_in_two_steps(folder: OpenFolder, new: str, target: str) -> None:
-    """Put a folder in the place of another where the system cannot exchange their names.
+    """Replace a folder by two renames, if the system cannot exchange names.
 
-    The caller holds the lock of the other one: else a run might take it for one that was killed between the two names.
+    The caller holds the lock of the old folder. Otherwise another run could believe that this run was killed between
+    the two renames.
     """
     old = f".{_stem(target)}.{os.urandom(4).hex()}.old{TEMPORARY}"
     folder.rename(target, old)
@@ -398,7 +427,7 @@ def _move_in_two_steps(folder: OpenFolder, new: str, target: str) -> None:
 
 
 def _exchange(folder: OpenFolder, one: str, other: str) -> bool:
-    """Exchange two names in one step. False where the system cannot."""
+    """Exchange two names in one step. Returns False if the system cannot."""
     return folder.exchange(one, other)
 
 
@@ -406,9 +435,9 @@ def _exchange(folder: OpenFolder, one: str, other: str) -> bool:
 
 
 def _new_file(folder: OpenFolder, target: Path, made: list[str]) -> _NewFile:
-    """A new file beside `target`, locked for as long as it is open: so others tell that it is being written.
+    """Create a new file beside `target`. Its lock lasts while it is open, so other runs see that it is in use.
 
-    Its name joins `made` before it is there, so that whoever is interrupted knows what to remove.
+    The name is added to `made` before the file exists, so that an interrupted run knows what to remove.
     """
     while True:
         made.append(_temporary_name(target))
@@ -420,11 +449,11 @@ def _new_file(folder: OpenFolder, target: Path, made: list[str]) -> _NewFile:
         file = _NewFile(handle, "w+b")
         if locks.try_to_lock(handle) and os.fstat(handle).st_nlink:
             return file
-        file.close()  # another process took it for abandoned before it was locked
+        file.close()  # another process removed it as abandoned before it was locked
 
 
 def _new_folder(folder: OpenFolder, target: Path, made: list[str]) -> int | None:
-    """A new folder beside `target`; gives its locked handle, where a folder can be opened."""
+    """Make a new folder beside `target`. Returns its locked handle, or None if the system cannot open folders."""
     while True:
         made.append(_temporary_name(target))
         try:
@@ -448,8 +477,7 @@ def _temporary_name(target: Path) -> str:
 
 
 def _stem(name: str) -> str:
-    """A name, or as much of it as leaves room for what tells a temporary one (systems count its bytes) and for what
-    tells it from other long names."""
+    """Return the name, shortened and with a hash if the temporary name would exceed the system's limit in bytes."""
     if len(os.fsencode(name)) <= 100:
         return name
     import hashlib  # hardly any name is so long
@@ -462,10 +490,10 @@ def _stem(name: str) -> str:
 
 
 def remove_abandoned(target: Path, folder: OpenFolder | None = None) -> None:
-    """Remove what runs that were killed have left beside `target`: nobody holds its lock any more.
+    """Remove the temporary files and folders that killed runs have left beside `target`.
 
-    Only what has exactly the name of a temporary file or folder of `target` is touched, and nothing but files and
-    folders: never a pipe or a link of that name.
+    Such a file has exactly the temporary name of `target`, and no process holds its lock. The function touches files
+    and folders only, never a pipe or a link of that name.
     """
     if folder is None:
         with OpenFolder(target.parent) as folder:
@@ -479,7 +507,10 @@ def remove_abandoned(target: Path, folder: OpenFolder | None = None) -> None:
 
 
 def _remove_if_free(folder: OpenFolder, name: str, back_to: str | None = None) -> None:
-    """Remove what nobody has locked; a folder whose run was killed between two names goes `back_to` its own."""
+    """Remove a file or folder that no process has locked.
+
+    A folder of a run that was killed between two renames gets its own name `back_to` again instead.
+    """
     handle = folder.open(name, os.O_RDONLY)
     try:
         mode = os.fstat(handle).st_mode
@@ -501,7 +532,7 @@ def _remove_if_free(folder: OpenFolder, name: str, back_to: str | None = None) -
 
 @contextlib.contextmanager
 def _failing_as(path: Path) -> Iterator[None]:
-    """Tell what the system refuses as a failure to write `path`."""
+    """Report an OSError of the block as a failure to write `path`."""
     try:
         yield
     except ModelcliError:
@@ -521,7 +552,7 @@ def _umask() -> int:
 
 
 def _sync_tree(folder: Path) -> None:
-    """Put every file of a folder on the disk, and the folder itself."""
+    """Flush every file of a folder, and the folder itself, to the disk."""
     for above, _, names in os.walk(folder):
         for name in names:
             entry = os.path.join(above, name)  # noqa: PTH118 -- as os.walk gives it

@@ -1,4 +1,4 @@
-"""Locks that several processes heed. They end with the process that holds them, however it ends."""
+"""File locks between processes. A lock ends with the process that holds it, even if that crashes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-#: A lock that is a file of its own, on systems without `fcntl`, is taken over when it is so many seconds old.
+#: On systems without `fcntl` the lock is a separate file. Another process takes it over after so many seconds.
 STALE = 600.0
 
 _STEP = 0.05
 
 
 def try_to_lock(handle: int) -> bool:
-    """Lock a file until it is closed. True as well where there are no locks: open files cannot be removed there."""
+    """Lock an open file until it is closed. Returns False if another process holds the lock.
+
+    Returns True on systems without locks, where open files cannot be removed.
+    """
     try:
         import fcntl
     except ImportError:
@@ -30,21 +33,27 @@ def try_to_lock(handle: int) -> bool:
 
 @contextlib.contextmanager
 def held(path: Path, patience: float, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Hold the lock of a file that is replaced rather than written into; without such a file nothing is locked.
+    """Hold the lock of a file that programs replace as a whole. If the file does not exist, nothing is locked.
 
-    `waiting` is called once, where another process holds it. Raises TimeoutError after `patience` seconds.
+    Args:
+        path: the file.
+        patience: seconds to wait for another process.
+        waiting: called once if another process holds the lock.
+
+    Raises:
+        TimeoutError: another process held the lock for `patience` seconds.
     """
     try:
-        import fcntl  # noqa: F401 -- tells that there are locks of open files
+        import fcntl  # noqa: F401 -- shows that the system can lock open files
     except ImportError:
-        taken = _file_of_its_own
+        try_to_take = _try_lock_file
     else:
-        taken = _of_the_file
-    deadline, told = time.monotonic() + patience, False
-    while (release := taken(path)) is None:
-        if not told:
+        try_to_take = _try_lock
+    deadline, has_reported = time.monotonic() + patience, False
+    while (release := try_to_take(path)) is None:
+        if not has_reported:
             waiting()
-            told = True
+            has_reported = True
         if time.monotonic() > deadline:
             raise TimeoutError(f"another process has held the lock of {path} for {patience:.0f} s")
         time.sleep(_STEP)
@@ -54,14 +63,14 @@ def held(path: Path, patience: float, waiting: Callable[[], None] = lambda: None
         release()
 
 
-def _of_the_file(path: Path) -> Callable[[], None] | None:
-    """Lock the file itself; gives how to release it, or None where another process holds it."""
+def _try_lock(path: Path) -> Callable[[], None] | None:
+    """Lock the file itself. Returns a function that releases the lock, or None if another process holds it."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except (OSError, ValueError):
-        return lambda: None  # there is none, or none that can be read: who reads it says so
+        return lambda: None  # no such file, or not readable: reading it reports the error
     try:
-        # Who held it may have put another file in its place: then that one's lock counts.
+        # The previous holder may have replaced the file; then the lock of the new file counts.
         if try_to_lock(handle) and os.path.samestat(os.fstat(handle), path.stat()):
             return lambda: os.close(handle)
     except OSError:
@@ -70,8 +79,8 @@ def _of_the_file(path: Path) -> Callable[[], None] | None:
     return None
 
 
-def _file_of_its_own(path: Path) -> Callable[[], None] | None:
-    """The same by a file beside it, which Windows removes with the process that holds it."""
+def _try_lock_file(path: Path) -> Callable[[], None] | None:
+    """The same with a lock file beside it, which Windows removes when the process that holds it ends."""
     lock = path.with_name(f".{path.name}.lock")
     if not path.exists():
         return lambda: None
@@ -83,7 +92,7 @@ def _file_of_its_own(path: Path) -> Callable[[], None] | None:
                 lock.unlink()
         return None
     except OSError as error:
-        # Windows says so of a lock that is just being removed.
+        # Windows gives this error for a lock file that is being removed.
         return None if error.errno == errno.EACCES and lock.exists() else lambda: None
 
     def release() -> None:

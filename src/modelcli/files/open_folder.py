@@ -1,8 +1,8 @@
-"""A folder that is held open: what is done to the names in it is done there, whatever its path leads to meanwhile.
+"""An open folder, in which files are created and renamed through its handle, whatever happens to its path meanwhile.
 
-Who edits as root in a folder of another user may find a link where a file or a folder was a moment ago. So a path is
-followed once, no link in it that was not there before, and everything else is done by open handles. Where the system
-has no such calls (Windows), the paths themselves are used.
+If root edits a file in a folder of another user, that user may replace a file or folder by a link at any time. So
+modelcli resolves a path once, follows no link that appears later, and does everything else through open handles. On
+systems without such calls (Windows) it uses the paths.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-#: What a file is opened with that somebody else may have put there: no link is followed, no pipe is waited for.
+#: The flags for opening a file that another user may have put there: do not follow a link, do not wait for a pipe.
 NO_SURPRISES = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 _HAS_HANDLES = {os.open, os.rename, os.unlink, os.mkdir, os.rmdir, os.stat} <= os.supports_dir_fd
-#: A folder that may be passed through and not listed can be opened so on Linux.
+#: The flags for opening a folder. On Linux they suffice for a folder that the user may traverse but not list.
 _PASSING = getattr(os, "O_PATH", os.O_RDONLY) | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0)
 
 
 class OpenFolder:
-    """A folder by its handle. Names are single ones: `m.pth`."""
+    """A folder with an open handle. All names are single names in it, such as `m.pth`."""
 
     def __init__(self, path: Path, handle: int | None = None) -> None:
-        """Open a folder; links in `path` are those that `os.path.realpath` left, and none is followed."""
+        """Open a folder. `path` comes from `os.path.realpath`; a link in it is not followed."""
         self.path = path
         self._handle = _opened(path) if handle is None and _HAS_HANDLES else handle
 
@@ -42,29 +42,29 @@ class OpenFolder:
             os.close(self._handle)
 
     def folder(self, name: str) -> OpenFolder:
-        """A folder in this one."""
+        """Open a folder in this one."""
         handle = None if self._handle is None else os.open(name, _PASSING, dir_fd=self._handle)
         return OpenFolder(self.path / name, handle)
 
     def open(self, name: str, flags: int, mode: int = 0o777) -> int:
-        """The handle of a file or folder in it. A link raises OSError; a pipe is opened, and not waited for."""
+        """Open a file or folder in it. A link raises OSError; a pipe is opened without waiting. Returns the handle."""
         return os.open(self._at(name), flags | NO_SURPRISES, mode, dir_fd=self._handle)
 
     def status(self, name: str) -> os.stat_result | None:
-        """What the system knows of a name, links not followed; None where there is no such name."""
+        """Return the status of a name, without following links; None if there is no such name."""
         try:
             return os.stat(self._at(name), dir_fd=self._handle, follow_symlinks=False)
         except (FileNotFoundError, NotADirectoryError):
             return None
 
     def require_same(self, name: str, handle: int) -> None:
-        """Raise OSError where a name is not that of an open file or folder any more."""
+        """Raise OSError if the name no longer belongs to the open file or folder."""
         found = self.status(name)
         if found is None or not os.path.samestat(found, os.fstat(handle)):
             raise OSError(errno.ESTALE, f"another program has put something else in the place of {name}")
 
     def names(self) -> list[str]:
-        """The names in it; none where it cannot be listed."""
+        """Return the names in it; an empty list if the user may not list it."""
         if self._handle is None:
             return os.listdir(self.path)  # noqa: PTH208 -- names alone
         try:
@@ -89,12 +89,12 @@ class OpenFolder:
         os.rmdir(self._at(name), dir_fd=self._handle)
 
     def remove_tree(self, name: str, *, ignore_errors: bool = False) -> None:
-        """Remove a folder with all that is in it."""
+        """Remove a folder with everything in it."""
         if self.status(name) is not None:
             shutil.rmtree(self._at(name), ignore_errors=ignore_errors, dir_fd=self._handle)
 
     def replace(self, old: str, new: str) -> None:
-        """Rename a file, over another one."""
+        """Rename a file; an existing file `new` is replaced."""
         os.replace(self._at(old), self._at(new), src_dir_fd=self._handle, dst_dir_fd=self._handle)
 
     def rename(self, old: str, new: str) -> None:
@@ -102,7 +102,7 @@ class OpenFolder:
         os.rename(self._at(old), self._at(new), src_dir_fd=self._handle, dst_dir_fd=self._handle)
 
     def exchange(self, one: str, other: str) -> bool:
-        """Exchange two names in one step, by `renameat2` on Linux, `renameatx_np` on macOS. False where neither can."""
+        """Exchange two names in one step (`renameat2` on Linux, `renameatx_np` on macOS). False if neither works."""
         if self._handle is None:
             return False
         import ctypes
@@ -118,7 +118,7 @@ class OpenFolder:
         return not failed
 
     def sync(self) -> None:
-        """Make new names in it durable."""
+        """Flush new names in it to the disk."""
         sync_folder(self.path if self._handle is None else ".", self._handle)
 
     def _at(self, name: str) -> str | Path:
@@ -126,7 +126,7 @@ class OpenFolder:
 
 
 def _opened(path: Path) -> int:
-    """The handle of a folder. On Linux no link on the way to it is followed."""
+    """Open a folder and return the handle. On Linux no link in the path is followed."""
     if not hasattr(os, "O_PATH") or not path.is_absolute():
         return os.open(path, _PASSING)
     handle = os.open(path.anchor, _PASSING)
@@ -140,9 +140,9 @@ def _opened(path: Path) -> int:
 
 
 def read_regular(path: Path, *, or_pipe: bool = False) -> bytes:
-    """The bytes of a file. Raises OSError for a device or a socket, and for a pipe: nobody may ever write to it.
+    """Return the bytes of a regular file. Raises OSError for a device, a socket or a pipe, which might never end.
 
-    With `or_pipe` a pipe is read that somebody writes to (`<(command)`); one that nobody has open is empty.
+    With `or_pipe` a pipe is read too (`<(command)`); one that no process has open for writing is empty.
     """
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
@@ -160,7 +160,7 @@ def read_regular(path: Path, *, or_pipe: bool = False) -> bytes:
 
 
 def path_of_handle(handle: int | None, path: Path) -> Path:
-    """A path to what is open that leads nowhere else, whatever becomes of its name; else `path`, its name."""
+    """Return a path through the open handle, which stays valid if the name changes; `path` if the system has none."""
     if handle is not None:
         found = Path(f"/proc/self/fd/{handle}")
         try:
@@ -172,7 +172,7 @@ def path_of_handle(handle: int | None, path: Path) -> Path:
 
 
 def sync_folder(folder: Path | str, above: int | None = None) -> None:
-    """Make new names durable. Not every system can open a folder, or sync one; those that cannot need no sync."""
+    """Flush new names in a folder to the disk. Does nothing on systems that cannot open or sync a folder."""
     try:
         handle = os.open(folder, os.O_RDONLY, dir_fd=above)
     except OSError:

@@ -151,7 +151,7 @@ def test_a_recipe_is_read_as_it_was_written(folder: Path, steps: list[list[Edit]
     added = [edit for step in steps for edit in step]
     assert repr(recipe.read(path).edits) == repr(tuple(added))
     assert tomllib.loads(path.read_text("utf-8"))["edits"] == list(map(str, added))
-    assert recipe.take_back(path, len(added)) == list(map(str, added))
+    assert recipe.remove_last(path, len(added)) == list(map(str, added))
     assert path.read_bytes() == stages[0]
 
 

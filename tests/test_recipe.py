@@ -433,7 +433,7 @@ def test_a_recipe_without_a_model_is_one_for_any(cli: Cli) -> None:
     Path("half.toml").write_text('edits = [\n  "cast . half # to save space",\n]\n')
     document = cli("apply", "half.toml", "-m", "Sequential(Linear(2,3))", "--json").json
     assert document["edits"] == ["cast . float16"]
-    assert "apply -m MODEL names one" in cli("apply", "half.toml", code=2).err
+    assert "pass -m MODEL to apply" in cli("apply", "half.toml", code=2).err
     assert "nn.Sequential(nn.Linear(2, 3))" in cli("script", "half.toml", "-m", "Sequential(Linear(2,3))").out
 
 

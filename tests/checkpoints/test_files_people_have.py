@@ -191,7 +191,7 @@ def test_what_wrappers_put_into_keys_is_removed_and_said(cli: Cli, folder: Path,
     torch.save(state, "wrapped.pth")
     result = cli("load", "wrapped.pth", "--arch", "body.py:Body", "--json").json
     assert (result["matched"], result["missing"], result["unexpected"]) == (len(Body().state_dict()), [], [])
-    assert any("stripped" in note and "a wrapper had put" in note for note in result["notes"])
+    assert any("stripped" in note and "a wrapper had added" in note for note in result["notes"])
     cli("save", "out.pth")
     written = torch.load("out.pth", weights_only=True)
     loaded = Body()

@@ -269,7 +269,7 @@ def test_matches_inside_one_another_are_refused_where_one_would_be_destroyed() -
 @pytest.mark.parametrize(
     ("selector", "words"),
     [
-        ("", "empty selector"),
+        ("", "selector is empty"),
         ("a..b", "empty component"),
         (".a", "empty component"),
         ("a.", "empty component"),

@@ -43,5 +43,5 @@ def undo(request: UndoRequest) -> tuple[str, ...]:
         if count > len(read.edits):
             raise RequestError(f"{path} has {counted(len(read.edits), 'edit')} to take back, not {count}")
         if not request.dry_run:
-            return tuple(recipe.take_back(path, count))
+            return tuple(recipe.remove_last(path, count))
         return tuple(str(edit) for edit in read.edits[-count:])

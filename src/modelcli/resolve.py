@@ -13,6 +13,7 @@ from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING
 
 from modelcli import providers
+from modelcli.checkpoints import formats
 from modelcli.errors import ModelcliError, RequestError, SystemFailureError, UnsafeError
 from modelcli.language.references import (
     MAX_PATH,
@@ -22,7 +23,6 @@ from modelcli.language.references import (
     Reference,
     Source,
     exists,
-    has_checkpoint_suffix,
     missing_file,
 )
 from modelcli.providers import known_code
@@ -112,9 +112,9 @@ def _parsed(text: str, folder: Path, *, look: bool) -> Reference:
         return CheckpointFile(path)
     if (split := _split_object(text, folder, look=look)) is not None:
         return _library_class(*split) or _prefixed(*split) or _python_object(*split, folder, look=look)
-    if not look and (has_checkpoint_suffix(text) or re.search(r"[/\\]", text.partition("(")[0])):
+    if not look and (formats.has_known_suffix(text) or re.search(r"[/\\]", text.partition("(")[0])):
         return CheckpointFile(path)
-    if has_checkpoint_suffix(text) or text.endswith(("/", os.sep, ".toml")):
+    if formats.has_known_suffix(text) or text.endswith(("/", os.sep, ".toml")):
         raise missing_file(path, text)
     if Path(text).suffix == ".py" and "(" not in text:
         raise missing_file(path, text)
@@ -228,7 +228,7 @@ def names_a_file(text: str, folder: Path, prefix: str | None = None) -> bool:
     It is one where it has a separator or the suffix of a checkpoint, or where a file or folder is called so and no
     weights are. `prefix` is that of the model which the weights are for.
     """
-    if has_checkpoint_suffix(text) or "/" in text or "\\" in text:
+    if formats.has_known_suffix(text) or "/" in text or "\\" in text:
         return True
     return text not in ("none", "DEFAULT") and exists(folder / text) and not _names_weights(text, prefix)
 
@@ -243,11 +243,11 @@ def names_a_model(text: str) -> bool:
     """Whether text in the place of a recipe names a model: a checkpoint, Python, or what is no file at all."""
     path = Path(text)
     if len(text) < MAX_PATH and "\0" not in text and exists(path):
-        return path.is_dir() or has_checkpoint_suffix(path) or path.suffix == ".py"
+        return path.is_dir() or formats.has_known_suffix(path) or path.suffix == ".py"
     try:
         return path.suffix != ".toml" and not isinstance(parse(text), CheckpointFile)
     except (RequestError, SystemFailureError):
-        return has_checkpoint_suffix(path)
+        return formats.has_known_suffix(path)
 
 
 def _names_no_class(text: str, path: Path) -> RequestError:

@@ -155,7 +155,7 @@ def _names() -> list[str]:
 
 def _files(incomplete: str) -> list[str]:
     """Folders, checkpoints and Python files that start with a word."""
-    from modelcli.language.references import has_checkpoint_suffix
+    from modelcli.checkpoints import formats
 
     folder, name = os.path.split(incomplete)
     found = []
@@ -164,7 +164,7 @@ def _files(incomplete: str) -> list[str]:
             continue
         if entry.is_dir():
             found.append(os.path.join(folder, entry.name) + "/")  # noqa: PTH118 -- `./` in front stays
-        elif entry.suffix == ".py" or has_checkpoint_suffix(entry.name):
+        elif entry.suffix == ".py" or formats.has_known_suffix(entry.name):
             found.append(os.path.join(folder, entry.name))  # noqa: PTH118
     return found
 

@@ -16,15 +16,6 @@ if TYPE_CHECKING:
 
 #: No system has longer paths: longer text is none.
 MAX_PATH = 4096
-#: How files of checkpoints end, in small letters: `has_checkpoint_suffix` takes any.
-CHECKPOINT_SUFFIXES = frozenset(
-    {".pth", ".pt", ".safetensors", ".ckpt", ".bin", ".tar", ".pkl", ".pickle", ".pt2", ".distcp"}
-)
-
-
-def has_checkpoint_suffix(path: str | Path) -> bool:
-    """Whether a name ends as those of checkpoints do, in capitals or small letters: `W.PTH`, `w.pth`."""
-    return Path(path).suffix.lower() in CHECKPOINT_SUFFIXES
 
 
 @dataclass(frozen=True)

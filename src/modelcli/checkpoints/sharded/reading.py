@@ -34,16 +34,18 @@ def index_in(folder: Path, names: Sequence[str]) -> Path | None:
 def read(index: Path) -> Contents:
     """Read an index and the headers of the shards it names. Raises FileFormatError where they do not fit together."""
     weight_map, metadata = _index(index)
-    paths: dict[str, Path] = {}
+    # One file may be spelt in several ways, and is read once. Nothing is asked of the disk for each tensor.
     shards: dict[Path, Contents] = {}
+    by_spelling: dict[str, Contents] = {}
+    for file in dict.fromkeys(weight_map.values()):
+        path = named_files.inside(index, file)
+        real = path.resolve()
+        if real not in shards:
+            shards[real] = _shard(path)
+        by_spelling[file] = shards[real]
     tensors: dict[str, TensorEntry | CompositeEntry] = {}
     for name, file in weight_map.items():
-        if file not in paths:
-            paths[file] = named_files.inside(index, file)
-            # One file may be spelt in several ways, and is read once.
-            if paths[file].resolve() not in shards:
-                shards[paths[file].resolve()] = _shard(paths[file])
-        shard = shards[paths[file].resolve()]
+        shard = by_spelling[file]
         if (entry := shard.tensors.get(name)) is not None:
             tensors[name] = entry
         elif name not in shard.extras:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
 import shlex
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from torch import nn
 
 from modelcli.cli import main
@@ -25,21 +25,21 @@ PANELS = {"Inspect", "Operate", "Read and write", "Compare", "This program"}
 
 def commands() -> dict[str, Any]:
     """Every command by its words, those of groups included."""
-    found = {str(command.name): command for command in app.registered_commands}
-    for group in app.registered_groups:
-        assert group.typer_instance is not None
-        found |= {f"{group.name} {command.name}": command for command in group.typer_instance.registered_commands}
+    root: Any = typer.main.get_command(app)
+    found: dict[str, Any] = {}
+    for name in root.commands:
+        command = root.commands[name]
+        found |= {f"{name} {own}": below for own, below in getattr(command, "commands", {}).items()} or {name: command}
     return found
 
 
 def examples(name: str) -> list[str]:
-    text = inspect.getdoc(commands()[name].callback) or ""
-    return re.findall(r"^modelcli .*", text, re.MULTILINE)
+    return re.findall(r"^modelcli .*", commands()[name].help.replace("\\[", "["), re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", list(commands()))
 def test_a_sentence_two_examples_and_the_exit_codes(name: str, cli: Cli) -> None:
-    text = inspect.getdoc(commands()[name].callback) or ""
+    text = commands()[name].help
     assert re.match(r"[A-Z][^\n]*(\n[^\n]+)?[.]\n", text)
     assert len(examples(name)) >= 2
     assert all(example.startswith(f"modelcli {name}") for example in examples(name))
@@ -52,8 +52,8 @@ def test_a_sentence_two_examples_and_the_exit_codes(name: str, cli: Cli) -> None
 
 
 def test_commands_are_grouped() -> None:
-    panels = {command.rich_help_panel for command in app.registered_commands}
-    panels |= {group.rich_help_panel for group in app.registered_groups}
+    root: Any = typer.main.get_command(app)
+    panels = {root.commands[name].rich_help_panel for name in root.commands}
     assert {"Inspect", "Operate", "Read and write"} <= panels <= PANELS
 
 

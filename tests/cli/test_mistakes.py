@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import typer
 from torch import nn
 
+from modelcli import edits
 from modelcli.cli import synonyms
 from modelcli.cli.app import app
 from tests.conftest import Cli
@@ -202,9 +205,15 @@ def test_word_for_word(mistake: str, cli: Cli, folder: Path) -> None:
 
 
 def test_other_words_for_commands_stand_for_commands(cli: Cli) -> None:
-    known = {command.name for command in app.registered_commands}
+    group: Any = typer.main.get_command(app)
+    known = set(group.commands)
+    others = [word for kind in edits.everything() for word in kind.also_called]
     assert set(synonyms.COMMANDS.values()) <= known
-    assert not known & {*synonyms.COMMANDS, *synonyms.COPYING, "strip"}
+    assert not known & {*synonyms.COMMANDS, *synonyms.COPYING, *others, "strip"}
+    assert len({*synonyms.COMMANDS, *synonyms.COPYING, *others}) == sum(
+        map(len, (synonyms.COMMANDS, synonyms.COPYING, others))
+    )
+    assert {"rm", "mv", "to", "swap", "reset"} <= set(others)
     assert "modelcli rename 'module.**' '**'" in cli("strip", "module.", "-m", "x.pth", code=2).err
 
 

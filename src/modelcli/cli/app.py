@@ -1,15 +1,40 @@
-"""The commands, mounted: what each does stands in the file of its group."""
+"""The program: which file has which command, and the commands about the program itself."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from modelcli.cli import cache, compare, files, inspect, operate
-from modelcli.cli.options import exit_codes, expanded
+from modelcli.cli.mounting import EDITS, Command, Commands
+from modelcli.cli.options import exit_codes
 from modelcli.errors import RequestError, did_you_mean
+
+#: Which file has each command, in the order in which the help lists them. The edits come where EDITS is.
+COMMANDS = {
+    **dict.fromkeys(("summary", "params", "modules", "list"), "inspect"),
+    EDITS: "edit_commands",
+    **dict.fromkeys(("script", "apply"), "apply"),
+    **dict.fromkeys(("load", "save", "log", "undo"), "files"),
+    **dict.fromkeys(("diff", "check", "identify"), "compare"),
+    "cache": "cache",
+    **dict.fromkeys(("help", "version"), "app"),
+}
+
+
+class _Program(TyperGroup):
+    """The program: each of its commands is made when it is asked for."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands = Commands(COMMANDS)
+
+    def list_commands(self, _context: Any) -> list[str]:
+        return list(self.commands)
+
 
 app = typer.Typer(
     name="modelcli",
+    cls=_Program,
     help="Inspect PyTorch models and operate on them.",
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -68,10 +93,6 @@ def show_help(
     typer.echo(parent.get_help())
 
 
-inspect.mount(app)
-operate.mount(app)
-files.mount(app)
-compare.mount(app)
-cache.mount(app)
-app.command("help", rich_help_panel="This program", epilog=exit_codes(0, 2))(expanded(show_help))
-app.command("version", rich_help_panel="This program", epilog=exit_codes(0, 2))(show_version)
+def commands() -> list[Command]:
+    panel, codes = "This program", exit_codes(0, 2)
+    return [Command("help", show_help, panel, codes), Command("version", show_version, panel, codes)]

@@ -5,10 +5,9 @@ from typing import Annotated
 import typer
 
 from modelcli.cli import completing, output, progress
-from modelcli.cli.options import OutputOptions, exit_codes, expanded
+from modelcli.cli.mounting import Command, Group
+from modelcli.cli.options import OutputOptions, exit_codes
 from modelcli.wording import counted
-
-app = typer.Typer(help="Tend the blueprints of installed models that are kept on disk.", no_args_is_help=True)
 
 
 def path(options: OutputOptions) -> None:
@@ -62,7 +61,8 @@ def warm(
     path(options)
 
 
-def mount(parent: typer.Typer) -> None:
-    for name, function in (("path", path), ("clear", clear), ("warm", warm)):
-        app.command(name, epilog=exit_codes(0, 2, 5))(expanded(function))
-    parent.add_typer(app, name="cache", rich_help_panel="Inspect")
+def commands() -> list[Group]:
+    parts = [
+        Command(name, f, epilog=exit_codes(0, 2, 5)) for name, f in (("path", path), ("clear", clear), ("warm", warm))
+    ]
+    return [Group("cache", "Tend the blueprints of installed models that are kept on disk.", parts, "Inspect")]

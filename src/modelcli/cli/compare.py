@@ -7,6 +7,7 @@ import typer
 from typer.core import TyperCommand, TyperOption
 
 from modelcli.cli import completing, inspect, output, progress
+from modelcli.cli.mounting import Command
 from modelcli.cli.options import (
     AssertOptions,
     DiffOptions,
@@ -14,7 +15,6 @@ from modelcli.cli.options import (
     OutputOptions,
     SourceOptions,
     exit_codes,
-    expanded,
 )
 
 #: A format that `check` alone has: commands of a GitHub workflow.
@@ -173,11 +173,12 @@ def identify(
     return 0 if found.matches else 1
 
 
-def mount(app: typer.Typer) -> None:
-    for function, no, kind in (
-        (diff, "they differ", TyperCommand),
-        (check, "an assertion does not hold", AssertionsCommand),
-        (identify, "no builder comes near", TyperCommand),
-    ):
-        codes = exit_codes(0, 1, 2, 3, 4, 5, no=no)
-        app.command(function.__name__, cls=kind, rich_help_panel="Compare", epilog=codes)(expanded(function))
+def commands() -> list[Command]:
+    return [
+        Command(function.__name__, function, "Compare", exit_codes(0, 1, 2, 3, 4, 5, no=no), kind)
+        for function, no, kind in (
+            (diff, "they differ", TyperCommand),
+            (check, "an assertion does not hold", AssertionsCommand),
+            (identify, "no builder comes near", TyperCommand),
+        )
+    ]

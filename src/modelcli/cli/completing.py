@@ -7,7 +7,7 @@ nothing is offered the shell completes names of files.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from modelcli.errors import ModelcliError
 
 if TYPE_CHECKING:
     from modelcli.commands.target import Target
+    from modelcli.edits.declaring import Completion, Operand, Option
 
 #: What Typer calls: it tells parameters by their names and types.
 _Completer = Callable[[typer.Context, str], Iterable[str]]
@@ -79,33 +80,37 @@ def targets(ctx: typer.Context, incomplete: str) -> Iterable[str]:
     return _paths(ctx, incomplete, tensors=True)
 
 
-@_completer
-def targets_and_scheme(ctx: typer.Context, incomplete: str) -> Iterable[str]:
-    """The targets of `init`, and once there is one, schemes."""
-    return [*_paths(ctx, incomplete, tensors=True), *(_schemes() if ctx.params.get("targets") else ())]
+def operand(declared: Operand) -> Callable[..., list[str]] | None:
+    """Completes a word of an edit as the edit declares it."""
+    if not declared.completes and not declared.completes_later:
+        return None
+
+    def words(ctx: typer.Context, incomplete: str) -> Iterable[str]:
+        later = declared.several and ctx.params.get(declared.name)
+        return _of_all(declared.completes_later if later else declared.completes, ctx, incomplete)
+
+    return _completer(words)
 
 
-@_completer
-def targets_and_dtype(ctx: typer.Context, incomplete: str) -> Iterable[str]:
-    """The targets of `cast`, and once there is one, dtypes."""
-    from modelcli.model.dtypes import FLOATING
-
-    return [*_paths(ctx, incomplete, tensors=True), *(sorted(FLOATING) if ctx.params.get("targets") else ())]
-
-
-@_completer
-def schemes(_ctx: typer.Context, _incomplete: str) -> Iterable[str]:
-    return _schemes()
+def of_option(declared: Option) -> Callable[..., list[str]] | None:
+    """Completes the value of an edit's option as the edit declares it."""
+    if not declared.completes:
+        return None
+    return _completer(lambda ctx, incomplete: _of_all(declared.completes, ctx, incomplete))
 
 
-@_completer
-def classes(ctx: typer.Context, _incomplete: str) -> Iterable[str]:
-    """Classes of `torch.nn`, as the first word of a module expression; its arguments are anything."""
+def _of_all(completions: Sequence[Completion], ctx: typer.Context, incomplete: str) -> Iterable[str]:
     from modelcli import providers
+    from modelcli.edits import declaring
 
-    if ctx.params.get("module"):
-        return ()
-    return providers.class_names()
+    known: dict[Completion, Callable[[], Iterable[str]]] = {
+        declaring.MODULES: lambda: _paths(ctx, incomplete, tensors=False),
+        declaring.TENSORS: lambda: _paths(ctx, incomplete, tensors=True),
+        declaring.CLASSES: providers.class_names,
+        declaring.SCHEMES: _schemes,
+    }
+    for each in completions:
+        yield from (each if callable(each) else known[each])()
 
 
 @_completer

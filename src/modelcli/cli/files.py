@@ -1,13 +1,15 @@
 """load, save, log, undo: commands that start, write out and tend the working recipe."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from modelcli.cli import completing, operate, output, progress
-from modelcli.cli.options import OutputOptions, SaveOptions, SourceOptions, exit_codes, expanded
+from modelcli.cli import completing, output, progress
+from modelcli.cli.mounting import Command
+from modelcli.cli.options import OutputOptions, SaveOptions, SourceOptions, exit_codes
+from modelcli.cli.outcome import writing_of
 
 #: The rows of a table for keys that are missing, and for those of each other kind of problem.
 MOST_KEYS = 20
@@ -70,7 +72,7 @@ def save(
     output.format_of(options)
     target = find_target(edit.model, source.overrides(), source.recipe)
     with progress.of_bytes(options) as report:
-        how = operate.writing_of(edit, out, report)
+        how = writing_of(edit, out, report)
         outcome = saving.save(target, how)
     written = outcome.written
     kept = sum(tensor.persistent for tensor in outcome.blueprint.tensors)
@@ -137,11 +139,11 @@ def _show_log(path: Path, options: OutputOptions, notes: Sequence[str] = ()) -> 
     output.show(documents.log(recipe_log.log(path)), options, notes)
 
 
-def mount(app: typer.Typer) -> None:
-    for function, codes in (
-        (load, exit_codes(0, 1, 2, 3, 4, 5, no="the keys do not match")),
-        (save, exit_codes(0, 2, 3, 4, 5)),
-        (log, exit_codes(0, 2)),
-        (undo, exit_codes(0, 2, 5)),
-    ):
-        app.command(function.__name__, rich_help_panel="Read and write", epilog=codes)(expanded(function))
+def commands() -> list[Command]:
+    codes: dict[Callable[..., Any], str] = {
+        load: exit_codes(0, 1, 2, 3, 4, 5, no="the keys do not match"),
+        save: exit_codes(0, 2, 3, 4, 5),
+        log: exit_codes(0, 2),
+        undo: exit_codes(0, 2, 5),
+    }
+    return [Command(function.__name__, function, "Read and write", text) for function, text in codes.items()]

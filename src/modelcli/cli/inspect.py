@@ -1,12 +1,13 @@
 """summary, params, modules, list: commands that only look."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from modelcli.cli import completing, output, progress
-from modelcli.cli.options import LookOptions, OutputOptions, SourceOptions, exit_codes, expanded
+from modelcli.cli.mounting import Command
+from modelcli.cli.options import LookOptions, OutputOptions, SourceOptions, exit_codes
 from modelcli.errors import RequestError, did_you_mean
 from modelcli.language.quoting import quoted
 from modelcli.wording import counted
@@ -270,12 +271,14 @@ def list_builders(
     output.show(documents.models(builders(ListRequest(pattern))), options)
 
 
-def mount(app: typer.Typer) -> None:
-    for name, function in (
-        ("summary", summary),
-        ("params", params),
-        ("modules", modules),
-        ("list", list_builders),
-    ):
-        codes = exit_codes(0, 2) if function is list_builders else exit_codes(0, 2, 3, 4, 5)
-        app.command(name, rich_help_panel="Inspect", epilog=codes)(expanded(function))
+def commands() -> list[Command]:
+    functions: dict[str, Callable[..., Any]] = {
+        "summary": summary,
+        "params": params,
+        "modules": modules,
+        "list": list_builders,
+    }
+    return [
+        Command(name, function, "Inspect", exit_codes(0, 2) if function is list_builders else exit_codes(0, 2, 3, 4, 5))
+        for name, function in functions.items()
+    ]

@@ -300,7 +300,7 @@ def _model_with(model: object, message: str, path: str) -> str | None:
 def _model_before_edit(words: Sequence[str], message: str) -> str | None:
     """The command whose first word is a model that belongs behind `-m`: `rename bare.pth weight w`."""
     from modelcli import edits
-    from modelcli.cli.operate import with_model
+    from modelcli.cli.edit_commands import with_model
     from modelcli.commands.target import names_model
 
     name, *given = words

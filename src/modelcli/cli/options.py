@@ -398,22 +398,6 @@ class UnheededOptions:
     verify: bool = _option("--verify", default=False, hidden=True)
 
 
-@dataclass(frozen=True)
-class MatchOptions:
-    """How a selector's matches are narrowed."""
-
-    is_group: ClassVar[bool] = True
-    without: list[str] | None = _option(
-        "--except", help="Take away what this selector picks.", metavar="SELECTOR", autocompletion=completing.targets
-    )
-    expect: int | None = _option("--expect", help="Fail unless so many match.", min=0, metavar="N")
-
-    def words(self) -> list[str]:
-        """The options as words of an edit's line."""
-        words = [word for selector in self.without or () for word in ("--except", selector)]
-        return words if self.expect is None else [*words, "--expect", str(self.expect)]
-
-
 def names_of(*groups: Any) -> set[str]:
     """The long names of all options in groups of options."""
     options = [item.metadata["option"] for group in groups for item in fields(group)]

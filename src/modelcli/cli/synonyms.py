@@ -6,20 +6,15 @@ from collections.abc import Sequence
 
 from modelcli.language.quoting import command
 
-#: A command that does the same, by the words that are tried for it.
+#: A command that does the same, by the words that are tried for it. The edits say themselves what else they are called.
 COMMANDS = {
     **dict.fromkeys(("show", "info", "inspect", "describe", "view", "stat"), "summary"),
     **dict.fromkeys(("print", "layers", "tree"), "modules"),
     **dict.fromkeys(("tensors", "weights", "keys", "ls"), "params"),
     **dict.fromkeys(("models", "builders", "zoo"), "list"),
-    **dict.fromkeys(("rm", "delete", "del", "drop", "pop"), "remove"),
-    **dict.fromkeys(("mv", "move"), "rename"),
-    **dict.fromkeys(("set", "swap", "change"), "replace"),
-    **dict.fromkeys(("reset", "initialize", "initialise"), "init"),
     **dict.fromkeys(("compare", "cmp"), "diff"),
     **dict.fromkeys(("assert", "test", "validate", "verify"), "check"),
     **dict.fromkeys(("open", "new", "start"), "load"),
-    "to": "cast",
     "history": "log",
     "revert": "undo",
 }
@@ -35,5 +30,12 @@ def meant(words: Sequence[str]) -> str | None:
     if word in COPYING:
         files = rest if len(rest) == 2 and not any(file.startswith("-") for file in rest) else ["IN.pth", "OUT.pth"]
         return command(["modelcli", "save", files[1], "-m", files[0]])
-    name = COMMANDS.get(word)
+    name = COMMANDS.get(word) or _edit_also_called(word)
     return None if name is None else command(["modelcli", name, *rest])
+
+
+def _edit_also_called(word: str) -> str | None:
+    """The edit that other programs call so."""
+    from modelcli import edits
+
+    return next((kind.name for kind in edits.everything() if word in kind.also_called), None)

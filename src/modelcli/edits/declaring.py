@@ -10,12 +10,16 @@ from typing import Any
 from modelcli.errors import RequestError
 from modelcli.language import selectors
 
-#: What completes a word: paths of the model at hand, or a function that gives words.
+#: What completes a word: one of those below, or a function that gives words.
 Completion = str | Callable[[], Iterable[str]]
 #: Completes a word with paths of modules of the model at hand.
 MODULES: Completion = "modules"
 #: Completes a word with paths of modules and names of tensors of the model at hand.
 TENSORS: Completion = "tensors"
+#: Completes a word with classes of `torch.nn`, and others that need no trust.
+CLASSES: Completion = "classes"
+#: Completes a word with functions of `torch.nn.init`, as `init` takes them.
+SCHEMES: Completion = "schemes"
 
 
 @dataclass(frozen=True)

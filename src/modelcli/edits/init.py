@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from modelcli.edits.declaring import TENSORS, Kind, Operand, option, selector
+from modelcli.edits.declaring import SCHEMES, TENSORS, Kind, Operand, option, selector
 from modelcli.edits.targets import Selecting
 from modelcli.errors import RequestError
 from modelcli.language import expressions
 from modelcli.language.expressions import Call, Name
-
-
-def _schemes() -> Iterable[str]:
-    from modelcli.providers import torch_nn
-
-    return [*torch_nn.init_names(), "default"]
 
 
 def _scheme(word: str, hint: str) -> Call:
@@ -50,7 +44,7 @@ class Init(Selecting):
         "The scheme of biases.",
         metavar="SCHEME",
         shown_default="zeros",
-        completes=(_schemes,),
+        completes=(SCHEMES,),
     )
 
     name: ClassVar[str] = "init"
@@ -66,7 +60,7 @@ class Init(Selecting):
             "TARGET... SCHEME",
             several=True,
             completes=(TENSORS,),
-            completes_later=(TENSORS, _schemes),
+            completes_later=(TENSORS, SCHEMES),
         ),
     )
     also_called: ClassVar[tuple[str, ...]] = ("reset", "initialize", "initialise")

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from modelcli.edits.base import Edit
-from modelcli.edits.declaring import FLAG, MODULES, Operand, option, selector
+from modelcli.edits.declaring import CLASSES, FLAG, MODULES, Operand, option, selector
 from modelcli.errors import RequestError
 from modelcli.language import expressions
 from modelcli.language.expressions import Call
 from modelcli.language.quoting import quoted
 from modelcli.wording import listed
 
-
-def _classes() -> Iterable[str]:
-    """Classes that the providers know."""
-    from modelcli import providers
-
-    return providers.class_names()
-
-
 #: The word for a path.
 PATH = Operand("path", "A path: classifier.6.", completes=(MODULES,))
 #: The words for a new module: a class, and then its arguments, which are anything.
-MODULE = Operand("module", "Linear(4096,10), or Linear 4096 10.", "MODULE...", several=True, completes=(_classes,))
+MODULE = Operand("module", "Linear(4096,10), or Linear 4096 10.", "MODULE...", several=True, completes=(CLASSES,))
 
 
 def renumber_option() -> bool:

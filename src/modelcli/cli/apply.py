@@ -1,0 +1,140 @@
+"""apply, script: many edits at once, carried out or written as a PyTorch script."""
+
+import re
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from modelcli.cli import completing, output, progress
+from modelcli.cli.mounting import Command
+from modelcli.cli.options import EditOptions, OutputOptions, SourceOptions, UnheededOptions, exit_codes
+from modelcli.cli.outcome import show_outcome, tell_waiting, writing_of
+from modelcli.errors import RequestError
+from modelcli.language.quoting import quoted
+
+RecipeArgument = Annotated[
+    str | None,
+    typer.Argument(
+        help="A recipe; - reads edits from standard input. \\[default: the working recipe]",
+        metavar="[RECIPE]",
+        show_default=False,
+    ),
+]
+Lines = Annotated[
+    list[str] | None, typer.Option("-e", "--edit", help="An edit, as a line of text. Again for more.", metavar="EDIT")
+]
+
+
+def apply(
+    edit: EditOptions,
+    source: SourceOptions,
+    options: OutputOptions,
+    file: RecipeArgument = None,
+    lines: Lines = None,
+) -> None:
+    """Apply many edits at once: all of them, or none where one is wrong.
+
+    modelcli apply head10.toml -m best.pth -o head10.pth
+
+    modelcli apply -e 'replace classifier.6 Linear(_,10)' -e 'freeze features' -m alexnet
+    """
+    from modelcli.commands.apply import find_batch
+    from modelcli.commands.edit import edit as carry_out
+    from modelcli.commands.target import recipe_locked
+
+    output.format_of(options)
+    path, given = _edits_from(file, lines, source)
+    with recipe_locked(edit.model, source.recipe, tell_waiting), progress.of_bytes(options) as report:
+        batch = find_batch(path, given, edit.model, source.overrides(), source.recipe)
+        outcome = carry_out(batch.target, batch.edits, writing_of(edit, edit.out, report), batch.places)
+    show_outcome(batch.target, outcome, edit, options)
+
+
+def script(
+    source: SourceOptions,
+    options: OutputOptions,
+    _unheeded: UnheededOptions,
+    file: RecipeArgument = None,
+    lines: Lines = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "-m",
+            "--model",
+            help="The model. \\[default: the working recipe]",
+            rich_help_panel="Model",
+            autocompletion=completing.models,
+            metavar="MODEL",
+        ),
+    ] = None,
+    out: Annotated[
+        str, typer.Option("-o", "--out", help="What the script writes.", rich_help_panel="Result", metavar="OUT")
+    ] = ("out.pth"),
+    bare: Annotated[
+        bool,
+        typer.Option(
+            "--bare",
+            help="Let the script drop what a training checkpoint holds besides its state dict.",
+            rich_help_panel="Result",
+        ),
+    ] = False,
+) -> None:
+    """Show the same work as a plain PyTorch script that needs no modelcli.
+
+    modelcli script > work.py
+
+    modelcli script -e 'replace fc Linear(_,10)' -m resnet18 -o head10.pth
+    """
+    from modelcli import writing
+    from modelcli.commands import script as scripting
+    from modelcli.commands.apply import Batch, find_batch
+    from modelcli.commands.target import find_target
+    from modelcli.render.documents import script as documents
+
+    output.format_of(options)
+    kind = writing.format_of(out)
+    path, given = _edits_from(file, lines, source)
+    if path is None and not given:
+        batch = Batch(find_target(model, source.overrides(), source.recipe))
+    else:
+        batch = find_batch(path, given, model, source.overrides(), source.recipe)
+    made = scripting.script(batch, Path(out), kind, bare=bare)
+    output.show(documents.script(batch.target.source.model, made.blueprint, made.text), options, made.notes)
+
+
+def _edits_from(
+    file: str | None, lines: list[str] | None, source: SourceOptions
+) -> tuple[Path | None, list[tuple[str, str]]]:
+    """The recipe that is named, and the edits of standard input and `-e` with where they stand."""
+    from modelcli import resolve
+
+    given = [(f"-e {number}", line) for number, line in enumerate(lines or (), 1)]
+    if file == "-":
+        return None, [*_standard_input(), *given]
+    if file is not None and resolve.names_a_model(file):
+        raise RequestError(f"{file} is no recipe", f"-m names the model: -m {quoted(file)}")
+    if file is not None and source.recipe is not None:
+        raise RequestError(f"two recipes: {file} and --recipe {source.recipe}", "give one of them")
+    return None if file is None else Path(file), given
+
+
+def _standard_input() -> list[tuple[str, str]]:
+    """The lines of standard input that are edits, and where they stand. Raises RequestError where there are none."""
+    if sys.stdin is None:  # it was closed: `<&-`
+        raise RequestError("no edits on standard input: it is closed", "one a line: freeze features")
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"standard input is not UTF-8 text: {error}") from None
+    lines = enumerate(re.split(r"\r\n|\r|\n", text), 1)
+    found = [(f"standard input:{number}", line) for number, line in lines if not re.match(r"\s*(#|$)", line)]
+    if not found:
+        raise RequestError("no edits on standard input", "one a line: freeze features")
+    return found
+
+
+def commands() -> list[Command]:
+    codes = exit_codes(0, 2, 3, 4, 5)
+    return [Command(function.__name__, function, "Read and write", codes) for function in (script, apply)]

@@ -1,0 +1,104 @@
+"""Commands that are made when they are asked for: a look at a file pays for its own command, and for no other."""
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command_from_info
+from typer.models import CommandInfo
+
+from modelcli.cli.options import expanded
+
+#: Where the edits come among the commands.
+EDITS = "(edits)"
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: its function, whose docstring is the help, and how `--help` lists it."""
+
+    name: str
+    function: Callable[..., Any]
+    panel: str | None = None
+    epilog: str | None = None
+    cls: type[TyperCommand] = TyperCommand
+    context_settings: dict[str, Any] = field(default_factory=dict)
+
+    def built(self) -> Any:
+        """The command as Typer runs it."""
+        info = CommandInfo(
+            name=self.name,
+            cls=self.cls,
+            context_settings=self.context_settings,
+            callback=expanded(self.function),
+            epilog=self.epilog,
+            rich_help_panel=self.panel,
+        )
+        return get_command_from_info(info, pretty_exceptions_short=True, rich_markup_mode="rich")
+
+
+@dataclass(frozen=True)
+class Group:
+    """A command with commands of its own."""
+
+    name: str
+    help: str
+    commands: Sequence[Command]
+    panel: str | None = None
+
+    def built(self) -> TyperGroup:
+        return TyperGroup(
+            name=self.name,
+            help=self.help,
+            commands={command.name: command.built() for command in self.commands},
+            no_args_is_help=True,
+            rich_help_panel=self.panel,
+            rich_markup_mode="rich",
+        )
+
+
+class Commands(MutableMapping[str, Any]):
+    """All commands by their names, in the order in which the help lists them; each is built once it is asked for.
+
+    Args:
+        files: the module in this package that has each command, by the command's name. The edits, which are not listed
+            one by one, come where EDITS is.
+    """
+
+    def __init__(self, files: Mapping[str, str]) -> None:
+        self._files = files
+        self._built: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._built:
+            self._built[name] = self._build(name)
+        return self._built[name]
+
+    def __setitem__(self, name: str, command: Any) -> None:
+        self._built[name] = command
+
+    def __delitem__(self, name: str) -> None:
+        del self._built[name]
+
+    def __iter__(self) -> Iterator[str]:
+        from modelcli import edits
+
+        for name in self._files:
+            yield from edits.names() if name == EDITS else [name]
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def _build(self, name: str) -> Any:
+        file = self._files.get(name)
+        if file is None:
+            from modelcli.cli import edit_commands
+
+            made = edit_commands.command_called(name)
+            if made is None:
+                raise KeyError(name)
+            return made.built()
+        found = importlib.import_module(f"modelcli.cli.{file}").commands()
+        return next(command for command in found if command.name == name).built()

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from modelcli.errors import RequestError
-from modelcli.language import selectors
 
 #: What completes a word: one of those below, or a function that gives words.
 Completion = str | Callable[[], Iterable[str]]
@@ -107,6 +106,8 @@ def option(
 
 def selector(word: str) -> str:
     """The word, which is a selector. Raises RequestError where it cannot be read as one."""
+    from modelcli.language import selectors  # which takes time to import, and a look at a record needs no selector
+
     selectors.parse(word)
     return word
 

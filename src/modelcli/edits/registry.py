@@ -84,3 +84,9 @@ def _from_elsewhere() -> Mapping[str, str]:
     from importlib.metadata import entry_points
 
     return {point.name: point.value for point in entry_points(group=ENTRY_POINTS)}
+
+
+def forget() -> None:
+    """Read the entry points again when they are wanted: a package may have come or gone."""
+    _loaded.cache_clear()
+    _from_elsewhere.cache_clear()

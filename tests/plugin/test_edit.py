@@ -1,0 +1,195 @@
+"""An edit of another package is found everywhere where one of modelcli's own is, with no line of modelcli changed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import modelcli
+from modelcli import edits
+from modelcli.edits import registry
+from modelcli.errors import RequestError
+from tests.conftest import Cli
+
+pytestmark = pytest.mark.usefixtures("plugin")
+NET = "nets.py:Net"
+
+
+def real() -> nn.Module:
+    """The model of `nets.py` as `--seed 0` draws it."""
+    from tests import nets
+
+    torch.manual_seed(0)
+    return nets.Net()
+
+
+def clamped(model: nn.Module, start: str, low: float, high: float) -> dict[str, torch.Tensor]:
+    """Its state dict, with the floating-point tensors below a path clamped by torch."""
+    return {
+        name: value.clamp(low, high) if name.startswith(start) and value.is_floating_point() else value
+        for name, value in model.state_dict().items()
+    }
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_it_is_an_edit_like_the_others() -> None:
+    assert edits.names()[-1] == "clamp"
+    assert "clamp" not in edits.own_names()
+    edit = edits.parse("clamp conv1 -0.5 0.5 --except conv1.bias --expect 1")
+    assert str(edit) == "clamp conv1 -0.5 0.5 --except conv1.bias --expect 1"
+    with pytest.raises(RequestError, match="'high' is no number"):
+        edits.parse("clamp conv1 1 high")
+    with pytest.raises(RequestError) as error:
+        edits.parse("clam fc 1 2")
+    assert error.value.hint == "did you mean clamp?"
+
+
+def test_the_help_lists_and_explains_it(cli: Cli) -> None:
+    listed = cli("--help").out
+    panel = listed.partition("─ Operate ─")[2].partition("╰")[0]
+    assert "clamp" in panel
+    assert "cast" in panel
+    shown = " ".join(cli("clamp", "--help").out.split())
+    assert "modelcli clamp [OPTIONS] {TARGET... LOW HIGH}" in shown
+    assert "Bring values into a range" in shown
+    assert "modelcli clamp fc -0.5 0.5 -m resnet18" in shown
+    assert "--except" in shown
+    assert "--expect" in shown
+    assert "Exit codes: 0 done; 2 the request is wrong" in shown
+
+
+def test_its_name_and_its_targets_are_completed(cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save(real().state_dict(), "v.pth")
+    monkeypatch.setenv("_MODELCLI_COMPLETE", "complete_zsh_words")
+    assert [line.split("\t")[0] for line in cli("cl").out.splitlines()] == ["clamp"]
+    offered = [line.split("\t")[0] for line in cli("clamp", "-m", "v.pth", "con").out.splitlines()]
+    assert offered == ["conv1", "conv2"]
+
+
+def test_what_other_programs_call_it_is_a_hint(cli: Cli) -> None:
+    assert "did you mean: modelcli clamp conv1 0 1" in cli("clip", "conv1", "0", "1", code=2).err
+
+
+@pytest.mark.parametrize("out", ["out.pth", "out.safetensors"])
+def test_it_changes_the_values_of_a_model(out: str, cli: Cli, folder: Path) -> None:
+    document = cli("clamp", "conv1", "-0.1", "0.1", "-m", NET, "-o", out, "--json").json
+    assert document["edits"] == ["clamp conv1 -0.1 0.1"]
+    assert [(change["path"], change["action"], change["after"]) for change in document["changes"]] == [
+        ("conv1", "clamp", "from -0.1 to 0.1")
+    ]
+    expected = clamped(real(), "conv1", -0.1, 0.1)
+    written = load_file(out) if out.endswith("safetensors") else torch.load(out, weights_only=True)
+    assert same(written, expected)
+    assert not same(written, real().state_dict())
+
+
+def test_it_changes_the_values_of_a_state_dict(cli: Cli, folder: Path) -> None:
+    torch.save(real().state_dict(), "v.pth")
+    document = cli("clamp", "conv1", "-0.1", "0.1", "-m", "v.pth", "-o", "out.pth", "--json").json
+    assert [change["action"] for change in document["changes"]] == ["clamp"]
+    assert same(torch.load("out.pth", weights_only=True), clamped(real(), "conv1", -0.1, 0.1))
+
+
+def test_on_a_model_in_memory() -> None:
+    model = real()
+    modelcli.apply(model, "clamp . -0.1 0.1 --except conv1")
+    rest = clamped(real(), "", -0.1, 0.1) | {
+        name: value for name, value in real().state_dict().items() if name.startswith("conv1")
+    }
+    assert same(dict(model.state_dict()), rest)
+
+
+def test_in_a_recipe_and_in_its_log(cli: Cli, folder: Path) -> None:
+    cli("load", NET)
+    cli("clamp", "conv1", "-0.1", "0.1")
+    cli("freeze", "conv1")
+    assert '"clamp conv1 -0.1 0.1"' in Path("modelcli.toml").read_text()
+    assert cli("log", "--json").json["edits"] == ["clamp conv1 -0.1 0.1", "freeze conv1"]
+    cli("save", "out.pth")
+    assert same(torch.load("out.pth", weights_only=True), clamped(real(), "conv1", -0.1, 0.1))
+    cli("undo")
+    cli("apply", "modelcli.toml", "-m", NET, "-o", "again.pth")
+    assert same(torch.load("again.pth", weights_only=True), clamped(real(), "conv1", -0.1, 0.1))
+
+
+def test_apply_is_all_or_nothing_with_it(cli: Cli, folder: Path) -> None:
+    cli("apply", "-e", "clamp conv1 -0.1 0.1", "-e", "freeze nothing", "-m", NET, "-o", "out.pth", code=2)
+    assert not Path("out.pth").exists()
+    cli("apply", "-e", "clamp conv1 -0.1 0.1", "-e", "replace conv2 Conv2d(_,2,1)", "-m", NET, "-o", "out.pth")
+    assert torch.load("out.pth", weights_only=True)["conv2.weight"].shape[0] == 2
+
+
+def test_the_record_has_it_and_is_followed(cli: Cli, folder: Path) -> None:
+    cli("clamp", "conv1", "-0.1", "0.1", "-m", NET, "-o", "out.pth")
+    loaded = modelcli.load("out.pth", trust=True)
+    assert same(dict(loaded.state_dict()), clamped(real(), "conv1", -0.1, 0.1))
+    cli("clamp", "conv1", "-0.01", "0.01", "-m", "out.pth", "--trust", "-o", "more.pth")
+    assert same(torch.load("more.pth", weights_only=True), clamped(real(), "conv1", -0.01, 0.01))
+
+
+@pytest.mark.parametrize("model", [NET, "v.pth"])
+def test_its_script_does_the_same_without_modelcli(model: str, cli: Cli, folder: Path) -> None:
+    torch.save(real().state_dict(), "v.pth")
+    text = cli("script", "-m", model, "-e", "clamp conv1 -0.1 0.1", "-o", "out.pth").out
+    assert "modelcli" not in text
+    assert "clamp" in text
+    exec(compile(text, "work.py", "exec"), {"__name__": "__main__"})
+    assert same(torch.load("out.pth", weights_only=True), clamped(real(), "conv1", -0.1, 0.1))
+
+
+def test_the_program_finds_it_and_reads_entry_points_only_then(site: list[Path], folder: Path) -> None:
+    """In a process of its own: a look at a file, and an edit of modelcli's own, read no entry points."""
+    torch.save(real().state_dict(), "v.pth")
+    code = (
+        "import importlib.metadata, json, sys\n"
+        "from modelcli.cli import main\n"
+        "asked = []\n"
+        "whole = importlib.metadata.entry_points\n"
+        "importlib.metadata.entry_points = lambda **group: asked.append(group['group']) or whole(**group)\n"
+        "code = main(sys.argv[1:])\n"
+        "print(json.dumps([code, 'modelcli.edits' in asked, 'modelcli_plugin' in sys.modules]), file=sys.stderr)\n"
+    )
+    path = os.pathsep.join(map(str, [*site, *filter(None, [os.environ.get("PYTHONPATH")])]))
+
+    def run(*words: str) -> list[object]:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words],
+            env={**os.environ, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        found: list[object] = json.loads(done.stderr.splitlines()[-1])
+        return found
+
+    assert run("params", "v.pth") == [0, False, False]
+    assert run("freeze", "conv1", "-m", "v.pth", "--dry-run") == [0, False, False]
+    assert run("clamp", "conv1", "-1", "1", "-m", "v.pth", "-o", "out.pth") == [0, True, True]
+    assert run("--help") == [0, True, True]
+
+
+def test_one_that_cannot_be_imported_leaves_the_help_whole(
+    cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    about = folder / "broken-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[modelcli.edits]\nwreck = no_such_package:Wreck\n")
+    monkeypatch.syspath_prepend(str(folder))
+    registry.forget()
+    shown = cli("--help").out
+    assert "wreck" in shown
+    assert "clamp" in shown
+    error = cli("wreck", "conv1", "-m", NET, code=5).err
+    assert "the edit wreck cannot be loaded from no_such_package:Wreck: No module named 'no_such_package'" in error

@@ -23,10 +23,11 @@ from modelcli.live import planning, surgery, zoo
 from modelcli.live.build import Architecture
 from modelcli.live.describe import describe
 from modelcli.live.opening import Live, open_live
+from modelcli.live.script import dtypes, flags
 from modelcli.live.script.source_text import InexpressibleError, SourceText, deleted, is_name, quoted
 from modelcli.live.script.state import State
 from modelcli.live.script.step import Step
-from modelcli.live.surgery import cast, freeze, handler_of, seed_of
+from modelcli.live.surgery import handler_of, seed_of
 from modelcli.model.blueprint import Blueprint
 from modelcli.model.wrapper_prefixes import Unwrapping
 
@@ -97,14 +98,14 @@ class _Script:
                 arguments.append("strict=False")
             if self._takes_dtypes():
                 built = self._built(base)
-                if cast.has_ties(built):  # which assign=True would part
-                    self.text.write(*cast.casts(self.text, built, describe(built), self.live.describe()))
+                if dtypes.has_ties(built):  # which assign=True would part
+                    self.text.write(*dtypes.casts(self.text, built, describe(built), self.live.describe()))
                 else:
                     arguments.append("assign=True")  # the tensors of the file, in their own dtype
             self.text.write(f"model.load_state_dict({', '.join(arguments)})")
             if self.live.record is not None:
                 built = self._built(base)
-                self.text.write(*_without_comment(freeze.flags(built, describe(built), self.live.describe())))
+                self.text.write(*_without_comment(flags.flags(built, describe(built), self.live.describe())))
 
     def _draws(self) -> bool:
         """Whether numbers that the constructor draws are in the result."""

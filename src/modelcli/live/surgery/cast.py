@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -16,9 +15,8 @@ from modelcli.edits.cast import Cast
 from modelcli.errors import RequestError
 from modelcli.language import selectors
 from modelcli.live.describe import describe, dtype_name, floating_dtype
-from modelcli.live.script import access_paths
-from modelcli.live.script.grouped_calls import each, largest
-from modelcli.live.script.source_text import STATEMENTS, SourceText, call, dedented, loop, quoted
+from modelcli.live.script.dtypes import CAST_VIEWS, casts
+from modelcli.live.script.source_text import STATEMENTS, call, loop, quoted
 from modelcli.live.script.state import State
 from modelcli.live.script.step import Step
 from modelcli.live.sources import converted, is_lazy, named_tensors
@@ -28,7 +26,6 @@ from modelcli.live.surgery.storages import byte_span, has_storage, key_of, view_
 from modelcli.model.blueprint import Blueprint
 from modelcli.model.dtypes import FLOATING
 from modelcli.model.paths import ancestors, shown
-from modelcli.model.tensors import TensorInfo
 from modelcli.wording import counted, listed
 
 
@@ -155,82 +152,8 @@ def _resolved_targets(blueprint: Blueprint, groups: Sequence[tuple[str, list[str
 # --- scripts ---------------------------------------------------------------------------------------------------------
 
 
-CAST_VIEWS = dedented('''
-    def cast_views(tensors, dtype):
-        """Convert tensors that are views of one storage, and let them be views of one storage again."""
-        first = tensors[0].data
-        size = first.untyped_storage().nbytes() // first.element_size()
-        whole = first.as_strided((size,), (1,), 0).to(dtype)
-        for tensor in tensors:
-            tensor.data = whole.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
-''')
-
-
 def script_lines(edit: Cast, step: Step) -> list[str]:
     return casts(step.script, step.before, describe(step.before), describe(step.after))
-
-
-def casts(script: SourceText, model: nn.Module, before: Blueprint, after: Blueprint) -> list[str]:
-    """What gives each tensor the dtype that it has in `after`: whole modules by their `to`, others one by one."""
-    dtypes = {t.name: after.by_name[t.name].dtype for t in before.tensors if after.by_name[t.name].dtype != t.dtype}
-    lines = []
-    for dtype in dict.fromkeys(dtypes.values()):
-        changed = {name for name, wanted in dtypes.items() if wanted == dtype}
-        # `to` would part what is one tensor, or one storage: it finds those of the right dtype already.
-        apart, together = _shared(model, changed)
-        lines += [_in_place(access_paths.tensor(model, name), dtype) for name in apart]
-        for names in together:
-            script.helpers.setdefault(CAST_VIEWS)
-            lines += call("cast_views", [access_paths.tensor(model, name) for name in names], f"torch.{dtype}")
-        done = {*apart, *itertools.chain(*together)}
-        changed = {name for name in changed if before.by_name[name].identity not in done}
-
-        def is_meant(info: TensorInfo, dtype: str = dtype) -> bool:
-            # `to` converts complex numbers as well, and drops their imaginary parts.
-            return not info.dtype.startswith("complex") and (
-                info.dtype not in FLOATING or after.by_name[info.name].dtype == dtype
-            )
-
-        floating = {name for name in changed if dtype in FLOATING and before.by_name[name].dtype in FLOATING}
-        modules, tensors = largest(model, before, floating, is_meant, "to")
-        lines += each(modules, lambda path: access_paths.place(model, path), "get_submodule", f".to(torch.{dtype})")
-        tensors += dict.fromkeys(
-            before.by_name[t.name].identity for t in before.tensors if t.name in changed - floating
-        )
-        lines += [_in_place(access_paths.tensor(model, name), dtype) for name in tensors]
-    return lines or ["# nothing changes: the dtype is that already"]
-
-
-def has_ties(model: nn.Module) -> bool:
-    """Whether tensors of a model share a storage."""
-    keys = [key_of(value) for value in named_tensors(model).values() if has_storage(value)]
-    return len(set(keys)) < len(keys)
-
-
-def _in_place(text: str, dtype: str) -> str:
-    """What converts a tensor that stays the one that it is, whoever else holds it."""
-    return f"{text}.data = {text}.data.to(torch.{dtype})"
-
-
-def _shared(model: nn.Module, names: Collection[str]) -> tuple[list[str], list[list[str]]]:
-    """Of the tensors of these names, the buffers that several modules hold, and groups of those that share a storage.
-
-    Each tensor is named once, by its first name.
-    """
-    first: dict[int, str] = {}
-    holders: dict[int, set[tuple[int, str]]] = {}
-    storages: dict[object, dict[int, str]] = {}
-    buffers = dict(model.named_buffers(remove_duplicate=False))
-    for name, value in named_tensors(model).items():
-        original = first.setdefault(id(value), name)
-        above, _, own = name.rpartition(".")
-        holders.setdefault(id(value), set()).add((id(model.get_submodule(above)), own))
-        if name in names and has_storage(value):
-            storages.setdefault((key_of(value), value.dtype), {}).setdefault(id(value), original)
-    together = [list(group.values()) for group in storages.values() if len(group) > 1]
-    grouped = set(itertools.chain(*together))
-    apart = [name for key, name in first.items() if name in names and name in buffers and len(holders[key]) > 1]
-    return [name for name in apart if name not in grouped], together
 
 
 def state_dict_script_lines(edit: Cast, step: Step, state: State) -> list[str]:

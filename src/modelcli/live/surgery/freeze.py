@@ -14,8 +14,7 @@ from modelcli.edits.unfreeze import Unfreeze
 from modelcli.errors import RequestError
 from modelcli.language import selectors
 from modelcli.live.describe import describe
-from modelcli.live.script import access_paths
-from modelcli.live.script.grouped_calls import each, largest
+from modelcli.live.script.flags import flags
 from modelcli.live.script.state import State
 from modelcli.live.script.step import Step
 from modelcli.live.sources import flag_of, is_lazy, set_flag
@@ -23,7 +22,6 @@ from modelcli.live.surgery.core import names_of_one, tie_notes
 from modelcli.live.surgery.picking import groups_of
 from modelcli.model.blueprint import Blueprint
 from modelcli.model.paths import ancestors, parent_of, shown
-from modelcli.model.tensors import TensorInfo
 from modelcli.wording import counted, listed
 
 
@@ -150,24 +148,6 @@ def _flags(flags: Sequence[bool | None]) -> str:
 
 def script_lines(edit: Freeze | Unfreeze, step: Step) -> list[str]:
     return flags(step.before, describe(step.before), describe(step.after))
-
-
-def flags(model: nn.Module, before: Blueprint, after: Blueprint) -> list[str]:
-    """What gives each parameter the flag that it has in `after`: for whole modules where all of one take it."""
-    lines = []
-    for wanted in (False, True):
-        named = {t.name for t in after.tensors if t.kind == "parameter" and t.requires_grad is wanted}
-        changed = {t.name for t in before.tensors if t.name in named and t.requires_grad is not wanted}
-
-        def is_meant(info: TensorInfo, named: set[str] = named, wanted: bool = wanted) -> bool:
-            # Whole numbers cannot be trained: a module with such a parameter refuses.
-            return info.kind == "buffer" or (info.name in named and not (wanted and not info.is_differentiable))
-
-        modules, tensors = largest(model, before, changed, is_meant, "requires_grad_")
-        statement = f".requires_grad_({wanted})"
-        lines += each(modules, lambda path: access_paths.place(model, path), "get_submodule", statement)
-        lines += each(tensors, lambda name: access_paths.tensor(model, name), "get_parameter", statement)
-    return lines or ["# nothing changes: the flags are set already"]
 
 
 def state_dict_script_lines(edit: Freeze | Unfreeze, step: Step, state: State) -> list[str]:

@@ -1,0 +1,114 @@
+"""What an edit is stands in its own module and its handler: nothing else asks which edit it has before it."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import modelcli
+from modelcli import edits
+
+SOURCE = Path(modelcli.__file__).parent
+KINDS = [kind for name in edits.own_names() if (kind := edits.find(name)) is not None]
+NAMES = {kind.name for kind in KINDS}
+CLASSES = {kind.__name__ for kind in KINDS}
+#: The modules of the edits, and those that carry them out.
+OWN = {kind.__module__ for kind in KINDS} | {kind.handler for kind in KINDS}
+
+
+def module_of(file: Path) -> str:
+    return ".".join(file.relative_to(SOURCE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+def others() -> list[Path]:
+    """All source files but the registry, the edits' own modules and their handlers."""
+    kept = OWN | {"modelcli.edits.registry"}
+    return [file for file in sorted(SOURCE.rglob("*.py")) if module_of(file) not in kept]
+
+
+def asked(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Where code imports an edit or its handler, or compares something with the name of one: the line, and what it is.
+
+    Comparisons are `==`, `in`, `match`, what a mapping is asked for, the keys of one, and what a text starts with; and
+    a list, a set or the like of several names is one of edits.
+    """
+    for node in ast.walk(tree):
+        match node:
+            case ast.ImportFrom(module=str(module), names=names):
+                found = {module, *(f"{module}.{name.name}" for name in names)} & OWN
+                found |= {name.name for name in names if module == "modelcli.edits" and name.name in CLASSES}
+                yield from ((node.lineno, f"import {one}") for one in found)
+            case ast.Import(names=names):
+                yield from ((node.lineno, f"import {name.name}") for name in names if name.name in OWN)
+            case ast.Attribute(value=ast.Name(id="edits"), attr=attribute) if attribute in CLASSES:
+                yield node.lineno, f"edits.{attribute}"
+            case ast.Compare(left=left, comparators=right):
+                yield from named([left, *right])
+            case ast.MatchValue(value=value):
+                yield from named([value])
+            case ast.MatchClass(cls=ast.Name(id=name)) if name in CLASSES:
+                yield node.lineno, f"case {name}"
+            case ast.Dict(keys=keys):
+                yield from named([key for key in keys if key is not None])
+            case ast.Subscript(slice=value):
+                yield from named([value])
+            case ast.Call(func=ast.Attribute(attr="get" | "startswith" | "removeprefix" | "fromkeys"), args=args):
+                yield from named(args)
+            case ast.Tuple(elts=parts) | ast.List(elts=parts) | ast.Set(elts=parts):
+                if len({text for part in parts for _, text in named([part])}) > 1:
+                    yield node.lineno, ast.unparse(node)
+
+
+def named(nodes: list[ast.expr]) -> Iterator[tuple[int, str]]:
+    """The texts in expressions that are the name of an edit, or a line's beginning with one."""
+    for node in nodes:
+        for part in ast.walk(node):
+            if isinstance(part, ast.Constant) and isinstance(part.value, str) and part.value.rstrip() in NAMES:
+                yield part.lineno, repr(part.value)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from modelcli.edits.replace import Replace",
+        "from modelcli.edits import Replace",
+        "from modelcli.live.surgery import cast",
+        "import modelcli.edits.init",
+        "isinstance(edit, edits.Freeze)",
+        "action == 'freeze'",
+        "action in ('freeze', 'thaw')",
+        "line.startswith('extract ')",
+        "match action:\n case 'append': pass",
+        "match edit:\n case Rename(): pass",
+        "KINDS = ['insert', 'remove']",
+        "HANDLERS = {'cast': 1}",
+        "found.get('replace', [])",
+        "found['replace']",
+    ],
+)
+def test_what_counts(code: str) -> None:
+    assert list(asked(ast.parse(code)))
+
+
+@pytest.mark.parametrize("code", ["data.decode('utf-8', 'replace')", "command(['modelcli', 'rename', old, new])"])
+def test_what_does_not(code: str) -> None:
+    assert not list(asked(ast.parse(code)))
+
+
+def test_no_other_file_asks_which_edit_it_has() -> None:
+    found = {
+        f"{file.relative_to(SOURCE)}:{line} {what}"
+        for file in others()
+        for line, what in asked(ast.parse(file.read_text(encoding="utf-8")))
+    }
+    assert found == set()
+
+
+def test_each_edit_has_one_line_of_the_registry_and_its_own_module() -> None:
+    text = (SOURCE / "edits" / "registry.py").read_text(encoding="utf-8")
+    for kind in KINDS:
+        assert text.count(f'"{kind.name}"') == 1
+        assert (kind.__module__, kind.__name__) == (f"modelcli.edits.{kind.name}", kind.name.capitalize())

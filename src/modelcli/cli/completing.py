@@ -202,14 +202,14 @@ def _paths_of(target: Target, *, tensors: bool) -> list[str]:
 
 def _targets(ctx: typer.Context) -> list[Target]:
     """The model at hand, or the two of `diff`; none where there is no model yet, nor a recipe."""
-    from modelcli.commands.target import find_target
+    from modelcli.commands.target import find_target, options_given
 
     for variable, number in _LIMITS.items():
         os.environ.setdefault(variable, number)
     arguments = [parameter.name for parameter in ctx.command.params if parameter.param_type_name == "argument"]
     # An option that waits for its value keeps arguments from being told apart.
-    given: dict[str | None, Any] = dict(zip(arguments, ctx.args, strict=False))
-    given |= {name: value for name, value in ctx.params.items() if value is not None and value != () and value != []}
+    given: dict[str, Any] = dict(zip([name or "" for name in arguments], ctx.args, strict=False))
+    given |= options_given(ctx.params)
     models = [given[name] for name in ("model", "option_model", "a", "b", "checkpoint") if name in given]
     several = given.get("models") or ()  # of `check`, which takes any number of them
     models += [several] if isinstance(several, str) else several

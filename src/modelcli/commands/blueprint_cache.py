@@ -19,7 +19,6 @@ from typing import Any
 from modelcli import installed, providers
 from modelcli._version import __version__
 from modelcli.errors import ModelcliError, SystemFailureError
-from modelcli.files import atomic
 from modelcli.files.open_folder import read_regular
 from modelcli.model import json_form
 from modelcli.model.blueprint import Blueprint
@@ -152,6 +151,8 @@ def _kept(document: Mapping[str, Any], suffix: str, what: str) -> Any:
 
 
 def _keep(document: Mapping[str, Any], suffix: str, what: str, values: Any) -> None:
+    from modelcli.files import atomic
+
     body = json.dumps({"key": document, what: values}, separators=(",", ":")).encode()
     path = _path(document, suffix)
     with atomic.replacing(path, force=True, through_links=False) as (file, _):
@@ -165,6 +166,8 @@ def entries() -> list[Path]:
 
 def _files(suffix: str) -> list[Path]:
     """What has a name as entries have it; what else somebody keeps in the folder is not ours."""
+    from modelcli.files import atomic
+
     name = rf"[0-9a-f]{{64}}{re.escape(suffix)}"
     own = re.compile(rf"{name}|\.{name}\.[0-9a-f]{{8}}{re.escape(atomic.TEMPORARY)}")
     try:

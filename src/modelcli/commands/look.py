@@ -16,15 +16,13 @@ from modelcli import checkpoints, resolve
 from modelcli.checkpoints import Contents
 from modelcli.checkpoints.contents import foreign_names
 from modelcli.checkpoints.record import Record
-from modelcli.commands import blueprint_cache, known_builders
-from modelcli.commands.recipe_edits import apply_recipe
+from modelcli.commands import blueprint_cache
 from modelcli.commands.target import Target, without_edits
 from modelcli.errors import ModelcliError, SystemFailureError, UnsafeError
 from modelcli.language.quoting import quoted
 from modelcli.language.references import CheckpointFile, NamedModel, Source
 from modelcli.model import state_dict_match
 from modelcli.model.blueprint import Blueprint, Trace
-from modelcli.providers import known_code
 
 if TYPE_CHECKING:
     from modelcli.live.opening import Live
@@ -111,6 +109,7 @@ def _looked(target: Target, *, traced: bool, mode: str, cached: bool) -> Look:
     if key is not None and (kept := blueprint_cache.get(key)) is not None:
         hidden = resolve.hidden_file_note(target.source.model, target.source.folder)
         return Look(kept, () if hidden is None else (hidden,))
+    from modelcli.commands.recipe_edits import apply_recipe
     from modelcli.live import apart, downloads, opening, planning
 
     with downloads.none_allowed():
@@ -216,6 +215,7 @@ def _may_run(record: Record, source: Source) -> bool:
 @stdout_is_for_data
 def torchinfo_table(target: Target, *, mode: str, depth: int | None) -> str:
     """The table that torchinfo makes of a model, its recipe's edits applied. Raises RequestError where it cannot."""
+    from modelcli.commands.recipe_edits import apply_recipe
     from modelcli.live import downloads, opening, torchinfo_table
 
     with downloads.none_allowed():
@@ -245,6 +245,8 @@ def known_blueprint(target: Target) -> Blueprint | None:
 
 def cache_key(target: Target, mode: str) -> blueprint_cache.Key | None:
     """The key of a builder or an expression of installed classes; None for what other code or a file decides."""
+    from modelcli.providers import known_code
+
     source = target.source
     if blueprint_cache.is_off() or target.edits or source.arch is not None or source.key is not None:
         return None
@@ -260,6 +262,7 @@ def cache_key(target: Target, mode: str) -> blueprint_cache.Key | None:
 
 def keep_blueprint(key: blueprint_cache.Key, found: Blueprint) -> None:
     """Keep a blueprint, and of a builder by itself its fingerprint, so that files are known by it."""
+    from modelcli.commands import known_builders
     from modelcli.live import zoo
 
     blueprint_cache.put(key, found)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from modelcli.commands.look import Look, stdout_is_for_data
-from modelcli.language import selectors
 from modelcli.model.blueprint import Blueprint
 from modelcli.model.tensors import TensorInfo
 
@@ -50,6 +49,8 @@ def select_tensors(
     """The tensors to show: those selected, less buffers or flags that were not asked for."""
     tensors = list(blueprint.tensors)
     if selected:
+        from modelcli.language import selectors
+
         names = set(selectors.select_tensors(blueprint, selected))
         tensors = [tensor for tensor in tensors if tensor.name in names]
     if not buffers:

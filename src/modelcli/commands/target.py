@@ -7,16 +7,16 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from modelcli import resolve
-from modelcli.edits import Edit
 from modelcli.errors import ModelcliError
-from modelcli.language.expressions import Call, names_in
 from modelcli.language.references import CheckpointFile, PythonObject, Reference, Source
 from modelcli.model.paths import ROOT
-from modelcli.providers import known_code
 from modelcli.wording import listed
+
+if TYPE_CHECKING:
+    from modelcli.edits import Edit
 
 INPUT = frozenset({"input_size", "input_dtype", "inputs"})
 """The options that state what flows in."""
@@ -48,8 +48,8 @@ class Target:
 
 
 def options_given(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that were given: a number may be 0, and is given all the same."""
-    return {key: value for key, value in overrides.items() if value is not None and value != () and value is not False}
+    """The options that were given, without those that have no value, no item or are off; a number may be 0."""
+    return {key: value for key, value in overrides.items() if value not in (None, (), []) and value is not False}
 
 
 def with_options(source: Source, given: Mapping[str, Any]) -> Source:
@@ -102,6 +102,9 @@ def notes_of_python(path: Path, source: Source, edits: Sequence[Edit], *, own: b
 
     A recipe is known by its path and by the Python that it names; with `own` the user has just put that there.
     """
+    from modelcli.language.expressions import Call, names_in
+    from modelcli.providers import known_code
+
     named = {str(reference) for reference in _references_of(source) if isinstance(reference, PythonObject)}
     calls = (getattr(edit, item.name) for edit in edits for item in fields(edit))
     of_edits = (name for call in calls if isinstance(call, Call) for name in names_in(call))

@@ -1,6 +1,8 @@
-"""Rows that say the same of numbered siblings, shown as one: `layers.[0-11].attn.weight`.
+"""Numbered siblings that look the same, shown as one row: `layers.[0-11].attn.weight`.
 
-`runs` folds the modules of a model; this folds whatever else has a path: changes of an edit, differences of two models.
+Here is what a number in a path is and how a span of numbers is written, and `folded`, which folds rows by their paths
+alone: changes of an edit, differences of two models. `runs` folds the modules of a model by it, whose subtrees have to
+be alike as well.
 """
 
 from __future__ import annotations
@@ -10,8 +12,23 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+_DIGITS = r"0|[1-9][0-9]{0,8}"
 #: A number at the end of a component, or what several were folded to.
-_NUMBER = re.compile(r"(?<!\d)(0|[1-9][0-9]{0,8}|\[\d+-\d+\])(?=\.|$)", re.ASCII)
+_NUMBER = re.compile(rf"(?<!\d)({_DIGITS}|\[\d+-\d+\])(?=\.|$)", re.ASCII)
+#: A name that ends in a number.
+_NUMBERED = re.compile(rf"(.*?)({_DIGITS})", re.ASCII | re.DOTALL)
+
+
+def counts_on(name: str, following: str) -> bool:
+    """Whether two names end in a number, the second in the next one: `layer_1` and `layer_2`."""
+    one, other = _NUMBERED.fullmatch(name), _NUMBERED.fullmatch(following)
+    return one is not None and other is not None and one[1] == other[1] and int(one[2]) + 1 == int(other[2])
+
+
+def span(names: Sequence[str]) -> str:
+    """One name for names that count on: `layer_[1-4]`, which selects all of them."""
+    first, last = _NUMBERED.fullmatch(names[0]), _NUMBERED.fullmatch(names[-1])
+    return names[0] if len(names) == 1 or first is None or last is None else f"{first[1]}[{first[2]}-{last[2]}]"
 
 
 @dataclass(frozen=True)
@@ -64,8 +81,7 @@ def _merged(group: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[
             by_rest.setdefault((path[: number.start()], path[number.end() :]), []).append((int(number[1]), path))
         for (before, after), numbered in by_rest.items():
             for run in _runs(sorted(numbered)):
-                first, last = run[0][0], run[-1][0]
-                name = f"[{first}-{last}]" if len(run) > 1 else str(first)
+                name = span([str(number) for number, _ in run])
                 members = single.setdefault(f"{before}{name}{after}", [])
                 members += [row for _, path in run for row in merged[path]]
         merged = single

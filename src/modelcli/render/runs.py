@@ -5,7 +5,6 @@ Everything here is plain data, made from a blueprint. No model is too deep: noth
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,8 +13,7 @@ from typing import Any
 
 from modelcli.model.blueprint import Blueprint, ModuleInfo
 from modelcli.model.paths import ancestors, joined, parent_of, shown
-
-_NUMBERED = re.compile(r"(.*?)(0|[1-9][0-9]{0,8})", re.ASCII | re.DOTALL)
+from modelcli.render import folding
 
 
 @dataclass(frozen=True)
@@ -67,10 +65,7 @@ class Runs:
         return [self._child(run, [_own_name(module) for module in group]) for group in groups]
 
     def _child(self, parent: Run, names: Sequence[str]) -> Run:
-        name = names[0]
-        if len(names) > 1:
-            prefix, first = _number(names[0])
-            name = f"{prefix}[{first}-{_number(names[-1])[1]}]"
+        name = folding.span(names)
         above = "" if parent.paths == ("",) else parent.path
         paths = tuple(joined(path, each) for path in parent.paths for each in names)
         return Run(joined(above, name), name, paths, parent.depth + 1)
@@ -79,8 +74,7 @@ class Runs:
         """Whether a sibling goes on with a run: it is alike, and has the next number."""
         if self._kinds[module.path] != self._kinds[following.path]:
             return False
-        prefix, number = _number(_own_name(module))
-        return number is not None and _number(_own_name(following)) == (prefix, number + 1)
+        return folding.counts_on(_own_name(module), _own_name(following))
 
     def params_of(self, run: Run) -> int:
         """The parameters at and below the modules of a run, each tied one once."""
@@ -107,12 +101,6 @@ class Runs:
 
 def _own_name(module: ModuleInfo) -> str:
     return module.path.rpartition(".")[2]
-
-
-def _number(name: str) -> tuple[str, int | None]:
-    """`layer_12` as `layer_` and 12; a name that does not end in a number has None."""
-    found = _NUMBERED.fullmatch(name)
-    return (name, None) if found is None else (found[1], int(found[2]))
 
 
 def _kinds(blueprint: Blueprint, *, traced: bool) -> dict[str, int]:

@@ -237,8 +237,11 @@ def test_those_that_come_to_the_end_of_the_range_are_counted(cli: Cli) -> None:
     values = torch.tensor([1.0, 448.0, 449.0, 1e6, -1e9])
     torch.save({"w": values}, "in.pth")
     err = cli("cast", ".", "float8_e4m3fn", "-m", "in.pth", "-o", "out.pth").err
-    lost = state_of("out.pth")["w"].float() != values
-    assert f"{int(lost.sum())} values became" in err
+    found = state_of("out.pth")["w"].float()
+    nan, clamped = int(found.isnan().sum()), int(((values.abs() > 448) & found.isfinite()).sum())
+    told = "2 values became NaN" if nan else "3 values became 448"  # older torch: 449 is rounded, the others NaN
+    assert (nan, clamped) == ((2, 1) if nan else (0, 3))
+    assert told in err
 
 
 def test_what_one_cast_lost_is_told_after_another(cli: Cli) -> None:

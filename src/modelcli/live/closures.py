@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from modelcli.live import signatures
 from modelcli.live.walking import modules_in
 
 #: Functions and containers that are looked through for others; more are left as they are.
@@ -40,7 +41,7 @@ class Functions:
                 function.__module__,
                 function.__doc__,
             )
-            made.__annotations__ = function.__annotations__
+            signatures.copy_annotations(function, made)
             memo[id(function)] = made
             self.copies.append((function, made))
 

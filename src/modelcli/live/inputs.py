@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,6 +12,7 @@ from torch import nn
 from modelcli.errors import RequestError, did_you_mean
 from modelcli.language import input_texts
 from modelcli.language.input_texts import InputText
+from modelcli.live import signatures
 from modelcli.live.meta_models import seeded
 from modelcli.wording import listed
 
@@ -151,7 +151,7 @@ def fitted(inputs: Inputs, module: nn.Module) -> Inputs:
     Raises RequestError for a name that it does not have.
     """
     try:
-        parameters = list(inspect.signature(module.forward).parameters.values())
+        parameters = list(signatures.of(module.forward).parameters.values())
     except (TypeError, ValueError):
         return inputs
     by_position = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -175,7 +175,7 @@ def known_by_itself(module: nn.Module) -> Inputs | None:
     if example is not None and (found := _as_example(example)) is not None:
         return found
     try:
-        takes = inspect.signature(module.forward).parameters
+        takes = signatures.of(module.forward).parameters
     except (TypeError, ValueError):
         return None
     return Inputs(()) if not takes else None
@@ -208,7 +208,7 @@ def _as_example(example: Any) -> Inputs | None:
 def how_to_state(module: nn.Module) -> str:
     """Which options would say what flows into a model whose input is not known."""
     try:
-        parameters = inspect.signature(module.forward).parameters.values()
+        parameters = signatures.of(module.forward).parameters.values()
     except (TypeError, ValueError):
         parameters = ()  # type: ignore[assignment]
     variable = [p for p in parameters if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]

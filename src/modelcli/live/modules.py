@@ -16,7 +16,7 @@ from modelcli.errors import ModelcliError, RequestError, UnsafeError, closest, d
 from modelcli.language import expressions
 from modelcli.language.expressions import HOLE, Call, Name
 from modelcli.language.quoting import command, quoted
-from modelcli.live import python_objects, zoo
+from modelcli.live import python_objects, signatures, zoo
 from modelcli.live.sources import dtype_of
 from modelcli.live.walking import modules_in
 from modelcli.model.dtypes import ITEM_BYTES
@@ -106,7 +106,7 @@ def builder_named(dotted: str) -> str | None:
 def written_out(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The keyword arguments of a call as Python has to give them: a builder's own default may download weights."""
     builder = builder_named(name)
-    if builder is None or "weights_backbone" not in inspect.signature(zoo.without_weights(builder)).parameters:
+    if builder is None or "weights_backbone" not in signatures.of(zoo.without_weights(builder)).parameters:
         return kwargs
     return {**kwargs, "weights_backbone": None}
 
@@ -222,7 +222,7 @@ class ConstructorError(RequestError):
 def check_arguments(kind: Callable[..., Any], args: list[Any], kwargs: dict[str, Any], text: str) -> None:
     """Raise RequestError where the arguments do not fit the signature."""
     try:
-        signature = inspect.signature(kind)
+        signature = signatures.of(kind)
     except (TypeError, ValueError):
         return
     try:
@@ -251,7 +251,7 @@ def _argument_meant(error: Exception, signature: str | None) -> str | None:
 def signature_of(kind: Callable[..., Any]) -> str | None:
     """`Linear(in_features: int, out_features: int, bias: bool = True)`, without what only torch itself passes."""
     try:
-        signature = inspect.signature(kind)
+        signature = signatures.of(kind)
         with contextlib.suppress(Exception):  # annotations as text may name what is not there
             signature = inspect.signature(kind, eval_str=True)
     except (TypeError, ValueError):
@@ -266,10 +266,10 @@ def signature_of(kind: Callable[..., Any]) -> str | None:
 
 def parameter_names(kind: Callable[..., Any]) -> list[str]:
     """The names of a constructor's arguments, in order; those of a base where it only hands them on (`LSTM`)."""
-    names = list(inspect.signature(kind).parameters)
+    names = list(signatures.of(kind).parameters)
     if names[:1] == ["args"] and inspect.isclass(kind):
         for base in kind.__mro__[1:]:
-            inner = list(inspect.signature(base).parameters) if base is not object else []
+            inner = list(signatures.of(base).parameters) if base is not object else []
             if inner and inner[0] != "args":
                 return [name for name in inner if name != "mode"]  # RNNBase's own, which its subclasses set
     return names

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import sys
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from modelcli.checkpoints.storage import Span
 from modelcli.edits import Edit
 from modelcli.errors import ModelcliError
 from modelcli.language.references import NamedModel, PythonObject, Source
-from modelcli.live import planning, surgery, zoo
+from modelcli.live import planning, signatures, surgery, zoo
 from modelcli.live.build import Architecture
 from modelcli.live.describe import describe
 from modelcli.live.opening import Live, open_live
@@ -263,7 +262,7 @@ def _construct(text: SourceText, base: Architecture, source: Source, seed: int |
             if base.weights is not None:
                 arguments["weights"] = base.weights
             builder = zoo.torchvision().models.get_model_builder(base.builder)
-            if "weights_backbone" in inspect.signature(builder).parameters:
+            if "weights_backbone" in signatures.of(builder).parameters:
                 arguments["weights_backbone"] = None
             text.imports.add("from torchvision import models")
             if getattr(zoo.torchvision().models, base.builder, None) is builder:

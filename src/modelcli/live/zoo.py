@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from modelcli.errors import RequestError, SystemFailureError, closest, did_you_mean
+from modelcli.live import signatures
 
 #: Kept for as long as the process lives: the schemas go when the library goes.
 _schemas: list[torch.library.Library] = []
@@ -92,7 +93,7 @@ def arguments(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], weights:
                 f"{name}: {reserved} is not an argument here", "--weights says where the numbers come from"
             )
     made = {key: value for key, value in kwargs.items() if value is not None or key != "weights"}
-    parameters = inspect.signature(builder).parameters
+    parameters = signatures.of(builder).parameters
     if "weights_backbone" in parameters:
         made["weights_backbone"] = None
     made["weights"] = None if weights is None else check_weights(name, weights, quantize=bool(kwargs.get("quantize")))
@@ -174,7 +175,7 @@ def parameters_of(name: str) -> list[inspect.Parameter]:
     taken = {
         parameter.name: parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
         for kind in reversed(kinds)
-        for parameter in inspect.signature(kind).parameters.values()
+        for parameter in signatures.of(kind).parameters.values()
         if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
     }
     return list(taken.values())

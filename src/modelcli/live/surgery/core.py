@@ -9,6 +9,7 @@ from torch import nn
 
 from modelcli.errors import RequestError
 from modelcli.language import expressions
+from modelcli.live import signatures
 from modelcli.live.build import Bare
 from modelcli.live.describe import configuration, describe
 from modelcli.live.sources import is_composite, is_lazy, named_tensors
@@ -93,7 +94,7 @@ def brief(module: nn.Module) -> str:
     if len(module._modules) or "\n" in config:
         return name
     try:
-        parameters = list(inspect.signature(type(module)).parameters.values())
+        parameters = list(signatures.of(type(module)).parameters.values())
         call = expressions.parse(f"{name}({config})")
     except (RequestError, ValueError, TypeError):
         return f"{name}({config})"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-
 import torch
 from torch import nn
 
@@ -11,6 +9,7 @@ from modelcli.edits.applied import Applied, Change, Context
 from modelcli.edits.extract import Extract
 from modelcli.errors import RequestError
 from modelcli.language import selectors
+from modelcli.live import signatures
 from modelcli.live.describe import describe, dtype_name, floating_dtype
 from modelcli.live.inputs import Inputs
 from modelcli.live.script.access_paths import place
@@ -37,7 +36,7 @@ def _inputs_of(module: nn.Module, part: nn.Module, path: str, inputs: Inputs | N
     args, kwargs = first_calls(module, [path], inputs).get(path, ((), {}))
     while args and args[-1] is None:
         args = args[:-1]
-    defaults = inspect.signature(part.forward).parameters
+    defaults = signatures.of(part.forward).parameters
     stated = [name for name, value in kwargs.items() if name not in defaults or value is not defaults[name].default]
     if not args or stated or not all(isinstance(value, torch.Tensor) for value in args):
         return None

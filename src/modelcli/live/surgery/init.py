@@ -22,7 +22,7 @@ from modelcli.errors import RequestError, did_you_mean
 from modelcli.language import expressions, selectors
 from modelcli.language.expressions import Call
 from modelcli.language.quoting import quoted
-from modelcli.live import memory
+from modelcli.live import memory, signatures
 from modelcli.live.build import Bare
 from modelcli.live.describe import describe, dtype_name
 from modelcli.live.meta_models import meta_twin, seeded
@@ -152,7 +152,7 @@ def _schemes() -> dict[str, Callable[..., Any]]:
         if name.endswith("_")
         and not name.startswith("_")
         and inspect.isfunction(function)
-        and next(iter(inspect.signature(function).parameters), None) == "tensor"
+        and next(iter(signatures.of(function).parameters), None) == "tensor"
     }
 
 
@@ -204,7 +204,7 @@ def scheme_of(call: Call) -> Scheme:
         raise RequestError(
             f"no scheme {call.name!r} in torch.nn.init", near or f"there are: {', '.join(sorted(schemes))}, {DEFAULT}"
         )
-    full = inspect.signature(function)
+    full = signatures.of(function)
     own = [p for p in full.parameters.values() if p.name not in ("tensor", "generator")]
     signature = full.replace(parameters=own, return_annotation=full.empty)
     shown_signature = f"{name}{signature}"
@@ -507,7 +507,7 @@ def _can_reset(module: nn.Module) -> bool:
     if not callable(reset):
         return False
     try:
-        inspect.signature(reset).bind()
+        signatures.of(reset).bind()
     except (TypeError, ValueError):
         return False
     return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -11,7 +10,7 @@ from torch import nn
 
 from modelcli.errors import ModelcliError
 from modelcli.language.expressions import Call
-from modelcli.live import modules
+from modelcli.live import modules, signatures
 from modelcli.live.build import Bare
 from modelcli.live.meta_models import build_on_meta
 from modelcli.live.surgery.settings import UNKNOWN, setting
@@ -132,7 +131,7 @@ def _settings(call: Call, old: nn.Module, new: nn.Module) -> Iterator[_Setting]:
 def _defaults(kind: type[nn.Module]) -> dict[str, Any]:
     """The defaults of a constructor's arguments."""
     for base in kind.__mro__:
-        parameters = inspect.signature(base).parameters.values()
+        parameters = signatures.of(base).parameters.values()
         if [parameter.name for parameter in parameters][:1] != ["args"]:
             return {p.name: p.default for p in parameters if p.default is not p.empty}
     return {}

@@ -1,0 +1,33 @@
+"""What a callable takes, whatever its annotations name.
+
+From Python 3.14 on annotations are evaluated when something asks for them, and those of a class may name what is
+imported for a type checker alone: `inspect.signature` then raises NameError. Nothing here needs what they stand for.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+
+def of(function: Callable[..., Any]) -> inspect.Signature:
+    """The parameters of a callable; an annotation that names what is not there stays a text or a forward reference.
+
+    Raises TypeError or ValueError as `inspect.signature` does: for what is not called, or does not say what it takes.
+    """
+    if sys.version_info >= (3, 14):
+        from annotationlib import Format
+
+        return inspect.signature(function, annotation_format=Format.FORWARDREF)
+    return inspect.signature(function)
+
+
+def copy_annotations(function: FunctionType, made: FunctionType) -> None:
+    """Give one function the annotations of another, without evaluating them."""
+    if sys.version_info >= (3, 14):
+        made.__annotate__ = function.__annotate__
+    else:
+        made.__annotations__ = function.__annotations__

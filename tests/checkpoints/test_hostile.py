@@ -54,7 +54,7 @@ for line in sys.stdin:
 """
 #: For looks that need it: it is loaded once, before the clock runs.
 WITH_TORCH = """
-import torch, modelcli.live.values, modelcli.live.stats
+import torch, ml_dtypes, modelcli.values.printed, modelcli.values.statistics
 torch.set_num_threads(1)
 """
 

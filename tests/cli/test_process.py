@@ -16,7 +16,7 @@ import pytest
 
 from modelcli.commands import identify
 from tests.checkpoints import test_distributed
-from tests.live.test_stats import sparse_file
+from tests.values.test_statistics import sparse_file
 
 PROGRAM = [sys.executable, "-m", "modelcli"]
 

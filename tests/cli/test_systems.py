@@ -683,22 +683,21 @@ def test_ctrl_c_after_some_time(folder: Path) -> None:
 #: Cuts a file short when a part of the program is about to read numbers from it, as another program may.
 CUT = """
 import os, sys
-from modelcli.checkpoints import contents
-from modelcli.live import sources
+from modelcli.values import reading
 from modelcli.cli import main
 
-original, left = sources.real_tensor, [2]
+left = [2]
 
-def real_tensor(tensor, windows=None):
-    found = original(tensor, windows)
-    left[0] -= 1
-    if not left[0]:
-        os.truncate("m.pth", 4096)
-    return found
+def cut(original):
+    def read(*arguments):
+        left[0] -= 1
+        if not left[0]:
+            os.truncate("m.pth", 4096)
+        return original(*arguments)
+    return read
 
-import modelcli.live.value_differences, modelcli.live.stats
-for module in (sources, modelcli.live.value_differences, modelcli.live.stats):
-    module.real_tensor = real_tensor
+reading.memory_of = cut(reading.memory_of)
+reading.Reader.bytes = cut(reading.Reader.bytes)
 raise SystemExit(main(sys.argv[1:]))
 """
 

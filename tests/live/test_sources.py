@@ -17,7 +17,8 @@ from modelcli.checkpoints.storage import Span
 from modelcli.language.references import Source
 from modelcli.live import sources
 from modelcli.live.opening import open_live
-from modelcli.live.sources import Computed, Value, row_major
+from modelcli.live.sources import Value, row_major
+from modelcli.values.conversion import Conversion
 from tests.checkpoints.test_checkpoints import SAFETENSORS_DTYPES, raw
 from tests.conftest import Cli
 
@@ -95,7 +96,7 @@ def test_equal_parts_of_what_is_computed_are_one() -> None:
     assert whole.part(8, 16) == whole.part(0, 40).part(8, 16)
     assert whole.part(8, 16) != whole.part(16, 16)
     assert joined(whole.part(8, 16)) == raw(flat[1:3].double())
-    assert isinstance(whole, Computed)
+    assert isinstance(whole, Conversion)
 
 
 @pytest.mark.parametrize("out", ["out.safetensors", "out/"])

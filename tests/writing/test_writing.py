@@ -52,7 +52,7 @@ from tests.checkpoints.test_checkpoints import (
     tensors_of,
 )
 from tests.conftest import Cli
-from tests.live.test_stats import sparse_file
+from tests.values.test_statistics import sparse_file
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from modelcli.wording import counted
 
 if TYPE_CHECKING:
     from modelcli.commands.look import Look
-    from modelcli.live.stats import Statistics
     from modelcli.model.tensors import TensorInfo
     from modelcli.render.views import View
+    from modelcli.values.statistics import Statistics
 
 Model = Annotated[
     str | None,
@@ -163,8 +163,8 @@ def params(
     from modelcli.commands.look import LookRequest
     from modelcli.commands.look import look as look_at
     from modelcli.commands.params import select_tensors, sort_tensors
-    from modelcli.commands.params import values as values_of
     from modelcli.commands.target import find_target
+    from modelcli.commands.tensor_values import values as values_of
     from modelcli.render.documents import params as documents
 
     kind = output.format_of(options)
@@ -202,7 +202,7 @@ def _check_key(sort: str, keys: Sequence[str]) -> None:
 
 def _statistics(found: "Look", tensors: "Sequence[TensorInfo]", options: OutputOptions) -> "dict[str, Statistics]":
     """The statistics of tensors, with a progress bar where reading them takes a while."""
-    from modelcli.commands.params import stats as stats_of
+    from modelcli.commands.tensor_values import stats as stats_of
 
     with progress.of_bytes(options) as report:
         return stats_of(found, [tensor.name for tensor in tensors], report)

@@ -8,8 +8,7 @@ from typing import Any
 
 from modelcli import checkpoints, resolve
 from modelcli.checkpoints.contents import foreign_names
-from modelcli.checkpoints.entries import CompositeEntry
-from modelcli.commands import diff, params
+from modelcli.commands import diff, tensor_values
 from modelcli.commands.diff import Progress, Scope
 from modelcli.commands.diff_structure import TensorChange
 from modelcli.commands.look import Look, LookRequest, built, look, without_record
@@ -365,8 +364,7 @@ def _finite(found: Look, progress: Progress | None) -> AssertionResult:
     """Whether no tensor has a NaN or an infinity in it; one that cannot be looked at may have."""
     names = [tensor.name for tensor in found.blueprint.tensors if tensor.dtype not in _ALWAYS_FINITE]
     report = progress or (lambda _done, _total, _doing: None)
-    statistics = params.stats(found, names, lambda done, total: report(done, total, "reading"))
-    statistics |= _of_parts(found, [name for name in names if name not in statistics])
+    statistics = tensor_values.not_finite(found, names, lambda done, total: report(done, total, "reading"))
     wrong = {name: numbers for name, numbers in statistics.items() if numbers["nan"] or numbers["inf"]}
     unseen = [*(name for name in names if name not in statistics), *diff.unseen_of(found)]
     if found.contents is not None:
@@ -381,16 +379,6 @@ def _finite(found: Look, progress: Progress | None) -> AssertionResult:
     else:
         told = f"{counted(len(found.blueprint.tensors), 'tensor')} without NaN or Inf"
     return AssertionResult("finite", not (wrong or unseen), told, "no NaN, no Inf")
-
-
-def _of_parts(found: Look, names: Sequence[str]) -> dict[str, Any]:
-    """The NaNs and infinities of quantized and sparse tensors among these."""
-    if not names:
-        return {}
-    from modelcli.live import stats
-
-    entries = diff.entries(found)
-    return stats.of_parts({n: entries[n] for n in names if isinstance(entries.get(n), CompositeEntry)})
 
 
 def _same_as(

@@ -1,6 +1,6 @@
 """What differs between two models, by the names of their modules and tensors.
 
-Values are compared by their bytes first, which needs no torch; where bytes differ, `live.closeness` says by how much.
+Values are compared by their bytes first, which needs no NumPy; where bytes differ, `values.differences` says how much.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from modelcli.checkpoints import CompositeEntry, TensorEntry
 from modelcli.checkpoints.byte_comparison import ByteComparison, lie_alike, nbytes_of
 from modelcli.checkpoints.limits import Budget
 from modelcli.checkpoints.torch_pickle import value_digests
-from modelcli.commands import diff_structure
+from modelcli.commands import diff_structure, tensor_values
 from modelcli.commands.diff_structure import Comparison, TensorChange
 from modelcli.commands.look import Look, LookRequest, look, stdout_is_for_data
 from modelcli.commands.target import Target
@@ -30,8 +30,7 @@ _TIMES = 16
 
 #: Told how many bytes are compared, how many there are, and what is being done with them.
 Progress = Callable[[int, int, str], None]
-#: An entry of a file, or a tensor of torch's where no file holds it.
-Entry = Any
+Entry = TensorEntry | CompositeEntry
 
 
 @dataclass(frozen=True)
@@ -172,12 +171,7 @@ def _are_parted(name: str, first: str, others: Mapping[str, str]) -> bool:
 
 def entries(found: Look) -> Mapping[str, Entry]:
     """Where the numbers of each tensor are; tensors that have none are left out."""
-    if found.live is not None:
-        from modelcli.live import value_differences
-
-        return value_differences.entries_of(found.live)
-    assert found.contents is not None
-    return found.contents.rows
+    return tensor_values.entries_of(found)
 
 
 def _unseen(one: Look, other: Look, scope: Scope, chosen: Collection[str]) -> list[str]:
@@ -253,15 +247,18 @@ def _values(
 ) -> tuple[dict[str, float | None], list[str]]:
     """The largest difference of each tensor whose numbers are not the same, and the names of those left out."""
     pairs = {name: (before[name], after[name]) for name in names if name in before and name in after}
-    work = _Work(sum(_nbytes(left) for left, _ in pairs.values()), progress)
+    work = _Work(sum(nbytes_of(left) for left, _ in pairs.values()), progress)
     work.left_at(0)
     verdicts = _by_bytes(pairs, work)
     largest: dict[str, float | None] = {name: None for name, same in verdicts.items() if not same}
-    unsure = {name: pair for name, pair in pairs.items() if name not in verdicts}
     without = [name for name in names if name not in pairs or _is_half_composite(*pairs[name])]
-    unsure = {name: pair for name, pair in unsure.items() if not _is_half_composite(*pair)}
+    unsure = {
+        name: (left, right)
+        for name, (left, right) in pairs.items()
+        if name not in verdicts and isinstance(left, TensorEntry) and isinstance(right, TensorEntry)
+    }
     if unsure:
-        from modelcli.live import value_differences
+        from modelcli.values import differences as value_differences
 
         largest |= value_differences.largest(unsure, work.read)
     differing = {name: largest[name] for name in names if largest.get(name, 0) != 0}
@@ -291,14 +288,19 @@ def _by_bytes(pairs: Mapping[str, tuple[Entry, Entry]], work: _Work) -> dict[str
             if isinstance(left, CompositeEntry) and isinstance(right, CompositeEntry):
                 budget.spend(nbytes_of(left), name)
                 found[name] = files.same_parts(left, right, work.read)
-            elif _is_plain(left) and _is_plain(right) and left.dtype == right.dtype and lie_alike(left, right):
+            elif (
+                isinstance(left, TensorEntry)
+                and isinstance(right, TensorEntry)
+                and left.dtype == right.dtype
+                and lie_alike(left, right)
+            ):
                 views = left.view, right.view
                 if views not in known:
                     budget.spend(nbytes_of(left), name)
                     known[views] = files.same(left, right, work.read)
                 if known[views]:
                     found[name] = True
-            work.left_at(_nbytes(left) if name in found else 0)
+            work.left_at(nbytes_of(left) if name in found else 0)
     return found
 
 
@@ -307,19 +309,9 @@ def _is_half_composite(one: Entry, other: Entry) -> bool:
     return isinstance(one, CompositeEntry) != isinstance(other, CompositeEntry)
 
 
-def _is_plain(entry: Entry) -> bool:
-    return isinstance(entry, TensorEntry)
-
-
 def _parts(entry: Entry) -> Sequence[TensorEntry]:
-    """The views into storages that an entry is made of; none of a tensor in memory."""
-    if isinstance(entry, CompositeEntry):
-        return entry.parts
-    return (entry,) if isinstance(entry, TensorEntry) else ()
-
-
-def _nbytes(entry: Entry) -> int:
-    return nbytes_of(entry) if isinstance(entry, TensorEntry | CompositeEntry) else int(entry.nbytes)
+    """The views into storages that an entry is made of."""
+    return entry.parts if isinstance(entry, CompositeEntry) else (entry,)
 
 
 def check_atol(atol: float) -> None:

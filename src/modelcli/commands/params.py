@@ -1,41 +1,12 @@
-"""Which tensors `params` shows, in which order, their values and their statistics."""
+"""Which tensors `params` shows, and in which order."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from modelcli.commands.look import Look, stdout_is_for_data
 from modelcli.model.blueprint import Blueprint
 from modelcli.model.tensors import TensorInfo
-
-if TYPE_CHECKING:
-    from modelcli.live.stats import Statistics
-
-
-@stdout_is_for_data
-def values(found: Look, names: Sequence[str], *, whole: bool) -> tuple[dict[str, Any], dict[str, str]]:
-    """The numbers of tensors: as nested lists where `whole`, and as one line each."""
-    from modelcli.live import values as reading
-
-    if found.live is not None:
-        return reading.of_live(found.live, names, whole=whole)
-    assert found.contents is not None
-    return reading.of_contents(found.contents, names, whole=whole)
-
-
-@stdout_is_for_data
-def stats(found: Look, names: Sequence[str], progress: Callable[[int, int], None]) -> dict[str, Statistics]:
-    """Statistics of the numbers of tensors, by name: see `live.stats.collect`.
-
-    `progress` is told how many bytes are done, and how many there are.
-    """
-    from modelcli.live import stats as reading
-
-    if found.live is not None:
-        return reading.of_live(found.live, names, progress)
-    assert found.contents is not None
-    return reading.of_contents(found.contents, names, progress)
 
 
 def select_tensors(

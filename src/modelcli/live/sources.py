@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,16 +11,19 @@ from typing import Any
 import torch
 
 from modelcli.checkpoints import Span, Storage
-from modelcli.checkpoints.limits import Budget
-from modelcli.checkpoints.storage import MOST_READ, FileId, ReadAhead, Windows
+from modelcli.checkpoints.storage import MOST_READ, FileId, Windows
 from modelcli.errors import ModelcliError, RequestError
+from modelcli.values import conversion
+from modelcli.values.conversion import Conversion
 
 CHUNK = 8 * 1024 * 1024
 #: So much of a file is mapped at a time, and so much is made at a time, where elements that lie far apart in it are
 #: brought together: more takes more memory, less reads its pages more often.
 WINDOW = 64 * 1024 * 1024
-#: What a number counts as that is made a Python object and written, and one that torch works off: see `budget_of`.
-NUMBER, COUNTED = 16, 4
+
+
+#: A model is built once, and torch's random numbers come in one order, whichever threads ask for values.
+_ONE_AT_A_TIME = threading.RLock()
 
 
 class Value:
@@ -43,10 +47,19 @@ class Value:
             yield view[start : start + CHUNK]
 
     def view(self) -> memoryview:
-        """The bytes, without a copy. The storage has to outlive it."""
+        """The bytes, without a copy."""
         if not self.nbytes:
             return memoryview(b"")
-        return memoryview((ctypes.c_char * self.nbytes).from_address(self.storage.data_ptr())).cast("B")
+        memory = (ctypes.c_char * self.nbytes).from_address(self.storage.data_ptr())
+        memory.storage = self.storage  # type: ignore[attr-defined]  # which lives as long as the view of it
+        return memoryview(memory).cast("B")
+
+    def bytes(self) -> bytes:
+        return bytes(self.view())
+
+    def mapped(self, _windows: Windows | None = None) -> memoryview:
+        """The same memory: what is written to it is written to the tensor."""
+        return self.view()
 
     def real(self) -> torch.UntypedStorage:
         return self.storage
@@ -87,6 +100,14 @@ class Drawn:
             )
         return storage
 
+    def bytes(self) -> bytes:
+        return bytes(self.mapped())
+
+    def mapped(self, _windows: Windows | None = None) -> memoryview:
+        """The bytes as the build drew them, in its memory."""
+        with _ONE_AT_A_TIME:
+            return Value(self.real()).view()
+
     def part(self, start: int, nbytes: int) -> Drawn | Computed:
         """`nbytes` of the bytes, from `start`: of the memory that the build takes, when it is there."""
         if (start, nbytes) == (0, self._nbytes):
@@ -117,8 +138,7 @@ class Computed:
 
     `compute(start, nbytes)` gives so many of them from a start on, both on the border of an element, as a storage.
     `reads` are the sources that it takes its numbers from. `step` is how many bytes are computed at a time. These are
-    the `nbytes` from `start` of what it can give. `conversion` is set where the elements are those of another tensor,
-    converted.
+    the `nbytes` from `start` of what it can give.
     """
 
     nbytes: int
@@ -126,7 +146,6 @@ class Computed:
     reads: tuple[AnySource, ...] = ()
     step: int = field(default_factory=lambda: CHUNK)
     start: int = 0
-    conversion: Conversion | None = None
 
     def files(self) -> Iterable[FileId]:
         return {file for source in self.reads for file in source.files()}
@@ -141,49 +160,23 @@ class Computed:
     def real(self) -> torch.UntypedStorage:
         return self.compute(self.start, self.nbytes)
 
+    def bytes(self) -> bytes:
+        return bytes(self.mapped())
+
+    def mapped(self, _windows: Windows | None = None) -> memoryview:
+        """The bytes, all of them computed, in memory of their own."""
+        with _ONE_AT_A_TIME:
+            return Value(self.real()).view()
+
     def part(self, start: int, nbytes: int) -> Computed:
         """`nbytes` of the bytes, from `start`, both on the border of an element."""
         return replace(self, nbytes=nbytes, start=self.start + start)
 
 
-@dataclass(eq=False, slots=True)
-class Conversion:
-    """The elements of `flat`, a tensor of one dimension, as another dtype.
-
-    `may_exceed` says whether an element beyond the range of that dtype, or a NaN, has been converted so far.
-    """
-
-    flat: torch.Tensor
-    dtype: torch.dtype
-    may_exceed: bool = False
-
-    @property
-    def narrows(self) -> bool:
-        """Whether the dtype has a smaller range than that of the elements."""
-        return torch.finfo(self.dtype).max < torch.finfo(self.flat.dtype).max
-
-    def note(self, piece: torch.Tensor) -> None:
-        """Take in a piece that is converted: one look at its least and greatest element."""
-        if not self.may_exceed and piece.numel() and self.narrows:
-            low, high = torch.aminmax(piece if piece.dtype in _ORDERED else piece.float())
-            most = torch.finfo(self.dtype).max
-            self.may_exceed = not (-most <= low.item() and high.item() <= most)
-
-
-#: The floating-point dtypes whose least and greatest element torch finds.
-_ORDERED = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
-
-
-def converted(flat: torch.Tensor, dtype: torch.dtype) -> Computed:
-    """The elements of a tensor of one dimension as another dtype: what `flat.to(dtype)` gives, a piece at a time."""
-    size, conversion = dtype.itemsize, Conversion(flat, dtype)
-
-    def compute(start: int, nbytes: int) -> torch.UntypedStorage:
-        piece = real_tensor(flat[start // size : (start + nbytes) // size])
-        conversion.note(piece)
-        return piece.to(dtype).untyped_storage()
-
-    return Computed(flat.numel() * size, compute, (require_source(flat),), conversion=conversion)
+def converted(flat: torch.Tensor, dtype: torch.dtype) -> Conversion:
+    """The elements of a whole storage, as `flat` shows it, as another dtype; nothing is converted yet."""
+    before, after = (str(kind).removeprefix("torch.") for kind in (flat.dtype, dtype))
+    return conversion.converted(require_source(flat), before, after)
 
 
 def row_major(tensor: torch.Tensor) -> AnySource:
@@ -281,20 +274,6 @@ def tag_drawn(module: torch.nn.Module, build: Lazy) -> None:
             tag(tensor, Drawn(build, name, tensor.untyped_storage().nbytes()))
 
 
-def budget_of(tensors: Iterable[torch.Tensor], what: str) -> Budget:
-    """What may be made of the numbers of tensors: views can have far more elements than there are bytes in a file.
-
-    A number that is shown counts as `NUMBER`, one of statistics as `COUNTED`.
-    """
-    nbytes = {storage._cdata: storage.nbytes() for storage in map(torch.Tensor.untyped_storage, tensors)}
-    return Budget(what, sum(nbytes.values()), times=NUMBER)
-
-
-def near_windows(*, in_part: bool = False) -> Windows:
-    """What reads tensors that are looked at one after another, small ones together; with `in_part` a few elements."""
-    return ReadAhead(in_part=in_part)
-
-
 #: Set on a parameter of which nothing says whether it is trained: torch itself has no third value for that.
 _UNKNOWN = "_modelcli_flag_unknown"
 
@@ -338,10 +317,7 @@ def real_storage(source: AnySource, windows: Windows | None = None) -> torch.Unt
     """
     if isinstance(source, Value | Drawn | Computed):
         return source.real()
-    is_read = windows is None or (
-        isinstance(windows, ReadAhead) and not windows.in_part and source.nbytes > windows.longest
-    )
-    if isinstance(source, Span) and is_read and source.nbytes <= MOST_READ:
+    if isinstance(source, Span) and windows is None and source.nbytes <= MOST_READ:
         read = torch.UntypedStorage(source.nbytes)  # which is not filled with zeros first, as Python's memory is
         if source.nbytes:
             source.read_into(Value(read).view())

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 INTEGERS = frozenset(("bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))))
-COMPLEX = frozenset(("complex64", "complex128"))
+_COMPLEX = frozenset(("complex64", "complex128"))
 #: The largest finite value of each floating-point dtype that values can be converted to, as `torch.finfo(dtype).max`.
 LARGEST: Mapping[str, float] = {
     "float64": (2 - 2.0**-52) * 2.0**1023,
@@ -31,8 +31,8 @@ LARGEST: Mapping[str, float] = {
 }
 FLOATS = frozenset(LARGEST)
 #: All dtypes that NumPy holds with `ml_dtypes`.
-HELD = INTEGERS | COMPLEX | FLOATS
-_OF_NUMPY = INTEGERS | COMPLEX | {"float64", "float32", "float16"}
+HELD = INTEGERS | _COMPLEX | FLOATS
+_OF_NUMPY = INTEGERS | _COMPLEX | {"float64", "float32", "float16"}
 _UNSIGNED: Mapping[int, np.dtype[Any]] = {size: np.dtype(f"u{size}") for size in (1, 2, 4, 8)}
 
 

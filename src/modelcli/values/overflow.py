@@ -62,7 +62,7 @@ def _count(name: str, before: TensorEntry, conversion: Conversion, lost: _Lost) 
     from modelcli.values import casting, reading
 
     counts = [0, 0, 0]
-    with reading.Readers() as readers:
+    with reading.Readers([before]) as readers:
         for (piece,) in reading.pieces_of(before):
             here = casting.lost_in(readers.own().elements(piece), conversion.before, conversion.after)
             counts = [a + b for a, b in zip(counts, here, strict=True)]

@@ -22,10 +22,12 @@ from modelcli.checkpoints.shapes import extent
 from modelcli.checkpoints.storage import FileId, Span, Storage, require_unchanged
 from modelcli.errors import FileFormatError, SystemFailureError
 from modelcli.model.dtypes import ITEM_BYTES
-from modelcli.values.dtypes import Array, numpy_dtype
+from modelcli.values.dtypes import Array, is_held, numpy_dtype
 
-#: The most elements of a piece, holes between them counted: 1 MiB as float64, which the processor's cache holds.
-PIECE = 1 << 17
+#: Complex numbers of two halves are read as pairs: NumPy has no such dtype.
+_HALVES = {"complex32": "float16", "bcomplex32": "bfloat16"}
+#: The most elements of a piece, holes between them counted: 2 MiB as float64, which the processor's cache holds.
+PIECE = 1 << 18
 #: Spans of at most `_SMALL` bytes are read with what follows them in their file, `_WINDOW` bytes at a time.
 _SMALL, _WINDOW = 1 << 16, 1 << 20
 
@@ -68,6 +70,11 @@ def _narrowed(entry: TensorEntry, axis: int, start: int, length: int) -> TensorE
     return replace(entry, shape=shape, offset=entry.offset + start * entry.stride[axis])
 
 
+def is_readable(dtype: str) -> bool:
+    """Whether the elements of a dtype can be read here as numbers."""
+    return is_held(dtype) or dtype in _HALVES
+
+
 def nbytes_shown(entry: TensorEntry) -> int:
     """The bytes of the elements that a view shows, each counted as often as it shows it."""
     return prod(entry.shape) * ITEM_BYTES[entry.dtype]
@@ -92,12 +99,15 @@ def array_of(data: memoryview, dtype: np.dtype[Any]) -> Array:
 
 def view_of(data: memoryview, entry: TensorEntry) -> Array:
     """The elements of a tensor; `data` are the bytes from its first element to its last."""
-    dtype = numpy_dtype(entry.dtype)
-    flat = array_of(data, dtype)
+    if entry.dtype in _HALVES:
+        pairs = array_of(data, numpy_dtype(_HALVES[entry.dtype]))
+        flat = pairs.astype(np.float32).view(np.complex64)
+    else:
+        flat = array_of(data, numpy_dtype(entry.dtype))
     if not prod(entry.shape):
         return flat[:0].reshape(entry.shape)
-    strides = [step * dtype.itemsize for step in entry.stride]
-    return np.lib.stride_tricks.as_strided(flat, entry.shape, strides, writeable=False)
+    strides = [step * flat.itemsize if size > 1 else 0 for size, step in zip(entry.shape, entry.stride, strict=True)]
+    return np.ndarray(entry.shape, flat.dtype, flat, 0, strides)
 
 
 def part_of(entry: TensorEntry) -> Storage:
@@ -186,12 +196,14 @@ class Reader:
 
 
 class Readers:
-    """A reader for each thread that asks for one. Where all went well, its end looks whether the files are the same."""
+    """Readers for each thread. Where all went well, the end of their use looks whether the files are still the same."""
 
-    def __init__(self) -> None:
+    def __init__(self, entries: Sequence[TensorEntry]) -> None:
+        """`entries` are all tensors that will be read."""
         self._all: list[Reader] = []
         self._own = threading.local()
-        self._files: set[FileId] = set()
+        storages = {id(entry.storage): entry.storage for entry in entries}
+        self._files: set[FileId] = {file for storage in storages.values() for file in storage.files()}
 
     def __enter__(self) -> Self:
         return self
@@ -205,15 +217,10 @@ class Readers:
             for path, identity in sorted(self._files):
                 require_unchanged(path, identity)
 
-    def own(self) -> Reader:
-        """The reader of the thread that calls."""
-        if not hasattr(self._own, "reader"):
-            self._own.reader = Reader()
-            self._all.append(self._own.reader)
-        found: Reader = self._own.reader
-        return found
-
-    def watch(self, entries: Sequence[TensorEntry]) -> None:
-        """Let the end look at the files of these tensors as well."""
-        for storage in {id(entry.storage): entry.storage for entry in entries}.values():
-            self._files.update(storage.files())
+    def own(self, number: int = 0) -> Reader:
+        """A reader of the thread that calls; those of other numbers have memory of their own."""
+        own: dict[Any, Reader] = self._own.__dict__
+        if number not in own:
+            own[number] = Reader()
+            self._all.append(own[number])
+        return own[number]

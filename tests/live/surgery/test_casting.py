@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -120,19 +121,20 @@ def test_a_part_of_what_shares_bytes_is_refused(cli: Cli) -> None:
 
 def test_large_tensors_are_converted_in_pieces(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tensor of 40 MB goes through memory in pieces of at most 8 MiB of result."""
-    from modelcli.live import sources
+    from modelcli.values import casting, conversion
 
     torch.save({"w": torch.randn(10_000_000)}, "in.pth")
     largest = []
-    original = sources.real_tensor
+    original = casting.cast
 
-    def counted(tensor: torch.Tensor) -> torch.Tensor:
-        largest.append(tensor.numel())
-        return original(tensor)
+    def counted(elements: Any, before: str, after: str) -> Any:
+        largest.append(len(elements))
+        return original(elements, before, after)
 
-    monkeypatch.setattr(sources, "real_tensor", counted)
+    monkeypatch.setattr(casting, "cast", counted)
     cli("cast", ".", "half", "-m", "in.pth", "-o", "out.pth")
-    assert max(largest) <= sources.CHUNK // 2
+    assert sum(largest) == 10_000_000
+    assert max(largest) <= conversion.PIECE
     assert torch.equal(state_of("out.pth")["w"], torch.load("in.pth")["w"].half())
 
 

@@ -7,7 +7,7 @@ import io
 import json
 import math
 import os
-import statistics
+import statistics as exactly
 import struct
 import subprocess
 import sys
@@ -25,12 +25,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from modelcli import checkpoints
-from modelcli.checkpoints import Span
+from modelcli.checkpoints import Span, TensorEntry
 from modelcli.cli import progress
-from modelcli.live import stats
+from modelcli.live import value_entries
 from modelcli.render.documents import params
 from modelcli.render.views import Share, number, percent
 from modelcli.render.writers import print_rich, to_plain
+from modelcli.values import reading, statistics
 from tests.conftest import Cli
 from tests.needs import each, needs_torch, what_torch_has
 from tests.nets import Tied
@@ -87,34 +88,48 @@ def random_tensor(dtype: str, *shape: int) -> torch.Tensor:
 def of_file(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     """The statistics of all tensors of a file, saved and read."""
     save_file(tensors, path) if path.suffix == ".safetensors" else torch.save(tensors, path)
-    return dict(stats.of_contents(checkpoints.read(path), list(tensors)))
+    return dict(statistics.collect(entries_in(path)))
+
+
+def entries_in(path: Path, *names: str) -> dict[str, TensorEntry]:
+    """The tensors of a file, or those of these names."""
+    rows = checkpoints.read(path).rows
+    return {
+        name: entry for name, entry in rows.items() if isinstance(entry, TensorEntry) and (not names or name in names)
+    }
+
+
+def in_memory(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """The statistics of torch's tensors."""
+    return dict(statistics.collect(value_entries.plain(tensors)))
+
+
+def entry_of(tensor: torch.Tensor) -> TensorEntry:
+    return value_entries.plain({"w": tensor})["w"]
 
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stats, "CHUNK", 64)
+    monkeypatch.setattr(reading, "PIECE", 64)
 
 
 @pytest.fixture
 def mapped(monkeypatch: pytest.MonkeyPatch) -> list[Span]:
     """Every span of a file that is asked for, in order. What is read ahead beside one is at most 1 MiB."""
     spans: list[Span] = []
-    original = Span.mapped
-    depth = 0
+    asked, read = reading.Reader.bytes, reading.Reader._read
 
-    def spy(span: Span, *windows: Any) -> memoryview:
-        nonlocal depth
-        if depth:
-            assert span.nbytes <= 1 << 20
-        else:
-            spans.append(span)
-        depth += 1
-        try:
-            return original(span, *windows)
-        finally:
-            depth -= 1
+    def spy(reader: reading.Reader, storage: Span) -> memoryview:
+        spans.append(storage)
+        return asked(reader, storage)
 
-    monkeypatch.setattr(Span, "mapped", spy)
+    def spy_on_read(reader: reading.Reader, span: Span, memory: memoryview) -> None:
+        assert len(memory) == span.nbytes
+        assert span in spans or span.nbytes <= 1 << 20
+        read(reader, span, memory)
+
+    monkeypatch.setattr(reading.Reader, "bytes", spy)
+    monkeypatch.setattr(reading.Reader, "_read", spy_on_read)
     return spans
 
 
@@ -125,10 +140,10 @@ def mapped(monkeypatch: pytest.MonkeyPatch) -> list[Span]:
 @pytest.mark.parametrize("chunk", [1, 63, 64, 1 << 20])
 @pytest.mark.parametrize("dtype", each((*INTEGERS, *FLOATS, *FLOATS_OF_A_BYTE, *COMPLEX)))
 def test_every_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, chunk: int) -> None:
-    monkeypatch.setattr(stats, "CHUNK", chunk)
+    monkeypatch.setattr(reading, "PIECE", chunk)
     tensor = random_tensor(dtype, 31, 4, 2)
     assert_close(of_file(tmp_path / "m.pth", {"w": tensor})["w"], plain(tensor))
-    assert_close(stats.collect({"w": tensor})["w"], plain(tensor))
+    assert_close(in_memory({"w": tensor})["w"], plain(tensor))
 
 
 @pytest.mark.parametrize("dtype", each((*INTEGERS, *FLOATS, *FLOATS_OF_A_BYTE, "complex64")))
@@ -144,7 +159,7 @@ def test_what_is_not_finite_at_the_edges_of_a_chunk(bad: float, size: int) -> No
     for place in (0, 62, 63, 64, size - 1):
         tensor = torch.arange(size, dtype=torch.float32)
         tensor[min(place, size - 1)] = bad
-        assert_close(stats.collect({"w": tensor})["w"], plain(tensor))
+        assert_close(in_memory({"w": tensor})["w"], plain(tensor))
 
 
 @pytest.mark.parametrize(
@@ -162,13 +177,13 @@ def test_what_is_not_finite_at_the_edges_of_a_chunk(bad: float, size: int) -> No
     ],
 )
 def test_what_is_small_or_odd(tensor: torch.Tensor) -> None:
-    assert_close(stats.collect({"w": tensor})["w"], plain(tensor))
+    assert_close(in_memory({"w": tensor})["w"], plain(tensor))
 
 
 def test_whole_numbers_are_exact() -> None:
     """float64 has neither of these."""
     for dtype, values in ((torch.int64, [-(2**63) + 1, 2**63 - 1]), (torch.uint64, [2**53 + 1, 2**64 - 1])):
-        found = stats.collect({"w": torch.tensor(values, dtype=dtype)})["w"]
+        found = in_memory({"w": torch.tensor(values, dtype=dtype)})["w"]
         assert (found["min"], found["max"]) == tuple(values)
 
 
@@ -176,19 +191,19 @@ def test_whole_numbers_are_exact() -> None:
 def test_a_large_mean_and_a_small_deviation() -> None:
     """Where a difference of two sums of squares has no digit left; the truth is computed with exact fractions."""
     tensor = 1e9 + torch.randn(5000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 1e-3
-    found = stats.collect({"w": tensor})["w"]
-    assert found["std"] == pytest.approx(statistics.stdev(tensor.tolist()), rel=1e-6)
-    assert found["mean"] == pytest.approx(statistics.mean(tensor.tolist()), rel=1e-15)
+    found = in_memory({"w": tensor})["w"]
+    assert found["std"] == pytest.approx(exactly.stdev(tensor.tolist()), rel=1e-6)
+    assert found["mean"] == pytest.approx(exactly.mean(tensor.tolist()), rel=1e-15)
 
 
 @pytest.mark.usefixtures("small_chunks")
 def test_what_float64_cannot_hold_is_none() -> None:
     tensor = torch.full((200,), 1e308, dtype=torch.float64)
     tensor[100] = -1e308
-    found = stats.collect({"w": tensor})["w"]
+    found = in_memory({"w": tensor})["w"]
     assert (found["min"], found["max"], found["std"]) == (-1e308, 1e308, None)
     assert (found["zeros"], found["nan"], found["inf"]) == (0, 0, 0)
-    same = stats.collect({"w": torch.full((100,), 1e200, dtype=torch.float64)})["w"]
+    same = in_memory({"w": torch.full((100,), 1e200, dtype=torch.float64)})["w"]
     assert same["mean"] == pytest.approx(1e200)
     assert same["std"] == pytest.approx(0, abs=1e188)
 
@@ -196,8 +211,14 @@ def test_what_float64_cannot_hold_is_none() -> None:
 def test_the_numbers_of_a_model_stay_as_they_are() -> None:
     for dtype in (torch.float64, torch.complex128, torch.int64):
         tensor = torch.arange(6).to(dtype)
-        stats.collect({"w": tensor})
+        in_memory({"w": tensor})
         assert torch.equal(tensor, torch.arange(6).to(dtype))
+
+
+def elements_of(piece: TensorEntry) -> list[float]:
+    """The elements that a view shows."""
+    found: list[float] = reading.view_of(reading.part_of(piece).mapped(), piece).flatten().tolist()
+    return found
 
 
 # --- views ---------------------------------------------------------------------------------------------------------
@@ -217,8 +238,8 @@ def test_any_view(folder: Path, axes: list[tuple[int, int]], offset: int, chunk:
     base = torch.tensor((elements * 200)[:200])
     view = base.as_strided([size for size, _ in axes], [stride for _, stride in axes], offset)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stats, "CHUNK", chunk)
-        assert_close(stats.collect({"w": view})["w"], plain(view))
+        patch.setattr(reading, "PIECE", chunk)
+        assert_close(in_memory({"w": view})["w"], plain(view))
         assert_close(of_file(folder / "m.pth", {"w": view})["w"], plain(view))
 
 
@@ -230,11 +251,10 @@ def test_any_view(folder: Path, axes: list[tuple[int, int]], offset: int, chunk:
 def test_pieces_are_small_and_have_each_element_once(axes: list[tuple[int, int]], offset: int, chunk: int) -> None:
     view = torch.arange(250).as_strided([size for size, _ in axes], [stride for _, stride in axes], offset)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stats, "CHUNK", chunk)
-        pieces = list(stats.pieces_of(view))
-    assert sorted(number for piece in pieces for number in piece.flatten().tolist()) == sorted(view.flatten().tolist())
-    for piece in pieces:
-        numbers = piece.flatten().tolist()
+        patch.setattr(reading, "PIECE", chunk)
+        pieces = [elements_of(piece) for (piece,) in reading.pieces_of(entry_of(view))]
+    assert sorted(number for numbers in pieces for number in numbers) == sorted(view.flatten().tolist())
+    for numbers in pieces:
         assert len(numbers) <= chunk
         assert max(numbers) - min(numbers) < chunk
 
@@ -249,9 +269,9 @@ def test_an_expanded_tensor_is_read_once(tmp_path: Path) -> None:
 
 def test_overlapping_rows_do_not_take_memory() -> None:
     """10^12 elements over two million: pieces are bounded by what they hold, not only by what they span."""
-    pieces = stats.pieces_of(torch.zeros(2_000_000).as_strided((1_000_000, 1_000_000), (1, 1)))
+    pieces = reading.pieces_of(entry_of(torch.zeros(2_000_000).as_strided((1_000_000, 1_000_000), (1, 1))))
     for _ in range(100):
-        assert next(pieces).numel() <= stats.CHUNK
+        assert math.prod(next(pieces)[0].shape) <= reading.PIECE
 
 
 # --- what has no numbers -------------------------------------------------------------------------------------------
@@ -268,7 +288,7 @@ def test_what_torch_has_no_numbers_for_is_left_out() -> None:
         "lazy": nn.UninitializedParameter(),
         "w": torch.ones(3),
     }
-    assert list(stats.collect(tensors)) == ["w"]
+    assert list(in_memory(tensors)) == ["w"]
 
 
 @needs_torch("float4_e2m1fn_x2")
@@ -313,10 +333,9 @@ def test_a_tied_tensor_is_read_once(cli: Cli, mapped: list[Span], suffix: str) -
     cli("save", f"m.{suffix}", "-m", "nets.py:Tied")
     model = Tied()
     told: list[tuple[int, int]] = []
-    contents = checkpoints.read(Path(f"m.{suffix}"))
     mapped.clear()
     names = ["embed.weight", "body.weight", "head.weight"]
-    found = stats.of_contents(contents, names, lambda done, total: told.append((done, total)))
+    found = statistics.collect(entries_in(Path(f"m.{suffix}"), *names), lambda done, total: told.append((done, total)))
     assert found["embed.weight"] == found["head.weight"]
     nbytes = model.embed.weight.nbytes + model.body.weight.nbytes
     assert sum(span.nbytes for span in mapped) == nbytes
@@ -370,7 +389,7 @@ def test_a_file_is_mapped_a_piece_at_a_time(tmp_path: Path, mapped: list[Span]) 
 @pytest.mark.skipif(os.name == "nt", reason="there is no resource module there")
 @pytest.mark.parametrize("option", ["--stats", "--values"])
 def test_more_tensors_than_files_may_be_open(cli: Cli, folder: Path, option: str) -> None:
-    """A mapping holds its file open: there is one at a time."""
+    """A file that is open is one of few: there is one at a time."""
     import resource
 
     save_file({f"layers.{index}": torch.full((2,), float(index)) for index in range(300)}, folder / "m.safetensors")
@@ -388,13 +407,13 @@ MEMORY = """
     import resource, sys
     from pathlib import Path
     from modelcli import checkpoints
-    from modelcli.live import stats
+    from modelcli.values import statistics
 
-    contents = checkpoints.read(Path("big.safetensors"))
+    tensors = checkpoints.read(Path("big.safetensors")).tensors
     unit = 1 if sys.platform == "darwin" else 1024
-    stats.of_contents(contents, ["small"])
+    statistics.collect({"small": tensors["small"]})
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = stats.of_contents(contents, ["large"])
+    found = statistics.collect({"large": tensors["large"]})
     assert found["large"]["zeros"] == 75_000_000, found
     print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit)
 """

@@ -1,0 +1,234 @@
+"""Statistics of tensors: one pass over the bytes of each, a bounded piece of it at a time, on several threads.
+
+A thread has one piece in memory, as it lies in the file and as float64: at most 6 MiB together. It reads small tensors
+1 MiB at a time. What is kept of a piece are a few numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+
+import numpy as np
+
+from modelcli.checkpoints.entries import TensorEntry
+from modelcli.values.dtypes import INTEGERS, Array, bits_of, numpy_dtype
+from modelcli.values.passes import each_piece
+from modelcli.values.reading import is_readable, nbytes_shown, without_repeats
+
+#: By the names `min`, `max`, `mean`, `std`, `zeros`, `nan` and `inf`; None for what is not defined.
+Statistics = dict[str, float | None]
+
+#: Called with how many bytes are done, and how many there are in all.
+Progress = Callable[[int, int], None]
+
+
+def silent(_done: int, _total: int) -> None:
+    """The progress of work that nobody watches."""
+
+
+def collect(
+    tensors: Mapping[str, TensorEntry], progress: Progress = silent, what: str = "the model"
+) -> dict[str, Statistics]:
+    """`min`, `max`, `mean`, `std`, `zeros`, `nan` and `inf` of each tensor, by its name.
+
+    The first four are of the finite elements, the last three count elements. `mean` and `std` are computed in float64
+    from all elements, in sums over pieces that are put together as `Moments.merged` does: they agree with torch's sums
+    in another order to twelve digits of the largest element. `std` is `torch.std`'s, with Bessel's correction. The
+    statistics of complex numbers are those of their absolute values. What is not defined is None: of no finite element
+    the first four, of a single one `std`, and what float64 cannot hold. Left out are dtypes that are no numbers to
+    torch (float4_e2m1fn_x2, quantized ones). A tensor with several names is read once.
+
+    Args:
+        tensors: Views into storages of any kind, by their names.
+        progress: Called with the bytes of the elements that are done and of all.
+        what: What the model is called in a refusal.
+
+    Raises:
+        FileFormatError: Where views show far more elements than their storages have, and where a file has changed.
+    """
+    return {name: found.statistics() for name, found in _moments(tensors, moments_of, progress, what).items()}
+
+
+def not_finite(
+    tensors: Mapping[str, TensorEntry], progress: Progress = silent, what: str = "the model"
+) -> dict[str, Statistics]:
+    """How many elements of each tensor are `nan` and `inf`, as `collect` counts them, without the other statistics.
+
+    Nothing is read of integers, which are neither. Arguments and errors are those of `collect`.
+    """
+    others = {name: entry for name, entry in tensors.items() if entry.dtype not in INTEGERS}
+    found = _moments(others, count_not_finite, progress, what)
+    found |= {name: Moments() for name in tensors if name not in others}
+    return {name: {"nan": found[name].nan, "inf": found[name].inf} for name in tensors if name in found}
+
+
+def _moments(
+    tensors: Mapping[str, TensorEntry], work: Callable[[Array, str], Moments], progress: Progress, what: str
+) -> dict[str, Moments]:
+    """The moments of each tensor as `work` makes them of its pieces, each part of a storage looked at once."""
+    names: dict[object, list[str]] = defaultdict(list)
+    for name, entry in tensors.items():
+        if is_readable(entry.dtype):
+            names[entry.view or name].append(name)
+    once = {several[0]: without_repeats(tensors[several[0]]) for several in names.values()}
+    done, total = 0, sum(nbytes_shown(entry) for entry, _ in once.values())
+    progress(done, total)
+    found: dict[str, Moments] = {}
+    for name, nbytes, more in each_piece({name: (entry,) for name, (entry, _) in once.items()}, work, what):
+        found[name] = found[name].merged(more) if name in found else more
+        done += nbytes
+        progress(done, total)
+    for first, *others in names.values():
+        moments = found.get(first, Moments()).repeated(once[first][1])
+        found |= dict.fromkeys((first, *others), moments)
+    return {name: found[name] for name in tensors if name in found}
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """What elements come to, so that two lots of them can be merged.
+
+    `count` elements are finite; `low` and `high` are the least and the greatest of these, `mean` and `rest` together
+    their mean (`rest` is what float64 cannot hold in one number), and `m2` the sum of their squared deviations from it.
+    `zeros`, `nan` and `inf` count elements.
+    """
+
+    count: int = 0
+    low: float = math.inf
+    high: float = -math.inf
+    mean: float = 0.0
+    rest: float = 0.0
+    m2: float = 0.0
+    zeros: int = 0
+    nan: int = 0
+    inf: int = 0
+
+    def merged(self, other: Moments) -> Moments:
+        """Those of both together.
+
+        T. F. Chan, G. H. Golub, R. J. LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample
+        Variances", Stanford STAN-CS-79-773, 1979: no difference of two large sums is taken, so nothing cancels.
+        """
+        count = self.count + other.count
+        share = other.count / count if count else 0.0
+        delta = (other.mean - self.mean) + (other.rest - self.rest)
+        mean = self.mean + delta * share
+        return Moments(
+            count,
+            min(self.low, other.low),
+            max(self.high, other.high),
+            mean,
+            (self.mean - mean) + delta * share + self.rest,
+            self.m2 + other.m2 + delta * self.count * share * delta,
+            self.zeros + other.zeros,
+            self.nan + other.nan,
+            self.inf + other.inf,
+        )
+
+    def repeated(self, times: int) -> Moments:
+        """Those of the same elements so many times over."""
+        if times == 1:
+            return self
+        return replace(
+            self,
+            count=self.count * times,
+            m2=self.m2 * times,
+            zeros=self.zeros * times,
+            nan=self.nan * times,
+            inf=self.inf * times,
+        )
+
+    def statistics(self) -> Statistics:
+        """The numbers to show; None for what is not defined."""
+        return {
+            "min": self.low if self.count else None,
+            "max": self.high if self.count else None,
+            "mean": _finite(self.mean + self.rest) if self.count else None,
+            "std": _finite(math.sqrt(self.m2 / (self.count - 1))) if self.count > 1 else None,
+            "zeros": self.zeros,
+            "nan": self.nan,
+            "inf": self.inf,
+        }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def moments_of(elements: Array, dtype: str) -> Moments:
+    """The moments of elements, all of them converted to float64."""
+    if elements.size == 1 and "complex" not in dtype:
+        return _moments_of_one(_exact(elements.reshape(-1), dtype).item())
+    flat = elements.reshape(-1)  # a copy where they do not lie one after another
+    exact = _exact(flat, dtype)
+    numbers = exact.astype(np.float64)
+    zeros = int(np.count_nonzero(exact == 0))
+    nan = inf = 0
+    total = float(numbers.sum())
+    if not math.isfinite(total):  # one pass tells of all elements; it overflows on finite ones as well
+        nan, inf = int(np.count_nonzero(np.isnan(numbers))), int(np.count_nonzero(np.isinf(numbers)))
+        exact = exact[np.isfinite(numbers)]
+        numbers = exact.astype(np.float64)
+        total = float(numbers.sum())
+    count = len(numbers)
+    if not count:
+        return Moments(zeros=zeros, nan=nan, inf=inf)
+    low, high = exact.min().item(), exact.max().item()
+    mean = min(max(total / count, float(low)), float(high))
+    numbers -= mean
+    off = float(numbers.sum())  # what rounding made of the mean
+    np.square(numbers, out=numbers)
+    m2 = max(float(numbers.sum()) - off / count * off, 0.0)
+    return Moments(count, low, high, mean, off / count, m2, zeros, nan, inf)
+
+
+def _moments_of_one(number: float) -> Moments:
+    """The moments of a single number: a checkpoint may have 100,000 scales, and each step of NumPy's takes a while."""
+    if not math.isfinite(number):
+        return Moments(nan=int(math.isnan(number)), inf=int(math.isinf(number)))
+    return Moments(1, number, number, float(number), zeros=int(not number))
+
+
+def _exact(flat: Array, dtype: str) -> Array:
+    """The same numbers in a dtype whose least and greatest NumPy finds fast; of complex numbers the absolute values."""
+    if dtype == "bool":
+        truth: Array = np.minimum(flat.view(np.uint8), 1)
+        return truth
+    if dtype in INTEGERS or dtype in ("float64", "float32"):
+        return flat
+    if "complex" in dtype:
+        absolute: Array = np.abs(flat.astype(np.complex128))
+        return absolute
+    return flat.astype(np.float32)
+
+
+# --- NaN and infinities alone ----------------------------------------------------------------------------------------
+
+
+def count_not_finite(elements: Array, dtype: str) -> Moments:
+    """How many elements are NaN and infinite, and nothing else of the moments. Most tensors have neither."""
+    flat = elements.reshape(-1)
+    if not _may_be_not_finite(flat, dtype):
+        return Moments()
+    numbers = _exact(flat, dtype)
+    return Moments(nan=int(np.count_nonzero(np.isnan(numbers))), inf=int(np.count_nonzero(np.isinf(numbers))))
+
+
+def _may_be_not_finite(flat: Array, dtype: str) -> bool:
+    if flat.itemsize == 1:
+        return bool(_not_finite_patterns(dtype)[bits_of(flat)].any())
+    if dtype in ("float16", "bfloat16"):  # without their signs the bits are in the order of the values
+        return bool((bits_of(flat) & 0x7FFF).max() >= (0x7C00 if dtype == "float16" else 0x7F80))
+    return "complex" in dtype or not np.isfinite(flat).all()
+
+
+@cache
+def _not_finite_patterns(dtype: str) -> Array:
+    """Which of the 256 elements of a dtype of one byte are NaN or infinite."""
+    numbers = np.arange(256, dtype=np.uint8).view(numpy_dtype(dtype)).astype(np.float32)
+    found: Array = ~np.isfinite(numbers)
+    return found

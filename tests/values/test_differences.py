@@ -1,0 +1,106 @@
+"""The largest difference of two tensors, against what torch computes from the whole of both."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from modelcli.live import value_entries
+from modelcli.values import differences, reading
+from tests.needs import each
+from tests.values.test_statistics import COMPLEX, FLOATS, FLOATS_OF_A_BYTE, INTEGERS, random_tensor
+
+ALL = (*INTEGERS, *FLOATS, *FLOATS_OF_A_BYTE, *COMPLEX)
+
+
+def largest(one: torch.Tensor, other: torch.Tensor) -> float | None:
+    entries = value_entries.plain({"one": one, "other": other})
+    return differences.largest({"w": (entries["one"], entries["other"])}, lambda _: None)["w"]
+
+
+def by_torch(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Element by element, with Python's integers and torch's float64 and complex128."""
+    if not one.numel():
+        return 0
+    kinds = {str(tensor.dtype).removeprefix("torch.") for tensor in (one, other)}
+    if kinds <= set(INTEGERS) and ("uint64" not in kinds or len(kinds) == 1):
+        pairs = zip(one.flatten().tolist(), other.flatten().tolist(), strict=True)
+        return max(abs(int(left) - int(right)) for left, right in pairs)
+    is_complex = one.is_complex() or other.is_complex()
+    left, right = (tensor.to(torch.complex128 if is_complex else torch.float64) for tensor in (one, other))
+    apart = (left - right).abs()
+    if is_complex:
+        parts = [torch.view_as_real(tensor) for tensor in (left, right)]
+        same = torch.isclose(parts[0], parts[1], rtol=0, atol=0, equal_nan=True).all(-1)
+    else:
+        same = torch.isclose(left, right, rtol=0, atol=0, equal_nan=True)
+    return float(apart.masked_fill(same, 0).max())
+
+
+def assert_same(found: float | None, wanted: float) -> None:
+    assert found is not None
+    assert found == pytest.approx(wanted, rel=1e-15, abs=0, nan_ok=True)
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support")
+@pytest.mark.parametrize("dtype", each(ALL))
+def test_every_pair_of_dtypes(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    monkeypatch.setattr(reading, "PIECE", 50)
+    one = random_tensor(dtype, 10, 20)
+    for other_dtype in ALL:
+        if hasattr(torch, other_dtype):
+            other = random_tensor(other_dtype, 10, 20).flip(0).contiguous()
+            assert_same(largest(one, other), by_torch(one, other))
+    assert largest(one, one.clone()) == 0
+
+
+NUMBERS = (0.0, -0.0, 1.0, -1.5, math.inf, -math.inf, math.nan)
+
+
+@pytest.mark.parametrize(("one", "other"), [*itertools.product(NUMBERS, NUMBERS)])
+def test_nan_and_infinities(one: float, other: float) -> None:
+    """NaN is the same as NaN, an infinity as itself; where one is NaN, so is the difference."""
+    left, right = torch.tensor([1.0, one]), torch.tensor([1.25, other])
+    same = one == other or (math.isnan(one) and math.isnan(other))
+    wanted = 0.25 if same else max(0.25, abs(one - other)) if not math.isnan(one - other) else math.nan
+    assert largest(left, right) == pytest.approx(wanted, nan_ok=True)
+    assert largest(left[1], right[1]) == pytest.approx(0 if same else abs(one - other), nan_ok=True)
+    close = torch.isclose(left, right, rtol=0, atol=0.25, equal_nan=True).all()
+    found = largest(left, right)
+    assert (found is not None and found <= 0.25) == bool(close)
+
+
+def test_integers_are_exact() -> None:
+    ends = torch.tensor([-(2**63), 2**63 - 1]), torch.tensor([2**63 - 1, -(2**63)])
+    assert largest(*ends) == 2**64 - 1
+    unsigned = torch.tensor([2**64 - 1], dtype=torch.uint64), torch.tensor([2**53 + 1], dtype=torch.uint64)
+    assert largest(*unsigned) == 2**64 - 1 - (2**53 + 1)
+    assert largest(torch.tensor(True), torch.tensor(False)) == 1
+    assert largest(torch.tensor([2**53 + 1]), torch.tensor([2**53])) == 1
+
+
+axes = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 7), st.integers(0, 7)), max_size=3)
+
+
+@given(axes=axes, piece=st.integers(1, 40))
+def test_any_two_views_of_one_shape(axes: list[tuple[int, int, int]], piece: int) -> None:
+    shape = [size for size, _, _ in axes]
+    base = torch.from_numpy(np.random.default_rng(0).standard_normal(200))
+    one = base.as_strided(shape, [stride for _, stride, _ in axes], 3)
+    other = base.as_strided(shape, [stride for _, _, stride in axes], 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reading, "PIECE", piece)
+        assert largest(one, other) == by_torch(one, other)
+
+
+def test_what_is_no_number_has_no_difference() -> None:
+    entries = value_entries.plain({"w": torch.ones(2)})
+    packed = {"w": entries["w"], "p": type(entries["w"])((2,), "float4_e2m1fn_x2", (1,), 0, entries["w"].storage)}
+    found = differences.largest({"w": (packed["w"], packed["w"]), "p": (packed["p"], packed["p"])}, lambda _: None)
+    assert found == {"w": 0, "p": None}

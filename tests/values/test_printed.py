@@ -1,0 +1,88 @@
+"""The values of tensors as they are shown, against `tolist()` of torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from modelcli import checkpoints
+from modelcli.checkpoints import TensorEntry
+from modelcli.errors import RequestError
+from modelcli.live import value_entries
+from modelcli.values import printed
+from tests.needs import each, needs_torch
+from tests.values.test_statistics import COMPLEX, FLOATS, FLOATS_OF_A_BYTE, INTEGERS, random_tensor
+
+
+def of_file(path: Path, tensor: torch.Tensor, *, whole: bool) -> tuple[Any, str]:
+    """The values of one tensor of a file: as a list, and as a line."""
+    torch.save({"w": tensor}, path)
+    rows = checkpoints.read(path).rows
+    lists, texts = printed.collect({name: e for name, e in rows.items() if isinstance(e, TensorEntry)}, whole=whole)
+    return lists.get("w"), texts["w"]
+
+
+def by_hand(values: Any, most: int) -> str:
+    """A nested list in one line, of each list longer than six the first and the last three."""
+    if not isinstance(values, list):
+        return f"{values:.4g}" if isinstance(values, float | complex) else str(values)
+    if len(values) > 6 and most:
+        parts = [
+            *(by_hand(value, most) for value in values[:3]),
+            "...",
+            *(by_hand(value, most) for value in values[-3:]),
+        ]
+    else:
+        parts = [by_hand(value, most) for value in values]
+    return "[" + ",".join(parts) + "]"
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support")
+@pytest.mark.parametrize("dtype", each((*INTEGERS, *FLOATS, *FLOATS_OF_A_BYTE, *COMPLEX)))
+def test_every_dtype_reads_as_torch_lists_it(tmp_path: Path, dtype: str) -> None:
+    for shape in ((), (1,), (3, 4), (24,), (25,), (5, 8), (9, 10)):
+        tensor = random_tensor(dtype, 10, 10).flatten()[: torch.Size(shape).numel()].reshape(shape)
+        wanted = tensor.tolist()
+        _, text = of_file(tmp_path / "m.pth", tensor, whole=False)
+        assert text == by_hand(wanted, tensor.numel() > printed.WHOLE)
+        if not tensor.is_complex():
+            found, line = of_file(tmp_path / "m.pth", tensor, whole=True)
+            assert line == text
+            assert str(found) == str(wanted)  # NaN is not equal to itself
+
+
+def test_views_read_as_what_they_show(tmp_path: Path) -> None:
+    base = torch.arange(60.0).reshape(5, 12)
+    for view in (base.T, base[1:4, ::3], base[2], base[:, 5], base[0, :1].expand(4, 3), base.flip(0), base[:0]):
+        found, _ = of_file(tmp_path / "m.pth", view, whole=True)
+        assert found == view.tolist()
+        assert printed.collect(value_entries.plain({"w": view}), whole=True)[0]["w"] == view.tolist()
+
+
+def test_a_bool_is_one_whatever_its_byte_is(tmp_path: Path) -> None:
+    odd = torch.tensor([0, 1, 2, 255], dtype=torch.uint8).view(torch.bool)
+    assert of_file(tmp_path / "m.pth", odd, whole=True) == ([False, True, True, True], "[False,True,True,True]")
+
+
+def test_of_many_values_few_are_shown(tmp_path: Path) -> None:
+    _, text = of_file(tmp_path / "m.pth", torch.zeros(20, 20, 20, 20, 20), whole=False)
+    assert text.count("0") <= printed.MOST
+    assert text.startswith("[[[")
+
+
+def test_the_list_of_complex_numbers_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="w is complex, and JSON has no complex numbers"):
+        of_file(tmp_path / "m.pth", torch.ones(2, dtype=torch.complex64), whole=True)
+
+
+@needs_torch("float4_e2m1fn_x2")
+def test_packed_values_are_left_out(tmp_path: Path) -> None:
+    packed = torch.ones(3, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    torch.save({"packed": packed, "w": torch.ones(2)}, tmp_path / "m.pth")
+    rows = checkpoints.read(tmp_path / "m.pth").rows
+    tensors = {name: entry for name, entry in rows.items() if isinstance(entry, TensorEntry)}
+    assert len(tensors) == 2
+    assert printed.collect(tensors, whole=True) == ({"w": [1.0, 1.0]}, {"w": "[1,1]"})

@@ -17,7 +17,7 @@ VENV_OLDEST := .venv-oldest
 STAMP     := $(VENV)/.installed-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 DEV_STAMP := $(STAMP)-dev
 
-.PHONY: help demo test test-long test-oldest tests-alone check fix golden bench fuzz torture clean
+.PHONY: help demo test test-long test-oldest tests-alone check fix golden readme bench fuzz torture clean
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -60,6 +60,9 @@ fix: $(DEV_STAMP) ## mend what can be mended
 
 golden: $(DEV_STAMP) ## write the golden files anew; read the diff before you commit it
 	GOLDEN=write $(BIN)/python -m pytest -q tests/render/test_golden.py
+
+readme: $(DEV_STAMP) ## write the tables of the README anew that are made from declarations
+	$(BIN)/python -m tests.cli.readme_tables
 
 bench: $(DEV_STAMP) ## how long things take, as ratios to stated peers
 	$(BIN)/python -m tests.benchmarks.bench_reading

@@ -20,7 +20,9 @@ import torchvision
 import typer
 import yaml
 
+from modelcli import edits
 from modelcli.cli.app import app
+from tests.cli import readme_tables
 from tests.cli.test_help import commands
 from tests.conftest import Cli
 
@@ -119,6 +121,13 @@ def test_every_command_and_option_is_in_the_reference(name: str) -> None:
     for option in group.params:
         if option.param_type_name == "option":
             assert {*option.opts, *option.secondary_opts} <= known, f"{name} {'/'.join(option.opts)}"
+
+
+def test_the_tables_of_the_edits_are_made_from_their_declarations() -> None:
+    assert README.count("made by `make readme`") == 2
+    assert readme_tables.with_tables(README) == README, "make readme writes them anew"
+    for name in edits.own_names():
+        assert f"\n| `{name} " in README
 
 
 def test_the_options_of_the_program_are_in_the_readme() -> None:

@@ -14,6 +14,8 @@ class Add(Placing):
 
     name: ClassVar[str] = "add"
     summary: ClassVar[str] = "Add a child under a name that is free."
+    effect: ClassVar[str] = "adds a child under a name that is free"
+    in_pytorch: ClassVar[str] = '`m.add_module("100", ...)`'
     example: ClassVar[str] = "classifier.dropout 'Dropout(0.5)'"
     examples: ClassVar[tuple[str, ...]] = (
         "modelcli add features.dropout 'Dropout(0.5)' -m alexnet",

@@ -16,6 +16,8 @@ class Append(Placing):
 
     name: ClassVar[str] = "append"
     summary: ClassVar[str] = "Add at the end of a Sequential or ModuleList."
+    effect: ClassVar[str] = "adds at the end of a `Sequential` or `ModuleList`"
+    in_pytorch: ClassVar[str] = "`.append(...)`"
     example: ClassVar[str] = "classifier 'Softmax(dim=1)'"
     examples: ClassVar[tuple[str, ...]] = (
         "modelcli append classifier 'Softmax(dim=1)' -m squeezenet1_1 -o out.pth",

@@ -26,6 +26,10 @@ class Edit:
     summary: ClassVar[str]
     #: Command lines that run, for `--help`: they begin with `modelcli`.
     examples: ClassVar[tuple[str, ...]]
+    #: What it does, for a table of the README, in Markdown: "puts a new module in place of every match".
+    effect: ClassVar[str]
+    #: What somebody would write in PyTorch for it, for the same table.
+    in_pytorch: ClassVar[str]
     #: The words after the name, in order.
     words: ClassVar[tuple[Operand, ...]]
     #: The group of commands that `modelcli --help` lists it in.

@@ -25,6 +25,11 @@ class Cast(Selecting):
 
     name: ClassVar[str] = "cast"
     summary: ClassVar[str] = "Convert floating-point tensors to another dtype."
+    effect: ClassVar[str] = (
+        "converts floating-point tensors; weights with scales beside them (block-scaled fp8, GPTQ, AWQ, "
+        "bitsandbytes) are refused, and values that became Inf are counted"
+    )
+    in_pytorch: ClassVar[str] = "`.to(torch.bfloat16)`"
     examples: ClassVar[tuple[str, ...]] = (
         "modelcli cast . bfloat16 -m best.pth -o half.pth",
         "modelcli cast . half -m squeezenet1_1",

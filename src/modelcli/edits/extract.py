@@ -20,6 +20,8 @@ class Extract(Edit):
 
     name: ClassVar[str] = "extract"
     summary: ClassVar[str] = "Let a submodule be the model."
+    effect: ClassVar[str] = "lets that submodule be the model, which takes what flows into it"
+    in_pytorch: ClassVar[str] = "`model.features`"
     examples: ClassVar[tuple[str, ...]] = (
         "modelcli extract features -m squeezenet1_1 -o backbone.pth",
         "modelcli extract layer1.0 -m resnet18",

@@ -17,6 +17,8 @@ class Freeze(OfTargets):
 
     name: ClassVar[str] = "freeze"
     summary: ClassVar[str] = "Stop training parameters: requires_grad becomes False."
+    effect: ClassVar[str] = "stops training parameters"
+    in_pytorch: ClassVar[str] = "`requires_grad_(False)`"
     example: ClassVar[str] = "features"
     examples: ClassVar[tuple[str, ...]] = (
         "modelcli freeze 'layer?' -m best.pth -o still.pth",

@@ -49,6 +49,12 @@ class Init(Selecting):
 
     name: ClassVar[str] = "init"
     summary: ClassVar[str] = "Draw the numbers of modules or tensors anew."
+    effect: ClassVar[str] = (
+        "draws new values: by any function of `torch.nn.init`, or by `default`, the module's own "
+        "`reset_parameters`. Biases are drawn by `--bias` (zeros); normalisation layers get weight 1 and bias 0 "
+        "unless they are selected by themselves"
+    )
+    in_pytorch: ClassVar[str] = "`init.xavier_uniform_(...)`"
     examples: ClassVar[tuple[str, ...]] = (
         "modelcli init '**:Conv2d' xavier_uniform -m squeezenet1_1 -o fresh.pth",
         "modelcli init '**:Linear' 'normal(0, 0.01)' --bias zeros -m alexnet",

@@ -19,6 +19,8 @@ class Insert(Placing):
 
     name: ClassVar[str] = "insert"
     summary: ClassVar[str] = "Insert before a position of a Sequential or ModuleList; the later ones move up."
+    effect: ClassVar[str] = "inserts before that position of a `Sequential` or `ModuleList`; the later ones move up"
+    in_pytorch: ClassVar[str] = "`model.features.insert(1, ...)`"
     example: ClassVar[str] = "features.1 'BatchNorm2d(64)'"
     examples: ClassVar[tuple[str, ...]] = (
         "modelcli insert features.1 'BatchNorm2d(_)' -m squeezenet1_1 -o out.pth",

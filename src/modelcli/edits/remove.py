@@ -20,6 +20,10 @@ class Remove(OfTargets):
 
     name: ClassVar[str] = "remove"
     summary: ClassVar[str] = "Take modules out; in a Sequential or ModuleList the later ones move down."
+    effect: ClassVar[str] = (
+        "takes modules out; in a `Sequential` or `ModuleList` with children `0` to `n-1` the later ones move down"
+    )
+    in_pytorch: ClassVar[str] = "`.pop(6)`, `del`"
     example: ClassVar[str] = "classifier.6"
     examples: ClassVar[tuple[str, ...]] = (
         "modelcli remove '**:Dropout' -m squeezenet1_1 -o out.pth",

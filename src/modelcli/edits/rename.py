@@ -23,6 +23,8 @@ class Rename(Edit):
 
     name: ClassVar[str] = "rename"
     summary: ClassVar[str] = "Rename the keys of tensors."
+    effect: ClassVar[str] = "renames tensor keys; what wildcards capture comes back in order: `rename 'module.**' '**'`"
+    in_pytorch: ClassVar[str] = "key surgery on a state dict"
     examples: ClassVar[tuple[str, ...]] = (
         "modelcli rename 'module.**' '**' -m parallel.pth -o plain.pth",
         "modelcli rename 'head.*' 'classifier.*' -m bare.pth -o out.pth",

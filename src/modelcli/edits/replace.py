@@ -39,6 +39,12 @@ class Replace(Selecting):
 
     name: ClassVar[str] = "replace"
     summary: ClassVar[str] = "Put a new module in place of every match. _ in its arguments means: as it was."
+    effect: ClassVar[str] = (
+        "puts a new module in place of every match. `--keep-weights` carries the values over where a tensor means "
+        "the same in both modules: the overlapping part, transposed where one is a linear layer that has its "
+        "weight the other way round"
+    )
+    in_pytorch: ClassVar[str] = "`model.classifier[6] = nn.Linear(4096, 10)`"
     examples: ClassVar[tuple[str, ...]] = (
         "modelcli replace fc 'Linear(_,10)' -m resnet18 -o head10.pth",
         "modelcli replace '**:ReLU' GELU -m vgg16",

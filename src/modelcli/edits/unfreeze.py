@@ -17,6 +17,8 @@ class Unfreeze(OfTargets):
 
     name: ClassVar[str] = "unfreeze"
     summary: ClassVar[str] = "Train parameters again: requires_grad becomes True."
+    effect: ClassVar[str] = "trains parameters again"
+    in_pytorch: ClassVar[str] = "`requires_grad_(True)`"
     example: ClassVar[str] = "classifier"
     examples: ClassVar[tuple[str, ...]] = (
         "modelcli unfreeze fc -m frozen.pth -o head.pth",

@@ -21,6 +21,8 @@ class Clamp(Selecting):
 
     name: ClassVar[str] = "clamp"
     summary: ClassVar[str] = "Bring values into a range: what is beyond it becomes its nearer end."
+    effect: ClassVar[str] = "brings floating-point values into a range"
+    in_pytorch: ClassVar[str] = "`tensor.clamp_(low, high)`"
     examples: ClassVar[tuple[str, ...]] = (
         "modelcli clamp '**.bias' -1 1 -m squeezenet1_1 -o out.pth",
         "modelcli clamp fc -0.5 0.5 -m resnet18",

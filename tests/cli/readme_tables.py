@@ -1,0 +1,49 @@
+"""The tables of the README that are made from what the edits declare. `make readme` writes them anew."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from modelcli import edits
+from modelcli.edits import Edit
+
+README = Path(__file__).parents[2] / "README.md"
+_MARKED = re.compile(r"(<!-- (edits|options of edits): made by `make readme` -->\n).*?(<!-- end -->\n)", re.DOTALL)
+
+
+def with_tables(text: str) -> str:
+    """A text with each table between its two marks as the declarations have it now."""
+    made = {"edits": table_of_edits(), "options of edits": table_of_options()}
+    return _MARKED.sub(lambda found: f"{found[1]}\n{made[found[2]]}\n{found[3]}", text)
+
+
+def table_of_edits() -> str:
+    rows = [f"| `{words_of(kind)}` | {kind.effect} | {kind.in_pytorch} |\n" for kind in own()]
+    return "| edit | does | in PyTorch |\n| --- | --- | --- |\n" + "".join(rows)
+
+
+def table_of_options() -> str:
+    """The options that edits declare: a row each, with the edits that have it."""
+    found: dict[str, tuple[str, list[str]]] = {}
+    for kind in own():
+        for option in kind.options():
+            shown = f"{option.flag} {option.metavar}" if option.metavar else option.flag
+            default = f" (default {option.default})" if option.default else ""
+            found.setdefault(f"`{shown}`", (option.help.removesuffix(".") + default, []))[1].append(f"`{kind.name}`")
+    rows = [f"| {shown} | {', '.join(names)} | {text} |\n" for shown, (text, names) in found.items()]
+    return "| option | of | means |\n| --- | --- | --- |\n" + "".join(rows)
+
+
+def own() -> list[type[Edit]]:
+    """The edits that modelcli brings itself."""
+    return [kind for name in edits.own_names() if (kind := edits.find(name)) is not None]
+
+
+def words_of(kind: type[Edit]) -> str:
+    """How an edit is written: `replace TARGET MODULE...`."""
+    return " ".join([kind.name, *(operand.metavar or operand.name.upper() for operand in kind.words)])
+
+
+if __name__ == "__main__":
+    README.write_text(with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")

@@ -6,8 +6,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from modelcli.commands.editable import Editable, open_editable
 from modelcli.commands.look import likeness_of, stdout_is_for_data
 from modelcli.commands.recipe_edits import apply_each, apply_recipe
 from modelcli.commands.target import Target, notes_of_python
@@ -82,15 +83,13 @@ def _edited(target: Target, added: Sequence[Edit], how: Writing, places: Sequenc
         writing.check_target(how.out, how.kind, force=how.force)
     if target.recipe is not None:
         recipe.check_append(target.recipe, added)
-    from modelcli.live import opening
 
-    live = opening.open_live(target.source)
+    live = open_editable(target.source, (*target.edits, *added))
     told = len(live.notes)
     apply_recipe(live, target)
     del live.notes[told:]  # what the recipe's edits had to say was said when they were made
     before = live.describe()
-    live.changes.clear()
-    live.origins.clear()
+    live.forget_changes()
     apply_each(live, added, places or [""] * len(added))
     check = check_fit(live, target, added, how)
     outcome = outcome_of(live, target, before, check, added)
@@ -112,21 +111,31 @@ def _edited(target: Target, added: Sequence[Edit], how: Writing, places: Sequenc
     return outcome
 
 
-def check_fit(live: Live, target: Target, added: Sequence[Edit], how: Writing) -> dict[str, Any]:
+def check_fit(live: Editable, target: Target, added: Sequence[Edit], how: Writing) -> dict[str, Any]:
     """Check that what `added` made of `target`, which is `live` now, still runs where `target` did."""
-    try:
-        result = _checked(live, target, added, how)
-    except RequestError as error:
-        error.notes = tuple(live.notes)
-        raise
-    live.notes += result.notes
-    if result.ran:
-        live.notes += _idle(live, result.called)
+    ran, reason, output_shape = False, _unchecked(live, how), None
+    if reason is None:
+        try:
+            result = _checked(cast("Live", live), target, added, how)
+        except RequestError as error:
+            error.notes = tuple(live.notes)
+            raise
+        ran, reason, output_shape = result.ran, result.reason, result.output_shape
+        live.notes += result.notes
+        if ran:
+            live.notes += _idle(live, result.called)
     shapes = None if live.inputs is None else [list(size) for size in live.inputs.all_shapes]
-    if not result.ran and result.reason and live.source.input_size is not None and how.check != "none":
+    if not ran and reason and live.source.input_size is not None and how.check != "none":
         stated = ",".join(map(str, live.source.input_size[0]))
         live.notes.append(f"the check was not made with --input-size {stated}: is that right, the batch included?")
-    return {"ran": result.ran, "reason": result.reason, "output_shape": result.output_shape, "input": shapes}
+    return {"ran": ran, "reason": reason, "output_shape": output_shape, "input": shapes}
+
+
+def _unchecked(live: Editable, how: Writing) -> str | None:
+    """Why no forward pass is tried; None where one is."""
+    if how.check == "none":
+        return "--check none skips it"
+    return "no architecture is known: --arch names one" if live.architecture is None else None
 
 
 def _checked(live: Live, target: Target, added: Sequence[Edit], how: Writing) -> Check:
@@ -134,10 +143,6 @@ def _checked(live: Live, target: Target, added: Sequence[Edit], how: Writing) ->
     from modelcli.live import opening
 
     kinds = {change.path: kind_called(change.action) for change in live.changes if _can_break_fit(change.action)}
-    if how.check == "none":
-        return checking.Check(False, "--check none skips it")
-    if live.architecture is None:
-        return checking.Check(False, "no architecture is known: --arch names one")
     source, unstated = target.source, target.source.without_input()
     if how.check == "run":
 
@@ -170,7 +175,7 @@ def _can_break_fit(action: str) -> bool:
     return kind_called(action).can_break_fit
 
 
-def _idle(live: Live, called: Collection[str]) -> list[str]:
+def _idle(live: Editable, called: Collection[str]) -> list[str]:
     """New modules that the forward pass did not come to: a class calls the children that it knows.
 
     What stands in the place of another may be used otherwise (`out_proj` of an attention), or in train mode alone.
@@ -193,7 +198,7 @@ def _idle(live: Live, called: Collection[str]) -> list[str]:
 
 
 def outcome_of(
-    live: Live, target: Target, before: Blueprint, check: Mapping[str, Any], added: Sequence[Edit]
+    live: Editable, target: Target, before: Blueprint, check: Mapping[str, Any], added: Sequence[Edit]
 ) -> Outcome:
     after = live.describe()
     changes = tuple(
@@ -233,28 +238,16 @@ def _sum_note(changes: Sequence[Mapping[str, Any]], before: Totals, after: Total
     ]
 
 
-def write(live: Live, outcome: Outcome, out: Path, how: Writing) -> Outcome:
+def write(live: Editable, outcome: Outcome, out: Path, how: Writing) -> Outcome:
     from modelcli import writing
-    from modelcli.live import overflow, planning
 
-    plan = planning.plan(live, out, how.kind, bare=how.bare, compact=how.compact)
+    plan = live.plan(out, how.kind, bare=how.bare, compact=how.compact)
     size = writing.DEFAULT_SIZE if how.max_shard_bytes is None else how.max_shard_bytes
     reads = _files_of(live.contents) if live.contents is not None and out.exists() else frozenset()
     care = writing.Care(how.force, how.durable, how.verify, how.report, size, reads)
     written = writing.write(plan, out, care, kind=how.kind)
-    notes = [*outcome.notes, *plan.notes, *overflow.notes_of(live.module), *_beside(written)]
-    if live.report is not None and live.report.missing:
-        count = len(live.report.missing)
-        what = "1 tensor is" if count == 1 else f"{count} tensors are"
-        drawn = "was" if count == 1 else "were"
-        notes.append(f"{what} not in the file, and {drawn} randomly initialised (--seed {live.seed})")
-    if live.drawn:
-        assert live.architecture is not None
-        if live.architecture.loads:
-            told = f"loads weights itself; what these leave out is drawn at random (--seed {live.seed})"
-        else:
-            told = f"was randomly initialised (--seed {live.seed})"
-        notes.append(f"{live.architecture.reference} {told}")
+    notes = [*outcome.notes, *plan.notes, *live.lost_values(), *_beside(written)]
+    notes += live.drawn_values()
     if live.contents is not None and live.contents.key is not None:
         notes += _around(live, kept=plan.key is not None)
     return replace(outcome, written=written, notes=tuple(notes))
@@ -282,7 +275,7 @@ def _files_of(contents: Contents) -> frozenset[FileId]:
     return frozenset(file for part in parts for file in part.storage.files())
 
 
-def _around(live: Live, *, kept: bool) -> list[str]:
+def _around(live: Editable, *, kept: bool) -> list[str]:
     """What became of the rest of a training checkpoint, and what of it no longer fits."""
     from modelcli.checkpoints.torch_pickle import state_dicts
     from modelcli.live import training_state
@@ -296,7 +289,7 @@ def _around(live: Live, *, kept: bool) -> list[str]:
     rest = f"what {contents.path.name} holds beside {key!r}{names}"
     if not kept:
         return [f"{rest} was left out"]
-    unfit = training_state.unfit(contents.tree, live.opened_with, dict(live.module.named_parameters()))
+    unfit = training_state.unfit(contents.tree, live.parameters_opened, live.parameters_now)
     changed = not all(kind_called(change.action).changes_flags_only for change in live.changes)
     unwrapping = Unwrapping() if live.report is None else live.report.unwrapping
     if unwrapping:
@@ -305,7 +298,7 @@ def _around(live: Live, *, kept: bool) -> list[str]:
             f"the keys in {key!r} are written without {parts}, and what wrote the file may ask for it "
             "(an edit without --arch leaves the keys as they are)"
         )
-    renamed = training_state.renamed(live.opened_tensors, live.module)
+    renamed = training_state.renamed(live.tensors_opened, live.tensors_now)
     copies = training_state.other_copies(
         contents, live.describe(), unwrapping=unwrapping, changed=changed, renamed=renamed
     )

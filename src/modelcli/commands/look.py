@@ -25,6 +25,7 @@ from modelcli.model import state_dict_match
 from modelcli.model.blueprint import Blueprint, Trace
 
 if TYPE_CHECKING:
+    from modelcli.commands.editable import Editable
     from modelcli.live.opening import Live
 
 
@@ -285,7 +286,7 @@ def likeness_notes(contents: Contents) -> list[str]:
     return [f"{LOOKS_LIKE} {names[0]}{others}: --arch {quoted(names[0])}"]
 
 
-def likeness_of(live: Live) -> list[str]:
+def likeness_of(live: Live | Editable) -> list[str]:
     """The same of a model that was opened, where nothing has said its architecture, or what was said does not fit."""
     contents = live.contents
     fits = live.report is None or live.report.is_strict

@@ -10,15 +10,15 @@ from modelcli.edits import Edit
 from modelcli.errors import ModelcliError, RequestError
 
 if TYPE_CHECKING:
-    from modelcli.live.opening import Live
+    from modelcli.commands.editable import Editable
 
 
-def apply_recipe(live: Live, target: Target) -> None:
+def apply_recipe(live: Editable, target: Target) -> None:
     """Apply the edits that stand in a recipe already."""
     apply_each(live, target.edits, target.places)
 
 
-def apply_each(live: Live, edits: Sequence[Edit], places: Sequence[str]) -> None:
+def apply_each(live: Editable, edits: Sequence[Edit], places: Sequence[str]) -> None:
     """Apply edits in order. Those that cannot be done are told together, each by where it stands and its line.
 
     Edits after a wrong one are tried on the model without it, so that what is said of them may come from that one.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from modelcli.commands.edit import Outcome, Writing, check_fit, outcome_of, write
+from modelcli.commands.editable import open_editable
 from modelcli.commands.look import stdout_is_for_data
 from modelcli.commands.recipe_edits import apply_recipe
 from modelcli.commands.target import Target, without_edits
@@ -20,9 +21,8 @@ def _saved(target: Target, how: Writing) -> Outcome:
 
     assert how.out is not None
     writing.check_target(how.out, how.kind, force=how.force)
-    from modelcli.live import opening
 
-    live = opening.open_live(target.source)
+    live = open_editable(target.source, target.edits)
     before = live.describe()
     apply_recipe(live, target)
     if target.edits:

@@ -8,10 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import Field, dataclass, fields
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from modelcli.edits import words as line_words
 from modelcli.edits.declaring import Operand, Option
+from modelcli.errors import RequestError
+
+if TYPE_CHECKING:
+    from modelcli.edits.applied import Applied, Context
+    from modelcli.model.state_dict import StateDictModel
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,16 @@ class Edit:
     def again(cls, path: str) -> str:
         """The words that put another module at the path of one of its changes: `replace fc`."""
         raise NotImplementedError
+
+    def apply_to_state_dict(self, model: StateDictModel, context: Context) -> Applied[StateDictModel]:
+        """What it makes of a checkpoint of which only the keys are known, without torch where that can be.
+
+        Raises RequestError where it cannot be carried out.
+        """
+        raise RequestError(
+            f"{self.name} needs to know what the modules are, and the file does not say its architecture",
+            "--arch names it",
+        )
 
     @classmethod
     def option_fields(cls) -> dict[str, Field[Any]]:

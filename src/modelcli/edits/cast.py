@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
+from modelcli.edits.applied import Applied, Change, Context
 from modelcli.edits.declaring import TENSORS, Operand, selector
+from modelcli.edits.picking import groups_of, names_of_one, tie_notes
 from modelcli.edits.targets import Selecting
 from modelcli.errors import RequestError, did_you_mean
-from modelcli.model.dtypes import FLOATING, dtype_called
+from modelcli.language import selectors
+from modelcli.model.blueprint import Blueprint
+from modelcli.model.dtypes import FLOATING, ITEM_BYTES, dtype_called
+from modelcli.model.paths import ancestors, shown
+from modelcli.model.scaled_weights import scaled_weights
+from modelcli.model.state_dict import StateDictModel, StateDictTensor
+from modelcli.wording import counted, listed
 
 
 def _dtypes() -> Iterable[str]:
@@ -60,3 +69,127 @@ class Cast(Selecting):
 
     def operands(self) -> list[str]:
         return [*self.targets, self.dtype]
+
+    def apply_to_state_dict(self, model: StateDictModel, context: Context) -> Applied[StateDictModel]:
+        found = casting(self, model.blueprint, model.tensors.keys())
+        chosen = model.by_identity(found.names)
+        names: dict[int, str] = {}
+        for name, tensor in model.tensors.items():
+            names.setdefault(tensor.identity, name)
+        for identity, tensor in chosen.items():
+            require_conversion(tensor.dtype, self.dtype, names[identity])
+        for views in _shared_storages(model, chosen):
+            for before in {view.dtype for view in views if view.identity in chosen}:
+                refuse_overlap(
+                    (*view.byte_span, view.identity in chosen and view.dtype == before, names[view.identity])
+                    for view in views
+                    if view.elements
+                )
+        model = model.with_tensors(lambda tensor: tensor.cast(self.dtype), found.names)
+        inputs = context.inputs
+        if inputs is not None:
+            inputs = inputs.with_floating(model.floating_dtype or inputs.floating)
+        return Applied(model, [*found.changes], [*found.notes], inputs)
+
+
+@dataclass(frozen=True)
+class Casting:
+    """Which tensors get another dtype, and what there is to tell of that."""
+
+    names: tuple[str, ...]
+    changes: tuple[Change, ...]
+    notes: tuple[str, ...]
+
+
+def casting(edit: Cast, blueprint: Blueprint, tensors: Collection[str]) -> Casting:
+    """What a cast comes to; `tensors` are the names of those that can be converted."""
+    known = blueprint.by_name
+    names = selectors.select_tensors(blueprint, edit.targets, without=edit.without)
+    apart = [name for name in names if name not in tensors]
+    floating = [name for name in names if name in tensors and known[name].dtype.startswith(("float", "bfloat"))]
+    if not floating:
+        raise RequestError(
+            f"nothing to cast: {', '.join(edit.targets)} has no floating-point tensors",
+            "modelcli params shows the dtypes",
+        )
+    _refuse_scaled(blueprint, floating)
+    groups = groups_of(edit.targets, blueprint, floating)
+    selectors.require_expected(edit.expect, [path for path, _ in groups])
+    changes, notes = [], tie_notes(names_of_one(blueprint), floating, "cast")
+    if apart:
+        stay = "stays as it is: it is" if len(apart) == 1 else "stay as they are: each is"
+        notes.append(f"{listed(apart, 3)} {stay} no dense tensor")
+    for path, below in groups:
+        own = {known[name].identity: known[name] for name in below}
+        before = dict.fromkeys(tensor.dtype for tensor in own.values())
+        if list(before) == [edit.dtype]:
+            notes.append(f"{shown(path)} is {edit.dtype} already")
+            continue
+        size = sum(tensor.elements for tensor in own.values() if tensor.kind == "parameter")
+        was = sum(tensor.elements * ITEM_BYTES[tensor.dtype] for tensor in own.values())
+        now = sum(tensor.elements for tensor in own.values()) * ITEM_BYTES[edit.dtype]
+        changes.append(Change(path, edit.name, ", ".join(before), edit.dtype, size, size, nbytes=(was, now)))
+    if changes:
+        line = str(Cast(targets=tuple(_cast_targets(blueprint, groups)), dtype=edit.dtype))
+        changes[0] = replace(changes[0], resolved=(line,))
+    return Casting(tuple(name for name in floating if known[name].dtype != edit.dtype), tuple(changes), tuple(notes))
+
+
+def _refuse_scaled(blueprint: Blueprint, names: Sequence[str]) -> None:
+    """Raise RequestError where a weight or its scale would be cast apart from the other: neither means much alone."""
+    pairs = scaled_weights({tensor.name: tensor.dtype for tensor in blueprint.tensors})
+    if (name := next((name for name in names if name in pairs), None)) is None:
+        return
+    pair = pairs[name]
+    many = len({pairs[name].weight for name in names if name in pairs})
+    more = f", and {counted(many - 1, 'weight')} more like it" if many > 1 else ""
+    raise RequestError(
+        f"{pair.weight} is {pair.how}, whose values are its elements times {pair.scale}{more}: a cast of either by "
+        "itself gives other weights",
+        "cast what is not scaled: --except leaves weights and scales out; the program that wrote the file can "
+        "dequantize it",
+    )
+
+
+def _cast_targets(blueprint: Blueprint, groups: Sequence[tuple[str, list[str]]]) -> list[str]:
+    there = Counter(path for t in blueprint.tensors if t.dtype in FLOATING for path in ancestors(t.name))
+    found: list[str] = []
+    for path, below in groups:
+        found += [selectors.literal(path)] if there[path] == len(below) else map(selectors.literal, below)
+    return found
+
+
+def require_conversion(before: str, after: str, name: str) -> None:
+    if before not in FLOATING:
+        raise RequestError(f"torch does not convert {before} to {after}, and {name} is {before}", "--except leaves it")
+
+
+def refuse_overlap(spans: Iterable[tuple[int, int, bool, str]]) -> None:
+    """Raise RequestError where tensors that are converted and tensors that are not show the same bytes.
+
+    `spans` are the first byte of each in their storage, the one after the last, whether it is converted, and its name.
+    """
+    furthest: dict[bool, tuple[int, str]] = {True: (0, ""), False: (0, "")}
+    for start, end, converts, name in sorted(spans):
+        reached, other = furthest[not converts]
+        if start < reached:
+            inside, outside = (name, other) if converts else (other, name)
+            raise RequestError(
+                f"{inside} and {outside} show the same bytes, and a cast of {inside} alone would part them",
+                f"name both: {inside} {outside}",
+            )
+        furthest[converts] = max(furthest[converts], (end, name))
+
+
+def _shared_storages(model: StateDictModel, chosen: Collection[int]) -> Iterator[list[StateDictTensor]]:
+    """The distinct tensors that view each storage which has several, one of them in `chosen`."""
+    first: dict[object, StateDictTensor] = {}
+    several: dict[object, dict[int, StateDictTensor]] = {}
+    for tensor in model.tensors.values():
+        if tensor.source is None or tensor.shape is None:
+            continue
+        key = tensor.storage
+        other = first.setdefault(key, tensor)
+        if other.identity != tensor.identity:
+            several.setdefault(key, {other.identity: other})[tensor.identity] = tensor
+    return (list(views.values()) for views in several.values() if any(key in chosen for key in views))

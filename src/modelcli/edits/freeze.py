@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from modelcli.edits.targets import OfTargets
+from modelcli.edits.flags import Flags
 
 
 @dataclass(frozen=True, kw_only=True)
-class Freeze(OfTargets):
+class Freeze(Flags):
     """Set `requires_grad` of the parameters that match to False."""
 
-    #: What `requires_grad` becomes.
     trains: ClassVar[bool] = False
 
     name: ClassVar[str] = "freeze"
@@ -24,6 +23,3 @@ class Freeze(OfTargets):
         "modelcli freeze 'layer?' -m best.pth -o still.pth",
         "modelcli freeze . --except fc",
     )
-    handler: ClassVar[str] = "modelcli.live.surgery.freeze"
-    can_break_fit: ClassVar[bool] = False
-    changes_flags_only: ClassVar[bool] = True

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
+from modelcli.edits.applied import Applied, Change, Context
 from modelcli.edits.base import Edit
 from modelcli.edits.declaring import TENSORS, Operand, selector
 from modelcli.errors import RequestError
+from modelcli.language import selectors
+from modelcli.language.quoting import quoted
+from modelcli.model.blueprint import Blueprint
+from modelcli.model.paths import ancestors, parent_of
+from modelcli.model.state_dict import MAX_MODULE_DEPTH, StateDictModel, StateDictModule, of_entries
+from modelcli.model.tensors import TensorInfo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,3 +52,131 @@ class Rename(Edit):
 
     def operands(self) -> list[str]:
         return [self.old, self.new]
+
+    def apply_to_state_dict(self, model: StateDictModel, context: Context) -> Applied[StateDictModel]:
+        blueprint = model.blueprint
+        beside = {name for name in model.inert if _is_beside(name, model)}
+        new_names = names_given(self, blueprint, model.keys, beside)
+        names, moved = renaming(self, blueprint, new_names, root_type=blueprint.root.type)
+        found: dict[str, StateDictModule] = {}
+        for name, new in names.items():
+            for path, new_path in _places(name, new):  # where they differ, the first tensor decides
+                if new_path not in found and (old := model.modules.get(path)) is not None:
+                    found[new_path] = old if old.info is None else StateDictModule(None, old.version)
+        unknown = StateDictModule(None)
+        renamed = of_entries(
+            {new: model.entries[name] for name, new in names.items()}, lambda path: found.get(path, unknown)
+        )
+        parameters = {name: blueprint.by_name[name] for name, t in model.tensors.items() if t.kind == "parameter"}
+        changes = renaming_changes(self, parameters, names, moved)
+        return Applied(renamed, changes, [], context.inputs)
+
+
+#: Changes that fill a screen; more are told as one.
+_ROWS = 20
+
+
+def _is_beside(name: str, model: StateDictModel) -> bool:
+    entry = model.inert[name]
+    return entry.info(name, name) is None and "." not in name and not name.endswith("_extra_state")
+
+
+def names_given(
+    edit: Rename, blueprint: Blueprint, keys: Iterable[str], beside: Collection[str]
+) -> dict[str, str | None]:
+    """The new name of each key of a state dict; None for one that is not meant."""
+    renamed = selectors.renaming(edit.old, edit.new, blueprint)
+    return {name: None if name != edit.old and name in beside else renamed(name) for name in keys}
+
+
+def renaming(
+    edit: Rename, blueprint: Blueprint, new_names: Mapping[str, str | None], *, root_type: str | None
+) -> tuple[dict[str, str], list[str]]:
+    """The name of each key after a rename, and the keys that get another one. Raises RequestError where none does."""
+    if all(new is None for new in new_names.values()):
+        selector = selectors.parse(edit.old)
+        if selectors.matched_modules(selector, blueprint):
+            old, new = (_all_below(name.removeprefix(".")) for name in (edit.old, edit.new))
+            raise RequestError(
+                f"{edit.old!r} is a module, and no key", f"rename {quoted(old)} {quoted(new)} renames all its keys"
+            )
+        raise selectors.no_match(selector, blueprint, "tensors")
+    names = {name: name if new is None else new for name, new in new_names.items()}
+    moved = [name for name, new in names.items() if new != name]
+    if not moved:
+        raise RequestError(f"rename {edit.old} {edit.new} gives every key the name that it has")
+    _check_names(names, moved)
+    if root_type is not None:
+        raise RequestError(
+            f"{root_type} cannot load a state dict where {moved[0]} is called {names[moved[0]]}",
+            "--bare-keys renames the keys of a file whatever its record says, which does not go with them; "
+            "in a model, replace, add and extract change where modules are",
+        )
+    return names, moved
+
+
+def _check_names(names: Mapping[str, str], moved: Sequence[str]) -> None:
+    olds: dict[str, str] = {}
+    for name, new in names.items():
+        if not new:
+            raise RequestError(f"{name} would have no name left")
+        if new.count(".") > MAX_MODULE_DEPTH:
+            raise RequestError(f"{name} would be nested deeper than {MAX_MODULE_DEPTH}: {new[:60]}...")
+        if new in olds:
+            raise RequestError(
+                f"{olds[new]} and {name} would both be called {new}",
+                "narrow the old name, or keep what tells them apart",
+            )
+        olds[new] = name
+    changed = set(moved)
+    for new, name in olds.items():
+        for above in ancestors(parent_of(new)):
+            if above in olds and (name in changed or olds[above] in changed) and not _lies_below(name, olds[above]):
+                raise RequestError(
+                    f"{olds[above]} would be called {above}, and {name} {new}: "
+                    f"{above} cannot be a tensor and a module at once"
+                )
+
+
+def _lies_below(name: str, other: str) -> bool:
+    return other in ancestors(parent_of(name))
+
+
+def _places(name: str, new: str) -> list[tuple[str, str]]:
+    if parent_of(name) == parent_of(new):
+        return [(path, path) for path in ancestors(parent_of(name))]
+    places = []
+    while name and new and name.rpartition(".")[2] == new.rpartition(".")[2]:
+        name, new = parent_of(name), parent_of(new)
+        places.append((name, new))
+    return places
+
+
+def renaming_changes(
+    edit: Rename, parameters: Mapping[str, TensorInfo], names: Mapping[str, str], moved: Sequence[str]
+) -> list[Change]:
+    """A row for each module that has another place, one for each key that moves alone, or one for all of them."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name in moved:
+        places = _places(name, names[name]) if parent_of(name) != parent_of(names[name]) else []
+        groups.setdefault(places[-1] if places else (name, names[name]), []).append(name)
+    if len(groups) > _ROWS:
+        changes = [_renamed("", edit.old, edit.new, moved, parameters)]
+    else:
+        changes = []
+        for (old, new), below in groups.items():
+            if len(below) == 1:
+                changes.append(_renamed(parent_of(below[0]), below[0], names[below[0]], below, parameters))
+            else:
+                changes.append(_renamed(old, _all_below(old), _all_below(new), below, parameters))
+    return [replace(changes[0], resolved=(str(edit),)), *changes[1:]]
+
+
+def _all_below(path: str) -> str:
+    return f"{path}.**" if path else "**"
+
+
+def _renamed(path: str, before: str, after: str, names: Sequence[str], parameters: Mapping[str, TensorInfo]) -> Change:
+    own = {parameters[name].identity: parameters[name] for name in names if name in parameters}
+    size = sum(tensor.elements for tensor in own.values())
+    return Change(path, "rename", before, after if len(names) == 1 else f"{after} ({len(names)} keys)", size, size)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from modelcli.edits.targets import OfTargets
+from modelcli.edits.flags import Flags
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unfreeze(OfTargets):
+class Unfreeze(Flags):
     """Set `requires_grad` of the parameters that match to True."""
 
-    #: What `requires_grad` becomes.
     trains: ClassVar[bool] = True
 
     name: ClassVar[str] = "unfreeze"
@@ -24,6 +23,3 @@ class Unfreeze(OfTargets):
         "modelcli unfreeze fc -m frozen.pth -o head.pth",
         "modelcli unfreeze '**:BatchNorm2d'",
     )
-    handler: ClassVar[str] = "modelcli.live.surgery.freeze"
-    can_break_fit: ClassVar[bool] = False
-    changes_flags_only: ClassVar[bool] = True

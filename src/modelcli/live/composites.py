@@ -17,9 +17,9 @@ from torch import nn
 from modelcli.checkpoints import CompositeEntry, TensorEntry
 from modelcli.checkpoints.limits import Budget
 from modelcli.checkpoints.storage import FileId, Windows
-from modelcli.checkpoints.torch_pickle.composite_tensors import class_of, entry_of, quantized_bytes
+from modelcli.checkpoints.torch_pickle.composite_tensors import entry_of, quantized_bytes, require_call
 from modelcli.checkpoints.torch_pickle.pickles import Global, Opaque, OrderedDict, StorageRef
-from modelcli.errors import FileFormatError, RequestError
+from modelcli.errors import FileFormatError
 from modelcli.live.sources import Value, dtype_of, real_storage
 from modelcli.writing import PlannedStorage, PlannedTensor
 
@@ -84,14 +84,6 @@ def real(name: str, entry: CompositeEntry) -> torch.Tensor:
             return _MAKERS[entry.made_by.call.name](entry, entry.made_by.args)
     except (RuntimeError, ValueError, TypeError) as error:
         raise FileFormatError(f"{name} is damaged: {' '.join(str(error).split())}") from None
-
-
-def require_call(name: str, entry: CompositeEntry) -> None:
-    """Raise RequestError for a tensor that torch has no type for."""
-    if entry.made_by is None:
-        raise RequestError(f"{name} is {entry.dtype}, which torch has no type for: it can be looked at, and no more")
-    if (kind := class_of(entry)) is not None:
-        raise RequestError(f"{name} is a {kind}, which only its own code makes: it can be looked at, and no more")
 
 
 def _plain(entry: TensorEntry) -> torch.Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from modelcli.checkpoints import CompositeEntry, TensorEntry
+from modelcli.checkpoints.torch_pickle.composite_tensors import require_call
 from modelcli.checkpoints.torch_pickle.pickles import Global, Opaque, OrderedDict, StorageRef
 from modelcli.errors import RequestError
 from modelcli.live import composites
@@ -25,7 +26,7 @@ def inert_of(name: str, value: Any, planned: Callable[[torch.Tensor], PlannedTen
     if value is None or isinstance(value, str | bytes) or type(value) in (bool, int, float):
         return value
     if isinstance(value, CompositeEntry):
-        composites.require_call(name, value)
+        require_call(name, value)
     if isinstance(value, TensorEntry | CompositeEntry | StorageRef | Opaque | Global | OrderedDict):
         return value  # from a file, and as inert as it was
     if isinstance(value, torch.Tensor):

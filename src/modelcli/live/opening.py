@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from modelcli import checkpoints, resolve
+from modelcli import resolve
 from modelcli.checkpoints import Contents
-from modelcli.checkpoints.contents import foreign_names
-from modelcli.checkpoints.entries import CompositeEntry
+from modelcli.checkpoints.reading_to_edit import read_to_edit
 from modelcli.checkpoints.record import Record
-from modelcli.checkpoints.torch_pickle import inert_objects
-from modelcli.checkpoints.torch_pickle.composite_tensors import class_of
 from modelcli.edits import Edit
 from modelcli.edits import parse as parse_edit
-from modelcli.errors import FileFormatError, ModelcliError, RequestError, UnsafeError
+from modelcli.errors import FileFormatError, ModelcliError, RequestError
 from modelcli.language import input_texts, references
 from modelcli.language.references import CheckpointFile, NamedModel, Source
 from modelcli.live import bounds, inputs, loading, memory, trace, zoo
@@ -29,10 +26,11 @@ from modelcli.live.describe import describe, floating_dtype
 from modelcli.live.edit_history import Origins
 from modelcli.live.inputs import Inputs
 from modelcli.live.loading import LoadReport
-from modelcli.live.sources import flag_of, named_tensors, set_flag
+from modelcli.live.sources import flag_of, is_lazy, named_tensors, set_flag
 from modelcli.live.surgery import Change, apply
+from modelcli.live.training_state import Held
 from modelcli.model.blueprint import Blueprint
-from modelcli.wording import listed
+from modelcli.writing import Plan
 
 #: What a record may ask for beyond the tensors of its file, and in proportion to them.
 _BASE_BYTES = 1_000_000_000
@@ -90,6 +88,60 @@ class Live:
             self.origins.note(edits[0], place, done.changes)
         return done.changes
 
+    def forget_changes(self) -> None:
+        """Take all edits so far for granted: `changes` are those of edits from now on."""
+        self.changes.clear()
+        self.origins.clear()
+
+    @property
+    def parameters_opened(self) -> Mapping[str, Held]:
+        """The parameters that it had when it was opened."""
+        return _held(self.opened_with)
+
+    @property
+    def parameters_now(self) -> Mapping[str, Held]:
+        """The parameters that it has."""
+        return _held(dict(self.module.named_parameters()))
+
+    @property
+    def tensors_opened(self) -> Mapping[str, Hashable]:
+        """What told its tensors apart when it was opened, under every name."""
+        return {name: id(tensor) for name, tensor in self.opened_tensors.items()}
+
+    @property
+    def tensors_now(self) -> Mapping[str, Hashable]:
+        """What tells its tensors apart."""
+        return {name: id(tensor) for name, tensor in named_tensors(self.module).items()}
+
+    def plan(self, out: Path, kind: str, *, bare: bool = False, compact: bool = False) -> Plan:
+        """What to write for it: see `live.planning.plan`."""
+        from modelcli.live import planning
+
+        return planning.plan(self, out, kind, bare=bare, compact=compact)
+
+    def lost_values(self) -> list[str]:
+        """What there is to tell of values that a narrower dtype cannot hold, after they have been written."""
+        from modelcli.live import overflow
+
+        return overflow.notes_of(self.module)
+
+    def drawn_values(self) -> list[str]:
+        """What there is to tell of values that are in no file and were drawn at random."""
+        notes = []
+        if self.report is not None and self.report.missing:
+            count = len(self.report.missing)
+            what = "1 tensor is" if count == 1 else f"{count} tensors are"
+            drawn = "was" if count == 1 else "were"
+            notes.append(f"{what} not in the file, and {drawn} randomly initialised (--seed {self.seed})")
+        if self.drawn:
+            assert self.architecture is not None
+            if self.architecture.loads:
+                told = f"loads weights itself; what these leave out is drawn at random (--seed {self.seed})"
+            else:
+                told = f"was randomly initialised (--seed {self.seed})"
+            notes.append(f"{self.architecture.reference} {told}")
+        return notes
+
     def real_module(self) -> nn.Module:
         """This model with values, for a forward pass: those of its file, else those that the constructor draws.
 
@@ -112,6 +164,10 @@ class Live:
     def next_numbers(self, count: int) -> range:
         """What so many further edits count as."""
         return range(self.edit_count + 1, self.edit_count + 1 + count)
+
+
+def _held(parameters: Mapping[str, nn.Parameter]) -> dict[str, Held]:
+    return {name: Held(id(p), None if is_lazy(p) else tuple(p.shape)) for name, p in parameters.items()}
 
 
 def open_live(source: Source, *, report_only: bool = False) -> Live:
@@ -385,54 +441,10 @@ class _Opening:
         return Inputs(shapes, dtypes, as_list, floating)
 
 
-def read_to_edit(path: Path, source: Source, notes: list[str]) -> Contents:
-    """Read a checkpoint. Objects of foreign classes in it are kept where they are inert beside the state dict; else it
-    is refused, or cleaned of them where `source` asks to."""
-    contents = checkpoints.read(path, key=source.key)
-    if source.bare_keys:
-        contents = contents.without_record()
-    if not contents.foreign:
-        return contents
-    if contents.is_program:
-        return contents.without_objects()
-    names = foreign_names(contents.foreign, most=5)
-    if not source.tensors_only and inert_objects.all_inert(contents):
-        notes.append(
-            f"objects of {names} beside the tensors are copied as they are, and none is loaded: "
-            "check --safe fails on what holds them, and torch.load needs weights_only=False"
-        )
-        return contents
-    if not source.tensors_only:
-        raise UnsafeError(
-            f"{path} holds objects of {names}, which only running code could load",
-            "--tensors-only takes the tensors and drops everything else",
-        )
-    _require_all_tensors(contents)
-    notes.append(f"took the tensors of {path.name} alone: objects of {names} were dropped")
-    return contents.without_objects()
-
-
 def _weights_name(source: Source) -> str | None:
     """The name of weights, which may decide an architecture; a file of them does not."""
     weights = source.weights
     return None if weights is None or resolve.names_a_file(weights, source.folder) else weights
-
-
-def _require_all_tensors(contents: Contents) -> None:
-    """Raise UnsafeError where a file holds tensors that would be dropped with the objects of foreign classes."""
-    for name, entry in contents.tensors.items():
-        if isinstance(entry, CompositeEntry) and (kind := class_of(entry)) is not None:
-            raise UnsafeError(
-                f"{name} in {contents.path} is a {kind}, which only its own code makes again: --tensors-only cannot "
-                "keep it",
-                f"load the file where {kind.partition('.')[0]} is installed, and save plain tensors: "
-                "tensor.dequantize()",
-            )
-    if lost := [*contents.inner, *contents.unseen]:
-        raise UnsafeError(
-            f"{listed(lost, 3)} in {contents.path} would be dropped with the objects of foreign classes",
-            "save model.state_dict() where the model was made, and use that file",
-        )
 
 
 def _weights_file(weights: str | None, folder: Path, *, of_checkpoint: bool) -> Path | None:

@@ -11,22 +11,21 @@ from typing import Any
 import torch
 
 from modelcli import writing
-from modelcli.checkpoints import CompositeEntry, shapes
 from modelcli.checkpoints import record as records
+from modelcli.checkpoints import shapes
 from modelcli.checkpoints.record import Record
-from modelcli.checkpoints.torch_pickle.pickles import Global, Opaque
 from modelcli.edits import kind_of
 from modelcli.errors import RequestError
 from modelcli.language.references import PythonObject
-from modelcli.live import compacting, composites, loading, trace
+from modelcli.live import composites, loading, trace
 from modelcli.live.describe import describe, dtype_name
 from modelcli.live.inert import inert_of
 from modelcli.live.opening import Live
 from modelcli.live.sources import AnySource, Value, flag_of, is_composite, is_lazy, named_tensors, row_major, source_of
 from modelcli.model.blueprint import Blueprint, Trace
 from modelcli.model.paths import ancestors, parent_of
-from modelcli.wording import listed
-from modelcli.writing import Plan, PlannedTensor
+from modelcli.writing import Plan, PlannedTensor, compacting
+from modelcli.writing.extras import belongs_to_model, is_empty, left_out_note, refusal_for_safetensors
 
 
 def plan(
@@ -57,19 +56,17 @@ def plan(
     contents = live.contents
     tree, key = None, None
     if bare:
-        extras = {name: value for name, value in extras.items() if _belongs(name, value)}
+        extras = {name: value for name, value in extras.items() if belongs_to_model(name, value)}
     elif contents is not None and contents.key is not None and writing.holds_pickles(kind):
         tree, key = contents.tree, contents.key
     notes = []
     if not writing.holds_pickles(kind):
-        if empty := [name for name, value in extras.items() if _is_empty(value)]:
-            what = "is empty and was" if len(empty) == 1 else "are empty and were"
-            notes.append(f"{listed(empty, 3)} {what} left out: safetensors holds tensors alone")
-            extras = {name: value for name, value in extras.items() if not _is_empty(value)}
+        notes += left_out_note(extras)
+        extras = {name: value for name, value in extras.items() if not is_empty(value)}
         if extras:
-            raise RequestError(_not_for_safetensors(extras), "write a .pth file")
+            raise refusal_for_safetensors(extras)
     elif compact:
-        tensors = compacting.compacted(tensors, {name: state[name] for name in tensors})
+        tensors = compacting.compacted(tensors, lambda name: row_major(state[name]))
     elif unshown := compacting.unshown(tensors):
         notes.append(unshown)
     metadata: Mapping[str, Any] = getattr(state, "_metadata", {})
@@ -133,44 +130,6 @@ def _places_of_new(
                 if path not in held:
                     places[path] = min(positions[name], places.get(path, positions[name]))
     return places
-
-
-def _is_empty(value: Any) -> bool:
-    """Whether an entry says nothing that would be missed: the `_extra_state` of a module that has none to tell."""
-    if isinstance(value, Opaque):
-        return value.call in _EMPTIES and not any((*_as_tuple(value.args), value.appended, value.items, value.state))
-    return value is None or (isinstance(value, str | bytes | dict | list | tuple) and not value)
-
-
-def _as_tuple(args: Any) -> tuple[Any, ...]:
-    return args if isinstance(args, tuple) else (args,)
-
-
-#: The calls that make an empty container where they have no arguments, or empty ones.
-_EMPTIES = frozenset(
-    Global(module, name)
-    for module, names in (
-        ("builtins", ("set", "bytearray", "bytes")),
-        ("__builtin__", ("set", "bytearray", "bytes")),
-        ("collections", ("Counter",)),
-        ("_codecs", ("encode",)),
-    )
-    for name in names
-)
-
-
-def _belongs(name: str, value: Any) -> bool:
-    """Whether an entry that is no plain tensor is a part of the model."""
-    return isinstance(value, CompositeEntry) or name.endswith("_extra_state")
-
-
-def _not_for_safetensors(extras: Mapping[str, Any]) -> str:
-    name = min(extras)
-    if isinstance(value := extras[name], CompositeEntry):
-        what = value.dtype if value.layout == "strided" else value.layout
-        where = "" if value.parts or value.stored_bytes else " on the meta device"
-        return f"{name} is {what}{where}, which safetensors has no name for"
-    return f"{name} is no tensor, and safetensors holds nothing else"
 
 
 def _planned(name: str, tensor: torch.Tensor, kind: str, sources: dict[object, AnySource]) -> PlannedTensor:

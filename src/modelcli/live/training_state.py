@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
-
-import torch
-from torch import nn
 
 from modelcli.checkpoints import Contents
 from modelcli.checkpoints.entries import CompositeEntry, TensorEntry
 from modelcli.language.quoting import quoted
-from modelcli.live.sources import is_lazy, named_tensors
 from modelcli.model.blueprint import Blueprint
+from modelcli.model.tensors import Shape
 from modelcli.model.wrapper_prefixes import Unwrapping
 from modelcli.wording import counted, listed
 
@@ -22,11 +20,22 @@ _DEPTH = 3
 _MOST = 1_000
 
 
-def unfit(tree: Any, before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter]) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A parameter as an optimizer knows it: `identity` is another one once an edit has put another in its place.
+
+    `shape` is None where it has none yet.
+    """
+
+    identity: Hashable
+    shape: Shape | None = field(default=None, compare=False)
+
+
+def unfit(tree: Any, before: Mapping[str, Held], after: Mapping[str, Held]) -> list[str]:
     """A line for each optimizer in a checkpoint whose state no longer fits the model's parameters.
 
     `tree` is the checkpoint as inert values. `before` are the parameters that the model had when it was opened, in
-    their order, and `after` those that it has: what an edit has put in the place of another is another object.
+    their order, and `after` those that it has.
 
     `torch.optim` keeps its state by the position of a parameter in its `param_groups`, `model.parameters()` as a rule;
     other programs by name. Which parameters an optimizer of some of them was made for is told by shapes alone.
@@ -35,7 +44,7 @@ def unfit(tree: Any, before: Mapping[str, nn.Parameter], after: Mapping[str, nn.
     for name, state, groups in _optimizers(tree):
         ids = [entry for group in groups for entry in _parameters(group)]
         if any(isinstance(entry, str) for entry in ids):
-            wrong = [entry for entry in ids if isinstance(entry, str) and after.get(entry) is not before.get(entry)]
+            wrong = [entry for entry in ids if isinstance(entry, str) and after.get(entry) != before.get(entry)]
         elif len(ids) != len(before):
             if changed := _perhaps_its_own(state, before, after):
                 told.append(
@@ -46,7 +55,7 @@ def unfit(tree: Any, before: Mapping[str, nn.Parameter], after: Mapping[str, nn.
         else:
             now = list(after.values())
             pairs = enumerate(before.items())
-            wrong = [own for index, (own, p) in pairs if index >= len(now) or now[index] is not p]
+            wrong = [own for index, (own, p) in pairs if index >= len(now) or now[index] != p]
             if not wrong and len(now) > len(before):
                 wrong = list(after)[len(before) :]
         if wrong and state:
@@ -54,15 +63,13 @@ def unfit(tree: Any, before: Mapping[str, nn.Parameter], after: Mapping[str, nn.
     return told
 
 
-def _perhaps_its_own(
-    state: Mapping[Any, Any], before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter]
-) -> list[str]:
+def _perhaps_its_own(state: Mapping[Any, Any], before: Mapping[str, Held], after: Mapping[str, Held]) -> list[str]:
     """The parameters that are others now, and have a shape that an optimizer of some of them has state of."""
     shapes = {shape for entry in state.values() if isinstance(entry, dict) for shape in _shapes(entry)}
     return [
         own
         for own, parameter in before.items()
-        if after.get(own) is not parameter and (is_lazy(parameter) or tuple(parameter.shape) in shapes)
+        if after.get(own) != parameter and (parameter.shape is None or parameter.shape in shapes)
     ]
 
 
@@ -73,11 +80,13 @@ def _shapes(entry: Mapping[Any, Any]) -> Iterator[tuple[int, ...]]:
             yield tuple(value.shape)
 
 
-def renamed(opened: Mapping[str, torch.Tensor], module: nn.Module) -> set[str]:
-    """The names of tensors that were there under others when the model was opened, and have those no more."""
-    now = named_tensors(module)
-    gone = {id(tensor) for name, tensor in opened.items() if name not in now}
-    return {name for name, tensor in now.items() if name not in opened and id(tensor) in gone}
+def renamed(opened: Mapping[str, Hashable], now: Mapping[str, Hashable]) -> set[str]:
+    """The names of tensors that were there under others when the model was opened, and have those no more.
+
+    `opened` and `now` have what tells one tensor from another, under every name that it had, and has.
+    """
+    gone = {tensor for name, tensor in opened.items() if name not in now}
+    return {name for name, tensor in now.items() if name not in opened and tensor in gone}
 
 
 def other_copies(

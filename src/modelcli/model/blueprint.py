@@ -173,13 +173,13 @@ def from_keys(
             (A key of 4,000 characters can describe 2,000 modules.)
     """
     listed, types = tuple(tensors), types or {}
-    children = _tree_of(chain(types, (parent_of(tensor.name) for tensor in listed)), pay)
-    named = ((path, types.get(path)) for path in _depth_first(children))
+    children = tree_of(chain(types, (parent_of(tensor.name) for tensor in listed)), pay)
+    named = ((path, types.get(path)) for path in depth_first(children))
     modules = (ModuleInfo(path, kind, () if kind is None else (kind,)) for path, kind in named)
     return Blueprint(tuple(modules), listed)
 
 
-def _tree_of(paths: Iterable[str], pay: Callable[[int], None]) -> Mapping[str, list[str]]:
+def tree_of(paths: Iterable[str], pay: Callable[[int], None] = lambda _characters: None) -> Mapping[str, list[str]]:
     """Return the children of each path and of all paths above it, siblings in the order of first appearance."""
     children: dict[str, list[str]] = {"": []}
     for path in paths:
@@ -192,7 +192,7 @@ def _tree_of(paths: Iterable[str], pay: Callable[[int], None]) -> Mapping[str, l
     return children
 
 
-def _depth_first(children: Mapping[str, list[str]]) -> Iterator[str]:
+def depth_first(children: Mapping[str, list[str]]) -> Iterator[str]:
     """Yield paths depth-first: a parent before its children, each subtree as a whole."""
     stack = [""]
     while stack:

@@ -21,7 +21,7 @@ from modelcli.checkpoints.torch_pickle.pickles import (
     StorageRef,
     sizes_in,
 )
-from modelcli.errors import FileFormatError
+from modelcli.errors import FileFormatError, RequestError
 from modelcli.model.dtypes import ITEM_BYTES
 from modelcli.model.tensors import Shape
 
@@ -75,6 +75,14 @@ def class_of(entry: CompositeEntry) -> str | None:
     """The name of the class of a tensor that wraps others, which only its own code makes again; None of any other."""
     made_by = without_parameter(entry.made_by)
     return made_by.args[1].dotted if isinstance(made_by, Opaque) and _is_wrapper(made_by) else None
+
+
+def require_call(name: str, entry: CompositeEntry) -> None:
+    """Raise RequestError for a tensor that torch has no type for."""
+    if entry.made_by is None:
+        raise RequestError(f"{name} is {entry.dtype}, which torch has no type for: it can be looked at, and no more")
+    if (kind := class_of(entry)) is not None:
+        raise RequestError(f"{name} is a {kind}, which only its own code makes: it can be looked at, and no more")
 
 
 def without_parameter(made_by: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -13,7 +13,6 @@ from modelcli.live import signatures
 from modelcli.live.build import Bare
 from modelcli.live.describe import configuration, describe
 from modelcli.live.sources import is_composite, is_lazy, named_tensors
-from modelcli.model.blueprint import Blueprint
 from modelcli.wording import counted
 
 
@@ -38,11 +37,6 @@ def is_numbered(module: nn.Module) -> bool:
     ]
 
 
-def are_numbers(names: Iterable[str]) -> bool:
-    """Whether names are numbers as PyTorch calls children, none of them twice in another spelling (`1`, `01`)."""
-    return all(name.isascii() and name.isdigit() and len(name) < 10 and str(int(name)) == name for name in names)
-
-
 def put_children(module: nn.Module, children: Mapping[str, nn.Module | None]) -> None:
     """Give a module these children, in this order, in the place of those that it has."""
     found = dict(children)
@@ -57,29 +51,6 @@ def submodule(module: nn.Module, path: str) -> nn.Module:
         assert child is not None
         module = child
     return module
-
-
-def tie_notes(groups: Iterable[Sequence[str]], names: Collection[str], done: str) -> list[str]:
-    """What there is to tell where an edit of some tensors is one of others as well, since they are tied.
-
-    `groups` are the names of tensors that are one for this edit, `names` those that were picked, and `done` is what
-    became of them: `frozen`.
-    """
-    told, names = [], frozenset(names)
-    for group in groups:
-        picked = [name for name in group if name in names]
-        others = [name for name in group if name not in names]
-        if picked and others:
-            told.append(f"{picked[0]} is one tensor with {', '.join(others)}: that is {done} too")
-    return told if len(told) <= 3 else [*told[:3], f"{len(told) - 3} more tensors are {done} under other names too"]
-
-
-def names_of_one(blueprint: Blueprint) -> list[list[str]]:
-    """All names of each tensor, tied ones together: what has one flag and one dtype. Views are tensors of their own."""
-    everywhere: dict[str, list[str]] = {}
-    for tensor in blueprint.tensors:
-        everywhere.setdefault(tensor.identity, []).append(tensor.name)
-    return list(everywhere.values())
 
 
 def brief(module: nn.Module) -> str:

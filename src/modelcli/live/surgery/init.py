@@ -18,6 +18,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from modelcli.edits.applied import Applied, Change, Context
 from modelcli.edits.init import Init
+from modelcli.edits.picking import groups_of, names_of_one, tie_notes
 from modelcli.errors import RequestError, did_you_mean
 from modelcli.language import expressions, selectors
 from modelcli.language.expressions import Call
@@ -33,8 +34,6 @@ from modelcli.live.script.source_text import quoted as literal
 from modelcli.live.script.state import State
 from modelcli.live.script.step import Step
 from modelcli.live.sources import Drawn, Lazy, is_lazy, named_tensors
-from modelcli.live.surgery.core import names_of_one, tie_notes
-from modelcli.live.surgery.picking import groups_of
 from modelcli.live.surgery.storages import copied, has_storage, key_of, shown_too, view_anew, viewers
 from modelcli.model.blueprint import Blueprint
 from modelcli.model.paths import ancestors, lies_in, parent_of, shown

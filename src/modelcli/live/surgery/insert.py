@@ -8,6 +8,7 @@ from torch import nn
 
 from modelcli.edits.applied import Applied, Context
 from modelcli.edits.insert import Insert
+from modelcli.edits.picking import are_numbers
 from modelcli.errors import RequestError
 from modelcli.language import selectors
 from modelcli.language.quoting import quoted
@@ -19,7 +20,7 @@ from modelcli.live.script.source_text import InexpressibleError
 from modelcli.live.script.state import State, moved
 from modelcli.live.script.step import Step
 from modelcli.live.surgery import numbering
-from modelcli.live.surgery.core import are_numbers, is_numbered, submodule
+from modelcli.live.surgery.core import is_numbered, submodule
 from modelcli.live.surgery.placing import Children, holder_and_name, kind_of, new_child, put_new
 from modelcli.model.paths import joined, shown
 

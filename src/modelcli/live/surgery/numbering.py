@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from modelcli.edits.picking import are_numbers
 from modelcli.live import composites
 from modelcli.live.build import Bare
-from modelcli.live.surgery.core import are_numbers
 
 
 def numbers_in(holder: Bare) -> list[int]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch import nn
 
 from modelcli.edits.applied import Applied, Change, Context
+from modelcli.edits.picking import are_numbers
 from modelcli.edits.remove import Remove
 from modelcli.errors import RequestError
 from modelcli.language import selectors
@@ -18,7 +19,7 @@ from modelcli.live.script import access_paths
 from modelcli.live.script.state import State, moved
 from modelcli.live.script.step import Step
 from modelcli.live.surgery import numbering
-from modelcli.live.surgery.core import are_numbers, brief, count, is_numbered, put_children, submodule
+from modelcli.live.surgery.core import brief, count, is_numbered, put_children, submodule
 from modelcli.model.blueprint import Blueprint
 from modelcli.model.paths import joined, lies_in, parent_of, shown
 from modelcli.model.tensors import TensorInfo

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from modelcli.edits.applied import Applied, Change, Context
+from modelcli.edits.picking import groups_of
 from modelcli.errors import RequestError
 from modelcli.language import selectors
 from modelcli.live.describe import describe
@@ -17,7 +18,6 @@ from modelcli.live.script.source_text import quoted
 from modelcli.live.script.state import State
 from modelcli.live.script.step import Step
 from modelcli.live.sources import AnySource, Computed, named_tensors, real_storage, require_source
-from modelcli.live.surgery.picking import groups_of
 from modelcli.live.surgery.storages import view_anew, viewers
 from modelcli.model.blueprint import Blueprint
 from modelcli.model.dtypes import FLOATING

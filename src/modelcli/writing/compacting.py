@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any
 
-import torch
-
 from modelcli.checkpoints import shapes
-from modelcli.live.sources import row_major
+from modelcli.checkpoints.plan import PlannedTensor, Source
 from modelcli.model.dtypes import ITEM_BYTES
-from modelcli.writing import PlannedTensor
 
 #: So many bytes that nothing shows are told of, or as many as the tensors show.
 _TOLD_FROM = 1_000_000
@@ -33,18 +30,18 @@ def unshown(tensors: Mapping[str, PlannedTensor]) -> str | None:
     )
 
 
-def compacted(tensors: Mapping[str, PlannedTensor], views: Mapping[str, torch.Tensor]) -> dict[str, PlannedTensor]:
+def compacted(tensors: Mapping[str, PlannedTensor], row_major: Callable[[str], Source]) -> dict[str, PlannedTensor]:
     """The same tensors, each in a storage of what it shows.
 
     Tensors that are tied stay so. Those that show some of the same bytes keep one storage where that takes no more than
-    one for each, row by row, would. `views` are the tensors themselves.
+    one for each, row by row, would. `row_major` gives the elements of a tensor in that order.
     """
     found: dict[str, PlannedTensor] = {}
     for names in _by_source(tensors).values():
         for start, end, inside in _runs(tensors, names):
             apart = {tensors[name].view: name for name in reversed(inside)}
             if sum(_shown_bytes(tensors[name]) for name in apart.values()) < end - start:
-                found |= _each_by_itself(tensors, views, inside)
+                found |= _each_by_itself(tensors, row_major, inside)
                 continue
             whole: Any = tensors[inside[0]].source
             source = whole.part(start, end - start)
@@ -55,14 +52,14 @@ def compacted(tensors: Mapping[str, PlannedTensor], views: Mapping[str, torch.Te
 
 
 def _each_by_itself(
-    tensors: Mapping[str, PlannedTensor], views: Mapping[str, torch.Tensor], names: Sequence[str]
+    tensors: Mapping[str, PlannedTensor], row_major: Callable[[str], Source], names: Sequence[str]
 ) -> dict[str, PlannedTensor]:
     sources: dict[object, Any] = {}
     made = {}
     for name in names:
         tensor = tensors[name]
         if tensor.view not in sources:
-            sources[tensor.view] = row_major(views[name])
+            sources[tensor.view] = row_major(name)
         made[name] = replace(tensor, source=sources[tensor.view], stride=shapes.row_major(tensor.shape), offset=0)
     return made
 

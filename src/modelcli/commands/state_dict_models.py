@@ -1,0 +1,216 @@
+"""A checkpoint whose architecture is unknown, open for edits. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from modelcli import resolve
+from modelcli.checkpoints import Contents, TensorEntry
+from modelcli.checkpoints import record as records
+from modelcli.checkpoints.reading_to_edit import read_to_edit
+from modelcli.checkpoints.record import Record
+from modelcli.checkpoints.state_dict_model import model_of
+from modelcli.commands import state_dict_plan
+from modelcli.edits import Edit
+from modelcli.edits.applied import Change, Context, seed_of
+from modelcli.errors import ModelcliError, RequestError
+from modelcli.language import input_texts
+from modelcli.language.references import CheckpointFile, Source
+from modelcli.language.stated_inputs import StatedInputs
+from modelcli.live.training_state import Held
+from modelcli.model.blueprint import Blueprint, Trace
+from modelcli.model.state_dict import StateDictModel
+from modelcli.writing import Plan
+
+if TYPE_CHECKING:
+    from modelcli.live.inputs import Inputs
+
+
+@dataclass
+class OpenStateDict:
+    """A state-dict model, the file that it comes from, and what was done to it.
+
+    `edits` are those since the file was first edited, as lines with selectors and `_` resolved, each with the number of
+    its edit. `opened` is the model as the file has it.
+    """
+
+    model: StateDictModel
+    source: Source
+    contents: Contents
+    opened: StateDictModel
+    record: Record | None = None
+    inputs: StatedInputs | None = None
+    edits: list[tuple[int, str]] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    seed: int = 0
+    edit_count: int = 0
+    architecture: None = None
+    report: None = None
+    _sources: state_dict_plan.Sources = field(default_factory=state_dict_plan.Sources)
+
+    def describe(self) -> Blueprint:
+        return self.model.blueprint
+
+    def apply(self, edits: Sequence[Edit], *, trusted: bool = True, place: str = "") -> list[Change]:
+        """Carry out edits, all or none. Raises RequestError where one is wrong."""
+        model, inputs = self.model, self.inputs
+        changes: list[Change] = []
+        notes: list[str] = []
+        lines: list[tuple[int, str]] = []
+        for position, edit in enumerate(edits, 1):
+            number = self.edit_count + position
+            context = Context(seed_of(self.seed, number), cast("Inputs | None", inputs), trusted)
+            try:
+                done = edit.apply_to_state_dict(model, context)
+            except ModelcliError as error:
+                if len(edits) > 1:
+                    error.message = f"edit {position}, {str(edit)!r}: {error.message}"
+                raise
+            model, inputs = done.model, done.inputs
+            changes += done.changes
+            notes += done.notes
+            lines += [(number, line) for change in done.changes for line in change.resolved]
+        self.model, self.inputs = model, inputs
+        self.edit_count += len(edits)
+        self.edits += lines
+        self.changes += changes
+        self.notes += notes
+        return changes
+
+    def forget_changes(self) -> None:
+        """Take all edits so far for granted."""
+        self.changes.clear()
+
+    @property
+    def parameters_opened(self) -> Mapping[str, Held]:
+        return _held(self.opened)
+
+    @property
+    def parameters_now(self) -> Mapping[str, Held]:
+        return _held(self.model)
+
+    @property
+    def tensors_opened(self) -> Mapping[str, Hashable]:
+        return {name: tensor.identity for name, tensor in self.opened.tensors.items()}
+
+    @property
+    def tensors_now(self) -> Mapping[str, Hashable]:
+        return {name: tensor.identity for name, tensor in self.model.tensors.items()}
+
+    def plan(self, out: Path, kind: str, *, bare: bool = False, compact: bool = False) -> Plan:
+        """What to write. Raises RequestError for what a checkpoint of that kind cannot hold."""
+        return state_dict_plan.plan(
+            self.model,
+            self.opened,
+            self.contents,
+            records.to_text(self._record()),
+            kind,
+            bare=bare,
+            compact=compact,
+            sources=self._sources,
+        )
+
+    def _record(self) -> Record:
+        """The record of the model as it is."""
+        blueprint = self.model.blueprint
+        frozen = tuple(
+            tensor.name
+            for tensor in blueprint.tensors
+            if tensor.requires_grad is False and tensor.tied_to is None and tensor.name in self.model.tensors
+        )
+        stated = self.inputs is not None and self._is_input_stated()
+        reason = "no architecture is known: --arch names one"
+        return Record(
+            reference=None,
+            weights=None,
+            seed=self.seed,
+            edit_count=self.edit_count,
+            edits=tuple(line for _, line in self.edits),
+            numbers=tuple(number for number, _ in self.edits),
+            frozen=frozen,
+            blueprint=blueprint.with_trace(Trace(None, reason=reason, device=None)),
+            input_size=(self.inputs.shapes or None) if stated and self.inputs is not None else None,
+            input_dtype=self.inputs.dtypes if self.inputs is not None else (),
+            inputs=self.inputs.texts if stated and self.inputs is not None else (),
+        )
+
+    def _is_input_stated(self) -> bool:
+        recorded = self.record is not None and (self.record.input_size is not None or self.record.inputs)
+        return bool(self.source.input_size is not None or self.source.inputs or recorded)
+
+    def lost_values(self) -> list[str]:
+        """What there is to tell of values that a narrower dtype cannot hold, after they have been written."""
+        cast = {name: tensor for name, tensor in self.model.tensors.items() if tensor.cast_from and tensor.source}
+        if not cast:
+            return []
+        from modelcli.values import overflow
+
+        ordered = sorted(cast, key=lambda name: cast[name].kind == "buffer")  # parameters first, as PyTorch lists them
+        entries: dict[str, TensorEntry] = {name: self._sources.entry(name, cast[name]) for name in ordered}
+        return overflow.notes_of(entries)
+
+    def drawn_values(self) -> list[str]:
+        return []
+
+
+def _held(model: StateDictModel) -> dict[str, Held]:
+    """The parameters of a model, each under its first name."""
+    found: dict[int, tuple[str, Held]] = {}
+    for name, tensor in model.tensors.items():
+        if tensor.kind == "parameter" and tensor.identity not in found:
+            found[tensor.identity] = (name, Held(tensor.identity, tensor.shape))
+    return dict(found.values())
+
+
+def opened(source: Source) -> OpenStateDict | None:
+    """A checkpoint of unknown architecture; None for a file whose record names one.
+
+    Raises RequestError, UnsafeError, FileFormatError.
+    """
+    reference = resolve.reference_of(source)
+    assert isinstance(reference, CheckpointFile)
+    notes: list[str] = []
+    if (hidden := resolve.hidden_file_note(source.model, source.folder)) is not None:
+        notes.append(hidden)
+    contents = read_to_edit(reference.path, source, notes)
+    record = contents.record
+    if record is not None and (why := resolve.disagreement(record, contents)):
+        notes.append(f"the record in {reference.path.name} was ignored: {why}")
+        record = None
+    if record is not None and record.reference is not None:
+        return None
+    notes += contents.notes
+    seed = source.seed
+    if seed is None:
+        seed = record.seed if record else 0
+    model = model_of(contents, record)
+    made = OpenStateDict(model, source, contents, model, record, notes=notes, seed=seed)
+    if record is not None:
+        made.edits = list(zip(record.numbers, record.edits, strict=True))
+        made.edit_count = record.edit_count
+    made.inputs = _inputs(source, record, model)
+    return made
+
+
+def _inputs(source: Source, record: Record | None, model: StateDictModel) -> StatedInputs | None:
+    """What the model takes, where the command or the file says it: nothing else can."""
+    dtypes = source.input_dtype or (record.input_dtype if record else ())
+    shapes, texts = source.input_size, source.inputs
+    if shapes is None and not texts and record is not None:
+        shapes, texts = record.input_size, record.inputs
+    floating = model.floating_dtype or "float32"
+    if texts:
+        named = input_texts.parse_all(texts)
+        for item in named:
+            if item.path and not item.path[0].isdecimal():
+                raise RequestError(
+                    f"the file does not say its architecture, and so not whether forward has an argument "
+                    f"{item.path[0]!r}",
+                    "--arch names it",
+                )
+        return StatedInputs(shapes or (), dtypes, floating=floating, named=named)
+    return None if shapes is None else StatedInputs(shapes, dtypes, floating=floating)

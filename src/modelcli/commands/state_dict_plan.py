@@ -1,0 +1,220 @@
+"""From a state-dict model to a plan for writing: each tensor with the source of its bytes, casts and all. No torch."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from itertools import pairwise
+from math import prod
+from typing import Any
+
+from modelcli import writing
+from modelcli.checkpoints import CompositeEntry, Contents, Storage, TensorEntry, shapes
+from modelcli.checkpoints.torch_pickle.composite_tensors import require_call
+from modelcli.errors import RequestError
+from modelcli.model.dtypes import ITEM_BYTES
+from modelcli.model.paths import ancestors, parent_of
+from modelcli.model.state_dict import StateDictModel, StateDictTensor
+from modelcli.writing import Plan, PlannedTensor, compacting
+from modelcli.writing.extras import belongs_to_model, is_empty, left_out_note, refusal_for_safetensors
+
+
+class Sources:
+    """The storages of a model's tensors, one object for each: what was cast is converted when its bytes are read."""
+
+    def __init__(self) -> None:
+        self._found: dict[object, Storage] = {}
+        self._views: dict[object, Storage] = {}
+
+    def of(self, name: str, tensor: StateDictTensor) -> Storage:
+        """The storage that a tensor is a view of. Raises RequestError where nothing gives it values."""
+        if tensor.shape is None:
+            raise RequestError(
+                f"{name} has no shape yet: its module is lazy",
+                "put a module with all its sizes in its place first",
+            )
+        if tensor.source is None:
+            raise RequestError(f"{name} has no numbers: nothing says where they come from")
+        if not tensor.cast_from:
+            return tensor.source  # type: ignore[return-value]  # every source is a storage
+        key = tensor.storage
+        if key not in self._found:
+            from modelcli.values.conversion import converted
+
+            storage: Storage = tensor.source  # type: ignore[assignment]
+            dtypes = (*tensor.cast_from, tensor.dtype)
+            for before, after in pairwise(dtypes):
+                storage = converted(storage, before, after)
+            self._found[key] = storage
+        return self._found[key]
+
+    def entry(self, name: str, tensor: StateDictTensor) -> TensorEntry:
+        """A tensor as a file would hold it."""
+        storage = self.of(name, tensor)
+        assert tensor.shape is not None
+        return TensorEntry(tensor.shape, tensor.dtype, tensor.stride, tensor.offset, storage)
+
+    def row_major(self, name: str, tensor: StateDictTensor) -> Storage:
+        """Its elements one after another; one object for tensors that are the same view."""
+        storage = self.of(name, tensor)
+        assert tensor.shape is not None
+        nbytes = prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
+        if not tensor.offset and nbytes == storage.nbytes and tensor.stride == shapes.row_major(tensor.shape):
+            return storage
+        view = (tensor.storage, tensor.offset, tensor.shape, tensor.stride, tensor.dtype)
+        if view not in self._views:
+            from modelcli.values.row_major import row_major
+
+            self._views[view] = row_major(self.entry(name, tensor))
+        return self._views[view]
+
+
+def plan(
+    model: StateDictModel,
+    opened: StateDictModel,
+    contents: Contents,
+    record: str,
+    kind: str,
+    *,
+    bare: bool = False,
+    compact: bool = False,
+    sources: Sources | None = None,
+) -> Plan:
+    """What to write for a state-dict model, in a format of `writing`.
+
+    `opened` is the model as the file has it, and `record` the text of the record. `bare` drops what stood around the
+    state dict. `compact` writes of each storage what the tensors show of it.
+
+    Raises RequestError for what a checkpoint of that kind cannot hold.
+    """
+    sources = sources or Sources()
+    tensors: dict[str, PlannedTensor] = {}
+    extras: dict[str, Any] = {}
+    names = in_order(model, opened, contents)
+    pickled = writing.holds_pickles(kind)
+    for name in names:
+        entry = model.entries[name]
+        if not isinstance(entry, StateDictTensor):
+            _require_writable(name, entry.value)
+            extras[name] = entry.value
+        elif pickled:
+            storage, shape = sources.of(name, entry), entry.shape or ()
+            tensors[name] = PlannedTensor(shape, entry.dtype, entry.stride, entry.offset, storage)
+        else:
+            # safetensors holds every tensor by itself, row-major: a view is written as what it shows.
+            storage, shape = sources.row_major(name, entry), entry.shape or ()
+            tensors[name] = PlannedTensor(shape, entry.dtype, shapes.row_major(shape), 0, storage)
+    tree, key = None, None
+    if bare:
+        extras = {name: value for name, value in extras.items() if belongs_to_model(name, value)}
+    elif contents.key is not None and pickled:
+        tree, key = contents.tree, contents.key
+    notes = []
+    if not pickled:
+        notes += left_out_note(extras)
+        extras = {name: value for name, value in extras.items() if not is_empty(value)}
+        if extras:
+            raise refusal_for_safetensors(extras)
+    elif compact:
+        tensors = compacting.compacted(tensors, lambda name: sources.row_major(name, model.tensors[name]))
+    elif unshown := compacting.unshown(tensors):
+        notes.append(unshown)
+    return Plan(
+        tensors,
+        record,
+        metadata_of(model, contents),
+        extras,
+        tree,
+        key,
+        contents.texts,
+        tuple(name for name in names if name in tensors or name in extras),
+        tuple(notes),
+    )
+
+
+def _require_writable(name: str, value: Any) -> None:
+    """Raise RequestError for a tensor that torch has no type for, wherever it lies in an entry."""
+    if isinstance(value, CompositeEntry):
+        require_call(name, value)
+    elif type(value) is dict:
+        for item in value.values():
+            _require_writable(name, item)
+    elif type(value) in (list, tuple):
+        for item in value:
+            _require_writable(name, item)
+
+
+def in_order(model: StateDictModel, opened: StateDictModel, contents: Contents) -> list[str]:
+    """The keys in the order in which they are written: that of the file.
+
+    A key stays where it was, whatever it is called now. The tensors of a new module stand where the first of the old
+    ones was whose place it took, others behind the one that is before them in their module.
+    """
+    positions = {name: position for position, name in enumerate(contents.names)}
+    before = {name: tensor.identity for name, tensor in opened.tensors.items()}
+    now = {name: tensor.identity for name, tensor in model.tensors.items()}
+    renamed: dict[int, list[int]] = {}  # where each tensor was under names that it has no more: a tied one has several
+    for name in sorted(before, key=positions.__getitem__):
+        if now.get(name) != before[name]:
+            renamed.setdefault(before[name], []).append(positions[name])
+    for places in renamed.values():
+        places.reverse()
+    taken = _places_of_new(before, now, positions)
+    found: dict[str, int] = {}
+    last = -1
+    for name in model.keys:
+        identity = now.get(name)
+        if identity is not None and before.get(name) == identity:
+            last = positions[name]
+        elif identity is not None and (others := renamed.get(identity)):
+            last = others.pop()
+        else:
+            place = None
+            if taken:
+                place = next((taken[path] for path in ancestors(parent_of(name)) if path in taken), None)
+            last = positions.get(name, last) if place is None else place
+        found[name] = last
+    return sorted(found, key=found.__getitem__)
+
+
+def _places_of_new(before: Mapping[str, int], now: Mapping[str, int], positions: Mapping[str, int]) -> dict[str, int]:
+    """Where the first tensor of the file was below each path that had some and has none of them any more."""
+    there, known = set(now.values()), set(before.values())
+    gone = [name for name, identity in before.items() if identity not in there]
+    if not gone:
+        return {}
+    held = {path for name, identity in now.items() if identity in known for path in ancestors(parent_of(name))}
+    places: dict[str, int] = {}
+    for name in gone:
+        for path in ancestors(parent_of(name)):
+            if path not in held:
+                places[path] = min(positions[name], places.get(path, positions[name]))
+    return places
+
+
+def metadata_of(model: StateDictModel, contents: Contents) -> dict[str, Any]:
+    """The `_metadata` of the file for a model that edits may have changed: each entry goes where its module goes.
+
+    The entry of a module without tensors goes with the module above it; a new module of a known type has its own.
+    """
+    if not contents.metadata:
+        return {}
+    in_file = {path for name in (*contents.tensors, *contents.extras) for path in ancestors(parent_of(name))}
+    places: dict[str, list[str]] = defaultdict(list)
+    known: dict[str, Any] = {}
+    for path, module in model.modules.items():
+        if module.version is not None:
+            known[path] = {"version": module.version}
+        elif module.origin is not None:
+            places[module.origin].append(path)
+    found: dict[str, Any] = {path: entry for path, entry in contents.metadata.items() if not path}
+    for path, entry in contents.metadata.items():
+        above = next((above for above in ancestors(path) if above in in_file), "")
+        for place in places[above]:
+            moved = ".".join(part for part in (place, path[len(above) :].removeprefix(".")) if part)
+            if above == path or moved not in model.modules:
+                found[moved] = entry
+    return {name: dict(value) if isinstance(value, dict) else value for name, value in (found | known).items()}
+
+
+__all__ = ["Sources", "in_order", "metadata_of", "plan"]

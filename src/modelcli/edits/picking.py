@@ -1,0 +1,83 @@
+"""What edits pick, grouped into the rows that are shown of it, and what there is to tell of ties."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+from modelcli.language import selectors
+from modelcli.model.blueprint import Blueprint
+from modelcli.model.paths import ancestors, parent_of
+from modelcli.model.state_dict import StateDictModel
+from modelcli.model.tensors import TensorInfo
+from modelcli.wording import counted
+
+
+def groups_of(targets: Sequence[str], blueprint: Blueprint, chosen: Collection[str]) -> list[tuple[str, list[str]]]:
+    """The chosen tensors by the outermost module or tensor that a target names: one row each."""
+    tops: dict[str, list[str]] = {}
+    named: set[str] = set()
+    for target in targets:
+        named |= selectors.matched_modules(selectors.parse(target), blueprint)
+    chosen = chosen if isinstance(chosen, set | frozenset) else set(chosen)
+    outermost: dict[str, str | None] = {}
+    for name in blueprint.by_name:
+        if name in chosen:
+            above = parent_of(name)
+            if above not in outermost:
+                outermost[above] = next((path for path in reversed(list(ancestors(above))) if path in named), None)
+            top = outermost[above]
+            tops.setdefault(name if top is None or not name else top, []).append(name)
+    return list(tops.items())
+
+
+def tie_notes(groups: Iterable[Sequence[str]], names: Collection[str], done: str) -> list[str]:
+    """What there is to tell where an edit of some tensors is one of others as well, since they are tied.
+
+    `groups` are the names of tensors that are one for this edit, `names` those that were picked, and `done` is what
+    became of them: `frozen`.
+    """
+    told, names = [], frozenset(names)
+    for group in groups:
+        picked = [name for name in group if name in names]
+        others = [name for name in group if name not in names]
+        if picked and others:
+            told.append(f"{picked[0]} is one tensor with {', '.join(others)}: that is {done} too")
+    return told if len(told) <= 3 else [*told[:3], f"{len(told) - 3} more tensors are {done} under other names too"]
+
+
+def names_of_one(blueprint: Blueprint) -> list[list[str]]:
+    """All names of each tensor, tied ones together: what has one flag and one dtype. Views are tensors of their own."""
+    everywhere: dict[str, list[str]] = {}
+    for tensor in blueprint.tensors:
+        everywhere.setdefault(tensor.identity, []).append(tensor.name)
+    return list(everywhere.values())
+
+
+@dataclass
+class Part:
+    """What lies at and below a module: its short form, and the elements of its parameters."""
+
+    brief: str = ""
+    params: int = 0
+
+
+def parts_below(model: StateDictModel, paths: Collection[str]) -> dict[str, Part]:
+    """What each of these modules comes to; none of them lies in another one, but for the root."""
+    wanted = set(paths)
+    tensors: dict[str, dict[str, TensorInfo]] = {path: {} for path in paths}
+    for info in model.blueprint.tensors:
+        for path in ancestors(parent_of(info.name)):
+            if path in wanted:
+                tensors[path].setdefault(info.identity, info)
+    found = {}
+    for path, own in tensors.items():
+        params = sum(info.elements for info in own.values() if info.kind == "parameter")
+        module = model.modules[path]
+        found[path] = Part(counted(len(own), "tensor") if module.brief is None else module.brief, params)
+    return found
+
+
+def are_numbers(names: Iterable[str]) -> bool:
+    """Whether names are numbers as PyTorch calls children, none of them twice in another spelling (`1`, `01`)."""
+    return all(name.isascii() and name.isdigit() and len(name) < 10 and str(int(name)) == name for name in names)

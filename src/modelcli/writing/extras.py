@@ -1,0 +1,61 @@
+"""Entries of a state dict that are no plain tensors: what a format does with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from modelcli.checkpoints import CompositeEntry
+from modelcli.checkpoints.torch_pickle.pickles import Global, Opaque
+from modelcli.errors import RequestError
+from modelcli.wording import listed
+
+
+def is_empty(value: Any) -> bool:
+    """Whether an entry says nothing that would be missed: the `_extra_state` of a module that has none to tell."""
+    if isinstance(value, Opaque):
+        return value.call in _EMPTIES and not any((*_as_tuple(value.args), value.appended, value.items, value.state))
+    return value is None or (isinstance(value, str | bytes | dict | list | tuple) and not value)
+
+
+def _as_tuple(args: Any) -> tuple[Any, ...]:
+    return args if isinstance(args, tuple) else (args,)
+
+
+#: The calls that make an empty container where they have no arguments, or empty ones.
+_EMPTIES = frozenset(
+    Global(module, name)
+    for module, names in (
+        ("builtins", ("set", "bytearray", "bytes")),
+        ("__builtin__", ("set", "bytearray", "bytes")),
+        ("collections", ("Counter",)),
+        ("_codecs", ("encode",)),
+    )
+    for name in names
+)
+
+
+def belongs_to_model(name: str, value: Any) -> bool:
+    """Whether an entry that is no plain tensor is a part of the model."""
+    return isinstance(value, CompositeEntry) or name.endswith("_extra_state")
+
+
+def left_out_note(extras: Mapping[str, Any]) -> list[str]:
+    """What there is to tell of empty entries where a format holds tensors alone."""
+    empty = [name for name, value in extras.items() if is_empty(value)]
+    if not empty:
+        return []
+    what = "is empty and was" if len(empty) == 1 else "are empty and were"
+    return [f"{listed(empty, 3)} {what} left out: safetensors holds tensors alone"]
+
+
+def refusal_for_safetensors(extras: Mapping[str, Any]) -> RequestError:
+    """The error for entries that are no tensors, or of a dtype without a name there."""
+    name = min(extras)
+    if isinstance(value := extras[name], CompositeEntry):
+        what = value.dtype if value.layout == "strided" else value.layout
+        where = "" if value.parts or value.stored_bytes else " on the meta device"
+        told = f"{name} is {what}{where}, which safetensors has no name for"
+    else:
+        told = f"{name} is no tensor, and safetensors holds nothing else"
+    return RequestError(told, "write a .pth file")

@@ -52,9 +52,7 @@ def load(
 
 
 def save(
-    out: Annotated[
-        str, typer.Argument(help="The file to write: .pth, .pt, .ckpt, .bin, .safetensors, or a folder/ of shards.")
-    ],
+    out: Annotated[str, typer.Argument(help="The file to write: {suffixes}, or a folder/ of shards.")],
     edit: SaveOptions,
     source: SourceOptions,
     options: OutputOptions,

@@ -2,8 +2,7 @@
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command_from_info
@@ -15,23 +14,42 @@ from modelcli.cli.options import expanded
 EDITS = "(edits)"
 
 
-@dataclass(frozen=True)
-class Command:
+class ProgramCommand(TyperCommand):
+    """A command whose help may say `{suffixes}`: those of all formats, which are asked for when the help is shown."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        self._complete_help()
+        super().format_help(ctx, formatter)
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> Any:
+        self._complete_help()
+        return super().shell_complete(ctx, incomplete)
+
+    def _complete_help(self) -> None:
+        for parameter in self.params:
+            text = getattr(parameter, "help", None)
+            if text and "{suffixes}" in text:
+                from modelcli.checkpoints import formats
+
+                parameter.help = text.replace("{suffixes}", formats.written_suffixes())  # type: ignore[attr-defined]
+
+
+class Command(NamedTuple):
     """One command: its function, whose docstring is the help, and how `--help` lists it."""
 
     name: str
     function: Callable[..., Any]
     panel: str | None = None
     epilog: str | None = None
-    cls: type[TyperCommand] = TyperCommand
-    context_settings: dict[str, Any] = field(default_factory=dict)
+    cls: type[TyperCommand] = ProgramCommand
+    context_settings: Mapping[str, Any] = {}
 
     def built(self) -> Any:
         """The command as Typer runs it."""
         info = CommandInfo(
             name=self.name,
             cls=self.cls,
-            context_settings=self.context_settings,
+            context_settings=dict(self.context_settings),
             callback=expanded(self.function),
             epilog=self.epilog,
             rich_help_panel=self.panel,
@@ -39,8 +57,7 @@ class Command:
         return get_command_from_info(info, pretty_exceptions_short=True, rich_markup_mode="rich")
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(NamedTuple):
     """A command with commands of its own."""
 
     name: str

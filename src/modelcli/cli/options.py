@@ -1,11 +1,10 @@
-"""The options that commands share, as dataclasses; a command's parameter of such a type stands for all of them."""
+"""The options that commands share, in groups; a command's parameter of such a type stands for all of its options."""
 
 import functools
 import inspect
-from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
 
 import typer
 from typer._click.types import StringParamType  # typer's own click: nothing else of it leaves a type out of the help
@@ -37,8 +36,40 @@ def exit_codes(*codes: int, no: str | None = None) -> str:
     return "Exit codes: " + "; ".join(f"{code} {meanings[code]}" for code in (*codes, 130)) + f"; {ENDED}."
 
 
+class _Given(NamedTuple):
+    """An option as a group states it: its value where it is not given, and what Typer needs to know of it."""
+
+    default: Any
+    info: Any
+
+
 def _option(*names: str, help: str | None = None, default: Any = None, **settings: Any) -> Any:  # noqa: A002
-    return field(default=default, metadata={"option": typer.Option(*names, help=help, **settings)})
+    return _Given(default, typer.Option(*names, help=help, **settings))
+
+
+class OptionGroup:
+    """Options that several commands have. A subclass states them as a dataclass would.
+
+    It is none: Python takes 2 ms to make a dataclass of twenty fields, in every run of every command.
+    """
+
+    #: The options by name, those of the classes above first: the type of each, and what it is.
+    options: ClassVar[Mapping[str, tuple[Any, _Given]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        found = dict(cls.options)
+        for name, annotation in inspect.get_annotations(cls).items():
+            given = cls.__dict__.get(name)
+            if isinstance(given, _Given):
+                found[name] = annotation, given
+                setattr(cls, name, given.default)
+        cls.options = found
+
+    def __init__(self, **values: Any) -> None:
+        self.__dict__.update(values)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"the options of a command stay as they were given: {name}")
 
 
 def check_seed(seed: int | None) -> None:
@@ -49,11 +80,9 @@ def check_seed(seed: int | None) -> None:
         raise RequestError(f"--seed {seed} is not a whole number from 0 to 2^63 - 1")
 
 
-@dataclass(frozen=True)
-class OutputOptions:
+class OutputOptions(OptionGroup):
     """How to show the result."""
 
-    is_group: ClassVar[bool] = True
     format: str | None = _option(
         "-f",
         "--format",
@@ -67,11 +96,9 @@ class OutputOptions:
     debug: bool = _option("--debug", help="Show tracebacks.", default=False, rich_help_panel="Output")
 
 
-@dataclass(frozen=True)
-class ModelOptions:
+class ModelOptions(OptionGroup):
     """What decides a model's architecture and numbers, of one model or of both that are compared."""
 
-    is_group: ClassVar[bool] = True
     weights: str | None = _option(
         "--weights",
         help="none, DEFAULT, a name of torchvision's, or a file.",
@@ -112,7 +139,6 @@ class ModelOptions:
     )
 
 
-@dataclass(frozen=True)
 class SourceOptions(ModelOptions):
     """What decides one model, besides its reference."""
 
@@ -172,7 +198,6 @@ class SourceOptions(ModelOptions):
         }
 
 
-@dataclass(frozen=True)
 class DiffOptions(ModelOptions):
     """What decides the two models that are compared, besides their references."""
 
@@ -199,11 +224,9 @@ class DiffOptions(ModelOptions):
         return Source(a, key=keys[0], **rest), Source(b, key=keys[-1], **rest)
 
 
-@dataclass(frozen=True)
-class AssertOptions:
+class AssertOptions(OptionGroup):
     """What a model is asserted to be."""
 
-    is_group: ClassVar[bool] = True
     max_params: str | None = _option(
         "--max-params", help="At most so many parameters: 60M.", metavar="N", rich_help_panel="Assertions"
     )
@@ -302,11 +325,9 @@ class AssertOptions:
         return found
 
 
-@dataclass(frozen=True)
-class LookOptions:
+class LookOptions(OptionGroup):
     """What the commands that only look have in common."""
 
-    is_group: ClassVar[bool] = True
     option_model: str | None = _option(
         "-m",
         "--model",
@@ -320,11 +341,9 @@ class LookOptions:
     )
 
 
-@dataclass(frozen=True)
-class SaveOptions:
+class SaveOptions(OptionGroup):
     """Which model is written, and how."""
 
-    is_group: ClassVar[bool] = True
     model: str | None = _option(
         "-m",
         "--model",
@@ -372,24 +391,21 @@ class SaveOptions:
     )
 
 
-@dataclass(frozen=True)
 class EditOptions(SaveOptions):
     """Which model an edit works on, and what becomes of the result."""
 
     out: str | None = _option(
         "-o",
         "--out",
-        help="Write the result: .pth, .pt, .ckpt, .bin, .safetensors, or a folder/.",
+        help="Write the result: {suffixes}, or a folder/.",
         rich_help_panel="Result",
         metavar="OUT",
     )
 
 
-@dataclass(frozen=True)
-class UnheededOptions:
+class UnheededOptions(OptionGroup):
     """How `apply` writes: `script` takes the same words, and writes nothing."""
 
-    is_group: ClassVar[bool] = True
     force: bool = _option("--force", default=False, hidden=True)
     dry_run: bool = _option("--dry-run", default=False, hidden=True)
     check: str = _option("--check", default="meta", hidden=True)
@@ -400,7 +416,7 @@ class UnheededOptions:
 
 def names_of(*groups: Any) -> set[str]:
     """The long names of all options in groups of options."""
-    options = [item.metadata["option"] for group in groups for item in fields(group)]
+    options = [given.info for group in groups for _, given in group.options.values()]
     # Typer takes the first name for a default, until the option stands in a signature.
     return {name for option in options for name in (option.default, *option.param_decls) if name.startswith("--")}
 
@@ -427,28 +443,24 @@ def expanded(function: Callable[..., Any]) -> Callable[..., Any]:
     groups: dict[str, Any] = {}
     for parameter in signature.parameters.values():
         kind = parameter.annotation
-        if not getattr(kind, "is_group", False):
+        if not (isinstance(kind, type) and issubclass(kind, OptionGroup)):
             _named_in_capitals(parameter)
             parameters.append(parameter)
             continue
         groups[parameter.name] = kind
-        hints = get_type_hints(kind)
-        for item in fields(kind):
-            assert item.default is not MISSING
-            parameters.append(
-                inspect.Parameter(
-                    item.name,
-                    inspect.Parameter.KEYWORD_ONLY,
-                    default=item.default,
-                    annotation=Annotated[hints[item.name], item.metadata["option"]],
-                )
+        parameters += [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=given.default,
+                annotation=Annotated[annotation, given.info],
             )
+            for name, (annotation, given) in kind.options.items()
+        ]
 
     @functools.wraps(function)
     def call(*args: Any, **given: Any) -> Any:
-        made = {
-            name: kind(**{item.name: given.pop(item.name) for item in fields(kind)}) for name, kind in groups.items()
-        }
+        made = {name: kind(**{key: given.pop(key) for key in kind.options}) for name, kind in groups.items()}
         return function(*args, **given, **made)
 
     ordered = sorted(parameters, key=lambda parameter: parameter.kind)

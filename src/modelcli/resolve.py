@@ -222,18 +222,19 @@ def _python_object(source: str, target: str, folder: Path, *, look: bool) -> Pyt
     return PythonObject(source, name, call)
 
 
-def names_a_file(text: str, folder: Path, prefix: str | None = None) -> bool:
+def names_a_file(text: str, folder: Path, model: str = "") -> bool:
     """Whether the value of `--weights` is a path, as seen from `folder`, and not a name of a provider's weights.
 
     It is one where it has a separator or the suffix of a checkpoint, or where a file or folder is called so and no
-    weights are. `prefix` is that of the model which the weights are for.
+    weights are. `model` is the reference that they are for, whose prefix may say which names there are.
     """
     if formats.has_known_suffix(text) or "/" in text or "\\" in text:
         return True
-    return text not in ("none", "DEFAULT") and exists(folder / text) and not _names_weights(text, prefix)
+    return text not in ("none", "DEFAULT") and exists(folder / text) and not _names_weights(text, model)
 
 
-def _names_weights(text: str, prefix: str | None) -> bool:
+def _names_weights(text: str, model: str) -> bool:
+    prefix = providers.prefix_of(model)
     provider = None if prefix is None else providers.by_prefix(prefix)
     asked = providers.built_in() if provider is None else (provider,)
     return any(text in provider.weights_names() for provider in asked)

@@ -20,9 +20,10 @@ from modelcli import checkpoints, writing
 from modelcli.checkpoints import CompositeEntry, Contents, TensorEntry
 from modelcli.checkpoints import record as records
 from modelcli.language.references import Source
-from modelcli.live import composites, loading, zoo
+from modelcli.live import composites, loading
 from modelcli.live.opening import open_live
 from modelcli.live.planning import plan
+from modelcli.live.providers import torchvision as zoo
 from modelcli.live.sources import Value
 from modelcli.model.dtypes import ITEM_BYTES
 from modelcli.writing import Plan

@@ -17,8 +17,9 @@ from modelcli.checkpoints import limits
 from modelcli.checkpoints.record import Record, to_text
 from modelcli.errors import FileFormatError, RequestError, UnsafeError
 from modelcli.language.references import CheckpointFile, NamedModel, Source
-from modelcli.live import planning, zoo
+from modelcli.live import planning
 from modelcli.live.opening import open_live
+from modelcli.live.providers import torchvision as zoo
 from modelcli.model.blueprint import LayerTrace, ModuleInfo
 from tests.conftest import Cli
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from modelcli.live import zoo
+from modelcli.live.providers import torchvision as zoo
 from modelcli.live.surgery import init as initialising
 from modelcli.providers import torch_nn
 from modelcli.providers import torchvision as torchvision_provider

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import modelcli
-from modelcli.live import zoo
+from modelcli.live.providers import torchvision as zoo
 from tests.conftest import Cli
 
 

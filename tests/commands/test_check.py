@@ -14,9 +14,9 @@ from modelcli import recipe
 from modelcli.cli import main
 from modelcli.errors import SystemFailureError
 from modelcli.language.references import Source
-from modelcli.live import zoo
 from modelcli.live.check import check
 from modelcli.live.opening import open_live
+from modelcli.live.providers import torchvision as zoo
 from tests.conftest import Cli
 
 

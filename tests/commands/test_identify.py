@@ -11,7 +11,7 @@ import torchvision
 from torch import nn
 
 from modelcli.commands import blueprint_cache
-from modelcli.live import zoo
+from modelcli.live.providers import torchvision as zoo
 from modelcli.model import state_dict_match
 from tests.commands.test_diff import fresh
 from tests.conftest import Cli
@@ -138,7 +138,9 @@ def test_wrappers_training_checkpoints_and_files_of_before_0_4_1(known: Cli) -> 
 
 def test_nothing_comes_near(known: Cli) -> None:
     torch.save({"w": torch.zeros(3)}, "bare.pth")
-    assert known("identify", "bare.pth", code=1).out == "bare.pth comes near no torchvision builder\n"
+    assert (
+        known("identify", "bare.pth", code=1).out == "bare.pth comes near none of the models that modelcli list shows\n"
+    )
     assert known("identify", "bare.pth", "--json", code=1).json["matches"] == []
     torch.save({"only.num_batches_tracked": torch.tensor(1)}, "bare.pth")
     known("identify", "bare.pth", code=1)

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from modelcli import edits
-from modelcli.live import scripting, zoo
+from modelcli.live import scripting
+from modelcli.live.providers import torchvision as zoo
 from modelcli.live.script.access_paths import place
 from modelcli.live.script.source_text import InexpressibleError, SourceText
 from modelcli.live.script.step import Step

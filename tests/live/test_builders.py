@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from modelcli.language.references import Source
-from modelcli.live import zoo
 from modelcli.live.opening import open_live
 from modelcli.live.planning import traced
+from modelcli.live.providers import torchvision as zoo
 from modelcli.model.printed import repr_text
 from tests.conftest import Cli
 

@@ -14,8 +14,9 @@ import modelcli
 from modelcli import edits, writing
 from modelcli.errors import AnswerNoError, FileFormatError, RequestError, UnsafeError
 from modelcli.language.references import Source
-from modelcli.live import planning, zoo
+from modelcli.live import planning
 from modelcli.live.opening import open_live
+from modelcli.live.providers import torchvision as zoo
 from modelcli.live.sources import named_tensors, real_tensor
 from modelcli.writing import Care
 from tests import nets

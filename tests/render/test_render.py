@@ -20,7 +20,6 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
-from modelcli.commands.list import Builder
 from modelcli.commands.load import LoadResult
 from modelcli.edits import parse
 from modelcli.language.references import Source
@@ -28,6 +27,7 @@ from modelcli.model.blueprint import Blueprint, LayerTrace, ModuleInfo, Trace
 from modelcli.model.state_dict_match import Mismatch
 from modelcli.model.tensors import TensorInfo
 from modelcli.model.totals import totals_of
+from modelcli.providers.base import PublishedModel
 from modelcli.recipe import Recipe
 from modelcli.render import writers
 from modelcli.render.documents import edit as edit_document
@@ -857,7 +857,7 @@ def test_save() -> None:
 
 
 def test_list() -> None:
-    entry = Builder("alexnet", 61_100_840, 714_188_480, ("IMAGENET1K_V1",), "c")
+    entry = PublishedModel("alexnet", "c", ("IMAGENET1K_V1",), 61_100_840, 714_188_480)
     shown = list_document.models([entry, replace(entry, name="odd", macs=None, weights=())])
     row = {"name": "alexnet", "params": 61_100_840, "macs": 714_188_480, "weights": ["IMAGENET1K_V1"], "group": "c"}
     assert shown.document == {"schema": 1, "models": [row, row | {"name": "odd", "macs": None, "weights": []}]}

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from modelcli import providers
 from modelcli.checkpoints import limits
 from modelcli.checkpoints.entries import CompositeEntry, TensorEntry, info_of, looks_like_buffer
 from modelcli.checkpoints.record import Record
@@ -144,6 +145,6 @@ class Contents:
 
 def foreign_names(names: Sequence[str], *, most: int) -> str:
     """Names of foreign classes and functions in a line: those that no tensor library has come first."""
-    harmless = ("torch.", "torchvision.", "numpy.", "collections.")
+    harmless = tuple(f"{package}." for package in ("torch", "numpy", "collections", *providers.packages()))
     ordered = sorted(names, key=lambda name: name.startswith(harmless))
     return listed(ordered, most)

@@ -69,7 +69,7 @@ ZIP_ENTRIES = Limit("MODELCLI_MAX_ZIP_ENTRIES", 1_000_000, "entries")
 DIMENSIONS = Limit("MODELCLI_MAX_DIMENSIONS", 64, "dimensions")
 #: What a `Budget` has beyond the size of its file.
 EXPANSION = Limit("MODELCLI_MAX_EXPANSION", 2 * 1024 * 1024, "bytes")
-#: Modules that a constructor call of torch's or torchvision's may make, in a record or as it is typed.
+#: Modules that a constructor call of a known library may make, in a record or as it is typed.
 MODULES = Limit("MODELCLI_MAX_MODULES", 20_000, "modules")
 #: As safetensors' own reader has it.
 HEADER_BYTES = Limit("MODELCLI_MAX_HEADER_BYTES", 100_000_000, "bytes")

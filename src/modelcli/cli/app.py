@@ -22,7 +22,7 @@ COMMANDS = {
 
 
 class _Program(TyperGroup):
-    """The program: each of its commands is made when it is asked for."""
+    """The program: each of its commands is made when it is asked for, and so is the last line of its help."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -30,6 +30,14 @@ class _Program(TyperGroup):
 
     def list_commands(self, _context: Any) -> list[str]:
         return list(self.commands)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help, as Typer does; what a model may be is said by the providers, those of other packages too."""
+        from modelcli import providers
+
+        others = [f"a model of the plug-in {prefix} ({prefix}:NAME)" for prefix in providers.plug_ins()]
+        self.epilog = f"A model is {', '.join((*providers.titles(), *others))} or a checkpoint (best.pth)."
+        super().format_help(ctx, formatter)
 
 
 app = typer.Typer(
@@ -40,8 +48,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="A model is a torchvision builder (alexnet), a module expression ('Linear(2,3)'), a class of your own "
-    "(nets.py:Net) or a checkpoint (best.pth).",
 )
 
 
@@ -63,7 +69,7 @@ def _root(
 
 
 def show_version() -> None:
-    """Show the versions of modelcli, torch and torchvision.
+    """Show the versions of modelcli and of the libraries that its models come from.
 
     modelcli version
 

@@ -48,7 +48,7 @@ def warm(
         str | None, typer.Argument(help="Part of a name, or a pattern: 'resnet*'.", autocompletion=completing.builders)
     ] = None,
 ) -> None:
-    """Keep the blueprint of every torchvision builder, or of those of a pattern: a look at one needs no torch then.
+    """Keep the blueprint of every model that has a name, or of those of a pattern: a look at one needs no torch then.
 
     modelcli cache warm alexnet
 

@@ -157,7 +157,7 @@ def identify(
         ),
     ] = None,
 ) -> int:
-    """Show which torchvision builder a checkpoint belongs to, by names and shapes.
+    """Show which known model a checkpoint belongs to, by names and shapes.
 
     modelcli identify best.pth
 

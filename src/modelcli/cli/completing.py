@@ -53,12 +53,12 @@ def one_of(*words: str) -> Callable[..., list[str]]:
 @_completer
 def models(_ctx: typer.Context, incomplete: str) -> Iterable[str]:
     """Builders, and the files and folders that may be a model."""
-    return [*_names(), *_files(incomplete)]
+    return [*_names(incomplete), *_files(incomplete)]
 
 
 @_completer
-def builders(_ctx: typer.Context, _incomplete: str) -> Iterable[str]:
-    return _names()
+def builders(_ctx: typer.Context, incomplete: str) -> Iterable[str]:
+    return _names(incomplete)
 
 
 @_completer
@@ -152,10 +152,12 @@ def _schemes() -> list[str]:
     return [*torch_nn.init_names(), "default"]
 
 
-def _names() -> list[str]:
+def _names(incomplete: str) -> list[str]:
+    """Names of models: after a prefix those of its provider, for which another package may be imported."""
     from modelcli import providers
 
-    return [name for provider in providers.built_in() for name in provider.names()]
+    prefix, colon, _ = incomplete.partition(":")
+    return providers.names_after(prefix) if colon else providers.names()
 
 
 def _files(incomplete: str) -> list[str]:

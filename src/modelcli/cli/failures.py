@@ -5,21 +5,26 @@ from __future__ import annotations
 import sys
 from types import TracebackType
 
+from modelcli import providers
 from modelcli.errors import SystemFailureError
 
-#: What a plain look at a checkpoint does without, and the command that installs it.
-_PACKAGES = ("torch", "torchvision", "torchinfo", "numpy", "safetensors", "timm", "transformers")
+#: What a plain look at a checkpoint does without, beside the libraries of providers.
+_PACKAGES = ("torch", "torchinfo", "numpy", "safetensors", "timm", "transformers")
+
+
+def _packages() -> tuple[str, ...]:
+    return (*_PACKAGES, *providers.packages())
 
 
 def imported_at(error: BaseException) -> str | None:
     """The package in whose import an error came up, the first of several in one another; None where in none."""
-    if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] in _PACKAGES:
+    if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] in _packages():
         return error.name.partition(".")[0]
     trace: TracebackType | None = error.__traceback__
     while trace is not None:
         frame = trace.tb_frame
         package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-        if frame.f_code.co_name == "<module>" and package in _PACKAGES:
+        if frame.f_code.co_name == "<module>" and package in _packages():
             return package
         trace = trace.tb_next
     return None

@@ -258,17 +258,18 @@ def list_builders(
         str | None, typer.Argument(help="Part of a name, or a pattern: 'resnet*'.", autocompletion=completing.builders)
     ] = None,
 ) -> None:
-    """Show torchvision's builders, with parameters, mult-adds and weights as torchvision publishes them.
+    """Show the models that can be named, with parameters, mult-adds and weights as their libraries publish them.
 
     modelcli list
 
     modelcli list 'vit_*'
     """
-    from modelcli.commands.list import ListRequest, builders
+    from modelcli.commands.list import ListRequest, named_models
     from modelcli.render.documents import list as documents
 
     output.format_of(options)
-    output.show(documents.models(builders(ListRequest(pattern))), options)
+    found = named_models(ListRequest(pattern))
+    output.show(documents.models(found.models), options, found.notes)
 
 
 def commands() -> list[Command]:

@@ -101,7 +101,7 @@ class ModelOptions(OptionGroup):
 
     weights: str | None = _option(
         "--weights",
-        help="none, DEFAULT, a name of torchvision's, or a file.",
+        help="none, DEFAULT, the name of pretrained weights, or a file.",
         rich_help_panel="Model",
         autocompletion=completing.weights,
         metavar="WEIGHTS",

@@ -11,12 +11,12 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modelcli import installed, providers
+from modelcli import providers
 from modelcli._version import __version__
 from modelcli.errors import ModelcliError, SystemFailureError
 from modelcli.files.open_folder import read_regular
@@ -64,6 +64,8 @@ class Key:
     input_dtype: tuple[str, ...]
     mode: str
     inputs: tuple[str, ...] = ()
+    #: That of the provider whose model it is, whose libraries have versions of their own.
+    prefix: str | None = None
 
     def document(self) -> dict[str, Any]:
         """The key as JSON values, with the versions that decide what a builder builds."""
@@ -75,14 +77,12 @@ class Key:
             "input_dtype": list(self.input_dtype),
             "inputs": list(self.inputs),
             "mode": self.mode,
-            "versions": dict(_versions()),
+            "versions": _versions(self.prefix),
         }
 
 
-def _versions() -> Iterator[tuple[str, str | None]]:
-    yield "modelcli", __version__
-    for package in providers.packages():
-        yield package, installed.version(package)
+def _versions(prefix: str | None = None) -> dict[str, str | None]:
+    return {"modelcli": __version__, **providers.versions_of(prefix)}
 
 
 def _path(document: Mapping[str, Any], suffix: str) -> Path:
@@ -123,19 +123,20 @@ def require(key: Key, found: Blueprint) -> None:
         ) from None
 
 
-def index(name: str) -> Any:
-    """What is kept under a name beside the blueprints, as JSON values, or None."""
-    return _kept(_index_key(name), INDEX_SUFFIX, "index")
+def index(name: str, prefix: str | None = None) -> Any:
+    """What is kept under a name beside the blueprints, as JSON values, or None. `prefix` is as in `Key`."""
+    return _kept(_index_key(name, prefix), INDEX_SUFFIX, "index")
 
 
-def put_index(name: str, values: Any) -> None:
+def put_index(name: str, values: Any, prefix: str | None = None) -> None:
     """Keep JSON values under a name, for these versions of what is installed."""
     with contextlib.suppress(ModelcliError):
-        _keep(_index_key(name), INDEX_SUFFIX, "index", values)
+        _keep(_index_key(name, prefix), INDEX_SUFFIX, "index", values)
 
 
-def _index_key(name: str) -> dict[str, Any]:
-    return {"schema": SCHEMA, "index": name, "versions": dict(_versions())}
+def _index_key(name: str, prefix: str | None) -> dict[str, Any]:
+    key = {"schema": SCHEMA, "index": name, "versions": _versions(prefix)}
+    return key if prefix is None else key | {"prefix": prefix}
 
 
 def _kept(document: Mapping[str, Any], suffix: str, what: str) -> Any:

@@ -15,7 +15,7 @@ Steps = Callable[[Sequence[str]], Iterable[str]]
 
 @dataclass(frozen=True)
 class WarmRequest:
-    """Whose blueprints to keep: the builders whose name contains `pattern`, or matches it; None means all."""
+    """Whose blueprints to keep: the models whose reference contains `pattern`, or matches it; None means all."""
 
     pattern: str | None = None
 
@@ -46,9 +46,9 @@ def warm(request: WarmRequest, steps: Steps = iter) -> None:
     Raises RequestError where no builder matches and where nothing may be kept, SystemFailureError where nothing can.
     """
     from modelcli.commands import identify
-    from modelcli.commands.list import ListRequest, builders
+    from modelcli.commands.list import ListRequest, named_models
 
-    names = [builder.name for builder in builders(ListRequest(request.pattern))]
+    names = [model.name for model in named_models(ListRequest(request.pattern)).models]
     for name in steps(names):
         _keep(name)
     identify.keep(names, complete=request.pattern is None)

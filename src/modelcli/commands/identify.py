@@ -1,17 +1,17 @@
-"""Which torchvision builder a checkpoint belongs to, by the names and shapes of its tensors."""
+"""Which known model a checkpoint belongs to, by the names and shapes of its tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from modelcli import resolve
+from modelcli import providers, resolve
 from modelcli.commands import blueprint_cache, known_builders
 from modelcli.commands.look import LOOKS_LIKE, Look, LookRequest, cache_key, look, stdout_is_for_data
 from modelcli.commands.target import Target
 from modelcli.errors import RequestError
 from modelcli.language.quoting import quoted
-from modelcli.language.references import CheckpointFile, Source
+from modelcli.language.references import CheckpointFile, NamedModel, Source
 from modelcli.model import state_dict_match
 from modelcli.model.state_dict_match import LISTING, Match, Shapes
 from modelcli.model.tensors import Shape
@@ -41,7 +41,7 @@ class IdentifyResult:
 
 
 def identify(request: IdentifyRequest, steps: Steps = iter) -> IdentifyResult:
-    """Compare a checkpoint with every builder of torchvision; what is not in the cache is built, on the meta device.
+    """Compare a checkpoint with every model that has a name; what is not in the cache is built, on the meta device.
 
     Prefixes of wrappers are stripped. Raises RequestError for what is no checkpoint.
     """
@@ -51,8 +51,9 @@ def identify(request: IdentifyRequest, steps: Steps = iter) -> IdentifyResult:
         raise RequestError(f"{checkpoint} is no checkpoint: it says itself which model it is", "name a file: best.pth")
     found = look(LookRequest(Target(source)))
     shapes, unwrapping = state_dict_match.unwrapped(state_dict_match.shapes_of(found.blueprint.tensors))
-    matches = state_dict_match.best(shapes, _models(steps), MOST)
-    notes = [note for note in found.notes if not note.startswith(LOOKS_LIKE)]
+    models, problems = _models(steps)
+    matches = state_dict_match.best(shapes, models, MOST)
+    notes = [*(note for note in found.notes if not note.startswith(LOOKS_LIKE)), *problems]
     if unwrapping:
         notes.append(unwrapping.note())
     if matches:
@@ -66,48 +67,88 @@ def identify(request: IdentifyRequest, steps: Steps = iter) -> IdentifyResult:
 
 
 def keep(names: Sequence[str], *, complete: bool) -> None:
-    """Keep the names and shapes of these builders, and their fingerprints; `complete` says that there are no others."""
-    listed = _kept()
-    _keep(listed | _built([name for name in names if name not in listed], iter), complete=complete)
+    """Keep the names and shapes of these models, and their fingerprints; `complete` says that there are no others."""
+    groups = _by_prefix(names)
+    if complete:
+        groups = {prefix: [] for prefix in _prefixes()[0]} | groups
+    for prefix, group in groups.items():
+        listed = _kept(prefix)
+        built = _built([name for name in group if name not in listed], iter)
+        _keep(prefix, listed | built, complete=complete)
 
 
-def _models(steps: Steps) -> dict[str, Shapes]:
-    """The tensors of every builder, by the reference that builds it."""
-    kept = blueprint_cache.index(LISTING)
-    if isinstance(kept, dict) and kept["complete"] and not blueprint_cache.is_off():
-        return _kept()
-    from modelcli.live import zoo
-
-    listed = {} if blueprint_cache.is_off() else _kept()
-    missing = [name for name in zoo.builder_names() if name not in listed]
-    listed |= _built(missing, steps)
-    if not blueprint_cache.is_off():
-        _keep(listed, complete=True)
-    return listed
+def _prefixes() -> tuple[list[str | None], tuple[str, ...]]:
+    """The prefixes of all providers whose models have names, and what is wrong with those that cannot be asked."""
+    found = providers.everything()
+    return list(dict.fromkeys(known.prefix for known in found.providers if known.has_names)), found.problems
 
 
-def _kept() -> dict[str, Shapes]:
-    kept = blueprint_cache.index(LISTING)
+def _by_prefix(names: Sequence[str]) -> dict[str | None, list[str]]:
+    groups: dict[str | None, list[str]] = {}
+    for name in names:
+        groups.setdefault(providers.prefix_of(name), []).append(name)
+    return groups
+
+
+def _models(steps: Steps) -> tuple[dict[str, Shapes], tuple[str, ...]]:
+    """The tensors of every known model, by the reference that builds it; and which providers could not be asked."""
+    found, problems = _prefixes()
+    kept = {prefix: {} if blueprint_cache.is_off() else _kept(prefix) for prefix in found}
+    unfinished = [prefix for prefix in found if blueprint_cache.is_off() or not _is_complete(prefix)]
+    if unfinished:
+        missing = [name for prefix in unfinished for name in _names(prefix) if name not in kept[prefix]]
+        for prefix, models in _by_prefix_of_models(_built(missing, steps)).items():
+            kept[prefix] |= models
+        for prefix in unfinished if not blueprint_cache.is_off() else ():
+            _keep(prefix, kept[prefix], complete=True)
+    return {name: shapes for models in kept.values() for name, shapes in models.items()}, problems
+
+
+def _names(prefix: str | None) -> list[str]:
+    """The references to all models of the providers with a prefix, or without one, as their libraries give them."""
+    from modelcli.live import providers as halves
+
+    asked = halves.built_in() if prefix is None else map(halves.half_of, filter(None, [providers.by_prefix(prefix)]))
+    return [half.reference_to(name) for half in asked for name in half.names()]
+
+
+def _by_prefix_of_models(models: dict[str, Shapes]) -> dict[str | None, dict[str, Shapes]]:
+    return {prefix: {name: models[name] for name in names} for prefix, names in _by_prefix(list(models)).items()}
+
+
+def _is_complete(prefix: str | None) -> bool:
+    kept = blueprint_cache.index(LISTING, prefix)
+    return isinstance(kept, dict) and bool(kept["complete"])
+
+
+def _kept(prefix: str | None) -> dict[str, Shapes]:
+    kept = blueprint_cache.index(LISTING, prefix)
     if not isinstance(kept, dict):
         return {}
     return {model: {name: tuple(shape) for name, shape in shapes.items()} for model, shapes in kept["models"].items()}
 
 
-def _keep(models: dict[str, Shapes], *, complete: bool) -> None:
-    before = blueprint_cache.index(LISTING)
-    complete = complete or (isinstance(before, dict) and before["complete"])
-    blueprint_cache.put_index(LISTING, {"complete": complete, "models": models})
+def _keep(prefix: str | None, models: dict[str, Shapes], *, complete: bool) -> None:
+    complete = complete or _is_complete(prefix)
+    blueprint_cache.put_index(LISTING, {"complete": complete, "models": models}, prefix)
     known_builders.add(models)
 
 
 @stdout_is_for_data
 def _built(names: Sequence[str], steps: Steps) -> dict[str, Shapes]:
-    """The tensors of builders, with the arguments that published weights may have been made with, too."""
+    """The tensors of models, with the arguments that published weights may have been made with, too."""
     if not names:
         return {}
-    from modelcli.live import zoo
+    return {text: _shapes(text) for name in steps(names) for text in _variants(name)}
 
-    return {text: _shapes(text) for name in steps(names) for text in zoo.references_of(name)}
+
+def _variants(reference: str) -> list[str]:
+    from modelcli.live import providers as halves
+
+    found = resolve.parse(reference)
+    assert isinstance(found, NamedModel)
+    half = halves.provider_of(found)
+    return [half.reference_to(text) for text in half.variants(found.call.name)]
 
 
 def _shapes(reference: str) -> dict[str, Shape]:

@@ -1,43 +1,50 @@
-"""The builders that a model reference may name."""
+"""The models that providers know by name."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from modelcli.errors import RequestError
+from modelcli import providers
+from modelcli.errors import RequestError, closest
+from modelcli.providers.base import PublishedModel
+
+if TYPE_CHECKING:
+    from modelcli.live.providers.base import LiveProvider
 
 
 @dataclass(frozen=True)
 class ListRequest:
-    """Which builders: those whose name contains `pattern`, or matches it where it has a wildcard; None means all."""
+    """Which models: those whose reference contains `pattern`, or matches it where it has a wildcard; None means all."""
 
     pattern: str | None = None
 
 
 @dataclass(frozen=True)
-class Builder:
-    """A builder, with what its library publishes of its default weights: parameters and multiply-accumulates."""
+class ListResult:
+    """Models, each named by the reference that builds it. `notes` say which providers could not be asked."""
 
-    name: str
-    params: int | None
-    macs: int | None
-    weights: tuple[str, ...]
-    group: str
+    models: tuple[PublishedModel, ...]
+    notes: tuple[str, ...] = ()
 
 
-def builders(request: ListRequest) -> tuple[Builder, ...]:
-    """The builders that match. Raises RequestError where none does."""
+def named_models(request: ListRequest) -> ListResult:
+    """The models that match, as their libraries publish them. Raises RequestError where none does."""
     import fnmatch
 
-    from modelcli.live import zoo
+    from modelcli.live.providers import half_of
 
-    names, pattern = zoo.builder_names(), request.pattern
+    found, pattern = providers.everything(), request.pattern
+    known: dict[str, tuple[LiveProvider, str]] = {}
+    for half in map(half_of, found.providers):
+        known |= {half.reference_to(name): (half, name) for name in half.names()}
+    chosen = list(known)
     if pattern:
         glob = pattern if any(character in pattern for character in "*?[") else f"*{pattern}*"
-        chosen = [name for name in names if fnmatch.fnmatchcase(name, glob)]
+        chosen = [reference for reference in known if fnmatch.fnmatchcase(reference, glob)]
         if not chosen:
-            near = zoo.nearest_names(pattern)
+            near = closest(pattern, list(known)) or [name for name in known if pattern.lower() in name][:4]
             raise RequestError(f"no builder matches {pattern!r}", f"nearest: {', '.join(near)}" if near else None)
-        names = chosen
-    found = map(zoo.describe, names)
-    return tuple(Builder(info.name, info.params, info.macs, info.weights, info.group) for info in found)
+    models = ((reference, *known[reference]) for reference in chosen)
+    published = (replace(half.published(name), name=reference) for reference, half, name in models)
+    return ListResult(tuple(published), found.problems)

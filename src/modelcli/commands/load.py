@@ -103,7 +103,7 @@ def _keep(live: Live, target: Target) -> None:
 def _of_numbers(live: Live) -> list[str]:
     """Where the numbers of a loaded model come from, where that is not what its user may think."""
     base = live.architecture
-    if live.drawn and base is not None and base.builder:
+    if live.drawn and base is not None and base.pretrained:
         return [f"the numbers of {base.reference} are random: --weights DEFAULT takes the pretrained ones"]
     if live.contents is not None and live.architecture is None:
         return [f"{live.contents.path} does not say its architecture: --arch names it, and edits are then checked"]

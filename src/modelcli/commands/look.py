@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
-from modelcli import checkpoints, resolve
+from modelcli import checkpoints, providers, resolve
 from modelcli.checkpoints import Contents
 from modelcli.checkpoints.contents import foreign_names
 from modelcli.checkpoints.record import Record
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 #: How the note begins that names the builders a file fits.
-LOOKS_LIKE = "looks like torchvision"
+LOOKS_LIKE = "looks like"
 
 NO_ARCHITECTURE = "the file does not say its architecture: --arch names one"
 
@@ -251,39 +251,39 @@ def cache_key(target: Target, mode: str) -> blueprint_cache.Key | None:
     source = target.source
     if blueprint_cache.is_off() or target.edits or source.arch is not None or source.key is not None:
         return None
-    if source.weights is not None and resolve.names_a_file(source.weights, source.folder):
-        return None
     reference = resolve.reference_of(source)
     if not isinstance(reference, NamedModel) or not known_code.runs_known_code(reference):
         return None
+    if source.weights is not None and resolve.names_a_file(source.weights, source.folder, source.model):
+        return None
     return blueprint_cache.Key(
-        str(reference), source.weights, source.input_size, source.input_dtype, mode, source.inputs
+        *(str(reference), source.weights, source.input_size, source.input_dtype, mode, source.inputs),
+        prefix=reference.prefix,
     )
 
 
 def keep_blueprint(key: blueprint_cache.Key, found: Blueprint) -> None:
-    """Keep a blueprint, and of a builder by itself its fingerprint, so that files are known by it."""
+    """Keep a blueprint, and of a model by its name alone its fingerprint, so that files are known by it."""
     from modelcli.commands import known_builders
-    from modelcli.live import zoo
 
     blueprint_cache.put(key, found)
-    if key.weights in (None, "none") and key.reference in zoo.builder_names():
+    known = providers.names() if key.prefix is None else providers.names_after(key.prefix)
+    if key.weights in (None, "none") and key.reference in known:
         known_builders.add({key.reference: state_dict_match.shapes_of(found.tensors)})
 
 
 def likeness_notes(contents: Contents) -> list[str]:
-    """Which torchvision builders a file that does not say its architecture fits exactly, as far as the cache knows."""
+    """Which known models a file that does not say its architecture fits exactly, as far as the cache knows."""
     if blueprint_cache.is_off() or contents.types or not contents.tensors:
         return []
-    known = blueprint_cache.index(state_dict_match.FINGERPRINTS)
-    if not isinstance(known, dict) or len(contents.tensors) > 2 * known["most"]:  # what is larger need not be looked at
-        return []
-    shapes, _ = state_dict_match.unwrapped(state_dict_match.shapes_of(contents.infos().values()))
-    names = known["models"].get(state_dict_match.fingerprint(shapes))
+    from modelcli.commands import known_builders
+
+    names = known_builders.fitting(contents)
     if not names:
         return []
+    label = "" if providers.prefix_of(names[0]) is not None else f"{providers.with_names()} "
     others = f" (or {', '.join(names[1:])})" if len(names) > 1 else ""
-    return [f"{LOOKS_LIKE} {names[0]}{others}: --arch {quoted(names[0])}"]
+    return [f"{LOOKS_LIKE} {label}{names[0]}{others}: --arch {quoted(names[0])}"]
 
 
 def likeness_of(live: Live | Editable) -> list[str]:

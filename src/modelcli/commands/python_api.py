@@ -32,9 +32,9 @@ def load(
 
     Takes the path of a checkpoint (or any other model reference). A checkpoint that modelcli wrote says which model
     it is; for others `arch` names the architecture, as a reference or as an `nn.Module`, which is filled in place.
-    `weights` is a name of torchvision's or a file, for a reference that is no checkpoint; `key` the state dict inside
-    a training checkpoint. `seed` decides the numbers of what has no weights. `trust` follows a record that names Python
-    code of its own; `tensors_only` takes the tensors of a file that holds more than these.
+    `weights` is the name of pretrained weights or a file, for a reference that is no checkpoint; `key` the state dict
+    inside a training checkpoint. `seed` decides the values of what has no weights. `trust` follows a record that names
+    Python code of its own; `tensors_only` takes the tensors of a file that holds more than these.
 
     Tied parameters are one `Parameter` again; non-persistent buffers and plain tensor attributes are what the
     constructor makes them. The caller's random generator is left as it was.
@@ -112,7 +112,7 @@ def blueprint(
     Takes a module, or a model reference as on the command line: a checkpoint is looked at without torch, and nothing
     in it is executed. `totals` of what comes back is what it adds up to. With `input_size` (batch included, or one
     shape for each input) its `trace` says what a forward pass on the meta device gives: output shapes,
-    multiply-accumulates. A torchvision builder knows its own input, and so does a checkpoint that modelcli wrote.
+    multiply-accumulates. A builder knows its own input, and so does a checkpoint that modelcli wrote.
 
     Raises RequestError, FileFormatError.
     """

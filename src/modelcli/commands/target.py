@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modelcli import resolve
+from modelcli import providers, resolve
 from modelcli.errors import ModelcliError
 from modelcli.language.references import CheckpointFile, PythonObject, Reference, Source
 from modelcli.model.paths import ROOT
@@ -157,10 +157,8 @@ def names_model(word: str) -> bool:
         reference = resolve.parse(word)
         if isinstance(reference, CheckpointFile):
             return True
-        from modelcli.live import zoo
-
-        return word in zoo.builder_names()
-    except (ModelcliError, ImportError):  # a hint is not worth an error of its own: torchvision may not be installed
+        return any(word in provider.names() for provider in providers.built_in())
+    except ModelcliError:  # a hint is not worth an error of its own
         return False
 
 

@@ -19,7 +19,7 @@ class Context:
     Attributes:
         seed: what the values that it draws come from.
         inputs: what the model takes; None where nobody knows.
-        trusted: whether it may run code other than torch's and torchvision's.
+        trusted: whether it may run code other than that of known libraries.
     """
 
     seed: int

@@ -1,6 +1,6 @@
 """How much may be made of a constructor call: modules, seconds, bytes. 60 characters can ask for 100 million blocks.
 
-Only torch's and torchvision's own constructors are held to this. Code of the user's may take what it needs.
+Only constructors of known libraries are held to this. Code of the user's may take what it needs.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from modelcli.checkpoints import limits
 from modelcli.errors import FileFormatError, ModelcliError, RequestError
 
 #: Modules that a record may make beyond those that it lists: what its edits took out again, what a constructor makes
-#: and drops. The largest of torchvision's models has 1,400.
+#: and drops. The largest model of the built-in providers has 1,400.
 _BEYOND_LISTED = 2_000
-#: Seconds of processor time: 20 times what the slowest of torchvision's models takes for its modules.
+#: Seconds of processor time: 20 times what the slowest model of the built-in providers takes for its modules.
 _SECONDS_OF_RECORD = 5.0
 _SECONDS_AS_TYPED = 30.0
 #: Memory for tensors that a constructor makes on its way and not on the meta device.

@@ -16,6 +16,7 @@ import torch
 import torch.hub
 
 from modelcli.errors import ModelcliError, RequestError
+from modelcli.live import providers
 
 #: What tells the libraries of Hugging Face to use nothing but what lies in their caches.
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
@@ -46,6 +47,9 @@ def none_allowed() -> Iterator[None]:
             (urllib.request, "urlretrieve"),
         ):
             stack.enter_context(_replaced(place, name, _refuse_address))
+        for half in providers.in_use():
+            for place, name in half.downloads():
+                stack.enter_context(_replaced(place, name, _refuse_call))
         resolve = socket.getaddrinfo
 
         def local_alone(host: Any, *args: Any, **kwargs: Any) -> Any:
@@ -67,6 +71,10 @@ def none_allowed() -> Iterator[None]:
 
 def _refuse_address(address: Any, *_args: Any, **_kwargs: Any) -> Any:
     raise DownloadError(str(getattr(address, "full_url", address)))
+
+
+def _refuse_call(*args: Any, **_kwargs: Any) -> Any:
+    raise DownloadError(str(args[0]) if args else "something")
 
 
 @contextlib.contextmanager

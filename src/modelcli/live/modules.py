@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
-import sys
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
@@ -16,12 +15,13 @@ from modelcli.errors import ModelcliError, RequestError, UnsafeError, closest, d
 from modelcli.language import expressions
 from modelcli.language.expressions import HOLE, Call, Name
 from modelcli.language.quoting import command, quoted
-from modelcli.live import python_objects, signatures, zoo
+from modelcli.live import providers, signatures, user_code
 from modelcli.live.sources import dtype_of
 from modelcli.live.walking import modules_in
 from modelcli.model.dtypes import ITEM_BYTES
+from modelcli.providers import class_packages
+from modelcli.providers import owner as owner_of
 from modelcli.providers.known_code import is_known_name
-from modelcli.providers.torchvision import MODELS
 
 #: Layers that one argument may ask for; those of an RNN take time that grows with their square.
 MAX_LAYERS = 2_000
@@ -29,22 +29,19 @@ _LAYERS = re.compile(r"num_(\w+_)?layers")
 
 
 def find_class(dotted: str, *, trusted: bool) -> type[nn.Module]:
-    """The class that a name stands for: of `torch.nn`, of `torchvision.ops`, or `package.module:Class`.
+    """The class that a name stands for: of a known library, as its provider says, or `package.module:Class`.
 
-    Only torch's and torchvision's own modules are imported unless `trusted`. Raises RequestError with the closest
-    names.
+    Only modules of known libraries are imported unless `trusted`. Raises RequestError with the closest names.
     """
-    package, _, name = dotted.replace(":", ".").rpartition(".")
+    package, name = _parts(dotted)
     if is_known_name(dotted):
-        found = getattr(_namespace(package), name, None)
-        if found is None and not package:
-            found = getattr(zoo.torchvision().ops, name, None) or _the_one_in_models(name)
+        found = _known_class(package, name)
         if isinstance(found, type) and issubclass(found, nn.Module):
             return found
         near = closest(name, class_names())
         raise RequestError(
-            f"no class {dotted!r} in torch.nn or torchvision.ops",
-            _in_models(name)
+            f"no class {dotted!r} in {class_packages()}",
+            _in_other_places(name)
             or (
                 f"did you mean {' or '.join(near)}?"
                 if near
@@ -52,105 +49,86 @@ def find_class(dotted: str, *, trusted: bool) -> type[nn.Module]:
             ),
         )
     if not trusted:
-        raise UnsafeError(
-            f"the file names {dotted}, no class of torch.nn or torchvision.ops, and to follow that runs its code",
-            "--trust (trust=True in Python) follows it; --arch names an architecture instead",
-        )
-    attribute = name
-    package = package.removesuffix(".py")  # nets.py:Net, as a reference has it: the current folder is importable
-    module = python_objects.import_module(package)
-    found = getattr(module, attribute, None)
+        raise untrusted(dotted)
+    module = user_code.import_module(package)
+    found = getattr(module, name, None)
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        names = [key for key, value in vars(module).items() if isinstance(value, type) and issubclass(value, nn.Module)]
-        near = closest(attribute, names)
-        raise RequestError(f"no module class {attribute} in {package}", f"did you mean {near[0]}?" if near else None)
+        near = closest(name, classes_in(module))
+        raise RequestError(f"no module class {name} in {package}", f"did you mean {near[0]}?" if near else None)
     return found
 
 
-def _namespace(package: str) -> ModuleType | None:
-    """Where classes of a package are looked up; torchvision takes as long to import as torch, and waits until then."""
-    if not package.startswith("torchvision"):
-        return nn
-    torchvision = zoo.torchvision()
-    return torchvision.ops if package == "torchvision.ops" else sys.modules.get(package)
+def _parts(dotted: str) -> tuple[str, str]:
+    """The package and the name of `package.module:Class`; nets.py:Net, as a reference has it, is a module here."""
+    package, _, name = dotted.replace(":", ".").rpartition(".")
+    return package.removesuffix(".py"), name
+
+
+def untrusted(what: str) -> UnsafeError:
+    """The error where a file names code of no known library."""
+    return UnsafeError(
+        f"the file names {what}, no class of {class_packages()}, and to follow that runs its code",
+        "--trust (trust=True in Python) follows it; --arch names an architecture instead",
+    )
+
+
+def _known_class(package: str, name: str) -> object:
+    """What a known library has under a name. A bare name is looked up in each that has module classes."""
+    if not package:
+        found = (half.find_class("", name) for half in providers.with_classes())
+        return next((value for value in found if value is not None), None)
+    owner = owner_of(package)
+    return None if owner is None else providers.half_of(owner).find_class(package, name)
 
 
 def find_maker(dotted: str, *, trusted: bool) -> Callable[..., Any]:
-    """The class that a name stands for, or the function that returns a module: `torchvision.models:resnet18`.
+    """The class that a name stands for, or the function that returns a module: a builder in an expression.
 
-    A builder of torchvision is given without weights, whatever its own default is. Raises as `find_class` does.
+    A builder of a library is given without weights, whatever its own default is. Raises as `find_class` does.
     """
-    if (builder := builder_named(dotted)) is not None:
-        return zoo.without_weights(builder)
-    if not is_known_name(dotted) and trusted:
-        package, _, name = dotted.replace(":", ".").rpartition(".")
-        found = getattr(python_objects.import_module(package.removesuffix(".py")), name, None)
+    package, name = _parts(dotted)
+    if not is_known_name(dotted):
+        found = getattr(user_code.import_module(package), name, None) if trusted else None
         if callable(found) and not isinstance(found, type | nn.Module):
             function: Callable[..., Any] = found
             return function
+    elif package and (owner := owner_of(package)) is not None:
+        builder = providers.half_of(owner).find_function(package, name)
+        if builder is not None:
+            return builder
     return find_class(dotted, trusted=trusted)
 
 
-def builder_named(dotted: str) -> str | None:
-    """The builder of torchvision that `torchvision.models:resnet18` or `torchvision.models.resnet:resnet18` names."""
-    package, _, name = dotted.replace(":", ".").rpartition(".")
-    if not (package == MODELS or package.startswith(f"{MODELS}.")):
-        return None
-    builder = name if name in zoo.builder_names() else f"quantized_{name}"
-    if builder not in zoo.builder_names():
-        return None
-    home = zoo.torchvision().models.get_model_builder(builder).__module__
-    return builder if home == package or home.startswith(f"{package}.") else None
+def full_name(dotted: str) -> tuple[str, str]:
+    """The package and the name of a known class: a bare name has that of the first library which has the class."""
+    package, name = _parts(dotted)
+    if package:
+        return package, name
+    packages = (half.package_of(name) for half in providers.with_classes())
+    return next((found for found in packages if found is not None), "torch.nn"), name
 
 
-def written_out(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The keyword arguments of a call as Python has to give them: a builder's own default may download weights."""
-    builder = builder_named(name)
-    if builder is None or "weights_backbone" not in signatures.of(zoo.without_weights(builder)).parameters:
-        return kwargs
-    return {**kwargs, "weights_backbone": None}
-
-
-def _classes_in_models(name: str) -> dict[str, type[nn.Module]]:
-    """The module classes of this name that torchvision's models have, by where they are defined."""
-    zoo.torchvision()
-    found: dict[str, type[nn.Module]] = {}
-    for module, loaded in sorted(sys.modules.items()):
-        kind = getattr(loaded, name, None) if module.startswith(f"{MODELS}.") else None
-        if isinstance(kind, type) and issubclass(kind, nn.Module) and kind.__module__ == module:
-            found[module] = kind
-    return found
-
-
-def _the_one_in_models(name: str) -> type[nn.Module] | None:
-    """The class of this name of torchvision's models, where there is just one: `FastRCNNPredictor`."""
-    found = _classes_in_models(name)
-    return next(iter(found.values())) if len(found) == 1 else None
-
-
-def full_name(dotted: str) -> str:
-    """The name of an installed class with the module that defines it, where a bare name alone would not be found."""
-    if "." in dotted or ":" in dotted or hasattr(nn, dotted) or hasattr(zoo.torchvision().ops, dotted):
-        return dotted
-    return next((f"{module}:{dotted}" for module in _classes_in_models(dotted)), dotted)
-
-
-def _in_models(name: str) -> str | None:
-    """Which classes of this name torchvision's models have, as an expression writes it."""
-    found = [f"{module}:{name}" for module in _classes_in_models(name)]
-    return f"torchvision has {'one' if len(found) == 1 else 'several'}: {' or '.join(found)}" if found else None
+def _in_other_places(name: str) -> str | None:
+    """Which classes of this name known libraries have that do not go by it alone, as an expression writes them."""
+    for half in providers.with_classes():
+        if found := half.places_of(name):
+            how_many = "one" if len(found) == 1 else "several"
+            return f"{half.provider.name} has {how_many}: {' or '.join(found)}"
+    return None
 
 
 def class_names() -> list[str]:
-    """Every module class of `torch.nn` and `torchvision.ops`."""
-    return sorted(
-        {
-            name
-            for namespace in (nn, zoo.torchvision().ops)
-            for name, value in vars(namespace).items()
-            if isinstance(value, type) and issubclass(value, nn.Module) and not name.startswith("_")
-        }
-    )
+    """Every module class that goes by its bare name."""
+    return sorted({name for half in providers.with_classes() for name in half.class_names()})
+
+
+def classes_in(namespace: ModuleType) -> list[str]:
+    """The module classes that a Python module has under public names."""
+    return [
+        name
+        for name, value in vars(namespace).items()
+        if isinstance(value, type) and issubclass(value, nn.Module) and not name.startswith("_")
+    ]
 
 
 def make(call: Call, *, trusted: bool = True) -> nn.Module:

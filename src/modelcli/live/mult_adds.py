@@ -3,7 +3,7 @@
 torch's own registry (`torch.utils.flop_counter`) has formulas for `mm`, `addmm`, `bmm`, `baddbmm` and convolutions;
 here stand those that it lacks. An operator that multiplies and has no formula is named in `uncounted`, so that nobody
 takes the total for more than a lower bound. Elementwise products, norms, poolings and interpolations count nothing, as
-in the figures that torchvision publishes.
+in the figures that libraries publish of their models. What a provider's library has in operators, the provider says.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from modelcli.live import providers
 
 #: What gives the multiply-accumulates of one call, from its arguments and its output.
 Formula = Callable[..., int]
@@ -34,7 +36,7 @@ _MULTIPLIES_NOT = re.compile(
 )
 #: Libraries whose operators are known; those of any other are named in `uncounted`, for nothing says what they do.
 _KNOWN_LIBRARIES = frozenset(
-    {"aten", "prim", "prims", "profiler", "quantized", "_quantized", "torchvision", "mkldnn", "onednn", "inductor"}
+    {"aten", "prim", "prims", "profiler", "quantized", "_quantized", "mkldnn", "onednn", "inductor"}
 )
 #: Questions about a tensor's layout: what they return decides nothing here, and some tensors answer them themselves.
 _QUESTIONS = frozenset(
@@ -138,11 +140,6 @@ def _conv_tbc(_input: torch.Tensor, weight: torch.Tensor, *_args: Any, out: Any,
     return _elements(out) * weight.shape[0] * weight.shape[1]
 
 
-def _deform_conv2d(_input: torch.Tensor, weight: torch.Tensor, *_args: Any, out: Any, **_kwargs: Any) -> int:
-    """As a convolution; where it samples, and its mask, are elementwise."""
-    return _elements(out) * weight[0].numel()
-
-
 def _distances(one: torch.Tensor, *_args: Any, out: Any, **_kwargs: Any) -> int:
     """`cdist`, `pdist`: a multiply-accumulate for each coordinate of each pair."""
     return _elements(out) * one.shape[-1]
@@ -183,7 +180,6 @@ _FORMULAS: Mapping[str, Formula] = {
     "aten::_foreach_mm": _foreach_mm,
     "aten::_trilinear": _trilinear,
     "aten::conv_tbc": _conv_tbc,
-    "torchvision::deform_conv2d": _deform_conv2d,
     **dict.fromkeys(("aten::_cdist_forward", "aten::_euclidean_dist", "aten::_pdist_forward"), _distances),
     **dict.fromkeys(("aten::_grouped_mm", "aten::_scaled_grouped_mm", "aten::_scaled_grouped_mm_v2"), _grouped_mm),
     **dict.fromkeys(
@@ -226,6 +222,9 @@ class MultAdds(TorchDispatchMode):
         self.total = 0
         self.uncounted: dict[str, None] = {}
         self._registry: Mapping[Any, Formula] = flop_registry
+        halves = list(providers.in_use())
+        self._own = {name: formula for half in halves for name, formula in half.formulas().items()}
+        self._known_libraries = _KNOWN_LIBRARIES.union(*(half.operator_libraries for half in halves))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -246,7 +245,11 @@ class MultAdds(TorchDispatchMode):
         """Add what one operator multiplies. For a mode inside this one, which got the output in a way of its own."""
         formula, doubled = self._formula(func, args)
         name = func._schema.name
-        self._add(name, formula, args, kwargs, out, doubled=doubled, multiplies=_multiplies(name))
+        self._add(name, formula, args, kwargs, out, doubled=doubled, multiplies=self._multiplies(name))
+
+    def _multiplies(self, name: str) -> bool:
+        library, _, own = name.partition("::")
+        return library not in self._known_libraries or _sounds_like_a_product(own)
 
     def _has_formula(self, func: OpOverload, args: Any) -> bool:
         return self._formula(func, args)[0] is not None
@@ -257,8 +260,9 @@ class MultAdds(TorchDispatchMode):
         place = _OF_SPARSE.get(name.partition("::")[2].removesuffix("_"))
         if place is not None and any(map(_is_sparse, args[place : place + 2])):
             return (lambda *given, **_: _of_stored(*given[place : place + 2])), False
-        if (own := _FORMULAS.get(name) or _FORMULAS.get(name.removesuffix("_"))) is not None:
-            return own, False
+        for known in (self._own, _FORMULAS):
+            if (own := known.get(name) or known.get(name.removesuffix("_"))) is not None:
+                return own, False
         packet = func.overloadpacket
         return self._registry.get(packet) or self._in_place(packet, name), True
 
@@ -299,8 +303,6 @@ class MultAdds(TorchDispatchMode):
 
 
 @cache
-def _multiplies(name: str) -> bool:
-    library, _, own = name.partition("::")
-    if library not in _KNOWN_LIBRARIES:
-        return True
+def _sounds_like_a_product(own: str) -> bool:
+    """Whether an operator of a known library multiplies, by its name without that of the library."""
     return _MULTIPLIES.search(own) is not None and _MULTIPLIES_NOT.search(own) is None

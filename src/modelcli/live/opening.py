@@ -20,7 +20,7 @@ from modelcli.edits import parse as parse_edit
 from modelcli.errors import FileFormatError, ModelcliError, RequestError
 from modelcli.language import input_texts, references
 from modelcli.language.references import CheckpointFile, NamedModel, Source
-from modelcli.live import bounds, inputs, loading, memory, trace, zoo
+from modelcli.live import bounds, inputs, loading, memory, providers, trace
 from modelcli.live.build import Architecture, architecture
 from modelcli.live.describe import describe, floating_dtype
 from modelcli.live.edit_history import Origins
@@ -75,7 +75,7 @@ class Live:
     def apply(self, edits: Sequence[Edit], *, trusted: bool = True, place: str = "") -> list[Change]:
         """Apply edits through the one core; what they resolved to joins `edits`. `place` is where one edit stands.
 
-        Without `trusted` an edit that would run code other than torch's and torchvision's is refused.
+        Without `trusted` an edit that would run code other than that of known libraries is refused.
         """
         numbers = self.next_numbers(len(edits))
         done = apply(self.module, edits, seed=self.seed, numbers=numbers, inputs=self.inputs, trusted=trusted)
@@ -181,7 +181,7 @@ def open_live(source: Source, *, report_only: bool = False) -> Live:
 
 
 def load_weights(live: Live) -> None:
-    """Make a model with a weights name for real, which downloads and loads them as torchvision does."""
+    """Make a model with a weights name for real, which downloads and loads them as its library does."""
     assert live.architecture is not None
     live.architecture.real(live.seed)
 
@@ -212,7 +212,7 @@ class _Opening:
         if (hidden := resolve.hidden_file_note(source.model, source.folder)) is not None:
             self.notes.append(hidden)
         weights = source.weights if source.weights not in (None, "none") else None
-        weights_file = _weights_file(weights, source.folder, of_checkpoint=isinstance(reference, CheckpointFile))
+        weights_file = None if isinstance(reference, CheckpointFile) else _weights_file(weights, source)
         if isinstance(reference, CheckpointFile):
             if weights is not None:
                 raise RequestError(
@@ -309,7 +309,8 @@ class _Opening:
         if record.reference is None:
             return
         self.bounds = bounds.of_record(f"the architecture that {path.name} names", len(record.blueprint.modules))
-        zoo.torchvision()  # its import takes longer than what is bounded here
+        for half in providers.in_use():
+            half.prepare()  # to import a library takes longer than what is bounded here
         with self._following(), self._memory_of_record():
             reference = resolve.recorded(record.reference, path.parent, trust=self.source.trust)
             self._take_architecture(reference, record.weights, trust=self.source.trust, folder=path.parent)
@@ -419,11 +420,11 @@ class _Opening:
             raise error
 
     def _inputs(self, module: nn.Module) -> Inputs | None:
-        """What the model takes: as the command says, else as the file says, else as torchvision says of its own."""
+        """What the model takes: as the command says, else as the file says, else as its provider says."""
         source, record = self.source, self.record
-        builder = self.base.builder if self.base else None
-        if record is not None and any(edit.changes_input for edit in record.parsed_edits()):
-            builder = None  # what is left of it takes something else
+        # A part that was extracted takes something else.
+        whole = record is None or not any(edit.changes_input for edit in record.parsed_edits())
+        known = self.base.provider.inputs(self.base, module) if self.base is not None and whole else None
         dtypes = source.input_dtype or (record.input_dtype if record else ())
         shapes, texts = source.input_size, source.inputs
         if shapes is None and not texts and record is not None:
@@ -432,31 +433,28 @@ class _Opening:
         if texts:
             stated = Inputs(shapes or (), dtypes, floating=floating, named=input_texts.parse_all(texts))
             return inputs.fitted(stated, module)
-        if shapes is None and builder is not None and self.base is not None:
-            shapes = zoo.input_sizes(builder, self.base.weights, module)
-        if shapes is None:
-            known = inputs.known_by_itself(module)
-            return None if known is None else replace(known, floating=floating)
-        as_list = builder is not None and zoo.takes_list_of_images(builder)
-        return Inputs(shapes, dtypes, as_list, floating)
+        if shapes is not None:
+            return Inputs(shapes, dtypes, known is not None and known.as_list, floating)
+        if known is not None:
+            return replace(known, dtypes=dtypes or known.dtypes, floating=floating)
+        by_itself = inputs.known_by_itself(module)
+        return None if by_itself is None else replace(by_itself, floating=floating)
 
 
 def _weights_name(source: Source) -> str | None:
     """The name of weights, which may decide an architecture; a file of them does not."""
     weights = source.weights
-    return None if weights is None or resolve.names_a_file(weights, source.folder) else weights
+    return None if weights is None or resolve.names_a_file(weights, source.folder, source.model) else weights
 
 
-def _weights_file(weights: str | None, folder: Path, *, of_checkpoint: bool) -> Path | None:
+def _weights_file(weights: str | None, source: Source) -> Path | None:
     """The file that `--weights` names, if it names one: see `resolve.names_a_file`."""
-    if weights is None or of_checkpoint:
+    if weights is None or not resolve.names_a_file(weights, source.folder, source.model):
         return None
-    path = folder / weights
-    if resolve.names_a_file(weights, folder):
-        if not path.exists():
-            raise references.missing_file(path, weights)
-        return path
-    return None
+    path = source.folder / weights
+    if not path.exists():
+        raise references.missing_file(path, weights)
+    return path
 
 
 def set_flags(module: nn.Module, record: Record) -> None:

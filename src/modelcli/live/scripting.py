@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,21 +15,18 @@ from modelcli.checkpoints import CompositeEntry, Contents
 from modelcli.checkpoints.storage import Span
 from modelcli.edits import Edit
 from modelcli.errors import ModelcliError
-from modelcli.language.references import NamedModel, PythonObject, Source
-from modelcli.live import planning, signatures, surgery, zoo
+from modelcli.language.references import Source
+from modelcli.live import planning, surgery
 from modelcli.live.build import Architecture
 from modelcli.live.describe import describe
 from modelcli.live.opening import Live, open_live
 from modelcli.live.script import dtypes, flags
-from modelcli.live.script.source_text import InexpressibleError, SourceText, deleted, is_name, quoted
+from modelcli.live.script.source_text import InexpressibleError, SourceText, deleted, quoted, seen
 from modelcli.live.script.state import State
 from modelcli.live.script.step import Step
 from modelcli.live.surgery import handler_of, seed_of
 from modelcli.model.blueprint import Blueprint
 from modelcli.model.wrapper_prefixes import Unwrapping
-
-#: What is loaded in a script by the time that files of the user's are: a file called so is not what an import gives.
-_LOADED = ("torch", "torchvision", "safetensors", "numpy")
 
 
 @dataclass(frozen=True)
@@ -183,10 +178,10 @@ class _Script:
         text.paragraph()
         if out.parent.name and kind != writing.FOLDER:
             text.imports.add("import os")
-            text.write(f"os.makedirs({quoted(_seen(out.parent))}, exist_ok=True)")
+            text.write(f"os.makedirs({quoted(seen(out.parent))}, exist_ok=True)")
         state = "model.state_dict()" if self._is_model else "state"
         if kind == writing.FOLDER:
-            text.refuse(f"write {_seen(out)}/", "PyTorch has no statement that writes a folder of shards")
+            text.refuse(f"write {seen(out)}/", "PyTorch has no statement that writes a folder of shards")
         elif kind == "safetensors":
             text.imports.add("from safetensors.torch import save_file")
             again, alone = _shared(self.live.module)
@@ -198,11 +193,11 @@ class _Script:
                 # safetensors holds every tensor by itself, row-major
                 whole = "value.clone(memory_format=torch.contiguous_format)"
                 state = f"{{key: {whole} for key, value in {state}.items()}}"
-            text.write(f"save_file({state}, {quoted(_seen(out))})")
+            text.write(f"save_file({state}, {quoted(seen(out))})")
         elif contents is not None and contents.key is not None and not bare:
-            text.write(f"checkpoint{_keys(contents)} = {state}", f"torch.save(checkpoint, {quoted(_seen(out))})")
+            text.write(f"checkpoint{_keys(contents)} = {state}", f"torch.save(checkpoint, {quoted(seen(out))})")
         else:
-            text.write(f"torch.save({state}, {quoted(_seen(out))})")
+            text.write(f"torch.save({state}, {quoted(seen(out))})")
 
 
 def statements(edits: Sequence[Edit], step: Step) -> list[str]:
@@ -249,48 +244,15 @@ def _without_comment(lines: Sequence[str]) -> list[str]:
 
 
 def _construct(text: SourceText, base: Architecture, source: Source, seed: int | None) -> None:
-    """The statements that make `model`; `seed` is None where none of its numbers are drawn."""
-    if base.instance is not None:
-        text.write(f"model = {_own_object(text, base.reference, source.folder)}")  # type: ignore[arg-type]
-        text.notes.append(f"{base.reference} has the numbers that it gets when its file is run")
-        return
-    if seed is not None:
+    """The statements that make `model`; `seed` is None where none of its values are drawn."""
+    if base.instance is None and seed is not None:
         text.write(f"torch.manual_seed({seed})")
-    match base.reference:
-        case NamedModel(call=call) if base.builder is not None:
-            arguments = dict(call.kwargs)
-            if base.weights is not None:
-                arguments["weights"] = base.weights
-            builder = zoo.torchvision().models.get_model_builder(base.builder)
-            if "weights_backbone" in signatures.of(builder).parameters:
-                arguments["weights_backbone"] = None
-            text.imports.add("from torchvision import models")
-            if getattr(zoo.torchvision().models, base.builder, None) is builder:
-                text.write(f"model = models.{base.builder}({text.arguments((), arguments)})")
-            else:
-                text.write(f"model = models.get_model({text.arguments((base.builder,), arguments)})")
-        case NamedModel(call=call):
-            text.write(f"model = {text.value(call)}")
-        case PythonObject(call=call) as reference:
-            found = _own_object(text, reference, source.folder)
-            arguments_text = "" if call is None else text.arguments(call.args, call.kwargs)
-            text.write(f"model = {found}({arguments_text})")
-
-
-def _own_object(text: SourceText, reference: PythonObject, folder: Path) -> str:
-    """A class, function or instance of the user's own, imported."""
-    first = reference.name.partition(".")[0]
-    if reference.file is None:
-        text.folders.setdefault(_seen(folder))
-        found = text.own_object(reference.source, first)
-    else:
-        text.folders.setdefault(_seen(reference.file.parent))
-        stem = reference.file.stem
-        if is_name(stem) and stem not in sys.stdlib_module_names and stem not in _LOADED:
-            found = text.own_object(stem, first)
-        else:
-            found = f"{text.own_file(_seen(reference.file), stem)}[{quoted(first)}]"
-    return found + reference.name.removeprefix(first)
+    try:
+        text.write(f"model = {base.provider.expression(text, base, source.folder)}")
+    except InexpressibleError as error:
+        text.refuse(f"make {base.reference}", str(error))
+    if base.instance is not None:
+        text.notes.append(f"{base.reference} has the numbers that it gets when its file is run")
 
 
 def _read_state(text: SourceText, contents: Contents, unwrapping: Unwrapping) -> None:
@@ -331,19 +293,12 @@ def _unwrapped(found: Unwrapping) -> str:
 def _loaded(text: SourceText, file: Path) -> str:
     if file.suffix.lower() == ".safetensors":
         text.imports.add("from safetensors.torch import load_file")
-        return f"load_file({quoted(_seen(file))})"
-    return f'torch.load({quoted(_seen(file))}, map_location="cpu", weights_only=True)'
+        return f"load_file({quoted(seen(file))})"
+    return f'torch.load({quoted(seen(file))}, map_location="cpu", weights_only=True)'
 
 
 def _keys(contents: Contents) -> str:
     return "".join(f"[{step if isinstance(step, int) else quoted(step)}]" for step in contents.key or ())
-
-
-def _seen(path: Path) -> str:
-    """A path as the script has it: from the current folder, with forward slashes."""
-    if not path.is_absolute():
-        return os.path.normpath(path).replace(os.sep, "/")
-    return path.as_posix()
 
 
 __all__ = ["Script", "script"]

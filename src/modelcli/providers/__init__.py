@@ -13,16 +13,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from modelcli import installed
 from modelcli.errors import ModelcliError, SystemFailureError
 from modelcli.providers.base import Provider
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-#: The built-in providers whose models go by bare names. In this order a bare name is looked for in expressions.
+#: The built-in providers whose models go by bare names. The first one that takes a name has it; expressions of torch.nn
+#: take every name.
 _BY_BARE_NAMES = (
-    "modelcli.providers.torch_nn",
     "modelcli.providers.torchvision",
+    "modelcli.providers.torch_nn",
     "modelcli.providers.python_objects",
 )
 #: The built-in providers whose models have a prefix, by it.
@@ -43,16 +45,24 @@ def _provider_in(module: str) -> Provider:
     return found
 
 
-@functools.cache
+#: Those with a prefix that were asked for, by it.
+_LOADED: dict[str, Provider] = {}
+
+
 def by_prefix(prefix: str) -> Provider | None:
     """The provider whose references begin with `prefix` and a colon: a built-in one, else that of another package.
 
     Raises SystemFailureError where that package cannot be imported.
     """
+    if prefix in _LOADED:
+        return _LOADED[prefix]
     if (module := _BY_PREFIX.get(prefix)) is not None:
-        return _provider_in(module)
-    entry = plug_ins().get(prefix)
-    return None if entry is None else _loaded(prefix, entry)
+        found = _provider_in(module)
+    elif (entry := plug_ins().get(prefix)) is not None:
+        found = _provider_of(prefix, entry)
+    else:
+        return None
+    return _LOADED.setdefault(prefix, found)
 
 
 @functools.cache
@@ -67,7 +77,7 @@ def plug_ins() -> Mapping[str, EntryPoint]:
     return found
 
 
-def _loaded(prefix: str, entry: EntryPoint) -> Provider:
+def _provider_of(prefix: str, entry: EntryPoint) -> Provider:
     """The provider of another package. What is wrong with it is told as what it is, and hides nothing else."""
     hint = f"mend or uninstall the package that registers {prefix}: ({entry.value})"
     try:
@@ -108,6 +118,18 @@ def everything() -> Everything:
     return Everything(tuple(found), tuple(problems))
 
 
+def loaded() -> list[Provider]:
+    """The providers with a prefix whose models this process has named."""
+    return list(_LOADED.values())
+
+
+def forget() -> None:
+    """Forget which providers other packages have, so that they are looked for again."""
+    _LOADED.clear()
+    for kept in (plug_ins, owner):
+        kept.cache_clear()
+
+
 def prefixes() -> list[str]:
     """The prefixes that references may have; no provider is imported for it."""
     return [*_BY_PREFIX, *plug_ins()]
@@ -131,14 +153,39 @@ def packages() -> tuple[str, ...]:
     return tuple(dict.fromkeys(package for provider in built_in() for package in provider.packages))
 
 
-def with_weights() -> str:
-    """Whose models have weights by name, for messages: `torchvision`."""
-    return " or ".join(provider.name for provider in built_in() if provider.weights_names())
+def with_names() -> str:
+    """The built-in providers whose models have names, and weights by name, for messages."""
+    return " or ".join(provider.name for provider in built_in() if provider.has_names)
+
+
+def names() -> list[str]:
+    """The names of models that need no prefix."""
+    return [name for provider in built_in() for name in provider.names()]
+
+
+def names_after(prefix: str) -> list[str]:
+    """The models of the provider with this prefix, as references; none where there is no such provider."""
+    provider = by_prefix(prefix)
+    return [] if provider is None else [f"{prefix}:{name}" for name in provider.names()]
+
+
+def prefix_of(model: str) -> str | None:
+    """The prefix of a reference as text: `timm` of `timm:resnet50(num_classes=3)`, None of `resnet50`."""
+    prefix, colon, _ = model.partition("(")[0].partition(":")
+    return prefix if colon else None
+
+
+def versions_of(prefix: str | None) -> dict[str, str | None]:
+    """The versions of the libraries that decide what a provider builds: the built-in ones', and those of a prefix's."""
+    provider = None if prefix is None else by_prefix(prefix)
+    of_provider = () if provider is None else provider.packages
+    return {package: installed.version(package) for package in dict.fromkeys((*packages(), *of_provider))}
 
 
 def class_packages() -> str:
-    """Where bare names of module classes are looked for, for messages: `torch.nn or torchvision.ops`."""
-    return " or ".join(provider.classes_from for provider in built_in() if provider.classes_from is not None)
+    """Where bare names of module classes are looked for, for messages: `torch.nn or ...`."""
+    named = sorted(built_in(), key=lambda provider: not provider.owns(""))
+    return " or ".join(provider.classes_from for provider in named if provider.classes_from is not None)
 
 
 def class_names() -> list[str]:

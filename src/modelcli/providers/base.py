@@ -7,10 +7,25 @@ A provider turns references of one kind into models. This is its torch-free half
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from modelcli.language.expressions import Call
+
+
+@dataclass(frozen=True)
+class PublishedModel:
+    """What a library says of one of its models. None is what it does not say.
+
+    `params` and `macs` (multiply-accumulates) are those of its default weights, which come first in `weights`.
+    """
+
+    name: str
+    group: str | None = None
+    weights: tuple[str, ...] = ()
+    params: int | None = None
+    macs: int | None = None
 
 
 class Provider:
@@ -20,14 +35,16 @@ class Provider:
     and imports neither torch nor the library.
     """
 
-    #: What messages call it: `torchvision`.
+    #: What messages call it: the name of its library.
     name: ClassVar[str]
     #: Where its other half is: `package.module:Class`, a subclass of `modelcli.live.providers.LiveProvider`.
     live: ClassVar[str]
     #: What stands before the colon of its references, `timm` in `timm:resnet50`. None for those that come with
     #: modelcli and whose models go by their bare names.
     prefix: ClassVar[str | None] = None
-    #: What its models are called in `--help`, with an example: `a torchvision builder (alexnet)`.
+    #: Whether its models have names, which `names` gives: `list` shows them, and `identify` compares with them.
+    has_names: ClassVar[bool] = False
+    #: What its models are called in `--help`, with an example: `a timm model (timm:resnet50)`.
     title: ClassVar[str] = ""
     #: The names under which its libraries are installed. Their versions decide what is built: they belong to the key of
     #: every blueprint that is kept, and those of the built-in providers to `--version`.

@@ -22,6 +22,7 @@ class Torchvision(Provider):
 
     name = "torchvision"
     live = "modelcli.live.providers.torchvision:LiveTorchvision"
+    has_names = True
     title = "a torchvision builder (alexnet)"
     packages = ("torch", "torchvision")
     classes_from = OPS

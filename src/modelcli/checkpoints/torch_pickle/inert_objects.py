@@ -12,6 +12,7 @@ from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Iterable
 from typing import Any
 
+from modelcli import providers
 from modelcli.checkpoints import limits
 from modelcli.checkpoints.contents import Contents
 from modelcli.checkpoints.entries import CompositeEntry, TensorEntry
@@ -53,8 +54,9 @@ _STANDARD = frozenset(
         "torch.torch_version.TorchVersion",
     }
 )
-#: Packages whose classes are never taken for somebody's own: what they do is known to be more than to hold a value.
-_NOT_OWN = sys.stdlib_module_names | {"torch", "torchvision", "numpy", "pip", "setuptools", "pkg_resources", "nt"}
+#: Packages whose classes are never taken for somebody's own, beside those of providers: what they do is known to be
+#: more than to hold a value.
+_NOT_OWN = sys.stdlib_module_names | {"torch", "numpy", "pip", "setuptools", "pkg_resources", "nt"}
 #: What modules of Python's own were called in Python 2: torch.save writes these names (`commands.Popen`), and the
 #: reader takes them for today's (`subprocess.Popen`).
 _OLD_NAMES = frozenset(name.partition(".")[0] for name in [*IMPORT_MAPPING, *(module for module, _ in NAME_MAPPING)])
@@ -160,7 +162,7 @@ def _is_own_class(kind: Global) -> bool:
     package = kind.module.partition(".")[0]
     return (
         re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", kind.module, re.ASCII) is not None
-        and package not in _NOT_OWN
+        and package not in _NOT_OWN.union(providers.packages())
         and package not in _OLD_NAMES
         and re.fullmatch(r"_?[A-Z]\w*", kind.name, re.ASCII) is not None
     )

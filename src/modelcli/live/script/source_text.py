@@ -7,29 +7,38 @@ can become a statement.
 from __future__ import annotations
 
 import builtins
+import functools
 import keyword
+import os
 import re
 import textwrap
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
-from torch import nn
-
+from modelcli import providers
 from modelcli.language.expressions import Call, Name
 from modelcli.live import modules
+from modelcli.live.providers import half_of
 from modelcli.model.dtypes import ITEM_BYTES
+from modelcli.providers import owner as owner_of
 from modelcli.providers.known_code import is_known_name
-from modelcli.providers.torchvision import MODELS
 
 WIDTH = 110
 #: As many statements of one kind as stand one below the other; more become a loop.
 STATEMENTS = 4
 NN = "from torch import nn"
 #: What a script imports, defines and assigns itself: nothing of the user's can be called so in it.
-_IMPORTS = frozenset({"torch", "nn", "init", "models", "ops", "os", "sys", "runpy", "load_file", "save_file"})
+_IMPORTS = frozenset({"torch", "nn", "init", "os", "sys", "runpy", "load_file", "save_file"})
 _HELPERS = frozenset({"keep_weights", "cast_views"})
 _VARIABLES = frozenset({"model", "state", "checkpoint", "new", "name", "names", "key", "items", "at", "children"})
-_TAKEN = _IMPORTS | _HELPERS | _VARIABLES | frozenset(dir(builtins))
+
+
+@functools.cache
+def _taken() -> frozenset[str]:
+    """All of these, and the names that a script gets from a provider."""
+    of_providers = (provider.script_names for provider in (*providers.built_in(), *providers.loaded()))
+    return (_IMPORTS | _HELPERS | _VARIABLES | frozenset(dir(builtins))).union(*of_providers)
 
 
 class InexpressibleError(Exception):
@@ -87,7 +96,7 @@ class SourceText:
         """A plain value as Python writes it, modules as the calls that make them."""
         match value:
             case Call(name=name, args=args, kwargs=kwargs):
-                return f"{self.class_of(name)}({self.arguments(args, modules.written_out(name, kwargs))})"
+                return f"{self.class_of(name)}({self.arguments(args, _written_out(name, kwargs))})"
             case Name(dotted=dotted):
                 short = dotted.removeprefix("torch.")
                 return f"torch.{short}" if short in ITEM_BYTES else self.class_of(dotted)
@@ -111,15 +120,12 @@ class SourceText:
             package, _, name = dotted.partition(":") if ":" in dotted else dotted.rpartition(".")
             self.folders.setdefault(".")
             return f"{self.own_module(package)}.{name}"
-        package, _, name = modules.full_name(dotted).replace(":", ".").rpartition(".")
-        if package.startswith(MODELS):
-            self.imports.add(f"import {package}")
-            return f"{package}.{name}"
-        if package == "torchvision.ops" or not hasattr(nn, name):
-            self.imports.add("from torchvision import ops")
-            return f"ops.{name}"
-        self.imports.add(NN)
-        return f"nn.{name}"
+        package, name = modules.full_name(dotted)
+        owner = owner_of(package)
+        assert owner is not None
+        line, found = half_of(owner).name_in_script(package, name)
+        self.imports.add(line)
+        return found
 
     def own_module(self, module: str) -> str:
         """What a module of the user's is called in the script, imported there."""
@@ -157,7 +163,7 @@ class SourceText:
     def _is_free(self, name: str, line: str) -> bool:
         """Whether nothing else has a name. A package is there for several of its modules."""
         others = [given for known, given in self.own.items() if known.partition(".")[0] == name]
-        return name not in _TAKEN and all(given == line or given.startswith(f"{line}.") for given in others)
+        return name not in _taken() and all(given == line or given.startswith(f"{line}.") for given in others)
 
 
 _STANDARD = ("os", "sys", "runpy")
@@ -177,6 +183,20 @@ def quoted(text: str) -> str:
     """Text as a literal of Python in ASCII, in double quotes where it has none itself."""
     literal = ascii(text)
     return f'"{literal[1:-1]}"' if literal[0] == "'" and '"' not in literal else literal
+
+
+def seen(path: Path) -> str:
+    """A path as a script has it: from the current folder, with forward slashes."""
+    if not path.is_absolute():
+        return os.path.normpath(path).replace(os.sep, "/")
+    return path.as_posix()
+
+
+def _written_out(dotted: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of a call as plain Python has to give them: see `LiveProvider.arguments_in_script`."""
+    package, _, name = dotted.replace(":", ".").rpartition(".")
+    owner = owner_of(package) if package and is_known_name(dotted) else None
+    return kwargs if owner is None else half_of(owner).arguments_in_script(package, name, kwargs)
 
 
 def on_one_line(text: str) -> str:

@@ -151,7 +151,7 @@ def _layout_of(module: nn.Module, axes: int) -> Layout | None:
 
 
 def _is_by_channels(module: nn.Module) -> bool:
-    """Whether a layer norm turns the channels of images to the end and back by itself, as torchvision's does."""
+    """Whether a layer norm turns the channels of images to the end and back by itself, as that of ConvNeXt does."""
     return type(module).__name__ == "LayerNorm2d"
 
 

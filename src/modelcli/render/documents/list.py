@@ -1,28 +1,25 @@
-"""`list`: the builders."""
+"""`list`: the models that providers know."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from modelcli.providers.base import PublishedModel
 from modelcli.render.documents.common import SCHEMA
 from modelcli.render.views import Column, View, count, path_column
 
-if TYPE_CHECKING:
-    from modelcli.commands.list import Builder
 
-
-def models(builders: Sequence[Builder]) -> View:
-    """One row a builder."""
+def models(models: Sequence[PublishedModel]) -> View:
+    """One row a model."""
     rows = [
         {
-            "name": builder.name,
-            "params": builder.params,
-            "macs": builder.macs,
-            "weights": list(builder.weights),
-            "group": builder.group,
+            "name": model.name,
+            "params": model.params,
+            "macs": model.macs,
+            "weights": list(model.weights),
+            "group": model.group,
         }
-        for builder in builders
+        for model in models
     ]
     columns = (
         path_column("name", "name"),

@@ -1,4 +1,4 @@
-"""torchvision's builders: their names, weights, inputs, and how to build them without downloading anything."""
+"""torchvision: its builders, and how to build them without downloading anything; its module classes and operators."""
 
 from __future__ import annotations
 
@@ -9,17 +9,31 @@ import inspect
 import sys
 import urllib.error
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from modelcli.errors import RequestError, SystemFailureError, closest, did_you_mean
-from modelcli.live import signatures
+from modelcli.errors import RequestError, SystemFailureError, did_you_mean
+from modelcli.language.expressions import Call
+from modelcli.language.quoting import quoted
+from modelcli.language.references import NamedModel, Reference
+from modelcli.live import bounds, modules, signatures
+from modelcli.live.build import Architecture
+from modelcli.live.inputs import Inputs
+from modelcli.live.providers.base import LiveProvider, refuse_hole
+from modelcli.providers.base import PublishedModel
+from modelcli.providers.known_code import runs_known_code
+from modelcli.providers.torchvision import MODELS, OPS
+
+if TYPE_CHECKING:
+    from modelcli.live.mult_adds import Formula
+    from modelcli.live.script.source_text import SourceText
 
 #: Kept for as long as the process lives: the schemas go when the library goes.
 _schemas: list[torch.library.Library] = []
@@ -52,25 +66,14 @@ def builder_names() -> list[str]:
     return names
 
 
-@dataclass(frozen=True)
-class BuilderInfo:
-    """What torchvision publishes of a builder. `params` and `macs` are those of its default weights."""
-
-    name: str
-    group: str
-    weights: tuple[str, ...]
-    params: int | None
-    macs: int | None
-
-
-def describe(name: str) -> BuilderInfo:
+def describe(name: str) -> PublishedModel:
     """Gather a builder's group, weights and published figures; nothing is built."""
     models = torchvision().models
     entries = list(models.get_model_weights(name))
     default = models.get_model_weights(name).DEFAULT if entries else None
     operations = default.meta.get("_ops") if default else None
     group = models.get_model_builder(name).__module__.split(".")[2:]
-    return BuilderInfo(
+    return PublishedModel(
         name=name,
         group=group[0] if len(group) > 1 else "classification",
         weights=tuple(entry.name for entry in entries),
@@ -285,6 +288,170 @@ def takes_list_of_images(name: str) -> bool:
     return describe(name).group == "detection"
 
 
-def nearest_names(word: str) -> list[str]:
-    names = builder_names()
-    return closest(word, names) or [name for name in names if word.lower() in name][:4]
+# --- its module classes ----------------------------------------------------------------------------------------------
+
+
+def _classes_in_models(name: str) -> dict[str, type[nn.Module]]:
+    """The module classes of this name that its models have, by where they are defined."""
+    torchvision()
+    found: dict[str, type[nn.Module]] = {}
+    for module, loaded in sorted(sys.modules.items()):
+        kind = getattr(loaded, name, None) if module.startswith(f"{MODELS}.") else None
+        if isinstance(kind, type) and issubclass(kind, nn.Module) and kind.__module__ == module:
+            found[module] = kind
+    return found
+
+
+def _builder_named(package: str, name: str) -> str | None:
+    """The builder that `torchvision.models:resnet18` or `torchvision.models.resnet:resnet18` names."""
+    if package != MODELS and not package.startswith(f"{MODELS}."):
+        return None
+    builder = name if name in builder_names() else f"quantized_{name}"
+    if builder not in builder_names():
+        return None
+    home = torchvision().models.get_model_builder(builder).__module__
+    return builder if home == package or home.startswith(f"{package}.") else None
+
+
+def _deform_conv2d(_input: torch.Tensor, weight: torch.Tensor, *_args: Any, out: Any, **_kwargs: Any) -> int:
+    """As a convolution; where it samples, and its mask, are elementwise."""
+    return int((out if isinstance(out, torch.Tensor) else out[0]).numel()) * weight[0].numel()
+
+
+class LiveTorchvision(LiveProvider):
+    """The builders by their bare names, and the classes of `torchvision.ops` and of the models in expressions."""
+
+    operator_libraries = frozenset({"torchvision"})
+
+    def names(self) -> list[str]:
+        """See `builder_names`."""
+        return builder_names()
+
+    def published(self, name: str) -> PublishedModel:
+        """See `describe`."""
+        return describe(name)
+
+    def variants(self, name: str) -> list[str]:
+        """See `references_of`."""
+        return references_of(name)
+
+    def takes(self, reference: Reference) -> bool:
+        """Whether it names a builder."""
+        return isinstance(reference, NamedModel) and reference.call.name in builder_names()
+
+    def prepare(self) -> None:
+        """Import torchvision."""
+        torchvision()
+
+    def architecture(self, reference: Reference, *, weights: str | None, folder: Path, trust: bool) -> Architecture:
+        """A builder, with the weights of that name. Raises RequestError for arguments and weights it does not have."""
+        assert isinstance(reference, NamedModel)
+        call = reference.call
+        refuse_hole(reference)
+        values = {key: modules.value_of(value, trusted=trust) for key, value in call.kwargs.items()}
+        kwargs = arguments(call.name, call.args, values, weights)
+        build, described = constructor(call.name), signature(call.name)
+        modules.check_flags({taken.name: taken for taken in parameters_of(call.name)}, values, str(reference))
+
+        def plain() -> nn.Module:
+            try:
+                return modules.construct(build, [], kwargs, str(reference), described)
+            except modules.ConstructorError as error:
+                if kwargs["weights"] is not None and isinstance(error.error, ValueError) and call.kwargs:
+                    error.hint = (
+                        f"{kwargs['weights']} fits {call.name} as it is: "
+                        f"-m {call.name} --weights {quoted(kwargs['weights'])}, and replace what is to have "
+                        "another size"
+                    )
+                raise
+
+        def without_weights() -> nn.Module:
+            with architecture_only():
+                return plain()
+
+        return Architecture(
+            reference,
+            plain,
+            without_weights,
+            self,
+            weights=kwargs["weights"],
+            pretrained=bool(describe(call.name).weights),
+            bounds=bounds.as_typed(str(reference)) if runs_known_code(reference) else None,
+        )
+
+    def inputs(self, architecture: Architecture, module: nn.Module) -> Inputs:
+        """See `input_sizes`."""
+        name = _name_of(architecture)
+        return Inputs(input_sizes(name, architecture.weights, module), as_list=takes_list_of_images(name))
+
+    def formulas(self) -> Mapping[str, Formula]:
+        """The one operator of its own that multiplies."""
+        return {"torchvision::deform_conv2d": _deform_conv2d}
+
+    def expression(self, text: SourceText, architecture: Architecture, folder: Path) -> str:
+        """`models.resnet18(num_classes=10)`; a builder that is no attribute of `models` goes by its name."""
+        name = _name_of(architecture)
+        assert isinstance(architecture.reference, NamedModel)
+        given = dict(architecture.reference.call.kwargs)
+        if architecture.weights is not None:
+            given["weights"] = architecture.weights
+        models = torchvision().models
+        builder = models.get_model_builder(name)
+        if "weights_backbone" in signatures.of(builder).parameters:
+            given["weights_backbone"] = None
+        text.imports.add("from torchvision import models")
+        if getattr(models, name, None) is builder:
+            return f"models.{name}({text.arguments((), given)})"
+        return f"models.get_model({text.arguments((name,), given)})"
+
+    def find_class(self, package: str, name: str) -> object:
+        """A class of `torchvision.ops` or of the models; by its bare name, one that the models have just once."""
+        if package not in ("", OPS):
+            torchvision()
+            return getattr(sys.modules.get(package), name, None)
+        found: object = getattr(torchvision().ops, name, None)
+        if found is None and not package and len(classes := _classes_in_models(name)) == 1:
+            return next(iter(classes.values()))
+        return found
+
+    def find_function(self, package: str, name: str) -> Callable[..., nn.Module] | None:
+        """A builder as a function, without weights."""
+        builder = _builder_named(package, name)
+        return None if builder is None else without_weights(builder)
+
+    def class_names(self) -> Sequence[str]:
+        """Those of `torchvision.ops`."""
+        return modules.classes_in(torchvision().ops)
+
+    def package_of(self, name: str) -> str | None:
+        """`torchvision.ops`, or the module of the models that defines the class."""
+        return OPS if hasattr(torchvision().ops, name) else next(iter(_classes_in_models(name)), None)
+
+    def places_of(self, name: str) -> Sequence[str]:
+        """Classes of the models."""
+        return [f"{module}:{name}" for module in _classes_in_models(name)]
+
+    def right_name(self, call: Call) -> str | None:
+        """A builder that was named as Python does: `torchvision.models.resnet18`."""
+        package, _, name = call.name.rpartition(".")
+        if package.split(".")[0] not in ("torchvision", "models") or name not in builder_names():
+            return None
+        return f"torchvision's models go by their names: {NamedModel(replace(call, name=name))}"
+
+    def name_in_script(self, package: str, name: str) -> tuple[str, str]:
+        """`ops.MLP`, `torchvision.models.detection.faster_rcnn.FastRCNNPredictor`."""
+        if package == OPS:
+            return "from torchvision import ops", f"ops.{name}"
+        return super().name_in_script(package, name)
+
+    def arguments_in_script(self, package: str, name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """With `weights_backbone=None` where a builder's own default downloads some."""
+        builder = _builder_named(package, name)
+        if builder is None or "weights_backbone" not in signatures.of(without_weights(builder)).parameters:
+            return kwargs
+        return {**kwargs, "weights_backbone": None}
+
+
+def _name_of(architecture: Architecture) -> str:
+    assert isinstance(architecture.reference, NamedModel)
+    return architecture.reference.call.name

@@ -1,4 +1,4 @@
-"""Objects of the user's own Python: `nets.py:Net`, `package.module:build`. To look one up runs its file."""
+"""Code of the user's own: `nets.py:Net`, `package.module:build` are looked up, and that runs their file."""
 
 from __future__ import annotations
 

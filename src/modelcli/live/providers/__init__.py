@@ -1,0 +1,60 @@
+"""The torch halves of the providers, found by the dotted names that their declarations give."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from modelcli import providers
+from modelcli.errors import SystemFailureError
+from modelcli.language.references import CheckpointFile, NamedModel, Reference
+from modelcli.providers.base import Provider
+
+if TYPE_CHECKING:
+    from modelcli.live.providers.base import LiveProvider
+
+
+@functools.cache
+def half_of(provider: Provider) -> LiveProvider:
+    """The torch half of a provider; its module is imported, and the library not before it is needed.
+
+    Raises SystemFailureError where there is none under the name that the declaration gives.
+    """
+    module, _, name = provider.live.partition(":")
+    kind = getattr(importlib.import_module(module), name, None)
+    if kind is None:
+        raise SystemFailureError(f"the provider {provider.name} names {provider.live} as its torch half: there is none")
+    found: LiveProvider = kind(provider)
+    return found
+
+
+def provider_of(reference: Reference) -> LiveProvider:
+    """The provider that a reference is for: that of its prefix, else the first built-in one that takes it."""
+    assert not isinstance(reference, CheckpointFile)
+    if isinstance(reference, NamedModel) and reference.prefix is not None:
+        provider = providers.by_prefix(reference.prefix)
+        assert provider is not None, f"{reference} was parsed with a prefix that is registered"
+        return half_of(provider)
+    return next(half for half in built_in() if half.takes(reference))
+
+
+def built_in() -> Iterator[LiveProvider]:
+    """The halves of the built-in providers, in the order of the registry."""
+    return map(half_of, providers.built_in())
+
+
+def in_use() -> Iterator[LiveProvider]:
+    """The halves whose code may run here: the built-in ones, and those of other packages that were named."""
+    yield from built_in()
+    yield from map(half_of, providers.loaded())
+
+
+def with_classes() -> Iterator[LiveProvider]:
+    """The built-in halves that have module classes by bare names, in the order in which these are looked up."""
+    return map(half_of, sorted(filter(_has_classes, providers.built_in()), key=lambda provider: not provider.owns("")))
+
+
+def _has_classes(provider: Provider) -> bool:
+    return provider.classes_from is not None

@@ -1,0 +1,60 @@
+"""The registry of providers: what comes with modelcli, what other packages add, and who may name a library."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import modelcli
+from modelcli import providers
+
+SOURCE = Path(modelcli.__file__).parent
+OWN = {SOURCE / "providers" / "torchvision.py", SOURCE / "live" / "providers" / "torchvision.py"}
+#: The line by which the registry finds it.
+LINE = '"modelcli.providers.torchvision",'
+
+
+def test_no_other_file_names_torchvision() -> None:
+    """Not in a docstring either, nor in a help text: what is said of a library its provider says."""
+    registry = SOURCE / "providers" / "__init__.py"
+    texts = {path: path.read_text(encoding="utf-8") for path in SOURCE.rglob("*.py") if path not in OWN}
+    assert texts[registry].count(LINE) == 1
+    texts[registry] = texts[registry].replace(LINE, "")
+    assert [str(path.relative_to(SOURCE)) for path, text in texts.items() if "torchvision" in text.lower()] == []
+
+
+def test_what_builders_are_called_is_not_known_elsewhere() -> None:
+    """Names of builders stand in examples and hints alone: nothing compares with one or looks one up."""
+    used = re.compile(r"([=!]=|\bin|\[|case) *\(?\"(alexnet|resnet\w*|vgg\w*|googlenet|raft\w*|fasterrcnn\w*)\"")
+    files = [path for path in SOURCE.rglob("*.py") if path not in OWN]
+    assert used.search('if name == "alexnet"') is not None
+    assert [path.name for path in files if used.search(path.read_text(encoding="utf-8"))] == []
+
+
+def test_the_built_in_providers() -> None:
+    assert [provider.name for provider in providers.built_in()] == ["torchvision", "torch.nn", "Python"]
+    assert providers.packages() == ("torch", "torchvision")
+    assert providers.class_packages() == "torch.nn or torchvision.ops"
+    assert all(provider.prefix is None for provider in providers.built_in())
+
+
+@pytest.mark.parametrize(
+    ("package", "owner"),
+    [
+        ("", "torch.nn"),
+        ("torch", "torch.nn"),
+        ("torch.nn", "torch.nn"),
+        ("torchvision.ops", "torchvision"),
+        ("torchvision.models", "torchvision"),
+        ("torchvision.models.detection.faster_rcnn", "torchvision"),
+        ("torchvision", None),
+        ("torchvision.modelsx", None),
+        ("torch.hub", None),
+        ("os", None),
+    ],
+)
+def test_who_owns_a_package(package: str, owner: str | None) -> None:
+    found = providers.owner(package)
+    assert (found.name if found is not None else None) == owner

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from modelcli import providers
 from modelcli.edits import registry as edits
 from tests.plugin.installing import installed
 
@@ -16,6 +17,7 @@ from tests.plugin.installing import installed
 def forget() -> None:
     """Let modelcli read entry points again, and let the package be imported again."""
     edits.forget()
+    providers.forget()
     importlib.invalidate_caches()
 
 

@@ -14,7 +14,7 @@ class StatedInputs:
     """What a model is known to take: a shape for each input, batch included, and their dtypes where someone said so.
 
     Where nobody did, inputs are `floating`, the model's own floating-point dtype. With `as_list` the one input is a
-    list of images, as torchvision's detection models take it. `named` are inputs that are stated by the name of their
+    list of images, as models that detect objects take it. `named` are inputs that are stated by the name of their
     argument, or are no tensors; they come after those of `shapes`. `tuples` are the arguments, by name or position,
     whose items make a tuple and not a list.
     """

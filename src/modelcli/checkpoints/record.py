@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from modelcli.edits import Edit
-from modelcli.edits import parse as parse_edit
 from modelcli.errors import RequestError
 from modelcli.language import input_texts
 from modelcli.model import json_form
@@ -17,6 +15,9 @@ from modelcli.model.dtypes import INPUT_DTYPES
 from modelcli.model.json_form import shape_from_json
 from modelcli.model.tensors import TensorInfo
 from modelcli.wording import counted
+
+if TYPE_CHECKING:
+    from modelcli.edits import Edit
 
 #: Where it stands: a key of `state_dict._metadata`, a zip record under the archive's own prefix, a key of
 #: safetensors' `__metadata__`.
@@ -49,7 +50,9 @@ class Record:
     inputs: tuple[str, ...] = ()
 
     def parsed_edits(self) -> list[Edit]:
-        return [parse_edit(line) for line in self.edits]
+        from modelcli.edits import parse  # which a look at a file without a record does not need
+
+        return [parse(line) for line in self.edits]
 
 
 def to_text(record: Record) -> str:
@@ -96,8 +99,7 @@ def read(text: str) -> Record:
         raise DamagedError(f"its schema is {document['schema']!r:.40}, and this version of modelcli reads {SCHEMA}")
     try:
         edits = _texts(document["edits"])
-        for line in edits:
-            parse_edit(line)
+        _require_edits(edits)
         seed = document["seed"]
         if type(seed) is not int or not 0 <= seed < 2**63:
             raise ValueError(f"its seed is {seed!r:.40}")
@@ -120,6 +122,15 @@ def read(text: str) -> Record:
         raise DamagedError(f"a line in it cannot be read: {error.message:.200}") from None
     except (TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:
         raise DamagedError(f"{error!s:.200}") from None
+
+
+def _require_edits(lines: tuple[str, ...]) -> None:
+    """Raise RequestError for a line that is no edit."""
+    if lines:
+        from modelcli.edits import parse
+
+        for line in lines:
+            parse(line)
 
 
 def _texts(values: object) -> tuple[str, ...]:

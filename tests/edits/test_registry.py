@@ -1,0 +1,73 @@
+"""An edit's module is imported when the edit is asked for, and those of other packages are looked for only then."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from modelcli import edits
+from modelcli.errors import RequestError
+
+IMPORTED = """
+import contextlib, io, json, sys
+from modelcli.cli import main
+
+known = json.loads(sys.argv[1])
+found = []
+for words in json.loads(sys.argv[2]):
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert main(words) == 0
+    found.append(["modelcli.edits" in sys.modules, sorted(name for name in known if name in sys.modules)])
+print(json.dumps(found))
+"""
+
+
+def test_a_command_imports_no_edit_but_its_own(folder: Path) -> None:
+    torch.save(nn.Linear(2, 3).state_dict(), "v.pth")
+    kinds = list(edits.everything())
+    modules = {kind.name: kind.__module__ for kind in kinds}
+    lines = [["params", "v.pth"], ["summary", "v.pth"], ["remove", "--help"], ["--help"]]
+    words = [sys.executable, "-c", IMPORTED, json.dumps(list(modules.values())), json.dumps(lines)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    params, summary, of_one, of_all = json.loads(done.stdout)
+    assert params == summary == [False, []]
+    assert of_one == [True, [modules["remove"]]]
+    assert of_all == [True, sorted(modules.values())]
+
+
+def test_the_classes_are_found_in_the_package() -> None:
+    """`modelcli.edits.Replace`, as the README has it."""
+    for name in edits.own_names():
+        kind = edits.find(name)
+        assert kind is not None
+        assert getattr(edits, kind.__name__) is kind
+    with pytest.raises(AttributeError, match="Clamp"):
+        edits.Clamp  # noqa: B018
+
+
+def test_a_name_that_nobody_has() -> None:
+    assert edits.find("clamp") is None
+    with pytest.raises(RequestError, match="no such edit: 'clamp'"):
+        edits.kind_called("clamp")
+
+
+@pytest.mark.parametrize("name", edits.own_names())
+def test_what_an_edit_declares(name: str) -> None:
+    kind = edits.kind_called(name)
+    assert kind.name == name
+    assert kind.summary.endswith(".")
+    assert not kind.effect.endswith(".")
+    assert len(kind.examples) >= 2
+    assert all(example.startswith(f"modelcli {name} ") for example in kind.examples)
+    assert [operand.several for operand in kind.words].count(True) <= 1
+    assert not any(operand.several for operand in kind.words[:-1])
+    assert all(text.endswith(".") for text in (*(word.help for word in kind.words), *(o.help for o in kind.options())))
+    assert not (kind.changes_values_only and kind.can_break_fit)
+    assert not (kind.changes_flags_only and kind.can_break_fit)
+    assert kind.places_module or not kind.replaces_module

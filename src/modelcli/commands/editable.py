@@ -89,7 +89,7 @@ def open_editable(source: Source, edits: Sequence[Edit] = ()) -> Editable:
 
     Raises RequestError, AnswerNoError (a checkpoint that does not fit), UnsafeError, FileFormatError.
     """
-    if all(edit.name in WITHOUT_TORCH for edit in edits) and _is_file_alone(source):
+    if all(edit.is_for_state_dicts() for edit in edits) and _is_file_alone(source):
         from modelcli.commands import state_dict_models
 
         if (opened := state_dict_models.opened(source)) is not None:
@@ -104,7 +104,3 @@ def _is_file_alone(source: Source) -> bool:
     if source.arch is not None or source.weights not in (None, "none"):
         return False
     return isinstance(resolve.reference_of(source), CheckpointFile)
-
-
-#: Edits that need no torch for a state-dict model.
-WITHOUT_TORCH = frozenset(("freeze", "unfreeze", "rename", "remove", "extract", "cast"))

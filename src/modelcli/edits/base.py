@@ -91,6 +91,11 @@ class Edit:
         )
 
     @classmethod
+    def is_for_state_dicts(cls) -> bool:
+        """Whether it says itself what it does to a state-dict model; a live model is made of the file otherwise."""
+        return cls.apply_to_state_dict is not Edit.apply_to_state_dict
+
+    @classmethod
     def option_fields(cls) -> dict[str, Field[Any]]:
         """The fields that are options, by their names on a command line."""
         return {item.metadata["option"].flag: item for item in fields(cls) if "option" in item.metadata}

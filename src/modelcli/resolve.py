@@ -64,13 +64,30 @@ def record_runs_known_code(record: Record) -> bool:
         reference = recorded(record.reference, Path(), trust=False)
     except ModelcliError:
         return False
-    calls = [getattr(edit, "module", None) for edit in record.parsed_edits()]  # of those that place a module
-    own = isinstance(reference, NamedModel) and known_code.runs_known_code(reference)
-    return own and all(known_code.names_known_code(call) for call in calls if call is not None)
+    if not isinstance(reference, NamedModel) or not known_code.runs_known_code(reference):
+        return False
+    if not any(_PACKAGE_IN_EDIT.search(line) for line in record.edits):
+        return True  # every class that an edit places goes by its bare name, and these are all of known libraries
+    try:
+        parsed = record.parsed_edits()
+    except RequestError:
+        return False
+    calls = [getattr(edit, "module", None) for edit in parsed]  # of those that place a module
+    return all(known_code.names_known_code(call) for call in calls if call is not None)
 
 
-def disagreement(record: Record, contents: Contents) -> str | None:
-    """Why the record of a file is not believed, or None: see `checkpoints.record.disagreement`."""
+#: What an edit's line needs to place a class outside the known libraries: behind a dot or a colon a name that is
+#: called, or that comes after the target. A line with quotes or backslashes may hide it, so it counts as well.
+_PACKAGE_IN_EDIT = re.compile(r"""[.:]\s*[^\W\d]\w*\s*\(|^\s*\S+\s+\S+\s.*[.:][^\W\d]|["'\\]""")
+
+
+def disagreement(record: Record, contents: Contents, *, to_build: bool = False) -> str | None:
+    """Why the record of a file is not believed, or None: see `checkpoints.record.disagreement`.
+
+    `to_build` is for who carries its edits out: then each of them must be one that can be read.
+    """
+    if to_build and (why := record.unreadable_edit()) is not None:
+        return why
     from modelcli.checkpoints import record as records
 
     return records.disagreement(record, contents.infos(), known_code=record_runs_known_code(record))

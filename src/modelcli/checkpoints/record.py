@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from modelcli.errors import RequestError
-from modelcli.language import input_texts
 from modelcli.model import json_form
 from modelcli.model.blueprint import Blueprint
 from modelcli.model.dtypes import INPUT_DTYPES
@@ -31,7 +30,7 @@ SCHEMA = 1
 class Record:
     """A model's origin.
 
-    `reference` is None where the architecture was never known. `weights` is the library's name of the values the
+    `reference` is None where the architecture was never known. `weights` is torchvision's name of the numbers the
     model started with. `frozen` are the names of the parameters that are not trained. An edit of many matches is many
     lines in `edits`; `numbers` says of each which edit it came of, and `edit_count` how many there were: the number of
     an edit decides what it draws.
@@ -50,9 +49,18 @@ class Record:
     inputs: tuple[str, ...] = ()
 
     def parsed_edits(self) -> list[Edit]:
-        from modelcli.edits import parse  # which a look at a file without a record does not need
+        """The edits, for whoever builds the model. Raises RequestError for a line that cannot be read."""
+        from modelcli import edits
 
-        return [parse(line) for line in self.edits]
+        return [edits.parse(line) for line in self.edits]
+
+    def unreadable_edit(self) -> str | None:
+        """Why its edits cannot be carried out, as a part of a sentence; None where every line can be read."""
+        try:
+            self.parsed_edits()
+        except RequestError as error:
+            return _unreadable(error)
+        return None
 
 
 def to_text(record: Record) -> str:
@@ -80,15 +88,19 @@ class DamagedError(ValueError):
 
 
 def from_text(text: str) -> Record | None:
-    """Read a record, or None where the text is none: damaged, foreign, or of a later schema."""
+    """Read a record and every edit in it; None where the text is none: damaged, foreign, or of a later schema."""
     try:
-        return read(text)
+        record = read(text)
     except DamagedError:
         return None
+    return None if record.unreadable_edit() else record
 
 
 def read(text: str) -> Record:
-    """Read a record. Raises DamagedError that says why the text is none."""
+    """Read a record. Raises DamagedError that says why the text is none.
+
+    Of an edit the first word alone is read: to show a model needs no more. See `Record.unreadable_edit` for the rest.
+    """
     try:
         document = json.loads(text)
     except (ValueError, RecursionError):
@@ -99,7 +111,7 @@ def read(text: str) -> Record:
         raise DamagedError(f"its schema is {document['schema']!r:.40}, and this version of modelcli reads {SCHEMA}")
     try:
         edits = _texts(document["edits"])
-        _require_edits(edits)
+        _require_known_edits(edits)
         seed = document["seed"]
         if type(seed) is not int or not 0 <= seed < 2**63:
             raise ValueError(f"its seed is {seed!r:.40}")
@@ -119,18 +131,27 @@ def read(text: str) -> Record:
     except KeyError as error:
         raise DamagedError(f"it lacks {error}") from None
     except RequestError as error:
-        raise DamagedError(f"a line in it cannot be read: {error.message:.200}") from None
+        raise DamagedError(_unreadable(error)) from None
     except (TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:
         raise DamagedError(f"{error!s:.200}") from None
 
 
-def _require_edits(lines: tuple[str, ...]) -> None:
-    """Raise RequestError for a line that is no edit."""
-    if lines:
-        from modelcli.edits import parse
+def _unreadable(error: RequestError) -> str:
+    return f"a line in it cannot be read: {error.message:.200}"
 
-        for line in lines:
-            parse(line)
+
+def _require_known_edits(lines: tuple[str, ...]) -> None:
+    """Raise RequestError for a line whose first word is not the name of an edit."""
+    if not lines:
+        return
+    from modelcli.edits import registry
+
+    known = frozenset(registry.own_names())
+    for line in lines:
+        if line.partition(" ")[0] not in known:
+            from modelcli import edits
+
+            edits.parse(line)  # of another package, or none: the error says which there are
 
 
 def _texts(values: object) -> tuple[str, ...]:
@@ -141,7 +162,10 @@ def _texts(values: object) -> tuple[str, ...]:
 
 def _inputs(values: object) -> tuple[str, ...]:
     texts = () if values is None else _texts(values)
-    input_texts.parse_all(texts)
+    if texts:
+        from modelcli.language import input_texts
+
+        input_texts.parse_all(texts)
     return texts
 
 

@@ -178,7 +178,7 @@ def opened(source: Source) -> OpenStateDict | None:
         notes.append(hidden)
     contents = read_to_edit(reference.path, source, notes)
     record = contents.record
-    if record is not None and (why := resolve.disagreement(record, contents)):
+    if record is not None and (why := resolve.disagreement(record, contents, to_build=True)):
         notes.append(f"the record in {reference.path.name} was ignored: {why}")
         record = None
     if record is not None and record.reference is not None:

@@ -302,7 +302,7 @@ class _Opening:
         record = self.contents.record
         if record is None:
             return
-        if why := resolve.disagreement(record, self.contents):
+        if why := resolve.disagreement(record, self.contents, to_build=True):
             self.notes.append(f"the record in {path.name} was ignored: {why}")
             return
         self.record = record

@@ -85,7 +85,7 @@ def _record_of(like: Path, out: Path) -> Record:
     """The record of a file, its Python path as seen from the folder that is written to."""
     contents = checkpoints.read(like)
     record = contents.record
-    why = None if record is None else resolve.disagreement(record, contents)
+    why = None if record is None else resolve.disagreement(record, contents, to_build=True)
     if record is None or why is not None:
         raise RequestError(
             f"{like} carries no record that could go along" + (f": {why}" if why else ""),

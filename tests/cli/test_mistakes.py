@@ -81,7 +81,7 @@ MISTAKES = {
         "error: conv1 Conv2d(1, 64, (7,7), stride=(2,2), padding=(3,3), bias=False) does not fit: "
         "[1,3,224,224] float32 flows in, it expects 1 channel\n"
         "hint: replace conv1 'Conv2d(_,64,(7,7),stride=(2,2),padding=(3,3),bias=False)' takes in_channels=3 "
-        "from what flows in; or --input-size 1,1,224,224, if that is what it is to take",
+        "from what flows in; or pass --input-size 1,1,224,224, if that is the input you want",
     ),
     "a scheme that no such tensor takes": (
         "init bn1 xavier_uniform -m resnet18",

@@ -85,7 +85,7 @@ def test_a_model_that_cannot_run_as_it_was(cli: Cli) -> None:
     words = ("-m", "Sequential(Linear(4,3),Linear(5,2))", "--input-size", "1,4")
     check = cli("replace", "1", "Linear(6,2)", *words, "--json").json["check"]
     assert check["ran"] is False
-    assert check["reason"].startswith("the model cannot run as it was")
+    assert check["reason"].startswith("the model cannot run before the edit either")
 
 
 def test_detection_models_cannot_be_checked_on_meta(cli: Cli) -> None:
@@ -112,7 +112,7 @@ def test_run_tells_what_the_rules_do_not_know(cli: Cli, folder: Path) -> None:
     error = refused(cli, folder, "replace", "1", "Unflatten(1,(3,2))", *words)
     assert "1 Unflatten cannot run after the edit: " in error
     assert "(after 0 Linear(4, 4))" in error
-    assert "what was edited: 1; --check none writes it all the same" in error
+    assert "edited modules: 1; --check none writes the model anyway" in error
 
 
 def test_an_unknown_check(cli: Cli) -> None:
@@ -209,37 +209,40 @@ def test_a_class_of_a_file_in_an_expression(cli: Cli) -> None:
 
 def test_a_model_that_needs_numbers_is_sent_to_the_check_with_numbers(cli: Cli) -> None:
     words = ("replace", "body", "Linear(4,2)", "-m", "nets.py:Deciding", "--input-size", "1,4", "--json")
-    assert "--check run runs it with real ones" in cli(*words).json["check"]["reason"]
+    assert "--check run makes the pass with values" in cli(*words).json["check"]["reason"]
     assert cli(*words, "--check", "run").json["check"]["output_shape"] == [1, 2]
 
 
 def test_a_required_keyword_is_named(cli: Cli) -> None:
     words = ("-m", "nets.py:ByKeyword", "--input-size", "1,4")
     reason = cli("replace", "body", "Linear(4,2)", *words, "--json").json["check"]["reason"]
-    assert "its forward takes 'gain' by keyword alone" in reason
+    assert "its forward also needs 'gain' by keyword" in reason
     error = cli("replace", "norm", "GroupNorm(2,_)", *words, code=2).err
     assert "_ for num_channels is not known" in error
-    assert "the forward pass ended in the model itself: its forward takes 'gain' by keyword alone" in error
+    assert "the forward pass ended in the model itself: its forward also needs 'gain' by keyword" in error
     assert "hint: write num_channels out\n" in error
 
 
 def test_a_hole_without_an_input(cli: Cli) -> None:
     error = cli("replace", "norm", "GroupNorm(2,_)", "-m", "nets.py:ByKeyword", code=2).err
     assert "what flows in is not known: no input size is" in error
-    assert "hint: write num_channels out, or give --input-size" in error
+    assert "hint: write num_channels out, or pass --input-size" in error
 
 
 @pytest.mark.parametrize("check", ["meta", "run"])
 def test_a_stated_dtype_that_no_longer_fits(cli: Cli, folder: Path, check: str) -> None:
     words = ("-m", "Sequential(Linear(4,4),ReLU())", "--input-size", "1,4", "--check", check)
     error = refused(cli, folder, "replace", "0", "Linear(4,4,dtype=torch.float16)", *words, "--input-dtype", "float32")
-    assert "the input is stated to be float32: leave --input-dtype (input_dtype in a recipe) out" in error
+    assert "you stated float32 as the dtype of the input: remove --input-dtype (input_dtype in a recipe)" in error
     cli("cast", ".", "half", *words, "--input-dtype", "float32")
 
 
 def test_another_input_may_be_what_was_meant(cli: Cli, folder: Path) -> None:
     error = refused(cli, folder, "replace", "conv1", "Conv2d(1,64,7)", "-m", "resnet18")
-    assert "takes in_channels=3 from what flows in; or --input-size 1,1,224,224, if that is what it is to take" in error
+    assert (
+        "takes in_channels=3 from what flows in; or pass --input-size 1,1,224,224, if that is the input you want"
+        in error
+    )
     assert "--input-size" not in refused(cli, folder, "replace", "fc", "Linear(7,10)", "-m", "resnet18")
 
 
@@ -286,7 +289,7 @@ def test_stated_inputs_are_of_the_new_dtype_after_a_cast(cli: Cli, folder: Path,
     assert cli("cast", ".", "bf16", *words, "-o", "out.pth", "--json").json["check"]["ran"]
     assert cli("freeze", "tok", "-m", "out.pth", "--trust", "--json").json["check"]["ran"]
     error = cli("cast", "img", "bf16", *words, code=2).err
-    assert "the input is stated to be float32" in error
+    assert "you stated float32 as the dtype of the input" in error
 
 
 def test_a_recipe_that_cannot_be_written_is_told_with_what_was(
@@ -327,7 +330,7 @@ def test_a_stated_input_that_fits_the_edited_model_alone_is_no_excuse(cli: Cli, 
     """resnet18 is known to run on 1,3,224,224: that it does not take the stated input excuses no other failure."""
     error = refused(cli, folder, "replace", "conv1", "Conv2d(1,32,7,2,3,bias=False)", *GREY, "--check", check)
     assert "bn1 BatchNorm2d(64) does not fit: [1,32,112,112] float32 flows in (from conv1" in error
-    assert "the model as it was does not take the stated input (1,1,224,224)" in error
+    assert "before the edit the model does not take the stated input either (1,1,224,224)" in error
 
 
 def test_a_stated_input_that_the_edited_model_takes(cli: Cli) -> None:
@@ -339,8 +342,8 @@ def test_a_stated_input_that_fits_neither_model(cli: Cli, folder: Path) -> None:
     """Channels last: the model itself takes another input, so that the check could have been made."""
     words = ("replace", "fc", "Linear(_,3)", "-m", "resnet18", "--input-size", "1,224,224,3")
     error = refused(cli, folder, *words)
-    assert "the model as it was does not take the stated input (1,224,224,3)" in error
-    assert "leave --input-size and --input-dtype" in " ".join(error.split())
+    assert "before the edit the model does not take the stated input either (1,224,224,3)" in error
+    assert "remove --input-size and --input-dtype" in " ".join(error.split())
     cli("replace", "fc", "Linear(_,3)", "-m", "resnet18", "--dry-run")
 
 
@@ -352,7 +355,7 @@ def test_another_failure_than_the_unedited_models_is_refused(cli: Cli, folder: P
     assert "1 Linear(3, 3) does not fit: [1,7] float32 flows in" in error
     assert "before the edit the forward pass ended in 2: [1,3] float32 flows in, it expects [*,5]" in error
     check_of = cli("freeze", "0", *words, "--json").json["check"]
-    assert check_of["reason"].startswith("the model cannot run as it was: the forward pass ended in 2")
+    assert check_of["reason"].startswith("the model cannot run before the edit either: the forward pass ended in 2")
 
 
 def test_a_failure_that_an_edit_has_moved_is_the_same(cli: Cli) -> None:
@@ -363,7 +366,7 @@ def test_a_failure_that_an_edit_has_moved_is_the_same(cli: Cli) -> None:
 def test_new_code_that_needs_numbers_is_no_misfit(cli: Cli, folder: Path) -> None:
     words = ("replace", "1", "nets.py:Deciding()", "-m", "Sequential(Linear(4,4),ReLU())", "--input-size", "1,4")
     check = cli(*words, "--json").json["check"]
-    assert (check["ran"], "--check run runs it with real ones" in check["reason"]) == (False, True)
+    assert (check["ran"], "--check run makes the pass with values" in check["reason"]) == (False, True)
     assert cli(*words, "--check", "run", "--json").json["check"]["output_shape"] == [1, 4]
 
 
@@ -456,7 +459,7 @@ def test_a_kernel_that_the_cpu_lacks_is_no_misfit(cli: Cli, folder: Path) -> Non
         "    def forward(self, x):\n        return torch.cdist(x, self.w)\n"
     )
     told = cli("cast", ".", "bfloat16", "-m", "own.py:Far", "--input-size", "2,4").err
-    assert "for bfloat16 on the CPU: whether it fits was not checked" in " ".join(told.split())
+    assert "for bfloat16 on the CPU, so the check skipped it" in " ".join(told.split())
 
 
 @pytest.mark.parametrize(
@@ -483,7 +486,7 @@ def test_the_fix_of_a_part_of_a_new_module_can_be_typed(cli: Cli, folder: Path) 
     error = refused(cli, folder, "replace", "fc", new.format("Linear(7,10)"), "-m", "resnet18")
     assert "fc.2 Linear(7, 10) does not fit: [1,256] float32" in error
     assert "replace fc.2" not in error
-    mended = re.search(r"hint: write (\S+) for Linear\(7, 10\) inside the module that goes to fc\n", error)
+    mended = re.search(r"hint: write (\S+) instead of Linear\(7, 10\) inside the new module at fc\n", error)
     assert mended is not None
     cli("replace", "fc", new.format(mended[1]), "-m", "resnet18", "--dry-run")
 

@@ -48,7 +48,7 @@ def freeze_cast_and_replace(cli: Cli, name: str) -> None:
     words = (*(word for line in lines for word in ("-e", line)), "-m", name, "-o", "out.pth")
     if name in FLOAT32_INSIDE:
         error = cli("apply", *words, code=2).err
-        assert "the model's own code makes float32 of what flows in there; --check none writes it" in error
+        assert "the model's own code converts this input to float32; --check none writes" in error
     cli("apply", *words, *(["--check", "none"] if name in FLOAT32_INSIDE else []))
     torch.manual_seed(0)
     expected = edited_plainly(plain(name), last)

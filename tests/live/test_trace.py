@@ -110,7 +110,7 @@ def test_a_pass_that_fails_gives_its_rows() -> None:
 def test_no_input_known() -> None:
     trace = looked_at("Linear(4,3)").trace
     assert trace is not None
-    assert trace.reason == "no input size is known: give --input-size, batch included"
+    assert trace.reason == "the input size is not known: pass --input-size, batch included"
 
 
 def test_several_inputs() -> None:

@@ -1,4 +1,4 @@
-"""The check before writing: does the edited model still run on the input that it is known to take?"""
+"""Check, before writing, that the edited model still runs on its known input."""
 
 from __future__ import annotations
 
@@ -30,8 +30,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Check:
-    """Whether a forward pass was made, why not where it was not, the shape that came out, what was called in it, and
-    what the pass could not tell."""
+    """The result of the check.
+
+    Attributes:
+        ran: whether the forward pass ran to its end.
+        reason: why no pass was possible; None if it ran.
+        output_shape: the shape of the output, as in `LayerTrace`.
+        called: the paths of the modules that the pass called.
+        notes: what the pass could not check.
+    """
 
     ran: bool
     reason: str | None = None
@@ -40,50 +47,51 @@ class Check:
     notes: tuple[str, ...] = ()
 
 
-#: Gives a model and what it takes.
-Subject = Callable[[], "tuple[nn.Module, Inputs | None]"]
+#: A function that makes a model and returns it with its inputs.
+MakeModel = Callable[[], "tuple[nn.Module, Inputs | None]"]
 
 
 def check(
-    before: Subject,
+    before: MakeModel,
     after: nn.Module,
     inputs: Inputs | None,
     edited: Mapping[str, type[Edit]],
     *,
-    known: Subject | None = None,
+    known: MakeModel | None = None,
     device: str = "meta",
     origins: Origins | None = None,
 ) -> Check:
-    """Run `after` on meta under the rules for operators, or on the CPU.
+    """Run `after` on the meta device under the operator rules, or on the CPU.
 
-    The unedited model is run only where `after` fails, to see whether it fails as well. On the CPU both are real.
+    If `after` fails, run the unedited model as well, to see whether it fails in the same way. The check is not possible
+    if no input is known, or if the unedited model fails in the same way on every known input; `reason` says so.
 
     Args:
-        before: gives the unedited model and its input: the stated one, where one was stated.
-        after: the edited model.
-        inputs: what it takes.
-        edited: which edits did something at which paths, without those that cannot break the fit.
-        known: gives the unedited model and the input that it is known to take by itself, where another one was stated.
+        before: makes the unedited model and its input: the stated one, if the user stated one.
+        after: the edited model, with values if `device` is `cpu`.
+        inputs: the input of `after`.
+        edited: the kind of the edit at each path, without edits that cannot break the fit.
+        known: makes the unedited model and its own known input, if the user stated another one.
         device: `meta` or `cpu`.
-        origins: which edits those were.
+        origins: the edits at each path, for messages.
 
-    Raises RequestError that names the module that no longer fits, what flows in, what it expects and the nearest fix.
-    Where no input is known, or the unedited model fails in the same way on every input that is known, the check was not
-    possible, and the reason says why.
+    Raises:
+        RequestError: the edited model fails. The message names the module, what flows in, what it expects, and the
+            closest fix.
     """
     if inputs is None:
-        return Check(False, "no input size is known: --input-size gives it, batch included")
+        return Check(False, "the input size is not known: pass --input-size, batch included")
     if device == "meta" and (stored := _storage_dtype(after)) is not None:
-        return Check(False, f"{stored} is a dtype to store numbers in: no module of torch.nn computes with it")
+        return Check(False, f"{stored} is only for storage: no module of torch.nn computes with it")
     watch, seen = _pass(after, inputs, device)
     if seen.failure is None:
         called = frozenset(seen.output_shapes)
-        return Check(True, None, trace.shape_of(seen.output), called, _not_told(watch, seen, edited))
-    if seen.failure.needs_numbers:
-        return Check(False, f"{seen.failure.reason}; --check run runs it with real ones")
-    unedited, runs_elsewhere = _failure_as_it_was(before, known, inputs, device)
+        return Check(True, None, trace.shape_of(seen.output), called, _unchecked_notes(watch, seen, edited))
+    if seen.failure.needs_values:
+        return Check(False, f"{seen.failure.reason}; --check run makes the pass with values")
+    unedited, runs_elsewhere = _failure_before_edit(before, known, inputs, device)
     if unedited is not None and not runs_elsewhere and _is_same(unedited, seen.failure):
-        return Check(False, f"the model cannot run as it was: {unedited.reason}")
+        return Check(False, f"the model cannot run before the edit either: {unedited.reason}")
     origins = origins or Origins()
     refusal = _refusal(after, inputs, seen.failure, watch, edited, origins)
     refusal.message = _where(seen.failure.path, watch, origins) + refusal.message
@@ -92,16 +100,16 @@ def check(
         if _is_same(unedited, seen.failure):
             sizes = " and ".join(",".join(map(str, shape)) for shape in inputs.shapes)
             refusal.hint = (
-                f"is the input {sizes} right, the batch included? leave --input-size and --input-dtype "
-                "(in a recipe input_size, input_dtype) out, or mend them"
+                f"is the input {sizes}, batch included, right? remove --input-size and --input-dtype "
+                "(input_size and input_dtype in a recipe), or correct them"
             )
     raise refusal
 
 
-def _failure_as_it_was(
-    before: Subject, known: Subject | None, inputs: Inputs, device: str
+def _failure_before_edit(
+    before: MakeModel, known: MakeModel | None, inputs: Inputs, device: str
 ) -> tuple[trace.Failure | None, bool]:
-    """How the unedited model fails on the stated input, and whether it runs on the one that it is known to take."""
+    """Return the failure of the unedited model on the stated input, and whether it runs on its own known input."""
     model, given = before()
     failure = _pass(model, given or inputs, device)[1].failure
     if failure is None or known is None:
@@ -111,38 +119,40 @@ def _failure_as_it_was(
 
 
 def _is_same(unedited: trace.Failure, failure: trace.Failure) -> bool:
-    """Whether two passes end alike: in one place for one reason. An edit may have moved what fails to another path."""
+    """Whether two passes fail for the same reason. The path may differ, because an edit can move a module."""
     if _kind_of(unedited.error) != _kind_of(failure.error):
         return False
     return unedited.path == failure.path or str(unedited.error) == str(failure.error)
 
 
 def _kind_of(error: Exception) -> tuple[Any, ...]:
-    """What kind of failure an error is: what it is about, without the numbers in it."""
+    """Return what identifies the kind of an error, without the numbers in its message."""
     if isinstance(error, MisfitError):
         return MisfitError, error.misfit.argument, error.misfit.dtype is not None
     return type(error), re.sub(r"\d+", "", str(error))
 
 
 def _also_fails(unedited: trace.Failure, inputs: Inputs, *, elsewhere: bool) -> str:
-    """What there is to say of an unedited model that fails on the stated input as well."""
+    """Return the part of the message that says that the unedited model fails on the stated input too."""
     if not elsewhere:
         return f"; before the edit {unedited.reason}"
     sizes = " and ".join(",".join(map(str, shape)) for shape in inputs.shapes)
-    return f"; the model as it was does not take the stated input ({sizes}): {unedited.reason}"
+    return f"; before the edit the model does not take the stated input either ({sizes}): {unedited.reason}"
 
 
-def _not_told(watch: _Watch, seen: trace.Pass, edited: Mapping[str, type[Edit]]) -> tuple[str, ...]:
-    """What a pass that ran on meta does not tell: where a kernel is missing, and whether new tables are long enough."""
+def _unchecked_notes(watch: _Watch, seen: trace.Pass, edited: Mapping[str, type[Edit]]) -> tuple[str, ...]:
+    """Return notes on what a pass on meta cannot check: operators without a CPU kernel, and index ranges."""
     if seen.rules is None:
         return ()
-    notes = [f"{reason}: whether it fits was not checked" for reason in seen.rules.unchecked.values()]
+    notes = [f"{reason}, so the check skipped it" for reason in seen.rules.unchecked.values()]
     places = [path for path, kind in edited.items() if kind.places_module]
     looked_up = {table.untyped_storage()._cdata for table in seen.rules.tables}
     for name, tensor in watch.subject.named_parameters():
         if tensor.untyped_storage()._cdata in looked_up and any(_is_below(name, place) for place in places):
-            looks = "which rows are looked up is not known without values, so that their range was not checked"
-            notes.append(f"{name} has {tensor.shape[0]} rows: {looks}; --check run looks them up")
+            notes.append(
+                f"{name} has {tensor.shape[0]} rows, and the check has no index values, so it did not check that they "
+                "are in range; --check run does"
+            )
     return tuple(notes)
 
 
@@ -151,14 +161,16 @@ def _is_below(path: str, place: str) -> bool:
 
 
 def _storage_dtype(module: nn.Module) -> str | None:
-    """The dtype of the first parameter that is floating-point and takes a byte: the meta device would run it."""
+    """Return the dtype of the first float8 parameter, if any. (The meta device would run such a model.)"""
     dtypes = (parameter.dtype for parameter in module.parameters())
     return next((dtype_name(dtype) for dtype in dtypes if dtype.is_floating_point and dtype.itemsize == 1), None)
 
 
 class _Watch:
-    """Remembers where what flows into a module came from: the input itself, or the leaf that gave it, where that is
-    sure."""
+    """Records whether the input of each module is the model's own input, or the output of which leaf module.
+
+    It records only what it knows for certain: that the same object left one module and reached the next.
+    """
 
     def __init__(self, subject: nn.Module, given: Sequence[Any]) -> None:
         self.subject = subject
@@ -168,7 +180,7 @@ class _Watch:
         self._came_from: dict[str, tuple[str, nn.Module]] = {}
 
     def visit(self, _module: nn.Module, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Look at what flows into a module on its way."""
+        """Record where the arguments of a module come from. Called before the module runs."""
         flows = (*args, *kwargs.values())
         self._inputs.discard(path)
         self._came_from.pop(path, None)
@@ -178,22 +190,22 @@ class _Watch:
             self._came_from[path] = self.last[:2]
 
     def takes_input(self, path: str) -> bool:
-        """Whether the input of the model itself flowed into a module when it was called last."""
+        """Whether the model's own input went into the module at its last call."""
         return path in self._inputs
 
     def came_from(self, path: str) -> tuple[str, nn.Module] | None:
-        """The leaf whose output flowed into a module when it was called last."""
+        """Return the leaf module whose output went into the module at its last call, if known."""
         return self._came_from.get(path)
 
     def leave(self, module: nn.Module, path: str, output: Any) -> None:
-        """Keep what the last leaf gave."""
+        """Record the output of the last leaf module. Called after the module ran."""
         if not module._modules:
             self.last = (path, module, output)
 
 
 def _pass(module: nn.Module, inputs: Inputs, device: str) -> tuple[_Watch, trace.Pass]:
     given = inputs.tensors(device)
-    subject = trace.twin_or_itself(module) if device == "meta" else module
+    subject = trace.meta_copy_if_possible(module) if device == "meta" else module
     watch = _Watch(subject, list(given))
     return watch, trace.run(subject, given, device=device, visit=watch.visit, leave=watch.leave)
 
@@ -223,7 +235,7 @@ def _refusal(
         f"{shown(path)} {brief(module)} does not fit: {misfit.flows} flows in{came_from}, "
         f"it expects {misfit.expects}{_next(after, path)}"
     )
-    settled = origins.count(path) > 1  # `_` takes what an edit before gave: the number itself is told
+    settled = origins.count(path) > 1  # `_` would keep an earlier edit's value, so the fix states the value itself
     fix, touched = _fix(module, path, misfit, edited, settled=settled), _is_touched(path, edited)
     if touched and is_input:
         fix = _stated(module, misfit, inputs) or fix
@@ -233,17 +245,17 @@ def _refusal(
 
 
 def _stated(module: nn.Module, misfit: Misfit, inputs: Inputs) -> str | None:
-    """Where the dtype that does not fit is the one that was stated for the input, what to state instead."""
+    """Return the fix if the dtype that does not fit is the one that the user stated for the input; else None."""
     if misfit.dtype is None or misfit.dtype not in inputs.dtypes:
         return None
     return (
-        f"the input is stated to be {misfit.dtype}: leave --input-dtype (input_dtype in a recipe) out, or "
-        f"--input-dtype {floating_dtype(module)}; --check none writes it all the same"
+        f"you stated {misfit.dtype} as the dtype of the input: remove --input-dtype (input_dtype in a recipe), or pass "
+        f"--input-dtype {floating_dtype(module)}; --check none writes the model anyway"
     )
 
 
 def _other_size(after: nn.Module, module: nn.Module, misfit: Misfit, inputs: Inputs) -> str:
-    """The input that a module would fit which takes the model's own: images in grey, more features. It was tried."""
+    """Return the part of the hint that names another input size (grey images, more features), if it has been tried."""
     argument, own = misfit.argument, getattr(module, misfit.argument or "", None)
     sizes = inputs.shapes[0] if inputs.shapes else ()
     if argument is None or not sizes or not isinstance(own, int) or argument_from(argument, sizes) != misfit.value:
@@ -254,11 +266,11 @@ def _other_size(after: nn.Module, module: nn.Module, misfit: Misfit, inputs: Inp
     tried = replace(inputs, shapes=(tuple(other), *inputs.shapes[1:]))
     if _pass(after, tried, "meta")[1].failure is not None:
         return ""
-    return f"; or --input-size {','.join(map(str, other))}, if that is what it is to take"
+    return f"; or pass --input-size {','.join(map(str, other))}, if that is the input you want"
 
 
 def _where(path: str, watch: _Watch, origins: Origins) -> str:
-    """`-e 1: 'replace fc ...': ` of each edit that made the module which fails, or what flows into it."""
+    """Return `-e 1: 'replace fc ...': ` for the edit that made the failing module, or the module before it."""
     leaf = watch.came_from(path)
     before = "" if leaf is None else origins.told(leaf[0])
     told = origins.told(path) or before or origins.only()
@@ -270,35 +282,35 @@ def _named(path: str, module: nn.Module) -> str:
 
 
 def _last_that_ran(watch: _Watch) -> str:
-    """The neighbour before: the leaf that ran last, whose output may or may not be what flows in."""
+    """Return ` (after PATH MODULE)` for the leaf that ran last, whose output may or may not be what flows in."""
     return "" if watch.last is None else f" (after {shown(watch.last[0])} {brief(watch.last[1])})"
 
 
 def _next(model: nn.Module, path: str) -> str:
-    """The neighbour behind, where a Sequential says which one that is."""
+    """Return the part of the message that names the next module, if the module is in a Sequential."""
     above, _, name = path.rpartition(".")
     holder = model.get_submodule(above)
     if isinstance(holder, nn.Sequential):
         for here, (follower, child) in pairwise(holder.named_children()):
             if here[0] == name:
-                return f"; behind it comes {joined(above, follower)} {brief(child)}"
+                return f"; the next module is {joined(above, follower)} {brief(child)}"
     return ""
 
 
 def _way_out(after: nn.Module, path: str, error: Exception, edited: Mapping[str, type[Edit]]) -> str:
-    """What to do where the code of a module fails: it may ask for a child that was taken out."""
+    """Return the hint for an error in a module's own code, which may use a child that an edit removed."""
     there = dict(after.named_modules())
     gone = [place for place in edited if place and place not in there]
     if gone and isinstance(error, AttributeError | KeyError | IndexError):
-        asks = f"{_named(path, after.get_submodule(path))} asks for what was taken out"
-        return f"{asks}: replace {quoted(gone[0])} Identity keeps its name, and hands on what flows in"
+        asks = f"{_named(path, after.get_submodule(path))} uses a module that the edit removed"
+        return f"{asks}: replace {quoted(gone[0])} Identity keeps its name and passes its input through"
     if isinstance(error, OperatorError) and error.mixed and (dtype := _cast_to(after, edited)) is not None:
-        return f"cast . {dtype} casts the whole model; --check none writes it all the same"
+        return f"cast . {dtype} casts the whole model; --check none writes the model anyway"
     return _edited_elsewhere(edited)
 
 
 def _cast_to(after: nn.Module, edited: Mapping[str, type[Edit]]) -> str | None:
-    """The dtype that an edit gave to a part of the model alone."""
+    """Return the dtype to which an edit cast only a part of the model; None if there is no such edit."""
     places = [path for path, kind in edited.items() if kind.changes_dtype and path]
     for name, tensor in (*after.named_parameters(), *after.named_buffers()):
         if tensor.dtype.is_floating_point and any(_is_below(name, place) for place in places):
@@ -307,19 +319,19 @@ def _cast_to(after: nn.Module, edited: Mapping[str, type[Edit]]) -> str | None:
 
 
 def _fix(module: nn.Module, path: str, misfit: Misfit, edited: Mapping[str, type[Edit]], *, settled: bool) -> str:
-    """The nearest edit that would make it fit."""
+    """Return the closest edit that would make the module fit."""
     touched = _is_touched(path, edited)
     if misfit.dtype is not None:
         if touched:
             whole = f"cast . {floating_dtype(module)} casts the whole model"
             if "" in edited:
-                whole = f"the model's own code makes {misfit.dtype} of what flows in there"
-            return f"{whole}; --check none writes it all the same"
-        return f"cast {quoted(path)} {misfit.dtype} as well, or cast . {misfit.dtype}, which is the whole model"
+                whole = f"the model's own code converts this input to {misfit.dtype}"
+            return f"{whole}; --check none writes the model anyway"
+        return f"cast {quoted(path)} {misfit.dtype} too, or the whole model with cast . {misfit.dtype}"
     if misfit.argument is not None and misfit.value is not None:
         place, inner = _placed_above(path, edited), _with(module, misfit.argument, misfit.value)
         if place is not None and inner is not None:
-            return f"write {inner} for {brief(module)} inside the module that goes to {shown(place)}"
+            return f"write {inner} instead of {brief(module)} inside the new module at {shown(place)}"
         text = None if settled else _with_hole(module, misfit.argument)
         if text is not None:
             if touched:
@@ -327,21 +339,21 @@ def _fix(module: nn.Module, path: str, misfit: Misfit, edited: Mapping[str, type
                     f"{_again(path, edited)} {quoted(text)} takes {misfit.argument}={misfit.value} from what flows in"
                 )
             return (
-                f"replace {quoted(path)} {quoted(text)} as well, which takes {misfit.argument}={misfit.value}; "
-                f"or keep the size that {listed([*map(shown, edited)], 3)} gave before"
+                f"replace {quoted(path)} {quoted(text)} too, which takes {misfit.argument}={misfit.value}; "
+                f"or keep the former output size of {listed([*map(shown, edited)], 3)}"
             )
         if (text := _with(module, misfit.argument, misfit.value)) is not None:
             return f"{_again(path, edited)} {quoted(text)}"
-        return f"it would have to have {misfit.argument}={misfit.value}"
+        return f"it needs {misfit.argument}={misfit.value}"
     if touched:
-        return "--check none writes it all the same"
+        return "--check none writes the model anyway"
     return _edited_elsewhere(edited)
 
 
 def _edited_elsewhere(edited: Mapping[str, type[Edit]]) -> str:
     if not edited:
-        return "--check none writes it all the same"
-    return f"what was edited: {listed([*map(shown, edited)], 3)}; --check none writes it all the same"
+        return "--check none writes the model anyway"
+    return f"edited modules: {listed([*map(shown, edited)], 3)}; --check none writes the model anyway"
 
 
 def _is_touched(path: str, edited: Mapping[str, type[Edit]]) -> bool:
@@ -349,24 +361,24 @@ def _is_touched(path: str, edited: Mapping[str, type[Edit]]) -> bool:
 
 
 def _placed_above(path: str, edited: Mapping[str, type[Edit]]) -> str | None:
-    """The path of the new module that a module is a part of: by itself no edit can name it, before that is written."""
+    """Return the path of the new module that contains this one, if any; an edit can only name that one."""
     placed = [place for place, kind in edited.items() if kind.places_module]
     return next((place for place in placed if path != place and _is_below(path, place)), None)
 
 
 def _again(path: str, edited: Mapping[str, type[Edit]]) -> str:
-    """The words of the edit that put a module at a path, up to the module."""
+    """Return the words, up to the module expression, of the edit that placed a module at this path."""
     kind = edited.get(path)
     return kind.again(path) if kind is not None and kind.places_module else f"replace {quoted(path)}"
 
 
 def _with_hole(module: nn.Module, argument: str) -> str | None:
-    """The module's own expression with `_` for one argument, where `_` would give the right value."""
+    """Return the module's own expression with `_` for one argument, if `_` would give the right value."""
     return None if argument_from(argument, (1, 1, 1, 1)) is None else _with(module, argument, HOLE)
 
 
 def _with(module: nn.Module, argument: str, value: Any) -> str | None:
-    """The module's own expression with another value for one argument; None where it has no such expression."""
+    """Return the module's own expression with another value for one argument; None if it has no such expression."""
     try:
         call = expressions.parse(brief(module))
         names = modules.parameter_names(type(module))

@@ -1,4 +1,4 @@
-"""What a model is known to take, and the arguments that are made of it for a forward pass."""
+"""The known inputs of a model, and the arguments of `forward` made from them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from modelcli.wording import listed
 
 @dataclass(frozen=True)
 class Arguments:
-    """What `forward` is called with. Iterating gives its tensors, those inside lists and dicts too."""
+    """The arguments of a call of `forward`. Iterating yields its tensors, including those inside lists and dicts."""
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -30,7 +30,7 @@ class Arguments:
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors in a value made of tensors, lists, tuples and dicts."""
+    """Yield the tensors in a value of nested lists, tuples and dicts."""
     stack = [value]
     while stack:
         item = stack.pop()
@@ -46,7 +46,10 @@ class Inputs(StatedInputs):
     """What a model is known to take, and the arguments of `forward` that are made of it."""
 
     def tensors(self, device: str) -> Arguments:
-        """Inputs of these shapes: on meta, or drawn from a normal distribution (whole numbers: zeros)."""
+        """Make the arguments, on meta or with random values (normally distributed; integer tensors are zeros).
+
+        Raises RequestError if a position is missing or an input is stated twice.
+        """
         made: list[Any] = []
         with seeded(0):
             for index, shape in enumerate(self.shapes):
@@ -65,18 +68,18 @@ class Inputs(StatedInputs):
         positions = sorted((name for name in arguments if name.isdecimal()), key=int)
         for name in positions:
             if int(name) != len(made):
-                raise RequestError(f"input {name} is stated, and input {len(made)} is not", input_texts.EXAMPLES)
+                raise RequestError(f"input {name} is stated, but input {len(made)} is not", input_texts.EXAMPLES)
             made.append(arguments.pop(name))
         return Arguments(tuple(made), arguments)
 
     def _usual(self, path: Sequence[str]) -> str:
-        """The dtype of an input that nothing states it of: tokens and their masks are whole numbers everywhere."""
+        """Return the dtype of an input that states none: int64 for tokens and masks, else the model's own."""
         last = path[-1]
         whole = last.endswith("_ids") or last in ("labels", "attention_mask", "tokens")
         return "int64" if whole else self.floating
 
     def _built(self, value: Any, path: tuple[str, ...]) -> Any:
-        """A dict, or a list where its keys are 0, 1, 2 and so on."""
+        """Make a dict, or a list if the keys are 0, 1, 2 and so on."""
         if not isinstance(value, _Items):
             return value
         items = {key: self._built(item, (*path, key)) for key, item in value.items()}
@@ -87,7 +90,7 @@ class Inputs(StatedInputs):
 
 
 class _Items(dict[str, Any]):
-    """The items of an argument that is stated by dotted names."""
+    """The items of an argument that dotted names state."""
 
 
 def _put(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
@@ -95,7 +98,9 @@ def _put(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
     for step in above:
         tree = tree.setdefault(step, _Items())
         if not isinstance(tree, _Items):
-            raise RequestError(f"input {'.'.join(path)} is stated, and so is what holds it", input_texts.EXAMPLES)
+            raise RequestError(
+                f"input {'.'.join(path)} is stated, but an input that contains it is stated too", input_texts.EXAMPLES
+            )
     if last in tree:
         raise RequestError(f"input {'.'.join(path)} is stated twice")
     tree[last] = value
@@ -115,9 +120,9 @@ def _tensor(shape: tuple[int, ...], dtype_name: str, device: str, *, ones: bool 
 
 
 def fitted(inputs: Inputs, module: nn.Module) -> Inputs:
-    """The inputs, once it is known that `forward` has arguments of these names.
+    """Check the inputs against the signature of `forward`, and find out which arguments need tuples.
 
-    Raises RequestError for a name that it does not have.
+    Raises RequestError if `forward` has no argument of a stated name.
     """
     try:
         parameters = list(signatures.of(module.forward).parameters.values())
@@ -135,11 +140,11 @@ def fitted(inputs: Inputs, module: nn.Module) -> Inputs:
     return replace(inputs, tuples=frozenset(tuples))
 
 
-def known_by_itself(module: nn.Module) -> Inputs | None:
-    """What a model says that it takes: nothing, where its `forward` has no argument, or Lightning's example."""
+def own_inputs(module: nn.Module) -> Inputs | None:
+    """Return the inputs that a model itself declares: Lightning's example, or none if `forward` has no argument."""
     try:
         example = getattr(module, "example_input_array", None)
-    except Exception:  # a property of anybody's
+    except Exception:  # it may be a property that raises anything
         example = None
     if example is not None and (found := _as_example(example)) is not None:
         return found
@@ -151,7 +156,7 @@ def known_by_itself(module: nn.Module) -> Inputs | None:
 
 
 def _as_example(example: Any) -> Inputs | None:
-    """`example_input_array` of a `LightningModule`: a tensor, a tuple of arguments, or a dict of them by name."""
+    """Read `example_input_array` of a `LightningModule`: a tensor, a tuple of arguments, or a dict of them by name."""
     if isinstance(example, torch.Tensor):
         example = (example,)
     named: list[InputText] = []
@@ -174,8 +179,8 @@ def _as_example(example: Any) -> Inputs | None:
     return Inputs((), named=tuple(named))
 
 
-def how_to_state(module: nn.Module) -> str:
-    """Which options would say what flows into a model whose input is not known."""
+def how_to_state_input(module: nn.Module) -> str:
+    """Return the options that would state the input of a model whose input is not known."""
     try:
         parameters = signatures.of(module.forward).parameters.values()
     except (TypeError, ValueError):
@@ -183,5 +188,5 @@ def how_to_state(module: nn.Module) -> str:
     variable = [p for p in parameters if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     needed = [p for p in parameters if p.default is p.empty and p not in variable]
     if len(needed) <= 1 and not any(p.kind is p.KEYWORD_ONLY for p in needed):
-        return "give --input-size, batch included"
-    return f"give {' '.join(f'--input {p.name}=SHAPE' for p in needed)}, batch included"
+        return "pass --input-size, batch included"
+    return f"pass {' '.join(f'--input {p.name}=SHAPE' for p in needed)}, batch included"

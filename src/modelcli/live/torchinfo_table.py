@@ -13,7 +13,7 @@ from modelcli.errors import ModelcliError, RequestError
 from modelcli.live import memory
 from modelcli.live.describe import walk
 from modelcli.live.inputs import Arguments
-from modelcli.live.trace import twin_or_itself
+from modelcli.live.trace import meta_copy_if_possible
 
 if TYPE_CHECKING:
     from modelcli.live.opening import Live
@@ -33,7 +33,7 @@ def table(live: Live, *, mode: str, depth: int | None) -> str:
     levels = max(path.count(".") + 1 for path, _ in walk(live.module))
     if levels > MOST_LEVELS:
         raise RequestError(f"torchinfo takes hours for a model that is nested {levels} levels deep", _OWN)
-    ways: list[tuple[str, Callable[[], nn.Module]]] = [("meta", lambda: twin_or_itself(live.module))]
+    ways: list[tuple[str, Callable[[], nn.Module]]] = [("meta", lambda: meta_copy_if_possible(live.module))]
     if memory.fits(4 * memory.bytes_of(live.module)):
         ways.append(("cpu", live.real_module))
     reason = ""

@@ -1,6 +1,6 @@
-"""Forward passes: shapes, sizes, multiply-accumulates, and what flows in where.
+"""Make forward passes and record shapes, sizes, multiply-accumulates, and the input of each module.
 
-A pass is made on the meta device, and elsewhere where that device cannot run the model: see `on_some_device`.
+A pass runs on the meta device; if that device cannot run the model, it runs elsewhere: see `on_some_device`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from modelcli.live import memory, rules
 from modelcli.live.calls import Call, Calls
 from modelcli.live.describe import walk
 from modelcli.live.fake_kernels import MissingKernels, without_log
-from modelcli.live.inputs import Arguments, how_to_state, tensors_in
+from modelcli.live.inputs import Arguments, how_to_state_input, tensors_in
 from modelcli.live.meta_models import fake_twin, meta_twin, seeded
 from modelcli.live.mult_adds import MultAdds
 from modelcli.live.operator_rules import OperatorRules
@@ -37,13 +37,13 @@ if TYPE_CHECKING:
     from modelcli.live.inputs import Inputs
 
 
-#: What Python says of a call that leaves arguments out.
+#: Python's message about a call with missing arguments.
 _MISSING = re.compile(r"missing \d+ required (?:positional|(keyword-only)) arguments?: (.*)")
 
 
 @dataclass
 class Failure:
-    """Where and why a forward pass ended: the innermost module that was running, and what it raised."""
+    """The failure of a forward pass: the path of the innermost module that was running, and its exception."""
 
     path: str
     error: Exception
@@ -51,66 +51,67 @@ class Failure:
 
     @property
     def _cause(self) -> tuple[Exception, str]:
-        """The error that others came from, and its first line."""
+        """The original error, and its first line."""
         error = self.error
         while isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
             error = error.__cause__
         return error, (str(error) or type(error).__name__).strip().splitlines()[0]
 
     @property
-    def needs_numbers(self) -> bool:
-        """Whether it may only be that the meta device has no numbers."""
+    def needs_values(self) -> bool:
+        """Whether the pass may have failed only because the meta device has no values."""
         _, text = self._cause
         if self.device == "cpu":
             return False
         return re.search(r"\bmeta\b|register_meta|aten::|data.dependent|fake tensor", text, re.IGNORECASE) is not None
 
     @property
-    def may_be_of_meta(self) -> bool:
-        """Whether the same pass may run elsewhere: `forward` was called as it can be, and what flows in fits.
+    def may_run_elsewhere(self) -> bool:
+        """Whether the same pass may run on another device: the arguments fit `forward`, and no module rule failed.
 
-        An operator that the CPU refuses (see `operator_rules`) may be one that the model calls on other devices alone.
+        This includes an operator that the CPU refuses (see `operator_rules`), because the model may call another one
+        there.
         """
         error, text = self._cause
         wrong_call = isinstance(error, TypeError) and not self.path and "argument" in text
         return not wrong_call and not isinstance(error, rules.MisfitError)
 
     @property
-    def is_of_memory(self) -> bool:
-        """Whether memory did not suffice."""
+    def is_out_of_memory(self) -> bool:
+        """Whether memory was not sufficient."""
         error, text = self._cause
         return isinstance(error, MemoryError) or "allocate memory" in text
 
     @property
     def text(self) -> str:
-        """What was wrong, without where."""
+        """What went wrong, without the place."""
         error, text = self._cause
-        if self.needs_numbers:
+        if self.needs_values:
             operation = re.search(r"(?:aten::|torch\.)\w+", text)
             named = f" ({operation[0]})" if operation else ""
-            text = f"it needs real numbers, and the meta device has none{named}"
+            text = f"it needs values, which the meta device does not have{named}"
         if isinstance(error, TypeError) and not self.path and (missing := _MISSING.search(text)):
             by_keyword, names = missing.groups()
             first = names.split(",")[0].split(" ")[0].strip("'")
-            how = f"--input {first}=SHAPE[:DTYPE] gives a tensor, --input {first}==VALUE what is none"
-            text = f"its forward takes {names} {'by keyword alone' if by_keyword else 'as well'}: {how}"
+            how = f"pass --input {first}=SHAPE[:DTYPE] for a tensor, --input {first}==VALUE for another value"
+            text = f"its forward also needs {names}{' by keyword' if by_keyword else ''}: {how}"
         return text
 
     @property
     def reason(self) -> str:
-        """One line for a person."""
+        """One line that says where and why the pass failed."""
         return f"the forward pass ended in {self.path or 'the model itself'}{self.line}: {self.text}"
 
     @property
     def line(self) -> str:
-        """` (nets.py:12)`: the last line that ran of code of the user's own; nothing where none ran."""
+        """` (nets.py:12)`: the last line of the user's own code that ran; empty if none ran."""
         frames = traceback.extract_tb(self._cause[0].__traceback__) or traceback.extract_tb(self.error.__traceback__)
         own = [frame for frame in frames if not _is_of_a_library(frame.filename)]
         return f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
 
 
 def _is_of_a_library(filename: str) -> bool:
-    """Whether a file is installed, is modelcli's own, or is no file."""
+    """Whether a traceback's file belongs to an installed package, to Python or to modelcli, or is not a file."""
     path = Path(filename)
     if filename.startswith("<") or not {"site-packages", "dist-packages"}.isdisjoint(path.parts):
         return True
@@ -124,11 +125,18 @@ _STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
 
 @dataclass
 class Pass:
-    """What was seen of one forward pass, by path. A shared module has the path that its caller knows it by.
+    """The observations of one forward pass. A shared module counts under the path through which it was called.
 
-    `macs` is None for a further place of a module that ran under another of its paths. `unseen` are modules inside
-    scripted ones that ran: nothing tells which of them were called. `leaf_bytes` are the outputs of modules with
-    parameters that called no other module, `output_bytes` those of all.
+    Attributes:
+        output_shapes: the output shape of each module that ran, by path.
+        macs: the multiply-accumulates of each module, by path; None for a further path of a module that ran.
+        output: the output of the model.
+        failure: where and why the pass failed; None if it ran to its end.
+        rules: the operator rules of the pass; None if it was made without them.
+        device: `meta`, `cpu` or `fake`.
+        unseen: the modules inside scripted modules that ran; whether they ran is not known.
+        leaf_bytes: the bytes of the outputs of modules that have parameters and called no other module.
+        output_bytes: the bytes of the outputs of all modules.
     """
 
     output_shapes: dict[str, Any] = field(default_factory=dict)
@@ -148,7 +156,7 @@ Leaver = Callable[[nn.Module, str, Any], None]
 
 @dataclass
 class _Listener:
-    """Writes down what a pass shows, and hands each call on to who asked for it."""
+    """Records each call in `seen`, and passes it to the explainer and the caller's functions."""
 
     seen: Pass
     explainer: rules.Explainer
@@ -192,15 +200,22 @@ def run(
     modes: Sequence[AbstractContextManager[Any]] = (),
     judged: bool = True,
 ) -> Pass:
-    """One forward pass without gradients. The module is changed only by what its own `forward` does to it.
+    """Make one forward pass without gradients. Only the module's own `forward` changes the module.
 
-    `visit` is called before each module runs, with its path and what flows in, and may raise; `leave` after it, with
-    its path and output. `modes` are entered innermost around the call, in their order: a dispatch mode of the caller's
-    sees each operator, and may raise. An exception of the pass is kept in `failure`.
+    Args:
+        module: the model, on `device`.
+        inputs: the arguments of `forward`.
+        device: `meta`, `cpu` or `fake`. For `fake`, `modes` must begin with the `FakeTensorMode` of the tensors.
+        mode: `eval` or `train`.
+        visit: called before each module runs, with its path and arguments; may raise.
+        leave: called after each module ran, with its path and output.
+        counter: counts the multiply-accumulates.
+        modes: context managers, such as dispatch modes, entered in this order around the call.
+        judged: whether a pass without values fails where the CPU would fail (see `operator_rules`). Without it, a pass
+            may succeed that would fail on the CPU.
 
-    `device` is `meta`, `cpu`, or `fake`: then `modes` begin with the `FakeTensorMode` that the tensors belong to. A
-    pass without values ends where the CPU would end it (see `operator_rules`), unless it is not to be `judged`: what is
-    then said to have run may not run.
+    Returns:
+        The observations; an exception of the pass is in `failure`.
     """
     judged = judged and device != "cpu"
     given = inputs if isinstance(inputs, Arguments) else Arguments(tuple(inputs))
@@ -237,24 +252,26 @@ def run(
 
 
 def _explained(failure: Failure, explainer: rules.Explainer) -> Failure:
-    """A failure in the terms of the rules for `torch.nn`, where these know better why the module does not run."""
-    if failure.needs_numbers:
+    """Explain a failure by the rules for `torch.nn` modules, if one of them applies."""
+    if failure.needs_values:
         return failure
     explained = explainer.explained(failure.path, failure.error)
     return replace(failure, error=explained.with_traceback(failure.error.__traceback__))
 
 
 def _require_result(output: Any) -> None:
-    """Raise for a `forward` whose call runs nothing yet: that of a generator, or an `async` one."""
+    """Raise TypeError if calling `forward` ran nothing, because it is a generator or an async function."""
     if inspect.iscoroutine(output):
         output.close()
-        raise TypeError("forward is an async function: calling it runs nothing")
+        raise TypeError("forward is an async function, so calling it runs nothing")
     if isinstance(output, Iterator):
-        raise TypeError(f"forward gives a {type(output).__name__}: nothing runs until its values are asked for")
+        raise TypeError(
+            f"forward returns a {type(output).__name__}, which runs nothing until something iterates over it"
+        )
 
 
 def _fill_in(seen: Pass, calls: Calls) -> None:
-    """The further places of modules that ran, and what lies inside those whose insides are hidden."""
+    """Add the other paths of modules that ran, and list the modules inside scripted ones."""
     unseen: list[str] = []
     for key, paths in calls.paths.items():
         if key not in calls.ran:
@@ -280,7 +297,7 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _plain_attention() -> Iterator[None]:
-    """Let attention call its submodules: the fused path skips them and their hooks."""
+    """Make attention call its submodules; the fused path skips them and their hooks."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -291,7 +308,7 @@ def _plain_attention() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _not_compiled() -> Iterator[None]:
-    """Let what `torch.compile` made run as it was written; nothing to do where nothing was compiled."""
+    """Run modules made by `torch.compile` eagerly. Does nothing if nothing was compiled."""
     if "torch._dynamo" not in sys.modules:
         yield
         return
@@ -300,7 +317,7 @@ def _not_compiled() -> Iterator[None]:
 
 
 def shape_of(output: Any) -> Any:
-    """The shape of what a module gave: a list of ints, or a list or dict of those; None for what is no tensor."""
+    """Return the shape of an output: a list of ints, or a list or dict of those; None for anything but tensors."""
     if isinstance(output, torch.Tensor):
         return [int(size) for size in output.shape]
     if isinstance(output, Mapping):
@@ -313,8 +330,8 @@ def shape_of(output: Any) -> Any:
     return None
 
 
-def twin_or_itself(module: nn.Module) -> nn.Module:
-    """A copy for a forward pass on meta; the module itself where something in it cannot be copied (a lock, a file)."""
+def meta_copy_if_possible(module: nn.Module) -> nn.Module:
+    """Return a copy on meta; the module itself if it contains something that cannot be copied (a lock, a file)."""
     try:
         return meta_twin(module, plain_tensors=True)
     except Exception:
@@ -324,13 +341,19 @@ def twin_or_itself(module: nn.Module) -> nn.Module:
 def trace(
     module: nn.Module, inputs: Inputs | None, *, mode: str = "eval", real: Callable[[], nn.Module] | None = None
 ) -> tuple[Trace, nn.Module]:
-    """Trace a forward pass; gives the module that ran as well, whose lazy parameters have their shapes now.
+    """Trace a forward pass. Hooks and a dispatch mode collect the figures, so a pass that fails still gives rows.
 
-    `real` builds the same model with values, for a pass on the CPU where the meta device cannot run it. Shapes, sizes
-    and multiply-accumulates come from hooks and a dispatch mode of our own, so that a pass that fails still gives rows.
+    Args:
+        module: the model on meta.
+        inputs: its inputs; None if they are not known.
+        mode: `eval` or `train`.
+        real: builds the same model with values, for a pass on the CPU if the meta device cannot run it.
+
+    Returns:
+        The trace, and the module that ran, whose lazy parameters have shapes now.
     """
     if inputs is None:
-        return Trace(None, reason=f"no input size is known: {how_to_state(module)}", device=None), module
+        return Trace(None, reason=f"the input size is not known: {how_to_state_input(module)}", device=None), module
     counter = MultAdds()
 
     def attempt(subject: nn.Module, given: Arguments, device: str, outer: Outer) -> Pass:
@@ -348,7 +371,7 @@ def trace(
     notes, uncounted = ran.notes, tuple(counter.uncounted)
     if uncounted:
         names = listed(uncounted, 4)
-        notes += (f"mult-adds are a lower bound: nothing is known of how often {names} multiply",)
+        notes += (f"mult-adds are a lower bound: modelcli cannot count those of {names}",)
     made = Trace(
         inputs.all_shapes,
         layers,
@@ -360,7 +383,7 @@ def trace(
     )
     if seen.failure is not None:
         return replace(made, reason=ran.reason), ran.module
-    # As torchinfo reckons it: what is kept for the backward pass is counted with its gradient, so twice.
+    # As torchinfo does: an output that is kept for the backward pass counts twice, because its gradient is as large.
     return replace(made, macs=counter.total, forward_backward_bytes=2 * seen.leaf_bytes), ran.module
 
 
@@ -368,19 +391,19 @@ def _bytes_of(tensor: torch.Tensor) -> int:
     return int(tensor.numel()) * tensor.element_size()
 
 
-#: Modes that come before all others: the `FakeTensorMode` of fake tensors.
+#: The modes to enter before all others: the `FakeTensorMode` of fake tensors.
 Outer = tuple[AbstractContextManager[Any], ...]
 Attempt = Callable[[nn.Module, Arguments, str, Outer], Pass]
 
-#: A model of more bytes, or a pass of more multiply-accumulates, is tried under fake tensors first.
+#: A model with more bytes, or a pass with more multiply-accumulates, is first tried under fake tensors.
 _LARGE_BYTES, _LARGE_MACS = 2**28, 5 * 10**11
 
 
 @dataclass(frozen=True)
 class Ran:
-    """A forward pass as it was made in the end, the module that ran, and what there is to tell of that.
+    """A forward pass on the device that was chosen, the module that ran, and notes about that choice.
 
-    `reason` says why it failed, where it did.
+    `reason` says why the pass failed; None if it did not.
     """
 
     seen: Pass
@@ -392,18 +415,23 @@ class Ran:
 def on_some_device(
     module: nn.Module, inputs: Inputs, attempt: Attempt, *, real: Callable[[], nn.Module] | None = None
 ) -> Ran:
-    """Make a forward pass on the meta device; where that fails for the device's own reasons, elsewhere.
+    """Make a forward pass on the meta device, or elsewhere if it fails there for the device's own reasons.
 
-    That is on the CPU, with the values that `real` gives, where memory allows it; else under fake tensors, which claim
-    a device and have no values. A large model is tried under fake tensors first. What a rule refuses has failed, and so
-    has what the CPU refuses. `attempt` makes one pass.
+    The other devices are the CPU, if memory allows, and fake tensors, which claim to be on a device and have no values;
+    a large model is tried under fake tensors first. A pass that a rule or the CPU refuses has failed.
+
+    Args:
+        module: the model on meta.
+        inputs: its inputs.
+        attempt: makes one pass.
+        real: builds the model with values, for the CPU.
     """
-    subject = twin_or_itself(module)
+    subject = meta_copy_if_possible(module)
     on_meta = attempt(subject, inputs.tensors("meta"), "meta", ())
     failure = on_meta.failure
     if failure is None:
         return Ran(on_meta, subject)
-    if not failure.may_be_of_meta:
+    if not failure.may_run_elsewhere:
         return Ran(on_meta, subject, reason=failure.reason)
     nbytes = memory.bytes_of(module)
     is_large = nbytes > _LARGE_BYTES or sum(macs or 0 for macs in on_meta.macs.values()) > _LARGE_MACS
@@ -411,47 +439,47 @@ def on_some_device(
     for device in ("fake", "cpu") if is_large else ("cpu", "fake"):
         if device == "fake":
             ran = _under_fake_tensors(module, inputs, attempt)
-            how = "under fake tensors, which have shapes and no values"
-        elif is_large and not failure.needs_numbers:
-            continue  # under fake tensors it failed as well, and no word of either speaks of the device
+            how = "under fake tensors, which have shapes but no values"
+        elif is_large and not failure.needs_values:
+            continue  # it failed under fake tensors too, and neither message is about the device
         else:
             why_not = _no_room(nbytes, on_meta, inputs) if real is not None else None
             ran = _on_cpu(real, inputs, attempt) if real is not None and why_not is None else None
-            how = "on the CPU, with random numbers as input, which may decide what came out"
+            how = "on the CPU with random input, which may influence the shapes"
         if ran is None:
             continue
         if ran.seen.failure is None:
             return replace(ran, notes=(f"the forward pass was made {how}: on the meta device {failure.text}",))
         if device == "cpu":
-            # Both refuse it: a rule says better why.
-            told = failure if isinstance(failure.error, rules.RefusedError) else ran.seen.failure
-            return replace(ran, reason=told.reason)
+            # Both failed. A rule gives the better explanation.
+            better = failure if isinstance(failure.error, rules.RefusedError) else ran.seen.failure
+            return replace(ran, reason=better.reason)
     return Ran(on_meta, subject, reason=f"{failure.reason}; {why_not}" if why_not else failure.reason)
 
 
 def _no_room(nbytes: int, on_meta: Pass, inputs: Inputs) -> str | None:
-    """Why a pass with values does not fit in memory; None where it does, as far as the pass on meta came."""
+    """Return why a pass with values does not fit in memory, or None if it fits, as far as the pass on meta shows."""
     flows = sum(_bytes_of(tensor) for tensor in inputs.tensors("meta"))
     needed = 2 * nbytes + 2 * on_meta.output_bytes + 16 * flows
     if memory.fits(needed):
         return None
-    return f"on the CPU it would take about {needed / 1e9:,.1f} GB of memory, which are not free"
+    return f"on the CPU it would need about {needed / 1e9:,.1f} GB of memory, more than is free"
 
 
 def _on_cpu(real: Callable[[], nn.Module], inputs: Inputs, attempt: Attempt) -> Ran | None:
-    """A pass with values; None where the model cannot be built with them, or memory does not suffice after all."""
+    """Make a pass with values. None if the model cannot be built with values or memory is not sufficient after all."""
     try:
         subject = real()
     except (ModelcliError, MemoryError):
         return None
     seen = attempt(subject, inputs.tensors("cpu"), "cpu", ())
-    if seen.failure is not None and seen.failure.is_of_memory:
+    if seen.failure is not None and seen.failure.is_out_of_memory:
         return None
     return Ran(seen, subject)
 
 
 def _under_fake_tensors(module: nn.Module, inputs: Inputs, attempt: Attempt) -> Ran | None:
-    """A pass under fake tensors that say they lie on the CPU; None where the module has no copy of such."""
+    """Make a pass under fake tensors that claim to be on the CPU. None if the module cannot be copied to them."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -468,11 +496,13 @@ def _under_fake_tensors(module: nn.Module, inputs: Inputs, attempt: Attempt) -> 
 FirstCalls = dict[str, tuple[tuple[Any, ...], Mapping[str, Any]]]
 
 
-def flowing_into(
+def inputs_of(
     module: nn.Module, paths: Sequence[str], inputs: Inputs | None
 ) -> tuple[dict[str, torch.Tensor], Failure | None]:
-    """The first tensor that flows into each module on a forward pass on meta, without those it did not reach; and how
-    the pass failed, where it did."""
+    """Return the first tensor that each module gets in a forward pass, and how the pass failed, if it did.
+
+    Modules that the pass did not reach are left out. `inputs` are the model's inputs; None gives no tensors.
+    """
     calls, failure = _first_calls(module, paths, inputs)
     return {
         path: next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
@@ -481,7 +511,7 @@ def flowing_into(
 
 
 def first_calls(module: nn.Module, paths: Sequence[str], inputs: Inputs | None) -> FirstCalls:
-    """The arguments of the first call of each module that a tensor flows into, on a forward pass on meta."""
+    """Return the arguments of the first call with a tensor of each module in a forward pass on meta."""
     return _first_calls(module, paths, inputs)[0]
 
 
@@ -504,10 +534,10 @@ def _first_calls(module: nn.Module, paths: Sequence[str], inputs: Inputs | None)
 
         return run(subject, given, device=device, visit=visit, modes=outer, judged=False)
 
-    seen = attempt(twin_or_itself(module), inputs.tensors("meta"), "meta", ())
+    seen = attempt(meta_copy_if_possible(module), inputs.tensors("meta"), "meta", ())
     if seen.failure is not None and len(found) < len(set(paths)):
         on_meta, failure = dict(found), seen.failure
-        ran = on_some_device(module, inputs, attempt)  # what it did not reach on meta it may reach elsewhere
+        ran = on_some_device(module, inputs, attempt)  # another device may reach more modules
         if len(found) < len(on_meta):
             return on_meta, failure
         seen = ran.seen

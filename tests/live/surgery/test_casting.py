@@ -151,12 +151,12 @@ def test_the_check_runs_in_the_new_dtype(cli: Cli) -> None:
     assert "runs: [1,3,224,224] -> [1,1000]" in cli("cast", ".", "bf16", "-m", "alexnet").out
     error = cli("cast", "classifier.4", "bf16", "-m", "alexnet", "-o", "out.pth", code=2).err
     assert "classifier.4 Linear(4096, 4096) does not fit: [1,4096] float32 flows in" in error
-    assert "hint: cast . bfloat16 casts the whole model; --check none writes it all the same" in error
+    assert "hint: cast . bfloat16 casts the whole model; --check none writes the model anyway" in error
     words = ("-e", "replace 1 Linear(4,4,dtype=torch.bfloat16)", "-m", "Sequential(Linear(3,4),ReLU(),Linear(4,2))")
     error = cli("apply", *words, "--input-size", "1,3", code=2).err
     assert "hint: cast . bfloat16 casts the whole model" in error
     told = cli("cast", ".", "float8_e4m3fn", "-m", "alexnet", "-o", "out.pth").out
-    assert "not made: float8_e4m3fn is a dtype to store numbers in" in told
+    assert "not made: float8_e4m3fn is only for storage" in told
 
 
 def test_nothing_to_do_is_told(cli: Cli) -> None:

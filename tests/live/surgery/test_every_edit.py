@@ -483,7 +483,7 @@ ON_BUILDER: dict[tuple[str, str], Cell] = {
         ("remove classifier.0.convs.0",), "classifier.0.project.0 Conv2d(1280, 256"
     ),
     ("remove", "ModuleDict"): Cell(("remove backbone.16",), "'out'"),
-    ("remove", "child"): Cell(("remove classifier.0.project",), "asks for what was taken out"),
+    ("remove", "child"): Cell(("remove classifier.0.project",), "uses a module that the edit removed"),
     ("extract", "Sequential"): Cell(("extract classifier",), lambda model: model.classifier),
     ("extract", "ModuleDict"): Cell(("extract backbone",), lambda model: model.backbone),
     ("rename", "child"): Cell(("rename classifier.** head.**",), "cannot load a state dict"),

@@ -138,7 +138,7 @@ def test_refused_and_nothing_is_changed(line: str, message: str, hint: str) -> N
 def test_what_was_taken_out_and_is_asked_for(cli: Cli) -> None:
     error = cli("remove", "avgpool", "-m", "alexnet", "-o", "out.pth", code=2).err
     assert "the model itself (AlexNet) cannot run after the edit: 'AlexNet' object has no attribute 'avgpool'" in error
-    assert "replace avgpool Identity keeps its name, and hands on what flows in" in error
+    assert "replace avgpool Identity keeps its name and passes its input through" in error
     cli("replace", "avgpool", "Identity", "-m", "alexnet", "-o", "out.pth")
 
 

@@ -20,7 +20,7 @@ from modelcli.live.build import Bare
 from modelcli.live.meta_models import build_on_meta
 from modelcli.live.surgery import shapes
 from modelcli.live.surgery.settings import UNKNOWN, Unknown, setting
-from modelcli.live.trace import Failure, flowing_into
+from modelcli.live.trace import Failure, inputs_of
 from modelcli.live.walking import modules_in
 from modelcli.wording import counted
 
@@ -108,7 +108,7 @@ class _Flows:
 
     def into(self, path: str) -> _Flow | None:
         if self._found is None:
-            self._found = flowing_into(self._module, self._paths, self.context.inputs)
+            self._found = inputs_of(self._module, self._paths, self.context.inputs)
         tensor = self._found[0].get(path)
         return None if tensor is None else _Flow(tensor.detach().to("meta"), self._layout_at(path, tensor.dim()))
 
@@ -278,7 +278,7 @@ class _Filling:
         raise RequestError(
             f"{self.expression} at {self.path}: _ for {name} is not known: {was}"
             + (", and what flows in does not tell" if flow is not None or name not in _AXES else self.flows.unknown()),
-            f"write {name} out" + (", or give --input-size" if self.context.inputs is None else ""),
+            f"write {name} out" + (", or pass --input-size" if self.context.inputs is None else ""),
         )
 
     def _size(self, call: Call, name: str, flow: _Flow) -> int | None:

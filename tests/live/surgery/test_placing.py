@@ -108,7 +108,7 @@ def test_flags_follow_their_modules(cli: Cli) -> None:
         ("add fc.weight ReLU", "fc.weight is a tensor, and no child can have its name", "a name that is free"),
         ("add forward ReLU", "Places has something else called forward", "a name that is free"),
         ("add se.x ReLU", "no module matches 'se'", "nearest: seq"),
-        ("add '*.x' ReLU", "'*' names", "add takes one"),
+        ("add '*.x' ReLU", "'*' matches", "add takes one"),
         ("add 'x*' ReLU", "'x*' is a pattern", "write the name out"),
         ("add . ReLU", "takes the path of a new module, not of the model itself", "add classifier.dropout"),
         ("add x:ReLU ReLU", "asks for a type", "write the path out"),

@@ -1,4 +1,4 @@
-"""What a model is known to take, as data: shapes, dtypes and named inputs."""
+"""The known inputs of a model as plain data: shapes, dtypes and named inputs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from modelcli.language.input_texts import InputText
 
 @dataclass(frozen=True)
 class StatedInputs:
-    """What a model is known to take: a shape for each input, batch included, and their dtypes where someone said so.
+    """The known inputs of a model.
 
-    Where nobody did, inputs are `floating`, the model's own floating-point dtype. With `as_list` the one input is a
-    list of images, as models that detect objects take it. `named` are inputs that are stated by the name of their
-    argument, or are no tensors; they come after those of `shapes`. `tuples` are the arguments, by name or position,
-    whose items make a tuple and not a list.
+    Attributes:
+        shapes: the shapes of the positional inputs, batch included.
+        dtypes: the stated dtypes; the last one holds for the remaining inputs.
+        as_list: whether the one input is a list of images, as for detection models.
+        floating: the model's own floating-point dtype, for inputs without a stated dtype.
+        named: the inputs that are stated by name or are not tensors; they come after `shapes`.
+        tuples: the arguments, by name or position, whose items form a tuple instead of a list.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -28,18 +31,18 @@ class StatedInputs:
 
     @property
     def all_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """The shape of each tensor, in the order in which they are stated."""
+        """The shape of each input tensor, in the stated order."""
         return (*self.shapes, *(item.shape for item in self.named if item.shape is not None))
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The inputs that are stated otherwise than by shapes alone, as `input_texts` reads them."""
+        """The inputs other than `shapes`, as texts that `input_texts` parses."""
         if not self.shapes and not self.named:
             return (input_texts.NONE,)
         return tuple(map(str, self.named))
 
     def with_floating(self, dtype: str) -> Self:
-        """What the model takes when its own dtype is another: inputs that were stated to be of the old one are, too."""
+        """Return the inputs for the model cast to `dtype`. Inputs stated in the model's old dtype change with it."""
         stated = tuple(dtype if name == self.floating else name for name in self.dtypes)
         named = tuple(replace(item, dtype=dtype) if item.dtype == self.floating else item for item in self.named)
         return replace(self, dtypes=stated, floating=dtype, named=named)

@@ -1,8 +1,7 @@
-"""Which modules run in a forward pass, under which path, and how each call ends.
+"""Observe which modules run in a forward pass, under which path, and how each call ends.
 
-Hooks see most calls. They do not see one of `module.forward(...)`, of a class with a `__call__` of its own, or of a
-scripted module: these are seen by a `forward` set on the instance, and by a `__call__` set on the class, for as long as
-the pass takes.
+Hooks observe most calls. They miss a call of `module.forward(...)`, of a class with its own `__call__`, and of a
+scripted module. To observe these, modelcli sets `forward` on the instance and `__call__` on the class during the pass.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from torch import nn
 
 from modelcli.live.describe import walk
 
-#: How far inside a call is seen: by the class's own `__call__`, by a hook, by `forward` itself.
+#: The levels at which a call is observed, from the outside in: the class's own `__call__`, a hook, `forward`.
 _CALL, _HOOK, _FORWARD = range(3)
 
 
@@ -26,8 +25,13 @@ _CALL, _HOOK, _FORWARD = range(3)
 class Call:
     """A call of a module that has begun.
 
-    `origin` is the level at which it was seen first, `level` the furthest in. `inside` says whether another module was
-    called since. `started` is for the listener.
+    Attributes:
+        module: the module.
+        path: the path under which it was called.
+        origin: the level at which the call was observed first.
+        level: the innermost level at which it was observed.
+        inside: whether it has called another module.
+        started: a value that the listener may use.
     """
 
     module: nn.Module
@@ -39,7 +43,7 @@ class Call:
 
 
 class Listener(Protocol):
-    """What hears of each call. `begins` may raise, which ends the pass there."""
+    """An object whose methods are called when a module call begins and ends. `begins` may raise to end the pass."""
 
     def begins(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None: ...
 
@@ -47,11 +51,14 @@ class Listener(Protocol):
 
 
 class Calls:
-    """The calls of a model's modules, told to a listener as they begin and end.
+    """Reports the calls of a model's modules to a listener. A shared module has the path that its caller uses.
 
-    A shared module has the path that its caller knows it by. `failed_in` is the path of the innermost module that an
-    exception came out of, once one did; `ran` are the modules that were called, by id; `scripted` those of them whose
-    insides nobody sees.
+    Attributes:
+        listener: the object that gets the reports.
+        paths: the paths of each module, by id.
+        modules: the modules, by id.
+        ran: the ids of the modules that were called.
+        failed_in: the path of the innermost module that raised; None if none did.
     """
 
     def __init__(self, model: nn.Module, listener: Listener) -> None:
@@ -68,11 +75,11 @@ class Calls:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Within the block, calls are seen."""
+        """Report the calls that happen in the block."""
         with contextlib.ExitStack() as stack:
             for child in self.modules.values():
                 if isinstance(child, torch.jit.ScriptModule):
-                    continue  # takes neither hooks of this kind nor another forward
+                    continue  # it accepts neither these hooks nor another forward
                 before = nn.Module.register_forward_pre_hook(child, self._before, with_kwargs=True)
                 stack.callback(before.remove)
                 after = nn.Module.register_forward_hook(child, self._after, with_kwargs=True)
@@ -88,7 +95,7 @@ class Calls:
 
     def _after(self, child: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
         while self._open and self._open[-1].module is not child:
-            self._open.pop()  # a hook of the user's raised, and a caller caught it
+            self._open.pop()  # a user's hook raised, and a caller caught the exception
         if self._open and self._open[-1].origin == _HOOK:
             self._end(self._open[-1], output)
 
@@ -135,7 +142,7 @@ class Calls:
     def _through(
         self, child: nn.Module, level: int, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Call a function, and tell of the call, unless it was told of further out."""
+        """Call a function and report the call, unless an outer level has already reported it."""
         call = self._begin(child, level, args, kwargs)
         depth, path = len(self._open), self._open[-1].path
         try:
@@ -150,7 +157,7 @@ class Calls:
         return output
 
     def _begin(self, child: nn.Module, level: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call | None:
-        """Tell that a call begins; None where it is the one that was seen further out."""
+        """Report that a call begins. Returns None if an outer level has already reported it."""
         above = self._open[-1] if self._open else None
         if above is not None and above.module is child and above.level < level:
             above.level = level
@@ -174,13 +181,13 @@ class Calls:
         self.listener.ends(call, output)
 
     def _note(self, error: BaseException, path: str) -> None:
-        """Keep where an exception came from: the first that tells of it is the innermost module."""
+        """Record the path that an exception came from. The first report of it is from the innermost module."""
         if self._error is not error:
             self._error, self.failed_in = error, path
 
 
 def _path_of_call(paths: Sequence[str], child: nn.Module, above: Call | None) -> str:
-    """Which of a module's paths a call inside the call `above` means: the nearest one below it, else the first."""
+    """Return the path of a module called inside the call `above`: the closest path below it, else the first path."""
     caller = "" if above is None else above.path
     if above is not None:
         for name, own in above.module._modules.items():

@@ -1,4 +1,4 @@
-"""What the CPU runs and torch's kernels without values refuse: supplied for passes under fake tensors."""
+"""Support, in passes under fake tensors, for operators that the CPU runs and torch's fake kernels refuse."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _GROUPED_MM: Any = getattr(getattr(torch.ops.aten, "_grouped_mm", None), "defaul
 
 
 class MissingKernels(TorchDispatchMode):
-    """Lets `grouped_mm` take float32, as the CPU's does: by it transformers runs the experts of a model.
+    """Makes `grouped_mm` accept float32, as on the CPU. transformers uses it to run the experts of a model.
 
-    The kernel without values asks for bfloat16 or float16; what comes out has the same shape.
+    The fake kernel accepts bfloat16 or float16 only; the output has the same shape.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operator, `grouped_mm` of float32 as one of bfloat16."""
+        """Run an operator; `grouped_mm` of float32 runs in bfloat16."""
         if func is not _GROUPED_MM or args[0].dtype != torch.float32:
             return func(*args, **(kwargs or {}))
         given = [arg.to(torch.bfloat16) if _is_float32(arg) else arg for arg in args]
@@ -35,7 +35,7 @@ def _is_float32(value: Any) -> bool:
 
 @contextlib.contextmanager
 def without_log() -> Iterator[None]:
-    """Keep torch from printing a traceback for each operator that fails under fake tensors: the pass reports it."""
+    """Stop torch from logging a traceback for each operator that fails under fake tensors; the pass reports it."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     before = logger.level
     logger.setLevel(logging.CRITICAL + 1)

@@ -1,4 +1,4 @@
-"""What a live model's state dict holds besides plain tensors, as the inert values that a file would have."""
+"""Convert the other values in a live model's state dict to the inert values that reading a file gives."""
 
 from __future__ import annotations
 
@@ -18,7 +18,16 @@ from modelcli.writing import PlannedTensor
 
 
 def inert_of(name: str, value: Any, planned: Callable[[torch.Tensor], PlannedTensor]) -> Any:
-    """An `_extra_state`, where it is made of what `torch.load(weights_only=True)` takes."""
+    """Convert an `_extra_state` to inert values.
+
+    Args:
+        name: its key, for messages.
+        value: the value, which may be nested.
+        planned: makes the plan of a plain tensor in it.
+
+    Raises:
+        RequestError: it contains an object that `torch.load(weights_only=True)` does not load.
+    """
 
     def inert(item: Any) -> Any:
         return inert_of(name, item, planned)
@@ -28,7 +37,7 @@ def inert_of(name: str, value: Any, planned: Callable[[torch.Tensor], PlannedTen
     if isinstance(value, CompositeEntry):
         require_call(name, value)
     if isinstance(value, TensorEntry | CompositeEntry | StorageRef | Opaque | Global | OrderedDict):
-        return value  # from a file, and as inert as it was
+        return value  # it comes from a file and is already inert
     if isinstance(value, torch.Tensor):
         return composites.planned(value, planned) if is_composite(value) else planned(value)
     if isinstance(value, torch.dtype):
@@ -42,12 +51,10 @@ def inert_of(name: str, value: Any, planned: Callable[[torch.Tensor], PlannedTen
     if (how := _MAKERS.get(type(value))) is not None:
         call, args = how
         return Opaque(call, tuple(inert(item) for item in args(value)))
-    raise RequestError(
-        f"{name} holds a {type(value).__name__}, which cannot be written without running code to load it"
-    )
+    raise RequestError(f"{name} contains a {type(value).__name__}, which could only be loaded by running code")
 
 
-#: The class that makes a value again when it is loaded, and from what.
+#: The class that recreates a value at loading, and the function that gives its arguments.
 _MAKERS: Mapping[type, tuple[Global, Callable[[Any], tuple[Any, ...]]]] = {
     set: (Global("builtins", "set"), lambda value: (sorted(value, key=repr),)),
     bytearray: (Global("builtins", "bytearray"), lambda value: (bytes(value),)),

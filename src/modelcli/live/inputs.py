@@ -43,7 +43,7 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
 
 
 class Inputs(StatedInputs):
-    """What a model is known to take, and the arguments of `forward` that are made of it."""
+    """The known inputs of a model, from which it makes the arguments of `forward`."""
 
     def tensors(self, device: str) -> Arguments:
         """Make the arguments, on meta or with random values (normally distributed; integer tensors are zeros).

@@ -1,9 +1,9 @@
-"""Counting multiply-accumulates: a dispatch mode that sees every operator of a forward pass.
+"""Count multiply-accumulates with a dispatch mode, which gets every operator of a forward pass.
 
 torch's own registry (`torch.utils.flop_counter`) has formulas for `mm`, `addmm`, `bmm`, `baddbmm` and convolutions;
-here stand those that it lacks. An operator that multiplies and has no formula is named in `uncounted`, so that nobody
-takes the total for more than a lower bound. Elementwise products, norms, poolings and interpolations count nothing, as
-in the figures that libraries publish of their models. What a provider's library has in operators, the provider says.
+this module has the missing ones, and a provider has those for the operators of its library. `uncounted` names the
+operators that multiply and have no formula, because with them the total is only a lower bound. Elementwise products,
+norms, poolings and interpolations count as 0, as in the figures that libraries publish about their models.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from modelcli.live import providers
 
-#: What gives the multiply-accumulates of one call, from its arguments and its output.
+#: Computes the multiply-accumulates of one call from its arguments and its output.
 Formula = Callable[..., int]
 
-#: Names of operators that multiply: products of matrices and vectors, convolutions, attention, recurrent layers,
-#: distances, decompositions, Fourier transforms. One of these without a formula is named in `uncounted`.
+#: The names of operators that multiply: products of matrices and vectors, convolutions, attention, recurrent layers,
+#: distances, decompositions, Fourier transforms.
 _MULTIPLIES = re.compile(
     r"(mm|mv|addr|v?dot|gru|lstm|moe)(_|\d|$)|conv(?!ert)|linear|matmul|attention|encoder_layer|rnn|[cp]dist|_dist"
     r"|fft_[cr]2[cr]|linalg_|cholesky|householder|_solve|lu_with|lu_factor|ormqr|orgqr|geqrf|matrix_exp|grouped|gemm|einsum"
 )
-#: What these names have in common with the others, though it multiplies no matrices.
+#: The names that match `_MULTIPLIES` but belong to operators that multiply no matrices.
 _MULTIPLIES_NOT = re.compile(
     r"upsample|thnn_fused|prepack|pack_gemm|pack_quantized|quantize_weight|reorder|flatten_weight|calculate_mkldnn"
     r"|linalg_(cross|vector_norm|diagonal|vander|_powsum)|_linalg_check_errors|nested_|convert"
 )
-#: Libraries whose operators are known; those of any other are named in `uncounted`, for nothing says what they do.
+#: The libraries whose operators modelcli knows. Any operator of another library may multiply.
 _KNOWN_LIBRARIES = frozenset(
     {"aten", "prim", "prims", "profiler", "quantized", "_quantized", "mkldnn", "onednn", "inductor"}
 )
-#: Questions about a tensor's layout: what they return decides nothing here, and some tensors answer them themselves.
+#: Queries of a tensor's layout. They compute nothing, and some tensor classes answer them themselves.
 _QUESTIONS = frozenset(
     {"sym_is_contiguous", "is_contiguous", "is_strides_like_format", "is_non_overlapping_and_dense", "size", "sym_size"}
     | {"stride", "sym_stride", "storage_offset", "sym_storage_offset", "numel", "sym_numel", "dim", "layout"}
@@ -46,8 +46,8 @@ _QUESTIONS = frozenset(
 
 
 def _by_last_axis(first: torch.Tensor, *_args: Any, out: Any, **_kwargs: Any) -> int:
-    """A product of `first`, (..., K), with a matrix of any packing: K for each element of the output."""
-    packed = 2 if "x2" in str(first.dtype) else 1  # two numbers lie in an element of float4_e2m1fn_x2
+    """Product of `first`, (..., K), with a matrix in any packing: K for each element of the output."""
+    packed = 2 if "x2" in str(first.dtype) else 1  # an element of float4_e2m1fn_x2 holds two values
     return _elements(out) * first.shape[-1] * packed
 
 
@@ -63,14 +63,14 @@ def _addr(_added: torch.Tensor, one: torch.Tensor, other: torch.Tensor, *_args: 
     return one.numel() * other.numel()
 
 
-#: Products of which an operand may be sparse, each with the place of its first factor among the arguments.
+#: Products that accept a sparse operand, each with the position of its first factor in the arguments.
 _OF_SPARSE = {"mm": 0, "bmm": 0, "mv": 0, "_sparse_mm": 0, "addmm": 1, "addmv": 1, "baddbmm": 1, "_sparse_addmm": 1}
 
 
 def _of_stored(one: torch.Tensor, other: torch.Tensor) -> int:
-    """A product with a sparse matrix: each element that it stores meets a row, or a column, of the other operand.
+    """Product with a sparse matrix: each stored element is multiplied by a row or column of the other operand.
 
-    Raises ValueError where both are sparse: then the positions decide.
+    Raises ValueError if both are sparse, because the count then depends on their indices.
     """
     if _is_sparse(one) and _is_sparse(other):
         raise ValueError("both operands are sparse")
@@ -84,22 +84,22 @@ def _is_sparse(value: Any) -> bool:
 
 
 def _stored(sparse: torch.Tensor) -> int:
-    """How many elements a sparse tensor stores, those of whole blocks included."""
+    """Return the number of elements that a sparse tensor stores, including whole blocks."""
     return (sparse._values() if sparse.layout == torch.sparse_coo else sparse.values()).numel()
 
 
 def _batched(
     _added: torch.Tensor, one: torch.Tensor, other: torch.Tensor, *_args: Any, out: Any, **_kwargs: Any
 ) -> int:
-    """`addbmm`, (B, N, K) by (B, K, M): the products are added up, and are made all the same."""
+    """`addbmm`, (B, N, K) by (B, K, M): B*N*K*M, although the products are summed up."""
     return one.numel() * other.shape[-1]
 
 
 def _grouped_mm(one: torch.Tensor, other: torch.Tensor, *_args: Any, out: Any, **_kwargs: Any) -> int:
-    """`torch.nn.functional.grouped_mm`: the groups lie along an axis of whichever operand has two dimensions.
+    """`torch.nn.functional.grouped_mm`: an operand with two dimensions is divided into groups along one axis.
 
-    Rows (T, K) by G matrices (K, N) take each row through one matrix: T*K*N. (G, M, K) by (K, N) deals the columns
-    out: M*K*N. Two of two dimensions deal out K: M*K*N. Two of three dimensions are a `bmm`: G*M*K*N.
+    (T, K) by (G, K, N) multiplies each row by one matrix: T*K*N. (G, M, K) by (K, N) divides the columns: M*K*N.
+    (M, K) by (K, N) divides K: M*K*N. (G, M, K) by (G, K, N) is a `bmm`: G*M*K*N.
     """
     if one.dim() == 3 and other.dim() == 2:
         return one.shape[-2] * one.shape[-1] * other.shape[-1]
@@ -122,7 +122,7 @@ def _trilinear(
     out: Any,
     **_kwargs: Any,
 ) -> int:
-    """`bilinear`, as its einsum `bi,oij,bj->bo` does it: the first two, then their product with the third."""
+    """`bilinear`, computed as its einsum `bi,oij,bj->bo`: the first two factors, then their product with the third."""
     rank = one.dim() + len(expand1)
     sizes = [_unsqueezed(t.shape, e, rank) for t, e in ((one, expand1), (two, expand2), (three, expand3))]
     both = [max(pair) for pair in zip(sizes[0], sizes[1], strict=True)]
@@ -136,21 +136,21 @@ def _unsqueezed(shape: Sequence[int], expanded: Sequence[int], rank: int) -> lis
 
 
 def _conv_tbc(_input: torch.Tensor, weight: torch.Tensor, *_args: Any, out: Any, **_kwargs: Any) -> int:
-    """Weights are (kernel, channels in, channels out): each element of the output takes kernel * channels in."""
+    """Weight (kernel, channels in, channels out): kernel * channels in for each element of the output."""
     return _elements(out) * weight.shape[0] * weight.shape[1]
 
 
 def _distances(one: torch.Tensor, *_args: Any, out: Any, **_kwargs: Any) -> int:
-    """`cdist`, `pdist`: a multiply-accumulate for each coordinate of each pair."""
+    """`cdist`, `pdist`: one multiply-accumulate for each coordinate of each pair."""
     return _elements(out) * one.shape[-1]
 
 
 def _attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_args: Any, out: Any, **_kwargs: Any
 ) -> int:
-    """Scores and their product with the values: (..., L, E), (..., S, E), (..., S, V) take L*S*(E+V) a head.
+    """Scores, and their product with the values: (..., L, E), (..., S, E), (..., S, V) need L*S*(E+V) for each head.
 
-    Heads are those of the query, several of which may share keys and values. A causal mask spares nothing.
+    The heads are those of the query; several may share keys and values. A causal mask does not reduce the count.
     """
     return query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
 
@@ -158,12 +158,12 @@ def _attention(
 def _mkldnn_rnn_layer(
     flows_in: torch.Tensor, into: torch.Tensor, recurrent: torch.Tensor, *_args: Any, out: Any, **_kwargs: Any
 ) -> int:
-    """One layer in one direction: both weight matrices at each step of each sequence."""
+    """One layer in one direction: both weight matrices for each step of each sequence."""
     return flows_in.numel() // flows_in.shape[-1] * (into.numel() + recurrent.numel())
 
 
 def _packed_conv(_input: torch.Tensor, packed: Any, *_args: Any, out: Any, **_kwargs: Any) -> int:
-    """A quantized convolution, whose weights only unpacking shows."""
+    """A quantized convolution, whose weights are packed."""
     weight: torch.Tensor = packed.unpack()[0]
     return _elements(out) * weight[0].numel()
 
@@ -210,14 +210,16 @@ _FORMULAS: Mapping[str, Formula] = {
 
 
 class MultAdds(TorchDispatchMode):
-    """Counts in `total` the multiply-accumulates of all that runs inside it; it needs no gradients.
+    """Counts the multiply-accumulates of everything that runs inside it. For passes without gradients.
 
-    `uncounted` are the operators that multiply and that nothing says of how often, by name, in the order they ran.
+    Attributes:
+        total: the multiply-accumulates so far.
+        uncounted: the names of the operators that multiply and have no formula, in the order in which they ran.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        from torch.utils.flop_counter import flop_registry  # brings Triton with it: not before it is needed
+        from torch.utils.flop_counter import flop_registry  # imports Triton, so only when needed
 
         self.total = 0
         self.uncounted: dict[str, None] = {}
@@ -242,7 +244,7 @@ class MultAdds(TorchDispatchMode):
         return out
 
     def count(self, func: OpOverload, args: Any, kwargs: Any, out: Any) -> None:
-        """Add what one operator multiplies. For a mode inside this one, which got the output in a way of its own."""
+        """Add the count of one operator. For an inner mode that got the output without calling the operator here."""
         formula, doubled = self._formula(func, args)
         name = func._schema.name
         self._add(name, formula, args, kwargs, out, doubled=doubled, multiplies=self._multiplies(name))
@@ -255,7 +257,7 @@ class MultAdds(TorchDispatchMode):
         return self._formula(func, args)[0] is not None
 
     def _formula(self, func: OpOverload, args: Any) -> tuple[Formula | None, bool]:
-        """The formula of an operator, and whether it counts a multiply-accumulate as two, as torch's own do."""
+        """Return the formula of an operator, and whether it counts a multiply-accumulate as 2, as torch's do."""
         name = func._schema.name
         place = _OF_SPARSE.get(name.partition("::")[2].removesuffix("_"))
         if place is not None and any(map(_is_sparse, args[place : place + 2])):
@@ -267,15 +269,15 @@ class MultAdds(TorchDispatchMode):
         return self._registry.get(packet) or self._in_place(packet, name), True
 
     def _in_place(self, packet: Any, name: str) -> Formula | None:
-        """The formula of `addmm` for `addmm_`."""
+        """Return the formula of `addmm` for `addmm_`."""
         library, _, own = name.partition("::")
         if library != "aten" or not own.endswith("_") or own.endswith("__"):
             return None
         return self._registry.get(getattr(torch.ops.aten, own.removesuffix("_"), None))
 
     def _decomposed(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
-        """What an operator that consists of others gives: in inference mode these are not taken apart before."""
-        if func.namespace == "prim":  # questions about a tensor, which no dispatcher knows
+        """Run an operator as the operators that it consists of; in inference mode torch does not decompose it."""
+        if func.namespace == "prim":  # queries of a tensor, which the dispatcher does not know
             return NotImplemented
         with self:
             return func.decompose(*args, **kwargs)
@@ -296,9 +298,9 @@ class MultAdds(TorchDispatchMode):
                 self.uncounted[name] = None
             return
         try:
-            # torch's own count a multiply-accumulate as two, and take the output by another name.
+            # torch's formulas count a multiply-accumulate as 2, and call the output `out_val`.
             self.total += formula(*args, **kwargs, out_val=out) // 2 if doubled else formula(*args, **kwargs, out=out)
-        except Exception:  # an overload with other arguments, a size that only values decide
+        except Exception:  # an overload with other arguments, or a size that depends on values
             self.uncounted[name] = None
 
 

@@ -437,7 +437,7 @@ class _Opening:
             return Inputs(shapes, dtypes, known is not None and known.as_list, floating)
         if known is not None:
             return replace(known, dtypes=dtypes or known.dtypes, floating=floating)
-        by_itself = inputs.known_by_itself(module)
+        by_itself = inputs.own_inputs(module)
         return None if by_itself is None else replace(by_itself, floating=floating)
 
 

@@ -1,13 +1,13 @@
-"""Whether the CPU would run each operator of a forward pass on the meta device.
+"""Check whether the CPU would run each operator of a forward pass on the meta device.
 
-The meta device computes shapes and little else: it multiplies float32 by bfloat16, takes a softmax over an axis that is
-not there, and feeds a transposed convolution with the wrong channels. Two things are asked of each operator here:
+The meta device computes shapes and checks little: it multiplies float32 by bfloat16, takes a softmax over an axis that
+does not exist, and gives a transposed convolution the wrong channels. This module checks of each operator
 
-- Its dtypes: the operator is tried on the CPU itself, on operands of the same dtypes and the same number of dimensions,
-  a few elements each. Where the CPU refuses them and takes the same operands in other dtypes, the dtypes are at fault.
-- Its shapes: a rule for each operator whose shapes the meta device is known not to check.
+- the dtypes: it tries the operator on the CPU with a few elements of the same dtypes and numbers of dimensions. If the
+  CPU refuses them and accepts the same operands in other dtypes, the dtypes are wrong.
+- the shapes: there is a rule for each operator whose shapes the meta device is known not to check.
 
-What no shape and no dtype tells (whether an index is in range, whether a matrix can be inverted) is not looked at.
+It does not check what depends on values (whether an index is in range, whether a matrix can be inverted).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from modelcli.wording import counted
 
 
 class OperatorError(RefusedError):
-    """Ends a forward pass at an operator that the CPU refuses. `mixed` says that its operands differ in dtype."""
+    """Ends a forward pass at an operator that the CPU refuses. `mixed` says whether its operands differ in dtype."""
 
     def __init__(self, name: str, operands: Sequence[torch.Tensor], reason: str) -> None:
         shown = [text_of(operand) for operand in operands[:5]] + ["..."] * (len(operands) > 5)
@@ -41,10 +41,13 @@ class OperatorError(RefusedError):
 class OperatorRules(TorchDispatchMode):
     """Ends a forward pass on meta, with an OperatorError, at the first operator that the CPU would refuse.
 
-    Where it is the meta device that refuses what the CPU runs, the CPU's answer is taken. `unchecked` says of operators
-    that could not be judged why not: the CPU may lack a kernel that a GPU has. `tables` are the tensors that indices
-    were looked up in: the meta device has no values, so that no index was seen to be in range. `answered` is called
-    with an operator, its arguments and its output where the CPU's answer was taken: no mode outside sees it then.
+    If the meta device refuses an operator that the CPU runs, the shape comes from the CPU.
+
+    Attributes:
+        unchecked: why an operator could not be checked, by name; the CPU may lack a kernel that a GPU has.
+        tables: the tensors in which the pass looked up indices, whose range was not checked.
+        answered: called with an operator, its arguments and its output if the output comes from the CPU, because outer
+            modes do not get that operator.
     """
 
     def __init__(self) -> None:
@@ -57,11 +60,11 @@ class OperatorRules(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Nothing is compiled here: torch need not import torch._dynamo at the first operator."""
+        """Nothing is compiled here, so torch need not import torch._dynamo at the first operator."""
         return False
 
     def __enter__(self) -> Self:
-        """One thread is enough for a few elements, and on a busy machine a hundred times faster than several."""
+        """Use one thread: for a few elements, several are a hundred times slower on a busy machine."""
         self._threads.append(torch.get_num_threads())
         torch.set_num_threads(1)
         super().__enter__()  # type: ignore[no-untyped-call]
@@ -76,7 +79,7 @@ class OperatorRules(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Let the meta device work out the shapes, then apply the rules."""
+        """Let the meta device compute the shapes, then apply the rules."""
         kwargs = kwargs or {}
         names = [argument.name for argument in func._schema.arguments]
         given = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -104,7 +107,7 @@ class OperatorRules(TorchDispatchMode):
             self.tables.append(operands[0])
         tries = _smaller(name, given)
         if any(not tensor.numel() for tensor in _tensors(result)):
-            tries = itertools.chain(_as_they_are(given), tries)  # where nothing comes out, little is checked
+            tries = itertools.chain(_as_they_are(given), tries)  # with an empty output, the CPU checks little
         for small in tries:
             refusal = self._refusal(func, small)
             if refusal is None:
@@ -117,7 +120,7 @@ class OperatorRules(TorchDispatchMode):
                 return
 
     def _refusal(self, func: Any, given: Mapping[str, Any]) -> Exception | None:
-        """What the CPU says against an operator on operands like these, whether they hold zeros or ones."""
+        """Return the CPU's error for an operator on such operands if it fails for zeros and for ones; else None."""
         key = (func, tuple(given.items()))
         if key not in self._tried:
             first, second = (_run(func, given, value) for value in (1, 0))
@@ -139,12 +142,12 @@ class _Operand:
 
 @dataclass(frozen=True)
 class _Refusal:
-    """What the CPU raised."""
+    """The error that the CPU raised."""
 
     error: Exception
 
 
-#: Operators that run on any dtype, and on any shape that the meta device takes, views aside.
+#: Operators, besides views, that run on any dtype and on any shape that the meta device accepts.
 _NEVER_REFUSED = frozenset(
     """
     _local_scalar_dense _reshape_alias _to_copy _unsafe_view alias clone copy copy_ detach empty_like empty_strided
@@ -152,20 +155,20 @@ _NEVER_REFUSED = frozenset(
     """.split()  # noqa: SIM905 - a list of so many words is read more easily
 )
 
-#: Operators that look up what indices say, in their first operand.
+#: Operators that look up indices in their first operand.
 _LOOK_UPS = frozenset(("embedding", "_embedding_bag", "_embedding_bag_forward_only"))
 
 #: Operators without operands that have no kernel for some dtypes.
 _RANDOM = frozenset(("rand", "randn", "normal"))
 
-#: Operators that take another way where they have nothing to do, as on two pixels in the place of two.
+#: Operators that behave differently if there is nothing to do, such as resampling two pixels to two.
 _RESAMPLING = re.compile("_?upsample_.*")
 
-#: What the elements of an operand are tried as where the CPU refuses them as they are.
+#: The dtypes to try if the CPU refuses the operands in their own.
 _COMMON_DTYPES = (torch.float32, torch.int64, torch.bool)
-#: So many sets of dtypes are tried at most.
+#: The most combinations of dtypes to try.
 _MOST_TRIES = 1_000
-#: So many elements are tried as they are, where an operator takes none that are fewer.
+#: The most elements to try an operator on at full size, if it accepts no smaller operands.
 _MOST_ELEMENTS = 1 << 18
 
 
@@ -184,7 +187,7 @@ def _flat(value: Any) -> Iterator[Any]:
 
 
 def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
-    """A value with every leaf changed; lists become tuples, which can be kept as keys."""
+    """Apply `change` to every leaf of a value. Lists become tuples, which can be dictionary keys."""
     if isinstance(value, tuple | list):
         return tuple(_mapped(item, change) for item in value)
     return change(value)
@@ -195,7 +198,7 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 
 def _run(func: Any, given: Mapping[str, Any], value: int) -> Any:
-    """Run an operator on the CPU, out of sight of every mode that watches the pass; what it raises is a _Refusal."""
+    """Run an operator on the CPU without the dispatch modes of the pass. Returns a _Refusal if it raises."""
 
     def real(leaf: Any) -> Any:
         return leaf.filled(value) if isinstance(leaf, _Operand) else leaf
@@ -213,9 +216,9 @@ def _run(func: Any, given: Mapping[str, Any], value: int) -> Any:
 
 
 def _as_on_cpu(func: Any, given: Mapping[str, Any], error: Exception) -> Any:
-    """What the CPU gives, without values, for an operator whose meta kernel refuses it; None where the CPU does too.
+    """Return the CPU's output, without values, for an operator that its meta kernel refuses.
 
-    An operator without a meta kernel is none of these: what comes out of it depends on the values that flow in.
+    None if the CPU refuses it too, and for an operator without a meta kernel, whose output shape depends on values.
     """
     if re.search("register_meta|[Mm]eta [Tt]ensor|'Meta' backend|Meta kernel", str(error)):
         return None
@@ -229,14 +232,14 @@ def _as_on_cpu(func: Any, given: Mapping[str, Any], error: Exception) -> Any:
             return None
         if func._schema.is_mutable:
             return given["self"] if name.endswith("_") and "self" in given else None
-        device = _tensors(given)[0].device  # under fake tensors the one that they claim
+        device = _tensors(given)[0].device  # under fake tensors, the device that they claim
         made = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes[0]]
         return made[0] if isinstance(outcomes[0], torch.Tensor) else type(outcomes[0])(made)
     return None
 
 
 def _smaller(name: str, given: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The same call on ever larger operands: two elements along each axis, along all but the last axes, as it is."""
+    """Yield the same call on ever larger operands: at most two elements along each axis, then along fewer of them."""
     if name in _SMALL:
         yield _resized(given, lambda length, _axis, _rank: length) | _SMALL[name](given)
     if not _RESAMPLING.fullmatch(name):
@@ -265,8 +268,13 @@ def _resized(
     size: Callable[[int, int, int], int],
     ints: Callable[[int], int] | None = None,
 ) -> dict[str, Any]:
-    """A call without its values: `size` gives the length of an axis from its length, its number and the rank, and
-    `ints`, if given, what becomes of each number in a list of them, such as the shape that a norm goes over."""
+    """Return a call without values and with other sizes.
+
+    Args:
+        given: the arguments by name.
+        size: gives the new length of an axis from its length, its index and the number of axes.
+        ints: gives the new value of each number in a list of ints, such as the shape of a norm; None keeps them.
+    """
 
     def operand(leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
@@ -287,7 +295,7 @@ def _elements(given: Mapping[str, Any]) -> int:
 
 
 def _small_convolution(given: Mapping[str, Any]) -> dict[str, Any]:
-    """One channel a group, at most two groups, and a kernel that oneDNN is asked for whatever the number of threads."""
+    """One channel per group, at most two groups, and a kernel size for which PyTorch always asks oneDNN."""
     flow, weight, bias = (given[name] for name in ("input", "weight", "bias"))
     spatial = weight.dim() - 2
     groups = min(given["groups"], 2)
@@ -305,7 +313,7 @@ def _small_convolution(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _small_group_norm(given: Mapping[str, Any]) -> dict[str, Any]:
-    """One channel a group, at most two groups."""
+    """One channel per group, at most two groups."""
     groups = min(given["group"], 2)
     batch, size = min(given["N"], 1), min(given["HxW"], 1)
     small: dict[str, Any] = {"input": _Operand((batch, groups, size), given["input"].dtype)}
@@ -323,7 +331,7 @@ _SMALL: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
 
 
 def _in_other_dtypes(given: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The same call with its operands in other dtypes, those of one argument that are alike together."""
+    """Yield the same call with other dtypes; equal dtypes within one argument change together."""
     kinds = list(
         dict.fromkeys(
             (name, leaf.dtype) for name, value in given.items() for leaf in _flat(value) if isinstance(leaf, _Operand)
@@ -343,7 +351,7 @@ def _in_other_dtypes(given: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _is_missing_kernel(refusal: Exception, operands: Iterable[torch.Tensor]) -> bool:
-    """Whether the CPU only lacks a kernel for a short floating-point dtype that all operands agree in."""
+    """Whether the CPU only lacks a kernel for the narrow floating-point dtype (less than 4 bytes) of all operands."""
     floating = {operand.dtype for operand in operands if operand.dtype.is_floating_point}
     short = len(floating) == 1 and next(iter(floating)).itemsize < 4
     lacks = r"not implemented for '(Half|BFloat16|Float8\w+)'|Unsupported dtype (Half|BFloat16)"
@@ -366,11 +374,11 @@ def _convolution(given: Mapping[str, Any]) -> str | None:
     channels = weight.shape[0] if transposed else weight.shape[1] * groups
     outputs = weight.shape[1] * groups if transposed else weight.shape[0]
     if flow.dim() != weight.dim():
-        return f"{weight.dim()} dimensions, as its weight has"
+        return f"{weight.dim()} dimensions, like its weight"
     if any(size < 0 for size in padding):
-        return f"a padding that is not negative, not {padding}"
+        return f"a padding of at least 0, not {padding}"
     if weight.shape[0] % groups:
-        return f"a weight that {groups} groups divide"
+        return f"a weight whose output channels are divisible by {groups} groups"
     if flow.shape[1] != channels:
         return counted(channels, "channel")
     if bias is not None and tuple(bias.shape) != (outputs,):
@@ -378,7 +386,7 @@ def _convolution(given: Mapping[str, Any]) -> str | None:
     if transposed and flow.numel():
         extra = _each(given["output_padding"], spatial)
         if any(more >= step and more >= gap for more, step, gap in zip(extra, stride, dilation, strict=True)):
-            return f"an output padding below its stride or its dilation, not {extra}"
+            return f"an output padding smaller than its stride or its dilation, not {extra}"
     if flow.shape[0] and flow.shape[1] and 0 in flow.shape[2:]:
         return "no empty axis"
     return None
@@ -391,26 +399,26 @@ def _each(value: Sequence[int], count: int) -> tuple[int, ...]:
 def _axis(given: Mapping[str, Any]) -> str | None:
     flow, axis = given["self"], given.get("dim", -1)
     rank = max(flow.dim(), 1)
-    return None if -rank <= axis < rank else f"an axis {axis} to work on; there are {flow.dim()}"
+    return None if -rank <= axis < rank else f"an axis {axis}, but there are {flow.dim()} axes"
 
 
 def _chosen_along(given: Mapping[str, Any]) -> str | None:
-    """Nothing can be chosen along an axis without elements."""
+    """`max` and similar operators need elements along the axis."""
     flow, axis = given["self"], given.get("dim")
     if axis is None or (wrong := _axis(given)) is not None:
         return None if axis is None else wrong
-    return "elements to choose from" if flow.dim() and flow.shape[axis] == 0 else None
+    return "at least one element along the axis" if flow.dim() and flow.shape[axis] == 0 else None
 
 
 def _pixel_unshuffle(given: Mapping[str, Any]) -> str | None:
     factor, sizes = given["downscale_factor"], given["self"].shape[-2:]
-    return f"a height and width that {factor} divides" if any(size % factor for size in sizes) else None
+    return f"a height and width divisible by {factor}" if any(size % factor for size in sizes) else None
 
 
 def _resampled(given: Mapping[str, Any]) -> str | None:
     if 0 in given["self"].shape[1:]:
-        return "no empty axis behind the batch"
-    return "an output with elements" if 0 in tuple(given.get("output_size") or ()) else None
+        return "no empty axis after the batch"
+    return "an output that is not empty" if 0 in tuple(given.get("output_size") or ()) else None
 
 
 def _no_empty_axis(name: str, first: int) -> Rule:
@@ -440,20 +448,20 @@ def _loss_of_classes(given: Mapping[str, Any]) -> str | None:
 def _drawn(given: Mapping[str, Any]) -> str | None:
     flow = given["self"]
     if not flow.dtype.is_floating_point:
-        return "floating-point numbers"
+        return "floating-point values"
     enough = given.get("replacement", False) or given["num_samples"] <= flow.shape[-1]
-    return None if enough else f"at least {given['num_samples']} to draw from"
+    return None if enough else f"at least {given['num_samples']} elements to draw from"
 
 
 def _added_product(given: Mapping[str, Any]) -> str | None:
     rows = given["mat"].shape[0]
-    return None if given["self"].shape in ((), (1,), (rows,)) else f"[{rows}] to add to"
+    return None if given["self"].shape in ((), (1,), (rows,)) else f"[{rows}] as the tensor to add"
 
 
 def _index_along(given: Mapping[str, Any]) -> str | None:
     flow, index, axis = given["self"], given["index"], given["dim"]
     if flow.dim() and index.numel() and flow.shape[axis] == 0:
-        return f"elements along axis {axis}"
+        return f"at least one element along axis {axis}"
     return None
 
 
@@ -481,7 +489,7 @@ def _index(given: Mapping[str, Any]) -> str | None:
     for axis, index in enumerate(indices):
         by_number = index is not None and index.dtype not in (torch.bool, torch.uint8)
         if by_number and index.numel() and flow.shape[axis] == 0:
-            return f"elements along axis {axis}"
+            return f"at least one element along axis {axis}"
     return None
 
 
@@ -493,19 +501,19 @@ def _index_add(given: Mapping[str, Any]) -> str | None:
     same = flow.dim() == source.dim() and all(
         there == here for at, (there, here) in enumerate(zip(flow.shape, source.shape, strict=True)) if at != axis
     )
-    return None if same else f"a source of {list(flow.shape)}, axis {axis} aside"
+    return None if same else f"a source of shape {list(flow.shape)}, except for axis {axis}"
 
 
 def _index_put(given: Mapping[str, Any]) -> str | None:
     flow, values, indices = given["self"], given["values"], given["indices"]
     if any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices):
-        return None  # how many elements a mask picks is not known
+        return None  # the number of elements that a mask picks is not known
     try:
         place = torch.ops.aten.index.Tensor(flow, list(indices)).shape
         fits = torch.broadcast_shapes(place, values.shape) == place
     except Exception:
         fits = False
-    return None if fits else "values that fit what is indexed"
+    return None if fits else "values that broadcast to the indexed shape"
 
 
 _SHAPE_RULES: Mapping[str, Rule] = {

@@ -1,6 +1,6 @@
-"""What each module of `torch.nn` takes. The meta device forgives much that the CPU does not; these rules do not.
+"""Rules for the inputs of each `torch.nn` module, because the meta device accepts shapes that the CPU rejects.
 
-A rule looks at a module and what flows into it, and gives what is wrong, or None.
+A rule is a function of a module and its input tensor that returns a `Misfit`, or None if the input fits.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ from modelcli.wording import counted
 
 @dataclass(frozen=True)
 class Misfit:
-    """What flows into a module is not what it takes.
+    """An input that does not fit a module.
 
-    `flows` is what flows in, as text; `expects` what the module takes; `argument` the constructor argument that
-    decides it and `value` what it would have to be, where one argument does; `dtype` the floating-point dtype that
-    its parameters would have to have, where that does.
+    Attributes:
+        flows: the shape and dtype of the input, as text.
+        expects: what the module expects, as text.
+        argument: the constructor argument that determines it, if one does.
+        value: the value of that argument that would fit.
+        dtype: the floating-point dtype of the parameters that would fit, if the dtype is wrong.
     """
 
     flows: str
@@ -33,14 +36,14 @@ class Misfit:
 
 
 class RefusedError(RuntimeError):
-    """Ends a forward pass on meta where the CPU would end it: no fault of the meta device, and never mended by it.
+    """Ends a forward pass on meta where the CPU would fail too, so another device would not help.
 
-    It is a RuntimeError, as what torch raises is: a `forward` that catches that catches this.
+    It is a RuntimeError like torch's own errors, so a `forward` that catches those catches this one.
     """
 
 
 class MisfitError(RefusedError):
-    """What flows into a module is not what it takes."""
+    """The input of a module does not fit it."""
 
     def __init__(self, misfit: Misfit) -> None:
         super().__init__(f"{misfit.flows} flows in, it expects {misfit.expects}")
@@ -48,10 +51,10 @@ class MisfitError(RefusedError):
 
 
 class Explainer:
-    """Looks at what flows into each module of a forward pass, and explains a failure there.
+    """Applies the rules to the input of each module of a forward pass, to explain a failure of the module.
 
-    The rules only explain: whether a module runs is decided by its operators (see `operator_rules`), since a rule for
-    a module cannot know what its `forward` makes of a flow. The exceptions are modules of `_DECIDED_HERE`.
+    The rules only explain. The operators decide whether a module runs (see `operator_rules`), because a rule cannot
+    know what `forward` does with the input first. For the classes in `_DECIDED_HERE` the rules decide.
     """
 
     def __init__(self, *, on_meta: bool = True) -> None:
@@ -59,7 +62,7 @@ class Explainer:
         self._misfits: dict[str, Misfit] = {}
 
     def visit(self, module: nn.Module, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Remember what does not fit at a path, as `trace.run` comes to it. Raises MisfitError where that decides."""
+        """Record what does not fit at a path. Raises MisfitError if the rule decides."""
         self._misfits.pop(path, None)
         if (misfit := check(module, args, kwargs)) is None:
             return
@@ -68,7 +71,7 @@ class Explainer:
             raise MisfitError(misfit)
 
     def explained(self, path: str, error: Exception) -> Exception:
-        """The failure of a module in the terms of its rules, where these have something to say; else as it is."""
+        """Return a MisfitError if a rule explains the failure of the module; else the error itself."""
         misfit = self._misfits.get(path)
         return error if misfit is None else MisfitError(misfit)
 
@@ -77,9 +80,14 @@ Rule = Callable[[Any, torch.Tensor], Misfit | None]
 
 
 def check(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Misfit | None:
-    """Apply the rules of a module's class, the most derived that has any, to the first tensor that flows in.
+    """Apply the rules of the module's class, or of the closest base class that has rules, to the first input tensor.
 
-    A subclass with another `forward` is not judged by the rules of its base.
+    The rules of a base class do not apply to a subclass that overrides `forward`.
+
+    Args:
+        module: the module.
+        args: the positional arguments of its call.
+        kwargs: the keyword arguments.
     """
     flow = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
     if flow is None:
@@ -88,7 +96,7 @@ def check(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
         if kind in RULES:
             own: Any = kind
             if type(module).forward is not own.forward and not type(module).__module__.startswith("torch.nn."):
-                return None  # a forward of its own may do anything with what flows in
+                return None  # its own forward may do anything with the input
             for rule in RULES[kind]:
                 if (misfit := rule(module, flow)) is not None:
                     return misfit
@@ -97,7 +105,7 @@ def check(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
 
 
 def text_of(tensor: torch.Tensor) -> str:
-    """`[1,4096] float32`."""
+    """Return shape and dtype as text: `[1,4096] float32`."""
     return f"[{','.join(map(str, tensor.shape))}] {dtype_name(tensor.dtype)}"
 
 
@@ -113,7 +121,7 @@ def _last_axis(attribute: str) -> Rule:
 
 
 def _channels(attribute: str, spatial: int | None = None) -> Rule:
-    """Channels are the second axis; with `spatial` axes a tensor of one axis less has no batch, and they come first."""
+    """Check the channels on axis 1, or on axis 0 for an input without batch (`spatial` + 1 dimensions)."""
 
     def rule(module: Any, flow: torch.Tensor) -> Misfit | None:
         wanted = getattr(module, attribute)
@@ -156,7 +164,7 @@ def _dtype_misfit(own: torch.dtype, flow: torch.Tensor) -> Misfit:
 
 
 def _norm_dtype(module: Any, flow: torch.Tensor) -> Misfit | None:
-    """Normalisations also run in float32 on a flow of half precision, never the other way round."""
+    """Check the dtype of a normalisation: parameters in float32 also accept half precision, but not the reverse."""
     tensors = (*module.parameters(), *module.buffers())
     own = next((tensor.dtype for tensor in tensors if tensor.dtype.is_floating_point), None)
     if not flow.dtype.is_floating_point:
@@ -171,7 +179,7 @@ def _norm_dtype(module: Any, flow: torch.Tensor) -> Misfit | None:
 def _floating(_module: Any, flow: torch.Tensor) -> Misfit | None:
     if flow.dtype.is_floating_point or flow.dtype.is_complex:
         return None
-    return Misfit(text_of(flow), "floating-point numbers")
+    return Misfit(text_of(flow), "floating-point values")
 
 
 def _indices(_module: Any, flow: torch.Tensor) -> Misfit | None:
@@ -186,7 +194,7 @@ def _axis(attribute: str = "dim") -> Rule:
         rank = max(flow.dim(), 1)
         if axis is None or -rank <= axis < rank:
             return None
-        return Misfit(text_of(flow), f"an axis {axis} to work on; there are {flow.dim()}", attribute, -1)
+        return Misfit(text_of(flow), f"an axis {axis}, but there are {flow.dim()} axes", attribute, -1)
 
     return rule
 
@@ -196,7 +204,7 @@ def _flatten_axes(module: Any, flow: torch.Tensor) -> Misfit | None:
     for attribute in ("start_dim", "end_dim"):
         axis = getattr(module, attribute)
         if not -rank <= axis < rank:
-            return Misfit(text_of(flow), f"an axis {axis} to flatten; there are {flow.dim()}", attribute)
+            return Misfit(text_of(flow), f"an axis {axis} to flatten, but there are {flow.dim()} axes", attribute)
     return None
 
 
@@ -230,7 +238,7 @@ def _pixel_shuffle(module: Any, flow: torch.Tensor) -> Misfit | None:
     if flow.dim() < 3:
         return Misfit(text_of(flow), f"at least 3 dimensions, not {flow.dim()}")
     channels = flow.shape[-3]
-    return None if channels % square == 0 else Misfit(text_of(flow), f"channels that {square} divides, not {channels}")
+    return None if channels % square == 0 else Misfit(text_of(flow), f"a multiple of {square} channels, not {channels}")
 
 
 def _pixel_unshuffle(module: Any, flow: torch.Tensor) -> Misfit | None:
@@ -238,7 +246,7 @@ def _pixel_unshuffle(module: Any, flow: torch.Tensor) -> Misfit | None:
     if flow.dim() < 3:
         return Misfit(text_of(flow), f"at least 3 dimensions, not {flow.dim()}")
     if flow.shape[-1] % factor or flow.shape[-2] % factor:
-        return Misfit(text_of(flow), f"a height and width that {factor} divides")
+        return Misfit(text_of(flow), f"a height and width divisible by {factor}")
     return None
 
 
@@ -246,7 +254,7 @@ def _channel_shuffle(module: Any, flow: torch.Tensor) -> Misfit | None:
     if flow.dim() < 3:
         return Misfit(text_of(flow), f"more than 2 dimensions, not {flow.dim()}")
     if flow.shape[1] % module.groups:
-        return Misfit(text_of(flow), f"channels that {module.groups} groups divide, not {flow.shape[1]}")
+        return Misfit(text_of(flow), f"a multiple of {module.groups} channels (its groups), not {flow.shape[1]}")
     return None
 
 
@@ -276,7 +284,7 @@ def _group_norm(module: Any, flow: torch.Tensor) -> Misfit | None:
 
 
 def _mean_or_spatial(dims: int) -> Rule:
-    """Down to one pixel an adaptive average is a mean, which takes any tensor with that many axes."""
+    """An adaptive average with output size 1 is a mean, which accepts any tensor with at least `dims` axes."""
 
     def rule(module: Any, flow: torch.Tensor) -> Misfit | None:
         size = module.output_size
@@ -287,7 +295,7 @@ def _mean_or_spatial(dims: int) -> Rule:
 
 
 def _max_pool_dtype(module: Any, flow: torch.Tensor) -> Misfit | None:
-    """The kernel that gives indices as well takes whole numbers."""
+    """Integers are accepted only with `return_indices`, which uses another kernel."""
     return None if module.return_indices else _floating(module, flow)
 
 
@@ -299,12 +307,12 @@ def _spatial(dims: int) -> tuple[Rule, ...]:
     return (_dims(dims + 1, dims + 2),)
 
 
-#: Modules whose operators on meta are not those that the CPU runs: it has a kernel of its own for MaxPool1d.
+#: The modules for which the CPU runs other operators than the meta device: it has its own kernel for MaxPool1d.
 _DECIDED_HERE = frozenset({nn.MaxPool1d})
 
 _BATCH_NORM = (_channels("num_features"), _norm_dtype)
 
-#: The rules of each class; a class without an entry takes those of its nearest base.
+#: The rules of each class. A class without an entry has those of its closest base class.
 RULES: Mapping[type, tuple[Rule, ...]] = {
     nn.Linear: (_last_axis("in_features"), _same_dtype),
     nn.Bilinear: (_last_axis("in1_features"), _same_dtype),

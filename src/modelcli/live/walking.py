@@ -1,4 +1,4 @@
-"""The modules in a model, by torch's own tables: a class may have an attribute of its own called `modules`."""
+"""Iterate over the modules of a model through torch's own tables, since a class may override `modules`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch import nn
 
 from modelcli.errors import RequestError
 
-#: Methods that PyTorch itself calls on each module to list a model.
-_ASKED = ("named_modules", "named_parameters", "extra_repr", "_get_name")
+#: The methods that PyTorch calls on each module to list a model.
+_LISTING_METHODS = ("named_modules", "named_parameters", "extra_repr", "_get_name")
 
 
 def modules_in(model: nn.Module) -> Iterator[nn.Module]:
-    """Each module in a model once, itself first, parents before children."""
+    """Yield each module of a model once, the model first, parents before children."""
     seen: set[int] = set()
     stack = [model]
     while stack:
@@ -25,24 +25,24 @@ def modules_in(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def require_methods(model: nn.Module) -> nn.Module:
-    """The model itself.
+    """Return the model.
 
-    Raises RequestError where an attribute hides a method without which no model can be listed, or a tensor is nested.
+    Raises RequestError if an attribute hides a method that listing the model needs, or a tensor is nested.
     """
     for module in modules_in(model):
-        for name in _ASKED:
+        for name in _LISTING_METHODS:
             if name in vars(module):
                 kind = type(module).__name__
                 raise RequestError(
-                    f"{kind} has an attribute {name}, which hides the method of torch.nn.Module: PyTorch cannot list "
-                    "such a model",
-                    f"call the attribute of {kind} something else",
+                    f"{kind} has an attribute {name}, which hides the method of torch.nn.Module, so PyTorch cannot "
+                    "list the model",
+                    f"rename the attribute of {kind}",
                 )
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and tensor.is_nested:
                 raise RequestError(
-                    f"{name} of {type(module).__name__} is a nested tensor, which has no one shape: modelcli shows and "
-                    "writes tensors that have one",
-                    "keep a plain tensor and its lengths, and make the nested one in forward",
+                    f"{name} of {type(module).__name__} is a nested tensor, which modelcli cannot show or write "
+                    "because it has no single shape",
+                    "store a plain tensor and its lengths, and make the nested tensor in forward",
                 )
     return model

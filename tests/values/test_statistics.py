@@ -259,6 +259,32 @@ def test_pieces_are_small_and_have_each_element_once(axes: list[tuple[int, int]]
         assert max(numbers) - min(numbers) < chunk
 
 
+@pytest.mark.usefixtures("small_chunks")
+def test_what_is_conjugated_or_negated_when_it_is_read(tmp_path: Path) -> None:
+    numbers = torch.randn(20, 30, dtype=torch.complex64, generator=torch.Generator().manual_seed(5))
+    conjugated, negated = numbers.conj(), numbers.clone().conj().imag
+    assert negated.is_neg()
+    for view in (conjugated, conjugated.T, conjugated[3:, ::2], negated, negated.T, negated[3:, ::2]):
+        wanted = {key: pytest.approx(value) for key, value in plain(view.resolve_conj().resolve_neg()).items()}
+        assert of_file(tmp_path / "m.pth", {"w": view})["w"] == wanted
+        assert in_memory({"w": view})["w"] == wanted
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support")
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, None])
+@pytest.mark.parametrize("dtype", each((*INTEGERS, *FLOATS, *FLOATS_OF_A_BYTE, *COMPLEX)))
+def test_what_is_not_finite_is_counted_alone_as_it_is_among_all(tmp_path: Path, dtype: str, bad: float | None) -> None:
+    wanted = getattr(torch, dtype)
+    tensor = torch.full((1000,), 0.5).to(torch.float32 if "complex" not in dtype else torch.complex64).to(wanted)
+    if bad is not None and dtype not in INTEGERS:
+        tensor[77], tensor[999] = (torch.tensor(bad).to(wanted) for _ in range(2))
+    torch.save({"w": tensor, "random": random_tensor(dtype, 31, 7)}, tmp_path / "m.pth")
+    entries = entries_in(tmp_path / "m.pth")
+    whole = statistics.collect(entries)
+    found = statistics.not_finite(entries)
+    assert found == {name: {word: numbers[word] for word in ("nan", "inf")} for name, numbers in whole.items()}
+
+
 def test_an_expanded_tensor_is_read_once(tmp_path: Path) -> None:
     small, large = torch.tensor([0.0, 1.0, 3.0]).expand(5, 3), torch.tensor([0.0, 1.0, 3.0]).expand(10**12, 3)
     found = of_file(tmp_path / "m.pth", {"small": small, "large": large})

@@ -38,9 +38,10 @@ def collect(
     The first four are of the finite elements, the last three count elements. `mean` and `std` are computed in float64
     from all elements, in sums over pieces that are put together as `Moments.merged` does: they agree with torch's sums
     in another order to twelve digits of the largest element. `std` is `torch.std`'s, with Bessel's correction. The
-    statistics of complex numbers are those of their absolute values. What is not defined is None: of no finite element
-    the first four, of a single one `std`, and what float64 cannot hold. Left out are dtypes that are no numbers to
-    torch (float4_e2m1fn_x2, quantized ones). A tensor with several names is read once.
+    statistics of complex numbers are those of their absolute values, whose last bit may not be that of torch. What is
+    not defined is None: of no finite element the first four, of a single one `std`, and what float64 cannot hold. Left
+    out are dtypes that are no numbers to torch (float4_e2m1fn_x2, quantized ones). A tensor with several names is read
+    once.
 
     Args:
         tensors: Views into storages of any kind, by their names.
@@ -201,7 +202,8 @@ def _exact(flat: Array, dtype: str) -> Array:
     if dtype in INTEGERS or dtype in ("float64", "float32"):
         return flat
     if "complex" in dtype:
-        absolute: Array = np.abs(flat.astype(np.complex128))
+        wide = flat.astype(np.complex128)
+        absolute: Array = np.hypot(wide.real, wide.imag)  # closer to the last bit than np.abs, and so to torch
         return absolute
     return flat.astype(np.float32)
 

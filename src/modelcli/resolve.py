@@ -25,7 +25,6 @@ from modelcli.language.references import (
     exists,
     missing_file,
 )
-from modelcli.providers import known_code
 from modelcli.wording import listed
 
 if TYPE_CHECKING:
@@ -58,6 +57,8 @@ def recorded(text: str, folder: Path, *, trust: bool) -> Reference:
 
 def record_runs_known_code(record: Record) -> bool:
     """Whether a record names classes and models of known libraries alone: their names say what they are."""
+    from modelcli.providers import known_code
+
     if record.reference is None:
         return False
     try:
@@ -115,18 +116,15 @@ def parse(text: str, folder: Path | None = None) -> Reference:
 
 def _parsed(text: str, folder: Path, *, look: bool) -> Reference:
     """The same; without `look` by the text alone: no path in it is looked at, and one with a suffix is a file."""
-    from modelcli.language import expressions
-    from modelcli.language.expressions import Call
-
     if not text.strip():
         raise RequestError("an empty model reference", "name one: alexnet, nets.py:Net(3,2), best.pth")
     path = folder / text
     if _is_bare_word(text) and (not look or not exists(path) or _is_known_word(text)):
-        return NamedModel(Call(text))
+        return _named(text)
     if look and "\0" not in text and len(text) < MAX_PATH and exists(path):
         if path.suffix == ".py" and path.is_file():
             raise _names_no_class(text, path)
-        return CheckpointFile(path)
+        return _recognised(text, path) or CheckpointFile(path)
     if (split := _split_object(text, folder, look=look)) is not None:
         return _library_class(*split) or _prefixed(*split) or _python_object(*split, folder, look=look)
     if not look and (formats.has_known_suffix(text) or re.search(r"[/\\]", text.partition("(")[0])):
@@ -138,10 +136,32 @@ def _parsed(text: str, folder: Path, *, look: bool) -> Reference:
     if re.search(r"[/\\]", text.partition("(")[0]):
         raise missing_file(path, text)
     if re.fullmatch(r"[\w.+-]+", text) and not re.fullmatch(r"[A-Za-z_][\w.]*", text, re.ASCII):
-        return NamedModel(Call(text))  # `bert-base-uncased`: no expression, and no model of that name either
+        return _named(text)  # `bert-base-uncased`: no expression, and no model of that name either
+    from modelcli.language import expressions
+
     call = expressions.parse(text)
     # Parentheses may stand around `module:build(3)`.
     return _parsed(str(call), folder, look=look) if ":" in call.name else NamedModel(call)
+
+
+def _named(name: str) -> NamedModel:
+    """A model by its name, without arguments."""
+    from modelcli.language.expressions import Call
+
+    return NamedModel(Call(name))
+
+
+def _recognised(text: str, path: Path) -> NamedModel | None:
+    """The model that a provider sees in a folder; None where it is a checkpoint like others.
+
+    Asked are the built-in providers with a prefix, and those of other packages that this process has named.
+    """
+    if not path.is_dir():
+        return None
+    from modelcli.language.expressions import Call
+
+    provider = next((known for known in providers.with_prefix() if known.recognises(path)), None)
+    return None if provider is None else NamedModel(Call(text), provider.prefix)
 
 
 def _is_bare_word(text: str) -> bool:

@@ -303,6 +303,8 @@ def test_names_read_off_the_sources_are_those_of_the_packages() -> None:
 
     assert torchvision_provider.PROVIDER.names() == zoo.builder_names()
     assert set(torch_nn.PROVIDER.class_names()) == set(torch.nn.modules.__all__)
+    ops = {name for name, value in vars(torchvision.ops).items() if isinstance(value, type) and name[0].isupper()}
+    assert set(torchvision_provider.PROVIDER.class_names()) == ops
     assert set(torch_nn.init_names()) == set(initialising._schemes())
     weights = {
         member for name in zoo.builder_names() for member in torchvision.models.get_model_weights(name).__members__

@@ -18,7 +18,7 @@ from modelcli import providers
 from modelcli.commands import blueprint_cache
 from modelcli.errors import RequestError, SystemFailureError
 from modelcli.language.expressions import Call
-from modelcli.language.references import NamedModel, PythonObject
+from modelcli.language.references import CheckpointFile, NamedModel, PythonObject
 from modelcli.resolve import parse
 from tests.conftest import Cli
 
@@ -94,6 +94,24 @@ def test_entry_points_are_read_for_an_unknown_prefix_alone(folder: Path, monkeyp
             assert text == "./alexnet/x.pth"
     with pytest.raises(AssertionError):
         parse("xyz:Net")
+
+
+def test_a_folder_that_it_recognises(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A provider of modelcli's own is asked for every folder, one of another package once it was named."""
+    provider = providers.by_prefix("tiny")
+    assert provider is not None
+    monkeypatch.setattr(type(provider), "recognises", lambda _self, path: (path / "tiny.json").exists())
+    for name in ("plain", "own"):
+        (folder / name).mkdir()
+    (folder / "own" / "tiny.json").touch()
+    assert parse("plain/") == CheckpointFile(Path("plain"))
+    assert parse("./own") == NamedModel(Call("./own"), "tiny")
+    assert parse(str(parse("./own"))) == parse("./own")
+    providers.forget()
+    assert parse("./own") == CheckpointFile(Path("own"))
+    monkeypatch.setattr(providers, "_BY_PREFIX", {"tiny": "modelcli_plugin.tiny"})
+    monkeypatch.setattr("modelcli_plugin.tiny.PROVIDER", provider, raising=False)
+    assert parse("./own") == NamedModel(Call("./own"), "tiny")
 
 
 # --- where it is found -----------------------------------------------------------------------------------------------

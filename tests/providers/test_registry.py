@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,3 +60,28 @@ def test_the_built_in_providers() -> None:
 def test_who_owns_a_package(package: str, owner: str | None) -> None:
     found = providers.owner(package)
     assert (found.name if found is not None else None) == owner
+
+
+def test_an_expression_of_torch_nn_needs_no_other_library(folder: Path) -> None:
+    """Neither to be looked at nor to be written: torchvision takes as long to import as torch."""
+    code = (
+        "import sys; from modelcli.cli import main; words = 'Sequential(Linear(2,3),ReLU())'\n"
+        "assert main(['summary', words, '--input-size', '1,2']) == main(['save', 'out.pth', '-m', words]) == 0\n"
+        "assert main(['params', 'ReLU']) == 0\n"
+        "print('torchvision' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_a_look_at_a_plain_file_imports_declarations_at_most(folder: Path) -> None:
+    """They say which versions the fingerprints of known models are of. Nothing is parsed or read off a library."""
+    import torch
+
+    torch.save({"a": torch.zeros(2)}, "plain.pth")
+    code = "import sys; from modelcli.cli import main; assert main(['params', 'plain.pth']) == 0; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert "modelcli.resolve" in loaded
+    others = r"modelcli\.(providers\.known_code|language\.expressions|live)|importlib\.metadata|modelcli_plugin"
+    assert not {name for name in loaded if re.match(others, name)}

@@ -27,7 +27,7 @@ from modelcli.model.blueprint import Blueprint, LayerTrace, ModuleInfo, Trace
 from modelcli.model.state_dict_match import Mismatch
 from modelcli.model.tensors import TensorInfo
 from modelcli.model.totals import totals_of
-from modelcli.providers.base import PublishedModel
+from modelcli.providers.published import PublishedModel
 from modelcli.recipe import Recipe
 from modelcli.render import writers
 from modelcli.render.documents import edit as edit_document

@@ -30,7 +30,7 @@ SCHEMA = 1
 class Record:
     """A model's origin.
 
-    `reference` is None where the architecture was never known. `weights` is torchvision's name of the numbers the
+    `reference` is None where the architecture was never known. `weights` is the library's name of the values the
     model started with. `frozen` are the names of the parameters that are not trained. An edit of many matches is many
     lines in `edits`; `numbers` says of each which edit it came of, and `edit_count` how many there were: the number of
     an edit decides what it draws.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from types import TracebackType
 
-from modelcli import providers
 from modelcli.errors import SystemFailureError
 
 #: What a plain look at a checkpoint does without, beside the libraries of providers.
@@ -13,6 +12,8 @@ _PACKAGES = ("torch", "torchinfo", "numpy", "safetensors", "timm", "transformers
 
 
 def _packages() -> tuple[str, ...]:
+    from modelcli import providers
+
     return (*_PACKAGES, *providers.packages())
 
 

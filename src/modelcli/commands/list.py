@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from modelcli import providers
 from modelcli.errors import RequestError, closest
-from modelcli.providers.base import PublishedModel
+from modelcli.providers.published import PublishedModel
 
 if TYPE_CHECKING:
     from modelcli.live.providers.base import LiveProvider

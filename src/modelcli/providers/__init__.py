@@ -10,8 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from modelcli import installed
 from modelcli.errors import ModelcliError, SystemFailureError
@@ -96,8 +95,7 @@ def _provider_of(prefix: str, entry: EntryPoint) -> Provider:
     return found
 
 
-@dataclass(frozen=True)
-class Everything:
+class Everything(NamedTuple):
     """All providers that are installed, and what is wrong with those that cannot be loaded."""
 
     providers: tuple[Provider, ...]
@@ -121,6 +119,11 @@ def everything() -> Everything:
 def loaded() -> list[Provider]:
     """The providers with a prefix whose models this process has named."""
     return list(_LOADED.values())
+
+
+def with_prefix() -> list[Provider]:
+    """The built-in providers with a prefix, and those of other packages that were named already."""
+    return [*(_provider_in(module) for module in _BY_PREFIX.values()), *loaded()]
 
 
 def forget() -> None:

@@ -7,25 +7,12 @@ A provider turns references of one kind into models. This is its torch-free half
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from modelcli.language.expressions import Call
-
-
-@dataclass(frozen=True)
-class PublishedModel:
-    """What a library says of one of its models. None is what it does not say.
-
-    `params` and `macs` (multiply-accumulates) are those of its default weights, which come first in `weights`.
-    """
-
-    name: str
-    group: str | None = None
-    weights: tuple[str, ...] = ()
-    params: int | None = None
-    macs: int | None = None
 
 
 class Provider:
@@ -82,6 +69,14 @@ class Provider:
 
         Only where to build it runs the code of the installed library and nothing that a file brings. Asked only of a
         provider with a prefix; what stands in the arguments is asked for by itself.
+        """
+        return False
+
+    def recognises(self, folder: Path) -> bool:
+        """Whether a folder that is given as a model, by its path alone, is one of its models, and no plain checkpoint.
+
+        Then the path is the model's name behind the prefix: `runs/bert` means `PREFIX:runs/bert`. It is asked for every
+        folder that is looked at, and does no more than look for a file by its name.
         """
         return False
 

@@ -6,6 +6,7 @@ right is decided by the package itself.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 
@@ -30,13 +31,20 @@ class Torchvision(Provider):
 
     def names(self) -> list[str]:
         """What `torchvision.models.list_models()` gives: the functions that its sources register."""
-        registered = re.compile(r"^@register_model\((?:name=\"(\w+)\")?\)$.*?^def (\w+)\(", re.MULTILINE | re.DOTALL)
-        return sorted(name or function for text in _model_sources() for name, function in registered.findall(text))
+        return list(_registered())
 
     def weights_names(self) -> list[str]:
         """The members of its enums of weights."""
         members = re.compile(r"^    ([A-Z][A-Z0-9_]+) = (?:Weights\(|[A-Z])", re.MULTILINE)
         return sorted({name for text in _model_sources() for name in members.findall(text)})
+
+    def class_names(self) -> list[str]:
+        """The classes that `torchvision.ops` lists; what begins with a small letter is a function."""
+        return re.findall(r'"([A-Z]\w*)"', installed.source("torchvision", "ops/__init__.py").partition("__all__")[2])
+
+    def bare_words(self) -> list[str]:
+        """The builders alone: a class of `ops` gives way to a file of its name."""
+        return self.names()
 
     def owns(self, package: str) -> bool:
         """Whether it is `torchvision.ops`, `torchvision.models` or a module of the models."""
@@ -44,6 +52,12 @@ class Torchvision(Provider):
 
 
 PROVIDER = Torchvision()
+
+
+@functools.cache
+def _registered() -> tuple[str, ...]:
+    registered = re.compile(r"^@register_model\((?:name=\"(\w+)\")?\)$.*?^def (\w+)\(", re.MULTILINE | re.DOTALL)
+    return tuple(sorted(name or function for text in _model_sources() for name, function in registered.findall(text)))
 
 
 def _model_sources() -> Iterator[str]:

@@ -13,8 +13,9 @@ from modelcli.errors import RequestError, did_you_mean
 from modelcli.language.references import NamedModel, Reference
 from modelcli.live import bounds, modules
 from modelcli.live.build import Architecture
-from modelcli.providers.base import Provider, PublishedModel
+from modelcli.providers.base import Provider
 from modelcli.providers.known_code import runs_known_code
+from modelcli.providers.published import PublishedModel
 
 if TYPE_CHECKING:
     from modelcli.language.expressions import Call

@@ -27,8 +27,8 @@ from modelcli.live import bounds, modules, signatures
 from modelcli.live.build import Architecture
 from modelcli.live.inputs import Inputs
 from modelcli.live.providers.base import LiveProvider, refuse_hole
-from modelcli.providers.base import PublishedModel
 from modelcli.providers.known_code import runs_known_code
+from modelcli.providers.published import PublishedModel
 from modelcli.providers.torchvision import MODELS, OPS
 
 if TYPE_CHECKING:
@@ -336,8 +336,8 @@ class LiveTorchvision(LiveProvider):
         return references_of(name)
 
     def takes(self, reference: Reference) -> bool:
-        """Whether it names a builder."""
-        return isinstance(reference, NamedModel) and reference.call.name in builder_names()
+        """Whether it names a builder. Its source says so: an expression of `torch.nn` needs no torchvision."""
+        return isinstance(reference, NamedModel) and reference.call.name in self.provider.names()
 
     def prepare(self) -> None:
         """Import torchvision."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from modelcli.providers.base import PublishedModel
+from modelcli.providers.published import PublishedModel
 from modelcli.render.documents.common import SCHEMA
 from modelcli.render.views import Column, View, count, path_column
 

@@ -14,7 +14,7 @@ from modelcli.language.references import NamedModel
 from modelcli.live.build import Architecture
 from modelcli.live.inputs import Inputs
 from modelcli.live.providers.base import LiveProvider
-from modelcli.providers.base import PublishedModel
+from modelcli.providers.published import PublishedModel
 
 if TYPE_CHECKING:
     from modelcli.live.script.source_text import SourceText

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -179,17 +180,35 @@ def test_the_program_finds_it_and_reads_entry_points_only_then(site: list[Path],
     assert run("--help") == [0, True, True]
 
 
-def test_one_that_cannot_be_imported_leaves_the_help_whole(
-    cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        (None, "the edit wreck cannot be loaded from wreck:Wreck: No module named 'wreck'"),
+        ("Wreck = 3", "the edit wreck cannot be loaded from wreck:Wreck: that is no edit of this name"),
+        (
+            "from modelcli_plugin.clamp import Clamp as Wreck",
+            "the edit wreck cannot be loaded from wreck:Wreck: that is no edit of this name",
+        ),
+        (
+            "from modelcli.edits.declaring import Operand\nfrom modelcli_plugin.clamp import Clamp\n"
+            "class Wreck(Clamp):\n    name = 'wreck'\n    words = (Operand('model', 'A model.'),)\n",
+            "the edit wreck declares model, which every edit has already",
+        ),
+    ],
+)
+def test_one_that_cannot_be_used_leaves_the_help_whole(
+    module: str | None, said: str, cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     about = folder / "broken-1.0.dist-info"
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text("[modelcli.edits]\nwreck = no_such_package:Wreck\n")
+    (about / "entry_points.txt").write_text("[modelcli.edits]\nwreck = wreck:Wreck\nparams = wreck:Wreck\n")
+    if module is not None:
+        Path("wreck.py").write_text(module)
     monkeypatch.syspath_prepend(str(folder))
     registry.forget()
     shown = cli("--help").out
     assert "wreck" in shown
     assert "clamp" in shown
-    error = cli("wreck", "conv1", "-m", NET, code=5).err
-    assert "the edit wreck cannot be loaded from no_such_package:Wreck: No module named 'no_such_package'" in error
+    assert len(re.findall(r"│ params ", shown)) == 1  # no edit takes the name of another command
+    assert said in cli("wreck", "fc", "-m", NET, code=5).err

@@ -26,17 +26,18 @@ _CODES = (0, 2, 3, 4, 5)
 def command_called(name: str) -> Command | None:
     """The command of an edit; None where no edit has this name.
 
-    One of another package that cannot be imported is a command that says so, so that the help lists the others.
+    One of another package that cannot be used is a command that says so, so that the help lists the others.
     """
     try:
         kind = edits.find(name)
+        return None if kind is None else command_of(kind)
     except SystemFailureError as failure:
         return _failing(name, failure)
-    return None if kind is None else command_of(kind)
 
 
 def command_of(kind: type[Edit]) -> Command:
-    """The command of an edit."""
+    """The command of an edit. Raises SystemFailureError where it declares what every edit has already."""
+    _refuse_taken(kind)
 
     def carry_out(*, edit: EditOptions, source: SourceOptions, options: OutputOptions, **given: Any) -> None:
         operands = [word for operand in kind.words for word in _listed(given[operand.name])]
@@ -53,6 +54,15 @@ def command_of(kind: type[Edit]) -> Command:
         ]
     )
     return Command(kind.name, carry_out, kind.panel, exit_codes(*_CODES), context_settings=_NUMBERS_ALLOWED)
+
+
+def _refuse_taken(kind: type[Edit]) -> None:
+    groups = (EditOptions, SourceOptions, OutputOptions)
+    names = {*(name for group in groups for name in group.options), "edit", "source", "options"}
+    flags = {*names_of(*groups), "--help"} & kind.option_fields().keys()
+    words = {operand.name for operand in kind.words} | {item.name for item in kind.option_fields().values()}
+    if taken := sorted(flags | (words & names)):
+        raise SystemFailureError(f"the edit {kind.name} declares {', '.join(taken)}, which every edit has already")
 
 
 def _own_first(kind: type[Edit]) -> list[Field[Any]]:

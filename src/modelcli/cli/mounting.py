@@ -103,7 +103,10 @@ class Commands(MutableMapping[str, Any]):
         from modelcli import edits
 
         for name in self._files:
-            yield from edits.names() if name == EDITS else [name]
+            if name == EDITS:
+                yield from (edit for edit in edits.names() if edit not in self._files)
+            else:
+                yield name
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

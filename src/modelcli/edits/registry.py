@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from modelcli.errors import SystemFailureError
 
@@ -69,13 +69,18 @@ def class_called(name: str) -> type[Edit] | None:
 
 @functools.cache
 def _loaded(name: str, where: str) -> type[Edit]:
+    from modelcli.edits.base import Edit
+
     module, _, attribute = where.partition(":")
     try:
-        return cast("type[Edit]", getattr(importlib.import_module(module), attribute))
+        found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         if name in _EDITS:
             raise
         raise SystemFailureError(f"the edit {name} cannot be loaded from {where}: {error}") from error
+    if not isinstance(found, type) or not issubclass(found, Edit) or found.name != name:
+        raise SystemFailureError(f"the edit {name} cannot be loaded from {where}: that is no edit of this name")
+    return found
 
 
 @functools.cache

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
-import torch
 from torch import nn
 
 from modelcli.edits.applied import Applied, Change, Context
@@ -17,32 +15,23 @@ from modelcli.live.script import access_paths
 from modelcli.live.script.source_text import quoted
 from modelcli.live.script.state import State
 from modelcli.live.script.step import Step
-from modelcli.live.sources import AnySource, Computed, named_tensors, real_storage, require_source
-from modelcli.live.surgery.storages import view_anew, viewers
+from modelcli.live.sources import named_tensors
+from modelcli.live.surgery.changed_values import change_values
 from modelcli.model.blueprint import Blueprint
 from modelcli.model.dtypes import FLOATING
 from modelcli_plugin.clamp import Clamp
-
-#: Of a view in its storage: dtype, offset, sizes, strides.
-_Place = tuple[torch.dtype, int, torch.Size, tuple[int, ...]]
 
 
 def carry_out(module: nn.Module, edit: Clamp, context: Context) -> Applied[nn.Module]:
     blueprint = describe(module)
     names = _picked(edit, blueprint)
     tensors = named_tensors(module)
-    chosen = {id(tensors[name]) for name in names}
     changes = []
     for path, below in groups_of(edit.targets, blueprint, names):
         size = sum(tensors[name].numel() for name in below if isinstance(tensors[name], nn.Parameter))
         changes.append(Change(path, edit.name, "as it was", f"from {edit.low:g} to {edit.high:g}", size, size))
     selectors.require_expected(edit.expect, [change.path for change in changes])
-    for views in viewers(module).values():
-        places = [_place(view) for view in views if id(view) in chosen]
-        if places:
-            source = require_source(views[0])
-            compute = partial(_clamped, source, places, edit.low, edit.high)
-            view_anew(views, Computed(source.nbytes, compute, (source,), step=max(source.nbytes, 1)))
+    change_values(module, names, lambda values: values.clamp(edit.low, edit.high))
     line = str(replace(edit, targets=tuple(map(selectors.literal, names)), without=(), expect=None))
     return Applied(module, [replace(changes[0], resolved=(line,)), *changes[1:]], inputs=context.inputs)
 
@@ -53,20 +42,6 @@ def _picked(edit: Clamp, blueprint: Blueprint) -> list[str]:
     if not floating:
         raise RequestError(f"nothing to clamp: {', '.join(edit.targets)} has no floating-point tensors")
     return floating
-
-
-def _place(view: torch.Tensor) -> _Place:
-    return view.dtype, int(view.storage_offset()), view.size(), view.stride()
-
-
-def _clamped(
-    source: AnySource, places: list[_Place], low: float, high: float, start: int, nbytes: int
-) -> torch.UntypedStorage:
-    storage = real_storage(source.part(0, source.nbytes)).cpu().clone()
-    for dtype, offset, size, stride in places:
-        torch.empty(0, dtype=dtype).set_(storage, offset, size, stride).clamp_(low, high)
-    part = torch.empty(0, dtype=torch.uint8).set_(storage)[start : start + nbytes]
-    return part.clone().untyped_storage()
 
 
 def script_lines(edit: Clamp, step: Step) -> list[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import collections
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,6 @@ from torch import nn
 
 from modelcli.checkpoints import CompositeEntry, TensorEntry
 from modelcli.checkpoints.limits import Budget
-from modelcli.checkpoints.storage import FileId, Windows
 from modelcli.checkpoints.torch_pickle.composite_tensors import entry_of, quantized_bytes, require_call
 from modelcli.checkpoints.torch_pickle.pickles import Global, Opaque, OrderedDict, StorageRef
 from modelcli.errors import FileFormatError
@@ -163,33 +162,6 @@ def _sparse_call(tensor: torch.Tensor, plan: Callable[[torch.Tensor], PlannedTen
 # --- in memory -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Held:
-    """The bytes of a tensor in memory, where entries of files have theirs on the disk; nothing is copied."""
-
-    value: Value
-
-    @property
-    def nbytes(self) -> int:
-        return self.value.nbytes
-
-    def files(self) -> Iterable[FileId]:
-        return self.value.files()
-
-    def chunks(self) -> Iterator[bytes]:
-        return map(bytes, self.value.chunks())
-
-    def bytes(self) -> bytes:
-        return b"".join(self.chunks())
-
-    def mapped(self, _windows: Windows | None = None) -> memoryview:
-        """The bytes where they are: to be read, since they are a model's own."""
-        return self.value.view()
-
-    def part(self, start: int, nbytes: int) -> Held:
-        return Held(self.value.part(start, nbytes))
-
-
 def held(name: str, tensor: torch.Tensor) -> CompositeEntry | None:
     """The entry that a file would have of a quantized or sparse tensor; None for one on the meta device."""
     if tensor.is_meta:
@@ -212,9 +184,9 @@ def as_read(value: Any) -> Any:
     """What is to be written, as it is when it has been read; all of it is in memory."""
     match value:
         case PlannedStorage(dtype=dtype, source=Value() as source):
-            return StorageRef(Held(source), dtype, source.nbytes)
+            return StorageRef(source, dtype, source.nbytes)
         case PlannedTensor(source=Value() as source):
-            return TensorEntry(value.shape, value.dtype, value.stride, value.offset, Held(source))
+            return TensorEntry(value.shape, value.dtype, value.stride, value.offset, source)
         case CompositeEntry(parts=()) if isinstance(value.made_by, Opaque):
             return as_read(value.made_by)  # one that is planned, and has its parts in its call
         case Opaque():

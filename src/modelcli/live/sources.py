@@ -338,15 +338,14 @@ def extent(tensor: torch.Tensor) -> int:
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True))
 
 
-def real_tensor(tensor: torch.Tensor, windows: Windows | None = None) -> torch.Tensor:
+def real_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """A real tensor with the bytes of a live model's meta tensor, its shape and stride.
 
-    Of a file, the bytes from the tensor's first element to its last are mapped, and not the rest of the storage; with
-    `windows` they are a part of one of those.
+    Of a file, the bytes from the tensor's first element to its last are read, and not the rest of the storage.
     """
     if not tensor.is_meta:
         return tensor.detach()
     source = require_source(tensor)
     made, size = torch.empty(0, dtype=tensor.dtype), tensor.element_size()
     part = source.part(int(tensor.storage_offset()) * size, extent(tensor) * size)
-    return made.set_(real_storage(part, windows), 0, tensor.size(), tensor.stride())
+    return made.set_(real_storage(part), 0, tensor.size(), tensor.stride())

@@ -767,7 +767,9 @@ def test_without_torch(folder: Path, cli: Cli) -> None:
         (0, "check", "m.pth", "--max-params", "10", "--finite"),
         (0, "params", "m.pth", "--stats", "--values"),
         (1, "diff", "m.pth", "s.safetensors"),
-        (5, "freeze", "a", "-m", "m.pth", "-o", "o.pth"),
+        (0, "freeze", "a", "-m", "m.pth", "-o", "o.pth"),
+        (0, "cast", ".", "half", "-m", "m.pth", "-o", "half.pth"),
+        (5, "save", "new.pth", "-m", "Linear(2,3)"),
         (5, "summary", "alexnet"),
     ):
         run = [sys.executable, "-c", WITHOUT, "torch,torchvision,torchinfo", *words]

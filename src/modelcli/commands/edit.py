@@ -167,7 +167,7 @@ def _checked(live: Live, target: Target, added: Sequence[Edit], how: Writing) ->
         kinds,
         known=partial(unedited, unstated) if unstated != source else None,
         device=device,
-        origins=live.origins,
+        history=live.history,
     )
 
 

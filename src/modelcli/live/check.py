@@ -17,7 +17,7 @@ from modelcli.language.expressions import HOLE, Call
 from modelcli.language.quoting import quoted
 from modelcli.live import modules, trace
 from modelcli.live.describe import dtype_name, floating_dtype
-from modelcli.live.edit_history import Origins
+from modelcli.live.edit_history import EditHistory
 from modelcli.live.operator_rules import OperatorError
 from modelcli.live.rules import Misfit, MisfitError
 from modelcli.live.surgery import argument_from, brief, shape_with
@@ -59,7 +59,7 @@ def check(
     *,
     known: MakeModel | None = None,
     device: str = "meta",
-    origins: Origins | None = None,
+    history: EditHistory | None = None,
 ) -> Check:
     """Run `after` on the meta device under the operator rules, or on the CPU.
 
@@ -73,7 +73,7 @@ def check(
         edited: the kind of the edit at each path, without edits that cannot break the fit.
         known: makes the unedited model and its own known input, if the user stated another one.
         device: `meta` or `cpu`.
-        origins: the edits at each path, for messages.
+        history: the edits at each path, for messages.
 
     Raises:
         RequestError: the edited model fails. The message names the module, what flows in, what it expects, and the
@@ -92,9 +92,9 @@ def check(
     unedited, runs_elsewhere = _failure_before_edit(before, known, inputs, device)
     if unedited is not None and not runs_elsewhere and _is_same(unedited, seen.failure):
         return Check(False, f"the model cannot run before the edit either: {unedited.reason}")
-    origins = origins or Origins()
-    refusal = _refusal(after, inputs, seen.failure, watch, edited, origins)
-    refusal.message = _where(seen.failure.path, watch, origins) + refusal.message
+    history = history or EditHistory()
+    refusal = _refusal(after, inputs, seen.failure, watch, edited, history)
+    refusal.message = _where(seen.failure.path, watch, history) + refusal.message
     if unedited is not None:
         refusal.message += _also_fails(unedited, inputs, elsewhere=runs_elsewhere)
         if _is_same(unedited, seen.failure):
@@ -216,7 +216,7 @@ def _refusal(
     failure: trace.Failure,
     watch: _Watch,
     edited: Mapping[str, type[Edit]],
-    origins: Origins,
+    history: EditHistory,
 ) -> RequestError:
     path = failure.path
     module = after.get_submodule(path)
@@ -235,7 +235,7 @@ def _refusal(
         f"{shown(path)} {brief(module)} does not fit: {misfit.flows} flows in{came_from}, "
         f"it expects {misfit.expects}{_next(after, path)}"
     )
-    settled = origins.count(path) > 1  # `_` would keep an earlier edit's value, so the fix states the value itself
+    settled = history.count(path) > 1  # `_` would keep an earlier edit's value, so the fix states the value itself
     fix, touched = _fix(module, path, misfit, edited, settled=settled), _is_touched(path, edited)
     if touched and is_input:
         fix = _stated(module, misfit, inputs) or fix
@@ -269,11 +269,11 @@ def _other_size(after: nn.Module, module: nn.Module, misfit: Misfit, inputs: Inp
     return f"; or pass --input-size {','.join(map(str, other))}, if that is the input you want"
 
 
-def _where(path: str, watch: _Watch, origins: Origins) -> str:
+def _where(path: str, watch: _Watch, history: EditHistory) -> str:
     """Return `-e 1: 'replace fc ...': ` for the edit that made the failing module, or the module before it."""
     leaf = watch.came_from(path)
-    before = "" if leaf is None else origins.told(leaf[0])
-    told = origins.told(path) or before or origins.only()
+    before = "" if leaf is None else history.named(leaf[0])
+    told = history.named(path) or before or history.only()
     return f"{told}: " if told else ""
 
 

@@ -1,4 +1,4 @@
-"""Which edits made what stands at a path: for what is found to be wrong only after all of them."""
+"""Which edits changed what is at a path, for an error that is found only after all of them: it names the edit."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from modelcli.model.paths import ancestors
 
 
 @dataclass
-class Origins:
-    """The edits that did something at each path, in order: where each stands and its line, as an error names it."""
+class EditHistory:
+    """The edits that changed something at each path, in order: where each was written, and its line."""
 
     _found: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def note(self, edit: Edit, place: str, changes: Iterable[Change]) -> None:
-        """Take in what an edit did. `place` is where it stands: `-e 1`, `modelcli.toml:5`, nothing for a command."""
+    def add(self, edit: Edit, place: str, changes: Iterable[Change]) -> None:
+        """Add what an edit changed. `place` is where it was written: `-e 1`, `modelcli.toml:5`; empty for a command."""
         if not edit.can_break_fit:
             return
         if edit.moves_paths:
@@ -30,15 +30,15 @@ class Origins:
         self._found.clear()
 
     def count(self, path: str) -> int:
-        """How many edits made what stands at a path."""
+        """How many edits changed what is at a path."""
         return len(self._of(path))
 
-    def told(self, path: str) -> str:
-        """`-e 1: 'replace fc ...', -e 3: ...`: the edits that made what stands at a path; nothing for a command."""
+    def named(self, path: str) -> str:
+        """The edits that changed what is at a path: `-e 1: 'replace fc ...', -e 3: ...`; empty for a command."""
         return ", ".join(filter(None, self._of(path)))
 
     def only(self) -> str:
-        """The one edit that did anything, which is what no longer fits comes of; nothing where there are more."""
+        """The only edit that changed anything; empty where there are several."""
         named = {name for names in self._found.values() for name in names}
         return named.pop() if len(named) == 1 else ""
 

@@ -23,7 +23,7 @@ from modelcli.language.references import CheckpointFile, NamedModel, Source
 from modelcli.live import bounds, inputs, loading, memory, providers, trace
 from modelcli.live.build import Architecture, architecture
 from modelcli.live.describe import describe, floating_dtype
-from modelcli.live.edit_history import Origins
+from modelcli.live.edit_history import EditHistory
 from modelcli.live.inputs import Inputs
 from modelcli.live.loading import LoadReport
 from modelcli.live.sources import flag_of, is_lazy, named_tensors, set_flag
@@ -55,7 +55,7 @@ class Live:
     inputs: Inputs | None = None
     edits: list[tuple[int, str]] = field(default_factory=list)
     changes: list[Change] = field(default_factory=list)
-    origins: Origins = field(default_factory=Origins)
+    history: EditHistory = field(default_factory=EditHistory)
     report: LoadReport | None = None
     record: Record | None = None
     notes: list[str] = field(default_factory=list)
@@ -85,13 +85,13 @@ class Live:
         self.changes += done.changes
         self.notes += done.notes
         if len(edits) == 1:
-            self.origins.note(edits[0], place, done.changes)
+            self.history.add(edits[0], place, done.changes)
         return done.changes
 
     def forget_changes(self) -> None:
         """Take all edits so far for granted: `changes` are those of edits from now on."""
         self.changes.clear()
-        self.origins.clear()
+        self.history.clear()
 
     @property
     def parameters_opened(self) -> Mapping[str, Held]:

@@ -127,10 +127,10 @@ def test_a_record_asks_for_no_more_memory_than_its_file_warrants(cli: Cli) -> No
     cli("save", "one.pth", "-m", BASE, "-q")
     large = "Sequential(Linear(50000,50000),Linear(2,3),ReLU(),Linear(3,2))"
     forge("one.pth", "evil.pth", reference=large, edits=("remove 0",), numbers=(1,), edit_count=1)
-    with pytest.raises(FileFormatError, match=r"takes 10,000 MB, far more than evil\.pth holds"):
+    with pytest.raises(FileFormatError, match=r"needs 10,000 MB, far more than evil\.pth contains"):
         modelcli.load("evil.pth")
     forge("one.pth", "evil.pth", edits=("insert 0 Linear(50000,50000)", "remove 0"), numbers=(1, 2), edit_count=2)
-    with pytest.raises(FileFormatError, match=r"far more than evil\.pth holds"):
+    with pytest.raises(FileFormatError, match=r"far more than evil\.pth contains"):
         modelcli.load("evil.pth")
 
 

@@ -191,7 +191,7 @@ MISTAKES = {
         1,
         "error: best.pth does not fit Sequential(Linear(2,4)): 0.weight is [3, 2] in the file and [4, "
         "2] in the architecture; 0.bias is [3] in the file and [4] in the architecture\n"
-        "hint: give --arch the arguments that the file was made with: 'Sequential(...)'",
+        "hint: pass --arch with the arguments that the file was made with: 'Sequential(...)'",
     ),
 }
 

@@ -21,7 +21,7 @@ from modelcli.language import expressions, references, selectors
 from modelcli.live import memory, surgery
 from modelcli.live.describe import describe
 from modelcli.live.inputs import Inputs
-from modelcli.live.meta_models import meta_twin, seeded
+from modelcli.live.meta_models import meta_copy, seeded
 from modelcli.live.sources import is_lazy, named_tensors, real_tensor
 from modelcli.model.blueprint import Blueprint
 from tests.fuzz import limits
@@ -356,7 +356,7 @@ class Surgeon:
 
     def __call__(self, data: bytes) -> object:
         edit = edits.parse(_text(data))
-        model = meta_twin(self.model, keep_values=True)
+        model = meta_copy(self.model, keep_values=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch says of sizes and of classes
             done = surgery.apply(model, [edit], inputs=Inputs(((2, 4),)), trusted=False)

@@ -363,4 +363,4 @@ def test_a_refusal_for_a_file_that_knows_its_model(tmp_path: Path) -> None:
     record = Record("alexnet", None, 0, (), (), Blueprint((ModuleInfo("", None),), ()))
     error = LoadReport(0, missing=("w",)).refusal(replace(contents, record=record), "vgg16", strict=True)
     assert error is not None
-    assert error.hint == "m.pth says itself which model it is: leave --arch out"
+    assert error.hint == "m.pth records its own architecture: remove --arch"

@@ -15,7 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from modelcli.live import rules, trace
-from modelcli.live.meta_models import fake_twin, meta_twin
+from modelcli.live.meta_models import fake_copy, meta_copy
 from tests.live.test_rules_against_cpu import Calls
 
 SHAPES: tuple[tuple[int, ...], ...] = (
@@ -112,7 +112,7 @@ def runs_on_cpu(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -
 
 def passes_the_check(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
     flow = torch.zeros(shape, dtype=dtype, device="meta")
-    return trace.run(meta_twin(module), [flow]).failure is None
+    return trace.run(meta_copy(module), [flow]).failure is None
 
 
 def cases() -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -159,7 +159,7 @@ def test_fake_tensors_are_held_to_the_same_rules() -> None:
         (nn.Linear(4, 2), False),
         (bytes_as_mask, False),
     ):
-        twin = fake_twin(module, fake)
+        twin = fake_copy(module, fake)
         with fake:
             flow = torch.zeros(1, 4)
         seen = trace.run(twin, [flow], device="fake", modes=[fake])
@@ -178,7 +178,7 @@ def test_a_forward_may_catch_what_the_cpu_would_raise() -> None:
             except RuntimeError:
                 return x @ self.w.to(x.dtype)
 
-    seen = trace.run(meta_twin(Tries()), [torch.zeros(1, 4, device="meta")])
+    seen = trace.run(meta_copy(Tries()), [torch.zeros(1, 4, device="meta")])
     assert seen.failure is None
     assert seen.output.dtype == torch.float32
 
@@ -186,5 +186,5 @@ def test_a_forward_may_catch_what_the_cpu_would_raise() -> None:
 def test_an_operator_that_only_the_meta_device_refuses_runs() -> None:
     """torch.where takes bytes as a mask on the CPU, and says that it will not for ever."""
     module = Calls(lambda _, x: torch.where(x.to(torch.uint8), x, x))
-    seen = trace.run(meta_twin(module), [torch.zeros(2, 4, device="meta")])
+    seen = trace.run(meta_copy(module), [torch.zeros(2, 4, device="meta")])
     assert (seen.failure, trace.shape_of(seen.output)) == (None, [2, 4])

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 - as everybody writes it
 
 from modelcli.live import trace
-from modelcli.live.meta_models import meta_twin
+from modelcli.live.meta_models import meta_copy
 
 Make = Callable[[], nn.Module]
 
@@ -363,7 +363,7 @@ def test_what_passes_runs_and_what_is_refused_fails(name: str) -> None:
     wrong: list[str] = []
     cases = 0
     for own, make, shapes, dtypes in variants((MODULES | BY_HAND)[name]):
-        real, twin = make().eval(), meta_twin(make(), plain_tensors=True)
+        real, twin = make().eval(), meta_copy(make(), plain_tensors=True)
         for shape in shapes:
             for dtype in dtypes:
                 cases += 1

@@ -31,7 +31,7 @@ ARCH = ("--arch", "nets.py:Places")
     [
         (
             ["replace fc Linear(4,4)"],
-            "the state in optimizer no longer fits fc.weight, fc.bias: make the optimizer anew",
+            "the state in optimizer no longer fits fc.weight, fc.bias: create the optimizer again",
         ),
         (["remove again", "remove shared"], "no longer fits shared.weight, shared.bias:"),
         (["append blocks Linear(4,4)"], "no longer fits heads.left.weight"),
@@ -62,7 +62,7 @@ def test_an_optimizer_of_fewer_parameters(cli: Cli) -> None:
     optimizer.step()
     torch.save({"model": model.state_dict(), "opt": [optimizer.state_dict()]}, "train.pth")
     told = cli("replace", "1", "Linear(2,3)", "-m", "train.pth", "-o", "out.pth").err
-    assert "opt[0] holds state for 2 parameters, and the model had 4: whether it still fits 1.weight, 1.bias" in told
+    assert "opt[0] has state for 2 parameters, but the model had 4: whether it still fits 1.weight, 1.bias" in told
 
 
 @pytest.mark.parametrize(
@@ -93,14 +93,14 @@ def test_an_optimizer_of_the_head_is_told_of_where_the_head_may_have_changed(
     ("line", "told"),
     [
         ("freeze fc", None),
-        ("init fc zeros", "the state dict in {} is as it was: --key {} edits that one"),
-        ("replace fc Linear(4,4)", "the state dict in {} is as it was: --key {} edits that one"),
+        ("init fc zeros", "the state dict in {} is unchanged: --key {} edits it"),
+        ("replace fc Linear(4,4)", "the state dict in {} is unchanged: --key {} edits it"),
         (
             "replace heads.left Linear(4,5)",
-            "the state dict in {} is as it was, and no longer fits heads.left.weight, heads.left.bias: "
-            "--key {} edits that one",
+            "the state dict in {} is unchanged and no longer fits heads.left.weight, heads.left.bias: "
+            "--key {} edits it",
         ),
-        ("add extra Linear(4,5)", "the state dict in {} is as it was, and no longer fits extra.weight, extra.bias:"),
+        ("add extra Linear(4,5)", "the state dict in {} is unchanged and no longer fits extra.weight, extra.bias:"),
     ],
 )
 @pytest.mark.parametrize("place", ["ema", "averages.state"])
@@ -122,7 +122,7 @@ def test_a_renamed_key_is_one_that_no_longer_fits(cli: Cli) -> None:
     notes = cli("rename", "**", "body.**", "-m", "train.pth", "-o", "out.pth").err
     names = list(state)
     told = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-    assert f"the state dict in ema is as it was, and no longer fits {told}: --key ema" in notes
+    assert f"the state dict in ema is unchanged and no longer fits {told}: --key ema" in notes
 
 
 def test_an_optimizer_that_knows_names(cli: Cli) -> None:
@@ -154,7 +154,7 @@ def test_each_of_two_state_dicts_is_told_of_the_other(cli: Cli, key: str, other:
     torch.save({"model": state, "ema": {name: tensor + 1 for name, tensor in state.items()}}, "train.pth")
     words = ("replace", "fc", "Linear(4,4)", "--key", key, "-m", "train.pth", *ARCH, "-o", "out.pth")
     notes = cli(*words).err
-    assert f"the state dict in {other} is as it was: --key {other} edits that one" in notes
+    assert f"the state dict in {other} is unchanged: --key {other} edits it" in notes
     before, after = (torch.load(path, weights_only=True) for path in ("train.pth", "out.pth"))
     assert all(torch.equal(after[other][name], tensor) for name, tensor in before[other].items())
     assert not torch.equal(after[key]["fc.weight"], before[key]["fc.weight"])

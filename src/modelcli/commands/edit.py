@@ -289,17 +289,17 @@ def _around(live: Editable, *, kept: bool) -> list[str]:
     rest = f"what {contents.path.name} holds beside {key!r}{names}"
     if not kept:
         return [f"{rest} was left out"]
-    unfit = training_state.unfit(contents.tree, live.parameters_opened, live.parameters_now)
+    outdated = training_state.outdated_optimizer_notes(contents.tree, live.parameters_opened, live.parameters_now)
     changed = not all(kind_called(change.action).changes_flags_only for change in live.changes)
     unwrapping = Unwrapping() if live.report is None else live.report.unwrapping
     if unwrapping:
         parts = listed([repr(part) for part in unwrapping.parts], 6)
-        unfit.append(
+        outdated.append(
             f"the keys in {key!r} are written without {parts}, and what wrote the file may ask for it "
             "(an edit without --arch leaves the keys as they are)"
         )
     renamed = training_state.renamed(live.tensors_opened, live.tensors_now)
-    copies = training_state.other_copies(
+    copies = training_state.other_state_dict_notes(
         contents, live.describe(), unwrapping=unwrapping, changed=changed, renamed=renamed
     )
-    return [f"{rest} was kept; --bare drops it", *unfit, *copies]
+    return [f"{rest} was kept; --bare drops it", *outdated, *copies]

@@ -113,7 +113,7 @@ def _looked(target: Target, *, traced: bool, mode: str, cached: bool) -> Look:
     from modelcli.commands.recipe_edits import apply_recipe
     from modelcli.live import apart, downloads, opening, planning
 
-    with downloads.none_allowed():
+    with downloads.forbidden():
         live = opening.open_live(target.source)
         told = len(live.notes)
         apply_recipe(live, target)
@@ -219,7 +219,7 @@ def torchinfo_table(target: Target, *, mode: str, depth: int | None) -> str:
     from modelcli.commands.recipe_edits import apply_recipe
     from modelcli.live import downloads, opening, torchinfo_table
 
-    with downloads.none_allowed():
+    with downloads.forbidden():
         live = opening.open_live(target.source)
         apply_recipe(live, target)
         return torchinfo_table.table(live, mode=mode, depth=depth)

@@ -1,7 +1,7 @@
-"""What the state dict of a live model holds besides its parameters and buffers.
+"""Find the entries of a live model's state dict that are not parameters or buffers.
 
-Modules may write what they like into it: quantized ones a tuple of packed weights, or tensors that they keep packed;
-others an `_extra_state`. Here each such entry is inert, as a file would have it, and the tensors in it have names.
+A module may write anything into its state dict: quantized modules write packed weights, others an `_extra_state`. This
+module converts each such entry to inert values, as reading a file does, and names the tensors in it.
 """
 
 from __future__ import annotations
@@ -25,14 +25,19 @@ from modelcli.live.walking import modules_in
 from modelcli.model.tensors import TensorInfo
 from modelcli.wording import counted, listed
 
-#: What is in memory, or was read from a file within its limits, may be looked through.
+#: The budget for looking through values; they are in memory already, or a reader has limited them.
 _PLENTY = 1 << 40
 
 
 @dataclass
 class Apart:
-    """`tensors` have a row, by their names; `extras` are the entries that are no tensors. `unseen` are those of which
-    nothing is known but that they are there."""
+    """The entries of a state dict that are not parameters or buffers.
+
+    Attributes:
+        tensors: the tensors, by name; `params` shows each of them.
+        extras: the entries that are not tensors.
+        unseen: the entries that modelcli cannot look at.
+    """
 
     tensors: dict[str, TensorEntry | CompositeEntry] = field(default_factory=dict)
     extras: dict[str, Any] = field(default_factory=dict)
@@ -40,14 +45,14 @@ class Apart:
 
 
 def of(module: nn.Module) -> Apart:
-    """What stands in the state dict of a module and in none of the tables of its modules."""
+    """Return the entries of a module's state dict that are in no module's parameters or buffers."""
     found = Apart()
     if not any(map(_writes_more, modules_in(module))):
         return found
     try:
         state: Mapping[str, Any] = module.state_dict(keep_vars=True)
-    except Exception:  # the class is anybody's, and may want values that the meta device does not have
-        found.unseen.append("what its own state_dict() writes")
+    except Exception:  # the class may be the user's own, and need values that the meta device does not have
+        found.unseen.append("what the model's own state_dict() writes")
         return found
     own = named_tensors(module)
     for name, value in state.items():
@@ -60,7 +65,7 @@ def of(module: nn.Module) -> Apart:
 
 
 def _writes_more(module: nn.Module) -> bool:
-    """Whether a module may write more into a state dict than what is in its tables."""
+    """Whether a module may write more than its parameters and buffers into a state dict."""
     kind = type(module)
     return (
         kind._save_to_state_dict is not nn.Module._save_to_state_dict
@@ -91,9 +96,9 @@ def _take(found: Apart, name: str, value: Any) -> None:
 
 
 def rows(module: nn.Module) -> list[TensorInfo]:
-    """The tensors besides parameters and buffers, as a blueprint has them. Nothing says of them that they are trained.
+    """Return these tensors for a blueprint. Whether they are trainable is not known.
 
-    Those that a bare checkpoint keeps by themselves stand with their modules, and are left out here.
+    Without the composite tensors of a plain state dict, which `describe` lists with their modules.
     """
     found = of(module)
     kept = {id(entry) for child in modules_in(module) for _, entry in composites.kept(child)}
@@ -109,14 +114,14 @@ def rows(module: nn.Module) -> list[TensorInfo]:
 
 
 def note_of(module: nn.Module) -> list[str]:
-    """What there is to tell of a model that keeps tensors which PyTorch does not list."""
+    """Return notes about tensors that PyTorch does not list, and about entries that modelcli cannot look at."""
     found = of(module)
     notes = []
     if found.tensors and not any(True for child in modules_in(module) for _ in composites.kept(child)):
         notes.append(
             f"{counted(len(found.tensors), 'tensor')} of its state dict, such as {next(iter(found.tensors))}, "
-            "are packed in modules: parameters() of PyTorch does not list them, and the totals count them"
+            "are packed inside modules: PyTorch's parameters() does not list them, but the totals include them"
         )
     if found.unseen:
-        notes.append(f"{listed(found.unseen, 3)} cannot be looked at: the totals leave it out")
+        notes.append(f"{listed(found.unseen, 3)} cannot be looked at, so the totals leave it out")
     return notes

@@ -16,7 +16,7 @@ from modelcli.language import references
 from modelcli.language.references import CheckpointFile
 from modelcli.live import downloads, memory, providers
 from modelcli.live.bounds import Bounds
-from modelcli.live.meta_models import build_on_meta, meta_twin, seeded
+from modelcli.live.meta_models import build_on_meta, meta_copy, seeded
 from modelcli.live.sources import Lazy, tag_drawn
 from modelcli.live.walking import require_methods
 
@@ -57,7 +57,7 @@ class Architecture:
     def on_meta(self, seed: int) -> nn.Module:
         """The architecture on the meta device; its numbers are those that `real(seed)` gives, when asked for."""
         if self.instance is not None:
-            return meta_twin(require_methods(self.instance), keep_values=True)
+            return meta_copy(require_methods(self.instance), keep_values=True)
         module = build_on_meta(self.without_weights, only_if_needed=self.only_if_needed, bounds=self.bounds)
         needed = memory.bytes_of(module)  # what a storage holds is never collected where the storage is in it
         tag_drawn(module, Lazy(lambda: self.real(seed, needed=needed)))
@@ -71,7 +71,7 @@ class Architecture:
         memory.require(needed, str(self.reference))
         if self.instance is not None:
             return copy.deepcopy(self.instance)
-        with seeded(seed), downloads.loads_noted() as loads:
+        with seeded(seed), downloads.loads_recorded() as loads:
             module = self.construct() if weights else self.without_weights()
         self.loads.extend(loads)
         return module

@@ -1,8 +1,7 @@
-"""Functions that know a model, in a copy of it.
+"""Copy the functions of a model together with the model.
 
-`copy.deepcopy` takes a function for a value that is the same in every copy. One with a closure, or a default, that
-holds a module (the hook of a feature extractor: `lambda m, i, o: self.features.append(o)`) would go on working on the
-original.
+`copy.deepcopy` does not copy functions. A function whose closure or defaults hold a module (the hook of a feature
+extractor: `lambda m, i, o: self.features.append(o)`) would therefore still work on the original model.
 """
 
 from __future__ import annotations
@@ -17,15 +16,15 @@ from torch import nn
 from modelcli.live import signatures
 from modelcli.live.walking import modules_in
 
-#: Functions and containers that are looked through for others; more are left as they are.
+#: The most functions and containers to look through; further ones are not copied.
 _MOST = 100_000
 
 
 class Functions:
-    """The functions in a model's attributes and hooks that have a closure or defaults, and their copies.
+    """Copies of the functions, in a model's attributes and hooks, that have a closure or defaults.
 
-    Copies enter `memo` before the model is copied with it; `fill` then gives them what the copy has in the place of
-    what the originals know.
+    The constructor puts the copies into `memo`, with which the caller then copies the model. After that, `fill` gives
+    the copied functions the copied objects.
     """
 
     def __init__(self, model: nn.Module, memo: dict[int, Any]) -> None:
@@ -46,11 +45,11 @@ class Functions:
             self.copies.append((function, made))
 
     def fill(self) -> None:
-        """Once the model is copied: let the copies know what is in the place of what their originals know."""
+        """Fill the closures and defaults of the copies with the copied objects. Call it after copying the model."""
         for old, new in self.cells.values():
             try:
                 value = old.cell_contents
-            except ValueError:  # a name that was never given a value
+            except ValueError:  # an empty cell
                 continue
             new.cell_contents = self._in_copy(value)
         for old_function, new_function in self.copies:
@@ -75,7 +74,7 @@ class Functions:
 
 
 def _functions(model: nn.Module) -> Iterator[FunctionType]:
-    """Functions with a closure or defaults in the attributes of a model's modules, and those that these know."""
+    """Yield the functions with a closure or defaults in the attributes of a model's modules and in their closures."""
     stack: list[Any] = [vars(child) for child in modules_in(model)]
     seen: set[int] = set()
     for _ in range(_MOST):

@@ -1,6 +1,6 @@
-"""Tensors that are no plain view into one storage, quantized and sparse ones: between files and torch.
+"""Convert quantized and sparse tensors, which are not plain views of one storage, between files and torch.
 
-Quantized tensors have no form on the meta device, so such tensors are real everywhere; those of a file are mapped.
+The meta device does not support quantized tensors, so such tensors are real everywhere; those of a file are mapped.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from modelcli.writing import PlannedStorage, PlannedTensor
 
 @dataclass
 class Kept:
-    """Puts an entry that is no plain tensor into the state dict of the module it belongs to, wherever that goes."""
+    """A hook that puts an entry that is not a plain tensor into its module's state dict, wherever the module moves."""
 
     name: str
     value: Any
@@ -35,14 +35,14 @@ class Kept:
 
 
 def kept(module: nn.Module) -> Iterator[tuple[str, CompositeEntry]]:
-    """The tensors that a module of a bare checkpoint keeps as its file has them, by their own names."""
+    """Yield the composite tensors, as in the file, of a module of a plain state dict, by their own names."""
     for hook in module._state_dict_hooks.values():
         if isinstance(hook, Kept) and isinstance(hook.value, CompositeEntry):
             yield hook.name, hook.value
 
 
 def components(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The plain tensors that a sparse tensor is made of: its indices, then its values."""
+    """Return the plain tensors in a sparse tensor: its indices, then its values."""
     tensor = tensor.detach()
     if tensor.layout == torch.sparse_coo:
         return tensor._indices(), tensor._values()
@@ -52,7 +52,7 @@ def components(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def stored_bytes(tensor: torch.Tensor) -> int:
-    """What a quantized or sparse tensor takes: its whole numbers and scales, or its indices and values."""
+    """Return the bytes of a quantized tensor (integers and scales) or a sparse one (indices and values)."""
     if not tensor.is_quantized:
         return sum(part.nbytes for part in components(tensor))
     scales = (part.nbytes for part in _quantizer(tensor) if isinstance(part, torch.Tensor))
@@ -69,9 +69,9 @@ def _quantizer(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 def real(name: str, entry: CompositeEntry) -> torch.Tensor:
-    """The tensor that `torch.load` makes of an entry, its bytes mapped.
+    """Return the tensor that `torch.load` makes from an entry, with its bytes mapped.
 
-    Raises FileFormatError where torch refuses it: indices outside its shape, or scales that do not fit it.
+    Raises FileFormatError if torch refuses it, because indices are outside its shape or scales do not fit it.
     """
     require_call(name, entry)
     if entry.is_parameter:
@@ -79,7 +79,7 @@ def real(name: str, entry: CompositeEntry) -> torch.Tensor:
         return nn.Parameter(data, requires_grad=bool(entry.requires_grad))
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that quantized tensors are deprecated, and sparse ones are in beta
+            warnings.simplefilter("ignore")  # quantized tensors are deprecated, and sparse ones in beta
             return _MAKERS[entry.made_by.call.name](entry, entry.made_by.args)
     except (RuntimeError, ValueError, TypeError) as error:
         raise FileFormatError(f"{name} is damaged: {' '.join(str(error).split())}") from None
@@ -94,7 +94,7 @@ def _quantized(entry: CompositeEntry, args: tuple[Any, ...]) -> torch.Tensor:
     storage, offset, _shape, stride, (scheme, *quantizer), *_ = args
     untyped = real_storage(storage.span)
     if entry.dtype in ("quint4x2", "quint2x4"):
-        untyped = untyped.clone()  # torch makes room in it for one byte an element
+        untyped = untyped.clone()  # torch enlarges it to one byte per element
     typed = torch.TypedStorage(wrap_storage=untyped, dtype=dtype_of(entry.dtype), _internal=True)
     parts = tuple(_plain(part) if isinstance(part, TensorEntry) else part for part in quantizer)
     made: torch.Tensor = torch._utils._rebuild_qtensor(
@@ -129,7 +129,7 @@ _MAKERS: dict[str, Callable[[CompositeEntry, tuple[Any, ...]], torch.Tensor]] = 
 
 
 def planned(tensor: torch.Tensor, plan: Callable[[torch.Tensor], PlannedTensor]) -> CompositeEntry:
-    """The entry that `torch.save` makes of a quantized or sparse tensor; `plan` gives that of a plain one."""
+    """Return the entry that `torch.save` writes for a quantized or sparse tensor. `plan` plans each plain part."""
     dtype, layout = (str(what).removeprefix("torch.") for what in (tensor.dtype, tensor.layout))
     made_by = _quantized_call(tensor, dtype, plan) if tensor.is_quantized else _sparse_call(tensor, plan)
     return CompositeEntry(tuple(tensor.shape), dtype, layout, (), stored_bytes(tensor), made_by)
@@ -163,7 +163,7 @@ def _sparse_call(tensor: torch.Tensor, plan: Callable[[torch.Tensor], PlannedTen
 
 
 def held(name: str, tensor: torch.Tensor) -> CompositeEntry | None:
-    """The entry that a file would have of a quantized or sparse tensor; None for one on the meta device."""
+    """Return the entry that a file would have for a quantized or sparse tensor; None for one on the meta device."""
     if tensor.is_meta:
         return None
     call = planned(tensor, planned_here).made_by
@@ -181,14 +181,14 @@ def planned_here(part: torch.Tensor) -> PlannedTensor:
 
 
 def as_read(value: Any) -> Any:
-    """What is to be written, as it is when it has been read; all of it is in memory."""
+    """Convert a planned value in memory to the value that reading the written file would give."""
     match value:
         case PlannedStorage(dtype=dtype, source=Value() as source):
             return StorageRef(source, dtype, source.nbytes)
         case PlannedTensor(source=Value() as source):
             return TensorEntry(value.shape, value.dtype, value.stride, value.offset, source)
         case CompositeEntry(parts=()) if isinstance(value.made_by, Opaque):
-            return as_read(value.made_by)  # one that is planned, and has its parts in its call
+            return as_read(value.made_by)  # a planned entry, whose parts are in its call
         case Opaque():
             return Opaque(value.call, as_read(value.args), value.state, value.items, value.appended, value.how)
         case OrderedDict():

@@ -1,4 +1,4 @@
-"""`nn.Module` -> Blueprint. Nothing of torch is left in what comes out."""
+"""Make a blueprint, which contains no torch objects, from an `nn.Module`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from modelcli.model.tensors import Kind, TensorInfo
 
 
 def describe(module: nn.Module) -> Blueprint:
-    """Everything about a model that can be said without its numbers."""
+    """Return the blueprint of a model: its modules and tensors, without values."""
     modules, tensors = [], []
     first_path: dict[int, str] = {}
     first_name: dict[int, str] = {}
@@ -52,7 +52,7 @@ def describe(module: nn.Module) -> Blueprint:
 
 
 def walk(module: nn.Module, path: str = "", above: tuple[int, ...] = ()) -> Iterator[tuple[str, nn.Module]]:
-    """Every path and its module, parents first; a shared module at each of its paths, a cycle cut."""
+    """Yield every path and its module, parents first. A shared module appears at each of its paths; cycles are cut."""
     yield path, module
     for name, child in module._modules.items():
         if child is not None and id(child) not in above and child is not module:
@@ -69,7 +69,7 @@ def _module_info(path: str, module: nn.Module, shared_with: str | None) -> Modul
 
 
 def configuration(module: nn.Module) -> str:
-    """What a module says of itself: its `extra_repr()`; of a class that prints itself as `Name(...)`, the inside."""
+    """Return a module's `extra_repr()`, or the inside of its `Name(...)` if its class overrides `__repr__` that way."""
     config, name = module.extra_repr(), module._get_name()
     printed = None if config else _own_repr(module)
     if printed is None or "\n" in printed or not (printed.startswith(f"{name}(") and printed.endswith(")")):
@@ -78,21 +78,21 @@ def configuration(module: nn.Module) -> str:
 
 
 def _own_repr(module: nn.Module) -> str | None:
-    """How a module prints itself, where its class does so in its own way and comes through."""
+    """Return the `repr` of a module whose class overrides it; None if it does not or if that raises."""
     if type(module).__repr__ in (nn.Module.__repr__, nn.ModuleList.__repr__):
         return None
     try:
         return repr(module)
-    except Exception:  # the class is anybody's
+    except Exception:  # the class may be the user's own
         return None
 
 
 def floating_dtype(module: nn.Module) -> str | None:
-    """The dtype of the first floating-point parameter: what a model in half precision takes as well."""
+    """Return the dtype of the first floating-point parameter, which is the dtype of the input as well; None if none."""
     parameters = nn.Module.parameters(module)  # a class may have an attribute of that name
     return next((dtype_name(p.dtype) for p in parameters if p.dtype.is_floating_point), None)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """`float32` for `torch.float32`."""
+    """Return `float32` for `torch.float32`."""
     return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""No downloads while a model is looked at, and whether a constructor loads weights by itself."""
+"""Forbid downloads while modelcli shows a model, and detect constructors that load weights themselves."""
 
 from __future__ import annotations
 
@@ -18,26 +18,27 @@ import torch.hub
 from modelcli.errors import ModelcliError, RequestError
 from modelcli.live import providers
 
-#: What tells the libraries of Hugging Face to use nothing but what lies in their caches.
+#: The variables that make the Hugging Face libraries use their caches only.
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
-#: Errors that these libraries raise for what does not lie there, by the names of their classes.
+#: The classes of the errors that these libraries raise for files that are not in their caches.
 _NOT_CACHED = frozenset({"LocalEntryNotFoundError", "OfflineModeIsEnabled"})
 _LOCAL = frozenset({"localhost", "127.0.0.1", "::1", "0.0.0.0", ""})
 _HINT = (
-    "leave its weights out (pretrained=False), or fetch them first into the library's own cache: modelcli load MODEL"
+    "build it without weights (pretrained=False), or run modelcli load MODEL first, which fetches them into the "
+    "library's own cache"
 )
 
 
 class DownloadError(RequestError):
-    """Building a model would download something. It is no OSError, which the libraries try again for minutes."""
+    """Building a model would download something. (Libraries would retry an OSError for minutes.)"""
 
     def __init__(self, what: str) -> None:
-        super().__init__(f"to build the model would fetch {what}, and looking at a model downloads nothing", _HINT)
+        super().__init__(f"building the model would fetch {what}, but looking at a model downloads nothing", _HINT)
 
 
 @contextlib.contextmanager
-def none_allowed() -> Iterator[None]:
-    """Within the block, what would download raises DownloadError with the address, at once."""
+def forbidden() -> Iterator[None]:
+    """Make every download in the block raise DownloadError, with the address, at once."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(_hub_offline())
         for place, name in (
@@ -52,19 +53,19 @@ def none_allowed() -> Iterator[None]:
                 stack.enter_context(_replaced(place, name, _refuse_call))
         resolve = socket.getaddrinfo
 
-        def local_alone(host: Any, *args: Any, **kwargs: Any) -> Any:
+        def only_local(host: Any, *args: Any, **kwargs: Any) -> Any:
             name = host.decode("ascii", "replace") if isinstance(host, bytes) else host
             if name is not None and name not in _LOCAL:
                 raise DownloadError(f"something from {name}")
             return resolve(host, *args, **kwargs)
 
-        stack.enter_context(_replaced(socket, "getaddrinfo", local_alone))
+        stack.enter_context(_replaced(socket, "getaddrinfo", only_local))
         try:
             yield
         except ModelcliError as error:
             if not isinstance(error, DownloadError) and _is_not_cached(error):
                 if (asked := _asked_for(error)) is not None:
-                    error.message += f" (to build it would fetch {asked})"
+                    error.message += f" (building it would fetch {asked})"
                 error.hint = f"looking at a model downloads nothing: {_HINT}"
             raise
 
@@ -92,12 +93,12 @@ def _hub_offline() -> Iterator[None]:
                 os.environ.pop(variable, None)
             else:
                 os.environ[variable] = value
-        for place, name in _flags():  # those of libraries, too, that were imported in the meantime
+        for place, name in _flags():  # including libraries imported meanwhile
             setattr(place, name, known.get((place, name), before["HF_HUB_OFFLINE"] in ("1", "ON", "YES", "TRUE")))
 
 
 def _flags() -> dict[tuple[Any, str], bool]:
-    """What the libraries that are imported keep of those variables."""
+    """Return the flags in which the imported libraries store those variables."""
     found: dict[tuple[Any, str], bool] = {}
     for module, name in (
         ("huggingface_hub.constants", "HF_HUB_OFFLINE"),
@@ -119,7 +120,7 @@ def _is_not_cached(error: BaseException | None) -> bool:
 
 
 def _asked_for(error: BaseException | None) -> str | None:
-    """The repository on the Hub, and its file, that the call which failed was asked for."""
+    """Return the repository on the Hub, and the file in it, that the failed call wanted."""
     found: dict[str, str] = {}
     seen = 0
     while error is not None and seen < 20:
@@ -135,42 +136,42 @@ def _asked_for(error: BaseException | None) -> str | None:
 
 
 @contextlib.contextmanager
-def loads_noted() -> Iterator[list[str]]:
-    """Note, within the block, what reads weights from a file: `torch.load`, safetensors, `from_pretrained`."""
-    noted: list[str] = []
+def loads_recorded() -> Iterator[list[str]]:
+    """Record the calls in the block that load weights: `torch.load`, safetensors, `from_pretrained`."""
+    loads: list[str] = []
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_noting(torch, "load", noted))
+        stack.enter_context(_recording(torch, "load", loads))
         if (safe := sys.modules.get("safetensors.torch")) is not None:
             for name in ("load_file", "load_model", "load"):
-                stack.enter_context(_noting(safe, name, noted))
+                stack.enter_context(_recording(safe, name, loads))
         if "transformers" in sys.modules:
             with contextlib.suppress(Exception):
                 models = importlib.import_module("transformers.modeling_utils")
-                stack.enter_context(_noting_class_method(models.PreTrainedModel, "from_pretrained", noted))
-        yield noted
+                stack.enter_context(_recording_class_method(models.PreTrainedModel, "from_pretrained", loads))
+        yield loads
 
 
 @contextlib.contextmanager
-def _noting(place: Any, name: str, noted: list[str]) -> Iterator[None]:
+def _recording(place: Any, name: str, loads: list[str]) -> Iterator[None]:
     call: Callable[..., Any] = getattr(place, name)
 
-    def noting(*args: Any, **kwargs: Any) -> Any:
-        noted.append(name)
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        loads.append(name)
         return call(*args, **kwargs)
 
-    with _replaced(place, name, noting):
+    with _replaced(place, name, recording):
         yield
 
 
 @contextlib.contextmanager
-def _noting_class_method(kind: Any, name: str, noted: list[str]) -> Iterator[None]:
+def _recording_class_method(kind: Any, name: str, loads: list[str]) -> Iterator[None]:
     method = vars(kind)[name]
 
-    def noting(own: Any, *args: Any, **kwargs: Any) -> Any:
-        noted.append(name)
+    def recording(own: Any, *args: Any, **kwargs: Any) -> Any:
+        loads.append(name)
         return method.__func__(own, *args, **kwargs)
 
-    setattr(kind, name, classmethod(noting))
+    setattr(kind, name, classmethod(recording))
     try:
         yield
     finally:

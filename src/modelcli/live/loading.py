@@ -1,4 +1,4 @@
-"""A checkpoint's tensors into an architecture: by PyTorch's own `load_state_dict`, on the meta device or for real."""
+"""Load a checkpoint's tensors into an architecture with PyTorch's `load_state_dict`, on meta or with values."""
 
 from __future__ import annotations
 
@@ -30,15 +30,22 @@ from modelcli.model.state_dict_match import Mismatch
 from modelcli.model.wrapper_prefixes import Unwrapping
 from modelcli.wording import listed
 
-#: How deep modules may lie in one another: PyTorch recurses into them, some frames for each level.
+#: How deep modules may be nested: PyTorch recurses into them, with several stack frames per level.
 MAX_MODULE_DEPTH = 200
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """How a checkpoint's keys fit an architecture's. `unwrapping` is what was taken out of them for that.
+    """How the keys of a checkpoint fit an architecture.
 
-    `overruled` are names of tied tensors that the file holds apart, each with the name whose numbers both have now.
+    Attributes:
+        matched: the number of keys that fit.
+        missing: the keys that only the architecture has.
+        unexpected: the keys that only the checkpoint has.
+        mismatched: the tensors with another shape.
+        unwrapping: the change of the checkpoint's keys that removes names of wrappers.
+        overruled: the names of tied tensors that have different values in the file, each with the name whose values
+            both have now.
     """
 
     matched: int
@@ -55,13 +62,17 @@ class LoadReport:
     def refusal(
         self, contents: Contents, architecture: str, *, strict: bool, follows_record: bool = False
     ) -> AnswerNoError | None:
-        """The error for a load that PyTorch would refuse as well; shapes that differ are refused in any case.
+        """Return the error if the load is refused, as PyTorch would; None if it is accepted.
 
-        `follows_record` says that the file itself names the architecture.
+        Args:
+            contents: the checkpoint.
+            architecture: the reference of the architecture.
+            strict: whether missing and unexpected keys are errors; other shapes always are.
+            follows_record: whether the file's own record names the architecture.
         """
         path = contents.path
         if not self.matched and self.missing:
-            strict = True  # nothing of the file would be in the model: that is no load
+            strict = True  # nothing would be loaded
         if self.is_strict or (not strict and not self.mismatched):
             return None
         parts = [
@@ -72,33 +83,37 @@ class LoadReport:
             if names:
                 parts.append(f"{word}: {listed(names, 3)}")
         if follows_record:
-            hint = f"the record in {path.name} is not that of its tensors: --arch names the architecture instead"
+            hint = f"the record in {path.name} does not match its tensors: pass --arch REFERENCE"
         elif contents.record is not None and contents.record.reference is not None:
-            hint = f"{path.name} says itself which model it is: leave --arch out"
+            hint = f"{path.name} records its own architecture: remove --arch"
         elif strict and not self.mismatched:
-            hint = "modelcli load --no-strict takes what matches"
+            hint = "modelcli load --no-strict loads what matches"
             if not self.matched:
                 hint = self._nothing_matches(path, architecture)
         else:
             form = quoted(f"{architecture.partition('(')[0]}(...)")
-            hint = f"give --arch the arguments that the file was made with: {form}"
+            hint = f"pass --arch with the arguments that the file was made with: {form}"
         return AnswerNoError(f"{path} does not fit {architecture}: {'; '.join(parts)}", hint)
 
     def _nothing_matches(self, path: Path, architecture: str) -> str:
-        """What to say where not one key is in both: what was looked for, and where the names stand nevertheless."""
+        """Return the hint if no key matches: the prefixes under which the file has the names, if there are any."""
         name = architecture.partition("(")[0]
         if below := [prefix.removesuffix(".") for prefix in self.unwrapping.elsewhere]:
             out = quoted(f"{below[0]}.pth")
             command = f"modelcli extract {quoted(below[0])} -m {quoted(str(path))} -o {out}"
-            return f"tensors of {name} stand below {listed(below, 4)} in the file: {command} takes that one out"
-        told = f"no tensor of the file has a name and shape of {name}'s, below a prefix or not"
-        return f"{told}: modelcli identify may know the file"
+            return f"the file has tensors of {name} below {listed(below, 4)}: {command} extracts them"
+        return f"no tensor of the file has a name and shape of {name}, with or without a prefix: try modelcli identify"
 
 
 @dataclass
 class StateDict:
-    """A checkpoint's tensors as torch's, on meta with their sources, or real and mapped; what gives each of its other
-    entries (quantized and sparse tensors, and what is no tensor) as a real value."""
+    """A checkpoint's state dict for torch.
+
+    Attributes:
+        tensors: the plain tensors, on meta with their sources, or real and mapped.
+        metadata: its `_metadata`.
+        extras: for each other entry (quantized and sparse tensors, other values) a function that makes the real value.
+    """
 
     tensors: dict[str, torch.Tensor]
     metadata: Mapping[str, Any] = field(default_factory=dict)
@@ -106,12 +121,12 @@ class StateDict:
 
 
 def on_meta(contents: Contents) -> StateDict:
-    """The tensors of a checkpoint on the meta device, each knowing where its bytes are."""
+    """Return the tensors of a checkpoint on the meta device, with the sources of their bytes."""
     return _state_dict(contents, lambda storage: tagged(storage.nbytes, storage), "meta")
 
 
 def mapped(contents: Contents) -> StateDict:
-    """The tensors of a checkpoint for real: mapped, so that pages are read when they are used."""
+    """Return the tensors of a checkpoint with values, mapped so that pages are read when they are used."""
     return _state_dict(contents, partial(real_storage, windows=Windows()), "cpu")
 
 
@@ -134,9 +149,9 @@ def _state_dict(contents: Contents, storage_of: Callable[[Storage], torch.Untype
 
 
 def _real_value(name: str, value: Any, tensor: Callable[[TensorEntry], torch.Tensor], depth: int = 0) -> Any:
-    """An inert value as what `torch.load(weights_only=True)` makes of it: an `_extra_state` is given to its module."""
+    """Convert an inert value to what `torch.load(weights_only=True)` returns for it."""
     if depth > NESTING.value:
-        raise RequestError(f"{name} is nested deeper than {NESTING.value}, or holds itself")
+        raise RequestError(f"{name} is nested deeper than {NESTING.value}, or contains itself")
 
     def real(item: Any) -> Any:
         return _real_value(name, item, tensor, depth + 1)
@@ -161,11 +176,11 @@ def _real_value(name: str, value: Any, tensor: Callable[[TensorEntry], torch.Ten
         case Opaque() | Global():
             named = value if isinstance(value, Global) else value.call
             what = named.dotted if isinstance(named, Global) else "an object"
-            raise RequestError(f"{name} is made by {what}, which only a real load can do")
+            raise RequestError(f"{name} is made by {what}, which modelcli does not run")
     return value
 
 
-#: What is made again from its arguments: names on the readers' allow-list, each without effects.
+#: The functions that recreate a value from its arguments. The readers allow their names, and none has side effects.
 _MAKERS: Mapping[str, Callable[..., Any]] = {
     "encode": lambda text, encoding="latin1": text.encode(encoding),
     "set": set,
@@ -186,7 +201,11 @@ def _layout(name: str) -> torch.layout:
 
 
 def compare(module: nn.Module, state: StateDict) -> tuple[StateDict, LoadReport]:
-    """How the keys fit, and the state dict without what wrappers put into them. The module is not changed."""
+    """Compare a state dict's keys and shapes with a module's, without changing the module.
+
+    Returns the state dict without the names that wrappers added, and the report, in which only `mismatched` and
+    `unwrapping` are set.
+    """
     own: dict[str, Any] = module.state_dict(keep_vars=True)
     found = {name: tuple(tensor.shape) for name, tensor in state.tensors.items()} | dict.fromkeys(state.extras)
     unwrapping = wrapper_prefixes.fit(found, {name: _shape(value) for name, value in own.items()})
@@ -201,13 +220,13 @@ def compare(module: nn.Module, state: StateDict) -> tuple[StateDict, LoadReport]
 
 
 def _shape(value: Any) -> tuple[int, ...] | None:
-    """The shape of an entry of a state dict; None where it has none (yet)."""
+    """Return the shape of a state dict entry; None if it has none (yet)."""
     return tuple(value.shape) if isinstance(value, torch.Tensor) and not is_lazy(value) else None
 
 
 def _unwrapped(state: StateDict, unwrapping: Unwrapping) -> StateDict:
-    """A state dict with what wrappers put into its keys taken out, and out of the paths of its metadata."""
-    # A wrapper has an entry for itself and one for what it wraps, which is that of the deeper path.
+    """Remove the names that wrappers added from the keys of a state dict and the paths of its metadata."""
+    # The wrapper and the wrapped module both have a metadata entry; that of the deeper path is the wrapped module's.
     metadata = {}
     for path in sorted(state.metadata, key=lambda path: path.count(".") + bool(path)):
         if (inner := unwrapping.path(path)) is not None:
@@ -222,10 +241,10 @@ def _same_shape(own: torch.Tensor, found: torch.Tensor) -> bool:
 
 
 def load(module: nn.Module, state: StateDict) -> LoadReport:
-    """Put a checkpoint's tensors in the place of the module's own; what does not match stays as it was.
+    """Replace the module's tensors by those of a checkpoint; tensors that do not match stay.
 
-    The tensors themselves are taken, not their values. Parameters that were tied are tied again, flags stay the
-    module's.
+    The module gets the tensors themselves, not copies of their values. Tied parameters are tied again, and the module
+    keeps its flags. Raises AnswerNoError if PyTorch refuses the state dict.
     """
     ties = _ties(module)
     state, found = compare(module, state)
@@ -238,7 +257,7 @@ def load(module: nn.Module, state: StateDict) -> LoadReport:
     try:
         keys = module.load_state_dict(given, strict=False, assign=True)
     except RuntimeError as error:
-        # A whole number in the place of a trained parameter, or what a module's own hook refuses.
+        # For example an integer tensor for a trained parameter, or an error of a module's own hook.
         raise AnswerNoError(f"PyTorch refuses the state dict: {' '.join(str(error).split())}") from None
     overruled = _tie_again(module, ties, given)
     loaded = {name for group in ties for name in group if set(group) & set(given)}
@@ -250,12 +269,12 @@ def load(module: nn.Module, state: StateDict) -> LoadReport:
 
 
 def _is_empty(value: Any) -> bool:
-    """Whether an `_extra_state` says nothing: safetensors files leave it out, and nothing is missing without it."""
+    """Whether an `_extra_state` is empty. safetensors files leave it out, and it then does not count as missing."""
     return value is None or (isinstance(value, str | bytes | dict | list | tuple | set | bytearray) and not value)
 
 
 class _WithMetadata(dict[str, Any]):
-    """A dict that can carry `_metadata`, as a state dict does."""
+    """A dict that can have a `_metadata` attribute, like a state dict."""
 
     _metadata: dict[str, Any]
 
@@ -268,9 +287,9 @@ def _ties(module: nn.Module) -> list[list[str]]:
 
 
 def _tie_again(module: nn.Module, ties: list[list[str]], loaded: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    """One tensor for each group again: the last that was loaded, as copying in order would leave it.
+    """Tie each group again to the last tensor that was loaded, which is the result of copying in order.
 
-    Gives the names of others that the file holds apart, each with that of the last.
+    Returns the names of tensors that the file stores separately, each with the name of the last one.
     """
     overruled = []
     for names in ties:
@@ -288,7 +307,7 @@ def _tie_again(module: nn.Module, ties: list[list[str]], loaded: Mapping[str, An
 
 
 def _place(tensor: torch.Tensor) -> tuple[int, int]:
-    """Equal for two tensors of a state dict that begin at the same byte; what is no view of bytes is itself alone."""
+    """Return a key that is equal for two tensors that begin at the same byte; unique for a composite tensor."""
     if is_composite(tensor):
         return id(tensor), 0
     return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
@@ -339,9 +358,9 @@ def bare_tree(entries: Mapping[str, Any]) -> Bare:
 
 
 def metadata_of(module: nn.Module, contents: Contents) -> dict[str, Any]:
-    """The `_metadata` of a file for a bare tree that edits may have changed: each entry goes where its module goes.
+    """Return a file's `_metadata` for a tree of keys that edits may have changed: entries follow their modules.
 
-    The entry of a module without tensors goes with the module above it; a new module of a known type has its own.
+    The entry of a module without tensors follows the module above it; a new module of a known type has its own entry.
     """
     if not contents.metadata:
         return {}
@@ -367,7 +386,7 @@ def metadata_of(module: nn.Module, contents: Contents) -> dict[str, Any]:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """The path of the module that holds a key, and its own name; a leading dot belongs to that, as in `.weight`."""
+    """Split a key into the path of its module and its own name; a leading dot (`.weight`) belongs to the name."""
     if name.startswith("."):
         return "", name  # a module without a name could not be told from the root
     path, _, own = name.rpartition(".")

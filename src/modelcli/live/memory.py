@@ -1,4 +1,4 @@
-"""How much memory there is, asked before it is taken."""
+"""Check how much memory is free before it is needed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from modelcli.live.sources import is_composite, is_lazy, named_tensors
 
 
 def bytes_of(module: nn.Module) -> int:
-    """The bytes that a module's parameters and buffers take, each storage once."""
+    """Return the bytes of a module's parameters and buffers, each storage counted once."""
     storages = {
         tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
         for tensor in named_tensors(module).values()
@@ -24,7 +24,7 @@ def bytes_of(module: nn.Module) -> int:
 
 
 def available() -> int | None:
-    """The bytes that can be allocated without swapping, or None where the system does not tell."""
+    """Return the bytes that can be allocated without swapping; None if the system does not report them."""
     try:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
@@ -38,18 +38,18 @@ def available() -> int | None:
 
 
 def fits(nbytes: int) -> bool:
-    """Whether `nbytes` are to be had; yes where the system does not tell."""
-    there = available()
-    return there is None or nbytes <= there
+    """Whether `nbytes` are free; True if the system does not report it."""
+    free = available()
+    return free is None or nbytes <= free
 
 
-#: The most that `require` lets pass, and for whose sake: the last one holds.
+#: The limits of `require` in bytes, with the file that each is for. The last one is in force.
 _ceilings: list[tuple[int, str]] = []
 
 
 @contextlib.contextmanager
 def at_most(nbytes: int, whose: str) -> Iterator[None]:
-    """Let no more be required in the block, however much there is. `whose` names the file that asks for it."""
+    """Limit what `require` allows in the block, however much memory is free. `whose` names the file."""
     _ceilings.append((nbytes, whose))
     try:
         yield
@@ -58,19 +58,25 @@ def at_most(nbytes: int, whose: str) -> Iterator[None]:
 
 
 def require(nbytes: int, what: str) -> None:
-    """Raise SystemFailureError where `nbytes` are more than there is.
+    """Raise an error if the system or the file's limit does not allow `nbytes` of memory.
 
-    Within `at_most`, raises FileFormatError where they are more than that.
+    Args:
+        nbytes: the bytes needed.
+        what: what needs them, for the message.
+
+    Raises:
+        FileFormatError: the limit of `at_most` is exceeded.
+        SystemFailureError: so much memory is not free.
     """
     if _ceilings and nbytes > _ceilings[-1][0]:
         most, whose = _ceilings[-1]
         raise FileFormatError(
-            f"{what} takes {nbytes / 1e6:,.0f} MB, far more than {whose} holds; the limit is {most / 1e6:,.0f} MB",
-            "--arch names an architecture that may take more",
+            f"{what} needs {nbytes / 1e6:,.0f} MB, far more than {whose} contains; the limit is {most / 1e6:,.0f} MB",
+            "pass --arch REFERENCE, which has no such limit",
         )
-    there = available()
-    if there is not None and nbytes > there:
+    free = available()
+    if free is not None and nbytes > free:
         raise SystemFailureError(
-            f"{what} takes {nbytes / 1e6:,.0f} MB, and {there / 1e6:,.0f} MB of memory are free",
+            f"{what} needs {nbytes / 1e6:,.0f} MB, but only {free / 1e6:,.0f} MB of memory are free",
             "check the sizes in its arguments",
         )

@@ -1,4 +1,4 @@
-"""Models without weights: construction on the meta device, and copies of models there."""
+"""Build models without values on the meta device, and copy models to it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Constructor = Callable[[], nn.Module]
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Draw as after `torch.manual_seed(seed)`, and leave the caller's own generator as it was."""
+    """In the block, torch draws as after `torch.manual_seed(seed)`. The caller's generator does not change."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
@@ -35,11 +35,17 @@ def seeded(seed: int) -> Iterator[None]:
 def build_on_meta(construct: Constructor, *, only_if_needed: bool = False, bounds: Bounds | None = None) -> nn.Module:
     """Construct a module whose parameters and buffers are all on the meta device.
 
-    A ladder: under `torch.device("meta")`; else with each parameter moved to meta as it is registered, buffers real
-    until the end (constructors that compute on plain tensors); else for real, then copied. With `only_if_needed` an
-    error that has nothing to do with the meta device ends it at once, and so does one where the parameters that were
-    made before it say that the next rung, which makes them for real, does not fit in memory. `bounds` hold for each
-    rung.
+    It tries three ways: under `torch.device("meta")`; with each parameter moved to meta when it is registered, and
+    buffers real until the end (for constructors that compute with plain tensors); real, and copied to meta afterwards.
+    It does not try a way whose tensors, judged by those registered so far, would not fit in memory.
+
+    Args:
+        construct: makes the module.
+        only_if_needed: whether to raise an error at once if it has nothing to do with the meta device.
+        bounds: limits for each attempt.
+
+    Raises:
+        ConstructorError: the last way that was tried failed.
     """
     rungs: tuple[Callable[[Constructor], nn.Module], ...] = (_under_meta, _parameters_on_meta, lambda make: make())
     for number, rung in enumerate(rungs):
@@ -47,7 +53,7 @@ def build_on_meta(construct: Constructor, *, only_if_needed: bool = False, bound
             try:
                 module = _moved_to_meta(require_methods(rung(construct)))
                 if any(t.is_meta and is_composite(t) for t in named_tensors(module).values()) and rung is _under_meta:
-                    continue  # a sparse tensor without values says nothing of itself
+                    continue  # a sparse tensor on meta does not know its number of elements
                 return module
             except ConstructorError as error:
                 if number == len(rungs) - 1 or (only_if_needed and not error.may_need_numbers):
@@ -60,7 +66,7 @@ def build_on_meta(construct: Constructor, *, only_if_needed: bool = False, bound
 
 @contextlib.contextmanager
 def _sizes_registered() -> Iterator[list[int]]:
-    """The bytes of each parameter that any module is given in the block."""
+    """Record the bytes of each parameter that is registered in the block."""
     sizes: list[int] = []
 
     def note(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> None:
@@ -85,7 +91,7 @@ def _parameters_on_meta(construct: Constructor) -> nn.Module:
 
     def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         if isinstance(param, nn.Parameter) and not (param.is_meta or is_lazy(param) or is_composite(param)):
-            # The original is kept beside its twin, so that its id is not given to another parameter.
+            # The original must live as long as its copy; otherwise another parameter could get the same id.
             _, param = twins.setdefault(
                 id(param), (param, nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad))
             )
@@ -99,7 +105,7 @@ def _parameters_on_meta(construct: Constructor) -> nn.Module:
 
 
 def _moved_to_meta(module: nn.Module) -> nn.Module:
-    """The module itself, with every parameter and buffer replaced by its twin on meta: ties and views hold."""
+    """Replace every parameter and buffer of the module by its copy on meta. Tied tensors and views stay so."""
     twins: dict[int, torch.Tensor] = {}
     storages: dict[int, torch.UntypedStorage] = {}
     kept: list[torch.Tensor] = []
@@ -108,38 +114,41 @@ def _moved_to_meta(module: nn.Module) -> nn.Module:
         for table in tables:
             for name, tensor in table.items():
                 if tensor is not None and (not tensor.is_meta or _is_marked(tensor)):
-                    kept.append(tensor)  # so that its id is not given to another one
+                    kept.append(tensor)  # so that no other tensor gets its id
                     if id(tensor) not in twins:
-                        twins[id(tensor)] = _tensor_twin(tensor, storages, keep_values=False)
+                        twins[id(tensor)] = _tensor_copy(tensor, storages, keep_values=False)
                     table[name] = twins[id(tensor)]
     return module
 
 
-def meta_twin(module: nn.Module, *, keep_values: bool = False, plain_tensors: bool = False) -> nn.Module:
-    """A copy on the meta device: ties and views hold, sources stay known, no weight is copied.
+def meta_copy(module: nn.Module, *, keep_values: bool = False, plain_tensors: bool = False) -> nn.Module:
+    """Copy a model to the meta device without copying values. Tied tensors, views and sources are preserved.
 
-    With `keep_values` a real tensor's twin has the real storage as its source. With `plain_tensors` tensors that are
-    plain attributes move to meta as well, as a forward pass there needs. Functions that know modules or tensors of the
-    original, such as the hooks of a feature extractor, know those of the copy.
+    Functions of the copy, such as the hooks of a feature extractor, refer to modules and tensors of the copy.
+
+    Args:
+        module: the model.
+        keep_values: whether the copy of a real tensor has the real storage as its source.
+        plain_tensors: whether tensors in plain attributes move to meta too, which a forward pass there needs.
     """
     storages: dict[int, torch.UntypedStorage] = {}
 
     def plain(tensor: torch.Tensor) -> torch.Tensor | None:
         if plain_tensors:
             return tensor.detach().to("meta")
-        return tensor.detach() if tensor.grad_fn is not None else None  # what was computed from others is not copied
+        return tensor.detach() if tensor.grad_fn is not None else None  # deepcopy refuses a computed tensor
 
-    return _copied(module, lambda tensor: _tensor_twin(tensor, storages, keep_values), plain)
+    return _copied(module, lambda tensor: _tensor_copy(tensor, storages, keep_values), plain)
 
 
-def fake_twin(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """A copy whose tensors are fake ones of `mode`, which say that they lie on the CPU."""
+def fake_copy(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """Copy a model to fake tensors of `mode` that claim to be on the CPU."""
     from torch._subclasses.fake_tensor import FakeTensor
 
     storages: dict[int, torch.UntypedStorage] = {}
 
     def fake(tensor: torch.Tensor) -> torch.Tensor:
-        twin = _tensor_twin(tensor, storages, keep_values=False)
+        twin = _tensor_copy(tensor, storages, keep_values=False)
         made: torch.Tensor = FakeTensor(mode, twin.detach(), torch.device("cpu"))
         return nn.Parameter(made, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
 
@@ -151,9 +160,12 @@ def _copied(
     registered: Callable[[torch.Tensor], torch.Tensor],
     plain: Callable[[torch.Tensor], torch.Tensor | None],
 ) -> nn.Module:
-    """A deep copy with other tensors: `registered` makes those of parameters and buffers, `plain` those of attributes.
+    """Make a deep copy with other tensors.
 
-    Where `plain` gives None, the attribute's tensor is copied as it is.
+    Args:
+        module: the model.
+        registered: makes the copy of a parameter or buffer.
+        plain: makes the copy of a tensor in a plain attribute; None means an ordinary copy.
     """
     memo: dict[int, Any] = {}
     kept: list[Any] = []
@@ -170,7 +182,7 @@ def _copied(
     return made
 
 
-def _tensor_twin(tensor: torch.Tensor, storages: dict[int, torch.UntypedStorage], keep_values: bool) -> torch.Tensor:
+def _tensor_copy(tensor: torch.Tensor, storages: dict[int, torch.UntypedStorage], keep_values: bool) -> torch.Tensor:
     if is_lazy(tensor):
         kind: Any = type(tensor)
         lazy: torch.Tensor = kind(device="meta", dtype=tensor.dtype, requires_grad=tensor.requires_grad)
@@ -179,7 +191,7 @@ def _tensor_twin(tensor: torch.Tensor, storages: dict[int, torch.UntypedStorage]
         return tensor
     data = tensor.detach()
     if _is_marked(data):
-        # The mark says how the bytes are read: a twin has the values themselves, in a storage of its own.
+        # Its bytes are not its values, so the copy gets the resolved values in its own storage.
         twin = torch.empty(data.size(), dtype=data.dtype, device="meta")
         if keep_values and not data.is_meta:
             tag(twin, row_major(data))
@@ -198,12 +210,12 @@ def _tensor_twin(tensor: torch.Tensor, storages: dict[int, torch.UntypedStorage]
 
 
 def _is_marked(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is conjugated or negated when it is read: its bytes are not its values."""
+    """Whether a tensor has torch's conjugation or negation bit, so that its bytes are not its values."""
     return not is_lazy(tensor) and (tensor.is_conj() or tensor.is_neg())
 
 
 def _plain_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
-    """Tensors that are attributes of a module without being registered, also in its lists and dicts."""
+    """Yield the tensors in plain attributes of the modules, also inside lists and dicts."""
     hidden = ("_parameters", "_buffers", "_modules")
     stack: list[Any] = [
         value for child in modules_in(module) for name, value in vars(child).items() if name not in hidden
@@ -222,7 +234,7 @@ def _plain_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
 
 
 def tagged(storage_bytes: int, source: AnySource) -> torch.UntypedStorage:
-    """A meta storage whose bytes come from a source."""
+    """Return a meta storage whose bytes come from `source`."""
     storage = torch.UntypedStorage(storage_bytes, device="meta")
     storage.source = source  # type: ignore[attr-defined]
     return storage

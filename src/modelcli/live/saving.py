@@ -1,4 +1,4 @@
-"""A trained model written with the record that its architecture came from."""
+"""Write a trained model with the record of the file that its architecture came from."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from modelcli.wording import counted
 def save(model: nn.Module, path: str | os.PathLike[str], like: Path, *, force: bool) -> None:
     """See `modelcli.save`."""
     if not isinstance(model, nn.Module):
-        raise RequestError(f"save takes an nn.Module, not {model!r:.40}")
+        raise RequestError(f"save needs an nn.Module, not {model!r:.40}")
     text = os.fspath(path)
     out, kind = Path(text), writing.format_of(text)
     writing.check_target(out, kind, force=force)
@@ -41,7 +41,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], like: Path, *, force: b
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself, where `torch.compile` or a parallel wrapper stands around it."""
+    """Return the model inside `torch.compile` and parallel wrappers."""
     while True:
         if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
             model = inner
@@ -52,7 +52,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 class _Holder(nn.Module):
-    """Gives a state dict that was made already: a model on another device is not copied as a whole."""
+    """A module with a fixed state dict, so that a model on another device need not be copied as a whole."""
 
     def __init__(self, state: Mapping[str, Any]) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class _Holder(nn.Module):
 
 
 def _on_cpu(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A state dict in memory: tensors of other devices are copied, each storage once, so that ties hold."""
+    """Return the state dict on the CPU. Each storage of another device is copied once, so tied tensors stay tied."""
     storages: dict[int, torch.UntypedStorage] = {}
     found: dict[str, Any] = OrderedDict()
     for name, value in state.items():
@@ -82,14 +82,14 @@ def _on_cpu(state: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _record_of(like: Path, out: Path) -> Record:
-    """The record of a file, its Python path as seen from the folder that is written to."""
+    """Return the record of a file, with its Python path relative to the output folder."""
     contents = checkpoints.read(like)
     record = contents.record
     why = None if record is None else resolve.disagreement(record, contents, to_build=True)
     if record is None or why is not None:
         raise RequestError(
-            f"{like} carries no record that could go along" + (f": {why}" if why else ""),
-            "name a file that modelcli wrote; without one, torch.save(model.state_dict(), ...) is all there is",
+            f"{like} contains no record that fits the model" + (f": {why}" if why else ""),
+            "pass a file that modelcli wrote as like=, or use torch.save(model.state_dict(), ...)",
         )
     if record.reference is None:
         return record
@@ -100,7 +100,7 @@ def _record_of(like: Path, out: Path) -> Record:
 
 
 def _require_same_tensors(state: Mapping[str, Any], record: Record, like: Path) -> None:
-    """Raise RequestError where a model has other tensors than a record lists: it is another architecture by now."""
+    """Raise RequestError if the model's tensors are not those of the record, because the architecture has changed."""
     listed = {info.name: info for info in record.blueprint.tensors if info.persistent}
     tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     why = None
@@ -111,13 +111,13 @@ def _require_same_tensors(state: Mapping[str, Any], record: Record, like: Path) 
     else:
         for name, info in listed.items():
             if info.shape != (shape := tuple(tensors[name].shape)):
-                why = f"its {name} is {list(shape)}, and {list(info.shape or ())} there"
+                why = f"its {name} is {list(shape)}, but {list(info.shape or ())} in the record"
             elif info.tied_to is not None and not _are_one(tensors[name], tensors[info.tied_to]):
-                why = f"its {name} and {info.tied_to} are two tensors, and one there"
+                why = f"its {name} and {info.tied_to} are not tied, but the record says so"
     if why is not None:
         raise RequestError(
-            f"the model is not the one of {like}: {why}",
-            "write the architecture first (modelcli replace ... -o new.pth), and give that file as like=",
+            f"the model does not match the record of {like}: {why}",
+            "first write the architecture (modelcli replace ... -o new.pth), then pass that file as like=",
         )
 
 
@@ -129,7 +129,7 @@ def _are_one(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _with_flags(record: Record, model: nn.Module, state: Mapping[str, Any]) -> Record:
-    """The record with the flags and the dtypes that the model has now."""
+    """Return the record with the model's current flags and dtypes."""
     flags = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
 
     def now(info: TensorInfo) -> TensorInfo:

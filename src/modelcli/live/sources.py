@@ -1,4 +1,4 @@
-"""Where a live model's bytes come from. The tag is on the storage: views and `Parameter`s of it share it."""
+"""The sources of a live model's bytes. The storage carries the source, so that views and `Parameter`s share it."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from modelcli.values import conversion
 from modelcli.values.conversion import Conversion
 
 CHUNK = 8 * 1024 * 1024
-#: So much of a file is mapped at a time, and so much is made at a time, where elements that lie far apart in it are
-#: brought together: more takes more memory, less reads its pages more often.
+#: The bytes of a file to map, and of the result to make, at a time when collecting elements that are far apart in the
+#: file. A larger window needs more memory; a smaller one reads pages more often.
 WINDOW = 64 * 1024 * 1024
 
 
-#: A model is built once, and torch's random numbers come in one order, whichever threads ask for values.
+#: Builds happen one at a time, so that the random values do not depend on which thread needs them first.
 _ONE_AT_A_TIME = threading.RLock()
 
 
 class Value:
-    """Bytes that are in memory already: the storage of a real tensor. `files` are those that it is a mapping of."""
+    """Bytes in memory: the storage of a real tensor. `files` are the files that it maps."""
 
     def __init__(self, storage: torch.UntypedStorage, files: Iterable[FileId] = ()) -> None:
         self.storage = storage
@@ -41,38 +41,38 @@ class Value:
         return self._files
 
     def chunks(self) -> Iterator[memoryview]:
-        """The bytes, in pieces of at most 8 MiB, without a copy."""
+        """Yield the bytes in pieces of at most 8 MiB, without copying."""
         view = self.view()
         for start in range(0, self.nbytes, CHUNK):
             yield view[start : start + CHUNK]
 
     def view(self) -> memoryview:
-        """The bytes, without a copy."""
+        """Return the bytes without copying."""
         if not self.nbytes:
             return memoryview(b"")
         memory = (ctypes.c_char * self.nbytes).from_address(self.storage.data_ptr())
-        memory.storage = self.storage  # type: ignore[attr-defined]  # which lives as long as the view of it
+        memory.storage = self.storage  # type: ignore[attr-defined]  # keeps the storage alive with the view
         return memoryview(memory).cast("B")
 
     def bytes(self) -> bytes:
         return bytes(self.view())
 
     def mapped(self, _windows: Windows | None = None) -> memoryview:
-        """The same memory: what is written to it is written to the tensor."""
+        """Return the same memory; writing to it changes the tensor."""
         return self.view()
 
     def real(self) -> torch.UntypedStorage:
         return self.storage
 
     def part(self, start: int, nbytes: int) -> Value:
-        """`nbytes` of the bytes, from `start`: the same memory."""
+        """Return `nbytes` of the bytes, from `start` on, in the same memory."""
         if (start, nbytes) == (0, self.nbytes):
             return self
         return Value(self.storage[start : start + nbytes], self._files)
 
 
 class Drawn:
-    """Bytes that a real build will draw: made on first use, all of one build together."""
+    """Bytes of random values that a real build will draw. The first use builds all tensors of one build."""
 
     def __init__(self, build: Lazy, name: str, nbytes: int) -> None:
         self.build = build
@@ -92,11 +92,11 @@ class Drawn:
     def real(self) -> torch.UntypedStorage:
         storage = self.build.tensor(self.name).untyped_storage()
         if storage.device.type == "meta":
-            raise RequestError(f"{self.name} has no numbers: its constructor makes it on the meta device")
+            raise RequestError(f"{self.name} has no values: its constructor makes it on the meta device")
         if storage.nbytes() != self._nbytes:
             raise ModelcliError(
-                f"{self.name} was built with {storage.nbytes():,} bytes, and its twin without weights says "
-                f"{self._nbytes:,}: the constructor makes another model each time"
+                f"{self.name} was built with {storage.nbytes():,} bytes, but on the meta device with "
+                f"{self._nbytes:,}: the constructor makes a different model each time"
             )
         return storage
 
@@ -104,12 +104,12 @@ class Drawn:
         return bytes(self.mapped())
 
     def mapped(self, _windows: Windows | None = None) -> memoryview:
-        """The bytes as the build drew them, in its memory."""
+        """Return the bytes in the memory of the build."""
         with _ONE_AT_A_TIME:
             return Value(self.real()).view()
 
     def part(self, start: int, nbytes: int) -> Drawn | Computed:
-        """`nbytes` of the bytes, from `start`: of the memory that the build takes, when it is there."""
+        """Return `nbytes` of the bytes, from `start` on; the build happens when they are needed."""
         if (start, nbytes) == (0, self._nbytes):
             return self
         whole = Computed(self._nbytes, lambda first, count: Value(self.real()).part(first, count).real(), (self,))
@@ -117,7 +117,7 @@ class Drawn:
 
 
 class Lazy:
-    """A real module that is built when the first of its tensors is asked for."""
+    """A real module that is built when the first of its tensors is needed."""
 
     def __init__(self, build: Callable[[], torch.nn.Module]) -> None:
         self._build = build
@@ -127,18 +127,22 @@ class Lazy:
         if self._tensors is None:
             self._tensors = named_tensors(self._build())
         if name not in self._tensors:
-            raise ModelcliError(f"the constructor made no {name} this time: it makes another model each time")
-        # A mark that the bytes are conjugated or negated when they are read is lost with them.
+            raise ModelcliError(f"the constructor made no {name} this time: it makes a different model each time")
+        # A storage does not carry torch's conjugation and negation bits, so the values must be resolved.
         return self._tensors[name].detach().resolve_conj().resolve_neg()
 
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """Bytes that are computed when they are asked for, each time anew: nothing is kept.
+    """Bytes that are computed anew each time they are needed; nothing is kept.
 
-    `compute(start, nbytes)` gives so many of them from a start on, both on the border of an element, as a storage.
-    `reads` are the sources that it takes its numbers from. `step` is how many bytes are computed at a time. These are
-    the `nbytes` from `start` of what it can give.
+    Attributes:
+        nbytes: the number of bytes.
+        compute: a function (start, nbytes) that returns bytes as a storage; both arguments are multiples of the
+            element size.
+        reads: the sources that `compute` reads.
+        step: the number of bytes to compute at a time.
+        start: the first byte of this part, for `compute`.
     """
 
     nbytes: int
@@ -151,11 +155,11 @@ class Computed:
         return {file for source in self.reads for file in source.files()}
 
     def chunks(self) -> Iterator[bytes]:
-        """The bytes, in pieces of at most 8 MiB."""
+        """Yield the bytes in pieces of at most 8 MiB."""
         for start in range(0, self.nbytes, self.step):
             part = self.part(start, min(self.step, self.nbytes - start))
             for piece in Value(part.real()).chunks():
-                yield bytes(piece)  # a copy, which outlives the storage
+                yield bytes(piece)  # a copy, because the storage is freed
 
     def real(self) -> torch.UntypedStorage:
         return self.compute(self.start, self.nbytes)
@@ -164,12 +168,12 @@ class Computed:
         return bytes(self.mapped())
 
     def mapped(self, _windows: Windows | None = None) -> memoryview:
-        """The bytes, all of them computed, in memory of their own."""
+        """Compute all the bytes, and return them in new memory."""
         with _ONE_AT_A_TIME:
             return Value(self.real()).view()
 
     def part(self, start: int, nbytes: int) -> Computed:
-        """`nbytes` of the bytes, from `start`, both on the border of an element."""
+        """Return `nbytes` of the bytes, from `start` on; both must be multiples of the element size."""
         return replace(self, nbytes=nbytes, start=self.start + start)
 
 
@@ -180,9 +184,9 @@ def converted(flat: torch.Tensor, dtype: torch.dtype) -> Conversion:
 
 
 def row_major(tensor: torch.Tensor) -> AnySource:
-    """The elements of a tensor one after another, as a contiguous copy of it has them; nothing is read yet.
+    """Return the bytes of a contiguous copy of a tensor, which are read only when they are needed.
 
-    Raises ModelcliError where nothing says where its numbers come from.
+    Raises ModelcliError if the tensor has no source.
     """
     source, size = require_source(tensor), tensor.element_size()
     if tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
@@ -200,12 +204,12 @@ def row_major(tensor: torch.Tensor) -> AnySource:
 
 
 def _run(view: torch.Tensor, start: int, stop: int) -> list[torch.Tensor]:
-    """The elements of a tensor from one to another in row-major order, as views of it: whole rows as far as can be."""
+    """Return elements `start` to `stop` of a tensor in row-major order, as views of it, in whole rows if possible."""
     if (start, stop) == (0, view.numel()):
         return [view]
     row = view[0].numel()
     first, last = -(-start // row), stop // row
-    if first > last:  # both lie in one row
+    if first > last:  # both are in one row
         return _run(view[last], start - last * row, stop - last * row)
     head = _run(view[first - 1], start - (first - 1) * row, row) if start < first * row else []
     tail = _run(view[last], 0, stop - last * row) if last * row < stop else []
@@ -213,9 +217,9 @@ def _run(view: torch.Tensor, start: int, stop: int) -> list[torch.Tensor]:
 
 
 def copy_into(target: torch.Tensor, tensor: torch.Tensor) -> None:
-    """Copy the numbers of a live model's tensor into a real one of its shape, whose dtype they take.
+    """Copy the values of a live model's tensor into a real tensor of the same shape, converted to its dtype.
 
-    Of a file no more than `WINDOW` bytes are mapped at a time: what lies far apart is copied in halves.
+    At most `WINDOW` bytes of a file are mapped at a time; a tensor that extends further is copied in halves.
     """
     if extent(tensor) * tensor.element_size() <= WINDOW or not tensor.is_meta:
         target.copy_(real_tensor(tensor))
@@ -225,7 +229,7 @@ def copy_into(target: torch.Tensor, tensor: torch.Tensor) -> None:
 
 
 def halves(tensor: torch.Tensor) -> list[tuple[slice, ...]]:
-    """The indices of the two halves of a tensor of several elements, cut where they lie furthest apart."""
+    """Return the indices of two halves of a tensor, split along the axis that extends furthest in memory."""
     reach = [((size - 1) * step, size) for size, step in zip(tensor.size(), tensor.stride(), strict=True)]
     widest = reach.index(max(reach))
     whole, middle = (slice(None),) * widest, tensor.size(widest) // 2
@@ -236,22 +240,22 @@ AnySource = Value | Drawn | Computed | Storage
 
 
 def named_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Every parameter and buffer, under every name it has."""
-    kind = torch.nn.Module  # a class may have an attribute, or a method of its own, of one of these names
+    """Return every parameter and buffer under each of its names."""
+    kind = torch.nn.Module  # the model's class may override these methods
     found: dict[str, torch.Tensor] = dict(kind.named_parameters(module, remove_duplicate=False))
     found.update(kind.named_buffers(module, remove_duplicate=False))
     return found
 
 
 def tag(tensor: torch.Tensor, source: AnySource) -> None:
-    """Say where the bytes of a meta tensor's storage come from."""
+    """Set the source of the bytes of a meta tensor's storage."""
     tensor.untyped_storage().source = source  # type: ignore[attr-defined]
 
 
 def source_of(tensor: torch.Tensor) -> AnySource | None:
-    """Where a tensor's bytes come from; None for a meta tensor that nothing says it of."""
+    """Return the source of a tensor's bytes; None for a meta tensor without one."""
     if hasattr(tensor, "__tensor_flatten__"):
-        return None  # of a class of its own, whose values are in its attributes
+        return None  # a tensor subclass that keeps its values in attributes
     storage = tensor.untyped_storage()
     source: AnySource | None = getattr(storage, "source", None)
     if source is None and not tensor.is_meta:
@@ -260,65 +264,67 @@ def source_of(tensor: torch.Tensor) -> AnySource | None:
 
 
 def require_source(tensor: torch.Tensor) -> AnySource:
-    """Where a tensor's bytes come from. Raises ModelcliError for a meta tensor that nothing says it of."""
+    """Return the source of a tensor's bytes. Raises ModelcliError for a meta tensor without one."""
     source = source_of(tensor)
     if source is None:
-        raise ModelcliError(f"a tensor of shape {list(tensor.shape)} has no numbers: nothing says where they come from")
+        raise ModelcliError(
+            f"a tensor of shape {list(tensor.shape)} has no values: modelcli does not know their source"
+        )
     return source
 
 
 def tag_drawn(module: torch.nn.Module, build: Lazy) -> None:
-    """Let every tensor of a meta module that has no source yet come from a real build of it, by name."""
+    """Make a real build the source, by name, of every tensor of a meta module that has no source yet."""
     for name, tensor in named_tensors(module).items():
         if not is_lazy(tensor) and tensor.is_meta and not is_composite(tensor) and source_of(tensor) is None:
             tag(tensor, Drawn(build, name, tensor.untyped_storage().nbytes()))
 
 
-#: Set on a parameter of which nothing says whether it is trained: torch itself has no third value for that.
+#: The attribute of a parameter whose `requires_grad` is not known; torch has no third value for that.
 _UNKNOWN = "_modelcli_flag_unknown"
 
 
 def set_flag(parameter: torch.Tensor, trained: bool | None) -> None:
-    """Set `requires_grad`; None where nothing says it, and then it is as torch makes a parameter."""
+    """Set `requires_grad`. None means that it is not known; torch's flag is then True."""
     if parameter.dtype.is_floating_point or parameter.dtype.is_complex:
-        parameter.requires_grad = trained is not False  # the method is not for parameters without a shape
+        parameter.requires_grad = trained is not False  # `requires_grad_` fails for a parameter without a shape
     vars(parameter).pop(_UNKNOWN, None)
     if trained is None:
         setattr(parameter, _UNKNOWN, True)
 
 
 def flag_of(parameter: torch.Tensor) -> bool | None:
-    """`requires_grad`, or None where nothing says it."""
+    """Return `requires_grad`, or None if it is not known."""
     return None if hasattr(parameter, _UNKNOWN) else parameter.requires_grad
 
 
 def is_lazy(tensor: Any) -> bool:
-    """Whether a tensor has no shape yet, as those of `LazyLinear` before the first forward pass."""
+    """Whether a tensor has no shape yet, like those of `LazyLinear` before the first forward pass."""
     return bool(torch.nn.parameter.is_lazy(tensor))
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """The dtype of a name without `torch.`. Raises RequestError for one that this version of torch does not have."""
+    """Return the dtype with this name (without `torch.`). Raises RequestError if this torch version lacks it."""
     found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype):
-        raise RequestError(f"torch {torch.__version__} has no dtype {name}", "a newer torch may")
+        raise RequestError(f"torch {torch.__version__} has no dtype {name}", "a newer torch may have it")
     return found
 
 
 def is_composite(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is no plain view into one storage: quantized, or sparse."""
+    """Whether a tensor is quantized or sparse, and so not a plain view of one storage."""
     return tensor.is_quantized or tensor.layout != torch.strided
 
 
 def real_storage(source: AnySource, windows: Windows | None = None) -> torch.UntypedStorage:
-    """The bytes of a source as a real storage, which no other one shares.
+    """Return the bytes of a source as a real storage that no other tensor shares.
 
-    They are read; those of a whole load, whose `windows` are mappings, are read when they are used.
+    Without `windows` they are read now. With `windows` they are mapped, and read when they are used.
     """
     if isinstance(source, Value | Drawn | Computed):
         return source.real()
     if isinstance(source, Span) and windows is None and source.nbytes <= MOST_READ:
-        read = torch.UntypedStorage(source.nbytes)  # which is not filled with zeros first, as Python's memory is
+        read = torch.UntypedStorage(source.nbytes)  # unlike a bytearray, it is not filled with zeros first
         if source.nbytes:
             source.read_into(Value(read).view())
         read.mapped_files = source.files()  # type: ignore[attr-defined]
@@ -327,12 +333,12 @@ def real_storage(source: AnySource, windows: Windows | None = None) -> torch.Unt
     if not view.nbytes:
         return torch.UntypedStorage(0)
     made = torch.frombuffer(view, dtype=torch.uint8).untyped_storage()
-    made.mapped_files = source.files()  # type: ignore[attr-defined]  # of which it shows what is not read yet
+    made.mapped_files = source.files()  # type: ignore[attr-defined]  # parts of them are still unread
     return made
 
 
 def extent(tensor: torch.Tensor) -> int:
-    """Elements of the storage from the first to the last that a tensor views, both included; 0 for an empty one."""
+    """Return the number of storage elements from the first to the last that a tensor uses; 0 if it is empty."""
     if not tensor.numel():
         return 0
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True))

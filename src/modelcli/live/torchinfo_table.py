@@ -1,4 +1,4 @@
-"""The table that users of torchinfo know, made by torchinfo, where it can run."""
+"""Show torchinfo's own table, made by torchinfo, for models that it can run."""
 
 from __future__ import annotations
 
@@ -18,21 +18,29 @@ from modelcli.live.trace import meta_copy_if_possible
 if TYPE_CHECKING:
     from modelcli.live.opening import Live
 
-#: torchinfo takes twice as long for each level of nesting: 24 of them took it half a minute.
+#: torchinfo's time doubles with each level of nesting: 24 levels took half a minute.
 MOST_LEVELS = 18
-_OWN = "modelcli's own table shows it: leave --layout torchinfo out"
+_OWN = "use modelcli's own table: remove --layout torchinfo"
 
 
 def table(live: Live, *, mode: str, depth: int | None) -> str:
-    """What `str(torchinfo.summary(model, ...))` is; `depth` is torchinfo's, 3 by default.
+    """Return `str(torchinfo.summary(model, ...))`, made on the meta device, else on the CPU if memory allows.
 
-    It runs on the meta device, else on the CPU where memory allows. Raises RequestError where torchinfo cannot run.
+    Args:
+        live: the model.
+        mode: `eval` or `train`.
+        depth: torchinfo's depth; None means 3.
+
+    Raises:
+        RequestError: torchinfo cannot run the model.
     """
     if live.architecture is None:
-        raise RequestError("torchinfo needs a model that can run, and no architecture is known", "--arch names one")
+        raise RequestError(
+            "torchinfo needs a model that can run, but the architecture is not known", "pass --arch REFERENCE"
+        )
     levels = max(path.count(".") + 1 for path, _ in walk(live.module))
     if levels > MOST_LEVELS:
-        raise RequestError(f"torchinfo takes hours for a model that is nested {levels} levels deep", _OWN)
+        raise RequestError(f"torchinfo would take hours for a model with {levels} levels of nesting", _OWN)
     ways: list[tuple[str, Callable[[], nn.Module]]] = [("meta", lambda: meta_copy_if_possible(live.module))]
     if memory.fits(4 * memory.bytes_of(live.module)):
         ways.append(("cpu", live.real_module))
@@ -51,7 +59,7 @@ def table(live: Live, *, mode: str, depth: int | None) -> str:
 
 
 def _made(module: nn.Module, given: Arguments | None, device: str, mode: str, depth: int | None) -> str:
-    import torchinfo  # here alone: nothing else needs it
+    import torchinfo  # nothing else needs it
 
     inputs: dict[str, Any] = {}
     if given is not None:
@@ -62,13 +70,13 @@ def _made(module: nn.Module, given: Arguments | None, device: str, mode: str, de
         made = torchinfo.summary(
             module, device=device, mode=mode, verbose=0, cache_forward_pass=False, depth=depth or 3, **inputs
         )
-        # Names are the model's own: no control code of theirs reaches a terminal.
+        # Names come from the model, and their control characters must not reach a terminal.
         return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in str(made))
 
 
 @contextlib.contextmanager
 def _on_meta(device: str) -> Iterator[None]:
-    """Let what `forward` makes lie on the meta device too."""
+    """Make tensors that `forward` creates on the meta device too."""
     if device != "meta":
         yield
         return

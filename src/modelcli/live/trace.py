@@ -27,7 +27,7 @@ from modelcli.live.calls import Call, Calls
 from modelcli.live.describe import walk
 from modelcli.live.fake_kernels import MissingKernels, without_log
 from modelcli.live.inputs import Arguments, how_to_state_input, tensors_in
-from modelcli.live.meta_models import fake_twin, meta_twin, seeded
+from modelcli.live.meta_models import fake_copy, meta_copy, seeded
 from modelcli.live.mult_adds import MultAdds
 from modelcli.live.operator_rules import OperatorRules
 from modelcli.model.blueprint import LayerTrace, Trace
@@ -333,7 +333,7 @@ def shape_of(output: Any) -> Any:
 def meta_copy_if_possible(module: nn.Module) -> nn.Module:
     """Return a copy on meta; the module itself if it contains something that cannot be copied (a lock, a file)."""
     try:
-        return meta_twin(module, plain_tensors=True)
+        return meta_copy(module, plain_tensors=True)
     except Exception:
         return module
 
@@ -484,7 +484,7 @@ def _under_fake_tensors(module: nn.Module, inputs: Inputs, attempt: Attempt) -> 
 
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        subject = fake_twin(module, fake)
+        subject = fake_copy(module, fake)
         with fake:
             given = inputs.tensors("cpu")
     except Exception:

@@ -1,4 +1,4 @@
-"""What a training checkpoint holds of the same model beside its state dict: optimizers, further state dicts."""
+"""Notes on what a training checkpoint has of the same model beside its state dict: optimizers, other state dicts."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from modelcli.model.tensors import Shape
 from modelcli.model.wrapper_prefixes import Unwrapping
 from modelcli.wording import counted, listed
 
-#: How deep in a checkpoint an optimizer's state dict is looked for: Lightning has lists of them.
+#: How deep in a checkpoint to search for an optimizer's state dict; Lightning has lists of them.
 _DEPTH = 3
-#: What has more values than this is no dict of a training loop's own.
+#: A dict with more values than this is not searched; training loops' own dicts are smaller.
 _MOST = 1_000
 
 
@@ -31,14 +31,17 @@ class Held:
     shape: Shape | None = field(default=None, compare=False)
 
 
-def unfit(tree: Any, before: Mapping[str, Held], after: Mapping[str, Held]) -> list[str]:
-    """A line for each optimizer in a checkpoint whose state no longer fits the model's parameters.
+def outdated_optimizer_notes(tree: Any, before: Mapping[str, Held], after: Mapping[str, Held]) -> list[str]:
+    """Return a note for each optimizer in a checkpoint whose state no longer fits the model's parameters.
 
-    `tree` is the checkpoint as inert values. `before` are the parameters that the model had when it was opened, in
-    their order, and `after` those that it has.
+    `torch.optim` stores its state by the position of a parameter in `param_groups`, usually that in
+    `model.parameters()`; other programs store it by name. For an optimizer of only some parameters, shapes are the only
+    evidence of which ones.
 
-    `torch.optim` keeps its state by the position of a parameter in its `param_groups`, `model.parameters()` as a rule;
-    other programs by name. Which parameters an optimizer of some of them was made for is told by shapes alone.
+    Args:
+        tree: the checkpoint as inert values.
+        before: the parameters of the model when it was opened, in order.
+        after: its parameters now.
     """
     told = []
     for name, state, groups in _optimizers(tree):
@@ -48,7 +51,7 @@ def unfit(tree: Any, before: Mapping[str, Held], after: Mapping[str, Held]) -> l
         elif len(ids) != len(before):
             if changed := _perhaps_its_own(state, before, after):
                 told.append(
-                    f"{name} holds state for {counted(len(ids), 'parameter')}, and the model had {len(before)}: "
+                    f"{name} has state for {counted(len(ids), 'parameter')}, but the model had {len(before)}: "
                     f"whether it still fits {listed(changed, 4)} is not known"
                 )
             continue
@@ -59,12 +62,12 @@ def unfit(tree: Any, before: Mapping[str, Held], after: Mapping[str, Held]) -> l
             if not wrong and len(now) > len(before):
                 wrong = list(after)[len(before) :]
         if wrong and state:
-            told.append(f"the state in {name} no longer fits {listed(wrong, 4)}: make the optimizer anew")
+            told.append(f"the state in {name} no longer fits {listed(wrong, 4)}: create the optimizer again")
     return told
 
 
 def _perhaps_its_own(state: Mapping[Any, Any], before: Mapping[str, Held], after: Mapping[str, Held]) -> list[str]:
-    """The parameters that are others now, and have a shape that an optimizer of some of them has state of."""
+    """Return the parameters that have been replaced and whose shape occurs in the optimizer's state."""
     shapes = {shape for entry in state.values() if isinstance(entry, dict) for shape in _shapes(entry)}
     return [
         own
@@ -74,28 +77,32 @@ def _perhaps_its_own(state: Mapping[Any, Any], before: Mapping[str, Held], after
 
 
 def _shapes(entry: Mapping[Any, Any]) -> Iterator[tuple[int, ...]]:
-    """The shapes of the tensors in the state of one parameter; those without a dimension are figures: a step."""
+    """Yield the shapes of the tensors in the state of one parameter, without scalars such as the step."""
     for value in entry.values():
         if isinstance(value, TensorEntry | CompositeEntry) and value.shape:
             yield tuple(value.shape)
 
 
 def renamed(opened: Mapping[str, Hashable], now: Mapping[str, Hashable]) -> set[str]:
-    """The names of tensors that were there under others when the model was opened, and have those no more.
+    """Return the new names of tensors that edits have renamed since the model was opened.
 
-    `opened` and `now` have what tells one tensor from another, under every name that it had, and has.
+    `opened` and `now` map every name, then and now, to a value that identifies the tensor.
     """
     gone = {tensor for name, tensor in opened.items() if name not in now}
     return {name for name, tensor in now.items() if name not in opened and tensor in gone}
 
 
-def other_copies(
+def other_state_dict_notes(
     contents: Contents, after: Blueprint, *, unwrapping: Unwrapping, changed: bool, renamed: Collection[str]
 ) -> list[str]:
-    """A line for each further state dict of the same model in a checkpoint, such as a mean of its weights.
+    """Return a note for each other state dict of the same model in a checkpoint, such as a moving average.
 
-    `unwrapping` makes the keys of the file those of the model, and `changed` says that numbers may be others where
-    shapes are not. `renamed` are new names of what the file has under others, which stand for both.
+    Args:
+        contents: the checkpoint.
+        after: the edited model.
+        unwrapping: the change that turns the file's keys into the model's.
+        changed: whether values may have changed where shapes have not.
+        renamed: the new names of renamed tensors, which count as unchanged.
     """
     was = {unwrapping.key(name): entry.shape for name, entry in contents.tensors.items()}
     now = {tensor.name: tensor.shape for tensor in after.tensors if tensor.persistent}
@@ -104,17 +111,17 @@ def other_copies(
         return []
     told = []
     for path in _copies(contents.tree, contents.key or (), set(was)):
-        where = f"in {'.'.join(path)}" if path else "at the top of the file"
-        unfit = f", and no longer fits {listed(wrong, 4)}" if wrong else ""
-        edits = f": --key {quoted('.'.join(path))} edits that one" if path else ""
-        told.append(f"the state dict {where} is as it was{unfit}{edits}")
+        where = f"in {'.'.join(path)}" if path else "at the top level of the file"
+        misfit = f" and no longer fits {listed(wrong, 4)}" if wrong else ""
+        edits = f": --key {quoted('.'.join(path))} edits it" if path else ""
+        told.append(f"the state dict {where} is unchanged{misfit}{edits}")
     return told
 
 
 def _copies(
     tree: Any, own: Sequence[str | int], names: Collection[str], path: tuple[str, ...] = ()
 ) -> Iterator[tuple[str, ...]]:
-    """Where dicts stand that have tensors under at least half of these names, a wrapper's prefix before them or not."""
+    """Yield the paths of dicts with tensors under at least half of `names`, with or without a wrapper's prefix."""
     if not isinstance(tree, dict) or path == tuple(own):
         return
     keys = [key for key, value in tree.items() if isinstance(key, str) and isinstance(value, TensorEntry)]
@@ -128,7 +135,7 @@ def _copies(
 
 
 def _optimizers(tree: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, Any, Sequence[Any]]]:
-    """Every optimizer's state dict in a checkpoint: where it is, its state, its groups."""
+    """Yield the path, the state and the parameter groups of each optimizer's state dict in a checkpoint."""
     if isinstance(tree, dict):
         state, groups = tree.get("state"), tree.get("param_groups")
         if isinstance(state, dict) and isinstance(groups, list):

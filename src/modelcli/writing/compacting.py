@@ -1,4 +1,4 @@
-"""Storages of which tensors show a part: how much of a file nothing shows, and plans that leave it out."""
+"""Find storages of which the tensors use only a part, and plan a file without the unused bytes."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from modelcli.checkpoints import shapes
 from modelcli.checkpoints.plan import PlannedTensor, Source
 from modelcli.model.dtypes import ITEM_BYTES
 
-#: So many bytes that nothing shows are told of, or as many as the tensors show.
-_TOLD_FROM = 1_000_000
+#: A note reports unused bytes if there are at least so many, or at least as many as used bytes.
+_NOTE_FROM = 1_000_000
 
 
 def unshown(tensors: Mapping[str, PlannedTensor]) -> str | None:
-    """What there is to tell where storages are much larger than what the tensors show of them, else None."""
+    """Return the note for storages that are much larger than what the tensors use of them; else None."""
     held = shown = 0
     for names in _by_source(tensors).values():
         held += tensors[names[0]].source.nbytes
         shown += sum(end - start for start, end, _ in _runs(tensors, names))
-    if held - shown < min(_TOLD_FROM, max(shown, 1)):
+    if held - shown < min(_NOTE_FROM, max(shown, 1)):
         return None
     return (
-        f"the tensors show {shown:,} of the {held:,} bytes that are written: they are slices of larger storages, "
-        "which are written whole, as torch.save does; --compact writes what they show"
+        f"the tensors use {shown:,} of the {held:,} bytes that are written: they are slices of larger storages, "
+        "which are written whole, as torch.save does; --compact writes only what they use"
     )
 
 
@@ -69,7 +69,7 @@ def _shown_bytes(tensor: PlannedTensor) -> int:
 
 
 def _by_source(tensors: Mapping[str, PlannedTensor]) -> dict[object, list[str]]:
-    """The names of the tensors in each storage."""
+    """Return the names of the tensors in each storage."""
     found: dict[object, list[str]] = defaultdict(list)
     for name, tensor in tensors.items():
         found[tensor.source].append(name)
@@ -77,7 +77,7 @@ def _by_source(tensors: Mapping[str, PlannedTensor]) -> dict[object, list[str]]:
 
 
 def _runs(tensors: Mapping[str, PlannedTensor], names: Sequence[str]) -> list[tuple[int, int, list[str]]]:
-    """The stretches of one storage that tensors show, as its bytes from and to, and who shows some of each."""
+    """Return the used ranges of one storage: first byte, end, and the names of the tensors that use the range."""
     found: list[tuple[int, int, list[str]]] = []
     for start, end, name in sorted((*_byte_span(tensors[name]), name) for name in names):
         if found and start < found[-1][1]:
@@ -91,11 +91,11 @@ def _runs(tensors: Mapping[str, PlannedTensor], names: Sequence[str]) -> list[tu
 
 
 def _byte_span(tensor: PlannedTensor) -> tuple[int, int]:
-    """The bytes of its storage from the first to behind the last that a tensor shows."""
+    """Return the range of bytes (start, end) that a tensor uses in its storage."""
     item, last = ITEM_BYTES[tensor.dtype], shapes.extent(tensor.shape, tensor.stride)
     return (tensor.offset * item, (tensor.offset + last) * item) if last else (0, 0)
 
 
 def _aligned(start: int, tensors: Mapping[str, PlannedTensor], names: Sequence[str]) -> int:
-    """A start on the border of an element of every dtype that the bytes are shown as."""
+    """Round a start down to a multiple of the element size of every tensor in the range."""
     return start - start % max(ITEM_BYTES[tensors[name].dtype] for name in names)

@@ -41,7 +41,7 @@ from modelcli.language.expressions import Call, Name, parse
 from modelcli.language.references import Source
 from modelcli.language.selectors import literal
 from modelcli.live import planning, surgery
-from modelcli.live.meta_models import meta_twin
+from modelcli.live.meta_models import meta_copy
 from modelcli.live.opening import Live, open_live
 from modelcli.model.dtypes import FLOATING
 from modelcli.model.paths import joined
@@ -423,7 +423,7 @@ class Taken:
 
 
 def placed(model: nn.Module, meta: bool) -> nn.Module:
-    return meta_twin(model, keep_values=True) if meta else model
+    return meta_copy(model, keep_values=True) if meta else model
 
 
 def sequences_of(model: nn.Module) -> dict[str, nn.Module]:

@@ -260,7 +260,7 @@ def test_a_module_whose_constructor_makes_no_numbers_is_not_written(cli: Cli, fo
     )
     for words in (("replace", "0", "own:Made()", "-m", "Sequential(Linear(4,4))", "-o", "out.pth"),
                   ("save", "out.pth", "-m", "Linear(4,4,device='meta')")):  # fmt: skip
-        assert "weight has no numbers: its constructor makes it on the meta device" in cli(*words, code=2).err
+        assert "weight has no values: its constructor makes it on the meta device" in cli(*words, code=2).err
     assert not Path("out.pth").exists()
 
 

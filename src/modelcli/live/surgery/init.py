@@ -26,7 +26,7 @@ from modelcli.language.quoting import quoted
 from modelcli.live import memory, signatures
 from modelcli.live.build import Bare
 from modelcli.live.describe import describe, dtype_name
-from modelcli.live.meta_models import meta_twin, seeded
+from modelcli.live.meta_models import meta_copy, seeded
 from modelcli.live.script import access_paths
 from modelcli.live.script.grouped_calls import each
 from modelcli.live.script.source_text import STATEMENTS, InexpressibleError, SourceText, loop
@@ -448,7 +448,7 @@ def _resets(module: nn.Module, edit: Init, blueprint: Blueprint, names: Sequence
             "name a scheme: xavier_uniform",
         )
     # Taken now: what later edits do to the model is not to change what is drawn here.
-    frozen = meta_twin(originals, keep_values=True)
+    frozen = meta_copy(originals, keep_values=True)
     pairs = {
         id(tensor): (tensor, twin)
         for tensor, twin in zip(named_tensors(originals).values(), named_tensors(frozen).values(), strict=True)

@@ -207,7 +207,7 @@ def test_word_for_word(mistake: str, cli: Cli, folder: Path) -> None:
 def test_other_words_for_commands_stand_for_commands(cli: Cli) -> None:
     group: Any = typer.main.get_command(app)
     known = set(group.commands)
-    others = [word for kind in edits.everything() for word in kind.also_called]
+    others = [word for kind in edits.usable() for word in kind.also_called]
     assert set(synonyms.COMMANDS.values()) <= known
     assert not known & {*synonyms.COMMANDS, *synonyms.COPYING, *others, "strip"}
     assert len({*synonyms.COMMANDS, *synonyms.COPYING, *others}) == sum(

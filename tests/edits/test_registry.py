@@ -30,7 +30,7 @@ print(json.dumps(found))
 
 def test_a_command_imports_no_edit_but_its_own(folder: Path) -> None:
     torch.save(nn.Linear(2, 3).state_dict(), "v.pth")
-    kinds = list(edits.everything())
+    kinds = list(edits.usable())
     modules = {kind.name: kind.__module__ for kind in kinds}
     lines = [["params", "v.pth"], ["summary", "v.pth"], ["remove", "--help"], ["--help"]]
     words = [sys.executable, "-c", IMPORTED, json.dumps(list(modules.values())), json.dumps(lines)]

@@ -184,6 +184,7 @@ def test_the_program_finds_it_and_reads_entry_points_only_then(site: list[Path],
     ("module", "said"),
     [
         (None, "the edit wreck cannot be loaded from wreck:Wreck: No module named 'wreck'"),
+        ("1 / 0", "the edit wreck cannot be loaded from wreck:Wreck: division by zero"),
         ("Wreck = 3", "the edit wreck cannot be loaded from wreck:Wreck: that is no edit of this name"),
         (
             "from modelcli_plugin.clamp import Clamp as Wreck",
@@ -212,3 +213,4 @@ def test_one_that_cannot_be_used_leaves_the_help_whole(
     assert "clamp" in shown
     assert len(re.findall(r"│ params ", shown)) == 1  # no edit takes the name of another command
     assert said in cli("wreck", "fc", "-m", NET, code=5).err
+    assert "did you mean: modelcli remove fc" in cli("rm", "fc", code=2).err

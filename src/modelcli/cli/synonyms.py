@@ -38,4 +38,4 @@ def _edit_also_called(word: str) -> str | None:
     """The edit that other programs call so."""
     from modelcli import edits
 
-    return next((kind.name for kind in edits.everything() if word in kind.also_called), None)
+    return next((kind.name for kind in edits.usable() if word in kind.also_called), None)

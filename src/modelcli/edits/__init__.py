@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from modelcli.edits.registry import class_called, everything, find, names, own_names
+from modelcli.edits.registry import class_called, find, names, own_names, usable
 
 if TYPE_CHECKING:
     from modelcli.edits.base import Edit
@@ -36,7 +36,6 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "Edit",
     "checked_operand",
-    "everything",
     "find",
     "from_words",
     "kind_called",
@@ -46,4 +45,5 @@ __all__ = [
     "parse",
     "parse_all",
     "split",
+    "usable",
 ]

@@ -7,8 +7,10 @@ are wanted.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+import operator
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -53,12 +55,12 @@ def own_names() -> list[str]:
     return list(_EDITS)
 
 
-def everything() -> Iterator[type[Edit]]:
-    """The class of each edit there is."""
+def usable() -> Iterator[type[Edit]]:
+    """The class of each edit, without those of other packages that cannot be loaded."""
     for name in names():
-        found = find(name)
-        assert found is not None
-        yield found
+        with contextlib.suppress(SystemFailureError):
+            if (found := find(name)) is not None:
+                yield found
 
 
 def class_called(name: str) -> type[Edit] | None:
@@ -73,8 +75,8 @@ def _loaded(name: str, where: str) -> type[Edit]:
 
     module, _, attribute = where.partition(":")
     try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+        found = operator.attrgetter(attribute)(importlib.import_module(module))
+    except Exception as error:  # whatever the module of another package may raise
         if name in _EDITS:
             raise
         raise SystemFailureError(f"the edit {name} cannot be loaded from {where}: {error}") from error
@@ -88,7 +90,7 @@ def _from_elsewhere() -> Mapping[str, str]:
     """Where the classes of other packages' edits are, by the names of the edits."""
     from importlib.metadata import entry_points
 
-    return {point.name: point.value for point in entry_points(group=ENTRY_POINTS)}
+    return {point.name: f"{point.module}:{point.attr}" for point in entry_points(group=ENTRY_POINTS)}
 
 
 def forget() -> None:

@@ -27,7 +27,7 @@ _WRITER = """
 import importlib, sys
 from pathlib import Path
 from modelcli import checkpoints, writing
-from modelcli.writing import Care, Plan, PlannedTensor
+from modelcli.writing import WriteOptions, Plan, PlannedTensor
 
 main = importlib.import_module("modelcli.cli.main")
 main._end_in_order()
@@ -40,7 +40,8 @@ try:
     for number in range(rounds):
         if number == 1:
             print("x", flush=True)  # everything is imported by now
-        writing.write(plans[number % 2], out, Care(force=True, max_shard_bytes=300_000, durable=False), kind=kind)
+        options = WriteOptions(force=True, max_shard_bytes=300_000, durable=False)
+        writing.write(plans[number % 2], out, options, kind=kind)
 except main._EndedError as error:
     raise SystemExit(128 + error.number)
 except KeyboardInterrupt:

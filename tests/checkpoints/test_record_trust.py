@@ -38,7 +38,9 @@ def forge(source: str, out: str, **changes: Any) -> Record:
     """The tensors of a file that modelcli wrote, with another record; gives the honest one."""
     record = record_of(source)
     plan = planning.plan(open_live(Source(source)), Path(out), "pth")
-    writing.write(replace(plan, record=to_text(replace(record, **changes))), Path(out), writing.Care(force=True))
+    writing.write(
+        replace(plan, record=to_text(replace(record, **changes))), Path(out), writing.WriteOptions(force=True)
+    )
     return record
 
 
@@ -271,7 +273,7 @@ def test_a_damaged_record_is_named(cli: Cli, folder: Path, field: str) -> None:
     wrong = {"input_dtype": ["nonsense"], "seed": -1, "edits": ["frezee 0"], "schema": 2}
     document = json.loads(to_text(record_of("one.pth"))) | {field: wrong[field]}
     plan = planning.plan(open_live(Source("one.pth")), Path("evil.pth"), "pth")
-    writing.write(replace(plan, record=json.dumps(document)), Path("evil.pth"), writing.Care(force=True))
+    writing.write(replace(plan, record=json.dumps(document)), Path("evil.pth"), writing.WriteOptions(force=True))
     told = {"input_dtype": "no dtype 'nonsense'", "seed": "its seed is -1", "edits": "frezee", "schema": "schema is 2"}
     error = cli("summary", "evil.pth").err
     assert "the record in evil.pth was ignored" in error

@@ -189,7 +189,7 @@ def test_a_line_that_no_recipe_can_hold_writes_no_result(cli: Cli, folder: Path)
     (folder / "out.pth").write_bytes(b"mine")
     before = (folder / "modelcli.toml").read_bytes()
     error = cli("apply", "-e", "add '\udcff' ReLU", "-o", "out.pth", "--force", "--json", code=2).error
-    assert error["message"] == "cannot write modelcli.toml: a recipe is UTF-8 text, and a name in it is not"
+    assert error["message"] == "cannot write modelcli.toml: a recipe is UTF-8 text, but a name in it is not"
     assert (folder / "modelcli.toml").read_bytes() == before
     assert (folder / "out.pth").read_bytes() == b"mine"
 

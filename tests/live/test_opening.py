@@ -18,7 +18,7 @@ from modelcli.live import planning
 from modelcli.live.opening import open_live
 from modelcli.live.providers import torchvision as zoo
 from modelcli.live.sources import named_tensors, real_tensor
-from modelcli.writing import Care
+from modelcli.writing import WriteOptions
 from tests import nets
 from tests.conftest import Cli
 
@@ -481,7 +481,7 @@ def test_a_record_imports_nothing(cli: Cli, folder: Path, reference: str, where:
     else:
         evil = replace(record, edits=("replace 0 Sequential(trap:Net())",), numbers=(1,), edit_count=1)
     plan = planning.plan(open_live(Source("out.pth")), Path("evil.pth"), "pth")
-    writing.write(replace(plan, record=to_text(evil)), Path("evil.pth"), writing.Care(force=True))
+    writing.write(replace(plan, record=to_text(evil)), Path("evil.pth"), writing.WriteOptions(force=True))
     for words in (("freeze", ".", "-m", "evil.pth"), ("load", "evil.pth"), ("save", "x.pth", "-m", "evil.pth")):
         assert "--trust" in cli(*words, code=3).err
     with pytest.raises(UnsafeError):
@@ -606,7 +606,7 @@ def test_what_is_in_no_file_is_drawn_again_as_it_was(folder: Path) -> None:
     for line in ("replace **:ReLU GELU()", "cast . float32", "replace 3 own:Noise(4)", "replace 1 Linear(4,4)"):
         live.apply([edits.parse(line)])
     plan = planning.plan(live, folder / "out.pth", "pth")
-    writing.write(plan, folder / "out.pth", Care())
+    writing.write(plan, folder / "out.pth", WriteOptions())
     loaded = modelcli.load(folder / "out.pth", trust=True)
     torch.manual_seed(3)
     assert torch.equal(loaded[3].noise, torch.randn(4))

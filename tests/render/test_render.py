@@ -20,13 +20,15 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
+from modelcli.commands.edit import EditResult
+from modelcli.commands.fit_check import FitCheck
 from modelcli.commands.load import LoadResult
 from modelcli.edits import parse
+from modelcli.edits.applied import Change
 from modelcli.language.references import Source
 from modelcli.model.blueprint import Blueprint, LayerTrace, ModuleInfo, Trace
 from modelcli.model.state_dict_match import Mismatch
 from modelcli.model.tensors import TensorInfo
-from modelcli.model.totals import totals_of
 from modelcli.providers.published import PublishedModel
 from modelcli.recipe import Recipe
 from modelcli.render import writers
@@ -53,6 +55,7 @@ from modelcli.render.views import (
     text,
 )
 from modelcli.render.writers import safe, to_csv, to_json, to_markdown, to_plain
+from modelcli.writing import Written
 from tests.model.test_blueprints import TIED
 
 HOSTILE = "a\x1b[31mred\x07\r\n\x9b2J\u202eb"
@@ -759,25 +762,11 @@ def test_a_shared_module_is_said_to_be_the_same() -> None:
 
 
 def an_edit(**more: Any) -> View:
-    arguments: dict[str, Any] = {
-        "lines": ["replace head Linear(4,3)"],
-        "changes": [
-            {
-                "path": "head",
-                "action": "replace",
-                "before": "Linear(4, 11)",
-                "after": "Linear(4, 3)",
-                "params_before": 44,
-                "params_after": 15,
-            }
-        ],
-        "before": TIED.totals,
-        "after": TIED.totals,
-        "check": {"ran": True, "reason": None, "input": [[1, 3]], "output_shape": [1, 3]},
-        "output": "out.pth",
-        "outcome": [("wrote", "out.pth")],
-    }
-    return edit_document.edits("m", TIED, **(arguments | more))
+    changes = (Change("head", "replace", "Linear(4, 11)", "Linear(4, 3)", 44, 15),)
+    check = FitCheck(True, None, [1, 3], ((1, 3),))
+    written = Written(Path("out.pth"), "pth", 8, 244_403_360)
+    result = EditResult("m", TIED, TIED.totals, ("replace head Linear(4,3)",), changes, check, written)
+    return edit_document.edits(replace(result, **more), [("wrote", "out.pth")])
 
 
 def test_edits() -> None:
@@ -800,7 +789,7 @@ def test_edits() -> None:
         "output_shape": [1, 3],
     }
     assert document["output"] == "out.pth"
-    assert an_edit(output=None).document["output"] is None
+    assert an_edit(written=None).document["output"] is None
 
 
 def test_what_an_edit_prints() -> None:
@@ -809,15 +798,15 @@ def test_what_an_edit_prints() -> None:
     assert re.search(r"^params: +62$", plain, re.MULTILINE)
     assert re.search(r"^check: +runs: \[1,3\] -> \[1,3\]$", plain, re.MULTILINE)
     assert re.search(r"^wrote: +out\.pth$", plain, re.MULTILINE)
-    skipped = to_plain(an_edit(check={"ran": False, "reason": "no input is known"}))
+    skipped = to_plain(an_edit(check=FitCheck(False, "no input is known")))
     assert re.search(r"^check: +not made: no input is known$", skipped, re.MULTILINE)
-    smaller = totals_of(TIED.tensors[:1])
-    assert re.search(r"^params: +62 -> 44 \(-18\)$", to_plain(an_edit(after=smaller)), re.MULTILINE)
+    smaller = Blueprint(TIED.modules, TIED.tensors[:1])
+    assert re.search(r"^params: +62 -> 44 \(-18\)$", to_plain(an_edit(blueprint=smaller)), re.MULTILINE)
 
 
 def test_an_edit_of_the_root_is_shown_as_a_dot() -> None:
-    change = dict(an_edit().document["changes"][0]) | {"path": ""}
-    assert an_edit(changes=[change]).document["changes"][0]["path"] == "."
+    change = Change("", "replace", "Linear(4, 11)", "Linear(4, 3)", 44, 15)
+    assert an_edit(changes=(change,)).document["changes"][0]["path"] == "."
 
 
 def test_load() -> None:
@@ -842,9 +831,8 @@ def test_load() -> None:
 
 
 def test_save() -> None:
-    shown = save_document.save(
-        "m", TIED, output="out.pth", kind="pth", tensors=8, nbytes=244_403_360, check={"ran": False}
-    )
+    written = Written(Path("out.pth"), "pth", 8, 244_403_360)
+    shown = save_document.save(EditResult("m", TIED, TIED.totals, (), (), FitCheck(False), written), "pth")
     document = dict(shown.document)
     assert {key: document[key] for key in ("output", "format", "tensors", "params", "bytes")} == {
         "output": "out.pth",

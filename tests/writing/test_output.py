@@ -28,7 +28,7 @@ from modelcli.errors import FileFormatError, ModelcliError, SystemFailureError
 from modelcli.language.references import Source
 from modelcli.live.opening import open_live
 from modelcli.live.planning import plan
-from modelcli.writing import Care, Plan, PlannedTensor, output
+from modelcli.writing import Plan, PlannedTensor, WriteOptions, output
 from modelcli.writing.output import Output
 from tests.conftest import Cli
 
@@ -397,7 +397,9 @@ def test_a_report_for_a_progress_bar(folder: Path, tmp_path: Path) -> None:
     for out, kind in (("out.pth", "pth"), ("out.safetensors", "safetensors"), ("out", "folder")):
         told.clear()
         made = plan(open_live(Source("in.pth")), Path(out), kind)
-        written = writing.write(made, Path(out), Care(verify=True, report=lambda *now: told.append(now)), kind=kind)
+        written = writing.write(
+            made, Path(out), WriteOptions(verify=True, report=lambda *now: told.append(now)), kind=kind
+        )
         for doing in ("writing", "verifying"):
             done = [now for now, _, what in told if what == doing]
             assert done == sorted(done)

@@ -40,7 +40,7 @@ from modelcli.live.planning import plan
 from modelcli.live.sources import Value
 from modelcli.model.blueprint import Blueprint, ModuleInfo
 from modelcli.model.tensors import TensorInfo
-from modelcli.writing import Care, Plan, PlannedTensor
+from modelcli.writing import Plan, PlannedTensor, WriteOptions
 from tests.benchmarks.bench_writing import sparse_pth
 from tests.checkpoints.test_checkpoints import (
     DTYPES,
@@ -107,7 +107,7 @@ def record_of(state: Mapping[str, torch.Tensor], seed: int = 0, ties: Mapping[st
 
 
 def write(plan: Plan, path: Path, **options: Any) -> Path:
-    writing.write(plan, path, Care(force=True, **options))
+    writing.write(plan, path, WriteOptions(force=True, **options))
     return path
 
 
@@ -672,7 +672,7 @@ def test_what_cannot_be_verified_is_not_kept(tmp_path: Path, monkeypatch: pytest
     other = torch_zip.layout(plan_of({"b": torch.ones(2)}))
     monkeypatch.setattr(torch_zip, "layout", lambda _plan: other)
     with pytest.raises(SystemFailureError, match="not what was written"):
-        writing.write(plan_of({"a": torch.ones(2)}), path, Care(force=True))
+        writing.write(plan_of({"a": torch.ones(2)}), path, WriteOptions(force=True))
     assert (path.read_bytes(), len(list(tmp_path.iterdir()))) == (b"old", 1)
 
 

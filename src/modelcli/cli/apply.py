@@ -10,7 +10,7 @@ import typer
 from modelcli.cli import completing, output, progress
 from modelcli.cli.mounting import Command
 from modelcli.cli.options import EditOptions, OutputOptions, SourceOptions, UnheededOptions, exit_codes
-from modelcli.cli.outcome import show_outcome, tell_waiting, writing_of
+from modelcli.cli.outcome import show_outcome, tell_waiting, write_request
 from modelcli.errors import RequestError
 from modelcli.language.quoting import quoted
 
@@ -41,6 +41,7 @@ def apply(
     modelcli apply -e 'replace classifier.6 Linear(_,10)' -e 'freeze features' -m alexnet
     """
     from modelcli.commands.apply import find_batch
+    from modelcli.commands.edit import EditRequest
     from modelcli.commands.edit import edit as carry_out
     from modelcli.commands.target import recipe_locked
 
@@ -48,8 +49,9 @@ def apply(
     path, given = _edits_from(file, lines, source)
     with recipe_locked(edit.model, source.recipe, tell_waiting), progress.of_bytes(options) as report:
         batch = find_batch(path, given, edit.model, source.overrides(), source.recipe)
-        outcome = carry_out(batch.target, batch.edits, writing_of(edit, edit.out, report), batch.places)
-    show_outcome(batch.target, outcome, edit, options)
+        how = write_request(edit, edit.out)
+        edited = carry_out(EditRequest(batch.target, batch.edits, how, batch.places), report)
+    show_outcome(batch.target, edited, edit, options)
 
 
 def script(
@@ -88,8 +90,9 @@ def script(
     modelcli script -e 'replace fc Linear(_,10)' -m resnet18 -o head10.pth
     """
     from modelcli import writing
-    from modelcli.commands import script as scripting
     from modelcli.commands.apply import Batch, find_batch
+    from modelcli.commands.script import ScriptRequest
+    from modelcli.commands.script import script as write_script
     from modelcli.commands.target import find_target
     from modelcli.render.documents import script as documents
 
@@ -100,7 +103,7 @@ def script(
         batch = Batch(find_target(model, source.overrides(), source.recipe))
     else:
         batch = find_batch(path, given, model, source.overrides(), source.recipe)
-    made = scripting.script(batch, Path(out), kind, bare=bare)
+    made = write_script(ScriptRequest(batch, Path(out), kind, bare=bare))
     output.show(documents.script(batch.target.source.model, made.blueprint, made.text), options, made.notes)
 
 

@@ -12,7 +12,7 @@ from modelcli import edits
 from modelcli.cli import completing, output, progress
 from modelcli.cli.mounting import Command
 from modelcli.cli.options import EditOptions, OutputOptions, SourceOptions, exit_codes, names_of
-from modelcli.cli.outcome import show_outcome, tell_waiting, writing_of
+from modelcli.cli.outcome import show_outcome, tell_waiting, write_request
 from modelcli.edits import Edit
 from modelcli.edits.declaring import Operand, Option
 from modelcli.errors import RequestError, SystemFailureError
@@ -137,6 +137,7 @@ def _carry_out(
 ) -> None:
     """Carry out the edit with these operands; `flags` are the words of its own options."""
     from modelcli import edits
+    from modelcli.commands.edit import EditRequest
     from modelcli.commands.edit import edit as carry_out
     from modelcli.commands.target import find_target, recipe_locked
 
@@ -148,11 +149,12 @@ def _carry_out(
         made = edits.from_words(kind.name, [*flags, "--", *operands])
         with recipe_locked(options.model, source.recipe, tell_waiting), progress.of_bytes(shown) as report:
             target = find_target(options.model, source.overrides(), source.recipe)
-            outcome = carry_out(target, [made], writing_of(options, options.out, report))
+            how = write_request(options, options.out)
+            edited = carry_out(EditRequest(target, (made,), how), report)
     except RequestError as error:
         error.hint = _meant(kind.name, operands, flags, error, options) or error.hint
         raise
-    show_outcome(target, outcome, options, shown)
+    show_outcome(target, edited, options, shown)
 
 
 def _meant(name: str, operands: list[str], flags: list[str], error: RequestError, options: EditOptions) -> str | None:

@@ -9,7 +9,7 @@ import typer
 from modelcli.cli import completing, output, progress
 from modelcli.cli.mounting import Command
 from modelcli.cli.options import OutputOptions, SaveOptions, SourceOptions, exit_codes
-from modelcli.cli.outcome import writing_of
+from modelcli.cli.outcome import write_request
 
 #: The rows of a table for keys that are missing, and for those of each other kind of problem.
 MOST_KEYS = 20
@@ -63,30 +63,20 @@ def save(
 
     modelcli save copy.safetensors -m best.pth
     """
-    from modelcli.commands import save as saving
+    from modelcli.commands.save import SaveRequest
+    from modelcli.commands.save import save as write_recipe
     from modelcli.commands.target import find_target
     from modelcli.render.documents import save as documents
 
     output.format_of(options)
     target = find_target(edit.model, source.overrides(), source.recipe)
+    how = write_request(edit, out)
     with progress.of_bytes(options) as report:
-        how = writing_of(edit, out, report)
-        outcome = saving.save(target, how)
-    written = outcome.written
-    kept = sum(tensor.persistent for tensor in outcome.blueprint.tensors)
-    view = documents.save(
-        target.source.model,
-        outcome.blueprint,
-        output=None if written is None else written.reference,
-        kind=how.kind if written is None else written.format,
-        tensors=kept if written is None else written.tensors,
-        nbytes=None if written is None else written.nbytes,
-        check=outcome.check,
-    )
-    notes = list(outcome.notes)
-    if written is None:
+        saved = write_recipe(SaveRequest(target, how), report)
+    notes = list(saved.notes)
+    if saved.written is None:
         notes.append("nothing was written: --dry-run changes nothing")
-    output.show(view, options, notes)
+    output.show(documents.save(saved, how.format), options, notes)
 
 
 def log(

@@ -1,7 +1,6 @@
 """How edits and `save` write, and how what they did is shown."""
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,16 +10,15 @@ from modelcli.errors import RequestError, did_you_mean
 from modelcli.language.quoting import quoted
 
 if TYPE_CHECKING:
-    from modelcli.commands.edit import Outcome, Writing
+    from modelcli.commands.edit import EditResult
     from modelcli.commands.target import Target
+    from modelcli.commands.write import WriteRequest
 
 
-def writing_of(
-    options: SaveOptions, out: str | None, report: Callable[[int, int, str], None] | None = None
-) -> "Writing":
-    """The options as the session wants them. Raises RequestError for a check or a format that does not exist."""
+def write_request(options: SaveOptions, out: str | None) -> "WriteRequest":
+    """Where and how the options say to write. Raises RequestError for a check or a format that does not exist."""
     from modelcli import writing
-    from modelcli.commands.edit import Writing
+    from modelcli.commands.write import WriteRequest
     from modelcli.language.references import parse_bytes
 
     ways = ("meta", "run", "none")
@@ -28,9 +26,9 @@ def writing_of(
         raise RequestError(
             f"no check {options.check!r}", did_you_mean(options.check, ways) or "--check meta, run or none"
         )
-    return Writing(
+    return WriteRequest(
         out=None if out is None else Path(out),
-        kind="pth" if out is None else writing.format_of(out),
+        format="pth" if out is None else writing.format_of(out),
         force=options.force,
         dry_run=options.dry_run,
         check=options.check,
@@ -39,16 +37,15 @@ def writing_of(
         durable=not options.no_fsync,
         verify=options.verify,
         max_shard_bytes=None if options.max_shard_size is None else parse_bytes(options.max_shard_size),
-        report=report,
     )
 
 
-def show_outcome(target: "Target", outcome: "Outcome", options: EditOptions, shown: OutputOptions) -> None:
+def show_outcome(target: "Target", edited: "EditResult", options: EditOptions, shown: OutputOptions) -> None:
     """Show what an edit changed, and what was written where."""
     from modelcli.render import views
     from modelcli.render.documents import edit as documents
 
-    written = outcome.written
+    written = edited.written
     if written is not None:
         result = ("written", f"{written.reference} ({views.megabytes(written.nbytes)})")
     elif options.dry_run:
@@ -63,19 +60,8 @@ def show_outcome(target: "Target", outcome: "Outcome", options: EditOptions, sho
     results = [result]
     if written is not None and target.recipe is not None:
         results.append(("recorded", str(target.recipe)))
-    view = documents.edits(
-        target.source.model,
-        outcome.blueprint,
-        lines=outcome.edits,
-        changes=outcome.changes,
-        before=outcome.before,
-        after=outcome.after,
-        check=outcome.check,
-        output=None if written is None else written.reference,
-        outcome=results,
-        folded=output.is_screen(shown),
-    )
-    output.show(view, shown, [*outcome.notes, *output.folding_note(view, "change", "-f csv")])
+    view = documents.edits(edited, results, folded=output.is_screen(shown))
+    output.show(view, shown, [*edited.notes, *output.folding_note(view, "change", "-f csv")])
 
 
 def tell_waiting(recipe: Path) -> None:

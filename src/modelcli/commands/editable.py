@@ -15,15 +15,15 @@ from modelcli.model.blueprint import Blueprint
 if TYPE_CHECKING:
     from modelcli.checkpoints.contents import Contents
     from modelcli.checkpoints.record import Record
-    from modelcli.edits.applied import Change
+    from modelcli.edits.applied import Applied
+    from modelcli.live.trace import Traced
     from modelcli.live.training_state import Held
     from modelcli.writing import Plan
 
 
 class Editable(Protocol):
-    """A model that is open for edits, where it comes from, and what was done to it."""
+    """A model that is open for edits, and where it comes from. `notes` are what there was to say when it was opened."""
 
-    changes: list[Change]
     notes: list[str]
     seed: int
 
@@ -63,24 +63,22 @@ class Editable(Protocol):
 
     def describe(self) -> Blueprint: ...
 
-    def apply(self, edits: Sequence[Edit], *, trusted: bool = True, place: str = "") -> list[Change]:
-        """Carry out edits, all or none. `place` is where one edit stands. Raises RequestError where one is wrong."""
+    def apply(self, edits: Sequence[Edit], *, trusted: bool = True) -> Applied[Any]:
+        """Carry out edits: all of them, or none where one is wrong. Raises RequestError that says what is wrong."""
         ...
 
-    def forget_changes(self) -> None:
-        """Take all edits so far for granted: `changes` are those of edits from now on."""
+    def plan(
+        self, out: Path, kind: str, *, bare: bool = False, compact: bool = False, traced: Traced | None = None
+    ) -> Plan:
+        """What to write, in a format of `writing`. `traced` is a forward pass of the model as it is, for its record."""
         ...
 
-    def plan(self, out: Path, kind: str, *, bare: bool = False, compact: bool = False) -> Plan:
-        """What to write, in a format of `writing`."""
+    def overflow_notes(self) -> list[str]:
+        """Which values a narrower dtype cannot hold, known once they have been written."""
         ...
 
-    def lost_values(self) -> list[str]:
-        """What there is to tell of values that a narrower dtype cannot hold, after they have been written."""
-        ...
-
-    def drawn_values(self) -> list[str]:
-        """What there is to tell of values that are in no file and were drawn at random."""
+    def random_value_notes(self) -> list[str]:
+        """Which values are in no file and were randomly initialised."""
         ...
 
 

@@ -65,7 +65,6 @@ def load(request: LoadRequest) -> LoadResult:
     elif live.architecture is not None and live.architecture.weights is not None:
         opening.load_weights(live)
     blueprint = live.describe()
-    live.notes += _of_numbers(live)
     loaded = LoadResult(
         reference=source.model,
         blueprint=blueprint,
@@ -73,7 +72,7 @@ def load(request: LoadRequest) -> LoadResult:
         missing=report.missing if report else (),
         unexpected=report.unexpected if report else (),
         mismatched=report.mismatched if report else (),
-        notes=(*live.notes, *likeness_of(live)),
+        notes=(*live.notes, *_value_notes(live), *likeness_of(live)),
         error=error,
     )
     if error is not None or request.dry_run:
@@ -100,7 +99,7 @@ def _keep(live: Live, target: Target) -> None:
         keep_blueprint(key, planning.traced(live, with_values=True))
 
 
-def _of_numbers(live: Live) -> list[str]:
+def _value_notes(live: Live) -> list[str]:
     """Where the numbers of a loaded model come from, where that is not what its user may think."""
     base = live.architecture
     if live.drawn and base is not None and base.pretrained:

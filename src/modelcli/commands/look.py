@@ -110,14 +110,12 @@ def _looked(target: Target, *, traced: bool, mode: str, cached: bool) -> Look:
     if key is not None and (kept := blueprint_cache.get(key)) is not None:
         hidden = resolve.hidden_file_note(target.source.model, target.source.folder)
         return Look(kept, () if hidden is None else (hidden,))
-    from modelcli.commands.recipe_edits import apply_recipe
+    from modelcli.commands.applied_edits import apply_each
     from modelcli.live import apart, downloads, opening, planning
 
     with downloads.forbidden():
         live = opening.open_live(target.source)
-        told = len(live.notes)
-        apply_recipe(live, target)
-        del live.notes[told:]  # what the edits had to say was said when they were made
+        apply_each(live, target.edits, target.places)  # its notes were shown when the edits were made
         # What is kept has a forward pass in it, so that it answers every question.
         blueprint = planning.traced(live, mode, with_values=True) if traced or key is not None else live.describe()
     if key is not None:
@@ -216,12 +214,12 @@ def _may_run(record: Record, source: Source) -> bool:
 @stdout_is_for_data
 def torchinfo_table(target: Target, *, mode: str, depth: int | None) -> str:
     """The table that torchinfo makes of a model, its recipe's edits applied. Raises RequestError where it cannot."""
-    from modelcli.commands.recipe_edits import apply_recipe
+    from modelcli.commands.applied_edits import apply_each
     from modelcli.live import downloads, opening, torchinfo_table
 
     with downloads.forbidden():
         live = opening.open_live(target.source)
-        apply_recipe(live, target)
+        apply_each(live, target.edits, target.places)
         return torchinfo_table.table(live, mode=mode, depth=depth)
 
 

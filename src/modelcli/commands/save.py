@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
-from modelcli.commands.edit import Outcome, Writing, check_fit, outcome_of, write
+from dataclasses import dataclass
+
+from modelcli.commands.applied_edits import apply_each
+from modelcli.commands.edit import EditResult, checked_and_written
 from modelcli.commands.editable import open_editable
+from modelcli.commands.fit_check import FitCheck
 from modelcli.commands.look import stdout_is_for_data
-from modelcli.commands.recipe_edits import apply_recipe
 from modelcli.commands.target import Target, without_edits
+from modelcli.commands.write import Progress, WriteRequest
+
+
+@dataclass(frozen=True)
+class SaveRequest:
+    """A model with the edits of its recipe, and where to write it."""
+
+    target: Target
+    write: WriteRequest
 
 
 @stdout_is_for_data
-def save(target: Target, how: Writing) -> Outcome:
-    """Apply the recipe's edits, check the result and write it."""
-    with target.noted():
-        return _saved(target, how)
+def save(request: SaveRequest, progress: Progress | None = None) -> EditResult:
+    """Carry out the recipe's edits, check the result and write it."""
+    with request.target.noted():
+        return _saved(request, progress)
 
 
-def _saved(target: Target, how: Writing) -> Outcome:
+def _saved(request: SaveRequest, progress: Progress | None) -> EditResult:
     from modelcli import writing
 
+    target, how = request.target, request.write
     assert how.out is not None
-    writing.check_target(how.out, how.kind, force=how.force)
-
-    live = open_editable(target.source, target.edits)
-    before = live.describe()
-    apply_recipe(live, target)
-    if target.edits:
-        check = check_fit(live, without_edits(target), target.edits, how)
-    else:
-        check = {"ran": False, "reason": "nothing was edited", "output_shape": None, "input": None}
-    outcome = outcome_of(live, target, before, check, target.edits)
-    return outcome if how.dry_run else write(live, outcome, how.out, how)
+    writing.check_target(how.out, how.format, force=how.force)
+    model = open_editable(target.source, target.edits)
+    before = model.describe()
+    applied = apply_each(model, target.edits, target.places)
+    check = None if target.edits else FitCheck(False, "nothing was edited")
+    return checked_and_written(model, before, applied, without_edits(target), how, progress, check)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from modelcli.commands.applied_edits import apply_each
 from modelcli.commands.apply import Batch
-from modelcli.commands.edit import Writing, check_fit
+from modelcli.commands.fit_check import check_fit
 from modelcli.commands.look import stdout_is_for_data
-from modelcli.commands.recipe_edits import apply_recipe
 from modelcli.commands.target import Target, without_edits
 from modelcli.errors import RequestError
 
@@ -17,14 +17,28 @@ if TYPE_CHECKING:
     from modelcli.live.scripting import Script
 
 
+@dataclass(frozen=True)
+class ScriptRequest:
+    """Edits of a model, and the file that the script writes in this format.
+
+    With `bare` the script drops what a training checkpoint holds besides its state dict.
+    """
+
+    batch: Batch
+    out: Path
+    format: str
+    bare: bool = False
+
+
 @stdout_is_for_data
-def script(batch: Batch, out: Path, kind: str, *, bare: bool) -> Script:
+def script(request: ScriptRequest) -> Script:
     """The same work as a plain PyTorch script: see `live.scripting.script`. A note says where it would not run."""
     from modelcli.live import scripting
 
+    batch = request.batch
     edits = (*batch.target.edits, *batch.edits)
     places = (*batch.target.places, *batch.places)
-    made = scripting.script(batch.target.source, edits, places, out, kind, bare=bare)
+    made = scripting.script(batch.target.source, edits, places, request.out, request.format, bare=request.bare)
     made = replace(made, notes=(*batch.target.notes, *made.notes))
     if not edits:
         return made
@@ -37,9 +51,9 @@ def _misfit(target: Target) -> str | None:
     from modelcli.live import opening
 
     live = opening.open_live(target.source)
-    apply_recipe(live, target)
+    applied = apply_each(live, target.edits, target.places)
     try:
-        check_fit(live, without_edits(target), target.edits, Writing())
+        check_fit(live, applied, without_edits(target), "meta")
     except RequestError as error:
         return f"the edited model does not fit, and modelcli itself would not write it: {error.message}"
     return None

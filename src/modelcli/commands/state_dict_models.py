@@ -15,7 +15,7 @@ from modelcli.checkpoints.record import Record
 from modelcli.checkpoints.state_dict_model import model_of
 from modelcli.commands import state_dict_plan
 from modelcli.edits import Edit
-from modelcli.edits.applied import Change, Context, seed_of
+from modelcli.edits.applied import Applied, Change, Context, seed_of
 from modelcli.errors import ModelcliError, RequestError
 from modelcli.language import input_texts
 from modelcli.language.references import CheckpointFile, Source
@@ -27,6 +27,7 @@ from modelcli.writing import Plan
 
 if TYPE_CHECKING:
     from modelcli.live.inputs import Inputs
+    from modelcli.live.trace import Traced
 
 
 @dataclass
@@ -44,7 +45,6 @@ class OpenStateDict:
     record: Record | None = None
     inputs: StatedInputs | None = None
     edits: list[tuple[int, str]] = field(default_factory=list)
-    changes: list[Change] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     seed: int = 0
     edit_count: int = 0
@@ -55,7 +55,7 @@ class OpenStateDict:
     def describe(self) -> Blueprint:
         return self.model.blueprint
 
-    def apply(self, edits: Sequence[Edit], *, trusted: bool = True, place: str = "") -> list[Change]:
+    def apply(self, edits: Sequence[Edit], *, trusted: bool = True) -> Applied[StateDictModel]:
         """Carry out edits, all or none. Raises RequestError where one is wrong."""
         model, inputs = self.model, self.inputs
         changes: list[Change] = []
@@ -77,13 +77,7 @@ class OpenStateDict:
         self.model, self.inputs = model, inputs
         self.edit_count += len(edits)
         self.edits += lines
-        self.changes += changes
-        self.notes += notes
-        return changes
-
-    def forget_changes(self) -> None:
-        """Take all edits so far for granted."""
-        self.changes.clear()
+        return Applied(model, changes, notes, cast("Inputs | None", inputs), lines)
 
     @property
     def parameters_opened(self) -> Mapping[str, Held]:
@@ -101,7 +95,9 @@ class OpenStateDict:
     def tensors_now(self) -> Mapping[str, Hashable]:
         return {name: tensor.identity for name, tensor in self.model.tensors.items()}
 
-    def plan(self, out: Path, kind: str, *, bare: bool = False, compact: bool = False) -> Plan:
+    def plan(
+        self, out: Path, kind: str, *, bare: bool = False, compact: bool = False, traced: Traced | None = None
+    ) -> Plan:
         """What to write. Raises RequestError for what a checkpoint of that kind cannot hold."""
         return state_dict_plan.plan(
             self.model,
@@ -142,7 +138,7 @@ class OpenStateDict:
         recorded = self.record is not None and (self.record.input_size is not None or self.record.inputs)
         return bool(self.source.input_size is not None or self.source.inputs or recorded)
 
-    def lost_values(self) -> list[str]:
+    def overflow_notes(self) -> list[str]:
         """What there is to tell of values that a narrower dtype cannot hold, after they have been written."""
         cast = {name: tensor for name, tensor in self.model.tensors.items() if tensor.cast_from and tensor.source}
         if not cast:
@@ -153,7 +149,7 @@ class OpenStateDict:
         entries: dict[str, TensorEntry] = {name: self._sources.entry(name, cast[name]) for name in ordered}
         return overflow.notes_of(entries)
 
-    def drawn_values(self) -> list[str]:
+    def random_value_notes(self) -> list[str]:
         return []
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
     from modelcli.live.inputs import Inputs
+    from modelcli.model.blueprint import Blueprint
 
 #: An `nn.Module`, or a state-dict model.
 Model = TypeVar("Model")
@@ -20,11 +21,13 @@ class Context:
         seed: what the values that it draws come from.
         inputs: what the model takes; None where nobody knows.
         trusted: whether it may run code other than that of known libraries.
+        blueprint: the model as a blueprint, where there is one already: a handler takes it from `blueprint_of`.
     """
 
     seed: int
     inputs: Inputs | None
     trusted: bool
+    blueprint: Blueprint | None = None
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from modelcli.language.expressions import HOLE, Call
 from modelcli.language.quoting import quoted
 from modelcli.live import modules, trace
 from modelcli.live.describe import dtype_name, floating_dtype
-from modelcli.live.edit_history import EditHistory
+from modelcli.live.edit_history import NO_HISTORY, EditHistory
+from modelcli.live.mult_adds import MultAdds
 from modelcli.live.operator_rules import OperatorError
 from modelcli.live.rules import Misfit, MisfitError
 from modelcli.live.surgery import argument_from, brief, shape_with
@@ -38,6 +39,7 @@ class Check:
         output_shape: the shape of the output, as in `LayerTrace`.
         called: the paths of the modules that the pass called.
         notes: what the pass could not check.
+        traced: the pass itself, for a record, if it was asked for and ran on the meta device.
     """
 
     ran: bool
@@ -45,6 +47,7 @@ class Check:
     output_shape: Any = None
     called: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
+    traced: trace.Traced | None = None
 
 
 #: A function that makes a model and returns it with its inputs.
@@ -59,7 +62,8 @@ def check(
     *,
     known: MakeModel | None = None,
     device: str = "meta",
-    history: EditHistory | None = None,
+    history: EditHistory = NO_HISTORY,
+    traced: bool = False,
 ) -> Check:
     """Run `after` on the meta device under the operator rules, or on the CPU.
 
@@ -74,6 +78,7 @@ def check(
         known: makes the unedited model and its own known input, if the user stated another one.
         device: `meta` or `cpu`.
         history: the edits at each path, for messages.
+        traced: whether the result needs the pass itself.
 
     Raises:
         RequestError: the edited model fails. The message names the module, what flows in, what it expects, and the
@@ -83,16 +88,17 @@ def check(
         return Check(False, "the input size is not known: pass --input-size, batch included")
     if device == "meta" and (stored := _storage_dtype(after)) is not None:
         return Check(False, f"{stored} is only for storage: no module of torch.nn computes with it")
-    watch, seen = _pass(after, inputs, device)
+    counter = MultAdds() if traced and device == "meta" else None
+    watch, seen = _pass(after, inputs, device, counter)
     if seen.failure is None:
+        found = None if counter is None else trace.traced(trace.Ran(seen, watch.subject), inputs, counter)
         called = frozenset(seen.output_shapes)
-        return Check(True, None, trace.shape_of(seen.output), called, _unchecked_notes(watch, seen, edited))
+        return Check(True, None, trace.shape_of(seen.output), called, _unchecked_notes(watch, seen, edited), found)
     if seen.failure.needs_values:
         return Check(False, f"{seen.failure.reason}; --check run makes the pass with values")
     unedited, runs_elsewhere = _failure_before_edit(before, known, inputs, device)
     if unedited is not None and not runs_elsewhere and _is_same(unedited, seen.failure):
         return Check(False, f"the model cannot run before the edit either: {unedited.reason}")
-    history = history or EditHistory()
     refusal = _refusal(after, inputs, seen.failure, watch, edited, history)
     refusal.message = _where(seen.failure.path, watch, history) + refusal.message
     if unedited is not None:
@@ -203,11 +209,11 @@ class _Watch:
             self.last = (path, module, output)
 
 
-def _pass(module: nn.Module, inputs: Inputs, device: str) -> tuple[_Watch, trace.Pass]:
+def _pass(module: nn.Module, inputs: Inputs, device: str, counter: MultAdds | None = None) -> tuple[_Watch, trace.Pass]:
     given = inputs.tensors(device)
     subject = trace.meta_copy_if_possible(module) if device == "meta" else module
     watch = _Watch(subject, list(given))
-    return watch, trace.run(subject, given, device=device, visit=watch.visit, leave=watch.leave)
+    return watch, trace.run(subject, given, device=device, visit=watch.visit, leave=watch.leave, counter=counter)
 
 
 def _refusal(

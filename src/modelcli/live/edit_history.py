@@ -2,45 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from modelcli.edits import Edit
-from modelcli.live.surgery import Change
+from modelcli.edits.applied import Change
 from modelcli.model.paths import ancestors
 
 
-@dataclass
+class AppliedEdit(Protocol):
+    """An edit that was carried out, where it is written, and what it changed."""
+
+    @property
+    def edit(self) -> Edit: ...
+
+    @property
+    def place(self) -> str: ...
+
+    @property
+    def changes(self) -> Iterable[Change]: ...
+
+
+@dataclass(frozen=True)
 class EditHistory:
-    """The edits that changed something at each path, in order: where each was written, and its line."""
+    """The edits that changed something at each path, in order, each as an error names it: its place and its line."""
 
-    _found: dict[str, tuple[str, ...]] = field(default_factory=dict)
-
-    def add(self, edit: Edit, place: str, changes: Iterable[Change]) -> None:
-        """Add what an edit changed. `place` is where it was written: `-e 1`, `modelcli.toml:5`; empty for a command."""
-        if not edit.can_break_fit:
-            return
-        if edit.moves_paths:
-            self._found.clear()
-        named = f"{place}: {str(edit)!r}" if place else ""
-        for path in {change.path for change in changes}:
-            self._found[path] = (*self._found.get(path, ()), named)
-
-    def clear(self) -> None:
-        self._found.clear()
+    by_path: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def count(self, path: str) -> int:
         """How many edits changed what is at a path."""
-        return len(self._of(path))
+        return len(self._at(path))
 
     def named(self, path: str) -> str:
         """The edits that changed what is at a path: `-e 1: 'replace fc ...', -e 3: ...`; empty for a command."""
-        return ", ".join(filter(None, self._of(path)))
+        return ", ".join(filter(None, self._at(path)))
 
     def only(self) -> str:
         """The only edit that changed anything; empty where there are several."""
-        named = {name for names in self._found.values() for name in names}
+        named = {name for names in self.by_path.values() for name in names}
         return named.pop() if len(named) == 1 else ""
 
-    def _of(self, path: str) -> tuple[str, ...]:
-        return next((self._found[above] for above in ancestors(path) if above in self._found), ())
+    def _at(self, path: str) -> tuple[str, ...]:
+        return next((self.by_path[above] for above in ancestors(path) if above in self.by_path), ())
+
+
+NO_HISTORY = EditHistory()
+
+
+def history_of(applied: Iterable[AppliedEdit]) -> EditHistory:
+    """The history of edits that were carried out in this order, without those that cannot break the fit."""
+    found: dict[str, tuple[str, ...]] = {}
+    for each in applied:
+        if not each.edit.can_break_fit:
+            continue
+        if each.edit.moves_paths:
+            found.clear()
+        named = f"{each.place}: {str(each.edit)!r}" if each.place else ""
+        for path in {change.path for change in each.changes}:
+            found[path] = (*found.get(path, ()), named)
+    return EditHistory(found)

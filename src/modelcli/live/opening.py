@@ -17,17 +17,18 @@ from modelcli.checkpoints.reading_to_edit import read_to_edit
 from modelcli.checkpoints.record import Record
 from modelcli.edits import Edit
 from modelcli.edits import parse as parse_edit
+from modelcli.edits.applied import Applied
 from modelcli.errors import FileFormatError, ModelcliError, RequestError
 from modelcli.language import input_texts, references
 from modelcli.language.references import CheckpointFile, NamedModel, Source
 from modelcli.live import bounds, inputs, loading, memory, providers, trace
 from modelcli.live.build import Architecture, architecture
 from modelcli.live.describe import describe, floating_dtype
-from modelcli.live.edit_history import EditHistory
 from modelcli.live.inputs import Inputs
 from modelcli.live.loading import LoadReport
 from modelcli.live.sources import flag_of, is_lazy, named_tensors, set_flag
-from modelcli.live.surgery import Change, apply
+from modelcli.live.surgery import apply
+from modelcli.live.trace import Traced
 from modelcli.live.training_state import Held
 from modelcli.model.blueprint import Blueprint
 from modelcli.writing import Plan
@@ -54,8 +55,6 @@ class Live:
     contents: Contents | None = None
     inputs: Inputs | None = None
     edits: list[tuple[int, str]] = field(default_factory=list)
-    changes: list[Change] = field(default_factory=list)
-    history: EditHistory = field(default_factory=EditHistory)
     report: LoadReport | None = None
     record: Record | None = None
     notes: list[str] = field(default_factory=list)
@@ -63,6 +62,7 @@ class Live:
     edit_count: int = 0
     opened_with: dict[str, nn.Parameter] = field(default_factory=dict)
     opened_tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    _blueprint: Blueprint | None = None
 
     @property
     def drawn(self) -> bool:
@@ -70,28 +70,30 @@ class Live:
         return self.contents is None and base is not None and base.weights is None and base.instance is None
 
     def describe(self) -> Blueprint:
-        return describe(self.module)
+        """The model as a blueprint, which is made once between two edits."""
+        if self._blueprint is None:
+            self._blueprint = describe(self.module)
+        return self._blueprint
 
-    def apply(self, edits: Sequence[Edit], *, trusted: bool = True, place: str = "") -> list[Change]:
-        """Apply edits through the one core; what they resolved to joins `edits`. `place` is where one edit stands.
+    def apply(self, edits: Sequence[Edit], *, trusted: bool = True) -> Applied[nn.Module]:
+        """Carry out edits: all of them, or none where one is wrong. What they resolved to joins `edits`.
 
         Without `trusted` an edit that would run code other than that of known libraries is refused.
         """
         numbers = self.next_numbers(len(edits))
-        done = apply(self.module, edits, seed=self.seed, numbers=numbers, inputs=self.inputs, trusted=trusted)
-        self.module, self.inputs = done.model, done.inputs
+        done = apply(
+            self.module,
+            edits,
+            seed=self.seed,
+            numbers=numbers,
+            inputs=self.inputs,
+            trusted=trusted,
+            blueprint=self.describe(),
+        )
+        self.module, self.inputs, self._blueprint = done.model, done.inputs, None
         self.edit_count += len(edits)
         self.edits += done.lines
-        self.changes += done.changes
-        self.notes += done.notes
-        if len(edits) == 1:
-            self.history.add(edits[0], place, done.changes)
-        return done.changes
-
-    def forget_changes(self) -> None:
-        """Take all edits so far for granted: `changes` are those of edits from now on."""
-        self.changes.clear()
-        self.history.clear()
+        return done
 
     @property
     def parameters_opened(self) -> Mapping[str, Held]:
@@ -113,20 +115,22 @@ class Live:
         """What tells its tensors apart."""
         return {name: id(tensor) for name, tensor in named_tensors(self.module).items()}
 
-    def plan(self, out: Path, kind: str, *, bare: bool = False, compact: bool = False) -> Plan:
+    def plan(
+        self, out: Path, kind: str, *, bare: bool = False, compact: bool = False, traced: Traced | None = None
+    ) -> Plan:
         """What to write for it: see `live.planning.plan`."""
         from modelcli.live import planning
 
-        return planning.plan(self, out, kind, bare=bare, compact=compact)
+        return planning.plan(self, out, kind, bare=bare, compact=compact, made=traced)
 
-    def lost_values(self) -> list[str]:
-        """What there is to tell of values that a narrower dtype cannot hold, after they have been written."""
+    def overflow_notes(self) -> list[str]:
+        """Which values a narrower dtype cannot hold, known once they have been written."""
         from modelcli.live import overflow
 
         return overflow.notes_of(self.module)
 
-    def drawn_values(self) -> list[str]:
-        """What there is to tell of values that are in no file and were drawn at random."""
+    def random_value_notes(self) -> list[str]:
+        """Which values are in no file and were randomly initialised."""
         notes = []
         if self.report is not None and self.report.missing:
             count = len(self.report.missing)
@@ -276,7 +280,7 @@ class _Opening:
             raise RequestError(f"--arch {path}: the model of that recipe, {read.source.model}, names no architecture")
         for edit, place in zip(read.edits, read.places, strict=True):
             try:
-                live.apply([edit], place=place)
+                live.apply([edit])
             except ModelcliError as error:
                 error.message = f"{place}: {str(edit)!r}: {error.message}"
                 raise
@@ -495,7 +499,7 @@ def blueprint_of(instance: nn.Module, shapes: tuple[tuple[int, ...], ...] | None
     if shapes is None:
         return found
     given = Inputs(shapes, floating=floating_dtype(instance) or "float32")
-    return found.with_trace(trace.trace(instance, given, real=lambda: copy.deepcopy(instance))[0])
+    return found.with_trace(trace.trace(instance, given, real=lambda: copy.deepcopy(instance)).trace)
 
 
 def edit_instance(

@@ -22,6 +22,7 @@ from modelcli.live.describe import describe, dtype_name
 from modelcli.live.inert import inert_of
 from modelcli.live.opening import Live
 from modelcli.live.sources import AnySource, Value, flag_of, is_composite, is_lazy, named_tensors, row_major, source_of
+from modelcli.live.trace import Traced
 from modelcli.model.blueprint import Blueprint, Trace
 from modelcli.model.paths import ancestors, parent_of
 from modelcli.writing import Plan, PlannedTensor, compacting
@@ -29,13 +30,20 @@ from modelcli.writing.extras import belongs_to_model, is_empty, left_out_note, r
 
 
 def plan(
-    live: Live, out: Path, kind: str, *, bare: bool = False, compact: bool = False, record: Record | None = None
+    live: Live,
+    out: Path,
+    kind: str,
+    *,
+    bare: bool = False,
+    compact: bool = False,
+    record: Record | None = None,
+    made: Traced | None = None,
 ) -> Plan:
     """What to write for a live model, in a format of `writing`.
 
     `bare` drops what stood around the state dict. `compact` writes of each storage what the tensors show of it: without
     it a slice of a large buffer takes the whole buffer along, as `torch.save` does. `record` is the one to write, by
-    default that of the live model.
+    default that of the live model; `made` is the forward pass that goes into it, where one was made already.
 
     Raises RequestError for what a checkpoint of that kind cannot hold.
     """
@@ -74,7 +82,7 @@ def plan(
         metadata = loading.metadata_of(live.module, contents)
     return Plan(
         tensors,
-        records.to_text(record or record_of(live, Path(os.path.realpath(out)).parent)),
+        records.to_text(record or record_of(live, Path(os.path.realpath(out)).parent, made)),
         _plain(metadata),
         extras,
         tree,
@@ -162,8 +170,11 @@ def _plain(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return {name: dict(value) if isinstance(value, dict) else value for name, value in metadata.items()}
 
 
-def record_of(live: Live, folder: Path) -> Record:
-    """The record of a live model, with Python paths as seen from the folder that it is written to."""
+def record_of(live: Live, folder: Path, made: Traced | None = None) -> Record:
+    """The record of a live model, with Python paths as seen from the folder that it is written to.
+
+    `made` is a forward pass of the model as it is, where one was made already.
+    """
     base = live.architecture
     reference = None
     if base is not None:
@@ -178,7 +189,7 @@ def record_of(live: Live, folder: Path) -> Record:
         edits=tuple(line for _, line in live.edits),
         numbers=tuple(number for number, _ in live.edits),
         frozen=frozen,
-        blueprint=traced(live),
+        blueprint=traced(live, made=made),
         input_size=live.inputs.shapes or None if live.inputs is not None and _is_stated(live) else None,
         input_dtype=live.inputs.dtypes if live.inputs is not None else (),
         inputs=live.inputs.texts if live.inputs is not None and _is_stated(live) else (),
@@ -192,22 +203,22 @@ def _is_stated(live: Live) -> bool:
     return bool(changed or live.source.input_size is not None or live.source.inputs or recorded)
 
 
-def traced(live: Live, mode: str = "eval", *, with_values: bool = False) -> Blueprint:
+def traced(live: Live, mode: str = "eval", *, with_values: bool = False, made: Traced | None = None) -> Blueprint:
     """The blueprint of a live model with a forward pass in it; lazy parameters have the shapes it gave them.
 
     A model that the meta device cannot run is run under fake tensors; `with_values` on the CPU, where memory allows.
     """
-    made, twin = trace_of(live, mode, with_values=with_values)
+    made = made or _forward_pass(live, mode, with_values=with_values)
     blueprint = live.describe()
-    if any(tensor.shape is None for tensor in blueprint.tensors) and made.reason is None:
-        blueprint = describe(twin)
-    return blueprint.with_trace(made)
+    if any(tensor.shape is None for tensor in blueprint.tensors) and made.trace.reason is None:
+        blueprint = describe(made.module)
+    return blueprint.with_trace(made.trace)
 
 
-def trace_of(live: Live, mode: str, *, with_values: bool = False) -> tuple[Trace, torch.nn.Module]:
+def _forward_pass(live: Live, mode: str, *, with_values: bool = False) -> Traced:
     if live.architecture is None:
         reason = "no architecture is known: --arch names one"
-        return Trace(None, reason=reason, device=None), live.module
+        return Traced(Trace(None, reason=reason, device=None), live.module)
     return trace.trace(live.module, live.inputs, mode=mode, real=live.real_module if with_values else None)
 
 

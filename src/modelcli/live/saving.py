@@ -37,7 +37,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], like: Path, *, force: b
     _require_same_tensors(state, record, like)
     live = Live(_Holder(state), Source(str(like)), None)
     plan = planning.plan(live, out, kind, record=_with_flags(record, model, state))
-    writing.write(plan, out, writing.Care(force=force), kind=kind)
+    writing.write(plan, out, writing.WriteOptions(force=force), kind=kind)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

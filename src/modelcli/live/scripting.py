@@ -55,7 +55,7 @@ def script(
     for edit, place in zip(edits, places, strict=True):
         work.edit(edit, place)
     work.save(out, kind, bare=bare)
-    return Script(text.whole(), (*live.notes, *text.notes), live.describe())
+    return Script(text.whole(), (*live.notes, *work.edit_notes, *text.notes), live.describe())
 
 
 class _Script:
@@ -66,6 +66,7 @@ class _Script:
         self.live = live
         self.before = before
         self.contents = live.contents
+        self.edit_notes: list[str] = []
         self.state = State(list(live.contents.tensors) if live.contents is not None else [])
 
     # --- the model -------------------------------------------------------------------------------------------------
@@ -138,12 +139,13 @@ class _Script:
     def edit(self, edit: Edit, place: str) -> None:
         """One edit, as what it was resolved to."""
         try:
-            changes = self.live.apply([edit])
+            applied = self.live.apply([edit])
         except ModelcliError as error:
             error.message = f"{place}: {str(edit)!r}: {error.message}"
             raise
+        self.edit_notes += applied.notes
         self.text.paragraph(str(edit))
-        resolved = [edit_lines.parse(line) for change in changes for line in change.resolved]
+        resolved = [edit_lines.parse(line) for change in applied.changes for line in change.resolved]
         seed: int | None = seed_of(self.live.seed, self.live.edit_count)
         if not resolved:
             self.text.write("# nothing changes")

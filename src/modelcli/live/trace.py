@@ -150,6 +150,14 @@ class Pass:
     output_bytes: int = 0
 
 
+@dataclass(frozen=True)
+class Traced:
+    """A forward pass as plain data, and the module that ran: its lazy parameters have their shapes now."""
+
+    trace: Trace
+    module: nn.Module
+
+
 Visitor = Callable[[nn.Module, str, tuple[Any, ...], Mapping[str, Any]], None]
 Leaver = Callable[[nn.Module, str, Any], None]
 
@@ -340,7 +348,7 @@ def meta_copy_if_possible(module: nn.Module) -> nn.Module:
 
 def trace(
     module: nn.Module, inputs: Inputs | None, *, mode: str = "eval", real: Callable[[], nn.Module] | None = None
-) -> tuple[Trace, nn.Module]:
+) -> Traced:
     """Trace a forward pass. Hooks and a dispatch mode collect the figures, so a pass that fails still gives rows.
 
     Args:
@@ -353,7 +361,8 @@ def trace(
         The trace, and the module that ran, whose lazy parameters have shapes now.
     """
     if inputs is None:
-        return Trace(None, reason=f"the input size is not known: {how_to_state_input(module)}", device=None), module
+        reason = f"the input size is not known: {how_to_state_input(module)}"
+        return Traced(Trace(None, reason=reason, device=None), module)
     counter = MultAdds()
 
     def attempt(subject: nn.Module, given: Arguments, device: str, outer: Outer) -> Pass:
@@ -362,6 +371,11 @@ def trace(
         return run(subject, given, device=device, mode=mode, counter=counter, modes=outer)
 
     ran = on_some_device(module, inputs, attempt, real=real)
+    return traced(ran, inputs, counter)
+
+
+def traced(ran: Ran, inputs: Inputs, counter: MultAdds) -> Traced:
+    """A forward pass that was made on these inputs, and whose multiply-accumulates `counter` counted."""
     seen = ran.seen
     layers = {
         path: LayerTrace(seen.output_shapes[path], seen.macs[path])
@@ -382,9 +396,9 @@ def trace(
         unseen=seen.unseen,
     )
     if seen.failure is not None:
-        return replace(made, reason=ran.reason), ran.module
+        return Traced(replace(made, reason=ran.reason), ran.module)
     # As torchinfo does: an output that is kept for the backward pass counts twice, because its gradient is as large.
-    return replace(made, macs=counter.total, forward_backward_bytes=2 * seen.leaf_bytes), ran.module
+    return Traced(replace(made, macs=counter.total, forward_backward_bytes=2 * seen.leaf_bytes), ran.module)
 
 
 def _bytes_of(tensor: torch.Tensor) -> int:

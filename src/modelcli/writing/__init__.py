@@ -24,11 +24,11 @@ from modelcli.writing.output import Output, Report, checksums_in
 __all__ = [
     "DEFAULT_SIZE",
     "FOLDER",
-    "Care",
     "Plan",
     "PlannedStorage",
     "PlannedTensor",
     "Source",
+    "WriteOptions",
     "Written",
     "check_target",
     "format_of",
@@ -44,13 +44,17 @@ DEFAULT_SIZE = 5_000_000_000
 
 
 @dataclass(frozen=True)
-class Care:
-    """How carefully a checkpoint is written.
+class WriteOptions:
+    """How a checkpoint is written.
 
-    `force` replaces what exists; with `durable` it is on the disk when the command ends; with `verify` every byte is
-    read back and compared. `report` is told of the bytes that are written and read back, `max_shard_bytes` is for
-    folders. `reads` are files that have to be unchanged when the new one takes its place, as those have to be that
-    bytes are copied from.
+    Attributes:
+        force: replace what exists.
+        durable: wait until the file is on the disk.
+        verify: read every byte back, and compare.
+        report: called with the bytes that were written and read back so far.
+        max_shard_bytes: the most that a shard of a folder holds.
+        reads: files that have to be unchanged when the new one replaces the old one, besides those that bytes are
+            copied from.
     """
 
     force: bool = False
@@ -102,56 +106,61 @@ def check_target(path: Path, kind: str | None = None, *, force: bool) -> None:
     atomic.check_target(path, force=force, folder=is_folder)
 
 
-def write(plan: Plan, path: Path, care: Care | None = None, *, kind: str | None = None) -> Written:
+def write(plan: Plan, path: Path, options: WriteOptions | None = None, *, kind: str | None = None) -> Written:
     """Write a plan to a sibling of `path`, read it back, then put it in the place of `path` in one step.
 
     `kind` is the format, by default what the name ends in (a `Path` has lost its trailing slash).
 
     Raises SystemFailureError before a byte is written where there is no room for all of them.
     """
-    format_, care = formats.named(kind or format_of(path)), care or Care()
-    nbytes = _write_folder(plan, path, format_, care) if format_.is_folder else _write_file(plan, path, format_, care)
+    format_, options = formats.named(kind or format_of(path)), options or WriteOptions()
+    nbytes = (
+        _write_folder(plan, path, format_, options) if format_.is_folder else _write_file(plan, path, format_, options)
+    )
     return Written(path, format_.name, len(plan.tensors) + len(plan.composites), nbytes, is_folder=format_.is_folder)
 
 
-def _write_file(plan: Plan, path: Path, format_: Format, care: Care) -> int:
+def _write_file(plan: Plan, path: Path, format_: Format, options: WriteOptions) -> int:
     layout = format_.layout(plan)
     atomic.require_space(path, layout.nbytes)
     outputs: list[Output] = []
     replacing = atomic.replacing(
-        path, force=care.force, durable=care.durable, require_unchanged=lambda: _require_unchanged(outputs, care)
+        path,
+        force=options.force,
+        durable=options.durable,
+        require_unchanged=lambda: _require_unchanged(outputs, options),
     )
     with replacing as (file, temporary):
-        with Output(file, layout.nbytes, care.report, durable=care.durable) as output:
+        with Output(file, layout.nbytes, options.report, durable=options.durable) as output:
             outputs.append(output)
             layout.write(output)
         _require_size(path, file.fileno(), layout.nbytes)
         format_.verify(plan, temporary)
-        if care.verify:
-            _compare(file, temporary, layout.parts(), layout.nbytes, care.report)
+        if options.verify:
+            _compare(file, temporary, layout.parts(), layout.nbytes, options.report)
     return layout.nbytes
 
 
-def _write_folder(plan: Plan, path: Path, format_: Format, care: Care) -> int:
-    folder = format_.folder_layout(plan, care.max_shard_bytes)
+def _write_folder(plan: Plan, path: Path, format_: Format, options: WriteOptions) -> int:
+    folder = format_.folder_layout(plan, options.max_shard_bytes)
     atomic.require_space(path, folder.nbytes)
     done, outputs = 0, list[Output]()
     replacing = atomic.replacing_folder(
         path,
-        force=care.force,
-        durable=care.durable,
+        force=options.force,
+        durable=options.durable,
         superseded=format_.superseded,
-        require_unchanged=lambda: _require_unchanged(outputs, care),
+        require_unchanged=lambda: _require_unchanged(outputs, options),
     )
     with replacing as temporary:
         for name, layout in folder.files.items():
             with (temporary / name).open("xb+", buffering=0) as file:
-                with Output(file, folder.nbytes, _after(care.report, done), durable=care.durable) as output:
+                with Output(file, folder.nbytes, _after(options.report, done), durable=options.durable) as output:
                     outputs.append(output)
                     layout.write(output)
                 _require_size(path / name, file.fileno(), layout.nbytes)
-                if care.verify:
-                    _compare(file, temporary / name, layout.parts(), folder.nbytes, _after(care.report, done))
+                if options.verify:
+                    _compare(file, temporary / name, layout.parts(), folder.nbytes, _after(options.report, done))
             done += layout.nbytes
         format_.verify_folder(plan, folder, temporary)
     return folder.nbytes
@@ -162,14 +171,14 @@ def _after(report: Report | None, done: int) -> Report | None:
     return None if report is None else lambda more, total, doing: report(done + more, total, doing)
 
 
-def _require_unchanged(outputs: Iterable[Output], care: Care) -> None:
+def _require_unchanged(outputs: Iterable[Output], options: WriteOptions) -> None:
     """Raise FileFormatError where a file that was read is another one by now: its edits would be lost, or half there.
 
     That is asked at the end of all: a source of the first shard may change while the last is written.
     """
     for output in outputs:
         output.require_unchanged_sources()
-    for path, identity in sorted(care.reads):
+    for path, identity in sorted(options.reads):
         require_unchanged(path, identity)
 
 

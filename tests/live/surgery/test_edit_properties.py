@@ -371,7 +371,7 @@ def test_an_edit_is_the_same_on_meta_and_for_real_and_in_the_file(
     assert_same_numbers(under_every_name(again), under_every_name(model))
     assume(model.state_dict())
     out = folder / "out.pth"
-    writing.write(planning.plan(live, out, "pth"), out, writing.Care(force=True))
+    writing.write(planning.plan(live, out, "pth"), out, writing.WriteOptions(force=True))
     assert_same_numbers(torch.load(out, weights_only=True), model.state_dict())
     loaded = modelcli.load(out, trust=True)
     assert account(loaded) == account(model)

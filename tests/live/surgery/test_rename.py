@@ -139,7 +139,7 @@ def opened(state: dict[str, Any], name: str = "bare.pth") -> Live:
 
 
 def rename(live: Live, *lines: str) -> list[surgery.Change]:
-    return live.apply([edits.parse(line) for line in lines])
+    return live.apply([edits.parse(line) for line in lines]).changes
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])

@@ -139,7 +139,7 @@ def test_holes_take_the_old_modules_attribute() -> None:
 def test_holes_take_what_flows_in() -> None:
     """BatchNorm2d has no num_channels: the second axis of what flows in is it."""
     live = open_live(Source("resnet18"))
-    changes = live.apply([edits.parse("replace **:BatchNorm2d GroupNorm(32,_)")])
+    changes = live.apply([edits.parse("replace **:BatchNorm2d GroupNorm(32,_)")]).changes
     assert len(changes) == 20
     norms = {path: module for path, module in live.module.named_modules() if isinstance(module, nn.GroupNorm)}
     plain = {t.name: t.shape for t in open_live(Source("resnet18")).describe().tensors if t.name.endswith("weight")}

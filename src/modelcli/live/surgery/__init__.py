@@ -26,6 +26,7 @@ from modelcli.live.surgery.snapshot import restored_on_error
 
 if TYPE_CHECKING:
     from modelcli.live.inputs import Inputs
+    from modelcli.model.blueprint import Blueprint
 
 
 def apply(
@@ -36,12 +37,13 @@ def apply(
     numbers: Sequence[int] | None = None,
     inputs: Inputs | None = None,
     trusted: bool = True,
+    blueprint: Blueprint | None = None,
 ) -> Applied[nn.Module]:
     """Carry out edits in order. `numbers`, else 1, 2, 3, are what they count as, which decides what each draws.
 
     On a meta module new modules are made on meta and drawn for real when their numbers are asked for; on a real one
     they are made at once. All or nothing: where one raises RequestError, the module is as it was before the first,
-    and the message names the edit where there are several.
+    and the message names the edit where there are several. `blueprint` is that of the module, where there is one.
     """
     _require_editable(module)
     changes: list[Change] = []
@@ -51,7 +53,7 @@ def apply(
     with restored_on_error(module):
         for position, edit in enumerate(edits):
             number = position + 1 if numbers is None else numbers[position]
-            context = Context(seed_of(seed, number), inputs, trusted)
+            context = Context(seed_of(seed, number), inputs, trusted, None if position else blueprint)
             try:
                 done: Applied[nn.Module] = handler_of(edit).carry_out(now, edit, context)
             except ModelcliError as error:

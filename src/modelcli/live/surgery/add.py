@@ -15,13 +15,13 @@ from modelcli.live.script import access_paths
 from modelcli.live.script.new_modules import new_statements, own_names
 from modelcli.live.script.state import State
 from modelcli.live.script.step import Step
-from modelcli.live.surgery.core import brief
+from modelcli.live.surgery.core import blueprint_of, brief
 from modelcli.live.surgery.placing import Children, holder_and_name, new_child, put_new
 from modelcli.model.paths import joined
 
 
 def carry_out(module: nn.Module, edit: Add, context: Context) -> Applied[nn.Module]:
-    path, own = holder_and_name(describe(module), edit)
+    path, own = holder_and_name(blueprint_of(module, context), edit)
     name = selectors.plain(own)
     if name is None:
         raise RequestError(f"add takes a name for the new module, and {own!r} is a pattern", "write the name out")

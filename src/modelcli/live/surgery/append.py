@@ -13,13 +13,13 @@ from modelcli.live.build import Bare
 from modelcli.live.describe import describe
 from modelcli.live.script import access_paths
 from modelcli.live.script.step import Step
-from modelcli.live.surgery.core import submodule
+from modelcli.live.surgery.core import blueprint_of, submodule
 from modelcli.live.surgery.placing import Children, kind_of, new_child, put_new
 from modelcli.model.paths import joined, shown
 
 
 def carry_out(module: nn.Module, edit: Append, context: Context) -> Applied[nn.Module]:
-    path = selectors.select_one(describe(module), edit.path, edit.name)
+    path = selectors.select_one(blueprint_of(module, context), edit.path, edit.name)
 
     def arranged(holder: nn.Module, new: nn.Module) -> tuple[str, Children]:
         return _appended(holder, path, new)

@@ -15,6 +15,7 @@ from modelcli.live.script.source_text import STATEMENTS, call, loop, quoted
 from modelcli.live.script.state import State
 from modelcli.live.script.step import Step
 from modelcli.live.sources import converted, named_tensors
+from modelcli.live.surgery.core import blueprint_of
 from modelcli.live.surgery.storages import byte_span, has_storage, key_of, view_anew, viewers
 from modelcli.model.dtypes import FLOATING
 
@@ -22,7 +23,7 @@ from modelcli.model.dtypes import FLOATING
 def carry_out(module: nn.Module, edit: Cast, context: Context) -> Applied[nn.Module]:
     dtype: torch.dtype = getattr(torch, edit.dtype)
     tensors = named_tensors(module)
-    found = casting(edit, describe(module), tensors.keys())
+    found = casting(edit, blueprint_of(module, context), tensors.keys())
     chosen = {id(tensors[name]): tensors[name] for name in found.names}
     _convert(module, chosen, dtype, {id(tensor): name for name, tensor in reversed(tensors.items())})
     inputs = context.inputs

@@ -7,13 +7,20 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from modelcli.edits.applied import Context
 from modelcli.errors import RequestError
 from modelcli.language import expressions
 from modelcli.live import signatures
 from modelcli.live.build import Bare
 from modelcli.live.describe import configuration, describe
 from modelcli.live.sources import is_composite, is_lazy, named_tensors
+from modelcli.model.blueprint import Blueprint
 from modelcli.wording import counted
+
+
+def blueprint_of(module: nn.Module, context: Context) -> Blueprint:
+    """The model that an edit works on, as a blueprint."""
+    return describe(module) if context.blueprint is None else context.blueprint
 
 
 def is_meta(module: nn.Module) -> bool:

@@ -16,13 +16,13 @@ from modelcli.live.script.access_paths import place
 from modelcli.live.script.source_text import quoted
 from modelcli.live.script.state import State
 from modelcli.live.script.step import Step
-from modelcli.live.surgery.core import brief, count, submodule
+from modelcli.live.surgery.core import blueprint_of, brief, count, submodule
 from modelcli.live.trace import first_calls
 
 
 def carry_out(module: nn.Module, edit: Extract, context: Context) -> Applied[nn.Module]:
     """Let a submodule be the model; it takes what flows into it."""
-    path = selectors.select_one(describe(module), edit.path, edit.name)
+    path = selectors.select_one(blueprint_of(module, context), edit.path, edit.name)
     if not path:
         raise RequestError("the model itself is the model already", "extract takes a path in it: extract features")
     part = submodule(module, path)

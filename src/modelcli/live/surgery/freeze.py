@@ -13,11 +13,12 @@ from modelcli.live.script.flags import flags
 from modelcli.live.script.state import State
 from modelcli.live.script.step import Step
 from modelcli.live.sources import set_flag
+from modelcli.live.surgery.core import blueprint_of
 
 
 def carry_out(module: nn.Module, edit: Flags, context: Context) -> Applied[nn.Module]:
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    found = flagging(edit, describe(module), parameters.keys())
+    found = flagging(edit, blueprint_of(module, context), parameters.keys())
     for name in found.names:
         set_flag(parameters[name], edit.trains)
     return Applied(module, [*found.changes], [*found.notes], context.inputs)

@@ -34,6 +34,7 @@ from modelcli.live.script.source_text import quoted as literal
 from modelcli.live.script.state import State
 from modelcli.live.script.step import Step
 from modelcli.live.sources import Drawn, Lazy, is_lazy, named_tensors
+from modelcli.live.surgery.core import blueprint_of
 from modelcli.live.surgery.storages import copied, has_storage, key_of, shown_too, view_anew, viewers
 from modelcli.model.blueprint import Blueprint
 from modelcli.model.paths import ancestors, lies_in, parent_of, shown
@@ -45,7 +46,7 @@ DEFAULT = "default"
 
 
 def carry_out(module: nn.Module, edit: Init, context: Context) -> Applied[nn.Module]:
-    blueprint = describe(module)
+    blueprint = blueprint_of(module, context)
     selected = selectors.select_tensors(blueprint, edit.targets, without=edit.without)
     tensors = named_tensors(module)
     names = [name for name in selected if name in tensors]

@@ -20,13 +20,13 @@ from modelcli.live.script.source_text import InexpressibleError
 from modelcli.live.script.state import State, moved
 from modelcli.live.script.step import Step
 from modelcli.live.surgery import numbering
-from modelcli.live.surgery.core import is_numbered, submodule
+from modelcli.live.surgery.core import blueprint_of, is_numbered, submodule
 from modelcli.live.surgery.placing import Children, holder_and_name, kind_of, new_child, put_new
 from modelcli.model.paths import joined, shown
 
 
 def carry_out(module: nn.Module, edit: Insert, context: Context) -> Applied[nn.Module]:
-    path, word = holder_and_name(describe(module), edit)
+    path, word = holder_and_name(blueprint_of(module, context), edit)
 
     def arranged(holder: nn.Module, new: nn.Module) -> tuple[str, Children]:
         return _inserted(holder, path, word, new, renumber=edit.renumber)

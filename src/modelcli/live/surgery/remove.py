@@ -19,7 +19,7 @@ from modelcli.live.script import access_paths
 from modelcli.live.script.state import State, moved
 from modelcli.live.script.step import Step
 from modelcli.live.surgery import numbering
-from modelcli.live.surgery.core import brief, count, is_numbered, put_children, submodule
+from modelcli.live.surgery.core import blueprint_of, brief, count, is_numbered, put_children, submodule
 from modelcli.model.blueprint import Blueprint
 from modelcli.model.paths import joined, lies_in, parent_of, shown
 from modelcli.model.tensors import TensorInfo
@@ -27,7 +27,7 @@ from modelcli.model.tensors import TensorInfo
 
 def carry_out(module: nn.Module, edit: Remove, context: Context) -> Applied[nn.Module]:
     """Take modules out, and in a checkpoint of unknown architecture single tensors as well."""
-    described = describe(module)
+    described = blueprint_of(module, context)
     blueprint = _with_other_entries(module, described)
     paths, names = _picked(module, blueprint, edit)
     if "" in paths:

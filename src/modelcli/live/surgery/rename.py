@@ -21,6 +21,7 @@ from modelcli.live.loading import MAX_MODULE_DEPTH, bare_tree
 from modelcli.live.script.state import State
 from modelcli.live.script.step import Step
 from modelcli.live.sources import is_lazy
+from modelcli.live.surgery.core import blueprint_of
 from modelcli.model.blueprint import Blueprint
 from modelcli.model.paths import ancestors, parent_of
 
@@ -30,7 +31,7 @@ _ROWS = 20
 
 def carry_out(module: nn.Module, edit: Rename, context: Context) -> Applied[nn.Module]:
     """Give a new tree with the keys renamed; the old one stays as it is."""
-    blueprint = describe(module)
+    blueprint = blueprint_of(module, context)
     state: dict[str, Any] = module.state_dict(keep_vars=True)
     new_names = names_given(edit, blueprint, state)
     if all(new is None for new in new_names.values()):

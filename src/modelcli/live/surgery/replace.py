@@ -33,7 +33,7 @@ from modelcli.live.sources import (
     require_source,
 )
 from modelcli.live.surgery import layouts, left_out, shapes
-from modelcli.live.surgery.core import brief, count, places, submodule
+from modelcli.live.surgery.core import blueprint_of, brief, count, places, submodule
 from modelcli.live.surgery.holes import resolved_calls
 from modelcli.live.surgery.new_modules import maker
 from modelcli.live.surgery.storages import byte_span, has_storage, tied, view_anew, viewers
@@ -51,7 +51,7 @@ class _Target:
 
 
 def carry_out(module: nn.Module, edit: Replace, context: Context) -> Applied[nn.Module]:
-    blueprint = describe(module)
+    blueprint = blueprint_of(module, context)
     paths = selectors.select_modules(blueprint, edit.targets, without=edit.without, expect=edit.expect)
     _refuse_expanded(edit, module)
     if "" in paths:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from modelcli.edits import kind_called
-from modelcli.model.blueprint import Blueprint
 from modelcli.model.paths import shown
-from modelcli.model.totals import Totals
 from modelcli.render.documents.common import SCHEMA, model_of, totals_document
 from modelcli.render.views import (
     Bytes,
@@ -23,36 +21,28 @@ from modelcli.render.views import (
 from modelcli.wording import counted
 
 if TYPE_CHECKING:
+    from modelcli.commands.edit import EditResult
+    from modelcli.commands.fit_check import FitCheck
+    from modelcli.edits.applied import Change
     from modelcli.render.folding import Fold
 
 
-def edits(
-    reference: str,
-    blueprint: Blueprint,
-    *,
-    lines: Sequence[str],
-    changes: Iterable[Mapping[str, Any]],
-    before: Totals,
-    after: Totals,
-    check: Mapping[str, Any],
-    output: str | None,
-    outcome: Sequence[tuple[str, str]],
-    folded: bool = False,
-) -> View:
-    """What an edit changed: a row for each change, the totals, the check, and what became of it.
+def edits(result: EditResult, outcome: Sequence[tuple[str, str]] = (), *, folded: bool = False) -> View:
+    """What an edit changed: a row for each change, the totals, the check, and below them the lines of `outcome`.
 
     Where `folded`, the table has one row for the same change of numbered siblings; the document has a row for each.
     """
-    rows = [{**change, "path": shown(change["path"])} for change in changes]
+    rows = [_change(change) for change in result.changes]
+    before, after, check = result.before, result.blueprint.totals, result.check
     document = {
         "schema": SCHEMA,
-        "model": model_of(reference, blueprint),
-        "edits": list(lines),
+        "model": model_of(result.reference, result.blueprint),
+        "edits": list(result.edits),
         "changes": rows,
         "totals_before": totals_document(before),
         "totals_after": totals_document(after),
-        "check": dict(check),
-        "output": output,
+        "check": check_document(check),
+        "output": None if result.written is None else result.written.reference,
     }
     footer = [("params", _difference(before.params, after.params))]
     trained, still = before.trainable_params, after.trainable_params
@@ -61,11 +51,11 @@ def edits(
             footer.append(("trainable", _difference(trained, still)))
     elif trained is not still:
         footer.append(("trainable", f"{count(trained)} -> {count(still)}"))
-    if check["ran"]:
-        given = " ".join(shape(size) for size in check["input"])
-        footer.append(("check", f"runs: {given} -> {shape(check['output_shape'])}"))
+    if check.ran:
+        given = " ".join(shape(list(size)) for size in check.inputs or ())
+        footer.append(("check", f"runs: {given} -> {shape(check.output_shape)}"))
     else:
-        footer.append(("check", f"not made: {check['reason']}"))
+        footer.append(("check", f"not made: {check.reason}"))
     shown_rows = [row | {"arrow": "->", "delta": row["params_after"] - row["params_before"]} for row in rows]
     if folded:
         from modelcli.render import folding
@@ -86,6 +76,29 @@ def edits(
         columns.append(Column("delta", "params", _change_of_size, optional=1))  # the totals say it as well
     hidden = len(rows) - len(shown_rows)
     return View(document, shown_rows, columns, [*footer, *outcome], header=False, folded=hidden)
+
+
+def _change(change: Change) -> dict[str, Any]:
+    """A change as the JSON document has it."""
+    row = {
+        "path": shown(change.path),
+        "action": change.action,
+        "before": change.before,
+        "after": change.after,
+        "params_before": change.params_before,
+        "params_after": change.params_after,
+    }
+    return row if change.nbytes is None else row | {"bytes_before": change.nbytes[0], "bytes_after": change.nbytes[1]}
+
+
+def check_document(check: FitCheck) -> dict[str, Any]:
+    """The check before writing, as the JSON documents have it."""
+    return {
+        "ran": check.ran,
+        "reason": check.reason,
+        "output_shape": check.output_shape,
+        "input": None if check.inputs is None else [list(size) for size in check.inputs],
+    }
 
 
 def _looks_of_change(row: Mapping[str, Any]) -> tuple[object, ...]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
-from modelcli.model.blueprint import Blueprint
 from modelcli.render.documents.common import SCHEMA, model_of
+from modelcli.render.documents.edit import check_document
 from modelcli.render.views import (
     Column,
     View,
@@ -14,27 +13,23 @@ from modelcli.render.views import (
 )
 from modelcli.wording import counted
 
+if TYPE_CHECKING:
+    from modelcli.commands.edit import EditResult
 
-def save(
-    reference: str,
-    blueprint: Blueprint,
-    *,
-    output: str | None,
-    kind: str,
-    tensors: int,
-    nbytes: int | None,
-    check: Mapping[str, Any],
-) -> View:
-    """What was saved where, or would be (`output` and `bytes` are null); `bytes` is the size of the file."""
+
+def save(result: EditResult, kind: str) -> View:
+    """What was saved where, or would be in this format (`output` and `bytes` are null); `bytes` is the file's size."""
+    written, blueprint = result.written, result.blueprint
+    kept = sum(tensor.persistent for tensor in blueprint.tensors)
     document = {
         "schema": SCHEMA,
-        "model": model_of(reference, blueprint),
-        "output": output,
-        "format": kind,
-        "tensors": tensors,
+        "model": model_of(result.reference, blueprint),
+        "output": None if written is None else written.reference,
+        "format": kind if written is None else written.format,
+        "tensors": kept if written is None else written.tensors,
         "params": blueprint.totals.params,
-        "bytes": nbytes,
-        "check": dict(check),
+        "bytes": None if written is None else written.nbytes,
+        "check": check_document(result.check),
     }
     row = {key: document[key] for key in ("output", "format", "tensors", "params", "bytes")}
     columns = (

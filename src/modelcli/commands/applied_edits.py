@@ -1,0 +1,73 @@
+"""Edits carried out on an open model, each by itself: what became of them is a value of this call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from modelcli.errors import ModelcliError, RequestError
+
+if TYPE_CHECKING:
+    from modelcli.commands.editable import Editable
+    from modelcli.edits import Edit
+    from modelcli.edits.applied import Change
+
+
+@dataclass(frozen=True)
+class AppliedEdit:
+    """One edit that was carried out, and what it changed.
+
+    `place` is where it is written: `-e 1`, `modelcli.toml:5`; empty where it is the command itself.
+    """
+
+    edit: Edit
+    place: str
+    changes: tuple[Change, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class AppliedEdits:
+    """The edits that were carried out together, in order."""
+
+    edits: tuple[AppliedEdit, ...] = ()
+
+    @property
+    def changes(self) -> tuple[Change, ...]:
+        return tuple(change for applied in self.edits for change in applied.changes)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return tuple(note for applied in self.edits for note in applied.notes)
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """The edits as they were written."""
+        return tuple(str(applied.edit) for applied in self.edits)
+
+
+def apply_each(model: Editable, edits: Sequence[Edit], places: Sequence[str] = ()) -> AppliedEdits:
+    """Carry out edits in order. Those that are wrong are named together, each with its place and line.
+
+    Edits after a wrong one are tried on the model without it, so their errors may come from that one.
+    """
+    applied: list[AppliedEdit] = []
+    wrong: list[ModelcliError] = []
+    for edit, place in zip(edits, places or [""] * len(edits), strict=True):
+        try:
+            done = model.apply([edit])
+        except ModelcliError as error:
+            if place:
+                error.message = f"{place}: {str(edit)!r}: {error.message}"
+            wrong.append(error)
+            if not isinstance(error, RequestError):
+                break
+        else:
+            applied.append(AppliedEdit(edit, place, tuple(done.changes), tuple(done.notes)))
+    if len(wrong) == 1:
+        raise wrong[0]
+    if wrong:
+        lines = [f"{error.message} ({error.hint})" if error.hint else error.message for error in wrong]
+        raise RequestError("\n".join(lines), "mend the first one first: the others may come from it")
+    return AppliedEdits(tuple(applied))

@@ -1,0 +1,151 @@
+"""The check of an edited model before it is written: one forward pass, where the architecture is known."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+from modelcli.commands.applied_edits import AppliedEdits, apply_each
+from modelcli.commands.target import Target
+from modelcli.edits import Edit, kind_called
+from modelcli.errors import RequestError
+from modelcli.language.references import Source
+from modelcli.model.blueprint import Blueprint
+from modelcli.model.paths import ancestors
+from modelcli.model.tensors import Shape
+from modelcli.wording import listed
+
+if TYPE_CHECKING:
+    from modelcli.commands.editable import Editable
+    from modelcli.edits.applied import Change
+    from modelcli.live.check import Check
+    from modelcli.live.opening import Live
+    from modelcli.live.trace import Traced
+
+
+@dataclass(frozen=True)
+class FitCheck:
+    """Whether an edited model still runs.
+
+    Attributes:
+        ran: whether a forward pass was made.
+        reason: why not, where it was not.
+        output_shape: the shape of what came out: a list of sizes, or a list or dict of those.
+        inputs: the shapes that flowed in; None where nobody knows them.
+        notes: what there is to say besides.
+        traced: the pass itself, for the record of the model, where it was made on the meta device for one.
+    """
+
+    ran: bool
+    reason: str | None = None
+    output_shape: Any = None
+    inputs: tuple[Shape, ...] | None = None
+    notes: tuple[str, ...] = ()
+    traced: Traced | None = None
+
+
+def check_fit(model: Editable, applied: AppliedEdits, target: Target, how: str, *, traced: bool = False) -> FitCheck:
+    """Check that an edited model runs where the unedited one did.
+
+    Args:
+        model: the edited model.
+        applied: the edits that are checked.
+        target: the model as it was before these edits.
+        how: `meta`, `run` (on the CPU, with values) or `none`.
+        traced: whether the forward pass is needed for a record.
+
+    Raises RequestError where it no longer runs.
+    """
+    notes: list[str] = []
+    reason, found = _why_unchecked(model, how), None
+    if reason is None:
+        try:
+            found = _checked(cast("Live", model), applied, target, how, traced=traced)
+        except RequestError as error:
+            error.notes = (*model.notes, *applied.notes)
+            raise
+        reason = found.reason
+        notes += found.notes
+        if found.ran:
+            notes += _not_called_notes(model.describe(), applied.changes, found.called)
+    ran = found is not None and found.ran
+    inputs = None if model.inputs is None else tuple(tuple(size) for size in model.inputs.all_shapes)
+    if not ran and reason and model.source.input_size is not None and how != "none":
+        stated = ",".join(map(str, model.source.input_size[0]))
+        notes.append(f"the check was not made with --input-size {stated}: is that right, the batch included?")
+    if found is None:
+        return FitCheck(ran, reason, None, inputs, tuple(notes))
+    return FitCheck(ran, reason, found.output_shape, inputs, tuple(notes), found.traced)
+
+
+def _why_unchecked(model: Editable, how: str) -> str | None:
+    """Why no forward pass is tried; None where one is."""
+    if how == "none":
+        return "--check none skips it"
+    return "no architecture is known: --arch names one" if model.architecture is None else None
+
+
+def _checked(live: Live, applied: AppliedEdits, target: Target, how: str, *, traced: bool) -> Check:
+    from modelcli.live import check as checking
+    from modelcli.live import opening
+    from modelcli.live.edit_history import history_of
+
+    kinds = {change.path: kind_called(change.action) for change in applied.changes if _can_break_fit(change.action)}
+    source, unstated = target.source, target.source.without_input()
+    if how == "run":
+        added: Sequence[Edit] = [each.edit for each in applied.edits]
+
+        def really(source: Source) -> Any:
+            module, unedited = opening.open_real(source, target.edits)
+            return module, unedited.inputs
+
+        after, _ = opening.open_real(source, (*target.edits, *added))
+        unedited, device = really, "cpu"
+    else:
+
+        def on_meta(source: Source) -> Any:
+            unedited = opening.open_live(source)
+            apply_each(unedited, target.edits, target.places)
+            return unedited.module, unedited.inputs
+
+        after, unedited, device = live.module, on_meta, "meta"
+    return checking.check(
+        partial(unedited, source),
+        after,
+        live.inputs,
+        kinds,
+        known=partial(unedited, unstated) if unstated != source else None,
+        device=device,
+        history=history_of(applied.edits),
+        traced=traced,
+    )
+
+
+def _can_break_fit(action: str) -> bool:
+    return kind_called(action).can_break_fit
+
+
+def _not_called_notes(after: Blueprint, changes: Sequence[Change], called: Collection[str]) -> list[str]:
+    """New modules that the forward pass did not call: a class calls the children that it knows.
+
+    One that replaces another may be used otherwise (`out_proj` of an attention), or in train mode alone.
+    """
+    reached = {path for name in called for path in ancestors(name)}
+    idle: list[tuple[type[Edit], str]] = []
+    for change in changes:
+        path = change.path
+        if path in after.by_path and path not in reached and after.by_path[path].shared_with is None:
+            idle.append((kind_called(change.action), path))
+    notes = []
+    if replaced := [path for kind, path in idle if kind.replaces_module]:
+        them = "it" if len(replaced) == 1 else "them"
+        notes.append(f"{listed(replaced, 3)} did not run on the forward pass: the check says nothing of {them}")
+    placed = [path for kind, path in idle if kind.places_module and not kind.replaces_module]
+    return notes + [f"{path} did not run on the forward pass: nothing calls it" for path in placed]
+
+
+def without_traced(check: FitCheck) -> FitCheck:
+    """The check without its pass, which is large: for a result that is shown."""
+    return replace(check, traced=None)

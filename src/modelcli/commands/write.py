@@ -1,0 +1,139 @@
+"""Write an edited model, and say what of its training checkpoint was kept and no longer fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from modelcli.edits import kind_called
+from modelcli.model.blueprint import Blueprint
+from modelcli.model.wrapper_prefixes import Unwrapping
+from modelcli.wording import listed
+
+if TYPE_CHECKING:
+    from modelcli.checkpoints.contents import Contents
+    from modelcli.checkpoints.storage import FileId
+    from modelcli.commands.editable import Editable
+    from modelcli.edits.applied import Change
+    from modelcli.live.trace import Traced
+    from modelcli.writing import Written
+
+#: Called with how many bytes are done, how many there are, and what is being done with them.
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class WriteRequest:
+    """Whether a result is checked and written, where, and how.
+
+    Attributes:
+        out: the file or folder; None where nothing is written.
+        format: the format of `out`, which the end of its name decides.
+        force: replace a file that exists.
+        dry_run: change nothing anywhere.
+        check: `meta`, `run` or `none`: see `fit_check`.
+        bare: drop what a training checkpoint holds besides its state dict.
+        compact: write of each storage only what its tensors show.
+        durable: wait until the disk has it.
+        verify: read every byte back.
+        max_shard_bytes: the most that a shard of a folder holds; None for the usual size.
+    """
+
+    out: Path | None = None
+    format: str = "pth"
+    force: bool = False
+    dry_run: bool = False
+    check: str = "meta"
+    bare: bool = False
+    compact: bool = False
+    durable: bool = True
+    verify: bool = False
+    max_shard_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class WriteResult:
+    """What was written, and what there is to say of it."""
+
+    written: Written
+    notes: tuple[str, ...]
+
+
+def write(
+    model: Editable,
+    changes: Sequence[Change],
+    request: WriteRequest,
+    traced: Traced | None = None,
+    progress: Progress | None = None,
+) -> WriteResult:
+    """Write a model that these changes were made to. `traced` is a forward pass of it, where one was made already."""
+    from modelcli import writing
+
+    assert request.out is not None
+    plan = model.plan(request.out, request.format, bare=request.bare, compact=request.compact, traced=traced)
+    size = writing.DEFAULT_SIZE if request.max_shard_bytes is None else request.max_shard_bytes
+    reads = _files_of(model.contents) if model.contents is not None and request.out.exists() else frozenset()
+    options = writing.WriteOptions(request.force, request.durable, request.verify, progress, size, reads)
+    written = writing.write(plan, request.out, options, kind=request.format)
+    notes = [*plan.notes, *model.overflow_notes(), *_other_checkpoints(written), *model.random_value_notes()]
+    if model.contents is not None and model.contents.key is not None:
+        notes += _training_checkpoint_notes(model, model.contents, changes, kept=plan.key is not None)
+    return WriteResult(written, tuple(notes))
+
+
+def _other_checkpoints(written: Written) -> list[str]:
+    """Which other checkpoint a folder holds beside the one that was written: a command has to say which it means."""
+    from modelcli.checkpoints.sharded import writing as shards
+
+    if written.format != "folder" or not (others := shards.other_indexes(written.path)):
+        return []
+    return [
+        f"{written.reference} holds {listed(others, 3)} as well, which was left as it was: "
+        f"{written.reference}{shards.INDEX} names what was written"
+    ]
+
+
+def _files_of(contents: Contents) -> frozenset[FileId]:
+    """The files that a model was read from.
+
+    Where two commands edit one of them in place at once, the second finds that the file has changed: its own edits
+    would undo those of the first.
+    """
+    from modelcli.checkpoints import CompositeEntry
+
+    entries = contents.tensors.values()
+    parts = (part for each in entries for part in (each.parts if isinstance(each, CompositeEntry) else (each,)))
+    return frozenset(file for part in parts for file in part.storage.files())
+
+
+def _training_checkpoint_notes(
+    model: Editable, contents: Contents, changes: Sequence[Change], *, kept: bool
+) -> list[str]:
+    """What became of the rest of a training checkpoint, and what of it no longer fits."""
+    from modelcli.checkpoints.torch_pickle import state_dicts
+    from modelcli.live import training_state
+
+    assert contents.key is not None
+    others = [str(name) for name in contents.tree if name != contents.key[0]] if isinstance(contents.tree, dict) else []
+    key = state_dicts.key_of(contents.key)
+    names = f" ({listed(others, 4)})" if others else ""
+    rest = f"what {contents.path.name} holds beside {key!r}{names}"
+    if not kept:
+        return [f"{rest} was left out"]
+    outdated = training_state.outdated_optimizer_notes(contents.tree, model.parameters_opened, model.parameters_now)
+    changed = not all(kind_called(change.action).changes_flags_only for change in changes)
+    unwrapping = Unwrapping() if model.report is None else model.report.unwrapping
+    if unwrapping:
+        parts = listed([repr(part) for part in unwrapping.parts], 6)
+        outdated.append(
+            f"the keys in {key!r} are written without {parts}, and what wrote the file may ask for it "
+            "(an edit without --arch leaves the keys as they are)"
+        )
+    renamed = training_state.renamed(model.tensors_opened, model.tensors_now)
+    after: Blueprint = model.describe()
+    copies = training_state.other_state_dict_notes(
+        contents, after, unwrapping=unwrapping, changed=changed, renamed=renamed
+    )
+    return [f"{rest} was kept; --bare drops it", *outdated, *copies]

@@ -1,0 +1,79 @@
+"""How often an edit describes its model, builds it, and runs it: once before and once after, one build, one pass."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from modelcli.live import build, describe, trace
+from tests.conftest import Cli
+
+DESCRIBED, BUILT, RAN = "described", "built", "ran"
+
+
+@pytest.fixture
+def work(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Counts descriptions, builds of an architecture on the meta device, and forward passes."""
+    counts: Counter[str] = Counter()
+
+    def count(module: ModuleType, name: str, what: str) -> None:
+        real: Callable[..., Any] = getattr(module, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            counts[what] += 1
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, counted)
+
+    real_walk = describe.walk
+
+    def walk(*args: Any) -> Any:
+        counts[DESCRIBED] += len(args) == 1  # it calls itself with more, for what lies below
+        return real_walk(*args)
+
+    monkeypatch.setattr(describe, "walk", walk)
+    count(build, "build_on_meta", BUILT)
+    count(trace, "Calls", RAN)
+    return counts
+
+
+@pytest.mark.parametrize("line", ["replace fc Linear(_,10)", "freeze layer1", "cast . bfloat16", "init fc zeros"])
+def test_a_written_edit_describes_twice_builds_once_and_runs_once(cli: Cli, work: Counter[str], line: str) -> None:
+    cli(*line.split(), "-m", "resnet18", "-o", "out.pth")
+    assert (work[DESCRIBED], work[BUILT], work[RAN]) == (2, 1, 1)
+
+
+def test_an_edit_of_a_recipe_runs_once_for_the_check(cli: Cli, work: Counter[str]) -> None:
+    cli("load", "resnet18")
+    work.clear()
+    cli("freeze", "layer1")
+    assert (work[DESCRIBED], work[BUILT], work[RAN]) == (2, 1, 1)
+    work.clear()
+    cli("save", "out.pth")
+    assert (work[DESCRIBED], work[BUILT], work[RAN]) == (2, 1, 1)
+
+
+def test_the_unedited_model_is_opened_where_the_edited_one_fails_and_nowhere_else(cli: Cli, work: Counter[str]) -> None:
+    result = cli("replace", "fc", "Linear(3,10)", "-m", "resnet18", "-o", "out.pth", code=2)
+    assert "does not fit" in result.err
+    assert (work[BUILT], work[RAN]) == (2, 2)
+
+
+def test_the_pass_of_the_check_is_the_one_in_the_record(cli: Cli) -> None:
+    """The rows and multiply-accumulates that a record keeps of the check are those of a pass of its own."""
+    cli("replace", "fc", "Linear(_,10)", "-m", "resnet18", "-o", "checked.pth")
+    cli("replace", "fc", "Linear(_,10)", "-m", "resnet18", "--check", "none", "-o", "unchecked.pth")
+    checked = cli("summary", "checked.pth", "--json").json
+    unchecked = cli("summary", "unchecked.pth", "--json").json
+    assert checked["totals"]["macs"] == unchecked["totals"]["macs"] > 10**9
+    assert checked["layers"] == unchecked["layers"]
+
+
+def test_several_edits_describe_once_more_each(cli: Cli, work: Counter[str]) -> None:
+    lines = ["-e", "replace fc Linear(_,10)", "-e", "freeze layer1", "-e", "cast layer2 float64"]
+    cli("apply", *lines, "-m", "resnet18", "--check", "none", "-o", "out.pth")
+    assert (work[DESCRIBED], work[BUILT]) == (4, 1)

@@ -57,29 +57,41 @@ def recorded(text: str, folder: Path, *, trust: bool) -> Reference:
 
 def record_runs_known_code(record: Record) -> bool:
     """Whether a record names classes and models of known libraries alone: their names say what they are."""
+    return _is_known_code(record.reference) and _edits_place_known_code(record)
+
+
+def _is_known_code(text: str | None) -> bool:
+    """Whether the reference of a record names a model of a known library."""
     from modelcli.providers import known_code
 
-    if record.reference is None:
+    if text is None:
         return False
+    if _is_bare_word(text):
+        return known_code.is_known_name(text)
     try:
-        reference = recorded(record.reference, Path(), trust=False)
+        reference = recorded(text, Path(), trust=False)
     except ModelcliError:
         return False
-    if not isinstance(reference, NamedModel) or not known_code.runs_known_code(reference):
-        return False
-    if not any(_PACKAGE_IN_EDIT.search(line) for line in record.edits):
+    return isinstance(reference, NamedModel) and known_code.runs_known_code(reference)
+
+
+def _edits_place_known_code(record: Record) -> bool:
+    """Whether the classes that the edits of a record place are all of known libraries."""
+    if not any(re.search(_PACKAGE_IN_EDIT, line) for line in record.edits):
         return True  # every class that an edit places goes by its bare name, and these are all of known libraries
     try:
         parsed = record.parsed_edits()
     except RequestError:
         return False
+    from modelcli.providers import known_code
+
     calls = [getattr(edit, "module", None) for edit in parsed]  # of those that place a module
     return all(known_code.names_known_code(call) for call in calls if call is not None)
 
 
 #: What an edit's line needs to place a class outside the known libraries: behind a dot or a colon a name that is
 #: called, or that comes after the target. A line with quotes or backslashes may hide it, so it counts as well.
-_PACKAGE_IN_EDIT = re.compile(r"""[.:]\s*[^\W\d]\w*\s*\(|^\s*\S+\s+\S+\s.*[.:][^\W\d]|["'\\]""")
+_PACKAGE_IN_EDIT = r"""[.:]\s*[^\W\d]\w*\s*\(|^\s*\S+\s+\S+\s.*[.:][^\W\d]|["'\\]"""
 
 
 def disagreement(record: Record, contents: Contents, *, to_build: bool = False) -> str | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from modelcli.checkpoints import formats
 from modelcli.checkpoints.contents import Contents
 from modelcli.checkpoints.entries import CompositeEntry, TensorEntry
+from modelcli.checkpoints.format import Candidate
 from modelcli.checkpoints.storage import Span, Storage
 from modelcli.errors import RequestError, SystemFailureError
 
@@ -21,17 +22,16 @@ def read(path: Path, *, key: str | None = None) -> Contents:
     is corrupt or no checkpoint.
     """
     try:
-        if path.is_dir():
-            format_, path = formats.index_in(path)
-        else:
-            format_ = formats.index_format(path)
+        is_folder = path.is_dir()
+        format_, path = formats.index_in(path) if is_folder else (None, path)
         if not path.exists():
             raise RequestError(f"no such file: {path}")
-        if not path.is_file():
-            raise RequestError(f"{path} is a device or a pipe, and a checkpoint is a file", "save it to a file first")
     except OSError as error:
         raise SystemFailureError(f"cannot read {path}: {error.strerror or error}") from None
-    return formats.read_file(path, key) if format_ is None else formats.read_index(format_, path, key)
+    file = Candidate(path)
+    if format_ is None and not file.is_zip:  # which no index is: most files are told apart by that
+        format_ = formats.index_format(path)
+    return formats.read_file(file, key) if format_ is None else formats.read_index(format_, file, key)
 
 
 def accounts_beside(path: Path) -> list[Path]:

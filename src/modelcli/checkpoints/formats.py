@@ -196,21 +196,20 @@ def _refuse_second_format(file: Candidate, format_: Format) -> None:
     raise FileFormatError(f"{file.path} is {other}", "ask whoever made it for one of the two")
 
 
-def read_file(path: Path, key: str | None = None) -> Contents:
+def read_file(file: Candidate, key: str | None = None) -> Contents:
     """Read one file that holds tensors itself: no index of other files."""
-    file = Candidate(path)
     try:
         return _read(of_file(file), file, key)
     except FileFormatError:
         for format_ in every():
-            if explained := format_.explain(path):
+            if explained := format_.explain(file.path):
                 raise FileFormatError(*explained) from None
         raise
 
 
-def read_index(format_: Format, path: Path, key: str | None = None) -> Contents:
+def read_index(format_: Format, file: Candidate, key: str | None = None) -> Contents:
     """Read a folder by the file in it that says where everything is."""
-    return _read(format_, Candidate(path), key)
+    return _read(format_, file, key)
 
 
 def _read(format_: Format, file: Candidate, key: str | None) -> Contents:

@@ -178,12 +178,15 @@ class SourceOptions(ModelOptions):
 
     def overrides(self) -> dict[str, Any]:
         """The fields of a `Source` that were given. Raises RequestError for an input that cannot be read."""
-        from modelcli.language import input_texts
         from modelcli.language.references import parse_input_size
 
         check_seed(self.seed)
-        input_texts.parse_all(self.inputs or ())
-        dtypes = tuple(map(input_texts.dtype_of_input, self.input_dtype or ()))
+        dtypes: tuple[str, ...] = ()
+        if self.inputs or self.input_dtype:
+            from modelcli.language import input_texts
+
+            input_texts.parse_all(self.inputs or ())
+            dtypes = tuple(map(input_texts.dtype_of_input, self.input_dtype or ()))
         return {
             "weights": self.weights,
             "arch": self.arch,

@@ -16,15 +16,14 @@ from modelcli import checkpoints, providers, resolve
 from modelcli.checkpoints import Contents
 from modelcli.checkpoints.contents import foreign_names
 from modelcli.checkpoints.record import Record
-from modelcli.commands import blueprint_cache
 from modelcli.commands.target import Target, without_edits
 from modelcli.errors import ModelcliError, SystemFailureError, UnsafeError
 from modelcli.language.quoting import quoted
 from modelcli.language.references import CheckpointFile, NamedModel, Source
-from modelcli.model import state_dict_match
 from modelcli.model.blueprint import Blueprint, Trace
 
 if TYPE_CHECKING:
+    from modelcli.commands import blueprint_cache
     from modelcli.commands.editable import Editable
     from modelcli.live.opening import Live
 
@@ -106,6 +105,8 @@ def _looked(target: Target, *, traced: bool, mode: str, cached: bool) -> Look:
     found = _look_at_file(target, traced=traced, mode=mode)
     if found is not None:
         return found
+    from modelcli.commands import blueprint_cache
+
     key = cache_key(target, mode) if cached else None
     if key is not None and (kept := blueprint_cache.get(key)) is not None:
         hidden = resolve.hidden_file_note(target.source.model, target.source.folder)
@@ -236,6 +237,8 @@ def known_blueprint(target: Target) -> Blueprint | None:
         target.source,
         replace(target.source, input_size=None, input_dtype=(), inputs=()),
     ):  # the same modules
+        from modelcli.commands import blueprint_cache
+
         key = cache_key(replace(target, source=source), "eval")
         if key is not None and (kept := blueprint_cache.get(key)) is not None:
             return kept
@@ -244,6 +247,7 @@ def known_blueprint(target: Target) -> Blueprint | None:
 
 def cache_key(target: Target, mode: str) -> blueprint_cache.Key | None:
     """The key of a builder or an expression of installed classes; None for what other code or a file decides."""
+    from modelcli.commands import blueprint_cache
     from modelcli.providers import known_code
 
     source = target.source
@@ -262,7 +266,8 @@ def cache_key(target: Target, mode: str) -> blueprint_cache.Key | None:
 
 def keep_blueprint(key: blueprint_cache.Key, found: Blueprint) -> None:
     """Keep a blueprint, and of a model by its name alone its fingerprint, so that files are known by it."""
-    from modelcli.commands import known_builders
+    from modelcli.commands import blueprint_cache, known_builders
+    from modelcli.model import state_dict_match
 
     blueprint_cache.put(key, found)
     known = providers.names() if key.prefix is None else providers.names_after(key.prefix)
@@ -272,9 +277,12 @@ def keep_blueprint(key: blueprint_cache.Key, found: Blueprint) -> None:
 
 def likeness_notes(contents: Contents) -> list[str]:
     """Which known models a file that does not say its architecture fits exactly, as far as the cache knows."""
-    if blueprint_cache.is_off() or contents.types or not contents.tensors:
+    if contents.types or not contents.tensors:
         return []
-    from modelcli.commands import known_builders
+    from modelcli.commands import blueprint_cache, known_builders
+
+    if blueprint_cache.is_off():
+        return []
 
     names = known_builders.fitting(contents)
     if not names:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from modelcli import providers
-from modelcli.language import expressions
-from modelcli.language.expressions import Call
 from modelcli.language.references import NamedModel
+
+if TYPE_CHECKING:
+    from modelcli.language.expressions import Call
 
 
 def is_known_name(dotted: str) -> bool:
@@ -19,6 +22,8 @@ def is_known_name(dotted: str) -> bool:
 
 def runs_known_code(reference: NamedModel) -> bool:
     """Whether to build a model runs nothing but code of known libraries: no code of the user's decides what it is."""
+    from modelcli.language import expressions
+
     named = expressions.names_in(reference.call)
     if reference.prefix is not None:
         provider = providers.by_prefix(reference.prefix)
@@ -29,4 +34,6 @@ def runs_known_code(reference: NamedModel) -> bool:
 
 def names_known_code(call: Call) -> bool:
     """The same of a module expression."""
+    from modelcli.language import expressions
+
     return all(map(is_known_name, expressions.names_in(call)))

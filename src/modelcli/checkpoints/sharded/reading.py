@@ -10,6 +10,7 @@ from modelcli.checkpoints import formats, limits, named_files, record_reading, s
 from modelcli.checkpoints import record as records
 from modelcli.checkpoints.contents import Contents
 from modelcli.checkpoints.entries import CompositeEntry, TensorEntry
+from modelcli.checkpoints.format import Candidate
 from modelcli.checkpoints.sharded import INDEX_SUFFIX
 from modelcli.errors import FileFormatError, RequestError, SystemFailureError
 from modelcli.files.open_folder import read_regular
@@ -77,7 +78,7 @@ def read(index: Path) -> Contents:
 
 
 def _shard(path: Path) -> Contents:
-    shard = formats.read_file(path)
+    shard = formats.read_file(Candidate(path))
     if shard.key is not None:
         raise FileFormatError(f"{path} is a training checkpoint, and a shard is nothing but tensors by name")
     return shard

@@ -10,7 +10,6 @@ import codecs
 import collections
 import functools
 import io
-import pickletools
 import re
 import struct
 from collections import Counter
@@ -219,7 +218,16 @@ SpanOf = Callable[[str, str | None], Storage]
 _U4 = struct.Struct("<I")
 #: What an integer has at most that `torch.load(weights_only=True)` reads: LONG1 counts its bytes in a single one.
 _INTEGER_BITS = 255 * 8 - 1
-_OPCODES = {ord(opcode.code): opcode for opcode in pickletools.opcodes}
+#: Opcodes that every state dict has: their names, and how the argument is read of one that is of a fixed size.
+#: `pickletools` has the others; its import takes longer than reading a file.
+_USUAL: dict[int, tuple[str, struct.Struct | None]] = {
+    0x80: ("PROTO", struct.Struct("<B")),
+    0x63: ("GLOBAL", None),
+    0x4A: ("BININT", struct.Struct("<i")),
+    0x62: ("BUILD", None),
+    0x75: ("SETITEMS", None),
+    0x7D: ("EMPTY_DICT", None),
+}
 _REBUILD = Global("torch._utils", "_rebuild_tensor_v2")
 _REBUILD_PARAMETER = Global("torch._utils", "_rebuild_parameter")
 _REBUILD_META = Global("torch._utils", "_rebuild_meta_tensor_no_storage")
@@ -292,6 +300,26 @@ def read(
     if not isinstance(data, bytes):
         data.seek(start + end)
     return Pickle(value, tuple(machine.foreign), budget, tuple(machine.attributes))
+
+
+def _opcode(code: int, where: str) -> tuple[str, struct.Struct | Callable[[Any], Any] | None]:
+    """The name of an opcode, and what reads its argument; None where it has none."""
+    if (found := _USUAL.get(code)) is not None:
+        return found
+    name, read = _unusual().get(code, ("", None))
+    if not name:
+        raise FileFormatError(f"{where} is damaged: {code:#04x} is no opcode")
+    return name, read
+
+
+@functools.cache
+def _unusual() -> dict[int, tuple[str, Callable[[Any], Any] | None]]:
+    import pickletools
+
+    return {
+        ord(opcode.code): (opcode.name, None if opcode.arg is None else opcode.arg.reader)
+        for opcode in pickletools.opcodes
+    }
 
 
 class _Machine:
@@ -405,9 +433,7 @@ class _Machine:
                         raise FileFormatError(f"{self.where} is damaged: a frame does not end where its pickle does")
                     return stack.pop(), position
                 else:
-                    opcode = _OPCODES.get(code)
-                    if opcode is None:
-                        raise FileFormatError(f"{self.where} is damaged: {code:#04x} is no opcode")
+                    name, read = _opcode(code, self.where)
                     arg: Any = None
                     if code in _LINES:
                         end = data.index(b"\n", position)
@@ -417,9 +443,12 @@ class _Machine:
                             end = data.index(b"\n", position)
                             arg = arg, data[position:end]
                             position = end + 1
-                    elif opcode.arg is not None:
+                    elif isinstance(read, struct.Struct):
+                        (arg,) = read.unpack_from(data, position)
+                        position += read.size
+                    elif read is not None:
                         stream.seek(position)
-                        arg = opcode.arg.reader(stream)
+                        arg = read(stream)
                         position = stream.tell()
                     nodes += 1
                     if code == 0x95:  # FRAME
@@ -427,7 +456,7 @@ class _Machine:
                             raise FileFormatError(f"{self.where} is damaged: a frame is longer than what it stands in")
                         frame_end = position + arg
                         continue
-                    self._step(opcode.name, arg)
+                    self._step(name, arg)
                     stack = self.stack
             limits.NODES.check(nodes, self.where)
         raise limits.OPCODES.exceeded(self.where, f"more than {limits.OPCODES.value:,} opcodes")

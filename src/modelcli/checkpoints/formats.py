@@ -22,13 +22,16 @@ if TYPE_CHECKING:
 
     from modelcli.checkpoints.contents import Contents
 
-#: The built-in formats, in the order in which a file is shown to them; those that are written, as help lists them.
-_BUILT_IN = (
+#: The built-in formats of files, in the order in which a file is shown to them; help lists those that are written.
+_FILES = (
     "modelcli.checkpoints.torch_programs:TorchScript",
     "modelcli.checkpoints.torch_programs:TorchExport",
     "modelcli.checkpoints.torch_pickle:TorchSave",
     "modelcli.checkpoints.safetensors:Safetensors",
     "modelcli.checkpoints.plain_pickle:PlainPickle",
+)
+#: The built-in formats of folders, in the order in which a folder is shown to them.
+_FOLDERS = (
     "modelcli.checkpoints.sharded:ShardedFolder",
     "modelcli.checkpoints.distributed:DistributedCheckpoint",
 )
@@ -45,7 +48,7 @@ def _made(line: str) -> Format:
 
 def built_in() -> Iterator[Format]:
     """The formats that modelcli brings, each imported when it is asked for."""
-    return map(_made, _BUILT_IN)
+    return map(_made, (*_FILES, *_FOLDERS))
 
 
 @functools.cache
@@ -131,7 +134,7 @@ def written() -> list[Format]:
 
 def folder_format() -> Format:
     """The format that a folder is written in."""
-    return next(format_ for format_ in built_in() if format_.is_folder)
+    return _made(_FOLDERS[0])
 
 
 def default() -> Format:
@@ -249,4 +252,4 @@ def index_in(folder: Path) -> tuple[Format | None, Path]:
 
 def index_format(path: Path) -> Format | None:
     """The format of a folder that a file says the contents of, by the file's name; None for any other file."""
-    return next((format_ for format_ in built_in() if format_.is_index(path.name)), None)
+    return next((format_ for format_ in map(_made, _FOLDERS) if format_.is_index(path.name)), None)

@@ -14,6 +14,7 @@ from modelcli.wording import counted
 
 if TYPE_CHECKING:
     from modelcli.commands.look import Look
+    from modelcli.model.blueprint import Blueprint
     from modelcli.model.tensors import TensorInfo
     from modelcli.render.views import View
     from modelcli.values.statistics import Statistics
@@ -96,7 +97,6 @@ def summary(
     from modelcli.commands.look import LookRequest, torchinfo_table
     from modelcli.commands.look import look as look_at
     from modelcli.commands.target import find_target
-    from modelcli.language import selectors
     from modelcli.render.documents import summary as documents
 
     output.format_of(options)
@@ -119,7 +119,7 @@ def summary(
         depth=depth,
         sort=sort,
         folded=output.is_screen(options) and not expand,
-        paths=frozenset(selectors.select_modules(found.blueprint, select)) if select else None,
+        paths=frozenset(_selected(found.blueprint, select)) if select else None,
         exact=exact,
     )
     _show(view, options, found, found.notes)
@@ -208,6 +208,13 @@ def _statistics(found: "Look", tensors: "Sequence[TensorInfo]", options: OutputO
         return stats_of(found, [tensor.name for tensor in tensors], report)
 
 
+def _selected(blueprint: "Blueprint", select: Sequence[str]) -> list[str]:
+    """The paths of the modules that selectors pick."""
+    from modelcli.language import selectors
+
+    return selectors.select_modules(blueprint, select)
+
+
 def modules(
     source: SourceOptions,
     look: LookOptions,
@@ -228,7 +235,6 @@ def modules(
     from modelcli.commands.look import LookRequest
     from modelcli.commands.look import look as look_at
     from modelcli.commands.target import find_target
-    from modelcli.language import selectors
     from modelcli.render.documents import modules as documents
 
     output.format_of(options)
@@ -237,7 +243,7 @@ def modules(
     target = find_target(named(model, look), source.overrides(), source.recipe)
     found = look_at(LookRequest(target, cached=not look.no_cache))
     blueprint = found.blueprint
-    paths = selectors.select_modules(blueprint, select) if select else [module.path for module in blueprint.modules]
+    paths = _selected(blueprint, select) if select else [module.path for module in blueprint.modules]
     notes = list(found.notes)
     if select and len(paths) == 1 and not (tree or as_repr):
         below = sum(module.path.startswith(f"{paths[0]}.") for module in blueprint.modules) if paths[0] else 0

@@ -218,15 +218,37 @@ SpanOf = Callable[[str, str | None], Storage]
 _U4 = struct.Struct("<I")
 #: What an integer has at most that `torch.load(weights_only=True)` reads: LONG1 counts its bytes in a single one.
 _INTEGER_BITS = 255 * 8 - 1
-#: Opcodes that every state dict has: their names, and how the argument is read of one that is of a fixed size.
-#: `pickletools` has the others; its import takes longer than reading a file.
+#: Opcodes that state dicts have besides those that are decoded on the spot: their names, and how an argument is read.
+#: `pickletools` has all others; its import takes longer than reading a file.
 _USUAL: dict[int, tuple[str, struct.Struct | None]] = {
     0x80: ("PROTO", struct.Struct("<B")),
-    0x63: ("GLOBAL", None),
     0x4A: ("BININT", struct.Struct("<i")),
-    0x62: ("BUILD", None),
-    0x75: ("SETITEMS", None),
-    0x7D: ("EMPTY_DICT", None),
+    0x47: ("BINFLOAT", struct.Struct(">d")),
+    **{
+        ord(code): (name, None)
+        for code, name in {
+            "0": "POP",
+            "1": "POP_MARK",
+            "2": "DUP",
+            "N": "NONE",
+            "\x88": "NEWTRUE",
+            "c": "GLOBAL",
+            "]": "EMPTY_LIST",
+            "}": "EMPTY_DICT",
+            "\x8f": "EMPTY_SET",
+            "l": "LIST",
+            "d": "DICT",
+            "a": "APPEND",
+            "e": "APPENDS",
+            "s": "SETITEM",
+            "u": "SETITEMS",
+            "\x90": "ADDITEMS",
+            "\x93": "STACK_GLOBAL",
+            "\x94": "MEMOIZE",
+            "\x81": "NEWOBJ",
+            "b": "BUILD",
+        }.items()
+    },
 }
 _REBUILD = Global("torch._utils", "_rebuild_tensor_v2")
 _REBUILD_PARAMETER = Global("torch._utils", "_rebuild_parameter")

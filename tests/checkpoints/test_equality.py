@@ -23,7 +23,7 @@ from modelcli.language.references import Source
 from modelcli.live import composites, loading
 from modelcli.live.opening import open_live
 from modelcli.live.planning import plan
-from modelcli.live.providers import torchvision as zoo
+from modelcli.live.providers import torchvision as builders
 from modelcli.live.sources import Value
 from modelcli.model.dtypes import ITEM_BYTES
 from modelcli.writing import Plan
@@ -42,8 +42,8 @@ QUIET = [
 
 pytestmark = QUIET
 
-NAMES = zoo.builder_names()
-FLOAT32_BYTES = {name: 4 * zoo.describe(name).params for name in NAMES}
+NAMES = builders.builder_names()
+FLOAT32_BYTES = {name: 4 * builders.describe(name).params for name in NAMES}
 SMALL, MEDIUM = 20_000_000, 100_000_000
 
 

@@ -19,7 +19,7 @@ from modelcli.errors import FileFormatError, RequestError, UnsafeError
 from modelcli.language.references import CheckpointFile, NamedModel, Source
 from modelcli.live import planning
 from modelcli.live.opening import open_live
-from modelcli.live.providers import torchvision as zoo
+from modelcli.live.providers import torchvision as builders
 from modelcli.model.blueprint import LayerTrace, ModuleInfo
 from tests.conftest import Cli
 
@@ -60,7 +60,7 @@ ENDLESS = {
 def test_a_recorded_constructor_that_does_not_end(cli: Cli, reference: str) -> None:
     cli("save", "one.pth", "-m", BASE, "-q")
     forge("one.pth", "evil.pth", reference=reference)
-    zoo.torchvision()
+    builders.torchvision()
     started = time.process_time()
     error = cli("freeze", ".", "-m", "evil.pth", code=4).err
     assert time.process_time() - started < 5
@@ -192,7 +192,7 @@ def test_a_class_of_torchvisions_is_an_installed_one_by_either_spelling(cli: Cli
     assert all(isinstance(resolve.parse(text), NamedModel) for text in texts)
     for text in texts:
         cli("save", "mlp.pth", "-m", text, "-q", "--force")
-        assert type(modelcli.load("mlp.pth")) is zoo.torchvision().ops.MLP  # without trust
+        assert type(modelcli.load("mlp.pth")) is builders.torchvision().ops.MLP  # without trust
     assert isinstance(resolve.parse("torch.nn:Linear(2,3)"), NamedModel)
     assert not isinstance(resolve.parse("torchvision.models:resnet18"), NamedModel | CheckpointFile)  # a function
 

@@ -15,10 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from modelcli.live.providers import torchvision as zoo
-from modelcli.live.surgery import init as initialising
-from modelcli.providers import torch_nn
-from modelcli.providers import torchvision as torchvision_provider
 from tests.conftest import Cli
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None or os.name == "nt", reason="no bash")
@@ -296,17 +292,3 @@ def test_other_shells(cli: Cli, folder: Path, shell: str, settings: dict[str, st
     script = os.environ | {"_MODELCLI_COMPLETE": f"source_{shell}", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-m", "modelcli"], env=script, capture_output=True, text=True)
     assert "_MODELCLI_COMPLETE=complete_" in done.stdout
-
-
-def test_names_read_off_the_sources_are_those_of_the_packages() -> None:
-    import torchvision
-
-    assert torchvision_provider.PROVIDER.names() == zoo.builder_names()
-    assert set(torch_nn.PROVIDER.class_names()) == set(torch.nn.modules.__all__)
-    ops = {name for name, value in vars(torchvision.ops).items() if isinstance(value, type) and name[0].isupper()}
-    assert set(torchvision_provider.PROVIDER.class_names()) == ops
-    assert set(torch_nn.init_names()) == set(initialising._schemes())
-    weights = {
-        member for name in zoo.builder_names() for member in torchvision.models.get_model_weights(name).__members__
-    }
-    assert weights <= set(torchvision_provider.PROVIDER.weights_names())

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 import modelcli
-from modelcli.live.providers import torchvision as zoo
+from modelcli.live.providers import torchvision as builders
 from tests.conftest import Cli
 
 
 def alexnet(**kwargs: int) -> nn.Module:
-    model: nn.Module = zoo.torchvision().models.alexnet(**kwargs)
+    model: nn.Module = builders.torchvision().models.alexnet(**kwargs)
     return model
 
 

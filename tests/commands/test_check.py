@@ -16,7 +16,7 @@ from modelcli.errors import SystemFailureError
 from modelcli.language.references import Source
 from modelcli.live.check import check
 from modelcli.live.opening import open_live
-from modelcli.live.providers import torchvision as zoo
+from modelcli.live.providers import torchvision as builders
 from tests.conftest import Cli
 
 
@@ -133,7 +133,9 @@ def test_a_lazy_module_is_checked_too(cli: Cli, expression: str) -> None:
     assert check["output_shape"] == [1, 10]
 
 
-@pytest.mark.parametrize("name", [name for name in zoo.builder_names() if zoo.describe(name).group != "detection"])
+@pytest.mark.parametrize(
+    "name", [name for name in builders.builder_names() if builders.describe(name).group != "detection"]
+)
 def test_every_builder_that_runs_passes_its_own_check(name: str) -> None:
     """No rule refuses what torchvision does: subclasses with a forward of their own, odd shapes, several inputs."""
     live = open_live(Source(name))

@@ -11,11 +11,11 @@ import torchvision
 from torch import nn
 
 from modelcli.commands import blueprint_cache
-from modelcli.live.providers import torchvision as zoo
+from modelcli.live.providers import torchvision as builders
 from modelcli.model import state_dict_match
 from tests.commands.test_diff import fresh
 from tests.conftest import Cli
-from tests.live.test_builders import NAMES, plain
+from tests.live.providers.test_torchvision import NAMES, plain
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +207,7 @@ def test_a_damaged_index_is_none(cli: Cli) -> None:
 
 
 def test_without_the_cache(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zoo, "builder_names", lambda: ["squeezenet1_0", "squeezenet1_1"])
+    monkeypatch.setattr(builders, "builder_names", lambda: ["squeezenet1_0", "squeezenet1_1"])
     monkeypatch.setenv("MODELCLI_NO_CACHE", "1")
     save(torchvision.models.squeezenet1_1())
     assert exact(cli("identify", "bare.pth", "--json").json) == ["squeezenet1_1"]

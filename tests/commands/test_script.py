@@ -17,7 +17,7 @@ from torch import nn
 
 from modelcli import edits
 from modelcli.live import scripting
-from modelcli.live.providers import torchvision as zoo
+from modelcli.live.providers import torchvision as builders
 from modelcli.live.script.access_paths import place
 from modelcli.live.script.source_text import InexpressibleError, SourceText
 from modelcli.live.script.step import Step
@@ -30,7 +30,7 @@ OWN = ("nets", "own", "models", "init")
 
 def run(text: str) -> dict[str, Any]:
     """Run a script here, as a fresh interpreter would: no module of ours is in reach, the generator is anywhere."""
-    zoo.torchvision()  # for a torchvision that torch itself does not match
+    builders.torchvision()  # for a torchvision that torch itself does not match
     kept, hidden = list(sys.path), {name: sys.modules.pop(name) for name in OWN if name in sys.modules}
     ours = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "modelcli"}
     sys.modules.update(dict.fromkeys(ours))  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ import modelcli
 from modelcli.language.references import Source
 from modelcli.live.opening import open_live
 from tests.conftest import Cli
-from tests.live.test_builders import NAMES, plain
+from tests.live.providers.test_torchvision import NAMES, plain
 
 SMALL = ("squeezenet1_1", "mobilenet_v3_small", "shufflenet_v2_x0_5", "resnet18", "efficientnet_b0", "regnet_y_400mf")
 #: Their code makes float32 coordinates, so that in bfloat16 they do not run, in plain PyTorch either.

@@ -16,7 +16,7 @@ from modelcli.errors import AnswerNoError, FileFormatError, RequestError, Unsafe
 from modelcli.language.references import Source
 from modelcli.live import planning
 from modelcli.live.opening import open_live
-from modelcli.live.providers import torchvision as zoo
+from modelcli.live.providers import torchvision as builders
 from modelcli.live.sources import named_tensors, real_tensor
 from modelcli.writing import WriteOptions
 from tests import nets
@@ -248,11 +248,11 @@ def test_a_bare_checkpoint_is_still_a_model(cli: Cli) -> None:
 
 def test_arch_for_a_bare_checkpoint(cli: Cli) -> None:
     torch.manual_seed(8)
-    plain = zoo.torchvision().models.squeezenet1_1(num_classes=3)
+    plain = builders.torchvision().models.squeezenet1_1(num_classes=3)
     torch.save(plain.state_dict(), "bare.pth")
     model = modelcli.load("bare.pth", arch="squeezenet1_1(num_classes=3)")
     assert same(model, plain)
-    own = zoo.torchvision().models.squeezenet1_1(num_classes=3)
+    own = builders.torchvision().models.squeezenet1_1(num_classes=3)
     assert modelcli.load("bare.pth", arch=own) is own
     assert same(own, plain)
     result = cli("summary", "bare.pth", "--arch", "squeezenet1_1", code=1)
@@ -350,7 +350,7 @@ def test_load_leaves_the_callers_generator(cli: Cli) -> None:
 def test_the_base_is_drawn_as_the_plain_constructor_draws(cli: Cli) -> None:
     cli("save", "out.pth", "-m", "squeezenet1_1", "--seed", 11)
     torch.manual_seed(11)
-    plain = zoo.torchvision().models.squeezenet1_1()
+    plain = builders.torchvision().models.squeezenet1_1()
     written = torch.load("out.pth", weights_only=True)
     assert all(torch.equal(written[name], tensor) for name, tensor in plain.state_dict().items())
 
@@ -492,7 +492,7 @@ def test_a_record_imports_nothing(cli: Cli, folder: Path, reference: str, where:
 def test_a_file_that_holds_every_tensor_downloads_nothing(cli: Cli, folder: Path) -> None:
     cache = folder / ".torch" / "hub" / "checkpoints"
     cache.mkdir(parents=True)
-    models = zoo.torchvision().models
+    models = builders.torchvision().models
     torch.save(models.squeezenet1_1().state_dict(), cache / models.SqueezeNet1_1_Weights.DEFAULT.url.rpartition("/")[2])
     cli("freeze", "features", "-m", "squeezenet1_1", "--weights", "DEFAULT", "-o", "sq.pth")
     for path in cache.iterdir():

@@ -229,7 +229,7 @@ def test_its_blueprints_are_kept_with_its_version(cli: Cli, folder: Path, monkey
     monkeypatch.setattr("modelcli.installed.version", lambda package: "2.0" if package == "modelcli-plugin" else None)
     versions = blueprint_cache.Key("tiny:mlp", None, None, (), "eval", prefix="tiny").document()["versions"]
     assert versions["modelcli-plugin"] == "2.0"
-    monkeypatch.undo()
+    assert blueprint_cache.get(blueprint_cache.Key("tiny:mlp", None, None, (), "eval", prefix="tiny")) is None
 
 
 @pytest.mark.parametrize("weights", [(), ("--weights", "DEFAULT")])
@@ -295,16 +295,45 @@ def test_one_that_cannot_be_loaded(
         providers.by_prefix(prefix)
 
 
-def test_one_without_a_torch_half(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("live", "message"),
+    [
+        ("modelcli_plugin.tiny:Nothing", "names modelcli_plugin.tiny:Nothing as its torch half: there is none"),
+        ("no_such_half:Live", "the provider of tiny: failed: ModuleNotFoundError: No module named 'no_such_half'"),
+    ],
+)
+def test_one_without_a_torch_half(
+    cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch, live: str, message: str
+) -> None:
+    """Its own models cannot be had; those of others can, and a note says what is missing."""
+    from modelcli.live.providers import torchvision as builders
+
+    monkeypatch.setattr(builders, "builder_names", lambda: ["squeezenet1_1"])
     provider = providers.by_prefix("tiny")
     assert provider is not None
-    monkeypatch.setattr(type(provider), "live", "modelcli_plugin.tiny:Nothing")
-    from modelcli.live.providers import half_of
+    monkeypatch.setattr(type(provider), "live", live)
+    assert message in cli("params", "tiny:mlp", code=5).err
+    assert message in (listed := cli("list")).err
+    assert listed.out.splitlines()[1].startswith("squeezenet1_1")
+    torch.save(real("conv").state_dict(), "bare.pth")
+    for _ in range(2):  # what could not be asked is asked again
+        assert message in cli("identify", "bare.pth", code=1).err
 
-    half_of.cache_clear()
-    assert (
-        "names modelcli_plugin.tiny:Nothing as its torch half: there is none" in cli("params", "tiny:mlp", code=5).err
-    )
+
+def test_a_model_that_cannot_be_built_is_not_compared(cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from modelcli.live.providers import torchvision as builders
+
+    monkeypatch.setattr(builders, "builder_names", lambda: ["squeezenet1_1"])
+    torch.save(real("conv").state_dict(), "bare.pth")
+
+    def fails(**_arguments: object) -> nn.Module:
+        raise ValueError("broken")
+
+    monkeypatch.setattr(library(), "mlp", fails)
+    for _ in range(2):
+        found = cli("identify", "bare.pth", "--json")
+        assert found.json["matches"][0]["model"] == "tiny:conv"
+        assert "tiny:mlp was not compared: tiny:mlp: broken" in found.json["notes"]
 
 
 def test_it_is_found_by_a_process_of_its_own(folder: Path, site: list[Path]) -> None:

@@ -14,7 +14,8 @@ _PACKAGES = ("torch", "torchinfo", "numpy", "safetensors", "timm", "transformers
 def _packages() -> tuple[str, ...]:
     from modelcli import providers
 
-    return (*_PACKAGES, *providers.packages())
+    others = (package.replace("-", "_") for provider in providers.loaded() for package in provider.packages)
+    return (*_PACKAGES, *providers.packages(), *others)
 
 
 def imported_at(error: BaseException) -> str | None:

@@ -9,7 +9,7 @@ from modelcli import providers, resolve
 from modelcli.commands import blueprint_cache, known_builders
 from modelcli.commands.look import LOOKS_LIKE, Look, LookRequest, cache_key, look, stdout_is_for_data
 from modelcli.commands.target import Target
-from modelcli.errors import RequestError
+from modelcli.errors import ModelcliError, RequestError, SystemFailureError
 from modelcli.language.quoting import quoted
 from modelcli.language.references import CheckpointFile, NamedModel, Source
 from modelcli.model import state_dict_match
@@ -73,8 +73,8 @@ def keep(names: Sequence[str], *, complete: bool) -> None:
         groups = {prefix: [] for prefix in _prefixes()[0]} | groups
     for prefix, group in groups.items():
         listed = _kept(prefix)
-        built = _built([name for name in group if name not in listed], iter)
-        _keep(prefix, listed | built, complete=complete)
+        built, problems = _built([name for name in group if name not in listed], iter)
+        _keep(prefix, listed | built, complete=complete and not problems)
 
 
 def _prefixes() -> tuple[list[str | None], tuple[str, ...]]:
@@ -90,30 +90,37 @@ def _by_prefix(names: Sequence[str]) -> dict[str | None, list[str]]:
     return groups
 
 
-def _models(steps: Steps) -> tuple[dict[str, Shapes], tuple[str, ...]]:
-    """The tensors of every known model, by the reference that builds it; and which providers could not be asked."""
-    found, problems = _prefixes()
+def _models(steps: Steps) -> tuple[dict[str, Shapes], list[str]]:
+    """The tensors of every known model, by the reference that builds it; and what could not be compared."""
+    found, told = _prefixes()
+    problems = list(told)
     kept = {prefix: {} if blueprint_cache.is_off() else _kept(prefix) for prefix in found}
-    unfinished = [prefix for prefix in found if blueprint_cache.is_off() or not _is_complete(prefix)]
-    if unfinished:
-        missing = [name for prefix in unfinished for name in _names(prefix) if name not in kept[prefix]]
-        for prefix, models in _by_prefix_of_models(_built(missing, steps)).items():
-            kept[prefix] |= models
-        for prefix in unfinished if not blueprint_cache.is_off() else ():
-            _keep(prefix, kept[prefix], complete=True)
-    return {name: shapes for models in kept.values() for name, shapes in models.items()}, problems
+    missing: dict[str | None, list[str]] = {}
+    for prefix in found:
+        if blueprint_cache.is_off() or not _is_complete(prefix):
+            try:
+                missing[prefix] = [name for name in _names(prefix) if name not in kept[prefix]]
+            except SystemFailureError as error:
+                problems.append(error.message)
+    built, failed = _built([name for names in missing.values() for name in names], steps)
+    for name, shapes in built.items():
+        kept[providers.prefix_of(name)][name] = shapes
+    for prefix in missing if not blueprint_cache.is_off() else ():
+        _keep(prefix, kept[prefix], complete=not any(name in failed for name in missing[prefix]))
+    return {name: shapes for models in kept.values() for name, shapes in models.items()}, [*problems, *failed.values()]
 
 
 def _names(prefix: str | None) -> list[str]:
     """The references to all models of the providers with a prefix, or without one, as their libraries give them."""
     from modelcli.live import providers as halves
 
-    asked = halves.built_in() if prefix is None else map(halves.half_of, filter(None, [providers.by_prefix(prefix)]))
-    return [half.reference_to(name) for half in asked for name in half.names()]
-
-
-def _by_prefix_of_models(models: dict[str, Shapes]) -> dict[str | None, dict[str, Shapes]]:
-    return {prefix: {name: models[name] for name in names} for prefix, names in _by_prefix(list(models)).items()}
+    named = providers.built_in() if prefix is None else filter(None, [providers.by_prefix(prefix)])
+    found: list[str] = []
+    for provider in named:
+        with halves.blamed(provider):
+            half = halves.half_of(provider)
+            found += [half.reference_to(name) for name in half.names()]
+    return found
 
 
 def _is_complete(prefix: str | None) -> bool:
@@ -135,11 +142,21 @@ def _keep(prefix: str | None, models: dict[str, Shapes], *, complete: bool) -> N
 
 
 @stdout_is_for_data
-def _built(names: Sequence[str], steps: Steps) -> dict[str, Shapes]:
-    """The tensors of models, with the arguments that published weights may have been made with, too."""
-    if not names:
-        return {}
-    return {text: _shapes(text) for name in steps(names) for text in _variants(name)}
+def _built(names: Sequence[str], steps: Steps) -> tuple[dict[str, Shapes], dict[str, str]]:
+    """The tensors of models, with the arguments that published weights may have been made with, too.
+
+    Of a model of another package that cannot be built the second value says so, by its name.
+    """
+    made: dict[str, Shapes] = {}
+    failed: dict[str, str] = {}
+    for name in steps(names) if names else ():
+        try:
+            made |= {text: _shapes(text) for text in _variants(name)}
+        except ModelcliError as error:
+            if providers.prefix_of(name) is None:
+                raise
+            failed[name] = f"{name} was not compared: {error.message}"
+    return made, failed
 
 
 def _variants(reference: str) -> list[str]:
@@ -148,7 +165,8 @@ def _variants(reference: str) -> list[str]:
     found = resolve.parse(reference)
     assert isinstance(found, NamedModel)
     half = halves.provider_of(found)
-    return [half.reference_to(text) for text in half.variants(found.call.name)]
+    with halves.blamed(half.provider):
+        return [half.reference_to(text) for text in half.variants(found.call.name)]
 
 
 def _shapes(reference: str) -> dict[str, Shape]:

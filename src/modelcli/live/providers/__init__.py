@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from modelcli import providers
-from modelcli.errors import SystemFailureError
+from modelcli.errors import ModelcliError, SystemFailureError
 from modelcli.language.references import CheckpointFile, NamedModel, Reference
 from modelcli.providers.base import Provider
 
@@ -20,14 +21,31 @@ if TYPE_CHECKING:
 def half_of(provider: Provider) -> LiveProvider:
     """The torch half of a provider; its module is imported, and the library not before it is needed.
 
-    Raises SystemFailureError where there is none under the name that the declaration gives.
+    Raises SystemFailureError where another package's cannot be imported, or has nothing under that name.
     """
     module, _, name = provider.live.partition(":")
-    kind = getattr(importlib.import_module(module), name, None)
-    if kind is None:
-        raise SystemFailureError(f"the provider {provider.name} names {provider.live} as its torch half: there is none")
-    found: LiveProvider = kind(provider)
-    return found
+    with blamed(provider):
+        kind = getattr(importlib.import_module(module), name, None)
+        if kind is None:
+            what = f"the provider {provider.name} names {provider.live} as its torch half: there is none"
+            raise SystemFailureError(what, f"mend or uninstall the package that registers {provider.prefix}:")
+        found: LiveProvider = kind(provider)
+        return found
+
+
+@contextlib.contextmanager
+def blamed(provider: Provider) -> Iterator[None]:
+    """Make what goes wrong in another package's provider an error of its own, which others need not suffer from."""
+    try:
+        yield
+    except (ModelcliError, MemoryError):
+        raise
+    except Exception as error:
+        if provider.prefix not in providers.plug_ins():
+            raise
+        told = f"the provider of {provider.prefix}: failed: {type(error).__name__}: {error}"
+        hint = f"mend or uninstall the package that registers {provider.prefix}:"
+        raise SystemFailureError(told, hint) from error
 
 
 def provider_of(reference: Reference) -> LiveProvider:

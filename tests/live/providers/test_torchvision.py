@@ -16,13 +16,13 @@ from torch import nn
 from modelcli.language.references import Source
 from modelcli.live.opening import open_live
 from modelcli.live.planning import traced
-from modelcli.live.providers import torchvision as zoo
+from modelcli.live.providers import torchvision as builders
 from modelcli.model.printed import repr_text
 from tests.conftest import Cli
 
-NAMES = zoo.builder_names()
-MODELS = zoo.torchvision().models
-GROUPS = {name: zoo.describe(name).group for name in NAMES}
+NAMES = builders.builder_names()
+MODELS = builders.torchvision().models
+GROUPS = {name: builders.describe(name).group for name in NAMES}
 SMALL = ("alexnet", "squeezenet1_1", "mobilenet_v3_small", "shufflenet_v2_x0_5", "resnet18", "densenet121")
 
 
@@ -33,9 +33,9 @@ def weights_of(name: str) -> list[str]:
 
 def plain(name: str, **kwargs: Any) -> nn.Module:
     """The builder called as a user would, without weights."""
-    if "weights_backbone" in zoo.arguments(name, (), {}, None):
+    if "weights_backbone" in builders.arguments(name, (), {}, None):
         kwargs.setdefault("weights_backbone", None)
-    model: nn.Module = zoo.constructor(name)(**{"weights": None, **kwargs})
+    model: nn.Module = builders.constructor(name)(**{"weights": None, **kwargs})
     return model
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import field
+from typing import Any, NamedTuple
 
 from modelcli.errors import RequestError
 
@@ -21,8 +21,7 @@ CLASSES: Completion = "classes"
 SCHEMES: Completion = "schemes"
 
 
-@dataclass(frozen=True)
-class Operand:
+class Operand(NamedTuple):
     """One word of an edit that is no option, or the rest of its words where `several` of them may follow.
 
     Attributes:
@@ -42,8 +41,7 @@ class Operand:
     completes_later: tuple[Completion, ...] = ()
 
 
-@dataclass(frozen=True)
-class Kind:
+class Kind(NamedTuple):
     """How the value of an option is written.
 
     Attributes:
@@ -61,8 +59,7 @@ class Kind:
     minimum: int | None = None
 
 
-@dataclass(frozen=True)
-class Option:
+class Option(NamedTuple):
     """An option of an edit.
 
     Attributes:

@@ -85,8 +85,7 @@ def _edits_place_known_code(record: Record) -> bool:
         return False
     from modelcli.providers import known_code
 
-    calls = [getattr(edit, "module", None) for edit in parsed]  # of those that place a module
-    return all(known_code.names_known_code(call) for call in calls if call is not None)
+    return all(known_code.names_known_code(call) for edit in parsed for call in edit.modules())
 
 
 #: What an edit's line needs to place a class outside the known libraries: behind a dot or a colon a name that is

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ import modelcli
 from modelcli import edits
 from modelcli.edits import registry
 from modelcli.errors import RequestError
+from modelcli.language.expressions import Call, parse
 from tests.conftest import Cli
 
 pytestmark = pytest.mark.usefixtures("plugin")
@@ -214,3 +216,18 @@ def test_one_that_cannot_be_used_leaves_the_help_whole(
     assert len(re.findall(r"│ params ", shown)) == 1  # no edit takes the name of another command
     assert said in cli("wreck", "fc", "-m", NET, code=5).err
     assert "did you mean: modelcli remove fc" in cli("rm", "fc", code=2).err
+
+
+def test_code_in_any_expression_of_an_edit_counts() -> None:
+    """A record that names Python is followed only with --trust, whatever the field is called that names it."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Wrap(edits.Edit):
+        name = "wrap"
+        block: Call
+
+    assert Wrap(block=Call("nets.Net")).modules() == (Call("nets.Net"),)
+    assert edits.parse("replace conv1 nets:Net()").modules() == (parse("nets:Net()"),)
+    assert edits.parse("append seq ReLU").modules() == (Call("ReLU"),)
+    assert edits.parse("init conv1 normal --bias ones").modules() == ()
+    assert edits.parse("clamp conv1 0 1").modules() == ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,12 +102,11 @@ def notes_of_python(path: Path, source: Source, edits: Sequence[Edit], *, own: b
 
     A recipe is known by its path and by the Python that it names; with `own` the user has just put that there.
     """
-    from modelcli.language.expressions import Call, names_in
+    from modelcli.language.expressions import names_in
     from modelcli.providers import known_code
 
     named = {str(reference) for reference in _references_of(source) if isinstance(reference, PythonObject)}
-    calls = (getattr(edit, item.name) for edit in edits for item in fields(edit))
-    of_edits = (name for call in calls if isinstance(call, Call) for name in names_in(call))
+    of_edits = (name for edit in edits for call in edit.modules() for name in names_in(call))
     named |= {name for name in of_edits if not known_code.is_known_name(name)}
     if not named:
         return ()

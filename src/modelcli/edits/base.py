@@ -16,6 +16,7 @@ from modelcli.errors import RequestError
 
 if TYPE_CHECKING:
     from modelcli.edits.applied import Applied, Context
+    from modelcli.language.expressions import Call
     from modelcli.model.state_dict import StateDictModel
 
 
@@ -74,6 +75,13 @@ class Edit:
     def operands(self) -> list[str]:
         """The words after the edit's name, without the options."""
         raise NotImplementedError
+
+    def modules(self) -> tuple[Call, ...]:
+        """The module expressions in it, whose names are code that would run: by default every expression."""
+        from modelcli.language.expressions import Call
+
+        values = (getattr(self, item.name) for item in fields(self))
+        return tuple(value for value in values if isinstance(value, Call))
 
     @classmethod
     def again(cls, path: str) -> str:

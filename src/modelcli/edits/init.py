@@ -83,6 +83,9 @@ class Init(Selecting):
         hint = "the scheme comes last: init '**:Conv2d' xavier_uniform, or 'normal(0, 0.01)'"
         return cls(targets=tuple(map(selector, words[:-1])), scheme=_scheme(words[-1], hint))
 
+    def modules(self) -> tuple[Call, ...]:
+        return ()  # a scheme is a function of torch.nn.init, and nothing else is taken
+
     def operands(self) -> list[str]:
         return [*self.targets, _written(self.scheme)]
 

@@ -6,6 +6,7 @@ records, the check before writing, scripts, the README. Nothing outside an edit'
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import Field, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -87,6 +88,10 @@ class Edit:
     def again(cls, path: str) -> str:
         """The words that put another module at the path of one of its changes: `replace fc`."""
         raise NotImplementedError
+
+    def handler_module(self) -> Any:
+        """The module that carries it out where that takes torch."""
+        return importlib.import_module(self.handler)
 
     def apply_to_state_dict(self, model: StateDictModel, context: Context) -> Applied[StateDictModel]:
         """What it makes of a checkpoint of which only the keys are known, without torch where that can be.

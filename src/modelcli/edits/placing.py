@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
+from modelcli.edits.applied import Applied, Change, Context
 from modelcli.edits.base import Edit
 from modelcli.edits.declaring import CLASSES, FLAG, MODULES, Operand, option, selector
 from modelcli.errors import RequestError
-from modelcli.language import expressions
+from modelcli.language import expressions, selectors
 from modelcli.language.expressions import Call
 from modelcli.language.quoting import quoted
+from modelcli.model.blueprint import Blueprint
+from modelcli.model.paths import joined
+from modelcli.model.state_dict import StateDictModel
 from modelcli.wording import listed
 
 #: The word for a path.
@@ -51,6 +55,20 @@ class Placing(Edit):
     def again(cls, path: str) -> str:
         return f"{cls.name} {quoted(path)}"
 
+    def apply_to_state_dict(self, model: StateDictModel, context: Context) -> Applied[StateDictModel]:
+        path, arranged = self.placed(model)
+        return put_new(self, model, context, path, arranged)
+
+    def placed(self, model: StateDictModel) -> tuple[str, Arranged]:
+        """The path of the module that gets a child, and its children with the new one.
+
+        Raises RequestError where the new one cannot be put there.
+        """
+        raise NotImplementedError
+
+    #: Whether the resolved line has the path of the module that gets a child, and not that of the child.
+    line_names_holder: ClassVar[bool] = False
+
     def example_line(self) -> str:
         """How such an edit is written."""
         return f"{self.name} {self.example}"
@@ -88,3 +106,58 @@ def _refuse_several(taken: str, words: Sequence[str]) -> None:
         raise RequestError(
             f"{taken} and one module, not {len(given)} modules: {listed(given, 3)}", f"several go in as one: {one}"
         )
+
+
+@dataclass(frozen=True)
+class Arranged:
+    """The children of a module with a new one: its name, and in their order all names with the paths of those that were
+    there, None for the new one. `entries` gives the module's own entries other names."""
+
+    name: str
+    children: Mapping[str, str | None]
+    entries: Mapping[str, str] = field(default_factory=dict)
+
+
+def put_new(
+    edit: Placing, model: StateDictModel, context: Context, path: str, arranged: Arranged
+) -> Applied[StateDictModel]:
+    """Put the new module of an edit among the children of the module at `path`."""
+    there = joined(path, arranged.name)
+    handler = edit.handler_module()
+    call, new = handler.new_for_state_dict(edit, model, context, path, there)
+    children = {name: new if child is None else child for name, child in arranged.children.items()}
+    line = str(replace(edit, path=selectors.literal(path if edit.line_names_holder else there), module=call))
+    change = Change(there, edit.name, "", new.brief, 0, new.params, (line,))
+    return Applied(model.with_children(path, children, arranged.entries), [change], inputs=context.inputs)
+
+
+def holder_and_name(blueprint: Blueprint, edit: Placing) -> tuple[str, str]:
+    """The path of the module that gets a child, and the last step of the edit's path, as it is written.
+
+    Raises RequestError where there is no such module, and for a path that is none of a child.
+    """
+    parsed = selectors.parse(edit.path)
+    if parsed.type is not None:
+        raise RequestError(f"{edit.name} takes a path, and {edit.path!r} asks for a type", "write the path out")
+    *above, own = parsed.components or ("",)
+    if not own:
+        raise RequestError(f"{edit.name} takes the path of a new module, not of the model itself", edit.example_line())
+    return selectors.select_one(blueprint, ".".join(above) or ".", edit.name), own
+
+
+def own_names(model: StateDictModel, path: str) -> list[str]:
+    """The names of a module's children."""
+    return [child.rpartition(".")[2] for child in model.children[path]]
+
+
+def kind_of(model: StateDictModel, path: str) -> str:
+    """The type of a module, for an error."""
+    info = model.modules[path].info
+    return "(of unknown type)" if info is None or info.type is None else info.type
+
+
+def is_numbered(model: StateDictModel, path: str) -> bool:
+    """Whether a module is a sequence whose children are called 0, 1, 2 and so on."""
+    info = model.modules[path].info
+    names = own_names(model, path)
+    return info is not None and info.is_sequence and names == [str(number) for number in range(len(names))]

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
+from modelcli.edits.applied import Applied, Context
 from modelcli.edits.declaring import FLAG, MODULES, SELECTORS, Operand, option
 from modelcli.edits.placing import MODULE, place_and_module
 from modelcli.edits.targets import Selecting
 from modelcli.errors import RequestError
-from modelcli.language import expressions
+from modelcli.language import expressions, selectors
 from modelcli.language.expressions import Call
-from modelcli.language.quoting import quoted
+from modelcli.language.quoting import command, quoted
+from modelcli.model.blueprint import Blueprint
+from modelcli.model.paths import ancestors, parent_of
+from modelcli.model.state_dict import StateDictModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,3 +80,91 @@ class Replace(Selecting):
     @classmethod
     def again(cls, path: str) -> str:
         return f"{cls.name} {quoted(path)}"
+
+    def apply_to_state_dict(self, model: StateDictModel, context: Context) -> Applied[StateDictModel]:
+        made: Applied[StateDictModel] = self.handler_module().apply_to_state_dict(self, model, context)
+        return made
+
+
+def replaced_paths(edit: Replace, blueprint: Blueprint) -> list[str]:
+    """The paths of the modules that are replaced. Raises RequestError where they cannot be."""
+    paths = selectors.select_modules(blueprint, edit.targets, without=edit.without, expect=edit.expect)
+    _refuse_expanded(edit, blueprint)
+    if "" in paths:
+        raise RequestError(
+            "the model itself cannot be replaced by a module", "name that as the model: -m 'Linear(4096,10)'"
+        )
+    selectors.refuse_nested(paths, "replace")
+    return paths
+
+
+def _refuse_expanded(edit: Replace, blueprint: Blueprint) -> None:
+    """`replace classifier.{1,4} ReLU` without quotes reaches us as two paths: say so instead of `no class`."""
+    name = edit.module.name
+    known = blueprint.by_path
+    if name in known and "." in name:
+        raise RequestError(
+            f"{name} is a path of this model, not the name of a class",
+            "the shell may have expanded a pattern: quote the target",
+        )
+
+
+@dataclass(frozen=True)
+class Parting:
+    """A tie that an edit breaks: why it is refused without `--untie`, and what is told with it."""
+
+    message: str
+    hint: str
+    note: str
+
+
+def partings(targets: Sequence[tuple[Sequence[str], Sequence[str]]], tied: Iterable[Sequence[str]]) -> list[Parting]:
+    """The ties that replacing these modules breaks: of modules with further names, of tensors with further holders.
+
+    `targets` are the paths at which each is replaced, and all those that it has; `tied` the names of tensors that are
+    one, or show some of the same bytes.
+    """
+    found = []
+    for paths, everywhere in targets:
+        others = [path for path in everywhere if path not in paths]
+        if others:
+            also = [word for path in others for word in ("--also", selectors.literal(path))]
+            found.append(
+                Parting(
+                    f"{paths[0]} is one module with {len(everywhere)} names "
+                    f"({', '.join(everywhere)}); the selector names {len(paths)} of them",
+                    f"{command(also)} replaces it everywhere; --untie replaces it under the names picked alone",
+                    f"{', '.join(paths)} and {', '.join(others)} are no longer one module",
+                )
+            )
+    whole = {path: index for index, target in enumerate(targets) if len(paths) == len(everywhere) for path in paths}
+    for group in tied:
+        names: dict[int | None, str] = {}
+        for name in group:
+            index = next((whole[path] for path in ancestors(parent_of(name)) if path in whole), None)
+            names.setdefault(index, name)
+        replaced = [index for index in names if index is not None]
+        if len(names) > 1 and replaced:
+            name = names[replaced[0]]
+            other = next(other for index, other in names.items() if index != replaced[0])
+            found.append(
+                Parting(
+                    f"{name} is tied to {other}, and to replace {targets[replaced[0]][0][0]} parts them",
+                    "--untie replaces it all the same: they are two tensors from then on",
+                    f"{name} and {other} are no longer tied",
+                )
+            )
+    return found
+
+
+def resolved_lines(edit: Replace, groups: Sequence[tuple[Sequence[str], Call]], keeps: Collection[str]) -> list[str]:
+    """The edit as lines without patterns and holes: one for each module, under all the names that were picked.
+
+    A module of which nothing is kept does not ask for it by itself: that is refused.
+    """
+    settled = replace(edit, without=(), expect=None)
+    lines = []
+    for paths, call in groups:
+        first, *more = map(selectors.literal, paths)
+        lines.append(str(replace(settled, target=first, also=tuple(more), module=call, keep_weights=paths[0] in keeps)))
+    return lines

@@ -47,7 +47,7 @@ class Apart:
 def of(module: nn.Module) -> Apart:
     """Return the entries of a module's state dict that are in no module's parameters or buffers."""
     found = Apart()
-    if not any(map(_writes_more, modules_in(module))):
+    if not any(map(writes_more, modules_in(module))):
         return found
     try:
         state: Mapping[str, Any] = module.state_dict(keep_vars=True)
@@ -64,7 +64,7 @@ def of(module: nn.Module) -> Apart:
     return found
 
 
-def _writes_more(module: nn.Module) -> bool:
+def writes_more(module: nn.Module) -> bool:
     """Whether a module may write more than its parameters and buffers into a state dict."""
     kind = type(module)
     return (
@@ -111,6 +111,25 @@ def rows(module: nn.Module) -> list[TensorInfo]:
                 info = replace(info, kind="buffer")  # a scale or a zero point
             infos.append(replace(info, requires_grad=None))
     return infos
+
+
+def may_write_more(module: nn.Module) -> bool:
+    """Whether the state dict of a module may hold more than what is in the tables of its modules."""
+    return any(map(writes_more, modules_in(module)))
+
+
+def inner_of(name: str, value: Any) -> list[tuple[TensorInfo, object]]:
+    """The tensors in an entry that is no tensor, each with what is equal for two that are the same."""
+    found = Apart()
+    _take(found, name, value)
+    inner, _ = tensors_within(found.extras, (), "the model", Budget("the model", _PLENTY))
+    rows: list[tuple[TensorInfo, object]] = []
+    for inner_name, entry in inner.items():
+        info = info_of(inner_name, entry, inner_name)
+        if not info.shape and not info.dtype.startswith("q"):
+            info = replace(info, kind="buffer")  # a scale or a zero point
+        rows.append((replace(info, requires_grad=None), entry.view))
+    return rows
 
 
 def note_of(module: nn.Module) -> list[str]:

@@ -7,7 +7,7 @@ written down, and becomes bytes when the model is written. Everything here takes
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Any, Protocol
@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from modelcli.model.blueprint import Blueprint, ModuleInfo, depth_first, tree_of
 from modelcli.model.dtypes import ITEM_BYTES, is_differentiable
 from modelcli.model.paths import joined
+from modelcli.model.shared_bytes import Shown
 from modelcli.model.tensors import Kind, Shape, TensorInfo, value_class
 
 #: How deep modules may lie in one another: PyTorch recurses into them, some frames for each level.
@@ -136,6 +137,21 @@ class StateDictModule:
     made: Any = None
 
 
+#: A module with its path and its own entries, by their names in it.
+Part = tuple[str, StateDictModule, Iterable[tuple[str, Entry]]]
+
+
+@dataclass(frozen=True)
+class NewModule:
+    """A module that an edit puts in: its modules in order, each with its path in it; it in a few words, and how many
+    parameters it has. `identities` is how many distinct tensors it brings."""
+
+    parts: tuple[Part, ...]
+    brief: str
+    params: int
+    identities: int
+
+
 @dataclass(frozen=True)
 class StateDictModel:
     """The entries by their keys, and the modules that the keys tell of.
@@ -214,6 +230,29 @@ class StateDictModel:
                     yield info if original == info.name else _tied(info, original)
 
     @cached_property
+    def shown(self) -> dict[str, Shown]:
+        """What each tensor shows of a storage."""
+        found = {}
+        for name, tensor in self.tensors.items():
+            has_bytes = tensor.source is not None and tensor.elements
+            storage = tensor.storage if has_bytes else None
+            found[name] = Shown(tensor.identity, storage, *(tensor.byte_span if has_bytes else (0, 0)))
+        return found
+
+    def with_sources(self, sources: Mapping[object, Source]) -> StateDictModel:
+        """The model with other bytes for some storages, which are of the dtypes that their tensors have."""
+        entries = dict(self.entries)
+        for name, tensor in self.tensors.items():
+            if tensor.source is not None and (source := sources.get(tensor.storage)) is not None:
+                entries[name] = replace(tensor, source=source, cast_from=())
+        return StateDictModel(entries, self.modules)
+
+    @cached_property
+    def next_identity(self) -> int:
+        """A number that no tensor has for its identity, nor any greater one."""
+        return 1 + max((tensor.identity for tensor in self.tensors.values()), default=0)
+
+    @cached_property
     def floating_dtype(self) -> str | None:
         """The dtype of the first floating-point parameter."""
         dtypes = (tensor.dtype for tensor in self.tensors.values() if tensor.kind == "parameter")
@@ -235,6 +274,79 @@ class StateDictModel:
             if path:
                 found[path.rpartition(".")[0]].append(path)
         return found
+
+    def _parts(self, paths: Iterable[str], old: str = "", new: str = "") -> Iterator[Part]:
+        """The modules at these paths with their entries; those below `old` come below `new`."""
+        for path in paths:
+            own = ((split_key(name)[1], self.entries[name]) for name in self.own_entries[path])
+            yield (path if old == new else new + path[len(old) :]), self.modules[path], own
+
+    @cached_property
+    def _behind(self) -> dict[str, int]:
+        """The place in the order of modules behind each module and all that is below it."""
+        found: dict[str, int] = {}
+        open_modules: list[str] = []
+        for place, path in enumerate(self.modules):
+            while open_modules and not _is_below(path, open_modules[-1]):
+                found[open_modules.pop()] = place
+            open_modules.append(path)
+        return found | dict.fromkeys(open_modules, len(self.modules))
+
+    def with_modules(self, new: Mapping[str, NewModule]) -> StateDictModel:
+        """The model with new modules in the place of those at these paths, none of which lies below another."""
+
+        def parts() -> Iterator[Part]:
+            paths, place = self._paths, 0
+            while place < len(paths):
+                path = paths[place]
+                if path in new:
+                    yield from _placed(new[path], path)
+                    place = self._behind[path]
+                else:
+                    yield from self._parts([path])
+                    place += 1
+
+        return assembled(parts())
+
+    def with_children(
+        self, holder: str, children: Mapping[str, str | NewModule], names: Mapping[str, str] | None = None
+    ) -> StateDictModel:
+        """The model with these children of a module, in this order: modules that it has, by their paths, or new ones.
+
+        `names` gives the module's own entries other names.
+        """
+        paths = self._paths
+        start, stop = self._order[holder], self._behind[holder]
+        renamed = names or {}
+
+        def parts() -> Iterator[Part]:
+            yield from self._parts(paths[:start])
+            for path, module, own in self._parts([holder]):
+                yield path, module, ((renamed.get(name, name), entry) for name, entry in own)
+            for name, child in children.items():
+                there = joined(holder, name)
+                if isinstance(child, NewModule):
+                    yield from _placed(child, there)
+                else:
+                    first = self._order[child]
+                    yield from self._parts(paths[first : self._behind[child]], child, there)
+            yield from self._parts(paths[stop:])
+
+        return assembled(parts())
+
+    def names_below(self, path: str) -> Iterator[str]:
+        """The keys of all entries at and below a module, in their order."""
+        paths = self._order
+        for place in range(paths[path], self._behind[path]):
+            yield from self.own_entries[self._paths[place]]
+
+    @cached_property
+    def _paths(self) -> list[str]:
+        return list(self.modules)
+
+    @cached_property
+    def _order(self) -> dict[str, int]:
+        return {path: place for place, path in enumerate(self.modules)}
 
     def by_identity(self, names: Iterable[str]) -> dict[int, StateDictTensor]:
         """The distinct tensors of these keys."""
@@ -277,7 +389,13 @@ def of_entries(
     return StateDictModel(ordered, modules)
 
 
-def assembled(parts: Iterable[tuple[str, StateDictModule, Iterable[tuple[str, Entry]]]]) -> StateDictModel:
+def _placed(new: NewModule, there: str) -> Iterator[Part]:
+    """The modules of a new one at a path."""
+    for path, module, own in new.parts:
+        yield (joined(there, path) if path else there), module, own
+
+
+def assembled(parts: Iterable[Part]) -> StateDictModel:
     """The model of these modules in this order, each with its path and its own entries by their names in it."""
     entries: dict[str, Entry] = {}
     modules: dict[str, StateDictModule] = {}

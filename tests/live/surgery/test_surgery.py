@@ -18,7 +18,8 @@ from modelcli.live import memory, meta_models, surgery
 from modelcli.live.describe import describe
 from modelcli.live.opening import open_live
 from modelcli.live.sources import named_tensors, real_tensor
-from modelcli.live.surgery.storages import tied
+from modelcli.live.surgery.storages import shown_by
+from modelcli.model.shared_bytes import tied
 from tests.conftest import Cli
 
 
@@ -550,7 +551,7 @@ def test_neighbours_in_one_storage_are_not_tied() -> None:
     model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 3, bias=False))
     model[0].weight = nn.Parameter(flat[:12].view(4, 3))
     model[1].weight = nn.Parameter(flat[12:].view(3, 4))
-    assert tied(model) == [["0.weight"], ["1.weight"]]
+    assert tied(shown_by(model)) == [["0.weight"], ["1.weight"]]
     apply(model, "replace 1 Linear(4,2)")
     assert torch.equal(model[0].weight, flat[:12].view(4, 3))
 
@@ -561,7 +562,7 @@ def test_groups_of_tied_tensors() -> None:
     for name, view in {"a": flat[6:], "b": flat[:4], "c": flat[3:6], "d": flat[8:9], "e": flat[:0]}.items():
         model.register_parameter(name, nn.Parameter(view))
     model.f = model.b
-    assert sorted(tied(model)) == [["a", "d"], ["b", "c", "f"], ["e"]]
+    assert sorted(tied(shown_by(model))) == [["a", "d"], ["b", "c", "f"], ["e"]]
 
 
 # --- flags that cannot be set --------------------------------------------------------------------------------------

@@ -9,14 +9,13 @@ from modelcli.edits.applied import Applied, Context
 from modelcli.errors import RequestError
 from modelcli.language import selectors
 from modelcli.language.quoting import quoted
-from modelcli.live.build import Bare
 from modelcli.live.describe import describe
 from modelcli.live.script import access_paths
 from modelcli.live.script.new_modules import new_statements, own_names
 from modelcli.live.script.state import State
 from modelcli.live.script.step import Step
 from modelcli.live.surgery.core import blueprint_of, brief
-from modelcli.live.surgery.placing import Children, holder_and_name, new_child, put_new
+from modelcli.live.surgery.placing import Children, holder_and_name, new_child, new_for_state_dict, put_new
 from modelcli.model.paths import joined
 
 
@@ -43,7 +42,7 @@ def _require_free(holder: nn.Module, path: str, name: str) -> None:
         )
     if name in holder._parameters or name in holder._buffers:
         raise RequestError(f"{there} is a tensor, and no child can have its name", "add takes a name that is free")
-    if not isinstance(holder, Bare) and getattr(holder, name, None) is not None:
+    if getattr(holder, name, None) is not None:
         raise RequestError(
             f"{type(holder).__name__} has something else called {name}: no child can have that name",
             "add takes a name that is free",
@@ -65,3 +64,6 @@ def state_dict_script_lines(edit: Add, step: Step, state: State) -> list[str]:
     path = next(module.path for module in describe(step.after).modules if module.path not in known)
     lines = new_statements(step.script, edit.module, path, step.after, step.seed)
     return [*lines, *state.put(f"{path}.", own_names(step.after, path))]
+
+
+__all__ = ["carry_out", "new_for_state_dict", "script_lines", "state_dict_script_lines"]

@@ -9,12 +9,11 @@ from modelcli.edits.applied import Applied, Context
 from modelcli.errors import RequestError
 from modelcli.language import selectors
 from modelcli.language.quoting import quoted
-from modelcli.live.build import Bare
 from modelcli.live.describe import describe
 from modelcli.live.script import access_paths
 from modelcli.live.script.step import Step
 from modelcli.live.surgery.core import blueprint_of, submodule
-from modelcli.live.surgery.placing import Children, kind_of, new_child, put_new
+from modelcli.live.surgery.placing import Children, kind_of, new_child, new_for_state_dict, put_new
 from modelcli.model.paths import joined, shown
 
 
@@ -30,7 +29,7 @@ def carry_out(module: nn.Module, edit: Append, context: Context) -> Applied[nn.M
 def _appended(holder: nn.Module, path: str, new: nn.Module) -> tuple[str, Children]:
     """The children with a new one at the end, called by their number, as PyTorch's own `append` does."""
     name = str(len(holder._modules))
-    if isinstance(holder, Bare) or not isinstance(holder, nn.Sequential | nn.ModuleList):
+    if not isinstance(holder, nn.Sequential | nn.ModuleList):
         raise RequestError(
             f"append takes a Sequential or ModuleList, and {shown(path)} {kind_of(holder)} is none",
             f"add {quoted(joined(path, 'NAME'))} MODULE puts a child with a name at the end",
@@ -51,3 +50,6 @@ def script_lines(edit: Append, step: Step) -> list[str]:
     path = joined(holder, list(submodule(step.after, holder)._modules)[-1])
     before, text = new_child(edit.module, step, path)
     return [*before, access_paths.put_new(step.before, path, text)]
+
+
+__all__ = ["carry_out", "new_for_state_dict", "script_lines"]

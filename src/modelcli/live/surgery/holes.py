@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -16,12 +16,12 @@ from modelcli.errors import ModelcliError, RequestError
 from modelcli.language import expressions
 from modelcli.language.expressions import HOLE, Call
 from modelcli.live import modules
-from modelcli.live.build import Bare
 from modelcli.live.meta_models import build_on_meta
 from modelcli.live.surgery import shapes
 from modelcli.live.surgery.settings import UNKNOWN, Unknown, setting
 from modelcli.live.trace import Failure, inputs_of
 from modelcli.live.walking import modules_in
+from modelcli.model.tensors import Shape
 from modelcli.wording import counted
 
 
@@ -97,6 +97,18 @@ class _Flow:
         return f"[{','.join(map(str, self.shape))}]"
 
 
+class Flows(Protocol):
+    """Tells what flows into places of a model."""
+
+    context: Context
+
+    def into(self, path: str) -> _Flow | None: ...
+
+    def unknown(self) -> str:
+        """Why nothing is known to flow into a place."""
+        ...
+
+
 class _Flows:
     """What flows into each target on a forward pass, which is made once, and only where somebody asks."""
 
@@ -163,7 +175,7 @@ def goes_by_channels(module: nn.Module) -> bool:
 class _Filling:
     """Fills `_` of one expression at one place: with the old module's attribute of that name, else what flows in."""
 
-    def __init__(self, expression: Call, old: nn.Module, path: str, flows: _Flows, context: Context) -> None:
+    def __init__(self, expression: Call, old: nn.Module, path: str, flows: Flows, context: Context) -> None:
         self.expression = expression
         self.old = old
         self.path = path
@@ -204,7 +216,7 @@ class _Filling:
 
     def _what_flowed_in(self, call: Any) -> _Flow | None:
         """What flows into the place of the old module: from a forward pass, else as wide as the modules there are."""
-        if not isinstance(self.old, Bare) and (flow := self.flows.into(self.path)) is not None:
+        if (flow := self.flows.into(self.path)) is not None:
             return flow
         made = self._made(call)
         for module in (self.old, *(() if made is None else made.modules())):
@@ -257,14 +269,10 @@ class _Filling:
                 "it give is not",
                 f"write {name} out",
             )
-        if isinstance(self.old, Bare):
-            kind = modules.find_class(call.name, trusted=self.context.trusted)
-            if (told := shapes.argument_told(self.old, kind, call, name)) is not None:
-                return told
-            raise RequestError(
-                f"{self.expression} at {self.path}: _ for {name} is not known: the file does not say what was there",
-                f"--arch names its architecture; or write {name} out",
-            )
+        return self._as_it_was(call, name)
+
+    def _as_it_was(self, call: Call, name: str) -> Any:
+        """What the old module tells of an argument, else what flows in."""
         if (value := setting(self.old, name)) is not UNKNOWN:
             return value
         flow = self.flows.into(self.path) if name in _AXES else None
@@ -306,6 +314,61 @@ class _Filling:
                 f"write {name} out",
             )
         return size
+
+
+class _KeysFilling(_Filling):
+    """The same where nothing but the shapes of the old tensors tells what was there."""
+
+    def __init__(
+        self, expression: Call, shapes: Mapping[str, Shape], path: str, flows: Flows, context: Context
+    ) -> None:
+        super().__init__(expression, nn.Module(), path, flows, context)
+        self.shapes = shapes
+
+    def _as_it_was(self, call: Call, name: str) -> Any:
+        kind = modules.find_class(call.name, trusted=self.context.trusted)
+        if (told := shapes.argument_told(self.shapes, kind, call, name)) is not None:
+            return told
+        raise RequestError(
+            f"{self.expression} at {self.path}: _ for {name} is not known: the file does not say what was there",
+            f"--arch names its architecture; or write {name} out",
+        )
+
+
+class _NoFlows:
+    """Nothing flows anywhere: a checkpoint without an architecture cannot run."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+
+    def into(self, _path: str) -> _Flow | None:
+        return None
+
+    def unknown(self) -> str:
+        if self.context.inputs is None:
+            return ", and what flows in is not known: no input size is"
+        return ", and a checkpoint without an architecture cannot run"
+
+
+def resolved_for_keys(
+    expression: Call, targets: Sequence[tuple[nn.Module | Mapping[str, Shape], str]], context: Context
+) -> list[Call]:
+    """The expression for each target in a checkpoint of unknown architecture, with every `_` filled in.
+
+    A target is a module that an edit has put in, or the shapes of the parameters that are there, and its path.
+    """
+    if not expression.has_hole:
+        return [expression] * len(targets)
+    flows = _NoFlows(context)
+    calls = []
+    for old, path in targets:
+        filling = (
+            _Filling(expression, old, path, flows, context)
+            if isinstance(old, nn.Module)
+            else _KeysFilling(expression, old, path, flows, context)
+        )
+        calls.append(filling.filled(expression))
+    return calls
 
 
 def _way_out(call: Call, name: str) -> str:

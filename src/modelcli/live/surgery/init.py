@@ -24,7 +24,6 @@ from modelcli.language import expressions, selectors
 from modelcli.language.expressions import Call
 from modelcli.language.quoting import quoted
 from modelcli.live import memory, signatures
-from modelcli.live.build import Bare
 from modelcli.live.describe import describe, dtype_name
 from modelcli.live.meta_models import meta_copy, seeded
 from modelcli.live.script import access_paths
@@ -34,10 +33,13 @@ from modelcli.live.script.source_text import quoted as literal
 from modelcli.live.script.state import State
 from modelcli.live.script.step import Step
 from modelcli.live.sources import Drawn, Lazy, is_lazy, named_tensors
-from modelcli.live.surgery.core import blueprint_of
-from modelcli.live.surgery.storages import copied, has_storage, key_of, shown_too, view_anew, viewers
+from modelcli.live.surgery.core import blueprint_of, submodule
+from modelcli.live.surgery.state_dicts import meta_tensors, viewing
+from modelcli.live.surgery.storages import copied, has_storage, key_of, shown_by, view_anew, viewers
 from modelcli.model.blueprint import Blueprint
-from modelcli.model.paths import ancestors, lies_in, parent_of, shown
+from modelcli.model.paths import ancestors, joined, lies_in, parent_of, shown
+from modelcli.model.shared_bytes import Shown, shown_too
+from modelcli.model.state_dict import StateDictModel, StateDictTensor
 from modelcli.wording import listed
 
 #: Layers that start at weight 1 and bias 0, whatever scheme the layers around them get.
@@ -52,29 +54,53 @@ def carry_out(module: nn.Module, edit: Init, context: Context) -> Applied[nn.Mod
     names = [name for name in selected if name in tensors]
     if not names:
         raise _nothing(edit)
-    plan = _resets if scheme_name(edit.scheme) == DEFAULT else _fills
-    drawing = plan(module, edit, blueprint, names)
-    filled = {id(tensors[name]): text for name, text in drawing.filled.items()}
-    groups = groups_of(edit.targets, blueprint, {name for name in names if id(tensors[name]) in filled})
+    if scheme_name(edit.scheme) == DEFAULT:
+        drawing = _resets(module, edit, blueprint, names)
+    else:
+        drawing = _fills(edit, blueprint, names, tensors, _layers_of(module, blueprint))
+    changes = _changes(edit, blueprint, names, drawing)
+    views = viewers(module)
+    chosen = {id(tensors[name]) for name in drawing.filled}
+    for key, source in _drawn(drawing, views, chosen, context.seed).items():
+        view_anew(views[key], source)
+    notes = _told(drawing, blueprint, selected, names, shown_by(module))
+    return Applied(module, changes, notes, context.inputs)
+
+
+def _changes(edit: Init, blueprint: Blueprint, names: Sequence[str], drawing: Drawing) -> list[Change]:
+    """A row for each outermost module or tensor that a target names."""
+    known = blueprint.by_name
+    filled = {known[name].identity: text for name, text in drawing.filled.items()}
+    groups = groups_of(edit.targets, blueprint, {name for name in names if known[name].identity in filled})
     selectors.require_expected(edit.expect, [path for path, _ in groups])
     changes = []
     for path, below in groups:
-        own = {id(tensors[name]): tensors[name] for name in below}
-        size = sum(tensor.numel() for tensor in own.values() if isinstance(tensor, nn.Parameter))
+        own = {known[name].identity: known[name] for name in below}
+        size = sum(tensor.elements for tensor in own.values() if tensor.kind == "parameter")
         after = min((filled[key] for key in own), key=drawing.texts.index)
         changes.append(Change(path, edit.name, "as it was", after, size, size))
-    _draw(module, drawing, {id(tensors[name]) for name in drawing.filled}, context.seed)
+    return [replace(changes[0], resolved=drawing.lines), *changes[1:]]
+
+
+def _told(
+    drawing: Drawing,
+    blueprint: Blueprint,
+    selected: Sequence[str],
+    names: Sequence[str],
+    shown: Mapping[str, Shown],
+) -> list[str]:
+    """What there is to tell; `names` are those of the selected tensors that can be drawn."""
     notes = [*drawing.notes, *tie_notes(names_of_one(blueprint), names, "drawn anew")]
-    notes += _view_notes(module, set(drawing.filled))
-    notes += [f"{name} keeps its numbers: it is no dense tensor" for name in selected if name not in tensors]
-    return Applied(module, [replace(changes[0], resolved=drawing.lines), *changes[1:]], notes, context.inputs)
+    notes += _view_notes(shown, set(drawing.filled))
+    dense = set(names)
+    return notes + [f"{name} keeps its numbers: it is no dense tensor" for name in selected if name not in dense]
 
 
-def _view_notes(module: nn.Module, filled: set[str]) -> list[str]:
+def _view_notes(shown: Mapping[str, Shown], filled: set[str]) -> list[str]:
     """What there is to tell of other tensors that show numbers which are drawn anew."""
     views = [
         f"{name} shows numbers of {picked}: it has the new ones too"
-        for name, picked in shown_too(module, filled).items()
+        for name, picked in shown_too(shown, filled).items()
     ]
     return views if len(views) <= 3 else [*views[:3], f"{len(views) - 3} more tensors show new numbers too"]
 
@@ -98,12 +124,13 @@ class Drawing:
     overwrites: bool = True
 
 
-def _draw(module: nn.Module, drawing: Drawing, chosen: Collection[int], seed: int) -> None:
-    """Give the chosen tensors, by `id`, new storages: drawn at once, or on the meta device when they are asked for.
+def _drawn(
+    drawing: Drawing, views: Mapping[int, Sequence[torch.Tensor]], chosen: Collection[int], seed: int
+) -> dict[int, Drawn]:
+    """New bytes for the storages of the chosen tensors, given by their `id`, which are drawn when they are asked for.
 
-    Others that view one of these storages view the new one with them, as they would see what is drawn into the old.
+    `views` are the tensors that view each storage, which all see what is drawn.
     """
-    views = viewers(module)
     keys = [key_of(tensor) for tensor in drawing.tensors]
     blank = {key for key in keys if drawing.overwrites and _is_alone(views[key])}
     wanted = list(dict.fromkeys(key for key, tensor in zip(keys, drawing.tensors, strict=True) if id(tensor) in chosen))
@@ -128,8 +155,7 @@ def _draw(module: nn.Module, drawing: Drawing, chosen: Collection[int], seed: in
         return holder
 
     lazy = Lazy(build)
-    for key in wanted:
-        view_anew(views[key], Drawn(lazy, str(key), sizes[key]))
+    return {key: Drawn(lazy, str(key), sizes[key]) for key in wanted}
 
 
 def _is_alone(views: Sequence[torch.Tensor]) -> bool:
@@ -139,6 +165,63 @@ def _is_alone(views: Sequence[torch.Tensor]) -> bool:
 
 def _zeros(nbytes: int) -> torch.UntypedStorage:
     return torch.zeros(nbytes, dtype=torch.uint8).untyped_storage()
+
+
+# --- state-dict models ------------------------------------------------------------------------------------------------
+
+
+def apply_to_state_dict(edit: Init, model: StateDictModel, context: Context) -> Applied[StateDictModel]:
+    """The model with new bytes for what is picked; they are drawn when they are written."""
+    blueprint = model.blueprint
+    selected = selectors.select_tensors(blueprint, edit.targets, without=edit.without)
+    names = [name for name in selected if name in model.tensors]
+    if not names:
+        raise _nothing(edit)
+    if scheme_name(edit.scheme) == DEFAULT:
+        _refuse_arguments_of_default(edit)
+        raise RequestError(
+            "default is a module's own reset_parameters, and the file does not say what its modules are",
+            "--arch names its architecture; or name a scheme: xavier_uniform",
+        )
+    tensors = meta_tensors(model, viewing(model, names))
+    drawing = _fills(edit, blueprint, names, tensors, _layers_of_keys(model))
+    changes = _changes(edit, blueprint, names, drawing)
+    views: dict[int, dict[int, torch.Tensor]] = {}
+    storages: dict[int, object] = {}
+    for name, tensor in tensors.items():
+        if has_storage(tensor):
+            views.setdefault(key_of(tensor), {})[id(tensor)] = tensor
+            storages[key_of(tensor)] = model.tensors[name].storage
+    chosen = {id(tensors[name]) for name in drawing.filled}
+    drawn = _drawn(drawing, {key: list(found.values()) for key, found in views.items()}, chosen, context.seed)
+    notes = _told(drawing, blueprint, selected, names, model.shown)
+    sources = {storages[key]: source for key, source in drawn.items()}
+    return Applied(model.with_sources(sources), changes, notes, context.inputs)
+
+
+def _layers_of_keys(model: StateDictModel) -> _Layers:
+    """A module of unknown type normalises where it keeps a running mean."""
+
+    def own(path: str, name: str) -> StateDictTensor | None:
+        return model.tensors.get(joined(path, name))
+
+    def keeps_mean(path: str) -> bool:
+        mean = own(path, "running_mean")
+        return mean is not None and mean.kind == "buffer"
+
+    def may_normalise(name: str) -> bool:
+        path = parent_of(name)
+        weight, bias = own(path, "weight"), own(path, "bias")
+        if model.modules[path].info is not None or not name.endswith("weight") or weight is None or bias is None:
+            return False
+        return len(weight.shape or ()) == 1 and weight.shape == bias.shape and not keeps_mean(path)
+
+    norms = {
+        path
+        for path, module in model.modules.items()
+        if (keeps_mean(path) if module.info is None else isinstance(module.made, NORMALISATIONS))
+    }
+    return _Layers(norms, lambda path: model.modules[path].made, may_normalise)
 
 
 # --- schemes -------------------------------------------------------------------------------------------------------
@@ -258,15 +341,35 @@ class _Sorted:
     kept: dict[str, str] = field(default_factory=dict)
 
 
-def _fills(module: nn.Module, edit: Init, blueprint: Blueprint, names: Sequence[str]) -> Drawing:
+@dataclass(frozen=True)
+class _Layers:
+    """What is known of the modules around tensors.
+
+    `norms` are the paths of those that normalise. `holder` gives the module at a path where its class is known.
+    `may_normalise` tells of a tensor whether its module could be a LayerNorm for all that is known.
+    """
+
+    norms: Collection[str]
+    holder: Callable[[str], nn.Module | None]
+    may_normalise: Callable[[str], bool]
+
+
+def _layers_of(module: nn.Module, blueprint: Blueprint) -> _Layers:
+    norms = {info.path for info in blueprint.modules if isinstance(submodule(module, info.path), NORMALISATIONS)}
+    return _Layers(norms, lambda path: submodule(module, path), lambda _name: False)
+
+
+def _fills(
+    edit: Init, blueprint: Blueprint, names: Sequence[str], tensors: Mapping[str, torch.Tensor], layers: _Layers
+) -> Drawing:
     """Weights by the scheme, biases by theirs; normalisation layers 1 and 0, unless a target picks nothing else."""
     weight, bias = scheme_of(edit.scheme), scheme_of(edit.bias)
-    tensors = named_tensors(module)
     parameters = [name for name in names if blueprint.by_name[name].kind == "parameter"]
     if not parameters:
         raise _nothing(edit)
     first = {id(tensors[name]): name for name in reversed(parameters)}
-    parts = _sorted(module, edit, blueprint, [name for name in parameters if first[id(tensors[name])] == name])
+    distinct = [name for name in parameters if first[id(tensors[name])] == name]
+    parts = _sorted(edit, blueprint, distinct, tensors, layers)
     warned = _leave_out_refused(parts, tensors, weight, bias)
     schemes = dict.fromkeys(parts.weights, weight) | dict.fromkeys(parts.biases, bias)
     ones, zeros = scheme_of(_ONES), scheme_of(_ZEROS)
@@ -288,13 +391,19 @@ def _fills(module: nn.Module, edit: Init, blueprint: Blueprint, names: Sequence[
     if parts.normalised:
         lines.append(str(Init(targets=_literals(parts.normalised), scheme=_ONES)))
     chosen = [tensors[name] for name in ordered]
-    notes = [*warned, *_notes(module, parts, edit)]
+    notes = [*warned, *_notes(layers, parts, edit)]
     return Drawing(filled, texts, chosen, [tensor.detach() for tensor in chosen], fill, tuple(lines), notes)
 
 
-def _sorted(module: nn.Module, edit: Init, blueprint: Blueprint, parameters: Sequence[str]) -> _Sorted:
+def _sorted(
+    edit: Init,
+    blueprint: Blueprint,
+    parameters: Sequence[str],
+    tensors: Mapping[str, torch.Tensor],
+    layers: _Layers,
+) -> _Sorted:
     """Sort parameters by name and by the module that holds them."""
-    norms = {info.path for info in blueprint.modules if _is_normalisation(module.get_submodule(info.path))}
+    norms = layers.norms
     alone: set[str] = set()
     for target in edit.targets:
         picked = selectors.matched_tensors(selectors.parse(target), blueprint)
@@ -302,7 +411,6 @@ def _sorted(module: nn.Module, edit: Init, blueprint: Blueprint, parameters: Seq
         if all(parent_of(name) in norms for name in picked):
             alone |= picked
     parts = _Sorted()
-    tensors = named_tensors(module)
     for name in parameters:
         if (why := _unfit(tensors[name])) is not None:
             parts.kept[name] = why
@@ -311,13 +419,6 @@ def _sorted(module: nn.Module, edit: Init, blueprint: Blueprint, parameters: Seq
         else:
             (parts.biases if is_bias(name) else parts.weights).append(name)
     return parts
-
-
-def _is_normalisation(module: nn.Module) -> bool:
-    """Whether a module normalises; one of unknown type does where it keeps a running mean."""
-    if isinstance(module, Bare):
-        return "running_mean" in module._buffers
-    return isinstance(module, NORMALISATIONS)
 
 
 def is_bias(name: str) -> bool:
@@ -354,15 +455,15 @@ def _leave_out_refused(parts: _Sorted, tensors: Mapping[str, torch.Tensor], weig
     return list(dict.fromkeys(str(warning.message) for warning in caught))
 
 
-def _notes(module: nn.Module, parts: _Sorted, edit: Init) -> list[str]:
+def _notes(layers: _Layers, parts: _Sorted, edit: Init) -> list[str]:
     notes, scheme = _kept_notes(parts.kept), scheme_of(edit.scheme).text
     if parts.normalised:
-        layers = len({parent_of(name) for name in parts.normalised})
+        number = len({parent_of(name) for name in parts.normalised})
         notes.append(
-            f"{layers} normalisation {'layer gets' if layers == 1 else 'layers get'} weight 1 and bias 0: "
+            f"{number} normalisation {'layer gets' if number == 1 else 'layers get'} weight 1 and bias 0: "
             "a target that picks nothing else gives them a scheme"
         )
-    unsure = [name for name in parts.weights if _may_normalise(module, name)]
+    unsure = [name for name in parts.weights if layers.may_normalise(name)]
     if unsure:
         notes.append(
             f"{listed(unsure, 5)} may belong to normalisation layers, which the file does not say: "
@@ -371,7 +472,7 @@ def _notes(module: nn.Module, parts: _Sorted, edit: Init) -> list[str]:
     own = {
         type(holder).__name__: name
         for name in reversed(parts.weights)
-        if _is_called_norm(holder := _holder(module, name))
+        if (holder := layers.holder(parent_of(name))) is not None and _is_called_norm(holder)
     }
     for kind, name in own.items():
         notes.append(
@@ -388,15 +489,6 @@ def _holder(module: nn.Module, name: str) -> nn.Module:
 def _is_called_norm(module: nn.Module) -> bool:
     """Whether a class that no scheme spares calls itself a normalisation."""
     return "norm" in type(module).__name__.lower() and not isinstance(module, NORMALISATIONS)
-
-
-def _may_normalise(module: nn.Module, name: str) -> bool:
-    """Whether a tensor of a module of unknown type could be the weight of a LayerNorm: its bias has the same length."""
-    holder = _holder(module, name)
-    weight, bias = (holder._parameters.get(own) for own in ("weight", "bias"))
-    if not isinstance(holder, Bare) or not name.endswith("weight") or weight is None or bias is None:
-        return False
-    return weight.dim() == 1 and weight.shape == bias.shape and "running_mean" not in holder._buffers
 
 
 def _kept_notes(kept: Mapping[str, str]) -> list[str]:
@@ -425,17 +517,16 @@ def _nothing(edit: Init, kept: Mapping[str, str] | None = None) -> RequestError:
 # --- default -------------------------------------------------------------------------------------------------------
 
 
-def _resets(module: nn.Module, edit: Init, blueprint: Blueprint, names: Sequence[str]) -> Drawing:
-    """The modules' own `reset_parameters`, called on copies of them: what is selected takes its tensors from there."""
+def _refuse_arguments_of_default(edit: Init) -> None:
     if edit.scheme.args or edit.scheme.kwargs:
         raise RequestError(f"{edit.scheme}: default takes no arguments")
     if edit.bias != _ZEROS:
         raise RequestError("default resets biases with the weights: --bias has nothing to say there")
-    if isinstance(module, Bare):
-        raise RequestError(
-            "default is a module's own reset_parameters, and the file does not say what its modules are",
-            "--arch names its architecture; or name a scheme: xavier_uniform",
-        )
+
+
+def _resets(module: nn.Module, edit: Init, blueprint: Blueprint, names: Sequence[str]) -> Drawing:
+    """The modules' own `reset_parameters`, called on copies of them: what is selected takes its tensors from there."""
+    _refuse_arguments_of_default(edit)
     paths = _resettable(module, edit, blueprint, names)
     originals = nn.ModuleList(module.get_submodule(path) for path in paths)
     below = {name for name in names if lies_in(parent_of(name), paths)}

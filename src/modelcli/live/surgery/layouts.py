@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from modelcli.live.build import Bare
 from modelcli.live.surgery.settings import UNKNOWN, setting
 
 #: Kinds of modules whose tensors of one name mean the same, whatever class of the kind it is.
@@ -50,8 +49,6 @@ def carrying(name: str, old: nn.Module, new: nn.Module) -> Carrying | None:
     before, after = _tensor(had, own), _tensor(has, own)
     if before is None or after is None or before.dim() != after.dim():
         return None
-    if isinstance(had, Bare):
-        return _of_shapes(name, before, after, has)
     if own == "weight" and _is_conv1d_of_gpt(had) != _is_conv1d_of_gpt(has) and _kind(had) == _kind(has):
         return Carrying(transposed=True)
     one, other = _kind(had), _kind(has)
@@ -98,8 +95,13 @@ def _regrouped(name: str, had: nn.Module, has: nn.Module) -> str | None:
     return None
 
 
-def _of_shapes(name: str, before: torch.Tensor, after: torch.Tensor, has: nn.Module) -> Carrying:
-    """The same for a checkpoint that does not say what its modules are: the shapes alone tell."""
+def carrying_by_shapes(name: str, before: torch.Tensor, new: nn.Module) -> Carrying | None:
+    """The same for a tensor of a checkpoint that does not say what its modules are: the shapes alone tell."""
+    path, _, own = name.rpartition(".")
+    has = _holder(new, path)
+    after = _tensor(has, own)
+    if after is None or before.dim() != after.dim():
+        return None
     if before.dim() > 2 and before.shape[2:] != after.shape[2:]:
         sizes = " and ".join("x".join(map(str, tensor.shape[2:])) for tensor in (before, after))
         return Carrying(refusal=f"the last axes of {name} have the sizes {sizes}: values would lie in a corner")

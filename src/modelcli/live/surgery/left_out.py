@@ -11,7 +11,6 @@ from torch import nn
 from modelcli.errors import ModelcliError
 from modelcli.language.expressions import Call
 from modelcli.live import modules, signatures
-from modelcli.live.build import Bare
 from modelcli.live.meta_models import build_on_meta
 from modelcli.live.surgery.settings import UNKNOWN, setting
 from modelcli.wording import counted, listed
@@ -43,8 +42,6 @@ def notes(call: Call, resolved: Iterable[Call], replaced: Iterable[tuple[nn.Modu
     settings: dict[tuple[_Setting, ...], list[str]] = {}
     lost: dict[tuple[str, str], list[str]] = {}
     for (old, path, new), made in zip(replaced, resolved, strict=True):
-        if isinstance(old, Bare):
-            continue
         if found := tuple(_settings_within(call, made, old, new)):
             settings.setdefault(found, []).append(path)
         if what := _code_that_goes(old, new):

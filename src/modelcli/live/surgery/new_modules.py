@@ -14,9 +14,11 @@ from modelcli.language import expressions
 from modelcli.language.expressions import Call
 from modelcli.live import bounds, memory, modules
 from modelcli.live.meta_models import build_on_meta, seeded
-from modelcli.live.sources import Lazy, named_tensors, tag_drawn
+from modelcli.live.sources import Lazy, dtype_of, named_tensors, tag_drawn
 from modelcli.live.surgery.core import is_meta, submodule
-from modelcli.model.paths import ancestors
+from modelcli.model.dtypes import ITEM_BYTES
+from modelcli.model.paths import ancestors, parent_of
+from modelcli.model.state_dict import StateDictModel
 from modelcli.providers.known_code import names_known_code
 
 
@@ -24,13 +26,20 @@ def maker(
     module: nn.Module, calls: Sequence[Call], context: Context, targets: Sequence[tuple[nn.Module, str]]
 ) -> Callable[[], list[nn.Module]]:
     """What makes the new modules of one edit: all drawn from one generator, in order."""
+    # A dtype that the expression itself states is taken at its word.
+    own_dtype = any(expressions.gives(call, "dtype") for call in calls)
+    places = [_place(module, old, path, own_dtype=own_dtype) for old, path in targets]
+    return maker_at(places, calls, context, [path for _, path in targets], on_meta_alone=is_meta(module))
+
+
+def maker_at(
+    places: Sequence[Place], calls: Sequence[Call], context: Context, paths: Sequence[str], *, on_meta_alone: bool
+) -> Callable[[], list[nn.Module]]:
+    """The same for places that are known; on meta alone, their values are drawn when they are asked for."""
     if any(expressions.gives(call, "device") for call in calls):
         raise RequestError(
             f"{calls[0]}: device has no place here, since a module goes where the model is", "leave device out"
         )
-    # A dtype that the expression itself states is taken at its word.
-    own_dtype = any(expressions.gives(call, "dtype") for call in calls)
-    places = [_place(module, old, path, own_dtype=own_dtype) for old, path in targets]
 
     def settled(news: Sequence[nn.Module]) -> list[nn.Module]:
         return [place.settle(new) for place, new in zip(places, news, strict=True)]
@@ -41,7 +50,7 @@ def maker(
         return settled(made)
 
     def on_meta() -> list[nn.Module]:
-        made = settled([_on_meta(call, path, context) for call, (_, path) in zip(calls, targets, strict=True)])
+        made = settled([_on_meta(call, path, context) for call, path in zip(calls, paths, strict=True)])
         memory.require(sum(map(memory.bytes_of, made)), str(calls[0]))
         holder = nn.ModuleList(made)
         tag_drawn(holder, Lazy(lambda: nn.ModuleList(for_real())))
@@ -51,7 +60,7 @@ def maker(
         on_meta()  # finds wrong arguments and sizes before anything is allocated
         return for_real()
 
-    return on_meta if is_meta(module) else in_two_steps
+    return on_meta if on_meta_alone else in_two_steps
 
 
 def _on_meta(call: Call, path: str, context: Context) -> nn.Module:
@@ -65,7 +74,7 @@ def _on_meta(call: Call, path: str, context: Context) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """What a new module is to be like: the mode of what was there; the dtype and device of tensors near by, if any."""
 
     training: bool
@@ -82,7 +91,7 @@ class _Place:
         return new.train(self.training)
 
 
-def _place(module: nn.Module, old: nn.Module, path: str, *, own_dtype: bool) -> _Place:
+def _place(module: nn.Module, old: nn.Module, path: str, *, own_dtype: bool) -> Place:
     """The place of an old module: it decides by its first floating-point tensor, else its nearest relative does."""
     for above in ancestors(path):
         relative = submodule(module, above)
@@ -90,5 +99,42 @@ def _place(module: nn.Module, old: nn.Module, path: str, *, own_dtype: bool) -> 
             # Of relatives: a dtype that takes a byte stores what was there, and nothing new is made in it.
             if tensor.dtype.is_floating_point and (tensor.dtype.itemsize > 1 or above == path):
                 device = None if tensor.is_meta else tensor.device
-                return _Place(old.training, None if own_dtype else tensor.dtype, device)
-    return _Place(old.training)
+                return Place(old.training, None if own_dtype else tensor.dtype, device)
+    return Place(old.training)
+
+
+def new_for_keys(
+    model: StateDictModel, calls: Sequence[Call], context: Context, targets: Sequence[tuple[bool, str]]
+) -> list[nn.Module]:
+    """The new modules of one edit of a state-dict model, on meta: their values are drawn when they are asked for.
+
+    `targets` are the modes and paths of the places.
+    """
+    own_dtype = any(expressions.gives(call, "dtype") for call in calls)
+    dtypes = _Dtypes(model)
+    places = [Place(mode, None if own_dtype else dtypes.at(path)) for mode, path in targets]
+    return maker_at(places, calls, context, [path for _, path in targets], on_meta_alone=True)()
+
+
+class _Dtypes:
+    """The floating-point dtypes of a state-dict model, by the modules that have a parameter or a buffer of one."""
+
+    def __init__(self, model: StateDictModel) -> None:
+        self.own: dict[str, str] = {}
+        self.wide: dict[str, str] = {}
+        ordered = sorted(model.tensors.items(), key=lambda item: item[1].kind == "buffer")
+        for name, tensor in ordered:
+            if not tensor.dtype.startswith(("float", "bfloat")):
+                continue
+            for path in ancestors(parent_of(name)):
+                self.own.setdefault(path, tensor.dtype)
+                if tensor.kind == "parameter" and ITEM_BYTES[tensor.dtype] > 1:
+                    self.wide.setdefault(path, tensor.dtype)
+
+    def at(self, path: str) -> torch.dtype | None:
+        """The dtype for a new module: that of the old one's first tensor, else of its nearest relative's.
+
+        Of relatives: a dtype that takes a byte stores what was there, and nothing new is made in it.
+        """
+        found = self.own.get(path) or next((self.wide[above] for above in ancestors(path) if above in self.wide), None)
+        return None if found is None else dtype_of(found)

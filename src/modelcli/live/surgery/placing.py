@@ -8,18 +8,18 @@ from dataclasses import replace
 from torch import nn
 
 from modelcli.edits.applied import Applied, Change, Context
-from modelcli.edits.placing import Placing
-from modelcli.errors import RequestError
+from modelcli.edits.placing import Placing, holder_and_name
 from modelcli.language import selectors
 from modelcli.language.expressions import Call
-from modelcli.live.build import Bare
-from modelcli.live.script.new_modules import new_module, seeded
+from modelcli.live.script.new_modules import new_module as new_module_text
+from modelcli.live.script.new_modules import seeded
 from modelcli.live.script.step import Step
 from modelcli.live.surgery.core import brief, count, put_children, submodule
-from modelcli.live.surgery.holes import Placeholder, resolved_calls
-from modelcli.live.surgery.new_modules import maker
-from modelcli.model.blueprint import Blueprint
+from modelcli.live.surgery.holes import Placeholder, resolved_calls, resolved_for_keys
+from modelcli.live.surgery.new_modules import maker, new_for_keys
+from modelcli.live.surgery.state_dicts import new_module
 from modelcli.model.paths import joined
+from modelcli.model.state_dict import NewModule, StateDictModel
 
 Children = dict[str, nn.Module | None]
 
@@ -54,23 +54,19 @@ def put_new(
     return Applied(module, [Change(there, edit.name, "", brief(new), 0, count(new), (line,))], inputs=context.inputs)
 
 
-def holder_and_name(blueprint: Blueprint, edit: Placing) -> tuple[str, str]:
-    """The path of the module that gets a child, and the last step of the edit's path, as it is written.
-
-    Raises RequestError where there is no such module, and for a path that is none of a child.
-    """
-    selector = selectors.parse(edit.path)
-    if selector.type is not None:
-        raise RequestError(f"{edit.name} takes a path, and {edit.path!r} asks for a type", "write the path out")
-    *above, own = selector.components or ("",)
-    if not own:
-        raise RequestError(f"{edit.name} takes the path of a new module, not of the model itself", edit.example_line())
-    return selectors.select_one(blueprint, ".".join(above) or ".", edit.name), own
+def new_for_state_dict(
+    edit: Placing, model: StateDictModel, context: Context, holder: str, there: str
+) -> tuple[Call, NewModule]:
+    """The new module of an edit of a state-dict model, for its place in the module at `holder`, and the call for it."""
+    made = model.modules[holder].made
+    (call,) = resolved_for_keys(edit.module, [(Placeholder(), there)], context)
+    (new,) = new_for_keys(model, [call], context, [(made is None or made.training, there)])
+    return call, new_module(new, model.next_identity)
 
 
 def kind_of(holder: nn.Module) -> str:
     """The type of a module, for an error."""
-    return "(of unknown type)" if isinstance(holder, Bare) else type(holder).__name__
+    return type(holder).__name__
 
 
 # --- scripts ---------------------------------------------------------------------------------------------------------
@@ -79,4 +75,7 @@ def kind_of(holder: nn.Module) -> str:
 def new_child(call: Call, step: Step, path: str) -> tuple[list[str], str]:
     """The statements that set the generator for the new module at `path`, and the call that makes it."""
     new = submodule(step.after, path)
-    return seeded(step.seed, [new]), new_module(step.script, call, new)
+    return seeded(step.seed, [new]), new_module_text(step.script, call, new)
+
+
+__all__ = ["Children", "holder_and_name", "kind_of", "new_child", "new_for_state_dict", "put_new"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -10,14 +10,15 @@ import torch
 from torch import nn
 
 from modelcli.edits.applied import Applied, Change, Context
-from modelcli.edits.replace import Replace
+from modelcli.edits.picking import Part, parts_below
+from modelcli.edits.replace import Replace, partings, replaced_paths, resolved_lines
 from modelcli.errors import RequestError
 from modelcli.language import selectors
-from modelcli.language.expressions import Call
-from modelcli.language.quoting import command, quoted
+from modelcli.language.quoting import quoted
 from modelcli.live.describe import describe
 from modelcli.live.script import access_paths
-from modelcli.live.script.new_modules import new_module, new_statements, own_names, seeded
+from modelcli.live.script.new_modules import new_module as new_module_text
+from modelcli.live.script.new_modules import new_statements, own_names, seeded
 from modelcli.live.script.source_text import STATEMENTS, InexpressibleError, dedented, loop
 from modelcli.live.script.source_text import quoted as literal
 from modelcli.live.script.state import State
@@ -34,10 +35,14 @@ from modelcli.live.sources import (
 )
 from modelcli.live.surgery import layouts, left_out, shapes
 from modelcli.live.surgery.core import blueprint_of, brief, count, places, submodule
-from modelcli.live.surgery.holes import resolved_calls
-from modelcli.live.surgery.new_modules import maker
-from modelcli.live.surgery.storages import byte_span, has_storage, tied, view_anew, viewers
-from modelcli.model.paths import ancestors, parent_of
+from modelcli.live.surgery.holes import resolved_calls, resolved_for_keys
+from modelcli.live.surgery.new_modules import maker, new_for_keys
+from modelcli.live.surgery.state_dicts import meta_tensors, new_module
+from modelcli.live.surgery.storages import byte_span, has_storage, shown_by, view_anew, viewers
+from modelcli.model.dtypes import is_differentiable
+from modelcli.model.shared_bytes import tied
+from modelcli.model.state_dict import NewModule, StateDictModel
+from modelcli.model.tensors import Shape
 from modelcli.wording import listed
 
 
@@ -52,15 +57,9 @@ class _Target:
 
 def carry_out(module: nn.Module, edit: Replace, context: Context) -> Applied[nn.Module]:
     blueprint = blueprint_of(module, context)
-    paths = selectors.select_modules(blueprint, edit.targets, without=edit.without, expect=edit.expect)
-    _refuse_expanded(edit, module)
-    if "" in paths:
-        raise RequestError(
-            "the model itself cannot be replaced by a module", "name that as the model: -m 'Linear(4096,10)'"
-        )
-    selectors.refuse_nested(paths, "replace")
+    paths = replaced_paths(edit, blueprint)
     targets = _targets(module, paths)
-    parted = _parted(module, targets)
+    parted = partings([(target.paths, target.everywhere) for target in targets], tied(shown_by(module)))
     if parted and not edit.untie:
         raise RequestError(parted[0].message, parted[0].hint)
     olds = [(target.module, target.paths[0]) for target in targets]
@@ -68,13 +67,14 @@ def carry_out(module: nn.Module, edit: Replace, context: Context) -> Applied[nn.
     news = maker(module, calls, context, olds)()
     notes = [tie.note for tie in parted]
     replaced = [(*pair, new) for pair, new in zip(olds, news, strict=True)]
-    notes += left_out.notes(edit.module, calls, replaced) + shapes.notes(replaced, calls)
-    notes += _trains_now(replaced)
+    notes += left_out.notes(edit.module, calls, replaced)
+    notes += _trains_now([(path, _flags(old), new) for old, path, new in replaced])
     kept: Mapping[str, Mapping[str, _Part]] = {}
     if edit.keep_weights:
-        kept, told = _keep_weights(edit, replaced)
+        kept, told = _keep_weights([_old(old, path, new) for old, path, new in replaced])
         notes += told
-    lines = _resolved_lines(edit, [(target.paths, call) for target, call in zip(targets, calls, strict=True)], kept)
+    keeps = {path for path, parts in kept.items() if parts}
+    lines = resolved_lines(edit, [(target.paths, call) for target, call in zip(targets, calls, strict=True)], keeps)
     changes = []
     for target, new in zip(targets, news, strict=True):
         old = target.module
@@ -95,58 +95,6 @@ def _targets(module: nn.Module, paths: Sequence[str]) -> list[_Target]:
     return [_Target(old, tuple(named), tuple(everywhere[key])) for key, (old, named) in found.items()]
 
 
-# --- ties ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Parting:
-    """A tie that an edit breaks: why it is refused without `--untie`, and what is told with it."""
-
-    message: str
-    hint: str
-    note: str
-
-
-def _parted(module: nn.Module, targets: Sequence[_Target]) -> list[_Parting]:
-    """The ties that replacing these modules breaks: of modules with further names, of tensors with further holders."""
-    found = []
-    for target in targets:
-        others = [path for path in target.everywhere if path not in target.paths]
-        if others:
-            also = [word for path in others for word in ("--also", selectors.literal(path))]
-            found.append(
-                _Parting(
-                    f"{target.paths[0]} is one module with {len(target.everywhere)} names "
-                    f"({', '.join(target.everywhere)}); the selector names {len(target.paths)} of them",
-                    f"{command(also)} replaces it everywhere; --untie replaces it under the names picked alone",
-                    f"{', '.join(target.paths)} and {', '.join(others)} are no longer one module",
-                )
-            )
-    whole = {
-        path: index
-        for index, target in enumerate(targets)
-        if len(target.paths) == len(target.everywhere)
-        for path in target.paths
-    }
-    for group in tied(module):
-        names: dict[int | None, str] = {}
-        for name in group:
-            index = next((whole[path] for path in ancestors(parent_of(name)) if path in whole), None)
-            names.setdefault(index, name)
-        replaced = [index for index in names if index is not None]
-        if len(names) > 1 and replaced:
-            name = names[replaced[0]]
-            other = next(other for index, other in names.items() if index != replaced[0])
-            found.append(
-                _Parting(
-                    f"{name} is tied to {other}, and to replace {targets[replaced[0]].paths[0]} parts them",
-                    "--untie replaces it all the same: they are two tensors from then on",
-                    f"{name} and {other} are no longer tied",
-                )
-            )
-    return found
-
-
 # --- keep-weights --------------------------------------------------------------------------------------------------
 
 
@@ -164,32 +112,49 @@ class _Part:
         return whole[tuple(slice(size) for size in self.sizes)]
 
 
-def _keep_weights(
-    edit: Replace, groups: Sequence[tuple[nn.Module, str, nn.Module]]
-) -> tuple[Mapping[str, Mapping[str, _Part]], list[str]]:
+@dataclass(frozen=True)
+class _Old:
+    """What weights are kept of: the old tensors by their names in it, it in a few words, its path, the new module.
+
+    `carrying` tells how the values of a tensor go into the new one: see `layouts.carrying`.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    brief: str
+    path: str
+    new: nn.Module
+    carrying: Callable[[str], layouts.Carrying | None]
+
+
+def _old(old: nn.Module, path: str, new: nn.Module) -> _Old:
+    return _Old(named_tensors(old), brief(old), path, new, lambda name: layouts.carrying(name, old, new))
+
+
+def _keep_weights(groups: Sequence[_Old]) -> tuple[Mapping[str, Mapping[str, _Part]], list[str]]:
     """Carry over the overlapping part of each tensor that means the same in the old modules and in the new ones.
 
     Gives what each module keeps, by its path, and what there is to tell.
 
     Raises RequestError where no tensor of any of them has a counterpart.
     """
-    kept = {path: _overlap(path, old, new) for old, path, new in groups}
+    kept = {old.path: _overlap(old) for old in groups}
     if not any(kept.values()):
-        old, path, new = groups[0]
+        first = groups[0]
         raise RequestError(
-            f"--keep-weights keeps nothing of {path}: {type(new).__name__} has no tensor of the name and number of "
-            f"dimensions of one of {brief(old)}",
+            f"--keep-weights keeps nothing of {first.path}: {type(first.new).__name__} has no tensor of the name and "
+            f"number of dimensions of one of {first.brief}",
             "leave it out",
         )
     notes = []
-    for old, path, new in groups:
+    for old in groups:
+        path = old.path
         if parts := kept[path]:
-            _fill(old, new, parts)
-            given, made = named_tensors(old), named_tensors(new)
+            _fill(old.tensors, old.new, parts)
+            given, made = old.tensors, named_tensors(old.new)
             told = [f"{name}{_extent(part, given[name].shape, made[name].shape)}" for name, part in parts.items()]
             drawn = [name for name, tensor in made.items() if name not in parts and isinstance(tensor, nn.Parameter)]
             anew = f"; {listed(drawn, 4)} drawn anew" if drawn else ""
-            of_old = f"of the old {brief(old)}{anew}"
+            of_old = f"of the old {old.brief}{anew}"
             notes.append(f"{path} keeps {listed(told, 4)} {of_old}")
         else:
             notes.append(f"{path} keeps no weights")
@@ -198,21 +163,23 @@ def _keep_weights(
     return kept, notes
 
 
-def _overlap(path: str, old: nn.Module, new: nn.Module) -> dict[str, _Part]:
+def _overlap(old: _Old) -> dict[str, _Part]:
     """What the tensors of two modules have in common that mean the same in both.
 
     Raises RequestError where tensors of one name mean different things, or would come to lie where they do.
     """
-    given = named_tensors(old)
+    given = old.tensors
     parts: dict[str, _Part] = {}
-    for name, tensor in named_tensors(new).items():
+    for name, tensor in named_tensors(old.new).items():
         if name not in given or not _dense(tensor) or not _dense(given[name]):
             continue
-        how = layouts.carrying(name, old, new)
+        how = old.carrying(name)
         if how is None:
             continue
         if how.refusal is not None:
-            raise RequestError(f"--keep-weights cannot carry over {path}: {how.refusal}", "leave --keep-weights out")
+            raise RequestError(
+                f"--keep-weights cannot carry over {old.path}: {how.refusal}", "leave --keep-weights out"
+            )
         shape = given[name].shape[::-1] if how.transposed else given[name].shape
         parts[name] = _Part(tuple(map(min, tensor.shape, shape)), how.transposed)
     return parts
@@ -230,12 +197,12 @@ def _extent(part: _Part, old: torch.Size, new: torch.Size) -> str:
     return (".T" if part.transposed else "") + ("" if old == new else f"[{','.join(sizes)}]")
 
 
-def _fill(old: nn.Module, new: nn.Module, parts: Mapping[str, _Part]) -> None:
+def _fill(old: Mapping[str, torch.Tensor], new: nn.Module, parts: Mapping[str, _Part]) -> None:
     """Let the tensors of a new module show the old numbers where they overlap, the new ones elsewhere.
 
     On the meta device that is done when the numbers are asked for, so many of them at a time as are asked for.
     """
-    before = {name: named_tensors(old)[name].detach() for name in parts}
+    before = {name: old[name].detach() for name in parts}
     names: dict[int, list[str]] = {}
     for name, tensor in named_tensors(new).items():
         names.setdefault(id(tensor), []).append(name)
@@ -283,17 +250,24 @@ def _lay(storage: torch.UntypedStorage, start: int, view: torch.Tensor, numbers:
 # --- flags -----------------------------------------------------------------------------------------------------------
 
 
-def _trains_now(replaced: Iterable[tuple[nn.Module, str, nn.Module]]) -> list[str]:
-    """A line for the modules that were frozen, or had frozen parameters, and whose new ones train."""
+def _flags(module: nn.Module) -> dict[str, bool]:
+    """Whether each parameter is trained that could be."""
+    return {name: p.requires_grad for name, p in module.named_parameters() if _is_differentiable(p)}
+
+
+def _trains_now(replaced: Iterable[tuple[str, Mapping[str, bool], nn.Module]]) -> list[str]:
+    """A line for the modules that were frozen, or had frozen parameters, and whose new ones train.
+
+    `replaced` are their paths, the flags of the old parameters that could be trained, and the new modules.
+    """
     paths: list[str] = []
     parts: list[str] = []
-    for old, path, new in replaced:
+    for path, flags, new in replaced:
         trained = {name for name, parameter in new.named_parameters() if parameter.requires_grad}
-        frozen = [name for name, p in old.named_parameters() if _is_differentiable(p) and not p.requires_grad]
-        if _is_frozen(old) and trained:
+        if flags and not any(flags.values()) and trained:
             paths.append(path)
         else:
-            parts += [f"{path}.{name}" for name in frozen if name in trained]
+            parts += [f"{path}.{name}" for name, flag in flags.items() if not flag and name in trained]
     told = []
     for names in (paths, parts):
         if len(names) == 1:
@@ -308,40 +282,118 @@ def _is_differentiable(parameter: nn.Parameter) -> bool:
     return parameter.is_floating_point() or parameter.is_complex()
 
 
-def _is_frozen(module: nn.Module) -> bool:
-    """Whether it has parameters that could be trained, and none of them is."""
-    possible = list(filter(_is_differentiable, module.parameters()))
-    return bool(possible) and not any(p.requires_grad for p in possible)
+# --- state-dict models -----------------------------------------------------------------------------------------------
 
 
-# --- the record ----------------------------------------------------------------------------------------------------
+def apply_to_state_dict(edit: Replace, model: StateDictModel, context: Context) -> Applied[StateDictModel]:
+    """The model with new modules in the place of what is picked; their values are drawn when they are written."""
+    blueprint = model.blueprint
+    targets = _targets_of_keys(model, replaced_paths(edit, blueprint))
+    parted = partings([(target.paths, target.everywhere) for target in targets], tied(model.shown))
+    if parted and not edit.untie:
+        raise RequestError(parted[0].message, parted[0].hint)
+    olds = [target.old(model) for target in targets]
+    calls = resolved_for_keys(edit.module, [(old.told, old.path) for old in olds], context)
+    news = new_for_keys(model, calls, context, [(old.mode, old.path) for old in olds])
+    notes = [tie.note for tie in parted]
+    known = [(old.told, old.path, new, call) for old, new, call in zip(olds, news, calls, strict=True)]
+    classes = [(old, path, new) for old, path, new, _ in known if isinstance(old, nn.Module)]
+    made_of = [call for old, _, _, call in known if isinstance(old, nn.Module)]
+    notes += left_out.notes(edit.module, made_of, classes)
+    notes += shapes.notes(
+        [(old, path, new) for old, path, new, _ in known if not isinstance(old, nn.Module)],
+        [call for old, _, _, call in known if not isinstance(old, nn.Module)],
+    )
+    notes += _trains_now([(old.path, old.flags, new) for old, new in zip(olds, news, strict=True)])
+    briefs = parts_below(model, [path for target in targets for path in target.paths])
+    kept: Mapping[str, Mapping[str, _Part]] = {}
+    if edit.keep_weights:
+        kept, told = _keep_weights([old.kept(model, briefs, new) for old, new in zip(olds, news, strict=True)])
+        notes += told
+    keeps = {path for path, parts in kept.items() if parts}
+    lines = resolved_lines(edit, [(target.paths, call) for target, call in zip(targets, calls, strict=True)], keeps)
+    changes, placed, number = [], dict[str, NewModule](), model.next_identity
+    for target, new in zip(targets, news, strict=True):
+        made = new_module(new, number)
+        number += made.identities
+        for path in target.paths:
+            placed[path] = made
+            part = briefs[path]
+            changes.append(Change(path, edit.name, part.brief, made.brief, part.params, made.params))
+    changes[0] = replace(changes[0], resolved=tuple(lines))
+    return Applied(model.with_modules(placed), changes, notes, context.inputs)
 
 
-def _resolved_lines(
-    edit: Replace, groups: Sequence[tuple[Sequence[str], Call]], kept: Mapping[str, Mapping[str, _Part]]
-) -> list[str]:
-    """The edit as lines without patterns and holes: one for each module, under all the names that were picked.
+@dataclass(frozen=True)
+class _KeysTarget:
+    """A module of a state-dict model to replace: the paths at which it is replaced, and all those that it has."""
 
-    A module of which nothing is kept does not ask for it by itself: that is refused.
+    paths: tuple[str, ...]
+    everywhere: tuple[str, ...]
+
+    def old(self, model: StateDictModel) -> _OldKeys:
+        """What was there."""
+        path = self.paths[0]
+        prefix = f"{path}."
+        names = {name.removeprefix(prefix): name for name in model.names_below(path)}
+        made = model.modules[path].made
+        mode = made.training if made is not None else True
+        tensors = {own: model.tensors[name] for own, name in names.items() if name in model.tensors}
+        if made is None:
+            shapes: Mapping[str, Shape] = {
+                own: tensor.shape or () for own, tensor in tensors.items() if tensor.kind == "parameter"
+            }
+        told = shapes if made is None else made
+        flags: dict[str, bool] = {}
+        for identity, own in {tensor.identity: own for own, tensor in reversed(tensors.items())}.items():
+            tensor = tensors[own]
+            assert tensor.identity == identity
+            if tensor.kind == "parameter" and is_differentiable(tensor.dtype):
+                flags[own] = tensor.requires_grad is not False
+        flags = {own: flags[own] for own in tensors if own in flags}
+        return _OldKeys(path, told, mode, flags, names)
+
+
+@dataclass(frozen=True)
+class _OldKeys:
+    """What a new module takes the place of: a module that an edit has put in, or shapes of parameters, and the mode.
+
+    `flags` say whether each parameter is trained that could be; `names` are the keys below it, by their names in it.
     """
-    settled = replace(edit, without=(), expect=None)
-    lines = []
-    for paths, call in groups:
-        first, *more = map(selectors.literal, paths)
-        keeps = bool(kept.get(paths[0]))
-        lines.append(str(replace(settled, target=first, also=tuple(more), module=call, keep_weights=keeps)))
-    return lines
+
+    path: str
+    told: nn.Module | Mapping[str, Shape]
+    mode: bool
+    flags: Mapping[str, bool]
+    names: Mapping[str, str]
+
+    def kept(self, model: StateDictModel, briefs: Mapping[str, Part], new: nn.Module) -> _Old:
+        dense = {own: name for own, name in self.names.items() if name in model.tensors}
+        views = meta_tensors(model, list(dense.values()))
+        tensors = {own: views[name] for own, name in dense.items()}
+
+        def carrying(name: str) -> layouts.Carrying | None:
+            if isinstance(self.told, nn.Module):
+                return layouts.carrying(name, self.told, new)
+            return layouts.carrying_by_shapes(name, tensors[name], new)
+
+        return _Old(tensors, briefs[self.path].brief, self.path, new, carrying)
 
 
-def _refuse_expanded(edit: Replace, module: nn.Module) -> None:
-    """`replace classifier.{1,4} ReLU` without quotes reaches us as two paths: say so instead of `no class`."""
-    name = edit.module.name
-    known = {path for path, _ in module.named_modules()}
-    if name in known and "." in name:
-        raise RequestError(
-            f"{name} is a path of this model, not the name of a class",
-            "the shell may have expanded a pattern: quote the target",
-        )
+def _targets_of_keys(model: StateDictModel, paths: Sequence[str]) -> list[_KeysTarget]:
+    """The distinct modules at these paths, in order: those that an edit has put in may be shared."""
+    everywhere: dict[int, list[str]] = {}
+    for path, module in model.modules.items():
+        if module.made is not None:
+            everywhere.setdefault(id(module.made), []).append(path)
+    found: dict[object, list[str]] = {}
+    for path in paths:
+        made = model.modules[path].made
+        found.setdefault(path if made is None else id(made), []).append(path)
+    return [
+        _KeysTarget(tuple(named), tuple(everywhere[key]) if isinstance(key, int) else tuple(named))
+        for key, named in found.items()
+    ]
 
 
 # --- scripts ---------------------------------------------------------------------------------------------------------
@@ -378,7 +430,8 @@ def script_lines_together(edits: Sequence[Replace], step: Step) -> list[str]:
     if any(edit.keep_weights for edit in edits):
         script.helpers.setdefault(KEEP_WEIGHTS)
     made = [
-        (new_module(script, edit.module, after.get_submodule(paths[0])), edit, paths) for edit, paths in news.values()
+        (new_module_text(script, edit.module, after.get_submodule(paths[0])), edit, paths)
+        for edit, paths in news.values()
     ]
     # The generator goes on from one to the next, so they stay in their order: runs of equal ones become loops.
     while made:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from modelcli.language.expressions import Call
 from modelcli.live import modules
-from modelcli.live.build import Bare
+from modelcli.model.tensors import Shape
 
 _CONVOLUTION = (3, 4, 5)
 #: Arguments of constructors: of how many dimensions a `weight` is that tells them, and on which axis.
@@ -29,40 +28,39 @@ _TOLD_BY_WEIGHT: Mapping[str, tuple[tuple[int, ...], int]] = {
 }
 
 
-def argument_told(old: Bare, kind: type[nn.Module], call: Call, name: str) -> Any:
+def argument_told(old: Mapping[str, Shape], kind: type[nn.Module], call: Call, name: str) -> Any:
     """The value of a constructor argument as the old tensors tell it, or None where they do not.
 
-    `call` is the new module's, and `kind` its class: a convolution's `in_channels` is known where it has one group,
-    since its weight holds `in_channels / groups`; of a transposed one nothing is, since its weight is the other way
-    round.
+    `old` are the shapes of the old module's parameters, by their names in it. `call` is the new module's, and `kind`
+    its class: a convolution's `in_channels` is known where it has one group, since its weight holds
+    `in_channels / groups`; of a transposed one nothing is, since its weight is the other way round.
     """
-    weight = old._parameters.get("weight")
-    if not isinstance(weight, torch.Tensor):
+    weight = old.get("weight")
+    if weight is None:
         return None
     if name == "bias":
-        return old._parameters.get("bias") is not None
-    if weight.dim() in _CONVOLUTION and issubclass(kind, _ConvTransposeNd):
+        return "bias" in old
+    if len(weight) in _CONVOLUTION and issubclass(kind, _ConvTransposeNd):
         return None
-    if name == "kernel_size" and weight.dim() in _CONVOLUTION:
-        return tuple(weight.shape[2:])
+    if name == "kernel_size" and len(weight) in _CONVOLUTION:
+        return weight[2:]
     dimensions, axis = _TOLD_BY_WEIGHT.get(name, ((), 0))
-    if weight.dim() not in dimensions or (name == "in_channels" and _argument(call, kind, "groups", 1) != 1):
+    if len(weight) not in dimensions or (name == "in_channels" and _argument(call, kind, "groups", 1) != 1):
         return None
-    return weight.shape[axis]
+    return weight[axis]
 
 
 #: Arguments that say how much flows in: nothing but a forward pass would show that it is another number now.
 _FLOWS_IN = ("in_features", "in_channels", "num_features", "num_channels", "normalized_shape")
 
 
-def notes(replaced: Iterable[tuple[nn.Module, str, nn.Module]], calls: Iterable[Call]) -> list[str]:
+def notes(replaced: Iterable[tuple[Mapping[str, Shape], str, nn.Module]], calls: Iterable[Call]) -> list[str]:
     """A line for each new module that takes another width than the tensors of the old one say, which nothing checks
-    where the architecture is not known. `replaced` are the old modules, their paths, and the new ones.
+    where the architecture is not known. `replaced` are the shapes of the old modules' parameters, their paths, and the
+    new modules.
     """
     told = []
     for (old, path, new), call in zip(replaced, calls, strict=True):
-        if not isinstance(old, Bare):
-            continue
         for name in _FLOWS_IN:
             now = getattr(new, name, None)
             was = argument_told(old, type(new), call, name)

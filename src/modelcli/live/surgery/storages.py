@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import bisect
-import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from modelcli.live.meta_models import tagged
 from modelcli.live.sources import AnySource, extent, is_lazy, named_tensors, real_storage, require_source
+from modelcli.model.shared_bytes import Shown
 
 
 def key_of(tensor: torch.Tensor) -> int:
@@ -38,63 +37,15 @@ def byte_span(view: torch.Tensor) -> tuple[int, int]:
     return start * view.element_size(), (start + extent(view)) * view.element_size()
 
 
-def tied(module: nn.Module) -> list[list[str]]:
-    """The names of tensors that are one, or that show some of the same bytes: a group for each, in their order.
-
-    Tensors that lie side by side in one storage are not tied; what has no storage of its own is tied to itself alone.
-    """
-    tensors = named_tensors(module)
-    groups: dict[object, list[str]] = {}
-    by_storage: dict[int, list[str]] = {}
-    for name, tensor in tensors.items():
-        if has_storage(tensor) and tensor.numel():
-            by_storage.setdefault(key_of(tensor), []).append(name)
-        else:
-            groups.setdefault(id(tensor), []).append(name)
-    for key, names in by_storage.items():
-        reached, number = 0, 0
-        for (start, end), name in sorted((byte_span(tensors[name]), name) for name in names):
-            number += start >= reached  # behind all before it: the next group
-            reached = max(reached, end)
-            groups.setdefault((key, number), []).append(name)
-    order = {name: position for position, name in enumerate(tensors)}
-    return [sorted(names, key=order.__getitem__) for names in groups.values()]
-
-
-def shown_too(module: nn.Module, names: Collection[str]) -> dict[str, str]:
-    """The other tensors that show some of the bytes of these, each with the first of these whose bytes it shows.
-
-    Names of one and the same tensor are no others.
-    """
-    tensors = named_tensors(module)
-    own = {id(tensors[name]) for name in names}
-    spans: dict[int, list[tuple[int, int, str]]] = {}
-    rest: dict[int, list[str]] = {}
-    for name, tensor in tensors.items():
-        if not has_storage(tensor) or not tensor.numel():
-            continue
-        if name in names:
-            spans.setdefault(key_of(tensor), []).append((*byte_span(tensor), name))
-        elif id(tensor) not in own:
-            rest.setdefault(key_of(tensor), []).append(name)
+def shown_by(module: nn.Module) -> dict[str, Shown]:
+    """What each parameter and buffer shows of a storage, under every name."""
     found = {}
-    for key, others in rest.items():
-        if key not in spans:
-            continue
-        chosen = sorted(spans[key])
-        starts = [start for start, _, _ in chosen]
-        furthest = list(itertools.accumulate(chosen, _further))
-        for name in others:
-            start, end = byte_span(tensors[name])
-            count = bisect.bisect_left(starts, end)  # of the others none begins before this one ends
-            if count and furthest[count - 1][1] > start:
-                found[name] = furthest[count - 1][2]
+    for name, tensor in named_tensors(module).items():
+        if has_storage(tensor) and tensor.numel():
+            found[name] = Shown(id(tensor), key_of(tensor), *byte_span(tensor))
+        else:
+            found[name] = Shown(id(tensor), None)
     return found
-
-
-def _further(first: tuple[int, int, str], second: tuple[int, int, str]) -> tuple[int, int, str]:
-    """Of two spans the one that ends later."""
-    return second if second[1] > first[1] else first
 
 
 def view_anew(tensors: Sequence[torch.Tensor], source: AnySource, dtype: torch.dtype | None = None) -> None:

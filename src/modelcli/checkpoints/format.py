@@ -108,6 +108,9 @@ class ScriptLine(NamedTuple):
 class Format:
     """A checkpoint format. Subclass it, set the attributes, and override what the format can do.
 
+    A format that is only read needs `name`, `title`, `recognises` and `read`; one that is written as well `label`,
+    `written_suffixes`, `layout` and `verify`.
+
     A subclass holds no state: `checkpoints.formats` makes one instance of it.
     """
 
@@ -115,6 +118,8 @@ class Format:
     name: ClassVar[str]
     #: What a file of it is, in a sentence: `a safetensors file`.
     title: ClassVar[str]
+    #: What messages call it where it cannot hold something: `safetensors`.
+    label: ClassVar[str]
     #: How the names of its files end, in small letters and with the dot. Content decides what a file is; suffixes say
     #: that a word on the command line is a file, and what completion offers.
     suffixes: ClassVar[tuple[str, ...]] = ()
@@ -128,6 +133,8 @@ class Format:
     is_folder: ClassVar[bool] = False
     #: How the file is called that says what a folder of it holds, as a pattern: `*.index.json`.
     index_pattern: ClassVar[str] = ""
+    #: The name of that file in a folder that modelcli writes.
+    written_index: ClassVar[str] = ""
     #: `zip` or `tar` where its files are such archives. A file of any other format that also is one is refused.
     container: ClassVar[str | None] = None
     #: Whether it holds Python values besides tensors, and a training checkpoint around a state dict.
@@ -199,6 +206,11 @@ class Format:
         return set()
 
     # --- scripts -------------------------------------------------------------------------------------------------
+
+    #: Why no script reads such a file, where `script_reads` gives None.
+    unread_by_scripts: ClassVar[str] = "torch.load does not read it: modelcli save makes a checkpoint of it first"
+    #: Names that a script gets from the imports of its lines: nothing of the user's can be called so there.
+    script_names: ClassVar[frozenset[str]] = frozenset()
 
     def script_reads(self, path: str) -> ScriptLine | None:
         """An expression that gives what a file holds: a dict of tensors, or what `--key` looks into.

@@ -11,15 +11,13 @@ import functools
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from modelcli.checkpoints.format import Candidate, Format
 from modelcli.errors import FileFormatError, RequestError, SystemFailureError
 from modelcli.wording import listed
 
 if TYPE_CHECKING:
-    from importlib.metadata import EntryPoint
-
     from modelcli.checkpoints.contents import Contents
 
 #: The built-in formats of files, in the order in which a file is shown to them; help lists those that are written.
@@ -51,43 +49,42 @@ def built_in() -> Iterator[Format]:
     return map(_made, (*_FILES, *_FOLDERS))
 
 
-@functools.cache
-def plug_ins() -> tuple[Format, ...]:
-    """The formats of other packages, by name. A name that is taken already is passed over.
+class PlugIns(NamedTuple):
+    """The formats of other packages, and what is wrong with those that cannot be used."""
 
-    Raises SystemFailureError for one that cannot be imported.
-    """
+    formats: tuple[Format, ...]
+    problems: tuple[str, ...]
+
+
+@functools.cache
+def plug_ins() -> PlugIns:
+    """What other packages register. A name that is taken already is passed over."""
     from importlib.metadata import entry_points
 
-    taken = {format_.name for format_ in built_in()}
-    found: dict[str, Format] = {}
+    found = {format_.name: format_ for format_ in built_in()}
+    taken, problems = set(found), []
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
-        made = _loaded(entry)
-        if made.name not in taken:
+        try:
+            made = entry.load()()
+        except Exception as error:
+            problems.append(f"the format {entry.name} cannot be loaded: {type(error).__name__}: {error}")
+            continue
+        if isinstance(made, Format):
             found.setdefault(made.name, made)
-    return tuple(found.values())
+        else:
+            problems.append(f"the format {entry.name} is a {type(made).__name__}, not a Format ({entry.value})")
+    return PlugIns(tuple(format_ for name, format_ in found.items() if name not in taken), tuple(problems))
 
 
-def _loaded(entry: EntryPoint) -> Format:
-    try:
-        made = entry.load()()
-    except Exception as error:
-        package = entry.dist.name if entry.dist is not None else entry.value
-        raise SystemFailureError(
-            f"the format {entry.name} of {package} cannot be imported: {type(error).__name__}: {error}",
-            f"install a version of {package} that works, or uninstall it",
-        ) from None
-    if not isinstance(made, Format):
-        raise SystemFailureError(
-            f"{entry.value}, which is registered as a format, is not one", "see adding-a-format.md"
-        )
-    return made
+def forget() -> None:
+    """Forget which formats other packages have, so that they are looked for again."""
+    plug_ins.cache_clear()
 
 
 def every() -> Iterator[Format]:
     """All formats: the built-in ones, then those of other packages, which are looked for when it comes to them."""
     yield from built_in()
-    yield from plug_ins()
+    yield from plug_ins().formats
 
 
 # --- by name and by suffix -----------------------------------------------------------------------------------------
@@ -172,6 +169,12 @@ def is_index(name: str) -> bool:
     return any(format_.is_index(name) for format_ in every())
 
 
+def other_indexes(name: str, folder: Path) -> list[str]:
+    """The indexes of other checkpoints in a folder that was written in the format of this name."""
+    own = named(name).written_index
+    return sorted(entry.name for entry in folder.iterdir() if entry.name != own and is_index(entry.name))
+
+
 # --- by content ----------------------------------------------------------------------------------------------------
 
 
@@ -240,7 +243,7 @@ def index_in(folder: Path) -> tuple[Format | None, Path]:
     if whole:
         told = listed([str(folder / name) for name in whole], 6)
         raise RequestError(f"{folder} holds {len(whole)} files of weights and no index", f"name one of {told}")
-    for format_ in plug_ins():
+    for format_ in plug_ins().formats:
         if (index := format_.index_in(folder, names)) is not None:
             return format_, index
     for format_ in every():

@@ -58,7 +58,8 @@ def name(head: bytes) -> Kind | None:
     if _is_onnx(head):
         return Kind("an ONNX model", _CONVERT)
     if text.startswith((b"{", b"[")):
-        hint = "the index of a folder of shards is called *.index.json; name the folder, or a file of weights"
+        pattern = formats.folder_format().index_pattern
+        hint = f"the index of a folder of shards is called {pattern}; name the folder, or a file of weights"
         return Kind("a JSON file", hint)
     return None
 
@@ -70,12 +71,18 @@ def _is_onnx(head: bytes) -> bool:
 
 def error(file: Candidate) -> FileFormatError:
     """What to say of a file that no format recognises."""
+    what, hint = _told(file)
+    if problems := formats.plug_ins().problems:  # one of these might have known it
+        hint = "; ".join(([] if hint is None else [hint]) + list(problems))
+    return FileFormatError(what, hint)
+
+
+def _told(file: Candidate) -> tuple[str, str | None]:
     if file.is_zip:
-        return FileFormatError(*_zip(file))
+        return _zip(file)
     if kind := name(file.head):
-        return FileFormatError(f"{file.path} is {kind.name}", kind.hint)
-    what = f"{file.path} is not a checkpoint: it starts with {file.head[:8]!r}"
-    return FileFormatError(what, _CHECKPOINT)
+        return f"{file.path} is {kind.name}", kind.hint
+    return f"{file.path} is not a checkpoint: it starts with {file.head[:8]!r}", _CHECKPOINT
 
 
 #: What a zip file may be, by a file in it.

@@ -28,7 +28,7 @@ def write_request(options: SaveOptions, out: str | None) -> "WriteRequest":
         )
     return WriteRequest(
         out=None if out is None else Path(out),
-        format="pth" if out is None else writing.format_of(out),
+        format=writing.default_format() if out is None else writing.format_of(out),
         force=options.force,
         dry_run=options.dry_run,
         check=options.check,

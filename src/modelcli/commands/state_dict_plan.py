@@ -13,7 +13,7 @@ from modelcli.model.paths import ancestors, parent_of
 from modelcli.model.state_dict import StateDictModel, StateDictTensor
 from modelcli.values.state_dict_sources import Sources
 from modelcli.writing import Plan, PlannedTensor, compacting
-from modelcli.writing.extras import belongs_to_model, is_empty, left_out_note, refusal_for_safetensors
+from modelcli.writing.extras import belongs_to_model, is_empty, left_out_note, refusal_of_values
 
 
 def plan(
@@ -38,34 +38,34 @@ def plan(
     tensors: dict[str, PlannedTensor] = {}
     extras: dict[str, Any] = {}
     names = in_order(model, opened, contents)
-    pickled = writing.holds_pickles(kind)
     for name in names:
         entry = model.entries[name]
         if not isinstance(entry, StateDictTensor):
             _require_writable(name, entry.value)
             extras[name] = entry.value
-        elif pickled:
+        elif writing.holds_views(kind):
             storage, shape = sources.of(name, entry), entry.shape or ()
             tensors[name] = PlannedTensor(shape, entry.dtype, entry.stride, entry.offset, storage)
         else:
-            # safetensors holds every tensor by itself, row-major: a view is written as what it shows.
+            # The format holds every tensor by itself, row-major: a view is written as what it shows.
             storage, shape = sources.row_major(name, entry), entry.shape or ()
             tensors[name] = PlannedTensor(shape, entry.dtype, shapes.row_major(shape), 0, storage)
     tree, key = None, None
     if bare:
         extras = {name: value for name, value in extras.items() if belongs_to_model(name, value)}
-    elif contents.key is not None and pickled:
+    elif contents.key is not None and writing.holds_values(kind):
         tree, key = contents.tree, contents.key
     notes = []
-    if not pickled:
-        notes += left_out_note(extras)
+    if not writing.holds_values(kind):
+        notes += left_out_note(extras, kind)
         extras = {name: value for name, value in extras.items() if not is_empty(value)}
         if extras:
-            raise refusal_for_safetensors(extras)
-    elif compact:
-        tensors = compacting.compacted(tensors, lambda name: sources.row_major(name, model.tensors[name]))
-    elif unshown := compacting.unshown(tensors):
-        notes.append(unshown)
+            raise refusal_of_values(extras, kind)
+    if writing.holds_views(kind):
+        if compact:
+            tensors = compacting.compacted(tensors, lambda name: sources.row_major(name, model.tensors[name]))
+        elif unshown := compacting.unshown(tensors):
+            notes.append(unshown)
     return Plan(
         tensors,
         record,

@@ -85,13 +85,13 @@ def write(
 
 def _other_checkpoints(written: Written) -> list[str]:
     """Which other checkpoint a folder holds beside the one that was written: a command has to say which it means."""
-    from modelcli.checkpoints.sharded import writing as shards
+    from modelcli.checkpoints import formats
 
-    if written.format != "folder" or not (others := shards.other_indexes(written.path)):
+    if not written.is_folder or not (others := formats.other_indexes(written.format, written.path)):
         return []
     return [
         f"{written.reference} holds {listed(others, 3)} as well, which was left as it was: "
-        f"{written.reference}{shards.INDEX} names what was written"
+        f"{written.reference}{formats.named(written.format).written_index} names what was written"
     ]
 
 

@@ -60,7 +60,7 @@ def check_target(path: Path, *, force: bool, folder: bool = False, through_links
         if stat.S_ISDIR(mode) and not folder:
             raise RequestError(f"{path} is a folder", f"name a file in it, or end it in a slash: {path}/")
         if folder and not stat.S_ISDIR(mode):
-            raise RequestError(f"{path} is not a folder", "end the name in .pth or .safetensors to write one file")
+            raise RequestError(f"{path} is not a folder", "to write one file, name one: out.pth, out.safetensors")
         if not stat.S_ISREG(mode) and not folder:
             raise RequestError(f"{path} is a device or a pipe, not a file")
         if not force:

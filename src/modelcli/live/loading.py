@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from modelcli.checkpoints import CompositeEntry, Contents, Storage, TensorEntry
+from modelcli.checkpoints import CompositeEntry, Contents, Storage, TensorEntry, formats
 from modelcli.checkpoints.limits import NESTING, Budget, room_for_nesting
 from modelcli.checkpoints.storage import Windows
 from modelcli.checkpoints.torch_pickle.composite_tensors import entry_of, makes_tensor
@@ -99,7 +99,7 @@ class LoadReport:
         """Return the hint if no key matches: the prefixes under which the file has the names, if there are any."""
         name = architecture.partition("(")[0]
         if below := [prefix.removesuffix(".") for prefix in self.unwrapping.elsewhere]:
-            out = quoted(f"{below[0]}.pth")
+            out = quoted(f"{below[0]}{formats.default().written_suffixes[0]}")
             command = f"modelcli extract {quoted(below[0])} -m {quoted(str(path))} -o {out}"
             return f"the file has tensors of {name} below {listed(below, 4)}: {command} extracts them"
         return f"no tensor of the file has a name and shape of {name}, with or without a prefix: try modelcli identify"

@@ -26,7 +26,7 @@ from modelcli.live.trace import Traced
 from modelcli.model.blueprint import Blueprint, Trace
 from modelcli.model.paths import ancestors, parent_of
 from modelcli.writing import Plan, PlannedTensor, compacting
-from modelcli.writing.extras import belongs_to_model, is_empty, left_out_note, refusal_for_safetensors
+from modelcli.writing.extras import belongs_to_model, is_empty, left_out_note, refusal_of_values
 
 
 def plan(
@@ -65,18 +65,19 @@ def plan(
     tree, key = None, None
     if bare:
         extras = {name: value for name, value in extras.items() if belongs_to_model(name, value)}
-    elif contents is not None and contents.key is not None and writing.holds_pickles(kind):
+    elif contents is not None and contents.key is not None and writing.holds_values(kind):
         tree, key = contents.tree, contents.key
     notes = []
-    if not writing.holds_pickles(kind):
-        notes += left_out_note(extras)
+    if not writing.holds_values(kind):
+        notes += left_out_note(extras, kind)
         extras = {name: value for name, value in extras.items() if not is_empty(value)}
         if extras:
-            raise refusal_for_safetensors(extras)
-    elif compact:
-        tensors = compacting.compacted(tensors, lambda name: row_major(state[name]))
-    elif unshown := compacting.unshown(tensors):
-        notes.append(unshown)
+            raise refusal_of_values(extras, kind)
+    if writing.holds_views(kind):
+        if compact:
+            tensors = compacting.compacted(tensors, lambda name: row_major(state[name]))
+        elif unshown := compacting.unshown(tensors):
+            notes.append(unshown)
     metadata: Mapping[str, Any] = getattr(state, "_metadata", {})
     if live.architecture is None and contents is not None:
         metadata = loading.metadata_of(live.module, contents)
@@ -157,8 +158,8 @@ def _planned(name: str, tensor: torch.Tensor, kind: str, sources: dict[object, A
     if isinstance(source, Value):
         source = sources.setdefault(source.storage._cdata, source)
     shape, stride, offset = tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset())
-    if not writing.holds_pickles(kind):
-        # safetensors holds every tensor by itself, row-major: a view is written as what it shows.
+    if not writing.holds_views(kind):
+        # The format holds every tensor by itself, row-major: a view is written as what it shows.
         view = (source, offset, shape, stride, tensor.dtype)
         if view not in sources:
             sources[view] = row_major(tensor)

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from modelcli import checkpoints, writing
+from modelcli import checkpoints
 from modelcli import edits as edit_lines
-from modelcli.checkpoints import CompositeEntry, Contents
+from modelcli.checkpoints import CompositeEntry, Contents, formats
+from modelcli.checkpoints.format import Candidate, Format
 from modelcli.checkpoints.storage import Span
 from modelcli.edits import Edit
 from modelcli.errors import ModelcliError
@@ -178,28 +179,33 @@ class _Script:
         """What writes the state dict, or the training checkpoint around it."""
         text, contents = self.text, self.contents
         text.paragraph()
-        if out.parent.name and kind != writing.FOLDER:
+        format_ = formats.named(kind)
+        if format_.is_folder:
+            text.refuse(f"write {seen(out)}/", "PyTorch has no statement that writes a folder of shards")
+            return
+        if out.parent.name:
             text.imports.add("import os")
             text.write(f"os.makedirs({quoted(seen(out.parent))}, exist_ok=True)")
         state = "model.state_dict()" if self._is_model else "state"
-        if kind == writing.FOLDER:
-            text.refuse(f"write {seen(out)}/", "PyTorch has no statement that writes a folder of shards")
-        elif kind == "safetensors":
-            text.imports.add("from safetensors.torch import save_file")
+        if not format_.holds_views:
             again, alone = _shared(self.live.module)
             if again:
                 text.write(f"state = {state}", "# tied tensors are saved once, under their first name")
                 text.write(*deleted(again))
                 state = "state"
             if not alone:
-                # safetensors holds every tensor by itself, row-major
+                # Every tensor is held by itself, row-major.
                 whole = "value.clone(memory_format=torch.contiguous_format)"
                 state = f"{{key: {whole} for key, value in {state}.items()}}"
-            text.write(f"save_file({state}, {quoted(seen(out))})")
-        elif contents is not None and contents.key is not None and not bare:
-            text.write(f"checkpoint{_keys(contents)} = {state}", f"torch.save(checkpoint, {quoted(seen(out))})")
-        else:
-            text.write(f"torch.save({state}, {quoted(seen(out))})")
+        if format_.holds_values and contents is not None and contents.key is not None and not bare:
+            text.write(f"checkpoint{_keys(contents)} = {state}")
+            state = "checkpoint"
+        line = format_.script_writes(quoted(seen(out)), state)
+        if line is None:
+            text.refuse(f"write {seen(out)}", f"PyTorch has no statement that writes {format_.title}")
+            return
+        text.imports.update(line.imports)
+        text.write(line.text)
 
 
 def statements(edits: Sequence[Edit], step: Step) -> list[str]:
@@ -259,20 +265,18 @@ def _construct(text: SourceText, base: Architecture, source: Source, seed: int |
 
 def _read_state(text: SourceText, contents: Contents, unwrapping: Unwrapping) -> None:
     """The statements that make `state`, a dict of tensors."""
-    if contents.format in ("pickle", "jit", "pt2"):
-        raise InexpressibleError("torch.load does not read it: modelcli save makes a checkpoint of it first")
-    if contents.format == "dcp":
-        raise InexpressibleError("it is a folder of torch.distributed.checkpoint")
-    files = [contents.path]
-    if contents.path.is_dir() or contents.path.suffix == ".json":
+    if contents.path.is_dir() and not _is_folder_of_its_own(contents):
         entries = contents.tensors.values()
         parts = [part for entry in entries for part in (entry.parts if isinstance(entry, CompositeEntry) else (entry,))]
         files = sorted({part.storage.path for part in parts if isinstance(part.storage, Span)})
-        text.write("state = {}", *(f"state |= {_loaded(text, file)}" for file in files))
-    elif contents.key is not None:
-        text.write(f"checkpoint = {_loaded(text, files[0])}", f"state = checkpoint{_keys(contents)}")
+        loaded = [_loaded(text, formats.of_file(Candidate(file)), file) for file in files]
+        text.write("state = {}", *(f"state |= {line}" for line in loaded))
     else:
-        text.write(f"state = {_loaded(text, files[0])}")
+        loaded_one = _loaded(text, formats.named(contents.format), contents.path)
+        if contents.key is not None:
+            text.write(f"checkpoint = {loaded_one}", f"state = checkpoint{_keys(contents)}")
+        else:
+            text.write(f"state = {loaded_one}")
     if unwrapping:
         text.write(_unwrapped(unwrapping))
 
@@ -292,11 +296,18 @@ def _unwrapped(found: Unwrapping) -> str:
     return f"state = {{{key}: value for key, value in state.items(){left_out}}}"
 
 
-def _loaded(text: SourceText, file: Path) -> str:
-    if file.suffix.lower() == ".safetensors":
-        text.imports.add("from safetensors.torch import load_file")
-        return f"load_file({quoted(seen(file))})"
-    return f'torch.load({quoted(seen(file))}, map_location="cpu", weights_only=True)'
+def _is_folder_of_its_own(contents: Contents) -> bool:
+    """Whether a folder is of a format of its own, and not one of shards that are files by themselves."""
+    return any(format_.is_folder and format_.name == contents.format for format_ in formats.every())
+
+
+def _loaded(text: SourceText, format_: Format, file: Path) -> str:
+    """The expression that reads a file."""
+    line = format_.script_reads(quoted(seen(file)))
+    if line is None:
+        raise InexpressibleError(format_.unread_by_scripts)
+    text.imports.update(line.imports)
+    return line.text
 
 
 def _keys(contents: Contents) -> str:

@@ -23,7 +23,6 @@ from modelcli.writing.output import Output, Report, checksums_in
 
 __all__ = [
     "DEFAULT_SIZE",
-    "FOLDER",
     "Plan",
     "PlannedStorage",
     "PlannedTensor",
@@ -31,14 +30,13 @@ __all__ = [
     "WriteOptions",
     "Written",
     "check_target",
+    "default_format",
     "format_of",
-    "holds_pickles",
     "holds_values",
     "holds_views",
     "write",
 ]
 
-FOLDER = "folder"
 #: As large as Hugging Face's programs make shards.
 DEFAULT_SIZE = 5_000_000_000
 
@@ -86,18 +84,18 @@ def format_of(path: str | Path) -> str:
 
 
 def holds_values(kind: str) -> bool:
-    """Whether a format holds Python values besides tensors."""
+    """Whether a format holds Python values besides tensors, and a training checkpoint around a state dict."""
     return formats.named(kind).holds_values
 
 
-def holds_pickles(kind: str) -> bool:
-    """Whether a format holds values and views, as torch.save does."""
-    return holds_values(kind) and holds_views(kind)
-
-
 def holds_views(kind: str) -> bool:
-    """Whether tensors of a format can be views into one storage."""
+    """Whether tensors can be views into one storage in a format; else each is written by itself, row-major."""
     return formats.named(kind).holds_views
+
+
+def default_format() -> str:
+    """The format that holds all that can be written: that of a dry run without a file."""
+    return formats.default().name
 
 
 def check_target(path: Path, kind: str | None = None, *, force: bool) -> None:

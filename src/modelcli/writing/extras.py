@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from modelcli.checkpoints import CompositeEntry
+from modelcli.checkpoints import CompositeEntry, formats
 from modelcli.checkpoints.torch_pickle.pickles import Global, Opaque
 from modelcli.errors import RequestError
 from modelcli.wording import listed
@@ -40,22 +40,22 @@ def belongs_to_model(name: str, value: Any) -> bool:
     return isinstance(value, CompositeEntry) or name.endswith("_extra_state")
 
 
-def left_out_note(extras: Mapping[str, Any]) -> list[str]:
+def left_out_note(extras: Mapping[str, Any], kind: str) -> list[str]:
     """What there is to tell of empty entries where a format holds tensors alone."""
     empty = [name for name, value in extras.items() if is_empty(value)]
     if not empty:
         return []
     what = "is empty and was" if len(empty) == 1 else "are empty and were"
-    return [f"{listed(empty, 3)} {what} left out: safetensors holds tensors alone"]
+    return [f"{listed(empty, 3)} {what} left out: {formats.named(kind).label} holds tensors alone"]
 
 
-def refusal_for_safetensors(extras: Mapping[str, Any]) -> RequestError:
+def refusal_of_values(extras: Mapping[str, Any], kind: str) -> RequestError:
     """The error for entries that are no tensors, or of a dtype without a name there."""
-    name = min(extras)
+    name, label = min(extras), formats.named(kind).label
     if isinstance(value := extras[name], CompositeEntry):
         what = value.dtype if value.layout == "strided" else value.layout
         where = "" if value.parts or value.stored_bytes else " on the meta device"
-        told = f"{name} is {what}{where}, which safetensors has no name for"
+        told = f"{name} is {what}{where}, which {label} has no name for"
     else:
-        told = f"{name} is no tensor, and safetensors holds nothing else"
-    return RequestError(told, "write a .pth file")
+        told = f"{name} is no tensor, and {label} holds nothing else"
+    return RequestError(told, formats.instead())

@@ -25,6 +25,7 @@ class DistributedCheckpoint(Format):
     is_folder = True
     index_pattern = METADATA
     has_keys = True
+    unread_by_scripts = "it is a folder of torch.distributed.checkpoint"
 
     def is_index(self, name: str) -> bool:
         return name == METADATA

@@ -27,6 +27,7 @@ class Safetensors(Format):
 
     name = "safetensors"
     title = "a safetensors file"
+    label = "safetensors"
     suffixes = (SUFFIX,)
     written_suffixes = (SUFFIX,)
     whole_files = (
@@ -35,6 +36,8 @@ class Safetensors(Format):
         "diffusion_pytorch_model.safetensors",
         "open_clip_model.safetensors",
     )
+
+    script_names = frozenset({"load_file", "save_file"})
 
     def recognises(self, file: Candidate) -> bool:
         return looks_like(file.head)

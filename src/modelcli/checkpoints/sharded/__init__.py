@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modelcli.checkpoints.format import Candidate, Format
+from modelcli.checkpoints.safetensors import SUFFIX
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,8 +23,10 @@ class ShardedFolder(Format):
 
     name = "folder"
     title = "an index of shards"
+    label = "safetensors"
     is_folder = True
     index_pattern = f"*{INDEX_SUFFIX}"
+    written_index = f"model{SUFFIX}{INDEX_SUFFIX}"
 
     def is_index(self, name: str) -> bool:
         return name.endswith(INDEX_SUFFIX)

@@ -14,12 +14,12 @@ from modelcli.checkpoints.layout import BytesLayout, FolderLayout, Layout
 from modelcli.checkpoints.plan import Plan, PlannedTensor
 from modelcli.checkpoints.safetensors import SUFFIX
 from modelcli.checkpoints.safetensors import writing as safetensors
-from modelcli.checkpoints.sharded import INDEX_SUFFIX
+from modelcli.checkpoints.sharded import INDEX_SUFFIX, ShardedFolder
 from modelcli.checkpoints.sharded import reading as folders
 from modelcli.errors import ModelcliError, SystemFailureError
 
 #: The name of the index, which Hugging Face's programs look for.
-INDEX = f"model{SUFFIX}{INDEX_SUFFIX}"
+INDEX = ShardedFolder.written_index
 _SHARD = re.compile(rf"model(-\d{{5}}-of-\d{{5}})?{re.escape(SUFFIX)}")
 
 
@@ -66,11 +66,6 @@ def _named_by(index: Path) -> set[str]:
     with contextlib.suppress(ModelcliError):
         return folders.files_named(index)
     return set()
-
-
-def other_indexes(path: Path) -> list[str]:
-    """The indexes of other checkpoints in a folder that this writer has written to."""
-    return sorted(entry.name for entry in path.iterdir() if entry.name != INDEX and formats.is_index(entry.name))
 
 
 def _cut(tensors: Mapping[str, PlannedTensor], max_bytes: int) -> list[dict[str, PlannedTensor]]:

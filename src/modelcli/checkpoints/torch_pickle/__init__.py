@@ -31,6 +31,7 @@ class TorchSave(Format):
 
     name = "pth"
     title = "a file that torch.save wrote"
+    label = "torch.save"
     suffixes = (".pth", ".pt", ".ckpt", ".bin", ".tar")
     written_suffixes = (".pth", ".pt", ".ckpt", ".bin")
     written_as = "as torch.save writes"

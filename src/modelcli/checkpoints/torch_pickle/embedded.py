@@ -136,7 +136,7 @@ def _in_safetensors(place: Place) -> TensorEntry | None:
         return None
     entry = _header_of(place.path, place.identity).get(place.name)
     if not isinstance(entry, TensorEntry):
-        raise FileFormatError(f"{place.path} has no dense tensor {place.name}, and the .metadata beside it says so")
+        raise FileFormatError(f"{place.path} has no dense tensor {place.name}, and the account of its folder says so")
     return entry
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from modelcli import providers
+from modelcli.checkpoints import formats
 from modelcli.language.expressions import Call, Name
 from modelcli.live import modules
 from modelcli.live.providers import half_of
@@ -29,16 +30,17 @@ WIDTH = 110
 STATEMENTS = 4
 NN = "from torch import nn"
 #: What a script imports, defines and assigns itself: nothing of the user's can be called so in it.
-_IMPORTS = frozenset({"torch", "nn", "init", "os", "sys", "runpy", "load_file", "save_file"})
+_IMPORTS = frozenset({"torch", "nn", "init", "os", "sys", "runpy"})
 _HELPERS = frozenset({"keep_weights", "cast_views"})
 _VARIABLES = frozenset({"model", "state", "checkpoint", "new", "name", "names", "key", "items", "at", "children"})
 
 
 @functools.cache
 def _taken() -> frozenset[str]:
-    """All of these, and the names that a script gets from a provider."""
+    """All of these, and the names that a script gets from a provider or a format."""
     of_providers = (provider.script_names for provider in (*providers.built_in(), *providers.loaded()))
-    return (_IMPORTS | _HELPERS | _VARIABLES | frozenset(dir(builtins))).union(*of_providers)
+    of_formats = (format_.script_names for format_ in formats.every())
+    return (_IMPORTS | _HELPERS | _VARIABLES | frozenset(dir(builtins))).union(*of_providers, *of_formats)
 
 
 class InexpressibleError(Exception):

@@ -1,0 +1,100 @@
+"""A suffix stands in the module of its format alone: nobody else asks how the name of a file ends."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import modelcli
+from modelcli.checkpoints import formats
+
+SOURCE = Path(modelcli.__file__).parent
+#: All suffixes that the formats declare, in the order of their declarations, each with the package that names it.
+OWNERS = {
+    suffix: SOURCE.joinpath(*type(format_).__module__.split(".")[1:])
+    for format_ in formats.built_in()
+    for suffix in (*format_.suffixes, *format_.written_suffixes, *filter(None, [format_.index_pattern.strip("*")]))
+}
+_NAMES = "|".join(sorted((suffix[1:] for suffix in OWNERS), key=len, reverse=True))
+#: A suffix by itself: `.pth`, `*.pth`, `\\.pth`, but not the example of a file in a message: `best.pth`, `IN.pth`.
+_BARE = re.compile(rf"(?<![\w)\]])\.(?:{_NAMES})(?!\w)", re.IGNORECASE)
+#: The name of a file that ends so.
+_FILE = re.compile(rf"\.(?:{_NAMES})(?!\w)", re.IGNORECASE)
+#: What asks how a text ends, or whether it is another one.
+_ASKING = {
+    *("endswith", "startswith", "removesuffix", "removeprefix", "partition", "rpartition", "with_suffix", "glob"),
+    *("rglob", "match", "fullmatch", "search", "compile", "get", "index", "find", "rfind", "count", "split"),
+}
+
+
+def docstrings(tree: ast.AST) -> set[int]:
+    """The nodes of docstrings."""
+    found = set()
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            found.add(id(body[0].value))
+    return found
+
+
+def texts_that_decide(tree: ast.AST) -> set[int]:
+    """The nodes of texts that are compared with others, or looked for in them."""
+    found: set[int] = set()
+    for node in ast.walk(tree):
+        asked: list[ast.AST] = []
+        if isinstance(node, ast.Compare):
+            asked = [node.left, *node.comparators]
+        elif isinstance(node, ast.MatchValue):
+            asked = [node.value]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _ASKING:
+            asked = [*node.args]
+        found |= {id(inner) for outer in asked for inner in ast.walk(outer) if isinstance(inner, ast.Constant)}
+    return found
+
+
+def named(path: Path) -> Iterator[str]:
+    """The suffixes that the code of a file names, which it does not declare: `line 3: .pth`."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    told, decide = docstrings(tree), texts_that_decide(tree)
+    # The records of an archive have names, too: `data.pkl`.
+    reads_archives = path.parent.parent == SOURCE / "checkpoints"
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Constant) or not isinstance(node.value, str) or id(node) in told:
+            continue
+        pattern = _FILE if id(node) in decide and not reads_archives else _BARE
+        for found in pattern.finditer(node.value):
+            if not path.is_relative_to(OWNERS[found[0].lower()]):
+                yield f"{path.relative_to(SOURCE)}:{node.lineno}: {found[0]}"
+
+
+def test_no_suffix_outside_its_format() -> None:
+    assert [line for path in sorted(SOURCE.rglob("*.py")) for line in named(path)] == []
+
+
+def test_what_counts_as_naming_a_suffix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test above could not fail if nothing were found."""
+    monkeypatch.setattr(f"{__name__}.SOURCE", tmp_path)
+    monkeypatch.setattr(f"{__name__}.OWNERS", dict.fromkeys(OWNERS, tmp_path / "checkpoints" / "own"))
+    file = tmp_path / "code.py"
+    for line in (
+        'SUFFIXES = (".pth",)',
+        'name = f"{stem}.safetensors"',
+        'found = re.compile(r"shard-\\d+\\.bin")',
+        'told = "write a .PTH file"',
+        'is_one = name == "model.safetensors"',
+        'is_one = path.name.endswith("model.bin")',
+    ):
+        file.write_text(line)
+        assert list(named(file)), line
+    for line in (
+        '"""Reads best.pth, and any .pth."""',
+        'told = "name one: best.pth"',
+        "x = a.pt",
+        'told = "data.bind"',
+    ):
+        file.write_text(line)
+        assert list(named(file)) == [], line

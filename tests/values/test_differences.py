@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from modelcli.live import value_entries
 from modelcli.values import differences, reading
+from modelcli.values.differences import Difference
 from tests.needs import each
 from tests.values.test_statistics import COMPLEX, FLOATS, FLOATS_OF_A_BYTE, INTEGERS, random_tensor
 
@@ -21,7 +22,13 @@ ALL = (*INTEGERS, *FLOATS, *FLOATS_OF_A_BYTE, *COMPLEX)
 
 def largest(one: torch.Tensor, other: torch.Tensor) -> float | None:
     entries = value_entries.plain({"one": one, "other": other})
-    return differences.largest({"w": (entries["one"], entries["other"])}, lambda _: None)["w"]
+    return differences.compared({"w": (entries["one"], entries["other"])}, lambda _: None)["w"].largest
+
+
+def are_close(one: torch.Tensor, other: torch.Tensor, rtol: float, atol: float) -> bool:
+    entries = value_entries.plain({"one": one, "other": other})
+    found = differences.compared({"w": (entries["one"], entries["other"])}, lambda _: None, rtol)["w"]
+    return found.beyond is not None and found.beyond <= atol
 
 
 def by_torch(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -102,5 +109,28 @@ def test_any_two_views_of_one_shape(axes: list[tuple[int, int, int]], piece: int
 def test_what_is_no_number_has_no_difference() -> None:
     entries = value_entries.plain({"w": torch.ones(2)})
     packed = {"w": entries["w"], "p": type(entries["w"])((2,), "float4_e2m1fn_x2", (1,), 0, entries["w"].storage)}
-    found = differences.largest({"w": (packed["w"], packed["w"]), "p": (packed["p"], packed["p"])}, lambda _: None)
-    assert found == {"w": 0, "p": None}
+    found = differences.compared({"w": (packed["w"], packed["w"]), "p": (packed["p"], packed["p"])}, lambda _: None)
+    assert found == {"w": Difference(0, 0), "p": Difference(None, None)}
+
+
+tolerances = st.sampled_from((0.0, 1e-3, 0.25, 1.0, 2.0))
+elements = st.sampled_from((0.0, -0.0, 1.0, 1.25, -1.0, 4.0, 4.5, 1e30, 1.1e30, math.inf, -math.inf, math.nan))
+
+
+@given(pairs=st.lists(st.tuples(elements, elements), min_size=1, max_size=5), rtol=tolerances, atol=tolerances)
+def test_close_is_what_torch_calls_close(pairs: list[tuple[float, float]], rtol: float, atol: float) -> None:
+    one, other = (torch.tensor(side, dtype=torch.float64) for side in zip(*pairs, strict=True))
+    wanted = torch.isclose(one, other, rtol=rtol, atol=atol, equal_nan=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reading, "PIECE", 2)
+        assert are_close(one, other, rtol, atol) == bool(wanted.all())
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_integers_are_close_as_torch_has_it(dtype: str) -> None:
+    values = [0, 1] if dtype == "bool" else [0, 1, 2, 50, 100]
+    for left, right in itertools.product(values, values):
+        one, other = (torch.tensor([value], dtype=getattr(torch, dtype)) for value in (left, right))
+        for rtol, atol in ((0.0, 0.0), (0.5, 0.0), (0.0, 1.0), (0.5, 1.0)):
+            wide = one.double(), other.double()
+            assert are_close(one, other, rtol, atol) == bool(torch.isclose(*wide, rtol=rtol, atol=atol))

@@ -70,7 +70,10 @@ def diff(
         ),
     ] = None,
     values: Annotated[bool, typer.Option("--values/--no-values", help="Compare the numbers too.")] = True,
-    atol: Annotated[float, typer.Option("--atol", help="A difference up to this is none.", metavar="X")] = 0.0,
+    atol: Annotated[float, typer.Option("--atol", help="Ignore differences up to this.", metavar="X")] = 0.0,
+    rtol: Annotated[
+        float, typer.Option("--rtol", help="Ignore differences up to this share of B's value.", metavar="X")
+    ] = 0.0,
     expand: inspect.Expand = False,
 ) -> int:
     """Show what differs between two models or checkpoints.
@@ -84,7 +87,7 @@ def diff(
     from modelcli.render.documents import diff as documents
 
     output.format_of(options)
-    scope = Scope(tuple(select or ()), tuple(without or ()), values=values, atol=atol)
+    scope = Scope(tuple(select or ()), tuple(without or ()), values=values, atol=atol, rtol=rtol)
     request = DiffRequest(*sides.sources(a, b), (a, b), scope)
     with progress.of_bytes(options) as report:
         found = compare(request, report)

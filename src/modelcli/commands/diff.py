@@ -37,7 +37,8 @@ Entry = TensorEntry | CompositeEntry
 class Scope:
     """What is compared: what `selected` picks in either model (all where it is empty) less what `without` picks.
 
-    With `modules` their modules too, and with `values` their numbers; a difference up to `atol` is none.
+    With `modules` their modules too, and with `values` their values: of two elements `a` and `b`, a difference up to
+    `atol + rtol * |b|` is none, as in `torch.isclose`.
     """
 
     selected: tuple[str, ...] = ()
@@ -45,6 +46,7 @@ class Scope:
     modules: bool = True
     values: bool = True
     atol: float = 0.0
+    rtol: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class DiffRequest:
 
 def diff(request: DiffRequest, progress: Progress | None = None) -> Comparison:
     """Open two models and compare them: see `compare`."""
-    check_atol(request.scope.atol)
+    _require_tolerances(request.scope)
     one, other = open_sides(request.one, request.other, values=request.scope.values)
     found = compare(one, other, request.names, request.scope, progress)
     return replace(found, warnings=(*one.warnings, *other.warnings))
@@ -114,11 +116,10 @@ def compare(
     )
     tensors = {name: list(changes) for name, changes in found.tensors.items()}
     if scope.values:
-        differing, unknown = _values(entries(one), entries(other), found.comparable, progress or _silent)
+        differing, unknown = _values(entries(one), entries(other), found.comparable, scope, progress or _silent)
         notes += _told_of(unknown)
         for name, largest in differing.items():
-            if largest is None or not largest <= scope.atol:
-                tensors[name].append(TensorChange(name, "values", max_abs_diff=largest))
+            tensors[name].append(TensorChange(name, "values", max_abs_diff=largest))
         for name in unknown:
             tensors[name].append(TensorChange(name, "not compared"))
     changes = tuple(change for several in tensors.values() for change in several)
@@ -243,14 +244,14 @@ class _Work:
 
 
 def _values(
-    before: Mapping[str, Entry], after: Mapping[str, Entry], names: Sequence[str], progress: Progress
+    before: Mapping[str, Entry], after: Mapping[str, Entry], names: Sequence[str], scope: Scope, progress: Progress
 ) -> tuple[dict[str, float | None], list[str]]:
-    """The largest difference of each tensor whose numbers are not the same, and the names of those left out."""
+    """The largest difference of each tensor whose values are not close, and the names of those left out."""
     pairs = {name: (before[name], after[name]) for name in names if name in before and name in after}
     work = _Work(sum(nbytes_of(left) for left, _ in pairs.values()), progress)
     work.left_at(0)
     verdicts = _by_bytes(pairs, work)
-    largest: dict[str, float | None] = {name: None for name, same in verdicts.items() if not same}
+    differing: dict[str, float | None] = {name: None for name, same in verdicts.items() if not same}
     without = [name for name in names if name not in pairs or _is_half_composite(*pairs[name])]
     unsure = {
         name: (left, right)
@@ -258,11 +259,12 @@ def _values(
         if name not in verdicts and isinstance(left, TensorEntry) and isinstance(right, TensorEntry)
     }
     if unsure:
-        from modelcli.values import differences as value_differences
+        from modelcli.values import differences
 
-        largest |= value_differences.largest(unsure, work.read)
-    differing = {name: largest[name] for name in names if largest.get(name, 0) != 0}
-    return differing, without
+        for name, found in differences.compared(unsure, work.read, scope.rtol).items():
+            if found.beyond is None or not found.beyond <= scope.atol:
+                differing[name] = found.largest
+    return {name: differing[name] for name in names if name in differing}, without
 
 
 def _told_of(without: Sequence[str]) -> list[str]:
@@ -314,7 +316,9 @@ def _parts(entry: Entry) -> Sequence[TensorEntry]:
     return entry.parts if isinstance(entry, CompositeEntry) else (entry,)
 
 
-def check_atol(atol: float) -> None:
+def _require_tolerances(scope: Scope) -> None:
     """Raise RequestError for what is no tolerance."""
-    if math.isnan(atol) or atol < 0:
-        raise RequestError(f"--atol {atol} is no largest difference", "a number of 0 or more, such as 1e-6")
+    if math.isnan(scope.atol) or scope.atol < 0:
+        raise RequestError(f"--atol {scope.atol} is no largest difference", "a number of 0 or more, such as 1e-6")
+    if not 0 <= scope.rtol < math.inf:
+        raise RequestError(f"--rtol {scope.rtol} is no share of a value", "a number of 0 or more, such as 1e-3")

@@ -231,3 +231,43 @@ def test_code_in_any_expression_of_an_edit_counts() -> None:
     assert edits.parse("append seq ReLU").modules() == (Call("ReLU"),)
     assert edits.parse("init conv1 normal --bias ones").modules() == ()
     assert edits.parse("clamp conv1 0 1").modules() == ()
+
+
+@pytest.mark.parametrize("out", ["out.pth", "out.safetensors"])
+@pytest.mark.parametrize("target", ["left", "column", "turned", "grid", "."])
+def test_tensors_of_a_state_dict_that_share_storages(target: str, out: str, cli: Cli, folder: Path) -> None:
+    """As torch does it in place: whatever shows the same bytes has the new values."""
+
+    def made() -> dict[str, torch.Tensor]:
+        torch.manual_seed(1)
+        both, grid = torch.randn(10), torch.randn(4, 6)
+        return {
+            "left": both[:4],
+            "right": both[4:],
+            "grid": grid,
+            "column": grid[:, 1],
+            "turned": torch.randn(2, 3).t(),
+            "count": torch.tensor(3),
+        }
+
+    torch.save(made(), "v.pth")
+    cli("clamp", target, "-0.1", "0.1", "-m", "v.pth", "-o", out)
+    expected = made()
+    for name, value in expected.items():
+        if target in (name, ".") and value.is_floating_point():
+            value.clamp_(-0.1, 0.1)
+    written = load_file(out) if out.endswith("safetensors") else torch.load(out, weights_only=True)
+    assert same(written, expected)
+
+
+def test_between_casts_of_a_state_dict(cli: Cli, folder: Path) -> None:
+    torch.save(real().state_dict(), "v.pth")
+    lines = [
+        ["-e", line] for line in ("cast . bfloat16", "clamp . -0.1 0.1", "cast . float32", "rename 'conv1.*' 'a.*'")
+    ]
+    cli("apply", *(word for line in lines for word in line), "-m", "v.pth", "-o", "out.pth")
+    expected = {
+        name.replace("conv1", "a"): value.bfloat16().clamp(-0.1, 0.1).float() if value.is_floating_point() else value
+        for name, value in real().state_dict().items()
+    }
+    assert same(torch.load("out.pth", weights_only=True), expected)

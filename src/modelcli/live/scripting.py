@@ -25,7 +25,7 @@ from modelcli.live.script import dtypes, flags
 from modelcli.live.script.source_text import InexpressibleError, SourceText, deleted, quoted, seen
 from modelcli.live.script.state import State
 from modelcli.live.script.step import Step
-from modelcli.live.surgery import handler_of, seed_of
+from modelcli.live.surgery import seed_of
 from modelcli.model.blueprint import Blueprint
 from modelcli.model.wrapper_prefixes import Unwrapping
 
@@ -152,7 +152,7 @@ class _Script:
             self.text.write("# nothing changes")
         # Modules that take the place of others are told together: none of them lies in another one.
         self.state.wanted = planning.in_order(self.live)
-        together = self._is_model and len(resolved) > 1 and hasattr(handler_of(edit), "script_lines_together")
+        together = self._is_model and len(resolved) > 1 and hasattr(edit.handler_module(), "script_lines_together")
         for group in [resolved] if together else [[item] for item in resolved]:
             self._translate(group, self.before, self.live.module, seed, str(edit))
             seed = None  # the generator goes on
@@ -213,7 +213,7 @@ def statements(edits: Sequence[Edit], step: Step) -> list[str]:
 
     Raises InexpressibleError where plain PyTorch has none.
     """
-    handler = handler_of(edits[0])
+    handler = edits[0].handler_module()
     if len(edits) > 1:
         return list(handler.script_lines_together(edits, step))
     write = getattr(handler, "script_lines", None)
@@ -224,7 +224,7 @@ def statements(edits: Sequence[Edit], step: Step) -> list[str]:
 
 def state_statements(edit: Edit, step: Step, state: State) -> list[str]:
     """What an edit does to a state dict, as statements. Raises InexpressibleError where there are none."""
-    write = getattr(handler_of(edit), "state_dict_script_lines", None)
+    write = getattr(edit.handler_module(), "state_dict_script_lines", None)
     if write is None:
         raise InexpressibleError(f"{edit.name} on a file that does not say its architecture has no plain statements")
     return [*write(edit, step, state), *state.sort()]

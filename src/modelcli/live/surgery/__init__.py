@@ -10,9 +10,8 @@ found, and `script_lines` and `state_dict_script_lines`, which write the same as
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -55,7 +54,7 @@ def apply(
             number = position + 1 if numbers is None else numbers[position]
             context = Context(seed_of(seed, number), inputs, trusted, None if position else blueprint)
             try:
-                done: Applied[nn.Module] = handler_of(edit).carry_out(now, edit, context)
+                done: Applied[nn.Module] = edit.handler_module().carry_out(now, edit, context)
             except ModelcliError as error:
                 if len(edits) > 1:
                     error.message = f"edit {position + 1}, {str(edit)!r}: {error.message}"
@@ -65,11 +64,6 @@ def apply(
             notes += done.notes
             lines += [(number, line) for change in done.changes for line in change.resolved]
     return Applied(now, changes, notes, inputs, lines)
-
-
-def handler_of(edit: Edit) -> Any:
-    """The module that carries out an edit: its declaration names it."""
-    return importlib.import_module(edit.handler)
 
 
 def _require_editable(module: nn.Module) -> None:
@@ -82,4 +76,4 @@ def _require_editable(module: nn.Module) -> None:
             )
 
 
-__all__ = ["Applied", "Change", "apply", "argument_from", "brief", "count", "handler_of", "seed_of", "shape_with"]
+__all__ = ["Applied", "Change", "apply", "argument_from", "brief", "count", "seed_of", "shape_with"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -17,14 +17,16 @@ from modelcli.live.sources import (
     real_tensor,
     require_source,
 )
-from modelcli.live.surgery.storages import has_storage, view_anew, viewers
+from modelcli.live.surgery.state_dicts import meta_tensors, viewing
+from modelcli.live.surgery.storages import has_storage, key_of, view_anew
+from modelcli.model.state_dict import StateDictModel
 
 #: What an edit does to values: it gets some of a tensor's, and gives as many of the same dtype.
 Function = Callable[[torch.Tensor], torch.Tensor]
 
 
 def change_values(module: nn.Module, names: Collection[str], function: Function) -> None:
-    """Let a function make the new values of these tensors.
+    """Let a function make the new values of these tensors of a module.
 
     On the meta device nothing is read before the values are asked for, and then a piece at a time. Whatever shares the
     bytes of a tensor shows its new values too, as after an operation of torch in place.
@@ -34,14 +36,37 @@ def change_values(module: nn.Module, names: Collection[str], function: Function)
         function: gets a part of the values, of any shape, and does the same to each.
     """
     tensors = named_tensors(module)
-    chosen = {id(tensors[name]): tensors[name] for name in names if has_storage(tensors[name])}
-    for tensor in chosen.values():
-        if not tensor.is_meta and tensor.is_neg():
+    for name in names:
+        tensor = tensors[name]
+        if has_storage(tensor) and not tensor.is_meta and tensor.is_neg():
             tensor.data = tensor.data.resolve_neg()
-    for views in viewers(module).values():
-        if picked := [view.detach() for view in views if id(view) in chosen and view.numel()]:
-            source = require_source(views[0])
-            view_anew(views, _changed(source, picked, function))
+    for views, source in _changed_storages(tensors, names, function):
+        view_anew(views, source)
+
+
+def change_values_of_keys(model: StateDictModel, names: Collection[str], function: Function) -> StateDictModel:
+    """The same for a model of which only keys are known: it with new values for these, which are not computed yet."""
+    tensors = meta_tensors(model, viewing(model, names))
+    storages = {id(tensor): model.tensors[name].storage for name, tensor in tensors.items()}
+    changed = _changed_storages(tensors, names, function)
+    return model.with_sources({storages[id(views[0])]: source for views, source in changed})
+
+
+def _changed_storages(
+    tensors: Mapping[str, torch.Tensor], names: Collection[str], function: Function
+) -> list[tuple[list[torch.Tensor], Computed]]:
+    """The storages that change: all tensors that view each, and where its new bytes come from."""
+    views: dict[int, dict[int, torch.Tensor]] = {}
+    for tensor in tensors.values():
+        if has_storage(tensor):
+            views.setdefault(key_of(tensor), {})[id(tensor)] = tensor
+    chosen = {id(tensors[name]) for name in names}
+    found = []
+    for viewers in views.values():
+        if picked := [view.detach() for key, view in viewers.items() if key in chosen and view.numel()]:
+            source = require_source(picked[0])
+            found.append(([*viewers.values()], _changed(source, picked, function)))
+    return found
 
 
 def _changed(source: AnySource, picked: Sequence[torch.Tensor], function: Function) -> Computed:

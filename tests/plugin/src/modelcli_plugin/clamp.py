@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
+from modelcli.edits.applied import Applied, Change, Context
 from modelcli.edits.declaring import TENSORS, Operand, selector
+from modelcli.edits.picking import groups_of
 from modelcli.edits.targets import Selecting
 from modelcli.errors import RequestError
+from modelcli.language import selectors
+from modelcli.model.blueprint import Blueprint
+from modelcli.model.dtypes import FLOATING
+from modelcli.model.state_dict import StateDictModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +48,10 @@ class Clamp(Selecting):
     can_break_fit: ClassVar[bool] = False
     changes_values_only: ClassVar[bool] = True
 
+    def apply_to_state_dict(self, model: StateDictModel, context: Context) -> Applied[StateDictModel]:
+        applied: Applied[StateDictModel] = self.handler_module().apply_to_state_dict(self, model, context)
+        return applied
+
     @classmethod
     def from_operands(cls, words: Sequence[str]) -> Self:
         if len(words) < 3:
@@ -54,6 +64,25 @@ class Clamp(Selecting):
 
     def operands(self) -> list[str]:
         return [*self.targets, f"{self.low:g}", f"{self.high:g}"]
+
+
+def clamping(edit: Clamp, blueprint: Blueprint) -> tuple[list[str], list[Change]]:
+    """The tensors that are clamped, and a row for each module or tensor that a target names.
+
+    Raises RequestError where there are none.
+    """
+    names = selectors.select_tensors(blueprint, edit.targets, without=edit.without)
+    names = [name for name in names if blueprint.by_name[name].dtype in FLOATING]
+    if not names:
+        raise RequestError(f"nothing to clamp: {', '.join(edit.targets)} has no floating-point tensors")
+    changes = []
+    for path, below in groups_of(edit.targets, blueprint, names):
+        tensors = {blueprint.by_name[name].identity: blueprint.by_name[name] for name in below}
+        size = sum(tensor.elements for tensor in tensors.values() if tensor.kind == "parameter")
+        changes.append(Change(path, edit.name, "as it was", f"from {edit.low:g} to {edit.high:g}", size, size))
+    selectors.require_expected(edit.expect, [change.path for change in changes])
+    line = str(replace(edit, targets=tuple(map(selectors.literal, names)), without=(), expect=None))
+    return names, [replace(changes[0], resolved=(line,)), *changes[1:]]
 
 
 def _number(word: str) -> float:

@@ -106,7 +106,7 @@ def test_one_message_and_nothing_run(looks: Any, item: hostile.Hostile, command:
     text = look["text"]
     assert look["code"] == item.code, text[:500]
     assert "Traceback" not in text
-    assert "fault in modelcli" not in text
+    assert "bug in modelcli" not in text
     assert "torch is there" not in text
     assert "\x1b" not in text
     assert len(text) < 4000 or not item.code
@@ -137,7 +137,7 @@ def test_numbers_of_views_are_bounded_by_the_bytes_that_there_are(tmp_path: Path
         text = look["text"]
         assert look["code"] in (0, 4), (name, words, text[:500])
         assert look["code"] == 0 or "MODELCLI_MAX_EXPANSION" in text, (name, words, text[:500])
-        assert "fault in modelcli" not in text
+        assert "bug in modelcli" not in text
         assert look["seconds"] < SECONDS, (name, words, look["seconds"])
         assert look["kilobytes"] - needed < MEGABYTES * 1000, (name, words)
 

@@ -233,7 +233,7 @@ def test_the_working_recipe(cli: Cli, folder: Path) -> None:
     )
     assert cli("summary", "--json").json["layers"][-1]["output_shape"] == [1, 7, 4, 4]
     result = cli("undo")
-    assert "took back: freeze bn conv1" in result.err
+    assert "undid: freeze bn conv1" in result.err
     cli("replace", "conv1", "Conv2d(1,3,3)", "-o", "both.pth")
     assert cli("log", "--json").json["edits"][-1] == "replace conv1 Conv2d(1,3,3)"
     assert torch.load("both.pth", weights_only=True)["conv2.weight"].shape == (7, 3, 1, 1)
@@ -338,8 +338,8 @@ def test_a_recipe_that_is_wrong_says_everything_at_once(cli: Cli, folder: Path) 
         ("summary alexnet --mode fast", 2, "no mode 'fast'", "eval or"),
         ("modules alexnet --tree --repr", 2, "--tree and --repr", None),
         ("undo 0 --recipe x.toml", 2, "0", None),
-        ("list vit --json -f csv", 2, '"two formats: --json and -f csv"', "give one of them"),
-        ("list vit -f table --json", 2, '"two formats: --json and -f table"', "give one of them"),
+        ("list vit --json -f csv", 2, '"--json and -f csv are two formats"', "pass only one of them"),
+        ("list vit -f table --json", 2, '"--json and -f table are two formats"', "pass only one of them"),
         ("summary alexnet --seed -1", 2, "--seed -1 is not a whole number", None),
         ("summary bert-base-uncased", 2, "no model is called 'bert-base-uncased'", None),
         ("summary vit", 2, "no model is called 'vit'", "vit_b_16"),

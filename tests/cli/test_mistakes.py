@@ -107,7 +107,7 @@ MISTAKES = {
     "a command that is spelt wrongly": (
         "sumary alexnet",
         2,
-        "error: No such command 'sumary'. Did you mean 'summary'?\nhint: modelcli --help shows how it is used",
+        "error: No such command 'sumary'. Did you mean 'summary'?\nhint: modelcli --help shows the usage",
     ),
     "another program's word for a command": (
         "rm '**:Dropout' -m alexnet",
@@ -123,7 +123,7 @@ MISTAKES = {
         "summary alexnet --dept 1",
         2,
         "error: No such option: --dept (Possible options: --depth, --help, --mode)\n"
-        "hint: modelcli summary --help shows how it is used",
+        "hint: modelcli summary --help shows the usage",
     ),
     "a path that is spelt wrongly": (
         "freeze clasifier.6 -m alexnet",
@@ -152,7 +152,7 @@ MISTAKES = {
         "load resnet18 num_classes=37",
         2,
         "error: Got unexpected extra argument(s) (num_classes=37)\n"
-        "hint: a model and its arguments are one word: modelcli load 'resnet18(num_classes=37)'",
+        "hint: write a model and its arguments as one word: modelcli load 'resnet18(num_classes=37)'",
     ),
     "targets with a comma between": (
         "freeze features,classifier -m alexnet",

@@ -164,7 +164,7 @@ def test_what_a_bare_file_does_not_say_is_not_passed(cli: Cli) -> None:
 
 def test_a_limit_that_is_given_twice_is_not_dropped(cli: Cli) -> None:
     result = cli("check", "Linear(2,2)", "--max-params", "5", "--max-params", "100", "--json", code=2)
-    assert result.error["message"] == "--max-params is given 2 times: leave all but one out"
+    assert result.error["message"] == "--max-params is given 2 times: pass it only once"
     cli("check", "Linear(2,2)", "--max-bytes", "5MB", "--max-bytes=6MB", code=2)
     cli("check", "Linear(2,2)", "--has", ".", "--has", "weight", "--finite", "--finite", "--max-params", "6")
 

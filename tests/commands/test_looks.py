@@ -154,7 +154,7 @@ def test_one_of_a_kind_is_no_plural(cli: Cli, monkeypatch: pytest.MonkeyPatch) -
     assert "removed 1 entry\n" in cli("cache", "clear").err
     assert "  1 tensor  2 params  " in cli("save", "one.pth", "-m", "Linear(2,1,bias=False)").out
     below = cli("modules", "-s", "0", "-m", "Sequential(Sequential(ReLU()))").err
-    assert "1 module lies below 0: -s '0.**' shows it" in below
+    assert "1 module lies below 0: -s '0.**' shows it too" in below
 
 
 # --- records -------------------------------------------------------------------------------------------------------
@@ -301,7 +301,7 @@ def test_a_narrow_terminal_names_the_columns_it_has_no_room_for(cli: Cli, monkey
     monkeypatch.setenv("COLUMNS", "60")
     shown = cli("params", "alexnet")
     assert "bytes" not in shown.out.partition("\n\n")[0]
-    assert re.search(r"note: no room for .*bytes.*: a wider terminal, or -f csv, shows them", shown.err)
+    assert re.search(r"note: no room for .*bytes.*: a wider terminal or -f csv shows them", shown.err)
     monkeypatch.setenv("COLUMNS", "200")
     assert "no room" not in cli("params", "alexnet").err
     monkeypatch.setenv("COLUMNS", "60")

@@ -62,7 +62,7 @@ def test_alike_changes_of_an_edit_are_one_row_on_a_terminal(cli: Cli) -> None:
     assert shown.out.count("->") == 1
     assert "encoder.layers.encoder_layer_[0-11].mlp.1" in shown.out
     assert "12 x GELU" in shown.out
-    assert "11 changes in rows of others like them: -f csv shows each" in shown.err
+    assert "11 changes folded into rows of similar ones: -f csv shows each" in shown.err
     assert len(cli("replace", "**:GELU", "ReLU", "-m", "vit_b_16", "--check", "none", "--json").json["changes"]) == 12
 
 
@@ -78,6 +78,6 @@ def test_alike_differences_are_one_row_on_a_terminal(cli: Cli) -> None:
     cli("cast", "encoder.layers.**.mlp.0", "bfloat16", "-m", "vit_b_16", "-o", "half.pth", "--check", "none", "-q")
     shown = cli("diff", "vit_b_16", "half.pth", "--no-values", code=1)
     assert "encoder.layers.encoder_layer_[0-11].mlp.0.weight" in shown.out
-    assert "differences in rows of others like them: --expand shows each" in shown.err
+    assert "differences folded into rows of similar ones: --expand shows each" in shown.err
     each = cli("diff", "vit_b_16", "half.pth", "--no-values", "--expand", code=1).out
     assert each.count("mlp.0.weight") == 12

@@ -251,7 +251,7 @@ def test_folded_on_a_terminal_and_complete_everywhere_else(cli: Cli, monkeypatch
     for words in (("summary", "twelve.pth"), ("modules", "twelve.pth", "--tree")):
         out, err = on_terminal(*words)
         assert "[0-11]" in out
-        assert "11 modules in rows of others like them: --expand shows each" in err
+        assert "11 modules folded into rows of similar ones: --expand shows each" in err
         out, err = on_terminal(*words, "--expand")
         assert "[0-11]" not in out
         assert "--expand" not in err

@@ -1,4 +1,4 @@
-"""cache path, cache clear, cache warm: the blueprints that are kept on disk."""
+"""The commands cache path, cache clear and cache warm, for the blueprints that are cached on disk."""
 
 from typing import Annotated
 
@@ -11,7 +11,7 @@ from modelcli.wording import counted
 
 
 def path(options: OutputOptions) -> None:
-    """Show where the blueprints are kept, how many there are, and what they take.
+    """Show the folder of the cached blueprints, their number and their size.
 
     modelcli cache path
 
@@ -22,13 +22,13 @@ def path(options: OutputOptions) -> None:
 
     kind, found = output.format_of(options), caching.state()
     if kind == "table" and not output.is_terminal():
-        output.write(f"{found.folder}\n")  # what a shell takes: rm -r "$(modelcli cache path)"
+        output.write(f"{found.folder}\n")  # for use in a shell: rm -r "$(modelcli cache path)"
     else:
         output.show(documents.cache(found), options)
 
 
 def clear(options: OutputOptions) -> None:
-    """Remove every blueprint that is kept.
+    """Remove every cached blueprint.
 
     modelcli cache clear
 
@@ -48,7 +48,7 @@ def warm(
         str | None, typer.Argument(help="Part of a name, or a pattern: 'resnet*'.", autocompletion=completing.builders)
     ] = None,
 ) -> None:
-    """Keep the blueprint of every model that has a name, or of those of a pattern: a look at one needs no torch then.
+    """Cache the blueprints of all named models, or of those that match, so that showing them needs no torch.
 
     modelcli cache warm alexnet
 
@@ -65,4 +65,4 @@ def commands() -> list[Group]:
     parts = [
         Command(name, f, epilog=exit_codes(0, 2, 5)) for name, f in (("path", path), ("clear", clear), ("warm", warm))
     ]
-    return [Group("cache", "Tend the blueprints of installed models that are kept on disk.", parts, "Inspect")]
+    return [Group("cache", "Manage the blueprints of installed models that are cached on disk.", parts, "Inspect")]

@@ -1,4 +1,4 @@
-"""diff, check, identify: commands that answer yes or no, for scripts and CI."""
+"""The commands diff, check and identify, which answer yes or no, for scripts and CI."""
 
 from functools import partial
 from typing import Annotated, Any
@@ -17,24 +17,24 @@ from modelcli.cli.options import (
     exit_codes,
 )
 
-#: A format that `check` alone has: commands of a GitHub workflow.
+#: A format of `check` only: annotations in the log of a GitHub workflow.
 GITHUB = "github"
 
 
 class AssertionsCommand(TyperCommand):
-    """A command whose assertions hold all at once: one of two with other limits would be dropped without a word."""
+    """A command that refuses the same single assertion twice; Typer would silently drop one of them."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if not ctx.resilient_parsing:
             _, _, given = self.make_parser(ctx).parse_args(args=list(args))
             for option in given:
                 if given.count(option) > 1 and _is_single(option):
-                    ctx.fail(f"{option.opts[0]} is given {given.count(option)} times: leave all but one out")
+                    ctx.fail(f"{option.opts[0]} is given {given.count(option)} times: pass it only once")
         return super().parse_args(ctx, args)
 
 
 def _is_single(parameter: Any) -> bool:
-    """Whether this is an assertion with a value that stands alone."""
+    """Whether this is an assertion with one value, which cannot be repeated."""
     if not isinstance(parameter, TyperOption) or parameter.rich_help_panel != "Assertions":
         return False
     return not (parameter.multiple or parameter.is_flag)
@@ -47,7 +47,7 @@ def diff(
             metavar="A", help="A model: alexnet, nets.py:Net, before.pth.", autocompletion=completing.models
         ),
     ],
-    b: Annotated[str, typer.Argument(metavar="B", help="Another one.", autocompletion=completing.models)],
+    b: Annotated[str, typer.Argument(metavar="B", help="The other model.", autocompletion=completing.models)],
     options: OutputOptions,
     sides: DiffOptions,
     select: Annotated[
@@ -55,7 +55,7 @@ def diff(
         typer.Option(
             "-s",
             "--select",
-            help="Only what this selector picks. Again for more.",
+            help="Compare only what this selector picks. Repeat for more.",
             metavar="SELECTOR",
             autocompletion=completing.targets,
         ),
@@ -64,7 +64,7 @@ def diff(
         list[str] | None,
         typer.Option(
             "--except",
-            help="Take away what this selector picks.",
+            help="Leave out what this selector picks. Repeat for more.",
             metavar="SELECTOR",
             autocompletion=completing.targets,
         ),
@@ -113,7 +113,7 @@ def check(
         ),
     ] = None,
 ) -> int:
-    """Assert what a model is, or several: a row an assertion. -f github prints annotations for a workflow's log.
+    """Check assertions about one or several models, a row for each. -f github prints annotations for a workflow's log.
 
     modelcli check best.pth --finite --safe --max-params 60M
 
@@ -160,7 +160,7 @@ def identify(
         ),
     ] = None,
 ) -> int:
-    """Show which known model a checkpoint belongs to, by names and shapes.
+    """Show which known model a checkpoint belongs to, by the names and shapes of its tensors.
 
     modelcli identify best.pth
 
@@ -181,7 +181,7 @@ def commands() -> list[Command]:
         Command(function.__name__, function, "Compare", exit_codes(0, 1, 2, 3, 4, 5, no=no), kind)
         for function, no, kind in (
             (diff, "they differ", TyperCommand),
-            (check, "an assertion does not hold", AssertionsCommand),
-            (identify, "no builder comes near", TyperCommand),
+            (check, "an assertion fails", AssertionsCommand),
+            (identify, "no known model is close", TyperCommand),
         )
     ]

@@ -1,4 +1,4 @@
-"""What the system, and not the request, is to blame for: a package that is not there, or no memory to load it."""
+"""Errors that the system causes, not the request: a missing package, or no memory to load it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import TracebackType
 
 from modelcli.errors import SystemFailureError
 
-#: What a plain look at a checkpoint does without, beside the libraries of providers.
+#: The packages that showing a checkpoint does not need. The libraries of providers belong to them too.
 _PACKAGES = ("torch", "torchinfo", "numpy", "safetensors", "timm", "transformers")
 
 
@@ -19,7 +19,7 @@ def _packages() -> tuple[str, ...]:
 
 
 def imported_at(error: BaseException) -> str | None:
-    """The package in whose import an error came up, the first of several in one another; None where in none."""
+    """Return the package whose import raised the error, the outermost one of nested imports; None if no import did."""
     if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] in _packages():
         return error.name.partition(".")[0]
     trace: TracebackType | None = error.__traceback__
@@ -33,12 +33,12 @@ def imported_at(error: BaseException) -> str | None:
 
 
 def of_import(package: str, error: BaseException) -> SystemFailureError:
-    """What to tell of a package that is not installed, or cannot be loaded."""
+    """Return the error for a package that is not installed or cannot be imported."""
     missing = isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == package
     if missing:
         return SystemFailureError(
             f"this needs {package}: pip install {package}",
-            f"it is not installed for {sys.executable}; a look at a checkpoint needs no torch",
+            f"it is not installed for {sys.executable}; showing a checkpoint needs no torch",
         )
     if isinstance(error, ModuleNotFoundError):
         return SystemFailureError(
@@ -48,20 +48,22 @@ def of_import(package: str, error: BaseException) -> SystemFailureError:
     told = f"{package} cannot be imported: {type(error).__name__}: {error}"
     if (limit := _memory_limit()) is not None:
         return SystemFailureError(
-            told, f"{limit}, and torch takes some 4 GB of addresses to load: ulimit -v unlimited lifts the limit"
+            told, f"{limit}, but torch needs about 4 GB of address space: ulimit -v unlimited removes the limit"
         )
-    return SystemFailureError(told, f"{sys.executable} -c 'import {package}' shows more: it may be installed in part")
+    return SystemFailureError(
+        told, f"{sys.executable} -c 'import {package}' shows more: the installation may be incomplete"
+    )
 
 
 def of_memory() -> SystemFailureError:
-    """What to tell where memory has run out."""
+    """Return the error for exhausted memory."""
     if (limit := _memory_limit()) is not None:
-        return SystemFailureError("not enough memory", f"{limit}: ulimit -v unlimited lifts the limit")
-    return SystemFailureError("not enough memory", "the system has no more of it for this program")
+        return SystemFailureError("not enough memory", f"{limit}: ulimit -v unlimited removes the limit")
+    return SystemFailureError("not enough memory", "the system has no more memory for this program")
 
 
 def _memory_limit() -> str | None:
-    """What limits the addresses of this process, if anything does."""
+    """Return a text about the limit on this process's address space, if there is one."""
     try:
         import resource
     except ImportError:  # no POSIX

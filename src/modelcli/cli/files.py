@@ -1,4 +1,4 @@
-"""load, save, log, undo: commands that start, write out and tend the working recipe."""
+"""The commands load, save, log and undo, which start, write and change the working recipe."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,10 +11,10 @@ from modelcli.cli.mounting import Command
 from modelcli.cli.options import OutputOptions, SaveOptions, SourceOptions, exit_codes
 from modelcli.cli.outcome import write_request
 
-#: The rows of a table for keys that are missing, and for those of each other kind of problem.
+#: The most rows of a table for missing keys, and for each other kind of mismatch.
 MOST_KEYS = 20
 
-Dry = Annotated[bool, typer.Option("--dry-run", help="Change nothing anywhere.")]
+Dry = Annotated[bool, typer.Option("--dry-run", help="Write no file.")]
 
 
 def load(
@@ -23,8 +23,8 @@ def load(
     ],
     source: SourceOptions,
     options: OutputOptions,
-    strict: Annotated[bool, typer.Option("--strict/--no-strict", help="Every key has to match.")] = True,
-    force: Annotated[bool, typer.Option("--force", help="Over a recipe that has edits, too.")] = False,
+    strict: Annotated[bool, typer.Option("--strict/--no-strict", help="Require that every key matches.")] = True,
+    force: Annotated[bool, typer.Option("--force", help="Replace a recipe that has edits.")] = False,
     dry_run: Dry = False,
 ) -> int:
     """Check that a model loads, and start the working recipe with it.
@@ -57,7 +57,7 @@ def save(
     source: SourceOptions,
     options: OutputOptions,
 ) -> None:
-    """Apply the working recipe, and write the result.
+    """Apply the working recipe and write the result.
 
     modelcli save runs/best.pth
 
@@ -83,7 +83,7 @@ def log(
     options: OutputOptions,
     path: Annotated[str | None, typer.Option("--recipe", help="The recipe.", metavar="FILE")] = None,
 ) -> None:
-    """Show the working recipe, an edit a row.
+    """Show the working recipe, one edit in each row.
 
     modelcli log
 
@@ -95,11 +95,11 @@ def log(
 
 def undo(
     options: OutputOptions,
-    count: Annotated[int, typer.Argument(help="How many edits.", min=1)] = 1,
+    count: Annotated[int, typer.Argument(help="The number of edits.", min=1)] = 1,
     path: Annotated[str | None, typer.Option("--recipe", help="The recipe.", metavar="FILE")] = None,
     dry_run: Dry = False,
 ) -> None:
-    """Take back the last edits of the working recipe.
+    """Undo the last edits of the working recipe.
 
     modelcli undo
 
@@ -109,7 +109,7 @@ def undo(
 
     output.format_of(options)
     where = _recipe_path(path)
-    verb = "would take back" if dry_run else "took back"
+    verb = "would undo" if dry_run else "undid"
     undone = recipe_log.undo(recipe_log.UndoRequest(where, count, dry_run=dry_run))
     _show_log(where, options, [f"{verb}: {line}" for line in undone])
 

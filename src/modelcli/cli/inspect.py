@@ -1,4 +1,4 @@
-"""summary, params, modules, list: commands that only look."""
+"""The commands summary, params, modules and list, which only show something."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,27 +28,31 @@ Model = Annotated[
 Selected = Annotated[
     list[str] | None,
     typer.Option(
-        "-s", "--select", help="Only what this selector picks.", autocompletion=completing.targets, metavar="SELECTOR"
+        "-s",
+        "--select",
+        help="Show only what this selector picks.",
+        autocompletion=completing.targets,
+        metavar="SELECTOR",
     ),
 ]
 Depth = Annotated[
-    int | None, typer.Option("--depth", help="Only rows down to this depth; the root is 0.", min=0, metavar="N")
+    int | None, typer.Option("--depth", help="Show only rows down to this depth; the root is 0.", min=0, metavar="N")
 ]
 
 Expand = Annotated[
-    bool, typer.Option("--expand", help="On a terminal, a row for each of several siblings that look alike.")
+    bool, typer.Option("--expand", help="On a terminal, show each of several similar siblings in its own row.")
 ]
 
 
 def named(model: str | None, look: LookOptions) -> str | None:
-    """The model of the argument or of `-m`, which mean the same."""
+    """Return the model of the argument or of `-m`. Raises RequestError if both are given."""
     if model is not None and look.option_model is not None:
-        raise RequestError(f"two models: {model} and -m {look.option_model}", "give one of them")
+        raise RequestError(f"{model} and -m {look.option_model} are two models", "pass only one of them")
     return model if model is not None else look.option_model
 
 
 def _show(view: "View", options: OutputOptions, found: "Look", notes: Sequence[str]) -> None:
-    """Show a look at a model; what only running code could follow is named whatever was asked for."""
+    """Print a view of a model. JSON always names the classes in the file that only running code could load."""
     more = {"foreign": list(found.foreign)} if found.foreign else {}
     notes = [*notes, *output.folding_note(view, "module")]
     output.show(view, options, notes, warnings=found.warnings, **more)
@@ -70,19 +74,19 @@ def summary(
         str | None,
         typer.Option(
             "--sort",
-            help="Sort by params, mult-adds (or macs) or path; numbers largest first.",
+            help="Sort by params, mult-adds (or macs) or path; largest numbers first.",
             autocompletion=completing.one_of("params", "mult-adds", "macs", "path"),
             metavar="COLUMN",
         ),
     ] = None,
     select: Selected = None,
     expand: Expand = False,
-    exact: Annotated[bool, typer.Option("--exact", help="On a terminal, every digit of large numbers.")] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="On a terminal, show every digit of large numbers.")] = False,
     layout: Annotated[
         str | None,
         typer.Option(
             "--layout",
-            help="torchinfo: the table that torchinfo makes.",
+            help="torchinfo: show the table that torchinfo makes.",
             autocompletion=completing.one_of("torchinfo"),
             metavar="LAYOUT",
         ),
@@ -105,11 +109,11 @@ def summary(
     if sort is not None:
         _check_key(sort, documents.SUMMARY_KEYS)
     if layout not in (None, "torchinfo"):
-        raise RequestError(f"no layout {layout!r}", "--layout torchinfo, or none of it")
+        raise RequestError(f"no layout {layout!r}", "pass --layout torchinfo, or remove --layout")
     target = find_target(named(model, look), source.overrides(), source.recipe)
     if layout is not None:
         if output.format_of(options) != "table" or sort is not None or select:
-            raise RequestError("--layout torchinfo is a table as it is", "leave --format, --sort and --select out")
+            raise RequestError("--layout torchinfo makes a fixed table", "remove --format, --sort and --select")
         output.write(torchinfo_table(target, mode=mode, depth=depth) + "\n")
         return
     found = look_at(LookRequest(target, traced=True, mode=mode, cached=not look.no_cache))
@@ -131,28 +135,29 @@ def params(
     options: OutputOptions,
     model: Model = None,
     select: Selected = None,
-    values: Annotated[bool, typer.Option("--values", help="Show the numbers too.")] = False,
+    values: Annotated[bool, typer.Option("--values", help="Show the values too.")] = False,
     stats: Annotated[
         bool,
-        typer.Option("--stats", help="Show min, max, mean and std of the finite numbers; zeros, NaN and Inf."),
+        typer.Option("--stats", help="Show min, max, mean and std of the finite values; count zeros, NaN and Inf."),
     ] = False,
     sort: Annotated[
         str | None,
         typer.Option(
             "--sort",
-            help="Sort by a column; numbers largest first.",
+            help="Sort by a column; largest numbers first.",
             autocompletion=completing.columns,
             metavar="COLUMN",
         ),
     ] = None,
     top: Annotated[
-        int | None, typer.Option("--top", help="Only the first so many, by size.", min=1, metavar="N")
+        int | None,
+        typer.Option("--top", help="Show only the first N rows, by size without --sort.", min=1, metavar="N"),
     ] = None,
-    frozen: Annotated[bool, typer.Option("--frozen", help="Only parameters that are not trained.")] = False,
-    trainable: Annotated[bool, typer.Option("--trainable", help="Only parameters that are trained.")] = False,
-    buffers: Annotated[bool, typer.Option("--buffers/--no-buffers", help="Buffers as well.")] = True,
+    frozen: Annotated[bool, typer.Option("--frozen", help="Show only frozen parameters.")] = False,
+    trainable: Annotated[bool, typer.Option("--trainable", help="Show only trainable parameters.")] = False,
+    buffers: Annotated[bool, typer.Option("--buffers/--no-buffers", help="Show buffers too.")] = True,
 ) -> None:
-    """Show every parameter and buffer: name, shape, dtype, size, whether it is trained.
+    """Show every parameter and buffer: name, shape, dtype, size, and whether it is trainable.
 
     modelcli params best.pth --frozen
 
@@ -169,7 +174,7 @@ def params(
 
     kind = output.format_of(options)
     if sort in documents.STATS and not stats:
-        raise RequestError(f"cannot sort by {sort!r} without statistics", "--stats makes them")
+        raise RequestError(f"cannot sort by {sort!r} without statistics", "add --stats")
     keys = (*documents.SORT_KEYS, *(documents.STATS if stats else ()))
     if sort is not None:
         _check_key(sort, keys)
@@ -177,7 +182,7 @@ def params(
     found = look_at(LookRequest(target, cached=not (values or stats or look.no_cache)))
     tensors = select_tensors(found.blueprint, select or [], buffers=buffers, frozen=frozen, trainable=trainable)
     statistics = None
-    if sort not in documents.STATS:  # what comes first is known: no other tensor is read
+    if sort not in documents.STATS:  # the order is known without reading tensors, so only those shown are read
         tensors = sort_tensors(tensors, sort or "elements")[:top] if sort or top else tensors
     if stats:
         statistics = _statistics(found, tensors, options)
@@ -191,7 +196,7 @@ def params(
     )
     notes = found.notes
     if (frozen or trainable) and found.blueprint.totals.trainable_params is None:
-        notes = (*notes, "nothing says of some parameters whether they are trained: those are not shown")
+        notes = (*notes, "it is not known whether some parameters are trainable: these are not shown")
     _show(view, options, found, notes)
 
 
@@ -201,7 +206,7 @@ def _check_key(sort: str, keys: Sequence[str]) -> None:
 
 
 def _statistics(found: "Look", tensors: "Sequence[TensorInfo]", options: OutputOptions) -> "dict[str, Statistics]":
-    """The statistics of tensors, with a progress bar where reading them takes a while."""
+    """Return the statistics of tensors. A progress bar appears if reading them takes a while."""
     from modelcli.commands.tensor_values import stats as stats_of
 
     with progress.of_bytes(options) as report:
@@ -222,8 +227,8 @@ def modules(
     model: Model = None,
     select: Selected = None,
     depth: Depth = None,
-    tree: Annotated[bool, typer.Option("--tree", help="As a tree.")] = False,
-    as_repr: Annotated[bool, typer.Option("--repr", help="As print(model) shows it.")] = False,
+    tree: Annotated[bool, typer.Option("--tree", help="Show a tree.")] = False,
+    as_repr: Annotated[bool, typer.Option("--repr", help="Show the text of print(model).")] = False,
     expand: Expand = False,
 ) -> None:
     """Show every module: path, type, configuration, parameters.
@@ -239,7 +244,7 @@ def modules(
 
     output.format_of(options)
     if tree and as_repr:
-        raise RequestError("--tree and --repr show the same in two ways", "give one of them")
+        raise RequestError("--tree and --repr are two forms of the same output", "pass only one of them")
     target = find_target(named(model, look), source.overrides(), source.recipe)
     found = look_at(LookRequest(target, cached=not look.no_cache))
     blueprint = found.blueprint
@@ -250,7 +255,7 @@ def modules(
         if below:
             lie, them = ("lies", "it") if below == 1 else ("lie", "them")
             notes.append(
-                f"{counted(below, 'module')} {lie} below {paths[0]}: -s {quoted(f'{paths[0]}.**')} shows {them}"
+                f"{counted(below, 'module')} {lie} below {paths[0]}: -s {quoted(f'{paths[0]}.**')} shows {them} too"
             )
     style = "tree" if tree else "repr" if as_repr else "table"
     folded = output.is_screen(options) and not expand
@@ -264,7 +269,7 @@ def list_builders(
         str | None, typer.Argument(help="Part of a name, or a pattern: 'resnet*'.", autocompletion=completing.builders)
     ] = None,
 ) -> None:
-    """Show the models that can be named, with parameters, mult-adds and weights as their libraries publish them.
+    """Show all models with a name, and the parameters, mult-adds and weights that their libraries publish.
 
     modelcli list
 

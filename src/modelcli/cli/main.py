@@ -1,4 +1,4 @@
-"""The entry point, and the one place where errors end."""
+"""The entry point, and the only place that turns errors into messages and exit codes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from modelcli.language.quoting import quoted
 
 
 class _EndedError(BaseException):
-    """The system asked the program to end: what is half done is taken back on the way out, as on Ctrl-C."""
+    """A signal asked the program to end. It unwinds as for Ctrl-C, so that unfinished work is undone."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -33,15 +33,15 @@ class _EndedError(BaseException):
 
 
 def run() -> None:
-    """The `modelcli` program."""
-    # It lives for one command: rows by the 100,000 are made and kept, and looking for garbage among them is in vain. Of
-    # 100,000 tensors there are more than a million objects; beyond two, garbage might be what takes the memory.
+    """Run the `modelcli` program."""
+    # The process runs one command. 100,000 tensors make more than a million objects, all of which stay in use, so
+    # searching them for garbage is a waste of time. Above two million objects, garbage may be worth collecting.
     gc.set_threshold(2_000_000, 50, 100)
     _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # what a terminal's encoding lacks is shown escaped
-            # Python writes UTF-8 in this locale; who asks for it has a terminal that shows ASCII.
+            stream.reconfigure(errors="backslashreplace")  # escape characters that the encoding lacks
+            # Python writes UTF-8 in the C locale, but users set that locale for terminals that only show ASCII.
             if stream.isatty() and _locale_of_characters() in ("C", "POSIX"):
                 stream.reconfigure(encoding="ascii")
     _end_in_order()
@@ -57,13 +57,13 @@ def run() -> None:
 
 
 def _locale_of_characters() -> str | None:
-    """The locale that was asked for, if any: the first variable that is set, and not to nothing."""
+    """Return the locale that the environment sets, if any: that of the first variable that is not empty."""
     given = _environment_at_start()
     return next((value for name in ("LC_ALL", "LC_CTYPE", "LANG") if (value := given.get(name))), None)
 
 
 def _environment_at_start() -> Mapping[str, str]:
-    """The environment as it was given: Python itself sets LC_CTYPE to C.UTF-8 where the locale is C."""
+    """Return the original environment. (Python sets LC_CTYPE to C.UTF-8 if the locale is C.)"""
     try:
         with open("/proc/self/environ", "rb") as file:  # noqa: PTH123
             entries = os.fsdecode(file.read()).split("\0")
@@ -73,10 +73,10 @@ def _environment_at_start() -> Mapping[str, str]:
 
 
 def _leave(code: int) -> NoReturn:
-    """End the process: what asked to run at the end has run, what was shown is out.
+    """End the process at once, after the exit functions have run and the output has been flushed.
 
-    Python would take apart every module and object first, for which it needs 0.4 s where torch is among them; the
-    system takes the memory back at once. A thread that a model's own code has started is waited for in Python's way.
+    Python's normal exit frees every module and object first, which takes 0.4 s with torch; the operating system frees
+    the memory at once. If a model's own code has started a thread, Python's normal exit waits for it.
     """
     if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
         sys.exit(code)
@@ -88,21 +88,21 @@ def _leave(code: int) -> NoReturn:
 
 
 def _open_closed_streams() -> None:
-    """Give the program a standard output and a standard error where it was started without one (`>&-`)."""
+    """Open standard output and standard error on the null device if the program was started without them (`>&-`)."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115
 
 
 def _fail(error: OSError) -> int:
-    """Tell of what the system refused where nothing else is left to be done; gives the exit code."""
+    """Report an OSError at the very end of the program. Returns the exit code."""
     failure = unwritten(error)
     tell_error(failure, as_json=False)
     return failure.exit_code
 
 
 def _failure_of(error: OSError, words: Sequence[str]) -> SystemFailureError:
-    """What the system refused. Typer writes help texts itself, and then there is no other file."""
+    """Return the error to report for an OSError. (Typer prints help texts itself, to standard output.)"""
     if error.filename is None and (not words or not {"-h", "--help"}.isdisjoint(words)):
         return unwritten(error)
     where = f"{error.filename}: " if error.filename else ""
@@ -110,14 +110,14 @@ def _failure_of(error: OSError, words: Sequence[str]) -> SystemFailureError:
 
 
 def _end_in_order() -> None:
-    """Let SIGINT, SIGTERM and SIGHUP unwind the program, so that no temporary file stays behind; `nohup` is heeded."""
+    """Make SIGINT, SIGTERM and SIGHUP unwind the program, so that no temporary file remains. `nohup` still works."""
 
     def end(number: int, _frame: object) -> None:
         asked_to_end.append(number)
         raise KeyboardInterrupt if number == signal.SIGINT else _EndedError(number)
 
     def ignored(lost: sys.UnraisableHookArgs) -> None:
-        """What was raised where nothing can be raised, as in a callback of the import system, is raised again soon."""
+        """Raise a signal's exception again if Python ignored it, as it does in callbacks of the import system."""
         if not asked_to_end or not isinstance(lost.exc_value, (KeyboardInterrupt, _EndedError)):
             sys.__unraisablehook__(lost)
         else:
@@ -133,9 +133,9 @@ def _end_in_order() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line and give its exit code. Every error ends here, as one message and what to do next."""
+    """Run one command line and return the exit code. Every error is caught here and reported with its hint."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if asked := os.environ.get("_MODELCLI_COMPLETE"):  # by a shell, for what a word can become
+    if asked := os.environ.get("_MODELCLI_COMPLETE"):  # a shell asks for completions
         from modelcli.cli import shells
 
         return shells.answer(asked, words)
@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _without_current_folder() -> Iterator[None]:
-    """Import nothing from the current folder for being there: it comes after what is installed, where it is wanted."""
+    """Remove the current folder from `sys.path`. Code that needs it adds it after the installed packages."""
     entries = [(place, entry) for place, entry in enumerate(sys.path) if entry == ""]
     sys.path[:] = [entry for entry in sys.path if entry != ""]
     try:
@@ -168,14 +168,15 @@ def _carry_out(words: list[str]) -> int:
         return code
     number = asked_to_end[-1]
     asked_to_end.clear()
-    told = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
-    return _tell_end(told, INTERRUPTED if number == signal.SIGINT else 128 + number, as_json=as_json)
+    message = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
+    return _report_end(message, INTERRUPTED if number == signal.SIGINT else 128 + number, as_json=as_json)
 
 
 def _require_not_asked_to_end() -> None:
-    """Raise KeyboardInterrupt where a signal came, and what it raised was lost or came out as another error.
+    """Raise KeyboardInterrupt if a signal came and its exception was lost or turned into another error.
 
-    torch catches everything around an import of its own; the import of a compiled module fails in other ways.
+    torch catches all exceptions around some of its imports, and an interrupted import of a compiled module raises
+    other errors.
     """
     if asked_to_end:
         raise KeyboardInterrupt from None
@@ -201,7 +202,7 @@ def _attempt(words: list[str], *, as_json: bool) -> int:
         _leave_pipe()
         return 0
     except SystemExit as error:
-        # So Rich and Typer end where the reader of a help text has gone; from a model's own code it is no way out.
+        # Rich and Typer exit with 1 if the reader of a help text has closed the pipe. A model's code may not exit.
         if error.code != 1 or _is_open(sys.stdout):
             raise
         return 0
@@ -231,16 +232,16 @@ def _attempt(words: list[str], *, as_json: bool) -> int:
             failure = _failure_of(error, words)
         else:
             failure = SystemFailureError(
-                f"a fault in modelcli itself: {type(error).__name__}: {error}",
-                None if debug else "--debug shows where; please report it",
+                f"a bug in modelcli: {type(error).__name__}: {error}",
+                None if debug else "--debug shows the traceback; please report it",
             )
             failure.kind = "internal"
     tell_error(failure, as_json=as_json)
     return failure.exit_code
 
 
-def _tell_end(message: str, code: int, *, as_json: bool) -> int:
-    """Tell that a signal ended the program; gives the exit code."""
+def _report_end(message: str, code: int, *, as_json: bool) -> int:
+    """Report that a signal ended the program. Returns the exit code."""
     if not as_json:
         tell(message, "error")
         return code
@@ -279,9 +280,7 @@ def _usage_error(error: Exception, words: Sequence[str]) -> ModelcliError:
         made = ModelcliError(f"No such command {words[0]!r}.", f"did you mean: {line}")
     else:
         hint = (
-            _model_with(model, message, path)
-            or _model_before_edit(words, message)
-            or f"{path} --help shows how it is used"
+            _model_with(model, message, path) or _model_before_edit(words, message) or f"{path} --help shows the usage"
         )
         made = ModelcliError(message, hint)
     made.kind = "usage"
@@ -289,16 +288,16 @@ def _usage_error(error: Exception, words: Sequence[str]) -> ModelcliError:
 
 
 def _model_with(model: object, message: str, path: str) -> str | None:
-    """How a model is written whose arguments came as words of their own: `load resnet18 num_classes=37`."""
+    """Return the hint for a model whose arguments are separate words: `load resnet18 num_classes=37`."""
     extra = re.fullmatch(r"Got unexpected extra argument\(s\) \((\w+=\S+( \w+=\S+)*)\)", message)
     if extra is None or not isinstance(model, str) or not re.fullmatch(r"[\w.:/-]*\w", model):
         return None
     call = f"{model}({', '.join(extra[1].split())})"
-    return f"a model and its arguments are one word: {path} {quoted(call)}"
+    return f"write a model and its arguments as one word: {path} {quoted(call)}"
 
 
 def _model_before_edit(words: Sequence[str], message: str) -> str | None:
-    """The command whose first word is a model that belongs behind `-m`: `rename bare.pth weight w`."""
+    """Return the correct command for an edit whose first word is the model, which needs `-m`: `rename a.pth w v`."""
     from modelcli import edits
     from modelcli.cli.edit_commands import with_model
     from modelcli.commands.target import names_model
@@ -314,13 +313,13 @@ def _model_before_edit(words: Sequence[str], message: str) -> str | None:
 
 
 def _wants_json(words: Sequence[str]) -> bool:
-    """Whether an error is to be a document: before the words are parsed, and where they cannot be."""
+    """Whether errors must be JSON. Decided from the words alone, because they may not parse."""
     joined = "\0".join(words)
     return "--json" in words or bool(re.search(r"(^|\0)(-q*f\0?=?|--format[\0=])json(\0|$)", joined))
 
 
 def _is_open(stream: object) -> bool:
-    """Whether somebody still reads a stream: Rich lets it lead nowhere where nobody does, Typer wraps it."""
+    """Whether a stream still has a reader: without one, Rich redirects it to the null device, and Typer wraps it."""
     if type(stream).__name__ == "PacifyFlushWrapper":
         return False
     from pathlib import Path
@@ -332,6 +331,6 @@ def _is_open(stream: object) -> bool:
 
 
 def _leave_pipe() -> None:
-    """Point standard output elsewhere, so that the interpreter's last flush finds no closed pipe."""
+    """Redirect standard output to the null device, so that the interpreter's last flush does not fail."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""The options that commands share, in groups; a command's parameter of such a type stands for all of its options."""
+"""Groups of options that commands share. A parameter of a group's type gives a command all options of the group."""
 
 import functools
 import inspect
@@ -26,18 +26,18 @@ EXIT_CODES = {
     5: "the system failed",
     130: "interrupted",
 }
-#: The code where the system or a person ended the program otherwise: 143 is SIGTERM, 129 SIGHUP.
+#: The exit code if another signal ended the program: 143 for SIGTERM, 129 for SIGHUP.
 ENDED = "128 + N: ended by signal N"
 
 
 def exit_codes(*codes: int, no: str | None = None) -> str:
-    """The last lines of a command's help. `no` says when the answer is no, of a command that has one."""
+    """Return the last lines of a command's help. `no` is the meaning of exit code 1, if the command uses it."""
     meanings = EXIT_CODES | ({} if no is None else {1: no})
     return "Exit codes: " + "; ".join(f"{code} {meanings[code]}" for code in (*codes, 130)) + f"; {ENDED}."
 
 
 class _Given(NamedTuple):
-    """An option as a group states it: its value where it is not given, and what Typer needs to know of it."""
+    """An option in a group: its default value, and Typer's description of it."""
 
     default: Any
     info: Any
@@ -48,12 +48,12 @@ def _option(*names: str, help: str | None = None, default: Any = None, **setting
 
 
 class OptionGroup:
-    """Options that several commands have. A subclass states them as a dataclass would.
+    """Options that several commands share. A subclass declares them like the fields of a dataclass.
 
-    It is none: Python takes 2 ms to make a dataclass of twenty fields, in every run of every command.
+    It is not a dataclass because Python needs 2 ms to create one with twenty fields, in every run of every command.
     """
 
-    #: The options by name, those of the classes above first: the type of each, and what it is.
+    #: The type and the declaration of each option, by name, those of base classes first.
     options: ClassVar[Mapping[str, tuple[Any, _Given]]] = {}
 
     def __init_subclass__(cls) -> None:
@@ -69,19 +69,19 @@ class OptionGroup:
         self.__dict__.update(values)
 
     def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"the options of a command stay as they were given: {name}")
+        raise AttributeError(f"the options of a command cannot be changed: {name}")
 
 
 def check_seed(seed: int | None) -> None:
-    """Raise RequestError for a seed that torch does not take."""
+    """Raise RequestError for a seed that torch does not accept."""
     from modelcli.errors import RequestError
 
     if seed is not None and not 0 <= seed < 2**63:
-        raise RequestError(f"--seed {seed} is not a whole number from 0 to 2^63 - 1")
+        raise RequestError(f"--seed must be a whole number from 0 to 2^63 - 1, not {seed}")
 
 
 class OutputOptions(OptionGroup):
-    """How to show the result."""
+    """Options for the output."""
 
     format: str | None = _option(
         "-f",
@@ -97,7 +97,7 @@ class OutputOptions(OptionGroup):
 
 
 class ModelOptions(OptionGroup):
-    """What decides a model's architecture and numbers, of one model or of both that are compared."""
+    """Options for the architecture and values of one model, or of the two that `diff` compares."""
 
     weights: str | None = _option(
         "--weights",
@@ -108,39 +108,39 @@ class ModelOptions(OptionGroup):
     )
     arch: str | None = _option(
         "--arch",
-        help="The architecture of a checkpoint that does not carry one.",
+        help="The architecture of a checkpoint that records none.",
         rich_help_panel="Model",
         autocompletion=completing.models,
         metavar="REFERENCE",
     )
     seed: int | None = _option(
         "--seed",
-        help="Decides every random number. \\[default: 0]",
+        help="The seed of all random values. \\[default: 0]",
         metavar="N",
         rich_help_panel="Model",
     )
     tensors_only: bool = _option(
         "--tensors-only",
-        help="Of a file with objects of foreign classes, take the tensors and drop the rest.",
+        help="Use only the tensors of a file that contains other objects, and drop the rest.",
         default=False,
         rich_help_panel="Model",
     )
     bare_keys: bool = _option(
         "--bare-keys",
-        help="Leave the record in the file aside: its keys are edited, and written without an architecture.",
+        help="Ignore the file's record: edit its keys, and write them without an architecture.",
         default=False,
         rich_help_panel="Model",
     )
     trust: bool = _option(
         "--trust",
-        help="Follow a record in the file that names Python code.",
+        help="Allow the file's record to run the Python code that it names.",
         default=False,
         rich_help_panel="Model",
     )
 
 
 class SourceOptions(ModelOptions):
-    """What decides one model, besides its reference."""
+    """Options for one model, besides its reference."""
 
     key: str | None = _option(
         "--key",
@@ -151,7 +151,7 @@ class SourceOptions(ModelOptions):
     )
     input_size: list[str] | None = _option(
         "--input-size",
-        help="Shape of an input, batch included: 1,3,224,224. Again for each further input.",
+        help="Shape of an input, batch included: 1,3,224,224. Repeat for more inputs.",
         metavar="SIZES",
         rich_help_panel="Model",
     )
@@ -165,7 +165,7 @@ class SourceOptions(ModelOptions):
     inputs: list[str] | None = _option(
         "--input",
         help="NAME=SHAPE\\[:DTYPE], or NAME==VALUE: input_ids=1,128:int64, batch.image=1,3,8,8, x=scalar, steps==5; "
-        "none where forward takes nothing. Again for each further input.",
+        "none if forward takes no input. Repeat for more inputs.",
         metavar="INPUT",
         rich_help_panel="Model",
     )
@@ -202,25 +202,25 @@ class SourceOptions(ModelOptions):
 
 
 class DiffOptions(ModelOptions):
-    """What decides the two models that are compared, besides their references."""
+    """Options for the two models that `diff` compares, besides their references."""
 
     key: list[str] | None = _option(
         "--key",
-        help="The state dict in a training checkpoint; twice, that of A and that of B.",
+        help="The state dict in a training checkpoint. Repeat for different ones in A and B.",
         metavar="NAME",
         rich_help_panel="Model",
         autocompletion=completing.keys,
     )
 
     def sources(self, a: str, b: str) -> "tuple[Source, Source]":
-        """The two models. Raises RequestError for more keys than there are models."""
+        """Return the two models. Raises RequestError for more than two keys."""
         from modelcli.errors import RequestError
         from modelcli.language.references import Source
 
         keys: list[str | None] = [*self.key] if self.key else [None]
         if len(keys) > 2:
             raise RequestError(
-                f"{len(keys)} keys for two models", "--key once for both, or twice: that of A, that of B"
+                f"{len(keys)} keys for two models", "pass --key once for both, or twice: for A, then for B"
             )
         check_seed(self.seed)
         rest = {name: getattr(self, name) for name in ("weights", "arch", "seed", "tensors_only", "bare_keys", "trust")}
@@ -228,84 +228,82 @@ class DiffOptions(ModelOptions):
 
 
 class AssertOptions(OptionGroup):
-    """What a model is asserted to be."""
+    """The assertions of `check`."""
 
     max_params: str | None = _option(
-        "--max-params", help="At most so many parameters: 60M.", metavar="N", rich_help_panel="Assertions"
+        "--max-params", help="The model has at most N parameters: 60M.", metavar="N", rich_help_panel="Assertions"
     )
     max_bytes: str | None = _option(
         "--max-bytes",
-        help="Parameters and buffers take at most so much: 250MB.",
+        help="Parameters and buffers need at most SIZE bytes: 250MB.",
         metavar="SIZE",
         rich_help_panel="Assertions",
     )
     frozen: list[str] | None = _option(
         "--frozen",
-        help="All that it picks is frozen.",
+        help="Every parameter that SELECTOR picks is frozen.",
         metavar="SELECTOR",
         rich_help_panel="Assertions",
         autocompletion=completing.targets,
     )
     trainable: list[str] | None = _option(
         "--trainable",
-        help="All that it picks is trained.",
+        help="Every parameter that SELECTOR picks is trainable.",
         metavar="SELECTOR",
         rich_help_panel="Assertions",
         autocompletion=completing.targets,
     )
     has: list[str] | None = _option(
         "--has",
-        help="It picks something: 'classifier.6:Linear'.",
+        help="SELECTOR matches something: 'classifier.6:Linear'.",
         metavar="SELECTOR",
         rich_help_panel="Assertions",
         autocompletion=completing.targets,
     )
     absent: list[str] | None = _option(
         "--absent",
-        help="It picks nothing.",
+        help="SELECTOR matches nothing.",
         metavar="SELECTOR",
         rich_help_panel="Assertions",
         autocompletion=completing.targets,
     )
     dtype: list[str] | None = _option(
         "--dtype",
-        help="Floating-point tensors are of this dtype; again for another that is allowed.",
+        help="Every floating-point tensor has this dtype. Repeat to allow more dtypes.",
         metavar="DTYPE",
         rich_help_panel="Assertions",
         autocompletion=completing.dtypes,
     )
-    finite: bool = _option(
-        "--finite", help="No number is NaN or infinite.", default=False, rich_help_panel="Assertions"
-    )
+    finite: bool = _option("--finite", help="No value is NaN or infinite.", default=False, rich_help_panel="Assertions")
     safe: bool = _option(
         "--safe",
-        help="The file holds no objects of foreign classes.",
+        help="The file contains no objects that could run code.",
         default=False,
         rich_help_panel="Assertions",
     )
     output_shape: list[str] | None = _option(
         "--output-shape",
-        help="The forward pass gives a tensor of this shape: 1,10.",
+        help="The output of the forward pass is a tensor of this shape: 1,10.",
         metavar="SIZES",
         rich_help_panel="Assertions",
     )
     same_as: list[str] | None = _option(
         "--same-as",
-        help="All tensors are those of this model: names, shapes, dtypes and values.",
+        help="All tensors equal those of this model in name, shape, dtype and values.",
         metavar="REFERENCE",
         rich_help_panel="Assertions",
         autocompletion=completing.models,
     )
     without: list[str] | None = _option(
         "--except",
-        help="Tensors that --same-as leaves out.",
+        help="Tensors that --same-as ignores.",
         metavar="SELECTOR",
         rich_help_panel="Assertions",
         autocompletion=completing.targets,
     )
 
     def assertions(self) -> "Assertions":
-        """The assertions. Raises RequestError for what cannot be read as one."""
+        """Return the assertions. Raises RequestError for an invalid option, or for assertions that conflict."""
         from modelcli.commands.check import Assertions
         from modelcli.language.references import parse_bytes, parse_count, parse_input_size
         from modelcli.model.dtypes import dtype_called
@@ -329,23 +327,23 @@ class AssertOptions(OptionGroup):
 
 
 class LookOptions(OptionGroup):
-    """What the commands that only look have in common."""
+    """Options of the commands that only show something."""
 
     option_model: str | None = _option(
         "-m",
         "--model",
-        help="The same as the argument.",
+        help="The same as the MODEL argument.",
         rich_help_panel="Model",
         autocompletion=completing.models,
         metavar="MODEL",
     )
     no_cache: bool = _option(
-        "--no-cache", help="Build the model anew, and keep nothing.", default=False, rich_help_panel="Model"
+        "--no-cache", help="Build the model afresh, and cache nothing.", default=False, rich_help_panel="Model"
     )
 
 
 class SaveOptions(OptionGroup):
-    """Which model is written, and how."""
+    """Options for the model to write, and for how to write it."""
 
     model: str | None = _option(
         "-m",
@@ -355,11 +353,11 @@ class SaveOptions(OptionGroup):
         autocompletion=completing.models,
         metavar="MODEL",
     )
-    force: bool = _option("--force", help="Replace a file that exists.", default=False, rich_help_panel="Result")
-    dry_run: bool = _option("--dry-run", help="Change nothing anywhere.", default=False, rich_help_panel="Result")
+    force: bool = _option("--force", help="Replace an existing file.", default=False, rich_help_panel="Result")
+    dry_run: bool = _option("--dry-run", help="Write no file.", default=False, rich_help_panel="Result")
     check: str = _option(
         "--check",
-        help="meta: run on the meta device first; run: on the CPU, with numbers; none.",
+        help="Before writing, run the model on the meta device (meta) or on the CPU with values (run), or not (none).",
         default="meta",
         metavar="HOW",
         rich_help_panel="Result",
@@ -367,47 +365,47 @@ class SaveOptions(OptionGroup):
     )
     bare: bool = _option(
         "--bare",
-        help="Drop what a training checkpoint holds besides its state dict.",
+        help="Drop everything in a training checkpoint except the state dict.",
         default=False,
         rich_help_panel="Result",
     )
     compact: bool = _option(
         "--compact",
-        help="Write of each storage what its tensors show: a slice of a buffer without the buffer.",
+        help="Write only the bytes that tensors use: a slice without the large storage that it is part of.",
         default=False,
         rich_help_panel="Result",
     )
     max_shard_size: str | None = _option(
         "--max-shard-size",
-        help="The most that a shard of a folder holds. \\[default: 5GB]",
+        help="The maximum size of a shard in a folder. \\[default: 5GB]",
         metavar="SIZE",
         rich_help_panel="Result",
     )
     no_fsync: bool = _option(
         "--no-fsync",
-        help="Do not wait until the disk has it: for scratch files.",
+        help="Do not wait until the data is on the disk: for scratch files.",
         default=False,
         rich_help_panel="Result",
     )
     verify: bool = _option(
-        "--verify", help="Read every byte back, and compare.", default=False, rich_help_panel="Result"
+        "--verify", help="Read every byte back and compare it.", default=False, rich_help_panel="Result"
     )
 
 
 class EditOptions(SaveOptions):
-    """Which model an edit works on, and what becomes of the result."""
+    """Options for the model to edit, and for where to write the result."""
 
     out: str | None = _option(
         "-o",
         "--out",
-        help="Write the result: {suffixes}, or a folder/.",
+        help="The file to write: {suffixes}, or a folder/.",
         rich_help_panel="Result",
         metavar="OUT",
     )
 
 
 class UnheededOptions(OptionGroup):
-    """How `apply` writes: `script` takes the same words, and writes nothing."""
+    """Options of `apply` that `script` accepts and ignores, so that both take the same words."""
 
     force: bool = _option("--force", default=False, hidden=True)
     dry_run: bool = _option("--dry-run", default=False, hidden=True)
@@ -418,21 +416,21 @@ class UnheededOptions(OptionGroup):
 
 
 def names_of(*groups: Any) -> set[str]:
-    """The long names of all options in groups of options."""
+    """Return the long names of all options in some groups."""
     options = [given.info for group in groups for _, given in group.options.values()]
-    # Typer takes the first name for a default, until the option stands in a signature.
+    # Typer stores the first name as the default until the option is part of a signature.
     return {name for option in options for name in (option.default, *option.param_decls) if name.startswith("--")}
 
 
 class _Word(StringParamType):
-    """Text, of which the help says nothing but its name: that it is a `<str>` tells a user nothing."""
+    """A text parameter whose type the help leaves out, because `<str>` does not help users."""
 
     def get_metavar(self, *_args: Any, **_given: Any) -> str:
         return ""
 
 
 def _named_in_capitals(parameter: inspect.Parameter) -> None:
-    """Let the help call an argument by its name in capitals, where it has no other there, and leave its type out."""
+    """Make the help name an argument in capitals if it has no other name there, and leave its type out."""
     for info in getattr(parameter.annotation, "__metadata__", ()):
         if isinstance(info, ArgumentInfo):
             info.metavar = info.metavar or parameter.name.upper()
@@ -440,7 +438,7 @@ def _named_in_capitals(parameter: inspect.Parameter) -> None:
 
 
 def expanded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with each parameter of an options class spelt out, as Typer wants it."""
+    """Return the function with each parameter of an option group replaced by its options, as Typer needs it."""
     signature = inspect.signature(function, eval_str=True)
     parameters: list[inspect.Parameter] = []
     groups: dict[str, Any] = {}

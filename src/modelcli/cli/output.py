@@ -1,4 +1,4 @@
-"""The one sink: data to standard output in the format asked for, everything else to standard error."""
+"""The only module that prints: data to standard output in the chosen format, everything else to standard error."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
 
 class PipeClosedError(Exception):
-    """The reader of standard output has gone: there is nothing left to do."""
+    """The reader of standard output has closed the pipe, so there is nothing left to do."""
 
 
 _FOR_DEVELOPERS = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning, BytesWarning)
-#: What Python's warnings said since the last result was shown.
+#: The Python warnings since the last result was shown.
 _warned: list[str] = []
 
 
 @contextlib.contextmanager
 def warnings_kept() -> Iterator[None]:
-    """Keep what torch and a model's own code warn of, for the notes of the result or of the error that comes."""
+    """Collect the warnings of torch and of a model's own code, for the notes of the result or of the error."""
 
     def keep(
         message: Warning | str,
@@ -52,7 +52,7 @@ def warnings_kept() -> Iterator[None]:
 
 
 def _speaker(filename: str, lineno: int) -> str:
-    """Who warns: an installed package by its name, other code by its file and line."""
+    """Return the source of a warning: the name of an installed package, or the file and line of other code."""
     package = re.search(r"[/\\](?:site|dist)-packages[/\\](\w+)", filename)
     if package is not None:
         return package[1]
@@ -60,19 +60,19 @@ def _speaker(filename: str, lineno: int) -> str:
 
 
 def warned() -> list[str]:
-    """What was kept of warnings, each once; it is kept no longer."""
+    """Return the collected warnings, each once, and forget them."""
     said = list(dict.fromkeys(_warned))
     _warned.clear()
     return said
 
 
-#: Characters that are kept of what was printed, and lines of it that become notes.
+#: How many characters of printed text to keep, and how many lines of it to show as notes.
 _MOST_PRINTED, _MOST_LINES = 65_536, 20
 _printed: TextIO | None = None
 
 
 class _Beginning(io.BytesIO):
-    """Takes everything and keeps the beginning: a model may print without end."""
+    """A buffer that accepts everything and keeps only the beginning, because a model may print without end."""
 
     def write(self, data: Any, /) -> int:
         super().write(bytes(data)[: max(_MOST_PRINTED - self.tell(), 0)])
@@ -81,9 +81,9 @@ class _Beginning(io.BytesIO):
 
 @contextlib.contextmanager
 def prints_kept(*, wanted: bool) -> Iterator[None]:
-    """Keep what others print on standard error (a model's own code, a library that downloads), for the notes.
+    """If the result is JSON (`wanted`), collect what other code prints on standard error, for the notes.
 
-    Where the result is JSON (`wanted`), nothing but the document of an error stands on standard error.
+    Such code is a model's own, or a library that downloads. Standard error then contains at most an error as JSON.
     """
     global _printed
     if not wanted:
@@ -100,7 +100,7 @@ def prints_kept(*, wanted: bool) -> Iterator[None]:
 
 
 def printed() -> list[str]:
-    """The lines that others printed on standard error and that were kept; they are kept no longer."""
+    """Return the collected lines that other code printed on standard error, and forget them."""
     if not isinstance(_printed, io.TextIOWrapper):
         return []
     kept = _printed.buffer
@@ -114,14 +114,14 @@ def printed() -> list[str]:
 
 
 def format_of(options: OutputOptions, *own: str) -> str:
-    """The format asked for; `own` are those that one command alone has.
+    """Return the chosen format. `own` are formats that only this command has.
 
-    Raises RequestError for one that does not exist, and for two.
+    Raises RequestError if the format does not exist, or if two are given.
     """
     from modelcli.render import writers
 
     if options.json and options.format not in (None, "json"):
-        raise RequestError(f"two formats: --json and -f {options.format}", "give one of them")
+        raise RequestError(f"--json and -f {options.format} are two formats", "pass only one of them")
     name = "json" if options.json else options.format or "table"
     known = (*writers.FORMATS, *own)
     if name not in known:
@@ -132,9 +132,14 @@ def format_of(options: OutputOptions, *own: str) -> str:
 def show(
     view: View, options: OutputOptions, notes: Iterable[str] = (), *, warnings: Iterable[str] = (), **more: object
 ) -> None:
-    """Show a view, then what there is to tell about it: in the document itself where that is JSON.
+    """Print a view, then its notes; in JSON the notes are part of the document.
 
-    `warnings` are told in any case; `more` joins a JSON document.
+    Args:
+        view: the result to print.
+        options: the format, and whether to leave out notes.
+        notes: the notes about the result.
+        warnings: messages that are shown even with `--quiet`.
+        more: further entries of the JSON document.
     """
     from modelcli.render import writers
 
@@ -156,7 +161,7 @@ def show(
             from rich.console import Console
 
             try:
-                columns, lines = shutil.get_terminal_size()  # Rich takes a dumb terminal to have 80 columns
+                columns, lines = shutil.get_terminal_size()  # Rich assumes 80 columns for a dumb terminal
                 console = Console(
                     file=sys.stdout, width=columns, height=lines, highlight=False, markup=False, emoji=False
                 )
@@ -168,7 +173,7 @@ def show(
                 raise unwritten(error) from None
             if left_out and not options.quiet:
                 shows = "shows it" if len(left_out) == 1 else "shows them"
-                told.append(f"no room for {', '.join(left_out)}: a wider terminal, or -f csv, {shows}")
+                told.append(f"no space for {', '.join(left_out)}: a wider terminal or -f csv {shows}")
         case _:
             write(writers.to_plain(view, encoding=_encoding()))
     for warning in warnings:
@@ -178,14 +183,16 @@ def show(
 
 
 def folding_note(view: View, noun: str, way_out: str = "--expand") -> list[str]:
-    """How many rows of a table stand in the row of another that looks the same, and what shows each."""
+    """Return the note on how many rows were folded into similar rows, and on the option that shows each of them."""
     from modelcli.wording import counted
 
-    return [f"{counted(view.folded, noun)} in rows of others like them: {way_out} shows each"] if view.folded else []
+    return (
+        [f"{counted(view.folded, noun)} folded into rows of similar ones: {way_out} shows each"] if view.folded else []
+    )
 
 
 def is_screen(options: OutputOptions) -> bool:
-    """Whether a table is shown to a person: on a terminal. What a program reads is complete."""
+    """Whether the output is a table on a terminal, which may be shortened for people. Programs get all rows."""
     return format_of(options) == "table" and is_terminal()
 
 
@@ -199,7 +206,7 @@ def _encoding() -> str:
 
 
 def write(text: str) -> None:
-    """Write to standard output; characters that its encoding lacks are escaped."""
+    """Write to standard output. Characters that its encoding lacks are escaped."""
     encoding = _encoding()
     try:
         sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
@@ -211,8 +218,8 @@ def write(text: str) -> None:
 
 
 def unwritten(error: OSError) -> SystemFailureError:
-    """What is told where the system does not take what is to be shown."""
-    hint = "is there room where it is redirected to?"
+    """Return the error for a failure to write standard output."""
+    hint = "is there space where the output goes?"
     return SystemFailureError(f"cannot write standard output: {error.strerror or error}", hint)
 
 
@@ -232,11 +239,11 @@ def tell(text: str, style: str = "dim") -> None:
         sys.stderr.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
         sys.stderr.flush()
     except OSError:
-        pass  # nobody reads it, or there is no room for it: the exit code says the rest
+        pass  # there is no reader or no space; the exit code must be enough
 
 
 def _wrapped(line: str) -> str:
-    """A message broken between words, at the width of the terminal."""
+    """Break a message between words at the width of the terminal."""
     import shutil
     import textwrap
 
@@ -245,7 +252,7 @@ def _wrapped(line: str) -> str:
 
 
 def tell_error(error: ModelcliError, *, as_json: bool) -> None:
-    """Show an error: one message and what to do next, or one JSON document."""
+    """Print an error: its notes, message and hint, or one JSON document."""
     from modelcli.render import writers
 
     if as_json:

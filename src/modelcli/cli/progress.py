@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on standard error where that is a terminal, nothing anywhere else."""
+"""Progress bars for long work, on standard error if that is a terminal."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from modelcli.cli.options import OutputOptions
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-#: Seconds that work may take before it is worth a bar.
+#: Seconds before a bar appears.
 MOMENT = 0.5
 
 
 @contextmanager
 def of_bytes(options: OutputOptions) -> Iterator[Callable[..., None]]:
-    """What takes how many bytes are done, how many there are, and what is being done with them.
+    """Yield a function that reports progress: bytes done, bytes in total, and the kind of work.
 
-    The bar comes after a moment, starts anew for another kind of work, and goes at the end.
+    The bar appears after a moment, starts again for another kind of work, and disappears at the end.
     """
     if options.quiet or not sys.stderr.isatty():
         yield lambda _done, _total, _doing="": None
@@ -65,14 +65,14 @@ def _bar() -> Progress:
         TimeRemainingColumn(),
         console=Console(file=sys.stderr),
         transient=True,
-        # Rich would put back the streams that it found, and they are others while a model's code runs.
+        # Rich would restore the streams that it found, but they are different ones while a model's code runs.
         redirect_stdout=False,
         redirect_stderr=False,
     )
 
 
 def of_names(names: Sequence[str], options: OutputOptions) -> Iterable[str]:
-    """The names of what is worked off one after another, with a bar where that is watched."""
+    """Yield the names one after another, with a progress bar on a terminal."""
     if options.quiet or not sys.stderr.isatty():
         return names
     return _with_bar(names)

@@ -1,15 +1,15 @@
-"""How completion answers each shell: its script, the line that the shell sends, and words that it may insert.
+"""Completion for each shell: its script, how to parse the line that it sends, and how to quote the words.
 
-What can be offered stands in `completing`. Much of it comes from files (names of tensors, of files, of state dicts), so
-nothing is trusted here: a word with a control character is never offered, and every other word reaches the command
-line quoted, so that the shell passes exactly this word on when the line is run.
+`completing` finds the words. Many come from files (names of tensors, files, state dicts), so this module trusts none:
+it never offers a word with a control character, and quotes every other word such that the shell passes exactly this
+word to the program.
 
-    bash        inserts what it gets, so the quotes are made here, to fit those that are already typed
-    zsh, fish   quote what they insert themselves, as they do for names of files
-    PowerShell  inserts what it gets, so the quotes are made here
+    bash        inserts the word as it is, so this module quotes it, to fit the quotes that are already typed
+    zsh, fish   quote the words themselves, like file names
+    PowerShell  inserts the word as it is, so this module quotes it
 
-The scripts are modelcli's own. Those that Typer installed for earlier versions still ask for `complete_bash`,
-`complete_zsh` and `complete_fish`; what they get is safe in what they do with it.
+The scripts are modelcli's own. The scripts that Typer installed for earlier versions still ask for `complete_bash`,
+`complete_zsh` and `complete_fish`, and get answers that are safe for them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _modelcli_completion() {
 complete -o default -F _modelcli_completion modelcli
 """
 
-# Called as the autoloaded function `_modelcli`, zsh runs the file's text in that function: it completes at once.
+# zsh runs the text of the file inside the autoloaded function `_modelcli` at its first call, so it must complete then.
 ZSH = r"""
 #compdef modelcli
 
@@ -94,7 +94,7 @@ complete --command modelcli --no-files --condition __modelcli_finds_words --argu
 
 SCRIPTS = {"bash": BASH, "zsh": ZSH, "fish": FISH}
 
-#: What means nothing to any of the shells, wherever it stands in a word.
+#: Characters that are not special for any of the shells, anywhere in a word.
 _PLAIN = re.compile(r"[\w./:=@%+,-]*", re.ASCII)
 
 
@@ -103,10 +103,10 @@ class Word:
     """A word on the command line, as far as it is typed.
 
     Attributes:
-        text: What the shell would pass to the program.
-        quote: The quotation mark that is still open, or nothing.
-        literal: Whether the text is known: false where the shell would expand something in it.
-        opened: Where on the line that quotation mark stands.
+        text: The text that the shell would pass to the program.
+        quote: The quotation mark that is still open, or an empty string.
+        literal: Whether the text is known; False if the shell would expand something in it.
+        opened: The position of the open quotation mark in the line.
     """
 
     text: str
@@ -116,11 +116,14 @@ class Word:
 
 
 def answer(instruction: str, arguments: Sequence[str]) -> int:
-    """Answer a shell that asks for words or for its script, on standard output; gives the exit code.
+    """Print the words or the script that a shell asks for.
 
     Args:
         instruction: The value of `_MODELCLI_COMPLETE`: `complete_bash_line`, `source_zsh`.
-        arguments: What else the shell passes: words of the line that is being typed.
+        arguments: The words of the typed line that the shell passes.
+
+    Returns:
+        The exit code.
     """
     action, _, shell = instruction.partition("_")
     if action == "source" and shell in SCRIPTS:
@@ -138,24 +141,24 @@ def answer(instruction: str, arguments: Sequence[str]) -> int:
 
 
 def hand_out_scripts() -> None:
-    """Let Typer's `--install-completion` and `--show-completion` hand out the scripts of this module."""
+    """Make Typer's `--install-completion` and `--show-completion` use the scripts of this module."""
     from typer import _completion_shared
 
     _completion_shared._completion_scripts |= {shell: script.replace("%", "%%") for shell, script in SCRIPTS.items()}
 
 
 def _write(text: str) -> None:
-    """Write as bytes: the shells read names of files, which are no text of the locale."""
+    """Write bytes to standard output, because file names need not be valid text in the locale."""
     sys.stdout.flush()
     sys.stdout.buffer.write(os.fsencode(text))
     sys.stdout.buffer.flush()
 
 
 def _offered(words: Sequence[str], incomplete: str) -> list[tuple[str, str]]:
-    """Whole words that the last one can become, each with its help; those that may be shown and inserted.
+    """Return the completions of the last word, each with its help, that are safe to show and insert.
 
-    `--model=al` becomes `--model=alexnet`. Nothing where anything is wrong: a message in the middle of a line that is
-    being typed would help nobody.
+    `--model=al` becomes `--model=alexnet`. Returns nothing if an error occurs, because a message would disturb the
+    line that the user is typing.
     """
     import typer
     from typer._click.shell_completion import _resolve_context, _resolve_incomplete
@@ -173,7 +176,7 @@ def _offered(words: Sequence[str], incomplete: str) -> list[tuple[str, str]]:
     return [
         (before + value, " ".join(help_text.split()))
         for value, help_text in items
-        # A name like an option would be one on the line.
+        # The program would read a name that looks like an option as an option.
         if value.isprintable() and (is_option or before or not value.startswith("-"))
     ]
 
@@ -182,7 +185,7 @@ def _offered(words: Sequence[str], incomplete: str) -> list[tuple[str, str]]:
 
 
 def split_line(line: str) -> list[Word]:
-    """The words of a line up to the cursor, as bash and zsh part them; the last one is the word that is typed.
+    """Split a line up to the cursor into words, as bash and zsh do. The last one is the word being typed.
 
     Args:
         line: One command, from its name to the cursor.
@@ -222,7 +225,7 @@ def split_line(line: str) -> list[Word]:
 
 
 def fish_word(typed: str) -> Word:
-    """The word that is being typed in fish."""
+    """Parse the word that is being typed in fish."""
     text, quote, literal = "", "", not typed.startswith("~")
     place = 0
     while place < len(typed):
@@ -230,7 +233,7 @@ def fish_word(typed: str) -> Word:
         following = typed[place + 1 : place + 2]
         place += 1
         if character == "\\" and (not quote or following in ("\\", quote) or (quote == '"' and following == "$")):
-            # What stands for a control character (`\n`, `\x0a`) is never offered.
+            # An escape for a control character (`\n`, `\x0a`): such words are never offered.
             literal &= bool(quote) or not following.isalnum()
             text += following
             place += 1
@@ -246,7 +249,7 @@ def fish_word(typed: str) -> Word:
 
 
 def _joined(words: Iterable[str]) -> list[str]:
-    """The words of bash's line, of which it makes several at `=` and `:`."""
+    """Join the words that bash has split at `=` and `:`."""
     joined: list[str] = []
     for before, word in itertools.pairwise(["", *words]):
         if len(joined) > 1 and word and (_is_break(word) or _is_break(before)):
@@ -262,12 +265,12 @@ def _is_break(word: str) -> bool:
 
 # --- answers ---------------------------------------------------------------------------------------------------------
 
-#: Gives what the shell inserts for a text, where a quotation mark or none is open; nothing where that is not sure.
+#: Returns what the shell must insert for a text after an open quotation mark (or none); None if that is not certain.
 _Quoting = Callable[[str, str], str | None]
 
 
 def _answer_bash(arguments: Sequence[str]) -> int:
-    """The line up to the cursor, the end of it that readline will replace, and bash's own words of the line."""
+    """Arguments: the line up to the cursor, the end of it that readline will replace, and bash's own words."""
     line, replaced, *words = [*arguments, "", ""][: max(len(arguments), 2)]
     if line:
         return _write_lines(_insertions(line, replaced, quoted_for_bash) if line.endswith(replaced) else [])
@@ -275,14 +278,14 @@ def _answer_bash(arguments: Sequence[str]) -> int:
 
 
 def _answer_old_bash(_arguments: Sequence[str]) -> int:
-    """Typer's script, which sends the words alone."""
+    """For Typer's script, which sends only the words."""
     place = int(os.environ.get("COMP_CWORD") or 0)
     words = os.environ.get("COMP_WORDS", "").split("\n")
     return _answer_bash_words([*words, ""][: place + 1], quoted_for_old_bash)
 
 
 def _answer_bash_words(words: Sequence[str], quoted: _Quoting) -> int:
-    """The words as bash parts them: readline will replace the last one, or what follows a quotation mark in it."""
+    """For bash's own words: readline replaces the last one, or the part of it after a quotation mark."""
     line = " ".join(_joined(words))
     last = "" if _is_break(words[-1]) else words[-1]
     start = max(len(line) - len(last), split_line(line)[-1].opened + 1)
@@ -290,7 +293,7 @@ def _answer_bash_words(words: Sequence[str], quoted: _Quoting) -> int:
 
 
 def _insertions(line: str, replaced: str, quoted: _Quoting) -> list[str]:
-    """What readline may put in the place of the end of a line."""
+    """Return the texts with which readline may replace the end of a line."""
     *before, typed = split_line(line)
     kept = split_line(line.removesuffix(replaced))[-1]
     if not typed.literal or typed.quote != kept.quote:
@@ -301,23 +304,23 @@ def _insertions(line: str, replaced: str, quoted: _Quoting) -> list[str]:
 
 
 def quoted_for_bash(text: str, quote: str) -> str | None:
-    """A text as bash itself would quote a name of a file, to follow a quotation mark that is open, or none.
+    """Quote a text as bash quotes a file name, to follow the open quotation mark `quote`, if any.
 
-    Readline closes the quotation mark when this is the only word, unless one stands at the end already; and of two
-    that meet where the text is put in, it leaves out one.
+    If this is the only word, readline adds the closing quotation mark, unless the text ends with one; and it drops one
+    of two quotation marks that meet where it inserts the text.
     """
     if not quote:
         return re.sub(r"[^\w./:=@%+,-]", r"\\\g<0>", text)
     if quote == "'":
         inside = text.replace("'", "'\\''")
-    else:  # within these, nothing takes from the exclamation mark what it means
+    else:  # within double quotes, bash cannot escape an exclamation mark
         inside = re.sub(r'[$`"\\]', r"\\\g<0>", text).replace("!", "\"'!'\"")
     inside = inside + quote if inside.endswith(quote) else inside
     return quote + inside if inside.startswith(quote) else inside
 
 
 def quoted_for_old_bash(text: str, quote: str) -> str | None:
-    """The same where the shell takes the answer for patterns of file names: a match would lose its quotes."""
+    """Quote for a shell that treats the answer as file name patterns; a matching pattern would lose its quotes."""
     if _PLAIN.fullmatch(text):
         return text
     if quote or re.search(r"['\\*?\[\]]|[@+!]\(", text):
@@ -326,12 +329,12 @@ def quoted_for_old_bash(text: str, quote: str) -> str | None:
 
 
 def _answer_zsh(arguments: Sequence[str]) -> int:
-    """The words up to the cursor; zsh quotes what it inserts itself."""
+    """Arguments: the words up to the cursor. zsh quotes what it inserts."""
     return _write_lines(_described(_offered(arguments[:-1], arguments[-1])) if arguments else [])
 
 
 def _answer_old_zsh(_arguments: Sequence[str]) -> int:
-    """Typer's script: the shell runs the answer."""
+    """For Typer's script, whose shell runs the answer as code."""
     *before, typed = split_line(os.environ.get("_TYPER_COMPLETE_ARGS", ""))
     offered = _offered([word.text for word in before[1:]], typed.text) if typed.literal else []
     if not offered:
@@ -349,12 +352,12 @@ def _answer_old_zsh(_arguments: Sequence[str]) -> int:
 
 
 def _in_codes(text: str) -> str:
-    """A text in zsh's notation for any character: nothing in it means anything, wherever it is expanded."""
+    """Write a text in zsh's notation of character codes, in which nothing is special."""
     return "$'" + "".join(char if char.isalnum() and char.isascii() else f"\\U{ord(char):08x}" for char in text) + "'"
 
 
 def _answer_fish(arguments: Sequence[str]) -> int:
-    """The words before the cursor, and the one at the cursor as it is typed; fish quotes what it inserts itself."""
+    """Arguments: the words before the cursor, and the typed text of the word at it. fish quotes what it inserts."""
     if not arguments:
         return _write_lines([])
     typed = fish_word(arguments[-1])
@@ -362,7 +365,7 @@ def _answer_fish(arguments: Sequence[str]) -> int:
 
 
 def _answer_old_fish(_arguments: Sequence[str]) -> int:
-    """Typer's script, which asks whether there are words, and for them; fish quotes what it inserts itself."""
+    """For Typer's script, which asks whether there are words, and then for the words. fish quotes what it inserts."""
     *before, typed = split_line(os.environ.get("_TYPER_COMPLETE_ARGS", ""))
     offered = _offered([word.text for word in before[1:]], typed.text) if typed.literal else []
     if os.environ.get("_TYPER_COMPLETE_FISH_ACTION") == "is-args":
@@ -375,7 +378,7 @@ def _described(offered: Iterable[tuple[str, str]]) -> list[str]:
 
 
 def _answer_powershell(_arguments: Sequence[str]) -> int:
-    """Typer's script; PowerShell inserts the answer as it is, and knows several characters as quotation marks."""
+    """For Typer's script. PowerShell inserts the answer as it is, and several characters are quotation marks there."""
     words = split_line(os.environ.get("_TYPER_COMPLETE_ARGS", ""))
     incomplete = os.environ.get("_TYPER_COMPLETE_WORD_TO_COMPLETE", "")
     offered = _offered([word.text for word in (words[1:-1] if incomplete else words[1:]) if word.text], incomplete)

@@ -340,12 +340,12 @@ def test_a_recipe_that_is_wrong_says_everything_at_once(cli: Cli, folder: Path) 
         ("undo 0 --recipe x.toml", 2, "0", None),
         ("list vit --json -f csv", 2, '"--json and -f csv are two formats"', "pass only one of them"),
         ("list vit -f table --json", 2, '"--json and -f table are two formats"', "pass only one of them"),
-        ("summary alexnet --seed -1", 2, "--seed -1 is not a whole number", None),
+        ("summary alexnet --seed -1", 2, "--seed must be a whole number", None),
         ("summary bert-base-uncased", 2, "no model is called 'bert-base-uncased'", None),
         ("summary vit", 2, "no model is called 'vit'", "vit_b_16"),
         ("replace fc Linear(_,10) resnet18", 2, "'resnet18' comes after the module", "-m resnet18"),
-        ("replace classifier.{1,4} classifier.4 ReLU -m alexnet", 2, "'classifier.4' is not the name", "quote that"),
-        ("replace layer1.?.bn1 layer1.1.bn1 ReLU -m resnet18", 2, "'layer1.1.bn1' is not the name", "quote that"),
+        ("replace classifier.{1,4} classifier.4 ReLU -m alexnet", 2, "'classifier.4' is not the name", "quote it"),
+        ("replace layer1.?.bn1 layer1.1.bn1 ReLU -m resnet18", 2, "'layer1.1.bn1' is not the name", "quote it"),
         ("replace layer? layer1.conv ReLU -m nets.py:Net", 2, "no module matches 'layer?'", None),
     ],
 )
@@ -563,4 +563,4 @@ def test_load_says_that_numbers_are_random_or_that_nothing_is_known(cli: Cli, fo
 
 def test_a_stated_input_that_does_not_fit_is_asked_after(cli: Cli) -> None:
     told = cli("replace", "fc", "Linear(_,3)", "-m", "resnet18", "--input-size", "3,224,224", code=2).err
-    assert "is the input 3,224,224 right, the batch included?" in " ".join(told.split())
+    assert "is the input 3,224,224, batch included, right?" in " ".join(told.split())

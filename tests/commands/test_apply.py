@@ -219,7 +219,7 @@ def test_the_edits_that_made_what_does_not_fit_are_named(cli: Cli, folder: Path)
         assert error["message"].startswith(
             "wide.toml:4: 'replace classifier.4 Linear(4096,9)': classifier.6 Linear(4096, 1000) does not fit"
         )
-        assert "keep the size that classifier.4 gave" in error["hint"]
+        assert "keep the former output size of classifier.4" in error["hint"]
     error = cli("replace", "classifier.6", "Linear(9,5)", "-m", "alexnet", "--json", code=2).error
     assert error["message"].startswith("classifier.6 Linear(9, 5) does not fit")
 

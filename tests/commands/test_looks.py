@@ -301,11 +301,11 @@ def test_a_narrow_terminal_names_the_columns_it_has_no_room_for(cli: Cli, monkey
     monkeypatch.setenv("COLUMNS", "60")
     shown = cli("params", "alexnet")
     assert "bytes" not in shown.out.partition("\n\n")[0]
-    assert re.search(r"note: no room for .*bytes.*: a wider terminal or -f csv shows them", shown.err)
+    assert re.search(r"note: no space for .*bytes.*: a wider terminal or -f csv shows them", shown.err)
     monkeypatch.setenv("COLUMNS", "200")
-    assert "no room" not in cli("params", "alexnet").err
+    assert "no space for" not in cli("params", "alexnet").err
     monkeypatch.setenv("COLUMNS", "60")
-    assert "no room" not in cli("params", "alexnet", "--quiet").err
+    assert "no space for" not in cli("params", "alexnet", "--quiet").err
 
 
 def test_deep_paths_are_a_tree_where_they_do_not_fit(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

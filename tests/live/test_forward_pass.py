@@ -475,7 +475,7 @@ def test_inputs_are_given_to_plain_torch_as_they_are_stated() -> None:
         (("x y=2,4",), "'x y' is not the name of an argument"),
         (("none", "x=2,4"), "--input none says that forward takes nothing"),
         (("x=2,4", "x=2,4"), "input x is stated twice"),
-        (("x=2,4", "x.a=2,4"), "what holds it"),
+        (("x=2,4", "x.a=2,4"), "that contains it"),
         (("2=2,4",), "input 0 is not"),
     ],
 )
@@ -826,8 +826,8 @@ def test_the_table_of_torchinfo(cli: Cli, folder: Path) -> None:
     )
     assert "Linear" in cli("summary", "own.py:Net", "--input-size", "2,8", "--layout", "torchinfo").out
     error = cli("summary", "own.py:nested()", "--input-size", "2,4", "--layout", "torchinfo", code=2).err
-    assert "nested 30 levels deep" in error
-    assert "table as it is" in cli("summary", "resnet18", "--layout", "torchinfo", "--json", code=2).err
+    assert "30 levels of nesting" in error
+    assert "makes a fixed table" in cli("summary", "resnet18", "--layout", "torchinfo", "--json", code=2).err
     assert "no layout 'keras'" in cli("summary", "resnet18", "--layout", "keras", code=2).err
     error = cli("summary", "Linear(4,3)", "--input-size", "2,5", "--layout", "torchinfo", code=2).err
     assert "torchinfo cannot run this model" in error

@@ -580,7 +580,7 @@ def test_sorted_by_a_statistic(cli: Cli, mixed: str, key: str, rank: Callable[[t
 def test_sorting_by_a_statistic_needs_them(cli: Cli, mixed: str) -> None:
     error = cli("params", mixed, "--sort", "std", code=2).err
     assert "cannot sort by 'std' without statistics" in error
-    assert "--stats makes them" in error
+    assert "add --stats" in error
     assert "did you mean std?" in cli("params", mixed, "--stats", "--sort", "sdt", code=2).err
     assert "std" not in cli("params", mixed, "--sort", "weight", code=2).err
     assert "std" in cli("params", mixed, "--stats", "--sort", "weight", code=2).err

@@ -82,7 +82,7 @@ def test_help_of_a_command_that_does_not_exist_names_the_nearest(cli: Cli) -> No
 def test_defaults_in_brackets_are_not_taken_for_markup(cli: Cli) -> None:
     shown = " ".join(cli("freeze", "--help").out.split())
     assert "The model. [default: the working" in shown
-    assert "The seed of all random values. [default: 0]" in shown
+    assert "The seed of random values. [default: 0]" in shown
 
 
 #: Examples of commands that answer no here.

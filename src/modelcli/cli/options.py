@@ -115,7 +115,7 @@ class ModelOptions(OptionGroup):
     )
     seed: int | None = _option(
         "--seed",
-        help="The seed of all random values. \\[default: 0]",
+        help="The seed of random values. \\[default: 0]",
         metavar="N",
         rich_help_panel="Model",
     )

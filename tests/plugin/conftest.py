@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from modelcli import providers
+from modelcli.checkpoints import formats
 from modelcli.edits import registry as edits
 from tests.plugin.installing import installed
 
@@ -18,6 +19,7 @@ def forget() -> None:
     """Let modelcli read entry points again, and let the package be imported again."""
     edits.forget()
     providers.forget()
+    formats.forget()
     importlib.invalidate_caches()
 
 

@@ -18,12 +18,11 @@ import safetensors.torch
 import torch
 
 from modelcli import checkpoints, writing
-from modelcli.checkpoints.layout import LARGE, PAGE, Bytes, place_like
-from modelcli.checkpoints.safetensors import writing as safetensors_writing
+from modelcli.checkpoints.layout import LARGE, PAGE, Bytes, HeaderLayout, place_like
 from modelcli.checkpoints.storage import Span, identity_of
-from modelcli.checkpoints.torch_pickle import writing as torch_zip
 from modelcli.checkpoints.zip_archives import directory as zip_directory
 from modelcli.checkpoints.zip_archives import layout as zip_layout
+from modelcli.checkpoints.zip_archives.layout import ZipLayout
 from modelcli.errors import FileFormatError, ModelcliError, SystemFailureError
 from modelcli.language.references import Source
 from modelcli.live.opening import open_live
@@ -197,16 +196,16 @@ def test_a_source_of_the_first_shard_that_changes_while_the_last_is_written(
 ) -> None:
     torch.save({f"w{number}": torch.randn(500) for number in range(4)}, "in.pth")
     cli("save", "many/", "-m", "in.pth", "--max-shard-size", "2000")
-    original = safetensors_writing.Layout.write
+    original = HeaderLayout.write
     written = []
 
-    def late(layout: safetensors_writing.Layout, out: Output) -> None:
+    def late(layout: HeaderLayout, out: Output) -> None:
         original(layout, out)
         written.append(layout)
         if len(written) == 4:
             os.utime("many/model-00001-of-00004.safetensors", ns=(1, 1))
 
-    monkeypatch.setattr(safetensors_writing.Layout, "write", late)
+    monkeypatch.setattr(HeaderLayout, "write", late)
     error = cli("save", "again/", "-m", "./many", "--max-shard-size", "2000", code=4).err
     assert "model-00001-of-00004.safetensors changed while it was being read" in error
     assert not Path("again").exists()
@@ -217,13 +216,13 @@ def test_a_source_that_is_gone_before_it_is_read_is_named(
     cli: Cli, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
 ) -> None:
     one_tensor("in.safetensors")
-    original = torch_zip.Layout.write
+    original = ZipLayout.write
 
-    def late(layout: torch_zip.Layout, out: Output) -> None:
+    def late(layout: ZipLayout, out: Output) -> None:
         Path("in.safetensors").unlink()
         original(layout, out)
 
-    monkeypatch.setattr(torch_zip.Layout, "write", late)
+    monkeypatch.setattr(ZipLayout, "write", late)
     assert "in.safetensors changed while it was being read" in cli(*words, "-m", "in.safetensors", code=4).err
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -78,6 +78,23 @@ class BytesLayout:
 
     def write(self, output: Output) -> None:
         output.write(0, self.data)
+
+
+@dataclass(frozen=True)
+class HeaderLayout:
+    """A header, and runs of bytes behind it, each at its place."""
+
+    header: bytes
+    runs: Sequence[tuple[int, Source]]
+    nbytes: int
+
+    def parts(self) -> Iterable[tuple[int, Source]]:
+        return ((0, Bytes(self.header)), *self.runs)
+
+    def write(self, output: Output) -> None:
+        output.write(0, self.header)
+        for offset, source in self.runs:
+            output.put(offset, source)
 
 
 @dataclass(frozen=True)

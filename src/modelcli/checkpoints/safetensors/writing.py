@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from modelcli.checkpoints import formats
 from modelcli.checkpoints import record as records
-from modelcli.checkpoints.layout import LARGE, PAGE, Bytes, Output
+from modelcli.checkpoints.layout import LARGE, PAGE, HeaderLayout
 from modelcli.checkpoints.plan import Plan, PlannedTensor, Source
 from modelcli.checkpoints.record_reading import RESERVED
 from modelcli.checkpoints.safetensors.reading import DTYPES, PAIRS
@@ -24,25 +23,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()} | {PAIRS: "F4"}
 _ALIGNED_FROM = 1024 * 1024
 
 
-@dataclass(frozen=True)
-class Layout:
-    """A file as it will be: its header, and each run of bytes at its place behind it."""
-
-    header: bytes
-    runs: Sequence[tuple[int, Source]]
-    nbytes: int
-
-    def parts(self) -> Iterator[tuple[int, Source]]:
-        """Where the bytes of the header and of each source are."""
-        return iter([(0, Bytes(self.header)), *self.runs])
-
-    def write(self, output: Output) -> None:
-        output.write(0, self.header)
-        for offset, source in self.runs:
-            output.put(offset, source)
-
-
-def layout(plan: Plan) -> Layout:
+def layout(plan: Plan) -> HeaderLayout:
     """Lay a file out. Raises RequestError for what the format has no name for."""
     return layout_of(unique(plan), texts_of(plan))
 
@@ -73,7 +54,7 @@ def aliases_of(plan: Plan) -> dict[str, str]:
     return {name: other for name, other in first.items() if name != other and name not in RESERVED}
 
 
-def layout_of(tensors: Mapping[str, PlannedTensor], texts: Mapping[str, str]) -> Layout:
+def layout_of(tensors: Mapping[str, PlannedTensor], texts: Mapping[str, str]) -> HeaderLayout:
     """Lay tensors out: the widest dtypes first, so that every one is aligned, and as they lie in their own files."""
     files: dict[Path, int] = {}
     order = {name: _rank(tensor, index, files) for index, (name, tensor) in enumerate(tensors.items())}
@@ -103,7 +84,7 @@ def layout_of(tensors: Mapping[str, PlannedTensor], texts: Mapping[str, str]) ->
     start = _start(8 + len(text), runs, body)
     text += b" " * (start - 8 - len(text))
     found = [(start + place, source) for place, source in runs]
-    return Layout(struct.pack("<Q", len(text)) + text, found, start + body)
+    return HeaderLayout(struct.pack("<Q", len(text)) + text, found, start + body)
 
 
 def _rank(tensor: PlannedTensor, index: int, files: dict[Path, int]) -> tuple[int, ...]:

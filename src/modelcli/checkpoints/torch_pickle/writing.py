@@ -2,51 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from modelcli.checkpoints import record as records
 from modelcli.checkpoints.entries import CompositeEntry
 from modelcli.checkpoints.format import Candidate
-from modelcli.checkpoints.layout import Bytes, Output
+from modelcli.checkpoints.layout import Bytes
 from modelcli.checkpoints.plan import Plan, Source
 from modelcli.checkpoints.torch_pickle import pickling, state_dicts
 from modelcli.checkpoints.torch_pickle import zip_format as reader
 from modelcli.checkpoints.torch_pickle.pickles import OrderedDict
-from modelcli.checkpoints.zip_archives import layout as zip_layout
-from modelcli.checkpoints.zip_archives.layout import Placed
+from modelcli.checkpoints.zip_archives.layout import ZipLayout, place
 from modelcli.errors import FileFormatError, SystemFailureError
 from modelcli.model.dtypes import ITEM_BYTES
 
 PREFIX = "archive"
 
 
-@dataclass(frozen=True)
-class Layout:
-    """An archive as it will be: its records at their places."""
-
-    records: Sequence[Placed]
-
-    @property
-    def nbytes(self) -> int:
-        return zip_layout.size_of(self.records)
-
-    def parts(self) -> Iterator[tuple[int, Source]]:
-        """Where each source's bytes are."""
-        return ((record.offset, record.source) for record in self.records)
-
-    def write(self, output: Output) -> None:
-        """Write the archive; a record's header comes last, since it states the checksum of the bytes."""
-        checksums = []
-        for record in self.records:
-            checksums.append(output.put_with_checksum(record.offset, record.source))
-            output.write(record.header, record.local_header(checksums[-1]))
-        output.write(self.records[-1].end, zip_layout.directory(self.records, checksums))
-
-
-def layout(plan: Plan) -> Layout:
+def layout(plan: Plan) -> ZipLayout:
     """Lay an archive out. The same plan gives the same bytes, whatever the file is called."""
     storages: dict[tuple[Source, str | None], str] = {}
 
@@ -59,7 +33,7 @@ def layout(plan: Plan) -> Layout:
     named: list[tuple[str, Source]] = [("data.pkl", Bytes(data)), ("byteorder", Bytes(b"little"))]
     named += [(f"data/{key}", source) for (source, _), key in storages.items()]
     named += [(records.ZIP_RECORD, Bytes(plan.record.encode())), ("version", Bytes(b"3\n"))]
-    return Layout(zip_layout.place([(f"{PREFIX}/{name}", source) for name, source in named]))
+    return ZipLayout(place([(f"{PREFIX}/{name}", source) for name, source in named]))
 
 
 def _tree(plan: Plan) -> Any:

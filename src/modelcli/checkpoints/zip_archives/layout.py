@@ -6,10 +6,10 @@ The layout is that of PKWARE's APPNOTE.TXT, sections 4.3 (headers) and 4.5.3 (zi
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from modelcli.checkpoints.layout import place_like
+from modelcli.checkpoints.layout import Output, place_like
 from modelcli.checkpoints.plan import Source
 
 #: torch's own: tensors start there, so that they can be mapped.
@@ -101,3 +101,26 @@ def directory(placed: Sequence[Placed], checksums: Sequence[int]) -> bytes:
 def size_of(placed: Sequence[Placed]) -> int:
     """The size of the whole archive: no checksum changes it."""
     return placed[-1].end + len(directory(placed, [0] * len(placed)))
+
+
+@dataclass(frozen=True)
+class ZipLayout:
+    """An archive as it will be: its records at their places."""
+
+    records: Sequence[Placed]
+
+    @property
+    def nbytes(self) -> int:
+        return size_of(self.records)
+
+    def parts(self) -> Iterator[tuple[int, Source]]:
+        """Where each source's bytes are."""
+        return ((record.offset, record.source) for record in self.records)
+
+    def write(self, output: Output) -> None:
+        """Write the archive; a record's header comes last, since it states the checksum of the bytes."""
+        checksums = []
+        for record in self.records:
+            checksums.append(output.put_with_checksum(record.offset, record.source))
+            output.write(record.header, record.local_header(checksums[-1]))
+        output.write(self.records[-1].end, directory(self.records, checksums))

@@ -1,0 +1,195 @@
+"""A checkpoint format of another package is found everywhere where one of modelcli's own is."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import modelcli
+from modelcli import resolve
+from modelcli.checkpoints import formats
+from modelcli.language.references import CheckpointFile
+from tests.conftest import Cli
+
+pytestmark = pytest.mark.usefixtures("plugin")
+
+
+def state() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).state_dict()
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture
+def files(folder: Path) -> Path:
+    """`v.blob`, written by a program that does not know modelcli, and `v.pth` with the same tensors."""
+    from modelcli_plugin import blob_tensors
+
+    blob_tensors.save(state(), "v.blob")
+    torch.save(state(), "v.pth")
+    return folder
+
+
+@pytest.mark.parametrize("words", [("save", "--help"), ("freeze", "--help"), ("help", "save")])
+def test_the_help_lists_its_suffix(words: tuple[str, ...], cli: Cli) -> None:
+    shown = " ".join(cli(*words).out.replace("│", " ").split())
+    assert ".pth, .pt, .ckpt, .bin, .safetensors, .blob, or a folder/" in shown
+
+
+def test_what_a_name_may_end_in_is_a_hint(cli: Cli, files: Path) -> None:
+    hint = cli("save", "out.nothing", "-m", "v.pth", code=2).err
+    assert ".safetensors, .blob (as blob.save writes), or / (a folder of shards)" in hint
+
+
+def test_its_files_are_completed(cli: Cli, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (files / "v.blb").write_bytes((files / "v.blob").read_bytes())
+    (files / "v.other").write_bytes(b"")
+    monkeypatch.setenv("_MODELCLI_COMPLETE", "complete_zsh_words")
+    offered = [line.split("\t")[0] for line in cli("params", "v.").out.splitlines()]
+    assert offered == ["v.blb", "v.blob", "v.pth"]
+
+
+def test_a_word_with_its_suffix_is_a_file(folder: Path) -> None:
+    assert formats.has_known_suffix("best.BLOB")
+    with pytest.raises(modelcli.errors.RequestError, match=r"no such file: best\.blob"):
+        resolve.parse("best.blob")
+    Path("best.blob").touch()
+    assert resolve.parse("best.blob") == CheckpointFile(Path("best.blob"))
+
+
+def test_its_content_tells_it_whatever_it_is_called(cli: Cli, files: Path) -> None:
+    Path("v.blob").rename("v.weights")
+    document = cli("params", "v.weights", "--json").json
+    assert [tensor["name"] for tensor in document["tensors"]] == list(state())
+    assert document["tensors"][0]["shape"] == [3, 2]
+    values = cli("params", "v.weights", "--values", "-s", "0.bias", "--json").json["tensors"][0]["values"]
+    assert values == pytest.approx(state()["0.bias"].tolist())
+    stats = cli("params", "v.weights", "--stats", "--json").json["tensors"][0]["stats"]
+    assert stats["mean"] == pytest.approx(state()["0.weight"].mean().item(), rel=1e-5)
+    assert cli("diff", "v.pth", "v.weights", "--json").json["same"]
+
+
+@pytest.mark.parametrize("other", ["out.pth", "out.safetensors", "shards/"])
+def test_it_is_converted_both_ways(other: str, cli: Cli, files: Path) -> None:
+    from modelcli_plugin import blob_tensors
+
+    document = cli("save", other, "-m", "v.blob", "--json").json
+    assert document["tensors"] == len(state())
+    if other == "out.pth":
+        assert same(torch.load(other, weights_only=True), state())
+    elif other == "out.safetensors":
+        assert same(load_file(other), state())
+    document = cli("save", "back.blob", "-m", other, "--verify", "--json").json
+    assert document["format"] == "blob"
+    assert same(blob_tensors.load("back.blob"), state())
+
+
+def test_a_model_is_written_with_its_record(cli: Cli, folder: Path) -> None:
+    from modelcli_plugin import blob_tensors
+
+    cli("replace", "0", "Linear(2,5)", "-m", "Sequential(Linear(2,3),ReLU())", "-o", "out.blob", "-q")
+    assert blob_tensors.load("out.blob")["0.weight"].shape == (5, 2)
+    document = cli("modules", "out.blob", "--json").json
+    assert [module["type"] for module in document["modules"]] == ["Sequential", "Linear", "ReLU"]
+    assert isinstance(modelcli.load("out.blob")[1], nn.ReLU)
+    cli("freeze", "0", "-m", "out.blob", "-o", "out.blob", "--force", "-q")
+    assert cli("check", "out.blob", "--frozen", "0", "--json").json["passed"]
+
+
+def test_what_it_cannot_hold_is_an_error_that_names_it(cli: Cli, folder: Path) -> None:
+    torch.save({"w": torch.ones(2), "epoch": 3}, "v.pth")
+    error = cli("save", "out.blob", "-m", "v.pth", code=2).err
+    assert "epoch is no tensor, and blob holds nothing else" in error
+    assert "write a .pth file" in error
+    assert not Path("out.blob").exists()
+    assert "v.pth" in cli("params", "v.pth", "--key", "nothing", code=2).err
+
+
+def test_a_key_is_refused(cli: Cli, files: Path) -> None:
+    assert (
+        "--key ema is for training checkpoints, and v.blob is a blob"
+        in cli("params", "v.blob", "--key", "ema", code=2).err
+    )
+
+
+def test_its_script_reads_and_writes_it_without_modelcli(cli: Cli, files: Path) -> None:
+    from modelcli_plugin import blob_tensors
+
+    text = cli("script", "-m", "v.blob", "-e", "rename '0.*' 'first.*'", "-o", "out.blob").out
+    assert "blob_tensors.load(" in text
+    exec(compile(text, "work.py", "exec"), {"__name__": "__main__"})
+    expected = {name.replace("0.", "first.", 1) if name.startswith("0.") else name: v for name, v in state().items()}
+    assert same(blob_tensors.load("out.blob"), expected)
+
+
+def test_a_file_of_two_formats_is_refused(cli: Cli, files: Path) -> None:
+    end = b"PK\x05\x06" + bytes(18)
+    Path("v.blob").write_bytes(Path("v.blob").read_bytes() + end)
+    assert "is a checkpoint and ends as a zip archive does" in cli("params", "v.blob", code=4).err
+
+
+def test_entry_points_are_read_only_for_what_no_built_in_format_knows(site: list[Path], files: Path) -> None:
+    """In processes of their own."""
+    code = (
+        "import importlib.metadata, json, sys\n"
+        "from modelcli.cli import main\n"
+        "asked = []\n"
+        "whole = importlib.metadata.entry_points\n"
+        "importlib.metadata.entry_points = lambda **group: asked.append(group['group']) or whole(**group)\n"
+        "code = main(sys.argv[1:])\n"
+        "print(json.dumps([code, 'modelcli.formats' in asked]), file=sys.stderr)\n"
+    )
+    path = os.pathsep.join(map(str, [*site, *filter(None, [os.environ.get("PYTHONPATH")])]))
+
+    def run(*words: str) -> list[object]:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words],
+            env={**os.environ, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        found: list[object] = json.loads(done.stderr.splitlines()[-1])
+        return found
+
+    assert run("params", "v.pth") == [0, False]
+    assert run("save", "out.safetensors", "-m", "v.pth") == [0, False]
+    assert run("params", "v.blob") == [0, True]
+    assert run("save", "out.blob", "-m", "v.pth") == [0, True]
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        (None, "the format wreck cannot be loaded: ModuleNotFoundError: No module named 'wreck'"),
+        ("1 / 0", "the format wreck cannot be loaded: ZeroDivisionError: division by zero"),
+        ("Wreck = dict", "the format wreck is a dict, not a Format (wreck:Wreck)"),
+    ],
+)
+def test_one_that_cannot_be_used_leaves_the_others(
+    module: str | None, said: str, cli: Cli, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    about = files / "broken-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[modelcli.formats]\nwreck = wreck:Wreck\n")
+    if module is not None:
+        Path("wreck.py").write_text(module)
+    monkeypatch.syspath_prepend(str(files))
+    formats.forget()
+    assert cli("params", "v.blob", "--json").json["totals"]["params"] == 15
+    Path("what").write_bytes(b"nothing that anybody knows")
+    error = " ".join(cli("params", "./what", code=4).err.split())
+    assert "is not a checkpoint" in error
+    assert said in error

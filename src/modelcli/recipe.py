@@ -55,13 +55,13 @@ class Recipe:
         path: the file.
         source: the model and how to open it.
         edits: the edits, in order.
-        places: file and line of each edit, such as `modelcli.toml:5`, for error messages.
+        locations: file and line of each edit, such as `modelcli.toml:5`, for error messages.
     """
 
     path: Path
     source: Source
     edits: tuple[Edit, ...] = ()
-    places: tuple[str, ...] = field(default=(), compare=False)
+    locations: tuple[str, ...] = field(default=(), compare=False)
 
 
 def _dtype(text: str) -> str:
@@ -142,7 +142,7 @@ def read(path: Path, *, model: str | None = None) -> Recipe:
     except RequestError as error:
         report("inputs", error.message)
     parsed: list[Edit] = []
-    places: list[str] = []
+    locations: list[str] = []
     lines_of_edits = document.get("edits", [])
     if not isinstance(lines_of_edits, list):
         report("edits", f"edits must be a list of strings, not {lines_of_edits!r}")
@@ -152,7 +152,7 @@ def read(path: Path, *, model: str | None = None) -> Recipe:
             if not isinstance(line, str):
                 raise RequestError(f"an edit must be a string, not {line!r}")
             parsed.append(edits.parse(line))
-            places.append(f"{path}:{number}")
+            locations.append(f"{path}:{number}")
         except RequestError as error:
             hint = f" ({error.hint})" if error.hint else ""
             report("edits", f"{error.message}{hint}", number)
@@ -177,7 +177,7 @@ def read(path: Path, *, model: str | None = None) -> Recipe:
         inputs=tuple(inputs),
         folder=path.parent,
     )
-    return Recipe(path, source, tuple(parsed), tuple(places))
+    return Recipe(path, source, tuple(parsed), tuple(locations))
 
 
 def _listed(value: object, *, whole: bool) -> list[object]:

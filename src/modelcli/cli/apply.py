@@ -50,7 +50,7 @@ def apply(
     with recipe_locked(edit.model, source.recipe, tell_waiting), progress.of_bytes(options) as report:
         batch = find_batch(path, given, edit.model, source.overrides(), source.recipe)
         how = write_request(edit, edit.out)
-        edited = carry_out(EditRequest(batch.target, batch.edits, how, batch.places), report)
+        edited = carry_out(EditRequest(batch.target, batch.edits, how, batch.locations), report)
     show_outcome(batch.target, edited, edit, options)
 
 

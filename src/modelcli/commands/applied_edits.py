@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 class AppliedEdit:
     """One edit that was carried out, and what it changed.
 
-    `place` is where it is written: `-e 1`, `modelcli.toml:5`; empty where it is the command itself.
+    `location` is where it is written: `-e 1`, `modelcli.toml:5`; empty where it is the command itself.
     """
 
     edit: Edit
-    place: str
+    location: str
     changes: tuple[Change, ...]
     notes: tuple[str, ...]
 
@@ -47,24 +47,24 @@ class AppliedEdits:
         return tuple(str(applied.edit) for applied in self.edits)
 
 
-def apply_each(model: Editable, edits: Sequence[Edit], places: Sequence[str] = ()) -> AppliedEdits:
-    """Carry out edits in order. Those that are wrong are named together, each with its place and line.
+def apply_each(model: Editable, edits: Sequence[Edit], locations: Sequence[str] = ()) -> AppliedEdits:
+    """Carry out edits in order. Those that are wrong are named together, each with its location and line.
 
     Edits after a wrong one are tried on the model without it, so their errors may come from that one.
     """
     applied: list[AppliedEdit] = []
     wrong: list[ModelcliError] = []
-    for edit, place in zip(edits, places or [""] * len(edits), strict=True):
+    for edit, location in zip(edits, locations or [""] * len(edits), strict=True):
         try:
             done = model.apply([edit])
         except ModelcliError as error:
-            if place:
-                error.message = f"{place}: {str(edit)!r}: {error.message}"
+            if location:
+                error.message = f"{location}: {str(edit)!r}: {error.message}"
             wrong.append(error)
             if not isinstance(error, RequestError):
                 break
         else:
-            applied.append(AppliedEdit(edit, place, tuple(done.changes), tuple(done.notes)))
+            applied.append(AppliedEdit(edit, location, tuple(done.changes), tuple(done.notes)))
     if len(wrong) == 1:
         raise wrong[0]
     if wrong:

@@ -16,11 +16,11 @@ from modelcli.language.references import Source
 
 @dataclass(frozen=True)
 class Batch:
-    """Edits to carry out together: on what, and where each of them stands."""
+    """Edits to carry out together on a model, and where each is written: `-e 1`, `modelcli.toml:5`."""
 
     target: Target
     edits: tuple[Edit, ...] = ()
-    places: tuple[str, ...] = ()
+    locations: tuple[str, ...] = ()
 
 
 def find_batch(
@@ -30,9 +30,9 @@ def find_batch(
     overrides: Mapping[str, Any],
     working_recipe: Path | None = None,
 ) -> Batch:
-    """The edits of a recipe and those of `lines` (place, text) after them, and the model that they are for.
+    """The edits of a recipe and those of `lines` (location, text) after them, and the model that they are for.
 
-    `model` takes the place of the recipe's own model, with all that belongs to that one: weights, architecture, key.
+    `model` replaces the recipe's own model, with its weights, architecture and key.
     Without a recipe and without a model the lines are for the working recipe, and without lines its edits are meant.
 
     Raises RequestError that names every bad line, before anything is opened.
@@ -62,14 +62,14 @@ def find_batch(
         raise RequestError("\n".join(problems))
     if read is None:
         target = find_target(model, overrides, working_recipe)
-        return Batch(target, tuple(made), tuple(place for place, _ in lines))
+        return Batch(target, tuple(made), tuple(location for location, _ in lines))
     source = read.source
     if model is not None:
         same = {key: getattr(source, key) for key in ("seed", "input_size", "input_dtype", "inputs")}
         source = Source(model, **same)
     notes = notes_of_python(read.path, source, (*read.edits, *made))
     target = Target(with_options(source, options_given(overrides)), notes=notes)
-    found = Batch(target, (*read.edits, *made), (*read.places, *(place for place, _ in lines)))
+    found = Batch(target, (*read.edits, *made), (*read.locations, *(location for location, _ in lines)))
     if not found.edits:
         raise RequestError(f"{read.path} has no edits to apply", "modelcli save OUT writes a model as it is")
     return found

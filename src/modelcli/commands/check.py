@@ -239,8 +239,8 @@ def _structure(
         yield AssertionResult("has", bool(names), listed(names or [_nothing(blueprint, text)], MOST_NAMED), text)
     for text in wanted.absent:
         names = _matches(blueprint, text) or _matching(dict.fromkeys(entries), text)
-        told = _nothing(blueprint, text)
-        yield AssertionResult("absent", not names and told == NOTHING, listed(names or [told], MOST_NAMED), text)
+        none = _nothing(blueprint, text)
+        yield AssertionResult("absent", not names and none == NOTHING, listed(names or [none], MOST_NAMED), text)
     if wanted.dtypes:
         yield _dtype(blueprint, wanted.dtypes, unseen)
 
@@ -275,13 +275,13 @@ def _flags(blueprint: Blueprint, text: str, unseen: Sequence[str], *, trained: b
     unknown = [t.name for t in parameters if t.requires_grad is None] + _matching(unseen, text)
     if wrong:
         of_all = f"{len(wrong):,} of {counted(len(parameters), 'parameter')}"
-        told = f"{of_all} {is_or_are(len(wrong))} {other}: {listed(wrong, MOST_NAMED)}"
+        answer = f"{of_all} {is_or_are(len(wrong))} {other}: {listed(wrong, MOST_NAMED)}"
     elif unknown:
         named = listed(unknown, MOST_NAMED)
-        told = f"nothing says whether {named} {is_or_are(len(unknown))} {state}: --arch names the architecture"
+        answer = f"nothing says whether {named} {is_or_are(len(unknown))} {state}: --arch names the architecture"
     else:
-        told = f"{counted(len(parameters), 'parameter')} {is_or_are(len(parameters))} {state}"
-    return AssertionResult(kind, not (wrong or unknown), told, text)
+        answer = f"{counted(len(parameters), 'parameter')} {is_or_are(len(parameters))} {state}"
+    return AssertionResult(kind, not (wrong or unknown), answer, text)
 
 
 def _matches(blueprint: Blueprint, text: str) -> list[str]:
@@ -305,13 +305,13 @@ def _dtype(blueprint: Blueprint, dtypes: Sequence[str], unseen: Sequence[str]) -
     """Whether each floating-point tensor has one of these dtypes; a model without any has none of them."""
     floating = [tensor for tensor in blueprint.tensors if _is_floating(tensor)]
     wrong = [tensor for tensor in floating if tensor.dtype not in dtypes]
-    told = " and ".join(sorted({tensor.dtype for tensor in floating})) or "no floating-point tensor"
+    answer = " and ".join(sorted({tensor.dtype for tensor in floating})) or "no floating-point tensor"
     if wrong:
         more = f", and {len(wrong) - 1} more differ" if len(wrong) > 1 else ""
-        told = f"{wrong[0].name} is {wrong[0].dtype}{more}"
+        answer = f"{wrong[0].name} is {wrong[0].dtype}{more}"
     elif unseen:
-        told = f"{listed(unseen, MOST_NAMED)} cannot be looked at"
-    return AssertionResult("dtype", bool(floating) and not wrong and not unseen, told, " or ".join(dtypes))
+        answer = f"{listed(unseen, MOST_NAMED)} cannot be looked at"
+    return AssertionResult("dtype", bool(floating) and not wrong and not unseen, answer, " or ".join(dtypes))
 
 
 def _is_floating(tensor: TensorInfo) -> bool:
@@ -354,10 +354,10 @@ def _safe(found: Look, source: Source) -> AssertionResult:
             foreign |= dict.fromkeys(checkpoints.read(path).foreign)
         except ModelcliError as error:
             return AssertionResult("safe", False, f"{path.name} beside it cannot be looked at: {error.message}", SAFE)
-    told = (
+    answer = (
         f"objects of {foreign_names(tuple(foreign), most=MOST_NAMED)}" if foreign else SAFE if contents else "no file"
     )
-    return AssertionResult("safe", not foreign, told, SAFE)
+    return AssertionResult("safe", not foreign, answer, SAFE)
 
 
 def _finite(found: Look, progress: Progress | None) -> AssertionResult:
@@ -373,12 +373,12 @@ def _finite(found: Look, progress: Progress | None) -> AssertionResult:
         name, numbers = next(iter(wrong.items()))
         counts = [f"{numbers[key]:,} {word}" for key, word in (("nan", "NaN"), ("inf", "Inf")) if numbers[key]]
         more = f", and {counted(len(wrong) - 1, 'more tensor')}" if len(wrong) > 1 else ""
-        told = f"{name}: {' and '.join(counts)}{more}"
+        answer = f"{name}: {' and '.join(counts)}{more}"
     elif unseen:
-        told = f"{listed(unseen, MOST_NAMED)} cannot be looked at"
+        answer = f"{listed(unseen, MOST_NAMED)} cannot be looked at"
     else:
-        told = f"{counted(len(found.blueprint.tensors), 'tensor')} without NaN or Inf"
-    return AssertionResult("finite", not (wrong or unseen), told, "no NaN, no Inf")
+        answer = f"{counted(len(found.blueprint.tensors), 'tensor')} without NaN or Inf"
+    return AssertionResult("finite", not (wrong or unseen), answer, "no NaN, no Inf")
 
 
 def _same_as(
@@ -386,10 +386,10 @@ def _same_as(
 ) -> AssertionResult:
     """Whether all tensors are those of another model in shape, dtype and values."""
     other = diff.open_side(Source(reference), values=True)
-    # What is to be told of the model itself stands among the notes already.
+    # The notes of the model itself are among `notes` already.
     names = (model, reference)
     compared = diff.compare(other, found, names[::-1], Scope(without=without, modules=False), progress)
-    notes += [note for note in compared.notes if note not in {f"{model}: {told}" for told in found.notes}]
+    notes += [note for note in compared.notes if note not in {f"{model}: {own}" for own in found.notes}]
     differing: dict[str, list[TensorChange]] = {}
     for change in compared.tensors:
         if change.change != "trainable":
@@ -398,7 +398,7 @@ def _same_as(
     if differing:
         named = [f"{name} ({', '.join(c.change for c in changes)})" for name, changes in differing.items()]
         number = counted(len(differing), "tensor")
-        told = f"{number} {'differs' if len(differing) == 1 else 'differ'}: {listed(named, MOST_NAMED)}"
-        return AssertionResult("same-as", False, told, wanted)
+        answer = f"{number} {'differs' if len(differing) == 1 else 'differ'}: {listed(named, MOST_NAMED)}"
+        return AssertionResult("same-as", False, answer, wanted)
     equal = compared.equal + len({change.name for change in compared.tensors})
     return AssertionResult("same-as", True, f"{counted(equal, 'tensor')} {is_or_are(equal)} equal", wanted)

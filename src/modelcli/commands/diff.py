@@ -28,7 +28,7 @@ from modelcli.wording import listed
 #: How often the bytes of a file may be read over, as views of one another.
 _TIMES = 16
 
-#: Told how many bytes are compared, how many there are, and what is being done with them.
+#: Called with how many bytes are compared, how many there are, and what is being done with them.
 Progress = Callable[[int, int, str], None]
 Entry = TensorEntry | CompositeEntry
 
@@ -37,8 +37,8 @@ Entry = TensorEntry | CompositeEntry
 class Scope:
     """What is compared: what `selected` picks in either model (all where it is empty) less what `without` picks.
 
-    With `modules` their modules too, and with `values` their values: of two elements `a` and `b`, a difference up to
-    `atol + rtol * |b|` is none, as in `torch.isclose`.
+    With `modules` their modules too, and with `values` their values: differences of two elements `a` and `b` up to
+    `atol + rtol * |b|` are ignored, as in `torch.isclose`.
     """
 
     selected: tuple[str, ...] = ()
@@ -117,7 +117,7 @@ def compare(
     tensors = {name: list(changes) for name, changes in found.tensors.items()}
     if scope.values:
         differing, unknown = _values(entries(one), entries(other), found.comparable, scope, progress or _silent)
-        notes += _told_of(unknown)
+        notes += _not_compared_notes(unknown)
         for name, largest in differing.items():
             tensors[name].append(TensorChange(name, "values", max_abs_diff=largest))
         for name in unknown:
@@ -129,11 +129,11 @@ def compare(
 
 
 def _silent(_done: int, _total: int, _doing: str) -> None:
-    """The progress of work that nobody watches."""
+    """Progress that is not shown."""
 
 
 def _notes(one: Look, other: Look, names: tuple[str, str], scope: Scope) -> Iterable[str]:
-    """What is to be told beforehand: which choices were made, and what cannot be compared."""
+    """Which choices were made, and what cannot be compared."""
     for found, name in zip((one, other), names, strict=True):
         yield from (f"{name}: {note}" for note in found.notes)
     wrapped = [
@@ -171,7 +171,7 @@ def _are_parted(name: str, first: str, others: Mapping[str, str]) -> bool:
 
 
 def entries(found: Look) -> Mapping[str, Entry]:
-    """Where the numbers of each tensor are; tensors that have none are left out."""
+    """Where the values of each tensor are; tensors without values are left out."""
     return tensor_values.entries_of(found)
 
 
@@ -267,7 +267,7 @@ def _values(
     return {name: differing[name] for name in names if name in differing}, without
 
 
-def _told_of(without: Sequence[str]) -> list[str]:
+def _not_compared_notes(without: Sequence[str]) -> list[str]:
     if not without:
         return []
     more = f" and {len(without) - 1} more" if len(without) > 1 else ""
@@ -277,8 +277,8 @@ def _told_of(without: Sequence[str]) -> list[str]:
 def _by_bytes(pairs: Mapping[str, tuple[Entry, Entry]], work: _Work) -> dict[str, bool]:
     """Whether tensors are the same, of those whose bytes say so.
 
-    Bytes that are the same are the same numbers. Other bytes may be, too (`-0.0`, NaNs): such tensors are left out,
-    but for quantized and sparse ones, which are compared by their parts alone.
+    Equal bytes are equal values. Other bytes may be, too (`-0.0`, NaNs): such tensors are left out,
+    except quantized and sparse ones, which are compared by their parts alone.
     """
     storages = {id(part.storage): part.storage for pair in pairs.values() for entry in pair for part in _parts(entry)}
     nbytes = sum(storage.nbytes for storage in storages.values())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from modelcli.commands.applied_edits import AppliedEdits, apply_each
 from modelcli.commands.editable import Editable, open_editable
 from modelcli.commands.fit_check import FitCheck, check_fit, without_traced
-from modelcli.commands.look import likeness_of, stdout_is_for_data
+from modelcli.commands.look import architecture_notes, stdout_is_for_data
 from modelcli.commands.target import Target, notes_of_python
 from modelcli.commands.write import Progress, WriteRequest, write
 from modelcli.errors import ModelcliError
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EditRequest:
-    """Edits of a model, and what is done with the result. `places` are where the edits are written, for errors."""
+    """Edits of a model, and what is done with the result. `locations` say where the edits are written, for errors."""
 
     target: Target
     edits: tuple[Edit, ...]
     write: WriteRequest = field(default_factory=WriteRequest)
-    places: tuple[str, ...] = ()
+    locations: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def edit(request: EditRequest, progress: Progress | None = None) -> EditResult:
 
     Nothing is written where anything is wrong.
     """
-    with request.target.noted():
+    with request.target.notes_in_errors():
         return _edited(request, progress)
 
 
@@ -76,9 +76,9 @@ def _edited(request: EditRequest, progress: Progress | None) -> EditResult:
     if target.recipe is not None:
         recipe.check_append(target.recipe, request.edits)
     model = open_editable(target.source, (*target.edits, *request.edits))
-    apply_each(model, target.edits, target.places)  # the notes of a recipe's edits were shown when these were made
+    apply_each(model, target.edits, target.locations)  # the notes of a recipe's edits were shown when these were made
     before = model.describe()
-    applied = apply_each(model, request.edits, request.places)
+    applied = apply_each(model, request.edits, request.locations)
     result = checked_and_written(model, before, applied, target, how, progress)
     if target.recipe is None or how.dry_run:
         return result
@@ -111,7 +111,7 @@ def checked_and_written(
     is_written = how.out is not None and not how.dry_run
     check = check or check_fit(model, applied, target, how.check, traced=is_written)
     after = model.describe()
-    notes = (*target.notes, *model.notes, *applied.notes, *check.notes, *likeness_of(model))
+    notes = (*target.notes, *model.notes, *applied.notes, *check.notes, *architecture_notes(model))
     notes = tuple(dict.fromkeys((*notes, *_sum_notes(applied.changes, before.totals, after.totals))))
     written = None
     if is_written:

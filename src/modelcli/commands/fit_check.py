@@ -107,7 +107,7 @@ def _checked(live: Live, applied: AppliedEdits, target: Target, how: str, *, tra
 
         def on_meta(source: Source) -> Any:
             unedited = opening.open_live(source)
-            apply_each(unedited, target.edits, target.places)
+            apply_each(unedited, target.edits, target.locations)
             return unedited.module, unedited.inputs
 
         after, unedited, device = live.module, on_meta, "meta"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modelcli.commands import blueprint_cache
-from modelcli.commands.look import cache_key, keep_blueprint, likeness_of, stdout_is_for_data
+from modelcli.commands.look import architecture_notes, cache_key, keep_blueprint, stdout_is_for_data
 from modelcli.commands.target import Target, notes_of_python, seen_from
 from modelcli.errors import ModelcliError, RequestError
 from modelcli.language.references import Source
@@ -72,7 +72,7 @@ def load(request: LoadRequest) -> LoadResult:
         missing=report.missing if report else (),
         unexpected=report.unexpected if report else (),
         mismatched=report.mismatched if report else (),
-        notes=(*live.notes, *_value_notes(live), *likeness_of(live)),
+        notes=(*live.notes, *_value_notes(live), *architecture_notes(live)),
         error=error,
     )
     if error is not None or request.dry_run:
@@ -100,7 +100,7 @@ def _keep(live: Live, target: Target) -> None:
 
 
 def _value_notes(live: Live) -> list[str]:
-    """Where the numbers of a loaded model come from, where that is not what its user may think."""
+    """Where the values of a loaded model come from, where the user may expect something else."""
     base = live.architecture
     if live.drawn and base is not None and base.pretrained:
         return [f"the numbers of {base.reference} are random: --weights DEFAULT takes the pretrained ones"]

@@ -52,10 +52,14 @@ class LookRequest:
 
 @dataclass(frozen=True)
 class Look:
-    """A blueprint to show, and what to tell about it. `warnings` are told whoever wants to hear nothing.
+    """A blueprint to show.
 
-    `record` is set where the blueprint is that of a file's own record, and nothing was built to find out whether it is
-    so.
+    Attributes:
+        blueprint: the model.
+        notes: what the user should know; `--quiet` hides them, which it does not do to `warnings`.
+        contents: the checkpoint, where the model comes from one.
+        live: the model itself, where it was opened.
+        record: the file's record, where the blueprint is the record's and nothing was built to confirm it.
     """
 
     blueprint: Blueprint
@@ -73,12 +77,12 @@ class Look:
 
     @property
     def foreign(self) -> tuple[str, ...]:
-        """The names in the file that only running code could follow."""
+        """The names in the file that only running code could resolve."""
         return () if self.contents is None else self.contents.foreign
 
 
 def stdout_is_for_data(function: Callable[P, R]) -> Callable[P, R]:
-    """What a model's own code prints while it is built or run goes to standard error: data alone goes to the other."""
+    """Send what a model's own code prints while it is built or run to standard error: standard output is for data."""
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -95,7 +99,7 @@ def look(request: LookRequest) -> Look:
     Blueprints of installed models are kept on disk and taken from there.
     """
     target, traced = request.target, request.traced
-    with target.noted():
+    with target.notes_in_errors():
         found = _looked(target, traced=traced, mode=request.mode, cached=request.cached)
     made = found.blueprint.trace if traced else None
     return replace(found, notes=(*target.notes, *found.notes, *(made.notes if made is not None else ())))
@@ -116,7 +120,7 @@ def _looked(target: Target, *, traced: bool, mode: str, cached: bool) -> Look:
 
     with downloads.forbidden():
         live = opening.open_live(target.source)
-        apply_each(live, target.edits, target.places)  # its notes were shown when the edits were made
+        apply_each(live, target.edits, target.locations)  # its notes were shown when the edits were made
         # What is kept has a forward pass in it, so that it answers every question.
         blueprint = planning.traced(live, mode, with_values=True) if traced or key is not None else live.describe()
     if key is not None:
@@ -125,7 +129,7 @@ def _looked(target: Target, *, traced: bool, mode: str, cached: bool) -> Look:
 
 
 def _look_at_file(target: Target, *, traced: bool, mode: str) -> Look | None:
-    """A checkpoint's own account of itself, without torch; None where torch is needed to answer."""
+    """What a checkpoint says of itself, without torch; None where torch is needed to answer."""
     source = target.source
     if target.edits or source.arch is not None:
         return None
@@ -142,7 +146,7 @@ def _look_at_file(target: Target, *, traced: bool, mode: str) -> Look | None:
         notes.append(f"the record in {reference.path.name} was ignored: {why}")
         record = None
     if record is None:
-        notes += likeness_notes(contents)
+        notes += fitting_model_notes(contents)
         bare = contents.bare_blueprint()
         if traced:
             bare = bare.with_trace(Trace(None, reason=NO_ARCHITECTURE, device=None))
@@ -165,11 +169,10 @@ def without_record(found: Look) -> Blueprint:
 
 @stdout_is_for_data
 def built(target: Target, found: Look, *, traced: bool) -> tuple[Look, str | None]:
-    """The look at a file with its recorded architecture built, in the place of what its record says of that.
+    """The look at a file with its recorded architecture built, instead of what its record says of it.
 
-    Where it cannot be built without running code that is not trusted, and where the record names none, the look stays
-    as it is and the second value says why. Where what is built is not what the tensors are, nothing of the record is
-    left, and a note says so.
+    Where that would run code that is not trusted, and where the record names no architecture, the look stays as it is
+    and the second value says why. Where the architecture does not fit the tensors, the record is ignored, with a note.
     """
     assert found.record is not None
     assert found.contents is not None
@@ -220,7 +223,7 @@ def torchinfo_table(target: Target, *, mode: str, depth: int | None) -> str:
 
     with downloads.forbidden():
         live = opening.open_live(target.source)
-        apply_each(live, target.edits, target.places)
+        apply_each(live, target.edits, target.locations)
         return torchinfo_table.table(live, mode=mode, depth=depth)
 
 
@@ -275,7 +278,7 @@ def keep_blueprint(key: blueprint_cache.Key, found: Blueprint) -> None:
         known_builders.add({key.reference: state_dict_match.shapes_of(found.tensors)})
 
 
-def likeness_notes(contents: Contents) -> list[str]:
+def fitting_model_notes(contents: Contents) -> list[str]:
     """Which known models a file that does not say its architecture fits exactly, as far as the cache knows."""
     if contents.types or not contents.tensors:
         return []
@@ -292,8 +295,8 @@ def likeness_notes(contents: Contents) -> list[str]:
     return [f"{LOOKS_LIKE} {label}{names[0]}{others}: --arch {quoted(names[0])}"]
 
 
-def likeness_of(live: Live | Editable) -> list[str]:
+def architecture_notes(live: Live | Editable) -> list[str]:
     """The same of a model that was opened, where nothing has said its architecture, or what was said does not fit."""
     contents = live.contents
     fits = live.report is None or live.report.is_strict
-    return [] if contents is None or live.record or (live.architecture and fits) else likeness_notes(contents)
+    return [] if contents is None or live.record or (live.architecture and fits) else fitting_model_notes(contents)

@@ -24,7 +24,7 @@ class SaveRequest:
 @stdout_is_for_data
 def save(request: SaveRequest, progress: Progress | None = None) -> EditResult:
     """Carry out the recipe's edits, check the result and write it."""
-    with request.target.noted():
+    with request.target.notes_in_errors():
         return _saved(request, progress)
 
 
@@ -36,6 +36,6 @@ def _saved(request: SaveRequest, progress: Progress | None) -> EditResult:
     writing.check_target(how.out, how.format, force=how.force)
     model = open_editable(target.source, target.edits)
     before = model.describe()
-    applied = apply_each(model, target.edits, target.places)
+    applied = apply_each(model, target.edits, target.locations)
     check = None if target.edits else FitCheck(False, "nothing was edited")
     return checked_and_written(model, before, applied, without_edits(target), how, progress, check)

@@ -37,12 +37,12 @@ def script(request: ScriptRequest) -> Script:
 
     batch = request.batch
     edits = (*batch.target.edits, *batch.edits)
-    places = (*batch.target.places, *batch.places)
-    made = scripting.script(batch.target.source, edits, places, request.out, request.format, bare=request.bare)
+    locations = (*batch.target.locations, *batch.locations)
+    made = scripting.script(batch.target.source, edits, locations, request.out, request.format, bare=request.bare)
     made = replace(made, notes=(*batch.target.notes, *made.notes))
     if not edits:
         return made
-    misfit = _misfit(replace(batch.target, edits=edits, places=places))
+    misfit = _misfit(replace(batch.target, edits=edits, locations=locations))
     return made if misfit is None else replace(made, notes=(*made.notes, misfit))
 
 
@@ -51,7 +51,7 @@ def _misfit(target: Target) -> str | None:
     from modelcli.live import opening
 
     live = opening.open_live(target.source)
-    applied = apply_each(live, target.edits, target.places)
+    applied = apply_each(live, target.edits, target.locations)
     try:
         check_fit(live, applied, without_edits(target), "meta")
     except RequestError as error:

@@ -26,20 +26,25 @@ INPUT = frozenset({"input_size", "input_dtype", "inputs"})
 class Target:
     """The model that a command works on: where it comes from, the edits of its recipe, and that recipe, if any.
 
-    `places` are where those edits stand: `modelcli.toml:5`. `notes` are what there is to tell of the choice.
-    `restates_input` says whether the options of this command state another input than the recipe does.
+    Attributes:
+        source: the reference, and what else decides the model.
+        edits: the edits of the recipe.
+        recipe: the recipe; None where the command names a model.
+        locations: where those edits are written: `modelcli.toml:5`.
+        notes: what the user should know of how the model was chosen.
+        restates_input: whether the command's options state another input than the recipe does.
     """
 
     source: Source
     edits: tuple[Edit, ...] = ()
     recipe: Path | None = None
-    places: tuple[str, ...] = ()
+    locations: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     restates_input: bool = False
 
     @contextlib.contextmanager
-    def noted(self) -> Iterator[None]:
-        """Let an error tell the notes too: the choice of the model may be what is wrong."""
+    def notes_in_errors(self) -> Iterator[None]:
+        """Give an error the notes too: the wrong model may have been chosen."""
         try:
             yield
         except ModelcliError as error:
@@ -53,7 +58,7 @@ def options_given(overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_options(source: Source, given: Mapping[str, Any]) -> Source:
-    """A source with the options that were given. Inputs that are given take the place of all that a recipe states."""
+    """A source with the options that were given. Inputs that are given replace all that a recipe states."""
     if "input_size" in given or "inputs" in given:
         source = replace(source, input_size=None, inputs=())
     return replace(source, **given)
@@ -80,14 +85,14 @@ def find_target(
         source,
         read.edits,
         read.path,
-        read.places,
-        notes=(*notes_of_python(path, read.source, read.edits), *_for_this_command_alone(path, read.source, given)),
+        read.locations,
+        notes=(*notes_of_python(path, read.source, read.edits), *_ignored_by_recipe(path, read.source, given)),
         restates_input=any(getattr(source, key) != getattr(read.source, key) for key in INPUT),
     )
 
 
-def _for_this_command_alone(path: Path, source: Source, given: Mapping[str, Any]) -> tuple[str, ...]:
-    """What to tell of options that say another thing of the model than its recipe, which does not take them over."""
+def _ignored_by_recipe(path: Path, source: Source, given: Mapping[str, Any]) -> tuple[str, ...]:
+    """A note on options that contradict the recipe: they hold for this command, and the recipe stays as it is."""
     other = [
         f"--{key}" for key in ("weights", "arch", "key", "seed") if key in given and getattr(source, key) != given[key]
     ]
@@ -98,9 +103,10 @@ def _for_this_command_alone(path: Path, source: Source, given: Mapping[str, Any]
 
 
 def notes_of_python(path: Path, source: Source, edits: Sequence[Edit], *, own: bool = False) -> tuple[str, ...]:
-    """What to tell at the first look at a recipe that names Python: that it runs, as a Makefile does.
+    """A note the first time that a recipe names Python: its code runs, like that of a Makefile.
 
-    A recipe is known by its path and by the Python that it names; with `own` the user has just put that there.
+    A recipe is known by its path and the Python that it names. With `own` the user has just written that there, and
+    needs no note.
     """
     from modelcli.language.expressions import names_in
     from modelcli.providers import known_code
@@ -190,4 +196,4 @@ def seen_from(source: Source, folder: Path) -> Source:
 
 
 def without_edits(target: Target) -> Target:
-    return replace(target, edits=(), places=())
+    return replace(target, edits=(), locations=())

@@ -18,7 +18,7 @@ class AppliedEdit(Protocol):
     def edit(self) -> Edit: ...
 
     @property
-    def place(self) -> str: ...
+    def location(self) -> str: ...
 
     @property
     def changes(self) -> Iterable[Change]: ...
@@ -26,7 +26,7 @@ class AppliedEdit(Protocol):
 
 @dataclass(frozen=True)
 class EditHistory:
-    """The edits that changed something at each path, in order, each as an error names it: its place and its line."""
+    """The edits that changed something at each path, in order, each as an error names it: its location and its line."""
 
     by_path: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -58,7 +58,7 @@ def history_of(applied: Iterable[AppliedEdit]) -> EditHistory:
             continue
         if each.edit.moves_paths:
             found.clear()
-        named = f"{each.place}: {str(each.edit)!r}" if each.place else ""
+        named = f"{each.location}: {str(each.edit)!r}" if each.location else ""
         for path in {change.path for change in each.changes}:
             found[path] = (*found.get(path, ()), named)
     return EditHistory(found)

@@ -278,11 +278,11 @@ class _Opening:
         live = _Opening(source, (*self.followed, itself)).live()
         if live.architecture is None:
             raise RequestError(f"--arch {path}: the model of that recipe, {read.source.model}, names no architecture")
-        for edit, place in zip(read.edits, read.places, strict=True):
+        for edit, location in zip(read.edits, read.locations, strict=True):
             try:
                 live.apply([edit])
             except ModelcliError as error:
-                error.message = f"{place}: {str(edit)!r}: {error.message}"
+                error.message = f"{location}: {str(edit)!r}: {error.message}"
                 raise
         flags = {name: flag_of(parameter) for name, parameter in live.module.named_parameters()}
         self.base, self.recorded_in, self.trust = live.architecture, path, True

@@ -40,12 +40,13 @@ class Script:
 
 
 def script(
-    source: Source, edits: Sequence[Edit], places: Sequence[str], out: Path, kind: str, *, bare: bool = False
+    source: Source, edits: Sequence[Edit], locations: Sequence[str], out: Path, kind: str, *, bare: bool = False
 ) -> Script:
     """Write a script that opens a model, edits it and saves its state dict to `out`: the tensors that `save` writes.
 
     Where plain PyTorch has no statements for something, the script says so and stops there, and a note tells it.
-    `places` are where the edits stand, for the error where one is wrong; `bare` drops what stood around a state dict.
+    `locations` say where the edits are written, for errors; `bare` drops what a training checkpoint holds besides its
+    state dict.
 
     Raises RequestError for an edit that is wrong, and what opening the model raises.
     """
@@ -53,8 +54,8 @@ def script(
     live = open_live(source)
     work = _Script(text, live, open_live(source).module)
     work.open_model(source)
-    for edit, place in zip(edits, places, strict=True):
-        work.edit(edit, place)
+    for edit, location in zip(edits, locations, strict=True):
+        work.edit(edit, location)
     work.save(out, kind, bare=bare)
     return Script(text.whole(), (*live.notes, *work.edit_notes, *text.notes), live.describe())
 
@@ -137,12 +138,12 @@ class _Script:
 
     # --- edits -----------------------------------------------------------------------------------------------------
 
-    def edit(self, edit: Edit, place: str) -> None:
+    def edit(self, edit: Edit, location: str) -> None:
         """One edit, as what it was resolved to."""
         try:
             applied = self.live.apply([edit])
         except ModelcliError as error:
-            error.message = f"{place}: {str(edit)!r}: {error.message}"
+            error.message = f"{location}: {str(edit)!r}: {error.message}"
             raise
         self.edit_notes += applied.notes
         self.text.paragraph(str(edit))

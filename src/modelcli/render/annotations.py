@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def of_checks(models: Sequence[CheckedModel]) -> str:
-    """An error for each assertion that does not hold, warnings and notes as they are, and how many hold."""
+    """An error for each assertion that does not hold, the warnings and notes, and how many assertions hold."""
     lines = [line for found in models for line in _of_model(found)]
     assertions = [assertion for found in models for assertion in found.assertions]
     passed = sum(assertion.passed for assertion in assertions)

@@ -1,8 +1,7 @@
 """Numbered siblings that look the same, shown as one row: `layers.[0-11].attn.weight`.
 
-Here is what a number in a path is and how a span of numbers is written, and `folded`, which folds rows by their paths
-alone: changes of an edit, differences of two models. `runs` folds the modules of a model by it, whose subtrees have to
-be alike as well.
+This says what a number in a path is and how a span of numbers is written. `folded` folds rows by their paths alone:
+changes of an edit, differences of two models. `runs` folds the modules of a model, whose subtrees have to be alike too.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ def folded(rows: Iterable[Mapping[str, Any]], key: str, looks: Callable[[Mapping
 
 
 def _merged(group: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[Mapping[str, Any]]]:
-    """The rows of one look by folded paths: the last number of the paths is folded first, then those before it."""
+    """Rows that look the same, by folded paths: the last number of the paths is folded first, then those before it."""
     merged = {path: list(members) for path, members in group.items()}
     depth = max((len(_NUMBER.findall(path)) for path in merged), default=0)
     for place in range(1, depth + 1):
@@ -89,7 +88,7 @@ def _merged(group: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[
 
 
 def _runs(numbered: Sequence[tuple[int, str]]) -> list[list[tuple[int, str]]]:
-    """Numbers that follow on one another, together."""
+    """Group consecutive numbers."""
     runs: list[list[tuple[int, str]]] = []
     for entry in numbered:
         if runs and entry[0] == runs[-1][-1][0] + 1:

@@ -71,7 +71,7 @@ class Runs:
         return Run(joined(above, name), name, paths, parent.depth + 1)
 
     def _goes_on(self, module: ModuleInfo, following: ModuleInfo) -> bool:
-        """Whether a sibling goes on with a run: it is alike, and has the next number."""
+        """Whether a sibling continues a run: it is alike, and has the next number."""
         if self._kinds[module.path] != self._kinds[following.path]:
             return False
         return folding.counts_on(_own_name(module), _own_name(following))
@@ -116,7 +116,7 @@ def _kinds(blueprint: Blueprint, *, traced: bool) -> dict[str, int]:
     shown_of = _summary_cells if traced else _tree_cells
     numbers: dict[Any, int] = {}
     kinds: dict[str, int] = {}
-    for module in reversed(blueprint.modules):  # each stands behind the one that holds it
+    for module in reversed(blueprint.modules):  # children come after their parents
         path = module.path
         looks = (
             module.type,

@@ -49,7 +49,7 @@ def megabytes(value: int | None) -> str:
 
 
 def whole_numbers(value: Any) -> str | None:
-    """`[1,3,224,224]` for a list of whole numbers, as JSON has it, too; None for whatever else it is."""
+    """`[1,3,224,224]` for a list of whole numbers, which is JSON as well; None for anything else."""
     return str(value).replace(" ", "") if type(value) is list and set(map(type, value)) == {int} else None
 
 
@@ -91,7 +91,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Bytes:
-    """A size before and after, of as many parameters: a program reads their difference, which is none."""
+    """Bytes before and after, where the number of parameters stays: a program reads 0, the change of that number."""
 
     before: int
     after: int
@@ -110,13 +110,13 @@ def percent(value: Share | None) -> str:
     return "<0.01%" if share < 0.01 else ">99.99%" if share > 99.99 else f"{share:.2f}%"
 
 
-#: Terminal cells of a bar that stands for everything.
+#: The width of a full bar, in terminal cells.
 BAR_CELLS = 10
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
 def bar(value: Share | None) -> str:
-    """A share as a bar of at most `BAR_CELLS`; the least that is there at all has the thinnest line."""
+    """A share as a bar of at most `BAR_CELLS`; any share above zero has at least the thinnest line."""
     if value is None or not value.whole or not value.part:
         return ""
     eighths = max(round(8 * BAR_CELLS * value.part / value.whole), 1)
@@ -149,13 +149,13 @@ class Column:
 
 
 def path_column(key: str, title: str) -> Column:
-    """A column of paths: what a command is about, and what the end tells most of."""
+    """A column of paths: it is cut last, and keeps the end of each path."""
     return Column(key, title, style="cyan", flexible=True, vital=True, cut="path")
 
 
 @dataclass(frozen=True)
 class Branch:
-    """A line of a tree: the lines that lead to it, what it is, how it is configured, and what else there is to say.
+    """A line of a tree: its guide lines, its label, its configuration, and the rest.
 
     On a terminal that is too narrow it is the configuration that gives way.
     """

@@ -1,4 +1,4 @@
-"""Views onto a screen, into a pipe, as JSON, CSV and markdown."""
+"""Write views: for a terminal, for a pipe, as JSON, CSV and markdown."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 
 FORMATS = ("table", "json", "csv", "markdown")
 MIN_FLEXIBLE = 12
-#: What stays of a column that is cut last.
+#: The least width of a column that is cut last.
 MIN_VITAL = 20
-#: Characters that a column of a pipe is filled to at most.
+#: The most characters that the cells of a column are padded to in a pipe.
 _MAX_FILLED = 256
-#: Rows of a long table or tree that are written at once: an interrupt or a closed terminal is noticed after so many.
+#: How many rows of a long table or tree are written at once, before an interrupt or a closed terminal is noticed.
 BATCH = 100
-#: The first of the characters for private use: one terminal cell wide each, and none that means anything to Rich.
+#: The first of the private-use characters: each is one terminal cell wide, and Rich gives none a meaning.
 _FIRST_MARK = 0xE000
 _MARKS = re.compile(r"([\ue000-\uf8ff])\1*")
 _COMPACT = json.JSONEncoder(separators=(",", ":"))
 
 
-#: Marks of ours, not of a model's, in characters that every encoding has.
+#: The guides and bars that modelcli draws, in characters that every encoding has.
 _IN_ASCII = str.maketrans(
     {"├": "|", "└": "`", "─": "-", "│": "|"} | dict.fromkeys("█▉▊▋▌", "#") | dict.fromkeys("▍▎▏", ".")
 )
@@ -46,7 +46,7 @@ def safe(text: str) -> str:
 
 
 def to_json(document: Mapping[str, Any]) -> str:
-    """One JSON document on one line; numbers that JSON does not know are text."""
+    """One JSON document on one line; numbers that JSON does not know (NaN, infinities) become strings."""
     try:
         return json.dumps(document, ensure_ascii=True, allow_nan=False)
     except ValueError:
@@ -70,9 +70,9 @@ def to_csv(view: View) -> str:
     return "\n".join([",".join(keys), *(row or '""' for row in rows), ""])
 
 
-#: With these a formula begins, in halfwidth or fullwidth characters, also where blanks stand before it.
+#: The characters that begin a formula, halfwidth or fullwidth, also after blanks.
 _FORMULA = re.compile(r"\s*[=+\-@\t\r\uff1d\uff0b\uff0d\uff20]")
-#: The same behind what parts the cells of some countries' spreadsheets.
+#: The same after the semicolon, which separates cells in some countries' spreadsheets.
 _FORMULA_IN_TEXT = re.compile(r";(?=[\s\"']*[=+\-@\uff1d\uff0b\uff0d\uff20])")
 _CSV_NOT_PLAIN = re.compile(rf"[,;\"]|\A{_FORMULA.pattern}")
 _CSV_SPECIAL = re.compile('[,;"]')
@@ -93,7 +93,7 @@ def _csv_cell(value: Any) -> str:
 
 
 def _csv_text(text: str) -> str:
-    """A cell that every spreadsheet shows as this text."""
+    """A cell that every spreadsheet shows as this text, and takes for no formula."""
     if text.isprintable() and not _CSV_NOT_PLAIN.search(text):  # the commonest
         return text
     marked = f"'{text}" if _FORMULA.match(text) else text
@@ -105,7 +105,7 @@ def _csv_field(text: str) -> str:
 
 
 def _kept_in_text(view: View) -> list[Column]:
-    """The columns that are not for the eye alone."""
+    """The columns that programs read, too, unlike bars."""
     return [column for column in view.columns if not column.on_screen]
 
 
@@ -119,20 +119,20 @@ def to_markdown(view: View) -> str:
     return "\n".join(lines) + "\n"
 
 
-#: What makes a cell, code, HTML, a link, an image, emphasis or a formula of a text, wherever it stands.
+#: Characters that start markup anywhere: a cell, code, HTML, a link, an image, emphasis, a formula.
 _MARKDOWN = re.compile(r"[\\|`<\[!*~$@]")
-#: What does so in some places: an underscore at the edge of a word, an entity, an address that becomes a link.
+#: What starts markup in some positions: an underscore at the edge of a word, an entity, an address.
 _MARKDOWN_IN_PLACES = re.compile(r"_(?:(?![^\W_])|(?<![^\W_]_))|&(?=#?\w+;)|:(?=//)|\.(?<=www\.)", re.IGNORECASE)
 
 
 def _markdown_texts(texts: Sequence[str]) -> list[str]:
-    """The cells of a column, which a page shows as these texts."""
+    """The cells of a column, escaped so that a rendered page shows these texts."""
     joined = _MARKDOWN.sub(r"\\\g<0>", "\n".join(texts))  # no text has a line break: 100,000 in one go
     return _MARKDOWN_IN_PLACES.sub(r"\\\g<0>", joined).split("\n") if texts else []
 
 
 def _texts(view: View, column: Column) -> list[str]:
-    """What stands in the cells of a column, from top to bottom."""
+    """The texts of a column's cells, from top to bottom."""
     texts = [column.format(row.get(column.key)) for row in view.rows]
     return texts if "".join(texts).isprintable() else [safe(text) for text in texts]
 
@@ -146,7 +146,7 @@ def to_plain(view: View, *, encoding: str = "utf-8") -> str:
     columns = _kept_in_text(view)
     titles = [[column.title] if view.header else [] for column in columns]
     cells = [title + _texts(view, column) for title, column in zip(titles, columns, strict=True)]
-    # A row of a longer text stands out: to fill all the others to its length could take gigabytes.
+    # A longer cell sticks out: padding all others to its length could take gigabytes.
     widths = [max((len(text) for text in texts if len(text) <= _MAX_FILLED), default=0) for texts in cells]
     fields = [f"%{'' if column.right else '-'}{width}s" for column, width in zip(columns, widths, strict=True)]
     line = "  ".join(fields)
@@ -208,7 +208,7 @@ def print_rich(view: View, console: Console) -> list[str]:
 
 
 def _print_table(view: View, console: Console) -> list[str]:
-    """The table through Rich, which takes half a millisecond a row; what is more than a screenful row by row."""
+    """Print the table with Rich, which takes half a millisecond a row; a table longer than the screen in batches."""
     from rich.text import Text
 
     cells = [_shown_texts(view, column, console.encoding) for column in view.columns]
@@ -253,7 +253,7 @@ def _indented(view: View) -> View:
 
 
 def _shown_texts(view: View, column: Column, encoding: str) -> list[str]:
-    """What stands in the cells of a column on a terminal: what its encoding lacks takes the room of its escape."""
+    """The texts of a column's cells on a terminal, with escapes for characters that its encoding lacks."""
     texts = _texts(view, column if column.screen_format is None else replace(column, format=column.screen_format))
     if _has_marks(encoding):
         return texts
@@ -267,7 +267,7 @@ def _escaped(text: str, encoding: str) -> str:
 
 
 def _mark(encoding: str) -> str:
-    """What stands for what is left out: one cell wide."""
+    """The mark for text that was cut: one cell wide."""
     return "…" if _has_marks(encoding) else "~"
 
 
@@ -278,14 +278,14 @@ def _fits(text: str, width: int) -> bool:
 
 
 def _cut_end(text: str, width: int, mark: str) -> str:
-    """A text in at most so many terminal cells."""
+    """The text, cut at its end to at most so many terminal cells."""
     from rich.cells import set_cell_size
 
     return text if _fits(text, width) else set_cell_size(text, max(width - 1, 0)).rstrip() + mark
 
 
 def _cut_middle(text: str, width: int, mark: str) -> str:
-    """The same with both ends of the text, and more of the second."""
+    """The text, cut in the middle: more of its end is kept than of its beginning."""
     from rich.cells import set_cell_size
 
     if _fits(text, width):
@@ -408,7 +408,7 @@ def _stream_rows(
 
 @dataclass(frozen=True)
 class _Field:
-    """Where a column stands in a row: its number, its width, and how much of that the edge of the terminal leaves."""
+    """The position of a column in a row: its number, its width, and how much of it the terminal's edge leaves."""
 
     column: int
     width: int
@@ -417,7 +417,7 @@ class _Field:
 
 @dataclass(frozen=True)
 class _Layout:
-    """A table as Rich writes it: what stands above the rows, and a plain and a dimmed row with `%s` for each field."""
+    """A table as Rich writes it: the text above the rows, and a plain and a dimmed row with `%s` for each field."""
 
     above: str
     plain: str
@@ -428,7 +428,7 @@ class _Layout:
 def _laid_out(table: Table, console: Console) -> _Layout:
     """How Rich lays out a table of these columns.
 
-    Each cell is filled to its edges with a mark of its own, so that what Rich writes shows where it stands and how
+    Each cell is filled to its edges with a mark of its own, so that Rich's output shows where it is and how
     wide it came out: on a very narrow terminal Rich makes columns narrower than they ask for, and cuts the lines.
     """
     from rich.text import Text

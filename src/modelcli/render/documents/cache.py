@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def cache(found: CacheState) -> View:
-    """Where blueprints are kept, and what they take."""
+    """The folder, the number of blueprints in it, and their size."""
     row = {"path": str(found.folder), "entries": found.entries, "bytes": found.nbytes}
     columns = (
         Column("path", "path", style="cyan", flexible=True, vital=True, cut="middle"),

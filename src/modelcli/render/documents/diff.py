@@ -84,12 +84,12 @@ def _json(side: Side) -> Any:
 
 
 def _looks_of_difference(row: Mapping[str, Any]) -> tuple[object, ...]:
-    """What a row shows of a difference besides its name."""
+    """What a row shows besides its name: rows that agree in it are folded."""
     return row["kind"], row["change"], _side(row["before"]), _side(row["after"]), number(row.get("max_abs_diff"))
 
 
 def _what_differs(row: Mapping[str, Any]) -> dict[str, str]:
-    """Of two configurations the arguments that differ: the others would fill the columns."""
+    """The arguments that differ between two configurations: all of them would fill the columns."""
     if row["change"] != "config":
         return {}
     sides = [_arguments(row[side]) for side in ("before", "after")]
@@ -100,26 +100,26 @@ def _what_differs(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _arguments(printed: str) -> list[str]:
-    """What stands between the parentheses of a printed module, cut at the commas that lie in no others."""
+    """The arguments of a printed module: split at commas outside of inner parentheses."""
     inside = printed.partition("(")[2].removesuffix(")")
     return re.split(r",\s(?![^(\[]*[)\]])", inside)
 
 
 def _size_of(change: TensorChange) -> float:
-    """What its difference ranks as: NaN is more than any other."""
+    """The rank of a difference: NaN counts as the largest."""
     size = change.max_abs_diff
     return math.inf if size is None or math.isnan(size) else size
 
 
 def _side(value: Any) -> str:
-    """What stands before or after a change: a shape, a word, a flag, or the shape and dtype of a tensor."""
+    """One side of a change, as text: a shape, a word, a flag, or the shape and dtype of a tensor."""
     if isinstance(value, Mapping):
         return f"{shape(value['shape'])} {value['dtype']}"
     return shape(value) if isinstance(value, list) else text(value)
 
 
 def _differing(changes: Sequence[ModuleChange] | Sequence[TensorChange], key: str) -> str:
-    """`12 differ, 2 added, 1 removed`: how many have changed, whatever number of changes each has."""
+    """`12 differ, 2 added, 1 removed`: each module or tensor is counted once, however many changes it has."""
     kinds: dict[str, str] = {}
     for change in changes:
         name: str = getattr(change, key)

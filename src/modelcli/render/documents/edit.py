@@ -102,13 +102,13 @@ def check_document(check: FitCheck) -> dict[str, Any]:
 
 
 def _looks_of_change(row: Mapping[str, Any]) -> tuple[object, ...]:
-    """What a row shows of a change besides its path."""
+    """What a row shows besides its path: rows that agree in it are folded."""
     keys = ("action", "before", "after", "params_before", "params_after", "bytes_before", "bytes_after")
     return tuple(row.get(key) for key in keys)
 
 
 def _folded_change(fold: Fold) -> dict[str, Any]:
-    """One row for changes that are the same: sizes are those of all of them."""
+    """One row for equal changes, with the sum of their sizes."""
     first, number = fold.rows[0], len(fold.rows)
     sizes = {key: value * number for key, value in first.items() if type(value) is int}
     before = first["before"] if number == 1 else f"{number} x {first['before']}"

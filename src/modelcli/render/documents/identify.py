@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from modelcli.model.state_dict_match import Match
 
 
-#: Tensors that a row names of those that do not fit.
+#: How many tensors that do not fit a row names.
 _MOST_NAMED = 4
 
 

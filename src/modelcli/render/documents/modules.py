@@ -78,9 +78,9 @@ def _outermost(paths: Sequence[str]) -> list[str]:
 
 
 def _tree(blueprint: Blueprint, top: str, depth: int | None, runs: Runs | None) -> tuple[list[Branch], int]:
-    """The modules below a path, a line each, indented with guides; and how many have no line but that of their run."""
+    """The modules below a path, a line each, and how many were folded into the line of their run."""
     lines, hidden = [], 0
-    # Runs still to be written: what stands before the label, and before those of the children.
+    # Runs still to be written, each with the guide before its label and before its children's labels.
     stack = [(Run(shown(top), shown(top), (top,), blueprint.by_path[top].depth), "", "")]
     while stack:
         run, before, guide = stack.pop()

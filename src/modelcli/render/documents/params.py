@@ -36,7 +36,7 @@ def params(
     value_texts: Mapping[str, str] | None = None,
     stats: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> View:
-    """One row a tensor, and the totals of the tensors shown; what `stats` does not tell of a tensor is null."""
+    """One row a tensor, and the totals of the tensors shown; a statistic that `stats` lacks is null."""
     rows = []
     for tensor in tensors:
         row: dict[str, Any] = {
@@ -116,6 +116,6 @@ def _not_finite(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _params_text(tensors: Sequence[TensorInfo], totals: Totals) -> str:
-    """The number of parameters, and of those trained where anything says that."""
+    """The number of parameters, and how many are trained where that is known."""
     known = totals.trainable_params is not None and totals.params
     return count(totals.params) + (f" ({count(totals.trainable_params)} trainable)" if known else "")

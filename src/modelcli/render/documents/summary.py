@@ -22,7 +22,7 @@ from modelcli.render.views import (
     shape,
 )
 
-#: What a summary can be sorted by; numbers come from the largest, paths from A to Z. `mult-adds` means `macs`.
+#: What a summary can be sorted by: numbers from the largest, paths from A to Z. `mult-adds` means `macs`.
 SUMMARY_KEYS = ("params", "macs", "mult-adds", "path")
 
 
@@ -116,7 +116,7 @@ def summary(
 
 
 def _trainable_column(rows: Sequence[Mapping[str, Any]]) -> Column:
-    """Whether modules are trained; on a narrow terminal left out where all are, which the totals say as well."""
+    """Whether modules are trained. A narrow terminal lacks it where all are: the totals say that as well."""
     told = any(row["trainable"] in (False, "partial") for row in rows)
     return replace(TRAINABLE, optional=0 if told else 1)
 
@@ -124,7 +124,7 @@ def _trainable_column(rows: Sequence[Mapping[str, Any]]) -> Column:
 def _folded_layers(
     blueprint: Blueprint, layers: Mapping[str, dict[str, Any]], depth: int | None
 ) -> Iterator[dict[str, Any]]:
-    """The rows of a summary with one for each run: what its modules have in common, and what they add up to."""
+    """The rows of a summary with one row for each run: what its modules share, and the sums over them."""
     runs = Runs(blueprint, traced=True)
     for run in runs.below(depth=depth):
         one = layers[run.first]
@@ -147,7 +147,7 @@ def _sorted_layers(rows: Iterable[dict[str, Any]], key: str | None) -> list[dict
 
 
 def _output_text(layer: Mapping[str, Any], *, passed: bool) -> str:
-    """What stands for the output shape: `not called` is for a pass that was made and did not come by."""
+    """The output shape as text; `(not called)` where the pass ran and did not call the module."""
     return "(not called)" if layer["executed"] is False and passed else shape(layer["output_shape"])
 
 

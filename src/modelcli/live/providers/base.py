@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import nn
 
@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     from modelcli.live.script.source_text import SourceText
 
 
+#: Where the channels of a tensor lie that has more than two axes: second, as convolutions have them, or last, as
+#: linear layers and layer norms have their features.
+Layout = Literal["channels first", "features last"]
+
+
 class LiveProvider:
     """Builds the models of one provider. A subclass overrides `build`, and of the rest what its library has.
 
@@ -32,6 +37,10 @@ class LiveProvider:
 
     #: The libraries of compiled operators whose names say whether they multiply; those of others count as unknown.
     operator_libraries: ClassVar[frozenset[str]] = frozenset()
+
+    #: What layers of the library are, by the names of their classes, whose tensors mean the same as those of a kind of
+    #: `torch.nn`: see `live.surgery.layouts`. By it values are carried over to another class of the kind.
+    layer_kinds: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, provider: Provider) -> None:
         self.provider = provider
@@ -151,6 +160,13 @@ class LiveProvider:
 
     def inputs(self, architecture: Architecture, module: nn.Module) -> Inputs | None:
         """What a model is known to take, batch included: `module` is it as it was built, or as edits have left it."""
+        return None
+
+    def layout_behind(self, module: nn.Module, axes: int) -> Layout | None:
+        """Where the channels lie of a tensor with so many axes behind a layer of the library; None if it tells nothing.
+
+        By it `_` in an expression knows whether the last axis of an image is its features.
+        """
         return None
 
     def formulas(self) -> Mapping[str, Formula]:

@@ -26,7 +26,8 @@ from modelcli.language.references import NamedModel, Reference
 from modelcli.live import bounds, modules, signatures
 from modelcli.live.build import Architecture
 from modelcli.live.inputs import Inputs
-from modelcli.live.providers.base import LiveProvider, refuse_hole
+from modelcli.live.providers.base import Layout, LiveProvider, refuse_hole
+from modelcli.live.surgery.layouts import NORM_OVER_CHANNELS
 from modelcli.providers.known_code import runs_known_code
 from modelcli.providers.published import PublishedModel
 from modelcli.providers.torchvision import MODELS, OPS
@@ -322,6 +323,7 @@ class LiveTorchvision(LiveProvider):
     """The builders by their bare names, and the classes of `torchvision.ops` and of the models in expressions."""
 
     operator_libraries = frozenset({"torchvision"})
+    layer_kinds = dict.fromkeys(("FrozenBatchNorm2d", "LayerNorm2d"), NORM_OVER_CHANNELS)
 
     def names(self) -> list[str]:
         """See `builder_names`."""
@@ -383,6 +385,13 @@ class LiveTorchvision(LiveProvider):
         """See `input_sizes`."""
         name = _name_of(architecture)
         return Inputs(input_sizes(name, architecture.weights, module), as_list=takes_list_of_images(name))
+
+    def layout_behind(self, module: nn.Module, axes: int) -> Layout | None:
+        """`Permute` moves channels to the end or back."""
+        dims = getattr(module, "dims", None)
+        if type(module).__name__ != "Permute" or not isinstance(dims, list | tuple) or len(dims) != axes or axes <= 2:
+            return None
+        return "channels first" if dims[1] == axes - 1 else "features last" if dims[-1] == 1 else None
 
     def formulas(self) -> Mapping[str, Formula]:
         """The one operator of its own that multiplies."""

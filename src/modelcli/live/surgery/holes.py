@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -15,9 +15,11 @@ from modelcli.edits.applied import Context
 from modelcli.errors import ModelcliError, RequestError
 from modelcli.language import expressions
 from modelcli.language.expressions import HOLE, Call
-from modelcli.live import modules
+from modelcli.live import modules, providers
 from modelcli.live.meta_models import build_on_meta
+from modelcli.live.providers.base import Layout
 from modelcli.live.surgery import shapes
+from modelcli.live.surgery.layouts import NORM_OVER_CHANNELS, kind_of
 from modelcli.live.surgery.settings import UNKNOWN, Unknown, setting
 from modelcli.live.trace import Failure, inputs_of
 from modelcli.live.walking import modules_in
@@ -28,10 +30,6 @@ from modelcli.wording import counted
 class Placeholder(nn.Identity):
     """Stands where a new module will be, so that a forward pass tells what flows in there."""
 
-
-#: Where the channels of a tensor lie that has more than two axes: second, as convolutions have them, or last, as
-#: linear layers and layer norms have their features.
-Layout = Literal["channels first", "features last"]
 
 #: Which axis of what flows in gives an argument of this name. Channels are the second axis, features the last.
 _AXES = {
@@ -154,9 +152,9 @@ def _layout_of(module: nn.Module, axes: int) -> Layout | None:
     for kind, its_axes in _BY_CHANNELS.items():
         if isinstance(module, kind):
             return "channels first" if axes == its_axes else None
-    dims = getattr(module, "dims", None)
-    if type(module).__name__ == "Permute" and isinstance(dims, list | tuple) and len(dims) == axes and axes > 2:
-        return "channels first" if dims[1] == axes - 1 else "features last" if dims[-1] == 1 else None
+    for half in providers.in_use():
+        if (layout := half.layout_behind(module, axes)) is not None:
+            return layout
     if isinstance(module, _BY_FEATURES) and not _is_by_channels(module):
         return "features last"
     return None
@@ -164,7 +162,7 @@ def _layout_of(module: nn.Module, axes: int) -> Layout | None:
 
 def _is_by_channels(module: nn.Module) -> bool:
     """Whether a layer norm turns the channels of images to the end and back by itself, as that of ConvNeXt does."""
-    return type(module).__name__ == "LayerNorm2d"
+    return isinstance(module, nn.LayerNorm) and kind_of(module) == NORM_OVER_CHANNELS
 
 
 def goes_by_channels(module: nn.Module) -> bool:

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from modelcli.live import providers
 from modelcli.live.surgery.settings import UNKNOWN, setting
 
+#: What a norm is that takes the second axis for channels; providers call their own so.
+NORM_OVER_CHANNELS = "a norm over channels"
 #: Kinds of modules whose tensors of one name mean the same, whatever class of the kind it is.
 _KINDS: tuple[tuple[str, tuple[type[nn.Module], ...]], ...] = (
     ("a linear layer", (nn.Linear,)),
     ("an embedding", (nn.Embedding, nn.EmbeddingBag)),
-    ("a norm over channels", (nn.modules.batchnorm._NormBase, nn.GroupNorm)),
+    (NORM_OVER_CHANNELS, (nn.modules.batchnorm._NormBase, nn.GroupNorm)),
     ("a norm over the last axes", (nn.LayerNorm, nn.RMSNorm)),
 )
-#: Names of classes that other libraries have for a kind of torch.nn.
-_BY_NAME = {
-    "FrozenBatchNorm2d": "a norm over channels",
-    "LayerNorm2d": "a norm over channels",
-    "Conv1D": "a linear layer",
-}
+#: Names of classes that libraries without a provider have for a kind of torch.nn.
+_BY_NAME = {"Conv1D": "a linear layer"}
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ def carrying(name: str, old: nn.Module, new: nn.Module) -> Carrying | None:
     before, after = _tensor(had, own), _tensor(has, own)
     if before is None or after is None or before.dim() != after.dim():
         return None
-    if own == "weight" and _is_conv1d_of_gpt(had) != _is_conv1d_of_gpt(has) and _kind(had) == _kind(has):
+    if own == "weight" and _is_conv1d_of_gpt(had) != _is_conv1d_of_gpt(has) and kind_of(had) == kind_of(has):
         return Carrying(transposed=True)
-    one, other = _kind(had), _kind(has)
+    one, other = kind_of(had), kind_of(has)
     if type(had) is not type(has) and (one is None or one != other) and not (one == other and _derived(had, has)):
         told = f"{type(had).__name__} is {one}, {type(has).__name__} {other}"
         means = f"{name} of {type(had).__name__} does not mean the same in {type(has).__name__}"
@@ -110,7 +110,7 @@ def carrying_by_shapes(name: str, before: torch.Tensor, new: nn.Module) -> Carry
     return Carrying()
 
 
-def _kind(module: nn.Module) -> str | None:
+def kind_of(module: nn.Module) -> str | None:
     """What a module is, where its tensors mean the same in all modules that are the same."""
     if isinstance(module, _ConvNd):
         return "a transposed convolution" if isinstance(module, _ConvTransposeNd) else "a convolution"
@@ -118,9 +118,10 @@ def _kind(module: nn.Module) -> str | None:
         return f"a recurrent layer of the kind {module.mode.partition('_')[0]}"
     if isinstance(module, nn.RNNCellBase):
         return f"a recurrent layer of the kind {type(module).__name__.removesuffix('Cell')}"
+    by_name = ChainMap(_BY_NAME, *(dict(half.layer_kinds) for half in providers.in_use()))
     for base in type(module).__mro__:
-        if base.__name__ in _BY_NAME:
-            return _BY_NAME[base.__name__]
+        if base.__name__ in by_name:
+            return by_name[base.__name__]
     return next((kind for kind, classes in _KINDS if isinstance(module, classes)), None)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,9 @@ from modelcli import checkpoints
 from modelcli.checkpoints.entries import TensorEntry
 from modelcli.checkpoints.storage import JoinedSpan, Span, Storage, identity_of
 from modelcli.checkpoints.torch_pickle.conj_and_neg import resolved
+from modelcli.checkpoints.zip_archives.inflating import Inflated
 from modelcli.errors import FileFormatError
-from modelcli.values import conversion, ordered_work, overflow
+from modelcli.values import conversion, ordered_work, overflow, reading, statistics
 from modelcli.values.conversion import Conversion, converted
 
 
@@ -148,3 +151,50 @@ def test_what_the_first_of_two_casts_lost_is_known_after_both(tmp_path: Path) ->
     assert torch.frombuffer(bytearray(twice.bytes()), dtype=torch.float32).tolist() == [float("inf"), 2.0]
     found = overflow.notes_of({"w": entry_of(torch.empty(2), twice, "float32")})
     assert found == ["1 value became Inf in w: float16 ends at 65,504"]
+
+
+# --- what is compressed ----------------------------------------------------------------------------------------------
+
+
+def compressed(path: Path, state: dict[str, torch.Tensor]) -> None:
+    """A file of torch's whose records are compressed, as some archivers leave it."""
+    torch.save(state, path.with_suffix(".plain"))
+    with zipfile.ZipFile(path.with_suffix(".plain")) as plain, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as made:
+        for name in plain.namelist():
+            made.writestr(name, plain.read(name))
+
+
+def test_what_is_compressed_is_read_from_its_begin_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: torch.Tensor
+) -> None:
+    """A part of it costs all that is before it: many parts would take time that is quadratic in its size."""
+    monkeypatch.setattr(conversion, "PIECE", 100)
+    monkeypatch.setattr(reading, "PIECE", 100)
+    compressed(tmp_path / "m.pth", {"w": values, "t": values[:6000].reshape(60, 100).T})
+    entries = {
+        name: e for name, e in checkpoints.read(tmp_path / "m.pth").tensors.items() if isinstance(e, TensorEntry)
+    }
+    begun = []
+    original = Inflated.chunks
+
+    def counted(self: Inflated) -> Iterator[bytes]:
+        begun.append(self.name)
+        return original(self)
+
+    monkeypatch.setattr(Inflated, "chunks", counted)
+    made = converted(entries["w"].storage, "float32", "float16")
+    assert made.bytes() == bytes_of(values.half())
+    assert len(begun) == 1
+    assert made.part(777, 5000).bytes() == bytes_of(values.half())[777:5777]
+    assert len(begun) == 2
+    found = statistics.collect(entries)
+    assert len(begun) == 4  # one for each tensor
+    assert found["w"]["max"] == values.max().item()
+    assert found["t"]["mean"] == pytest.approx(values[:6000].double().mean().item())
+    wider = converted(entries["t"].storage, "float32", "float64")
+    view = TensorEntry(entries["t"].shape, "float64", entries["t"].stride, entries["t"].offset, wider)
+    assert statistics.collect({"t": view})["t"] == found["t"]
+    assert len(begun) == 5
+    bad = values.clone()
+    bad[5000] = 1e6
+    assert notes(tmp_path / "plain.pth", {"w": bad}, "float16") == ["1 value became Inf in w: float16 ends at 65,504"]

@@ -186,6 +186,11 @@ class Span:
         return Span(self.path, self.offset + start, nbytes, self.identity)
 
 
+def is_in_sequence(storage: Storage) -> bool:
+    """Whether the bytes come one after another alone (they are compressed): a part costs what all before it costs."""
+    return bool(getattr(storage, "in_sequence", False))
+
+
 def gathered(storage: Storage) -> memoryview:
     """The bytes of a storage that does not lie in one piece, put together in memory of their own."""
     made, end = memoryview(bytearray(storage.nbytes)), 0
@@ -204,6 +209,10 @@ class JoinedSpan:
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts)
+
+    @property
+    def in_sequence(self) -> bool:
+        return any(map(is_in_sequence, self.parts))
 
     def files(self) -> Iterable[FileId]:
         return {file for part in self.parts for file in part.files()}

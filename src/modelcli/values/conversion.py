@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from modelcli.checkpoints.storage import FileId, Storage, Windows, gathered
+from modelcli.checkpoints.storage import FileId, Storage, Windows, gathered, is_in_sequence
 from modelcli.model.dtypes import ITEM_BYTES
 from modelcli.values.ordered_work import in_order
 
@@ -44,15 +44,21 @@ class Conversion:
     nbytes: int
     watch: RangeWatch = field(default_factory=RangeWatch, compare=False, repr=False)
 
+    @property
+    def in_sequence(self) -> bool:
+        return is_in_sequence(self.source)
+
     def files(self) -> Iterable[FileId]:
         return self.source.files()
 
     def chunks(self) -> Iterator[memoryview]:
         """The bytes, in pieces of at most 8 MiB. Raises FileFormatError where the source is not what it was."""
         step = PIECE * ITEM_BYTES[self.after]
+        if self.in_sequence and self.nbytes > step:
+            yield from self._in_sequence()
+            return
         spans = [(start, min(step, self.nbytes - start)) for start in range(0, self.nbytes, step)]
-        pieces = map(self._piece, spans) if len(spans) < 2 else in_order(self._piece, spans)
-        yield from pieces
+        yield from map(self._piece, spans) if len(spans) < 2 else in_order(self._piece, spans)
 
     def bytes(self) -> bytes:
         return b"".join(self.chunks())
@@ -67,20 +73,36 @@ class Conversion:
 
     def _piece(self, span: tuple[int, int]) -> memoryview:
         """So many bytes of these, from a start on."""
-        from modelcli.values import casting, reading
-        from modelcli.values.dtypes import bits_of, numpy_dtype
+        from modelcli.values import reading
 
         start, nbytes = self.start + span[0], span[1]
         size, width = ITEM_BYTES[self.before], ITEM_BYTES[self.after]
         first, stop = start // width, -(-(start + nbytes) // width)
-        data = reading.memory_of(self.source.part(first * size, (stop - first) * size))
+        made = self._converted(reading.memory_of(self.source.part(first * size, (stop - first) * size)))
+        skipped = start - first * width
+        return made[skipped : skipped + nbytes]
+
+    def _in_sequence(self) -> Iterator[memoryview]:
+        """The same bytes, from a source that is read from its first byte to its last once."""
+        from modelcli.values import reading
+
+        size, width = ITEM_BYTES[self.before], ITEM_BYTES[self.after]
+        first, stop = self.start // width, -(-(self.start + self.nbytes) // width)
+        skipped, left = self.start - first * width, self.nbytes
+        whole = self.source.part(first * size, (stop - first) * size)
+        for piece in reading.in_sequence(whole, PIECE * size):
+            made = self._converted(piece)[skipped:][:left]
+            skipped, left = 0, left - len(made)
+            yield made
+
+    def _converted(self, data: memoryview) -> memoryview:
+        from modelcli.values import casting, reading
+        from modelcli.values.dtypes import bits_of, numpy_dtype
+
         elements: Array = reading.array_of(data, numpy_dtype(self.before))
         if not self.watch.exceeded and casting.may_exceed(elements, self.before, self.after):
             self.watch.exceeded = True
-        made = casting.cast(elements, self.before, self.after)
-        whole = bits_of(made).data.cast("B")
-        skipped = start - first * width
-        return whole[skipped : skipped + nbytes]
+        return bits_of(casting.cast(elements, self.before, self.after)).data.cast("B")
 
 
 def converted(source: Storage, before: str, after: str) -> Conversion:

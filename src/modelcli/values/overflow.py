@@ -63,7 +63,7 @@ def _count(name: str, before: TensorEntry, conversion: Conversion, lost: _Lost) 
 
     counts = [0, 0, 0]
     with reading.Readers([before]) as readers:
-        for (piece,) in reading.pieces_of(before):
+        for (piece,) in reading.pieces_of(reading.at_hand(before)):
             here = casting.lost_in(readers.own().elements(piece), conversion.before, conversion.after)
             counts = [a + b for a, b in zip(counts, here, strict=True)]
     lost.inf, lost.nan, lost.clamped = lost.inf + counts[0], lost.nan + counts[1], lost.clamped + counts[2]

@@ -72,7 +72,7 @@ def _batches(tensors: Mapping[str, tuple[TensorEntry, ...]], budget: Budget) -> 
     batch: list[_Piece] = []
     nbytes = 0
     for name, entries in tensors.items():
-        for number, pieces in enumerate(pieces_of(*entries)):
+        for number, pieces in enumerate(pieces_of(*map(reading.at_hand, entries))):
             # Besides its elements, a piece takes a while by itself: many may be made of few elements far apart.
             budget.spend(COUNTED * (prod(pieces[0].shape) + (reading.PIECE // 64 if number else 0)), name)
             batch.append((name, pieces))

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from io import FileIO
 from math import prod
 from types import TracebackType
@@ -19,7 +19,7 @@ import numpy as np
 
 from modelcli.checkpoints.entries import TensorEntry
 from modelcli.checkpoints.shapes import extent
-from modelcli.checkpoints.storage import FileId, Span, Storage, require_unchanged
+from modelcli.checkpoints.storage import FileId, Span, Storage, Windows, gathered, is_in_sequence, require_unchanged
 from modelcli.errors import FileFormatError, SystemFailureError
 from modelcli.model.dtypes import ITEM_BYTES
 from modelcli.values.dtypes import Array, is_held, numpy_dtype
@@ -90,6 +90,53 @@ def memory_of(storage: Storage) -> memoryview:
     memory = np.empty(storage.nbytes, np.uint8).data
     storage.read_into(memory)
     return memory
+
+
+def in_sequence(storage: Storage, nbytes: int) -> Iterator[memoryview]:
+    """The bytes of a storage from the first to the last, so many at a time."""
+    held = bytearray()
+    for chunk in storage.chunks():
+        held += chunk
+        whole = len(held) - len(held) % nbytes
+        for start in range(0, whole, nbytes):
+            yield memoryview(held[start : start + nbytes])  # a copy
+        del held[:whole]
+    if held:
+        yield memoryview(held)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Gathered:
+    """Bytes of a storage that have been put together in memory."""
+
+    data: memoryview
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.data)
+
+    def files(self) -> Iterable[FileId]:
+        return ()
+
+    def chunks(self) -> Iterator[memoryview]:
+        yield self.data
+
+    def bytes(self) -> bytes:
+        return bytes(self.data)
+
+    def mapped(self, _windows: Windows | None = None) -> memoryview:
+        """The memory itself: to be read."""
+        return self.data
+
+    def part(self, start: int, nbytes: int) -> Gathered:
+        return Gathered(self.data[start : start + nbytes])
+
+
+def at_hand(entry: TensorEntry) -> TensorEntry:
+    """A tensor whose parts can be read one by one: where its bytes only come in sequence, all of them in memory."""
+    if not is_in_sequence(entry.storage) or extent(entry.shape, entry.stride) <= PIECE:
+        return entry
+    return replace(entry, offset=0, storage=Gathered(gathered(part_of(entry))))
 
 
 def array_of(data: memoryview, dtype: np.dtype[Any]) -> Array:

@@ -46,30 +46,43 @@ class Boxes:
         return bytes(self.mapped())
 
     def mapped(self, _windows: Windows | None = None) -> memoryview:
-        """A copy. Only the boxes that have some of these bytes are read."""
+        """A copy. Of each box that has some of these bytes, what lies from the first of them to the last is read."""
         made = memoryview(bytearray(self.nbytes))
         stop = self.start + self.nbytes
         for box in self.boxes:
-            found: memoryview | None = None
-            for here, there, length in self._runs(box):
-                first, last = max(there, self.start), min(there + length, stop)
-                if first < last:
-                    found = box.storage.mapped() if found is None else found
-                    made[first - self.start : last - self.start] = found[here + first - there : here + last - there]
+            parts = [
+                (here + max(self.start - there, 0), max(there, self.start), min(there + length, stop))
+                for here, there, length in self._runs(box, self.start, stop)
+                if there < stop and there + length > self.start
+            ]
+            if parts:
+                begin, end = parts[0][0], parts[-1][0] + parts[-1][2] - parts[-1][1]
+                found = box.storage.part(begin, end - begin).mapped()
+                for here, first, last in parts:
+                    made[first - self.start : last - self.start] = found[here - begin : here - begin + last - first]
         return made
 
     def part(self, start: int, nbytes: int) -> Boxes:
         return Boxes(self.shape, self.item, self.boxes, self.start + start, nbytes)
 
-    def _runs(self, box: Box) -> Iterator[tuple[int, int, int]]:
-        """The longest runs of a box that lie in one piece: where in it, where in the tensor, how many bytes."""
+    def _runs(self, box: Box, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """The longest runs of a box that lie in one piece: where in it, where in the tensor, how many bytes.
+
+        Those that lie along the first dimension outside the bytes from `start` to `stop` are left out.
+        """
         # Behind the last dimension that is cut, all that a box has lies together.
         cut = max((axis for axis, size in enumerate(box.sizes) if size != self.shape[axis]), default=0)
         steps = shapes.row_major(self.shape)
         length = prod(box.sizes[cut:]) * self.item
         first = sum(offset * step for offset, step in zip(box.offsets, steps, strict=True)) * self.item
-        indices = itertools.product(*(range(size) for size in box.sizes[:cut]))
-        for number, index in enumerate(indices):
+        ranges = [range(size) for size in box.sizes[:cut]]
+        before = 0
+        if ranges:
+            stride = steps[0] * self.item
+            low, high = max((start - first) // stride, 0), -(-(stop - first) // stride)
+            before = min(low, len(ranges[0])) * prod(box.sizes[1:cut])
+            ranges[0] = ranges[0][low : max(high, low)]
+        for number, index in enumerate(itertools.product(*ranges), before):
             yield number * length, first + sum(map(int.__mul__, index, steps)) * self.item, length
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from modelcli.checkpoints.storage import CHUNK, FileId, Storage, Windows, gathered
+from modelcli.checkpoints.storage import CHUNK, FileId, Storage, Windows, gathered, is_in_sequence
 from modelcli.errors import FileFormatError
 
 #: The bytes of one real number of each dtype whose sign is one bit, the last of its last byte.
@@ -39,6 +39,10 @@ class Resolved:
     neg: bool
     start: int
     nbytes: int
+
+    @property
+    def in_sequence(self) -> bool:
+        return is_in_sequence(self.whole)
 
     def files(self) -> Iterable[FileId]:
         return self.whole.files()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from modelcli.checkpoints.storage import CHUNK, FileId, Span, Windows, gathered
 from modelcli.errors import FileFormatError
@@ -21,6 +22,7 @@ class Inflated:
     name: str
     nbytes: int
     crc: int
+    in_sequence: ClassVar[bool] = True
 
     def files(self) -> Iterable[FileId]:
         return self.packed.files()
@@ -70,6 +72,7 @@ class InflatedPart:
     whole: Inflated
     start: int
     nbytes: int
+    in_sequence: ClassVar[bool] = True
 
     def files(self) -> Iterable[FileId]:
         return self.whole.files()

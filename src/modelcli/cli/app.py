@@ -1,5 +1,7 @@
 """The program: which file has which command, and the commands about the program itself."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
@@ -26,10 +28,18 @@ class _Program(TyperGroup):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self.commands = Commands(COMMANDS)
+        self.commands = self._commands = Commands(COMMANDS)
+        self._is_listing = False
 
     def list_commands(self, _context: Any) -> list[str]:
         return list(self.commands)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return self._commands.listed(cmd_name) if self._is_listing else super().get_command(ctx, cmd_name)
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> Any:
+        with self._listing():
+            return super().shell_complete(ctx, incomplete)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the help, as Typer does; what a model may be is said by the providers, those of other packages too."""
@@ -37,7 +47,17 @@ class _Program(TyperGroup):
 
         others = [f"a model of the plug-in {prefix} ({prefix}:NAME)" for prefix in providers.plug_ins()]
         self.epilog = f"A model is {', '.join((*providers.titles(), *others))} or a checkpoint (best.pth)."
-        super().format_help(ctx, formatter)
+        with self._listing():
+            super().format_help(ctx, formatter)
+
+    @contextlib.contextmanager
+    def _listing(self) -> Iterator[None]:
+        """Give commands as a list of them shows them: to make each with all its options takes time."""
+        self._is_listing = True
+        try:
+            yield
+        finally:
+            self._is_listing = False
 
 
 app = typer.Typer(

@@ -1,6 +1,7 @@
 """Commands that are made when they are asked for: a look at a file pays for its own command, and for no other."""
 
 import importlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
@@ -56,6 +57,11 @@ class Command(NamedTuple):
         )
         return get_command_from_info(info, pretty_exceptions_short=True, rich_markup_mode="rich")
 
+    def listed(self) -> Any:
+        """The command as a list of commands shows it: without its arguments and options, which take time to make."""
+        help_text = inspect.getdoc(self.function)
+        return self.cls(self.name, help=help_text, rich_help_panel=self.panel, rich_markup_mode="rich")
+
 
 class Group(NamedTuple):
     """A command with commands of its own."""
@@ -74,6 +80,10 @@ class Group(NamedTuple):
             rich_help_panel=self.panel,
             rich_markup_mode="rich",
         )
+
+    def listed(self) -> Any:
+        """The command as a list of commands shows it."""
+        return self.built()
 
 
 class Commands(MutableMapping[str, Any]):
@@ -111,14 +121,22 @@ class Commands(MutableMapping[str, Any]):
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
+    def listed(self, name: str) -> Any:
+        """A command as a list of commands shows it; None where there is none."""
+        made = self._made(name)
+        return None if made is None else made.listed()
+
     def _build(self, name: str) -> Any:
+        made = self._made(name)
+        if made is None:
+            raise KeyError(name)
+        return made.built()
+
+    def _made(self, name: str) -> Command | Group | None:
         file = self._files.get(name)
         if file is None:
             from modelcli.cli import edit_commands
 
-            made = edit_commands.command_called(name)
-            if made is None:
-                raise KeyError(name)
-            return made.built()
-        found = importlib.import_module(f"modelcli.cli.{file}").commands()
-        return next(command for command in found if command.name == name).built()
+            return edit_commands.command_called(name)
+        found: Sequence[Command | Group] = importlib.import_module(f"modelcli.cli.{file}").commands()
+        return next(command for command in found if command.name == name)

@@ -160,7 +160,7 @@ def test_a_hole_in_a_bare_checkpoint(cli: Cli) -> None:
     change = cli("replace", "fc", "Linear(_,5)", "-m", "bare.pth", "--json").json["changes"][0]
     assert change["after"] == "Linear(2, 5)"  # the weight tells the features that flow in
     error = cli("replace", "fc", "Conv2d(_,3,1)", "-m", "bare.pth", code=2).err
-    assert "the file does not say what was there" in error
+    assert "a plain state dict records no settings" in error
     assert "--arch names its architecture" in error
 
 
@@ -222,13 +222,13 @@ def test_a_required_keyword_is_named(cli: Cli) -> None:
     error = cli("replace", "norm", "GroupNorm(2,_)", *words, code=2).err
     assert "_ for num_channels is not known" in error
     assert "the forward pass ended in the model itself: its forward also needs 'gain' by keyword" in error
-    assert "hint: write num_channels out\n" in error
+    assert "hint: write the value of num_channels\n" in error
 
 
 def test_a_hole_without_an_input(cli: Cli) -> None:
     error = cli("replace", "norm", "GroupNorm(2,_)", "-m", "nets.py:ByKeyword", code=2).err
-    assert "what flows in is not known: no input size is" in error
-    assert "hint: write num_channels out, or pass --input-size" in error
+    assert "what flows in is not known without an input size" in error
+    assert "hint: write the value of num_channels, or pass --input-size" in error
 
 
 @pytest.mark.parametrize("check", ["meta", "run"])

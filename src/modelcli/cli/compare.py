@@ -69,7 +69,7 @@ def diff(
             autocompletion=completing.targets,
         ),
     ] = None,
-    values: Annotated[bool, typer.Option("--values/--no-values", help="Compare the numbers too.")] = True,
+    values: Annotated[bool, typer.Option("--values/--no-values", help="Compare the values too.")] = True,
     atol: Annotated[float, typer.Option("--atol", help="Ignore differences up to this.", metavar="X")] = 0.0,
     rtol: Annotated[
         float, typer.Option("--rtol", help="Ignore differences up to this share of B's value.", metavar="X")

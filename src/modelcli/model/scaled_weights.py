@@ -1,6 +1,6 @@
-"""Weights that mean nothing without the scales beside them: in blocks of fp8, or packed by GPTQ, AWQ, bitsandbytes.
+"""Recognise weights that need scales beside them: block-scaled fp8, and weights packed by GPTQ, AWQ or bitsandbytes.
 
-They are told by their names and dtypes, as the programs that write them call them.
+modelcli recognises them by the names and dtypes that the programs which write them use.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from dataclasses import dataclass
 
 from modelcli.model.paths import joined
 
-#: What stands behind the name of a weight of a narrow dtype, in that of its scale: DeepSeek and Qwen (block-scaled
-#: fp8), compressed-tensors and ModelOpt (fp8, NVFP4), bitsandbytes (int8 and 4 bits).
-_BEHIND = (
+#: The endings that turn the name of a narrow weight into that of its scale: DeepSeek and Qwen (block-scaled fp8),
+#: compressed-tensors and ModelOpt (fp8, NVFP4), bitsandbytes (int8 and 4 bits).
+_SCALE_ENDINGS = (
     *("_scale_inv", "_scale", "_scale_2", "_scales", "_global_scale", "_zero_point"),
     *(".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".nested_offset"),
 )
-#: What the scale of a module's weight is called beside it: fp8 for ComfyUI, bitsandbytes' int8.
-_BESIDE = ("scale_weight", "weight_scale", "SCB")
-#: The packed weight of a module, and what else there is of its scales under names that say nothing of it.
+#: The names of the scale beside `weight` in a module: ComfyUI's fp8, bitsandbytes' int8.
+_SCALE_NAMES = ("scale_weight", "weight_scale", "SCB")
+#: The name of a packed weight, the program that packs it, and the names of its scales.
 _PACKED = {
     "qweight": ("GPTQ or AWQ", ("scales", "qzeros", "g_idx")),
     "weight_packed": ("compressed-tensors", ("weight_scale", "weight_global_scale", "weight_zero_point")),
@@ -30,7 +30,7 @@ _NARROW = ("float8", "float4", "float6", "int8", "uint8", "int32", "uint32")
 
 @dataclass(frozen=True)
 class Scaled:
-    """A weight with the scale that it is multiplied by; `how` names the way in which it is stored."""
+    """A weight, the scale that multiplies it, and `how` it is stored, for messages."""
 
     weight: str
     scale: str
@@ -38,7 +38,7 @@ class Scaled:
 
 
 def scaled_weights(dtypes: Mapping[str, str]) -> dict[str, Scaled]:
-    """The tensors that are such a weight or its scale, by name; `dtypes` are those of all tensors."""
+    """Return the tensors that are such a weight or its scale, by name. `dtypes` are the dtypes of all tensors."""
     found: dict[str, Scaled] = {}
     for name, dtype in dtypes.items():
         if dtype.startswith(_NARROW):
@@ -51,16 +51,16 @@ def scaled_weights(dtypes: Mapping[str, str]) -> dict[str, Scaled]:
 
 
 def _scales_of(name: str, dtype: str) -> Iterator[tuple[str, str]]:
-    """What the scales of a weight may be called, the most telling name first, and how the weight would be stored."""
+    """Yield possible names of a weight's scales, the most specific first, and how the weight would be stored."""
     path, _, own = name.rpartition(".")
     if own in _PACKED:
         how, scales = _PACKED[own]
         for scale in scales:
             yield joined(path, scale), f"a weight packed by {how}"
         return
-    for ending in _BEHIND:
+    for ending in _SCALE_ENDINGS:
         packed = ending.startswith(".") or not dtype.startswith("float")
         yield name + ending, f"a {'packed' if packed else 'scaled'} {dtype} weight"
     if own == "weight":
-        for scale in _BESIDE:
+        for scale in _SCALE_NAMES:
             yield joined(path, scale), f"a scaled {dtype} weight"

@@ -1,4 +1,4 @@
-"""Which tensors of a model show the same bytes: those that are one, and views of one storage that overlap."""
+"""Find the tensors of a model that share bytes: tied tensors, and overlapping views of a storage."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from modelcli.model.tensors import value_class
 
 @value_class
 class Shown:
-    """What a tensor shows: the bytes from `start` to before `end` of a storage.
+    """The bytes of a storage that a tensor uses.
 
-    `identity` is equal for all names of a tensor. `storage` is None for a tensor that shows no bytes of a storage:
-    a quantized or sparse one, and one without elements.
+    Attributes:
+        identity: a key that is equal for all names of a tensor.
+        storage: a key of the storage; None for a quantized, sparse or empty tensor.
+        start: the first byte.
+        end: the byte after the last one.
     """
 
     identity: Hashable
@@ -24,9 +27,9 @@ class Shown:
 
 
 def tied(tensors: Mapping[str, Shown]) -> list[list[str]]:
-    """The names of tensors that are one, or that show some of the same bytes: a group for each, in their order.
+    """Return groups of names whose tensors are the same or share bytes, in the model's order.
 
-    Tensors that lie side by side in one storage are not tied; what has no storage of its own is tied to itself alone.
+    Tensors side by side in one storage are not tied; a tensor without a plain storage is tied only to itself.
     """
     groups: dict[object, list[str]] = {}
     by_storage: dict[Hashable, list[str]] = {}
@@ -38,17 +41,17 @@ def tied(tensors: Mapping[str, Shown]) -> list[list[str]]:
     for number, names in enumerate(by_storage.values()):
         reached, part = 0, 0
         for start, end, name in sorted((tensors[name].start, tensors[name].end, name) for name in names):
-            part += start >= reached  # behind all before it: the next group
+            part += start >= reached  # it begins after all before it, so it starts the next group
             reached = max(reached, end)
             groups.setdefault((number, part), []).append(name)
     order = {name: position for position, name in enumerate(tensors)}
     return [sorted(names, key=order.__getitem__) for names in groups.values()]
 
 
-def shown_too(tensors: Mapping[str, Shown], names: Collection[str]) -> dict[str, str]:
-    """The other tensors that show some of the bytes of these, each with the first of these whose bytes it shows.
+def sharing_bytes(tensors: Mapping[str, Shown], names: Collection[str]) -> dict[str, str]:
+    """Return the other tensors that share bytes with the named ones, each with a named tensor whose bytes it shares.
 
-    Names of one and the same tensor are no others.
+    Other names of the same tensors are left out.
     """
     own = {tensors[name].identity for name in names}
     spans: dict[Hashable, list[tuple[int, int, str]]] = {}
@@ -68,12 +71,12 @@ def shown_too(tensors: Mapping[str, Shown], names: Collection[str]) -> dict[str,
         starts = [start for start, _, _ in chosen]
         furthest = list(itertools.accumulate(chosen, _further))
         for name in others:
-            count = bisect.bisect_left(starts, tensors[name].end)  # of the others none begins before this one ends
+            count = bisect.bisect_left(starts, tensors[name].end)  # the spans that begin before this one ends
             if count and furthest[count - 1][1] > tensors[name].start:
                 found[name] = furthest[count - 1][2]
     return found
 
 
 def _further(first: tuple[int, int, str], second: tuple[int, int, str]) -> tuple[int, int, str]:
-    """Of two spans the one that ends later."""
+    """Return the span that ends later."""
     return second if second[1] > first[1] else first

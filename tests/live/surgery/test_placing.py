@@ -47,8 +47,8 @@ def test_holes_at_a_new_place_take_what_flows_in_there(line: str, path: str, tex
 
 def test_a_hole_where_nothing_flows(cli: Cli) -> None:
     error = cli("add", "extra", "Linear(_,3)", "-m", "alexnet", code=2).err
-    assert "_ for in_features is not known: nothing was there before, and no forward pass reached it" in error
-    assert "hint: write in_features out" in error
+    assert "_ for in_features is not known: there was no module before, and no forward pass reached it" in error
+    assert "hint: write the value of in_features" in error
 
 
 def test_the_dtype_and_mode_of_what_is_around() -> None:

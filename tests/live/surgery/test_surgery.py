@@ -76,7 +76,7 @@ def test_each_match_gets_a_module_of_its_own() -> None:
 
 def test_lines_of_modules_that_keep_nothing_do_not_ask_for_it() -> None:
     """By itself such a line is refused, and a file with it could not be opened."""
-    with pytest.raises(RequestError, match="bias of BatchNorm1d does not mean the same in Linear"):
+    with pytest.raises(RequestError, match="bias of BatchNorm1d has another meaning in Linear"):
         apply(small(), "replace * Linear(4,4) --keep-weights")
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
     changes = apply(model, "replace * Linear(4,4) --keep-weights")
@@ -152,7 +152,7 @@ def test_holes_take_what_flows_in() -> None:
 def test_the_width_of_an_image_fills_no_hole(cli: Cli, new: str) -> None:
     error = cli("replace", "bn1", new, "-m", "resnet18", "--json", code=2).error
     assert (
-        f"{new} at bn1: _ for normalized_shape is not known: the old BatchNorm2d goes by channels" in error["message"]
+        f"{new} at bn1: _ for normalized_shape is not known: the old BatchNorm2d works on channels" in error["message"]
     )
     assert "[1,64,112,112]" in error["message"]
     assert error["hint"].startswith("GroupNorm(1,_) normalises over channels and space")
@@ -164,14 +164,14 @@ def test_holes_in_nested_modules() -> None:
     model = small()
     apply(model, "replace 3 Sequential(Linear(_,64),ReLU(),Linear(64,_))")
     assert repr(model[3]) == repr(nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 2)))
-    with pytest.raises(RequestError, match="not for a part of one"):
+    with pytest.raises(RequestError, match="not a part of one"):
         apply(model, "replace 0 Unflatten(1,(_,2))")
 
 
 def test_a_hole_that_nothing_fills() -> None:
     with pytest.raises(RequestError, match="_ for num_channels is not known") as caught:
         apply(small(), "replace 1 GroupNorm(2,_)")
-    assert "write num_channels out" in str(caught.value.hint)
+    assert "write the value of num_channels" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize(
@@ -639,7 +639,7 @@ def test_what_a_new_module_does_not_take_over_is_told() -> None:
         "0 and 4 more: p was 0.1 and is 0.5 now: p=_ keeps it",
         "5: p was 0.2 and is 0.5 now: p=_ keeps it",
         "6: p was 0.3 and is 0.5 now: p=_ keeps it",
-        "1 more have settings other than before",
+        "1 more have other settings than before",
     ]
 
 

@@ -16,7 +16,7 @@ from modelcli.live.script.state import State
 from modelcli.live.script.step import Step
 from modelcli.live.sources import converted, named_tensors
 from modelcli.live.surgery.core import blueprint_of
-from modelcli.live.surgery.storages import byte_span, has_storage, key_of, view_anew, viewers
+from modelcli.live.surgery.storages import byte_span, has_storage, key_of, replace_storage, viewers
 from modelcli.model.dtypes import FLOATING
 
 
@@ -53,7 +53,7 @@ def _convert(
         storage, before = part[0].untyped_storage(), part[0].dtype
         flat = torch.empty(0, dtype=before, device=part[0].device)
         flat.set_(storage, 0, (storage.nbytes() // before.itemsize,), (1,))
-        view_anew(part, converted(flat, dtype), dtype)
+        replace_storage(part, converted(flat, dtype), dtype)
     for tensor in chosen.values():
         if not has_storage(tensor):
             tensor.data = tensor.data.to(dtype)

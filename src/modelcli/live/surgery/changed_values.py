@@ -18,7 +18,7 @@ from modelcli.live.sources import (
     require_source,
 )
 from modelcli.live.surgery.state_dicts import meta_tensors, viewing
-from modelcli.live.surgery.storages import has_storage, key_of, view_anew
+from modelcli.live.surgery.storages import has_storage, key_of, replace_storage
 from modelcli.model.state_dict import StateDictModel
 
 #: What an edit does to values: it gets some of a tensor's, and gives as many of the same dtype.
@@ -41,7 +41,7 @@ def change_values(module: nn.Module, names: Collection[str], function: Function)
         if has_storage(tensor) and not tensor.is_meta and tensor.is_neg():
             tensor.data = tensor.data.resolve_neg()
     for views, source in _changed_storages(tensors, names, function):
-        view_anew(views, source)
+        replace_storage(views, source)
 
 
 def change_values_of_keys(model: StateDictModel, names: Collection[str], function: Function) -> StateDictModel:

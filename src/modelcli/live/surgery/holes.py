@@ -1,4 +1,4 @@
-"""`_` in a module expression: as it was. What the old module tells, else what flows in on a forward pass."""
+"""Fill in `_` in a module expression: from the old module's settings, else from what flows in on a forward pass."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from modelcli.wording import counted
 
 
 class Placeholder(nn.Identity):
-    """Stands where a new module will be, so that a forward pass tells what flows in there."""
+    """Takes the place of a new module, so that a forward pass shows what flows in there."""
 
 
 #: Which axis of what flows in gives an argument of this name. Channels are the second axis, features the last.
@@ -44,7 +44,7 @@ _AXES = {
     "num_features": 1,
     "num_parameters": 1,
 }
-#: Modules that take the second axis for channels, and how many axes their input has.
+#: Modules whose second input axis is the channels, and the number of axes of their input.
 _BY_CHANNELS: dict[type[nn.Module], int] = {
     **dict.fromkeys((nn.Conv1d, nn.ConvTranspose1d, nn.MaxPool1d, nn.AvgPool1d), 3),
     **dict.fromkeys((nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.Upsample), 4),
@@ -57,13 +57,19 @@ _BY_FEATURES = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.MultiheadAttention, nn
 
 
 def argument_from(name: str, shape: tuple[int, ...]) -> int | None:
-    """The value that a constructor argument takes from the shape of what flows in, or None where it takes none."""
+    """Return the value that the input shape gives to a constructor argument; None if it gives none."""
     axis = _AXES.get(name)
     return None if axis is None or not -len(shape) <= axis < len(shape) else shape[axis]
 
 
 def shape_with(name: str, shape: tuple[int, ...], size: int) -> tuple[int, ...] | None:
-    """The shape with another size along the axis that gives a constructor argument of this name."""
+    """Return the input shape that would give `size` to a constructor argument; None if no axis determines it.
+
+    Args:
+        name: the argument.
+        shape: the present input shape.
+        size: the wanted value of the argument.
+    """
     if argument_from(name, shape) is None:
         return None
     axis = _AXES[name] % len(shape)
@@ -73,7 +79,17 @@ def shape_with(name: str, shape: tuple[int, ...], size: int) -> tuple[int, ...] 
 def resolved_calls(
     module: nn.Module, expression: Call, targets: Sequence[tuple[nn.Module, str]], context: Context
 ) -> list[Call]:
-    """The expression for each target (the module that is there, and its path) with every `_` filled in."""
+    """Return the expression for each target with every `_` filled in.
+
+    Args:
+        module: the model.
+        expression: the expression, perhaps with `_`.
+        targets: the old modules and their paths.
+        context: the inputs of the model, and which names are trusted.
+
+    Raises:
+        RequestError: the value of a `_` is not known.
+    """
     if not expression.has_hole:
         return [expression] * len(targets)
     flows = _Flows(module, [path for _, path in targets], context)
@@ -82,7 +98,7 @@ def resolved_calls(
 
 @dataclass(frozen=True)
 class _Flow:
-    """What flows into a module: a tensor on meta, and where its channels lie, where that is known."""
+    """The input of a module: a tensor on meta, and the axis of its channels, if known."""
 
     tensor: torch.Tensor
     layout: Layout | None = None
@@ -96,19 +112,21 @@ class _Flow:
 
 
 class Flows(Protocol):
-    """Tells what flows into places of a model."""
+    """Gives the inputs of modules of a model."""
 
     context: Context
 
-    def into(self, path: str) -> _Flow | None: ...
+    def into(self, path: str) -> _Flow | None:
+        """Return the input of the module at a path; None if it is not known."""
+        ...
 
     def unknown(self) -> str:
-        """Why nothing is known to flow into a place."""
+        """Return the part of a message that says why an input is not known."""
         ...
 
 
 class _Flows:
-    """What flows into each target on a forward pass, which is made once, and only where somebody asks."""
+    """The input of each target in a forward pass, which is made once, when it is first needed."""
 
     def __init__(self, module: nn.Module, paths: Sequence[str], context: Context) -> None:
         self.context = context
@@ -123,24 +141,24 @@ class _Flows:
         return None if tensor is None else _Flow(tensor.detach().to("meta"), self._layout_at(path, tensor.dim()))
 
     def unknown(self) -> str:
-        """Why nothing is known to flow into a place."""
+        """Return the part of a message that says why an input is not known."""
         if self.context.inputs is None:
-            return ", and what flows in is not known: no input size is"
+            return ", and what flows in is not known without an input size"
         failure = None if self._found is None else self._found[1]
         return ", and no forward pass reached it" if failure is None else f", and {failure.reason}"
 
     def _layout_at(self, path: str, axes: int) -> Layout | None:
-        """Where the channels lie of what flows into a place, as the modules before it tell."""
+        """Return the layout of the input at a path, judged by the modules before it."""
         before: list[nn.Module] = []
         for name, child in self._module.named_modules():
             if name == path:
                 break
             before.append(child)
-        return _layout_behind(before, axes)
+        return _layout_after(before, axes)
 
 
-def _layout_behind(before: Iterable[nn.Module], axes: int) -> Layout | None:
-    """Where the channels of a tensor with so many axes lie that has come through these modules, the last ones first."""
+def _layout_after(before: Iterable[nn.Module], axes: int) -> Layout | None:
+    """Return the layout of a tensor with `axes` axes after these modules; the last one that determines it decides."""
     for module in reversed(list(before)):
         if (found := _layout_of(module, axes)) is not None:
             return found
@@ -148,7 +166,7 @@ def _layout_behind(before: Iterable[nn.Module], axes: int) -> Layout | None:
 
 
 def _layout_of(module: nn.Module, axes: int) -> Layout | None:
-    """Where a module has the channels of a tensor with so many axes; None where it tells nothing of these."""
+    """Return the layout that a module uses for tensors with `axes` axes; None if it does not determine one."""
     for kind, its_axes in _BY_CHANNELS.items():
         if isinstance(module, kind):
             return "channels first" if axes == its_axes else None
@@ -165,13 +183,13 @@ def _is_by_channels(module: nn.Module) -> bool:
     return isinstance(module, nn.LayerNorm) and kind_of(module) == NORM_OVER_CHANNELS
 
 
-def goes_by_channels(module: nn.Module) -> bool:
-    """Whether a module normalises or convolves over the second axis."""
+def works_on_channels(module: nn.Module) -> bool:
+    """Whether the second axis of a module's input is its channels."""
     return isinstance(module, _NormBase | nn.GroupNorm | _ConvNd) or _is_by_channels(module)
 
 
 class _Filling:
-    """Fills `_` of one expression at one place: with the old module's attribute of that name, else what flows in."""
+    """Fills `_` in one expression at one path: with the old module's attribute of that name, else from its input."""
 
     def __init__(self, expression: Call, old: nn.Module, path: str, flows: Flows, context: Context) -> None:
         self.expression = expression
@@ -181,10 +199,12 @@ class _Filling:
         self.context = context
 
     def filled(self, call: Call, inner: _Flow | None = None, *, first: bool = True) -> Call:
-        """A call, nested ones included, as it is to be made.
+        """Return a call, and the calls nested in it, with every `_` filled in.
 
-        `first` says that it takes what flowed into the old module; else `inner` flows into it, from the modules before
-        it in a `Sequential` of the expression, or None where that is not known.
+        Args:
+            call: the call.
+            inner: its input, if it is not the first module of a `Sequential` in the expression; None if not known.
+            first: whether its input is that of the old module.
         """
         if not call.has_hole:
             return call
@@ -202,18 +222,18 @@ class _Filling:
         return Call(call.name, args, values)
 
     def _filled_sequence(self, call: Call, flow: _Flow | None, *, first: bool) -> Call:
-        """A `Sequential`: each module takes what the one before it gives."""
+        """Fill in a `Sequential`, in which the input of each module is the output of the one before it."""
         args: list[Any] = []
         for position, value in enumerate(call.args):
             at_start = first and position == 0
             args.append(self._value(call, value, "", flow, first=at_start))
             if any(map(expressions.holds_hole, call.args[position + 1 :])):
-                taken = self._what_flowed_in(args[-1]) if at_start else flow
-                flow = self._behind(args[-1], taken)
+                taken = self._old_input(args[-1]) if at_start else flow
+                flow = self._output_of(args[-1], taken)
         return Call(call.name, tuple(args), dict(call.kwargs))
 
-    def _what_flowed_in(self, call: Any) -> _Flow | None:
-        """What flows into the place of the old module: from a forward pass, else as wide as the modules there are."""
+    def _old_input(self, call: Any) -> _Flow | None:
+        """Return the input of the old module: from a forward pass, else one that fits the old or the new module."""
         if (flow := self.flows.into(self.path)) is not None:
             return flow
         made = self._made(call)
@@ -222,8 +242,8 @@ class _Filling:
                 return flow
         return None
 
-    def _behind(self, call: Any, flow: _Flow | None) -> _Flow | None:
-        """What a module gives for a flow; None where it does not take it, or is no module with a plain output."""
+    def _output_of(self, call: Any, flow: _Flow | None) -> _Flow | None:
+        """Return the output of a module for an input; None if the module refuses it or returns no plain tensor."""
         made = self._made(call)
         if made is None or flow is None:
             return None
@@ -235,17 +255,17 @@ class _Filling:
             return None
         if not isinstance(out, torch.Tensor):
             return None
-        layout = _layout_behind(made.modules(), out.dim())
+        layout = _layout_after(made.modules(), out.dim())
         return _Flow(out, layout or (flow.layout if out.dim() == given.dim() else None))
 
     def _made(self, call: Any) -> nn.Module | None:
-        """A module of the expression on the meta device, to be asked what it gives."""
+        """Make a module of the expression on the meta device, to find out its output; None if that fails."""
         if not isinstance(call, Call) or call.has_hole:
             return None
         try:
             return build_on_meta(lambda: modules.make(call, trusted=self.context.trusted), only_if_needed=True)
         except ModelcliError:
-            return None  # what is wrong with it is said when it is made to stay
+            return None  # making the module itself will report the error
 
     def _value(self, call: Call, value: Any, name: str, inner: _Flow | None, *, first: bool) -> Any:
         if value == HOLE:
@@ -253,9 +273,7 @@ class _Filling:
         if isinstance(value, Call):
             return self.filled(value, inner, first=first)
         if expressions.holds_hole(value):
-            raise RequestError(
-                f"{self.expression}: _ stands for a whole argument, not for a part of one", "write it out"
-            )
+            raise RequestError(f"{self.expression}: _ must be a whole argument, not a part of one", "write the value")
         return value
 
     def _fill(self, call: Call, name: str, inner: _Flow | None, *, first: bool) -> Any:
@@ -263,9 +281,9 @@ class _Filling:
             if inner is not None and (size := self._size(call, name, inner)) is not None:
                 return size
             raise RequestError(
-                f"{self.expression} at {self.path}: _ for {name} of {call.name} is not known: what the modules before "
-                "it give is not",
-                f"write {name} out",
+                f"{self.expression} at {self.path}: _ for {name} of {call.name} is not known, because the output of "
+                "the modules before it is not",
+                f"write the value of {name}",
             )
         return self._as_it_was(call, name)
 
@@ -278,44 +296,48 @@ class _Filling:
             return size
         if flow is None and (width := _width_of_children(self.old, name)) is not UNKNOWN:
             return width
-        was = "nothing was there before"
+        was = "there was no module before"
         if not isinstance(self.old, Placeholder):
             was = f"the old {type(self.old).__name__} has no {name}"
         raise RequestError(
             f"{self.expression} at {self.path}: _ for {name} is not known: {was}"
-            + (", and what flows in does not tell" if flow is not None or name not in _AXES else self.flows.unknown()),
-            f"write {name} out" + (", or pass --input-size" if self.context.inputs is None else ""),
+            + (
+                ", and what flows in does not determine it"
+                if flow is not None or name not in _AXES
+                else self.flows.unknown()
+            ),
+            f"write the value of {name}" + (", or pass --input-size" if self.context.inputs is None else ""),
         )
 
     def _size(self, call: Call, name: str, flow: _Flow) -> int | None:
-        """The size of the axis that an argument names.
+        """Return the size of the input axis that determines an argument.
 
-        Raises RequestError where that axis is another one in what flows in: the width of an image is no features.
+        Raises RequestError if that axis has another meaning in this input, such as the width of an image.
         """
         size, axes = argument_from(name, flow.shape), flow.tensor.dim()
         if size is None or axes < 3:
             return size
         last = _AXES[name] == -1
-        # An image without a word of where its channels lie may have them at either end.
+        # An image whose layout is not known may have its channels on either axis.
         doubtful = axes >= 4 and flow.layout is None
-        if last and (flow.layout == "channels first" or doubtful or (axes >= 4 and goes_by_channels(self.old))):
-            old = f"the old {type(self.old).__name__} goes by channels, and " if goes_by_channels(self.old) else ""
+        if last and (flow.layout == "channels first" or doubtful or (axes >= 4 and works_on_channels(self.old))):
+            old = f"the old {type(self.old).__name__} works on channels, and " if works_on_channels(self.old) else ""
             raise RequestError(
                 f"{self.expression} at {self.path}: _ for {name} is not known: {old}the last axis of {flow}, which "
-                f"flows in, is {'perhaps ' if doubtful and not old else ''}the width of an image, no features",
+                f"flows in, is {'perhaps ' if doubtful and not old else ''}the width of an image, not features",
                 _way_out(call, name),
             )
         if not last and flow.layout == "features last" and name in ("in_channels", "input_channels"):
             raise RequestError(
                 f"{self.expression} at {self.path}: _ for {name} is not known: {flow} flows in, which has its "
-                "features last and no channels on its second axis",
-                f"write {name} out",
+                "features on the last axis, not channels on the second",
+                f"write the value of {name}",
             )
         return size
 
 
 class _KeysFilling(_Filling):
-    """The same where nothing but the shapes of the old tensors tells what was there."""
+    """Fills `_` for a plain state dict, in which only the shapes of the old tensors are known."""
 
     def __init__(
         self, expression: Call, shapes: Mapping[str, Shape], path: str, flows: Flows, context: Context
@@ -328,13 +350,13 @@ class _KeysFilling(_Filling):
         if (told := shapes.argument_told(self.shapes, kind, call, name)) is not None:
             return told
         raise RequestError(
-            f"{self.expression} at {self.path}: _ for {name} is not known: the file does not say what was there",
-            f"--arch names its architecture; or write {name} out",
+            f"{self.expression} at {self.path}: _ for {name} is not known: a plain state dict records no settings",
+            f"pass --arch REFERENCE, or write the value of {name}",
         )
 
 
 class _NoFlows:
-    """Nothing flows anywhere: a checkpoint without an architecture cannot run."""
+    """Knows no inputs, because a plain state dict has no architecture and cannot run."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -344,8 +366,8 @@ class _NoFlows:
 
     def unknown(self) -> str:
         if self.context.inputs is None:
-            return ", and what flows in is not known: no input size is"
-        return ", and a checkpoint without an architecture cannot run"
+            return ", and what flows in is not known without an input size"
+        return ", and a model without a known architecture cannot run"
 
 
 def resolved_for_keys(
@@ -371,14 +393,14 @@ def resolved_for_keys(
 
 def _way_out(call: Call, name: str) -> str:
     if name == "normalized_shape":
-        return "GroupNorm(1,_) normalises over channels and space; or write normalized_shape out"
+        return "GroupNorm(1,_) normalises over channels and space; or write the value of normalized_shape"
     if call.name == "Linear" and len(call.args) > 1 and isinstance(call.args[1], int):
-        return f"Conv2d(_,{call.args[1]},1) goes by the channels of an image; or write in_features out"
-    return f"write {name} out"
+        return f"Conv2d(_,{call.args[1]},1) works on the channels of an image; or write the value of in_features"
+    return f"write the value of {name}"
 
 
 def _as_wide_as(module: nn.Module) -> _Flow | None:
-    """A flow that a module takes by its own sizes, where no forward pass tells what really flows in."""
+    """Return an input that fits a module's own sizes, for use if no forward pass shows the real input."""
     if isinstance(features := getattr(module, "in_features", None), int) and features > 0:
         return _Flow(torch.empty(1, features, device="meta"))
     if isinstance(module, _ConvNd) and module.in_channels > 0:
@@ -387,12 +409,12 @@ def _as_wide_as(module: nn.Module) -> _Flow | None:
     return None
 
 
-#: Pixels along each axis of an image that stands for one of unknown size.
+#: The pixels along each axis of an image whose real size is not known.
 _SIDE = 64
 
 
 def _width_of_children(old: nn.Module, name: str) -> int | Unknown:
-    """How wide the input of a module is whose class takes this argument, as the first layer in it tells."""
+    """Return the input size of the first layer inside a module whose class has this argument; UNKNOWN if none."""
     if name not in _AXES or name not in modules.parameter_names(type(old)):
         return UNKNOWN
     for child in modules_in(old):

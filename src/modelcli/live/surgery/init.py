@@ -35,10 +35,10 @@ from modelcli.live.script.step import Step
 from modelcli.live.sources import Drawn, Lazy, is_lazy, named_tensors
 from modelcli.live.surgery.core import blueprint_of, submodule
 from modelcli.live.surgery.state_dicts import meta_tensors, viewing
-from modelcli.live.surgery.storages import copied, has_storage, key_of, shown_by, view_anew, viewers
+from modelcli.live.surgery.storages import copied, has_storage, key_of, replace_storage, shown_by, viewers
 from modelcli.model.blueprint import Blueprint
 from modelcli.model.paths import ancestors, joined, lies_in, parent_of, shown
-from modelcli.model.shared_bytes import Shown, shown_too
+from modelcli.model.shared_bytes import Shown, sharing_bytes
 from modelcli.model.state_dict import StateDictModel, StateDictTensor
 from modelcli.wording import listed
 
@@ -62,7 +62,7 @@ def carry_out(module: nn.Module, edit: Init, context: Context) -> Applied[nn.Mod
     views = viewers(module)
     chosen = {id(tensors[name]) for name in drawing.filled}
     for key, source in _drawn(drawing, views, chosen, context.seed).items():
-        view_anew(views[key], source)
+        replace_storage(views[key], source)
     notes = _told(drawing, blueprint, selected, names, shown_by(module))
     return Applied(module, changes, notes, context.inputs)
 
@@ -100,7 +100,7 @@ def _view_notes(shown: Mapping[str, Shown], filled: set[str]) -> list[str]:
     """What there is to tell of other tensors that show numbers which are drawn anew."""
     views = [
         f"{name} shows numbers of {picked}: it has the new ones too"
-        for name, picked in shown_too(shown, filled).items()
+        for name, picked in sharing_bytes(shown, filled).items()
     ]
     return views if len(views) <= 3 else [*views[:3], f"{len(views) - 3} more tensors show new numbers too"]
 

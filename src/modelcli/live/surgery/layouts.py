@@ -1,4 +1,4 @@
-"""Whether two modules mean the same by a tensor of one name, so that values can be carried from one to the other."""
+"""Find out whether tensors with the same name mean the same in two modules, so that values can be copied over."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ _BY_NAME = {"Conv1D": "a linear layer"}
 
 
 @dataclass(frozen=True)
-class Carrying:
-    """How a tensor is carried over: its old axes swapped where `transposed`. `refusal` says why it cannot be."""
+class CopyRule:
+    """How to copy a tensor's values over: with swapped axes if `transposed`. `refusal` says why it is not possible."""
 
     transposed: bool = False
     refusal: str | None = None
 
 
-def carrying(name: str, old: nn.Module, new: nn.Module) -> Carrying | None:
-    """How the values of a tensor go from one module to another.
+def copy_rule(name: str, old: nn.Module, new: nn.Module) -> CopyRule | None:
+    """Return how to copy the values of a tensor from one module to another.
 
     Args:
-        name: the tensor's path in both.
+        name: the tensor's path in both modules.
         old: the module that has the values.
-        new: the module that is to have them.
+        new: the module that gets them.
 
     Returns:
-        How, or why not; None where the new module has room for none of them (another number of dimensions).
+        How, or why not; None if one module lacks the tensor or the numbers of dimensions differ.
     """
     path, _, own = name.rpartition(".")
     had, has = _holder(old, path), _holder(new, path)
@@ -54,49 +54,49 @@ def carrying(name: str, old: nn.Module, new: nn.Module) -> Carrying | None:
     one, other = kind_of(had), kind_of(has)
     if type(had) is not type(has) and (one is None or one != other) and not (one == other and _derived(had, has)):
         told = f"{type(had).__name__} is {one}, {type(has).__name__} {other}"
-        means = f"{name} of {type(had).__name__} does not mean the same in {type(has).__name__}"
-        return Carrying(refusal=f"{means}: {told}" if one and other else f"{means}, as far as anything says")
-    return Carrying(refusal=_misplaced(name, had, has, before, after))
+        means = f"{name} of {type(had).__name__} has another meaning in {type(has).__name__}"
+        return CopyRule(refusal=f"{means}: {told}" if one and other else f"{means}, as far as modelcli knows")
+    return CopyRule(refusal=_misplaced(name, had, has, before, after))
 
 
 def transposed(old: nn.Module, new: nn.Module) -> tuple[str, ...]:
-    """The names of the tensors whose axes are swapped on their way from one module to another."""
-    ways = {name: carrying(name, old, new) for name in new.state_dict()}
-    return tuple(name for name, way in ways.items() if way is not None and way.transposed)
+    """Return the names of the tensors whose axes are swapped when they are copied from one module to another."""
+    rules = {name: copy_rule(name, old, new) for name in new.state_dict()}
+    return tuple(name for name, rule in rules.items() if rule is not None and rule.transposed)
 
 
 def _misplaced(name: str, had: nn.Module, has: nn.Module, before: torch.Tensor, after: torch.Tensor) -> str | None:
-    """Why the overlap of two tensors of one kind would put values where they mean something else, or None."""
+    """Return why copying the overlap would put values where they have another meaning; None if it would not."""
     if before.shape == after.shape and not isinstance(had, nn.RNNBase | nn.RNNCellBase):
         return _regrouped(name, had, has)
     if isinstance(had, _ConvNd) and before.shape[2:] != after.shape[2:]:
         sizes = " and ".join("x".join(map(str, tensor.shape[2:])) for tensor in (before, after))
-        return f"the kernels of {name} are of the sizes {sizes}: the old one would lie in a corner of the new one"
+        return f"the kernels of {name} have the sizes {sizes}: the old one would fill only a corner of the new one"
     if isinstance(had, nn.RNNBase | nn.RNNCellBase):
         for argument in ("hidden_size", "proj_size"):
             was, now = (setting(module, argument) for module in (had, has))
             if was is not UNKNOWN and now is not UNKNOWN and was != now:
-                return f"{name} holds a block for each gate, and {argument} was {was} and is {now} now"
+                return f"{name} has a block for each gate, but {argument} was {was} and is {now} now"
     if isinstance(had, nn.MultiheadAttention) and name.rpartition(".")[2].startswith("in_proj") and before.dim() < 3:
-        return f"{name} holds queries, keys and values one below the other, and their width is another now"
+        return f"{name} stacks queries, keys and values, but their width has changed"
     return _regrouped(name, had, has)
 
 
 def _regrouped(name: str, had: nn.Module, has: nn.Module) -> str | None:
-    """Why channels would come into other groups of a convolution, or None."""
+    """Return why channels would get into other groups of a convolution; None if they would not."""
     if not isinstance(had, _ConvNd) or not isinstance(has, _ConvNd) or not name.endswith("weight"):
         return None
     if all(module.groups == module.in_channels for module in (had, has)):
-        return None  # each channel has a kernel of its own
+        return None  # each channel has its own kernel
     if had.groups != has.groups:
-        return f"{name} has {had.groups} groups of channels, and {has.groups} in the new module"
+        return f"{name} has {had.groups} groups of channels, but {has.groups} in the new module"
     if had.groups > 1 and (had.in_channels, had.out_channels) != (has.in_channels, has.out_channels):
-        return f"{name} has its channels in {had.groups} groups, which would be others"
+        return f"the channels of {name} would get into others of its {had.groups} groups"
     return None
 
 
-def carrying_by_shapes(name: str, before: torch.Tensor, new: nn.Module) -> Carrying | None:
-    """The same for a tensor of a checkpoint that does not say what its modules are: the shapes alone tell."""
+def copy_rule_by_shapes(name: str, before: torch.Tensor, new: nn.Module) -> CopyRule | None:
+    """Return how to copy a tensor of a plain state dict, judged by shapes alone. Arguments as in `copy_rule`."""
     path, _, own = name.rpartition(".")
     has = _holder(new, path)
     after = _tensor(has, own)
@@ -104,10 +104,12 @@ def carrying_by_shapes(name: str, before: torch.Tensor, new: nn.Module) -> Carry
         return None
     if before.dim() > 2 and before.shape[2:] != after.shape[2:]:
         sizes = " and ".join("x".join(map(str, tensor.shape[2:])) for tensor in (before, after))
-        return Carrying(refusal=f"the last axes of {name} have the sizes {sizes}: values would lie in a corner")
+        return CopyRule(
+            refusal=f"the last axes of {name} have the sizes {sizes}: the old values would fill only a corner"
+        )
     if isinstance(has, nn.RNNBase | nn.RNNCellBase | nn.MultiheadAttention) and before.shape != after.shape:
-        return Carrying(refusal=f"{name} holds blocks one below the other, whose sizes are others now")
-    return Carrying()
+        return CopyRule(refusal=f"{name} stacks blocks whose sizes have changed")
+    return CopyRule()
 
 
 def kind_of(module: nn.Module) -> str | None:
@@ -126,12 +128,12 @@ def kind_of(module: nn.Module) -> str | None:
 
 
 def _is_conv1d_of_gpt(module: nn.Module) -> bool:
-    """Whether it is the `Conv1D` of transformers: a linear layer whose weight is `[in, out]`."""
+    """Whether a module is transformers' `Conv1D`, a linear layer with weight `[in, out]`."""
     return type(module).__name__ == "Conv1D" and isinstance(getattr(module, "nf", None), int)
 
 
 def _derived(had: nn.Module, has: nn.Module) -> bool:
-    """Whether one class is made from the other."""
+    """Whether one class is a subclass of the other."""
     return isinstance(had, type(has)) or isinstance(has, type(had))
 
 

@@ -1,4 +1,4 @@
-"""What a new module does not take over of the old one: settings, children, a forward of its own, hooks."""
+"""Notes on what a new module does not take over from the old one: settings, children, an own forward, hooks."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from modelcli.live.meta_models import build_on_meta
 from modelcli.live.surgery.settings import UNKNOWN, setting
 from modelcli.wording import counted, listed
 
-#: Lines about modules that differ in different ways.
+#: The most notes about different changes.
 _MOST = 3
-#: Arguments that the printed module shows, since they decide the shape of a tensor, and those that decide no number.
-_TOLD_ANYWAY = {
+#: Arguments that need no note: those that the printed module shows because they determine a tensor's shape, and those
+#: that do not influence values.
+_NEED_NO_NOTE = {
     *("in_features", "out_features", "in_channels", "out_channels", "kernel_size", "num_features", "num_channels"),
     *("num_groups", "num_parameters", "normalized_shape", "num_embeddings", "embedding_dim", "input_size"),
     *("hidden_size", "embed_dim", "num_heads", "d_model", "nhead", "affine", "elementwise_affine"),
     *("track_running_stats", "inplace", "device", "dtype"),
 }
 
-#: A setting that is another one now: its name, the old value and the new one, both as text; no new one where the new
-#: module has no such argument.
+#: A changed setting: its name, and the old and the new value as text; None if the new module has no such argument.
 _Setting = tuple[str, str, str | None]
 
 
 def notes(call: Call, resolved: Iterable[Call], replaced: Iterable[tuple[nn.Module, str, nn.Module]]) -> list[str]:
-    """A line for each way in which modules differ from the old ones that nobody wrote.
+    """Return a note for each difference between new and old modules that the user did not write.
 
     Args:
-        call: the expression as it was given.
-        resolved: for each module the expression with `_` filled in.
-        replaced: the old modules, their paths, the new ones.
+        call: the expression that the user wrote.
+        resolved: for each module, the expression with `_` filled in.
+        replaced: the old modules, their paths, and the new modules.
     """
     replaced = list(replaced)
     settings: dict[tuple[_Setting, ...], list[str]] = {}
@@ -44,14 +44,14 @@ def notes(call: Call, resolved: Iterable[Call], replaced: Iterable[tuple[nn.Modu
     for (old, path, new), made in zip(replaced, resolved, strict=True):
         if found := tuple(_settings_within(call, made, old, new)):
             settings.setdefault(found, []).append(path)
-        if what := _code_that_goes(old, new):
+        if what := _lost_code(old, new):
             lost.setdefault((type(old).__name__, what), []).append(path)
     told = [f"{_where(where)}: {_changed(found)}" for found, where in list(settings.items())[:_MOST]]
     rest = sum(map(len, list(settings.values())[_MOST:]))
-    told += [f"{rest} more have settings other than before"] if rest else []
+    told += [f"{rest} more have other settings than before"] if rest else []
     told += [f"{_where(where)}: the old {name} had {what}" for (name, what), where in list(lost.items())[:_MOST]]
     rest = sum(map(len, list(lost.values())[_MOST:]))
-    return [*told, f"{rest} more had children, hooks or a forward of their own"] if rest else told
+    return [*told, f"{rest} more had children, hooks or their own forward"] if rest else told
 
 
 def _where(paths: list[str]) -> str:
@@ -59,7 +59,7 @@ def _where(paths: list[str]) -> str:
 
 
 def _changed(settings: tuple[_Setting, ...]) -> str:
-    """`stride was (2, 2) and is (1, 1) now: stride=_ keeps it`; what the new class cannot have is named apart."""
+    """Return `stride was (2, 2) and is (1, 1) now: stride=_ keeps it`, and what the new class cannot have."""
     kept = [(name, was, now) for name, was, now in settings if now is not None]
     gone = [f"{name}={was}" for name, was, now in settings if now is None]
     parts = []
@@ -68,9 +68,7 @@ def _changed(settings: tuple[_Setting, ...]) -> str:
         keeping = ", ".join(f"{name}=_" for name, _, _ in kept)
         parts.append(f"{changed}: {keeping} {'keeps it' if len(kept) == 1 else 'keep them'}")
     if gone:
-        parts.append(
-            f"{', '.join(gone)} {'is' if len(gone) == 1 else 'are'} lost: the new module takes no such argument"
-        )
+        parts.append(f"{', '.join(gone)} {'is' if len(gone) == 1 else 'are'} lost: the new module has no such argument")
     return "; ".join(parts)
 
 
@@ -78,7 +76,7 @@ def _changed(settings: tuple[_Setting, ...]) -> str:
 
 
 def _settings_within(call: Call, made: Call, old: nn.Module, new: nn.Module) -> Iterator[_Setting]:
-    """The settings of the old module that what takes its place has not: the new module, or one of its kind inside."""
+    """Yield the settings in which the new module, or a module of the old one's kind inside it, differs from the old."""
     if _akin(type(old), type(new)) or not _nested(call):
         yield from _settings(call, old, new)
         return
@@ -94,7 +92,7 @@ def _settings_within(call: Call, made: Call, old: nn.Module, new: nn.Module) -> 
 
 
 def _nested(call: Call) -> list[Call]:
-    """The calls inside a call, outer ones first."""
+    """Return the calls inside a call, outer ones first."""
     found: list[Call] = []
     for value in (*call.args, *call.kwargs.values()):
         if isinstance(value, Call):
@@ -103,13 +101,13 @@ def _nested(call: Call) -> list[Call]:
 
 
 def _akin(one: type, other: type) -> bool:
-    """Whether two classes have a base in common besides `Module`: convolutions, norms, dropouts."""
+    """Whether two classes have a base class in common besides `Module`: convolutions, norms, dropouts."""
     shared = set(one.__mro__) & set(other.__mro__)
     return any(issubclass(kind, nn.Module) and kind is not nn.Module for kind in shared)
 
 
 def _settings(call: Call, old: nn.Module, new: nn.Module) -> Iterator[_Setting]:
-    """The settings of the old module that the expression leaves out, and that differ or are none of the new one's."""
+    """Yield the old module's settings that the expression does not state and that the new module changes or lacks."""
     taken = modules.parameter_names(type(new))
     written = {*taken[: len(call.args)], *call.kwargs}
     defaults = _defaults(type(old))
@@ -121,12 +119,12 @@ def _settings(call: Call, old: nn.Module, new: nn.Module) -> Iterator[_Setting]:
             now = setting(new, name)
             if now is not UNKNOWN and _differ(was, now):
                 yield name, str(was), str(now)
-        elif name not in _TOLD_ANYWAY and name in defaults and _differ(was, defaults[name]) and not _nested(call):
+        elif name not in _NEED_NO_NOTE and name in defaults and _differ(was, defaults[name]) and not _nested(call):
             yield name, str(was), None
 
 
 def _defaults(kind: type[nn.Module]) -> dict[str, Any]:
-    """The defaults of a constructor's arguments."""
+    """Return the defaults of a constructor's arguments."""
     for base in kind.__mro__:
         parameters = signatures.of(base).parameters.values()
         if [parameter.name for parameter in parameters][:1] != ["args"]:
@@ -135,7 +133,7 @@ def _defaults(kind: type[nn.Module]) -> dict[str, Any]:
 
 
 def _differ(was: Any, now: Any) -> bool:
-    """Whether two values are not the same; 2 is (2, 2), and None is a value."""
+    """Whether two settings differ; 2 equals (2, 2)."""
     if isinstance(was, tuple) != isinstance(now, tuple) and was is not None and now is not None:
         several, one = (was, now) if isinstance(was, tuple) else (now, was)
         return any(value != one for value in several)
@@ -145,15 +143,15 @@ def _differ(was: Any, now: Any) -> bool:
 # --- code ------------------------------------------------------------------------------------------------------------
 
 
-def _code_that_goes(old: nn.Module, new: nn.Module) -> str | None:
-    """What the old module ran besides what its class of `torch.nn` runs: children, a forward of its own, hooks."""
+def _lost_code(old: nn.Module, new: nn.Module) -> str | None:
+    """Return what the old module ran that the new one does not: children, an own forward, hooks; None if nothing."""
     children = [f"{name} {type(child).__name__}" for name, child in old.named_children()]
     parts = []
     if children and list(old._modules) != list(new._modules):
         parts.append(f"{counted(len(children), 'child', 'children')} ({listed(children, 3)})")
     own: Any = type(old).forward
     if own is not type(new).forward and not (own.__module__ or "").startswith("torch.nn."):
-        parts.append("a forward of its own")
+        parts.append("its own forward")
     if hooks := len(old._forward_hooks) + len(old._forward_pre_hooks):
         parts.append(counted(hooks, "hook"))
-    return f"{' and '.join(parts)}: the new one does not" if parts else None
+    return f"{' and '.join(parts)}, which the new one does not have" if parts else None

@@ -38,7 +38,7 @@ from modelcli.live.surgery.core import blueprint_of, brief, count, places, submo
 from modelcli.live.surgery.holes import resolved_calls, resolved_for_keys
 from modelcli.live.surgery.new_modules import maker, new_for_keys
 from modelcli.live.surgery.state_dicts import meta_tensors, new_module
-from modelcli.live.surgery.storages import byte_span, has_storage, shown_by, view_anew, viewers
+from modelcli.live.surgery.storages import byte_span, has_storage, replace_storage, shown_by, viewers
 from modelcli.model.dtypes import is_differentiable
 from modelcli.model.shared_bytes import tied
 from modelcli.model.state_dict import NewModule, StateDictModel
@@ -123,11 +123,11 @@ class _Old:
     brief: str
     path: str
     new: nn.Module
-    carrying: Callable[[str], layouts.Carrying | None]
+    carrying: Callable[[str], layouts.CopyRule | None]
 
 
 def _old(old: nn.Module, path: str, new: nn.Module) -> _Old:
-    return _Old(named_tensors(old), brief(old), path, new, lambda name: layouts.carrying(name, old, new))
+    return _Old(named_tensors(old), brief(old), path, new, lambda name: layouts.copy_rule(name, old, new))
 
 
 def _keep_weights(groups: Sequence[_Old]) -> tuple[Mapping[str, Mapping[str, _Part]], list[str]]:
@@ -218,7 +218,7 @@ def _fill(old: Mapping[str, torch.Tensor], new: nn.Module, parts: Mapping[str, _
         covered = any(view.is_contiguous() and view.nbytes == drawn.nbytes for view, _ in kept)
         compute = partial(_overlaid, None if covered else drawn, kept)  # what is covered whole need not be drawn
         reads = (drawn, *(require_source(numbers) for _, numbers in kept))
-        view_anew(views, Computed(drawn.nbytes, compute, reads))
+        replace_storage(views, Computed(drawn.nbytes, compute, reads))
 
 
 def _overlaid(
@@ -372,10 +372,10 @@ class _OldKeys:
         views = meta_tensors(model, list(dense.values()))
         tensors = {own: views[name] for own, name in dense.items()}
 
-        def carrying(name: str) -> layouts.Carrying | None:
+        def carrying(name: str) -> layouts.CopyRule | None:
             if isinstance(self.told, nn.Module):
-                return layouts.carrying(name, self.told, new)
-            return layouts.carrying_by_shapes(name, tensors[name], new)
+                return layouts.copy_rule(name, self.told, new)
+            return layouts.copy_rule_by_shapes(name, tensors[name], new)
 
         return _Old(tensors, briefs[self.path].brief, self.path, new, carrying)
 

@@ -1,4 +1,4 @@
-"""What the attributes of a module tell of the arguments that its constructor was called with."""
+"""Recover the arguments of a module's constructor from the module's attributes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from modelcli.live.sources import is_lazy
 
 
 class _Unknown(Enum):
-    """The type of a value that is not known: None is a value that an argument may have."""
+    """The type of UNKNOWN, a value that is not known. (None is a possible value of an argument.)"""
 
     UNKNOWN = "unknown"
 
@@ -26,14 +26,14 @@ Unknown = Literal[_Unknown.UNKNOWN]
 
 
 def setting(module: nn.Module, name: str) -> Any | Unknown:
-    """The value that a constructor argument had, as the module's attributes tell it.
+    """Return the value that a constructor argument had, according to the module's attributes.
 
     Args:
         module: the module.
-        name: the argument's name, which PyTorch's modules give to the attribute that keeps it, as a rule.
+        name: the name of the argument; PyTorch's modules usually store it in an attribute of the same name.
 
     Returns:
-        A plain value (None is one), or UNKNOWN where no attribute tells.
+        A plain value (None is one), or UNKNOWN if no attribute has it.
     """
     if name in ("device", "dtype"):
         return UNKNOWN
@@ -43,7 +43,7 @@ def setting(module: nn.Module, name: str) -> Any | Unknown:
         return module.bias_k is not None
     try:
         value = getattr(module, name, UNKNOWN)
-    except Exception:  # a property of somebody's class
+    except Exception:  # it may be a property that raises anything
         return UNKNOWN
     if value is None:
         return None if name in modules.parameter_names(type(module)) else UNKNOWN
@@ -55,7 +55,7 @@ def setting(module: nn.Module, name: str) -> Any | Unknown:
 
 
 def _has_bias(module: nn.Module) -> bool | Unknown:
-    """Whether a module adds a bias: its tables tell, or the flag that recurrent layers keep."""
+    """Whether a module adds a bias, according to its parameters or to the flag of recurrent layers."""
     if "bias" in module._parameters:
         return module._parameters["bias"] is not None
     if isinstance(flag := getattr(module, "bias", None), bool):

@@ -1,4 +1,4 @@
-"""A model as it was, so that edits are all or nothing."""
+"""Restore a model if an edit fails, so that edits are all or nothing."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from modelcli.live.walking import modules_in
 
 @contextlib.contextmanager
 def restored_on_error(module: nn.Module) -> Iterator[None]:
-    """Put a module back as it was where the block raises: children, tensors, gradients, attributes; nothing is copied.
+    """If the block raises, restore a module's children, tensors, gradients and attributes. Values are not copied.
 
-    Holds as long as edits give a tensor other data, and write nothing into the data that it has.
+    This works because edits give a tensor new data and never write into its old data.
     """
-    parts = [part for part in modules_in(module) if not isinstance(part, torch.jit.ScriptModule)]  # theirs are C++
+    parts = [
+        part for part in modules_in(module) if not isinstance(part, torch.jit.ScriptModule)
+    ]  # their tables are in C++
     tables = [(part, dict(vars(part)), [dict(table) for table in _tables_of(part)]) for part in parts]
     tensors = [
         (tensor, tensor.data, tensor.requires_grad, tensor.grad if tensor.is_leaf else None, dict(vars(tensor)))
@@ -30,7 +32,7 @@ def restored_on_error(module: nn.Module) -> Iterator[None]:
     except BaseException:
         for tensor, data, trained, gradient, own in tensors:
             tensor.data = data
-            tensor.requires_grad = trained  # the method is not for parameters without a shape
+            tensor.requires_grad = trained  # `requires_grad_` fails for a parameter without a shape
             vars(tensor).clear()
             vars(tensor).update(own)
             if gradient is not None:

@@ -1,4 +1,4 @@
-"""The storages of a model, and who views them: tensors that share one get new numbers together."""
+"""The storages of a model and the tensors that view them. Tensors that share a storage get new values together."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from modelcli.model.shared_bytes import Shown
 
 
 def key_of(tensor: torch.Tensor) -> int:
-    """Equal for tensors that view one storage."""
+    """Return a key that is equal for tensors that view the same storage."""
     return int(tensor.untyped_storage()._cdata)
 
 
@@ -23,7 +23,7 @@ def has_storage(tensor: torch.Tensor) -> bool:
 
 
 def viewers(module: nn.Module) -> dict[int, list[torch.Tensor]]:
-    """The parameters and buffers that view each storage, by its key; one with several names is there once."""
+    """Return the parameters and buffers that view each storage, by its key; each tensor once."""
     found: dict[int, dict[int, torch.Tensor]] = {}
     for tensor in named_tensors(module).values():
         if has_storage(tensor):
@@ -32,13 +32,13 @@ def viewers(module: nn.Module) -> dict[int, list[torch.Tensor]]:
 
 
 def byte_span(view: torch.Tensor) -> tuple[int, int]:
-    """The bytes of its storage that a tensor lies in: the first, and the one after the last."""
+    """Return the range of bytes (start, end) that a tensor uses in its storage."""
     start = int(view.storage_offset())
     return start * view.element_size(), (start + extent(view)) * view.element_size()
 
 
 def shown_by(module: nn.Module) -> dict[str, Shown]:
-    """What each parameter and buffer shows of a storage, under every name."""
+    """Return the bytes that each parameter and buffer uses of its storage, under every name."""
     found = {}
     for name, tensor in named_tensors(module).items():
         if has_storage(tensor) and tensor.numel():
@@ -48,11 +48,15 @@ def shown_by(module: nn.Module) -> dict[str, Shown]:
     return found
 
 
-def view_anew(tensors: Sequence[torch.Tensor], source: AnySource, dtype: torch.dtype | None = None) -> None:
-    """Let tensors that share a storage view the bytes of a source in the same places, as `dtype` where one is given.
+def replace_storage(tensors: Sequence[torch.Tensor], source: AnySource, dtype: torch.dtype | None = None) -> None:
+    """Make tensors that share a storage view the bytes of a source instead, at the same offsets.
 
-    On the meta device the bytes are made when they are asked for, else at once. The tensors stay what they are:
-    parameters, ties and flags hold, and the numbers that they had are not written into.
+    The tensor objects stay the same, so ties and flags are preserved; their old data is not written to.
+
+    Args:
+        tensors: all tensors that view the storage.
+        source: the new bytes. On the meta device they are made when needed, else at once.
+        dtype: the new dtype of the tensors, if it changes.
     """
     device = tensors[0].device
     storage = tagged(source.nbytes, source) if tensors[0].is_meta else real_storage(source).to(device=device)
@@ -62,6 +66,6 @@ def view_anew(tensors: Sequence[torch.Tensor], source: AnySource, dtype: torch.d
 
 
 def copied(tensor: torch.Tensor) -> torch.UntypedStorage:
-    """A copy in memory of the storage of a tensor, its bytes read from where they come from."""
+    """Return a copy, in memory, of a tensor's storage, with the bytes read from its source."""
     copy: torch.UntypedStorage = real_storage(require_source(tensor)).cpu().clone()
     return copy

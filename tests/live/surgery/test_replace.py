@@ -271,7 +271,7 @@ def test_no_word_where_nothing_is_lost(cli: Cli) -> None:
         ("BatchNorm1d(4,momentum=None)", "BatchNorm1d(_)", "momentum was None and is 0.1 now"),
         ("BatchNorm1d(4)", "BatchNorm1d(_,momentum=None)", ""),
         ("Conv2d(3,8,3,2,1)", "Sequential(Conv2d(_,_,_,padding=_),Dropout2d(0.1))", "stride was (2, 2) and is (1, 1)"),
-        ("BatchNorm2d(4,momentum=0.5)", "GroupNorm(2,4)", "momentum=0.5 is lost: the new module takes no such"),
+        ("BatchNorm2d(4,momentum=0.5)", "GroupNorm(2,4)", "momentum=0.5 is lost: the new module has no such"),
         ("MultiheadAttention(4,2,batch_first=True)", "MultiheadAttention(_,_)", "batch_first was True and is False"),
     ],
 )

@@ -31,7 +31,7 @@ class Placeholder(nn.Identity):
     """Takes the place of a new module, so that a forward pass shows what flows in there."""
 
 
-#: Which axis of what flows in gives an argument of this name. Channels are the second axis, features the last.
+#: The axis of the input that determines an argument of this name: 1 for channels, -1 for features.
 _AXES = {
     "in_features": -1,
     "normalized_shape": -1,
@@ -179,7 +179,7 @@ def _layout_of(module: nn.Module, axes: int) -> Layout | None:
 
 
 def _is_by_channels(module: nn.Module) -> bool:
-    """Whether a layer norm turns the channels of images to the end and back by itself, as that of ConvNeXt does."""
+    """Whether a layer norm moves the channels of images to the end and back itself, like ConvNeXt's."""
     return isinstance(module, nn.LayerNorm) and kind_of(module) == NORM_OVER_CHANNELS
 
 

@@ -14,7 +14,7 @@ from modelcli.live.surgery.settings import UNKNOWN, setting
 
 #: What a norm is that takes the second axis for channels; providers call their own so.
 NORM_OVER_CHANNELS = "a norm over channels"
-#: Kinds of modules whose tensors of one name mean the same, whatever class of the kind it is.
+#: Kinds of modules. Tensors with the same name mean the same in all classes of a kind.
 _KINDS: tuple[tuple[str, tuple[type[nn.Module], ...]], ...] = (
     ("a linear layer", (nn.Linear,)),
     ("an embedding", (nn.Embedding, nn.EmbeddingBag)),
@@ -50,7 +50,7 @@ def copy_rule(name: str, old: nn.Module, new: nn.Module) -> CopyRule | None:
     if before is None or after is None or before.dim() != after.dim():
         return None
     if own == "weight" and _is_conv1d_of_gpt(had) != _is_conv1d_of_gpt(has) and kind_of(had) == kind_of(has):
-        return Carrying(transposed=True)
+        return CopyRule(transposed=True)
     one, other = kind_of(had), kind_of(has)
     if type(had) is not type(has) and (one is None or one != other) and not (one == other and _derived(had, has)):
         told = f"{type(had).__name__} is {one}, {type(has).__name__} {other}"
@@ -113,7 +113,7 @@ def copy_rule_by_shapes(name: str, before: torch.Tensor, new: nn.Module) -> Copy
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """What a module is, where its tensors mean the same in all modules that are the same."""
+    """Return the kind of a module; None if it has no kind whose tensors mean the same in all modules."""
     if isinstance(module, _ConvNd):
         return "a transposed convolution" if isinstance(module, _ConvTransposeNd) else "a convolution"
     if isinstance(module, nn.RNNBase):

@@ -40,7 +40,7 @@ def apply(
 
     modelcli apply -e 'replace classifier.6 Linear(_,10)' -e 'freeze features' -m alexnet
     """
-    from modelcli.commands.apply import find_batch
+    from modelcli.commands.apply import BatchRequest, find_batch
     from modelcli.commands.edit import EditRequest
     from modelcli.commands.edit import edit as carry_out
     from modelcli.commands.target import recipe_locked
@@ -48,7 +48,7 @@ def apply(
     output.format_of(options)
     path, given = _edits_from(file, lines, source)
     with recipe_locked(edit.model, source.recipe, tell_waiting), progress.of_bytes(options) as report:
-        batch = find_batch(path, given, edit.model, source.overrides(), source.recipe)
+        batch = find_batch(BatchRequest(path, given, edit.model, source.overrides(), source.recipe))
         how = write_request(edit, edit.out)
         edited = carry_out(EditRequest(batch.target, batch.edits, how, batch.locations), report)
     show_outcome(batch.target, edited, edit, options)
@@ -90,7 +90,7 @@ def script(
     modelcli script -e 'replace fc Linear(_,10)' -m resnet18 -o head10.pth
     """
     from modelcli import writing
-    from modelcli.commands.apply import Batch, find_batch
+    from modelcli.commands.apply import Batch, BatchRequest, find_batch
     from modelcli.commands.script import ScriptRequest
     from modelcli.commands.script import script as write_script
     from modelcli.commands.target import find_target
@@ -102,20 +102,20 @@ def script(
     if path is None and not given:
         batch = Batch(find_target(model, source.overrides(), source.recipe))
     else:
-        batch = find_batch(path, given, model, source.overrides(), source.recipe)
+        batch = find_batch(BatchRequest(path, given, model, source.overrides(), source.recipe))
     made = write_script(ScriptRequest(batch, Path(out), kind, bare=bare))
     output.show(documents.script(batch.target.source.model, made.blueprint, made.text), options, made.notes)
 
 
 def _edits_from(
     file: str | None, lines: list[str] | None, source: SourceOptions
-) -> tuple[Path | None, list[tuple[str, str]]]:
-    """The recipe that is named, and the edits of standard input and `-e` with where they stand."""
+) -> tuple[Path | None, tuple[tuple[str, str], ...]]:
+    """The recipe that is named, and the location and text of each edit of standard input and `-e`."""
     from modelcli import resolve
 
-    given = [(f"-e {number}", line) for number, line in enumerate(lines or (), 1)]
+    given = tuple((f"-e {number}", line) for number, line in enumerate(lines or (), 1))
     if file == "-":
-        return None, [*_standard_input(), *given]
+        return None, (*_standard_input(), *given)
     if file is not None and resolve.names_a_model(file):
         raise RequestError(f"{file} is no recipe", f"-m names the model: -m {quoted(file)}")
     if file is not None and source.recipe is not None:
@@ -124,7 +124,7 @@ def _edits_from(
 
 
 def _standard_input() -> list[tuple[str, str]]:
-    """The lines of standard input that are edits, and where they stand. Raises RequestError where there are none."""
+    """The location and text of each edit on standard input. Raises RequestError where there are none."""
     if sys.stdin is None:  # it was closed: `<&-`
         raise RequestError("no edits on standard input: it is closed", "one a line: freeze features")
     try:

@@ -1,4 +1,4 @@
-"""Edits carried out on an open model, each by itself: what became of them is a value of this call."""
+"""Carry out edits on an open model, one after the other: each call gives a value that says what they changed."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,22 +23,31 @@ class Batch:
     locations: tuple[str, ...] = ()
 
 
-def find_batch(
-    recipe_path: Path | None,
-    lines: Sequence[tuple[str, str]],
-    model: str | None,
-    overrides: Mapping[str, Any],
-    working_recipe: Path | None = None,
-) -> Batch:
-    """The edits of a recipe and those of `lines` (location, text) after them, and the model that they are for.
+@dataclass(frozen=True)
+class BatchRequest:
+    """Edits from a recipe and from lines after it, and the model that they are for.
 
-    `model` replaces the recipe's own model, with its weights, architecture and key.
-    Without a recipe and without a model the lines are for the working recipe, and without lines its edits are meant.
-
-    Raises RequestError that names every bad line, before anything is opened.
+    Attributes:
+        recipe: the recipe that is named, if any.
+        lines: the location and the text of each line.
+        model: replaces the recipe's own model, with its weights, architecture and key.
+        options: what the command's options say of the model: fields of a `Source`.
+        working_recipe: the working recipe, where it is not the usual one. Without a recipe and a model the lines are
+            for it; without lines, too, its edits are meant.
     """
+
+    recipe: Path | None
+    lines: tuple[tuple[str, str], ...]
+    model: str | None
+    options: Mapping[str, Any]
+    working_recipe: Path | None = None
+
+
+def find_batch(request: BatchRequest) -> Batch:
+    """Read edits. Raises RequestError that names every bad line, before anything is opened."""
     from modelcli import edits, recipe
 
+    recipe_path, lines, model, working_recipe = request.recipe, request.lines, request.model, request.working_recipe
     if recipe_path is None and not lines:
         if model is not None and not (working_recipe or recipe.default_path()).exists():
             raise RequestError("no edits are given", "-e EDIT gives one, a path a recipe, and - standard input")
@@ -61,14 +70,14 @@ def find_batch(
     if problems:
         raise RequestError("\n".join(problems))
     if read is None:
-        target = find_target(model, overrides, working_recipe)
+        target = find_target(model, request.options, working_recipe)
         return Batch(target, tuple(made), tuple(location for location, _ in lines))
     source = read.source
     if model is not None:
         same = {key: getattr(source, key) for key in ("seed", "input_size", "input_dtype", "inputs")}
         source = Source(model, **same)
     notes = notes_of_python(read.path, source, (*read.edits, *made))
-    target = Target(with_options(source, options_given(overrides)), notes=notes)
+    target = Target(with_options(source, options_given(request.options)), notes=notes)
     found = Batch(target, (*read.edits, *made), (*read.locations, *(location for location, _ in lines)))
     if not found.edits:
         raise RequestError(f"{read.path} has no edits to apply", "modelcli save OUT writes a model as it is")

@@ -92,8 +92,8 @@ def _by_prefix(names: Sequence[str]) -> dict[str | None, list[str]]:
 
 def _models(steps: Steps) -> tuple[dict[str, Shapes], list[str]]:
     """The tensors of every known model, by the reference that builds it; and what could not be compared."""
-    found, told = _prefixes()
-    problems = list(told)
+    found, unavailable = _prefixes()
+    problems = list(unavailable)
     kept = {prefix: {} if blueprint_cache.is_off() else _kept(prefix) for prefix in found}
     missing: dict[str | None, list[str]] = {}
     for prefix in found:

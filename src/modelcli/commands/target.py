@@ -1,4 +1,4 @@
-"""Which model a command works on, the edits that belong to it, and how these are carried out on it."""
+"""Which model a command works on, and the edits of its recipe."""
 
 from __future__ import annotations
 

@@ -68,15 +68,15 @@ def _merged(group: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[
     """Rows that look the same, by folded paths: the last number of the paths is folded first, then those before it."""
     merged = {path: list(members) for path, members in group.items()}
     depth = max((len(_NUMBER.findall(path)) for path in merged), default=0)
-    for place in range(1, depth + 1):
+    for position in range(1, depth + 1):  # from the end of the path
         by_rest: dict[tuple[str, str], list[tuple[int, str]]] = {}
         single: dict[str, list[Mapping[str, Any]]] = {}
         for path in merged:
-            places = list(_NUMBER.finditer(path))
-            if len(places) < place or not places[-place][1].isdigit():
+            numbers = list(_NUMBER.finditer(path))
+            if len(numbers) < position or not numbers[-position][1].isdigit():
                 single.setdefault(path, []).extend(merged[path])
                 continue
-            number = places[-place]
+            number = numbers[-position]
             by_rest.setdefault((path[: number.start()], path[number.end() :]), []).append((int(number[1]), path))
         for (before, after), numbered in by_rest.items():
             for run in _runs(sorted(numbered)):

@@ -117,8 +117,8 @@ def summary(
 
 def _trainable_column(rows: Sequence[Mapping[str, Any]]) -> Column:
     """Whether modules are trained. A narrow terminal lacks it where all are: the totals say that as well."""
-    told = any(row["trainable"] in (False, "partial") for row in rows)
-    return replace(TRAINABLE, optional=0 if told else 1)
+    some_are_frozen = any(row["trainable"] in (False, "partial") for row in rows)
+    return replace(TRAINABLE, optional=0 if some_are_frozen else 1)
 
 
 def _folded_layers(

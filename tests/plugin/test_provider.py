@@ -343,3 +343,18 @@ def test_it_is_found_by_a_process_of_its_own(folder: Path, site: list[Path]) -> 
     done = subprocess.run(words, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
     assert done.stdout.splitlines()[1].startswith('0.weight,"[4,3,3,3]",float32')
     assert done.stderr == ""
+
+
+def test_none_is_taken_from_the_current_folder(folder: Path) -> None:
+    """What lies where somebody works registers nothing: neither help nor completion would tell it from a package."""
+    about = folder / "evil-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: evil\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[modelcli.providers]\nevil = evil:Provider\n")
+    (folder / "evil.py").write_text("open('ran', 'w').close()\n")
+    program = [sys.executable, "-m", "modelcli"]
+    shown = subprocess.run([*program, "--help"], capture_output=True, text=True, check=True)
+    assert "evil" not in shown.stdout
+    asked = os.environ | {"_MODELCLI_COMPLETE": "complete_zsh_words"}
+    assert subprocess.run([*program, "params", "evil:"], env=asked, capture_output=True, text=True).stdout == ""
+    assert not (folder / "ran").exists()

@@ -146,7 +146,7 @@ def _notes(one: Look, other: Look, names: tuple[str, str], scope: Scope) -> Iter
             yield f"every name in {name} begins with {prefix!r}: {line} takes it off"
         elif mine and not theirs:
             parts = listed(mine.parts, 6)
-            yield f"names in {name} hold {parts}, which a wrapper had put there: that is a difference by itself"
+            yield f"names in {name} hold {parts}, which a wrapper had added: that is a difference by itself"
     typed = [found.blueprint.root.type is not None for found in (one, other)]
     if scope.modules and any(typed) and not all(typed):
         bare = names[typed.index(False)]

@@ -32,13 +32,27 @@ def test_a_command_imports_no_edit_but_its_own(folder: Path) -> None:
     torch.save(nn.Linear(2, 3).state_dict(), "v.pth")
     kinds = list(edits.usable())
     modules = {kind.name: kind.__module__ for kind in kinds}
-    lines = [["params", "v.pth"], ["summary", "v.pth"], ["remove", "--help"], ["--help"]]
-    words = [sys.executable, "-c", IMPORTED, json.dumps(list(modules.values())), json.dumps(lines)]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
-    params, summary, of_one, of_all = json.loads(done.stdout)
+    params, summary, of_one, of_all = imported(
+        [*modules.values()], ["params", "v.pth"], ["summary", "v.pth"], ["remove", "--help"], ["--help"]
+    )
     assert params == summary == [False, []]
     assert of_one == [True, [modules["remove"]]]
     assert of_all == [True, sorted(modules.values())]
+
+
+def test_an_edit_of_a_state_dict_imports_no_torch_and_no_reader_of_recipes(folder: Path) -> None:
+    torch.save(nn.Linear(2, 3).state_dict(), "v.pth")
+    others = ["torch", "numpy", "tomlkit", "modelcli.recipe", "modelcli.edits.replace"]
+    (found,) = imported(others, ["freeze", "weight", "-m", "v.pth", "-o", "out.pth"])
+    assert found == [True, []]
+
+
+def imported(known: list[str], *lines: list[str]) -> list[list[object]]:
+    """After each command line, in one process: whether edits are imported at all, and which of these modules are."""
+    words = [sys.executable, "-c", IMPORTED, json.dumps(known), json.dumps(lines)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    found: list[list[object]] = json.loads(done.stdout)
+    return found
 
 
 def test_the_classes_are_found_in_the_package() -> None:

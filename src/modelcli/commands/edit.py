@@ -68,12 +68,14 @@ def edit(request: EditRequest, progress: Progress | None = None) -> EditResult:
 
 
 def _edited(request: EditRequest, progress: Progress | None) -> EditResult:
-    from modelcli import recipe, writing
+    from modelcli import writing
 
     target, how = request.target, request.write
     if how.out is not None:
         writing.check_target(how.out, how.format, force=how.force)
     if target.recipe is not None:
+        from modelcli import recipe
+
         recipe.check_append(target.recipe, request.edits)
     model = open_editable(target.source, (*target.edits, *request.edits))
     apply_each(model, target.edits, target.locations)  # the notes of a recipe's edits were shown when these were made
@@ -82,6 +84,8 @@ def _edited(request: EditRequest, progress: Progress | None) -> EditResult:
     result = checked_and_written(model, before, applied, target, how, progress)
     if target.recipe is None or how.dry_run:
         return result
+    from modelcli import recipe
+
     try:
         recipe.append(target.recipe, request.edits, target.source if target.restates_input else None)
         notes_of_python(target.recipe, target.source, (*target.edits, *request.edits), own=True)

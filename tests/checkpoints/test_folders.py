@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 
 import modelcli
 from modelcli import checkpoints
+from modelcli.checkpoints import strict_json
 from modelcli.errors import FileFormatError, RequestError
 from tests.conftest import Cli
 
@@ -141,3 +143,53 @@ def test_folders_without_an_index(cli: Cli, folder: Path) -> None:
         (folder / "runs" / f"{name}.index.json").write_text("{}")
     with pytest.raises(RequestError, match="holds 2 indexes"):
         checkpoints.read(folder / "runs")
+
+
+def test_nothing_is_asked_of_the_disk_for_each_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of 671 billion parameters has 92,000 tensors in 163 files."""
+
+    def asked(tensors: int) -> int:
+        folder = tmp_path / str(tensors)
+        folder.mkdir()
+        names = {f"{number}.weight": torch.zeros(1) for number in range(tensors)}
+        save_file(dict(list(names.items())[::2]), folder / "a.safetensors")
+        save_file(dict(list(names.items())[1::2]), folder / "b.safetensors")
+        weight_map = {name: "ab"[number % 2] + ".safetensors" for number, name in enumerate(names)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        calls: list[object] = []
+        for name in ("stat", "lstat", "readlink"):
+            real = getattr(os, name)
+
+            def counting(*args: Any, _real: Any = real, **given: Any) -> Any:
+                calls.append(args)
+                return _real(*args, **given)
+
+            monkeypatch.setattr(os, name, counting)
+        assert len(checkpoints.read(folder).tensors) == tensors
+        monkeypatch.undo()
+        return len(calls)
+
+    assert asked(400) == asked(20)
+
+
+@pytest.mark.parametrize(
+    ("text", "twice"),
+    [
+        ('{"a": 1, "a": 2}', "a"),
+        ('{"a": {"b": 1, "b": 2}}', "b"),
+        ('{"a": [{"b": 1, "b": 2}]}', "b"),
+        ('{"a": {"b": {"c": 1, "c": 2}}}', "c"),
+        ('{"a" : 1, "a" : 2, "x": "y"}', "a"),
+        ('{"a" : 1, "a": 2}', "a"),
+        ('{"a": 1, "a": 2, "b:": "c"}', "a"),
+        ('{"a": 1, "a": 2, "b": "{"}', "a"),
+        ('{"a": 1, "\\u0061": 2}', "a"),
+        ('[{"a": 1, "a": 2}]', "a"),
+        ('{"a": {"b": 1}, "a": {}}', "a"),
+    ],
+)
+def test_a_name_that_stands_twice_is_found_wherever(text: str, twice: str) -> None:
+    with pytest.raises(ValueError, match=f"'{twice}' stands in it twice"):
+        strict_json.loads(text.encode(), "it")
+    once = {"a": {"b": [1, {"c": "d:{"}]}, "e\\": None, "f": '":'}
+    assert strict_json.loads(json.dumps(once).encode(), "it") == once

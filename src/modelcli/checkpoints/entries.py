@@ -67,16 +67,12 @@ def info_of(
     """
     is_trained = entry.is_parameter or bool(entry.requires_grad)
     guessed: Kind = "parameter" if is_trained or not looks_like_buffer(name, entry.dtype) else "buffer"
+    # A state dict's tensors are detached: of them only a flag that is set says something.
+    requires_grad = entry.requires_grad if is_trained else None
+    tied_to = None if original == name else original
+    kind, layout = known_kind or guessed, entry.layout
     return TensorInfo(
-        name=name,
-        shape=entry.shape,
-        dtype=entry.dtype,
-        kind=known_kind or guessed,
-        # A state dict's tensors are detached: of them only a flag that is set says something.
-        requires_grad=entry.requires_grad if entry.is_parameter or entry.requires_grad else None,
-        tied_to=None if original == name else original,
-        layout=entry.layout,
-        stored_bytes=entry.stored_bytes,
+        name, entry.shape, entry.dtype, kind, requires_grad, tied_to, layout=layout, stored_bytes=entry.stored_bytes
     )
 
 

@@ -51,6 +51,10 @@ def extent(shape: Shape, stride: Shape) -> int:
 
 def row_major(shape: Shape) -> Shape:
     """The strides, in elements, of a contiguous tensor."""
+    if len(shape) == 2:  # the commonest first: a checkpoint may have 100,000
+        return (shape[1] or 1, 1)
+    if len(shape) < 2:
+        return (1,) * len(shape)
     stride = [1] * len(shape)
     for axis in range(len(shape) - 2, -1, -1):
         stride[axis] = stride[axis + 1] * max(shape[axis + 1], 1)

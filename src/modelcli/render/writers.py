@@ -66,7 +66,8 @@ def _finite(value: Any) -> Any:
 def to_csv(view: View) -> str:
     """The rows with a header, numbers plain. Text that a spreadsheet would take for a formula begins with `'`."""
     keys = [column.key for column in _kept_in_text(view) if column.title]
-    rows = [",".join([_csv_cell(row.get(key)) for key in keys]) for row in view.rows]
+    columns = [_csv_column([row.get(key) for row in view.rows]) for key in keys]
+    rows = [",".join(cells) for cells in zip(*columns, strict=True)]
     return "\n".join([",".join(keys), *(row or '""' for row in rows), ""])
 
 
@@ -76,6 +77,32 @@ _FORMULA = re.compile(r"\s*[=+\-@\t\r\uff1d\uff0b\uff0d\uff20]")
 _FORMULA_IN_TEXT = re.compile(r";(?=[\s\"']*[=+\-@\uff1d\uff0b\uff0d\uff20])")
 _CSV_NOT_PLAIN = re.compile(rf"[,;\"]|\A{_FORMULA.pattern}")
 _CSV_SPECIAL = re.compile('[,;"]')
+
+
+def _csv_column(values: list[Any]) -> list[str]:
+    """The cells of a column. A checkpoint may have 100,000 rows, and most columns repeat a few values."""
+    kinds = set(map(type, values))
+    if kinds == {int}:
+        return list(map(str, values))
+    if kinds == {str}:
+        if _are_plain(values):
+            return values
+        texts = {text: _csv_text(text) for text in set(values)}
+        return [texts[text] for text in values]
+    if kinds == {list}:
+        known: dict[str, str] = {}
+        shown = list(map(str, values))
+        for text, value in zip(shown, values, strict=True):
+            if text not in known:
+                known[text] = _csv_cell(value)
+        return [known[text] for text in shown]
+    return list(map(_csv_cell, values))
+
+
+def _are_plain(texts: list[str]) -> bool:
+    """Whether texts stand in cells as they are, as the names of nearly all tensors do."""
+    joined = "".join(texts)
+    return joined.isprintable() and not _CSV_SPECIAL.search(joined) and all(text[:1].isalnum() for text in texts)
 
 
 def _csv_cell(value: Any) -> str:

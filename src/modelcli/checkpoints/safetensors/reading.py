@@ -12,7 +12,7 @@ from modelcli.checkpoints import limits, record_reading, shapes, strict_json
 from modelcli.checkpoints import record as records
 from modelcli.checkpoints.contents import Contents
 from modelcli.checkpoints.entries import CompositeEntry, TensorEntry
-from modelcli.checkpoints.storage import Span, identity_of
+from modelcli.checkpoints.storage import Identity, Span, identity_of
 from modelcli.errors import FileFormatError, SystemFailureError
 from modelcli.model.dtypes import ITEM_BYTES
 from modelcli.model.tensors import Shape
@@ -64,17 +64,10 @@ def read(path: Path) -> Contents:
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise FileFormatError(f"{path}: __metadata__ in the header is not texts by name")
-    tensors: dict[str, TensorEntry | CompositeEntry] = {}
-    start, end = 8 + length, 0
     limits.check_names(header, str(path))
-    for name, info in sorted(header.items(), key=lambda item: _begin(item[1])):
-        entry, begin, end_ = _entry(path, name, info, start, identity)
-        if begin != end:
-            raise FileFormatError(f"{path}: {name} starts at byte {begin:,}, the one before it ends at {end:,}")
-        end = end_
-        tensors[name] = entry
-    if start + end != identity[0]:
-        raise FileFormatError(f"{path}: the header tells of {start + end:,} bytes, the file has {identity[0]:,}")
+    tensors, end = _tensors(path, header, 8 + length, identity)
+    if end != identity[0]:
+        raise FileFormatError(f"{path}: the header tells of {end:,} bytes, the file has {identity[0]:,}")
     record, notes = record_reading.record_in((metadata.pop(records.SAFETENSORS_KEY, None),), path)
     aliases = record_reading.aliases_in(metadata, tensors, record)
     ordered = {name: tensors[name] for name in header} | {name: tensors[first] for name, first in aliases.items()}
@@ -99,20 +92,41 @@ def _part_notes(path: Path, metadata: Mapping[str, Any]) -> tuple[str, ...]:
 _SHARDING = "DCP_SHARDING_INFO"
 
 
-def _begin(info: Any) -> tuple[int, int]:
+def _tensors(
+    path: Path, header: Mapping[str, Any], start: int, identity: Identity
+) -> tuple[dict[str, TensorEntry | CompositeEntry], int]:
+    """The tensors that a header lists, and where the last of them ends. They begin at `start`, without a hole."""
+    where, end = f"{path}", start
+    tensors: dict[str, TensorEntry | CompositeEntry] = {}
+    for name, info in sorted(header.items(), key=_begin):
+        entry, begin, stop = _entry(path, where, name, info, start, identity)
+        if start + begin != end:
+            before = end - start
+            raise FileFormatError(f"{path}: {name} starts at byte {begin:,}, the one before it ends at {before:,}")
+        end = start + stop
+        tensors[name] = entry
+    return tensors, end
+
+
+def _begin(item: tuple[str, Any]) -> tuple[int, int]:
     try:
-        return int(info["data_offsets"][0]), int(info["data_offsets"][1])
-    except (TypeError, KeyError, IndexError, ValueError, OverflowError):
+        begin, end, *_ = item[1]["data_offsets"]
+        return int(begin), int(end)
+    except (TypeError, KeyError, ValueError, OverflowError):
         return 0, 0
 
 
+#: torch's dtype and the bits of an element for each of the format's dtypes.
+_BITS = {code: (dtype, 8 * ITEM_BYTES[dtype]) for code, dtype in DTYPES.items()} | _SUB_BYTE
+
+
 def _entry(
-    path: Path, name: str, info: Any, start: int, identity: tuple[int, int, int]
+    path: Path, where: str, name: str, info: Any, start: int, identity: Identity
 ) -> tuple[TensorEntry | CompositeEntry, int, int]:
     try:
-        code, shape = info["dtype"], shapes.shape(info["shape"], f"{path}: {name}")
-        begin, end = shapes.sizes(info["data_offsets"], f"{path}: the offsets of {name}")
-        dtype, bits = _SUB_BYTE[code] if code in _SUB_BYTE else (DTYPES[code], 8 * ITEM_BYTES[DTYPES[code]])
+        code, shape = info["dtype"], shapes.shape(info["shape"], where)
+        begin, end = shapes.sizes(info["data_offsets"], where)
+        dtype, bits = _BITS[code]
     except (KeyError, TypeError, ValueError) as error:
         raise FileFormatError(f"{path}: the header's entry for {name!r} is wrong: {error}") from None
     nbytes, rest = divmod(prod(shape) * bits, 8)
@@ -125,7 +139,7 @@ def _entry(
     span = Span(path, start + begin, nbytes, identity)
     entry: TensorEntry | CompositeEntry
     if code not in _SUB_BYTE:
-        entry = _whole(shape, dtype, span)
+        entry = TensorEntry(shape, dtype, shapes.row_major(shape), 0, span)
     elif code == "F4" and shape and shape[-1] % 2 == 0:
         entry = _whole((*shape[:-1], shape[-1] // 2), PAIRS, span)
     else:

@@ -86,6 +86,10 @@ def _shard(path: Path) -> Contents:
 
 def _refuse_twins(index: Path, shards: Mapping[Path, Contents]) -> None:
     """Raise FileFormatError for a name that two shards give to what is no tensor, or to a tensor in it."""
+    if len(set().union(*(shard.rows.keys() | shard.extras.keys() for shard in shards.values()))) == sum(
+        len(shard.rows) + len(shard.extras) for shard in shards.values()
+    ):
+        return
     seen: dict[str, Path] = {}
     for path, shard in shards.items():
         for name in (*shard.rows, *shard.extras):

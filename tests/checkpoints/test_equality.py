@@ -19,10 +19,10 @@ from torch import nn
 from modelcli import checkpoints, writing
 from modelcli.checkpoints import CompositeEntry, Contents, TensorEntry
 from modelcli.checkpoints import record as records
+from modelcli.commands.editable import open_editable
 from modelcli.language.references import Source
 from modelcli.live import composites, loading
 from modelcli.live.opening import open_live
-from modelcli.live.planning import plan
 from modelcli.live.providers import torchvision as builders
 from modelcli.live.sources import Value
 from modelcli.model.dtypes import ITEM_BYTES
@@ -459,8 +459,8 @@ def is_pair_without_dimension(tensor: torch.Tensor) -> bool:
 
 
 def written_again(source: Path, out: Path) -> Path:
-    live = open_live(Source(model=str(source)))
-    writing.write(plan(live, out, writing.format_of(out)), out)
+    opened = open_editable(Source(model=str(source)))
+    writing.write(opened.plan(out, writing.format_of(out)), out)
     return out
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from modelcli.live.sources import named_tensors, real_tensor, source_of
 from modelcli.model import wrapper_prefixes
 from modelcli.model.blueprint import Blueprint, ModuleInfo
 from modelcli.model.wrapper_prefixes import Unwrapping
-from tests.checkpoints.test_checkpoints import assert_same, raw, saved
+from tests.checkpoints.test_checkpoints import assert_same, saved
 from tests.nets import Tied, Unusual
 
 
@@ -301,57 +300,11 @@ def test_no_byte_is_read_on_meta(tmp_path: Path) -> None:
         assert isinstance(source_of(tensor), checkpoints.Span)
 
 
-# --- checkpoints without an architecture ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-def test_a_bare_module_has_the_file_s_state_dict(tmp_path: Path, legacy: bool) -> None:
-    weight = torch.randn(2, 3)
-    state: dict[str, Any] = OrderedDict(
-        {
-            "embed.weight": weight,
-            "bn.running_mean": torch.ones(3),
-            "bn.num_batches_tracked": torch.tensor(3),
-            "head.weight": weight,
-            "complex": torch.ones(2, dtype=torch.complex64),
-            "deep.er.gain": nn.Parameter(torch.ones(1), requires_grad=False),
-            "deep": torch.ones(1),
-            "deep._extra_state": {"n": 1},
-        }
-    )
-    path = saved(tmp_path / "m.pth", state, _use_new_zipfile_serialization=not legacy)
-    bare = loading.bare_module(checkpoints.read(path))
-    found = bare.state_dict()
-    assert set(found) == set(state)
-    assert found.pop("deep._extra_state") == {"n": 1}
-    assert all(raw(real_tensor(tensor)) == raw(state[name]) for name, tensor in found.items())
-    assert bare.head.weight is bare.embed.weight
-    trained = {name: parameter.requires_grad for name, parameter in bare.named_parameters()}
-    assert trained == {"embed.weight": True, "complex": True, "deep.er.gain": False, "deep": True}
-    assert set(dict(bare.named_buffers())) == {"bn.running_mean", "bn.num_batches_tracked"}
-
-
-def test_a_bare_module_keeps_names_with_dots_at_odd_places(tmp_path: Path) -> None:
-    """A module without a name could not be told from the root: `.weight` would become `weight`."""
-    names = ("weight", ".weight", "..weight", ".", "", "a.", "a..b", "a.b.")
-    path = saved(tmp_path / "m.pth", {name: torch.full((1,), float(index)) for index, name in enumerate(names)})
-    found = loading.bare_module(checkpoints.read(path)).state_dict()
-    assert {name: real_tensor(tensor).item() for name, tensor in found.items()} == {
-        name: index for index, name in enumerate(names)
-    }
-
-
 def test_a_dtype_that_this_torch_does_not_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     contents = checkpoints.read(saved(tmp_path / "m.pth", {"w": torch.empty(1, dtype=torch.bits8)}))
     monkeypatch.delattr(torch, "bits8")
     with pytest.raises(RequestError, match=r"has no dtype bits8"):
         loading.mapped(contents)
-
-
-def test_names_that_are_too_deep(tmp_path: Path) -> None:
-    path = saved(tmp_path / "m.pth", {".".join("a" * 1_000): torch.ones(1)})
-    with pytest.raises(RequestError, match="nested deeper"):
-        loading.bare_module(checkpoints.read(path))
 
 
 def test_a_refusal_for_a_file_that_knows_its_model(tmp_path: Path) -> None:

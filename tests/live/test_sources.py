@@ -14,9 +14,8 @@ import torch
 
 from modelcli import checkpoints
 from modelcli.checkpoints.storage import Span
-from modelcli.language.references import Source
 from modelcli.live import sources
-from modelcli.live.opening import open_live
+from modelcli.live.loading import on_meta
 from modelcli.live.sources import Value, row_major
 from modelcli.values.conversion import Conversion
 from tests.checkpoints.test_checkpoints import SAFETENSORS_DTYPES, raw
@@ -63,7 +62,7 @@ def test_a_view_is_written_as_a_contiguous_copy_has_it(
         shown = VIEWS[view](numbers(dtype))
         torch.save({"w": shown}, "in.pth")
         expected = raw(shown.clone(memory_format=torch.contiguous_format))
-        found = row_major(open_live(Source("in.pth")).module.state_dict()["w"])
+        found = row_major(on_meta(checkpoints.read(Path("in.pth"))).tensors["w"])
         assert found.nbytes == len(expected)
         assert joined(found) == joined(row_major(shown)) == expected
         size = shown.element_size()
@@ -75,7 +74,7 @@ def test_a_view_is_written_as_a_contiguous_copy_has_it(
 def test_a_contiguous_view_is_a_part_of_its_file(folder: Path) -> None:
     """So that the system copies it."""
     torch.save({"w": numbers("float32")[8:20].view(3, 4)}, "in.pth")
-    found = row_major(open_live(Source("in.pth")).module.state_dict()["w"])
+    found = row_major(on_meta(checkpoints.read(Path("in.pth"))).tensors["w"])
     (entry,) = checkpoints.read(Path("in.pth")).tensors.values()
     assert found == entry.storage.part(32, 48)  # type: ignore[union-attr]
     assert isinstance(found, Span)

@@ -49,6 +49,13 @@ def extent(shape: Shape, stride: Shape) -> int:
     return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
 
 
+def is_row_major(shape: Shape, stride: Shape) -> bool:
+    """Whether a tensor is contiguous: its elements lie one after another."""
+    if 0 in shape:
+        return True
+    return all(size == 1 or step == by for size, step, by in zip(shape, stride, row_major(shape), strict=True))
+
+
 def row_major(shape: Shape) -> Shape:
     """The strides, in elements, of a contiguous tensor."""
     if len(shape) == 2:  # the commonest first: a checkpoint may have 100,000

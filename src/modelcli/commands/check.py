@@ -344,7 +344,7 @@ def _flat(output: Any) -> list[list[int]]:
 def _safe(found: Look, source: Source) -> AssertionResult:
     """Whether the file, if the model comes from one, holds nothing that only running code could load."""
     contents = found.contents
-    if contents is not None and found.live is not None:
+    if contents is not None and (found.live is not None or found.keys is not None):
         contents = checkpoints.read(contents.path, key=source.key)  # as it is, before objects were dropped
     foreign = {} if contents is None else dict.fromkeys(contents.foreign)
     reference = resolve.reference_of(source)

@@ -187,6 +187,8 @@ def _unseen(one: Look, other: Look, scope: Scope, chosen: Collection[str]) -> li
 
 def extras_of(found: Look) -> Mapping[str, Any]:
     """The entries of a model's state dict that are no tensors, as inert values."""
+    if found.keys is not None:
+        return found.keys.extras()
     if found.live is not None:
         from modelcli.live import apart
 
@@ -196,6 +198,8 @@ def extras_of(found: Look) -> Mapping[str, Any]:
 
 def unseen_of(found: Look) -> Sequence[str]:
     """The entries of a model's state dict in which tensors may lie that nobody can look at."""
+    if found.keys is not None:
+        return found.keys.unseen()
     if found.live is not None:
         from modelcli.live import apart
 

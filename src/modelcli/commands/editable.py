@@ -15,6 +15,7 @@ from modelcli.model.blueprint import Blueprint
 if TYPE_CHECKING:
     from modelcli.checkpoints.contents import Contents
     from modelcli.checkpoints.record import Record
+    from modelcli.commands.state_dict_models import OpenStateDict
     from modelcli.edits.applied import Applied
     from modelcli.live.trace import Traced
     from modelcli.live.training_state import Held
@@ -82,19 +83,25 @@ class Editable(Protocol):
         ...
 
 
-def open_editable(source: Source, edits: Sequence[Edit] = ()) -> Editable:
-    """Open a model for these edits. Nothing is downloaded, and no value is read.
+def open_editable(source: Source) -> Editable:
+    """Open a model for edits. Nothing is downloaded, and no value is read.
 
     Raises RequestError, AnswerNoError (a checkpoint that does not fit), UnsafeError, FileFormatError.
     """
-    if all(edit.is_for_state_dicts() for edit in edits) and _is_file_alone(source):
-        from modelcli.commands import state_dict_models
-
-        if (opened := state_dict_models.opened(source)) is not None:
-            return opened
+    if (keys := opened_keys(source)) is not None:
+        return keys
     from modelcli.live import opening
 
     return opening.open_live(source)
+
+
+def opened_keys(source: Source) -> OpenStateDict | None:
+    """A state-dict model that is open for edits; None where an architecture is known."""
+    if not _is_file_alone(source):
+        return None
+    from modelcli.commands import state_dict_models
+
+    return state_dict_models.opened(source)
 
 
 def _is_file_alone(source: Source) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modelcli.commands import blueprint_cache
+from modelcli.commands.editable import opened_keys
 from modelcli.commands.look import architecture_notes, cache_key, keep_blueprint, stdout_is_for_data
 from modelcli.commands.target import Target, notes_of_python, seen_from
 from modelcli.errors import ModelcliError, RequestError
@@ -47,10 +48,20 @@ class LoadResult:
 @stdout_is_for_data
 def load(request: LoadRequest) -> LoadResult:
     """Check that a model loads, and start the working recipe with it."""
-    from modelcli import recipe
+    source = request.source
+    if (keys := opened_keys(source)) is not None:
+        blueprint = keys.describe()
+        path = keys.contents.path
+        unknown = f"{path} does not say its architecture: --arch names it, and edits are then checked"
+        loaded = LoadResult(
+            reference=source.model,
+            blueprint=blueprint,
+            matched=sum(tensor.persistent for tensor in blueprint.tensors),
+            notes=(*keys.notes, unknown, *architecture_notes(keys)),
+        )
+        return loaded if request.dry_run else _started(request, loaded)
     from modelcli.live import opening
 
-    source, recipe_path = request.source, request.recipe
     # Keys that do not match are in the result: the command shows them, and then raises its `error`.
     live = opening.open_live(source, report_only=True)
     report = live.report
@@ -77,6 +88,16 @@ def load(request: LoadRequest) -> LoadResult:
     )
     if error is not None or request.dry_run:
         return loaded
+    loaded = _started(request, loaded)
+    _keep(live, Target(source))
+    return loaded
+
+
+def _started(request: LoadRequest, loaded: LoadResult) -> LoadResult:
+    """Start the working recipe with a model that loads."""
+    from modelcli import recipe
+
+    source, recipe_path = request.source, request.recipe
     with recipe.locked(recipe_path):
         if recipe_path.exists() and not request.force and (count := len(recipe.read(recipe_path).edits)):
             raise RequestError(
@@ -86,7 +107,6 @@ def load(request: LoadRequest) -> LoadResult:
         started = seen_from(source, recipe_path.parent)
         recipe.start(recipe_path, started)
     notes_of_python(recipe_path, started, (), own=True)
-    _keep(live, Target(source))
     return replace(loaded, recipe=recipe_path)
 
 
@@ -104,6 +124,4 @@ def _value_notes(live: Live) -> list[str]:
     base = live.architecture
     if live.drawn and base is not None and base.pretrained:
         return [f"the numbers of {base.reference} are random: --weights DEFAULT takes the pretrained ones"]
-    if live.contents is not None and live.architecture is None:
-        return [f"{live.contents.path} does not say its architecture: --arch names it, and edits are then checked"]
     return []

@@ -17,7 +17,7 @@ from modelcli.checkpoints import Contents
 from modelcli.checkpoints.contents import foreign_names
 from modelcli.checkpoints.record import Record
 from modelcli.commands.target import Target, without_edits
-from modelcli.errors import ModelcliError, SystemFailureError, UnsafeError
+from modelcli.errors import ModelcliError, RequestError, SystemFailureError, UnsafeError
 from modelcli.language.quoting import quoted
 from modelcli.language.references import CheckpointFile, NamedModel, Source
 from modelcli.model.blueprint import Blueprint, Trace
@@ -25,6 +25,7 @@ from modelcli.model.blueprint import Blueprint, Trace
 if TYPE_CHECKING:
     from modelcli.commands import blueprint_cache
     from modelcli.commands.editable import Editable
+    from modelcli.commands.state_dict_models import OpenStateDict
     from modelcli.live.opening import Live
 
 
@@ -59,6 +60,7 @@ class Look:
         notes: what the user should know; `--quiet` hides them, which it does not do to `warnings`.
         contents: the checkpoint, where the model comes from one.
         live: the model itself, where it was opened.
+        keys: the model where edits were carried out on a file whose architecture is unknown.
         record: the file's record, where the blueprint is the record's and nothing was built to confirm it.
     """
 
@@ -67,6 +69,7 @@ class Look:
     contents: Contents | None = None
     live: Live | None = None
     record: Record | None = None
+    keys: OpenStateDict | None = None
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -116,6 +119,14 @@ def _looked(target: Target, *, traced: bool, mode: str, cached: bool) -> Look:
         hidden = resolve.hidden_file_note(target.source.model, target.source.folder)
         return Look(kept, () if hidden is None else (hidden,))
     from modelcli.commands.applied_edits import apply_each
+    from modelcli.commands.editable import opened_keys
+
+    if (keys := opened_keys(target.source)) is not None:
+        apply_each(keys, target.edits, target.locations)  # its notes were shown when the edits were made
+        blueprint = keys.describe()
+        if traced:
+            blueprint = blueprint.with_trace(keys.trace)
+        return Look(blueprint, (*keys.notes, *keys.unseen_notes()), keys.contents, keys=keys)
     from modelcli.live import apart, downloads, opening, planning
 
     with downloads.forbidden():
@@ -219,6 +230,12 @@ def _may_run(record: Record, source: Source) -> bool:
 def torchinfo_table(target: Target, *, mode: str, depth: int | None) -> str:
     """The table that torchinfo makes of a model, its recipe's edits applied. Raises RequestError where it cannot."""
     from modelcli.commands.applied_edits import apply_each
+    from modelcli.commands.editable import opened_keys
+
+    if opened_keys(target.source) is not None:
+        raise RequestError(
+            "torchinfo needs a model that can run, but the architecture is not known", "pass --arch REFERENCE"
+        )
     from modelcli.live import downloads, opening, torchinfo_table
 
     with downloads.forbidden():

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from modelcli.commands.applied_edits import apply_each
 from modelcli.commands.apply import Batch
+from modelcli.commands.editable import open_editable, opened_keys
 from modelcli.commands.fit_check import check_fit
 from modelcli.commands.look import stdout_is_for_data
 from modelcli.commands.target import Target, without_edits
@@ -38,7 +39,9 @@ def script(request: ScriptRequest) -> Script:
     batch = request.batch
     edits = (*batch.target.edits, *batch.edits)
     locations = (*batch.target.locations, *batch.locations)
-    made = scripting.script(batch.target.source, edits, locations, request.out, request.format, bare=request.bare)
+    source = batch.target.source
+    keys = opened_keys(source)
+    made = scripting.script(source, edits, locations, request.out, request.format, bare=request.bare, keys=keys)
     made = replace(made, notes=(*batch.target.notes, *made.notes))
     if not edits:
         return made
@@ -48,9 +51,7 @@ def script(request: ScriptRequest) -> Script:
 
 def _misfit(target: Target) -> str | None:
     """What the check before writing would refuse in an edited model."""
-    from modelcli.live import opening
-
-    live = opening.open_live(target.source)
+    live = open_editable(target.source)
     applied = apply_each(live, target.edits, target.locations)
     try:
         check_fit(live, applied, without_edits(target), "meta")

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from modelcli import resolve
-from modelcli.checkpoints import Contents, TensorEntry
+from modelcli.checkpoints import CompositeEntry, Contents, TensorEntry
 from modelcli.checkpoints import record as records
+from modelcli.checkpoints.limits import Budget
 from modelcli.checkpoints.reading_to_edit import read_to_edit
 from modelcli.checkpoints.record import Record
 from modelcli.checkpoints.state_dict_model import model_of
+from modelcli.checkpoints.torch_pickle.nested_tensors import tensors_within
 from modelcli.commands import state_dict_plan
 from modelcli.edits import Edit
 from modelcli.edits.applied import Applied, Change, Context, seed_of
@@ -22,7 +24,8 @@ from modelcli.language.references import CheckpointFile, Source
 from modelcli.language.stated_inputs import StatedInputs
 from modelcli.live.training_state import Held
 from modelcli.model.blueprint import Blueprint, Trace
-from modelcli.model.state_dict import StateDictModel
+from modelcli.model.state_dict import StateDictModel, StateDictTensor
+from modelcli.wording import listed
 from modelcli.writing import Plan
 
 if TYPE_CHECKING:
@@ -79,6 +82,45 @@ class OpenStateDict:
         self.edits += lines
         return Applied(model, changes, notes, cast("Inputs | None", inputs), lines)
 
+    def keys_in_order(self) -> list[str]:
+        """The keys as they are written."""
+        return state_dict_plan.in_order(self.model, self.opened, self.contents)
+
+    @property
+    def trace(self) -> Trace:
+        """Why no forward pass is made."""
+        return Trace(None, reason="no architecture is known: --arch names one", device=None)
+
+    def entries(self) -> dict[str, TensorEntry | CompositeEntry]:
+        """All tensors by their names, with where their values are; those that nothing gives values to are left out."""
+        found: dict[str, TensorEntry | CompositeEntry] = {}
+        for name, entry in self.model.entries.items():
+            if isinstance(entry, StateDictTensor):
+                if entry.shape is not None and entry.source is not None:
+                    found[name] = self._sources.entry(name, entry)
+            elif isinstance(entry.value, CompositeEntry):
+                found[name] = entry.value
+        return found | self._within()[0]
+
+    def extras(self) -> dict[str, Any]:
+        """The entries that are no tensors, as inert values."""
+        inert = ((name, entry.value) for name, entry in self.model.inert.items())
+        return {name: value for name, value in inert if not isinstance(value, CompositeEntry)}
+
+    def unseen(self) -> list[str]:
+        """The entries in which tensors may lie that nobody can look at."""
+        return self._within()[1]
+
+    def unseen_notes(self) -> list[str]:
+        """What there is to tell of them."""
+        unseen = self.unseen()
+        return [f"{listed(unseen, 3)} cannot be looked at: the totals leave it out"] if unseen else []
+
+    def _within(self) -> tuple[dict[str, TensorEntry | CompositeEntry], list[str]]:
+        if not self.model.inert:
+            return {}, []
+        return tensors_within(self.extras(), self.model.entries.keys(), "the model", Budget("the model", 1 << 40))
+
     @property
     def parameters_opened(self) -> Mapping[str, Held]:
         return _held(self.opened)
@@ -119,7 +161,6 @@ class OpenStateDict:
             if tensor.requires_grad is False and tensor.tied_to is None and tensor.name in self.model.tensors
         )
         stated = self.inputs is not None and self._is_input_stated()
-        reason = "no architecture is known: --arch names one"
         return Record(
             reference=None,
             weights=None,
@@ -128,7 +169,7 @@ class OpenStateDict:
             edits=tuple(line for _, line in self.edits),
             numbers=tuple(number for number, _ in self.edits),
             frozen=frozen,
-            blueprint=blueprint.with_trace(Trace(None, reason=reason, device=None)),
+            blueprint=blueprint.with_trace(self.trace),
             input_size=(self.inputs.shapes or None) if stated and self.inputs is not None else None,
             input_dtype=self.inputs.dtypes if self.inputs is not None else (),
             inputs=self.inputs.texts if stated and self.inputs is not None else (),

@@ -48,6 +48,9 @@ def not_finite(found: Look, names: Sequence[str], progress: Callable[[int, int],
 
 def entries_of(found: Look, names: Sequence[str] | None = None) -> Mapping[str, TensorEntry | CompositeEntry]:
     """Where the values of tensors are, by name: of all, or of those of `names`. Tensors without values are left out."""
+    if found.keys is not None:
+        entries = found.keys.entries()
+        return entries if names is None else {name: entries[name] for name in names if name in entries}
     if found.live is not None:
         from modelcli.live import value_entries
 
@@ -63,6 +66,6 @@ def _plain(entries: Mapping[str, TensorEntry | CompositeEntry]) -> dict[str, Ten
 
 def _what(found: Look) -> str:
     """What a model is called whose tensors show far more than its file has."""
-    if found.live is not None or found.contents is None:
+    if found.live is not None or found.keys is not None or found.contents is None:
         return "the model"
     return f"{found.contents.path}: what its tensors view"

@@ -94,19 +94,19 @@ class Edit:
         return importlib.import_module(self.handler)
 
     def apply_to_state_dict(self, model: StateDictModel, context: Context) -> Applied[StateDictModel]:
-        """What it makes of a checkpoint of which only the keys are known, without torch where that can be.
+        """What it makes of a checkpoint of which only the keys are known.
 
-        Raises RequestError where it cannot be carried out.
+        An edit that needs no torch for it says it here, others in a function of this name in their handler. Raises
+        RequestError where it cannot be carried out.
         """
-        raise RequestError(
-            f"{self.name} needs to know what the modules are, and the file does not say its architecture",
-            "--arch names it",
-        )
-
-    @classmethod
-    def is_for_state_dicts(cls) -> bool:
-        """Whether it says itself what it does to a state-dict model; a live model is made of the file otherwise."""
-        return cls.apply_to_state_dict is not Edit.apply_to_state_dict
+        carry_out = getattr(self.handler_module(), "apply_to_state_dict", None)
+        if carry_out is None:
+            raise RequestError(
+                f"{self.name} needs to know what the modules are, and the file does not say its architecture",
+                "--arch names it",
+            )
+        made: Applied[StateDictModel] = carry_out(self, model, context)
+        return made
 
     @classmethod
     def option_fields(cls) -> dict[str, Field[Any]]:

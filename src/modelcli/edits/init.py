@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from modelcli.edits.applied import Applied, Context
 from modelcli.edits.declaring import SCHEMES, TENSORS, Kind, Operand, option, selector
 from modelcli.edits.targets import Selecting
 from modelcli.errors import RequestError
 from modelcli.language import expressions
 from modelcli.language.expressions import Call, Name
-from modelcli.model.state_dict import StateDictModel
 
 
 def _scheme(word: str, hint: str) -> Call:
@@ -75,10 +73,6 @@ class Init(Selecting):
     handler: ClassVar[str] = "modelcli.live.surgery.init"
     can_break_fit: ClassVar[bool] = False
     changes_values_only: ClassVar[bool] = True
-
-    def apply_to_state_dict(self, model: StateDictModel, context: Context) -> Applied[StateDictModel]:
-        made: Applied[StateDictModel] = self.handler_module().apply_to_state_dict(self, model, context)
-        return made
 
     @classmethod
     def from_operands(cls, words: Sequence[str]) -> Self:

@@ -53,10 +53,14 @@ class Rename(Edit):
     def operands(self) -> list[str]:
         return [self.old, self.new]
 
+    def new_names(self, model: StateDictModel) -> dict[str, str | None]:
+        """The new name of each key; None for one that is not meant."""
+        beside = {name for name in model.inert if _is_beside(name, model)}
+        return names_given(self, model.blueprint, model.keys, beside)
+
     def apply_to_state_dict(self, model: StateDictModel, context: Context) -> Applied[StateDictModel]:
         blueprint = model.blueprint
-        beside = {name for name in model.inert if _is_beside(name, model)}
-        new_names = names_given(self, blueprint, model.keys, beside)
+        new_names = self.new_names(model)
         names, moved = renaming(self, blueprint, new_names, root_type=blueprint.root.type)
         found: dict[str, StateDictModule] = {}
         for name, new in names.items():

@@ -6,7 +6,6 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
-from modelcli.edits.applied import Applied, Context
 from modelcli.edits.declaring import FLAG, MODULES, SELECTORS, Operand, option
 from modelcli.edits.placing import MODULE, place_and_module
 from modelcli.edits.targets import Selecting
@@ -16,7 +15,6 @@ from modelcli.language.expressions import Call
 from modelcli.language.quoting import command, quoted
 from modelcli.model.blueprint import Blueprint
 from modelcli.model.paths import ancestors, parent_of
-from modelcli.model.state_dict import StateDictModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +78,6 @@ class Replace(Selecting):
     @classmethod
     def again(cls, path: str) -> str:
         return f"{cls.name} {quoted(path)}"
-
-    def apply_to_state_dict(self, model: StateDictModel, context: Context) -> Applied[StateDictModel]:
-        made: Applied[StateDictModel] = self.handler_module().apply_to_state_dict(self, model, context)
-        return made
 
 
 def replaced_paths(edit: Replace, blueprint: Blueprint) -> list[str]:

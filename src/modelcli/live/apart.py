@@ -96,20 +96,15 @@ def _take(found: Apart, name: str, value: Any) -> None:
 
 
 def rows(module: nn.Module) -> list[TensorInfo]:
-    """Return these tensors for a blueprint. Whether they are trainable is not known.
-
-    Without the composite tensors of a plain state dict, which `describe` lists with their modules.
-    """
+    """Return these tensors for a blueprint. Whether they are trainable is not known."""
     found = of(module)
-    kept = {id(entry) for child in modules_in(module) for _, entry in composites.kept(child)}
     infos = []
     first: dict[object, str] = {}
     for name, entry in found.tensors.items():
-        if id(entry) not in kept:
-            info = info_of(name, entry, first.setdefault(entry.view or name, name))
-            if not info.shape and not info.dtype.startswith("q"):
-                info = replace(info, kind="buffer")  # a scale or a zero point
-            infos.append(replace(info, requires_grad=None))
+        info = info_of(name, entry, first.setdefault(entry.view or name, name))
+        if not info.shape and not info.dtype.startswith("q"):
+            info = replace(info, kind="buffer")  # a scale or a zero point
+        infos.append(replace(info, requires_grad=None))
     return infos
 
 
@@ -136,7 +131,7 @@ def note_of(module: nn.Module) -> list[str]:
     """Return notes about tensors that PyTorch does not list, and about entries that modelcli cannot look at."""
     found = of(module)
     notes = []
-    if found.tensors and not any(True for child in modules_in(module) for _ in composites.kept(child)):
+    if found.tensors:
         notes.append(
             f"{counted(len(found.tensors), 'tensor')} of its state dict, such as {next(iter(found.tensors))}, "
             "are packed inside modules: PyTorch's parameters() does not list them, but the totals include them"

@@ -6,9 +6,8 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
 from modelcli.errors import RequestError
@@ -84,19 +83,3 @@ def architecture(
     if isinstance(reference, CheckpointFile):
         raise RequestError(f"{reference} is a checkpoint, not an architecture", "--arch takes alexnet or nets.py:Net")
     return providers.provider_of(reference).architecture(reference, weights=weights, folder=folder, trust=trust)
-
-
-class Bare(nn.Module):
-    """A module of a checkpoint without an architecture: it has a path and tensors, and no known type.
-
-    `origin` is its path in the file, wherever edits have moved it; None for one that stands for none there. `version`
-    is that of the class that a new module had before its keys were renamed: its state dict says it.
-    """
-
-    def __init__(self, origin: str | None = None) -> None:
-        super().__init__()
-        self.origin = origin
-        self.version: int | None = None
-
-    def forward(self, *_args: Any) -> torch.Tensor:
-        raise NotImplementedError("a checkpoint without an architecture cannot run")

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import collections
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,24 +21,6 @@ from modelcli.checkpoints.torch_pickle.pickles import Global, Opaque, OrderedDic
 from modelcli.errors import FileFormatError
 from modelcli.live.sources import Value, dtype_of, real_storage
 from modelcli.writing import PlannedStorage, PlannedTensor
-
-
-@dataclass
-class Kept:
-    """A hook that puts an entry that is not a plain tensor into its module's state dict, wherever the module moves."""
-
-    name: str
-    value: Any
-
-    def __call__(self, _module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-        state[f"{prefix}{self.name}"] = self.value
-
-
-def kept(module: nn.Module) -> Iterator[tuple[str, CompositeEntry]]:
-    """Yield the composite tensors, as in the file, of a module of a plain state dict, by their own names."""
-    for hook in module._state_dict_hooks.values():
-        if isinstance(hook, Kept) and isinstance(hook.value, CompositeEntry):
-            yield hook.name, hook.value
 
 
 def components(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -7,9 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from modelcli.checkpoints.entries import info_of
 from modelcli.live import apart, composites
-from modelcli.live.build import Bare
 from modelcli.live.sources import flag_of, is_composite, is_lazy
 from modelcli.model.blueprint import Blueprint, ModuleInfo
 from modelcli.model.tensors import Kind, TensorInfo
@@ -20,7 +18,6 @@ def describe(module: nn.Module) -> Blueprint:
     modules, tensors = [], []
     first_path: dict[int, str] = {}
     first_name: dict[int, str] = {}
-    first_view: dict[object, str] = {}
     for path, child in walk(module):
         original = first_path.setdefault(id(child), path)
         modules.append(_module_info(path, child, None if original == path else original))
@@ -45,9 +42,6 @@ def describe(module: nn.Module) -> Blueprint:
                             stored_bytes=composites.stored_bytes(tensor) if is_composite(tensor) else None,
                         )
                     )
-        for own_name, entry in composites.kept(child):
-            name = f"{path}.{own_name}" if path else own_name
-            tensors.append(info_of(name, entry, first_view.setdefault(entry.view or name, name)))
     return Blueprint(tuple(modules), (*tensors, *apart.rows(module)))
 
 
@@ -60,8 +54,6 @@ def walk(module: nn.Module, path: str = "", above: tuple[int, ...] = ()) -> Iter
 
 
 def _module_info(path: str, module: nn.Module, shared_with: str | None) -> ModuleInfo:
-    if isinstance(module, Bare):
-        return ModuleInfo(path, None, shared_with=shared_with)
     kind = type(module)
     bases = tuple(base.__name__ for base in kind.__mro__ if issubclass(base, nn.Module) and base is not nn.Module)
     absent = tuple((index, name) for index, (name, child) in enumerate(module._modules.items()) if child is None)

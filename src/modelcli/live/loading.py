@@ -21,11 +21,9 @@ from modelcli.checkpoints.torch_pickle.pickles import Global, Opaque, OrderedDic
 from modelcli.errors import AnswerNoError, RequestError
 from modelcli.language.quoting import quoted
 from modelcli.live import composites
-from modelcli.live.build import Bare
 from modelcli.live.meta_models import tagged
-from modelcli.live.sources import dtype_of, is_composite, is_lazy, named_tensors, real_storage, set_flag
+from modelcli.live.sources import dtype_of, is_composite, is_lazy, named_tensors, real_storage
 from modelcli.model import wrapper_prefixes
-from modelcli.model.paths import ancestors, parent_of
 from modelcli.model.state_dict_match import Mismatch
 from modelcli.model.wrapper_prefixes import Unwrapping
 from modelcli.wording import listed
@@ -313,95 +311,12 @@ def _place(tensor: torch.Tensor) -> tuple[int, int]:
     return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 
-def bare_module(contents: Contents) -> nn.Module:
-    """A tree of modules of unknown type, as the key names of a checkpoint say."""
-    if any(name.count(".") > MAX_MODULE_DEPTH for name in (*contents.tensors, *contents.extras)):
-        raise RequestError(
-            f"the names in {contents.path} are nested deeper than {MAX_MODULE_DEPTH}: they can only be shown"
-        )
-    state = on_meta(contents)
-    infos = contents.infos()
-    made: dict[str, Any] = {}
-    for name, tensor in state.tensors.items():
-        info = infos[name]
-        if info.tied_to is not None:
-            made[name] = made[info.tied_to]
-        elif info.kind == "parameter":
-            made[name] = nn.Parameter(tensor, requires_grad=False)
-            set_flag(made[name], info.requires_grad)
-        else:
-            made[name] = tensor
-    rest = {name: value for name, value in contents.tensors.items() if name not in made}
-    root = bare_tree(made | rest | dict(contents.extras))
-    for path, module in root.named_modules():
-        assert isinstance(module, Bare)
-        module.origin = path
-    return root
-
-
-def bare_tree(entries: Mapping[str, Any]) -> Bare:
-    """The tree of modules of unknown type with these entries of a state dict: parameters, buffers, and what is no
-    tensor. It is at most `MAX_MODULE_DEPTH` deep."""
-    root = Bare()
-    for name, value in entries.items():
-        path, own = _split(name)
-        owner: nn.Module = root
-        for step in path.split(".") if path else []:
-            owner = owner._modules.setdefault(step, Bare())  # type: ignore[assignment]
-        if isinstance(value, nn.Parameter):
-            owner._parameters[own] = value
-        elif isinstance(value, torch.Tensor):
-            owner._buffers[own] = value
-        else:
-            owner.register_state_dict_post_hook(composites.Kept(own, value))
-    return root
-
-
-def metadata_of(module: nn.Module, contents: Contents) -> dict[str, Any]:
-    """Return a file's `_metadata` for a tree of keys that edits may have changed: entries follow their modules.
-
-    The entry of a module without tensors follows the module above it; a new module of a known type has its own entry.
-    """
-    if not contents.metadata:
-        return {}
-    in_file = {path for name in (*contents.tensors, *contents.extras) for path in ancestors(parent_of(name))}
-    places: dict[str, list[str]] = defaultdict(list)
-    known: dict[str, Any] = {}
-    taken = set()
-    for path, child in module.named_modules(remove_duplicate=False):
-        taken.add(path)
-        version = child.version if isinstance(child, Bare) else child._version
-        if version is not None:
-            known[path] = {"version": version}
-        elif isinstance(child, Bare) and child.origin is not None:
-            places[child.origin].append(path)
-    found: dict[str, Any] = {path: entry for path, entry in contents.metadata.items() if not path}
-    for path, entry in contents.metadata.items():
-        above = next((above for above in ancestors(path) if above in in_file), "")
-        for place in places[above]:
-            moved = ".".join(part for part in (place, path[len(above) :].removeprefix(".")) if part)
-            if above == path or moved not in taken:
-                found[moved] = entry
-    return found | known
-
-
-def _split(name: str) -> tuple[str, str]:
-    """Split a key into the path of its module and its own name; a leading dot (`.weight`) belongs to the name."""
-    if name.startswith("."):
-        return "", name  # a module without a name could not be told from the root
-    path, _, own = name.rpartition(".")
-    return path, own
-
-
 __all__ = [
     "LoadReport",
     "Mismatch",
     "StateDict",
-    "bare_module",
-    "bare_tree",
     "compare",
     "load",
     "mapped",
-    "metadata_of",
     "on_meta",
 ]

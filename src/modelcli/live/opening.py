@@ -275,9 +275,11 @@ class _Opening:
             )
         read = recipe.read(path)
         source = replace(read.source, weights=_weights_name(read.source))
-        live = _Opening(source, (*self.followed, itself)).live()
-        if live.architecture is None:
+        opening = _Opening(source, (*self.followed, itself))
+        if opening.base is None:
             raise RequestError(f"--arch {path}: the model of that recipe, {read.source.model}, names no architecture")
+        live = opening.live()
+        assert live.architecture is not None
         for edit, location in zip(read.edits, read.locations, strict=True):
             try:
                 live.apply([edit])
@@ -365,28 +367,32 @@ class _Opening:
         return live
 
     def _architecture_on_meta(self, seed: int) -> nn.Module:
-        if self.base is None:
-            return loading.bare_module(self._contents())
+        base = self._known_base()
         if self.record is None:
-            return self.base.on_meta(seed)
+            return base.on_meta(seed)
         with self._following():
-            return self.base.on_meta(seed)
+            return base.on_meta(seed)
 
-    def real(self, edits: Sequence[Edit]) -> tuple[nn.Module, Live]:
+    def _known_base(self) -> Architecture:
+        """The architecture. Raises RequestError for a file that does not say it: only its keys are known."""
         if self.base is None:
             path = self._contents().path
             raise RequestError(
                 f"{path} does not say which architecture it belongs to",
                 "name it: --arch alexnet, or arch= in Python",
             )
+        return self.base
+
+    def real(self, edits: Sequence[Edit]) -> tuple[nn.Module, Live]:
+        base = self._known_base()
         live = self.live()
         if self.record is not None:
             with self._memory_of_record():
-                module = self.base.real(live.seed, needed=self.base_bytes, weights=False)
+                module = base.real(live.seed, needed=self.base_bytes, weights=False)
                 module = self._follow_edits(module, live.seed)
         else:
             # A file brings all the numbers: nothing has to be downloaded for it.
-            module = self.base.real(live.seed, weights=self.contents is None)
+            module = base.real(live.seed, weights=self.contents is None)
         if self.contents is not None:
             loading.load(module, loading.mapped(self.contents))
         if self.record is not None:

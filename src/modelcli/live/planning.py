@@ -17,14 +17,13 @@ from modelcli.checkpoints.record import Record
 from modelcli.edits import kind_of
 from modelcli.errors import RequestError
 from modelcli.language.references import PythonObject
-from modelcli.live import composites, loading, trace
+from modelcli.live import composites, trace
 from modelcli.live.describe import describe, dtype_name
 from modelcli.live.inert import inert_of
 from modelcli.live.opening import Live
-from modelcli.live.sources import AnySource, Value, flag_of, is_composite, is_lazy, named_tensors, row_major, source_of
+from modelcli.live.sources import AnySource, Value, flag_of, is_composite, is_lazy, row_major, source_of
 from modelcli.live.trace import Traced
-from modelcli.model.blueprint import Blueprint, Trace
-from modelcli.model.paths import ancestors, parent_of
+from modelcli.model.blueprint import Blueprint
 from modelcli.writing import Plan, PlannedTensor, compacting
 from modelcli.writing.extras import belongs_to_model, is_empty, left_out_note, refusal_of_values
 
@@ -51,7 +50,7 @@ def plan(
     tensors: dict[str, PlannedTensor] = {}
     extras: dict[str, Any] = {}
     sources: dict[object, AnySource] = {}
-    names = in_order(live)
+    names = list(state)
     for name in names:
         value = state[name]
         planned = partial(_planned, name, kind=kind, sources=sources)
@@ -79,8 +78,6 @@ def plan(
         elif unshown := compacting.unshown(tensors):
             notes.append(unshown)
     metadata: Mapping[str, Any] = getattr(state, "_metadata", {})
-    if live.architecture is None and contents is not None:
-        metadata = loading.metadata_of(live.module, contents)
     return Plan(
         tensors,
         records.to_text(record or record_of(live, Path(os.path.realpath(out)).parent, made)),
@@ -92,53 +89,6 @@ def plan(
         tuple(name for name in names if name in tensors or name in extras),
         tuple(notes),
     )
-
-
-def in_order(live: Live) -> list[str]:
-    """The names of a state dict in the order in which it is written: PyTorch's, or of a bare file its own.
-
-    There a key stays where it was, whatever it is called now. The tensors of a new module stand where the first of
-    the old ones was whose place it took, others behind the one that is before them in their module.
-    """
-    names = list(live.module.state_dict())
-    if live.architecture is not None or live.contents is None:
-        return names
-    positions = {name: position for position, name in enumerate(live.contents.names)}
-    opened, tensors = live.opened_tensors, named_tensors(live.module)
-    renamed: dict[int, list[int]] = {}  # where each tensor was under names that it has no more: a tied one has several
-    for name in sorted(opened, key=positions.__getitem__):
-        if tensors.get(name) is not opened[name]:
-            renamed.setdefault(id(opened[name]), []).append(positions[name])
-    places = _places_of_new(opened, tensors, positions)
-    found: dict[str, int] = {}
-    last = -1
-    for name in names:
-        tensor = tensors.get(name)
-        if tensor is not None and opened.get(name) is tensor:
-            last = positions[name]
-        elif others := renamed.get(id(tensor)):
-            last = others.pop(0)
-        else:
-            place = next((places[path] for path in ancestors(parent_of(name)) if path in places), None)
-            last = positions.get(name, last) if place is None else place
-        found[name] = last
-    return sorted(found, key=found.__getitem__)
-
-
-def _places_of_new(
-    opened: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], positions: Mapping[str, int]
-) -> dict[str, int]:
-    """Where the first tensor of the file was below each path that had some and has none of them any more."""
-    there = {id(tensor) for tensor in tensors.values()}
-    known = {id(tensor) for tensor in opened.values()}
-    held = {path for name, tensor in tensors.items() if id(tensor) in known for path in ancestors(parent_of(name))}
-    places: dict[str, int] = {}
-    for name, tensor in opened.items():
-        if id(tensor) not in there:
-            for path in ancestors(parent_of(name)):
-                if path not in held:
-                    places[path] = min(positions[name], places.get(path, positions[name]))
-    return places
 
 
 def _planned(name: str, tensor: torch.Tensor, kind: str, sources: dict[object, AnySource]) -> PlannedTensor:
@@ -217,10 +167,7 @@ def traced(live: Live, mode: str = "eval", *, with_values: bool = False, made: T
 
 
 def _forward_pass(live: Live, mode: str, *, with_values: bool = False) -> Traced:
-    if live.architecture is None:
-        reason = "no architecture is known: --arch names one"
-        return Traced(Trace(None, reason=reason, device=None), live.module)
     return trace.trace(live.module, live.inputs, mode=mode, real=live.real_module if with_values else None)
 
 
-__all__ = ["in_order", "plan", "record_of", "traced"]
+__all__ = ["plan", "record_of", "traced"]

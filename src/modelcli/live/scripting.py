@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
 
 from modelcli import checkpoints
 from modelcli import edits as edit_lines
-from modelcli.checkpoints import CompositeEntry, Contents, formats
+from modelcli.checkpoints import CompositeEntry, Contents, formats, shapes
 from modelcli.checkpoints.format import Candidate, Format
 from modelcli.checkpoints.storage import Span
 from modelcli.edits import Edit
+from modelcli.edits.applied import Applied
 from modelcli.errors import ModelcliError
 from modelcli.language.references import Source
-from modelcli.live import planning, surgery
+from modelcli.live import surgery
 from modelcli.live.build import Architecture
 from modelcli.live.describe import describe
 from modelcli.live.opening import Live, open_live
 from modelcli.live.script import dtypes, flags
 from modelcli.live.script.source_text import InexpressibleError, SourceText, deleted, quoted, seen
 from modelcli.live.script.state import State
-from modelcli.live.script.step import Step
+from modelcli.live.script.step import StateDictStep, Step
 from modelcli.live.surgery import seed_of
 from modelcli.model.blueprint import Blueprint
+from modelcli.model.state_dict import StateDictModel
 from modelcli.model.wrapper_prefixes import Unwrapping
 
 
@@ -39,70 +42,214 @@ class Script:
     blueprint: Blueprint
 
 
+class OpenKeys(Protocol):
+    """A state-dict model that is open for edits."""
+
+    notes: list[str]
+    seed: int
+    edit_count: int
+    model: StateDictModel
+    contents: Contents
+
+    def apply(self, edits: Sequence[Edit]) -> Applied[StateDictModel]: ...
+
+    def keys_in_order(self) -> list[str]:
+        """The keys as they are written."""
+        ...
+
+
 def script(
-    source: Source, edits: Sequence[Edit], locations: Sequence[str], out: Path, kind: str, *, bare: bool = False
+    source: Source,
+    edits: Sequence[Edit],
+    locations: Sequence[str],
+    out: Path,
+    kind: str,
+    *,
+    bare: bool = False,
+    keys: OpenKeys | None = None,
 ) -> Script:
     """Write a script that opens a model, edits it and saves its state dict to `out`: the tensors that `save` writes.
 
     Where plain PyTorch has no statements for something, the script says so and stops there, and a note tells it.
     `locations` say where the edits are written, for errors; `bare` drops what a training checkpoint holds besides its
     state dict.
+    `keys` is the model where only its keys are known.
 
     Raises RequestError for an edit that is wrong, and what opening the model raises.
     """
     text = SourceText()
-    live = open_live(source)
-    work = _Script(text, live, open_live(source).module)
+    work = _KeysScript(text, keys) if keys is not None else _Script(text, open_live(source), open_live(source).module)
     work.open_model(source)
     for edit, location in zip(edits, locations, strict=True):
         work.edit(edit, location)
     work.save(out, kind, bare=bare)
-    return Script(text.whole(), (*live.notes, *work.edit_notes, *text.notes), live.describe())
+    return Script(text.whole(), (*work.notes, *work.edit_notes, *text.notes), work.describe())
 
 
-class _Script:
+class _Writer:
+    """Writes the parts of a script that are the same for a model and for keys alone."""
+
+    #: The expression for the state dict that is written.
+    state_text: ClassVar[str]
+
+    def __init__(self, text: SourceText, contents: Contents | None) -> None:
+        self.text = text
+        self.contents = contents
+        self.edit_notes: list[str] = []
+
+    def read(self, source: Source, contents: Contents, unwrapping: Unwrapping) -> None:
+        """What reads the state dict of a file."""
+        try:
+            if contents.foreign or (source.tensors_only and checkpoints.read(contents.path, key=source.key).foreign):
+                raise InexpressibleError("the file holds objects of foreign classes, which weights_only=True refuses")
+            _read_state(self.text, contents, unwrapping)
+        except InexpressibleError as error:
+            self.text.refuse(f"read {contents.path}", str(error))
+
+    def applied(self, apply: Callable[[], Applied[Any]], edit: Edit, location: str) -> list[Edit]:
+        """Carry out an edit; gives what it was resolved to."""
+        try:
+            applied = apply()
+        except ModelcliError as error:
+            error.message = f"{location}: {str(edit)!r}: {error.message}"
+            raise
+        self.edit_notes += applied.notes
+        self.text.paragraph(str(edit))
+        resolved = [edit_lines.parse(line) for change in applied.changes for line in change.resolved]
+        if not resolved:
+            self.text.write("# nothing changes")
+        return resolved
+
+    def shared(self) -> tuple[list[str], bool]:
+        """The names of tensors that have one before, and whether each of the others is all of its storage."""
+        raise NotImplementedError
+
+    def save(self, out: Path, kind: str, *, bare: bool) -> None:
+        """What writes the state dict, or the training checkpoint around it."""
+        text, contents = self.text, self.contents
+        text.paragraph()
+        format_ = formats.named(kind)
+        if format_.is_folder:
+            text.refuse(f"write {seen(out)}/", "PyTorch has no statement that writes a folder of shards")
+            return
+        if out.parent.name:
+            text.imports.add("import os")
+            text.write(f"os.makedirs({quoted(seen(out.parent))}, exist_ok=True)")
+        state = self.state_text
+        if not format_.holds_views:
+            again, alone = self.shared()
+            if again:
+                text.write(f"state = {state}", "# tied tensors are saved once, under their first name")
+                text.write(*deleted(again))
+                state = "state"
+            if not alone:
+                # Every tensor is held by itself, row-major.
+                whole = "value.clone(memory_format=torch.contiguous_format)"
+                state = f"{{key: {whole} for key, value in {state}.items()}}"
+        if format_.holds_values and contents is not None and contents.key is not None and not bare:
+            text.write(f"checkpoint{_keys(contents)} = {state}")
+            state = "checkpoint"
+        line = format_.script_writes(quoted(seen(out)), state)
+        if line is None:
+            text.refuse(f"write {seen(out)}", f"PyTorch has no statement that writes {format_.title}")
+            return
+        text.imports.update(line.imports)
+        text.write(line.text)
+
+
+class _KeysScript(_Writer):
+    """Writes the parts of a script for a file of which only the keys are known."""
+
+    state_text = "state"
+
+    def __init__(self, text: SourceText, opened: OpenKeys) -> None:
+        super().__init__(text, opened.contents)
+        self.opened = opened
+        self.state = State(list(opened.contents.tensors))
+
+    @property
+    def notes(self) -> list[str]:
+        return self.opened.notes
+
+    def describe(self) -> Blueprint:
+        return self.opened.model.blueprint
+
+    def open_model(self, source: Source) -> None:
+        """What reads the file."""
+        self.read(source, self.opened.contents, Unwrapping())
+
+    def edit(self, edit: Edit, location: str) -> None:
+        """One edit, as what it was resolved to."""
+        before = self.opened.model
+        resolved = self.applied(lambda: self.opened.apply([edit]), edit, location)
+        seed: int | None = seed_of(self.opened.seed, self.opened.edit_count)
+        self.state.wanted = self.opened.keys_in_order()
+        for item in resolved:
+            try:
+                step = StateDictStep(self.text, before, self.opened.model, seed)
+                self.text.write(*state_statements(item, step, self.state))
+            except InexpressibleError as error:
+                self.text.refuse(str(edit), str(error))
+                self.state = State(self.state.wanted)  # as if the script went on
+            seed = None  # the generator goes on
+
+    def shared(self) -> tuple[list[str], bool]:
+        first: dict[object, str] = {}
+        again = []
+        tensors = {name: t for name, t in self.opened.model.tensors.items() if t.persistent}
+        tensors = {name: tensors[name] for name in self.opened.model.keys if name in tensors}
+        for name, tensor in tensors.items():
+            view = (tensor.storage, tensor.offset, tensor.shape, tensor.stride, tensor.dtype)
+            if first.setdefault(view, name) != name and tensor.elements:
+                again.append(name)
+        left_out = set(again)
+        rest = [tensor for name, tensor in tensors.items() if name not in left_out]
+        whole = all(t.shape is None or shapes.is_row_major(t.shape, t.stride) for t in rest)
+        return again, whole and len({tensor.storage for tensor in rest}) == len(rest)
+
+
+class _Script(_Writer):
     """Writes the parts of a script. `before` is the model before each edit, and `live` after it."""
 
+    state_text = "model.state_dict()"
+
     def __init__(self, text: SourceText, live: Live, before: nn.Module) -> None:
-        self.text = text
+        super().__init__(text, live.contents)
         self.live = live
         self.before = before
-        self.contents = live.contents
-        self.edit_notes: list[str] = []
-        self.state = State(list(live.contents.tensors) if live.contents is not None else [])
+
+    @property
+    def notes(self) -> list[str]:
+        return self.live.notes
+
+    def describe(self) -> Blueprint:
+        return self.live.describe()
 
     # --- the model -------------------------------------------------------------------------------------------------
 
     def open_model(self, source: Source) -> None:
         """The architecture, the edits that a record tells, and the numbers of a file."""
         base, contents = self.live.architecture, self.contents
-        if base is not None:
-            _construct(self.text, base, source, self.live.seed if self._draws() else None)
-            self._follow_record(base)
+        assert base is not None
+        _construct(self.text, base, source, self.live.seed if self._draws() else None)
+        self._follow_record(base)
         if contents is None:
             return
-        if base is not None:
-            self.text.paragraph()
-        try:
-            if contents.foreign or (source.tensors_only and checkpoints.read(contents.path, key=source.key).foreign):
-                raise InexpressibleError("the file holds objects of foreign classes, which weights_only=True refuses")
-            _read_state(self.text, contents, self.live.report.unwrapping if self.live.report else Unwrapping())
-        except InexpressibleError as error:
-            self.text.refuse(f"read {contents.path}", str(error))
-        if base is not None:
-            arguments = ["state"]
-            if not source.strict:
-                arguments.append("strict=False")
-            if self._takes_dtypes():
-                built = self._built(base)
-                if dtypes.has_ties(built):  # which assign=True would part
-                    self.text.write(*dtypes.casts(self.text, built, describe(built), self.live.describe()))
-                else:
-                    arguments.append("assign=True")  # the tensors of the file, in their own dtype
-            self.text.write(f"model.load_state_dict({', '.join(arguments)})")
-            if self.live.record is not None:
-                built = self._built(base)
-                self.text.write(*_without_comment(flags.flags(built, describe(built), self.live.describe())))
+        self.text.paragraph()
+        self.read(source, contents, self.live.report.unwrapping if self.live.report else Unwrapping())
+        arguments = ["state"]
+        if not source.strict:
+            arguments.append("strict=False")
+        if self._takes_dtypes():
+            built = self._built(base)
+            if dtypes.has_ties(built):  # which assign=True would part
+                self.text.write(*dtypes.casts(self.text, built, describe(built), self.live.describe()))
+            else:
+                arguments.append("assign=True")  # the tensors of the file, in their own dtype
+        self.text.write(f"model.load_state_dict({', '.join(arguments)})")
+        if self.live.record is not None:
+            built = self._built(base)
+            self.text.write(*_without_comment(flags.flags(built, describe(built), self.live.describe())))
 
     def _draws(self) -> bool:
         """Whether numbers that the constructor draws are in the result."""
@@ -140,73 +287,25 @@ class _Script:
 
     def edit(self, edit: Edit, location: str) -> None:
         """One edit, as what it was resolved to."""
-        try:
-            applied = self.live.apply([edit])
-        except ModelcliError as error:
-            error.message = f"{location}: {str(edit)!r}: {error.message}"
-            raise
-        self.edit_notes += applied.notes
-        self.text.paragraph(str(edit))
-        resolved = [edit_lines.parse(line) for change in applied.changes for line in change.resolved]
+        resolved = self.applied(lambda: self.live.apply([edit]), edit, location)
         seed: int | None = seed_of(self.live.seed, self.live.edit_count)
-        if not resolved:
-            self.text.write("# nothing changes")
         # Modules that take the place of others are told together: none of them lies in another one.
-        self.state.wanted = planning.in_order(self.live)
-        together = self._is_model and len(resolved) > 1 and hasattr(edit.handler_module(), "script_lines_together")
+        together = len(resolved) > 1 and hasattr(edit.handler_module(), "script_lines_together")
         for group in [resolved] if together else [[item] for item in resolved]:
             self._translate(group, self.before, self.live.module, seed, str(edit))
             seed = None  # the generator goes on
         self.before = surgery.apply(self.before, resolved, inputs=self.live.inputs).model
 
-    @property
-    def _is_model(self) -> bool:
-        return self.live.architecture is not None
-
     def _translate(
         self, edits: Sequence[Edit], before: nn.Module, after: nn.Module, seed: int | None, line: str
     ) -> None:
-        step = Step(self.text, before, after, seed)
         try:
-            lines = statements(edits, step) if self._is_model else state_statements(edits[0], step, self.state)
-            self.text.write(*lines)
+            self.text.write(*statements(edits, Step(self.text, before, after, seed)))
         except InexpressibleError as error:
             self.text.refuse(line, str(error))
-            self.state = State(self.state.wanted)  # as if the script went on
 
-    # --- the result ------------------------------------------------------------------------------------------------
-
-    def save(self, out: Path, kind: str, *, bare: bool) -> None:
-        """What writes the state dict, or the training checkpoint around it."""
-        text, contents = self.text, self.contents
-        text.paragraph()
-        format_ = formats.named(kind)
-        if format_.is_folder:
-            text.refuse(f"write {seen(out)}/", "PyTorch has no statement that writes a folder of shards")
-            return
-        if out.parent.name:
-            text.imports.add("import os")
-            text.write(f"os.makedirs({quoted(seen(out.parent))}, exist_ok=True)")
-        state = "model.state_dict()" if self._is_model else "state"
-        if not format_.holds_views:
-            again, alone = _shared(self.live.module)
-            if again:
-                text.write(f"state = {state}", "# tied tensors are saved once, under their first name")
-                text.write(*deleted(again))
-                state = "state"
-            if not alone:
-                # Every tensor is held by itself, row-major.
-                whole = "value.clone(memory_format=torch.contiguous_format)"
-                state = f"{{key: {whole} for key, value in {state}.items()}}"
-        if format_.holds_values and contents is not None and contents.key is not None and not bare:
-            text.write(f"checkpoint{_keys(contents)} = {state}")
-            state = "checkpoint"
-        line = format_.script_writes(quoted(seen(out)), state)
-        if line is None:
-            text.refuse(f"write {seen(out)}", f"PyTorch has no statement that writes {format_.title}")
-            return
-        text.imports.update(line.imports)
-        text.write(line.text)
+    def shared(self) -> tuple[list[str], bool]:
+        return _shared(self.live.module)
 
 
 def statements(edits: Sequence[Edit], step: Step) -> list[str]:
@@ -223,7 +322,7 @@ def statements(edits: Sequence[Edit], step: Step) -> list[str]:
     return list(write(edits[0], step))
 
 
-def state_statements(edit: Edit, step: Step, state: State) -> list[str]:
+def state_statements(edit: Edit, step: StateDictStep, state: State) -> list[str]:
     """What an edit does to a state dict, as statements. Raises InexpressibleError where there are none."""
     write = getattr(edit.handler_module(), "state_dict_script_lines", None)
     if write is None:

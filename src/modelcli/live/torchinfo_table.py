@@ -34,10 +34,6 @@ def table(live: Live, *, mode: str, depth: int | None) -> str:
     Raises:
         RequestError: torchinfo cannot run the model.
     """
-    if live.architecture is None:
-        raise RequestError(
-            "torchinfo needs a model that can run, but the architecture is not known", "pass --arch REFERENCE"
-        )
     levels = max(path.count(".") + 1 for path, _ in walk(live.module))
     if levels > MOST_LEVELS:
         raise RequestError(f"torchinfo would take hours for a model with {levels} levels of nesting", _OWN)

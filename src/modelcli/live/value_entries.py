@@ -8,7 +8,7 @@ import torch
 
 from modelcli.checkpoints import CompositeEntry, TensorEntry
 from modelcli.live import apart, composites
-from modelcli.live.describe import dtype_name, walk
+from modelcli.live.describe import dtype_name
 from modelcli.live.opening import Live
 from modelcli.live.sources import AnySource, is_composite, is_lazy, named_tensors, source_of
 
@@ -24,11 +24,7 @@ def of_live(live: Live, names: Sequence[str] | None = None) -> dict[str, TensorE
     for name, tensor in chosen.items():
         if not is_lazy(tensor) and is_composite(tensor) and (entry := composites.held(name, tensor)) is not None:
             found[name] = entry
-    others: dict[str, TensorEntry | CompositeEntry] = {}
-    for path, module in walk(live.module):
-        for own_name, entry in composites.kept(module):
-            others[f"{path}.{own_name}" if path else own_name] = entry
-    others |= apart.of(live.module).tensors
+    others = apart.of(live.module).tensors
     found |= {name: entry for name, entry in others.items() if names is None or name in names}
     return {name: found[name] for name in (found if names is None else names) if name in found}
 

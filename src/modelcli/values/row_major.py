@@ -11,33 +11,25 @@ from math import prod
 
 import numpy as np
 
+from modelcli.checkpoints import shapes
 from modelcli.checkpoints.contents import FileId, Storage, TensorEntry, Windows, gathered
 from modelcli.checkpoints.shapes import extent
-from modelcli.checkpoints.shapes import row_major as row_major_strides
 from modelcli.model.dtypes import ITEM_BYTES
 from modelcli.values import reading
 from modelcli.values.dtypes import Array
 
 #: So many bytes of a storage are read at a time where elements that lie far apart in it are brought together, and so
 #: many are made at a time: more takes more memory, less reads the same bytes more often.
-WINDOW = 64 * 1024 * 1024
+WINDOW = 24 * 1024 * 1024
 _CHUNK = 8 * 1024 * 1024
 #: NumPy's types for elements that are moved, whatever they mean, by their size.
 _MOVED = {1: "u1", 2: "u2", 4: "u4", 8: "u8", 16: "c16"}
 
 
-def is_row_major(entry: TensorEntry) -> bool:
-    """Whether the elements lie one after another already."""
-    if 0 in entry.shape:
-        return True
-    wanted = row_major_strides(entry.shape)
-    return all(size == 1 or step == by for size, step, by in zip(entry.shape, entry.stride, wanted, strict=True))
-
-
 def row_major(entry: TensorEntry) -> Storage:
     """The elements of a tensor in row-major order."""
     size = ITEM_BYTES[entry.dtype]
-    if is_row_major(entry):
+    if shapes.is_row_major(entry.shape, entry.stride):
         return entry.storage.part(entry.offset * size, prod(entry.shape) * size)
     return RowMajor(entry, 0, prod(entry.shape) * size)
 
@@ -59,6 +51,7 @@ class RowMajor:
             made = self._made(self.start + start, min(WINDOW, self.nbytes - start))
             for first in range(0, len(made), _CHUNK):
                 yield made[first : first + _CHUNK]
+            del made  # before the next ones are made
 
     def bytes(self) -> bytes:
         return b"".join(self.chunks())

@@ -18,11 +18,12 @@ from torch import nn
 
 import modelcli
 from modelcli import edits
+from modelcli.commands.editable import opened_keys
+from modelcli.commands.state_dict_models import OpenStateDict
 from modelcli.errors import RequestError
 from modelcli.language import selectors
 from modelcli.language.references import Source
 from modelcli.live import surgery
-from modelcli.live.opening import Live, open_live
 from modelcli.model.blueprint import from_keys
 from modelcli.model.tensors import TensorInfo
 from tests.conftest import Cli
@@ -133,12 +134,14 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Linear(2, 2))
 
 
-def opened(state: dict[str, Any], name: str = "bare.pth") -> Live:
+def opened(state: dict[str, Any], name: str = "bare.pth") -> OpenStateDict:
     torch.save(state, name)
-    return open_live(Source(name))
+    found = opened_keys(Source(name))
+    assert found is not None
+    return found
 
 
-def rename(live: Live, *lines: str) -> list[surgery.Change]:
+def rename(live: OpenStateDict, *lines: str) -> list[surgery.Change]:
     return live.apply([edits.parse(line) for line in lines]).changes
 
 
@@ -193,11 +196,11 @@ def test_order_ties_views_and_what_is_no_tensor(folder: Path) -> None:
     }
     live = opened(state)
     rename(live, "rename 'module.**' '**'")
-    found = live.module.state_dict()
-    assert list(found) == ["part", "embed.weight", "head.weight", "head._extra_state"]
-    assert live.module.embed.weight is live.module.head.weight
-    assert found["part"].untyped_storage()._cdata == found["embed.weight"].untyped_storage()._cdata
-    assert found["head._extra_state"] == {"scale": 2}
+    found = live.model.tensors
+    assert live.model.keys == ["part", "embed.weight", "head.weight", "head._extra_state"]
+    assert found["embed.weight"].identity == found["head.weight"].identity != found["part"].identity
+    assert found["part"].storage == found["embed.weight"].storage
+    assert live.model.inert["head._extra_state"].value == {"scale": 2}
 
 
 def test_flags_stay_with_their_tensors(cli: Cli) -> None:
@@ -277,11 +280,11 @@ def test_more_than_a_screenful_is_one_row(folder: Path) -> None:
 )
 def test_refused(folder: Path, line: str, message: str, hint: str) -> None:
     live = opened(nn.DataParallel(network()).state_dict())
-    before = list(live.module.state_dict())
+    before = list(live.model.keys)
     with pytest.raises(RequestError, match=re.escape(message)) as caught:
         rename(live, line)
     assert hint in (caught.value.hint or "")
-    assert list(live.module.state_dict()) == before
+    assert live.model.keys == before
 
 
 def test_where_the_architecture_is_known_it_is_refused(cli: Cli) -> None:

@@ -30,14 +30,13 @@ def seeded(seed: int | None, news: Iterable[nn.Module]) -> list[str]:
     return [f"torch.manual_seed({seed})"]
 
 
-def own_names(after: nn.Module, path: str) -> list[str]:
+def own_names(new: nn.Module) -> list[str]:
     """The names that the tensors of a new module have in it."""
-    return list(after.get_submodule(path).state_dict())
+    return list(new.state_dict())
 
 
-def new_statements(script: SourceText, call: Call, path: str, after: nn.Module, seed: int | None) -> list[str]:
+def new_statements(script: SourceText, call: Call, new: nn.Module, seed: int | None) -> list[str]:
     """What makes `new`, where it has tensors."""
-    new = after.get_submodule(path)
     if not new.state_dict():
         return []
     seeded = [f"torch.manual_seed({seed})"] if seed is not None and named_tensors(new) else []

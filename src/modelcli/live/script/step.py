@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from modelcli.live.script.source_text import SourceText
+from modelcli.model.state_dict import StateDictModel
 
 
 @dataclass(frozen=True)
@@ -28,3 +29,22 @@ class Step:
     def seeded(self) -> list[str]:
         """The statement that sets the generator, where there is a seed."""
         return [] if self.seed is None else [f"torch.manual_seed({self.seed})"]
+
+
+@dataclass(frozen=True)
+class StateDictStep:
+    """The same for an edit of a state-dict model."""
+
+    script: SourceText
+    before: StateDictModel
+    after: StateDictModel
+    seed: int | None
+
+    def seeded(self) -> list[str]:
+        """The statement that sets the generator, where there is a seed."""
+        return [] if self.seed is None else [f"torch.manual_seed({self.seed})"]
+
+    def new(self, path: str) -> nn.Module:
+        """The module that the edit has put at a path."""
+        found: nn.Module = self.after.modules[path].made
+        return found

@@ -13,7 +13,7 @@ from modelcli.live.describe import describe
 from modelcli.live.script import access_paths
 from modelcli.live.script.new_modules import new_statements, own_names
 from modelcli.live.script.state import State
-from modelcli.live.script.step import Step
+from modelcli.live.script.step import StateDictStep, Step
 from modelcli.live.surgery.core import blueprint_of, brief
 from modelcli.live.surgery.placing import Children, holder_and_name, new_child, new_for_state_dict, put_new
 from modelcli.model.paths import joined
@@ -59,11 +59,11 @@ def script_lines(edit: Add, step: Step) -> list[str]:
     return [*before, access_paths.put_new(step.before, path, text)]
 
 
-def state_dict_script_lines(edit: Add, step: Step, state: State) -> list[str]:
-    known = describe(step.before).by_path
-    path = next(module.path for module in describe(step.after).modules if module.path not in known)
-    lines = new_statements(step.script, edit.module, path, step.after, step.seed)
-    return [*lines, *state.put(f"{path}.", own_names(step.after, path))]
+def state_dict_script_lines(edit: Add, step: StateDictStep, state: State) -> list[str]:
+    known = step.before.blueprint.by_path
+    path = next(module.path for module in step.after.blueprint.modules if module.path not in known)
+    lines = new_statements(step.script, edit.module, step.new(path), step.seed)
+    return [*lines, *state.put(f"{path}.", own_names(step.new(path)))]
 
 
 __all__ = ["carry_out", "new_for_state_dict", "script_lines", "state_dict_script_lines"]

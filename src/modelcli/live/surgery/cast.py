@@ -13,10 +13,10 @@ from modelcli.live.describe import describe, dtype_name, floating_dtype
 from modelcli.live.script.dtypes import CAST_VIEWS, casts
 from modelcli.live.script.source_text import STATEMENTS, call, loop, quoted
 from modelcli.live.script.state import State
-from modelcli.live.script.step import Step
+from modelcli.live.script.step import StateDictStep, Step
 from modelcli.live.sources import converted, named_tensors
 from modelcli.live.surgery.core import blueprint_of
-from modelcli.live.surgery.storages import byte_span, has_storage, key_of, replace_storage, viewers
+from modelcli.live.surgery.storages import byte_span, has_storage, replace_storage, viewers
 from modelcli.model.dtypes import FLOATING
 
 
@@ -68,15 +68,14 @@ def script_lines(edit: Cast, step: Step) -> list[str]:
     return casts(step.script, step.before, describe(step.before), describe(step.after))
 
 
-def state_dict_script_lines(edit: Cast, step: Step, state: State) -> list[str]:
+def state_dict_script_lines(edit: Cast, step: StateDictStep, state: State) -> list[str]:
     """What converts tensors; those that share a storage together, so that they share one again."""
-    now = describe(step.after).by_name
-    tensors = named_tensors(step.before)
-    changed = [t.name for t in describe(step.before).tensors if now[t.name].dtype != t.dtype]
+    now = step.after.blueprint.by_name
+    tensors = step.before.tensors
+    changed = [t.name for t in step.before.blueprint.tensors if now[t.name].dtype != t.dtype]
     storages: dict[object, list[str]] = {}
     for name in changed:
-        alone = not has_storage(tensors[name])
-        storages.setdefault(name if alone else (key_of(tensors[name]), tensors[name].dtype), []).append(name)
+        storages.setdefault((tensors[name].storage, tensors[name].dtype), []).append(name)
     lines, dtype = [], f"torch.{edit.dtype}"
     for names in storages.values():
         if len(names) > 1:
@@ -86,7 +85,7 @@ def state_dict_script_lines(edit: Cast, step: Step, state: State) -> list[str]:
     if len(rest) <= STATEMENTS:
         return [*lines, *(f"state[{quoted(name)}] = state[{quoted(name)}].to({dtype})" for name in rest)]
     floating = (now[name].dtype for name in now if now[name].dtype in FLOATING)
-    if all(map(torch.is_tensor, step.before.state_dict().values())) and all(found == edit.dtype for found in floating):
+    if not step.before.inert and all(found == edit.dtype for found in floating):
         value = f"value.to({dtype}) if value.is_floating_point() else value"
         return [*lines, f"state = {{key: {value} for key, value in state.items()}}"]
     return [*lines, *loop("key", rest, f"state[key] = state[key].to({dtype})")]

@@ -11,11 +11,9 @@ from modelcli.edits.applied import Context
 from modelcli.errors import RequestError
 from modelcli.language import expressions
 from modelcli.live import signatures
-from modelcli.live.build import Bare
 from modelcli.live.describe import configuration, describe
 from modelcli.live.sources import is_composite, is_lazy, named_tensors
 from modelcli.model.blueprint import Blueprint
-from modelcli.wording import counted
 
 
 def blueprint_of(module: nn.Module, context: Context) -> Blueprint:
@@ -66,8 +64,6 @@ def brief(module: nn.Module) -> str:
     `Linear(in_features=4096, out_features=10, bias=True)` is `Linear(4096, 10)`: defaults are left out, and leading
     arguments lose their names.
     """
-    if isinstance(module, Bare):
-        return counted(len({tensor.identity for tensor in describe(module).tensors}), "tensor")
     name, config = str(module._get_name()), configuration(module)
     if len(module._modules) or "\n" in config:
         return name
@@ -90,6 +86,4 @@ def brief(module: nn.Module) -> str:
 
 def count(module: nn.Module) -> int:
     """`sum(p.numel() for p in module.parameters())`, lazy parameters counting nothing."""
-    if isinstance(module, Bare):
-        return describe(module).totals.params  # with those that are no dense tensors
     return sum(parameter.numel() for parameter in module.parameters() if not is_lazy(parameter))

@@ -15,7 +15,7 @@ from modelcli.live.inputs import Inputs
 from modelcli.live.script.access_paths import place
 from modelcli.live.script.source_text import quoted
 from modelcli.live.script.state import State
-from modelcli.live.script.step import Step
+from modelcli.live.script.step import StateDictStep, Step
 from modelcli.live.surgery.core import blueprint_of, brief, count, submodule
 from modelcli.live.trace import first_calls
 
@@ -54,8 +54,8 @@ def script_lines(edit: Extract, step: Step) -> list[str]:
     return [f"model = {place(step.before, path)}"]
 
 
-def state_dict_script_lines(edit: Extract, step: Step, state: State) -> list[str]:
-    (path,) = selectors.select_modules(describe(step.before), [edit.path])
+def state_dict_script_lines(edit: Extract, step: StateDictStep, state: State) -> list[str]:
+    (path,) = selectors.select_modules(step.before.blueprint, [edit.path])
     prefix = f"{path}."
     state.names = [name.removeprefix(prefix) for name in state.names if name.startswith(prefix)]
     pairs = f"key.removeprefix({quoted(prefix)}): value for key, value in state.items()"

@@ -11,7 +11,7 @@ from modelcli.edits.unfreeze import Unfreeze
 from modelcli.live.describe import describe
 from modelcli.live.script.flags import flags
 from modelcli.live.script.state import State
-from modelcli.live.script.step import Step
+from modelcli.live.script.step import StateDictStep, Step
 from modelcli.live.sources import set_flag
 from modelcli.live.surgery.core import blueprint_of
 
@@ -31,5 +31,5 @@ def script_lines(edit: Freeze | Unfreeze, step: Step) -> list[str]:
     return flags(step.before, describe(step.before), describe(step.after))
 
 
-def state_dict_script_lines(edit: Freeze | Unfreeze, step: Step, state: State) -> list[str]:
+def state_dict_script_lines(edit: Freeze | Unfreeze, step: StateDictStep, state: State) -> list[str]:
     return ["# a state dict holds no requires_grad: nothing to do"]

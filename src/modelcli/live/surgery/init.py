@@ -31,7 +31,7 @@ from modelcli.live.script.grouped_calls import each
 from modelcli.live.script.source_text import STATEMENTS, InexpressibleError, SourceText, loop
 from modelcli.live.script.source_text import quoted as literal
 from modelcli.live.script.state import State
-from modelcli.live.script.step import Step
+from modelcli.live.script.step import StateDictStep, Step
 from modelcli.live.sources import Drawn, Lazy, is_lazy, named_tensors
 from modelcli.live.surgery.core import blueprint_of, submodule
 from modelcli.live.surgery.state_dicts import meta_tensors, viewing
@@ -673,10 +673,10 @@ def fills(script: SourceText, names: Sequence[str], edit: Init, text: Callable[[
     return lines
 
 
-def state_dict_script_lines(edit: Init, step: Step, state: State) -> list[str]:
+def state_dict_script_lines(edit: Init, step: StateDictStep, state: State) -> list[str]:
     if scheme_name(edit.scheme) == DEFAULT:
         raise InexpressibleError(f"{edit.name} on a file that does not say its architecture has no plain statements")
-    blueprint = describe(step.before)
+    blueprint = step.before.blueprint
     chosen = selectors.select_tensors(blueprint, edit.targets, without=edit.without)
     chosen = [name for name in chosen if blueprint.by_name[name].tied_to not in chosen]
     step.script.imports.add("from torch.nn import init")

@@ -12,7 +12,7 @@ from modelcli.live.script import access_paths
 from modelcli.live.script.new_modules import new_statements, own_names
 from modelcli.live.script.source_text import InexpressibleError
 from modelcli.live.script.state import State, moved
-from modelcli.live.script.step import Step
+from modelcli.live.script.step import StateDictStep, Step
 from modelcli.live.surgery.core import blueprint_of, is_numbered, submodule
 from modelcli.live.surgery.placing import Children, holder_and_name, kind_of, new_child, new_for_state_dict, put_new
 from modelcli.model.paths import joined, shown
@@ -53,14 +53,14 @@ def script_lines(edit: Insert, step: Step) -> list[str]:
     return [*before, *access_paths.insert(step.before, path, text)]
 
 
-def state_dict_script_lines(edit: Insert, step: Step, state: State) -> list[str]:
+def state_dict_script_lines(edit: Insert, step: StateDictStep, state: State) -> list[str]:
     above, _, position = edit.path.rpartition(".")
-    (holder,) = selectors.select_modules(describe(step.before), [above or "."])
-    names = list(step.before.state_dict())
+    (holder,) = selectors.select_modules(step.before.blueprint, [above or "."])
+    names = list(step.before.keys)
     shifted = moved(names, holder, lambda number: number + (number >= int(position)), state)
     path = joined(holder, position)
-    lines = new_statements(step.script, edit.module, path, step.after, step.seed)
-    return [*shifted, *lines, *state.put(f"{path}.", own_names(step.after, path))]
+    lines = new_statements(step.script, edit.module, step.new(path), step.seed)
+    return [*shifted, *lines, *state.put(f"{path}.", own_names(step.new(path)))]
 
 
 __all__ = ["carry_out", "new_for_state_dict", "script_lines", "state_dict_script_lines"]

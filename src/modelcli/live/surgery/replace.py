@@ -22,7 +22,7 @@ from modelcli.live.script.new_modules import new_statements, own_names, seeded
 from modelcli.live.script.source_text import STATEMENTS, InexpressibleError, dedented, loop
 from modelcli.live.script.source_text import quoted as literal
 from modelcli.live.script.state import State
-from modelcli.live.script.step import Step
+from modelcli.live.script.step import StateDictStep, Step
 from modelcli.live.sources import (
     AnySource,
     Computed,
@@ -467,18 +467,18 @@ def _kept(old: str, new: str, swapped: Sequence[str]) -> str:
     return f"keep_weights({old}.state_dict(), {new}{more})"
 
 
-def state_dict_script_lines(edit: Replace, step: Step, state: State) -> list[str]:
+def state_dict_script_lines(edit: Replace, step: StateDictStep, state: State) -> list[str]:
     """The new tensors, where the first of the old ones was."""
-    script, after, names = step.script, step.after, list(step.before.state_dict())
-    paths = selectors.select_modules(describe(step.before), edit.targets, without=edit.without)
-    if len({id(after.get_submodule(path)) for path in paths}) != 1:
+    script, names = step.script, list(step.before.keys)
+    paths = selectors.select_modules(step.before.blueprint, edit.targets, without=edit.without)
+    if len({id(step.new(path)) for path in paths}) != 1:
         raise InexpressibleError("one module would have to be several")
-    lines = new_statements(script, edit.module, paths[0], after, step.seed)
+    lines = new_statements(script, edit.module, step.new(paths[0]), step.seed)
     for path in paths:
         prefix = f"{path}."
         if edit.keep_weights:
             script.helpers.setdefault(KEEP_WEIGHTS)
             below = f"key.removeprefix({literal(prefix)}): value for key, value in state.items()"
             lines.append(f"keep_weights({{{below} if key.startswith({literal(prefix)})}}, new)")
-        lines += state.put(prefix, own_names(after, path), [name for name in names if name.startswith(prefix)])
+        lines += state.put(prefix, own_names(step.new(path)), [name for name in names if name.startswith(prefix)])
     return lines

@@ -11,7 +11,7 @@ from modelcli.live.describe import describe
 from modelcli.live.script import access_paths
 from modelcli.live.script.source_text import quoted
 from modelcli.live.script.state import State
-from modelcli.live.script.step import Step
+from modelcli.live.script.step import StateDictStep, Step
 from modelcli.live.surgery.changed_values import change_values, change_values_of_keys
 from modelcli.model.state_dict import StateDictModel
 from modelcli_plugin.clamp import Clamp, clamping
@@ -37,7 +37,7 @@ def script_lines(edit: Clamp, step: Step) -> list[str]:
     return [f"{access_paths.tensor(step.before, name)}.data.clamp_({edit.low:g}, {edit.high:g})" for name in names]
 
 
-def state_dict_script_lines(edit: Clamp, step: Step, state: State) -> list[str]:
-    names, _ = clamping(edit, describe(step.before))
+def state_dict_script_lines(edit: Clamp, step: StateDictStep, state: State) -> list[str]:
+    names, _ = clamping(edit, step.before.blueprint)
     tensors = [f"state[{quoted(name)}]" for name in names]
     return [f"{tensor} = {tensor}.clamp({edit.low:g}, {edit.high:g})" for tensor in tensors]

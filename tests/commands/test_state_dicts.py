@@ -1,0 +1,167 @@
+"""Files that do not say their architecture: every command on their keys, without torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tests.conftest import Cli
+
+#: Runs a command line in a new process, and prints which of these modules were imported for it.
+RUN = """
+import sys
+from modelcli.cli import main
+code = main(sys.argv[1:])
+print("\\nimported:", *sorted({"torch", "torchvision"} & sys.modules.keys()), file=sys.stderr)
+raise SystemExit(code)
+"""
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Sequential(nn.ReLU(), nn.Linear(4, 2)))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A state dict in three formats, one in a training checkpoint, and one with what NumPy does not hold."""
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("files")
+    state = network().state_dict()
+    torch.save(state, folder / "plain.pth")
+    save_file(dict(state), folder / "plain.safetensors")
+    torch.save({"state_dict": state, "epoch": 1}, folder / "training.pth")
+    with pytest.warns(UserWarning, match="quantized"):
+        quantized = torch.quantize_per_tensor(torch.randn(3, 4), 0.1, 2, torch.qint8)
+    sparse = torch.eye(3).to_sparse()
+    torch.save({"q.weight": quantized, "s.weight": sparse, "w": torch.ones(2)}, folder / "composite.pth")
+    return folder
+
+
+def imported(folder: Path, *words: str) -> str:
+    """The libraries that a command line imports, which has to succeed."""
+    run = subprocess.run(
+        [sys.executable, "-c", RUN, *words], cwd=folder, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stderr.rpartition("imported:")[2].strip()
+
+
+EDITS = (
+    ("freeze", "2"),
+    ("unfreeze", "2"),
+    ("rename", "2.**", "head.**"),
+    ("remove", "2"),
+    ("extract", "2"),
+    ("cast", ".", "bfloat16"),
+)
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit[0])
+def test_an_edit_imports_no_torch(files: Path, tmp_path: Path, edit: tuple[str, ...]) -> None:
+    for source in ("plain.pth", "plain.safetensors"):
+        for out in ("out.pth", "out.safetensors", "folder/"):
+            path = f"{tmp_path}/{Path(source).suffix[1:]}-{out}"
+            assert not imported(files, *edit, "-m", source, "-o", path)
+    assert not imported(files, *edit, "-m", "plain.pth", "--dry-run")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("save", "OUT.safetensors", "-m", "plain.pth"),
+        ("save", "OUT/", "-m", "plain.pth"),
+        ("save", "OUT.pth", "-m", "plain.safetensors", "--compact"),
+        ("save", "OUT.pth", "-m", "training.pth", "--bare"),
+        ("freeze", "0", "-m", "training.pth", "--key", "state_dict", "-o", "OUT.pth"),
+        ("apply", "-m", "plain.pth", "-e", "freeze 0", "-e", "cast . half", "-o", "OUT.pth"),
+        ("save", "OUT.pth", "-m", "composite.pth"),
+        ("rename", "q.**", "r.**", "-m", "composite.pth", "-o", "OUT.pth"),
+        ("check", "plain.pth", "--max-params", "1M", "--finite"),
+        ("load", "plain.pth", "--dry-run"),
+    ],
+    ids=" ".join,
+)
+def test_other_commands_import_no_torch(files: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
+    assert not imported(files, *(word.replace("OUT", f"{tmp_path}/out") for word in words))
+
+
+def test_a_recipe_of_a_file_imports_no_torch(files: Path, tmp_path: Path) -> None:
+    source = str(files / "plain.pth")
+    assert not imported(tmp_path, "load", source)
+    assert not imported(tmp_path, "rename", "2.**", "head.**")
+    assert not imported(tmp_path, "cast", "head", "half")
+    assert not imported(tmp_path, "params", "--values")
+    assert not imported(tmp_path, "undo")
+    assert not imported(tmp_path, "save", "out.pth")
+    assert set(torch.load(tmp_path / "out.pth", weights_only=True)) == {
+        name.replace("2.1.", "head.1.") for name in network().state_dict()
+    }
+
+
+def test_an_edit_that_makes_values_imports_torch_alone(files: Path, tmp_path: Path) -> None:
+    assert imported(files, "init", "0", "ones", "-m", "plain.pth", "-o", f"{tmp_path}/out.pth") == "torch"
+    words = ("replace", "2.1", "Linear(_,3)", "-m", "plain.pth", "-o", f"{tmp_path}/head.pth")
+    assert "torch" in imported(files, *words)
+
+
+def test_new_values_are_those_that_torch_draws(cli: Cli, files: Path) -> None:
+    cli("replace", "2.1", "Linear(_,3)", "-m", files / "plain.pth", "-o", "head.pth", "--seed", "5")
+    torch.manual_seed(5 * 1_000_003 + 1)
+    expected = nn.Linear(4, 3)
+    found = torch.load("head.pth", weights_only=True)
+    assert torch.equal(found["2.1.weight"], expected.weight)
+    assert torch.equal(found["2.1.bias"], expected.bias)
+    assert list(found) == list(network().state_dict())
+
+
+def test_values_after_edits_of_a_recipe(cli: Cli, files: Path) -> None:
+    cli("load", files / "plain.pth")
+    cli("cast", "0", "half")
+    cli("rename", "0.**", "first.**")
+    rows = {row["name"]: row for row in cli("params", "--values", "--json").json["tensors"]}
+    expected = network().state_dict()["0.weight"].half()
+    assert rows["first.weight"]["dtype"] == "float16"
+    assert rows["first.weight"]["values"] == expected.tolist()
+
+
+def test_modules_that_are_called_as_methods_are(cli: Cli) -> None:
+    """`half` and `train` are methods of every module, and names of modules in some files."""
+    torch.save({"half.weight": torch.zeros(3), "train.weight": torch.zeros(2)}, "bare.pth")
+    cli("init", "half", "ones", "-m", "bare.pth", "-o", "out.pth")
+    assert torch.equal(torch.load("out.pth", weights_only=True)["half.weight"], torch.ones(3))
+    cli("replace", "train", "Linear(2,1)", "-m", "bare.pth", "-o", "out.pth", "--force")
+
+
+def test_a_part_of_an_entry_is_not_removed_alone(cli: Cli) -> None:
+    torch.save({"packed": (torch.ones(2), torch.zeros(1)), "w": torch.ones(1)}, "bare.pth")
+    assert "remove takes whole entries" in cli("remove", r"packed\[0\]", "-m", "bare.pth", code=2).err
+
+
+def test_many_keys_take_time_in_proportion(cli: Cli) -> None:
+    """No edit looks at all keys for each of them: four times the keys take no more than eight times as long."""
+    import time
+
+    from safetensors.torch import save_file
+
+    taken = []
+    for count in (2_000, 8_000):
+        save_file({f"a.{i // 10}.m{i % 10}.weight": torch.zeros(1) for i in range(count)}, f"{count}.safetensors")
+        started = time.perf_counter()
+        for edit in (
+            ("freeze", "**.weight"),
+            ("cast", ".", "half"),
+            ("rename", "a.**", "b.**"),
+            ("remove", "a.[0-99]"),
+        ):
+            document = cli(*edit, "-m", f"{count}.safetensors", "--dry-run", "--json").out
+            assert json.loads(document)["changes"]
+        taken.append(time.perf_counter() - started)
+    assert taken[1] < 8 * taken[0]

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from modelcli.cli import main
+from tests.needs import COMPLETE, torch_version
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -53,12 +54,23 @@ class Terminal(io.StringIO):
         return True
 
 
+def norms_report_bias() -> bool:
+    """Whether torch writes `bias=True` behind a LayerNorm; one that is older does not."""
+    import torch
+
+    found = "bias=" in torch.nn.LayerNorm(1).extra_repr()
+    assert found or torch_version() < COMPLETE
+    return found
+
+
 def checked(name: str, text: str) -> None:
     path = GOLDEN / f"{name}.txt"
     if os.environ.get("GOLDEN") == "write":
         path.parent.mkdir(exist_ok=True)
         path.write_text(text, encoding="utf-8")
     assert path.exists(), f"no golden file {path.name}: make golden writes it"
+    if name.startswith(("modules-resnet18", "tree-vit")) and not norms_report_bias():
+        pytest.skip("needs a newer torch, whose norms report whether they have a bias")
     assert text == path.read_text(encoding="utf-8")
 
 
@@ -99,10 +111,10 @@ def test_on_a_terminal(name: str, width: int, monkeypatch: pytest.MonkeyPatch) -
     bare = re.sub(r"\x1b\[[0-9;]*m", "", text)
     table = bare.partition("\n\n")[0] if "replace" not in name else bare
     assert all(len(line) <= width for line in table.split("\n"))
-    checked(f"{name}-{width}", bare)
     assert ("\x1b[" in text) == (not name.startswith("tree"))
     used = {code for codes in re.findall(r"\x1b\[([0-9;]*)m", text) for code in codes.split(";")}
     assert used <= READABLE
+    checked(f"{name}-{width}", bare)
 
 
 @pytest.mark.parametrize("name", ["summary-vit", "tree-vit"])

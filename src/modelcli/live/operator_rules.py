@@ -389,6 +389,11 @@ def _convolution(given: Mapping[str, Any]) -> str | None:
             return f"an output padding smaller than its stride or its dilation, not {extra}"
     if flow.shape[0] and flow.shape[1] and 0 in flow.shape[2:]:
         return "no empty axis"
+    if not transposed:  # the meta device of older releases does not check it
+        sizes = [size + 2 * more for size, more in zip(flow.shape[2:], padding, strict=True)]
+        kernel = [step * (size - 1) + 1 for size, step in zip(weight.shape[2:], dilation, strict=True)]
+        if any(size < needed for size, needed in zip(sizes, kernel, strict=True)):
+            return f"a padded input of at least {kernel}, the size of its kernel, not {sizes}"
     return None
 
 
@@ -504,6 +509,16 @@ def _index_add(given: Mapping[str, Any]) -> str | None:
     return None if same else f"a source of shape {list(flow.shape)}, except for axis {axis}"
 
 
+def _scatter_add(given: Mapping[str, Any]) -> str | None:
+    """A check of `scatter_shape_check` in ATen/native/ScatterGatherChecks.h which an older meta device lacks."""
+    index = given["index"]
+    for what in ("self", "src"):
+        rank = max(given[what].dim(), 1)
+        if index.numel() and max(index.dim(), 1) != rank:
+            return f"an index of {counted(rank, 'dimension')}, not {index.dim()}"
+    return None
+
+
 def _index_put(given: Mapping[str, Any]) -> str | None:
     flow, values, indices = given["self"], given["values"], given["indices"]
     if any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices):
@@ -538,4 +553,5 @@ _SHAPE_RULES: Mapping[str, Rule] = {
     "index_fill": _index_fill,
     "index_add": _index_add,
     "index_put": _index_put,
+    "scatter_add": _scatter_add,
 }

@@ -13,7 +13,7 @@ from typer.models import ArgumentInfo
 from modelcli.cli import completing
 
 if TYPE_CHECKING:
-    from modelcli.commands.check import Assertions
+    from modelcli.commands.assertions import Assertions
     from modelcli.language.references import Source
 
 
@@ -304,7 +304,7 @@ class AssertOptions(OptionGroup):
 
     def assertions(self) -> "Assertions":
         """Return the assertions. Raises RequestError for an invalid option, or for assertions that conflict."""
-        from modelcli.commands.check import Assertions
+        from modelcli.commands.assertions import Assertions
         from modelcli.language.references import parse_bytes, parse_count, parse_input_size
         from modelcli.model.dtypes import dtype_called
 

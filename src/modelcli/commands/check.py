@@ -2,70 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from modelcli import checkpoints, resolve
 from modelcli.checkpoints.contents import foreign_names
-from modelcli.commands import diff, tensor_values
+from modelcli.commands import check_structure, diff, tensor_values
+from modelcli.commands.assertions import AssertionResult, Assertions
+from modelcli.commands.check_structure import MOST_NAMED
 from modelcli.commands.diff import Progress, Scope
 from modelcli.commands.diff_structure import TensorChange
 from modelcli.commands.look import Look, LookRequest, built, look, without_record
 from modelcli.commands.target import Target
-from modelcli.errors import ModelcliError, RequestError, did_you_mean
-from modelcli.language import selectors
+from modelcli.errors import ModelcliError, RequestError
 from modelcli.language.references import CheckpointFile, Source
-from modelcli.model.blueprint import Blueprint, from_keys
-from modelcli.model.dtypes import FLOATING
-from modelcli.model.paths import shown
-from modelcli.model.tensors import Shape, TensorInfo
 from modelcli.wording import counted, is_or_are, listed
 
-#: Names that a row lists of those that are wrong.
-MOST_NAMED = 3
 SAFE = "tensors alone"
-NOTHING = "nothing"
 #: The dtypes of floating-point numbers that have neither NaN nor infinities.
 _ALWAYS_FINITE = frozenset({"float4_e2m1fn", "float4_e2m1fn_x2", "float6_e2m3fn", "float6_e3m2fn"})
-
-
-@dataclass(frozen=True)
-class Assertions:
-    """What is asserted of a model; None, empty and False stand for what is not.
-
-    `max_params` and `max_bytes` are the most parameters, and the most bytes of parameters and buffers. `frozen`,
-    `trainable`, `has` and `absent` are selectors. `dtypes` are those that floating-point tensors may have.
-    `output_shapes` are shapes of what the forward pass gives. `same_as` are references, and `without` selectors of
-    tensors that may differ from those.
-    """
-
-    max_params: int | None = None
-    max_bytes: int | None = None
-    frozen: tuple[str, ...] = ()
-    trainable: tuple[str, ...] = ()
-    has: tuple[str, ...] = ()
-    absent: tuple[str, ...] = ()
-    dtypes: tuple[str, ...] = ()
-    finite: bool = False
-    safe: bool = False
-    output_shapes: tuple[Shape, ...] = ()
-    same_as: tuple[str, ...] = ()
-    without: tuple[str, ...] = ()
-
-    def require_sense(self) -> None:
-        """Raise RequestError where nothing is asserted, or what is makes no sense."""
-        if self.without and not self.same_as:
-            raise RequestError(
-                f"--except {self.without[0]} is for --same-as", "--same-as REFERENCE says what all other tensors are"
-            )
-        if self == Assertions(without=self.without):
-            raise RequestError(
-                "nothing is asserted", "--max-params 60M, --frozen features, --finite: modelcli check --help lists them"
-            )
-        for name in self.dtypes:
-            if name not in FLOATING:
-                raise RequestError(f"no floating-point dtype {name!r}", did_you_mean(name, FLOATING))
 
 
 @dataclass(frozen=True)
@@ -75,27 +30,6 @@ class CheckRequest:
     target: Target
     assertions: Assertions
     cached: bool = True
-
-
-@dataclass(frozen=True)
-class AssertionResult:
-    """Whether one assertion holds.
-
-    Attributes:
-        check: the assertion's option, without dashes: `max-params`.
-        passed: whether it holds.
-        found: what the model has: a number, a shape or words; why nothing could be found out, where that is so.
-        wanted: what was asserted, likewise.
-        answered: whether anything could be found out.
-        on_record: set where only the file's record answers: why nothing else could be asked.
-    """
-
-    check: str
-    passed: bool
-    found: Any
-    wanted: Any
-    answered: bool = True
-    on_record: str | None = None
 
 
 @dataclass(frozen=True)
@@ -207,7 +141,7 @@ def _rests_on_record(found: Look, row: AssertionResult) -> bool:
         totals = without_record(found).totals
         return totals.params + totals.buffers > int(row.wanted)
     if row.check == "has":
-        return not _matches(without_record(found), row.wanted)
+        return not check_structure.matches(without_record(found), row.wanted)
     return row.check in _ON_RECORD
 
 
@@ -215,130 +149,10 @@ def _of_structure(found: Look, wanted: Assertions) -> list[AssertionResult]:
     """The assertions that need no values."""
     unseen = diff.unseen_of(found)
     entries = [*unseen, *diff.extras_of(found)] if wanted.absent else unseen
-    return [*_structure(found.blueprint, wanted, unseen, entries), *_outputs(found.blueprint, wanted.output_shapes)]
-
-
-def _structure(
-    blueprint: Blueprint, wanted: Assertions, unseen: Sequence[str], entries: Sequence[str]
-) -> Iterator[AssertionResult]:
-    """The assertions that a blueprint answers.
-
-    `unseen` are entries of the state dict that it cannot count, and `entries` all those that have no row of their own.
-    """
-    totals = blueprint.totals
-    if wanted.max_params is not None:
-        yield _at_most("max-params", totals.params, wanted.max_params, unseen)
-    if wanted.max_bytes is not None:
-        yield _at_most("max-bytes", totals.param_bytes + totals.buffer_bytes, wanted.max_bytes, unseen)
-    for text in wanted.frozen:
-        yield _flags(blueprint, text, unseen, trained=False)
-    for text in wanted.trainable:
-        yield _flags(blueprint, text, unseen, trained=True)
-    for text in wanted.has:
-        names = _matches(blueprint, text)
-        yield AssertionResult("has", bool(names), listed(names or [_nothing(blueprint, text)], MOST_NAMED), text)
-    for text in wanted.absent:
-        names = _matches(blueprint, text) or _matching(dict.fromkeys(entries), text)
-        none = _nothing(blueprint, text)
-        yield AssertionResult("absent", not names and none == NOTHING, listed(names or [none], MOST_NAMED), text)
-    if wanted.dtypes:
-        yield _dtype(blueprint, wanted.dtypes, unseen)
-
-
-def _at_most(check: str, found: int, most: int, unseen: Sequence[str]) -> AssertionResult:
-    """Whether a number is small enough; what could not be counted may make it any larger."""
-    if unseen and found <= most:
-        return AssertionResult(check, False, f"{found:,} or more: {listed(unseen, MOST_NAMED)} cannot be counted", most)
-    return AssertionResult(check, found <= most, found, most)
-
-
-def _matching(unseen: Collection[str], text: str) -> list[str]:
-    """Which entries without a row a selector would pick, or what is in them, if they had one."""
-    if not unseen:
-        return []
-    try:
-        found = selectors.select_tensors(from_keys(TensorInfo(name, None, "float32") for name in unseen), [text])
-    except RequestError:  # it picks none
-        return []
-    return [name for name in unseen if name in found]
-
-
-def _flags(blueprint: Blueprint, text: str, unseen: Sequence[str], *, trained: bool) -> AssertionResult:
-    """Whether all parameters that a selector picks are trained, or all are frozen."""
-    names = set(selectors.select_tensors(blueprint, [text]))
-    parameters = [t for t in blueprint.tensors if t.name in names and t.kind == "parameter" and t.is_differentiable]
-    if not parameters:
-        raise RequestError(f"{text!r} picks no parameter that could be trained", "modelcli params lists them")
-    kind, state = ("trainable", "trained") if trained else ("frozen", "frozen")
-    other = "frozen" if trained else "trained"
-    wrong = [t.name for t in parameters if t.requires_grad is (not trained)]
-    unknown = [t.name for t in parameters if t.requires_grad is None] + _matching(unseen, text)
-    if wrong:
-        of_all = f"{len(wrong):,} of {counted(len(parameters), 'parameter')}"
-        answer = f"{of_all} {is_or_are(len(wrong))} {other}: {listed(wrong, MOST_NAMED)}"
-    elif unknown:
-        named = listed(unknown, MOST_NAMED)
-        answer = f"nothing says whether {named} {is_or_are(len(unknown))} {state}: --arch names the architecture"
-    else:
-        answer = f"{counted(len(parameters), 'parameter')} {is_or_are(len(parameters))} {state}"
-    return AssertionResult(kind, not (wrong or unknown), answer, text)
-
-
-def _matches(blueprint: Blueprint, text: str) -> list[str]:
-    """The modules and tensors that a selector itself names, in the model's order."""
-    selector = selectors.parse(text)
-    modules = selectors.matched_modules(selector, blueprint)
-    if modules:
-        return [shown(module.path) for module in blueprint.modules if module.path in modules]
-    tensors = selectors.matched_tensors(selector, blueprint)
-    return [tensor.name for tensor in blueprint.tensors if tensor.name in tensors]
-
-
-def _nothing(blueprint: Blueprint, text: str) -> str:
-    """What a selector picked that picked nothing: one for a class says nothing where no class is known."""
-    if selectors.parse(text).type is not None and all(module.type is None for module in blueprint.modules):
-        return "no class is known: --arch names the architecture"
-    return NOTHING
-
-
-def _dtype(blueprint: Blueprint, dtypes: Sequence[str], unseen: Sequence[str]) -> AssertionResult:
-    """Whether each floating-point tensor has one of these dtypes; a model without any has none of them."""
-    floating = [tensor for tensor in blueprint.tensors if _is_floating(tensor)]
-    wrong = [tensor for tensor in floating if tensor.dtype not in dtypes]
-    answer = " and ".join(sorted({tensor.dtype for tensor in floating})) or "no floating-point tensor"
-    if wrong:
-        more = f", and {len(wrong) - 1} more differ" if len(wrong) > 1 else ""
-        answer = f"{wrong[0].name} is {wrong[0].dtype}{more}"
-    elif unseen:
-        answer = f"{listed(unseen, MOST_NAMED)} cannot be looked at"
-    return AssertionResult("dtype", bool(floating) and not wrong and not unseen, answer, " or ".join(dtypes))
-
-
-def _is_floating(tensor: TensorInfo) -> bool:
-    return tensor.dtype.startswith(("float", "bfloat"))
-
-
-def _outputs(blueprint: Blueprint, wanted: Sequence[Shape]) -> Iterator[AssertionResult]:
-    """Whether the forward pass gives tensors of these shapes; one that could not be made answers neither yes nor no."""
-    trace = blueprint.trace
-    for shape in wanted:
-        ran = trace.layers.get("") if trace is not None else None
-        if trace is None or ran is None or trace.reason is not None:
-            reason = trace.reason if trace is not None and trace.reason else "no forward pass was made"
-            yield AssertionResult("output-shape", False, reason, list(shape), answered=False)
-            continue
-        yield AssertionResult("output-shape", list(shape) in _flat(ran.output_shape), ran.output_shape, list(shape))
-
-
-def _flat(output: Any) -> list[list[int]]:
-    """The shapes of all tensors in an output, whatever it is made of."""
-    if output is None:
-        return []
-    if isinstance(output, dict):
-        output = list(output.values())
-    elif all(isinstance(size, int) for size in output):
-        return [list(output)]
-    return [shape for item in output for shape in _flat(item)]
+    return [
+        *check_structure.structure(found.blueprint, wanted, unseen, entries),
+        *check_structure.outputs(found.blueprint, wanted.output_shapes),
+    ]
 
 
 def _safe(found: Look, source: Source) -> AssertionResult:

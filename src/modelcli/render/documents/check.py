@@ -9,7 +9,8 @@ from modelcli.render.documents.common import SCHEMA, error_document, model_of
 from modelcli.render.views import Column, View, finding, path_column
 
 if TYPE_CHECKING:
-    from modelcli.commands.check import AssertionResult, CheckedModel, CheckResult
+    from modelcli.commands.assertions import AssertionResult
+    from modelcli.commands.check import CheckedModel, CheckResult
 
 
 def check(result: CheckResult) -> View:

@@ -6,7 +6,7 @@ import torch
 import torchvision
 
 from modelcli.live.providers import torchvision as live
-from modelcli.live.surgery import init
+from modelcli.live.surgery import schemes
 from modelcli.providers import torch_nn
 from modelcli.providers.torchvision import PROVIDER
 
@@ -28,4 +28,4 @@ def test_the_classes_of_torchvision() -> None:
 
 def test_the_classes_and_schemes_of_torch() -> None:
     assert set(torch_nn.PROVIDER.class_names()) == set(torch.nn.modules.__all__)
-    assert set(torch_nn.init_names()) == set(init._schemes())
+    assert set(torch_nn.init_names()) == set(schemes.schemes_of_torch())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -12,15 +11,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import init
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrize import ParametrizationList
 
 from modelcli.edits.applied import Applied, Change, Context
 from modelcli.edits.init import Init
 from modelcli.edits.picking import groups_of, names_of_one, tie_notes
-from modelcli.errors import RequestError, did_you_mean
-from modelcli.language import expressions, selectors
+from modelcli.errors import RequestError
+from modelcli.language import selectors
 from modelcli.language.expressions import Call
 from modelcli.language.quoting import quoted
 from modelcli.live import memory, signatures
@@ -34,6 +32,7 @@ from modelcli.live.script.state import State
 from modelcli.live.script.step import StateDictStep, Step
 from modelcli.live.sources import Drawn, Lazy, is_lazy, named_tensors
 from modelcli.live.surgery.core import blueprint_of, submodule
+from modelcli.live.surgery.schemes import DEFAULT, Scheme, scheme_name, scheme_of
 from modelcli.live.surgery.state_dicts import meta_tensors, viewing
 from modelcli.live.surgery.storages import copied, has_storage, key_of, replace_storage, shown_by, viewers
 from modelcli.model.blueprint import Blueprint
@@ -44,7 +43,6 @@ from modelcli.wording import listed
 
 #: Layers that start at weight 1 and bias 0, whatever scheme the layers around them get.
 NORMALISATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-DEFAULT = "default"
 
 
 def carry_out(module: nn.Module, edit: Init, context: Context) -> Applied[nn.Module]:
@@ -224,108 +222,7 @@ def _layers_of_keys(model: StateDictModel) -> _Layers:
     return _Layers(norms, lambda path: model.modules[path].made, may_normalise)
 
 
-# --- schemes -------------------------------------------------------------------------------------------------------
-
-
-def _schemes() -> dict[str, Callable[..., Any]]:
-    """The functions of `torch.nn.init` that fill a tensor, by their names without the trailing underscore."""
-    return {
-        name.removesuffix("_"): function
-        for name, function in vars(init).items()
-        if name.endswith("_")
-        and not name.startswith("_")
-        and inspect.isfunction(function)
-        and next(iter(signatures.of(function).parameters), None) == "tensor"
-    }
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """A function of `torch.nn.init` with its arguments; `text` is how a person writes it."""
-
-    text: str
-    signature: str
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-
-    def fill(self, tensor: torch.Tensor) -> None:
-        """Draw the numbers of a real tensor, in place."""
-        self.function(tensor, *self.args, **self.kwargs)
-
-    def refusal(self, tensor: torch.Tensor) -> str | None:
-        """Why it cannot fill a tensor of this shape and dtype, found out on a small one; None where it can."""
-        # The first size is kept: what `dirac` takes depends on whether its groups divide it.
-        sizes = tensor.shape[: tensor.dim() > 1] + torch.Size(min(n, 2) for n in tensor.shape[tensor.dim() > 1 :])
-        with seeded(0), torch.no_grad():
-            try:
-                self.fill(torch.zeros(sizes, dtype=tensor.dtype))
-            except Exception as error:
-                return (str(error) or type(error).__name__).splitlines()[0]
-        return None
-
-
-def scheme_name(call: Call) -> str:
-    """The name without what may stand around it: `torch.nn.init.normal_` is `normal`."""
-    name = call.name
-    for package in ("torch.", "nn.", "init."):
-        name = name.removeprefix(package)
-    return name.removesuffix("_")
-
-
-def scheme_of(call: Call) -> Scheme:
-    """The scheme that an expression names.
-
-    Raises RequestError for what is no function of `torch.nn.init`, and for arguments that do not fit its signature.
-    """
-    name, schemes = scheme_name(call), _schemes()
-    function = schemes.get(name)
-    if function is None:
-        if name == DEFAULT:
-            raise RequestError("default resets weights and biases together: it is a scheme, not one for --bias")
-        near = did_you_mean(name, [*schemes, DEFAULT])
-        raise RequestError(
-            f"no scheme {call.name!r} in torch.nn.init", near or f"there are: {', '.join(sorted(schemes))}, {DEFAULT}"
-        )
-    full = signatures.of(function)
-    own = [p for p in full.parameters.values() if p.name not in ("tensor", "generator")]
-    signature = full.replace(parameters=own, return_annotation=full.empty)
-    shown_signature = f"{name}{signature}"
-    for value in (*call.args, *call.kwargs.values()):
-        if not isinstance(value, int | float | str | None):
-            raise RequestError(f"{call}: {expressions.to_text(value)} is neither a number nor a word", shown_signature)
-    try:
-        signature.bind(*call.args, **call.kwargs)
-    except TypeError as error:
-        raise RequestError(f"{call}: {error}", shown_signature) from None
-    text = expressions.to_text(Call(name, call.args, call.kwargs)).removesuffix("()")
-    if name == "trunc_normal":
-        _require_hits(text, signature.bind(*call.args, **call.kwargs))
-    return Scheme(text, shown_signature, function, call.args, call.kwargs)
-
-
-#: How many numbers torch may have to draw for one that `trunc_normal` keeps.
-_MOST_DRAWS = 100
-
-
-def _require_hits(text: str, arguments: inspect.BoundArguments) -> None:
-    """Raise RequestError for a truncated normal distribution that torch would draw from for hours.
-
-    It draws evenly from [a, b] and keeps what falls below the density, as a share of the highest one there. With the
-    mean d standard deviations outside, and the interval w of them wide, about one number in d * w does.
-    """
-    arguments.apply_defaults()
-    mean, std, a, b = (arguments.arguments[name] for name in ("mean", "std", "a", "b"))
-    if not all(isinstance(number, int | float) for number in (mean, std, a, b)) or not std:
-        return  # torch says itself what is wrong
-    outside = max(a - mean, mean - b) / abs(std)
-    if outside > 1 and outside * (b - a) / abs(std) > _MOST_DRAWS:
-        raise RequestError(
-            f"{text} finds next to nothing: [{a}, {b}] lies {outside:.3g} standard deviations from the mean {mean}",
-            f"a and b bound the numbers themselves: trunc_normal({mean},{std},{mean - 2 * std:g},{mean + 2 * std:g}) "
-            "cuts at two standard deviations",
-        )
-
+# --- what is filled -------------------------------------------------------------------------------------------------
 
 _ONES, _ZEROS = Call("ones"), Call("zeros")
 _NORMALISED = "weight 1, bias 0"

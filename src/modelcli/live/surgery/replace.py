@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
-import torch
 from torch import nn
 
 from modelcli.edits.applied import Applied, Change, Context
@@ -23,22 +21,13 @@ from modelcli.live.script.source_text import STATEMENTS, InexpressibleError, ded
 from modelcli.live.script.source_text import quoted as literal
 from modelcli.live.script.state import State
 from modelcli.live.script.step import StateDictStep, Step
-from modelcli.live.sources import (
-    AnySource,
-    Computed,
-    copy_into,
-    halves,
-    is_lazy,
-    named_tensors,
-    real_storage,
-    require_source,
-)
 from modelcli.live.surgery import layouts, left_out, shapes
 from modelcli.live.surgery.core import blueprint_of, brief, count, places, submodule
 from modelcli.live.surgery.holes import resolved_calls, resolved_for_keys
+from modelcli.live.surgery.kept_weights import KeptFrom, KeptPart, keep_weights, of_module
 from modelcli.live.surgery.new_modules import maker, new_for_keys
 from modelcli.live.surgery.state_dicts import meta_tensors, new_module
-from modelcli.live.surgery.storages import byte_span, has_storage, replace_storage, shown_by, viewers
+from modelcli.live.surgery.storages import shown_by
 from modelcli.model.dtypes import is_differentiable
 from modelcli.model.shared_bytes import tied
 from modelcli.model.state_dict import NewModule, StateDictModel
@@ -69,9 +58,9 @@ def carry_out(module: nn.Module, edit: Replace, context: Context) -> Applied[nn.
     replaced = [(*pair, new) for pair, new in zip(olds, news, strict=True)]
     notes += left_out.notes(edit.module, calls, replaced)
     notes += _trains_now([(path, _flags(old), new) for old, path, new in replaced])
-    kept: Mapping[str, Mapping[str, _Part]] = {}
+    kept: Mapping[str, Mapping[str, KeptPart]] = {}
     if edit.keep_weights:
-        kept, told = _keep_weights([_old(old, path, new) for old, path, new in replaced])
+        kept, told = keep_weights([of_module(old, path, new) for old, path, new in replaced])
         notes += told
     keeps = {path for path, parts in kept.items() if parts}
     lines = resolved_lines(edit, [(target.paths, call) for target, call in zip(targets, calls, strict=True)], keeps)
@@ -93,158 +82,6 @@ def _targets(module: nn.Module, paths: Sequence[str]) -> list[_Target]:
         old = submodule(module, path)
         found.setdefault(id(old), (old, []))[1].append(path)
     return [_Target(old, tuple(named), tuple(everywhere[key])) for key, (old, named) in found.items()]
-
-
-# --- keep-weights --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Part:
-    """The part of a new tensor that takes old values: its sizes from 0 along each axis. Where `transposed`, the old
-    tensor has its two axes the other way round."""
-
-    sizes: tuple[int, ...]
-    transposed: bool = False
-
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The part of an old tensor, as it lies in the new one."""
-        whole = tensor.t() if self.transposed else tensor
-        return whole[tuple(slice(size) for size in self.sizes)]
-
-
-@dataclass(frozen=True)
-class _Old:
-    """What weights are kept of: the old tensors by their names in it, it in a few words, its path, the new module.
-
-    `carrying` tells how the values of a tensor go into the new one: see `layouts.carrying`.
-    """
-
-    tensors: Mapping[str, torch.Tensor]
-    brief: str
-    path: str
-    new: nn.Module
-    carrying: Callable[[str], layouts.CopyRule | None]
-
-
-def _old(old: nn.Module, path: str, new: nn.Module) -> _Old:
-    return _Old(named_tensors(old), brief(old), path, new, lambda name: layouts.copy_rule(name, old, new))
-
-
-def _keep_weights(groups: Sequence[_Old]) -> tuple[Mapping[str, Mapping[str, _Part]], list[str]]:
-    """Carry over the overlapping part of each tensor that means the same in the old modules and in the new ones.
-
-    Gives what each module keeps, by its path, and what there is to tell.
-
-    Raises RequestError where no tensor of any of them has a counterpart.
-    """
-    kept = {old.path: _overlap(old) for old in groups}
-    if not any(kept.values()):
-        first = groups[0]
-        raise RequestError(
-            f"--keep-weights keeps nothing of {first.path}: {type(first.new).__name__} has no tensor of the name and "
-            f"number of dimensions of one of {first.brief}",
-            "leave it out",
-        )
-    notes = []
-    for old in groups:
-        path = old.path
-        if parts := kept[path]:
-            _fill(old.tensors, old.new, parts)
-            given, made = old.tensors, named_tensors(old.new)
-            told = [f"{name}{_extent(part, given[name].shape, made[name].shape)}" for name, part in parts.items()]
-            drawn = [name for name, tensor in made.items() if name not in parts and isinstance(tensor, nn.Parameter)]
-            anew = f"; {listed(drawn, 4)} drawn anew" if drawn else ""
-            of_old = f"of the old {old.brief}{anew}"
-            notes.append(f"{path} keeps {listed(told, 4)} {of_old}")
-        else:
-            notes.append(f"{path} keeps no weights")
-    if len(notes) > 4:
-        notes = [f"{sum(map(bool, kept.values()))} of {len(kept)} modules keep their weights"]
-    return kept, notes
-
-
-def _overlap(old: _Old) -> dict[str, _Part]:
-    """What the tensors of two modules have in common that mean the same in both.
-
-    Raises RequestError where tensors of one name mean different things, or would come to lie where they do.
-    """
-    given = old.tensors
-    parts: dict[str, _Part] = {}
-    for name, tensor in named_tensors(old.new).items():
-        if name not in given or not _dense(tensor) or not _dense(given[name]):
-            continue
-        how = old.carrying(name)
-        if how is None:
-            continue
-        if how.refusal is not None:
-            raise RequestError(
-                f"--keep-weights cannot carry over {old.path}: {how.refusal}", "leave --keep-weights out"
-            )
-        shape = given[name].shape[::-1] if how.transposed else given[name].shape
-        parts[name] = _Part(tuple(map(min, tensor.shape, shape)), how.transposed)
-    return parts
-
-
-def _dense(tensor: torch.Tensor) -> bool:
-    return not is_lazy(tensor) and has_storage(tensor)
-
-
-def _extent(part: _Part, old: torch.Size, new: torch.Size) -> str:
-    """`[:10,:]`: which part of a tensor is kept; nothing where that is all of it, `.T` where its axes are swapped."""
-    if part.transposed:
-        old = old[::-1]
-    sizes = [":" if old[axis] == new[axis] else f":{size}" for axis, size in enumerate(part.sizes)]
-    return (".T" if part.transposed else "") + ("" if old == new else f"[{','.join(sizes)}]")
-
-
-def _fill(old: Mapping[str, torch.Tensor], new: nn.Module, parts: Mapping[str, _Part]) -> None:
-    """Let the tensors of a new module show the old numbers where they overlap, the new ones elsewhere.
-
-    On the meta device that is done when the numbers are asked for, so many of them at a time as are asked for.
-    """
-    before = {name: old[name].detach() for name in parts}
-    names: dict[int, list[str]] = {}
-    for name, tensor in named_tensors(new).items():
-        names.setdefault(id(tensor), []).append(name)
-    for views in viewers(new).values():
-        filled = [(view.detach(), name) for view in views for name in names[id(view)] if name in parts]
-        if not filled:
-            continue
-        drawn = require_source(views[0])
-        kept = []
-        for view, name in filled:
-            part = parts[name]
-            kept.append((view[tuple(slice(size) for size in part.sizes)], part.of(before[name])))
-        covered = any(view.is_contiguous() and view.nbytes == drawn.nbytes for view, _ in kept)
-        compute = partial(_overlaid, None if covered else drawn, kept)  # what is covered whole need not be drawn
-        reads = (drawn, *(require_source(numbers) for _, numbers in kept))
-        replace_storage(views, Computed(drawn.nbytes, compute, reads))
-
-
-def _overlaid(
-    drawn: AnySource | None, kept: Sequence[tuple[torch.Tensor, torch.Tensor]], start: int, nbytes: int
-) -> torch.UntypedStorage:
-    """So many bytes of a new storage, from a start on: those that were drawn, and over them what is kept.
-
-    `kept` are views of that storage, each with the old numbers that it is to show.
-    """
-    storage = torch.UntypedStorage(nbytes) if drawn is None else real_storage(drawn.part(start, nbytes)).cpu().clone()
-    for view, numbers in kept:
-        _lay(storage, start, view, numbers)
-    return storage
-
-
-def _lay(storage: torch.UntypedStorage, start: int, view: torch.Tensor, numbers: torch.Tensor) -> None:
-    """Put numbers where a view of a storage shows them: those that lie in this piece of it, which starts at a byte."""
-    first, end = byte_span(view)
-    if end <= start or start + storage.nbytes() <= first:
-        return
-    if view.numel() > 1 and (first < start or start + storage.nbytes() < end):
-        for half in halves(view):
-            _lay(storage, start, view[half], numbers[half])
-        return
-    offset = int(view.storage_offset()) - start // view.element_size()
-    copy_into(torch.empty(0, dtype=view.dtype).set_(storage, offset, view.size(), view.stride()), numbers)
 
 
 # --- flags -----------------------------------------------------------------------------------------------------------
@@ -306,9 +143,9 @@ def apply_to_state_dict(edit: Replace, model: StateDictModel, context: Context) 
     )
     notes += _trains_now([(old.path, old.flags, new) for old, new in zip(olds, news, strict=True)])
     briefs = parts_below(model, [path for target in targets for path in target.paths])
-    kept: Mapping[str, Mapping[str, _Part]] = {}
+    kept: Mapping[str, Mapping[str, KeptPart]] = {}
     if edit.keep_weights:
-        kept, told = _keep_weights([old.kept(model, briefs, new) for old, new in zip(olds, news, strict=True)])
+        kept, told = keep_weights([old.kept(model, briefs, new) for old, new in zip(olds, news, strict=True)])
         notes += told
     keeps = {path for path, parts in kept.items() if parts}
     lines = resolved_lines(edit, [(target.paths, call) for target, call in zip(targets, calls, strict=True)], keeps)
@@ -367,7 +204,7 @@ class _OldKeys:
     flags: Mapping[str, bool]
     names: Mapping[str, str]
 
-    def kept(self, model: StateDictModel, briefs: Mapping[str, Part], new: nn.Module) -> _Old:
+    def kept(self, model: StateDictModel, briefs: Mapping[str, Part], new: nn.Module) -> KeptFrom:
         dense = {own: name for own, name in self.names.items() if name in model.tensors}
         views = meta_tensors(model, list(dense.values()))
         tensors = {own: views[name] for own, name in dense.items()}
@@ -377,7 +214,7 @@ class _OldKeys:
                 return layouts.copy_rule(name, self.told, new)
             return layouts.copy_rule_by_shapes(name, tensors[name], new)
 
-        return _Old(tensors, briefs[self.path].brief, self.path, new, carrying)
+        return KeptFrom(tensors, briefs[self.path].brief, self.path, new, carrying)
 
 
 def _targets_of_keys(model: StateDictModel, paths: Sequence[str]) -> list[_KeysTarget]:

@@ -137,7 +137,7 @@ def main() -> None:
         compare("--help / Typer hello --help", [*MODELCLI, "--help"], [*peer["hello"], "--help"], "<= 1.3")
         for file in ("alexnet.pth", "alexnet.safetensors", "sparse.safetensors"):
             for command in ("params", "modules"):
-                compare(f"{command} {file} / Typer + Rich table", [*MODELCLI, command, file], peer["table"], "<= 1.6")
+                compare(f"{command} {file} / Typer + Rich table", [*MODELCLI, command, file], peer["table"], "<= 1.3")
         load = [*peer["load"], "alexnet.pth"]
         compare("params alexnet.pth / torch.load(mmap)", [*MODELCLI, "params", "alexnet.pth"], load, "<= 0.1")
         load = [*peer["load_st"], "alexnet.safetensors"]

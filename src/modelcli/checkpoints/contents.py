@@ -11,46 +11,11 @@ from typing import Any
 
 from modelcli import providers
 from modelcli.checkpoints import limits
-from modelcli.checkpoints.entries import CompositeEntry, TensorEntry, info_of, looks_like_buffer
+from modelcli.checkpoints.entries import CompositeEntry, TensorEntry, info_of
 from modelcli.checkpoints.record import Record
-from modelcli.checkpoints.storage import (
-    CHUNK,
-    MOST_READ,
-    FileId,
-    Identity,
-    JoinedSpan,
-    ReadAhead,
-    Span,
-    Storage,
-    Windows,
-    gathered,
-    identity_of,
-    require_unchanged,
-)
 from modelcli.model.blueprint import Blueprint, from_keys
 from modelcli.model.tensors import Kind, TensorInfo
 from modelcli.wording import listed
-
-__all__ = [
-    "CHUNK",
-    "MOST_READ",
-    "CompositeEntry",
-    "Contents",
-    "FileId",
-    "Identity",
-    "JoinedSpan",
-    "ReadAhead",
-    "Span",
-    "Storage",
-    "TensorEntry",
-    "Windows",
-    "foreign_names",
-    "gathered",
-    "identity_of",
-    "info_of",
-    "looks_like_buffer",
-    "require_unchanged",
-]
 
 #: A layer of one tensor in a module of its own, as adapters have them, comes to three.
 _MODULES_OF_A_TENSOR = 4

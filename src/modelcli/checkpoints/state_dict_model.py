@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from modelcli.checkpoints.contents import CompositeEntry, Contents, TensorEntry, info_of
+from modelcli.checkpoints.contents import Contents
+from modelcli.checkpoints.entries import CompositeEntry, TensorEntry, info_of
 from modelcli.checkpoints.limits import Budget
 from modelcli.checkpoints.record import Record
 from modelcli.checkpoints.torch_pickle.nested_tensors import tensors_within

@@ -12,8 +12,9 @@ from math import prod
 import numpy as np
 
 from modelcli.checkpoints import shapes
-from modelcli.checkpoints.contents import FileId, Storage, TensorEntry, Windows, gathered
+from modelcli.checkpoints.entries import TensorEntry
 from modelcli.checkpoints.shapes import extent
+from modelcli.checkpoints.storage import FileId, Storage, Windows, gathered
 from modelcli.model.dtypes import ITEM_BYTES
 from modelcli.values import reading
 from modelcli.values.dtypes import Array

@@ -705,7 +705,7 @@ def test_an_existing_file_needs_force(tmp_path: Path) -> None:
 
 def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     path = tmp_path / "m.pth"
-    with pytest.raises(RequestError, match="exists"), atomic.replacing(path, force=False):
+    with pytest.raises(RequestError, match="appeared meanwhile"), atomic.replacing(path, force=False):
         path.write_bytes(b"another's")
     assert (path.read_bytes(), len(list(tmp_path.iterdir()))) == (b"another's", 1)
 

@@ -195,7 +195,7 @@ def _refuse_second_format(file: Candidate, format_: Format) -> None:
     """Programs differ in where they look first: a file of two formats is two files, and one would be hidden."""
     if format_.container != "tar" and file.is_tar:
         other = "a tar archive and a checkpoint at once"
-    elif format_.container != "zip" and file.ends_as_zip:
+    elif file.ends_as_zip and not file.is_zip:
         other = "a checkpoint and ends as a zip archive does"
     else:
         return

@@ -151,10 +151,10 @@ def _unchecked_notes(watch: _Watch, seen: trace.Pass, edited: Mapping[str, type[
     if seen.rules is None:
         return ()
     notes = [f"{reason}, so the check skipped it" for reason in seen.rules.unchecked.values()]
-    places = [path for path, kind in edited.items() if kind.places_module]
+    placed = [path for path, kind in edited.items() if kind.places_module]
     looked_up = {table.untyped_storage()._cdata for table in seen.rules.tables}
     for name, tensor in watch.subject.named_parameters():
-        if tensor.untyped_storage()._cdata in looked_up and any(_is_below(name, place) for place in places):
+        if tensor.untyped_storage()._cdata in looked_up and any(_is_below(name, place) for place in placed):
             notes.append(
                 f"{name} has {tensor.shape[0]} rows, and the check has no index values, so it did not check that they "
                 "are in range; --check run does"
@@ -317,9 +317,9 @@ def _way_out(after: nn.Module, path: str, error: Exception, edited: Mapping[str,
 
 def _cast_to(after: nn.Module, edited: Mapping[str, type[Edit]]) -> str | None:
     """Return the dtype to which an edit cast only a part of the model; None if there is no such edit."""
-    places = [path for path, kind in edited.items() if kind.changes_dtype and path]
+    cast = [path for path, kind in edited.items() if kind.changes_dtype and path]
     for name, tensor in (*after.named_parameters(), *after.named_buffers()):
-        if tensor.dtype.is_floating_point and any(_is_below(name, place) for place in places):
+        if tensor.dtype.is_floating_point and any(_is_below(name, place) for place in cast):
             return dtype_name(tensor.dtype)
     return None
 

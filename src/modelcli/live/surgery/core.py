@@ -27,7 +27,7 @@ def is_meta(module: nn.Module) -> bool:
     return bool(tensors) and all(tensor.is_meta for tensor in tensors)
 
 
-def places(module: nn.Module) -> dict[int, list[str]]:
+def paths_of_modules(module: nn.Module) -> dict[int, list[str]]:
     """Every path of each module, by its `id`: a shared one has several."""
     found: dict[int, list[str]] = {}
     for path, child in module.named_modules(remove_duplicate=False):

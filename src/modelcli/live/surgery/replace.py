@@ -22,7 +22,7 @@ from modelcli.live.script.source_text import quoted as literal
 from modelcli.live.script.state import State
 from modelcli.live.script.step import StateDictStep, Step
 from modelcli.live.surgery import layouts, left_out, shapes
-from modelcli.live.surgery.core import blueprint_of, brief, count, places, submodule
+from modelcli.live.surgery.core import blueprint_of, brief, count, paths_of_modules, submodule
 from modelcli.live.surgery.holes import resolved_calls, resolved_for_keys
 from modelcli.live.surgery.kept_weights import KeptFrom, KeptPart, keep_weights, of_module
 from modelcli.live.surgery.new_modules import maker, new_for_keys
@@ -76,7 +76,7 @@ def carry_out(module: nn.Module, edit: Replace, context: Context) -> Applied[nn.
 
 def _targets(module: nn.Module, paths: Sequence[str]) -> list[_Target]:
     """The distinct modules at these paths, in order."""
-    everywhere = places(module)
+    everywhere = paths_of_modules(module)
     found: dict[int, tuple[nn.Module, list[str]]] = {}
     for path in paths:
         old = submodule(module, path)

@@ -13,12 +13,13 @@ from modelcli.live.script.source_text import quoted
 from modelcli.live.script.state import State
 from modelcli.live.script.step import StateDictStep, Step
 from modelcli.live.surgery.changed_values import change_values, change_values_of_keys
+from modelcli.live.surgery.core import blueprint_of
 from modelcli.model.state_dict import StateDictModel
 from modelcli_plugin.clamp import Clamp, clamping
 
 
 def carry_out(module: nn.Module, edit: Clamp, context: Context) -> Applied[nn.Module]:
-    names, changes = clamping(edit, describe(module))
+    names, changes = clamping(edit, blueprint_of(module, context))
     change_values(module, names, partial(_clamped, edit))
     return Applied(module, changes, inputs=context.inputs)
 

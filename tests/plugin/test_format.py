@@ -110,7 +110,7 @@ def test_a_model_is_written_with_its_record(cli: Cli, folder: Path) -> None:
 def test_what_it_cannot_hold_is_an_error_that_names_it(cli: Cli, folder: Path) -> None:
     torch.save({"w": torch.ones(2), "epoch": 3}, "v.pth")
     error = cli("save", "out.blob", "-m", "v.pth", code=2).err
-    assert "epoch is no tensor, and blob holds nothing else" in error
+    assert "epoch is not a tensor, but blob stores only tensors" in error
     assert "write a .pth file" in error
     assert not Path("out.blob").exists()
     assert "v.pth" in cli("params", "v.pth", "--key", "nothing", code=2).err

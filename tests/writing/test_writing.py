@@ -591,7 +591,7 @@ def test_bare_drops_what_stood_around(tmp_path: Path) -> None:
     write(live_plan("a.pth", out, "pth", tmp_path, bare=True), out)
     for loaded in torch_loads(out):
         assert set(loaded) == {"l.w", "l._extra_state"}
-    with pytest.raises(RequestError, match="is no tensor, and safetensors holds nothing else"):
+    with pytest.raises(RequestError, match="is not a tensor, but safetensors stores only tensors"):
         live_plan("a.pth", tmp_path / "b.safetensors", "safetensors", tmp_path)
 
 

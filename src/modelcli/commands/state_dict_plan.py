@@ -64,8 +64,8 @@ def plan(
     if writing.holds_views(kind):
         if compact:
             tensors = compacting.compacted(tensors, lambda name: sources.row_major(name, model.tensors[name]))
-        elif unshown := compacting.unshown(tensors):
-            notes.append(unshown)
+        elif note := compacting.unused_bytes_note(tensors):
+            notes.append(note)
     return Plan(
         tensors,
         record,

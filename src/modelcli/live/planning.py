@@ -75,8 +75,8 @@ def plan(
     if writing.holds_views(kind):
         if compact:
             tensors = compacting.compacted(tensors, lambda name: row_major(state[name]))
-        elif unshown := compacting.unshown(tensors):
-            notes.append(unshown)
+        elif note := compacting.unused_bytes_note(tensors):
+            notes.append(note)
     metadata: Mapping[str, Any] = getattr(state, "_metadata", {})
     return Plan(
         tensors,

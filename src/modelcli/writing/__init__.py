@@ -99,17 +99,25 @@ def default_format() -> str:
 
 
 def check_target(path: Path, kind: str | None = None, *, force: bool) -> None:
-    """Refuse, before any work is done, a target that cannot be written. Raises RequestError or SystemFailureError."""
+    """Refuse a target that cannot be written, before any work is done. Raises RequestError or SystemFailureError."""
     is_folder = formats.named(kind or format_of(path)).is_folder
     atomic.check_target(path, force=force, folder=is_folder)
 
 
 def write(plan: Plan, path: Path, options: WriteOptions | None = None, *, kind: str | None = None) -> Written:
-    """Write a plan to a sibling of `path`, read it back, then put it in the place of `path` in one step.
+    """Write a plan beside `path`, read it back, then replace `path` in one step.
 
-    `kind` is the format, by default what the name ends in (a `Path` has lost its trailing slash).
+    Args:
+        plan: the tensors and where their bytes come from.
+        path: the file or folder to write.
+        options: how to write it.
+        kind: the name of the format; by default the suffix of `path` determines it. (A `Path` has no trailing slash.)
 
-    Raises SystemFailureError before a byte is written where there is no room for all of them.
+    Returns:
+        What was written.
+
+    Raises:
+        SystemFailureError: there is not enough space (found before a byte is written), or the system failed.
     """
     format_, options = formats.named(kind or format_of(path)), options or WriteOptions()
     nbytes = (
@@ -165,14 +173,14 @@ def _write_folder(plan: Plan, path: Path, format_: Format, options: WriteOptions
 
 
 def _after(report: Report | None, done: int) -> Report | None:
-    """A report of one file among several, of which `done` bytes are written."""
+    """Return the report function for one file of several, of which `done` bytes have been written."""
     return None if report is None else lambda more, total, doing: report(done + more, total, doing)
 
 
 def _require_unchanged(outputs: Iterable[Output], options: WriteOptions) -> None:
-    """Raise FileFormatError where a file that was read is another one by now: its edits would be lost, or half there.
+    """Raise FileFormatError if a source file has changed meanwhile, because the result might mix old and new bytes.
 
-    That is asked at the end of all: a source of the first shard may change while the last is written.
+    This is checked at the very end, because a source of the first shard may change while the last one is written.
     """
     for output in outputs:
         output.require_unchanged_sources()
@@ -188,9 +196,9 @@ def _require_size(path: Path, handle: int, nbytes: int) -> None:
 def _compare(
     file: BinaryIO, path: Path, parts: Iterable[tuple[int, Source]], total: int, report: Report | None
 ) -> None:
-    """Read every byte back, and compare it with its source, and with the checksum that an archive states of it.
+    """Read every byte back and compare it with its source, and with the checksum in the archive.
 
-    Raises SystemFailureError where one differs.
+    Raises SystemFailureError if a byte or a checksum differs.
     """
     atomic.leave_to_disk(file)
     done, stated = 0, checksums_in(file, str(path))
@@ -205,11 +213,11 @@ def _compare(
                 report(done, total, "verifying")
         if expected != found:
             raise SystemFailureError(
-                f"byte {offset:,} and the {source.nbytes:,} from there were not written as they were read",
+                f"the {source.nbytes:,} bytes from byte {offset:,} on were not written as they were read",
                 "the disk may be failing: nothing was changed",
             )
         if found != stated.get((offset, source.nbytes), found):
             raise SystemFailureError(
-                f"byte {offset:,} and the {source.nbytes:,} from there do not have the checksum that is stated of them",
-                "the file they come from is damaged, as python -m zipfile -t shows: nothing was changed",
+                f"the {source.nbytes:,} bytes from byte {offset:,} on do not match their checksum",
+                "their source file is damaged, as python -m zipfile -t shows: nothing was changed",
             )

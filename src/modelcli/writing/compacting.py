@@ -16,7 +16,7 @@ from modelcli.model.dtypes import ITEM_BYTES
 _NOTE_FROM = 1_000_000
 
 
-def unshown(tensors: Mapping[str, PlannedTensor]) -> str | None:
+def unused_bytes_note(tensors: Mapping[str, PlannedTensor]) -> str | None:
     """Return the note for storages that are much larger than what the tensors use of them; else None."""
     held = shown = 0
     for names in _by_source(tensors).values():
@@ -31,16 +31,19 @@ def unshown(tensors: Mapping[str, PlannedTensor]) -> str | None:
 
 
 def compacted(tensors: Mapping[str, PlannedTensor], row_major: Callable[[str], Source]) -> dict[str, PlannedTensor]:
-    """The same tensors, each in a storage of what it shows.
+    """Return the same tensors, each in a storage of only the bytes that it uses.
 
-    Tensors that are tied stay so. Those that show some of the same bytes keep one storage where that takes no more than
-    one for each, row by row, would. `row_major` gives the elements of a tensor in that order.
+    Tied tensors stay tied. Tensors that share bytes keep one storage unless separate storages would be smaller.
+
+    Args:
+        tensors: the planned tensors, by name.
+        row_major: gives the bytes of a contiguous copy of the named tensor.
     """
     found: dict[str, PlannedTensor] = {}
     for names in _by_source(tensors).values():
         for start, end, inside in _runs(tensors, names):
             apart = {tensors[name].view: name for name in reversed(inside)}
-            if sum(_shown_bytes(tensors[name]) for name in apart.values()) < end - start:
+            if sum(_used_bytes(tensors[name]) for name in apart.values()) < end - start:
                 found |= _each_by_itself(tensors, row_major, inside)
                 continue
             whole: Any = tensors[inside[0]].source
@@ -64,7 +67,7 @@ def _each_by_itself(
     return made
 
 
-def _shown_bytes(tensor: PlannedTensor) -> int:
+def _used_bytes(tensor: PlannedTensor) -> int:
     return prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
 
 

@@ -1,4 +1,4 @@
-"""Bytes of a plan into an open file: by the system itself where they lie in a file, else piece by piece."""
+"""Write the bytes of a plan into an open file. The system copies bytes that come from a file; others are written."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from modelcli.checkpoints.storage import CHUNK, FileId, Span, require_unchanged
 from modelcli.checkpoints.zip_archives import directory as zip_directory
 from modelcli.errors import FileFormatError, SystemFailureError
 
-#: Told how many bytes are done, how many there will be, and what is being done: they are written, or read back.
+#: Called with the bytes done, the bytes in total, and the kind of work (`writing`, `verifying`).
 Report = Callable[[int, int, str], None]
 
-#: So much is copied at a time: a whole number of pages, few enough for a progress bar to move.
+#: The bytes to copy at a time: whole pages, and few enough for a progress bar to move.
 _STEP = 64 * 1024 * 1024
 _OPEN_FILES = 32
-#: What says that the system cannot copy from this file to that one; to read and write tells which one fails, if any.
+#: The errors after which to read and write instead, because the system cannot copy between these two files. If one of
+#: the files is the cause, reading or writing it shows which one.
 _CANNOT_COPY = frozenset(
     (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.EIO, errno.ETXTBSY)
 )
 
 
 class Output:
-    """A file that is being written, any part of it at any time; `total` is what all of it will take."""
+    """A file that is being written, at any offset in any order. `total` is its final size in bytes."""
 
     def __init__(self, file: BinaryIO, total: int, report: Report | None = None, *, durable: bool = False) -> None:
         self._handle = file.fileno()
@@ -64,7 +65,7 @@ class Output:
             self._advance(written)
 
     def put(self, offset: int, source: Source) -> None:
-        """Write all bytes of a source at an offset. Raises FileFormatError where it gives fewer than it says."""
+        """Write all bytes of a source at an offset. Raises an error if it has fewer bytes than it says."""
         self._files.update(source.files())
         if isinstance(source, Span):
             self._copy(source, offset)
@@ -73,7 +74,10 @@ class Output:
             pass
 
     def put_with_checksum(self, offset: int, source: Source) -> int:
-        """The same; gives the CRC-32 of the bytes, which of a span that is copied is the one that its file states."""
+        """Write all bytes of a source at an offset and return their CRC-32.
+
+        For a record of a zip file it is the checksum that the file states, so that the system can copy the bytes.
+        """
         self._files.update(source.files())
         if isinstance(source, Span) and (known := self._stated_checksum(source)) is not None:
             self._copy(source, offset)
@@ -84,12 +88,12 @@ class Output:
         return checksum
 
     def require_unchanged_sources(self) -> None:
-        """Raise FileFormatError where a file that was read, by whatever source, is another one by now, or gone."""
+        """Raise FileFormatError if a file that any source has read was changed or removed meanwhile."""
         for path, identity in sorted(self._files):
             require_unchanged(path, identity)
 
     def _streamed(self, offset: int, source: Source) -> Iterator[bytes | memoryview]:
-        """Write a source piece by piece, and give each piece for whoever counts it up."""
+        """Write a source piece by piece, and yield each piece, for a checksum."""
         left = source.nbytes
         for chunk in self._read(source) if isinstance(source, Span) else source.chunks():
             self.write(offset, chunk)
@@ -101,7 +105,7 @@ class Output:
     # --- spans of files --------------------------------------------------------------------------------------------
 
     def _copy(self, span: Span, offset: int) -> None:
-        """Copy a span, holes left as holes."""
+        """Copy a span; holes stay holes."""
         if span.nbytes < LARGE:
             for _ in self._streamed(offset, span):
                 pass
@@ -120,7 +124,7 @@ class Output:
             os.ftruncate(self._handle, end + shift)
 
     def _copy_data(self, span: Span, source: int, start: int, stop: int, offset: int) -> None:
-        """Copy bytes of an open file by the system; where that cannot, read and write them."""
+        """Let the system copy bytes of an open file; if it cannot, read and write them."""
         while self._copies and start < stop:
             try:
                 copied = os.copy_file_range(source, self._handle, min(_STEP, stop - start), start, offset)
@@ -139,13 +143,13 @@ class Output:
             offset += len(data)
 
     def _send(self, offset: int, nbytes: int) -> None:
-        """Let what was written go to the disk while more is copied, so that less is left to wait for at the end."""
+        """Start flushing the copied bytes to the disk, so that the final flush takes less time."""
         if self._durable and nbytes >= LARGE:
             with contextlib.suppress(OSError):
                 os.posix_fadvise(self._handle, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
     def _read(self, span: Span) -> Iterator[bytes]:
-        """The bytes of a span, in pieces of at most 8 MiB."""
+        """Yield the bytes of a span in pieces of at most 8 MiB."""
         source, start, stop = self._opened(span), span.offset, span.offset + span.nbytes
         while start < stop:
             try:
@@ -158,7 +162,7 @@ class Output:
             start += len(data)
 
     def _opened(self, span: Span) -> int:
-        """The open file of a span; the last few stay open. Raises FileFormatError where it is not what was read."""
+        """Open the file of a span; the last few stay open. Raises FileFormatError if the file has changed."""
         key = (span.path, span.identity)
         if key not in self._sources:
             while len(self._sources) >= _OPEN_FILES:
@@ -174,7 +178,7 @@ class Output:
         return self._sources[key]
 
     def _stated_checksum(self, span: Span) -> int | None:
-        """The CRC-32 that a zip file states of a record, where the span is one; torch writes 0 where it counts none."""
+        """Return the CRC-32 that a zip file states for this span, if it is a record. (torch may write 0 for "none".)"""
         key = (span.path, span.identity)
         if key not in self._checksums:
             with span.opened() as file:
@@ -182,14 +186,14 @@ class Output:
         return self._checksums[key].get((span.offset, span.nbytes)) or None
 
     def _with_room(self, error: OSError) -> OSError:
-        """What the system says; of a full disk also how much there is to write, and how much room is left for it."""
+        """Return the error; for a full disk, with the size of the whole file and the free space in its message."""
         if error.errno != errno.ENOSPC or not hasattr(os, "fstatvfs"):
             return error
         status = os.fstatvfs(self._handle)
         free = status.f_bavail * status.f_frsize
         return OSError(
             error.errno,
-            f"{error.strerror}: it takes {self._total / 1e6:,.2f} MB in all, and {free / 1e6:,.2f} MB are free by now",
+            f"{error.strerror}: the output needs {self._total / 1e6:,.2f} MB, but only {free / 1e6:,.2f} MB are free",
         )
 
     def _advance(self, nbytes: int) -> None:
@@ -199,7 +203,7 @@ class Output:
 
 
 def checksums_in(file: BinaryIO, where: str) -> dict[tuple[int, int], int]:
-    """The CRC-32 of each record of a zip file, by its place and size; none of a file that is no zip."""
+    """Return the CRC-32 of each record of a zip file, by offset and size; an empty dict for any other file."""
     file.seek(0)
     if file.read(4) != b"PK\x03\x04":
         return {}
@@ -211,7 +215,7 @@ def checksums_in(file: BinaryIO, where: str) -> dict[tuple[int, int], int]:
 
 
 def _in_pages(start: int, stop: int, shift: int) -> Iterator[tuple[int, int]]:
-    """Cut what is to be copied at its first and last page border, where both files have them at the same places."""
+    """Split a range at its first and last page boundary, if the boundaries are at the same positions in both files."""
     first, last = start + -start % PAGE, stop - stop % PAGE
     if shift % PAGE or first >= last:
         yield start, stop
@@ -220,7 +224,7 @@ def _in_pages(start: int, stop: int, shift: int) -> Iterator[tuple[int, int]]:
 
 
 def _data_in(handle: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """The parts of a file between two offsets that are no holes; all of it where the system does not tell."""
+    """Yield the parts of a file between two offsets that are not holes; the whole range if the system cannot tell."""
     if not hasattr(os, "SEEK_DATA"):
         yield start, stop
         return
@@ -229,7 +233,7 @@ def _data_in(handle: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
             first = os.lseek(handle, start, os.SEEK_DATA)
             last = os.lseek(handle, first, os.SEEK_HOLE)
         except OSError as error:
-            if error.errno != errno.ENXIO:  # which says that nothing but a hole follows
+            if error.errno != errno.ENXIO:  # ENXIO: the rest is a hole
                 yield start, stop
             return
         if first >= stop:

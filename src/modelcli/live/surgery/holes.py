@@ -288,7 +288,7 @@ class _Filling:
         return self._as_it_was(call, name)
 
     def _as_it_was(self, call: Call, name: str) -> Any:
-        """What the old module tells of an argument, else what flows in."""
+        """Return the value of an argument from the old module's settings, else from what flows in."""
         if (value := setting(self.old, name)) is not UNKNOWN:
             return value
         flow = self.flows.into(self.path) if name in _AXES else None

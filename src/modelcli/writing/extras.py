@@ -55,7 +55,7 @@ def refusal_of_values(extras: Mapping[str, Any], kind: str) -> RequestError:
     if isinstance(value := extras[name], CompositeEntry):
         what = value.dtype if value.layout == "strided" else value.layout
         where = "" if value.parts or value.stored_bytes else " on the meta device"
-        message = f"{name} is {what}{where}, which {label} has no name for"
+        message = f"{name} is {what}{where}, which {label} does not support"
     else:
-        message = f"{name} is no tensor, and {label} holds nothing else"
+        message = f"{name} is not a tensor, but {label} stores only tensors"
     return RequestError(message, formats.instead())

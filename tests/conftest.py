@@ -1,4 +1,4 @@
-"""What the tests share: commands run in-process through the real `main()`, each in a folder of its own."""
+"""Fixtures that the tests share. They run commands in-process through the real `main()`, each in its own folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NETS = Path(__file__).parent / "nets.py"
 
 @dataclass(frozen=True)
 class Result:
-    """What one command line came to."""
+    """The exit code and the output of one command line."""
 
     code: int
     out: str
@@ -35,7 +35,7 @@ class Result:
 
 
 class Cli:
-    """Runs command lines as a shell would, without the start of a process."""
+    """Runs command lines as a shell would, without starting a process."""
 
     def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
         self.capsys = capsys
@@ -52,15 +52,15 @@ class Cli:
 
 @pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str], folder: Path) -> Cli:
-    """A command line in a new, empty folder."""
+    """Run command lines in a new, empty folder."""
     return Cli(capsys)
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A new folder with `nets.py` in it, as the current one; no setting of the machine's reaches the test.
+    """A new current folder with `nets.py` in it. Settings of the machine do not affect the test.
 
-    What Python imports from it is forgotten with it: the next test's `own.py` is a module of its own.
+    Modules imported from it are removed afterwards, so the next test imports its own `own.py`.
     """
     for name in ("MODELCLI_MODEL", "MODELCLI_RECIPE", "NO_COLOR", "FORCE_COLOR", "COLUMNS"):
         monkeypatch.delenv(name, raising=False)

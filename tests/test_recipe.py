@@ -441,7 +441,7 @@ GREY = ("replace", "conv1", "Conv2d(1,_,_,stride=_,padding=_,bias=_)", "--input-
 
 
 def test_an_edit_on_another_input_lets_the_recipe_state_it(cli: Cli) -> None:
-    """What was recorded has to be carried out again, and it fits on that input alone."""
+    """The recorded edits must run again later, and they fit only that input."""
     assert cli("load", "resnet18").code == 0
     made = cli(*GREY)
     assert made.code == 0, made.err

@@ -1,4 +1,4 @@
-"""What `--help` says: a sentence, two examples that run, and the exit codes of each command."""
+"""The output of `--help`: for each command a sentence, two examples that run, and the exit codes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PANELS = {"Inspect", "Operate", "Read and write", "Compare", "This program"}
 
 
 def commands() -> dict[str, Any]:
-    """Every command by its words, those of groups included."""
+    """Return every command by its words, including the commands in groups."""
     root: Any = typer.main.get_command(app)
     found: dict[str, Any] = {}
     for name in root.commands:
@@ -44,7 +44,7 @@ def test_a_sentence_two_examples_and_the_exit_codes(name: str, cli: Cli) -> None
     assert len(examples(name)) >= 2
     assert all(example.startswith(f"modelcli {name}") for example in examples(name))
     shown = " ".join(cli(*name.split(), "--help").out.split())
-    assert not re.search(r"<(str|path|int|float)>", shown)  # what is wanted has a name: SELECTOR, FILE
+    assert not re.search(r"<(str|path|int|float)>", shown)  # each value has a name: SELECTOR, FILE
     assert all(" ".join(example.split()) in shown for example in examples(name))
     codes = dict(re.findall(r"(\d+) ([^;.]+)[;.]", shown.partition("Exit codes: ")[2].replace(ENDED, "")))
     assert shown.rstrip().endswith(f"{ENDED}.")
@@ -85,13 +85,13 @@ def test_defaults_in_brackets_are_not_taken_for_markup(cli: Cli) -> None:
     assert "The seed of random values. [default: 0]" in shown
 
 
-#: Examples of commands that answer no here.
+#: Examples that exit with code 1 here.
 NO = ("modelcli diff best.pth frozen.pth", "modelcli identify bare.pth --json")
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the files that examples name, made once."""
+    """A folder, made once, with the files that the examples use."""
     folder = tmp_path_factory.mktemp("prepared")
     here = Path.cwd()
     os.chdir(folder)

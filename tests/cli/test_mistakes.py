@@ -1,4 +1,4 @@
-"""The commonest mistakes, and every word that is said to them: what was wrong, and what to do next."""
+"""The most common mistakes, and the whole message for each: what was wrong, and what to do next."""
 
 from __future__ import annotations
 

@@ -161,7 +161,7 @@ def test_a_hole_in_a_bare_checkpoint(cli: Cli) -> None:
     assert change["after"] == "Linear(2, 5)"  # the weight tells the features that flow in
     error = cli("replace", "fc", "Conv2d(_,3,1)", "-m", "bare.pth", code=2).err
     assert "a plain state dict records no settings" in error
-    assert "--arch names its architecture" in error
+    assert "pass --arch REFERENCE" in error
 
 
 def test_an_instance_is_run_as_it_was_and_as_it_is(cli: Cli, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Files and folders replaced in one step: the old one or the new one is there at every moment, and nothing else."""
+"""Files and folders are replaced in one step: at every moment the old one or the new one exists, complete."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ posix_only = pytest.mark.skipif(os.name != "posix", reason="signals and locks of
 
 
 def digest(path: Path) -> str:
-    """The bytes of a file, or of every file of a folder with their names."""
+    """Return the bytes of a file, or the names and bytes of every file of a folder."""
     found = hashlib.sha256()
     for file in [path] if path.is_file() else sorted(path.rglob("*")):
         if file.is_file():
@@ -157,7 +157,7 @@ def test_what_fails_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_rename_that_fails_midway_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the system cannot exchange two names, the second rename may fail: the first is undone."""
+    """If the system cannot exchange two names and the second rename fails, the first one is undone."""
     path = tmp_path / "out"
     fill(path, {"a.safetensors": "old"})
     before = digest(path)
@@ -210,7 +210,7 @@ def test_what_is_no_folder(cli: Cli, folder: Path) -> None:
 
 @pytest.mark.parametrize("out", ["out.pth", "out.safetensors", "out/"])
 def test_onto_ones_own_input(cli: Cli, out: str) -> None:
-    """Through a second name of the file as well: it keeps the old one."""
+    """Also through a second hard link of the file, which keeps the old content."""
     cli("save", out, "-m", "nets.py:Places")
     name = out if out != "out/" else "./out"
     if out != "out/":
@@ -247,7 +247,7 @@ def test_shards_are_as_large_as_they_may_be(cli: Cli) -> None:
     assert index["weight_map"] == {
         "a": "model-00001-of-00003.safetensors",
         "b": "model-00001-of-00003.safetensors",
-        "c": "model-00002-of-00003.safetensors",  # larger than a shard may be, and alone
+        "c": "model-00002-of-00003.safetensors",  # larger than the maximum size, in a shard of its own
         "d": "model-00003-of-00003.safetensors",
     }
     assert index["metadata"]["total_size"] == 400 + 400 + 1200 + 40
@@ -295,7 +295,7 @@ def test_a_temporary_file_follows_no_link(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 class Failing:
-    """A call that fails the `at`-th time, and counts; by default it never fails."""
+    """A function that counts its calls and fails at the `at`-th one; by default it never fails."""
 
     def __init__(self, original: Callable[..., Any], number: int, at: int = 0) -> None:
         self.original, self.number, self.at, self.calls = original, number, at, 0
@@ -322,7 +322,7 @@ TOLERATED = {
 
 
 def is_called(name: str, out: str, can_exchange: bool) -> bool:
-    """Whether a command that replaces `out` makes such a call at all."""
+    """Whether a command that replaces `out` makes this call at all."""
     if name == "replace":
         return out != "out/" and not can_exchange
     if name == "rename":
@@ -340,7 +340,7 @@ FAULTY_RUNS = [
 
 
 def half_a_hole(path: Path) -> None:
-    """A checkpoint whose second tensor begins with numbers and ends in a hole, at the end of a page."""
+    """A checkpoint whose second tensor begins with data and ends with a hole, at the end of a page."""
     sparse_pth(path, [3, 102_400])
     storage = checkpoints.read(path).tensors["layers.1.weight"].storage
     assert isinstance(storage, Span)
@@ -355,7 +355,7 @@ def half_a_hole(path: Path) -> None:
 def test_a_fault_at_any_call_leaves_the_old_one(
     cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch, out: str, name: str, number: int, can_exchange: bool
 ) -> None:
-    """Each call fails in its turn: exit 5, the old one, one message with the path and the reason; or the whole new one.
+    """Each system call fails in turn: exit code 5, the old file, and one message with path and reason; or the new file.
 
     Only where the last step fails, which makes the new name durable, and the system has no way back to the old one, the
     new one is there, and the message says so.
@@ -449,7 +449,7 @@ def test_a_fault_is_one_message(cli: Cli, monkeypatch: pytest.MonkeyPatch, out: 
 
 @posix_only
 def test_a_file_that_grows_too_large(cli: Cli, folder: Path) -> None:
-    """RLIMIT_FSIZE, as a quota has it: the kernel's own refusal, in a process of its own."""
+    """RLIMIT_FSIZE acts like a quota: the kernel refuses to write. The test uses a separate process."""
     torch.save({"w": torch.randn(1_000_000)}, "in.pth")
     Path("out.pth").write_bytes(b"old")
     program = (
@@ -497,7 +497,7 @@ def test_killed_at_random_moments(tmp_path: Path, kill: Callable[..., torture.Re
 
 
 def test_a_signal_whose_exception_was_lost_is_heeded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch catches everything around one of its imports: what a handler raises there is gone."""
+    """torch catches all exceptions around one of its imports, so an exception of a signal handler is lost there."""
     path = tmp_path / "m.pth"
     path.write_bytes(b"old")
     monkeypatch.setattr(atomic, "asked_to_end", [signal.SIGINT])
@@ -518,7 +518,7 @@ def test_needs_force_again_where_it_appeared(tmp_path: Path) -> None:
 
 
 def test_nobody_takes_what_is_put_in_place_for_abandoned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another run may look for leftovers at any moment: until the name is the new one's, the file is locked."""
+    """Another run may search for abandoned files at any moment, so the file stays locked until it has its final name."""
     original = os.replace
 
     def replace(old: str, new: str, **folders: Any) -> None:
@@ -600,7 +600,7 @@ def test_new_names_that_cannot_be_made_durable_are_taken_back(
 
 
 def as_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the system answer for a user whom modes bind: root may write everything."""
+    """Act as a user to whom file modes apply; root may write everything."""
 
     def access(path: str | Path, mode: int) -> bool:
         return mode & os.W_OK == 0 or bool(Path(path).stat().st_mode & stat.S_IWUSR)
@@ -612,7 +612,7 @@ def as_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_file_that_may_not_be_written_is_refused(
     cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
 ) -> None:
-    """A recipe as well: the folder's permission is enough for a rename, but not what was meant by the file's mode."""
+    """Also a recipe: the folder's permission would allow a rename, but the file's mode says not to write it."""
     as_nobody(monkeypatch)
     if words[0] == "freeze":
         cli("load", "nets.py:Net")
@@ -630,7 +630,7 @@ def test_a_file_that_may_not_be_written_is_refused(
 
 
 def test_what_a_read_only_file_is_called_by_is_replaced_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cache replaces links and never what they point to: whether that may be written is not asked."""
+    """The cache replaces links themselves, so the permissions of their targets do not matter."""
     as_nobody(monkeypatch)
     (tmp_path / "theirs").write_bytes(b"theirs")
     (tmp_path / "theirs").chmod(0o444)

@@ -210,7 +210,7 @@ def test_a_refusal_shows_the_part_that_is_no_literal() -> None:
     "text", ["\uff2cinear(1)", "Linear(\uff11)", "M(x\u00e9=1)", "M(\u2160)", "nn.\u017fequential()"]
 )
 def test_names_are_ascii(text: str) -> None:
-    """Python folds fullwidth letters and their kin into ASCII: what is read would not be what is shown."""
+    """Python normalises fullwidth letters to ASCII, so a name would not be what the text shows."""
     with pytest.raises(RequestError):
         parse(text)
 

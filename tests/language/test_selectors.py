@@ -329,7 +329,7 @@ def test_any_text_is_a_selector_or_an_error_of_ours(text: str) -> None:
 
 @pytest.mark.parametrize("selector", ["*a" * 40 + "b", "{a,aa}" * 40 + "b", "**.a." * 12 + "b", "**.-1." * 12 + "b"])
 def test_no_selector_takes_long(selector: str) -> None:
-    """A selector can come out of a file: none may try every way to share a name out among its wildcards."""
+    """A selector can come from a file, so matching must not try every way to divide a name among its wildcards."""
     model = from_keys([tensor("a" * 200 + ".w"), tensor(".".join("a" * 100) + ".w"), tensor("0." * 60 + "w")])
     start = time.perf_counter()
     with pytest.raises(RequestError, match="no module matches"):

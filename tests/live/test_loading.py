@@ -1,4 +1,4 @@
-"""Checkpoints into architectures, against plain PyTorch's own `load_state_dict`."""
+"""Loading checkpoints into architectures, compared with PyTorch's `load_state_dict`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.nets import Tied, Unusual
 
 
 class Block(nn.Module):
-    """A convolution with a BatchNorm, a parameter of its own, a buffer of no dimension, and a frozen one."""
+    """A convolution and a BatchNorm, an own parameter, a scalar buffer, and a frozen parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Block(nn.Module):
 
 
 def perturbed(module: nn.Module) -> nn.Module:
-    """The module with other numbers in every tensor."""
+    """Return the module with other values in every tensor."""
     with torch.no_grad():
         for number, tensor in enumerate(named_tensors(module).values()):
             tensor.copy_(torch.arange(tensor.numel()).reshape(tensor.shape) + number + 1)
@@ -48,7 +48,7 @@ def loaded_for_real(module: nn.Module, path: Path, key: str | None = None) -> tu
 
 
 def loaded_on_meta(module: nn.Module, path: Path, key: str | None = None) -> tuple[nn.Module, LoadReport]:
-    """The same on the meta device; every tensor's numbers then come from where its source says."""
+    """Load on the meta device, then read every tensor's values from its source."""
     meta = build_on_meta(lambda: copy.deepcopy(module))
     report = loading.load(meta, loading.on_meta(checkpoints.read(path, key=key)))
     return meta, report
@@ -131,7 +131,7 @@ def test_refusals(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("load", [loaded_for_real, loaded_on_meta])
 def test_a_single_element_where_there_was_no_dimension(tmp_path: Path, load: Any) -> None:
-    """Files of torch 0.3 hold scalars as tensors of one element."""
+    """Files of torch 0.3 store scalars as tensors with one element."""
     state = perturbed(Block()).state_dict()
     state["steps"] = torch.tensor([5.0])
     theirs = Block()
@@ -174,7 +174,7 @@ def test_real_wrappers(tmp_path: Path) -> None:
 
 
 def test_what_the_metadata_says_of_the_root_moves_with_it(tmp_path: Path) -> None:
-    """An old BatchNorm inside DataParallel: the wrapper's own version must not pass for the layer's."""
+    """For an old BatchNorm inside DataParallel, the wrapper's version must not be used as the layer's."""
     norm = nn.BatchNorm1d(2)
     state: Any = nn.DataParallel(norm).state_dict()
     assert state._metadata == {"": {"version": 1}, "module": {"version": 2}}
@@ -194,9 +194,9 @@ def test_only_foreign_prefixes_are_stripped() -> None:
     beside = wrapper_prefixes.fit({"module.weight": None, "epoch": None}, {"weight": None})
     assert (beside.parts, beside.key("module.weight"), beside.key("epoch")) == (("module",), "weight", "epoch")
     assert prefix({"encoder.weight"}, {"weight"}) == "encoder."
-    assert prefix({"a.weight", "b.weight"}, {"weight"}) == ""  # nothing says which is meant
+    assert prefix({"a.weight", "b.weight"}, {"weight"}) == ""  # more than one is possible
     found: dict[str, tuple[int, ...] | None] = {"a.weight": (1,), "b.weight": (2,), "b.bias": (3,)}
-    assert wrapper_prefixes.fit(found, {"weight": (2,)}).elsewhere == ("b.",)  # one layer of three is no model
+    assert wrapper_prefixes.fit(found, {"weight": (2,)}).elsewhere == ("b.",)  # one layer of three is not the model
     assert wrapper_prefixes.fit(found, {"weight": (2,), "bias": (3,)}).prefix == "b."
     assert prefix({"module.module.weight"}, {"weight"}) == "module.module."
     assert prefix({"model.weight", "weight"}, {"weight"}) == ""  # the name itself is there

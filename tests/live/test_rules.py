@@ -1,6 +1,6 @@
-"""The rules for `torch.nn`, against the CPU: what they let through runs there, what they refuse does not.
+"""The rules for `torch.nn` compared with the CPU: what they accept runs there, and what they refuse fails there.
 
-The truth is a real forward pass. The meta device alone lets much through that the CPU refuses.
+The reference is a real forward pass. The meta device alone accepts much that the CPU refuses.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def runs_on_cpu(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -
             warnings.simplefilter("ignore")
             module.eval()(flow)
     except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError, AssertionError) as error:
-        # Kernels that the CPU merely lacks are no matter of what fits.
+        # A kernel that the CPU merely lacks says nothing about whether the input fits.
         if "not implemented for" in str(error) and dtype != torch.int64:
             pytest.skip(str(error))
         return False
@@ -151,7 +151,7 @@ def test_a_misfit_says_what_flows_and_what_is_expected() -> None:
 
 
 def test_fake_tensors_are_held_to_the_same_rules() -> None:
-    """They forgive what the meta device forgives, and what only its kernels refuse runs."""
+    """Fake tensors accept what the meta device accepts, and an operator that only their kernels refuse runs."""
     fake = FakeTensorMode()
     bytes_as_mask = Calls(lambda _, x: torch.where(x.to(torch.uint8), x, x))
     for module, fails in (
@@ -184,7 +184,7 @@ def test_a_forward_may_catch_what_the_cpu_would_raise() -> None:
 
 
 def test_an_operator_that_only_the_meta_device_refuses_runs() -> None:
-    """torch.where takes bytes as a mask on the CPU, and says that it will not for ever."""
+    """On the CPU torch.where accepts a uint8 mask, with a deprecation warning."""
     module = Calls(lambda _, x: torch.where(x.to(torch.uint8), x, x))
     seen = trace.run(meta_copy(module), [torch.zeros(2, 4, device="meta")])
     assert (seen.failure, trace.shape_of(seen.output)) == (None, [2, 4])

@@ -1,4 +1,4 @@
-"""Where bytes come from: views brought in order, pieces of what is computed, how much is in memory at once."""
+"""Sources of bytes: contiguous copies of views, pieces of computed bytes, and the memory that they need."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def numbers(dtype: str, count: int = 96) -> torch.Tensor:
-    """Elements of any dtype, all bytes of them different."""
+    """Return elements of any dtype whose bytes are all different."""
     size = getattr(torch, dtype).itemsize
     values = torch.arange(count * size, dtype=torch.int64).remainder(2 if dtype == "bool" else 251).to(torch.uint8)
     return values.view(getattr(torch, dtype))
@@ -127,7 +127,7 @@ MEMORY = r"""
     def run(*words):
         assert main([*words, "--force", "--quiet"]) == 0
 
-    def peak():  # of this program alone: the one of `getrusage` begins with what its parent had
+    def peak():  # only of this program; that of `getrusage` includes its parent's
         return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
     sources.WINDOW = 1 << 22

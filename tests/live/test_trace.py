@@ -1,4 +1,4 @@
-"""Forward passes on meta: shapes and MACs of a real pass, partial rows, and what describe() makes of odd models."""
+"""Forward passes on meta: the shapes and MACs of a real pass, partial results, and describe() on unusual models."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def looked_at(reference: str, *sizes: tuple[int, ...], dtype: str = "float32") -
 
 
 def real_shapes(model: nn.Module, *inputs: torch.Tensor) -> dict[str, list[int]]:
-    """Output shapes of a real pass on the CPU, by hooks of the test's own."""
+    """Return the output shapes of a real pass on the CPU, recorded by the test's own hooks."""
     found: dict[str, list[int]] = {}
     for name, module in model.named_modules():
 
@@ -45,7 +45,7 @@ def test_shapes_are_those_of_a_real_pass(folder: object) -> None:
     assert trace is not None
     real = real_shapes(nets.Unusual(), torch.zeros(2, 4))
     assert {path: layer.output_shape for path, layer in trace.layers.items() if path != "again"} == real
-    # The shared module under each of its names, as the caller knows it: one call each.
+    # One call under each path of the shared module, as its caller uses it.
     assert trace.layers["again"].output_shape == [2, 4]
     assert [trace.layers[path].macs for path in ("first", "first.lin", "again")] == [32, 32, 32]
     assert trace.layers[""].output_shape == {"left": [2, 2], "right": [2, 3]}
@@ -53,7 +53,7 @@ def test_shapes_are_those_of_a_real_pass(folder: object) -> None:
 
 
 def test_sizes_are_torchinfos(folder: object) -> None:
-    """The forward/backward size is what torchinfo gives for a real model; an input is its elements times four."""
+    """The forward/backward size is torchinfo's for a real model; the input size is four bytes for each element."""
     trace = looked_at("nets.py:Net", (2, 1, 8, 8)).trace
     assert trace is not None
     peer = torchinfo.summary(nets.Net(), input_size=(2, 1, 8, 8), verbose=0)
@@ -70,7 +70,7 @@ def test_macs_by_hand(folder: object) -> None:
 
 
 def test_attention_counts_its_submodules() -> None:
-    """The fused path of attention would skip the modules and their MACs."""
+    """The fused path of attention would skip the submodules and their MACs."""
     text = "TransformerEncoder(TransformerEncoderLayer(8,2,16,batch_first=True),2,enable_nested_tensor=False)"
     trace = looked_at(text, (1, 5, 8)).trace
     assert trace is not None
@@ -121,7 +121,7 @@ def test_several_inputs() -> None:
 
 
 def test_train_mode(cli: Cli) -> None:
-    """googlenet gives its auxiliary outputs in train mode alone."""
+    """googlenet returns its auxiliary outputs only in train mode."""
     words = ("summary", "googlenet", "--input-size", "2,3,224,224", "--json")
     executed = [
         {layer["path"]: layer["executed"] for layer in cli(*words, "--mode", mode).json["layers"]}["aux1"]
@@ -156,7 +156,7 @@ def test_printed_as_pytorch_prints_it(model: nn.Module) -> None:
 
 
 def test_a_module_that_holds_itself() -> None:
-    """No model that runs does this, and yet to look at one must end."""
+    """No model that runs contains itself, but showing such a model must still terminate."""
     model = nn.Sequential(nn.Linear(2, 2))
     model[0].extra = model
     assert [module.path for module in describe(model).modules] == ["", "0"]

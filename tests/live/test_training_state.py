@@ -1,4 +1,4 @@
-"""What a training checkpoint's optimizer still fits after an edit, and what became of its other state dicts."""
+"""Notes after an edit of a training checkpoint: on optimizers that no longer fit, and on other state dicts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.conftest import Cli
 
 @pytest.fixture
 def train(folder: Any) -> str:
-    """A training checkpoint as PyTorch's own documentation writes one, after a step."""
+    """Write a training checkpoint, after one step, as PyTorch's documentation shows it."""
     model = nets.Places()
     optimizer = torch.optim.Adam(model.parameters())
     sum(output.sum() for output in model(torch.randn(3, 4)).values()).backward()
@@ -46,7 +46,7 @@ def test_what_no_longer_fits_is_named(cli: Cli, train: str, lines: list[str], to
     assert "what train.pth holds beside 'model' (epoch, optimizer) was kept; --bare drops it" in notes
     assert ("no longer fits" in notes) == (told is not None)
     assert told is None or told in " ".join(notes.split())
-    # It is kept as it was, whatever is said of it.
+    # It is unchanged, whatever the notes say.
     before, after = (torch.load(path, weights_only=True)["optimizer"] for path in (train, "out.pth"))
     assert after["param_groups"] == before["param_groups"]
     assert torch.equal(after["state"][0]["exp_avg"], before["state"][0]["exp_avg"])
@@ -77,7 +77,7 @@ def test_an_optimizer_of_fewer_parameters(cli: Cli) -> None:
 def test_an_optimizer_of_the_head_is_told_of_where_the_head_may_have_changed(
     cli: Cli, lines: list[str], told: str | None
 ) -> None:
-    """Shapes alone say which parameters it was made for: of `1` one is as large as one of the head."""
+    """Only shapes show which parameters the optimizer has: one parameter of `1` has the shape of one of the head."""
     model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 2), nn.Linear(2, 2))
     optimizer = torch.optim.Adam(model[2].parameters())
     model(torch.randn(3, 5)).sum().backward()
@@ -126,7 +126,7 @@ def test_a_renamed_key_is_one_that_no_longer_fits(cli: Cli) -> None:
 
 
 def test_an_optimizer_that_knows_names(cli: Cli) -> None:
-    """As FSDP and torch.distributed.checkpoint write it."""
+    """The form that FSDP and torch.distributed.checkpoint write."""
     state = nn.Linear(2, 2).state_dict()
     groups = [{"params": ["fc.weight", "fc.bias"], "lr": 0.1}]
     optimizer = {"state": {"fc.weight": {"step": torch.ones(())}}, "param_groups": groups}
@@ -136,7 +136,7 @@ def test_an_optimizer_that_knows_names(cli: Cli) -> None:
 
 
 def test_a_prefix_that_is_not_written_again_is_told_of(cli: Cli) -> None:
-    """A program that wrote `module.fc.weight` asks for it when it goes on."""
+    """The program that wrote `module.fc.weight` will expect that key when it resumes."""
     state = {f"module.{name}": tensor for name, tensor in nets.Places().state_dict().items()}
     torch.save({"model": state, "epoch": 1}, "train.pth")
     notes = " ".join(cli("init", "fc", "zeros", "-m", "train.pth", *ARCH, "-o", "out.pth").err.split())
@@ -149,7 +149,7 @@ def test_a_prefix_that_is_not_written_again_is_told_of(cli: Cli) -> None:
 
 @pytest.mark.parametrize(("key", "other"), [("model", "ema"), ("ema", "model")])
 def test_each_of_two_state_dicts_is_told_of_the_other(cli: Cli, key: str, other: str) -> None:
-    """`--key` says which is edited; the other one is there as it was, whichever stands first."""
+    """`--key` chooses the state dict to edit; the other one is unchanged, whichever comes first."""
     state = nets.Places().state_dict()
     torch.save({"model": state, "ema": {name: tensor + 1 for name, tensor in state.items()}}, "train.pth")
     words = ("replace", "fc", "Linear(4,4)", "--key", key, "-m", "train.pth", *ARCH, "-o", "out.pth")

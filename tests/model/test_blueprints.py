@@ -1,4 +1,4 @@
-"""Blueprints: a model as plain data. Counts follow PyTorch's own rules, here worked out by hand."""
+"""Blueprints, models as plain data. The expected counts follow PyTorch's rules and are computed by hand."""
 
 from __future__ import annotations
 
@@ -280,7 +280,7 @@ PLACES: list[tuple[list[Any], list[Any]]] = [
     (["trace"], [3, "ab", [1]]),
     (["trace", "inputs"], [3, "12", [["1"]], [[-1]]]),
     (["trace", "layers"], [None, 3, [3], [["", []]], [[3, [], 0]], [["", 5, 0]], [["", "ab", 0]], [["", [1, "a"], 0]]]),
-    (["trace", "layers", 0, 2], ["1", -1, 1.5]),  # None stands for a further place of a shared module
+    (["trace", "layers", 0, 2], ["1", -1, 1.5]),  # None is for another path of a shared module
     (["trace", "device"], ["cuda", 3, ["cpu"]]),
     (["trace", "notes"], [3, [3]]),
     (["trace", "uncounted"], [3, [3]]),
@@ -291,7 +291,7 @@ PLACES: list[tuple[list[Any], list[Any]]] = [
 
 @pytest.mark.parametrize(("place", "value"), [(place, value) for place, values in PLACES for value in values])
 def test_json_of_any_other_form_is_refused(place: list[Any], value: object) -> None:
-    """A blueprint can come out of a file: what is of another type than it says would fail far from here."""
+    """A blueprint can come from a file, and a value of a wrong type would fail much later."""
     whole = TIED.with_trace(Trace(((1, 4),), {"": LayerTrace([1, 4], 7)}, 7, 16, 16))
     document = json.loads(json.dumps(to_json(whole)))
     assert from_json(document) == whole

@@ -1,4 +1,4 @@
-"""Bytes into a file: copied by the system, read and written where it cannot, holes and checksums kept."""
+"""Writing bytes to a file: the system copies them, or they are read and written; holes and checksums are kept."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_span_arrives_whatever_its_place(
 def test_where_the_system_cannot_copy_it_is_read_and_written(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    """Another file system, an old kernel, a container that forbids the call: in the middle as at the start."""
+    """For another file system, an old kernel, or a container that forbids the call, at the start or in the middle."""
     for allowed in (0, 1):
         calls: list[int] = []
         original = os.copy_file_range
@@ -256,7 +256,7 @@ def checksums(path: Path) -> dict[str, int]:
 def test_checksums_are_taken_from_where_they_are_stated(
     folder: Path, monkeypatch: pytest.MonkeyPatch, stated: bool
 ) -> None:
-    """A record that is copied whole is not read for its checksum; torch can leave them out, and then it is."""
+    """A record that is copied whole is not read for its checksum, unless torch left the checksum out."""
     torch.serialization.set_crc32_options(stated)
     try:
         torch.save({"w": torch.randn(500_000)}, "in.pth")
@@ -294,7 +294,7 @@ def test_spans_of_a_file_that_is_no_archive_are_counted(cli: Cli) -> None:
 
 
 def test_large_spans_lie_in_a_page_as_in_their_own_file(cli: Cli) -> None:
-    """So that a file system that can share blocks shares them, and others copy whole pages."""
+    """The same offset within a page lets file systems share blocks, and lets others copy whole pages."""
     torch.save({f"w{number}": torch.randn(100_000 + number) for number in range(5)}, "in.pth")
     cli("save", "out.pth", "-m", "in.pth")
     before, after = (checkpoints.read(Path(name)).tensors for name in ("in.pth", "out.pth"))
@@ -339,10 +339,10 @@ def test_no_fsync_waits_for_no_disk(cli: Cli, monkeypatch: pytest.MonkeyPatch) -
     cli("save", "a/", "-m", "nets.py:Places", "--no-fsync")
     assert not synced
     cli("save", "b.pth", "-m", "nets.py:Places")
-    assert len(synced) == 2  # the file, and the folder that has its name
+    assert len(synced) == 2  # the file, and the folder that contains it
     synced.clear()
     cli("save", "b/", "-m", "nets.py:Places")
-    assert len(synced) == 4  # a shard, the index, their folder, and the folder that has its name
+    assert len(synced) == 4  # a shard, the index, their folder, and the folder that contains it
 
 
 @pytest.mark.parametrize("out", ["a.pth", "a.safetensors", "a/"])
@@ -363,7 +363,7 @@ def test_verify_reads_every_byte_back(cli: Cli, monkeypatch: pytest.MonkeyPatch,
 
 
 def test_verify_finds_what_was_damaged_before(cli: Cli, folder: Path) -> None:
-    """What is copied keeps the checksum that its file states: a damaged record is a damaged copy."""
+    """A copied record keeps the checksum that its file states, so a damaged record becomes a damaged copy."""
     torch.save({"w": torch.randn(400_000), "b": torch.ones(3)}, "in.pth")
     data = bytearray((folder / "in.pth").read_bytes())
     data[700_000] ^= 1

@@ -1,4 +1,4 @@
-"""The writers, against torch, safetensors and zipfile: what is written loads equal, and nothing is lost on the way."""
+"""The writers compared with torch, safetensors and zipfile: the written files load equal, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ from tests.values.test_statistics import sparse_file
 
 @dataclass(frozen=True)
 class Bytes:
-    """A source that is a value: equal bytes are one storage."""
+    """A source that compares by value, so that equal bytes are one storage."""
 
     data: bytes
 
@@ -90,7 +90,7 @@ def plan_of(state: Mapping[str, torch.Tensor], record: str = "{}", **more: Any) 
 
 
 def plan_from(contents: Contents, record: str = "{}") -> Plan:
-    """All that a file holds, as a plan to write it again."""
+    """Return a plan that writes the whole content of a file again."""
     tensors = {
         name: PlannedTensor(entry.shape, entry.dtype, entry.stride, entry.offset, entry.storage)
         for name, entry in contents.tensors.items()
@@ -124,7 +124,7 @@ def assert_loads_as(path: Path, state: Mapping[str, torch.Tensor]) -> None:
 
 
 def data_offsets(path: Path) -> dict[str, int]:
-    """Where the bytes of each record of a zip file start, by its local headers."""
+    """Return where the data of each record of a zip file starts, according to its local headers."""
     data, found = path.read_bytes(), {}
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
@@ -190,7 +190,7 @@ def test_tied_tensors_are_one_storage(tmp_path: Path) -> None:
 
 
 def test_one_storage_read_as_two_dtypes_is_written_twice(tmp_path: Path) -> None:
-    """torch.save refuses it; a record of two classes would load as the first of them."""
+    """torch.save refuses it, because a record with two storage classes would load as the first of them."""
     base = torch.arange(4.0)
     state = {"floats": base, "ints": base.view(torch.int32), "u16": base.view(torch.uint16)}
     assert_loads_as(write(plan_of(state), tmp_path / "m.pth"), state)
@@ -222,7 +222,7 @@ def test_written_says_what(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("limit", [0, 40, 100, 130, 2000])
 def test_zip64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
-    """The headers of records beyond 4 GiB, forced on small ones: some of them, or all, or only the directory's."""
+    """The headers of records beyond 4 GiB, forced for small ones: some of them, all, or only those in the directory."""
     monkeypatch.setattr(zip_layout, "ZIP64_FROM", limit)
     state = {f"t{size}": torch.arange(size, dtype=torch.float32) for size in (1, 9, 10, 24, 25, 32, 33, 300)}
     path = write(plan_of(state, record="x" * 120), tmp_path / "m.pth")
@@ -247,7 +247,7 @@ def test_a_source_that_gives_too_little_is_noticed(tmp_path: Path) -> None:
 
 
 def test_oracle_torch_save(tmp_path: Path) -> None:
-    """The pickle says what torch's own says: torch loads both to the same values, and so do we."""
+    """The pickle has the same meaning as torch's: torch and modelcli load both to the same values."""
     model = nn.Sequential(nn.Embedding(5, 4), nn.BatchNorm1d(4))
     theirs = checkpoints.read(saved(tmp_path / "theirs.pth", model.state_dict()))
     ours = checkpoints.read(write(plan_from(theirs), tmp_path / "ours.pth"))
@@ -262,7 +262,7 @@ def test_oracle_torch_save(tmp_path: Path) -> None:
 
 
 def test_tensors_come_to_the_opcodes_of_torch_save(tmp_path: Path) -> None:
-    """So a reader that knows these takes a whole tensor in one step, and the Python one shares what is the same."""
+    """A reader that knows these opcodes reads a tensor in one step, and the Python unpickler shares equal objects."""
     sizes = [(2, 3), (7,), (1, 300), (70_000, 1), (1, 2, 3, 4, 5)] * 80
     state = {f"layers.{number}.weight": torch.zeros(size) for number, size in enumerate(sizes)}
     ours, theirs = write(plan_of(state), tmp_path / "ours.pth"), saved(tmp_path / "theirs.pth", OrderedDict(state))
@@ -309,7 +309,7 @@ def training_checkpoint(model: nn.Module) -> dict[Any, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Values that compare with `==`: tensors as what they are made of, types kept."""
+    """Convert a value to one that compares with `==`: tensors become their parts, and types are kept."""
     if isinstance(value, torch.Tensor):
         return (type(value), value.dtype, value.shape, value.requires_grad, raw(value))
     if isinstance(value, dict):
@@ -323,7 +323,7 @@ def plain(value: Any) -> Any:
 def test_the_tree_around_the_state_dict_is_kept(tmp_path: Path, legacy: bool) -> None:
     checkpoint = training_checkpoint(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)))
     if legacy:
-        del checkpoint["fp8"]  # torch cannot read it back out of its own old format
+        del checkpoint["fp8"]  # torch cannot read it from its own old format
     source = saved(tmp_path / "a.pth", checkpoint, _use_new_zipfile_serialization=not legacy)
     contents = checkpoints.read(source)
     path = write(plan_from(contents), tmp_path / "b.pth")
@@ -520,7 +520,7 @@ def test_a_tensor_of_the_name_that_safetensors_has_its_texts_under(tmp_path: Pat
 
 @pytest.mark.parametrize("kind", ["safetensors", "folder"])
 def test_names_of_tied_tensors_leave_what_the_metadata_says(tmp_path: Path, kind: str) -> None:
-    """Such a name is in the record, and ties all the same when the file is read again."""
+    """Such a name is in the record, and is tied again when the file is read."""
     weight = torch.randn(2, 3)
     names = ("a", "format", "total_size", "modelcli", "author", "z")
     state = dict.fromkeys(names, weight) | {"pt": torch.ones(1)}
@@ -563,7 +563,7 @@ def live_plan(model: str, out: Path, kind: str, folder: Path, **options: Any) ->
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 def test_views_and_ties_of_a_bare_checkpoint(tmp_path: Path, suffix: str) -> None:
-    """A view is written as a view in a .pth, and as what it shows in safetensors; what is tied stays so in both."""
+    """A view stays a view in a .pth and becomes its own elements in safetensors; ties are kept in both."""
     base = torch.arange(12.0)
     state = {"a": base.view(3, 4).t(), "b": base[4:8], "c": base[4:8], "d": base, "e": torch.ones(2, 2).t()}
     saved(tmp_path / "in.pth", state)
@@ -788,7 +788,7 @@ def test_a_source_that_changes_is_noticed(tmp_path: Path) -> None:
 
 
 def test_a_record_header_is_what_its_arithmetic_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For every size around the limit the bytes start on a boundary, whatever came before."""
+    """For every size around the limit the data starts on a boundary, whatever comes before it."""
     monkeypatch.setattr(zip_layout, "ZIP64_FROM", 64)
     for size in range(55, 70):
         state = {str(number): torch.full((size,), number, dtype=torch.uint8) for number in (1, 2, 3)}
@@ -817,7 +817,7 @@ def test_values_of_a_tree_survive_two_rounds(tmp_path: Path, make: Callable[[], 
 with_proc = pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="/proc says how much memory a process takes"
 )
-#: So many elements has each tensor of a large file: 25 MB.
+#: The elements of each tensor of a large file: 25 MB.
 ELEMENTS = 6_250_000
 LARGE = f"""
 from torch import nn
@@ -844,12 +844,12 @@ def memory_of(folder: Path, code: str) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def of_torch(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
-    """What `import torch` alone takes."""
+    """Return the memory that `import torch` alone needs."""
     return memory_of(tmp_path_factory.mktemp("torch"), "import torch")
 
 
 def large(path: Path, tensors: int) -> Path:
-    """A checkpoint of so many tensors of 25 MB, whose bytes are holes."""
+    """Write a checkpoint of some tensors of 25 MB each whose bytes are holes."""
     if path.suffix == ".pth":
         sparse_pth(path, [ELEMENTS] * tensors)
     else:
@@ -860,7 +860,7 @@ def large(path: Path, tensors: int) -> Path:
 @with_proc
 @pytest.mark.parametrize("name", ["in.pth", "in.safetensors"])
 def test_an_edit_of_3_gb_in_bounded_memory(folder: Path, of_torch: dict[str, int], name: str) -> None:
-    """Numbers are converted, and the others copied: the peak is less than 150 MB above that of `import torch`."""
+    """Some values are converted and others copied; the peak is less than 150 MB above that of `import torch`."""
     nbytes = large(folder / name, 120).stat().st_size
     out = folder / f"out{Path(name).suffix}"
     taken = memory_of(
@@ -874,7 +874,7 @@ def test_an_edit_of_3_gb_in_bounded_memory(folder: Path, of_torch: dict[str, int
 @with_proc
 @pytest.mark.parametrize("name", ["in.pth", "in.safetensors"])
 def test_a_model_of_1_gb_is_not_held_in_memory(folder: Path, of_torch: dict[str, int], name: str) -> None:
-    """Its numbers are pages of the file, even once they were read; the peak is what its constructor makes first."""
+    """Its values stay pages of the file, even after reading; the peak is what its constructor allocates first."""
     large(folder / name, 40)
     (folder / "large.py").write_text(LARGE)
     code = f"""
@@ -888,7 +888,7 @@ def test_a_model_of_1_gb_is_not_held_in_memory(folder: Path, of_torch: dict[str,
 
 
 def test_a_folder_is_named_as_commands_take_it(cli: Cli) -> None:
-    """A word without a slash is a builder's name."""
+    """A word without a slash is the name of a builder."""
     assert cli("save", "shards/", "-m", "Linear(2,3)", "--json").json["output"] == "shards/"
     told = cli("freeze", ".", "-m", "shards/", "-o", "again/").out
     assert "written: again/ (" in " ".join(told.split())

@@ -518,7 +518,7 @@ def test_needs_force_again_where_it_appeared(tmp_path: Path) -> None:
 
 
 def test_nobody_takes_what_is_put_in_place_for_abandoned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another run may search for abandoned files at any moment, so the file stays locked until it has its final name."""
+    """Another run may search for abandoned files at any time, so the file stays locked until it has its final name."""
     original = os.replace
 
     def replace(old: str, new: str, **folders: Any) -> None:

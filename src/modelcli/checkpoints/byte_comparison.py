@@ -1,4 +1,4 @@
-"""Whether tensors of checkpoints have the same bytes: read in pieces, and not at all where they are one place."""
+"""Whether tensors of checkpoints have the same bytes: compared in pieces, and not read where both are one place."""
 
 from __future__ import annotations
 

@@ -153,7 +153,7 @@ class _Folder:
     def _storage(self, name: str, dtype: str, shape: Shape, chunks: Sequence[_Chunk], places: Places) -> Storage:
         """The bytes of a tensor, put together from its parts: one behind another where each is one run of them."""
         parts: list[tuple[int, embedded.TensorSpan]] = []
-        found: list[blocks.Box] = []
+        found: list[blocks.Block] = []
         scattered = False
         for chunk in chunks:
             place = places.get((name, chunk.offsets))
@@ -168,7 +168,7 @@ class _Folder:
             start = _run_start(shape, chunk)
             scattered = scattered or start is None
             parts.append((start or 0, part))
-            found.append(blocks.Box(chunk.offsets, chunk.sizes, part))
+            found.append(blocks.Block(chunk.offsets, chunk.sizes, part))
         if scattered:
             return blocks.storage_of(shape, ITEM_BYTES[dtype], found)
         if len(parts) == 1:

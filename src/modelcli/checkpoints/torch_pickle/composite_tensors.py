@@ -1,6 +1,6 @@
-"""Tensors that are no view into one storage, told by the call that makes them: quantized, sparse, on the meta device.
+"""Tensors that are no view into one storage: quantized, sparse, on the meta device, or of a subclass.
 
-The calls are those of `torch._utils` that `torch.Tensor.__reduce_ex__` writes.
+They are recognised by the function of `torch._utils` that rebuilds them, which `torch.Tensor.__reduce_ex__` writes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The numbers of tensors that torch conjugates or negates only when they are read: `x.conj()` copies nothing.
+"""The values of tensors that torch conjugates or negates lazily: `x.conj()` copies nothing and sets a bit.
 
-What such a tensor has in the file are the numbers of `x`, and a mark. Here the mark is carried out: the sign bits are
-turned that it stands for, a piece of the file at a time.
+torch.save writes the values of `x` and the bit. Here the bit is resolved, as `resolve_conj` and `resolve_neg` do: the
+sign bits of the values are flipped, a piece of the file at a time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _REALS = {
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """The bytes of a storage with signs turned: of imaginary parts (`conj`), of all numbers (`neg`), or of both.
+    """The bytes of a storage with signs flipped: of imaginary parts (`conj`), of all values (`neg`), or of both.
 
     These are the `nbytes` from `start`, wherever in an element that is. A dtype without a sign bit is refused when the
     bytes are asked for.

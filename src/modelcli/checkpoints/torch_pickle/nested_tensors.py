@@ -1,4 +1,4 @@
-"""Tensors in entries of a state dict that are no tensors: the weights that a quantized module packs in a tuple."""
+"""Tensors inside entries of a state dict that are no tensors: weights that a quantized module packs in a tuple."""
 
 from __future__ import annotations
 

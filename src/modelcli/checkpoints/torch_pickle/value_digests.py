@@ -1,4 +1,4 @@
-"""Inert values as something that can be compared: all that they say, less what the tensors in them hold."""
+"""Digests of values that were never unpickled, so that two can be compared; the values of tensors do not count."""
 
 from __future__ import annotations
 

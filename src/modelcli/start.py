@@ -1,5 +1,6 @@
 """The first step of the `modelcli` program: Ctrl-C ends it quietly from here on, in the imports of the program too."""
 
+import gc
 import os
 import sys
 from typing import NoReturn
@@ -11,6 +12,9 @@ def run() -> None:
     """The `modelcli` program. What imports modelcli as a library never comes here."""
     try:
         sys.excepthook = _told
+        # 100,000 tensors are millions of objects that live as long as the program: to look through them for garbage
+        # again and again takes a third of its time.
+        gc.set_threshold(100_000, 50, 100)
         from modelcli.cli import run as carry_out
 
         carry_out()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -71,6 +72,15 @@ class Plan:
     texts: Mapping[str, str] = field(default_factory=dict)
     order: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @cached_property
+    def first_names(self) -> dict[str, str]:
+        """The first name of each tensor: a format may hold one that is tied once."""
+        first: dict[tuple[object, ...], str] = {}
+        return {
+            name: first.setdefault(tensor.view if tensor.source.nbytes else (name,), name)
+            for name, tensor in self.tensors.items()
+        }
 
     @property
     def entries(self) -> dict[str, Any]:

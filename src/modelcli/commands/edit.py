@@ -79,7 +79,7 @@ def _edited(request: EditRequest, progress: Progress | None) -> EditResult:
         recipe.check_append(target.recipe, request.edits)
     model = open_editable(target.source)
     apply_each(model, target.edits, target.locations)  # the notes of a recipe's edits were shown when these were made
-    before = model.describe()
+    before = model.describe().totals
     applied = apply_each(model, request.edits, request.locations)
     result = checked_and_written(model, before, applied, target, how, progress)
     if target.recipe is None or how.dry_run:
@@ -101,7 +101,7 @@ def _edited(request: EditRequest, progress: Progress | None) -> EditResult:
 
 def checked_and_written(
     model: Editable,
-    before: Blueprint,
+    before: Totals,
     applied: AppliedEdits,
     target: Target,
     how: WriteRequest,
@@ -110,13 +110,13 @@ def checked_and_written(
 ) -> EditResult:
     """Check an edited model, unless `check` says already what there is to know, and write it where `how` says so.
 
-    `before` is the model before the edits that were `applied`, and `target` where to find that one.
+    `before` are the totals before the edits that were `applied`, and `target` where to find that one.
     """
     is_written = how.out is not None and not how.dry_run
     check = check or check_fit(model, applied, target, how.check, traced=is_written)
     after = model.describe()
     notes = (*target.notes, *model.notes, *applied.notes, *check.notes, *architecture_notes(model))
-    notes = tuple(dict.fromkeys((*notes, *_sum_notes(applied.changes, before.totals, after.totals))))
+    notes = tuple(dict.fromkeys((*notes, *_sum_notes(applied.changes, before, after.totals))))
     written = None
     if is_written:
         result = write(model, applied.changes, how, check.traced, progress)
@@ -124,7 +124,7 @@ def checked_and_written(
     return EditResult(
         target.source.model,
         after,
-        before.totals,
+        before,
         applied.lines,
         applied.changes,
         without_traced(check),

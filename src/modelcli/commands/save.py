@@ -35,7 +35,7 @@ def _saved(request: SaveRequest, progress: Progress | None) -> EditResult:
     assert how.out is not None
     writing.check_target(how.out, how.format, force=how.force)
     model = open_editable(target.source)
-    before = model.describe()
+    before = model.describe().totals
     applied = apply_each(model, target.edits, target.locations)
     check = None if target.edits else FitCheck(False, "nothing was edited")
     return checked_and_written(model, before, applied, without_edits(target), how, progress, check)

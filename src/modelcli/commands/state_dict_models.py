@@ -225,7 +225,9 @@ def opened(source: Source) -> OpenStateDict | None:
     if seed is None:
         seed = record.seed if record else 0
     model = model_of(contents, record)
-    made = OpenStateDict(model, source, contents, model, record, notes=notes, seed=seed)
+    # What is worked out from the model, its blueprint above all, goes with it once it is edited.
+    opened_as = StateDictModel(model.entries, model.modules)
+    made = OpenStateDict(model, source, contents, opened_as, record, notes=notes, seed=seed)
     if record is not None:
         made.edits = list(zip(record.numbers, record.edits, strict=True))
         made.edit_count = record.edit_count

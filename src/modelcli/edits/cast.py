@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 from modelcli.edits.applied import Applied, Change, Context
 from modelcli.edits.declaring import TENSORS, Operand, selector
-from modelcli.edits.picking import groups_of, names_of_one, tie_notes
+from modelcli.edits.picking import count_at, groups_of, names_of_one, tie_notes
 from modelcli.edits.targets import Selecting
 from modelcli.errors import RequestError, did_you_mean
 from modelcli.language import selectors
 from modelcli.model.blueprint import Blueprint
 from modelcli.model.dtypes import FLOATING, ITEM_BYTES, dtype_called
-from modelcli.model.paths import ancestors, shown
+from modelcli.model.paths import shown
 from modelcli.model.scaled_weights import scaled_weights
 from modelcli.model.state_dict import StateDictModel, StateDictTensor
 from modelcli.wording import counted, listed
@@ -152,7 +151,7 @@ def _refuse_scaled(blueprint: Blueprint, names: Sequence[str]) -> None:
 
 
 def _cast_targets(blueprint: Blueprint, groups: Sequence[tuple[str, list[str]]]) -> list[str]:
-    there = Counter(path for t in blueprint.tensors if t.dtype in FLOATING for path in ancestors(t.name))
+    there = count_at(tensor.name for tensor in blueprint.tensors if tensor.dtype in FLOATING)
     found: list[str] = []
     for path, below in groups:
         found += [selectors.literal(path)] if there[path] == len(below) else map(selectors.literal, below)

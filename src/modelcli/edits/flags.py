@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from modelcli.edits.applied import Applied, Change, Context
-from modelcli.edits.picking import groups_of, names_of_one, tie_notes
+from modelcli.edits.picking import count_at, groups_of, names_of_one, tie_notes
 from modelcli.edits.targets import OfTargets
 from modelcli.errors import RequestError
 from modelcli.language import selectors
 from modelcli.model.blueprint import Blueprint
-from modelcli.model.paths import ancestors, parent_of, shown
+from modelcli.model.paths import parent_of, shown
 from modelcli.model.state_dict import StateDictModel
 from modelcli.wording import counted, listed
 
@@ -73,7 +71,7 @@ def flagging(edit: Flags, blueprint: Blueprint, parameters: Collection[str]) -> 
     changes, done = [], "trainable" if trained else "frozen"
     groups = groups_of(edit.targets, blueprint, chosen)
     selectors.require_expected(edit.expect, [path for path, _ in groups])
-    there = Counter(path for name in possible for path in ancestors(name))
+    there = count_at(possible)
     for path, below in groups:
         own = {known[name].identity: known[name] for name in below}
         before = _flags([tensor.requires_grad for tensor in own.values()])
@@ -120,11 +118,19 @@ def _statistics_note(blueprint: Blueprint, names: Collection[str]) -> list[str]:
 def _resolved_line(
     edit: Flags, blueprint: Blueprint, groups: Sequence[tuple[str, list[str]]], there: Mapping[str, int]
 ) -> str:
-    paths = itertools.chain(blueprint.by_path, blueprint.by_name)
-    wanted = {*edit.targets, *edit.without}
-    if wanted <= {text for path in paths if (text := selectors.literal(path)) in wanted}:
+    if all(_is_literal(text, blueprint) for text in (*edit.targets, *edit.without)):
         return str(replace(edit, expect=None))
     return str(type(edit)(targets=tuple(_resolved_targets(groups, there))))
+
+
+def _is_literal(text: str, blueprint: Blueprint) -> bool:
+    """Whether a selector is the path of one module or tensor, as `selectors.literal` writes it."""
+    parsed = selectors.parse(text)
+    names = [selectors.plain(component) for component in parsed.components]
+    if parsed.type is not None or None in names:
+        return False
+    path = ".".join(name for name in names if name is not None)
+    return (path in blueprint.by_path or path in blueprint.by_name) and selectors.literal(path) == text
 
 
 def _resolved_targets(groups: Sequence[tuple[str, list[str]]], there: Mapping[str, int]) -> list[str]:

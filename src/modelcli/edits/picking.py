@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from modelcli.language import selectors
@@ -29,6 +30,20 @@ def groups_of(targets: Sequence[str], blueprint: Blueprint, chosen: Collection[s
             top = outermost[above]
             tops.setdefault(name if top is None or not name else top, []).append(name)
     return list(tops.items())
+
+
+def count_at(names: Iterable[str]) -> Mapping[str, int]:
+    """How many of these tensors each path names: the tensor itself, and the modules above it."""
+    found: Counter[str] = Counter()
+    holders: Counter[str] = Counter()
+    for name in names:
+        found[name] += 1
+        if name:
+            holders[name.rpartition(".")[0]] += 1
+    for holder, number in holders.items():
+        for path in ancestors(holder):
+            found[path] += number
+    return found
 
 
 def tie_notes(groups: Iterable[Sequence[str]], names: Collection[str], done: str) -> list[str]:

@@ -63,7 +63,12 @@ class Rename(Edit):
         new_names = self.new_names(model)
         names, moved = renaming(self, blueprint, new_names, root_type=blueprint.root.type)
         found: dict[str, StateDictModule] = {}
+        seen: set[tuple[str, str, bool]] = set()
         for name, new in names.items():
+            (old_above, _, own), (new_above, _, new_own) = name.rpartition("."), new.rpartition(".")
+            if (key := (old_above, new_above, own == new_own)) in seen:
+                continue  # the same modules as for a tensor before
+            seen.add(key)
             for path, new_path in _places(name, new):  # where they differ, the first tensor decides
                 if new_path not in found and (old := model.modules.get(path)) is not None:
                     found[new_path] = old if old.info is None else StateDictModule(None, old.version)
@@ -147,12 +152,14 @@ def _lies_below(name: str, other: str) -> bool:
 
 
 def _places(name: str, new: str) -> list[tuple[str, str]]:
-    if parent_of(name) == parent_of(new):
-        return [(path, path) for path in ancestors(parent_of(name))]
+    (old_path, _, own), (new_path, _, new_own) = name.rpartition("."), new.rpartition(".")
+    if old_path == new_path:
+        return [(path, path) for path in ancestors(old_path)]
     places = []
-    while name and new and name.rpartition(".")[2] == new.rpartition(".")[2]:
-        name, new = parent_of(name), parent_of(new)
+    while name and new and own == new_own:
+        name, new = old_path, new_path
         places.append((name, new))
+        (old_path, _, own), (new_path, _, new_own) = name.rpartition("."), new.rpartition(".")
     return places
 
 

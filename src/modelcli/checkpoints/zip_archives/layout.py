@@ -8,6 +8,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from modelcli.checkpoints.layout import Output, place_like
 from modelcli.checkpoints.plan import Source
@@ -109,7 +110,7 @@ class ZipLayout:
 
     records: Sequence[Placed]
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         return size_of(self.records)
 

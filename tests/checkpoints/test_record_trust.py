@@ -15,10 +15,9 @@ import modelcli
 from modelcli import checkpoints, resolve, writing
 from modelcli.checkpoints import limits
 from modelcli.checkpoints.record import Record, to_text
+from modelcli.commands.editable import open_editable
 from modelcli.errors import FileFormatError, RequestError, UnsafeError
 from modelcli.language.references import CheckpointFile, NamedModel, Source
-from modelcli.live import planning
-from modelcli.live.opening import open_live
 from modelcli.live.providers import torchvision as builders
 from modelcli.model.blueprint import LayerTrace, ModuleInfo
 from tests.conftest import Cli
@@ -37,7 +36,7 @@ def record_of(path: str) -> Record:
 def forge(source: str, out: str, **changes: Any) -> Record:
     """The tensors of a file that modelcli wrote, with another record; gives the honest one."""
     record = record_of(source)
-    plan = planning.plan(open_live(Source(source)), Path(out), "pth")
+    plan = open_editable(Source(source)).plan(Path(out), "pth")
     writing.write(
         replace(plan, record=to_text(replace(record, **changes))), Path(out), writing.WriteOptions(force=True)
     )
@@ -272,7 +271,7 @@ def test_a_damaged_record_is_named(cli: Cli, folder: Path, field: str) -> None:
     cli("save", "one.pth", "-m", BASE, "-q")
     wrong = {"input_dtype": ["nonsense"], "seed": -1, "edits": ["frezee 0"], "schema": 2}
     document = json.loads(to_text(record_of("one.pth"))) | {field: wrong[field]}
-    plan = planning.plan(open_live(Source("one.pth")), Path("evil.pth"), "pth")
+    plan = open_editable(Source("one.pth")).plan(Path("evil.pth"), "pth")
     writing.write(replace(plan, record=json.dumps(document)), Path("evil.pth"), writing.WriteOptions(force=True))
     told = {"input_dtype": "no dtype 'nonsense'", "seed": "its seed is -1", "edits": "frezee", "schema": "schema is 2"}
     error = cli("summary", "evil.pth").err

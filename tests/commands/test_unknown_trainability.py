@@ -129,12 +129,12 @@ def test_what_is_unknown_is_compared_with_nothing_and_filtered_with_a_note(cli: 
 
 def test_an_edit_that_fails_leaves_it_unknown(cli: Cli) -> None:
     from modelcli import edits
+    from modelcli.commands.editable import open_editable
     from modelcli.errors import ModelcliError
     from modelcli.language.references import Source
-    from modelcli.live.opening import open_live
 
     torch.save({"a.weight": torch.zeros(2, 2)}, "a.pth")
-    live = open_live(Source("a.pth"))
+    live = open_editable(Source("a.pth"))
     with pytest.raises(ModelcliError):
         live.apply([edits.parse("freeze a"), edits.parse("remove nothing")])
     assert live.describe().by_name["a.weight"].requires_grad is None

@@ -23,10 +23,9 @@ from modelcli.checkpoints.storage import Span, identity_of
 from modelcli.checkpoints.zip_archives import directory as zip_directory
 from modelcli.checkpoints.zip_archives import layout as zip_layout
 from modelcli.checkpoints.zip_archives.layout import ZipLayout
+from modelcli.commands.editable import open_editable
 from modelcli.errors import FileFormatError, ModelcliError, SystemFailureError
 from modelcli.language.references import Source
-from modelcli.live.opening import open_live
-from modelcli.live.planning import plan
 from modelcli.writing import Plan, PlannedTensor, WriteOptions, output
 from modelcli.writing.output import Output
 from tests.conftest import Cli
@@ -395,7 +394,7 @@ def test_a_report_for_a_progress_bar(folder: Path, tmp_path: Path) -> None:
     told: list[tuple[int, int, str]] = []
     for out, kind in (("out.pth", "pth"), ("out.safetensors", "safetensors"), ("out", "folder")):
         told.clear()
-        made = plan(open_live(Source("in.pth")), Path(out), kind)
+        made = open_editable(Source("in.pth")).plan(Path(out), kind)
         written = writing.write(
             made, Path(out), WriteOptions(verify=True, report=lambda *now: told.append(now)), kind=kind
         )

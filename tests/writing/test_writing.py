@@ -32,6 +32,7 @@ from modelcli.checkpoints.torch_pickle import pickling
 from modelcli.checkpoints.torch_pickle import writing as torch_zip
 from modelcli.checkpoints.torch_pickle.pickles import Global, Opaque
 from modelcli.checkpoints.zip_archives import layout as zip_layout
+from modelcli.commands.editable import open_editable
 from modelcli.errors import ModelcliError, RequestError, SystemFailureError
 from modelcli.files import atomic
 from modelcli.language.references import Source
@@ -557,8 +558,7 @@ def test_formats_by_suffix(tmp_path: Path) -> None:
 
 
 def live_plan(model: str, out: Path, kind: str, folder: Path, **options: Any) -> Plan:
-    live = open_live(Source(model=model, folder=folder))
-    return plan(live, out, kind, **options)
+    return open_editable(Source(model=model, folder=folder)).plan(out, kind, **options)
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save(state, folder / "plain.pth")
     save_file(dict(state), folder / "plain.safetensors")
     torch.save({"state_dict": state, "epoch": 1}, folder / "training.pth")
-    with pytest.warns(UserWarning, match="quantized"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # newer releases announce that quantized tensors will go
         quantized = torch.quantize_per_tensor(torch.randn(3, 4), 0.1, 2, torch.qint8)
     sparse = torch.eye(3).to_sparse()
     torch.save({"q.weight": quantized, "s.weight": sparse, "w": torch.ones(2)}, folder / "composite.pth")

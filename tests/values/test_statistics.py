@@ -31,7 +31,7 @@ from modelcli.live import value_entries
 from modelcli.render.documents import params
 from modelcli.render.views import Share, number, percent
 from modelcli.render.writers import print_rich, to_plain
-from modelcli.values import reading, statistics
+from modelcli.values import ordered_work, passes, reading, statistics
 from tests.conftest import Cli
 from tests.needs import each, needs_torch, what_torch_has
 from tests.nets import Tied
@@ -257,6 +257,22 @@ def test_pieces_are_small_and_have_each_element_once(axes: list[tuple[int, int]]
     for numbers in pieces:
         assert len(numbers) <= chunk
         assert max(numbers) - min(numbers) < chunk
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_threads_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces are put together in their order, so that the last bit is the same each time."""
+    generator = torch.Generator().manual_seed(1)
+    tensors = {str(n): torch.randn(n * 100, generator=generator).to(torch.bfloat16) for n in range(30)}
+    torch.save(tensors, tmp_path / "m.pth")
+    monkeypatch.setattr(passes, "_BATCH_PIECES", 3)
+    found = []
+    for count in (1, 2, 4, 4):
+        monkeypatch.setattr(ordered_work, "threads", lambda count=count: count)
+        found.append(statistics.collect(entries_in(tmp_path / "m.pth")))
+    assert found[0] == found[1] == found[2] == found[3]
+    for name, tensor in tensors.items():
+        assert_close(found[0][name], plain(tensor))
 
 
 @pytest.mark.usefixtures("small_chunks")

@@ -707,6 +707,8 @@ raise SystemExit(main(sys.argv[1:]))
     "words",
     [
         ("params", "m.pth", "--stats"),
+        ("params", "m.pth", "--values"),
+        ("params", "m.pth", "--values", "--json"),
         ("check", "m.pth", "--finite"),
         ("diff", "other.pth", "m.pth", "--atol", "0.1"),
         ("cast", ".", "half", "-m", "m.pth", "-o", "o.pth"),

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from modelcli import checkpoints
-from modelcli.checkpoints import TensorEntry
+from modelcli.checkpoints import Span, TensorEntry
 from modelcli.errors import RequestError
 from modelcli.live import value_entries
-from modelcli.values import printed
+from modelcli.values import printed, reading
 from tests.needs import each, needs_torch
 from tests.values.test_statistics import COMPLEX, FLOATS, FLOATS_OF_A_BYTE, INTEGERS, random_tensor
 
@@ -86,3 +86,42 @@ def test_packed_values_are_left_out(tmp_path: Path) -> None:
     tensors = {name: entry for name, entry in rows.items() if isinstance(entry, TensorEntry)}
     assert len(tensors) == 2
     assert printed.collect(tensors, whole=True) == ({"w": [1.0, 1.0]}, {"w": "[1,1]"})
+
+
+LARGE = torch.arange(3_000_000, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        LARGE,
+        LARGE.reshape(1000, 3000),
+        LARGE.reshape(1000, 3000).T,
+        LARGE.reshape(3000, 10, 100),
+        LARGE.reshape(10, 3000, 100).permute(2, 0, 1),
+        LARGE.reshape(50, 60, 1000)[::7, 5:, ::3],
+        LARGE[:1].expand(5000, 70),
+        LARGE[:3000].expand(700, 3000),
+        LARGE.to(torch.bfloat16).reshape(3, 1_000_000),
+        LARGE[: 2 << 14].reshape(2, 1 << 14),
+    ],
+    ids=lambda view: f"{list(view.shape)} {list(view.stride())}",
+)
+def test_of_a_large_tensor_little_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, view: torch.Tensor) -> None:
+    read = 0
+    original = reading.Reader._read
+
+    def counted(reader: reading.Reader, span: Span, memory: memoryview) -> None:
+        nonlocal read
+        read += len(memory)
+        original(reader, span, memory)
+
+    monkeypatch.setattr(reading.Reader, "_read", counted)
+    _, text = of_file(tmp_path / "m.pth", view, whole=False)
+    corner = view
+    for axis, size in enumerate(view.shape):  # the first and the last seven, which a line shortens in the same way
+        if size > 14:
+            places = torch.tensor([*range(7), *range(size - 7, size)])
+            corner = corner.index_select(axis, places)
+    assert text == by_hand(corner.tolist(), printed.WHOLE)
+    assert read <= 1 << 20

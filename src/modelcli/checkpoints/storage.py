@@ -26,20 +26,19 @@ class Windows:
     """Long pieces of files, mapped once for all tensors of one load: a mapping holds its file open, and a process may
     have no more than 1,024 files open.
 
-    `length` is how many bytes it is from the start of one window to the next; what does not fit into one, or is more
-    than `longest`, is mapped by itself. Of more windows than `most` the oldest are let go.
+    `length` is how many bytes it is from the start of one window to the next; what does not fit into one is mapped by
+    itself. Of more windows than `most` the oldest are let go.
     """
 
-    def __init__(self, length: int = 1 << 30, *, longest: int | None = None, most: int | None = None) -> None:
+    def __init__(self, length: int = 1 << 30, *, most: int | None = None) -> None:
         self.length = length
-        self.longest = length if longest is None else longest
         self.most = most
         self._found: dict[tuple[Path, Identity, int], mmap.mmap] = {}
 
     def view(self, span: Span) -> memoryview:
         """The bytes of a span as private, writable memory that no other load shares."""
         number, start = divmod(span.offset, self.length)
-        if span.nbytes > min(self.longest, self.length - start):
+        if span.nbytes > self.length - start:
             return span.mapping()
         key = (span.path, span.identity, number)
         if key not in self._found:
@@ -50,35 +49,6 @@ class Windows:
                 length = min(self.length, span.identity[0] - first)
                 self._found[key] = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=first)
         return memoryview(self._found[key])[start : start + span.nbytes]
-
-
-class ReadAhead(Windows):
-    """Pieces of files that are read, for tensors that are looked at one after another: to read each of 100,000 small
-    ones takes far longer.
-
-    Nothing is mapped: a file that somebody cuts short meanwhile ends in an error, where to touch a mapping of it ends
-    the process without a word. What is held stays small, the last piece alone. With `in_part`, of a large tensor only
-    a few elements are wanted, and it is mapped all the same.
-    """
-
-    def __init__(self, length: int = 1 << 20, longest: int = 1 << 16, *, in_part: bool = False) -> None:
-        super().__init__(length, longest=longest)
-        self.in_part = in_part
-        self._last: tuple[Path, Identity, int, memoryview] | None = None
-
-    def view(self, span: Span) -> memoryview:
-        """The bytes of a span in memory, with what follows them in the file as far as the piece goes."""
-        if span.nbytes > self.longest:
-            return span.mapping() if self.in_part else span.mapped()
-        if self._last is not None:
-            path, identity, first, piece = self._last
-            start = span.offset - first
-            if 0 <= start <= len(piece) - span.nbytes and (path, identity) == (span.path, span.identity):
-                return piece[start : start + span.nbytes]
-        first = span.offset - span.offset % mmap.PAGESIZE  # so that elements lie in memory as they do in the file
-        whole = Span(span.path, first, min(self.length, span.identity[0] - first), span.identity)
-        self._last = (span.path, span.identity, first, whole.mapped())
-        return self.view(span)
 
 
 class Storage(Protocol):

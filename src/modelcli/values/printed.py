@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
@@ -9,18 +10,19 @@ from typing import Any
 import numpy as np
 
 from modelcli.checkpoints.entries import TensorEntry
-from modelcli.checkpoints.storage import ReadAhead
 from modelcli.errors import RequestError
 from modelcli.model.tensors import Shape
 from modelcli.values.dtypes import Array
 from modelcli.values.passes import SHOWN, budget_of
-from modelcli.values.reading import is_readable, part_of, view_of
+from modelcli.values.reading import SMALL, Reader, Readers, at_hand, is_readable, narrowed, nbytes_spanned, view_of
 
 #: Up to this many values are shown whole; of more, the first and the last three along each axis.
 WHOLE = 24
 EDGE = 3
 #: More than this many are shown of no tensor.
 MOST = 1_000
+#: Of a large tensor so many bytes are read at a time: a few elements are wanted here and there.
+_WINDOW = 1 << 14
 #: The dtypes whose elements NumPy gives as Python's numbers by itself.
 _LISTED = "biufc?"
 
@@ -31,7 +33,7 @@ def collect(
     """The values of tensors by their names: as nested lists where `whole`, and as one line each.
 
     Left out are dtypes whose elements are no numbers (packed and quantized ones). Of a large tensor in one piece of a
-    file, only the pages of what is shown are read.
+    file, only what is shown and its neighbours are read.
 
     Args:
         tensors: Views into storages of any kind.
@@ -44,24 +46,54 @@ def collect(
     """
     lists: dict[str, Any] = {}
     texts: dict[str, str] = {}
-    budget, windows = budget_of(tensors.values(), what), ReadAhead(in_part=not whole)
-    for name, entry in tensors.items():
-        if not is_readable(entry.dtype):
-            continue
-        elements = prod(entry.shape)
-        budget.spend(SHOWN * (elements if whole else min(elements, MOST)), name)
-        values = view_of(part_of(entry).mapped(windows), entry)
-        if values.dtype.kind == "c" and whole:
-            raise RequestError(f"{name} is complex, and JSON has no complex numbers", "-f table shows them")
-        if whole:
-            lists[name] = _listed(values)
-        texts[name] = text_of(values)
+    readable = {name: entry for name, entry in tensors.items() if is_readable(entry.dtype)}
+    budget = budget_of(tensors.values(), what)
+    with Readers(list(readable.values())) as readers:
+        for name, entry in readable.items():
+            elements = prod(entry.shape)
+            budget.spend(SHOWN * (elements if whole else min(elements, MOST)), name)
+            if "complex" in entry.dtype and whole:
+                raise RequestError(f"{name} is complex, and JSON has no complex numbers", "-f table shows them")
+            edges = _edges(entry.shape)
+            values = readers.own().elements(entry) if whole else _read_edges(readers, entry, edges)
+            if whole:
+                lists[name] = _listed(values)
+                values = values[np.ix_(*map(_indices, edges, entry.shape))]
+            texts[name] = _nested(values, edges, entry.shape)
     return lists, texts
 
 
-def text_of(values: Array) -> str:
-    """`[[0.1372,-0.0214],[...]]`: four significant digits, the middle of long axes left out."""
-    return _nested(values, _edges(values.shape))
+def _read_edges(readers: Readers, entry: TensorEntry, edges: Sequence[tuple[int, int]]) -> Array:
+    """The values that are shown, along each axis the first and the last ones side by side."""
+    if nbytes_spanned(entry) <= SMALL:
+        return readers.own().elements(entry)[np.ix_(*map(_indices, edges, entry.shape))]
+    reader, entry = readers.own(1, window=_WINDOW), at_hand(entry)
+    made = np.empty(tuple(map(sum, edges)), view_of(memoryview(b""), narrowed(entry, 0, 0, 0)).dtype)
+    runs = [[(0, first), (size - last, last)] for (first, last), size in zip(edges, entry.shape, strict=True)]
+    for corner in itertools.product(*runs):
+        if all(length for _, length in corner):
+            part, place = entry, []
+            for axis, (start, length) in enumerate(corner):
+                part = narrowed(part, axis, start, length)
+                place.append(slice(0, length) if not start else slice(made.shape[axis] - length, None))
+            _fill(made[tuple(place)], reader, part)
+    return made
+
+
+def _fill(made: Array, reader: Reader, part: TensorEntry) -> None:
+    """Read elements one after another where they lie far apart."""
+    if nbytes_spanned(part) <= _WINDOW // 2:
+        made[...] = reader.elements(part)
+        return
+    axis = max((axis for axis, size in enumerate(part.shape) if size > 1), key=part.stride.__getitem__)
+    for index in range(part.shape[axis]):
+        _fill(made[(*[slice(None)] * axis, slice(index, index + 1))], reader, narrowed(part, axis, index, 1))
+
+
+def _indices(edge: tuple[int, int], size: int) -> list[int]:
+    """The first and the last places along an axis."""
+    first, last = edge
+    return [*range(first), *range(size - last, size)]
 
 
 def _edges(shape: Shape) -> list[tuple[int, int]]:
@@ -79,15 +111,14 @@ def _edges(shape: Shape) -> list[tuple[int, int]]:
     return edges
 
 
-def _nested(values: Array, edges: Sequence[tuple[int, int]]) -> str:
-    if all(first + last == size for (first, last), size in zip(edges, values.shape, strict=True)):
+def _nested(values: Array, edges: Sequence[tuple[int, int]], shape: Shape) -> str:
+    """`[[0.1372,-0.0214],[...]]`: four significant digits, the middle of long axes left out."""
+    if all(first + last == size for (first, last), size in zip(edges, shape, strict=True)):
         return _whole(_listed(values))
     (first, last), *inner = edges
-    size = len(values)
-    parts = [_nested(values[index], inner) for index in range(first)]
-    if first + last < size:
-        parts.append("...")
-    parts += [_nested(values[index], inner) for index in range(size - last, size)]
+    parts = [_nested(part, inner, shape[1:]) for part in values]
+    if first + last < shape[0]:
+        parts.insert(first, "...")
     return "[" + ",".join(parts) + "]"
 
 

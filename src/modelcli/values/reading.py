@@ -28,8 +28,8 @@ from modelcli.values.dtypes import Array, is_held, numpy_dtype
 _HALVES = {"complex32": "float16", "bcomplex32": "bfloat16"}
 #: The most elements of a piece, holes between them counted: 2 MiB as float64, which the processor's cache holds.
 PIECE = 1 << 18
-#: Spans of at most `_SMALL` bytes are read with what follows them in their file, `_WINDOW` bytes at a time.
-_SMALL, _WINDOW = 1 << 16, 1 << 20
+#: Spans of at most `SMALL` bytes are read with what follows them in their file, `WINDOW` bytes at a time.
+SMALL, WINDOW = 1 << 16, 1 << 20
 
 
 # --- pieces of a tensor ----------------------------------------------------------------------------------------------
@@ -62,10 +62,11 @@ def pieces_of(*entries: TensorEntry) -> Iterator[tuple[TensorEntry, ...]]:
     step = max(1, min(PIECE // max(stride[axis], 1), (shape[axis] + 1) // 2))
     for start in range(0, shape[axis], step):
         length = min(step, shape[axis] - start)
-        yield from pieces_of(*(_narrowed(entry, axis, start, length) for entry in entries))
+        yield from pieces_of(*(narrowed(entry, axis, start, length) for entry in entries))
 
 
-def _narrowed(entry: TensorEntry, axis: int, start: int, length: int) -> TensorEntry:
+def narrowed(entry: TensorEntry, axis: int, start: int, length: int) -> TensorEntry:
+    """`tensor.narrow(axis, start, length)`: a part of a tensor along one axis."""
     shape = (*entry.shape[:axis], length, *entry.shape[axis + 1 :])
     return replace(entry, shape=shape, offset=entry.offset + start * entry.stride[axis])
 
@@ -78,6 +79,11 @@ def is_readable(dtype: str) -> bool:
 def nbytes_shown(entry: TensorEntry) -> int:
     """The bytes of the elements that a view shows, each counted as often as it shows it."""
     return prod(entry.shape) * ITEM_BYTES[entry.dtype]
+
+
+def nbytes_spanned(entry: TensorEntry) -> int:
+    """The bytes of its storage from the first element that a view shows to the last."""
+    return extent(entry.shape, entry.stride) * ITEM_BYTES[entry.dtype]
 
 
 # --- bytes -----------------------------------------------------------------------------------------------------------
@@ -166,7 +172,9 @@ def part_of(entry: TensorEntry) -> Storage:
 class Reader:
     """Reads storages one after another, for one thread: the file stays open, and the memory is used again."""
 
-    def __init__(self) -> None:
+    def __init__(self, window: int = WINDOW) -> None:
+        """With a small span of a file, `window` bytes of it are read."""
+        self._ahead = window
         self._file: FileIO | None = None
         self._open: FileId | None = None
         self._memory = np.empty(0, np.uint8)
@@ -181,7 +189,7 @@ class Reader:
         """The bytes of a storage. They are valid until the next call."""
         if not isinstance(storage, Span):
             return storage.mapped()
-        if storage.nbytes <= _SMALL:
+        if storage.nbytes <= min(SMALL, self._ahead):
             return self._from_window(storage)
         if len(self._memory) < storage.nbytes:
             self._memory = np.empty(storage.nbytes, np.uint8)
@@ -197,7 +205,7 @@ class Reader:
             if held == file and 0 <= start <= length - span.nbytes:
                 return self._window.data[start : start + span.nbytes]
         first = span.offset - span.offset % mmap.PAGESIZE  # so that elements lie in memory as they do in the file
-        length = max(min(_WINDOW, span.identity[0] - first), span.offset + span.nbytes - first)
+        length = max(min(self._ahead, span.identity[0] - first), span.offset + span.nbytes - first)
         if len(self._window) < length:
             self._window = np.empty(length, np.uint8)
         self._held = None
@@ -264,10 +272,10 @@ class Readers:
             for path, identity in sorted(self._files):
                 require_unchanged(path, identity)
 
-    def own(self, number: int = 0) -> Reader:
+    def own(self, number: int = 0, *, window: int = WINDOW) -> Reader:
         """A reader of the thread that calls; those of other numbers have memory of their own."""
         own: dict[Any, Reader] = self._own.__dict__
         if number not in own:
-            own[number] = Reader()
+            own[number] = Reader(window)
             self._all.append(own[number])
         return own[number]

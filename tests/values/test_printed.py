@@ -125,3 +125,11 @@ def test_of_a_large_tensor_little_is_read(tmp_path: Path, monkeypatch: pytest.Mo
             corner = corner.index_select(axis, places)
     assert text == by_hand(corner.tolist(), printed.WHOLE)
     assert read <= 1 << 20
+
+
+def test_many_axes_take_no_longer(tmp_path: Path) -> None:
+    for shape in ([1] * 40 + [300, 300], [2] * 17, [300, *[1] * 40, 300], [1] * 64):
+        tensor = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).reshape(shape)
+        _, text = of_file(tmp_path / "m.pth", tensor, whole=False)
+        assert text.startswith("[" * len(shape) + "0")
+        assert of_file(tmp_path / "m.pth", tensor, whole=True)[1] == text

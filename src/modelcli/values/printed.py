@@ -58,7 +58,7 @@ def collect(
             values = readers.own().elements(entry) if whole else _read_edges(readers, entry, edges)
             if whole:
                 lists[name] = _listed(values)
-                values = values[np.ix_(*map(_indices, edges, entry.shape))]
+                values = _corners(values, edges)
             texts[name] = _nested(values, edges, entry.shape)
     return lists, texts
 
@@ -66,17 +66,19 @@ def collect(
 def _read_edges(readers: Readers, entry: TensorEntry, edges: Sequence[tuple[int, int]]) -> Array:
     """The values that are shown, along each axis the first and the last ones side by side."""
     if nbytes_spanned(entry) <= SMALL:
-        return readers.own().elements(entry)[np.ix_(*map(_indices, edges, entry.shape))]
+        return _corners(readers.own().elements(entry), edges)
     reader, entry = readers.own(1, window=_WINDOW), at_hand(entry)
     made = np.empty(tuple(map(sum, edges)), view_of(memoryview(b""), narrowed(entry, 0, 0, 0)).dtype)
-    runs = [[(0, first), (size - last, last)] for (first, last), size in zip(edges, entry.shape, strict=True)]
+    runs = [
+        [(start, length) for start, length in ((0, first), (size - last, last)) if length]
+        for (first, last), size in zip(edges, entry.shape, strict=True)
+    ]
     for corner in itertools.product(*runs):
-        if all(length for _, length in corner):
-            part, place = entry, []
-            for axis, (start, length) in enumerate(corner):
-                part = narrowed(part, axis, start, length)
-                place.append(slice(0, length) if not start else slice(made.shape[axis] - length, None))
-            _fill(made[tuple(place)], reader, part)
+        part, place = entry, []
+        for axis, (start, length) in enumerate(corner):
+            part = narrowed(part, axis, start, length)
+            place.append(slice(0, length) if not start else slice(made.shape[axis] - length, None))
+        _fill(made[tuple(place)], reader, part)
     return made
 
 
@@ -90,10 +92,15 @@ def _fill(made: Array, reader: Reader, part: TensorEntry) -> None:
         _fill(made[(*[slice(None)] * axis, slice(index, index + 1))], reader, narrowed(part, axis, index, 1))
 
 
-def _indices(edge: tuple[int, int], size: int) -> list[int]:
-    """The first and the last places along an axis."""
-    first, last = edge
-    return [*range(first), *range(size - last, size)]
+def _corners(values: Array, edges: Sequence[tuple[int, int]]) -> Array:
+    """The same of values in memory."""
+    for axis, (first, last) in enumerate(edges):
+        size = values.shape[axis]
+        if first + last < size:
+            before = (slice(None),) * axis
+            sides = values[(*before, slice(first))], values[(*before, slice(size - last, None))]
+            values = np.concatenate(sides, axis)
+    return values
 
 
 def _edges(shape: Shape) -> list[tuple[int, int]]:

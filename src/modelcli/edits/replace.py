@@ -131,7 +131,12 @@ def partings(targets: Sequence[tuple[Sequence[str], Sequence[str]]], tied: Itera
                     f"{', '.join(paths)} and {', '.join(others)} are no longer one module",
                 )
             )
-    whole = {path: index for index, target in enumerate(targets) if len(paths) == len(everywhere) for path in paths}
+    whole = {
+        path: index
+        for index, (paths, everywhere) in enumerate(targets)
+        if len(paths) == len(everywhere)
+        for path in paths
+    }
     for group in tied:
         names: dict[int | None, str] = {}
         for name in group:

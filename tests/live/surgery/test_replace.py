@@ -376,3 +376,14 @@ def test_depthwise_channels_are_carried_over_one_by_one() -> None:
 def test_nothing_is_said_to_be_kept_that_is_not() -> None:
     with pytest.raises(RequestError, match="cannot carry over"):
         kept(nn.LSTM(3, 3), "RNN(3,3)")
+
+
+def test_each_tied_module_counts_by_its_own_names(cli: Cli) -> None:
+    """Of two modules that are replaced together, each breaks its own ties."""
+    weight = torch.ones(3, 3)
+    torch.save(
+        {"a.weight": weight, "b.weight": torch.zeros(2), "c.weight": weight, "d.weight": torch.ones(1)}, "bare.pth"
+    )
+    message = cli("replace", "{a,b}", "Linear(2,2)", "-m", "bare.pth", code=2).err
+    assert "a.weight is tied to c.weight, and to replace a parts them" in message
+    assert "is tied" not in cli("replace", "{b,d}", "Linear(2,2)", "-m", "bare.pth").err

@@ -7,8 +7,6 @@ from pathlib import Path
 from modelcli import checkpoints
 from modelcli.checkpoints.contents import Contents, foreign_names
 from modelcli.checkpoints.entries import CompositeEntry
-from modelcli.checkpoints.torch_pickle import inert_objects
-from modelcli.checkpoints.torch_pickle.composite_tensors import class_of
 from modelcli.errors import UnsafeError
 from modelcli.language.references import Source
 from modelcli.wording import listed
@@ -24,6 +22,8 @@ def read_to_edit(path: Path, source: Source, notes: list[str]) -> Contents:
         return contents
     if contents.is_program:
         return contents.without_objects()
+    from modelcli.checkpoints.torch_pickle import inert_objects
+
     names = foreign_names(contents.foreign, most=5)
     if not source.tensors_only and inert_objects.all_inert(contents):
         notes.append(
@@ -43,6 +43,8 @@ def read_to_edit(path: Path, source: Source, notes: list[str]) -> Contents:
 
 def _require_all_tensors(contents: Contents) -> None:
     """Raise UnsafeError where a file holds tensors that would be dropped with the objects of foreign classes."""
+    from modelcli.checkpoints.torch_pickle.composite_tensors import class_of
+
     for name, entry in contents.tensors.items():
         if isinstance(entry, CompositeEntry) and (kind := class_of(entry)) is not None:
             raise UnsafeError(

@@ -10,7 +10,6 @@ from modelcli.checkpoints.contents import Contents
 from modelcli.checkpoints.entries import CompositeEntry, TensorEntry, info_of
 from modelcli.checkpoints.limits import Budget
 from modelcli.checkpoints.record import Record
-from modelcli.checkpoints.torch_pickle.nested_tensors import tensors_within
 from modelcli.errors import RequestError
 from modelcli.model.state_dict import (
     MAX_MODULE_DEPTH,
@@ -44,6 +43,8 @@ class Inert:
         """The tensors in a list, a tuple or a dict; nothing says of them that they are trained."""
         if isinstance(self.value, CompositeEntry):
             return
+        from modelcli.checkpoints.torch_pickle.nested_tensors import tensors_within
+
         found, _ = tensors_within({name: self.value}, (), "the model", Budget("the model", _PLENTY))
         for inner_name, entry in found.items():
             info = info_of(inner_name, entry, inner_name)

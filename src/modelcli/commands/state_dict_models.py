@@ -14,7 +14,6 @@ from modelcli.checkpoints.limits import Budget
 from modelcli.checkpoints.reading_to_edit import read_to_edit
 from modelcli.checkpoints.record import Record
 from modelcli.checkpoints.state_dict_model import model_of
-from modelcli.checkpoints.torch_pickle.nested_tensors import tensors_within
 from modelcli.commands import state_dict_plan
 from modelcli.edits import Edit
 from modelcli.edits.applied import Applied, Change, Context, seed_of
@@ -119,6 +118,8 @@ class OpenStateDict:
     def _within(self) -> tuple[dict[str, TensorEntry | CompositeEntry], list[str]]:
         if not self.model.inert:
             return {}, []
+        from modelcli.checkpoints.torch_pickle.nested_tensors import tensors_within
+
         return tensors_within(self.extras(), self.model.entries.keys(), "the model", Budget("the model", 1 << 40))
 
     @property

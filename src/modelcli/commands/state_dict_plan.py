@@ -8,7 +8,6 @@ from typing import Any
 
 from modelcli import writing
 from modelcli.checkpoints import CompositeEntry, Contents, shapes
-from modelcli.checkpoints.torch_pickle.composite_tensors import require_call
 from modelcli.model.paths import ancestors, parent_of
 from modelcli.model.state_dict import StateDictModel, StateDictTensor
 from modelcli.values.state_dict_sources import Sources
@@ -82,6 +81,8 @@ def plan(
 def _require_writable(name: str, value: Any) -> None:
     """Raise RequestError for a tensor that torch has no type for, wherever it lies in an entry."""
     if isinstance(value, CompositeEntry):
+        from modelcli.checkpoints.torch_pickle.composite_tensors import require_call
+
         require_call(name, value)
     elif type(value) is dict:
         for item in value.values():

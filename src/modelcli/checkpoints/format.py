@@ -135,7 +135,8 @@ class Format:
     index_pattern: ClassVar[str] = ""
     #: The name of that file in a folder that modelcli writes.
     written_index: ClassVar[str] = ""
-    #: `zip` or `tar` where its files are such archives. A file of any other format that also is one is refused.
+    #: `zip` or `tar` where its files are such archives. A file that starts as a tar archive is refused without `tar`,
+    #: and one that ends as a zip archive and does not start as one is always refused.
     container: ClassVar[str | None] = None
     #: Whether it holds Python values besides tensors, and a training checkpoint around a state dict.
     holds_values: ClassVar[bool] = False
@@ -157,7 +158,8 @@ class Format:
             file: what `recognises` said yes to.
             key: the state dict in a training checkpoint; always None where `has_keys` is not set.
 
-        Raises FileFormatError where the file is damaged, UnsafeError where only running code could read it.
+        Raises FileFormatError where the file is damaged, UnsafeError where only running code could read it. Any other
+        exception is told as a bug in modelcli.
         """
         raise NotImplementedError
 
@@ -190,7 +192,11 @@ class Format:
         raise NotImplementedError
 
     def verify(self, plan: Plan, path: Path) -> None:
-        """Read the start of a written file back. Raises SystemFailureError where it is not what `plan` says."""
+        """Read the start of a written file back. Raises SystemFailureError where it is not what `plan` says.
+
+        `path` is beside the target, and its name has no suffix of the format. Turn a FileFormatError of your reader
+        into a SystemFailureError.
+        """
         raise NotImplementedError
 
     def folder_layout(self, plan: Plan, max_bytes: int) -> FolderLayout:

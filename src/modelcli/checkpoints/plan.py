@@ -38,7 +38,10 @@ class PlannedStorage:
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
-    """One tensor to write: a view (offset and stride in elements) into a storage."""
+    """One tensor to write: a view (offset and stride in elements) into a storage.
+
+    Of a plan for a format without `holds_views`, it is row-major and all of its source.
+    """
 
     shape: Shape
     dtype: str
@@ -75,7 +78,7 @@ class Plan:
 
     @cached_property
     def first_names(self) -> dict[str, str]:
-        """The first name of each tensor: a format may hold one that is tied once."""
+        """The first name of each tensor by its name: a format that holds a tied one once writes it under that."""
         first: dict[tuple[object, ...], str] = {}
         return {
             name: first.setdefault(tensor.view if tensor.source.nbytes else (name,), name)

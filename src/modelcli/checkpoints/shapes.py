@@ -29,7 +29,10 @@ def sizes(value: object, what: str) -> Shape:
 
 
 def shape(value: object, what: str) -> Shape:
-    """A shape of fewer than 2^63 elements; an axis of none counts as one of one."""
+    """A shape of fewer than 2^63 elements; an axis of none counts as one of one. Raises as `sizes` does.
+
+    ValueError names no file: a reader turns it into a FileFormatError that does.
+    """
     found = sizes(value, what)
     elements = prod(found) if 0 not in found else prod(size or 1 for size in found)
     if elements >= _END:

@@ -1,6 +1,6 @@
 """Records of a zip archive that are compressed: torch reads them, so they are read here.
 
-What a record comes to is stated in the archive and checked before memory is taken: see `zip_directory.read`.
+What a record comes to is stated in the archive and checked before memory is taken: see `directory.read`.
 """
 
 from __future__ import annotations

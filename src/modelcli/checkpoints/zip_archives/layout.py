@@ -71,7 +71,10 @@ class Placed:
 
 
 def place(records: Sequence[tuple[str, Source]]) -> list[Placed]:
-    """Records one behind the other, each on a boundary; a large one where it lies in its own file's pages."""
+    """Records one behind the other, each on a boundary; a large one where it lies in its own file's pages.
+
+    There has to be one. No flag says that a name is UTF-8: programs take letters that are not ASCII for those of cp437.
+    """
     placed: list[Placed] = []
     position = 0
     for text, source in records:

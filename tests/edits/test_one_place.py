@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeGuard
 
 import pytest
 
@@ -17,6 +18,8 @@ NAMES = {kind.name for kind in KINDS}
 CLASSES = {kind.__name__ for kind in KINDS}
 #: The modules of the edits, and those that carry them out.
 OWN = {kind.__module__ for kind in KINDS} | {kind.handler for kind in KINDS}
+#: Methods and functions that are asked whether a text is the name of an edit, or which edit has that name.
+ASKING = {"get", "startswith", "endswith", "removeprefix", "removesuffix", "fromkeys", "find", "match", "fullmatch"}
 
 
 def module_of(file: Path) -> str:
@@ -43,23 +46,29 @@ def asked(tree: ast.AST) -> Iterator[tuple[int, str]]:
                 yield from ((node.lineno, f"import {one}") for one in found)
             case ast.Import(names=names):
                 yield from ((node.lineno, f"import {name.name}") for name in names if name.name in OWN)
-            case ast.Attribute(value=ast.Name(id="edits"), attr=attribute) if attribute in CLASSES:
-                yield node.lineno, f"edits.{attribute}"
+            case ast.Attribute(value=value, attr=attribute) if attribute in CLASSES and ast.unparse(value) != "ast":
+                yield node.lineno, f".{attribute}"
+            case ast.Name(id=name) if name in CLASSES:
+                yield node.lineno, name
             case ast.Compare(left=left, comparators=right):
                 yield from named([left, *right])
             case ast.MatchValue(value=value):
                 yield from named([value])
-            case ast.MatchClass(cls=ast.Name(id=name)) if name in CLASSES:
-                yield node.lineno, f"case {name}"
             case ast.Dict(keys=keys):
                 yield from named([key for key in keys if key is not None])
             case ast.Subscript(slice=value):
                 yield from named([value])
-            case ast.Call(func=ast.Attribute(attr="get" | "startswith" | "removeprefix" | "fromkeys"), args=args):
+            case ast.Call(func=ast.Attribute(attr=attribute), args=args) if attribute in ASKING:
                 yield from named(args)
+            case ast.Call(args=args):
+                yield from ((part.lineno, repr(part.value)) for part in args if is_module_of_an_edit(part))
             case ast.Tuple(elts=parts) | ast.List(elts=parts) | ast.Set(elts=parts):
                 if len({text for part in parts for _, text in named([part])}) > 1:
                     yield node.lineno, ast.unparse(node)
+
+
+def is_module_of_an_edit(node: ast.expr) -> TypeGuard[ast.Constant]:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in OWN
 
 
 def named(nodes: list[ast.expr]) -> Iterator[tuple[int, str]]:
@@ -77,10 +86,16 @@ def named(nodes: list[ast.expr]) -> Iterator[tuple[int, str]]:
         "from modelcli.edits import Replace",
         "from modelcli.live.surgery import cast",
         "import modelcli.edits.init",
+        "importlib.import_module('modelcli.edits.init')",
         "isinstance(edit, edits.Freeze)",
+        "isinstance(edit, Freeze)",
+        "type(edit) is kinds.Freeze",
+        "type(edit) is edits.find('freeze')",
         "action == 'freeze'",
         "action in ('freeze', 'thaw')",
         "line.startswith('extract ')",
+        "action.endswith('freeze')",
+        "re.match('freeze ', line)",
         "match action:\n case 'append': pass",
         "match edit:\n case Rename(): pass",
         "KINDS = ['insert', 'remove']",
@@ -93,7 +108,9 @@ def test_what_counts(code: str) -> None:
     assert list(asked(ast.parse(code)))
 
 
-@pytest.mark.parametrize("code", ["data.decode('utf-8', 'replace')", "command(['modelcli', 'rename', old, new])"])
+@pytest.mark.parametrize(
+    "code", ["data.decode('utf-8', 'replace')", "command(['modelcli', 'rename', old, new])", "ast.Add"]
+)
 def test_what_does_not(code: str) -> None:
     assert not list(asked(ast.parse(code)))
 

@@ -24,6 +24,8 @@ _NAMES = "|".join(sorted((suffix[1:] for suffix in OWNERS), key=len, reverse=Tru
 _BARE = re.compile(rf"(?<![\w)\]])\.(?:{_NAMES})(?!\w)", re.IGNORECASE)
 #: The name of a file that ends so.
 _FILE = re.compile(rf"\.(?:{_NAMES})(?!\w)", re.IGNORECASE)
+#: Words that are suffixes of some files and mean other things as well: a kind of container, a key.
+OTHERS = {"tar", "metadata"}
 #: What asks how a text ends, or whether it is another one.
 _ASKING = {
     *("endswith", "startswith", "removesuffix", "removeprefix", "partition", "rpartition", "with_suffix", "glob"),
@@ -65,10 +67,21 @@ def named(path: Path) -> Iterator[str]:
     for node in ast.walk(tree):
         if not isinstance(node, ast.Constant) or not isinstance(node.value, str) or id(node) in told:
             continue
+        if (
+            id(node) in decide
+            and node.value not in OTHERS
+            and f".{node.value.lower()}" in OWNERS
+            and not is_own(path, f".{node.value.lower()}")
+        ):
+            yield f"{path.relative_to(SOURCE)}:{node.lineno}: {node.value}"
         pattern = _FILE if id(node) in decide and not reads_archives else _BARE
         for found in pattern.finditer(node.value):
-            if not path.is_relative_to(OWNERS[found[0].lower()]):
+            if not is_own(path, found[0].lower()):
                 yield f"{path.relative_to(SOURCE)}:{node.lineno}: {found[0]}"
+
+
+def is_own(path: Path, suffix: str) -> bool:
+    return path.is_relative_to(OWNERS[suffix])
 
 
 def test_no_suffix_outside_its_format() -> None:
@@ -87,6 +100,8 @@ def test_what_counts_as_naming_a_suffix(tmp_path: Path, monkeypatch: pytest.Monk
         'told = "write a .PTH file"',
         'is_one = name == "model.safetensors"',
         'is_one = path.name.endswith("model.bin")',
+        'is_one = path.name.endswith("pth")',
+        'is_one = path.suffix[1:] == "safetensors"',
     ):
         file.write_text(line)
         assert list(named(file)), line

@@ -249,6 +249,28 @@ def test_a_file_is_drawn_when_it_is_written(cli: Cli) -> None:
     assert all(torch.equal(written[name], tensor) for name, tensor in state.items() if not name.startswith("9."))
 
 
+@pytest.mark.parametrize("scheme", ["normal(0,0.01)", "xavier_uniform"])
+def test_an_expanded_tensor_takes_constants_only(cli: Cli, scheme: str) -> None:
+    torch.save({"w": torch.randn(1, 3).expand(4, 3), "v": torch.randn(4, 3)}, "m.pth")
+    assert "w: unsupported operation: more than one element" in cli("init", "w", scheme, "-m", "m.pth", code=2).err
+    result = cli("init", ".", scheme, "-m", "m.pth", "-o", "out.pth")
+    assert f"w keeps its numbers: {scheme} does not fill such a tensor" in result.err
+    before, after = torch.load("m.pth"), torch.load("out.pth")
+    assert torch.equal(after["w"], before["w"])
+    assert not torch.equal(after["v"], before["v"])
+    cli("init", "w", "ones", "-m", "m.pth", "-o", "ones.pth")
+    assert torch.equal(torch.load("ones.pth")["w"], torch.ones(4, 3))
+
+
+def test_keys_with_dots_at_odd_places(cli: Cli) -> None:
+    state = {name: torch.full((2,), 7.0) for name in ("weight", ".weight", "..weight", "a..b.weight", "a.")}
+    torch.save(state, "m.pth")
+    cli("init", "**", "ones", "-m", "m.pth", "-o", "out.pth")
+    after = torch.load("out.pth")
+    assert list(after) == list(state)
+    assert all(torch.equal(tensor, torch.ones(2)) for tensor in after.values())
+
+
 def test_the_old_values_are_not_written_into() -> None:
     """Whoever holds the old data keeps it; the parameter is the same object, with its flag."""
     model = nn.Linear(3, 2)

@@ -38,7 +38,7 @@ from modelcli.live.surgery.storages import copied, has_storage, key_of, replace_
 from modelcli.model.blueprint import Blueprint
 from modelcli.model.paths import ancestors, joined, lies_in, parent_of, shown
 from modelcli.model.shared_bytes import Shown, sharing_bytes
-from modelcli.model.state_dict import StateDictModel, StateDictTensor
+from modelcli.model.state_dict import StateDictModel, StateDictModule, StateDictTensor
 from modelcli.wording import listed
 
 #: Layers that start at weight 1 and bias 0, whatever scheme the layers around them get.
@@ -207,10 +207,17 @@ def _layers_of_keys(model: StateDictModel) -> _Layers:
         mean = own(path, "running_mean")
         return mean is not None and mean.kind == "buffer"
 
+    def holder(path: str) -> StateDictModule | None:
+        return model.modules.get(path)  # a key such as `..weight` is in no module but the root
+
+    def made(path: str) -> nn.Module | None:
+        return None if (module := holder(path)) is None else module.made
+
     def may_normalise(name: str) -> bool:
         path = parent_of(name)
         weight, bias = own(path, "weight"), own(path, "bias")
-        if model.modules[path].info is not None or not name.endswith("weight") or weight is None or bias is None:
+        known = (module := holder(path)) is not None and module.info is not None
+        if known or not name.endswith("weight") or weight is None or bias is None:
             return False
         return len(weight.shape or ()) == 1 and weight.shape == bias.shape and not keeps_mean(path)
 
@@ -219,7 +226,7 @@ def _layers_of_keys(model: StateDictModel) -> _Layers:
         for path, module in model.modules.items()
         if (keeps_mean(path) if module.info is None else isinstance(module.made, NORMALISATIONS))
     }
-    return _Layers(norms, lambda path: model.modules[path].made, may_normalise)
+    return _Layers(norms, made, may_normalise)
 
 
 # --- what is filled -------------------------------------------------------------------------------------------------

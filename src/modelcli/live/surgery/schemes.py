@@ -47,12 +47,14 @@ class Scheme:
         self.function(tensor, *self.args, **self.kwargs)
 
     def refusal(self, tensor: torch.Tensor) -> str | None:
-        """Why it cannot fill a tensor of this shape and dtype, found out on a small one; None where it can."""
+        """Why it cannot fill a tensor of this shape, dtype and layout, tried on a small one; None if it can."""
         # The first size is kept: what `dirac` takes depends on whether its groups divide it.
         sizes = tensor.shape[: tensor.dim() > 1] + torch.Size(min(n, 2) for n in tensor.shape[tensor.dim() > 1 :])
+        # Where a tensor is expanded, several of its elements are one, which torch fills with a constant only.
+        stored = [1 if step == 0 else n for n, step in zip(sizes, tensor.stride(), strict=True)]
         with seeded(0), torch.no_grad():
             try:
-                self.fill(torch.zeros(sizes, dtype=tensor.dtype))
+                self.fill(torch.zeros(stored, dtype=tensor.dtype).expand(sizes))
             except Exception as error:
                 return (str(error) or type(error).__name__).splitlines()[0]
         return None

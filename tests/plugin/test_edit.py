@@ -51,6 +51,7 @@ def test_it_is_an_edit_like_the_others() -> None:
     assert "clamp" not in edits.own_names()
     edit = edits.parse("clamp conv1 -0.5 0.5 --except conv1.bias --expect 1")
     assert str(edit) == "clamp conv1 -0.5 0.5 --except conv1.bias --expect 1"
+    assert str(edits.parse("clamp conv1 -1 0.123456789")) == "clamp conv1 -1 0.123456789"
     with pytest.raises(RequestError, match="'high' is no number"):
         edits.parse("clamp conv1 1 high")
     with pytest.raises(RequestError) as error:

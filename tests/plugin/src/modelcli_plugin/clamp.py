@@ -63,7 +63,7 @@ class Clamp(Selecting):
         return cls(targets=tuple(map(selector, targets)), low=ends[0], high=ends[1])
 
     def operands(self) -> list[str]:
-        return [*self.targets, f"{self.low:g}", f"{self.high:g}"]
+        return [*self.targets, number_text(self.low), number_text(self.high)]
 
 
 def clamping(edit: Clamp, blueprint: Blueprint) -> tuple[list[str], list[Change]]:
@@ -79,10 +79,19 @@ def clamping(edit: Clamp, blueprint: Blueprint) -> tuple[list[str], list[Change]
     for path, below in groups_of(edit.targets, blueprint, names):
         tensors = {blueprint.by_name[name].identity: blueprint.by_name[name] for name in below}
         size = sum(tensor.elements for tensor in tensors.values() if tensor.kind == "parameter")
-        changes.append(Change(path, edit.name, "as it was", f"from {edit.low:g} to {edit.high:g}", size, size))
+        changes.append(
+            Change(
+                path, edit.name, "as it was", f"from {number_text(edit.low)} to {number_text(edit.high)}", size, size
+            )
+        )
     selectors.require_expected(edit.expect, [change.path for change in changes])
     line = str(replace(edit, targets=tuple(map(selectors.literal, names)), without=(), expect=None))
     return names, [replace(changes[0], resolved=(line,)), *changes[1:]]
+
+
+def number_text(value: float) -> str:
+    """A number with all its digits, so that a line is read back as the same edit."""
+    return repr(value).removesuffix(".0")
 
 
 def _number(word: str) -> float:

@@ -35,10 +35,10 @@ def _clamped(edit: Clamp, values: Tensor) -> Tensor:
 
 def script_lines(edit: Clamp, step: Step) -> list[str]:
     names, _ = clamping(edit, describe(step.before))
-    return [f"{access_paths.tensor(step.before, name)}.data.clamp_({edit.low:g}, {edit.high:g})" for name in names]
+    return [f"{access_paths.tensor(step.before, name)}.data.clamp_({edit.low!r}, {edit.high!r})" for name in names]
 
 
 def state_dict_script_lines(edit: Clamp, step: StateDictStep, state: State) -> list[str]:
     names, _ = clamping(edit, step.before.blueprint)
     tensors = [f"state[{quoted(name)}]" for name in names]
-    return [f"{tensor} = {tensor}.clamp({edit.low:g}, {edit.high:g})" for tensor in tensors]
+    return [f"{tensor} = {tensor}.clamp({edit.low!r}, {edit.high!r})" for tensor in tensors]

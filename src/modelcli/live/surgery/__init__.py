@@ -5,7 +5,8 @@ Each edit has a handler, the module that its declaration names: here, or in anot
     carry_out(module, edit, context) -> Applied
 
 which gives tensors other data, and writes nothing into the data that they have, so that `apply` can put back what it
-found, and `script_lines` and `state_dict_script_lines`, which write the same as statements: see `modelcli.live.script`.
+found. Where a state dict takes torch too, it has `apply_to_state_dict(edit, model, context) -> Applied`. It also has
+`script_lines` and `state_dict_script_lines`, which write the same as statements: see `modelcli.live.script`.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ from modelcli.live.surgery.state_dicts import meta_tensors, viewing
 from modelcli.live.surgery.storages import has_storage, key_of, replace_storage
 from modelcli.model.state_dict import StateDictModel
 
-#: What an edit does to values: it gets some of a tensor's, and gives as many of the same dtype.
+#: What an edit does to values: it gets some of a tensor's, and gives as many of the same dtype. It is called when the
+#: values are written, so what torch cannot do with a dtype (`float8_e4m3fn` above all) is refused before.
 Function = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -45,7 +46,10 @@ def change_values(module: nn.Module, names: Collection[str], function: Function)
 
 
 def change_values_of_keys(model: StateDictModel, names: Collection[str], function: Function) -> StateDictModel:
-    """The same for a model of which only keys are known: it with new values for these, which are not computed yet."""
+    """The same for a model of which only keys are known: it with new values for these, which are not computed yet.
+
+    `names` are keys of `model.tensors`: entries that are not dense have no values that could change.
+    """
     tensors = meta_tensors(model, viewing(model, names))
     storages = {id(tensor): model.tensors[name].storage for name, tensor in tensors.items()}
     changed = _changed_storages(tensors, names, function)

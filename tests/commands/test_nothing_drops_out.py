@@ -216,7 +216,7 @@ def test_an_empty_extra_state_does_not_block_safetensors(cli: Cli, folder: Path,
 @pytest.mark.parametrize("value", [{"a": 1}, [0], "x", 0])
 def test_one_that_says_something_does(cli: Cli, folder: Path, value: Any) -> None:
     torch.save({"w": torch.ones(2), "layer._extra_state": value}, "m.pth")
-    assert "layer._extra_state is no tensor" in cli("save", "m.safetensors", "-m", "m.pth", code=2).err
+    assert "layer._extra_state is not a tensor" in cli("save", "m.safetensors", "-m", "m.pth", code=2).err
 
 
 def test_a_model_with_an_empty_one_comes_back_from_safetensors(cli: Cli, folder: Path) -> None:

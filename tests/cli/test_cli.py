@@ -243,13 +243,13 @@ def test_undo(cli: Cli) -> None:
     cli("load", "nets.py:Net")
     for target in ("conv1", "bn", "conv2"):
         cli("freeze", target)
-    assert "has 3 edits to take back, not 4" in cli("undo", 4, code=2).err
+    assert "has 3 edits to undo, not 4" in cli("undo", 4, code=2).err
     cli("undo", 2, "--dry-run")
     assert len(cli("log", "--json").json["edits"]) == 3
     cli("undo", 2)
     assert cli("log", "--json").json["edits"] == ["freeze conv1"]
     cli("undo")
-    assert "has no edits to take back" in cli("undo", code=2).err
+    assert "has no edits to undo" in cli("undo", code=2).err
 
 
 def test_an_edit_is_checked_before_it_is_recorded(cli: Cli, folder: Path) -> None:
@@ -554,7 +554,7 @@ def test_tensors_of_unknown_modules_are_counted(cli: Cli) -> None:
 
 
 def test_load_says_that_numbers_are_random_or_that_nothing_is_known(cli: Cli, folder: Path) -> None:
-    assert "the numbers of squeezenet1_1 are random: --weights DEFAULT takes the pretrained ones" in cli(
+    assert "the values of squeezenet1_1 are random: pass --weights DEFAULT for pretrained ones" in cli(
         "load", "squeezenet1_1"
     ).err.replace("\n", " ")
     torch.save({"a.weight": torch.ones(2)}, "bare.pth")

@@ -37,7 +37,7 @@ def test_the_installed_program_and_the_module(folder: Path) -> None:
         (0, ["check", "a.safetensors", "--max-params", "2"], "Checks: 1 of 1 passed", ""),
         (1, ["diff", "a.safetensors", "b.safetensors"], "Tensors: 1 differs, 0 are equal", ""),
         (1, ["check", "a.safetensors", "--max-params", "1"], "Checks: 0 of 1 passed", ""),
-        (1, ["identify", "a.safetensors"], "a.safetensors comes near none of the models that modelcli list shows", ""),
+        (1, ["identify", "a.safetensors"], "no model that modelcli list shows is close to a.safetensors", ""),
         (1, ["load", "a.safetensors", "--arch", "Linear(2,3)"], "w       unexpected", "a.safetensors does not fit"),
         (2, ["params", "nowhere.pth"], "", "no such file: nowhere.pth"),
         (3, ["freeze", ".", "-m", "whole.pth", "-o", "out.pth"], "", "whole.pth holds objects of"),

@@ -180,7 +180,7 @@ def test_edits_that_cannot_be_done_are_told_together(cli: Cli, folder: Path) -> 
     assert first.startswith("many.toml:3: 'freeze conv9': no tensor matches 'conv9' (nearest: conv")
     assert second.startswith("many.toml:5: 'replace conv2 Linaer(3,5)': conv2: no class 'Linaer'")
     assert "did you mean Linear" in second
-    assert error["hint"] == "mend the first one first: the others may come from it"
+    assert error["hint"] == "correct the first one first: it may cause the others"
     assert files(folder) == {"many.toml"}
 
 

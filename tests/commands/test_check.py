@@ -304,7 +304,7 @@ def test_a_recipe_that_cannot_be_written_is_told_with_what_was(
     before = (folder / "modelcli.toml").read_bytes()
     monkeypatch.setattr(recipe, "append", fails)
     error = " ".join(cli("freeze", "layer1", "-o", "out.pth", code=5).err.split())
-    assert "modelcli.toml: full; out.pth was written all the same, and the recipe is as it was" in error
+    assert "modelcli.toml: full; out.pth was written, but the recipe is unchanged" in error
     assert (folder / "modelcli.toml").read_bytes() == before
 
 

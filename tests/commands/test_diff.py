@@ -439,8 +439,8 @@ def test_selectors_tolerance_and_structure_alone(cli: Cli) -> None:
     assert names("--rtol", "0.5", "-s", "a", "-s", "b") == ["a.w", "b.w"]
     assert names("--rtol", "0.5", "--atol", "6e-4", "-s", "a", "-s", "b") == ["b.w"]
     for wrong in ("-1", "nan"):
-        assert "is no largest difference" in cli("diff", "a.pth", "b.pth", "--atol", wrong, code=2).err
-        assert "is no share of a value" in cli("diff", "a.pth", "b.pth", "--rtol", wrong, code=2).err
+        assert "is not a limit for differences" in cli("diff", "a.pth", "b.pth", "--atol", wrong, code=2).err
+        assert "is not a limit for relative differences" in cli("diff", "a.pth", "b.pth", "--rtol", wrong, code=2).err
 
 
 def test_a_selector_that_picks_nothing_is_a_wrong_request(cli: Cli) -> None:

@@ -138,16 +138,14 @@ def test_wrappers_training_checkpoints_and_files_of_before_0_4_1(known: Cli) -> 
 
 def test_nothing_comes_near(known: Cli) -> None:
     torch.save({"w": torch.zeros(3)}, "bare.pth")
-    assert (
-        known("identify", "bare.pth", code=1).out == "bare.pth comes near none of the models that modelcli list shows\n"
-    )
+    assert known("identify", "bare.pth", code=1).out == "no model that modelcli list shows is close to bare.pth\n"
     assert known("identify", "bare.pth", "--json", code=1).json["matches"] == []
     torch.save({"only.num_batches_tracked": torch.tensor(1)}, "bare.pth")
     known("identify", "bare.pth", code=1)
 
 
 def test_wrong_requests(known: Cli) -> None:
-    assert "alexnet is no checkpoint" in known("identify", "alexnet", code=2).err
+    assert "alexnet is a model reference, not a checkpoint" in known("identify", "alexnet", code=2).err
     assert "no such file" in known("identify", "gone.pth", code=2).err
 
 

@@ -103,7 +103,7 @@ def test_a_check_says_that_nothing_is_known(cli: Cli) -> None:
     cli("freeze", "0", "-m", "old.pth", "-o", "out.pth", "-q")
     for option in ("--trainable", "--frozen"):
         (row,) = cli("check", "out.pth", option, "2", "--json", code=1).json["checks"]
-        assert row["found"].startswith("nothing says whether 2.weight, 2.bias are ")
+        assert row["found"].startswith("it is not known whether 2.weight, 2.bias are ")
     cli("check", "out.pth", "--frozen", "0")
     cli("check", "old.pth", "--arch", "Sequential(Linear(3,4),BatchNorm1d(4),Linear(4,2))", "--trainable", ".")
 

@@ -110,7 +110,7 @@ def test_what_a_file_prints_does_not_mix_with_data(cli: Cli, folder: Path) -> No
         ("missing.pth", "no such file: missing.pth", None),
         ("runs/missing.pth", "no such file: runs/missing.pth", "the folder runs does not exist"),
         ("nets.py:MyLinear(3)", "missing a required argument: 'out_features'", "MyLinear(in_features: int"),
-        ("nets.py:MyLinear(_,2)", "_ stands for what was there before", "write the argument out"),
+        ("nets.py:MyLinear(_,2)", "_ keeps an old argument, but there is no old module", "write the argument out"),
         ("Linear(2)", "missing a required argument", "Linear(in_features: int"),
         ("nosuchmodule:Net", "no module named nosuchmodule", "nets.py:Net"),
         ("nets.py:torch", "nets.py:torch is the Python module torch, not an nn.Module, its class, or a function", None),
@@ -267,7 +267,7 @@ def test_a_module_is_filled_from_no_file_that_names_foreign_classes(folder: Path
         with pytest.raises(UnsafeError, match=r"modules\.linear\.Linear"):
             modelcli.load("whole.pth", arch=arch)
     torch.save(model.state_dict(), "plain.pth")
-    with pytest.raises(RequestError, match="both say where the numbers come from"):
+    with pytest.raises(RequestError, match="both say where the values come from"):
         modelcli.load("plain.pth", arch=torch.nn.Linear(2, 3), weights="DEFAULT")
 
 
@@ -330,9 +330,7 @@ def test_files_that_are_no_checkpoints(cli: Cli, folder: Path, content: bytes, c
 
 def test_combinations_that_mean_nothing(cli: Cli) -> None:
     torch.save(nn.Linear(2, 3).state_dict(), "bare.pth")
-    assert (
-        "both say where the numbers come from" in cli("save", "o.pth", "-m", "bare.pth", "--weights", "X", code=2).err
-    )
+    assert "both say where the values come from" in cli("save", "o.pth", "-m", "bare.pth", "--weights", "X", code=2).err
     assert "--arch resnet18 is for checkpoints" in cli("summary", "alexnet", "--arch", "resnet18", code=2).err
     assert "--key ema is for checkpoints" in cli("summary", "alexnet", "--key", "ema", code=2).err
     assert "does not say its architecture" in cli("summary", "bare.pth", "--arch", "./bare.pth", code=2).err

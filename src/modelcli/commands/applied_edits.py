@@ -69,5 +69,5 @@ def apply_each(model: Editable, edits: Sequence[Edit], locations: Sequence[str] 
         raise wrong[0]
     if wrong:
         lines = [f"{error.message} ({error.hint})" if error.hint else error.message for error in wrong]
-        raise RequestError("\n".join(lines), "mend the first one first: the others may come from it")
+        raise RequestError("\n".join(lines), "correct the first one first: it may cause the others")
     return AppliedEdits(tuple(applied))

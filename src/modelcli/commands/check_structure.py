@@ -78,7 +78,7 @@ def _flags(blueprint: Blueprint, text: str, unseen: Sequence[str], *, trained: b
         answer = f"{of_all} {is_or_are(len(wrong))} {other}: {listed(wrong, MOST_NAMED)}"
     elif unknown:
         named = listed(unknown, MOST_NAMED)
-        answer = f"nothing says whether {named} {is_or_are(len(unknown))} {state}: --arch names the architecture"
+        answer = f"it is not known whether {named} {is_or_are(len(unknown))} {state}: pass --arch REFERENCE"
     else:
         answer = f"{counted(len(parameters), 'parameter')} {is_or_are(len(parameters))} {state}"
     return AssertionResult(kind, not (wrong or unknown), answer, text)

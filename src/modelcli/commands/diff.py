@@ -275,7 +275,7 @@ def _not_compared_notes(without: Sequence[str]) -> list[str]:
     if not without:
         return []
     more = f" and {len(without) - 1} more" if len(without) > 1 else ""
-    return [f"the values of {without[0]}{more} were not compared: nothing gives their numbers on both sides"]
+    return [f"the values of {without[0]}{more} were not compared: one side has none"]
 
 
 def _by_bytes(pairs: Mapping[str, tuple[Entry, Entry]], work: _Work) -> dict[str, bool]:
@@ -323,6 +323,8 @@ def _parts(entry: Entry) -> Sequence[TensorEntry]:
 def _require_tolerances(scope: Scope) -> None:
     """Raise RequestError for what is no tolerance."""
     if math.isnan(scope.atol) or scope.atol < 0:
-        raise RequestError(f"--atol {scope.atol} is no largest difference", "a number of 0 or more, such as 1e-6")
+        raise RequestError(f"--atol {scope.atol} is not a limit for differences", "a number of 0 or more, such as 1e-6")
     if not 0 <= scope.rtol < math.inf:
-        raise RequestError(f"--rtol {scope.rtol} is no share of a value", "a number of 0 or more, such as 1e-3")
+        raise RequestError(
+            f"--rtol {scope.rtol} is not a limit for relative differences", "a number of 0 or more, such as 1e-3"
+        )

@@ -91,7 +91,7 @@ def _edited(request: EditRequest, progress: Progress | None) -> EditResult:
         notes_of_python(target.recipe, target.source, (*target.edits, *request.edits), own=True)
     except ModelcliError as error:
         if result.written is not None:
-            error.message += f"; {how.out} was written all the same, and the recipe is as it was"
+            error.message += f"; {how.out} was written, but the recipe is unchanged"
         raise
     if target.restates_input:
         note = f"{target.recipe} states from now on what this command said of the input"

@@ -43,12 +43,12 @@ class IdentifyResult:
 def identify(request: IdentifyRequest, steps: Steps = iter) -> IdentifyResult:
     """Compare a checkpoint with every model that has a name; what is not in the cache is built, on the meta device.
 
-    Prefixes of wrappers are stripped. Raises RequestError for what is no checkpoint.
+    Prefixes of wrappers are stripped. Raises RequestError for anything but a checkpoint.
     """
     checkpoint = request.checkpoint
     source = Source(checkpoint, key=request.key)
     if not isinstance(resolve.reference_of(source), CheckpointFile):
-        raise RequestError(f"{checkpoint} is no checkpoint: it says itself which model it is", "name a file: best.pth")
+        raise RequestError(f"{checkpoint} is a model reference, not a checkpoint", "name a file: best.pth")
     found = look(LookRequest(Target(source)))
     shapes, unwrapping = state_dict_match.unwrapped(state_dict_match.shapes_of(found.blueprint.tensors))
     models, problems = _models(steps)

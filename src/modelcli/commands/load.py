@@ -102,7 +102,7 @@ def _started(request: LoadRequest, loaded: LoadResult) -> LoadResult:
         if recipe_path.exists() and not request.force and (count := len(recipe.read(recipe_path).edits)):
             raise RequestError(
                 f"{recipe_path} has {counted(count, 'edit')}",
-                "--force starts it anew; --recipe names another",
+                "--force starts over; --recipe names another file",
             )
         started = seen_from(source, recipe_path.parent)
         recipe.start(recipe_path, started)
@@ -123,5 +123,5 @@ def _value_notes(live: Live) -> list[str]:
     """Where the values of a loaded model come from, where the user may expect something else."""
     base = live.architecture
     if live.drawn and base is not None and base.pretrained:
-        return [f"the numbers of {base.reference} are random: --weights DEFAULT takes the pretrained ones"]
+        return [f"the values of {base.reference} are random: pass --weights DEFAULT for pretrained ones"]
     return []

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class UndoRequest:
-    """How many edits to take back from the end of a recipe; with `dry_run` the recipe stays as it is."""
+    """How many edits to undo at the end of a recipe; with `dry_run` the recipe is unchanged."""
 
     recipe: Path
     count: int = 1
@@ -39,9 +39,9 @@ def undo(request: UndoRequest) -> tuple[str, ...]:
     with recipe.locked(path):
         read = recipe.read(path)
         if not read.edits:
-            raise RequestError(f"{path} has no edits to take back")
+            raise RequestError(f"{path} has no edits to undo")
         if count > len(read.edits):
-            raise RequestError(f"{path} has {counted(len(read.edits), 'edit')} to take back, not {count}")
+            raise RequestError(f"{path} has {counted(len(read.edits), 'edit')} to undo, not {count}")
         if not request.dry_run:
             return tuple(recipe.remove_last(path, count))
         return tuple(str(edit) for edit in read.edits[-count:])

@@ -90,7 +90,7 @@ def _other_checkpoints(written: Written) -> list[str]:
     if not written.is_folder or not (others := formats.other_indexes(written.format, written.path)):
         return []
     return [
-        f"{written.reference} holds {listed(others, 3)} as well, which was left as it was: "
+        f"{written.reference} also contains {listed(others, 3)}, which is unchanged: "
         f"{written.reference}{formats.named(written.format).written_index} names what was written"
     ]
 
@@ -128,7 +128,7 @@ def _training_checkpoint_notes(
     if unwrapping:
         parts = listed([repr(part) for part in unwrapping.parts], 6)
         outdated.append(
-            f"the keys in {key!r} are written without {parts}, and what wrote the file may ask for it "
+            f"the keys in {key!r} are written without {parts}; the program that wrote the file may expect it "
             "(an edit without --arch leaves the keys as they are)"
         )
     renamed = training_state.renamed(model.tensors_opened, model.tensors_now)

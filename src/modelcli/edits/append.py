@@ -39,7 +39,7 @@ class Append(Placing):
         name, info = str(len(names)), model.modules[path].info
         if info is None or not info.is_sequence:
             raise RequestError(
-                f"append takes a Sequential or ModuleList, and {shown(path)} {kind_of(model, path)} is none",
+                f"append needs a Sequential or ModuleList; {shown(path)} {kind_of(model, path)} is neither",
                 f"add {quoted(joined(path, 'NAME'))} MODULE puts a child with a name at the end",
             )
         if name in names:

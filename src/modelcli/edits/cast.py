@@ -63,7 +63,7 @@ class Cast(Selecting):
         dtype = dtype_called(words[-1])
         if dtype not in FLOATING:
             near = did_you_mean(dtype, FLOATING) or "one of float32, bfloat16, float16, float64"
-            raise RequestError(f"{words[-1]!r} is no floating-point dtype", near)
+            raise RequestError(f"{words[-1]!r} is not a floating-point dtype", near)
         return cls(targets=tuple(map(selector, words[:-1])), dtype=dtype)
 
     def operands(self) -> list[str]:

@@ -48,7 +48,7 @@ class Init(Selecting):
     )
 
     name: ClassVar[str] = "init"
-    summary: ClassVar[str] = "Draw the numbers of modules or tensors anew."
+    summary: ClassVar[str] = "Draw new values for modules or tensors."
     effect: ClassVar[str] = (
         "draws new values: by any function of `torch.nn.init`, or by `default`, the module's own "
         "`reset_parameters`. Biases are drawn by `--bias` (zeros); normalisation layers get weight 1 and bias 0 "
@@ -79,7 +79,7 @@ class Init(Selecting):
         if len(words) < 2:
             raise RequestError("init takes at least one target and a scheme", "init '**:Conv2d' xavier_uniform")
         if (scheme := _scheme_in_pieces(words)) is not None:
-            raise RequestError(f"{words[-1]!r} is no scheme, but an argument of one", f"write it as {scheme!r}")
+            raise RequestError(f"{words[-1]!r} is not a scheme but an argument of one", f"write it as {scheme!r}")
         hint = "the scheme comes last: init '**:Conv2d' xavier_uniform, or 'normal(0, 0.01)'"
         return cls(targets=tuple(map(selector, words[:-1])), scheme=_scheme(words[-1], hint))
 

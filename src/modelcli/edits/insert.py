@@ -67,7 +67,7 @@ class Insert(Placing):
 def refuse_no_sequence(path: str, where: str) -> RequestError:
     """The error for a module whose children have no positions."""
     return RequestError(
-        f"insert takes a place in a Sequential or ModuleList with children 0 to n-1, and {where} is none",
+        f"insert needs a Sequential or ModuleList with children 0 to n-1; {where} is neither",
         f"add {quoted(joined(path, 'NAME'))} MODULE puts a child with a name at the end",
     )
 

@@ -225,6 +225,7 @@ def _moved_down(number: int, gone: Sequence[int]) -> int:
 
 def _keep_their_numbers(what: str, path: str) -> str:
     return (
-        f"the later {what} of {shown(path)} keep their numbers: nothing in the file says that they are a sequence; "
+        f"the later {what} of {shown(path)} keep their numbers, because the file does not record "
+        "that they are a Sequential; "
         "--renumber moves them down"
     )

@@ -40,7 +40,7 @@ class Replace(Selecting):
     untie: bool = option("--untie", FLAG, False, "Replace a shared module under the names picked alone.")
 
     name: ClassVar[str] = "replace"
-    summary: ClassVar[str] = "Put a new module in place of every match. _ in its arguments means: as it was."
+    summary: ClassVar[str] = "Put a new module in place of every match. _ keeps an old argument."
     effect: ClassVar[str] = (
         "puts a new module in place of every match. `--keep-weights` carries the values over where a tensor means "
         "the same in both modules: the overlapping part, transposed where one is a linear layer that has its "

@@ -135,7 +135,7 @@ def make(call: Call, *, trusted: bool = True) -> nn.Module:
     """Call the constructor on the current device. Raises RequestError that shows its signature."""
     kind = find_maker(call.name, trusted=trusted)
     if call.has_hole:
-        raise RequestError(f"{call}: _ stands for what was there before, and nothing was", "write the argument out")
+        raise RequestError(f"{call}: _ keeps an old argument, but there is no old module", "write the argument out")
     args = [value_of(value, trusted=trusted) for value in call.args]
     kwargs = {key: _keyword(call, key, trusted=trusted) for key in call.kwargs}
     if is_known_name(call.name):

@@ -220,7 +220,7 @@ class _Opening:
         if isinstance(reference, CheckpointFile):
             if weights is not None:
                 raise RequestError(
-                    f"--weights {weights} and the checkpoint {reference} both say where the numbers come from",
+                    f"--weights {weights} and the checkpoint {reference} both say where the values come from",
                     "use --arch for its architecture",
                 )
             self.contents = read_to_edit(reference.path, source, self.notes)
@@ -235,7 +235,7 @@ class _Opening:
             self._take_architecture(reference, None)
         else:
             if source.key is not None:
-                raise RequestError(f"--key {source.key} is for checkpoints, and {reference} is none")
+                raise RequestError(f"--key {source.key} is for checkpoints, and {reference} is not one")
             self._take_architecture(reference, weights)
         if self.contents is not None:
             self.notes += self.contents.notes
@@ -417,7 +417,7 @@ class _Opening:
             self.notes.append(report.unwrapping.note())
         for name, last in report.overruled:
             self.notes.append(
-                f"{name} and {last} are one tensor here and two in the file: the numbers of {last} are taken"
+                f"{name} and {last} are one tensor here and two in the file: the values of {last} are used"
             )
         assert self.base is not None
         error = report.refusal(
@@ -487,7 +487,7 @@ def with_arch_instance(source: Source, instance: object) -> tuple[nn.Module, Loa
     if not isinstance(reference, CheckpointFile):
         raise RequestError(f"{reference} is not a checkpoint, and arch is a module already")
     if source.weights not in (None, "none"):
-        raise RequestError(f"weights={source.weights!r} and {reference} both say where the numbers come from")
+        raise RequestError(f"weights={source.weights!r} and {reference} both say where the values come from")
     contents = read_to_edit(reference.path, source, [])
     state, report = loading.compare(instance, loading.mapped(contents))
     if not report.mismatched:

@@ -104,7 +104,7 @@ def _planned(name: str, tensor: torch.Tensor, kind: str, sources: dict[object, A
         )
     source = source_of(tensor)
     if source is None:
-        raise RequestError(f"{name} has no numbers: nothing says where they come from")
+        raise RequestError(f"it is not known where the values of {name} come from")
     if isinstance(source, Value):
         source = sources.setdefault(source.storage._cdata, source)
     shape, stride, offset = tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset())

@@ -26,7 +26,7 @@ class Sources:
                 "put a module with all its sizes in its place first",
             )
         if tensor.source is None:
-            raise RequestError(f"{name} has no numbers: nothing says where they come from")
+            raise RequestError(f"it is not known where the values of {name} come from")
         if not tensor.cast_from:
             return tensor.source  # type: ignore[return-value]  # every source is a storage
         key = tensor.storage

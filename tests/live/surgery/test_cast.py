@@ -61,9 +61,9 @@ def test_names_that_pytorch_users_say(cli: Cli, nickname: str, dtype: str) -> No
 @pytest.mark.parametrize(
     ("line", "message", "hint"),
     [
-        ("cast . int8", "'int8' is no floating-point dtype", "float"),
-        ("cast . bflot16", "'bflot16' is no floating-point dtype", "did you mean bfloat16"),
-        ("cast . float4_e2m1fn_x2", "is no floating-point dtype", ""),
+        ("cast . int8", "'int8' is not a floating-point dtype", "float"),
+        ("cast . bflot16", "'bflot16' is not a floating-point dtype", "did you mean bfloat16"),
+        ("cast . float4_e2m1fn_x2", "is not a floating-point dtype", ""),
         ("cast bfloat16", "cast takes at least one target and a dtype", "cast . bfloat16"),
         ("cast 1 half", "'1' has no tensors", "modelcli params shows where they are"),
         ("cast . half --expect 3", "1 matches, not the 3 expected", ""),

@@ -157,7 +157,7 @@ def four() -> nn.Module:
     return nn.Linear(4, 4)
 
 
-NO_SEQUENCE = "is none"
+NO_SEQUENCE = "is neither"
 UNKNOWN = "nothing in the file says that the children of {} are a sequence"
 ROOT_STAYS = "the model itself cannot be replaced"
 

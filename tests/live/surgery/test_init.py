@@ -175,7 +175,7 @@ def test_it_says_what_was_left_to_normalisation(cli: Cli) -> None:
 def test_what_a_scheme_cannot_fill_is_named(cli: Cli) -> None:
     result = cli("init", ".", "xavier_uniform", "-m", "Sequential(Linear(3,2),PReLU())")
     assert (
-        "note: 1.weight keeps its numbers: xavier_uniform does not fill such a tensor: Fan in and fan out" in result.err
+        "note: 1.weight keeps its values: xavier_uniform does not fill such a tensor: Fan in and fan out" in result.err
     )
     error = cli("init", "1", "xavier_uniform", "-m", "Sequential(Linear(3,2),PReLU())", code=2).err
     assert "xavier_uniform fills nothing: 1.weight: Fan in and fan out" in error
@@ -230,7 +230,7 @@ def test_default_resets_statistics_of_what_it_selects() -> None:
 def test_default_of_a_file_that_says_no_architecture(cli: Cli) -> None:
     torch.save(network().state_dict(), "bare.pth")
     error = cli("init", ".", "default", "-m", "bare.pth", code=2).err
-    assert "the file does not say what its modules are" in error
+    assert "a plain state dict records no classes" in error
     cli("init", ".", "default", "-m", "bare.pth", "--arch", NETWORK, "-o", "out.pth")
 
 
@@ -254,7 +254,7 @@ def test_an_expanded_tensor_takes_constants_only(cli: Cli, scheme: str) -> None:
     torch.save({"w": torch.randn(1, 3).expand(4, 3), "v": torch.randn(4, 3)}, "m.pth")
     assert "w: unsupported operation: more than one element" in cli("init", "w", scheme, "-m", "m.pth", code=2).err
     result = cli("init", ".", scheme, "-m", "m.pth", "-o", "out.pth")
-    assert f"w keeps its numbers: {scheme} does not fill such a tensor" in result.err
+    assert f"w keeps its values: {scheme} does not fill such a tensor" in result.err
     before, after = torch.load("m.pth"), torch.load("out.pth")
     assert torch.equal(after["w"], before["w"])
     assert not torch.equal(after["v"], before["v"])

@@ -200,7 +200,7 @@ def test_what_is_kept_beside_the_old_module_is_a_copy_in_the_file(cli: Cli) -> N
 @pytest.mark.parametrize(
     ("line", "done"),
     [("freeze head", "frozen"), ("unfreeze head", "trainable"), ("cast head bfloat16", "cast"),
-     ("init head xavier_uniform", "drawn anew")],
+     ("init head xavier_uniform", "initialised")],
 )  # fmt: skip
 def test_an_edit_of_one_name_is_one_of_the_tensor(cli: Cli, line: str, done: str) -> None:
     told = cli("apply", "-e", line, "-m", "nets.py:Tied", "-o", "out.pth").err
@@ -225,4 +225,4 @@ def test_names_that_no_one_selector_picks(cli: Cli) -> None:
 
 def test_what_is_drawn_anew_is_told(cli: Cli) -> None:
     told = cli("replace", "0", "Linear(4,2)", "--keep-weights", "-m", "Sequential(Linear(4,2,bias=False))").err
-    assert "0 keeps weight of the old Linear(4, 2, bias=False); bias drawn anew" in " ".join(told.split())
+    assert "0 keeps weight of the old Linear(4, 2, bias=False); bias initialised" in " ".join(told.split())

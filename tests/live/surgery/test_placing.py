@@ -63,7 +63,7 @@ def test_a_named_sequence_keeps_its_names() -> None:
     model = nn.Sequential(OrderedDict(first=nn.Linear(2, 2), act=nn.ReLU(), last=nn.Linear(2, 2)))
     modelcli.apply(model, "remove act", "add end Tanh", "append . ReLU")
     assert list(model._modules) == ["first", "last", "end", "3"]  # as PyTorch's own append calls it
-    with pytest.raises(RequestError, match="insert takes a place in a Sequential"):
+    with pytest.raises(RequestError, match="insert needs a Sequential or ModuleList"):
         modelcli.apply(model, "insert 0 ReLU")
 
 

@@ -527,7 +527,7 @@ def test_a_view_is_a_tie(device: str) -> None:
 def test_drawing_a_view_is_told() -> None:
     model = Transposed()
     done = surgery.apply(model, [edits.parse("init encoder normal")])
-    assert done.notes == ["decoder.weight shows numbers of encoder.weight: it has the new ones too"]
+    assert done.notes == ["decoder.weight shares memory with encoder.weight, so its values change too"]
     assert torch.equal(model.decoder.weight, model.encoder.weight.t())
 
 
@@ -539,9 +539,9 @@ def test_only_views_of_what_is_drawn_are_told() -> None:
     model.same = model.q
     done = surgery.apply(model, [edits.parse("init q 'constant(9)'")])
     assert done.notes == [
-        "q is one tensor with same: that is drawn anew too",
-        "full shows numbers of q: it has the new ones too",
-        "again shows numbers of q: it has the new ones too",
+        "q is one tensor with same: that is initialised too",
+        "full shares memory with q, so its values change too",
+        "again shares memory with q, so its values change too",
     ]
     assert model.full.tolist() == [9, 9, 9, 3, 4, 5]
 

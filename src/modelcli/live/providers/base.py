@@ -255,5 +255,5 @@ def refuse_hole(reference: NamedModel) -> None:
     """Raise RequestError where `_` stands in a reference: there was nothing before that it could stand for."""
     if reference.call.has_hole:
         raise RequestError(
-            f"{reference.call}: _ stands for what was there before, and nothing was", "write the argument out"
+            f"{reference.call}: _ keeps an old argument, but there is no old module", "write the argument out"
         )

@@ -94,7 +94,7 @@ def arguments(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], weights:
     for reserved in ("weights", "weights_backbone", "pretrained", "pretrained_backbone", "progress"):
         if kwargs.get(reserved) is not None:
             raise RequestError(
-                f"{name}: {reserved} is not an argument here", "--weights says where the numbers come from"
+                f"{name}: {reserved} is not an argument here", "--weights says where the values come from"
             )
     made = {key: value for key, value in kwargs.items() if value is not None or key != "weights"}
     parameters = signatures.of(builder).parameters

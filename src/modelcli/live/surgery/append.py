@@ -31,7 +31,7 @@ def _appended(holder: nn.Module, path: str, new: nn.Module) -> tuple[str, Childr
     name = str(len(holder._modules))
     if not isinstance(holder, nn.Sequential | nn.ModuleList):
         raise RequestError(
-            f"append takes a Sequential or ModuleList, and {shown(path)} {kind_of(holder)} is none",
+            f"append needs a Sequential or ModuleList; {shown(path)} {kind_of(holder)} is neither",
             f"add {quoted(joined(path, 'NAME'))} MODULE puts a child with a name at the end",
         )
     if name in holder._modules:

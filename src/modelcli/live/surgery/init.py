@@ -1,4 +1,4 @@
-"""init: the numbers of parameters drawn anew, by a function of `torch.nn.init` or a module's own `reset_parameters`."""
+"""init: new values for parameters, drawn by a function of `torch.nn.init` or a module's own `reset_parameters`."""
 
 from __future__ import annotations
 
@@ -87,20 +87,20 @@ def _told(
     names: Sequence[str],
     shown: Mapping[str, Shown],
 ) -> list[str]:
-    """What there is to tell; `names` are those of the selected tensors that can be drawn."""
-    notes = [*drawing.notes, *tie_notes(names_of_one(blueprint), names, "drawn anew")]
+    """The notes on an edit; `names` are those of the selected tensors that can be drawn."""
+    notes = [*drawing.notes, *tie_notes(names_of_one(blueprint), names, "initialised")]
     notes += _view_notes(shown, set(drawing.filled))
     dense = set(names)
-    return notes + [f"{name} keeps its numbers: it is no dense tensor" for name in selected if name not in dense]
+    return notes + [f"{name} keeps its values: it is not a dense tensor" for name in selected if name not in dense]
 
 
 def _view_notes(shown: Mapping[str, Shown], filled: set[str]) -> list[str]:
-    """What there is to tell of other tensors that show numbers which are drawn anew."""
+    """Notes on other tensors that share memory with the initialised ones."""
     views = [
-        f"{name} shows numbers of {picked}: it has the new ones too"
+        f"{name} shares memory with {picked}, so its values change too"
         for name, picked in sharing_bytes(shown, filled).items()
     ]
-    return views if len(views) <= 3 else [*views[:3], f"{len(views) - 3} more tensors show new numbers too"]
+    return views if len(views) <= 3 else [*views[:3], f"{len(views) - 3} more tensors change with them"]
 
 
 @dataclass(frozen=True)
@@ -178,8 +178,8 @@ def apply_to_state_dict(edit: Init, model: StateDictModel, context: Context) -> 
     if scheme_name(edit.scheme) == DEFAULT:
         _refuse_arguments_of_default(edit)
         raise RequestError(
-            "default is a module's own reset_parameters, and the file does not say what its modules are",
-            "--arch names its architecture; or name a scheme: xavier_uniform",
+            "default calls each module's reset_parameters, but a plain state dict records no classes",
+            "pass --arch REFERENCE, or name a scheme: xavier_uniform",
         )
     tensors = meta_tensors(model, viewing(model, names))
     drawing = _fills(edit, blueprint, names, tensors, _layers_of_keys(model))
@@ -336,7 +336,7 @@ def _unfit(tensor: torch.Tensor) -> str | None:
     if is_lazy(tensor):
         return "it has no shape yet"
     if not tensor.is_floating_point() or not has_storage(tensor):
-        return f"it is {dtype_name(tensor.dtype)}" if has_storage(tensor) else "it is no dense tensor"
+        return f"it is {dtype_name(tensor.dtype)}" if has_storage(tensor) else "it is not a dense tensor"
     return None
 
 
@@ -370,8 +370,8 @@ def _notes(layers: _Layers, parts: _Sorted, edit: Init) -> list[str]:
     unsure = [name for name in parts.weights if layers.may_normalise(name)]
     if unsure:
         notes.append(
-            f"{listed(unsure, 5)} may belong to normalisation layers, which the file does not say: "
-            f"{scheme} went into them; --except leaves them as they are, --arch names the architecture"
+            f"{listed(unsure, 5)} may belong to normalisation layers, because the file records no classes: "
+            f"{scheme} was used for them; --except leaves them unchanged, --arch REFERENCE names the classes"
         )
     own = {
         type(holder).__name__: name
@@ -396,12 +396,12 @@ def _is_called_norm(module: nn.Module) -> bool:
 
 
 def _kept_notes(kept: Mapping[str, str]) -> list[str]:
-    """A line for each reason why tensors keep their numbers."""
+    """A note for each reason why tensors keep their values."""
     by_reason: dict[str, list[str]] = defaultdict(list)
     for name, why in kept.items():
         by_reason[why].append(name)
     return [
-        f"{listed(names, 5)} {'keeps its' if len(names) == 1 else 'keep their'} numbers: {why}"
+        f"{listed(names, 5)} {'keeps its' if len(names) == 1 else 'keep their'} values: {why}"
         for why, names in by_reason.items()
     ]
 

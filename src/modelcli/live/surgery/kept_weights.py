@@ -82,7 +82,7 @@ def keep_weights(groups: Sequence[KeptFrom]) -> tuple[Mapping[str, Mapping[str, 
             given, made = old.tensors, named_tensors(old.new)
             told = [f"{name}{_extent(part, given[name].shape, made[name].shape)}" for name, part in parts.items()]
             drawn = [name for name, tensor in made.items() if name not in parts and isinstance(tensor, nn.Parameter)]
-            anew = f"; {listed(drawn, 4)} drawn anew" if drawn else ""
+            anew = f"; {listed(drawn, 4)} initialised" if drawn else ""
             of_old = f"of the old {old.brief}{anew}"
             notes.append(f"{path} keeps {listed(told, 4)} {of_old}")
         else:

@@ -46,7 +46,7 @@ def identify(reference: str, matches: Sequence[Match]) -> View:
         Column("differing", "what does not fit", flexible=True),
     )
     if not matches:
-        return View(document, [], columns, body=f"{reference} comes near none of the models that modelcli list shows")
+        return View(document, [], columns, body=f"no model that modelcli list shows is close to {reference}")
     return View(
         document, [row | {"differing": _unfit(match)} for row, match in zip(entries, matches, strict=True)], columns
     )

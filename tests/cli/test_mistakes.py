@@ -168,7 +168,7 @@ MISTAKES = {
     "a scheme in pieces": (
         "init classifier.6 normal std=0.01 -m alexnet",
         2,
-        "error: 'std=0.01' is no scheme, but an argument of one\nhint: write it as 'normal(std=0.01)'",
+        "error: 'std=0.01' is not a scheme but an argument of one\nhint: write it as 'normal(std=0.01)'",
     ),
     "a model without its -m": (
         "replace fc Linear(_,10) resnet18",

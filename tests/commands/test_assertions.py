@@ -156,7 +156,7 @@ def test_what_a_bare_file_does_not_say_is_not_passed(cli: Cli) -> None:
     words = ("--frozen", "0", "--has", "4:Linear", "--absent", "**:Dropout", "--output-shape", "1,2")
     rows = cli("check", "bare.pth", *words, "--json", code=2).json["checks"]  # the pass was not made: no answer
     assert [row["passed"] for row in rows] == [False] * 4
-    assert all("architecture" in row["found"] for row in rows)
+    assert all("--arch" in row["found"] for row in rows)
     cli("check", "bare.pth", "--has", "4.weight", "--absent", "5")
     more = ("--arch", BASE, "--has", "4:Linear", "--absent", "**:Dropout", "--output-shape", "1,2")
     cli("check", "bare.pth", *more, "--input-size", "1,1,1,1")

@@ -46,7 +46,7 @@ def test_a_folder_keeps_its_other_checkpoint(cli: Cli, folder: Path) -> None:
     assert {file.name for file in Path("both").iterdir()} == set(before)
     for name in ("pytorch_model.bin.index.json", "pytorch_model-00001-of-00001.bin", "config.json"):
         assert Path("both", name).read_bytes() == before[name]
-    assert "both/ holds pytorch_model.bin.index.json as well" in err
+    assert "both/ also contains pytorch_model.bin.index.json" in err
     assert rows_of(cli, "both/model.safetensors.index.json")["w"]["dtype"] == "float16"
     assert rows_of(cli, "both/pytorch_model.bin.index.json")["w"]["dtype"] == "float32"
 

@@ -37,7 +37,7 @@ torch.save(layers, "small.pth")
 """
 
 LARGE = """
-
+import sys
 import numpy, ml_dtypes
 from safetensors.numpy import save_file
 path, nbytes = sys.argv[1], int(sys.argv[2])

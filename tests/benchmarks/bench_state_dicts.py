@@ -145,7 +145,11 @@ def beside_sft(sft: str, file: str) -> None:
     theirs = ("-o", "theirs.safetensors")
     split = ("-m", file, "--max-shard-size", "100MB", "--no-fsync", "-q")
     for title, ours, peer in (
-        ("rename", ("rename", "model.**", "**", *written), ("rename", file, "--sub", "^model[.]", "", *theirs)),
+        (
+            "rename",
+            ("rename", "model.**", "**", *written),
+            ("rename", file, "--sub", "^model[.]", "--sub", "", *theirs),
+        ),
         ("remove", ("remove", "model.layers.1", *written), ("strip", file, "--exclude=model.layers.1.**", *theirs)),
         ("cast", ("cast", ".", "float16", *written), ("cast", file, "--dtype", "fp16", *theirs)),
         (

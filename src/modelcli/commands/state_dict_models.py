@@ -16,8 +16,8 @@ from modelcli.checkpoints.record import Record
 from modelcli.checkpoints.state_dict_model import model_of
 from modelcli.commands import state_dict_plan
 from modelcli.edits import Edit
-from modelcli.edits.applied import Applied, Change, Context, seed_of
-from modelcli.errors import ModelcliError, RequestError
+from modelcli.edits.applied import Applied, Context, apply_in_order, seed_of
+from modelcli.errors import RequestError
 from modelcli.language import input_texts
 from modelcli.language.references import CheckpointFile, Source
 from modelcli.language.stated_inputs import StatedInputs
@@ -59,27 +59,16 @@ class OpenStateDict:
 
     def apply(self, edits: Sequence[Edit], *, trusted: bool = True) -> Applied[StateDictModel]:
         """Carry out edits, all or none. Raises RequestError where one is wrong."""
-        model, inputs = self.model, self.inputs
-        changes: list[Change] = []
-        notes: list[str] = []
-        lines: list[tuple[int, str]] = []
-        for position, edit in enumerate(edits, 1):
-            number = self.edit_count + position
-            context = Context(seed_of(self.seed, number), cast("Inputs | None", inputs), trusted)
-            try:
-                done = edit.apply_to_state_dict(model, context)
-            except ModelcliError as error:
-                if len(edits) > 1:
-                    error.message = f"edit {position}, {str(edit)!r}: {error.message}"
-                raise
-            model, inputs = done.model, done.inputs
-            changes += done.changes
-            notes += done.notes
-            lines += [(number, line) for change in done.changes for line in change.resolved]
-        self.model, self.inputs = model, inputs
+
+        def carry_out(model: StateDictModel, edit: Edit, number: int, inputs: Inputs | None) -> Applied[StateDictModel]:
+            return edit.apply_to_state_dict(model, Context(seed_of(self.seed, number), inputs, trusted))
+
+        numbers = range(self.edit_count + 1, self.edit_count + 1 + len(edits))
+        applied = apply_in_order(self.model, edits, numbers, cast("Inputs | None", self.inputs), carry_out)
+        self.model, self.inputs = applied.model, applied.inputs
         self.edit_count += len(edits)
-        self.edits += lines
-        return Applied(model, changes, notes, cast("Inputs | None", inputs), lines)
+        self.edits += applied.lines
+        return applied
 
     def keys_in_order(self) -> list[str]:
         """The keys as they are written."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+from modelcli.errors import ModelcliError
+
 if TYPE_CHECKING:
+    from modelcli.edits.base import Edit
     from modelcli.live.inputs import Inputs
     from modelcli.model.blueprint import Blueprint
 
@@ -77,3 +81,38 @@ class Applied(Generic[Model]):
 def seed_of(seed: int, number: int) -> int:
     """The seed of edit `number` (from 1) of a model with this seed: `(seed * 1000003 + number) mod 2^63`."""
     return (seed * 1_000_003 + number) % 2**63
+
+
+def apply_in_order(
+    model: Model,
+    edits: Sequence[Edit],
+    numbers: Sequence[int],
+    inputs: Inputs | None,
+    carry_out: Callable[[Model, Edit, int, Inputs | None], Applied[Model]],
+) -> Applied[Model]:
+    """Carry out edits one after another, each on what the one before it made.
+
+    Args:
+        model: what the first edit works on.
+        edits: what to carry out.
+        numbers: what each edit counts as, which decides what it draws.
+        inputs: what the model takes; None if nobody knows.
+        carry_out: carries out one edit, given the model, the edit, its number and what the model takes.
+
+    Raises the error of the edit that is wrong, which its message names if there are several.
+    """
+    changes: list[Change] = []
+    notes: list[str] = []
+    lines: list[tuple[int, str]] = []
+    for position, (edit, number) in enumerate(zip(edits, numbers, strict=True), 1):
+        try:
+            done = carry_out(model, edit, number, inputs)
+        except ModelcliError as error:
+            if len(edits) > 1:
+                error.message = f"edit {position}, {str(edit)!r}: {error.message}"
+            raise
+        model, inputs = done.model, done.inputs
+        changes += done.changes
+        notes += done.notes
+        lines += [(number, line) for change in done.changes for line in change.resolved]
+    return Applied(model, changes, notes, inputs, lines)

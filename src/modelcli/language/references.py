@@ -159,10 +159,6 @@ class Source:
     tensors_only: bool = False
     bare_keys: bool = False
 
-    def reference_folder(self) -> Path:
-        """The folder that a record in this model's file sees paths from."""
-        return (self.folder / self.model).parent
-
     def without_input(self) -> Source:
         """The same source without what was stated of its input."""
         return replace(self, input_size=None, input_dtype=(), inputs=())

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from modelcli.edits import Edit
-from modelcli.edits.applied import Applied, Change, Context, seed_of
-from modelcli.errors import ModelcliError, RequestError
+from modelcli.edits.applied import Applied, Change, Context, apply_in_order, seed_of
+from modelcli.errors import RequestError
 from modelcli.live.surgery.core import brief, count
 from modelcli.live.surgery.holes import argument_from, shape_with
 from modelcli.live.surgery.snapshot import restored_on_error
@@ -46,25 +46,15 @@ def apply(
     and the message names the edit where there are several. `blueprint` is that of the module, where there is one.
     """
     _require_editable(module)
-    changes: list[Change] = []
-    notes: list[str] = []
-    lines: list[tuple[int, str]] = []
-    now = module
+    blueprints = iter([blueprint])  # that of the module before the first edit
+
+    def carry_out(now: nn.Module, edit: Edit, number: int, inputs: Inputs | None) -> Applied[nn.Module]:
+        context = Context(seed_of(seed, number), inputs, trusted, next(blueprints, None))
+        done: Applied[nn.Module] = edit.handler_module().carry_out(now, edit, context)
+        return done
+
     with restored_on_error(module):
-        for position, edit in enumerate(edits):
-            number = position + 1 if numbers is None else numbers[position]
-            context = Context(seed_of(seed, number), inputs, trusted, None if position else blueprint)
-            try:
-                done: Applied[nn.Module] = edit.handler_module().carry_out(now, edit, context)
-            except ModelcliError as error:
-                if len(edits) > 1:
-                    error.message = f"edit {position + 1}, {str(edit)!r}: {error.message}"
-                raise
-            now, inputs = done.model, done.inputs
-            changes += done.changes
-            notes += done.notes
-            lines += [(number, line) for change in done.changes for line in change.resolved]
-    return Applied(now, changes, notes, inputs, lines)
+        return apply_in_order(module, edits, numbers or range(1, len(edits) + 1), inputs, carry_out)
 
 
 def _require_editable(module: nn.Module) -> None:

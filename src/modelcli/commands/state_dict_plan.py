@@ -11,8 +11,8 @@ from modelcli.checkpoints import CompositeEntry, Contents, shapes
 from modelcli.model.paths import ancestors, parent_of
 from modelcli.model.state_dict import StateDictModel, StateDictTensor
 from modelcli.values.state_dict_sources import Sources
-from modelcli.writing import Plan, PlannedTensor, compacting
-from modelcli.writing.extras import belongs_to_model, is_empty, left_out_note, refusal_of_values
+from modelcli.writing import Plan, PlannedTensor
+from modelcli.writing.state_dict import plan_of
 
 
 def plan(
@@ -49,32 +49,17 @@ def plan(
             # The format holds every tensor by itself, row-major: a view is written as what it shows.
             storage, shape = sources.row_major(name, entry), entry.shape or ()
             tensors[name] = PlannedTensor(shape, entry.dtype, shapes.row_major(shape), 0, storage)
-    tree, key = None, None
-    if bare:
-        extras = {name: value for name, value in extras.items() if belongs_to_model(name, value)}
-    elif contents.key is not None and writing.holds_values(kind):
-        tree, key = contents.tree, contents.key
-    notes = []
-    if not writing.holds_values(kind):
-        notes += left_out_note(extras, kind)
-        extras = {name: value for name, value in extras.items() if not is_empty(value)}
-        if extras:
-            raise refusal_of_values(extras, kind)
-    if writing.holds_views(kind):
-        if compact:
-            tensors = compacting.compacted(tensors, lambda name: sources.row_major(name, model.tensors[name]))
-        elif note := compacting.unused_bytes_note(tensors):
-            notes.append(note)
-    return Plan(
+    return plan_of(
         tensors,
-        record,
-        metadata_of(model, contents),
         extras,
-        tree,
-        key,
-        contents.texts,
-        tuple(name for name in names if name in tensors or name in extras),
-        tuple(notes),
+        names,
+        kind,
+        lambda name: sources.row_major(name, model.tensors[name]),
+        contents=contents,
+        metadata=metadata_of(model, contents),
+        record=lambda: record,
+        bare=bare,
+        compact=compact,
     )
 
 

@@ -24,8 +24,8 @@ from modelcli.live.opening import Live
 from modelcli.live.sources import AnySource, Value, flag_of, is_composite, is_lazy, row_major, source_of
 from modelcli.live.trace import Traced
 from modelcli.model.blueprint import Blueprint
-from modelcli.writing import Plan, PlannedTensor, compacting
-from modelcli.writing.extras import belongs_to_model, is_empty, left_out_note, refusal_of_values
+from modelcli.writing import Plan, PlannedTensor
+from modelcli.writing.state_dict import plan_of
 
 
 def plan(
@@ -60,34 +60,17 @@ def plan(
             extras[name] = composites.planned(value, planned)
         else:
             tensors[name] = planned(value)
-    contents = live.contents
-    tree, key = None, None
-    if bare:
-        extras = {name: value for name, value in extras.items() if belongs_to_model(name, value)}
-    elif contents is not None and contents.key is not None and writing.holds_values(kind):
-        tree, key = contents.tree, contents.key
-    notes = []
-    if not writing.holds_values(kind):
-        notes += left_out_note(extras, kind)
-        extras = {name: value for name, value in extras.items() if not is_empty(value)}
-        if extras:
-            raise refusal_of_values(extras, kind)
-    if writing.holds_views(kind):
-        if compact:
-            tensors = compacting.compacted(tensors, lambda name: row_major(state[name]))
-        elif note := compacting.unused_bytes_note(tensors):
-            notes.append(note)
-    metadata: Mapping[str, Any] = getattr(state, "_metadata", {})
-    return Plan(
+    return plan_of(
         tensors,
-        records.to_text(record or record_of(live, Path(os.path.realpath(out)).parent, made)),
-        _plain(metadata),
         extras,
-        tree,
-        key,
-        {} if contents is None else contents.texts,
-        tuple(name for name in names if name in tensors or name in extras),
-        tuple(notes),
+        names,
+        kind,
+        lambda name: row_major(state[name]),
+        contents=live.contents,
+        metadata=_plain(getattr(state, "_metadata", {})),
+        record=lambda: records.to_text(record or record_of(live, Path(os.path.realpath(out)).parent, made)),
+        bare=bare,
+        compact=compact,
     )
 
 

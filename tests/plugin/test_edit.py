@@ -20,6 +20,7 @@ from modelcli import edits
 from modelcli.edits import registry
 from modelcli.errors import RequestError
 from modelcli.language.expressions import Call, parse
+from modelcli.live import surgery
 from tests.conftest import Cli
 
 pytestmark = pytest.mark.usefixtures("plugin")
@@ -52,8 +53,9 @@ def test_it_is_an_edit_like_the_others() -> None:
     edit = edits.parse("clamp conv1 -0.5 0.5 --except conv1.bias --expect 1")
     assert str(edit) == "clamp conv1 -0.5 0.5 --except conv1.bias --expect 1"
     assert str(edits.parse("clamp conv1 -1 0.123456789")) == "clamp conv1 -1 0.123456789"
-    with pytest.raises(RequestError, match="'high' is no number"):
-        edits.parse("clamp conv1 1 high")
+    for word in ("high", "nan", "inf", "Infinity", "1e999"):
+        with pytest.raises(RequestError, match=f"'{word}' is not a finite number"):
+            edits.parse(f"clamp conv1 1 {word}")
     with pytest.raises(RequestError) as error:
         edits.parse("clam fc 1 2")
     assert error.value.hint == "did you mean clamp?"
@@ -272,3 +274,98 @@ def test_between_casts_of_a_state_dict(cli: Cli, folder: Path) -> None:
         for name, value in real().state_dict().items()
     }
     assert same(torch.load("out.pth", weights_only=True), expected)
+
+
+# --- tensors that need care ------------------------------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    """A buffer that is a weight under another name, a sparse buffer, and an expanded one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.one = nn.Linear(3, 3)
+        self.two = nn.Linear(3, 3)
+        self.two.weight = self.one.weight
+        self.register_buffer("sparse", torch.eye(3).to_sparse())
+        self.register_buffer("wide", torch.randn(3, 1).expand(3, 4))
+
+
+def test_tied_sparse_and_expanded_tensors_of_a_model() -> None:
+    model = Tied()
+    applied = surgery.apply(model, [edits.parse("clamp one sparse wide -0.1 0.1")])
+    assert applied.notes == [
+        "one.weight is one tensor with two.weight: that is clamped too",
+        "sparse stays as it is: it is no dense tensor",
+    ]
+    assert model.two.weight is model.one.weight
+    before = Tied()
+    for name in ("one.weight", "one.bias", "wide"):
+        assert torch.equal(model.state_dict()[name], before.state_dict()[name].clamp(-0.1, 0.1))
+    assert torch.equal(model.sparse.to_dense(), torch.eye(3))
+
+
+def test_a_model_without_dense_tensors() -> None:
+    for model, target in ((Tied(), "sparse"), (nn.Sequential(nn.LazyLinear(3)), "0")):
+        with pytest.raises(RequestError, match=f"nothing to clamp: {target} has no dense floating-point tensors"):
+            modelcli.apply(model, f"clamp {target} -0.1 0.1")
+
+
+def shared() -> dict[str, torch.Tensor]:
+    """A state dict of tied, sparse and expanded tensors, and of two that lie side by side in one storage."""
+    state = dict(Tied().state_dict())
+    both = torch.randn(8)
+    return state | {"left": both[:4], "right": both[4:]}
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
+@pytest.mark.parametrize("target", [".", "one", "left wide"])
+def test_tied_sparse_and_expanded_tensors_of_a_state_dict(target: str, cli: Cli, folder: Path) -> None:
+    """The command and its script write the same, and tied tensors stay tied."""
+    torch.save(shared(), "v.pth")
+    document = cli("clamp", *target.split(), "-0.1", "0.1", "-m", "v.pth", "-o", "out.pth", "--json").json
+    told = "sparse stays as it is: it is no dense tensor"
+    assert (told in document.get("notes", [])) == (target == ".")
+    line = f"clamp {target} -0.1 0.1"
+    text = cli("script", "-m", "v.pth", "-e", line, "-o", "script.pth").out
+    exec(compile(text, "work.py", "exec"), {"__name__": "__main__"})
+    loaded = torch.load("v.pth", weights_only=True)
+    names = {".": list(loaded), "one": ["one.weight", "one.bias", "two.weight"], "left wide": ["left", "wide"]}[target]
+    for out in ("out.pth", "script.pth"):
+        written = torch.load(out, weights_only=True)
+        for name, value in loaded.items():
+            is_clamped = name in names and not value.is_sparse
+            assert torch.equal(written[name].to_dense(), (value.clamp(-0.1, 0.1) if is_clamped else value).to_dense())
+        assert written["one.weight"].data_ptr() == written["two.weight"].data_ptr()
+
+
+def test_a_script_stops_where_tensors_overlap(cli: Cli, folder: Path) -> None:
+    whole = torch.randn(6)
+    torch.save({"whole": whole, "start": whole[:4]}, "v.pth")
+    shown = cli("script", "-m", "v.pth", "-e", "clamp . -0.1 0.1", "-o", "out.pth")
+    assert "start and whole lie in one piece of memory" in shown.out.replace("whole and start", "start and whole")
+    assert "raise NotImplementedError" in shown.out
+
+
+@pytest.mark.parametrize("more", [("--dry-run",), ("-o", "out.pth"), ()])
+def test_a_dtype_that_torch_cannot_clamp_is_refused_early(more: tuple[str, ...], cli: Cli, folder: Path) -> None:
+    torch.save({"a": torch.ones(2), "f": torch.ones(2).to(torch.float8_e4m3fn)}, "v.pth")
+    refused = cli("clamp", ".", "0", "0.5", "-m", "v.pth", *more, code=2).err
+    assert "f is float8_e4m3fn, and this edit cannot be carried out on that dtype" in refused
+    assert not Path("out.pth").exists()
+    cli("clamp", ".", "0", "0.5", "--except", "f", "-m", "v.pth", "-o", "out.pth")
+    model = nn.Linear(2, 2).to(torch.float8_e4m3fn)
+    with pytest.raises(RequestError, match="weight is float8_e4m3fn"):
+        modelcli.apply(model, "clamp . 0 0.5")
+
+
+def test_empty_tensors(cli: Cli, folder: Path) -> None:
+    torch.save({"none": torch.ones(0, 3), "w": torch.ones(2)}, "v.pth")
+    cli("clamp", ".", "0", "0.5", "-m", "v.pth", "-o", "out.pth")
+    text = cli("script", "-m", "v.pth", "-e", "clamp . 0 0.5", "-o", "script.pth").out
+    exec(compile(text, "work.py", "exec"), {"__name__": "__main__"})
+    for out in ("out.pth", "script.pth"):
+        written = torch.load(out, weights_only=True)
+        assert written["none"].shape == (0, 3)
+        assert written["w"].tolist() == [0.5, 0.5]

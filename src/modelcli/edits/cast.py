@@ -8,7 +8,7 @@ from typing import ClassVar, Self
 
 from modelcli.edits.applied import Applied, Change, Context
 from modelcli.edits.declaring import TENSORS, Operand, selector
-from modelcli.edits.picking import count_at, groups_of, names_of_one, tie_notes
+from modelcli.edits.picking import count_at, dense_notes, groups_of, names_of_one, tie_notes
 from modelcli.edits.targets import Selecting
 from modelcli.errors import RequestError, did_you_mean
 from modelcli.language import selectors
@@ -17,7 +17,7 @@ from modelcli.model.dtypes import FLOATING, ITEM_BYTES, dtype_called
 from modelcli.model.paths import shown
 from modelcli.model.scaled_weights import scaled_weights
 from modelcli.model.state_dict import StateDictModel, StateDictTensor
-from modelcli.wording import counted, listed
+from modelcli.wording import counted
 
 
 def _dtypes() -> Iterable[str]:
@@ -104,7 +104,6 @@ def casting(edit: Cast, blueprint: Blueprint, tensors: Collection[str]) -> Casti
     """What a cast comes to; `tensors` are the names of those that can be converted."""
     known = blueprint.by_name
     names = selectors.select_tensors(blueprint, edit.targets, without=edit.without)
-    apart = [name for name in names if name not in tensors]
     floating = [name for name in names if name in tensors and known[name].dtype.startswith(("float", "bfloat"))]
     if not floating:
         raise RequestError(
@@ -115,9 +114,7 @@ def casting(edit: Cast, blueprint: Blueprint, tensors: Collection[str]) -> Casti
     groups = groups_of(edit.targets, blueprint, floating)
     selectors.require_expected(edit.expect, [path for path, _ in groups])
     changes, notes = [], tie_notes(names_of_one(blueprint), floating, "cast")
-    if apart:
-        stay = "stays as it is: it is" if len(apart) == 1 else "stay as they are: each is"
-        notes.append(f"{listed(apart, 3)} {stay} no dense tensor")
+    notes += dense_notes(names, tensors)
     for path, below in groups:
         own = {known[name].identity: known[name] for name in below}
         before = dict.fromkeys(tensor.dtype for tensor in own.values())

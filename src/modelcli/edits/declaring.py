@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import field
@@ -109,6 +110,26 @@ def selector(word: str) -> str:
     return word
 
 
+def finite_number(word: str) -> float:
+    """The number that a word is: `-0.5`, `3`, `1e-3`. Raises RequestError for any other word, also for nan and inf."""
+    number = float(word) if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", word, re.ASCII) else math.nan
+    if not math.isfinite(number):
+        raise RequestError(f"{word!r} is not a finite number", "write it as -0.5, 3 or 1e-3")
+    return number
+
+
+def number_text(number: float) -> str:
+    """The word for a number, with all its digits: `finite_number` reads the same number from it."""
+    return repr(float(number)).removesuffix(".0")
+
+
+def _named_number(flag: str, word: str) -> float:
+    try:
+        return finite_number(word)
+    except RequestError as error:
+        raise RequestError(f"{flag}: {error.message}", error.hint) from None
+
+
 def _number(flag: str, word: str) -> int:
     if not re.fullmatch(r"\d{1,9}", word, re.ASCII):
         raise RequestError(f"{flag} takes a number, not {word!r}")
@@ -119,5 +140,7 @@ def _number(flag: str, word: str) -> int:
 FLAG = Kind(None)
 #: An option that takes a whole number from 0.
 NUMBER = Kind(_number, type=int, minimum=0)
+#: An option that takes a finite number, whole or not.
+FINITE_NUMBER = Kind(_named_number, text=number_text)
 #: An option that takes a selector, and may come again.
 SELECTORS = Kind(lambda _flag, word: selector(word), several=True)

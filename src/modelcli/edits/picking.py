@@ -11,7 +11,7 @@ from modelcli.model.blueprint import Blueprint
 from modelcli.model.paths import ancestors, parent_of
 from modelcli.model.state_dict import StateDictModel
 from modelcli.model.tensors import TensorInfo
-from modelcli.wording import counted
+from modelcli.wording import counted, listed
 
 
 def groups_of(targets: Sequence[str], blueprint: Blueprint, chosen: Collection[str]) -> list[tuple[str, list[str]]]:
@@ -59,6 +59,20 @@ def tie_notes(groups: Iterable[Sequence[str]], names: Collection[str], done: str
         if picked and others:
             told.append(f"{picked[0]} is one tensor with {', '.join(others)}: that is {done} too")
     return told if len(told) <= 3 else [*told[:3], f"{len(told) - 3} more tensors are {done} under other names too"]
+
+
+def dense_notes(names: Iterable[str], dense: Collection[str]) -> list[str]:
+    """The note that tells which of the picked tensors an edit leaves as they are: sparse, quantized and lazy ones.
+
+    Args:
+        names: those that were picked.
+        dense: the names of all tensors of the model that the edit can change.
+    """
+    left = [name for name in names if name not in dense]
+    if not left:
+        return []
+    stay = "stays as it is: it is" if len(left) == 1 else "stay as they are: each is"
+    return [f"{listed(left, 3)} {stay} no dense tensor"]
 
 
 def names_of_one(blueprint: Blueprint) -> list[list[str]]:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
-from modelcli.edits.applied import Applied, Change, Context
-from modelcli.edits.declaring import TENSORS, Operand, selector
-from modelcli.edits.picking import groups_of
+from modelcli.edits.applied import Change
+from modelcli.edits.declaring import TENSORS, Operand, finite_number, number_text, selector
+from modelcli.edits.picking import dense_notes, groups_of, names_of_one, tie_notes
 from modelcli.edits.targets import Selecting
 from modelcli.errors import RequestError
 from modelcli.language import selectors
 from modelcli.model.blueprint import Blueprint
 from modelcli.model.dtypes import FLOATING
-from modelcli.model.state_dict import StateDictModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,16 +47,12 @@ class Clamp(Selecting):
     can_break_fit: ClassVar[bool] = False
     changes_values_only: ClassVar[bool] = True
 
-    def apply_to_state_dict(self, model: StateDictModel, context: Context) -> Applied[StateDictModel]:
-        applied: Applied[StateDictModel] = self.handler_module().apply_to_state_dict(self, model, context)
-        return applied
-
     @classmethod
     def from_operands(cls, words: Sequence[str]) -> Self:
         if len(words) < 3:
             raise RequestError("clamp takes at least one target and two numbers", "clamp fc -1 1")
         *targets, low, high = words
-        ends = _number(low), _number(high)
+        ends = finite_number(low), finite_number(high)
         if ends[0] > ends[1]:
             raise RequestError(f"{low} to {high} is no range", f"clamp {' '.join(targets)} {high} {low}")
         return cls(targets=tuple(map(selector, targets)), low=ends[0], high=ends[1])
@@ -66,18 +61,29 @@ class Clamp(Selecting):
         return [*self.targets, number_text(self.low), number_text(self.high)]
 
 
-def clamping(edit: Clamp, blueprint: Blueprint) -> tuple[list[str], list[Change]]:
-    """The tensors that are clamped, and a row for each module or tensor that a target names.
+@dataclass(frozen=True)
+class Clamping:
+    """Which tensors are clamped, and what there is to tell of that."""
 
-    Raises RequestError where there are none.
+    names: list[str]
+    changes: list[Change]
+    notes: list[str]
+
+
+def clamping(edit: Clamp, blueprint: Blueprint, dense: Collection[str]) -> Clamping:
+    """What a clamp comes to; `dense` are the names of the tensors whose values can change.
+
+    Raises RequestError where there is nothing to clamp.
     """
-    names = selectors.select_tensors(blueprint, edit.targets, without=edit.without)
-    names = [name for name in names if blueprint.by_name[name].dtype in FLOATING]
+    known = blueprint.by_name
+    picked = selectors.select_tensors(blueprint, edit.targets, without=edit.without)
+    picked = [name for name in picked if known[name].dtype in FLOATING]
+    names = [name for name in picked if name in dense]
     if not names:
-        raise RequestError(f"nothing to clamp: {', '.join(edit.targets)} has no floating-point tensors")
+        raise RequestError(f"nothing to clamp: {', '.join(edit.targets)} has no dense floating-point tensors")
     changes = []
     for path, below in groups_of(edit.targets, blueprint, names):
-        tensors = {blueprint.by_name[name].identity: blueprint.by_name[name] for name in below}
+        tensors = {known[name].identity: known[name] for name in below}
         size = sum(tensor.elements for tensor in tensors.values() if tensor.kind == "parameter")
         changes.append(
             Change(
@@ -86,16 +92,5 @@ def clamping(edit: Clamp, blueprint: Blueprint) -> tuple[list[str], list[Change]
         )
     selectors.require_expected(edit.expect, [change.path for change in changes])
     line = str(replace(edit, targets=tuple(map(selectors.literal, names)), without=(), expect=None))
-    return names, [replace(changes[0], resolved=(line,)), *changes[1:]]
-
-
-def number_text(value: float) -> str:
-    """A number with all its digits, so that a line is read back as the same edit."""
-    return repr(value).removesuffix(".0")
-
-
-def _number(word: str) -> float:
-    try:
-        return float(word)
-    except ValueError:
-        raise RequestError(f"{word!r} is no number", "the range comes last: clamp fc -1 1") from None
+    notes = [*tie_notes(names_of_one(blueprint), names, "clamped"), *dense_notes(picked, dense)]
+    return Clamping(names, [replace(changes[0], resolved=(line,)), *changes[1:]], notes)

@@ -8,25 +8,25 @@ from torch import Tensor, nn
 
 from modelcli.edits.applied import Applied, Context
 from modelcli.live.describe import describe
-from modelcli.live.script import access_paths
-from modelcli.live.script.source_text import quoted
+from modelcli.live.script import in_place
 from modelcli.live.script.state import State
 from modelcli.live.script.step import StateDictStep, Step
-from modelcli.live.surgery.changed_values import change_values, change_values_of_keys
+from modelcli.live.surgery.changed_values import change_values, change_values_of_keys, dense_tensors
 from modelcli.live.surgery.core import blueprint_of
 from modelcli.model.state_dict import StateDictModel
 from modelcli_plugin.clamp import Clamp, clamping
 
 
 def carry_out(module: nn.Module, edit: Clamp, context: Context) -> Applied[nn.Module]:
-    names, changes = clamping(edit, blueprint_of(module, context))
-    change_values(module, names, partial(_clamped, edit))
-    return Applied(module, changes, inputs=context.inputs)
+    found = clamping(edit, blueprint_of(module, context), dense_tensors(module))
+    change_values(module, found.names, partial(_clamped, edit))
+    return Applied(module, found.changes, found.notes, context.inputs)
 
 
 def apply_to_state_dict(edit: Clamp, model: StateDictModel, context: Context) -> Applied[StateDictModel]:
-    names, changes = clamping(edit, model.blueprint)
-    return Applied(change_values_of_keys(model, names, partial(_clamped, edit)), changes, inputs=context.inputs)
+    found = clamping(edit, model.blueprint, dense_tensors(model))
+    changed = change_values_of_keys(model, found.names, partial(_clamped, edit))
+    return Applied(changed, found.changes, found.notes, context.inputs)
 
 
 def _clamped(edit: Clamp, values: Tensor) -> Tensor:
@@ -34,11 +34,14 @@ def _clamped(edit: Clamp, values: Tensor) -> Tensor:
 
 
 def script_lines(edit: Clamp, step: Step) -> list[str]:
-    names, _ = clamping(edit, describe(step.before))
-    return [f"{access_paths.tensor(step.before, name)}.data.clamp_({edit.low!r}, {edit.high!r})" for name in names]
+    found = clamping(edit, describe(step.before), dense_tensors(step.before))
+    return in_place.of_model(step.before, found.names, _call(edit))
 
 
 def state_dict_script_lines(edit: Clamp, step: StateDictStep, state: State) -> list[str]:
-    names, _ = clamping(edit, step.before.blueprint)
-    tensors = [f"state[{quoted(name)}]" for name in names]
-    return [f"{tensor} = {tensor}.clamp({edit.low!r}, {edit.high!r})" for tensor in tensors]
+    found = clamping(edit, step.before.blueprint, dense_tensors(step.before))
+    return in_place.of_state_dict(step.before, found.names, _call(edit))
+
+
+def _call(edit: Clamp) -> str:
+    return f".clamp_({edit.low!r}, {edit.high!r})"

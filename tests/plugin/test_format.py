@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -137,6 +138,121 @@ def test_a_file_of_two_formats_is_refused(cli: Cli, files: Path) -> None:
     end = b"PK\x05\x06" + bytes(18)
     Path("v.blob").write_bytes(Path("v.blob").read_bytes() + end)
     assert "is a checkpoint and ends as a zip archive does" in cli("params", "v.blob", code=4).err
+
+
+# --- tensors that need care ------------------------------------------------------------------------------------------
+
+
+def test_tied_tensors_are_written_once_and_stay_tied(cli: Cli, folder: Path) -> None:
+    from modelcli_plugin import blob_tensors
+
+    weight = torch.randn(100, 100)
+    torch.save({"a": weight, "b": weight, "view": weight.t(), "none": torch.ones(0, 3)}, "v.pth")
+    for more in ((), ("--bare",)):  # with a record that says what is tied, and without one
+        cli("save", "out.blob", "-m", "v.pth", "--force", *more)
+        assert 80_000 < Path("out.blob").stat().st_size < 90_000  # two tensors of 40,000 bytes
+        loaded = blob_tensors.load("out.blob")
+        assert same(loaded, torch.load("v.pth", weights_only=True))
+        assert loaded["a"].data_ptr() == loaded["b"].data_ptr()
+        tied = {tensor["name"]: tensor["tied_to"] for tensor in cli("params", "out.blob", "--json").json["tensors"]}
+        assert tied == {"a": None, "b": "a", "view": None, "none": None}
+        cli("save", "back.pth", "-m", "out.blob", "--force")
+        back = torch.load("back.pth", weights_only=True)
+        assert back["a"].data_ptr() == back["b"].data_ptr()
+
+
+def test_every_dtype(cli: Cli, folder: Path) -> None:
+    from modelcli_plugin import blob_tensors
+    from modelcli_plugin.blob import DTYPES
+
+    bits = torch.arange(32, dtype=torch.uint8)
+    state = {name: (bits % 2 if name == "bool" else bits.clone()).view(getattr(torch, name)) for name in sorted(DTYPES)}
+    torch.save(state, "v.pth")
+    cli("save", "out.blob", "-m", "v.pth", "--verify")
+    for name, value in blob_tensors.load("out.blob").items():
+        assert value.dtype == getattr(torch, name)
+        assert torch.equal(value.view(torch.uint8), state[name].view(torch.uint8))
+    rows = cli("params", "out.blob", "--values", "--stats").out
+    assert all(name in rows for name in DTYPES)
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
+def test_what_it_cannot_hold_leaves_no_file(cli: Cli, folder: Path) -> None:
+    for value, said in (
+        ({"w": torch.eye(2).to_sparse()}, "w is sparse_coo, which blob does not support"),
+        ({"w\ud800": torch.ones(2)}, "a name in it is no valid text, which a blob needs"),
+        ({"w": torch.zeros(2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)}, "w is float4_e2m1fn_x2, which a blob"),
+    ):
+        torch.save(value, "v.pth")
+        refused = cli("save", "out.blob", "-m", "v.pth", code=2).err
+        assert said in refused
+        assert "write a .pth file" in refused
+        assert not list(folder.glob("*.blob*"))
+
+
+# --- files that lie --------------------------------------------------------------------------------------------------
+
+
+def blob(tensors: object, body: bytes, **more: object) -> bytes:
+    """A file with this header, whatever it says."""
+    header = json.dumps({"tensors": tensors, **more}).encode()
+    return struct.pack("<8sQ", b"\x93BLOB\x00\x00\x01", len(header)) + header + body
+
+
+GOOD = {"a": ["float32", [2], 0], "b": ["float32", [1], 8]}
+HEAD = b"\x93BLOB\x00\x00\x01"
+LIES = {
+    "cut in the length": HEAD + b"\1",
+    "cut in the header": HEAD + struct.pack("<Q", 99) + b"{}",
+    "a huge header": HEAD + struct.pack("<Q", 2**62) + b"{}",
+    "a header of more bytes than the limit": HEAD + struct.pack("<Q", 100_000_001) + b"{}",
+    "no JSON": HEAD + struct.pack("<Q", 2) + b"{x",
+    "no UTF-8": HEAD + struct.pack("<Q", 3) + b'"\xff"',
+    "deep JSON": HEAD + struct.pack("<Q", 200_000) + b"[" * 200_000,
+    "many brackets": HEAD + struct.pack("<Q", 2_000_001) + b"[" + b"[]," * 666_666 + b"1]",
+    "a list": HEAD + struct.pack("<Q", 2) + b"[]",
+    "no tensors": HEAD + struct.pack("<Q", 2) + b"{}",
+    "a name twice": HEAD + struct.pack("<Q", 58) + b'{"tensors":{"a":["int8",[1],0],"a":["int8",[1],0],"b":[]}}',
+    "tensors in a list": blob([1, 2], b""),
+    "cut in the values": blob(GOOD, bytes(11)),
+    "bytes behind the values": blob(GOOD, bytes(13)),
+    "a hole": blob({"a": ["float32", [2], 0], "b": ["float32", [1], 12]}, bytes(16)),
+    "an overlap": blob({"a": ["float32", [2], 0], "b": ["float32", [1], 4]}, bytes(8)),
+    "one place, two kinds": blob({"a": ["float32", [2], 0], "b": ["float32", [1], 0]}, bytes(8)),
+    "an offset below 0": blob({"a": ["float32", [2], -8]}, bytes(8)),
+    "an offset beyond 2^63": blob({"a": ["float32", [2], 2**63]}, bytes(8)),
+    "a fraction for an offset": blob({"a": ["float32", [2], 0.5]}, bytes(8)),
+    "a size below 0": blob({"a": ["float32", [-2], 0]}, bytes(8)),
+    "a huge size": blob({"a": ["float32", [2**40], 0]}, bytes(8)),
+    "more elements than there can be": blob({"a": ["float32", [2**40, 2**40], 0]}, bytes(8)),
+    "a truth for a size": blob({"a": ["float32", [True], 0]}, bytes(4)),
+    "too many axes": blob({"a": ["float32", [1] * 65, 0]}, bytes(4)),
+    "no dtype of a blob": blob({"a": ["qint8", [2], 0]}, bytes(2)),
+    "no dtype": blob({"a": [["float32"], [2], 0]}, bytes(8)),
+    "a text": blob({"a": "abc"}, b""),
+    "a long name": blob({"a" * 5_000: ["float32", [2], 0]}, bytes(8)),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_file_that_lies_is_refused(lie: str, cli: Cli, folder: Path) -> None:
+    Path("good.blob").write_bytes(blob(GOOD, bytes(12), record=None))
+    assert cli("params", "good.blob", "--json").json["totals"]["params"] == 3
+    Path("v.blob").write_bytes(LIES[lie])
+    for words in (("params", "v.blob"), ("save", "out.pth", "-m", "v.blob")):
+        error = cli(*words, code=4).err
+        assert error.startswith("error: v.blob")
+        assert len(error) < 500
+    assert not Path("out.pth").exists()
+
+
+@pytest.mark.parametrize("record", ["no record", 3, {"a": 1}, "{" * 50])
+def test_a_damaged_record_is_no_error(record: object, cli: Cli, folder: Path) -> None:
+    Path("v.blob").write_bytes(blob(GOOD, bytes(12), record=record))
+    assert cli("params", "v.blob", "--json").json["totals"]["params"] == 3
+
+
+# --- the package -----------------------------------------------------------------------------------------------------
 
 
 def test_entry_points_are_read_only_for_what_no_built_in_format_knows(site: list[Path], files: Path) -> None:

@@ -11,10 +11,11 @@ from modelcli.checkpoints import limits
 from modelcli.checkpoints import record as records
 from modelcli.checkpoints.contents import Contents
 from modelcli.checkpoints.format import Candidate
-from modelcli.checkpoints.storage import Span, Storage
+from modelcli.checkpoints.storage import Storage
 from modelcli.checkpoints.torch_pickle import pickles, trees
 from modelcli.checkpoints.zip_archives import directory as zip_directory
 from modelcli.checkpoints.zip_archives.directory import Entry
+from modelcli.checkpoints.zip_archives.inflating import storage_of
 from modelcli.errors import FileFormatError, SystemFailureError
 from modelcli.wording import listed
 
@@ -96,13 +97,7 @@ class Archive:
         entry = self.entries.get(f"{self.prefix}{name}")
         if entry is None:
             raise FileFormatError(f"{self.where} is damaged: record {self.prefix}{name} is missing")
-        zip_directory.require_method(entry, self.where)
-        if entry.stored:
-            return Span(self.path, entry.offset, entry.nbytes, self.identity)
-        from modelcli.checkpoints.zip_archives.inflating import Inflated
-
-        packed = Span(self.path, entry.offset, entry.packed, self.identity)
-        return Inflated(packed, entry.name, entry.nbytes, entry.crc)
+        return storage_of(entry, self.path, self.identity, self.where)
 
     def has_any(self, folder: str) -> bool:
         """Whether records lie in a folder below the prefix."""

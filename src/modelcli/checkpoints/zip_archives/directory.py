@@ -30,8 +30,6 @@ _STORED, _DEFLATED = 0, 8
 _GROWTH = 20
 #: The attribute of a folder, of MS-DOS: torch's reader looks at it whatever system wrote the archive.
 _FOLDER = 0x10
-#: What to do about a record that is compressed.
-STORE = "torch.save stores plainly: unpack it and pack it again with zip -0 -r"
 _NOTHING = (0, 0, 0)
 _16, _32 = 0xFFFF, 0xFFFF_FFFF
 
@@ -97,10 +95,12 @@ def contents(file: BinaryIO, entry: Entry, where: str) -> bytes:
 
 
 def require_method(entry: Entry, where: str) -> None:
-    """Raise FileFormatError for a record that is compressed in another way than torch's reader knows: deflate."""
+    """Raise FileFormatError for a record that is compressed in another way than deflate."""
     if not entry.stored and entry.method != _DEFLATED:
         raise FileFormatError(
-            f"{where}: record {entry.name} is compressed by method {entry.method}, which torch does not read", STORE
+            f"{where}: record {entry.name} is compressed by method {entry.method}, and modelcli reads stored and "
+            "deflated records only",
+            "unpack the archive, and pack it again with zip -0 -r",
         )
 
 

@@ -1,4 +1,4 @@
-"""Records of a zip archive that are compressed: torch reads them, so they are read here.
+"""Where the bytes of an archive's records come from: a span of the file, or a span that is inflated as it is read.
 
 What a record comes to is stated in the archive and checked before memory is taken: see `directory.read`.
 """
@@ -8,10 +8,29 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
-from modelcli.checkpoints.storage import CHUNK, FileId, Span, Windows, gathered
+from modelcli.checkpoints.storage import CHUNK, FileId, Identity, Span, Storage, Windows, gathered
+from modelcli.checkpoints.zip_archives.directory import Entry, require_method
 from modelcli.errors import FileFormatError
+
+
+def storage_of(entry: Entry, path: Path, identity: Identity, where: str) -> Storage:
+    """The bytes of a record; nothing is read yet.
+
+    Args:
+        entry: the record, as `directory.read` gives it.
+        path: the file that the archive lies in.
+        identity: that of the file when the directory was read.
+        where: names the archive in the error.
+
+    Raises FileFormatError for a record that is neither stored nor deflated.
+    """
+    require_method(entry, where)
+    if entry.stored:
+        return Span(path, entry.offset, entry.nbytes, identity)
+    return Inflated(Span(path, entry.offset, entry.packed, identity), entry.name, entry.nbytes, entry.crc)
 
 
 @dataclass(frozen=True, slots=True)

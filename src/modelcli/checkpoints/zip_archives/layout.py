@@ -23,6 +23,8 @@ _END64_LOCATOR = struct.Struct("<4sLQL")
 _END = struct.Struct("<4s4H2LH")
 _STORED, _DATE = 0, 0x21  # the first of January 1980
 _VERSION, _VERSION_64 = 20, 45
+#: The flag for a name in UTF-8: without it, programs take letters that are not ASCII for those of cp437.
+_UTF8 = 0x800
 #: From here on a size, an offset or a count takes the fields of zip64; the shorter ones are all ones then.
 ZIP64_FROM = 0xFFFF_FFFF
 _16, _32 = 0xFFFF, 0xFFFF_FFFF
@@ -42,6 +44,10 @@ class Placed:
         return self.offset + self.source.nbytes
 
     @property
+    def _flags(self) -> int:
+        return 0 if self.name.isascii() else _UTF8
+
+    @property
     def _is_large(self) -> bool:
         return self.source.nbytes >= ZIP64_FROM
 
@@ -53,7 +59,19 @@ class Placed:
         extra += b"FB" + struct.pack("<H", padding) + b"Z" * padding
         size = _32 if self._is_large else nbytes
         version = _VERSION_64 if self._is_large else _VERSION
-        fields = (b"PK\x03\x04", version, 0, _STORED, 0, _DATE, checksum, size, size, len(self.name), len(extra))
+        fields = (
+            b"PK\x03\x04",
+            version,
+            self._flags,
+            _STORED,
+            0,
+            _DATE,
+            checksum,
+            size,
+            size,
+            len(self.name),
+            len(extra),
+        )
         return _LOCAL.pack(*fields) + self.name + extra
 
     def central_header(self, checksum: int) -> bytes:
@@ -66,14 +84,14 @@ class Placed:
         size = _32 if self._is_large else nbytes
         header = _32 if self.header >= ZIP64_FROM else self.header
         version = _VERSION_64 if wide else _VERSION
-        fields = (b"PK\x01\x02", version, version, 0, _STORED, 0, _DATE, checksum, size, size)
+        fields = (b"PK\x01\x02", version, version, self._flags, _STORED, 0, _DATE, checksum, size, size)
         return _CENTRAL.pack(*fields, len(self.name), len(extra), 0, 0, 0, 0, header) + self.name + extra
 
 
 def place(records: Sequence[tuple[str, Source]]) -> list[Placed]:
     """Records one behind the other, each on a boundary; a large one where it lies in its own file's pages.
 
-    There has to be one. No flag says that a name is UTF-8: programs take letters that are not ASCII for those of cp437.
+    Names are written in UTF-8: raises UnicodeEncodeError for one that has no such form.
     """
     placed: list[Placed] = []
     position = 0
@@ -86,10 +104,15 @@ def place(records: Sequence[tuple[str, Source]]) -> list[Placed]:
     return placed
 
 
+def _end_of(placed: Sequence[Placed]) -> int:
+    """Where the last record ends."""
+    return placed[-1].end if placed else 0
+
+
 def directory(placed: Sequence[Placed], checksums: Sequence[int]) -> bytes:
     """What stands behind the records: an entry for each, and the end that tells where the entries are."""
     entries = b"".join(record.central_header(crc) for record, crc in zip(placed, checksums, strict=True))
-    start, count = placed[-1].end, len(placed)
+    start, count = _end_of(placed), len(placed)
     end = b""
     if count >= _16 or len(entries) >= ZIP64_FROM or start >= ZIP64_FROM:
         end += _END64.pack(
@@ -104,7 +127,7 @@ def directory(placed: Sequence[Placed], checksums: Sequence[int]) -> bytes:
 
 def size_of(placed: Sequence[Placed]) -> int:
     """The size of the whole archive: no checksum changes it."""
-    return placed[-1].end + len(directory(placed, [0] * len(placed)))
+    return _end_of(placed) + len(directory(placed, [0] * len(placed)))
 
 
 @dataclass(frozen=True)
@@ -127,4 +150,4 @@ class ZipLayout:
         for record in self.records:
             checksums.append(output.put_with_checksum(record.offset, record.source))
             output.write(record.header, record.local_header(checksums[-1]))
-        output.write(self.records[-1].end, directory(self.records, checksums))
+        output.write(_end_of(self.records), directory(self.records, checksums))

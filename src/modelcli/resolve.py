@@ -175,6 +175,18 @@ def _recognised(text: str, path: Path) -> NamedModel | None:
     return None if provider is None else NamedModel(Call(text), provider.prefix)
 
 
+def own_weights(reference: Reference, source: Source) -> Path | None:
+    """The folder with the weights that a reference brings along, which are its default; None where it has none.
+
+    `--weights none` asks for random values instead.
+    """
+    if not isinstance(reference, NamedModel) or reference.prefix is None or source.weights == "none":
+        return None
+    provider = providers.by_prefix(reference.prefix)
+    folder = None if provider is None else provider.own_folder(reference.call.name, source.folder)
+    return folder if folder is not None and formats.holds_weights(folder) else None
+
+
 def _is_bare_word(text: str) -> bool:
     return re.fullmatch(r"[A-Za-z_]\w*", text, re.ASCII) is not None
 

@@ -253,6 +253,12 @@ def index_in(folder: Path) -> tuple[Format | None, Path]:
     raise RequestError(f"{folder} is a folder without an index ({folder_format().index_pattern})", hint)
 
 
+def holds_weights(folder: Path) -> bool:
+    """Whether a folder holds a checkpoint under a name that programs look for, damaged or not."""
+    names = sorted(entry.name for entry in folder.iterdir())
+    return any(name in whole_files() or is_index(name) for name in names)
+
+
 def index_format(path: Path) -> Format | None:
     """The format of a folder that a file says the contents of, by the file's name; None for any other file."""
     return next((format_ for format_ in map(_made, _FOLDERS) if format_.is_index(path.name)), None)

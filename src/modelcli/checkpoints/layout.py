@@ -81,6 +81,23 @@ class BytesLayout:
 
 
 @dataclass(frozen=True)
+class CopyLayout:
+    """A file that is all bytes of one source: a copy of another file, or text that was just made."""
+
+    source: Source
+
+    @property
+    def nbytes(self) -> int:
+        return self.source.nbytes
+
+    def parts(self) -> Iterable[tuple[int, Source]]:
+        return ((0, self.source),)
+
+    def write(self, output: Output) -> None:
+        output.put(0, self.source)
+
+
+@dataclass(frozen=True)
 class HeaderLayout:
     """A header, and runs of bytes behind it, each at its place."""
 

@@ -64,6 +64,8 @@ class Plan:
     from. `texts` are those of a safetensors file's `__metadata__` that are kept. `tree` and `key` are the training
     checkpoint around the state dict, as inert values, where there is one. `order` has the names of tensors and extras
     in theirs, where that is not tensors first. `notes` are what there is to tell whoever asked for it.
+    `companions` are the files beside the weights where the checkpoint is the folder of a library's model, such as its
+    configuration: then a folder with a single file of weights has no index, as the library writes it.
     """
 
     tensors: Mapping[str, PlannedTensor]
@@ -75,6 +77,7 @@ class Plan:
     texts: Mapping[str, str] = field(default_factory=dict)
     order: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    companions: Mapping[str, Source] | None = None
 
     @cached_property
     def first_names(self) -> dict[str, str]:

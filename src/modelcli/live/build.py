@@ -38,6 +38,8 @@ class Architecture:
         only_if_needed: whether an error that has nothing to do with the meta device ends building on it at once.
         bounds: what building may take.
         folder: what relative paths in its arguments are seen from.
+        notes: what the user should know of what the reference names.
+        is_partial: whether a checkpoint may leave tensors out and have others, as when arguments make another head.
         loads: the calls by which the constructor was seen to load weights itself.
     """
 
@@ -51,6 +53,8 @@ class Architecture:
     only_if_needed: bool = False
     bounds: Bounds | None = None
     folder: Path = Path()
+    notes: tuple[str, ...] = ()
+    is_partial: bool = False
     loads: list[str] = field(default_factory=list, compare=False)
 
     def on_meta(self, seed: int) -> nn.Module:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -27,6 +27,9 @@ from modelcli.model import wrapper_prefixes
 from modelcli.model.state_dict_match import Mismatch
 from modelcli.model.wrapper_prefixes import Unwrapping
 from modelcli.wording import listed
+
+if TYPE_CHECKING:
+    from modelcli.live.build import Architecture
 
 #: How deep modules may be nested: PyTorch recurses into them, with several stack frames per level.
 MAX_MODULE_DEPTH = 200
@@ -269,6 +272,12 @@ def load(module: nn.Module, state: StateDict) -> LoadReport:
 def _is_empty(value: Any) -> bool:
     """Whether an `_extra_state` is empty. safetensors files leave it out, and it then does not count as missing."""
     return value is None or (isinstance(value, str | bytes | dict | list | tuple | set | bytearray) and not value)
+
+
+def load_values(architecture: Architecture, module: nn.Module, contents: Contents) -> LoadReport:
+    """Load a checkpoint's values into a real module of this architecture, as its library does: see `load`."""
+    fitted = architecture.provider.fit_state_dict(architecture, module, mapped(contents))
+    return load(module, fitted.state)
 
 
 class _WithMetadata(dict[str, Any]):

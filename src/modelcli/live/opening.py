@@ -158,7 +158,7 @@ class Live:
         recorded = 0 if self.record is None else len(self.record.edits)
         module = self._edited(module, self.edits[:recorded])
         if self.contents is not None:
-            loading.load(module, loading.mapped(self.contents))
+            loading.load_values(self.architecture, module, self.contents)
         return self._edited(module, self.edits[recorded:])
 
     def _edited(self, module: nn.Module, lines: Sequence[tuple[int, str]]) -> nn.Module:
@@ -234,11 +234,18 @@ class _Opening:
             self.contents = read_to_edit(weights_file, source, self.notes)
             self._take_architecture(reference, None)
         else:
-            if source.key is not None:
+            own = resolve.own_weights(reference, source)
+            if own is None and source.key is not None:
                 raise RequestError(f"--key {source.key} is for checkpoints, and {reference} is not one")
+            if own is not None:
+                self.contents = read_to_edit(own, source, self.notes)
             self._take_architecture(reference, weights)
+        self.notes += self._notes_of_architecture()
         if self.contents is not None:
             self.notes += self.contents.notes
+
+    def _notes_of_architecture(self) -> tuple[str, ...]:
+        return () if self.base is None else self.base.notes
 
     def _take_architecture(
         self, reference: references.Reference, weights: str | None, *, trust: bool = True, folder: Path | None = None
@@ -357,7 +364,9 @@ class _Opening:
             live.edits = list(zip(self.record.numbers, self.record.edits, strict=True))
             live.edit_count = self.record.edit_count
         if self.contents is not None and self.base is not None:
-            live.report = loading.load(module, loading.on_meta(self.contents))
+            fitted = self.base.provider.fit_state_dict(self.base, module, loading.on_meta(self.contents))
+            live.report = loading.load(module, fitted.state)
+            self.notes += fitted.notes
             self._check(live.report, report_only)
         if self.record is not None:
             set_flags(module, self.record)
@@ -394,7 +403,7 @@ class _Opening:
             # A file brings all the numbers: nothing has to be downloaded for it.
             module = base.real(live.seed, weights=self.contents is None)
         if self.contents is not None:
-            loading.load(module, loading.mapped(self.contents))
+            loading.load_values(base, module, self.contents)
         if self.record is not None:
             set_flags(module, self.record)
         numbers = live.next_numbers(len(edits))
@@ -423,7 +432,7 @@ class _Opening:
         error = report.refusal(
             self._contents(),
             str(self.base.reference),
-            strict=self.source.strict,
+            strict=self.source.strict and not self.base.is_partial,
             follows_record=self.record is not None and self.source.arch is None,
         )
         if error is not None and not report_only:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ from typing import Any
 import torch
 
 from modelcli import writing
+from modelcli.checkpoints import formats, shapes
 from modelcli.checkpoints import record as records
-from modelcli.checkpoints import shapes
 from modelcli.checkpoints.record import Record
 from modelcli.edits import kind_of
 from modelcli.errors import RequestError
@@ -21,6 +22,7 @@ from modelcli.live import composites, trace
 from modelcli.live.describe import describe, dtype_name
 from modelcli.live.inert import inert_of
 from modelcli.live.opening import Live
+from modelcli.live.providers.base import ModelFolder
 from modelcli.live.sources import AnySource, Value, flag_of, is_composite, is_lazy, row_major, source_of
 from modelcli.live.trace import Traced
 from modelcli.model.blueprint import Blueprint
@@ -46,7 +48,8 @@ def plan(
 
     Raises RequestError for what a checkpoint of that kind cannot hold.
     """
-    state = live.module.state_dict()
+    library_folder = _library_folder(live, kind)
+    state = live.module.state_dict() if library_folder is None else dict(library_folder.tensors)
     tensors: dict[str, PlannedTensor] = {}
     extras: dict[str, Any] = {}
     sources: dict[object, AnySource] = {}
@@ -60,7 +63,7 @@ def plan(
             extras[name] = composites.planned(value, planned)
         else:
             tensors[name] = planned(value)
-    return plan_of(
+    made_plan = plan_of(
         tensors,
         extras,
         names,
@@ -71,7 +74,16 @@ def plan(
         record=lambda: records.to_text(record or record_of(live, Path(os.path.realpath(out)).parent, made)),
         bare=bare,
         compact=compact,
+        companions=None if library_folder is None else library_folder.companions,
     )
+    return made_plan if library_folder is None else replace(made_plan, notes=(*library_folder.notes, *made_plan.notes))
+
+
+def _library_folder(live: Live, kind: str) -> ModelFolder | None:
+    """The folder of the model's library, where a folder is written and the library has such a form."""
+    if live.architecture is None or not formats.named(kind).is_folder:
+        return None
+    return live.architecture.provider.model_folder(live.architecture, live.module)
 
 
 def _planned(name: str, tensor: torch.Tensor, kind: str, sources: dict[object, AnySource]) -> PlannedTensor:
@@ -113,7 +125,10 @@ def record_of(live: Live, folder: Path, made: Traced | None = None) -> Record:
     reference = None
     if base is not None:
         ours = base.reference
-        reference = ours.relative_to(folder, base.folder) if isinstance(ours, PythonObject) else str(ours)
+        if isinstance(ours, PythonObject):
+            reference = ours.relative_to(folder, base.folder)
+        else:
+            reference = base.provider.recorded_reference(base)
     frozen = tuple(name for name, parameter in live.module.named_parameters() if flag_of(parameter) is False)
     return Record(
         reference=reference,

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from modelcli.errors import ModelcliError
-from modelcli.live import memory, rules
+from modelcli.live import memory, providers, rules
 from modelcli.live.calls import Call, Calls
 from modelcli.live.describe import walk
 from modelcli.live.fake_kernels import MissingKernels, without_log
@@ -341,9 +341,17 @@ def shape_of(output: Any) -> Any:
 def meta_copy_if_possible(module: nn.Module) -> nn.Module:
     """Return a copy on meta; the module itself if it contains something that cannot be copied (a lock, a file)."""
     try:
-        return meta_copy(module, plain_tensors=True)
+        copied = meta_copy(module, plain_tensors=True)
     except Exception:
         return module
+    _prepare(copied)
+    return copied
+
+
+def _prepare(copied: nn.Module) -> None:
+    """Let the libraries of the providers prepare a copy that makes a forward pass without values."""
+    for half in providers.in_use():
+        half.before_pass(copied)
 
 
 def trace(

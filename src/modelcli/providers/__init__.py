@@ -27,7 +27,9 @@ _BY_BARE_NAMES = (
     "modelcli.providers.python_objects",
 )
 #: The built-in providers whose models have a prefix, by it.
-_BY_PREFIX: Mapping[str, str] = {}
+_BY_PREFIX: Mapping[str, str] = {
+    "hf": "modelcli.providers.huggingface",
+}
 
 #: The entry point group by which other packages register theirs.
 GROUP = "modelcli.providers"

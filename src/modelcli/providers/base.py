@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
+from modelcli import installed
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -36,6 +38,8 @@ class Provider:
     #: The names under which its libraries are installed. Their versions decide what is built: they belong to the key of
     #: every blueprint that is kept, and those of the built-in providers to `--version`.
     packages: ClassVar[tuple[str, ...]] = ()
+    #: The extra of modelcli that installs its libraries: `timm` in `pip install modelcli[timm]`; None where none does.
+    extra: ClassVar[str | None] = None
     #: The package whose module classes an expression may name by their bare names, as messages call it: `torch.nn`.
     classes_from: ClassVar[str | None] = None
     #: Names that a script gets from what this provider lets it import: nothing of the user's can be called so there.
@@ -79,6 +83,22 @@ class Provider:
         folder that is looked at, and does no more than look for a file by its name.
         """
         return False
+
+    def own_folder(self, name: str, folder: Path) -> Path | None:
+        """The folder with the files of a model that is an architecture and a checkpoint in one, or None.
+
+        Its weights are the model's default values.
+
+        Args:
+            name: the model, as its reference names it.
+            folder: what a relative path in the name is seen from.
+        """
+        return None
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether all its libraries are installed."""
+        return all(installed.folder(package) is not None for package in self.packages)
 
     def parse(self, text: str) -> Call:
         """What stands after the prefix: `NAME` or `NAME(arguments)`; the name is everything before the parenthesis.

@@ -23,6 +23,7 @@ def plan_of(
     record: Callable[[], str],
     bare: bool,
     compact: bool,
+    companions: Mapping[str, Source] | None = None,
 ) -> Plan:
     """Put the planned entries of a state dict together as a checkpoint.
 
@@ -37,6 +38,7 @@ def plan_of(
         record: gives the text of the record, which may take a forward pass: nothing is refused after it.
         bare: whether to drop what the file held around the state dict.
         compact: whether to write only the bytes that tensors use.
+        companions: the files beside the weights in the folder of a library's model; None for a plain checkpoint.
 
     Raises RequestError for entries that the format cannot store.
     """
@@ -68,4 +70,5 @@ def plan_of(
         {} if contents is None else contents.texts,
         tuple(name for name in names if name in planned or name in others),
         tuple(notes),
+        companions,
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from modelcli.checkpoints import formats
 from modelcli.checkpoints import record as records
-from modelcli.checkpoints.layout import BytesLayout, FolderLayout, Layout
+from modelcli.checkpoints.layout import BytesLayout, CopyLayout, FolderLayout, Layout
 from modelcli.checkpoints.plan import Plan, PlannedTensor
 from modelcli.checkpoints.safetensors import SUFFIX
 from modelcli.checkpoints.safetensors import writing as safetensors
@@ -20,13 +20,18 @@ from modelcli.errors import ModelcliError, SystemFailureError
 
 #: The name of the index, which Hugging Face's programs look for.
 INDEX = ShardedFolder.written_index
+#: The name of the only file of weights in the folder of a library's model.
+WHOLE = f"model{SUFFIX}"
 _SHARD = re.compile(rf"model(-\d{{5}}-of-\d{{5}})?{re.escape(SUFFIX)}")
 
 
 def layout(plan: Plan, max_bytes: int) -> FolderLayout:
     """Cut a plan into shards of at most `max_bytes` of tensors, in order; a larger tensor has one to itself."""
     groups = _cut(safetensors.unique(plan), max_bytes)
-    files: dict[str, Layout] = {}
+    companions = {name: CopyLayout(source) for name, source in (plan.companions or {}).items()}
+    if plan.companions is not None and len(groups) == 1:
+        return FolderLayout({**companions, WHOLE: safetensors.layout_of(groups[0], safetensors.texts_of(plan))})
+    files: dict[str, Layout] = {**companions}
     weight_map: dict[str, str] = {}
     for number, tensors in enumerate(groups, 1):
         name = f"model-{number:05}-of-{len(groups):05}{SUFFIX}"
@@ -82,12 +87,15 @@ def _cut(tensors: Mapping[str, PlannedTensor], max_bytes: int) -> list[dict[str,
 
 def verify(plan: Plan, layout: FolderLayout, path: Path) -> None:
     """Read the index back, and let safetensors' own reader find in every shard what the index says of it."""
+    if INDEX not in layout.files:
+        safetensors.verify(plan, path / WHOLE)
+        return
     index = (path / INDEX).read_bytes()
     if [index] != [bytes(chunk) for _, source in layout.files[INDEX].parts() for chunk in source.chunks()]:
         raise SystemFailureError(f"what was read back from {INDEX} is not what was written; nothing was changed")
     weight_map = json.loads(index)["weight_map"]
     if weight_map.keys() != safetensors.unique(plan).keys():
         raise SystemFailureError(f"{INDEX} does not name the tensors that were written; nothing was changed")
-    for file in layout.files.keys() - {INDEX}:
+    for file in layout.files.keys() - {INDEX, *(plan.companions or ())}:
         if safetensors.read_back(path / file) != {name for name, held_in in weight_map.items() if held_in == file}:
             raise SystemFailureError(f"what was read back from {file} is not what was written; nothing was changed")

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import torch
 from torch import nn
 
+from modelcli import installed
 from modelcli.errors import RequestError, did_you_mean
+from modelcli.language.quoting import quoted
 from modelcli.language.references import NamedModel, Reference
 from modelcli.live import bounds, modules
 from modelcli.live.build import Architecture
@@ -18,8 +22,10 @@ from modelcli.providers.known_code import runs_known_code
 from modelcli.providers.published import PublishedModel
 
 if TYPE_CHECKING:
+    from modelcli.checkpoints.plan import Source
     from modelcli.language.expressions import Call
     from modelcli.live.inputs import Inputs
+    from modelcli.live.loading import StateDict
     from modelcli.live.mult_adds import Formula
     from modelcli.live.script.source_text import SourceText
 
@@ -27,6 +33,29 @@ if TYPE_CHECKING:
 #: Where the channels of a tensor lie that has more than two axes: second, as convolutions have them, or last, as
 #: linear layers and layer norms have their features.
 Layout = Literal["channels first", "features last"]
+
+
+@dataclass(frozen=True)
+class FittedStateDict:
+    """A state dict as a provider's library would load it, and what the user should know of the changes."""
+
+    state: StateDict
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model as its library keeps it in a folder.
+
+    Attributes:
+        tensors: the state dict under the keys of the library's files, with the sources of the bytes.
+        companions: the files beside the weights: the configuration, and what is copied from the model's own folder.
+        notes: what the configuration cannot say, and what else the user should know.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    companions: Mapping[str, Source]
+    notes: tuple[str, ...] = ()
 
 
 class LiveProvider:
@@ -68,6 +97,14 @@ class LiveProvider:
 
     def prepare(self) -> None:
         """Import the library, where that takes longer than building one of its models may take."""
+
+    def require_installed(self) -> None:
+        """Raise RequestError where a library of the provider is not installed, with the command that installs it."""
+        missing = [package for package in self.provider.packages if installed.folder(package) is None]
+        if missing:
+            extra = self.provider.extra
+            wanted = "pip install " + (quoted(f"modelcli[{extra}]") if extra is not None else " ".join(missing))
+            raise RequestError(f"{missing[0]} is not installed, and {self.provider.title or 'this'} needs it", wanted)
 
     def build(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], weights: str | None) -> nn.Module:
         """Make a model on the current device, on `meta` too where that does.
@@ -155,6 +192,39 @@ class LiveProvider:
     def reference_to(self, name: str) -> str:
         """The reference to a model, which has the prefix: `timm:resnet50`."""
         return name if self.provider.prefix is None else f"{self.provider.prefix}:{name}"
+
+    def fit_state_dict(self, architecture: Architecture, module: nn.Module, state: StateDict) -> FittedStateDict:
+        """Give the tensors of a checkpoint the keys and shapes of a model, as the library does while it loads.
+
+        Args:
+            architecture: the model, of this provider.
+            module: it as it was built, on the meta device or with values.
+            state: the state dict of a checkpoint, on the meta device or with values, as `module` is.
+
+        Returns:
+            The state dict to load. A tensor on the meta device keeps its source, or gets one that computes it.
+
+        Raises AnswerNoError where the library cannot convert the checkpoint.
+        """
+        return FittedStateDict(state)
+
+    def model_folder(self, architecture: Architecture, module: nn.Module) -> ModelFolder | None:
+        """The folder that the library's own loader takes for this model; None where it has no such form.
+
+        Args:
+            architecture: the model as it was opened.
+            module: it with its edits, on the meta device.
+
+        Raises RequestError for an edit after which no such folder can be written.
+        """
+        return None
+
+    def recorded_reference(self, architecture: Architecture) -> str:
+        """The reference that a record in a written file names: one that needs no other file."""
+        return str(architecture.reference)
+
+    def before_pass(self, module: nn.Module) -> None:
+        """Prepare a copy of any model for a forward pass without values. It is dropped after the pass."""
 
     # --- what flows in, and what is counted --------------------------------------------------------------------------
 

@@ -1,0 +1,116 @@
+"""The torch half of the provider `hf`: see `modelcli.providers.huggingface`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from modelcli.errors import RequestError
+from modelcli.language.references import NamedModel, Reference
+from modelcli.live import bounds, modules
+from modelcli.live.build import Architecture
+from modelcli.live.loading import StateDict
+from modelcli.live.providers.base import FittedStateDict, LiveProvider, ModelFolder, refuse_hole
+from modelcli.live.providers.huggingface import configurations, conversion, passes
+from modelcli.providers import configuration
+from modelcli.providers.huggingface import is_class_name
+
+if TYPE_CHECKING:
+    from modelcli.live.providers.huggingface.configurations import Described
+
+
+class LiveHuggingFace(LiveProvider):
+    """Builds the model that a configuration describes, with transformers' own classes."""
+
+    def prepare(self) -> None:
+        """Import transformers, which takes seconds."""
+        self.require_installed()
+        importlib.import_module("transformers")
+        importlib.import_module("transformers.modeling_utils")
+
+    def architecture(self, reference: Reference, *, weights: str | None, folder: Path, trust: bool) -> Architecture:
+        """The model of a folder, of the Hub, or of a class with the values of its configuration.
+
+        Raises RequestError for a folder or class that is none, and for arguments that its configuration does not have.
+        """
+        assert isinstance(reference, NamedModel)
+        refuse_hole(reference)
+        self.prepare()
+        call, text = reference.call, str(reference)
+        if call.args:
+            raise RequestError(
+                f"{text}: a Hugging Face model takes keyword arguments only", "write hf:ORG/NAME(num_labels=3)"
+            )
+        values = {key: modules.value_of(value, trusted=trust) for key, value in call.kwargs.items()}
+        described = self._described(call.name, values, folder, trust=trust)
+        build = partial(modules.construct, described.build, [], {}, text)
+        return Architecture(
+            reference,
+            build,
+            build,
+            self,
+            pretrained=True,
+            bounds=bounds.as_typed(text),
+            folder=folder,
+            notes=described.notes,
+            is_partial=bool(values),
+        )
+
+    def _described(self, name: str, values: Mapping[str, Any], folder: Path, *, trust: bool) -> Described:
+        """What a name and its arguments describe."""
+        if is_class_name(name) and (model_class := configurations.find_class(name)) is not None:
+            document = {"model_type": model_class.config_class.model_type, "architectures": [name]}
+            return configurations.describe(document, values, name, trust=trust)
+        path = self.provider.own_folder(name, folder)
+        document_of_folder = None if path is None else configuration.configuration_in(path)
+        if document_of_folder is None:
+            raise RequestError(
+                f"there is no folder {name} with a {configuration.NAME}",
+                "name a folder that save_pretrained wrote",
+            )
+        return configurations.describe(document_of_folder, values, name, trust=trust)
+
+    def fit_state_dict(self, architecture: Architecture, module: nn.Module, state: StateDict) -> FittedStateDict:
+        """Give the tensors the keys of the model, as `from_pretrained` does."""
+        tensors = conversion.to_module_keys(module, state.tensors)
+        notes = []
+        if architecture.is_partial:  # other arguments than those that the weights were saved with
+            own = module.state_dict()
+            other = [key for key, value in tensors.items() if key in own and own[key].shape != value.shape]
+            for key in other:
+                del tensors[key]
+            if other:
+                notes.append(f"{other} have another shape with these arguments and are not loaded")
+        return FittedStateDict(StateDict(tensors, state.metadata, state.extras), tuple(notes))
+
+    def model_folder(self, architecture: Architecture, module: nn.Module) -> ModelFolder | None:
+        """The folder that `from_pretrained` takes, where the model still is one of transformers."""
+        from modelcli.live.providers.huggingface import saving
+
+        return saving.model_folder(module, self._described_by(architecture), self._own_folder(architecture))
+
+    def recorded_reference(self, architecture: Architecture) -> str:
+        """The class with the values of its configuration, so that no folder has to be there."""
+        described = self._described_by(architecture)
+        return f"{self.provider.prefix}:{described.by_class()}"
+
+    def before_pass(self, module: nn.Module) -> None:
+        """Choose the attention and the experts that need no values: the faster ones look into their masks."""
+        if "transformers" in sys.modules:
+            passes.prepare(module)
+
+    def _described_by(self, architecture: Architecture) -> Described:
+        assert isinstance(architecture.reference, NamedModel)
+        call = architecture.reference.call
+        values = {key: modules.value_of(value, trusted=False) for key, value in call.kwargs.items()}
+        return self._described(call.name, values, architecture.folder, trust=False)
+
+    def _own_folder(self, architecture: Architecture) -> Path | None:
+        assert isinstance(architecture.reference, NamedModel)
+        return self.provider.own_folder(architecture.reference.call.name, architecture.folder)

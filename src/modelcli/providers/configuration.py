@@ -1,0 +1,45 @@
+"""The `config.json` of a model's folder, read without the library that wrote it. It is hostile input like any file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from modelcli.errors import FileFormatError, SystemFailureError
+from modelcli.files.open_folder import read_regular
+
+#: The name under which Hugging Face's libraries and timm look for a configuration.
+NAME = "config.json"
+#: The configuration of the largest model on the Hub has a tenth of this: a label for each of 22,000 classes.
+MAX_BYTES = 10_000_000
+
+
+def configuration_in(folder: Path) -> dict[str, Any] | None:
+    """The configuration of a folder; None where it has no `config.json`.
+
+    Raises FileFormatError for a file that is too large or is no JSON object, SystemFailureError where reading fails.
+    """
+    path = folder / NAME
+    try:
+        if not path.is_file():
+            return None
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise FileFormatError(f"{path} has {size:,} bytes; a configuration has at most {MAX_BYTES:,}")
+        found = json.loads(read_regular(path), object_pairs_hook=_without_duplicates)
+    except OSError as error:
+        raise SystemFailureError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise FileFormatError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise FileFormatError(f"{path} holds a {type(found).__name__}; a configuration is a JSON object")
+    return found
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} stands twice in one object")
+    return found

@@ -1,0 +1,47 @@
+"""Hugging Face: folders with a `config.json`, models of the Hub, and classes of transformers by their names."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from modelcli.errors import ModelcliError
+from modelcli.providers import configuration
+from modelcli.providers.base import Provider
+
+
+class HuggingFace(Provider):
+    """`runs/bert` (a folder), `hf:google-bert/bert-base-uncased@main(num_labels=3)`, `hf:LlamaConfig(...)`."""
+
+    name = "transformers"
+    live = "modelcli.live.providers.huggingface:LiveHuggingFace"
+    prefix = "hf"
+    extra = "hf"
+    title = "a Hugging Face model (hf:ORG/NAME, or a folder with a config.json)"
+    packages = ("transformers",)
+
+    def is_known_code(self, name: str) -> bool:
+        """Whether it names a class of transformers. Folders and models of the Hub are for the user to name."""
+        return is_class_name(name)
+
+    def recognises(self, folder: Path) -> bool:
+        """Whether its configuration has a `model_type`, as those of transformers have. Without transformers it is a
+        checkpoint like any other."""
+        try:
+            document = configuration.configuration_in(folder)
+        except ModelcliError:
+            return False
+        return document is not None and isinstance(document.get("model_type"), str) and self.is_installed
+
+    def own_folder(self, name: str, folder: Path) -> Path | None:
+        """The folder of that name."""
+        path = folder / name
+        return path if not is_class_name(name) and path.is_dir() else None
+
+
+PROVIDER = HuggingFace()
+
+
+def is_class_name(name: str) -> bool:
+    """Whether the name in a reference looks like a class of transformers: `BertForMaskedLM`."""
+    return re.fullmatch(r"[A-Z]\w*For\w+|[A-Z]\w*Model", name, re.ASCII) is not None

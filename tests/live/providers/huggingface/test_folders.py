@@ -1,0 +1,33 @@
+"""A folder that transformers has saved is a model: it opens with the keys of its modules, and comes out as a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import Cli
+from tests.live.providers.huggingface.tiny import MODELS, loaded, saved
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_folder_opens_with_the_keys_and_values_that_from_pretrained_gives(cli: Cli, folder: Path, name: str) -> None:
+    expected = saved(name, folder / "model").state_dict()
+    cli("save", "out.pth", "-m", "./model")
+    found = torch.load("out.pth", weights_only=True)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_folder_comes_out_as_one_that_from_pretrained_loads(cli: Cli, folder: Path, name: str) -> None:
+    expected = saved(name, folder / "model").state_dict()
+    (folder / "model" / "tokenizer.json").write_text("{}")
+    cli("save", "out/", "-m", "./model")
+    found, report = loaded(folder / "out")
+    assert not any(report.values())
+    state = found.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[key], expected[key]) for key in expected)
+    assert (folder / "out" / "tokenizer.json").read_text() == "{}"

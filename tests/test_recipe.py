@@ -445,7 +445,7 @@ def test_an_edit_on_another_input_lets_the_recipe_state_it(cli: Cli) -> None:
     assert cli("load", "resnet18").code == 0
     made = cli(*GREY)
     assert made.code == 0, made.err
-    assert "note: modelcli.toml states from now on what this command said of the input" in made.err
+    assert "note: modelcli.toml now records the input that you stated" in made.err
     document = tomllib.loads(Path("modelcli.toml").read_text())
     assert document["input_size"] == "1,1,64,64"
     assert list(document)[-1] == "edits"
@@ -482,5 +482,5 @@ def test_nothing_is_stated_where_nothing_is_recorded(cli: Cli) -> None:
 def test_options_that_a_recipe_does_not_take_over_are_told(cli: Cli) -> None:
     assert cli("load", "Linear(2,3)").code == 0
     shown = cli("freeze", "bias", "--seed", "4")
-    assert "note: --seed is for this command alone: modelcli.toml says otherwise, and stays as it is" in shown.err
+    assert "note: --seed applies to this command only: modelcli.toml has another value, and is unchanged" in shown.err
     assert "this command alone" not in cli("freeze", "weight", "--seed", "0").err

@@ -1,4 +1,4 @@
-"""Inspect PyTorch models and operate on them. `modelcli.load("best.pth")` gives the model back."""
+"""Inspect and edit PyTorch models. `modelcli.load("best.pth")` gives the model back."""
 
 # Nothing of Python's own library is imported here: `python -m modelcli` comes here while the current folder is still
 # the first place to search (see __main__), and a `typing.py` that lies in it would run.

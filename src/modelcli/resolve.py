@@ -208,7 +208,7 @@ def hidden_file_note(text: str, folder: Path) -> str | None:
     if not _is_bare_word(text) or not exists(folder / text) or not _is_known_word(text):
         return None
     what = "folder" if (folder / text).is_dir() else "file"
-    return f"{text} is the model of that name; the {what} that is called so too is named by ./{text}"
+    return f"{text} means the model of that name; the {what} that is called so too is named by ./{text}"
 
 
 def _split_object(text: str, folder: Path, *, look: bool) -> tuple[str, str] | None:

@@ -328,7 +328,7 @@ def test_what_is_built_decides_and_a_note_says_that_the_record_differs(cli: Cli)
     forge("one.pth", "evil.pth", reference="Sequential(Linear(4,4),AdaptiveAvgPool1d(2))")
     assert cli("check", "evil.pth", "--output-shape", "1,2", "--json").json["passed"]
     result = cli("check", "evil.pth", "--output-shape", "1,4", code=1)
-    assert "lists another model than it names" in result.err
+    assert "describes another model than it names" in result.err
 
 
 def test_a_reference_that_does_not_fit_the_tensors_is_ignored(cli: Cli) -> None:

@@ -340,7 +340,7 @@ def test_a_parameter_that_is_not_understood_is_not_known_to_be_frozen(cli: Cli, 
     path = packed(folder / "m.pth", state_dict(("v", parameter(tensor(), b"\x89")), ("w", trained)))
     assert torch.load(path, weights_only=True)["w"].requires_grad
     cli("check", path, "--frozen", "v")
-    assert "it is not known whether w is frozen" in cli("check", path, "--frozen", "**", code=1).out
+    assert "modelcli does not know whether w is frozen" in cli("check", path, "--frozen", "**", code=1).out
 
 
 def test_what_is_not_understood_in_a_shard_fails_the_folder(cli: Cli, folder: Path) -> None:

@@ -335,7 +335,7 @@ def test_a_recipe_that_is_wrong_says_everything_at_once(cli: Cli, folder: Path) 
         ("sumary alexnet", 2, "No such command", "modelcli --help"),
         ("summary nets.py:Net --input-size 1,x", 2, "input size '1,x'", "1,3,224,224"),
         ("summary nets.py:Net --input-size 1,1,4,4 --input-dtype flaot32", 2, "no dtype 'flaot32'", "float32"),
-        ("summary alexnet --mode fast", 2, "no mode 'fast'", "eval or"),
+        ("summary alexnet --mode fast", 2, "unknown mode 'fast'", "eval or"),
         ("modules alexnet --tree --repr", 2, "--tree and --repr", None),
         ("undo 0 --recipe x.toml", 2, "0", None),
         ("list vit --json -f csv", 2, '"--json and -f csv are two formats"', "pass only one of them"),
@@ -487,7 +487,7 @@ def test_help_and_version(cli: Cli) -> None:
 
 def test_the_environment_before_a_recipe_is_told(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODELCLI_MODEL", "nets.py:Net")
-    note = "$MODELCLI_MODEL is nets.py:Net, and goes before modelcli.toml: unset it to work on the recipe"
+    note = "$MODELCLI_MODEL is nets.py:Net and takes precedence over modelcli.toml: unset it to work on the recipe"
     commands = (
         ("modules",),
         ("freeze", "bn"),
@@ -514,7 +514,7 @@ def test_the_environment_before_a_recipe_is_told(cli: Cli, monkeypatch: pytest.M
     ],
 )
 def test_a_model_without_its_option(cli: Cli, words: tuple[str, ...]) -> None:
-    hint = "hint: where alexnet is the model: -m alexnet\n"
+    hint = "hint: if alexnet is the model, write -m alexnet\n"
     assert hint in cli(*words, code=2).err
     cli("load", "nets.py:Net")
     assert hint in cli(*words, code=2).err
@@ -541,8 +541,7 @@ def test_a_cast_shows_bytes(cli: Cli) -> None:
 def test_rows_that_do_not_add_up_are_explained(cli: Cli) -> None:
     words = ("replace", "head", "Linear(4,5)", "-m", "nets.py:Tied", "--untie")
     assert (
-        "the rows add up to -19 params and the totals to +25: these count what has several names once"
-        in cli(*words).err
+        "the rows add up to -19 params, the totals to +25: the totals count shared parameters once" in cli(*words).err
     )
     assert "add up" not in cli("replace", "body", "Linear(4,4)", "-m", "nets.py:Tied").err
 
@@ -558,7 +557,7 @@ def test_load_says_that_numbers_are_random_or_that_nothing_is_known(cli: Cli, fo
         "load", "squeezenet1_1"
     ).err.replace("\n", " ")
     torch.save({"a.weight": torch.ones(2)}, "bare.pth")
-    assert "bare.pth does not say its architecture: --arch names it" in cli("load", "bare.pth", "--force").err
+    assert "bare.pth records no architecture: pass --arch REFERENCE" in cli("load", "bare.pth", "--force").err
 
 
 def test_a_stated_input_that_does_not_fit_is_asked_after(cli: Cli) -> None:

@@ -20,7 +20,7 @@ from modelcli.cli.app import app
 from modelcli.cli.options import ENDED, EXIT_CODES
 from tests.conftest import Cli
 
-PANELS = {"Inspect", "Operate", "Read and write", "Compare", "This program"}
+PANELS = {"Inspect", "Edit", "Read and write", "Compare", "This program"}
 
 
 def commands() -> dict[str, Any]:
@@ -54,7 +54,7 @@ def test_a_sentence_two_examples_and_the_exit_codes(name: str, cli: Cli) -> None
 def test_commands_are_grouped() -> None:
     root: Any = typer.main.get_command(app)
     panels = {root.commands[name].rich_help_panel for name in root.commands}
-    assert {"Inspect", "Operate", "Read and write"} <= panels <= PANELS
+    assert {"Inspect", "Edit", "Read and write"} <= panels <= PANELS
 
 
 def test_the_versions_that_are_installed(cli: Cli) -> None:

@@ -44,13 +44,13 @@ MISTAKES = {
         "replace resnet18 fc 'Linear(_,10)'",
         2,
         "error: no model is given, and there is no modelcli.toml\n"
-        "hint: the model comes with -m: modelcli replace fc 'Linear(_,10)' -m resnet18",
+        "hint: -m names the model: modelcli replace fc 'Linear(_,10)' -m resnet18",
     ),
     "a model in the place of the target": (
         "freeze resnet18 --except fc",
         2,
         "error: no model is given, and there is no modelcli.toml\n"
-        "hint: the model comes with -m: modelcli freeze --except fc TARGET -m resnet18",
+        "hint: -m names the model: modelcli freeze --except fc TARGET -m resnet18",
     ),
     "a value left out": (
         "replace fc Linear 4 5 bias= -m resnet18",
@@ -163,7 +163,7 @@ MISTAKES = {
         "replace classifier.6 Linear(_,3) Linear(3,4) -m alexnet",
         2,
         "error: replace takes one target and one module, not 2 modules: Linear(_,3), Linear(3,4)\n"
-        "hint: several go in as one: 'Sequential(Linear(_,3), Linear(3,4))'",
+        "hint: write several modules as one: 'Sequential(Linear(_,3), Linear(3,4))'",
     ),
     "a scheme in pieces": (
         "init classifier.6 normal std=0.01 -m alexnet",
@@ -173,7 +173,7 @@ MISTAKES = {
     "a model without its -m": (
         "replace fc Linear(_,10) resnet18",
         2,
-        "error: 'resnet18' comes after the module Linear(_,10)\nhint: where resnet18 is the model: -m resnet18",
+        "error: 'resnet18' comes after the module Linear(_,10)\nhint: if resnet18 is the model, write -m resnet18",
     ),
     "a file that would be overwritten": (
         "freeze 0 -m best.pth -o best.pth",
@@ -220,15 +220,15 @@ def test_other_words_for_commands_stand_for_commands(cli: Cli) -> None:
 def test_a_bare_file_as_the_target_is_the_model(cli: Cli, folder: Path) -> None:
     torch.save(nn.Linear(4, 5).state_dict(), "bare.pth")
     found = cli("freeze", "bare.pth", "weight", code=2)
-    line = found.err.strip().partition("hint: the model comes with -m: ")[2]
+    line = found.err.strip().partition("hint: -m names the model: ")[2]
     assert line == "modelcli freeze weight -m bare.pth"
     cli(*shlex.split(line)[1:])
     assert "modelcli freeze TARGET -m bare.pth" in cli("freeze", "bare.pth", code=2).err
-    line = cli("rename", "bare.pth", "weight", "w", code=2).err.strip().partition("with -m: ")[2]
+    line = cli("rename", "bare.pth", "weight", "w", code=2).err.strip().partition("the model: ")[2]
     assert line == "modelcli rename weight w -m bare.pth"
     cli(*shlex.split(line)[1:])
     for words in (("freeze", "bare.pth", "weight"), ("rename", "bare.pth", "weight", "w")):
         out = f"{words[0]}.pth"
-        line = cli(*words, "-o", out, code=2).err.strip().partition("with -m: ")[2]
+        line = cli(*words, "-o", out, code=2).err.strip().partition("the model: ")[2]
         cli(*shlex.split(line)[1:])
         assert (folder / out).is_file()

@@ -526,7 +526,7 @@ HOSTILE_NAME = "$(touch PWNED)"
     [
         (("modules", "t.pth", "-s", HOSTILE_NAME), 0, f"-s '{HOSTILE_NAME}.**' shows"),
         (("rename", HOSTILE_NAME, "x", "-m", "t.pth"), 2, f"rename '{HOSTILE_NAME}.**' 'x.**' renames"),
-        (("diff", "t.pth", "t.pth", "--except", f"{HOSTILE_NAME}.**"), 2, f"--except '{HOSTILE_NAME}.**' takes away"),
+        (("diff", "t.pth", "t.pth", "--except", f"{HOSTILE_NAME}.**"), 2, f"--except '{HOSTILE_NAME}.**' leaves out"),
         (("add", HOSTILE_NAME, "ReLU", "-m", "t.pth", "--arch", "own.py:Net"), 2, f"replace '{HOSTILE_NAME}' puts"),
         (("convert", f"{HOSTILE_NAME}.pth", "b.pth"), 2, f"modelcli save b.pth -m '{HOSTILE_NAME}.pth'"),
     ],

@@ -569,7 +569,7 @@ def test_a_package_that_a_users_file_imports_and_nobody_has(cli: Cli, folder: Pa
 
 
 def test_a_recipe_that_names_python_says_so_at_the_first_look(cli: Cli, folder: Path) -> None:
-    said = "names Python, which runs with your rights, as a Makefile does: nets.py:Net"
+    said = "names Python code, which runs with your rights, as a Makefile does: nets.py:Net"
     (folder / "modelcli.toml").write_text('model = "nets.py:Net"\nedits = []\n')
     assert said in cli("params").err
     assert said not in cli("params").err

@@ -180,7 +180,7 @@ def test_edits_that_cannot_be_done_are_told_together(cli: Cli, folder: Path) -> 
     assert first.startswith("many.toml:3: 'freeze conv9': no tensor matches 'conv9' (nearest: conv")
     assert second.startswith("many.toml:5: 'replace conv2 Linaer(3,5)': conv2: no class 'Linaer'")
     assert "did you mean Linear" in second
-    assert error["hint"] == "correct the first one first: it may cause the others"
+    assert error["hint"] == "correct the first error first: it may cause the others"
     assert files(folder) == {"many.toml"}
 
 
@@ -257,7 +257,7 @@ def test_what_is_missing(cli: Cli, recipe: Path, folder: Path, monkeypatch: pyte
 def test_no_edits_at_all(cli: Cli) -> None:
     error = cli("apply", "-m", "nets.py:Net", code=2).err
     assert "no edits are given" in error
-    assert "-e EDIT gives one, a path a recipe, and - standard input" in error
+    assert "pass -e EDIT, the path of a recipe, or - to read edits from standard input" in error
 
 
 def test_another_recipe_is_named_where_it_has_to_be(cli: Cli) -> None:

@@ -77,7 +77,7 @@ def test_python_in_a_recipe_is_ones_own_and_in_a_file_needs_trust(cli: Cli, fold
 @pytest.mark.usefixtures("_trained")
 def test_what_names_no_architecture_is_none(cli: Cli, folder: Path) -> None:
     error = cli("save", "x.pth", "-m", "trained.pth", "--arch", "trained.pth", code=2).err
-    assert "--arch trained.pth: that file does not say its architecture" in error
+    assert "--arch trained.pth: that file records no architecture" in error
     (folder / "bare.toml").write_text('model = "trained.pth"\n')
     assert "names no architecture" in cli("save", "x.pth", "-m", "trained.pth", "--arch", "bare.toml", code=2).err
     assert "no such file: none.toml" in cli("save", "x.pth", "-m", "trained.pth", "--arch", "none.toml", code=2).err
@@ -88,5 +88,5 @@ def test_what_names_no_architecture_is_none(cli: Cli, folder: Path) -> None:
         assert f"the architecture of {name}.toml is that of {name}.toml itself" in error
     torch.save(nn.Linear(2, 2).state_dict(), "other.pth")
     assert "does not fit" in cli("save", "x.pth", "-m", "other.pth", "--arch", "head.pth", code=1).err
-    with pytest.raises(RequestError, match="does not say its architecture"):
+    with pytest.raises(RequestError, match="records no architecture"):
         modelcli.load("trained.pth", arch="trained.pth")

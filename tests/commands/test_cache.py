@@ -130,7 +130,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(cli: Cli, folder: Path, monk
     cli("modules", "squeezenet1_1")
     result = cli("cache", "warm", "squeezenet1_1", code=5)
     assert f"the cache folder {folder / 'file'} cannot be written: " in result.err
-    assert "$MODELCLI_CACHE names another folder" in result.err
+    assert "set $MODELCLI_CACHE to another folder" in result.err
 
 
 def _put_and_get(number: int) -> bool:

@@ -58,9 +58,9 @@ def test_the_exit_code_is_the_worst(cli: Cli, models: tuple[str, ...], code: int
 
 @pytest.mark.usefixtures("_files")
 def test_wrong_requests_are_told_once(cli: Cli) -> None:
-    assert "nothing is asserted" in cli("check", "good.pth", "nan.pth", code=2).err
+    assert "no assertion is given" in cli("check", "good.pth", "nan.pth", code=2).err
     assert "two models" in cli("check", "good.pth", "nan.pth", "-m", "good.pth", "--finite", code=2).err
-    assert "no format 'github'" in cli("params", "good.pth", "-f", "github", code=2).err
+    assert "unknown format 'github'" in cli("params", "good.pth", "-f", "github", code=2).err
     assert "two formats" in cli("check", "good.pth", "--finite", "-f", "github", "--json", code=2).err
 
 

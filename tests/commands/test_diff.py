@@ -78,7 +78,7 @@ def states(*paths: str) -> list[State]:
 
 
 EDITS = {
-    # on a model, and on the keys of a file that does not say its architecture
+    # on a model, and on the keys of a file that records no architecture
     "replace 4 Linear(_,5)": "replace 4 Linear(_,5)",
     "replace 3 Linear(4,3) --keep-weights": "replace 3 Linear(4,3) --keep-weights",
     "add extra Linear(2,2)": "add extra Linear(2,2)",
@@ -148,7 +148,10 @@ def test_modules_are_compared_where_both_sides_know_them(cli: Cli) -> None:
     assert cli("diff", "b.pth", "a.pth", "--json", code=1).json["modules"][-1]["change"] == "removed"
     torch.save(dict(torch.load("b.pth", weights_only=True)), "bare.pth")
     result = cli("diff", "a.pth", "bare.pth", code=1)
-    assert "bare.pth does not say its architecture: modules are not compared, tensors are" in result.err
+    assert (
+        "bare.pth records no architecture, so modules were not compared, only tensors: pass --arch REFERENCE"
+        in result.err
+    )
     assert cli("diff", "a.pth", "bare.pth", "--json", code=1).json["modules"] == []
 
 
@@ -323,9 +326,9 @@ def test_quantized_and_sparse_tensors_of_classes_by_their_parts(cli: Cli) -> Non
 def test_an_empty_comparison_is_no_yes(cli: Cli) -> None:
     cli("save", "a.pth", "-m", BASE)
     result = cli("diff", "a.pth", BASE, "-s", "4.bias", "--except", "4.bias", code=2)
-    told = "nothing is left to compare: --except 4.bias takes away all that -s 4.bias picks"
+    told = "nothing is left to compare: --except 4.bias leaves out all that -s 4.bias picks"
     assert f"{told}\n" in result.err
-    everything = "nothing is left to compare: --except . takes away all there is"
+    everything = "nothing is left to compare: --except . leaves out everything"
     assert everything in cli("diff", "a.pth", BASE, "--except", ".", code=2).err
     assert everything in cli("check", "a.pth", "--same-as", BASE, "--except", ".", code=2).err
     # A module without tensors is compared where both sides know its class, and there alone.
@@ -439,7 +442,7 @@ def test_selectors_tolerance_and_structure_alone(cli: Cli) -> None:
     assert names("--rtol", "0.5", "-s", "a", "-s", "b") == ["a.w", "b.w"]
     assert names("--rtol", "0.5", "--atol", "6e-4", "-s", "a", "-s", "b") == ["b.w"]
     for wrong in ("-1", "nan"):
-        assert "is not a limit for differences" in cli("diff", "a.pth", "b.pth", "--atol", wrong, code=2).err
+        assert "is not a limit that differences can have" in cli("diff", "a.pth", "b.pth", "--atol", wrong, code=2).err
         assert "is not a limit for relative differences" in cli("diff", "a.pth", "b.pth", "--rtol", wrong, code=2).err
 
 
@@ -638,7 +641,7 @@ def test_a_prefix_that_one_side_has_before_every_name_is_told_of(cli: Cli) -> No
     state = nn.Linear(2, 3).state_dict()
     torch.save(state, "a.pth")
     torch.save({f"module.{name}": tensor for name, tensor in state.items()}, "b.pth")
-    told = "every name in b.pth begins with 'module.': modelcli rename 'module.**' '**' takes it off"
+    told = "every name in b.pth begins with 'module.': modelcli rename 'module.**' '**' removes it"
     assert told in cli("diff", "a.pth", "b.pth", code=1).err
     assert told in cli("diff", "b.pth", "a.pth", code=1).err
     assert "begins with" not in cli("diff", "b.pth", "b.pth").err

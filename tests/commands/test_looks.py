@@ -188,7 +188,7 @@ def test_a_record_without_a_forward_pass(cli: Cli) -> None:
     state = torch.load("in.pth", weights_only=True)
     state._metadata[records.METADATA_KEY] = json.dumps(document)
     torch.save(state, "out.pth")
-    assert "the record in the file holds no forward pass" in cli("summary", "out.pth").out
+    assert "the record in the file contains no forward pass" in cli("summary", "out.pth").out
 
 
 # --- foreign names -------------------------------------------------------------------------------------------------

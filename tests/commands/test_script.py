@@ -214,7 +214,7 @@ def test_weights_of_torchvision(cli: Cli) -> None:
 def test_an_instance_has_the_numbers_of_its_file(cli: Cli) -> None:
     result = cli("script", "-m", "nets.py:instance", "-e", "freeze .")
     assert "model = instance" in result.out
-    assert "has the numbers that it gets when its file is run" in result.err
+    assert "gets its values when its file runs" in result.err
 
 
 # --- checkpoints ---------------------------------------------------------------------------------------------------
@@ -755,7 +755,7 @@ def test_a_model_in_the_place_of_the_recipe(cli: Cli, command: str, model: str, 
     torch.save(trained().state_dict(), "best.pth")
     Path("shards").mkdir()
     error = cli(command, model, "--json", code=2).error
-    assert error["message"] == f"{model} is no recipe"
+    assert error["message"] == f"{model} is not a recipe"
     assert error["hint"] == f"-m names the model: -m {quoted}"
 
 

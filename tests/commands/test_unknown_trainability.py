@@ -103,7 +103,7 @@ def test_a_check_says_that_nothing_is_known(cli: Cli) -> None:
     cli("freeze", "0", "-m", "old.pth", "-o", "out.pth", "-q")
     for option in ("--trainable", "--frozen"):
         (row,) = cli("check", "out.pth", option, "2", "--json", code=1).json["checks"]
-        assert row["found"].startswith("it is not known whether 2.weight, 2.bias are ")
+        assert row["found"].startswith("modelcli does not know whether 2.weight, 2.bias are ")
     cli("check", "out.pth", "--frozen", "0")
     cli("check", "old.pth", "--arch", "Sequential(Linear(3,4),BatchNorm1d(4),Linear(4,2))", "--trainable", ".")
 
@@ -124,7 +124,7 @@ def test_what_is_unknown_is_compared_with_nothing_and_filtered_with_a_note(cli: 
     cli("save", "known.pth", "-m", "old.pth", "--arch", "Sequential(Linear(3,4),BatchNorm1d(4),Linear(4,2))", "-q")
     assert "nothing says in old.pth which parameters are trained" in cli("diff", "old.pth", "known.pth").err
     result = cli("params", "old.pth", "--frozen")
-    assert "it is not known whether some parameters are trainable" in result.err
+    assert "modelcli does not know whether some parameters are trainable" in result.err
 
 
 def test_an_edit_that_fails_leaves_it_unknown(cli: Cli) -> None:

@@ -828,7 +828,7 @@ def test_the_table_of_torchinfo(cli: Cli, folder: Path) -> None:
     error = cli("summary", "own.py:nested()", "--input-size", "2,4", "--layout", "torchinfo", code=2).err
     assert "30 levels of nesting" in error
     assert "makes a fixed table" in cli("summary", "resnet18", "--layout", "torchinfo", "--json", code=2).err
-    assert "no layout 'keras'" in cli("summary", "resnet18", "--layout", "keras", code=2).err
+    assert "unknown layout 'keras'" in cli("summary", "resnet18", "--layout", "keras", code=2).err
     error = cli("summary", "Linear(4,3)", "--input-size", "2,5", "--layout", "torchinfo", code=2).err
     assert "torchinfo cannot run this model" in error
 

@@ -238,7 +238,7 @@ def test_a_bare_checkpoint_is_still_a_model(cli: Cli) -> None:
     modules = cli("modules", "bare.pth", "--json").json["modules"]
     assert [(row["path"], row["type"]) for row in modules] == [(".", None), ("0", None), ("1", None)]
     summary = cli("summary", "bare.pth")
-    assert "--arch names one" in summary.out
+    assert "the file records no architecture" in summary.out
     cli("freeze", "0", "-m", "bare.pth", "-o", "frozen.pth")
     assert [r["name"] for r in cli("params", "frozen.pth", "--frozen", "--json").json["tensors"]] == [
         "0.weight",
@@ -282,7 +282,7 @@ def test_training_checkpoints(cli: Cli) -> None:
     written = torch.load("out.pth", weights_only=True)
     assert written["epoch"] == 3
     told = cli("freeze", ".", "-m", "train.pth", "--arch", "Linear(2,3)", "-o", "again.pth").err
-    assert "holds beside 'model' (epoch, ema, optimizer) was kept" in told
+    assert "(epoch, ema, optimizer) was kept" in told
     assert "was kept; --bare drops it" in told
     assert "no longer fits" not in told  # what is called optimizer holds no state of one
     assert written["optimizer"] == {"lr": 0.1}
@@ -333,7 +333,7 @@ def test_combinations_that_mean_nothing(cli: Cli) -> None:
     assert "both say where the values come from" in cli("save", "o.pth", "-m", "bare.pth", "--weights", "X", code=2).err
     assert "--arch resnet18 is for checkpoints" in cli("summary", "alexnet", "--arch", "resnet18", code=2).err
     assert "--key ema is for checkpoints" in cli("summary", "alexnet", "--key", "ema", code=2).err
-    assert "does not say its architecture" in cli("summary", "bare.pth", "--arch", "./bare.pth", code=2).err
+    assert "records no architecture" in cli("summary", "bare.pth", "--arch", "./bare.pth", code=2).err
 
 
 def test_load_leaves_the_callers_generator(cli: Cli) -> None:

@@ -43,7 +43,7 @@ ARCH = ("--arch", "nets.py:Places")
 def test_what_no_longer_fits_is_named(cli: Cli, train: str, lines: list[str], told: str | None) -> None:
     words = [word for line in lines for word in ("-e", line)]
     notes = cli("apply", *words, "-m", train, *ARCH, "-o", "out.pth").err
-    assert "what train.pth holds beside 'model' (epoch, optimizer) was kept; --bare drops it" in notes
+    assert "the rest of train.pth (epoch, optimizer) was kept; --bare drops it" in notes
     assert ("no longer fits" in notes) == (told is not None)
     assert told is None or told in " ".join(notes.split())
     # It is unchanged, whatever the notes say.
@@ -140,10 +140,10 @@ def test_a_prefix_that_is_not_written_again_is_told_of(cli: Cli) -> None:
     state = {f"module.{name}": tensor for name, tensor in nets.Places().state_dict().items()}
     torch.save({"model": state, "epoch": 1}, "train.pth")
     notes = " ".join(cli("init", "fc", "zeros", "-m", "train.pth", *ARCH, "-o", "out.pth").err.split())
-    assert "the keys in 'model' are written without 'module.'" in notes
-    assert "(an edit without --arch leaves the keys as they are)" in notes
+    assert "the keys in 'model' were written without 'module.'" in notes
+    assert "(without --arch, an edit leaves the keys as they are)" in notes
     assert [f"module.{name}" for name in torch.load("out.pth", weights_only=True)["model"]] == list(state)
-    assert "are written without" not in cli("init", "module.fc", "zeros", "-m", "train.pth", "-o", "b.pth").err
+    assert "were written without" not in cli("init", "module.fc", "zeros", "-m", "train.pth", "-o", "b.pth").err
     assert list(torch.load("b.pth", weights_only=True)["model"]) == list(state)
 
 

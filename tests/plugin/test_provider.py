@@ -287,7 +287,7 @@ def test_one_that_cannot_be_loaded(
     broken(monkeypatch, value, prefix)
     error = cli("params", f"{prefix}:mlp", code=5).err
     assert message in error
-    assert f"mend or uninstall the package that registers {prefix}: ({value})" in error
+    assert f"fix or uninstall the package that registers {prefix}: ({value})" in error
     listed = cli("list", "squeezenet1_1")
     assert message in listed.err
     assert "squeezenet1_1" in listed.out
@@ -298,7 +298,7 @@ def test_one_that_cannot_be_loaded(
 @pytest.mark.parametrize(
     ("live", "message"),
     [
-        ("modelcli_plugin.tiny:Nothing", "names modelcli_plugin.tiny:Nothing as its torch half: there is none"),
+        ("modelcli_plugin.tiny:Nothing", "names modelcli_plugin.tiny:Nothing as its torch half, which does not exist"),
         ("no_such_half:Live", "the provider of tiny: failed: ModuleNotFoundError: No module named 'no_such_half'"),
     ],
 )

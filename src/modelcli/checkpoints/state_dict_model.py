@@ -1,4 +1,4 @@
-"""What a checkpoint holds, as a state-dict model: for a file that does not say its architecture."""
+"""What a checkpoint holds, as a state-dict model: for a file that records no architecture."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class _Program(TyperGroup):
 app = typer.Typer(
     name="modelcli",
     cls=_Program,
-    help="Inspect PyTorch models and operate on them.",
+    help="Inspect and edit PyTorch models.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -82,7 +82,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Show the versions, and end.")
+        bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Show the versions and exit.")
     ] = False,
 ) -> None:
     pass
@@ -102,7 +102,7 @@ def show_help(
     context: typer.Context,
     command: Annotated[list[str] | None, typer.Argument(help="The command to explain.", metavar="[COMMAND]")] = None,
 ) -> None:
-    """Show how modelcli, or one of its commands, is used.
+    """Show the help of modelcli, or of one of its commands.
 
     modelcli help
 

@@ -23,7 +23,7 @@ RecipeArgument = Annotated[
     ),
 ]
 Lines = Annotated[
-    list[str] | None, typer.Option("-e", "--edit", help="An edit, as a line of text. Again for more.", metavar="EDIT")
+    list[str] | None, typer.Option("-e", "--edit", help="An edit, as a line of text. Repeat for more.", metavar="EDIT")
 ]
 
 
@@ -34,7 +34,7 @@ def apply(
     file: RecipeArgument = None,
     lines: Lines = None,
 ) -> None:
-    """Apply many edits at once: all of them, or none where one is wrong.
+    """Apply many edits at once: all of them, or none if one is wrong.
 
     modelcli apply head10.toml -m best.pth -o head10.pth
 
@@ -72,13 +72,14 @@ def script(
         ),
     ] = None,
     out: Annotated[
-        str, typer.Option("-o", "--out", help="What the script writes.", rich_help_panel="Result", metavar="OUT")
+        str,
+        typer.Option("-o", "--out", help="The file that the script writes.", rich_help_panel="Result", metavar="OUT"),
     ] = ("out.pth"),
     bare: Annotated[
         bool,
         typer.Option(
             "--bare",
-            help="Let the script drop what a training checkpoint holds besides its state dict.",
+            help="Let the script keep only the state dict of a training checkpoint.",
             rich_help_panel="Result",
         ),
     ] = False,
@@ -117,16 +118,18 @@ def _edits_from(
     if file == "-":
         return None, (*_standard_input(), *given)
     if file is not None and resolve.names_a_model(file):
-        raise RequestError(f"{file} is no recipe", f"-m names the model: -m {quoted(file)}")
+        raise RequestError(f"{file} is not a recipe", f"-m names the model: -m {quoted(file)}")
     if file is not None and source.recipe is not None:
-        raise RequestError(f"two recipes: {file} and --recipe {source.recipe}", "give one of them")
+        raise RequestError(f"two recipes: {file} and --recipe {source.recipe}", "pass only one of them")
     return None if file is None else Path(file), given
 
 
 def _standard_input() -> list[tuple[str, str]]:
     """The location and text of each edit on standard input. Raises RequestError where there are none."""
     if sys.stdin is None:  # it was closed: `<&-`
-        raise RequestError("no edits on standard input: it is closed", "one a line: freeze features")
+        raise RequestError(
+            "no edits on standard input: it is closed", "write one edit per line, such as: freeze features"
+        )
     try:
         text = sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -134,7 +137,7 @@ def _standard_input() -> list[tuple[str, str]]:
     lines = enumerate(re.split(r"\r\n|\r|\n", text), 1)
     found = [(f"standard input:{number}", line) for number, line in lines if not re.match(r"\s*(#|$)", line)]
     if not found:
-        raise RequestError("no edits on standard input", "one a line: freeze features")
+        raise RequestError("no edits on standard input", "write one edit per line, such as: freeze features")
     return found
 
 

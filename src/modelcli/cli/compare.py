@@ -70,9 +70,9 @@ def diff(
         ),
     ] = None,
     values: Annotated[bool, typer.Option("--values/--no-values", help="Compare the values too.")] = True,
-    atol: Annotated[float, typer.Option("--atol", help="Ignore differences up to this.", metavar="X")] = 0.0,
+    atol: Annotated[float, typer.Option("--atol", help="Ignore differences up to X.", metavar="X")] = 0.0,
     rtol: Annotated[
-        float, typer.Option("--rtol", help="Ignore differences up to this share of B's value.", metavar="X")
+        float, typer.Option("--rtol", help="Ignore differences up to X times the value in B.", metavar="X")
     ] = 0.0,
     expand: inspect.Expand = False,
 ) -> int:
@@ -107,13 +107,13 @@ def check(
         list[str] | None,
         typer.Argument(
             metavar="[MODEL]...",
-            help="The model, or several. \\[default: the working recipe]",
+            help="One or more models. \\[default: the working recipe]",
             show_default=False,
             autocompletion=completing.models,
         ),
     ] = None,
 ) -> int:
-    """Check assertions about one or several models, a row for each. -f github prints annotations for a workflow's log.
+    """Check assertions about one or several models, one per row. -f github prints annotations for GitHub workflows.
 
     modelcli check best.pth --finite --safe --max-params 60M
 

@@ -165,7 +165,7 @@ def _meant(name: str, operands: list[str], flags: list[str], error: RequestError
     if options.model is None and names_model(first):
         return with_model(name, rest, flags, first, [] if options.out is None else ["-o", options.out])
     if options.model is None and rest and names_model(rest[-1]):
-        return f"where {rest[-1]} is the model: -m {quoted(rest[-1])}"
+        return f"if {rest[-1]} is the model, write -m {quoted(rest[-1])}"
     files = [word for word in rest if "." in word and word != "." and os.path.lexists(word)]
     if files and "pattern" not in (error.hint or ""):
         return f"{files[0]} is a file here: if the shell expanded a pattern to it, quote the pattern"
@@ -179,4 +179,4 @@ def with_model(name: str, operands: list[str], flags: list[str], model: str, mor
         edits.from_words(name, [*flags, "--", *operands])
     except RequestError:
         operands = ["TARGET"]
-    return f"the model comes with -m: {command(['modelcli', name, *flags, *operands, '-m', model, *more])}"
+    return f"-m names the model: {command(['modelcli', name, *flags, *operands, '-m', model, *more])}"

@@ -39,9 +39,7 @@ Depth = Annotated[
     int | None, typer.Option("--depth", help="Show only rows down to this depth; the root is 0.", min=0, metavar="N")
 ]
 
-Expand = Annotated[
-    bool, typer.Option("--expand", help="On a terminal, show each of several similar siblings in its own row.")
-]
+Expand = Annotated[bool, typer.Option("--expand", help="On a terminal, show similar siblings in separate rows.")]
 
 
 def named(model: str | None, look: LookOptions) -> str | None:
@@ -105,11 +103,11 @@ def summary(
 
     output.format_of(options)
     if mode not in ("eval", "train"):
-        raise RequestError(f"no mode {mode!r}", "--mode eval or --mode train")
+        raise RequestError(f"unknown mode {mode!r}", "pass --mode eval or --mode train")
     if sort is not None:
         _check_key(sort, documents.SUMMARY_KEYS)
     if layout not in (None, "torchinfo"):
-        raise RequestError(f"no layout {layout!r}", "pass --layout torchinfo, or remove --layout")
+        raise RequestError(f"unknown layout {layout!r}", "pass --layout torchinfo, or remove --layout")
     target = find_target(named(model, look), source.overrides(), source.recipe)
     if layout is not None:
         if output.format_of(options) != "table" or sort is not None or select:
@@ -196,7 +194,10 @@ def params(
     )
     notes = found.notes
     if (frozen or trainable) and found.blueprint.totals.trainable_params is None:
-        notes = (*notes, "it is not known whether some parameters are trainable: these are not shown")
+        notes = (
+            *notes,
+            "modelcli does not know whether some parameters are trainable, and leaves them out: pass --arch REFERENCE",
+        )
     _show(view, options, found, notes)
 
 
@@ -269,7 +270,7 @@ def list_builders(
         str | None, typer.Argument(help="Part of a name, or a pattern: 'resnet*'.", autocompletion=completing.builders)
     ] = None,
 ) -> None:
-    """Show all models with a name, and the parameters, mult-adds and weights that their libraries publish.
+    """List the models that have names, with the parameters, mult-adds and weights that their libraries publish.
 
     modelcli list
 

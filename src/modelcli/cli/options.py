@@ -338,7 +338,10 @@ class LookOptions(OptionGroup):
         metavar="MODEL",
     )
     no_cache: bool = _option(
-        "--no-cache", help="Build the model afresh, and cache nothing.", default=False, rich_help_panel="Model"
+        "--no-cache",
+        help="Build the model without reading or writing the cache.",
+        default=False,
+        rich_help_panel="Model",
     )
 
 

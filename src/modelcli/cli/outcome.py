@@ -24,7 +24,7 @@ def write_request(options: SaveOptions, out: str | None) -> "WriteRequest":
     ways = ("meta", "run", "none")
     if options.check not in ways:
         raise RequestError(
-            f"no check {options.check!r}", did_you_mean(options.check, ways) or "--check meta, run or none"
+            f"unknown check {options.check!r}", did_you_mean(options.check, ways) or "pass --check meta, run or none"
         )
     return WriteRequest(
         out=None if out is None else Path(out),

@@ -125,7 +125,7 @@ def format_of(options: OutputOptions, *own: str) -> str:
     name = "json" if options.json else options.format or "table"
     known = (*writers.FORMATS, *own)
     if name not in known:
-        raise RequestError(f"no format {name!r}", did_you_mean(name, known) or f"there are {', '.join(known)}")
+        raise RequestError(f"unknown format {name!r}", did_you_mean(name, known) or f"there are {', '.join(known)}")
     return name
 
 
@@ -219,7 +219,7 @@ def write(text: str) -> None:
 
 def unwritten(error: OSError) -> SystemFailureError:
     """Return the error for a failure to write standard output."""
-    hint = "is there space where the output goes?"
+    hint = "check that there is space where the output is written"
     return SystemFailureError(f"cannot write standard output: {error.strerror or error}", hint)
 
 

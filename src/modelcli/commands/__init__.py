@@ -1,5 +1,5 @@
-"""What each command does: one file a use case, from a request to a frozen result that can be shown.
+"""What each command does: one file for each use case, which turns a request into a frozen result.
 
-`cli` turns options into requests, and results into views. Nothing is imported here, so that a look at a file imports
-only what it needs.
+`cli` turns options into requests, and results into views. This package imports nothing, so that showing a file
+imports only what it needs.
 """

@@ -1,4 +1,4 @@
-"""Carry out edits on an open model, one after the other: each call gives a value that says what they changed."""
+"""Apply edits to an open model, one after another, and return what each changed."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AppliedEdit:
-    """One edit that was carried out, and what it changed.
+    """An edit that was applied, and what it changed.
 
-    `location` is where it is written: `-e 1`, `modelcli.toml:5`; empty where it is the command itself.
+    `location` is where it is written: `-e 1`, `modelcli.toml:5`; empty if it is the command itself.
     """
 
     edit: Edit
@@ -29,7 +29,7 @@ class AppliedEdit:
 
 @dataclass(frozen=True)
 class AppliedEdits:
-    """The edits that were carried out together, in order."""
+    """The edits that were applied together, in order."""
 
     edits: tuple[AppliedEdit, ...] = ()
 
@@ -48,9 +48,9 @@ class AppliedEdits:
 
 
 def apply_each(model: Editable, edits: Sequence[Edit], locations: Sequence[str] = ()) -> AppliedEdits:
-    """Carry out edits in order. Those that are wrong are named together, each with its location and line.
+    """Apply edits in order. One error names all wrong edits, each with its location and line.
 
-    Edits after a wrong one are tried on the model without it, so their errors may come from that one.
+    Edits after a wrong one are tried on the model without it, so their errors may result from it.
     """
     applied: list[AppliedEdit] = []
     wrong: list[ModelcliError] = []
@@ -69,5 +69,5 @@ def apply_each(model: Editable, edits: Sequence[Edit], locations: Sequence[str] 
         raise wrong[0]
     if wrong:
         lines = [f"{error.message} ({error.hint})" if error.hint else error.message for error in wrong]
-        raise RequestError("\n".join(lines), "correct the first one first: it may cause the others")
+        raise RequestError("\n".join(lines), "correct the first error first: it may cause the others")
     return AppliedEdits(tuple(applied))

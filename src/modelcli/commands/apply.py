@@ -1,4 +1,4 @@
-"""Many edits at once: those of a recipe, and those of lines after them."""
+"""Apply many edits at once: those of a recipe, then those of further lines."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from modelcli.language.references import Source
 
 @dataclass(frozen=True)
 class Batch:
-    """Edits to carry out together on a model, and where each is written: `-e 1`, `modelcli.toml:5`."""
+    """Edits to apply together to a model, and the location of each: `-e 1`, `modelcli.toml:5`."""
 
     target: Target
     edits: tuple[Edit, ...] = ()
@@ -25,15 +25,15 @@ class Batch:
 
 @dataclass(frozen=True)
 class BatchRequest:
-    """Edits from a recipe and from lines after it, and the model that they are for.
+    """Edits from a recipe and from further lines, and the model to apply them to.
 
     Attributes:
-        recipe: the recipe that is named, if any.
+        recipe: the named recipe, if any.
         lines: the location and the text of each line.
-        model: replaces the recipe's own model, with its weights, architecture and key.
-        options: what the command's options say of the model: fields of a `Source`.
-        working_recipe: the working recipe, where it is not the usual one. Without a recipe and a model the lines are
-            for it; without lines, too, its edits are meant.
+        model: used instead of the recipe's own model, weights, architecture and key.
+        options: the command's options about the model, as fields of a `Source`.
+        working_recipe: the working recipe, if it is not the usual one. Without `recipe` and `model` the lines are
+            applied to it; without lines as well, its own edits are applied.
     """
 
     recipe: Path | None
@@ -44,13 +44,15 @@ class BatchRequest:
 
 
 def find_batch(request: BatchRequest) -> Batch:
-    """Read edits. Raises RequestError that names every bad line, before anything is opened."""
+    """Read edits. Raises RequestError, which names every bad line, before any model is opened."""
     from modelcli import edits, recipe
 
     recipe_path, lines, model, working_recipe = request.recipe, request.lines, request.model, request.working_recipe
     if recipe_path is None and not lines:
         if model is not None and not (working_recipe or recipe.default_path()).exists():
-            raise RequestError("no edits are given", "-e EDIT gives one, a path a recipe, and - standard input")
+            raise RequestError(
+                "no edits are given", "pass -e EDIT, the path of a recipe, or - to read edits from standard input"
+            )
         recipe_path = working_recipe or recipe.default_path()
     elif recipe_path is not None and not recipe_path.exists():
         raise references.missing_file(recipe_path, str(recipe_path))

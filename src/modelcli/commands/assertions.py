@@ -37,15 +37,16 @@ class Assertions:
         """Raise RequestError where nothing is asserted, or what is makes no sense."""
         if self.without and not self.same_as:
             raise RequestError(
-                f"--except {self.without[0]} is for --same-as", "--same-as REFERENCE says what all other tensors are"
+                f"--except {self.without[0]} works only with --same-as", "add --same-as REFERENCE, or remove --except"
             )
         if self == Assertions(without=self.without):
             raise RequestError(
-                "nothing is asserted", "--max-params 60M, --frozen features, --finite: modelcli check --help lists them"
+                "no assertion is given",
+                "pass one, such as --max-params 60M, --frozen features or --finite; modelcli check --help lists all",
             )
         for name in self.dtypes:
             if name not in FLOATING:
-                raise RequestError(f"no floating-point dtype {name!r}", did_you_mean(name, FLOATING))
+                raise RequestError(f"{name!r} is not a floating-point dtype", did_you_mean(name, FLOATING))
 
 
 @dataclass(frozen=True)

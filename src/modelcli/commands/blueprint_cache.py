@@ -1,8 +1,8 @@
-"""Blueprints of installed models, kept on disk, so that a second look at one needs no torch.
+"""Cache the blueprints of installed models on disk, so that showing one again needs no torch.
 
-An entry is one file: the digest of what follows on its first line, then the key it was made for and the blueprint. It
-is written beside its place and moved there in one step; one that is damaged, half written, or made for another key is
-as good as none.
+An entry is one file: on the first line the digest of the rest, then the key that it was made for and the blueprint. It
+is written to a temporary file and renamed in one step. An entry that is damaged, half written, or made for another
+key is ignored.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ INDEX_SUFFIX = ".index"
 
 
 def folder() -> Path:
-    """Where the entries lie: `$MODELCLI_CACHE`, or the system's folder for such things.
+    """Return the folder of the cache: `$MODELCLI_CACHE`, or modelcli's folder in the user's cache folder.
 
-    Raises SystemFailureError for a user who has no such folder: one without `$HOME` and without an entry in passwd.
+    Raises SystemFailureError if the user has neither `$HOME` nor an entry in passwd.
     """
     if named := os.environ.get("MODELCLI_CACHE"):
         return Path(named)
@@ -44,19 +44,19 @@ def folder() -> Path:
     if not found.is_absolute():
         raise SystemFailureError(
             "there is no cache: this user has no home folder",
-            "$MODELCLI_CACHE or $XDG_CACHE_HOME names a folder for it",
+            "set $MODELCLI_CACHE or $XDG_CACHE_HOME to a folder for it",
         )
     return found
 
 
 def is_off() -> bool:
-    """Whether `$MODELCLI_NO_CACHE` is set to anything but nothing or 0."""
+    """Whether `$MODELCLI_NO_CACHE` is set to anything but 0 or an empty string."""
     return os.environ.get("MODELCLI_NO_CACHE", "0") not in ("", "0")
 
 
 @dataclass(frozen=True)
 class Key:
-    """What a blueprint depends on besides the versions of what is installed."""
+    """What a blueprint depends on, besides the versions of the installed libraries."""
 
     reference: str
     weights: str | None
@@ -64,11 +64,11 @@ class Key:
     input_dtype: tuple[str, ...]
     mode: str
     inputs: tuple[str, ...] = ()
-    #: That of the provider whose model it is, whose libraries have versions of their own.
+    #: The prefix of the model's provider, whose library versions are part of the key.
     prefix: str | None = None
 
     def document(self) -> dict[str, Any]:
-        """The key as JSON values, with the versions that decide what a builder builds."""
+        """Return the key as JSON values, with the library versions that determine what a builder builds."""
         return {
             "schema": SCHEMA,
             "reference": self.reference,
@@ -97,7 +97,7 @@ def _digest(data: bytes) -> str:
 
 
 def get(key: Key) -> Blueprint | None:
-    """The blueprint kept for a key, or None."""
+    """Return the cached blueprint for a key, or None."""
     try:
         return json_form.from_json(_kept(key.document(), SUFFIX, "blueprint"))
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
@@ -105,13 +105,13 @@ def get(key: Key) -> Blueprint | None:
 
 
 def put(key: Key, found: Blueprint) -> None:
-    """Keep a blueprint. A cache that cannot be written is no error: the next look is only slower."""
+    """Cache a blueprint. It is not an error if the cache cannot be written."""
     with contextlib.suppress(ModelcliError):
         _keep(key.document(), SUFFIX, "blueprint", json_form.to_json(found))
 
 
 def require(key: Key, found: Blueprint) -> None:
-    """See that a blueprint is kept. Raises SystemFailureError where the cache cannot be written."""
+    """Cache a blueprint. Raises SystemFailureError if the cache cannot be written."""
     if get(key) is not None:
         return
     where = folder()
@@ -119,17 +119,17 @@ def require(key: Key, found: Blueprint) -> None:
         _keep(key.document(), SUFFIX, "blueprint", json_form.to_json(found))
     except ModelcliError as error:
         raise SystemFailureError(
-            f"the cache folder {where} cannot be written: {error.message}", "$MODELCLI_CACHE names another folder"
+            f"the cache folder {where} cannot be written: {error.message}", "set $MODELCLI_CACHE to another folder"
         ) from None
 
 
 def index(name: str, prefix: str | None = None) -> Any:
-    """What is kept under a name beside the blueprints, as JSON values, or None. `prefix` is as in `Key`."""
+    """Return the JSON values cached under a name, or None. `prefix` is as in `Key`."""
     return _kept(_index_key(name, prefix), INDEX_SUFFIX, "index")
 
 
 def put_index(name: str, values: Any, prefix: str | None = None) -> None:
-    """Keep JSON values under a name, for these versions of what is installed."""
+    """Cache JSON values under a name, for the installed versions of the libraries."""
     with contextlib.suppress(ModelcliError):
         _keep(_index_key(name, prefix), INDEX_SUFFIX, "index", values)
 
@@ -140,7 +140,7 @@ def _index_key(name: str, prefix: str | None) -> dict[str, Any]:
 
 
 def _kept(document: Mapping[str, Any], suffix: str, what: str) -> Any:
-    """What is kept for a key, or None where there is nothing, or nothing that can be believed."""
+    """Return the cached value for a key, or None if there is none or it is damaged."""
     try:
         digest, _, body = read_regular(_path(document, suffix)).partition(b"\n")
         if _digest(body).encode() != digest:
@@ -161,12 +161,12 @@ def _keep(document: Mapping[str, Any], suffix: str, what: str, values: Any) -> N
 
 
 def entries() -> list[Path]:
-    """The files of blueprints, half-written ones of killed runs included."""
+    """Return the files of blueprints, including half-written ones of killed runs."""
     return _files(SUFFIX)
 
 
 def _files(suffix: str) -> list[Path]:
-    """What has a name as entries have it; what else somebody keeps in the folder is not ours."""
+    """Return the files that are named like entries; others in the folder are not modelcli's."""
     from modelcli.files import atomic
 
     name = rf"[0-9a-f]{{64}}{re.escape(suffix)}"
@@ -178,7 +178,7 @@ def _files(suffix: str) -> list[Path]:
 
 
 def clear() -> int:
-    """Remove every entry and what was made of them, and nothing else; gives the number of the entries."""
+    """Remove every entry and everything derived from entries, and nothing else. Returns the number of entries."""
     for path in _files(INDEX_SUFFIX):
         with contextlib.suppress(OSError):
             path.unlink()

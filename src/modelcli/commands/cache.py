@@ -9,7 +9,7 @@ from pathlib import Path
 from modelcli.commands import blueprint_cache
 from modelcli.errors import RequestError
 
-#: Goes through names that each take a while, and may show how far it has come.
+#: Iterates over names, each of which takes a while, and may show the progress.
 Steps = Callable[[Sequence[str]], Iterable[str]]
 
 
@@ -61,7 +61,7 @@ def _keep(name: str) -> None:
     from modelcli.language.references import Source
 
     if blueprint_cache.is_off():
-        raise RequestError("$MODELCLI_NO_CACHE is set: no blueprint would be kept", "unset MODELCLI_NO_CACHE")
+        raise RequestError("$MODELCLI_NO_CACHE is set, so no blueprint would be cached", "unset MODELCLI_NO_CACHE")
     target = Target(Source(model=name))
     found = look(LookRequest(target, traced=True))
     if (key := cache_key(target, "eval")) is not None:

@@ -1,4 +1,4 @@
-"""Assertions about a model, each of which holds or does not: what `check` answers in scripts and CI."""
+"""Check assertions about a model: the command `check`, for scripts and CI."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from modelcli.errors import ModelcliError, RequestError
 from modelcli.language.references import CheckpointFile, Source
 from modelcli.wording import counted, is_or_are, listed
 
-SAFE = "tensors alone"
+SAFE = "only tensors"
 #: The dtypes of floating-point numbers that have neither NaN nor infinities.
 _ALWAYS_FINITE = frozenset({"float4_e2m1fn", "float4_e2m1fn_x2", "float6_e2m3fn", "float6_e3m2fn"})
 
 
 @dataclass(frozen=True)
 class CheckRequest:
-    """A model, and what is asserted of it. Without `cached` it is built anew where it is not a file."""
+    """A model and the assertions about it. Without `cached`, a model that is not a file is built anew."""
 
     target: Target
     assertions: Assertions
@@ -34,7 +34,7 @@ class CheckRequest:
 
 @dataclass(frozen=True)
 class CheckResult:
-    """Which assertions about a model hold. `model` is its reference."""
+    """The result of each assertion about a model. `model` is its reference."""
 
     model: str
     look: Look
@@ -46,7 +46,7 @@ class CheckResult:
         return all(result.passed for result in self.assertions)
 
     def require_answers(self) -> None:
-        """Raise RequestError for an assertion of which nothing could be found out."""
+        """Raise RequestError if an assertion could not be decided."""
         for result in self.assertions:
             if not result.answered:
                 raise RequestError(f"--{result.check} cannot be checked: {result.found}")
@@ -54,7 +54,7 @@ class CheckResult:
 
 @dataclass(frozen=True)
 class CheckedModel:
-    """One of several models: its result, or the error that kept it from being opened."""
+    """One of several models: its result, or the error that opening it raised."""
 
     model: str
     result: CheckResult | None = None
@@ -62,7 +62,7 @@ class CheckedModel:
 
     @property
     def assertions(self) -> tuple[AssertionResult, ...]:
-        """The assertions; for a model that could not be opened, one that says so."""
+        """The results of the assertions; for a model that could not be opened, a failed one named `open`."""
         if self.result is not None:
             return self.result.assertions
         assert self.error is not None
@@ -90,7 +90,7 @@ class CheckedModel:
 
 
 def checked(model: str, check_it: Callable[[], CheckResult]) -> CheckedModel:
-    """The result for one of several models: one that cannot be opened does not keep the others from being checked."""
+    """Return the result for one of several models. If it cannot be opened, the result has the error instead."""
     try:
         result = check_it()
     except ModelcliError as error:
@@ -99,10 +99,9 @@ def checked(model: str, check_it: Callable[[], CheckResult]) -> CheckedModel:
 
 
 def check(request: CheckRequest, progress: Progress | None = None) -> CheckResult:
-    """Find out which assertions hold. Values are read for `finite`, and for `same_as` where bytes differ.
+    """Evaluate assertions. Values are read for `finite`, and for `same_as` if bytes differ.
 
-    Raises RequestError for a selector that picks nothing, except those of `has` and `absent`, for which that is an
-    answer.
+    Raises RequestError for a selector that matches nothing, except those of `has` and `absent`.
     """
     target, wanted, cached = request.target, request.assertions, request.cached
     wanted.require_sense()
@@ -129,12 +128,12 @@ def check(request: CheckRequest, progress: Progress | None = None) -> CheckResul
     return CheckResult(target.source.model, found, tuple(checks), tuple(notes))
 
 
-#: The assertions that nothing but a record answers where a file has one.
+#: The assertions that only the record of a file can answer, if the file has one.
 _ON_RECORD = ("max-bytes", "frozen", "trainable", "absent", "output-shape")
 
 
 def _rests_on_record(found: Look, row: AssertionResult) -> bool:
-    """Whether a file's record decides about an assertion, and not the tensors in the file alone."""
+    """Whether an assertion is decided by the file's record, not only by its tensors."""
     if found.record is None:
         return False
     if row.check == "max-params":  # the record says which tensors are buffers
@@ -156,14 +155,14 @@ def _of_structure(found: Look, wanted: Assertions) -> list[AssertionResult]:
 
 
 def _safe(found: Look, source: Source) -> AssertionResult:
-    """Whether the file, if the model comes from one, holds nothing that only running code could load."""
+    """Whether the model's file, if there is one, contains nothing that could only be loaded by running code."""
     contents = found.contents
     if contents is not None and (found.live is not None or found.keys is not None):
         contents = checkpoints.read(contents.path, key=source.key)  # as it is, before objects were dropped
     foreign = {} if contents is None else dict.fromkeys(contents.foreign)
     reference = resolve.reference_of(source)
     for path in checkpoints.accounts_beside(reference.path) if isinstance(reference, CheckpointFile) else ():
-        # Whoever loads the folder may take this one.
+        # A program that loads the folder may load this file.
         try:
             foreign |= dict.fromkeys(checkpoints.read(path).foreign)
         except ModelcliError as error:
@@ -175,7 +174,7 @@ def _safe(found: Look, source: Source) -> AssertionResult:
 
 
 def _finite(found: Look, progress: Progress | None) -> AssertionResult:
-    """Whether no tensor has a NaN or an infinity in it; one that cannot be looked at may have."""
+    """Whether all values are finite. This fails if there are tensors that modelcli cannot look at."""
     names = [tensor.name for tensor in found.blueprint.tensors if tensor.dtype not in _ALWAYS_FINITE]
     report = progress or (lambda _done, _total, _doing: None)
     statistics = tensor_values.not_finite(found, names, lambda done, total: report(done, total, "reading"))
@@ -198,7 +197,7 @@ def _finite(found: Look, progress: Progress | None) -> AssertionResult:
 def _same_as(
     found: Look, model: str, reference: str, without: tuple[str, ...], progress: Progress | None, notes: list[str]
 ) -> AssertionResult:
-    """Whether all tensors are those of another model in shape, dtype and values."""
+    """Whether all tensors equal those of another model in shape, dtype and values."""
     other = diff.open_side(Source(reference), values=True)
     # The notes of the model itself are among `notes` already.
     names = (model, reference)

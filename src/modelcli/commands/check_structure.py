@@ -78,7 +78,7 @@ def _flags(blueprint: Blueprint, text: str, unseen: Sequence[str], *, trained: b
         answer = f"{of_all} {is_or_are(len(wrong))} {other}: {listed(wrong, MOST_NAMED)}"
     elif unknown:
         named = listed(unknown, MOST_NAMED)
-        answer = f"it is not known whether {named} {is_or_are(len(unknown))} {state}: pass --arch REFERENCE"
+        answer = f"modelcli does not know whether {named} {is_or_are(len(unknown))} {state}: pass --arch REFERENCE"
     else:
         answer = f"{counted(len(parameters), 'parameter')} {is_or_are(len(parameters))} {state}"
     return AssertionResult(kind, not (wrong or unknown), answer, text)
@@ -97,7 +97,7 @@ def matches(blueprint: Blueprint, text: str) -> list[str]:
 def _nothing(blueprint: Blueprint, text: str) -> str:
     """What a selector picked that picked nothing: one for a class says nothing where no class is known."""
     if selectors.parse(text).type is not None and all(module.type is None for module in blueprint.modules):
-        return "no class is known: --arch names the architecture"
+        return "the file records no classes: pass --arch REFERENCE"
     return NOTHING
 
 

@@ -1,6 +1,6 @@
-"""What differs between two models, by the names of their modules and tensors.
+"""Compare two models by the names of their modules and tensors.
 
-Values are compared by their bytes first, which needs no NumPy; where bytes differ, `values.differences` says how much.
+Values are compared by their bytes first, without NumPy; if bytes differ, `values.differences` computes by how much.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from modelcli.language.references import CheckpointFile, Source
 from modelcli.model import state_dict_match
 from modelcli.wording import listed
 
-#: How often the bytes of a file may be read over, as views of one another.
+#: How many times the bytes of a file may be read, because tensors may be views of the same bytes.
 _TIMES = 16
 
-#: Called with how many bytes are compared, how many there are, and what is being done with them.
+#: Called with the bytes compared so far, the bytes in total, and the kind of work.
 Progress = Callable[[int, int, str], None]
 Entry = TensorEntry | CompositeEntry
 
 
 @dataclass(frozen=True)
 class Scope:
-    """What is compared: what `selected` picks in either model (all where it is empty) less what `without` picks.
+    """What to compare: what `selected` picks in either model (everything if empty) except what `without` picks.
 
-    With `modules` their modules too, and with `values` their values: differences of two elements `a` and `b` up to
+    `modules` compares modules too, and `values` compares values: differences of two elements `a` and `b` up to
     `atol + rtol * |b|` are ignored, as in `torch.isclose`.
     """
 
@@ -51,7 +51,7 @@ class Scope:
 
 @dataclass(frozen=True)
 class DiffRequest:
-    """The two models to compare, and what of them. `names` are what notes call the two."""
+    """The two models to compare, and what to compare. Notes call the models by `names`."""
 
     one: Source
     other: Source
@@ -68,7 +68,7 @@ def diff(request: DiffRequest, progress: Progress | None = None) -> Comparison:
 
 
 def open_sides(one: Source, other: Source, *, values: bool) -> tuple[Look, Look]:
-    """Both models to compare. A key that they share is for the sides that are training checkpoints, if any is."""
+    """Open both models. A key given once applies to the sides that are training checkpoints, if any is."""
     if one.key is not None and one.key == other.key:
         keyed = [source for source in (one, other) if _is_training_checkpoint(source)]
         if len(keyed) == 1:
@@ -77,7 +77,7 @@ def open_sides(one: Source, other: Source, *, values: bool) -> tuple[Look, Look]
 
 
 def _is_training_checkpoint(source: Source) -> bool:
-    """Whether a file holds more than one state dict, as far as a look without a key can tell."""
+    """Whether a file contains more than one state dict, as far as opening it without a key shows."""
     reference = resolve.reference_of(source)
     try:
         return isinstance(reference, CheckpointFile) and checkpoints.read(reference.path).key is not None
@@ -86,8 +86,8 @@ def _is_training_checkpoint(source: Source) -> bool:
 
 
 def open_side(source: Source, *, values: bool) -> Look:
-    """A model to compare. What belongs to a checkpoint alone (`arch`, `key`) is left out for others, and `weights` for
-    checkpoints, so that one set of options is for both sides."""
+    """Open a model to compare. `arch` and `key` apply only to checkpoints, `weights` only to other models, so that one
+    set of options can be for both sides."""
     if isinstance(resolve.reference_of(source), CheckpointFile):
         source = replace(source, weights=None)
     else:
@@ -99,10 +99,10 @@ def open_side(source: Source, *, values: bool) -> Look:
 def compare(
     one: Look, other: Look, names: tuple[str, str], scope: Scope = Scope(), progress: Progress | None = None
 ) -> Comparison:
-    """What differs from one model to another, in the order of the first, what is new behind it.
+    """Compare two models. The order is that of the first one, followed by what only the second one has.
 
-    `names` are what the two are called in notes. Buffers that are not saved are compared where both models have them.
-    Raises RequestError for a selector that matches nothing in either, and where nothing is left to compare.
+    Notes call the models by `names`. Non-persistent buffers are compared if both models have them.
+    Raises RequestError for a selector that matches nothing in either model, and if nothing is left to compare.
     """
     notes = list(_notes(one, other, names, scope))
     extras = extras_of(one), extras_of(other)
@@ -129,11 +129,11 @@ def compare(
 
 
 def _silent(_done: int, _total: int, _doing: str) -> None:
-    """Progress that is not shown."""
+    """Ignore progress reports."""
 
 
 def _notes(one: Look, other: Look, names: tuple[str, str], scope: Scope) -> Iterable[str]:
-    """Which choices were made, and what cannot be compared."""
+    """Return notes on the choices that were made, and on what cannot be compared."""
     for found, name in zip((one, other), names, strict=True):
         yield from (f"{name}: {note}" for note in found.notes)
     wrapped = [
@@ -143,14 +143,14 @@ def _notes(one: Look, other: Look, names: tuple[str, str], scope: Scope) -> Iter
         if mine and not theirs and mine.everywhere:
             prefix = mine.prefix
             line = command(["modelcli", "rename", f"{prefix}**", "**"])
-            yield f"every name in {name} begins with {prefix!r}: {line} takes it off"
+            yield f"every name in {name} begins with {prefix!r}: {line} removes it"
         elif mine and not theirs:
             parts = listed(mine.parts, 6)
-            yield f"names in {name} hold {parts}, which a wrapper had added: that is a difference by itself"
+            yield f"a wrapper added {parts} to names in {name}, so these names differ"
     typed = [found.blueprint.root.type is not None for found in (one, other)]
     if scope.modules and any(typed) and not all(typed):
         bare = names[typed.index(False)]
-        yield f"{bare} does not say its architecture: modules are not compared, tensors are"
+        yield f"{bare} records no architecture, so modules were not compared, only tensors: pass --arch REFERENCE"
     silent = [found.blueprint.totals.trainable_params is None for found in (one, other)]
     if scope.modules and any(silent) and not all(silent):
         yield f"nothing says in {names[silent.index(True)]} which parameters are trained: that is not compared"
@@ -171,12 +171,12 @@ def _are_parted(name: str, first: str, others: Mapping[str, str]) -> bool:
 
 
 def entries(found: Look) -> Mapping[str, Entry]:
-    """Where the values of each tensor are; tensors without values are left out."""
+    """Return the source of each tensor's values, without tensors that have no values."""
     return tensor_values.entries_of(found)
 
 
 def _unseen(one: Look, other: Look, scope: Scope, chosen: Collection[str]) -> list[str]:
-    """What nobody can look at in either model, of what was chosen: the two may differ in it."""
+    """Return the chosen entries that modelcli cannot look at in either model; the models may differ in them."""
     entries = {*extras_of(one), *extras_of(other)}
     return [
         name
@@ -186,7 +186,7 @@ def _unseen(one: Look, other: Look, scope: Scope, chosen: Collection[str]) -> li
 
 
 def extras_of(found: Look) -> Mapping[str, Any]:
-    """The entries of a model's state dict that are no tensors, as inert values."""
+    """Return the entries of a model's state dict that are not tensors, as inert values."""
     if found.keys is not None:
         return found.keys.extras()
     if found.live is not None:
@@ -197,7 +197,7 @@ def extras_of(found: Look) -> Mapping[str, Any]:
 
 
 def unseen_of(found: Look) -> Sequence[str]:
-    """The entries of a model's state dict in which tensors may lie that nobody can look at."""
+    """Return the entries of a model's state dict that may contain tensors that modelcli cannot look at."""
     if found.keys is not None:
         return found.keys.unseen()
     if found.live is not None:
@@ -215,7 +215,7 @@ def _extra_changes(
     *,
     values: bool,
 ) -> Iterator[TensorChange]:
-    """How entries that are no tensors differ; the tensors in them have changes of their own."""
+    """Compare the entries that are not tensors. Tensors inside them have changes of their own."""
     for name in names:
         if name not in before or name not in after:
             if any(tensor.startswith(f"{name}[") for tensor in tensors):
@@ -229,7 +229,7 @@ def _extra_changes(
 
 @dataclass
 class _Work:
-    """How far a comparison has come, in bytes of the first model."""
+    """The progress of a comparison, in bytes of the first model."""
 
     total: int
     report: Progress
@@ -237,12 +237,12 @@ class _Work:
     begun: int = 0
 
     def read(self, nbytes: int) -> None:
-        """So many bytes of the tensor at hand have been compared."""
+        """Report that `nbytes` more bytes of the current tensor have been compared."""
         self.begun += nbytes
         self.report(self.done + self.begun, self.total, "comparing")
 
     def left_at(self, nbytes: int) -> None:
-        """The tensor at hand is left, with so many of its bytes done: all, or none where it will be read again."""
+        """Finish the current tensor: all of its bytes are done, or none if it will be read again."""
         self.done, self.begun = self.done + nbytes, 0
         self.report(self.done, self.total, "comparing")
 
@@ -250,7 +250,7 @@ class _Work:
 def _values(
     before: Mapping[str, Entry], after: Mapping[str, Entry], names: Sequence[str], scope: Scope, progress: Progress
 ) -> tuple[dict[str, float | None], list[str]]:
-    """The largest difference of each tensor whose values are not close, and the names of those left out."""
+    """Return the largest difference of each tensor whose values are not close, and the names of those left out."""
     pairs = {name: (before[name], after[name]) for name in names if name in before and name in after}
     work = _Work(sum(nbytes_of(left) for left, _ in pairs.values()), progress)
     work.left_at(0)
@@ -279,10 +279,10 @@ def _not_compared_notes(without: Sequence[str]) -> list[str]:
 
 
 def _by_bytes(pairs: Mapping[str, tuple[Entry, Entry]], work: _Work) -> dict[str, bool]:
-    """Whether tensors are the same, of those whose bytes say so.
+    """Return whether tensors are equal, if comparing bytes decides it.
 
-    Equal bytes are equal values. Other bytes may be, too (`-0.0`, NaNs): such tensors are left out,
-    except quantized and sparse ones, which are compared by their parts alone.
+    Equal bytes mean equal values. Different bytes may be equal values too (`-0.0`, NaNs): such tensors are left out,
+    except quantized and sparse ones, which are compared only by their parts.
     """
     storages = {id(part.storage): part.storage for pair in pairs.values() for entry in pair for part in _parts(entry)}
     nbytes = sum(storage.nbytes for storage in storages.values())
@@ -311,19 +311,21 @@ def _by_bytes(pairs: Mapping[str, tuple[Entry, Entry]], work: _Work) -> dict[str
 
 
 def _is_half_composite(one: Entry, other: Entry) -> bool:
-    """Whether one of two tensors is made of parts (of none on the meta device), and the other is a plain one."""
+    """Whether one of two tensors consists of parts (quantized, sparse), and the other is a plain one."""
     return isinstance(one, CompositeEntry) != isinstance(other, CompositeEntry)
 
 
 def _parts(entry: Entry) -> Sequence[TensorEntry]:
-    """The views into storages that an entry is made of."""
+    """Return the views of storages that an entry consists of."""
     return entry.parts if isinstance(entry, CompositeEntry) else (entry,)
 
 
 def _require_tolerances(scope: Scope) -> None:
-    """Raise RequestError for what is no tolerance."""
+    """Raise RequestError for an invalid tolerance."""
     if math.isnan(scope.atol) or scope.atol < 0:
-        raise RequestError(f"--atol {scope.atol} is not a limit for differences", "a number of 0 or more, such as 1e-6")
+        raise RequestError(
+            f"--atol {scope.atol} is not a limit that differences can have", "a number of 0 or more, such as 1e-6"
+        )
     if not 0 <= scope.rtol < math.inf:
         raise RequestError(
             f"--rtol {scope.rtol} is not a limit for relative differences", "a number of 0 or more, such as 1e-3"

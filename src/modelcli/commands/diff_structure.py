@@ -124,10 +124,10 @@ def _require_all(selected: Sequence[str], without: Sequence[str]) -> None:
     """Raise RequestError where selectors are why nothing was compared: two models of nothing are the same."""
     picks = " ".join(f"-s {quoted(text)}" for text in selected)
     if without:
-        everything = f"all that {picks} picks" if picks else "all there is"
+        everything = f"all that {picks} picks" if picks else "everything"
         words = " ".join(f"--except {quoted(text)}" for text in without)
         raise RequestError(
-            f"nothing is left to compare: {words} takes away {everything}", "let --except pick less, or leave it out"
+            f"nothing is left to compare: {words} leaves out {everything}", "narrow --except, or remove it"
         )
     if selected:
         raise RequestError(
@@ -179,7 +179,7 @@ def _picked(before: Blueprint, after: Blueprint, texts: Iterable[str]) -> tuple[
 
 
 def _tensors(blueprint: Blueprint, other_is_typed: bool) -> dict[str, TensorInfo]:
-    """The tensors of one side. A file that does not say its architecture cannot have buffers that are not saved."""
+    """The tensors of one side. A file that records no architecture cannot have buffers that are not saved."""
     return {tensor.name: tensor for tensor in blueprint.tensors if tensor.persistent or other_is_typed}
 
 

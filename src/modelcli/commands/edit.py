@@ -94,7 +94,7 @@ def _edited(request: EditRequest, progress: Progress | None) -> EditResult:
             error.message += f"; {how.out} was written, but the recipe is unchanged"
         raise
     if target.restates_input:
-        note = f"{target.recipe} states from now on what this command said of the input"
+        note = f"{target.recipe} now records the input that you stated"
         result = replace(result, notes=(*result.notes, note))
     return result
 
@@ -138,6 +138,4 @@ def _sum_notes(changes: Sequence[Change], before: Totals, after: Totals) -> list
     rows, total = sum(change.params_after - change.params_before for change in changes), after.params - before.params
     if rows == total:
         return []
-    return [
-        f"the rows add up to {rows:+,} params and the totals to {total:+,}: these count what has several names once"
-    ]
+    return [f"the rows add up to {rows:+,} params, the totals to {total:+,}: the totals count shared parameters once"]

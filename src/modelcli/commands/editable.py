@@ -65,7 +65,7 @@ class Editable(Protocol):
     def describe(self) -> Blueprint: ...
 
     def apply(self, edits: Sequence[Edit], *, trusted: bool = True) -> Applied[Any]:
-        """Carry out edits: all of them, or none where one is wrong. Raises RequestError that says what is wrong."""
+        """Carry out edits: all of them, or none if one is wrong. Raises RequestError that says what is wrong."""
         ...
 
     def plan(

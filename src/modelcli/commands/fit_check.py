@@ -74,7 +74,9 @@ def check_fit(model: Editable, applied: AppliedEdits, target: Target, how: str, 
     inputs = None if model.inputs is None else tuple(tuple(size) for size in model.inputs.all_shapes)
     if not ran and reason and model.source.input_size is not None and how != "none":
         stated = ",".join(map(str, model.source.input_size[0]))
-        notes.append(f"the check was not made with --input-size {stated}: is that right, the batch included?")
+        notes.append(
+            f"the check was not made with --input-size {stated}: make sure that it is right and includes the batch"
+        )
     if found is None:
         return FitCheck(ran, reason, None, inputs, tuple(notes))
     return FitCheck(ran, reason, found.output_shape, inputs, tuple(notes), found.traced)
@@ -84,7 +86,7 @@ def _why_unchecked(model: Editable, how: str) -> str | None:
     """Why no forward pass is tried; None where one is."""
     if how == "none":
         return "--check none skips it"
-    return "no architecture is known: --arch names one" if model.architecture is None else None
+    return "the file records no architecture: pass --arch REFERENCE" if model.architecture is None else None
 
 
 def _checked(live: Live, applied: AppliedEdits, target: Target, how: str, *, traced: bool) -> Check:
@@ -141,9 +143,9 @@ def _not_called_notes(after: Blueprint, changes: Sequence[Change], called: Colle
     notes = []
     if replaced := [path for kind, path in idle if kind.replaces_module]:
         them = "it" if len(replaced) == 1 else "them"
-        notes.append(f"{listed(replaced, 3)} did not run on the forward pass: the check says nothing of {them}")
+        notes.append(f"{listed(replaced, 3)} did not run in the forward pass, so the check does not cover {them}")
     placed = [path for kind, path in idle if kind.places_module and not kind.replaces_module]
-    return notes + [f"{path} did not run on the forward pass: nothing calls it" for path in placed]
+    return notes + [f"{path} did not run in the forward pass: nothing calls it" for path in placed]
 
 
 def without_traced(check: FitCheck) -> FitCheck:

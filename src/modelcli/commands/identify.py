@@ -1,4 +1,4 @@
-"""Which known model a checkpoint belongs to, by the names and shapes of its tensors."""
+"""Find the known models that a checkpoint fits, by the names and shapes of its tensors."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from modelcli.model import state_dict_match
 from modelcli.model.state_dict_match import LISTING, Match, Shapes
 from modelcli.model.tensors import Shape
 
-#: Models that are shown where none fits exactly.
+#: How many models to show if none fits exactly.
 MOST = 3
 
-#: Goes through names that each take a while, and may show how far it has come.
+#: Iterates over names, each of which takes a while, and may show the progress.
 Steps = Callable[[Sequence[str]], Iterable[str]]
 
 
 @dataclass(frozen=True)
 class IdentifyRequest:
-    """A checkpoint, and the key of the state dict in it where it holds several."""
+    """A checkpoint, and the key of the state dict in it if it contains several."""
 
     checkpoint: str
     key: str | None = None
@@ -33,7 +33,7 @@ class IdentifyRequest:
 
 @dataclass(frozen=True)
 class IdentifyResult:
-    """The models that a checkpoint fits exactly, or those that come near, the nearest first; none may be."""
+    """The models that a checkpoint fits exactly, else the closest ones, best first. There may be none."""
 
     look: Look
     matches: tuple[Match, ...]
@@ -41,9 +41,9 @@ class IdentifyResult:
 
 
 def identify(request: IdentifyRequest, steps: Steps = iter) -> IdentifyResult:
-    """Compare a checkpoint with every model that has a name; what is not in the cache is built, on the meta device.
+    """Compare a checkpoint with every named model. Models that are not in the cache are built on the meta device.
 
-    Prefixes of wrappers are stripped. Raises RequestError for anything but a checkpoint.
+    Prefixes of wrappers are removed. Raises RequestError for anything but a checkpoint.
     """
     checkpoint = request.checkpoint
     source = Source(checkpoint, key=request.key)
@@ -60,14 +60,14 @@ def identify(request: IdentifyRequest, steps: Steps = iter) -> IdentifyResult:
         first = matches[0]
         words = f"--arch {quoted(first.model)}"
         if first.exact:
-            notes.append(f"{words} is its architecture: modelcli load {quoted(checkpoint)} {words}")
+            notes.append(f"{words} fits: modelcli load {quoted(checkpoint)} {words}")
         elif (fitting := _with_classes(first, shapes)) is not None:
             notes.append(f"{fitting} fits exactly: modelcli load {quoted(checkpoint)} --arch {quoted(fitting)}")
     return IdentifyResult(found, tuple(matches), tuple(notes))
 
 
 def keep(names: Sequence[str], *, complete: bool) -> None:
-    """Keep the names and shapes of these models, and their fingerprints; `complete` says that there are no others."""
+    """Cache the names and shapes of these models, and their fingerprints. `complete`: these are all named models."""
     groups = _by_prefix(names)
     if complete:
         groups = {prefix: [] for prefix in _prefixes()[0]} | groups
@@ -78,7 +78,7 @@ def keep(names: Sequence[str], *, complete: bool) -> None:
 
 
 def _prefixes() -> tuple[list[str | None], tuple[str, ...]]:
-    """The prefixes of all providers whose models have names, and what is wrong with those that cannot be asked."""
+    """Return the prefixes of all providers with named models, and the errors of those that failed."""
     found = providers.everything()
     return list(dict.fromkeys(known.prefix for known in found.providers if known.has_names)), found.problems
 
@@ -91,7 +91,7 @@ def _by_prefix(names: Sequence[str]) -> dict[str | None, list[str]]:
 
 
 def _models(steps: Steps) -> tuple[dict[str, Shapes], list[str]]:
-    """The tensors of every known model, by the reference that builds it; and what could not be compared."""
+    """Return the tensors of every known model by its reference, and notes on what could not be compared."""
     found, unavailable = _prefixes()
     problems = list(unavailable)
     kept = {prefix: {} if blueprint_cache.is_off() else _kept(prefix) for prefix in found}
@@ -111,7 +111,7 @@ def _models(steps: Steps) -> tuple[dict[str, Shapes], list[str]]:
 
 
 def _names(prefix: str | None) -> list[str]:
-    """The references to all models of the providers with a prefix, or without one, as their libraries give them."""
+    """Return the references to all models of the providers with this prefix (None: without one)."""
     from modelcli.live import providers as halves
 
     named = providers.built_in() if prefix is None else filter(None, [providers.by_prefix(prefix)])
@@ -143,9 +143,9 @@ def _keep(prefix: str | None, models: dict[str, Shapes], *, complete: bool) -> N
 
 @stdout_is_for_data
 def _built(names: Sequence[str], steps: Steps) -> tuple[dict[str, Shapes], dict[str, str]]:
-    """The tensors of models, with the arguments that published weights may have been made with, too.
+    """Return the tensors of models, also built with the arguments that published weights may have been made with.
 
-    Of a model of another package that cannot be built the second value says so, by its name.
+    The second value has the errors of models of other packages that cannot be built, by name.
     """
     made: dict[str, Shapes] = {}
     failed: dict[str, str] = {}
@@ -182,7 +182,7 @@ def _shapes(reference: str) -> dict[str, Shape]:
 
 @stdout_is_for_data
 def _with_classes(match: Match, shapes: Shapes) -> str | None:
-    """The model with another number of classes, where a replaced head is all that does not fit."""
+    """Return the reference with another number of classes, if only a replaced head does not fit; else None."""
     counts = {item.found[0] if item.found else None for item in match.mismatched}
     if len(counts) != 1 or None in counts or match.missing or match.unexpected:
         return None

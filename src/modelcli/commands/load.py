@@ -52,7 +52,7 @@ def load(request: LoadRequest) -> LoadResult:
     if (keys := opened_keys(source)) is not None:
         blueprint = keys.describe()
         path = keys.contents.path
-        unknown = f"{path} does not say its architecture: --arch names it, and edits are then checked"
+        unknown = f"{path} records no architecture: pass --arch REFERENCE, so that modelcli can check edits"
         loaded = LoadResult(
             reference=source.model,
             blueprint=blueprint,

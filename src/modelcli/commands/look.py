@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 #: How the note begins that names the builders a file fits.
 LOOKS_LIKE = "looks like"
 
-NO_ARCHITECTURE = "the file does not say its architecture: --arch names one"
+NO_ARCHITECTURE = "the file records no architecture: pass --arch REFERENCE"
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -168,7 +168,7 @@ def _look_at_file(target: Target, *, traced: bool, mode: str) -> Look | None:
         return None
     found = record.blueprint
     if traced and found.trace is None:
-        found = found.with_trace(Trace(None, reason="the record in the file holds no forward pass", device=None))
+        found = found.with_trace(Trace(None, reason="the record in the file contains no forward pass", device=None))
     return Look(found, tuple(notes), contents, record=record)
 
 
@@ -208,7 +208,10 @@ def built(target: Target, found: Look, *, traced: bool) -> tuple[Look, str | Non
         return Look(bare, tuple(dict.fromkeys(notes)), found.contents), None
     notes = (*found.notes, *live.notes)
     if _outline(blueprint) != _outline(found.blueprint):
-        notes = (*notes, f"the record in {found.contents.path.name} lists another model than it names: that is built")
+        notes = (
+            *notes,
+            f"the record in {found.contents.path.name} describes another model than it names: the named one was built",
+        )
     return Look(blueprint, tuple(dict.fromkeys(notes)), found.contents, live), None
 
 
@@ -296,7 +299,7 @@ def keep_blueprint(key: blueprint_cache.Key, found: Blueprint) -> None:
 
 
 def fitting_model_notes(contents: Contents) -> list[str]:
-    """Which known models a file that does not say its architecture fits exactly, as far as the cache knows."""
+    """Which known models a file that records no architecture fits exactly, as far as the cache knows."""
     if contents.types or not contents.tensors:
         return []
     from modelcli.commands import blueprint_cache, known_builders

@@ -1,4 +1,4 @@
-"""Which tensors `params` shows, and in which order."""
+"""Select and sort the tensors that `params` shows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def select_tensors(
     frozen: bool,
     trainable: bool,
 ) -> list[TensorInfo]:
-    """The tensors to show: those selected, less buffers or flags that were not asked for."""
+    """Return the tensors to show: the selected ones, filtered by kind and by `requires_grad`."""
     tensors = list(blueprint.tensors)
     if selected:
         from modelcli.language import selectors
@@ -35,9 +35,9 @@ def select_tensors(
 def sort_tensors(
     tensors: Sequence[TensorInfo], key: str, statistics: Mapping[str, Mapping[str, Any]] | None = None
 ) -> list[TensorInfo]:
-    """Tensors by a column or a statistic: words from A to Z, numbers from the largest, what has neither at the end.
+    """Sort tensors by a column or a statistic: text from A to Z, numbers from the largest, missing values last.
 
-    Zeros count by their share of the tensor.
+    `zeros` sorts by the share of zeros in the tensor.
     """
 
     def rank(tensor: TensorInfo) -> tuple[bool, Any]:

@@ -1,4 +1,4 @@
-"""The Python API: what `import modelcli` gives."""
+"""The Python API: the functions of `import modelcli`."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def load(
 ) -> nn.Module:
     """Load a model: its architecture, its weights, its `requires_grad` flags.
 
-    Takes the path of a checkpoint (or any other model reference). A checkpoint that modelcli wrote says which model
-    it is; for others `arch` names the architecture, as a reference or as an `nn.Module`, which is filled in place.
-    `weights` is the name of pretrained weights or a file, for a reference that is no checkpoint; `key` the state dict
-    inside a training checkpoint. `seed` decides the values of what has no weights. `trust` follows a record that names
-    Python code of its own; `tensors_only` takes the tensors of a file that holds more than these.
+    Takes the path of a checkpoint, or any other model reference. A checkpoint that modelcli wrote records its
+    architecture; for others `arch` names it, as a reference or as an `nn.Module`, which is filled in place. `weights`
+    is the name of pretrained weights or a file, for a reference that is not a checkpoint; `key` names the state dict
+    inside a training checkpoint. `seed` determines random values. `trust` allows a record to name Python code of its
+    own; `tensors_only` loads only the tensors of a file that contains other objects too.
 
-    Tied parameters are one `Parameter` again; non-persistent buffers and plain tensor attributes are what the
-    constructor makes them. The caller's random generator is left as it was.
+    Tied parameters are one `Parameter` again; non-persistent buffers and plain tensor attributes are as the
+    constructor makes them. The caller's random state does not change.
 
-    Raises AnswerNoError where the checkpoint does not fit (with `strict=False` only where shapes differ),
+    Raises AnswerNoError if the checkpoint does not fit (with `strict=False` only if shapes differ),
     RequestError, UnsafeError, FileFormatError.
     """
     from modelcli.live import opening
@@ -59,22 +59,21 @@ def apply(
     seed: int = 0,
     input_size: str | Sequence[int] | Sequence[Sequence[int]] | None = None,
 ) -> nn.Module:
-    """Carry out edits on a model, in place: all of them, or none where one is wrong.
+    """Apply edits to a model, in place: all of them, or none if one is wrong.
 
     An edit is a line of text, as on the command line, or a dataclass of `modelcli.edits`::
 
         modelcli.apply(model, "replace classifier.6 Linear(_,10)", Freeze(targets=("features",)))
 
-    Gives the model back, which is another object after `extract`: the submodule. Edit number i draws what
-    `torch.manual_seed(seed * 1000003 + i)` and the plain constructor draw; the caller's random generator is left as
-    it was. `input_size` is the shape of the input, batch included, or one shape for each input; a `_` may need it
-    that the module which was there does not answer. Nothing is run to check that the edited model still fits.
+    Returns the model; after `extract` that is another object, the submodule. Edit number i draws the values that
+    `torch.manual_seed(seed * 1000003 + i)` and the plain constructor draw; the caller's random state does not
+    change. `input_size` is the shape of the input, batch included, or one shape for each input; it is needed for a
+    `_` that the old module does not determine. `apply` runs no forward pass to check the edited model.
 
-    An optimizer knows the parameters that a model had: make it afterwards.
+    Create the optimizer afterwards, because edits may replace parameters.
 
-    Raises RequestError that names the edit and what is wrong with it (of lines that cannot be read, all at once),
-    SystemFailureError where a new module does not fit in memory. The model is then as it was: its modules, its
-    parameters, their values and flags.
+    Raises RequestError, which names the wrong edit (or all lines that cannot be read), and SystemFailureError if a
+    new module does not fit in memory. The model is then unchanged: its modules, parameters, values and flags.
     """
     made = edit_lines.parse_all((f"edit {number}", line) for number, line in enumerate(edits, 1))
     _check_seed(seed)
@@ -85,15 +84,15 @@ def apply(
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, like: str | os.PathLike[str], force: bool = False) -> None:
-    """Write a model with the record of a file that modelcli wrote: what training changes are values and flags.
+    """Write a model after training, with the record of a file that modelcli wrote.
 
-    `model` is what `modelcli.load(like)` gave, trained since, or another of the same modules; on any device, in
-    DataParallel or compiled as well. `like` is the file whose record goes along: the reference, the edits, the seed.
-    Values, dtypes and `requires_grad` are those of the model. How `path` ends says the format: `.pth`, `.safetensors`,
-    or `/` for a folder. With `force` it may exist.
+    `model` is the model that `modelcli.load(like)` returned, or another one with the same modules; on any device, also
+    in DataParallel or compiled. The reference, the edits and the seed of the record come from the file `like`; values,
+    dtypes and `requires_grad` from the model. The end of `path` determines the format: `.pth`, `.safetensors`, or `/`
+    for a folder. An existing `path` is replaced only with `force`.
 
-    Raises RequestError where `like` carries no record, where the model has other tensors than it lists, and where
-    `path` exists; SystemFailureError where there is no room.
+    Raises RequestError if `like` contains no record, if the model has other tensors than the record lists, or if
+    `path` exists; SystemFailureError if there is not enough space.
     """
     from modelcli.live import saving
 
@@ -107,12 +106,12 @@ def blueprint(
     arch: str | None = None,
     key: str | None = None,
 ) -> Blueprint:
-    """What a model is made of: its modules, parameters and buffers with shapes, dtypes, flags and ties; no numbers.
+    """Return a model's blueprint: its modules, parameters and buffers with shapes, dtypes, flags and ties; no values.
 
-    Takes a module, or a model reference as on the command line: a checkpoint is looked at without torch, and nothing
-    in it is executed. `totals` of what comes back is what it adds up to. With `input_size` (batch included, or one
-    shape for each input) its `trace` says what a forward pass on the meta device gives: output shapes,
-    multiply-accumulates. A builder knows its own input, and so does a checkpoint that modelcli wrote.
+    Takes a module, or a model reference as on the command line. A checkpoint is read without torch, and nothing in it
+    is executed. `totals` of the blueprint are its sums. With `input_size` (batch included, or one shape for each
+    input), its `trace` has the output shapes and multiply-accumulates of a forward pass on the meta device. The input
+    of a builder, or of a checkpoint that modelcli wrote, is known without it.
 
     Raises RequestError, FileFormatError.
     """
@@ -131,7 +130,7 @@ def blueprint(
 
 
 def _reference(path: str | os.PathLike[str]) -> str:
-    """A path as a model reference: one without a folder is no builder's name."""
+    """Return a path as a model reference. A path without a folder does not mean a builder of the same name."""
     text = os.fspath(path)
     if isinstance(path, Path) and not path.is_absolute() and path.parent == Path():
         return f"./{text}"
@@ -139,7 +138,7 @@ def _reference(path: str | os.PathLike[str]) -> str:
 
 
 def _shapes(given: object) -> tuple[tuple[int, ...], ...]:
-    """One shape for each input. Raises RequestError for what is none."""
+    """Return one shape for each input. Raises RequestError for anything that is not a shape."""
     if isinstance(given, str):
         return (parse_input_size(given),)
     several: Sequence[object] = given if isinstance(given, Sequence) else ()
@@ -147,7 +146,7 @@ def _shapes(given: object) -> tuple[tuple[int, ...], ...]:
         several = [several]
     shapes = tuple(tuple(shape) if isinstance(shape, Sequence) else () for shape in several)
     if not shapes or not all(shape and all(type(n) is int and n >= 0 for n in shape) for shape in shapes):
-        raise RequestError(f"input_size {given!r} is no shape", "write (1, 3, 224, 224), batch included")
+        raise RequestError(f"input_size {given!r} is not a shape", "write (1, 3, 224, 224), batch included")
     return shapes
 
 

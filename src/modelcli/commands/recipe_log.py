@@ -1,4 +1,4 @@
-"""The edits of the working recipe: what `log` shows and `undo` takes back."""
+"""The edits of the working recipe, for the commands `log` and `undo`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class UndoRequest:
-    """How many edits to undo at the end of a recipe; with `dry_run` the recipe is unchanged."""
+    """How many of a recipe's last edits to undo; with `dry_run` the recipe does not change."""
 
     recipe: Path
     count: int = 1
@@ -23,7 +23,7 @@ class UndoRequest:
 
 
 def log(path: Path) -> Recipe:
-    """A recipe. Raises RequestError where there is none."""
+    """Return the recipe. Raises RequestError if it does not exist."""
     from modelcli import recipe
 
     recipe.require(path)
@@ -31,7 +31,7 @@ def log(path: Path) -> Recipe:
 
 
 def undo(request: UndoRequest) -> tuple[str, ...]:
-    """Take back the last edits of a recipe, and give them in order. Raises RequestError where there are not so many."""
+    """Remove the last edits of a recipe, and return them in order. Raises RequestError if there are fewer."""
     from modelcli import recipe
 
     path, count = request.recipe, request.count

@@ -1,4 +1,4 @@
-"""The working recipe carried out, checked and written."""
+"""Apply the working recipe, check the result and write it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from modelcli.commands.write import Progress, WriteRequest
 
 @dataclass(frozen=True)
 class SaveRequest:
-    """A model with the edits of its recipe, and where to write it."""
+    """A model with its recipe's edits, and how to write it."""
 
     target: Target
     write: WriteRequest
@@ -23,7 +23,7 @@ class SaveRequest:
 
 @stdout_is_for_data
 def save(request: SaveRequest, progress: Progress | None = None) -> EditResult:
-    """Carry out the recipe's edits, check the result and write it."""
+    """Apply the recipe's edits, check the result and write it."""
     with request.target.notes_in_errors():
         return _saved(request, progress)
 

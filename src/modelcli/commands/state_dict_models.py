@@ -1,4 +1,4 @@
-"""A checkpoint whose architecture is unknown, open for edits. No torch."""
+"""A checkpoint of unknown architecture, open for edits. Does not import torch."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class OpenStateDict:
-    """A state-dict model, the file that it comes from, and what was done to it.
+    """A state-dict model, the file that it comes from, and the edits so far.
 
-    `edits` are those since the file was first edited, as lines with selectors and `_` resolved, each with the number of
-    its edit. `opened` is the model as the file has it.
+    `edits` are all edits since the file was first edited, as lines with selectors and `_` resolved, each with its
+    number. `opened` is the model as it is in the file.
     """
 
     model: StateDictModel
@@ -58,7 +58,7 @@ class OpenStateDict:
         return self.model.blueprint
 
     def apply(self, edits: Sequence[Edit], *, trusted: bool = True) -> Applied[StateDictModel]:
-        """Carry out edits, all or none. Raises RequestError where one is wrong."""
+        """Apply all edits, or none. Raises RequestError if one is wrong."""
 
         def carry_out(model: StateDictModel, edit: Edit, number: int, inputs: Inputs | None) -> Applied[StateDictModel]:
             return edit.apply_to_state_dict(model, Context(seed_of(self.seed, number), inputs, trusted))
@@ -71,16 +71,16 @@ class OpenStateDict:
         return applied
 
     def keys_in_order(self) -> list[str]:
-        """The keys as they are written."""
+        """The keys in the order in which they are written."""
         return state_dict_plan.in_order(self.model, self.opened, self.contents)
 
     @property
     def trace(self) -> Trace:
         """Why no forward pass is made."""
-        return Trace(None, reason="no architecture is known: --arch names one", device=None)
+        return Trace(None, reason="the file records no architecture: pass --arch REFERENCE", device=None)
 
     def entries(self) -> dict[str, TensorEntry | CompositeEntry]:
-        """All tensors by their names, with where their values are; those that nothing gives values to are left out."""
+        """Return all tensors by name with the source of their values, without tensors that have no values."""
         found: dict[str, TensorEntry | CompositeEntry] = {}
         for name, entry in self.model.entries.items():
             if isinstance(entry, StateDictTensor):
@@ -91,16 +91,16 @@ class OpenStateDict:
         return found | self._within()[0]
 
     def extras(self) -> dict[str, Any]:
-        """The entries that are no tensors, as inert values."""
+        """The entries that are not tensors, as inert values."""
         inert = ((name, entry.value) for name, entry in self.model.inert.items())
         return {name: value for name, value in inert if not isinstance(value, CompositeEntry)}
 
     def unseen(self) -> list[str]:
-        """The entries in which tensors may lie that nobody can look at."""
+        """The entries that may contain tensors that modelcli cannot look at."""
         return self._within()[1]
 
     def unseen_notes(self) -> list[str]:
-        """What there is to tell of them."""
+        """Return the note on these entries."""
         unseen = self.unseen()
         return [f"{listed(unseen, 3)} cannot be looked at: the totals leave it out"] if unseen else []
 
@@ -130,7 +130,7 @@ class OpenStateDict:
     def plan(
         self, out: Path, kind: str, *, bare: bool = False, compact: bool = False, traced: Traced | None = None
     ) -> Plan:
-        """What to write. Raises RequestError for what a checkpoint of that kind cannot hold."""
+        """Return the plan for writing. Raises RequestError for values that the format cannot store."""
         return state_dict_plan.plan(
             self.model,
             self.opened,
@@ -170,7 +170,7 @@ class OpenStateDict:
         return bool(self.source.input_size is not None or self.source.inputs or recorded)
 
     def overflow_notes(self) -> list[str]:
-        """What there is to tell of values that a narrower dtype cannot hold, after they have been written."""
+        """Return notes on values that overflowed in a narrower dtype. Call it after writing."""
         cast = {name: tensor for name, tensor in self.model.tensors.items() if tensor.cast_from and tensor.source}
         if not cast:
             return []
@@ -185,7 +185,7 @@ class OpenStateDict:
 
 
 def _held(model: StateDictModel) -> dict[str, Held]:
-    """The parameters of a model, each under its first name."""
+    """Return the parameters of a model, each under its first name."""
     found: dict[int, tuple[str, Held]] = {}
     for name, tensor in model.tensors.items():
         if tensor.kind == "parameter" and tensor.identity not in found:
@@ -194,7 +194,7 @@ def _held(model: StateDictModel) -> dict[str, Held]:
 
 
 def opened(source: Source) -> OpenStateDict | None:
-    """A checkpoint of unknown architecture; None for a file whose record names one.
+    """Open a checkpoint of unknown architecture. Returns None for a file whose record names an architecture.
 
     Raises RequestError, UnsafeError, FileFormatError.
     """
@@ -215,7 +215,7 @@ def opened(source: Source) -> OpenStateDict | None:
     if seed is None:
         seed = record.seed if record else 0
     model = model_of(contents, record)
-    # What is worked out from the model, its blueprint above all, goes with it once it is edited.
+    # Cached results such as the blueprint belong to this model, and an edit makes another one.
     opened_as = StateDictModel(model.entries, model.modules)
     made = OpenStateDict(model, source, contents, opened_as, record, notes=notes, seed=seed)
     if record is not None:
@@ -226,7 +226,7 @@ def opened(source: Source) -> OpenStateDict | None:
 
 
 def _inputs(source: Source, record: Record | None, model: StateDictModel) -> StatedInputs | None:
-    """What the model takes, where the command or the file says it: nothing else can."""
+    """Return the model's inputs if the command or the file states them."""
     dtypes = source.input_dtype or (record.input_dtype if record else ())
     shapes, texts = source.input_size, source.inputs
     if shapes is None and not texts and record is not None:
@@ -237,7 +237,7 @@ def _inputs(source: Source, record: Record | None, model: StateDictModel) -> Sta
         for item in named:
             if item.path and not item.path[0].isdecimal():
                 raise RequestError(
-                    f"the file does not say its architecture, and so not whether forward has an argument "
+                    f"the file records no architecture, so modelcli does not know whether forward has an argument "
                     f"{item.path[0]!r}",
                     "--arch names it",
                 )

@@ -1,4 +1,4 @@
-"""Which model a command works on, and the edits of its recipe."""
+"""Find the model that a command works on, and the edits of its recipe."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
     from modelcli.edits import Edit
 
 INPUT = frozenset({"input_size", "input_dtype", "inputs"})
-"""The options that state what flows in."""
+"""The options that state the model's input."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """The model that a command works on: where it comes from, the edits of its recipe, and that recipe, if any.
+    """The model that a command works on.
 
     Attributes:
-        source: the reference, and what else decides the model.
+        source: the reference, and the options that determine the model.
         edits: the edits of the recipe.
-        recipe: the recipe; None where the command names a model.
+        recipe: the recipe; None if the command names a model.
         locations: where those edits are written: `modelcli.toml:5`.
-        notes: what the user should know of how the model was chosen.
-        restates_input: whether the command's options state another input than the recipe does.
+        notes: notes on how the model was chosen.
+        restates_input: whether the command's options state another input than the recipe.
     """
 
     source: Source
@@ -44,7 +44,7 @@ class Target:
 
     @contextlib.contextmanager
     def notes_in_errors(self) -> Iterator[None]:
-        """Give an error the notes too: the wrong model may have been chosen."""
+        """Add the notes to an error, because the wrong model may have been chosen."""
         try:
             yield
         except ModelcliError as error:
@@ -53,12 +53,12 @@ class Target:
 
 
 def options_given(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that were given, without those that have no value, no item or are off; a number may be 0."""
+    """Return the options that were given: neither None, nor empty, nor False. A number may be 0."""
     return {key: value for key, value in overrides.items() if value not in (None, (), []) and value is not False}
 
 
 def with_options(source: Source, given: Mapping[str, Any]) -> Source:
-    """A source with the options that were given. Inputs that are given replace all that a recipe states."""
+    """Return a source with the given options. Given inputs replace all inputs that a recipe states."""
     if "input_size" in given or "inputs" in given:
         source = replace(source, input_size=None, inputs=())
     return replace(source, **given)
@@ -69,7 +69,10 @@ def find_target(
     overrides: Mapping[str, Any],
     recipe_path: Path | None = None,
 ) -> Target:
-    """The argument or `-m`, else `$MODELCLI_MODEL`, else the working recipe. Overrides win over the recipe's lines."""
+    """Return the model of the argument or `-m`, else of `$MODELCLI_MODEL`, else of the working recipe.
+
+    Options of the command take precedence over the recipe's lines.
+    """
     given = options_given(overrides)
     if model:
         return Target(Source(model=model, **given))
@@ -77,7 +80,7 @@ def find_target(
 
     path = recipe_path or recipe.default_path()
     if named := os.environ.get("MODELCLI_MODEL"):
-        note = f"$MODELCLI_MODEL is {named}, and goes before {path}: unset it to work on the recipe"
+        note = f"$MODELCLI_MODEL is {named} and takes precedence over {path}: unset it to work on the recipe"
         return Target(Source(model=named, **given), notes=(note,) if path.exists() else ())
     read = recipe.read(path)
     source = with_options(read.source, given)
@@ -92,21 +95,21 @@ def find_target(
 
 
 def _ignored_by_recipe(path: Path, source: Source, given: Mapping[str, Any]) -> tuple[str, ...]:
-    """A note on options that contradict the recipe: they hold for this command, and the recipe stays as it is."""
+    """Return a note on options that contradict the recipe; they apply to this command and do not change the recipe."""
     other = [
         f"--{key}" for key in ("weights", "arch", "key", "seed") if key in given and getattr(source, key) != given[key]
     ]
     if not other:
         return ()
-    verb = "is" if len(other) == 1 else "are"
-    return (f"{listed(other, 4)} {verb} for this command alone: {path} says otherwise, and stays as it is",)
+    verb = "applies" if len(other) == 1 else "apply"
+    return (f"{listed(other, 4)} {verb} to this command only: {path} has another value, and is unchanged",)
 
 
 def notes_of_python(path: Path, source: Source, edits: Sequence[Edit], *, own: bool = False) -> tuple[str, ...]:
-    """A note the first time that a recipe names Python: its code runs, like that of a Makefile.
+    """Return a note the first time that a recipe names Python code, which runs like that of a Makefile.
 
-    A recipe is known by its path and the Python that it names. With `own` the user has just written that there, and
-    needs no note.
+    modelcli remembers the path of the recipe and the code that it names. With `own`, the user has just written the
+    recipe and needs no note.
     """
     from modelcli.language.expressions import names_in
     from modelcli.providers import known_code
@@ -126,7 +129,7 @@ def notes_of_python(path: Path, source: Source, edits: Sequence[Edit], *, own: b
         blueprint_cache.put_index(name, sorted(named))
     if own:
         return ()
-    return (f"{path} names Python, which runs with your rights, as a Makefile does: {listed(sorted(named), 4)}",)
+    return (f"{path} names Python code, which runs with your rights, as a Makefile does: {listed(sorted(named), 4)}",)
 
 
 def _references_of(source: Source) -> Iterator[Reference]:
@@ -140,9 +143,9 @@ def _references_of(source: Source) -> Iterator[Reference]:
 def recipe_locked(
     model: str | None, recipe_path: Path | None = None, waiting: Callable[[Path], None] = lambda _: None
 ) -> Iterator[None]:
-    """Keep other commands from changing the working recipe, where that is what a command works on.
+    """Keep other commands from changing the working recipe while a command works on it.
 
-    `waiting` is called with its path where another command is at work on it.
+    `waiting` is called with its path if another command is using it.
     """
     if model or os.environ.get("MODELCLI_MODEL"):
         yield
@@ -155,7 +158,7 @@ def recipe_locked(
 
 
 def names_model(word: str) -> bool:
-    """Whether a word is the name of a builder, or of a checkpoint that is there; `.` is a model's root in an edit."""
+    """Whether a word names a builder or an existing checkpoint. `.` does not: in an edit it is the model's root."""
     if word == ROOT:
         return False
     try:
@@ -163,12 +166,12 @@ def names_model(word: str) -> bool:
         if isinstance(reference, CheckpointFile):
             return True
         return any(word in provider.names() for provider in providers.built_in())
-    except ModelcliError:  # a hint is not worth an error of its own
+    except ModelcliError:  # this is only for a hint, so no error
         return False
 
 
 def seen_from(source: Source, folder: Path) -> Source:
-    """A source with its relative paths as seen from another folder."""
+    """Return a source with its relative paths changed to be relative to another folder."""
 
     def moved(text: str | None) -> str | None:
         if text is None:

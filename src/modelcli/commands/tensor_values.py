@@ -1,4 +1,4 @@
-"""The values of a model's tensors: where they are, how they read, what they come to, whether all are finite."""
+"""The values of a model's tensors: their sources, their text, their statistics, and whether all are finite."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @stdout_is_for_data
 def values(found: Look, names: Sequence[str], *, whole: bool) -> tuple[dict[str, Any], dict[str, str]]:
-    """The values of tensors: as nested lists where `whole`, and as one line each."""
+    """Return the values of tensors as one line each, and with `whole` as nested lists."""
     from modelcli.values import printed
 
     return printed.collect(_plain(entries_of(found, names)), whole=whole, what=_what(found))
@@ -22,9 +22,9 @@ def values(found: Look, names: Sequence[str], *, whole: bool) -> tuple[dict[str,
 
 @stdout_is_for_data
 def stats(found: Look, names: Sequence[str], progress: Callable[[int, int], None]) -> dict[str, Statistics]:
-    """Statistics of the values of tensors, by name: see `values.statistics.collect`.
+    """Return statistics of the values of tensors, by name: see `values.statistics.collect`.
 
-    `progress` is called with how many bytes are done, and how many there are.
+    `progress` is called with the bytes done and the bytes in total.
     """
     from modelcli.values import statistics
 
@@ -33,10 +33,9 @@ def stats(found: Look, names: Sequence[str], progress: Callable[[int, int], None
 
 @stdout_is_for_data
 def not_finite(found: Look, names: Sequence[str], progress: Callable[[int, int], None]) -> dict[str, Statistics]:
-    """How many NaNs and infinities tensors have, by name, quantized and sparse ones in the parts they are made of.
+    """Count the NaNs and infinities of tensors, by name; of quantized and sparse ones in their parts.
 
-    Left out are tensors whose values nothing gives. `progress` is called with how many bytes are done, and how many
-    there are.
+    Tensors without values are left out. `progress` is called with the bytes done and the bytes in total.
     """
     from modelcli.values import composites, statistics
 
@@ -47,7 +46,7 @@ def not_finite(found: Look, names: Sequence[str], progress: Callable[[int, int],
 
 
 def entries_of(found: Look, names: Sequence[str] | None = None) -> Mapping[str, TensorEntry | CompositeEntry]:
-    """Where the values of tensors are, by name: of all, or of those of `names`. Tensors without values are left out."""
+    """Return the source of the values of all tensors, or of `names`, by name. Tensors without values are left out."""
     if found.keys is not None:
         entries = found.keys.entries()
         return entries if names is None else {name: entries[name] for name in names if name in entries}
@@ -65,7 +64,7 @@ def _plain(entries: Mapping[str, TensorEntry | CompositeEntry]) -> dict[str, Ten
 
 
 def _what(found: Look) -> str:
-    """What a model is called whose tensors show far more than its file has."""
+    """Return the name of a model for the error that its tensors need far more memory than its file has bytes."""
     if found.live is not None or found.keys is not None or found.contents is None:
         return "the model"
     return f"{found.contents.path}: what its tensors view"

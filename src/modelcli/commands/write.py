@@ -91,7 +91,7 @@ def _other_checkpoints(written: Written) -> list[str]:
         return []
     return [
         f"{written.reference} also contains {listed(others, 3)}, which is unchanged: "
-        f"{written.reference}{formats.named(written.format).written_index} names what was written"
+        f"{written.reference}{formats.named(written.format).written_index} lists what was written"
     ]
 
 
@@ -119,7 +119,7 @@ def _training_checkpoint_notes(
     others = [str(name) for name in contents.tree if name != contents.key[0]] if isinstance(contents.tree, dict) else []
     key = state_dicts.key_of(contents.key)
     names = f" ({listed(others, 4)})" if others else ""
-    rest = f"what {contents.path.name} holds beside {key!r}{names}"
+    rest = f"the rest of {contents.path.name}{names}"
     if not kept:
         return [f"{rest} was left out"]
     outdated = training_state.outdated_optimizer_notes(contents.tree, model.parameters_opened, model.parameters_now)
@@ -128,8 +128,8 @@ def _training_checkpoint_notes(
     if unwrapping:
         parts = listed([repr(part) for part in unwrapping.parts], 6)
         outdated.append(
-            f"the keys in {key!r} are written without {parts}; the program that wrote the file may expect it "
-            "(an edit without --arch leaves the keys as they are)"
+            f"the keys in {key!r} were written without {parts}, which the program that wrote the file may expect "
+            "(without --arch, an edit leaves the keys as they are)"
         )
     renamed = training_state.renamed(model.tensors_opened, model.tensors_now)
     after: Blueprint = model.describe()

@@ -19,8 +19,8 @@ class Add(Placing):
     """Add a child with a name of its own: `path` is where it will be, and nothing is there yet."""
 
     name: ClassVar[str] = "add"
-    summary: ClassVar[str] = "Add a child under a name that is free."
-    effect: ClassVar[str] = "adds a child under a name that is free"
+    summary: ClassVar[str] = "Add a module as a child, under a new name."
+    effect: ClassVar[str] = "adds a module as a child, under a new name"
     in_pytorch: ClassVar[str] = '`m.add_module("100", ...)`'
     example: ClassVar[str] = "classifier.dropout 'Dropout(0.5)'"
     examples: ClassVar[tuple[str, ...]] = (

@@ -18,8 +18,8 @@ class Append(Placing):
     """Add at the end of the sequence at `path`."""
 
     name: ClassVar[str] = "append"
-    summary: ClassVar[str] = "Add at the end of a Sequential or ModuleList."
-    effect: ClassVar[str] = "adds at the end of a `Sequential` or `ModuleList`"
+    summary: ClassVar[str] = "Add a module at the end of a Sequential or ModuleList."
+    effect: ClassVar[str] = "adds a module at the end of a `Sequential` or `ModuleList`"
     in_pytorch: ClassVar[str] = "`.append(...)`"
     example: ClassVar[str] = "classifier 'Softmax(dim=1)'"
     examples: ClassVar[tuple[str, ...]] = (

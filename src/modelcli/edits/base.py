@@ -40,7 +40,7 @@ class Edit:
     #: The words after the name, in order.
     words: ClassVar[tuple[Operand, ...]]
     #: The group of commands that `modelcli --help` lists it in.
-    panel: ClassVar[str] = "Operate"
+    panel: ClassVar[str] = "Edit"
     #: Names of other programs for the same work, for the hint where somebody tries them as a command.
     also_called: ClassVar[tuple[str, ...]] = ()
 
@@ -102,7 +102,7 @@ class Edit:
         carry_out = getattr(self.handler_module(), "apply_to_state_dict", None)
         if carry_out is None:
             raise RequestError(
-                f"{self.name} needs to know what the modules are, and the file does not say its architecture",
+                f"{self.name} needs the classes of the modules, but the file records no architecture",
                 "--arch names it",
             )
         made: Applied[StateDictModel] = carry_out(self, model, context)

@@ -140,10 +140,10 @@ def _refuse_scaled(blueprint: Blueprint, names: Sequence[str]) -> None:
     many = len({pairs[name].weight for name in names if name in pairs})
     more = f", and {counted(many - 1, 'weight')} more like it" if many > 1 else ""
     raise RequestError(
-        f"{pair.weight} is {pair.how}, whose values are its elements times {pair.scale}{more}: a cast of either by "
-        "itself gives other weights",
-        "cast what is not scaled: --except leaves weights and scales out; the program that wrote the file can "
-        "dequantize it",
+        f"{pair.weight} is {pair.how}, whose values are its elements times {pair.scale}{more}: casting only one "
+        "of them would change the weights",
+        "leave scaled weights and their scales out with --except, or dequantize the file with the program that "
+        "wrote it",
     )
 
 
@@ -171,7 +171,7 @@ def refuse_overlap(spans: Iterable[tuple[int, int, bool, str]]) -> None:
         if start < reached:
             inside, outside = (name, other) if converts else (other, name)
             raise RequestError(
-                f"{inside} and {outside} show the same bytes, and a cast of {inside} alone would part them",
+                f"{inside} and {outside} share memory, and casting {inside} alone would separate them",
                 f"name both: {inside} {outside}",
             )
         furthest[converts] = max(furthest[converts], (end, name))

@@ -23,8 +23,8 @@ class Extract(Edit):
     path: str
 
     name: ClassVar[str] = "extract"
-    summary: ClassVar[str] = "Let a submodule be the model."
-    effect: ClassVar[str] = "lets that submodule be the model, which takes what flows into it"
+    summary: ClassVar[str] = "Make a submodule the whole model."
+    effect: ClassVar[str] = "makes that submodule the whole model; its input is what flowed into it"
     in_pytorch: ClassVar[str] = "`model.features`"
     examples: ClassVar[tuple[str, ...]] = (
         "modelcli extract features -m squeezenet1_1 -o backbone.pth",

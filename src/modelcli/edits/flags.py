@@ -55,7 +55,7 @@ def flagging(edit: Flags, blueprint: Blueprint, parameters: Collection[str]) -> 
         sizes = [blueprint.params_of(path) for path in selectors.matched_modules(selectors.parse(target), blueprint)]
         if sizes and not any(sizes) and not is_lazy:
             raise RequestError(
-                f"nothing to {edit.name}: {target} has no parameters", "modelcli params shows where they are"
+                f"nothing to {edit.name}: {target} has no parameters", "modelcli params lists the parameters"
             )
     names = selectors.select_tensors(blueprint, edit.targets, without=edit.without)
     known = blueprint.by_name
@@ -66,7 +66,7 @@ def flagging(edit: Flags, blueprint: Blueprint, parameters: Collection[str]) -> 
         why = "" if whole_numbers is None else f" that can be trained: {whole_numbers.name} is {whole_numbers.dtype}"
         raise RequestError(
             f"nothing to {edit.name}: {', '.join(edit.targets)} has no parameters{why}",
-            "modelcli params shows where they are",
+            "modelcli params lists the parameters",
         )
     changes, done = [], "trainable" if trained else "frozen"
     groups = groups_of(edit.targets, blueprint, chosen)
@@ -147,7 +147,7 @@ def _left_note(blueprint: Blueprint, names: Sequence[str], chosen: Collection[st
     if not left:
         return []
     first, more = left[0], f" (and {len(left) - 1} more)" if len(left) > 1 else ""
-    why = "it is no dense tensor" if first.is_differentiable else f"{first.dtype} cannot be trained"
+    why = "it is not a dense tensor" if first.is_differentiable else f"{first.dtype} cannot be trained"
     return [f"{first.name}{more} stays {'frozen' if trained else 'trainable'}: {why}"]
 
 

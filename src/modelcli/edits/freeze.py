@@ -15,8 +15,8 @@ class Freeze(Flags):
     trains: ClassVar[bool] = False
 
     name: ClassVar[str] = "freeze"
-    summary: ClassVar[str] = "Stop training parameters: requires_grad becomes False."
-    effect: ClassVar[str] = "stops training parameters"
+    summary: ClassVar[str] = "Freeze parameters: set requires_grad to False."
+    effect: ClassVar[str] = "sets `requires_grad` to False"
     in_pytorch: ClassVar[str] = "`requires_grad_(False)`"
     example: ClassVar[str] = "features"
     examples: ClassVar[tuple[str, ...]] = (

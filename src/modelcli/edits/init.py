@@ -41,16 +41,16 @@ class Init(Selecting):
         "--bias",
         _SCHEME,
         Call("zeros"),
-        "The scheme of biases.",
+        "The scheme for biases.",
         metavar="SCHEME",
         shown_default="zeros",
         completes=(SCHEMES,),
     )
 
     name: ClassVar[str] = "init"
-    summary: ClassVar[str] = "Draw new values for modules or tensors."
+    summary: ClassVar[str] = "Re-initialise modules or tensors."
     effect: ClassVar[str] = (
-        "draws new values: by any function of `torch.nn.init`, or by `default`, the module's own "
+        "re-initialises by any function of `torch.nn.init`, or by `default`, the module's own "
         "`reset_parameters`. Biases are drawn by `--bias` (zeros); normalisation layers get weight 1 and bias 0 "
         "unless they are selected by themselves"
     )

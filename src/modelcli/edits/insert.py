@@ -24,8 +24,10 @@ class Insert(Placing):
     renumber: bool = renumber_option()
 
     name: ClassVar[str] = "insert"
-    summary: ClassVar[str] = "Insert before a position of a Sequential or ModuleList; the later ones move up."
-    effect: ClassVar[str] = "inserts before that position of a `Sequential` or `ModuleList`; the later ones move up"
+    summary: ClassVar[str] = "Insert a module before a position of a Sequential or ModuleList; later children move up."
+    effect: ClassVar[str] = (
+        "inserts a module before that position of a `Sequential` or `ModuleList`; later children move up"
+    )
     in_pytorch: ClassVar[str] = "`model.features.insert(1, ...)`"
     example: ClassVar[str] = "features.1 'BatchNorm2d(64)'"
     examples: ClassVar[tuple[str, ...]] = (

@@ -20,7 +20,7 @@ def parse(line: str) -> Edit:
     """Read one line. Raises RequestError that says which word is wrong."""
     words = split(line)
     if not words:
-        raise RequestError("an empty edit", f"an edit is one of {', '.join(registry.names())}")
+        raise RequestError("an empty edit", f"the edits are {', '.join(registry.names())}")
     return from_words(words[0], words[1:])
 
 
@@ -93,7 +93,5 @@ def kind_called(name: str) -> type[Edit]:
     kind = registry.find(name)
     if kind is None:
         names = registry.names()
-        raise RequestError(
-            f"no such edit: {name!r}", did_you_mean(name, names) or f"an edit is one of {', '.join(names)}"
-        )
+        raise RequestError(f"no such edit: {name!r}", did_you_mean(name, names) or f"the edits are {', '.join(names)}")
     return kind

@@ -57,8 +57,12 @@ def tie_notes(groups: Iterable[Sequence[str]], names: Collection[str], done: str
         picked = [name for name in group if name in names]
         others = [name for name in group if name not in names]
         if picked and others:
-            told.append(f"{picked[0]} is one tensor with {', '.join(others)}: that is {done} too")
-    return told if len(told) <= 3 else [*told[:3], f"{len(told) - 3} more tensors are {done} under other names too"]
+            told.append(f"{picked[0]} is tied to {', '.join(others)}, so that is {done} too")
+    return (
+        told
+        if len(told) <= 3
+        else [*told[:3], f"{len(told) - 3} more tensors are tied to others, which are {done} too"]
+    )
 
 
 def dense_notes(names: Iterable[str], dense: Collection[str]) -> list[str]:

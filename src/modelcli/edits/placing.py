@@ -26,7 +26,7 @@ MODULE = Operand("module", "Linear(4096,10), or Linear 4096 10.", "MODULE...", s
 
 def renumber_option() -> bool:
     """The option of edits that renumber children."""
-    text = "The numbered children of a bare checkpoint are a sequence."
+    text = "Renumber later children, even if the file does not record that they are a Sequential."
     return option("--renumber", FLAG, False, text)  # type: ignore[no-any-return]
 
 
@@ -93,7 +93,7 @@ def _refuse_swapped(name: str, words: Sequence[str]) -> None:
     """Refuse a module before its place: `replace 'Linear(1,2)' classifier.6`."""
     if len(words) == 2 and "(" in words[0] and "(" not in words[1] and expressions.is_expression(words[0]):
         raise RequestError(
-            f"{name} takes the place before the module, and {words[0]!r} is a module",
+            f"{name} takes the path before the module, but {words[0]!r} is a module",
             f"{name} {quoted(words[1])} {quoted(words[0])}",
         )
 
@@ -104,7 +104,8 @@ def _refuse_several(taken: str, words: Sequence[str]) -> None:
     if len(given) > 1 and all("(" in word and expressions.is_expression(word) for word in given):
         one = quoted(f"Sequential({', '.join(given)})")
         raise RequestError(
-            f"{taken} and one module, not {len(given)} modules: {listed(given, 3)}", f"several go in as one: {one}"
+            f"{taken} and one module, not {len(given)} modules: {listed(given, 3)}",
+            f"write several modules as one: {one}",
         )
 
 
@@ -138,7 +139,9 @@ def holder_and_name(blueprint: Blueprint, edit: Placing) -> tuple[str, str]:
     """
     parsed = selectors.parse(edit.path)
     if parsed.type is not None:
-        raise RequestError(f"{edit.name} takes a path, and {edit.path!r} asks for a type", "write the path out")
+        raise RequestError(
+            f"{edit.name} takes a path, but {edit.path!r} asks for a type", "write the path without a type"
+        )
     *above, own = parsed.components or ("",)
     if not own:
         raise RequestError(f"{edit.name} takes the path of a new module, not of the model itself", edit.example_line())

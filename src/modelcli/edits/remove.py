@@ -29,9 +29,9 @@ class Remove(OfTargets):
     renumber: bool = renumber_option()
 
     name: ClassVar[str] = "remove"
-    summary: ClassVar[str] = "Take modules out; in a Sequential or ModuleList the later ones move down."
+    summary: ClassVar[str] = "Remove modules; in a Sequential or ModuleList, later children move down."
     effect: ClassVar[str] = (
-        "takes modules out; in a `Sequential` or `ModuleList` with children `0` to `n-1` the later ones move down"
+        "removes modules; in a `Sequential` or `ModuleList` with children `0` to `n-1`, later children move down"
     )
     in_pytorch: ClassVar[str] = "`.pop(6)`, `del`"
     example: ClassVar[str] = "classifier.6"
@@ -78,8 +78,8 @@ def picked_to_remove(edit: Remove, blueprint: Blueprint, *, root_type: str | Non
             raise selectors.no_match(selector, blueprint)
     if of_tensors and root_type is not None:
         raise RequestError(
-            f"{of_tensors[0]} is a tensor of {root_type}, and remove takes modules out",
-            "replace puts a module without it in the place of the one that holds it: 'Linear(_,_,bias=False)'",
+            f"{of_tensors[0]} is a tensor of {root_type}, but remove takes only modules",
+            "replace its module with one that has no such tensor: 'Linear(_,_,bias=False)'",
         )
     paths, names = [], []
     without = edit.without
@@ -94,7 +94,7 @@ def picked_to_remove(edit: Remove, blueprint: Blueprint, *, root_type: str | Non
         names = [name for name in names if name not in taken]
         paths = [path for path in paths if path not in excluded]
         if not names and not paths:
-            raise RequestError("--except takes away all that was selected")
+            raise RequestError("--except leaves out everything that was selected")
     if "" in paths:
         raise RequestError("the model itself cannot be removed", "extract PATH makes a part of it the model")
     selectors.refuse_nested([*paths, *names], "remove")
@@ -141,7 +141,7 @@ class _Taking:
             self.children[above] = {name: str(_moved_down(int(name), ordered)) for name in left}
         if self.renumber and not numbers:
             raise RequestError(
-                "--renumber is for children called 0, 1, 2, and some here have other names", "leave it out"
+                "--renumber is for children called 0, 1, 2, but some here have other names", "leave it out"
             )
         return numbers and not self.renumber and any(int(name) > min(map(int, gone)) for name in left)
 
@@ -150,12 +150,12 @@ class _Taking:
         holders: dict[str, list[str]] = {}
         for name in names:
             if name not in self.model.entries:
-                raise RequestError(f"{name} is a part of an entry, and remove takes whole entries out")
+                raise RequestError(f"{name} is a part of an entry, but remove takes only whole entries")
             above, own = split_key(name)
             if (info := self.model.modules[above].info) is not None:
                 raise RequestError(
-                    f"{name} is a tensor of {info.type}, and remove takes modules out",
-                    "replace puts a module without it in the place of the one that holds it: 'Linear(_,_,bias=False)'",
+                    f"{name} is a tensor of {info.type}, but remove takes only modules",
+                    "replace its module with one that has no such tensor: 'Linear(_,_,bias=False)'",
                 )
             holders.setdefault(above, []).append(own)
         return [note for above, gone in holders.items() for note in self._take_own(above, gone)]
@@ -165,7 +165,7 @@ class _Taking:
         if self.renumber and not numbers:
             named = next(name for name in gone if not are_numbers([name]))
             raise RequestError(
-                f"--renumber is for what is called 0, 1, 2, and {joined(above, named)} has another name",
+                f"--renumber is for what is called 0, 1, 2, but {joined(above, named)} has another name",
                 "leave it out",
             )
         taken = set(gone)

@@ -37,8 +37,8 @@ class Rename(Edit):
         "modelcli rename 'head.*' 'classifier.*' -m bare.pth -o out.pth",
     )
     words: ClassVar[tuple[Operand, ...]] = (
-        Operand("old", "The keys as they are: 'module.**'.", completes=(TENSORS,)),
-        Operand("new", "As they shall be; what wildcards captured comes back in order: '**'."),
+        Operand("old", "The old keys: 'module.**'.", completes=(TENSORS,)),
+        Operand("new", "The new keys; each wildcard takes what the wildcard in OLD matched: '**'."),
     )
     also_called: ClassVar[tuple[str, ...]] = ("mv", "move")
     handler: ClassVar[str] = "modelcli.live.surgery.rename"
@@ -107,18 +107,18 @@ def renaming(
         if selectors.matched_modules(selector, blueprint):
             old, new = (_all_below(name.removeprefix(".")) for name in (edit.old, edit.new))
             raise RequestError(
-                f"{edit.old!r} is a module, and no key", f"rename {quoted(old)} {quoted(new)} renames all its keys"
+                f"{edit.old!r} is a module, not a key", f"rename {quoted(old)} {quoted(new)} renames all its keys"
             )
         raise selectors.no_match(selector, blueprint, "tensors")
     names = {name: name if new is None else new for name, new in new_names.items()}
     moved = [name for name, new in names.items() if new != name]
     if not moved:
-        raise RequestError(f"rename {edit.old} {edit.new} gives every key the name that it has")
+        raise RequestError(f"rename {edit.old} {edit.new} would change no key")
     _check_names(names, moved)
     if root_type is not None:
         raise RequestError(
             f"{root_type} cannot load a state dict where {moved[0]} is called {names[moved[0]]}",
-            "--bare-keys renames the keys of a file whatever its record says, which does not go with them; "
+            "--bare-keys ignores the file's record, renames the keys, and writes them without a record; "
             "in a model, replace, add and extract change where modules are",
         )
     return names, moved
@@ -128,13 +128,13 @@ def _check_names(names: Mapping[str, str], moved: Sequence[str]) -> None:
     olds: dict[str, str] = {}
     for name, new in names.items():
         if not new:
-            raise RequestError(f"{name} would have no name left")
+            raise RequestError(f"{name} would get an empty name")
         if new.count(".") > MAX_MODULE_DEPTH:
             raise RequestError(f"{name} would be nested deeper than {MAX_MODULE_DEPTH}: {new[:60]}...")
         if new in olds:
             raise RequestError(
                 f"{olds[new]} and {name} would both be called {new}",
-                "narrow the old name, or keep what tells them apart",
+                "narrow the old name, or keep the part in which they differ",
             )
         olds[new] = name
     changed = set(moved)

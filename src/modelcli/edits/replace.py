@@ -32,17 +32,19 @@ class Replace(Selecting):
         "--also",
         SELECTORS,
         (),
-        "Replace what this selector picks too: other names of a shared module.",
+        "Replace a shared module under these names as well.",
         metavar="SELECTOR",
         completes=(MODULES,),
     )
-    keep_weights: bool = option("--keep-weights", FLAG, False, "Carry the old values over where they mean the same.")
-    untie: bool = option("--untie", FLAG, False, "Replace a shared module under the names picked alone.")
+    keep_weights: bool = option(
+        "--keep-weights", FLAG, False, "Keep the old values of tensors that mean the same in both modules."
+    )
+    untie: bool = option("--untie", FLAG, False, "Replace a shared module only under the selected names.")
 
     name: ClassVar[str] = "replace"
-    summary: ClassVar[str] = "Put a new module in place of every match. _ keeps an old argument."
+    summary: ClassVar[str] = "Replace every match with a new module. _ keeps the old argument."
     effect: ClassVar[str] = (
-        "puts a new module in place of every match. `--keep-weights` carries the values over where a tensor means "
+        "replaces every match with a new module. `--keep-weights` carries the values over where a tensor means "
         "the same in both modules: the overlapping part, transposed where one is a linear layer that has its "
         "weight the other way round"
     )
@@ -148,8 +150,8 @@ def partings(targets: Sequence[tuple[Sequence[str], Sequence[str]]], tied: Itera
             other = next(other for index, other in names.items() if index != replaced[0])
             found.append(
                 Parting(
-                    f"{name} is tied to {other}, and to replace {targets[replaced[0]][0][0]} parts them",
-                    "--untie replaces it all the same: they are two tensors from then on",
+                    f"{name} is tied to {other}, and replacing {targets[replaced[0]][0][0]} unties them",
+                    "--untie replaces it anyway: they become two separate tensors",
                     f"{name} and {other} are no longer tied",
                 )
             )

@@ -16,9 +16,9 @@ class Selecting(Edit):
     """An edit of what selectors pick: less what others pick, and only where so many match."""
 
     without: tuple[str, ...] = option(
-        "--except", SELECTORS, (), "Take away what this selector picks.", metavar="SELECTOR", completes=(TENSORS,)
+        "--except", SELECTORS, (), "Leave out what this selector picks.", metavar="SELECTOR", completes=(TENSORS,)
     )
-    expect: int | None = option("--expect", NUMBER, None, "Fail unless so many match.", metavar="N")
+    expect: int | None = option("--expect", NUMBER, None, "Fail unless exactly N match.", metavar="N")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,8 @@ class Unfreeze(Flags):
     trains: ClassVar[bool] = True
 
     name: ClassVar[str] = "unfreeze"
-    summary: ClassVar[str] = "Train parameters again: requires_grad becomes True."
-    effect: ClassVar[str] = "trains parameters again"
+    summary: ClassVar[str] = "Make parameters trainable: set requires_grad to True."
+    effect: ClassVar[str] = "sets `requires_grad` to True"
     in_pytorch: ClassVar[str] = "`requires_grad_(True)`"
     example: ClassVar[str] = "classifier"
     examples: ClassVar[tuple[str, ...]] = (

@@ -568,7 +568,7 @@ def no_match(selector: Selector, blueprint: Blueprint, noun: str = "modules") ->
     Its hint names the closest paths, and says whether the shell may have expanded a pattern.
     """
     if noun == "tensors" and matched_modules(selector, blueprint):
-        return RequestError(f"{selector.text!r} has no tensors", "modelcli params shows where they are")
+        return RequestError(f"{selector.text!r} has no tensors", "modelcli params lists the parameters")
     hint = _in_words(selector.text) or _nearest(selector, blueprint, noun)
     if os.path.lexists(selector.text) and selector.text != ".":
         hint += f"; {selector.text!r} is a file here: if the shell expanded a pattern to it, quote the pattern"

@@ -67,7 +67,7 @@ def _parts(dotted: str) -> tuple[str, str]:
 def untrusted(what: str) -> UnsafeError:
     """The error where a file names code of no known library."""
     return UnsafeError(
-        f"the file names {what}, no class of {class_packages()}, and to follow that runs its code",
+        f"the file names {what}, no class of {class_packages()}, and following it would run that code",
         "--trust (trust=True in Python) follows it; --arch names an architecture instead",
     )
 

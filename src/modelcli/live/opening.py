@@ -76,7 +76,7 @@ class Live:
         return self._blueprint
 
     def apply(self, edits: Sequence[Edit], *, trusted: bool = True) -> Applied[nn.Module]:
-        """Carry out edits: all of them, or none where one is wrong. What they resolved to joins `edits`.
+        """Carry out edits: all of them, or none if one is wrong. What they resolved to joins `edits`.
 
         Without `trusted` an edit that would run code other than that of known libraries is refused.
         """
@@ -265,7 +265,7 @@ class _Opening:
             named = _Opening(Source(arch, folder=self.source.folder, trust=self.source.trust))
             if named.base is None or named.record is None:
                 raise RequestError(
-                    f"--arch {arch}: that file does not say its architecture",
+                    f"--arch {arch}: that file records no architecture",
                     "name a builder or a class, a file that modelcli wrote, or a recipe",
                 )
             self.base, self.record, self.bounds = named.base, named.record, named.bounds
@@ -387,7 +387,7 @@ class _Opening:
         if self.base is None:
             path = self._contents().path
             raise RequestError(
-                f"{path} does not say which architecture it belongs to",
+                f"{path} records no architecture",
                 "name it: --arch alexnet, or arch= in Python",
             )
         return self.base

@@ -277,7 +277,7 @@ class _Script(_Writer):
         if not edits:
             return
         before, after = base.on_meta(self.live.seed), base.on_meta(self.live.seed)
-        self.text.paragraph("what was done to it before it was saved")
+        self.text.paragraph("the edits that were made before it was saved")
         for edit in edits:
             after = surgery.apply(after, [edit], inputs=self.live.inputs).model
             self._translate([edit], before, after, None, str(edit))
@@ -326,7 +326,9 @@ def state_statements(edit: Edit, step: StateDictStep, state: State) -> list[str]
     """What an edit does to a state dict, as statements. Raises InexpressibleError where there are none."""
     write = getattr(edit.handler_module(), "state_dict_script_lines", None)
     if write is None:
-        raise InexpressibleError(f"{edit.name} on a file that does not say its architecture has no plain statements")
+        raise InexpressibleError(
+            f"plain PyTorch has no statements for {edit.name} on a file that records no architecture"
+        )
     return [*write(edit, step, state), *state.sort()]
 
 
@@ -360,7 +362,7 @@ def _construct(text: SourceText, base: Architecture, source: Source, seed: int |
     except InexpressibleError as error:
         text.refuse(f"make {base.reference}", str(error))
     if base.instance is not None:
-        text.notes.append(f"{base.reference} has the numbers that it gets when its file is run")
+        text.notes.append(f"{base.reference} gets its values when its file runs")
 
 
 def _read_state(text: SourceText, contents: Contents, unwrapping: Unwrapping) -> None:

@@ -80,7 +80,7 @@ def plug_ins() -> Mapping[str, EntryPoint]:
 
 def _provider_of(prefix: str, entry: EntryPoint) -> Provider:
     """The provider of another package. What is wrong with it is told as what it is, and hides nothing else."""
-    hint = f"mend or uninstall the package that registers {prefix}: ({entry.value})"
+    hint = f"fix or uninstall the package that registers {prefix}: ({entry.value})"
     try:
         found = entry.load()
         if isinstance(found, type):

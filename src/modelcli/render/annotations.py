@@ -33,7 +33,7 @@ def _of_model(found: CheckedModel) -> Iterator[str]:
             if found.error is not None:
                 message, title = _of_error(found.model, found.error.message), "modelcli check"
             if assertion.on_record is not None:
-                message += f" (the record alone says so: {assertion.on_record})"
+                message += f" (only the record in the file says so: {assertion.on_record})"
             yield command("error", message, {**place, "title": title})
     yield from _commands("warning", found, found.warnings, place)
     yield from _commands("notice", found, found.notes, place)

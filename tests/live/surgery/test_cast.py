@@ -65,7 +65,7 @@ def test_names_that_pytorch_users_say(cli: Cli, nickname: str, dtype: str) -> No
         ("cast . bflot16", "'bflot16' is not a floating-point dtype", "did you mean bfloat16"),
         ("cast . float4_e2m1fn_x2", "is not a floating-point dtype", ""),
         ("cast bfloat16", "cast takes at least one target and a dtype", "cast . bfloat16"),
-        ("cast 1 half", "'1' has no tensors", "modelcli params shows where they are"),
+        ("cast 1 half", "'1' has no tensors", "modelcli params lists the parameters"),
         ("cast . half --expect 3", "1 matches, not the 3 expected", ""),
     ],
 )
@@ -114,7 +114,7 @@ def test_a_part_of_what_shares_bytes_is_refused(cli: Cli) -> None:
     base = torch.arange(12.0)
     torch.save({"whole": base, "part": base[:4], "other": torch.ones(2)}, "in.pth")
     error = cli("cast", "part", "half", "-m", "in.pth", "-o", "out.pth", code=2).err
-    assert "part and whole show the same bytes, and a cast of part alone would part them" in error
+    assert "part and whole share memory, and casting part alone would separate them" in error
     assert "name both: part whole" in error
     cli("cast", "part", "whole", "half", "-m", "in.pth", "-o", "out.pth")
 

@@ -390,7 +390,7 @@ def test_a_file_that_says_no_architecture(cli: Cli, source: str, cell: Cell) -> 
 def test_a_file_that_says_no_architecture_says_that_nothing_ran(cli: Cli) -> None:
     torch.save(plain().state_dict(), "bare.pth")
     assert (
-        "check:       not made: no architecture is known: --arch names one"
+        "check:       not made: the file records no architecture: pass --arch REFERENCE"
         in cli("replace", "fc", "Linear(_,5)", "-m", "bare.pth").out
     )
 

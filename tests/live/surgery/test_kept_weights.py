@@ -148,8 +148,8 @@ def test_a_whole_tensor_is_kept_without_drawing(cli: Cli, monkeypatch: pytest.Mo
 
 def test_a_tie_is_not_broken_unasked(cli: Cli) -> None:
     error = cli("replace", "head", "Linear(4,11)", "-m", "nets.py:Tied", "-o", "out.pth", code=2).err
-    assert "head.weight is tied to embed.weight, and to replace head parts them" in error
-    assert "--untie replaces it all the same" in error
+    assert "head.weight is tied to embed.weight, and replacing head unties them" in error
+    assert "--untie replaces it anyway" in error
     told = cli("replace", "head", "Linear(4,11)", "--untie", "-m", "nets.py:Tied", "-o", "out.pth").err
     assert "head.weight and embed.weight are no longer tied" in told
     assert cli("params", "out.pth", "--json").json["totals"]["params"] == 44 + 20 + 44 + 11
@@ -204,7 +204,7 @@ def test_what_is_kept_beside_the_old_module_is_a_copy_in_the_file(cli: Cli) -> N
 )  # fmt: skip
 def test_an_edit_of_one_name_is_one_of_the_tensor(cli: Cli, line: str, done: str) -> None:
     told = cli("apply", "-e", line, "-m", "nets.py:Tied", "-o", "out.pth").err
-    assert f"head.weight is one tensor with embed.weight: that is {done} too" in told
+    assert f"head.weight is tied to embed.weight, so that is {done} too" in told
     model = modelcli.load("out.pth", trust=True)
     assert model.head.weight is model.embed.weight
     assert "one tensor with" not in cli("apply", "-e", line.replace("head", "."), "-m", "nets.py:Tied").err

@@ -111,14 +111,14 @@ def test_flags_follow_their_modules(cli: Cli) -> None:
         ("add '*.x' ReLU", "'*' matches", "add takes one"),
         ("add 'x*' ReLU", "'x*' is a pattern", "write the name out"),
         ("add . ReLU", "takes the path of a new module, not of the model itself", "add classifier.dropout"),
-        ("add x:ReLU ReLU", "asks for a type", "write the path out"),
+        ("add x:ReLU ReLU", "asks for a type", "write the path without a type"),
         ("insert seq.9 ReLU", "'9' is no position in seq Sequential, whose children are 0 to 3", "append seq last"),
         ("insert seq.-9 ReLU", "'-9' is no position", "insert seq.0 puts it first"),
         ("insert seq.one ReLU", "'one' is no position", "insert seq.0"),
         ("insert seq.+1 ReLU", "'+1' is no position", "insert seq.0"),
         ("insert seq.٣ ReLU", "'٣' is no position", "insert seq.0"),
         ("remove seq seq.0", "seq.0 lies inside seq, and both match", "narrow the selector"),
-        ("remove fc.weight", "fc.weight is a tensor of Places, and remove takes modules out", "bias=False"),
+        ("remove fc.weight", "fc.weight is a tensor of Places, but remove takes only modules", "bias=False"),
         ("remove fc --expect 2", "1 matches, not the 2 expected", ""),
         ("remove fk", "no module matches 'fk'", "there are: seq, blocks, heads, fc"),
         ("extract 'seq.*'", "'seq.*' matches 4 modules, but extract takes one", ""),
@@ -145,7 +145,7 @@ def test_what_was_taken_out_and_is_asked_for(cli: Cli) -> None:
 def test_what_nothing_calls_is_told(cli: Cli) -> None:
     words = ("-m", "nets.py:Places", "--input-size", "2,4")
     told = cli("add", "later", "Linear(4,4)", *words).err
-    assert "later did not run on the forward pass: nothing calls it" in told
+    assert "later did not run in the forward pass: nothing calls it" in told
     assert "did not run" not in cli("append", "blocks", "Linear(4,4)", *words).err
 
 

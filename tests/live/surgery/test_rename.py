@@ -267,15 +267,15 @@ def test_more_than_a_screenful_is_one_row(folder: Path) -> None:
     ("line", "message", "hint"),
     [
         ("rename modul.** **", "no tensor matches 'modul.**'", "nearest: module"),
-        ("rename module net", "'module' is a module, and no key", "rename 'module.**' 'net.**' renames all its keys"),
-        ("rename . net", "'.' is a module, and no key", "rename '**' 'net.**'"),
+        ("rename module net", "'module' is a module, not a key", "rename 'module.**' 'net.**' renames all its keys"),
+        ("rename . net", "'.' is a module, not a key", "rename '**' 'net.**'"),
         ("rename module.1.running_* module.1.a", "'module.1.running_*' has the wildcard *", ""),
         ("rename module.0.bias module.0.weight", "module.0.weight and module.0.bias would both be called", ""),
         ("rename module.0.bias module.1", "module.1 cannot be a tensor and a module at once", ""),
         ("rename module.0.bias module.1.weight.x", "module.1.weight cannot be a tensor and a module at once", ""),
         ("rename **.num_batches_tracked **", "cannot be a tensor and a module at once", ""),
-        ("rename ** **", "gives every key the name that it has", ""),
-        ("rename module.0.bias .", "would have no name left", ""),
+        ("rename ** **", "would change no key", ""),
+        ("rename module.0.bias .", "would get an empty name", ""),
     ],
 )
 def test_refused(folder: Path, line: str, message: str, hint: str) -> None:
@@ -381,7 +381,7 @@ def test_a_file_with_an_architecture_is_renamed_as_keys_alone(cli: Cli) -> None:
     assert list(after) == list(renamed)
     assert all(torch.equal(after[name], value) for name, value in renamed.items())
     assert cli("modules", "out.pth", "-s", "head", "--json").json["modules"][0]["type"] is None
-    assert "--arch names one" in cli("summary", "out.pth").out
+    assert "the file records no architecture" in cli("summary", "out.pth").out
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])

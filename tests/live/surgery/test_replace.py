@@ -385,5 +385,5 @@ def test_each_tied_module_counts_by_its_own_names(cli: Cli) -> None:
         {"a.weight": weight, "b.weight": torch.zeros(2), "c.weight": weight, "d.weight": torch.ones(1)}, "bare.pth"
     )
     message = cli("replace", "{a,b}", "Linear(2,2)", "-m", "bare.pth", code=2).err
-    assert "a.weight is tied to c.weight, and to replace a parts them" in message
+    assert "a.weight is tied to c.weight, and replacing a unties them" in message
     assert "is tied" not in cli("replace", "{b,d}", "Linear(2,2)", "-m", "bare.pth").err

@@ -539,7 +539,7 @@ def test_only_views_of_what_is_drawn_are_told() -> None:
     model.same = model.q
     done = surgery.apply(model, [edits.parse("init q 'constant(9)'")])
     assert done.notes == [
-        "q is one tensor with same: that is initialised too",
+        "q is tied to same, so that is initialised too",
         "full shares memory with q, so its values change too",
         "again shares memory with q, so its values change too",
     ]
@@ -590,7 +590,7 @@ def test_what_is_no_dense_tensor_keeps_its_flag(cli: Cli, folder: Path) -> None:
     state = {"a.weight": nn.Parameter(torch.ones(2, 2)), "a.mask": nn.Parameter(torch.eye(2).to_sparse())}
     torch.save(state, folder / "bare.pth")
     told = cli("freeze", ".", "-m", "bare.pth", "-o", "out.pth").err
-    assert "a.mask stays trainable: it is no dense tensor" in " ".join(told.split())
+    assert "a.mask stays trainable: it is not a dense tensor" in " ".join(told.split())
     assert [t["trainable"] for t in cli("params", "out.pth", "--json").json["tensors"]] == [False, True]
 
 

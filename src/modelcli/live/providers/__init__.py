@@ -27,8 +27,8 @@ def half_of(provider: Provider) -> LiveProvider:
     with blamed(provider):
         kind = getattr(importlib.import_module(module), name, None)
         if kind is None:
-            what = f"the provider {provider.name} names {provider.live} as its torch half: there is none"
-            raise SystemFailureError(what, f"mend or uninstall the package that registers {provider.prefix}:")
+            what = f"the provider {provider.name} names {provider.live} as its torch half, which does not exist"
+            raise SystemFailureError(what, f"fix or uninstall the package that registers {provider.prefix}:")
         found: LiveProvider = kind(provider)
         return found
 
@@ -44,7 +44,7 @@ def blamed(provider: Provider) -> Iterator[None]:
         if provider.prefix not in providers.plug_ins():
             raise
         told = f"the provider of {provider.prefix}: failed: {type(error).__name__}: {error}"
-        hint = f"mend or uninstall the package that registers {provider.prefix}:"
+        hint = f"fix or uninstall the package that registers {provider.prefix}:"
         raise SystemFailureError(told, hint) from error
 
 

@@ -38,9 +38,8 @@ class LivePythonObjects(LiveProvider):
         assert isinstance(reference, PythonObject)
         if not trust:
             raise UnsafeError(
-                f"the checkpoint names {reference.told_from(Path())}, and to follow that runs its code",
-                "--trust (trust=True in Python) follows it; --arch names the whole architecture instead, with all "
-                "that was edited",
+                f"the checkpoint names {reference.told_from(Path())}, and following it would run that code",
+                "--trust (trust=True in Python) follows it; or pass --arch with the whole architecture, edits included",
             )
         if weights is not None:
             raise no_weights(weights)

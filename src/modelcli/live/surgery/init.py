@@ -415,7 +415,7 @@ def _nothing(edit: Init, kept: Mapping[str, str] | None = None) -> RequestError:
     if kept:
         name, why = next(iter(kept.items()))
         return RequestError(f"nothing to initialise in {targets}: {name}: {why}")
-    return RequestError(f"nothing to initialise: {targets} has no parameters", "modelcli params shows where they are")
+    return RequestError(f"nothing to initialise: {targets} has no parameters", "modelcli params lists the parameters")
 
 
 # --- default -------------------------------------------------------------------------------------------------------
@@ -425,7 +425,7 @@ def _refuse_arguments_of_default(edit: Init) -> None:
     if edit.scheme.args or edit.scheme.kwargs:
         raise RequestError(f"{edit.scheme}: default takes no arguments")
     if edit.bias != _ZEROS:
-        raise RequestError("default resets biases with the weights: --bias has nothing to say there")
+        raise RequestError("default resets biases together with the weights, so it excludes --bias")
 
 
 def _resets(module: nn.Module, edit: Init, blueprint: Blueprint, names: Sequence[str]) -> Drawing:
@@ -579,7 +579,9 @@ def fills(script: SourceText, names: Sequence[str], edit: Init, text: Callable[[
 
 def state_dict_script_lines(edit: Init, step: StateDictStep, state: State) -> list[str]:
     if scheme_name(edit.scheme) == DEFAULT:
-        raise InexpressibleError(f"{edit.name} on a file that does not say its architecture has no plain statements")
+        raise InexpressibleError(
+            f"plain PyTorch has no statements for {edit.name} on a file that records no architecture"
+        )
     blueprint = step.before.blueprint
     chosen = selectors.select_tensors(blueprint, edit.targets, without=edit.without)
     chosen = [name for name in chosen if blueprint.by_name[name].tied_to not in chosen]

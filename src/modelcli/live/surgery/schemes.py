@@ -77,7 +77,7 @@ def scheme_of(call: Call) -> Scheme:
     function = schemes.get(name)
     if function is None:
         if name == DEFAULT:
-            raise RequestError("default resets weights and biases together: it is a scheme, not one for --bias")
+            raise RequestError("default resets weights and biases together, so it cannot be passed to --bias")
         near = did_you_mean(name, [*schemes, DEFAULT])
         raise RequestError(
             f"no scheme {call.name!r} in torch.nn.init", near or f"there are: {', '.join(sorted(schemes))}, {DEFAULT}"
@@ -116,7 +116,8 @@ def _require_hits(text: str, arguments: inspect.BoundArguments) -> None:
     outside = max(a - mean, mean - b) / abs(std)
     if outside > 1 and outside * (b - a) / abs(std) > _MOST_DRAWS:
         raise RequestError(
-            f"{text} finds next to nothing: [{a}, {b}] lies {outside:.3g} standard deviations from the mean {mean}",
-            f"a and b bound the numbers themselves: trunc_normal({mean},{std},{mean - 2 * std:g},{mean + 2 * std:g}) "
+            f"{text} would reject nearly every value that it draws: [{a}, {b}] lies {outside:.3g} standard deviations "
+            f"from the mean {mean}",
+            f"a and b bound the values themselves: trunc_normal({mean},{std},{mean - 2 * std:g},{mean + 2 * std:g}) "
             "cuts at two standard deviations",
         )

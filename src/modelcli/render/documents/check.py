@@ -67,7 +67,7 @@ def _row(assertion: AssertionResult) -> dict[str, Any]:
     entry = _entry(assertion)
     if assertion.on_record is None:
         return entry
-    found = f"{finding(assertion.found)} (the record says so, and nothing else: {assertion.on_record})"
+    found = f"{finding(assertion.found)} (only the record in the file says so: {assertion.on_record})"
     return entry | {"found": found}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -247,6 +248,45 @@ def test_words_that_a_shell_expanded_are_told_and_the_nearest_paths_too(folder: 
     assert "'feature' is a file here" in hint
     assert "quote" in hint
     assert "nearest: features" in hint
+
+
+LANDMARKED = replace(NET, landmarks={"head": ("classifier.6", "classifier.0"), "stem": ("features.0",)})
+
+
+@pytest.mark.parametrize(
+    ("selector", "picked"),
+    [
+        ("@head", ["classifier.0", "classifier.6"]),
+        ("@stem", ["features.0"]),
+        ("@head:Linear", ["classifier.0", "classifier.6"]),
+        ("@stem:Linear", None),
+    ],
+)
+def test_a_landmark_picks_what_the_library_calls_so(selector: str, picked: list[str] | None) -> None:
+    if picked is None:
+        with pytest.raises(RequestError, match="no module matches '@stem:Linear'"):
+            select_modules(LANDMARKED, [selector])
+    else:
+        assert select_modules(LANDMARKED, [selector]) == picked
+
+
+def test_what_lies_in_a_landmark_is_picked_behind_a_dot() -> None:
+    assert select_tensors(LANDMARKED, ["@stem.weight"]) == ["features.0.weight"]
+    assert select_tensors(LANDMARKED, ["@stem.*"]) == select_tensors(LANDMARKED, ["features.0.*"])
+
+
+def test_a_landmark_that_no_library_gives_is_told_and_an_unknown_word_too() -> None:
+    with pytest.raises(RequestError, match=r"no library says which module of this model is the classifier \(@head\)"):
+        select_modules(NET, ["@head"])
+    with pytest.raises(RequestError, match=r"'@hed' in selector '@hed' has no meaning") as error:
+        select_modules(LANDMARKED, ["@hed"])
+    assert error.value.hint == "there are @head (the classifier) and @stem (the first layer)"
+
+
+def test_a_module_called_like_a_landmark_is_named_with_a_backslash() -> None:
+    odd = replace(NET, modules=(*NET.modules, module("@head", "Linear")))
+    assert literal("@head") == "\\@head"
+    assert select_modules(odd, [literal("@head")]) == ["@head"]
 
 
 def test_expect_makes_any_other_number_an_error() -> None:

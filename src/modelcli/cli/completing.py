@@ -198,7 +198,7 @@ def _paths_of(target: Target, *, tensors: bool) -> list[str]:
         return []
     if blueprint is None:
         return []
-    paths = [module.path for module in blueprint.modules[1:]]
+    paths = [*(f"@{word}" for word in blueprint.landmarks), *(module.path for module in blueprint.modules[1:])]
     return paths + ([tensor.name for tensor in blueprint.tensors] if tensors else [])
 
 

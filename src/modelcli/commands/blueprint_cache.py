@@ -23,7 +23,7 @@ from modelcli.files.open_folder import read_regular
 from modelcli.model import json_form
 from modelcli.model.blueprint import Blueprint
 
-SCHEMA = 2
+SCHEMA = 3
 SUFFIX = ".blueprint"
 INDEX_SUFFIX = ".index"
 

@@ -143,6 +143,13 @@ def holder_and_name(blueprint: Blueprint, edit: Placing) -> tuple[str, str]:
             f"{edit.name} takes a path, but {edit.path!r} asks for a type", "write the path without a type"
         )
     *above, own = parsed.components or ("",)
+    if parsed.landmark is not None:
+        if not parsed.components:
+            raise RequestError(
+                f"{edit.path} is a module that is there, and {edit.name} takes the path of a new one",
+                f"write {edit.path}.NAME",
+            )
+        above = [f"@{parsed.landmark}", *above]
     if not own:
         raise RequestError(f"{edit.name} takes the path of a new module, not of the model itself", edit.example_line())
     return selectors.select_one(blueprint, ".".join(above) or ".", edit.name), own

@@ -2,7 +2,8 @@
 
 A selector is matched against the full dotted path, case-sensitively: `*`, `?` and `{a,b}` match inside one component,
 `[0-11]` matches the numbers 0 to 11, `**` any number of components, `-1` the last child of a sequence, `:Type` a class
-or a subclass of it, `.` the root, and a backslash makes the next character literal.
+or a subclass of it, `.` the root, and a backslash makes the next character literal. `@head` and `@stem` are the modules
+that the model's library calls its classifier and its first layer; `@head.weight` is a tensor in them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import fnmatch
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import pairwise
 from typing import TypeAlias
@@ -49,11 +50,23 @@ _Token: TypeAlias = "str | _Wildcard | _Range | _Options"
 
 @dataclass(frozen=True)
 class Selector:
-    """A parsed selector: its text, the components of its path pattern, and its type (None without `:Type`)."""
+    """A parsed selector.
+
+    Attributes:
+        text: as it was written.
+        components: the components of its path pattern; with a landmark, those behind it.
+        type: the name behind the colon; None without `:Type`.
+        landmark: the word behind the `@`; None without one.
+    """
 
     text: str
     components: tuple[str, ...]
     type: str | None = None
+    landmark: str | None = None
+
+
+#: The words that may follow `@`, with what each means.
+LANDMARKS = {"head": "the classifier", "stem": "the first layer"}
 
 
 def parse(text: str) -> Selector:
@@ -68,12 +81,26 @@ def parse(text: str) -> Selector:
     if path == ".":
         return Selector(text, (), kind or None)
     components = tuple(_split_components(path)) if path else ("**",)
+    landmark = _landmark(components[0], text)
+    if landmark is not None:
+        components = components[1:]
     if "" in components:
         raise RequestError(f"selector {text!r} has an empty component", "write it as classifier.6")
     for component in components:
         if component != "**":
             _read(component, text)
-    return Selector(text, components, kind or None)
+    return Selector(text, components, kind or None, landmark)
+
+
+def _landmark(component: str, text: str) -> str | None:
+    """The word of a component that begins with `@`. Raises RequestError for a word that is none."""
+    if not component.startswith("@"):
+        return None
+    word = component[1:]
+    if word not in LANDMARKS:
+        known = " and ".join(f"@{name} ({meaning})" for name, meaning in LANDMARKS.items())
+        raise RequestError(f"{component!r} in selector {text!r} has no meaning", f"there are {known}")
+    return word
 
 
 def _split_type(text: str) -> tuple[str, str, str]:
@@ -325,6 +352,8 @@ def renaming(old: str, new: str, blueprint: Blueprint) -> Callable[[str], str | 
     for selector in (before, after):
         if selector.type is not None:
             raise RequestError(f"{selector.text!r} asks for a type, but tensors have no type", "write '**.weight'")
+        if selector.landmark is not None:
+            raise RequestError(f"{selector.text!r} names modules, but rename takes the names of tensors")
     if any(map(_is_negative, after.components)):
         raise RequestError(f"{new!r} counts from the end, but a new name must be written out")
     theirs, ours = _wildcards(before), _wildcards(after)
@@ -447,12 +476,17 @@ def _cuts(count: int, ends: Callable[[int, int], Iterable[int]], length: int) ->
 
 def _escaped(name: str) -> str:
     escaped = re.sub(r"([\\*?\[\]{}:])", r"\\\1", name)
-    return "\\" + escaped if re.fullmatch(r"-\d+", escaped) else escaped
+    return "\\" + escaped if re.fullmatch(r"-\d+|@.*", escaped, re.DOTALL) else escaped
 
 
 def literal(path: str) -> str:
     """Return a selector that picks exactly this path."""
-    return ".".join(_escaped(part) for part in path.split(".")) if path else "."
+    return ".".join(_literal_parts(path)) if path else "."
+
+
+def _literal_parts(path: str) -> list[str]:
+    """Return the components of a selector that picks exactly this path."""
+    return [_escaped(part) for part in path.split(".")]
 
 
 def plain(component: str) -> str | None:
@@ -472,7 +506,20 @@ def select_one(blueprint: Blueprint, selector: str, verb: str) -> str:
     return found[0]
 
 
+def _at_landmarks(selector: Selector, blueprint: Blueprint) -> list[Selector]:
+    """The selector with the path of each module in the place of `@head`; the selector itself if it has no landmark."""
+    if selector.landmark is None:
+        return [selector]
+    paths = blueprint.landmarks.get(selector.landmark, ())
+    return [replace(selector, components=(*_literal_parts(path), *selector.components)) for path in paths]
+
+
 def matched_modules(selector: Selector, blueprint: Blueprint) -> set[str]:
+    """Return the paths of the modules that a selector picks."""
+    return set().union(*(_matched_modules(each, blueprint) for each in _at_landmarks(selector, blueprint)))
+
+
+def _matched_modules(selector: Selector, blueprint: Blueprint) -> set[str]:
     matches = _matcher(selector, blueprint)
     found = {module.path for module in blueprint.modules if matches(module.path)}
     if selector.type is not None:
@@ -484,10 +531,10 @@ def matched_tensors(selector: Selector, blueprint: Blueprint) -> set[str]:
     """Return the names of the tensors that a selector picks, and of all tensors in the modules that it picks."""
     modules = matched_modules(selector, blueprint)
     found = set()
-    if selector.type is None:
-        matches = _matcher(selector, blueprint)
+    for each in _at_landmarks(selector, blueprint) if selector.type is None else ():
+        matches = _matcher(each, blueprint)
         # A tensor inside an entry that is not a tensor has brackets in its name (`packed[0]`), so compare it literally.
-        found = {tensor.name for tensor in blueprint.tensors if tensor.name == selector.text or matches(tensor.name)}
+        found |= {tensor.name for tensor in blueprint.tensors if tensor.name == selector.text or matches(tensor.name)}
     if modules:
         for tensor in blueprint.tensors:
             if lies_in(parent_of(tensor.name), modules):
@@ -569,6 +616,11 @@ def no_match(selector: Selector, blueprint: Blueprint, noun: str = "modules") ->
     """
     if noun == "tensors" and matched_modules(selector, blueprint):
         return RequestError(f"{selector.text!r} has no tensors", "modelcli params lists the parameters")
+    if selector.landmark is not None and selector.landmark not in blueprint.landmarks:
+        return RequestError(
+            f"no library says which module of this model is {LANDMARKS[selector.landmark]} ({selector.text})",
+            "name its path: modelcli modules lists them",
+        )
     hint = _in_words(selector.text) or _nearest(selector, blueprint, noun)
     if os.path.lexists(selector.text) and selector.text != ".":
         hint += f"; {selector.text!r} is a file here: if the shell expanded a pattern to it, quote the pattern"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from modelcli.live import apart, composites
+from modelcli.live import apart, composites, landmarks
 from modelcli.live.sources import flag_of, is_composite, is_lazy
 from modelcli.model.blueprint import Blueprint, ModuleInfo
 from modelcli.model.tensors import Kind, TensorInfo
@@ -42,7 +42,7 @@ def describe(module: nn.Module) -> Blueprint:
                             stored_bytes=composites.stored_bytes(tensor) if is_composite(tensor) else None,
                         )
                     )
-    return Blueprint(tuple(modules), (*tensors, *apart.rows(module)))
+    return Blueprint(tuple(modules), (*tensors, *apart.rows(module)), landmarks=landmarks.of(module))
 
 
 def walk(module: nn.Module, path: str = "", above: tuple[int, ...] = ()) -> Iterator[tuple[str, nn.Module]]:

@@ -96,11 +96,20 @@ class Trace:
 
 @dataclass(frozen=True)
 class Blueprint:
-    """A model as plain data: its modules and tensors in PyTorch's order, and a forward pass if one was made."""
+    """A model as plain data.
+
+    Attributes:
+        modules: its modules, in PyTorch's order.
+        tensors: its parameters and buffers, in PyTorch's order.
+        trace: a forward pass, if one was made.
+        landmarks: the paths of the modules that its library calls the classifier (`head`) and the first layer (`stem`),
+            by these two words. A word is left out where the library does not say.
+    """
 
     modules: tuple[ModuleInfo, ...]
     tensors: tuple[TensorInfo, ...]
     trace: Trace | None = None
+    landmarks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def root(self) -> ModuleInfo:

@@ -48,6 +48,8 @@ def to_json(blueprint: Blueprint) -> dict[str, Any]:
         "modules": modules,
         "tensors": tensors,
     }
+    if blueprint.landmarks:
+        document["landmarks"] = {word: list(paths) for word, paths in blueprint.landmarks.items()}
     if trace := blueprint.trace:
         document["trace"] = {
             "inputs": None if trace.inputs is None else [list(shape) for shape in trace.inputs],
@@ -117,7 +119,8 @@ def from_json(document: Mapping[str, Any]) -> Blueprint:
             uncounted=tuple(map(_text, entry.get("uncounted", ()))),
             unseen=tuple(map(_text, entry.get("unseen", ()))),
         )
-    return Blueprint(modules, tensors, trace)
+    landmarks = {_text(word): tuple(map(_text, paths)) for word, paths in document.get("landmarks", {}).items()}
+    return Blueprint(modules, tensors, trace, landmarks)
 
 
 def _text(value: object) -> str:

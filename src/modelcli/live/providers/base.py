@@ -219,6 +219,20 @@ class LiveProvider:
         """
         return None
 
+    def landmarks(self, module: nn.Module) -> Mapping[str, Sequence[str]]:
+        """The paths of the modules that the library calls the classifier (`head`) and the first layer (`stem`).
+
+        A model may have several of each, such as auxiliary classifiers. `@head` and `@stem` select them.
+
+        Args:
+            module: any model. Edits may have changed it.
+
+        Returns:
+            The paths by `head` and `stem`. It is empty for a model of another library, and a word is left out where the
+            library does not say. A path that the model no longer has does no harm.
+        """
+        return {}
+
     def recorded_reference(self, architecture: Architecture) -> str:
         """The reference that a record in a written file names: one that needs no other file."""
         return str(architecture.reference)

@@ -319,6 +319,37 @@ def _deform_conv2d(_input: torch.Tensor, weight: torch.Tensor, *_args: Any, out:
     return int((out if isinstance(out, torch.Tensor) else out[0]).numel()) * weight[0].numel()
 
 
+#: The layers whose width is the number of classes, by the class of the model: those that `num_classes=` changes. Those
+#: of detection models are left out, because their width is no number of classes alone.
+_HEADS: Mapping[str, tuple[str, ...]] = {
+    "AlexNet": ("classifier.6",),
+    "ConvNeXt": ("classifier.2",),
+    "DeepLabV3": ("classifier.4", "aux_classifier.4"),
+    "DenseNet": ("classifier",),
+    "EfficientNet": ("classifier.1",),
+    "FCN": ("classifier.4", "aux_classifier.4"),
+    "GoogLeNet": ("fc", "aux1.fc2", "aux2.fc2"),
+    "Inception3": ("fc", "AuxLogits.fc"),
+    "LRASPP": ("classifier.low_classifier", "classifier.high_classifier"),
+    "MNASNet": ("classifier.1",),
+    "MViT": ("head.1",),
+    "MaxVit": ("classifier.5",),
+    "MobileNetV2": ("classifier.1",),
+    "MobileNetV3": ("classifier.3",),
+    "RegNet": ("fc",),
+    "ResNet": ("fc",),
+    "S3D": ("classifier.1",),
+    "ShuffleNetV2": ("fc",),
+    "SqueezeNet": ("classifier.1",),
+    "SwinTransformer": ("head",),
+    "SwinTransformer3d": ("head",),
+    "VGG": ("classifier.6",),
+    "VideoResNet": ("fc",),
+    "VisionTransformer": ("heads.head",),
+}
+_CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
+
+
 class LiveTorchvision(LiveProvider):
     """The builders by their bare names, and the classes of `torchvision.ops` and of the models in expressions."""
 
@@ -340,6 +371,15 @@ class LiveTorchvision(LiveProvider):
     def takes(self, reference: Reference) -> bool:
         """Whether it names a builder. Its source says so: an expression of `torch.nn` needs no torchvision."""
         return isinstance(reference, NamedModel) and reference.call.name in self.provider.names()
+
+    def landmarks(self, module: nn.Module) -> Mapping[str, Sequence[str]]:
+        """The classifiers of its models, auxiliary ones included, and their first convolution."""
+        kinds = [kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith(f"{MODELS}.")]
+        heads = next((_HEADS[kind] for kind in kinds if kind in _HEADS), None)
+        if heads is None:
+            return {}
+        stem = next((path for path, child in module.named_modules() if isinstance(child, _CONVOLUTIONS)), None)
+        return {"head": heads, "stem": () if stem is None else (stem,)}
 
     def prepare(self) -> None:
         """Import torchvision."""

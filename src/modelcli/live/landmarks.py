@@ -1,0 +1,33 @@
+"""The modules of a model that its library has words for: the classifier (`head`) and the first layer (`stem`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+from modelcli.live import providers
+
+
+def of(module: nn.Module) -> dict[str, tuple[str, ...]]:
+    """The paths of these modules, by `head` and `stem`, as the first provider says that knows the model.
+
+    A path is left out where an edit has taken its module away, and a word where no path is left.
+    """
+    for half in providers.in_use():
+        if found := half.landmarks(module):
+            return existing(module, found)
+    return {}
+
+
+def existing(module: nn.Module, found: Mapping[str, Iterable[str]]) -> dict[str, tuple[str, ...]]:
+    """Those of the paths that the model has."""
+    kept = {word: tuple(path for path in paths if _has(module, path)) for word, paths in found.items()}
+    return {word: paths for word, paths in kept.items() if paths}
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    child: nn.Module | None = module
+    for name in path.split("."):
+        child = None if child is None else child._modules.get(name)
+    return child is not None

@@ -712,6 +712,12 @@ BROKEN: dict[str, tuple[object, bytes, str]] = {
     "a negative size": ({"a": f32(0, 4, -1)}, bytes(4), "not a whole number"),
     "a size that is no number": ({"a": {**f32(0, 4), "shape": ["1"]}}, bytes(4), "not a whole number"),
     "a size that is true": ({"a": {**f32(0, 4), "shape": [True]}}, bytes(4), "not a whole number"),
+    "a size that is true behind one that is 1": (
+        {"a": f32(0, 4, 1), "b": {**f32(4, 8), "shape": [True]}},
+        bytes(8),
+        "'b' is wrong: .*not a whole number",
+    ),
+    "an offset that is no whole number": ({"a": {**f32(0, 4, 1), "data_offsets": [0.0, 4]}}, bytes(4), "'a' is wrong"),
     "a size beyond 64 bits": ({"a": f32(0, 0, 0, 2**70)}, b"", "below 2"),
     "more elements than 64 bits": ({"a": f32(0, 0, 0, 2**40, 2**40)}, b"", "more elements"),
     "an infinite offset": (
@@ -746,6 +752,22 @@ def test_broken_rules_of_safetensors(tmp_path: Path, name: str) -> None:
     if name not in LAX:
         with pytest.raises((safetensors.SafetensorError, UnicodeDecodeError)), safetensors.safe_open(path, "pt"):
             pass
+
+
+def test_a_header_that_lists_tensors_in_another_order_than_their_bytes(tmp_path: Path) -> None:
+    header = {"b": f32(8, 20, 3), "a": f32(0, 4, 1), "c": f32(4, 8, 1), "none": f32(20, 20, 0)}
+    path = made_safetensors(tmp_path, header, struct.pack("<5f", 1, 2, 3, 4, 5))
+    found = checkpoints.read(path).tensors
+    assert list(found) == list(header)
+    with safetensors.safe_open(path, "pt") as theirs:
+        for name, entry in found.items():
+            assert entry.storage.bytes() == raw(theirs.get_tensor(name))
+    ordered = dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"]))
+    again = checkpoints.read(made_safetensors(tmp_path, ordered, struct.pack("<5f", 1, 2, 3, 4, 5))).tensors
+    assert list(again) == ["a", "c", "b", "none"]
+    assert {name: (entry.shape, entry.storage.offset - found["a"].storage.offset) for name, entry in found.items()} == {
+        name: (entry.shape, entry.storage.offset - again["a"].storage.offset) for name, entry in again.items()
+    }
 
 
 def test_the_length_of_a_safetensors_header(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from modelcli import providers
 from modelcli.checkpoints import limits
 from modelcli.checkpoints.entries import CompositeEntry, TensorEntry, info_of
 from modelcli.checkpoints.record import Record
-from modelcli.model.blueprint import Blueprint, from_keys
+from modelcli.model.blueprint import Blueprint, ModuleInfo, from_keys
 from modelcli.model.tensors import Kind, TensorInfo
 from modelcli.wording import listed
 
@@ -85,21 +85,35 @@ class Contents:
         budget = self._budget("the names of its tied tensors")
         first: dict[tuple[object, ...], str] = {}
         infos = {}
-        uses = Counter(id(entry.storage) for entry in self.rows.values() if isinstance(entry, TensorEntry))
+        shared = self._shared_storages()
+        known_kinds = self.kinds
         for name, entry in self.rows.items():
-            is_alone = isinstance(entry, TensorEntry) and uses[id(entry.storage)] == 1
-            view = None if is_alone else entry.view
-            original = first.setdefault(view, name) if view is not None else name
-            if original is not name:
-                budget.spend(len(original))
-            info = info_of(name, entry, original, self.kinds.get(name))
-            infos[name] = info if name in self.tensors else replace(info, requires_grad=None)
+            original = name
+            if not isinstance(entry, TensorEntry) or (shared and id(entry.storage) in shared):
+                view = entry.view
+                original = first.setdefault(view, name) if view is not None else name
+                if original is not name:
+                    budget.spend(len(original))
+            infos[name] = info_of(name, entry, original, known_kinds.get(name))
+        for name in self.inner.keys() - self.tensors.keys():
+            infos[name] = replace(infos[name], requires_grad=None)
         return infos
+
+    def _shared_storages(self) -> set[int]:
+        """The `id` of each storage that several plain tensors have; of 100,000 tensors hardly one has such."""
+        uses = [id(entry.storage) for entry in self.rows.values() if isinstance(entry, TensorEntry)]
+        return set() if len(set(uses)) == len(uses) else {use for use, times in Counter(uses).items() if times > 1}
 
     def bare_blueprint(self) -> Blueprint:
         """The tree of the key names; types are known only where the file names the classes of a pickled module."""
         budget = self._budget("the modules in its names", times=_MODULES_OF_A_TENSOR)
         return from_keys(self.infos().values(), self.types, lambda length: budget.spend(limits.ENTRY + length))
+
+    def tensors_in_root(self) -> Blueprint:
+        """The tensors in a root that holds no other module: enough where only tensors are shown."""
+        root_type = self.types.get("")
+        root = ModuleInfo("", root_type, () if root_type is None else (root_type,))
+        return Blueprint((root,), tuple(self.infos().values()))
 
     def _budget(self, what: str, times: int = 1) -> limits.Budget:
         """What may be made of the names: as much as they take, so many times over."""

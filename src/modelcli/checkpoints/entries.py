@@ -78,7 +78,9 @@ def info_of(
 
 def looks_like_buffer(name: str, dtype: str) -> bool:
     """Whether a tensor of a bare checkpoint is a buffer: normalisation statistics, and what cannot be trained."""
-    last = name.rpartition(".")[2]
-    return last in ("running_mean", "running_var", "num_batches_tracked") or not dtype.startswith(
-        ("float", "bfloat", "complex", "bcomplex", "qint", "quint")
-    )
+    return (name.endswith(_STATISTICS) and name.rpartition(".")[2] in _STATISTICS) or not dtype.startswith(_TRAINABLE)
+
+
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+#: How the dtypes begin that a parameter may have: a quantized weight is one, a whole number is not.
+_TRAINABLE = ("float", "bfloat", "complex", "bcomplex", "qint", "quint")

@@ -177,7 +177,8 @@ def params(
     if sort is not None:
         _check_key(sort, keys)
     target = find_target(named(model, look), source.overrides(), source.recipe)
-    found = look_at(LookRequest(target, cached=not (values or stats or look.no_cache)))
+    needs_modules = bool(select)  # a selector names modules too
+    found = look_at(LookRequest(target, cached=not (values or stats or look.no_cache), modules=needs_modules))
     tensors = select_tensors(found.blueprint, select or [], buffers=buffers, frozen=frozen, trainable=trainable)
     statistics = None
     if sort not in documents.STATS:  # the order is known without reading tensors, so only those shown are read

@@ -42,13 +42,15 @@ R = TypeVar("R")
 class LookRequest:
     """A model to look at. With `traced` the blueprint has a forward pass in it, made in `mode`: `eval` or `train`.
 
-    Without `cached` the model is built anew where it is not a file, and nothing is kept.
+    Without `cached` the model is built anew where it is not a file, and nothing is kept. Without `modules` the caller
+    shows tensors alone: a file of keys is not searched for modules, and its blueprint has the root and no other.
     """
 
     target: Target
     traced: bool = False
     mode: str = "eval"
     cached: bool = True
+    modules: bool = True
 
 
 @dataclass(frozen=True)
@@ -103,18 +105,19 @@ def look(request: LookRequest) -> Look:
     """
     target, traced = request.target, request.traced
     with target.notes_in_errors():
-        found = _looked(target, traced=traced, mode=request.mode, cached=request.cached)
+        found = _looked(request)
     made = found.blueprint.trace if traced else None
     return replace(found, notes=(*target.notes, *found.notes, *(made.notes if made is not None else ())))
 
 
-def _looked(target: Target, *, traced: bool, mode: str, cached: bool) -> Look:
-    found = _look_at_file(target, traced=traced, mode=mode)
+def _looked(request: LookRequest) -> Look:
+    target, traced, mode = request.target, request.traced, request.mode
+    found = _look_at_file(target, traced=traced, mode=mode, modules=request.modules)
     if found is not None:
         return found
     from modelcli.commands import blueprint_cache
 
-    key = cache_key(target, mode) if cached else None
+    key = cache_key(target, mode) if request.cached else None
     if key is not None and (kept := blueprint_cache.get(key)) is not None:
         hidden = resolve.hidden_file_note(target.source.model, target.source.folder)
         return Look(kept, () if hidden is None else (hidden,))
@@ -139,7 +142,7 @@ def _looked(target: Target, *, traced: bool, mode: str, cached: bool) -> Look:
     return Look(blueprint, (*live.notes, *apart.note_of(live.module)), live.contents, live)
 
 
-def _look_at_file(target: Target, *, traced: bool, mode: str) -> Look | None:
+def _look_at_file(target: Target, *, traced: bool, mode: str, modules: bool = True) -> Look | None:
     """What a checkpoint says of itself, without torch; None where torch is needed to answer."""
     source = target.source
     if target.edits or source.arch is not None:
@@ -158,7 +161,7 @@ def _look_at_file(target: Target, *, traced: bool, mode: str) -> Look | None:
         record = None
     if record is None:
         notes += fitting_model_notes(contents)
-        bare = contents.bare_blueprint()
+        bare = contents.bare_blueprint() if modules else contents.tensors_in_root()
         if traced:
             bare = bare.with_trace(Trace(None, reason=NO_ARCHITECTURE, device=None))
         return Look(bare, tuple(notes), contents)

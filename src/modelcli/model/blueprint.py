@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from modelcli.model.paths import ancestors, parent_of
 from modelcli.model.tensors import Shape, TensorInfo, value_class
-from modelcli.model.totals import Totals, _counted_once, _Sum, totals_of
+from modelcli.model.totals import NO_PARAMETERS, Totals, _counted_once, _Sum, totals_of
 
 #: Whether the parameters of a module are trainable; None if that is not known or if it has no parameters.
 Trainable = bool | Literal["partial"] | None
@@ -146,14 +146,14 @@ class Blueprint:
 
     def params_of(self, path: str) -> int:
         """`sum(p.numel() for p in module.parameters())` of the module at this path."""
-        return self._below.get(path, _Sum()).elements
+        return self._below.get(path, NO_PARAMETERS).elements
 
     def trainable_of(self, path: str) -> Trainable:
         """Whether the parameters at and below this path are trainable: True, False, or `partial`.
 
         None if there are no parameters, or if a flag is unknown and the known ones do not already make it `partial`.
         """
-        below = self._below.get(path, _Sum())
+        below = self._below.get(path, NO_PARAMETERS)
         if below.trained and below.frozen:
             return "partial"
         if below.unknown or not (below.trained or below.frozen):
@@ -192,11 +192,13 @@ def tree_of(paths: Iterable[str], pay: Callable[[int], None] = lambda _character
     """Return the children of each path and of all paths above it, siblings in the order of first appearance."""
     children: dict[str, list[str]] = {"": []}
     for path in paths:
+        if path in children:  # most modules have several tensors
+            continue
         below: list[str] = []
         while path not in children:
             pay(len(path))
             children[path] = below
-            path, below = parent_of(path), [path]
+            path, below = path.rpartition(".")[0], [path]
         children[path] += below
     return children
 

@@ -59,7 +59,11 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        return self.elements * ITEM_BYTES[self.dtype] if self.stored_bytes is None else self.stored_bytes
+        return self.nbytes_of(self.elements)
+
+    def nbytes_of(self, elements: int) -> int:
+        """`nbytes`, for whoever has counted its `elements` already: a checkpoint may have 100,000 tensors."""
+        return elements * ITEM_BYTES[self.dtype] if self.stored_bytes is None else self.stored_bytes
 
     @property
     def is_differentiable(self) -> bool:
@@ -69,7 +73,7 @@ class TensorInfo:
     @property
     def is_trained(self) -> bool | None:
         """Whether the parameter is trainable; None if it could be and its flag is not known."""
-        return self.requires_grad if self.is_differentiable else False
+        return self.requires_grad if is_differentiable(self.dtype) else False
 
     @property
     def identity(self) -> str:

@@ -55,6 +55,9 @@ class _Sum:
         self.unknown += other.unknown
 
 
+NO_PARAMETERS = _Sum()
+
+
 def _counted_once(tensors: Sequence[TensorInfo]) -> Iterator[tuple[str, TensorInfo, int]]:
     """Yield (path, parameter, times), such that sums from the leaves to the root count each parameter once.
 
@@ -89,16 +92,19 @@ def totals_of(tensors: Iterable[TensorInfo]) -> Totals:
     params = trainable = buffers = param_bytes = buffer_bytes = 0
     all_known = True
     for tensor in tensors:
-        if (identity := tensor.identity) in seen:
+        identity = tensor.name if tensor.tied_to is None else tensor.tied_to
+        if identity in seen:
             continue
         seen.add(identity)
-        elements, nbytes = tensor.elements, tensor.nbytes
+        elements = tensor.elements
+        nbytes = tensor.nbytes_of(elements)
         if tensor.kind == "buffer":
             buffers += elements
             buffer_bytes += nbytes
         else:
             params += elements
             param_bytes += nbytes
-            trainable += elements if tensor.is_trained else 0
-            all_known = all_known and tensor.is_trained is not None
+            trained = tensor.is_trained
+            trainable += elements if trained else 0
+            all_known = all_known and trained is not None
     return Totals(params, trainable if all_known else None, buffers, param_bytes, buffer_bytes)

@@ -85,24 +85,31 @@ def _csv_column(values: list[Any]) -> list[str]:
     if kinds == {int}:
         return list(map(str, values))
     if kinds == {str}:
-        if _are_plain(values):
+        distinct = set(values)
+        if len(distinct) > len(values) // 2 and _are_plain(values):
             return values
-        texts = {text: _csv_text(text) for text in set(values)}
-        return [texts[text] for text in values]
-    if kinds == {list}:
-        known: dict[str, str] = {}
-        shown = list(map(str, values))
-        for text, value in zip(shown, values, strict=True):
-            if text not in known:
-                known[text] = _csv_cell(value)
-        return [known[text] for text in shown]
-    return list(map(_csv_cell, values))
+    return _each_once(_csv_cell, values)
+
+
+def _each_once(shown: Callable[[Any], str], values: list[Any]) -> list[str]:
+    """How each value is shown, asked once for equal ones: of 100,000 rows most columns repeat a few values."""
+    kinds = set(map(type, values))
+    if kinds == {list}:  # a list is no key of a dictionary, and `[1]` equals `[True]`: their own texts differ
+        keys = list(map(repr, values))
+        texts = {key: shown(value) for key, value in dict(zip(keys, values, strict=True)).items()}
+    elif len(kinds) == 1 and kinds <= {str, int, bool, type(None)}:
+        keys = values
+        texts = {value: shown(value) for value in set(values)}
+    else:
+        return list(map(shown, values))
+    return list(map(texts.__getitem__, keys))
 
 
 def _are_plain(texts: list[str]) -> bool:
     """Whether texts stand in cells as they are, as the names of nearly all tensors do."""
     joined = "".join(texts)
-    return joined.isprintable() and not _CSV_SPECIAL.search(joined) and all(text[:1].isalnum() for text in texts)
+    first = "".join([text[:1] for text in texts])
+    return all(texts) and first.isalnum() and joined.isprintable() and not _CSV_SPECIAL.search(joined)
 
 
 def _csv_cell(value: Any) -> str:
@@ -160,7 +167,7 @@ def _markdown_texts(texts: Sequence[str]) -> list[str]:
 
 def _texts(view: View, column: Column) -> list[str]:
     """The texts of a column's cells, from top to bottom."""
-    texts = [column.format(row.get(column.key)) for row in view.rows]
+    texts = _each_once(column.format, [row.get(column.key) for row in view.rows])
     return texts if "".join(texts).isprintable() else [safe(text) for text in texts]
 
 
@@ -174,7 +181,7 @@ def to_plain(view: View, *, encoding: str = "utf-8") -> str:
     titles = [[column.title] if view.header else [] for column in columns]
     cells = [title + _texts(view, column) for title, column in zip(titles, columns, strict=True)]
     # A longer cell sticks out: padding all others to its length could take gigabytes.
-    widths = [max((len(text) for text in texts if len(text) <= _MAX_FILLED), default=0) for texts in cells]
+    widths = [max((size for size in set(map(len, texts)) if size <= _MAX_FILLED), default=0) for texts in cells]
     fields = [f"%{'' if column.right else '-'}{width}s" for column, width in zip(columns, widths, strict=True)]
     line = "  ".join(fields)
     lines = [(line % row).rstrip() for row in zip(*cells, strict=True)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -70,11 +71,11 @@ def read(path: Path) -> Contents:
         raise FileFormatError(f"{path}: the header tells of {end:,} bytes, the file has {identity[0]:,}")
     record, notes = record_reading.record_in((metadata.pop(records.SAFETENSORS_KEY, None),), path)
     aliases = record_reading.aliases_in(metadata, tensors, record)
-    ordered = {name: tensors[name] for name in header} | {name: tensors[first] for name, first in aliases.items()}
+    tensors |= {name: tensors[first] for name, first in aliases.items()}
     return Contents(
         path=path,
         format="safetensors",
-        tensors=record_reading.in_order_of(record, ordered),
+        tensors=record_reading.in_order_of(record, tensors),
         record=record,
         notes=(*notes, *_part_notes(path, metadata)),
         texts={name: text for name, text in metadata.items() if name not in aliases},
@@ -95,7 +96,12 @@ _SHARDING = "DCP_SHARDING_INFO"
 def _tensors(
     path: Path, header: Mapping[str, Any], start: int, identity: Identity
 ) -> tuple[dict[str, TensorEntry | CompositeEntry], int]:
-    """The tensors that a header lists, and where the last of them ends. They begin at `start`, without a hole."""
+    """The tensors that a header lists, in its order, and where the last of them ends in the file.
+
+    They begin at `start`, without a hole. Raises FileFormatError that names the entry that breaks a rule.
+    """
+    if (usual := _tensors_in_order(path, header, start, identity)) is not None:
+        return usual
     where, end = f"{path}", start
     tensors: dict[str, TensorEntry | CompositeEntry] = {}
     for name, info in sorted(header.items(), key=_begin):
@@ -105,7 +111,38 @@ def _tensors(
             raise FileFormatError(f"{path}: {name} starts at byte {begin:,}, the one before it ends at {before:,}")
         end = start + stop
         tensors[name] = entry
-    return tensors, end
+    return {name: tensors[name] for name in header}, end
+
+
+def _tensors_in_order(
+    path: Path, header: Mapping[str, Any], start: int, identity: Identity
+) -> tuple[dict[str, TensorEntry | CompositeEntry], int] | None:
+    """The same for a header as nearly every program writes it: the tensors in the order of their bytes.
+
+    None for any other header, or a wrong one. A file may have 100,000 tensors: the types of all their numbers are
+    checked at once, and each shape that many tensors have is checked once.
+    """
+    where, end = f"{path}", 0
+    tensors: dict[str, TensorEntry | CompositeEntry] = {}
+    layouts: dict[Shape, tuple[Shape, Shape, int]] = {}
+    try:
+        numbers = [info["shape"] for info in header.values()] + [info["data_offsets"] for info in header.values()]
+        if not {list} >= set(map(type, numbers)) or not {int} >= set(map(type, chain.from_iterable(numbers))):
+            return None
+        for name, info in header.items():
+            begin, stop = info["data_offsets"]
+            dtype, item_bytes = _WHOLE_BYTES[info["dtype"]]
+            if (layout := layouts.get(listed := tuple(info["shape"]))) is None:
+                shape = shapes.shape(listed, where)
+                layout = layouts[listed] = (shape, shapes.row_major(shape), prod(shape))
+            shape, stride, elements = layout
+            if begin != end or stop != begin + elements * item_bytes:
+                return None
+            tensors[name] = TensorEntry(shape, dtype, stride, 0, Span(path, start + begin, stop - begin, identity))
+            end = stop
+    except (KeyError, TypeError, ValueError):
+        return None
+    return (tensors, start + end) if end <= identity[0] else None
 
 
 def _begin(item: tuple[str, Any]) -> tuple[int, int]:
@@ -116,7 +153,9 @@ def _begin(item: tuple[str, Any]) -> tuple[int, int]:
         return 0, 0
 
 
-#: torch's dtype and the bits of an element for each of the format's dtypes.
+#: torch's dtype and the bytes of an element for each of the format's dtypes of whole bytes.
+_WHOLE_BYTES = {code: (dtype, ITEM_BYTES[dtype]) for code, dtype in DTYPES.items()}
+#: The same with the bits of an element, for all dtypes.
 _BITS = {code: (dtype, 8 * ITEM_BYTES[dtype]) for code, dtype in DTYPES.items()} | _SUB_BYTE
 
 

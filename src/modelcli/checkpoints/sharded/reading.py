@@ -52,7 +52,8 @@ def read(index: Path) -> Contents:
         elif name not in shard.extras:
             raise FileFormatError(f"{index} says that {name} is in {file}, and it is not")
     for path, shard in shards.items():
-        if extra := next((name for name in shard.tensors if name not in weight_map), None):
+        if not shard.tensors.keys() <= weight_map.keys():
+            extra = next(name for name in shard.tensors if name not in weight_map)
             raise FileFormatError(f"{path.name} holds {extra}, which {index} does not name")
     _refuse_twins(index, shards)
     text = metadata.get(records.SAFETENSORS_KEY)
@@ -110,7 +111,7 @@ def _index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     except (ValueError, RecursionError) as error:
         raise FileFormatError(f"{path} is no index of shards: {error}") from None
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+    if not isinstance(weight_map, dict) or not {str} >= set(map(type, weight_map.values())):
         raise FileFormatError(f"{path} is no index of shards: it has no weight_map of names to files")
     metadata = document.get("metadata")
     return weight_map, metadata if isinstance(metadata, dict) else {}

@@ -61,7 +61,7 @@ def _module_row(blueprint: Blueprint, module: ModuleInfo) -> dict[str, Any]:
     return {
         "path": shown(module.path),
         "type": module.type,
-        "config": " ".join(module.config.split()),
+        "config": module.config and " ".join(module.config.split()),
         "params": blueprint.params_of(module.path),
         "trainable": blueprint.trainable_of(module.path),
         "shared_with": module.shared_with,

@@ -39,12 +39,13 @@ def params(
     """One row a tensor, and the totals of the tensors shown; a statistic that `stats` lacks is null."""
     rows = []
     for tensor in tensors:
+        elements = tensor.elements
         row: dict[str, Any] = {
             "name": tensor.name,
             "shape": None if tensor.shape is None else list(tensor.shape),
             "dtype": tensor.dtype,
-            "elements": tensor.elements,
-            "bytes": tensor.nbytes,
+            "elements": elements,
+            "bytes": tensor.nbytes_of(elements),
             "kind": tensor.kind,
             "trainable": tensor.requires_grad if tensor.kind == "parameter" else None,
             "tied_to": tensor.tied_to,
@@ -74,10 +75,10 @@ def params(
         Column("kind", "kind", optional=8),
         Column("trainable", "trainable", optional=7),
     ]
-    if any("layout" in row for row in rows):
+    if any(tensor.layout != "strided" for tensor in tensors):
         columns.append(Column("layout", "layout"))
         rows = [{"layout": "strided"} | row for row in rows]
-    if any(row["tied_to"] for row in rows):
+    if any(tensor.tied_to for tensor in tensors):
         columns.append(Column("tied_to", "tied to", optional=6 if stats is not None else 0))
     if stats is not None:
         columns += _stat_columns(rows)

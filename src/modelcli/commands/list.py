@@ -1,13 +1,19 @@
-"""The models that providers know by name."""
+"""The models that providers know by name.
+
+What a provider's library publishes of them is read from the library once, which imports it and torch. It is then kept
+for the installed versions of the libraries that the provider declares (`packages`), so that later lists need neither.
+"""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+import fnmatch
 from dataclasses import dataclass, replace
 
 from modelcli import providers
+from modelcli.commands import blueprint_cache
 from modelcli.errors import RequestError, SystemFailureError, closest
+from modelcli.providers import published
+from modelcli.providers.base import Provider
 from modelcli.providers.published import PublishedModel
 
 
@@ -28,8 +34,6 @@ class ListResult:
 
 def named_models(request: ListRequest) -> ListResult:
     """The models that match, as their libraries publish them. Raises RequestError where none does."""
-    import fnmatch
-
     pattern = request.pattern
     known, notes = _known(pattern or "")
     chosen = list(known)
@@ -39,26 +43,50 @@ def named_models(request: ListRequest) -> ListResult:
         if not chosen:
             near = closest(pattern, list(known)) or [name for name in known if pattern.lower() in name][:4]
             raise RequestError(f"no builder matches {pattern!r}", f"nearest: {', '.join(near)}" if near else None)
-    return ListResult(tuple(replace(known[reference](), name=reference) for reference in chosen), tuple(notes))
+    return ListResult(tuple(known[reference] for reference in chosen), tuple(notes))
 
 
-def _known(pattern: str) -> tuple[dict[str, Callable[[], PublishedModel]], list[str]]:
-    """What tells of each model, by the reference to it, and what is wrong with providers that cannot say.
+def _known(pattern: str) -> tuple[dict[str, PublishedModel], list[str]]:
+    """All models by their references, and what is wrong with providers that cannot say.
 
     Of a pattern with the prefix of a provider that provider alone is asked.
     """
-    from modelcli.live.providers import blamed, half_of
-
     prefix = providers.prefix_of(pattern)
     named = None if prefix is None else providers.by_prefix(prefix)
     asked, problems = ((named,), ()) if named is not None else providers.everything()
-    known: dict[str, Callable[[], PublishedModel]] = {}
+    known: dict[str, PublishedModel] = {}
     notes = list(problems)
     for provider in asked:
+        if not provider.has_names:
+            continue
         try:
-            with blamed(provider):
-                half = half_of(provider)
-                known |= {half.reference_to(name): functools.partial(half.published, name) for name in half.names()}
+            known |= {model.name: model for model in _models_of(provider)}
         except SystemFailureError as error:
             notes.append(error.message)
     return known, notes
+
+
+def _models_of(provider: Provider) -> list[PublishedModel]:
+    """The models of a provider, each named by the reference that builds it: from the cache, else from its library."""
+    index, is_cached = f"published models of {provider.name}", _may_be_kept(provider)
+    if is_cached:
+        try:
+            return published.from_json(blueprint_cache.index(index, provider.prefix))
+        except (TypeError, KeyError, AttributeError):
+            pass  # nothing is kept, or something that another program wrote
+    from modelcli.live.providers import blamed, half_of
+
+    with blamed(provider):
+        half = half_of(provider)
+        found = [replace(half.published(name), name=half.reference_to(name)) for name in half.names()]
+    if is_cached:
+        blueprint_cache.put_index(index, published.to_json(found), provider.prefix)
+    return found
+
+
+def _may_be_kept(provider: Provider) -> bool:
+    """Whether the versions of the provider's libraries say when to ask these again."""
+    if blueprint_cache.is_off() or not provider.packages:
+        return False
+    versions = providers.versions_of(provider.prefix)
+    return all(versions[package] is not None for package in provider.packages)

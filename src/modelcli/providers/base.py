@@ -36,7 +36,7 @@ class Provider:
     #: What its models are called in `--help`, with an example: `a timm model (timm:resnet50)`.
     title: ClassVar[str] = ""
     #: The names under which its libraries are installed. Their versions decide what is built: they belong to the key of
-    #: every blueprint that is kept, and those of the built-in providers to `--version`.
+    #: every blueprint that is kept and of what `list` keeps, and those of the built-in providers to `--version`.
     packages: ClassVar[tuple[str, ...]] = ()
     #: The extra of modelcli that installs its libraries: `timm` in `pip install modelcli[timm]`; None where none does.
     extra: ClassVar[str | None] = None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -17,3 +19,13 @@ class PublishedModel:
     weights: tuple[str, ...] = ()
     params: int | None = None
     macs: int | None = None
+
+
+def to_json(models: Iterable[PublishedModel]) -> list[dict[str, Any]]:
+    """The models as JSON values, for a cache."""
+    return [asdict(model) for model in models]
+
+
+def from_json(values: Any) -> list[PublishedModel]:
+    """The models that `to_json` gave. Raises TypeError, KeyError or AttributeError for values that are none."""
+    return [PublishedModel(**{**model, "weights": tuple(model["weights"])}) for model in values]

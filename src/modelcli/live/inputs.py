@@ -42,8 +42,15 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
             stack.extend(reversed(item))
 
 
+@dataclass(frozen=True)
 class Inputs(StatedInputs):
-    """The known inputs of a model, from which it makes the arguments of `forward`."""
+    """The known inputs of a model, from which it makes the arguments of `forward`.
+
+    Attributes:
+        values: the first elements of named inputs of integers, which would be zeros otherwise.
+    """
+
+    values: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def tensors(self, device: str) -> Arguments:
         """Make the arguments, on meta or with random values (normally distributed; integer tensors are zeros).
@@ -61,7 +68,8 @@ class Inputs(StatedInputs):
                     _put(tree, item.path, item.value)
                 else:
                     ones = item.path[-1] == "attention_mask"
-                    _put(tree, item.path, _tensor(item.shape, item.dtype or self._usual(item.path), device, ones=ones))
+                    made_tensor = _tensor(item.shape, item.dtype or self._usual(item.path), device, ones=ones)
+                    _put(tree, item.path, self._with_values(".".join(item.path), made_tensor))
         arguments = {name: self._built(value, (name,)) for name, value in tree.items()}
         if self.as_list:
             made = [made]
@@ -71,6 +79,13 @@ class Inputs(StatedInputs):
                 raise RequestError(f"input {name} is stated, but input {len(made)} is not", input_texts.EXAMPLES)
             made.append(arguments.pop(name))
         return Arguments(tuple(made), arguments)
+
+    def _with_values(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Write the known values into the beginning of an input."""
+        known = self.values.get(name, ())[: tensor.numel()]
+        if known and not tensor.is_meta:
+            tensor.view(-1)[: len(known)] = torch.tensor(known, dtype=tensor.dtype, device=tensor.device)
+        return tensor
 
     def _usual(self, path: Sequence[str]) -> str:
         """Return the dtype of an input that states none: int64 for tokens and masks, else the model's own."""
@@ -117,6 +132,55 @@ def _tensor(shape: tuple[int, ...], dtype_name: str, device: str, *, ones: bool 
     if dtype.is_complex:
         return torch.randn(shape, dtype=dtype, device=device)
     return torch.randn(shape, device=device).to(dtype)
+
+
+def overridden(
+    known: Inputs, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[str], texts: Sequence[InputText]
+) -> Inputs:
+    """The inputs that a model is known to take by name, some of them replaced, and others added.
+
+    The batch size of what is stated, where it is one, holds for the other inputs as well.
+
+    Args:
+        known: the inputs that its provider makes, all of them named.
+        shapes: the shapes that `--input-size` states, for the known inputs in their order.
+        dtypes: their dtypes; the last one holds for the remaining shapes.
+        texts: what `--input` states, by name or position.
+
+    Raises RequestError for more shapes than there are known inputs, and where an input is stated twice.
+    """
+    names = [".".join(item.path) for item in known.named]
+    if len(shapes) > len(names):
+        raise RequestError(
+            f"{len(shapes)} input sizes are stated, and the model takes {len(names)} inputs: {listed(names, 8)}",
+            "--input NAME=SHAPE states another one",
+        )
+    stated: dict[tuple[str, ...], InputText] = {}
+    by_size = [
+        replace(item, shape=shape, dtype=dtypes[min(index, len(dtypes) - 1)] if dtypes else item.dtype)
+        for index, (item, shape) in enumerate(zip(known.named, shapes, strict=False))
+    ]
+    for item in (*by_size, *input_texts.numbered(texts, len(by_size))):
+        position = item.path[0]
+        if position.isdecimal() and int(position) < len(names):
+            item = replace(item, path=(names[int(position)], *item.path[1:]))
+        if item.path in stated:
+            raise RequestError(f"input {'.'.join(item.path)} is stated twice")
+        stated[item.path] = item
+    batches = {item.shape[0] for item in stated.values() if item.shape}
+    batch = batches.pop() if len(batches) == 1 else 1
+    replaced = {path[0] for path in stated}
+    kept = {item.path: _with_batch(item, batch) for item in known.named if item.path[0] not in replaced}
+    usual = {item.path: item.dtype for item in known.named}
+    for path, item in stated.items():
+        kept[path] = item if item.dtype or item.shape is None else replace(item, dtype=usual.get(path))
+    order = {item.path: index for index, item in enumerate(known.named)}
+    return replace(known, named=tuple(sorted(kept.values(), key=lambda item: order.get(item.path, len(order)))))
+
+
+def _with_batch(item: InputText, batch: int) -> InputText:
+    is_batch = item.shape is not None and len(item.shape) > 1 and item.shape[0] == 1
+    return replace(item, shape=(batch, *item.shape[1:])) if is_batch and item.shape is not None else item
 
 
 def fitted(inputs: Inputs, module: nn.Module) -> Inputs:

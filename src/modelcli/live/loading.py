@@ -241,8 +241,10 @@ def _same_shape(own: torch.Tensor, found: torch.Tensor) -> bool:
     return own.shape == found.shape or (own.dim() == 0 and tuple(found.shape) == (1,))
 
 
-def load(module: nn.Module, state: StateDict) -> LoadReport:
+def load(module: nn.Module, state: StateDict, optional: frozenset[str] = frozenset()) -> LoadReport:
     """Replace the module's tensors by those of a checkpoint; tensors that do not match stay.
+
+    Keys in `optional` do not count as missing.
 
     The module gets the tensors themselves, not copies of their values. Tied parameters are tied again, and the module
     keeps its flags. Raises AnswerNoError if PyTorch refuses the state dict.
@@ -263,7 +265,7 @@ def load(module: nn.Module, state: StateDict) -> LoadReport:
     overruled = _tie_again(module, ties, given)
     loaded = {name for group in ties for name in group if set(group) & set(given)}
     empty = {name for name, value in own.items() if name.endswith("_extra_state") and _is_empty(value)}
-    missing = tuple(name for name in keys.missing_keys if name not in wrong | loaded | empty)
+    missing = tuple(name for name in keys.missing_keys if name not in wrong | loaded | empty | optional)
     unexpected = (*keys.unexpected_keys, *(name for name in state.extras if name not in own))
     matched = sum(name in own for name in given)
     return LoadReport(matched, missing, tuple(unexpected), found.mismatched, found.unwrapping, overruled)
@@ -277,7 +279,7 @@ def _is_empty(value: Any) -> bool:
 def load_values(architecture: Architecture, module: nn.Module, contents: Contents) -> LoadReport:
     """Load a checkpoint's values into a real module of this architecture, as its library does: see `load`."""
     fitted = architecture.provider.fit_state_dict(architecture, module, mapped(contents))
-    return load(module, fitted.state)
+    return load(module, fitted.state, fitted.optional)
 
 
 class _WithMetadata(dict[str, Any]):

@@ -365,7 +365,7 @@ class _Opening:
             live.edit_count = self.record.edit_count
         if self.contents is not None and self.base is not None:
             fitted = self.base.provider.fit_state_dict(self.base, module, loading.on_meta(self.contents))
-            live.report = loading.load(module, fitted.state)
+            live.report = loading.load(module, fitted.state, fitted.optional)
             self.notes += fitted.notes
             self._check(live.report, report_only)
         if self.record is not None:
@@ -449,6 +449,9 @@ class _Opening:
         if shapes is None and not texts and record is not None:
             shapes, texts = record.input_size, record.inputs
         floating = floating_dtype(module) or "float32"
+        if known is not None and known.named:  # by name: single ones can be replaced
+            stated_by_name = inputs.overridden(known, shapes or (), dtypes, input_texts.parse_all(texts))
+            return inputs.fitted(replace(stated_by_name, floating=floating), module)
         if texts:
             stated = Inputs(shapes or (), dtypes, floating=floating, named=input_texts.parse_all(texts))
             return inputs.fitted(stated, module)

@@ -236,6 +236,8 @@ def run(
         stack.enter_context(seeded(0))
         stack.enter_context(_plain_attention())
         stack.enter_context(_not_compiled())
+        for half in providers.in_use():
+            stack.enter_context(half.during_pass(device))
         if device == "meta":
             stack.enter_context(torch.device("meta"))
         inner = list(modes)
@@ -329,13 +331,18 @@ def shape_of(output: Any) -> Any:
     if isinstance(output, torch.Tensor):
         return [int(size) for size in output.shape]
     if isinstance(output, Mapping):
-        return {str(key): shape_of(value) for key, value in output.items()}
+        return {str(key): shape_of(value) for key, value in output.items() if not _is_cache(value)}
     if isinstance(output, tuple) and hasattr(output, "_fields"):
         return {name: shape_of(getattr(output, name)) for name in output._fields}
     if isinstance(output, list | tuple):
         shapes = [shape_of(value) for value in output]
         return shapes[0] if len(shapes) == 1 and isinstance(shapes[0], list) else shapes
     return None
+
+
+def _is_cache(part: Any) -> bool:
+    """Whether a part of an output is an object that keeps tensors for the next call: it is no output that flows on."""
+    return not isinstance(part, torch.Tensor | Mapping | list | tuple | int | float | bool | str | None)
 
 
 def meta_copy_if_possible(module: nn.Module) -> nn.Module:

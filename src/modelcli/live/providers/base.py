@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -37,10 +39,17 @@ Layout = Literal["channels first", "features last"]
 
 @dataclass(frozen=True)
 class FittedStateDict:
-    """A state dict as a provider's library would load it, and what the user should know of the changes."""
+    """A state dict as a provider's library would load it.
+
+    Attributes:
+        state: the tensors under the keys of the model.
+        notes: what the user should know of the changes.
+        optional: the keys that a file may leave out, because the library computes their values itself.
+    """
 
     state: StateDict
     notes: tuple[str, ...] = ()
+    optional: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -239,6 +248,10 @@ class LiveProvider:
 
     def before_pass(self, module: nn.Module) -> None:
         """Prepare a copy of any model for a forward pass without values. It is dropped after the pass."""
+
+    def during_pass(self, device: str) -> AbstractContextManager[None]:
+        """What surrounds a forward pass of any model. `device` is `meta`, `fake`, or `cpu`, which alone has values."""
+        return contextlib.nullcontext()
 
     # --- what flows in, and what is counted --------------------------------------------------------------------------
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -147,12 +148,19 @@ def _class_of(auto_class: object, config_class: type[PreTrainedConfig], what: st
     return model_class
 
 
+def pattern_of(model: object, attribute: str) -> Callable[[str], bool]:
+    """Whether a key matches one of the patterns that a model class lists, such as of keys that files leave out."""
+    patterns = [re.compile(pattern) for pattern in getattr(model, attribute, None) or ()]
+    return lambda key: any(pattern.search(key) for pattern in patterns)
+
+
 def configuration_of(
     document: Mapping[str, Any], config_class: type[PreTrainedConfig], overrides: Mapping[str, Any], what: str = ""
 ) -> PreTrainedConfig:
     """The configuration as transformers reads it. Raises RequestError for values that it does not take."""
     try:
-        made, unused = config_class.from_dict(dict(document), return_unused_kwargs=True, **overrides)
+        values = config_class._decode_special_floats(dict(document))
+        made, unused = config_class.from_dict(values, return_unused_kwargs=True, **overrides)
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RequestError(f"transformers cannot read the configuration of {what}: {first}") from error

@@ -1,10 +1,20 @@
-"""How a model of transformers makes a forward pass without values, and what it takes."""
+"""How a model of transformers makes a forward pass without values."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
+
+from modelcli.live.inputs import tensors_in
+
+#: The variable by which transformers leaves out checks that look into tensors, such as that the text has as many
+#: tokens of an image as the image has features.
+_NO_CHECKS = "TRANSFORMERS_DISABLE_TORCH_CHECK"
 
 
 def prepare(module: nn.Module) -> None:
@@ -20,6 +30,49 @@ def prepare(module: nn.Module) -> None:
             for config in _all_configurations(child.config):
                 config._attn_implementation = "eager"
                 config._experts_implementation = "batched_mm"
+
+
+@contextlib.contextmanager
+def without_checks_of_values() -> Iterator[None]:
+    """In the block transformers does not look into tensors to check them."""
+    from transformers import masking_utils
+
+    before, is_tracing = os.environ.get(_NO_CHECKS), getattr(masking_utils, "is_tracing", None)
+    os.environ[_NO_CHECKS] = "1"
+    masking_utils.is_tracing = lambda *_args: True  # then a mask is made without a look into it
+    try:
+        yield
+    finally:
+        masking_utils.is_tracing = is_tracing
+        if before is None:
+            os.environ.pop(_NO_CHECKS, None)
+        else:
+            os.environ[_NO_CHECKS] = before
+
+
+def image_tokens(model: Any, shape: tuple[int, ...] | None, grid: tuple[int, int, int]) -> int:
+    """How many features a model of text and images makes of an image, each of which takes the place of a token.
+
+    Args:
+        model: the model, on the meta device.
+        shape: the shape of `pixel_values`.
+        grid: the patches of the image in time, height and width, for models that take it as patches.
+    """
+    from modelcli.live import signatures
+
+    if shape is None:
+        return 0
+    given: dict[str, Any] = {"pixel_values": torch.empty(shape, device="meta")}
+    if "image_grid_thw" in signatures.of(model.get_image_features).parameters:
+        merged = getattr(getattr(model.config, "vision_config", None), "spatial_merge_size", 1)
+        return int(grid[0] * grid[1] * grid[2] // merged**2)
+    try:
+        with torch.no_grad(), torch.device("meta"), without_checks_of_values():
+            made = model.get_image_features(**given)
+    except Exception:  # it takes more than an image, or looks into its values
+        return 0
+    found = list(tensors_in(getattr(made, "pooler_output", made)))
+    return sum(int(tensor.shape[:-1].numel()) for tensor in found)
 
 
 def _all_configurations(config: Any) -> list[Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,7 @@ from modelcli.providers import configuration
 from modelcli.providers.huggingface import is_class_name
 
 if TYPE_CHECKING:
+    from modelcli.live.inputs import Inputs
     from modelcli.live.providers.huggingface.configurations import Described
 
 
@@ -87,7 +90,13 @@ class LiveHuggingFace(LiveProvider):
                 del tensors[key]
             if other:
                 notes.append(f"{other} have another shape with these arguments and are not loaded")
-        return FittedStateDict(StateDict(tensors, state.metadata, state.extras), tuple(notes))
+        own = module.state_dict()
+        may_be_unexpected = configurations.pattern_of(module, "_keys_to_ignore_on_load_unexpected")
+        for key in [key for key in tensors if key not in own and may_be_unexpected(key)]:
+            del tensors[key]
+        may_be_missing = configurations.pattern_of(module, "_keys_to_ignore_on_load_missing")
+        optional = frozenset(key for key in own if key not in tensors and may_be_missing(key))
+        return FittedStateDict(StateDict(tensors, state.metadata, state.extras), tuple(notes), optional)
 
     def model_folder(self, architecture: Architecture, module: nn.Module) -> ModelFolder | None:
         """The folder that `from_pretrained` takes, where the model still is one of transformers."""
@@ -100,10 +109,22 @@ class LiveHuggingFace(LiveProvider):
         described = self._described_by(architecture)
         return f"{self.provider.prefix}:{described.by_class()}"
 
+    def inputs(self, architecture: Architecture, module: nn.Module) -> Inputs | None:
+        """Dummy inputs by the arguments of `forward` and the configuration."""
+        from modelcli.live.providers.huggingface import inputs
+
+        return inputs.inputs_of(module)
+
     def before_pass(self, module: nn.Module) -> None:
         """Choose the attention and the experts that need no values: the faster ones look into their masks."""
         if "transformers" in sys.modules:
             passes.prepare(module)
+
+    def during_pass(self, device: str) -> AbstractContextManager[None]:
+        """Without values there is nothing in the tensors to check."""
+        if device == "cpu" or "transformers.modeling_utils" not in sys.modules:
+            return contextlib.nullcontext()
+        return passes.without_checks_of_values()
 
     def _described_by(self, architecture: Architecture) -> Described:
         assert isinstance(architecture.reference, NamedModel)

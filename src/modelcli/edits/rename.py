@@ -63,15 +63,15 @@ class Rename(Edit):
         new_names = self.new_names(model)
         names, moved = renaming(self, blueprint, new_names, root_type=blueprint.root.type)
         found: dict[str, StateDictModule] = {}
-        seen: set[tuple[str, str, bool]] = set()
+        seen: set[tuple[str, str]] = set()
         for name, new in names.items():
-            (old_above, _, own), (new_above, _, new_own) = name.rpartition("."), new.rpartition(".")
-            if (key := (old_above, new_above, own == new_own)) in seen:
-                continue  # the same modules as for a tensor before
-            seen.add(key)
-            for path, new_path in _places(name, new):  # where they differ, the first tensor decides
+            place = _holders(name, new)
+            while place is not None and place not in seen:  # those above a pair that was seen were seen with it
+                seen.add(place)
+                path, new_path = place  # where tensors differ, the first one decides
                 if new_path not in found and (old := model.modules.get(path)) is not None:
                     found[new_path] = old if old.info is None else StateDictModule(None, old.version)
+                place = _above(path, new_path)
         unknown = StateDictModule(None)
         renamed = of_entries(
             {new: model.entries[name] for name, new in names.items()}, lambda path: found.get(path, unknown)
@@ -138,29 +138,50 @@ def _check_names(names: Mapping[str, str], moved: Sequence[str]) -> None:
             )
         olds[new] = name
     changed = set(moved)
+    clear = {""}  # the paths of which neither they nor any above them is the name of a tensor
     for new, name in olds.items():
-        for above in ancestors(parent_of(new)):
-            if above in olds and (name in changed or olds[above] in changed) and not _lies_below(name, olds[above]):
+        above, walked = parent_of(new), []
+        while above not in clear:
+            if above not in olds:
+                walked.append(above)
+            elif (name in changed or olds[above] in changed) and not _lies_below(name, olds[above]):
                 raise RequestError(
                     f"{olds[above]} would be called {above}, and {name} {new}: "
                     f"{above} cannot be a tensor and a module at once"
                 )
+            else:
+                walked = []  # no path below this one is clear
+            above = parent_of(above)
+        clear.update(walked)
 
 
 def _lies_below(name: str, other: str) -> bool:
     return other in ancestors(parent_of(name))
 
 
-def _places(name: str, new: str) -> list[tuple[str, str]]:
-    (old_path, _, own), (new_path, _, new_own) = name.rpartition("."), new.rpartition(".")
-    if old_path == new_path:
-        return [(path, path) for path in ancestors(old_path)]
-    places = []
-    while name and new and own == new_own:
-        name, new = old_path, new_path
-        places.append((name, new))
-        (old_path, _, own), (new_path, _, new_own) = name.rpartition("."), new.rpartition(".")
-    return places
+def _holders(name: str, new: str) -> tuple[str, str] | None:
+    """The modules that a tensor lies in under its old and its new name, where these are one module; else None."""
+    (path, _, own), (new_path, _, new_own) = name.rpartition("."), new.rpartition(".")
+    return (path, new_path) if own == new_own or path == new_path else None
+
+
+def _above(path: str, new_path: str) -> tuple[str, str] | None:
+    """The modules that hold a module under its old and its new path, where these are one module; else None."""
+    (above, _, own), (new_above, _, new_own) = path.rpartition("."), new_path.rpartition(".")
+    return (above, new_above) if path and new_path and own == new_own else None
+
+
+def _topmost(place: tuple[str, str], known: dict[tuple[str, str], tuple[str, str]]) -> tuple[str, str]:
+    """The topmost of the modules that a rename moves with this one; `known` remembers it for each."""
+    walked = []
+    while place not in known:
+        walked.append(place)
+        if (above := _above(*place)) is None:
+            break
+        place = above
+    top = known.get(place, place)
+    known.update(dict.fromkeys(walked, top))
+    return top
 
 
 def renaming_changes(
@@ -168,9 +189,12 @@ def renaming_changes(
 ) -> list[Change]:
     """A row for each module that has another place, one for each key that moves alone, or one for all of them."""
     groups: dict[tuple[str, str], list[str]] = {}
+    known: dict[tuple[str, str], tuple[str, str]] = {}
     for name in moved:
-        places = _places(name, names[name]) if parent_of(name) != parent_of(names[name]) else []
-        groups.setdefault(places[-1] if places else (name, names[name]), []).append(name)
+        new = names[name]
+        place = _holders(name, new)
+        is_moved = place is not None and place[0] != place[1]
+        groups.setdefault(_topmost(place, known) if place and is_moved else (name, new), []).append(name)
     if len(groups) > _ROWS:
         changes = [_renamed("", edit.old, edit.new, moved, parameters)]
     else:

@@ -414,18 +414,31 @@ def _capturer(selector: Selector, blueprint: Blueprint) -> Callable[[str], list[
         for component, step in zip(selector.components, steps, strict=True)
     ]
     inside: dict[tuple[int, str], list[str]] = {}  # many paths share a few component names
+    any_length = [number for number, step in enumerate(steps) if step is None]
+    # With at most one `**` there is one way to cut: the length of the path says how much that takes.
+    first_behind = any_length[0] + 1 if any_length else len(steps)
+
+    def matches(number: int, parts: Sequence[str], start: int) -> bool:
+        step = steps[number]
+        return step is None or step(parts[start], ".".join(parts[: start + 1]))
+
+    def cuts_of(parts: Sequence[str]) -> list[int] | None:
+        def ends(number: int, start: int) -> Iterable[int]:
+            if steps[number] is None:
+                return range(start, len(parts) + 1)
+            return (start + 1,) if start < len(parts) and matches(number, parts, start) else ()
+
+        if len(any_length) > 1:
+            return _cuts(len(steps), ends, len(parts))
+        more = len(parts) - len(steps)
+        if more < -len(any_length) or (more and not any_length):
+            return None
+        cuts = [*range(first_behind), *range(first_behind + more, len(parts) + 1)]
+        return cuts if all(matches(number, parts, cuts[number]) for number in range(len(steps))) else None
 
     def captured(path: str) -> list[str] | None:
         parts = path.split(".") if path else []
-        above = [".".join(parts[: end + 1]) for end in range(len(parts))]
-
-        def ends(number: int, start: int) -> Iterable[int]:
-            step = steps[number]
-            if step is None:
-                return range(start, len(parts) + 1)
-            return (start + 1,) if start < len(parts) and step(parts[start], above[start]) else ()
-
-        cuts = _cuts(len(steps), ends, len(parts))
+        cuts = cuts_of(parts)
         if cuts is None:
             return None
         found: list[str] = []

@@ -372,21 +372,31 @@ def of_entries(
 
     `known` gives what is known of the module at a path; by default it is the module of that path in the file.
     """
-    own: dict[str, tuple[list[str], list[str], list[str]]] = {}
+    own: dict[str, list[str]] = {}
+    mixed: set[str] = set()  # the modules whose own entries are not parameters alone
     for name, entry in entries.items():
         path = split_key(name)[0]
-        if path not in own:
-            own[path] = ([], [], [])
-        place = 2 if not isinstance(entry, StateDictTensor) else 0 if entry.kind == "parameter" else 1
-        own[path][place].append(name)
+        if path in own:
+            own[path].append(name)
+        else:
+            own[path] = [name]
+        if not isinstance(entry, StateDictTensor) or entry.kind != "parameter":
+            mixed.add(path)
     ordered: dict[str, Entry] = {}
     modules: dict[str, StateDictModule] = {}
     for path in depth_first(tree_of(own)):
         modules[path] = known(path)
-        for names in own.get(path, ()):
-            for name in names:
-                ordered[name] = entries[name]
+        names = own.get(path, ())
+        for name in sorted(names, key=lambda name: _rank(entries[name])) if path in mixed else names:
+            ordered[name] = entries[name]
     return StateDictModel(ordered, modules)
+
+
+def _rank(entry: Entry) -> int:
+    """The order of a module's own entries: parameters, buffers, all others."""
+    if not isinstance(entry, StateDictTensor):
+        return 2
+    return 0 if entry.kind == "parameter" else 1
 
 
 def _placed(new: NewModule, there: str) -> Iterator[Part]:

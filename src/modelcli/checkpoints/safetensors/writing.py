@@ -65,7 +65,7 @@ def layout_of(tensors: Mapping[str, PlannedTensor], texts: Mapping[str, str]) ->
             raise RequestError(f"{name} is {tensor.dtype}, which safetensors has no name for", formats.instead())
         shape, start = ",".join(map(str, _header_shape(name, tensor))), places[name]
         header.append(
-            f'{_as_json(name)}:{{"dtype":"{_NAMES[tensor.dtype]}","shape":[{shape}],'
+            f'{_text_as_json(name)}:{{"dtype":"{_NAMES[tensor.dtype]}","shape":[{shape}],'
             f'"data_offsets":[{start},{start + tensor.source.nbytes}]}}'
         )
     try:
@@ -81,6 +81,8 @@ def layout_of(tensors: Mapping[str, PlannedTensor], texts: Mapping[str, str]) ->
 
 
 _as_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+#: What that makes of a text.
+_text_as_json = json.encoder.encode_basestring
 
 
 def _rank(tensor: PlannedTensor, index: int, files: dict[Path, int]) -> tuple[int, ...]:

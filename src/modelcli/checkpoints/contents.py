@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 from modelcli import providers
 from modelcli.checkpoints import limits
 from modelcli.checkpoints.entries import CompositeEntry, TensorEntry, info_of
-from modelcli.checkpoints.record import Record
+from modelcli.checkpoints.record import DamagedError, Record, RecordOfKeys
 from modelcli.model.blueprint import Blueprint, ModuleInfo, from_keys
 from modelcli.model.tensors import Kind, TensorInfo
 from modelcli.wording import listed
@@ -71,6 +71,13 @@ class Contents:
         note = f"the record in {self.path.name} is left aside: its architecture, edits and flags are not carried on"
         return replace(self, record=None, notes=(*self.notes, note))
 
+    def with_record_of_keys(self, found: RecordOfKeys) -> Contents:
+        """The same file with the record that its tensors make whole; a note says where they are others by now."""
+        try:
+            return replace(self, record=found.beside(self.infos(), self._pay_for_modules()))
+        except DamagedError as error:
+            return replace(self, notes=(*self.notes, f"the record in {self.path.name} was ignored: {error}"))
+
     @property
     def names(self) -> tuple[str, ...]:
         """The names of all entries of the state dict, in the order of the file."""
@@ -106,8 +113,12 @@ class Contents:
 
     def bare_blueprint(self) -> Blueprint:
         """The tree of the key names; types are known only where the file names the classes of a pickled module."""
+        return from_keys(self.infos().values(), self.types, self._pay_for_modules())
+
+    def _pay_for_modules(self) -> Callable[[int], None]:
+        """What pays for each module that names tell of, with the length of its path."""
         budget = self._budget("the modules in its names", times=_MODULES_OF_A_TENSOR)
-        return from_keys(self.infos().values(), self.types, lambda length: budget.spend(limits.ENTRY + length))
+        return lambda length: budget.spend(limits.ENTRY + length)
 
     def tensors_in_root(self) -> Blueprint:
         """The tensors in a root that holds no other module: enough where only tensors are shown."""

@@ -131,6 +131,8 @@ class Format:
     whole_files: ClassVar[tuple[str, ...]] = ()
     #: Whether it is a folder of files, not one file.
     is_folder: ClassVar[bool] = False
+    #: Whether tensors are read in the order in which they were written.
+    keeps_order: ClassVar[bool] = True
     #: How the file is called that says what a folder of it holds, as a pattern: `*.index.json`.
     index_pattern: ClassVar[str] = ""
     #: The name of that file in a folder that modelcli writes.

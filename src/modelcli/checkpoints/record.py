@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from modelcli.checkpoints import record_of_keys
+from modelcli.checkpoints.entries import looks_like_buffer
+from modelcli.checkpoints.record_of_keys import KeysOfFile
 from modelcli.errors import RequestError
 from modelcli.model import json_form
-from modelcli.model.blueprint import Blueprint
+from modelcli.model.blueprint import Blueprint, ModuleInfo
 from modelcli.model.dtypes import INPUT_DTYPES
 from modelcli.model.json_form import shape_from_json
-from modelcli.model.tensors import TensorInfo
+from modelcli.model.tensors import Kind, TensorInfo
 from modelcli.wording import counted
 
 if TYPE_CHECKING:
@@ -24,6 +27,8 @@ METADATA_KEY = ".modelcli"
 ZIP_RECORD = ".data/modelcli.json"
 SAFETENSORS_KEY = "modelcli"
 SCHEMA = 1
+#: The blueprint of a record that was read without the keys of its file.
+_ROOT = Blueprint((ModuleInfo("", None),), ())
 
 
 @dataclass(frozen=True)
@@ -63,20 +68,65 @@ class Record:
         return None
 
 
+@dataclass(frozen=True)
+class RecordOfKeys:
+    """A record whose text leaves the blueprint to the keys of its file.
+
+    `record` is all of it but that and the frozen names.
+    """
+
+    record: Record
+    keys: KeysOfFile
+
+    def beside(self, tensors: Mapping[str, TensorInfo], pay: Callable[[int], None]) -> Record:
+        """The whole record, of a file with these tensors. Raises DamagedError where it was written with others."""
+        infos = tuple(tensors.values())
+        if (why := self.keys.disagreement(infos)) is not None:
+            raise DamagedError(why)
+        blueprint = self.keys.blueprint(infos, pay)
+        frozen = tuple(info.name for info in blueprint.tensors if info.requires_grad is False and not info.tied_to)
+        return replace(self.record, blueprint=blueprint, frozen=frozen)
+
+
 def to_text(record: Record) -> str:
     """The record as JSON, the same text for the same record."""
+    return _as_json(record, {"frozen": list(record.frozen), "blueprint": json_form.to_json(record.blueprint)})
+
+
+def to_text_beside(record: Record, names: Sequence[str]) -> str:
+    """The record of a state-dict model as JSON, for a file that gives the model's entries back in this order.
+
+    It leaves the blueprint out where whoever reads the file finds the same one without it.
+    """
+    known = record.blueprint.by_name
+    if record.reference is None and len(names) == len(known) and all(name in known for name in names):
+        keys = record_of_keys.keys_of(record.blueprint)
+        if keys.blueprint(_in_file(known[name]) for name in names) == record.blueprint:
+            return _as_json(record, {"keys": keys.to_json()})
+    return to_text(record)
+
+
+def _in_file(info: TensorInfo) -> TensorInfo:
+    """A tensor as a file without a record has it: by itself, without a flag, a parameter or a buffer by its name."""
+    kind: Kind = "buffer" if looks_like_buffer(info.name, info.dtype) else "parameter"
+    if info.kind == kind and info.requires_grad is None and info.tied_to is None and info.persistent:
+        return info
+    return TensorInfo(info.name, info.shape, info.dtype, kind, layout=info.layout, stored_bytes=info.stored_bytes)
+
+
+def _as_json(record: Record, model: Mapping[str, Any]) -> str:
+    """A record as JSON, with what it says of the model's modules and tensors."""
     document: dict[str, Any] = {
         "schema": SCHEMA,
         "reference": record.reference,
         "weights": record.weights,
         "seed": record.seed,
         "edits": list(record.edits),
-        "frozen": list(record.frozen),
         "input_size": record.input_size,
         "input_dtype": list(record.input_dtype),
         "numbers": list(record.numbers),
         "edit_count": record.edit_count,
-        "blueprint": json_form.to_json(record.blueprint),
+        **model,
     }
     if record.inputs:
         document["inputs"] = list(record.inputs)
@@ -87,16 +137,17 @@ class DamagedError(ValueError):
     """A text is no record; the message says why, as a part of a sentence."""
 
 
-def from_text(text: str) -> Record | None:
+def from_text(text: str) -> Record | RecordOfKeys | None:
     """Read a record and every edit in it; None where the text is none: damaged, foreign, or of a later schema."""
     try:
-        record = read(text)
+        found = read(text)
     except DamagedError:
         return None
-    return None if record.unreadable_edit() else record
+    record = found.record if isinstance(found, RecordOfKeys) else found
+    return None if record.unreadable_edit() else found
 
 
-def read(text: str) -> Record:
+def read(text: str) -> Record | RecordOfKeys:
     """Read a record. Raises DamagedError that says why the text is none.
 
     Of an edit the first word alone is read: to show a model needs no more. See `Record.unreadable_edit` for the rest.
@@ -110,30 +161,39 @@ def read(text: str) -> Record:
     if type(document["schema"]) is not int or document["schema"] != SCHEMA:
         raise DamagedError(f"its schema is {document['schema']!r:.40}, and this version of modelcli reads {SCHEMA}")
     try:
-        edits = _texts(document["edits"])
-        _require_known_edits(edits)
-        seed = document["seed"]
-        if type(seed) is not int or not 0 <= seed < 2**63:
-            raise ValueError(f"its seed is {seed!r:.40}")
-        return Record(
-            reference=_optional_text(document["reference"]),
-            weights=_optional_text(document["weights"]),
-            seed=seed,
-            edits=edits,
-            frozen=_texts(document["frozen"]),
-            blueprint=json_form.from_json(document["blueprint"]),
-            input_size=_sizes(document.get("input_size")),
-            input_dtype=_dtypes(document.get("input_dtype") or []),
-            numbers=_numbers(document.get("numbers", [*range(1, len(edits) + 1)]), len(edits)),
-            edit_count=_count(document.get("edit_count", len(edits))),
-            inputs=_inputs(document.get("inputs")),
-        )
+        if "keys" in document:
+            if document["reference"] is not None:
+                raise ValueError("it names an architecture and lists none of its modules")
+            return RecordOfKeys(_record(document, (), _ROOT), record_of_keys.from_json(document["keys"]))
+        return _record(document, _texts(document["frozen"]), json_form.from_json(document["blueprint"]))
     except KeyError as error:
         raise DamagedError(f"it lacks {error}") from None
     except RequestError as error:
         raise DamagedError(_unreadable(error)) from None
     except (TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:
         raise DamagedError(f"{error!s:.200}") from None
+
+
+def _record(document: Mapping[str, Any], frozen: tuple[str, ...], blueprint: Blueprint) -> Record:
+    """The record that a document is, with what it says of the model. Raises as `json_form.from_json` does."""
+    edits = _texts(document["edits"])
+    _require_known_edits(edits)
+    seed = document["seed"]
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise ValueError(f"its seed is {seed!r:.40}")
+    return Record(
+        reference=_optional_text(document["reference"]),
+        weights=_optional_text(document["weights"]),
+        seed=seed,
+        edits=edits,
+        frozen=frozen,
+        blueprint=blueprint,
+        input_size=_sizes(document.get("input_size")),
+        input_dtype=_dtypes(document.get("input_dtype") or []),
+        numbers=_numbers(document.get("numbers", [*range(1, len(edits) + 1)]), len(edits)),
+        edit_count=_count(document.get("edit_count", len(edits))),
+        inputs=_inputs(document.get("inputs")),
+    )
 
 
 def _unreadable(error: RequestError) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from modelcli.checkpoints import limits, strict_json
 from modelcli.checkpoints import record as records
+from modelcli.checkpoints.contents import Contents
 from modelcli.checkpoints.entries import CompositeEntry, TensorEntry
 from modelcli.model.blueprint import ModuleInfo
 
@@ -16,8 +18,25 @@ from modelcli.model.blueprint import ModuleInfo
 RESERVED = frozenset(("format", "total_size", "total_parameters", records.SAFETENSORS_KEY))
 
 
-def record_in(texts: Iterable[object], path: Path) -> tuple[records.Record | None, tuple[str, ...]]:
-    """The record that the first of these texts is that is one, and what there is to tell where none is.
+@dataclass(frozen=True)
+class FoundRecord:
+    """What the texts of a file say of its origin.
+
+    `of_keys` is a record whose blueprint the file's tensors give: `completed` makes it `Contents.record`. `record` is
+    one that is whole by itself. `notes` are what there is to tell where no text is either.
+    """
+
+    record: records.Record | None = None
+    of_keys: records.RecordOfKeys | None = None
+    notes: tuple[str, ...] = ()
+
+    def completed(self, contents: Contents) -> Contents:
+        """What a file holds, with the record that is made of its tensors where the file has such a one."""
+        return contents if self.of_keys is None else contents.with_record_of_keys(self.of_keys)
+
+
+def record_in(texts: Iterable[object], path: Path) -> FoundRecord:
+    """The record that the first of these texts is that is one.
 
     Raises FileFormatError where far more comes of a text than it could spell out.
     """
@@ -28,14 +47,16 @@ def record_in(texts: Iterable[object], path: Path) -> tuple[records.Record | Non
         budget = limits.Budget(f"{path}: its record", len(text))
         strict_json.pay_for(text, budget)
         try:
-            record = records.read(text)
+            found = records.read(text)
         except records.DamagedError as error:
             wrong.append(str(error))
             continue
-        for module in record.blueprint.modules:
+        if isinstance(found, records.RecordOfKeys):
+            return FoundRecord(of_keys=found)
+        for module in found.blueprint.modules:
             budget.spend(_shown(module))
-        return record, ()
-    return None, tuple(f"the record in {path.name} was ignored: {why}" for why in wrong[:1])
+        return FoundRecord(found)
+    return FoundRecord(notes=tuple(f"the record in {path.name} was ignored: {why}" for why in wrong[:1]))
 
 
 def aliases_in(

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from modelcli import resolve
-from modelcli.checkpoints import CompositeEntry, Contents, TensorEntry
+from modelcli.checkpoints import CompositeEntry, Contents, TensorEntry, formats
 from modelcli.checkpoints import record as records
 from modelcli.checkpoints.limits import Budget
 from modelcli.checkpoints.reading_to_edit import read_to_edit
 from modelcli.checkpoints.record import Record
+from modelcli.checkpoints.record_of_keys import NO_TRACE
 from modelcli.checkpoints.state_dict_model import model_of
 from modelcli.commands import state_dict_plan
 from modelcli.edits import Edit
@@ -77,7 +78,7 @@ class OpenStateDict:
     @property
     def trace(self) -> Trace:
         """Why no forward pass is made."""
-        return Trace(None, reason="the file records no architecture: pass --arch REFERENCE", device=None)
+        return NO_TRACE
 
     def entries(self) -> dict[str, TensorEntry | CompositeEntry]:
         """Return all tensors by name with the source of their values, without tensors that have no values."""
@@ -135,12 +136,19 @@ class OpenStateDict:
             self.model,
             self.opened,
             self.contents,
-            records.to_text(self._record()),
+            lambda names: self._record_text(names, kind),
             kind,
             bare=bare,
             compact=compact,
             sources=self._sources,
         )
+
+    def _record_text(self, names: list[str], kind: str) -> str:
+        """The record of the model as it is, as text for a file that holds these keys in this order."""
+        record = self._record()
+        if not formats.named(kind).keeps_order:
+            return records.to_text(record)
+        return records.to_text_beside(record, names)
 
     def _record(self) -> Record:
         """The record of the model as it is."""

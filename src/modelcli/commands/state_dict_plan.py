@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from modelcli import writing
@@ -19,7 +19,7 @@ def plan(
     model: StateDictModel,
     opened: StateDictModel,
     contents: Contents,
-    record: str,
+    record: Callable[[list[str]], str],
     kind: str,
     *,
     bare: bool = False,
@@ -28,7 +28,8 @@ def plan(
 ) -> Plan:
     """What to write for a state-dict model, in a format of `writing`.
 
-    `opened` is the model as the file has it, and `record` the text of the record. `bare` drops what stood around the
+    `opened` is the model as the file has it, and `record` gives the text of the record for the keys in
+    their order. `bare` drops what stood around the
     state dict. `compact` writes of each storage what the tensors show of it.
 
     Raises RequestError for what a checkpoint of that kind cannot hold.
@@ -37,12 +38,13 @@ def plan(
     tensors: dict[str, PlannedTensor] = {}
     extras: dict[str, Any] = {}
     names = in_order(model, opened, contents)
+    holds_views = writing.holds_views(kind)
     for name in names:
         entry = model.entries[name]
         if not isinstance(entry, StateDictTensor):
             _require_writable(name, entry.value)
             extras[name] = entry.value
-        elif writing.holds_views(kind):
+        elif holds_views:
             storage, shape = sources.of(name, entry), entry.shape or ()
             tensors[name] = PlannedTensor(shape, entry.dtype, entry.stride, entry.offset, storage)
         else:
@@ -57,7 +59,7 @@ def plan(
         lambda name: sources.row_major(name, model.tensors[name]),
         contents=contents,
         metadata=metadata_of(model, contents),
-        record=lambda: record,
+        record=lambda: record(names),
         bare=bare,
         compact=compact,
     )
@@ -86,6 +88,8 @@ def in_order(model: StateDictModel, opened: StateDictModel, contents: Contents) 
     positions = {name: position for position, name in enumerate(contents.names)}
     before = {name: tensor.identity for name, tensor in opened.tensors.items()}
     now = {name: tensor.identity for name, tensor in model.tensors.items()}
+    if not model.inert and (moved := _places_of_moved(before, now, positions)) is not None:
+        return sorted(model.keys, key=moved.__getitem__)
     renamed: dict[int, list[int]] = {}  # where each tensor was under names that it has no more: a tied one has several
     for name in sorted(before, key=positions.__getitem__):
         if now.get(name) != before[name]:
@@ -108,6 +112,17 @@ def in_order(model: StateDictModel, opened: StateDictModel, contents: Contents) 
             last = positions.get(name, last) if place is None else place
         found[name] = last
     return sorted(found, key=found.__getitem__)
+
+
+def _places_of_moved(
+    before: Mapping[str, int], now: Mapping[str, int], positions: Mapping[str, int]
+) -> dict[str, int] | None:
+    """The place of each tensor where all are in the file under one name, and have one name now; else None."""
+    in_file = {identity: positions[name] for name, identity in before.items()}
+    if len(in_file) < len(before) or len(set(now.values())) < len(now):
+        return None
+    places = {name: in_file[identity] for name, identity in now.items() if identity in in_file}
+    return places if len(places) == len(now) else None
 
 
 def _places_of_new(before: Mapping[str, int], now: Mapping[str, int], positions: Mapping[str, int]) -> dict[str, int]:

@@ -69,17 +69,18 @@ def read(path: Path) -> Contents:
     tensors, end = _tensors(path, header, 8 + length, identity)
     if end != identity[0]:
         raise FileFormatError(f"{path}: the header tells of {end:,} bytes, the file has {identity[0]:,}")
-    record, notes = record_reading.record_in((metadata.pop(records.SAFETENSORS_KEY, None),), path)
-    aliases = record_reading.aliases_in(metadata, tensors, record)
+    found = record_reading.record_in((metadata.pop(records.SAFETENSORS_KEY, None),), path)
+    aliases = record_reading.aliases_in(metadata, tensors, found.record)
     tensors |= {name: tensors[first] for name, first in aliases.items()}
-    return Contents(
+    contents = Contents(
         path=path,
         format="safetensors",
-        tensors=record_reading.in_order_of(record, tensors),
-        record=record,
-        notes=(*notes, *_part_notes(path, metadata)),
+        tensors=record_reading.in_order_of(found.record, tensors),
+        record=found.record,
+        notes=(*found.notes, *_part_notes(path, metadata)),
         texts={name: text for name, text in metadata.items() if name not in aliases},
     )
+    return found.completed(contents)
 
 
 def _part_notes(path: Path, metadata: Mapping[str, Any]) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ class ShardedFolder(Format):
     title = "an index of shards"
     label = "safetensors"
     is_folder = True
+    keeps_order = False
     index_pattern = f"*{INDEX_SUFFIX}"
     written_index = f"model{SUFFIX}{INDEX_SUFFIX}"
 

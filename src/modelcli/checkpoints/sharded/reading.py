@@ -57,25 +57,30 @@ def read(index: Path) -> Contents:
             raise FileFormatError(f"{path.name} holds {extra}, which {index} does not name")
     _refuse_twins(index, shards)
     text = metadata.get(records.SAFETENSORS_KEY)
-    record, wrong = record_reading.record_in((text,), index)
-    tensors |= {name: tensors[first] for name, first in record_reading.aliases_in(metadata, tensors, record).items()}
-    tensors = record_reading.in_order_of(record, tensors)
+    found = record_reading.record_in((text,), index)
+    aliases = record_reading.aliases_in(metadata, tensors, found.record)
+    tensors |= {name: tensors[first] for name, first in aliases.items()}
+    tensors = record_reading.in_order_of(found.record, tensors)
     texts = [shard.texts for shard in shards.values()]
     formats = {shard.format for shard in shards.values()}
-    return Contents(
+    contents = Contents(
         path=index.parent,
         format=formats.pop() if len(formats) == 1 else "mixed",
         tensors=tensors,
         # An index may leave out what is no tensor.
         extras={name: value for shard in shards.values() for name, value in shard.extras.items()},
         inner={name: entry for shard in shards.values() for name, entry in shard.inner.items()},
-        record=record,
+        record=found.record,
         texts=texts[0] if texts and all(other == texts[0] for other in texts) else {},
         foreign=_of_all(shards, lambda shard: shard.foreign),
         unseen=_of_all(shards, lambda shard: shard.unseen),
         hidden=_of_all(shards, lambda shard: shard.hidden),
-        notes=(f"{counted(len(tensors), 'tensor')} in {counted(len(shards), 'shard')}, as {index.name} says", *wrong),
+        notes=(
+            f"{counted(len(tensors), 'tensor')} in {counted(len(shards), 'shard')}, as {index.name} says",
+            *found.notes,
+        ),
     )
+    return found.completed(contents)
 
 
 def _shard(path: Path) -> Contents:

@@ -70,18 +70,18 @@ def contents_of(
     if not isinstance(metadata, dict):
         metadata = {}
     # Where the two copies of the record differ, the one in the zip archive wins.
-    record, wrong = record_reading.record_in((record_text, metadata.get(records.METADATA_KEY)), path)
-    return Contents(
+    recorded = record_reading.record_in((record_text, metadata.get(records.METADATA_KEY)), path)
+    contents = Contents(
         path=path,
         format="pth",
         tensors=tensors,
         extras=extras,
         metadata={name: item for name, item in metadata.items() if name != records.METADATA_KEY},
-        record=record,
+        record=recorded.record,
         tree=pickled.value if keys else None,
         key=keys or None,
         foreign=pickled.foreign,
-        notes=(*notes, *wrong, *chosen, *told, *(() if whole is None else whole.notes)),
+        notes=(*notes, *recorded.notes, *chosen, *told, *(() if whole is None else whole.notes)),
         types={} if whole is None else whole.types,
         kinds=_kinds_of_scales(tensors) if whole is None else whole.kinds,
         order=tuple(state_dict) if extras else (),
@@ -93,6 +93,7 @@ def contents_of(
             *(() if whole is None else whole.hidden),
         ),
     )
+    return recorded.completed(contents)
 
 
 def _told_of(unseen: Sequence[str], beyond: Sequence[str], attributes: Sequence[str]) -> Iterator[str]:

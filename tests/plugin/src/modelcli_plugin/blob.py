@@ -53,9 +53,10 @@ class Blob(Format):
         header, start = _header(file)
         limits.check_names(header["tensors"], str(file.path))
         tensors = _tensors(file, header["tensors"], start)
-        record, notes = record_reading.record_in((header.get("record"),), file.path)
-        tensors = record_reading.in_order_of(record, tensors)
-        return Contents(file.path, self.name, tensors, record=record, notes=notes)
+        found = record_reading.record_in((header.get("record"),), file.path)
+        tensors = record_reading.in_order_of(found.record, tensors)
+        contents = Contents(file.path, self.name, tensors, record=found.record, notes=found.notes)
+        return found.completed(contents)
 
     def layout(self, plan: Plan) -> Layout:
         import json

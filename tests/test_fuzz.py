@@ -18,6 +18,7 @@ from safetensors.torch import save
 
 from modelcli import checkpoints
 from modelcli.checkpoints.torch_pickle import pickles
+from modelcli.checkpoints.torch_pickle.inert_values import Global
 from modelcli.checkpoints.zip_archives import directory as zip_directory
 from modelcli.errors import ModelcliError
 from tests import hostile
@@ -181,7 +182,7 @@ def test_a_tensor_in_one_step_is_what_its_opcodes_make(
             data[position] = change
             quick = outcome(bytes(data))
             with monkeypatch.context() as patch:
-                patch.setattr(pickles, "_REBUILD", pickles.Global("never", "matched"))
+                patch.setattr(pickles, "_REBUILD", Global("never", "matched"))
                 assert outcome(bytes(data)) == quick, bytes(data)
     assert sum(made is not None for made in taken) > 1000
 

@@ -28,7 +28,7 @@ from torch import nn
 from modelcli import checkpoints
 from modelcli.checkpoints import Contents, TensorEntry
 from modelcli.checkpoints.storage import Windows
-from modelcli.checkpoints.torch_pickle import pickles
+from modelcli.checkpoints.torch_pickle import allow_list, pickles
 from modelcli.errors import FileFormatError, ModelcliError, RequestError
 from modelcli.live import loading
 from modelcli.model.dtypes import ITEM_BYTES
@@ -640,8 +640,8 @@ def test_foreign_is_what_torch_refuses(tmp_path: Path) -> None:
 def test_harmless_names_are_those_that_torch_allows() -> None:
     """Name by name. A torch older than all dtypes allows fewer of them, and a dtype runs nothing."""
     allowed = set(torch._weights_only_unpickler._get_allowed_globals())
-    assert allowed <= pickles.HARMLESS
-    ours = {name.replace("__builtin__", "builtins") for name in pickles.HARMLESS}  # as Python 2 called it
+    assert allowed <= allow_list.HARMLESS
+    ours = {name.replace("__builtin__", "builtins") for name in allow_list.HARMLESS}  # as Python 2 called it
     dtypes = {"torch.bcomplex32"} if torch_version() >= COMPLETE else {f"torch.{name}" for name in ITEM_BYTES}
     assert ours - allowed <= {"torch._utils._rebuild_nested_tensor", *dtypes}  # torch 2.12 lacks the function
 

@@ -53,8 +53,8 @@ READERS = {
         *(
             f"checkpoints.torch_pickle.{name}"
             for name in (
-                *("zip_format", "pickles", "trees", "state_dicts", "deepspeed"),
-                *("composite_tensors", "nested_tensors", "pickled_modules"),
+                *("zip_format", "pickles", "allow_list", "inert_values", "value_builder"),
+                *("trees", "state_dicts", "deepspeed", "composite_tensors", "nested_tensors", "pickled_modules"),
             )
         ),
     },

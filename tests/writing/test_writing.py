@@ -30,7 +30,7 @@ from modelcli.checkpoints import record as records
 from modelcli.checkpoints.record import Record
 from modelcli.checkpoints.torch_pickle import pickling
 from modelcli.checkpoints.torch_pickle import writing as torch_zip
-from modelcli.checkpoints.torch_pickle.pickles import Global, Opaque
+from modelcli.checkpoints.torch_pickle.inert_values import Global, Opaque
 from modelcli.checkpoints.zip_archives import layout as zip_layout
 from modelcli.commands.editable import open_editable
 from modelcli.errors import ModelcliError, RequestError, SystemFailureError

@@ -14,7 +14,7 @@ from modelcli.checkpoints.entries import CompositeEntry, TensorEntry
 from modelcli.checkpoints.shapes import extent
 from modelcli.checkpoints.storage import JoinedSpan, Span, Storage, identity_of
 from modelcli.checkpoints.torch_pickle.composite_tensors import class_of, without_parameter
-from modelcli.checkpoints.torch_pickle.pickles import Opaque
+from modelcli.checkpoints.torch_pickle.inert_values import Opaque
 from modelcli.checkpoints.torch_pickle.value_digests import form_of
 from modelcli.errors import FileFormatError
 from modelcli.model.dtypes import ITEM_BYTES

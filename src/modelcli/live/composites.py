@@ -17,7 +17,7 @@ from torch import nn
 from modelcli.checkpoints import CompositeEntry, TensorEntry
 from modelcli.checkpoints.limits import Budget
 from modelcli.checkpoints.torch_pickle.composite_tensors import entry_of, quantized_bytes, require_call
-from modelcli.checkpoints.torch_pickle.pickles import Global, Opaque, OrderedDict, StorageRef
+from modelcli.checkpoints.torch_pickle.inert_values import Global, Opaque, OrderedDict, StorageRef
 from modelcli.errors import FileFormatError
 from modelcli.live.sources import Value, dtype_of, real_storage
 from modelcli.writing import PlannedStorage, PlannedTensor

@@ -10,7 +10,7 @@ import torch
 
 from modelcli.checkpoints import CompositeEntry, TensorEntry
 from modelcli.checkpoints.torch_pickle.composite_tensors import require_call
-from modelcli.checkpoints.torch_pickle.pickles import Global, Opaque, OrderedDict, StorageRef
+from modelcli.checkpoints.torch_pickle.inert_values import Global, Opaque, OrderedDict, StorageRef
 from modelcli.errors import RequestError
 from modelcli.live import composites
 from modelcli.live.sources import is_composite

@@ -17,7 +17,7 @@ from modelcli.checkpoints import CompositeEntry, Contents, Storage, TensorEntry,
 from modelcli.checkpoints.limits import NESTING, Budget, room_for_nesting
 from modelcli.checkpoints.storage import Windows
 from modelcli.checkpoints.torch_pickle.composite_tensors import entry_of, makes_tensor
-from modelcli.checkpoints.torch_pickle.pickles import Global, Opaque, OrderedDict
+from modelcli.checkpoints.torch_pickle.inert_values import Global, Opaque, OrderedDict
 from modelcli.errors import AnswerNoError, RequestError
 from modelcli.language.quoting import quoted
 from modelcli.live import composites

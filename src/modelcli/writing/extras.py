@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from modelcli.checkpoints import CompositeEntry, formats
-from modelcli.checkpoints.torch_pickle.pickles import Global, Opaque
+from modelcli.checkpoints.torch_pickle.inert_values import Global, Opaque
 from modelcli.errors import RequestError
 from modelcli.wording import listed
 

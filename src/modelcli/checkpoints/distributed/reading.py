@@ -16,6 +16,7 @@ from modelcli.checkpoints.distributed import METADATA, blocks
 from modelcli.checkpoints.entries import TensorEntry
 from modelcli.checkpoints.storage import JoinedSpan, Storage, identity_of
 from modelcli.checkpoints.torch_pickle import embedded, pickles, state_dicts, trees
+from modelcli.checkpoints.torch_pickle.inert_values import Global, Opaque, sizes_in
 from modelcli.errors import FileFormatError, SystemFailureError, UnsafeError
 from modelcli.files.open_folder import read_regular
 from modelcli.model.dtypes import ITEM_BYTES
@@ -281,7 +282,7 @@ class _Folder:
         if not _is(properties, _PROPERTIES) or not isinstance(properties.state, tuple) or len(properties.state) < 5:
             raise self._damaged(f"the properties of {name} are none of a tensor")
         dtype, layout = properties.state[:2]
-        if not isinstance(dtype, pickles.Global) or dtype.module != "torch" or dtype.name not in ITEM_BYTES:
+        if not isinstance(dtype, Global) or dtype.module != "torch" or dtype.name not in ITEM_BYTES:
             raise self._damaged(f"the dtype of {name} is not one of torch's")
         if not _is(layout, ("torch.serialization._get_layout",)) or layout.args != ("torch.strided",):
             raise FileFormatError(f"{self.path}: {name} is no dense tensor")
@@ -301,7 +302,7 @@ class _Folder:
     def _sizes(self, name: str, value: Any, checked: Callable[[Any, str], Shape] = shapes.sizes) -> Shape:
         """A `torch.Size` of numbers below 2^63."""
         try:
-            return checked(pickles.sizes_in(value), f"{self.path}: {name}")
+            return checked(sizes_in(value), f"{self.path}: {name}")
         except (ValueError, TypeError) as error:
             raise self._damaged(f"{name} has a shape or an offset that is none: {error}") from None
 
@@ -334,7 +335,7 @@ def _run_start(shape: Shape, chunk: _Chunk) -> int | None:
 
 def _is(value: Any, classes: tuple[str, ...]) -> bool:
     """Whether an inert value was made by one of these classes or functions."""
-    return isinstance(value, pickles.Opaque) and isinstance(value.call, pickles.Global) and value.call.dotted in classes
+    return isinstance(value, Opaque) and isinstance(value.call, Global) and value.call.dotted in classes
 
 
 def _is_plain(value: Any) -> bool:

@@ -17,7 +17,7 @@ from modelcli.checkpoints.contents import Contents
 from modelcli.checkpoints.entries import TensorEntry
 from modelcli.checkpoints.storage import CHUNK, FileId, Windows, identity_of
 from modelcli.checkpoints.torch_pickle import legacy_format, pickles, trees
-from modelcli.checkpoints.torch_pickle.pickles import Global, Opaque, StorageRef
+from modelcli.checkpoints.torch_pickle.inert_values import Global, Opaque, StorageRef
 from modelcli.errors import FileFormatError, SystemFailureError
 from modelcli.model.dtypes import ITEM_BYTES
 

@@ -12,15 +12,8 @@ from typing import Any
 
 from modelcli.checkpoints import limits, shapes
 from modelcli.checkpoints.entries import CompositeEntry, TensorEntry
-from modelcli.checkpoints.torch_pickle.pickles import (
-    HARMLESS,
-    PARAMETER,
-    Global,
-    Opaque,
-    OrderedDict,
-    StorageRef,
-    sizes_in,
-)
+from modelcli.checkpoints.torch_pickle.allow_list import HARMLESS, PARAMETER
+from modelcli.checkpoints.torch_pickle.inert_values import Global, Opaque, OrderedDict, StorageRef, sizes_in
 from modelcli.errors import FileFormatError, RequestError
 from modelcli.model.dtypes import ITEM_BYTES
 from modelcli.model.tensors import Shape

@@ -16,7 +16,7 @@ from modelcli import providers
 from modelcli.checkpoints import limits
 from modelcli.checkpoints.contents import Contents
 from modelcli.checkpoints.entries import CompositeEntry, TensorEntry
-from modelcli.checkpoints.torch_pickle.pickles import Global, Opaque, OrderedDict, StorageRef
+from modelcli.checkpoints.torch_pickle.inert_values import Global, Opaque, OrderedDict, StorageRef
 
 #: Classes and functions that make nothing but a value from their arguments.
 _STANDARD = frozenset(

@@ -12,6 +12,7 @@ from modelcli.checkpoints import limits
 from modelcli.checkpoints.contents import Contents
 from modelcli.checkpoints.storage import Span, Storage, identity_of
 from modelcli.checkpoints.torch_pickle import is_legacy, pickles, trees
+from modelcli.checkpoints.torch_pickle.inert_values import StorageRef
 from modelcli.errors import FileFormatError, SystemFailureError
 from modelcli.model.dtypes import ITEM_BYTES
 
@@ -58,7 +59,7 @@ def read(path: Path, key: str | None) -> Contents:
     return trees.contents_of(path, replace(pickled, foreign=tuple(dict.fromkeys(names))), key)
 
 
-def storage_in(data: bytes, where: str, held: Callable[[memoryview], Storage]) -> pickles.StorageRef | None:
+def storage_in(data: bytes, where: str, held: Callable[[memoryview], Storage]) -> StorageRef | None:
     """The one storage that a file of torch.save in memory holds, which is how a storage itself is pickled.
 
     None where it is anything else.
@@ -74,7 +75,7 @@ def storage_in(data: bytes, where: str, held: Callable[[memoryview], Storage]) -
     dtypes = _Dtypes(Path(where), (0, 0, 0))
     value = pickles.read(stream, where, dtypes.span_of)
     order = pickles.read(stream, where).value
-    if not isinstance(value.value, pickles.StorageRef) or order != list(dtypes.found) or len(order) != 1:
+    if not isinstance(value.value, StorageRef) or order != list(dtypes.found) or len(order) != 1:
         return None
     if any(part.foreign for part in (*start, value)) or value.value.offset:
         return None

@@ -8,7 +8,7 @@ from typing import Any
 from modelcli.checkpoints import limits
 from modelcli.checkpoints.entries import CompositeEntry, TensorEntry
 from modelcli.checkpoints.torch_pickle import composite_tensors
-from modelcli.checkpoints.torch_pickle.pickles import Global, Opaque, OrderedDict, StorageRef
+from modelcli.checkpoints.torch_pickle.inert_values import Global, Opaque, OrderedDict, StorageRef
 
 #: What nothing lies in. As a tuple that is made once: a file may have 100,000 of them.
 _LEAVES = (str, int, float, bytes, type(None), Global)

@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 
 from modelcli.checkpoints import limits
 from modelcli.checkpoints.entries import TensorEntry
-from modelcli.checkpoints.torch_pickle import composite_tensors, pickles
+from modelcli.checkpoints.torch_pickle import composite_tensors
+from modelcli.checkpoints.torch_pickle.inert_values import Global, Opaque, OrderedDict, StorageRef
 from modelcli.errors import UnsafeError
 from modelcli.model.tensors import Kind
 from modelcli.wording import listed
@@ -21,11 +22,11 @@ from modelcli.wording import listed
 _TABLES = ("_parameters", "_buffers", "_modules")
 #: What makes a module of torch.fx again: its first argument is all that the module has.
 _GRAPH_MODULES = frozenset(
-    pickles.Global("torch.fx.graph_module", name)
+    Global("torch.fx.graph_module", name)
     for name in ("reduce_graph_module", "reduce_package_graph_module", "reduce_deploy_graph_module")
 )
 #: What torch keeps packed weights in: nothing but torch itself opens one.
-_SCRIPT_OBJECT = pickles.Global("torch", "ScriptObject")
+_SCRIPT_OBJECT = Global("torch", "ScriptObject")
 #: What a name in a set takes in a file, at least.
 _NAME = 4
 
@@ -49,12 +50,12 @@ def is_module(value: Any) -> bool:
 
 def _state_of(value: Any) -> dict[Any, Any] | None:
     """The attributes of a pickled module; None for anything else, and for one that is pickled in a way of its own."""
-    if not isinstance(value, pickles.Opaque):
+    if not isinstance(value, Opaque):
         return None
     state = value.state
     if isinstance(state, tuple) and len(state) == 2:  # a class with slots has those apart
         state = state[0]
-    if isinstance(value.call, pickles.Global) and value.call in _GRAPH_MODULES and isinstance(value.args, tuple):
+    if isinstance(value.call, Global) and value.call in _GRAPH_MODULES and isinstance(value.args, tuple):
         state = value.args[0] if value.args else None
     if isinstance(state, dict) and all(isinstance(state.get(table), dict) for table in _TABLES):
         return state
@@ -78,7 +79,7 @@ def read(path: Path, root: Any, budget: limits.Budget) -> Whole:
         state = _state_of(module)
         assert state is not None
         places.setdefault(id(module), (prefix, state))
-        if isinstance(module.call, pickles.Global):
+        if isinstance(module.call, Global):
             name = "GraphModule" if module.call in _GRAPH_MODULES else module.call.name
             budget.spend(len(name))
             found.types[prefix.removesuffix(".")] = name
@@ -128,7 +129,7 @@ def _named_in(
 
 def _names_in_set(value: Any, budget: limits.Budget) -> set[str]:
     """The names in an inert set, however it was pickled."""
-    if not isinstance(value, pickles.Opaque):
+    if not isinstance(value, Opaque):
         return set()
     lists = [arg for arg in value.args[:1] if isinstance(arg, list)] if isinstance(value.args, tuple) else []
     names: set[str] = set()
@@ -162,7 +163,7 @@ def _holds_others(path: Path, name: str, value: Any, seen: set[int], shown: set[
         if isinstance(item, TensorEntry):
             found = found or id(item.storage) not in shown
             continue
-        if isinstance(item, pickles.StorageRef):
+        if isinstance(item, StorageRef):
             found = found or id(item.span) not in shown
             continue
         if isinstance(item, _LEAVES) or id(item) in seen:
@@ -170,13 +171,13 @@ def _holds_others(path: Path, name: str, value: Any, seen: set[int], shown: set[
         seen.add(id(item))
         if composite_tensors.makes_tensor(item):
             found = found or id(item) not in shown
-        elif isinstance(item, pickles.Opaque):
+        elif isinstance(item, Opaque):
             if item.call == _SCRIPT_OBJECT:
                 _refuse(path, name, item, "it packs its weights in an object that only torch opens")
             stack += (item.args, item.state, *item.appended, *(part for pair in item.items for part in pair))
         elif isinstance(item, dict):
             stack += (*item.keys(), *item.values())
-            if isinstance(item, pickles.OrderedDict):
+            if isinstance(item, OrderedDict):
                 stack.append(item.state)
         elif isinstance(item, list | tuple):
             stack += item
@@ -184,7 +185,7 @@ def _holds_others(path: Path, name: str, value: Any, seen: set[int], shown: set[
 
 
 #: What nothing lies in.
-_LEAVES = (str, int, float, bytes, type(None), pickles.Global)
+_LEAVES = (str, int, float, bytes, type(None), Global)
 
 
 def _told_of(names: list[str]) -> list[str]:
@@ -197,8 +198,8 @@ def _told_of(names: list[str]) -> list[str]:
 
 
 def _refuse(path: Path, name: str, value: Any, why: str) -> NoReturn:
-    call = value.call if isinstance(value, pickles.Opaque) else None
-    kind = call.name if isinstance(call, pickles.Global) else type(value).__name__
+    call = value.call if isinstance(value, Opaque) else None
+    kind = call.name if isinstance(call, Global) else type(value).__name__
     raise UnsafeError(
         f"{path}: what {name} ({kind}) holds cannot be told: {why}, and to load it would run code",
         "save model.state_dict() where the model was made, and use that file",

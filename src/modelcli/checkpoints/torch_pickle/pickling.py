@@ -13,7 +13,8 @@ from typing import Any
 from modelcli.checkpoints.entries import CompositeEntry, TensorEntry
 from modelcli.checkpoints.limits import NESTING, room_for_nesting
 from modelcli.checkpoints.plan import PlannedStorage, PlannedTensor, Source
-from modelcli.checkpoints.torch_pickle.pickles import STORAGE_CLASSES, Global, Opaque, OrderedDict, StorageRef
+from modelcli.checkpoints.torch_pickle.allow_list import STORAGE_CLASSES
+from modelcli.checkpoints.torch_pickle.inert_values import Global, Opaque, OrderedDict, StorageRef
 from modelcli.errors import RequestError
 
 #: The record of a source's bytes and the number of elements, for the dtype of a typed storage, or None for bytes.

@@ -12,6 +12,7 @@ from typing import Any
 from modelcli.checkpoints import limits
 from modelcli.checkpoints.entries import TensorEntry
 from modelcli.checkpoints.torch_pickle import composite_tensors, nested_tensors, pickled_modules, pickles
+from modelcli.checkpoints.torch_pickle.inert_values import Global, Opaque
 from modelcli.errors import FileFormatError, RequestError, UnsafeError, did_you_mean
 from modelcli.language.quoting import quoted
 from modelcli.wording import listed
@@ -108,12 +109,12 @@ def all_in(tree: Any, budget: limits.Budget | None = None) -> list[Found]:
     return found
 
 
-_CONTAINERS = (dict, list, tuple, pickles.Opaque)
+_CONTAINERS = (dict, list, tuple, Opaque)
 
 
 def _holds_anything(value: Any) -> bool:
     """Whether a state dict or a module could be in a value at all: of empty ones a small file can have very many."""
-    if not isinstance(value, pickles.Opaque):
+    if not isinstance(value, Opaque):
         return bool(value)
     return bool(value.state) or (isinstance(value.args, tuple) and bool(value.args) and isinstance(value.args[0], dict))
 
@@ -305,10 +306,10 @@ def _none(path: Path, pickled: pickles.Pickle) -> FileFormatError | UnsafeError:
 
 def is_sharded(value: Any) -> bool:
     """Whether a value is a tensor of which each process has a part."""
-    if not isinstance(value, pickles.Opaque):
+    if not isinstance(value, Opaque):
         return False
-    named = (arg for arg in value.args[:3] if isinstance(arg, pickles.Global)) if isinstance(value.args, tuple) else ()
-    return any(kind.dotted in _SHARDED for kind in (value.call, *named) if isinstance(kind, pickles.Global))
+    named = (arg for arg in value.args[:3] if isinstance(arg, Global)) if isinstance(value.args, tuple) else ()
+    return any(kind.dotted in _SHARDED for kind in (value.call, *named) if isinstance(kind, Global))
 
 
 def part_of_a_rank(path: Path, pickled: pickles.Pickle) -> FileFormatError | None:

@@ -18,6 +18,7 @@ from modelcli.checkpoints.torch_pickle import (
     pickles,
     state_dicts,
 )
+from modelcli.checkpoints.torch_pickle.inert_values import Global, Opaque, OrderedDict, StorageRef
 from modelcli.model.tensors import Kind
 from modelcli.wording import listed
 
@@ -37,9 +38,7 @@ def contents_of(
     state_dict = found if whole is None else whole.tensors
     if whole is not None and not state_dict:
         raise state_dicts.nothing_to_show(path, pickled)
-    if whole is None and any(
-        isinstance(item, pickles.Opaque) and state_dicts.is_sharded(item) for item in found.values()
-    ):
+    if whole is None and any(isinstance(item, Opaque) and state_dicts.is_sharded(item) for item in found.values()):
         raise state_dicts.part_of_a_rank(path, pickled) or state_dicts.nothing_to_show(path, pickled)
     tensors: dict[str, TensorEntry | CompositeEntry] = {}
     extras: dict[str, Any] = {}
@@ -62,7 +61,7 @@ def contents_of(
         name for name, value in pickled.attributes if nested_tensors.may_hold_tensors(value, pickled.budget)
     )
     told = _told_of(unseen, beyond, tuple(attributes))
-    state = state_dict.state if isinstance(state_dict, pickles.OrderedDict) else None
+    state = state_dict.state if isinstance(state_dict, OrderedDict) else None
     of_the_dict = [
         name for name, value in (state or {}).items() if nested_tensors.may_hold_tensors(value, pickled.budget)
     ]
@@ -122,7 +121,7 @@ def _kinds_of_scales(tensors: Mapping[str, TensorEntry | CompositeEntry]) -> dic
 
 
 #: What nothing lies in. As a tuple that is made once: a file may have 100,000 of them.
-_LEAVES = (TensorEntry, str, int, float, bytes, type(None), pickles.Global, pickles.StorageRef)
+_LEAVES = (TensorEntry, str, int, float, bytes, type(None), Global, StorageRef)
 
 
 def _check_nesting(path: Path, tree: Any) -> None:
@@ -150,11 +149,11 @@ def within(value: Any) -> Iterator[Any]:
         case dict():
             yield from value.keys()
             yield from value.values()
-            if isinstance(value, pickles.OrderedDict):
+            if isinstance(value, OrderedDict):
                 yield value.state
         case list() | tuple():
             yield from value
-        case pickles.Opaque():
+        case Opaque():
             yield from (value.call, value.args, value.state, *value.appended)
             for pair in value.items:
                 yield from pair

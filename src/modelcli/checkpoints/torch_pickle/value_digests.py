@@ -9,7 +9,7 @@ from typing import Any
 
 from modelcli.checkpoints.limits import room_for_nesting
 from modelcli.checkpoints.torch_pickle.composite_tensors import is_tensor
-from modelcli.checkpoints.torch_pickle.pickles import Global, Opaque, OrderedDict, StorageRef
+from modelcli.checkpoints.torch_pickle.inert_values import Global, Opaque, OrderedDict, StorageRef
 
 #: So much of a value is shown in a line.
 _MOST_SHOWN = 60

@@ -12,7 +12,7 @@ from modelcli.checkpoints.layout import Bytes
 from modelcli.checkpoints.plan import Plan, Source
 from modelcli.checkpoints.torch_pickle import pickling, state_dicts
 from modelcli.checkpoints.torch_pickle import zip_format as reader
-from modelcli.checkpoints.torch_pickle.pickles import OrderedDict
+from modelcli.checkpoints.torch_pickle.inert_values import OrderedDict
 from modelcli.checkpoints.zip_archives.layout import ZipLayout, place
 from modelcli.errors import FileFormatError, SystemFailureError
 from modelcli.model.dtypes import ITEM_BYTES

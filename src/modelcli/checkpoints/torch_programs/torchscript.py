@@ -10,7 +10,7 @@ from modelcli.checkpoints.contents import Contents
 from modelcli.checkpoints.entries import CompositeEntry, TensorEntry
 from modelcli.checkpoints.format import Candidate
 from modelcli.checkpoints.torch_pickle import composite_tensors, nested_tensors
-from modelcli.checkpoints.torch_pickle.pickles import Global, Opaque
+from modelcli.checkpoints.torch_pickle.inert_values import Global, Opaque
 from modelcli.checkpoints.torch_pickle.zip_format import Archive
 from modelcli.checkpoints.torch_programs.archives import with_file
 from modelcli.errors import FileFormatError

@@ -178,7 +178,7 @@ def values() -> Iterator[Hostile]:
     yield one("tuples of one hash", tuples_of_one_hash())
     yield one("one inner dict", one_inner_dict(), 2, "each may be meant")
     yield one("one list of pairs", one_list_of_pairs())
-    yield one("one row of arguments", one_row_of_arguments(), 4, "arguments that torch.save never gives it")
+    yield one("one row of arguments", one_row_of_arguments(), 4, "arguments that torch.save never writes")
     yield one("one persistent id", one_persistent_id(), 4, "not that of a storage")
     yield one("calls in one another", calls_in_one_another())
     yield one("one list of scales", one_list_of_scales())

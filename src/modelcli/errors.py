@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Self
+
+_REPLACE_DAMAGED = "copy or download it again; if that does not help, save it again with the program that wrote it"
 
 
 class ModelcliError(Exception):
@@ -51,6 +54,16 @@ class FileFormatError(ModelcliError):
 
     exit_code = 4
     kind = "format"
+
+    @classmethod
+    def damaged(cls, where: str, what: str) -> Self:
+        """Return the error for a damaged file.
+
+        Args:
+            where: the file, and the part of it: `best.pth: archive/data.pkl`.
+            what: what is wrong there.
+        """
+        return cls(f"{where} is damaged: {what}", _REPLACE_DAMAGED)
 
 
 class SystemFailureError(ModelcliError):

@@ -407,7 +407,7 @@ def test_a_tensor_that_needs_more_than_its_record_holds(tmp_path: Path) -> None:
         pickled = archive.read("archive/data.pkl")
     sizes = b"K\x04K\x03\x86"
     assert sizes in pickled
-    with pytest.raises(FileFormatError, match=r"needs 60 bytes, and its record holds 48"):
+    with pytest.raises(FileFormatError, match=r"needs 60 bytes, but its storage holds 48"):
         checkpoints.read(with_pickle(tmp_path, pickled.replace(sizes, b"K\x05K\x03\x86", 1)))
 
 
@@ -422,13 +422,13 @@ def test_a_tensor_of_more_elements_than_there_can_be(tmp_path: Path) -> None:
     huge = b"\x8a\x0a" + (2**70).to_bytes(10, "little") + b"\x85"
     path = tmp_path / "made.pth"
     path.write_bytes(rezipped(buffer.getvalue(), pickled.replace(shape, huge)))
-    with pytest.raises(FileFormatError, match="not a whole number below 2\\^63"):
+    with pytest.raises(FileFormatError, match="not a whole number from 0 to"):
         checkpoints.read(path)
 
 
 def test_a_missing_and_a_compressed_record(tmp_path: Path) -> None:
     path = tmp_path / "made.pth"
-    for compression, message in ((None, "is missing"), (zipfile.ZIP_BZIP2, "is compressed by method 12")):
+    for compression, message in ((None, "is missing"), (zipfile.ZIP_BZIP2, "is compressed with method 12")):
         with zipfile.ZipFile(io.BytesIO(files()["zip"])) as old, zipfile.ZipFile(path, "w") as new:
             for info in old.infolist():
                 if not info.filename.endswith("data/0"):
@@ -517,10 +517,10 @@ def zip_of(name: str) -> bytes:
         (tar_of(b"x"), "a tar archive"),
         (npz_of(3), "a NumPy archive"),
         (zip_of("model.weights.h5"), "a Keras model"),
-        (zip_of("pytorch_model.bin"), "unpack it: it holds pytorch_model.bin"),
-        (zip_of("readme.txt"), "none that torch.save wrote"),
+        (zip_of("pytorch_model.bin"), "unpack it, and name pytorch_model.bin"),
+        (zip_of("readme.txt"), "that torch.save did not write"),
         (bytes(100), "is not a checkpoint"),
-        (b"PK\x03\x04" + bytes(100), "a damaged zip file"),
+        (b"PK\x03\x04" + bytes(100), "a zip file without a directory"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -545,7 +545,7 @@ def test_a_zip_that_torch_did_not_write(tmp_path: Path) -> None:
     path = tmp_path / "m.pth"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("readme.txt", "hello")
-    with pytest.raises(FileFormatError, match=r"none that torch\.save wrote"):
+    with pytest.raises(FileFormatError, match=r"that torch\.save did not write"):
         checkpoints.read(path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a/data.pkl", b"\x80\x02}.")
@@ -699,43 +699,47 @@ BROKEN: dict[str, tuple[object, bytes, str]] = {
     "a hole between two": ({"a": f32(0, 4, 1), "b": f32(8, 12, 1)}, bytes(12), "b starts at byte 8, .* ends at 4"),
     "a hole at the start": ({"a": f32(4, 8, 1)}, bytes(8), "a starts at byte 4"),
     "two that overlap": ({"a": f32(0, 8, 2), "b": f32(4, 8, 1)}, bytes(8), "b starts at byte 4, .* ends at 8"),
-    "bytes behind the last": ({"a": f32(0, 4, 1)}, bytes(5), "the header tells of"),
-    "bytes that are missing": ({"a": f32(0, 4, 1)}, bytes(3), "the header tells of"),
+    "bytes behind the last": ({"a": f32(0, 4, 1)}, bytes(5), "its header describes"),
+    "bytes that are missing": ({"a": f32(0, 4, 1)}, bytes(3), "its header describes"),
     "a name twice": (
         b'{"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}',
         b"",
-        "'a' stands in it twice",
+        "the name 'a' twice",
     ),
-    "more bytes than its shape": ({"a": f32(0, 8, 1)}, bytes(8), r"a of shape \[1\] needs 4 bytes, .* gives it 8"),
-    "fewer bytes than its shape": ({"a": f32(0, 4, 2)}, bytes(4), r"needs 8 bytes, .* gives it 4"),
-    "an end before its start": ({"a": f32(4, 0, 1)}, bytes(4), "gives it -4"),
+    "more bytes than its shape": ({"a": f32(0, 8, 1)}, bytes(8), r"a of shape \[1\] needs 4 bytes, .* states 8"),
+    "fewer bytes than its shape": ({"a": f32(0, 4, 2)}, bytes(4), r"needs 8 bytes, .* states 4"),
+    "an end before its start": ({"a": f32(4, 0, 1)}, bytes(4), "states -4"),
     "a negative size": ({"a": f32(0, 4, -1)}, bytes(4), "not a whole number"),
     "a size that is no number": ({"a": {**f32(0, 4), "shape": ["1"]}}, bytes(4), "not a whole number"),
     "a size that is true": ({"a": {**f32(0, 4), "shape": [True]}}, bytes(4), "not a whole number"),
     "a size that is true behind one that is 1": (
         {"a": f32(0, 4, 1), "b": {**f32(4, 8), "shape": [True]}},
         bytes(8),
-        "'b' is wrong: .*not a whole number",
+        "'b' in its header is not valid: .*not a whole number",
     ),
-    "an offset that is no whole number": ({"a": {**f32(0, 4, 1), "data_offsets": [0.0, 4]}}, bytes(4), "'a' is wrong"),
-    "a size beyond 64 bits": ({"a": f32(0, 0, 0, 2**70)}, b"", "below 2"),
+    "an offset that is no whole number": (
+        {"a": {**f32(0, 4, 1), "data_offsets": [0.0, 4]}},
+        bytes(4),
+        "'a' in its header is not valid",
+    ),
+    "a size beyond 64 bits": ({"a": f32(0, 0, 0, 2**70)}, b"", "from 0 to 2"),
     "more elements than 64 bits": ({"a": f32(0, 0, 0, 2**40, 2**40)}, b"", "more elements"),
     "an infinite offset": (
         b'{"a":{"dtype":"F32","shape":[],"data_offsets":[Infinity,4]}}',
         bytes(4),
-        "Infinity is no number",
+        "Infinity is not a number",
     ),
-    "an unknown dtype": ({"a": {**f32(0, 4, 1), "dtype": "X9"}}, bytes(4), "'a' is wrong"),
-    "a dtype that is a list": ({"a": {**f32(0, 4, 1), "dtype": []}}, bytes(4), "'a' is wrong"),
-    "no offsets": ({"a": {"dtype": "F32", "shape": [1]}}, bytes(4), "'a' is wrong"),
-    "three offsets": ({"a": {**f32(0, 4, 1), "data_offsets": [0, 4, 4]}}, bytes(4), "'a' is wrong"),
-    "an entry that is a list": ({"a": [1]}, b"", "'a' is wrong"),
+    "an unknown dtype": ({"a": {**f32(0, 4, 1), "dtype": "X9"}}, bytes(4), "'a' in its header is not valid"),
+    "a dtype that is a list": ({"a": {**f32(0, 4, 1), "dtype": []}}, bytes(4), "'a' in its header is not valid"),
+    "no offsets": ({"a": {"dtype": "F32", "shape": [1]}}, bytes(4), "'a' in its header is not valid"),
+    "three offsets": ({"a": {**f32(0, 4, 1), "data_offsets": [0, 4, 4]}}, bytes(4), "'a' in its header is not valid"),
+    "an entry that is a list": ({"a": [1]}, b"", "'a' in its header is not valid"),
     "metadata that is a list": ({"__metadata__": ["x"]}, b"", "__metadata__"),
     "metadata that is no text": ({"__metadata__": {"x": 1}}, b"", "__metadata__"),
-    "no JSON": (b"{hello}", b"", "not what safetensors writes"),
-    "no UTF-8": (b'{"\xff": 1}', b"", "not what safetensors writes"),
-    "UTF-16": ('{"a": 1}'.encode("utf-16-le"), b"", "not what safetensors writes"),
-    "deep nesting": (b'{"a":' * 100_000, b"", "not what safetensors writes"),
+    "no JSON": (b"{hello}", b"", "its header is not valid"),
+    "no UTF-8": (b'{"\xff": 1}', b"", "its header is not valid"),
+    "UTF-16": ('{"a": 1}'.encode("utf-16-le"), b"", "its header is not valid"),
+    "deep nesting": (b'{"a":' * 100_000, b"", "its header is not valid"),
 }
 
 
@@ -771,7 +775,7 @@ def test_a_header_that_lists_tensors_in_another_order_than_their_bytes(tmp_path:
 
 
 def test_the_length_of_a_safetensors_header(tmp_path: Path) -> None:
-    for length, message in ((2**63, "the limit is 100,000,000"), (1000, "cut off inside its header")):
+    for length, message in ((2**63, "the limit is 100,000,000"), (1000, "its header should have 1,000 bytes")):
         with pytest.raises(FileFormatError, match=message):
             checkpoints.read(made_safetensors(tmp_path, {"a": f32(0, 4, 1)}, bytes(4), length))
 
@@ -851,7 +855,7 @@ def test_records_over_one_another_are_refused(tmp_path: Path) -> None:
     directory = data.index(b"PK\x01\x02")
     moved = data[:directory] + data[directory:].replace(struct.pack("<I", second), struct.pack("<I", first), 1)
     path.write_bytes(moved)
-    with pytest.raises(FileFormatError, match="lie over one another"):
+    with pytest.raises(FileFormatError, match="overlap"):
         checkpoints.read(path)
 
 
@@ -860,7 +864,7 @@ def test_a_record_with_another_name_in_its_own_header(tmp_path: Path) -> None:
     with path.open("wb") as file:
         torch.save({"w": torch.ones(3)}, file)
     path.write_bytes(path.read_bytes().replace(b"archive/data/0", b"archive/data/9", 1))
-    with pytest.raises(FileFormatError, match="another name in its own header"):
+    with pytest.raises(FileFormatError, match="has a name other than the directory's"):
         checkpoints.read(path)
 
 

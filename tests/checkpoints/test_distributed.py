@@ -348,7 +348,7 @@ def test_columns_and_the_blocks_of_a_mesh_of_two_dimensions(two: Path, four: Pat
 
 def test_a_file_that_one_rank_wrote_is_refused_with_what_to_run(cli: Cli, four: Path) -> None:
     error = cli("params", four / "model_world_size_4_rank_0.pt", code=4).err
-    assert "holds what one process had of its tensors (DTensor), and not the whole" in error
+    assert "contains only the parts of tensors that one process had (DTensor)" in error
     assert "StateDictOptions(full_state_dict=True)" in error
 
 
@@ -411,7 +411,7 @@ def test_a_look_opens_no_tensor(folder: Path) -> None:
     file.write_bytes(bytes(file.stat().st_size))
     contents = checkpoints.read(path)
     assert len(contents.infos()) == 3
-    with pytest.raises(FileFormatError, match=r"0.weight, at byte 0 is no archive that torch.save wrote"):
+    with pytest.raises(FileFormatError, match=r"0.weight, at byte 0 is damaged: it should be an archive of torch.save"):
         contents.tensors["0.weight"].storage.bytes()
 
 
@@ -446,7 +446,7 @@ def test_parts_of_hugging_face_s_form_name_what_puts_them_together(cli: Cli, fol
     error = cli("params", "parts/", code=2).err
     assert "consolidate_safetensors_files" in error
     part = next((folder / "parts").iterdir())
-    assert "is what one process wrote" in cli("params", part).err
+    assert "one process of torch.distributed.checkpoint wrote" in cli("params", part).err
     (folder / "whole").mkdir()
     consolidate_safetensors_files("parts", "whole", num_threads=1, fqn_to_index_mapping=dict.fromkeys(STATE, 1))
     assert cli("params", "whole/model-00001-of-00001.safetensors", "--json").json["totals"]["params"] == 21
@@ -475,7 +475,7 @@ def test_forms_that_are_not_read_have_a_name(folder: Path) -> None:
             return input
 
     path = saved(STATE, folder / "transformed", _extensions=[Same()])
-    with pytest.raises(FileFormatError, match=r"0.weight was written through a transform \(stream.same/1\)"):
+    with pytest.raises(FileFormatError, match=r"0.weight was written with the extensions stream.same/1"):
         checkpoints.read(path)
 
 
@@ -519,10 +519,10 @@ def test_paths_stay_inside_the_folder(folder: Path, file: str) -> None:
 def test_links_out_of_the_folder_and_files_that_are_not_there(folder: Path) -> None:
     path = saved(STATE, folder / "run")
     (path / "__0_0.distcp").rename(folder / "outside.distcp")
-    with pytest.raises(FileFormatError, match=r"__0_0.distcp', which is not there"):
+    with pytest.raises(FileFormatError, match=r"__0_0.distcp', which does not exist"):
         checkpoints.read(path)
     (path / "__0_0.distcp").symlink_to(folder / "outside.distcp")
-    with pytest.raises(FileFormatError, match="a link to outside its folder"):
+    with pytest.raises(FileFormatError, match="a link to a file outside its folder"):
         checkpoints.read(path)
 
 
@@ -589,43 +589,46 @@ def properties(**fields: Any) -> Callable[[Metadata], None]:
         (parts(chunk([0, 0], [3, 2]), chunk([0, 0], [3, 2])), "do not cover its shape"),
         (parts(chunk([0, 0], [0, 2])), "do not cover its shape"),
         (parts(), "do not cover its shape"),
-        (parts(chunk([0, 0], [4, 2])), r"sizes \[4, 2\] at \[0, 0\] is outside \[3, 2\]"),
+        (parts(chunk([0, 0], [4, 2])), r"shape \[4, 2\] at \[0, 0\] is outside \[3, 2\]"),
         (parts(chunk([1, 0], [3, 2])), "is outside"),
         (parts(chunk([0, 0, 0], [3, 2, 1])), "is outside"),
         (parts(chunk([0], [3])), "is outside"),
-        (entry(chunks=None), "is no list"),
-        (entry(size=torch.Size([-3, 2])), "a shape or an offset that is none"),
-        (entry(size=(3, 2.0)), "a shape or an offset that is none"),
-        (entry(size=(True, 2)), "a shape or an offset that is none"),
-        (entry(size=(2**63, 2)), "a shape or an offset that is none"),
-        (entry(size=(2**40, 2**40)), "more elements than there can be"),
+        (entry(chunks=None), "should be a list"),
+        (entry(size=torch.Size([-3, 2])), "the shape or offset of 0.weight is wrong"),
+        (entry(size=(3, 2.0)), "the shape or offset of 0.weight is wrong"),
+        (entry(size=(True, 2)), "the shape or offset of 0.weight is wrong"),
+        (entry(size=(2**63, 2)), "the shape or offset of 0.weight is wrong"),
+        (entry(size=(2**40, 2**40)), "or more elements"),
         (entry(size=(1,) * 2000), "2,000 dimensions; the limit is 64"),
-        (entry(properties=None), "properties of 0.weight are none"),
-        (properties(dtype="float32"), "not one of torch's"),
-        (properties(dtype=torch.float64), r"is float32 \[3, 2\]; it should be float64 \[3, 2\]"),
-        (properties(layout=torch.sparse_coo), "no dense tensor"),
-        (place(length=10), "needs 24 bytes, and __0_0.distcp gives it 10"),
-        (place(offset=10**6), "is cut off: 0.weight ends at byte"),
-        (place(offset=-1), "not a file, an offset and a length"),
-        (place(length=2**63), "not a file, an offset and a length"),
-        (place(relative_path=7), "not a file, an offset and a length"),
-        (place(relative_path="."), "not there"),
-        (lambda metadata: metadata.storage_data.clear(), r"the part of 0.weight at \[0, 0\] is"),
-        (lambda metadata: metadata.state_dict_metadata.update(x=BytesStorageMetadata()), "does not say where x is"),
-        (lambda metadata: metadata.state_dict_metadata.update(x=7), "x is no TensorStorageMetadata"),
-        (lambda metadata: metadata.state_dict_metadata.update({7: 7}), "the name of an entry is no text"),
-        (whole(state_dict_metadata=None), "state_dict_metadata is no dict"),
-        (whole(storage_data=[]), "storage_data is no dict"),
-        (whole(storage_data={"a": "b"}), "storage_data is no MetadataIndex"),
-        (whole(planner_data=7), "planner_data is no dict"),
-        (way(), "not made of names and numbers"),
-        (way("a", None), "not made of names and numbers"),
-        (way("a", -1), "not made of names and numbers"),
-        (way(0, "a"), "not made of names and numbers"),
-        (way(*"a" * 1100), "not made of names and numbers"),
-        (way("a", 10**9), "all that it shares counted at each place up to 0.[a-z]*, over"),
-        (way("0.weight"), "two entries have the place of"),
-        (way("0.weight", "a"), "lies inside another entry"),
+        (entry(properties=None), "properties of 0.weight are not those"),
+        (properties(dtype="float32"), "not a dtype of torch"),
+        (properties(dtype=torch.float64), r"is float32 \[3, 2\], but should be float64 \[3, 2\]"),
+        (properties(layout=torch.sparse_coo), "not a dense tensor"),
+        (place(length=10), "needs 24 bytes, but has 10 in __0_0.distcp"),
+        (place(offset=10**6), "is damaged: 0.weight should end at byte"),
+        (place(offset=-1), "does not state a file, an offset and a length"),
+        (place(length=2**63), "does not state a file, an offset and a length"),
+        (place(relative_path=7), "does not state a file, an offset and a length"),
+        (place(relative_path="."), "does not exist"),
+        (lambda metadata: metadata.storage_data.clear(), r"which file has the part of 0.weight at \[0, 0\]"),
+        (
+            lambda metadata: metadata.state_dict_metadata.update(x=BytesStorageMetadata()),
+            "does not state which file has x",
+        ),
+        (lambda metadata: metadata.state_dict_metadata.update(x=7), "x should be a TensorStorageMetadata"),
+        (lambda metadata: metadata.state_dict_metadata.update({7: 7}), "the name of an entry is 7, not a text"),
+        (whole(state_dict_metadata=None), "state_dict_metadata should be a dict"),
+        (whole(storage_data=[]), "storage_data should be a dict"),
+        (whole(storage_data={"a": "b"}), "storage_data should be a MetadataIndex"),
+        (whole(planner_data=7), "planner_data should be a dict"),
+        (way(), "not consist of names and numbers"),
+        (way("a", None), "not consist of names and numbers"),
+        (way("a", -1), "not consist of names and numbers"),
+        (way(0, "a"), "not consist of names and numbers"),
+        (way(*"a" * 1100), "not consist of names and numbers"),
+        (way("a", 10**9), "uses the same values again and again \\(reached at 0.[a-z]*\\)"),
+        (way("0.weight"), "another entry has the same path as"),
+        (way("0.weight", "a"), "leads through another entry"),
     ],
 )
 def test_accounts_that_do_not_hold_together(folder: Path, change: Callable[[Metadata], None], message: str) -> None:
@@ -650,7 +653,7 @@ def test_a_part_that_is_another_tensor(folder: Path) -> None:
         metadata.storage_data[index["0.weight"]] = metadata.storage_data[index["1.weight"]]
 
     path = rewritten(saved(STATE, folder / "run"), swap)
-    with pytest.raises(FileFormatError, match=r"is float32 \[4, 3\]; it should be float32 \[3, 2\]"):
+    with pytest.raises(FileFormatError, match=r"is float32 \[4, 3\], but should be float32 \[3, 2\]"):
         checkpoints.read(path).tensors["0.weight"].storage.bytes()
 
 

@@ -214,33 +214,42 @@ def changed(record: Record, *, tensors: Any = None, modules: Any = None, layers:
 BUFFER = {"kind": "buffer", "requires_grad": None}
 #: Changes to the blueprint of a record, and what contradicts them.
 FALSE: dict[str, tuple[dict[str, Any], str]] = {
-    "weights are buffers": ({"tensors": {"3.weight": BUFFER}}, "3.weight is a buffer, and in a Linear that is a param"),
+    "weights are buffers": ({"tensors": {"3.weight": BUFFER}}, "3.weight as a buffer, but in a Linear it is a param"),
     "statistics are parameters": (
         {"tensors": {"1.running_mean": {"kind": "parameter", "requires_grad": True}}},
-        "1.running_mean is a parameter, and in a BatchNorm2d that is a buffer",
+        "1.running_mean as a parameter, but in a BatchNorm2d it is a buffer",
     ),
     "a layer of other sizes": (
         {"modules": {"3": {"config": "in_features=9, out_features=4, bias=True"}}},
-        "its weight is [4, 8]",
+        "its weight has the shape [4, 8]",
     ),
     "a convolution of other sizes": (
         {"modules": {"0": {"config": "3, 8, kernel_size=(5, 5), stride=(1, 1)"}}},
-        "its weight is [8, 3, 3, 3]",
+        "its weight has the shape [8, 3, 3, 3]",
     ),
-    "another class": ({"modules": {"3": {"type": "ReLU"}}}, "3 is a ReLU, which has no weight"),
+    "another class": ({"modules": {"3": {"type": "ReLU"}}}, "3 as a ReLU, which has no weight"),
     "a class without its tensors": (
         {"modules": {"2": {"type": "Linear", "config": "in_features=8, out_features=4, bias=True"}}},
-        "lists no weight of it",
+        "but without a weight",
     ),
-    "another output of a layer": ({"layers": {"3": {"output_shape": [1, 5]}}}, "3 gave [1, 5], and its weight is"),
-    "another output of the model": ({"layers": {"": {"output_shape": [1, 10]}}}, ". gave [1, 10], and its last layer"),
+    "another output of a layer": (
+        {"layers": {"3": {"output_shape": [1, 5]}}},
+        "3 the output shape [1, 5], but a weight of shape",
+    ),
+    "another output of the model": (
+        {"layers": {"": {"output_shape": [1, 10]}}},
+        ". the output shape [1, 10], but its last layer",
+    ),
     "frozen by one account": ({"tensors": {"3.bias": {"requires_grad": False}}}, "lists 3.bias as frozen"),
     "a module twice": ({"modules": {"1": {"path": "0"}}}, "lists each path once"),
-    "a module without its holder": ({"modules": {"4": {"path": "9.9"}}}, "lists 9.9 and not the module that holds it"),
-    "shared with nothing": ({"modules": {"4": {"shared_with": "7"}}}, "4 is 7 as well, which it does not list"),
+    "a module without its holder": (
+        {"modules": {"4": {"path": "9.9"}}},
+        "lists the module 9.9, but not the module that contains it",
+    ),
+    "shared with nothing": ({"modules": {"4": {"shared_with": "7"}}}, "shares 4 with 7, which it does not list"),
     "a trained whole number": (
         {"tensors": {"1.num_batches_tracked": {"kind": "parameter", "requires_grad": True}}},
-        "1.num_batches_tracked is trained, which int64 cannot be",
+        "1.num_batches_tracked as trained, which is impossible for int64",
     ),
 }
 

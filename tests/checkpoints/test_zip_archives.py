@@ -48,6 +48,6 @@ def test_another_compression_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_BZIP2) as archive:
         archive.writestr("w", b"1" * 100)
     file = Candidate(tmp_path / "a.zip")
-    with pytest.raises(FileFormatError, match=r"a\.zip: record w is compressed by method 12") as error:
+    with pytest.raises(FileFormatError, match=r"a\.zip: record w is compressed with method 12") as error:
         storage_of(file.records["w"], file.path, file.identity, "a.zip")
     assert "torch" not in str(error.value)

@@ -49,7 +49,7 @@ LIKENESS = {
 READERS = {
     "pth": {
         *("checkpoints.torch_programs", "checkpoints.torch_pickle"),
-        *("checkpoints.zip_archives", "checkpoints.zip_archives.directory"),
+        *("checkpoints.zip_archives", "checkpoints.zip_archives.directory", "checkpoints.zip_archives.inflating"),
         *(
             f"checkpoints.torch_pickle.{name}"
             for name in (

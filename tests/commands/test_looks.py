@@ -42,7 +42,7 @@ def test_an_archive_without_checksums(cli: Cli) -> None:
     assert torch.equal(torch.load("in.pth", weights_only=True)["w"], state["w"])
     result = cli("params", "in.pth")
     assert "w     [300000]" in result.out
-    assert "in.pth was written without checksums: damage in it would not be noticed" in result.err
+    assert "in.pth has no checksums, so damage in it would not be noticed" in result.err
     cli("save", "out.pth", "-m", "in.pth")
     subprocess.run([sys.executable, "-m", "zipfile", "-t", "out.pth"], check=True, capture_output=True)
     assert torch.equal(torch.load("out.pth", weights_only=True)["w"], state["w"])
@@ -53,7 +53,7 @@ def test_a_damaged_pickle_is_refused_still(cli: Cli) -> None:
     data = Path("in.pth").read_bytes()
     place = data.index(b"FloatStorage")
     Path("in.pth").write_bytes(data[:place] + b"FlootStorage" + data[place + 12 :])
-    assert "does not have the CRC-32 that is stated" in cli("params", "in.pth", code=4).err
+    assert "does not have the CRC-32 that the archive states" in cli("params", "in.pth", code=4).err
 
 
 def test_tensors_of_a_class_of_ones_own_are_shown(cli: Cli) -> None:
@@ -94,7 +94,7 @@ def test_a_state_dict_that_was_pickled_without_torch_save(cli: Cli) -> None:
     assert "in.pth is a pickle that torch.save did not write" in cli("params", "in.pth").err
     with Path("in.pth").open("wb") as file:
         pickle.dump({"a": 1}, file)
-    assert "in.pth holds no state dict" in cli("params", "in.pth", code=4).err
+    assert "in.pth contains no state dict" in cli("params", "in.pth", code=4).err
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
@@ -112,7 +112,7 @@ def test_a_limit_is_named_in_the_format_before_1_6(cli: Cli, monkeypatch: pytest
 def test_the_file_of_one_rank_points_to_its_folder(cli: Cli, folder: Path) -> None:
     test_distributed.saved({"w": torch.ones(3)}, folder / "ck")
     error = cli("params", "ck/__0_0.distcp", code=4).err
-    assert "what one rank wrote of a torch.distributed.checkpoint" in error
+    assert "only the part of a torch.distributed.checkpoint that one rank wrote" in error
     assert "hint: name its folder: ck/" in error
 
 
@@ -120,7 +120,7 @@ def test_the_file_of_one_rank_points_to_its_folder(cli: Cli, folder: Path) -> No
 def test_what_is_no_state_dict_is_named_in_words(cli: Cli, value: Any, what: str) -> None:
     torch.save(value, "in.pth")
     error = cli("params", "in.pth", code=4).err
-    assert f"in.pth holds no state dict: it is {what}" in error
+    assert f"in.pth contains no state dict: it is {what}" in error
     assert "--key" not in error
 
 

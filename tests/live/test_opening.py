@@ -414,7 +414,7 @@ def test_objects_beside_a_state_dict(cli: Cli) -> None:
 def test_objects_and_no_tensor(cli: Cli) -> None:
     torch.save({"args": Path("runs")}, "args.pth")
     error = cli("params", "args.pth", code=3).err
-    assert "holds no tensors in a state dict, but objects of pathlib" in error
+    assert "contains no state dict, but objects of pathlib" in error
 
 
 def test_a_file_of_another_architecture_is_no_load_at_all(cli: Cli, folder: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from modelcli import checkpoints
 from modelcli.checkpoints.entries import TensorEntry
 from modelcli.checkpoints.storage import JoinedSpan, Span, Storage, identity_of
-from modelcli.checkpoints.torch_pickle.conj_and_neg import resolved
+from modelcli.checkpoints.torch_pickle.conj_and_neg import with_flags
 from modelcli.checkpoints.zip_archives.inflating import Inflated
 from modelcli.errors import FileFormatError
 from modelcli.values import conversion, ordered_work, overflow, reading, statistics
@@ -69,7 +69,7 @@ def test_any_storage_is_a_source(tmp_path: Path, values: torch.Tensor) -> None:
     parts = [in_file(tmp_path / str(number), part) for number, part in enumerate(values.chunk(3))]
     wanted = bytes_of(values.half())
     assert converted(JoinedSpan(tuple(parts)), "float32", "float16").bytes() == wanted
-    negated = resolved(in_file(tmp_path / "n", -values), "float32", conj=False, neg=True)
+    negated = with_flags(in_file(tmp_path / "n", -values), "float32", conj=False, neg=True)
     assert converted(negated, "float32", "float16").bytes() == wanted
     twice = converted(converted(JoinedSpan(tuple(parts)), "float32", "float8_e5m2"), "float8_e5m2", "bfloat16")
     assert twice.bytes() == bytes_of(values.to(torch.float8_e5m2).to(torch.bfloat16))
@@ -129,20 +129,20 @@ def notes(path: Path, tensors: dict[str, torch.Tensor], after: str) -> list[str]
 def test_what_did_not_fit_is_counted_by_the_tensors_that_show_it(tmp_path: Path) -> None:
     base = torch.tensor([[1.0, 1e5, -1e6], [float("inf"), float("nan"), 65504.0]])
     (note,) = notes(tmp_path / "m.pth", {"t": base.T, "first": base[:, :1], "again": base.T}, "float16")
-    assert note == "2 values became Inf in t: float16 ends at 65,504"
+    assert note == "2 values became Inf in t: the largest value of float16 is 65,504"
     assert notes(tmp_path / "m.pth", {"first": base[:, :1]}, "float16") == []
     (note,) = notes(tmp_path / "m.pth", {"a": base.clone(), "b": base.clone(), "c": base[0].clone()}, "float16")
-    assert note == "6 values became Inf in a and 2 more tensors: float16 ends at 65,504"
+    assert note == "6 values became Inf in a and 2 more tensors: the largest value of float16 is 65,504"
 
 
 def test_values_that_come_to_the_end_or_to_nan(tmp_path: Path) -> None:
     values = torch.tensor([1.0, 448.0, 449.0, 1e6, -1e9, float("inf")])
     (note,) = notes(tmp_path / "m.pth", {"w": values}, "float8_e4m3fn")
-    assert note == "4 values became 448 in w: float8_e4m3fn ends at 448"
+    assert note == "4 values became 448 in w: the largest value of float8_e4m3fn is 448"
     (note,) = notes(tmp_path / "m.pth", {"w": values}, "float8_e5m2fnuz")
-    assert note == "3 values became NaN in w: float8_e5m2fnuz ends at 57,344"
+    assert note == "3 values became NaN in w: the largest value of float8_e5m2fnuz is 57,344"
     (note,) = notes(tmp_path / "m.pth", {"w": torch.tensor([3.4e38, 1e39], dtype=torch.float64)}, "bfloat16")
-    assert note == "2 values became Inf in w: bfloat16 ends at 3.38953e+38"
+    assert note == "2 values became Inf in w: the largest value of bfloat16 is 3.38953e+38"
 
 
 def test_what_the_first_of_two_casts_lost_is_known_after_both(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_what_the_first_of_two_casts_lost_is_known_after_both(tmp_path: Path) ->
     twice = converted(converted(span, "float32", "float16").part(2, 4), "float16", "float32")
     assert torch.frombuffer(bytearray(twice.bytes()), dtype=torch.float32).tolist() == [float("inf"), 2.0]
     found = overflow.notes_of({"w": entry_of(torch.empty(2), twice, "float32")})
-    assert found == ["1 value became Inf in w: float16 ends at 65,504"]
+    assert found == ["1 value became Inf in w: the largest value of float16 is 65,504"]
 
 
 # --- what is compressed ----------------------------------------------------------------------------------------------
@@ -197,4 +197,6 @@ def test_what_is_compressed_is_read_from_its_begin_once(
     assert len(begun) == 5
     bad = values.clone()
     bad[5000] = 1e6
-    assert notes(tmp_path / "plain.pth", {"w": bad}, "float16") == ["1 value became Inf in w: float16 ends at 65,504"]
+    assert notes(tmp_path / "plain.pth", {"w": bad}, "float16") == [
+        "1 value became Inf in w: the largest value of float16 is 65,504"
+    ]

@@ -64,4 +64,4 @@ def test_who_stops_early_leaves_no_thread_behind(threads: int) -> None:
 
 
 def test_as_many_threads_as_there_are_processors_and_not_many() -> None:
-    assert 1 <= ordered_work.threads() <= ordered_work.MOST_THREADS
+    assert 1 <= ordered_work.threads() <= ordered_work.MAX_THREADS

@@ -47,7 +47,7 @@ def test_every_dtype_reads_as_torch_lists_it(tmp_path: Path, dtype: str) -> None
         tensor = random_tensor(dtype, 10, 10).flatten()[: torch.Size(shape).numel()].reshape(shape)
         wanted = tensor.tolist()
         _, text = of_file(tmp_path / "m.pth", tensor, whole=False)
-        assert text == by_hand(wanted, tensor.numel() > printed.WHOLE)
+        assert text == by_hand(wanted, tensor.numel() > printed.MAX_IN_FULL)
         if not tensor.is_complex():
             found, line = of_file(tmp_path / "m.pth", tensor, whole=True)
             assert line == text
@@ -69,7 +69,7 @@ def test_a_bool_is_one_whatever_its_byte_is(tmp_path: Path) -> None:
 
 def test_of_many_values_few_are_shown(tmp_path: Path) -> None:
     _, text = of_file(tmp_path / "m.pth", torch.zeros(20, 20, 20, 20, 20), whole=False)
-    assert text.count("0") <= printed.MOST
+    assert text.count("0") <= printed.MAX_SHOWN
     assert text.startswith("[[[")
 
 
@@ -123,7 +123,7 @@ def test_of_a_large_tensor_little_is_read(tmp_path: Path, monkeypatch: pytest.Mo
         if size > 14:
             places = torch.tensor([*range(7), *range(size - 7, size)])
             corner = corner.index_select(axis, places)
-    assert text == by_hand(corner.tolist(), printed.WHOLE)
+    assert text == by_hand(corner.tolist(), printed.MAX_IN_FULL)
     assert read <= 1 << 20
 
 

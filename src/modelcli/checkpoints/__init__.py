@@ -1,4 +1,4 @@
-"""Reading checkpoints without torch: names, shapes, dtypes, and where each tensor's bytes lie. Nothing is executed."""
+"""Read checkpoints without torch and without executing anything: names, shapes, dtypes, and where the bytes are."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ from modelcli.checkpoints.format import Candidate
 from modelcli.checkpoints.storage import Span, Storage
 from modelcli.errors import RequestError, SystemFailureError
 
-__all__ = ["CompositeEntry", "Contents", "Span", "Storage", "TensorEntry", "accounts_beside", "read"]
+__all__ = ["CompositeEntry", "Contents", "Span", "Storage", "TensorEntry", "other_entry_points", "read"]
 
 
 def read(path: Path, *, key: str | None = None) -> Contents:
-    """Read what a checkpoint holds, by its content and never by its suffix.
+    """Read the contents of a checkpoint. Its content decides the format, never its suffix.
 
-    A folder is read by the index of shards in it, or by the `.metadata` of `torch.distributed.checkpoint`. `key` names
-    the state dict inside a training checkpoint (`a.b` for one inside another). Raises FileFormatError for a file that
-    is corrupt or no checkpoint.
+    Args:
+        path: a file, or a folder with an index of shards or the `.metadata` of `torch.distributed.checkpoint`.
+        key: the state dict inside a training checkpoint (`a.b` for one inside another); None to find it.
+
+    Raises:
+        RequestError: there is no such file, or it contains several state dicts.
+        FileFormatError: the file is damaged or not a checkpoint.
     """
     try:
         is_folder = path.is_dir()
@@ -29,15 +33,15 @@ def read(path: Path, *, key: str | None = None) -> Contents:
     except OSError as error:
         raise SystemFailureError(f"cannot read {path}: {error.strerror or error}") from None
     file = Candidate(path)
-    if format_ is None and not file.is_zip:  # which no index is: most files are told apart by that
+    if format_ is None and not file.is_zip:  # a zip archive is never an index, and most files are zip archives
         format_ = formats.index_format(path)
     return formats.read_file(file, key) if format_ is None else formats.read_index(format_, file, key)
 
 
-def accounts_beside(path: Path) -> list[Path]:
-    """What lies beside an index of shards or a `.metadata` that `path` names, from which others may load the folder.
+def other_entry_points(path: Path) -> list[Path]:
+    """Return the other files by which a program could load the folder of an index of shards or a `.metadata`.
 
-    That is another of these, or a file with all weights under a name that programs look for.
+    These are other indexes, and files with all weights under a name that programs look for.
     """
     if path.is_dir():
         _, path = formats.index_in(path)

@@ -1,4 +1,4 @@
-"""Whether tensors of checkpoints have the same bytes: compared in pieces, and not read where both are one place."""
+"""Compare the bytes of tensors in checkpoints piece by piece; two tensors at the same place of a file are not read."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from modelcli.checkpoints.shapes import extent
 from modelcli.checkpoints.storage import JoinedSpan, Span, Storage, identity_of
 from modelcli.checkpoints.torch_pickle.composite_tensors import class_of, without_parameter
 from modelcli.checkpoints.torch_pickle.inert_values import Opaque
-from modelcli.checkpoints.torch_pickle.value_digests import form_of
+from modelcli.checkpoints.torch_pickle.value_digests import digest_of
 from modelcli.errors import FileFormatError
 from modelcli.model.dtypes import ITEM_BYTES
 
-#: Bytes of either file that are held at a time.
+#: The bytes of each file in memory at a time.
 CHUNK = 1024 * 1024
-#: Files that stay open between two tensors: to open one anew for each of 100,000 takes longer than to read them.
+#: The files that stay open between two tensors: opening a file for each of 100,000 tensors takes longer than reading.
 MOST_OPEN = 16
 
-#: Told how many bytes have been read of each of two tensors since it was told last.
-Told = Callable[[int], None]
-#: Bytes that are compared: of a file, or in memory.
+#: Called with the number of bytes of each tensor that were compared since the last call.
+Progress = Callable[[int], None]
+#: Bytes to compare, in a file or in memory.
 _Piece = Span | memoryview
 
 
 def nbytes_of(entry: TensorEntry | CompositeEntry) -> int:
-    """The bytes of what a tensor shows."""
+    """Return the size of the elements of a tensor in bytes; for a composite tensor, of all that is stored."""
     if isinstance(entry, CompositeEntry):
         return entry.stored_bytes
     return prod(entry.shape) * ITEM_BYTES[entry.dtype]
 
 
-def lie_alike(one: TensorEntry, other: TensorEntry) -> bool:
-    """Whether two tensors of one shape and dtype hold their elements in the same order, without holes or repeats.
+def have_same_order(one: TensorEntry, other: TensorEntry) -> bool:
+    """Whether two tensors of one shape and dtype store their elements in the same order, without gaps or repeats.
 
-    Only then their bytes can be compared as they lie in the files.
+    Only then can their bytes be compared as they are in the files.
     """
     if not prod(one.shape):
         return True
@@ -51,7 +51,7 @@ def lie_alike(one: TensorEntry, other: TensorEntry) -> bool:
 
 
 class ByteComparison:
-    """Compares bytes of checkpoints. The files it reads stay open until it is closed."""
+    """Compares the bytes of tensors. The files that it reads stay open until the end of the `with` block."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()
@@ -67,35 +67,35 @@ class ByteComparison:
     ) -> None:
         self._close()
 
-    def same(self, one: TensorEntry, other: TensorEntry, told: Told) -> bool:
-        """Whether two tensors that `lie_alike` have the same bytes. Raises FileFormatError where a file has changed."""
+    def same(self, one: TensorEntry, other: TensorEntry, progress: Progress) -> bool:
+        """Whether two tensors that `have_same_order` are equal. Raises FileFormatError if a file has changed."""
         size, count = ITEM_BYTES[one.dtype], prod(one.shape)
         first, second = (entry.storage.part(entry.offset * size, count * size) for entry in (one, other))
-        return self._same_storage(first, second, told)
+        return self._same_storage(first, second, progress)
 
-    def same_parts(self, one: CompositeEntry, other: CompositeEntry, told: Told) -> bool:
-        """Whether two quantized or sparse tensors are made of the same parts and numbers."""
-        if numbers_of(one) != numbers_of(other) or len(one.parts) != len(other.parts):
+    def same_parts(self, one: CompositeEntry, other: CompositeEntry, progress: Progress) -> bool:
+        """Whether two quantized or sparse tensors consist of equal tensors, scales and settings."""
+        if settings_of(one) != settings_of(other) or len(one.parts) != len(other.parts):
             return False
         return all(
             (first.shape, first.dtype) == (second.shape, second.dtype)
-            and lie_alike(first, second)
-            and self.same(first, second, told)
+            and have_same_order(first, second)
+            and self.same(first, second, progress)
             for first, second in zip(one.parts, other.parts, strict=True)
         )
 
-    def _same_storage(self, one: Storage, other: Storage, told: Told) -> bool:
+    def _same_storage(self, one: Storage, other: Storage, progress: Progress) -> bool:
         first, second = list(_pieces(one)), list(_pieces(other))
-        if len(first) == len(second) and all(map(self._is_one_place, first, second)):
+        if len(first) == len(second) and all(map(self._is_same_range, first, second)):
             return True
         for left, right in _in_step(first, second):
             if self._read(left, self._buffers[0]) != self._read(right, self._buffers[1]):
                 return False
-            told(left.nbytes)
+            progress(left.nbytes)
         return True
 
-    def _is_one_place(self, one: _Piece, other: _Piece) -> bool:
-        """Whether two spans are the same bytes on the disk: of one file, whatever its names are."""
+    def _is_same_range(self, one: _Piece, other: _Piece) -> bool:
+        """Whether two spans are the same bytes of the same file, which may have several names."""
         if not (isinstance(one, Span) and isinstance(other, Span)):
             return False
         if (one.offset, one.nbytes, one.identity) != (other.offset, other.nbytes, other.identity):
@@ -106,17 +106,20 @@ class ByteComparison:
         return self._one_file[names]
 
     def _read(self, piece: _Piece, buffer: bytearray) -> bytes | bytearray:
-        """The bytes of a piece, in `buffer` where they fill it: with memory taken anew it is four times slower."""
+        """Return the bytes of a piece, in `buffer` if they fill it: new memory would make this four times slower."""
         if isinstance(piece, memoryview):
             return bytes(piece)
         file = self._files.get(piece.path) or self._open(piece)
         file.seek(piece.offset)
         data = buffer if piece.nbytes == len(buffer) else bytearray(piece.nbytes)
         left = memoryview(data)
-        while left:  # an unbuffered read may give less than there is
+        while left:  # an unbuffered read may return less than asked for
             count = file.readinto(left)
             if not count:
-                raise FileFormatError(f"{piece.path} ends early: {len(left)} bytes are missing")
+                raise FileFormatError(
+                    f"{piece.path} ends early: {len(left):,} bytes are missing",
+                    "another program may have shortened it: run the command again",
+                )
             left = left[count:]
         return data
 
@@ -135,7 +138,7 @@ class ByteComparison:
 
 
 def _pieces(storage: Storage) -> Iterator[_Piece]:
-    """The spans of files that a storage is made of, in order; what no span holds in this order is held in memory."""
+    """Yield the spans of files that make up a storage, in order; other storages as one piece in memory."""
     if isinstance(storage, JoinedSpan):
         for part in storage.parts:
             yield from _pieces(part.part(0, part.nbytes))
@@ -144,7 +147,7 @@ def _pieces(storage: Storage) -> Iterator[_Piece]:
 
 
 def _in_step(one: list[_Piece], other: list[_Piece]) -> Iterator[tuple[_Piece, _Piece]]:
-    """Two lists of as many bytes in all, cut at the same places into pieces of at most `CHUNK` bytes."""
+    """Yield pairs of pieces of at most `CHUNK` bytes from two lists that have the same total size."""
     lists = (iter(one), iter(other))
     left, right = (next(pieces, None) for pieces in lists)
     while left is not None and right is not None:
@@ -161,16 +164,17 @@ def _cut(piece: _Piece, start: int, length: int | None = None) -> _Piece:
     return piece.part(start, length) if isinstance(piece, Span) else piece[start : start + length]
 
 
-def numbers_of(entry: CompositeEntry) -> list[object]:
-    """What a tensor has besides its parts: of a quantized one its scheme, and a scale and a zero point for all of it.
+def settings_of(entry: CompositeEntry) -> list[object]:
+    """Return what defines a composite tensor besides the tensors that it consists of.
 
-    Of one of a class of its own it is the form of its attributes: all that they say, less the tensors in them.
+    For a quantized tensor this is its scheme, and its scale and zero point if they apply to the whole tensor. For a
+    tensor of a class of its own it is the digest of its attributes.
     """
     made_by = without_parameter(entry.made_by)
     if not isinstance(made_by, Opaque):
         return []
     if class_of(entry) is not None:
-        return [form_of(made_by.args)]
+        return [digest_of(made_by.args)]
     if made_by.call.name != "_rebuild_qtensor":
         return []
     return [value for value in made_by.args[4] if not isinstance(value, TensorEntry)]

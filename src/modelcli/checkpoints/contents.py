@@ -1,4 +1,4 @@
-"""What was read from a checkpoint, as plain data."""
+"""The contents of a checkpoint, as plain data."""
 
 from __future__ import annotations
 
@@ -17,27 +17,34 @@ from modelcli.model.blueprint import Blueprint, ModuleInfo, from_keys
 from modelcli.model.tensors import Kind, TensorInfo
 from modelcli.wording import listed
 
-#: A layer of one tensor in a module of its own, as adapters have them, comes to three.
+#: The modules that a tensor name may add. Adapters add three: a layer with one tensor in its own module.
 _MODULES_OF_A_TENSOR = 4
 
 
 @dataclass(frozen=True)
 class Contents:
-    """All that a checkpoint holds.
+    """Everything that a checkpoint contains.
 
-    `tensors` is the state dict; `extras` its entries that are no tensors; `metadata` its `_metadata`. `tree` is the
-    whole of a training checkpoint as inert values, and `key` the path of the state dict in it (None where the file is
-    nothing but a state dict). `foreign` are the names of classes and functions outside the allow-list; none was
-    looked up. `notes` are for a person. `types` are the class names of a pickled module, by path, and `kinds` says
-    which of its tensors are parameters and which are buffers. `texts` is what
-    safetensors' `__metadata__` holds beside what modelcli wrote there. `order` has the names of tensors and extras as
-    they stand in the file, where there are both.
-
-    `inner` are tensors that lie in `extras`, each named as Python reaches it. `unseen` are entries that torch makes
-    tensors of, or in which something lies that only running code could tell from tensors, and that have no row;
-    `hidden` are attributes of tensors in which tensors lie. Whoever vouches for the file has to say that these were not
-    looked at.
-    `is_program` says that the tensors belong to a program, whose code and constants are not kept.
+    Attributes:
+        path: the file or folder.
+        format: the name of its format.
+        tensors: the tensors of the state dict.
+        extras: its entries that are not tensors.
+        metadata: its `_metadata`.
+        record: the record, if the file has a valid one.
+        tree: a whole training checkpoint as inert values; None if the file is only a state dict.
+        key: the path of the state dict in `tree`.
+        foreign: the names of classes and functions that are not on the allow-list. None of them was imported.
+        notes: notes for the user.
+        types: the class names of a pickled module's submodules, by path.
+        kinds: which tensors are parameters and which are buffers, as far as the file tells.
+        texts: the `__metadata__` of a safetensors file, without what modelcli wrote there.
+        order: the names of tensors and extras in the order of the file, if there are extras.
+        inner: the tensors inside `extras`, each under the name by which Python accesses it.
+        unseen: entries without a row that are tensors when they are loaded, or may contain tensors. A check of all
+            tensors has to report that it did not see these.
+        hidden: attributes that contain tensors outside the state dict. Likewise.
+        is_program: whether the tensors belong to a program, whose code and constants are not kept.
     """
 
     path: Path
@@ -61,18 +68,18 @@ class Contents:
 
     @cached_property
     def rows(self) -> Mapping[str, TensorEntry | CompositeEntry]:
-        """All tensors that have a row: those of the state dict, and those in its other entries."""
+        """All tensors that get a row: those of the state dict, and those inside its other entries."""
         return {**self.tensors, **self.inner} if self.inner else self.tensors
 
     def without_record(self) -> Contents:
-        """The same file as keys alone: what its record says of an architecture, edits and flags is left aside."""
+        """Return the contents without the record, so that the architecture, edits and flags in it are ignored."""
         if self.record is None:
             return self
-        note = f"the record in {self.path.name} is left aside: its architecture, edits and flags are not carried on"
+        note = f"ignored the record in {self.path.name}, with its architecture, edits and flags"
         return replace(self, record=None, notes=(*self.notes, note))
 
     def with_record_of_keys(self, found: RecordOfKeys) -> Contents:
-        """The same file with the record that its tensors make whole; a note says where they are others by now."""
+        """Return the contents with the record that its tensors complete, or with a note if they no longer match it."""
         try:
             return replace(self, record=found.beside(self.infos(), self._pay_for_modules()))
         except DamagedError as error:
@@ -84,11 +91,11 @@ class Contents:
         return self.order or (*self.tensors, *self.extras)
 
     def without_objects(self) -> Contents:
-        """The tensors and nothing else: what objects of foreign classes stood around them is dropped."""
+        """Return the contents with the tensors only, without the objects of foreign classes around them."""
         return replace(self, extras={}, metadata={}, record=None, tree=None, key=None, foreign=(), order=(), inner={})
 
     def infos(self) -> dict[str, TensorInfo]:
-        """The tensors as a blueprint has them: ties found by storage, buffers told by their usual names."""
+        """Return the tensors for a blueprint: ties by their storages, buffers by their usual names."""
         budget = self._budget("the names of its tied tensors")
         first: dict[tuple[object, ...], str] = {}
         infos = {}
@@ -112,11 +119,11 @@ class Contents:
         return set() if len(set(uses)) == len(uses) else {use for use, times in Counter(uses).items() if times > 1}
 
     def bare_blueprint(self) -> Blueprint:
-        """The tree of the key names; types are known only where the file names the classes of a pickled module."""
+        """Return the module tree that the keys describe. Types are known only for a pickled module."""
         return from_keys(self.infos().values(), self.types, self._pay_for_modules())
 
     def _pay_for_modules(self) -> Callable[[int], None]:
-        """What pays for each module that names tell of, with the length of its path."""
+        """Return a function that charges a budget for a module, given the length of its path."""
         budget = self._budget("the modules in its names", times=_MODULES_OF_A_TENSOR)
         return lambda length: budget.spend(limits.ENTRY + length)
 
@@ -127,14 +134,14 @@ class Contents:
         return Blueprint((root,), tuple(self.infos().values()))
 
     def _budget(self, what: str, times: int = 1) -> limits.Budget:
-        """What may be made of the names: as much as they take, so many times over."""
+        """Return a budget of `times` the size of all names."""
         names = (*self.rows, *self.types)
         nbytes = sum(map(len, names)) + limits.ENTRY * len(names)
         return limits.Budget(f"{self.path}: {what}", nbytes, times)
 
 
 def foreign_names(names: Sequence[str], *, most: int) -> str:
-    """Names of foreign classes and functions in a line: those that no tensor library has come first."""
+    """Return the names of foreign classes and functions as a list for a message; suspicious ones come first."""
     harmless = tuple(f"{package}." for package in ("torch", "numpy", "collections", *providers.packages()))
     ordered = sorted(names, key=lambda name: name.startswith(harmless))
     return listed(ordered, most)

@@ -1,4 +1,4 @@
-"""One tensor of a checkpoint, as it was read: its shape, its dtype, and where its bytes lie."""
+"""One tensor of a checkpoint, as it was read: its shape, its dtype, and where its bytes are."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from modelcli.model.tensors import Kind, Shape, TensorInfo, value_class
 
 @value_class
 class TensorEntry:
-    """One tensor of a checkpoint: a view into a storage, which is a span of the file or of several.
+    """One tensor of a checkpoint: a view of a storage, which is a span of one file or of several.
 
-    `offset` and `stride` count elements. Tensors with the same `storage` are tied or views of one another.
+    `offset` and `stride` count elements. Two tensors with the same `storage` object are tied or overlap.
     """
 
     shape: Shape
@@ -28,18 +28,26 @@ class TensorEntry:
 
     @property
     def view(self) -> tuple[object, ...] | None:
-        """Equal for two tensors that are the same part of the same storage; None where there is nothing to share."""
-        # A storage that two tensors share is one object: that is what makes them tied.
+        """A key that two tensors share if they are the same view of the same storage; None for an empty storage."""
+        # Tied tensors share one storage object.
         return (id(self.storage), self.offset, self.shape, self.stride, self.dtype) if self.storage.nbytes else None
 
 
 @dataclass(frozen=True, slots=True)
 class CompositeEntry:
-    """One tensor of a checkpoint that is no view into one storage: quantized, sparse, or on the meta device.
+    """One tensor of a checkpoint that is not a view of one storage: quantized, sparse, or on the meta device.
 
-    `parts` are the plain tensors that it is made of: of a quantized one its whole numbers (and scales and zero points,
-    where each channel has its own), of a sparse one its indices and values. `made_by` is the inert call that makes it,
-    as it is written again; it is None where torch has no such dtype, and the one part is its bytes.
+    Attributes:
+        shape: its shape.
+        dtype: its dtype.
+        layout: torch's name of its layout.
+        parts: the plain tensors that it consists of: the integers of a quantized tensor (and scales and zero points if
+            each channel has its own), the indices and values of a sparse one.
+        stored_bytes: the size of the parts in bytes.
+        made_by: the inert call that makes it, which can be written again; None if torch does not have its dtype. Then
+            its only part is its bytes.
+        requires_grad: its flag; None if it is not known.
+        is_parameter: whether it was saved as a parameter.
     """
 
     shape: Shape
@@ -53,7 +61,7 @@ class CompositeEntry:
 
     @property
     def view(self) -> tuple[object, ...] | None:
-        """Equal for two tensors that are made of the same parts; None where there is nothing to share."""
+        """A key that two tensors share if they consist of the same parts; None if they have no bytes."""
         views = tuple(part.view for part in self.parts)
         return (self.layout, self.dtype, self.shape, *views) if any(views) else None
 
@@ -61,13 +69,17 @@ class CompositeEntry:
 def info_of(
     name: str, entry: TensorEntry | CompositeEntry, original: str, known_kind: Kind | None = None
 ) -> TensorInfo:
-    """An entry as a blueprint has it; `original` is the first name of the same tensor.
+    """Return an entry as a blueprint describes it.
 
-    Where no kind is known, the name and the dtype tell it.
+    Args:
+        name: its key.
+        entry: the tensor.
+        original: the first key of the same tensor.
+        known_kind: its kind; None to guess it from its name and dtype.
     """
     is_trained = entry.is_parameter or bool(entry.requires_grad)
     guessed: Kind = "parameter" if is_trained or not looks_like_buffer(name, entry.dtype) else "buffer"
-    # A state dict's tensors are detached: of them only a flag that is set says something.
+    # state_dict() detaches tensors, so only a flag that is set tells anything.
     requires_grad = entry.requires_grad if is_trained else None
     tied_to = None if original == name else original
     kind, layout = known_kind or guessed, entry.layout
@@ -77,10 +89,10 @@ def info_of(
 
 
 def looks_like_buffer(name: str, dtype: str) -> bool:
-    """Whether a tensor of a bare checkpoint is a buffer: normalisation statistics, and what cannot be trained."""
+    """Whether a tensor of a plain state dict is probably a buffer: a normalisation statistic, or not differentiable."""
     return (name.endswith(_STATISTICS) and name.rpartition(".")[2] in _STATISTICS) or not dtype.startswith(_TRAINABLE)
 
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-#: How the dtypes begin that a parameter may have: a quantized weight is one, a whole number is not.
+#: The beginnings of the dtypes that a parameter may have, including quantized ones.
 _TRAINABLE = ("float", "bfloat", "complex", "bcomplex", "qint", "quint")

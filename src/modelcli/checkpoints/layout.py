@@ -1,4 +1,4 @@
-"""A file as it will be, worked out before a byte of it is written: where each source of bytes goes."""
+"""The layout of a file, computed before it is written: the offset of each source of bytes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Protocol
 from modelcli.checkpoints.plan import Source
 from modelcli.checkpoints.storage import FileId, Span
 
-#: Offsets in two files that are equal modulo this are copied fastest, and shared where a file system can share blocks.
+#: Copying is fastest if the offsets in both files are equal modulo this. Some file systems can then share the blocks.
 PAGE = 4096
-#: Spans from here on are worth a place that suits them.
+#: Spans of at least this size are placed so that they can be copied fast.
 LARGE = 256 * 1024
 
 
 class Output(Protocol):
-    """The file that a layout writes into, any part of it at any time."""
+    """The file that a layout writes, at any offset in any order."""
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
         """Write bytes at an offset."""
@@ -27,18 +27,18 @@ class Output(Protocol):
         ...
 
     def put_with_checksum(self, offset: int, source: Source) -> int:
-        """Write all bytes of a source at an offset, and give their CRC-32."""
+        """Write all bytes of a source at an offset, and return their CRC-32."""
         ...
 
 
 class Layout(Protocol):
-    """One file as it will be, `nbytes` long."""
+    """The layout of one file of `nbytes` bytes."""
 
     @property
     def nbytes(self) -> int: ...
 
     def parts(self) -> Iterable[tuple[int, Source]]:
-        """Where the bytes of each source will be: what `--verify` reads back and compares."""
+        """Return the offset of each source. `--verify` reads these bytes back and compares them."""
         ...
 
     def write(self, output: Output) -> None:
@@ -48,7 +48,7 @@ class Layout(Protocol):
 
 @dataclass(frozen=True)
 class Bytes:
-    """A source that is in memory already."""
+    """A source in memory."""
 
     data: bytes
 
@@ -65,7 +65,7 @@ class Bytes:
 
 @dataclass(frozen=True)
 class BytesLayout:
-    """A file that is in memory already."""
+    """The layout of a file whose content is in memory."""
 
     data: bytes
 
@@ -99,7 +99,7 @@ class CopyLayout:
 
 @dataclass(frozen=True)
 class HeaderLayout:
-    """A header, and runs of bytes behind it, each at its place."""
+    """The layout of a file with a header, and after it runs of bytes, each with its offset."""
 
     header: bytes
     runs: Sequence[tuple[int, Source]]
@@ -116,7 +116,7 @@ class HeaderLayout:
 
 @dataclass(frozen=True)
 class FolderLayout:
-    """A folder as it will be: its files by name, in the order in which they are written; the index comes last."""
+    """The layout of a folder: its files by name in the order of writing, the index last."""
 
     files: Mapping[str, Layout]
 
@@ -126,7 +126,13 @@ class FolderLayout:
 
 
 def place_like(source: Source, at_least: int, alignment: int) -> int:
-    """Where to put a source: on a multiple of `alignment`, and of a large span where its own file has it in a page."""
+    """Return the offset for a source: a multiple of `alignment`, and for a large span one that copies fast.
+
+    Args:
+        source: the source.
+        at_least: the first free offset.
+        alignment: the alignment in bytes.
+    """
     if isinstance(source, Span) and source.nbytes >= LARGE and source.offset % alignment == 0:
         return at_least + (source.offset - at_least) % PAGE
     return at_least + -at_least % alignment

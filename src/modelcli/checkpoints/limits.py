@@ -1,4 +1,4 @@
-"""How much a file may ask for before it is refused. Each limit can be set by a variable, which the refusal names."""
+"""Limits on what a file may contain. Each can be set by an environment variable, which the error message names."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 from modelcli.errors import FileFormatError, RequestError
 
-#: What a file takes to say where one tensor or one module is, besides its name: `Budget`s count with it.
+#: The bytes that a file needs to describe one tensor or module, besides its name; `Budget`s use this number.
 ENTRY = 64
 
 
 @dataclass(frozen=True)
 class Limit:
-    """A number that nothing a file says may exceed; `variable` is where the user sets another."""
+    """A limit: its environment variable, its default, and the unit of what it counts."""
 
     variable: str
     default: int
@@ -25,19 +25,24 @@ class Limit:
 
     @property
     def value(self) -> int:
-        """The number in force. Raises RequestError where the variable holds none."""
+        """The current limit. Raises RequestError if the variable is not a number."""
         return _number(self.variable, os.environ.get(self.variable), self.default)
 
     def check(self, found: int, what: str) -> None:
-        """Raise FileFormatError where `found` is more than the limit; `what` names the file and what in it."""
+        """Raise FileFormatError if `found` exceeds the limit. `what` names the file and its part."""
         if found > self.value:
             raise self.exceeded(what, f"{found:,} {self.unit}")
 
+    @property
+    def hint(self) -> str:
+        """How to raise the limit."""
+        return f"if you trust the file, set the environment variable {self.variable} to a larger number"
+
     def exceeded(self, what: str, amount: str) -> FileFormatError:
-        """The refusal: `best.pth: data.pkl has 70,000,000 bytes; the limit is 67,108,864`."""
+        """Return the error: `best.pth: data.pkl has 70,000,000 bytes; the limit is 67,108,864`."""
         return FileFormatError(
             f"{what} has {amount}; the limit is {self.value:,}",
-            f"if you trust where it comes from, set {self.variable} to more",
+            self.hint,
         )
 
 
@@ -50,28 +55,26 @@ def _number(variable: str, text: str | None, default: int) -> int:
     except ValueError:
         number = 0
     if not 0 < number < 2**63:
-        raise RequestError(
-            f"${variable} is {text!r}, and has to be a whole number above 0", f"the default is {default}"
-        )
+        raise RequestError(f"${variable} is {text!r}, but must be a whole number above 0", f"the default is {default}")
     return number
 
 
 PICKLE_BYTES = Limit("MODELCLI_MAX_PICKLE_BYTES", 64 * 1024 * 1024, "bytes")
-#: Of a pickle that torch.save did not write: its tensors lie in it, and it is read whole.
+#: For a pickle that torch.save did not write. It contains its tensors and is read as a whole.
 WHOLE_PICKLE_BYTES = Limit("MODELCLI_MAX_WHOLE_PICKLE_BYTES", 4 * 1024**3, "bytes")
 OPCODES = Limit("MODELCLI_MAX_OPCODES", 20_000_000, "opcodes")
-#: Values of a pickle; modules and tensors of a module pickled whole, where shared ones have a name at each place.
+#: For the values of a pickle, and for the modules and tensors of a pickled module, where shared ones count each time.
 NODES = Limit("MODELCLI_MAX_NODES", 10_000_000, "values")
 NESTING = Limit("MODELCLI_MAX_NESTING", 1_000, "levels")
 NAME_BYTES = Limit("MODELCLI_MAX_NAME_BYTES", 4 * 1024, "bytes")
 ZIP_ENTRIES = Limit("MODELCLI_MAX_ZIP_ENTRIES", 1_000_000, "entries")
-#: Some of torch's operations end at 64, and no model comes near.
+#: Some of torch's operations support no more than 64.
 DIMENSIONS = Limit("MODELCLI_MAX_DIMENSIONS", 64, "dimensions")
-#: What a `Budget` has beyond the size of its file.
+#: What a `Budget` allows in addition to the size of its file.
 EXPANSION = Limit("MODELCLI_MAX_EXPANSION", 2 * 1024 * 1024, "bytes")
-#: Modules that a constructor call of a known library may make, in a record or as it is typed.
+#: The modules that a constructor call of a known library may make, in a record or on the command line.
 MODULES = Limit("MODELCLI_MAX_MODULES", 20_000, "modules")
-#: As safetensors' own reader has it.
+#: The limit of the safetensors library.
 HEADER_BYTES = Limit("MODELCLI_MAX_HEADER_BYTES", 100_000_000, "bytes")
 INDEX_BYTES = Limit("MODELCLI_MAX_INDEX_BYTES", 64 * 1024 * 1024, "bytes")
 ALL = (
@@ -81,43 +84,53 @@ ALL = (
 
 
 class Budget:
-    """What may be made of a file: no more than a file of its size could spell out, and a little.
+    """Limits the work on a file in proportion to the file's size.
 
-    A file of a few bytes can name one value at a million places. Whoever makes or looks through a value once for each
-    place that it has spends here what it would take to write it there: what says everything once has enough.
+    A small file can describe a huge model by using one value a million times. Code that makes or visits a value for
+    each of its uses charges the budget with the bytes that writing the value there would take. A file that contains
+    every value once never exceeds its budget.
     """
 
     def __init__(self, what: str, nbytes: int, times: int = 1) -> None:
-        """`times` is how much may come of each byte."""
+        """Start a budget.
+
+        Args:
+            what: the file and its part, for the error message.
+            nbytes: the size of the file or part.
+            times: the number of bytes that may be spent for each byte of the file.
+        """
         self.what = what
         self.times = times
-        self.earned = 0
+        self.nbytes = 0
         self.left = EXPANSION.value
         self.earn(nbytes)
 
     def earn(self, nbytes: int) -> None:
-        """Add the size of another part of the file, before what it says is paid for."""
-        self.earned += nbytes
+        """Add the size of another part of the file, before anything that it describes is charged."""
+        self.nbytes += nbytes
         self.left += self.times * nbytes
 
     def spend(self, nbytes: int, name: str | None = None) -> None:
-        """Pay for what is about to be made, of what has the `name`. Raises FileFormatError where it is too much."""
+        """Charge for a value, called `name`, before it is made. Raises FileFormatError if the budget is used up."""
         self.left -= nbytes
         if self.left < 0:
-            counted = "counted at each place" if name is None else f"counted at each place up to {name}"
-            more = f"{self.earned:,} bytes and, all that it shares {counted}, over {EXPANSION.value:,} more"
-            raise EXPANSION.exceeded(self.what, more)
+            at = "" if name is None else f" (reached at {name})"
+            raise FileFormatError(
+                f"{self.what} has {self.nbytes:,} bytes, but describes a model that is too large for that size, "
+                f"because it uses the same values again and again{at}; the limit is {EXPANSION.value:,} bytes more",
+                EXPANSION.hint,
+            )
 
 
 def check_name(name: str, what: str) -> None:
-    """Raise FileFormatError for a name of a tensor, record or class that is too long or too deep to be one."""
+    """Raise FileFormatError if the name of a tensor, record or class is too long or has too many components."""
     shown = f"{what}: the name {name[:40]!r}..."
     NAME_BYTES.check(len(name.encode("utf-8", "surrogatepass")), shown)
     NESTING.check(name.count("."), shown)
 
 
 def check_names(names: Iterable[str], what: str) -> None:
-    """Raise FileFormatError where one of many names is too long or too deep; those that cannot be are passed over."""
+    """Raise FileFormatError if any of the names is too long or has too many components. Short names are not checked."""
     longest = min(NAME_BYTES.value // 4, NESTING.value)  # a character takes up to four bytes
     for name in names:
         if len(name) > longest:
@@ -126,7 +139,7 @@ def check_names(names: Iterable[str], what: str) -> None:
 
 @contextmanager
 def room_for_nesting(frames: int = 4) -> Iterator[None]:
-    """Let Python recurse into values as deep as the limit on nesting allows, with so many frames for each level."""
+    """Let Python recurse as deep as the nesting limit allows, with `frames` stack frames for each level."""
     before = sys.getrecursionlimit()
     sys.setrecursionlimit(max(before, before + frames * NESTING.value))
     try:

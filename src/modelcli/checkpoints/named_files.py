@@ -1,4 +1,4 @@
-"""Files that another file names: they have to stay inside its folder."""
+"""Find the files that another file names. They must be inside its folder."""
 
 from __future__ import annotations
 
@@ -6,18 +6,25 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from modelcli.errors import FileFormatError
 
+_EDIT_INDEX = "put all files of the checkpoint into one folder, and name them there"
+
 
 def inside(index: Path, file: str) -> Path:
-    """The path of a file that an index names; it has to lie inside the folder of the index, links followed."""
+    """Return the path of a file that an index names. Raises FileFormatError if it is missing or outside the folder."""
     parts = (*PurePosixPath(file).parts, *PureWindowsPath(file).parts)
     absolute = PurePosixPath(file).is_absolute() or PureWindowsPath(file).drive or PureWindowsPath(file).root
     if not file or "\0" in file or absolute or ".." in parts:
-        raise FileFormatError(f"{index} names {file!r}, which is outside its folder")
+        raise FileFormatError(f"{index} names the file {file!r}, which is outside its folder", _EDIT_INDEX)
     path = index.parent / file
-    # A cache of downloads keeps the index and its shards side by side in one folder, and links to both from another.
+    # Hugging Face's cache keeps the index and its shards in one folder, and another folder has links to them.
     homes = {index.parent.resolve(), index.resolve().parent}
     if not any(path.resolve().is_relative_to(home) for home in homes):
-        raise FileFormatError(f"{index} names {file!r}, a link to outside its folder")
+        raise FileFormatError(
+            f"{index} names the file {file!r}, which is a link to a file outside its folder", _EDIT_INDEX
+        )
     if not path.is_file():
-        raise FileFormatError(f"{index} names {file!r}, which is not there", "a shard may not be downloaded yet")
+        raise FileFormatError(
+            f"{index} names the file {file!r}, which does not exist",
+            "download the missing file, or wait until its download is complete",
+        )
     return path

@@ -1,4 +1,4 @@
-"""What a writer is fed with: names, shapes, and sources of bytes."""
+"""The plan of a checkpoint to write: names, shapes, and where the bytes come from."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from modelcli.model.tensors import Shape
 
 
 class Source(Protocol):
-    """Where a storage's bytes come from: a span of a file, or a value just made. Equal sources are one storage."""
+    """Where the bytes of a storage come from: a span of a file, or new values. Equal sources count as one storage."""
 
     @property
     def nbytes(self) -> int: ...
 
     def files(self) -> Iterable[FileId]:
-        """The files that the bytes are read from; none where they are in memory already."""
+        """The files that the bytes are read from; none if they are in memory."""
         ...
 
     def chunks(self) -> Iterator[bytes | memoryview]: ...
@@ -30,7 +30,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PlannedStorage:
-    """A storage that stands by itself: all bytes of a source, as elements of `dtype` (None for raw bytes)."""
+    """A storage that is an entry itself: all bytes of a source, as elements of `dtype` (None for raw bytes)."""
 
     dtype: str | None
     source: Source
@@ -38,9 +38,9 @@ class PlannedStorage:
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
-    """One tensor to write: a view (offset and stride in elements) into a storage.
+    """One tensor to write: a view of a storage, with offset and stride in elements.
 
-    Of a plan for a format without `holds_views`, it is row-major and all of its source.
+    In a plan for a format without `holds_views`, it is row-major and uses all of its source.
     """
 
     shape: Shape
@@ -51,7 +51,7 @@ class PlannedTensor:
 
     @property
     def view(self) -> tuple[object, ...]:
-        """Equal for two tensors that are the same part of the same storage."""
+        """A key that two tensors share if they are the same view of the same storage."""
         return (self.source, self.offset, self.shape, self.stride, self.dtype)
 
 
@@ -59,13 +59,18 @@ class PlannedTensor:
 class Plan:
     """A checkpoint to write.
 
-    `tensors` is the state dict, in order; `extras` its entries that are no plain tensors, inert: those that are made
-    of others are `CompositeEntry`s; `metadata` its `_metadata`; `record` the text that says where the model comes
-    from. `texts` are those of a safetensors file's `__metadata__` that are kept. `tree` and `key` are the training
-    checkpoint around the state dict, as inert values, where there is one. `order` has the names of tensors and extras
-    in theirs, where that is not tensors first. `notes` are what there is to tell whoever asked for it.
-    `companions` are the files beside the weights where the checkpoint is the folder of a library's model, such as its
-    configuration: then a folder with a single file of weights has no index, as the library writes it.
+    Attributes:
+        tensors: the plain tensors of the state dict, in order.
+        record: the text of the record.
+        metadata: the `_metadata` of the state dict.
+        extras: its other entries as inert values; quantized and sparse tensors are `CompositeEntry`s.
+        tree: the training checkpoint that contains the state dict, as inert values, if any.
+        key: the path of the state dict in `tree`.
+        texts: the texts to keep in the `__metadata__` of a safetensors file.
+        order: the names of tensors and extras in their order, if the tensors do not come first.
+        notes: notes for the user.
+        companions: the files beside the weights if the checkpoint is the folder of a library's model, such as its
+            configuration. A folder with a single file of weights then has no index, as the library writes it.
     """
 
     tensors: Mapping[str, PlannedTensor]
@@ -81,7 +86,7 @@ class Plan:
 
     @cached_property
     def first_names(self) -> dict[str, str]:
-        """The first name of each tensor by its name: a format that holds a tied one once writes it under that."""
+        """The first name of each tensor, by each of its names. Formats that write a tied tensor once use the first."""
         first: dict[tuple[object, ...], str] = {}
         return {
             name: first.setdefault(tensor.view if tensor.source.nbytes else (name,), name)
@@ -102,7 +107,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Written:
-    """What was written where; `nbytes` is the size of the file, or of all files of a folder."""
+    """The file or folder that was written. `nbytes` is its size, for a folder that of all its files."""
 
     path: Path
     format: str
@@ -112,5 +117,5 @@ class Written:
 
     @property
     def reference(self) -> str:
-        """As a command takes it: a folder's name ends in a slash, since a word alone is a builder's."""
+        """The reference to it: a folder gets a slash at the end, because a bare word would name a builder."""
         return f"{self.path}/" if self.is_folder else str(self.path)

@@ -1,6 +1,6 @@
-"""Whether what a record says can be true: of itself, of the tensors that it lists, and of torch.nn's own layers.
+"""Check whether a record can be true: that it agrees with itself, with its tensors, and with the layers of torch.nn.
 
-What only the code of a model could tell is not found out here: `check` builds the model for that.
+It does not find what only the code of the model could show; `check` builds the model for that.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from modelcli.model.tensors import Shape, TensorInfo
 
 
 def contradiction(blueprint: Blueprint, *, known_code: bool) -> str | None:
-    """The first thing that cannot be so, as part of a sentence about the record, or None.
+    """Return the first contradiction, worded as a part of a sentence about the record ("it ..."), or None.
 
-    With `known_code` a `Linear` is that of `torch.nn`: the model is made of classes of known libraries alone.
+    With `known_code` all classes come from known libraries, so that a `Linear` is that of `torch.nn`.
     """
     return next(_contradictions(blueprint, known_code=known_code), None)
 
@@ -36,58 +36,60 @@ def _contradictions(blueprint: Blueprint, *, known_code: bool) -> Iterator[str]:
 
 
 def _of_modules(blueprint: Blueprint) -> Iterator[str]:
-    """Each path once, behind the module that holds it."""
+    """Check that each path occurs once, after the module that contains it."""
     seen: set[str] = set()
     for module in blueprint.modules:
         if module.path in seen:
             yield f"it lists the module {shown(module.path)} twice"
         if module.path and parent_of(module.path) not in seen:
-            yield f"it lists {module.path} and not the module that holds it"
+            yield f"it lists the module {module.path}, but not the module that contains it"
         if module.shared_with is not None and module.shared_with not in seen:
-            yield f"it says that {module.path} is {shown(module.shared_with)} as well, which it does not list before"
+            yield f"it shares {module.path} with {shown(module.shared_with)}, which it does not list before"
         seen.add(module.path)
 
 
 def _of_tensors(blueprint: Blueprint) -> Iterator[str]:
-    """Each name once, in a module that is there; flags and ties that torch could have."""
+    """Check that each name occurs once, in a listed module, with flags and ties that torch allows."""
     seen: dict[str, TensorInfo] = {}
     for tensor in blueprint.tensors:
         name = tensor.name
         if name in seen:
             yield f"it lists the tensor {name} twice"
-        is_bare = blueprint.root.type is None  # keys of any form, also `.weight` and a key below another
+        is_bare = (
+            blueprint.root.type is None
+        )  # a plain state dict may have any keys, such as `.weight`, or one key below another
         if parent_of(name) not in blueprint.by_path and not is_bare:
-            yield f"it lists {name} and not the module that holds it"
+            yield f"it lists the tensor {name}, but not the module that contains it"
         if name in blueprint.by_path and not is_bare:
-            yield f"it says that {name} is a module and a tensor"
+            yield f"it lists {name} both as a module and as a tensor"
         if tensor.kind == "buffer" and tensor.requires_grad is not None:
-            yield f"it says of the buffer {name} whether it is trained"
+            yield f"it gives the buffer {name} a requires_grad flag"
         if tensor.kind == "parameter" and not tensor.persistent:
-            yield f"it says that the parameter {name} is in no file"
+            yield f"it lists the parameter {name} as not saved, which only buffers can be"
         if tensor.requires_grad and not tensor.is_differentiable:
-            yield f"it says that {name} is trained, which {tensor.dtype} cannot be"
+            yield f"it lists {name} as trained, which is impossible for {tensor.dtype}"
         if tensor.tied_to is not None:
             first = seen.get(tensor.tied_to)
             if first is None or first.tied_to is not None or (first.shape, first.dtype) != (tensor.shape, tensor.dtype):
-                yield f"it says that {name} is the same tensor as {tensor.tied_to}, which that cannot be"
+                yield f"it ties {name} to {tensor.tied_to}, which has another shape or dtype or does not come before"
         seen[name] = tensor
 
 
 def _of_trace(blueprint: Blueprint) -> Iterator[str]:
-    """A forward pass goes through modules that are there, the root among them."""
+    """Check that the forward pass ran listed modules, including the root."""
     trace = blueprint.trace
     if trace is None:
         return
     if stray := next((path for path in trace.layers if path not in blueprint.by_path), None):
-        yield f"it says what {stray} gave on the forward pass, and does not list it"
+        yield f"it has an output of {stray} in its forward pass, but does not list that module"
     if trace.reason is None and "" not in trace.layers:
-        yield "it says that the forward pass ran, and not what came of it"
+        yield "its forward pass ran, but has no output"
 
 
 # --- layers of torch.nn --------------------------------------------------------------------------------------------
 
 # fmt: off
-#: Those whose tensors are all parameters, and those that have no tensors of their own.
+#: The layers whose tensors are all parameters, and those without tensors of their own.
 _PARAMETERS_ALONE = frozenset((
     "Linear", "Bilinear", "Embedding", "EmbeddingBag", "LayerNorm", "GroupNorm", "RMSNorm", "PReLU",
     "MultiheadAttention", "LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell", "Conv1d", "Conv2d", "Conv3d",
@@ -105,7 +107,7 @@ _WITHOUT_TENSORS = frozenset((
 _NORMS = re.compile(r"(Sync)?BatchNorm[123]?d?|InstanceNorm[123]d")
 _CONVOLUTIONS = re.compile(r"Conv(Transpose)?([123])d")
 
-#: What a layer must hold by its own settings: for each name its shape.
+#: The tensors that a layer must have according to its settings: the shape of each, by name.
 Wanted = Mapping[str, Shape]
 
 
@@ -127,7 +129,7 @@ def _convolution(module: ModuleInfo) -> Wanted | None:
     grouped = re.search(r"groups=(\d+)", module.config)
     groups = int(grouped[1]) if grouped else 1
     if not groups or len(kernel) != int(kind[2]):
-        return {"weight": ()}  # no convolution has such settings
+        return {"weight": ()}  # no convolution can have such settings
     channels = (inputs, outputs // groups) if kind[1] else (outputs, inputs // groups)
     return {"weight": (*channels, *kernel)} | ({} if "bias=False" in module.config else {"bias": (outputs,)})
 
@@ -174,31 +176,31 @@ def _tensors_of(module: ModuleInfo) -> Callable[[ModuleInfo], Wanted | None] | N
 
 
 def _of_layer(module: ModuleInfo, own: Mapping[str, TensorInfo]) -> Iterator[str]:
-    """What torch.nn's own layers hold: which tensors, of which kind and shape."""
+    """Check that layers of torch.nn have the tensors, kinds and shapes that their settings require."""
     kind = module.type or ""
     if kind in _WITHOUT_TENSORS and own:
-        yield f"it says that {shown(module.path)} is a {kind}, which has no {next(iter(own))}"
+        yield f"it lists {shown(module.path)} as a {kind}, which has no {next(iter(own))}"
     for name, tensor in own.items():
         statistic = name in ("running_mean", "running_var", "num_batches_tracked")
         is_norm = _NORMS.fullmatch(kind) is not None
         if kind in _PARAMETERS_ALONE or is_norm:
             right = "buffer" if is_norm and statistic else "parameter"
             if tensor.kind != right:
-                yield f"it says that {tensor.name} is a {tensor.kind}, and in a {kind} that is a {right}"
+                yield f"it lists {tensor.name} as a {tensor.kind}, but in a {kind} it is a {right}"
     makes = _tensors_of(module)
     wanted = None if makes is None else makes(module)
     if wanted is None:
         return
     for name, size in wanted.items():
         if name not in own:
-            yield f"it says that {shown(module.path)} is {kind}({module.config}), and lists no {name} of it"
+            yield f"it lists {shown(module.path)} as {kind}({module.config}), but without a {name}"
         elif own[name].shape != size:
             has = list(own[name].shape or ())
-            yield f"it says that {shown(module.path)} is {kind}({module.config}), and its {name} is {has}"
+            yield f"it lists {shown(module.path)} as {kind}({module.config}), but its {name} has the shape {has}"
 
 
 def _of_outputs(blueprint: Blueprint) -> Iterator[str]:
-    """What came of a layer has the width of its weight; what came of a Sequential came of its last child."""
+    """Check that the output of a layer has the width of its weight, and that of a Sequential is its last child's."""
     trace = blueprint.trace
     layers: Mapping[str, Any] = {} if trace is None else trace.layers
     shared = {module.shared_with for module in blueprint.modules if module.shared_with is not None}
@@ -209,23 +211,23 @@ def _of_outputs(blueprint: Blueprint) -> Iterator[str]:
             ran = layers.get(last.path)
             alone = last.shared_with is None and last.path not in shared and path not in shared
             if alone and module.shared_with is None and ran is not None and ran.output_shape != shape:
-                yield f"it says that {shown(path)} gave {shape}, and its last layer {ran.output_shape}"
+                yield f"it gives {shown(path)} the output shape {shape}, but its last layer {ran.output_shape}"
         weight = blueprint.by_name.get(f"{path}.weight" if path else "weight")
         if weight is None or not weight.shape or not isinstance(shape, list) or not all(type(n) is int for n in shape):
             continue
         axis, width = _width(module, weight.shape)
         if axis is not None and (len(shape) < abs(axis) or shape[axis] != width):
-            yield f"it says that {shown(path)} gave {shape}, and its weight is {list(weight.shape)}"
+            yield f"it gives {shown(path)} the output shape {shape}, but a weight of shape {list(weight.shape)}"
 
 
 def _width(module: ModuleInfo, weight: Shape) -> tuple[int | None, int]:
-    """On which axis the output of a layer has how many features."""
+    """Return the axis of a layer's output that has its features (None if not known), and their number."""
     kind = module.type or ""
     if kind == "Linear":
         return -1, weight[0]
     if kind == "Embedding":
         return -1, weight[-1]
     found = _CONVOLUTIONS.fullmatch(kind)
-    if found is None or found[1]:  # of a transposed one the groups are needed too
+    if found is None or found[1]:  # for a transposed convolution the number depends on its groups too
         return None, 0
     return -1 - int(found[2]), weight[0]

@@ -1,4 +1,4 @@
-"""What a file carries beside its tensors: the record, read no further than its size warrants, and further names."""
+"""Read the record of a file, and the further names of its tied tensors."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from modelcli.checkpoints.contents import Contents
 from modelcli.checkpoints.entries import CompositeEntry, TensorEntry
 from modelcli.model.blueprint import ModuleInfo
 
-#: What safetensors' `__metadata__`, or that of an index, says by these names is about the file. A tied tensor that is
-#: called so has its other name in the record alone.
+#: The keys of safetensors' `__metadata__`, or of an index, that describe the file. A tied tensor with such a name has
+#: its other name only in the record.
 RESERVED = frozenset(("format", "total_size", "total_parameters", records.SAFETENSORS_KEY))
 
 
 @dataclass(frozen=True)
 class FoundRecord:
-    """What the texts of a file say of its origin.
+    """The record in the texts of a file.
 
-    `of_keys` is a record whose blueprint the file's tensors give: `completed` makes it `Contents.record`. `record` is
-    one that is whole by itself. `notes` are what there is to tell where no text is either.
+    Attributes:
+        record: a complete record.
+        of_keys: a record that needs the file's tensors for its blueprint: `completed` makes it `Contents.record`.
+        notes: why there is no record, if there is none.
     """
 
     record: records.Record | None = None
@@ -31,14 +33,14 @@ class FoundRecord:
     notes: tuple[str, ...] = ()
 
     def completed(self, contents: Contents) -> Contents:
-        """What a file holds, with the record that is made of its tensors where the file has such a one."""
+        """Return the contents of the file, with the record that its tensors complete, if it has one."""
         return contents if self.of_keys is None else contents.with_record_of_keys(self.of_keys)
 
 
 def record_in(texts: Iterable[object], path: Path) -> FoundRecord:
-    """The record that the first of these texts is that is one.
+    """Return the first of the texts that is a record; if none is, a note that says why.
 
-    Raises FileFormatError where far more comes of a text than it could spell out.
+    Raises FileFormatError if a record describes far more than its size allows.
     """
     wrong = []
     for text in texts:
@@ -62,11 +64,11 @@ def record_in(texts: Iterable[object], path: Path) -> FoundRecord:
 def aliases_in(
     metadata: Mapping[str, Any], tensors: Mapping[str, Any], record: records.Record | None
 ) -> dict[str, str]:
-    """The other names of tied tensors, each with the one that its tensor is stored under.
+    """Return the further names of tied tensors, each with the name under which its tensor is stored.
 
-    `safetensors.torch.save_model` writes them among the texts of `__metadata__`, where nothing tells them from a text
-    that happens to be the name of a tensor (`"target": "clip_l"`). One is taken for a name where the record says so, or
-    where both are tensors of modules that have the same name in theirs: `lm_head.weight` for `embed_tokens.weight`.
+    `safetensors.torch.save_model` writes them into `__metadata__`, where other texts may happen to be the name of a
+    tensor (`"target": "clip_l"`). A text counts as a further name if the record says so, or if both names end alike:
+    `lm_head.weight` for `embed_tokens.weight`.
     """
     tied = {} if record is None else {info.name: info.identity for info in record.blueprint.tensors}
     return {
@@ -85,7 +87,7 @@ def _are_tied(name: str, other: str, identities: Mapping[str, str]) -> bool:
 
 
 def _have_one_own_name(name: str, other: str) -> bool:
-    """Whether two names are those of tensors in modules, and end alike: `decoder.weight` and `encoder.0.weight`."""
+    """Whether both names are those of tensors in modules and end alike: `decoder.weight` and `encoder.0.weight`."""
     (path, _, own), (other_path, _, other_own) = name.rpartition("."), other.rpartition(".")
     return bool(path and other_path) and own == other_own
 
@@ -93,7 +95,7 @@ def _have_one_own_name(name: str, other: str) -> bool:
 def in_order_of(
     record: records.Record | None, tensors: dict[str, TensorEntry | CompositeEntry]
 ) -> dict[str, TensorEntry | CompositeEntry]:
-    """The tensors in the model's order, those that are tied under all their names: the file holds each once."""
+    """Return the tensors in the model's order, tied ones under all their names. The file has each once."""
     if record is None:
         return tensors
     found = {}
@@ -105,6 +107,6 @@ def in_order_of(
 
 
 def _shown(module: ModuleInfo) -> int:
-    """What a module takes on a screen beyond its path and settings: its class, and the indentation of its lines."""
+    """Return the characters that showing a module takes besides its path and settings: class and indentation."""
     lines = module.config.count("\n") + (module.own_repr or "").count("\n")
     return len(module.type or "") + 2 * module.depth * lines

@@ -1,4 +1,4 @@
-"""Shapes and strides as files state them: checked here, for every format, before anything is computed from them."""
+"""Check the shapes and strides that files state, for all formats, before anything is computed from them."""
 
 from __future__ import annotations
 
@@ -9,59 +9,61 @@ from modelcli.model.tensors import Shape
 
 _END = 2**63
 _SEQUENCES = (tuple, list)
-#: A file may have 100,000 tensors, and hardly one has more dimensions: no limit on them is looked up for these.
+#: Up to this many dimensions the limit is not checked, for speed: a file may have 100,000 tensors.
 _USUAL = 4
 
 
 def sizes(value: object, what: str) -> Shape:
-    """A shape, stride or offset as a tuple of numbers from 0 to below 2^63, no more of them than the limit.
+    """Check and return a shape, stride or offset: a tuple of integers from 0 to 2^63 - 1.
 
-    Raises ValueError for anything else, and FileFormatError, with `what` for a subject, for too many.
+    Raises:
+        ValueError: the value is anything else.
+        FileFormatError: there are more integers than the limit; the message starts with `what`.
     """
     if not isinstance(value, _SEQUENCES):
-        raise ValueError("what should be a shape is none")
+        raise ValueError(f"a shape or stride should be a list of sizes, but is a {type(value).__name__}")
     if len(value) > _USUAL:
         limits.DIMENSIONS.check(len(value), what)
     for size in value:
         if type(size) is not int or not 0 <= size < _END:
-            raise ValueError("what should be a shape is none: a size is not a whole number below 2^63")
+            raise ValueError(f"a size or stride is {size!r:.40}, which is not a whole number from 0 to 2^63 - 1")
     return tuple(value)
 
 
 def shape(value: object, what: str) -> Shape:
-    """A shape of fewer than 2^63 elements; an axis of none counts as one of one. Raises as `sizes` does.
+    """Check and return a shape of fewer than 2^63 elements, where an empty axis counts as one element.
 
-    ValueError names no file: a reader turns it into a FileFormatError that does.
+    Raises as `sizes` does. A ValueError does not name the file; the reader makes a FileFormatError of it.
     """
     found = sizes(value, what)
     elements = prod(found) if 0 not in found else prod(size or 1 for size in found)
     if elements >= _END:
-        raise ValueError(f"a tensor of more elements than there can be: shape {list(found)}")
+        raise ValueError(f"the shape {list(found)} has 2^63 or more elements")
     return found
 
 
 def extent(shape: Shape, stride: Shape) -> int:
-    """How many elements of a storage a view spans from its first to its last; 0 for an empty one.
+    """Return the number of elements of a storage from the first to the last of a view; 0 for an empty view.
 
-    Raises ValueError where the two have not as many axes.
+    Raises ValueError if shape and stride differ in length.
     """
     if len(shape) != len(stride):
-        raise ValueError(f"a tensor of shape {list(shape)} and stride {list(stride)}")
+        raise ValueError(f"the shape {list(shape)} and the stride {list(stride)} of a tensor differ in length")
     if 0 in shape:
         return 0
     return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
 
 
 def is_row_major(shape: Shape, stride: Shape) -> bool:
-    """Whether a tensor is contiguous: its elements lie one after another."""
+    """Whether a tensor is contiguous: its elements are one after another in row-major order."""
     if 0 in shape:
         return True
     return all(size == 1 or step == by for size, step, by in zip(shape, stride, row_major(shape), strict=True))
 
 
 def row_major(shape: Shape) -> Shape:
-    """The strides, in elements, of a contiguous tensor."""
-    if len(shape) == 2:  # the commonest first: a checkpoint may have 100,000
+    """Return the strides, in elements, of a contiguous tensor of a shape."""
+    if len(shape) == 2:  # the most frequent case first, because a checkpoint may have 100,000 tensors
         return (shape[1] or 1, 1)
     if len(shape) < 2:
         return (1,) * len(shape)

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, as a state-dict model: for a file that records no architecture."""
+"""Make a state-dict model from the contents of a checkpoint whose architecture is not known."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from modelcli.model.state_dict import (
 )
 from modelcli.model.tensors import TensorInfo
 
-#: What was read within the limits of its file may be looked through.
-_PLENTY = 1 << 40
+#: A budget that is never used up: the reader has already checked the limits of the file.
+_UNLIMITED = 1 << 40
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Inert:
-    """An entry of a file that is no view into one storage, or no tensor."""
+    """An entry of a file that is not a plain tensor."""
 
     value: Any
 
@@ -36,16 +36,16 @@ class Inert:
         return self.value.view if isinstance(self.value, CompositeEntry) else None
 
     def info(self, name: str, original: str) -> TensorInfo | None:
-        """A quantized or sparse tensor as a blueprint has it; None for what is no tensor."""
+        """Return a quantized or sparse tensor as a blueprint describes it; None for an entry that is not a tensor."""
         return info_of(name, self.value, original) if isinstance(self.value, CompositeEntry) else None
 
     def inner(self, name: str) -> Iterator[tuple[TensorInfo, object]]:
-        """The tensors in a list, a tuple or a dict; nothing says of them that they are trained."""
+        """Yield the tensors in a list, tuple or dict. Whether they are trained is not known."""
         if isinstance(self.value, CompositeEntry):
             return
         from modelcli.checkpoints.torch_pickle.nested_tensors import tensors_within
 
-        found, _ = tensors_within({name: self.value}, (), "the model", Budget("the model", _PLENTY))
+        found, _ = tensors_within({name: self.value}, (), "the model", Budget("the model", _UNLIMITED))
         for inner_name, entry in found.items():
             info = info_of(inner_name, entry, inner_name)
             if not info.shape and not info.dtype.startswith("q"):
@@ -54,20 +54,26 @@ class Inert:
 
 
 def model_of(contents: Contents, record: Record | None = None) -> StateDictModel:
-    """The state-dict model of a file; `record` is its own account, where that is believed: it says what is frozen.
+    """Return the state-dict model of a checkpoint.
 
-    Raises RequestError for names that are nested deeper than PyTorch could have them.
+    Args:
+        contents: the checkpoint.
+        record: its record, which states the frozen parameters; None if it has none or it is not to be trusted.
+
+    Raises:
+        RequestError: names are nested deeper than PyTorch allows.
     """
     if any(name.count(".") > MAX_MODULE_DEPTH for name in (*contents.tensors, *contents.extras)):
         raise RequestError(
-            f"the names in {contents.path} are nested deeper than {MAX_MODULE_DEPTH}: they can only be shown"
+            f"the names in {contents.path} are nested deeper than {MAX_MODULE_DEPTH}, which PyTorch cannot have in a "
+            "model: modelcli can only show them"
         )
     model = of_entries(_entries(contents), StateDictModule)
     return model if record is None else with_flags(model, record)
 
 
 def _entries(contents: Contents) -> dict[str, Entry]:
-    """The plain tensors first, then those that are none, then all other entries."""
+    """Return the plain tensors, then the other tensors, then all other entries."""
     found: dict[str, Entry] = {}
     infos = contents.infos()
     for name, entry in contents.tensors.items():
@@ -88,9 +94,9 @@ def _entries(contents: Contents) -> dict[str, Entry]:
 
 
 def with_flags(model: StateDictModel, record: Record) -> StateDictModel:
-    """The model with every flag as a record has it: the parameters that it names are frozen, all others are trained.
+    """Return the model with the flags of a record: the parameters that it names are frozen, all others trained.
 
-    Of those that it lists without a flag nothing is known, and a record of them knows no more.
+    The flag of a parameter that the record lists without a flag stays unknown.
     """
     frozen = set(record.frozen)
     unknown = {info.name for info in record.blueprint.tensors if info.kind == "parameter" and info.is_trained is None}

@@ -1,4 +1,4 @@
-"""Where the bytes of tensors lie: spans of files, read or mapped when they are asked for."""
+"""The bytes of tensors as spans of files, which are read or mapped when they are needed."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ from modelcli.errors import FileFormatError, SystemFailureError
 from modelcli.model.tensors import value_class
 
 CHUNK = 8 * 1024 * 1024
-#: So much is read rather than mapped: statistics, conversions and comparisons work on no larger pieces.
-MOST_READ = 64 * 1024 * 1024
+#: Spans of up to this size are read rather than mapped: statistics, conversions and comparisons use smaller pieces.
+MAX_READ = 64 * 1024 * 1024
 
-#: A file's size, time of its last change, and inode: what tells that it is still the same.
+#: The size, modification time and inode of a file, which show whether it is still the same.
 Identity = tuple[int, int, int]
 FileId = tuple[Path, Identity]
 
 
 class Windows:
-    """Long pieces of files, mapped once for all tensors of one load: a mapping holds its file open, and a process may
-    have no more than 1,024 files open.
+    """Memory mappings of long pieces of files, each shared by all tensors of one load.
 
-    `length` is how many bytes it is from the start of one window to the next; what does not fit into one is mapped by
-    itself. Of more windows than `most` the oldest are let go.
+    A mapping keeps its file open, and a process may usually have no more than 1,024 files open.
+
+    Args:
+        length: the bytes from the start of one window to the next. A span that crosses windows gets its own mapping.
+        most: the number of windows to keep; the oldest is dropped first. None keeps all.
     """
 
     def __init__(self, length: int = 1 << 30, *, most: int | None = None) -> None:
@@ -36,7 +38,7 @@ class Windows:
         self._found: dict[tuple[Path, Identity, int], mmap.mmap] = {}
 
     def view(self, span: Span) -> memoryview:
-        """The bytes of a span as private, writable memory that no other load shares."""
+        """Return the bytes of a span as private, writable memory that no other load shares."""
         number, start = divmod(span.offset, self.length)
         if span.nbytes > self.length - start:
             return span.mapping()
@@ -52,30 +54,30 @@ class Windows:
 
 
 class Storage(Protocol):
-    """The bytes that tensors are views into, wherever they lie. Equal storages are one."""
+    """The bytes that tensors are views of, wherever these are. Equal storages count as the same storage."""
 
     @property
     def nbytes(self) -> int: ...
 
     def files(self) -> Iterable[FileId]:
-        """The files that the bytes are read from, as they were when it was found out where in them they lie."""
+        """The files that the bytes are read from, with the identities that they had when the storage was found."""
         ...
 
     def chunks(self) -> Iterator[bytes | memoryview]:
-        """The bytes, in pieces of at most 8 MiB. Raises FileFormatError where they are not what was promised."""
+        """Yield the bytes in pieces of at most 8 MiB. Raises FileFormatError if they are not as expected."""
         ...
 
     def bytes(self) -> bytes: ...
 
     def mapped(self, windows: Windows | None = None) -> memoryview:
-        """The bytes as writable memory of its own: read, or mapped where they are many and lie in one piece.
+        """Return the bytes as writable memory: mapped if they are many and contiguous in a file, else read.
 
-        With `windows` they are a part of one of those.
+        With `windows` the memory is a part of one of these mappings.
         """
         ...
 
     def part(self, start: int, nbytes: int) -> Storage:
-        """`nbytes` of the bytes, from `start`."""
+        """Return the `nbytes` bytes from `start` as a storage."""
         ...
 
     def __hash__(self) -> int: ...
@@ -83,7 +85,7 @@ class Storage(Protocol):
 
 @value_class
 class Span:
-    """`nbytes` bytes of a file, from `offset`. `identity` is the file's (size, mtime, inode) when it was read."""
+    """The `nbytes` bytes of a file from `offset`. `identity` is the identity of the file when the span was found."""
 
     path: Path
     offset: int
@@ -92,7 +94,7 @@ class Span:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[BinaryIO]:
-        """The file. Raises FileFormatError where it is no longer the same, SystemFailureError where reading fails."""
+        """Open the file. Raises FileFormatError if it has changed, SystemFailureError if it cannot be read."""
         require_unchanged(self.path, self.identity)
         try:
             with self.path.open("rb") as file:
@@ -104,14 +106,14 @@ class Span:
         return ((self.path, self.identity),)
 
     def chunks(self) -> Iterator[bytes]:
-        """The bytes, in pieces of at most 8 MiB. Raises FileFormatError where the file is no longer the same."""
+        """Yield the bytes in pieces of at most 8 MiB. Raises FileFormatError if the file has changed."""
         with self.opened() as file:
             file.seek(self.offset)
             left = self.nbytes
             while left:
                 data = file.read(min(CHUNK, left))
                 if not data:
-                    raise FileFormatError(f"{self.path} ends early: {left} bytes are missing")
+                    raise _ends_early(self.path, left)
                 left -= len(data)
                 yield data
 
@@ -119,33 +121,30 @@ class Span:
         return b"".join(self.chunks())
 
     def mapped(self, windows: Windows | None = None) -> memoryview:
-        """The bytes as private, writable memory: read, or beyond `MOST_READ` a mapping, whose pages are read when they
-        are used, and which keeps what is written to itself."""
+        """Return the bytes as private, writable memory. More than `MAX_READ` bytes are mapped rather than read."""
         if not self.nbytes:
             return memoryview(bytearray())
         if windows is not None:
             return windows.view(self)
-        if self.nbytes <= MOST_READ:
+        if self.nbytes <= MAX_READ:
             found = memoryview(bytearray(self.nbytes))
             self.read_into(found)
             return found
         return self.mapping()
 
     def read_into(self, memory: memoryview) -> None:
-        """Read the bytes into memory of this size. Raises FileFormatError where the file has fewer by now."""
+        """Read the bytes into memory of the same size. Raises FileFormatError if the file has fewer bytes by now."""
         with self.opened() as file:
             file.seek(self.offset)
             done = 0
             while done < self.nbytes:
                 count = file.readinto(memory[done:])  # type: ignore[attr-defined]
                 if not count:
-                    raise FileFormatError(
-                        f"{self.path} ends early: {self.nbytes - done:,} bytes are missing", "run the command again"
-                    )
+                    raise _ends_early(self.path, self.nbytes - done)
                 done += count
 
     def mapping(self) -> memoryview:
-        """The bytes as a private, writable mapping. The file must not be cut short while it is in use."""
+        """Return the bytes as a private, writable mapping. The file must not be shortened while the mapping is used."""
         start = self.offset - self.offset % mmap.ALLOCATIONGRANULARITY
         length = self.offset - start + self.nbytes
         with self.opened() as file:
@@ -156,13 +155,20 @@ class Span:
         return Span(self.path, self.offset + start, nbytes, self.identity)
 
 
+def _ends_early(path: Path, missing: int) -> FileFormatError:
+    return FileFormatError(
+        f"{path} ends early: {missing:,} bytes are missing",
+        "another program may have shortened it: run the command again",
+    )
+
+
 def is_in_sequence(storage: Storage) -> bool:
-    """Whether the bytes come one after another alone (they are compressed): a part costs what all before it costs."""
+    """Whether the bytes can only be read from the start (they are compressed), so that a part costs as much as all."""
     return bool(getattr(storage, "in_sequence", False))
 
 
 def gathered(storage: Storage) -> memoryview:
-    """The bytes of a storage that does not lie in one piece, put together in memory of their own."""
+    """Return the bytes of a storage that is not contiguous in a file, copied into new memory."""
     made, end = memoryview(bytearray(storage.nbytes)), 0
     for chunk in storage.chunks():
         made[end : end + len(chunk)] = chunk
@@ -172,7 +178,7 @@ def gathered(storage: Storage) -> memoryview:
 
 @dataclass(frozen=True, slots=True)
 class JoinedSpan:
-    """Storages one after another, as the ranks of a sharded tensor wrote its rows."""
+    """Several storages one after another, such as the rows of a tensor that several ranks wrote."""
 
     parts: tuple[Storage, ...]
 
@@ -195,7 +201,7 @@ class JoinedSpan:
         return b"".join(self.chunks())
 
     def mapped(self, windows: Windows | None = None) -> memoryview:
-        """The bytes in memory of their own: what lies apart cannot be mapped as one."""
+        """Return the bytes in new memory, because separate parts cannot be mapped together."""
         return gathered(self)
 
     def part(self, start: int, nbytes: int) -> JoinedSpan:
@@ -209,13 +215,13 @@ class JoinedSpan:
 
 
 def identity_of(file: Path | int) -> Identity:
-    """Of a file by its path or its open handle. Raises OSError where it is not there."""
+    """Return the identity of a file, given its path or open handle. Raises OSError if there is no such file."""
     status = os.fstat(file) if isinstance(file, int) else file.stat()
     return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def require_unchanged(path: Path, identity: Identity, handle: int | None = None) -> None:
-    """Raise FileFormatError where a file, or what is open of it, is not the one that was read before, or is gone."""
+    """Raise FileFormatError if a file, or its open handle, has changed since its identity was taken, or is gone."""
     try:
         if identity_of(path if handle is None else handle) == identity:
             return

@@ -1,4 +1,4 @@
-"""Names for files that are no checkpoints, told by how they start, and what to do about them."""
+"""Recognise files that are not checkpoints by their first bytes, and say what to do with them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from modelcli.errors import FileFormatError
 
 
 class Kind(NamedTuple):
-    """What a file is, for a sentence that starts with its path, and what to do next."""
+    """What a file is, for a sentence that starts with its path, and a hint for what to do with it."""
 
     name: str
     hint: str
 
 
-_CHECKPOINT = "a checkpoint is a file that torch.save wrote, a safetensors file, or a folder of shards"
-_UNPACK = "unpack it first"
+_CHECKPOINT = "name a file that torch.save wrote, a safetensors file, or a folder of shards"
+_UNPACK = "unpack it, and name the checkpoint in it"
 _CONVERT = "modelcli reads what PyTorch loads: convert it with the program that wrote it"
 
 _STARTS = (
@@ -38,11 +38,11 @@ _STARTS = (
     (b"\x7fELF", Kind("a program or library for Linux", _CHECKPOINT)),
     (b"MZ", Kind("a program or library for Windows", _CHECKPOINT)),
 )
-_HTML = Kind("an HTML page: the download went wrong", "open its address in a browser: it may ask for a login")
+_HTML = Kind("an HTML page, so the download failed", "open its address in a browser, which may ask you to log in")
 
 
-def name(head: bytes) -> Kind | None:
-    """What a file with this start is, where it is one of the kinds that people take for checkpoints."""
+def recognise(head: bytes) -> Kind | None:
+    """Return what a file with these first bytes is, if it is of a kind that people may take for a checkpoint."""
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
         return _HTML
@@ -50,7 +50,9 @@ def name(head: bytes) -> Kind | None:
     if found is not None:
         return found
     if head[257:262] == b"ustar":
-        return Kind("a tar archive", "unpack it first; torch has not written tar files since 0.1.10")
+        return Kind(
+            "a tar archive", "unpack it, and name the checkpoint in it; torch has not written tar files since 0.1.10"
+        )
     if head[4:8] == b"TFL3":
         return Kind("a TensorFlow Lite model", _CONVERT)
     if head[4:8] == b"ET12" or head[4:6] == b"ET":
@@ -59,33 +61,33 @@ def name(head: bytes) -> Kind | None:
         return Kind("an ONNX model", _CONVERT)
     if text.startswith((b"{", b"[")):
         pattern = formats.folder_format().index_pattern
-        hint = f"the index of a folder of shards is called {pattern}; name the folder, or a file of weights"
+        hint = f"name the folder or a file of weights; the index of a folder of shards must be called {pattern}"
         return Kind("a JSON file", hint)
     return None
 
 
 def _is_onnx(head: bytes) -> bool:
-    """A protobuf message that starts as `ModelProto` does: ir_version, then producer_name or what follows it."""
+    """Whether a file starts like a `ModelProto`: ir_version, then producer_name or a later field."""
     return len(head) > 4 and head[0] == 0x08 and 0 < head[1] < 0x20 and head[2] in (0x12, 0x1A, 0x3A, 0x42)
 
 
 def error(file: Candidate) -> FileFormatError:
-    """What to say of a file that no format recognises."""
-    what, hint = _told(file)
-    if problems := formats.plug_ins().problems:  # one of these might have known it
+    """Return the error for a file that no format recognises."""
+    what, hint = _explained(file)
+    if problems := formats.plug_ins().problems:  # a plug-in that cannot be loaded might have recognised the file
         hint = "; ".join(([] if hint is None else [hint]) + list(problems))
     return FileFormatError(what, hint)
 
 
-def _told(file: Candidate) -> tuple[str, str | None]:
+def _explained(file: Candidate) -> tuple[str, str | None]:
     if file.is_zip:
         return _zip(file)
-    if kind := name(file.head):
+    if kind := recognise(file.head):
         return f"{file.path} is {kind.name}", kind.hint
     return f"{file.path} is not a checkpoint: it starts with {file.head[:8]!r}", _CHECKPOINT
 
 
-#: What a zip file may be, by a file in it.
+#: Kinds of zip files, by a file that they contain.
 _ZIPS = (
     ("keras_metadata.pb", "a Keras model"),
     ("model.weights.h5", "a Keras model"),
@@ -96,12 +98,12 @@ _ZIPS = (
 
 
 def _zip(file: Candidate) -> tuple[str, str | None]:
-    """What a zip archive is that holds no checkpoint, and what to do about it."""
+    """Return what a zip archive without a checkpoint is, and a hint for what to do with it."""
     names = {name.partition("/")[2] for name in file.records} | set(file.records)
     if kind := next((kind for name, kind in _ZIPS if name in names), None):
         return f"{file.path} is {kind}, not a checkpoint", None
     if names and all(name.endswith(".npy") for name in file.records):
         return f"{file.path} is a NumPy archive (.npz), not a checkpoint", None
     inside = next((name for name in file.records if formats.by_written_suffix(name) is not None), None)
-    hint = None if inside is None else f"unpack it: it holds {inside}"
-    return f"{file.path} is a zip file, but none that torch.save wrote: it holds no data.pkl", hint
+    hint = None if inside is None else f"unpack it, and name {inside}"
+    return f"{file.path} is a zip file that torch.save did not write: it contains no data.pkl", hint

@@ -161,7 +161,7 @@ def _safe(found: Look, source: Source) -> AssertionResult:
         contents = checkpoints.read(contents.path, key=source.key)  # as it is, before objects were dropped
     foreign = {} if contents is None else dict.fromkeys(contents.foreign)
     reference = resolve.reference_of(source)
-    for path in checkpoints.accounts_beside(reference.path) if isinstance(reference, CheckpointFile) else ():
+    for path in checkpoints.other_entry_points(reference.path) if isinstance(reference, CheckpointFile) else ():
         # A program that loads the folder may load this file.
         try:
             foreign |= dict.fromkeys(checkpoints.read(path).foreign)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from modelcli import checkpoints, resolve
 from modelcli.checkpoints import CompositeEntry, TensorEntry
-from modelcli.checkpoints.byte_comparison import ByteComparison, lie_alike, nbytes_of
+from modelcli.checkpoints.byte_comparison import ByteComparison, have_same_order, nbytes_of
 from modelcli.checkpoints.limits import Budget
 from modelcli.checkpoints.torch_pickle import value_digests
 from modelcli.commands import diff_structure, tensor_values
@@ -223,7 +223,7 @@ def _extra_changes(
             change: Literal["added", "removed"] = "removed" if name in before else "added"
             left, right = (value_digests.brief(side[name]) if name in side else None for side in (before, after))
             yield TensorChange(name, change, left, right)
-        elif values and value_digests.form_of(before[name]) != value_digests.form_of(after[name]):
+        elif values and value_digests.digest_of(before[name]) != value_digests.digest_of(after[name]):
             yield TensorChange(name, "values", value_digests.brief(before[name]), value_digests.brief(after[name]))
 
 
@@ -298,7 +298,7 @@ def _by_bytes(pairs: Mapping[str, tuple[Entry, Entry]], work: _Work) -> dict[str
                 isinstance(left, TensorEntry)
                 and isinstance(right, TensorEntry)
                 and left.dtype == right.dtype
-                and lie_alike(left, right)
+                and have_same_order(left, right)
             ):
                 views = left.view, right.view
                 if views not in known:

@@ -1,5 +1,4 @@
-"""References: what the text that names a model is made of. What a word means says `modelcli.resolve`, which knows the
-providers; here stands what needs none of them."""
+"""References as plain data: the kinds of models that a text can name. `modelcli.resolve` interprets a text."""
 
 from __future__ import annotations
 
@@ -12,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 from modelcli.errors import ModelcliError, RequestError, SystemFailureError, closest
 
 if TYPE_CHECKING:
-    from modelcli.language.expressions import Call  # a file by its path needs none
+    from modelcli.language.expressions import Call  # imported only if needed: the path of a file needs no expressions
 
-#: No system has longer paths: longer text is none.
+#: A longer text is not a path, because no system has longer paths.
 MAX_PATH = 4096
 
 
 @dataclass(frozen=True)
 class NamedModel:
-    """A model that a provider knows by its name: `alexnet`, `Linear(2,3)`, with a prefix `timm:resnet50`."""
+    """A model that a provider makes: `alexnet`, `Linear(2,3)`, or with the provider's prefix `timm:resnet50`."""
 
     call: Call
     prefix: str | None = None
@@ -32,9 +31,13 @@ class NamedModel:
 
 @dataclass(frozen=True)
 class PythonObject:
-    """A class, function or instance in a file or an importable module. `call` is None where nothing is called.
+    """A class, function or instance in a Python file or an importable module. Loading it runs its code.
 
-    To follow one runs its code.
+    Attributes:
+        source: the file or module, as the user wrote it.
+        name: the name of the object in it.
+        call: the call of the object; None if it is not called.
+        file: the path of the file; None for a module.
     """
 
     source: str
@@ -47,7 +50,12 @@ class PythonObject:
         return f"{self.source}:{text}"
 
     def relative_to(self, folder: Path, base: Path = Path()) -> str:
-        """The text of this reference as seen from a folder; paths in its arguments are seen from `base` now."""
+        """Return the text of this reference with relative paths as seen from a folder.
+
+        Args:
+            folder: the folder.
+            base: the folder from which the paths in its arguments are seen now.
+        """
         call = None if self.call is None else _moved(self.call, base.resolve(), folder.resolve())
         if self.file is None:
             return str(PythonObject(self.source, self.name, call))
@@ -57,8 +65,8 @@ class PythonObject:
             path = str(self.file)
         return str(PythonObject(path.replace(os.sep, "/"), self.name, call, self.file))
 
-    def told_from(self, folder: Path) -> str:
-        """The text of this reference as seen from a folder, for a message: nothing on the disk is looked at for it."""
+    def shown_from(self, folder: Path) -> str:
+        """Return the text of this reference as seen from a folder, for a message, without reading from the disk."""
         if self.file is None:
             return str(self)
         try:
@@ -69,7 +77,7 @@ class PythonObject:
 
 
 def _moved(value: Any, base: Path, folder: Path) -> Any:
-    """A value of a call with its relative paths, those that exist as seen from `base`, as seen from `folder`."""
+    """Return a value of a call with each relative path that exists in `base` written as seen from `folder`."""
     from modelcli.language.expressions import Call
 
     if isinstance(value, Call):
@@ -80,7 +88,7 @@ def _moved(value: Any, base: Path, folder: Path) -> Any:
     if type(value) is dict:
         return {key: _moved(item, base, folder) for key, item in value.items()}
     if type(value) is not str or not re.search(r"[/\\]|\.\w", value):
-        return value  # `resnet18` is a name, though a folder may be called so
+        return value  # `resnet18` is a name, even if a folder has the same name
     if "\0" in value or len(value) > MAX_PATH or Path(value).is_absolute() or not exists(base / value):
         return value
     try:
@@ -104,7 +112,7 @@ Reference = NamedModel | PythonObject | CheckpointFile
 
 
 def exists(path: Path) -> bool:
-    """Whether there is a file or folder, also by a name that is too long or that none can have."""
+    """Whether there is a file or folder of this path; False for a path that is too long or not valid."""
     try:
         return path.exists()
     except (OSError, ValueError):
@@ -112,13 +120,15 @@ def exists(path: Path) -> bool:
 
 
 def missing_file(path: Path, text: str) -> ModelcliError:
-    """The error for a path that is not there, with the names near it that are, or that may not be looked at."""
+    """Return the error for a missing or inaccessible path. Its hint lists files with similar names."""
     folder = path.parent
     try:
         path.stat()
     except PermissionError as error:
-        told = f"cannot read {text}: {error.strerror or error}"
-        return SystemFailureError(told, f"{folder}, or a folder above it, is not open to you: chmod u+x opens your own")
+        message = f"cannot read {text}: {error.strerror or error}"
+        return SystemFailureError(
+            message, f"you may not enter {folder} or a folder above it: chmod u+x allows it for your own folders"
+        )
     except (OSError, ValueError):
         pass
     if not exists(folder):
@@ -131,7 +141,7 @@ def missing_file(path: Path, text: str) -> ModelcliError:
 
 
 def _there(folder: Path, count: int) -> str:
-    """How a list of files begins that lie in a folder: `here are`, `in runs/`."""
+    """Return how a list of files in a folder begins: `here are`, `in runs/`."""
     if folder == Path():
         return "here is" if count == 1 else "here are"
     return f"in {folder}{os.sep}"
@@ -139,10 +149,19 @@ def _there(folder: Path, count: int) -> str:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from: everything that decides its architecture and its numbers.
+    """Where a model comes from: everything that decides its architecture and its values.
 
-    `folder` is what relative paths are seen from. `input_size` holds one shape for each input, batch included, and
-    `inputs` the texts of those that are stated otherwise: see `input_texts`.
+    Attributes:
+        model: the reference.
+        weights, arch, key, seed: the values of the options of these names.
+        input_size: the shape of each input, batch included.
+        input_dtype: the dtypes of the inputs.
+        inputs: the texts of inputs that are stated in another way: see `input_texts`.
+        folder: the folder from which relative paths are seen.
+        strict: whether the keys of a checkpoint must match the architecture.
+        trust: whether code that a record names may run.
+        tensors_only: whether to drop objects of foreign classes.
+        bare_keys: whether to ignore the record of a checkpoint.
     """
 
     model: str
@@ -160,11 +179,11 @@ class Source:
     bare_keys: bool = False
 
     def without_input(self) -> Source:
-        """The same source without what was stated of its input."""
+        """Return the same source without the stated inputs."""
         return replace(self, input_size=None, input_dtype=(), inputs=())
 
 
-#: What a size in bytes may end in, as disks and Hugging Face count: in powers of ten, those with an i in powers of two.
+#: The units of sizes in bytes: powers of ten, as for disks and Hugging Face; those with an i are powers of two.
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {unit[0]: size for unit, size in _UNITS.items() if len(unit) == 2} | {
     "KIB": 2**10,
@@ -175,28 +194,28 @@ _UNITS |= {unit[0]: size for unit, size in _UNITS.items() if len(unit) == 2} | {
 
 
 def parse_bytes(text: str) -> int:
-    """`5GB`, `500MB`, `2GiB` or a plain number as bytes. Raises RequestError on anything else."""
+    """Return the bytes of `5GB`, `500MB`, `2GiB` or a plain number. Raises RequestError for any other text."""
     match = re.fullmatch(r"\s*(\d{1,12}(?:\.\d{1,6})?)\s*([A-Za-z]*)\s*", text, re.ASCII)
     if match is None or match[2].upper() not in _UNITS or (size := int(float(match[1]) * _UNITS[match[2].upper()])) < 1:
-        raise RequestError(f"{text!r} is no size in bytes", "write 5GB, 500MB or 2GiB")
+        raise RequestError(f"{text!r} is not a size in bytes", "write 5GB, 500MB or 2GiB")
     return size
 
 
-#: What a count may end in: thousands, millions, billions.
+#: The units of counts: thousands, millions, billions.
 _COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
 
 
 def parse_count(text: str) -> int:
-    """`60M`, `1.5B`, `200K` or a plain number (`60_000_000`). Raises RequestError on anything else."""
+    """Return the number of `60M`, `1.5B`, `200K` or a plain number (`60_000_000`). Raises RequestError otherwise."""
     match = re.fullmatch(r"\s*(\d[\d_,]{0,20}(?:\.\d{1,6})?)\s*([A-Za-z]?)\s*", text, re.ASCII)
     if match is None or match[2].upper() not in _COUNTS:
-        raise RequestError(f"{text!r} is no count", "write 60M, 1.5B, 200K or 61100840")
+        raise RequestError(f"{text!r} is not a count", "write 60M, 1.5B, 200K or 61100840")
     digits, unit = re.sub("[_,]", "", match[1]), _COUNTS[match[2].upper()]
     return round(float(digits) * unit) if "." in digits else int(digits) * unit
 
 
 def parse_input_size(text: str) -> tuple[int, ...]:
-    """`1,3,224,224` as a shape; also `1x3x224x224`. Raises RequestError on anything else."""
+    """Return the shape of `1,3,224,224` or `1x3x224x224`. Raises RequestError for any other text."""
     pieces = re.split(r"[,x]", text.strip().strip("[]()"))
     if not all(re.fullmatch(r"\s*\d{1,9}\s*", piece, re.ASCII) for piece in pieces):
         raise RequestError(f"input size {text!r} is not a list of whole numbers", "write 1,3,224,224, batch included")

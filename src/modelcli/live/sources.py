@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from modelcli.checkpoints import Span, Storage
-from modelcli.checkpoints.storage import MOST_READ, FileId, Windows
+from modelcli.checkpoints.storage import MAX_READ, FileId, Windows
 from modelcli.errors import ModelcliError, RequestError
 from modelcli.values import conversion
 from modelcli.values.conversion import Conversion
@@ -323,7 +323,7 @@ def real_storage(source: AnySource, windows: Windows | None = None) -> torch.Unt
     """
     if isinstance(source, Value | Drawn | Computed):
         return source.real()
-    if isinstance(source, Span) and windows is None and source.nbytes <= MOST_READ:
+    if isinstance(source, Span) and windows is None and source.nbytes <= MAX_READ:
         read = torch.UntypedStorage(source.nbytes)  # unlike a bytearray, it is not filled with zeros first
         if source.nbytes:
             source.read_into(Value(read).view())

@@ -1,7 +1,7 @@
-"""A state-dict model: the keys of a checkpoint of unknown architecture, and where each tensor's values come from.
+"""The state-dict model: the keys of a checkpoint of unknown architecture, and where each tensor's values come from.
 
-It is plain data, without torch and without a single value. An edit makes another model of it; a cast is a dtype that is
-written down, and becomes bytes when the model is written. Everything here takes time in proportion to the keys.
+It is plain data, without torch and without values. An edit makes another model of it. A cast only records the new
+dtype; the values are converted when the model is written. All functions take time in proportion to the number of keys.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from modelcli.model.paths import joined
 from modelcli.model.shared_bytes import Shown
 from modelcli.model.tensors import Kind, Shape, TensorInfo, value_class
 
-#: How deep modules may lie in one another: PyTorch recurses into them, some frames for each level.
+#: How deep modules may be nested: PyTorch recurses into them, with several stack frames for each level.
 MAX_MODULE_DEPTH = 200
 
 
 class Source(Protocol):
-    """Where the bytes of a storage come from. Equal sources are one storage."""
+    """Where the bytes of a storage come from. Equal sources count as the same storage."""
 
     @property
     def nbytes(self) -> int: ...
@@ -33,12 +33,18 @@ class Source(Protocol):
 
 @value_class
 class StateDictTensor:
-    """One tensor under one key: a view (`stride` and `offset` in elements) into the bytes of a source.
+    """One tensor under one key: a view of the bytes of a source.
 
-    `identity` is one number for all names of a tied tensor, whatever edits do to it. `dtype` is the one that it has
-    now, and `cast_from` the ones that it had before, the first that of the source's bytes. `requires_grad` is None
-    where nothing says whether a parameter is trained, and for a buffer. `shape` is None for a lazy parameter, and
-    `source` for a tensor that nothing gives values to.
+    Attributes:
+        identity: the same number for all names of a tied tensor. Edits keep it.
+        shape: its shape; None for a lazy parameter.
+        dtype: its current dtype.
+        stride, offset: the view, in elements.
+        source: the bytes; None if the tensor has no values.
+        kind: `parameter` or `buffer`.
+        requires_grad: its flag; None for a buffer, or if it is not known.
+        persistent: whether it is in the state dict.
+        cast_from: its earlier dtypes; the first is that of the source.
     """
 
     identity: int
@@ -58,12 +64,12 @@ class StateDictTensor:
 
     @property
     def storage(self) -> object:
-        """Equal for two tensors that are views of the same bytes."""
+        """A key that two tensors share if they are views of the same bytes."""
         return (self.source, self.cast_from, self.dtype) if self.cast_from else self.source
 
     @property
     def storage_bytes(self) -> int:
-        """The size of the storage that it is a view of, after the casts."""
+        """The size of its storage in bytes, after the casts."""
         if self.source is None:
             return 0
         if not self.cast_from:
@@ -72,7 +78,7 @@ class StateDictTensor:
 
     @property
     def byte_span(self) -> tuple[int, int]:
-        """The bytes of its storage that it lies in: the first, and the one after the last."""
+        """The range of bytes of its storage that it uses: the first byte, and the one after the last."""
         item, shape = ITEM_BYTES[self.dtype], self.shape or ()
         if 0 in shape:
             return self.offset * item, self.offset * item
@@ -80,7 +86,7 @@ class StateDictTensor:
         return self.offset * item, (self.offset + last) * item
 
     def trained(self, flag: bool | None) -> StateDictTensor:
-        """The same tensor with this flag: whole numbers have no gradient, whatever is asked for."""
+        """Return the same tensor with this `requires_grad`; False for a dtype that cannot have a gradient."""
         found = flag and is_differentiable(self.dtype)
         return StateDictTensor(
             self.identity, self.shape, self.dtype, self.stride, self.offset, self.source, self.kind, found,
@@ -88,7 +94,7 @@ class StateDictTensor:
         )  # fmt: skip
 
     def cast(self, dtype: str) -> StateDictTensor:
-        """The same tensor in another dtype."""
+        """Return the same tensor with another dtype."""
         return StateDictTensor(
             self.identity, self.shape, dtype, self.stride, self.offset, self.source, self.kind, self.requires_grad,
             self.persistent, (*self.cast_from, self.dtype),
@@ -96,24 +102,24 @@ class StateDictTensor:
 
 
 class InertEntry(Protocol):
-    """An entry that is no view into one storage (quantized, sparse), or no tensor: it is carried along as it is."""
+    """An entry that is not a plain tensor (quantized, sparse, or another value). Edits keep it unchanged."""
 
     @property
     def value(self) -> Any:
-        """What the file has there."""
+        """The value in the file."""
         ...
 
     @property
     def view(self) -> object | None:
-        """Equal for two tensors that are the same part of the same storage; None where there is nothing to share."""
+        """A key that two tensors share if they consist of the same bytes; None if there are none."""
         ...
 
     def info(self, name: str, original: str) -> TensorInfo | None:
-        """The tensor as a blueprint has it; None for what is no tensor."""
+        """Return the tensor as a blueprint describes it; None for an entry that is not a tensor."""
         ...
 
     def inner(self, name: str) -> Iterable[tuple[TensorInfo, object]]:
-        """The tensors in an entry that is no tensor, each with what is equal for two that are the same."""
+        """Return the tensors inside an entry that is not a tensor, each with a key that is equal for tied tensors."""
         ...
 
 
@@ -122,12 +128,14 @@ Entry = StateDictTensor | InertEntry
 
 @value_class
 class StateDictModule:
-    """What is known of a module besides its keys.
+    """What is known about a module besides its keys.
 
-    `origin` is its path in the file, wherever edits have moved it; None for one that the file does not have. `version`
-    is that of the class of a new module. `info` describes a new module, but for its path, as long as its keys are not
-    renamed, `brief` is it in a few words, and `made` is that module for whoever can use it: one that stands at several
-    paths is one object.
+    Attributes:
+        origin: its path in the file, even if edits have moved it; None for a new module.
+        version: the version of a new module's class.
+        info: the description of a new module except for its path; None after a rename of its keys.
+        brief: a short text for a new module.
+        made: the new module itself, for the caller. A module with several paths is one object.
     """
 
     origin: str | None
@@ -137,14 +145,20 @@ class StateDictModule:
     made: Any = None
 
 
-#: A module with its path and its own entries, by their names in it.
+#: The path of a module, the module, and the names and values of its own entries.
 Part = tuple[str, StateDictModule, Iterable[tuple[str, Entry]]]
 
 
 @dataclass(frozen=True)
 class NewModule:
-    """A module that an edit puts in: its modules in order, each with its path in it; it in a few words, and how many
-    parameters it has. `identities` is how many distinct tensors it brings."""
+    """A module that an edit adds.
+
+    Attributes:
+        parts: the module and its submodules in order, each with its path inside it.
+        brief: a short text for it.
+        params: the number of its parameters.
+        identities: the number of its distinct tensors.
+    """
 
     parts: tuple[Part, ...]
     brief: str
@@ -154,10 +168,10 @@ class NewModule:
 
 @dataclass(frozen=True)
 class StateDictModel:
-    """The entries by their keys, and the modules that the keys tell of.
+    """The entries by their keys, and the modules that the keys name.
 
-    Modules stand before what is below them, each with all of that behind it. Entries stand in the order of their
-    modules; those of one module parameters first, then buffers, then all others.
+    A module comes before its submodules, and these follow it directly. Entries are in the order of their modules;
+    within a module, parameters come first, then buffers, then others.
     """
 
     entries: Mapping[str, Entry]
@@ -175,7 +189,7 @@ class StateDictModel:
 
     @cached_property
     def keys(self) -> list[str]:
-        """The keys in the order of PyTorch's `state_dict()`: inert entries behind what is below their module."""
+        """The keys in the order of PyTorch's `state_dict()`: inert entries come after their module's submodules."""
         if not self.inert:
             return [name for name, tensor in self.tensors.items() if tensor.persistent]
         own: dict[str, list[str]] = {path: [] for path in self.modules}
@@ -199,7 +213,7 @@ class StateDictModel:
 
     @cached_property
     def blueprint(self) -> Blueprint:
-        """The model as a blueprint. Types and settings are known only of modules that edits have put in."""
+        """The model as a blueprint. Types and settings are known only for modules that edits have added."""
         paths: dict[int, str] = {}
         modules = tuple(_module_info(path, module, paths) for path, module in self.modules.items())
         tensors: list[TensorInfo] = []
@@ -216,7 +230,7 @@ class StateDictModel:
         return Blueprint(modules, (*tensors, *self._inner_rows()))
 
     def _inner_rows(self) -> Iterator[TensorInfo]:
-        """The tensors in entries that are no tensors."""
+        """Yield the tensors inside entries that are not tensors."""
         first: dict[object, str] = {}
         taken = set(self.entries)
         for name in self.keys if self.inert else ():
@@ -231,7 +245,7 @@ class StateDictModel:
 
     @cached_property
     def shown(self) -> dict[str, Shown]:
-        """What each tensor shows of a storage."""
+        """The bytes of a storage that each tensor uses."""
         found = {}
         for name, tensor in self.tensors.items():
             has_bytes = tensor.source is not None and tensor.elements
@@ -240,7 +254,7 @@ class StateDictModel:
         return found
 
     def with_sources(self, sources: Mapping[object, Source]) -> StateDictModel:
-        """The model with other bytes for some storages, which are of the dtypes that their tensors have."""
+        """Return the model with other sources for some storages. A new source has its tensors' current dtype."""
         entries = dict(self.entries)
         for name, tensor in self.tensors.items():
             if tensor.source is not None and (source := sources.get(tensor.storage)) is not None:
@@ -249,7 +263,7 @@ class StateDictModel:
 
     @cached_property
     def next_identity(self) -> int:
-        """A number that no tensor has for its identity, nor any greater one."""
+        """The smallest number above the identities of all tensors."""
         return 1 + max((tensor.identity for tensor in self.tensors.values()), default=0)
 
     @cached_property
@@ -276,47 +290,50 @@ class StateDictModel:
         return found
 
     def _parts(self, paths: Iterable[str], old: str = "", new: str = "") -> Iterator[Part]:
-        """The modules at these paths with their entries; those below `old` come below `new`."""
+        """Yield the modules at these paths with their entries, moved from below `old` to below `new`."""
         for path in paths:
             own = ((split_key(name)[1], self.entries[name]) for name in self.own_entries[path])
             yield (path if old == new else new + path[len(old) :]), self.modules[path], own
 
     @cached_property
-    def _behind(self) -> dict[str, int]:
-        """The place in the order of modules behind each module and all that is below it."""
+    def _end_of(self) -> dict[str, int]:
+        """For each module, the position in the order of modules after it and its submodules."""
         found: dict[str, int] = {}
         open_modules: list[str] = []
-        for place, path in enumerate(self.modules):
+        for position, path in enumerate(self.modules):
             while open_modules and not _is_below(path, open_modules[-1]):
-                found[open_modules.pop()] = place
+                found[open_modules.pop()] = position
             open_modules.append(path)
         return found | dict.fromkeys(open_modules, len(self.modules))
 
     def with_modules(self, new: Mapping[str, NewModule]) -> StateDictModel:
-        """The model with new modules in the place of those at these paths, none of which lies below another."""
+        """Return the model with new modules at these paths, none of which is below another."""
 
         def parts() -> Iterator[Part]:
-            paths, place = self._paths, 0
-            while place < len(paths):
-                path = paths[place]
+            paths, position = self._paths, 0
+            while position < len(paths):
+                path = paths[position]
                 if path in new:
                     yield from _placed(new[path], path)
-                    place = self._behind[path]
+                    position = self._end_of[path]
                 else:
                     yield from self._parts([path])
-                    place += 1
+                    position += 1
 
         return assembled(parts())
 
     def with_children(
         self, holder: str, children: Mapping[str, str | NewModule], names: Mapping[str, str] | None = None
     ) -> StateDictModel:
-        """The model with these children of a module, in this order: modules that it has, by their paths, or new ones.
+        """Return the model with other children of one module.
 
-        `names` gives the module's own entries other names.
+        Args:
+            holder: the path of the module.
+            children: its children by name, in order: the path of a module of the model, or a new module.
+            names: new names for the module's own entries.
         """
         paths = self._paths
-        start, stop = self._order[holder], self._behind[holder]
+        start, stop = self._order[holder], self._end_of[holder]
         renamed = names or {}
 
         def parts() -> Iterator[Part]:
@@ -324,21 +341,21 @@ class StateDictModel:
             for path, module, own in self._parts([holder]):
                 yield path, module, ((renamed.get(name, name), entry) for name, entry in own)
             for name, child in children.items():
-                there = joined(holder, name)
+                path_of_child = joined(holder, name)
                 if isinstance(child, NewModule):
-                    yield from _placed(child, there)
+                    yield from _placed(child, path_of_child)
                 else:
                     first = self._order[child]
-                    yield from self._parts(paths[first : self._behind[child]], child, there)
+                    yield from self._parts(paths[first : self._end_of[child]], child, path_of_child)
             yield from self._parts(paths[stop:])
 
         return assembled(parts())
 
     def names_below(self, path: str) -> Iterator[str]:
-        """The keys of all entries at and below a module, in their order."""
+        """Yield the keys of all entries of a module and its submodules, in order."""
         paths = self._order
-        for place in range(paths[path], self._behind[path]):
-            yield from self.own_entries[self._paths[place]]
+        for position in range(paths[path], self._end_of[path]):
+            yield from self.own_entries[self._paths[position]]
 
     @cached_property
     def _paths(self) -> list[str]:
@@ -346,17 +363,17 @@ class StateDictModel:
 
     @cached_property
     def _order(self) -> dict[str, int]:
-        return {path: place for place, path in enumerate(self.modules)}
+        return {path: position for position, path in enumerate(self.modules)}
 
     def by_identity(self, names: Iterable[str]) -> dict[int, StateDictTensor]:
-        """The distinct tensors of these keys."""
+        """Return the distinct tensors of these keys by identity."""
         tensors = self.tensors
         return {tensors[name].identity: tensors[name] for name in names}
 
     def with_tensors(
         self, changed: Callable[[StateDictTensor], StateDictTensor], names: Iterable[str]
     ) -> StateDictModel:
-        """The model with the tensors of these keys changed, under all the names that they have."""
+        """Return the model with the tensors of these keys changed, under all of their names."""
         new = {identity: changed(tensor) for identity, tensor in self.by_identity(names).items()}
         entries: dict[str, Entry] = {
             name: new.get(entry.identity, entry) if isinstance(entry, StateDictTensor) else entry
@@ -368,9 +385,11 @@ class StateDictModel:
 def of_entries(
     entries: Mapping[str, Entry], known: Callable[[str], StateDictModule] = StateDictModule
 ) -> StateDictModel:
-    """The model with these entries: modules and their children in the order in which the keys first tell of them.
+    """Return the model with these entries. Modules are in the order in which the keys first name them.
 
-    `known` gives what is known of the module at a path; by default it is the module of that path in the file.
+    Args:
+        entries: the entries by key.
+        known: returns what is known about the module at a path; by default, that it is at this path in the file.
     """
     own: dict[str, list[str]] = {}
     mixed: set[str] = set()  # the modules whose own entries are not parameters alone
@@ -393,20 +412,20 @@ def of_entries(
 
 
 def _rank(entry: Entry) -> int:
-    """The order of a module's own entries: parameters, buffers, all others."""
+    """Return the sort key of a module's own entries: parameters, buffers, all others."""
     if not isinstance(entry, StateDictTensor):
         return 2
     return 0 if entry.kind == "parameter" else 1
 
 
-def _placed(new: NewModule, there: str) -> Iterator[Part]:
-    """The modules of a new one at a path."""
+def _placed(new: NewModule, at: str) -> Iterator[Part]:
+    """Yield a new module and its submodules at a path."""
     for path, module, own in new.parts:
-        yield (joined(there, path) if path else there), module, own
+        yield (joined(at, path) if path else at), module, own
 
 
 def assembled(parts: Iterable[Part]) -> StateDictModel:
-    """The model of these modules in this order, each with its path and its own entries by their names in it."""
+    """Return the model of these modules, in this order."""
     entries: dict[str, Entry] = {}
     modules: dict[str, StateDictModule] = {}
     for path, module, own in parts:
@@ -417,9 +436,9 @@ def assembled(parts: Iterable[Part]) -> StateDictModel:
 
 
 def split_key(name: str) -> tuple[str, str]:
-    """The path of the module that holds a key, and its own name; a leading dot belongs to that, as in `.weight`."""
+    """Return the path of the module of a key, and the name in it. A leading dot belongs to the name: `.weight`."""
     if name.startswith("."):
-        return "", name  # a module without a name could not be told from the root
+        return "", name  # a module with an empty name would have the same path as the root
     path, _, own = name.rpartition(".")
     return path, own
 
@@ -429,7 +448,7 @@ def _is_below(path: str, above: str) -> bool:
 
 
 def _module_info(path: str, module: StateDictModule, paths: dict[int, str]) -> ModuleInfo:
-    """A module as a blueprint has it; `paths` gets the first path of each that an edit has put in."""
+    """Return a module as a blueprint describes it. `paths` collects the first path of each new module."""
     info = module.info
     if info is None:
         return ModuleInfo(path, None)

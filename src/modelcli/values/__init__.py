@@ -1,1 +1,1 @@
-"""The values of tensors in files, with NumPy and without torch: read in pieces, converted, counted, compared."""
+"""Read, convert, count and compare the values of tensors in files, piece by piece, with NumPy and without torch."""

@@ -1,19 +1,19 @@
-"""Elements of one floating-point dtype as another: bit for bit what `tensor.to(dtype)` of torch 2.14 gives.
+"""Convert elements from one floating-point dtype to another, bit for bit as `tensor.to(dtype)` of torch 2.14 does.
 
-torch converts through float32, so float64 is rounded twice on its way to anything narrower, and it brings what
-float8_e4m3fn cannot hold to its end (older releases made it NaN). `ml_dtypes` and NumPy differ from it in:
+torch converts through float32, so it rounds float64 twice for any narrower dtype. Values beyond the range of
+float8_e4m3fn become its largest value (older releases made them NaN). `ml_dtypes` and NumPy differ from torch in:
 
 - float64 to float16 and narrower: they round once, torch twice;
-- overflow to float8_e4m3fn: they give NaN, torch gives the largest value;
-- float8_e8m0fnu: they make NaN of zero and of negative values; torch leaves the sign out, and rounds halves up;
+- overflow to float8_e4m3fn: they return NaN, torch the largest value;
+- float8_e8m0fnu: they turn zero and negative values into NaN; torch drops the sign and rounds halves up;
 - the bits of NaN: torch (that is, the processor) sets the quiet bit and keeps the payload of float16; `ml_dtypes`
-  makes one NaN of them all.
+  has only one NaN.
 
-All of it is mended here, and `tests/values/test_casting.py` compares every 8-bit and 16-bit pattern of every pair.
+This module corrects these differences; `tests/values/test_casting.py` compares every 8-bit and 16-bit pattern of every
+pair of dtypes.
 
-There is one thing in which torch does not agree with itself: a NaN of float32 or float64 that becomes bfloat16 is
-0xFFFF from its vector instructions on x86, and 0x7FC0 where it does not use them. It is 0xFFFF here, which contiguous
-tensors have on x86.
+In one case torch's results differ: a NaN of float32 or float64 becomes the bfloat16 0xFFFF with vector instructions on
+x86, and 0x7FC0 without them. This module returns 0xFFFF, as torch does for contiguous tensors on x86.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ import numpy as np
 
 from modelcli.values.dtypes import FLOATS, LARGEST, Array, bits_of, numpy_dtype, unsigned
 
-#: Elements converted at a time: what is made of them on the way stays in the processor's cache.
+#: The elements to convert at a time, few enough for the intermediate results to stay in the processor's cache.
 BLOCK = 1 << 16
 
 _HALF_NAN, _HALF_INFINITY = 0x7FC0, 0x7F80
 _VECTOR_NAN = 0xFFFF
-#: The dtypes whose overflow becomes the largest finite value.
+#: The dtypes for which overflow gives the largest finite value.
 _SATURATING = frozenset(("float8_e4m3fn",))
-#: Values that become Inf, become NaN, and become the largest finite value of the narrower dtype.
+#: The numbers of values that become Inf, NaN, and the largest finite value of the narrower dtype.
 Lost = tuple[int, int, int]
 
 
 def can_cast(before: str, after: str) -> bool:
-    """Whether elements of one dtype can be converted to another here: both are floating-point and no packed ones."""
+    """Whether `cast` can convert between two dtypes: both are floating-point and not packed."""
     return before in FLOATS and after in FLOATS
 
 
 def cast(elements: Array, before: str, after: str) -> Array:
-    """The elements of a contiguous array of one dimension, of dtype `before`, as `after`, in new memory.
+    """Convert a contiguous one-dimensional array from dtype `before` to dtype `after`, in new memory.
 
-    Raises KeyError where not `can_cast(before, after)`.
+    Raises KeyError if `can_cast(before, after)` is false.
     """
     made = np.empty(elements.shape, numpy_dtype(after))
     with np.errstate(all="ignore"):
@@ -71,7 +71,7 @@ def _cast_block(elements: Array, before: str, after: str, made: Array) -> None:
 
 
 def _round_to_bfloat16(elements: Array, made: Array) -> None:
-    """Round float32 to the nearest bfloat16, ties to even: half of the last place less one is added, and one if odd."""
+    """Round float32 to the nearest bfloat16, ties to even: add 0x7FFF, and 1 more if the upper half is odd."""
     bits = bits_of(elements)
     work = bits >> 16
     work &= 1
@@ -83,10 +83,10 @@ def _round_to_bfloat16(elements: Array, made: Array) -> None:
 
 
 def _rounded_to_odd(elements: Array) -> Array:
-    """The upper half of each float32, made odd where the lower half is not zero.
+    """Return the upper half of each float32, with the last bit set if the lower half is not zero.
 
-    To round that to at most five bits of mantissa is to round the float32 itself. S. Boldo, G. Melquiond, "When Double
-    Rounding is Odd", IMACS 2005.
+    Rounding this to at most five bits of mantissa gives the same result as rounding the float32: S. Boldo, G. Melquiond
+    "When Double Rounding is Odd", IMACS 2005.
     """
     halves = elements.view(np.uint16)
     odd: Array = np.bitwise_or(halves[1::2], halves[::2] != 0, dtype=np.uint16, casting="unsafe")
@@ -95,26 +95,26 @@ def _rounded_to_odd(elements: Array) -> Array:
 
 @cache
 def _table(before: str, after: str) -> Array:
-    """The bits of `after` for each pattern of the bits of a dtype of one or two bytes."""
-    numbers = _as_float32(before)
-    made = _from_float32(numbers, after)
+    """Return the bits in dtype `after` for each bit pattern of a dtype of one or two bytes."""
+    floats = _as_float32(before)
+    made = _from_float32(floats, after)
     if after == "bfloat16":
-        made[np.isnan(numbers)] = _HALF_NAN
+        made[np.isnan(floats)] = _HALF_NAN
     return made
 
 
 @cache
 def _as_float32(before: str) -> Array:
-    """Each pattern of the bits of a dtype of one or two bytes as torch's float32, the bits of NaN included."""
+    """Return each bit pattern of a dtype of one or two bytes as float32, with the same NaN bits as torch."""
     size = numpy_dtype(before).itemsize
     patterns = np.arange(1 << 8 * size, dtype=np.uint32)
     if before == "bfloat16":
         return (patterns << 16).view(np.float32)
     if before == "float8_e5m2":  # the upper half of float16
-        numbers: Array = _as_float32("float16")[patterns << 8]
-        return numbers
-    numbers = patterns.astype(unsigned(size)).view(numpy_dtype(before)).astype(np.float32)
-    bits, nan = bits_of(numbers), np.isnan(numbers)
+        floats: Array = _as_float32("float16")[patterns << 8]
+        return floats
+    floats = patterns.astype(unsigned(size)).view(numpy_dtype(before)).astype(np.float32)
+    bits, nan = bits_of(floats), np.isnan(floats)
     if before == "float16":
         sign, payload = (patterns & 0x8000) << 16, (patterns & 0x3FF) << 13
         bits[nan] = (sign | 0x7FC00000 | payload)[nan]
@@ -122,36 +122,36 @@ def _as_float32(before: str) -> Array:
         bits[nan] = (patterns << 24 & 0x80000000 | 0x7FF00000)[nan]
     else:  # the others have one NaN, without a sign
         bits[nan] = 0x7F800001
-    return numbers
+    return floats
 
 
-def _from_float32(numbers: Array, after: str) -> Array:
-    """The bits of float32 values as another dtype. The NaNs of bfloat16 are the caller's."""
-    bits = bits_of(numbers)
+def _from_float32(floats: Array, after: str) -> Array:
+    """Return the bits of float32 values in another dtype. The caller sets the NaNs of bfloat16."""
+    bits = bits_of(floats)
     if after == "float32":
         return bits.copy()
     if after == "bfloat16":
-        made = np.empty(numbers.shape, np.uint16)
-        _round_to_bfloat16(numbers, made)
+        made = np.empty(floats.shape, np.uint16)
+        _round_to_bfloat16(floats, made)
         return made
     if after == "float8_e8m0fnu":
         return _exponents(bits)
     if after in _SATURATING:
-        numbers = np.clip(numbers, -LARGEST[after], LARGEST[after])
-    made = bits_of(numbers.astype(numpy_dtype(after)))
+        floats = np.clip(floats, -LARGEST[after], LARGEST[after])
+    made = bits_of(floats.astype(numpy_dtype(after)))
     if after == "float8_e5m2":
         made[(made & 0x7F) > 0x7C] |= 3
-    elif after == "float16" and isnan(numbers.max()):
-        nan = np.isnan(numbers)
+    elif after == "float16" and isnan(floats.max()):
+        nan = np.isnan(floats)
         made[nan] = (bits[nan] >> 16 & 0x8000) | 0x7E00 | (bits[nan] >> 13 & 0x3FF)
     return made
 
 
 def _exponents(bits: Array) -> Array:
-    """float8_e8m0fnu has an exponent and nothing else: the nearest power of two, from the middle on the greater."""
+    """Return the bits of float8_e8m0fnu, which has only an exponent: the nearest power of two, halves rounded up."""
     positive = bits & 0x7FFFFFFF
     rounded = (positive + 0x400000) >> 23
-    rounded[positive == 0x400000] = 0  # of the subnormal numbers the middle one goes down
+    rounded[positive == 0x400000] = 0  # the middle one of the subnormal numbers is rounded down
     exponents: Array = np.minimum(rounded, 0xFF).astype(np.uint8)
     return exponents
 
@@ -160,12 +160,12 @@ def _exponents(bits: Array) -> Array:
 
 
 def narrows(before: str, after: str) -> bool:
-    """Whether a dtype has a smaller range than another."""
+    """Whether the dtype `after` has a smaller range than `before`."""
     return LARGEST[after] < LARGEST[before]
 
 
 def may_exceed(elements: Array, before: str, after: str) -> bool:
-    """Whether something among elements is beyond the range of a dtype, or NaN: one look at the least and greatest."""
+    """Whether an element may be NaN or beyond the range of a dtype. Only the extremes are computed."""
     if not (len(elements) and narrows(before, after)):
         return False
     if elements.itemsize == 1:
@@ -178,7 +178,7 @@ def may_exceed(elements: Array, before: str, after: str) -> bool:
 
 
 def lost_in(elements: Array, before: str, after: str) -> Lost:
-    """How many finite values became Inf, values became NaN, and values became the largest of a saturating dtype."""
+    """Count the finite values that become Inf, the values that become NaN, and those that become the largest value."""
     flat = np.ascontiguousarray(elements).reshape(-1)
     with np.errstate(all="ignore"):
         made = cast(flat, before, after).astype(np.float64)

@@ -1,8 +1,8 @@
-"""The bytes of a storage with its elements converted to another floating-point dtype: a source that a writer takes.
+"""A storage whose elements are converted to another floating-point dtype when a writer reads it.
 
-Nothing is read or converted before the bytes are asked for. Then that happens in pieces of `PIECE` elements, on several
-threads, so that at most `threads() + 1` results and `threads()` pieces that are read are in memory: 10 MiB with two
-threads, 18 MiB with four, at the most (float64; half of it for float32).
+The bytes are read and converted in pieces of `PIECE` elements on several threads. At most `threads() + 1` results and
+`threads()` pieces of the source are in memory: at most 10 MiB with two threads and 18 MiB with four for float64, half
+of that for float32.
 """
 
 from __future__ import annotations
@@ -18,23 +18,31 @@ from modelcli.values.ordered_work import in_order
 if TYPE_CHECKING:
     from modelcli.values.dtypes import Array
 
-#: Elements converted at a time: 2 MiB of the widest dtype, which the processor's cache holds.
+#: The elements to convert at a time: 2 MiB of the widest dtype, which fit into the processor's cache.
 PIECE = 1 << 18
 
 
 @dataclass(eq=False, slots=True)
 class RangeWatch:
-    """Says after a conversion whether it met something that `after` cannot hold: only then values are counted again."""
+    """Records whether a conversion met a value that its dtype cannot hold. Only then are such values counted."""
 
     exceeded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """The elements of `source`, of dtype `before`, as `after`: these are the `nbytes` from `start` of the result.
+    """The elements of a storage, converted to another dtype.
 
-    Bytes of the source behind its last whole element are left out. `watch` is no part of what is compared: equal
-    conversions are one storage.
+    Bytes after the last complete element of the source are left out. Equal conversions count as one storage; `watch`
+    does not matter for that.
+
+    Attributes:
+        source: the storage.
+        before: its dtype.
+        after: the dtype of the result.
+        start: the first byte of the result that this object stands for.
+        nbytes: the number of bytes.
+        watch: records whether a value did not fit into `after`.
     """
 
     source: Storage
@@ -52,7 +60,7 @@ class Conversion:
         return self.source.files()
 
     def chunks(self) -> Iterator[memoryview]:
-        """The bytes, in pieces of at most 8 MiB. Raises FileFormatError where the source is not what it was."""
+        """Yield the bytes in pieces of at most 8 MiB. Raises FileFormatError if the source has changed."""
         step = PIECE * ITEM_BYTES[self.after]
         if self.in_sequence and self.nbytes > step:
             yield from self._in_sequence()
@@ -64,15 +72,15 @@ class Conversion:
         return b"".join(self.chunks())
 
     def mapped(self, _windows: Windows | None = None) -> memoryview:
-        """The bytes in memory of their own."""
+        """Return the bytes in new memory."""
         return gathered(self)
 
     def part(self, start: int, nbytes: int) -> Conversion:
-        """`nbytes` of the bytes, from `start`, which may lie inside an element."""
+        """Return the `nbytes` bytes from `start`, which may be inside an element, as a storage."""
         return replace(self, start=self.start + start, nbytes=nbytes)
 
     def _piece(self, span: tuple[int, int]) -> memoryview:
-        """So many bytes of these, from a start on."""
+        """Return the bytes of a span, given by its start and length."""
         from modelcli.values import reading
 
         start, nbytes = self.start + span[0], span[1]
@@ -83,7 +91,7 @@ class Conversion:
         return made[skipped : skipped + nbytes]
 
     def _in_sequence(self) -> Iterator[memoryview]:
-        """The same bytes, from a source that is read from its first byte to its last once."""
+        """Yield the same bytes from a source that can only be read from its start."""
         from modelcli.values import reading
 
         size, width = ITEM_BYTES[self.before], ITEM_BYTES[self.after]
@@ -106,6 +114,6 @@ class Conversion:
 
 
 def converted(source: Storage, before: str, after: str) -> Conversion:
-    """The elements of a storage as another dtype; both are floating-point dtypes that `casting.can_cast` takes."""
+    """Return the elements of a storage converted to another dtype; `casting.can_cast` must be true for both dtypes."""
     elements = source.nbytes // ITEM_BYTES[before]
     return Conversion(source, before, after, 0, elements * ITEM_BYTES[after])

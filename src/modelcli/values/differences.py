@@ -1,4 +1,4 @@
-"""By how much the values of two tensors differ: one pass over both, a bounded piece of them at a time."""
+"""Measure by how much the values of two tensors differ, in one pass over both that reads them in bounded pieces."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from modelcli.values.reading import is_readable
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """By how much two tensors differ: 0 where they show the same, None where their elements are no numbers.
+    """By how much two tensors differ.
 
-    `largest` is `max |a - b|`, and `beyond` is `max(|a - b| - rtol * |b|)`: as in `torch.isclose`, they are close where
-    that is at most `atol`.
+    Attributes:
+        largest: `max |a - b|`; 0 for equal tensors, None if the elements cannot be read as numbers.
+        beyond: `max(|a - b| - rtol * |b|)`. As in `torch.isclose`, two tensors are close if it is at most `atol`.
     """
 
     largest: float | None
@@ -28,26 +29,28 @@ class Difference:
 
     @classmethod
     def of(cls, largest: float) -> Difference:
-        """A difference of which a tolerance takes nothing."""
+        """Return a difference without a relative tolerance."""
         return cls(largest, largest)
 
 
 def compared(
     pairs: Mapping[str, tuple[TensorEntry, TensorEntry]], progress: Callable[[int], None], rtol: float = 0.0
 ) -> dict[str, Difference]:
-    """By how much two tensors of one shape differ, by their name.
+    """Return by how much the two tensors of each pair differ.
 
-    Of floating-point numbers the difference is that of float64, of whole ones it is exact, of complex ones its absolute
-    value. Elements are the same where both are NaN; where one is, the difference is NaN. It is None where the elements
-    of a dtype are no numbers (float4_e2m1fn_x2): such bytes differ.
+    Differences of floating-point values are computed in float64, those of integers exactly, and those of complex values
+    as absolute values. Two NaNs are equal; a NaN and another value differ by NaN.
 
     Args:
-        pairs: Two views of one shape each, into storages of any kind.
-        progress: Called with so many bytes more of the first ones.
-        rtol: How large a part of each element of the second tensor is taken off its difference.
+        pairs: two tensors of the same shape, by name.
+        progress: called with the number of further bytes of the first tensors that are done.
+        rtol: the relative tolerance.
+
+    Returns:
+        The differences by name; None values for dtypes that cannot be read as numbers (float4_e2m1fn_x2).
 
     Raises:
-        FileFormatError: Where views show far more elements than their storages have, and where a file has changed.
+        FileFormatError: views show far more elements than their storages have, or a file has changed.
     """
     known = {
         name: _without_repeats(*pair) for name, pair in pairs.items() if all(is_readable(entry.dtype) for entry in pair)
@@ -57,24 +60,24 @@ def compared(
         so_far = found.get(name, here)
         found[name] = _worse(so_far[0], here[0]), _worse(so_far[1], here[1])
         progress(nbytes)
-    nothing = {name: Difference.of(0) if name in known else Difference(None, None) for name in pairs}
-    return nothing | {name: Difference(*numbers) for name, numbers in found.items()}
+    defaults = {name: Difference.of(0) if name in known else Difference(None, None) for name in pairs}
+    return defaults | {name: Difference(*measured) for name, measured in found.items()}
 
 
 def _worse(one: float, other: float) -> float:
-    """The larger of two differences; NaN where one is."""
+    """Return the larger of two differences; NaN if one of them is NaN."""
     return other if math.isnan(other) or other > one else one
 
 
 def _without_repeats(one: TensorEntry, other: TensorEntry) -> tuple[TensorEntry, TensorEntry]:
-    """Views in which what both repeat along an axis stands once."""
+    """Return views without the repeats along an axis that both tensors have."""
     steps = zip(one.shape, one.stride, other.stride, strict=True)
     shape = tuple(1 if size > 1 and not left and not right else size for size, left, right in steps)
     return (one, other) if shape == one.shape else (replace(one, shape=shape), replace(other, shape=shape))
 
 
 def difference(one: Array, other: Array, dtype: str, other_dtype: str, rtol: float = 0.0) -> tuple[float, float]:
-    """The `largest` and the `beyond` of the elements of two arrays of one shape, as `Difference` has them."""
+    """Return `largest` and `beyond` of `Difference` for two arrays of the same shape."""
     one, other = one.reshape(-1), other.reshape(-1)
     kinds = {dtype, other_dtype}
     if kinds <= INTEGERS and ("uint64" not in kinds or len(kinds) == 1):
@@ -88,18 +91,18 @@ def difference(one: Array, other: Array, dtype: str, other_dtype: str, rtol: flo
     apart = np.abs(left - right)
     largest = float(apart.max())
     if math.isnan(largest):
-        # Infinities take away from one another to NaN, too.
+        # The difference of two equal infinities is NaN, too.
         apart[_same(left, right)] = 0
         largest = float(apart.max())
     if not rtol or not largest or math.isnan(largest):
         return (largest, largest) if most is None else (most, largest)
     beyond = apart - rtol * np.abs(right)
-    beyond[np.isinf(apart)] = math.inf  # and no tolerance is for that, however large the other element is
+    beyond[np.isinf(apart)] = math.inf  # no tolerance covers an infinite difference, however large the other element is
     return largest if most is None else most, float(beyond.max())
 
 
 def _same(one: Array, other: Array) -> Array:
-    """Which elements are the same: equal, or both NaN; of complex ones each of their two parts."""
+    """Return which elements are equal or both NaN; for complex elements both parts must be so."""
     if one.dtype.kind == "c":
         return _same(one.real, other.real) & _same(one.imag, other.imag)
     same: Array = (one == other) | (np.isnan(one) & np.isnan(other))
@@ -107,7 +110,7 @@ def _same(one: Array, other: Array) -> Array:
 
 
 def _of_integers(one: Array, other: Array) -> int:
-    """The largest difference of integers, exactly: one of int64 may need 64 bits without a sign."""
+    """Return the exact largest difference of integers. For int64 it may need all 64 bits of an unsigned integer."""
     wide = np.uint64 if one.dtype == np.uint64 else np.int64
     left, right = one.astype(wide), other.astype(wide)
     return int((np.maximum(left, right) - np.minimum(left, right)).view(np.uint64).max())

@@ -1,7 +1,7 @@
-"""NumPy's dtypes for those of torch, by their names.
+"""Find NumPy's dtypes for the dtypes of torch, by name.
 
-NumPy itself has no bfloat16 and no float8: `ml_dtypes` adds them. What neither holds (quantized and packed dtypes,
-complex32) is left to torch.
+NumPy has no bfloat16 and no float8; `ml_dtypes` adds them. Other dtypes that neither has (quantized and packed ones,
+complex32) need torch.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ LARGEST: Mapping[str, float] = {
     "float8_e8m0fnu": 2.0**127,
 }
 FLOATS = frozenset(LARGEST)
-#: All dtypes that NumPy holds with `ml_dtypes`.
+#: All dtypes that NumPy has with `ml_dtypes`.
 HELD = INTEGERS | _COMPLEX | FLOATS
 _OF_NUMPY = INTEGERS | _COMPLEX | {"float64", "float32", "float16"}
 _UNSIGNED: Mapping[int, np.dtype[Any]] = {size: np.dtype(f"u{size}") for size in (1, 2, 4, 8)}
 
 
 def is_held(dtype: str) -> bool:
-    """Whether NumPy (with `ml_dtypes`) holds a dtype of this name; the caller needs torch for any other."""
+    """Whether NumPy has a dtype of this name, with `ml_dtypes`. Any other dtype needs torch."""
     return dtype in HELD
 
 
 @cache
 def numpy_dtype(dtype: str) -> np.dtype[Any]:
-    """NumPy's dtype for one of torch. Raises KeyError for a dtype that is not in `HELD`."""
+    """Return NumPy's dtype for a dtype of torch. Raises KeyError for a dtype that is not in `HELD`."""
     if dtype in _OF_NUMPY:
         return np.dtype(dtype)
     if dtype not in HELD:
@@ -55,11 +55,11 @@ def numpy_dtype(dtype: str) -> np.dtype[Any]:
 
 
 def bits_of(elements: Array) -> Array:
-    """The same memory as unsigned integers of the same size."""
+    """Return the same memory as unsigned integers of the same size."""
     found: Array = elements.view(_UNSIGNED[elements.itemsize])
     return found
 
 
 def unsigned(nbytes: int) -> np.dtype[Any]:
-    """The unsigned integers of 1, 2, 4 or 8 bytes."""
+    """Return the unsigned integer dtype of 1, 2, 4 or 8 bytes."""
     return _UNSIGNED[nbytes]

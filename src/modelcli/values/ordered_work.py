@@ -1,4 +1,4 @@
-"""Work on several threads, whose results come in the order of the tasks. NumPy lets other threads run meanwhile."""
+"""Run tasks on several threads and yield the results in order. NumPy releases the GIL, so they run in parallel."""
 
 from __future__ import annotations
 
@@ -10,22 +10,27 @@ from typing import TypeVar
 _Task = TypeVar("_Task")
 _Result = TypeVar("_Result")
 
-#: More threads than this would wait for memory.
-MOST_THREADS = 4
+#: More threads would only wait for memory.
+MAX_THREADS = 4
 
 
 def threads() -> int:
-    """How many threads work at a time: as many as this process may use processors, up to `MOST_THREADS`."""
+    """Return the number of threads: as many as the process may use processors, up to `MAX_THREADS`."""
     if hasattr(os, "sched_getaffinity"):
-        return min(len(os.sched_getaffinity(0)), MOST_THREADS)
-    return min(os.cpu_count() or 1, MOST_THREADS)
+        return min(len(os.sched_getaffinity(0)), MAX_THREADS)
+    return min(os.cpu_count() or 1, MAX_THREADS)
 
 
 def in_order(work: Callable[[_Task], _Result], tasks: Iterable[_Task], *, ahead: int = 1) -> Iterator[_Result]:
-    """The result of each task, in order, worked out on `threads()` threads; an error of a task is raised in its place.
+    """Yield the result of each task in order; an error of a task is raised at its turn.
 
-    No more than `threads() + ahead` results exist at a time that the caller has not taken, which bounds the memory.
-    With a single processor everything happens in the calling thread.
+    At most `threads() + ahead` results are waiting for the caller at a time, which bounds the memory. With a single
+    processor everything happens in the calling thread.
+
+    Args:
+        work: the function to call for each task.
+        tasks: the tasks.
+        ahead: how many more tasks than threads may be started.
     """
     count = threads()
     if count == 1:

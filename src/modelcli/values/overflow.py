@@ -1,4 +1,4 @@
-"""Values that a cast to a narrower dtype cannot hold: how many there are, and what became of them."""
+"""Report how many values a cast to a narrower dtype could not hold, and what became of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from modelcli.wording import counted
 
 @dataclass
 class _Lost:
-    """How many values of the tensors of one cast became Inf, NaN or the largest value of its dtype."""
+    """The number of values in the tensors of one cast that became Inf, NaN or the largest value of its dtype."""
 
     names: list[str]
     inf: int = 0
@@ -23,10 +23,10 @@ class _Lost:
 
 
 def notes_of(tensors: Mapping[str, TensorEntry]) -> list[str]:
-    """A line for each dtype that values did not fit into, after the bytes of these tensors have been converted.
+    """Return a note for each dtype that some values did not fit into. Call it after the tensors have been converted.
 
-    Only tensors whose conversion met something beyond the range are read again. What has several names is counted
-    once, under the first.
+    Only tensors whose conversion met such a value are read again. A tensor with several names counts once, under its
+    first name.
     """
     exceeded = {
         conversion
@@ -45,11 +45,11 @@ def notes_of(tensors: Mapping[str, TensorEntry]) -> list[str]:
                 seen.add(view)
                 before = replace(entry, dtype=conversion.before, storage=conversion.source, offset=entry.offset + first)
                 _count(name, before, conversion, found.setdefault(conversion.after, _Lost([])))
-    return [_told(dtype, lost) for dtype, lost in found.items() if lost.names]
+    return [_note(dtype, lost) for dtype, lost in found.items() if lost.names]
 
 
 def _conversions(storage: Storage) -> Iterator[tuple[Conversion, int]]:
-    """The casts that the bytes of a storage go through, the last first; where in the source of each they begin."""
+    """Yield the casts of a storage, the last one first, each with the element of its source at which it begins."""
     first = 0
     while isinstance(storage, Conversion):
         first += storage.start // ITEM_BYTES[storage.after]
@@ -58,7 +58,7 @@ def _conversions(storage: Storage) -> Iterator[tuple[Conversion, int]]:
 
 
 def _count(name: str, before: TensorEntry, conversion: Conversion, lost: _Lost) -> None:
-    """Count what a tensor loses in a cast; `before` shows what is converted."""
+    """Count the values that a tensor loses in a cast. `before` is the tensor before the cast."""
     from modelcli.values import casting, reading
 
     counts = [0, 0, 0]
@@ -71,7 +71,7 @@ def _count(name: str, before: TensorEntry, conversion: Conversion, lost: _Lost) 
         lost.names.append(name)
 
 
-def _told(dtype: str, lost: _Lost) -> str:
+def _note(dtype: str, lost: _Lost) -> str:
     from modelcli.values.dtypes import LARGEST
 
     most = LARGEST[dtype]
@@ -81,4 +81,4 @@ def _told(dtype: str, lost: _Lost) -> str:
         if number
     ]
     more = f" and {counted(len(lost.names) - 1, 'more tensor')}" if len(lost.names) > 1 else ""
-    return f"{' and '.join(what)} in {lost.names[0]}{more}: {dtype} ends at {most:,.6g}"
+    return f"{' and '.join(what)} in {lost.names[0]}{more}: the largest value of {dtype} is {most:,.6g}"

@@ -1,4 +1,4 @@
-"""One pass over the elements of tensors: in pieces, on several threads, with the results in order."""
+"""Make one pass over the elements of tensors in pieces, on several threads, with the results in order."""
 
 from __future__ import annotations
 
@@ -16,45 +16,45 @@ from modelcli.values.ordered_work import in_order
 from modelcli.values.reading import Readers, nbytes_shown, pieces_of
 
 _Result = TypeVar("_Result")
-#: A tensor's name, its piece, and the same piece of the tensor it is compared with, where there is one.
+#: The name of a tensor, and a piece of it, or the same piece of each of the tensors under that name.
 _Piece = tuple[str, tuple[TensorEntry, ...]]
 
-#: What a value counts as that is made a Python object and written, and one that NumPy works off: see `budget_of`.
-SHOWN, COUNTED = 16, 4
-#: A thread takes pieces of so many bytes together, or so many small ones.
+#: The cost of a value that becomes a Python object and is printed, and of one that NumPy processes: see `budget_of`.
+PRINT_COST, PROCESS_COST = 16, 4
+#: A thread gets a batch of pieces with about so many bytes, or with at most so many pieces.
 _BATCH_BYTES, _BATCH_PIECES = 1 << 22, 512
 
 
 def budget_of(tensors: Iterable[TensorEntry], what: str) -> Budget:
-    """What may be made of the values of tensors: views can have far more elements than there are bytes in a file.
+    """Return a budget for work on the values of tensors, because views can have far more elements than the file.
 
-    A value that is shown counts as `SHOWN`, one of statistics as `COUNTED`.
+    Printing a value costs `PRINT_COST`, and statistics cost `PROCESS_COST` a value. `what` names the model in errors.
     """
     nbytes = {id(entry.storage): entry.storage.nbytes for entry in tensors}
-    return Budget(what, sum(nbytes.values()), times=SHOWN)
+    return Budget(what, sum(nbytes.values()), times=PRINT_COST)
 
 
 def each_piece(
     tensors: Mapping[str, tuple[TensorEntry, ...]], work: Callable[..., _Result], what: str
 ) -> Iterator[tuple[str, int, _Result]]:
-    """What `work` makes of each piece of the tensors; their names and pieces come in order.
+    """Call `work` for each piece of the tensors, and yield the results in the order of names and pieces.
 
     Args:
-        tensors: By a name, a tensor, or several of one shape whose pieces are looked at together.
-        work: Called from several threads with the elements of each, then with the dtype of each; it may not keep
-            or change the elements.
-        what: What the tensors are called in a refusal.
+        tensors: a tensor by its name, or several tensors of one shape whose pieces belong together.
+        work: called from several threads with the elements of each tensor's piece, then the dtype of each. It may not
+            keep or change the elements.
+        what: the name of the model in error messages.
 
-    Returns:
-        The name, the bytes of the piece's elements (of the first tensor), and the result.
+    Yields:
+        The name, the bytes of the piece's elements (in the first tensor), and the result.
 
     Raises:
-        FileFormatError: Where views show far more elements than their storages have, and where a file has changed.
+        FileFormatError: views show far more elements than their storages have, or a file has changed.
     """
-    entries = [entry for several in tensors.values() for entry in several]
+    entries = [entry for group in tensors.values() for entry in group]
     with Readers(entries) as readers:
 
-        def work_off(batch: list[_Piece]) -> list[tuple[str, int, _Result]]:
+        def work_on(batch: list[_Piece]) -> list[tuple[str, int, _Result]]:
             done = []
             with np.errstate(all="ignore"):
                 for name, pieces in batch:
@@ -63,18 +63,18 @@ def each_piece(
                     done.append((name, nbytes_shown(pieces[0]), result))
             return done
 
-        for batch in in_order(work_off, _batches(tensors, budget_of(entries, what))):
+        for batch in in_order(work_on, _batches(tensors, budget_of(entries, what))):
             yield from batch
 
 
 def _batches(tensors: Mapping[str, tuple[TensorEntry, ...]], budget: Budget) -> Iterator[list[_Piece]]:
-    """The pieces of all tensors, so many together as are worth a thread's while."""
+    """Yield the pieces of all tensors in batches that are large enough for a thread."""
     batch: list[_Piece] = []
     nbytes = 0
     for name, entries in tensors.items():
         for number, pieces in enumerate(pieces_of(*map(reading.at_hand, entries))):
-            # Besides its elements, a piece takes a while by itself: many may be made of few elements far apart.
-            budget.spend(COUNTED * (prod(pieces[0].shape) + (reading.PIECE // 64 if number else 0)), name)
+            # A piece also has a fixed cost: a tensor with a few elements far apart can have many pieces.
+            budget.spend(PROCESS_COST * (prod(pieces[0].shape) + (reading.PIECE // 64 if number else 0)), name)
             batch.append((name, pieces))
             nbytes += nbytes_shown(pieces[0])
             if nbytes >= _BATCH_BYTES or len(batch) == _BATCH_PIECES:

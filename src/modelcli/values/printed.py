@@ -1,4 +1,4 @@
-"""The values of tensors, to be shown: whole for a program, in one short line for a person."""
+"""Make the values of tensors printable: all of them for a program, a short line of text for a person."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from modelcli.checkpoints.entries import TensorEntry
 from modelcli.errors import RequestError
 from modelcli.model.tensors import Shape
 from modelcli.values.dtypes import Array
-from modelcli.values.passes import SHOWN, budget_of
+from modelcli.values.passes import PRINT_COST, budget_of
 from modelcli.values.reading import SMALL, Reader, Readers, at_hand, is_readable, narrowed, nbytes_spanned, view_of
 
-#: Up to this many values are shown whole; of more, the first and the last three along each axis.
-WHOLE = 24
+#: Up to this many values are shown in full; of more, the first and last three along each axis.
+MAX_IN_FULL = 24
 EDGE = 3
-#: More than this many are shown of no tensor.
-MOST = 1_000
-#: Of a large tensor so many bytes are read at a time: a few elements are wanted here and there.
+#: The most values that are shown of a tensor.
+MAX_SHOWN = 1_000
+#: The bytes to read at a time from a large tensor, of which only a few elements here and there are needed.
 _WINDOW = 1 << 14
-#: The dtypes whose elements NumPy gives as Python's numbers by itself.
+#: The kinds of dtypes whose elements NumPy converts to Python numbers itself.
 _LISTED = "biufc?"
 
 
 def collect(
     tensors: Mapping[str, TensorEntry], *, whole: bool, what: str = "the model"
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """The values of tensors by their names: as nested lists where `whole`, and as one line each.
+    """Return the values of tensors by name: as nested lists if `whole` is set, and as a line of text each.
 
-    Left out are dtypes whose elements are no numbers (packed and quantized ones). Of a large tensor in one piece of a
-    file, only what is shown and its neighbours are read.
+    Dtypes whose elements are not numbers (packed and quantized ones) are left out. Of a large tensor that is contiguous
+    in a file, only the values that are shown and their neighbours are read.
 
     Args:
-        tensors: Views into storages of any kind.
-        whole: Whether all values are wanted, and not only those that a line shows.
-        what: What the model is called in a refusal.
+        tensors: the tensors by name.
+        whole: whether all values are needed, not only those in the lines of text.
+        what: the name of the model in error messages.
 
     Raises:
-        RequestError: For the list of a complex tensor, which JSON cannot hold.
-        FileFormatError: Where views show far more elements than their storages have, and where a file has changed.
+        RequestError: all values of a complex tensor are needed, which JSON cannot hold.
+        FileFormatError: views show far more elements than their storages have, or a file has changed.
     """
     lists: dict[str, Any] = {}
     texts: dict[str, str] = {}
@@ -51,7 +51,7 @@ def collect(
     with Readers(list(readable.values())) as readers:
         for name, entry in readable.items():
             elements = prod(entry.shape)
-            budget.spend(SHOWN * (elements if whole else min(elements, MOST)), name)
+            budget.spend(PRINT_COST * (elements if whole else min(elements, MAX_SHOWN)), name)
             if "complex" in entry.dtype and whole:
                 raise RequestError(f"{name} is complex, and JSON has no complex numbers", "-f table shows them")
             edges = _edges(entry.shape)
@@ -64,7 +64,7 @@ def collect(
 
 
 def _read_edges(readers: Readers, entry: TensorEntry, edges: Sequence[tuple[int, int]]) -> Array:
-    """The values that are shown, along each axis the first and the last ones side by side."""
+    """Read the values that are shown: along each axis the first ones, and next to them the last ones."""
     if nbytes_spanned(entry) <= SMALL:
         return _corners(readers.own().elements(entry), edges)
     reader, entry = readers.own(1, window=_WINDOW), at_hand(entry)
@@ -74,16 +74,16 @@ def _read_edges(readers: Readers, entry: TensorEntry, edges: Sequence[tuple[int,
         for (first, last), size in zip(edges, entry.shape, strict=True)
     ]
     for corner in itertools.product(*runs):
-        part, place = entry, []
+        part, target = entry, []
         for axis, (start, length) in enumerate(corner):
             part = narrowed(part, axis, start, length)
-            place.append(slice(0, length) if not start else slice(made.shape[axis] - length, None))
-        _fill(made[tuple(place)], reader, part)
+            target.append(slice(0, length) if not start else slice(made.shape[axis] - length, None))
+        _fill(made[tuple(target)], reader, part)
     return made
 
 
 def _fill(made: Array, reader: Reader, part: TensorEntry) -> None:
-    """Read elements one after another where they lie far apart."""
+    """Read elements into `made`, one after another if they are far apart in the file."""
     if nbytes_spanned(part) <= _WINDOW // 2:
         made[...] = reader.elements(part)
         return
@@ -93,7 +93,7 @@ def _fill(made: Array, reader: Reader, part: TensorEntry) -> None:
 
 
 def _corners(values: Array, edges: Sequence[tuple[int, int]]) -> Array:
-    """The same of values in memory."""
+    """Return the values that are shown from values in memory, like `_read_edges`."""
     for axis, (first, last) in enumerate(edges):
         size = values.shape[axis]
         if first + last < size:
@@ -104,24 +104,24 @@ def _corners(values: Array, edges: Sequence[tuple[int, int]]) -> Array:
 
 
 def _edges(shape: Shape) -> list[tuple[int, int]]:
-    """How many of the first and of the last along each axis are shown.
+    """Return how many of the first and of the last values along each axis are shown.
 
-    Of the outermost axes only the first, where that would be more values than a cell can be read with.
+    If that would be too many for a table cell, only the first index along the outer axes is shown.
     """
-    if prod(shape) <= WHOLE:
+    if prod(shape) <= MAX_IN_FULL:
         return [(size, 0) for size in shape]
     edges = [(EDGE, EDGE) if size > 2 * EDGE else (size, 0) for size in shape]
     for axis in range(len(shape)):
-        if prod(map(sum, edges)) <= MOST:
+        if prod(map(sum, edges)) <= MAX_SHOWN:
             break
         edges[axis] = (1, 0)
     return edges
 
 
 def _nested(values: Array, edges: Sequence[tuple[int, int]], shape: Shape) -> str:
-    """`[[0.1372,-0.0214],[...]]`: four significant digits, the middle of long axes left out."""
+    """Return `[[0.1372,-0.0214],[...]]`: four significant digits, without the middle of long axes."""
     if all(first + last == size for (first, last), size in zip(edges, shape, strict=True)):
-        return _whole(_listed(values))
+        return _nested_text(_listed(values))
     (first, last), *inner = edges
     parts = [_nested(part, inner, shape[1:]) for part in values]
     if first + last < shape[0]:
@@ -130,14 +130,14 @@ def _nested(values: Array, edges: Sequence[tuple[int, int]], shape: Shape) -> st
 
 
 def _listed(values: Array) -> Any:
-    """The values as Python's numbers, in lists."""
+    """Return the values as nested lists of Python numbers."""
     if values.dtype == np.bool_:
         values = values.view(np.uint8) != 0
     return (values if values.dtype.kind in _LISTED else values.astype(np.float32)).tolist()
 
 
-def _whole(value: Any) -> str:
-    return "[" + ",".join(map(_whole, value)) + "]" if isinstance(value, list) else _number(value)
+def _nested_text(value: Any) -> str:
+    return "[" + ",".join(map(_nested_text, value)) + "]" if isinstance(value, list) else _number(value)
 
 
 def _number(value: Any) -> str:

@@ -1,7 +1,7 @@
-"""Elements of tensors in files as NumPy's arrays: in pieces of bounded size, read rather than mapped.
+"""Read elements of tensors in files as NumPy arrays, in pieces of bounded size, without mapping the files.
 
-A mapping whose file is cut short meanwhile ends the process; a read gives an error. And reads of large pieces into
-memory that is used again are faster than page faults.
+If a mapped file is shortened, the process is killed, whereas reading it returns an error. Reading large pieces into
+reused memory is also faster than page faults.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from modelcli.errors import FileFormatError, SystemFailureError
 from modelcli.model.dtypes import ITEM_BYTES
 from modelcli.values.dtypes import Array, is_held, numpy_dtype
 
-#: Complex numbers of two halves are read as pairs: NumPy has no such dtype.
+#: NumPy does not have these complex dtypes; they are read as pairs of the dtype of their parts.
 _HALVES = {"complex32": "float16", "bcomplex32": "bfloat16"}
-#: The most elements of a piece, holes between them counted: 2 MiB as float64, which the processor's cache holds.
+#: The most elements of a piece, including gaps between them: 2 MiB as float64, which fit into the processor's cache.
 PIECE = 1 << 18
-#: Spans of at most `SMALL` bytes are read with what follows them in their file, `WINDOW` bytes at a time.
+#: For a span of at most `SMALL` bytes, `WINDOW` bytes of its file are read at a time.
 SMALL, WINDOW = 1 << 16, 1 << 20
 
 
@@ -36,7 +36,7 @@ SMALL, WINDOW = 1 << 16, 1 << 20
 
 
 def without_repeats(entry: TensorEntry) -> tuple[TensorEntry, int]:
-    """A view in which an expanded tensor has each of its elements once, and how many times it has them."""
+    """Return a view of an expanded tensor that has each element once, and how many times the tensor repeats it."""
     repeated = [size > 1 and not step for size, step in zip(entry.shape, entry.stride, strict=True)]
     if not any(repeated):
         return entry, 1
@@ -45,10 +45,10 @@ def without_repeats(entry: TensorEntry) -> tuple[TensorEntry, int]:
 
 
 def pieces_of(*entries: TensorEntry) -> Iterator[tuple[TensorEntry, ...]]:
-    """Views that have each element of a tensor once; none has, or spans, more than `PIECE` elements.
+    """Yield pieces of tensors that cover each element once. A piece has and spans at most `PIECE` elements.
 
-    Of several tensors of one shape, each piece is the same part of all of them. Elements near one another in the
-    storage stay together: the axis is cut along which that of the widest tensor has its longest stride.
+    For several tensors of one shape, each piece is the same part of all of them. The cut is along the axis with the
+    longest stride of the widest tensor, so that elements near one another in the storage stay together.
     """
     shape = entries[0].shape
     spans = [extent(shape, entry.stride) for entry in entries]
@@ -58,7 +58,7 @@ def pieces_of(*entries: TensorEntry) -> Iterator[tuple[TensorEntry, ...]]:
         return
     stride = entries[spans.index(max(spans))].stride
     axis = max((axis for axis, size in enumerate(shape) if size > 1), key=stride.__getitem__)
-    # At most a half: where strides overlap, a short stretch of storage can hold any number of elements.
+    # Cut at least in half: with overlapping strides, a short range of storage can have any number of elements.
     step = max(1, min(PIECE // max(stride[axis], 1), (shape[axis] + 1) // 2))
     for start in range(0, shape[axis], step):
         length = min(step, shape[axis] - start)
@@ -66,23 +66,23 @@ def pieces_of(*entries: TensorEntry) -> Iterator[tuple[TensorEntry, ...]]:
 
 
 def narrowed(entry: TensorEntry, axis: int, start: int, length: int) -> TensorEntry:
-    """`tensor.narrow(axis, start, length)`: a part of a tensor along one axis."""
+    """Return a part of a tensor along one axis, as `tensor.narrow(axis, start, length)` does."""
     shape = (*entry.shape[:axis], length, *entry.shape[axis + 1 :])
     return replace(entry, shape=shape, offset=entry.offset + start * entry.stride[axis])
 
 
 def is_readable(dtype: str) -> bool:
-    """Whether the elements of a dtype can be read here as numbers."""
+    """Whether this module can read the elements of a dtype as numbers."""
     return is_held(dtype) or dtype in _HALVES
 
 
 def nbytes_shown(entry: TensorEntry) -> int:
-    """The bytes of the elements that a view shows, each counted as often as it shows it."""
+    """Return the size in bytes of all elements of a view, repeated elements counted each time."""
     return prod(entry.shape) * ITEM_BYTES[entry.dtype]
 
 
 def nbytes_spanned(entry: TensorEntry) -> int:
-    """The bytes of its storage from the first element that a view shows to the last."""
+    """Return the bytes of the storage from the first element of a view to the last."""
     return extent(entry.shape, entry.stride) * ITEM_BYTES[entry.dtype]
 
 
@@ -90,7 +90,7 @@ def nbytes_spanned(entry: TensorEntry) -> int:
 
 
 def memory_of(storage: Storage) -> memoryview:
-    """The bytes of a storage in new memory."""
+    """Return the bytes of a storage in new memory."""
     if not isinstance(storage, Span):
         return storage.mapped()
     memory = np.empty(storage.nbytes, np.uint8).data
@@ -99,7 +99,7 @@ def memory_of(storage: Storage) -> memoryview:
 
 
 def in_sequence(storage: Storage, nbytes: int) -> Iterator[memoryview]:
-    """The bytes of a storage from the first to the last, so many at a time."""
+    """Yield the bytes of a storage from the first to the last, `nbytes` at a time."""
     held = bytearray()
     for chunk in storage.chunks():
         held += chunk
@@ -113,7 +113,7 @@ def in_sequence(storage: Storage, nbytes: int) -> Iterator[memoryview]:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Gathered:
-    """Bytes of a storage that have been put together in memory."""
+    """A storage whose bytes have been copied into memory."""
 
     data: memoryview
 
@@ -131,7 +131,7 @@ class Gathered:
         return bytes(self.data)
 
     def mapped(self, _windows: Windows | None = None) -> memoryview:
-        """The memory itself: to be read."""
+        """Return the memory itself, which must not be changed."""
         return self.data
 
     def part(self, start: int, nbytes: int) -> Gathered:
@@ -139,19 +139,19 @@ class Gathered:
 
 
 def at_hand(entry: TensorEntry) -> TensorEntry:
-    """A tensor whose parts can be read one by one: where its bytes only come in sequence, all of them in memory."""
+    """Return a tensor whose parts can be read separately: copied into memory if it can only be read in sequence."""
     if not is_in_sequence(entry.storage) or extent(entry.shape, entry.stride) <= PIECE:
         return entry
     return replace(entry, offset=0, storage=Gathered(gathered(part_of(entry))))
 
 
 def array_of(data: memoryview, dtype: np.dtype[Any]) -> Array:
-    """All elements that memory holds."""
+    """Return memory as an array of elements."""
     return np.frombuffer(data, dtype) if len(data) else np.empty(0, dtype)
 
 
 def view_of(data: memoryview, entry: TensorEntry) -> Array:
-    """The elements of a tensor; `data` are the bytes from its first element to its last."""
+    """Return the elements of a tensor. `data` has the bytes from its first element to its last."""
     if entry.dtype in _HALVES:
         pairs = array_of(data, numpy_dtype(_HALVES[entry.dtype]))
         flat = pairs.astype(np.float32).view(np.complex64)
@@ -164,16 +164,16 @@ def view_of(data: memoryview, entry: TensorEntry) -> Array:
 
 
 def part_of(entry: TensorEntry) -> Storage:
-    """The part of a tensor's storage from its first element to its last."""
+    """Return the part of a tensor's storage from its first element to its last."""
     size = ITEM_BYTES[entry.dtype]
     return entry.storage.part(entry.offset * size, extent(entry.shape, entry.stride) * size)
 
 
 class Reader:
-    """Reads storages one after another, for one thread: the file stays open, and the memory is used again."""
+    """Reads storages one after another for one thread. It keeps the last file open and reuses its memory."""
 
     def __init__(self, window: int = WINDOW) -> None:
-        """With a small span of a file, `window` bytes of it are read."""
+        """Make a reader. For a small span, it reads `window` bytes of the file."""
         self._ahead = window
         self._file: FileIO | None = None
         self._open: FileId | None = None
@@ -182,11 +182,11 @@ class Reader:
         self._held: tuple[FileId, int, int] | None = None  # the file, the first byte, and how many of `_window`
 
     def elements(self, entry: TensorEntry) -> Array:
-        """The elements of a tensor, which spans no more than a piece. They are valid until the next call."""
+        """Return the elements of a tensor that spans at most a piece. They are valid until the next call."""
         return view_of(self.bytes(part_of(entry)), entry)
 
     def bytes(self, storage: Storage) -> memoryview:
-        """The bytes of a storage. They are valid until the next call."""
+        """Return the bytes of a storage. They are valid until the next call."""
         if not isinstance(storage, Span):
             return storage.mapped()
         if storage.nbytes <= min(SMALL, self._ahead):
@@ -204,7 +204,9 @@ class Reader:
             start = span.offset - first
             if held == file and 0 <= start <= length - span.nbytes:
                 return self._window.data[start : start + span.nbytes]
-        first = span.offset - span.offset % mmap.PAGESIZE  # so that elements lie in memory as they do in the file
+        first = (
+            span.offset - span.offset % mmap.PAGESIZE
+        )  # so that elements have the same alignment in memory as in the file
         length = max(min(self._ahead, span.identity[0] - first), span.offset + span.nbytes - first)
         if len(self._window) < length:
             self._window = np.empty(length, np.uint8)
@@ -215,7 +217,7 @@ class Reader:
         return self._window.data[start : start + span.nbytes]
 
     def _read(self, span: Span, memory: memoryview) -> None:
-        """Read a span. Raises FileFormatError where its file has changed or ends early."""
+        """Read a span into memory. Raises FileFormatError if its file has changed or is too short."""
         file = self._opened(span)
         try:
             file.seek(span.offset)
@@ -224,7 +226,8 @@ class Reader:
                 count = file.readinto(left)
                 if not count:
                     raise FileFormatError(
-                        f"{span.path} ends early: {len(left):,} bytes are missing", "run the command again"
+                        f"{span.path} ends early: {len(left):,} bytes are missing",
+                        "another program may have shortened it: run the command again",
                     )
                 left = left[count:]
         except OSError as error:
@@ -251,10 +254,10 @@ class Reader:
 
 
 class Readers:
-    """Readers for each thread. Where all went well, the end of their use looks whether the files are still the same."""
+    """Readers for each thread. The end of the `with` block checks that the files have not changed."""
 
     def __init__(self, entries: Sequence[TensorEntry]) -> None:
-        """`entries` are all tensors that will be read."""
+        """Make readers for the tensors `entries`, which must be all that will be read."""
         self._all: list[Reader] = []
         self._own = threading.local()
         storages = {id(entry.storage): entry.storage for entry in entries}
@@ -273,7 +276,7 @@ class Readers:
                 require_unchanged(path, identity)
 
     def own(self, number: int = 0, *, window: int = WINDOW) -> Reader:
-        """A reader of the thread that calls; those of other numbers have memory of their own."""
+        """Return a reader of the calling thread. Readers with different numbers have separate memory."""
         own: dict[Any, Reader] = self._own.__dict__
         if number not in own:
             own[number] = Reader(window)

@@ -1,6 +1,6 @@
-"""The elements of a tensor one after another, as a contiguous copy of it has them: a source that a writer takes.
+"""A storage with the elements of a tensor in row-major order, as a contiguous copy of the tensor has them.
 
-Nothing is read before the bytes are asked for, and of a large storage no more than `WINDOW` bytes at a time.
+The bytes are read when a writer needs them, at most `WINDOW` bytes of a large storage at a time.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from modelcli.model.dtypes import ITEM_BYTES
 from modelcli.values import reading
 from modelcli.values.dtypes import Array
 
-#: So many bytes of a storage are read at a time where elements that lie far apart in it are brought together, and so
-#: many are made at a time: more takes more memory, less reads the same bytes more often.
+#: The bytes of a storage to read, and the bytes of the result to make, at a time: more would take more memory, and less
+#: would read the same bytes more often.
 WINDOW = 24 * 1024 * 1024
 _CHUNK = 8 * 1024 * 1024
-#: NumPy's types for elements that are moved, whatever they mean, by their size.
+#: NumPy's dtypes for copying elements of any meaning, by size.
 _MOVED = {1: "u1", 2: "u2", 4: "u4", 8: "u8", 16: "c16"}
 
 
 def row_major(entry: TensorEntry) -> Storage:
-    """The elements of a tensor in row-major order."""
+    """Return the elements of a tensor in row-major order as a storage."""
     size = ITEM_BYTES[entry.dtype]
     if shapes.is_row_major(entry.shape, entry.stride):
         return entry.storage.part(entry.offset * size, prod(entry.shape) * size)
@@ -37,7 +37,7 @@ def row_major(entry: TensorEntry) -> Storage:
 
 @dataclass(frozen=True, slots=True)
 class RowMajor:
-    """The `nbytes` from `start` of the elements of a tensor in row-major order; both on the border of an element."""
+    """The elements of a tensor in row-major order: `nbytes` bytes from `start`, both multiples of the element size."""
 
     entry: TensorEntry
     start: int
@@ -47,22 +47,22 @@ class RowMajor:
         return self.entry.storage.files()
 
     def chunks(self) -> Iterator[memoryview]:
-        """The bytes, in pieces of at most 8 MiB."""
+        """Yield the bytes in pieces of at most 8 MiB."""
         for start in range(0, self.nbytes, WINDOW):
             made = self._made(self.start + start, min(WINDOW, self.nbytes - start))
             for first in range(0, len(made), _CHUNK):
                 yield made[first : first + _CHUNK]
-            del made  # before the next ones are made
+            del made  # free the memory before the next bytes are made
 
     def bytes(self) -> bytes:
         return b"".join(self.chunks())
 
     def mapped(self, _windows: Windows | None = None) -> memoryview:
-        """The bytes in memory of their own."""
+        """Return the bytes in new memory."""
         return gathered(self)
 
     def part(self, start: int, nbytes: int) -> RowMajor:
-        """`nbytes` of the bytes, from `start`, both on the border of an element."""
+        """Return the `nbytes` bytes from `start`, both multiples of the element size, as a storage."""
         return replace(self, start=self.start + start, nbytes=nbytes)
 
     def _made(self, start: int, nbytes: int) -> memoryview:
@@ -76,12 +76,12 @@ class RowMajor:
 
 
 def _run(entry: TensorEntry, start: int, stop: int) -> list[TensorEntry]:
-    """The elements of a tensor from one to another in row-major order, as views of it: whole rows as far as can be."""
+    """Return views that contain the elements `start` to `stop` in row-major order: complete rows as far as possible."""
     if (start, stop) == (0, prod(entry.shape)):
         return [entry]
     row = prod(entry.shape[1:])
     first, last = -(-start // row), stop // row
-    if first > last:  # both lie in one row
+    if first > last:  # both are in one row
         return _run(_row(entry, last), start - last * row, stop - last * row)
     head = _run(_row(entry, first - 1), start - (first - 1) * row, row) if start < first * row else []
     tail = _run(_row(entry, last), 0, stop - last * row) if last * row < stop else []
@@ -100,7 +100,7 @@ def _narrowed(entry: TensorEntry, axis: int, start: int, length: int) -> TensorE
 
 
 def _copy(target: Array, entry: TensorEntry) -> None:
-    """Copy the elements of a tensor; what lies far apart in its storage in halves."""
+    """Copy the elements of a tensor; if they are too far apart in its storage, one half after the other."""
     size = ITEM_BYTES[entry.dtype]
     nbytes = extent(entry.shape, entry.stride) * size
     if nbytes <= WINDOW or prod(entry.shape) == 1:

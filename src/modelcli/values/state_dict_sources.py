@@ -1,4 +1,4 @@
-"""Where the bytes of a state-dict model's tensors come from, casts and all. NumPy is imported when bytes are read."""
+"""Find the storages of a state-dict model's tensors, including casts. NumPy is imported when bytes are read."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from modelcli.model.state_dict import StateDictTensor
 
 
 class Sources:
-    """The storages of a model's tensors, one object for each: what was cast is converted when its bytes are read."""
+    """The storages of a model's tensors, one object each. Cast tensors are converted when their bytes are read."""
 
     def __init__(self) -> None:
         self._found: dict[object, Storage] = {}
         self._views: dict[object, Storage] = {}
 
     def of(self, name: str, tensor: StateDictTensor) -> Storage:
-        """The storage that a tensor is a view of. Raises RequestError where nothing gives it values."""
+        """Return the storage that a tensor is a view of. Raises RequestError if the tensor has no values."""
         if tensor.shape is None:
             raise RequestError(
-                f"{name} has no shape yet: its module is lazy",
-                "put a module with all its sizes in its place first",
+                f"{name} has no shape yet, because its module is lazy",
+                "replace it by a module with all sizes, such as Linear(4096,10)",
             )
         if tensor.source is None:
-            raise RequestError(f"it is not known where the values of {name} come from")
+            raise RequestError(f"{name} has no values to write: no file and no edit provides them")
         if not tensor.cast_from:
             return tensor.source  # type: ignore[return-value]  # every source is a storage
         key = tensor.storage
@@ -41,13 +41,13 @@ class Sources:
         return self._found[key]
 
     def entry(self, name: str, tensor: StateDictTensor) -> TensorEntry:
-        """A tensor as a file would hold it."""
+        """Return a tensor as an entry of a file."""
         storage = self.of(name, tensor)
         assert tensor.shape is not None
         return TensorEntry(tensor.shape, tensor.dtype, tensor.stride, tensor.offset, storage)
 
     def row_major(self, name: str, tensor: StateDictTensor) -> Storage:
-        """Its elements one after another; one object for tensors that are the same view."""
+        """Return the elements of a tensor in row-major order; the same object for tensors that are the same view."""
         storage = self.of(name, tensor)
         assert tensor.shape is not None
         nbytes = prod(tensor.shape) * ITEM_BYTES[tensor.dtype]

@@ -1,7 +1,7 @@
-"""Statistics of tensors: one pass over the bytes of each, a bounded piece of it at a time, on several threads.
+"""Compute statistics of tensors in one pass over their bytes, in bounded pieces on several threads.
 
-A thread has one piece in memory, as it lies in the file and as float64: at most 6 MiB together. It reads small tensors
-1 MiB at a time. What is kept of a piece are a few numbers.
+Each thread has one piece in memory, as it is in the file and as float64: at most 6 MiB together. It reads small tensors
+1 MiB at a time. Only a few numbers of each piece are kept.
 """
 
 from __future__ import annotations
@@ -19,37 +19,38 @@ from modelcli.values.dtypes import INTEGERS, Array, bits_of, numpy_dtype
 from modelcli.values.passes import each_piece
 from modelcli.values.reading import is_readable, nbytes_shown, without_repeats
 
-#: By the names `min`, `max`, `mean`, `std`, `zeros`, `nan` and `inf`; None for what is not defined.
+#: The statistics `min`, `max`, `mean`, `std`, `zeros`, `nan` and `inf` by name; None for one that is not defined.
 Statistics = dict[str, float | None]
 
-#: Called with how many bytes are done, and how many there are in all.
+#: Called with the number of bytes done, and the total.
 Progress = Callable[[int, int], None]
 
 
 def silent(_done: int, _total: int) -> None:
-    """The progress of work that nobody watches."""
+    """Ignore the progress."""
 
 
 def collect(
     tensors: Mapping[str, TensorEntry], progress: Progress = silent, what: str = "the model"
 ) -> dict[str, Statistics]:
-    """`min`, `max`, `mean`, `std`, `zeros`, `nan` and `inf` of each tensor, by its name.
+    """Return `min`, `max`, `mean`, `std`, `zeros`, `nan` and `inf` of each tensor, by name.
 
-    The first four are of the finite elements, the last three count elements. `mean` and `std` are computed in float64
-    from all elements, in sums over pieces that are put together as `Moments.merged` does: they agree with torch's sums
-    in another order to twelve digits of the largest element. `std` is `torch.std`'s, with Bessel's correction. The
-    statistics of complex numbers are those of their absolute values, whose last bit may not be that of torch. What is
-    not defined is None: of no finite element the first four, of a single one `std`, and what float64 cannot hold. Left
-    out are dtypes that are no numbers to torch (float4_e2m1fn_x2, quantized ones). A tensor with several names is read
-    once.
+    The first four are those of the finite elements; the last three count elements. `mean` and `std` are computed in
+    float64 and merged over the pieces (see `Moments.merged`). They agree with torch to twelve digits of the largest
+    element, because torch adds in another order. `std` has Bessel's correction, as `torch.std`. For complex values the
+    statistics are those of the absolute values, whose last bit may differ from torch.
+
+    A statistic is None if it is not defined: the first four without finite elements, `std` for a single element, and
+    any that exceeds float64. Dtypes that are not numbers to torch (float4_e2m1fn_x2, quantized ones) are left out. A
+    tensor with several names is read once.
 
     Args:
-        tensors: Views into storages of any kind, by their names.
-        progress: Called with the bytes of the elements that are done and of all.
-        what: What the model is called in a refusal.
+        tensors: the tensors by name.
+        progress: called with the number of bytes done, and the total.
+        what: the name of the model in error messages.
 
     Raises:
-        FileFormatError: Where views show far more elements than their storages have, and where a file has changed.
+        FileFormatError: views show far more elements than their storages have, or a file has changed.
     """
     return {name: found.statistics() for name, found in _moments(tensors, moments_of, progress, what).items()}
 
@@ -57,9 +58,9 @@ def collect(
 def not_finite(
     tensors: Mapping[str, TensorEntry], progress: Progress = silent, what: str = "the model"
 ) -> dict[str, Statistics]:
-    """How many elements of each tensor are `nan` and `inf`, as `collect` counts them, without the other statistics.
+    """Return the `nan` and `inf` of `collect` for each tensor, without the other statistics.
 
-    Nothing is read of integers, which are neither. Arguments and errors are those of `collect`.
+    Integer tensors are not read. Arguments and errors are those of `collect`.
     """
     others = {name: entry for name, entry in tensors.items() if entry.dtype not in INTEGERS}
     found = _moments(others, count_not_finite, progress, what)
@@ -70,12 +71,12 @@ def not_finite(
 def _moments(
     tensors: Mapping[str, TensorEntry], work: Callable[[Array, str], Moments], progress: Progress, what: str
 ) -> dict[str, Moments]:
-    """The moments of each tensor as `work` makes them of its pieces, each part of a storage looked at once."""
+    """Return the moments of each tensor, merged from those of its pieces by `work`. Each view is read once."""
     names: dict[object, list[str]] = defaultdict(list)
     for name, entry in tensors.items():
         if is_readable(entry.dtype):
             names[entry.view or name].append(name)
-    once = {several[0]: without_repeats(tensors[several[0]]) for several in names.values()}
+    once = {first: without_repeats(tensors[first]) for first, *_ in names.values()}
     done, total = 0, sum(nbytes_shown(entry) for entry, _ in once.values())
     progress(done, total)
     found: dict[str, Moments] = {}
@@ -91,11 +92,14 @@ def _moments(
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """What elements come to, so that two lots of them can be merged.
+    """Sums over some elements that can be merged with those over other elements.
 
-    `count` elements are finite; `low` and `high` are the least and the greatest of these, `mean` and `rest` together
-    their mean (`rest` is what float64 cannot hold in one number), and `m2` the sum of their squared deviations from it.
-    `zeros`, `nan` and `inf` count elements.
+    Attributes:
+        count: the number of finite elements; `low`, `high`, `mean`, `rest` and `m2` are about these.
+        low, high: the least and the greatest.
+        mean, rest: their mean is the sum of both; `rest` has the digits that do not fit into one float64.
+        m2: the sum of the squared deviations from the mean.
+        zeros, nan, inf: the numbers of such elements.
     """
 
     count: int = 0
@@ -109,10 +113,10 @@ class Moments:
     inf: int = 0
 
     def merged(self, other: Moments) -> Moments:
-        """Those of both together.
+        """Return the moments of the elements of both.
 
-        T. F. Chan, G. H. Golub, R. J. LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample
-        Variances", Stanford STAN-CS-79-773, 1979: no difference of two large sums is taken, so nothing cancels.
+        The formula does not subtract large sums, so that no digits cancel: T. F. Chan, G. H. Golub, R. J. LeVeque,
+        "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", Stanford STAN-CS-79-773, 1979.
         """
         count = self.count + other.count
         share = other.count / count if count else 0.0
@@ -131,7 +135,7 @@ class Moments:
         )
 
     def repeated(self, times: int) -> Moments:
-        """Those of the same elements so many times over."""
+        """Return the moments of the same elements repeated `times` times."""
         if times == 1:
             return self
         return replace(
@@ -144,7 +148,7 @@ class Moments:
         )
 
     def statistics(self) -> Statistics:
-        """The numbers to show; None for what is not defined."""
+        """Return the statistics; None for one that is not defined."""
         return {
             "min": self.low if self.count else None,
             "max": self.high if self.count else None,
@@ -161,16 +165,16 @@ def _finite(value: float) -> float | None:
 
 
 def moments_of(elements: Array, dtype: str) -> Moments:
-    """The moments of elements, all of them converted to float64."""
+    """Return the moments of elements, computed in float64."""
     if elements.size == 1 and "complex" not in dtype:
         return _moments_of_one(_exact(elements.reshape(-1), dtype).item())
-    flat = elements.reshape(-1)  # a copy where they do not lie one after another
+    flat = elements.reshape(-1)  # a copy if they are not contiguous
     exact = _exact(flat, dtype)
     numbers = exact.astype(np.float64)
     zeros = int(np.count_nonzero(exact == 0))
     nan = inf = 0
     total = float(numbers.sum())
-    if not math.isfinite(total):  # one pass tells of all elements; it overflows on finite ones as well
+    if not math.isfinite(total):  # the sum shows whether any element is not finite; it may also overflow on finite ones
         nan, inf = int(np.count_nonzero(np.isnan(numbers))), int(np.count_nonzero(np.isinf(numbers)))
         exact = exact[np.isfinite(numbers)]
         numbers = exact.astype(np.float64)
@@ -181,21 +185,21 @@ def moments_of(elements: Array, dtype: str) -> Moments:
     low, high = exact.min().item(), exact.max().item()
     mean = min(max(total / count, float(low)), float(high))
     numbers -= mean
-    off = float(numbers.sum())  # what rounding made of the mean
+    off = float(numbers.sum())  # the rounding error of the mean
     np.square(numbers, out=numbers)
     m2 = max(float(numbers.sum()) - off / count * off, 0.0)
     return Moments(count, low, high, mean, off / count, m2, zeros, nan, inf)
 
 
 def _moments_of_one(number: float) -> Moments:
-    """The moments of a single number: a checkpoint may have 100,000 scales, and each step of NumPy's takes a while."""
+    """Return the moments of a single number without NumPy, because a checkpoint may have 100,000 scales."""
     if not math.isfinite(number):
         return Moments(nan=int(math.isnan(number)), inf=int(math.isinf(number)))
     return Moments(1, number, number, float(number), zeros=int(not number))
 
 
 def _exact(flat: Array, dtype: str) -> Array:
-    """The same numbers in a dtype whose least and greatest NumPy finds fast; of complex numbers the absolute values."""
+    """Return the same values in a dtype in which NumPy finds extremes fast; for complex values the absolute values."""
     if dtype == "bool":
         truth: Array = np.minimum(flat.view(np.uint8), 1)
         return truth
@@ -203,7 +207,7 @@ def _exact(flat: Array, dtype: str) -> Array:
         return flat
     if "complex" in dtype:
         wide = flat.astype(np.complex128)
-        absolute: Array = np.hypot(wide.real, wide.imag)  # closer to the last bit than np.abs, and so to torch
+        absolute: Array = np.hypot(wide.real, wide.imag)  # more exact than np.abs, and so closer to torch
         return absolute
     return flat.astype(np.float32)
 
@@ -212,7 +216,7 @@ def _exact(flat: Array, dtype: str) -> Array:
 
 
 def count_not_finite(elements: Array, dtype: str) -> Moments:
-    """How many elements are NaN and infinite, and nothing else of the moments. Most tensors have neither."""
+    """Count the NaN and infinite elements, and none of the other moments. Most tensors have neither."""
     flat = elements.reshape(-1)
     if not _may_be_not_finite(flat, dtype):
         return Moments()
@@ -230,7 +234,7 @@ def _may_be_not_finite(flat: Array, dtype: str) -> bool:
 
 @cache
 def _not_finite_patterns(dtype: str) -> Array:
-    """Which of the 256 elements of a dtype of one byte are NaN or infinite."""
+    """Return which of the 256 bit patterns of a one-byte dtype are NaN or infinite."""
     numbers = np.arange(256, dtype=np.uint8).view(numpy_dtype(dtype)).astype(np.float32)
     found: Array = ~np.isfinite(numbers)
     return found

@@ -230,7 +230,7 @@ def test_values_beyond_the_range_are_counted(cli: Cli, out: str, dtype: str, aft
     torch.save(state, "in.pth")
     wanted = int((state["w"].isfinite() & state["w"].to(target).isinf()).sum())
     assert wanted
-    note = f"{wanted:,} values became Inf in w: {after} ends at"
+    note = f"{wanted:,} values became Inf in w: the largest value of {after} is"
     assert note in cli("cast", ".", after, "-m", "in.pth", "-o", out).err
     assert "became" not in cli("cast", "v", after, "-m", "in.pth", "-o", out, "--force").err
 
@@ -249,5 +249,5 @@ def test_those_that_come_to_the_end_of_the_range_are_counted(cli: Cli) -> None:
 def test_what_one_cast_lost_is_told_after_another(cli: Cli) -> None:
     torch.save({"w": torch.tensor([1.0, 1e5])}, "in.pth")
     err = cli("apply", "-e", "cast . half", "-e", "cast . float32", "-m", "in.pth", "-o", "out.pth").err
-    assert "1 value became Inf in w: float16 ends at 65,504" in err
+    assert "1 value became Inf in w: the largest value of float16 is 65,504" in err
     assert state_of("out.pth")["w"].tolist() == [1.0, float("inf")]

@@ -1,4 +1,4 @@
-"""Folders that `torch.distributed.checkpoint` writes: `.metadata`, and a `.distcp` file of each rank."""
+"""The format of `torch.distributed.checkpoint`: a folder with `.metadata` and the `.distcp` files of the ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from modelcli.checkpoints.contents import Contents
 
-#: The account of a folder, and how the files end that each rank writes.
+#: The file that describes the folder, and the suffix of the files that the ranks write.
 METADATA, RANK_SUFFIX = ".metadata", ".distcp"
 
 
@@ -47,5 +47,5 @@ class DistributedCheckpoint(Format):
     def explain(self, path: Path) -> tuple[str, str] | None:
         if path.suffix != RANK_SUFFIX or not (path.parent / METADATA).exists():
             return None
-        what = f"{path} is what one rank wrote of a torch.distributed.checkpoint"
+        what = f"{path} is only the part of a torch.distributed.checkpoint that one rank wrote"
         return what, f"name its folder: {path.parent}/"

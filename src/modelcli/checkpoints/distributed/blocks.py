@@ -1,4 +1,4 @@
-"""Tensors that processes saved block by block: as columns, or as the blocks of a two-dimensional device mesh."""
+"""Join tensors that processes saved as blocks: as columns, or as the blocks of a two-dimensional device mesh."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from modelcli.model.tensors import Shape
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A part of a tensor: `sizes` elements along each dimension, from `offsets`; `storage` has them row-major."""
+    """A part of a tensor: `sizes` elements along each dimension, from `offsets`, row-major in `storage`."""
 
     offsets: Shape
     sizes: Shape
@@ -23,10 +23,16 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """The bytes of a row-major tensor of `shape`, put together from blocks that cover it exactly once.
+    """The bytes of a row-major tensor, joined from blocks that cover it exactly once.
 
-    An element takes `item` bytes. The blocks are put together in memory, as `torch.distributed.checkpoint.load` does;
-    these are the `nbytes` from `start`.
+    The blocks are joined in memory, as `torch.distributed.checkpoint.load` does.
+
+    Attributes:
+        shape: the shape of the tensor.
+        item: the size of an element in bytes.
+        blocks: the blocks.
+        start: the first byte of the tensor that this storage stands for.
+        nbytes: the number of bytes that it stands for.
     """
 
     shape: Shape
@@ -47,7 +53,7 @@ class Blocks:
         return bytes(self.mapped())
 
     def mapped(self, _windows: Windows | None = None) -> memoryview:
-        """A copy. Of each block that has some of these bytes, what lies from the first of them to the last is read."""
+        """Return a copy. Of each block, only the range from its first needed byte to its last is read."""
         made = memoryview(bytearray(self.nbytes))
         stop = self.start + self.nbytes
         for block in self.blocks:
@@ -67,11 +73,12 @@ class Blocks:
         return Blocks(self.shape, self.item, self.blocks, self.start + start, nbytes)
 
     def _runs(self, block: Block, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """The longest runs of a block that lie in one piece: where in it, where in the tensor, how many bytes.
+        """Yield the longest runs of a block that are contiguous in the tensor.
 
-        Those that lie along the first dimension outside the bytes from `start` to `stop` are left out.
+        Each run is its offset in the block, its offset in the tensor, and its length, all in bytes. Runs whose index
+        along the first dimension is outside the bytes from `start` to `stop` are left out.
         """
-        # Behind the last dimension that is cut, all that a block has lies together.
+        # After the last dimension in which the block is smaller than the tensor, its elements are contiguous.
         cut = max((axis for axis, size in enumerate(block.sizes) if size != self.shape[axis]), default=0)
         steps = shapes.row_major(self.shape)
         length = prod(block.sizes[cut:]) * self.item
@@ -88,5 +95,5 @@ class Blocks:
 
 
 def storage_of(shape: Shape, item: int, blocks: Sequence[Block]) -> Blocks:
-    """The bytes of a whole tensor."""
+    """Return the storage of a whole tensor that consists of blocks."""
     return Blocks(shape, item, tuple(blocks), 0, prod(shape) * item)

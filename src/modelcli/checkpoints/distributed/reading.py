@@ -1,5 +1,8 @@
-"""Folders of `torch.distributed.checkpoint`: `.metadata`, a pickle that says which part of which tensor lies where, and
-the files of the ranks, `*.distcp`, in which each part is an archive of `torch.save` by itself."""
+"""Read folders of `torch.distributed.checkpoint`.
+
+The pickle `.metadata` states where each part of each tensor is. The files of the ranks, `*.distcp`, contain the parts,
+each as an archive of `torch.save`.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +26,9 @@ from modelcli.model.dtypes import ITEM_BYTES
 from modelcli.model.tensors import Shape
 from modelcli.wording import counted, listed
 
-#: What an account of a part of a tensor takes in a `.metadata`, and what one of its corners is to be counted as.
+#: The bytes that the description of a part of a tensor takes in a `.metadata`, and the cost of one of its corners.
 _PART, _CORNER = 64, 8
-#: Entries that are no tensors repeat one another (a learning rate for each parameter): these are parsed once.
+#: Entries of up to this size that are not tensors often repeat (a learning rate for each parameter): parse them once.
 _SMALL = 4096
 
 _PACKAGE = "torch.distributed.checkpoint"
@@ -35,12 +38,12 @@ _BYTES = (f"{_PACKAGE}.metadata.BytesStorageMetadata",)
 _CHUNK = (f"{_PACKAGE}.metadata.ChunkStorageMetadata",)
 _INDEX = (f"{_PACKAGE}.metadata.MetadataIndex",)
 _INFO = (f"{_PACKAGE}.filesystem._StorageInfo",)
-#: The second is where torch before 2.3 had it.
+#: The second is its name before torch 2.3.
 _PROPERTIES = (
     f"{_PACKAGE}.metadata.TensorProperties",
     "torch.distributed._shard.sharded_tensor.metadata.TensorProperties",
 )
-#: What stands in a `.metadata` besides what any file of tensors may name.
+#: The names in a `.metadata` besides those that any file of tensors may have.
 _EXPECTED = frozenset(
     {
         *(*_METADATA, *_TENSOR, *_BYTES, *_CHUNK, *_INDEX, *_INFO, *_PROPERTIES),
@@ -57,17 +60,17 @@ _EXPECTED = frozenset(
     }
 )
 
-#: The way to a value in the nested dicts and lists that were saved.
-Way = tuple[str | int, ...]
-#: Where parts lie, by the name of their tensor and their offsets in it (None for what is no tensor).
-Places = Mapping[tuple[str, Shape | None], embedded.Place]
+#: The keys and indices that lead to a value in the nested dicts and lists that were saved.
+KeyPath = tuple[str | int, ...]
+#: Where each part is, by the name of its tensor and its offsets in the tensor (None for an entry that is not a tensor).
+PartSpans = Mapping[tuple[str, Shape | None], embedded.ArchiveSpan]
 
 
 def read(path: Path, key: str | None) -> Contents:
-    """Read a `.metadata` and the entries that are no tensors; no tensor's bytes are touched.
+    """Read a `.metadata` and the entries that are not tensors. The bytes of tensors are not read.
 
-    Each tensor is row-major, as `torch.distributed.checkpoint.load` gives it. Raises FileFormatError where the parts
-    of a tensor do not make it up, or are not in the files.
+    Each tensor is row-major, as `torch.distributed.checkpoint.load` returns it. Raises FileFormatError if the parts of
+    a tensor do not cover it, or are not in the files.
     """
     try:
         limits.INDEX_BYTES.check(path.stat().st_size, str(path))
@@ -79,29 +82,29 @@ def read(path: Path, key: str | None) -> Contents:
     foreign = tuple(name for name in pickled.foreign if name not in _EXPECTED)
     folder = _Folder(path, budget)
     try:
-        tensors, values, ways = folder.items(pickled.value)
+        tensors, values, key_paths = folder.items(pickled.value)
     except FileFormatError:
         if foreign:
             raise UnsafeError(
-                f"{path} is no account of a checkpoint, but holds objects of {listed(foreign, 3)}; "
-                "to load them would run code"
+                f"{path} does not describe a checkpoint: it contains objects of {listed(foreign, 3)}, and loading them "
+                "would run code"
             ) from None
         raise
-    whole = _tree(path, tensors | values, ways, budget)
+    whole = _tree(path, tensors | values, key_paths, budget)
     tree, key, notes = _chosen(path.parent, whole, key)
     inert = pickles.Pickle(
         tree, tuple(dict.fromkeys((*foreign, *folder.foreign))), budget, (*pickled.attributes, *folder.attributes)
     )
     contents = trees.contents_of(path.parent, inert, key)
     note = f"{counted(len(contents.tensors), 'tensor')} in {counted(len(folder.files), 'file')}, as {METADATA} says"
-    # Whether what was left out belongs to the model is a guess: whoever vouches for the model has not looked at it.
+    # Entries that were left out may belong to the model, so a check must not claim to have seen everything.
     left_out = [name for name in whole if name not in tree and state_dicts.may_be_of_a_model(name, whole[name], budget)]
     return replace(contents, format="dcp", notes=(note, *notes, *contents.notes), unseen=(*contents.unseen, *left_out))
 
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """A part of a tensor: a box of `sizes` at `offsets`."""
+    """A rectangular part of a tensor: `sizes` elements along each dimension, from `offsets`."""
 
     offsets: Shape
     sizes: Shape
@@ -109,62 +112,62 @@ class _Chunk:
 
 @dataclass
 class _Folder:
-    """What a `.metadata` says, checked against the files beside it; entries may share whatever they are made of."""
+    """The content of a `.metadata`, checked against the files beside it. Its entries may share objects."""
 
     path: Path
     budget: limits.Budget
     files: dict[str, tuple[Path, tuple[int, int, int]]] = field(default_factory=dict)
     foreign: list[str] = field(default_factory=list)
     attributes: list[tuple[str, Any]] = field(default_factory=list)
-    parsed: dict[bytes | embedded.Place, Any] = field(default_factory=dict)
+    parsed: dict[bytes | embedded.ArchiveSpan, Any] = field(default_factory=dict)
 
-    def items(self, value: Any) -> tuple[dict[str, TensorEntry], dict[str, Any], Mapping[str, Way]]:
-        """Tensors and other values by their flat names, and the ways to them."""
-        metadata = self._fields(value, _METADATA, "the whole")
+    def items(self, value: Any) -> tuple[dict[str, TensorEntry], dict[str, Any], Mapping[str, KeyPath]]:
+        """Return the tensors and the other values by their flat names, and the key path of each."""
+        metadata = self._fields(value, _METADATA, "the top-level object")
         entries = self._dict(metadata.get("state_dict_metadata"), "state_dict_metadata")
-        places = self._places(self._dict(metadata.get("storage_data"), "storage_data"))
-        ways = self._ways(metadata.get("planner_data"), entries)
+        spans = self._part_spans(self._dict(metadata.get("storage_data"), "storage_data"))
+        key_paths = self._key_paths(metadata.get("planner_data"), entries)
         tensors, values = {}, {}
         for name in entries:
             if not isinstance(name, str):
-                raise self._damaged("the name of an entry is no text")
-        # In the order in which they were saved: the entries are in that of the ranks that wrote them.
-        for name in ways:
+                raise self._damaged(f"the name of an entry is {name!r:.40}, not a text")
+        # `planner_data` is in the order of saving; the entries are in the order of the ranks that wrote them.
+        for name in key_paths:
             entry = entries[name]
             if _is(entry, _BYTES):
-                values[name] = self._value(name, places)
+                values[name] = self._value(name, spans)
             else:
-                tensors[name] = self._tensor(name, entry, places)
-        return tensors, values, ways
+                tensors[name] = self._tensor(name, entry, spans)
+        return tensors, values, key_paths
 
-    def _tensor(self, name: str, entry: Any, places: Places) -> TensorEntry:
+    def _tensor(self, name: str, entry: Any, spans: PartSpans) -> TensorEntry:
         fields = self._fields(entry, _TENSOR, name)
         dtype = self._dtype(name, fields.get("properties"))
         shape = self._sizes(name, fields.get("size"), shapes.shape)
         stated = self._list(fields.get("chunks"), name)
         self.budget.spend((_PART + len(shape)) * len(stated))
         chunks = [self._chunk(name, chunk, shape) for chunk in stated]
-        # Ranks beyond the last row have an empty part; an empty tensor has no other.
+        # Ranks beyond the last row have an empty part; all parts of an empty tensor are empty.
         chunks = [chunk for chunk in chunks if 0 not in chunk.sizes] or chunks[:1]
         if not chunks or (0 not in shape and not self._covers_once(name, shape, chunks)):
             raise self._damaged(f"the parts of {name} do not cover its shape {list(shape)} exactly once")
-        storage = self._storage(name, dtype, shape, chunks, places)
+        storage = self._storage(name, dtype, shape, chunks, spans)
         return TensorEntry(shape, dtype, shapes.row_major(shape), 0, storage, requires_grad=False)
 
-    def _storage(self, name: str, dtype: str, shape: Shape, chunks: Sequence[_Chunk], places: Places) -> Storage:
-        """The bytes of a tensor, put together from its parts: one behind another where each is one run of them."""
+    def _storage(self, name: str, dtype: str, shape: Shape, chunks: Sequence[_Chunk], spans: PartSpans) -> Storage:
+        """Return the bytes of a tensor, joined from its parts: in sequence if each part is contiguous in the tensor."""
         parts: list[tuple[int, embedded.TensorSpan]] = []
         found: list[blocks.Block] = []
         scattered = False
         for chunk in chunks:
-            place = places.get((name, chunk.offsets))
-            if place is None:
-                raise self._damaged(f"it does not say where the part of {name} at {list(chunk.offsets)} is")
-            part = embedded.TensorSpan(place, chunk.sizes, dtype)
-            if part.nbytes > place.length:
+            span = spans.get((name, chunk.offsets))
+            if span is None:
+                raise self._damaged(f"it does not state which file has the part of {name} at {list(chunk.offsets)}")
+            part = embedded.TensorSpan(span, chunk.sizes, dtype)
+            if part.nbytes > span.length:
                 raise self._damaged(
                     f"the part of {name} at {list(chunk.offsets)} needs {part.nbytes:,} bytes, "
-                    f"and {place.path.name} gives it {place.length:,}"
+                    f"but has {span.length:,} in {span.path.name}"
                 )
             start = _run_start(shape, chunk)
             scattered = scattered or start is None
@@ -177,9 +180,9 @@ class _Folder:
         return JoinedSpan(tuple(part for _, part in sorted(parts, key=lambda item: item[0])))
 
     def _covers_once(self, name: str, shape: Shape, chunks: Sequence[_Chunk]) -> bool:
-        """Whether boxes fill a shape without hole or overlap.
+        """Whether parts fill a shape without gaps or overlaps.
 
-        They do where the alternating sum over the corners of all boxes leaves that of the whole: the corners
+        They do if the alternating sum over the corners of all parts equals that of the whole shape: the corners
         determine how often each element is covered, as differences determine a function.
         """
         if len(chunks) == 1:
@@ -194,56 +197,56 @@ class _Folder:
                 corners[point] += times * (-1) ** sum(end)
         return not any(corners.values())
 
-    def _value(self, name: str, places: Places) -> Any:
-        """An entry that is no tensor, inert. All are read: what classes they name has to be known."""
-        place = places.get((name, None))
-        if place is None:
-            raise self._damaged(f"it does not say where {name} is")
-        lies = replace(place, name="")
-        data = self._bytes(place) if place.length <= _SMALL else None
-        for known in (lies, data):
+    def _value(self, name: str, spans: PartSpans) -> Any:
+        """Read an entry that is not a tensor, as an inert value. All are read, to know which classes they name."""
+        span = spans.get((name, None))
+        if span is None:
+            raise self._damaged(f"it does not state which file has {name}")
+        unnamed = replace(span, name="")
+        data = self._bytes(span) if span.length <= _SMALL else None
+        for known in (unnamed, data):
             if known in self.parsed:
                 return self.parsed[known]
-        pickled = embedded.read(place, self.budget)
+        pickled = embedded.read(span, self.budget)
         self.foreign.extend(pickled.foreign)
         self.attributes.extend(pickled.attributes)
-        self.parsed[lies] = pickled.value
+        self.parsed[unnamed] = pickled.value
         if data is not None and _is_plain(pickled.value):
             self.parsed[data] = pickled.value
         return pickled.value
 
-    def _bytes(self, place: embedded.Place) -> bytes:
+    def _bytes(self, span: embedded.ArchiveSpan) -> bytes:
         try:
-            with place.path.open("rb") as file:
-                file.seek(place.offset)
-                return file.read(place.length)
+            with span.path.open("rb") as file:
+                file.seek(span.offset)
+                return file.read(span.length)
         except OSError as error:
-            raise SystemFailureError(f"cannot read {place.path}: {error.strerror or error}") from None
+            raise SystemFailureError(f"cannot read {span.path}: {error.strerror or error}") from None
 
-    def _places(self, data: Mapping[Any, Any]) -> Places:
-        places: dict[tuple[str, Shape | None], embedded.Place] = {}
+    def _part_spans(self, data: Mapping[Any, Any]) -> PartSpans:
+        spans: dict[tuple[str, Shape | None], embedded.ArchiveSpan] = {}
         for key, value in data.items():
             index = self._fields(key, _INDEX, "storage_data")
             name, offset = index.get("fqn"), index.get("offset")
             if not isinstance(name, str):
-                raise self._damaged("storage_data has a name that is no text")
+                raise self._damaged(f"storage_data has the name {name!r:.40}, which is not a text")
             at = None if offset is None else self._sizes(name, offset)
-            if (name, at) in places:
-                raise self._damaged(f"storage_data has the part of {name} at {at} twice")
-            places[name, at] = self._place(name, self._fields(value, _INFO, name))
-        return places
+            if (name, at) in spans:
+                raise self._damaged(f"storage_data lists the part of {name} at {at} twice")
+            spans[name, at] = self._part_span(name, self._fields(value, _INFO, name))
+        return spans
 
-    def _place(self, name: str, info: Mapping[str, Any]) -> embedded.Place:
+    def _part_span(self, name: str, info: Mapping[str, Any]) -> embedded.ArchiveSpan:
         file, offset, length = info.get("relative_path"), info.get("offset"), info.get("length")
         if info.get("transform_descriptors"):
             descriptors = self._list(info["transform_descriptors"], name)
             words = ", ".join(word for word in descriptors if isinstance(word, str))
             raise FileFormatError(
-                f"{self.path}: {name} was written through a transform ({words}), which is not undone here",
+                f"{self.path}: {name} was written with the extensions {words}, which modelcli cannot reverse",
                 "load it with torch.distributed.checkpoint, and save it without extensions",
             )
         if not isinstance(file, str) or not _is_size(offset) or not _is_size(length):
-            raise self._damaged(f"the place of {name} is not a file, an offset and a length")
+            raise self._damaged(f"it does not state a file, an offset and a length for {name}")
         if file not in self.files:
             path = named_files.inside(self.path, file)
             try:
@@ -252,40 +255,43 @@ class _Folder:
                 raise SystemFailureError(f"cannot read {path}: {error.strerror or error}") from None
         path, identity = self.files[file]
         if offset + length > identity[0]:
-            raise FileFormatError(
-                f"{path} is cut off: {name} ends at byte {offset + length:,}, and the file has {identity[0]:,}"
+            raise FileFormatError.damaged(
+                str(path), f"{name} should end at byte {offset + length:,}, but the file has {identity[0]:,} bytes"
             )
-        return embedded.Place(path, offset, length, identity, name)
+        return embedded.ArchiveSpan(path, offset, length, identity, name)
 
-    def _ways(self, data: Any, entries: Mapping[Any, Any]) -> dict[str, Way]:
-        """The way to each entry: `planner_data`, where the planner flattened what was nested."""
+    def _key_paths(self, data: Any, entries: Mapping[Any, Any]) -> dict[str, KeyPath]:
+        """Return the key path of each entry: from `planner_data` if nested values were flattened, else its name."""
         given = {} if data is None else self._dict(data, "planner_data")
-        ways: dict[str, Way] = {}
-        for name, way in given.items():
+        key_paths: dict[str, KeyPath] = {}
+        for name, key_path in given.items():
             if name not in entries:
                 continue
             if (
-                not isinstance(way, tuple)
-                or not way
-                or len(way) > limits.NESTING.value
-                or not isinstance(way[0], str)
-                or not all(isinstance(step, str) or _is_size(step) for step in way)
+                not isinstance(key_path, tuple)
+                or not key_path
+                or len(key_path) > limits.NESTING.value
+                or not isinstance(key_path[0], str)
+                or not all(isinstance(step, str) or _is_size(step) for step in key_path)
             ):
-                raise self._damaged("planner_data has a path that is not made of names and numbers")
-            self.budget.spend(len(way))
-            ways[name] = way
+                raise self._damaged(f"planner_data has a path for {name} that does not consist of names and numbers")
+            self.budget.spend(len(key_path))
+            key_paths[name] = key_path
         for name in entries:
-            ways.setdefault(name, (name,))
-        return ways
+            key_paths.setdefault(name, (name,))
+        return key_paths
 
     def _dtype(self, name: str, properties: Any) -> str:
         if not _is(properties, _PROPERTIES) or not isinstance(properties.state, tuple) or len(properties.state) < 5:
-            raise self._damaged(f"the properties of {name} are none of a tensor")
+            raise self._damaged(f"the properties of {name} are not those of a tensor")
         dtype, layout = properties.state[:2]
         if not isinstance(dtype, Global) or dtype.module != "torch" or dtype.name not in ITEM_BYTES:
-            raise self._damaged(f"the dtype of {name} is not one of torch's")
+            raise self._damaged(f"the dtype of {name} is not a dtype of torch")
         if not _is(layout, ("torch.serialization._get_layout",)) or layout.args != ("torch.strided",):
-            raise FileFormatError(f"{self.path}: {name} is no dense tensor")
+            raise FileFormatError(
+                f"{self.path}: {name} is not a dense tensor, and modelcli reads only dense ones here",
+                "load the folder with torch.distributed.checkpoint, and save the state dict with torch.save",
+            )
         return dtype.name
 
     def _chunk(self, name: str, value: Any, shape: Shape) -> _Chunk:
@@ -295,38 +301,38 @@ class _Folder:
             offset + size > whole for offset, size, whole in zip(chunk.offsets, chunk.sizes, shape, strict=True)
         ):
             raise self._damaged(
-                f"a part of {name} of sizes {list(chunk.sizes)} at {list(chunk.offsets)} is outside {list(shape)}"
+                f"a part of {name} of shape {list(chunk.sizes)} at {list(chunk.offsets)} is outside {list(shape)}"
             )
         return chunk
 
     def _sizes(self, name: str, value: Any, checked: Callable[[Any, str], Shape] = shapes.sizes) -> Shape:
-        """A `torch.Size` of numbers below 2^63."""
+        """Return the sizes in a `torch.Size`, each below 2^63."""
         try:
             return checked(sizes_in(value), f"{self.path}: {name}")
         except (ValueError, TypeError) as error:
-            raise self._damaged(f"{name} has a shape or an offset that is none: {error}") from None
+            raise self._damaged(f"the shape or offset of {name} is wrong: {error}") from None
 
     def _fields(self, value: Any, classes: tuple[str, ...], where: str) -> Mapping[str, Any]:
         if not _is(value, classes) or not isinstance(value.state, dict):
-            raise self._damaged(f"{where} is no {classes[0].rpartition('.')[2]}")
+            raise self._damaged(f"{where} should be a {classes[0].rpartition('.')[2]}")
         return value.state
 
     def _dict(self, value: Any, where: str) -> dict[Any, Any]:
         if not isinstance(value, dict):
-            raise self._damaged(f"{where} is no dict")
+            raise self._damaged(f"{where} should be a dict")
         return value
 
     def _list(self, value: Any, where: str) -> list[Any]:
         if not isinstance(value, list):
-            raise self._damaged(f"what {where} is made of is no list")
+            raise self._damaged(f"the parts of {where} should be a list")
         return value
 
     def _damaged(self, what: str) -> FileFormatError:
-        return FileFormatError(f"{self.path} is damaged: {what}")
+        return FileFormatError.damaged(str(self.path), what)
 
 
 def _run_start(shape: Shape, chunk: _Chunk) -> int | None:
-    """Where a box starts in the row-major tensor, in elements; None where it is not one run of it."""
+    """Return the first element of a part in the row-major tensor; None if the part is not contiguous there."""
     first = next((axis for axis, size in enumerate(chunk.sizes) if size != 1), len(shape))
     if chunk.sizes[first + 1 :] != shape[first + 1 :]:
         return None
@@ -339,7 +345,7 @@ def _is(value: Any, classes: tuple[str, ...]) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a value cannot change, so that two entries may be one object."""
+    """Whether a value is immutable, so that two entries may share it."""
     if isinstance(value, tuple):
         return all(item is None or isinstance(item, bool | int | float | str) for item in value)
     return value is None or isinstance(value, bool | int | float | str)
@@ -353,15 +359,17 @@ def _is_optimizer(name: object) -> bool:
     return isinstance(name, str) and name.startswith("optim")
 
 
-def _tree(path: Path, leaves: Mapping[str, Any], ways: Mapping[str, Way], budget: limits.Budget) -> dict[str, Any]:
-    """The nested dicts and lists that were saved. What an optimizer says of itself comes last.
+def _tree(
+    path: Path, leaves: Mapping[str, Any], key_paths: Mapping[str, KeyPath], budget: limits.Budget
+) -> dict[str, Any]:
+    """Return the nested dicts and lists that were saved, the state of optimizers last.
 
-    A way may name any number of a list, and those before it are made.
+    A key path may name any index of a list; the missing items before it are added as None, which the budget pays for.
     """
     tree: dict[str, Any] = {}
-    for name, way in sorted(ways.items(), key=lambda item: _is_optimizer(item[1][0])):
+    for name, key_path in sorted(key_paths.items(), key=lambda item: _is_optimizer(item[1][0])):
         container: Any = tree
-        for step, below in itertools.zip_longest(way, way[1:]):
+        for step, below in itertools.zip_longest(key_path, key_path[1:]):
             if isinstance(container, list) and isinstance(step, int):
                 missing = max(step + 1 - len(container), 0)
                 budget.spend(missing, name)
@@ -370,10 +378,10 @@ def _tree(path: Path, leaves: Mapping[str, Any], ways: Mapping[str, Way], budget
             elif isinstance(container, dict) and isinstance(step, str):
                 found = container.get(step)
             else:
-                raise FileFormatError(f"{path} is damaged: {name} lies inside another entry")
+                raise FileFormatError.damaged(str(path), f"the path of {name} leads through another entry")
             if below is None:
                 if found is not None:
-                    raise FileFormatError(f"{path} is damaged: two entries have the place of {name}")
+                    raise FileFormatError.damaged(str(path), f"another entry has the same path as {name}")
                 container[step] = leaves[name]
             elif found is None:
                 container[step] = {} if isinstance(below, str) else []
@@ -384,10 +392,10 @@ def _tree(path: Path, leaves: Mapping[str, Any], ways: Mapping[str, Way], budget
 
 
 def _chosen(folder: Path, tree: dict[str, Any], key: str | None) -> tuple[dict[str, Any], str | None, tuple[str, ...]]:
-    """The tree to take the state dict from, its key where it has to be given, and what to tell of the choice.
+    """Choose the state dict of a folder. Returns the tree to take it from, its key (or None), and notes.
 
-    Two layouts are common in such folders alone: a model's tensors at the top with the state of training below, and
-    a model and its optimizer inside one object that stands for the application.
+    Two layouts occur only in such folders: the model's tensors at the top with the training state in dicts beside them,
+    and the model and its optimizer together in one dict.
     """
     if key is not None or _model_in(tree) is not None:
         return tree, key, ()
@@ -395,7 +403,11 @@ def _chosen(folder: Path, tree: dict[str, Any], key: str | None) -> tuple[dict[s
     if below and any(isinstance(value, TensorEntry) for value in tree.values()):
         own = {name: value for name, value in tree.items() if name not in below}
         names = listed(below, 6)
-        return own, None, (f"took the tensors at the top of {folder.name} and left out {names}; --key takes another",)
+        return (
+            own,
+            None,
+            (f"took the tensors at the top of {folder.name} and left out {names}; --key takes another",),
+        )
     if len(below) == 1 and (name := _model_in(tree[below[0]])) is not None:
         key = f"{below[0]}.{name}"
         return tree, key, (f"took the state dict under {key!r} of {folder.name}",)
@@ -403,5 +415,5 @@ def _chosen(folder: Path, tree: dict[str, Any], key: str | None) -> tuple[dict[s
 
 
 def _model_in(tree: Mapping[str, Any]) -> str | None:
-    """The usual name under which a dict keeps a state dict."""
+    """Return the usual name of a state dict that a dict has, or None."""
     return next((name for name in state_dicts.STATE_DICT_KEYS if isinstance(tree.get(name), dict)), None)

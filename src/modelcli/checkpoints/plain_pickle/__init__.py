@@ -1,4 +1,4 @@
-"""Pickles that `torch.save` did not write: state dicts of `pickle.dump`, and NumPy's arrays by name."""
+"""The format of pickles that `torch.save` did not write: state dicts of `pickle.dump`, and NumPy arrays by name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class PlainPickle(Format):
-    """A pickle with its values inside, as detectron2 writes them. It is read only."""
+    """A pickle that contains its values, as detectron2 writes them. modelcli reads but does not write this format."""
 
     name = "pickle"
     title = "a pickle that torch.save did not write"
@@ -19,7 +19,7 @@ class PlainPickle(Format):
     has_keys = True
 
     def recognises(self, file: Candidate) -> bool:
-        """It starts as a pickle of protocol 2 to 5 does."""
+        """Whether the file starts like a pickle of protocol 2 to 5."""
         return file.head.startswith(b"\x80") and file.head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
 
     def read(self, file: Candidate, key: str | None) -> Contents:

@@ -1,7 +1,7 @@
-"""Pickles that torch.save did not write: state dicts of `pickle.dump`, and NumPy's arrays by name (detectron2's .pkl).
+"""Read pickles that torch.save did not write: state dicts of `pickle.dump`, and NumPy arrays by name (detectron2).
 
-Their values lie inside the pickle, so the whole file is read; it is never unpickled. Texts and bytes of Python 2 are
-taken as `pickle.load(file, encoding="latin1")` takes them.
+The pickle contains the values, so the whole file is read, but it is never unpickled. Texts and bytes of Python 2 are
+decoded as `pickle.load(file, encoding="latin1")` decodes them.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from modelcli.checkpoints.torch_pickle.inert_values import Global, Opaque, Stora
 from modelcli.errors import FileFormatError, SystemFailureError
 from modelcli.model.dtypes import ITEM_BYTES
 
-#: What a file of one kind or the other names, and what is made of it here.
+#: The functions and classes in such files that this module interprets.
 _LOAD_STORAGE = "torch.storage._load_from_bytes"
 _RECONSTRUCT = frozenset(f"numpy.{package}.multiarray._reconstruct" for package in ("core", "_core"))
 _FROM_BUFFER = frozenset(f"numpy.{package}.numeric._frombuffer" for package in ("core", "_core"))
 _ARRAYS = frozenset(
     {*_RECONSTRUCT, *_FROM_BUFFER, "numpy.ndarray", "numpy.dtype", "__builtin__.bytes", "builtins.bytes"}
 )
-#: torch's dtypes by the letter and bytes of NumPy's.
+#: torch's dtypes by the letter and size of NumPy's.
 _DTYPES = {
     "f2": "float16",
     "f4": "float32",
@@ -42,8 +42,8 @@ _DTYPES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """Bytes in memory, which a file had inside a pickle."""
+class PickledBytes:
+    """Bytes in memory that were inside a pickle."""
 
     data: memoryview
     file: FileId
@@ -65,20 +65,20 @@ class Held:
     def mapped(self, _windows: Windows | None = None) -> memoryview:
         return memoryview(bytearray(self.data))
 
-    def part(self, start: int, nbytes: int) -> Held:
-        return Held(self.data[start : start + nbytes], self.file)
+    def part(self, start: int, nbytes: int) -> PickledBytes:
+        return PickledBytes(self.data[start : start + nbytes], self.file)
 
     def __hash__(self) -> int:
         return id(self.data)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Held) and self.data is other.data
+        return isinstance(other, PickledBytes) and self.data is other.data
 
 
 def read(path: Path, key: str | None) -> Contents:
-    """Read a pickle as inert values, arrays and tensors in it as tensors.
+    """Read a pickle as inert values, with a tensor for each array and tensor in it.
 
-    Raises FileFormatError where it is damaged, or larger than `MODELCLI_MAX_WHOLE_PICKLE_BYTES`.
+    Raises FileFormatError if it is damaged, or larger than `MODELCLI_MAX_WHOLE_PICKLE_BYTES`.
     """
     try:
         identity = identity_of(path)
@@ -90,46 +90,48 @@ def read(path: Path, key: str | None) -> Contents:
     stream = io.BytesIO(data)
     pickled = pickles.read(stream, str(path), encoding="latin1", calls={_LOAD_STORAGE: reader.storage})
     if stream.tell() != len(data):
-        raise FileFormatError(f"{path} is a pickle with {len(data) - stream.tell():,} bytes behind its end")
+        raise FileFormatError.damaged(str(path), f"{len(data) - stream.tell():,} bytes follow the end of the pickle")
     tree = reader.with_tensors(pickled.value, pickled.budget)
     left = _names_in(tree)
     foreign = tuple(name for name in pickled.foreign if name not in _ARRAYS or name in left)
     contents = trees.contents_of(path, replace(pickled, value=tree, foreign=foreign), key)
-    note = f"{path.name} is a pickle that torch.save did not write: modelcli save makes a checkpoint of it"
+    note = f"{path.name} is a pickle that torch.save did not write: modelcli save writes it as a checkpoint"
     return replace(contents, format="pickle", notes=(note, *contents.notes))
 
 
 @dataclass
 class _Reader:
-    """Makes tensors of what stands for their values."""
+    """Makes tensors of the arrays and storages in a pickle."""
 
     path: Path
     file: FileId
-    #: What was made of texts and bytes, by their identity: a small file can name large ones at many places.
+    #: The decoded texts and bytes, by their identity: a small file can use a large one many times.
     encoded: dict[int, tuple[Any, bytes | None]] = field(default_factory=dict)
     storages: dict[int, StorageRef | None] = field(default_factory=dict)
 
     def storage(self, args: tuple[Any, ...]) -> StorageRef | None:
-        """What `torch.storage._load_from_bytes(bytes)` gives: a file of torch.save in itself, of one storage."""
+        """Return the storage of `torch.storage._load_from_bytes(bytes)`, whose bytes are a file of torch.save."""
         data = self._bytes_of(args[0]) if len(args) == 1 else None
         if data is None:
             return None
         if id(data) not in self.storages:
-            self.storages[id(data)] = legacy_format.storage_in(data, f"{self.path}: a storage in it", self._held)
+            self.storages[id(data)] = legacy_format.storage_in(
+                data, f"{self.path}: a storage inside the pickle", self._held
+            )
         return self.storages[id(data)]
 
     def _bytes_of(self, value: Any) -> bytes | None:
-        """Bytes in each of the ways in which they are pickled; the same object for the same text."""
+        """Return the bytes in a value, however they were pickled; the same object for the same value. Else None."""
         plain = _innermost(value)
         if id(plain) not in self.encoded:
             self.encoded[id(plain)] = plain, _encoded(plain)
         return self.encoded[id(plain)][1]
 
-    def _held(self, data: memoryview) -> Held:
-        return Held(data, self.file)
+    def _held(self, data: memoryview) -> PickledBytes:
+        return PickledBytes(data, self.file)
 
     def with_tensors(self, value: Any, budget: limits.Budget) -> Any:
-        """The same tree with a tensor for each array of numbers in its dicts and lists."""
+        """Return the same tree with a tensor for each array in its dicts and lists. These are changed in place."""
         found = self._tensor(value)
         if found is not None:
             return found
@@ -142,17 +144,17 @@ class _Reader:
                 continue
             seen.add(id(holder))
             budget.spend(len(holder))
-            for place, item in list(holder.items() if isinstance(holder, dict) else enumerate(holder)):
+            for key, item in list(holder.items() if isinstance(holder, dict) else enumerate(holder)):
                 if id(item) not in made and (tensor := self._tensor(item)) is not None:
                     made[id(item)] = tensor
                 if id(item) in made:
-                    holder[place] = made[id(item)]
+                    holder[key] = made[id(item)]
                 else:
                     stack.append(item)
         return value
 
     def _tensor(self, value: Any) -> TensorEntry | None:
-        """An array of numbers as a tensor; None for anything else."""
+        """Return an array of numbers as a tensor; None for any other value."""
         if not isinstance(value, Opaque) or not isinstance(value.call, Global):
             return None
         match value.call.dotted, value.args, value.state:
@@ -169,23 +171,28 @@ class _Reader:
         sizes = shapes.shape(shape, where)
         stride = shapes.row_major(sizes) if order == "C" else shapes.row_major(sizes[::-1])[::-1]
         if len(found) != shapes.extent(sizes, stride) * ITEM_BYTES[kind]:
-            raise FileFormatError(f"{where} and dtype {kind} has {len(found):,} bytes")
+            raise FileFormatError.damaged(
+                where, f"its elements of dtype {kind} do not take the {len(found):,} bytes that it has"
+            )
         return TensorEntry(sizes, kind, stride, 0, self._held(memoryview(found)))
 
     def _dtype(self, value: Any) -> str | None:
-        """torch's dtype for one of NumPy's; None where torch has none."""
+        """Return torch's dtype for a dtype of NumPy; None if torch has none."""
         match value:
             case Opaque(call=Global(module="numpy", name="dtype"), args=(str() as code, *_), state=state):
                 order = state[1] if isinstance(state, tuple) and len(state) > 1 else "|"
                 kind = _DTYPES.get(code)
                 if kind is not None and order == ">" and ITEM_BYTES[kind] > 1:
-                    raise FileFormatError(f"{self.path}: an array of big-endian numbers", "save it as little-endian")
+                    raise FileFormatError(
+                        f"{self.path}: an array has big-endian values, but modelcli reads little-endian ones",
+                        "convert it with NumPy, array.astype(array.dtype.newbyteorder('<')), and save it again",
+                    )
                 return kind
         return None
 
 
 def _innermost(value: Any) -> Any:
-    """The text or bytes that a call makes bytes of; the value itself where it is no such call."""
+    """Return the text or bytes inside the calls that make bytes; the value itself if it is not such a call."""
     for _ in range(2):
         match value:
             case Opaque(call=Global(module="_codecs", name="encode"), args=(str() as text, "latin1" | "latin-1")):
@@ -198,7 +205,7 @@ def _innermost(value: Any) -> Any:
 
 
 def _encoded(value: Any) -> bytes | None:
-    """Bytes as they are, and texts as Python 2 wrote them; None for anything else."""
+    """Return bytes unchanged, and texts as Python 2 wrote them; None for any other value."""
     if isinstance(value, bytes):
         return value
     try:
@@ -208,7 +215,7 @@ def _encoded(value: Any) -> bytes | None:
 
 
 def _names_in(tree: Any) -> set[str]:
-    """The classes and functions that are left in a tree."""
+    """Return the names of all classes and functions in a tree."""
     found: set[str] = set()
     seen: set[int] = set()
     stack = [tree]

@@ -1,4 +1,4 @@
-"""safetensors: eight bytes with the length of a JSON header, the header, then the tensors' bytes without a hole."""
+"""The safetensors format: eight bytes with the length of a JSON header, the header, the tensors' bytes without gaps."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ SUFFIX = ".safetensors"
 
 
 def looks_like(head: bytes) -> bool:
-    """Whether bytes begin as a safetensors file does: a plausible length, then a JSON object."""
+    """Whether bytes start like a safetensors file: with a plausible length, then a JSON object."""
     return len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") >= 2
 
 
 class Safetensors(Format):
-    """One file of tensors and short texts."""
+    """A file of tensors and short texts."""
 
     name = "safetensors"
     title = "a safetensors file"

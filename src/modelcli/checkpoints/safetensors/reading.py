@@ -1,4 +1,4 @@
-"""safetensors: eight bytes with the length of a JSON header, the header, then the tensors' bytes without a hole."""
+"""Read the header of a safetensors file, which states the dtype, shape and position of each tensor."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from modelcli.errors import FileFormatError, SystemFailureError
 from modelcli.model.dtypes import ITEM_BYTES
 from modelcli.model.tensors import Shape
 
-#: torch's dtype for each of the format's.
+#: torch's dtype for each dtype of the format.
 DTYPES = {
     "BOOL": "bool",
     "U8": "uint8",
@@ -40,35 +40,39 @@ DTYPES = {
     "F64": "float64",
     "C64": "complex64",
 }
-#: Those of fewer bits than a byte: a name, and the bits of an element. torch has a type for two `F4` in a byte.
+#: Dtypes with less than a byte per element: a name, and the bits of an element. torch has one for two `F4` in a byte.
 _SUB_BYTE = {"F4": ("float4_e2m1fn", 4), "F6_E2M3": ("float6_e2m3fn", 6), "F6_E3M2": ("float6_e3m2fn", 6)}
 PAIRS = "float4_e2m1fn_x2"
 
 
 def read(path: Path) -> Contents:
-    """Read the header. Raises FileFormatError that names what breaks which of the format's rules."""
+    """Read a safetensors file without its tensors' bytes. Raises FileFormatError if it breaks a rule of the format."""
     identity = identity_of(path)
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             limits.HEADER_BYTES.check(length, f"{path}: its header")
             if 8 + length > identity[0]:
-                raise FileFormatError(f"{path} is cut off inside its header")
+                raise FileFormatError.damaged(
+                    str(path), f"its header should have {length:,} bytes, but the file has only {identity[0]:,}"
+                )
             raw = file.read(length)
     except OSError as error:
         raise SystemFailureError(f"cannot read {path}: {error.strerror or error}") from None
     try:
         header = strict_json.loads(raw, f"{path}: its header")
     except (ValueError, RecursionError) as error:
-        raise FileFormatError(f"{path}: the header is not what safetensors writes: {error}") from None
+        raise FileFormatError.damaged(str(path), f"its header is not valid: {error}") from None
     metadata = header.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        raise FileFormatError(f"{path}: __metadata__ in the header is not texts by name")
+        raise FileFormatError.damaged(str(path), "__metadata__ in its header does not consist of texts by name")
     limits.check_names(header, str(path))
     tensors, end = _tensors(path, header, 8 + length, identity)
     if end != identity[0]:
-        raise FileFormatError(f"{path}: the header tells of {end:,} bytes, the file has {identity[0]:,}")
+        raise FileFormatError.damaged(
+            str(path), f"its header describes {end:,} bytes, but the file has {identity[0]:,}"
+        )
     found = record_reading.record_in((metadata.pop(records.SAFETENSORS_KEY, None),), path)
     aliases = record_reading.aliases_in(metadata, tensors, found.record)
     tensors |= {name: tensors[first] for name, first in aliases.items()}
@@ -84,22 +88,22 @@ def read(path: Path) -> Contents:
 
 
 def _part_notes(path: Path, metadata: Mapping[str, Any]) -> tuple[str, ...]:
-    """What there is to tell of a file of torch.distributed.checkpoint: its tensors may be parts of larger ones."""
+    """Return the note about a file of torch.distributed.checkpoint, whose tensors may be parts of larger ones."""
     if _SHARDING not in metadata:
         return ()
-    return (f"{path.name} is what one process wrote of a torch.distributed.checkpoint: its tensors may be parts",)
+    return (f"one process of torch.distributed.checkpoint wrote {path.name}: its tensors may be parts of larger ones",)
 
 
-#: Where torch.distributed.checkpoint says which part of each tensor a file has.
+#: The key under which torch.distributed.checkpoint states which part of each tensor a file has.
 _SHARDING = "DCP_SHARDING_INFO"
 
 
 def _tensors(
     path: Path, header: Mapping[str, Any], start: int, identity: Identity
 ) -> tuple[dict[str, TensorEntry | CompositeEntry], int]:
-    """The tensors that a header lists, in its order, and where the last of them ends in the file.
+    """Return the tensors that a header lists, in its order, and the end of the last one in the file.
 
-    They begin at `start`, without a hole. Raises FileFormatError that names the entry that breaks a rule.
+    The tensors must be contiguous from `start`. Raises FileFormatError that names an entry which breaks a rule.
     """
     if (usual := _tensors_in_order(path, header, start, identity)) is not None:
         return usual
@@ -109,7 +113,9 @@ def _tensors(
         entry, begin, stop = _entry(path, where, name, info, start, identity)
         if start + begin != end:
             before = end - start
-            raise FileFormatError(f"{path}: {name} starts at byte {begin:,}, the one before it ends at {before:,}")
+            raise FileFormatError.damaged(
+                str(path), f"{name} starts at byte {begin:,}, but the tensor before it ends at {before:,}"
+            )
         end = start + stop
         tensors[name] = entry
     return {name: tensors[name] for name in header}, end
@@ -118,10 +124,10 @@ def _tensors(
 def _tensors_in_order(
     path: Path, header: Mapping[str, Any], start: int, identity: Identity
 ) -> tuple[dict[str, TensorEntry | CompositeEntry], int] | None:
-    """The same for a header as nearly every program writes it: the tensors in the order of their bytes.
+    """Return the same for a header with the tensors in the order of their bytes, as nearly every program writes it.
 
-    None for any other header, or a wrong one. A file may have 100,000 tensors: the types of all their numbers are
-    checked at once, and each shape that many tensors have is checked once.
+    Returns None for any other header, or a wrong one. It is fast, because a file may have 100,000 tensors: it checks
+    the types of all numbers at once, and each distinct shape once.
     """
     where, end = f"{path}", 0
     tensors: dict[str, TensorEntry | CompositeEntry] = {}
@@ -168,13 +174,18 @@ def _entry(
         begin, end = shapes.sizes(info["data_offsets"], where)
         dtype, bits = _BITS[code]
     except (KeyError, TypeError, ValueError) as error:
-        raise FileFormatError(f"{path}: the header's entry for {name!r} is wrong: {error}") from None
+        raise FileFormatError.damaged(
+            str(path), f"the entry for {name!r} in its header is not valid: {error}"
+        ) from None
     nbytes, rest = divmod(prod(shape) * bits, 8)
     if rest:
-        raise FileFormatError(f"{path}: {name} of shape {list(shape)} and dtype {code} ends inside a byte")
+        raise FileFormatError.damaged(
+            str(path), f"{name} of shape {list(shape)} and dtype {code} would end inside a byte"
+        )
     if end - begin != nbytes:
-        raise FileFormatError(
-            f"{path}: {name} of shape {list(shape)} needs {nbytes:,} bytes, the header gives it {end - begin:,}"
+        raise FileFormatError.damaged(
+            str(path),
+            f"{name} of shape {list(shape)} needs {nbytes:,} bytes, but its header states {end - begin:,} for it",
         )
     span = Span(path, start + begin, nbytes, identity)
     entry: TensorEntry | CompositeEntry
@@ -188,5 +199,5 @@ def _entry(
 
 
 def _whole(shape: Shape, dtype: str, span: Span) -> TensorEntry:
-    """A tensor that is all of a span."""
+    """Return a contiguous tensor that uses all of a span."""
     return TensorEntry(shape, dtype, shapes.row_major(shape), 0, span)

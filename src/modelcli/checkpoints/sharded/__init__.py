@@ -1,4 +1,4 @@
-"""Folders of shards: several files of tensors, and an index that says which file holds which tensor."""
+"""The format of a folder of shards: several files of tensors, and an index that states which file has which tensor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders of shards: an index, `*.index.json`, that says which file holds which tensor."""
+"""Read a folder of shards by its index, `*.index.json`, which states which file has which tensor."""
 
 from __future__ import annotations
 
@@ -18,24 +18,26 @@ from modelcli.wording import counted, listed
 
 
 def index_in(folder: Path, names: Sequence[str]) -> Path | None:
-    """The index of a folder; None where it has none. `names` are those in it.
+    """Return the index of a folder, or None if it has none. `names` are the names of its files.
 
-    Raises RequestError where several things may be meant, with what lies there.
+    Raises RequestError if the folder holds several checkpoints; the hint names them.
     """
     found = [name for name in names if name.endswith(INDEX_SUFFIX)]
     whole = [name for name in names if name in formats.whole_files()]
-    if found and whole:  # programs differ in which they take
-        told = listed([str(folder / name) for name in (*found, *whole)], 6)
-        raise RequestError(f"{folder} holds an index and {whole[0]}, each with the weights", f"name one of {told}")
+    if found and whole:  # programs differ in which of them they load
+        choices = listed([str(folder / name) for name in (*found, *whole)], 6)
+        raise RequestError(
+            f"{folder} holds two checkpoints: an index of shards, and {whole[0]}", f"name one of {choices}"
+        )
     if len(found) > 1:
-        raise RequestError(f"{folder} holds {len(found)} indexes", f"name one of {listed(found, 6)}")
+        raise RequestError(f"{folder} holds {len(found)} indexes of shards", f"name one of {listed(found, 6)}")
     return folder / found[0] if found else None
 
 
 def read(index: Path) -> Contents:
-    """Read an index and the headers of the shards it names. Raises FileFormatError where they do not fit together."""
+    """Read an index and the headers of the shards that it names. Raises FileFormatError if they do not match."""
     weight_map, metadata = _index(index)
-    # One file may be spelt in several ways, and is read once. Nothing is asked of the disk for each tensor.
+    # An index may spell a file in several ways. Each file is read once, and the disk is not asked for each tensor.
     shards: dict[Path, Contents] = {}
     by_spelling: dict[str, Contents] = {}
     for file in dict.fromkeys(weight_map.values()):
@@ -50,12 +52,12 @@ def read(index: Path) -> Contents:
         if (entry := shard.tensors.get(name)) is not None:
             tensors[name] = entry
         elif name not in shard.extras:
-            raise FileFormatError(f"{index} says that {name} is in {file}, and it is not")
+            raise FileFormatError.damaged(str(index), f"it lists {name} in {file}, but that file does not have it")
     for path, shard in shards.items():
         if not shard.tensors.keys() <= weight_map.keys():
             extra = next(name for name in shard.tensors if name not in weight_map)
-            raise FileFormatError(f"{path.name} holds {extra}, which {index} does not name")
-    _refuse_twins(index, shards)
+            raise FileFormatError.damaged(str(index), f"it does not list {extra}, which is in {path.name}")
+    _refuse_duplicates(index, shards)
     text = metadata.get(records.SAFETENSORS_KEY)
     found = record_reading.record_in((text,), index)
     aliases = record_reading.aliases_in(metadata, tensors, found.record)
@@ -67,7 +69,7 @@ def read(index: Path) -> Contents:
         path=index.parent,
         format=formats.pop() if len(formats) == 1 else "mixed",
         tensors=tensors,
-        # An index may leave out what is no tensor.
+        # An index may leave out entries that are not tensors.
         extras={name: value for shard in shards.values() for name, value in shard.extras.items()},
         inner={name: entry for shard in shards.values() for name, entry in shard.inner.items()},
         record=found.record,
@@ -86,12 +88,15 @@ def read(index: Path) -> Contents:
 def _shard(path: Path) -> Contents:
     shard = formats.read_file(Candidate(path))
     if shard.key is not None:
-        raise FileFormatError(f"{path} is a training checkpoint, and a shard is nothing but tensors by name")
+        raise FileFormatError(
+            f"{path} is a training checkpoint, but a shard must be a plain state dict",
+            "save only the state dict to each shard",
+        )
     return shard
 
 
-def _refuse_twins(index: Path, shards: Mapping[Path, Contents]) -> None:
-    """Raise FileFormatError for a name that two shards give to what is no tensor, or to a tensor in it."""
+def _refuse_duplicates(index: Path, shards: Mapping[Path, Contents]) -> None:
+    """Raise FileFormatError if two shards have an entry of the same name."""
     if len(set().union(*(shard.rows.keys() | shard.extras.keys() for shard in shards.values()))) == sum(
         len(shard.rows) + len(shard.extras) for shard in shards.values()
     ):
@@ -100,7 +105,9 @@ def _refuse_twins(index: Path, shards: Mapping[Path, Contents]) -> None:
     for path, shard in shards.items():
         for name in (*shard.rows, *shard.extras):
             if seen.setdefault(name, path) != path:
-                raise FileFormatError(f"{index}: {seen[name].name} and {path.name} both hold {name}")
+                raise FileFormatError(
+                    f"{index}: two shards have {name}, {seen[name].name} and {path.name}", "remove it from one of them"
+                )
 
 
 def _of_all(shards: Mapping[Path, Contents], names: Callable[[Contents], Iterable[str]]) -> tuple[str, ...]:
@@ -114,14 +121,19 @@ def _index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     except OSError as error:
         raise SystemFailureError(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
-        raise FileFormatError(f"{path} is no index of shards: {error}") from None
+        raise FileFormatError(
+            f"{path} is not a valid index of shards: {error}", "download it again, or name a file of weights"
+        ) from None
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weight_map, dict) or not {str} >= set(map(type, weight_map.values())):
-        raise FileFormatError(f"{path} is no index of shards: it has no weight_map of names to files")
+        raise FileFormatError(
+            f"{path} is not a valid index of shards: it has no weight_map from names to files",
+            "download it again, or name a file of weights",
+        )
     metadata = document.get("metadata")
     return weight_map, metadata if isinstance(metadata, dict) else {}
 
 
 def files_named(index: Path) -> set[str]:
-    """The files that an index names, as it spells them. Raises FileFormatError where it is none."""
+    """Return the files that an index names, as it spells them. Raises FileFormatError if it is not an index."""
     return set(_index(index)[0].values())

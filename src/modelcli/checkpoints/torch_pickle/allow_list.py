@@ -1,4 +1,4 @@
-"""Which classes and functions a pickle may name without being dangerous, and which of them are interpreted."""
+"""The classes and functions that a pickle may name without being dangerous, and those that modelcli interprets."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STORAGE_DTYPES = {
 }
 #: The classes of torch's typed storages, by dtype.
 STORAGE_CLASSES = {dtype: name for name, dtype in STORAGE_DTYPES.items()}
-#: What `torch.Tensor` was called for each dtype and device, before it had one name.
+#: The old names of `torch.Tensor`, one for each dtype and device.
 _TENSOR_CLASSES = tuple(
     f"torch.{device}{kind}Tensor"
     for device in ("", "cuda.", "sparse.", "cuda.sparse.")
@@ -35,7 +35,7 @@ _TENSOR_CLASSES = tuple(
     if (device, kind) not in (("sparse.", "Bool"), ("cuda.sparse.", "Bool"))
 )
 
-#: What torch.load(weights_only=True) accepts as well, besides tensors: kept as it is, and harmless.
+#: The names that torch.load(weights_only=True) accepts: they make tensors and plain values, and run nothing else.
 HARMLESS = frozenset(
     {
         "collections.OrderedDict",
@@ -79,8 +79,8 @@ HARMLESS = frozenset(
     }
 )
 
-#: What an enum is pickled by in some versions of Python 3.11: `getattr(class, name)`, with the classes and the names
-#: that may be meant. Any other attribute leads out of the enum: `__globals__` of a method holds all of a module.
+#: Some versions of Python 3.11 pickle a member of an enum as `getattr(class, name)`. These are the classes and names
+#: that are allowed. Other attributes lead out of the enum: `__globals__` of a method holds everything in its module.
 GETATTR = frozenset({"builtins.getattr", "__builtin__.getattr"})
 GETATTR_ENUMS = frozenset(
     {
@@ -92,7 +92,7 @@ GETATTR_MEMBERS = frozenset({"TORCH_CONTIGUOUS_FORMAT", "TORCH_CHANNELS_LAST", "
 
 PARAMETER = "torch.nn.parameter.Parameter"
 COUNTER = "collections.Counter"
-#: What is made here, where its arguments are those that torch writes; all else is kept as a call.
+#: The calls that `ValueBuilder` interprets, with arguments as torch writes them; it keeps all others as calls.
 INTERPRETED = frozenset(
     {
         PARAMETER,
@@ -106,12 +106,12 @@ INTERPRETED = frozenset(
         "torch._tensor._rebuild_from_type_v2",
     }
 )
-#: Attributes that make a tensor another one when they are set: torch gives it other numbers, another class or flag.
+#: The attributes that change a tensor when they are set: its values, its class or its flags.
 TENSOR_PROPERTIES = frozenset(
     {
         *("data", "real", "imag", "requires_grad", "grad", "grad_dtype", "_grad", "_grad_fn", "volatile", "names"),
         *("_backward_hooks", "_post_accumulate_grad_hooks", "_is_param"),
     }
 )
-#: What every dict has. An attribute of such a name would stand before the dict's own: `items` that gives other items.
+#: The attributes that every dict has. Setting one would hide the dict's own: an `items` that returns other items.
 DICT_ATTRIBUTES = frozenset(dir(collections.OrderedDict))

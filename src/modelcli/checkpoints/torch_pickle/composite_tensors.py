@@ -1,6 +1,6 @@
-"""Tensors that are no view into one storage: quantized, sparse, on the meta device, or of a subclass.
+"""Tensors that are not a view of one storage: quantized, sparse, on the meta device, or of a subclass.
 
-They are recognised by the function of `torch._utils` that rebuilds them, which `torch.Tensor.__reduce_ex__` writes.
+A file has them as a call of the function of `torch._utils` that `torch.Tensor.__reduce_ex__` writes for them.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ _CALLS = frozenset(
         "torch._utils._rebuild_meta_tensor_no_storage",
     }
 )
-#: What makes a tensor of a class that wraps others, as torchao's, from `_WRAPPER`, the class, arguments and state.
+#: Makes a tensor subclass that wraps other tensors (torchao) from `_WRAPPER`, class, arguments, state.
 _OF_CLASS = Global("torch._tensor", "_rebuild_from_type_v2")
 _WRAPPER = Global("torch._utils", "_rebuild_wrapper_subclass")
-#: Of this class one rank has a part of the elements alone.
+#: The class of tensors of which each process has only a part.
 _SHARDED = "DTensor"
 _PARAMETERS = frozenset({"torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"})
-#: What other libraries' objects in a state dict are known to be, where they are no tensors.
+#: The names of other libraries' objects that can be in a state dict and are certainly not tensors.
 _NEVER_TENSORS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "pathlib.", "datetime.", "enum.")
 _ELEMENTS_PER_BYTE = {"quint4x2": 2, "quint2x4": 4}
 
 
 def is_tensor(value: Any) -> bool:
-    """Whether an inert value is a tensor: a view into a storage, or what such a call makes."""
+    """Whether an inert value is a tensor: a view of a storage, or a composite one."""
     return isinstance(value, TensorEntry) or makes_tensor(value)
 
 
 def makes_tensor(value: Any) -> bool:
-    """Whether an inert value is a call that makes such a tensor, or a `Parameter` around one."""
+    """Whether an inert value is a call that makes a composite tensor, or a `Parameter` of one."""
     if not isinstance(value, Opaque) or not isinstance(value.call, Global):
         return False
     if value.call.dotted in _PARAMETERS:
@@ -57,7 +57,7 @@ def _is_call(value: Any) -> bool:
 
 
 def _is_wrapper(value: Opaque) -> bool:
-    """Whether a call makes a tensor of a class of its own, whose values are in other tensors."""
+    """Whether a call makes a tensor subclass whose values are in other tensors."""
     match value.call, value.args:
         case call, (made_by, Global() as kind, tuple(), _) if (call, made_by) == (_OF_CLASS, _WRAPPER):
             return kind.name != _SHARDED
@@ -65,28 +65,28 @@ def _is_wrapper(value: Opaque) -> bool:
 
 
 def class_of(entry: CompositeEntry) -> str | None:
-    """The name of the class of a tensor that wraps others, which only its own code makes again; None of any other."""
+    """Return the class name of a tensor subclass that wraps other tensors; None for any other tensor."""
     made_by = without_parameter(entry.made_by)
     return made_by.args[1].dotted if isinstance(made_by, Opaque) and _is_wrapper(made_by) else None
 
 
 def require_call(name: str, entry: CompositeEntry) -> None:
-    """Raise RequestError for a tensor that torch has no type for."""
+    """Raise RequestError for a tensor that torch cannot make without code of another library."""
     if entry.made_by is None:
-        raise RequestError(f"{name} is {entry.dtype}, which torch has no type for: it can be looked at, and no more")
+        raise RequestError(f"{name} has the dtype {entry.dtype}, which torch does not have: modelcli can only show it")
     if (kind := class_of(entry)) is not None:
-        raise RequestError(f"{name} is a {kind}, which only its own code makes: it can be looked at, and no more")
+        raise RequestError(f"{name} is a {kind}, which only the code of its class can make: modelcli can only show it")
 
 
 def without_parameter(made_by: Any) -> Any:
-    """The call that makes a tensor, less those around it that make it a parameter."""
+    """Return the call that makes a tensor, without the calls that make a parameter of it."""
     while isinstance(made_by, Opaque) and isinstance(made_by.call, Global) and made_by.call.dotted in _PARAMETERS:
         made_by = made_by.args[0]
     return made_by
 
 
 def may_be_tensor(value: Any) -> bool:
-    """Whether torch makes a tensor of an inert value, or only running its code could tell that it makes none."""
+    """Whether an inert value is a tensor when it is loaded, or could be one (an object of an unknown class)."""
     if not isinstance(value, Opaque):
         return isinstance(value, StorageRef)
     if not isinstance(value.call, Global):
@@ -98,15 +98,22 @@ def may_be_tensor(value: Any) -> bool:
 
 
 def entry_of(value: Opaque, where: str, budget: limits.Budget) -> CompositeEntry:
-    """The tensor that a call makes; `where` names it, and `budget` is that of its file.
+    """Return the composite tensor that a call makes.
 
-    What is kept of the call is what the tensor needs: where hooks and attributes stand could be anything. Raises
-    FileFormatError where its arguments are not those of a tensor, or need more bytes than there are.
+    Hooks and attributes in the call are left out, because they could be anything.
+
+    Args:
+        value: the call.
+        where: the name of the tensor in error messages.
+        budget: what its file may still describe.
+
+    Raises:
+        FileFormatError: the arguments are not those of a tensor, or need more bytes than the file has.
     """
     try:
         return _entry(value, where, budget)
     except (ValueError, TypeError) as error:
-        raise FileFormatError(f"{where} is damaged: {error}") from None
+        raise FileFormatError.damaged(where, str(error)) from None
 
 
 def _entry(value: Opaque, where: str, budget: limits.Budget) -> CompositeEntry:
@@ -123,7 +130,7 @@ def _entry(value: Opaque, where: str, budget: limits.Budget) -> CompositeEntry:
             return _sparse(layout.removeprefix("torch."), data, where)
         case "_rebuild_meta_tensor_no_storage", (Global(module="torch", name=dtype), shape, stride, grad):
             if dtype not in ITEM_BYTES:
-                raise ValueError(f"a tensor of dtype {dtype}")
+                raise ValueError(f"torch has no dtype {dtype}")
             size, step = shapes.shape(sizes_in(shape), where), shapes.sizes(sizes_in(stride), where)
             made_by = _call("_rebuild_meta_tensor_no_storage", Global("torch", dtype), size, step, bool(grad))
             return CompositeEntry(size, dtype, "strided", (), 0, made_by)
@@ -131,7 +138,7 @@ def _entry(value: Opaque, where: str, budget: limits.Budget) -> CompositeEntry:
             plain = _entry(inner, where, budget)
             made_by = _call("_rebuild_parameter", plain.made_by, bool(grad), OrderedDict())
             return replace(plain, made_by=made_by, requires_grad=bool(grad), is_parameter=True)
-    raise ValueError(f"{value.call.dotted} with arguments that make no tensor")
+    raise ValueError(f"the arguments of {value.call.dotted} are not those of a tensor")
 
 
 def _call(name: str, *args: Any) -> Opaque:
@@ -143,24 +150,24 @@ def _quantized(
 ) -> CompositeEntry:
     dtype = storage.dtype
     if dtype is None or not dtype.startswith("q") or offset < 0:
-        raise ValueError(f"a quantized tensor of dtype {dtype}, shape {shape}, stride {stride}")
+        raise ValueError(f"a quantized tensor cannot have the dtype {dtype} and the offset {offset}")
     data = TensorEntry(shape, dtype, stride, offset, storage.span)
     last = shapes.extent(shape, stride)
     needed = (offset + last) * ITEM_BYTES[dtype] if last else 0
     if (sharing := _ELEMENTS_PER_BYTE.get(dtype)) is not None:
-        # Strides say nothing of where such elements are: the bytes themselves are shown.
+        # Strides do not tell where packed elements are, so the data is shown as bytes.
         nbytes = quantized_bytes(dtype, shape)
         data = TensorEntry((nbytes,), "uint8", (1,), offset // sharing, storage.span)
         needed = data.offset + nbytes
     if needed > storage.span.nbytes:
-        raise ValueError(f"shape {list(shape)} needs {needed:,} bytes, and its record holds {storage.span.nbytes:,}")
+        raise ValueError(f"shape {list(shape)} needs {needed:,} bytes, but its storage holds {storage.span.nbytes:,}")
     parts = (data, *(part for part in quantizer if isinstance(part, TensorEntry)))
     made_by = _call("_rebuild_qtensor", storage, offset, shape, stride, quantizer, grad, OrderedDict())
     return CompositeEntry(shape, dtype, "strided", parts, _bytes_of(parts), made_by)
 
 
 def _quantizer(value: Any, budget: limits.Budget) -> tuple[Any, ...]:
-    """The scheme and its numbers: a scale and a zero point, or those of each channel and the axis of the channels."""
+    """Check and return a scheme with a scale and a zero point, or with those of each channel and the channels' axis."""
     match value:
         case Global(module="torch", name="per_tensor_affine") as scheme, int() | float() as scale, int() as zero_point:
             return scheme, scale, zero_point
@@ -171,7 +178,7 @@ def _quantizer(value: Any, budget: limits.Budget) -> tuple[Any, ...]:
             int() as axis,
         ) if _are_numbers(scales, budget) and _are_numbers(zero_points, budget):
             return scheme, scales, zero_points, axis
-    raise ValueError("a quantized tensor without a scale")
+    raise ValueError("a quantized tensor has no scale and zero point")
 
 
 def _are_numbers(values: TensorEntry | list[Any], budget: limits.Budget) -> bool:
@@ -182,7 +189,7 @@ def _are_numbers(values: TensorEntry | list[Any], budget: limits.Budget) -> bool
 
 
 def quantized_bytes(dtype: str, shape: Shape) -> int:
-    """What the elements of a quantized tensor take. Those of `quint4x2` share a byte, and each row starts a new one."""
+    """Return the bytes that a quantized tensor takes. Elements of `quint4x2` share bytes, but rows do not."""
     *outer, row = shape or (1,)
     return prod(outer) * -(-row * ITEM_BYTES[dtype] // _ELEMENTS_PER_BYTE.get(dtype, 1))
 
@@ -202,7 +209,7 @@ def _sparse(layout: str, data: tuple[Any, ...], where: str) -> CompositeEntry:
         ):
             parts, more = (compressed, plain, values), []
         case _:
-            raise ValueError(f"a sparse tensor of layout {layout!r} that is not made of indices and values")
+            raise ValueError(f"a sparse tensor of layout {layout!r} has no indices and values")
     shape = shapes.shape(sizes_in(size), where)
     made_by = _call(
         "_rebuild_sparse_tensor",
@@ -213,22 +220,22 @@ def _sparse(layout: str, data: tuple[Any, ...], where: str) -> CompositeEntry:
 
 
 def _wrapped(value: Opaque, where: str, budget: limits.Budget) -> CompositeEntry:
-    """A tensor of a class that wraps others: it says of itself which shape and dtype it has."""
+    """Return a tensor subclass that wraps other tensors; its call states its shape and dtype."""
     _, kind, args, state = value.args
     match args:
         case (Global(), Global(module="torch", name=dtype), size, *_) if dtype in ITEM_BYTES:
             shape = shapes.shape(sizes_in(size), where)
         case _:
-            raise ValueError(f"a {kind.dotted} that does not say its shape and dtype")
+            raise ValueError(f"a {kind.dotted} does not state its shape and dtype")
     parts = tuple(_parts_in(state, where, budget))
     if not parts:
-        raise ValueError(f"a {kind.dotted} that holds no tensor")
+        raise ValueError(f"a {kind.dotted} contains no tensor")
     grad = args[-1] if isinstance(args[-1], bool) else None
     return CompositeEntry(shape, dtype, kind.name, parts, _bytes_of(parts), value, requires_grad=grad)
 
 
 def _parts_in(state: Any, where: str, budget: limits.Budget) -> Iterator[TensorEntry]:
-    """The plain tensors in the attributes of a tensor, in their order; some may lie in tensors that lie in it."""
+    """Yield the plain tensors in the attributes of a tensor, in order, including those of nested composite tensors."""
     seen: set[int] = set()
     stack = [state]
     while stack:

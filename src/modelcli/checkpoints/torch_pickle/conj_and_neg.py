@@ -1,7 +1,7 @@
-"""The values of tensors that torch conjugates or negates lazily: `x.conj()` copies nothing and sets a bit.
+"""The values of tensors that torch conjugates or negates lazily: `x.conj()` copies nothing and sets a flag.
 
-torch.save writes the values of `x` and the bit. Here the bit is resolved, as `resolve_conj` and `resolve_neg` do: the
-sign bits of the values are flipped, a piece of the file at a time.
+torch.save writes the values of `x` and the flag. This module applies the flag, as `resolve_conj` and `resolve_neg` do:
+it flips the sign bits of the values, one piece of the file at a time.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from modelcli.checkpoints.storage import CHUNK, FileId, Storage, Windows, gathered, is_in_sequence
 from modelcli.errors import FileFormatError
 
-#: The bytes of one real number of each dtype whose sign is one bit, the last of its last byte.
+#: The bytes of one real number of each dtype whose sign is the highest bit of the last byte.
 _REALS = {
     "float16": 2,
     "bfloat16": 2,
@@ -27,10 +27,10 @@ _REALS = {
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """The bytes of a storage with signs flipped: of imaginary parts (`conj`), of all values (`neg`), or of both.
+    """The bytes of a storage with the signs of imaginary parts (`conj`) or of all values (`neg`) flipped.
 
-    These are the `nbytes` from `start`, wherever in an element that is. A dtype without a sign bit is refused when the
-    bytes are asked for.
+    The object stands for `nbytes` bytes from `start`, which may be inside an element. For a dtype without a sign bit,
+    reading the bytes raises FileFormatError.
     """
 
     whole: Storage
@@ -49,7 +49,7 @@ class Resolved:
 
     def chunks(self) -> Iterator[bytes]:
         for start in range(0, self.nbytes, CHUNK):
-            yield _turned(self, self.start + start, min(CHUNK, self.nbytes - start))
+            yield _flipped(self, self.start + start, min(CHUNK, self.nbytes - start))
 
     def bytes(self) -> bytes:
         return b"".join(self.chunks())
@@ -62,31 +62,31 @@ class Resolved:
         return Resolved(self.whole, self.dtype, self.conj, self.neg, self.start + start, nbytes)
 
 
-def _turned(of: Resolved, start: int, nbytes: int) -> bytes:
-    """So many bytes from a start on, which may lie inside an element."""
-    pattern = _pattern(of)
+def _flipped(resolved: Resolved, start: int, nbytes: int) -> bytes:
+    """Return `nbytes` bytes from `start`, which may be inside an element."""
+    pattern = _sign_bits(resolved)
     shift = start % len(pattern)
     repeated = pattern * (nbytes // len(pattern) + 2)
     mask = int.from_bytes(repeated[shift : shift + nbytes], "little")
-    data = of.whole.part(start, nbytes).bytes()
+    data = resolved.whole.part(start, nbytes).bytes()
     return (int.from_bytes(data, "little") ^ mask).to_bytes(nbytes, "little")
 
 
-def _pattern(of: Resolved) -> bytes:
-    """The sign bits to turn in one element."""
-    size = _REALS.get(of.dtype)
+def _sign_bits(resolved: Resolved) -> bytes:
+    """Return the mask of the sign bits to flip in one element."""
+    size = _REALS.get(resolved.dtype)
     if size is None:
-        path = next((path for path, _ in of.files()), "the file")
+        path = next((path for path, _ in resolved.files()), "the file")
         raise FileFormatError(
-            f"{path}: a tensor of dtype {of.dtype} is negated only when it is read, which is not done here",
-            "save tensor.resolve_neg() instead",
+            f"{path}: a tensor of dtype {resolved.dtype} is stored with a neg flag, which modelcli cannot apply",
+            "load it with torch, and save tensor.resolve_neg()",
         )
-    turned, same = bytes(size - 1) + b"\x80", bytes(size)
-    if "complex" not in of.dtype:
-        return turned if of.neg else same
-    return (turned if of.neg else same) + (turned if of.neg != of.conj else same)
+    flip, keep = bytes(size - 1) + b"\x80", bytes(size)
+    if "complex" not in resolved.dtype:
+        return flip if resolved.neg else keep
+    return (flip if resolved.neg else keep) + (flip if resolved.neg != resolved.conj else keep)
 
 
-def resolved(storage: Storage, dtype: str, *, conj: bool, neg: bool) -> Storage:
-    """The bytes of a storage as a conjugated or negated tensor of `dtype` in it has them; nothing is read yet."""
+def with_flags(storage: Storage, dtype: str, *, conj: bool, neg: bool) -> Storage:
+    """Return a storage with the values of a conjugated or negated tensor of `dtype` in it. Nothing is read yet."""
     return Resolved(storage, dtype, conj, neg, 0, storage.nbytes) if conj or neg else storage

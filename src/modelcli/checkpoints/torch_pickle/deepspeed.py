@@ -1,7 +1,7 @@
-"""Checkpoints of DeepSpeed: told by what they are, with the program that makes one state dict of them.
+"""Recognise checkpoints of DeepSpeed, and name the program that makes one state dict of them.
 
-A rank of ZeRO-3 writes model states in which every tensor is empty, and the values into its optimizer states; those of
-ZeRO-1 and ZeRO-2 are whole. `zero_to_fp32.py`, which DeepSpeed writes beside its checkpoints, puts everything together.
+With ZeRO-3, each rank writes model states with empty tensors, and the values into its optimizer states; with ZeRO-1 and
+ZeRO-2 the model states are complete. `zero_to_fp32.py`, which DeepSpeed writes beside its checkpoints, joins the files.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ SCRIPT = "zero_to_fp32.py"
 
 
 def notes_of(path: Path, tree: Any) -> tuple[str, ...]:
-    """What there is to tell of a file that DeepSpeed wrote; nothing of any other.
+    """Return the notes about a file that DeepSpeed wrote; none for any other file.
 
-    Raises FileFormatError for one that holds no values of a state dict.
+    Raises FileFormatError if the file holds no values of the model.
     """
     if not isinstance(tree, dict) or not _is_deepspeed(tree):
         return ()
@@ -32,17 +32,21 @@ def notes_of(path: Path, tree: Any) -> tuple[str, ...]:
     if isinstance(state, dict) and "module" not in tree:
         stage = state.get("zero_stage")
         which = f"ZeRO-{stage} " if isinstance(stage, int) else ""
-        raise FileFormatError(f"{path} holds {which}optimizer states of one rank of DeepSpeed", _hint(path.parent))
+        raise FileFormatError(
+            f"{path} holds only {which}optimizer states of one rank of DeepSpeed, not the model", _hint(path.parent)
+        )
     tensors = list(_tensors_in(tree.get("module")))
     if tensors and all(0 in tensor.shape for tensor in tensors):
         raise FileFormatError(
-            f"{path} holds model states of one rank of DeepSpeed ZeRO-3: {counted(len(tensors), 'tensor')} of shape "
-            "[0], whose values lie in the optimizer states of all ranks",
+            f"{path} holds model states of one rank of DeepSpeed ZeRO-3 without values: "
+            f"{counted(len(tensors), 'tensor')} of shape [0], whose values are in the optimizer states of all ranks",
             _hint(path.parent),
         )
     ranks = tree.get("mp_world_size")
     if isinstance(ranks, int) and ranks > 1:
-        return (f"{path.name} is one of {ranks} parts of the model, of DeepSpeed with model parallelism",)
+        return (
+            f"{path.name} holds one of the {ranks} parts into which DeepSpeed's model parallelism splits the model",
+        )
     return ()
 
 
@@ -56,7 +60,7 @@ def _tensors_in(value: Any) -> Iterator[TensorEntry]:
 
 
 def require_no_checkpoint(folder: Path, names: Sequence[str]) -> None:
-    """Raise RequestError for a folder that DeepSpeed wrote a checkpoint into. `names` are those in it."""
+    """Raise RequestError if a folder holds a checkpoint of DeepSpeed. `names` are the names of its files."""
     steps = [name for name in names if _STEP.fullmatch(name) and (folder / name).is_dir()]
     states = [name for name in names if _FILE.fullmatch(name)]
     if not states and not (steps and ("latest" in names or SCRIPT in names)):
@@ -66,8 +70,10 @@ def require_no_checkpoint(folder: Path, names: Sequence[str]) -> None:
     whole = [name for name in inside if name.endswith("mp_rank_00_model_states.pt") and "zero_pp" not in name]
     hint = _hint_in(home)
     if whole:
-        hint = f"name {folder / whole[-1]} for the weights as they were trained; {hint}"
-    raise RequestError(f"{folder} is a checkpoint of DeepSpeed ({listed(inside, 2)})", hint)
+        hint = f"{folder / whole[-1]} holds the weights in the dtype of training; {hint}"
+    raise RequestError(
+        f"{folder} is a checkpoint of DeepSpeed ({listed(inside, 2)}), which modelcli does not read", hint
+    )
 
 
 def _hint(folder: Path) -> str:
@@ -75,7 +81,9 @@ def _hint(folder: Path) -> str:
 
 
 def _hint_in(home: Path) -> str:
-    """The command that makes a state dict of the checkpoint in a folder."""
+    """Return the hint with the command that makes a state dict of the checkpoint in a folder."""
     script = home / SCRIPT
     program = str(script) if script.exists() else SCRIPT
-    return f"python {shlex.quote(program)} {shlex.quote(str(home))} OUT makes a state dict of all ranks' files"
+    return (
+        f"python {shlex.quote(program)} {shlex.quote(str(home))} OUT joins the files of all ranks into one state dict"
+    )

@@ -1,4 +1,4 @@
-"""Archives of `torch.save` that lie whole inside a larger file, each read by itself."""
+"""Read archives of `torch.save` that are parts of a larger file, each on its own."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from modelcli.model.dtypes import ITEM_BYTES
 from modelcli.model.tensors import Shape
 from modelcli.wording import listed
 
-#: Elements of as many bytes as memoryview counts them.
+#: The formats of memoryview by the bytes of an element.
 _FORMATS: Mapping[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where an archive lies: `length` bytes of a file from `offset`. `name` is what it holds, for messages."""
+class ArchiveSpan:
+    """The part of a file that is an archive: `length` bytes from `offset`. `name` is its content, for messages."""
 
     path: Path
     offset: int
@@ -39,37 +39,37 @@ class Place:
         return f"{self.path}: {self.name}, at byte {self.offset:,}"
 
 
-def read(place: Place, budget: limits.Budget | None = None) -> pickles.Pickle:
-    """The value of an archive; no tensor's bytes are touched. `budget` is that of all the archives of a folder.
+def read(span: ArchiveSpan, budget: limits.Budget | None = None) -> pickles.Pickle:
+    """Return the pickle of an archive. The bytes of tensors are not read. `budget` belongs to all archives of a folder.
 
-    Raises FileFormatError where what lies there is no such archive.
+    Raises FileFormatError if the bytes are not such an archive.
     """
-    require_unchanged(place.path, place.identity)
+    require_unchanged(span.path, span.identity)
     try:
-        with place.path.open("rb") as file:
-            file.seek(place.offset)
-            _expect_archive(place, file.read(min(64, place.length)))
-            archive = zip_format.archive_in(file, place.path, place.identity, str(place), place.offset, place.length)
+        with span.path.open("rb") as file:
+            file.seek(span.offset)
+            _expect_archive(span, file.read(min(64, span.length)))
+            archive = zip_format.archive_in(file, span.path, span.identity, str(span), span.offset, span.length)
             return archive.pickled(file, budget)
     except OSError as error:
-        raise SystemFailureError(f"cannot read {place.path}: {error.strerror or error}") from None
+        raise SystemFailureError(f"cannot read {span.path}: {error.strerror or error}") from None
 
 
-def _expect_archive(place: Place, head: bytes) -> None:
+def _expect_archive(span: ArchiveSpan, head: bytes) -> None:
     if head.startswith(b"PK\x03\x04"):
         return
-    raise FileFormatError(f"{place} is no archive that torch.save wrote: it starts with {head[:8]!r}")
+    raise FileFormatError.damaged(str(span), f"it should be an archive of torch.save, but starts with {head[:8]!r}")
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpan:
-    """The bytes of a tensor that is an archive by itself, row-major.
+    """The bytes of a tensor that was saved as an archive, in row-major order.
 
-    The archive is opened when the bytes are asked for; then FileFormatError is raised where it holds anything but
-    one tensor of this shape and dtype.
+    The archive is opened when the bytes are needed. Then FileFormatError is raised if it contains anything but one
+    tensor of this shape and dtype.
     """
 
-    place: Place
+    span: ArchiveSpan
     shape: Shape
     dtype: str
 
@@ -78,7 +78,7 @@ class TensorSpan:
         return prod(self.shape) * ITEM_BYTES[self.dtype]
 
     def files(self) -> Iterable[FileId]:
-        return ((self.place.path, self.place.identity),)
+        return ((self.span.path, self.span.identity),)
 
     def chunks(self) -> Iterator[bytes | memoryview]:
         yield from self._located().chunks()
@@ -93,18 +93,18 @@ class TensorSpan:
         return self._located().part(start, nbytes)
 
     def _located(self) -> Storage:
-        if (found := _in_safetensors(self.place)) is not None:
+        if (found := _in_safetensors(self.span)) is not None:
             if (found.shape, found.dtype) != (self.shape, self.dtype):
                 raise self._is_another(found)
             return found.storage
-        pickled = read(self.place)
+        pickled = read(self.span)
         tensor = pickled.value
         if pickled.foreign:
             raise UnsafeError(
-                f"{self.place} holds objects of {listed(pickled.foreign, 3)}; to load them would run code"
+                f"{self.span} contains objects of {listed(pickled.foreign, 3)}, and loading them would run code"
             )
         if not isinstance(tensor, TensorEntry) or not isinstance(record := tensor.storage, Span):
-            raise FileFormatError(f"{self.place} is no dense tensor")
+            raise FileFormatError.damaged(str(self.span), "it should contain one dense tensor")
         if (tensor.shape, tensor.dtype) != (self.shape, self.dtype):
             raise self._is_another(tensor)
         item = ITEM_BYTES[self.dtype]
@@ -115,28 +115,32 @@ class TensorSpan:
         if 0 in tensor.shape or all(tensor.stride[axis] == wanted[axis] for axis in axes):
             return span
         if any(tensor.stride[axis] == 0 for axis in axes):
-            raise FileFormatError(f"{self.place} is an expanded tensor, and each element should be there by itself")
+            raise FileFormatError.damaged(
+                str(self.span), "it contains an expanded tensor, which does not store each element"
+            )
         return _Reordered(span, tensor.shape, tensor.stride, item)
 
     def _is_another(self, found: TensorEntry) -> FileFormatError:
-        return FileFormatError(
-            f"{self.place} is {found.dtype} {list(found.shape)}; it should be {self.dtype} {list(self.shape)}"
+        return FileFormatError.damaged(
+            str(self.span), f"it is {found.dtype} {list(found.shape)}, but should be {self.dtype} {list(self.shape)}"
         )
 
 
-def _in_safetensors(place: Place) -> TensorEntry | None:
-    """A tensor by its name, where the whole file of a rank is a safetensors file (SerializationFormat.SAFETENSORS).
+def _in_safetensors(span: ArchiveSpan) -> TensorEntry | None:
+    """Return the tensor if the file of the rank is a safetensors file (SerializationFormat.SAFETENSORS), else None.
 
-    Such a file's `.metadata` says nothing of where in it a tensor lies: the header of the file does.
+    For such files the `.metadata` does not state where a tensor is; the header of the file does.
     """
-    require_unchanged(place.path, place.identity)
-    with place.path.open("rb") as file:
+    require_unchanged(span.path, span.identity)
+    with span.path.open("rb") as file:
         head = file.read(64)
     if head.startswith(b"PK\x03\x04") or not looks_like(head):
         return None
-    entry = _header_of(place.path, place.identity).get(place.name)
+    entry = _header_of(span.path, span.identity).get(span.name)
     if not isinstance(entry, TensorEntry):
-        raise FileFormatError(f"{place.path} has no dense tensor {place.name}, and the account of its folder says so")
+        raise FileFormatError.damaged(
+            str(span.path), f"it has no dense tensor {span.name}, which the .metadata of its folder lists"
+        )
     return entry
 
 
@@ -147,7 +151,7 @@ def _header_of(path: Path, _identity: Identity) -> Mapping[str, TensorEntry | Co
 
 @dataclass(frozen=True, slots=True)
 class _Reordered:
-    """The elements of a strided view, brought into row-major order in memory. `item` is an element's bytes."""
+    """The elements of a strided view, copied into row-major order in memory. `item` is the bytes of an element."""
 
     span: Span
     shape: Shape
@@ -173,7 +177,7 @@ class _Reordered:
         return _Part(self, start, nbytes)
 
     def mapped(self, windows: Windows | None = None) -> memoryview:
-        """A copy, made a slice of the longest axis at a time."""
+        """Return a copy, made one slice of the longest axis at a time."""
         unit = min(self.item, 8)
         shape = (*self.shape, self.item // unit)
         stride = (*(step * shape[-1] for step in self.stride), 1)
@@ -194,7 +198,7 @@ class _Reordered:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A part of what has to be brought in order as a whole."""
+    """A part of reordered elements; the whole is reordered to read it."""
 
     whole: _Reordered
     start: int

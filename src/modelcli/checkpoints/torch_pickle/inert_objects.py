@@ -1,7 +1,7 @@
-"""Which objects beside a state dict are copied when it is edited: values of standard types, as they are pickled.
+"""Decide which objects beside a state dict modelcli copies when it edits a file: values of standard types.
 
-Nothing here is loaded. What is copied is written again as the same calls, so a file is as safe, or as dangerous, with
-them as it was before: only what is known to make a plain value is copied, and all else is refused.
+Nothing is loaded. modelcli writes a copied object as the same calls again, so the result is neither safer nor more
+dangerous than the file was. It copies only objects that are known to be plain values, and refuses all others.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from modelcli.checkpoints.contents import Contents
 from modelcli.checkpoints.entries import CompositeEntry, TensorEntry
 from modelcli.checkpoints.torch_pickle.inert_values import Global, Opaque, OrderedDict, StorageRef
 
-#: Classes and functions that make nothing but a value from their arguments.
+#: The classes and functions that only make a value from their arguments.
 _STANDARD = frozenset(
     {
         *(
@@ -54,22 +54,23 @@ _STANDARD = frozenset(
         "torch.torch_version.TorchVersion",
     }
 )
-#: Packages whose classes are never taken for somebody's own, beside those of providers: what they do is known to be
-#: more than to hold a value.
+#: Packages whose classes do not count as the user's own, besides those of providers: some of them do more than hold a
+#: value.
 _NOT_OWN = sys.stdlib_module_names | {"torch", "numpy", "pip", "setuptools", "pkg_resources", "nt"}
-#: What modules of Python's own were called in Python 2: torch.save writes these names (`commands.Popen`), and the
-#: reader takes them for today's (`subprocess.Popen`).
+#: The names of standard modules in Python 2. torch.save writes these names (`commands.Popen`), and unpickling replaces
+#: them by those of Python 3 (`subprocess.Popen`).
 _OLD_NAMES = frozenset(name.partition(".")[0] for name in [*IMPORT_MAPPING, *(module for module, _ in NAME_MAPPING)])
 _GETATTR = frozenset({"builtins.getattr", "__builtin__.getattr"})
-#: The value of an enum's member, where it is a text: a word or two, no path and no code.
+#: The text that a member of an enum may have as its value: a word or two, but no path and no code.
 _WORDS = re.compile(r"[\w .:+-]{0,64}")
 
 
 def all_inert(contents: Contents) -> bool:
-    """Whether every object of a foreign class in a file is one of a standard type, or made as simply as these.
+    """Whether every object of a foreign class in a file is a plain value.
 
-    Of classes of somebody's own, that is a member of an enum (made from one number or word) and a dict that is filled
-    with items (a subclass of `dict` or `OrderedDict`). What a file names and does not hold counts as anything.
+    Plain values are objects of standard types and, of the user's own classes, members of enums (made from one number or
+    word) and subclasses of `dict` or `OrderedDict` that only get items. A name in the file that belongs to no object
+    does not count as plain.
     """
     foreign = set(contents.foreign)
     values = [contents.tree] if contents.key is not None else [dict(contents.extras), dict(contents.metadata)]
@@ -78,7 +79,7 @@ def all_inert(contents: Contents) -> bool:
 
 
 def _accounted(values: list[Any], foreign: set[str]) -> set[str] | None:
-    """The foreign names that are used for inert objects alone; None where one is used otherwise."""
+    """Return the foreign names that belong to plain values; None if one of them is used in another way."""
     found: set[str] = set()
     seen: set[int] = set()
     while values:
@@ -113,7 +114,7 @@ _PLAIN = (TensorEntry, CompositeEntry, StorageRef, str, bytes, int, float, type(
 
 
 def _inside(value: Opaque, foreign: set[str]) -> Iterable[Any] | None:
-    """What an object is made of, to be looked at in turn; None where it is not known to be inert."""
+    """Return the values to check in an object; None if the object itself may not be a plain value."""
     if not isinstance(value.call, Global) or value.how == "newobj_ex":
         return None
     name = value.call.dotted
@@ -130,12 +131,12 @@ def _inside(value: Opaque, foreign: set[str]) -> Iterable[Any] | None:
 
 
 def _own_class(value: Opaque) -> Iterable[Global]:
-    """The enum of a member that is taken by its name."""
+    """Return the class of an enum member that is pickled by its name."""
     return (value.args[0],) if _is_member_by_name(value) else ()
 
 
 def _is_member_by_name(value: Opaque) -> bool:
-    """Whether it is `getattr(Enum, "NAME")`, as some versions of Python pickle a member."""
+    """Whether a value is `getattr(Enum, "NAME")`, as some versions of Python pickle a member of an enum."""
     if not isinstance(value.call, Global) or value.call.dotted not in _GETATTR or value.state is not None:
         return False
     match value.args:
@@ -145,7 +146,7 @@ def _is_member_by_name(value: Opaque) -> bool:
 
 
 def _is_member_value(args: Any) -> bool:
-    """Whether arguments are the value of an enum's member alone."""
+    """Whether arguments consist of one value that a member of an enum may have."""
     if not isinstance(args, tuple) or len(args) != 1:
         return False
     values = args[0] if isinstance(args[0], tuple) and len(args[0]) < limits.DIMENSIONS.value else args
@@ -158,7 +159,7 @@ def _is_member_value(args: Any) -> bool:
 
 
 def _is_own_class(kind: Global) -> bool:
-    """Whether a name can be that of a class of somebody's own: a module that is nobody else's, a name in CapWords."""
+    """Whether a name can be the user's own class: its module belongs to no known package, and it is in CapWords."""
     package = kind.module.partition(".")[0]
     return (
         re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", kind.module, re.ASCII) is not None

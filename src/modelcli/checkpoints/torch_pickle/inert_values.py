@@ -1,4 +1,4 @@
-"""Plain values that stand for what a pickle would make: nothing in them is imported, called or executed."""
+"""Inert values: the content of a pickle as plain data. Nothing is imported, called or executed to make them."""
 
 from __future__ import annotations
 
@@ -24,10 +24,14 @@ class Global:
 
 @value_class
 class StorageRef:
-    """A persistent id: the bytes of a storage, `count` elements of `dtype` (None for raw bytes).
+    """A storage that a pickle refers to by a persistent id.
 
-    `offset` is where it starts in them, in elements: torch before 0.4 saved views of storages. `is_meta` says that it
-    was saved from the meta device, so that torch gives no tensor in it any numbers.
+    Attributes:
+        span: the bytes.
+        dtype: the dtype of its elements; None for raw bytes.
+        count: the number of its elements.
+        offset: the element of `span` at which it starts; torch before 0.4 saved views of storages.
+        is_meta: whether it was saved from the meta device, so that its tensors have no values.
     """
 
     span: Storage
@@ -38,13 +42,13 @@ class StorageRef:
 
     @property
     def item(self) -> int:
-        """The bytes of an element."""
+        """The size of an element in bytes."""
         return 1 if self.dtype is None else ITEM_BYTES[self.dtype]
 
 
 @dataclass(eq=False, slots=True)
 class Opaque:
-    """An object that is kept as what it was made from: `call(*args)`, then items, appended values and state."""
+    """An object as the steps that would make it: `call(*args)`, then its items, appended values and state."""
 
     call: Any
     args: Any
@@ -55,19 +59,20 @@ class Opaque:
 
 
 class OrderedDict(dict[Any, Any]):
-    """`collections.OrderedDict`, with the attributes that were set on it."""
+    """A `collections.OrderedDict`; `state` holds the attributes that the pickle sets on it."""
 
     state: dict[str, Any] | None = None
 
 
 def described(value: Any) -> str:
+    """Return what a value is, for an error message: the name of a class, or what made an object."""
     if isinstance(value, Opaque):
-        return f"what {described(value.call)} made"
+        return f"an object made by {described(value.call)}"
     return value.dotted if isinstance(value, Global) else type(value).__name__
 
 
 def sizes_in(value: Any) -> Any:
-    """What stands for a shape or a stride, `torch.Size` taken off."""
+    """Return the sizes inside a `torch.Size`; any other value unchanged."""
     if isinstance(value, Opaque) and isinstance(value.call, Global) and value.call.dotted == "torch.Size":
         (value,) = value.args
     return value

@@ -1,4 +1,4 @@
-"""Tensors inside entries of a state dict that are no tensors: weights that a quantized module packs in a tuple."""
+"""Find tensors inside other entries of a state dict, such as weights that a quantized module packs in a tuple."""
 
 from __future__ import annotations
 
@@ -10,39 +10,46 @@ from modelcli.checkpoints.entries import CompositeEntry, TensorEntry
 from modelcli.checkpoints.torch_pickle import composite_tensors
 from modelcli.checkpoints.torch_pickle.inert_values import Global, Opaque, OrderedDict, StorageRef
 
-#: What nothing lies in. As a tuple that is made once: a file may have 100,000 of them.
+#: The types of values that contain no other values.
 _LEAVES = (str, int, float, bytes, type(None), Global)
 
 
 def tensors_within(
     extras: Mapping[str, Any], names: Collection[str], where: str, budget: limits.Budget
 ) -> tuple[dict[str, TensorEntry | CompositeEntry], list[str]]:
-    """The tensors in lists, tuples and dicts, each named as Python reaches it: `layer._packed_params[0]`.
+    """Return the tensors in lists, tuples and dicts, named as Python accesses them: `layer._packed_params[0]`.
 
-    Gives the names of those entries besides in which something lies that only code could tell from tensors, or a tensor
-    that would be called as another one is. `names` are those of all entries of the state dict.
+    Args:
+        extras: the entries that are not tensors.
+        names: the names of all entries of the state dict.
+        where: the file, for error messages.
+        budget: what the file may still describe.
+
+    Returns:
+        The tensors by name; and the entries that contain a tensor whose name is already taken, or an object that only
+        running code could tell from a tensor.
     """
     found: dict[str, TensorEntry | CompositeEntry] = {}
-    unseen = []
+    opaque = []
     for name, value in extras.items():
         if isinstance(value, _LEAVES):
             continue
         if _hides_tensors(value, budget):
-            unseen.append(name)
+            opaque.append(name)
         if holds_tensors(value, budget):
             for inner_name, tensor in _walk(name, value, budget):
                 if inner_name in names or inner_name in found:
-                    unseen.append(name)  # one row cannot show two tensors
+                    opaque.append(name)  # one row cannot show two tensors
                     continue
                 is_view = isinstance(tensor, TensorEntry | CompositeEntry)
                 found[inner_name] = (
                     tensor if is_view else composite_tensors.entry_of(tensor, f"{where}: {inner_name}", budget)
                 )
-    return found, list(dict.fromkeys(unseen))
+    return found, list(dict.fromkeys(opaque))
 
 
 def _walk(name: str, value: Any, budget: limits.Budget) -> Iterator[tuple[str, Any]]:
-    """Every tensor in a value with its name. One that stands at several places has a name at each, and is paid for."""
+    """Yield each tensor in a value with its name; a shared one under each of its names, which the budget pays for."""
     stack: list[tuple[str, Any]] = [(name, value)]
     while stack:
         path, item = stack.pop()
@@ -58,17 +65,17 @@ def _walk(name: str, value: Any, budget: limits.Budget) -> Iterator[tuple[str, A
 
 
 def holds_tensors(value: Any, budget: limits.Budget) -> bool:
-    """Whether tensors lie in a value, wherever."""
+    """Whether a value contains tensors, at any depth."""
     return any(_is_tensor(item) for item in _all_in(value, budget))
 
 
 def may_hold_tensors(value: Any, budget: limits.Budget) -> bool:
-    """Whether tensors lie in a value, or what only running code could tell from one."""
+    """Whether a value contains tensors, or objects that only running code could tell from tensors."""
     return any(_is_tensor(item) or composite_tensors.may_be_tensor(item) for item in _all_in(value, budget))
 
 
 def _hides_tensors(value: Any, budget: limits.Budget) -> bool:
-    """Whether a value holds tensors out of reach, or an object of a foreign class, which only code could look into."""
+    """Whether a value contains tensors that Python cannot reach by name, or an object of a foreign class."""
     reached = {id(item) for _, item in _walk("", value, budget)} if holds_tensors(value, budget) else set()
     return any(
         id(item) not in reached if _is_tensor(item) else composite_tensors.may_be_tensor(item)
@@ -81,9 +88,9 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _all_in(value: Any, budget: limits.Budget) -> Iterator[Any]:
-    """A value and all that lies in it, each once; tensors are not looked into.
+    """Yield a value and all values in it, each once, but not those inside tensors.
 
-    Many entries may have one large value in common: each look through it is paid for.
+    The budget pays for each traversal, because many entries may share one large value.
     """
     seen: set[int] = set()
     stack = [value]
@@ -96,15 +103,15 @@ def _all_in(value: Any, budget: limits.Budget) -> Iterator[Any]:
         if isinstance(item, StorageRef) or _is_tensor(item):
             continue
         if isinstance(item, dict):
-            within = [*item.keys(), *item.values()]
+            children = [*item.keys(), *item.values()]
             if isinstance(item, OrderedDict):
-                within.append(item.state)
+                children.append(item.state)
         elif isinstance(item, list | tuple):
-            within = [*item]
+            children = [*item]
         elif isinstance(item, Opaque):
             pairs = [part for pair in item.items for part in pair]
-            within = [item.call, item.args, item.state, *item.appended, *pairs]
+            children = [item.call, item.args, item.state, *item.appended, *pairs]
         else:
             continue
-        budget.spend(len(within))
-        stack += within
+        budget.spend(len(children))
+        stack += children

@@ -1,7 +1,8 @@
-"""An `nn.Module` pickled whole, as `torch.save(model)` does: told by its state, and never loaded.
+"""Read an `nn.Module` that was pickled as a whole, as `torch.save(model)` does, from its recorded state.
 
-Its tensors are those of the tables that every module keeps. What keeps them in a way of its own (a class with
-`__reduce__` or `__getstate__`, a quantized module) is an error that names it: only running its code could tell more.
+Nothing is unpickled. The tensors come from the `_parameters`, `_buffers` and `_modules` of each module. A module that
+stores its tensors in another way (a class with `__reduce__` or `__getstate__`, a quantized module) is an error that
+names it, because only its code could read them.
 """
 
 from __future__ import annotations
@@ -20,21 +21,28 @@ from modelcli.model.tensors import Kind
 from modelcli.wording import listed
 
 _TABLES = ("_parameters", "_buffers", "_modules")
-#: What makes a module of torch.fx again: its first argument is all that the module has.
+#: The functions that unpickle a module of torch.fx. Their first argument is the module's `__dict__`.
 _GRAPH_MODULES = frozenset(
     Global("torch.fx.graph_module", name)
     for name in ("reduce_graph_module", "reduce_package_graph_module", "reduce_deploy_graph_module")
 )
-#: What torch keeps packed weights in: nothing but torch itself opens one.
+#: The class of torch's packed weights, which only torch itself can read.
 _SCRIPT_OBJECT = Global("torch", "ScriptObject")
-#: What a name in a set takes in a file, at least.
+#: The least number of bytes that a name in a set takes in a file.
 _NAME = 4
 
 
 @dataclass
-class Whole:
-    """What a pickled module holds: its tensors under the names that `state_dict()` gives them, which of them are
-    buffers, and the names of its classes by path. `hidden` names what holds tensors that no state dict has."""
+class PickledModule:
+    """The content of a pickled module.
+
+    Attributes:
+        tensors: its tensors, by their keys in `state_dict()`.
+        kinds: whether each of them is a parameter or a buffer.
+        types: the name of the class of each module, by path.
+        notes: notes for the user.
+        hidden: the attributes with tensors that are not in the state dict.
+    """
 
     tensors: dict[str, Any] = field(default_factory=dict)
     kinds: dict[str, Kind] = field(default_factory=dict)
@@ -44,16 +52,16 @@ class Whole:
 
 
 def is_module(value: Any) -> bool:
-    """Whether an inert value is a module whose tables are there to be read."""
+    """Whether an inert value is a module whose parameters, buffers and submodules can be read."""
     return _state_of(value) is not None
 
 
 def _state_of(value: Any) -> dict[Any, Any] | None:
-    """The attributes of a pickled module; None for anything else, and for one that is pickled in a way of its own."""
+    """Return the attributes of a pickled module; None for another value or a module that pickles itself differently."""
     if not isinstance(value, Opaque):
         return None
     state = value.state
-    if isinstance(state, tuple) and len(state) == 2:  # a class with slots has those apart
+    if isinstance(state, tuple) and len(state) == 2:  # the second dict has the slots of its class
         state = state[0]
     if isinstance(value.call, Global) and value.call in _GRAPH_MODULES and isinstance(value.args, tuple):
         state = value.args[0] if value.args else None
@@ -62,45 +70,45 @@ def _state_of(value: Any) -> dict[Any, Any] | None:
     return None
 
 
-def read(path: Path, root: Any, budget: limits.Budget) -> Whole:
-    """The tensors of a pickled module. A module that stands at several places has its names at each, and so have all
-    below it: each is paid for.
+def read(path: Path, root: Any, budget: limits.Budget) -> PickledModule:
+    """Read the tensors of a pickled module.
 
-    Raises UnsafeError that names a child whose tensors cannot be told.
+    A shared module is listed under each of its paths, with all of its submodules; `budget` is charged for each. Raises
+    UnsafeError for a submodule or tensor that only running code could read.
     """
-    found = Whole()
-    places: dict[int, tuple[str, dict[Any, Any]]] = {}
-    # Modules still to be looked at, with their prefix and what they lie in; children stand on it last first.
+    found = PickledModule()
+    seen: dict[int, tuple[str, dict[Any, Any]]] = {}
+    # The modules still to read, with their prefix and the modules that contain them; the first child is on top.
     stack: list[tuple[Any, str, tuple[int, ...]]] = [(root, "", ())]
     while stack:
-        module, prefix, above = stack.pop()
-        limits.NESTING.check(len(above), f"{path}: its tree of modules")
+        module, prefix, parents = stack.pop()
+        limits.NESTING.check(len(parents), f"{path}: its tree of modules")
         limits.check_name(prefix, str(path))
         state = _state_of(module)
         assert state is not None
-        places.setdefault(id(module), (prefix, state))
+        seen.setdefault(id(module), (prefix, state))
         if isinstance(module.call, Global):
             name = "GraphModule" if module.call in _GRAPH_MODULES else module.call.name
             budget.spend(len(name))
             found.types[prefix.removesuffix(".")] = name
         _take_tensors(path, found, state, prefix, budget)
-        inside = (*above, id(module))
+        path_of_ids = (*parents, id(module))
         children = []
         for name, child in _named_in(path, state, "_modules", prefix, budget):
-            if child is None or id(child) in inside:
+            if child is None or id(child) in path_of_ids:
                 continue
             if not is_module(child):
-                _refuse(path, prefix + name, child, "it is pickled in a way of its own")
-            children.append((child, f"{prefix}{name}.", inside))
+                _refuse(path, prefix + name, child, "its class does not keep its tensors as modules do")
+            children.append((child, f"{prefix}{name}.", path_of_ids))
         stack += reversed(children)
-    outside = _outside(path, found, places)
-    found.notes = tuple(_told_of(outside))
-    found.hidden += outside
+    names = _attributes_with_tensors(path, found, seen)
+    found.notes = tuple(_notes_about(names))
+    found.hidden += names
     return found
 
 
-def _take_tensors(path: Path, found: Whole, state: dict[Any, Any], prefix: str, budget: limits.Budget) -> None:
-    """Take in what stands in the tables of parameters and buffers of one module."""
+def _take_tensors(path: Path, found: PickledModule, state: dict[Any, Any], prefix: str, budget: limits.Budget) -> None:
+    """Add the parameters and buffers of one module to `found`."""
     hidden = _names_in_set(state.get("_non_persistent_buffers_set"), budget)
     tables: tuple[tuple[str, Kind], ...] = (("_parameters", "parameter"), ("_buffers", "buffer"))
     for table, kind in tables:
@@ -111,7 +119,7 @@ def _take_tensors(path: Path, found: Whole, state: dict[Any, Any], prefix: str, 
                 found.hidden.append(prefix + name)
                 continue
             if not composite_tensors.is_tensor(tensor):
-                _refuse(path, prefix + name, tensor, "nothing says which values it has")
+                _refuse(path, prefix + name, tensor, "it is not a tensor of a kind that modelcli can read")
             found.tensors[prefix + name] = tensor
             found.kinds[prefix + name] = kind
 
@@ -119,16 +127,16 @@ def _take_tensors(path: Path, found: Whole, state: dict[Any, Any], prefix: str, 
 def _named_in(
     path: Path, state: dict[Any, Any], table: str, prefix: str, budget: limits.Budget
 ) -> Iterator[tuple[str, Any]]:
-    """What a module has under names in one of its tables, which several modules may have in common."""
+    """Yield the names and values of one table (such as `_parameters`) of a module; modules may share a table."""
     for name, value in state[table].items():
         if not isinstance(name, str):
-            _refuse(path, f"{prefix}{table}[{name!r:.40}]", value, "torch names its tensors and modules by texts alone")
+            _refuse(path, f"{prefix}{table}[{name!r:.40}]", value, "the name of a tensor or module must be a text")
         budget.spend(limits.ENTRY + len(prefix) + len(name))
         yield name, value
 
 
 def _names_in_set(value: Any, budget: limits.Budget) -> set[str]:
-    """The names in an inert set, however it was pickled."""
+    """Return the names in an inert set, whichever way it was pickled."""
     if not isinstance(value, Opaque):
         return set()
     lists = [arg for arg in value.args[:1] if isinstance(arg, list)] if isinstance(value.args, tuple) else []
@@ -139,23 +147,25 @@ def _names_in_set(value: Any, budget: limits.Budget) -> set[str]:
     return names
 
 
-def _outside(path: Path, found: Whole, places: dict[int, tuple[str, dict[Any, Any]]]) -> list[str]:
-    """The attributes of modules that hold tensors which stand in no table: no state dict has these."""
+def _attributes_with_tensors(
+    path: Path, found: PickledModule, modules: dict[int, tuple[str, dict[Any, Any]]]
+) -> list[str]:
+    """Return the attributes of modules that hold tensors which are neither parameters nor buffers."""
     shown = {id(tensor.storage) for tensor in found.tensors.values() if isinstance(tensor, TensorEntry)}
     shown |= {id(tensor) for tensor in found.tensors.values()}
-    seen = set(places)
+    seen = set(modules)
     names = []
-    for prefix, state in places.values():
+    for prefix, state in modules.values():
         for name, value in state.items():
             if name in _TABLES or not isinstance(name, str):
                 continue
-            if _holds_others(path, prefix + name, value, seen, shown):
+            if _holds_other_tensors(path, prefix + name, value, seen, shown):
                 names.append(prefix + name)
     return names
 
 
-def _holds_others(path: Path, name: str, value: Any, seen: set[int], shown: set[int]) -> bool:
-    """Whether tensors lie in an attribute that are not shown. Each value is looked through once, wherever it stands."""
+def _holds_other_tensors(path: Path, name: str, value: Any, seen: set[int], shown: set[int]) -> bool:
+    """Whether an attribute contains tensors other than those in `shown`. Each value in it is visited once."""
     stack = [value]
     found = False
     while stack:
@@ -173,7 +183,7 @@ def _holds_others(path: Path, name: str, value: Any, seen: set[int], shown: set[
             found = found or id(item) not in shown
         elif isinstance(item, Opaque):
             if item.call == _SCRIPT_OBJECT:
-                _refuse(path, name, item, "it packs its weights in an object that only torch opens")
+                _refuse(path, name, item, "it packs its weights in an object that only torch can read")
             stack += (item.args, item.state, *item.appended, *(part for pair in item.items for part in pair))
         elif isinstance(item, dict):
             stack += (*item.keys(), *item.values())
@@ -184,16 +194,16 @@ def _holds_others(path: Path, name: str, value: Any, seen: set[int], shown: set[
     return found
 
 
-#: What nothing lies in.
+#: The types of values that contain no other values.
 _LEAVES = (str, int, float, bytes, type(None), Global)
 
 
-def _told_of(names: list[str]) -> list[str]:
+def _notes_about(names: list[str]) -> list[str]:
     if not names:
         return []
-    hold = "holds" if len(names) == 1 else "hold"
+    holds, its = ("holds", "its module") if len(names) == 1 else ("hold", "their modules")
     return [
-        f"{listed(names, 4)} {hold} tensors outside the parameters and buffers of its module: no state dict has them"
+        f"{listed(names, 4)} {holds} tensors that are not parameters or buffers of {its}: state_dict() leaves them out"
     ]
 
 
@@ -201,6 +211,6 @@ def _refuse(path: Path, name: str, value: Any, why: str) -> NoReturn:
     call = value.call if isinstance(value, Opaque) else None
     kind = call.name if isinstance(call, Global) else type(value).__name__
     raise UnsafeError(
-        f"{path}: what {name} ({kind}) holds cannot be told: {why}, and to load it would run code",
-        "save model.state_dict() where the model was made, and use that file",
+        f"{path}: modelcli cannot read {name} ({kind}): {why}, and loading it would run code",
+        "load the file with the program that made it, save model.state_dict() there, and use that file",
     )

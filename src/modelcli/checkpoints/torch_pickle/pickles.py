@@ -1,7 +1,7 @@
-"""Pickles as inert values: an interpreter of the opcodes that resolves no name and calls nothing.
+"""Read pickles without running them: an interpreter of the opcodes that imports no class and calls no function.
 
-What `torch.save` wrote comes back as plain Python values, a `TensorEntry` for each tensor, and `Opaque` objects for
-everything else, which remember the name of their class and what it was made from.
+The result consists of plain Python values, a `TensorEntry` for each tensor, and an `Opaque` for any other object, which
+keeps the name of its class and the arguments it was made from. `value_builder` makes these values.
 """
 
 from __future__ import annotations
@@ -25,9 +25,13 @@ from modelcli.errors import FileFormatError, ModelcliError
 
 @dataclass(frozen=True)
 class Pickle:
-    """The value of a pickle, the names in it that are on no allow-list, and what may still be made of its file.
+    """The content of a pickle.
 
-    `attributes` are the names and values of attributes that are set on tensors: no state dict loads them.
+    Attributes:
+        value: its value.
+        foreign: the names of classes and functions in it that are not on the allow-list.
+        budget: what the file may still describe.
+        attributes: names and values of the attributes that it sets on tensors; a state dict does not load these.
     """
 
     value: Any
@@ -36,19 +40,19 @@ class Pickle:
     attributes: tuple[tuple[str, Any], ...] = ()
 
 
-#: Numbers as Python's pickler writes them in text. Python's own readers disagree about others: one takes `010` for 8.
+#: The numbers that Python's pickler writes as text. Python's two readers disagree about others: one reads `010` as 8.
 _DECIMAL = re.compile(rb"-?(?:0|[1-9][0-9]*)")
 _FLOAT = re.compile(rb"-?(?:[0-9]+(?:\.[0-9]*)?(?:e[-+]?[0-9]+)?|inf)|nan", re.IGNORECASE)
-#: Behind every place in a pickle.
+#: A position after the end of any pickle.
 _NO_FRAME = 1 << 63
-#: Opcodes whose argument is a line of text.
+#: The opcodes whose argument is a line of text.
 _LINES = frozenset(b"cIFLSVgp")
 
 _U4 = struct.Struct("<I")
-#: What an integer has at most that `torch.load(weights_only=True)` reads: LONG1 counts its bytes in a single one.
+#: The most bits of an integer that `torch.load(weights_only=True)` reads: LONG1 states the length in a single byte.
 _INTEGER_BITS = 255 * 8 - 1
-#: Opcodes that state dicts have besides those that are decoded on the spot: their names, and how an argument is read.
-#: `pickletools` has all others; its import takes longer than reading a file.
+#: Other opcodes of state dicts, which `_Machine.run` does not decode itself: their names, and how to read the argument.
+#: `pickletools` knows all others, but importing it takes longer than reading a file.
 _USUAL: dict[int, tuple[str, struct.Struct | None]] = {
     0x80: ("PROTO", struct.Struct("<B")),
     0x4A: ("BININT", struct.Struct("<i")),
@@ -84,30 +88,30 @@ _ORDERED_DICT = Global("collections", "OrderedDict")
 _INT_BYTES = {ord("K"): 1, ord("M"): 2, ord("J"): 4}
 _INT = rb"(?:K.|M..|J.{4})"
 _SIZES = rb"%(i)s\x85|%(i)s{2}\x86|%(i)s{3}\x87|\(%(i)s{4,64}t" % {b"i": _INT}
-#: What torch.save writes for a tensor, from behind `_rebuild_tensor_v2` to its last opcode, once the memo has more than
-#: 256 entries: a storage with its class, key, place and size (and before 1.6 None: it is whole); offset, shape, stride
-#: (which are not empty); requires_grad; no hooks. Each thing made is put into the memo.
+#: What torch.save writes for a tensor, from after `_rebuild_tensor_v2` to its last opcode, once the memo has more than
+#: 256 entries: a storage with its class, key, location and size (and before 1.6 None, for a whole storage); the offset,
+#: shape and stride (not empty); requires_grad; no hooks. Each value is put into the memo.
 _TENSOR = re.compile(
     rb"\(\((h.h.X.{4})([0-9]{1,20})(r.{4}h.)(%(i)s)(N?)(tr.{4}Q)"
     rb"(%(i)s)(%(s)s)(r.{4})(%(s)s)(r.{4}[\x88\x89]h.\)Rr.{4}tr.{4}Rr.{4})" % {b"i": _INT, b"s": _SIZES},
     re.DOTALL,
 )
-#: How many opcodes that is, at least; each makes a value, or remembers one.
+#: The least number of opcodes that it matches; each makes a value, or puts one into the memo.
 _TENSOR_OPCODES = 30
-#: What stands between its texts and numbers, which tells where in the memo each thing is found, or put.
+#: The bytes between its texts and numbers. They contain the number of each value in the memo.
 _BEFORE_KEY = struct.Struct("<xBxBxI")
 _BEHIND_KEY = struct.Struct("<xIxB")
 _BEHIND_ID = struct.Struct("<2xIx")
 _BEHIND_SHAPE = struct.Struct("<xI")
 _BEHIND_STRIDE = struct.Struct("<xIBxB3xI2xI2xI")
-#: How many opcodes are run between two looks at the limits.
+#: The number of opcodes between two checks of the limits.
 _BLOCK = 65_536
-#: Each byte pays for what is made of it, and again for what is done with that: a module is made, and named.
+#: Each byte may be used twice: to make a value, and to process it, such as to make a module and to name it.
 _TIMES = 2
 
 
 def _no_storages(key: str, _dtype: str | None) -> Storage:
-    raise FileFormatError(f"storage {key!r} stands where none belongs")
+    raise FileFormatError(f"the file contains storage {key!r} in a part that cannot have storages")
 
 
 def read(
@@ -120,15 +124,21 @@ def read(
     encoding: str = "utf-8",
     calls: Mapping[str, Call] | None = None,
 ) -> Pickle:
-    """Interpret a pickle, or the next one of a stream, which then stands behind it; `where` names it.
+    """Interpret a pickle, and return its content.
 
-    `budget` is that of the file of which it is but a part; a pickle that is the whole of one has its own. `exact` says
-    that a storage has exactly the bytes that its elements take, and not more. `encoding` is that of the texts that
-    Python 2 wrote as bytes; torch takes UTF-8. `calls` make a value of the arguments of a function, by its name: what
-    they make is no object of a foreign class, and where they give None it is.
+    Args:
+        data: the pickle, or a stream. After the call the position of the stream is after the pickle.
+        where: the name of the pickle in error messages.
+        span_of: returns the bytes of a storage.
+        budget: what the file may still describe; a pickle that is not part of a larger file gets its own.
+        exact: whether each storage must have exactly the bytes that its elements need.
+        encoding: the encoding of texts that Python 2 wrote as bytes; torch assumes UTF-8.
+        calls: functions by the name of a foreign function. Each gets the arguments and returns a value, or None to
+            treat the call as foreign.
 
-    Raises FileFormatError where it is damaged or beyond a limit, and where it does what Python's own reader would give
-    another meaning than is shown here.
+    Raises:
+        FileFormatError: the pickle is damaged, exceeds a limit, or is one that Python's own readers understand in
+            different ways.
     """
     start = 0 if isinstance(data, bytes) else data.tell()
     text = data if isinstance(data, bytes) else data.read()
@@ -141,19 +151,19 @@ def read(
     except ModelcliError:
         raise
     except Exception as error:
-        raise FileFormatError(f"{where} is damaged: {error}") from None
+        raise FileFormatError.damaged(where, str(error)) from None
     if not isinstance(data, bytes):
         data.seek(start + end)
     return Pickle(value, tuple(values.foreign), budget, tuple(values.attributes))
 
 
 def _opcode(code: int, where: str) -> tuple[str, struct.Struct | Callable[[Any], Any] | None]:
-    """The name of an opcode, and what reads its argument; None where it has none."""
+    """Return the name of an opcode, and what reads its argument (None if it has no argument)."""
     if (found := _USUAL.get(code)) is not None:
         return found
     name, read = _unusual().get(code, ("", None))
     if not name:
-        raise FileFormatError(f"{where} is damaged: {code:#04x} is no opcode")
+        raise FileFormatError.damaged(where, f"it contains byte {code:#04x}, which is not a pickle opcode")
     return name, read
 
 
@@ -168,16 +178,16 @@ def _unusual() -> dict[int, tuple[str, Callable[[Any], Any] | None]]:
 
 
 class _Machine:
-    """The pickle virtual machine, with every construction inert."""
+    """The stack machine that runs the opcodes; `ValueBuilder` makes the values."""
 
     def __init__(self, where: str, values: ValueBuilder, encoding: str) -> None:
         self.where = where
         self.encoding = encoding
-        #: What lies above the last mark, which is all that an opcode may touch, and what lies below each mark.
+        #: The values above the last mark, which are all that an opcode may use, and the values below each mark.
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []
-        #: What was put into the memo under 0, 1, 2 and so on, as nearly every pickler counts: a list of a million takes
-        #: a tenth of the memory of a dict. As soon as a number is left out, the others go to `memo_by_number`.
+        #: The memo entries 0, 1, 2 and so on, as nearly every pickler numbers them: a list of a million entries takes a
+        #: tenth of the memory of a dict. After a gap in the numbers, further entries go to `memo_by_number`.
         self.memo: list[Any] = []
         self.memo_by_number: dict[int, Any] = {}
         self.values = values
@@ -187,10 +197,10 @@ class _Machine:
         return self.stack[-1] if self.stack and isinstance(self.stack[-1], str) else None
 
     def run(self, data: bytes) -> tuple[Any, int]:
-        """The value of the pickle at the start of `data`, and where it ends.
+        """Return the value of the pickle at the start of `data`, and the position after it.
 
-        The opcodes that make up nearly all of a state dict are decoded here, the commonest first; `pickletools` knows
-        the arguments of the others.
+        This function decodes the opcodes that make up nearly all of a state dict, the most frequent first;
+        `pickletools` decodes the others.
         """
         stack, below = self.stack, self.below
         position, nodes, stream = 0, 0, io.BytesIO(data)
@@ -201,8 +211,12 @@ class _Machine:
             left -= block
             for _ in range(block):
                 if position >= frame_end:
-                    if position > frame_end:  # Python's reader drops the first part of an argument that is cut in two
-                        raise FileFormatError(f"{self.where} is damaged: a frame ends inside an opcode")
+                    if (
+                        position > frame_end
+                    ):  # Python's reader drops the first part of an argument that a frame's end cuts
+                        raise FileFormatError.damaged(
+                            self.where, f"a frame ends inside an opcode, at byte {frame_end:,}"
+                        )
                     frame_end = _NO_FRAME
                 code = data[position]
                 position += 1
@@ -238,7 +252,7 @@ class _Machine:
                     (size,) = _U4.unpack_from(data, position)
                     position += 4 + size
                     if position > len(data):
-                        raise FileFormatError(f"{self.where} is cut off inside a text of {size:,} bytes")
+                        raise FileFormatError.damaged(self.where, f"it ends inside a text of {size:,} bytes")
                     nodes += 1
                     stack.append(str(data[position - size : position], "utf-8", "surrogatepass"))
                 elif code == 0x52:  # REDUCE
@@ -255,7 +269,9 @@ class _Machine:
                 elif 0x85 <= code <= 0x87:  # TUPLE1, TUPLE2, TUPLE3
                     start = len(stack) - (code - 0x84)
                     if start < 0:
-                        raise FileFormatError(f"{self.where} is damaged: a tuple of more than there is")
+                        raise FileFormatError.damaged(
+                            self.where, "a tuple needs more items than the pickle's stack has"
+                        )
                     nodes += 1
                     stack[start:] = [tuple(stack[start:])]
                 elif code == 0x4D:  # BININT2
@@ -267,7 +283,9 @@ class _Machine:
                 elif code == 0x2E:  # STOP
                     limits.NODES.check(nodes, self.where)
                     if frame_end not in (position, _NO_FRAME):
-                        raise FileFormatError(f"{self.where} is damaged: a frame does not end where its pickle does")
+                        raise FileFormatError.damaged(
+                            self.where, f"a frame does not end with the pickle, at byte {position:,}"
+                        )
                     return stack.pop(), position
                 else:
                     name, read = _opcode(code, self.where)
@@ -290,7 +308,9 @@ class _Machine:
                     nodes += 1
                     if code == 0x95:  # FRAME
                         if frame_end != _NO_FRAME or position + arg > len(data):
-                            raise FileFormatError(f"{self.where} is damaged: a frame is longer than what it stands in")
+                            raise FileFormatError.damaged(
+                                self.where, f"a frame of {arg:,} bytes is longer than the rest of it"
+                            )
                         frame_end = position + arg
                         continue
                     self._step(name, arg)
@@ -299,10 +319,10 @@ class _Machine:
         raise limits.OPCODES.exceeded(self.where, f"more than {limits.OPCODES.value:,} opcodes")
 
     def _saved_tensor(self, found: re.Match[bytes]) -> Any:
-        """What `_TENSOR` matched, with every effect of its opcodes: a whole tensor in one step instead of thirty.
+        """Carry out all opcodes that `_TENSOR` matched, so that a whole tensor takes one step instead of thirty.
 
-        None, and no effect, where it numbers what it puts into the memo in a way of its own: then its opcodes have to
-        be run one by one, for what it puts there may be what it takes from there.
+        Returns the tensor, or None, and then has done nothing, if the memo numbers are not consecutive. The opcodes
+        then have to run one by one, because a later one may read what an earlier one has put into the memo.
         """
         before_key, key, behind_key, count, whole, behind_id, *view = found.groups()
         offset, shape, behind_shape, stride, behind_stride = view
@@ -316,7 +336,9 @@ class _Machine:
         if first < 256 or numbers != tuple(range(first, first + 7)) or self.memo_by_number:
             return None
         if length != len(key):
-            raise FileFormatError(f"{self.where} is damaged: a storage's key is not as long as it says")
+            raise FileFormatError.damaged(
+                self.where, f"the key {key!r} of a storage is not {length} bytes long as stated"
+            )
         name, sizes, steps = key.decode(), _integers(shape), _integers(stride)
         storage_id: tuple[Any, ...] = (memo[word], memo[kind], name, memo[place], _integers(count)[0])
         if whole:
@@ -335,7 +357,7 @@ class _Machine:
         return made
 
     def _remember(self, number: int, value: Any) -> None:
-        """Put a value into the memo."""
+        """Put a value into the memo under a number."""
         memo = self.memo
         if number == len(memo) and not self.memo_by_number:
             memo.append(value)
@@ -345,11 +367,11 @@ class _Machine:
             self.memo_by_number[number] = value
 
     def _remembered(self, number: int) -> Any:
-        """What the memo has under a number. Raises KeyError where that is nothing."""
+        """Return the memo entry of a number. Raises KeyError if there is none."""
         return self.memo[number] if 0 <= number < len(self.memo) else self.memo_by_number[number]
 
     def _step(self, name: str, arg: Any) -> None:
-        """One opcode that is not among the commonest."""
+        """Run one of the less frequent opcodes."""
         stack = self.stack
         match name:
             case "PROTO":
@@ -371,7 +393,7 @@ class _Machine:
                 if isinstance(arg, int) and (bits := (arg if arg >= 0 else ~arg).bit_length()) > _INTEGER_BITS:
                     raise FileFormatError(
                         f"{self.where} holds an integer of {bits // 8 + 1:,} bytes",
-                        f"PyTorch reads none of more than {_INTEGER_BITS // 8 + 1}",
+                        f"PyTorch reads integers of at most {_INTEGER_BITS // 8 + 1} bytes: store it as a tensor",
                     )
                 stack.append(arg)
             case "INT":
@@ -380,7 +402,7 @@ class _Machine:
                 stack.append(self._decimal(arg.removesuffix(b"L")))
             case "FLOAT":
                 if not _FLOAT.fullmatch(arg):
-                    raise FileFormatError(f"{self.where} is damaged: {arg[:40]!r} is no number")
+                    raise FileFormatError.damaged(self.where, f"{arg[:40]!r} should be a number")
                 stack.append(float(arg))
             case "SHORT_BINUNICODE" | "BINUNICODE8":
                 stack.append(arg)
@@ -391,11 +413,11 @@ class _Machine:
             case "BYTEARRAY8":
                 stack.append(self.values.opaque(Global("builtins", "bytearray"), (bytes(arg),)))
             case "SHORT_BINSTRING" | "BINSTRING":
-                # `pickletools` gives the bytes as Latin-1; what they mean is the reader's choice.
+                # `pickletools` gives the bytes as Latin-1; the caller decides which encoding they have.
                 stack.append(arg.encode("latin-1").decode(self.encoding))
             case "STRING":
                 if len(arg) < 2 or arg[:1] != arg[-1:] or arg[:1] not in (b"'", b'"'):
-                    raise FileFormatError(f"{self.where} is damaged: a text without quotes")
+                    raise FileFormatError.damaged(self.where, f"the text {arg[:40]!r} has no quotes around it")
                 stack.append(codecs.escape_decode(arg[1:-1])[0].decode(self.encoding))
             case "EMPTY_LIST":
                 self.values.budget.spend(CONTAINER)
@@ -448,23 +470,25 @@ class _Machine:
             case "NEWOBJ_EX":
                 kwargs, args, kind = stack.pop(), stack.pop(), stack.pop()
                 if not isinstance(kind, Global) or kind.dotted in HARMLESS:
-                    raise FileFormatError(f"{self.where}: keyword arguments are given to {described(kind)}")
+                    raise FileFormatError(
+                        f"{self.where} calls {described(kind)} with keyword arguments, which torch.save never does"
+                    )
                 stack.append(self.values.opaque(kind, (args, kwargs), "newobj_ex"))
             case "BUILD":
                 state = stack.pop()
                 self.values.set_state(stack[-1], state)
             case _:
-                raise FileFormatError(f"{self.where}: opcode {name} is not one that torch.save writes")
+                raise FileFormatError(f"{self.where} contains the pickle opcode {name}, which torch.save never writes")
 
     def _decimal(self, text: bytes) -> int:
         if not _DECIMAL.fullmatch(text):
-            raise FileFormatError(f"{self.where} is damaged: {text[:40]!r} is no whole number")
+            raise FileFormatError.damaged(self.where, f"{text[:40]!r} should be a whole number")
         return int(text)
 
     def _to_mark(self) -> list[Any]:
-        """What lies above the last mark, which is taken away with it."""
+        """Remove the last mark and the values above it, and return these."""
         if not self.below:
-            raise FileFormatError(f"{self.where} is damaged: a mark is missing")
+            raise FileFormatError.damaged(self.where, "an opcode needs a mark, and there is none on the stack")
         values = self.stack
         self.stack = self.below.pop()
         return values
@@ -474,13 +498,13 @@ class _Machine:
         if isinstance(target, list):
             target.extend(values)
             return
-        self.values.require_foreign(target, "values are appended to")
+        self.values.require_foreign(target, "appends values to")
         target.appended.extend(values)
 
     def _add(self, values: list[Any]) -> None:
         target = self.stack[-1]
         if not isinstance(target, Opaque) or target.how != "set":
-            self.values.require_foreign(target, "values are added to")
+            self.values.require_foreign(target, "adds values to")
         target.appended.extend(values)
 
     def _set_items(self, items: list[Any]) -> None:
@@ -490,13 +514,13 @@ class _Machine:
             target.update(pairs)
             return
         if not is_counter(target):
-            self.values.require_foreign(target, "items are set on")
+            self.values.require_foreign(target, "sets items of")
         target.items.extend(pairs)
 
 
 @functools.lru_cache(maxsize=10_000)
 def _integers(text: bytes) -> tuple[int, ...]:
-    """The numbers that a row of BININT1, BININT2 and BININT opcodes pushes; the others make a tuple of them."""
+    """Return the numbers that BININT1, BININT2 and BININT opcodes push; the other opcodes make a tuple of them."""
     found = []
     position = 0
     while position < len(text):

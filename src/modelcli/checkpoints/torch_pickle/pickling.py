@@ -1,7 +1,7 @@
-"""Inert values back into a pickle of protocol 2, as `torch.save` writes them: a dozen opcodes, no torch.
+"""Write inert values as a pickle of protocol 2, as `torch.save` does, without torch.
 
-Tensors come to the very opcodes of `torch.save`, with all that it puts into the memo: readers that know these take a
-whole tensor in one step, as ours does.
+Tensors get exactly the opcodes of `torch.save`, including its memo entries, so that readers which recognise these (such
+as `pickles`) can read a whole tensor in one step.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from modelcli.checkpoints.torch_pickle.allow_list import STORAGE_CLASSES
 from modelcli.checkpoints.torch_pickle.inert_values import Global, Opaque, OrderedDict, StorageRef
 from modelcli.errors import RequestError
 
-#: The record of a source's bytes and the number of elements, for the dtype of a typed storage, or None for bytes.
+#: Returns the key of a storage and its number of elements, given its source and dtype (None for raw bytes).
 StorageKey = Callable[[Source, str | None], tuple[str, int]]
 
 
@@ -37,13 +37,16 @@ class _Writer:
         self.memo: dict[Global | str | int, int] = {}
         self.count = 0
         self.kept: list[Any] = []
-        # Two more than what was read: the state dict around its `_metadata`, in its place in the tree.
+        # Two levels more than a reader allows: `_metadata` in the state dict, which is in the tree.
         self.deepest = NESTING.value + 2
 
     def write(self, value: Any, depth: int) -> None:
         out = self.out
         if depth > self.deepest:
-            raise RequestError(f"the checkpoint's values are nested deeper than {self.deepest}, or hold themselves")
+            raise RequestError(
+                f"the checkpoint has values that contain themselves or are nested deeper than {self.deepest}",
+                "use --bare to write only the state dict",
+            )
         if isinstance(value, dict | list | tuple | Opaque) and (number := self.memo.get(id(value))) is not None:
             self._get(number)
             return
@@ -113,7 +116,10 @@ class _Writer:
         else:
             data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
             if len(data) > 255:
-                raise RequestError("an integer of more than 255 bytes cannot be written to a checkpoint")
+                raise RequestError(
+                    "torch.load cannot read integers of more than 255 bytes, and the checkpoint contains one",
+                    "use --bare to write only the state dict",
+                )
             self.out += b"\x8a" + bytes([len(data)]) + data
 
     def _sequence(self, values: tuple[Any, ...], depth: int) -> None:
@@ -144,7 +150,7 @@ class _Writer:
         self._put(value)
 
     def _word(self, text: str) -> None:
-        """A text that is written again and again."""
+        """Write a text that occurs often: in full once, then from the memo."""
         if (number := self.memo.get(text)) is not None:
             self._get(number)
             return
@@ -153,13 +159,13 @@ class _Writer:
         self._number()
 
     def _put(self, value: Any) -> None:
-        """Remember what was just made: a class by its name, a container by its identity, so that it stays one."""
+        """Put a value into the memo: a class by its name, a container by its identity, so that it stays one object."""
         self.memo[value if isinstance(value, Global) else id(value)] = self.count
         self.kept.append(value)
         self._number()
 
     def _number(self) -> None:
-        """Put what was just made into the reader's memo, under the next number."""
+        """Write the opcode that puts the last value into the reader's memo, under the next number."""
         number = self.count
         self.count += 1
         self.out += b"q" + bytes([number]) if number < 256 else b"r" + struct.pack("<I", number)
@@ -170,7 +176,10 @@ class _Writer:
     def _opaque(self, value: Opaque, depth: int) -> None:
         is_set = value.how == "set"
         if value.how == "newobj_ex":
-            raise RequestError("an object made with keyword arguments cannot be written to a checkpoint", "use --bare")
+            raise RequestError(
+                "modelcli cannot write an object in this checkpoint that is made with keyword arguments",
+                "use --bare to write only the state dict",
+            )
         self.write(value.call, depth + 1)
         self.write((value.appended,) if is_set else value.args, depth + 1)
         self.out += b"\x81" if value.how == "newobj" else b"R"
@@ -198,7 +207,7 @@ class _Writer:
         self.out += b"\x87R"
 
     def _tensor(self, tensor: PlannedTensor, *, requires_grad: bool) -> None:
-        """`_rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)`; v3 where no typed storage is."""
+        """Write `_rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)`; v3 for newer dtypes."""
         is_typed = tensor.dtype in STORAGE_CLASSES
         name = "_rebuild_tensor_v2" if is_typed else "_rebuild_tensor_v3"
         self._global(Global("torch._utils", name))
@@ -219,7 +228,7 @@ class _Writer:
         self._number()
 
     def _storage(self, source: Source, dtype: str | None) -> None:
-        """The persistent id of a storage: `("storage", class, key, location, number of elements)`."""
+        """Write the persistent id of a storage: `("storage", class, key, location, number of elements)`."""
         key, count = self.storage_key(source, dtype)
         self.out += b"("
         self._word("storage")

@@ -1,4 +1,4 @@
-"""From a pickle's inert values to what a checkpoint holds: the tensors of its state dict, and all that is beside."""
+"""Turn the inert values of a pickle into the contents of a checkpoint: its state dict, and everything beside it."""
 
 from __future__ import annotations
 
@@ -30,19 +30,27 @@ def contents_of(
     record_text: str | None = None,
     notes: tuple[str, ...] = (),
 ) -> Contents:
-    """What a file of `torch.save` holds."""
+    """Return the contents of a file that `torch.save` wrote.
+
+    Args:
+        path: the file.
+        pickled: its pickle.
+        key: the state dict to take, as `--key` names it; None to find it.
+        record_text: the record in the zip archive, if any.
+        notes: the notes so far.
+    """
     _check_nesting(path, pickled.value)
     notes = (*notes, *deepspeed.notes_of(path, pickled.value))
     keys, found, chosen = state_dicts.find(path, pickled, key)
-    whole = None if isinstance(found, dict) else pickled_modules.read(path, found, pickled.budget)
-    state_dict = found if whole is None else whole.tensors
-    if whole is not None and not state_dict:
+    module = None if isinstance(found, dict) else pickled_modules.read(path, found, pickled.budget)
+    state_dict = found if module is None else module.tensors
+    if module is not None and not state_dict:
         raise state_dicts.nothing_to_show(path, pickled)
-    if whole is None and any(isinstance(item, Opaque) and state_dicts.is_sharded(item) for item in found.values()):
+    if module is None and any(isinstance(item, Opaque) and state_dicts.is_sharded(item) for item in found.values()):
         raise state_dicts.part_of_a_rank(path, pickled) or state_dicts.nothing_to_show(path, pickled)
     tensors: dict[str, TensorEntry | CompositeEntry] = {}
     extras: dict[str, Any] = {}
-    known: dict[int, CompositeEntry] = {}  # one tensor may stand under several names
+    known: dict[int, CompositeEntry] = {}  # one tensor may have several names
     limits.check_names(state_dict, str(path))
     for name, item in state_dict.items():
         if isinstance(item, TensorEntry):
@@ -53,22 +61,22 @@ def contents_of(
             tensors[name] = known[id(item)]
         else:
             extras[name] = item
-    within, beyond = nested_tensors.tensors_within(extras, state_dict, str(path), pickled.budget)
+    inner, opaque = nested_tensors.tensors_within(extras, state_dict, str(path), pickled.budget)
     unseen = [name for name, item in extras.items() if composite_tensors.may_be_tensor(item)]
-    beyond = [name for name in beyond if name not in unseen]
+    opaque = [name for name in opaque if name not in unseen]
     left_out = [name for name in state_dicts.left_out_by_guess(pickled.value, keys, key) if name not in state_dict]
     attributes = dict.fromkeys(
         name for name, value in pickled.attributes if nested_tensors.may_hold_tensors(value, pickled.budget)
     )
-    told = _told_of(unseen, beyond, tuple(attributes))
+    hidden_notes = _notes_about(unseen, opaque, tuple(attributes))
     state = state_dict.state if isinstance(state_dict, OrderedDict) else None
-    of_the_dict = [
+    dict_attributes = [
         name for name, value in (state or {}).items() if nested_tensors.may_hold_tensors(value, pickled.budget)
     ]
     metadata = state.get("_metadata") if isinstance(state, dict) else None
     if not isinstance(metadata, dict):
         metadata = {}
-    # Where the two copies of the record differ, the one in the zip archive wins.
+    # If the two copies of the record differ, the one in the zip archive counts.
     recorded = record_reading.record_in((record_text, metadata.get(records.METADATA_KEY)), path)
     contents = Contents(
         path=path,
@@ -80,52 +88,58 @@ def contents_of(
         tree=pickled.value if keys else None,
         key=keys or None,
         foreign=pickled.foreign,
-        notes=(*notes, *recorded.notes, *chosen, *told, *(() if whole is None else whole.notes)),
-        types={} if whole is None else whole.types,
-        kinds=_kinds_of_scales(tensors) if whole is None else whole.kinds,
+        notes=(*notes, *recorded.notes, *chosen, *hidden_notes, *(() if module is None else module.notes)),
+        types={} if module is None else module.types,
+        kinds=_kinds_of_scales(tensors) if module is None else module.kinds,
         order=tuple(state_dict) if extras else (),
-        inner=within,
-        unseen=(*unseen, *beyond, *left_out),
+        inner=inner,
+        unseen=(*unseen, *opaque, *left_out),
         hidden=(
             *(f"the attribute {name!r} of a tensor" for name in attributes),
-            *(f"the attribute {name!r:.40} of the state dict" for name in of_the_dict),
-            *(() if whole is None else whole.hidden),
+            *(f"the attribute {name!r:.40} of the state dict" for name in dict_attributes),
+            *(() if module is None else module.hidden),
         ),
     )
     return recorded.completed(contents)
 
 
-def _told_of(unseen: Sequence[str], beyond: Sequence[str], attributes: Sequence[str]) -> Iterator[str]:
-    """What is to be told of tensors that have no row."""
+def _notes_about(unseen: Sequence[str], opaque: Sequence[str], attributes: Sequence[str]) -> Iterator[str]:
+    """Yield the notes about tensors that have no row.
+
+    Args:
+        unseen: entries that a call makes, which modelcli does not run.
+        opaque: entries with tensors that cannot have rows, or with objects of unknown classes.
+        attributes: attributes of tensors that contain tensors.
+    """
     if unseen:
-        made = "made by calls that are not followed here, and cannot be looked at"
-        yield f"{listed(unseen, 4)} {_is_or_are(unseen)} {made}"
-    if beyond:
+        are = "is not shown: a call makes it" if len(unseen) == 1 else "are not shown: calls make them"
+        yield f"{listed(unseen, 4)} {are}, and modelcli does not run the code of a file"
+    if opaque:
+        holds = "holds" if len(opaque) == 1 else "hold"
         yield (
-            f"{listed(beyond, 4)} hold{'s' if len(beyond) == 1 else ''} tensors that have no row of their own, or "
-            "objects that only running code could load: the totals leave them out"
+            f"{listed(opaque, 4)} {holds} tensors that cannot have rows of their own, or objects that only running "
+            "code could load: the totals leave them out"
         )
     if attributes:
-        yield f"tensors have attributes with tensors in them ({listed(attributes, 4)}), which no state dict loads"
-
-
-def _is_or_are(names: Sequence[str]) -> str:
-    return "is" if len(names) == 1 else "are"
+        yield (
+            f"some tensors have attributes that contain tensors ({listed(attributes, 4)}): they are not part of the "
+            "state dict, so they are not shown"
+        )
 
 
 def _kinds_of_scales(tensors: Mapping[str, TensorEntry | CompositeEntry]) -> dict[str, Kind]:
-    """The scales of what quantized modules give, each beside its zero point: torch has no parameters for them."""
+    """Return as buffers the output scales of quantized modules, each of which is beside a zero point."""
     ends = [name for name, entry in tensors.items() if name.endswith("zero_point") and not entry.shape]
     scales = (f"{name.removesuffix('zero_point')}scale" for name in ends)
     return {name: "buffer" for name in scales if name in tensors and not tensors[name].shape}
 
 
-#: What nothing lies in. As a tuple that is made once: a file may have 100,000 of them.
+#: The types of values that contain no other values.
 _LEAVES = (TensorEntry, str, int, float, bytes, type(None), Global, StorageRef)
 
 
 def _check_nesting(path: Path, tree: Any) -> None:
-    """Raise FileFormatError where values lie in one another deeper than the limit. Each is looked at once."""
+    """Raise FileFormatError if values are nested deeper than the limit. Each value is visited once."""
     deepest = limits.NESTING.value
     seen: set[int] = set()
     stack = [(1, iter((tree,)))]
@@ -144,7 +158,7 @@ def _check_nesting(path: Path, tree: Any) -> None:
 
 
 def within(value: Any) -> Iterator[Any]:
-    """What lies directly in a value."""
+    """Yield the values directly inside a value."""
     match value:
         case dict():
             yield from value.keys()

@@ -1,4 +1,4 @@
-"""Digests of values that were never unpickled, so that two can be compared; the values of tensors do not count."""
+"""Digests that show whether two inert values are equal, apart from the values of the tensors in them."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from modelcli.checkpoints.limits import room_for_nesting
 from modelcli.checkpoints.torch_pickle.composite_tensors import is_tensor
 from modelcli.checkpoints.torch_pickle.inert_values import Global, Opaque, OrderedDict, StorageRef
 
-#: So much of a value is shown in a line.
-_MOST_SHOWN = 60
+#: The most characters of a text that a message shows.
+_MAX_SHOWN = 60
 
 
-def form_of(value: Any) -> bytes:
-    """A digest of the form of a value: equal for two that say the same, whatever is in their tensors.
+def digest_of(value: Any) -> bytes:
+    """Return a digest that two values share if they are equal apart from the values of tensors in them.
 
-    The order of a dict's keys says nothing, nor does whether a value stands at two places or an equal one at each.
+    The order of a dict's keys does not matter. It does not matter either whether a value is used twice or there are
+    two equal values.
     """
     with room_for_nesting():
-        return _Forms().of(value)
+        return _Digests().of(value)
 
 
-class _Forms:
-    """The forms of values that may stand in one another at many places: each is made once."""
+class _Digests:
+    """The digests of values that may be used many times; each is computed once."""
 
     def __init__(self) -> None:
         self._known: dict[int, bytes] = {}
@@ -36,7 +37,7 @@ class _Forms:
         if not isinstance(value, dict | list | tuple | Opaque):
             return _digest(type(value).__name__, _leaf(value))
         if id(value) not in self._known:
-            self._known[id(value)] = _digest("what it lies in")  # until it is known: a value may hold itself
+            self._known[id(value)] = _digest("a value that contains this one")  # a value may contain itself
             self._known[id(value)] = self._container(value)
         return self._known[id(value)]
 
@@ -74,17 +75,17 @@ def _digest(*parts: str | bytes) -> bytes:
 
 
 def brief(value: Any) -> str:
-    """A value in a few words, for a person."""
+    """Return a short text that shows a value."""
     return _shorter.repr(value)
 
 
 class _Short(reprlib.Repr):
-    """`repr` of inert values, cut where they are long."""
+    """`repr` for inert values that shortens long ones."""
 
     def __init__(self) -> None:
         super().__init__()
         self.maxlevel, self.maxdict, self.maxlist, self.maxtuple = 3, 4, 4, 4
-        self.maxstring = self.maxother = _MOST_SHOWN
+        self.maxstring = self.maxother = _MAX_SHOWN
 
     def repr1(self, x: Any, level: int) -> str:
         shown: Callable[[Any, int], str] = super().repr1

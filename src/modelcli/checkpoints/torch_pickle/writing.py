@@ -1,4 +1,4 @@
-"""The writer of `.pth`: torch's zip format, stored records on 64-byte boundaries, valid CRC-32s."""
+"""Write `.pth` files: torch's zip format with uncompressed records on 64-byte boundaries and valid CRC-32s."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ PREFIX = "archive"
 
 
 def layout(plan: Plan) -> ZipLayout:
-    """Lay an archive out. The same plan gives the same bytes, whatever the file is called."""
+    """Return the layout of an archive. The same plan gives the same bytes, whatever the name of the file."""
     storages: dict[tuple[Source, str | None], str] = {}
 
     def storage_key(source: Source, dtype: str | None) -> tuple[str, int]:
-        # A record has one class: of tensors that read the same bytes as other dtypes, each class gets its own copy.
+        # A storage has one dtype, so tensors that view the same bytes with other dtypes get a copy for each dtype.
         key = storages.setdefault((source, dtype), str(len(storages)))
         return key, source.nbytes // (ITEM_BYTES[dtype] if dtype else 1)
 
@@ -37,7 +37,7 @@ def layout(plan: Plan) -> ZipLayout:
 
 
 def _tree(plan: Plan) -> Any:
-    """The state dict with its `_metadata`, in its place inside the training checkpoint where there is one."""
+    """Return the state dict with its `_metadata`, inside the training checkpoint if there is one."""
     state_dict = OrderedDict(plan.entries)
     metadata = OrderedDict(plan.metadata)
     metadata[records.METADATA_KEY] = plan.record
@@ -48,11 +48,11 @@ def _tree(plan: Plan) -> Any:
 
 
 def _with(tree: Any, key: tuple[str | int, ...], value: Any) -> Any:
-    """A tree with another value at the end of a path through its dicts and lists."""
+    """Return a tree with another value at the end of a path through its dicts and lists."""
     if not key:
         return value
     if isinstance(tree, list | tuple):
-        return type(tree)(_with(item, key[1:], value) if place == key[0] else item for place, item in enumerate(tree))
+        return type(tree)(_with(item, key[1:], value) if index == key[0] else item for index, item in enumerate(tree))
     changed = type(tree)(tree)
     if isinstance(tree, OrderedDict):
         changed.state = tree.state
@@ -61,7 +61,7 @@ def _with(tree: Any, key: tuple[str | int, ...], value: Any) -> Any:
 
 
 def verify(plan: Plan, path: Path) -> None:
-    """Read the archive's own account of itself back, and compare it with the plan."""
+    """Read the written archive, and compare its contents with the plan."""
     try:
         contents = reader.read(Candidate(path), state_dicts.key_of(plan.key) if plan.key else None)
     except FileFormatError as error:

@@ -1,4 +1,4 @@
-"""The format of `torch.save` since 1.6: a zip archive of stored records, with the tree of values as a pickle."""
+"""Read the format of `torch.save` since 1.6: a zip archive with a pickle and a record for each storage."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from modelcli.wording import listed
 
 
 def read(candidate: Candidate, key: str | None) -> Contents:
-    """Read the directory, the pickle and the record of a torch zip file; no tensor's bytes are touched."""
+    """Read the directory, the pickle and modelcli's record of a torch zip file. The bytes of tensors are not read."""
     archive = archive_of(candidate)
     try:
         with candidate.path.open("rb") as file:
@@ -34,7 +34,7 @@ def read(candidate: Candidate, key: str | None) -> Contents:
 
 
 def archive_of(candidate: Candidate) -> Archive:
-    """The archive that is the whole of a file. Raises FileFormatError where torch.save does not write such a one."""
+    """Return the archive that a file consists of. Raises FileFormatError if torch.save does not write such archives."""
     where = str(candidate.path)
     entries = candidate.records
     return Archive(candidate.path, candidate.identity, where, _prefix(where, entries), entries)
@@ -42,7 +42,7 @@ def archive_of(candidate: Candidate) -> Archive:
 
 @dataclass(frozen=True)
 class Archive:
-    """The records of an archive that `torch.save` wrote, all under one `prefix`; `where` names it in messages."""
+    """An archive that `torch.save` wrote. All records are under one `prefix`; `where` names the archive in messages."""
 
     path: Path
     identity: tuple[int, int, int]
@@ -51,36 +51,39 @@ class Archive:
     entries: Mapping[str, Entry]
 
     def pickled(self, file: BinaryIO, budget: limits.Budget | None = None) -> pickles.Pickle:
-        """The tree of values in it, made on a budget of others, or one of its own."""
+        """Return the pickle of its values, with a shared budget or a new one."""
         data = self.small(file, "data.pkl")
         self._require_little_endian(file)
         return pickles.read(data, f"{self.where}: {self.prefix}data.pkl", self.span_of, budget)
 
     def _require_little_endian(self, file: BinaryIO) -> None:
-        """Raise FileFormatError where a record says that the numbers have another order of bytes, or nothing known."""
+        """Raise FileFormatError if the archive states a byte order other than little-endian."""
         wanted = f"{self.prefix}byteorder"
-        # torch finds it by a name in any case.
+        # torch ignores the case of the name.
         found = next(
             (name for name in self.entries if len(name) == len(wanted) and name.lower() == wanted.lower()), None
         )
         if found is None:
             return
         if found != wanted:
-            raise FileFormatError(f"{self.where}: the record {found} should be called {wanted}")
+            raise FileFormatError.damaged(self.where, f"the record {found} should have the name {wanted}")
         order = self.small(file, "byteorder")
         if order == b"big":
-            raise FileFormatError(f"{self.where} was written on a big-endian machine", "load and save it with torch")
+            raise FileFormatError(
+                f"{self.where} has big-endian values, but modelcli reads little-endian ones",
+                "load it with torch, and save it again with torch.save",
+            )
         if order != b"little":
-            raise FileFormatError(f"{self.where} is damaged: its byteorder is {order[:20]!r}")
+            raise FileFormatError.damaged(self.where, f"its byteorder is {order[:20]!r}, not b'little' or b'big'")
 
     def notes(self) -> tuple[str, ...]:
-        """What there is to tell of an archive that states no checksum of its values: damage in it is not noticed."""
+        """Return the note about an archive without checksums."""
         if self.entries[f"{self.prefix}data.pkl"].crc:
             return ()
-        return (f"{self.path.name} was written without checksums: damage in it would not be noticed",)
+        return (f"{self.path.name} has no checksums, so damage in it would not be noticed",)
 
     def record_text(self, file: BinaryIO) -> str | None:
-        """The record, or None where it is damaged: the tensors are there without it, and so is its copy."""
+        """Return modelcli's record; None if it is missing or damaged. The pickle has a copy of it."""
         if f"{self.prefix}{records.ZIP_RECORD}" not in self.entries:
             return None
         try:
@@ -89,18 +92,18 @@ class Archive:
             return None
 
     def span_of(self, storage: str, _dtype: str | None) -> Storage:
-        """The bytes of a storage, by its key."""
+        """Return the bytes of a storage by its key."""
         return self.bytes_of(f"data/{storage}")
 
     def bytes_of(self, name: str) -> Storage:
-        """The bytes of a record, by its name below the prefix; nothing is read yet."""
+        """Return the bytes of a record by its name below the prefix. Nothing is read yet."""
         entry = self.entries.get(f"{self.prefix}{name}")
         if entry is None:
-            raise FileFormatError(f"{self.where} is damaged: record {self.prefix}{name} is missing")
+            raise FileFormatError.damaged(self.where, f"the record {self.prefix}{name} is missing")
         return storage_of(entry, self.path, self.identity, self.where)
 
     def has_any(self, folder: str) -> bool:
-        """Whether records lie in a folder below the prefix."""
+        """Whether there are records in a folder below the prefix."""
         return any(name.startswith(f"{self.prefix}{folder}") for name in self.entries)
 
     def small(self, file: BinaryIO, name: str) -> bytes:
@@ -112,26 +115,32 @@ class Archive:
 def archive_in(
     file: BinaryIO, path: Path, identity: tuple[int, int, int], where: str, start: int, size: int
 ) -> Archive:
-    """The archive that takes `size` bytes of a file from `start`: the whole of it, or a part."""
+    """Return the archive in the `size` bytes of a file from `start`, which may be only a part of the file."""
     entries = zip_directory.read(file, size, where, start=start)
     return Archive(path, identity, where, _prefix(where, entries), entries)
 
 
 def _prefix(where: str, entries: Mapping[str, Entry]) -> str:
-    """The folder in the archive that holds every record of it; torch looks into no other."""
+    """Return the folder that contains all records of the archive; torch reads no others."""
     pickled = [name for name in entries if name == "data.pkl" or name.endswith("/data.pkl")]
     if not pickled:
-        raise FileFormatError(f"{where} is a zip file, but none that torch.save wrote: it holds no data.pkl")
+        raise FileFormatError(f"{where} is a zip file that torch.save did not write: it contains no data.pkl")
     prefix = pickled[0].removesuffix("data.pkl")
     if len(pickled) > 1:
-        raise FileFormatError(f"{where} holds {len(pickled)} files named data.pkl: {listed(pickled, 3)}")
+        raise FileFormatError(
+            f"{where} contains {len(pickled)} files named data.pkl, and torch.save writes one: {listed(pickled, 3)}"
+        )
     if prefix.count("/") != 1:
-        raise FileFormatError(f"{where} holds {pickled[0]}, and torch looks for data.pkl in one folder of the archive")
+        raise FileFormatError(
+            f"{where} contains {pickled[0]}, but torch reads data.pkl only directly inside one folder of the archive"
+        )
     if f"{prefix}constants.pkl" in entries:
-        raise FileFormatError(f"{where} is a torch.jit archive", "save its state_dict() with torch.save instead")
+        raise FileFormatError(
+            f"{where} is a TorchScript archive inside another file", "save its state_dict() with torch.save instead"
+        )
     if stray := next((name for name in entries if not name.startswith(prefix)), None):
         raise FileFormatError(
-            f"{where} holds {stray} beside the folder {prefix}: a second prefix, and torch.save writes one",
-            "what another program packed into it has to come out first",
+            f"{where} contains {stray} outside the folder {prefix}, but torch.save writes everything into one folder",
+            "remove what another program has added to the archive",
         )
     return prefix

@@ -1,6 +1,6 @@
-"""Programs with their weights in one archive: TorchScript (`torch.jit.save`) and `torch.export.save`.
+"""The formats of programs with their weights: TorchScript (`torch.jit.save`) and `torch.export.save`.
 
-Their tensors are shown, and can be written as a checkpoint. Their code is not looked at, let alone run.
+modelcli shows their tensors and can write them as a checkpoint. It does not run the programs.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from modelcli.checkpoints.format import Candidate, Format
 if TYPE_CHECKING:
     from modelcli.checkpoints.contents import Contents
 
-#: How records are called that exported programs have and checkpoints have not.
+#: The names of records that exported programs have and checkpoints do not have.
 _EXPORTED = ("archive_format", "serialized_exported_program.json")
 
 
 class TorchScript(Format):
-    """A program of `torch.jit.save`. It is read only."""
+    """A program that `torch.jit.save` wrote. modelcli reads but does not write this format."""
 
     name = "jit"
     title = "a program with one state dict"
@@ -33,7 +33,7 @@ class TorchScript(Format):
 
 
 class TorchExport(Format):
-    """A program of `torch.export.save`. It is read only."""
+    """A program that `torch.export.save` wrote. modelcli reads but does not write this format."""
 
     name = "pt2"
     title = "a program with one state dict"

@@ -1,4 +1,4 @@
-"""Archives of programs: all records lie in one folder, as in a checkpoint, or in none."""
+"""Open the archive of a program. All its records are in one folder, as in a checkpoint, or in none."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from modelcli.errors import FileFormatError, SystemFailureError
 
 
 def with_file(candidate: Candidate, read: Callable[[Archive, BinaryIO], Contents]) -> Contents:
-    """What `read` makes of the archive of a program and its open file."""
+    """Open the archive of a program, and return the result of `read` on it."""
     where, entries = str(candidate.path), candidate.records
     archive = Archive(candidate.path, candidate.identity, where, _prefix(where, entries), entries)
     try:
@@ -29,11 +29,11 @@ def _is_exported(names: Mapping[str, Any]) -> bool:
 
 
 def _prefix(where: str, names: Mapping[str, Any]) -> str:
-    """The folder that all records of a program lie in, with its slash; empty where there is none.
+    """Return the folder that all records of a program are in, with a slash; an empty text if there is none.
 
-    Raises FileFormatError where there are several.
+    Raises FileFormatError if there are several folders.
     """
     prefixes = {name.partition("/")[0] + "/" if "/" in name else "" for name in names}
     if len(prefixes) != 1 and not _is_exported({name: None for name in names if "/" not in name}):
-        raise FileFormatError(f"{where} holds records in {len(prefixes)} folders, and torch writes one")
+        raise FileFormatError.damaged(where, f"its records are in {len(prefixes)} folders, but torch writes only one")
     return prefixes.pop() if len(prefixes) == 1 else ""

@@ -1,4 +1,4 @@
-"""The reader of `torch.export.save`: the tensors of a program's state dict. The program itself is not looked at."""
+"""Read the tensors of a program that `torch.export.save` wrote. The program itself is not read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from modelcli.errors import FileFormatError
 from modelcli.model.dtypes import ITEM_BYTES
 from modelcli.model.tensors import Kind
 
-#: The numbers of dtypes in `torch._export.serde.schema.ScalarType`.
+#: The dtypes by their numbers in `torch._export.serde.schema.ScalarType`.
 _DTYPES = {
     1: "uint8",
     2: "int8",
@@ -40,21 +40,22 @@ _DTYPES = {
 }
 _STRIDED = 7
 _CONFIG = "_weights_config.json"
+_SAVE_STATE_DICT = "with the torch that wrote it, run torch.save(torch.export.load(file).state_dict, 'out.pth')"
 
 
 def read(candidate: Candidate) -> Contents:
-    """Read the account of the weights, or the state dict that the program holds."""
+    """Read the tensors of an exported program."""
     return with_file(candidate, _read)
 
 
 def _read(archive: Archive, file: BinaryIO) -> Contents:
-    """The state dict of an exported program: by the account of its weights, or as the state dict that it holds."""
+    """Read the state dict that the program's weights configuration describes, or the one that it contains whole."""
     names = list(archive.entries)
     configs = [name for name in names if name.endswith(_CONFIG) and "/weights/" in f"/{name}"]
     whole = [name for name in names if name.endswith(("serialized_state_dict.pt", "data/weights/model.pt"))]
-    note = f"{archive.path.name} is a program of torch.export: its tensors are shown, and it is not run"
+    note = f"{archive.path.name} is a program of torch.export: modelcli shows its tensors and does not run it"
     foreign = ("torch.export.ExportedProgram",)
-    hidden = ("what the program has for constants",) if any(_constants_in(archive)) else ()
+    hidden = ("the constants of the program",) if any(_constants_in(archive)) else ()
     if len(configs) == 1:
         tensors, kinds = _configured(archive, file, configs[0])
         return Contents(
@@ -69,8 +70,8 @@ def _read(archive: Archive, file: BinaryIO) -> Contents:
         )
     if len(whole) == 1 and archive.entries[whole[0]].stored:
         entry = archive.entries[whole[0]]
-        place = embedded.Place(archive.path, entry.offset, entry.nbytes, archive.identity, entry.name)
-        found = trees.contents_of(archive.path, embedded.read(place), None)
+        span = embedded.ArchiveSpan(archive.path, entry.offset, entry.nbytes, archive.identity, entry.name)
+        found = trees.contents_of(archive.path, embedded.read(span), None)
         return Contents(
             archive.path,
             "pt2",
@@ -83,18 +84,20 @@ def _read(archive: Archive, file: BinaryIO) -> Contents:
             hidden=(*hidden, *found.hidden),
             is_program=True,
         )
-    held = f"{len(configs)} accounts of weights" if configs else "no account of its weights that is known here"
+    number = f"{len(configs)} files *{_CONFIG}" if configs else f"no file *{_CONFIG} and no state dict"
     raise FileFormatError(
-        f"{archive.path} is a program of torch.export with {held}",
-        "torch.save(torch.export.load(file).state_dict, 'out.pth') where it can be loaded",
+        f"{archive.path} is a program of torch.export with {number}, so modelcli cannot find its weights",
+        _SAVE_STATE_DICT,
     )
 
 
 def _constants_in(archive: Archive) -> Iterator[bool]:
-    """Whether tensors may lie in each record of constants: buffers that are in no state dict, and plain attributes."""
+    """Yield for each record of constants whether it may contain tensors (non-persistent buffers, plain attributes)."""
     for name, entry in archive.entries.items():
         if name.endswith(("serialized_constants.pt", "constants/model.pt")) and entry.stored:
-            pickled = embedded.read(embedded.Place(archive.path, entry.offset, entry.nbytes, archive.identity, name))
+            pickled = embedded.read(
+                embedded.ArchiveSpan(archive.path, entry.offset, entry.nbytes, archive.identity, name)
+            )
             yield nested_tensors.may_hold_tensors(pickled.value, pickled.budget)
         elif name.endswith("serialized_constants.pt") or "/constants/" in f"/{name}":
             yield not name.endswith(".json")
@@ -107,10 +110,10 @@ def _configured(
     try:
         document = strict_json.loads(archive.small(file, config.removeprefix(archive.prefix)), where)
     except (ValueError, RecursionError) as error:
-        raise FileFormatError(f"{where} is no account of weights: {error}") from None
+        raise FileFormatError.damaged(where, f"it does not describe weights: {error}") from None
     entries = document.get("config") if isinstance(document, dict) else None
     if not isinstance(entries, dict):
-        raise FileFormatError(f"{where} is no account of weights")
+        raise FileFormatError.damaged(where, "it does not describe weights: it has no object named config")
     storages: dict[str, Storage] = {}
     tensors: dict[str, TensorEntry | CompositeEntry] = {}
     kinds: dict[str, Kind] = {}
@@ -121,14 +124,19 @@ def _configured(
             tensors[name] = _tensor(archive, folder, entry, storages, f"{where}: {name}")
             kinds[name] = "parameter" if entry["is_param"] else "buffer"
         except (KeyError, TypeError, ValueError) as error:
-            raise FileFormatError(f"{where}: {name} is not described as a tensor: {error!r}") from None
+            raise FileFormatError.damaged(
+                where, f"the description of {name} is not that of a tensor: {error!r}"
+            ) from None
     return tensors, kinds
 
 
 def _tensor(archive: Archive, folder: str, entry: Any, storages: dict[str, Storage], where: str) -> TensorEntry:
     meta, record = entry["tensor_meta"], f"{folder}/{entry['path_name']}"
     if entry["use_pickle"] or meta["layout"] != _STRIDED or meta["dtype"] not in _DTYPES:
-        raise FileFormatError(f"{where} is no dense tensor of a dtype that is known here")
+        raise FileFormatError(
+            f"{where} is not a dense tensor of a dtype that modelcli knows",
+            _SAVE_STATE_DICT,
+        )
     dtype = _DTYPES[meta["dtype"]]
     if record not in storages:
         storages[record] = archive.bytes_of(record)
@@ -138,5 +146,7 @@ def _tensor(archive: Archive, folder: str, entry: Any, storages: dict[str, Stora
     last = shapes.extent(shape, stride)
     needed = (offset + last) * ITEM_BYTES[dtype] if last else 0
     if needed > storages[record].nbytes:
-        raise FileFormatError(f"{where} needs {needed:,} bytes, and its record holds {storages[record].nbytes:,}")
+        raise FileFormatError.damaged(
+            where, f"it needs {needed:,} bytes, but the record {record} holds {storages[record].nbytes:,}"
+        )
     return TensorEntry(shape, dtype, stride, offset, storages[record], bool(meta["requires_grad"]))

@@ -1,4 +1,4 @@
-"""The reader of TorchScript: the tensors that `torch.jit.load(...).state_dict()` has. No line of its code is run."""
+"""Read the tensors of a TorchScript archive, as `torch.jit.load(...).state_dict()` has them. Its code is not run."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _NAME = re.compile(r'"((?:[^"\\]|\\.)*)"')
 
 
 def read(candidate: Candidate) -> Contents:
-    """Read the modules, the code that names their parameters, and where each tensor lies."""
+    """Read the tensors of a TorchScript archive."""
     return with_file(candidate, _read)
 
 
 def _read(archive: Archive, file: BinaryIO) -> Contents:
-    """The parameters and buffers that `torch.jit.load(...).state_dict()` has, by the same names.
+    """Read the parameters and buffers that `torch.jit.load(...).state_dict()` has, under the same names.
 
-    Raises FileFormatError where the archive is damaged, or its modules are not made as TorchScript makes them.
+    Raises FileFormatError if the archive is damaged or its modules are not those of TorchScript.
     """
     pickled = archive.pickled(file)
     tables = _Tables(archive, file)
@@ -39,12 +39,11 @@ def _read(archive: Archive, file: BinaryIO) -> Contents:
     hidden: list[str] = []
     stack: list[tuple[Any, str, tuple[int, ...]]] = [(pickled.value, "", ())]
     while stack:
-        module, prefix, above = stack.pop()
+        module, prefix, parents = stack.pop()
         if not _is_object(module):
-            raise FileFormatError(
-                f"{archive.path}: what stands at {prefix or 'the root'} is no module of TorchScript's"
-            )
-        limits.NESTING.check(len(above), f"{archive.path}: its tree of modules")
+            name = f"{prefix.removesuffix('.')} is" if prefix else "the top-level value is"
+            raise FileFormatError.damaged(str(archive.path), f"{name} not a TorchScript module")
+        limits.NESTING.check(len(parents), f"{archive.path}: its tree of modules")
         types[prefix.removesuffix(".")] = module.call.name
         parameters, buffers = tables.of(module.call)
         children = []
@@ -58,19 +57,19 @@ def _read(archive: Archive, file: BinaryIO) -> Contents:
                 tensors[prefix + name] = value if is_plain else composite_tensors.entry_of(value, where, pickled.budget)
                 if parameters is not None:
                     kinds[prefix + name] = "parameter" if name in parameters else "buffer"
-            elif _is_object(value) and id(value) not in above:
-                children.append((value, f"{prefix}{name}.", (*above, id(module))))
+            elif _is_object(value) and id(value) not in parents:
+                children.append((value, f"{prefix}{name}.", (*parents, id(module))))
             elif not _is_object(value) and nested_tensors.may_hold_tensors(_without_tag(value), pickled.budget):
                 hidden.append(prefix + name)
         stack += reversed(children)
     if archive.has_any("constants/"):
-        hidden.append("what the code has for constants")
+        hidden.append("the constants of the code")
     return Contents(
         path=archive.path,
         format="jit",
         tensors=tensors,
         foreign=pickled.foreign,
-        notes=(f"{archive.path.name} is a TorchScript program: its tensors are shown, and its code is not run",),
+        notes=(f"{archive.path.name} is a TorchScript program: modelcli shows its tensors and does not run its code",),
         types=types,
         kinds=kinds,
         hidden=tuple(hidden),
@@ -89,7 +88,7 @@ def _is_object(value: Any) -> bool:
 
 
 def _without_tag(value: Any) -> Any:
-    """A list or dict as it is, without the call by which TorchScript says of what type it is."""
+    """Return a list or dict without the calls by which TorchScript states its type."""
     while isinstance(value, Opaque) and isinstance(value.call, Global) and value.call.module == "torch.jit._pickle":
         if value.call.name in ("build_intlist", "build_doublelist", "build_boollist"):
             return None  # numbers alone
@@ -100,7 +99,7 @@ def _without_tag(value: Any) -> Any:
 
 
 class _Tables:
-    """Which attributes of a class are parameters and which are buffers, as the code of the archive lists them."""
+    """Reads from the code of the archive which attributes of a class are parameters and which are buffers."""
 
     def __init__(self, archive: Archive, file: BinaryIO) -> None:
         self.archive = archive
@@ -108,7 +107,7 @@ class _Tables:
         self._files: dict[str, dict[str, dict[str, frozenset[str]]]] = {}
 
     def of(self, kind: Global) -> tuple[frozenset[str] | None, frozenset[str] | None]:
-        """Its parameters and its buffers; None where the code does not say it."""
+        """Return the names of the parameters and of the buffers of a class; None if the code does not list them."""
         name = f"code/{kind.module.replace('.', '/')}.py"
         if name not in self._files:
             self._files[name] = self._classes(name)

@@ -1,1 +1,1 @@
-"""Zip archives, read strictly and written without compression: for formats that are made of one."""
+"""Zip archives for the formats that use them: read strictly, and written without compression."""

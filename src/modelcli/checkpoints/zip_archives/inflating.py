@@ -1,6 +1,6 @@
-"""Where the bytes of an archive's records come from: a span of the file, or a span that is inflated as it is read.
+"""Find the bytes of an archive's records: a span of the file, which is decompressed if it has to be.
 
-What a record comes to is stated in the archive and checked before memory is taken: see `directory.read`.
+The archive states the size of a record, which is checked before memory is allocated: see `directory.read`.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from modelcli.errors import FileFormatError
 
 
 def storage_of(entry: Entry, path: Path, identity: Identity, where: str) -> Storage:
-    """The bytes of a record; nothing is read yet.
+    """Return the bytes of a record. Nothing is read yet.
 
     Args:
-        entry: the record, as `directory.read` gives it.
-        path: the file that the archive lies in.
-        identity: that of the file when the directory was read.
-        where: names the archive in the error.
+        entry: the record, as `directory.read` returns it.
+        path: the file that contains the archive.
+        identity: the identity of the file when the directory was read.
+        where: the name of the archive in error messages.
 
-    Raises FileFormatError for a record that is neither stored nor deflated.
+    Raises:
+        FileFormatError: the record is neither stored nor deflated.
     """
     require_method(entry, where)
     if entry.stored:
@@ -35,7 +36,7 @@ def storage_of(entry: Entry, path: Path, identity: Identity, where: str) -> Stor
 
 @dataclass(frozen=True, slots=True)
 class Inflated:
-    """The bytes that a span of a file is the compressed form of (method 8 of zip: raw deflate)."""
+    """The bytes of a compressed span of a file (zip method 8: raw deflate)."""
 
     packed: Span
     name: str
@@ -47,46 +48,46 @@ class Inflated:
         return self.packed.files()
 
     def chunks(self) -> Iterator[bytes]:
-        """The bytes, in pieces of at most 8 MiB. Raises FileFormatError where they are not what is stated."""
-        machine, done, checksum = zlib.decompressobj(-zlib.MAX_WBITS), 0, 0
+        """Yield the bytes in pieces of at most 8 MiB. Raises FileFormatError if they are not as the archive states."""
+        decompressor, done, checksum = zlib.decompressobj(-zlib.MAX_WBITS), 0, 0
         try:
             for packed in self.packed.chunks():
                 while packed:
-                    # One byte more than is stated shows that there are more.
-                    piece = machine.decompress(packed, min(CHUNK, self.nbytes - done + 1))
+                    # One byte more than stated is enough to notice that there are too many.
+                    piece = decompressor.decompress(packed, min(CHUNK, self.nbytes - done + 1))
                     done += len(piece)
                     if done > self.nbytes:
-                        raise self._damaged("comes to more bytes than it states")
+                        raise self._damaged(f"has more than the {self.nbytes:,} bytes that the archive states")
                     checksum = zlib.crc32(piece, checksum)
                     if piece:
                         yield piece
-                    packed = machine.unconsumed_tail
-                    if machine.eof and (packed or machine.unused_data):
-                        raise self._damaged("has bytes behind its end")
+                    packed = decompressor.unconsumed_tail
+                    if decompressor.eof and (packed or decompressor.unused_data):
+                        raise self._damaged("has further bytes after the end of its compressed data")
         except zlib.error as error:
             raise self._damaged(str(error)) from None
-        if done != self.nbytes or not machine.eof:
-            raise self._damaged(f"states {self.nbytes:,} bytes and comes to {done:,}")
+        if done != self.nbytes or not decompressor.eof:
+            raise self._damaged(f"has {done:,} bytes, but the archive states {self.nbytes:,}")
         if self.crc and checksum != self.crc:
-            raise self._damaged("does not have the CRC-32 that is stated")
+            raise self._damaged("does not have the CRC-32 that the archive states")
 
     def bytes(self) -> bytes:
         return b"".join(self.chunks())
 
     def mapped(self, windows: Windows | None = None) -> memoryview:
-        """The bytes in memory of their own."""
+        """Return the bytes in new memory."""
         return gathered(self)
 
     def part(self, start: int, nbytes: int) -> Inflated | InflatedPart:
         return self if (start, nbytes) == (0, self.nbytes) else InflatedPart(self, start, nbytes)
 
     def _damaged(self, why: str) -> FileFormatError:
-        return FileFormatError(f"{self.packed.path} is damaged: record {self.name} {why}")
+        return FileFormatError.damaged(str(self.packed.path), f"record {self.name} {why}")
 
 
 @dataclass(frozen=True, slots=True)
 class InflatedPart:
-    """`nbytes` of them, from `start`: what stands before has to be inflated as well, and is let go."""
+    """The `nbytes` bytes from `start` of a compressed record. All bytes before are decompressed and dropped."""
 
     whole: Inflated
     start: int
@@ -97,11 +98,11 @@ class InflatedPart:
         return self.whole.files()
 
     def chunks(self) -> Iterator[bytes]:
-        place, stop = 0, self.start + self.nbytes
+        position, stop = 0, self.start + self.nbytes
         for piece in self.whole.chunks():
-            if part := piece[max(self.start - place, 0) : max(stop - place, 0)]:
+            if part := piece[max(self.start - position, 0) : max(stop - position, 0)]:
                 yield part
-            place += len(piece)
+            position += len(piece)
 
     def bytes(self) -> bytes:
         return b"".join(self.chunks())

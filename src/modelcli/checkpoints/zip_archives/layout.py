@@ -1,4 +1,4 @@
-"""Where the records of a stored zip archive lie, worked out before a byte is written, and the headers that say so.
+"""Compute the layout and the headers of an uncompressed zip archive before it is written.
 
 The layout is that of PKWARE's APPNOTE.TXT, sections 4.3 (headers) and 4.5.3 (zip64).
 """
@@ -13,7 +13,7 @@ from functools import cached_property
 from modelcli.checkpoints.layout import Output, place_like
 from modelcli.checkpoints.plan import Source
 
-#: torch's own: tensors start there, so that they can be mapped.
+#: The alignment that torch uses for tensors, so that they can be mapped.
 ALIGNMENT = 64
 
 _LOCAL = struct.Struct("<4s5H3L2H")
@@ -23,16 +23,16 @@ _END64_LOCATOR = struct.Struct("<4sLQL")
 _END = struct.Struct("<4s4H2LH")
 _STORED, _DATE = 0, 0x21  # the first of January 1980
 _VERSION, _VERSION_64 = 20, 45
-#: The flag for a name in UTF-8: without it, programs take letters that are not ASCII for those of cp437.
+#: The flag for a name in UTF-8. Without it, programs decode names as cp437.
 _UTF8 = 0x800
-#: From here on a size, an offset or a count takes the fields of zip64; the shorter ones are all ones then.
+#: From this value on, a size or an offset needs the fields of zip64. The shorter fields then have their maximum.
 ZIP64_FROM = 0xFFFF_FFFF
 _16, _32 = 0xFFFF, 0xFFFF_FFFF
 
 
 @dataclass(frozen=True)
 class Placed:
-    """A record at its place: `header` is where its own header starts, `offset` where its bytes do."""
+    """A record with the offset of its header and the offset of its bytes."""
 
     name: bytes
     source: Source
@@ -52,7 +52,7 @@ class Placed:
         return self.source.nbytes >= ZIP64_FROM
 
     def local_header(self, checksum: int) -> bytes:
-        """What stands before the bytes. Up to them it is filled with a field that readers skip, as torch does."""
+        """Return the header before the bytes, padded with a field that readers skip, as torch does."""
         nbytes = self.source.nbytes
         extra = struct.pack("<2H2Q", 1, 16, nbytes, nbytes) if self._is_large else b""
         padding = self.offset - self.header - _LOCAL.size - len(self.name) - len(extra) - 4
@@ -75,7 +75,7 @@ class Placed:
         return _LOCAL.pack(*fields) + self.name + extra
 
     def central_header(self, checksum: int) -> bytes:
-        """The record's entry in the directory."""
+        """Return the record's entry in the directory."""
         nbytes = self.source.nbytes
         wide = [nbytes, nbytes] if self._is_large else []
         if self.header >= ZIP64_FROM:
@@ -89,9 +89,9 @@ class Placed:
 
 
 def place(records: Sequence[tuple[str, Source]]) -> list[Placed]:
-    """Records one behind the other, each on a boundary; a large one where it lies in its own file's pages.
+    """Place records one after another, each aligned; a large one so that it can be copied fast from its file.
 
-    Names are written in UTF-8: raises UnicodeEncodeError for one that has no such form.
+    Names are written in UTF-8. Raises UnicodeEncodeError for a name that cannot be encoded.
     """
     placed: list[Placed] = []
     position = 0
@@ -105,12 +105,12 @@ def place(records: Sequence[tuple[str, Source]]) -> list[Placed]:
 
 
 def _end_of(placed: Sequence[Placed]) -> int:
-    """Where the last record ends."""
+    """Return the offset of the end of the last record."""
     return placed[-1].end if placed else 0
 
 
 def directory(placed: Sequence[Placed], checksums: Sequence[int]) -> bytes:
-    """What stands behind the records: an entry for each, and the end that tells where the entries are."""
+    """Return the bytes after the records: the directory with an entry for each, and the end record that locates it."""
     entries = b"".join(record.central_header(crc) for record, crc in zip(placed, checksums, strict=True))
     start, count = _end_of(placed), len(placed)
     end = b""
@@ -126,13 +126,13 @@ def directory(placed: Sequence[Placed], checksums: Sequence[int]) -> bytes:
 
 
 def size_of(placed: Sequence[Placed]) -> int:
-    """The size of the whole archive: no checksum changes it."""
+    """Return the size of the archive, which does not depend on the checksums."""
     return _end_of(placed) + len(directory(placed, [0] * len(placed)))
 
 
 @dataclass(frozen=True)
 class ZipLayout:
-    """An archive as it will be: its records at their places."""
+    """The layout of an archive: its records with their offsets."""
 
     records: Sequence[Placed]
 
@@ -141,11 +141,11 @@ class ZipLayout:
         return size_of(self.records)
 
     def parts(self) -> Iterator[tuple[int, Source]]:
-        """Where each source's bytes are."""
+        """Return the offset of each source."""
         return ((record.offset, record.source) for record in self.records)
 
     def write(self, output: Output) -> None:
-        """Write the archive; a record's header comes last, since it states the checksum of the bytes."""
+        """Write the archive. The header of a record is written after its bytes, because it states their checksum."""
         checksums = []
         for record in self.records:
             checksums.append(output.put_with_checksum(record.offset, record.source))

@@ -38,7 +38,7 @@ class LivePythonObjects(LiveProvider):
         assert isinstance(reference, PythonObject)
         if not trust:
             raise UnsafeError(
-                f"the checkpoint names {reference.told_from(Path())}, and following it would run that code",
+                f"the checkpoint names {reference.shown_from(Path())}, and following it would run that code",
                 "--trust (trust=True in Python) follows it; or pass --arch with the whole architecture, edits included",
             )
         if weights is not None:

@@ -171,7 +171,8 @@ def _recognised(text: str, path: Path) -> NamedModel | None:
         return None
     from modelcli.language.expressions import Call
 
-    provider = next((known for known in providers.with_prefix() if known.recognises(path)), None)
+    installed = (known for known in providers.with_prefix() if known.is_installed)
+    provider = next((known for known in installed if known.recognises(path)), None)
     return None if provider is None else NamedModel(Call(text), provider.prefix)
 
 
@@ -180,11 +181,16 @@ def own_weights(reference: Reference, source: Source) -> Path | None:
 
     `--weights none` asks for random values instead.
     """
-    if not isinstance(reference, NamedModel) or reference.prefix is None or source.weights == "none":
+    folder = None if source.weights == "none" else own_folder(reference, source)
+    return folder if folder is not None and formats.holds_weights(folder) else None
+
+
+def own_folder(reference: Reference, source: Source) -> Path | None:
+    """The folder that has the files of a provider's model; None for a model that is no folder."""
+    if not isinstance(reference, NamedModel) or reference.prefix is None:
         return None
     provider = providers.by_prefix(reference.prefix)
-    folder = None if provider is None else provider.own_folder(reference.call.name, source.folder)
-    return folder if folder is not None and formats.holds_weights(folder) else None
+    return None if provider is None else provider.own_folder(reference.call.name, source.folder)
 
 
 def _is_bare_word(text: str) -> bool:

@@ -137,7 +137,7 @@ def check(
 
     if len(names) == 1 and kind != GITHUB:
         result = check_it(names[0])
-        output.show(documents.check(result), options, result.notes, warnings=result.look.warnings)
+        output.show(documents.check(result), options, result.notes, warnings=result.warnings)
         result.require_answers()
         return 0 if result.passed else 1
     outcomes = [checked(name or "the working recipe", partial(check_it, name)) for name in names]

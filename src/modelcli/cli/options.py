@@ -294,6 +294,18 @@ class AssertOptions(OptionGroup):
         rich_help_panel="Assertions",
         autocompletion=completing.models,
     )
+    complete: bool = _option(
+        "--complete",
+        help="The index, the shards, their headers and the configuration of a folder agree.",
+        default=False,
+        rich_help_panel="Assertions",
+    )
+    arch_check: bool = _option(
+        "--arch-check",
+        help="The configuration of a folder builds a model with exactly its tensors. This imports its library.",
+        default=False,
+        rich_help_panel="Assertions",
+    )
     without: list[str] | None = _option(
         "--except",
         help="Tensors that --same-as ignores.",
@@ -320,6 +332,8 @@ class AssertOptions(OptionGroup):
             safe=self.safe,
             output_shapes=tuple(map(parse_input_size, self.output_shape or ())),
             same_as=tuple(self.same_as or ()),
+            complete=self.complete,
+            arch_check=self.arch_check,
             without=tuple(self.without or ()),
         )
         found.require_sense()

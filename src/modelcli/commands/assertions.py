@@ -17,7 +17,8 @@ class Assertions:
     `max_params` and `max_bytes` are the most parameters, and the most bytes of parameters and buffers. `frozen`,
     `trainable`, `has` and `absent` are selectors. `dtypes` are those that floating-point tensors may have.
     `output_shapes` are shapes of what the forward pass gives. `same_as` are references, and `without` selectors of
-    tensors that may differ from those.
+    tensors that may differ from those. `complete` asserts that the files of a folder agree, and `arch_check` that its
+    configuration builds the model that its tensors are of.
     """
 
     max_params: int | None = None
@@ -31,6 +32,8 @@ class Assertions:
     safe: bool = False
     output_shapes: tuple[Shape, ...] = ()
     same_as: tuple[str, ...] = ()
+    complete: bool = False
+    arch_check: bool = False
     without: tuple[str, ...] = ()
 
     def require_sense(self) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from modelcli import checkpoints, resolve
 from modelcli.checkpoints.contents import foreign_names
-from modelcli.commands import check_structure, diff, tensor_values
+from modelcli.commands import check_structure, completeness, diff, tensor_values
 from modelcli.commands.assertions import AssertionResult, Assertions
 from modelcli.commands.check_structure import MOST_NAMED
 from modelcli.commands.diff import Progress, Scope
@@ -34,12 +35,28 @@ class CheckRequest:
 
 @dataclass(frozen=True)
 class CheckResult:
-    """The result of each assertion about a model. `model` is its reference."""
+    """The result of each assertion about a model.
+
+    Attributes:
+        model: its reference.
+        look: the model; None where the assertions are about its files alone, and nothing was opened.
+        assertions: a result for each, or for each fault.
+        notes: what the user should know.
+    """
 
     model: str
-    look: Look
+    look: Look | None
     assertions: tuple[AssertionResult, ...]
     notes: tuple[str, ...] = ()
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return () if self.look is None else self.look.warnings
+
+    @property
+    def class_name(self) -> str | None:
+        """The class of the model; None where it is not known or was not asked for."""
+        return None if self.look is None else self.look.blueprint.root.type
 
     @property
     def passed(self) -> bool:
@@ -76,7 +93,7 @@ class CheckedModel:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        return () if self.result is None else self.result.look.warnings
+        return () if self.result is None else self.result.warnings
 
     @property
     def exit_code(self) -> int:
@@ -105,6 +122,9 @@ def check(request: CheckRequest, progress: Progress | None = None) -> CheckResul
     """
     target, wanted, cached = request.target, request.assertions, request.cached
     wanted.require_sense()
+    of_files = _of_files(target.source, wanted)
+    if wanted == Assertions(complete=wanted.complete, arch_check=wanted.arch_check, without=wanted.without):
+        return CheckResult(target.source.model, None, tuple(of_files))
     needs_values = wanted.finite or bool(wanted.same_as)
     found = look(LookRequest(target, traced=bool(wanted.output_shapes), cached=cached and not needs_values))
     notes = list(found.notes)
@@ -125,7 +145,50 @@ def check(request: CheckRequest, progress: Progress | None = None) -> CheckResul
         checks.append(_finite(found, progress))
     names = wanted.same_as
     checks += [_same_as(found, target.source.model, name, wanted.without, progress, notes) for name in names]
-    return CheckResult(target.source.model, found, tuple(checks), tuple(notes))
+    return CheckResult(target.source.model, found, (*of_files, *checks), tuple(notes))
+
+
+def _of_files(source: Source, wanted: Assertions) -> list[AssertionResult]:
+    """The assertions about the files of a folder, which may be one that cannot be opened: a row for each fault."""
+    rows: list[AssertionResult] = []
+    if wanted.complete:
+        found = completeness.of_folder(_folder_of(source))
+        expected = "all files agree"
+        rows += [AssertionResult("complete", False, fault, expected) for fault in found.faults]
+        rows += [] if found.faults else [AssertionResult("complete", True, found.seen, expected)]
+    if wanted.arch_check:
+        rows += _arch_check(source)
+    return rows
+
+
+def _folder_of(source: Source) -> Path:
+    """The folder that a reference names. Raises RequestError for a model that is no folder."""
+    reference = resolve.reference_of(source)
+    if isinstance(reference, CheckpointFile):
+        return reference.path
+    if (folder := resolve.own_folder(reference, source)) is not None:
+        return folder
+    raise RequestError(f"--complete is about a folder, and {reference} is none", "name the folder of the shards")
+
+
+def _arch_check(source: Source) -> list[AssertionResult]:
+    """Whether the configuration of a folder builds a model with its keys and shapes: a row for each difference."""
+    from modelcli.live import downloads, opening
+
+    expected = "the keys and shapes that the configuration builds"
+    with downloads.forbidden():
+        live = opening.open_live(source, report_only=True)
+    if live.report is None or live.contents is None:
+        return [AssertionResult("arch-check", False, "no weights were found", expected, answered=False)]
+    report = live.report
+    rows = [
+        *(f"{name} is missing" for name in report.missing),
+        *(f"{name} is not in the model" for name in report.unexpected),
+        *(f"{m.name} is {list(m.found)} and the configuration builds {list(m.expected)}" for m in report.mismatched),
+    ]
+    if not rows:
+        return [AssertionResult("arch-check", True, f"{counted(report.matched, 'key')} match", expected)]
+    return [AssertionResult("arch-check", False, row, expected) for row in rows]
 
 
 #: The assertions that only the record of a file can answer, if the file has one.

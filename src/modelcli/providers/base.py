@@ -6,7 +6,7 @@ A provider turns references of one kind into models. This is its torch-free half
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from modelcli import installed
@@ -83,6 +83,22 @@ class Provider:
         folder that is looked at, and does no more than look for a file by its name.
         """
         return False
+
+    def compare_with_tensors(
+        self, folder: Path, tensors: Mapping[str, tuple[Sequence[int] | None, str]]
+    ) -> tuple[Sequence[str], Sequence[str]]:
+        """Compare the configuration of a folder, and the other texts in it, with the tensors of its weights.
+
+        Args:
+            folder: one that the provider recognises.
+            tensors: the shape and the dtype of each tensor, by its key in the files.
+
+        Returns:
+            The names of the files that were compared, and the faults, a sentence each.
+
+        Raises FileFormatError where the configuration cannot be read.
+        """
+        return (), ()
 
     def own_folder(self, name: str, folder: Path) -> Path | None:
         """The folder with the files of a model that is an architecture and a checkpoint in one, or None.

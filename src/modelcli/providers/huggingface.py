@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from modelcli.errors import ModelcliError
@@ -25,13 +26,20 @@ class HuggingFace(Provider):
         return is_class_name(name)
 
     def recognises(self, folder: Path) -> bool:
-        """Whether its configuration has a `model_type`, as those of transformers have. Without transformers it is a
-        checkpoint like any other."""
+        """Whether its configuration has a `model_type`, as those of transformers have."""
         try:
             document = configuration.configuration_in(folder)
         except ModelcliError:
             return False
-        return document is not None and isinstance(document.get("model_type"), str) and self.is_installed
+        return document is not None and isinstance(document.get("model_type"), str)
+
+    def compare_with_tensors(
+        self, folder: Path, tensors: Mapping[str, tuple[Sequence[int] | None, str]]
+    ) -> tuple[Sequence[str], Sequence[str]]:
+        """See `huggingface_files.compare`."""
+        from modelcli.providers import huggingface_files
+
+        return huggingface_files.compare(folder, tensors)
 
     def own_folder(self, name: str, folder: Path) -> Path | None:
         """The folder of that name."""

@@ -36,7 +36,7 @@ def index_in(folder: Path, names: Sequence[str]) -> Path | None:
 
 def read(index: Path) -> Contents:
     """Read an index and the headers of the shards that it names. Raises FileFormatError if they do not match."""
-    weight_map, metadata = _index(index)
+    weight_map, metadata = index_of(index)
     # An index may spell a file in several ways. Each file is read once, and the disk is not asked for each tensor.
     shards: dict[Path, Contents] = {}
     by_spelling: dict[str, Contents] = {}
@@ -114,7 +114,8 @@ def _of_all(shards: Mapping[Path, Contents], names: Callable[[Contents], Iterabl
     return tuple(dict.fromkeys(name for shard in shards.values() for name in names(shard)))
 
 
-def _index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+def index_of(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """The file that an index names for each key, and its metadata. Raises FileFormatError where it is no index."""
     try:
         limits.INDEX_BYTES.check(path.stat().st_size, str(path))
         document = strict_json.loads(read_regular(path), str(path))
@@ -136,4 +137,4 @@ def _index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
 
 def files_named(index: Path) -> set[str]:
     """Return the files that an index names, as it spells them. Raises FileFormatError if it is not an index."""
-    return set(_index(index)[0].values())
+    return set(index_of(index)[0].values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from modelcli.render.documents.common import SCHEMA, error_document, model_of
+from modelcli.render.documents.common import SCHEMA, error_document
 from modelcli.render.views import Column, View, finding, path_column
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ def check(result: CheckResult) -> View:
     """One row an assertion: whether it holds, what was found, and what was wanted."""
     document = {
         "schema": SCHEMA,
-        "model": model_of(result.model, result.look.blueprint),
+        "model": {"reference": result.model, "class": result.class_name},
         "passed": result.passed,
         "checks": [_entry(assertion) for assertion in result.assertions],
     }
@@ -75,7 +75,7 @@ def _model_entry(found: CheckedModel) -> dict[str, Any]:
     """One of several models as the JSON document has it."""
     result, error = found.result, found.error
     entry = {
-        "model": {"reference": found.model, "class": None if result is None else result.look.blueprint.root.type},
+        "model": {"reference": found.model, "class": None if result is None else result.class_name},
         "passed": all(assertion.passed for assertion in found.assertions),
         "checks": [] if result is None else [_entry(assertion) for assertion in result.assertions],
     }

@@ -14,6 +14,7 @@ import pytest
 from modelcli import installed
 from modelcli.commands import blueprint_cache
 from modelcli.commands.list import ListRequest, named_models
+from modelcli.errors import RequestError, SystemFailureError
 from modelcli.providers.base import Provider
 from modelcli.providers.published import PublishedModel
 from tests.conftest import Cli
@@ -133,3 +134,20 @@ def test_values_that_are_no_models_are_read_again(versions: dict[str, Any]) -> N
     for wrong in values:
         blueprint_cache.put_index("published models of zoo", wrong, "zoo")
         assert len(named_models(ListRequest("zoo:*")).models) == 2
+
+
+def test_a_model_that_fails_hides_no_other(versions: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def published(_half: LiveZoo, name: str) -> PublishedModel:
+        if name == "bee":
+            raise SystemFailureError("bee is broken")
+        return PublishedModel(name)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(LiveZoo, "published", published)
+        found = named_models(ListRequest("zoo:*"))
+        assert [model.name for model in found.models] == ["zoo:ant"]
+        assert found.notes == ("bee is broken",)
+        with pytest.raises(RequestError) as error:
+            named_models(ListRequest("zoo:wasp"))
+        assert "bee is broken" in (error.value.hint or "")
+    assert len(named_models(ListRequest("zoo:*")).models) == 2

@@ -19,7 +19,7 @@ from modelcli.providers.published import PublishedModel
 
 @dataclass(frozen=True)
 class ListRequest:
-    """Which models: those whose reference contains `pattern`, or matches it where it has a wildcard; None means all."""
+    """The models to list: those whose reference contains `pattern` or, with wildcards, matches it; None means all."""
 
     pattern: str | None = None
 
@@ -33,7 +33,7 @@ class ListResult:
 
 
 def named_models(request: ListRequest) -> ListResult:
-    """The models that match, as their libraries publish them. Raises RequestError where none does."""
+    """Return the matching models with their published figures. Raises RequestError if none matches."""
     pattern = request.pattern
     known, notes = _known(pattern or "")
     chosen = list(known)
@@ -42,8 +42,9 @@ def named_models(request: ListRequest) -> ListResult:
         chosen = [reference for reference in known if fnmatch.fnmatchcase(reference, glob)]
         if not chosen:
             near = closest(pattern, list(known)) or [name for name in known if pattern.lower() in name][:4]
-            raise RequestError(f"no builder matches {pattern!r}", f"nearest: {', '.join(near)}" if near else None)
-    return ListResult(tuple(known[reference] for reference in chosen), tuple(notes))
+            hints = [*([f"nearest: {', '.join(near)}"] if near else []), *notes]
+            raise RequestError(f"no builder matches {pattern!r}", "; ".join(hints) or None)
+    return ListResult(tuple(known[reference] for reference in chosen), tuple(dict.fromkeys(notes)))
 
 
 def _known(pattern: str) -> tuple[dict[str, PublishedModel], list[str]]:
@@ -60,28 +61,40 @@ def _known(pattern: str) -> tuple[dict[str, PublishedModel], list[str]]:
         if not provider.has_names:
             continue
         try:
-            known |= {model.name: model for model in _models_of(provider)}
+            models, failed = _models_of(provider)
+            known |= {model.name: model for model in models}
+            notes += failed
         except SystemFailureError as error:
             notes.append(error.message)
     return known, notes
 
 
-def _models_of(provider: Provider) -> list[PublishedModel]:
-    """The models of a provider, each named by the reference that builds it: from the cache, else from its library."""
+def _models_of(provider: Provider) -> tuple[list[PublishedModel], list[str]]:
+    """Return the models of a provider, from the cache or from its library, and what is wrong with others of them.
+
+    Each model is named by the reference that builds it. Nothing is kept where any model failed.
+    """
     index, is_cached = f"published models of {provider.name}", _may_be_kept(provider)
     if is_cached:
         try:
-            return published.from_json(blueprint_cache.index(index, provider.prefix))
+            return published.from_json(blueprint_cache.index(index, provider.prefix)), []
         except (TypeError, KeyError, AttributeError):
             pass  # nothing is kept, or something that another program wrote
     from modelcli.live.providers import blamed, half_of
 
     with blamed(provider):
         half = half_of(provider)
-        found = [replace(half.published(name), name=half.reference_to(name)) for name in half.names()]
-    if is_cached:
+        names = list(half.names())
+    found, problems = [], []
+    for name in names:
+        try:
+            with blamed(provider):
+                found.append(replace(half.published(name), name=half.reference_to(name)))
+        except SystemFailureError as error:
+            problems.append(error.message)
+    if is_cached and not problems:
         blueprint_cache.put_index(index, published.to_json(found), provider.prefix)
-    return found
+    return found, problems
 
 
 def _may_be_kept(provider: Provider) -> bool:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from modelcli.live import build, describe, trace
+from modelcli.model import state_dict
+from modelcli.model.blueprint import Blueprint
 from tests.conftest import Cli
 
 DESCRIBED, BUILT, RAN = "described", "built", "ran"
@@ -45,6 +49,52 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 def test_a_written_edit_describes_twice_builds_once_and_runs_once(cli: Cli, work: Counter[str], line: str) -> None:
     cli(*line.split(), "-m", "resnet18", "-o", "out.pth")
     assert (work[DESCRIBED], work[BUILT], work[RAN]) == (2, 1, 1)
+
+
+#: Edits of each kind, the first words of which name the command: all that place a module decide where once.
+PLACING = ["add layer1.last ReLU()", "append layer1 ReLU()", "insert layer1.0 ReLU()", "replace fc Linear(_,10)"]
+
+
+@pytest.mark.parametrize("line", [*PLACING, "remove layer4.1", "freeze layer1", "extract layer1"])
+def test_an_edit_of_a_file_with_a_record_describes_twice_and_builds_once(
+    cli: Cli, work: Counter[str], line: str
+) -> None:
+    """It is described before and after; the record in the file, and the check of the fit, take nothing more."""
+    cli("save", "start.pth", "-m", "resnet18")
+    work.clear()
+    passes = 2 if line.startswith("extract") else 1  # that of the whole model finds what flows into the part
+    cli(*line.split(), "-m", "start.pth", "-o", "out.pth")
+    assert (work[DESCRIBED], work[BUILT], work[RAN]) == (2, 1, passes)
+
+
+def test_each_recorded_edit_describes_what_it_is_carried_out_on(cli: Cli, work: Counter[str]) -> None:
+    cli("apply", "-e", "replace fc Linear(_,10)", "-e", "freeze layer1", "-m", "resnet18", "-o", "start.pth")
+    work.clear()
+    cli("append", "layer1", "ReLU()", "-m", "start.pth", "-o", "out.pth")
+    assert (work[DESCRIBED], work[BUILT], work[RAN]) == (2 + 2, 1, 1)
+
+
+def test_a_place_that_takes_what_flows_in_is_run_to_find_that(cli: Cli, work: Counter[str]) -> None:
+    """The pass that finds `_` is one of the unedited model, and that of the check one of the edited model."""
+    cli("insert", "layer1.0", "BatchNorm2d(_)", "-m", "resnet18", "-o", "out.pth")
+    assert (work[DESCRIBED], work[BUILT], work[RAN]) == (2, 1, 2)
+
+
+@pytest.mark.parametrize(
+    "line", ["add head.new Linear(4,2)", "insert layers.1 ReLU() --renumber", "rename layers.** old.**"]
+)
+def test_an_edit_of_keys_describes_twice(cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+    state = {f"layers.{number}.weight": torch.zeros(2) for number in range(3)} | {"head.weight": torch.zeros(2)}
+    torch.save(state, "bare.pth")
+    made: list[Blueprint] = []
+
+    def counted(*args: Any) -> Blueprint:
+        made.append(Blueprint(*args))
+        return made[-1]
+
+    monkeypatch.setattr(state_dict, "Blueprint", counted)
+    cli(*line.split(), "-m", "bare.pth", "-o", "out.pth")
+    assert len(made) == 2
 
 
 def test_an_edit_of_a_recipe_runs_once_for_the_check(cli: Cli, work: Counter[str]) -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from modelcli.edits.picking import parts_below
-from modelcli.edits.placing import Arranged, Placing, holder_and_name, kind_of
+from modelcli.edits.holders import Holder
+from modelcli.edits.placing import Placing
 from modelcli.errors import RequestError
 from modelcli.language import selectors
 from modelcli.language.quoting import quoted
 from modelcli.model.paths import joined
-from modelcli.model.state_dict import StateDictModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,29 +28,25 @@ class Add(Placing):
     )
     handler: ClassVar[str] = "modelcli.live.surgery.add"
 
-    def placed(self, model: StateDictModel) -> tuple[str, Arranged]:
-        path, own = holder_and_name(model.blueprint, self)
-        name = selectors.plain(own)
+    def name_in(self, holder: Holder, word: str) -> str:
+        name = selectors.plain(word)
         if name is None:
-            raise RequestError(f"add takes a name for the new module, and {own!r} is a pattern", "write the name out")
-        _require_free(model, path, name)
-        children: dict[str, str | None] = {child.rpartition(".")[2]: child for child in model.children[path]}
-        return path, Arranged(name, {**children, name: None})
+            raise RequestError(f"add takes a name for the new module, and {word!r} is a pattern", "write the name out")
+        _require_free(holder, name)
+        return name
 
 
-def _require_free(model: StateDictModel, path: str, name: str) -> None:
-    """Raise RequestError where the module has something of this name, or could not be called by it."""
-    there = joined(path, name)
-    if there in model.children[path]:
+def _require_free(holder: Holder, name: str) -> None:
+    """Raise RequestError if the module already has something of this name, or if no child can have it."""
+    there = joined(holder.path, name)
+    if (child := holder.child(name)) is not None:
         raise RequestError(
-            f"{there} is there already: {parts_below(model, [there])[there].brief}",
-            f"replace {quoted(there)} puts another module in its place",
+            f"{there} is there already: {child}", f"replace {quoted(there)} puts another module in its place"
         )
-    if there in model.tensors:
+    if holder.has_tensor(name):
         raise RequestError(f"{there} is a tensor, and no child can have its name", "add takes a name that is free")
-    module = model.modules[path]
-    if module.made is not None and getattr(module.made, name, None) is not None:
+    if holder.has_attribute(name):
         raise RequestError(
-            f"{kind_of(model, path)} has something else called {name}: no child can have that name",
+            f"{holder.type} has something else called {name}: no child can have that name",
             "add takes a name that is free",
         )

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from modelcli.edits.placing import Arranged, Placing, kind_of, own_names
+from modelcli.edits.holders import Holder
+from modelcli.edits.placing import Placing
 from modelcli.errors import RequestError
 from modelcli.language import selectors
 from modelcli.language.quoting import quoted
+from modelcli.model.blueprint import Blueprint
 from modelcli.model.paths import joined, parent_of, shown
-from modelcli.model.state_dict import StateDictModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,19 +34,20 @@ class Append(Placing):
     def again(cls, path: str) -> str:
         return f"{cls.name} {quoted(shown(parent_of(path)))}"
 
-    def placed(self, model: StateDictModel) -> tuple[str, Arranged]:
-        path = selectors.select_one(model.blueprint, self.path, self.name)
-        names = own_names(model, path)
-        name, info = str(len(names)), model.modules[path].info
-        if info is None or not info.is_sequence:
+    def place(self, blueprint: Blueprint) -> tuple[str, str]:
+        return selectors.select_one(blueprint, self.path, self.name), ""
+
+    def name_in(self, holder: Holder, word: str) -> str:
+        """The number of the children, as PyTorch's own `append` calls a new one."""
+        name = str(len(holder.children))
+        if not holder.is_sequence:
             raise RequestError(
-                f"append needs a Sequential or ModuleList; {shown(path)} {kind_of(model, path)} is neither",
-                f"add {quoted(joined(path, 'NAME'))} MODULE puts a child with a name at the end",
+                f"append needs a Sequential or ModuleList; {shown(holder.path)} {holder.type} is neither",
+                f"add {quoted(joined(holder.path, 'NAME'))} MODULE puts a child with a name at the end",
             )
-        if name in names:
+        if name in holder.children:
             raise RequestError(
-                f"{shown(path)} has {name} children, and one of them is called {name} already",
-                f"add {quoted(joined(path, 'NAME'))} MODULE puts a child with another name at the end",
+                f"{shown(holder.path)} has {name} children, and one of them is called {name} already",
+                f"add {quoted(joined(holder.path, 'NAME'))} MODULE puts a child with another name at the end",
             )
-        children: dict[str, str | None] = dict(zip(names, model.children[path], strict=True))
-        return path, Arranged(name, {**children, name: None})
+        return name

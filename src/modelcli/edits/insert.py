@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+from modelcli.edits.holders import Holder, StateDictHolder, is_numbered
 from modelcli.edits.picking import are_numbers
-from modelcli.edits.placing import Arranged, Placing, holder_and_name, is_numbered, kind_of, own_names, renumber_option
+from modelcli.edits.placing import Arranged, Placing, renumber_option
 from modelcli.errors import RequestError
 from modelcli.language.quoting import quoted
 from modelcli.model.paths import joined, shown
@@ -37,51 +38,61 @@ class Insert(Placing):
     handler: ClassVar[str] = "modelcli.live.surgery.insert"
     moves_paths: ClassVar[bool] = True
 
+    def name_in(self, holder: Holder, word: str) -> str:
+        where, size = _told(holder), len(holder.children)
+        if not is_numbered(holder):
+            raise RequestError(
+                f"insert needs a Sequential or ModuleList with children 0 to n-1; {where} is neither",
+                f"add {quoted(joined(holder.path, 'NAME'))} MODULE puts a child with a name at the end",
+            )
+        position = position_of(word, size)
+        if position is None or not 0 <= position <= size:
+            raise _refuse_position(word, holder, size, f"append {quoted(shown(holder.path))}")
+        return str(position)
+
+    def arranged(self, holder: Holder, name: str) -> Mapping[str, str | None]:
+        found: dict[str, str | None] = {_moved_up(child, int(name)): child for child in holder.children}
+        found[name] = None
+        return dict(sorted(found.items(), key=lambda item: int(item[0])))
+
     def placed(self, model: StateDictModel) -> tuple[str, Arranged]:
-        path, word = holder_and_name(model.blueprint, self)
-        is_known = model.modules[path].info is not None
-        where = f"{shown(path)} {kind_of(model, path)}"
-        children = dict(zip(own_names(model, path), model.children[path], strict=True))
-        entries = [split_key(name)[1] for name in model.own_entries[path]]
-        if not is_known:
-            _require_numbers(children, path, self.renumber)
-        elif not is_numbered(model, path):
-            raise refuse_no_sequence(path, where)
-        numbers = [int(name) for name in ((*entries, *children) if not is_known else children) if are_numbers([name])]
+        path, word = self.place(model.blueprint)
+        holder = StateDictHolder(model, path)
+        return super().placed(model) if holder.is_known else (path, self._among_keys(holder, word))
+
+    def _among_keys(self, holder: StateDictHolder, word: str) -> Arranged:
+        """The place among numbered children of a module of unknown type: its numbers may have gaps, and may be keys."""
+        _require_numbers(holder.children, holder.path, self.renumber)
+        entries = [split_key(name)[1] for name in holder.model.own_entries[holder.path]]
+        numbers = [int(name) for name in (*entries, *holder.children) if are_numbers([name])]
         position = position_of(word, len(numbers))
-        if not is_known and word.startswith("-") and position is not None and position >= 0:
-            position = sorted(numbers)[position]  # its numbers have gaps
-        if position is None or (position > len(numbers) and is_known) or position < 0:
-            raise refuse_position(word, path, where, len(numbers), is_known=is_known)
-
-        def moved(name: str) -> str:
-            if not are_numbers([name]):
-                return name
-            return str(int(name) + (int(name) >= position))
-
-        found: dict[str, str | None] = {moved(name): child for name, child in children.items()}
-        found[str(position)] = None
-        renamed = {} if is_known else {name: moved(name) for name in entries}
-        ordered = dict(sorted(found.items(), key=lambda item: int(item[0])))
-        return path, Arranged(str(position), ordered, renamed)
+        if word.startswith("-") and position is not None and position >= 0:
+            position = sorted(numbers)[position]
+        if position is None or position < 0:
+            last = f"insert {quoted(joined(holder.path, str(len(numbers))))}"
+            raise _refuse_position(word, holder, len(numbers), last)
+        name, there = str(position), holder.paths
+        children = {new: None if old is None else there[old] for new, old in self.arranged(holder, name).items()}
+        return Arranged(name, children, {entry: _moved_up(entry, position) for entry in entries})
 
 
-def refuse_no_sequence(path: str, where: str) -> RequestError:
-    """The error for a module whose children have no positions."""
+def _told(holder: Holder) -> str:
+    """A module with its type, for errors."""
+    return f"{shown(holder.path)} {holder.type}"
+
+
+def _moved_up(name: str, position: int) -> str:
+    """The name that a numbered child or key gets where a new child takes a position."""
+    return str(int(name) + (int(name) >= position)) if are_numbers([name]) else name
+
+
+def _refuse_position(word: str, holder: Holder, size: int, last: str) -> RequestError:
+    """Return the error for a word that is not a position among `size` children; `last` puts a module at the end."""
     return RequestError(
-        f"insert needs a Sequential or ModuleList with children 0 to n-1; {where} is neither",
-        f"add {quoted(joined(path, 'NAME'))} MODULE puts a child with a name at the end",
-    )
-
-
-def refuse_position(word: str, path: str, where: str, size: int, *, is_known: bool) -> RequestError:
-    """The error for a word that is no position among so many children."""
-    last = f"append {quoted(shown(path))}" if is_known else f"insert {quoted(joined(path, str(size)))}"
-    return RequestError(
-        f"{word!r} is no position in {where}, whose children are 0 to {size - 1}"
+        f"{word!r} is no position in {_told(holder)}, whose children are 0 to {size - 1}"
         if size
-        else f"{word!r} is no position in {where}, which has no children yet",
-        f"insert {quoted(joined(path, '0'))} puts it first, {last} last",
+        else f"{word!r} is no position in {_told(holder)}, which has no children yet",
+        f"insert {quoted(joined(holder.path, '0'))} puts it first, {last} last",
     )
 
 

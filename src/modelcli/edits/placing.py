@@ -9,6 +9,7 @@ from typing import ClassVar, Self
 from modelcli.edits.applied import Applied, Change, Context
 from modelcli.edits.base import Edit
 from modelcli.edits.declaring import CLASSES, FLAG, MODULES, Operand, option, selector
+from modelcli.edits.holders import Holder, StateDictHolder
 from modelcli.errors import RequestError
 from modelcli.language import expressions, selectors
 from modelcli.language.expressions import Call
@@ -64,7 +65,27 @@ class Placing(Edit):
 
         Raises RequestError where the new one cannot be put there.
         """
+        path, word = self.place(model.blueprint)
+        holder = StateDictHolder(model, path)
+        name = self.name_in(holder, word)
+        there = holder.paths
+        children = {new: None if old is None else there[old] for new, old in self.arranged(holder, name).items()}
+        return path, Arranged(name, children)
+
+    def place(self, blueprint: Blueprint) -> tuple[str, str]:
+        """The path of the module that gets a child, and the word for the place in it.
+
+        Raises RequestError where there is no such module.
+        """
+        return holder_and_name(blueprint, self)
+
+    def name_in(self, holder: Holder, word: str) -> str:
+        """The name of the new child of a module, for the word of `place`. Raises RequestError where it has no place."""
         raise NotImplementedError
+
+    def arranged(self, holder: Holder, name: str) -> Mapping[str, str | None]:
+        """The names of the children with the new one, in order, each with its old name; that of the new one is None."""
+        return {child: child for child in holder.children} | {name: None}
 
     #: Whether the resolved line has the path of the module that gets a child, and not that of the child.
     line_names_holder: ClassVar[bool] = False
@@ -153,21 +174,3 @@ def holder_and_name(blueprint: Blueprint, edit: Placing) -> tuple[str, str]:
     if not own:
         raise RequestError(f"{edit.name} takes the path of a new module, not of the model itself", edit.example_line())
     return selectors.select_one(blueprint, ".".join(above) or ".", edit.name), own
-
-
-def own_names(model: StateDictModel, path: str) -> list[str]:
-    """The names of a module's children."""
-    return [child.rpartition(".")[2] for child in model.children[path]]
-
-
-def kind_of(model: StateDictModel, path: str) -> str:
-    """The type of a module, for an error."""
-    info = model.modules[path].info
-    return "(of unknown type)" if info is None or info.type is None else info.type
-
-
-def is_numbered(model: StateDictModel, path: str) -> bool:
-    """Whether a module is a sequence whose children are called 0, 1, 2 and so on."""
-    info = model.modules[path].info
-    names = own_names(model, path)
-    return info is not None and info.is_sequence and names == [str(number) for number in range(len(names))]

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
-
-from modelcli.edits.applied import Applied, Context
-from modelcli.edits.insert import Insert, position_of, refuse_no_sequence, refuse_position
+from modelcli.edits.insert import Insert
 from modelcli.language import selectors
 from modelcli.live.describe import describe
 from modelcli.live.script import access_paths
@@ -13,33 +10,9 @@ from modelcli.live.script.new_modules import new_statements, own_names
 from modelcli.live.script.source_text import InexpressibleError
 from modelcli.live.script.state import State, moved
 from modelcli.live.script.step import StateDictStep, Step
-from modelcli.live.surgery.core import blueprint_of, is_numbered, submodule
-from modelcli.live.surgery.placing import Children, holder_and_name, kind_of, new_child, new_for_state_dict, put_new
-from modelcli.model.paths import joined, shown
-
-
-def carry_out(module: nn.Module, edit: Insert, context: Context) -> Applied[nn.Module]:
-    path, word = holder_and_name(blueprint_of(module, context), edit)
-
-    def arranged(holder: nn.Module, new: nn.Module) -> tuple[str, Children]:
-        return _inserted(holder, path, word, new)
-
-    return put_new(module, edit, context, path, arranged)
-
-
-def _inserted(holder: nn.Module, path: str, word: str, new: nn.Module) -> tuple[str, Children]:
-    """The children with a new one before a position, and its name: the later ones move up."""
-    where = f"{shown(path)} {kind_of(holder)}"
-    if not is_numbered(holder):
-        raise refuse_no_sequence(path, where)
-    size = len(holder._modules)
-    position = position_of(word, size)
-    if position is None or not 0 <= position <= size:
-        raise refuse_position(word, path, where, size, is_known=True)
-    children = list(holder._modules.values())
-    children.insert(position, new)
-    return str(position), {str(number): child for number, child in enumerate(children)}
-
+from modelcli.live.surgery.core import is_numbered, submodule
+from modelcli.live.surgery.placing import carry_out, holder_and_name, new_child, new_for_state_dict
+from modelcli.model.paths import joined
 
 # --- scripts ---------------------------------------------------------------------------------------------------------
 

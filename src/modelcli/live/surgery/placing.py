@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -14,43 +14,65 @@ from modelcli.language.expressions import Call
 from modelcli.live.script.new_modules import new_module as new_module_text
 from modelcli.live.script.new_modules import seeded
 from modelcli.live.script.step import Step
-from modelcli.live.surgery.core import brief, count, put_children, submodule
+from modelcli.live.surgery.core import blueprint_of, brief, count, put_children, submodule
 from modelcli.live.surgery.holes import Placeholder, resolved_calls, resolved_for_keys
 from modelcli.live.surgery.new_modules import maker, new_for_keys
 from modelcli.live.surgery.state_dicts import new_module
 from modelcli.model.paths import joined
 from modelcli.model.state_dict import NewModule, StateDictModel
 
-Children = dict[str, nn.Module | None]
+
+@dataclass(frozen=True)
+class LiveHolder:
+    """A live module that gets a child."""
+
+    module: nn.Module
+    path: str
+
+    @property
+    def type(self) -> str:
+        return type(self.module).__name__
+
+    @property
+    def children(self) -> Sequence[str]:
+        return list(self.module._modules)
+
+    @property
+    def is_sequence(self) -> bool:
+        return isinstance(self.module, nn.Sequential | nn.ModuleList)
+
+    def child(self, name: str) -> str | None:
+        child = self.module._modules.get(name)
+        return None if child is None else brief(child)
+
+    def has_tensor(self, name: str) -> bool:
+        return name in self.module._parameters or name in self.module._buffers
+
+    def has_attribute(self, name: str) -> bool:
+        return getattr(self.module, name, None) is not None
 
 
-def put_new(
-    module: nn.Module,
-    edit: Placing,
-    context: Context,
-    path: str,
-    arranged: Callable[[nn.Module, nn.Module], tuple[str, Children]],
-    *,
-    line_names_holder: bool = False,
-) -> Applied[nn.Module]:
-    """Put the new module of an edit among the children of the module at `path`.
+def carry_out(module: nn.Module, edit: Placing, context: Context) -> Applied[nn.Module]:
+    """Put the new module of an edit among the children of the module that it names.
 
     A placeholder goes there first, so that a forward pass can tell what flows in.
-
-    Args:
-        arranged: gives, for that module and the new child, the name of the child and all children in their order.
-        line_names_holder: whether the resolved line has the path of that module, and not of the new one.
     """
-    place = Placeholder()
+    path, word = edit.place(blueprint_of(module, context))
     holder = submodule(module, path)
-    name, children = arranged(holder, place)
+    described = LiveHolder(holder, path)
+    name = edit.name_in(described, word)
+    place = Placeholder()
+    children = {
+        new: place if old is None else holder._modules[old] for new, old in edit.arranged(described, name).items()
+    }
+    vars(holder).pop(name, None)  # `self.downsample = None` keeps the place for a child
     put_children(holder, children)
     place.train(holder.training)
     there = joined(path, name)
     (call,) = resolved_calls(module, edit.module, [(place, there)], context)
     (new,) = maker(module, [call], context, [(place, there)])()
     holder._modules[name] = new
-    line = str(replace(edit, path=selectors.literal(path if line_names_holder else there), module=call))
+    line = str(replace(edit, path=selectors.literal(path if edit.line_names_holder else there), module=call))
     return Applied(module, [Change(there, edit.name, "", brief(new), 0, count(new), (line,))], inputs=context.inputs)
 
 
@@ -64,11 +86,6 @@ def new_for_state_dict(
     return call, new_module(new, model.next_identity)
 
 
-def kind_of(holder: nn.Module) -> str:
-    """The type of a module, for an error."""
-    return type(holder).__name__
-
-
 # --- scripts ---------------------------------------------------------------------------------------------------------
 
 
@@ -78,4 +95,4 @@ def new_child(call: Call, step: Step, path: str) -> tuple[list[str], str]:
     return seeded(step.seed, [new]), new_module_text(step.script, call, new)
 
 
-__all__ = ["Children", "holder_and_name", "kind_of", "new_child", "new_for_state_dict", "put_new"]
+__all__ = ["carry_out", "holder_and_name", "new_child", "new_for_state_dict"]

@@ -64,7 +64,7 @@ def many_keys(path: Path, count: int) -> None:
         }
         for n in range(count)
     }
-    text = json.dumps(header).encode()
+    text = json.dumps(header, separators=(",", ":")).encode()  # as safetensors writes it
     text += b" " * (-len(text) % 8)
     path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(8 * count))
 

@@ -98,6 +98,10 @@ class Candidate:
             raise SystemFailureError(f"cannot read {self.path}: {error.strerror or error}") from None
 
 
+class RecordTooLargeError(RequestError):
+    """A format cannot hold a record as large as this one; it can hold the tensors alone."""
+
+
 class ScriptLine(NamedTuple):
     """A line of a PyTorch script that needs no modelcli: an expression or a statement, and the imports it needs."""
 

@@ -114,6 +114,7 @@ class Written:
     tensors: int
     nbytes: int
     is_folder: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def reference(self) -> str:

@@ -104,9 +104,12 @@ def _with_flag(info: TensorInfo, flag: bool) -> TensorInfo:
 
 def _flags_by_path(blueprint: Blueprint) -> dict[str, bool]:
     """The flags of the parameters, where all below a module have one: that of the module alone."""
+    parameters = [info for info in blueprint.tensors if info.kind == "parameter" and _says_something(info)]
+    if len(known := {info.requires_grad for info in parameters}) <= 1:
+        flag = next(iter(known), None)
+        return {} if flag is None else {"": flag}
     found: dict[str, bool | None] = {}  # the flag of all parameters below a module
     mixed: set[str] = set()  # the modules below which there are several
-    parameters = [info for info in blueprint.tensors if info.kind == "parameter" and _says_something(info)]
     for info in parameters:
         flag = info.requires_grad
         for path in ancestors(parent_of(info.name)):
@@ -115,15 +118,15 @@ def _flags_by_path(blueprint: Blueprint) -> dict[str, bool]:
             if path in found:
                 mixed.add(path)
             found[path] = flag
-    flags = {
+    by_module = {
         path: flag
         for path, flag in found.items()
         if flag is not None and path not in mixed and (not path or parent_of(path) in mixed)
     }
     own = ((info.name, info.requires_grad) for info in parameters if parent_of(info.name) in mixed)
-    return flags | {name: flag for name, flag in own if flag is not None}
+    return by_module | {name: flag for name, flag in own if flag is not None}
 
 
 def _says_something(info: TensorInfo) -> bool:
     """Whether its flag is not what its dtype says: whole numbers are never trained."""
-    return info.is_differentiable or info.requires_grad is None
+    return info.requires_grad is None or info.is_differentiable

@@ -77,7 +77,13 @@ def write(
     reads = _files_of(model.contents) if model.contents is not None and request.out.exists() else frozenset()
     options = writing.WriteOptions(request.force, request.durable, request.verify, progress, size, reads)
     written = writing.write(plan, request.out, options, kind=request.format)
-    notes = [*plan.notes, *model.overflow_notes(), *_other_checkpoints(written), *model.random_value_notes()]
+    notes = [
+        *plan.notes,
+        *written.notes,
+        *model.overflow_notes(),
+        *_other_checkpoints(written),
+        *model.random_value_notes(),
+    ]
     if model.contents is not None and model.contents.key is not None:
         notes += _training_checkpoint_notes(model, model.contents, changes, kept=plan.key is not None)
     return WriteResult(written, tuple(notes))

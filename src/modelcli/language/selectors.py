@@ -415,26 +415,32 @@ def _capturer(selector: Selector, blueprint: Blueprint) -> Callable[[str], list[
     ]
     inside: dict[tuple[int, str], list[str]] = {}  # many paths share a few component names
     any_length = [number for number, step in enumerate(steps) if step is None]
-    # With at most one `**` there is one way to cut: the length of the path says how much that takes.
-    first_behind = any_length[0] + 1 if any_length else len(steps)
+    # With at most one `**` there is one way to cut: the length of the path says how much that takes. Components behind
+    # it are counted from the end.
+    behind = any_length[0] + 1 if any_length else len(steps)
+    placed = [(number - len(steps) * (number >= behind), step) for number, step in enumerate(steps) if step is not None]
 
-    def matches(number: int, parts: Sequence[str], start: int) -> bool:
-        step = steps[number]
-        return step is None or step(parts[start], ".".join(parts[: start + 1]))
+    def matches(step: Callable[[str, str], bool], parts: Sequence[str], place: int) -> bool:
+        # Only a step that counts from the end looks at the path.
+        path = ".".join(parts[: place % len(parts) + 1]) if from_end else ""
+        return step(parts[place], path)
 
     def cuts_of(parts: Sequence[str]) -> list[int] | None:
         def ends(number: int, start: int) -> Iterable[int]:
-            if steps[number] is None:
+            step = steps[number]
+            if step is None:
                 return range(start, len(parts) + 1)
-            return (start + 1,) if start < len(parts) and matches(number, parts, start) else ()
+            return (start + 1,) if start < len(parts) and matches(step, parts, start) else ()
 
         if len(any_length) > 1:
             return _cuts(len(steps), ends, len(parts))
         more = len(parts) - len(steps)
         if more < -len(any_length) or (more and not any_length):
             return None
-        cuts = [*range(first_behind), *range(first_behind + more, len(parts) + 1)]
-        return cuts if all(matches(number, parts, cuts[number]) for number in range(len(steps))) else None
+        for place, step in placed:
+            if not matches(step, parts, place):
+                return None
+        return [*range(behind), *range(behind + more, len(parts) + 1)]
 
     def captured(path: str) -> list[str] | None:
         parts = path.split(".") if path else []

@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
 from modelcli.checkpoints import formats
-from modelcli.checkpoints.format import Format
+from modelcli.checkpoints.format import Format, RecordTooLargeError
 from modelcli.checkpoints.plan import Plan, PlannedStorage, PlannedTensor, Source, Written
 from modelcli.checkpoints.storage import FileId, require_unchanged
 from modelcli.errors import RequestError, SystemFailureError
@@ -120,10 +120,15 @@ def write(plan: Plan, path: Path, options: WriteOptions | None = None, *, kind: 
         SystemFailureError: there is not enough space (found before a byte is written), or the system failed.
     """
     format_, options = formats.named(kind or format_of(path)), options or WriteOptions()
-    nbytes = (
-        _write_folder(plan, path, format_, options) if format_.is_folder else _write_file(plan, path, format_, options)
-    )
-    return Written(path, format_.name, len(plan.tensors) + len(plan.composites), nbytes, is_folder=format_.is_folder)
+    notes: tuple[str, ...] = ()
+    write_plan = _write_folder if format_.is_folder else _write_file
+    try:
+        nbytes = write_plan(plan, path, format_, options)
+    except RecordTooLargeError as error:  # known from the layout, before anything is written
+        notes = (f"{path} carries no record of its edits and flags: {error.message}",)
+        nbytes = write_plan(replace(plan, record=""), path, format_, options)
+    tensors = len(plan.tensors) + len(plan.composites)
+    return Written(path, format_.name, tensors, nbytes, is_folder=format_.is_folder, notes=notes)
 
 
 def _write_file(plan: Plan, path: Path, format_: Format, options: WriteOptions) -> int:

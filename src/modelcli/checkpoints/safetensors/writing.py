@@ -9,6 +9,7 @@ from pathlib import Path
 
 from modelcli.checkpoints import formats
 from modelcli.checkpoints import record as records
+from modelcli.checkpoints.format import RecordTooLargeError
 from modelcli.checkpoints.layout import LARGE, PAGE, HeaderLayout
 from modelcli.checkpoints.plan import Plan, PlannedTensor, Source
 from modelcli.checkpoints.record_reading import RESERVED
@@ -17,14 +18,34 @@ from modelcli.checkpoints.storage import Span
 from modelcli.errors import RequestError, SystemFailureError
 from modelcli.model.dtypes import ITEM_BYTES
 
+#: What stands before the header: its length.
+_LENGTH = struct.Struct("<Q")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()} | {PAIRS: "F4"}
 #: From this size of all tensors on, they begin on a page: then a later edit copies them fastest.
 _ALIGNED_FROM = 1024 * 1024
 
 
+#: The largest header that safetensors' own reader accepts.
+MAX_HEADER_BYTES = 100_000_000
+
+
 def layout(plan: Plan) -> HeaderLayout:
-    """Lay a file out. Raises RequestError for what the format has no name for."""
-    return layout_of(unique(plan), texts_of(plan))
+    """Lay a file out.
+
+    Raises RequestError for what the format has no name for, and for names that make the header too large;
+    RecordTooLargeError where the record does.
+    """
+    found = layout_of(unique(plan), texts_of(plan))
+    nbytes = len(found.header) - _LENGTH.size
+    if nbytes <= MAX_HEADER_BYTES:
+        return found
+    most = f"safetensors reads no header of more than {MAX_HEADER_BYTES:,} bytes"
+    if plan.record:
+        raise RecordTooLargeError(f"the header would have {nbytes:,} bytes with it, and {most}")
+    raise RequestError(
+        f"the names and shapes of {len(plan.tensors):,} tensors make a header of {nbytes:,} bytes, and {most}",
+        "write a folder of shards, whose headers are smaller: -o out/",
+    )
 
 
 def unique(plan: Plan) -> dict[str, PlannedTensor]:
@@ -35,7 +56,8 @@ def unique(plan: Plan) -> dict[str, PlannedTensor]:
 
 def texts_of(plan: Plan) -> dict[str, str]:
     """The `__metadata__`: what the source had, the other names of tied tensors as `save_model` has them, the record."""
-    return {"format": "pt", **aliases_of(plan), **plan.texts, records.SAFETENSORS_KEY: plan.record}
+    record = {records.SAFETENSORS_KEY: plan.record} if plan.record else {}
+    return {"format": "pt", **aliases_of(plan), **plan.texts, **record}
 
 
 def aliases_of(plan: Plan) -> dict[str, str]:
@@ -77,7 +99,7 @@ def layout_of(tensors: Mapping[str, PlannedTensor], texts: Mapping[str, str]) ->
     start = _start(8 + len(text), runs, body)
     text += b" " * (start - 8 - len(text))
     found = [(start + place, source) for place, source in runs]
-    return HeaderLayout(struct.pack("<Q", len(text)) + text, found, start + body)
+    return HeaderLayout(_LENGTH.pack(len(text)) + text, found, start + body)
 
 
 _as_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
@@ -118,6 +140,11 @@ def _start(at_least: int, runs: Sequence[tuple[int, Source]], body: int) -> int:
         if nbytes >= LARGE and (source.offset + place) % 8 == 0:
             return at_least + (source.offset + place - at_least) % PAGE
     return at_least + -at_least % (PAGE if body >= _ALIGNED_FROM else 8)
+
+
+def most_header_bytes(name: str, tensor: PlannedTensor) -> int:
+    """A bound of what the header says of a tensor: its name, each character escaped, and everything around that."""
+    return 6 * len(name) + 20 * len(tensor.shape) + 140
 
 
 def _header_shape(name: str, tensor: PlannedTensor) -> list[int]:

@@ -8,8 +8,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from modelcli.checkpoints import formats
+from modelcli.checkpoints import formats, limits
 from modelcli.checkpoints import record as records
+from modelcli.checkpoints.format import RecordTooLargeError
 from modelcli.checkpoints.layout import BytesLayout, CopyLayout, FolderLayout, Layout
 from modelcli.checkpoints.plan import Plan, PlannedTensor
 from modelcli.checkpoints.safetensors import SUFFIX
@@ -26,7 +27,11 @@ _SHARD = re.compile(rf"model(-\d{{5}}-of-\d{{5}})?{re.escape(SUFFIX)}")
 
 
 def layout(plan: Plan, max_bytes: int) -> FolderLayout:
-    """Cut a plan into shards of at most `max_bytes` of tensors, in order; a larger tensor has one to itself."""
+    """Cut a plan into shards of at most `max_bytes` of tensors, in order; a larger tensor has one to itself.
+
+    Raises RequestError for what safetensors has no name for; RecordTooLargeError where the index would be too large to
+    be read with the record.
+    """
     groups = _cut(safetensors.unique(plan), max_bytes)
     companions = {name: CopyLayout(source) for name, source in (plan.companions or {}).items()}
     if plan.companions is not None and len(groups) == 1:
@@ -38,9 +43,14 @@ def layout(plan: Plan, max_bytes: int) -> FolderLayout:
         files[name] = safetensors.layout_of(tensors, {"format": "pt", **plan.texts})
         weight_map |= dict.fromkeys(tensors, name)
     total = sum(tensor.source.nbytes for tensors in groups for tensor in tensors.values())
-    metadata = {"total_size": total, **safetensors.aliases_of(plan), records.SAFETENSORS_KEY: plan.record}
+    record = {records.SAFETENSORS_KEY: plan.record} if plan.record else {}
+    metadata = {"total_size": total, **safetensors.aliases_of(plan), **record}
     document = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
     index = json.dumps(document, indent=2).encode() + b"\n"
+    if plan.record and len(index) > limits.INDEX_BYTES.value:
+        raise RecordTooLargeError(
+            f"the index would have {len(index):,} bytes with it, and modelcli reads {limits.INDEX_BYTES.value:,}"
+        )
     files[INDEX] = BytesLayout(index)
     return FolderLayout(files)
 
@@ -75,13 +85,16 @@ def _named_by(index: Path) -> set[str]:
 
 def _cut(tensors: Mapping[str, PlannedTensor], max_bytes: int) -> list[dict[str, PlannedTensor]]:
     groups: list[dict[str, PlannedTensor]] = [{}]
-    size = 0
+    size = header = 0
     for name, tensor in tensors.items():
-        if groups[-1] and size + tensor.source.nbytes > max_bytes:
+        said = safetensors.most_header_bytes(name, tensor)
+        is_full = size + tensor.source.nbytes > max_bytes or header + said > safetensors.MAX_HEADER_BYTES
+        if groups[-1] and is_full:
             groups.append({})
-            size = 0
+            size = header = 0
         groups[-1][name] = tensor
         size += tensor.source.nbytes
+        header += said
     return groups
 
 

@@ -231,18 +231,20 @@ def _lines_of_edits(lines: Sequence[str], listed: Sequence[object]) -> list[int]
         spellings = {f'"{word}"', f"'{word}'", tomlkit.string(word).as_string()}
         if not isinstance(line, str):  # an error, which is reported with its line too
             spellings = {tomlkit.item(line).as_string()} if isinstance(line, int | float) else set()
-        places = [(place, len(spelling)) for spelling in spellings if (place := _place(rest, spelling)) >= 0]
-        if not places:
+        positions = [
+            (position, len(spelling)) for spelling in spellings if (position := _position(rest, spelling)) >= 0
+        ]
+        if not positions:
             found.append(first)
             continue
-        place, length = min(places)
-        number += rest.count("\n", 0, place)
+        position, length = min(positions)
+        number += rest.count("\n", 0, position)
         found.append(number)
-        rest = rest[place + length :]
+        rest = rest[position + length :]
     return found
 
 
-def _place(text: str, spelling: str) -> int:
+def _position(text: str, spelling: str) -> int:
     """Return the position of the first occurrence of `spelling` outside a comment; -1 if there is none."""
     match = re.search(rf"^[^#\n]*?{re.escape(spelling)}", text, re.MULTILINE)
     return match.end() - len(spelling) if match else -1

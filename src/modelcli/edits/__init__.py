@@ -1,8 +1,8 @@
-"""Edits: one surgical operation each, as a frozen dataclass and as one line of text.
+"""Edits: operations on a model, each a frozen dataclass and one line of text.
 
-An edit has one module here, without torch, and one in `modelcli.live.surgery` that carries it out on a live model; the
-line in `registry` is all that others need to find it. `edits.Replace` and the other classes are found here as well.
-Everything here is imported when it is asked for: who wants the names alone needs no edit.
+An edit has one module here, without torch, and one in `modelcli.live.surgery` that applies it to a live model; it is
+registered by one line in `registry`. `edits.Replace` and the other classes can be imported from here. Everything is
+imported on first use, so listing the names imports no edit.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from modelcli.edits.lines import from_words, kind_called, kind_of, parse, parse_all
     from modelcli.edits.words import checked_operand, split
 
-#: Which module has what is imported when it is asked for.
+#: The module of each name that is imported on first use.
 _LATER = {
     "Edit": "base",
     **dict.fromkeys(("from_words", "kind_called", "kind_of", "parse", "parse_all"), "lines"),

@@ -1,4 +1,4 @@
-"""append: a new module at the end of a sequence."""
+"""append: put a new module at the end of a sequence."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from modelcli.model.paths import joined, parent_of, shown
 
 @dataclass(frozen=True, kw_only=True)
 class Append(Placing):
-    """Add at the end of the sequence at `path`."""
+    """Add a module at the end of the sequence at `path`."""
 
     name: ClassVar[str] = "append"
     summary: ClassVar[str] = "Add a module at the end of a Sequential or ModuleList."

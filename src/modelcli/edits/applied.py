@@ -1,4 +1,4 @@
-"""What carrying out an edit needs and gives, whichever kind of model it works on."""
+"""What applying an edit takes and returns, for both kinds of model."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Model = TypeVar("Model")
 
 @dataclass(frozen=True)
 class Context:
-    """What an edit may need to know besides the model.
+    """What an edit may need besides the model.
 
     Attributes:
-        seed: what the values that it draws come from.
-        inputs: what the model takes; None where nobody knows.
+        seed: the seed of its random values.
+        inputs: the model's inputs; None if they are not known.
         trusted: whether it may run code other than that of known libraries.
-        blueprint: the model as a blueprint, where there is one already: a handler takes it from `blueprint_of`.
+        blueprint: the model's blueprint, if there is one already; handlers call `blueprint_of`.
     """
 
     seed: int
@@ -39,14 +39,14 @@ class Change:
     """What one edit did at one path.
 
     Attributes:
-        path: where, as selectors name it; nothing for the model itself.
+        path: the path; empty for the model itself.
         action: the edit's name.
-        before: what was there, in a few words.
+        before: what was there, in short.
         after: what is there now.
-        params_before: how many parameters that had.
-        params_after: how many it has now.
+        params_before: the number of parameters before.
+        params_after: the number of parameters now.
         resolved: on the first change of each edit, its lines with selectors and `_` resolved.
-        nbytes: how many bytes before and after, where only these differ.
+        nbytes: the number of bytes before and after, if only these differ.
     """
 
     path: str
@@ -61,11 +61,11 @@ class Change:
 
 @dataclass(frozen=True)
 class Applied(Generic[Model]):
-    """What edits gave.
+    """The result of edits.
 
     Attributes:
-        model: the edited model, which may be another object than the one that was given.
-        changes: what became of each path.
+        model: the edited model, which may be another object than the given one.
+        changes: what changed at each path.
         notes: what there is to say of it.
         inputs: what the model takes now; None where nobody knows.
         lines: the edits with selectors and `_` resolved, each with its number.
@@ -79,7 +79,7 @@ class Applied(Generic[Model]):
 
 
 def seed_of(seed: int, number: int) -> int:
-    """The seed of edit `number` (from 1) of a model with this seed: `(seed * 1000003 + number) mod 2^63`."""
+    """Return the seed of edit `number` (from 1) for a model with this seed: `(seed * 1000003 + number) mod 2^63`."""
     return (seed * 1_000_003 + number) % 2**63
 
 

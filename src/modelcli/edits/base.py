@@ -1,7 +1,7 @@
-"""What an edit is: a frozen dataclass that declares its words, its options and what it does to a model.
+"""The base class of edits: a frozen dataclass that declares its words, its options and what it does to a model.
 
-Everything else takes what it needs from the declaration: the command and its help, completion, lines of recipes and
-records, the check before writing, scripts, the README. Nothing outside an edit's own modules asks which edit it is.
+The command and its help, completion, lines of recipes and records, the check before writing, scripts and the README
+are made from the declaration. Only an edit's own modules know which edit it is.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Edit:
-    """One surgical operation. Fields made by `declaring.option` are options, the others operands."""
+    """One operation on a model. Fields made by `declaring.option` are options, the other fields are operands."""
 
     # --- what a command line shows ---------------------------------------------------------------------------------
 
@@ -33,52 +33,52 @@ class Edit:
     summary: ClassVar[str]
     #: Command lines that run, for `--help`: they begin with `modelcli`.
     examples: ClassVar[tuple[str, ...]]
-    #: What it does, for a table of the README, in Markdown: "puts a new module in place of every match".
+    #: What it does, in Markdown, for a table of the README: "replaces every match with a new module".
     effect: ClassVar[str]
-    #: What somebody would write in PyTorch for it, for the same table.
+    #: The equivalent in PyTorch, for the same table.
     in_pytorch: ClassVar[str]
     #: The words after the name, in order.
     words: ClassVar[tuple[Operand, ...]]
     #: The group of commands that `modelcli --help` lists it in.
     panel: ClassVar[str] = "Edit"
-    #: Names of other programs for the same work, for the hint where somebody tries them as a command.
+    #: What other programs call it, for the hint if a user tries that name as a command.
     also_called: ClassVar[tuple[str, ...]] = ()
 
-    # --- what does the work ----------------------------------------------------------------------------------------
+    # --- the handler -----------------------------------------------------------------------------------------------
 
-    #: The module that carries it out on a live model and writes its script: see `modelcli.live.surgery`.
+    #: The module that applies it to a live model and writes its script: see `modelcli.live.surgery`.
     handler: ClassVar[str]
 
-    # --- what others need to know of it (traits) -------------------------------------------------------------------
+    # --- its traits ------------------------------------------------------------------------------------------------
 
-    #: Whether modules that it does not touch may have other paths afterwards.
+    #: Whether it may change the paths of modules that it does not touch.
     moves_paths: ClassVar[bool] = False
     #: Whether it puts a new module at the path of each of its changes.
     places_module: ClassVar[bool] = False
-    #: Whether a new module takes the place of one that was there.
+    #: Whether a new module replaces an old one.
     replaces_module: ClassVar[bool] = False
-    #: Whether a model that ran before may not run afterwards: shapes, dtypes or children are others.
+    #: Whether the model may fail to run afterwards, because shapes, dtypes or children change.
     can_break_fit: ClassVar[bool] = True
-    #: Whether the model takes another input afterwards than its reference says.
+    #: Whether the edited model takes another input than its reference.
     changes_input: ClassVar[bool] = False
-    #: Whether tensors have another dtype afterwards.
+    #: Whether it changes dtypes.
     changes_dtype: ClassVar[bool] = False
-    #: Whether only values are others afterwards: every name, shape, dtype and flag stays.
+    #: Whether it changes only values: no name, shape, dtype or flag.
     changes_values_only: ClassVar[bool] = False
-    #: Whether only `requires_grad` is another afterwards: every name, shape, dtype and value stays.
+    #: Whether it changes only `requires_grad`: no name, shape, dtype or value.
     changes_flags_only: ClassVar[bool] = False
 
     @classmethod
     def from_operands(cls, words: Sequence[str]) -> Self:
-        """The edit with these words for operands. Raises RequestError where they are too few, or cannot be read."""
+        """Return the edit with these operands. Raises RequestError if there are too few, or one cannot be read."""
         raise NotImplementedError
 
     def operands(self) -> list[str]:
-        """The words after the edit's name, without the options."""
+        """Return the words after the edit's name, without the options."""
         raise NotImplementedError
 
     def modules(self) -> tuple[Call, ...]:
-        """The module expressions in it, whose names are code that would run: by default every expression."""
+        """Return the module expressions in it, whose classes would run: by default every expression."""
         from modelcli.language.expressions import Call
 
         values = (getattr(self, item.name) for item in fields(self))
@@ -86,18 +86,18 @@ class Edit:
 
     @classmethod
     def again(cls, path: str) -> str:
-        """The words that put another module at the path of one of its changes: `replace fc`."""
+        """Return the words that would put another module at the path of one of its changes: `replace fc`."""
         raise NotImplementedError
 
     def handler_module(self) -> Any:
-        """The module that carries it out where that takes torch."""
+        """Import and return its handler, which needs torch."""
         return importlib.import_module(self.handler)
 
     def apply_to_state_dict(self, model: StateDictModel, context: Context) -> Applied[StateDictModel]:
-        """What it makes of a checkpoint of which only the keys are known.
+        """Apply it to a state-dict model.
 
-        An edit that needs no torch for it says it here, others in a function of this name in their handler. Raises
-        RequestError where it cannot be carried out.
+        An edit that needs no torch for this overrides the method; others have a function of this name in their handler.
+        Raises RequestError if the edit cannot be applied.
         """
         carry_out = getattr(self.handler_module(), "apply_to_state_dict", None)
         if carry_out is None:
@@ -110,12 +110,12 @@ class Edit:
 
     @classmethod
     def option_fields(cls) -> dict[str, Field[Any]]:
-        """The fields that are options, by their names on a command line."""
+        """Return the fields that are options, by their names on the command line."""
         return {item.metadata["option"].flag: item for item in fields(cls) if "option" in item.metadata}
 
     @classmethod
     def options(cls) -> tuple[Option, ...]:
-        """The options, in the order in which the help shows them."""
+        """Return the options, in the order in which the help shows them."""
         return tuple(item.metadata["option"] for item in cls.option_fields().values())
 
     def __str__(self) -> str:

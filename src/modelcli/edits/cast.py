@@ -1,4 +1,4 @@
-"""cast: floating-point tensors in another dtype."""
+"""cast: convert floating-point tensors to another dtype."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _dtypes() -> Iterable[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Cast(Selecting):
-    """Convert the floating-point tensors of what matches to another dtype."""
+    """Convert the matching floating-point tensors to another dtype."""
 
     targets: tuple[str, ...]
     dtype: str
@@ -93,7 +93,7 @@ class Cast(Selecting):
 
 @dataclass(frozen=True)
 class Casting:
-    """Which tensors get another dtype, and what there is to tell of that."""
+    """The tensors whose dtype changes, and notes."""
 
     names: tuple[str, ...]
     changes: tuple[Change, ...]
@@ -101,7 +101,7 @@ class Casting:
 
 
 def casting(edit: Cast, blueprint: Blueprint, tensors: Collection[str]) -> Casting:
-    """What a cast comes to; `tensors` are the names of those that can be converted."""
+    """Find the tensors to cast. `tensors` are the names of those that can be converted."""
     known = blueprint.by_name
     names = selectors.select_tensors(blueprint, edit.targets, without=edit.without)
     floating = [name for name in names if name in tensors and known[name].dtype.startswith(("float", "bfloat"))]
@@ -132,7 +132,7 @@ def casting(edit: Cast, blueprint: Blueprint, tensors: Collection[str]) -> Casti
 
 
 def _refuse_scaled(blueprint: Blueprint, names: Sequence[str]) -> None:
-    """Raise RequestError where a weight or its scale would be cast apart from the other: neither means much alone."""
+    """Raise RequestError if a cast would include a weight that has a scale, or a scale: it would change the weights."""
     pairs = scaled_weights({tensor.name: tensor.dtype for tensor in blueprint.tensors})
     if (name := next((name for name in names if name in pairs), None)) is None:
         return
@@ -161,7 +161,7 @@ def require_conversion(before: str, after: str, name: str) -> None:
 
 
 def refuse_overlap(spans: Iterable[tuple[int, int, bool, str]]) -> None:
-    """Raise RequestError where tensors that are converted and tensors that are not show the same bytes.
+    """Raise RequestError if a tensor that is converted shares bytes with one that is not.
 
     `spans` are the first byte of each in their storage, the one after the last, whether it is converted, and its name.
     """

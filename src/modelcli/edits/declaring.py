@@ -1,4 +1,4 @@
-"""What an edit declares of its words and options: the command, its help, completion and lines are made from it."""
+"""Declarations of an edit's words and options, from which the command, its help, completion and lines are made."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ SCHEMES: Completion = "schemes"
 
 
 class Operand(NamedTuple):
-    """One word of an edit that is no option, or the rest of its words where `several` of them may follow.
+    """A positional word of an edit; with `several`, all remaining words.
 
     Attributes:
         name: what the words are called in an error of the command line: `target`.
         help: one line for `--help`.
         metavar: how the usage line shows it; by default the name in capitals.
-        several: whether this takes all the words that are left, and at least one.
-        completes: what the first of its words can become.
-        completes_later: what each further word can become.
+        several: whether this takes all remaining words, at least one.
+        completes: completes the first word.
+        completes_later: completes each further word.
     """
 
     name: str
@@ -43,14 +43,14 @@ class Operand(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """How the value of an option is written.
+    """How to read and write the value of an option.
 
     Attributes:
-        read: gives the value for the option's name and one word; None for a flag, which takes no word.
-        several: whether the option may come again: its value is a tuple.
-        text: gives the word for a value.
-        type: what a command line reads the word as, before `read`.
-        minimum: the least number that is taken, for numbers.
+        read: returns the value for the option's name and one word; None for a flag, which takes no word.
+        several: whether the option may be repeated; its value is then a tuple.
+        text: returns the word for a value.
+        type: the type that the command line converts the word to, before `read`.
+        minimum: the smallest number that is accepted.
     """
 
     read: Callable[[str, str], Any] | None
@@ -67,9 +67,9 @@ class Option(NamedTuple):
         flag: its name on a command line: `--also`.
         kind: how its value is written.
         help: one line for `--help`.
-        metavar: how the help calls its value.
-        default: how the help shows the value that is taken where the option is not given.
-        completes: what its value can become.
+        metavar: the name of its value in the help.
+        default: how the help shows the default value.
+        completes: completes its value.
     """
 
     flag: str
@@ -80,7 +80,7 @@ class Option(NamedTuple):
     completes: tuple[Completion, ...] = ()
 
     def words(self, value: Any) -> list[str]:
-        """The words that give this option a value that is not its default."""
+        """Return the words that set this option to a value other than its default."""
         if self.kind.read is None:
             return [self.flag]
         values = value if self.kind.several else (value,)
@@ -103,7 +103,7 @@ def option(
 
 
 def selector(word: str) -> str:
-    """The word, which is a selector. Raises RequestError where it cannot be read as one."""
+    """Return the word if it is a selector. Raises RequestError if it is not."""
     from modelcli.language import selectors  # which takes time to import, and a look at a record needs no selector
 
     selectors.parse(word)
@@ -142,5 +142,5 @@ FLAG = Kind(None)
 NUMBER = Kind(_number, type=int, minimum=0)
 #: An option that takes a finite number, whole or not.
 FINITE_NUMBER = Kind(_named_number, text=number_text)
-#: An option that takes a selector, and may come again.
+#: A repeatable option that takes a selector.
 SELECTORS = Kind(lambda _flag, word: selector(word), several=True)

@@ -1,4 +1,4 @@
-"""extract: a submodule as the model."""
+"""extract: make a submodule the whole model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from modelcli.model.state_dict import StateDictModel
 
 @dataclass(frozen=True, kw_only=True)
 class Extract(Edit):
-    """Let the submodule at `path` be the model."""
+    """Make the submodule at `path` the whole model."""
 
     path: str
 

@@ -1,4 +1,4 @@
-"""What freeze and unfreeze have in common: which parameters get another flag, and what there is to tell of that."""
+"""What freeze and unfreeze have in common: they set `requires_grad`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from modelcli.wording import counted, listed
 class Flags(OfTargets):
     """An edit of `requires_grad`."""
 
-    #: What `requires_grad` becomes.
+    #: The new value of `requires_grad`.
     trains: ClassVar[bool]
 
     handler: ClassVar[str] = "modelcli.live.surgery.freeze"
@@ -37,7 +37,7 @@ class Flags(OfTargets):
 
 @dataclass(frozen=True)
 class Flagging:
-    """Which parameters get another flag, and what there is to tell of that."""
+    """The parameters whose `requires_grad` changes, and notes."""
 
     names: frozenset[str]
     changes: tuple[Change, ...]
@@ -45,9 +45,9 @@ class Flagging:
 
 
 def flagging(edit: Flags, blueprint: Blueprint, parameters: Collection[str]) -> Flagging:
-    """What an edit of flags comes to; `parameters` are the names of those that have a flag to be set.
+    """Find the parameters to change. `parameters` are the names of those that can be trained.
 
-    Raises RequestError where nothing is picked that could be trained.
+    Raises RequestError if the selectors pick no parameter that can be trained.
     """
     trained = edit.trains
     is_lazy = any(tensor.shape is None and tensor.kind == "parameter" for tensor in blueprint.tensors)
@@ -124,7 +124,7 @@ def _resolved_line(
 
 
 def _is_literal(text: str, blueprint: Blueprint) -> bool:
-    """Whether a selector is the path of one module or tensor, as `selectors.literal` writes it."""
+    """Whether a selector is the literal path of one module or tensor."""
     parsed = selectors.parse(text)
     names = [selectors.plain(component) for component in parsed.components]
     if parsed.type is not None or None in names:

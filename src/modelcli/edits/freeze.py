@@ -1,4 +1,4 @@
-"""freeze: parameters that are no longer trained."""
+"""freeze: set `requires_grad` of parameters to False."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""init: new values for parameters, by a function of `torch.nn.init`."""
+"""init: initialise parameters with a function of `torch.nn.init`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from modelcli.language.expressions import Call, Name
 
 
 def _scheme(word: str, hint: str) -> Call:
-    """A scheme of its word. A bare word among its arguments is text: no function of `torch.nn.init` takes a class."""
+    """Parse a scheme. A bare word among its arguments is text: no function of `torch.nn.init` takes a class."""
     call = expressions.parse(word, kind="a scheme", hint=hint)
     return Call(call.name, tuple(map(_text, call.args)), {key: _text(value) for key, value in call.kwargs.items()})
 
@@ -33,7 +33,7 @@ _SCHEME = Kind(lambda flag, word: _scheme(word, f"{flag} takes a scheme: ones, o
 
 @dataclass(frozen=True, kw_only=True)
 class Init(Selecting):
-    """Draw the values of what matches anew: weights by `scheme`, biases by `bias`."""
+    """Initialise the matching parameters again: weights by `scheme`, biases by `bias`."""
 
     targets: tuple[str, ...]
     scheme: Call
@@ -91,7 +91,7 @@ class Init(Selecting):
 
 
 def _scheme_in_pieces(words: Sequence[str]) -> str | None:
-    """The scheme whose name and arguments are words of their own: `normal(std=0.01)` of `fc normal std=0.01`."""
+    """Return the scheme if its name and arguments are separate words: `normal(std=0.01)` for `fc normal std=0.01`."""
     first = next((place for place in range(len(words), 0, -1) if not _is_argument(words[place - 1])), 0)
     if first < 2 or first == len(words) or not words[first - 1].isidentifier():
         return None
@@ -99,5 +99,5 @@ def _scheme_in_pieces(words: Sequence[str]) -> str | None:
 
 
 def _is_argument(word: str) -> bool:
-    """Whether a word is a number, or a value by its name: `0.01`, `std=0.01`."""
+    """Whether a word is a number or a keyword argument: `0.01`, `std=0.01`."""
     return re.fullmatch(r"([A-Za-z_]\w*=.+|[-+]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?)", word, re.ASCII) is not None

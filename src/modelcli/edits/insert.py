@@ -1,4 +1,4 @@
-"""insert: a new module before a position of a sequence."""
+"""insert: put a new module before a position of a sequence."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from modelcli.model.state_dict import StateDictModel, split_key
 
 @dataclass(frozen=True, kw_only=True)
 class Insert(Placing):
-    """Insert before a position of a sequence whose children are `0..n-1`; the later ones move up.
+    """Insert a module before a position of a sequence whose children are `0..n-1`; later children move up.
 
-    `renumber` says that the numbered children of a bare checkpoint are such a sequence.
+    `renumber` treats the numbered children in a state dict of unknown architecture as such a sequence.
     """
 
     renumber: bool = renumber_option()
@@ -97,7 +97,7 @@ def _refuse_position(word: str, holder: Holder, size: int, last: str) -> Request
 
 
 def position_of(word: str, size: int) -> int | None:
-    """The number that a word means: `-1` is the place before the last child."""
+    """Return the position that a word means; `-1` is the position before the last child."""
     digits = word.removeprefix("-")
     if not (digits.isascii() and digits.isdigit()) or len(digits) > 9:
         return None

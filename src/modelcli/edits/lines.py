@@ -17,7 +17,7 @@ from modelcli.errors import RequestError, did_you_mean
 
 
 def parse(line: str) -> Edit:
-    """Read one line. Raises RequestError that says which word is wrong."""
+    """Parse one line. Raises RequestError, which names the wrong word."""
     words = split(line)
     if not words:
         raise RequestError("an empty edit", f"the edits are {', '.join(registry.names())}")
@@ -25,9 +25,9 @@ def parse(line: str) -> Edit:
 
 
 def parse_all(lines: Iterable[tuple[str, object]]) -> list[Edit]:
-    """Read many lines, each with its place: `head.toml:5`. What is an edit already stays as it is.
+    """Parse many lines, each with its location: `head.toml:5`. Edits among them are returned as they are.
 
-    Raises one RequestError that names every line that is wrong.
+    Raises one RequestError, which names every wrong line.
     """
     made: list[Edit] = []
     problems = []
@@ -44,15 +44,15 @@ def parse_all(lines: Iterable[tuple[str, object]]) -> list[Edit]:
 
 
 def kind_of(line: str) -> type[Edit]:
-    """The class of the edit that a line is of, without reading the rest of it.
+    """Return the class of a line's edit, without parsing the rest of the line.
 
-    Raises RequestError where its first word names no edit.
+    Raises RequestError if its first word is not the name of an edit.
     """
     return kind_called(next(iter(split(line)), ""))
 
 
 def from_words(name: str, words: Sequence[str]) -> Edit:
-    """Make an edit of its name and the words after it, options included."""
+    """Return the edit with this name and these words, which include options."""
     kind = kind_called(name)
     options = kind.option_fields()
     operands: list[str] = []
@@ -89,7 +89,7 @@ def from_words(name: str, words: Sequence[str]) -> Edit:
 
 
 def kind_called(name: str) -> type[Edit]:
-    """The class of the edit with this name. Raises RequestError where there is none."""
+    """Return the class of the edit with this name. Raises RequestError if there is none."""
     kind = registry.find(name)
     if kind is None:
         names = registry.names()

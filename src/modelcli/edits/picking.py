@@ -1,4 +1,4 @@
-"""What edits pick, grouped into the rows that are shown of it, and what there is to tell of ties."""
+"""Group what an edit picks into rows to show, and make notes on ties."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from modelcli.wording import counted, listed
 
 
 def groups_of(targets: Sequence[str], blueprint: Blueprint, chosen: Collection[str]) -> list[tuple[str, list[str]]]:
-    """The chosen tensors by the outermost module or tensor that a target names: one row each."""
+    """Group the chosen tensors by the outermost module or tensor that a target names, one row for each."""
     tops: dict[str, list[str]] = {}
     named: set[str] = set()
     for target in targets:
@@ -33,7 +33,7 @@ def groups_of(targets: Sequence[str], blueprint: Blueprint, chosen: Collection[s
 
 
 def count_at(names: Iterable[str]) -> Mapping[str, int]:
-    """How many of these tensors each path names: the tensor itself, and the modules above it."""
+    """Count how many of these tensors are at or below each path."""
     found: Counter[str] = Counter()
     holders: Counter[str] = Counter()
     for name in names:
@@ -47,7 +47,7 @@ def count_at(names: Iterable[str]) -> Mapping[str, int]:
 
 
 def tie_notes(groups: Iterable[Sequence[str]], names: Collection[str], done: str) -> list[str]:
-    """What there is to tell where an edit of some tensors is one of others as well, since they are tied.
+    """Return notes if an edit of some tensors also changes other names, because they are tied.
 
     `groups` are the names of tensors that are one for this edit, `names` those that were picked, and `done` is what
     became of them: `frozen`.
@@ -80,7 +80,7 @@ def dense_notes(names: Iterable[str], dense: Collection[str]) -> list[str]:
 
 
 def names_of_one(blueprint: Blueprint) -> list[list[str]]:
-    """All names of each tensor, tied ones together: what has one flag and one dtype. Views are tensors of their own."""
+    """Return all names of each tensor, tied names together. Views count as separate tensors."""
     everywhere: dict[str, list[str]] = {}
     for tensor in blueprint.tensors:
         everywhere.setdefault(tensor.identity, []).append(tensor.name)

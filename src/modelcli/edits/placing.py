@@ -1,4 +1,4 @@
-"""What edits share that put a new module somewhere."""
+"""What the edits that place a new module have in common."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def renumber_option() -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Placing(Edit):
-    """An edit that puts one new module at one path. `example` are a path and a module, for an error."""
+    """An edit that puts one new module at one path. `example` is a path and a module, for errors."""
 
     example: ClassVar[str]
     path: str
@@ -61,9 +61,9 @@ class Placing(Edit):
         return put_new(self, model, context, path, arranged)
 
     def placed(self, model: StateDictModel) -> tuple[str, Arranged]:
-        """The path of the module that gets a child, and its children with the new one.
+        """Return the path of the module that gets a child, and its children including the new one.
 
-        Raises RequestError where the new one cannot be put there.
+        Raises RequestError if the new module cannot be put there.
         """
         path, word = self.place(model.blueprint)
         holder = StateDictHolder(model, path)
@@ -91,19 +91,19 @@ class Placing(Edit):
     line_names_holder: ClassVar[bool] = False
 
     def example_line(self) -> str:
-        """How such an edit is written."""
+        """Return the words of the edit."""
         return f"{self.name} {self.example}"
 
 
 def place_and_module(name: str, taken: str, words: Sequence[str]) -> tuple[str, Call]:
-    """The place and the new module of an edit's words.
+    """Return the path and the new module in an edit's words.
 
     Args:
         name: the edit's name.
-        taken: what it takes besides one module, for an error: `replace takes one target`.
+        taken: what it takes besides one module, for errors: `replace takes one target`.
         words: at least two.
 
-    Raises RequestError where they cannot be read, are the wrong way round, or name several modules.
+    Raises RequestError if they cannot be read, are in the wrong order, or contain several modules.
     """
     _refuse_swapped(name, words)
     _refuse_several(taken, words)
@@ -111,7 +111,7 @@ def place_and_module(name: str, taken: str, words: Sequence[str]) -> tuple[str, 
 
 
 def _refuse_swapped(name: str, words: Sequence[str]) -> None:
-    """Refuse a module before its place: `replace 'Linear(1,2)' classifier.6`."""
+    """Refuse a module before its path: `replace 'Linear(1,2)' classifier.6`."""
     if len(words) == 2 and "(" in words[0] and "(" not in words[1] and expressions.is_expression(words[0]):
         raise RequestError(
             f"{name} takes the path before the module, but {words[0]!r} is a module",
@@ -120,7 +120,7 @@ def _refuse_swapped(name: str, words: Sequence[str]) -> None:
 
 
 def _refuse_several(taken: str, words: Sequence[str]) -> None:
-    """Refuse more modules than one: `replace fc 'Linear(_,3)' 'Linear(3,4)'`."""
+    """Refuse more than one module: `replace fc 'Linear(_,3)' 'Linear(3,4)'`."""
     given = words[1:]
     if len(given) > 1 and all("(" in word and expressions.is_expression(word) for word in given):
         one = quoted(f"Sequential({', '.join(given)})")
@@ -154,9 +154,9 @@ def put_new(
 
 
 def holder_and_name(blueprint: Blueprint, edit: Placing) -> tuple[str, str]:
-    """The path of the module that gets a child, and the last step of the edit's path, as it is written.
+    """Return the path of the module that gets a child, and the last component of the edit's path as written.
 
-    Raises RequestError where there is no such module, and for a path that is none of a child.
+    Raises RequestError if there is no such module, and for a path that cannot be that of a child.
     """
     parsed = selectors.parse(edit.path)
     if parsed.type is not None:

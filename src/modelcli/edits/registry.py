@@ -1,8 +1,8 @@
-"""Which edits there are: one line each. An edit's module is imported when the edit is asked for.
+"""The registry of edits: one line for each. An edit's module is imported on first use.
 
-Other packages add edits by an entry point of the group `modelcli.edits` whose name is the edit's and whose value is its
-class: `clamp = "my_package.clamp:Clamp"`. Entry points are read only for a name that is not here, and where all names
-are wanted.
+Other packages add edits by an entry point of the group `modelcli.edits`, whose name is that of the edit and whose value
+is its class: `clamp = "my_package.clamp:Clamp"`. Entry points are read only for a name that is not here, and to list
+all names.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from modelcli.errors import SystemFailureError
 if TYPE_CHECKING:
     from modelcli.edits.base import Edit
 
-#: Where the class of each edit is, in the order in which the help lists them.
+#: The class of each edit, in the order in which the help lists them.
 _EDITS: Mapping[str, str] = {
     "replace": "modelcli.edits.replace:Replace",
     "add": "modelcli.edits.add:Add",
@@ -37,26 +37,26 @@ ENTRY_POINTS = "modelcli.edits"
 
 
 def find(name: str) -> type[Edit] | None:
-    """The class of the edit with this name; None where there is none, here or in another package.
+    """Return the class of the edit with this name; None if neither modelcli nor another package has it.
 
-    Raises SystemFailureError where another package says that it has it, and it cannot be imported.
+    Raises SystemFailureError if another package registers it and it cannot be imported.
     """
     where = _EDITS.get(name) or _from_elsewhere().get(name)
     return None if where is None else _loaded(name, where)
 
 
 def names() -> list[str]:
-    """The names of all edits: those of modelcli, then those of other packages."""
+    """Return the names of all edits: those of modelcli, then those of other packages."""
     return [*_EDITS, *(name for name in _from_elsewhere() if name not in _EDITS)]
 
 
 def own_names() -> list[str]:
-    """The names of the edits that modelcli brings itself: costs nothing to ask."""
+    """Return the names of modelcli's own edits, without reading entry points."""
     return list(_EDITS)
 
 
 def usable() -> Iterator[type[Edit]]:
-    """The class of each edit, without those of other packages that cannot be loaded."""
+    """Return the class of each edit, without those of other packages that cannot be loaded."""
     for name in names():
         with contextlib.suppress(SystemFailureError):
             if (found := find(name)) is not None:
@@ -64,7 +64,7 @@ def usable() -> Iterator[type[Edit]]:
 
 
 def class_called(name: str) -> type[Edit] | None:
-    """The class of modelcli's own that has this name in Python: `Replace`."""
+    """Return modelcli's own class of this name: `Replace`."""
     edit = next((edit for edit, where in _EDITS.items() if where.endswith(f":{name}")), None)
     return None if edit is None else find(edit)
 
@@ -87,13 +87,13 @@ def _loaded(name: str, where: str) -> type[Edit]:
 
 @functools.cache
 def _from_elsewhere() -> Mapping[str, str]:
-    """Where the classes of other packages' edits are, by the names of the edits."""
+    """Return the entry points of other packages' edits, by the names of the edits."""
     from importlib.metadata import entry_points
 
     return {point.name: f"{point.module}:{point.attr}" for point in entry_points(group=ENTRY_POINTS)}
 
 
 def forget() -> None:
-    """Read the entry points again when they are wanted: a package may have come or gone."""
+    """Forget the entry points, so that they are read again: a package may have been installed or removed."""
     _loaded.cache_clear()
     _from_elsewhere.cache_clear()

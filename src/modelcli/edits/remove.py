@@ -1,4 +1,4 @@
-"""remove: a model without some of its modules."""
+"""remove: remove modules from a model."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from modelcli.model.tensors import TensorInfo
 
 @dataclass(frozen=True, kw_only=True)
 class Remove(OfTargets):
-    """Take modules out; in a sequence whose children are `0..n-1` the later ones move down.
+    """Remove modules; in a sequence whose children are `0..n-1`, later children move down.
 
-    `renumber` says that the numbered children of a bare checkpoint are such a sequence.
+    `renumber` treats the numbered children in a state dict of unknown architecture as such a sequence.
     """
 
     renumber: bool = renumber_option()
@@ -66,7 +66,7 @@ class Remove(OfTargets):
 
 
 def picked_to_remove(edit: Remove, blueprint: Blueprint, *, root_type: str | None) -> tuple[list[str], list[str]]:
-    """The modules that the targets name, and the tensors where they name no module."""
+    """Return the modules that the targets name, and the tensors of targets that name no module."""
     of_modules, of_tensors = [], []
     for target in edit.targets:
         selector = selectors.parse(target)
@@ -103,7 +103,7 @@ def picked_to_remove(edit: Remove, blueprint: Blueprint, *, root_type: str | Non
 
 
 class _Taking:
-    """Takes modules and entries out of a model; the numbers of those that stay move down where that is meant."""
+    """Removes modules and entries from a state-dict model; with `renumber`, later ones move down."""
 
     def __init__(self, model: StateDictModel, *, renumber: bool) -> None:
         self.model = model
@@ -115,7 +115,7 @@ class _Taking:
         self.entries: dict[str, dict[str, str]] = {}
 
     def take_modules(self, paths: Iterable[str]) -> list[str]:
-        """Take modules out; gives what there is to tell."""
+        """Remove modules, and return notes."""
         holders: dict[str, list[str]] = {}
         for path in paths:
             holders.setdefault(parent_of(path), []).append(path.rpartition(".")[2])
@@ -126,7 +126,7 @@ class _Taking:
         return notes
 
     def _take_children(self, above: str, gone: set[str]) -> bool:
-        """Whether numbered children keep their numbers only because nothing says what they are."""
+        """Whether numbered children keep their numbers only because the file does not record what they are."""
         names = [path.rpartition(".")[2] for path in self.model.children[above]]
         self.gone_modules |= {joined(above, name) for name in gone}
         left = [name for name in names if name not in gone]
@@ -146,7 +146,7 @@ class _Taking:
         return numbers and not self.renumber and any(int(name) > min(map(int, gone)) for name in left)
 
     def take_entries(self, names: Iterable[str]) -> list[str]:
-        """Take entries out; gives what there is to tell."""
+        """Remove entries, and return notes."""
         holders: dict[str, list[str]] = {}
         for name in names:
             if name not in self.model.entries:
@@ -219,7 +219,7 @@ class _Taking:
 
 
 def _moved_down(number: int, gone: Sequence[int]) -> int:
-    """A number after smaller ones have gone; `gone` is sorted."""
+    """Return the new number after smaller ones have been removed; `gone` is sorted."""
     return number - bisect.bisect_left(gone, number)
 
 

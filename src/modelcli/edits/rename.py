@@ -1,4 +1,4 @@
-"""rename: tensor keys under other names."""
+"""rename: rename tensor keys."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from modelcli.model.tensors import TensorInfo
 
 @dataclass(frozen=True, kw_only=True)
 class Rename(Edit):
-    """Rename tensor keys: what the wildcards of `old` capture, those of `new` put back in the same order.
+    """Rename tensor keys: the wildcards of `new` stand for what those of `old` matched, in the same order.
 
-    Where there are several ways to share a name out, the first wildcard takes as much as it can, then the second.
+    If a name matches in several ways, the first wildcard takes as much as it can, then the second.
     """
 
     old: str
@@ -81,7 +81,7 @@ class Rename(Edit):
         return Applied(renamed, changes, [], context.inputs)
 
 
-#: Changes that fill a screen; more are told as one.
+#: The number of changes that fill a screen; more become one change.
 _ROWS = 20
 
 
@@ -187,7 +187,7 @@ def _topmost(place: tuple[str, str], known: dict[tuple[str, str], tuple[str, str
 def renaming_changes(
     edit: Rename, parameters: Mapping[str, TensorInfo], names: Mapping[str, str], moved: Sequence[str]
 ) -> list[Change]:
-    """A row for each module that has another place, one for each key that moves alone, or one for all of them."""
+    """Return a change for each module that moves and each key that moves alone, or one change for all keys."""
     groups: dict[tuple[str, str], list[str]] = {}
     known: dict[tuple[str, str], tuple[str, str]] = {}
     for name in moved:

@@ -1,4 +1,4 @@
-"""replace: a new module in the place of others."""
+"""replace: replace modules with a new one."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ from modelcli.model.paths import ancestors, parent_of
 
 @dataclass(frozen=True, kw_only=True)
 class Replace(Selecting):
-    """Put a new module in place of every match.
+    """Replace every match with a new module.
 
-    `also` are further targets, such as the other names of a shared module; `keep_weights` carries over the overlapping
-    part of each tensor that means the same in both modules; `untie` replaces a shared module under the names picked
-    alone.
+    `also` are further targets, such as the other names of a shared module. `keep_weights` copies the overlapping part
+    of each tensor that means the same in both modules. `untie` replaces a shared module only under the selected names.
     """
 
     target: str
@@ -71,7 +70,7 @@ class Replace(Selecting):
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """All selectors of what is replaced."""
+        """Return the selectors of all modules to replace."""
         return (self.target, *self.also)
 
     def operands(self) -> list[str]:
@@ -83,7 +82,7 @@ class Replace(Selecting):
 
 
 def replaced_paths(edit: Replace, blueprint: Blueprint) -> list[str]:
-    """The paths of the modules that are replaced. Raises RequestError where they cannot be."""
+    """Return the paths of the modules to replace. Raises RequestError if one cannot be replaced."""
     paths = selectors.select_modules(blueprint, edit.targets, without=edit.without, expect=edit.expect)
     _refuse_expanded(edit, blueprint)
     if "" in paths:
@@ -95,7 +94,7 @@ def replaced_paths(edit: Replace, blueprint: Blueprint) -> list[str]:
 
 
 def _refuse_expanded(edit: Replace, blueprint: Blueprint) -> None:
-    """`replace classifier.{1,4} ReLU` without quotes reaches us as two paths: say so instead of `no class`."""
+    """Explain that the shell has expanded a target: `replace classifier.{1,4} ReLU` arrives as two paths."""
     name = edit.module.name
     known = blueprint.by_path
     if name in known and "." in name:
@@ -107,7 +106,7 @@ def _refuse_expanded(edit: Replace, blueprint: Blueprint) -> None:
 
 @dataclass(frozen=True)
 class Parting:
-    """A tie that an edit breaks: why it is refused without `--untie`, and what is told with it."""
+    """A tie that an edit breaks: the error without `--untie`, and the note with it."""
 
     message: str
     hint: str
@@ -115,7 +114,7 @@ class Parting:
 
 
 def partings(targets: Sequence[tuple[Sequence[str], Sequence[str]]], tied: Iterable[Sequence[str]]) -> list[Parting]:
-    """The ties that replacing these modules breaks: of modules with further names, of tensors with further holders.
+    """Return the ties that replacing these modules breaks: modules with other names, and tied tensors.
 
     `targets` are the paths at which each is replaced, and all those that it has; `tied` the names of tensors that are
     one, or show some of the same bytes.

@@ -1,4 +1,4 @@
-"""What edits of selected modules and tensors share."""
+"""What edits of selected modules and tensors have in common."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from modelcli.errors import RequestError
 
 @dataclass(frozen=True, kw_only=True)
 class Selecting(Edit):
-    """An edit of what selectors pick: less what others pick, and only where so many match."""
+    """An edit of what selectors pick, with `--except` and `--expect`."""
 
     without: tuple[str, ...] = option(
         "--except", SELECTORS, (), "Leave out what this selector picks.", metavar="SELECTOR", completes=(TENSORS,)
@@ -23,7 +23,7 @@ class Selecting(Edit):
 
 @dataclass(frozen=True, kw_only=True)
 class OfTargets(Selecting):
-    """An edit of one or more targets, and of nothing else. `example` is a target, for an error."""
+    """An edit whose only operands are targets. `example` is a target, for errors."""
 
     example: ClassVar[str]
     targets: tuple[str, ...]

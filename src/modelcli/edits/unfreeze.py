@@ -1,4 +1,4 @@
-"""unfreeze: parameters that are trained again."""
+"""unfreeze: set `requires_grad` of parameters to True."""
 
 from __future__ import annotations
 

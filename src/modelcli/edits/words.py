@@ -1,4 +1,4 @@
-"""The words of an edit's line: split as a POSIX shell splits them, quoted where one needs that, told from options."""
+"""The words of an edit's line: split them like a POSIX shell, quote them if needed, and recognise options."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Sequence
 from modelcli.errors import RequestError, did_you_mean
 from modelcli.language.quoting import quoted
 
-#: What a word is made of for a POSIX shell: plain characters, quoted ones, and those behind a backslash.
+#: The parts of a word for a POSIX shell: plain characters, quoted ones, and those after a backslash.
 _PIECE = r"""[^ \t\r\n'"\\]+|'[^']*'|"(?:[^"\\]|\\.)*"|\\."""
 _PIECES = re.compile(_PIECE, re.DOTALL)
-#: It always matches, and so never tries again. A # where a word could begin starts a comment.
+#: It always matches, so it never backtracks. A # where a word could begin starts a comment.
 _WORD = re.compile(rf"(?:[ \t\r\n]+|#[^\r\n]*)*((?:{_PIECE})*)", re.DOTALL)
 
 
 def split(line: str) -> list[str]:
-    """The words of a POSIX shell, in time that grows with the line: a word that starts with `#` starts a comment.
+    """Split a line like a POSIX shell, in linear time. A word that starts with `#` starts a comment.
 
-    Raises RequestError for a quote without an end.
+    Raises RequestError for a quote that is not closed.
     """
     words, position = [], 0
     while match := _WORD.match(line, position):
@@ -33,19 +33,19 @@ def split(line: str) -> list[str]:
 
 
 def joined(words: Sequence[str]) -> str:
-    """One line of words, each in quotes only where it needs them: `"Conv2d(3,8,1,padding_mode='reflect')"`."""
+    """Join words to one line, each quoted only if needed: `"Conv2d(3,8,1,padding_mode='reflect')"`."""
     return " ".join(map(_quoted, words))
 
 
 def checked_operand(word: str, options: Sequence[str] = ("--except", "--expect")) -> str:
-    """A word that is no option: negative numbers are operands, anything else that starts with a dash is a mistake."""
+    """Return an operand. A negative number is one; any other word that starts with a dash raises RequestError."""
     if looks_like_option(word):
         raise RequestError(f"no such option: {word}", did_you_mean(word, options))
     return word
 
 
 def looks_like_option(word: str) -> bool:
-    """Whether a word starts as an option does, and is no negative number."""
+    """Whether a word starts with a dash and is not a negative number."""
     return word.startswith("-") and not re.fullmatch(r"-(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", word, re.ASCII)
 
 

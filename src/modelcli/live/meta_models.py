@@ -87,12 +87,12 @@ def _under_meta(construct: Constructor) -> nn.Module:
 
 def _parameters_on_meta(construct: Constructor) -> nn.Module:
     register = nn.Module.register_parameter
-    twins: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+    copies: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
 
     def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         if isinstance(param, nn.Parameter) and not (param.is_meta or is_lazy(param) or is_composite(param)):
             # The original must live as long as its copy; otherwise another parameter could get the same id.
-            _, param = twins.setdefault(
+            _, param = copies.setdefault(
                 id(param), (param, nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad))
             )
         register(self, name, param)
@@ -106,7 +106,7 @@ def _parameters_on_meta(construct: Constructor) -> nn.Module:
 
 def _moved_to_meta(module: nn.Module) -> nn.Module:
     """Replace every parameter and buffer of the module by its copy on meta. Tied tensors and views stay so."""
-    twins: dict[int, torch.Tensor] = {}
+    copies: dict[int, torch.Tensor] = {}
     storages: dict[int, torch.UntypedStorage] = {}
     kept: list[torch.Tensor] = []
     for child in modules_in(module):
@@ -115,9 +115,9 @@ def _moved_to_meta(module: nn.Module) -> nn.Module:
             for name, tensor in table.items():
                 if tensor is not None and (not tensor.is_meta or _is_marked(tensor)):
                     kept.append(tensor)  # so that no other tensor gets its id
-                    if id(tensor) not in twins:
-                        twins[id(tensor)] = _tensor_copy(tensor, storages, keep_values=False)
-                    table[name] = twins[id(tensor)]
+                    if id(tensor) not in copies:
+                        copies[id(tensor)] = _tensor_copy(tensor, storages, keep_values=False)
+                    table[name] = copies[id(tensor)]
     return module
 
 
@@ -148,8 +148,8 @@ def fake_copy(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
     storages: dict[int, torch.UntypedStorage] = {}
 
     def fake(tensor: torch.Tensor) -> torch.Tensor:
-        twin = _tensor_copy(tensor, storages, keep_values=False)
-        made: torch.Tensor = FakeTensor(mode, twin.detach(), torch.device("cpu"))
+        copied = _tensor_copy(tensor, storages, keep_values=False)
+        made: torch.Tensor = FakeTensor(mode, copied.detach(), torch.device("cpu"))
         return nn.Parameter(made, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
 
     return _copied(module, fake, lambda tensor: FakeTensor(mode, tensor.detach().to("meta"), torch.device("cpu")))
@@ -192,10 +192,10 @@ def _tensor_copy(tensor: torch.Tensor, storages: dict[int, torch.UntypedStorage]
     data = tensor.detach()
     if _is_marked(data):
         # Its bytes are not its values, so the copy gets the resolved values in its own storage.
-        twin = torch.empty(data.size(), dtype=data.dtype, device="meta")
+        copied = torch.empty(data.size(), dtype=data.dtype, device="meta")
         if keep_values and not data.is_meta:
-            tag(twin, row_major(data))
-        data = twin
+            tag(copied, row_major(data))
+        data = copied
     elif not data.is_meta:
         real = data.untyped_storage()
         storage = storages.setdefault(real._cdata, torch.UntypedStorage(real.nbytes(), device="meta"))

@@ -1,4 +1,4 @@
-"""Notes on what a training checkpoint has of the same model beside its state dict: optimizers, other state dicts."""
+"""Notes on the other parts of a training checkpoint that belong to the edited model: optimizers, other state dicts."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _MOST = 1_000
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A parameter as an optimizer knows it: `identity` is another one once an edit has put another in its place.
+    """A parameter of the model. If an edit replaces the parameter, its `identity` changes.
 
-    `shape` is None where it has none yet.
+    `shape` is None for a lazy parameter.
     """
 
     identity: Hashable
@@ -36,10 +36,10 @@ def outdated_optimizer_notes(tree: Any, before: Mapping[str, Held], after: Mappi
 
     `torch.optim` stores its state by the position of a parameter in `param_groups`, usually that in
     `model.parameters()`; other programs store it by name. For an optimizer of only some parameters, shapes are the only
-    evidence of which ones.
+    evidence for which ones.
 
     Args:
-        tree: the checkpoint as inert values.
+        tree: the checkpoint's contents.
         before: the parameters of the model when it was opened, in order.
         after: its parameters now.
     """

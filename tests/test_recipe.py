@@ -451,7 +451,7 @@ def test_an_edit_on_another_input_lets_the_recipe_state_it(cli: Cli) -> None:
     assert list(document)[-1] == "edits"
     after = cli("replace", "fc", "Linear(_,10)")
     assert "runs: [1,1,64,64] -> [1,10]" in after.out
-    assert "states from now on" not in after.err
+    assert "now records the input" not in after.err
     assert cli("save", "grey.pth").code == 0
     assert "input_size: 1,1,64,64\n" in cli("log").out
 
@@ -483,4 +483,4 @@ def test_options_that_a_recipe_does_not_take_over_are_told(cli: Cli) -> None:
     assert cli("load", "Linear(2,3)").code == 0
     shown = cli("freeze", "bias", "--seed", "4")
     assert "note: --seed applies to this command only: modelcli.toml has another value, and is unchanged" in shown.err
-    assert "this command alone" not in cli("freeze", "weight", "--seed", "0").err
+    assert "this command only" not in cli("freeze", "weight", "--seed", "0").err

@@ -144,7 +144,7 @@ def test_modules_that_are_called_as_methods_are(cli: Cli) -> None:
 
 def test_a_part_of_an_entry_is_not_removed_alone(cli: Cli) -> None:
     torch.save({"packed": (torch.ones(2), torch.zeros(1)), "w": torch.ones(1)}, "bare.pth")
-    assert "remove takes whole entries" in cli("remove", r"packed\[0\]", "-m", "bare.pth", code=2).err
+    assert "remove takes only whole entries" in cli("remove", r"packed\[0\]", "-m", "bare.pth", code=2).err
 
 
 def test_many_keys_take_time_in_proportion(cli: Cli) -> None:

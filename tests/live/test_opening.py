@@ -223,7 +223,7 @@ def test_a_record_that_disagrees_with_the_tensors_is_ignored(cli: Cli) -> None:
     result = cli("modules", "out.pth", "--json")
     assert "the record in out.pth was ignored: 0.weight is [9, 2]" in result.json["notes"][0]
     assert result.json["model"]["class"] is None
-    with pytest.raises(RequestError, match="does not say which architecture"):
+    with pytest.raises(RequestError, match="records no architecture"):
         modelcli.load("out.pth")
 
 

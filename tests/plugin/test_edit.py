@@ -296,7 +296,7 @@ def test_tied_sparse_and_expanded_tensors_of_a_model() -> None:
     model = Tied()
     applied = surgery.apply(model, [edits.parse("clamp one sparse wide -0.1 0.1")])
     assert applied.notes == [
-        "one.weight is one tensor with two.weight: that is clamped too",
+        "one.weight is tied to two.weight, so that is clamped too",
         "sparse stays as it is: it is no dense tensor",
     ]
     assert model.two.weight is model.one.weight

@@ -89,7 +89,7 @@ def _root(
 
 
 def show_version() -> None:
-    """Show the versions of modelcli and of the libraries that its models come from.
+    """Show the versions of modelcli, torch and the other libraries that its models come from.
 
     modelcli version
 

@@ -388,7 +388,7 @@ class SaveOptions(OptionGroup):
     )
     compact: bool = _option(
         "--compact",
-        help="Write only the bytes that tensors use: a slice without the large storage that it is part of.",
+        help="Write only the elements of each tensor, not the rest of a storage that it is a view of.",
         default=False,
         rich_help_panel="Result",
     )

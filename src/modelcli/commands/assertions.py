@@ -1,4 +1,4 @@
-"""What `check` asserts of a model, and the result of one assertion."""
+"""The assertions of `check`, and the result of an assertion."""
 
 from __future__ import annotations
 
@@ -12,13 +12,18 @@ from modelcli.model.tensors import Shape
 
 @dataclass(frozen=True)
 class Assertions:
-    """What is asserted of a model; None, empty and False stand for what is not.
+    """The assertions about a model. None, empty and False mean that there is no such assertion.
 
-    `max_params` and `max_bytes` are the most parameters, and the most bytes of parameters and buffers. `frozen`,
-    `trainable`, `has` and `absent` are selectors. `dtypes` are those that floating-point tensors may have.
-    `output_shapes` are shapes of what the forward pass gives. `same_as` are references, and `without` selectors of
-    tensors that may differ from those. `complete` asserts that the files of a folder agree, and `arch_check` that its
-    configuration builds the model that its tensors are of.
+    Attributes:
+        max_params: the maximum number of parameters.
+        max_bytes: the maximum number of bytes of parameters and buffers.
+        frozen, trainable, has, absent: selectors.
+        dtypes: the dtypes that floating-point tensors may have.
+        output_shapes: the shapes of the output of the forward pass.
+        same_as: references to models that must be equal.
+        without: selectors of tensors that may differ from those of `same_as`.
+        complete: whether the files of a folder must agree.
+        arch_check: whether the folder's configuration must build the model that its tensors belong to.
     """
 
     max_params: int | None = None
@@ -37,7 +42,7 @@ class Assertions:
     without: tuple[str, ...] = ()
 
     def require_sense(self) -> None:
-        """Raise RequestError where nothing is asserted, or what is makes no sense."""
+        """Raise RequestError if there is no assertion, or if one makes no sense."""
         if self.without and not self.same_as:
             raise RequestError(
                 f"--except {self.without[0]} works only with --same-as", "add --same-as REFERENCE, or remove --except"
@@ -54,15 +59,15 @@ class Assertions:
 
 @dataclass(frozen=True)
 class AssertionResult:
-    """Whether one assertion holds.
+    """The result of one assertion.
 
     Attributes:
         check: the assertion's option, without dashes: `max-params`.
         passed: whether it holds.
-        found: what the model has: a number, a shape or words; why nothing could be found out, where that is so.
-        wanted: what was asserted, likewise.
-        answered: whether anything could be found out.
-        on_record: set where only the file's record answers: why nothing else could be asked.
+        found: what the model has (a number, a shape or text), or why this could not be decided.
+        wanted: what was asserted (a number, a shape or text).
+        answered: whether the assertion could be decided.
+        on_record: if only the file's record decides: why nothing else could; else None.
     """
 
     check: str

@@ -1,4 +1,4 @@
-"""The blueprints of installed models that are kept on disk: where they are, to keep them beforehand, to remove them."""
+"""The cache of blueprints: find it, fill it, clear it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Steps = Callable[[Sequence[str]], Iterable[str]]
 
 @dataclass(frozen=True)
 class WarmRequest:
-    """Whose blueprints to keep: the models whose reference contains `pattern`, or matches it; None means all."""
+    """The models whose blueprints to cache: those whose reference contains `pattern` or matches it; None means all."""
 
     pattern: str | None = None
 
@@ -30,20 +30,20 @@ class CacheState:
 
 
 def state() -> CacheState:
-    """The cache as it is. Raises SystemFailureError where there is no folder for one."""
+    """Return the state of the cache. Raises SystemFailureError if there is no folder for it."""
     where, entries = blueprint_cache.folder(), blueprint_cache.entries()
     return CacheState(where, len(entries), sum(entry.stat().st_size for entry in entries if entry.exists()))
 
 
 def clear() -> int:
-    """Remove every blueprint; gives their number."""
+    """Remove every blueprint, and return how many there were."""
     return blueprint_cache.clear()
 
 
 def warm(request: WarmRequest, steps: Steps = iter) -> None:
-    """Keep the blueprints of builders, so that a look at one needs no torch.
+    """Cache the blueprints of builders, so that showing them needs no torch.
 
-    Raises RequestError where no builder matches and where nothing may be kept, SystemFailureError where nothing can.
+    Raises RequestError if no builder matches or caching is off, SystemFailureError if the cache cannot be written.
     """
     from modelcli.commands import identify
     from modelcli.commands.list import ListRequest, named_models
@@ -55,7 +55,7 @@ def warm(request: WarmRequest, steps: Steps = iter) -> None:
 
 
 def _keep(name: str) -> None:
-    """Keep the blueprint of a builder, if it is not kept yet."""
+    """Cache the blueprint of a builder, if it is not cached yet."""
     from modelcli.commands.look import LookRequest, cache_key, look
     from modelcli.commands.target import Target
     from modelcli.language.references import Source

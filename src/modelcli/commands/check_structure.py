@@ -1,4 +1,4 @@
-"""The assertions that a blueprint answers: sizes, flags, dtypes, what is there, and output shapes. No value is read."""
+"""Check the assertions that need only a blueprint: sizes, flags, dtypes, modules and output shapes, but no values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from modelcli.model.paths import shown
 from modelcli.model.tensors import Shape, TensorInfo
 from modelcli.wording import counted, is_or_are, listed
 
-#: Names that a row lists of those that are wrong.
+#: How many wrong names a row lists.
 MOST_NAMED = 3
 NOTHING = "nothing"
 
@@ -21,9 +21,9 @@ NOTHING = "nothing"
 def structure(
     blueprint: Blueprint, wanted: Assertions, unseen: Sequence[str], entries: Sequence[str]
 ) -> Iterator[AssertionResult]:
-    """The assertions that a blueprint answers.
+    """Evaluates assertions on a blueprint.
 
-    `unseen` are entries of the state dict that it cannot count, and `entries` all those that have no row of their own.
+    `unseen` are entries of the state dict that modelcli cannot look at, `entries` all that are not in the blueprint.
     """
     totals = blueprint.totals
     if wanted.max_params is not None:
@@ -46,14 +46,14 @@ def structure(
 
 
 def _at_most(check: str, found: int, most: int, unseen: Sequence[str]) -> AssertionResult:
-    """Whether a number is small enough; what could not be counted may make it any larger."""
+    """Whether a number is small enough. Fails if something could not be counted."""
     if unseen and found <= most:
         return AssertionResult(check, False, f"{found:,} or more: {listed(unseen, MOST_NAMED)} cannot be counted", most)
     return AssertionResult(check, found <= most, found, most)
 
 
 def _matching(unseen: Collection[str], text: str) -> list[str]:
-    """Which entries without a row a selector would pick, or what is in them, if they had one."""
+    """Return the entries outside the blueprint that a selector would pick."""
     if not unseen:
         return []
     try:
@@ -64,7 +64,7 @@ def _matching(unseen: Collection[str], text: str) -> list[str]:
 
 
 def _flags(blueprint: Blueprint, text: str, unseen: Sequence[str], *, trained: bool) -> AssertionResult:
-    """Whether all parameters that a selector picks are trained, or all are frozen."""
+    """Whether all parameters that a selector picks are trainable, or all are frozen."""
     names = set(selectors.select_tensors(blueprint, [text]))
     parameters = [t for t in blueprint.tensors if t.name in names and t.kind == "parameter" and t.is_differentiable]
     if not parameters:
@@ -85,7 +85,7 @@ def _flags(blueprint: Blueprint, text: str, unseen: Sequence[str], *, trained: b
 
 
 def matches(blueprint: Blueprint, text: str) -> list[str]:
-    """The modules and tensors that a selector itself names, in the model's order."""
+    """Return the modules and tensors that a selector matches, in the model's order."""
     selector = selectors.parse(text)
     modules = selectors.matched_modules(selector, blueprint)
     if modules:
@@ -95,14 +95,14 @@ def matches(blueprint: Blueprint, text: str) -> list[str]:
 
 
 def _nothing(blueprint: Blueprint, text: str) -> str:
-    """What a selector picked that picked nothing: one for a class says nothing where no class is known."""
+    """Return the text for a selector that matches nothing; one for a class cannot match if no class is known."""
     if selectors.parse(text).type is not None and all(module.type is None for module in blueprint.modules):
         return "the file records no classes: pass --arch REFERENCE"
     return NOTHING
 
 
 def _dtype(blueprint: Blueprint, dtypes: Sequence[str], unseen: Sequence[str]) -> AssertionResult:
-    """Whether each floating-point tensor has one of these dtypes; a model without any has none of them."""
+    """Whether each floating-point tensor has one of these dtypes. Fails for a model without such tensors."""
     floating = [tensor for tensor in blueprint.tensors if _is_floating(tensor)]
     wrong = [tensor for tensor in floating if tensor.dtype not in dtypes]
     answer = " and ".join(sorted({tensor.dtype for tensor in floating})) or "no floating-point tensor"
@@ -119,7 +119,7 @@ def _is_floating(tensor: TensorInfo) -> bool:
 
 
 def outputs(blueprint: Blueprint, wanted: Sequence[Shape]) -> Iterator[AssertionResult]:
-    """Whether the forward pass gives tensors of these shapes; one that could not be made answers neither yes nor no."""
+    """Whether the output of the forward pass has these shapes. Undecided if no pass was possible."""
     trace = blueprint.trace
     for shape in wanted:
         ran = trace.layers.get("") if trace is not None else None
@@ -131,7 +131,7 @@ def outputs(blueprint: Blueprint, wanted: Sequence[Shape]) -> Iterator[Assertion
 
 
 def _flat(output: Any) -> list[list[int]]:
-    """The shapes of all tensors in an output, whatever it is made of."""
+    """Return the shapes of all tensors in an output, also inside lists and dicts."""
     if output is None:
         return []
     if isinstance(output, dict):

@@ -1,4 +1,4 @@
-"""What differs between two blueprints, by the names of their modules and tensors: plain data, as they are."""
+"""Compare two blueprints by the names of their modules and tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from modelcli.model.tensors import Shape, TensorInfo
 
 @dataclass(frozen=True)
 class ModuleChange:
-    """How one module differs. `before` and `after` are how it is printed; None where it is not there."""
+    """How one module differs. `before` and `after` are its printed forms; None if it does not exist."""
 
     path: str
     change: Literal["added", "removed", "type", "config"]
@@ -26,22 +26,22 @@ class ModuleChange:
 
 @dataclass(frozen=True)
 class TensorKind:
-    """The shape and dtype of a tensor that one model alone has. `shape` is None for a lazy one."""
+    """The shape and dtype of a tensor that only one model has. `shape` is None for a lazy one."""
 
     shape: Shape | None
     dtype: str
 
 
-#: What one model has: a shape, a dtype, a layout or a flag; a kind where the other model lacks the tensor.
+#: What one model has: a shape, a dtype, a layout or a flag; for an added or removed tensor its shape and dtype.
 Side = Shape | TensorKind | str | bool | None
 
 
 @dataclass(frozen=True)
 class TensorChange:
-    """How one tensor differs; one that differs in several ways has a change for each.
+    """One way in which a tensor differs.
 
-    `before` and `after` are None for values, and for tensors that were not compared, which may be the same or not.
-    `max_abs_diff` is that of values: NaN where only one side has a NaN, None where bytes differ that are no numbers.
+    `before` and `after` are None for values, and for tensors that were not compared. `max_abs_diff` is the largest
+    difference of values: NaN if only one side has a NaN, None if the bytes that differ are not numbers.
     """
 
     name: str
@@ -53,7 +53,7 @@ class TensorChange:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What two models differ in. `equal` is the number of tensors that differ in nothing that was compared."""
+    """The differences of two models. `equal` is the number of tensors without a difference."""
 
     modules: tuple[ModuleChange, ...]
     tensors: tuple[TensorChange, ...]
@@ -68,10 +68,10 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Structure:
-    """What two models differ in besides values: modules, and for the name of each tensor its changes, if any.
+    """The differences of two models besides values: modules, and the changes of each tensor by its name.
 
-    `comparable` are the tensors whose values can be compared: both sides have them, in one known shape and one layout.
-    `extras` are the entries that are no tensors, of either side.
+    `comparable` are the tensors whose values can be compared: both sides have them, with the same known shape and
+    layout. `extras` are the entries of either side that are not tensors.
     """
 
     modules: tuple[ModuleChange, ...]
@@ -114,14 +114,14 @@ def structure(
 
 
 def _with(blueprint: Blueprint, extras: Sequence[str]) -> Blueprint:
-    """A blueprint in which selectors find entries that are no tensors."""
+    """Return a blueprint with the entries that are not tensors added, so that selectors find them."""
     if not extras:
         return blueprint
     return replace(blueprint, tensors=(*blueprint.tensors, *(TensorInfo(name, (0,), "uint8") for name in extras)))
 
 
 def _require_all(selected: Sequence[str], without: Sequence[str]) -> None:
-    """Raise RequestError where selectors are why nothing was compared: two models of nothing are the same."""
+    """Raise RequestError if the selectors leave nothing to compare, since the answer "the same" would be wrong."""
     picks = " ".join(f"-s {quoted(text)}" for text in selected)
     if without:
         everything = f"all that {picks} picks" if picks else "everything"
@@ -141,7 +141,7 @@ def _require_all(selected: Sequence[str], without: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class _Chosen:
-    """Names that selectors picked, of either model. None stands for all."""
+    """The names that selectors picked in either model. None means all."""
 
     tensors: set[str] | None
     modules: set[str] | None
@@ -179,7 +179,7 @@ def _picked(before: Blueprint, after: Blueprint, texts: Iterable[str]) -> tuple[
 
 
 def _tensors(blueprint: Blueprint, other_is_typed: bool) -> dict[str, TensorInfo]:
-    """The tensors of one side. A file that records no architecture cannot have buffers that are not saved."""
+    """Return the tensors of one side. A file that records no architecture has no non-persistent buffers."""
     return {tensor.name: tensor for tensor in blueprint.tensors if tensor.persistent or other_is_typed}
 
 
@@ -229,7 +229,7 @@ def _printed(module: ModuleInfo) -> str:
 
 
 def _tensor_changes(name: str, before: TensorInfo | None, after: TensorInfo | None) -> list[TensorChange]:
-    """How a tensor differs in all but its values."""
+    """Return the differences of a tensor besides its values."""
     if before is None or after is None:
         return [TensorChange(name, "added" if before is None else "removed", _kind(before), _kind(after))]
     changes = []
@@ -246,7 +246,7 @@ def _tensor_changes(name: str, before: TensorInfo | None, after: TensorInfo | No
 
 
 def _is_comparable(before: TensorInfo, after: TensorInfo) -> bool:
-    """Whether both have numbers, each of which has one to be compared with; a lazy tensor has none yet."""
+    """Whether the values of both tensors can be compared element by element; a lazy tensor has no values yet."""
     return before.shape is not None and (before.shape, before.layout) == (after.shape, after.layout)
 
 

@@ -1,4 +1,4 @@
-"""Edits carried out, checked, and written or recorded."""
+"""Apply edits, check the result, and write or record it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EditRequest:
-    """Edits of a model, and what is done with the result. `locations` say where the edits are written, for errors."""
+    """Edits of a model, and how to write the result. `locations` are those of the edits, for errors."""
 
     target: Target
     edits: tuple[Edit, ...]
@@ -34,16 +34,16 @@ class EditRequest:
 
 @dataclass(frozen=True)
 class EditResult:
-    """An edited model: what it is now, and what changed.
+    """An edited model, and what changed.
 
     Attributes:
         reference: the model's reference.
         blueprint: the model after the edits.
         before: the totals before them.
         edits: the edits as lines.
-        changes: what they changed at which paths.
-        check: whether it still runs.
-        written: the file that was written; None where nothing was.
+        changes: what the edits changed at each path.
+        check: whether the model still runs.
+        written: the file that was written; None if none was.
         notes: what there is to say besides.
     """
 
@@ -59,9 +59,9 @@ class EditResult:
 
 @stdout_is_for_data
 def edit(request: EditRequest, progress: Progress | None = None) -> EditResult:
-    """Carry out edits, check the result, and write it where that is asked for; a recipe gets the edits at its end.
+    """Apply edits, check the result, and write it if requested; a working recipe gets the edits at its end.
 
-    Nothing is written where anything is wrong.
+    Nothing is written if anything is wrong.
     """
     with request.target.notes_in_errors():
         return _edited(request, progress)
@@ -108,9 +108,9 @@ def checked_and_written(
     progress: Progress | None = None,
     check: FitCheck | None = None,
 ) -> EditResult:
-    """Check an edited model, unless `check` says already what there is to know, and write it where `how` says so.
+    """Check an edited model, unless `check` is given, and write it as `how` says.
 
-    `before` are the totals before the edits that were `applied`, and `target` where to find that one.
+    `before` are the totals before the `applied` edits, and `target` is the model before them.
     """
     is_written = how.out is not None and not how.dry_run
     check = check or check_fit(model, applied, target, how.check, traced=is_written)
@@ -134,7 +134,7 @@ def checked_and_written(
 
 
 def _sum_notes(changes: Sequence[Change], before: Totals, after: Totals) -> list[str]:
-    """Why the rows do not add up to the totals, where they do not: a row counts all that its module holds."""
+    """Return a note if the rows do not add up to the totals: a row counts all parameters of its module."""
     rows, total = sum(change.params_after - change.params_before for change in changes), after.params - before.params
     if rows == total:
         return []

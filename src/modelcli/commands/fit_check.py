@@ -1,4 +1,4 @@
-"""The check of an edited model before it is written: one forward pass, where the architecture is known."""
+"""Check an edited model before it is written, with one forward pass if the architecture is known."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class FitCheck:
 
     Attributes:
         ran: whether a forward pass was made.
-        reason: why not, where it was not.
-        output_shape: the shape of what came out: a list of sizes, or a list or dict of those.
-        inputs: the shapes that flowed in; None where nobody knows them.
+        reason: why none was made.
+        output_shape: the shape of the output: a list of sizes, or a list or dict of those.
+        inputs: the shapes of the inputs; None if they are not known.
         notes: what there is to say besides.
-        traced: the pass itself, for the record of the model, where it was made on the meta device for one.
+        traced: the pass itself, for the record of the model, if it was made on the meta device.
     """
 
     ran: bool
@@ -47,7 +47,7 @@ class FitCheck:
 
 
 def check_fit(model: Editable, applied: AppliedEdits, target: Target, how: str, *, traced: bool = False) -> FitCheck:
-    """Check that an edited model runs where the unedited one did.
+    """Check that an edited model runs if the unedited one did.
 
     Args:
         model: the edited model.
@@ -56,7 +56,7 @@ def check_fit(model: Editable, applied: AppliedEdits, target: Target, how: str, 
         how: `meta`, `run` (on the CPU, with values) or `none`.
         traced: whether the forward pass is needed for a record.
 
-    Raises RequestError where it no longer runs.
+    Raises RequestError if it no longer runs.
     """
     notes: list[str] = []
     reason, found = _why_unchecked(model, how), None
@@ -83,7 +83,7 @@ def check_fit(model: Editable, applied: AppliedEdits, target: Target, how: str, 
 
 
 def _why_unchecked(model: Editable, how: str) -> str | None:
-    """Why no forward pass is tried; None where one is."""
+    """Return why no forward pass is tried; None if one is."""
     if how == "none":
         return "--check none skips it"
     return "the file records no architecture: pass --arch REFERENCE" if model.architecture is None else None
@@ -130,9 +130,9 @@ def _can_break_fit(action: str) -> bool:
 
 
 def _not_called_notes(after: Blueprint, changes: Sequence[Change], called: Collection[str]) -> list[str]:
-    """New modules that the forward pass did not call: a class calls the children that it knows.
+    """Return notes on new modules that the forward pass did not call, since a class only calls the children it knows.
 
-    One that replaces another may be used otherwise (`out_proj` of an attention), or in train mode alone.
+    A module that replaces another may be used without a call (`out_proj` of an attention), or only in train mode.
     """
     reached = {path for name in called for path in ancestors(name)}
     idle: list[tuple[type[Edit], str]] = []
@@ -149,5 +149,5 @@ def _not_called_notes(after: Blueprint, changes: Sequence[Change], called: Colle
 
 
 def without_traced(check: FitCheck) -> FitCheck:
-    """The check without its pass, which is large: for a result that is shown."""
+    """Return the check without its pass, which is large and not needed to show the result."""
     return replace(check, traced=None)

@@ -1,4 +1,4 @@
-"""The fingerprints of builders that are kept: a look at a file needs nothing more to say which of them it fits."""
+"""Cached fingerprints of builders, to find the builders that a file fits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def add(models: Mapping[str, Shapes]) -> None:
-    """Keep the fingerprints of these models too, each by the reference that builds it."""
+    """Add the fingerprints of these models, each by its reference, to the cache."""
     kept = _kept()
     most, by_fingerprint, versions = kept["most"], {}, dict(kept["versions"])
     for text, names in kept["models"].items():
@@ -34,9 +34,9 @@ def add(models: Mapping[str, Shapes]) -> None:
 
 
 def fitting(contents: Contents) -> list[str]:
-    """The models that a file fits exactly, by the references that build them; no provider is asked but for these."""
+    """Return the references of the cached models that a file fits exactly."""
     kept = _kept()
-    if len(contents.tensors) > 2 * kept["most"]:  # what is larger need not be looked at
+    if len(contents.tensors) > 2 * kept["most"]:  # no cached model is this large
         return []
     shapes, _ = state_dict_match.unwrapped(state_dict_match.shapes_of(contents.infos().values()))
     names: list[str] = kept["models"].get(state_dict_match.fingerprint(shapes), [])
@@ -44,7 +44,7 @@ def fitting(contents: Contents) -> list[str]:
 
 
 def _is_current(model: str, versions: Mapping[str, Any]) -> bool:
-    """Whether the libraries of a model's provider are those that it was built with."""
+    """Whether the libraries of a model's provider have the versions that it was built with."""
     prefix = providers.prefix_of(model)
     try:
         return prefix is None or versions.get(prefix) == providers.versions_of(prefix)
@@ -53,8 +53,8 @@ def _is_current(model: str, versions: Mapping[str, Any]) -> bool:
 
 
 def _kept() -> dict[str, Any]:
-    """What is kept: the most tensors that a model of it has, its models by their fingerprints, and the versions of the
-    libraries of those that have a prefix."""
+    """The cached data: the largest number of tensors of a model, the models by their fingerprints, and the versions of
+    the libraries of models with a prefix."""
     kept = blueprint_cache.index(FINGERPRINTS)
     empty: dict[str, Any] = {"most": 0, "models": {}, "versions": {}}
     return empty | kept if isinstance(kept, dict) else empty

@@ -48,9 +48,9 @@ def named_models(request: ListRequest) -> ListResult:
 
 
 def _known(pattern: str) -> tuple[dict[str, PublishedModel], list[str]]:
-    """All models by their references, and what is wrong with providers that cannot say.
+    """Return all models by their references, and the errors of providers that failed.
 
-    Of a pattern with the prefix of a provider that provider alone is asked.
+    For a pattern with the prefix of a provider, only that provider is asked.
     """
     prefix = providers.prefix_of(pattern)
     named = None if prefix is None else providers.by_prefix(prefix)

@@ -1,4 +1,4 @@
-"""How a checkpoint fits an architecture; the recipe that starts with it."""
+"""Check that a model loads, and start a recipe with it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoadRequest:
-    """The model, and the recipe to start with it: with `force` over one that has edits, with `dry_run` not at all."""
+    """The model, and the recipe to start. `force` replaces a recipe that has edits; `dry_run` writes no recipe."""
 
     source: Source
     recipe: Path
@@ -32,7 +32,7 @@ class LoadRequest:
 
 @dataclass(frozen=True)
 class LoadResult:
-    """How a checkpoint's keys fit the architecture. `error` is set where the load fails; then no recipe was written."""
+    """How a checkpoint's keys fit the architecture. If the load fails, `error` is set and no recipe was written."""
 
     reference: str
     blueprint: Blueprint
@@ -111,7 +111,7 @@ def _started(request: LoadRequest, loaded: LoadResult) -> LoadResult:
 
 
 def _keep(live: Live, target: Target) -> None:
-    """Keep the blueprint of a model that a recipe starts with: the next looks, and completion, take it from there."""
+    """Cache the blueprint of a recipe's model for the next commands and for completion."""
     from modelcli.live import planning
 
     key = cache_key(target, "eval")
@@ -120,7 +120,7 @@ def _keep(live: Live, target: Target) -> None:
 
 
 def _value_notes(live: Live) -> list[str]:
-    """Where the values of a loaded model come from, where the user may expect something else."""
+    """Return notes on where the values come from, if the user may expect something else."""
     base = live.architecture
     if live.drawn and base is not None and base.pretrained:
         return [f"the values of {base.reference} are random: pass --weights DEFAULT for pretrained ones"]

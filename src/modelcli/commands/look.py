@@ -1,6 +1,6 @@
-"""What a model is made of, from a file, from what is kept of earlier looks, or from torch, whichever is enough.
+"""Get the blueprint of a model from a file, from the cache, or by building the model with torch.
 
-A file, and an installed model that was looked at before, need no torch.
+Files and cached models need no torch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from modelcli.live.opening import Live
 
 
-#: How the note begins that names the builders a file fits.
+#: The beginning of the note that names the builders that a file fits.
 LOOKS_LIKE = "looks like"
 
 NO_ARCHITECTURE = "the file records no architecture: pass --arch REFERENCE"
@@ -40,10 +40,10 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class LookRequest:
-    """A model to look at. With `traced` the blueprint has a forward pass in it, made in `mode`: `eval` or `train`.
+    """A model to show. With `traced`, the blueprint includes a forward pass in `mode`: `eval` or `train`.
 
-    Without `cached` the model is built anew where it is not a file, and nothing is kept. Without `modules` the caller
-    shows tensors alone: a file of keys is not searched for modules, and its blueprint has the root and no other.
+    Without `cached`, a model that is not a file is built anew, and the cache is neither read nor written. Without
+    `modules`, the caller shows only tensors: the blueprint of a plain state dict then has only the root module.
     """
 
     target: Target
@@ -59,11 +59,11 @@ class Look:
 
     Attributes:
         blueprint: the model.
-        notes: what the user should know; `--quiet` hides them, which it does not do to `warnings`.
-        contents: the checkpoint, where the model comes from one.
-        live: the model itself, where it was opened.
-        keys: the model where edits were carried out on a file whose architecture is unknown.
-        record: the file's record, where the blueprint is the record's and nothing was built to confirm it.
+        notes: notes for the user; `--quiet` hides them, but not `warnings`.
+        contents: the checkpoint, if the model comes from one.
+        live: the live model, if it was opened.
+        keys: the state-dict model, if edits were applied to a file of unknown architecture.
+        record: the file's record, if the blueprint comes from it and the model was not built to confirm it.
     """
 
     blueprint: Blueprint
@@ -82,12 +82,12 @@ class Look:
 
     @property
     def foreign(self) -> tuple[str, ...]:
-        """The names in the file that only running code could resolve."""
+        """The names of classes in the file that could only be loaded by running code."""
         return () if self.contents is None else self.contents.foreign
 
 
 def stdout_is_for_data(function: Callable[P, R]) -> Callable[P, R]:
-    """Send what a model's own code prints while it is built or run to standard error: standard output is for data."""
+    """Redirect what a model's own code prints to standard error, because standard output is for data."""
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -99,9 +99,9 @@ def stdout_is_for_data(function: Callable[P, R]) -> Callable[P, R]:
 
 @stdout_is_for_data
 def look(request: LookRequest) -> Look:
-    """The blueprint of a model, its recipe's edits applied.
+    """Return the blueprint of a model with its recipe's edits.
 
-    Blueprints of installed models are kept on disk and taken from there.
+    Blueprints of installed models are cached on disk.
     """
     target, traced = request.target, request.traced
     with target.notes_in_errors():
@@ -135,7 +135,7 @@ def _looked(request: LookRequest) -> Look:
     with downloads.forbidden():
         live = opening.open_live(target.source)
         apply_each(live, target.edits, target.locations)  # its notes were shown when the edits were made
-        # What is kept has a forward pass in it, so that it answers every question.
+        # A cached blueprint always includes a forward pass, so that it serves every command.
         blueprint = planning.traced(live, mode, with_values=True) if traced or key is not None else live.describe()
     if key is not None:
         keep_blueprint(key, blueprint)
@@ -143,7 +143,7 @@ def _looked(request: LookRequest) -> Look:
 
 
 def _look_at_file(target: Target, *, traced: bool, mode: str, modules: bool = True) -> Look | None:
-    """What a checkpoint says of itself, without torch; None where torch is needed to answer."""
+    """Return the look at a checkpoint without torch; None if torch is needed."""
     source = target.source
     if target.edits or source.arch is not None:
         return None
@@ -176,17 +176,17 @@ def _look_at_file(target: Target, *, traced: bool, mode: str, modules: bool = Tr
 
 
 def without_record(found: Look) -> Blueprint:
-    """What a file says without its record: its tensors, and the tree of their names."""
+    """Return the blueprint of a file without its record: its tensors, and modules from their names."""
     assert found.contents is not None
     return found.contents.bare_blueprint()
 
 
 @stdout_is_for_data
 def built(target: Target, found: Look, *, traced: bool) -> tuple[Look, str | None]:
-    """The look at a file with its recorded architecture built, instead of what its record says of it.
+    """Build the architecture that a file records, and return the look at it.
 
-    Where that would run code that is not trusted, and where the record names no architecture, the look stays as it is
-    and the second value says why. Where the architecture does not fit the tensors, the record is ignored, with a note.
+    If that would run code that is not trusted, or if the record names no architecture, the given look is returned, and
+    the second value says why. If the architecture does not fit the tensors, the record is ignored, with a note.
     """
     assert found.record is not None
     assert found.contents is not None
@@ -219,13 +219,13 @@ def built(target: Target, found: Look, *, traced: bool) -> tuple[Look, str | Non
 
 
 def _outline(blueprint: Blueprint) -> tuple[object, ...]:
-    """What a blueprint says of modules and of tensors."""
+    """Return the modules and tensors of a blueprint, to compare two blueprints."""
     modules = [(module.path, module.type) for module in blueprint.modules]
     return modules, [(t.name, t.shape, t.dtype, t.kind, t.requires_grad, t.persistent) for t in blueprint.tensors]
 
 
 def _may_run(record: Record, source: Source) -> bool:
-    """Whether a pass that failed when the record was written may come through with values, and may be tried."""
+    """Whether a forward pass that failed when the record was written should be tried with values."""
     made = record.blueprint.trace
     if made is None or made.reason is None or made.inputs is None or record.reference is None:
         return False
@@ -234,7 +234,7 @@ def _may_run(record: Record, source: Source) -> bool:
 
 @stdout_is_for_data
 def torchinfo_table(target: Target, *, mode: str, depth: int | None) -> str:
-    """The table that torchinfo makes of a model, its recipe's edits applied. Raises RequestError where it cannot."""
+    """Return torchinfo's table of a model with its recipe's edits. Raises RequestError if torchinfo fails."""
     from modelcli.commands.applied_edits import apply_each
     from modelcli.commands.editable import opened_keys
 
@@ -251,9 +251,9 @@ def torchinfo_table(target: Target, *, mode: str, depth: int | None) -> str:
 
 
 def known_blueprint(target: Target) -> Blueprint | None:
-    """What is known of a model without torch and without running a line of anybody's: its file or the cache says it.
+    """Return the blueprint of a model from its file or the cache, without torch and without running any model code.
 
-    The edits of a recipe are left out: hardly any of them changes a path.
+    The edits of a recipe are not applied, since few of them change a path.
     """
     target = without_edits(target)
     found = _look_at_file(target, traced=False, mode="eval")
@@ -272,7 +272,7 @@ def known_blueprint(target: Target) -> Blueprint | None:
 
 
 def cache_key(target: Target, mode: str) -> blueprint_cache.Key | None:
-    """The key of a builder or an expression of installed classes; None for what other code or a file decides."""
+    """Return the cache key of a builder or an expression of installed classes; None for other models."""
     from modelcli.commands import blueprint_cache
     from modelcli.providers import known_code
 
@@ -291,7 +291,7 @@ def cache_key(target: Target, mode: str) -> blueprint_cache.Key | None:
 
 
 def keep_blueprint(key: blueprint_cache.Key, found: Blueprint) -> None:
-    """Keep a blueprint, and of a model by its name alone its fingerprint, so that files are known by it."""
+    """Cache a blueprint, and the fingerprint of a named model without arguments, to recognise files by."""
     from modelcli.commands import blueprint_cache, known_builders
     from modelcli.model import state_dict_match
 
@@ -302,7 +302,7 @@ def keep_blueprint(key: blueprint_cache.Key, found: Blueprint) -> None:
 
 
 def fitting_model_notes(contents: Contents) -> list[str]:
-    """Which known models a file that records no architecture fits exactly, as far as the cache knows."""
+    """Return notes on the cached models that a file without a recorded architecture fits exactly."""
     if contents.types or not contents.tensors:
         return []
     from modelcli.commands import blueprint_cache, known_builders
@@ -319,7 +319,7 @@ def fitting_model_notes(contents: Contents) -> list[str]:
 
 
 def architecture_notes(live: Live | Editable) -> list[str]:
-    """The same of a model that was opened, where nothing has said its architecture, or what was said does not fit."""
+    """Return the same notes for an opened model whose architecture is unknown or does not fit."""
     contents = live.contents
     fits = live.report is None or live.report.is_strict
     return [] if contents is None or live.record or (live.architecture and fits) else fitting_model_notes(contents)

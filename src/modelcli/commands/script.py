@@ -1,4 +1,4 @@
-"""The same work as a plain PyTorch script."""
+"""Write the same work as a plain PyTorch script."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class ScriptRequest:
     """Edits of a model, and the file that the script writes in this format.
 
-    With `bare` the script drops what a training checkpoint holds besides its state dict.
+    With `bare` the script keeps only the state dict of a training checkpoint.
     """
 
     batch: Batch
@@ -33,7 +33,7 @@ class ScriptRequest:
 
 @stdout_is_for_data
 def script(request: ScriptRequest) -> Script:
-    """The same work as a plain PyTorch script: see `live.scripting.script`. A note says where it would not run."""
+    """Return the script: see `live.scripting.script`. A note says if the edited model would not run."""
     from modelcli.live import scripting
 
     batch = request.batch
@@ -50,7 +50,7 @@ def script(request: ScriptRequest) -> Script:
 
 
 def _misfit(target: Target) -> str | None:
-    """What the check before writing would refuse in an edited model."""
+    """Return a note if the check before writing would refuse the edited model."""
     live = open_editable(target.source)
     applied = apply_each(live, target.edits, target.locations)
     try:

@@ -1,4 +1,4 @@
-"""From a state-dict model to a plan for writing: each tensor with the source of its bytes, casts and all. No torch."""
+"""Make the plan for writing a state-dict model: each tensor with the source of its bytes. Does not import torch."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def plan(
     compact: bool = False,
     sources: Sources | None = None,
 ) -> Plan:
-    """What to write for a state-dict model, in a format of `writing`.
+    """Return the plan for writing a state-dict model in a format.
 
-    `opened` is the model as the file has it, and `record` gives the text of the record for the keys in
-    their order. `bare` drops what stood around the
-    state dict. `compact` writes of each storage what the tensors show of it.
+    `opened` is the model as it is in the file, and `record` returns the text of the record for the keys in their order.
+    `bare` writes only the state dict of a training checkpoint. `compact` writes only the bytes of each storage that
+    tensors use.
 
-    Raises RequestError for what a checkpoint of that kind cannot hold.
+    Raises RequestError for values that the format cannot store.
     """
     sources = sources or Sources()
     tensors: dict[str, PlannedTensor] = {}
@@ -48,7 +48,7 @@ def plan(
             storage, shape = sources.of(name, entry), entry.shape or ()
             tensors[name] = PlannedTensor(shape, entry.dtype, entry.stride, entry.offset, storage)
         else:
-            # The format holds every tensor by itself, row-major: a view is written as what it shows.
+            # The format stores every tensor separately in row-major order, so the elements of a view are written.
             storage, shape = sources.row_major(name, entry), entry.shape or ()
             tensors[name] = PlannedTensor(shape, entry.dtype, shapes.row_major(shape), 0, storage)
     return plan_of(
@@ -66,7 +66,7 @@ def plan(
 
 
 def _require_writable(name: str, value: Any) -> None:
-    """Raise RequestError for a tensor that torch has no type for, wherever it lies in an entry."""
+    """Raise RequestError if torch has no dtype for a tensor in an entry."""
     if isinstance(value, CompositeEntry):
         from modelcli.checkpoints.torch_pickle.composite_tensors import require_call
 
@@ -80,10 +80,10 @@ def _require_writable(name: str, value: Any) -> None:
 
 
 def in_order(model: StateDictModel, opened: StateDictModel, contents: Contents) -> list[str]:
-    """The keys in the order in which they are written: that of the file.
+    """Return the keys in the order in which they are written: that of the file.
 
-    A key stays where it was, whatever it is called now. The tensors of a new module stand where the first of the old
-    ones was whose place it took, others behind the one that is before them in their module.
+    A renamed key keeps its position. The tensors of a new module come at the position of the first tensor that it
+    replaces; other new tensors come after the tensor before them in their module.
     """
     positions = {name: position for position, name in enumerate(contents.names)}
     before = {name: tensor.identity for name, tensor in opened.tensors.items()}
@@ -126,7 +126,7 @@ def _places_of_moved(
 
 
 def _places_of_new(before: Mapping[str, int], now: Mapping[str, int], positions: Mapping[str, int]) -> dict[str, int]:
-    """Where the first tensor of the file was below each path that had some and has none of them any more."""
+    """Return, for each path all of whose tensors were removed, the position of the first of them in the file."""
     there, known = set(now.values()), set(before.values())
     gone = [name for name, identity in before.items() if identity not in there]
     if not gone:
@@ -141,9 +141,9 @@ def _places_of_new(before: Mapping[str, int], now: Mapping[str, int], positions:
 
 
 def metadata_of(model: StateDictModel, contents: Contents) -> dict[str, Any]:
-    """The `_metadata` of the file for a model that edits may have changed: each entry goes where its module goes.
+    """Return the `_metadata` of the file, adapted to the edited model: each entry moves with its module.
 
-    The entry of a module without tensors goes with the module above it; a new module of a known type has its own.
+    The entry of a module without tensors moves with the module above it; a new module of a known type has its own.
     """
     if not contents.metadata:
         return {}

@@ -1,4 +1,4 @@
-"""Write an edited model, and say what of its training checkpoint was kept and no longer fits."""
+"""Write an edited model, and make notes on the rest of its training checkpoint."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ if TYPE_CHECKING:
     from modelcli.live.trace import Traced
     from modelcli.writing import Written
 
-#: Called with how many bytes are done, how many there are, and what is being done with them.
+#: Called with the bytes done, the bytes in total, and the kind of work.
 Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
 class WriteRequest:
-    """Whether a result is checked and written, where, and how.
+    """How to check and write a result.
 
     Attributes:
-        out: the file or folder; None where nothing is written.
-        format: the format of `out`, which the end of its name decides.
+        out: the file or folder; None to write nothing.
+        format: the format of `out`, which the end of its name determines.
         force: replace a file that exists.
         dry_run: change nothing anywhere.
         check: `meta`, `run` or `none`: see `fit_check`.
-        bare: drop what a training checkpoint holds besides its state dict.
-        compact: write of each storage only what its tensors show.
-        durable: wait until the disk has it.
+        bare: write only the state dict of a training checkpoint.
+        compact: write only the bytes of each storage that tensors use.
+        durable: wait until the data is on the disk.
         verify: read every byte back.
-        max_shard_bytes: the most that a shard of a folder holds; None for the usual size.
+        max_shard_bytes: the maximum size of a shard; None for the usual size.
     """
 
     out: Path | None = None
@@ -55,7 +55,7 @@ class WriteRequest:
 
 @dataclass(frozen=True)
 class WriteResult:
-    """What was written, and what there is to say of it."""
+    """What was written, and notes."""
 
     written: Written
     notes: tuple[str, ...]
@@ -68,7 +68,7 @@ def write(
     traced: Traced | None = None,
     progress: Progress | None = None,
 ) -> WriteResult:
-    """Write a model that these changes were made to. `traced` is a forward pass of it, where one was made already."""
+    """Write an edited model. `traced` is a forward pass of it, if there is one already."""
     from modelcli import writing
 
     assert request.out is not None
@@ -90,7 +90,7 @@ def write(
 
 
 def _other_checkpoints(written: Written) -> list[str]:
-    """Which other checkpoint a folder holds beside the one that was written: a command has to say which it means."""
+    """Return a note if the folder contains another checkpoint too, because commands must then name one of them."""
     from modelcli.checkpoints import formats
 
     if not written.is_folder or not (others := formats.other_indexes(written.format, written.path)):
@@ -102,10 +102,10 @@ def _other_checkpoints(written: Written) -> list[str]:
 
 
 def _files_of(contents: Contents) -> frozenset[FileId]:
-    """The files that a model was read from.
+    """Return the files that a model was read from.
 
-    Where two commands edit one of them in place at once, the second finds that the file has changed: its own edits
-    would undo those of the first.
+    If two commands edit a file in place at the same time, the second finds that the file has changed and stops, because
+    it would undo the edits of the first.
     """
     from modelcli.checkpoints import CompositeEntry
 
@@ -117,7 +117,7 @@ def _files_of(contents: Contents) -> frozenset[FileId]:
 def _training_checkpoint_notes(
     model: Editable, contents: Contents, changes: Sequence[Change], *, kept: bool
 ) -> list[str]:
-    """What became of the rest of a training checkpoint, and what of it no longer fits."""
+    """Return notes on the rest of a training checkpoint: whether it was kept, and what no longer fits."""
     from modelcli.checkpoints.torch_pickle import state_dicts
     from modelcli.live import training_state
 

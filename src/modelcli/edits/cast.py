@@ -34,8 +34,8 @@ class Cast(Selecting):
     name: ClassVar[str] = "cast"
     summary: ClassVar[str] = "Convert floating-point tensors to another dtype."
     effect: ClassVar[str] = (
-        "converts floating-point tensors; weights with scales beside them (block-scaled fp8, GPTQ, AWQ, "
-        "bitsandbytes) are refused, and values that became Inf are counted"
+        "converts floating-point tensors; refuses weights that have scales (block-scaled fp8, GPTQ, AWQ, "
+        "bitsandbytes), and counts values that became Inf"
     )
     in_pytorch: ClassVar[str] = "`.to(torch.bfloat16)`"
     examples: ClassVar[tuple[str, ...]] = (

@@ -51,8 +51,8 @@ class Init(Selecting):
     summary: ClassVar[str] = "Re-initialise modules or tensors."
     effect: ClassVar[str] = (
         "re-initialises by any function of `torch.nn.init`, or by `default`, the module's own "
-        "`reset_parameters`. Biases are drawn by `--bias` (zeros); normalisation layers get weight 1 and bias 0 "
-        "unless they are selected by themselves"
+        "`reset_parameters`. `--bias` initialises biases (zeros by default); normalisation layers get weight 1 "
+        "and bias 0 unless a target selects only them"
     )
     in_pytorch: ClassVar[str] = "`init.xavier_uniform_(...)`"
     examples: ClassVar[tuple[str, ...]] = (

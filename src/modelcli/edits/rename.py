@@ -30,7 +30,10 @@ class Rename(Edit):
 
     name: ClassVar[str] = "rename"
     summary: ClassVar[str] = "Rename the keys of tensors."
-    effect: ClassVar[str] = "renames tensor keys; what wildcards capture comes back in order: `rename 'module.**' '**'`"
+    effect: ClassVar[str] = (
+        "renames tensor keys; each wildcard in NEW stands for what the wildcard in OLD matched: "
+        "`rename 'module.**' '**'`"
+    )
     in_pytorch: ClassVar[str] = "key surgery on a state dict"
     examples: ClassVar[tuple[str, ...]] = (
         "modelcli rename 'module.**' '**' -m parallel.pth -o plain.pth",

@@ -43,9 +43,9 @@ class Replace(Selecting):
     name: ClassVar[str] = "replace"
     summary: ClassVar[str] = "Replace every match with a new module. _ keeps the old argument."
     effect: ClassVar[str] = (
-        "replaces every match with a new module. `--keep-weights` carries the values over where a tensor means "
-        "the same in both modules: the overlapping part, transposed where one is a linear layer that has its "
-        "weight the other way round"
+        "replaces every match with a new module. `--keep-weights` keeps the old values of tensors that mean "
+        "the same in both modules: the overlapping part, transposed for linear layers that store "
+        "their weight the other way round"
     )
     in_pytorch: ClassVar[str] = "`model.classifier[6] = nn.Linear(4096, 10)`"
     examples: ClassVar[tuple[str, ...]] = (

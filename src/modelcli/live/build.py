@@ -1,4 +1,4 @@
-"""From a reference to an architecture: what to construct, for real or on the meta device."""
+"""Turn a reference into an architecture, which can be constructed with values or on the meta device."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Architecture:
 def architecture(
     reference: references.Reference, *, weights: str | None, folder: Path, trust: bool = True
 ) -> Architecture:
-    """What a reference names, checked as far as that costs nothing: see `LiveProvider.architecture`."""
+    """Return the architecture of a reference: see `LiveProvider.architecture`."""
     if isinstance(reference, CheckpointFile):
         raise RequestError(f"{reference} is a checkpoint, not an architecture", "--arch takes alexnet or nets.py:Net")
     return providers.provider_of(reference).architecture(reference, weights=weights, folder=folder, trust=trust)

@@ -1,4 +1,4 @@
-"""From a source (reference, weights, architecture, seed) to a live model, or to a real one."""
+"""Open a model from a source (reference, weights, architecture, seed), on the meta device or with values."""
 
 from __future__ import annotations
 
@@ -33,20 +33,19 @@ from modelcli.live.training_state import Held
 from modelcli.model.blueprint import Blueprint
 from modelcli.writing import Plan
 
-#: What a record may ask for beyond the tensors of its file, and in proportion to them.
+#: How many bytes a record may need beyond the tensors of its file, and in proportion to them.
 _BASE_BYTES = 1_000_000_000
 _BASE_TIMES = 4
 
 
 @dataclass
 class Live:
-    """A model on the meta device, where it comes from, and what was done to it.
+    """A model on the meta device, its origin, and its edits.
 
-    `architecture` is None for a bare checkpoint; `edits` are those since the architecture's reference, as lines with
-    selectors and `_` resolved, each with the number of its edit. `drawn` says that numbers will be drawn at random when
-    they are needed. `report` says how a checkpoint's keys fitted; `record` is the file's own account, where that was
-    followed. `opened_with` are the parameters that it had when it was opened, `opened_tensors` all its tensors under
-    every name.
+    `architecture` is None for a checkpoint of unknown architecture. `edits` are all edits since the architecture's
+    reference, as lines with selectors and `_` resolved, each with its number. `drawn` says whether values will be drawn
+    at random. `report` says how a checkpoint's keys fit; `record` is the file's record, if it was followed.
+    `opened_with` are the parameters at opening, `opened_tensors` all tensors under every name.
     """
 
     module: nn.Module
@@ -70,7 +69,7 @@ class Live:
         return self.contents is None and base is not None and base.weights is None and base.instance is None
 
     def describe(self) -> Blueprint:
-        """The model as a blueprint, which is made once between two edits."""
+        """Return the model's blueprint, which is made once between two edits."""
         if self._blueprint is None:
             self._blueprint = describe(self.module)
         return self._blueprint
@@ -107,18 +106,18 @@ class Live:
 
     @property
     def tensors_opened(self) -> Mapping[str, Hashable]:
-        """What told its tensors apart when it was opened, under every name."""
+        """The identity of each tensor when the model was opened, under every name."""
         return {name: id(tensor) for name, tensor in self.opened_tensors.items()}
 
     @property
     def tensors_now(self) -> Mapping[str, Hashable]:
-        """What tells its tensors apart."""
+        """The identity of each tensor now, under every name."""
         return {name: id(tensor) for name, tensor in named_tensors(self.module).items()}
 
     def plan(
         self, out: Path, kind: str, *, bare: bool = False, compact: bool = False, traced: Traced | None = None
     ) -> Plan:
-        """What to write for it: see `live.planning.plan`."""
+        """Return the plan for writing it: see `live.planning.plan`."""
         from modelcli.live import planning
 
         return planning.plan(self, out, kind, bare=bare, compact=compact, made=traced)
@@ -147,9 +146,9 @@ class Live:
         return notes
 
     def real_module(self) -> nn.Module:
-        """This model with values, for a forward pass: those of its file, else those that the constructor draws.
+        """Return this model with values, for a forward pass: those of its file, else those that the constructor draws.
 
-        Nothing is downloaded. Raises RequestError, SystemFailureError where it does not fit in memory.
+        Nothing is downloaded. Raises RequestError, and SystemFailureError if the model does not fit in memory.
         """
         assert self.architecture is not None
         times = 1 if self.contents is None else 2  # those that the constructor draws, and those of the file
@@ -166,7 +165,7 @@ class Live:
         return apply(module, edits, seed=self.seed, numbers=numbers, trusted=True).model
 
     def next_numbers(self, count: int) -> range:
-        """What so many further edits count as."""
+        """Return the numbers of the next `count` edits."""
         return range(self.edit_count + 1, self.edit_count + 1 + count)
 
 
@@ -175,9 +174,9 @@ def _held(parameters: Mapping[str, nn.Parameter]) -> dict[str, Held]:
 
 
 def open_live(source: Source, *, report_only: bool = False) -> Live:
-    """Open a model on the meta device. Nothing is downloaded, no weight is read.
+    """Open a model on the meta device. Nothing is downloaded, and no weights are read.
 
-    With `report_only` a checkpoint that does not fit is no error: `report` says how it does not.
+    With `report_only`, a checkpoint that does not fit is not an error: `report` says how the keys differ.
 
     Raises RequestError, AnswerNoError (a checkpoint that does not fit), UnsafeError, FileFormatError.
     """
@@ -185,23 +184,23 @@ def open_live(source: Source, *, report_only: bool = False) -> Live:
 
 
 def load_weights(live: Live) -> None:
-    """Make a model with a weights name for real, which downloads and loads them as its library does."""
+    """Build a model with pretrained weights, which its library downloads and loads."""
     assert live.architecture is not None
     live.architecture.real(live.seed)
 
 
 def open_real(source: Source, edits: Sequence[Edit] = ()) -> tuple[nn.Module, Live]:
-    """Open a model for real, edits applied: what the plain constructor and `load_state_dict` give."""
+    """Open a model with values and apply the edits; the result equals that of the constructor and `load_state_dict`."""
     opening = _Opening(source)
     return opening.real(edits)
 
 
 class _Opening:
-    """The decisions that the live and the real way share: which architecture, which file, which edits before."""
+    """The decisions that both ways of opening share: the architecture, the file, and the recorded edits."""
 
     def __init__(self, source: Source, followed: tuple[Path, ...] = ()) -> None:
         self.source = source
-        #: The recipes that led here, each as the architecture of the one before.
+        #: The recipes that were followed so far, each the architecture of the one before.
         self.followed = followed
         reference = resolve.reference_of(source)
         self.contents: Contents | None = None
@@ -210,7 +209,7 @@ class _Opening:
         self.base: Architecture | None = None
         self.bounds: bounds.Bounds | None = None
         self.base_bytes = 0
-        #: The file that the record is of: that of the tensors, or the one that --arch names.
+        #: The file of the record: that of the tensors, or the one that --arch names.
         self.recorded_in: Path | None = None
         self.trust = source.trust
         if (hidden := resolve.hidden_file_note(source.model, source.folder)) is not None:
@@ -250,12 +249,12 @@ class _Opening:
     def _take_architecture(
         self, reference: references.Reference, weights: str | None, *, trust: bool = True, folder: Path | None = None
     ) -> None:
-        """Find what a reference names; paths in its arguments are seen from `folder`, by default the source's."""
+        """Return the architecture of a reference. Paths in it are relative to `folder`, by default the source's."""
         seen_from = self.source.folder if folder is None else folder
         self.base = architecture(reference, weights=weights, folder=seen_from, trust=trust)
 
     def _take_named(self, arch: str) -> None:
-        """The architecture that `--arch` names: a reference, or a file whose record or recipe says it."""
+        """Return the architecture that `--arch` names: a reference, a file with a record, or a recipe."""
         reference = resolve.parse(arch, self.source.folder)
         if not isinstance(reference, CheckpointFile):
             self._take_architecture(reference, None)
@@ -272,7 +271,7 @@ class _Opening:
             self.recorded_in = reference.path
 
     def _take_recipe(self, path: Path) -> None:
-        """The model of a recipe, its edits applied. The recipe is the user's own, and so is the Python it names."""
+        """Return the model of a recipe with its edits. The recipe is the user's own, so code that it names may run."""
         from modelcli import recipe
 
         itself = path.resolve()
@@ -323,7 +322,7 @@ class _Opening:
             return
         self.bounds = bounds.of_record(f"the architecture that {path.name} names", len(record.blueprint.modules))
         for half in providers.in_use():
-            half.prepare()  # to import a library takes longer than what is bounded here
+            half.prepare()  # importing a library takes longer than the bounds allow
         with self._following(), self._memory_of_record():
             reference = resolve.recorded(record.reference, path.parent, trust=self.source.trust)
             self._take_architecture(reference, record.weights, trust=self.source.trust, folder=path.parent)
@@ -333,7 +332,7 @@ class _Opening:
 
     @contextlib.contextmanager
     def _following(self) -> Iterator[None]:
-        """Do what the record says, within its bounds. What is wrong with that is wrong with the file."""
+        """Follow the record within its bounds. Errors are those of the file."""
         assert self.recorded_in is not None
         try:
             with bounds.held(self.bounds):
@@ -343,7 +342,7 @@ class _Opening:
             raise FileFormatError(what, "--arch names the architecture instead") from None
 
     def _memory_of_record(self) -> contextlib.AbstractContextManager[None]:
-        """What a record asks for fits in with the size of its file: a part that `extract` left has a larger base."""
+        """Bound the work of a record by the size of its file; the base of an extracted part may be larger."""
         contents = self._contents()
         nbytes = sum(info.nbytes for info in contents.infos().values())
         return memory.at_most(_BASE_BYTES + _BASE_TIMES * nbytes, contents.path.name)
@@ -355,7 +354,7 @@ class _Opening:
         module = self._architecture_on_meta(seed)
         live = Live(module, self.source, self.base, self.contents, record=self.record, notes=self.notes, seed=seed)
         if self.record is not None and self.base is not None:
-            # What the edits have to tell was told when they were made.
+            # The notes of the edits were shown when they were made.
             self.base_bytes = memory.bytes_of(module)
             with self._following(), self._memory_of_record():
                 module = self._follow_edits(module, seed)
@@ -383,7 +382,7 @@ class _Opening:
             return base.on_meta(seed)
 
     def _known_base(self) -> Architecture:
-        """The architecture. Raises RequestError for a file that does not say it: only its keys are known."""
+        """Return the architecture. Raises RequestError for a file that records none, since only its keys are known."""
         if self.base is None:
             path = self._contents().path
             raise RequestError(
@@ -400,7 +399,7 @@ class _Opening:
                 module = base.real(live.seed, needed=self.base_bytes, weights=False)
                 module = self._follow_edits(module, live.seed)
         else:
-            # A file brings all the numbers: nothing has to be downloaded for it.
+            # All values come from the file, so nothing has to be downloaded.
             module = base.real(live.seed, weights=self.contents is None)
         if self.contents is not None:
             loading.load_values(base, module, self.contents)
@@ -412,7 +411,7 @@ class _Opening:
         return done.model, live
 
     def _follow_edits(self, module: nn.Module, seed: int) -> nn.Module:
-        """The edits of the record, carried out on its architecture."""
+        """Apply the edits of the record to its architecture."""
         assert self.record is not None
         edits, trusted = self.record.parsed_edits(), self.trust
         return apply(module, edits, seed=seed, numbers=self.record.numbers, trusted=trusted).model
@@ -439,9 +438,9 @@ class _Opening:
             raise error
 
     def _inputs(self, module: nn.Module) -> Inputs | None:
-        """What the model takes: as the command says, else as the file says, else as its provider says."""
+        """Return the model's inputs: those of the command, else of the file, else of the provider."""
         source, record = self.source, self.record
-        # A part that was extracted takes something else.
+        # An extracted part takes another input.
         whole = record is None or not any(edit.changes_input for edit in record.parsed_edits())
         known = self.base.provider.inputs(self.base, module) if self.base is not None and whole else None
         dtypes = source.input_dtype or (record.input_dtype if record else ())
@@ -464,13 +463,13 @@ class _Opening:
 
 
 def _weights_name(source: Source) -> str | None:
-    """The name of weights, which may decide an architecture; a file of them does not."""
+    """Return the name of the weights, which may determine the architecture; None for a file."""
     weights = source.weights
     return None if weights is None or resolve.names_a_file(weights, source.folder, source.model) else weights
 
 
 def _weights_file(weights: str | None, source: Source) -> Path | None:
-    """The file that `--weights` names, if it names one: see `resolve.names_a_file`."""
+    """Return the file that `--weights` names, if any: see `resolve.names_a_file`."""
     if weights is None or not resolve.names_a_file(weights, source.folder, source.model):
         return None
     path = source.folder / weights
@@ -480,9 +479,9 @@ def _weights_file(weights: str | None, source: Source) -> Path | None:
 
 
 def set_flags(module: nn.Module, record: Record) -> None:
-    """Set every flag as a record has it: the parameters that it names are frozen, all others are trained.
+    """Set `requires_grad` as recorded: the parameters that the record names are frozen, all others are trainable.
 
-    Of those that it lists without a flag nothing is known, and a record of them knows no more.
+    The flags of parameters that it lists without a flag are not known, nor in a new record of the model.
     """
     frozen = set(record.frozen)
     unknown = {info.name for info in record.blueprint.tensors if info.kind == "parameter" and info.is_trained is None}
@@ -491,7 +490,7 @@ def set_flags(module: nn.Module, record: Record) -> None:
 
 
 def with_arch_instance(source: Source, instance: object) -> tuple[nn.Module, LoadReport]:
-    """Load a checkpoint into a module that exists already; it is changed in place."""
+    """Load a checkpoint into an existing module, in place."""
     if not isinstance(instance, nn.Module):
         how = f"call it: arch={instance.__name__}()" if callable(instance) and hasattr(instance, "__name__") else None
         raise RequestError(f"arch takes an nn.Module or a reference, not {instance!r:.60}", how)
@@ -510,7 +509,7 @@ def with_arch_instance(source: Source, instance: object) -> tuple[nn.Module, Loa
 
 
 def blueprint_of(instance: nn.Module, shapes: tuple[tuple[int, ...], ...] | None) -> Blueprint:
-    """The blueprint of a module that exists already, with a forward pass on meta where shapes are given."""
+    """Return the blueprint of an existing module, with a forward pass on meta if input shapes are given."""
     if not isinstance(instance, nn.Module):
         raise RequestError(f"blueprint takes an nn.Module or a reference, not {instance!r:.40}")
     found = describe(instance)
@@ -523,7 +522,7 @@ def blueprint_of(instance: nn.Module, shapes: tuple[tuple[int, ...], ...] | None
 def edit_instance(
     instance: nn.Module, edits: Sequence[Edit], *, seed: int, shapes: tuple[tuple[int, ...], ...] | None
 ) -> nn.Module:
-    """Apply edits to a real module, in place; what comes back is another one after `extract`."""
+    """Apply edits to a real module, in place. Returns the module; after `extract`, the submodule."""
     if not isinstance(instance, nn.Module):
         raise RequestError(f"apply takes an nn.Module, not {instance!r:.40}", "modelcli.load(...) gives one")
     given = None

@@ -1,4 +1,4 @@
-"""From a live model to a plan for writing: each tensor of its state dict, with the source of its bytes."""
+"""Make the plan for writing a live model: each tensor of its state dict with the source of its bytes."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def _planned(name: str, tensor: torch.Tensor, kind: str, sources: dict[object, A
         source = sources.setdefault(source.storage._cdata, source)
     shape, stride, offset = tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset())
     if not writing.holds_views(kind):
-        # The format holds every tensor by itself, row-major: a view is written as what it shows.
+        # The format stores every tensor separately in row-major order, so the elements of a view are written.
         view = (source, offset, shape, stride, tensor.dtype)
         if view not in sources:
             sources[view] = row_major(tensor)
@@ -146,7 +146,7 @@ def record_of(live: Live, folder: Path, made: Traced | None = None) -> Record:
 
 
 def _is_stated(live: Live) -> bool:
-    """Whether what the model takes cannot be told from its reference: somebody said it, or an edit changed it."""
+    """Whether the record must state the inputs, because the user stated them or an edit changed them."""
     recorded = live.record is not None and (live.record.input_size is not None or live.record.inputs)
     changed = any(kind_of(line).changes_input for _, line in live.edits)
     return bool(changed or live.source.input_size is not None or live.source.inputs or recorded)

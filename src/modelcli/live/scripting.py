@@ -1,4 +1,4 @@
-"""The same work as a plain PyTorch script that needs no modelcli."""
+"""Write the same work as a plain PyTorch script that needs no modelcli."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from modelcli.model.wrapper_prefixes import Unwrapping
 
 @dataclass(frozen=True)
 class Script:
-    """A script, and what it does not do."""
+    """A script, and notes on what it leaves out."""
 
     text: str
     notes: tuple[str, ...]

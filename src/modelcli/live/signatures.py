@@ -1,7 +1,7 @@
-"""What a callable takes, whatever its annotations name.
+"""Get the signature of a callable, even if its annotations cannot be evaluated.
 
-From Python 3.14 on annotations are evaluated when something asks for them, and those of a class may name what is
-imported for a type checker alone: `inspect.signature` then raises NameError. Nothing here needs what they stand for.
+From Python 3.14 on, annotations are evaluated on access, and may name something that is imported only for type
+checkers: `inspect.signature` then raises NameError. modelcli does not need the values of annotations.
 """
 
 from __future__ import annotations

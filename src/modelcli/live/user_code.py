@@ -1,4 +1,4 @@
-"""Code of the user's own: `nets.py:Net`, `package.module:build` are looked up, and that runs their file."""
+"""Load the user's own code: looking up `nets.py:Net` or `package.module:build` runs its file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from modelcli.wording import listed
 
 
 def find(reference: PythonObject, folder: Path) -> Any:
-    """The class, function or instance that a reference names. Raises RequestError with the closest names."""
+    """Return the class, function or instance that a reference names. Raises RequestError with the closest names."""
     module = import_file(reference.file) if reference.file else import_module(reference.source, folder)
     value: Any = module
     for step in reference.name.split("."):
@@ -33,7 +33,7 @@ def find(reference: PythonObject, folder: Path) -> Any:
 
 
 def import_file(path: Path) -> ModuleType:
-    """Run a Python file as a module of its own; the modules beside it can be imported. Each file is run once."""
+    """Run a Python file as a module; it can import the modules beside it. Each file is run once."""
     path = path.resolve()
     for known, module in list(sys.modules.items()):
         if getattr(module, "__file__", None) == str(path) and not known.startswith("_modelcli_"):
@@ -69,7 +69,7 @@ def import_module(name: str, folder: Path = Path()) -> ModuleType:
 
 
 def _file_of(name: str, *folders: Path) -> str:
-    """How a module is written that is not found by its name: where a file has it, an installed package goes before."""
+    """Return the hint for a module without the wanted name: it may be a file that an installed package hides."""
     path = Path(*name.split(".")).with_suffix(".py")
     if found := next((folder / path for folder in folders if (folder / path).is_file()), None):
         return f"an installed package has that name; the file is named by its path: {found}:..."
@@ -78,7 +78,7 @@ def _file_of(name: str, *folders: Path) -> str:
 
 @contextlib.contextmanager
 def running_user_code(what: str, *folders: Path) -> Iterator[None]:
-    """Run code of the user's, modules in the folders importable.
+    """Run the user's code in the block, with the modules in the folders importable.
 
     The folders come last: what is installed, and what an installed package imports, is never taken from a file that
     happens to lie in the current folder. What the code prints goes to standard error, what it raises becomes a
@@ -105,7 +105,7 @@ def running_user_code(what: str, *folders: Path) -> Iterator[None]:
 
 
 def _missing(what: str, error: ModuleNotFoundError) -> RequestError:
-    """The error for code that imports what is not there: of two environments it may be the other one that has it."""
+    """Return the error for a failed import in the user's code, which names the interpreter that lacks the module."""
     name, place = error.name or str(error), _place(error)
     package, _, inside = name.partition(".")
     at = f" ({place})" if place else ""
@@ -118,7 +118,7 @@ def _missing(what: str, error: ModuleNotFoundError) -> RequestError:
 
 
 def _place(error: Exception) -> str | None:
-    """The file and line of the user's own where an error came from."""
+    """Return the file and line of the user's code that raised an error."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"at {error.filename}:{error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)

@@ -1,4 +1,4 @@
-"""The torch halves of the providers, found by the dotted names that their declarations give."""
+"""Find the torch halves of the providers, by the dotted names in their declarations."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 @functools.cache
 def half_of(provider: Provider) -> LiveProvider:
-    """The torch half of a provider; its module is imported, and the library not before it is needed.
+    """Import and return the torch half of a provider, which imports its library later.
 
-    Raises SystemFailureError where another package's cannot be imported, or has nothing under that name.
+    Raises SystemFailureError if that of another package cannot be imported or does not exist.
     """
     module, _, name = provider.live.partition(":")
     with blamed(provider):
@@ -35,7 +35,7 @@ def half_of(provider: Provider) -> LiveProvider:
 
 @contextlib.contextmanager
 def blamed(provider: Provider) -> Iterator[None]:
-    """Make what goes wrong in another package's provider an error of its own, which others need not suffer from."""
+    """Turn an exception of another package's provider into a SystemFailureError that names the provider."""
     try:
         yield
     except (ModelcliError, MemoryError):
@@ -49,7 +49,7 @@ def blamed(provider: Provider) -> Iterator[None]:
 
 
 def provider_of(reference: Reference) -> LiveProvider:
-    """The provider that a reference is for: that of its prefix, else the first built-in one that takes it."""
+    """Return the provider of a reference: that of its prefix, else the first built-in one that accepts it."""
     assert not isinstance(reference, CheckpointFile)
     if isinstance(reference, NamedModel) and reference.prefix is not None:
         provider = providers.by_prefix(reference.prefix)
@@ -59,18 +59,18 @@ def provider_of(reference: Reference) -> LiveProvider:
 
 
 def built_in() -> Iterator[LiveProvider]:
-    """The halves of the built-in providers, in the order of the registry."""
+    """Return the torch halves of the built-in providers, in the order of the registry."""
     return map(half_of, providers.built_in())
 
 
 def in_use() -> Iterator[LiveProvider]:
-    """The halves whose code may run here: the built-in ones, and those of other packages that were named."""
+    """Return the torch halves that may be used: the built-in ones, and those of other packages that were named."""
     yield from built_in()
     yield from map(half_of, providers.loaded())
 
 
 def with_classes() -> Iterator[LiveProvider]:
-    """The built-in halves that have module classes by bare names, in the order in which these are looked up."""
+    """Return the built-in torch halves with module classes that need no package, in the order of the look-up."""
     return map(half_of, sorted(filter(_has_classes, providers.built_in()), key=lambda provider: not provider.owns("")))
 
 

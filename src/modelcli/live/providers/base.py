@@ -1,4 +1,4 @@
-"""What the torch half of a provider does: build its models, know what they take, and say how a script builds them."""
+"""The base class of a provider's torch half: it builds models, knows their inputs, and writes them in scripts."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from modelcli.live.script.source_text import SourceText
 
 
-#: Where the channels of a tensor lie that has more than two axes: second, as convolutions have them, or last, as
-#: linear layers and layer norms have their features.
+#: The axis of the channels in a tensor with more than two axes: the second, as in convolutions, or the last, as in
+#: linear layers and layer norms.
 Layout = Literal["channels first", "features last"]
 
 
@@ -68,16 +68,16 @@ class ModelFolder:
 
 
 class LiveProvider:
-    """Builds the models of one provider. A subclass overrides `build`, and of the rest what its library has.
+    """Builds the models of one provider. A subclass overrides `build`, and other methods as its library needs.
 
-    The library is imported when it is first needed, and never by importing this module.
+    The library is imported when it is first needed, not when this module is imported.
     """
 
-    #: The libraries of compiled operators whose names say whether they multiply; those of others count as unknown.
+    #: The libraries whose operators' names show whether they multiply; other operators are reported as uncounted.
     operator_libraries: ClassVar[frozenset[str]] = frozenset()
 
-    #: What layers of the library are, by the names of their classes, whose tensors mean the same as those of a kind of
-    #: `torch.nn`: see `live.surgery.layouts`. By it values are carried over to another class of the kind.
+    #: The kind of the library's layers, by class name, if their tensors mean the same as those of a kind of `torch.nn`
+    #: (see `live.surgery.layouts`). `--keep-weights` copies values between classes of one kind.
     layer_kinds: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, provider: Provider) -> None:
@@ -86,26 +86,26 @@ class LiveProvider:
     # --- its models --------------------------------------------------------------------------------------------------
 
     def names(self) -> Sequence[str]:
-        """The names of its models, as the library itself gives them."""
+        """Return the names of its models, as the library lists them."""
         return self.provider.names()
 
     def published(self, name: str) -> PublishedModel:
-        """What the library publishes of a model; nothing is built or downloaded for it."""
+        """Return what the library publishes about a model. Nothing is built or downloaded."""
         return PublishedModel(name)
 
     def variants(self, name: str) -> list[str]:
-        """A model and it with those arguments that its published weights may have been made with: `identify` tries all.
+        """Return a model without and with the arguments of its published weights; `identify` tries all of them.
 
         Each is a name with its arguments, without the prefix.
         """
         return [name]
 
     def takes(self, reference: Reference) -> bool:
-        """Whether a reference without a prefix is for this provider; only built-in ones are asked."""
+        """Whether a reference without a prefix belongs to this provider. Only built-in providers are asked."""
         return False
 
     def prepare(self) -> None:
-        """Import the library, where that takes longer than building one of its models may take."""
+        """Import the library, so that the import does not count against the time limit of a build."""
 
     def require_installed(self) -> None:
         """Raise RequestError where a library of the provider is not installed, with the command that installs it."""
@@ -116,27 +116,27 @@ class LiveProvider:
             raise RequestError(f"{missing[0]} is not installed, and {self.provider.title or 'this'} needs it", wanted)
 
     def build(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], weights: str | None) -> nn.Module:
-        """Make a model on the current device, on `meta` too where that does.
+        """Build a model on the current device, which may be `meta`.
 
         Args:
             name: one of `names`.
             args: the positional arguments of the reference, as Python values.
             kwargs: its keyword arguments.
-            weights: the name of pretrained weights to load, which may be downloaded; None draws the values at random,
-                from torch's generator alone.
+            weights: the name of pretrained weights to load, which may be downloaded; None draws random values with
+                torch's generator.
 
-        Raises RequestError, or any exception of the library's, which becomes a RequestError.
+        Raises RequestError. Other exceptions of the library become a RequestError.
         """
         raise NotImplementedError
 
     def build_structure(
         self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], weights: str | None
     ) -> nn.Module:
-        """The structure that the model has with these weights; nothing is loaded or downloaded."""
+        """Build the model as it is with these weights, without loading or downloading them."""
         return self.build(name, args, kwargs, None)
 
     def weights_named(self, name: str, weights: str, kwargs: Mapping[str, Any]) -> str:
-        """The name of a model's weights with `DEFAULT` resolved. Raises RequestError for weights it does not have."""
+        """Return the name of a model's weights with `DEFAULT` resolved. Raises RequestError for unknown weights."""
         names = self.published(name).weights
         if not names:
             raise RequestError(f"{self.reference_to(name)} has no weights by name", "give a file: --weights FILE")
@@ -149,20 +149,20 @@ class LiveProvider:
         return weights
 
     def parameters(self, name: str) -> Mapping[str, inspect.Parameter]:
-        """The arguments that a model takes, by their names, so that wrong ones are told before it is built."""
+        """Return the arguments that a model takes, by name, so that wrong ones are reported before building it."""
         return {}
 
     def architecture(self, reference: Reference, *, weights: str | None, folder: Path, trust: bool) -> Architecture:
-        """What a reference names, checked as far as that costs nothing.
+        """Return the architecture of a reference, checked as far as possible without building it.
 
         Args:
             reference: the model, of this provider.
             weights: a name of pretrained weights, or None.
-            folder: what relative paths in its arguments are seen from.
-            trust: whether code may run that no known library vouches for.
+            folder: relative paths in its arguments are relative to this folder.
+                trust: whether code outside known libraries may run.
 
-        Raises RequestError for names that do not exist and arguments that do not fit, UnsafeError where following the
-        reference would run code and `trust` is not given.
+        Raises RequestError for unknown names and wrong arguments, UnsafeError if following the reference would run code
+        and `trust` is not given.
         """
         assert isinstance(reference, NamedModel)
         call, text = reference.call, str(reference)
@@ -199,7 +199,7 @@ class LiveProvider:
             raise RequestError(f"{self.provider.name} has no model {name!r}", hint)
 
     def reference_to(self, name: str) -> str:
-        """The reference to a model, which has the prefix: `timm:resnet50`."""
+        """Return the reference to a model, with the prefix: `timm:resnet50`."""
         return name if self.provider.prefix is None else f"{self.provider.prefix}:{name}"
 
     def fit_state_dict(self, architecture: Architecture, module: nn.Module, state: StateDict) -> FittedStateDict:
@@ -250,47 +250,47 @@ class LiveProvider:
         """Prepare a copy of any model for a forward pass without values. It is dropped after the pass."""
 
     def during_pass(self, device: str) -> AbstractContextManager[None]:
-        """What surrounds a forward pass of any model. `device` is `meta`, `fake`, or `cpu`, which alone has values."""
+        """Return a context for each forward pass. `device` is `meta`, `fake`, or `cpu`; only `cpu` has values."""
         return contextlib.nullcontext()
 
-    # --- what flows in, and what is counted --------------------------------------------------------------------------
+    # --- inputs and multiply-accumulates -----------------------------------------------------------------------------
 
     def inputs(self, architecture: Architecture, module: nn.Module) -> Inputs | None:
-        """What a model is known to take, batch included: `module` is it as it was built, or as edits have left it."""
+        """Return the known inputs of a model, batch included. `module` is the model as built or as edited."""
         return None
 
     def layout_behind(self, module: nn.Module, axes: int) -> Layout | None:
-        """Where the channels lie of a tensor with so many axes behind a layer of the library; None if it tells nothing.
+        """Return the axis of the channels after a layer of the library, for a tensor with `axes` axes; None if unknown.
 
-        By it `_` in an expression knows whether the last axis of an image is its features.
+        `_` in an expression uses it to decide whether the last axis of an image is its features.
         """
         return None
 
     def formulas(self) -> Mapping[str, Formula]:
-        """The multiply-accumulates of the library's own operators, by their names: `library::operator`."""
+        """Return the multiply-accumulate formulas of the library's own operators, by name: `library::operator`."""
         return {}
 
     # --- downloads ---------------------------------------------------------------------------------------------------
 
     def downloads(self) -> Iterable[tuple[Any, str]]:
-        """The functions of the library that fetch something, each as what holds it and its name there.
+        """Return the functions of the library that download, each as the object that has it and its name there.
 
-        Called while a model is only looked at, they raise DownloadError. torch.hub, urllib and the network itself are
-        closed then already, and the library need not be imported for this.
+        While a model is only shown, these functions raise DownloadError. torch.hub, urllib and sockets are blocked too,
+        and the library need not be imported for this.
         """
         return ()
 
     # --- scripts -----------------------------------------------------------------------------------------------------
 
     def expression(self, text: SourceText, architecture: Architecture, folder: Path) -> str:
-        """The Python expression that builds the model in a script; what it needs is imported on the text.
+        """Return the Python expression that builds the model in a script, and add the imports to the script.
 
         Args:
-            text: the script, for its imports and the words of values.
+            text: the script, which gets the imports and writes values.
             architecture: the model, of this provider.
-            folder: what relative paths of the reference are seen from.
+            folder: relative paths of the reference are relative to this folder.
 
-        Raises InexpressibleError where plain Python statements do not do it; its text says why.
+        Raises InexpressibleError if plain Python statements cannot build it; its text says why.
         """
         from modelcli.live.script.source_text import InexpressibleError
 
@@ -299,48 +299,48 @@ class LiveProvider:
     # --- module classes ----------------------------------------------------------------------------------------------
 
     def find_class(self, package: str, name: str) -> object:
-        """What a name in one of the packages that the provider owns stands for, or None.
+        """Return the object with this name in one of the provider's packages, or None.
 
-        `package` is empty for a bare name, which is asked for where the provider declares `classes_from`.
+        `package` is empty for a bare name, if the provider declares `classes_from`.
         """
         import importlib
 
         return getattr(importlib.import_module(package), name, None) if package else None
 
     def find_function(self, package: str, name: str) -> Callable[..., nn.Module] | None:
-        """The function of that name which returns a module and may stand in an expression as a class may, or None.
+        """Return the function of that name that an expression may call like a class, or None.
 
-        It draws its values, and downloads nothing.
+        It returns a module with random values, and downloads nothing.
         """
         return None
 
     def class_names(self) -> Sequence[str]:
-        """The module classes that expressions may name by their bare names."""
+        """Return the module classes that expressions may name without their package."""
         return ()
 
     def package_of(self, name: str) -> str | None:
-        """The package that a class lies in which goes by its bare name, as an import names it; None if it has none."""
+        """Return the package of a class that expressions may name without it; None if there is no such class."""
         return None
 
     def places_of(self, name: str) -> Sequence[str]:
-        """Where else the library has classes of this name, as an expression writes them, for a hint."""
+        """Return other classes of this name in the library, as an expression writes them, for a hint."""
         return ()
 
     def right_name(self, call: Call) -> str | None:
-        """How a model is written that was named as Python does, for a hint: `package.models.resnet18`."""
+        """Return the reference for a model that was named as in Python (`package.models.resnet18`), for a hint."""
         return None
 
     def name_in_script(self, package: str, name: str) -> tuple[str, str]:
-        """The import that a script needs for a class in one of the provider's packages, and its name behind it."""
+        """Return the import that a script needs for a class of the provider's packages, and the imported name."""
         return f"import {package}", f"{package}.{name}"
 
     def arguments_in_script(self, package: str, name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The keyword arguments of a call in an expression as plain Python has to give them."""
+        """Return the keyword arguments of a call in an expression as plain Python needs them."""
         return kwargs
 
 
 def _shown(parameter: inspect.Parameter) -> str:
-    """An argument as its source has it, also where annotations are kept as text."""
+    """Return an argument as in its source, also if annotations are stored as text."""
     plain = str(parameter.replace(annotation=parameter.empty))
     if not isinstance(parameter.annotation, str):
         return str(parameter)
@@ -349,7 +349,7 @@ def _shown(parameter: inspect.Parameter) -> str:
 
 
 def refuse_hole(reference: NamedModel) -> None:
-    """Raise RequestError where `_` stands in a reference: there was nothing before that it could stand for."""
+    """Raise RequestError for `_` in a reference, where there is no old module."""
     if reference.call.has_hole:
         raise RequestError(
             f"{reference.call}: _ keeps an old argument, but there is no old module", "write the argument out"

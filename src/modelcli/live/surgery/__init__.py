@@ -1,12 +1,12 @@
-"""The shared core: `apply` carries out edits on a module, on the meta device or real, and says what changed.
+"""`apply` applies edits to a module, on the meta device or with values, and returns what changed.
 
 Each edit has a handler, the module that its declaration names: here, or in another package. A handler has
 
     carry_out(module, edit, context) -> Applied
 
-which gives tensors other data, and writes nothing into the data that they have, so that `apply` can put back what it
-found. Where a state dict takes torch too, it has `apply_to_state_dict(edit, model, context) -> Applied`. It also has
-`script_lines` and `state_dict_script_lines`, which write the same as statements: see `modelcli.live.script`.
+which gives tensors new data and never writes into their old data, so that `apply` can undo it. If the edit needs torch
+for a state-dict model too, the handler has `apply_to_state_dict(edit, model, context) -> Applied`. `script_lines` and
+`state_dict_script_lines` write the edit as Python statements: see `modelcli.live.script`.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def apply(
     trusted: bool = True,
     blueprint: Blueprint | None = None,
 ) -> Applied[nn.Module]:
-    """Carry out edits in order. `numbers`, else 1, 2, 3, are what they count as, which decides what each draws.
+    """Apply edits in order. `numbers` (by default 1, 2, 3, ...) determine the random values that each edit draws.
 
-    On a meta module new modules are made on meta and drawn for real when their numbers are asked for; on a real one
-    they are made at once. All or nothing: where one raises RequestError, the module is as it was before the first,
-    and the message names the edit where there are several. `blueprint` is that of the module, where there is one.
+    In a meta module, new modules are made on meta, and their values are drawn when they are needed; in a real module
+    they are made at once. If an edit raises RequestError, the module is unchanged, and the message names the edit if
+    there are several. `blueprint` is that of the module, if there is one.
     """
     _require_editable(module)
     blueprints = iter([blueprint])  # that of the module before the first edit
@@ -58,7 +58,7 @@ def apply(
 
 
 def _require_editable(module: nn.Module) -> None:
-    """Refuse compiled modules with tensors; those without any (a scripted ReLU) are in nobody's way."""
+    """Refuse compiled modules that have tensors. Those without tensors (a scripted ReLU) do not matter."""
     for path, part in module.named_modules():
         if isinstance(part, torch.jit.ScriptModule) and part.state_dict():
             raise RequestError(

@@ -1,4 +1,4 @@
-"""New values for tensors that are computed from their old ones, element by element."""
+"""Compute new values of tensors from the old ones, element by element."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def _is_dense(tensor: torch.Tensor) -> bool:
 
 
 def change_values(module: nn.Module, names: Iterable[str], function: Function) -> None:
-    """Let a function make the new values of these tensors of a module.
+    """Replace the values of tensors of a module by those that a function computes.
 
-    On the meta device nothing is read before the values are asked for, and then a piece at a time. Whatever shares the
-    bytes of a tensor shows its new values too, as after an operation of torch in place.
+    On the meta device nothing is read until the values are needed, and then piece by piece. Other tensors that share
+    the bytes get the new values too, as after an in-place operation of torch.
 
     Args:
         module: on the meta device, or real.

@@ -1,4 +1,4 @@
-"""What the handlers of edits share: where modules are, and how one is described in one line."""
+"""What the handlers of edits have in common: find modules, and describe one in a line."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from modelcli.model.blueprint import Blueprint
 
 
 def blueprint_of(module: nn.Module, context: Context) -> Blueprint:
-    """The model that an edit works on, as a blueprint."""
+    """Return the blueprint of the model that an edit works on."""
     return describe(module) if context.blueprint is None else context.blueprint
 
 
 def is_meta(module: nn.Module) -> bool:
-    """Whether a model lives on the meta device: its numbers are made, or read, when they are asked for."""
+    """Whether a model is on the meta device, so that its values are made or read when they are needed."""
     tensors = [tensor for tensor in named_tensors(module).values() if not is_lazy(tensor) and not is_composite(tensor)]
     return bool(tensors) and all(tensor.is_meta for tensor in tensors)
 
 
 def paths_of_modules(module: nn.Module) -> dict[int, list[str]]:
-    """Every path of each module, by its `id`: a shared one has several."""
+    """Return every path of each module, by its `id`. A shared module has several."""
     found: dict[int, list[str]] = {}
     for path, child in module.named_modules(remove_duplicate=False):
         found.setdefault(id(child), []).append(path)
@@ -43,14 +43,14 @@ def is_numbered(module: nn.Module) -> bool:
 
 
 def put_children(module: nn.Module, children: Mapping[str, nn.Module | None]) -> None:
-    """Give a module these children, in this order, in the place of those that it has."""
+    """Replace the children of a module by these, in this order."""
     found = dict(children)
     module._modules.clear()
     module._modules.update(found)
 
 
 def submodule(module: nn.Module, path: str) -> nn.Module:
-    """The module at a path that exists, whatever it is called: a checkpoint may call one `train` or `forward`."""
+    """Return the module at an existing path, even if its name is that of a method, such as `train`."""
     for name in path.split(".") if path else ():
         child = module._modules[name]
         assert child is not None
@@ -59,7 +59,7 @@ def submodule(module: nn.Module, path: str) -> nn.Module:
 
 
 def brief(module: nn.Module) -> str:
-    """A module in one short line, as the call that makes it where its printed form tells that.
+    """Describe a module in one short line, as the call that makes it if its `repr` shows that.
 
     `Linear(in_features=4096, out_features=10, bias=True)` is `Linear(4096, 10)`: defaults are left out, and leading
     arguments lose their names.
@@ -85,5 +85,5 @@ def brief(module: nn.Module) -> str:
 
 
 def count(module: nn.Module) -> int:
-    """`sum(p.numel() for p in module.parameters())`, lazy parameters counting nothing."""
+    """Return `sum(p.numel() for p in module.parameters())`; lazy parameters count as 0."""
     return sum(parameter.numel() for parameter in module.parameters() if not is_lazy(parameter))

@@ -1,4 +1,4 @@
-"""replace --keep-weights: the values of an old module where they mean the same in the new one."""
+"""replace --keep-weights: copy values of the old module that mean the same in the new one."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from modelcli.wording import listed
 
 @dataclass(frozen=True)
 class KeptPart:
-    """The part of a new tensor that takes old values: its sizes from 0 along each axis. Where `transposed`, the old
-    tensor has its two axes the other way round."""
+    """The part of a new tensor that gets old values: its size from 0 along each axis. `transposed`: the old tensor has
+    its two axes swapped."""
 
     sizes: tuple[int, ...]
     transposed: bool = False
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The part of an old tensor, as it lies in the new one."""
+        """Return the part of the old tensor with the axes of the new one."""
         whole = tensor.t() if self.transposed else tensor
         return whole[tuple(slice(size) for size in self.sizes)]
 
@@ -60,11 +60,11 @@ def of_module(old: nn.Module, path: str, new: nn.Module) -> KeptFrom:
 
 
 def keep_weights(groups: Sequence[KeptFrom]) -> tuple[Mapping[str, Mapping[str, KeptPart]], list[str]]:
-    """Carry over the overlapping part of each tensor that means the same in the old modules and in the new ones.
+    """Copy the overlapping part of each tensor that means the same in the old modules and in the new ones.
 
-    Gives what each module keeps, by its path, and what there is to tell.
+    Returns what each module keeps, by its path, and notes.
 
-    Raises RequestError where no tensor of any of them has a counterpart.
+    Raises RequestError if no tensor of any module has a counterpart.
     """
     kept = {old.path: _overlap(old) for old in groups}
     if not any(kept.values()):
@@ -93,9 +93,9 @@ def keep_weights(groups: Sequence[KeptFrom]) -> tuple[Mapping[str, Mapping[str, 
 
 
 def _overlap(old: KeptFrom) -> dict[str, KeptPart]:
-    """What the tensors of two modules have in common that mean the same in both.
+    """Return the overlap of each tensor that means the same in both modules.
 
-    Raises RequestError where tensors of one name mean different things, or would come to lie where they do.
+    Raises RequestError if a tensor, or the overlap of one, means something else in the new module.
     """
     given = old.tensors
     parts: dict[str, KeptPart] = {}
@@ -119,7 +119,7 @@ def _dense(tensor: torch.Tensor) -> bool:
 
 
 def _extent(part: KeptPart, old: torch.Size, new: torch.Size) -> str:
-    """`[:10,:]`: which part of a tensor is kept; nothing where that is all of it, `.T` where its axes are swapped."""
+    """Return the kept part of a tensor as text: `[:10,:]`; empty for all of it, `.T` for swapped axes."""
     if part.transposed:
         old = old[::-1]
     sizes = [":" if old[axis] == new[axis] else f":{size}" for axis, size in enumerate(part.sizes)]
@@ -127,9 +127,9 @@ def _extent(part: KeptPart, old: torch.Size, new: torch.Size) -> str:
 
 
 def _fill(old: Mapping[str, torch.Tensor], new: nn.Module, parts: Mapping[str, KeptPart]) -> None:
-    """Let the tensors of a new module show the old numbers where they overlap, the new ones elsewhere.
+    """Give the tensors of a new module the old values where they overlap, and new values elsewhere.
 
-    On the meta device that is done when the numbers are asked for, so many of them at a time as are asked for.
+    On the meta device, the values are computed when they are needed, piece by piece.
     """
     before = {name: old[name].detach() for name in parts}
     names: dict[int, list[str]] = {}
@@ -145,7 +145,9 @@ def _fill(old: Mapping[str, torch.Tensor], new: nn.Module, parts: Mapping[str, K
             part = parts[name]
             kept.append((view[tuple(slice(size) for size in part.sizes)], part.of(before[name])))
         covered = any(view.is_contiguous() and view.nbytes == drawn.nbytes for view, _ in kept)
-        compute = partial(_overlaid, None if covered else drawn, kept)  # what is covered whole need not be drawn
+        compute = partial(
+            _overlaid, None if covered else drawn, kept
+        )  # a tensor that is covered completely need not be drawn
         reads = (drawn, *(require_source(numbers) for _, numbers in kept))
         replace_storage(views, Computed(drawn.nbytes, compute, reads))
 

@@ -1,4 +1,4 @@
-"""New modules for an edit: made on meta or for real, with the dtype and mode of what is around them."""
+"""Make the new modules of an edit, on meta or with values, with the dtype and mode of the old ones."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from modelcli.providers.known_code import names_known_code
 def maker(
     module: nn.Module, calls: Sequence[Call], context: Context, targets: Sequence[tuple[nn.Module, str]]
 ) -> Callable[[], list[nn.Module]]:
-    """What makes the new modules of one edit: all drawn from one generator, in order."""
-    # A dtype that the expression itself states is taken at its word.
+    """Return a function that makes the new modules of one edit, all drawn from one generator, in order."""
+    # A dtype that the expression states is kept.
     own_dtype = any(expressions.gives(call, "dtype") for call in calls)
     places = [_place(module, old, path, own_dtype=own_dtype) for old, path in targets]
     return maker_at(places, calls, context, [path for _, path in targets], on_meta_alone=is_meta(module))
@@ -64,7 +64,7 @@ def maker_at(
 
 
 def _on_meta(call: Call, path: str, context: Context) -> nn.Module:
-    """A new module on the meta device. An error says where it was to be put."""
+    """Make a new module on the meta device. Errors name its path."""
     try:
         held = bounds.as_typed(str(call)) if names_known_code(call) else None
         return build_on_meta(lambda: modules.make(call, trusted=context.trusted), only_if_needed=True, bounds=held)
@@ -75,14 +75,14 @@ def _on_meta(call: Call, path: str, context: Context) -> nn.Module:
 
 @dataclass(frozen=True)
 class Place:
-    """What a new module is to be like: the mode of what was there; the dtype and device of tensors near by, if any."""
+    """The properties of a new module: the mode of the old one, and the dtype and device of it or of nearby tensors."""
 
     training: bool
     dtype: torch.dtype | None = None
     device: torch.device | None = None
 
     def settle(self, new: nn.Module) -> nn.Module:
-        """The new module, like this; one that is on meta, or goes among modules there, stays on the device it is on."""
+        """Give a new module these properties. One on meta, or inside a model on meta, stays on its device."""
         tensors = named_tensors(new).values()
         if self.dtype is not None and any(t.is_floating_point() and t.dtype != self.dtype for t in tensors):
             new = new.to(self.dtype)

@@ -1,4 +1,4 @@
-"""replace: a new module in place of every match."""
+"""replace: replace every match with a new module."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from modelcli.wording import listed
 
 @dataclass(frozen=True)
 class _Target:
-    """A module to replace: the paths at which it is replaced, and all those that it has."""
+    """A module to replace: the paths at which it is replaced, and all its paths."""
 
     module: nn.Module
     paths: tuple[str, ...]
@@ -75,7 +75,7 @@ def carry_out(module: nn.Module, edit: Replace, context: Context) -> Applied[nn.
 
 
 def _targets(module: nn.Module, paths: Sequence[str]) -> list[_Target]:
-    """The distinct modules at these paths, in order."""
+    """Return the distinct modules at these paths, in order."""
     everywhere = paths_of_modules(module)
     found: dict[int, tuple[nn.Module, list[str]]] = {}
     for path in paths:
@@ -88,14 +88,14 @@ def _targets(module: nn.Module, paths: Sequence[str]) -> list[_Target]:
 
 
 def _flags(module: nn.Module) -> dict[str, bool]:
-    """Whether each parameter is trained that could be."""
+    """Return `requires_grad` of each parameter that can be trained."""
     return {name: p.requires_grad for name, p in module.named_parameters() if _is_differentiable(p)}
 
 
 def _trains_now(replaced: Iterable[tuple[str, Mapping[str, bool], nn.Module]]) -> list[str]:
-    """A line for the modules that were frozen, or had frozen parameters, and whose new ones train.
+    """Return a note on modules that were frozen, at least partly, and whose replacements are trainable.
 
-    `replaced` are their paths, the flags of the old parameters that could be trained, and the new modules.
+    `replaced` are the paths, the flags of the old parameters that can be trained, and the new modules.
     """
     paths: list[str] = []
     parts: list[str] = []
@@ -123,7 +123,7 @@ def _is_differentiable(parameter: nn.Parameter) -> bool:
 
 
 def apply_to_state_dict(edit: Replace, model: StateDictModel, context: Context) -> Applied[StateDictModel]:
-    """The model with new modules in the place of what is picked; their values are drawn when they are written."""
+    """Return the model with the selected modules replaced. New values are drawn when they are written."""
     blueprint = model.blueprint
     targets = _targets_of_keys(model, replaced_paths(edit, blueprint))
     parted = partings([(target.paths, target.everywhere) for target in targets], tied(model.shown))
@@ -163,13 +163,13 @@ def apply_to_state_dict(edit: Replace, model: StateDictModel, context: Context) 
 
 @dataclass(frozen=True)
 class _KeysTarget:
-    """A module of a state-dict model to replace: the paths at which it is replaced, and all those that it has."""
+    """A module of a state-dict model to replace: the paths at which it is replaced, and all its paths."""
 
     paths: tuple[str, ...]
     everywhere: tuple[str, ...]
 
     def old(self, model: StateDictModel) -> _OldKeys:
-        """What was there."""
+        """The old module, in short."""
         path = self.paths[0]
         prefix = f"{path}."
         names = {name.removeprefix(prefix): name for name in model.names_below(path)}
@@ -193,9 +193,9 @@ class _KeysTarget:
 
 @dataclass(frozen=True)
 class _OldKeys:
-    """What a new module takes the place of: a module that an edit has put in, or shapes of parameters, and the mode.
+    """An old module: one that an edit has added, or the shapes of its parameters, and its mode.
 
-    `flags` say whether each parameter is trained that could be; `names` are the keys below it, by their names in it.
+    `flags` are `requires_grad` of each parameter that can be trained; `names` are its keys, by their names in it.
     """
 
     path: str
@@ -218,7 +218,7 @@ class _OldKeys:
 
 
 def _targets_of_keys(model: StateDictModel, paths: Sequence[str]) -> list[_KeysTarget]:
-    """The distinct modules at these paths, in order: those that an edit has put in may be shared."""
+    """Return the distinct modules at these paths, in order; modules that an edit has added may be shared."""
     everywhere: dict[int, list[str]] = {}
     for path, module in model.modules.items():
         if module.made is not None:
@@ -256,7 +256,7 @@ def script_lines(edit: Replace, step: Step) -> list[str]:
 
 
 def script_lines_together(edits: Sequence[Replace], step: Step) -> list[str]:
-    """Replacements that one edit resolved to: none of the modules lies in another one."""
+    """Write the replacements that one edit resolved to. None of the modules is inside another one."""
     script, before, after = step.script, step.before, step.after
     blueprint = describe(before)
     news: dict[int, tuple[Replace, list[str]]] = {}
@@ -270,7 +270,7 @@ def script_lines_together(edits: Sequence[Replace], step: Step) -> list[str]:
         (new_module_text(script, edit.module, after.get_submodule(paths[0])), edit, paths)
         for edit, paths in news.values()
     ]
-    # The generator goes on from one to the next, so they stay in their order: runs of equal ones become loops.
+    # All draw from one generator, so their order is kept; runs of equal ones become loops.
     while made:
         text, edit, paths = made[0]
         alike = 0
@@ -305,7 +305,7 @@ def _kept(old: str, new: str, swapped: Sequence[str]) -> str:
 
 
 def state_dict_script_lines(edit: Replace, step: StateDictStep, state: State) -> list[str]:
-    """The new tensors, where the first of the old ones was."""
+    """Write the new tensors at the position of the first old one."""
     script, names = step.script, list(step.before.keys)
     paths = selectors.select_modules(step.before.blueprint, edit.targets, without=edit.without)
     if len({id(step.new(path)) for path in paths}) != 1:

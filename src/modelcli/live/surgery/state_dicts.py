@@ -1,4 +1,4 @@
-"""Between state-dict models and torch: tensors of a file on the meta device, and new modules as entries."""
+"""Convert between state-dict models and torch: tensors of a file on meta, and new modules as entries."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def viewing(model: StateDictModel, names: Iterable[str]) -> list[str]:
 
 
 def meta_tensors(model: StateDictModel, names: Collection[str]) -> dict[str, torch.Tensor]:
-    """Tensors of a state-dict model on the meta device, each knowing where its bytes are.
+    """Return tensors of a state-dict model on the meta device, with the sources of their bytes.
 
-    Those that are one are one object, and those that share a storage share one; parameters have their flags.
+    Tied tensors are one object, tensors that share a storage share one on meta too; parameters have their flags.
     """
     sources, storages = Sources(), dict[object, torch.UntypedStorage]()
     made: dict[int, torch.Tensor] = {}

@@ -27,9 +27,14 @@ def module_of(file: Path) -> str:
 
 
 def others() -> list[Path]:
-    """All source files but the registry, the edits' own modules and their handlers."""
+    """All source files but the registry, the edits' own modules and their handlers, which may be packages."""
     kept = OWN | {"modelcli.edits.registry"}
-    return [file for file in sorted(SOURCE.rglob("*.py")) if module_of(file) not in kept]
+    inside = tuple(f"{own}." for own in OWN)
+    return [
+        file
+        for file in sorted(SOURCE.rglob("*.py"))
+        if (module := module_of(file)) not in kept and not module.startswith(inside)
+    ]
 
 
 def asked(tree: ast.AST) -> Iterator[tuple[int, str]]:

@@ -18,7 +18,7 @@ from modelcli.language.quoting import quoted
 from modelcli.live.describe import dtype_name
 from modelcli.live.sources import is_lazy
 from modelcli.live.surgery.core import submodule
-from modelcli.live.surgery.init_drawing import Drawing, kept_notes, literals, nothing_to_initialise
+from modelcli.live.surgery.init.drawing import Drawing, kept_notes, literals, nothing_to_initialise
 from modelcli.live.surgery.schemes import Scheme, scheme_of
 from modelcli.live.surgery.storages import has_storage
 from modelcli.model.blueprint import Blueprint

@@ -22,9 +22,9 @@ from modelcli.live.script.state import State
 from modelcli.live.script.step import StateDictStep, Step
 from modelcli.live.sources import named_tensors
 from modelcli.live.surgery.core import blueprint_of
-from modelcli.live.surgery.init_drawing import Drawing, drawn_sources, nothing_to_initialise
-from modelcli.live.surgery.init_filling import drawing_by_scheme, is_bias, layers_of, layers_of_keys
-from modelcli.live.surgery.init_resetting import drawing_by_reset, refuse_arguments_of_default
+from modelcli.live.surgery.init.drawing import Drawing, drawn_sources, nothing_to_initialise
+from modelcli.live.surgery.init.filling import drawing_by_scheme, is_bias, layers_of, layers_of_keys
+from modelcli.live.surgery.init.resetting import drawing_by_reset, refuse_arguments_of_default
 from modelcli.live.surgery.schemes import DEFAULT, scheme_name
 from modelcli.live.surgery.state_dicts import meta_tensors, viewing
 from modelcli.live.surgery.storages import has_storage, key_of, replace_storage, shown_by, viewers

@@ -17,8 +17,8 @@ from modelcli.language.expressions import Call
 from modelcli.live import signatures
 from modelcli.live.meta_models import meta_copy
 from modelcli.live.sources import named_tensors
-from modelcli.live.surgery.init_drawing import Drawing, kept_notes, literals
-from modelcli.live.surgery.init_filling import ZEROS
+from modelcli.live.surgery.init.drawing import Drawing, kept_notes, literals
+from modelcli.live.surgery.init.filling import ZEROS
 from modelcli.live.surgery.schemes import DEFAULT
 from modelcli.live.surgery.storages import has_storage
 from modelcli.model.blueprint import Blueprint

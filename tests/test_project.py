@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import graphlib
 import re
 import sys
 import tomllib
 from pathlib import Path
 from typing import Any
 
+import grimp
 import pytest
 import torch
 import torchvision
@@ -75,3 +77,14 @@ def numbers(version: str) -> tuple[int, ...]:
 
 def text(page: str) -> str:
     return (ROOT / page).read_text(encoding="utf-8")
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    """Imports inside functions count; those for the type checker do not."""
+    graph = grimp.build_graph("modelcli", exclude_type_checking_imports=True, cache_dir=None)
+    imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    assert "modelcli.live.opening" in imports
+    try:
+        graphlib.TopologicalSorter(imports).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" -> ".join(reversed(error.args[1])))

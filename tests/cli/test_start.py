@@ -31,7 +31,7 @@ REFERENCE = {
 #: What was read of any file, and how it is shown.
 CONTENTS = {
     *(f"checkpoints.{name}" for name in ("contents", "entries", "storage", "limits", "shapes", "strict_json")),
-    *("checkpoints.record", "checkpoints.record_reading"),
+    *("checkpoints.record", "checkpoints.record_of_keys", "checkpoints.record_reading"),
     *("model", "model.blueprint", "model.dtypes", "model.json_form", "model.paths", "model.tensors", "model.totals"),
     *("render", "render.documents", "render.documents.common", "render.views", "render.writers"),
 }
@@ -48,7 +48,7 @@ LIKENESS = {
 #: The reader of each format, with the declarations of formats that are asked before it.
 READERS = {
     "pth": {
-        *("checkpoints.torch_programs", "checkpoints.torch_pickle"),
+        *("checkpoints.torch_programs", "checkpoints.torch_pickle", "checkpoints.torch_pickle.recognition"),
         *("checkpoints.zip_archives", "checkpoints.zip_archives.directory", "checkpoints.zip_archives.inflating"),
         *(
             f"checkpoints.torch_pickle.{name}"
@@ -59,8 +59,9 @@ READERS = {
         ),
     },
     "safetensors": {
-        *("checkpoints.torch_programs", "checkpoints.torch_pickle"),
-        *("checkpoints.sharded", "checkpoints.distributed"),
+        *("checkpoints.torch_programs", "checkpoints.torch_pickle", "checkpoints.torch_pickle.recognition"),
+        *("checkpoints.sharded", "checkpoints.sharded.names"),
+        *("checkpoints.distributed", "checkpoints.distributed.names"),
         *("checkpoints.safetensors", "checkpoints.safetensors.reading"),
     },
 }

@@ -188,7 +188,10 @@ def of_file(file: Candidate) -> Format:
             return format_
     from modelcli.checkpoints import unknown_files
 
-    raise unknown_files.error(file)
+    known = unknown_files.Known(
+        folder_format().index_pattern, lambda name: by_written_suffix(name) is not None, plug_ins().problems
+    )
+    raise unknown_files.error(file, known)
 
 
 def _refuse_second_format(file: Candidate, format_: Format) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
-from modelcli.checkpoints import formats
 from modelcli.checkpoints.format import Candidate
 from modelcli.errors import FileFormatError
 
@@ -41,7 +42,22 @@ _STARTS = (
 _HTML = Kind("an HTML page, so the download failed", "open its address in a browser, which may ask you to log in")
 
 
-def recognise(head: bytes) -> Kind | None:
+@dataclass(frozen=True)
+class Known:
+    """What the hints need to know of the formats that there are.
+
+    Attributes:
+        index_pattern: how the index of a folder of shards is called.
+        is_checkpoint_name: whether a file of this name may be a checkpoint.
+        problems: what is wrong with formats that cannot be loaded, one of which might have recognised the file.
+    """
+
+    index_pattern: str
+    is_checkpoint_name: Callable[[str], bool]
+    problems: Sequence[str] = ()
+
+
+def recognise(head: bytes, index_pattern: str) -> Kind | None:
     """Return what a file with these first bytes is, if it is of a kind that people may take for a checkpoint."""
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
@@ -60,8 +76,7 @@ def recognise(head: bytes) -> Kind | None:
     if _is_onnx(head):
         return Kind("an ONNX model", _CONVERT)
     if text.startswith((b"{", b"[")):
-        pattern = formats.folder_format().index_pattern
-        hint = f"name the folder or a file of weights; the index of a folder of shards must be called {pattern}"
+        hint = f"name the folder or a file of weights; the index of a folder of shards must be called {index_pattern}"
         return Kind("a JSON file", hint)
     return None
 
@@ -71,18 +86,18 @@ def _is_onnx(head: bytes) -> bool:
     return len(head) > 4 and head[0] == 0x08 and 0 < head[1] < 0x20 and head[2] in (0x12, 0x1A, 0x3A, 0x42)
 
 
-def error(file: Candidate) -> FileFormatError:
+def error(file: Candidate, known: Known) -> FileFormatError:
     """Return the error for a file that no format recognises."""
-    what, hint = _explained(file)
-    if problems := formats.plug_ins().problems:  # a plug-in that cannot be loaded might have recognised the file
-        hint = "; ".join(([] if hint is None else [hint]) + list(problems))
+    what, hint = _explained(file, known)
+    if known.problems:
+        hint = "; ".join(([] if hint is None else [hint]) + list(known.problems))
     return FileFormatError(what, hint)
 
 
-def _explained(file: Candidate) -> tuple[str, str | None]:
+def _explained(file: Candidate, known: Known) -> tuple[str, str | None]:
     if file.is_zip:
-        return _zip(file)
-    if kind := recognise(file.head):
+        return _zip(file, known)
+    if kind := recognise(file.head, known.index_pattern):
         return f"{file.path} is {kind.name}", kind.hint
     return f"{file.path} is not a checkpoint: it starts with {file.head[:8]!r}", _CHECKPOINT
 
@@ -97,13 +112,13 @@ _ZIPS = (
 )
 
 
-def _zip(file: Candidate) -> tuple[str, str | None]:
+def _zip(file: Candidate, known: Known) -> tuple[str, str | None]:
     """Return what a zip archive without a checkpoint is, and a hint for what to do with it."""
     names = {name.partition("/")[2] for name in file.records} | set(file.records)
     if kind := next((kind for name, kind in _ZIPS if name in names), None):
         return f"{file.path} is {kind}, not a checkpoint", None
     if names and all(name.endswith(".npy") for name in file.records):
         return f"{file.path} is a NumPy archive (.npz), not a checkpoint", None
-    inside = next((name for name in file.records if formats.by_written_suffix(name) is not None), None)
+    inside = next((name for name in file.records if known.is_checkpoint_name(name)), None)
     hint = None if inside is None else f"unpack it, and name {inside}"
     return f"{file.path} is a zip file that torch.save did not write: it contains no data.pkl", hint

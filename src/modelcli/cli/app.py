@@ -23,12 +23,19 @@ COMMANDS = {
 }
 
 
+def _edit_called(name: str) -> Command | None:
+    """Return the command of an edit; None if there is no such edit."""
+    from modelcli.cli import edit_commands
+
+    return edit_commands.command_called(name)
+
+
 class _Program(TyperGroup):
     """The program: each of its commands is made when it is asked for, and so is the last line of its help."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self.commands = self._commands = Commands(COMMANDS)
+        self.commands = self._commands = Commands(COMMANDS, _edit_called)
         self._is_listing = False
 
     def list_commands(self, _context: Any) -> list[str]:

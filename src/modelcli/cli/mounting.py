@@ -92,10 +92,12 @@ class Commands(MutableMapping[str, Any]):
     Args:
         files: the module in this package that has each command, by the command's name. The edits, which are not listed
             one by one, come where EDITS is.
+        edit_called: makes the command of an edit, by the edit's name; None if there is no such edit.
     """
 
-    def __init__(self, files: Mapping[str, str]) -> None:
+    def __init__(self, files: Mapping[str, str], edit_called: Callable[[str], Command | Group | None]) -> None:
         self._files = files
+        self._edit_called = edit_called
         self._built: dict[str, Any] = {}
 
     def __getitem__(self, name: str) -> Any:
@@ -135,8 +137,6 @@ class Commands(MutableMapping[str, Any]):
     def _made(self, name: str) -> Command | Group | None:
         file = self._files.get(name)
         if file is None:
-            from modelcli.cli import edit_commands
-
-            return edit_commands.command_called(name)
+            return self._edit_called(name)
         found: Sequence[Command | Group] = importlib.import_module(f"modelcli.cli.{file}").commands()
         return next(command for command in found if command.name == name)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,13 +21,15 @@ from modelcli.language.references import PythonObject
 from modelcli.live import composites, trace
 from modelcli.live.describe import describe, dtype_name
 from modelcli.live.inert import inert_of
-from modelcli.live.opening import Live
 from modelcli.live.providers.base import ModelFolder
 from modelcli.live.sources import AnySource, Value, flag_of, is_composite, is_lazy, row_major, source_of
 from modelcli.live.trace import Traced
 from modelcli.model.blueprint import Blueprint
 from modelcli.writing import Plan, PlannedTensor
 from modelcli.writing.state_dict import plan_of
+
+if TYPE_CHECKING:
+    from modelcli.live.opening import Live
 
 
 def plan(

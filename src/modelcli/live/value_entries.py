@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from modelcli.checkpoints import CompositeEntry, TensorEntry
 from modelcli.live import apart, composites
 from modelcli.live.describe import dtype_name
-from modelcli.live.opening import Live
 from modelcli.live.sources import AnySource, is_composite, is_lazy, named_tensors, source_of
+
+if TYPE_CHECKING:
+    from modelcli.live.opening import Live
 
 
 def of_live(live: Live, names: Sequence[str] | None = None) -> dict[str, TensorEntry | CompositeEntry]:

@@ -5,15 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from modelcli.checkpoints.distributed.names import METADATA, RANK_SUFFIX
 from modelcli.checkpoints.format import Candidate, Format
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from modelcli.checkpoints.contents import Contents
-
-#: The file that describes the folder, and the suffix of the files that the ranks write.
-METADATA, RANK_SUFFIX = ".metadata", ".distcp"
 
 
 class DistributedCheckpoint(Format):

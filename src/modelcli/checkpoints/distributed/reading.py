@@ -15,7 +15,8 @@ from typing import Any, TypeGuard
 
 from modelcli.checkpoints import limits, named_files, shapes
 from modelcli.checkpoints.contents import Contents
-from modelcli.checkpoints.distributed import METADATA, blocks
+from modelcli.checkpoints.distributed import blocks
+from modelcli.checkpoints.distributed.names import METADATA
 from modelcli.checkpoints.entries import TensorEntry
 from modelcli.checkpoints.storage import JoinedSpan, Storage, identity_of
 from modelcli.checkpoints.torch_pickle import embedded, pickles, state_dicts, trees

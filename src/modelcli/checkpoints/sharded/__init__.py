@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modelcli.checkpoints.format import Candidate, Format
-from modelcli.checkpoints.safetensors import SUFFIX
+from modelcli.checkpoints.sharded.names import INDEX_SUFFIX, WRITTEN_INDEX
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from modelcli.checkpoints.contents import Contents
     from modelcli.checkpoints.layout import FolderLayout
     from modelcli.checkpoints.plan import Plan
-
-INDEX_SUFFIX = ".index.json"
 
 
 class ShardedFolder(Format):
@@ -27,7 +25,7 @@ class ShardedFolder(Format):
     is_folder = True
     keeps_order = False
     index_pattern = f"*{INDEX_SUFFIX}"
-    written_index = f"model{SUFFIX}{INDEX_SUFFIX}"
+    written_index = WRITTEN_INDEX
 
     def is_index(self, name: str) -> bool:
         return name.endswith(INDEX_SUFFIX)

@@ -11,7 +11,7 @@ from modelcli.checkpoints import record as records
 from modelcli.checkpoints.contents import Contents
 from modelcli.checkpoints.entries import CompositeEntry, TensorEntry
 from modelcli.checkpoints.format import Candidate
-from modelcli.checkpoints.sharded import INDEX_SUFFIX
+from modelcli.checkpoints.sharded.names import INDEX_SUFFIX
 from modelcli.errors import FileFormatError, RequestError, SystemFailureError
 from modelcli.files.open_folder import read_regular
 from modelcli.wording import counted, listed

@@ -15,12 +15,10 @@ from modelcli.checkpoints.layout import BytesLayout, CopyLayout, FolderLayout, L
 from modelcli.checkpoints.plan import Plan, PlannedTensor
 from modelcli.checkpoints.safetensors import SUFFIX
 from modelcli.checkpoints.safetensors import writing as safetensors
-from modelcli.checkpoints.sharded import INDEX_SUFFIX, ShardedFolder
 from modelcli.checkpoints.sharded import reading as folders
+from modelcli.checkpoints.sharded.names import INDEX_SUFFIX, WRITTEN_INDEX
 from modelcli.errors import ModelcliError, SystemFailureError
 
-#: The name of the index, which Hugging Face's programs look for.
-INDEX = ShardedFolder.written_index
 #: The name of the only file of weights in the folder of a library's model.
 WHOLE = f"model{SUFFIX}"
 _SHARD = re.compile(rf"model(-\d{{5}}-of-\d{{5}})?{re.escape(SUFFIX)}")
@@ -51,7 +49,7 @@ def layout(plan: Plan, max_bytes: int) -> FolderLayout:
         raise RecordTooLargeError(
             f"the index would have {len(index):,} bytes with it, and modelcli reads {limits.INDEX_BYTES.value:,}"
         )
-    files[INDEX] = BytesLayout(index)
+    files[WRITTEN_INDEX] = BytesLayout(index)
     return FolderLayout(files)
 
 
@@ -63,8 +61,8 @@ def superseded(path: Path) -> set[str]:
     Where there is none, the new checkpoint replaces what the folder is read by, in whatever format that is.
     """
     names = {entry.name for entry in path.iterdir()}
-    if INDEX in names:
-        return {INDEX, *(names & _named_by(path / INDEX))}
+    if WRITTEN_INDEX in names:
+        return {WRITTEN_INDEX, *(names & _named_by(path / WRITTEN_INDEX))}
     if own := {name for name in names if _SHARD.fullmatch(name)}:
         return own
     return {name for format_ in formats.every() for name in format_.files_in(path, names)}
@@ -100,15 +98,17 @@ def _cut(tensors: Mapping[str, PlannedTensor], max_bytes: int) -> list[dict[str,
 
 def verify(plan: Plan, layout: FolderLayout, path: Path) -> None:
     """Read the index back, and let safetensors' own reader find in every shard what the index says of it."""
-    if INDEX not in layout.files:
+    if WRITTEN_INDEX not in layout.files:
         safetensors.verify(plan, path / WHOLE)
         return
-    index = (path / INDEX).read_bytes()
-    if [index] != [bytes(chunk) for _, source in layout.files[INDEX].parts() for chunk in source.chunks()]:
-        raise SystemFailureError(f"what was read back from {INDEX} is not what was written; nothing was changed")
+    index = (path / WRITTEN_INDEX).read_bytes()
+    if [index] != [bytes(chunk) for _, source in layout.files[WRITTEN_INDEX].parts() for chunk in source.chunks()]:
+        raise SystemFailureError(
+            f"what was read back from {WRITTEN_INDEX} is not what was written; nothing was changed"
+        )
     weight_map = json.loads(index)["weight_map"]
     if weight_map.keys() != safetensors.unique(plan).keys():
-        raise SystemFailureError(f"{INDEX} does not name the tensors that were written; nothing was changed")
-    for file in layout.files.keys() - {INDEX, *(plan.companions or ())}:
+        raise SystemFailureError(f"{WRITTEN_INDEX} does not name the tensors that were written; nothing was changed")
+    for file in layout.files.keys() - {WRITTEN_INDEX, *(plan.companions or ())}:
         if safetensors.read_back(path / file) != {name for name, held_in in weight_map.items() if held_in == file}:
             raise SystemFailureError(f"what was read back from {file} is not what was written; nothing was changed")

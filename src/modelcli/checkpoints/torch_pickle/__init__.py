@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modelcli.checkpoints.format import Candidate, Format, ScriptLine
+from modelcli.checkpoints.torch_pickle.recognition import is_legacy
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -13,17 +14,6 @@ if TYPE_CHECKING:
     from modelcli.checkpoints.contents import Contents
     from modelcli.checkpoints.layout import Layout
     from modelcli.checkpoints.plan import Plan
-
-#: What the first pickle of a file from before torch 1.6 holds: torch's magic number.
-_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-
-
-def is_legacy(head: bytes) -> bool:
-    """Whether bytes begin as torch.save wrote files before torch 1.6.
-
-    From protocol 4 on the magic number stands behind the size of a frame.
-    """
-    return head.startswith(b"\x80") and any(head.startswith(_MAGIC, place) for place in (2, 11))
 
 
 class TorchSave(Format):

@@ -11,8 +11,9 @@ from typing import Any
 from modelcli.checkpoints import limits
 from modelcli.checkpoints.contents import Contents
 from modelcli.checkpoints.storage import Span, Storage, identity_of
-from modelcli.checkpoints.torch_pickle import is_legacy, pickles, trees
+from modelcli.checkpoints.torch_pickle import pickles, trees
 from modelcli.checkpoints.torch_pickle.inert_values import StorageRef
+from modelcli.checkpoints.torch_pickle.recognition import is_legacy
 from modelcli.errors import FileFormatError, SystemFailureError
 from modelcli.model.dtypes import ITEM_BYTES
 

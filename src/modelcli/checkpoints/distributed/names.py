@@ -1,0 +1,4 @@
+"""How the files in a folder of `torch.distributed.checkpoint` are called."""
+
+#: The file that describes the folder, and the suffix of the files that the ranks write.
+METADATA, RANK_SUFFIX = ".metadata", ".distcp"

@@ -139,7 +139,7 @@ def _in_safetensors(span: ArchiveSpan) -> TensorEntry | None:
     entry = _header_of(span.path, span.identity).get(span.name)
     if not isinstance(entry, TensorEntry):
         raise FileFormatError.damaged(
-            str(span.path), f"it has no dense tensor {span.name}, which the .metadata of its folder lists"
+            str(span.path), f"it has no dense tensor {span.name}, which the metadata of its folder lists"
         )
     return entry
 

@@ -336,7 +336,7 @@ def test_two_nets_beside_one_norm_differ(cli: Cli, folder: Path) -> None:
 def test_where_several_fit_the_error_lists_every_key(cli: Cli, folder: Path) -> None:
     torch.save({"netG": linear(), "netD": linear(), "epoch": 3}, "gan.pth")
     error = cli("summary", "gan.pth", code=2).err
-    assert "gan.pth holds 2 state dicts" in error
+    assert "gan.pth contains 2 state dicts" in error
     for key in ("netG", "netD"):
         assert f"--key {key} (2 tensors)" in error
         cli("summary", "gan.pth", "--key", key)
@@ -366,7 +366,9 @@ def test_key_reaches_into_lists(cli: Cli, folder: Path) -> None:
     torch.save({"models": [one, two], "epoch": 3}, "ensemble.pth")
     assert "--key models.0 (2 tensors), --key models.1" in cli("params", "ensemble.pth", code=2).err
     assert shown(cli, "ensemble.pth", "--key", "models.1")["weight"] == two["weight"].tolist()
-    assert "models is a list of 2" in cli("params", "ensemble.pth", "--key", "models.2", code=2).err
+    assert (
+        "models is a list: use an index from 0 to 1" in cli("params", "ensemble.pth", "--key", "models.2", code=2).err
+    )
     cli("freeze", "weight", "-m", "ensemble.pth", "--key", "models.1")
     cli("cast", "weight", "float16", "-m", "ensemble.pth", "--key", "models.1", "-o", "out.pth")
     written = torch.load("out.pth", weights_only=True)
@@ -736,7 +738,7 @@ def test_a_torchscript_archive_is_shown_and_converted(cli: Cli, folder: Path, wa
     rows = {row["name"]: row["kind"] for row in cli("params", "program.pt", "--json").json["tensors"]}
     assert rows["scale"] == "buffer"
     assert rows["blocks.0.0.weight"] == "parameter"
-    assert "its code is not run" in cli("params", "program.pt").err
+    assert "does not run its code" in cli("params", "program.pt").err
     cli("check", "program.pt", "--safe", code=1)
     cli("save", "out.pth", "-m", "program.pt")
     net.load_state_dict(torch.load("out.pth", weights_only=True))

@@ -138,7 +138,7 @@ def test_what_is_not_saved_need_not_be_in_the_file() -> None:
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"norm__bias": None}, "the file lacks 1 tensor that it lists, such as norm.bias"),
+        ({"norm__bias": None}, "it lists 1 tensor that the file lacks, such as norm.bias"),
         ({"extra": TensorInfo("extra", (1,), "float32")}, "it lacks 1 tensor of the file, such as extra"),
         ({"norm__bias": TensorInfo("norm.bias", (5,), "float32")}, "norm.bias is [5] float32 in the file"),
         ({"norm__bias": TensorInfo("norm.bias", (4,), "float64")}, "norm.bias is [4] float64 in the file"),

@@ -654,7 +654,7 @@ def test_a_checkpoint_that_ends_as_a_zip_archive_is_refused(tmp_path: Path, kind
     path = tmp_path / "m.pth"
     path.write_bytes(data)
     assert zipfile.is_zipfile(path)
-    assert_refused(path, "ends as a zip archive does")
+    assert_refused(path, "both a checkpoint and a zip archive")
 
 
 FOREIGN = name("os.system")

@@ -169,7 +169,7 @@ def test_a_record_is_not_believed_against_the_ties_of_the_file(cli: Cli) -> None
     result = cli("params", "untied.pth", "--json").json
     assert result["totals"]["params"] == 44 + 20 + 44
     assert all(row["tied_to"] is None for row in result["tensors"])
-    assert any("are two tensors in the file, and one as it says" in note for note in result["notes"])
+    assert any("are two tensors in the file, but tied in the record" in note for note in result["notes"])
     told = cli("freeze", "embed", "-m", "untied.pth", "--arch", "nets.py:Tied", "-o", "out.pth").err
     assert "embed.weight and head.weight are one tensor here and two in the file: the values of head.weight" in told
     assert "two in the file" not in cli("freeze", "embed", "-m", "tied.pth", "--trust", "-o", "x.pth").err

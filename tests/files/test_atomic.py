@@ -254,7 +254,7 @@ def test_shards_are_as_large_as_they_may_be(cli: Cli) -> None:
     for name, file in index["weight_map"].items():
         with safe_open(f"out/{file}", "pt") as shard:
             assert torch.equal(shard.get_tensor(name), torch.load("in.pth")[name])
-    assert "is no size in bytes" in cli("save", "x/", "-m", "in.pth", "--max-shard-size", "big", code=2).err
+    assert "is not a size in bytes" in cli("save", "x/", "-m", "in.pth", "--max-shard-size", "big", code=2).err
 
 
 # --- what runs leave behind ----------------------------------------------------------------------------------------

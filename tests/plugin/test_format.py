@@ -137,7 +137,7 @@ def test_its_script_reads_and_writes_it_without_modelcli(cli: Cli, files: Path) 
 def test_a_file_of_two_formats_is_refused(cli: Cli, files: Path) -> None:
     end = b"PK\x05\x06" + bytes(18)
     Path("v.blob").write_bytes(Path("v.blob").read_bytes() + end)
-    assert "is a checkpoint and ends as a zip archive does" in cli("params", "v.blob", code=4).err
+    assert "is both a checkpoint and a zip archive" in cli("params", "v.blob", code=4).err
 
 
 # --- tensors that need care ------------------------------------------------------------------------------------------

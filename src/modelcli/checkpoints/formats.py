@@ -20,7 +20,7 @@ from modelcli.wording import listed
 if TYPE_CHECKING:
     from modelcli.checkpoints.contents import Contents
 
-#: The built-in formats of files, in the order in which a file is shown to them; help lists those that are written.
+#: The built-in formats of files, in the order in which they are tried and listed in help.
 _FILES = (
     "modelcli.checkpoints.torch_programs:TorchScript",
     "modelcli.checkpoints.torch_programs:TorchExport",
@@ -28,7 +28,7 @@ _FILES = (
     "modelcli.checkpoints.safetensors:Safetensors",
     "modelcli.checkpoints.plain_pickle:PlainPickle",
 )
-#: The built-in formats of folders, in the order in which a folder is shown to them.
+#: The built-in formats of folders, in the order in which they are tried.
 _FOLDERS = (
     "modelcli.checkpoints.sharded:ShardedFolder",
     "modelcli.checkpoints.distributed:DistributedCheckpoint",
@@ -45,7 +45,7 @@ def _made(line: str) -> Format:
 
 
 def built_in() -> Iterator[Format]:
-    """The formats that modelcli brings, each imported when it is asked for."""
+    """Yield the formats of modelcli itself; each is imported when it is needed."""
     return map(_made, (*_FILES, *_FOLDERS))
 
 
@@ -58,7 +58,7 @@ class PlugIns(NamedTuple):
 
 @functools.cache
 def plug_ins() -> PlugIns:
-    """What other packages register. A name that is taken already is passed over."""
+    """Return the formats of other packages. One with the name of an earlier format is ignored."""
     from importlib.metadata import entry_points
 
     found = {format_.name: format_ for format_ in built_in()}
@@ -77,12 +77,12 @@ def plug_ins() -> PlugIns:
 
 
 def forget() -> None:
-    """Forget which formats other packages have, so that they are looked for again."""
+    """Forget the formats of other packages, so that they are searched for again."""
     plug_ins.cache_clear()
 
 
 def every() -> Iterator[Format]:
-    """All formats: the built-in ones, then those of other packages, which are looked for when it comes to them."""
+    """Yield all formats: the built-in ones, then those of other packages, which are searched for only then."""
     yield from built_in()
     yield from plug_ins().formats
 
@@ -91,7 +91,7 @@ def every() -> Iterator[Format]:
 
 
 def named(name: str) -> Format:
-    """The format of a name as `--json` has it. Raises KeyError for one that is none."""
+    """Return the format with a name as in `--json`. Raises KeyError if there is none."""
     for format_ in every():
         if format_.name == name:
             return format_
@@ -99,12 +99,12 @@ def named(name: str) -> Format:
 
 
 def has_known_suffix(path: str | Path) -> bool:
-    """Whether a name ends as those of checkpoints do, in capitals or small letters: `W.PTH`, `w.pth`."""
+    """Whether a name has the suffix of a checkpoint, in upper or lower case: `W.PTH`, `w.pth`."""
     return _by_suffix(Path(path).name, writing=False) is not None
 
 
 def by_written_suffix(path: str | Path) -> Format | None:
-    """The format that a file of this name is written in; None where no format is written under its suffix."""
+    """Return the format in which a file of this name is written; None if no format uses its suffix."""
     return _by_suffix(Path(path).name, writing=True)
 
 
@@ -119,38 +119,38 @@ def _by_suffix(name: str, *, writing: bool) -> Format | None:
 
 
 def _suffix_like(name: str) -> bool:
-    """Whether a name ends in a dot and a word, with something before: nothing else can be a suffix."""
+    """Whether a name has any suffix: text, a dot and a word."""
     stem, _, last = name.rpartition(".")
     return bool(stem) and last.replace("_", "").isalnum()
 
 
 def written() -> list[Format]:
-    """The formats that can be written as one file, in the order in which help lists them."""
+    """Return the formats that can be written as one file, in the order of the help."""
     return [format_ for format_ in every() if format_.written_suffixes]
 
 
 def folder_format() -> Format:
-    """The format that a folder is written in."""
+    """Return the format in which folders are written."""
     return _made(_FOLDERS[0])
 
 
 def default() -> Format:
-    """The format that holds all that can be written: a dry run without a file plans for it."""
+    """Return the format that can store everything. A dry run without an output file assumes it."""
     return next(format_ for format_ in built_in() if format_.written_suffixes and format_.holds_values)
 
 
 def instead() -> str:
-    """What to do, for a hint, where a format cannot hold what is to be written: `write a .pth file`."""
+    """Return the hint for values that a format cannot store: `write a .pth file`."""
     return f"write a {default().written_suffixes[0]} file"
 
 
 def written_suffixes() -> str:
-    """The suffixes that can be written, for a help text: `.pth, .pt, .ckpt, .bin, .safetensors`."""
+    """Return the suffixes that can be written, for help: `.pth, .pt, .ckpt, .bin, .safetensors`."""
     return ", ".join(suffix for format_ in written() for suffix in format_.written_suffixes)
 
 
 def how_to_name() -> str:
-    """How a file that is written may end, for a hint: `.pth or .pt (as torch.save writes), .safetensors`."""
+    """Return the suffixes of output files, for a hint: `.pth or .pt (as torch.save writes), .safetensors`."""
     texts = []
     for format_ in written():
         *others, last = format_.written_suffixes
@@ -160,17 +160,17 @@ def how_to_name() -> str:
 
 
 def whole_files() -> set[str]:
-    """The names under which programs look for all weights of a model in a folder."""
+    """Return the file names under which programs look for all weights of a model in a folder."""
     return {name for format_ in built_in() for name in format_.whole_files}
 
 
 def is_index(name: str) -> bool:
-    """Whether a file of this name says what a folder holds."""
+    """Whether a file of this name describes the contents of its folder."""
     return any(format_.is_index(name) for format_ in every())
 
 
 def other_indexes(name: str, folder: Path) -> list[str]:
-    """The indexes of other checkpoints in a folder that was written in the format of this name."""
+    """Return the indexes of other checkpoints in a folder that was written in the format with this name."""
     own = named(name).written_index
     return sorted(entry.name for entry in folder.iterdir() if entry.name != own and is_index(entry.name))
 
@@ -179,9 +179,11 @@ def other_indexes(name: str, folder: Path) -> list[str]:
 
 
 def of_file(file: Candidate) -> Format:
-    """The format of a file, by its content. Raises FileFormatError for a file of none, and for one of two at once."""
+    """Return the format of a file by its content. Raises FileFormatError if it has none, or two at once."""
     if not file.size:
-        raise FileFormatError(f"{file.path} is empty", "the program that wrote it may have been interrupted")
+        raise FileFormatError(
+            f"{file.path} is empty", "the program that wrote it may have been interrupted: write or download it again"
+        )
     for format_ in every():
         if format_.recognises(file):
             _refuse_second_format(file, format_)
@@ -195,18 +197,21 @@ def of_file(file: Candidate) -> Format:
 
 
 def _refuse_second_format(file: Candidate, format_: Format) -> None:
-    """Programs differ in where they look first: a file of two formats is two files, and one would be hidden."""
+    """Refuse a file that is valid in two formats, because programs differ in which of them they read."""
     if format_.container != "tar" and file.is_tar:
-        other = "a tar archive and a checkpoint at once"
+        other = "both a tar archive and another checkpoint"
     elif file.ends_as_zip and not file.is_zip:
-        other = "a checkpoint and ends as a zip archive does"
+        other = "both a checkpoint and a zip archive, which starts later in it"
     else:
         return
-    raise FileFormatError(f"{file.path} is {other}", "ask whoever made it for one of the two")
+    raise FileFormatError(
+        f"{file.path} is {other}",
+        "programs differ in which of the two they read: ask its author for a file that is only one",
+    )
 
 
 def read_file(file: Candidate, key: str | None = None) -> Contents:
-    """Read one file that holds tensors itself: no index of other files."""
+    """Read a file that contains tensors, not an index of other files."""
     try:
         return _read(of_file(file), file, key)
     except FileFormatError:
@@ -217,7 +222,7 @@ def read_file(file: Candidate, key: str | None = None) -> Contents:
 
 
 def read_index(format_: Format, file: Candidate, key: str | None = None) -> Contents:
-    """Read a folder by the file in it that says where everything is."""
+    """Read a folder by the file in it that describes it."""
     return _read(format_, file, key)
 
 
@@ -228,10 +233,10 @@ def _read(format_: Format, file: Candidate, key: str | None) -> Contents:
 
 
 def index_in(folder: Path) -> tuple[Format | None, Path]:
-    """The file by which a folder is read, with its format.
+    """Return the file by which a folder is read, and its format.
 
-    That is an index, or of a folder without one its only file of weights under a name that all programs use; then its
-    format is for its content to say. Raises RequestError where there is none, or where several things may be meant.
+    This is an index, or else the only file of weights under a usual name; then the format is None, since the content of
+    the file decides it. Raises RequestError if there is no such file, or if there are several.
     """
     try:
         names = sorted(entry.name for entry in folder.iterdir())
@@ -244,8 +249,8 @@ def index_in(folder: Path) -> tuple[Format | None, Path]:
     if len(whole) == 1:
         return None, folder / whole[0]
     if whole:
-        told = listed([str(folder / name) for name in whole], 6)
-        raise RequestError(f"{folder} holds {len(whole)} files of weights and no index", f"name one of {told}")
+        choices = listed([str(folder / name) for name in whole], 6)
+        raise RequestError(f"{folder} holds {len(whole)} files of weights and no index", f"name one of {choices}")
     for format_ in plug_ins().formats:
         if (index := format_.index_in(folder, names)) is not None:
             return format_, index
@@ -253,7 +258,7 @@ def index_in(folder: Path) -> tuple[Format | None, Path]:
         format_.refuse_folder(folder, names)
     files = [name for name in names if by_written_suffix(name) is not None]
     hint = f"name a file in it: {listed(files, 6)}" if files else None
-    raise RequestError(f"{folder} is a folder without an index ({folder_format().index_pattern})", hint)
+    raise RequestError(f"{folder} is a folder without an index of shards ({folder_format().index_pattern})", hint)
 
 
 def holds_weights(folder: Path) -> bool:
@@ -263,5 +268,5 @@ def holds_weights(folder: Path) -> bool:
 
 
 def index_format(path: Path) -> Format | None:
-    """The format of a folder that a file says the contents of, by the file's name; None for any other file."""
+    """Return the format of the folder that a file describes, by the file's name; None for any other file."""
     return next((format_ for format_ in map(_made, _FOLDERS) if format_.is_index(path.name)), None)

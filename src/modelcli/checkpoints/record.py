@@ -155,9 +155,9 @@ def read(text: str) -> Record | RecordOfKeys:
     try:
         document = json.loads(text)
     except (ValueError, RecursionError):
-        raise DamagedError("it is no JSON") from None
+        raise DamagedError("it is not JSON") from None
     if not isinstance(document, dict) or "schema" not in document:
-        raise DamagedError("it is no record of modelcli's")
+        raise DamagedError("modelcli did not write it: it has no schema")
     if type(document["schema"]) is not int or document["schema"] != SCHEMA:
         raise DamagedError(f"its schema is {document['schema']!r:.40}, and this version of modelcli reads {SCHEMA}")
     try:
@@ -277,14 +277,14 @@ def disagreement(record: Record, tensors: Mapping[str, TensorInfo], *, known_cod
         return why
     listed = {t.name: t for t in blueprint.tensors if t.requires_grad is False and t.tied_to is None}
     if (odd := next((name for name in record.frozen if name not in listed), None)) is not None:
-        return f"it calls {odd} frozen, and does not list it as a frozen parameter"
+        return f"it names {odd} as frozen, but does not list it as a frozen parameter"
     frozen = set(record.frozen)
     odd = next((name for name, tensor in listed.items() if name not in frozen and _is_dense(tensor)), None)
     if odd is not None:
-        return f"it lists {odd} as frozen, and does not call it so"
+        return f"it lists the parameter {odd} as frozen, but does not name it as frozen"
     traced = blueprint.trace.inputs if blueprint.trace is not None else None
     if record.input_size is not None and traced is not None and traced != record.input_size:
-        return "its forward pass took another input than it says"
+        return "its input is not the input of its forward pass"
     return None
 
 
@@ -297,21 +297,21 @@ def _tensors_differ(record: Record, tensors: Mapping[str, TensorInfo]) -> str | 
     """How the tensors of a file are not those that its record lists."""
     expected = {t.name: t for t in record.blueprint.tensors if t.persistent}
     if missing := expected.keys() - tensors.keys():
-        return f"the file lacks {counted(len(missing), 'tensor')} that it lists, such as {min(missing)}"
+        return f"it lists {counted(len(missing), 'tensor')} that the file lacks, such as {min(missing)}"
     if extra := tensors.keys() - expected.keys():
         return f"it lacks {counted(len(extra), 'tensor')} of the file, such as {min(extra)}"
     for name, tensor in expected.items():
         found = tensors[name]
         if (tensor.shape, tensor.dtype) != (found.shape, found.dtype):
-            return f"{name} is {list(found.shape or ())} {found.dtype} in the file, not as it says"
+            return f"{name} is {list(found.shape or ())} {found.dtype} in the file, but not in the record"
         if (tensor.layout, tensor.stored_bytes) != (found.layout, found.stored_bytes):
             return f"{name} is stored in another way in the file"
         if found.requires_grad is not None and (tensor.kind != "parameter" or tensor.requires_grad is None):
-            return f"{name} is a parameter in the file, and not as it says"
+            return f"{name} is a parameter in the file, but not in the record"
         if found.requires_grad is not None and tensor.requires_grad is not found.requires_grad:
-            return f"{name} is {'trained' if found.requires_grad else 'frozen'} in the file, not as it says"
+            return f"{name} is {'trained' if found.requires_grad else 'frozen'} in the file, but not in the record"
         if tensor.tied_to is None or not tensor.elements:
             continue
         if tensor.tied_to not in tensors or tensors[tensor.tied_to].identity != found.identity:
-            return f"{name} and {tensor.tied_to} are two tensors in the file, and one as it says"
+            return f"{name} and {tensor.tied_to} are two tensors in the file, but tied in the record"
     return None

@@ -1,4 +1,4 @@
-"""The writer of `.safetensors`: a JSON header, then each tensor's bytes, tied ones once."""
+"""Write `.safetensors` files: a JSON header, then the bytes of each tensor, tied ones once."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from modelcli.checkpoints.storage import Span
 from modelcli.errors import RequestError, SystemFailureError
 from modelcli.model.dtypes import ITEM_BYTES
 
-#: What stands before the header: its length.
+#: The length of the header, which comes before it.
 _LENGTH = struct.Struct("<Q")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()} | {PAIRS: "F4"}
-#: From this size of all tensors on, they begin on a page: then a later edit copies them fastest.
+#: If all tensors together have at least this size, they start at a multiple of 4096, so that later edits copy fast.
 _ALIGNED_FROM = 1024 * 1024
 
 
@@ -30,10 +30,11 @@ MAX_HEADER_BYTES = 100_000_000
 
 
 def layout(plan: Plan) -> HeaderLayout:
-    """Lay a file out.
+    """Return the layout of a file.
 
-    Raises RequestError for what the format has no name for, and for names that make the header too large;
-    RecordTooLargeError where the record does.
+    Raises:
+        RequestError: the format does not have a dtype, or the names make the header too large.
+        RecordTooLargeError: the record makes the header too large.
     """
     found = layout_of(unique(plan), texts_of(plan))
     nbytes = len(found.header) - _LENGTH.size
@@ -49,25 +50,25 @@ def layout(plan: Plan) -> HeaderLayout:
 
 
 def unique(plan: Plan) -> dict[str, PlannedTensor]:
-    """Each tensor under its first name, in the plan's order. Every one is the whole of its source, row-major."""
+    """Return each tensor under its first name, in the plan's order. Each is row-major and uses all of its source."""
     first = plan.first_names
     return {name: tensor for name, tensor in plan.tensors.items() if first[name] == name}
 
 
 def texts_of(plan: Plan) -> dict[str, str]:
-    """The `__metadata__`: what the source had, the other names of tied tensors as `save_model` has them, the record."""
+    """Return the `__metadata__`: the source's texts, the other names of tied tensors as in `save_model`, the record."""
     record = {records.SAFETENSORS_KEY: plan.record} if plan.record else {}
     return {"format": "pt", **aliases_of(plan), **plan.texts, **record}
 
 
 def aliases_of(plan: Plan) -> dict[str, str]:
-    """The other names of tied tensors, each with the first one; those that mean something else are in the record."""
+    """Return the other names of tied tensors, each with the first one, except for names that are reserved."""
     first = plan.first_names
     return {name: other for name, other in first.items() if name != other and name not in RESERVED}
 
 
 def layout_of(tensors: Mapping[str, PlannedTensor], texts: Mapping[str, str]) -> HeaderLayout:
-    """Lay tensors out: the widest dtypes first, so that every one is aligned, and as they lie in their own files."""
+    """Return the layout of tensors: the widest dtypes first, for alignment, then in the order of their source files."""
     files: dict[Path, int] = {}
     order = {name: _rank(tensor, index, files) for index, (name, tensor) in enumerate(tensors.items())}
     places: dict[str, int] = {}
@@ -81,7 +82,8 @@ def layout_of(tensors: Mapping[str, PlannedTensor], texts: Mapping[str, str]) ->
     for name, tensor in tensors.items():
         if name == "__metadata__":
             raise RequestError(
-                f"a tensor called {name} is none to safetensors, which has its texts there", formats.instead()
+                f"safetensors cannot store a tensor named {name}, because that name is reserved for texts",
+                formats.instead(),
             )
         if tensor.dtype not in _NAMES:
             raise RequestError(f"{name} is {tensor.dtype}, which safetensors has no name for", formats.instead())
@@ -108,7 +110,7 @@ _text_as_json = json.encoder.encode_basestring
 
 
 def _rank(tensor: PlannedTensor, index: int, files: dict[Path, int]) -> tuple[int, ...]:
-    """What decides a tensor's place: new ones come behind those that are copied, which stay as they lie."""
+    """Return the sort key of a tensor: copied tensors keep the order of their files, and new ones come after them."""
     source = tensor.source
     if isinstance(source, Span):
         return -ITEM_BYTES[tensor.dtype], 0, files.setdefault(source.path, len(files)), source.offset
@@ -116,7 +118,7 @@ def _rank(tensor: PlannedTensor, index: int, files: dict[Path, int]) -> tuple[in
 
 
 def _runs(parts: Sequence[tuple[int, Source]]) -> list[tuple[int, Source]]:
-    """Spans that lie one behind the other here and in their file, each such run as one span."""
+    """Join spans that are adjacent both here and in their source file."""
     found: list[tuple[int, Source]] = []
     for place, source in parts:
         if found and isinstance(source, Span):
@@ -133,7 +135,7 @@ def _runs(parts: Sequence[tuple[int, Source]]) -> list[tuple[int, Source]]:
 
 
 def _start(at_least: int, runs: Sequence[tuple[int, Source]], body: int) -> int:
-    """Where the tensors begin: where the largest run lies in a page as it does in its own file, else on a boundary."""
+    """Return where the tensors start: at an offset that lets the largest run be copied fast, else aligned."""
     spans = [(source.nbytes, -place, source) for place, source in runs if isinstance(source, Span)]
     if spans:
         nbytes, place, source = max(spans, key=lambda span: span[:2])
@@ -148,7 +150,7 @@ def most_header_bytes(name: str, tensor: PlannedTensor) -> int:
 
 
 def _header_shape(name: str, tensor: PlannedTensor) -> list[int]:
-    """The shape, counted in elements: `float4_e2m1fn_x2` has two in each of torch's."""
+    """Return the shape in elements. `float4_e2m1fn_x2` has two of them in each element of torch."""
     if tensor.dtype != PAIRS:
         return list(tensor.shape)
     if not tensor.shape:
@@ -157,13 +159,13 @@ def _header_shape(name: str, tensor: PlannedTensor) -> list[int]:
 
 
 def verify(plan: Plan, path: Path) -> None:
-    """Let safetensors' own reader check the file."""
+    """Check the file with the reader of the safetensors library."""
     if read_back(path) != set(unique(plan)):
         raise SystemFailureError("what was read back is not what was written; nothing was changed")
 
 
 def read_back(path: Path) -> set[str]:
-    """The names of a file's tensors, as safetensors' own reader finds them."""
+    """Return the names of a file's tensors, as the reader of the safetensors library finds them."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -37,6 +37,7 @@ class _Writer:
         self.memo: dict[Global | str | int, int] = {}
         self.count = 0
         self.kept: list[Any] = []
+        self.beginnings: dict[str, bytes] = {}
         # Two levels more than a reader allows: `_metadata` in the state dict, which is in the tree.
         self.deepest = NESTING.value + 2
 
@@ -209,10 +210,17 @@ class _Writer:
     def _tensor(self, tensor: PlannedTensor, *, requires_grad: bool) -> None:
         """Write `_rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)`; v3 for newer dtypes."""
         is_typed = tensor.dtype in STORAGE_CLASSES
-        name = "_rebuild_tensor_v2" if is_typed else "_rebuild_tensor_v3"
-        self._global(Global("torch._utils", name))
-        self.out += b"("
-        self._storage(tensor.source, tensor.dtype if is_typed else None)
+        dtype = tensor.dtype if is_typed else None
+        beginning = self.beginnings.get(tensor.dtype)
+        if beginning is not None:
+            self.out += beginning
+        else:
+            rebuild = Global("torch._utils", "_rebuild_tensor_v2" if is_typed else "_rebuild_tensor_v3")
+            self._global(rebuild)
+            self.out += b"("
+            self._storage_class(dtype)
+            self.beginnings[tensor.dtype] = self._as_fetched(rebuild) + b"(" + self._storage_class_as_fetched(dtype)
+        self._storage_place(tensor.source, dtype)
         self._integer(tensor.offset)
         for sizes in (tensor.shape, tensor.stride):
             self._sequence(sizes, 0)
@@ -228,13 +236,25 @@ class _Writer:
         self._number()
 
     def _storage(self, source: Source, dtype: str | None) -> None:
-        """Write the persistent id of a storage: `("storage", class, key, location, number of elements)`."""
-        key, count = self.storage_key(source, dtype)
+        """The persistent id of a storage: `("storage", class, key, location, number of elements)`."""
+        self._storage_class(dtype)
+        self._storage_place(source, dtype)
+
+    def _storage_class(self, dtype: str | None) -> None:
+        """The beginning of a persistent id, which all storages of a dtype have in common."""
         self.out += b"("
         self._word("storage")
-        module, name = ("torch", STORAGE_CLASSES[dtype]) if dtype else ("torch.storage", "UntypedStorage")
-        self._global(Global(module, name))
-        self.write(key, 0)
+        self._global(_class_of(dtype))
+
+    def _storage_class_as_fetched(self, dtype: str | None) -> bytes:
+        """The same from the second time on: all in it is fetched from the memo."""
+        return b"(" + self._as_fetched("storage") + self._as_fetched(_class_of(dtype))
+
+    def _storage_place(self, source: Source, dtype: str | None) -> None:
+        """The rest of a persistent id."""
+        key, count = self.storage_key(source, dtype)
+        data = key.encode()
+        self.out += b"X" + struct.pack("<I", len(data)) + data
         self._number()
         self._word("cpu")
         self._integer(count)
@@ -242,7 +262,21 @@ class _Writer:
         self._number()
         self.out += b"Q"
 
+    def _as_fetched(self, value: Global | str) -> bytes:
+        """What fetches a class or a word from the memo."""
+        number = self.memo[value]
+        return b"h" + bytes([number]) if number < 256 else b"j" + struct.pack("<I", number)
+
     def _empty_ordered_dict(self) -> None:
-        self._global(Global("collections", "OrderedDict"))
+        self._global(_ORDERED_DICT)
         self.out += b")R"
         self._number()
+
+
+#: Made once: each tensor has one of no hooks.
+_ORDERED_DICT = Global("collections", "OrderedDict")
+
+
+def _class_of(dtype: str | None) -> Global:
+    """The class of a storage."""
+    return Global("torch", STORAGE_CLASSES[dtype]) if dtype else Global("torch.storage", "UntypedStorage")

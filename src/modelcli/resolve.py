@@ -182,7 +182,11 @@ def own_weights(reference: Reference, source: Source) -> Path | None:
     `--weights none` asks for random values instead.
     """
     folder = None if source.weights == "none" else own_folder(reference, source)
-    return folder if folder is not None and formats.holds_weights(folder) else None
+    if folder is None or not formats.holds_weights(folder):
+        return None
+    assert isinstance(reference, NamedModel)
+    provider = None if reference.prefix is None else providers.by_prefix(reference.prefix)
+    return folder if provider is None else provider.chosen_weights(folder)
 
 
 def own_folder(reference: Reference, source: Source) -> Path | None:

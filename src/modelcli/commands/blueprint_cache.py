@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from modelcli.files.open_folder import read_regular
 from modelcli.model import json_form
 from modelcli.model.blueprint import Blueprint
 
-SCHEMA = 3
+SCHEMA = 4
 SUFFIX = ".blueprint"
 INDEX_SUFFIX = ".index"
 
@@ -66,6 +66,8 @@ class Key:
     inputs: tuple[str, ...] = ()
     #: The prefix of the model's provider, whose library versions are part of the key.
     prefix: str | None = None
+    #: What decides a model that is named by its files: see `Provider.identity`.
+    identity: str | None = None
 
     def document(self) -> dict[str, Any]:
         """Return the key as JSON values, with the library versions that determine what a builder builds."""
@@ -77,6 +79,7 @@ class Key:
             "input_dtype": list(self.input_dtype),
             "inputs": list(self.inputs),
             "mode": self.mode,
+            "identity": self.identity,
             "versions": _versions(self.prefix),
         }
 
@@ -96,18 +99,37 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+@dataclass(frozen=True)
+class Cached:
+    """A blueprint from the cache, and what the user should know of the model."""
+
+    blueprint: Blueprint
+    notes: tuple[str, ...] = ()
+
+
 def get(key: Key) -> Blueprint | None:
     """Return the cached blueprint for a key, or None."""
+    found = get_with_notes(key)
+    return None if found is None else found.blueprint
+
+
+def get_with_notes(key: Key) -> Cached | None:
+    """Return what is cached for a key, or None."""
     try:
-        return json_form.from_json(_kept(key.document(), SUFFIX, "blueprint"))
+        entry = _kept(key.document(), SUFFIX, "cached")
+        return Cached(json_form.from_json(entry["blueprint"]), tuple(map(str, entry["notes"])))
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         return None
 
 
-def put(key: Key, found: Blueprint) -> None:
-    """Cache a blueprint. It is not an error if the cache cannot be written."""
+def put(key: Key, found: Blueprint, notes: Sequence[str] = ()) -> None:
+    """Cache a blueprint, with notes for the user. It is not an error if the cache cannot be written."""
     with contextlib.suppress(ModelcliError):
-        _keep(key.document(), SUFFIX, "blueprint", json_form.to_json(found))
+        _put(key, found, notes)
+
+
+def _put(key: Key, found: Blueprint, notes: Sequence[str] = ()) -> None:
+    _keep(key.document(), SUFFIX, "cached", {"blueprint": json_form.to_json(found), "notes": list(notes)})
 
 
 def require(key: Key, found: Blueprint) -> None:
@@ -116,7 +138,7 @@ def require(key: Key, found: Blueprint) -> None:
         return
     where = folder()
     try:
-        _keep(key.document(), SUFFIX, "blueprint", json_form.to_json(found))
+        _put(key, found)
     except ModelcliError as error:
         raise SystemFailureError(
             f"the cache folder {where} cannot be written: {error.message}", "set $MODELCLI_CACHE to another folder"

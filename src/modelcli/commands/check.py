@@ -126,7 +126,8 @@ def check(request: CheckRequest, progress: Progress | None = None) -> CheckResul
     if wanted == Assertions(complete=wanted.complete, arch_check=wanted.arch_check, without=wanted.without):
         return CheckResult(target.source.model, None, tuple(of_files))
     needs_values = wanted.finite or bool(wanted.same_as)
-    found = look(LookRequest(target, traced=bool(wanted.output_shapes), cached=cached and not needs_values))
+    traced, cached = bool(wanted.output_shapes), cached and not needs_values
+    found = look(LookRequest(target, traced=traced, cached=cached, of_files=True))
     notes = list(found.notes)
     checks = _of_structure(found, wanted)
     if any(_rests_on_record(found, row) for row in checks):

@@ -49,7 +49,7 @@ def identify(request: IdentifyRequest, steps: Steps = iter) -> IdentifyResult:
     source = Source(checkpoint, key=request.key)
     if not isinstance(resolve.reference_of(source), CheckpointFile):
         raise RequestError(f"{checkpoint} is a model reference, not a checkpoint", "name a file: best.pth")
-    found = look(LookRequest(Target(source)))
+    found = look(LookRequest(Target(source), of_files=True))
     shapes, unwrapping = state_dict_match.unwrapped(state_dict_match.shapes_of(found.blueprint.tensors))
     models, problems = _models(steps)
     matches = state_dict_match.best(shapes, models, MOST)

@@ -115,7 +115,7 @@ def _keep(live: Live, target: Target) -> None:
     from modelcli.live import planning
 
     key = cache_key(target, "eval")
-    if key is not None and blueprint_cache.get(key) is None:
+    if key is not None and key.identity is None and blueprint_cache.get(key) is None:
         keep_blueprint(key, planning.traced(live, with_values=True))
 
 

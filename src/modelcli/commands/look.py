@@ -43,7 +43,8 @@ class LookRequest:
     """A model to show. With `traced`, the blueprint includes a forward pass in `mode`: `eval` or `train`.
 
     Without `cached`, a model that is not a file is built anew, and the cache is neither read nor written. Without
-    `modules`, the caller shows only tensors: the blueprint of a plain state dict then has only the root module.
+    `modules`, the caller shows only tensors: the blueprint of a plain state dict then has only the root module. With
+    `of_files`, the caller asks for more of the model's files than a blueprint says, so the files are read.
     """
 
     target: Target
@@ -51,6 +52,7 @@ class LookRequest:
     mode: str = "eval"
     cached: bool = True
     modules: bool = True
+    of_files: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,9 +120,11 @@ def _looked(request: LookRequest) -> Look:
     from modelcli.commands import blueprint_cache
 
     key = cache_key(target, mode) if request.cached else None
-    if key is not None and (kept := blueprint_cache.get(key)) is not None:
+    if key is not None and key.identity is not None and request.of_files:
+        key = None
+    if key is not None and (cached := blueprint_cache.get_with_notes(key)) is not None:
         hidden = resolve.hidden_file_note(target.source.model, target.source.folder)
-        return Look(kept, () if hidden is None else (hidden,))
+        return Look(cached.blueprint, cached.notes if hidden is None else (hidden, *cached.notes))
     from modelcli.commands.applied_edits import apply_each
     from modelcli.commands.editable import opened_keys
 
@@ -136,10 +140,22 @@ def _looked(request: LookRequest) -> Look:
         live = opening.open_live(target.source)
         apply_each(live, target.edits, target.locations)  # its notes were shown when the edits were made
         # A cached blueprint always includes a forward pass, so that it serves every command.
-        blueprint = planning.traced(live, mode, with_values=True) if traced or key is not None else live.describe()
-    if key is not None:
+        with_values = traced or live.contents is None  # nobody asked for a pass that reads the weights
+        makes_pass = traced or key is not None
+        blueprint = planning.traced(live, mode, with_values=with_values) if makes_pass else live.describe()
+    found = Look(blueprint, (*live.notes, *apart.note_of(live.module)), live.contents, live)
+    if key is not None and key.identity is None:
         keep_blueprint(key, blueprint)
-    return Look(blueprint, (*live.notes, *apart.note_of(live.module)), live.contents, live)
+    elif key is not None and _can_be_kept(found, traced=traced) and cache_key(target, mode) == key:
+        blueprint_cache.put(key, blueprint, found.notes)
+    return found
+
+
+def _can_be_kept(found: Look, *, traced: bool) -> bool:
+    """Whether the blueprint of a model with files answers what was asked, and what the next look may ask."""
+    trace, contents = found.blueprint.trace, found.contents
+    has_more = contents is not None and (contents.foreign or contents.extras or contents.unseen or contents.hidden)
+    return trace is not None and (traced or trace.reason is None) and not has_more
 
 
 def _look_at_file(target: Target, *, traced: bool, mode: str, modules: bool = True) -> Look | None:
@@ -280,14 +296,29 @@ def cache_key(target: Target, mode: str) -> blueprint_cache.Key | None:
     if blueprint_cache.is_off() or target.edits or source.arch is not None or source.key is not None:
         return None
     reference = resolve.reference_of(source)
-    if not isinstance(reference, NamedModel) or not known_code.runs_known_code(reference):
+    if not isinstance(reference, NamedModel):
+        return None
+    identity = _identity(reference, source)
+    if identity is None and not known_code.runs_known_code(reference):
         return None
     if source.weights is not None and resolve.names_a_file(source.weights, source.folder, source.model):
         return None
     return blueprint_cache.Key(
         *(str(reference), source.weights, source.input_size, source.input_dtype, mode, source.inputs),
         prefix=reference.prefix,
+        identity=identity,
     )
+
+
+def _identity(reference: NamedModel, source: Source) -> str | None:
+    """What decides a model that is named by its files; None where its name does, or where other code may run."""
+    from modelcli.providers import known_code
+
+    provider = None if reference.prefix is None else providers.by_prefix(reference.prefix)
+    is_plain = source.strict and not (source.trust or source.tensors_only or source.bare_keys)
+    if provider is None or not is_plain or not known_code.has_known_arguments(reference):
+        return None
+    return provider.identity(reference.call.name, source.folder)
 
 
 def keep_blueprint(key: blueprint_cache.Key, found: Blueprint) -> None:

@@ -111,6 +111,21 @@ class Provider:
         """
         return None
 
+    def chosen_weights(self, folder: Path) -> Path:
+        """What the library loads of a folder that holds weights: a file in it where it prefers one, else the folder."""
+        return folder
+
+    def identity(self, name: str, folder: Path) -> str | None:
+        """What decides a model whose name is that of files: while it stays the same, a look at it need not build it.
+
+        None for a model that its name alone decides, or whose files are not to be known: see `is_known_code`.
+
+        Args:
+            name: the model, as its reference names it.
+            folder: what a relative path in the name is seen from.
+        """
+        return None
+
     @property
     def is_installed(self) -> bool:
         """Whether all its libraries are installed."""

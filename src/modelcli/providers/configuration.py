@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,32 @@ def configuration_in(folder: Path) -> dict[str, Any] | None:
     if not isinstance(found, dict):
         raise FileFormatError(f"{path} holds a {type(found).__name__}; a configuration is a JSON object")
     return found
+
+
+def identity_of(folder: Path, counts: Callable[[str], bool]) -> str | None:
+    """What decides a model in a folder: the text of its `config.json`, and which files of weights there are.
+
+    Of these the names, sizes, times of change and inodes are taken, so that nothing of them is read. None where there
+    is no configuration that can be read.
+
+    Args:
+        folder: the folder of the model.
+        counts: whether a file belongs to the weights, by its name.
+    """
+    import hashlib
+
+    try:
+        if (path := folder / NAME).stat().st_size > MAX_BYTES:
+            return None
+        digest = hashlib.sha256(read_regular(path))
+        for entry in sorted(folder.iterdir()):
+            if counts(entry.name):
+                status = entry.stat()
+                told = (entry.name, status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev)
+                digest.update(repr(told).encode())
+    except (OSError, SystemFailureError):
+        return None
+    return digest.hexdigest()
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

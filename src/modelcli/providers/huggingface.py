@@ -6,9 +6,19 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from modelcli import installed
+from modelcli.checkpoints import formats
 from modelcli.errors import ModelcliError
 from modelcli.providers import configuration
 from modelcli.providers.base import Provider
+
+#: The files of weights, or their indexes, in the order in which `from_pretrained` looks for them.
+_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 
 
 class HuggingFace(Provider):
@@ -45,6 +55,19 @@ class HuggingFace(Provider):
         """The folder of that name."""
         path = folder / name
         return path if not is_class_name(name) and path.is_dir() else None
+
+    def chosen_weights(self, folder: Path) -> Path:
+        """The first of the names that `from_pretrained` looks for, where the folder has several of them."""
+        found = [folder / name for name in _WEIGHTS if (folder / name).exists()]
+        return found[0] if len(found) > 1 else folder
+
+    def identity(self, name: str, folder: Path) -> str | None:
+        """That of the folder, and the version of timm, whose models transformers wraps."""
+        path = self.own_folder(name, folder)
+        if path is None:
+            return None
+        found = configuration.identity_of(path, lambda file: formats.has_known_suffix(file) or formats.is_index(file))
+        return None if found is None else f"{found} timm {installed.version('timm')}"
 
 
 PROVIDER = HuggingFace()

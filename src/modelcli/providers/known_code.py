@@ -32,6 +32,14 @@ def runs_known_code(reference: NamedModel) -> bool:
     return all(map(is_known_name, named))
 
 
+def has_known_arguments(reference: NamedModel) -> bool:
+    """Whether the arguments of a reference name nothing but classes of known libraries."""
+    from modelcli.language import expressions
+
+    _, *named = expressions.names_in(reference.call)
+    return all(map(is_known_name, named))
+
+
 def names_known_code(call: Call) -> bool:
     """The same of a module expression."""
     from modelcli.language import expressions

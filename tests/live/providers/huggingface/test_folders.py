@@ -31,3 +31,11 @@ def test_a_folder_comes_out_as_one_that_from_pretrained_loads(cli: Cli, folder: 
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[key], expected[key]) for key in expected)
     assert (folder / "out" / "tokenizer.json").read_text() == "{}"
+
+
+def test_of_two_files_of_weights_safetensors_is_taken_as_from_pretrained_does(cli: Cli, folder: Path) -> None:
+    expected = saved("LlamaForCausalLM", folder / "model").state_dict()
+    torch.save({key: value + 1 for key, value in expected.items()}, folder / "model" / "pytorch_model.bin")
+    cli("save", "out.pth", "-m", "./model")
+    found = torch.load("out.pth", weights_only=True)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +36,15 @@ def configuration_in(folder: Path) -> dict[str, Any] | None:
     return found
 
 
-def identity_of(folder: Path, counts: Callable[[str], bool]) -> str | None:
+#: How the names of files end that hold weights, or say which files hold them.
+_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".index.json")
+
+
+def identity_of(folder: Path) -> str | None:
     """What decides a model in a folder: the text of its `config.json`, and which files of weights there are.
 
     Of these the names, sizes, times of change and inodes are taken, so that nothing of them is read. None where there
     is no configuration that can be read.
-
-    Args:
-        folder: the folder of the model.
-        counts: whether a file belongs to the weights, by its name.
     """
     import hashlib
 
@@ -54,7 +53,7 @@ def identity_of(folder: Path, counts: Callable[[str], bool]) -> str | None:
             return None
         digest = hashlib.sha256(read_regular(path))
         for entry in sorted(folder.iterdir()):
-            if counts(entry.name):
+            if entry.name.endswith(_WEIGHTS):
                 status = entry.stat()
                 told = (entry.name, status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev)
                 digest.update(repr(told).encode())

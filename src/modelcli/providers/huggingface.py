@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from modelcli import installed
-from modelcli.checkpoints import formats
 from modelcli.errors import ModelcliError
 from modelcli.providers import configuration
 from modelcli.providers.base import Provider
@@ -66,7 +65,7 @@ class HuggingFace(Provider):
         path = self.own_folder(name, folder)
         if path is None:
             return None
-        found = configuration.identity_of(path, lambda file: formats.has_known_suffix(file) or formats.is_index(file))
+        found = configuration.identity_of(path)
         return None if found is None else f"{found} timm {installed.version('timm')}"
 
 

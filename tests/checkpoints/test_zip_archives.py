@@ -9,7 +9,7 @@ import pytest
 
 from modelcli.checkpoints.format import Candidate
 from modelcli.checkpoints.layout import Bytes
-from modelcli.checkpoints.zip_archives.inflating import storage_of
+from modelcli.checkpoints.zip_archives.directory import storage_of
 from modelcli.checkpoints.zip_archives.layout import ZipLayout, place
 from modelcli.errors import FileFormatError
 from modelcli.writing.output import Output

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,15 +12,21 @@ from safetensors.torch import load_file
 from torch import nn
 
 import modelcli
-from modelcli import edits
+from modelcli import edits, plug_ins
 from modelcli.edits import registry
 from modelcli.errors import RequestError
 from modelcli.language.expressions import Call, parse
 from modelcli.live import surgery
 from tests.conftest import Cli
+from tests.plugin.installing import Asked, asked_by, register
 
 pytestmark = pytest.mark.usefixtures("plugin")
 NET = "nets.py:Net"
+CLAMP = (
+    "from dataclasses import dataclass\nfrom modelcli.edits.declaring import Operand\n"
+    "from modelcli_plugin.clamp import Clamp\n"
+)
+WRECK = "@dataclass(frozen=True, kw_only=True)\nclass Wreck(Clamp):\n    name = 'wreck'\n"
 
 
 def real() -> nn.Module:
@@ -63,7 +65,7 @@ def test_it_is_an_edit_like_the_others() -> None:
 
 def test_the_help_lists_and_explains_it(cli: Cli) -> None:
     listed = cli("--help").out
-    panel = listed.partition("─ Operate ─")[2].partition("╰")[0]
+    panel = listed.partition(f"─ {edits.Edit.panel} ─")[2].partition("╰")[0]
     assert "clamp" in panel
     assert "cast" in panel
     shown = " ".join(cli("clamp", "--help").out.split())
@@ -155,49 +157,38 @@ def test_its_script_does_the_same_without_modelcli(model: str, cli: Cli, folder:
 
 
 def test_the_program_finds_it_and_reads_entry_points_only_then(site: list[Path], folder: Path) -> None:
-    """In a process of its own: a look at a file, and an edit of modelcli's own, read no entry points."""
+    """In processes of their own: a look at a file, and an edit of modelcli's own, read no entry points of edits."""
     torch.save(real().state_dict(), "v.pth")
-    code = (
-        "import importlib.metadata, json, sys\n"
-        "from modelcli.cli import main\n"
-        "asked = []\n"
-        "whole = importlib.metadata.entry_points\n"
-        "importlib.metadata.entry_points = lambda **group: asked.append(group['group']) or whole(**group)\n"
-        "code = main(sys.argv[1:])\n"
-        "print(json.dumps([code, 'modelcli.edits' in asked, 'modelcli_plugin' in sys.modules]), file=sys.stderr)\n"
-    )
-    path = os.pathsep.join(map(str, [*site, *filter(None, [os.environ.get("PYTHONPATH")])]))
-
-    def run(*words: str) -> list[object]:
-        done = subprocess.run(
-            [sys.executable, "-c", code, *words],
-            env={**os.environ, "PYTHONPATH": path},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        found: list[object] = json.loads(done.stderr.splitlines()[-1])
-        return found
-
-    assert run("params", "v.pth") == [0, False, False]
-    assert run("freeze", "conv1", "-m", "v.pth", "--dry-run") == [0, False, False]
-    assert run("clamp", "conv1", "-1", "1", "-m", "v.pth", "-o", "out.pth") == [0, True, True]
-    assert run("--help") == [0, True, True]
+    for words in (("params", "v.pth"), ("freeze", "conv1", "-m", "v.pth", "--dry-run")):
+        assert asked_by(site, *words) == Asked(0, set(), imported=False)
+    for words in (("clamp", "conv1", "-1", "1", "-m", "v.pth", "-o", "out.pth"), ("--help",)):
+        asked = asked_by(site, *words)
+        assert asked.code == 0
+        assert plug_ins.EDITS in asked.groups
+        assert asked.imported
 
 
 @pytest.mark.parametrize(
     ("module", "said"),
     [
-        (None, "the edit wreck cannot be loaded from wreck:Wreck: No module named 'wreck'"),
-        ("1 / 0", "the edit wreck cannot be loaded from wreck:Wreck: division by zero"),
-        ("Wreck = 3", "the edit wreck cannot be loaded from wreck:Wreck: that is no edit of this name"),
+        (None, "the edit wreck of broken 1.0 cannot be loaded: ModuleNotFoundError: No module named 'wreck'"),
+        ("1 / 0", "the edit wreck of broken 1.0 cannot be loaded: ZeroDivisionError: division by zero"),
+        ("raise SystemExit(3)", "the edit wreck of broken 1.0 cannot be loaded: SystemExit: 3"),
+        ("Wreck = 3", "the edit wreck of broken 1.0 cannot be used: wreck:Wreck is no subclass of modelcli.edits.Edit"),
         (
             "from modelcli_plugin.clamp import Clamp as Wreck",
-            "the edit wreck cannot be loaded from wreck:Wreck: that is no edit of this name",
+            "the edit wreck of broken 1.0 cannot be used: wreck:Wreck calls itself clamp",
+        ),
+        (CLAMP + "class Wreck(Clamp):\n    name = 'wreck'\n", "wreck:Wreck is no dataclass"),
+        (CLAMP + WRECK + "    words = ['targets']\n", "declares ['targets'] as its words, which has to be a tuple"),
+        (CLAMP + WRECK + "    summary = ''\n", "declares '' as its summary"),
+        (
+            "from dataclasses import dataclass\nfrom modelcli.edits import Edit\n@dataclass(frozen=True)\n"
+            "class Wreck(Edit):\n    name = 'wreck'\n",
+            "the edit wreck of broken 1.0 declares no summary",
         ),
         (
-            "from modelcli.edits.declaring import Operand\nfrom modelcli_plugin.clamp import Clamp\n"
-            "class Wreck(Clamp):\n    name = 'wreck'\n    words = (Operand('model', 'A model.'),)\n",
+            CLAMP + WRECK + "    words = (Operand('model', 'A model.'),)\n",
             "the edit wreck declares model, which every edit has already",
         ),
     ],
@@ -205,10 +196,7 @@ def test_the_program_finds_it_and_reads_entry_points_only_then(site: list[Path],
 def test_one_that_cannot_be_used_leaves_the_help_whole(
     module: str | None, said: str, cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    about = folder / "broken-1.0.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text("[modelcli.edits]\nwreck = wreck:Wreck\nparams = wreck:Wreck\n")
+    register(folder, "broken", "1.0", {plug_ins.EDITS: {"wreck": "wreck:Wreck", "params": "wreck:Wreck"}})
     if module is not None:
         Path("wreck.py").write_text(module)
     monkeypatch.syspath_prepend(str(folder))

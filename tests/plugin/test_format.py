@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,12 +12,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 import modelcli
-from modelcli import resolve
+from modelcli import plug_ins, resolve
 from modelcli.checkpoints import formats
 from modelcli.language.references import CheckpointFile
 from tests.conftest import Cli
+from tests.plugin.installing import Asked, asked_by, register
 
 pytestmark = pytest.mark.usefixtures("plugin")
+FORMAT = "from modelcli.checkpoints.format import Format\nclass Wreck(Format):\n"
 
 
 def state() -> dict[str, torch.Tensor]:
@@ -45,7 +44,8 @@ def files(folder: Path) -> Path:
 @pytest.mark.parametrize("words", [("save", "--help"), ("freeze", "--help"), ("help", "save")])
 def test_the_help_lists_its_suffix(words: tuple[str, ...], cli: Cli) -> None:
     shown = " ".join(cli(*words).out.replace("│", " ").split())
-    assert ".pth, .pt, .ckpt, .bin, .safetensors, .blob, or a folder/" in shown
+    own = [suffix for format_ in formats.built_in() for suffix in format_.written_suffixes]
+    assert f"{', '.join([*own, '.blob'])}, or a folder/" in shown
 
 
 def test_what_a_name_may_end_in_is_a_hint(cli: Cli, files: Path) -> None:
@@ -256,50 +256,42 @@ def test_a_damaged_record_is_no_error(record: object, cli: Cli, folder: Path) ->
 
 
 def test_entry_points_are_read_only_for_what_no_built_in_format_knows(site: list[Path], files: Path) -> None:
-    """In processes of their own."""
-    code = (
-        "import importlib.metadata, json, sys\n"
-        "from modelcli.cli import main\n"
-        "asked = []\n"
-        "whole = importlib.metadata.entry_points\n"
-        "importlib.metadata.entry_points = lambda **group: asked.append(group['group']) or whole(**group)\n"
-        "code = main(sys.argv[1:])\n"
-        "print(json.dumps([code, 'modelcli.formats' in asked]), file=sys.stderr)\n"
-    )
-    path = os.pathsep.join(map(str, [*site, *filter(None, [os.environ.get("PYTHONPATH")])]))
-
-    def run(*words: str) -> list[object]:
-        done = subprocess.run(
-            [sys.executable, "-c", code, *words],
-            env={**os.environ, "PYTHONPATH": path},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        found: list[object] = json.loads(done.stderr.splitlines()[-1])
-        return found
-
-    assert run("params", "v.pth") == [0, False]
-    assert run("save", "out.safetensors", "-m", "v.pth") == [0, False]
-    assert run("params", "v.blob") == [0, True]
-    assert run("save", "out.blob", "-m", "v.pth") == [0, True]
+    for words in (("params", "v.pth"), ("save", "out.safetensors", "-m", "v.pth")):
+        assert asked_by(site, *words) == Asked(0, set(), imported=False)
+    for words in (("params", "v.blob"), ("save", "out.blob", "-m", "v.pth")):
+        assert asked_by(site, *words) == Asked(0, {plug_ins.FORMATS}, imported=True)
 
 
 @pytest.mark.parametrize(
     ("module", "said"),
     [
-        (None, "the format wreck cannot be loaded: ModuleNotFoundError: No module named 'wreck'"),
-        ("1 / 0", "the format wreck cannot be loaded: ZeroDivisionError: division by zero"),
-        ("Wreck = dict", "the format wreck is a dict, not a Format (wreck:Wreck)"),
+        (None, "the format wreck of broken 1.0 cannot be loaded: ModuleNotFoundError: No module named 'wreck'"),
+        ("1 / 0", "the format wreck of broken 1.0 cannot be loaded: ZeroDivisionError: division by zero"),
+        ("Wreck = dict", "the format wreck of broken 1.0 cannot be used: wreck:Wreck is no subclass of"),
+        (FORMAT + "    title = 'a wreck'\n", "the format wreck of broken 1.0 declares no name"),
+        (
+            FORMAT + "    name = title = label = 'w'\n    suffixes = '.w'\n",
+            "declares '.w' as its suffixes, which has to",
+        ),
+        (
+            FORMAT + "    name = title = 'w'\n    written_suffixes = ('.w',)\n",
+            "the format wreck of broken 1.0 declares no label",
+        ),
+        (FORMAT + "    name = title = 'w'\n    suffixes = ('w',)\n", "declares the suffix 'w', which is not a dot"),
+        (
+            FORMAT + "    name = 'safetensors'\n    title = 'w'\n",
+            "is not used: modelcli has a format that is called safetensors",
+        ),
+        (
+            FORMAT + "    name = title = 'w'\n    def __init__(self):\n        1 / 0\n",
+            "cannot be made: ZeroDivisionError",
+        ),
     ],
 )
 def test_one_that_cannot_be_used_leaves_the_others(
     module: str | None, said: str, cli: Cli, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    about = files / "broken-1.0.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text("[modelcli.formats]\nwreck = wreck:Wreck\n")
+    register(files, "broken", "1.0", {plug_ins.FORMATS: {"wreck": "wreck:Wreck"}})
     if module is not None:
         Path("wreck.py").write_text(module)
     monkeypatch.syspath_prepend(str(files))

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import modelcli
-from modelcli import providers
+from modelcli import plug_ins, providers
 from modelcli.commands import blueprint_cache
 from modelcli.errors import RequestError, SystemFailureError
 from modelcli.language.expressions import Call
@@ -265,7 +265,7 @@ def broken(monkeypatch: pytest.MonkeyPatch, value: str, prefix: str = "tiny") ->
     from importlib.metadata import EntryPoint
 
     def points(**_kwargs: object) -> Any:
-        return [EntryPoint(prefix, value, providers.GROUP)]
+        return [EntryPoint(prefix, value, plug_ins.PROVIDERS)]
 
     providers.forget()
     monkeypatch.setattr("importlib.metadata.entry_points", points)
@@ -274,10 +274,15 @@ def broken(monkeypatch: pytest.MonkeyPatch, value: str, prefix: str = "tiny") ->
 @pytest.mark.parametrize(
     ("value", "prefix", "message"),
     [
-        ("no_such_package:Tiny", "tiny", "the provider of tiny: cannot be loaded: ModuleNotFoundError"),
-        ("modelcli_plugin.tiny:Nothing", "tiny", "the provider of tiny: cannot be loaded: AttributeError"),
-        ("modelcli_plugin.tiny_models:Product.__name__", "tiny", "is a str, not a Provider"),
-        ("modelcli_plugin.tiny:Tiny", "small", "that is registered as small: calls itself tiny:"),
+        (
+            "no_such_package:Tiny",
+            "tiny",
+            "the provider tiny of an unknown package cannot be loaded: ModuleNotFoundError",
+        ),
+        ("modelcli_plugin.tiny:Nothing", "tiny", "cannot be loaded: AttributeError"),
+        ("modelcli_plugin tiny", "tiny", "cannot be loaded: "),
+        ("modelcli_plugin.tiny_models:Product.__name__", "tiny", "is no subclass of modelcli.providers.base.Provider"),
+        ("modelcli_plugin.tiny:Tiny", "small", "modelcli_plugin.tiny:Tiny calls its prefix tiny"),
     ],
 )
 def test_one_that_cannot_be_loaded(
@@ -287,7 +292,7 @@ def test_one_that_cannot_be_loaded(
     broken(monkeypatch, value, prefix)
     error = cli("params", f"{prefix}:mlp", code=5).err
     assert message in error
-    assert f"fix or uninstall the package that registers {prefix}: ({value})" in error
+    assert f"fix or uninstall the package, which registers {prefix} as {value}" in error
     listed = cli("list", "squeezenet1_1")
     assert message in listed.err
     assert "squeezenet1_1" in listed.out
@@ -298,8 +303,14 @@ def test_one_that_cannot_be_loaded(
 @pytest.mark.parametrize(
     ("live", "message"),
     [
-        ("modelcli_plugin.tiny:Nothing", "names modelcli_plugin.tiny:Nothing as its torch half, which does not exist"),
-        ("no_such_half:Live", "the provider of tiny: failed: ModuleNotFoundError: No module named 'no_such_half'"),
+        (
+            "modelcli_plugin.tiny:Nothing",
+            "names modelcli_plugin.tiny:Nothing as its torch half, which is no class",
+        ),
+        (
+            "no_such_half:Live",
+            "the provider tiny of modelcli-plugin 1.0 failed: ModuleNotFoundError: No module named 'no_such_half'",
+        ),
     ],
 )
 def test_one_without_a_torch_half(

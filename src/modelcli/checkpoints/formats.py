@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from modelcli.checkpoints.format import Candidate, Format
-from modelcli.errors import FileFormatError, RequestError, SystemFailureError
+from modelcli.errors import FileFormatError, ModelcliError, RequestError, SystemFailureError
 from modelcli.wording import listed
 
 if TYPE_CHECKING:
     from modelcli.checkpoints.contents import Contents
+    from modelcli.plug_ins import PlugIn
 
 #: The built-in formats of files, in the order in which they are tried and listed in help.
 _FILES = (
@@ -33,8 +34,6 @@ _FOLDERS = (
     "modelcli.checkpoints.sharded:ShardedFolder",
     "modelcli.checkpoints.distributed:DistributedCheckpoint",
 )
-#: The entry point group by which other packages register theirs.
-GROUP = "modelcli.formats"
 
 
 @functools.cache
@@ -58,27 +57,54 @@ class PlugIns(NamedTuple):
 
 @functools.cache
 def plug_ins() -> PlugIns:
-    """Return the formats of other packages. One with the name of an earlier format is ignored."""
-    from importlib.metadata import entry_points
+    """Return the formats of other packages that can be used. Of two with the same name neither can."""
+    from collections import Counter
 
-    found = {format_.name: format_ for format_ in built_in()}
-    taken, problems = set(found), []
-    for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
+    from modelcli import plug_ins as packages
+
+    found: list[tuple[PlugIn, Format]] = []
+    problems: list[str] = []
+    for name in packages.registered(packages.FORMATS):
         try:
-            made = entry.load()()
-        except Exception as error:
-            problems.append(f"the format {entry.name} cannot be loaded: {type(error).__name__}: {error}")
-            continue
-        if isinstance(made, Format):
-            found.setdefault(made.name, made)
+            if (plug_in := packages.find(packages.FORMATS, name)) is not None:
+                found.append((plug_in, _of_package(plug_in)))
+        except SystemFailureError as error:
+            problems.append(error.message)
+    own = {format_.name for format_ in built_in()}
+    times = Counter(format_.name for _, format_ in found)
+    usable = []
+    for plug_in, format_ in found:
+        if format_.name in own or times[format_.name] > 1:
+            whose = "modelcli" if format_.name in own else "another package"
+            problems.append(f"{plug_in.title} is not used: {whose} has a format that is called {format_.name} too")
         else:
-            problems.append(f"the format {entry.name} is a {type(made).__name__}, not a Format ({entry.value})")
-    return PlugIns(tuple(format_ for name, format_ in found.items() if name not in taken), tuple(problems))
+            usable.append(format_)
+    return PlugIns(tuple(usable), tuple(problems))
+
+
+def _of_package(plug_in: PlugIn) -> Format:
+    """Return the format of another package. Raises SystemFailureError if it is not a complete declaration."""
+    loaded = plug_in.load()
+    if not isinstance(loaded, type) or not issubclass(loaded, Format):
+        raise plug_in.unusable(f"cannot be used: {plug_in.value} is no subclass of modelcli.checkpoints.format.Format")
+    try:
+        made = loaded()
+    except Exception as error:
+        raise plug_in.unusable(f"cannot be made: {type(error).__name__}: {error}") from error
+    plug_in.require_texts(made, "name", "title", *(["label"] if made.written_suffixes else []))
+    plug_in.require_tuples(made, "suffixes", "written_suffixes", "whole_files")
+    for suffix in (*made.suffixes, *made.written_suffixes):
+        if not suffix.startswith(".") or suffix != suffix.lower() or not _suffix_like(f"w{suffix}"):
+            raise plug_in.unusable(f"declares the suffix {suffix!r}, which is not a dot and small letters or digits")
+    return made
 
 
 def forget() -> None:
     """Forget the formats of other packages, so that they are searched for again."""
+    from modelcli import plug_ins as packages
+
     plug_ins.cache_clear()
+    packages.forget()
 
 
 def every() -> Iterator[Format]:
@@ -184,16 +210,40 @@ def of_file(file: Candidate) -> Format:
         raise FileFormatError(
             f"{file.path} is empty", "the program that wrote it may have been interrupted: write or download it again"
         )
-    for format_ in every():
-        if format_.recognises(file):
-            _refuse_second_format(file, format_)
-            return format_
+    if (found := _first_answer(lambda format_: format_.recognises(file))) is not None:
+        _refuse_second_format(file, found[0])
+        return found[0]
     from modelcli.checkpoints import unknown_files
 
     known = unknown_files.Known(
         folder_format().index_pattern, lambda name: by_written_suffix(name) is not None, plug_ins().problems
     )
     raise unknown_files.error(file, known)
+
+
+_Answer = TypeVar("_Answer")
+
+
+def _first_answer(question: Callable[[Format], _Answer]) -> tuple[Format, _Answer] | None:
+    """The first format that has an answer, with it; None where none has one.
+
+    A format of another package that fails hides no other one: what it raised is raised where no other has an answer.
+    """
+    for format_ in built_in():
+        if answer := question(format_):
+            return format_, answer
+    failure: Exception | None = None
+    for format_ in plug_ins().formats:
+        try:
+            if answer := question(format_):
+                return format_, answer
+        except (ModelcliError, MemoryError):
+            raise
+        except Exception as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure
+    return None
 
 
 def _refuse_second_format(file: Candidate, format_: Format) -> None:
@@ -215,9 +265,9 @@ def read_file(file: Candidate, key: str | None = None) -> Contents:
     try:
         return _read(of_file(file), file, key)
     except FileFormatError:
-        for format_ in every():
-            if explained := format_.explain(file.path):
-                raise FileFormatError(*explained) from None
+        found = _first_answer(lambda format_: format_.explain(file.path))
+        if found is not None and found[1] is not None:
+            raise FileFormatError(*found[1]) from None
         raise
 
 

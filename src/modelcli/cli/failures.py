@@ -1,4 +1,4 @@
-"""Errors that the system causes, not the request: a missing package, or no memory to load it."""
+"""Errors that the request does not cause: a missing package, no memory, another package's code, a bug."""
 
 from __future__ import annotations
 
@@ -53,6 +53,34 @@ def of_import(package: str, error: BaseException) -> SystemFailureError:
     return SystemFailureError(
         told, f"{sys.executable} -c 'import {package}' shows more: the installation may be incomplete"
     )
+
+
+def of_plug_in(error: BaseException, *, debug: bool) -> SystemFailureError | None:
+    """Return the error for an exception that the code of another package raised; None if no such code was running."""
+    from modelcli import plug_ins
+
+    if (package := plug_ins.at_fault(error)) is None:
+        return None
+    what = f"ended the program: exit code {error.code}" if isinstance(error, SystemExit) else _told(error)
+    failure = SystemFailureError(
+        f"{package}, which adds to modelcli, failed: {what}",
+        f"{'' if debug else '--debug shows the traceback; '}report it to the authors of {package}, or uninstall it",
+    )
+    failure.kind = "plug-in"
+    return failure
+
+
+def of_bug(error: BaseException, *, debug: bool) -> SystemFailureError:
+    """Return the error for an exception that nothing else explains."""
+    failure = SystemFailureError(
+        f"a bug in modelcli: {_told(error)}", None if debug else "--debug shows the traceback; please report it"
+    )
+    failure.kind = "internal"
+    return failure
+
+
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def of_memory() -> SystemFailureError:

@@ -203,9 +203,14 @@ def _attempt(words: list[str], *, as_json: bool) -> int:
         return 0
     except SystemExit as error:
         # Rich and Typer exit with 1 if the reader of a help text has closed the pipe. A model's code may not exit.
-        if error.code != 1 or _is_open(sys.stdout):
+        if error.code == 1 and not _is_open(sys.stdout):
+            return 0
+        if debug:
+            _show_traceback()
+        if (ended := failures.of_plug_in(error, debug=debug)) is None:
             raise
-        return 0
+        tell_error(ended, as_json=as_json)
+        return ended.exit_code
     except (KeyboardInterrupt, typer.Abort):
         raise KeyboardInterrupt from None
     except ModelcliError as error:
@@ -231,11 +236,7 @@ def _attempt(words: list[str], *, as_json: bool) -> int:
         elif isinstance(error, OSError):
             failure = _failure_of(error, words)
         else:
-            failure = SystemFailureError(
-                f"a bug in modelcli: {type(error).__name__}: {error}",
-                None if debug else "--debug shows the traceback; please report it",
-            )
-            failure.kind = "internal"
+            failure = failures.of_plug_in(error, debug=debug) or failures.of_bug(error, debug=debug)
     tell_error(failure, as_json=as_json)
     return failure.exit_code
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import operator
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -18,6 +17,7 @@ from modelcli.errors import SystemFailureError
 
 if TYPE_CHECKING:
     from modelcli.edits.base import Edit
+    from modelcli.plug_ins import PlugIn
 
 #: The class of each edit, in the order in which the help lists them.
 _EDITS: Mapping[str, str] = {
@@ -33,21 +33,26 @@ _EDITS: Mapping[str, str] = {
     "init": "modelcli.edits.init:Init",
     "cast": "modelcli.edits.cast:Cast",
 }
-ENTRY_POINTS = "modelcli.edits"
 
 
 def find(name: str) -> type[Edit] | None:
     """Return the class of the edit with this name; None if neither modelcli nor another package has it.
 
-    Raises SystemFailureError if another package registers it and it cannot be imported.
+    Raises SystemFailureError where another package registers it and it cannot be used, or where several packages do.
     """
-    where = _EDITS.get(name) or _from_elsewhere().get(name)
-    return None if where is None else _loaded(name, where)
+    if (where := _EDITS.get(name)) is not None:
+        return _own(where)
+    from modelcli import plug_ins
+
+    plug_in = plug_ins.find(plug_ins.EDITS, name)
+    return None if plug_in is None else _loaded(plug_in)
 
 
 def names() -> list[str]:
     """Return the names of all edits: those of modelcli, then those of other packages."""
-    return [*_EDITS, *(name for name in _from_elsewhere() if name not in _EDITS)]
+    from modelcli import plug_ins
+
+    return [*_EDITS, *(name for name in plug_ins.registered(plug_ins.EDITS) if name not in _EDITS)]
 
 
 def own_names() -> list[str]:
@@ -70,30 +75,39 @@ def class_called(name: str) -> type[Edit] | None:
 
 
 @functools.cache
-def _loaded(name: str, where: str) -> type[Edit]:
-    from modelcli.edits.base import Edit
-
+def _own(where: str) -> type[Edit]:
     module, _, attribute = where.partition(":")
-    try:
-        found = operator.attrgetter(attribute)(importlib.import_module(module))
-    except Exception as error:  # whatever the module of another package may raise
-        if name in _EDITS:
-            raise
-        raise SystemFailureError(f"the edit {name} cannot be loaded from {where}: {error}") from error
-    if not isinstance(found, type) or not issubclass(found, Edit) or found.name != name:
-        raise SystemFailureError(f"the edit {name} cannot be loaded from {where}: that is no edit of this name")
+    found: type[Edit] = getattr(importlib.import_module(module), attribute)
     return found
 
 
 @functools.cache
-def _from_elsewhere() -> Mapping[str, str]:
-    """Return the entry points of other packages' edits, by the names of the edits."""
-    from importlib.metadata import entry_points
+def _loaded(plug_in: PlugIn) -> type[Edit]:
+    """Return the class of another package's edit. Raises SystemFailureError if it is not a complete declaration."""
+    from modelcli.edits.base import Edit
+    from modelcli.edits.declaring import Operand
 
-    return {point.name: f"{point.module}:{point.attr}" for point in entry_points(group=ENTRY_POINTS)}
+    found = plug_in.load()
+    if not isinstance(found, type) or not issubclass(found, Edit):
+        raise plug_in.unusable(f"cannot be used: {plug_in.value} is no subclass of modelcli.edits.Edit")
+    plug_in.require_texts(found, "name", "summary", "handler", "panel")
+    if found.name != plug_in.name:
+        raise plug_in.unusable(f"cannot be used: {plug_in.value} calls itself {found.name}")
+    plug_in.require_tuples(found, "examples", "also_called")
+    plug_in.require_tuples(found, "words", of=Operand)
+    if "__dataclass_fields__" not in vars(found):
+        raise plug_in.unusable(
+            f"cannot be used: {plug_in.value} is no dataclass (@dataclass(frozen=True, kw_only=True))"
+        )
+    for method in ("from_operands", "operands"):
+        if not any(method in vars(base) for base in found.__mro__[: found.__mro__.index(Edit)]):
+            raise plug_in.unusable(f"cannot be used: {plug_in.value} has no {method}")
+    return found
 
 
 def forget() -> None:
-    """Forget the entry points, so that they are read again: a package may have been installed or removed."""
+    """Forget the edits of other packages, so that they are searched for again."""
+    from modelcli import plug_ins
+
     _loaded.cache_clear()
-    _from_elsewhere.cache_clear()
+    plug_ins.forget()

@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from modelcli import installed
-from modelcli.errors import ModelcliError, SystemFailureError
+from modelcli.errors import ModelcliError
 from modelcli.providers.base import Provider
 
 if TYPE_CHECKING:
-    from importlib.metadata import EntryPoint
+    from modelcli.plug_ins import PlugIn
 
 #: The built-in providers whose models go by bare names. The first one that takes a name has it; expressions of torch.nn
 #: take every name.
@@ -30,9 +30,6 @@ _BY_BARE_NAMES = (
 _BY_PREFIX: Mapping[str, str] = {
     "hf": "modelcli.providers.huggingface",
 }
-
-#: The entry point group by which other packages register theirs.
-GROUP = "modelcli.providers"
 
 
 @functools.cache
@@ -53,47 +50,44 @@ _LOADED: dict[str, Provider] = {}
 def by_prefix(prefix: str) -> Provider | None:
     """The provider whose references begin with `prefix` and a colon: a built-in one, else that of another package.
 
-    Raises SystemFailureError where that package cannot be imported.
+    Raises SystemFailureError where that package cannot be used, or where several packages have the prefix.
     """
     if prefix in _LOADED:
         return _LOADED[prefix]
     if (module := _BY_PREFIX.get(prefix)) is not None:
         found = _provider_in(module)
-    elif (entry := plug_ins().get(prefix)) is not None:
-        found = _provider_of(prefix, entry)
     else:
-        return None
+        from modelcli import plug_ins as packages_of_others
+
+        if (plug_in := packages_of_others.find(packages_of_others.PROVIDERS, prefix)) is None:
+            return None
+        found = _provider_of(plug_in)
     return _LOADED.setdefault(prefix, found)
 
 
-@functools.cache
-def plug_ins() -> Mapping[str, EntryPoint]:
-    """What other packages register, by its prefix; nothing is imported for it. Of two of a prefix the first counts."""
-    from importlib.metadata import entry_points  # takes as long as a plain look at a file
+def plug_ins() -> list[str]:
+    """The prefixes that other packages register; nothing is imported for it."""
+    from modelcli import plug_ins as packages_of_others
 
-    found: dict[str, EntryPoint] = {}
-    for entry in entry_points(group=GROUP):
-        if entry.name not in _BY_PREFIX:
-            found.setdefault(entry.name, entry)
-    return found
+    return [
+        prefix for prefix in packages_of_others.registered(packages_of_others.PROVIDERS) if prefix not in _BY_PREFIX
+    ]
 
 
-def _provider_of(prefix: str, entry: EntryPoint) -> Provider:
-    """The provider of another package. What is wrong with it is told as what it is, and hides nothing else."""
-    hint = f"fix or uninstall the package that registers {prefix}: ({entry.value})"
+def _provider_of(plug_in: PlugIn) -> Provider:
+    """The provider of another package. Raises SystemFailureError for what is no whole declaration of one."""
+    found = plug_in.load()
     try:
-        found = entry.load()
         if isinstance(found, type):
             found = found()
     except Exception as error:
-        raise SystemFailureError(
-            f"the provider of {prefix}: cannot be loaded: {type(error).__name__}: {error}", hint
-        ) from error
+        raise plug_in.unusable(f"cannot be made: {type(error).__name__}: {error}") from error
     if not isinstance(found, Provider):
-        raise SystemFailureError(f"the provider of {prefix}: is a {type(found).__name__}, not a Provider", hint)
-    if found.prefix != prefix:
-        told = f"the provider that is registered as {prefix}: calls itself {found.prefix}:"
-        raise SystemFailureError(told, hint)
+        raise plug_in.unusable(f"cannot be used: {plug_in.value} is no subclass of modelcli.providers.base.Provider")
+    if found.prefix != plug_in.name:
+        raise plug_in.unusable(f"cannot be used: {plug_in.value} calls its prefix {found.prefix}")
+    plug_in.require_texts(found, "name", "live")
+    plug_in.require_tuples(found, "packages")
     return found
 
 
@@ -131,8 +125,10 @@ def with_prefix() -> list[Provider]:
 def forget() -> None:
     """Forget which providers other packages have, so that they are looked for again."""
     _LOADED.clear()
-    for kept in (plug_ins, owner):
-        kept.cache_clear()
+    from modelcli import plug_ins as packages_of_others
+
+    owner.cache_clear()
+    packages_of_others.forget()
 
 
 def prefixes() -> list[str]:

@@ -129,7 +129,7 @@ class Provider:
     @property
     def is_installed(self) -> bool:
         """Whether all its libraries are installed."""
-        return all(installed.folder(package) is not None for package in self.packages)
+        return all(installed.version(package) is not None for package in self.packages)
 
     def parse(self, text: str) -> Call:
         """What stands after the prefix: `NAME` or `NAME(arguments)`; the name is everything before the parenthesis.

@@ -77,10 +77,8 @@ def format_of(path: str | Path) -> str:
         return found.name
     if Path(text).is_dir():
         return formats.folder_format().name
-    raise RequestError(
-        f"{text} does not say which format to write",
-        f"end it in {formats.how_to_name()}, or / (a folder of shards)",
-    )
+    hint = f"end it in {formats.how_to_name()}, or / (a folder of shards)"
+    raise RequestError(f"{text} does not say which format to write", "; ".join([hint, *formats.plug_ins().problems]))
 
 
 def holds_values(kind: str) -> bool:

@@ -14,8 +14,7 @@ from modelcli.checkpoints.format import Candidate
 from modelcli.checkpoints.storage import Storage
 from modelcli.checkpoints.torch_pickle import pickles, trees
 from modelcli.checkpoints.zip_archives import directory as zip_directory
-from modelcli.checkpoints.zip_archives.directory import Entry
-from modelcli.checkpoints.zip_archives.inflating import storage_of
+from modelcli.checkpoints.zip_archives.directory import Entry, storage_of
 from modelcli.errors import FileFormatError, SystemFailureError
 from modelcli.wording import listed
 

@@ -12,9 +12,11 @@ import struct
 import zlib
 from collections.abc import Iterable, Mapping
 from operator import itemgetter
+from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from modelcli.checkpoints import limits
+from modelcli.checkpoints.storage import Identity, Span, Storage
 from modelcli.errors import FileFormatError
 
 _END = struct.Struct("<4s4H2LH")
@@ -114,6 +116,26 @@ def require_method(entry: Entry, where: str) -> None:
             f"{where}: record {entry.name} is compressed with method {entry.method}, but modelcli reads only deflate",
             "unpack the archive, and pack it again without compression: zip -0 -r",
         )
+
+
+def storage_of(entry: Entry, path: Path, identity: Identity, where: str) -> Storage:
+    """Return the bytes of a record. Nothing is read yet.
+
+    Args:
+        entry: the record, as `read` returns it.
+        path: the file that contains the archive.
+        identity: the identity of the file when the directory was read.
+        where: the name of the archive in error messages.
+
+    Raises:
+        FileFormatError: the record is neither stored nor deflated.
+    """
+    require_method(entry, where)
+    if entry.stored:
+        return Span(path, entry.offset, entry.nbytes, identity)
+    from modelcli.checkpoints.zip_archives.inflating import Inflated  # which hardly any file needs
+
+    return Inflated(Span(path, entry.offset, entry.packed, identity), entry.name, entry.nbytes, entry.crc)
 
 
 def _check_growth(entries: Iterable[Entry], where: str) -> None:

@@ -1,4 +1,4 @@
-"""Find the bytes of an archive's records: a span of the file, which is decompressed if it has to be.
+"""Read the records of a zip archive that are compressed.
 
 The archive states the size of a record, which is checked before memory is allocated: see `directory.read`.
 """
@@ -8,30 +8,10 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
-from modelcli.checkpoints.storage import CHUNK, FileId, Identity, Span, Storage, Windows, gathered
-from modelcli.checkpoints.zip_archives.directory import Entry, require_method
+from modelcli.checkpoints.storage import CHUNK, FileId, Span, Windows, gathered
 from modelcli.errors import FileFormatError
-
-
-def storage_of(entry: Entry, path: Path, identity: Identity, where: str) -> Storage:
-    """Return the bytes of a record. Nothing is read yet.
-
-    Args:
-        entry: the record, as `directory.read` returns it.
-        path: the file that contains the archive.
-        identity: the identity of the file when the directory was read.
-        where: the name of the archive in error messages.
-
-    Raises:
-        FileFormatError: the record is neither stored nor deflated.
-    """
-    require_method(entry, where)
-    if entry.stored:
-        return Span(path, entry.offset, entry.nbytes, identity)
-    return Inflated(Span(path, entry.offset, entry.packed, identity), entry.name, entry.nbytes, entry.crc)
 
 
 @dataclass(frozen=True, slots=True)

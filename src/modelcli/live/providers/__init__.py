@@ -8,7 +8,7 @@ import importlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from modelcli import providers
+from modelcli import plug_ins, providers
 from modelcli.errors import ModelcliError, SystemFailureError
 from modelcli.language.references import CheckpointFile, NamedModel, Reference
 from modelcli.providers.base import Provider
@@ -26,11 +26,18 @@ def half_of(provider: Provider) -> LiveProvider:
     module, _, name = provider.live.partition(":")
     with blamed(provider):
         kind = getattr(importlib.import_module(module), name, None)
-        if kind is None:
-            what = f"the provider {provider.name} names {provider.live} as its torch half, which does not exist"
-            raise SystemFailureError(what, f"fix or uninstall the package that registers {provider.prefix}:")
+        if not isinstance(kind, type):
+            what = f"names {provider.live} as its torch half, which is no class"
+            plug_in = _plug_in(provider)
+            raise SystemFailureError(f"{provider.name} {what}") if plug_in is None else plug_in.unusable(what)
         found: LiveProvider = kind(provider)
         return found
+
+
+def _plug_in(provider: Provider) -> plug_ins.PlugIn | None:
+    """What another package registered the provider as; None for one of modelcli's own."""
+    prefix = provider.prefix
+    return plug_ins.find(plug_ins.PROVIDERS, prefix) if prefix in providers.plug_ins() and prefix else None
 
 
 @contextlib.contextmanager
@@ -41,11 +48,9 @@ def blamed(provider: Provider) -> Iterator[None]:
     except (ModelcliError, MemoryError):
         raise
     except Exception as error:
-        if provider.prefix not in providers.plug_ins():
+        if (plug_in := _plug_in(provider)) is None:
             raise
-        told = f"the provider of {provider.prefix}: failed: {type(error).__name__}: {error}"
-        hint = f"fix or uninstall the package that registers {provider.prefix}:"
-        raise SystemFailureError(told, hint) from error
+        raise plug_in.unusable(f"failed: {type(error).__name__}: {error}") from error
 
 
 def provider_of(reference: Reference) -> LiveProvider:

@@ -109,7 +109,7 @@ class LiveProvider:
 
     def require_installed(self) -> None:
         """Raise RequestError where a library of the provider is not installed, with the command that installs it."""
-        missing = [package for package in self.provider.packages if installed.folder(package) is None]
+        missing = [package for package in self.provider.packages if installed.version(package) is None]
         if missing:
             extra = self.provider.extra
             wanted = "pip install " + (quoted(f"modelcli[{extra}]") if extra is not None else " ".join(missing))

@@ -12,6 +12,7 @@ import typer
 from torch import nn
 
 from modelcli import edits
+from modelcli.checkpoints import formats
 from modelcli.cli import synonyms
 from modelcli.cli.app import app
 from tests.conftest import Cli
@@ -184,7 +185,7 @@ MISTAKES = {
         "freeze 0 -m best.pth -o out",
         2,
         "error: out does not say which format to write\n"
-        "hint: end it in .pth, .pt, .ckpt or .bin (as torch.save writes), .safetensors, or / (a folder of shards)",
+        f"hint: end it in {formats.how_to_name()}, or / (a folder of shards)",
     ),
     "another number of classes": (
         "load best.pth --arch Sequential(Linear(2,4))",

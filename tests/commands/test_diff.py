@@ -87,6 +87,7 @@ EDITS = {
     "remove 4": "remove 4 --renumber",
     "extract 0": "extract 0",
     "freeze 0": "rename 3.weight 3.kernel",
+    "unfreeze 0": "rename 0.bias 0.shift",
     "init 3 xavier_uniform": "init 3 xavier_uniform",
     "cast 3 bfloat16": "cast 3 bfloat16",
     "cast . float16": "cast . float16",

@@ -85,3 +85,19 @@ def test_what_an_edit_declares(name: str) -> None:
     assert not (kind.changes_values_only and kind.can_break_fit)
     assert not (kind.changes_flags_only and kind.can_break_fit)
     assert kind.places_module or not kind.replaces_module
+
+
+def test_every_edit_stands_where_tests_go_through_all_of_them() -> None:
+    """A new edit needs a line in each: what `diff` finds of it, and the lines that the fuzzer starts from."""
+    from tests.commands import test_diff
+    from tests.fuzz import languages
+
+    words = {
+        "test_diff.EDITS": [line for pair in test_diff.EDITS.items() for line in pair],
+        "languages.GRAMMAR['edit']": languages.GRAMMAR["edit"],
+        "languages.GRAMMAR['operation']": [*languages.GRAMMAR["operation"], *languages.GRAMMAR["edit"]],
+        "languages._EDITS": [line.decode() for line in languages._EDITS],
+    }
+    for where, lines in words.items():
+        named = {line.partition(" ")[0] for line in lines}
+        assert [name for name in edits.own_names() if name not in named] == [], where

@@ -8,12 +8,12 @@ from modelcli.providers.base import Provider
 class Tiny(Provider):
     """`tiny:mlp`, `tiny:conv(classes=3)`."""
 
-    name = "tiny"
-    live = "modelcli_plugin.tiny_live:LiveTiny"
-    prefix = "tiny"
-    has_names = True
-    packages = ("modelcli-plugin",)
-    script_names = frozenset({"tiny_models"})
+    name = "tiny"  # what messages call it
+    prefix = "tiny"  # tiny:mlp
+    live = "modelcli_plugin.tiny_live:LiveTiny"  # the torch half, imported when a model is built
+    has_names = True  # `list` shows its models, `identify` compares with them
+    packages = ("modelcli-plugin",)  # their versions are part of the key of all that is cached
+    script_names = frozenset({"tiny_models"})  # what its lines in a script import: no file of a user is called so there
 
     def names(self) -> list[str]:
         """Two."""

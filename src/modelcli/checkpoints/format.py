@@ -165,7 +165,7 @@ class Format:
             key: the state dict in a training checkpoint; always None where `has_keys` is not set.
 
         Raises FileFormatError where the file is damaged, UnsafeError where only running code could read it. Any other
-        exception is told as a bug in modelcli.
+        exception is reported as a fault of the package that the format belongs to.
         """
         raise NotImplementedError
 

@@ -260,13 +260,13 @@ def zips() -> Iterator[Hostile]:
     yield Hostile(
         "a bomb", archive(GOOD + bytes(50_000_000), compression=zipfile.ZIP_DEFLATED), 4, "MODELCLI_MAX_EXPANSION"
     )
-    yield Hostile("bytes behind", good + b"x", 4, "follow the end")
+    yield Hostile("bytes behind", good + b"x", 4, "further bytes after its end")
     yield Hostile("a comment", taken.joined(behind=b"hello", comment=5), 0)
     yield Hostile("a comment that is an end", taken.joined(behind=taken.end, comment=22), 4)
     yield Hostile("a comment cut off", taken.joined(behind=b"he", comment=5), 4)
     yield Hostile("no records", Parts(b"", [], b"").joined(), 4)
     yield Hostile("an end and nothing else", b"PK\x03\x04" + taken.end, 4)
-    yield Hostile("no end", good[:-22], 4, "no directory")
+    yield Hostile("no end", good[:-22], 4, "without a directory")
     yield Hostile("half a directory", good[:-100], 4)
     yield Hostile("bytes before", b"PK\x03\x04" + bytes(96) + good, 4)
     for lie in (
@@ -291,14 +291,16 @@ def zips() -> Iterator[Hostile]:
     yield Hostile("an entry encrypted", with_entry(2, 8, "<H", 1), 4)
     yield Hostile("an entry of another method", with_entry(2, 10, "<H", 8), 4, "contradicts the directory")
     yield Hostile("an entry of another CRC-32", with_entry(2, 16, "<L", 1), 4, "contradicts the directory")
-    yield Hostile("a directory of another name", with_entry(2, 46, "<B", ord("b")), 4, "another name")
+    yield Hostile(
+        "a directory of another name", with_entry(2, 46, "<B", ord("b")), 4, "a name other than the directory's"
+    )
     yield Hostile("a name without end", with_entry(3, 28, "<H", 60_000), 4)
     yield Hostile("an extra field without end", with_entry(3, 30, "<H", 60_000), 4)
     yield Hostile("an entry that is none", with_entry(1, 0, "<L", 0), 4)
     yield Hostile("a header encrypted", with_header(6, "<H", 1), 4)
     yield Hostile("a header of another method", with_header(8, "<H", 8), 4, "contradicts the directory")
     yield Hostile("a header of another size", with_header(18, "<2L", 4, 4), 4, "contradicts the directory")
-    yield Hostile("a header of another name", with_header(30, "<B", ord("b")), 4, "another name")
+    yield Hostile("a header of another name", with_header(30, "<B", ord("b")), 4, "a name other than the directory's")
     yield Hostile("a header without end", with_header(28, "<H", 60_000), 4)
     yield Hostile("a header that is none", with_header(0, "<L", 0), 4, "no header")
     yield Hostile("both encrypted", _both_encrypted(), 4, "encrypted")
@@ -337,9 +339,9 @@ def pickled() -> Iterator[Hostile]:
         beside = state_dict(("a.weight", tensor()), ("x", payload))
         yield one(f"{title}, beside a tensor", beside, 0, "none was loaded")
     appending = name("os.environ") + b"(" + text("A") + text("B") + b"e"
-    yield one("appending to a name", state_dict(("a", appending)), 4, "appended to os.environ")
+    yield one("appending to a name", state_dict(("a", appending)), 4, "appends values to os.environ")
     items = name("os.environ") + text("A") + text("B") + b"s"
-    yield one("items of a name", state_dict(("a", items)), 4, "set on os.environ")
+    yield one("items of a name", state_dict(("a", items)), 4, "sets items of os.environ")
     yield one("a class instance of protocol 0", b"(" + text(COMMAND) + b"ios\nsystem\n.")
     yield one("an object of protocol 1", b"(cos\nsystem\n" + text(COMMAND) + b"o.")
     yield one("an extension", b"\x80\x02\x82\x01.")
@@ -390,7 +392,7 @@ def pickled() -> Iterator[Hostile]:
     yield one("a quantized shape beyond its record", state_dict(("a", quantized((9,)))), 4, "needs 9 bytes")
     yield one("a quantized tensor without a scale", state_dict(("a", quantized((8,), b"N"))), 4, "has no scale")
     yield one("a sparse shape of 2^124 elements", state_dict(("a", sparse((2**62, 2**62)))), 4, "more elements")
-    yield one("a sparse shape of negative size", state_dict(("a", sparse((-1, 2)))), 4, "none")
+    yield one("a sparse shape of negative size", state_dict(("a", sparse((-1, 2)))), 4, "a size or stride is -1")
     yield one("a storage of no known class", state_dict(("a", tensor(storage="torch.NoStorage"))), 4, "NoStorage")
     yield one("a storage of a foreign class", state_dict(("a", tensor(storage="os.system"))), 4, "os.system")
     yield one("a storage of two classes", _two_classes())
@@ -459,8 +461,10 @@ def legacies() -> Iterator[Hostile]:
         yield one(f"{title}, alone", alone, 3, "run code")
         yield one(f"{title}, first of all", _MAGIC + b"\x80\x02" + PAYLOADS[title] + b".")
         yield one(f"{title}, for the list", legacy(order=b"\x80\x02" + PAYLOADS[title] + b"."))
-    yield one("no storages", legacy(storages=b""), 4, "cut off")
-    yield one("a storage longer than the file", legacy(storages=struct.pack("<Q", 2**63) + bytes(8)), 4, "cut off")
+    yield one("no storages", legacy(storages=b""), 4, "ends before storage '0'")
+    yield one(
+        "a storage longer than the file", legacy(storages=struct.pack("<Q", 2**63) + bytes(8)), 4, "would end at byte"
+    )
     yield one("a storage too short", legacy(storages=struct.pack("<Q", 1) + bytes(4)), 4, "should have 8 bytes")
     yield one("a list of other storages", legacy(order=b"\x80\x02](" + text("9") + b"e."))
     yield one("a list that is none", legacy(order=b"\x80\x02N."))
@@ -492,7 +496,7 @@ def safetensors_files() -> Iterator[Hostile]:
     yield one("bytes missing", safetensors({"a": f32(0, 4, 1)}, bytes(3)))
     yield one("a name twice", safetensors(b'{"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},"a":1}'), 4, "twice")
     yield one("a header of 2^63 bytes", safetensors(b"{}", length=2**63), 4, "MODELCLI_MAX_HEADER_BYTES")
-    yield one("a header longer than the file", safetensors(b"{}", length=1000), 4, "cut off")
+    yield one("a header longer than the file", safetensors(b"{}", length=1000), 4, "should have 1,000 bytes")
     yield one("nesting", safetensors(b'{"a":' * 200_000))
     yield one("a number of a million digits", safetensors(b'{"a":' + b"9" * 1_000_000 + b"}"))
     yield one("a shape of 2^80", safetensors({"a": f32(0, 0, 0, 2**40, 2**40)}))

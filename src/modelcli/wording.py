@@ -15,6 +15,14 @@ def listed(names: Sequence[str], most: int) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def brief_repr(value: object) -> str:
+    """Return the start of the `repr` of a number or text, and only the type of any other value.
+
+    A small file can describe a value whose `repr` would take very long.
+    """
+    return f"{value!r:.40}" if isinstance(value, bool | int | float | str | None) else f"a {type(value).__name__}"
+
+
 def is_or_are(number: int) -> str:
     """The verb for so many things."""
     return "is" if number == 1 else "are"

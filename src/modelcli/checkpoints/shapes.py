@@ -6,6 +6,7 @@ from math import prod
 
 from modelcli.checkpoints import limits
 from modelcli.model.tensors import Shape
+from modelcli.wording import brief_repr
 
 _END = 2**63
 _SEQUENCES = (tuple, list)
@@ -26,7 +27,7 @@ def sizes(value: object, what: str) -> Shape:
         limits.DIMENSIONS.check(len(value), what)
     for size in value:
         if type(size) is not int or not 0 <= size < _END:
-            raise ValueError(f"a size or stride is {size!r:.40}, which is not a whole number from 0 to 2^63 - 1")
+            raise ValueError(f"a size or stride is {brief_repr(size)}, which is not a whole number from 0 to 2^63 - 1")
     return tuple(value)
 
 

@@ -25,7 +25,7 @@ from modelcli.errors import FileFormatError, SystemFailureError, UnsafeError
 from modelcli.files.open_folder import read_regular
 from modelcli.model.dtypes import ITEM_BYTES
 from modelcli.model.tensors import Shape
-from modelcli.wording import counted, listed
+from modelcli.wording import brief_repr, counted, listed
 
 #: The bytes that the description of a part of a tensor takes in a `.metadata`, and the cost of one of its corners.
 _PART, _CORNER = 64, 8
@@ -131,7 +131,7 @@ class _Folder:
         tensors, values = {}, {}
         for name in entries:
             if not isinstance(name, str):
-                raise self._damaged(f"the name of an entry is {name!r:.40}, not a text")
+                raise self._damaged(f"the name of an entry is {brief_repr(name)}, not a text")
         # `planner_data` is in the order of saving; the entries are in the order of the ranks that wrote them.
         for name in key_paths:
             entry = entries[name]
@@ -230,7 +230,7 @@ class _Folder:
             index = self._fields(key, _INDEX, "storage_data")
             name, offset = index.get("fqn"), index.get("offset")
             if not isinstance(name, str):
-                raise self._damaged(f"storage_data has the name {name!r:.40}, which is not a text")
+                raise self._damaged(f"storage_data has the name {brief_repr(name)}, which is not a text")
             at = None if offset is None else self._sizes(name, offset)
             if (name, at) in spans:
                 raise self._damaged(f"storage_data lists the part of {name} at {at} twice")

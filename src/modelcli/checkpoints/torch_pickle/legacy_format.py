@@ -129,7 +129,9 @@ def _spans(
         dtype = dtypes[key]
         offset = file.tell()
         nbytes = int.from_bytes(count, "little") * (ITEM_BYTES[dtype] if dtype else 1)
-        if len(count) < 8 or offset + nbytes > identity[0]:
+        if len(count) < 8:
+            raise FileFormatError.damaged(str(path), f"it ends before storage {key!r}")
+        if offset + nbytes > identity[0]:
             raise FileFormatError.damaged(
                 str(path),
                 f"storage {key!r} would end at byte {offset + nbytes:,}, but the file has {identity[0]:,} bytes",

@@ -18,7 +18,7 @@ from modelcli.checkpoints.torch_pickle import composite_tensors
 from modelcli.checkpoints.torch_pickle.inert_values import Global, Opaque, OrderedDict, StorageRef
 from modelcli.errors import UnsafeError
 from modelcli.model.tensors import Kind
-from modelcli.wording import listed
+from modelcli.wording import brief_repr, listed
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 #: The functions that unpickle a module of torch.fx. Their first argument is the module's `__dict__`.
@@ -130,7 +130,9 @@ def _named_in(
     """Yield the names and values of one table (such as `_parameters`) of a module; modules may share a table."""
     for name, value in state[table].items():
         if not isinstance(name, str):
-            _refuse(path, f"{prefix}{table}[{name!r:.40}]", value, "the name of a tensor or module must be a text")
+            _refuse(
+                path, f"{prefix}{table}[{brief_repr(name)}]", value, "the name of a tensor or module must be a text"
+            )
         budget.spend(limits.ENTRY + len(prefix) + len(name))
         yield name, value
 

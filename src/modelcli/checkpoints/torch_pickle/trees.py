@@ -20,7 +20,7 @@ from modelcli.checkpoints.torch_pickle import (
 )
 from modelcli.checkpoints.torch_pickle.inert_values import Global, Opaque, OrderedDict, StorageRef
 from modelcli.model.tensors import Kind
-from modelcli.wording import listed
+from modelcli.wording import brief_repr, listed
 
 
 def contents_of(
@@ -96,7 +96,7 @@ def contents_of(
         unseen=(*unseen, *opaque, *left_out),
         hidden=(
             *(f"the attribute {name!r} of a tensor" for name in attributes),
-            *(f"the attribute {name!r:.40} of the state dict" for name in dict_attributes),
+            *(f"the attribute {brief_repr(name)} of the state dict" for name in dict_attributes),
             *(() if module is None else module.hidden),
         ),
     )

@@ -26,6 +26,7 @@ from modelcli.checkpoints.torch_pickle.allow_list import (
 from modelcli.checkpoints.torch_pickle.inert_values import Global, Opaque, OrderedDict, StorageRef, described, sizes_in
 from modelcli.errors import FileFormatError
 from modelcli.model.dtypes import ITEM_BYTES, is_differentiable
+from modelcli.wording import brief_repr
 
 #: The device that a storage was saved from, except for the meta device, which has no values.
 _LOCATION = re.compile(r"(?!meta\b)[a-z][a-z0-9_]*(?::[0-9]{1,9})?")
@@ -138,9 +139,7 @@ class ValueBuilder:
             or count < 0
             or len(persistent_id) > 6
         ):
-            raise FileFormatError.damaged(
-                self.where, f"a persistent id does not describe a storage: {persistent_id[:5]!r:.80}"
-            )
+            raise FileFormatError.damaged(self.where, "a persistent id does not describe a storage")
         is_meta = location != "cpu" and self._is_meta(location)
         found = self.storages.get(key)
         dtype = STORAGE_DTYPES.get(storage_class.name)
@@ -171,7 +170,7 @@ class ValueBuilder:
             return True
         if not isinstance(location, str) or not _LOCATION.fullmatch(location):
             raise FileFormatError(
-                f"{self.where}: a storage was saved from {location!r:.40}, which is not a device of torch"
+                f"{self.where}: a storage was saved from {brief_repr(location)}, which is not a device of torch"
             )
         return False
 
@@ -315,7 +314,7 @@ class ValueBuilder:
             for name, value in (part or {}).items():
                 if not isinstance(name, str) or name in TENSOR_PROPERTIES or name.startswith("__"):
                     raise FileFormatError(
-                        f"{self.where} sets the attribute {name!r:.40} of a tensor, which can change its values",
+                        f"{self.where} sets the attribute {brief_repr(name)} of a tensor, which can change its values",
                         "load it with torch, and save a state dict of tensor.detach().clone()",
                     )
                 self.attributes.append((name, value))
@@ -365,7 +364,9 @@ class ValueBuilder:
         flags: Any = None,
     ) -> TensorEntry | Opaque:
         if dtype is None or dtype not in ITEM_BYTES or type(offset) is not int or offset < 0:
-            raise FileFormatError.damaged(self.where, f"a tensor has the dtype {dtype} and the offset {offset!r:.40}")
+            raise FileFormatError.damaged(
+                self.where, f"a tensor has the dtype {dtype} and the offset {brief_repr(offset)}"
+            )
         if type(grad) is not bool:
             raise FileFormatError.damaged(self.where, f"requires_grad of a tensor is a {described(grad)}, not a bool")
         # Check that these are numbers before hashing them: hashing a tuple that a file nests in itself may never end.

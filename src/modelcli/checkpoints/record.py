@@ -38,7 +38,8 @@ class Record:
     `reference` is None where the architecture was never known. `weights` is the library's name of the values the
     model started with. `frozen` are the names of the parameters that are not trained. An edit of many matches is many
     lines in `edits`; `numbers` says of each which edit it came of, and `edit_count` how many there were: the number of
-    an edit decides what it draws.
+    an edit decides what it draws. `configuration` is the SHA-256 digest of the configuration that was written beside it
+    in the folder of a library's model; once that has changed, the record says nothing of the folder.
     """
 
     reference: str | None
@@ -52,6 +53,7 @@ class Record:
     numbers: tuple[int, ...] = ()
     edit_count: int = 0
     inputs: tuple[str, ...] = ()
+    configuration: str | None = None
 
     def parsed_edits(self) -> list[Edit]:
         """The edits, for whoever builds the model. Raises RequestError for a line that cannot be read."""
@@ -130,6 +132,8 @@ def _as_json(record: Record, model: Mapping[str, Any]) -> str:
     }
     if record.inputs:
         document["inputs"] = list(record.inputs)
+    if record.configuration is not None:
+        document["configuration"] = record.configuration
     return json.dumps(document, ensure_ascii=True, separators=(",", ":"))
 
 
@@ -193,6 +197,7 @@ def _record(document: Mapping[str, Any], frozen: tuple[str, ...], blueprint: Blu
         numbers=_numbers(document.get("numbers", [*range(1, len(edits) + 1)]), len(edits)),
         edit_count=_count(document.get("edit_count", len(edits))),
         inputs=_inputs(document.get("inputs")),
+        configuration=_optional_text(document.get("configuration")),
     )
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from modelcli.edits import parse as parse_edit
 from modelcli.edits.applied import Applied
 from modelcli.errors import FileFormatError, ModelcliError, RequestError
 from modelcli.language import input_texts, references
+from modelcli.language.quoting import quoted
 from modelcli.language.references import CheckpointFile, NamedModel, Source
 from modelcli.live import bounds, inputs, loading, memory, providers, trace
 from modelcli.live.build import Architecture, architecture
@@ -31,6 +33,7 @@ from modelcli.live.surgery import apply
 from modelcli.live.trace import Traced
 from modelcli.live.training_state import Held
 from modelcli.model.blueprint import Blueprint
+from modelcli.providers import configuration
 from modelcli.writing import Plan
 
 #: How many bytes a record may need beyond the tensors of its file, and in proportion to them.
@@ -45,7 +48,8 @@ class Live:
     `architecture` is None for a checkpoint of unknown architecture. `edits` are all edits since the architecture's
     reference, as lines with selectors and `_` resolved, each with its number. `drawn` says whether values will be drawn
     at random. `report` says how a checkpoint's keys fit; `record` is the file's record, if it was followed.
-    `opened_with` are the parameters at opening, `opened_tensors` all tensors under every name.
+    `opened_with` are the parameters at opening, `opened_tensors` all tensors under every name. `own_folder` is the
+    folder of a library's model that the weights are in, if it was opened from one.
     """
 
     module: nn.Module
@@ -61,6 +65,7 @@ class Live:
     edit_count: int = 0
     opened_with: dict[str, nn.Parameter] = field(default_factory=dict)
     opened_tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    own_folder: Path | None = None
     _blueprint: Blueprint | None = None
 
     @property
@@ -180,7 +185,7 @@ def open_live(source: Source, *, report_only: bool = False) -> Live:
 
     Raises RequestError, AnswerNoError (a checkpoint that does not fit), UnsafeError, FileFormatError.
     """
-    return _Opening(source).live(report_only=report_only)
+    return _opened(source, lambda opening: opening.live(report_only=report_only))
 
 
 def load_weights(live: Live) -> None:
@@ -191,15 +196,36 @@ def load_weights(live: Live) -> None:
 
 def open_real(source: Source, edits: Sequence[Edit] = ()) -> tuple[nn.Module, Live]:
     """Open a model with values and apply the edits; the result equals that of the constructor and `load_state_dict`."""
-    opening = _Opening(source)
-    return opening.real(edits)
+    return _opened(source, lambda opening: opening.real(edits))
+
+
+class _RecordDoesNotFitError(Exception):
+    """The record in the folder of a library's model does not build that model: its configuration counts alone."""
+
+
+_T = TypeVar("_T")
+
+
+def _opened(source: Source, use: Callable[[_Opening], _T]) -> _T:
+    """Open a source, with the record in the folder of a library's model where that fits, else without it."""
+    try:
+        return use(_Opening(source))
+    except _RecordDoesNotFitError as error:
+        opening = _Opening(source, ignores_record=True)
+        opening.notes.append(f"the record in {source.model} was ignored: {error}")
+        return use(opening)
 
 
 class _Opening:
     """The decisions that both ways of opening share: the architecture, the file, and the recorded edits."""
 
-    def __init__(self, source: Source, followed: tuple[Path, ...] = ()) -> None:
+    def __init__(self, source: Source, followed: tuple[Path, ...] = (), *, ignores_record: bool = False) -> None:
         self.source = source
+        #: Whether the record in the folder of a library's model was tried and does not fit.
+        self.ignores_record = ignores_record
+        self.is_record_of_folder = False
+        #: The folder of a library's model that the weights are in.
+        self.own_folder: Path | None = None
         #: The recipes that were followed so far, each the architecture of the one before.
         self.followed = followed
         reference = resolve.reference_of(source)
@@ -238,7 +264,9 @@ class _Opening:
                 raise RequestError(f"--key {source.key} is for checkpoints, and {reference} is not one")
             if own is not None:
                 self.contents = read_to_edit(own, source, self.notes)
-            self._take_architecture(reference, weights)
+            if own is None or not self._follow_record_of_folder(own):
+                self._take_architecture(reference, weights)
+            self.own_folder = own
         self.notes += self._notes_of_architecture()
         if self.contents is not None:
             self.notes += self.contents.notes
@@ -308,6 +336,26 @@ class _Opening:
             edit_count=live.edit_count,
         )
 
+    def _follow_record_of_folder(self, folder: Path) -> bool:
+        """Follow the record in the folder of a library's model, and return whether there is one to follow.
+
+        It says more than the configuration: which parameters are frozen, and what a configuration has no words for. It
+        is believed while the configuration is the one that it was written with, and if the model that it builds has
+        exactly the folder's tensors: see `_RecordDoesNotFitError`.
+        """
+        record = self._contents().record
+        if record is None or record.reference is None or self.ignores_record:
+            return False
+        if record.configuration != configuration.digest_in(folder):
+            self.notes.append(f"the record in {folder.name} was ignored: {configuration.NAME} has changed since")
+            return False
+        if why := record.unreadable_edit():
+            self.notes.append(f"the record in {folder.name} was ignored: {why}")
+            return False
+        self.record, self.recorded_in, self.is_record_of_folder = record, folder, True
+        self._build_recorded(record, folder)
+        return True
+
     def _follow_record(self, path: Path) -> None:
         assert self.contents is not None
         self.recorded_in = path
@@ -318,8 +366,12 @@ class _Opening:
             self.notes.append(f"the record in {path.name} was ignored: {why}")
             return
         self.record = record
-        if record.reference is None:
-            return
+        if record.reference is not None:
+            self._build_recorded(record, path)
+
+    def _build_recorded(self, record: Record, path: Path) -> None:
+        """Take the architecture that a record names."""
+        assert record.reference is not None
         self.bounds = bounds.of_record(f"the architecture that {path.name} names", len(record.blueprint.modules))
         for half in providers.in_use():
             half.prepare()  # importing a library takes longer than the bounds allow
@@ -338,6 +390,8 @@ class _Opening:
             with bounds.held(self.bounds):
                 yield
         except RequestError as error:
+            if self.is_record_of_folder:
+                raise _RecordDoesNotFitError(error.message) from None
             what = f"the record in {self.recorded_in.name} cannot be followed: {error.message}"
             raise FileFormatError(what, "--arch names the architecture instead") from None
 
@@ -353,6 +407,7 @@ class _Opening:
             seed = self.record.seed if self.record else 0
         module = self._architecture_on_meta(seed)
         live = Live(module, self.source, self.base, self.contents, record=self.record, notes=self.notes, seed=seed)
+        live.own_folder = self.own_folder
         if self.record is not None and self.base is not None:
             # The notes of the edits were shown when they were made.
             self.base_bytes = memory.bytes_of(module)
@@ -365,6 +420,8 @@ class _Opening:
         if self.contents is not None and self.base is not None:
             fitted = self.base.provider.fit_state_dict(self.base, module, loading.on_meta(self.contents))
             live.report = loading.load(module, fitted.state, fitted.optional)
+            if self.is_record_of_folder and not live.report.is_strict:
+                raise _RecordDoesNotFitError("it builds a model with other tensors")
             self.notes += fitted.notes
             self._check(live.report, report_only)
         if self.record is not None:
@@ -434,8 +491,14 @@ class _Opening:
             strict=self.source.strict and not self.base.is_partial,
             follows_record=self.record is not None and self.source.arch is None,
         )
-        if error is not None and not report_only:
-            raise error
+        if error is None or report_only:
+            return
+        if self.own_folder is not None:
+            error.hint = (
+                f"{configuration.NAME} does not describe the tensors: modelcli check {quoted(self.source.model)} "
+                "--arch-check lists what differs, and --bare-keys works on the tensors alone"
+            )
+        raise error
 
     def _inputs(self, module: nn.Module) -> Inputs | None:
         """Return the model's inputs: those of the command, else of the file, else of the provider."""

@@ -25,6 +25,7 @@ from modelcli.live.providers.base import ModelFolder
 from modelcli.live.sources import AnySource, Value, flag_of, is_composite, is_lazy, row_major, source_of
 from modelcli.live.trace import Traced
 from modelcli.model.blueprint import Blueprint
+from modelcli.providers import configuration
 from modelcli.writing import Plan, PlannedTensor
 from modelcli.writing.state_dict import plan_of
 
@@ -52,6 +53,7 @@ def plan(
     """
     library_folder = _library_folder(live, kind)
     state = live.module.state_dict() if library_folder is None else dict(library_folder.tensors)
+    digest = None if library_folder is None else _digest_of_configuration(library_folder)
     tensors: dict[str, PlannedTensor] = {}
     extras: dict[str, Any] = {}
     sources: dict[object, AnySource] = {}
@@ -73,7 +75,9 @@ def plan(
         lambda name: row_major(state[name]),
         contents=live.contents,
         metadata=_plain(getattr(state, "_metadata", {})),
-        record=lambda: records.to_text(record or record_of(live, Path(os.path.realpath(out)).parent, made)),
+        record=lambda: records.to_text(
+            replace(record or record_of(live, Path(os.path.realpath(out)).parent, made), configuration=digest)
+        ),
         bare=bare,
         compact=compact,
         companions=None if library_folder is None else library_folder.companions,
@@ -85,7 +89,13 @@ def _library_folder(live: Live, kind: str) -> ModelFolder | None:
     """The folder of the model's library, where a folder is written and the library has such a form."""
     if live.architecture is None or not formats.named(kind).is_folder:
         return None
-    return live.architecture.provider.model_folder(live.architecture, live.module)
+    return live.architecture.provider.model_folder(live.architecture, live.module, live.own_folder)
+
+
+def _digest_of_configuration(folder: ModelFolder) -> str | None:
+    """The digest of the configuration in a library's folder, by which the record knows that it has not changed."""
+    source = folder.companions.get(configuration.NAME)
+    return None if source is None else configuration.digest_of(b"".join(source.chunks()))
 
 
 def _planned(name: str, tensor: torch.Tensor, kind: str, sources: dict[object, AnySource]) -> PlannedTensor:

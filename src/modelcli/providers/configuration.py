@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,20 @@ def identity_of(folder: Path) -> str | None:
     except (OSError, SystemFailureError):
         return None
     return digest.hexdigest()
+
+
+def digest_of(text: bytes) -> str:
+    """What tells one configuration from another: the SHA-256 digest of its bytes."""
+    return hashlib.sha256(text).hexdigest()
+
+
+def digest_in(folder: Path) -> str | None:
+    """The digest of the configuration in a folder; None where there is none that can be read."""
+    path = folder / NAME
+    try:
+        return digest_of(read_regular(path)) if path.stat().st_size <= MAX_BYTES else None
+    except OSError:
+        return None
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -217,12 +217,13 @@ class LiveProvider:
         """
         return FittedStateDict(state)
 
-    def model_folder(self, architecture: Architecture, module: nn.Module) -> ModelFolder | None:
+    def model_folder(self, architecture: Architecture, module: nn.Module, folder: Path | None) -> ModelFolder | None:
         """The folder that the library's own loader takes for this model; None where it has no such form.
 
         Args:
             architecture: the model as it was opened.
             module: it with its edits, on the meta device.
+            folder: the folder of the library's model that it was opened from, whose other files are copied, if any.
 
         Raises RequestError for an edit after which no such folder can be written.
         """

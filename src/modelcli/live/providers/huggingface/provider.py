@@ -98,11 +98,11 @@ class LiveHuggingFace(LiveProvider):
         optional = frozenset(key for key in own if key not in tensors and may_be_missing(key))
         return FittedStateDict(StateDict(tensors, state.metadata, state.extras), tuple(notes), optional)
 
-    def model_folder(self, architecture: Architecture, module: nn.Module) -> ModelFolder | None:
+    def model_folder(self, architecture: Architecture, module: nn.Module, folder: Path | None) -> ModelFolder | None:
         """The folder that `from_pretrained` takes, where the model still is one of transformers."""
         from modelcli.live.providers.huggingface import saving
 
-        return saving.model_folder(module, self._described_by(architecture), self._own_folder(architecture))
+        return saving.model_folder(module, self._described_by(architecture), folder)
 
     def recorded_reference(self, architecture: Architecture) -> str:
         """The class with the values of its configuration, so that no folder has to be there."""
@@ -131,7 +131,3 @@ class LiveHuggingFace(LiveProvider):
         call = architecture.reference.call
         values = {key: modules.value_of(value, trusted=False) for key, value in call.kwargs.items()}
         return self._described(call.name, values, architecture.folder, trust=False)
-
-    def _own_folder(self, architecture: Architecture) -> Path | None:
-        assert isinstance(architecture.reference, NamedModel)
-        return self.provider.own_folder(architecture.reference.call.name, architecture.folder)

@@ -13,10 +13,12 @@ from modelcli.checkpoints.layout import Bytes
 from modelcli.checkpoints.plan import Source
 from modelcli.checkpoints.storage import Span, identity_of
 from modelcli.live.providers.base import ModelFolder
-from modelcli.live.providers.huggingface import conversion
+from modelcli.live.providers.huggingface import conversion, edited_configuration
 from modelcli.providers import configuration
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from modelcli.live.providers.huggingface.configurations import Described
 
 
@@ -36,12 +38,22 @@ def model_folder(module: nn.Module, described: Described, folder: Path | None) -
 
     if not isinstance(module, PreTrainedModel):
         return None
-    tensors = conversion.to_checkpoint_keys(module, module.state_dict())
+    left_out = edited_configuration.names_to_leave_out(module)
+    state = {name: tensor for name, tensor in module.state_dict().items() if name not in left_out}
+    tensors = conversion.to_checkpoint_keys(module, state)
+    edited = edited_configuration.of(module, described.configuration())
     companions: dict[str, Source] = (
         {} if folder is None else {path.name: _copy_of(path) for path in _other_files(folder)}
     )
-    companions[configuration.NAME] = Bytes(described.configuration().to_json_string().encode())
-    return ModelFolder(tensors, companions)
+    companions[configuration.NAME] = Bytes(_as_json(edited.config, type(module).__name__))
+    changes = [f"{configuration.NAME}: {', '.join(edited.changes)}"] if edited.changes else []
+    return ModelFolder(tensors, companions, (*changes, *edited.notes))
+
+
+def _as_json(config: PreTrainedConfig, class_name: str) -> bytes:
+    """A configuration as `save_pretrained` writes it."""
+    config.architectures = [class_name]
+    return config.to_json_string(use_diff=True).encode()  # type: ignore[no-any-return]
 
 
 def _other_files(folder: Path) -> Iterator[Path]:

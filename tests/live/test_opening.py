@@ -317,7 +317,11 @@ def test_strict_and_not(cli: Cli, folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "code", "message"),
-    [(b"", 4, "is empty"), (b"hello, world", 4, "is not a checkpoint"), (b"PK\x03\x04 nonsense", 4, "it is a zip file without a directory")],
+    [
+        (b"", 4, "is empty"),
+        (b"hello, world", 4, "is not a checkpoint"),
+        (b"PK\x03\x04 nonsense", 4, "it is a zip file without a directory"),
+    ],
 )
 def test_files_that_are_no_checkpoints(cli: Cli, folder: Path, content: bytes, code: int, message: str) -> None:
     (folder / "bad.pth").write_bytes(content)

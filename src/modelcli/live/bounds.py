@@ -75,6 +75,21 @@ def of_record(what: str, listed: int) -> Bounds:
     return Bounds(what, modules, seconds, _BYTES_OF_RECORD, of_file=True)
 
 
+def of_configuration(what: str, listed: int | None = None, nbytes: int = 0) -> Bounds:
+    """The bounds of what the configuration in a folder asks for.
+
+    Args:
+        what: what a refusal calls it.
+        listed: the number of tensors of its weights; None where there are none, and it may ask for any usual model.
+        nbytes: the bytes of its weights.
+    """
+    most = limits.MODULES.value
+    if listed is not None and most <= limits.MODULES.default:
+        most = min(_BEYOND_LISTED + 4 * listed, most)
+    seconds = max(_SECONDS_OF_RECORD, most / 1_000) * _patience()
+    return Bounds(what, most, seconds, _BYTES_OF_RECORD + 2 * nbytes, of_file=True)
+
+
 def _patience() -> float:
     """More time for who allows more modules."""
     return max(1.0, limits.MODULES.value / limits.MODULES.default)

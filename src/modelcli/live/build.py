@@ -6,16 +6,17 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from modelcli.errors import RequestError
+from modelcli.errors import FileFormatError, RequestError
 from modelcli.language import references
 from modelcli.language.references import CheckpointFile
 from modelcli.live import downloads, memory, providers
 from modelcli.live.bounds import Bounds
 from modelcli.live.meta_models import build_on_meta, meta_copy, seeded
+from modelcli.live.modules import ConstructorError
 from modelcli.live.sources import Lazy, tag_drawn
 from modelcli.live.walking import require_methods
 
@@ -39,6 +40,7 @@ class Architecture:
         bounds: what building may take.
         folder: what relative paths in its arguments are seen from.
         notes: what the user should know of what the reference names.
+        details: what its provider keeps of it for itself.
         is_partial: whether a checkpoint may leave tensors out and have others, as when arguments make another head.
         loads: the calls by which the constructor was seen to load weights itself.
     """
@@ -54,6 +56,7 @@ class Architecture:
     bounds: Bounds | None = None
     folder: Path = Path()
     notes: tuple[str, ...] = ()
+    details: Any = field(default=None, compare=False, repr=False)
     is_partial: bool = False
     loads: list[str] = field(default_factory=list, compare=False)
 
@@ -61,7 +64,13 @@ class Architecture:
         """The architecture on the meta device; its numbers are those that `real(seed)` gives, when asked for."""
         if self.instance is not None:
             return meta_copy(require_methods(self.instance), keep_values=True)
-        module = build_on_meta(self.without_weights, only_if_needed=self.only_if_needed, bounds=self.bounds)
+        try:
+            module = build_on_meta(self.without_weights, only_if_needed=self.only_if_needed, bounds=self.bounds)
+        except ConstructorError as error:
+            if self.bounds is None or not self.bounds.of_file or not self.provider.provider.prefix:
+                raise
+            told = error.message.removeprefix(f"{self.reference}: ")
+            raise FileFormatError(f"{self.bounds.what} cannot be built: {told}", "mend its config.json") from error
         needed = memory.bytes_of(module)  # what a storage holds is never collected where the storage is in it
         tag_drawn(module, Lazy(lambda: self.real(seed, needed=needed)))
         return module
@@ -81,9 +90,11 @@ class Architecture:
 
 
 def architecture(
-    reference: references.Reference, *, weights: str | None, folder: Path, trust: bool = True
+    reference: references.Reference, *, weights: str | None, folder: Path, trust: bool = True, remote_code: bool = False
 ) -> Architecture:
     """Return the architecture of a reference: see `LiveProvider.architecture`."""
     if isinstance(reference, CheckpointFile):
         raise RequestError(f"{reference} is a checkpoint, not an architecture", "--arch takes alexnet or nets.py:Net")
-    return providers.provider_of(reference).architecture(reference, weights=weights, folder=folder, trust=trust)
+    return providers.provider_of(reference).architecture(
+        reference, weights=weights, folder=folder, trust=trust, remote_code=remote_code
+    )

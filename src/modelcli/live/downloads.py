@@ -63,8 +63,8 @@ def forbidden() -> Iterator[None]:
         try:
             yield
         except ModelcliError as error:
-            if not isinstance(error, DownloadError) and _is_not_cached(error):
-                if (asked := _asked_for(error)) is not None:
+            if not isinstance(error, DownloadError) and is_not_cached(error):
+                if (asked := asked_for(error)) is not None:
                     error.message += f" (building it would fetch {asked})"
                 error.hint = f"looking at a model downloads nothing: {_HINT}"
             raise
@@ -110,7 +110,7 @@ def _flags() -> dict[tuple[Any, str], bool]:
     return found
 
 
-def _is_not_cached(error: BaseException | None) -> bool:
+def is_not_cached(error: BaseException | None) -> bool:
     seen = 0
     while error is not None and seen < 20:
         if type(error).__name__ in _NOT_CACHED or "offline mode" in str(error).lower():
@@ -119,7 +119,7 @@ def _is_not_cached(error: BaseException | None) -> bool:
     return False
 
 
-def _asked_for(error: BaseException | None) -> str | None:
+def asked_for(error: BaseException | None) -> str | None:
     """Return the repository on the Hub, and the file in it, that the failed call wanted."""
     found: dict[str, str] = {}
     seen = 0

@@ -264,12 +264,23 @@ class _Opening:
                 raise RequestError(f"--key {source.key} is for checkpoints, and {reference} is not one")
             if own is not None:
                 self.contents = read_to_edit(own, source, self.notes)
-            if own is None or not self._follow_record_of_folder(own):
+            self.own_folder = None if own is None else resolve.own_folder(reference, source)
+            if self.own_folder is None or not self._follow_record_of_folder(self.own_folder):
                 self._take_architecture(reference, weights)
-            self.own_folder = own
+                if own is not None:
+                    self._bound_by(self._contents())
         self.notes += self._notes_of_architecture()
         if self.contents is not None:
             self.notes += self.contents.notes
+
+    def _bound_by(self, contents: Contents) -> None:
+        """Bound what may be built of a model with weights of its own in proportion to these."""
+        assert self.base is not None
+        if self.base.bounds is not None and self.base.bounds.of_file:
+            tensors = contents.infos()
+            nbytes = sum(info.nbytes for info in tensors.values())
+            found = bounds.of_configuration(self.base.bounds.what, len(tensors), nbytes)
+            self.base = replace(self.base, bounds=found)
 
     def _notes_of_architecture(self) -> tuple[str, ...]:
         return () if self.base is None else self.base.notes
@@ -279,7 +290,9 @@ class _Opening:
     ) -> None:
         """Return the architecture of a reference. Paths in it are relative to `folder`, by default the source's."""
         seen_from = self.source.folder if folder is None else folder
-        self.base = architecture(reference, weights=weights, folder=seen_from, trust=trust)
+        self.base = architecture(
+            reference, weights=weights, folder=seen_from, trust=trust, remote_code=self.source.trust
+        )
 
     def _take_named(self, arch: str) -> None:
         """Return the architecture that `--arch` names: a reference, a file with a record, or a recipe."""

@@ -152,7 +152,9 @@ class LiveProvider:
         """Return the arguments that a model takes, by name, so that wrong ones are reported before building it."""
         return {}
 
-    def architecture(self, reference: Reference, *, weights: str | None, folder: Path, trust: bool) -> Architecture:
+    def architecture(
+        self, reference: Reference, *, weights: str | None, folder: Path, trust: bool, remote_code: bool = False
+    ) -> Architecture:
         """Return the architecture of a reference, checked as far as possible without building it.
 
         Args:

@@ -33,7 +33,9 @@ class LivePythonObjects(LiveProvider):
         """Whether it names Python."""
         return isinstance(reference, PythonObject)
 
-    def architecture(self, reference: Reference, *, weights: str | None, folder: Path, trust: bool) -> Architecture:
+    def architecture(
+        self, reference: Reference, *, weights: str | None, folder: Path, trust: bool, remote_code: bool = False
+    ) -> Architecture:
         """The object that is named, found by running its file. Raises UnsafeError without `trust`."""
         assert isinstance(reference, PythonObject)
         if not trust:

@@ -28,7 +28,9 @@ class LiveTorchNN(LiveProvider):
         """Whether it has no prefix and is no Python object."""
         return isinstance(reference, NamedModel)
 
-    def architecture(self, reference: Reference, *, weights: str | None, folder: Path, trust: bool) -> Architecture:
+    def architecture(
+        self, reference: Reference, *, weights: str | None, folder: Path, trust: bool, remote_code: bool = False
+    ) -> Architecture:
         """The call of a class or function. Raises RequestError with the closest names, models among them."""
         assert isinstance(reference, NamedModel)
         call = reference.call

@@ -385,7 +385,9 @@ class LiveTorchvision(LiveProvider):
         """Import torchvision."""
         torchvision()
 
-    def architecture(self, reference: Reference, *, weights: str | None, folder: Path, trust: bool) -> Architecture:
+    def architecture(
+        self, reference: Reference, *, weights: str | None, folder: Path, trust: bool, remote_code: bool = False
+    ) -> Architecture:
         """A builder, with the weights of that name. Raises RequestError for arguments and weights it does not have."""
         assert isinstance(reference, NamedModel)
         call = reference.call

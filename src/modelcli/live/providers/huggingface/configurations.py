@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modelcli.errors import FileFormatError, RequestError, UnsafeError, did_you_mean
+from modelcli.errors import FileFormatError, ModelcliError, RequestError, UnsafeError, did_you_mean
 from modelcli.language.expressions import Call
+from modelcli.live import bounds, downloads
+from modelcli.live.providers.huggingface import remote_code, vetting
 from modelcli.wording import listed
 
 if TYPE_CHECKING:
@@ -24,15 +27,22 @@ class Described:
 
     Attributes:
         document: the configuration as JSON values.
+        vetted: it without what is not read of it: see `vetting`.
         model_class: the class of transformers that is built.
         overrides: the keyword arguments of the reference, which replace values of the configuration.
         notes: what the user should know.
     """
 
     document: Mapping[str, Any]
+    vetted: Mapping[str, Any]
     model_class: type[PreTrainedModel]
     overrides: Mapping[str, Any]
     notes: tuple[str, ...] = ()
+
+    @property
+    def is_of_transformers(self) -> bool:
+        """Whether its class is transformers' own, so that its name is enough to build it anywhere."""
+        return find_class(self.model_class.__name__) is self.model_class
 
     def configuration(self) -> PreTrainedConfig:
         """A configuration of its own for each model: a model changes the one that it is built from."""
@@ -40,7 +50,9 @@ class Described:
 
     def build(self) -> PreTrainedModel:
         """The model on the current device, its values drawn as transformers draws them."""
-        model: PreTrainedModel = self.model_class(self.configuration())
+        with vetting.contained():
+            config = configuration_of(self.vetted, self.model_class.config_class, self.overrides)
+            model: PreTrainedModel = self.model_class._from_config(config)
         return model.eval()
 
     def by_class(self) -> Call:
@@ -51,12 +63,17 @@ class Described:
 
 
 #: Entries of a configuration that say what it is, and not what is in it.
-_NOT_ARGUMENTS = frozenset(
-    {"architectures", "model_type", "transformers_version", "auto_map", "_name_or_path", "dtype"}
-)
+_NOT_ARGUMENTS = frozenset({"architectures", "model_type", "transformers_version", "auto_map", "_name_or_path"})
 
 
-def describe(document: Mapping[str, Any], overrides: Mapping[str, Any], what: str, *, trust: bool) -> Described:
+def describe(
+    document: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+    what: str,
+    *,
+    trust: bool = False,
+    folder: Path | None = None,
+) -> Described:
     """Find the class that a configuration describes.
 
     Args:
@@ -64,47 +81,85 @@ def describe(document: Mapping[str, Any], overrides: Mapping[str, Any], what: st
         overrides: values that replace those of the configuration; `auto_class` names an auto class of transformers
             that chooses the model class instead of the first of `architectures`.
         what: what the configuration is of, for messages.
-        trust: whether code that comes with the model may run.
+        trust: whether code that comes with the model may run, and what it names may be loaded.
+        folder: the folder of the model, in which such code lies.
 
     Raises:
         RequestError: an override that the configuration does not have, or an unknown class.
-        UnsafeError: only code that comes with the model could build it.
+        UnsafeError: only code that comes with the model could build it, or it names something to load.
         FileFormatError: the configuration names no class.
+    """
+    given = dict(overrides)
+    auto_class = given.pop("auto_class", None)
+    clean = vetting.vetted({**document, **given}, what, trust=trust)
+    if trust and folder is not None and document.get(REMOTE_CODE):
+        return _described_by_code(document, clean, given, auto_class, folder)
+    config_class = _config_class(document, what)
+    if (part := _part_with_code(document)) is not None:
+        raise _needs_its_code(what, part)
+    with vetting.contained(bounds.of_configuration(f"the configuration of {what}")):
+        configuration_of(clean, config_class, given, what)  # refuses wrong values before anything is built
+    model_class = _named_class(document, what) if auto_class is None else _class_of(auto_class, config_class, what)
+    notes = []
+    if any(document.get(name) for name in vetting.REMOTE_CODE):
+        notes.append(
+            f"the configuration of {what} also names code that comes with the model: it is not run, "
+            f"transformers' own {model_class.__name__} is built"
+        )
+    quantized = document.get("quantization_config")
+    if isinstance(quantized, Mapping) and quantized.get("quant_method") is not None:
+        notes.append(
+            f"the weights of {what} are quantized ({quantized['quant_method']!s:.40}): "
+            "the layers are shown as they are without that"
+        )
+    return Described(document, clean, model_class, given, tuple(notes))
+
+
+def _described_by_code(
+    document: Mapping[str, Any], clean: Mapping[str, Any], given: Mapping[str, Any], auto_class: object, folder: Path
+) -> Described:
+    """What a configuration describes with the classes that come with it, which are imported: the user trusts them."""
+    config_class, model_class = remote_code.classes_of(document, folder, auto_class)
+    model_class.config_class = config_class
+    note = f"the code that comes with {folder} was imported: it builds the model"
+    return Described(document, clean, model_class, given, (note,))
+
+
+def _config_class(document: Mapping[str, Any], what: str) -> type[PreTrainedConfig]:
+    """The class of a configuration.
+
+    Raises UnsafeError where only code that comes with the model has it, RequestError where nothing has.
     """
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     model_type = document.get("model_type")
-    if model_type not in CONFIG_MAPPING:
-        if document.get(REMOTE_CODE):
-            raise UnsafeError(
-                f"the model type of {what} is {model_type!r}, which only code that comes with the model can build",
-                "modelcli does not run it; --bare-keys works on the tensors alone",
-            )
-        hint = did_you_mean(str(model_type), list(CONFIG_MAPPING)) or "pip install --upgrade transformers may know it"
-        raise RequestError(
-            f"the model type of {what} is {model_type!r}, which transformers {transformers.__version__} does not know",
-            hint,
-        )
-    given = dict(overrides)
-    auto_class = given.pop("auto_class", None)
-    config_class = CONFIG_MAPPING[model_type]
-    configuration_of(document, config_class, given, what)  # refuses wrong values before anything is built
-    if auto_class is None:
-        model_class = _named_class(document.get("architectures"), what)
-    else:
-        model_class = _class_of(auto_class, config_class, what)
-    notes = []
+    if isinstance(model_type, str) and model_type in CONFIG_MAPPING:
+        config_class: type[PreTrainedConfig] = CONFIG_MAPPING[model_type]
+        return config_class
     if document.get(REMOTE_CODE):
-        notes.append(
-            f"the configuration of {what} also names code that comes with the model: it is not run, "
-            f"transformers' own {model_class.__name__} is built"
-        )
-    return Described(document, model_class, given, tuple(notes))
+        raise _needs_its_code(what, f"transformers does not know its model type {model_type!r}")
+    hint = did_you_mean(str(model_type), list(CONFIG_MAPPING)) or "pip install --upgrade transformers may know it"
+    raise RequestError(
+        f"the model type of {what} is {model_type!r}, which transformers {transformers.__version__} does not know",
+        hint,
+    )
 
 
-def _named_class(architectures: object, what: str) -> type[PreTrainedModel]:
-    """The first of the classes that a configuration names. Raises FileFormatError where transformers has none of it."""
+def _needs_its_code(what: str, why: str) -> UnsafeError:
+    return UnsafeError(
+        f"only code that comes with {what} can build it: {why}",
+        "pass --trust to run that code, or --bare-keys to work on the tensors alone",
+    )
+
+
+def _named_class(document: Mapping[str, Any], what: str) -> type[PreTrainedModel]:
+    """The first of the classes that a configuration names.
+
+    Raises FileFormatError where it names none, UnsafeError where only code that comes with it has the class,
+    RequestError for one that is no model class of transformers.
+    """
+    architectures = document.get("architectures")
     if not isinstance(architectures, Sequence) or isinstance(architectures, str) or not architectures:
         raise FileFormatError(
             f"the configuration of {what} names no architectures",
@@ -112,6 +167,8 @@ def _named_class(architectures: object, what: str) -> type[PreTrainedModel]:
         )
     name = architectures[0]
     found = find_class(name)
+    if found is None and document.get(REMOTE_CODE):
+        raise _needs_its_code(what, f"transformers does not have its class {name!r}")
     if found is None:
         raise RequestError(
             f"the configuration of {what} names {name!r}, which is no model class of transformers",
@@ -127,8 +184,10 @@ def find_class(name: object) -> type[PreTrainedModel] | None:
     if not isinstance(name, str) or not name.isidentifier():
         return None
     found = getattr(transformers, name, None)
-    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
-    return found if is_model else None
+    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+        return None
+    model_class: type[PreTrainedModel] = found
+    return model_class if model_class.config_class is not None else None
 
 
 def _class_of(auto_class: object, config_class: type[PreTrainedConfig], what: str) -> type[PreTrainedModel]:
@@ -158,15 +217,56 @@ def configuration_of(
     document: Mapping[str, Any], config_class: type[PreTrainedConfig], overrides: Mapping[str, Any], what: str = ""
 ) -> PreTrainedConfig:
     """The configuration as transformers reads it. Raises RequestError for values that it does not take."""
+    refused: ModelcliError | None = None
     try:
         values = config_class._decode_special_floats(dict(document))
         made, unused = config_class.from_dict(values, return_unused_kwargs=True, **overrides)
+    except ModelcliError:
+        raise
     except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise RequestError(f"transformers cannot read the configuration of {what}: {first}") from error
+        refused = _refusal(error, document, what)
+    if refused is not None:  # outside of the block, so that it is not taken for the error of a download
+        raise refused
     if unused:
         name = next(iter(unused))
         hint = did_you_mean(name, [*made.to_dict(), "num_labels"]) or "the values of its config.json can be overridden"
         raise RequestError(f"the configuration of {what} has no {name!r}", hint)
     configuration: PreTrainedConfig = made
     return configuration
+
+
+def _refusal(error: Exception, document: Mapping[str, Any], what: str) -> ModelcliError:
+    """What is told of a configuration that transformers cannot read."""
+    if downloads.is_not_cached(error):
+        asked = downloads.asked_for(error)
+        return UnsafeError(
+            f"the configuration of {what} names something to load that is not in its folder"
+            + (f": {asked}" if asked is not None else ""),
+            "write the configuration of that part into its config.json",
+        )
+    return FileFormatError(
+        f"transformers cannot read the configuration of {what}: {_unknown_part(document) or _first_line(error)}",
+        "mend its config.json, or pass --bare-keys to work on the tensors alone",
+    )
+
+
+def _part_with_code(document: Mapping[str, Any]) -> str | None:
+    """Which part of a configuration only code that comes with it can build, as a sentence; or None."""
+    with_code = {name: part for name, part in document.items() if isinstance(part, Mapping) and part.get(REMOTE_CODE)}
+    return _unknown_part(with_code)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) if lines else type(error).__name__
+
+
+def _unknown_part(document: Mapping[str, Any]) -> str | None:
+    """Which part of a configuration has a model type that transformers does not know, as a sentence; or None."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    for name, part in document.items():
+        model_type = part.get("model_type") if isinstance(part, Mapping) else None
+        if model_type is not None and (not isinstance(model_type, str) or model_type not in CONFIG_MAPPING):
+            return f"the model type of its {name} is {model_type!r}, which transformers does not know"
+    return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from torch import nn
@@ -23,6 +24,9 @@ TOKENS = 128
 IMAGE_SIDE, SECONDS = 224, 1
 #: The samples of a second of sound, where the configuration does not say it, and the frames of a spectrogram.
 SAMPLES_PER_SECOND, FRAMES = 16_000, 1_024
+
+#: An input with more elements is none that anybody passes: the configuration is wrong.
+_MOST_ELEMENTS = 10**9
 
 #: The inputs that `forward` takes besides the main one, in the order in which they are shown. An argument that may be
 #: left out and is none of them is left out.
@@ -46,7 +50,7 @@ def inputs_of(module: nn.Module) -> Inputs | None:
     made: list[InputText] = []
     for name in names:
         shape = model.shape_of(name)
-        if shape is None:
+        if shape is None or prod(shape) > _MOST_ELEMENTS:
             return None
         made.append(InputText((name,), shape, _DTYPES.get(name)))
     return Inputs((), named=tuple(made), values={name: values for name in names if (values := model.values_of(name))})
@@ -225,7 +229,10 @@ class _Model:
         """How many tokens of the text an image takes: as many as the model makes features of it."""
         if self._placeholder_token() is None or self._merges_by_itself():
             return 0
-        return passes.image_tokens(self.module, self.image(), self.grid())
+        image = self.image()
+        is_image = image is not None and prod(image) <= _MOST_ELEMENTS
+        found = passes.image_tokens(self.module, image, self.grid()) if is_image else 0
+        return found if found <= _MOST_ELEMENTS // 1_000 else 0
 
     def _merges_by_itself(self) -> bool:
         return not hasattr(self.module, "get_image_features") or "pixel_values" not in self._parameters()

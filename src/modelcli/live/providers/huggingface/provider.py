@@ -37,7 +37,9 @@ class LiveHuggingFace(LiveProvider):
         importlib.import_module("transformers")
         importlib.import_module("transformers.modeling_utils")
 
-    def architecture(self, reference: Reference, *, weights: str | None, folder: Path, trust: bool) -> Architecture:
+    def architecture(
+        self, reference: Reference, *, weights: str | None, folder: Path, trust: bool, remote_code: bool = False
+    ) -> Architecture:
         """The model of a folder, of the Hub, or of a class with the values of its configuration.
 
         Raises RequestError for a folder or class that is none, and for arguments that its configuration does not have.
@@ -51,7 +53,8 @@ class LiveHuggingFace(LiveProvider):
                 f"{text}: a Hugging Face model takes keyword arguments only", "write hf:ORG/NAME(num_labels=3)"
             )
         values = {key: modules.value_of(value, trusted=trust) for key, value in call.kwargs.items()}
-        described = self._described(call.name, values, folder, trust=trust)
+        described = self._described(call.name, values, folder, remote_code=remote_code)
+        what = f"the model that the configuration of {call.name} describes"
         build = partial(modules.construct, described.build, [], {}, text)
         return Architecture(
             reference,
@@ -59,17 +62,18 @@ class LiveHuggingFace(LiveProvider):
             build,
             self,
             pretrained=True,
-            bounds=bounds.as_typed(text),
+            bounds=bounds.as_typed(text) if is_class_name(call.name) else bounds.of_configuration(what),
             folder=folder,
             notes=described.notes,
+            details=described,
             is_partial=bool(values),
         )
 
-    def _described(self, name: str, values: Mapping[str, Any], folder: Path, *, trust: bool) -> Described:
+    def _described(self, name: str, values: Mapping[str, Any], folder: Path, *, remote_code: bool) -> Described:
         """What a name and its arguments describe."""
         if is_class_name(name) and (model_class := configurations.find_class(name)) is not None:
             document = {"model_type": model_class.config_class.model_type, "architectures": [name]}
-            return configurations.describe(document, values, name, trust=trust)
+            return configurations.describe(document, values, name)
         path = self.provider.own_folder(name, folder)
         document_of_folder = None if path is None else configuration.configuration_in(path)
         if document_of_folder is None:
@@ -77,7 +81,7 @@ class LiveHuggingFace(LiveProvider):
                 f"there is no folder {name} with a {configuration.NAME}",
                 "name a folder that save_pretrained wrote",
             )
-        return configurations.describe(document_of_folder, values, name, trust=trust)
+        return configurations.describe(document_of_folder, values, name, trust=remote_code, folder=path)
 
     def fit_state_dict(self, architecture: Architecture, module: nn.Module, state: StateDict) -> FittedStateDict:
         """Give the tensors the keys of the model, as `from_pretrained` does."""
@@ -107,6 +111,8 @@ class LiveHuggingFace(LiveProvider):
     def recorded_reference(self, architecture: Architecture) -> str:
         """The class with the values of its configuration, so that no folder has to be there."""
         described = self._described_by(architecture)
+        if not described.is_of_transformers:
+            return str(architecture.reference)
         return f"{self.provider.prefix}:{described.by_class()}"
 
     def inputs(self, architecture: Architecture, module: nn.Module) -> Inputs | None:
@@ -127,7 +133,5 @@ class LiveHuggingFace(LiveProvider):
         return passes.without_checks_of_values()
 
     def _described_by(self, architecture: Architecture) -> Described:
-        assert isinstance(architecture.reference, NamedModel)
-        call = architecture.reference.call
-        values = {key: modules.value_of(value, trusted=False) for key, value in call.kwargs.items()}
-        return self._described(call.name, values, architecture.folder, trust=False)
+        described: Described = architecture.details
+        return described

@@ -2,15 +2,15 @@
 
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import Field
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 
 from modelcli import edits
 from modelcli.cli import completing, output, progress
-from modelcli.cli.mounting import Command
+from modelcli.cli.mounting import Command, ProgramCommand
 from modelcli.cli.options import EditOptions, OutputOptions, SourceOptions, exit_codes, names_of
 from modelcli.cli.outcome import show_outcome, tell_waiting, write_request
 from modelcli.edits import Edit
@@ -41,7 +41,9 @@ def command_of(kind: type[Edit]) -> Command:
 
     def carry_out(*, edit: EditOptions, source: SourceOptions, options: OutputOptions, **given: Any) -> None:
         operands = [word for operand in kind.words for word in _listed(given[operand.name])]
-        flags = [word for name, item in kind.option_fields().items() for word in _words(name, given[item.name])]
+        flags = [
+            word for item in kind.option_fields().values() for word in _words(item.metadata["option"], given[item.name])
+        ]
         _carry_out(kind, operands, flags, edit, source, options)
 
     carry_out.__doc__ = "\n\n".join([kind.summary, *kind.examples]).replace("[", "\\[")
@@ -53,7 +55,26 @@ def command_of(kind: type[Edit]) -> Command:
             *(_of_option(item.name, item.metadata["option"]) for item in _own_first(kind)),
         ]
     )
-    return Command(kind.name, carry_out, kind.panel, exit_codes(*_CODES), context_settings=_NUMBERS_ALLOWED)
+    return Command(
+        kind.name, carry_out, kind.panel, exit_codes(*_CODES), _class_for(kind), context_settings=_NUMBERS_ALLOWED
+    )
+
+
+class _WithBareOptions(ProgramCommand):
+    """A command with options whose value may be left out: it follows an `=` where it is given."""
+
+    #: The words that their names alone stand for.
+    bare: ClassVar[Mapping[str, str]] = {}
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        end = args.index("--") if "--" in args else len(args)
+        options = [f"{word}={self.bare[word]}" if word in self.bare else word for word in args[:end]]
+        return super().parse_args(ctx, [*options, *args[end:]])
+
+
+def _class_for(kind: type[Edit]) -> type[ProgramCommand]:
+    bare = {option.flag: option.kind.bare for option in kind.options() if option.kind.bare is not None}
+    return type("EditCommand", (_WithBareOptions,), {"bare": bare}) if bare else ProgramCommand
 
 
 def _refuse_taken(kind: type[Edit]) -> None:
@@ -118,13 +139,15 @@ def _listed(value: str | Sequence[str]) -> Sequence[str]:
     return [value] if isinstance(value, str) else value
 
 
-def _words(flag: str, value: Any) -> list[str]:
+def _words(option: Option, value: Any) -> list[str]:
     """The words of an edit's line for an option of the command line, given or not."""
     if value is None or value is False:
         return []
     if value is True:
-        return [flag]
-    return [word for each in (value if isinstance(value, list) else [value]) for word in (flag, str(each))]
+        return [option.flag]
+    if option.kind.bare is not None:
+        return [f"{option.flag}={value}"]
+    return [word for each in (value if isinstance(value, list) else [value]) for word in (option.flag, str(each))]
 
 
 def _carry_out(

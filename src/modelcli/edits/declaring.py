@@ -51,6 +51,7 @@ class Kind(NamedTuple):
         text: returns the word for a value.
         type: the type that the command line converts the word to, before `read`.
         minimum: the smallest number that is accepted.
+        bare: the word that the name of the option alone stands for. Another word then follows an `=`: `--keep=sum`.
     """
 
     read: Callable[[str, str], Any] | None
@@ -58,6 +59,7 @@ class Kind(NamedTuple):
     text: Callable[[Any], str] = str
     type: type = str
     minimum: int | None = None
+    bare: str | None = None
 
 
 class Option(NamedTuple):
@@ -83,6 +85,8 @@ class Option(NamedTuple):
         """Return the words that set this option to a value other than its default."""
         if self.kind.read is None:
             return [self.flag]
+        if self.kind.bare is not None:
+            return [self.flag if value == self.kind.bare else f"{self.flag}={self.kind.text(value)}"]
         values = value if self.kind.several else (value,)
         return [word for each in values for word in (self.flag, self.kind.text(each))]
 
@@ -134,6 +138,19 @@ def _number(flag: str, word: str) -> int:
     if not re.fullmatch(r"\d{1,9}", word, re.ASCII):
         raise RequestError(f"{flag} takes a number, not {word!r}")
     return int(word)
+
+
+def choice(*words: str) -> Kind:
+    """An option that takes one of some words behind an `=`; without one, it means the first of them."""
+
+    def read(flag: str, word: str) -> str:
+        if word not in words:
+            raise RequestError(
+                f"{flag} takes {', '.join(words[:-1])} or {words[-1]}, not {word!r}", f"{flag}={words[0]}"
+            )
+        return word
+
+    return Kind(read, bare=words[0])
 
 
 #: An option without a value.

@@ -75,7 +75,9 @@ def from_words(name: str, words: Sequence[str]) -> Edit:
                 raise RequestError(f"{flag} takes no value")
             given[item.name] = True
             continue
-        if not equals:
+        if not equals and how.bare is not None:
+            value = how.bare
+        elif not equals:
             if not rest:
                 raise RequestError(f"{flag} takes a value")
             value = rest.popleft()

@@ -6,7 +6,8 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
-from modelcli.edits.declaring import FLAG, MODULES, SELECTORS, Operand, option
+from modelcli.edits.declaring import FLAG, MODULES, SELECTORS, Operand, choice, option
+from modelcli.edits.kept_weights import MEAN, OVERLAP, SUM
 from modelcli.edits.placing import MODULE, place_and_module
 from modelcli.edits.targets import Selecting
 from modelcli.errors import RequestError
@@ -22,7 +23,8 @@ class Replace(Selecting):
     """Replace every match with a new module.
 
     `also` are further targets, such as the other names of a shared module. `keep_weights` copies the overlapping part
-    of each tensor that means the same in both modules. `untie` replaces a shared module only under the selected names.
+    of each tensor that means the same in both modules; `sum` and `mean` also carry the weights of a convolution over to
+    another number of input channels. `untie` replaces a shared module only under the selected names.
     """
 
     target: str
@@ -35,8 +37,13 @@ class Replace(Selecting):
         metavar="SELECTOR",
         completes=(MODULES,),
     )
-    keep_weights: bool = option(
-        "--keep-weights", FLAG, False, "Keep the old values of tensors that mean the same in both modules."
+    keep_weights: str | None = option(
+        "--keep-weights",
+        choice(OVERLAP, SUM, MEAN),
+        None,
+        "Keep the old values of tensors that mean the same in both modules: where they overlap, or summed or averaged "
+        "over the input channels of a convolution.",
+        metavar=f"[={OVERLAP}|{SUM}|{MEAN}]",
     )
     untie: bool = option("--untie", FLAG, False, "Replace a shared module only under the selected names.")
 
@@ -45,7 +52,9 @@ class Replace(Selecting):
     effect: ClassVar[str] = (
         "replaces every match with a new module. `--keep-weights` keeps the old values of tensors that mean "
         "the same in both modules: the overlapping part, transposed for linear layers that store "
-        "their weight the other way round"
+        "their weight the other way round. `=sum` carries a convolution over to other input channels as timm does: one "
+        "new channel gets the sum over the old ones, several get them repeated and rescaled; `=mean` gives each new "
+        "channel the mean"
     )
     in_pytorch: ClassVar[str] = "`model.classifier[6] = nn.Linear(4096, 10)`"
     examples: ClassVar[tuple[str, ...]] = (
@@ -166,5 +175,6 @@ def resolved_lines(edit: Replace, groups: Sequence[tuple[Sequence[str], Call]], 
     lines = []
     for paths, call in groups:
         first, *more = map(selectors.literal, paths)
-        lines.append(str(replace(settled, target=first, also=tuple(more), module=call, keep_weights=paths[0] in keeps)))
+        kept = edit.keep_weights if paths[0] in keeps else None
+        lines.append(str(replace(settled, target=first, also=tuple(more), module=call, keep_weights=kept)))
     return lines

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -271,6 +271,26 @@ def require_source(tensor: torch.Tensor) -> AnySource:
             f"a tensor of shape {list(tensor.shape)} has no values: modelcli does not know their source"
         )
     return source
+
+
+def computed_tensor(
+    shape: Sequence[int], dtype: torch.dtype, compute: Callable[[], torch.Tensor], reads: Iterable[AnySource]
+) -> torch.Tensor:
+    """Return a tensor on the meta device whose values are computed as a whole, each time that they are needed.
+
+    Args:
+        shape: its shape.
+        dtype: its dtype.
+        compute: returns the contiguous values, of this shape and dtype.
+        reads: the sources that `compute` reads.
+    """
+    made = torch.empty(tuple(shape), dtype=dtype, device="meta")
+
+    def part(start: int, nbytes: int) -> torch.UntypedStorage:
+        return Value(compute().untyped_storage()).part(start, nbytes).real()
+
+    tag(made, Computed(made.nbytes, part, tuple(reads), step=max(made.nbytes, 1)))
+    return made
 
 
 def tag_drawn(module: torch.nn.Module, build: Lazy) -> None:

@@ -85,10 +85,10 @@ def in_words(call: Call) -> Call:
 schemes = calls.map(in_words)
 placing: dict[str, Any] = {"path": selector_texts, "module": calls}
 
+#: What `--keep-weights` takes; None where it is not given.
+KEPT = st.sampled_from((None, "overlap", "sum", "mean"))
 EDITS: dict[type[Edit], st.SearchStrategy[Edit]] = {
-    Replace: st.builds(
-        Replace, target=selector_texts, module=calls, keep_weights=st.booleans(), untie=st.booleans(), **picking
-    ),
+    Replace: st.builds(Replace, target=selector_texts, module=calls, keep_weights=KEPT, untie=st.booleans(), **picking),
     Add: st.builds(Add, **placing),
     Insert: st.builds(Insert, **placing, renumber=st.booleans()),
     Append: st.builds(Append, **placing),
@@ -324,7 +324,7 @@ def edits_of(draw: st.DrawFn, model: nn.Module) -> list[Edit]:
         "expect": st.sampled_from([None, None, None, 1]),
     }
     kinds: list[st.SearchStrategy[Edit]] = [
-        st.builds(Replace, target=target, module=new, keep_weights=st.booleans(), untie=st.booleans(), **less),
+        st.builds(Replace, target=target, module=new, keep_weights=KEPT, untie=st.booleans(), **less),
         st.builds(Add, path=free, module=new),
         st.builds(Insert, path=numbered, module=new),
         st.builds(Append, path=st.sampled_from(sequences or paths).map(literal), module=new),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -226,3 +228,76 @@ def test_names_that_no_one_selector_picks(cli: Cli) -> None:
 def test_what_is_drawn_anew_is_told(cli: Cli) -> None:
     told = cli("replace", "0", "Linear(4,2)", "--keep-weights", "-m", "Sequential(Linear(4,2,bias=False))").err
     assert "0 keeps weight of the old Linear(4, 2, bias=False); bias initialised" in " ".join(told.split())
+
+
+# --- other numbers of input channels ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels", [1, 2, 4, 7])
+def test_summed_channels_are_those_of_timm(cli: Cli, dtype: torch.dtype, channels: int) -> None:
+    from timm.models import adapt_input_conv
+
+    model = plain().to(dtype)
+    torch.save(model.state_dict(), "m.pth")
+    words = ("replace", "0", f"Conv2d({channels},_,_)", "--keep-weights=sum", "--check", "none")
+    cli(
+        *words,
+        "-m",
+        "m.pth",
+        "--arch",
+        "Sequential(Conv2d(3,6,3),BatchNorm2d(6),Flatten(),Linear(294,5))",
+        "-o",
+        "o.pth",
+    )
+    found = torch.load("o.pth", weights_only=True)
+    assert torch.equal(found["0.weight"], adapt_input_conv(channels, model[0].weight.detach()))
+    assert torch.equal(found["0.bias"], model[0].bias)
+    assert found["0.weight"].dtype == dtype
+    cli(*words, "-m", "m.pth", "-o", "bare.pth")  # where only keys are known
+    assert torch.equal(torch.load("bare.pth", weights_only=True)["0.weight"], found["0.weight"])
+
+
+@pytest.mark.parametrize(("old", "new"), [(3, 1), (3, 5), (4, 2)])
+def test_the_mean_of_the_channels_is_in_each_new_one(old: int, new: int) -> None:
+    model = nn.Sequential(nn.Conv1d(old, 6, 3))
+    before = model[0].weight.detach().clone()
+    modelcli.apply(model, f"replace 0 Conv1d({new},_,_) --keep-weights=mean")
+    for channel in range(new):
+        assert torch.equal(model[0].weight[:, channel], before.mean(dim=1))
+
+
+def test_a_note_says_how_channels_are_carried_over(cli: Cli) -> None:
+    done = cli(
+        "replace", "conv1", "Conv2d(1,_,7,2,3,bias=False)", "--keep-weights=sum", "-m", "resnet18", "--check", "none"
+    )
+    assert "conv1 keeps weight (3 input channels summed to 1) of the old Conv2d(3, 64" in done.err
+    done = cli("replace", "fc", "Linear(_,10)", "--keep-weights=mean", "-m", "resnet18")
+    assert "--keep-weights=mean keeps the overlap here: no convolution gets other input channels" in done.err
+
+
+def test_the_way_is_written_behind_an_equals_sign_alone(cli: Cli) -> None:
+    assert cli("replace", "--keep-weights", "fc", "Linear(_,10)", "-m", "resnet18").code == 0
+    line = "replace fc Linear(_,10) --keep-weights"
+    assert str(modelcli.edits.parse(line)) == str(modelcli.edits.parse(f"{line}=overlap")) == line
+    assert str(modelcli.edits.parse(f"{line}=sum")) == f"{line}=sum"
+    done = cli("replace", "fc", "Linear(_,10)", "--keep-weights=max", "-m", "resnet18", code=2)
+    assert "--keep-weights takes overlap, sum or mean, not 'max'" in done.err
+
+
+@pytest.mark.parametrize("how", ["sum", "mean"])
+@pytest.mark.parametrize("channels", [1, 5])
+def test_the_script_carries_channels_over_too(cli: Cli, how: str, channels: int) -> None:
+    torch.save(plain().state_dict(), "m.pth")
+    edit = f"replace 0 Conv2d({channels},_,_) --keep-weights={how}"
+    for source in (
+        ["-m", "m.pth", "--arch", "Sequential(Conv2d(3,6,3),BatchNorm2d(6),Flatten(),Linear(294,5))"],
+        ["-m", "m.pth"],
+    ):
+        cli("apply", "-e", edit, *source, "-o", "o.pth", "--check", "none", "--force")
+        text = cli("script", "-e", edit, *source, "-o", "s.pth").out
+        Path("s.py").write_text(text)
+        subprocess.run([sys.executable, "s.py"], check=True)
+        assert torch.equal(
+            torch.load("s.pth", weights_only=True)["0.weight"], torch.load("o.pth", weights_only=True)["0.weight"]
+        )

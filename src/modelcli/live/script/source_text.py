@@ -31,7 +31,7 @@ STATEMENTS = 4
 NN = "from torch import nn"
 #: What a script imports, defines and assigns itself: nothing of the user's can be called so in it.
 _IMPORTS = frozenset({"torch", "nn", "init", "os", "sys", "runpy"})
-_HELPERS = frozenset({"keep_weights", "cast_views"})
+_HELPERS = frozenset({"keep_weights", "sum_channels", "mean_channels", "cast_views"})
 _VARIABLES = frozenset({"model", "state", "checkpoint", "new", "name", "names", "key", "items", "at", "children"})
 
 

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from modelcli.edits.kept_weights import OVERLAP
 from modelcli.errors import RequestError
 from modelcli.live.sources import (
     AnySource,
@@ -22,6 +23,7 @@ from modelcli.live.sources import (
 )
 from modelcli.live.surgery import layouts
 from modelcli.live.surgery.core import brief
+from modelcli.live.surgery.input_channels import ChannelRule, rule_for
 from modelcli.live.surgery.storages import byte_span, has_storage, replace_storage, viewers
 from modelcli.wording import listed
 
@@ -29,14 +31,16 @@ from modelcli.wording import listed
 @dataclass(frozen=True)
 class KeptPart:
     """The part of a new tensor that gets old values: its size from 0 along each axis. `transposed`: the old tensor has
-    its two axes swapped."""
+    its two axes swapped. `channels`: the weight of a convolution goes over to another number of input channels."""
 
     sizes: tuple[int, ...]
     transposed: bool = False
+    channels: ChannelRule | None = None
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the part of the old tensor with the axes of the new one."""
         whole = tensor.t() if self.transposed else tensor
+        whole = whole if self.channels is None else self.channels.applied(whole)
         return whole[tuple(slice(size) for size in self.sizes)]
 
 
@@ -59,14 +63,18 @@ def of_module(old: nn.Module, path: str, new: nn.Module) -> KeptFrom:
     return KeptFrom(named_tensors(old), brief(old), path, new, lambda name: layouts.copy_rule(name, old, new))
 
 
-def keep_weights(groups: Sequence[KeptFrom]) -> tuple[Mapping[str, Mapping[str, KeptPart]], list[str]]:
+def keep_weights(groups: Sequence[KeptFrom], how: str) -> tuple[Mapping[str, Mapping[str, KeptPart]], list[str]]:
     """Copy the overlapping part of each tensor that means the same in the old modules and in the new ones.
+
+    Args:
+        groups: what to keep of each module.
+        how: the word of `--keep-weights`.
 
     Returns what each module keeps, by its path, and notes.
 
     Raises RequestError if no tensor of any module has a counterpart.
     """
-    kept = {old.path: _overlap(old) for old in groups}
+    kept = {old.path: _overlap(old, how) for old in groups}
     if not any(kept.values()):
         first = groups[0]
         raise RequestError(
@@ -80,7 +88,7 @@ def keep_weights(groups: Sequence[KeptFrom]) -> tuple[Mapping[str, Mapping[str, 
         if parts := kept[path]:
             _fill(old.tensors, old.new, parts)
             given, made = old.tensors, named_tensors(old.new)
-            told = [f"{name}{_extent(part, given[name].shape, made[name].shape)}" for name, part in parts.items()]
+            told = [f"{name}{_kept_part(part, given[name].shape, made[name].shape)}" for name, part in parts.items()]
             drawn = [name for name, tensor in made.items() if name not in parts and isinstance(tensor, nn.Parameter)]
             anew = f"; {listed(drawn, 4)} initialised" if drawn else ""
             of_old = f"of the old {old.brief}{anew}"
@@ -89,10 +97,12 @@ def keep_weights(groups: Sequence[KeptFrom]) -> tuple[Mapping[str, Mapping[str, 
             notes.append(f"{path} keeps no weights")
     if len(notes) > 4:
         notes = [f"{sum(map(bool, kept.values()))} of {len(kept)} modules keep their weights"]
+    if how != OVERLAP and not any(part.channels for parts in kept.values() for part in parts.values()):
+        notes.append(f"--keep-weights={how} keeps the overlap here: no convolution gets other input channels")
     return kept, notes
 
 
-def _overlap(old: KeptFrom) -> dict[str, KeptPart]:
+def _overlap(old: KeptFrom, how: str) -> dict[str, KeptPart]:
     """Return the overlap of each tensor that means the same in both modules.
 
     Raises RequestError if a tensor, or the overlap of one, means something else in the new module.
@@ -102,20 +112,31 @@ def _overlap(old: KeptFrom) -> dict[str, KeptPart]:
     for name, tensor in named_tensors(old.new).items():
         if name not in given or not _dense(tensor) or not _dense(given[name]):
             continue
-        how = old.carrying(name)
-        if how is None:
+        rule = old.carrying(name)
+        if rule is None:
             continue
-        if how.refusal is not None:
+        if rule.refusal is not None:
             raise RequestError(
-                f"--keep-weights cannot carry over {old.path}: {how.refusal}", "leave --keep-weights out"
+                f"--keep-weights cannot carry over {old.path}: {rule.refusal}", "leave --keep-weights out"
             )
-        shape = given[name].shape[::-1] if how.transposed else given[name].shape
-        parts[name] = KeptPart(tuple(map(min, tensor.shape, shape)), how.transposed)
+        shape = given[name].shape[::-1] if rule.transposed else given[name].shape
+        channels = rule_for(name, given[name], old.new, how)
+        if channels is not None:
+            shape = torch.Size((shape[0], channels.channels, *shape[2:]))
+        parts[name] = KeptPart(tuple(map(min, tensor.shape, shape)), rule.transposed, channels)
     return parts
 
 
 def _dense(tensor: torch.Tensor) -> bool:
     return not is_lazy(tensor) and has_storage(tensor)
+
+
+def _kept_part(part: KeptPart, old: torch.Size, new: torch.Size) -> str:
+    """Return what of a tensor is kept, as text behind its name; empty for all of it."""
+    if part.channels is None:
+        return _extent(part, old, new)
+    shape = torch.Size((old[0], part.channels.channels, *old[2:]))
+    return f"{_extent(part, shape, new)} ({part.channels.told(old[1])})"
 
 
 def _extent(part: KeptPart, old: torch.Size, new: torch.Size) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from modelcli.edits.applied import Applied, Change, Context
 from modelcli.edits.picking import Part, parts_below
@@ -17,11 +17,12 @@ from modelcli.live.describe import describe
 from modelcli.live.script import access_paths
 from modelcli.live.script.new_modules import new_module as new_module_text
 from modelcli.live.script.new_modules import new_statements, own_names, seeded
-from modelcli.live.script.source_text import STATEMENTS, InexpressibleError, dedented, loop
+from modelcli.live.script.source_text import STATEMENTS, InexpressibleError, SourceText, dedented, loop
 from modelcli.live.script.source_text import quoted as literal
 from modelcli.live.script.state import State
 from modelcli.live.script.step import StateDictStep, Step
-from modelcli.live.surgery import layouts, left_out, shapes
+from modelcli.live.sources import named_tensors
+from modelcli.live.surgery import input_channels, layouts, left_out, shapes
 from modelcli.live.surgery.core import blueprint_of, brief, count, paths_of_modules, submodule
 from modelcli.live.surgery.holes import resolved_calls, resolved_for_keys
 from modelcli.live.surgery.kept_weights import KeptFrom, KeptPart, keep_weights, of_module
@@ -60,7 +61,7 @@ def carry_out(module: nn.Module, edit: Replace, context: Context) -> Applied[nn.
     notes += _trains_now([(path, _flags(old), new) for old, path, new in replaced])
     kept: Mapping[str, Mapping[str, KeptPart]] = {}
     if edit.keep_weights:
-        kept, told = keep_weights([of_module(old, path, new) for old, path, new in replaced])
+        kept, told = keep_weights([of_module(old, path, new) for old, path, new in replaced], edit.keep_weights)
         notes += told
     keeps = {path for path, parts in kept.items() if parts}
     lines = resolved_lines(edit, [(target.paths, call) for target, call in zip(targets, calls, strict=True)], keeps)
@@ -145,7 +146,8 @@ def apply_to_state_dict(edit: Replace, model: StateDictModel, context: Context) 
     briefs = parts_below(model, [path for target in targets for path in target.paths])
     kept: Mapping[str, Mapping[str, KeptPart]] = {}
     if edit.keep_weights:
-        kept, told = keep_weights([old.kept(model, briefs, new) for old, new in zip(olds, news, strict=True)])
+        givens = [old.kept(model, briefs, new) for old, new in zip(olds, news, strict=True)]
+        kept, told = keep_weights(givens, edit.keep_weights)
         notes += told
     keeps = {path for path, parts in kept.items() if parts}
     lines = resolved_lines(edit, [(target.paths, call) for target, call in zip(targets, calls, strict=True)], keeps)
@@ -264,8 +266,6 @@ def script_lines_together(edits: Sequence[Replace], step: Step) -> list[str]:
         for path in selectors.select_modules(blueprint, edit.targets, without=edit.without):
             news.setdefault(id(after.get_submodule(path)), (edit, []))[1].append(path)
     lines = seeded(step.seed, [after.get_submodule(paths[0]) for _, paths in news.values()])
-    if any(edit.keep_weights for edit in edits):
-        script.helpers.setdefault(KEEP_WEIGHTS)
     made = [
         (new_module_text(script, edit.module, after.get_submodule(paths[0])), edit, paths)
         for edit, paths in news.values()
@@ -277,31 +277,59 @@ def script_lines_together(edits: Sequence[Replace], step: Step) -> list[str]:
         while alike < len(made) and made[alike][0] == text and len(made[alike][2]) == 1:
             alike += 1
         names = [paths[0] for _, _, paths in made[:alike]]
-        swapped = [layouts.transposed(before.get_submodule(path), after.get_submodule(path)) for path in names]
+        carried = [_carried(edit, before.get_submodule(path), after.get_submodule(path)) for path in names]
         if (
             alike > STATEMENTS
             and all(access_paths.can_be_set(before, path) for path in names)
-            and len(set(swapped)) == 1
+            and len(set(carried)) == 1
         ):
-            new = _kept("model.get_submodule(name)", text, swapped[0]) if edit.keep_weights else text
+            new = carried[0].written(script, "model.get_submodule(name)", text)
             lines += loop("name", names, f"model.set_submodule(name, {new})")
             made = made[alike:]
             continue
-        new = text
-        if edit.keep_weights:
-            old = before.get_submodule(paths[0])
-            new = _kept(
-                access_paths.place(before, paths[0]), text, layouts.transposed(old, after.get_submodule(paths[0]))
-            )
+        how = _carried(edit, before.get_submodule(paths[0]), after.get_submodule(paths[0]))
+        new = how.written(script, access_paths.place(before, paths[0]), text)
         lines.append(access_paths.put(before, paths[0], new))
         lines += [access_paths.put(before, path, access_paths.place(after, paths[0])) for path in paths[1:]]
         made = made[1:]
     return lines
 
 
-def _kept(old: str, new: str, swapped: Sequence[str]) -> str:
-    more = f", swapped={tuple(swapped)!r}" if swapped else ""
-    return f"keep_weights({old}.state_dict(), {new}{more})"
+@dataclass(frozen=True)
+class _Carried:
+    """How a script carries weights over: `swapped` axes, and for `how` the tensors that get other input channels."""
+
+    how: str | None
+    swapped: tuple[str, ...] = ()
+    channels: tuple[tuple[str, int], ...] = ()
+
+    def written(self, script: SourceText, old: str, new: str) -> str:
+        """The expression for a new module with the weights of an old one, and the functions that it calls."""
+        if self.how is None:
+            return new
+        script.helpers.setdefault(KEEP_WEIGHTS)
+        more = f", swapped={self.swapped!r}" if self.swapped else ""
+        return f"keep_weights({self.adapted(script, f'{old}.state_dict()')}, {new}{more})"
+
+    def adapted(self, script: SourceText, state: str) -> str:
+        """The expression for an old state dict whose convolutions take the new input channels."""
+        if not self.channels or self.how is None:
+            return state
+        script.helpers.setdefault(input_channels.HELPERS[self.how])
+        return f"{self.how}_channels({state}, {dict(self.channels)!r})"
+
+
+def _carried(edit: Replace, old: nn.Module, new: nn.Module) -> _Carried:
+    if edit.keep_weights is None:
+        return _Carried(None)
+    channels = _channels(edit.keep_weights, named_tensors(old), new)
+    return _Carried(edit.keep_weights, layouts.transposed(old, new), channels)
+
+
+def _channels(how: str, old: Mapping[str, Tensor], new: nn.Module) -> tuple[tuple[str, int], ...]:
+    """The tensors of a new module that get other input channels than the old ones have, with their number."""
+    rules = {name: input_channels.rule_for(name, old[name], new, how) for name in named_tensors(new) if name in old}
+    return tuple((name, rule.channels) for name, rule in rules.items() if rule is not None)
 
 
 def state_dict_script_lines(edit: Replace, step: StateDictStep, state: State) -> list[str]:
@@ -314,8 +342,12 @@ def state_dict_script_lines(edit: Replace, step: StateDictStep, state: State) ->
     for path in paths:
         prefix = f"{path}."
         if edit.keep_weights:
-            script.helpers.setdefault(KEEP_WEIGHTS)
             below = f"key.removeprefix({literal(prefix)}): value for key, value in state.items()"
-            lines.append(f"keep_weights({{{below} if key.startswith({literal(prefix)})}}, new)")
+            old = f"{{{below} if key.startswith({literal(prefix)})}}"
+            dense = [name for name in names if name.startswith(prefix) and name in step.before.tensors]
+            tensors = {name.removeprefix(prefix): each for name, each in meta_tensors(step.before, dense).items()}
+            carried = _Carried(edit.keep_weights, (), _channels(edit.keep_weights, tensors, step.new(path)))
+            script.helpers.setdefault(KEEP_WEIGHTS)
+            lines.append(f"keep_weights({carried.adapted(script, old)}, new)")
         lines += state.put(prefix, own_names(step.new(path)), [name for name in names if name.startswith(prefix)])
     return lines

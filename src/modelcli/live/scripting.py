@@ -231,6 +231,8 @@ class _Script(_Writer):
         """The architecture, the edits that a record tells, and the numbers of a file."""
         base, contents = self.live.architecture, self.contents
         assert base is not None
+        if self._loaded_by_its_library(base):
+            return
         _construct(self.text, base, source, self.live.seed if self._draws() else None)
         self._follow_record(base)
         if contents is None:
@@ -250,6 +252,23 @@ class _Script(_Writer):
         if self.live.record is not None:
             built = self._built(base)
             self.text.write(*_without_comment(flags.flags(built, describe(built), self.live.describe())))
+
+    def _loaded_by_its_library(self, base: Architecture) -> bool:
+        """Write how the library of the model loads it with the weights of its own folder; whether it has a call."""
+        folder = self.live.own_folder
+        if folder is None or self.live.record is not None:
+            return False
+        try:
+            expression = base.provider.expression_with_weights(self.text, base, self.live.module, folder)
+        except InexpressibleError as error:
+            self.text.refuse(f"load {base.reference}", str(error))
+            return True
+        if expression is None:
+            return False
+        if self._draws():
+            self.text.write(f"torch.manual_seed({self.live.seed})")
+        self.text.write(f"model = {expression}")
+        return True
 
     def _draws(self) -> bool:
         """Whether numbers that the constructor draws are in the result."""

@@ -299,6 +299,21 @@ class LiveProvider:
 
         raise InexpressibleError(f"{self.provider.name} does not say how a script builds its models")
 
+    def expression_with_weights(
+        self, text: SourceText, architecture: Architecture, module: nn.Module, folder: Path
+    ) -> str | None:
+        """The Python expression that loads a model with the weights of its own folder, as the library does.
+
+        None where the library has no such call: then the script builds the model and loads its state dict.
+
+        Args:
+            text: the script, for its imports and the words of values.
+            architecture: the model, of this provider.
+            module: it as it was opened, on the meta device.
+            folder: the folder with its files, as the script sees it.
+        """
+        return None
+
     # --- module classes ----------------------------------------------------------------------------------------------
 
     def find_class(self, package: str, name: str) -> object:

@@ -26,6 +26,7 @@ from modelcli.providers.huggingface import is_class_name
 if TYPE_CHECKING:
     from modelcli.live.inputs import Inputs
     from modelcli.live.providers.huggingface.configurations import Described
+    from modelcli.live.script.source_text import SourceText
 
 
 class LiveHuggingFace(LiveProvider):
@@ -120,6 +121,22 @@ class LiveHuggingFace(LiveProvider):
         from modelcli.live.providers.huggingface import inputs
 
         return inputs.inputs_of(module)
+
+    def expression(self, text: SourceText, architecture: Architecture, folder: Path) -> str:
+        """The class with the configuration of the folder, or with its values."""
+        from modelcli.live.providers.huggingface import script
+
+        assert isinstance(architecture.reference, NamedModel)
+        own = self.provider.own_folder(architecture.reference.call.name, architecture.folder)
+        return script.from_configuration(text, self._described_by(architecture), own)
+
+    def expression_with_weights(
+        self, text: SourceText, architecture: Architecture, module: nn.Module, folder: Path
+    ) -> str | None:
+        """`BertModel.from_pretrained("./runs/bert")`."""
+        from modelcli.live.providers.huggingface import script
+
+        return script.from_folder(text, self._described_by(architecture), module, folder)
 
     def before_pass(self, module: nn.Module) -> None:
         """Choose the attention and the experts that need no values: the faster ones look into their masks."""

@@ -1,0 +1,115 @@
+"""A script for a model of transformers is plain transformers, and a file made of one carries what builds it again."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import modelcli
+from tests.conftest import Cli
+from tests.live.providers.huggingface.tiny import loaded, saved
+
+EDITS = {
+    "BertForSequenceClassification": ["replace classifier Linear(_,10)", "freeze bert.embeddings"],
+    "LlamaForCausalLM": ["remove model.layers.1", "freeze model.embed_tokens"],
+    "ViTForImageClassification": ["replace classifier Linear(_,5)", "freeze vit"],
+    "CLIPModel": ["freeze vision_model"],
+}
+
+
+def same_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert all(found[key].dtype == expected[key].dtype for key in expected)
+
+
+@pytest.mark.parametrize("name", EDITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_script_gives_the_tensors_that_save_writes(cli: Cli, folder: Path, name: str, dtype: torch.dtype) -> None:
+    saved(name, folder / "model").to(dtype).save_pretrained(folder / "model")
+    options = [word for line in EDITS[name] for word in ("-e", line)]
+    cli("apply", "-m", "./model", *options, "-o", "saved.pth")
+    (folder / "edit.py").write_text(script_of(cli, "./model", EDITS[name]))
+    text = (folder / "edit.py").read_text()
+    assert f'{name}.from_pretrained("./model")' in text
+    assert "modelcli" not in text
+    runpy.run_path("edit.py")
+    same_tensors(torch.load("out.pth", weights_only=True), torch.load("saved.pth", weights_only=True))
+
+
+def test_a_script_says_a_dtype_that_the_configuration_does_not_have(cli: Cli, folder: Path) -> None:
+    model = saved("LlamaForCausalLM", folder / "model").to(torch.float16)
+    model.save_pretrained(folder / "model")
+    path = folder / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": "float32"}))
+    (folder / "edit.py").write_text(script_of(cli, "./model", []))
+    assert "dtype=torch.float16" in (folder / "edit.py").read_text()
+    runpy.run_path("edit.py")
+    same_tensors(torch.load("out.pth", weights_only=True), model.state_dict())
+
+
+@pytest.mark.parametrize("reference", ["./model", "./model(num_hidden_layers=1)"])
+def test_a_script_without_weights_draws_the_values_of_save(cli: Cli, folder: Path, reference: str) -> None:
+    saved("LlamaForCausalLM", folder / "model")
+    (folder / "model" / "model.safetensors").unlink()
+    prefix = "hf:" if "(" in reference else ""
+    cli("save", "saved.pth", "-m", f"{prefix}{reference}")
+    (folder / "edit.py").write_text(script_of(cli, f"{prefix}{reference}", []))
+    runpy.run_path("edit.py")
+    same_tensors(torch.load("out.pth", weights_only=True), torch.load("saved.pth", weights_only=True))
+
+
+def script_of(cli: Cli, reference: str, edits: list[str]) -> str:
+    cli("load", reference, "--force")
+    for line in edits:
+        cli(*line.split())
+    return cli("script").out
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_a_file_carries_what_builds_it_where_the_folder_is_not(cli: Cli, folder: Path, name: str) -> None:
+    saved(name, folder / "model")
+    options = [word for line in EDITS[name] for word in ("-e", line)]
+    cli("apply", "-m", "./model", *options, "-o", "out.pth")
+    before = modelcli.load("out.pth")
+    shutil.rmtree(folder / "model")
+    found = modelcli.load("out.pth")
+    assert type(found).__name__ == name
+    same_tensors(found.state_dict(), torch.load("out.pth", weights_only=True))
+    same_tensors(dict(found.named_buffers()), dict(before.named_buffers()))
+    frozen = {key for key, parameter in found.named_parameters() if not parameter.requires_grad}
+    assert frozen == {key for key, parameter in before.named_parameters() if not parameter.requires_grad}
+    assert frozen
+    if name == "LlamaForCausalLM":
+        assert found.lm_head.weight is found.model.embed_tokens.weight
+        assert len(found.model.layers) == 1
+    shown = cli("summary", "out.pth", "--json").json
+    assert shown["totals"]["params"] == sum(parameter.numel() for parameter in found.parameters())
+    assert shown["layers"][0]["type"] == name
+
+
+def test_load_gives_what_from_pretrained_gives(folder: Path) -> None:
+    saved("LlamaForCausalLM", folder / "model").to(torch.bfloat16).save_pretrained(folder / "model")
+    expected, _ = loaded(folder / "model")
+    found: Any = modelcli.load("./model")
+    same_tensors(found.state_dict(), expected.state_dict())
+    same_tensors(dict(found.named_buffers()), dict(expected.named_buffers()))
+    assert found.lm_head.weight is found.model.embed_tokens.weight
+    assert not found.training
+    with torch.no_grad():
+        tokens = torch.tensor([[1, 2, 3]])
+        assert torch.equal(found(tokens).logits, expected(tokens).logits)
+
+
+def test_a_class_with_values_that_name_code_is_refused(cli: Cli, folder: Path) -> None:
+    """This is the form in which a record names a model."""
+    config = transformers.LlamaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=100)
+    reference = f"hf:LlamaForCausalLM(hidden_size={config.hidden_size}, attn_implementation='org/kernel')"
+    assert "code of the Hub" in cli("params", reference, "--no-cache", code=3).err

@@ -48,7 +48,7 @@ def test_what_may_not_be_looked_at_is_not_missing(cli: Cli, monkeypatch: pytest.
     named = text.partition(":")[0]
     result = cli("params", text, code=5)
     assert result.err.startswith(f"error: cannot read {named}: Permission denied\n")
-    assert "is not open to you" in result.err
+    assert "you may not enter" in result.err
 
 
 def test_a_bare_word_is_a_builder_first(folder: Path) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from modelcli import providers
 from modelcli.checkpoints import formats
 from modelcli.errors import ModelcliError, RequestError, SystemFailureError, UnsafeError
+from modelcli.language.quoting import quoted
 from modelcli.language.references import (
     MAX_PATH,
     CheckpointFile,
@@ -33,8 +34,44 @@ if TYPE_CHECKING:
 
 
 def reference_of(source: Source) -> Reference:
-    """The reference of a source's model, seen from the source's folder. Raises as `parse` does."""
-    return parse(source.model, source.folder)
+    """The reference of a source's model, seen from the source's folder. Raises as `parse` does.
+
+    The folder of a library's model is a checkpoint where the user names another architecture or wants the keys alone.
+    """
+    found = parse(source.model, source.folder)
+    if source.arch is None and not source.bare_keys:
+        return found
+    path = _folder_named(found, source)
+    return found if path is None else CheckpointFile(path)
+
+
+def _folder_named(reference: Reference, source: Source) -> Path | None:
+    """The folder of a library's model that a source names by its path alone."""
+    is_model = isinstance(reference, NamedModel) and reference.prefix is not None
+    return source.folder / source.model if is_model and is_folder(source.model, source.folder) else None
+
+
+def is_folder(text: str, folder: Path) -> bool:
+    """Whether the text of a reference is the path of a folder, as seen from `folder`."""
+    path = folder / text
+    return (
+        len(text) < MAX_PATH and exists(path) and path.is_dir() and not (_is_bare_word(text) and _is_known_word(text))
+    )
+
+
+def missing_library_note(path: Path) -> str | None:
+    """What to tell where a folder holds the model of a library that is not installed: its keys alone are known."""
+    if not path.is_dir():
+        return None
+    missing = (known for known in providers.with_prefix() if not known.is_installed)
+    provider = next((known for known in missing if known.recognises(path)), None)
+    if provider is None:
+        return None
+    extra = f"modelcli[{provider.extra}]" if provider.extra else " ".join(provider.packages)
+    return (
+        f"{path} holds a model of {provider.name}, which is not installed, so the keys of its files are shown: "
+        f"pip install {quoted(extra)}"
+    )
 
 
 def recorded(text: str, folder: Path, *, trust: bool) -> Reference:

@@ -182,11 +182,11 @@ def seen_from(source: Source, folder: Path) -> Source:
             return text
         if isinstance(reference, PythonObject):
             return reference.relative_to(folder.resolve(), source.folder)
-        if isinstance(reference, CheckpointFile):
+        if isinstance(reference, CheckpointFile) or resolve.is_folder(text, source.folder):
             path = Path(text)
             if path.is_absolute():
                 return text
-            relative = os.path.relpath(reference.path.resolve(), folder.resolve()).replace(os.sep, "/")
+            relative = os.path.relpath((source.folder / text).resolve(), folder.resolve()).replace(os.sep, "/")
             return relative if "/" in relative or Path(relative).suffix else f"./{relative}"
         return text
 

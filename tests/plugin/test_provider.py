@@ -133,8 +133,15 @@ def test_its_names_are_completed_after_the_prefix(cli: Cli, folder: Path, monkey
 def test_it_is_listed(cli: Cli) -> None:
     listed = cli("list", "tiny:*", "--json").json["models"]
     assert listed == [
-        {"name": "tiny:mlp", "params": 408, "macs": None, "weights": ["COUNTED"], "group": "toys"},
-        {"name": "tiny:conv", "params": None, "macs": None, "weights": ["COUNTED"], "group": "toys"},
+        {"name": "tiny:mlp", "params": 408, "macs": None, "input_size": None, "weights": ["COUNTED"], "group": "toys"},
+        {
+            "name": "tiny:conv",
+            "params": None,
+            "macs": None,
+            "input_size": None,
+            "weights": ["COUNTED"],
+            "group": "toys",
+        },
     ]
     assert listed[0]["params"] == sum(p.numel() for p in real("mlp").parameters())
     assert {"alexnet", "tiny:mlp"} <= {model["name"] for model in cli("list", "--json").json["models"]}

@@ -157,7 +157,7 @@ def _names(incomplete: str) -> list[str]:
     from modelcli import providers
 
     prefix, colon, _ = incomplete.partition(":")
-    return providers.names_after(prefix) if colon else providers.names()
+    return providers.full_names_after(prefix) if colon else providers.names()
 
 
 def _files(incomplete: str) -> list[str]:

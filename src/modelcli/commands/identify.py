@@ -53,6 +53,10 @@ def identify(request: IdentifyRequest, steps: Steps = iter) -> IdentifyResult:
     shapes, unwrapping = state_dict_match.unwrapped(state_dict_match.shapes_of(found.blueprint.tensors))
     models, problems = _models(steps)
     matches = state_dict_match.best(shapes, models, MOST)
+    if not _is_found(matches):
+        more, unavailable = _models_of_large_libraries(shapes, steps)
+        matches = state_dict_match.best(shapes, models | more, MOST)
+        problems += unavailable
     notes = [*(note for note in found.notes if not note.startswith(LOOKS_LIKE)), *problems]
     if unwrapping:
         notes.append(unwrapping.note())
@@ -80,7 +84,39 @@ def keep(names: Sequence[str], *, complete: bool) -> None:
 def _prefixes() -> tuple[list[str | None], tuple[str, ...]]:
     """Return the prefixes of all providers with named models, and the errors of those that failed."""
     found = providers.everything()
-    return list(dict.fromkeys(known.prefix for known in found.providers if known.has_names)), found.problems
+    compared = [known for known in found.providers if known.has_names and not known.has_many_models]
+    return list(dict.fromkeys(known.prefix for known in compared)), found.problems
+
+
+def _models_of_large_libraries(shapes: Shapes, steps: Steps) -> tuple[dict[str, Shapes], list[str]]:
+    """The tensors of those models that a checkpoint may belong to, of libraries that have too many to build them all.
+
+    A library's models are built in groups, and no further one where a model of a group fits. The second value says what
+    could not be compared.
+    """
+    found: dict[str, Shapes] = {}
+    problems: list[str] = []
+    for provider in providers.everything().providers:
+        if not (provider.has_many_models and provider.is_installed):
+            continue
+        kept = {} if blueprint_cache.is_off() else _kept(provider.prefix)
+        for group in provider.names_like(shapes):
+            names = [f"{provider.prefix}:{name}" for name in group]
+            built, failed = _built([name for name in names if name not in kept], steps)
+            problems += failed.values()
+            if built and not blueprint_cache.is_off():
+                kept |= built
+                _keep(provider.prefix, kept, complete=False)
+            known = kept | built
+            found |= {name: known[name] for name in names if name in known}
+            if _is_found(state_dict_match.best(shapes, found, MOST)):
+                break
+    return found, problems
+
+
+def _is_found(matches: Sequence[Match]) -> bool:
+    """Whether the best match is exact, or needs no more than another number of classes."""
+    return bool(matches) and (matches[0].exact or _other_classes(matches[0]) is not None)
 
 
 def _by_prefix(names: Sequence[str]) -> dict[str | None, list[str]]:
@@ -183,12 +219,17 @@ def _shapes(reference: str) -> dict[str, Shape]:
 @stdout_is_for_data
 def _with_classes(match: Match, shapes: Shapes) -> str | None:
     """Return the reference with another number of classes, if only a replaced head does not fit; else None."""
-    counts = {item.found[0] if item.found else None for item in match.mismatched}
-    if len(counts) != 1 or None in counts or match.missing or match.unexpected:
+    if (classes := _other_classes(match)) is None:
         return None
     builder, _, arguments = match.model.removesuffix(")").partition("(")
-    text = f"{builder}({f'{arguments}, ' if arguments else ''}num_classes={counts.pop()})"
+    text = f"{builder}({f'{arguments}, ' if arguments else ''}num_classes={classes})"
     try:
         return text if state_dict_match.compare(text, _shapes(text), shapes).exact else None
     except RequestError:
         return None
+
+
+def _other_classes(match: Match) -> int | None:
+    """The first size of all tensors that do not fit, if nothing else differs: the number of classes."""
+    counts = {item.found[0] if item.found else None for item in match.mismatched}
+    return counts.pop() if len(counts) == 1 and not (match.missing or match.unexpected) else None

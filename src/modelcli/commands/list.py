@@ -10,11 +10,13 @@ import fnmatch
 from dataclasses import dataclass, replace
 
 from modelcli import providers
-from modelcli.commands import blueprint_cache
+from modelcli.commands import blueprint_cache, parameter_counts
 from modelcli.errors import RequestError, SystemFailureError, closest
+from modelcli.language.quoting import quoted
 from modelcli.providers import published
 from modelcli.providers.base import Provider
 from modelcli.providers.published import PublishedModel
+from modelcli.wording import counted
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,33 @@ def named_models(request: ListRequest) -> ListResult:
     pattern = request.pattern
     known, notes = _known(pattern or "")
     chosen = list(known)
+    others = [] if pattern is not None and providers.prefix_of(pattern) is not None else _in_large_libraries(pattern)
     if pattern:
-        glob = pattern if any(character in pattern for character in "*?[") else f"*{pattern}*"
+        glob = _glob(pattern)
         chosen = [reference for reference in known if fnmatch.fnmatchcase(reference, glob)]
         if not chosen:
             near = closest(pattern, list(known)) or [name for name in known if pattern.lower() in name][:4]
-            hints = [*([f"nearest: {', '.join(near)}"] if near else []), *notes]
+            hints = [*([f"nearest: {', '.join(near)}"] if near else []), *others, *notes]
             raise RequestError(f"no builder matches {pattern!r}", "; ".join(hints) or None)
-    return ListResult(tuple(known[reference] for reference in chosen), tuple(dict.fromkeys(notes)))
+    models, uncounted = parameter_counts.with_counts([known[reference] for reference in chosen])
+    return ListResult(tuple(models), tuple(dict.fromkeys((*notes, *others, *uncounted))))
+
+
+def _glob(pattern: str) -> str:
+    """The wildcard that a pattern stands for: one without any is looked for anywhere in a name."""
+    return pattern if any(character in pattern for character in "*?[") else f"*{pattern}*"
+
+
+def _in_large_libraries(pattern: str | None) -> list[str]:
+    """Where more models match, of libraries that are listed for a pattern with their prefix alone."""
+    glob, notes = "*" if pattern is None else _glob(pattern), []
+    for provider in providers.everything().providers:
+        if provider.has_many_models and provider.is_installed:
+            count = len(fnmatch.filter(provider.names(), glob))
+            shown = quoted(f"{provider.prefix}:{glob}")
+            if count:
+                notes.append(f"{counted(count, 'model')} of {provider.name} match too: modelcli list {shown}")
+    return notes
 
 
 def _known(pattern: str) -> tuple[dict[str, PublishedModel], list[str]]:
@@ -58,7 +79,7 @@ def _known(pattern: str) -> tuple[dict[str, PublishedModel], list[str]]:
     known: dict[str, PublishedModel] = {}
     notes = list(problems)
     for provider in asked:
-        if not provider.has_names:
+        if not provider.has_names or (provider.has_many_models and named is None):
             continue
         try:
             models, failed = _models_of(provider)

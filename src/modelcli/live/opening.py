@@ -436,7 +436,7 @@ class _Opening:
             if self.is_record_of_folder and not live.report.is_strict:
                 raise _RecordDoesNotFitError("it builds a model with other tensors")
             self.notes += fitted.notes
-            self._check(live.report, report_only)
+            self._check(live.report, report_only, fitted.left_out)
         if self.record is not None:
             set_flags(module, self.record)
         live.inputs = self._inputs(module)
@@ -490,7 +490,8 @@ class _Opening:
         assert self.contents is not None
         return self.contents
 
-    def _check(self, report: LoadReport, report_only: bool) -> None:
+    def _check(self, report: LoadReport, report_only: bool, left_out: frozenset[str]) -> None:
+        """Raise the error that refuses a checkpoint, if it does. `left_out` are keys that may be missing in it."""
         if report.unwrapping:
             self.notes.append(report.unwrapping.note())
         for name, last in report.overruled:
@@ -498,7 +499,8 @@ class _Opening:
                 f"{name} and {last} are one tensor here and two in the file: the values of {last} are used"
             )
         assert self.base is not None
-        error = report.refusal(
+        judged = replace(report, missing=tuple(name for name in report.missing if name not in left_out))
+        error = judged.refusal(
             self._contents(),
             str(self.base.reference),
             strict=self.source.strict and not self.base.is_partial,

@@ -111,6 +111,6 @@ def in_order(models: Iterable[str]) -> list[str]:
     return sorted(models, key=lambda model: (_unusual(model), model))
 
 
-def _unusual(model: str) -> tuple[bool, bool]:
-    """Sort key that puts quantizable variants and builders with arguments last."""
-    return model.startswith("quantized_"), "(" in model
+def _unusual(model: str) -> tuple[bool, bool, bool]:
+    """Sort key that puts quantizable variants, builders with arguments and models with a prefix last."""
+    return model.startswith("quantized_"), "(" in model, ":" in model

@@ -29,6 +29,7 @@ _BY_BARE_NAMES = (
 #: The built-in providers whose models have a prefix, by it.
 _BY_PREFIX: Mapping[str, str] = {
     "hf": "modelcli.providers.huggingface",
+    "timm": "modelcli.providers.timm",
 }
 
 
@@ -168,6 +169,12 @@ def names_after(prefix: str) -> list[str]:
     """The models of the provider with this prefix, as references; none where there is no such provider."""
     provider = by_prefix(prefix)
     return [] if provider is None else [f"{prefix}:{name}" for name in provider.names()]
+
+
+def full_names_after(prefix: str) -> list[str]:
+    """What completion offers behind this prefix, as references: see `Provider.full_names`."""
+    provider = by_prefix(prefix)
+    return [] if provider is None else [f"{prefix}:{name}" for name in provider.full_names()]
 
 
 def prefix_of(model: str) -> str | None:

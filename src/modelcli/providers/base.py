@@ -6,7 +6,7 @@ A provider turns references of one kind into models. This is its torch-free half
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from modelcli import installed
@@ -33,6 +33,9 @@ class Provider:
     prefix: ClassVar[str | None] = None
     #: Whether its models have names, which `names` gives: `list` shows them, and `identify` compares with them.
     has_names: ClassVar[bool] = False
+    #: Whether to build all its models takes minutes. Then `list` shows them for a pattern with the prefix alone and
+    #: counts their parameters itself, and `identify` builds those that `names_like` gives.
+    has_many_models: ClassVar[bool] = False
     #: What its models are called in `--help`, with an example: `a timm model (timm:resnet50)`.
     title: ClassVar[str] = ""
     #: The names under which its libraries are installed. Their versions decide what is built: they belong to the key of
@@ -48,6 +51,18 @@ class Provider:
     def names(self) -> Sequence[str]:
         """The names of its models without the prefix, read off the installed library; for `list` and completion."""
         return ()
+
+    def full_names(self) -> Sequence[str]:
+        """The names that completion offers: those of `names`, and longer ones that mean a model too."""
+        return self.names()
+
+    def names_like(self, keys: Collection[str]) -> Sequence[Sequence[str]]:
+        """Those of `names` that a checkpoint with these keys may belong to, in groups, the likeliest group first.
+
+        Asked where `has_many_models` is set: `identify` builds a group at a time, and stops behind the first with a
+        model that fits.
+        """
+        return [self.names()]
 
     def weights_names(self) -> Sequence[str]:
         """Every name that pretrained weights of its models have, as `--weights` takes it."""

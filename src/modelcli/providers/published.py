@@ -12,6 +12,7 @@ class PublishedModel:
     """What a library says of one of its models. None is what it does not say.
 
     `params` and `macs` (multiply-accumulates) are those of its default weights, which come first in `weights`.
+    `input_size` is the shape of an input without the batch.
     """
 
     name: str
@@ -19,6 +20,7 @@ class PublishedModel:
     weights: tuple[str, ...] = ()
     params: int | None = None
     macs: int | None = None
+    input_size: tuple[int, ...] | None = None
 
 
 def to_json(models: Iterable[PublishedModel]) -> list[dict[str, Any]]:
@@ -28,4 +30,10 @@ def to_json(models: Iterable[PublishedModel]) -> list[dict[str, Any]]:
 
 def from_json(values: Any) -> list[PublishedModel]:
     """The models that `to_json` gave. Raises TypeError, KeyError or AttributeError for values that are none."""
-    return [PublishedModel(**{**model, "weights": tuple(model["weights"])}) for model in values]
+    return [_from_json(model) for model in values]
+
+
+def _from_json(model: dict[str, Any]) -> PublishedModel:
+    size = model["input_size"]
+    tuples = {"weights": tuple(model["weights"]), "input_size": None if size is None else tuple(size)}
+    return PublishedModel(**{**model, **tuples})

@@ -45,11 +45,13 @@ class FittedStateDict:
         state: the tensors under the keys of the model.
         notes: what the user should know of the changes.
         optional: the keys that a file may leave out, because the library computes their values itself.
+        left_out: the keys of the model whose values the library leaves to be drawn, though the file has some for them.
     """
 
     state: StateDict
     notes: tuple[str, ...] = ()
     optional: frozenset[str] = frozenset()
+    left_out: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,9 @@ from modelcli.providers.published import PublishedModel
 from modelcli.render.documents.common import SCHEMA
 from modelcli.render.views import Column, View, count, path_column
 
+#: Not every library says it of its models.
+_INPUT_SIZE = (Column("input_size", "input", lambda size: "x".join(map(str, size or ())), optional=2),)
+
 
 def models(models: Sequence[PublishedModel]) -> View:
     """One row a model."""
@@ -16,6 +19,7 @@ def models(models: Sequence[PublishedModel]) -> View:
             "name": model.name,
             "params": model.params,
             "macs": model.macs,
+            "input_size": None if model.input_size is None else list(model.input_size),
             "weights": list(model.weights),
             "group": model.group,
         }
@@ -25,6 +29,7 @@ def models(models: Sequence[PublishedModel]) -> View:
         path_column("name", "name"),
         Column("params", "params", count, right=True),
         Column("macs", "mult-adds", count, right=True, optional=2),
+        *(_INPUT_SIZE if any(model.input_size is not None for model in models) else ()),
         Column("group", "group", optional=3),
         Column("weights", "weights", lambda value: " ".join(value), optional=1),
     )

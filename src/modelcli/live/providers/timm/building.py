@@ -44,30 +44,11 @@ class TimmModel:
         """The model as the weights with this tag have it: the tag decides classes and the size of images."""
         return replace(self, name=f"{self.name.partition('.')[0]}.{tag}".rstrip("."))
 
-    def create(self) -> nn.Module:
-        """The model on the current device, with random values. Raises RequestError for arguments that it lacks."""
-        return self._created(pretrained=False)
+    def create(self, *, pretrained: bool = False) -> nn.Module:
+        """The model on the current device. Its values are random, or those that timm's `load_pretrained` gives it.
 
-    def create_pretrained(self) -> nn.Module:
-        """The same with pretrained values, which timm downloads into its cache where they are not there yet.
-
-        Raises SystemFailureError where that fails.
+        Raises RequestError for arguments that the model does not take.
         """
-        try:
-            with _progress_on_terminals_alone():
-                return self._created(pretrained=True)
-        except ModelcliError:
-            raise
-        except Exception as error:
-            if not _is_failed_download(error):
-                raise
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise SystemFailureError(
-                f"cannot download the weights of timm:{self.name}: {first}",
-                "give a file instead, --weights FILE, or put it where timm's cache looks ($HF_HOME, $TORCH_HOME)",
-            ) from error
-
-    def _created(self, *, pretrained: bool) -> nn.Module:
         import timm
 
         try:
@@ -81,6 +62,25 @@ class TimmModel:
             hint = did_you_mean(unknown[1], taken) or f"it takes {listed(taken, 12)}"
             raise RequestError(f"{self.text}: timm's {self.name} has no argument {unknown[1]!r}", hint) from None
         return module
+
+    def create_pretrained(self) -> nn.Module:
+        """The model with pretrained values, which timm downloads into its cache where they are not there yet.
+
+        Raises SystemFailureError where that fails.
+        """
+        try:
+            with _progress_on_terminals_alone():
+                return self.create(pretrained=True)
+        except ModelcliError:
+            raise
+        except Exception as error:
+            if not _is_failed_download(error):
+                raise
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise SystemFailureError(
+                f"cannot download the weights of timm:{self.name}: {first}",
+                "give a file instead, --weights FILE, or put it where timm's cache looks ($HF_HOME, $TORCH_HOME)",
+            ) from error
 
 
 def _arguments_taken(error: BaseException) -> list[str]:

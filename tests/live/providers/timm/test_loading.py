@@ -14,6 +14,8 @@ from modelcli.live.opening import open_live
 from modelcli.live.sources import Value, source_of
 from tests.conftest import Cli
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.searchsorted", "ignore:Using a non-tuple sequence")  # timm's own
+
 
 def saved(name: str, path: str = "best.pth", **arguments: Any) -> dict[str, torch.Tensor]:
     """Save what a model has, every value of it random and different."""
@@ -111,7 +113,7 @@ def test_what_wrappers_add_to_names_is_removed_before(cli: Cli, prefix: str) -> 
     expected = loaded_by_timm("test_vit", img_size=96)
     torch.save({"state_dict": {f"{prefix}{key}": value for key, value in state.items()}}, "wrapped.pth")
     result = cli("save", "out.pth", "-m", "wrapped.pth", "--arch", "timm:test_vit(img_size=96)")
-    found = torch.load("out.pth", weights_only=True)
+    found = torch.load("out.pth", weights_only=True)["state_dict"]
     assert all(torch.equal(found[key], value) for key, value in expected.items())
     assert prefix in result.err
 

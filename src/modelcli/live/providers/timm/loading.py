@@ -2,8 +2,8 @@
 
 timm gives old checkpoints the keys of today, resamples position embeddings, adapts the first convolution to other
 channels and leaves out a classifier of other classes. Here its own function does all this. On the meta device it shows
-the shapes, and a tensor that it passes on keeps the way to its bytes. What it computes is computed by the same function,
-on the values of the file, when the bytes are needed.
+the shapes, and a tensor that it passes on keeps the way to its bytes. Other tensors are computed by the same function,
+on the values of the file, when their bytes are needed.
 """
 
 from __future__ import annotations
@@ -61,10 +61,12 @@ def fit(model: TimmModel, module: nn.Module, state: StateDict) -> FittedStateDic
     adapted = call.adapted(inner, unwrapped.tensors)
     notes = [report.unwrapping.note()] if report.unwrapping else []
     notes += _notes(unwrapped.tensors, adapted, call)
-    names = {name: name for name in adapted.tensors} if inner is module else call.names_in_whole()
-    tensors = {names[name]: tensor for name, tensor in adapted.tensors.items() if name in names}
-    left_out = frozenset(names[name] for name in adapted.left_out if name in names)
-    return FittedStateDict(StateDict(tensors, {}, unwrapped.extras), tuple(notes), left_out)
+    tensors, left_out = adapted.tensors, adapted.left_out
+    if inner is not module:
+        names = call.names_in_whole()
+        tensors = {names[name]: tensor for name, tensor in tensors.items() if name in names}
+        left_out = frozenset(names[name] for name in left_out if name in names)
+    return FittedStateDict(StateDict(dict(tensors), {}, unwrapped.extras), tuple(notes), left_out=left_out)
 
 
 @dataclass(frozen=True)

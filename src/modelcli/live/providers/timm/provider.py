@@ -64,7 +64,9 @@ class LiveTimm(LiveProvider):
         size = None if configured is None else tuple(configured.input_size)
         return PublishedModel(name, group=module, weights=weights_of(name), input_size=size)
 
-    def architecture(self, reference: Reference, *, weights: str | None, folder: Path, trust: bool) -> Architecture:
+    def architecture(
+        self, reference: Reference, *, weights: str | None, folder: Path, trust: bool, remote_code: bool = False
+    ) -> Architecture:
         """A model by its name, or that of a folder, with pretrained weights by their tag.
 
         Raises RequestError for names, weights and arguments that timm does not have.

@@ -28,7 +28,9 @@ def table_of_options() -> str:
     found: dict[str, tuple[str, list[str]]] = {}
     for kind in own():
         for option in kind.options():
-            shown = f"{option.flag} {option.metavar}" if option.metavar else option.flag
+            metavar = option.metavar or ""
+            space = " " if metavar and option.kind.bare is None else ""
+            shown = f"{option.flag}{space}{metavar}".replace("|", r"\|")
             default = f" (default {option.default})" if option.default else ""
             found.setdefault(f"`{shown}`", (option.help.removesuffix(".") + default, []))[1].append(f"`{kind.name}`")
     rows = [f"| {shown} | {', '.join(names)} | {text} |\n" for shown, (text, names) in found.items()]

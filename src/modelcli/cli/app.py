@@ -14,6 +14,7 @@ from modelcli.errors import RequestError, did_you_mean
 #: Which file has each command, in the order in which the help lists them. The edits come where EDITS is.
 COMMANDS = {
     **dict.fromkeys(("summary", "params", "modules", "list"), "inspect"),
+    "adapt": "adapt",
     EDITS: "edit_commands",
     **dict.fromkeys(("script", "apply"), "apply"),
     **dict.fromkeys(("load", "save", "log", "undo"), "files"),

@@ -40,8 +40,15 @@ def write_request(options: SaveOptions, out: str | None) -> "WriteRequest":
     )
 
 
-def show_outcome(target: "Target", edited: "EditResult", options: EditOptions, shown: OutputOptions) -> None:
-    """Show what an edit changed, and what was written where."""
+def show_outcome(
+    target: "Target",
+    edited: "EditResult",
+    options: EditOptions,
+    shown: OutputOptions,
+    *,
+    with_edits: bool = False,
+) -> None:
+    """Show what an edit changed, and what was written where; `with_edits`, also the edits as lines."""
     from modelcli.render import views
     from modelcli.render.documents import edit as documents
 
@@ -50,6 +57,8 @@ def show_outcome(target: "Target", edited: "EditResult", options: EditOptions, s
         result = ("written", f"{written.reference} ({views.megabytes(written.nbytes)})")
     elif options.dry_run:
         result = ("not written", "--dry-run changes nothing")
+    elif target.recipe is not None and not edited.edits and not target.restates_input:
+        result = ("not recorded", "there is no edit")
     elif target.recipe is not None:
         from modelcli import recipe
 
@@ -60,7 +69,7 @@ def show_outcome(target: "Target", edited: "EditResult", options: EditOptions, s
     results = [result]
     if written is not None and target.recipe is not None:
         results.append(("recorded", str(target.recipe)))
-    view = documents.edits(edited, results, folded=output.is_screen(shown))
+    view = documents.edits(edited, results, folded=output.is_screen(shown), with_edits=with_edits)
     output.show(view, shown, [*edited.notes, *output.folding_note(view, "change", "-f csv")])
 
 

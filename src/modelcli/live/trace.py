@@ -544,6 +544,28 @@ def first_calls(module: nn.Module, paths: Sequence[str], inputs: Inputs | None) 
     return _first_calls(module, paths, inputs)[0]
 
 
+def layers_that_ran(module: nn.Module, inputs: Inputs) -> tuple[list[str], Failure | None]:
+    """Return the paths of the modules with parameters of their own that a forward pass ran, in the order of their end.
+
+    Each has one path. If the pass failed, its failure is returned as well.
+    """
+    found: list[str] = []
+
+    def attempt(subject: nn.Module, given: Arguments, device: str, outer: Outer) -> Pass:
+        found.clear()
+
+        def leave(child: nn.Module, path: str, _output: Any) -> None:
+            if any(parameter is not None for parameter in child._parameters.values()):
+                found.append(path)
+
+        return run(subject, given, device=device, leave=leave, modes=outer, judged=False)
+
+    seen = attempt(meta_copy_if_possible(module), inputs.tensors("meta"), "meta", ())
+    if seen.failure is not None:
+        seen = on_some_device(module, inputs, attempt).seen
+    return found, seen.failure
+
+
 def _first_calls(module: nn.Module, paths: Sequence[str], inputs: Inputs | None) -> tuple[FirstCalls, Failure | None]:
     if inputs is None:
         return {}, None

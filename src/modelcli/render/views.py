@@ -170,9 +170,10 @@ class Branch:
 class View:
     """What a command shows: a table of `rows`, or a `body` that is text already (a printed model), or a `tree`.
 
-    `folded` is how many modules have no row of their own, because they stand in that of their run. `dimmed` and
-    `alarming` say which rows a terminal shows dim, and which in red. Where `nested`, the rows are modules in the
-    model's order: a terminal that has no room for their paths indents the last names of these.
+    `above` are lines of text that come before the table. `folded` is how many modules have no row of their own, because
+    they stand in that of their run. `dimmed` and `alarming` say which rows a terminal shows dim, and which in red.
+    Where `nested`, the rows are modules in the model's order: a terminal that has no room for their paths indents the
+    last names of these.
     """
 
     document: Mapping[str, Any]
@@ -180,6 +181,7 @@ class View:
     columns: Sequence[Column]
     footer: Sequence[tuple[str, str]] = ()
     header: bool = True
+    above: Sequence[str] = ()
     body: str | None = None
     tree: Sequence[Branch] | None = None
     dimmed: Callable[[Mapping[str, Any]], bool] | None = None

@@ -184,7 +184,7 @@ def to_plain(view: View, *, encoding: str = "utf-8") -> str:
     widths = [max((size for size in set(map(len, texts)) if size <= _MAX_FILLED), default=0) for texts in cells]
     fields = [f"%{'' if column.right else '-'}{width}s" for column, width in zip(columns, widths, strict=True)]
     line = "  ".join(fields)
-    lines = [(line % row).rstrip() for row in zip(*cells, strict=True)]
+    lines = [*map(safe, view.above), *((line % row).rstrip() for row in zip(*cells, strict=True))]
     if view.footer:
         if view.header:
             lines.append("")
@@ -229,6 +229,8 @@ def print_rich(view: View, console: Console) -> list[str]:
     if view.body is not None:
         console.print(Text("\n".join(safe(line) for line in view.body.split("\n"))), soft_wrap=True)
         return left_out
+    for above in view.above:
+        console.print(Text(safe(above)), soft_wrap=True)
     if view.rows or view.header:
         left_out = _print_table(view, console)
     if view.footer:

@@ -27,10 +27,13 @@ if TYPE_CHECKING:
     from modelcli.render.folding import Fold
 
 
-def edits(result: EditResult, outcome: Sequence[tuple[str, str]] = (), *, folded: bool = False) -> View:
+def edits(
+    result: EditResult, outcome: Sequence[tuple[str, str]] = (), *, folded: bool = False, with_edits: bool = False
+) -> View:
     """What an edit changed: a row for each change, the totals, the check, and below them the lines of `outcome`.
 
     Where `folded`, the table has one row for the same change of numbered siblings; the document has a row for each.
+    `with_edits` shows the edits as lines above the table.
     """
     rows = [_change(change) for change in result.changes]
     before, after, check = result.before, result.blueprint.totals, result.check
@@ -75,7 +78,15 @@ def edits(result: EditResult, outcome: Sequence[tuple[str, str]] = (), *, folded
     else:
         columns.append(Column("delta", "params", _change_of_size, optional=1))  # the totals say it as well
     hidden = len(rows) - len(shown_rows)
-    return View(document, shown_rows, columns, [*footer, *outcome], header=False, folded=hidden)
+    return View(
+        document,
+        shown_rows,
+        columns,
+        [*footer, *outcome],
+        header=False,
+        above=result.edits if with_edits else (),
+        folded=hidden,
+    )
 
 
 def _change(change: Change) -> dict[str, Any]:

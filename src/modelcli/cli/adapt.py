@@ -1,0 +1,58 @@
+"""adapt: the four adaptations that people make, without naming a path."""
+
+from typing import Annotated
+
+import typer
+
+from modelcli.cli import output, progress
+from modelcli.cli.mounting import Command
+from modelcli.cli.options import EditOptions, OutputOptions, SourceOptions, exit_codes
+from modelcli.cli.outcome import show_outcome, tell_waiting, write_request
+from modelcli.errors import RequestError
+
+#: The largest number that is taken: more would fit in no memory.
+_LARGEST = 2**31 - 1
+
+
+def _size(flag: str, help_text: str) -> typer.models.OptionInfo:
+    made: typer.models.OptionInfo = typer.Option(flag, help=help_text, metavar="N", min=1, max=_LARGEST)
+    return made
+
+
+def adapt(
+    edit: EditOptions,
+    source: SourceOptions,
+    options: OutputOptions,
+    classes: Annotated[
+        int | None, _size("--classes", "New classifiers, auxiliary ones too, for so many classes.")
+    ] = None,
+    in_channels: Annotated[
+        int | None, _size("--in-channels", "Images with so many channels; the first convolution keeps what it knows.")
+    ] = None,
+) -> None:
+    """Adapt a model to other classes or channels. The edits that this stands for are shown and recorded.
+
+    modelcli adapt --classes 10 -m resnet18 -o head10.pth
+
+    modelcli adapt --classes 10 --in-channels 1 -m resnet18
+    """
+    from modelcli.commands.adapt import AdaptRequest
+    from modelcli.commands.adapt import adapt as carry_out
+    from modelcli.commands.target import find_target, recipe_locked
+    from modelcli.edits.adaptation import Adaptation
+
+    output.format_of(options)
+    wanted = Adaptation(classes, in_channels)
+    if wanted == Adaptation():
+        raise RequestError(
+            "adapt takes --classes or --in-channels, or both",
+            "modelcli adapt --classes 10 -m resnet18",
+        )
+    with recipe_locked(edit.model, source.recipe, tell_waiting), progress.of_bytes(options) as report:
+        target = find_target(edit.model, source.overrides(), source.recipe)
+        adapted = carry_out(AdaptRequest(target, wanted, write_request(edit, edit.out)), report)
+    show_outcome(adapted.target, adapted.result, edit, options, with_edits=True)
+
+
+def commands() -> list[Command]:
+    return [Command("adapt", adapt, "Edit", exit_codes(0, 2, 3, 4, 5))]

@@ -1,0 +1,177 @@
+"""Plan an adaptation: which edits it stands for, and which input the model takes afterwards.
+
+What the library of a model calls its classifier and its first layer is known from its provider. For models of other
+classes, they are the last and the first layer with weights that a forward pass runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from modelcli.edits import Edit, from_words
+from modelcli.edits.adaptation import Adaptation, AdaptationPlan
+from modelcli.errors import RequestError
+from modelcli.language import expressions, selectors
+from modelcli.language.quoting import command
+from modelcli.live import trace
+from modelcli.live.adaptation import resized_calls
+from modelcli.live.adaptation.resized_calls import INPUTS, OUTPUTS
+from modelcli.live.inputs import Inputs, how_to_state_input
+from modelcli.live.providers.base import LiveProvider
+from modelcli.live.surgery.core import brief, submodule
+from modelcli.wording import counted
+
+if TYPE_CHECKING:
+    from modelcli.live.opening import Live
+
+
+def plan(live: Live, wanted: Adaptation) -> AdaptationPlan:
+    """Find the edits that an adaptation stands for. The model is not changed.
+
+    Raises RequestError where the model has no such part, or nobody knows which one it is.
+    """
+    return _Planning(live, wanted).plan()
+
+
+@dataclass
+class _Planning:
+    """The plan of one adaptation while it is made."""
+
+    live: Live
+    wanted: Adaptation
+    edits: list[Edit] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def plan(self) -> AdaptationPlan:
+        wanted = self.wanted
+        if self.live.inputs is not None and self.live.inputs.as_list:
+            raise RequestError(
+                f"{self._model} is a detection model: no single layer of it decides the number of classes or channels, "
+                "and it scales images itself",
+                "replace its predictors by their paths: modelcli modules shows them",
+            )
+        inputs = self.live.inputs
+        if wanted.classes is not None:
+            self._classes(wanted.classes)
+        if wanted.in_channels is not None:
+            inputs = self._in_channels(wanted.in_channels, inputs)
+        stated = None if inputs == self.live.inputs or inputs is None else inputs
+        return AdaptationPlan(tuple(self.edits), tuple(self.notes), stated)
+
+    @property
+    def _model(self) -> str:
+        return self.live.source.model
+
+    @property
+    def _module(self) -> nn.Module:
+        return self.live.module
+
+    # --- the classifier ----------------------------------------------------------------------------------------------
+
+    def _classes(self, number: int) -> None:
+        """Plan the replacement of each classifier."""
+        for path in self._paths("head", "--classes", f"Linear(_,{number})"):
+            old = submodule(self._module, path)
+            before = resized_calls.size(old, OUTPUTS)
+            if before is None:
+                raise RequestError(
+                    f"the classifier {path} is {brief(old)}, and adapt replaces Linear and convolutions only",
+                    f"replace it yourself: {command(['replace', selectors.literal(path), f'Linear(_,{number})'])}",
+                )
+            if before == number:
+                self.notes.append(f"{path} has {counted(number, 'class', 'classes')} already")
+            else:
+                self._replace(path, old, OUTPUTS, number)
+
+    # --- the first layer ---------------------------------------------------------------------------------------------
+
+    def _in_channels(self, number: int, inputs: Inputs | None) -> Inputs | None:
+        """Plan the replacement of the first convolution. Returns what the model takes afterwards."""
+        for path in self._paths("stem", "--in-channels", f"Conv2d({number},_,_)"):
+            old = submodule(self._module, path)
+            before = resized_calls.size(old, INPUTS)
+            if before is None or isinstance(old, nn.Linear):
+                raise RequestError(
+                    f"the first layer {path} is {brief(old)}: that is no convolution, which has input channels",
+                    "name the layer that takes the channels: replace PATH MODULE",
+                )
+            if getattr(old, "groups", 1) != 1:
+                raise RequestError(
+                    f"the first layer {path} has its channels in {old.groups} groups: their weights cannot be summed",
+                    f"replace it without its weights: {command(['replace', selectors.literal(path), 'MODULE'])}",
+                )
+            if before == number:
+                self.notes.append(f"{path} takes {counted(number, 'channel')} already")
+                continue
+            self._replace(path, old, INPUTS, number, "--keep-weights=sum")
+            inputs = None if inputs is None else _with_channels(inputs, before, number)
+        return inputs
+
+    # --- both --------------------------------------------------------------------------------------------------------
+
+    def _replace(self, path: str, old: nn.Module, names: tuple[str, ...], number: int, *options: str) -> None:
+        call = resized_calls.with_size(old, names, number)
+        self.edits.append(from_words("replace", [selectors.literal(path), expressions.to_text(call), *options]))
+
+    def _paths(self, word: str, option: str, example: str) -> Sequence[str]:
+        """Return the paths of the classifier (`head`) or of the first layer (`stem`).
+
+        Raises RequestError where neither the library nor a forward pass tells.
+        """
+        known = self.live.describe().landmarks
+        if word in known:
+            return known[word]
+        what = "the classifier" if word == "head" else "the first layer"
+        example = command(["replace", "PATH", example])
+        if known or self._library_names_layers:
+            raise RequestError(
+                f"{option}: the library of {self._model} does not say which module of {type(self._module).__name__} is "
+                f"{what}; it may have none",
+                f"name the module: {example}",
+            )
+        layers = self._layers(option, what, example)
+        return layers[-1:] if word == "head" else layers[:1]
+
+    @property
+    def _library_names_layers(self) -> bool:
+        """Whether the provider of the model says of its models which module is the classifier."""
+        base = self.live.architecture
+        return base is not None and type(base.provider).landmarks is not LiveProvider.landmarks
+
+    def _layers(self, option: str, what: str, example: str) -> Sequence[str]:
+        """Return the layers with weights that a forward pass runs, in their order."""
+        if self.live.inputs is None:
+            raise RequestError(
+                f"{option}: no library says which layer of {self._model} is {what}, and no forward pass can show it, "
+                "because the input is not known",
+                f"{how_to_state_input(self._module)}, or name the layer: {example}",
+            )
+        found, failure = self._ran
+        if failure is not None:
+            raise RequestError(
+                f"{option}: no library says which layer of {self._model} is {what}, and {failure.reason}",
+                f"name the layer: {example}",
+            )
+        if not found:
+            raise RequestError(f"{option}: no layer of {self._model} with weights runs", f"name the layer: {example}")
+        return found
+
+    @cached_property
+    def _ran(self) -> tuple[list[str], trace.Failure | None]:
+        assert self.live.inputs is not None
+        return trace.layers_that_ran(self._module, self.live.inputs)
+
+
+def _with_channels(inputs: Inputs, before: int, after: int) -> Inputs:
+    """Return the inputs with another number of channels, those that have the old one in their second axis."""
+
+    def changed(shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (shape[0], after, *shape[2:]) if len(shape) > 2 and shape[1] == before else shape
+
+    named = tuple(item if item.shape is None else replace(item, shape=changed(item.shape)) for item in inputs.named)
+    return replace(inputs, shapes=tuple(map(changed, inputs.shapes)), named=named)

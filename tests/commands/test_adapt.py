@@ -1,0 +1,217 @@
+"""adapt: which edits it stands for, and that the result is what the libraries themselves make."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import modelcli
+from modelcli.live.surgery import seed_of
+from tests.conftest import Cli
+from tests.live.test_landmarks import BUILDERS, built
+
+OWN = """
+from torch import nn
+
+class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.Linear(1, 1)
+        self.last = nn.Linear(4, 7, bias=False)
+        self.first = nn.Conv2d(3, 4, 3, stride=2, padding=1, padding_mode="reflect")
+
+    def forward(self, x):
+        return self.last(self.first(x).mean((2, 3)))
+
+class Normed(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(4, 4), nn.LayerNorm(4))
+"""
+
+
+@pytest.fixture
+def own(folder: Path) -> str:
+    (folder / "own.py").write_text(OWN)
+    return "own.py:Own"
+
+
+# --- classes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "edits"),
+    [
+        ("resnet18", ["replace fc Linear(_,10)"]),
+        ("squeezenet1_1", ["replace classifier.1 Conv2d(_,10,_)"]),
+        ("googlenet", ["replace fc Linear(_,10)", "replace aux1.fc2 Linear(_,10)", "replace aux2.fc2 Linear(_,10)"]),
+        (
+            "fcn_resnet50(aux_loss=True)",
+            ["replace classifier.4 Conv2d(_,10,_)", "replace aux_classifier.4 Conv2d(_,10,_)"],
+        ),
+        ("vit_b_16", ["replace heads.head Linear(_,10)"]),
+    ],
+)
+def test_classes_replace_every_classifier(cli: Cli, model: str, edits: list[str]) -> None:
+    done = cli("adapt", "--classes", 10, "-m", model, "--json").json
+    assert done["edits"] == edits
+    assert done["check"]["ran"]
+    assert done["output"] is None
+
+
+@pytest.mark.parametrize("name", [name for name in BUILDERS if name not in ("maxvit_t", "swin3d_t", "mvit_v1_b")])
+def test_the_shapes_are_those_of_the_builder_with_num_classes(cli: Cli, name: str) -> None:
+    done = cli("adapt", "--classes", 7, "-m", name, "--check", "none", "-o", "o.safetensors", "--force")
+    assert done.out.startswith("replace ")
+    found = {
+        row["name"]: row["shape"] for row in cli("params", "o.safetensors", "--bare-keys", "--json").json["tensors"]
+    }
+    assert found == {key: list(value.shape) for key, value in built(name, 7).state_dict().items()}
+
+
+def test_values_of_other_layers_stay_and_new_ones_are_drawn_by_the_edit(cli: Cli) -> None:
+    torch.manual_seed(3)
+    model = torchvision.models.resnet18()
+    torch.save(model.state_dict(), "m.pth")
+    cli("adapt", "--classes", 10, "-m", "m.pth", "--arch", "resnet18", "-o", "o.pth")
+    found = torch.load("o.pth", weights_only=True)
+    torch.manual_seed(seed_of(0, 1))
+    model.fc = nn.Linear(512, 10)
+    assert list(found) == list(model.state_dict())
+    assert all(torch.equal(found[key], value) for key, value in model.state_dict().items())
+
+
+# --- input channels --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_first_convolution_is_that_of_timm(cli: Cli, channels: int, dtype: torch.dtype) -> None:
+    from timm.models import adapt_input_conv
+
+    model = torchvision.models.resnet18().to(dtype)
+    torch.save(model.state_dict(), "m.pth")
+    done = cli("adapt", "--in-channels", channels, "-m", "m.pth", "--arch", "resnet18", "-o", "o.pth", "--json").json
+    assert done["edits"] == [f"replace conv1 Conv2d({channels},_,_,stride=_,padding=_,bias=_) --keep-weights=sum"]
+    assert done["check"] == {"ran": True, "reason": None, "output_shape": [1, 1000], "input": [[1, channels, 224, 224]]}
+    found = torch.load("o.pth", weights_only=True)
+    assert torch.equal(found["conv1.weight"], adapt_input_conv(channels, model.conv1.weight.detach()))
+    assert cli("summary", "o.pth", "--json").json["input"] == [[1, channels, 224, 224]]
+
+
+def test_a_video_model_gets_channels_too(cli: Cli) -> None:
+    done = cli("adapt", "--in-channels", 1, "-m", "r3d_18", "--json").json
+    assert done["check"]["input"] == [[1, 1, 16, 112, 112]]
+    assert done["edits"] == ["replace stem.0 Conv3d(1,_,_,stride=_,padding=_,bias=_) --keep-weights=sum"]
+
+
+# --- models of other classes -----------------------------------------------------------------------------------------
+
+
+def test_the_layers_of_an_own_class_are_the_first_and_the_last_that_ran(cli: Cli, own: str) -> None:
+    words = ("--classes", 2, "--in-channels", 1, "-m", own, "--input-size", "1,3,8,8")
+    done = cli("adapt", *words, "-o", "o.pth", "--json").json
+    assert done["edits"] == [
+        "replace last Linear(_,2,bias=_)",
+        "replace first Conv2d(1,_,_,stride=_,padding=_,padding_mode=_) --keep-weights=sum",
+    ]
+    assert done["check"]["input"] == [[1, 1, 8, 8]]
+    assert done["check"]["output_shape"] == [1, 2]
+    assert "last.bias" not in torch.load("o.pth", weights_only=True)
+
+
+def test_an_input_by_name_gets_the_channels(cli: Cli, own: str) -> None:
+    done = cli("adapt", "--in-channels", 1, "-m", own, "--input", "x=2,3,8,8", "--json").json
+    assert done["check"]["input"] == [[2, 1, 8, 8]]
+
+
+def test_what_is_not_known_is_told(cli: Cli, own: str) -> None:
+    done = cli("adapt", "--classes", 2, "-m", own, "-o", "o.pth", code=2)
+    assert "no library says which layer of own.py:Own is the classifier" in done.err
+    assert "hint: pass --input-size, batch included, or name the layer: replace PATH 'Linear(_,2)'" in done.err
+    done = cli("adapt", "--classes", 2, "-m", own, "--input-size", "1,5,8,8", code=2)
+    assert "the forward pass ended in first" in done.err
+    done = cli("adapt", "--classes", 2, "-m", "own.py:Normed", "--input-size", "1,4", code=2)
+    assert "the classifier 1 is LayerNorm((4,)), and adapt replaces Linear and convolutions only" in done.err
+    done = cli("adapt", "--in-channels", 2, "-m", "own.py:Normed", "--input-size", "1,4", code=2)
+    assert "the first layer 0 is Linear(4, 4): that is no convolution" in done.err
+    assert not Path("o.pth").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--classes", 2, "-m", "fasterrcnn_resnet50_fpn"), "is a detection model"),
+        (
+            ("--classes", 2, "-m", "raft_small"),
+            "the library of raft_small does not say which module of RAFT is the classifier",
+        ),
+        (("-m", "resnet18"), "adapt takes --classes"),
+        (("--classes", 0, "-m", "resnet18"), "0"),
+        (("--classes", 2, "-m", "bare.pth"), "adapt needs an architecture, but bare.pth records none"),
+    ],
+)
+def test_what_does_not_apply_is_an_error_and_nothing_is_written(
+    cli: Cli, words: tuple[object, ...], message: str
+) -> None:
+    torch.save({"a": torch.zeros(1)}, "bare.pth")
+    assert message in cli("adapt", *words, "-o", "o.pth", code=2).err
+    assert not Path("o.pth").exists()
+
+
+# --- as every edit ---------------------------------------------------------------------------------------------------
+
+
+def test_the_recipe_and_the_record_have_the_edits_and_not_adapt(cli: Cli) -> None:
+    cli("load", "resnet18")
+    cli("freeze", "layer1")
+    done = cli("adapt", "--classes", 10, "--in-channels", 1)
+    conv = "replace conv1 Conv2d(1,_,_,stride=_,padding=_,bias=_) --keep-weights=sum"
+    assert done.out.splitlines()[:2] == ["replace fc Linear(_,10)", conv]
+    assert "recorded:" in done.out
+    recipe = tomllib.loads(Path("modelcli.toml").read_text())
+    assert recipe["edits"] == ["freeze layer1", "replace fc Linear(_,10)", conv]
+    assert recipe["input_size"] == "1,1,224,224"
+    assert cli("log", "--json").json["edits"] == recipe["edits"]
+    cli("save", "o.pth")
+    record = cli("check", "o.pth", "--output-shape", "1,10")
+    assert record.code == 0
+    cli("undo")
+    assert len(tomllib.loads(Path("modelcli.toml").read_text())["edits"]) == 2
+
+
+def test_a_dry_run_changes_nothing(cli: Cli) -> None:
+    cli("load", "resnet18")
+    before = Path("modelcli.toml").read_text()
+    done = cli("adapt", "--classes", 10, "--dry-run")
+    assert "--dry-run changes nothing" in done.out
+    assert Path("modelcli.toml").read_text() == before
+
+
+def test_the_script_of_an_adaptation_makes_the_same(cli: Cli) -> None:
+    cli("load", "resnet18")
+    cli("adapt", "--classes", 10, "--in-channels", 1, "-o", "o.pth")
+    Path("s.py").write_text(cli("script", "-o", "s.pth").out)
+    subprocess.run([sys.executable, "s.py"], check=True)
+    one, other = (torch.load(name, weights_only=True) for name in ("o.pth", "s.pth"))
+    assert list(one) == list(other)
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_what_is_so_already_needs_no_edit(cli: Cli) -> None:
+    done = cli("adapt", "--classes", 1000, "--in-channels", 3, "-m", "resnet18", "-o", "o.pth")
+    assert "note: fc has 1,000 classes already" in done.err
+    assert "note: conv1 takes 3 channels already" in done.err
+    assert torch.equal(
+        torch.load("o.pth", weights_only=True)["fc.weight"], modelcli.load("resnet18").state_dict()["fc.weight"]
+    )
+    cli("load", "resnet18")
+    before = Path("modelcli.toml").read_text()
+    assert "not recorded: there is no edit" in cli("adapt", "--classes", 1000).out
+    assert Path("modelcli.toml").read_text() == before

@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import os
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING
 
@@ -31,6 +33,7 @@ from modelcli.wording import listed
 if TYPE_CHECKING:
     from modelcli.checkpoints import Contents
     from modelcli.checkpoints.record import Record
+    from modelcli.providers.base import Provider
 
 
 def reference_of(source: Source) -> Reference:
@@ -210,7 +213,66 @@ def _recognised(text: str, path: Path) -> NamedModel | None:
 
     installed = (known for known in providers.with_prefix() if known.is_installed)
     provider = next((known for known in installed if known.recognises(path)), None)
-    return None if provider is None else NamedModel(Call(text), provider.prefix)
+    if provider is None:
+        return None
+    # Written as a path, it cannot be taken for a name that the provider fetches: `./org/name`.
+    is_path = not provider.is_remote(text)
+    return NamedModel(Call(text if is_path else f"./{text}"), provider.prefix)
+
+
+def pinned(source: Source, *, requests: bool = True) -> Source:
+    """The same source with models named so that nobody can change them meanwhile: see `Provider.pinned`."""
+
+    def name_of(provider: Provider, name: str) -> str:
+        return provider.pinned(name, source.folder, requests=requests)
+
+    arch = None if source.arch is None else _renamed(source.arch, source.folder, name_of)
+    return replace(source, model=_renamed(source.model, source.folder, name_of), arch=arch)
+
+
+def downloaded(source: Source) -> Source:
+    """The same source as `pinned`, once its values are on this machine: see `Provider.downloaded`.
+
+    Where the values come from elsewhere, by `--weights`, those of the model itself are not needed.
+    """
+    if source.weights == "none" or (
+        source.weights is not None and names_a_file(source.weights, source.folder, source.model)
+    ):
+        return pinned(source)
+
+    def name_of(provider: Provider, name: str) -> str:
+        return provider.downloaded(name, source.folder)
+
+    return pinned(replace(source, model=_renamed(source.model, source.folder, name_of)))
+
+
+def _renamed(text: str, folder: Path, name_of: Callable[[Provider, str], str]) -> str:
+    """A reference with another name for the model of a provider with a prefix; other references as they are."""
+    if (prefix := providers.prefix_of(text)) is None or not _is_prefix(prefix):
+        return text
+    reference = parse(text, folder)
+    provider = None if not isinstance(reference, NamedModel) else providers.by_prefix(reference.prefix or "")
+    if provider is None:
+        return text
+    assert isinstance(reference, NamedModel)
+    name = name_of(provider, reference.call.name)
+    if name == reference.call.name:
+        return text
+    return str(replace(reference, call=replace(reference.call, name=name)))
+
+
+def require_downloaded(reference: Reference, source: Source) -> None:
+    """Raise RequestError for a model whose files are on another machine."""
+    if not isinstance(reference, NamedModel) or reference.prefix is None:
+        return
+    provider, name = providers.by_prefix(reference.prefix), reference.call.name
+    if provider is None or not provider.is_remote(name):
+        return
+    if provider.own_folder(name, source.folder) is None or provider.is_partial(name, source.folder):
+        raise RequestError(
+            f"the files of {reference} are not on this machine",
+            f"modelcli load {quoted(str(reference))} downloads them",
+        )
 
 
 def own_weights(reference: Reference, source: Source) -> Path | None:
@@ -223,7 +285,9 @@ def own_weights(reference: Reference, source: Source) -> Path | None:
         return None
     assert isinstance(reference, NamedModel)
     provider = None if reference.prefix is None else providers.by_prefix(reference.prefix)
-    return folder if provider is None else provider.chosen_weights(folder)
+    if provider is None:
+        return folder
+    return None if provider.is_partial(reference.call.name, source.folder) else provider.chosen_weights(folder)
 
 
 def own_folder(reference: Reference, source: Source) -> Path | None:
@@ -252,10 +316,21 @@ def hidden_file_note(text: str, folder: Path) -> str | None:
     prefix, colon, _ = text.partition(":")
     if colon and _is_prefix(prefix) and exists(folder / f"{prefix}.py"):
         return f"{text} is a model of the provider {prefix}; the file of that name is meant by {prefix}.py:..."
+    if colon and (folder_name := _hidden_folder(text, folder)) is not None:
+        return f"{text} is fetched by the provider {prefix}; the folder of that name is meant by ./{folder_name}"
     if not _is_bare_word(text) or not exists(folder / text) or not _is_known_word(text):
         return None
     what = "folder" if (folder / text).is_dir() else "file"
     return f"{text} means the model of that name; the {what} that is called so too is named by ./{text}"
+
+
+def _hidden_folder(text: str, folder: Path) -> str | None:
+    """The folder that is called like a model which a provider fetches; None where there is none."""
+    prefix, name = providers.prefix_of(text), text.partition(":")[2].partition("(")[0].partition("@")[0]
+    if prefix is None or not _is_prefix(prefix) or not name or not (folder / name).is_dir():
+        return None
+    provider = providers.by_prefix(prefix)
+    return name if provider is not None and provider.is_remote(name) else None
 
 
 def _split_object(text: str, folder: Path, *, look: bool) -> tuple[str, str] | None:

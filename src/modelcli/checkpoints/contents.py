@@ -45,6 +45,7 @@ class Contents:
             tensors has to report that it did not see these.
         hidden: attributes that contain tensors outside the state dict. Likewise.
         is_program: whether the tensors belong to a program, whose code and constants are not kept.
+        is_remote: whether the values are on another machine, and only the headers of the files were read.
     """
 
     path: Path
@@ -65,6 +66,7 @@ class Contents:
     unseen: tuple[str, ...] = ()
     hidden: tuple[str, ...] = ()
     is_program: bool = False
+    is_remote: bool = False
 
     @cached_property
     def rows(self) -> Mapping[str, TensorEntry | CompositeEntry]:

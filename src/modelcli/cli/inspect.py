@@ -178,7 +178,9 @@ def params(
         _check_key(sort, keys)
     target = find_target(named(model, look), source.overrides(), source.recipe)
     needs_modules = bool(select)  # a selector names modules too
-    found = look_at(LookRequest(target, cached=not (values or stats or look.no_cache), modules=needs_modules))
+    needs_values = values or stats
+    is_cached = not (needs_values or look.no_cache)
+    found = look_at(LookRequest(target, cached=is_cached, modules=needs_modules, values=needs_values))
     tensors = select_tensors(found.blueprint, select or [], buffers=buffers, frozen=frozen, trainable=trainable)
     statistics = None
     if sort not in documents.STATS:  # the order is known without reading tensors, so only those shown are read

@@ -127,7 +127,7 @@ def check(request: CheckRequest, progress: Progress | None = None) -> CheckResul
         return CheckResult(target.source.model, None, tuple(of_files))
     needs_values = wanted.finite or bool(wanted.same_as)
     traced, cached = bool(wanted.output_shapes), cached and not needs_values
-    found = look(LookRequest(target, traced=traced, cached=cached, of_files=True))
+    found = look(LookRequest(target, traced=traced, cached=cached, of_files=True, values=needs_values))
     notes = list(found.notes)
     checks = _of_structure(found, wanted)
     if any(_rests_on_record(found, row) for row in checks):
@@ -167,6 +167,7 @@ def _folder_of(source: Source) -> Path:
     reference = resolve.reference_of(source)
     if isinstance(reference, CheckpointFile):
         return reference.path
+    resolve.require_downloaded(reference, source)
     if (folder := resolve.own_folder(reference, source)) is not None:
         return folder
     raise RequestError(f"--complete is about a folder, and {reference} is none", "name the folder of the shards")
@@ -221,7 +222,8 @@ def _of_structure(found: Look, wanted: Assertions) -> list[AssertionResult]:
 def _safe(found: Look, source: Source) -> AssertionResult:
     """Whether the model's file, if there is one, contains nothing that could only be loaded by running code."""
     contents = found.contents
-    if contents is not None and (found.live is not None or found.keys is not None):
+    is_opened = found.live is not None or found.keys is not None
+    if contents is not None and is_opened and not contents.is_remote:  # safetensors hold tensors alone
         contents = checkpoints.read(contents.path, key=source.key)  # as it is, before objects were dropped
     foreign = {} if contents is None else dict.fromkeys(contents.foreign)
     reference = resolve.reference_of(source)

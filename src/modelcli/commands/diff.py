@@ -92,7 +92,7 @@ def open_side(source: Source, *, values: bool) -> Look:
         source = replace(source, weights=None)
     else:
         source = replace(source, arch=None, key=None)
-    return look(LookRequest(Target(source), cached=not values, of_files=True))
+    return look(LookRequest(Target(source), cached=not values, of_files=True, values=values))
 
 
 @stdout_is_for_data

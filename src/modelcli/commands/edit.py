@@ -77,7 +77,7 @@ def _edited(request: EditRequest, progress: Progress | None) -> EditResult:
         from modelcli import recipe
 
         recipe.check_append(target.recipe, request.edits)
-    model = open_editable(target.source)
+    model = open_editable(target.source, values=how.out is not None and not how.dry_run)
     apply_each(model, target.edits, target.locations)  # the notes of a recipe's edits were shown when these were made
     before = model.describe().totals
     applied = apply_each(model, request.edits, request.locations)

@@ -83,8 +83,8 @@ class Editable(Protocol):
         ...
 
 
-def open_editable(source: Source) -> Editable:
-    """Open a model for edits. Nothing is downloaded, and no value is read.
+def open_editable(source: Source, *, values: bool = False) -> Editable:
+    """Open a model for edits. No value is read; with `values`, those of a model on the Hub are downloaded.
 
     Raises RequestError, AnswerNoError (a checkpoint that does not fit), UnsafeError, FileFormatError.
     """
@@ -92,7 +92,7 @@ def open_editable(source: Source) -> Editable:
         return keys
     from modelcli.live import opening
 
-    return opening.open_live(source)
+    return opening.open_live(resolve.downloaded(source) if values else source)
 
 
 def opened_keys(source: Source) -> OpenStateDict | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from modelcli import resolve
 from modelcli.commands import blueprint_cache
 from modelcli.commands.editable import opened_keys
 from modelcli.commands.look import architecture_notes, cache_key, keep_blueprint, stdout_is_for_data
@@ -63,7 +64,7 @@ def load(request: LoadRequest) -> LoadResult:
     from modelcli.live import opening
 
     # Keys that do not match are in the result: the command shows them, and then raises its `error`.
-    live = opening.open_live(source, report_only=True)
+    live = opening.open_live(resolve.downloaded(source), report_only=True)
     report = live.report
     error = None
     if report is not None and live.architecture is not None and live.contents is not None:

@@ -44,7 +44,8 @@ class LookRequest:
 
     Without `cached`, a model that is not a file is built anew, and the cache is neither read nor written. Without
     `modules`, the caller shows only tensors: the blueprint of a plain state dict then has only the root module. With
-    `of_files`, the caller asks for more of the model's files than a blueprint says, so the files are read.
+    `of_files`, the caller asks for more of the model's files than a blueprint says, so the files are read. With
+    `values`, the values will be read, so those of a model on the Hub are downloaded.
     """
 
     target: Target
@@ -53,6 +54,7 @@ class LookRequest:
     cached: bool = True
     modules: bool = True
     of_files: bool = False
+    values: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,8 @@ def look(request: LookRequest) -> Look:
 
 def _looked(request: LookRequest) -> Look:
     target, traced, mode = request.target, request.traced, request.mode
+    named = resolve.downloaded(target.source) if request.values else resolve.pinned(target.source)
+    target = replace(target, source=named)
     found = _look_at_file(target, traced=traced, mode=mode, modules=request.modules)
     if found is not None:
         return found
@@ -278,8 +282,8 @@ def known_blueprint(target: Target) -> Blueprint | None:
     if found is not None:
         return found.blueprint
     for source in (
-        target.source,
-        replace(target.source, input_size=None, input_dtype=(), inputs=()),
+        pinned := resolve.pinned(target.source, requests=False),
+        replace(pinned, input_size=None, input_dtype=(), inputs=()),
     ):  # the same modules
         from modelcli.commands import blueprint_cache
 

@@ -34,7 +34,7 @@ def _saved(request: SaveRequest, progress: Progress | None) -> EditResult:
     target, how = request.target, request.write
     assert how.out is not None
     writing.check_target(how.out, how.format, force=how.force)
-    model = open_editable(target.source)
+    model = open_editable(target.source, values=not how.dry_run)
     before = model.describe().totals
     applied = apply_each(model, target.edits, target.locations)
     check = None if target.edits else FitCheck(False, "nothing was edited")

@@ -9,7 +9,7 @@ import socket
 import sys
 import traceback
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -36,10 +36,24 @@ class DownloadError(RequestError):
         super().__init__(f"building the model would fetch {what}, but looking at a model downloads nothing", _HINT)
 
 
+#: What `forbidden` has replaced, the latest last: each time a context that puts it back as it was before.
+_REPLACED: list[Callable[[], contextlib.AbstractContextManager[None]]] = []
+
+
+@contextlib.contextmanager
+def allowed() -> Iterator[None]:
+    """In the block requests are allowed again, for what modelcli itself asks for to describe a model."""
+    with contextlib.ExitStack() as stack:
+        for as_before in reversed(_REPLACED):
+            stack.enter_context(as_before())
+        yield
+
+
 @contextlib.contextmanager
 def forbidden() -> Iterator[None]:
     """Make every download in the block raise DownloadError, with the address, at once."""
     with contextlib.ExitStack() as stack:
+        stack.callback(_REPLACED.__delitem__, slice(len(_REPLACED), None))
         stack.enter_context(_hub_offline())
         for place, name in (
             (torch.hub, "download_url_to_file"),
@@ -47,10 +61,10 @@ def forbidden() -> Iterator[None]:
             (urllib.request, "urlopen"),
             (urllib.request, "urlretrieve"),
         ):
-            stack.enter_context(_replaced(place, name, _refuse_address))
+            stack.enter_context(_refused(place, name, _refuse_address))
         for half in providers.in_use():
             for place, name in half.downloads():
-                stack.enter_context(_replaced(place, name, _refuse_call))
+                stack.enter_context(_refused(place, name, _refuse_call))
         resolve = socket.getaddrinfo
 
         def only_local(host: Any, *args: Any, **kwargs: Any) -> Any:
@@ -59,7 +73,7 @@ def forbidden() -> Iterator[None]:
                 raise DownloadError(f"something from {name}")
             return resolve(host, *args, **kwargs)
 
-        stack.enter_context(_replaced(socket, "getaddrinfo", only_local))
+        stack.enter_context(_refused(socket, "getaddrinfo", only_local))
         try:
             yield
         except ModelcliError as error:
@@ -80,21 +94,38 @@ def _refuse_call(*args: Any, **_kwargs: Any) -> Any:
 
 @contextlib.contextmanager
 def _hub_offline() -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in _OFFLINE}
-    os.environ.update(dict.fromkeys(_OFFLINE, "1"))
-    known = _flags()
-    for place, name in known:
-        setattr(place, name, True)
+    """In the block the Hugging Face libraries use their caches only."""
+    before, flags = {name: os.environ.get(name) for name in _OFFLINE}, _flags()
+    _REPLACED.append(lambda: _hub_settings(before, flags))
+    offline: dict[str, str | None] = dict.fromkeys(_OFFLINE, "1")
+    with _hub_settings(offline, dict.fromkeys(flags, True)):
+        yield
+
+
+@contextlib.contextmanager
+def _hub_settings(variables: Mapping[str, str | None], flags: Mapping[tuple[Any, str], bool]) -> Iterator[None]:
+    """In the block these settings hold, and afterwards the earlier ones, also for libraries imported meanwhile."""
+    before, known = {name: os.environ.get(name) for name in variables}, _flags()
+    _set(variables, {place: flags.get(place, _is_true(variables["HF_HUB_OFFLINE"])) for place in known})
     try:
         yield
     finally:
-        for variable, value in before.items():
-            if value is None:
-                os.environ.pop(variable, None)
-            else:
-                os.environ[variable] = value
-        for place, name in _flags():  # including libraries imported meanwhile
-            setattr(place, name, known.get((place, name), before["HF_HUB_OFFLINE"] in ("1", "ON", "YES", "TRUE")))
+        _set(before, {place: known.get(place, _is_true(before["HF_HUB_OFFLINE"])) for place in _flags()})
+
+
+def _set(variables: Mapping[str, str | None], flags: Mapping[tuple[Any, str], bool]) -> None:
+    for variable, value in variables.items():
+        if value is None:
+            os.environ.pop(variable, None)
+        else:
+            os.environ[variable] = value
+    for (place, name), flag in flags.items():
+        setattr(place, name, flag)
+
+
+def _is_true(value: str | None) -> bool:
+    """Whether the value of a variable switches a setting of the Hugging Face libraries on."""
+    return value is not None and value.upper() in ("1", "ON", "YES", "TRUE")
 
 
 def _flags() -> dict[tuple[Any, str], bool]:
@@ -176,6 +207,15 @@ def _recording_class_method(kind: Any, name: str, loads: list[str]) -> Iterator[
         yield
     finally:
         setattr(kind, name, method)
+
+
+@contextlib.contextmanager
+def _refused(place: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """The same as `_replaced`, which `allowed` takes back."""
+    before = getattr(place, name)
+    _REPLACED.append(lambda: _replaced(place, name, before))
+    with _replaced(place, name, function):
+        yield
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from modelcli.errors import FileFormatError, ModelcliError, RequestError
 from modelcli.language import input_texts, references
 from modelcli.language.quoting import quoted
 from modelcli.language.references import CheckpointFile, NamedModel, Source
-from modelcli.live import bounds, inputs, loading, memory, providers, trace
+from modelcli.live import bounds, downloads, inputs, loading, memory, providers, trace
 from modelcli.live.build import Architecture, architecture
 from modelcli.live.describe import describe, floating_dtype
 from modelcli.live.inputs import Inputs
@@ -161,7 +161,7 @@ class Live:
         module = self.architecture.real(self.seed, needed=needed, weights=False)
         recorded = 0 if self.record is None else len(self.record.edits)
         module = self._edited(module, self.edits[:recorded])
-        if self.contents is not None:
+        if self.contents is not None and not self.contents.is_remote:  # else the constructor's values do
             loading.load_values(self.architecture, module, self.contents)
         return self._edited(module, self.edits[recorded:])
 
@@ -179,7 +179,7 @@ def _held(parameters: Mapping[str, nn.Parameter]) -> dict[str, Held]:
 
 
 def open_live(source: Source, *, report_only: bool = False) -> Live:
-    """Open a model on the meta device. Nothing is downloaded, and no weights are read.
+    """Open a model on the meta device. No weights are read; of a model on the Hub, what describes it is downloaded.
 
     With `report_only`, a checkpoint that does not fit is not an error: `report` says how the keys differ.
 
@@ -196,7 +196,7 @@ def load_weights(live: Live) -> None:
 
 def open_real(source: Source, edits: Sequence[Edit] = ()) -> tuple[nn.Module, Live]:
     """Open a model with values and apply the edits; the result equals that of the constructor and `load_state_dict`."""
-    return _opened(source, lambda opening: opening.real(edits))
+    return _opened(resolve.downloaded(source), lambda opening: opening.real(edits))
 
 
 class _RecordDoesNotFitError(Exception):
@@ -220,6 +220,8 @@ class _Opening:
     """The decisions that both ways of opening share: the architecture, the file, and the recorded edits."""
 
     def __init__(self, source: Source, followed: tuple[Path, ...] = (), *, ignores_record: bool = False) -> None:
+        with downloads.allowed():
+            source = resolve.pinned(source)
         self.source = source
         #: Whether the record in the folder of a library's model was tried and does not fit.
         self.ignores_record = ignores_record
@@ -264,11 +266,13 @@ class _Opening:
                 raise RequestError(f"--key {source.key} is for checkpoints, and {reference} is not one")
             if own is not None:
                 self.contents = read_to_edit(own, source, self.notes)
-            self.own_folder = None if own is None else resolve.own_folder(reference, source)
+            elif source.weights != "none":
+                self.contents = self._remote_contents(reference)
+            self.own_folder = None if self.contents is None else resolve.own_folder(reference, source)
             if self.own_folder is None or not self._follow_record_of_folder(self.own_folder):
                 self._take_architecture(reference, weights)
-                if own is not None:
-                    self._bound_by(self._contents())
+                if self.contents is not None:
+                    self._bound_by(self.contents)
         self.notes += self._notes_of_architecture()
         if self.contents is not None:
             self.notes += self.contents.notes
@@ -284,6 +288,13 @@ class _Opening:
 
     def _notes_of_architecture(self) -> tuple[str, ...]:
         return () if self.base is None else self.base.notes
+
+    def _remote_contents(self, reference: references.Reference) -> Contents | None:
+        """Return what the headers of files on another machine say, if the model's own weights are there."""
+        if not isinstance(reference, NamedModel) or reference.prefix is None:
+            return None
+        with downloads.allowed():
+            return providers.provider_of(reference).remote_contents(reference, self.source.folder)
 
     def _take_architecture(
         self, reference: references.Reference, weights: str | None, *, trust: bool = True, folder: Path | None = None

@@ -126,6 +126,32 @@ class Provider:
         """
         return None
 
+    def is_remote(self, name: str) -> bool:
+        """Whether a name means a model that has to be fetched, and never a folder that is called so."""
+        return False
+
+    def pinned(self, name: str, folder: Path, *, requests: bool = True) -> str:
+        """The name of the same model that nobody can change while a command works on it, such as one with its commit.
+
+        The texts that describe the model are fetched for it, its values are not.
+
+        Args:
+            name: the model, as its reference names it.
+            folder: what a relative path in the name is seen from.
+            requests: whether the network may be used; without it a name of which nothing is known stays as it is.
+
+        Raises RequestError, SystemFailureError where there is no such model, or none that can be reached.
+        """
+        return name
+
+    def downloaded(self, name: str, folder: Path) -> str:
+        """The same, once the values of the model are on this machine as well: then it has an `own_folder`."""
+        return self.pinned(name, folder)
+
+    def is_partial(self, name: str, folder: Path) -> bool:
+        """Whether the `own_folder` of a model that has to be fetched is without its weights as yet."""
+        return False
+
     def chosen_weights(self, folder: Path) -> Path:
         """What the library loads of a folder that holds weights: a file in it where it prefers one, else the folder."""
         return folder

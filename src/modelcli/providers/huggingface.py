@@ -8,16 +8,9 @@ from pathlib import Path
 
 from modelcli import installed
 from modelcli.errors import ModelcliError
-from modelcli.providers import configuration
+from modelcli.providers import configuration, hub, hub_names
 from modelcli.providers.base import Provider
-
-#: The files of weights, or their indexes, in the order in which `from_pretrained` looks for them.
-_WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+from modelcli.providers.hub_names import HubModel
 
 
 class HuggingFace(Provider):
@@ -51,21 +44,42 @@ class HuggingFace(Provider):
         return huggingface_files.compare(folder, tensors)
 
     def own_folder(self, name: str, folder: Path) -> Path | None:
-        """The folder of that name."""
+        """The folder of that name, or of a model of the Hub that in huggingface_hub's cache."""
+        if (model := hub_model(name)) is not None:
+            return hub.cached_folder(model)
         path = folder / name
         return path if not is_class_name(name) and path.is_dir() else None
 
+    def is_remote(self, name: str) -> bool:
+        """Whether it names a model of the Hub; a folder is named by a path: `./bert`."""
+        return hub_model(name) is not None
+
+    def pinned(self, name: str, folder: Path, *, requests: bool = True) -> str:
+        """With the commit that the revision of a model of the Hub means now."""
+        model = hub_model(name)
+        return name if model is None else str(hub.pinned(model, folder, requests=requests))
+
+    def downloaded(self, name: str, folder: Path) -> str:
+        """The same, with all files of the model in the cache."""
+        model = hub_model(name)
+        return name if model is None else str(hub.downloaded(model, folder))
+
+    def is_partial(self, name: str, folder: Path) -> bool:
+        """Whether a model of the Hub is without its weights in the cache."""
+        path = self.own_folder(name, folder) if self.is_remote(name) else None
+        return path is not None and not hub.complete_weights(path)
+
     def chosen_weights(self, folder: Path) -> Path:
         """The first of the names that `from_pretrained` looks for, where the folder has several of them."""
-        found = [folder / name for name in _WEIGHTS if (folder / name).exists()]
+        found = [folder / name for name in hub.WEIGHTS if (folder / name).exists()]
         return found[0] if len(found) > 1 else folder
 
     def identity(self, name: str, folder: Path) -> str | None:
-        """That of the folder, and the version of timm, whose models transformers wraps."""
+        """That of the folder or the commit, and the version of timm, whose models transformers wraps."""
         path = self.own_folder(name, folder)
         if path is None:
             return None
-        found = configuration.identity_of(path)
+        found = path.name if self.is_remote(name) else configuration.identity_of(path)
         return None if found is None else f"{found} timm {installed.version('timm')}"
 
 
@@ -75,3 +89,8 @@ PROVIDER = HuggingFace()
 def is_class_name(name: str) -> bool:
     """Whether the name in a reference looks like a class of transformers: `BertForMaskedLM`."""
     return re.fullmatch(r"[A-Z]\w*For\w+|[A-Z]\w*Model", name, re.ASCII) is not None
+
+
+def hub_model(name: str) -> HubModel | None:
+    """The model of the Hub that the name in a reference means; None for a class, or the path of a folder."""
+    return None if is_class_name(name) else hub_names.named(name)

@@ -63,12 +63,26 @@ def read(path: Path) -> Contents:
         header = strict_json.loads(raw, f"{path}: its header")
     except (ValueError, RecursionError) as error:
         raise FileFormatError.damaged(str(path), f"its header is not valid: {error}") from None
+    return contents_of(path, header, 8 + length, identity)
+
+
+def contents_of(path: Path, header: dict[str, Any], start: int, identity: Identity) -> Contents:
+    """Return what a header says that its file contains.
+
+    Args:
+        path: the file, which is not read.
+        header: the header as JSON values.
+        start: where the bytes of the tensors begin.
+        identity: the identity of the file.
+
+    Raises FileFormatError if the header breaks a rule of the format.
+    """
     metadata = header.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise FileFormatError.damaged(str(path), "__metadata__ in its header does not consist of texts by name")
     limits.check_names(header, str(path))
-    tensors, end = _tensors(path, header, 8 + length, identity)
+    tensors, end = _tensors(path, header, start, identity)
     if end != identity[0]:
         raise FileFormatError.damaged(
             str(path), f"its header describes {end:,} bytes, but the file has {identity[0]:,}"

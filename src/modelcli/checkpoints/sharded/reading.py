@@ -46,6 +46,23 @@ def read(index: Path) -> Contents:
         if real not in shards:
             shards[real] = _shard(path)
         by_spelling[file] = shards[real]
+    return joined(index, weight_map, metadata, by_spelling)
+
+
+def joined(
+    index: Path, weight_map: Mapping[str, str], metadata: Mapping[str, Any], by_spelling: Mapping[str, Contents]
+) -> Contents:
+    """Join shards into the checkpoint that their index describes.
+
+    Args:
+        index: the index, for messages.
+        weight_map: the file that it names for each key.
+        metadata: its metadata.
+        by_spelling: the shard for each file, as the index spells it.
+
+    Raises FileFormatError if the index and the shards do not match.
+    """
+    shards = {shard.path: shard for shard in by_spelling.values()}
     tensors: dict[str, TensorEntry | CompositeEntry] = {}
     for name, file in weight_map.items():
         shard = by_spelling[file]

@@ -24,6 +24,7 @@ from modelcli.providers.known_code import runs_known_code
 from modelcli.providers.published import PublishedModel
 
 if TYPE_CHECKING:
+    from modelcli.checkpoints import Contents
     from modelcli.checkpoints.plan import Source
     from modelcli.language.expressions import Call
     from modelcli.live.inputs import Inputs
@@ -205,6 +206,15 @@ class LiveProvider:
     def reference_to(self, name: str) -> str:
         """Return the reference to a model, with the prefix: `timm:resnet50`."""
         return name if self.provider.prefix is None else f"{self.provider.prefix}:{name}"
+
+    def remote_contents(self, reference: NamedModel, folder: Path) -> Contents | None:
+        """What the weights of a model contain that is on another machine, by their headers; None for any other model.
+
+        Args:
+            reference: the model, pinned: see `Provider.pinned`.
+            folder: what relative paths in it are seen from.
+        """
+        return None
 
     def fit_state_dict(self, architecture: Architecture, module: nn.Module, state: StateDict) -> FittedStateDict:
         """Give the tensors of a checkpoint the keys and shapes of a model, as the library does while it loads.

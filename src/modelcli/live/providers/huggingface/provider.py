@@ -21,9 +21,10 @@ from modelcli.live.loading import StateDict
 from modelcli.live.providers.base import FittedStateDict, LiveProvider, ModelFolder, refuse_hole
 from modelcli.live.providers.huggingface import configurations, conversion, passes
 from modelcli.providers import configuration
-from modelcli.providers.huggingface import is_class_name
+from modelcli.providers.huggingface import hub_model, is_class_name
 
 if TYPE_CHECKING:
+    from modelcli.checkpoints import Contents
     from modelcli.live.inputs import Inputs
     from modelcli.live.providers.huggingface.configurations import Described
     from modelcli.live.script.source_text import SourceText
@@ -78,11 +79,22 @@ class LiveHuggingFace(LiveProvider):
         path = self.provider.own_folder(name, folder)
         document_of_folder = None if path is None else configuration.configuration_in(path)
         if document_of_folder is None:
+            if is_class_name(name):
+                raise RequestError(f"transformers has no class {name}", "hf:ORG/NAME is a model of the Hub")
+            if hub_model(name) is not None:  # only what the user names is asked for
+                raise RequestError(f"{name} of the Hub has not been downloaded", "name it on the command line")
             raise RequestError(
                 f"there is no folder {name} with a {configuration.NAME}",
                 "name a folder that save_pretrained wrote",
             )
         return configurations.describe(document_of_folder, values, name, trust=remote_code, folder=path)
+
+    def remote_contents(self, reference: NamedModel, folder: Path) -> Contents | None:
+        """The weights of a model of the Hub, by the headers of its files."""
+        from modelcli.live.providers.huggingface import remote_weights
+
+        model = hub_model(reference.call.name)
+        return None if model is None else remote_weights.contents_of(model, folder)
 
     def fit_state_dict(self, architecture: Architecture, module: nn.Module, state: StateDict) -> FittedStateDict:
         """Give the tensors the keys of the model, as `from_pretrained` does."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -354,6 +356,35 @@ def test_literal_picks_exactly_its_path(parts: list[str], others: list[str]) -> 
     model = from_keys([tensor(f"{path}.w"), *(tensor(f"{other}.w") for other in others)])
     assert select_modules(model, [literal(path)]) == [path]
     assert select_modules(model, [literal("")]) == [""]
+
+
+paths = st.lists(st.sampled_from(["a", "b", "ab"]), min_size=1, max_size=4)
+
+
+def picks(wanted: Sequence[str], parts: Sequence[str]) -> bool:
+    """Whether components match a path, by the definition: `**` is any number of components, others are globs."""
+    if not wanted:
+        return not parts
+    first, *rest = wanted
+    if first == "**":
+        return picks(rest, parts) or (bool(parts) and picks(wanted, parts[1:]))
+    return bool(parts) and fnmatchcase(parts[0], first) and picks(rest, parts[1:])
+
+
+@given(st.lists(st.sampled_from(["a", "b", "*", "?", "a*", "**"]), min_size=1, max_size=4), st.lists(paths, min_size=1))
+@settings(deadline=None)
+def test_each_path_is_matched_by_itself(wanted: list[str], found: list[list[str]]) -> None:
+    """And a tensor by its own name, or by that of a module above it."""
+    model = from_keys([tensor(".".join([*path, "w"])) for path in found])
+    modules = {module.path for module in model.modules if picks(wanted, module.path.split(".") if module.path else ())}
+    selector = selectors.parse(".".join(wanted))
+    assert selectors.matched_modules(selector, model) == modules
+    above = {name: {name[:end] for end, letter in enumerate(name) if letter == "."} | {""} for name in model.by_name}
+    assert selectors.matched_tensors(selector, model) == {
+        name for name in model.by_name if picks(wanted, name.split(".")) or above[name] & modules
+    }
+    outermost = selectors.outermost_of_tensors(modules, model)
+    assert outermost == {name: min(above[name] & modules, key=len) for name in above if above[name] & modules}
 
 
 @given(st.text(max_size=60) | st.text("ab.*?[]{},:\\-019", max_size=30))

@@ -12,6 +12,7 @@ from modelcli.edits.targets import OfTargets
 from modelcli.errors import RequestError
 from modelcli.language import selectors
 from modelcli.model.blueprint import Blueprint
+from modelcli.model.dtypes import is_differentiable
 from modelcli.model.paths import parent_of, shown
 from modelcli.model.state_dict import StateDictModel
 from modelcli.wording import counted, listed
@@ -52,14 +53,16 @@ def flagging(edit: Flags, blueprint: Blueprint, parameters: Collection[str]) -> 
     trained = edit.trains
     is_lazy = any(tensor.shape is None and tensor.kind == "parameter" for tensor in blueprint.tensors)
     for target in edit.targets:
-        sizes = [blueprint.params_of(path) for path in selectors.matched_modules(selectors.parse(target), blueprint)]
-        if sizes and not any(sizes) and not is_lazy:
+        modules = selectors.matched_modules(selectors.parse(target), blueprint)
+        if modules and not is_lazy and not _have_parameters(modules, blueprint):
             raise RequestError(
                 f"nothing to {edit.name}: {target} has no parameters", "modelcli params lists the parameters"
             )
     names = selectors.select_tensors(blueprint, edit.targets, without=edit.without)
     known = blueprint.by_name
-    possible = [name for name in parameters if known[name].is_differentiable]
+    dtypes = {tensor.dtype for tensor in blueprint.tensors}
+    differentiable = set(filter(is_differentiable, dtypes))
+    possible = [name for name in parameters if known[name].dtype in differentiable]
     chosen = frozenset(names).intersection(possible)
     if not chosen:
         whole_numbers = next((known[name] for name in names if name in parameters), None)
@@ -93,6 +96,13 @@ def flagging(edit: Flags, blueprint: Blueprint, parameters: Collection[str]) -> 
     return Flagging(chosen, tuple(changes), tuple(notes))
 
 
+def _have_parameters(modules: Collection[str], blueprint: Blueprint) -> bool:
+    """Whether a parameter with elements lies at or below any of these modules."""
+    known = blueprint.by_name
+    below = (known[name] for name in selectors.outermost_of_tensors(modules, blueprint))
+    return any(tensor.kind == "parameter" and tensor.elements for tensor in below)
+
+
 def _nothing_new(changes: Sequence[Change], edit: Flags) -> str:
     paths = [shown(change.path) for change in changes]
     be = "is" if len(paths) == 1 else "are"
@@ -100,12 +110,16 @@ def _nothing_new(changes: Sequence[Change], edit: Flags) -> str:
 
 
 def _statistics_note(blueprint: Blueprint, names: Collection[str]) -> list[str]:
-    picked = {parent_of(name) for name in names}
     statistics = {
         parent_of(tensor.name): None
         for tensor in blueprint.tensors
-        if tensor.name.rpartition(".")[2] == "running_mean" and tensor.tied_to is None
+        if tensor.name.endswith("running_mean")
+        and tensor.name.rpartition(".")[2] == "running_mean"
+        and tensor.tied_to is None
     }
+    if not statistics:
+        return []
+    picked = set(map(parent_of, names))
     layers = [path for path in statistics if path in picked]
     if not layers:
         return []

@@ -21,28 +21,24 @@ def groups_of(targets: Sequence[str], blueprint: Blueprint, chosen: Collection[s
     for target in targets:
         named |= selectors.matched_modules(selectors.parse(target), blueprint)
     chosen = chosen if isinstance(chosen, set | frozenset) else set(chosen)
-    outermost: dict[str, str | None] = {}
+    outermost = selectors.outermost_of_tensors(named, blueprint)
     for name in blueprint.by_name:
         if name in chosen:
-            above = parent_of(name)
-            if above not in outermost:
-                outermost[above] = next((path for path in reversed(list(ancestors(above))) if path in named), None)
-            top = outermost[above]
-            tops.setdefault(name if top is None or not name else top, []).append(name)
+            tops.setdefault(outermost.get(name, name) if name else name, []).append(name)
     return list(tops.items())
 
 
 def count_at(names: Iterable[str]) -> Mapping[str, int]:
     """Count how many of these tensors are at or below each path."""
+    level = Counter(names)
     found: Counter[str] = Counter()
-    holders: Counter[str] = Counter()
-    for name in names:
-        found[name] += 1
-        if name:
-            holders[name.rpartition(".")[0]] += 1
-    for holder, number in holders.items():
-        for path in ancestors(holder):
-            found[path] += number
+    while level:
+        found.update(level)
+        above: Counter[str] = Counter()
+        for path, number in level.items():
+            if path:
+                above[path.rpartition(".")[0]] += number
+        level = above
     return found
 
 
@@ -80,11 +76,13 @@ def dense_notes(names: Iterable[str], dense: Collection[str]) -> list[str]:
 
 
 def names_of_one(blueprint: Blueprint) -> list[list[str]]:
-    """Return all names of each tensor, tied names together. Views count as separate tensors."""
-    everywhere: dict[str, list[str]] = {}
-    for tensor in blueprint.tensors:
-        everywhere.setdefault(tensor.identity, []).append(tensor.name)
-    return list(everywhere.values())
+    """Return the names of each tensor that has several. Views count as separate tensors."""
+    tied = {tensor.tied_to for tensor in blueprint.tensors if tensor.tied_to is not None}
+    names: dict[str, list[str]] = {}
+    for tensor in blueprint.tensors if tied else ():
+        if tensor.identity in tied:
+            names.setdefault(tensor.identity, []).append(tensor.name)
+    return list(names.values())
 
 
 @dataclass

@@ -11,7 +11,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import pairwise
@@ -19,7 +19,7 @@ from typing import TypeAlias
 
 from modelcli.errors import RequestError, closest
 from modelcli.model.blueprint import Blueprint, ModuleInfo
-from modelcli.model.paths import ancestors, lies_in, parent_of, shown
+from modelcli.model.paths import ancestors, shown
 from modelcli.wording import listed
 
 MAX_BRACES = 10
@@ -269,23 +269,42 @@ def _matcher(selector: Selector, blueprint: Blueprint) -> Callable[[str], bool]:
                 found.add(state)
         return found
 
-    first = opened({0})
+    def after(states: frozenset[int], part: str, path: str) -> frozenset[int]:
+        """Return the states that a component, given with the path up to it, leads to from any of these."""
+        reached = set()
+        for state in states:
+            if state < len(steps):
+                step = steps[state]
+                if step is None:
+                    reached.add(state)
+                elif step(part, path):
+                    reached.add(state + 1)
+        return frozenset(opened(reached))
+
+    first = frozenset(opened({0}))
+    if from_end:
+
+        def matches_counted(path: str) -> bool:
+            states, end = first, -1
+            for part in path.split(".") if path else ():
+                end += 1 + len(part)
+                if not (states := after(states, part, path[:end])):
+                    return False
+            return len(steps) in states
+
+        return matches_counted
+
+    known: dict[tuple[frozenset[int], str], frozenset[int]] = {}  # many paths share a few component names
 
     def matches(path: str) -> bool:
-        states, end = first, -1
+        states = first
         for part in path.split(".") if path else ():
-            end += 1 + len(part)
-            reached = set()
-            for state in states:
-                if state < len(steps):
-                    step = steps[state]
-                    if step is None:
-                        reached.add(state)
-                    elif step(part, path[:end]):
-                        reached.add(state + 1)
+            place = (states, part)
+            if (reached := known.get(place)) is None:
+                reached = known[place] = after(states, part, "")
             if not reached:
                 return False
-            states = opened(reached)
+            states = reached
         return len(steps) in states
 
     return matches
@@ -539,8 +558,11 @@ def matched_modules(selector: Selector, blueprint: Blueprint) -> set[str]:
 
 
 def _matched_modules(selector: Selector, blueprint: Blueprint) -> set[str]:
-    matches = _matcher(selector, blueprint)
-    found = {module.path for module in blueprint.modules if matches(module.path)}
+    if (path := _plain_path(selector)) is not None:
+        found = {path} & blueprint.by_path.keys()
+    else:
+        matches = _matcher(selector, blueprint)
+        found = {module.path for module in blueprint.modules if matches(module.path)}
     if selector.type is not None:
         found = {path for path in found if _is_type(blueprint.by_path[path], selector.type)}
     return found
@@ -549,16 +571,50 @@ def _matched_modules(selector: Selector, blueprint: Blueprint) -> set[str]:
 def matched_tensors(selector: Selector, blueprint: Blueprint) -> set[str]:
     """Return the names of the tensors that a selector picks, and of all tensors in the modules that it picks."""
     modules = matched_modules(selector, blueprint)
-    found = set()
-    for each in _at_landmarks(selector, blueprint) if selector.type is None else ():
-        matches = _matcher(each, blueprint)
-        # A tensor inside an entry that is not a tensor has brackets in its name (`packed[0]`), so compare it literally.
-        found |= {tensor.name for tensor in blueprint.tensors if tensor.name == selector.text or matches(tensor.name)}
-    if modules:
-        for tensor in blueprint.tensors:
-            if lies_in(parent_of(tensor.name), modules):
-                found.add(tensor.name)
+    known = blueprint.by_name
+    found = set(outermost_of_tensors(modules, blueprint)) if modules else set()
+    if selector.type is not None:
+        return found
+    # A tensor inside an entry that is not a tensor has brackets in its name (`packed[0]`), so compare it literally.
+    found |= {selector.text} & known.keys()
+    for each in _at_landmarks(selector, blueprint):
+        if (path := _plain_path(each)) is not None:
+            found |= {path} & known.keys()
+        else:
+            found |= set(filter(_matcher(each, blueprint), known))
     return found
+
+
+def outermost_of_tensors(modules: Container[str], blueprint: Blueprint) -> dict[str, str]:
+    """Return, for each tensor in these modules or below them, the outermost of these modules that it lies in."""
+    if "" in modules:
+        return dict.fromkeys(blueprint.by_name, "")
+    outermost: dict[str, str] = {}  # of each module at or below one of them
+    for module in blueprint.modules:  # a module comes after the one that holds it
+        path = module.path
+        top = outermost.get(path.rpartition(".")[0], path if path in modules else None)
+        if top is not None:
+            outermost[path] = top
+    found: dict[str, str] = {}
+    for name in blueprint.by_name:
+        path = name.rpartition(".")[0]
+        top = outermost.get(path)
+        if top is None and path not in blueprint.by_path:  # a tensor inside an entry: `packed["a.b"]`
+            top = next((outermost[above] for above in ancestors(path) if above in outermost), None)
+        if top is not None:
+            found[name] = top
+    return found
+
+
+def _plain_path(selector: Selector) -> str | None:
+    """Return the only path that the components of a selector can match; None for a pattern."""
+    names = []
+    for component in selector.components:
+        name = plain(component)
+        if not name or "." in name:  # an escaped dot is not between two components, so it matches no path
+            return None
+        names.append(name)
+    return ".".join(names)
 
 
 def select_modules(

@@ -188,3 +188,18 @@ def test_a_text_gives_the_blueprint_back_or_holds_it(tensors: list[TensorInfo]) 
         in_file |= {name: replace(info, kind="buffer") for name, info in in_file.items() if info.dtype == "int64"}
         found = found.beside(in_file, lambda _characters: None)
     assert found == record
+
+
+@given(st.lists(infos, max_size=12, unique_by=lambda info: info.name), st.sampled_from([None, False, True]))
+@settings(deadline=None)
+def test_a_model_as_its_file_gives_it_is_never_written_twice(tensors: list[TensorInfo], flag: bool | None) -> None:
+    """The keys say all of a model that was only read, and frozen or not as a whole or in a part."""
+    in_file = [TensorInfo(f"{info.name}.w", info.shape, info.dtype) for info in tensors]  # no tensor is a module too
+    in_file = [replace(info, kind="buffer") if info.dtype == "int64" else info for info in in_file]
+    flags = {} if flag is None else {"": flag, "a": not flag, "a.b": flag}
+    blueprint = record_of_keys.KeysOfFile(0, 0, flags).blueprint(in_file)
+    found = records.read(
+        records.to_text_beside(Record(None, None, 0, (), (), blueprint), [info.name for info in in_file])
+    )
+    assert isinstance(found, RecordOfKeys)
+    assert found.keys.blueprint(in_file) == blueprint

@@ -88,6 +88,11 @@ def info_of(
     )
 
 
+def kind_by_name(name: str, dtype: str) -> Kind:
+    """Return the kind of a tensor of a plain state dict, as `looks_like_buffer` guesses it."""
+    return "buffer" if looks_like_buffer(name, dtype) else "parameter"
+
+
 def looks_like_buffer(name: str, dtype: str) -> bool:
     """Whether a tensor of a plain state dict is probably a buffer: a normalisation statistic, or not differentiable."""
     return (name.endswith(_STATISTICS) and name.rpartition(".")[2] in _STATISTICS) or not dtype.startswith(_TRAINABLE)

@@ -8,14 +8,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from modelcli.checkpoints import record_of_keys
-from modelcli.checkpoints.entries import looks_like_buffer
 from modelcli.checkpoints.record_of_keys import KeysOfFile
 from modelcli.errors import RequestError
 from modelcli.model import json_form
 from modelcli.model.blueprint import Blueprint, ModuleInfo
 from modelcli.model.dtypes import INPUT_DTYPES
 from modelcli.model.json_form import shape_from_json
-from modelcli.model.tensors import Kind, TensorInfo
+from modelcli.model.tensors import TensorInfo
 from modelcli.wording import counted
 
 if TYPE_CHECKING:
@@ -103,17 +102,9 @@ def to_text_beside(record: Record, names: Sequence[str]) -> str:
     known = record.blueprint.by_name
     if record.reference is None and len(names) == len(known) and all(name in known for name in names):
         keys = record_of_keys.keys_of(record.blueprint)
-        if keys.blueprint(_in_file(known[name]) for name in names) == record.blueprint:
+        if keys.gives(record.blueprint, names):
             return _as_json(record, {"keys": keys.to_json()})
     return to_text(record)
-
-
-def _in_file(info: TensorInfo) -> TensorInfo:
-    """A tensor as a file without a record has it: by itself, without a flag, a parameter or a buffer by its name."""
-    kind: Kind = "buffer" if looks_like_buffer(info.name, info.dtype) else "parameter"
-    if info.kind == kind and info.requires_grad is None and info.tied_to is None and info.persistent:
-        return info
-    return TensorInfo(info.name, info.shape, info.dtype, kind, layout=info.layout, stored_bytes=info.stored_bytes)
 
 
 def _as_json(record: Record, model: Mapping[str, Any]) -> str:

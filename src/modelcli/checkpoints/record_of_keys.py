@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from modelcli.model.blueprint import Blueprint, Trace, from_keys
+from modelcli.checkpoints.entries import kind_by_name
+from modelcli.model.blueprint import Blueprint, ModuleInfo, Trace, depth_first, from_keys, tree_of
+from modelcli.model.dtypes import is_differentiable
 from modelcli.model.paths import ancestors, parent_of
 from modelcli.model.tensors import TensorInfo
 
@@ -60,18 +62,46 @@ class KeysOfFile:
         return Blueprint(tree.modules, tuple(ordered), NO_TRACE)
 
     def _with_flags(self, tensors: Sequence[TensorInfo]) -> list[TensorInfo]:
+        flags = zip(tensors, self.flags_of(tensors), strict=True)
+        return [info if flag is None else _with_flag(info, flag) for info, flag in flags]
+
+    def flags_of(self, tensors: Sequence[TensorInfo]) -> list[bool | None]:
+        """Return the flag of each of these tensors; None for a buffer, or where it is not known."""
         flags = self.requires_grad
-        below: dict[str, bool | None] = {}  # the flag of the parameters of a module that are not listed themselves
-        found = []
-        for info in tensors:
-            flag = None
-            if info.kind == "parameter" and (flag := flags.get(info.name)) is None:
-                path = parent_of(info.name)
-                if path not in below:
-                    below[path] = next((flags[above] for above in ancestors(path) if above in flags), None)
-                flag = below[path]
-            found.append(info if flag is None else _with_flag(info, flag))
-        return found
+        if flags.keys() <= {""}:
+            flag = flags.get("")
+            wanted = [flag if info.kind == "parameter" else None for info in tensors]
+        else:
+            below: dict[str, bool | None] = {}  # the flag of the parameters of a module that are not listed themselves
+            wanted = []
+            for info in tensors:
+                flag = None
+                if info.kind == "parameter" and (flag := flags.get(info.name)) is None:
+                    flag = _closest(parent_of(info.name), flags, below)
+                wanted.append(flag)
+        trainable = {dtype: is_differentiable(dtype) for dtype in {info.dtype for info in tensors}}
+        return [flag and trainable[info.dtype] for info, flag in zip(tensors, wanted, strict=True)]
+
+    def gives(self, blueprint: Blueprint, names: Iterable[str]) -> bool:
+        """Whether `blueprint`, of a file with tensors of these names in this order, would be this one.
+
+        The tensors of `blueprint` have these names. It makes no blueprint to compare: there may be 100,000 tensors.
+        """
+        if blueprint.trace != NO_TRACE or blueprint.landmarks or not all(map(_is_plain, blueprint.modules)):
+            return False
+        tensors = blueprint.tensors
+        if not all(info.tied_to is None and info.persistent for info in tensors):
+            return False
+        if [info.kind for info in tensors] != [kind_by_name(info.name, info.dtype) for info in tensors]:
+            return False
+        if [module.path for module in blueprint.modules] != list(depth_first(tree_of(map(parent_of, names)))):
+            return False
+        known = blueprint.by_name
+        places = {module.path: 2 * place for place, module in enumerate(blueprint.modules)}
+        ordered = sorted(names, key=lambda name: places[parent_of(name)] + (known[name].kind == "buffer"))
+        return ordered == [info.name for info in tensors] and self.flags_of(tensors) == [
+            info.requires_grad for info in tensors
+        ]
 
 
 def keys_of(blueprint: Blueprint) -> KeysOfFile:
@@ -91,20 +121,48 @@ def from_json(document: Mapping[str, Any]) -> KeysOfFile:
 
 def checksum_of(tensors: Iterable[TensorInfo]) -> int:
     """Return the CRC-32 of the names, shapes and dtypes of tensors, in whatever order they are."""
-    lines = sorted(f"{info.name}\n{info.shape} {info.dtype}" for info in tensors)
+    tensors = tuple(tensors)
+    texts = {alike: f"{alike[0]} {alike[1]}" for alike in {(info.shape, info.dtype) for info in tensors}}
+    lines = sorted([f"{info.name}\n{texts[info.shape, info.dtype]}" for info in tensors])
     return zlib.crc32("\n".join(lines).encode("utf-8", "surrogatepass"))
+
+
+def _closest(path: str, flags: Mapping[str, bool], known: dict[str, bool | None]) -> bool | None:
+    """Return the flag of the closest module, from this one upwards, that has one; `known` remembers it for each."""
+    walked = []
+    while path not in known:
+        walked.append(path)
+        if path in flags or not path:
+            known[path] = flags.get(path)
+        else:
+            path = parent_of(path)
+    flag = known[path]
+    known.update(dict.fromkeys(walked, flag))
+    return flag
+
+
+def _is_plain(module: ModuleInfo) -> bool:
+    """Whether nothing but the path of a module is known."""
+    return module.type is None and not (
+        module.bases or module.config or module.shared_with or module.own_repr or module.absent
+    )
 
 
 def _with_flag(info: TensorInfo, flag: bool) -> TensorInfo:
     return TensorInfo(
-        info.name, info.shape, info.dtype, info.kind, flag and info.is_differentiable, info.tied_to, info.persistent,
-        info.layout, info.stored_bytes,
+        info.name, info.shape, info.dtype, info.kind, flag, info.tied_to, info.persistent, info.layout,
+        info.stored_bytes,
     )  # fmt: skip
 
 
 def _flags_by_path(blueprint: Blueprint) -> dict[str, bool]:
     """The flags of the parameters, where all below a module have one: that of the module alone."""
-    parameters = [info for info in blueprint.tensors if info.kind == "parameter" and _says_something(info)]
+    trainable = {dtype: is_differentiable(dtype) for dtype in {info.dtype for info in blueprint.tensors}}
+    parameters = [  # without those whose flag is what their dtype says: whole numbers are never trained
+        info
+        for info in blueprint.tensors
+        if info.kind == "parameter" and (info.requires_grad is None or trainable[info.dtype])
+    ]
     if len(known := {info.requires_grad for info in parameters}) <= 1:
         flag = next(iter(known), None)
         return {} if flag is None else {"": flag}
@@ -125,8 +183,3 @@ def _flags_by_path(blueprint: Blueprint) -> dict[str, bool]:
     }
     own = ((info.name, info.requires_grad) for info in parameters if parent_of(info.name) in mixed)
     return by_module | {name: flag for name, flag in own if flag is not None}
-
-
-def _says_something(info: TensorInfo) -> bool:
-    """Whether its flag is not what its dtype says: whole numbers are never trained."""
-    return info.requires_grad is None or info.is_differentiable

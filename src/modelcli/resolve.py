@@ -215,9 +215,9 @@ def _recognised(text: str, path: Path) -> NamedModel | None:
     provider = next((known for known in installed if known.recognises(path)), None)
     if provider is None:
         return None
-    # Written as a path, it cannot be taken for a name that the provider fetches: `./org/name`.
-    is_path = not provider.is_remote(text)
-    return NamedModel(Call(text if is_path else f"./{text}"), provider.prefix)
+    # Written as a path, it cannot be taken for a name that the provider fetches or has: `./org/name`, `./resnet50`.
+    is_name = provider.is_remote(text) or (_is_bare_word(text) and provider.own_folder(text, path.parent) is None)
+    return NamedModel(Call(f"./{text}" if is_name else text), provider.prefix)
 
 
 def pinned(source: Source, *, requests: bool = True) -> Source:

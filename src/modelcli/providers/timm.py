@@ -19,6 +19,8 @@ from modelcli.providers.base import Provider
 
 #: Where timm has its models, and the modules that they are made of.
 PACKAGES = ("timm.models", "timm.layers")
+#: The names of files of weights, in the order in which timm looks for them in a folder.
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
 
 
 class Timm(Provider):
@@ -75,6 +77,16 @@ class Timm(Provider):
         """The folder of that name; None for the name of a model. `./resnet50` is a folder in any case."""
         path = folder / name
         return path if path.is_dir() and not is_model_name(name) else None
+
+    def chosen_weights(self, folder: Path) -> Path:
+        """The first of the names that timm looks for, where the folder has several of them."""
+        found = [folder / name for name in _WEIGHTS if (folder / name).exists()]
+        return found[0] if len(found) > 1 else folder
+
+    def identity(self, name: str, folder: Path) -> str | None:
+        """That of the configuration in a folder."""
+        path = self.own_folder(name, folder)
+        return None if path is None else configuration.identity_of(path)
 
     def names_like(self, keys: Collection[str]) -> Sequence[Sequence[str]]:
         """The models of the source files whose classes have every name in the keys of a checkpoint, file by file.

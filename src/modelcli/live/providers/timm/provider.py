@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from modelcli.errors import RequestError, did_you_mean
+from modelcli.language.expressions import Call
 from modelcli.language.references import NamedModel, Reference
 from modelcli.live import bounds, modules
 from modelcli.live.build import Architecture
 from modelcli.live.inputs import Inputs
 from modelcli.live.loading import StateDict
-from modelcli.live.providers.base import FittedStateDict, LiveProvider, refuse_hole
-from modelcli.live.providers.timm import loading
+from modelcli.live.providers.base import FittedStateDict, LiveProvider, ModelFolder, refuse_hole
+from modelcli.live.providers.timm import loading, saving
 from modelcli.live.providers.timm.building import RESERVED, TimmModel
 from modelcli.live.surgery.layouts import NORM_OVER_CHANNELS
 from modelcli.providers.known_code import runs_known_code
@@ -164,6 +165,20 @@ class LiveTimm(LiveProvider):
         """Adapt a checkpoint as timm adapts pretrained weights."""
         assert isinstance(architecture.reference, NamedModel)
         return loading.fit(self.described(architecture.reference, architecture.folder), module, state)
+
+    def model_folder(self, architecture: Architecture, module: nn.Module, folder: Path | None) -> ModelFolder | None:
+        """The folder that `timm.create_model("local-dir:...")` takes, where the model still is one of timm."""
+        from modelcli.live import landmarks
+
+        return saving.model_folder(module, landmarks.existing(module, self.landmarks(module)), folder)
+
+    def recorded_reference(self, architecture: Architecture) -> str:
+        """The model by its name; of a folder with the arguments that its configuration says."""
+        assert isinstance(architecture.reference, NamedModel)
+        if not _is_folder(self.described(architecture.reference, architecture.folder)):
+            return str(architecture.reference)
+        name, arguments = saving.recorded_call(architecture.on_meta(0))
+        return f"{self.provider.prefix}:{Call(name, (), arguments)}"
 
     # --- what flows in, and what its parts are -----------------------------------------------------------------------
 

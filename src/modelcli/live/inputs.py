@@ -48,9 +48,11 @@ class Inputs(StatedInputs):
 
     Attributes:
         values: the first elements of named inputs of integers, which would be zeros otherwise.
+        with_values: the named inputs that keep their values in a pass on the meta device: shapes depend on them.
     """
 
     values: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    with_values: frozenset[str] = frozenset()
 
     def tensors(self, device: str) -> Arguments:
         """Make the arguments, on meta or with random values (normally distributed; integer tensors are zeros).
@@ -68,8 +70,10 @@ class Inputs(StatedInputs):
                     _put(tree, item.path, item.value)
                 else:
                     ones = item.path[-1] == "attention_mask"
-                    made_tensor = _tensor(item.shape, item.dtype or self._usual(item.path), device, ones=ones)
-                    _put(tree, item.path, self._with_values(".".join(item.path), made_tensor))
+                    name = ".".join(item.path)
+                    place = "cpu" if device == "meta" and name in self.with_values else device
+                    tensor = _tensor(item.shape, item.dtype or self._usual(item.path), place, ones=ones)
+                    _put(tree, item.path, self._with_values(name, tensor))
         arguments = {name: self._built(value, (name,)) for name, value in tree.items()}
         if self.as_list:
             made = [made]

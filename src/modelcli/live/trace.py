@@ -236,8 +236,6 @@ def run(
         stack.enter_context(seeded(0))
         stack.enter_context(_plain_attention())
         stack.enter_context(_not_compiled())
-        for half in providers.in_use():
-            stack.enter_context(half.during_pass(device))
         if device == "meta":
             stack.enter_context(torch.device("meta"))
         inner = list(modes)
@@ -250,6 +248,8 @@ def run(
                 seen.rules.answered = counter.count
         for each in (*inner, *filter(None, [seen.rules])):
             stack.enter_context(each)
+        for half in providers.in_use():
+            stack.enter_context(half.during_pass(device))
         try:
             module.train(mode == "train")
             with calls.watched():

@@ -7,6 +7,7 @@ CPU, whose attention is computed as matrix products: the fused kernels of the CP
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from modelcli.language.references import Source
 from modelcli.live import planning, trace
 from modelcli.live.opening import Live, open_live
 from modelcli.model.blueprint import Blueprint
+from tests.conftest import Cli
 from tests.live.providers.huggingface.tiny import MODELS, MORE_MODELS, model
 
 NAMES = [*MODELS, *MORE_MODELS]
@@ -29,7 +31,6 @@ NAMES = [*MODELS, *MORE_MODELS]
 ON_THE_CPU = {
     "DebertaV2ForSequenceClassification": "its relative attention is a TorchScript function that computes a scale",
     "LayoutLMForTokenClassification": "it checks that the boxes lie on the page",
-    "Qwen2VLForConditionalGeneration": "the sizes of its images are values of an input",
 }
 #: The operators that multiply and are not counted, neither by modelcli nor by torch: a Fourier transform.
 UNCOUNTED = {"FNetForMaskedLM": ("aten::_fft_c2c",)}
@@ -38,13 +39,13 @@ UNCOUNTED = {"FNetForMaskedLM": ("aten::_fft_c2c",)}
 def test_enough_model_types_are_covered_and_few_need_the_cpu() -> None:
     assert len(NAMES) >= 60
     assert set(ON_THE_CPU) < set(NAMES)
-    assert len(ON_THE_CPU) <= 3
+    assert len(ON_THE_CPU) <= 2
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if index % 3 == 0 else pytest.mark.sweep) for index, name in enumerate(NAMES)]
 )
-def test_a_folder_says_and_gives_what_transformers_makes_of_it(folder: Path, name: str) -> None:
+def test_a_folder_says_and_gives_what_transformers_makes_of_it(cli: Cli, folder: Path, name: str) -> None:
     real = model(name)
     save(real, folder / "model", ("safetensors", "shards", "bin")[NAMES.index(name) // 3 % 3])
     live = open_live(Source("./model"))
@@ -54,6 +55,9 @@ def test_a_folder_says_and_gives_what_transformers_makes_of_it(folder: Path, nam
     same_tensors(found, real)
     same_pass(found, live, real, "cpu" if name in ON_THE_CPU else "meta")
     same_values(modelcli.load("./model"), real)
+    cli("save", "out.pth", "-m", "./model")
+    shutil.rmtree(folder / "model")
+    same_values(modelcli.load("out.pth"), real)
 
 
 def same_tensors(found: Blueprint, real: nn.Module) -> None:
@@ -127,14 +131,14 @@ def save(real: Any, path: Path, how: str) -> None:
         (path / "model.safetensors").unlink()
 
 
-def test_the_shapes_of_the_parts_of_an_output_are_shown(cli: Any, folder: Path) -> None:
+def test_the_shapes_of_the_parts_of_an_output_are_shown(cli: Cli, folder: Path) -> None:
     model("LlamaForCausalLM").save_pretrained(folder / "model")
     rows = json.loads(cli("summary", "./model", "--json").out)["layers"]
     assert rows[0]["output_shape"] == {"logits": [1, 128, 100]}
 
 
 @pytest.mark.parametrize("stated", [["input_ids=2,7"], ["input_ids=2,7:int32", "attention_mask=2,7"]])
-def test_stated_inputs_take_the_place_of_the_known_ones(cli: Any, folder: Path, stated: list[str]) -> None:
+def test_stated_inputs_take_the_place_of_the_known_ones(cli: Cli, folder: Path, stated: list[str]) -> None:
     model("BertForSequenceClassification").save_pretrained(folder / "model")
     options = [word for text in stated for word in ("--input", text)]
     document = json.loads(cli("summary", "./model", "--json", *options).out)
@@ -142,7 +146,7 @@ def test_stated_inputs_take_the_place_of_the_known_ones(cli: Any, folder: Path, 
     assert document["layers"][0]["output_shape"] == {"logits": [2, 3]}
 
 
-def test_one_stated_input_keeps_the_others(cli: Any, folder: Path) -> None:
+def test_one_stated_input_keeps_the_others(cli: Cli, folder: Path) -> None:
     model("T5ForConditionalGeneration").save_pretrained(folder / "model")
     document = json.loads(cli("summary", "./model", "--json", "--input", "decoder_input_ids=1,5").out)
     assert document["input"] == [[1, 128], [1, 5]]

@@ -113,3 +113,29 @@ def test_a_class_with_values_that_name_code_is_refused(cli: Cli, folder: Path) -
     config = transformers.LlamaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=100)
     reference = f"hf:LlamaForCausalLM(hidden_size={config.hidden_size}, attn_implementation='org/kernel')"
     assert "code of the Hub" in cli("params", reference, "--no-cache", code=3).err
+
+
+def test_a_record_holds_what_only_a_configuration_says(cli: Cli, folder: Path) -> None:
+    """Entries that transformers does not know are kept, because code may ask for them, and infinite numbers too."""
+    saved("LlamaForCausalLM", folder / "model")
+    path = folder / "model" / "config.json"
+    own = {"ep_size": 1, "limits": [0.0, {"__float__": "Infinity"}], "num_hiden_layers": 7}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **own}))
+    cli("save", "out.pth", "-m", "./model")
+    found: Any = modelcli.load("out.pth")
+    assert found.config.ep_size == 1
+    assert found.config.limits == [0.0, float("inf")]
+    assert len(found.model.layers) == 2
+
+
+def test_a_misspelt_value_is_told(cli: Cli, folder: Path) -> None:
+    values = "hidden_size=32, intermediate_size=64, num_attention_heads=4, vocab_size=100, num_hiden_layers=1"
+    told = cli("summary", f"hf:LlamaForCausalLM({values})", "--no-cache").err
+    assert "has no 'num_hiden_layers'" in told
+    assert "num_hidden_layers" in told
+
+
+def test_a_wrong_value_of_a_class_is_a_wrong_request(cli: Cli, folder: Path) -> None:
+    told = cli("params", "hf:LlamaForCausalLM(hidden_size='two')", "--no-cache", code=2).err
+    assert "expected int" in told
+    assert "config.json" not in told

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +59,8 @@ class Described:
         """The model as a call of its class with the values of its configuration, from which it can be built again."""
         document = self.configuration().to_diff_dict()
         values = {key: value for key, value in document.items() if key not in _NOT_ARGUMENTS}
-        return Call(self.model_class.__name__, (), values)
+        plain: dict[str, Any] = self.model_class.config_class._encode_special_floats(values)
+        return Call(self.model_class.__name__, (), plain)
 
 
 #: Entries of a configuration that say what it is, and not what is in it.
@@ -113,6 +114,32 @@ def describe(
             "the layers are shown as they are without that"
         )
     return Described(document, clean, model_class, given, tuple(notes))
+
+
+def of_class(model_class: type[PreTrainedModel], values: Mapping[str, Any]) -> Described:
+    """What a class with the values of its configuration describes, as a record names it or somebody types it.
+
+    Any value may stand there, because any may stand in a `config.json`. A name that the class does not know and that
+    is nearly one that it knows is told. Raises RequestError for values that it does not take, and UnsafeError.
+    """
+    name, config_class = model_class.__name__, model_class.config_class
+    document = {"model_type": config_class.model_type, "architectures": [name], **values}
+    auto_class = {"auto_class": document.pop("auto_class")} if "auto_class" in values else {}
+    try:
+        found = describe(document, auto_class, name)
+    except FileFormatError as error:
+        raise RequestError(error.message) from error
+    known = {*config_class.__dataclass_fields__, *config_class.attribute_map, *_SET_BY_NAME}
+    notes = [
+        f"the configuration of {name} has no {given!r}: {hint}"
+        for given in values
+        if given not in known and (hint := did_you_mean(given, sorted(known))) is not None
+    ]
+    return replace(found, notes=(*found.notes, *notes))
+
+
+#: Arguments of every configuration that are no fields of its class.
+_SET_BY_NAME = ("auto_class", "num_labels", "attn_implementation", "num_classes", "label_names")
 
 
 def _described_by_code(

@@ -53,13 +53,18 @@ def inputs_of(module: nn.Module) -> Inputs | None:
         if shape is None or prod(shape) > _MOST_ELEMENTS:
             return None
         made.append(InputText((name,), shape, _DTYPES.get(name)))
-    return Inputs((), named=tuple(made), values={name: values for name in names if (values := model.values_of(name))})
+    values = {name: values for name in names if (values := model.values_of(name))}
+    return Inputs((), named=tuple(made), values=values, with_values=_DECIDE_SHAPES & set(names))
 
 
 #: The dtypes of inputs that are not in the model's own floating-point dtype.
 _DTYPES = {
     **dict.fromkeys(("input_ids", "decoder_input_ids", "bbox", "image_grid_thw", "mm_token_type_ids"), "int64"),
 }
+
+
+#: The inputs whose values decide shapes: the patches of an image in each direction, and which tokens are of one.
+_DECIDE_SHAPES = frozenset({"image_grid_thw", "mm_token_type_ids"})
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from modelcli.live import signatures
 from modelcli.live.inputs import tensors_in
+from modelcli.live.providers.huggingface import vetting
 
 #: The variable by which transformers leaves out checks that look into tensors, such as that the text has as many
 #: tokens of an image as the image has features.
@@ -32,6 +36,20 @@ def prepare(module: nn.Module) -> None:
                 config._experts_implementation = "batched_mm"
 
 
+class SmallValuesKnown(TorchDispatchMode):
+    """Lets a pass on the meta device take some tensors with values, such as the sizes of images.
+
+    What is computed of these alone has values. What meets a tensor on the meta device is moved there.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        flat = [value for value in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(value, torch.Tensor)]
+        if any(tensor.is_meta for tensor in flat) and not all(tensor.is_meta for tensor in flat):
+            args, kwargs = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
+        return func(*args, **kwargs)
+
+
 @contextlib.contextmanager
 def without_checks_of_values() -> Iterator[None]:
     """In the block transformers does not look into tensors to check them."""
@@ -50,6 +68,18 @@ def without_checks_of_values() -> Iterator[None]:
             os.environ[_NO_CHECKS] = before
 
 
+@contextlib.contextmanager
+def surrounded(device: str) -> Iterator[None]:
+    """What surrounds a pass on this device: `meta`, `fake` or `cpu`."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(vetting.without_logs())
+        if device != "cpu":
+            stack.enter_context(without_checks_of_values())
+        if device == "meta":
+            stack.enter_context(SmallValuesKnown())  # type: ignore[no-untyped-call]
+        yield
+
+
 def image_tokens(model: Any, shape: tuple[int, ...] | None, grid: tuple[int, int, int]) -> int:
     """How many features a model of text and images makes of an image, each of which takes the place of a token.
 
@@ -58,8 +88,6 @@ def image_tokens(model: Any, shape: tuple[int, ...] | None, grid: tuple[int, int
         shape: the shape of `pixel_values`.
         grid: the patches of the image in time, height and width, for models that take it as patches.
     """
-    from modelcli.live import signatures
-
     if shape is None:
         return 0
     given: dict[str, Any] = {"pixel_values": torch.empty(shape, device="meta")}

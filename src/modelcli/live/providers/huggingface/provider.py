@@ -74,8 +74,7 @@ class LiveHuggingFace(LiveProvider):
     def _described(self, name: str, values: Mapping[str, Any], folder: Path, *, remote_code: bool) -> Described:
         """What a name and its arguments describe."""
         if is_class_name(name) and (model_class := configurations.find_class(name)) is not None:
-            document = {"model_type": model_class.config_class.model_type, "architectures": [name]}
-            return configurations.describe(document, values, name)
+            return configurations.of_class(model_class, values)
         path = self.provider.own_folder(name, folder)
         document_of_folder = None if path is None else configuration.configuration_in(path)
         if document_of_folder is None:
@@ -156,10 +155,10 @@ class LiveHuggingFace(LiveProvider):
             passes.prepare(module)
 
     def during_pass(self, device: str) -> AbstractContextManager[None]:
-        """Without values there is nothing in the tensors to check."""
-        if device == "cpu" or "transformers.modeling_utils" not in sys.modules:
+        """Without values there is nothing in the tensors to check; and nothing is logged."""
+        if "transformers.modeling_utils" not in sys.modules:
             return contextlib.nullcontext()
-        return passes.without_checks_of_values()
+        return passes.surrounded(device)
 
     def _described_by(self, architecture: Architecture) -> Described:
         described: Described = architecture.details

@@ -74,6 +74,7 @@ def test_a_configuration_alone_shows_a_model_of_any_size(cli: Cli, folder: Path,
     shutil.copy(CONFIGURATIONS / f"{name}.json", folder / "model" / "config.json")
     first = cli("summary", "./model", "--json").json
     everything, of_a_token = PUBLISHED[name]
+    assert first["totals"]["param_bytes"] == 2 * first["totals"]["params"]  # its dtype is bfloat16
     assert first["totals"]["params"] / 1e9 == pytest.approx(everything, rel=0.005)
-    assert first["totals"]["mult_adds"] / 128 / 1e9 == pytest.approx(of_a_token, rel=0.04)
+    assert first["totals"]["macs"] / 128 / 1e9 == pytest.approx(of_a_token, rel=0.04)
     assert json.loads(without_torch("summary", "./model", "--json")) == first

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import random
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import pytest
 from transformers import LlamaConfig
 
 import modelcli
+from modelcli.cli import main
 from tests.conftest import Cli
-from tests.live.providers.huggingface.tiny import saved
+from tests.live.providers.huggingface.tiny import model, saved
 
 LLAMA = {
     "model_type": "llama",
@@ -235,3 +237,45 @@ def test_what_transformers_logs_does_not_reach_the_user(cli: Cli, folder: Path) 
         logging.getLogger("transformers").removeHandler(handler)
     assert not records
     assert not found.err
+
+
+#: Values that stand in for others at random.
+ODD_VALUES: tuple[Any, ...] = (
+    *(None, True, False, 0, -1, 1, 3, 10**4, 10**6, 10**9, 10**18, -(10**9), 0.5, float("nan"), float("inf")),
+    *("", "evil", "os.system", "org/x", "../x", "x.pkl", "gelu", "\x1b[31m", "[bold]", "a\nb", "x" * 5_000),
+    *([], [1], [0, 0], [[1]], ["a"], {}, {"a": 1}, {"model_type": "llama"}, {"model_type": "evil"}, [10**9] * 4),
+)
+MUTATED = (
+    *("LlamaForCausalLM", "BertForSequenceClassification", "LlavaForConditionalGeneration", "DetrForObjectDetection"),
+    *("WhisperForConditionalGeneration", "SwinForImageClassification", "Wav2Vec2ForCTC", "DeepseekV3ForCausalLM"),
+    *("CLIPModel", "MambaForCausalLM", "Qwen2VLForConditionalGeneration", "T5ForConditionalGeneration"),
+)
+
+
+def entries_of(document: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    for name, value in document.items():
+        yield document, name
+        if isinstance(value, dict):
+            yield from entries_of(value)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", MUTATED)
+def test_random_changes_end_in_a_model_or_in_one_error(cli: Cli, folder: Path, name: str) -> None:
+    draw = random.Random(name)
+    config = model(name).config
+    config.architectures = [name]
+    plain = config.to_json_string(use_diff=False)
+    written(folder, {})
+    for _ in range(20):
+        document = json.loads(plain)
+        for _ in range(draw.choice((1, 1, 1, 2, 3))):
+            place, key = draw.choice(list(entries_of(document)))
+            place[key] = draw.choice(ODD_VALUES)
+        (folder / "model" / "config.json").write_text(json.dumps(document))
+        code = main(["summary", "./model", "--no-cache"])
+        found = cli.capsys.readouterr()
+        assert code in (0, 2, 3, 4), json.dumps(document)
+        assert all(line.startswith(("error:", "hint:", "note:")) for line in found.err.splitlines()), found.err
+        assert "\x1b" not in found.err
+        assert not (folder / "ran").exists()

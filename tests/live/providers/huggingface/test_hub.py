@@ -18,6 +18,8 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 
 import modelcli
+from modelcli.commands import look
+from modelcli.commands.target import Target
 from modelcli.errors import RequestError
 from modelcli.language.references import Source
 from modelcli.live import downloads, opening, value_entries
@@ -99,6 +101,8 @@ def test_a_look_shows_what_the_folder_shows_and_asks_for_no_weights(
 def test_of_many_shards_each_is_asked_for_its_header_once(cli: Cli, hub: Hub, folder: Path) -> None:
     tiny.model("LlamaForCausalLM", **LARGE).save_pretrained(folder / "local", max_shard_size="100KB")
     hub.add(NAME, folder / "local")
+    error = cli("check", f"hf:{NAME}", "--complete", "--json", code=2).error
+    assert "not on this machine" in error["message"]
     shards = [path.name for path in (folder / "local").glob("*.safetensors")]
     assert len(shards) > 1
     assert without_names(cli("params", f"hf:{NAME}", "--json").out) == without_names(
@@ -263,6 +267,38 @@ def test_the_bar_is_shown_on_a_terminal_only(cli: Cli, hub: Hub, model: Path, mo
     shutil.rmtree(constants.HF_HUB_CACHE)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     assert "%" in cli("load", f"hf:{NAME}", "--force").err
+
+
+def test_a_script_names_the_model_and_the_commit(cli: Cli, hub: Hub, folder: Path, model: Path) -> None:
+    edit = ("-e", "init classifier zeros")
+    text = cli("script", "-m", f"hf:{NAME}", *edit, "-o", "out.pth").out
+    assert not [asked for asked in hub.of_file("model.safetensors") if not asked.range]
+    assert f'BertForSequenceClassification.from_pretrained("{NAME}", revision="{commit_of(hub)}")' in text
+    exec(compile(text, "script", "exec"), {"__name__": "__main__"})
+    cli("apply", "-m", "./local", *edit, "-o", "expected.pth")
+    found, expected = (torch.load(name, weights_only=True) for name in ("out.pth", "expected.pth"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    text = cli("script", "-m", f"hf:{NAME}", "--weights", "none", *edit, "-o", "out.pth").out
+    assert f'AutoConfig.from_pretrained("{NAME}", revision="{commit_of(hub)}")' in text
+
+
+def test_completion_asks_for_nothing(hub: Hub, model: Path, cli: Cli) -> None:
+    target = Target(Source(f"hf:{NAME}"))
+    assert look.known_blueprint(target) is None
+    assert not hub.asked
+    cli("summary", f"hf:{NAME}")
+    hub.forget()
+    assert look.known_blueprint(target) is not None
+    assert not hub.asked
+
+
+def test_a_recipe_names_the_model_as_the_user_did(cli: Cli, hub: Hub, folder: Path, model: Path) -> None:
+    cli("load", f"hf:{NAME}")
+    assert f'model = "hf:{NAME}"' in (folder / "modelcli.toml").read_text()
+    cli("freeze", "bert")
+    cli("save", "out.pth")
+    assert cli("summary", "--json").json["model"]["reference"] == f"hf:{NAME}"
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -479,6 +515,17 @@ def test_files_of_other_names_are_never_asked_for(cli: Cli, hub: Hub, folder: Pa
     cli("save", "out/", "-m", f"hf:{NAME}")
     assert not {asked.file for asked in hub.asked} & strange.keys()
     assert not list(folder.rglob("up.json"))
+
+
+@pytest.mark.parametrize("where", ["own.Own", "org/other--own.Own"])
+def test_code_that_a_configuration_names_is_never_downloaded(cli: Cli, hub: Hub, where: str) -> None:
+    config = {"model_type": "own", "architectures": ["Own"], "auto_map": {"AutoConfig": where, "AutoModel": where}}
+    for name in (NAME, "org/other"):
+        hub.add(name, {"config.json": json.dumps(config).encode(), "own.py": b"raise SystemExit"})
+    for words in (("params", f"hf:{NAME}"), ("save", "out/", "-m", f"hf:{NAME}", "--trust")):
+        hint = cli(*words, "--json", code=3).error["hint"]
+        assert f"modelcli downloads no code: hf download {NAME} --local-dir bert does" in hint
+    assert not hub.of_file("own.py")
 
 
 def test_a_name_with_characters_of_a_pattern_is_one_file(cli: Cli, hub: Hub, model: Path) -> None:

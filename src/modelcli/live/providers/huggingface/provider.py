@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from modelcli.errors import RequestError
+from modelcli.errors import RequestError, UnsafeError
 from modelcli.language.references import NamedModel, Reference
 from modelcli.live import bounds, modules
 from modelcli.live.build import Architecture
 from modelcli.live.loading import StateDict
 from modelcli.live.providers.base import FittedStateDict, LiveProvider, ModelFolder, refuse_hole
-from modelcli.live.providers.huggingface import configurations, conversion, passes
+from modelcli.live.providers.huggingface import configurations, conversion, passes, vetting
 from modelcli.providers import configuration
 from modelcli.providers.huggingface import hub_model, is_class_name
 
@@ -86,7 +86,15 @@ class LiveHuggingFace(LiveProvider):
                 f"there is no folder {name} with a {configuration.NAME}",
                 "name a folder that save_pretrained wrote",
             )
-        return configurations.describe(document_of_folder, values, name, trust=remote_code, folder=path)
+        if (model := hub_model(name)) is None:
+            return configurations.describe(document_of_folder, values, name, trust=remote_code, folder=path)
+        try:
+            return configurations.describe(document_of_folder, values, name)
+        except UnsafeError as error:
+            if any(document_of_folder.get(entry) for entry in vetting.REMOTE_CODE):
+                fetch = f"hf download {model.repository} --local-dir {model.repository.rpartition('/')[2]}"
+                error.hint = f"modelcli downloads no code: {fetch} does, and --trust runs that of a folder"
+            raise
 
     def remote_contents(self, reference: NamedModel, folder: Path) -> Contents | None:
         """The weights of a model of the Hub, by the headers of its files."""
@@ -134,20 +142,23 @@ class LiveHuggingFace(LiveProvider):
         return inputs.inputs_of(module)
 
     def expression(self, text: SourceText, architecture: Architecture, folder: Path) -> str:
-        """The class with the configuration of the folder, or with its values."""
+        """The class with the configuration of the folder or of a model of the Hub, or with its values."""
         from modelcli.live.providers.huggingface import script
 
         assert isinstance(architecture.reference, NamedModel)
-        own = self.provider.own_folder(architecture.reference.call.name, architecture.folder)
-        return script.from_configuration(text, self._described_by(architecture), own)
+        name = architecture.reference.call.name
+        place = hub_model(name) or self.provider.own_folder(name, architecture.folder)
+        return script.from_configuration(text, self._described_by(architecture), place)
 
     def expression_with_weights(
         self, text: SourceText, architecture: Architecture, module: nn.Module, folder: Path
     ) -> str | None:
-        """`BertModel.from_pretrained("./runs/bert")`."""
+        """`BertModel.from_pretrained("./runs/bert")`, or with the name on the Hub and the commit."""
         from modelcli.live.providers.huggingface import script
 
-        return script.from_folder(text, self._described_by(architecture), module, folder)
+        assert isinstance(architecture.reference, NamedModel)
+        place = hub_model(architecture.reference.call.name) or folder
+        return script.with_weights(text, self._described_by(architecture), module, place)
 
     def before_pass(self, module: nn.Module) -> None:
         """Choose the attention and the experts that need no values: the faster ones look into their masks."""

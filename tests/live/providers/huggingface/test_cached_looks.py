@@ -75,7 +75,7 @@ def test_a_configuration_alone_shows_a_model_of_any_size(cli: Cli, folder: Path,
     first = cli("summary", "./model", "--json").json
     everything, of_a_token = PUBLISHED[name]
     bytes_of_bfloat16 = 2 * first["totals"]["params"]  # routers may be float32
-    assert first["totals"]["param_bytes"] == pytest.approx(bytes_of_bfloat16, rel=1e-4)
+    assert first["totals"]["param_bytes"] == pytest.approx(bytes_of_bfloat16, rel=2e-4)
     assert first["totals"]["params"] / 1e9 == pytest.approx(everything, rel=0.005)
     assert first["totals"]["macs"] / 128 / 1e9 == pytest.approx(of_a_token, rel=0.04)
     assert json.loads(without_torch("summary", "./model", "--json")) == first

@@ -231,7 +231,7 @@ class _Script(_Writer):
         """The architecture, the edits that a record tells, and the numbers of a file."""
         base, contents = self.live.architecture, self.contents
         assert base is not None
-        if self._loaded_by_its_library(base):
+        if self._loaded_by_its_library(base) or self._adapted_by_its_library(base):
             return
         _construct(self.text, base, source, self.live.seed if self._draws() else None)
         self._follow_record(base)
@@ -262,6 +262,22 @@ class _Script(_Writer):
             expression = base.provider.expression_with_weights(self.text, base, self.live.module, folder)
         except InexpressibleError as error:
             self.text.refuse(f"load {base.reference}", str(error))
+            return True
+        if expression is None:
+            return False
+        if self._draws():
+            self.text.write(f"torch.manual_seed({self.live.seed})")
+        self.text.write(f"model = {expression}")
+        return True
+
+    def _adapted_by_its_library(self, base: Architecture) -> bool:
+        """Write how the library of the model loads a file that it adapts to the model; whether it does so."""
+        if self.contents is None or self.live.own_folder is not None or self.live.record is not None:
+            return False
+        try:
+            expression = base.provider.expression_with_file(self.text, base, self.contents)
+        except InexpressibleError as error:
+            self.text.refuse(f"load {self.contents.path} into {base.reference}", str(error))
             return True
         if expression is None:
             return False

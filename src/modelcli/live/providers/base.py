@@ -326,6 +326,20 @@ class LiveProvider:
         """
         return None
 
+    def expression_with_file(self, text: SourceText, architecture: Architecture, contents: Contents) -> str | None:
+        """The Python expression that loads a model with the checkpoint in a file, which its library adapts to it.
+
+        None where the checkpoint fits as it is: then the script builds the model and loads its state dict.
+
+        Args:
+            text: the script, for its imports and the words of values.
+            architecture: the model, of this provider.
+            contents: the checkpoint.
+
+        Raises InexpressibleError where the library has no such call; its text says why.
+        """
+        return None
+
     # --- module classes ----------------------------------------------------------------------------------------------
 
     def find_class(self, package: str, name: str) -> object:

@@ -167,3 +167,24 @@ def test_the_result_opens_again_without_any_adaptation(cli: Cli) -> None:
     assert cli("save", "again.pth", "-m", "out.pth").err.count("timm ") == 0
     one, other = torch.load("out.pth", weights_only=True), torch.load("again.pth", weights_only=True)
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize(
+    ("made_with", "loaded_with"),
+    [
+        ({}, "img_size=96"),
+        ({}, "num_classes=3"),
+        ({"num_classes": 7}, ""),
+        ({"num_classes": 7}, "num_classes=7, in_chans=1"),
+    ],
+)
+def test_the_script_lets_timm_adapt_the_file(cli: Cli, made_with: dict[str, Any], loaded_with: str) -> None:
+    saved("test_vit", **made_with)
+    words = ("-m", "best.pth", "--arch", f"timm:test_vit({loaded_with})")
+    cli("save", "ours.pth", *words)
+    script = cli("script", "-o", "made.pth", *words).out
+    assert "pretrained_cfg_overlay" in script
+    exec(compile(script, "script.py", "exec"), {})
+    made, ours = torch.load("made.pth", weights_only=True), torch.load("ours.pth", weights_only=True)
+    assert made.keys() == ours.keys()
+    assert all(torch.equal(made[key], ours[key]) for key in ours)

@@ -69,6 +69,27 @@ def fit(model: TimmModel, module: nn.Module, state: StateDict) -> FittedStateDic
     return FittedStateDict(StateDict(dict(tensors), {}, unwrapped.extras), tuple(notes), left_out=left_out)
 
 
+def overlay_of(module: nn.Module, state: StateDict) -> tuple[dict[str, int], int | None] | None:
+    """What `create_model` has to be told for timm to adapt a checkpoint; None where the checkpoint fits as it is.
+
+    Args:
+        module: the model as it was built, on the meta device.
+        state: the checkpoint, on the meta device.
+
+    Returns:
+        The entries of its `pretrained_cfg_overlay`, and the classes of the model where these would change them.
+    """
+    unwrapped, report = loading.compare(module, state)
+    if unwrapped.tensors.keys() == module.state_dict().keys() and not report.mismatched:
+        return None
+    configured = dict(getattr(module, "pretrained_cfg", {}))
+    before = configured.get("num_classes")
+    _correct_classes(configured, unwrapped.tensors)
+    if configured.get("num_classes") == before:
+        return {}, None
+    return {"num_classes": configured["num_classes"]}, getattr(module, "num_classes", None)
+
+
 @dataclass(frozen=True)
 class _Adapted:
     """What timm would load.

@@ -9,12 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from modelcli.errors import RequestError, did_you_mean
 from modelcli.language.expressions import Call
 from modelcli.language.references import NamedModel, Reference
 from modelcli.live import bounds, modules
+from modelcli.live import loading as live_loading
 from modelcli.live.build import Architecture
 from modelcli.live.inputs import Inputs
 from modelcli.live.loading import StateDict
@@ -26,8 +28,11 @@ from modelcli.providers.known_code import runs_known_code
 from modelcli.providers.published import PublishedModel
 
 if TYPE_CHECKING:
+    from modelcli.checkpoints import Contents
     from modelcli.live.script.source_text import SourceText
 
+#: The keys of a training checkpoint under which timm looks for a state dict; None is the whole file.
+_KEYS_OF_TIMM = (None, ("state_dict_ema",), ("model_ema",), ("state_dict",), ("model",))
 #: The name of weights of a model whose only pretrained weights have no tag.
 UNTAGGED = "DEFAULT"
 
@@ -222,6 +227,34 @@ class LiveTimm(LiveProvider):
             name = f"local-dir:{architecture.reference.call.name}"
         text.imports.add("import timm")
         return f"timm.create_model({text.arguments((name,), given)})"
+
+    def expression_with_weights(
+        self, text: SourceText, architecture: Architecture, module: nn.Module, folder: Path
+    ) -> str | None:
+        """`timm.create_model("local-dir:runs/model", pretrained=True)`, which gives a model in float32."""
+        if any(tensor.is_floating_point() and tensor.dtype != torch.float32 for tensor in module.state_dict().values()):
+            return None
+        assert isinstance(architecture.reference, NamedModel)
+        given = {**architecture.reference.call.kwargs, "pretrained": True}
+        text.imports.add("import timm")
+        return f"timm.create_model({text.arguments((f'local-dir:{folder.as_posix()}',), given)})"
+
+    def expression_with_file(self, text: SourceText, architecture: Architecture, contents: Contents) -> str | None:
+        """`timm.create_model(..., pretrained=True, pretrained_cfg_overlay={"file": "best.pth"})`."""
+        from modelcli.live.script.source_text import InexpressibleError, seen
+
+        assert isinstance(architecture.reference, NamedModel)
+        named = self.described(architecture.reference, architecture.folder)
+        found = loading.overlay_of(architecture.on_meta(0), live_loading.on_meta(contents))
+        if found is None:
+            return None
+        if _is_folder(named) or contents.key not in _KEYS_OF_TIMM:
+            raise InexpressibleError("timm adapts the checkpoint, and does not read it by itself")
+        overlay, classes = found
+        given = {**({} if classes is None else {"num_classes": classes}), **architecture.reference.call.kwargs}
+        given |= {"pretrained": True, "pretrained_cfg_overlay": {"file": seen(contents.path), **overlay}}
+        text.imports.add("import timm")
+        return f"timm.create_model({text.arguments((named.name,), given)})"
 
     def find_class(self, package: str, name: str) -> object:
         """A class of `timm.layers` or of a module of the models."""

@@ -135,9 +135,21 @@ def test_what_a_configuration_cannot_say_is_named_and_the_record_says_it(cli: Cl
     assert isinstance(model.classifier, nn.Sequential)
     again = cli("freeze", "bert", "-m", "./out", "-o", "again/").err
     assert "cannot say" in again
+    assert "dtype" not in again
     frozen = cli("params", "./again", "--frozen", "--json").json["tensors"]
     assert frozen
     assert all(row["name"].startswith("bert.") for row in frozen)
+
+
+def test_changes_are_told_once(cli: Cli, folder: Path) -> None:
+    saved("BertForSequenceClassification", folder / "model")
+    assert "num_labels: 3 -> 10" in cli("replace", "classifier", "Linear(_,10)", "-m", "./model", "-o", "one/").err
+    told = cli("remove", "bert.encoder.layer.1", "-m", "./one", "-o", "two/").err
+    assert "config.json: num_hidden_layers: 2 -> 1" in told
+    assert "num_labels" not in told
+    found, report = loaded(folder / "two")
+    assert not any(report.values())
+    assert (found.config.num_labels, found.config.num_hidden_layers) == (10, 1)
 
 
 def test_a_changed_configuration_counts_more_than_the_record(cli: Cli, folder: Path) -> None:

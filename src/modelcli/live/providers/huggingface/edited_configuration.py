@@ -35,13 +35,31 @@ class EditedConfiguration:
 
     Attributes:
         config: the configuration.
-        changes: what is new in it, as texts such as `num_labels: 3 -> 10`.
+        changed: the names of the values that are new in it.
         notes: what it cannot say.
     """
 
     config: PreTrainedConfig
-    changes: tuple[str, ...]
+    changed: tuple[str, ...]
     notes: tuple[str, ...]
+
+    def changes_from(self, current: PreTrainedConfig) -> list[str]:
+        """What is new against another configuration of the model, as texts such as `num_labels: 3 -> 10`."""
+        found = []
+        for name in dict.fromkeys(self.changed):
+            before, after = _value_in(current, name), _value_in(self.config, name)
+            if before != after and before is not None:
+                found.append(f"{name}: {_shown(before)} -> {_shown(after)}")
+        return found
+
+
+def _value_in(config: PreTrainedConfig, name: str) -> Any:
+    """A value of a configuration, or of the first of its parts that has it; None where none has."""
+    return next((value for part in _parts(config) if (value := getattr(part, name, None)) is not None), None)
+
+
+def _shown(value: Any) -> str:
+    return dtype_name(value) if isinstance(value, torch.dtype) else str(value)
 
 
 def of(module: PreTrainedModel, original: PreTrainedConfig) -> EditedConfiguration:
@@ -61,7 +79,7 @@ class _Search:
         self.module = module
         self.original = original
         self.config = copy.deepcopy(original)
-        self.changes: list[str] = []
+        self.changed: list[str] = []
 
     def result(self) -> EditedConfiguration:
         """Try each kind of change, and say what is left."""
@@ -71,7 +89,7 @@ class _Search:
             self._labels()
         self._ties()
         self._dtype()
-        return EditedConfiguration(self.config, tuple(self.changes), tuple(self._left()))
+        return EditedConfiguration(self.config, tuple(self.changed), tuple(self._left()))
 
     @cached_property
     def built(self) -> PreTrainedModel:
@@ -91,7 +109,7 @@ class _Search:
 
     def _set(self, config: PreTrainedConfig, name: str, value: Any, *, told: bool = True) -> None:
         if told:
-            self.changes.append(f"{name}: {getattr(config, name, None)} -> {value}")
+            self.changed.append(name)
         setattr(config, name, value)
 
     # --- layers ------------------------------------------------------------------------------------------------------
@@ -183,9 +201,7 @@ class _Search:
             return
         most = max(elements, key=elements.__getitem__)
         if self.config.dtype != most:
-            before = self.config.dtype
-            if before is not None:
-                self.changes.append(f"dtype: {dtype_name(before)} -> {dtype_name(most)}")
+            self.changed.append("dtype")
             for part in _parts(self.config):
                 part.dtype = most
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,8 +38,17 @@ def model_folder(module: nn.Module, described: Described, folder: Path | None) -
     edited = edited_configuration.of(module, described.configuration())
     companions = companions_of.copies(folder)
     companions[configuration.NAME] = Bytes(_as_json(edited.config, type(module).__name__))
-    changes = [f"{configuration.NAME}: {', '.join(edited.changes)}"] if edited.changes else []
-    return ModelFolder(tensors, companions, (*changes, *edited.notes))
+    changes = edited.changes_from(_current(described, folder))
+    told = [f"{configuration.NAME}: {', '.join(changes)}"] if changes else []
+    return ModelFolder(tensors, companions, (*told, *edited.notes))
+
+
+def _current(described: Described, folder: Path | None) -> PreTrainedConfig:
+    """The configuration in the model's folder, which earlier edits may have changed; else the one described."""
+    document = None if folder is None else configuration.configuration_in(folder)
+    if document is None:
+        return described.configuration()
+    return replace(described, document=document, overrides={}).configuration()
 
 
 def _as_json(config: PreTrainedConfig, class_name: str) -> bytes:

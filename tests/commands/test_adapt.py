@@ -30,6 +30,15 @@ class Own(nn.Module):
     def forward(self, x):
         return self.last(self.first(x).mean((2, 3)))
 
+class Language(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(4, 11)
+        self.embed = nn.Embedding(11, 4)
+
+    def forward(self, tokens):
+        return self.out(self.embed(tokens))
+
 class Normed(nn.Sequential):
     def __init__(self):
         super().__init__(nn.Linear(4, 4), nn.LayerNorm(4))
@@ -152,7 +161,7 @@ def test_what_is_not_known_is_told(cli: Cli, own: str) -> None:
             ("--classes", 2, "-m", "raft_small"),
             "the library of raft_small does not say which module of RAFT is the classifier",
         ),
-        (("-m", "resnet18"), "adapt takes --classes"),
+        (("-m", "resnet18"), "adapt takes at least one of --classes"),
         (("--classes", 0, "-m", "resnet18"), "0"),
         (("--classes", 2, "-m", "bare.pth"), "adapt needs an architecture, but bare.pth records none"),
     ],
@@ -163,6 +172,78 @@ def test_what_does_not_apply_is_an_error_and_nothing_is_written(
     torch.save({"a": torch.zeros(1)}, "bare.pth")
     assert message in cli("adapt", *words, "-o", "o.pth", code=2).err
     assert not Path("o.pth").exists()
+
+
+# --- image size ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [96, 288])
+def test_the_position_embeddings_are_those_of_torchvision(cli: Cli, size: int) -> None:
+    model = torchvision.models.vision_transformer.VisionTransformer(224, 32, 1, 2, 64, 128)
+    state = model.state_dict()
+    torch.save(state, "m.pth")
+    arch = "torchvision.models.vision_transformer:VisionTransformer(224,32,1,2,64,128)"
+    words = ("-m", "m.pth", "--arch", arch, "--input-size", "1,3,224,224")
+    done = cli("adapt", "--image-size", size, *words, "-o", "o.pth", "--json").json
+    assert done["edits"] == [f"resize . image_size={size}"]
+    assert done["check"]["input"] == [[1, 3, size, size]]
+    found = torch.load("o.pth", weights_only=True)
+    expected = torchvision.models.vision_transformer.interpolate_embeddings(size, 32, state)
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+    other = torchvision.models.vision_transformer.VisionTransformer(size, 32, 1, 2, 64, 128)
+    other.load_state_dict(found)
+    read = modelcli.load("o.pth")
+    images = torch.randn(1, 3, size, size)
+    assert torch.equal(read.eval()(images), other.eval()(images))
+    Path("s.py").write_text(cli("script", "-e", done["edits"][0], *words, "-o", "s.pth").out)
+    subprocess.run([sys.executable, "s.py"], check=True)
+    assert torch.equal(torch.load("s.pth", weights_only=True)["encoder.pos_embedding"], found["encoder.pos_embedding"])
+
+
+def test_a_size_that_the_patches_do_not_divide_is_refused(cli: Cli) -> None:
+    done = cli("adapt", "--image-size", 230, "-m", "vit_b_32", "-o", "o.pth", code=2)
+    assert "image_size=230 is no multiple of the patches of 32 pixels" in done.err
+    assert "hint: 224 and 256 are" in done.err
+
+
+def test_a_model_that_takes_any_size_needs_no_edit(cli: Cli) -> None:
+    cli("load", "resnet18")
+    done = cli("adapt", "--image-size", 320)
+    assert "note: resnet18 takes images of 320x320 as it is: no edit is needed" in done.err
+    assert "check:    runs: [1,3,320,320] -> [1,1000]" in done.out
+    recipe = tomllib.loads(Path("modelcli.toml").read_text())
+    assert (recipe["edits"], recipe["input_size"]) == ([], "1,3,320,320")
+
+
+def test_a_size_that_a_model_does_not_take_is_told(cli: Cli, own: str) -> None:
+    flat = "Sequential(Conv2d(3,4,3),Flatten(),Linear(144,5))"
+    done = cli("adapt", "--image-size", 9, "-m", flat, "--input-size", "1,3,8,8", code=2)
+    assert "does not take images of 9x9 as it is, and no library says how to change that" in done.err
+    assert "its input is not known" in cli("adapt", "--image-size", 9, "-m", own, code=2).err
+    assert (
+        "takes no images" in cli("adapt", "--image-size", 9, "-m", "own.py:Normed", "--input-size", "1,4", code=2).err
+    )
+
+
+# --- tokens ----------------------------------------------------------------------------------------------------------
+
+
+def test_tokens_of_an_own_class_are_the_first_embedding_and_the_last_layer(cli: Cli, own: str) -> None:
+    words = ("-m", "own.py:Language", "--input-size", "1,6", "--input-dtype", "int64")
+    cli("save", "m.pth", *words)
+    done = cli("adapt", "--vocab-size", 14, "-m", "m.pth", "-o", "o.pth", "--trust", "--json").json
+    assert done["edits"] == ["resize embed out vocab_size=14"]
+    assert done["check"]["output_shape"] == [1, 6, 14]
+    before, found = (torch.load(name, weights_only=True) for name in ("m.pth", "o.pth"))
+    assert all(torch.equal(found[key][:11], before[key]) for key in ("embed.weight", "out.weight", "out.bias"))
+    assert torch.allclose(found["embed.weight"][11:], before["embed.weight"].mean(0), atol=1e-3)
+
+
+def test_a_model_without_tokens_is_told(cli: Cli, own: str) -> None:
+    done = cli("adapt", "--vocab-size", 9, "-m", own, "--input-size", "1,3,8,8", code=2)
+    assert "the first layer first is Conv2d" in done.err
+    assert "has no embedding of tokens" in cli("adapt", "--vocab-size", 9, "-m", "resnet18", code=2).err
 
 
 # --- as every edit ---------------------------------------------------------------------------------------------------

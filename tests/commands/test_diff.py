@@ -91,6 +91,7 @@ EDITS = {
     "init 3 xavier_uniform": "init 3 xavier_uniform",
     "cast 3 bfloat16": "cast 3 bfloat16",
     "cast . float16": "cast . float16",
+    "resize 3 vocab_size=7": "rename 3.bias 3.shift",
 }
 
 

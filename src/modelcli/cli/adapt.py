@@ -29,12 +29,18 @@ def adapt(
     in_channels: Annotated[
         int | None, _size("--in-channels", "Images with so many channels; the first convolution keeps what it knows.")
     ] = None,
+    image_size: Annotated[
+        int | None, _size("--image-size", "Square images of this size; position embeddings are interpolated.")
+    ] = None,
+    vocab_size: Annotated[
+        int | None, _size("--vocab-size", "So many tokens; old rows of the embeddings are kept.")
+    ] = None,
 ) -> None:
-    """Adapt a model to other classes or channels. The edits that this stands for are shown and recorded.
+    """Adapt a model to other classes, images or tokens. The edits that this stands for are shown and recorded.
 
     modelcli adapt --classes 10 -m resnet18 -o head10.pth
 
-    modelcli adapt --classes 10 --in-channels 1 -m resnet18
+    modelcli adapt --classes 10 --in-channels 1 --image-size 384 -m vit_b_16
     """
     from modelcli.commands.adapt import AdaptRequest
     from modelcli.commands.adapt import adapt as carry_out
@@ -42,10 +48,10 @@ def adapt(
     from modelcli.edits.adaptation import Adaptation
 
     output.format_of(options)
-    wanted = Adaptation(classes, in_channels)
+    wanted = Adaptation(classes, in_channels, image_size, vocab_size)
     if wanted == Adaptation():
         raise RequestError(
-            "adapt takes --classes or --in-channels, or both",
+            "adapt takes at least one of --classes, --in-channels, --image-size and --vocab-size",
             "modelcli adapt --classes 10 -m resnet18",
         )
     with recipe_locked(edit.model, source.recipe, tell_waiting), progress.of_bytes(options) as report:

@@ -32,6 +32,7 @@ _EDITS: Mapping[str, str] = {
     "unfreeze": "modelcli.edits.unfreeze:Unfreeze",
     "init": "modelcli.edits.init:Init",
     "cast": "modelcli.edits.cast:Cast",
+    "resize": "modelcli.edits.resize:Resize",
 }
 
 

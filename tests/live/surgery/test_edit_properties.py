@@ -35,6 +35,7 @@ from modelcli.edits.insert import Insert
 from modelcli.edits.remove import Remove
 from modelcli.edits.rename import Rename
 from modelcli.edits.replace import Replace
+from modelcli.edits.resize import Resize
 from modelcli.edits.unfreeze import Unfreeze
 from modelcli.errors import ModelcliError
 from modelcli.language.expressions import Call, Name, parse
@@ -99,6 +100,12 @@ EDITS: dict[type[Edit], st.SearchStrategy[Edit]] = {
     Unfreeze: st.builds(Unfreeze, targets=targets, **picking),
     Init: st.builds(Init, targets=targets, scheme=schemes, bias=schemes | st.just(Call("zeros")), **picking),
     Cast: st.builds(Cast, targets=targets, dtype=st.sampled_from(sorted(FLOATING)), **picking),
+    Resize: st.builds(
+        Resize,
+        targets=targets,
+        what=st.sampled_from(("image_size", "in_channels", "vocab_size")),
+        size=st.integers(1, 999_999_999),
+    ),
 }
 some_edit = st.one_of(*EDITS.values())
 
@@ -335,6 +342,7 @@ def edits_of(draw: st.DrawFn, model: nn.Module) -> list[Edit]:
         st.builds(Unfreeze, targets=several, **less),
         st.builds(Init, targets=several, scheme=schemes, bias=st.just(Call("zeros")) | schemes, **less),
         st.builds(Cast, targets=several, dtype=st.sampled_from(["float16", "bfloat16", "float64"]), **less),
+        st.builds(Resize, targets=several, what=st.just("vocab_size"), size=st.integers(1, 9)),
     ]
     return draw(st.lists(st.one_of(kinds), min_size=1, max_size=4))
 

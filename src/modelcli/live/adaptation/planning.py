@@ -22,9 +22,10 @@ from modelcli.live import trace
 from modelcli.live.adaptation import resized_calls
 from modelcli.live.adaptation.resized_calls import INPUTS, OUTPUTS
 from modelcli.live.inputs import Inputs, how_to_state_input
+from modelcli.live.providers import resizing_of
 from modelcli.live.providers.base import LiveProvider
 from modelcli.live.surgery.core import brief, submodule
-from modelcli.wording import counted
+from modelcli.wording import counted, listed
 
 if TYPE_CHECKING:
     from modelcli.live.opening import Live
@@ -58,8 +59,12 @@ class _Planning:
         inputs = self.live.inputs
         if wanted.classes is not None:
             self._classes(wanted.classes)
-        if wanted.in_channels is not None:
+        if wanted.in_channels is not None and not self._resized("in_channels", wanted.in_channels):
             inputs = self._in_channels(wanted.in_channels, inputs)
+        if wanted.image_size is not None and not self._resized("image_size", wanted.image_size):
+            inputs = self._image_size(wanted.image_size, inputs)
+        if wanted.vocab_size is not None and not self._resized("vocab_size", wanted.vocab_size):
+            self._vocabulary(wanted.vocab_size)
         stated = None if inputs == self.live.inputs or inputs is None else inputs
         return AdaptationPlan(tuple(self.edits), tuple(self.notes), stated)
 
@@ -112,7 +117,76 @@ class _Planning:
             inputs = None if inputs is None else _with_channels(inputs, before, number)
         return inputs
 
-    # --- both --------------------------------------------------------------------------------------------------------
+    # --- sizes that a library changes itself -------------------------------------------------------------------------
+
+    def _resized(self, what: str, size: int) -> bool:
+        """Plan that the library of the model gives it another size. Returns whether the library can."""
+        found = resizing_of(self._module, what, size)
+        if found is None:
+            return False
+        if found.before in (size, (size, size)):
+            self.notes.append(f"{what} of {self._model} is {size:,} already")
+        else:
+            self.edits.append(from_words("resize", [".", f"{what}={size}"]))
+        return True
+
+    def _image_size(self, size: int, inputs: Inputs | None) -> Inputs | None:
+        """Find out whether the model takes images of another size as it is. Returns what it takes then."""
+        if inputs is None:
+            raise RequestError(
+                f"--image-size: no library says how {self._model} takes another size, and its input is not known",
+                f"{how_to_state_input(self._module)}: a model of convolutions may take any size",
+            )
+        resized = _with_image_size(inputs, size)
+        if resized is None:
+            shapes = listed([str(list(shape)) for shape in inputs.all_shapes], 4)
+            raise RequestError(
+                f"--image-size: {self._model} takes no images, but {shapes}",
+                "leave --image-size out",
+            )
+        # The edited model is checked before anything is written; here the question is the size alone.
+        assert self.live.inputs is not None
+        seen = trace.trace(self._module, _with_image_size(self.live.inputs, size))
+        if seen.trace.reason is not None:
+            raise RequestError(
+                f"--image-size: {self._model} does not take images of {size}x{size} as it is, and no library says how "
+                f"to change that: {seen.trace.reason}",
+                self._built_for(size),
+            )
+        self.notes.append(f"{self._model} takes images of {size}x{size} as it is: no edit is needed")
+        return resized
+
+    def _built_for(self, size: int) -> str:
+        """What to do about a model that is built for one image size."""
+        if self._model.startswith("timm:"):
+            return f"timm may build it for that size and adapt a checkpoint to it: timm:NAME(img_size={size})"
+        return "name the model with that size among its arguments, if it takes one"
+
+    def _vocabulary(self, size: int) -> None:
+        """Plan the rows of the embedding that runs first, and of the last layer if it has as many."""
+        if self._library_names_layers or self.live.describe().landmarks:
+            raise RequestError(
+                f"--vocab-size: {type(self._module).__name__} of {self._model} has no embedding of tokens that its "
+                "library names",
+                f"name the embedding: {command(['resize', 'PATH', f'vocab_size={size}'])}",
+            )
+        example = command(["resize", "PATH", f"vocab_size={size}"])
+        layers = self._layers("--vocab-size", "the embedding of the tokens", example)
+        embedding = submodule(self._module, layers[0])
+        if not isinstance(embedding, nn.Embedding):
+            raise RequestError(
+                f"--vocab-size: the first layer {layers[0]} is {brief(embedding)}, and no embedding of tokens",
+                f"name the embedding: {example}",
+            )
+        if embedding.num_embeddings == size:
+            self.notes.append(f"{layers[0]} has {size:,} rows already")
+            return
+        last = submodule(self._module, layers[-1])
+        is_output = isinstance(last, nn.Linear) and last.out_features == embedding.num_embeddings
+        paths = [layers[0], *(layers[-1:] if is_output else ())]
+        self.edits.append(from_words("resize", [*map(selectors.literal, paths), f"vocab_size={size}"]))
+
+    # --- layers ------------------------------------------------------------------------------------------------------
 
     def _replace(self, path: str, old: nn.Module, names: tuple[str, ...], number: int, *options: str) -> None:
         call = resized_calls.with_size(old, names, number)
@@ -174,4 +248,16 @@ def _with_channels(inputs: Inputs, before: int, after: int) -> Inputs:
         return (shape[0], after, *shape[2:]) if len(shape) > 2 and shape[1] == before else shape
 
     named = tuple(item if item.shape is None else replace(item, shape=changed(item.shape)) for item in inputs.named)
+    return replace(inputs, shapes=tuple(map(changed, inputs.shapes)), named=named)
+
+
+def _with_image_size(inputs: Inputs, size: int) -> Inputs | None:
+    """Return the inputs with images of another size; None if nothing there is an image."""
+
+    def changed(shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (*shape[:-2], size, size) if len(shape) > 3 else shape
+
+    named = tuple(item if item.shape is None else replace(item, shape=changed(item.shape)) for item in inputs.named)
+    if not any(len(shape) > 3 for shape in inputs.all_shapes):
+        return None
     return replace(inputs, shapes=tuple(map(changed, inputs.shapes)), named=named)

@@ -14,7 +14,10 @@ from modelcli.language.references import CheckpointFile, NamedModel, Reference
 from modelcli.providers.base import Provider
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from modelcli.live.providers.base import LiveProvider
+    from modelcli.live.resizing import Resizing
 
 
 @functools.cache
@@ -81,3 +84,8 @@ def with_classes() -> Iterator[LiveProvider]:
 
 def _has_classes(provider: Provider) -> bool:
     return provider.classes_from is not None
+
+
+def resizing_of(module: nn.Module, what: str, size: int) -> Resizing | None:
+    """Return how the first provider that knows a model resizes it: see `LiveProvider.resizing`."""
+    return next((found for half in in_use() if (found := half.resizing(module, what, size)) is not None), None)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from modelcli.live.inputs import Inputs
     from modelcli.live.loading import StateDict
     from modelcli.live.mult_adds import Formula
+    from modelcli.live.resizing import Resizing
     from modelcli.live.script.source_text import SourceText
 
 
@@ -256,6 +257,21 @@ class LiveProvider:
             library does not say. A path that the model no longer has does no harm.
         """
         return {}
+
+    def resizing(self, module: nn.Module, what: str, size: int) -> Resizing | None:
+        """How the library gives a model another size, and carries its values over.
+
+        Args:
+            module: any model. Edits may have changed it.
+            what: `image_size`, `in_channels` or `vocab_size`.
+            size: the new size.
+
+        Returns:
+            How; None for a model of another library, and where the library has no way.
+
+        Raises RequestError for a size that the model cannot have.
+        """
+        return None
 
     def recorded_reference(self, architecture: Architecture) -> str:
         """The reference that a record in a written file names: one that needs no other file."""

@@ -9,6 +9,7 @@ import inspect
 import sys
 import urllib.error
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -27,6 +28,7 @@ from modelcli.live import bounds, modules, signatures
 from modelcli.live.build import Architecture
 from modelcli.live.inputs import Inputs
 from modelcli.live.providers.base import Layout, LiveProvider, refuse_hole
+from modelcli.live.resizing import Resizing
 from modelcli.live.surgery.layouts import NORM_OVER_CHANNELS
 from modelcli.providers.known_code import runs_known_code
 from modelcli.providers.published import PublishedModel
@@ -423,6 +425,12 @@ class LiveTorchvision(LiveProvider):
             bounds=bounds.as_typed(str(reference)) if runs_known_code(reference) else None,
         )
 
+    def resizing(self, module: nn.Module, what: str, size: int) -> Resizing | None:
+        """The position embeddings of its vision transformers, by its `interpolate_embeddings`."""
+        if what != "image_size" or not _is_vision_transformer(module):
+            return None
+        return vision_transformer_resizing(module, size)
+
     def inputs(self, architecture: Architecture, module: nn.Module) -> Inputs:
         """See `input_sizes`."""
         name = _name_of(architecture)
@@ -501,6 +509,46 @@ class LiveTorchvision(LiveProvider):
         if builder is None or "weights_backbone" not in signatures.of(without_weights(builder)).parameters:
             return kwargs
         return {**kwargs, "weights_backbone": None}
+
+
+def _is_vision_transformer(module: nn.Module) -> bool:
+    home = sys.modules.get(f"{MODELS}.vision_transformer")
+    return home is not None and isinstance(module, home.VisionTransformer)
+
+
+def vision_transformer_resizing(model: Any, size: int) -> Resizing:
+    """How a vision transformer takes images of another size.
+
+    Raises RequestError for a size that the patches do not divide.
+    """
+    patch = int(model.patch_size)
+    if size % patch:
+        below, above = size // patch * patch, (size // patch + 1) * patch
+        raise RequestError(
+            f"image_size={size} is no multiple of the patches of {patch} pixels", f"{below or above} and {above} are"
+        )
+    tokens = (size // patch) ** 2 + 1
+
+    def resize(module: Any) -> None:
+        from torchvision.models.vision_transformer import interpolate_embeddings
+
+        name = "encoder.pos_embedding"
+        old = module.encoder.pos_embedding
+        state = interpolate_embeddings(size, patch, OrderedDict({name: old.detach()}))
+        module.encoder.pos_embedding = nn.Parameter(state[name], requires_grad=old.requires_grad)
+        module.image_size, module.seq_length = size, tokens
+
+    def statements(text: SourceText, place: str) -> list[str]:
+        text.imports.add("from torchvision.models.vision_transformer import interpolate_embeddings")
+        text.imports.add("from torch import nn")
+        name = "encoder.pos_embedding"
+        return [
+            f'new = interpolate_embeddings({size}, {patch}, {{"{name}": {place}.{name}.detach()}})',
+            f'{place}.{name} = nn.Parameter(new["{name}"])',
+            f"{place}.image_size, {place}.seq_length = {size}, {tokens}",
+        ]
+
+    return Resizing(int(model.image_size), resize, statements)
 
 
 def _name_of(architecture: Architecture) -> str:

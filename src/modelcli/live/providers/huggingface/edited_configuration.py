@@ -19,6 +19,7 @@ from torch import nn
 
 from modelcli.live.describe import configuration, dtype_name
 from modelcli.live.meta_models import build_on_meta
+from modelcli.live.providers.huggingface.embeddings import input_embedding, output_embedding
 from modelcli.live.sources import named_tensors
 from modelcli.wording import listed
 
@@ -55,7 +56,7 @@ class EditedConfiguration:
 
 def _value_in(config: PreTrainedConfig, name: str) -> Any:
     """A value of a configuration, or of the first of its parts that has it; None where none has."""
-    return next((value for part in _parts(config) if (value := getattr(part, name, None)) is not None), None)
+    return next((value for part in parts_of(config) if (value := getattr(part, name, None)) is not None), None)
 
 
 def _shown(value: Any) -> str:
@@ -83,6 +84,7 @@ class _Search:
 
     def result(self) -> EditedConfiguration:
         """Try each kind of change, and say what is left."""
+        self._images()
         if self._differences(self.built):
             self._layers()
             self._vocabulary()
@@ -127,7 +129,7 @@ class _Search:
 
     def _counts(self, value: int) -> Iterator[tuple[PreTrainedConfig, str]]:
         """The entries of the configuration and of its parts that have this value, those with `layer` in it first."""
-        for config in _parts(self.config):
+        for config in parts_of(self.config):
             names = [name for name, found in vars(config).items() if type(found) is int and found == value]
             for name in sorted(names, key=lambda name: "layer" not in name):
                 yield config, name
@@ -153,11 +155,19 @@ class _Search:
             if isinstance(value, list) and len(value) == before and numbers is not None:
                 self._set(config, own, [value[number] for number in numbers], told=False)
 
-    # --- vocabulary and labels ---------------------------------------------------------------------------------------
+    # --- images, vocabulary and labels ------------------------------------------------------------------------------
+
+    def _images(self) -> None:
+        """The size of images and their channels, which an edit has stated in the model's own configuration."""
+        parts = zip(parts_of(self.config), parts_of(self.built.config), parts_of(self.module.config), strict=True)
+        for config, built, own in parts:
+            for name in ("image_size", "num_channels"):
+                if (value := getattr(own, name, None)) != getattr(built, name, None):
+                    self._set(config, name, value)
 
     def _vocabulary(self) -> None:
         """The rows of the input embedding."""
-        rows = _rows(self.module.get_input_embeddings())
+        rows = _rows(input_embedding(self.module))
         config = self.config.get_text_config()
         if rows is not None and isinstance(getattr(config, "vocab_size", None), int) and config.vocab_size != rows:
             self._set(config, "vocab_size", rows)
@@ -183,7 +193,7 @@ class _Search:
 
     def _ties(self) -> None:
         """Whether the output embedding is the input embedding."""
-        inputs, outputs = self.module.get_input_embeddings(), self.module.get_output_embeddings()
+        inputs, outputs = input_embedding(self.module), output_embedding(self.module)
         one, other = getattr(inputs, "weight", None), getattr(outputs, "weight", None)
         if one is None or other is None:
             return
@@ -202,7 +212,7 @@ class _Search:
         most = max(elements, key=elements.__getitem__)
         if self.config.dtype != most:
             self.changed.append("dtype")
-            for part in _parts(self.config):
+            for part in parts_of(self.config):
                 part.dtype = most
 
     # --- what is left ------------------------------------------------------------------------------------------------
@@ -227,12 +237,12 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in named_tensors(module).items() if name in kept}
 
 
-def _parts(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+def parts_of(config: PreTrainedConfig) -> list[PreTrainedConfig]:
     """A configuration and those of its parts, such as the text and the image model of a pair."""
     found = [config]
     for name in getattr(config, "sub_configs", {}):
         if (part := getattr(config, name, None)) is not None:
-            found += _parts(part)
+            found += parts_of(part)
     return found
 
 

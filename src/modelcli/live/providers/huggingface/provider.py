@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from modelcli.checkpoints import Contents
     from modelcli.live.inputs import Inputs
     from modelcli.live.providers.huggingface.configurations import Described
+    from modelcli.live.resizing import Resizing
     from modelcli.live.script.source_text import SourceText
 
 
@@ -135,6 +136,23 @@ class LiveHuggingFace(LiveProvider):
             return str(architecture.reference)
         return f"{self.provider.prefix}:{described.by_class()}"
 
+    def landmarks(self, module: nn.Module) -> Mapping[str, tuple[str, ...]]:
+        """The layers as wide as the number of labels, and the embedding of the tokens or the first convolution."""
+        if not _is_of_transformers(module):
+            return {}
+        from modelcli.live.providers.huggingface import landmarks
+
+        return landmarks.of(module)
+
+    def resizing(self, module: nn.Module, what: str, size: int) -> Resizing | None:
+        """The tokens by `resize_token_embeddings`, images by another value of the configuration."""
+        if not _is_of_transformers(module):
+            return None
+        from modelcli.live.providers.huggingface import resizing
+
+        made: Any = module
+        return resizing.resizing(made, what, size)
+
     def inputs(self, architecture: Architecture, module: nn.Module) -> Inputs | None:
         """Dummy inputs by the arguments of `forward` and the configuration."""
         from modelcli.live.providers.huggingface import inputs
@@ -174,3 +192,9 @@ class LiveHuggingFace(LiveProvider):
     def _described_by(self, architecture: Architecture) -> Described:
         described: Described = architecture.details
         return described
+
+
+def _is_of_transformers(module: nn.Module) -> bool:
+    """Whether a module is a model of transformers, which is not imported for this."""
+    home = sys.modules.get("transformers.modeling_utils")
+    return home is not None and isinstance(module, home.PreTrainedModel)

@@ -23,6 +23,7 @@ from modelcli.live.loading import StateDict
 from modelcli.live.providers.base import FittedStateDict, LiveProvider, ModelFolder, refuse_hole
 from modelcli.live.providers.timm import loading, saving
 from modelcli.live.providers.timm.building import RESERVED, TimmModel
+from modelcli.live.resizing import Resizing
 from modelcli.live.surgery.layouts import NORM_OVER_CHANNELS
 from modelcli.providers.known_code import runs_known_code
 from modelcli.providers.published import PublishedModel
@@ -212,6 +213,12 @@ class LiveTimm(LiveProvider):
         found = {"head": _paths(configured.get("classifier")), "stem": _paths(stem)}
         return {word: paths for word, paths in found.items() if paths}
 
+    def resizing(self, module: nn.Module, what: str, size: int) -> Resizing | None:
+        """The image size of a model that has `set_input_size`."""
+        if what != "image_size" or not self.landmarks(module) or not hasattr(module, "set_input_size"):
+            return None
+        return image_resizing(module, size)
+
     # --- scripts and classes -----------------------------------------------------------------------------------------
 
     def expression(self, text: SourceText, architecture: Architecture, folder: Path) -> str:
@@ -262,6 +269,24 @@ class LiveTimm(LiveProvider):
             return None
         importlib.import_module("timm")
         return getattr(sys.modules.get(package), name, None)
+
+
+def image_resizing(model: Any, size: int) -> Resizing:
+    """How timm gives a model another image size: by the model's own `set_input_size`.
+
+    Windows keep their size, as with `timm.create_model(NAME, img_size=...)`, where the model has them.
+    """
+    from timm.models._input import get_model_input_config
+
+    height, width = get_model_input_config(model)["input_size"][-2:]
+    windows = getattr(model, "_ref_window_sizes", None)
+    call = f"set_input_size(img_size=({size}, {size})" + (f", window_size={windows!r})" if windows else ")")
+
+    def resize(module: Any) -> None:
+        given = {"window_size": windows} if windows else {}
+        module.set_input_size(img_size=(size, size), **given)
+
+    return Resizing((height, width), resize, lambda _text, place: [f"{place}.{call}"])
 
 
 def weights_of(name: str) -> tuple[str, ...]:

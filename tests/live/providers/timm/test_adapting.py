@@ -1,0 +1,102 @@
+"""adapt on models of timm: the result is what timm makes of the same weights with other arguments."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import modelcli
+from tests.conftest import Cli
+
+timm = pytest.importorskip("timm")
+
+
+def saved(name: str) -> Any:
+    """A model with other values than those that the constructor draws with the seed 0, in `m.pth`."""
+    torch.manual_seed(5)
+    model = timm.create_model(name)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.1, 0.5)
+    torch.save(model.state_dict(), "m.pth")
+    return model
+
+
+def by_timm(name: str, **arguments: Any) -> dict[str, torch.Tensor]:
+    """What timm's own loader makes of `m.pth`."""
+    overlay = {"file": "m.pth", "hf_hub_id": None, "url": ""}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
+    state: dict[str, torch.Tensor] = made.state_dict()
+    return state
+
+
+def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], *, but: str | None = None) -> bool:
+    keys = [key for key in expected if but is None or not key.startswith(f"{but}.")]
+    assert list(found) == list(expected)
+    assert [value.shape for value in found.values()] == [value.shape for value in expected.values()]
+    return all(torch.equal(found[key], expected[key]) for key in keys)
+
+
+@pytest.mark.parametrize(
+    "name", ["test_vit", "test_vit2", "test_vit3", "test_vit4", "test_resnet", "test_efficientnet", "test_convnext"]
+)
+@pytest.mark.parametrize("channels", [1, 4])
+def test_classes_and_channels_are_those_of_create_model(cli: Cli, name: str, channels: int) -> None:
+    model = saved(name)
+    words = ("--classes", 5, "--in-channels", channels, "-m", "m.pth", "--arch", f"timm:{name}")
+    done = cli("adapt", *words, "-o", "o.pth", "--json").json
+    assert done["check"]["output_shape"] == [1, 5]
+    found = torch.load("o.pth", weights_only=True)
+    expected = by_timm(name, num_classes=5, in_chans=channels)
+    assert same(found, expected, but=model.pretrained_cfg["classifier"])
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("test_vit", 192),
+        ("test_vit", 96),
+        ("test_vit3", 224),
+        ("swin_tiny_patch4_window7_224", 448),
+        ("swinv2_tiny_window8_256", 512),
+        ("eva02_tiny_patch14_224", 336),
+        ("beit_base_patch16_224", 384),
+        ("test_coatnet", 192),
+    ],
+)
+def test_the_image_size_is_that_of_create_model(cli: Cli, name: str, size: int) -> None:
+    saved(name)
+    words = ("adapt", "--image-size", size, "-m", "m.pth", "--arch", f"timm:{name}")
+    done = cli(*words, "-o", "o.pth", "--json").json
+    assert done["edits"] == [f"resize . image_size={size}"]
+    assert done["check"]["input"] == [[1, 3, size, size]]
+    found = torch.load("o.pth", weights_only=True)
+    assert same(found, by_timm(name, img_size=size))
+    timm.create_model(name, img_size=size).load_state_dict(found, strict=True)
+    assert cli("summary", "o.pth", "--json").json["input"] == [[1, 3, size, size]]
+    if name == "test_vit":
+        real = modelcli.load("o.pth")
+        assert real.patch_embed.img_size == (size, size)
+        Path("s.py").write_text(cli("script", "-e", done["edits"][0], *words[3:], "-o", "s.pth").out)
+        subprocess.run([sys.executable, "s.py"], check=True)
+        assert same(torch.load("s.pth", weights_only=True), found)
+
+
+def test_a_model_that_timm_builds_for_one_size_is_refused(cli: Cli) -> None:
+    done = cli("adapt", "--image-size", 320, "-m", "timm:mixer_s16_224", "-o", "o.pth", code=2)
+    assert "timm:mixer_s16_224 does not take images of 320x320 as it is, and no library says how to change" in done.err
+    assert "timm may build it for that size and adapt a checkpoint to it: timm:NAME(img_size=320)" in done.err
+
+
+def test_a_model_without_a_classifier_is_told(cli: Cli) -> None:
+    done = cli("adapt", "--classes", 5, "-m", "timm:test_vit(num_classes=0)", "-o", "o.pth", code=2)
+    assert "error: " in done.err
+    assert not Path("o.pth").exists()

@@ -97,4 +97,9 @@ def test_a_checkpoint_is_looked_for_in_the_files_whose_names_it_has(name: str) -
 
 
 def test_keys_of_no_model_are_compared_with_none() -> None:
-    assert PROVIDER.names_like(["quokka.weight"]) == []
+    assert PROVIDER.names_like([f"quokka.{n}.wombat.koala.weight" for n in range(30)]) == []
+
+
+@pytest.mark.parametrize("keys", [["w"], ["conv1.weight", "fc.bias"], [f"layers.{n}.weight" for n in range(30)]])
+def test_keys_that_say_too_little_are_compared_with_none(keys: list[str]) -> None:
+    assert PROVIDER.names_like(keys) == []

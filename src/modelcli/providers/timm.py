@@ -21,6 +21,8 @@ from modelcli.providers.base import Provider
 PACKAGES = ("timm.models", "timm.layers")
 #: The names of files of weights, in the order in which timm looks for them in a folder.
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
+#: Every model of timm has more tensors, and more names in their keys. AlexNet has 16 tensors.
+_FEWEST_KEYS, _FEWEST_WORDS = 20, 3
 
 
 class Timm(Provider):
@@ -92,9 +94,11 @@ class Timm(Provider):
         """The models of the source files whose classes have every name in the keys of a checkpoint, file by file.
 
         The names that a file imports from other files of timm count as its own, but a file that has more of them itself
-        comes earlier. Names that most files have, such as `fc`, say nothing: then it is none.
+        comes earlier. It is none where the names say too little: few keys, few names, or names that most files have.
         """
         words = _words_in("\n".join(keys)) - _TENSOR_WORDS
+        if len(keys) < _FEWEST_KEYS or len(words) < _FEWEST_WORDS:
+            return []
         layers = set().union(*(_Source.of(path.read_text(encoding="utf-8")).words for path in _paths("layers")))
         likely, files = [], {module: source for module, source in _sources().items() if source.models}
         for module, source in files.items():

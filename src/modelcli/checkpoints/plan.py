@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from modelcli.checkpoints.entries import CompositeEntry
 from modelcli.checkpoints.storage import FileId
-from modelcli.model.tensors import Shape
+from modelcli.model.tensors import Shape, value_class
 
 
 class Source(Protocol):
@@ -36,7 +36,7 @@ class PlannedStorage:
     source: Source
 
 
-@dataclass(frozen=True, slots=True)
+@value_class
 class PlannedTensor:
     """One tensor to write: a view of a storage, with offset and stride in elements.
 

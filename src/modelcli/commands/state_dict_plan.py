@@ -88,6 +88,8 @@ def in_order(model: StateDictModel, opened: StateDictModel, contents: Contents) 
     positions = {name: position for position, name in enumerate(contents.names)}
     before = {name: tensor.identity for name, tensor in opened.tensors.items()}
     now = {name: tensor.identity for name, tensor in model.tensors.items()}
+    if not model.inert and now.items() <= before.items():  # the edits changed flags or dtypes, or removed tensors
+        return sorted(model.keys, key=positions.__getitem__)
     if not model.inert and (moved := _places_of_moved(before, now, positions)) is not None:
         return sorted(model.keys, key=moved.__getitem__)
     renamed: dict[int, list[int]] = {}  # where each tensor was under names that it has no more: a tied one has several

@@ -108,10 +108,20 @@ def _files_of(contents: Contents) -> frozenset[FileId]:
     it would undo the edits of the first.
     """
     from modelcli.checkpoints import CompositeEntry
+    from modelcli.checkpoints.storage import Span
 
     entries = contents.tensors.values()
     parts = (part for each in entries for part in (each.parts if isinstance(each, CompositeEntry) else (each,)))
-    return frozenset(file for part in parts for file in part.storage.files())
+    found: set[FileId] = set()
+    last = None
+    for part in parts:
+        storage = part.storage
+        if isinstance(storage, Span):
+            if storage.path is last:  # one of 100,000 in the same file
+                continue
+            last = storage.path
+        found.update(storage.files())
+    return frozenset(found)
 
 
 def _training_checkpoint_notes(

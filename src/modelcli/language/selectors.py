@@ -11,7 +11,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import pairwise
@@ -585,24 +585,28 @@ def matched_tensors(selector: Selector, blueprint: Blueprint) -> set[str]:
     return found
 
 
-def outermost_of_tensors(modules: Container[str], blueprint: Blueprint) -> dict[str, str]:
+def outermost_of_tensors(modules: Collection[str], blueprint: Blueprint) -> dict[str, str]:
     """Return, for each tensor in these modules or below them, the outermost of these modules that it lies in."""
     if "" in modules:
         return dict.fromkeys(blueprint.by_name, "")
+    if len(modules) == 1:
+        (top,) = modules
+        below = f"{top}."
+        return {name: top for name in blueprint.by_name if name.startswith(below)}
     outermost: dict[str, str] = {}  # of each module at or below one of them
     for module in blueprint.modules:  # a module comes after the one that holds it
         path = module.path
-        top = outermost.get(path.rpartition(".")[0], path if path in modules else None)
-        if top is not None:
-            outermost[path] = top
+        found_top = outermost.get(path.rpartition(".")[0], path if path in modules else None)
+        if found_top is not None:
+            outermost[path] = found_top
     found: dict[str, str] = {}
     for name in blueprint.by_name:
         path = name.rpartition(".")[0]
-        top = outermost.get(path)
-        if top is None and path not in blueprint.by_path:  # a tensor inside an entry: `packed["a.b"]`
-            top = next((outermost[above] for above in ancestors(path) if above in outermost), None)
-        if top is not None:
-            found[name] = top
+        found_top = outermost.get(path)
+        if found_top is None and path not in blueprint.by_path:  # a tensor inside an entry: `packed["a.b"]`
+            found_top = next((outermost[above] for above in ancestors(path) if above in outermost), None)
+        if found_top is not None:
+            found[name] = found_top
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from modelcli.checkpoints import formats
@@ -17,6 +17,7 @@ from modelcli.checkpoints.safetensors.reading import DTYPES, PAIRS
 from modelcli.checkpoints.storage import Span
 from modelcli.errors import RequestError, SystemFailureError
 from modelcli.model.dtypes import ITEM_BYTES
+from modelcli.model.tensors import Shape
 
 #: The length of the header, which comes before it.
 _LENGTH = struct.Struct("<Q")
@@ -69,35 +70,31 @@ def aliases_of(plan: Plan) -> dict[str, str]:
 
 def layout_of(tensors: Mapping[str, PlannedTensor], texts: Mapping[str, str]) -> HeaderLayout:
     """Return the layout of tensors: the widest dtypes first, for alignment, then in the order of their source files."""
-    files: dict[Path, int] = {}
-    order = {name: _rank(tensor, index, files) for index, (name, tensor) in enumerate(tensors.items())}
+    _require_names(tensors)
     places: dict[str, int] = {}
+    parts: list[tuple[int, Source]] = []
     body = 0
-    for name in sorted(tensors, key=order.__getitem__):
+    for name in _in_order(tensors):
         places[name] = body
-        body += tensors[name].source.nbytes
-    del order
+        source = tensors[name].source
+        if nbytes := source.nbytes:
+            parts.append((body, source))
+            body += nbytes
     # Written entry by entry: as one value of dicts and lists, the header of 100,000 tensors takes 60 MB.
     header = [f'"__metadata__":{_as_json(dict(texts))}']
+    starts: dict[tuple[str, Shape], str] = {}  # what the header says of a tensor apart from its name and its place
     for name, tensor in tensors.items():
-        if name == "__metadata__":
-            raise RequestError(
-                f"safetensors cannot store a tensor named {name}, because that name is reserved for texts",
-                formats.instead(),
-            )
-        if tensor.dtype not in _NAMES:
-            raise RequestError(f"{name} is {tensor.dtype}, which safetensors has no name for", formats.instead())
-        shape, start = ",".join(map(str, _header_shape(name, tensor))), places[name]
-        header.append(
-            f'{_text_as_json(name)}:{{"dtype":"{_NAMES[tensor.dtype]}","shape":[{shape}],'
-            f'"data_offsets":[{start},{start + tensor.source.nbytes}]}}'
-        )
+        if (about := starts.get(alike := (tensor.dtype, tensor.shape))) is None:
+            shape = ",".join(map(str, _header_shape(name, tensor)))
+            about = starts[alike] = f'{{"dtype":"{_NAMES[tensor.dtype]}","shape":[{shape}],"data_offsets":['
+        start = places[name]
+        header.append(f"{_text_as_json(name)}:{about}{start},{start + tensor.source.nbytes}]}}")
     try:
         text = f"{{{','.join(header)}}}".encode()
     except UnicodeEncodeError:
         raise RequestError("a name in it is no valid text, which safetensors asks for", formats.instead()) from None
     del header
-    runs = _runs(sorted((place, tensors[name].source) for name, place in places.items() if tensors[name].source.nbytes))
+    runs = _runs(parts)
     start = _start(8 + len(text), runs, body)
     text += b" " * (start - 8 - len(text))
     found = [(start + place, source) for place, source in runs]
@@ -109,28 +106,70 @@ _as_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _text_as_json = json.encoder.encode_basestring
 
 
-def _rank(tensor: PlannedTensor, index: int, files: dict[Path, int]) -> tuple[int, ...]:
-    """Return the sort key of a tensor: copied tensors keep the order of their files, and new ones come after them."""
-    source = tensor.source
-    if isinstance(source, Span):
-        return -ITEM_BYTES[tensor.dtype], 0, files.setdefault(source.path, len(files)), source.offset
-    return -ITEM_BYTES[tensor.dtype], 1, index
+def _require_names(tensors: Mapping[str, PlannedTensor]) -> None:
+    """Raise RequestError for a tensor whose name or dtype the format does not have."""
+    unknown = {tensor.dtype for tensor in tensors.values()} - _NAMES.keys()
+    for name, tensor in tensors.items() if unknown or "__metadata__" in tensors else ():
+        if name == "__metadata__":
+            raise RequestError(
+                f"safetensors cannot store a tensor named {name}, because that name is reserved for texts",
+                formats.instead(),
+            )
+        if tensor.dtype in unknown:
+            raise RequestError(f"{name} is {tensor.dtype}, which safetensors has no name for", formats.instead())
 
 
-def _runs(parts: Sequence[tuple[int, Source]]) -> list[tuple[int, Source]]:
+def _in_order(tensors: Mapping[str, PlannedTensor]) -> list[str]:
+    """Return the names of tensors in the order of their bytes.
+
+    The widest dtypes come first. Of one width, copied tensors keep the order of their files, and new ones follow them.
+    """
+    files: dict[Path, int] = {}
+    by_width: dict[int, list[tuple[int, int, int]]] = {}
+    last = None
+    for index, tensor in enumerate(tensors.values()):
+        source = tensor.source
+        if isinstance(source, Span):
+            if source.path is not last:  # most tensors are in the file of the one before them
+                last, file = source.path, files.setdefault(source.path, len(files))
+            key = (file, source.offset, index)
+        else:
+            key = (_AFTER_FILES, index, index)
+        by_width.setdefault(ITEM_BYTES[tensor.dtype], []).append(key)
+    names = list(tensors)
+    return [names[index] for width in sorted(by_width, reverse=True) for _, _, index in sorted(by_width[width])]
+
+
+#: In the place of the number of a file: a tensor that is not copied from one.
+_AFTER_FILES = 1 << 60
+
+
+def _runs(parts: Iterable[tuple[int, Source]]) -> list[tuple[int, Source]]:
     """Join spans that are adjacent both here and in their source file."""
     found: list[tuple[int, Source]] = []
+    first: Span | None = None  # the first span of the last run
+    start = nbytes = 0  # where that run starts, and its bytes so far
+
+    def end_run() -> None:
+        if first is not None and nbytes > first.nbytes:
+            found[-1] = (start, Span(first.path, first.offset, nbytes, first.identity))
+
     for place, source in parts:
-        if found and isinstance(source, Span):
-            first, last = found[-1]
-            if (
-                isinstance(last, Span)
-                and (last.path, last.identity) == (source.path, source.identity)
-                and (first + last.nbytes, last.offset + last.nbytes) == (place, source.offset)
-            ):
-                found[-1] = (first, Span(last.path, last.offset, last.nbytes + source.nbytes, last.identity))
-                continue
+        if not isinstance(source, Span):
+            end_run()
+            first = None
+        elif (
+            first is not None
+            and (start + nbytes, first.offset + nbytes) == (place, source.offset)
+            and (first.path, first.identity) == (source.path, source.identity)
+        ):
+            nbytes += source.nbytes
+            continue
+        else:
+            end_run()
+            first, start, nbytes = source, place, source.nbytes
         found.append((place, source))
+    end_run()
     return found
 
 
@@ -160,7 +199,7 @@ def _header_shape(name: str, tensor: PlannedTensor) -> list[int]:
 
 def verify(plan: Plan, path: Path) -> None:
     """Check the file with the reader of the safetensors library."""
-    if read_back(path) != set(unique(plan)):
+    if read_back(path) != set(plan.first_names.values()):
         raise SystemFailureError("what was read back is not what was written; nothing was changed")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from tests.conftest import Cli
@@ -32,8 +33,6 @@ def network() -> nn.Module:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A state dict in three formats, one in a training checkpoint, and one with what NumPy does not hold."""
-    from safetensors.torch import save_file
-
     folder = tmp_path_factory.mktemp("files")
     state = network().state_dict()
     torch.save(state, folder / "plain.pth")
@@ -145,6 +144,19 @@ def test_modules_that_are_called_as_methods_are(cli: Cli) -> None:
 def test_a_part_of_an_entry_is_not_removed_alone(cli: Cli) -> None:
     torch.save({"packed": (torch.ones(2), torch.zeros(1)), "w": torch.ones(1)}, "bare.pth")
     assert "remove takes only whole entries" in cli("remove", r"packed\[0\]", "-m", "bare.pth", code=2).err
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_names_that_describe_far_more_modules_than_their_size_allows_are_refused(cli: Cli, suffix: str) -> None:
+    """20,000 keys of 20 levels each name 400,000 modules: no command makes them."""
+    state = {f"{number}{'.a' * 20}": torch.zeros(1) for number in range(20_000)}
+    if suffix == ".pth":
+        torch.save(dict.fromkeys(state, torch.zeros(1)), "deep.pth")
+    else:
+        save_file(state, "deep.safetensors")
+    for words in (("modules",), ("freeze", ".", "-m"), ("rename", "0.**", "1.b.**", "-m"), ("extract", "0", "-m")):
+        result = cli(*words, f"deep{suffix}", code=4)
+        assert "describes a model that is too large for that size" in result.err
 
 
 def test_many_keys_take_time_in_proportion(cli: Cli) -> None:

@@ -17,9 +17,6 @@ from modelcli.model.blueprint import Blueprint, ModuleInfo, from_keys
 from modelcli.model.tensors import Kind, TensorInfo
 from modelcli.wording import listed
 
-#: The modules that a tensor name may add. Adapters add three: a layer with one tensor in its own module.
-_MODULES_OF_A_TENSOR = 4
-
 
 @dataclass(frozen=True)
 class Contents:
@@ -83,7 +80,7 @@ class Contents:
     def with_record_of_keys(self, found: RecordOfKeys) -> Contents:
         """Return the contents with the record that its tensors complete, or with a note if they no longer match it."""
         try:
-            return replace(self, record=found.beside(self.infos(), self._pay_for_modules()))
+            return replace(self, record=found.beside(self.infos(), self.pay_for_modules()))
         except DamagedError as error:
             return replace(self, notes=(*self.notes, f"the record in {self.path.name} was ignored: {error}"))
 
@@ -98,7 +95,8 @@ class Contents:
 
     def infos(self) -> dict[str, TensorInfo]:
         """Return the tensors for a blueprint: ties by their storages, buffers by their usual names."""
-        budget = self._budget("the names of its tied tensors")
+        names = (*self.rows, *self.types)
+        budget = limits.Budget(f"{self.path}: the names of its tied tensors", limits.size_of_names(names))
         first: dict[tuple[object, ...], str] = {}
         infos = {}
         shared = self._shared_storages()
@@ -122,24 +120,17 @@ class Contents:
 
     def bare_blueprint(self) -> Blueprint:
         """Return the module tree that the keys describe. Types are known only for a pickled module."""
-        return from_keys(self.infos().values(), self.types, self._pay_for_modules())
+        return from_keys(self.infos().values(), self.types, self.pay_for_modules())
 
-    def _pay_for_modules(self) -> Callable[[int], None]:
-        """Return a function that charges a budget for a module, given the length of its path."""
-        budget = self._budget("the modules in its names", times=_MODULES_OF_A_TENSOR)
-        return lambda length: budget.spend(limits.ENTRY + length)
+    def pay_for_modules(self) -> Callable[[int], None]:
+        """Return a function that charges for a module that the names describe, given the length of its path."""
+        return limits.pay_for_modules((*self.rows, *self.extras, *self.types), f"{self.path}: the modules in its names")
 
     def tensors_in_root(self) -> Blueprint:
         """The tensors in a root that holds no other module: enough where only tensors are shown."""
         root_type = self.types.get("")
         root = ModuleInfo("", root_type, () if root_type is None else (root_type,))
         return Blueprint((root,), tuple(self.infos().values()))
-
-    def _budget(self, what: str, times: int = 1) -> limits.Budget:
-        """Return a budget of `times` the size of all names."""
-        names = (*self.rows, *self.types)
-        nbytes = sum(map(len, names)) + limits.ENTRY * len(names)
-        return limits.Budget(f"{self.path}: {what}", nbytes, times)
 
 
 def foreign_names(names: Sequence[str], *, most: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -120,6 +120,25 @@ class Budget:
                 f"because it uses the same values again and again{at}; the limit is {EXPANSION.value:,} bytes more",
                 EXPANSION.hint,
             )
+
+
+#: The modules that a name may add. Adapters add three: a layer with one tensor in its own module.
+_MODULES_OF_A_NAME = 4
+
+
+def pay_for_modules(names: Collection[str], what: str) -> Callable[[int], None]:
+    """Return a function that charges for a module, given the length of its path, before it is made of one of the names.
+
+    (A name of 4,000 characters can describe 2,000 modules.) The function raises FileFormatError that starts with
+    `what` if the modules are far larger than the names.
+    """
+    budget = Budget(what, size_of_names(names), _MODULES_OF_A_NAME)
+    return lambda length: budget.spend(ENTRY + length)
+
+
+def size_of_names(names: Collection[str]) -> int:
+    """Return the size of names in a file, for a budget."""
+    return sum(map(len, names)) + ENTRY * len(names)
 
 
 def check_name(name: str, what: str) -> None:

@@ -62,13 +62,14 @@ def model_of(contents: Contents, record: Record | None = None) -> StateDictModel
 
     Raises:
         RequestError: names are nested deeper than PyTorch allows.
+        FileFormatError: the names describe far more modules than their size allows.
     """
     if any(name.count(".") > MAX_MODULE_DEPTH for name in (*contents.tensors, *contents.extras)):
         raise RequestError(
             f"the names in {contents.path} are nested deeper than {MAX_MODULE_DEPTH}, which PyTorch cannot have in a "
             "model: modelcli can only show them"
         )
-    model = of_entries(_entries(contents), StateDictModule)
+    model = of_entries(_entries(contents), StateDictModule, contents.pay_for_modules())
     return model if record is None else with_flags(model, record)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
+from modelcli.checkpoints import limits
 from modelcli.commands.assertions import AssertionResult, Assertions
 from modelcli.errors import RequestError
 from modelcli.language import selectors
@@ -56,8 +57,10 @@ def _matching(unseen: Collection[str], text: str) -> list[str]:
     """Return the entries outside the blueprint that a selector would pick."""
     if not unseen:
         return []
+    pay = limits.pay_for_modules(unseen, "the modules in the names of the entries")
     try:
-        found = selectors.select_tensors(from_keys(TensorInfo(name, None, "float32") for name in unseen), [text])
+        entries = from_keys((TensorInfo(name, None, "float32") for name in unseen), pay=pay)
+        found = selectors.select_tensors(entries, [text])
     except RequestError:  # it picks none
         return []
     return [name for name in unseen if name in found]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from modelcli.model.blueprint import Blueprint, ModuleInfo, depth_first, tree_of
 from modelcli.model.dtypes import ITEM_BYTES, is_differentiable
@@ -178,13 +178,17 @@ class StateDictModel:
     modules: Mapping[str, StateDictModule]
 
     @cached_property
-    def tensors(self) -> dict[str, StateDictTensor]:
+    def tensors(self) -> Mapping[str, StateDictTensor]:
         """The plain tensors by their keys: parameters and buffers, without inert entries."""
+        if not self.inert:
+            return cast("Mapping[str, StateDictTensor]", self.entries)
         return {name: entry for name, entry in self.entries.items() if isinstance(entry, StateDictTensor)}
 
     @cached_property
-    def inert(self) -> dict[str, InertEntry]:
+    def inert(self) -> Mapping[str, InertEntry]:
         """The entries that are no plain tensors."""
+        if set(map(type, self.entries.values())) <= {StateDictTensor}:
+            return {}
         return {name: entry for name, entry in self.entries.items() if not isinstance(entry, StateDictTensor)}
 
     @cached_property
@@ -214,8 +218,6 @@ class StateDictModel:
     @cached_property
     def blueprint(self) -> Blueprint:
         """The model as a blueprint. Types and settings are known only for modules that edits have added."""
-        paths: dict[int, str] = {}
-        modules = tuple(_module_info(path, module, paths) for path, module in self.modules.items())
         tensors: list[TensorInfo] = []
         first: dict[int, str] = {}
         first_view: dict[object, str] = {}
@@ -227,7 +229,13 @@ class StateDictModel:
                 tensors.append(TensorInfo(name, entry.shape, entry.dtype, entry.kind, flag, tied_to, entry.persistent))
             elif (info := entry.info(name, first_view.setdefault(entry.view or name, name))) is not None:
                 tensors.append(info)
-        return Blueprint(modules, (*tensors, *self._inner_rows()))
+        return Blueprint(self.module_infos, (*tensors, *self._inner_rows()))
+
+    @cached_property
+    def module_infos(self) -> tuple[ModuleInfo, ...]:
+        """The modules as a blueprint describes them."""
+        paths: dict[int, str] = {}
+        return tuple([_module_info(path, module, paths) for path, module in self.modules.items()])
 
     def _inner_rows(self) -> Iterator[TensorInfo]:
         """Yield the tensors inside entries that are not tensors."""
@@ -375,40 +383,38 @@ class StateDictModel:
     ) -> StateDictModel:
         """Return the model with the tensors of these keys changed, under all of their names."""
         new = {identity: changed(tensor) for identity, tensor in self.by_identity(names).items()}
-        entries: dict[str, Entry] = {
-            name: new.get(entry.identity, entry) if isinstance(entry, StateDictTensor) else entry
-            for name, entry in self.entries.items()
-        }
+        entries = dict(self.entries)
+        for name, tensor in self.tensors.items():
+            if tensor.identity in new:
+                entries[name] = new[tensor.identity]
         return StateDictModel(entries, self.modules)
 
 
 def of_entries(
-    entries: Mapping[str, Entry], known: Callable[[str], StateDictModule] = StateDictModule
+    entries: Mapping[str, Entry],
+    known: Callable[[str], StateDictModule] = StateDictModule,
+    pay: Callable[[int], None] = lambda _characters: None,
 ) -> StateDictModel:
     """Return the model with these entries. Modules are in the order in which the keys first name them.
 
     Args:
         entries: the entries by key.
         known: returns what is known about the module at a path; by default, that it is at this path in the file.
+        pay: see `model.blueprint.from_keys`.
     """
     own: dict[str, list[str]] = {}
-    mixed: set[str] = set()  # the modules whose own entries are not parameters alone
-    for name, entry in entries.items():
-        path = split_key(name)[0]
+    for name in entries:
+        path = name.rpartition(".")[0] if name[:1] != "." else ""  # as in split_key
         if path in own:
             own[path].append(name)
         else:
             own[path] = [name]
-        if not isinstance(entry, StateDictTensor) or entry.kind != "parameter":
-            mixed.add(path)
-    ordered: dict[str, Entry] = {}
-    modules: dict[str, StateDictModule] = {}
-    for path in depth_first(tree_of(own)):
-        modules[path] = known(path)
-        names = own.get(path, ())
-        for name in sorted(names, key=lambda name: _rank(entries[name])) if path in mixed else names:
-            ordered[name] = entries[name]
-    return StateDictModel(ordered, modules)
+    paths = list(depth_first(tree_of(own, pay)))
+    names = [name for path in paths if path in own for name in own[path]]
+    if not all(type(entry) is StateDictTensor and entry.kind == "parameter" for entry in entries.values()):
+        places = {path: 3 * place for place, path in enumerate(paths)}
+        names.sort(key=lambda name: places[split_key(name)[0]] + _rank(entries[name]))
+    return StateDictModel({name: entries[name] for name in names}, {path: known(path) for path in paths})
 
 
 def _rank(entry: Entry) -> int:

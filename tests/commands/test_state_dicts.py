@@ -168,7 +168,7 @@ def test_many_keys_take_time_in_proportion(cli: Cli) -> None:
     taken = []
     for count in (2_000, 8_000):
         save_file({f"a.{i // 10}.m{i % 10}.weight": torch.zeros(1) for i in range(count)}, f"{count}.safetensors")
-        started = time.perf_counter()
+        started = time.process_time()
         for edit in (
             ("freeze", "**.weight"),
             ("cast", ".", "half"),
@@ -177,5 +177,5 @@ def test_many_keys_take_time_in_proportion(cli: Cli) -> None:
         ):
             document = cli(*edit, "-m", f"{count}.safetensors", "--dry-run", "--json").out
             assert json.loads(document)["changes"]
-        taken.append(time.perf_counter() - started)
+        taken.append(time.process_time() - started)
     assert taken[1] < 8 * taken[0]

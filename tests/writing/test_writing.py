@@ -513,7 +513,7 @@ def test_what_safetensors_has_no_name_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["safetensors", "folder"])
 def test_a_tensor_of_the_name_that_safetensors_has_its_texts_under(tmp_path: Path, kind: str) -> None:
     state = {"w": torch.ones(2), "__metadata__": torch.zeros(3)}
-    with pytest.raises(RequestError, match="a tensor called __metadata__") as error:
+    with pytest.raises(RequestError, match="a tensor named __metadata__") as error:
         writing.write(plan_of(state), tmp_path / "out.safetensors", kind=kind)
     assert (error.value.hint, error.value.exit_code) == ("write a .pth file", 2)
     assert list(tmp_path.iterdir()) == []

@@ -14,8 +14,7 @@ from modelcli.language import selectors
 from modelcli.language.quoting import quoted
 from modelcli.model.blueprint import Blueprint
 from modelcli.model.paths import ancestors, parent_of
-from modelcli.model.state_dict import MAX_MODULE_DEPTH, StateDictModel, StateDictModule, of_entries
-from modelcli.model.tensors import TensorInfo
+from modelcli.model.state_dict import MAX_MODULE_DEPTH, StateDictModel, StateDictModule, StateDictTensor, of_entries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,24 +65,21 @@ class Rename(Edit):
         new_names = self.new_names(model)
         names, moved = renaming(self, blueprint, new_names, root_type=blueprint.root.type)
         found: dict[str, StateDictModule] = {}
-        seen: set[tuple[str, str]] = set()
-        for name, new in names.items():
-            place = _holders(name, new)
-            while place is not None and place not in seen:  # those above a pair that was seen were seen with it
-                seen.add(place)
-                path, new_path = place  # where tensors differ, the first one decides
-                if new_path not in found and (old := model.modules.get(path)) is not None:
-                    found[new_path] = old if old.info is None else StateDictModule(None, old.version)
-                place = _above(path, new_path)
+        holders = {name: _holders(name, new) for name, new in names.items()}
+        topmost = _topmost(holders.values())
+        for path, new_path in topmost:  # where tensors differ, the first one decides
+            if new_path not in found and (old := model.modules.get(path)) is not None:
+                found[new_path] = old if old.info is None else StateDictModule(None, old.version)
         unknown = StateDictModule(None)
         renamed = of_entries(
             {new: model.entries[name] for name, new in names.items()}, lambda path: found.get(path, unknown)
         )
-        parameters = {name: blueprint.by_name[name] for name, t in model.tensors.items() if t.kind == "parameter"}
-        changes = renaming_changes(self, parameters, names, moved)
+        changes = _renaming_changes(self, model.tensors, names, moved, holders, topmost)
         return Applied(renamed, changes, [], context.inputs)
 
 
+#: The path of a module before and after a rename.
+Place = tuple[str, str]
 #: The number of changes that fill a screen; more become one change.
 _ROWS = 20
 
@@ -143,7 +139,10 @@ def _check_names(names: Mapping[str, str], moved: Sequence[str]) -> None:
     changed = set(moved)
     clear = {""}  # the paths of which neither they nor any above them is the name of a tensor
     for new, name in olds.items():
-        above, walked = parent_of(new), []
+        above = new.rpartition(".")[0]
+        if above in clear:
+            continue
+        walked = []
         while above not in clear:
             if above not in olds:
                 walked.append(above)
@@ -162,51 +161,67 @@ def _lies_below(name: str, other: str) -> bool:
     return other in ancestors(parent_of(name))
 
 
-def _holders(name: str, new: str) -> tuple[str, str] | None:
+def _holders(name: str, new: str) -> Place | None:
     """The modules that a tensor lies in under its old and its new name, where these are one module; else None."""
     (path, _, own), (new_path, _, new_own) = name.rpartition("."), new.rpartition(".")
     return (path, new_path) if own == new_own or path == new_path else None
 
 
-def _above(path: str, new_path: str) -> tuple[str, str] | None:
+def _above(path: str, new_path: str) -> Place | None:
     """The modules that hold a module under its old and its new path, where these are one module; else None."""
     (above, _, own), (new_above, _, new_own) = path.rpartition("."), new_path.rpartition(".")
     return (above, new_above) if path and new_path and own == new_own else None
 
 
-def _topmost(place: tuple[str, str], known: dict[tuple[str, str], tuple[str, str]]) -> tuple[str, str]:
-    """The topmost of the modules that a rename moves with this one; `known` remembers it for each."""
-    walked = []
-    while place not in known:
-        walked.append(place)
-        if (above := _above(*place)) is None:
-            break
-        place = above
-    top = known.get(place, place)
-    known.update(dict.fromkeys(walked, top))
-    return top
+def _topmost(holders: Iterable[Place | None]) -> dict[Place, Place]:
+    """For each module in these places, and each module above it that a rename moves with it: the topmost of these."""
+    found: dict[Place, Place] = {}
+    for holder in holders:
+        place, walked = holder, []
+        while place is not None and place not in found:
+            walked.append(place)
+            place = _above(*place)
+        if walked:
+            found.update(dict.fromkeys(walked, walked[-1] if place is None else found[place]))
+    return found
 
 
-def renaming_changes(
-    edit: Rename, parameters: Mapping[str, TensorInfo], names: Mapping[str, str], moved: Sequence[str]
+def _renaming_changes(
+    edit: Rename,
+    tensors: Mapping[str, StateDictTensor],
+    names: Mapping[str, str],
+    moved: Sequence[str],
+    holders: Mapping[str, Place | None],
+    topmost: Mapping[Place, Place],
 ) -> list[Change]:
-    """Return a change for each module that moves and each key that moves alone, or one change for all keys."""
+    """Return a change for each module that moves and each key that moves alone, or one change for all keys.
+
+    Args:
+        edit: the edit.
+        tensors: the tensors by their old names.
+        names: the new name of each key.
+        moved: the keys that get another name.
+        holders: what `_holders` says of each key.
+        topmost: what `_topmost` says of them.
+    """
     groups: dict[tuple[str, str], list[str]] = {}
-    known: dict[tuple[str, str], tuple[str, str]] = {}
     for name in moved:
-        new = names[name]
-        place = _holders(name, new)
-        is_moved = place is not None and place[0] != place[1]
-        groups.setdefault(_topmost(place, known) if place and is_moved else (name, new), []).append(name)
+        place = holders[name]
+        if place is None or place[0] == place[1]:
+            groups.setdefault((name, names[name]), []).append(name)
+        elif (top := topmost[place]) in groups:
+            groups[top].append(name)
+        else:
+            groups[top] = [name]
     if len(groups) > _ROWS:
-        changes = [_renamed("", edit.old, edit.new, moved, parameters)]
+        changes = [_renamed("", edit.old, edit.new, moved, tensors)]
     else:
         changes = []
         for (old, new), below in groups.items():
             if len(below) == 1:
-                changes.append(_renamed(parent_of(below[0]), below[0], names[below[0]], below, parameters))
+                changes.append(_renamed(parent_of(below[0]), below[0], names[below[0]], below, tensors))
             else:
-                changes.append(_renamed(old, _all_below(old), _all_below(new), below, parameters))
+                changes.append(_renamed(old, _all_below(old), _all_below(new), below, tensors))
     return [replace(changes[0], resolved=(str(edit),)), *changes[1:]]
 
 
@@ -214,7 +229,10 @@ def _all_below(path: str) -> str:
     return f"{path}.**" if path else "**"
 
 
-def _renamed(path: str, before: str, after: str, names: Sequence[str], parameters: Mapping[str, TensorInfo]) -> Change:
-    own = {parameters[name].identity: parameters[name] for name in names if name in parameters}
+def _renamed(
+    path: str, before: str, after: str, names: Sequence[str], tensors: Mapping[str, StateDictTensor]
+) -> Change:
+    picked = [tensors[name] for name in names if name in tensors]
+    own = {tensor.identity: tensor for tensor in picked if tensor.kind == "parameter"}
     size = sum(tensor.elements for tensor in own.values())
     return Change(path, "rename", before, after if len(names) == 1 else f"{after} ({len(names)} keys)", size, size)

@@ -381,6 +381,8 @@ def renaming(old: str, new: str, blueprint: Blueprint) -> Callable[[str], str | 
             f"{old!r} has {_listed(theirs)}, and {new!r} has {_listed(ours)}",
             "both names need the same wildcards in the same order: rename 'module.**' '**'",
         )
+    if (prefixes := _prefixes(before, after)) is not None:
+        return _with_prefix(*prefixes)
     captured = _capturer(before, blueprint)
     parts = [None if part == "**" else _read(part, new) for part in after.components]
 
@@ -394,6 +396,31 @@ def renaming(old: str, new: str, blueprint: Blueprint) -> Callable[[str], str | 
             for part in parts
         ]
         return ".".join(part for part in filled if part)
+
+    return renamed
+
+
+def _prefixes(before: Selector, after: Selector) -> tuple[str, str] | None:
+    """Return the paths in front of the `**` of `a.b.**` and `c.**`; None where a selector has another form."""
+    found = []
+    for selector in (before, after):
+        *names, last = selector.components or ("",)
+        prefix = _plain_path(replace(selector, components=tuple(names)))
+        if last != "**" or prefix is None:
+            return None
+        found.append(prefix)
+    return found[0], found[1]
+
+
+def _with_prefix(old: str, new: str) -> Callable[[str], str | None]:
+    """Return the function of `renaming` for `old.**` and `new.**`: 100,000 names may get another prefix."""
+    below, length = f"{old}.", len(old) + 1 if old else 0
+
+    def renamed(name: str) -> str | None:
+        if length and not name.startswith(below):
+            return new if name == old else None
+        rest = name[length:]
+        return f"{new}.{rest}" if rest and new else rest or new
 
     return renamed
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelcli.model.blueprint import Blueprint, LayerTrace, ModuleInfo, Trace, from_keys
+from modelcli.model.blueprint import Blueprint, LayerTrace, ModuleInfo, Trace, depth_first, from_keys
 from modelcli.model.dtypes import ITEM_BYTES
 from modelcli.model.json_form import from_json, to_json
 from modelcli.model.paths import ancestors, parent_of, shown
@@ -228,6 +228,25 @@ blueprints = st.builds(
     st.lists(tensor_infos, max_size=5, unique_by=lambda tensor: tensor.name).map(tuple),
     st.none() | traces,
 )
+
+
+@given(st.lists(st.lists(st.sampled_from("abc"), max_size=4).map(".".join), max_size=8))
+@settings(deadline=None)
+def test_modules_are_in_the_order_of_a_walk(paths: list[str]) -> None:
+    """As `named_modules()` lists the modules of nested dicts that are filled in this order."""
+    tree: dict[str, Any] = {}
+    paid: list[int] = []
+    for path in filter(None, paths):
+        inner = tree
+        for part in path.split("."):
+            inner = inner.setdefault(part, {})
+
+    def walk(inner: dict[str, Any], path: str) -> list[str]:
+        return [path, *(found for name in inner for found in walk(inner[name], f"{path}.{name}" if path else name))]
+
+    wanted = walk(tree, "")
+    assert depth_first(paths, paid.append) == wanted
+    assert sorted(paid) == sorted(map(len, wanted[1:]))
 
 
 @given(blueprints)

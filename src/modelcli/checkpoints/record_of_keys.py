@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from modelcli.checkpoints.entries import kind_by_name
-from modelcli.model.blueprint import Blueprint, ModuleInfo, Trace, depth_first, from_keys, tree_of
+from modelcli.model.blueprint import Blueprint, ModuleInfo, Trace, depth_first, from_keys
 from modelcli.model.dtypes import is_differentiable
 from modelcli.model.paths import ancestors, parent_of
 from modelcli.model.tensors import TensorInfo
@@ -47,9 +47,7 @@ class KeysOfFile:
             return "the names, shapes or dtypes of the tensors in the file are not those that it is about"
         return None
 
-    def blueprint(
-        self, tensors: Iterable[TensorInfo], pay: Callable[[int], None] = lambda _characters: None
-    ) -> Blueprint:
+    def blueprint(self, tensors: Iterable[TensorInfo], pay: Callable[[int], None] | None = None) -> Blueprint:
         """Return the blueprint of the tensors of a file, in its order; for `pay` see `model.blueprint.from_keys`.
 
         Modules stand in the order of their first keys, each module's own parameters before its buffers.
@@ -94,11 +92,11 @@ class KeysOfFile:
             return False
         if [info.kind for info in tensors] != [kind_by_name(info.name, info.dtype) for info in tensors]:
             return False
-        if [module.path for module in blueprint.modules] != list(depth_first(tree_of(map(parent_of, names)))):
+        if [module.path for module in blueprint.modules] != depth_first(name.rpartition(".")[0] for name in names):
             return False
-        known = blueprint.by_name
+        buffers = {info.name for info in tensors if info.kind == "buffer"}
         places = {module.path: 2 * place for place, module in enumerate(blueprint.modules)}
-        ordered = sorted(names, key=lambda name: places[parent_of(name)] + (known[name].kind == "buffer"))
+        ordered = sorted(names, key=lambda name: places[name.rpartition(".")[0]] + (name in buffers))
         return ordered == [info.name for info in tensors] and self.flags_of(tensors) == [
             info.requires_grad for info in tensors
         ]

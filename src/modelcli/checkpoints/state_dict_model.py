@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -69,14 +69,18 @@ def model_of(contents: Contents, record: Record | None = None) -> StateDictModel
             f"the names in {contents.path} are nested deeper than {MAX_MODULE_DEPTH}, which PyTorch cannot have in a "
             "model: modelcli can only show them"
         )
-    model = of_entries(_entries(contents), StateDictModule, contents.pay_for_modules())
-    return model if record is None else with_flags(model, record)
+    infos = contents.infos()
+    model = of_entries(_entries(contents, infos), StateDictModule, contents.pay_for_modules())
+    if record is not None:
+        return with_flags(model, record)
+    if not model.inert and all(info.tied_to is None and info.requires_grad is None for info in infos.values()):
+        return StateDictModel(model.entries, model.modules, described=infos)
+    return model
 
 
-def _entries(contents: Contents) -> dict[str, Entry]:
+def _entries(contents: Contents, infos: Mapping[str, TensorInfo]) -> dict[str, Entry]:
     """Return the plain tensors, then the other tensors, then all other entries."""
     found: dict[str, Entry] = {}
-    infos = contents.infos()
     for name, entry in contents.tensors.items():
         if isinstance(entry, TensorEntry):
             info = infos[name]

@@ -6,7 +6,7 @@ import contextlib
 import mmap
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -87,7 +87,7 @@ class Storage(Protocol):
 class Span:
     """The `nbytes` bytes of a file from `offset`. `identity` is the identity of the file when the span was found."""
 
-    path: Path
+    path: Path = field(hash=False)  # to hash one takes longer than all the rest, and the identity tells files apart
     offset: int
     nbytes: int
     identity: Identity

@@ -10,6 +10,7 @@ from modelcli import writing
 from modelcli.checkpoints import CompositeEntry, Contents, shapes
 from modelcli.model.paths import ancestors, parent_of
 from modelcli.model.state_dict import StateDictModel, StateDictTensor
+from modelcli.model.tensors import Shape
 from modelcli.values.state_dict_sources import Sources
 from modelcli.writing import Plan, PlannedTensor
 from modelcli.writing.state_dict import plan_of
@@ -39,6 +40,7 @@ def plan(
     extras: dict[str, Any] = {}
     names = in_order(model, opened, contents)
     holds_views = writing.holds_views(kind)
+    strides: dict[Shape, Shape] = {}  # of the shapes so far: a file may have 100,000 tensors
     for name in names:
         entry = model.entries[name]
         if not isinstance(entry, StateDictTensor):
@@ -50,7 +52,9 @@ def plan(
         else:
             # The format stores every tensor separately in row-major order, so the elements of a view are written.
             storage, shape = sources.row_major(name, entry), entry.shape or ()
-            tensors[name] = PlannedTensor(shape, entry.dtype, shapes.row_major(shape), 0, storage)
+            if (stride := strides.get(shape)) is None:
+                stride = strides[shape] = shapes.row_major(shape)
+            tensors[name] = PlannedTensor(shape, entry.dtype, stride, 0, storage)
     return plan_of(
         tensors,
         extras,
@@ -85,13 +89,11 @@ def in_order(model: StateDictModel, opened: StateDictModel, contents: Contents) 
     A renamed key keeps its position. The tensors of a new module come at the position of the first tensor that it
     replaces; other new tensors come after the tensor before them in their module.
     """
+    if not model.inert and (moved := _places_of_moved(model, opened, contents)) is not None:
+        return sorted(model.keys, key=moved.__getitem__)
     positions = {name: position for position, name in enumerate(contents.names)}
     before = {name: tensor.identity for name, tensor in opened.tensors.items()}
     now = {name: tensor.identity for name, tensor in model.tensors.items()}
-    if not model.inert and now.items() <= before.items():  # the edits changed flags or dtypes, or removed tensors
-        return sorted(model.keys, key=positions.__getitem__)
-    if not model.inert and (moved := _places_of_moved(before, now, positions)) is not None:
-        return sorted(model.keys, key=moved.__getitem__)
     renamed: dict[int, list[int]] = {}  # where each tensor was under names that it has no more: a tied one has several
     for name in sorted(before, key=positions.__getitem__):
         if now.get(name) != before[name]:
@@ -116,15 +118,14 @@ def in_order(model: StateDictModel, opened: StateDictModel, contents: Contents) 
     return sorted(found, key=found.__getitem__)
 
 
-def _places_of_moved(
-    before: Mapping[str, int], now: Mapping[str, int], positions: Mapping[str, int]
-) -> dict[str, int] | None:
+def _places_of_moved(model: StateDictModel, opened: StateDictModel, contents: Contents) -> dict[str, int] | None:
     """The place of each tensor where all are in the file under one name, and have one name now; else None."""
-    in_file = {identity: positions[name] for name, identity in before.items()}
-    if len(in_file) < len(before) or len(set(now.values())) < len(now):
+    before = opened.tensors
+    in_file = {before[name].identity: place for place, name in enumerate(contents.names) if name in before}
+    now = [tensor.identity for tensor in model.tensors.values()]
+    if len(in_file) < len(before) or len(set(now)) < len(now) or not in_file.keys() >= set(now):
         return None
-    places = {name: in_file[identity] for name, identity in now.items() if identity in in_file}
-    return places if len(places) == len(now) else None
+    return dict(zip(model.tensors, map(in_file.__getitem__, now), strict=True))
 
 
 def _places_of_new(before: Mapping[str, int], now: Mapping[str, int], positions: Mapping[str, int]) -> dict[str, int]:

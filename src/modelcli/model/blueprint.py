@@ -6,7 +6,7 @@ Everything that modelcli shows comes from a blueprint. Paths are PyTorch's: the 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
@@ -171,7 +171,7 @@ class Blueprint:
 def from_keys(
     tensors: Iterable[TensorInfo],
     types: Mapping[str, str] | None = None,
-    pay: Callable[[int], None] = lambda _characters: None,
+    pay: Callable[[int], None] | None = None,
 ) -> Blueprint:
     """Return the blueprint of a plain state dict: the tree that its keys describe.
 
@@ -182,31 +182,46 @@ def from_keys(
             (A key of 4,000 characters can describe 2,000 modules.)
     """
     listed, types = tuple(tensors), types or {}
-    children = tree_of(chain(types, (parent_of(tensor.name) for tensor in listed)), pay)
-    named = ((path, types.get(path)) for path in depth_first(children))
+    paths = depth_first(chain(types, [tensor.name.rpartition(".")[0] for tensor in listed]), pay)
+    if not types:
+        return Blueprint(tuple([ModuleInfo(path, None) for path in paths]), listed)
+    named = ((path, types.get(path)) for path in paths)
     modules = (ModuleInfo(path, kind, () if kind is None else (kind,)) for path, kind in named)
     return Blueprint(tuple(modules), listed)
 
 
-def tree_of(paths: Iterable[str], pay: Callable[[int], None] = lambda _characters: None) -> Mapping[str, list[str]]:
-    """Return the children of each path and of all paths above it, siblings in the order of first appearance."""
-    children: dict[str, list[str]] = {"": []}
+def depth_first(paths: Iterable[str], pay: Callable[[int], None] | None = None) -> list[str]:
+    """Return paths and all paths above them: a parent before its children, each subtree as a whole.
+
+    Siblings are in the order of first appearance. `pay` is that of `from_keys`.
+    """
+    found = {"": None}
+    last, is_depth_first = "", True  # as the keys of nearly every file are
     for path in paths:
-        if path in children:  # most modules have several tensors
+        if path in found:  # most modules have several tensors
             continue
-        below: list[str] = []
-        while path not in children:
-            pay(len(path))
-            children[path] = below
-            path, below = path.rpartition(".")[0], [path]
-        children[path] += below
-    return children
+        new = []
+        while path not in found:
+            if pay is not None:
+                pay(len(path))
+            new.append(path)
+            path = path.rpartition(".")[0]
+        is_depth_first = is_depth_first and (not path or f"{last}.".startswith(f"{path}."))
+        last = new[0]
+        found.update(dict.fromkeys(reversed(new)))
+    return list(found) if is_depth_first else _sorted_depth_first(found)
 
 
-def depth_first(children: Mapping[str, list[str]]) -> Iterator[str]:
-    """Yield paths depth-first: a parent before its children, each subtree as a whole."""
-    stack = [""]
+def _sorted_depth_first(paths: Iterable[str]) -> list[str]:
+    """Return paths depth-first. Each comes after the one above it, as do siblings that appeared later."""
+    children: dict[str, list[str]] = {}
+    for path in paths:
+        children[path] = []
+        if path:
+            children[path.rpartition(".")[0]].append(path)
+    found, stack = [], [""]
     while stack:
         path = stack.pop()
-        yield path
+        found.append(path)
         stack += reversed(children[path])
+    return found

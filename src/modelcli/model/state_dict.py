@@ -7,12 +7,12 @@ dtype; the values are converted when the model is written. All functions take ti
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from typing import Any, Protocol, cast
 
-from modelcli.model.blueprint import Blueprint, ModuleInfo, depth_first, tree_of
+from modelcli.model.blueprint import Blueprint, ModuleInfo, depth_first
 from modelcli.model.dtypes import ITEM_BYTES, is_differentiable
 from modelcli.model.paths import joined
 from modelcli.model.shared_bytes import Shown
@@ -172,10 +172,18 @@ class StateDictModel:
 
     A module comes before its submodules, and these follow it directly. Entries are in the order of their modules;
     within a module, parameters come first, then buffers, then others.
+
+    Attributes:
+        entries: the entries.
+        modules: the modules by their paths.
+        described: all entries as a blueprint describes them, if that is known already; else empty.
+        described_modules: likewise for the modules.
     """
 
     entries: Mapping[str, Entry]
     modules: Mapping[str, StateDictModule]
+    described: Mapping[str, TensorInfo] = field(default_factory=dict, repr=False, compare=False)
+    described_modules: tuple[ModuleInfo, ...] = field(default=(), repr=False, compare=False)
 
     @cached_property
     def tensors(self) -> Mapping[str, StateDictTensor]:
@@ -218,6 +226,8 @@ class StateDictModel:
     @cached_property
     def blueprint(self) -> Blueprint:
         """The model as a blueprint. Types and settings are known only for modules that edits have added."""
+        if self.described:
+            return Blueprint(self.module_infos, tuple(map(self.described.__getitem__, self.entries)))
         tensors: list[TensorInfo] = []
         first: dict[int, str] = {}
         first_view: dict[object, str] = {}
@@ -234,6 +244,8 @@ class StateDictModel:
     @cached_property
     def module_infos(self) -> tuple[ModuleInfo, ...]:
         """The modules as a blueprint describes them."""
+        if self.described_modules:
+            return self.described_modules
         paths: dict[int, str] = {}
         return tuple([_module_info(path, module, paths) for path, module in self.modules.items()])
 
@@ -387,13 +399,13 @@ class StateDictModel:
         for name, tensor in self.tensors.items():
             if tensor.identity in new:
                 entries[name] = new[tensor.identity]
-        return StateDictModel(entries, self.modules)
+        return StateDictModel(entries, self.modules, described_modules=self.module_infos)
 
 
 def of_entries(
     entries: Mapping[str, Entry],
     known: Callable[[str], StateDictModule] = StateDictModule,
-    pay: Callable[[int], None] = lambda _characters: None,
+    pay: Callable[[int], None] | None = None,
 ) -> StateDictModel:
     """Return the model with these entries. Modules are in the order in which the keys first name them.
 
@@ -409,7 +421,7 @@ def of_entries(
             own[path].append(name)
         else:
             own[path] = [name]
-    paths = list(depth_first(tree_of(own, pay)))
+    paths = depth_first(own, pay)
     names = [name for path in paths if path in own for name in own[path]]
     if not all(type(entry) is StateDictTensor and entry.kind == "parameter" for entry in entries.values()):
         places = {path: 3 * place for place, path in enumerate(paths)}

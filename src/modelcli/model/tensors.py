@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Literal, TypeVar, dataclass_transform
 
@@ -16,7 +16,7 @@ Shape = tuple[int, ...]
 Kind = Literal["parameter", "buffer"]
 
 
-@dataclass_transform(frozen_default=True)
+@dataclass_transform(frozen_default=True, field_specifiers=(field,))
 def value_class(cls: type[_T]) -> type[_T]:
     """Make a dataclass whose instances must not be changed, for things of which a file may have 100,000.
 

@@ -50,9 +50,11 @@ def layout(plan: Plan) -> HeaderLayout:
     )
 
 
-def unique(plan: Plan) -> dict[str, PlannedTensor]:
+def unique(plan: Plan) -> Mapping[str, PlannedTensor]:
     """Return each tensor under its first name, in the plan's order. Each is row-major and uses all of its source."""
     first = plan.first_names
+    if len(set(first.values())) == len(first):
+        return plan.tensors
     return {name: tensor for name, tensor in plan.tensors.items() if first[name] == name}
 
 

@@ -152,6 +152,32 @@ def test_changes_are_told_once(cli: Cli, folder: Path) -> None:
     assert (found.config.num_labels, found.config.num_hidden_layers) == (10, 1)
 
 
+@pytest.mark.parametrize(
+    ("name", "layer", "entry"),
+    [
+        ("CLIPModel", "text_model.encoder.layers.1", "text_config.num_hidden_layers"),
+        ("CLIPModel", "vision_model.encoder.layers.1", "vision_config.num_hidden_layers"),
+        ("LlavaForConditionalGeneration", "model.language_model.layers.1", "text_config.num_hidden_layers"),
+    ],
+)
+def test_a_change_in_a_part_of_the_configuration_is_told(
+    cli: Cli, folder: Path, name: str, layer: str, entry: str
+) -> None:
+    saved(name, folder / "model")
+    told = cli("remove", layer, "-m", "./model", "-o", "out/").err
+    assert f"config.json: {entry}: 2 -> 1" in told
+    assert not any(loaded(folder / "out")[1].values())
+
+
+def test_a_folder_that_from_pretrained_refuses_is_called_so(cli: Cli, folder: Path) -> None:
+    saved("GPT2LMHeadModel", folder / "model")
+    told = cli("replace", "lm_head", "Linear(_,7,bias=False)", "--untie", "-m", "./model", "-o", "out/").err
+    assert "from_pretrained refuses the weights" in told
+    with pytest.raises(RuntimeError, match="mismatched"):
+        loaded(folder / "out")
+    assert modelcli.load("./out").lm_head.out_features == 7
+
+
 def test_a_changed_configuration_counts_more_than_the_record(cli: Cli, folder: Path) -> None:
     saved("BertForSequenceClassification", folder / "model")
     cli("freeze", "bert", "-m", "./model", "-o", "out/")

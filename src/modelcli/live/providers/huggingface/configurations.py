@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,7 +99,8 @@ def describe(
     if (part := _part_with_code(document)) is not None:
         raise _needs_its_code(what, part)
     with vetting.contained(bounds.of_configuration(f"the configuration of {what}")):
-        configuration_of(clean, config_class, given, what)  # refuses wrong values before anything is built
+        # Refuses wrong values, and names that only the reference has, before anything is built.
+        configuration_of(_without(clean, given.keys() - document.keys()), config_class, given, what)
     model_class = _named_class(document, what) if auto_class is None else _class_of(auto_class, config_class, what)
     notes = []
     if any(document.get(name) for name in vetting.REMOTE_CODE):
@@ -136,6 +137,10 @@ def of_class(model_class: type[PreTrainedModel], values: Mapping[str, Any]) -> D
         if given not in known and (hint := did_you_mean(given, sorted(known))) is not None
     ]
     return replace(found, notes=(*found.notes, *notes))
+
+
+def _without(values: Mapping[str, Any], names: Set[str]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in names}
 
 
 #: Arguments of every configuration that are no fields of its class.

@@ -55,8 +55,11 @@ class EditedConfiguration:
 
 
 def _value_in(config: PreTrainedConfig, name: str) -> Any:
-    """A value of a configuration, or of the first of its parts that has it; None where none has."""
-    return next((value for part in parts_of(config) if (value := getattr(part, name, None)) is not None), None)
+    """A value of a configuration or of a part of it (`text_config.vocab_size`); None where it has none."""
+    value: Any = config
+    for entry in name.split("."):
+        value = getattr(value, entry, None)
+    return value
 
 
 def _shown(value: Any) -> str:
@@ -111,8 +114,12 @@ class _Search:
 
     def _set(self, config: PreTrainedConfig, name: str, value: Any, *, told: bool = True) -> None:
         if told:
-            self.changed.append(name)
+            self.changed.append(self._prefix(config) + name)
         setattr(config, name, value)
+
+    def _prefix(self, config: PreTrainedConfig) -> str:
+        """What stands before the names of the values of a part: `text_config.`; nothing for the whole configuration."""
+        return next((prefix for prefix, part in _named_parts(self.config) if part is config), "")
 
     # --- layers ------------------------------------------------------------------------------------------------------
 
@@ -225,9 +232,12 @@ class _Search:
         named = [*(f"{path} ({what})" for path, what in modules.items()), *keys]
         if not named:
             return []
+        own, theirs = _shapes(self.module), _shapes(built)
+        fits = all(own[key] == theirs[key] for key in own.keys() & theirs.keys())
+        does = "builds the old ones" if fits else "refuses the weights, whose shapes are other ones"
         return [
             f"config.json cannot say what {listed(named, _MOST_NAMED)} {'is' if len(named) == 1 else 'are'} now: "
-            "from_pretrained builds the old ones, and modelcli.load the new ones"
+            f"from_pretrained {does}, and modelcli.load builds the new ones"
         ]
 
 
@@ -239,10 +249,15 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def parts_of(config: PreTrainedConfig) -> list[PreTrainedConfig]:
     """A configuration and those of its parts, such as the text and the image model of a pair."""
-    found = [config]
+    return [part for _, part in _named_parts(config)]
+
+
+def _named_parts(config: PreTrainedConfig, prefix: str = "") -> list[tuple[str, PreTrainedConfig]]:
+    """The same with what stands before the names of their values: nothing, then `text_config.`."""
+    found = [(prefix, config)]
     for name in getattr(config, "sub_configs", {}):
         if (part := getattr(config, name, None)) is not None:
-            found += parts_of(part)
+            found += _named_parts(part, f"{prefix}{name}.")
     return found
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from modelcli.errors import RequestError, UnsafeError
+from modelcli.language.expressions import Name
 from modelcli.language.references import NamedModel, Reference
 from modelcli.live import bounds, modules
 from modelcli.live.build import Architecture
@@ -22,6 +23,7 @@ from modelcli.live.providers.base import FittedStateDict, LiveProvider, ModelFol
 from modelcli.live.providers.huggingface import configurations, conversion, passes, vetting
 from modelcli.providers import configuration
 from modelcli.providers.huggingface import hub_model, is_class_name
+from modelcli.wording import listed
 
 if TYPE_CHECKING:
     from modelcli.checkpoints import Contents
@@ -55,7 +57,12 @@ class LiveHuggingFace(LiveProvider):
             raise RequestError(
                 f"{text}: a Hugging Face model takes keyword arguments only", "write hf:ORG/NAME(num_labels=3)"
             )
-        values = {key: modules.value_of(value, trusted=trust) for key, value in call.kwargs.items()}
+        values = {
+            key: value.dotted
+            if key == "auto_class" and isinstance(value, Name)
+            else modules.value_of(value, trusted=trust)
+            for key, value in call.kwargs.items()
+        }
         described = self._described(call.name, values, folder, remote_code=remote_code)
         what = f"the model that the configuration of {call.name} describes"
         build = partial(modules.construct, described.build, [], {}, text)
@@ -114,7 +121,7 @@ class LiveHuggingFace(LiveProvider):
             for key in other:
                 del tensors[key]
             if other:
-                notes.append(f"{other} have another shape with these arguments and are not loaded")
+                notes.append(f"modelcli does not load {listed(other, 4)}, which these arguments give other shapes")
         own = module.state_dict()
         may_be_unexpected = configurations.pattern_of(module, "_keys_to_ignore_on_load_unexpected")
         for key in [key for key in tensors if key not in own and may_be_unexpected(key)]:

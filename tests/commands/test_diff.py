@@ -403,6 +403,9 @@ def test_buffers_that_are_not_saved(cli: Cli) -> None:
     cli("save", "a.pth", "-m", "nets.py:Tied")
     torch.save(dict(torch.load("a.pth", weights_only=True)), "bare.pth")
     assert "are the same" in cli("diff", "a.pth", "bare.pth").out
+    for pair in (("a.pth", "a.pth"), ("a.pth", "nets.py:Tied"), ("nets.py:Tied", "a.pth")):
+        assert "are the same" in cli("diff", *pair).out
+        cli("check", pair[0], "--same-as", pair[1])
     rows = cli("diff", "nets.py:Tied", "nets.py:Tied(width=5)", "-s", "positions", "--json", code=1).json["tensors"]
     assert [(row["name"], row["change"], row["before"], row["after"]) for row in rows] == [
         ("positions", "shape", [4], [5])

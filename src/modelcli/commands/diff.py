@@ -101,7 +101,8 @@ def compare(
 ) -> Comparison:
     """Compare two models. The order is that of the first one, followed by what only the second one has.
 
-    Notes call the models by `names`. Non-persistent buffers are compared if both models have them.
+    Notes call the models by `names`. Non-persistent buffers are compared if both models have their
+    values: a file does not hold them, and the class of the model makes them again.
     Raises RequestError for a selector that matches nothing in either model, and if nothing is left to compare.
     """
     notes = list(_notes(one, other, names, scope))
@@ -117,6 +118,9 @@ def compare(
     tensors = {name: list(changes) for name, changes in found.tensors.items()}
     if scope.values:
         differing, unknown = _values(entries(one), entries(other), found.comparable, scope, progress or _silent)
+        made_anew = _non_persistent(one, other).intersection(unknown)
+        unknown = [name for name in unknown if name not in made_anew]
+        tensors = {name: changes for name, changes in tensors.items() if name not in made_anew or changes}
         notes += _not_compared_notes(unknown)
         for name, largest in differing.items():
             tensors[name].append(TensorChange(name, "values", max_abs_diff=largest))
@@ -126,6 +130,12 @@ def compare(
     changes += tuple(_extra_changes(extras[0], extras[1], found.extras, found.tensors, values=scope.values))
     changes += tuple(TensorChange(name, "not compared") for name in _unseen(one, other, scope, found.extras))
     return Comparison(found.modules, changes, sum(not several for several in tensors.values()), tuple(notes))
+
+
+def _non_persistent(*sides: Look) -> set[str]:
+    """The names of tensors that no model has in its state dict."""
+    tensors = [tensor for side in sides for tensor in side.blueprint.tensors]
+    return {tensor.name for tensor in tensors} - {tensor.name for tensor in tensors if tensor.persistent}
 
 
 def _silent(_done: int, _total: int, _doing: str) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from modelcli.checkpoints import formats
 from modelcli.checkpoints.storage import Span, identity_of
+from modelcli.wording import listed
 
 if TYPE_CHECKING:
     from modelcli.checkpoints.plan import Source
@@ -19,6 +20,18 @@ _OTHER_WEIGHTS = (".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ot", ".ml
 def copies(folder: Path | None) -> dict[str, Source]:
     """The files of a folder that are neither weights nor their index, by their names; none without a folder."""
     return {} if folder is None else {path.name: _all_bytes(path) for path in _other_files(folder)}
+
+
+def notes_on_folders(folder: Path | None) -> tuple[str, ...]:
+    """A note on the folders in a model's folder, such as `1_Pooling`, which are not copied."""
+    if folder is None:
+        return ()
+    found = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return (
+        (f"modelcli copies files, and no folders: {listed(found, 4)} in {folder} may be needed as well",)
+        if found
+        else ()
+    )
 
 
 def _other_files(folder: Path) -> Iterator[Path]:

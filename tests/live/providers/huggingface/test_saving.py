@@ -125,6 +125,16 @@ def test_other_files_are_copied_and_old_weights_are_not(cli: Cli, folder: Path) 
     assert names == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "README.md"}
 
 
+def test_folders_that_are_not_copied_are_named(cli: Cli, folder: Path) -> None:
+    saved("BertForSequenceClassification", folder / "model")
+    assert "copies files" not in cli("save", "first/", "-m", "./model").err
+    (folder / "model" / "1_Pooling").mkdir()
+    (folder / "model" / ".cache").mkdir()
+    told = cli("save", "out/", "-m", "./model").err
+    assert "modelcli copies files, and no folders: 1_Pooling in" in told
+    assert {path.name for path in (folder / "out").iterdir()} == {"config.json", "model.safetensors"}
+
+
 def test_what_a_configuration_cannot_say_is_named_and_the_record_says_it(cli: Cli, folder: Path) -> None:
     saved("BertForSequenceClassification", folder / "model")
     head = "Sequential(Linear(32,16),ReLU(),Linear(16,3))"

@@ -40,7 +40,7 @@ def model_folder(module: nn.Module, described: Described, folder: Path | None) -
     companions[configuration.NAME] = Bytes(_as_json(edited.config, type(module).__name__))
     changes = edited.changes_from(_current(described, folder))
     told = [f"{configuration.NAME}: {', '.join(changes)}"] if changes else []
-    return ModelFolder(tensors, companions, (*told, *edited.notes))
+    return ModelFolder(tensors, companions, (*told, *edited.notes, *companions_of.notes_on_folders(folder)))
 
 
 def _current(described: Described, folder: Path | None) -> PreTrainedConfig:

@@ -21,7 +21,8 @@ PYTHON = f"open({MARKER!r}, 'w')"
 class Hostile(NamedTuple):
     """A file's name and bytes, the exit code of a look at it, and what the message has to name.
 
-    `file` is what it is called on disk, and `beside` are other files in its folder, by their names.
+    `file` is what it is called on disk, and `beside` are other files in its folder, by their names. `is_only_a_tree`
+    says that only the modules in its names are too many: a look at its tensors shows them, at no cost.
     """
 
     name: str
@@ -30,6 +31,11 @@ class Hostile(NamedTuple):
     says: str = ""
     file: str = "m.pth"
     beside: Mapping[str, bytes] = {}
+    is_only_a_tree: bool = False
+
+    def code_of(self, command: str) -> int:
+        """The exit code of a command that looks at it."""
+        return 0 if self.is_only_a_tree and command.startswith("params") else self.code
 
 
 # --- pickles by hand -----------------------------------------------------------------------------------------------

@@ -203,15 +203,15 @@ def header(names: Iterator[str]) -> bytes:
 
 
 def names() -> Iterator[Hostile]:
-    def one(title: str, data: bytes, code: int = 4, says: str = EXPANSION) -> Hostile:
-        return Hostile(f"names: {title}", data, code, says)
+    def one(title: str, data: bytes, code: int = 4, says: str = EXPANSION, *, tree: bool = False) -> Hostile:
+        return Hostile(f"names: {title}", data, code, says, is_only_a_tree=tree)
 
     yield one("of 2,000 levels", header(f"{index}.{'a.' * 2000}w" for index in range(300)), 4, "MODELCLI_MAX_NESTING")
     yield one("of dots", header(iter(["." * 4000 + "w"])), 4, "MODELCLI_MAX_NESTING")
-    yield one("of 900 levels, each its own", header(f"{index}.{'a.' * 900}w" for index in range(300)))
+    yield one("of 900 levels, each its own", header(f"{index}.{'a.' * 900}w" for index in range(300)), tree=True)
     yield one("of 900 levels", header(f"{'a.' * 900}{index}" for index in range(300)), 0, "a.a.a")
     yield one("of 900 dots", header(iter(["." * 900 + "w"])), 0, ".....")
-    yield one("of 20 levels, each its own", header(f"{index}{'.a' * 20}" for index in range(20_000)))
+    yield one("of 20 levels, each its own", header(f"{index}{'.a' * 20}" for index in range(20_000)), tree=True)
     yield one("one long and many short", header(iter(["n" * 4000, *map(str, range(10_000))])), 0, "nnnn")
     yield one("a shape of a million dimensions", safetensors({"w": f32(0, 4, *[1] * 1_000_000)}, bytes(4)), 4, "64")
     yield one("a header of brackets", safetensors(b'{"__metadata__":' + b"[" + b"[]," * 3_000_000 + b"[]]}"))

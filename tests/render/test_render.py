@@ -847,7 +847,14 @@ def test_save() -> None:
 def test_list() -> None:
     entry = PublishedModel("alexnet", "c", ("IMAGENET1K_V1",), 61_100_840, 714_188_480)
     shown = list_document.models([entry, replace(entry, name="odd", macs=None, weights=())])
-    row = {"name": "alexnet", "params": 61_100_840, "macs": 714_188_480, "weights": ["IMAGENET1K_V1"], "group": "c"}
+    row = {
+        "name": "alexnet",
+        "params": 61_100_840,
+        "macs": 714_188_480,
+        "input_size": None,
+        "weights": ["IMAGENET1K_V1"],
+        "group": "c",
+    }
     assert shown.document == {"schema": 1, "models": [row, row | {"name": "odd", "macs": None, "weights": []}]}
     assert re.search(r"^alexnet +61,100,840 +714,188,480 +c +IMAGENET1K_V1$", to_plain(shown), re.MULTILINE)
     assert re.search(r"^Builders: +2$", to_plain(shown), re.MULTILINE)

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from modelcli.errors import RequestError
+from modelcli.live.describe import walk
 from modelcli.live.meta_models import meta_copy, seeded
 from modelcli.live.sources import (
     AnySource,
@@ -120,7 +121,7 @@ class _State:
     @classmethod
     def of(cls, module: nn.Module) -> _State:
         tensors = named_tensors(module)
-        attributes = {path: _attributes(child) for path, child in module.named_modules(remove_duplicate=False)}
+        attributes = {path: _attributes(child) for path, child in walk(module)}
         return cls(tensors, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, attributes)
 
     def has(self, name: str, tensor: torch.Tensor) -> bool:
@@ -204,7 +205,7 @@ def _take_tensors(module: nn.Module, copy: nn.Module, changed: Sequence[str], va
     for name in old.keys() - new.keys():
         path, _, own = name.rpartition(".")
         _table(submodule(module, path), isinstance(old[name], nn.Parameter))[own] = None
-    for path, child in copy.named_modules():
+    for path, child in walk(copy):
         submodule(module, path)._non_persistent_buffers_set = set(child._non_persistent_buffers_set)
 
 

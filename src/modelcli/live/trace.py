@@ -249,7 +249,7 @@ def run(
         for each in (*inner, *filter(None, [seen.rules])):
             stack.enter_context(each)
         for half in providers.in_use():
-            stack.enter_context(half.during_pass(device))
+            stack.enter_context(half.during_pass(module, device))
         try:
             module.train(mode == "train")
             with calls.watched():

@@ -280,8 +280,13 @@ class LiveProvider:
     def before_pass(self, module: nn.Module) -> None:
         """Prepare a copy of any model for a forward pass without values. It is dropped after the pass."""
 
-    def during_pass(self, device: str) -> AbstractContextManager[None]:
-        """Return a context for each forward pass. `device` is `meta`, `fake`, or `cpu`; only `cpu` has values."""
+    def during_pass(self, module: nn.Module, device: str) -> AbstractContextManager[None]:
+        """Return a context for each forward pass of any model.
+
+        Args:
+            module: the model that makes the pass. A model of another library gets a context that does nothing.
+            device: `meta`, `fake` or `cpu`; only `cpu` has values.
+        """
         return contextlib.nullcontext()
 
     # --- inputs and multiply-accumulates -----------------------------------------------------------------------------

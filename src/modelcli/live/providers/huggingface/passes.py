@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from modelcli.live import signatures
 from modelcli.live.inputs import tensors_in
 from modelcli.live.providers.huggingface import vetting
+from modelcli.live.walking import modules_in
 
 #: The variable by which transformers leaves out checks that look into tensors, such as that the text has as many
 #: tokens of an image as the image has features.
@@ -27,13 +28,22 @@ def prepare(module: nn.Module) -> None:
     The default attention looks into its mask, and the default experts look which tokens they get: neither works on the
     meta device. The plain ones give the same shapes and multiply-accumulates.
     """
+    for child in _models_in(module):
+        for config in _all_configurations(child.config):
+            config._attn_implementation = "eager"
+            config._experts_implementation = "batched_mm"
+
+
+def has_model(module: nn.Module) -> bool:
+    """Whether a model of transformers is in a module, or is it."""
+    return next(_models_in(module), None) is not None
+
+
+def _models_in(module: nn.Module) -> Iterator[Any]:
+    """The models of transformers in a module, whose class may be anybody's."""
     from transformers import PreTrainedModel
 
-    for child in module.modules():
-        if isinstance(child, PreTrainedModel):
-            for config in _all_configurations(child.config):
-                config._attn_implementation = "eager"
-                config._experts_implementation = "batched_mm"
+    return (child for child in modules_in(module) if isinstance(child, PreTrainedModel))
 
 
 class SmallValuesKnown(TorchDispatchMode):

@@ -190,9 +190,9 @@ class LiveHuggingFace(LiveProvider):
         if "transformers" in sys.modules:
             passes.prepare(module)
 
-    def during_pass(self, device: str) -> AbstractContextManager[None]:
+    def during_pass(self, module: nn.Module, device: str) -> AbstractContextManager[None]:
         """Without values there is nothing in the tensors to check; and nothing is logged."""
-        if "transformers.modeling_utils" not in sys.modules:
+        if "transformers.modeling_utils" not in sys.modules or not passes.has_model(module):
             return contextlib.nullcontext()
         return passes.surrounded(device)
 

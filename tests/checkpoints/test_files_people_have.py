@@ -252,7 +252,7 @@ def test_identify_and_diff_know_wrappers_in_the_middle(cli: Cli, folder: Path) -
     assert any("modelcli rename 'model.net.**' '**'" in note for note in notes)
     torch.save({name.replace("layers.", "layers._orig_mod."): value for name, value in state.items()}, "compiled.pth")
     notes = cli("diff", "compiled.pth", "plain.pth", "--json", code=1).json["notes"]
-    assert any("_orig_mod" in note and "a wrapper had added" in note for note in notes)
+    assert any("_orig_mod" in note and "a wrapper added" in note for note in notes)
 
 
 # --- training checkpoints: where the state dict is -------------------------------------------------------------------

@@ -265,6 +265,7 @@ def test_list(cli: Cli) -> None:
         "name": "alexnet",
         "params": 61_100_840,
         "macs": 714_000_000,
+        "input_size": None,
         "weights": ["IMAGENET1K_V1"],
         "group": "classification",
     }

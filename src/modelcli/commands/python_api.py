@@ -49,7 +49,10 @@ def load(
     reference = arch if isinstance(arch, str) else None
     source = Source(text, weights, reference, key, seed, trust=trust, tensors_only=tensors_only, strict=strict)
     if arch is None or isinstance(arch, str):
-        return opening.open_real(source)[0]
+        module, live = opening.open_real(source)
+        if live.architecture is not None and live.record is not None:
+            live.architecture.provider.describe_edits(live.architecture, module)
+        return module
     return opening.with_arch_instance(source, arch)[0]
 
 

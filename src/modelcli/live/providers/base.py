@@ -244,6 +244,14 @@ class LiveProvider:
         """
         return None
 
+    def describe_edits(self, architecture: Architecture, module: nn.Module) -> None:
+        """Make an edited model say of itself what it is now, where it carries a configuration; nothing by default.
+
+        Args:
+            architecture: the model as it was opened.
+            module: it with its edits and its values, which is changed in place.
+        """
+
     def landmarks(self, module: nn.Module) -> Mapping[str, Sequence[str]]:
         """The paths of the modules that the library calls the classifier (`head`) and the first layer (`stem`).
 

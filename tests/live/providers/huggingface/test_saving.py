@@ -79,6 +79,28 @@ def test_removed_layers_and_the_list_with_a_value_for_each(cli: Cli, folder: Pat
         assert torch.equal(found(input_ids=TOKENS, use_cache=False).logits, expected)
 
 
+@pytest.mark.parametrize("out", ["out/", "out.pth"])
+def test_an_edited_model_that_is_loaded_saves_and_trains_as_its_folder_does(cli: Cli, folder: Path, out: str) -> None:
+    saved("LlamaForCausalLM", folder / "layers", num_hidden_layers=6)
+    cli("remove", "model.layers.[1-2]", "-m", "./layers", "-o", out)
+    model = modelcli.load(out)
+    assert [layer.self_attn.layer_idx for layer in model.model.layers] == [0, 1, 2, 3]
+    assert model.model.config.num_hidden_layers == 4
+    model.save_pretrained(folder / "again")
+    found, report = loaded(folder / "again")
+    assert not any(report.values())
+    words = torch.tensor([[1, 2, 3]])
+    assert torch.equal(model.eval().generate(words, max_new_tokens=4), found.eval().generate(words, max_new_tokens=4))
+
+
+def test_a_new_classifier_that_is_loaded_trains(cli: Cli, folder: Path) -> None:
+    saved("BertForSequenceClassification", folder / "model")
+    cli("replace", "classifier", "Linear(_,10)", "-m", "./model", "-o", "out/")
+    model: Any = modelcli.load("out/")
+    assert (model.num_labels, model.config.num_labels, len(model.config.id2label)) == (10, 10, 10)
+    assert model(torch.tensor([[1, 2]]), labels=torch.tensor([9])).loss.isfinite()
+
+
 def test_untied_embeddings(cli: Cli, folder: Path) -> None:
     """A new head is a tensor of its own; tied before, it is not after."""
     saved("LlamaForCausalLM", folder / "model")

@@ -38,11 +38,13 @@ class EditedConfiguration:
         config: the configuration.
         changed: the names of the values that are new in it.
         notes: what it cannot say.
+        lists: the paths of the lists of layers whose lengths it says anew.
     """
 
     config: PreTrainedConfig
     changed: tuple[str, ...]
     notes: tuple[str, ...]
+    lists: tuple[str, ...] = ()
 
     def changes_from(self, current: PreTrainedConfig) -> list[str]:
         """What is new against another configuration of the model, as texts such as `num_labels: 3 -> 10`."""
@@ -76,6 +78,29 @@ def of(module: PreTrainedModel, original: PreTrainedConfig) -> EditedConfigurati
     return _Search(module, original).result()
 
 
+def put_into(module: PreTrainedModel, original: PreTrainedConfig) -> None:
+    """Change the configuration of an edited model to the one that builds it, which its parts share.
+
+    Layers get the numbers that they have in their lists now, as `from_pretrained` gives them.
+
+    Args:
+        module: the edited model.
+        original: the configuration that it was built from before the edits.
+    """
+    edited = of(module, original)
+    for own, before, after in zip(parts_of(module.config), parts_of(original), parts_of(edited.config), strict=True):
+        for name, value in vars(after).items():
+            if name not in vars(before) or vars(before)[name] != value:
+                setattr(own, name, value)
+    if "num_labels" in edited.changed and hasattr(module, "num_labels"):
+        module.num_labels = edited.config.num_labels
+    for path in edited.lists:
+        for number, layer in enumerate(_lists(module)[path]):
+            for child in layer.modules():
+                if isinstance(getattr(child, "layer_idx", None), int):
+                    vars(child)["layer_idx"] = number
+
+
 class _Search:
     """The search for the configuration of one model."""
 
@@ -84,6 +109,7 @@ class _Search:
         self.original = original
         self.config = copy.deepcopy(original)
         self.changed: list[str] = []
+        self.lists: list[str] = []
 
     def result(self) -> EditedConfiguration:
         """Try each kind of change, and say what is left."""
@@ -94,7 +120,7 @@ class _Search:
             self._labels()
         self._ties()
         self._dtype()
-        return EditedConfiguration(self.config, tuple(self.changed), tuple(self._left()))
+        return EditedConfiguration(self.config, tuple(self.changed), tuple(self._left()), tuple(self.lists))
 
     @cached_property
     def built(self) -> PreTrainedModel:
@@ -132,6 +158,7 @@ class _Search:
             for config, name in self._counts(len(theirs[path])):
                 if self._makes_list(path, config, name, len(own)):
                     self._set_layers(config, name, own, len(theirs[path]))
+                    self.lists.append(path)
                     break
 
     def _counts(self, value: int) -> Iterator[tuple[PreTrainedConfig, str]]:

@@ -160,6 +160,13 @@ class LiveHuggingFace(LiveProvider):
         made: Any = module
         return resizing.resizing(made, what, size)
 
+    def describe_edits(self, architecture: Architecture, module: nn.Module) -> None:
+        """Give the model the configuration that its edits make: training and `save_pretrained` go by it."""
+        from modelcli.live.providers.huggingface import edited_configuration
+
+        if _is_of_transformers(module):
+            edited_configuration.put_into(module, self._described_by(architecture).configuration())
+
     def inputs(self, architecture: Architecture, module: nn.Module) -> Inputs | None:
         """Dummy inputs by the arguments of `forward` and the configuration."""
         from modelcli.live.providers.huggingface import inputs

@@ -93,11 +93,19 @@ class Part:
     params: int = 0
 
 
+#: So many starts of names are compared faster than a name is taken apart.
+_FEW = 16
+
+
 def parts_below(model: StateDictModel, paths: Collection[str]) -> dict[str, Part]:
     """What each of these modules comes to; none of them lies in another one, but for the root."""
     wanted = set(paths)
     tensors: dict[str, dict[str, TensorInfo]] = {path: {} for path in paths}
+    # Of 100,000 tensors hardly one lies below a few modules, which the start of its name tells at once.
+    starts = tuple(f"{path}." for path in wanted) if len(wanted) <= _FEW and "" not in wanted else ("",)
     for info in model.blueprint.tensors:
+        if not info.name.startswith(starts):
+            continue
         for path in ancestors(parent_of(info.name)):
             if path in wanted:
                 tensors[path].setdefault(info.identity, info)

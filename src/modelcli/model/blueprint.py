@@ -200,6 +200,13 @@ def depth_first(paths: Iterable[str], pay: Callable[[int], None] | None = None) 
     for path in paths:
         if path in found:  # most modules have several tensors
             continue
+        above = path.rpartition(".")[0]
+        if above in found:  # most have siblings
+            if pay is not None:
+                pay(len(path))
+            is_depth_first = is_depth_first and (not above or above == last or last.startswith(above + "."))
+            found[path], last = None, path
+            continue
         new = []
         while path not in found:
             if pay is not None:

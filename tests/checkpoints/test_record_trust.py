@@ -240,7 +240,10 @@ FALSE: dict[str, tuple[dict[str, Any], str]] = {
         {"layers": {"": {"output_shape": [1, 10]}}},
         ". the output shape [1, 10], but its last layer",
     ),
-    "frozen by one account": ({"tensors": {"3.bias": {"requires_grad": False}}}, "lists 3.bias as frozen"),
+    "frozen by one account": (
+        {"tensors": {"3.bias": {"requires_grad": False}}},
+        "lists the parameter 3.bias as frozen",
+    ),
     "a module twice": ({"modules": {"1": {"path": "0"}}}, "lists each path once"),
     "a module without its holder": (
         {"modules": {"4": {"path": "9.9"}}},
@@ -271,7 +274,7 @@ def test_a_record_that_contradicts_its_tensors_is_ignored(cli: Cli, changes: dic
 def test_a_frozen_name_that_is_no_parameter(cli: Cli) -> None:
     cli("save", "one.pth", "-m", NET, "-q")
     forge("one.pth", "evil.pth", frozen=("nothing.weight",))
-    assert "it calls nothing.weight frozen" in cli("params", "evil.pth").err
+    assert "it names nothing.weight as frozen" in cli("params", "evil.pth").err
 
 
 @pytest.mark.parametrize("field", ["input_dtype", "seed", "edits", "schema"])
@@ -357,7 +360,7 @@ def test_what_the_record_alone_says_does_not_pass_with_safe(cli: Cli, folder: Pa
     (folder / "own.py").write_text("raise SystemExit('ran')")
     rows = cli("check", "two.pth", *claims, "--json").json["checks"]
     assert all("names own.py:Net" in row["on_record"] for row in rows)
-    assert "the record says so" in cli("check", "two.pth", *claims).out
+    assert "the record in the file says so" in cli("check", "two.pth", *claims).out
     document = cli("check", "two.pth", *claims, "--safe", "--max-params", "20", "--json", code=1).json
     failed = {row["check"] for row in document["checks"] if not row["passed"]}
     assert failed == {"frozen", "has", "output-shape", "absent"}

@@ -32,6 +32,15 @@ def test_a_recipe_elsewhere_names_the_same_folder(cli: Cli, folder: Path) -> Non
     assert "BertModel" in cli("modules", "--recipe", "recipes/bert.toml", "-s", "bert").out
 
 
+def test_a_configuration_that_cannot_be_read_is_told(cli: Cli, folder: Path) -> None:
+    saved("BertForSequenceClassification", folder / "model")
+    (folder / "model" / "config.json").write_text('{"model_type": "bert"')
+    shown = cli("params", "./model")
+    assert "the configuration cannot be read: model/config.json is not valid JSON" in shown.err
+    assert "bert.embeddings.word_embeddings.weight" in shown.out
+    assert "cannot be read" in cli("freeze", "bert", "-m", "./model", "--dry-run").err
+
+
 def test_without_the_library_the_keys_are_shown_and_a_note_says_what_to_install(
     cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

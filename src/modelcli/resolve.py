@@ -28,6 +28,7 @@ from modelcli.language.references import (
     exists,
     missing_file,
 )
+from modelcli.providers import configuration
 from modelcli.wording import listed
 
 if TYPE_CHECKING:
@@ -62,10 +63,17 @@ def is_folder(text: str, folder: Path) -> bool:
     )
 
 
-def missing_library_note(path: Path) -> str | None:
-    """What to tell where a folder holds the model of a library that is not installed: its keys alone are known."""
+def unknown_model_note(path: Path) -> str | None:
+    """What to tell where a folder seems to hold a library's model, and its keys alone are known.
+
+    That is so if its configuration cannot be read, or if the library is not installed.
+    """
     if not path.is_dir():
         return None
+    try:
+        configuration.configuration_in(path)
+    except ModelcliError as error:
+        return f"the keys of the files are shown, because the configuration cannot be read: {error.message}"
     missing = (known for known in providers.with_prefix() if not known.is_installed)
     provider = next((known for known in missing if known.recognises(path)), None)
     if provider is None:

@@ -230,7 +230,7 @@ def test_bad_lines_are_told_all_at_once(cli: Cli, folder: Path, monkeypatch: pyt
     error = cli("apply", "-", "-e", "freeze", "-m", "missing.pth", "--json", code=2).error
     lines = error["message"].splitlines()
     assert [line.partition(": ")[0] for line in lines] == ["standard input:1", "standard input:4", "-e 1"]
-    assert lines[0] == "standard input:1: no such edit: 'frezee' (did you mean freeze or unfreeze?)"
+    assert lines[0] == "standard input:1: no such edit: 'frezee' (did you mean freeze, unfreeze or resize?)"
 
 
 def test_bad_lines_of_a_recipe_and_after_it(cli: Cli, folder: Path) -> None:

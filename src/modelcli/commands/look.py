@@ -175,8 +175,8 @@ def _look_at_file(target: Target, *, traced: bool, mode: str, modules: bool = Tr
     if source.bare_keys:
         contents = contents.without_record()
     notes = list(contents.notes)
-    if not source.bare_keys and (missing := resolve.missing_library_note(reference.path)):
-        notes.append(missing)
+    if not source.bare_keys and (unknown := resolve.unknown_model_note(reference.path)):
+        notes.append(unknown)
     record = contents.record
     if record is not None and (why := resolve.disagreement(record, contents)):
         notes.append(f"the record in {reference.path.name} was ignored: {why}")

@@ -211,8 +211,8 @@ def opened(source: Source) -> OpenStateDict | None:
     notes: list[str] = []
     if (hidden := resolve.hidden_file_note(source.model, source.folder)) is not None:
         notes.append(hidden)
-    if not source.bare_keys and (missing := resolve.missing_library_note(reference.path)) is not None:
-        notes.append(missing)
+    if not source.bare_keys and (unknown := resolve.unknown_model_note(reference.path)) is not None:
+        notes.append(unknown)
     contents = read_to_edit(reference.path, source, notes)
     record = contents.record
     if record is not None and (why := resolve.disagreement(record, contents, to_build=True)):

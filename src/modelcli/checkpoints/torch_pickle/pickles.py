@@ -240,6 +240,12 @@ class _Machine:
                 elif code == 0x4B:  # BININT1
                     stack.append(data[position])
                     position += 1
+                elif code == 0x8A:  # LONG1
+                    end = position + 1 + data[position]
+                    if end > len(data):
+                        raise ValueError("not enough data in stream to read long1")
+                    stack.append(int.from_bytes(data[position + 1 : end], "little", signed=True))
+                    position = end
                 elif code == 0x28:  # MARK
                     below.append(stack)
                     stack = self.stack = []

@@ -16,6 +16,8 @@ from tests import hostile, hostile_growth
 GROWTH = hostile_growth.every()
 CORPUS = [*hostile.every(), *GROWTH]
 SECONDS, MEGABYTES = 1.0, 200
+#: Looks at values read them as well, and print what they found of 2,000 tensors: about a second on an idle machine.
+SECONDS_WITH_NUMBERS = 3.0
 
 #: Every way to look at a file that needs no torch.
 LOOKS_WITHOUT_TORCH = (
@@ -138,7 +140,7 @@ def test_numbers_of_views_are_bounded_by_the_bytes_that_there_are(tmp_path: Path
         assert look["code"] in (0, 4), (name, words, text[:500])
         assert look["code"] == 0 or "MODELCLI_MAX_EXPANSION" in text, (name, words, text[:500])
         assert "bug in modelcli" not in text
-        assert look["seconds"] < SECONDS, (name, words, look["seconds"])
+        assert look["seconds"] < SECONDS_WITH_NUMBERS, (name, words, look["seconds"])
         assert look["kilobytes"] - needed < MEGABYTES * 1000, (name, words)
 
 

@@ -78,10 +78,9 @@ def unknown_model_note(path: Path) -> str | None:
     provider = next((known for known in missing if known.recognises(path)), None)
     if provider is None:
         return None
-    extra = f"modelcli[{provider.extra}]" if provider.extra else " ".join(provider.packages)
     return (
         f"{path} holds a model of {provider.name}, which is not installed, so the keys of its files are shown: "
-        f"pip install {quoted(extra)}"
+        f"{provider.install_command}"
     )
 
 

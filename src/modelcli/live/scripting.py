@@ -255,29 +255,34 @@ class _Script(_Writer):
 
     def _loaded_by_its_library(self, base: Architecture) -> bool:
         """Write how the library of the model loads it with the weights of its own folder; whether it has a call."""
-        folder = self.live.own_folder
+        folder, module = self.live.own_folder, self.live.module
         if folder is None or self.live.record is not None:
             return False
-        try:
-            expression = base.provider.expression_with_weights(self.text, base, self.live.module, folder)
-        except InexpressibleError as error:
-            self.text.refuse(f"load {base.reference}", str(error))
-            return True
-        if expression is None:
-            return False
-        if self._draws():
-            self.text.write(f"torch.manual_seed({self.live.seed})")
-        self.text.write(f"model = {expression}")
-        return True
+        return self._written_as_one_call(
+            lambda: base.provider.expression_with_weights(self.text, base, module, folder), f"load {base.reference}"
+        )
 
     def _adapted_by_its_library(self, base: Architecture) -> bool:
         """Write how the library of the model loads a file that it adapts to the model; whether it does so."""
-        if self.contents is None or self.live.own_folder is not None or self.live.record is not None:
+        contents = self.contents
+        if contents is None or self.live.own_folder is not None or self.live.record is not None:
             return False
+        return self._written_as_one_call(
+            lambda: base.provider.expression_with_file(self.text, base, contents),
+            f"load {contents.path} into {base.reference}",
+        )
+
+    def _written_as_one_call(self, expression_of: Callable[[], str | None], what: str) -> bool:
+        """Write one call that gives the model with its values, or why there is none; whether either was written.
+
+        Args:
+            expression_of: gives the call, or None where the library has none.
+            what: what it would do, for the script to say that it cannot.
+        """
         try:
-            expression = base.provider.expression_with_file(self.text, base, self.contents)
+            expression = expression_of()
         except InexpressibleError as error:
-            self.text.refuse(f"load {self.contents.path} into {base.reference}", str(error))
+            self.text.refuse(what, str(error))
             return True
         if expression is None:
             return False

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from modelcli import installed
+from modelcli.language.quoting import quoted
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -170,7 +171,18 @@ class Provider:
     @property
     def is_installed(self) -> bool:
         """Whether all its libraries are installed."""
-        return all(installed.version(package) is not None for package in self.packages)
+        return not self.missing_packages
+
+    @property
+    def missing_packages(self) -> list[str]:
+        """Those of its libraries that are not installed."""
+        return [package for package in self.packages if installed.version(package) is None]
+
+    @property
+    def install_command(self) -> str:
+        """What installs the libraries that are missing, for a hint."""
+        wanted = [f"modelcli[{self.extra}]"] if self.extra is not None else self.missing_packages
+        return f"pip install {' '.join(map(quoted, wanted))}"
 
     def parse(self, text: str) -> Call:
         """What stands after the prefix: `NAME` or `NAME(arguments)`; the name is everything before the parenthesis.

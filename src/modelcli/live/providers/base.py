@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from modelcli import installed
 from modelcli.errors import RequestError, did_you_mean
-from modelcli.language.quoting import quoted
 from modelcli.language.references import NamedModel, Reference
 from modelcli.live import bounds, modules
 from modelcli.live.build import Architecture
@@ -113,11 +111,11 @@ class LiveProvider:
 
     def require_installed(self) -> None:
         """Raise RequestError where a library of the provider is not installed, with the command that installs it."""
-        missing = [package for package in self.provider.packages if installed.version(package) is None]
-        if missing:
-            extra = self.provider.extra
-            wanted = "pip install " + (quoted(f"modelcli[{extra}]") if extra is not None else " ".join(missing))
-            raise RequestError(f"{missing[0]} is not installed, and {self.provider.title or 'this'} needs it", wanted)
+        if missing := self.provider.missing_packages:
+            raise RequestError(
+                f"{missing[0]} is not installed, and {self.provider.title or 'this'} needs it",
+                self.provider.install_command,
+            )
 
     def build(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], weights: str | None) -> nn.Module:
         """Build a model on the current device, which may be `meta`.

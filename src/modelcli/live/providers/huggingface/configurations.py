@@ -302,3 +302,17 @@ def _unknown_part(document: Mapping[str, Any]) -> str | None:
         if model_type is not None and (not isinstance(model_type, str) or model_type not in CONFIG_MAPPING):
             return f"the model type of its {name} is {model_type!r}, which transformers does not know"
     return None
+
+
+def parts_of(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    """A configuration and those of its parts, such as the text and the image model of a pair."""
+    return [part for _, part in named_parts(config)]
+
+
+def named_parts(config: PreTrainedConfig, prefix: str = "") -> list[tuple[str, PreTrainedConfig]]:
+    """The same with what stands before the names of their values: nothing, then `text_config.`."""
+    found = [(prefix, config)]
+    for name in getattr(config, "sub_configs", {}):
+        if (part := getattr(config, name, None)) is not None:
+            found += named_parts(part, f"{prefix}{name}.")
+    return found

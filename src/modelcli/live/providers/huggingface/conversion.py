@@ -76,7 +76,7 @@ def to_module_keys(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[
             groups.setdefault(name if name in own else key, _Group(None)).parts.append((key, key, state[key]))
         else:
             groups.setdefault(name, _Group(transform)).parts.append((key, pattern, state[key]))
-    return dict(_converted(model, groups))
+    return {name: tensor for name, tensor, _ in _each_converted(model, groups)}
 
 
 def to_checkpoint_keys(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -127,10 +127,6 @@ def conversions_of(model: nn.Module, *, legacy: bool = True) -> list[Transform]:
     if not isinstance(model, PreTrainedModel):
         return []
     return list(get_model_conversion_mapping(model, add_legacy=legacy))
-
-
-def _converted(model: nn.Module, groups: Mapping[str, _Group]) -> Iterator[tuple[str, torch.Tensor]]:
-    return ((name, tensor) for name, tensor, _ in _each_converted(model, groups))
 
 
 def _each_converted(model: nn.Module, groups: Mapping[str, _Group]) -> Iterator[tuple[str, torch.Tensor, bool]]:

@@ -19,6 +19,7 @@ from torch import nn
 
 from modelcli.live.describe import configuration, dtype_name
 from modelcli.live.meta_models import build_on_meta
+from modelcli.live.providers.huggingface.configurations import named_parts, parts_of
 from modelcli.live.providers.huggingface.embeddings import input_embedding, output_embedding
 from modelcli.live.sources import named_tensors
 from modelcli.wording import listed
@@ -145,7 +146,7 @@ class _Search:
 
     def _prefix(self, config: PreTrainedConfig) -> str:
         """What stands before the names of the values of a part: `text_config.`; nothing for the whole configuration."""
-        return next((prefix for prefix, part in _named_parts(self.config) if part is config), "")
+        return next((prefix for prefix, part in named_parts(self.config) if part is config), "")
 
     # --- layers ------------------------------------------------------------------------------------------------------
 
@@ -253,7 +254,7 @@ class _Search:
 
     def _left(self) -> list[str]:
         """Notes on what the configuration builds otherwise than the edited model is."""
-        built = self._build(self.config)
+        built = self._build(self.config) if self.changed else self.built
         modules = _other_modules(self.module, built)
         keys = [key for key in self._differences(built) if not key.startswith(tuple(f"{path}." for path in modules))]
         named = [*(f"{path} ({what})" for path, what in modules.items()), *keys]
@@ -272,20 +273,6 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor of the state dict."""
     kept = module.state_dict().keys()
     return {name: tuple(tensor.shape) for name, tensor in named_tensors(module).items() if name in kept}
-
-
-def parts_of(config: PreTrainedConfig) -> list[PreTrainedConfig]:
-    """A configuration and those of its parts, such as the text and the image model of a pair."""
-    return [part for _, part in _named_parts(config)]
-
-
-def _named_parts(config: PreTrainedConfig, prefix: str = "") -> list[tuple[str, PreTrainedConfig]]:
-    """The same with what stands before the names of their values: nothing, then `text_config.`."""
-    found = [(prefix, config)]
-    for name in getattr(config, "sub_configs", {}):
-        if (part := getattr(config, name, None)) is not None:
-            found += _named_parts(part, f"{prefix}{name}.")
-    return found
 
 
 def _lists(module: nn.Module) -> dict[str, list[nn.Module]]:

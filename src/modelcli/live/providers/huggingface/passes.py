@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from modelcli.live import signatures
 from modelcli.live.inputs import tensors_in
 from modelcli.live.providers.huggingface import vetting
+from modelcli.live.providers.huggingface.configurations import parts_of
 from modelcli.live.walking import modules_in
 
 #: The variable by which transformers leaves out checks that look into tensors, such as that the text has as many
@@ -29,7 +30,7 @@ def prepare(module: nn.Module) -> None:
     meta device. The plain ones give the same shapes and multiply-accumulates.
     """
     for child in _models_in(module):
-        for config in _all_configurations(child.config):
+        for config in parts_of(child.config):
             config._attn_implementation = "eager"
             config._experts_implementation = "batched_mm"
 
@@ -111,13 +112,3 @@ def image_tokens(model: Any, shape: tuple[int, ...] | None, grid: tuple[int, int
         return 0
     found = list(tensors_in(getattr(made, "pooler_output", made)))
     return sum(int(tensor.shape[:-1].numel()) for tensor in found)
-
-
-def _all_configurations(config: Any) -> list[Any]:
-    """A configuration and those of its parts, such as the text and the image model of a pair."""
-    found = [config]
-    for name in getattr(config, "sub_configs", {}):
-        part = getattr(config, name, None)
-        if part is not None:
-            found += _all_configurations(part)
-    return found

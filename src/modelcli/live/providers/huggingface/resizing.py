@@ -16,7 +16,7 @@ from torch import nn
 from modelcli.edits.kept_weights import SUM
 from modelcli.errors import RequestError
 from modelcli.live.meta_models import build_on_meta
-from modelcli.live.providers.huggingface.edited_configuration import parts_of
+from modelcli.live.providers.huggingface.configurations import parts_of
 from modelcli.live.providers.huggingface.embeddings import input_embedding
 from modelcli.live.resizing import Resizing
 from modelcli.live.sources import named_tensors

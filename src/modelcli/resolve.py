@@ -28,7 +28,6 @@ from modelcli.language.references import (
     exists,
     missing_file,
 )
-from modelcli.providers import configuration
 from modelcli.wording import listed
 
 if TYPE_CHECKING:
@@ -70,6 +69,8 @@ def unknown_model_note(path: Path) -> str | None:
     """
     if not path.is_dir():
         return None
+    from modelcli.providers import configuration  # a file that is given by its path has none
+
     try:
         configuration.configuration_in(path)
     except ModelcliError as error:

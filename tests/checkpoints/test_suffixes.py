@@ -83,7 +83,6 @@ def named(path: Path) -> Iterator[str]:
 #: Modules that say how transformers and the Hub call the files of a model: these names are the library's own, and the
 #: layer of the providers lies below that of the formats.
 NAMES_OF_A_LIBRARY = (
-    SOURCE / "providers" / "configuration.py",
     SOURCE / "providers" / "hub.py",
     SOURCE / "live" / "providers" / "huggingface" / "remote_weights.py",
 )

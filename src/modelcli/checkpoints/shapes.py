@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import prod
+from operator import mul
 
 from modelcli.checkpoints import limits
 from modelcli.model.tensors import Shape
@@ -52,7 +53,8 @@ def extent(shape: Shape, stride: Shape) -> int:
         raise ValueError(f"the shape {list(shape)} and the stride {list(stride)} of a tensor differ in length")
     if 0 in shape:
         return 0
-    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    reach: int = sum(map(mul, shape, stride))
+    return 1 + reach - sum(stride)
 
 
 def is_row_major(shape: Shape, stride: Shape) -> bool:

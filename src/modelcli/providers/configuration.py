@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -37,24 +36,20 @@ def configuration_in(folder: Path) -> dict[str, Any] | None:
     return found
 
 
-#: How the names of files end that hold weights, or say which files hold them.
-_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".index.json")
-
-
 def identity_of(folder: Path) -> str | None:
-    """What decides a model in a folder: the text of its `config.json`, and which files of weights there are.
+    """What decides a model in a folder: the text of its `config.json`, and which other files there are.
 
     Of these the names, sizes, times of change and inodes are taken, so that nothing of them is read. None where there
     is no configuration that can be read.
     """
-    import hashlib
+    import hashlib  # a look at a file needs none
 
     try:
         if (path := folder / NAME).stat().st_size > MAX_BYTES:
             return None
         digest = hashlib.sha256(read_regular(path))
         for entry in sorted(folder.iterdir()):
-            if entry.name.endswith(_WEIGHTS):
+            if entry.is_file():
                 status = entry.stat()
                 told = (entry.name, status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev)
                 digest.update(repr(told).encode())
@@ -65,6 +60,8 @@ def identity_of(folder: Path) -> str | None:
 
 def digest_of(text: bytes) -> str:
     """What tells one configuration from another: the SHA-256 digest of its bytes."""
+    import hashlib
+
     return hashlib.sha256(text).hexdigest()
 
 

@@ -22,6 +22,7 @@ from modelcli.checkpoints.shapes import extent
 from modelcli.checkpoints.storage import FileId, Span, Storage, Windows, gathered, is_in_sequence, require_unchanged
 from modelcli.errors import FileFormatError, SystemFailureError
 from modelcli.model.dtypes import ITEM_BYTES
+from modelcli.model.tensors import Shape
 from modelcli.values.dtypes import Array, is_held, numpy_dtype
 
 #: NumPy does not have these complex dtypes; they are read as pairs of the dtype of their parts.
@@ -50,25 +51,37 @@ def pieces_of(*entries: TensorEntry) -> Iterator[tuple[TensorEntry, ...]]:
     For several tensors of one shape, each piece is the same part of all of them. The cut is along the axis with the
     longest stride of the widest tensor, so that elements near one another in the storage stay together.
     """
+    pending: list[Iterator[tuple[TensorEntry, ...]]] = [iter((entries,))]
+    while pending:
+        part = next(pending[-1], None)
+        if part is None:
+            pending.pop()
+            continue
+        shape = part[0].shape
+        elements, spans = prod(shape), [extent(shape, entry.stride) for entry in part]
+        if max(elements, *spans) > PIECE:
+            pending.append(_cut(part, part[spans.index(max(spans))].stride))
+        elif elements:
+            yield part
+
+
+def _cut(entries: tuple[TensorEntry, ...], stride: Shape) -> Iterator[tuple[TensorEntry, ...]]:
+    """Return the parts of tensors along the axis with the longest stride, in order."""
     shape = entries[0].shape
-    spans = [extent(shape, entry.stride) for entry in entries]
-    if max(prod(shape), *spans) <= PIECE:
-        if prod(shape):
-            yield entries
-        return
-    stride = entries[spans.index(max(spans))].stride
     axis = max((axis for axis, size in enumerate(shape) if size > 1), key=stride.__getitem__)
     # Cut at least in half: with overlapping strides, a short range of storage can have any number of elements.
     step = max(1, min(PIECE // max(stride[axis], 1), (shape[axis] + 1) // 2))
     for start in range(0, shape[axis], step):
         length = min(step, shape[axis] - start)
-        yield from pieces_of(*(narrowed(entry, axis, start, length) for entry in entries))
+        yield tuple([narrowed(entry, axis, start, length) for entry in entries])
 
 
 def narrowed(entry: TensorEntry, axis: int, start: int, length: int) -> TensorEntry:
     """Return a part of a tensor along one axis, as `tensor.narrow(axis, start, length)` does."""
     shape = (*entry.shape[:axis], length, *entry.shape[axis + 1 :])
-    return replace(entry, shape=shape, offset=entry.offset + start * entry.stride[axis])
+    offset = entry.offset + start * entry.stride[axis]
+    # `replace` takes five times as long, and a tensor can have thousands of parts.
+    return TensorEntry(shape, entry.dtype, entry.stride, offset, entry.storage, entry.requires_grad, entry.is_parameter)
 
 
 def is_readable(dtype: str) -> bool:

@@ -85,18 +85,13 @@ def _run(entry: TensorEntry, start: int, stop: int) -> list[TensorEntry]:
         return _run(_row(entry, last), start - last * row, stop - last * row)
     head = _run(_row(entry, first - 1), start - (first - 1) * row, row) if start < first * row else []
     tail = _run(_row(entry, last), 0, stop - last * row) if last * row < stop else []
-    middle = [_narrowed(entry, 0, first, last - first)] if first < last else []
+    middle = [reading.narrowed(entry, 0, first, last - first)] if first < last else []
     return [*head, *middle, *tail]
 
 
 def _row(entry: TensorEntry, index: int) -> TensorEntry:
     offset = entry.offset + index * entry.stride[0]
     return replace(entry, shape=entry.shape[1:], stride=entry.stride[1:], offset=offset)
-
-
-def _narrowed(entry: TensorEntry, axis: int, start: int, length: int) -> TensorEntry:
-    shape = (*entry.shape[:axis], length, *entry.shape[axis + 1 :])
-    return replace(entry, shape=shape, offset=entry.offset + start * entry.stride[axis])
 
 
 def _copy(target: Array, entry: TensorEntry) -> None:
@@ -113,5 +108,5 @@ def _copy(target: Array, entry: TensorEntry) -> None:
     axis = reach.index(max(reach))
     middle = entry.shape[axis] // 2
     whole = (slice(None),) * axis
-    _copy(target[(*whole, slice(middle))], _narrowed(entry, axis, 0, middle))
-    _copy(target[(*whole, slice(middle, None))], _narrowed(entry, axis, middle, entry.shape[axis] - middle))
+    _copy(target[(*whole, slice(middle))], reading.narrowed(entry, axis, 0, middle))
+    _copy(target[(*whole, slice(middle, None))], reading.narrowed(entry, axis, middle, entry.shape[axis] - middle))

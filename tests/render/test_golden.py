@@ -1,7 +1,7 @@
-"""What a person sees, pinned: each command's output, in a pipe and on terminals of 80 and 200 columns.
+"""Each command's output compared with a golden file: in a pipe, and on terminals of 80 and 200 columns.
 
-`make golden` writes the files anew; their diff is to be read. Beside them, the numbers in them are checked elsewhere
-against PyTorch: these tests pin how they look.
+`make golden` writes the files anew; read their diff. These tests pin how the output looks. Other tests compare the
+numbers in it with PyTorch.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ COMMANDS = {
 
 
 class Terminal(io.StringIO):
-    """Standard output that says it is a terminal."""
+    """A text stream whose `isatty()` returns True."""
 
     encoding = "utf-8"
 
@@ -55,7 +55,7 @@ class Terminal(io.StringIO):
 
 
 def norms_report_bias() -> bool:
-    """Whether torch writes `bias=True` behind a LayerNorm; one that is older does not."""
+    """Whether this version of torch prints `bias=True` for a LayerNorm. Older versions do not."""
     import torch
 
     found = "bias=" in torch.nn.LayerNorm(1).extra_repr()
@@ -101,7 +101,7 @@ NARROW = ["summary-vit", "modules-resnet18", "params-vit", "tree-vit", "replace-
     [(name, width) for name in COMMANDS for width in (80, 200)] + [(name, 60) for name in NARROW],
 )
 def test_on_a_terminal(name: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is wider than the terminal, no number is cut, and the words are those of the pipe."""
+    """No line is wider than the terminal, no number is cut, and the words are the same as in a pipe."""
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setenv("COLUMNS", str(width))

@@ -1,4 +1,4 @@
-"""What is shown: tables, JSON, CSV and markdown. Section 8 of the contract."""
+"""Views as tables, JSON, CSV and markdown, and the JSON document of each command (section 8 of the contract)."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Terminal(io.StringIO):
 
 
 def on_terminal(shown: View, width: int, monkeypatch: pytest.MonkeyPatch, **environment: str) -> str:
-    """The characters that reach a terminal of this width."""
+    """Return the characters that a terminal of this width receives."""
     for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in ({"TERM": "xterm-256color", "COLUMNS": str(width)} | environment).items():
@@ -106,7 +106,7 @@ def on_terminal(shown: View, width: int, monkeypatch: pytest.MonkeyPatch, **envi
 
 
 def visible(output: str) -> list[str]:
-    """The lines without the colours that we put in ourselves."""
+    """Return the lines without the escape sequences of modelcli's own colours."""
     return re.sub(r"\x1b\[[0-9;]*m", "", output).splitlines()
 
 
@@ -122,7 +122,7 @@ def test_values_in_cells() -> None:
 def test_a_megabyte_is_a_million_bytes() -> None:
     assert megabytes(244_403_360) == "244.40 MB"
     assert megabytes(2_000_000_000) == "2,000.00 MB"
-    assert megabytes(108) == "0.000108 MB"  # little models are not 0.00 MB
+    assert megabytes(108) == "0.000108 MB"  # small models do not show 0.00 MB
     assert megabytes(0) == "0.00 MB"
     assert megabytes(None) == "-"
 
@@ -159,7 +159,7 @@ def test_control_characters_are_made_visible() -> None:
     assert safe("\ud800\udcff\ue000") == "\\ud800\\udcff\\ue000"
 
 
-def test_no_character_of_unicode_that_controls_anything_is_left() -> None:
+def test_no_unicode_control_character_is_left() -> None:
     left = safe("".join(map(chr, range(sys.maxunicode + 1))))
     assert {unicodedata.category(character) for character in left}.isdisjoint({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})
 
@@ -177,7 +177,7 @@ def test_no_writer_lets_a_control_character_through(write: Any) -> None:
     shown = view(row(HOSTILE, HOSTILE), footer=(("Reason", HOSTILE),))
     for character in "\x1b\x07\r\x9b\u202e":
         assert character not in write(shown)
-    assert to_plain(shown).count("\n") == 4  # header, row, nothing, footer: the name's own newline is none
+    assert to_plain(shown).count("\n") == 4  # header, row, empty line, footer: the newline in the name is escaped
 
 
 def test_no_control_character_reaches_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,8 +220,8 @@ def test_a_table_fits_the_width_of_the_terminal(width: int, header: bool, monkey
     assert max(cell_len(line.rstrip()) for line in table) <= width
 
 
-def test_what_gives_way_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """First the gaps, then the optional columns, then what is flexible; paths and numbers stay whole to the last."""
+def test_the_order_in_which_columns_shrink_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """First the gaps shrink, then optional columns go, then flexible ones are cut; paths and numbers stay longest."""
     whole = len("encoder.layers.11.self_attention") + len("NonDynamicallyQuantizableLinear") + len("61,100,840")
     everything = whole + len("trainable")
 
@@ -241,7 +241,7 @@ def test_what_gives_way_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) ->
     assert "NonDynamicallyQuan…" in narrow
 
 
-def test_wide_characters_take_the_room_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wide_characters_take_two_terminal_cells(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = view(row("模型.模型", "模型模型模型"), row("a", "b"))
     assert "模型.模型" in visible(on_terminal(shown, 80, monkeypatch))[2]
     assert "模型模型模型" in visible(on_terminal(shown, 80, monkeypatch))[2]
@@ -272,7 +272,7 @@ def narrow_view(*rows: dict[str, Any]) -> View:
 
 
 @pytest.mark.parametrize("width", range(60, 251, 10))
-def test_paths_stay_apart_and_numbers_whole_from_60_to_250(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_stay_distinct_and_numbers_whole_from_60_to_250(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [line.split() for line in visible(on_terminal(narrow_view(*PATHS), width, monkeypatch))[2:14]]
     assert len({line[0] for line in lines}) == len(PATHS)
     assert all(line[-2:] == ["100,000,000", "10,000,000,000"] for line in lines)
@@ -293,7 +293,7 @@ def test_a_path_is_cut_in_the_middle_first_and_keeps_its_numbers() -> None:
 
 @given(st.text(st.characters(codec="utf-8"), max_size=40), st.integers(1, 40))
 @settings(deadline=None)
-def test_what_is_cut_fits(words: str, width: int) -> None:
+def test_cut_text_fits_the_width(words: str, width: int) -> None:
     for cut in (writers._cut_end, writers._cut_middle, writers._cut_path):
         assert cell_len(cut(words, width, "…")) <= width
         assert cut(words, 400, "…") == words
@@ -306,7 +306,7 @@ def test_paths_of_thousands_of_components_are_cut_at_once() -> None:
     assert time.process_time() - started < 3
 
 
-def test_the_least_important_columns_go_where_there_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_narrow_terminal_leaves_out_the_least_important_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = {width: visible(on_terminal(narrow_view(*PATHS), width, monkeypatch))[0] for width in (60, 50)}
     assert shown[60].split() == ["path", "type", "params", "mult-adds"]
     assert shown[50].split() == ["path", "params", "mult-adds"]
@@ -334,7 +334,7 @@ def test_a_tree_is_not_wrapped_and_keeps_its_numbers(width: int, monkeypatch: py
     assert to_plain(TREE).splitlines()[1] == f"├── größe  Conv2d({'x, ' * 30}end)  1,234"
 
 
-def test_a_tree_where_there_is_ascii_alone() -> None:
+def test_a_tree_on_a_terminal_that_shows_only_ascii() -> None:
     class Ascii(Terminal):
         encoding = "ascii"
 
@@ -352,7 +352,7 @@ def test_the_bar_of_a_share() -> None:
     assert bar(Share(0, 0)) == bar(None) == ""
 
 
-# --- a long table: written without Rich's table, and every byte as Rich has it ---------------------------------------
+# --- a long table: written without Rich's table, with the same bytes as Rich's ---------------------------------------
 
 MIXED = [
     row("encoder.layers.11.self_attention", "NonDynamicallyQuantizableLinear", 61_100_840),
@@ -371,7 +371,7 @@ def odd_one_out(shown: dict[str, Any]) -> bool:
 
 
 def long_view(*rows: dict[str, Any], **more: Any) -> View:
-    """Every kind of column: styled or not, to the left and right, optional, flexible, and with empty cells."""
+    """Return a view with every kind of column: styled or not, left and right, optional, flexible, with empty cells."""
     columns = (
         Column("path", "path", style="cyan"),
         Column("type", "type", flexible=True),
@@ -384,7 +384,7 @@ def long_view(*rows: dict[str, Any], **more: Any) -> View:
 
 
 def printed(shown: View, width: int, *, screenful: int, **more: Any) -> str:
-    """What a terminal of this width gets when so many rows are a screenful."""
+    """Return what is written to a terminal of this width and of `screenful` rows."""
     out = Terminal()
     options = {"color_system": "256", "highlight": False, "markup": False, "emoji": False} | more
     writers.print_rich(shown, Console(file=out, force_terminal=True, width=width, height=screenful, **options))
@@ -392,12 +392,12 @@ def printed(shown: View, width: int, *, screenful: int, **more: Any) -> str:
 
 
 def both_ways(shown: View, width: int, **more: Any) -> tuple[str, str]:
-    """What is printed where the table is longer than a screen, and what Rich makes of the same table."""
+    """Return what is printed if the table is longer than the screen, and what Rich prints for the same table."""
     return printed(shown, width, screenful=0, **more), printed(shown, width, screenful=len(shown.rows), **more)
 
 
 def rows_laid_out_by_rich(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """Gets an item for each row that is given to a table of Rich."""
+    """Return a list that grows by an item for each row that is added to a Rich table."""
     laid_out: list[object] = []
     add_row = Table.add_row
 
@@ -420,7 +420,7 @@ def test_a_long_table_is_what_rich_prints(width: int, colours: str | None, heade
     assert ("\x1b[2;" in ours) == (colours is not None and dimmed is not None)
 
 
-def test_a_long_table_gives_way_on_a_narrow_terminal_too() -> None:
+def test_a_long_table_fits_a_narrow_terminal() -> None:
     lines = {width: visible(both_ways(long_view(*MIXED), width)[0]) for width in (600, 80)}
     assert "trainable" in lines[600][0]
     assert not any("…" in line for line in lines[600])
@@ -430,13 +430,13 @@ def test_a_long_table_gives_way_on_a_narrow_terminal_too() -> None:
 
 @pytest.mark.parametrize("width", range(1, 40))
 @pytest.mark.parametrize("header", [True, False])
-def test_a_long_table_where_columns_have_no_room_at_all(width: int, header: bool) -> None:
+def test_a_long_table_on_a_terminal_with_no_room_for_its_columns(width: int, header: bool) -> None:
     ours, richs = both_ways(long_view(*MIXED, header=header, dimmed=odd_one_out), width)
     assert ours == richs
 
 
 @pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {"TERM": "dumb"}, {"COLORTERM": "truecolor"}, {}])
-def test_a_long_table_minds_the_environment(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_table_respects_no_color_and_term(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     shown = long_view(*MIXED, dimmed=odd_one_out)
     ours, richs = (on_terminal(shown, 90, monkeypatch, **environment, LINES=lines) for lines in ("5", "50"))
     assert ours == richs
@@ -481,7 +481,7 @@ def test_any_cells_in_a_long_table_are_what_rich_prints(
     assert ours == richs
 
 
-def test_only_a_screenful_goes_through_the_table_of_rich(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rich_lays_out_at_most_one_screenful_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     laid_out = rows_laid_out_by_rich(monkeypatch)
     for rows, expected in ((30, 30), (31, 2), (100_000, 2)):  # two rows show how all the others look
         laid_out.clear()
@@ -492,15 +492,15 @@ def test_only_a_screenful_goes_through_the_table_of_rich(monkeypatch: pytest.Mon
         assert lines[1 + rows].startswith(f"layer.{rows - 1} ")
 
 
-def test_the_old_console_of_windows_is_left_to_rich(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rich_prints_long_tables_on_an_old_windows_console(monkeypatch: pytest.MonkeyPatch) -> None:
     laid_out = rows_laid_out_by_rich(monkeypatch)
     printed(view(*[row()] * 31), 80, screenful=30, legacy_windows=True)
     assert len(laid_out) == 31
 
 
 @pytest.mark.parametrize("reason", [BrokenPipeError, KeyboardInterrupt])
-def test_a_long_table_stops_where_nobody_reads_on(reason: type[BaseException]) -> None:
-    """The table is written in batches: what comes after an interruption is not even made."""
+def test_a_long_table_stops_when_interrupted_or_the_terminal_closes(reason: type[BaseException]) -> None:
+    """The table is written in batches: rows after an interruption are not even formatted."""
 
     class Closing(Terminal):
         def flush(self) -> None:
@@ -736,10 +736,10 @@ def test_modules_as_a_tree() -> None:
     assert to_plain(shallow).count("\n") == 5
     below = modules_document.modules("m", TIED, ["body", "body.0"], depth=None, style="tree")
     assert to_plain(below).split("\n")[0] == "body  Sequential()  10"
-    assert to_plain(below).count("\n") == 3  # what lies inside another match is shown once
+    assert to_plain(below).count("\n") == 3  # a match inside another match is shown only once
 
 
-def test_modules_as_print_shows_them() -> None:
+def test_modules_as_the_text_of_print_model() -> None:
     shown = modules_document.modules("m", TIED, ["body", "body.1", "head"], depth=None, style="repr")
     assert to_plain(shown) == (
         "Sequential(\n  (0): Linear(in_features=4, out_features=2, bias=True)\n  (1): ReLU()\n)\n"
@@ -747,7 +747,7 @@ def test_modules_as_print_shows_them() -> None:
     )
 
 
-def test_a_shared_module_is_said_to_be_the_same() -> None:
+def test_a_shared_module_names_the_first_path_of_it() -> None:
     shared = Blueprint(
         (
             ModuleInfo("", "M", ("M",)),

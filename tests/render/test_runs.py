@@ -1,4 +1,4 @@
-"""Runs of siblings that are alike, shown as one row: on a terminal, and nowhere else."""
+"""Runs of siblings that look the same: a terminal shows each run as one row, and other outputs show every module."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.render.test_golden import Terminal
 
 
 def stack(*names: str, holder: str = "layers") -> Blueprint:
-    """A model with a list of blocks of these names, each of a norm and a linear layer."""
+    """Return a model with a list of blocks of these names, each with a norm and a linear layer."""
     modules = [ModuleInfo("", "Net", ("Net",)), ModuleInfo(holder, "ModuleList", ("ModuleList",))]
     tensors = []
     for path in (f"{holder}.{name}" for name in names):
@@ -84,7 +84,7 @@ def test_names_that_end_in_the_next_number_are_a_run() -> None:
     ],
     ids=["type", "shape", "trainable", "kind"],
 )
-def test_what_differs_stands_by_itself(other: Blueprint) -> None:
+def test_a_module_that_differs_is_not_part_of_a_run(other: Blueprint) -> None:
     assert paths(other, depth=2)[2:] == ["layers.0", "layers.1", "layers.[2-3]"]
 
 
@@ -96,13 +96,13 @@ def test_what_differs_stands_by_itself(other: Blueprint) -> None:
     ],
     ids=["dtype", "structure"],
 )
-def test_what_no_row_shows_parts_no_run(other: Blueprint) -> None:
+def test_a_difference_that_no_row_shows_does_not_split_a_run(other: Blueprint) -> None:
     for traced in (True, False):
         assert paths(other, traced=traced, depth=2)[2:] == ["layers.[0-3]"]
 
 
-def test_a_configuration_parts_runs_where_it_is_shown() -> None:
-    """The blocks of a ConvNeXt differ in the rate at which they are dropped, which a tree shows and a summary hides."""
+def test_a_configuration_splits_runs_only_where_it_is_shown() -> None:
+    """The blocks of a ConvNeXt differ in their stochastic-depth rate, which a tree shows and a summary does not."""
     other = changed(stack("0", "1", "2", "3"), "layers.1.lin", config="in_features=4, out_features=4, bias=False")
     assert paths(other, traced=True, depth=2)[2:] == ["layers.[0-3]"]
     assert paths(other, traced=False, depth=2)[2:] == ["layers.0", "layers.1", "layers.[2-3]"]
@@ -114,7 +114,7 @@ def test_equal_blocks_of_a_convnext_are_one_row(cli: Cli, monkeypatch: pytest.Mo
     assert "features.5.[0-8] " in cli("summary", "convnext_tiny").out
 
 
-def test_outputs_and_calls_tell_modules_apart_where_they_are_shown() -> None:
+def test_output_shapes_and_calls_split_runs_of_a_summary() -> None:
     found = stack("0", "1", "2")
     assert found.trace is not None
     layers = dict(found.trace.layers)
@@ -145,8 +145,8 @@ def test_a_parameter_with_several_names_counts_once_in_a_run() -> None:
     assert rows["[0-2].1"] == 60
 
 
-def test_many_tied_tensors_in_many_runs_take_no_longer_than_they_are_long() -> None:
-    """A small file can say that thousands of tensors are one."""
+def test_time_for_many_tied_tensors_is_linear() -> None:
+    """A small file can claim that thousands of tensors are tied."""
     modules, tensors = [ModuleInfo("", None)], []
     for block in range(3000):
         modules.append(ModuleInfo(f"b{block}x", None))
@@ -165,7 +165,7 @@ def test_many_tied_tensors_in_many_runs_take_no_longer_than_they_are_long() -> N
 
 @pytest.mark.parametrize("reference", ["vit_b_16", "resnet50", "vgg11", "swin_t"])
 def test_every_path_is_a_selector_that_picks_its_modules(reference: str) -> None:
-    """So that what is read can be typed; and no module is lost or told of twice."""
+    """A user can type any path that is shown, and no module is missing or shown twice."""
     found = modelcli.blueprint(reference)
     runs = list(Runs(found, traced=True).below())
     assert sorted(path for run in runs for path in run.paths) == sorted(module.path for module in found.modules)
@@ -174,7 +174,7 @@ def test_every_path_is_a_selector_that_picks_its_modules(reference: str) -> None
         assert Runs(found, traced=True).params_of(run) == sum(map(found.params_of, run.paths))
 
 
-def test_no_depth_is_too_much() -> None:
+def test_a_very_deep_model_does_not_exhaust_the_stack() -> None:
     modules = tuple(ModuleInfo(".".join("a" * depth), None) for depth in range(3000))
     assert len(paths(Blueprint(modules, ()), traced=False)) == 3000
 
@@ -189,14 +189,14 @@ def test_the_rows_of_a_folded_summary_are_sums_and_the_document_is_whole() -> No
     assert shown.document == summary_document.summary("m", found).document
 
 
-def test_a_share_is_for_the_eye_alone() -> None:
+def test_only_a_terminal_shows_the_share_bar() -> None:
     shown = summary_document.summary("m", stack("0", "1"))
     assert "share" in {column.key for column in shown.columns}
     assert "share" not in to_csv(shown)
     assert "█" not in to_plain(shown)
 
 
-def test_trainable_is_left_out_only_where_the_totals_say_as_much() -> None:
+def test_trainable_is_optional_only_if_all_parameters_are_trainable() -> None:
     def optional(blueprint: Blueprint) -> int:
         columns = summary_document.summary("m", blueprint).columns
         return next(column.optional for column in columns if column.key == "trainable")

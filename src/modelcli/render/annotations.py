@@ -1,7 +1,7 @@
-"""Checks as annotations of a GitHub workflow: commands that it reads from a log, a line each.
+"""The results of `check` as annotations of a GitHub workflow: commands in its log, one on each line.
 
-https://docs.github.com/actions/reference/workflow-commands-for-github-actions. Every text goes in escaped: a tensor may
-be called `::stop-commands::x`, and a line of its own would be obeyed.
+The commands: https://docs.github.com/actions/reference/workflow-commands-for-github-actions. Every text is escaped,
+because GitHub would obey a tensor that is called `::stop-commands::x` and stands on a line of its own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def of_checks(models: Sequence[CheckedModel]) -> str:
-    """An error for each assertion that does not hold, the warnings and notes, and how many assertions hold."""
+    """Return an error for each assertion that fails, the warnings and notes, and the number of assertions that pass."""
     lines = [line for found in models for line in _of_model(found)]
     assertions = [assertion for found in models for assertion in found.assertions]
     passed = sum(assertion.passed for assertion in assertions)
@@ -40,7 +40,7 @@ def _of_model(found: CheckedModel) -> Iterator[str]:
 
 
 def _of_error(model: str, message: str) -> str:
-    """Why a model could not be opened: most messages name it themselves."""
+    """Return why a model could not be opened. The model's name goes in front unless the message contains it."""
     return message if model in message else f"{model}: {message}"
 
 
@@ -49,7 +49,7 @@ def _commands(kind: str, found: CheckedModel, texts: Iterable[str], place: Mappi
 
 
 def command(kind: str, message: str, properties: Mapping[str, str]) -> str:
-    """`::error file=best.pth,title=...::message`, escaped as GitHub's own toolkit does it."""
+    """Return `::error file=best.pth,title=...::message`, escaped as GitHub's own toolkit does it."""
     given = ",".join(f"{name}={_property(value)}" for name, value in properties.items())
     return f"::{kind} {given}::{_data(message)}"
 

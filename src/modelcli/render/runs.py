@@ -1,6 +1,6 @@
-"""Runs: siblings that are alike, shown as one row, `encoder.layers.[0-11]`.
+"""Runs: consecutive numbered siblings whose subtrees look the same, shown as one row, `encoder.layers.[0-11]`.
 
-Everything here is plain data, made from a blueprint. No model is too deep: nothing recurses.
+This module computes them from a blueprint. It does not recurse, so a deep model cannot exhaust Python's stack.
 """
 
 from __future__ import annotations
@@ -18,7 +18,14 @@ from modelcli.render import folding
 
 @dataclass(frozen=True)
 class Run:
-    """The modules of one row. `name` is the last component of `path`, which is a selector that picks all of them."""
+    """The modules that one row stands for.
+
+    Attributes:
+        path: a selector that picks all of them: `encoder.layers.[0-11]`.
+        name: the last component of `path`.
+        paths: the path of each module.
+        depth: how deep they lie in the model; the model itself has depth 0.
+    """
 
     path: str
     name: str
@@ -27,18 +34,23 @@ class Run:
 
     @property
     def first(self) -> str:
+        """The path of the first module."""
         return self.paths[0]
 
-    def counted(self, kind: str | None) -> str | None:
-        """`12 x EncoderBlock`; the number of modules alone where their class is not known."""
-        return kind if len(self.paths) == 1 else f"{len(self.paths)} x {kind or '-'}"
+    def counted(self, type_name: str | None) -> str | None:
+        """Return `12 x EncoderBlock`, or `12 x -` if the class is not known, or the class alone for a single module."""
+        return type_name if len(self.paths) == 1 else f"{len(self.paths)} x {type_name or '-'}"
 
 
 class Runs:
-    """The runs of a model: siblings fold into one row where their rows, and all rows below them, would be equal.
+    """The runs of a model: siblings fold into one row if their rows, and all rows below them, would be equal.
 
-    A summary (`traced`) shows types, output shapes, parameters, whether they are trained and mult-adds; a tree shows
-    types, configurations and parameters. What has several names is alike under those names alone.
+    Args:
+        blueprint: the model.
+        traced: compare what a summary shows (type, output shape, parameters, trainable, mult-adds); otherwise what a
+            tree shows (type, configuration, parameters).
+
+    Modules with shared modules or tied parameters only fold if these are shared or tied to the same ones.
     """
 
     def __init__(self, blueprint: Blueprint, *, traced: bool) -> None:
@@ -46,7 +58,7 @@ class Runs:
         self._kinds = _kinds(blueprint, traced=traced)
 
     def below(self, top: str = "", depth: int | None = None) -> Iterator[Run]:
-        """The module at `top` and all that lie below it, down to a depth, each run once and in the model's order."""
+        """Iterate over the module at `top` and those below it, down to a depth: each run once, in the model's order."""
         stack = [Run(shown(top), shown(top), (top,), self._blueprint.by_path[top].depth)]
         while stack:
             run = stack.pop()
@@ -55,7 +67,7 @@ class Runs:
                 stack += reversed(self.children(run))
 
     def children(self, run: Run) -> list[Run]:
-        """The runs among the children of a run's modules: those of the first stand for those of all."""
+        """Return the runs among the children of a run's modules, all of which have the same children as the first."""
         groups: list[list[ModuleInfo]] = []
         for child in self._blueprint.children.get(run.first, ()):
             if groups and self._goes_on(groups[-1][-1], child):
@@ -65,19 +77,19 @@ class Runs:
         return [self._child(run, [_own_name(module) for module in group]) for group in groups]
 
     def _child(self, parent: Run, names: Sequence[str]) -> Run:
-        name = folding.span(names)
+        name = folding.range_of(names)
         above = "" if parent.paths == ("",) else parent.path
         paths = tuple(joined(path, each) for path in parent.paths for each in names)
         return Run(joined(above, name), name, paths, parent.depth + 1)
 
     def _goes_on(self, module: ModuleInfo, following: ModuleInfo) -> bool:
-        """Whether a sibling continues a run: it is alike, and has the next number."""
+        """Whether a sibling continues a run: it looks the same as the last module, and has the next number."""
         if self._kinds[module.path] != self._kinds[following.path]:
             return False
         return folding.counts_on(_own_name(module), _own_name(following))
 
     def params_of(self, run: Run) -> int:
-        """The parameters at and below the modules of a run, each tied one once."""
+        """Return the number of parameter elements at and below the modules of a run; tied parameters count once."""
         total = sum(map(self._blueprint.params_of, run.paths))
         if len(run.paths) > 1:
             seen: set[str] = set()
@@ -89,7 +101,7 @@ class Runs:
 
     @cached_property
     def _tied_below(self) -> dict[str, dict[str, int]]:
-        """The parameters with several names at and below each module that has any, and how many elements they have."""
+        """For each module that has tied parameters at or below it: their identities, with their numbers of elements."""
         tied = {tensor.tied_to for tensor in self._blueprint.tensors if tensor.tied_to is not None}
         below: dict[str, dict[str, int]] = defaultdict(dict)
         for tensor in self._blueprint.tensors:
@@ -104,7 +116,7 @@ def _own_name(module: ModuleInfo) -> str:
 
 
 def _kinds(blueprint: Blueprint, *, traced: bool) -> dict[str, int]:
-    """A number for each module: the same for those whose rows, and whose rows below, show the same."""
+    """Return a number for each module path: equal for modules whose rows, and all rows below them, look the same."""
     holders = blueprint.by_path
     tied: dict[str, list[tuple[str, str]]] = defaultdict(list)
     firsts = {tensor.tied_to for tensor in blueprint.tensors if tensor.tied_to is not None}
@@ -131,12 +143,12 @@ def _kinds(blueprint: Blueprint, *, traced: bool) -> dict[str, int]:
 
 
 def _summary_cells(blueprint: Blueprint, module: ModuleInfo) -> tuple[object, ...]:
-    """What a row of a summary shows of a module besides its name, type and parameters."""
+    """Return what a row of a summary shows besides the module's name, type and parameters."""
     layers = blueprint.trace.layers if blueprint.trace is not None else {}
     ran = layers.get(module.path)
     return blueprint.trainable_of(module.path), None if ran is None else (repr(ran.output_shape), ran.macs)
 
 
 def _tree_cells(_blueprint: Blueprint, module: ModuleInfo) -> tuple[object, ...]:
-    """What a line of a tree shows of a module besides its name, type and parameters."""
+    """Return what a line of a tree shows besides the module's name, type and parameters."""
     return (module.config,)

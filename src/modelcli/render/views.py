@@ -1,4 +1,7 @@
-"""A view: one JSON document, and how its rows are read as a table."""
+"""A view: what a command shows, as a JSON document and as the rows and columns of a table.
+
+The functions of this module format single values as the text of cells.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import Any, Literal
 
 
 def text(value: Any) -> str:
-    """Any value in a cell: `-` for none, `yes` and `no` for truth."""
+    """Return any value as the text of a cell: `-` for None and empty text, `yes` and `no` for booleans."""
     if value is None or value == "":
         return "-"
     if value is True:
@@ -19,12 +22,12 @@ def text(value: Any) -> str:
 
 
 def count(value: int | None) -> str:
-    """`61,100,840`."""
+    """Return `61,100,840`, or `-` for None."""
     return "-" if value is None else f"{value:,}"
 
 
 def compact(value: int | None) -> str:
-    """`9,408`, `61.1M`, `17.6G`: from 10,000 on three digits and a unit (k is a thousand, then M, G, T, P)."""
+    """Return `9,408`, `61.1M`, `17.6G`: three digits and a decimal unit (k, M, G, T, P) from 10,000 on."""
     if value is None or abs(value) < 10_000:
         return count(value)
     rounded = float(f"{value:.3g}")
@@ -37,25 +40,30 @@ _UNITS = {3: "k", 6: "M", 9: "G", 12: "T", 15: "P"}
 
 
 def signed(value: int | None) -> str:
-    """`-4,056,030`; `0` stays `0`."""
+    """Return a difference with its sign: `-4,056,030`, `+520`, `0`."""
     return "-" if value is None else f"{value:+,}" if value else "0"
 
 
 def megabytes(value: int | None) -> str:
-    """`244.40 MB`, where a megabyte is 10^6 bytes; less than 0.01 MB with all its digits."""
+    """Return a number of bytes in megabytes of 10^6 bytes: `244.40 MB`. Less than 0.01 MB shows six decimals."""
     if value is None:
         return "-"
     return f"{value / 1e6:.6f} MB" if 0 < value < 10_000 else f"{value / 1e6:,.2f} MB"
 
 
 def whole_numbers(value: Any) -> str | None:
-    """`[1,3,224,224]` for a list of whole numbers, which is JSON as well; None for anything else."""
+    """Return `[1,3,224,224]` for a list of integers (this text is JSON too), or None for any other value."""
     return str(value).replace(" ", "") if type(value) is list and set(map(type, value)) == {int} else None
 
 
 def shape(value: Any) -> str:
-    """`[1,3,224,224]`; `{out:[1,21,520,520]}` and `([1,2],[1,3])` for an output of several tensors."""
-    if (sizes := whole_numbers(value)) is not None:  # the commonest first: a checkpoint may have 100,000
+    """Return a shape as text.
+
+    Args:
+        value: a list of sizes (`[1,3,224,224]`); for several tensors, a mapping of shapes (`{out:[1,21,520,520]}`) or
+            a list of shapes (`([1,2],[1,3])`); None gives `-`.
+    """
+    if (sizes := whole_numbers(value)) is not None:  # the most frequent case first: there may be 100,000
         return sizes
     if value is None:
         return "-"
@@ -67,12 +75,12 @@ def shape(value: Any) -> str:
 
 
 def finding(value: Any) -> str:
-    """What was found or wanted, as text: `61,100,840`, `[1,10]`, words as they are."""
+    """Return what a check found or expected, as text: `61,100,840`, `[1,10]`, and text unchanged."""
     return count(value) if isinstance(value, int) else value if isinstance(value, str) else shape(value)
 
 
 def number(value: float | None) -> str:
-    """`-0.0173`, `3.2e-05`: three significant digits; of whole numbers below 10^9 all, so that a cell stays narrow."""
+    """Return three significant digits of a number: `-0.0173`, `3.2e-05`. Integers below 10^9 show all their digits."""
     if value is None or (isinstance(value, int) and abs(value) < 10**9):
         return count(value)
     return f"{value:.3g}"
@@ -80,7 +88,7 @@ def number(value: float | None) -> str:
 
 @dataclass(frozen=True)
 class Share:
-    """So many out of so many: a program reads the count (`str`), a person the share (`percent`)."""
+    """A part of a whole. Formats for programs show the count (`str`), formats for people the share (`percent`)."""
 
     part: int
     whole: int
@@ -91,7 +99,10 @@ class Share:
 
 @dataclass(frozen=True)
 class Bytes:
-    """Bytes before and after, where the number of parameters stays: a program reads 0, the change of that number."""
+    """The bytes before and after a change that keeps the number of parameters.
+
+    Formats for programs show that number's change, which is 0.
+    """
 
     before: int
     after: int
@@ -101,7 +112,7 @@ class Bytes:
 
 
 def percent(value: Share | None) -> str:
-    """`12.50%`; `0%` and `100%` are exact, what comes close is `<0.01%` and `>99.99%`."""
+    """Return `12.50%`. `0%` and `100%` are exact; shares close to them give `<0.01%` and `>99.99%`."""
     if value is None or not value.whole:
         return "-"
     if value.part in (0, value.whole):
@@ -116,7 +127,7 @@ _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
 def bar(value: Share | None) -> str:
-    """A share as a bar of at most `BAR_CELLS`; any share above zero has at least the thinnest line."""
+    """Return a share as a bar of at most BAR_CELLS terminal cells. Any share above zero shows at least a thin line."""
     if value is None or not value.whole or not value.part:
         return ""
     eighths = max(round(8 * BAR_CELLS * value.part / value.whole), 1)
@@ -125,13 +136,25 @@ def bar(value: Share | None) -> str:
 
 @dataclass(frozen=True)
 class Column:
-    """One column: the key of the rows it shows, and how.
+    """A column of a table.
 
-    On a terminal that is too narrow the `optional` columns are left out, the highest number first. Then `flexible` ones
-    are cut, each in its own way (`cut`), the `vital` ones last. Where not even that is enough, the `spare` columns
-    are left out, the highest number first. None of it happens anywhere else, and what is only for the eye (`on_screen`)
-    is not shown anywhere else. `screen_format` is how a terminal shows the values, where that is another way than
-    `format`.
+    On a terminal that is too narrow, first the `optional` columns are left out, the highest number first. If
+    cutting cells cannot make the table fit, the `spare` columns are left out, the highest number first. Then the cells
+    of `flexible` columns are cut, those of `vital` ones last. Other outputs leave nothing out and cut nothing.
+
+    Attributes:
+        key: the key of the value in each row.
+        title: the header.
+        format: returns the text of a value.
+        right: whether the cells are aligned to the right.
+        style: a Rich style.
+        optional: above 0, the column may be left out; see above.
+        flexible: whether its cells may be cut.
+        vital: whether its cells are cut only after those of other flexible columns.
+        cut: which part of a cell is cut.
+        spare: above 0, the column may be left out; see above.
+        on_screen: whether only a terminal shows the column, such as a bar.
+        screen_format: replaces `format` on a terminal.
     """
 
     key: str
@@ -149,7 +172,7 @@ class Column:
 
 
 def path_column(key: str, title: str) -> Column:
-    """A column of paths: it is cut last, and keeps the end of each path."""
+    """Return a column of module or tensor paths. It is cut last, and a cut path keeps its end."""
     return Column(key, title, style="cyan", flexible=True, vital=True, cut="path")
 
 
@@ -157,7 +180,7 @@ def path_column(key: str, title: str) -> Column:
 class Branch:
     """A line of a tree: its guide lines, its label, its configuration, and the rest.
 
-    On a terminal that is too narrow it is the configuration that gives way.
+    On a terminal that is too narrow, the configuration is cut first.
     """
 
     guide: str
@@ -170,10 +193,20 @@ class Branch:
 class View:
     """What a command shows: a table of `rows`, or a `body` that is text already (a printed model), or a `tree`.
 
-    `above` are lines of text that come before the table. `folded` is how many modules have no row of their own, because
-    they stand in that of their run. `dimmed` and `alarming` say which rows a terminal shows dim, and which in red.
-    Where `nested`, the rows are modules in the model's order: a terminal that has no room for their paths indents the
-    last names of these.
+    Attributes:
+        document: the JSON document.
+        rows: the rows of the table, by the keys of the columns.
+        columns: the columns of the table.
+        footer: labels and texts below the table.
+        header: whether the table has a header.
+        above: lines of text before the table.
+        body: text that is shown instead of a table.
+        tree: lines that are shown instead of a table.
+        dimmed: whether a terminal shows a row dimmed.
+        alarming: whether a terminal shows a row in red.
+        nested: whether the rows are modules in the model's order. If a terminal has no room for their paths, it shows
+            the last component of each, indented.
+        folded: how many modules have no row of their own because one row stands for several modules.
     """
 
     document: Mapping[str, Any]

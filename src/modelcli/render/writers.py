@@ -1,4 +1,4 @@
-"""Write views: for a terminal, for a pipe, as JSON, CSV and markdown."""
+"""Turn views into text: a Rich table for a terminal, aligned columns for a pipe, JSON, CSV and markdown."""
 
 from __future__ import annotations
 
@@ -17,27 +17,29 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 FORMATS = ("table", "json", "csv", "markdown")
+#: The minimum width of a flexible column, in terminal cells.
 MIN_FLEXIBLE = 12
-#: The least width of a column that is cut last.
+#: The minimum width of a vital column, which is cut last, in terminal cells.
 MIN_VITAL = 20
-#: The most characters that the cells of a column are padded to in a pipe.
+#: In a pipe, the cells of a column are padded to at most this many characters.
 _MAX_FILLED = 256
-#: How many rows of a long table or tree are written at once, before an interrupt or a closed terminal is noticed.
+#: How many rows of a long table or tree are written at once. Between two batches the program notices an interrupt or a
+#: closed terminal.
 BATCH = 100
-#: The first of the private-use characters: each is one terminal cell wide, and Rich gives none a meaning.
+#: The first of Unicode's private-use characters. Each is one terminal cell wide, and Rich gives no meaning to any.
 _FIRST_MARK = 0xE000
 _MARKS = re.compile(r"([\ue000-\uf8ff])\1*")
 _COMPACT = json.JSONEncoder(separators=(",", ":"))
 
 
-#: The guides and bars that modelcli draws, in characters that every encoding has.
+#: The ASCII characters that replace tree guides and bars on a terminal whose encoding lacks those.
 _IN_ASCII = str.maketrans(
     {"├": "|", "└": "`", "─": "-", "│": "|"} | dict.fromkeys("█▉▊▋▌", "#") | dict.fromkeys("▍▎▏", ".")
 )
 
 
 def safe(text: str) -> str:
-    """Text from a file with its control, escape and direction characters made visible: `\\x1b`."""
+    """Return the text with control, escape and text-direction characters made visible: `\\x1b`."""
     if text.isprintable():
         return text
     return "".join(
@@ -46,7 +48,7 @@ def safe(text: str) -> str:
 
 
 def to_json(document: Mapping[str, Any]) -> str:
-    """One JSON document on one line; numbers that JSON does not know (NaN, infinities) become strings."""
+    """Return a JSON document on one line. NaN and infinities, which JSON lacks, become strings."""
     try:
         return json.dumps(document, ensure_ascii=True, allow_nan=False)
     except ValueError:
@@ -64,23 +66,26 @@ def _finite(value: Any) -> Any:
 
 
 def to_csv(view: View) -> str:
-    """The rows with a header, numbers plain. Text that a spreadsheet would take for a formula begins with `'`."""
+    """Return the rows as CSV with a header and plain numbers.
+
+    Text that a spreadsheet would run as a formula gets a leading `'`.
+    """
     keys = [column.key for column in _kept_in_text(view) if column.title]
     columns = [_csv_column([row.get(key) for row in view.rows]) for key in keys]
     rows = [",".join(cells) for cells in zip(*columns, strict=True)]
     return "\n".join([",".join(keys), *(row or '""' for row in rows), ""])
 
 
-#: The characters that begin a formula, halfwidth or fullwidth, also after blanks.
+#: The characters that begin a formula, halfwidth or fullwidth, with or without blanks before them.
 _FORMULA = re.compile(r"\s*[=+\-@\t\r\uff1d\uff0b\uff0d\uff20]")
-#: The same after the semicolon, which separates cells in some countries' spreadsheets.
+#: A semicolon before such a character: spreadsheets of some countries separate cells with semicolons.
 _FORMULA_IN_TEXT = re.compile(r";(?=[\s\"']*[=+\-@\uff1d\uff0b\uff0d\uff20])")
 _CSV_NOT_PLAIN = re.compile(rf"[,;\"]|\A{_FORMULA.pattern}")
 _CSV_SPECIAL = re.compile('[,;"]')
 
 
 def _csv_column(values: list[Any]) -> list[str]:
-    """The cells of a column. A checkpoint may have 100,000 rows, and most columns repeat a few values."""
+    """Return the cells of a column. This is fast for 100,000 rows, because most columns repeat a few values."""
     kinds = set(map(type, values))
     if kinds == {int}:
         return list(map(str, values))
@@ -88,32 +93,32 @@ def _csv_column(values: list[Any]) -> list[str]:
         distinct = set(values)
         if len(distinct) > len(values) // 2 and _are_plain(values):
             return values
-    return _each_once(_csv_cell, values)
+    return _format_distinct(_csv_cell, values)
 
 
-def _each_once(shown: Callable[[Any], str], values: list[Any]) -> list[str]:
-    """How each value is shown, asked once for equal ones: of 100,000 rows most columns repeat a few values."""
+def _format_distinct(formatter: Callable[[Any], str], values: list[Any]) -> list[str]:
+    """Format the values of a column, calling `formatter` once for each distinct value."""
     kinds = set(map(type, values))
-    if kinds == {list}:  # a list is no key of a dictionary, and `[1]` equals `[True]`: their own texts differ
+    if kinds == {list}:  # a list cannot be a dictionary key; its repr can, and tells `[1]` from `[True]`
         keys = list(map(repr, values))
-        texts = {key: shown(value) for key, value in dict(zip(keys, values, strict=True)).items()}
+        texts = {key: formatter(value) for key, value in dict(zip(keys, values, strict=True)).items()}
     elif len(kinds) == 1 and kinds <= {str, int, bool, type(None)}:
         keys = values
-        texts = {value: shown(value) for value in set(values)}
+        texts = {value: formatter(value) for value in set(values)}
     else:
-        return list(map(shown, values))
+        return list(map(formatter, values))
     return list(map(texts.__getitem__, keys))
 
 
 def _are_plain(texts: list[str]) -> bool:
-    """Whether texts stand in cells as they are, as the names of nearly all tensors do."""
+    """Whether no text needs quoting or escaping in CSV. The names of nearly all tensors need none."""
     joined = "".join(texts)
     first = "".join([text[:1] for text in texts])
     return all(texts) and first.isalnum() and joined.isprintable() and not _CSV_SPECIAL.search(joined)
 
 
 def _csv_cell(value: Any) -> str:
-    if type(value) is str:  # the commonest first: a checkpoint may have 100,000 rows
+    if type(value) is str:  # the most frequent type first: a checkpoint may have 100,000 rows
         return _csv_text(value)
     if type(value) is int:
         return str(value)
@@ -127,8 +132,8 @@ def _csv_cell(value: Any) -> str:
 
 
 def _csv_text(text: str) -> str:
-    """A cell that every spreadsheet shows as this text, and takes for no formula."""
-    if text.isprintable() and not _CSV_NOT_PLAIN.search(text):  # the commonest
+    """Return a cell that every spreadsheet shows as this text and does not run as a formula."""
+    if text.isprintable() and not _CSV_NOT_PLAIN.search(text):  # the most frequent case
         return text
     marked = f"'{text}" if _FORMULA.match(text) else text
     return _csv_field(safe(_FORMULA_IN_TEXT.sub(";'", marked)))
@@ -139,12 +144,12 @@ def _csv_field(text: str) -> str:
 
 
 def _kept_in_text(view: View) -> list[Column]:
-    """The columns that programs read, too, unlike bars."""
+    """Return the columns for formats other than a terminal: all but those for the eye, such as bars."""
     return [column for column in view.columns if not column.on_screen]
 
 
 def to_markdown(view: View) -> str:
-    """The rows as a markdown table."""
+    """Return the rows as a markdown table."""
     columns = [column for column in _kept_in_text(view) if column.title]
     lines = ["| " + " | ".join(column.title for column in columns) + " |"]
     lines.append("|" + "|".join(" ---: " if column.right else " --- " for column in columns) + "|")
@@ -153,26 +158,26 @@ def to_markdown(view: View) -> str:
     return "\n".join(lines) + "\n"
 
 
-#: Characters that start markup anywhere: a cell, code, HTML, a link, an image, emphasis, a formula.
+#: Characters that start markup at any position: a cell, code, HTML, a link, an image, emphasis, a formula.
 _MARKDOWN = re.compile(r"[\\|`<\[!*~$@]")
-#: What starts markup in some positions: an underscore at the edge of a word, an entity, an address.
-_MARKDOWN_IN_PLACES = re.compile(r"_(?:(?![^\W_])|(?<![^\W_]_))|&(?=#?\w+;)|:(?=//)|\.(?<=www\.)", re.IGNORECASE)
+#: Characters that start markup at some positions only: an underscore at the edge of a word, an entity, a URL.
+_MARKDOWN_BY_POSITION = re.compile(r"_(?:(?![^\W_])|(?<![^\W_]_))|&(?=#?\w+;)|:(?=//)|\.(?<=www\.)", re.IGNORECASE)
 
 
 def _markdown_texts(texts: Sequence[str]) -> list[str]:
-    """The cells of a column, escaped so that a rendered page shows these texts."""
-    joined = _MARKDOWN.sub(r"\\\g<0>", "\n".join(texts))  # no text has a line break: 100,000 in one go
-    return _MARKDOWN_IN_PLACES.sub(r"\\\g<0>", joined).split("\n") if texts else []
+    """Return the cells of a column, escaped so that rendered markdown shows these texts."""
+    joined = _MARKDOWN.sub(r"\\\g<0>", "\n".join(texts))  # no text has a line break, so one call escapes all of them
+    return _MARKDOWN_BY_POSITION.sub(r"\\\g<0>", joined).split("\n") if texts else []
 
 
 def _texts(view: View, column: Column) -> list[str]:
-    """The texts of a column's cells, from top to bottom."""
-    texts = _each_once(column.format, [row.get(column.key) for row in view.rows])
+    """Return the texts of a column's cells, from top to bottom."""
+    texts = _format_distinct(column.format, [row.get(column.key) for row in view.rows])
     return texts if "".join(texts).isprintable() else [safe(text) for text in texts]
 
 
 def to_plain(view: View, *, encoding: str = "utf-8") -> str:
-    """Aligned columns for a pipe: one line a row, nothing cut, no colour."""
+    """Return aligned columns for a pipe: one line for each row, nothing cut, no colour."""
     if view.tree is not None:
         return "".join(f"{_guide(branch, encoding)}{_branch_text(branch)}\n" for branch in view.tree)
     if view.body is not None:
@@ -180,7 +185,7 @@ def to_plain(view: View, *, encoding: str = "utf-8") -> str:
     columns = _kept_in_text(view)
     titles = [[column.title] if view.header else [] for column in columns]
     cells = [title + _texts(view, column) for title, column in zip(titles, columns, strict=True)]
-    # A longer cell sticks out: padding all others to its length could take gigabytes.
+    # Cells longer than _MAX_FILLED stick out. Padding all other rows to their length could take gigabytes.
     widths = [max((size for size in set(map(len, texts)) if size <= _MAX_FILLED), default=0) for texts in cells]
     fields = [f"%{'' if column.right else '-'}{width}s" for column, width in zip(columns, widths, strict=True)]
     line = "  ".join(fields)
@@ -202,7 +207,7 @@ def _guide(branch: Branch, encoding: str) -> str:
 
 
 def _has_marks(encoding: str) -> bool:
-    """Whether an encoding has lines, blocks and the ellipsis."""
+    """Whether an encoding has box-drawing lines, block characters and the ellipsis."""
     return encoding.lower().startswith("utf")
 
 
@@ -210,10 +215,10 @@ def _has_marks(encoding: str) -> bool:
 
 
 def print_rich(view: View, console: Console) -> list[str]:
-    """A Rich table that fits the width of the terminal, and the footer below it.
+    """Print a view as a Rich table that fits the width of the terminal, with the footer below it.
 
     Returns:
-        The titles of the columns that the terminal had no room for.
+        The titles of the columns that were left out because the terminal is too narrow.
     """
     from rich.text import Text
 
@@ -244,7 +249,11 @@ def print_rich(view: View, console: Console) -> list[str]:
 
 
 def _print_table(view: View, console: Console) -> list[str]:
-    """Print the table with Rich, which takes half a millisecond a row; a table longer than the screen in batches."""
+    """Print the table with Rich, which takes half a millisecond for each row; `_stream_rows` prints long tables.
+
+    Returns:
+        The titles of the columns that were left out because the terminal is too narrow.
+    """
     from rich.text import Text
 
     cells = [_shown_texts(view, column, console.encoding) for column in view.columns]
@@ -258,7 +267,7 @@ def _print_table(view: View, console: Console) -> list[str]:
         mark = _mark(console.encoding)
         cells[index] = [cut(text, widths[index], mark) for text in cells[index]]
     table = _empty_table(view, kept, widths, gap)
-    # Rich draws on an old Windows console by system calls: there are no bytes that would say the same.
+    # On an old Windows console Rich draws by system calls, so there are no bytes that could be written instead.
     if len(view.rows) > console.height and not console.legacy_windows and view.alarming is None:
         _stream_rows(view, cells, kept, table, console)
     else:
@@ -276,7 +285,7 @@ def _style(view: View, row: Mapping[str, Any]) -> str | None:
 
 
 def _indented(view: View) -> View:
-    """The same rows with the last names of their paths, indented by how deep these lie."""
+    """Return the view with each path replaced by its last component, indented by the depth of the path."""
     key = next(column.key for column in view.columns if column.cut == "path")
     depths = [0 if row[key] == ROOT else row[key].count(".") + 1 for row in view.rows]
     top = min(depths, default=0)
@@ -289,7 +298,7 @@ def _indented(view: View) -> View:
 
 
 def _shown_texts(view: View, column: Column, encoding: str) -> list[str]:
-    """The texts of a column's cells on a terminal, with escapes for characters that its encoding lacks."""
+    """Return the texts of a column's cells for a terminal, with escapes for characters that its encoding lacks."""
     texts = _texts(view, column if column.screen_format is None else replace(column, format=column.screen_format))
     if _has_marks(encoding):
         return texts
@@ -303,7 +312,7 @@ def _escaped(text: str, encoding: str) -> str:
 
 
 def _mark(encoding: str) -> str:
-    """The mark for text that was cut: one cell wide."""
+    """Return the mark for text that was cut. It is one terminal cell wide."""
     return "…" if _has_marks(encoding) else "~"
 
 
@@ -314,14 +323,14 @@ def _fits(text: str, width: int) -> bool:
 
 
 def _cut_end(text: str, width: int, mark: str) -> str:
-    """The text, cut at its end to at most so many terminal cells."""
+    """Cut the end of a text so that it takes at most `width` terminal cells."""
     from rich.cells import set_cell_size
 
     return text if _fits(text, width) else set_cell_size(text, max(width - 1, 0)).rstrip() + mark
 
 
 def _cut_middle(text: str, width: int, mark: str) -> str:
-    """The text, cut in the middle: more of its end is kept than of its beginning."""
+    """Cut the middle of a text so that it takes at most `width` terminal cells; two thirds of them show its end."""
     from rich.cells import set_cell_size
 
     if _fits(text, width):
@@ -335,9 +344,10 @@ def _cut_middle(text: str, width: int, mark: str) -> str:
 
 
 def _cut_path(text: str, width: int, mark: str) -> str:
-    """A path with components cut to their first letter and their number: `encoder.l….e…11.mlp.0.weight`.
+    """Shorten components of a path to their first letter and their number: `encoder.l….e…11.mlp.0.weight`.
 
-    Those in the middle first, then the first one, so that rows stay apart; where that is not enough, as any text.
+    The components in the middle are shortened first, then the first one, so that rows can still be told apart. If the
+    path is still too long, it is cut in the middle like any text.
     """
     from rich.cells import cell_len
 
@@ -365,7 +375,7 @@ _CUTS = {"end": _cut_end, "middle": _cut_middle, "path": _cut_path}
 
 
 def _branch_fitted(branch: Branch, width: int, encoding: str) -> str:
-    """A line of a tree in the width of the terminal: its configuration gives way first, then its type and name."""
+    """Return a line of a tree that fits the terminal: first its configuration is cut, then its type and name."""
     from rich.cells import cell_len
 
     guide = _guide(branch, encoding)
@@ -381,7 +391,7 @@ def _branch_fitted(branch: Branch, width: int, encoding: str) -> str:
 
 
 def _widths(view: View, cells: Sequence[Sequence[str]]) -> list[int]:
-    """The terminal cells that each column takes when nothing is cut."""
+    """Return how many terminal cells each column takes if nothing is cut."""
     from rich.cells import cell_len
 
     titles = [column.title if view.header else "" for column in view.columns]
@@ -392,7 +402,7 @@ def _widths(view: View, cells: Sequence[Sequence[str]]) -> list[int]:
 
 
 def _empty_table(view: View, kept: Sequence[int], widths: Sequence[int], gap: int) -> Table:
-    """The columns, without a row."""
+    """Return a Rich table with the columns at the indexes `kept` and no rows."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -402,7 +412,7 @@ def _empty_table(view: View, kept: Sequence[int], widths: Sequence[int], gap: in
         show_header=view.header,
         show_edge=False,
         pad_edge=False,
-        padding=(0, gap - 1 if view.header else gap, 0, 0),  # the box of a header has a space between columns itself
+        padding=(0, gap - 1 if view.header else gap, 0, 0),  # a box with a header puts a space between columns itself
         collapse_padding=True,
         header_style="bold",
     )
@@ -422,9 +432,9 @@ def _empty_table(view: View, kept: Sequence[int], widths: Sequence[int], gap: in
 def _stream_rows(
     view: View, cells: Sequence[Sequence[str]], kept: Sequence[int], table: Table, console: Console
 ) -> None:
-    """Write the table as Rich would, a batch of rows at a time: Rich lays out two rows, the others are made like them.
+    """Write the table a batch of rows at a time. Rich lays out two rows; the others are formatted like them.
 
-    So whatever decides how a row looks (the colour system, NO_COLOR, a terminal too narrow for the columns) is Rich's.
+    So Rich still decides how a row looks (the colour system, NO_COLOR, a terminal too narrow for the columns).
     """
     layout = _laid_out(table, console)
     console.file.write(layout.above)
@@ -444,7 +454,13 @@ def _stream_rows(
 
 @dataclass(frozen=True)
 class _Field:
-    """The position of a column in a row: its number, its width, and how much of it the terminal's edge leaves."""
+    """A column of a row that Rich has laid out.
+
+    Attributes:
+        column: the number of the column in the table.
+        width: its width in terminal cells.
+        shown: how many of these cells are left of the terminal's edge.
+    """
 
     column: int
     width: int
@@ -453,7 +469,7 @@ class _Field:
 
 @dataclass(frozen=True)
 class _Layout:
-    """A table as Rich writes it: the text above the rows, and a plain and a dimmed row with `%s` for each field."""
+    """The text that Rich writes above the rows of a table, and a plain and a dimmed row with `%s` for each field."""
 
     above: str
     plain: str
@@ -462,10 +478,10 @@ class _Layout:
 
 
 def _laid_out(table: Table, console: Console) -> _Layout:
-    """How Rich lays out a table of these columns.
+    """Find out how Rich lays out a table of these columns.
 
-    Each cell is filled to its edges with a mark of its own, so that Rich's output shows where it is and how
-    wide it came out: on a very narrow terminal Rich makes columns narrower than they ask for, and cuts the lines.
+    Each cell is filled with a character of its own, so that Rich's output shows the position and the width of the cell.
+    (On a very narrow terminal Rich makes columns narrower than they ask for, and cuts the lines.)
     """
     from rich.text import Text
 
@@ -490,12 +506,12 @@ def _laid_out(table: Table, console: Console) -> _Layout:
 
 
 def _marked(line: str) -> dict[int, int]:
-    """The numbers of the columns that have their marks in this line, from left to right, and how many."""
+    """Return, for each column whose mark is in this line, from left to right, how many of these marks there are."""
     return {ord(found[1]) - _FIRST_MARK: len(found[0]) for found in _MARKS.finditer(line)}
 
 
 def _filled(texts: Iterable[str], field: _Field, *, right: bool) -> list[str]:
-    """Each text in exactly the terminal cells of its field, cut and filled as Rich does it."""
+    """Cut or pad each text to exactly the terminal cells of its field, as Rich does."""
     from rich.cells import cell_len, set_cell_size
 
     def fill(text: str) -> str:
@@ -513,9 +529,17 @@ def _filled(texts: Iterable[str], field: _Field, *, right: bool) -> list[str]:
 
 
 def _fit(view: View, widths: list[int], available: int) -> tuple[list[int], list[int], int]:
-    """Which columns to show, how wide, and the gap between them: see `Column` for what gives way, and in which order.
+    """Decide which columns to show and how wide. `Column` says which columns are left out or cut, and in which order.
 
-    Numbers are cut where there is no other way, on a terminal of less than 40 columns or so.
+    Numbers are cut only as a last resort, on a terminal of less than about 40 columns.
+
+    Args:
+        view: the table.
+        widths: how many terminal cells each column takes if nothing is cut.
+        available: the width of the terminal.
+
+    Returns:
+        The indexes of the columns to show, the width of every column, and the gap between columns (1 or 2 cells).
     """
     kept = list(range(len(widths)))
     widths = [min(width, available) for width in widths]
@@ -550,7 +574,7 @@ def _fit(view: View, widths: list[int], available: int) -> tuple[list[int], list
 
 
 def _shrink(widths: list[int], indexes: Iterable[int], least: Sequence[int], excess: int) -> None:
-    """Take what is too much off these columns, the widest first, none below its least."""
+    """Narrow these columns by `excess` cells in all, the widest first, none below its minimum in `least`."""
     cuttable = [index for index in indexes if widths[index] > least[index]]
     while excess > 0 and cuttable:
         widest = max(cuttable, key=lambda index: widths[index])

@@ -1,1 +1,1 @@
-"""Results as views: the JSON documents of the contract, key by key, with their tables. One file a command."""
+"""Turn the results of commands into views: a JSON document and a table. Each command has a file of its own."""

@@ -1,4 +1,4 @@
-"""`cache`: where blueprints are kept, and how much room they take."""
+"""The view of `cache`: the folder of the cached blueprints, and their number and size."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def cache(found: CacheState) -> View:
-    """The folder, the number of blueprints in it, and their size."""
+    """Return the view of the cache: its folder, the number of blueprints in it, and their size in bytes."""
     row = {"path": str(found.folder), "entries": found.entries, "bytes": found.nbytes}
     columns = (
         Column("path", "path", style="cyan", flexible=True, vital=True, cut="middle"),

@@ -1,4 +1,4 @@
-"""`check`: a row an assertion, about one model or several."""
+"""The view of `check`: one row for each assertion, about one model or several."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def check(result: CheckResult) -> View:
-    """One row an assertion: whether it holds, what was found, and what was wanted."""
+    """Return the view of the assertions about one model: whether each passed, what was found and what was expected."""
     document = {
         "schema": SCHEMA,
         "model": {"reference": result.model, "class": result.class_name},
@@ -26,7 +26,7 @@ def check(result: CheckResult) -> View:
 
 
 def checks(models: Sequence[CheckedModel]) -> View:
-    """The assertions about several models: one row an assertion, with the model that it is about."""
+    """Return the view of the assertions about several models. Each row has an assertion and its model."""
     document = {
         "schema": SCHEMA,
         "passed": all(assertion.passed for found in models for assertion in found.assertions),
@@ -46,13 +46,13 @@ _COLUMNS = (
 
 def _view(document: dict[str, Any], rows: list[dict[str, Any]], columns: Sequence[Column]) -> View:
     passed = sum(row["passed"] for row in rows)
-    rows.sort(key=lambda row: bool(row["passed"]))  # what fails is read first
+    rows.sort(key=lambda row: bool(row["passed"]))  # failed assertions first
     footer = [("Checks", f"{passed} of {len(rows)} passed")]
     return View(document, rows, columns, footer, alarming=lambda row: not row["passed"])
 
 
 def _entry(assertion: AssertionResult) -> dict[str, Any]:
-    """An assertion as the JSON document has it."""
+    """Return an assertion for the JSON document."""
     entry = {
         "check": assertion.check,
         "passed": assertion.passed,
@@ -63,7 +63,7 @@ def _entry(assertion: AssertionResult) -> dict[str, Any]:
 
 
 def _row(assertion: AssertionResult) -> dict[str, Any]:
-    """An assertion as a table has it: where only a file's record answers, the cell says so."""
+    """Return an assertion for the table. If the answer comes from the file's record alone, the cell says so."""
     entry = _entry(assertion)
     if assertion.on_record is None:
         return entry
@@ -72,7 +72,7 @@ def _row(assertion: AssertionResult) -> dict[str, Any]:
 
 
 def _model_entry(found: CheckedModel) -> dict[str, Any]:
-    """One of several models as the JSON document has it."""
+    """Return one of several models for the JSON document."""
     result, error = found.result, found.error
     entry = {
         "model": {"reference": found.model, "class": None if result is None else result.class_name},

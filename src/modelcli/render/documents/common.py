@@ -1,4 +1,4 @@
-"""What the documents of all commands share."""
+"""Parts that the JSON documents and tables of several commands share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SCHEMA = 1
 
 
 def model_of(reference: str, blueprint: Blueprint) -> dict[str, Any]:
-    """The `model` of every document."""
+    """Return the value of `model` in a JSON document."""
     return {"reference": reference, "class": blueprint.root.type}
 
 
@@ -34,5 +34,5 @@ TRAINABLE = Column("trainable", "trainable")
 
 
 def error_document(error: ModelcliError) -> dict[str, Any]:
-    """An error as the JSON documents have it."""
+    """Return the JSON document of an error."""
     return {"kind": error.kind, "message": error.message, "hint": error.hint, "exit_code": error.exit_code}

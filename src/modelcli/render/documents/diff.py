@@ -1,4 +1,4 @@
-"""`diff`: a row a difference of two models."""
+"""The view of `diff`: one row for each difference between two models."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 
 def diff(a: str, b: str, found: Comparison, *, values: bool, folded: bool = False) -> View:
-    """What differs between two models: a row a change, modules before tensors.
+    """Return the view of what differs between two models: one row for each change, modules before tensors.
 
-    Where `folded`, the table has one row for the same change of numbered siblings; the document has a row for each.
+    If `folded`, the table has one row for equal changes of numbered siblings. The JSON document has a row for each.
     """
     modules = [_module_entry(change) for change in found.modules]
     tensors = [_tensor_entry(change) for change in found.tensors]
@@ -37,7 +37,7 @@ def diff(a: str, b: str, found: Comparison, *, values: bool, folded: bool = Fals
     if folded:
         from modelcli.render import folding
 
-        rows = [{**fold.rows[0], "name": fold.path} for fold in folding.folded(rows, "name", _looks_of_difference)]
+        rows = [{**fold.rows[0], "name": fold.path} for fold in folding.fold_rows(rows, "name", _looks_of_difference)]
     has_values = any(change.change == "values" for change in found.tensors)
     columns = [
         Column("name", "name", style="cyan"),
@@ -75,7 +75,7 @@ def _tensor_entry(change: TensorChange) -> dict[str, Any]:
 
 
 def _json(side: Side) -> Any:
-    """What one model has, as JSON values: shapes are lists."""
+    """Return what one model has as JSON values: shapes become lists."""
     if isinstance(side, str | bool) or side is None:
         return side
     if isinstance(side, tuple):
@@ -84,12 +84,12 @@ def _json(side: Side) -> Any:
 
 
 def _looks_of_difference(row: Mapping[str, Any]) -> tuple[object, ...]:
-    """What a row shows besides its name: rows that agree in it are folded."""
+    """Return what a row shows besides its name. Rows that agree in this may be folded."""
     return row["kind"], row["change"], _side(row["before"]), _side(row["after"]), number(row.get("max_abs_diff"))
 
 
 def _what_differs(row: Mapping[str, Any]) -> dict[str, str]:
-    """The arguments that differ between two configurations: all of them would fill the columns."""
+    """Reduce two configurations to the arguments that differ, because all arguments would fill the columns."""
     if row["change"] != "config":
         return {}
     sides = [_arguments(row[side]) for side in ("before", "after")]
@@ -100,26 +100,26 @@ def _what_differs(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _arguments(printed: str) -> list[str]:
-    """The arguments of a printed module: split at commas outside of inner parentheses."""
+    """Return the arguments of a printed module, split at the commas outside of inner parentheses."""
     inside = printed.partition("(")[2].removesuffix(")")
     return re.split(r",\s(?![^(\[]*[)\]])", inside)
 
 
 def _size_of(change: TensorChange) -> float:
-    """The rank of a difference: NaN counts as the largest."""
+    """Return the size of a difference, for sorting. NaN counts as the largest."""
     size = change.max_abs_diff
     return math.inf if size is None or math.isnan(size) else size
 
 
 def _side(value: Any) -> str:
-    """One side of a change, as text: a shape, a word, a flag, or the shape and dtype of a tensor."""
+    """Return one side of a change as text: a shape, a word, a flag, or the shape and dtype of a tensor."""
     if isinstance(value, Mapping):
         return f"{shape(value['shape'])} {value['dtype']}"
     return shape(value) if isinstance(value, list) else text(value)
 
 
 def _differing(changes: Sequence[ModuleChange] | Sequence[TensorChange], key: str) -> str:
-    """`12 differ, 2 added, 1 removed`: each module or tensor is counted once, however many changes it has."""
+    """Return `12 differ, 2 added, 1 removed`. A module or tensor counts once, however many changes it has."""
     kinds: dict[str, str] = {}
     for change in changes:
         name: str = getattr(change, key)

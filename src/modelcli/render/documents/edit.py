@@ -1,4 +1,4 @@
-"""What an edit changed: a row a change, the totals, the check, and what was written."""
+"""The view of an edit: one row for each change, the totals, the check before writing, and what was written."""
 
 from __future__ import annotations
 
@@ -30,10 +30,14 @@ if TYPE_CHECKING:
 def edits(
     result: EditResult, outcome: Sequence[tuple[str, str]] = (), *, folded: bool = False, with_edits: bool = False
 ) -> View:
-    """What an edit changed: a row for each change, the totals, the check, and below them the lines of `outcome`.
+    """Return the view of what edits changed.
 
-    Where `folded`, the table has one row for the same change of numbered siblings; the document has a row for each.
-    `with_edits` shows the edits as lines above the table.
+    Args:
+        result: the result of the edits.
+        outcome: labels and texts that follow the totals and the check in the footer: what was written where.
+        folded: whether the table has one row for equal changes of numbered siblings. The JSON document has a row for
+            each.
+        with_edits: whether the edits are shown as lines above the table.
     """
     rows = [_change(change) for change in result.changes]
     before, after, check = result.before, result.blueprint.totals, result.check
@@ -63,7 +67,7 @@ def edits(
     if folded:
         from modelcli.render import folding
 
-        shown_rows = [_folded_change(fold) for fold in folding.folded(shown_rows, "path", _looks_of_change)]
+        shown_rows = [_folded_change(fold) for fold in folding.fold_rows(shown_rows, "path", _looks_of_change)]
     for row in shown_rows:
         if "bytes_before" in row:
             row["delta"] = Bytes(row["bytes_before"], row["bytes_after"])
@@ -76,7 +80,7 @@ def edits(
     if all(kind_called(row["action"]).changes_flags_only for row in rows):
         columns.append(Column("params_after", "params", lambda value: counted(value, "param"), right=True, optional=1))
     else:
-        columns.append(Column("delta", "params", _change_of_size, optional=1))  # the totals say it as well
+        columns.append(Column("delta", "params", _change_of_size, optional=1))  # the totals show it too
     hidden = len(rows) - len(shown_rows)
     return View(
         document,
@@ -90,7 +94,7 @@ def edits(
 
 
 def _change(change: Change) -> dict[str, Any]:
-    """A change as the JSON document has it."""
+    """Return a change for the JSON document."""
     row = {
         "path": shown(change.path),
         "action": change.action,
@@ -103,7 +107,7 @@ def _change(change: Change) -> dict[str, Any]:
 
 
 def check_document(check: FitCheck) -> dict[str, Any]:
-    """The check before writing, as the JSON documents have it."""
+    """Return the check before writing for a JSON document."""
     return {
         "ran": check.ran,
         "reason": check.reason,
@@ -113,13 +117,13 @@ def check_document(check: FitCheck) -> dict[str, Any]:
 
 
 def _looks_of_change(row: Mapping[str, Any]) -> tuple[object, ...]:
-    """What a row shows besides its path: rows that agree in it are folded."""
+    """Return what a row shows besides its path. Rows that agree in this may be folded."""
     keys = ("action", "before", "after", "params_before", "params_after", "bytes_before", "bytes_after")
     return tuple(row.get(key) for key in keys)
 
 
 def _folded_change(fold: Fold) -> dict[str, Any]:
-    """One row for equal changes, with the sum of their sizes."""
+    """Return one row for equal changes, with the sum of their sizes."""
     first, number = fold.rows[0], len(fold.rows)
     sizes = {key: value * number for key, value in first.items() if type(value) is int}
     before = first["before"] if number == 1 else f"{number} x {first['before']}"

@@ -1,4 +1,4 @@
-"""`identify`: the models that a checkpoint fits, or nearly fits."""
+"""The view of `identify`: the models that a checkpoint fits, or nearly fits."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from modelcli.model.state_dict_match import Match
 
 
-#: How many tensors that do not fit a row names.
+#: A row names at most this many of the tensors that do not fit.
 _MOST_NAMED = 4
 
 
 def identify(reference: str, matches: Sequence[Match]) -> View:
-    """The models that a checkpoint fits or comes near, a row each, and what does not fit."""
+    """Return the view of the models that a checkpoint fits or nearly fits, and of what does not fit."""
     entries = [
         {
             "model": match.model,
@@ -53,7 +53,7 @@ def identify(reference: str, matches: Sequence[Match]) -> View:
 
 
 def _unfit(match: Match) -> str:
-    """The first tensors that do not fit, those of another shape first."""
+    """Name the first tensors that do not fit; those with another shape come first."""
     parts = [f"{item.name} {shape([*item.found])} not {shape([*item.expected])}" for item in match.mismatched]
     parts += [f"{name} missing" for name in match.missing] + [f"{name} unexpected" for name in match.unexpected]
     return listed(parts, _MOST_NAMED)

@@ -1,4 +1,4 @@
-"""`list`: the models that providers know."""
+"""The view of `list`: the models that providers know by name."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from modelcli.providers.published import PublishedModel
 from modelcli.render.documents.common import SCHEMA
 from modelcli.render.views import Column, View, count, path_column
 
-#: Not every library says it of its models.
+#: The columns that are left out if no model has a value: not every library publishes these for its models.
 _INPUT_SIZE = (Column("input_size", "input", lambda size: "x".join(map(str, size or ())), optional=2),)
 
 
 def models(models: Sequence[PublishedModel]) -> View:
-    """One row a model."""
+    """Return the view of models, one in each row."""
     rows = [
         {
             "name": model.name,

@@ -1,4 +1,4 @@
-"""`load`: how the keys of a checkpoint fit an architecture."""
+"""The view of `load`: how the keys of a checkpoint fit an architecture."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
 
 def load(result: LoadResult, *, most: int | None = None) -> View:
-    """How a checkpoint's keys fit the architecture; the table has at most so many rows of each kind of problem."""
+    """Return the view of how a checkpoint's keys fit an architecture.
+
+    Args:
+        result: the matched, missing, unexpected and mismatched keys.
+        most: the table has at most this many rows for each kind of problem; None shows all.
+    """
     mismatched = [
         {"name": item.name, "expected": list(item.expected), "found": list(item.found)} for item in result.mismatched
     ]
@@ -53,13 +58,13 @@ def load(result: LoadResult, *, most: int | None = None) -> View:
 
 
 def _recipe_text(result: LoadResult) -> str:
-    """What became of the recipe."""
+    """Say what happened to the working recipe."""
     if result.recipe is not None:
         return f"{result.recipe} starts with {result.reference}"
     return "not written: the load failed" if result.error is not None else "not written: --dry-run changes nothing"
 
 
 def _of_which(number: int, most: int | None) -> str:
-    """`118 (20 above, and 98 more: --json shows all)`; the number alone where all have a row."""
+    """Return `118 (20 above, and 98 more: --json shows all)`, or the number alone if every key has a row."""
     more = f" ({most} above, and {count(number - most)} more: --json shows all)" if most and number > most else ""
     return f"{count(number)}{more}"

@@ -1,4 +1,4 @@
-"""`modules`: a row a module, a tree, or what `print(model)` shows."""
+"""The view of `modules`: one row for each module, a tree, or the text of `print(model)`."""
 
 from __future__ import annotations
 
@@ -29,9 +29,15 @@ def modules(
     style: str = "table",
     folded: bool = False,
 ) -> View:
-    """One row a module. `style` is `table`, `tree` or `repr`; the last two show what lies below each path as well.
+    """Return the view of some modules.
 
-    Where `folded`, a tree has one line for each run of siblings that are alike.
+    Args:
+        reference: the reference of the model.
+        blueprint: the model.
+        paths: the paths of the modules to show.
+        depth: the largest depth of a module to show; None for no limit.
+        style: `table`, `tree` or `repr`. The last two also show what lies below each path.
+        folded: whether a tree has one line for each run of siblings that look the same.
     """
     picked = [blueprint.by_path[path] for path in paths]
     rows = [_module_row(blueprint, module) for module in picked if depth is None or module.depth <= depth]
@@ -69,7 +75,7 @@ def _module_row(blueprint: Blueprint, module: ModuleInfo) -> dict[str, Any]:
 
 
 def _outermost(paths: Sequence[str]) -> list[str]:
-    """The paths that do not lie inside another one."""
+    """Return the paths that do not lie below another of the paths."""
     found: dict[str, None] = {}
     for path in paths:
         if not lies_in(path, found):
@@ -78,9 +84,9 @@ def _outermost(paths: Sequence[str]) -> list[str]:
 
 
 def _tree(blueprint: Blueprint, top: str, depth: int | None, runs: Runs | None) -> tuple[list[Branch], int]:
-    """The modules below a path, a line each, and how many were folded into the line of their run."""
+    """Return a line for each module at and below a path, and how many modules were folded into the line of a run."""
     lines, hidden = [], 0
-    # Runs still to be written, each with the guide before its label and before its children's labels.
+    # The runs that have no line yet, each with the guide before its label and the guide before its children's labels.
     stack = [(Run(shown(top), shown(top), (top,), blueprint.by_path[top].depth), "", "")]
     while stack:
         run, before, guide = stack.pop()
@@ -96,13 +102,13 @@ def _tree(blueprint: Blueprint, top: str, depth: int | None, runs: Runs | None) 
 
 
 def _single(blueprint: Blueprint, run: Run) -> list[Run]:
-    """The children of a module, each a run of its own."""
+    """Return the children of a module, each as a run of its own."""
     names = [(child.path, child.path.rpartition(".")[2]) for child in blueprint.children.get(run.first, ())]
     return [Run(path, name, (path,), run.depth + 1) for path, name in names]
 
 
 def _branch(blueprint: Blueprint, run: Run, runs: Runs | None, guide: str) -> Branch:
-    """The line of a module or run in a tree."""
+    """Return the line of a module or run in a tree."""
     module = blueprint.by_path[run.first]
     size = blueprint.params_of(run.first) if runs is None else runs.params_of(run)
     rest = f"  {size:,}" if size else ""

@@ -1,4 +1,4 @@
-"""`params`: a row a tensor, and the totals."""
+"""The view of `params`: one row for each tensor, and the totals."""
 
 from __future__ import annotations
 
@@ -36,7 +36,16 @@ def params(
     value_texts: Mapping[str, str] | None = None,
     stats: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> View:
-    """One row a tensor, and the totals of the tensors shown; a statistic that `stats` lacks is null."""
+    """Return the view of some tensors, one in each row, and their totals.
+
+    Args:
+        reference: the reference of the model.
+        blueprint: the model.
+        tensors: the tensors to show.
+        values: the values of each tensor as JSON values, by its name; None if they are not shown.
+        value_texts: the same values as text for a table.
+        stats: the statistics of each tensor, by its name; None if they are not shown. A missing statistic is null.
+    """
     rows = []
     for tensor in tensors:
         elements = tensor.elements
@@ -97,7 +106,7 @@ def params(
 
 
 def _stat_columns(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
-    """A column for each statistic; a narrow terminal has none for NaN and Inf where there are none."""
+    """Return a column for each statistic. A narrow terminal leaves NaN and Inf out if no tensor has any."""
     return [
         *(Column(key, key, number, right=True) for key in ("min", "max", "mean", "std")),
         Column("zeros", "zeros", percent, right=True, optional=1),
@@ -112,11 +121,11 @@ def _stat_cells(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _not_finite(rows: Sequence[Mapping[str, Any]]) -> str:
-    """How many of the tensors have a NaN or an Inf among their elements."""
+    """Return how many of the tensors contain a NaN or an Inf, as text."""
     return count(sum(bool(row["stats"]["nan"] or row["stats"]["inf"]) for row in rows))
 
 
 def _params_text(tensors: Sequence[TensorInfo], totals: Totals) -> str:
-    """The number of parameters, and how many are trained where that is known."""
+    """Return the number of parameters as text, with the number of trainable ones if it is known."""
     known = totals.trainable_params is not None and totals.params
     return count(totals.params) + (f" ({count(totals.trainable_params)} trainable)" if known else "")

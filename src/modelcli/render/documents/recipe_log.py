@@ -1,4 +1,4 @@
-"""`log`: the working recipe, a row an edit."""
+"""The view of `log`: the working recipe, one edit in each row."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def log(recipe: Recipe) -> View:
-    """One row an edit, and the other lines of the recipe below."""
+    """Return the view of a recipe: one edit in each row, and the recipe's other lines below."""
     source, lines = recipe.source, [str(edit) for edit in recipe.edits]
     details: dict[str, Any] = {
         "weights": source.weights,
@@ -34,6 +34,6 @@ def log(recipe: Recipe) -> View:
     columns = (Column("number", "#", right=True), Column("edit", "edit", flexible=True, cut="middle"))
     footer = [("recipe", str(recipe.path)), ("model", source.model)]
     if sizes := details["input_size"]:
-        details["input_size"] = " and ".join(",".join(map(str, size)) for size in sizes)  # as the option is written
+        details["input_size"] = " and ".join(",".join(map(str, size)) for size in sizes)  # as a user writes the option
     footer += [(key, text(value)) for key, value in details.items() if value not in (None, [])]
     return View(document, rows, columns, footer, header=bool(rows))

@@ -1,4 +1,4 @@
-"""`save`: what was written where."""
+"""The view of `save`: what was written where."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
 
 def save(result: EditResult, kind: str) -> View:
-    """What was saved where, or would be in this format (`output` and `bytes` are null); `bytes` is the file's size."""
+    """Return the view of a saved model.
+
+    Args:
+        result: what was saved. If nothing was written (a dry run), `output` and `bytes` are null.
+        kind: the name of the format that a dry run would write.
+    """
     written, blueprint = result.written, result.blueprint
     kept = sum(tensor.persistent for tensor in blueprint.tensors)
     document = {

@@ -1,4 +1,4 @@
-"""`script`: the text of a script."""
+"""The view of `script`: the text of a Python script."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from modelcli.render.views import (
 
 
 def script(reference: str, blueprint: Blueprint, text: str) -> View:
-    """A script, as its text; a line a row."""
+    """Return the view of a script: its text, and one row for each of its lines."""
     document = {"schema": SCHEMA, "model": model_of(reference, blueprint), "script": text}
     rows = [{"line": line} for line in text.splitlines()]
     return View(document, rows, [Column("line", "line")], body=text.removesuffix("\n"))

@@ -1,4 +1,4 @@
-"""`summary`: a row a module with its output shape and multiply-accumulates, and the totals."""
+"""The view of `summary`: one row for each module with its output shape and multiply-accumulates, and the totals."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from modelcli.render.views import (
     shape,
 )
 
-#: What a summary can be sorted by: numbers from the largest, paths from A to Z. `mult-adds` means `macs`.
+#: The columns that a summary can be sorted by: numbers from the largest, paths from A to Z. `mult-adds` means `macs`.
 SUMMARY_KEYS = ("params", "macs", "mult-adds", "path")
 
 
@@ -36,16 +36,21 @@ def summary(
     paths: Collection[str] | None = None,
     exact: bool = False,
 ) -> View:
-    """One row a module with its output shape and multiply-accumulates, and the totals.
+    """Return the view of a summary: each module with its output shape and multiply-accumulates, and the totals.
 
-    Where `folded`, the table has one row for each run of siblings that are alike, with the sums over it; the document
-    has a row for each module in any case. `sort` is one of SUMMARY_KEYS, or None for the model's own order. `paths` are
-    the modules to show, by default all; the totals are those of the whole model. A terminal shows large counts with
-    three digits, unless `exact`.
+    Args:
+        reference: the reference of the model.
+        blueprint: the model, with the trace of a forward pass.
+        depth: the largest depth of a module to show; None for no limit.
+        sort: one of SUMMARY_KEYS, or None for the model's own order.
+        folded: whether the table has one row for each run of siblings that look the same, with the sums over the run.
+            The JSON document has a row for each module in any case.
+        paths: the modules to show; None for all. The totals are always those of the whole model.
+        exact: whether a terminal shows every digit of large numbers, instead of three digits.
     """
     trace = blueprint.trace
     assert trace is not None
-    made = trace.reason is None or bool(trace.layers)  # where no pass was made, nothing is known of any module
+    made = trace.reason is None or bool(trace.layers)  # without a forward pass, nothing is known about any module
     by_path = {}
     unseen = frozenset(trace.unseen)
     for module in blueprint.modules:
@@ -116,7 +121,10 @@ def summary(
 
 
 def _trainable_column(rows: Sequence[Mapping[str, Any]]) -> Column:
-    """Whether modules are trained. A narrow terminal lacks it where all are: the totals say that as well."""
+    """Return the column that says which modules are trainable.
+
+    A narrow terminal leaves it out if all are, because the totals show that too.
+    """
     some_are_frozen = any(row["trainable"] in (False, "partial") for row in rows)
     return replace(TRAINABLE, optional=0 if some_are_frozen else 1)
 
@@ -124,14 +132,14 @@ def _trainable_column(rows: Sequence[Mapping[str, Any]]) -> Column:
 def _folded_layers(
     blueprint: Blueprint, layers: Mapping[str, dict[str, Any]], depth: int | None
 ) -> Iterator[dict[str, Any]]:
-    """The rows of a summary with one row for each run: what its modules share, and the sums over them."""
+    """Iterate over the rows of a summary, one for each run: what its modules have in common, and the sums over them."""
     runs = Runs(blueprint, traced=True)
     for run in runs.below(depth=depth):
-        one = layers[run.first]
+        first = layers[run.first]
         macs = [layers[path]["macs"] for path in run.paths]
-        yield one | {
+        yield first | {
             "path": run.path,
-            "type": run.counted(one["type"]),
+            "type": run.counted(first["type"]),
             "params": runs.params_of(run),
             "macs": None if None in macs else sum(macs),
         }
@@ -147,7 +155,7 @@ def _sorted_layers(rows: Iterable[dict[str, Any]], key: str | None) -> list[dict
 
 
 def _output_text(layer: Mapping[str, Any], *, passed: bool) -> str:
-    """The output shape as text; `(not called)` where the pass ran and did not call the module."""
+    """Return the output shape as text, or `(not called)` if the forward pass did not call the module."""
     return "(not called)" if layer["executed"] is False and passed else shape(layer["output_shape"])
 
 

@@ -116,9 +116,10 @@ class HeaderLayout:
 
 @dataclass(frozen=True)
 class FolderLayout:
-    """The layout of a folder: its files by name in the order of writing, the index last."""
+    """The layout of a folder: its files by name in the order of writing, the index last; and notes for the user."""
 
     files: Mapping[str, Layout]
+    notes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:

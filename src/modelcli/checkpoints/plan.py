@@ -71,6 +71,7 @@ class Plan:
         notes: notes for the user.
         companions: the files beside the weights if the checkpoint is the folder of a library's model, such as its
             configuration. A folder with a single file of weights then has no index, as the library writes it.
+        whole_for: the library that reads all weights in a folder from one file, so that no shards are made; else empty.
     """
 
     tensors: Mapping[str, PlannedTensor]
@@ -83,6 +84,7 @@ class Plan:
     order: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     companions: Mapping[str, Source] | None = None
+    whole_for: str = ""
 
     @cached_property
     def first_names(self) -> dict[str, str]:

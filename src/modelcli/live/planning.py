@@ -82,7 +82,10 @@ def plan(
         compact=compact,
         companions=None if library_folder is None else library_folder.companions,
     )
-    return made_plan if library_folder is None else replace(made_plan, notes=(*library_folder.notes, *made_plan.notes))
+    if library_folder is None:
+        return made_plan
+    notes = (*library_folder.notes, *made_plan.notes)
+    return replace(made_plan, notes=notes, whole_for=library_folder.whole_for)
 
 
 def _library_folder(live: Live, kind: str) -> ModelFolder | None:

@@ -118,18 +118,18 @@ def write(plan: Plan, path: Path, options: WriteOptions | None = None, *, kind: 
         SystemFailureError: there is not enough space (found before a byte is written), or the system failed.
     """
     format_, options = formats.named(kind or format_of(path)), options or WriteOptions()
-    notes: tuple[str, ...] = ()
     write_plan = _write_folder if format_.is_folder else _write_file
     try:
-        nbytes = write_plan(plan, path, format_, options)
+        nbytes, notes = write_plan(plan, path, format_, options)
     except RecordTooLargeError as error:  # known from the layout, before anything is written
-        notes = (f"{path} carries no record of its edits and flags: {error.message}",)
-        nbytes = write_plan(replace(plan, record=""), path, format_, options)
+        nbytes, notes = write_plan(replace(plan, record=""), path, format_, options)
+        notes = (f"{path} carries no record of its edits and flags: {error.message}", *notes)
     tensors = len(plan.tensors) + len(plan.composites)
     return Written(path, format_.name, tensors, nbytes, is_folder=format_.is_folder, notes=notes)
 
 
-def _write_file(plan: Plan, path: Path, format_: Format, options: WriteOptions) -> int:
+def _write_file(plan: Plan, path: Path, format_: Format, options: WriteOptions) -> tuple[int, tuple[str, ...]]:
+    """Write a plan as a file; its size, and notes for the user."""
     layout = format_.layout(plan)
     atomic.require_space(path, layout.nbytes)
     outputs: list[Output] = []
@@ -147,10 +147,11 @@ def _write_file(plan: Plan, path: Path, format_: Format, options: WriteOptions) 
         format_.verify(plan, temporary)
         if options.verify:
             _compare(file, temporary, layout.parts(), layout.nbytes, options.report)
-    return layout.nbytes
+    return layout.nbytes, ()
 
 
-def _write_folder(plan: Plan, path: Path, format_: Format, options: WriteOptions) -> int:
+def _write_folder(plan: Plan, path: Path, format_: Format, options: WriteOptions) -> tuple[int, tuple[str, ...]]:
+    """Write a plan as a folder; the size of its files, and notes for the user."""
     folder = format_.folder_layout(plan, options.max_shard_bytes)
     atomic.require_space(path, folder.nbytes)
     done, outputs = 0, list[Output]()
@@ -172,7 +173,7 @@ def _write_folder(plan: Plan, path: Path, format_: Format, options: WriteOptions
                     _compare(file, temporary / name, layout.parts(), folder.nbytes, _after(options.report, done))
             done += layout.nbytes
         format_.verify_folder(plan, folder, temporary)
-    return folder.nbytes
+    return folder.nbytes, folder.notes
 
 
 def _after(report: Report | None, done: int) -> Report | None:

@@ -30,17 +30,22 @@ def layout(plan: Plan, max_bytes: int) -> FolderLayout:
     Raises RequestError for what safetensors has no name for; RecordTooLargeError where the index would be too large to
     be read with the record.
     """
-    groups = _cut(safetensors.unique(plan), max_bytes)
+    tensors = safetensors.unique(plan)
+    groups, notes = _cut(tensors, max_bytes), tuple[str, ...]()
     companions = {name: CopyLayout(source) for name, source in (plan.companions or {}).items()}
+    if plan.whole_for and len(groups) > 1:
+        notes = (_note_on_whole(plan.whole_for, tensors, max_bytes),)
+        groups = [dict(tensors)]
     if plan.companions is not None and len(groups) == 1:
-        return FolderLayout({**companions, WHOLE: safetensors.layout_of(groups[0], safetensors.texts_of(plan))})
+        whole = safetensors.layout_of(groups[0], safetensors.texts_of(plan))
+        return FolderLayout({**companions, WHOLE: whole}, notes)
     files: dict[str, Layout] = {**companions}
     weight_map: dict[str, str] = {}
-    for number, tensors in enumerate(groups, 1):
+    for number, group in enumerate(groups, 1):
         name = f"model-{number:05}-of-{len(groups):05}{SUFFIX}"
-        files[name] = safetensors.layout_of(tensors, {"format": "pt", **plan.texts})
-        weight_map |= dict.fromkeys(tensors, name)
-    total = sum(tensor.source.nbytes for tensors in groups for tensor in tensors.values())
+        files[name] = safetensors.layout_of(group, {"format": "pt", **plan.texts})
+        weight_map |= dict.fromkeys(group, name)
+    total = sum(tensor.source.nbytes for tensor in tensors.values())
     record = {records.SAFETENSORS_KEY: plan.record} if plan.record else {}
     metadata = {"total_size": total, **safetensors.aliases_of(plan), **record}
     document = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
@@ -51,6 +56,15 @@ def layout(plan: Plan, max_bytes: int) -> FolderLayout:
         )
     files[WRITTEN_INDEX] = BytesLayout(index)
     return FolderLayout(files)
+
+
+def _note_on_whole(library: str, tensors: Mapping[str, PlannedTensor], max_bytes: int) -> str:
+    """What to tell where a library needs one file that is larger than a shard may be."""
+    nbytes = sum(tensor.source.nbytes for tensor in tensors.values())
+    return (
+        f"{library} reads the weights of a folder from one file: {WHOLE} has all {nbytes:,} bytes of them, "
+        f"more than the {max_bytes:,} of a shard"
+    )
 
 
 def superseded(path: Path) -> set[str]:

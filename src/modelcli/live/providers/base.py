@@ -62,11 +62,13 @@ class ModelFolder:
         tensors: the state dict under the keys of the library's files, with the sources of the bytes.
         companions: the files beside the weights: the configuration, and what is copied from the model's own folder.
         notes: what the configuration cannot say, and what else the user should know.
+        whole_for: the name of the library where it reads all weights from one file, and knows no shards; else empty.
     """
 
     tensors: Mapping[str, torch.Tensor]
     companions: Mapping[str, Source]
     notes: tuple[str, ...] = ()
+    whole_for: str = ""
 
 
 class LiveProvider:

@@ -47,7 +47,7 @@ def model_folder(
     document, notes = tried[-1] if not tried[-1][1] else tried[0]
     beside = companions.copies(folder)
     beside[configuration.NAME] = Bytes(json.dumps(document, indent=2).encode())
-    return ModelFolder(tensors, beside, tuple(notes))
+    return ModelFolder(tensors, beside, tuple(notes), whole_for="timm")
 
 
 def recorded_call(module: nn.Module) -> tuple[str, dict[str, Any]]:

@@ -37,7 +37,8 @@ def load(
     own; `tensors_only` loads only the tensors of a file that contains other objects too.
 
     Tied parameters are one `Parameter` again; non-persistent buffers and plain tensor attributes are as the
-    constructor makes them. The caller's random state does not change.
+    constructor makes them, or as the library's own loader makes them, whatever an edit has cast. The caller's random
+    state does not change.
 
     Raises AnswerNoError if the checkpoint does not fit (with `strict=False` only if shapes differ),
     RequestError, UnsafeError, FileFormatError.
@@ -50,8 +51,11 @@ def load(
     source = Source(text, weights, reference, key, seed, trust=trust, tensors_only=tensors_only, strict=strict)
     if arch is None or isinstance(arch, str):
         module, live = opening.open_real(source)
-        if live.architecture is not None and live.record is not None:
-            live.architecture.provider.describe_edits(live.architecture, module)
+        if (base := live.architecture) is not None:
+            if live.record is not None:
+                base.provider.describe_edits(base, module)
+            if live.contents is not None:
+                base.provider.after_loading(base, module)
         return module
     return opening.with_arch_instance(source, arch)[0]
 

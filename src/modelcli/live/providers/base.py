@@ -252,6 +252,14 @@ class LiveProvider:
             module: it with its edits and its values, which is changed in place.
         """
 
+    def after_loading(self, architecture: Architecture, module: nn.Module) -> None:
+        """Do to a model what the library's own loader does besides giving it the values of a file; nothing by default.
+
+        Args:
+            architecture: the model as it was opened.
+            module: it with its edits and the values of a file, which is changed in place. `describe_edits` was called.
+        """
+
     def landmarks(self, module: nn.Module) -> Mapping[str, Sequence[str]]:
         """The paths of the modules that the library calls the classifier (`head`) and the first layer (`stem`).
 

@@ -23,6 +23,7 @@ from modelcli.live import planning, trace
 from modelcli.live.opening import Live, open_live
 from modelcli.model.blueprint import Blueprint
 from tests.conftest import Cli
+from tests.live.providers.huggingface import tiny
 from tests.live.providers.huggingface.tiny import MODELS, MORE_MODELS, model
 
 NAMES = [*MODELS, *MORE_MODELS]
@@ -58,6 +59,43 @@ def test_a_folder_says_and_gives_what_transformers_makes_of_it(cli: Cli, folder:
     cli("save", "out.pth", "-m", "./model")
     shutil.rmtree(folder / "model")
     same_values(modelcli.load("out.pth"), real)
+
+
+#: Models with tensors that stay in float32: rotary frequencies, all that is named for it, and all that is made in it.
+STAY_IN_FLOAT32 = ("LlamaForCausalLM", "T5ForConditionalGeneration", "DeepseekV3ForCausalLM")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in STAY_IN_FLOAT32 else pytest.mark.sweep) for name in NAMES]
+)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_cast_folder_gives_the_dtypes_that_from_pretrained_gives(
+    cli: Cli, folder: Path, name: str, dtype: str
+) -> None:
+    model(name).save_pretrained(folder / "model")
+    cli("cast", ".", dtype, "-m", "./model", "-o", "out/", "--check", "none")
+    real, _ = tiny.loaded(folder / "out")
+    assert real.dtype == getattr(torch, dtype)
+    same_values_and_dtypes(modelcli.load("out/"), real)
+    real.save_pretrained(folder / "theirs")
+    same_values_and_dtypes(modelcli.load("theirs/"), tiny.loaded(folder / "theirs")[0])
+
+
+def test_a_cast_and_one_back_leave_the_rotary_frequencies_as_they_are(cli: Cli, folder: Path) -> None:
+    model("LlamaForCausalLM").save_pretrained(folder / "model")
+    cli("cast", ".", "bfloat16", "-m", "./model", "-o", "half/")
+    cli("cast", ".", "float32", "-m", "./half", "-o", "out/")
+    same_values_and_dtypes(modelcli.load("out/"), tiny.loaded(folder / "out")[0])
+
+
+def same_values_and_dtypes(loaded: nn.Module, real: nn.Module) -> None:
+    """Parameters and buffers, those outside the state dict included, are equal in dtype and values."""
+    found, expected = (
+        {**dict(each.named_parameters(remove_duplicate=False)), **dict(each.named_buffers(remove_duplicate=False))}
+        for each in (loaded, real)
+    )
+    assert {name: value.dtype for name, value in found.items()} == {n: value.dtype for n, value in expected.items()}
+    assert [name for name, value in expected.items() if not torch.equal(found[name], value)] == []
 
 
 def same_tensors(found: Blueprint, real: nn.Module) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
@@ -26,6 +26,8 @@ from modelcli.providers.huggingface import hub_model, is_class_name
 from modelcli.wording import listed
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from modelcli.checkpoints import Contents
     from modelcli.live.inputs import Inputs
     from modelcli.live.providers.huggingface.configurations import Described
@@ -166,6 +168,13 @@ class LiveHuggingFace(LiveProvider):
 
         if _is_of_transformers(module):
             edited_configuration.put_into(module, self._described_by(architecture).configuration())
+
+    def after_loading(self, architecture: Architecture, module: nn.Module) -> None:
+        """Keep in float32 what transformers keeps so, whatever the dtype of the model."""
+        from modelcli.live.providers.huggingface import kept_dtypes
+
+        if _is_of_transformers(module) and self._described_by(architecture).is_of_transformers:
+            kept_dtypes.give(cast("PreTrainedModel", module))
 
     def inputs(self, architecture: Architecture, module: nn.Module) -> Inputs | None:
         """Dummy inputs by the arguments of `forward` and the configuration."""

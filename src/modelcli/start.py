@@ -11,7 +11,7 @@ from modelcli.interrupts import INTERRUPTED, asked_to_end
 def run() -> None:
     """The `modelcli` program. What imports modelcli as a library never comes here."""
     try:
-        sys.excepthook = _told
+        sys.excepthook = _report
         # 100,000 tensors are millions of objects that live as long as the program: to look through them for garbage
         # again and again takes a third of its time.
         gc.set_threshold(100_000, 50, 100)
@@ -27,7 +27,7 @@ def run() -> None:
         raise
 
 
-def _told(kind: type[BaseException], error: BaseException, trace: object) -> None:
+def _report(kind: type[BaseException], error: BaseException, trace: object) -> None:
     """Show an exception that nobody caught, unless it is Ctrl-C."""
     if issubclass(kind, KeyboardInterrupt):
         _end()

@@ -1,4 +1,4 @@
-"""adapt: the four adaptations that people make, without naming a path."""
+"""The command adapt: the four usual adaptations of a model, without naming a path."""
 
 from typing import Annotated
 
@@ -10,7 +10,7 @@ from modelcli.cli.options import EditOptions, OutputOptions, SourceOptions, exit
 from modelcli.cli.outcome import show_outcome, tell_waiting, write_request
 from modelcli.errors import RequestError
 
-#: The largest number that is taken: more would fit in no memory.
+#: The largest number that the options accept. A tensor with a larger dimension would not fit in memory.
 _LARGEST = 2**31 - 1
 
 

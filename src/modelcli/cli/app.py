@@ -1,4 +1,4 @@
-"""The program: which file has which command, and the commands about the program itself."""
+"""The program: which module declares each command, and the commands about the program itself."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from modelcli.cli.mounting import EDITS, Command, Commands
 from modelcli.cli.options import exit_codes
 from modelcli.errors import RequestError, did_you_mean
 
-#: Which file has each command, in the order in which the help lists them. The edits come where EDITS is.
+#: The module that declares each command, in the order in which the help lists them. EDITS stands for all edits.
 COMMANDS = {
     **dict.fromkeys(("summary", "params", "modules", "list"), "inspect"),
     "adapt": "adapt",
@@ -32,7 +32,7 @@ def _edit_called(name: str) -> Command | None:
 
 
 class _Program(TyperGroup):
-    """The program: each of its commands is made when it is asked for, and so is the last line of its help."""
+    """The program. Its commands, and the last line of its help, are built when they are needed."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -50,7 +50,7 @@ class _Program(TyperGroup):
             return super().shell_complete(ctx, incomplete)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Write the help, as Typer does; what a model may be is said by the providers, those of other packages too."""
+        """Write the help as Typer does. All providers, those of other packages too, say what a model may be."""
         from modelcli import providers
 
         others = [f"a model of the plug-in {prefix} ({prefix}:NAME)" for prefix in providers.plug_ins()]
@@ -60,7 +60,7 @@ class _Program(TyperGroup):
 
     @contextlib.contextmanager
     def _listing(self) -> Iterator[None]:
-        """Give commands as a list of them shows them: to make each with all its options takes time."""
+        """While this context is open, look commands up without their options, which take time to build."""
         self._is_listing = True
         try:
             yield

@@ -1,4 +1,4 @@
-"""apply, script: many edits at once, carried out or written as a PyTorch script."""
+"""The commands apply and script: carry out many edits at once, or write them as a PyTorch script."""
 
 import re
 import sys
@@ -111,7 +111,7 @@ def script(
 def _edits_from(
     file: str | None, lines: list[str] | None, source: SourceOptions
 ) -> tuple[Path | None, tuple[tuple[str, str], ...]]:
-    """The recipe that is named, and the location and text of each edit of standard input and `-e`."""
+    """Return the path of the recipe, if one is named, and the location and text of each edit of stdin and of `-e`."""
     from modelcli import resolve
 
     given = tuple((f"-e {number}", line) for number, line in enumerate(lines or (), 1))
@@ -125,8 +125,8 @@ def _edits_from(
 
 
 def _standard_input() -> list[tuple[str, str]]:
-    """The location and text of each edit on standard input. Raises RequestError where there are none."""
-    if sys.stdin is None:  # it was closed: `<&-`
+    """Return the location and text of each edit on standard input. Raises RequestError if there are none."""
+    if sys.stdin is None:  # the program was started without standard input: `<&-`
         raise RequestError(
             "no edits on standard input: it is closed", "write one edit per line, such as: freeze features"
         )

@@ -1,7 +1,7 @@
-"""What a word on the command line can become: completion in bash, zsh, fish and PowerShell.
+"""Completion of words on the command line, in bash, zsh, fish and PowerShell.
 
-Nothing here imports torch or runs a line of anybody's code, and everything is done in the time of a key press. Where
-nothing is offered the shell completes names of files.
+The completers do not import torch and do not run a user's code, so that they answer within the time of a key press. If
+they offer nothing, the shell completes file names.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from modelcli.commands.target import Target
     from modelcli.edits.declaring import Completion, Operand, Option
 
-#: What Typer calls: it tells parameters by their names and types.
+#: The signature that Typer requires: it recognises a completer's parameters by their names and types.
 _Completer = Callable[[typer.Context, str], Iterable[str]]
 
-#: Reading what is larger in a checkpoint takes longer than somebody waits for a word.
+#: Limits for reading checkpoints during completion. Larger ones would take longer than a user waits for a word.
 _LIMITS = {
     "MODELCLI_MAX_OPCODES": "300000",
     "MODELCLI_MAX_HEADER_BYTES": "4000000",
@@ -31,9 +31,9 @@ _LIMITS = {
 
 
 def _completer(function: _Completer) -> Callable[..., list[str]]:
-    """A completer that gives what starts with the word so far, and nothing where anything is wrong.
+    """Make a completer of a function: it offers only words that start with the typed text, and nothing after an error.
 
-    A message in the middle of a line that is being typed would help nobody; the command itself will say it.
+    An error message would break the line that the user is typing. The command itself will report the error.
     """
 
     def complete(ctx: typer.Context, incomplete: str) -> list[str]:
@@ -46,13 +46,13 @@ def _completer(function: _Completer) -> Callable[..., list[str]]:
 
 
 def one_of(*words: str) -> Callable[..., list[str]]:
-    """Completes a value that is one of a few words."""
+    """Return a completer for a value that is one of a few words."""
     return _completer(lambda _ctx, _incomplete: words)
 
 
 @_completer
 def models(_ctx: typer.Context, incomplete: str) -> Iterable[str]:
-    """Builders, and the files and folders that may be a model."""
+    """Complete a model: the names of builders, and files and folders."""
     return [*_names(incomplete), *_files(incomplete)]
 
 
@@ -70,36 +70,37 @@ def weights(_ctx: typer.Context, incomplete: str) -> Iterable[str]:
 
 @_completer
 def modules(ctx: typer.Context, incomplete: str) -> Iterable[str]:
-    """Paths of modules of the model at hand."""
+    """Complete the path of a module of the command's model."""
     return _paths(ctx, incomplete, tensors=False)
 
 
 @_completer
 def targets(ctx: typer.Context, incomplete: str) -> Iterable[str]:
-    """Paths of its modules and tensors."""
+    """Complete the path of a module or tensor of the command's model."""
     return _paths(ctx, incomplete, tensors=True)
 
 
-def operand(declared: Operand) -> Callable[..., list[str]] | None:
-    """Completes a word of an edit as the edit declares it."""
+def of_operand(declared: Operand) -> Callable[..., list[str]] | None:
+    """Return the completer for a word of an edit, as the edit declares it; None if it declares no completion."""
     if not declared.completes and not declared.completes_later:
         return None
 
     def words(ctx: typer.Context, incomplete: str) -> Iterable[str]:
         later = declared.several and ctx.params.get(declared.name)
-        return _of_all(declared.completes_later if later else declared.completes, ctx, incomplete)
+        return _completions(declared.completes_later if later else declared.completes, ctx, incomplete)
 
     return _completer(words)
 
 
 def of_option(declared: Option) -> Callable[..., list[str]] | None:
-    """Completes the value of an edit's option as the edit declares it."""
+    """Return the completer for the value of an edit's option, as the edit declares it; None if it declares none."""
     if not declared.completes:
         return None
-    return _completer(lambda ctx, incomplete: _of_all(declared.completes, ctx, incomplete))
+    return _completer(lambda ctx, incomplete: _completions(declared.completes, ctx, incomplete))
 
 
-def _of_all(completions: Sequence[Completion], ctx: typer.Context, incomplete: str) -> Iterable[str]:
+def _completions(declared: Sequence[Completion], ctx: typer.Context, incomplete: str) -> Iterable[str]:
+    """Iterate over the words that the declared completions offer."""
     from modelcli import providers
     from modelcli.edits import declaring
 
@@ -109,8 +110,8 @@ def _of_all(completions: Sequence[Completion], ctx: typer.Context, incomplete: s
         declaring.CLASSES: providers.class_names,
         declaring.SCHEMES: _schemes,
     }
-    for each in completions:
-        yield from (each if callable(each) else known[each])()
+    for completion in declared:
+        yield from (completion if callable(completion) else known[completion])()
 
 
 @_completer
@@ -122,7 +123,7 @@ def dtypes(_ctx: typer.Context, _incomplete: str) -> Iterable[str]:
 
 @_completer
 def columns(_ctx: typer.Context, _incomplete: str) -> Iterable[str]:
-    """What `params` can be sorted by."""
+    """Complete the column that `params` is sorted by."""
     from modelcli.render.documents import params as documents
 
     return [*documents.SORT_KEYS, *documents.STATS]
@@ -130,7 +131,7 @@ def columns(_ctx: typer.Context, _incomplete: str) -> Iterable[str]:
 
 @_completer
 def keys(ctx: typer.Context, _incomplete: str) -> Iterable[str]:
-    """The state dicts in the training checkpoint at hand."""
+    """Complete the key of a state dict in the command's training checkpoint."""
     from modelcli import checkpoints, resolve
     from modelcli.checkpoints.torch_pickle import state_dicts
     from modelcli.language.references import CheckpointFile
@@ -141,7 +142,7 @@ def keys(ctx: typer.Context, _incomplete: str) -> Iterable[str]:
         if isinstance(file, CheckpointFile):
             try:
                 found += state_dicts.keys_in(checkpoints.read(file.path).tree)
-            except state_dicts.SeveralStateDictsError as error:  # where a key is most needed
+            except state_dicts.SeveralStateDictsError as error:  # this checkpoint needs `--key`
                 found += error.keys
     return dict.fromkeys(found)
 
@@ -153,7 +154,7 @@ def _schemes() -> list[str]:
 
 
 def _names(incomplete: str) -> list[str]:
-    """Names of models: after a prefix those of its provider, for which another package may be imported."""
+    """Return the names of models; after a prefix, those of its provider, which may import another package."""
     from modelcli import providers
 
     prefix, colon, _ = incomplete.partition(":")
@@ -161,7 +162,7 @@ def _names(incomplete: str) -> list[str]:
 
 
 def _files(incomplete: str) -> list[str]:
-    """Folders, checkpoints and Python files that start with a word."""
+    """Return the folders, checkpoints and Python files whose paths start with a word."""
     from modelcli.checkpoints import formats
 
     folder, name = os.path.split(incomplete)
@@ -177,9 +178,10 @@ def _files(incomplete: str) -> list[str]:
 
 
 def _paths(ctx: typer.Context, incomplete: str, *, tensors: bool) -> list[str]:
-    """Paths of the model at hand that are as deep as the word; what lies below where there is but one such path.
+    """Return paths of the command's model that start with a word and have as many components as it.
 
-    So that a shell, which ends a word that can become one thing only, lets one go on to the children.
+    If there is only one such path, its children are returned as well. Otherwise the shell would take the path as
+    complete, and the user could not go on to the children.
     """
     paths = [path for target in _targets(ctx) for path in _paths_of(target, tensors=tensors)]
     starting = [path for path in dict.fromkeys(paths) if path.startswith(incomplete)]
@@ -194,7 +196,7 @@ def _paths_of(target: Target, *, tensors: bool) -> list[str]:
 
     try:
         blueprint = known_blueprint(target)
-    except (ModelcliError, OSError):  # none that can be read: other words may fit all the same
+    except (ModelcliError, OSError):  # the model cannot be read; other completions may still apply
         return []
     if blueprint is None:
         return []
@@ -203,13 +205,13 @@ def _paths_of(target: Target, *, tensors: bool) -> list[str]:
 
 
 def _targets(ctx: typer.Context) -> list[Target]:
-    """The model at hand, or the two of `diff`; none where there is no model yet, nor a recipe."""
+    """Return the command's model, both models of `diff`, or nothing if there is neither a model nor a recipe yet."""
     from modelcli.commands.target import find_target, options_given
 
     for variable, number in _LIMITS.items():
         os.environ.setdefault(variable, number)
     arguments = [parameter.name for parameter in ctx.command.params if parameter.param_type_name == "argument"]
-    # An option that waits for its value keeps arguments from being told apart.
+    # While the last option has no value yet, Typer does not assign the arguments, so they are assigned here.
     given: dict[str, Any] = dict(zip([name or "" for name in arguments], ctx.args, strict=False))
     given |= options_given(ctx.params)
     models = [given[name] for name in ("model", "option_model", "a", "b", "checkpoint") if name in given]

@@ -1,4 +1,4 @@
-"""The command of each edit, made from the edit's declaration: its words, its options, its help and its examples."""
+"""Make the command of each edit from the edit's declaration: its words, its options, its help and its examples."""
 
 import inspect
 import os
@@ -18,29 +18,29 @@ from modelcli.edits.declaring import Operand, Option
 from modelcli.errors import RequestError, SystemFailureError
 from modelcli.language.quoting import command, quoted
 
-#: Words with a dash in front are operands of these commands where they are numbers: `Flatten 1 -1`.
+#: These commands accept negative numbers as operands: `Flatten 1 -1`.
 _NUMBERS_ALLOWED = {"ignore_unknown_options": True}
 _CODES = (0, 2, 3, 4, 5)
 
 
 def command_called(name: str) -> Command | None:
-    """The command of an edit; None where no edit has this name.
+    """Return the command of an edit; None if no edit has this name.
 
-    One of another package that cannot be used is a command that says so, so that the help lists the others.
+    If an edit of another package cannot be loaded, its command reports that, so that the help can list all others.
     """
     try:
         kind = edits.find(name)
         return None if kind is None else command_of(kind)
     except SystemFailureError as failure:
-        return _failing(name, failure)
+        return _command_that_fails(name, failure)
 
 
 def command_of(kind: type[Edit]) -> Command:
-    """The command of an edit. Raises SystemFailureError where it declares what every edit has already."""
-    _refuse_taken(kind)
+    """Return the command of an edit. Raises SystemFailureError if it declares an option that every edit has."""
+    _refuse_reserved_names(kind)
 
     def carry_out(*, edit: EditOptions, source: SourceOptions, options: OutputOptions, **given: Any) -> None:
-        operands = [word for operand in kind.words for word in _listed(given[operand.name])]
+        operands = [word for operand in kind.words for word in _as_list(given[operand.name])]
         flags = [
             word for item in kind.option_fields().values() for word in _words(item.metadata["option"], given[item.name])
         ]
@@ -50,9 +50,9 @@ def command_of(kind: type[Edit]) -> Command:
     groups = {"edit": EditOptions, "source": SourceOptions, "options": OutputOptions}
     carry_out.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [
-            *map(_of_operand, kind.words),
+            *map(_argument_of, kind.words),
             *(_parameter(name, inspect.Parameter.empty, group) for name, group in groups.items()),
-            *(_of_option(item.name, item.metadata["option"]) for item in _own_first(kind)),
+            *(_option_of(item.name, item.metadata["option"]) for item in _own_first(kind)),
         ]
     )
     return Command(
@@ -61,9 +61,9 @@ def command_of(kind: type[Edit]) -> Command:
 
 
 class _WithBareOptions(ProgramCommand):
-    """A command with options whose value may be left out: it follows an `=` where it is given."""
+    """A command with options whose value may be left out; a value follows an `=` (`--keep-weights=sum`)."""
 
-    #: The words that their names alone stand for.
+    #: For each of these options, the value that the option has without one.
     bare: ClassVar[Mapping[str, str]] = {}
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -77,7 +77,7 @@ def _class_for(kind: type[Edit]) -> type[ProgramCommand]:
     return type("EditCommand", (_WithBareOptions,), {"bare": bare}) if bare else ProgramCommand
 
 
-def _refuse_taken(kind: type[Edit]) -> None:
+def _refuse_reserved_names(kind: type[Edit]) -> None:
     groups = (EditOptions, SourceOptions, OutputOptions)
     names = {*(name for group in groups for name in group.options), "edit", "source", "options"}
     flags = {*names_of(*groups), "--help"} & kind.option_fields().keys()
@@ -87,12 +87,12 @@ def _refuse_taken(kind: type[Edit]) -> None:
 
 
 def _own_first(kind: type[Edit]) -> list[Field[Any]]:
-    """The options of an edit as the help lists them: its own, then those that it shares with other edits."""
+    """Return the options of an edit in the order of the help: its own, then those that it shares with other edits."""
     shared = {flag for base in kind.__mro__[1:] if issubclass(base, Edit) for flag in base.option_fields()}
     return [item for _, item in sorted(kind.option_fields().items(), key=lambda pair: pair[0] in shared)]
 
 
-def _failing(name: str, failure: SystemFailureError) -> Command:
+def _command_that_fails(name: str, failure: SystemFailureError) -> Command:
     def fail(words: Annotated[list[str] | None, typer.Argument(metavar="WORD...")] = None) -> None:
         raise failure
 
@@ -100,9 +100,9 @@ def _failing(name: str, failure: SystemFailureError) -> Command:
     return Command(name, fail, Edit.panel, exit_codes(5), context_settings=_NUMBERS_ALLOWED)
 
 
-def _of_operand(operand: Operand) -> inspect.Parameter:
+def _argument_of(operand: Operand) -> inspect.Parameter:
     argument = typer.Argument(
-        help=_plain(operand.help), metavar=operand.metavar, autocompletion=completing.operand(operand)
+        help=_escape_markup(operand.help), metavar=operand.metavar, autocompletion=completing.of_operand(operand)
     )
     words: Any = list[str] if operand.several else str
     return inspect.Parameter(
@@ -110,9 +110,9 @@ def _of_operand(operand: Operand) -> inspect.Parameter:
     )
 
 
-def _of_option(name: str, option: Option) -> inspect.Parameter:
-    default = "" if option.default is None else f" \\[default: {_plain(option.default)}]"
-    help_text = _plain(option.help) + default
+def _option_of(name: str, option: Option) -> inspect.Parameter:
+    default = "" if option.default is None else f" \\[default: {_escape_markup(option.default)}]"
+    help_text = _escape_markup(option.help) + default
     if option.kind.read is None:
         return _parameter(name, False, Annotated[bool, typer.Option(option.flag, help=help_text)])
     declared = typer.Option(
@@ -130,24 +130,24 @@ def _parameter(name: str, default: Any, annotation: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def _plain(text: str) -> str:
-    """Text of which Rich takes nothing for markup."""
+def _escape_markup(text: str) -> str:
+    """Escape text so that Rich does not read any of it as markup."""
     return text.replace("[", "\\[")
 
 
-def _listed(value: str | Sequence[str]) -> Sequence[str]:
+def _as_list(value: str | Sequence[str]) -> Sequence[str]:
     return [value] if isinstance(value, str) else value
 
 
 def _words(option: Option, value: Any) -> list[str]:
-    """The words of an edit's line for an option of the command line, given or not."""
+    """Return the words of an edit's line for the value of a command-line option; no words for an option not given."""
     if value is None or value is False:
         return []
     if value is True:
         return [option.flag]
     if option.kind.bare is not None:
         return [f"{option.flag}={value}"]
-    return [word for each in (value if isinstance(value, list) else [value]) for word in (option.flag, str(each))]
+    return [word for item in (value if isinstance(value, list) else [value]) for word in (option.flag, str(item))]
 
 
 def _carry_out(
@@ -158,7 +158,16 @@ def _carry_out(
     source: SourceOptions,
     shown: OutputOptions,
 ) -> None:
-    """Carry out the edit with these operands; `flags` are the words of its own options."""
+    """Carry out an edit.
+
+    Args:
+        kind: the class of the edit.
+        operands: the words of its operands.
+        flags: the words of its own options.
+        options: the model and where to write it.
+        source: where the model's architecture and values come from.
+        shown: the output format.
+    """
     from modelcli import edits
     from modelcli.commands.edit import EditRequest
     from modelcli.commands.edit import edit as carry_out
@@ -169,19 +178,21 @@ def _carry_out(
     for word in operands:
         edits.checked_operand(word, known)
     try:
-        made = edits.from_words(kind.name, [*flags, "--", *operands])
+        parsed = edits.from_words(kind.name, [*flags, "--", *operands])
         with recipe_locked(options.model, source.recipe, tell_waiting), progress.of_bytes(shown) as report:
             target = find_target(options.model, source.overrides(), source.recipe)
-            how = write_request(options, options.out)
-            edited = carry_out(EditRequest(target, (made,), how), report)
+            request = EditRequest(target, (parsed,), write_request(options, options.out))
+            edited = carry_out(request, report)
     except RequestError as error:
-        error.hint = _meant(kind.name, operands, flags, error, options) or error.hint
+        error.hint = _hint_for(kind.name, operands, flags, error, options) or error.hint
         raise
     show_outcome(target, edited, options, shown)
 
 
-def _meant(name: str, operands: list[str], flags: list[str], error: RequestError, options: EditOptions) -> str | None:
-    """What an edit's words may have been meant for: a model without its `-m`, a pattern that the shell expanded."""
+def _hint_for(
+    name: str, operands: list[str], flags: list[str], error: RequestError, options: EditOptions
+) -> str | None:
+    """Return a hint for a model without its `-m`, or for a pattern that the shell expanded; None if it is neither."""
     from modelcli.commands.target import names_model
 
     first, *rest = operands
@@ -196,8 +207,15 @@ def _meant(name: str, operands: list[str], flags: list[str], error: RequestError
 
 
 def with_model(name: str, operands: list[str], flags: list[str], model: str, more: Sequence[str] = ()) -> str:
-    """The command whose model was given as its first word: `replace resnet18 fc 'Linear(_,10)'`. `more` are the words
-    behind the model, such as `-o OUT`."""
+    """Return a hint with the correct command for `replace resnet18 fc 'Linear(_,10)'`, whose model needs `-m`.
+
+    Args:
+        name: the name of the edit.
+        operands: its operands without the model.
+        flags: the words of its own options.
+        model: the first word, which names a model.
+        more: words to put behind the model, such as `-o OUT`.
+    """
     try:
         edits.from_words(name, [*flags, "--", *operands])
     except RequestError:

@@ -1,4 +1,4 @@
-"""Errors that the request does not cause: a missing package, no memory, another package's code, a bug."""
+"""Errors that the user's request does not cause: a missing package, no memory, another package's code, a bug."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import TracebackType
 
 from modelcli.errors import SystemFailureError
 
-#: The packages that showing a checkpoint does not need. The libraries of providers belong to them too.
+#: Packages that are not needed to show a checkpoint, besides the libraries of providers.
 _PACKAGES = ("torch", "torchinfo", "numpy", "safetensors", "timm", "transformers")
 
 
@@ -61,7 +61,7 @@ def of_plug_in(error: BaseException, *, debug: bool) -> SystemFailureError | Non
 
     if (package := plug_ins.at_fault(error)) is None:
         return None
-    what = f"ended the program: exit code {error.code}" if isinstance(error, SystemExit) else _told(error)
+    what = f"ended the program: exit code {error.code}" if isinstance(error, SystemExit) else _describe(error)
     failure = SystemFailureError(
         f"{package}, which adds to modelcli, failed: {what}",
         f"{'' if debug else '--debug shows the traceback; '}report it to the authors of {package}, or uninstall it",
@@ -73,13 +73,13 @@ def of_plug_in(error: BaseException, *, debug: bool) -> SystemFailureError | Non
 def of_bug(error: BaseException, *, debug: bool) -> SystemFailureError:
     """Return the error for an exception that nothing else explains."""
     failure = SystemFailureError(
-        f"a bug in modelcli: {_told(error)}", None if debug else "--debug shows the traceback; please report it"
+        f"a bug in modelcli: {_describe(error)}", None if debug else "--debug shows the traceback; please report it"
     )
     failure.kind = "internal"
     return failure
 
 
-def _told(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
@@ -94,7 +94,7 @@ def _memory_limit() -> str | None:
     """Return a text about the limit on this process's address space, if there is one."""
     try:
         import resource
-    except ImportError:  # no POSIX
+    except ImportError:  # not on POSIX
         return None
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     return None if limit == resource.RLIM_INFINITY else f"a limit of {limit / 1e6:,.0f} MB of memory is set"

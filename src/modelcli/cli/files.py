@@ -11,7 +11,7 @@ from modelcli.cli.mounting import Command
 from modelcli.cli.options import OutputOptions, SaveOptions, SourceOptions, exit_codes
 from modelcli.cli.outcome import write_request
 
-#: The most rows of a table for missing keys, and for each other kind of mismatch.
+#: `load` shows at most this many rows for missing keys, and for each other kind of mismatch.
 MOST_KEYS = 20
 
 Dry = Annotated[bool, typer.Option("--dry-run", help="Write no file.")]

@@ -218,7 +218,7 @@ def _statistics(found: "Look", tensors: "Sequence[TensorInfo]", options: OutputO
 
 
 def _selected(blueprint: "Blueprint", select: Sequence[str]) -> list[str]:
-    """The paths of the modules that selectors pick."""
+    """Return the paths of the modules that selectors pick."""
     from modelcli.language import selectors
 
     return selectors.select_modules(blueprint, select)

@@ -67,7 +67,7 @@ def _environment_at_start() -> Mapping[str, str]:
     try:
         with open("/proc/self/environ", "rb") as file:  # noqa: PTH123
             entries = os.fsdecode(file.read()).split("\0")
-    except OSError:  # no Linux
+    except OSError:  # not on Linux
         return os.environ
     return {name: value for name, _, value in (entry.partition("=") for entry in entries)}
 
@@ -126,7 +126,7 @@ def _end_in_order() -> None:
             again.start()
 
     sys.unraisablehook = ignored
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no third one
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, end)

@@ -1,4 +1,4 @@
-"""Commands that are made when they are asked for: a look at a file pays for its own command, and for no other."""
+"""Commands that are built when they are first used, so that starting one command does not pay for all the others."""
 
 import importlib
 import inspect
@@ -11,12 +11,12 @@ from typer.models import CommandInfo
 
 from modelcli.cli.options import expanded
 
-#: Where the edits come among the commands.
+#: The entry of `files` that stands for all edits and decides their position in the help.
 EDITS = "(edits)"
 
 
 class ProgramCommand(TyperCommand):
-    """A command whose help may say `{suffixes}`: those of all formats, which are asked for when the help is shown."""
+    """A command in whose help `{suffixes}` stands for the suffixes of all formats. Showing the help fills them in."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         self._complete_help()
@@ -36,7 +36,16 @@ class ProgramCommand(TyperCommand):
 
 
 class Command(NamedTuple):
-    """One command: its function, whose docstring is the help, and how `--help` lists it."""
+    """The declaration of a command.
+
+    Attributes:
+        name: the word on the command line.
+        function: the function to call. Its docstring is the help, and its parameters are the arguments and options.
+        panel: the title under which `--help` lists the command.
+        epilog: the last lines of its help.
+        cls: the class of the Typer command.
+        context_settings: settings of Typer's context.
+    """
 
     name: str
     function: Callable[..., Any]
@@ -46,7 +55,7 @@ class Command(NamedTuple):
     context_settings: Mapping[str, Any] = {}
 
     def built(self) -> Any:
-        """The command as Typer runs it."""
+        """Return the command with its arguments and options, for Typer to run."""
         info = CommandInfo(
             name=self.name,
             cls=self.cls,
@@ -58,13 +67,13 @@ class Command(NamedTuple):
         return get_command_from_info(info, pretty_exceptions_short=True, rich_markup_mode="rich")
 
     def listed(self) -> Any:
-        """The command as a list of commands shows it: without its arguments and options, which take time to make."""
+        """Return the command for a list of commands, without its arguments and options, which take time to build."""
         help_text = inspect.getdoc(self.function)
         return self.cls(self.name, help=help_text, rich_help_panel=self.panel, rich_markup_mode="rich")
 
 
 class Group(NamedTuple):
-    """A command with commands of its own."""
+    """The declaration of a command with subcommands. The attributes are those of `Command`."""
 
     name: str
     help: str
@@ -72,6 +81,7 @@ class Group(NamedTuple):
     panel: str | None = None
 
     def built(self) -> TyperGroup:
+        """Return the group with its subcommands, for Typer to run."""
         return TyperGroup(
             name=self.name,
             help=self.help,
@@ -82,17 +92,16 @@ class Group(NamedTuple):
         )
 
     def listed(self) -> Any:
-        """The command as a list of commands shows it."""
+        """Return the group for a list of commands."""
         return self.built()
 
 
 class Commands(MutableMapping[str, Any]):
-    """All commands by their names, in the order in which the help lists them; each is built once it is asked for.
+    """All commands by name, in the order in which the help lists them. Each is built when it is first looked up.
 
     Args:
-        files: the module in this package that has each command, by the command's name. The edits, which are not listed
-            one by one, come where EDITS is.
-        edit_called: makes the command of an edit, by the edit's name; None if there is no such edit.
+        files: for each command, the module of this package that declares it. EDITS stands for all edits.
+        edit_called: returns the command of an edit by the edit's name, or None if there is no such edit.
     """
 
     def __init__(self, files: Mapping[str, str], edit_called: Callable[[str], Command | Group | None]) -> None:
@@ -124,19 +133,19 @@ class Commands(MutableMapping[str, Any]):
         return sum(1 for _ in self)
 
     def listed(self, name: str) -> Any:
-        """A command as a list of commands shows it; None where there is none."""
-        made = self._made(name)
-        return None if made is None else made.listed()
+        """Return a command for a list of commands; None if there is no such command."""
+        command = self._declaration(name)
+        return None if command is None else command.listed()
 
     def _build(self, name: str) -> Any:
-        made = self._made(name)
-        if made is None:
+        command = self._declaration(name)
+        if command is None:
             raise KeyError(name)
-        return made.built()
+        return command.built()
 
-    def _made(self, name: str) -> Command | Group | None:
+    def _declaration(self, name: str) -> Command | Group | None:
         file = self._files.get(name)
         if file is None:
             return self._edit_called(name)
-        found: Sequence[Command | Group] = importlib.import_module(f"modelcli.cli.{file}").commands()
-        return next(command for command in found if command.name == name)
+        declared: Sequence[Command | Group] = importlib.import_module(f"modelcli.cli.{file}").commands()
+        return next(command for command in declared if command.name == name)

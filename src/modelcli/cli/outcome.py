@@ -1,4 +1,4 @@
-"""How edits and `save` write, and how what they did is shown."""
+"""Turn the options of edits and `save` into a request to write, and show what was changed and written."""
 
 import sys
 from pathlib import Path
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def write_request(options: SaveOptions, out: str | None) -> "WriteRequest":
-    """Where and how the options say to write. Raises RequestError for a check or a format that does not exist."""
+    """Return where and how to write. Raises RequestError for a check or a format that does not exist."""
     from modelcli import writing
     from modelcli.commands.write import WriteRequest
     from modelcli.language.references import parse_bytes
@@ -48,7 +48,7 @@ def show_outcome(
     *,
     with_edits: bool = False,
 ) -> None:
-    """Show what an edit changed, and what was written where; `with_edits`, also the edits as lines."""
+    """Show what an edit changed, and what was written where. `with_edits` also shows the edits as lines."""
     from modelcli.render import views
     from modelcli.render.documents import edit as documents
 
@@ -74,6 +74,6 @@ def show_outcome(
 
 
 def tell_waiting(recipe: Path) -> None:
-    """Tell whoever sits before a terminal why nothing happens."""
+    """Tell a user at a terminal that another process has locked the recipe and that this one waits."""
     if sys.stderr.isatty():
         output.tell(f"note: waiting for another command that is using {recipe}")

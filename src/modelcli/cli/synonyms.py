@@ -1,4 +1,4 @@
-"""What other programs call the commands: the line that was meant, for the hint of a command that does not exist."""
+"""The names that other programs use for modelcli's commands, for the hint of a command that does not exist."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from modelcli.language.quoting import command
 
-#: A command that does the same, by the words that are tried for it. The edits say themselves what else they are called.
+#: For each word that users may try, the command that does the same. Edits declare such words themselves.
 COMMANDS = {
     **dict.fromkeys(("show", "info", "inspect", "describe", "view", "stat"), "summary"),
     **dict.fromkeys(("print", "layers", "tree"), "modules"),
@@ -18,12 +18,12 @@ COMMANDS = {
     "history": "log",
     "revert": "undo",
 }
-#: Words for what `save` does: from one file to another, in the format of the second one's name.
+#: Words for what `save` does: convert a file to the format that the name of another file says.
 COPYING = ("convert", "cp", "copy", "export", "write")
 
 
 def meant(words: Sequence[str]) -> str | None:
-    """The command line that another program's words may stand for; None where they stand for none."""
+    """Return the modelcli command that does what these words of another program do; None if there is none."""
     word, *rest = words
     if word == "strip":
         return "modelcli rename 'module.**' '**' -m IN.pth -o OUT.pth"
@@ -35,7 +35,7 @@ def meant(words: Sequence[str]) -> str | None:
 
 
 def _edit_also_called(word: str) -> str | None:
-    """The edit that other programs call so."""
+    """Return the edit that other programs call by this word; None if there is none."""
     from modelcli import edits
 
     return next((kind.name for kind in edits.usable() if word in kind.also_called), None)

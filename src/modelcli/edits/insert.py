@@ -39,7 +39,7 @@ class Insert(Placing):
     moves_paths: ClassVar[bool] = True
 
     def name_in(self, holder: Holder, word: str) -> str:
-        where, size = _told(holder), len(holder.children)
+        where, size = _describe(holder), len(holder.children)
         if not is_numbered(holder):
             raise RequestError(
                 f"insert needs a Sequential or ModuleList with children 0 to n-1; {where} is neither",
@@ -76,7 +76,7 @@ class Insert(Placing):
         return Arranged(name, children, {entry: _moved_up(entry, position) for entry in entries})
 
 
-def _told(holder: Holder) -> str:
+def _describe(holder: Holder) -> str:
     """A module with its type, for errors."""
     return f"{shown(holder.path)} {holder.type}"
 
@@ -89,9 +89,9 @@ def _moved_up(name: str, position: int) -> str:
 def _refuse_position(word: str, holder: Holder, size: int, last: str) -> RequestError:
     """Return the error for a word that is not a position among `size` children; `last` puts a module at the end."""
     return RequestError(
-        f"{word!r} is no position in {_told(holder)}, whose children are 0 to {size - 1}"
+        f"{word!r} is no position in {_describe(holder)}, whose children are 0 to {size - 1}"
         if size
-        else f"{word!r} is no position in {_told(holder)}, which has no children yet",
+        else f"{word!r} is no position in {_describe(holder)}, which has no children yet",
         f"insert {quoted(joined(holder.path, '0'))} puts it first, {last} last",
     )
 

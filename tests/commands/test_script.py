@@ -18,7 +18,7 @@ from torch import nn
 from modelcli import edits
 from modelcli.live import scripting
 from modelcli.live.providers import torchvision as builders
-from modelcli.live.script.access_paths import place
+from modelcli.live.script.access_paths import module_expression
 from modelcli.live.script.source_text import InexpressibleError, SourceText
 from modelcli.live.script.step import Step
 from tests import nets
@@ -546,7 +546,7 @@ def test_keep_weights_copies_what_overlaps() -> None:
     edit = edits.parse("replace fc Linear(6,3) --keep-weights")
     script.write(*scripting.statements([edit], Step(script, before, after, 3)))
     model = plain()
-    exec(script.whole(), {"model": model})
+    exec(script.text(), {"model": model})
     assert same(model.state_dict(), after.state_dict())
 
 
@@ -714,9 +714,11 @@ def test_places_in_a_model() -> None:
     model.add_module("0", nn.ReLU())
     model.add_module("training.x".replace(".", "_"), nn.ReLU())
     for path, module in copy.deepcopy(model).named_modules():
-        assert type(eval(place(model, path), {"model": model})) is type(module)
-        assert eval(place(model, path), {"model": model}) is model.get_submodule(path)
-    assert place(model, "seq.0") == "model.seq.get_submodule('0')" or "get_submodule" in place(model, "seq.0")
+        assert type(eval(module_expression(model, path), {"model": model})) is type(module)
+        assert eval(module_expression(model, path), {"model": model}) is model.get_submodule(path)
+    assert module_expression(model, "seq.0") == "model.seq.get_submodule('0')" or "get_submodule" in module_expression(
+        model, "seq.0"
+    )
 
 
 def test_as_json_and_as_a_file(cli: Cli) -> None:

@@ -24,7 +24,7 @@ from modelcli.live.build import Architecture
 from modelcli.live.describe import describe
 from modelcli.live.opening import Live, open_live
 from modelcli.live.script import dtypes, flags
-from modelcli.live.script.source_text import InexpressibleError, SourceText, deleted, quoted, seen
+from modelcli.live.script.source_text import InexpressibleError, SourceText, delete_statements, path_in_script, quoted
 from modelcli.live.script.state import State
 from modelcli.live.script.step import StateDictStep, Step
 from modelcli.live.surgery import seed_of
@@ -83,7 +83,7 @@ def script(
     for edit, location in zip(edits, locations, strict=True):
         work.edit(edit, location)
     work.save(out, kind, bare=bare)
-    return Script(text.whole(), (*work.notes, *work.edit_notes, *text.notes), work.describe())
+    return Script(text.text(), (*work.notes, *work.edit_notes, *text.notes), work.describe())
 
 
 class _Writer:
@@ -130,17 +130,17 @@ class _Writer:
         text.paragraph()
         format_ = formats.named(kind)
         if format_.is_folder:
-            text.refuse(f"write {seen(out)}/", "PyTorch has no statement that writes a folder of shards")
+            text.refuse(f"write {path_in_script(out)}/", "PyTorch has no statement that writes a folder of shards")
             return
         if out.parent.name:
             text.imports.add("import os")
-            text.write(f"os.makedirs({quoted(seen(out.parent))}, exist_ok=True)")
+            text.write(f"os.makedirs({quoted(path_in_script(out.parent))}, exist_ok=True)")
         state = self.state_text
         if not format_.holds_views:
             again, alone = self.shared()
             if again:
                 text.write(f"state = {state}", "# tied tensors are saved once, under their first name")
-                text.write(*deleted(again))
+                text.write(*delete_statements(again))
                 state = "state"
             if not alone:
                 # Every tensor is held by itself, row-major.
@@ -149,9 +149,9 @@ class _Writer:
         if format_.holds_values and contents is not None and contents.key is not None and not bare:
             text.write(f"checkpoint{_keys(contents)} = {state}")
             state = "checkpoint"
-        line = format_.script_writes(quoted(seen(out)), state)
+        line = format_.script_writes(quoted(path_in_script(out)), state)
         if line is None:
-            text.refuse(f"write {seen(out)}", f"PyTorch has no statement that writes {format_.title}")
+            text.refuse(f"write {path_in_script(out)}", f"PyTorch has no statement that writes {format_.title}")
             return
         text.imports.update(line.imports)
         text.write(line.text)
@@ -183,14 +183,14 @@ class _KeysScript(_Writer):
         before = self.opened.model
         resolved = self.applied(lambda: self.opened.apply([edit]), edit, location)
         seed: int | None = seed_of(self.opened.seed, self.opened.edit_count)
-        self.state.wanted = self.opened.keys_in_order()
+        self.state.order_after_edit = self.opened.keys_in_order()
         for item in resolved:
             try:
                 step = StateDictStep(self.text, before, self.opened.model, seed)
                 self.text.write(*state_statements(item, step, self.state))
             except InexpressibleError as error:
                 self.text.refuse(str(edit), str(error))
-                self.state = State(self.state.wanted)  # as if the script went on
+                self.state = State(self.state.order_after_edit)  # as if the script went on
             seed = None  # the generator goes on
 
     def shared(self) -> tuple[list[str], bool]:
@@ -245,13 +245,15 @@ class _Script(_Writer):
         if self._takes_dtypes():
             built = self._built(base)
             if dtypes.has_ties(built):  # which assign=True would part
-                self.text.write(*dtypes.casts(self.text, built, describe(built), self.live.describe()))
+                self.text.write(*dtypes.cast_statements(self.text, built, describe(built), self.live.describe()))
             else:
                 arguments.append("assign=True")  # the tensors of the file, in their own dtype
         self.text.write(f"model.load_state_dict({', '.join(arguments)})")
         if self.live.record is not None:
             built = self._built(base)
-            self.text.write(*_without_comment(flags.flags(built, describe(built), self.live.describe())))
+            self.text.write(
+                *_without_comment(flags.requires_grad_statements(built, describe(built), self.live.describe()))
+            )
 
     def _loaded_by_its_library(self, base: Architecture) -> bool:
         """Write how the library of the model loads it with the weights of its own folder; whether it has a call."""
@@ -445,7 +447,7 @@ def _is_folder_of_its_own(contents: Contents) -> bool:
 
 def _loaded(text: SourceText, format_: Format, file: Path) -> str:
     """The expression that reads a file."""
-    line = format_.script_reads(quoted(seen(file)))
+    line = format_.script_reads(quoted(path_in_script(file)))
     if line is None:
         raise InexpressibleError(format_.unread_by_scripts)
     text.imports.update(line.imports)

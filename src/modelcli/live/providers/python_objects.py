@@ -84,17 +84,17 @@ class LivePythonObjects(LiveProvider):
 
 def _imported(text: SourceText, reference: PythonObject, folder: Path) -> str:
     """A class, function or instance of the user's own in a script."""
-    from modelcli.live.script.source_text import is_name, quoted, seen
+    from modelcli.live.script.source_text import is_name, path_in_script, quoted
 
     first = reference.name.partition(".")[0]
     if reference.file is None:
-        text.folders.setdefault(seen(folder))
+        text.folders.setdefault(path_in_script(folder))
         found = text.own_object(reference.source, first)
     else:
-        text.folders.setdefault(seen(reference.file.parent))
+        text.folders.setdefault(path_in_script(reference.file.parent))
         stem = reference.file.stem
         if is_name(stem) and stem not in sys.stdlib_module_names | _LOADED and stem not in providers.packages():
             found = text.own_object(stem, first)
         else:
-            found = f"{text.own_file(seen(reference.file), stem)}[{quoted(first)}]"
+            found = f"{text.own_file(path_in_script(reference.file), stem)}[{quoted(first)}]"
     return found + reference.name.removeprefix(first)

@@ -1,7 +1,7 @@
-"""How a script names a module or tensor of the model, and what puts a module there: `model.classifier[6].weight`.
+"""Expressions for a model's modules and tensors, such as `model.classifier[6].weight`, and statements that set them.
 
-A class of the user's may have methods of its own where torch's are meant (`__len__`, `append`, `__setattr__`): what
-leads through such a method is written in another way.
+A user's class may override a method of torch (`__len__`, `append`, `__setattr__`). Then the statements use `_modules`
+or `get_submodule` instead of that method.
 """
 
 from __future__ import annotations
@@ -14,97 +14,110 @@ from modelcli.live.script.source_text import is_name, quoted
 from modelcli.live.surgery.core import is_numbered
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-#: What a container may have of its own: nothing that leads to its children goes through these.
+#: The methods that a subclass of a container may override: access to the children does not use them.
 _HARMLESS = ("__init__", "__repr__", "__dir__", "forward")
 
 
-def place(model: nn.Module, path: str) -> str:
-    """The expression for the module at a path."""
+def module_expression(model: nn.Module, path: str) -> str:
+    """Return the expression for the module at a path: `model.classifier[6]`."""
     text, holder = "model", model
     for name in path.split(".") if path else ():
-        step = _step(holder, name)
-        if step is None:
+        accessor = _child_accessor(holder, name)
+        if accessor is None:
             return f"model.get_submodule({quoted(path)})"
-        text, holder = text + step, holder.get_submodule(name)
+        text, holder = text + accessor, holder.get_submodule(name)
     return text
 
 
-def put(model: nn.Module, path: str, new: str) -> str:
-    """The statement that puts a module in the place of the one at a path."""
+def replace_statement(model: nn.Module, path: str, new: str) -> str:
+    """Return the statement that replaces the module at a path by the module of the expression `new`."""
     above, _, name = path.rpartition(".")
     holder = model.get_submodule(above)
-    if not can_be_set(model, path):
-        return f"{place(model, above)}._modules[{quoted(name)}] = {new}"
-    step = _step(holder, name)
-    return f"model.set_submodule({quoted(path)}, {new})" if step is None else f"{place(model, above)}{step} = {new}"
+    if not is_plain_assignment(model, path):
+        return f"{module_expression(model, above)}._modules[{quoted(name)}] = {new}"
+    accessor = _child_accessor(holder, name)
+    return (
+        f"model.set_submodule({quoted(path)}, {new})"
+        if accessor is None
+        else f"{module_expression(model, above)}{accessor} = {new}"
+    )
 
 
-def can_be_set(model: nn.Module, path: str) -> bool:
-    """Whether `set_submodule` puts a module at a path, and nothing else: it assigns an attribute."""
-    return is_of_torch(model.get_submodule(path.rpartition(".")[0]), "__setattr__")
+def is_plain_assignment(model: nn.Module, path: str) -> bool:
+    """Whether assigning the attribute of a path only sets the module there: no class overrides `__setattr__`."""
+    return uses_torch_methods(model.get_submodule(path.rpartition(".")[0]), "__setattr__")
 
 
-def put_new(model: nn.Module, path: str, new: str) -> str:
-    """The statement that gives a module a child of a new name, as its last one."""
+def add_statement(model: nn.Module, path: str, new: str) -> str:
+    """Return the statement that adds the module of the expression `new` at a path, as the last child of its parent."""
     above, _, name = path.rpartition(".")
-    holder, at = model.get_submodule(above), place(model, above)
-    if isinstance(holder, nn.ModuleDict) and _is_plain(holder):
+    holder, at = model.get_submodule(above), module_expression(model, above)
+    if isinstance(holder, nn.ModuleDict) and _has_torch_child_methods(holder):
         return f"{at}[{quoted(name)}] = {new}"
-    if isinstance(holder, nn.Sequential | nn.ModuleList) and _is_plain(holder) and name == str(len(holder)):
+    if (
+        isinstance(holder, nn.Sequential | nn.ModuleList)
+        and _has_torch_child_methods(holder)
+        and name == str(len(holder))
+    ):
         return f"{at}.append({new})"
-    if name in vars(holder) and is_name(name):  # None until now, which add_module takes for a child
+    if name in vars(holder) and is_name(name):  # the attribute is None, and add_module raises if it exists
         return f"{at}.{name} = {new}"
-    if not is_of_torch(holder, "add_module"):
+    if not uses_torch_methods(holder, "add_module"):
         return f"{at}._modules[{quoted(name)}] = {new}"
     return f"{at}.add_module({quoted(name)}, {new})"
 
 
-def insert(model: nn.Module, path: str, new: str) -> list[str]:
-    """What puts a module before one of a sequence: the later ones move up."""
+def insert_statements(model: nn.Module, path: str, new: str) -> list[str]:
+    """Return the statements that insert a module into a sequence before the child at a path; later children move up."""
     above, _, number = path.rpartition(".")
-    at = place(model, above)
-    if _is_plain(model.get_submodule(above)):
+    at = module_expression(model, above)
+    if _has_torch_child_methods(model.get_submodule(above)):
         return [f"{at}.insert({number}, {new})"]
-    return _renumbered(at, f"children.insert({number}, {new})")
+    return _change_children(at, f"children.insert({number}, {new})")
 
 
-def take_out(model: nn.Module, path: str) -> list[str]:
-    """What takes the module at a path out; in a sequence the later ones move down."""
+def remove_statements(model: nn.Module, path: str) -> list[str]:
+    """Return the statements that remove the module at a path; in a sequence, later children move down."""
     above, _, name = path.rpartition(".")
-    holder, at = model.get_submodule(above), place(model, above)
-    if is_numbered(holder) and not _is_plain(holder):
-        return _renumbered(at, f"del children[{name}]")
-    if not is_of_torch(holder, "__delattr__"):
+    holder, at = model.get_submodule(above), module_expression(model, above)
+    if is_numbered(holder) and not _has_torch_child_methods(holder):
+        return _change_children(at, f"del children[{name}]")
+    if not uses_torch_methods(holder, "__delattr__"):
         return [f"del {at}._modules[{quoted(name)}]"]
-    step = _step(holder, name)
-    return [f"delattr({at}, {quoted(name)})" if step is None else f"del {at}{step}"]
+    accessor = _child_accessor(holder, name)
+    return [f"delattr({at}, {quoted(name)})" if accessor is None else f"del {at}{accessor}"]
 
 
-def tensor(model: nn.Module, name: str) -> str:
-    """The expression for a parameter or buffer."""
+def tensor_expression(model: nn.Module, name: str) -> str:
+    """Return the expression for a parameter or buffer."""
     above, _, own = name.rpartition(".")
     holder = model.get_submodule(above)
     if is_name(own):
-        return f"{place(model, above)}.{own}"
+        return f"{module_expression(model, above)}.{own}"
     return f"model.get_{'parameter' if own in holder._parameters else 'buffer'}({quoted(name)})"
 
 
-def is_of_torch(module: nn.Module, *methods: str) -> bool:
-    """Whether methods of a module are those that torch gives it, none of a class of the user's own."""
+def uses_torch_methods(module: nn.Module, *methods: str) -> bool:
+    """Whether torch defines these methods of a module, so that no user's class overrides one."""
     return all(getattr(getattr(type(module), name), "__module__", "").partition(".")[0] == "torch" for name in methods)
 
 
-def _is_plain(holder: nn.Module) -> bool:
-    """Whether all that leads to the children of a container is torch's."""
+def _has_torch_child_methods(holder: nn.Module) -> bool:
+    """Whether a module is a container of torch, and no user's class overrides a method that accesses its children."""
     kind = next((kind for kind in _CONTAINERS if isinstance(holder, kind)), None)
     if kind is None:
         return False
     own = [name for name, method in vars(kind).items() if isfunction(method) and name not in _HARMLESS]
-    return is_of_torch(holder, *own, "add_module", "__setattr__", "__delattr__")
+    return uses_torch_methods(holder, *own, "add_module", "__setattr__", "__delattr__")
 
 
-def _renumbered(at: str, change: str) -> list[str]:
-    """A change of the children of a sequence, and their new numbers, where its own methods cannot be asked."""
+def _change_children(at: str, change: str) -> list[str]:
+    """Return statements that change the children of a sequence and renumber them, without the sequence's methods.
+
+    Args:
+        at: the expression for the sequence.
+        change: the statement that changes the list `children`.
+    """
     return [
         f"children = list({at}._modules.values())",
         change,
@@ -112,9 +125,9 @@ def _renumbered(at: str, change: str) -> list[str]:
     ]
 
 
-def _step(holder: nn.Module, name: str) -> str | None:
-    """What leads from a module to its child: `[6]`, `["left"]`, `.fc`; None where Python has no such spelling."""
-    if isinstance(holder, _CONTAINERS) and _is_plain(holder):
+def _child_accessor(holder: nn.Module, name: str) -> str | None:
+    """Return the suffix for a child of a module: `[6]`, `["left"]`, `.fc`; None if Python has no such syntax for it."""
+    if isinstance(holder, _CONTAINERS) and _has_torch_child_methods(holder):
         if is_numbered(holder):
             return f"[{name}]"
         if isinstance(holder, nn.ModuleDict):

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from torch import nn
 
 from modelcli.live.script import access_paths
-from modelcli.live.script.grouped_calls import each, largest
+from modelcli.live.script.grouped_calls import calls_on_each, group_by_module
 from modelcli.live.script.source_text import SourceText, call, dedented
 from modelcli.live.sources import named_tensors
 from modelcli.live.surgery.storages import has_storage, key_of
@@ -27,18 +27,24 @@ CAST_VIEWS = dedented('''
 ''')
 
 
-def casts(script: SourceText, model: nn.Module, before: Blueprint, after: Blueprint) -> list[str]:
-    """What gives each tensor the dtype that it has in `after`: whole modules by their `to`, others one by one."""
+def cast_statements(script: SourceText, model: nn.Module, before: Blueprint, after: Blueprint) -> list[str]:
+    """Return the statements that give each tensor the dtype that it has in `after`.
+
+    Whole modules are converted by `module.to(dtype)`, other tensors one by one.
+    """
     dtypes = {t.name: after.by_name[t.name].dtype for t in before.tensors if after.by_name[t.name].dtype != t.dtype}
     lines = []
     for dtype in dict.fromkeys(dtypes.values()):
         changed = {name for name, wanted in dtypes.items() if wanted == dtype}
-        # `to` would part what is one tensor, or one storage: it finds those of the right dtype already.
+        # `module.to` would turn one shared buffer, or several views of one storage, into separate copies. So these
+        # tensors are converted first, and `to` then finds them with the right dtype.
         apart, together = _shared(model, changed)
-        lines += [_in_place(access_paths.tensor(model, name), dtype) for name in apart]
+        lines += [_in_place(access_paths.tensor_expression(model, name), dtype) for name in apart]
         for names in together:
             script.helpers.setdefault(CAST_VIEWS)
-            lines += call("cast_views", [access_paths.tensor(model, name) for name in names], f"torch.{dtype}")
+            lines += call(
+                "cast_views", [access_paths.tensor_expression(model, name) for name in names], f"torch.{dtype}"
+            )
         done = {*apart, *itertools.chain(*together)}
         changed = {name for name in changed if before.by_name[name].identity not in done}
 
@@ -49,12 +55,14 @@ def casts(script: SourceText, model: nn.Module, before: Blueprint, after: Bluepr
             )
 
         floating = {name for name in changed if dtype in FLOATING and before.by_name[name].dtype in FLOATING}
-        modules, tensors = largest(model, before, floating, is_meant, "to")
-        lines += each(modules, lambda path: access_paths.place(model, path), "get_submodule", f".to(torch.{dtype})")
+        modules, tensors = group_by_module(model, before, floating, is_meant, "to")
+        lines += calls_on_each(
+            modules, lambda path: access_paths.module_expression(model, path), "get_submodule", f".to(torch.{dtype})"
+        )
         tensors += dict.fromkeys(
             before.by_name[t.name].identity for t in before.tensors if t.name in changed - floating
         )
-        lines += [_in_place(access_paths.tensor(model, name), dtype) for name in tensors]
+        lines += [_in_place(access_paths.tensor_expression(model, name), dtype) for name in tensors]
     return lines or ["# nothing changes: the dtype is that already"]
 
 
@@ -65,14 +73,16 @@ def has_ties(model: nn.Module) -> bool:
 
 
 def _in_place(text: str, dtype: str) -> str:
-    """What converts a tensor that stays the one that it is, whoever else holds it."""
+    """Return the statement that converts a tensor in place, so that all modules that hold it keep the same object."""
     return f"{text}.data = {text}.data.to(torch.{dtype})"
 
 
 def _shared(model: nn.Module, names: Collection[str]) -> tuple[list[str], list[list[str]]]:
-    """Of the tensors of these names, the buffers that several modules hold, and groups of those that share a storage.
+    """Find the shared tensors among those with these names.
 
-    Each tensor is named once, by its first name.
+    Returns:
+        The buffers that several modules hold, and groups of tensors that share a storage. Each tensor appears once,
+        by its first name.
     """
     first: dict[int, str] = {}
     holders: dict[int, set[tuple[int, str]]] = {}

@@ -1,4 +1,4 @@
-"""New modules in a script: the calls that make them, and the seed of their values."""
+"""New modules in a script: their constructor calls, and the statement that seeds torch before them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from modelcli.live.script.source_text import SourceText
 from modelcli.live.sources import named_tensors
 
 
-def new_module(script: SourceText, call: Call, new: nn.Module) -> str:
-    """The call that makes a module, with the dtype and mode that it has in the model."""
+def constructor_call(script: SourceText, call: Call, new: nn.Module) -> str:
+    """Return the constructor call of `new`, with `.to(...)` and `.eval()` for its dtype and mode in the model."""
     text = script.value(call)
     if not expressions.gives(call, "dtype"):
         dtypes = [dtype_name(t.dtype) for t in named_tensors(new).values() if t.dtype.is_floating_point]
@@ -23,21 +23,21 @@ def new_module(script: SourceText, call: Call, new: nn.Module) -> str:
     return text if new.training else f"{text}.eval()"
 
 
-def seeded(seed: int | None, news: Iterable[nn.Module]) -> list[str]:
-    """What sets the generator, where one of the new modules has numbers."""
+def seed_statements(seed: int | None, news: Iterable[nn.Module]) -> list[str]:
+    """Return the statement that seeds torch's generator; none without a seed, or if no new module has tensors."""
     if seed is None or not any(map(named_tensors, news)):
         return []
     return [f"torch.manual_seed({seed})"]
 
 
-def own_names(new: nn.Module) -> list[str]:
-    """The names that the tensors of a new module have in it."""
+def tensor_names(new: nn.Module) -> list[str]:
+    """Return the keys of a new module's own state dict."""
     return list(new.state_dict())
 
 
 def new_statements(script: SourceText, call: Call, new: nn.Module, seed: int | None) -> list[str]:
-    """What makes `new`, where it has tensors."""
+    """Return the statements that assign the new module to `new`; none if it has no tensors."""
     if not new.state_dict():
         return []
     seeded = [f"torch.manual_seed({seed})"] if seed is not None and named_tensors(new) else []
-    return [*seeded, f"new = {new_module(script, call, new)}"]
+    return [*seeded, f"new = {constructor_call(script, call, new)}"]

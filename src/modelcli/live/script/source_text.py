@@ -1,7 +1,6 @@
-"""The text of a script while it is written: its imports, its statements, and the words of Python for plain values.
+"""The text of a script under construction: its imports, its statements, and plain values as Python literals.
 
-Everything that comes from a file or a command line goes in as a literal or as a comment on one line, so that no name
-can become a statement.
+Text from a file or a command line becomes a literal, or a comment on one line, so that it can never become a statement.
 """
 
 from __future__ import annotations
@@ -25,30 +24,40 @@ from modelcli.model.dtypes import ITEM_BYTES
 from modelcli.providers import owner as owner_of
 from modelcli.providers.known_code import is_known_name
 
+#: The maximum width of a line, in characters.
 WIDTH = 110
-#: As many statements of one kind as stand one below the other; more become a loop.
+#: More than this many statements of one kind become a loop.
 STATEMENTS = 4
 NN = "from torch import nn"
-#: What a script imports, defines and assigns itself: nothing of the user's can be called so in it.
+#: The names that a script itself imports, defines and assigns. A user's module or class gets another name.
 _IMPORTS = frozenset({"torch", "nn", "init", "os", "sys", "runpy"})
 _HELPERS = frozenset({"keep_weights", "sum_channels", "mean_channels", "cast_views"})
 _VARIABLES = frozenset({"model", "state", "checkpoint", "new", "name", "names", "key", "items", "at", "children"})
 
 
 @functools.cache
-def _taken() -> frozenset[str]:
-    """All of these, and the names that a script gets from a provider or a format."""
+def _reserved_names() -> frozenset[str]:
+    """Return these names, Python's builtins, and the names that providers and formats use in scripts."""
     of_providers = (provider.script_names for provider in (*providers.built_in(), *providers.loaded()))
     of_formats = (format_.script_names for format_ in formats.every())
     return (_IMPORTS | _HELPERS | _VARIABLES | frozenset(dir(builtins))).union(*of_providers, *of_formats)
 
 
 class InexpressibleError(Exception):
-    """Something that plain PyTorch statements do not do; the text says what and why."""
+    """Plain PyTorch statements cannot express something. The message says what and why."""
 
 
 class SourceText:
-    """A script that grows. `own` are names of the user's code and what gives them; `notes` say what is left out."""
+    """A script under construction.
+
+    Attributes:
+        imports: import statements for libraries.
+        folders: folders that the script adds to `sys.path`.
+        own: for each name of a user's code, the statement that defines it.
+        helpers: the source of helper functions.
+        body: the lines below the imports and helpers.
+        notes: notes for the user on what the script leaves out.
+    """
 
     def __init__(self) -> None:
         self.imports: set[str] = set()
@@ -62,19 +71,24 @@ class SourceText:
         self.body += lines
 
     def paragraph(self, title: str | None = None) -> None:
-        """Start a new paragraph, below a comment."""
+        """Start a new paragraph, with `title` as a comment above it."""
         if self.body and self.body[-1]:
             self.body.append("")
         if title is not None:
             self.body.append(f"# {on_one_line(title)}")
 
     def refuse(self, what: str, why: str) -> None:
-        """Say that something is not in the script, and stop it there: what it would save is something else."""
+        """Make the script stop with an error at something that it cannot do, so that it saves no wrong result.
+
+        Args:
+            what: the line of the edit, or the step, that is not in the script.
+            why: the reason.
+        """
         self.notes.append(f"the script stops at {what!r}: {why}")
         self.write(f"# {on_one_line(why)}", f"raise NotImplementedError({quoted(what)})")
 
-    def whole(self) -> str:
-        """The whole script."""
+    def text(self) -> str:
+        """Return the text of the whole script."""
         imports = {"import torch"} | self.imports
         lines = []
         if self.folders:
@@ -82,12 +96,12 @@ class SourceText:
         standard = [line for line in imports if line.split()[1] in _STANDARD]
         if standard:
             lines += [*sorted(standard), ""]
-        lines += _in_order(imports - set(standard))
+        lines += _sorted_imports(imports - set(standard))
         if self.folders:
             lines += ["", *(f"sys.path.insert(0, {quoted(folder)})" for folder in self.folders)]
         if self.own:
             run = [line for line in self.own.values() if not line.startswith(("import ", "from "))]
-            lines += ["", *_in_order(set(self.own.values()) - set(run)), *sorted(run)]
+            lines += ["", *_sorted_imports(set(self.own.values()) - set(run)), *sorted(run)]
         for helper in self.helpers:
             lines += ["", "", *helper.splitlines()]
         if self.helpers:
@@ -95,10 +109,10 @@ class SourceText:
         return "\n".join([*lines, "", *self.body]) + "\n"
 
     def value(self, value: Any) -> str:
-        """A plain value as Python writes it, modules as the calls that make them."""
+        """Return the Python expression of a plain value; a nested module becomes its constructor call."""
         match value:
             case Call(name=name, args=args, kwargs=kwargs):
-                return f"{self.class_of(name)}({self.arguments(args, _written_out(name, kwargs))})"
+                return f"{self.class_of(name)}({self.arguments(args, _explicit_keywords(name, kwargs))})"
             case Name(dotted=dotted):
                 short = dotted.removeprefix("torch.")
                 return f"torch.{short}" if short in ITEM_BYTES else self.class_of(dotted)
@@ -113,11 +127,11 @@ class SourceText:
         return repr(value)
 
     def arguments(self, args: Iterable[Any], kwargs: dict[str, Any]) -> str:
-        """The arguments of a call, without its parentheses."""
+        """Return the arguments of a call, without its parentheses."""
         return ", ".join([*map(self.value, args), *(f"{key}={self.value(item)}" for key, item in kwargs.items())])
 
     def class_of(self, dotted: str) -> str:
-        """The name of a class in the script, imported there: `nn.Linear`, `ops.Permute`, `nets.Net`."""
+        """Import a class in the script. Returns its name there: `nn.Linear`, `ops.Permute`, `nets.Net`."""
         if not is_known_name(dotted):
             package, _, name = dotted.partition(":") if ":" in dotted else dotted.rpartition(".")
             self.folders.setdefault(".")
@@ -130,89 +144,94 @@ class SourceText:
         return found
 
     def own_module(self, module: str) -> str:
-        """What a module of the user's is called in the script, imported there."""
+        """Import a user's Python module in the script. Returns its name there."""
         first = module.partition(".")[0]
         if self._is_free(first, f"import {first}"):
             self.own[module] = f"import {module}"
             return module
-        name = _for_own(module)
+        name = _replacement_name(module)
         self.own[name] = f"import {module} as {name}"
         return name
 
     def own_object(self, module: str, name: str) -> str:
-        """What a class, function or instance in a module of the user's is called in the script, imported there."""
+        """Import a class, function or instance of a user's Python module in the script. Returns its name there."""
         line = f"from {module} import {name}"
         if self._is_free(name, line):
             self.own[name] = line
             return name
-        other = _for_own(name)
+        other = _replacement_name(name)
         self.own[other] = f"{line} as {other}"
         return other
 
     def own_file(self, path: str, name: str) -> str:
-        """What the names in a file that cannot be imported are called in the script, a dict; run before the rest.
+        """Make the script run a Python file that cannot be imported because of its name, before everything else.
 
-        `name` is what the file is called.
+        Args:
+            path: the path of the file.
+            name: its name without the suffix.
+
+        Returns:
+            The variable in the script that holds the file's names, a dict.
         """
         self.imports.add("import runpy")
         variable = re.sub(r"\W", "_", name, flags=re.ASCII)
         line = f"runpy.run_path({quoted(path)})"
         if not is_name(variable) or not self._is_free(variable, f"{variable} = {line}"):
-            variable = _for_own(variable)
+            variable = _replacement_name(variable)
         self.own[variable] = f"{variable} = {line}"
         return variable
 
     def _is_free(self, name: str, line: str) -> bool:
-        """Whether nothing else has a name. A package is there for several of its modules."""
+        """Whether a name is free, or already defined by the same statement or by a module of the same package."""
         others = [given for known, given in self.own.items() if known.partition(".")[0] == name]
-        return name not in _taken() and all(given == line or given.startswith(f"{line}.") for given in others)
+        return name not in _reserved_names() and all(given == line or given.startswith(f"{line}.") for given in others)
 
 
 _STANDARD = ("os", "sys", "runpy")
 
 
-def _for_own(text: str) -> str:
-    """A name for something of the user's that cannot have its own."""
+def _replacement_name(text: str) -> str:
+    """Return another name for a user's module or object whose own name is not free."""
     return f"own_{text.replace('.', '_')}"
 
 
-def _in_order(lines: Iterable[str]) -> list[str]:
-    """Imports as isort has them: plain ones first, each kind by its name."""
+def _sorted_imports(lines: Iterable[str]) -> list[str]:
+    """Sort imports as isort does: `import` lines before `from` lines, each by name."""
     return sorted(lines, key=lambda line: (line.startswith("from"), line))
 
 
 def quoted(text: str) -> str:
-    """Text as a literal of Python in ASCII, in double quotes where it has none itself."""
+    """Return text as a Python literal in ASCII, in double quotes unless the text contains some."""
     literal = ascii(text)
     return f'"{literal[1:-1]}"' if literal[0] == "'" and '"' not in literal else literal
 
 
-def seen(path: Path) -> str:
-    """A path as a script has it: from the current folder, with forward slashes."""
+def path_in_script(path: Path) -> str:
+    """Return a path as a script writes it: relative to the current folder if `path` is, with forward slashes."""
     if not path.is_absolute():
         return os.path.normpath(path).replace(os.sep, "/")
     return path.as_posix()
 
 
-def _written_out(dotted: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The keyword arguments of a call as plain Python has to give them: see `LiveProvider.arguments_in_script`."""
+def _explicit_keywords(dotted: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the keyword arguments of a call that plain Python needs: see `LiveProvider.arguments_in_script`."""
     package, _, name = dotted.replace(":", ".").rpartition(".")
     owner = owner_of(package) if package and is_known_name(dotted) else None
     return kwargs if owner is None else half_of(owner).arguments_in_script(package, name, kwargs)
 
 
 def on_one_line(text: str) -> str:
-    """Text for a comment: what is not printable is escaped."""
+    """Return text for a comment, with every character outside printable ASCII escaped."""
     return "".join(c if c.isprintable() and c.isascii() else c.encode("unicode_escape").decode() for c in text)
 
 
 def is_name(text: str) -> bool:
-    """Whether text can stand after a dot."""
+    """Whether text can be an attribute name after a dot."""
     return text.isascii() and text.isidentifier() and not keyword.iskeyword(text)
 
 
 def loop(variable: str, values: Sequence[str], *body: str) -> list[str]:
-    """A loop over names, which stand in as many lines as they take."""
+    """Return a loop over text values, with the list of values wrapped at WIDTH."""
     names = [quoted(value) for value in values]
     head = f"for {variable} in ({', '.join(names)}{',' if len(names) == 1 else ''}):"
     if len(head) <= WIDTH:
@@ -221,15 +240,15 @@ def loop(variable: str, values: Sequence[str], *body: str) -> list[str]:
     return [f"for {variable} in (", *wrapped, "):", *(f"    {line}" for line in body)]
 
 
-def deleted(keys: Sequence[str]) -> list[str]:
-    """What takes keys out of `state`."""
+def delete_statements(keys: Sequence[str]) -> list[str]:
+    """Return the statements that delete keys of `state`."""
     if len(keys) <= STATEMENTS:
         return [f"del state[{quoted(key)}]" for key in keys]
     return loop("key", keys, "del state[key]")
 
 
 def _wrapped(names: Sequence[str]) -> list[str]:
-    """Literals with commas after them, indented, in lines of the script's width."""
+    """Return literals with commas after them, in indented lines of at most WIDTH characters."""
     lines: list[str] = []
     for name in names:
         if lines and len(lines[-1]) + len(name) + 2 <= WIDTH:
@@ -240,7 +259,7 @@ def _wrapped(names: Sequence[str]) -> list[str]:
 
 
 def call(function: str, values: Sequence[str], *arguments: str) -> list[str]:
-    """A call of a function with a list and further arguments: on one line, or an item of the list a line."""
+    """Return a call of a function with a list and further arguments, on one line if it fits, else an item in each."""
     line = f"{function}([{', '.join(values)}], {', '.join(arguments)})"
     if len(line) <= WIDTH:
         return [line]
@@ -251,8 +270,8 @@ def _one_by_one(arguments: Iterable[str]) -> list[str]:
     return [f"    {argument}," for argument in arguments]
 
 
-def mapping(variable: str, pairs: Iterable[tuple[str, str]]) -> list[str]:
-    """A dict of names, a pair a line."""
+def dict_statement(variable: str, pairs: Iterable[tuple[str, str]]) -> list[str]:
+    """Return the statement that assigns a dict of strings, one pair on each line."""
     return [f"{variable} = {{", *(f"    {quoted(key)}: {quoted(value)}," for key, value in pairs), "}"]
 
 

@@ -1,4 +1,4 @@
-"""One edit of a script: what the statements for it are made of."""
+"""What the handler of an edit needs to write it as statements of a script."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from modelcli.model.state_dict import StateDictModel
 
 @dataclass(frozen=True)
 class Step:
-    """What a handler may need to write an edit as statements.
+    """An edit of a live model.
 
     Attributes:
-        script: the script so far: what the statements import and define goes in there.
+        script: the script so far; imports and helpers are added to it.
         before: the model before the edit.
-        after: the model after it.
-        seed: that of the values that the edit draws; None where the generator is set already, or nobody needs them.
+        after: the model after the edit.
+        seed: the seed of the random values that the edit draws; None if the script need not seed the generator.
     """
 
     script: SourceText
@@ -26,25 +26,25 @@ class Step:
     after: nn.Module
     seed: int | None
 
-    def seeded(self) -> list[str]:
-        """The statement that sets the generator, where there is a seed."""
+    def seed_statements(self) -> list[str]:
+        """Return the statement that seeds torch's generator; none without a seed."""
         return [] if self.seed is None else [f"torch.manual_seed({self.seed})"]
 
 
 @dataclass(frozen=True)
 class StateDictStep:
-    """The same for an edit of a state-dict model."""
+    """An edit of a state-dict model. The attributes are those of `Step`."""
 
     script: SourceText
     before: StateDictModel
     after: StateDictModel
     seed: int | None
 
-    def seeded(self) -> list[str]:
-        """The statement that sets the generator, where there is a seed."""
+    def seed_statements(self) -> list[str]:
+        """Return the statement that seeds torch's generator; none without a seed."""
         return [] if self.seed is None else [f"torch.manual_seed({self.seed})"]
 
     def new(self, path: str) -> nn.Module:
-        """The module that the edit has put at a path."""
+        """Return the new module that the edit puts at a path."""
         found: nn.Module = self.after.modules[path].made
         return found

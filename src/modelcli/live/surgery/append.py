@@ -18,7 +18,7 @@ def script_lines(edit: Append, step: Step) -> list[str]:
     (holder,) = selectors.select_modules(describe(step.before), [edit.path])
     path = joined(holder, list(submodule(step.after, holder)._modules)[-1])
     before, text = new_child(edit.module, step, path)
-    return [*before, access_paths.put_new(step.before, path, text)]
+    return [*before, access_paths.add_statement(step.before, path, text)]
 
 
 __all__ = ["carry_out", "new_for_state_dict", "script_lines"]

@@ -10,7 +10,7 @@ from torch import nn
 from modelcli.edits.applied import Applied, Context
 from modelcli.edits.cast import Cast, casting, refuse_overlap, require_conversion
 from modelcli.live.describe import describe, dtype_name, floating_dtype
-from modelcli.live.script.dtypes import CAST_VIEWS, casts
+from modelcli.live.script.dtypes import CAST_VIEWS, cast_statements
 from modelcli.live.script.source_text import STATEMENTS, call, loop, quoted
 from modelcli.live.script.state import State
 from modelcli.live.script.step import StateDictStep, Step
@@ -65,7 +65,7 @@ def _convert(
 
 
 def script_lines(edit: Cast, step: Step) -> list[str]:
-    return casts(step.script, step.before, describe(step.before), describe(step.after))
+    return cast_statements(step.script, step.before, describe(step.before), describe(step.after))
 
 
 def state_dict_script_lines(edit: Cast, step: StateDictStep, state: State) -> list[str]:

@@ -12,7 +12,7 @@ from modelcli.language import selectors
 from modelcli.live import signatures
 from modelcli.live.describe import describe, dtype_name, floating_dtype
 from modelcli.live.inputs import Inputs
-from modelcli.live.script.access_paths import place
+from modelcli.live.script.access_paths import module_expression
 from modelcli.live.script.source_text import quoted
 from modelcli.live.script.state import State
 from modelcli.live.script.step import StateDictStep, Step
@@ -51,7 +51,7 @@ def _inputs_of(module: nn.Module, part: nn.Module, path: str, inputs: Inputs | N
 
 def script_lines(edit: Extract, step: Step) -> list[str]:
     (path,) = selectors.select_modules(describe(step.before), [edit.path])
-    return [f"model = {place(step.before, path)}"]
+    return [f"model = {module_expression(step.before, path)}"]
 
 
 def state_dict_script_lines(edit: Extract, step: StateDictStep, state: State) -> list[str]:

@@ -9,7 +9,7 @@ from modelcli.edits.flags import Flags, flagging
 from modelcli.edits.freeze import Freeze
 from modelcli.edits.unfreeze import Unfreeze
 from modelcli.live.describe import describe
-from modelcli.live.script.flags import flags
+from modelcli.live.script.flags import requires_grad_statements
 from modelcli.live.script.state import State
 from modelcli.live.script.step import StateDictStep, Step
 from modelcli.live.sources import set_flag
@@ -28,7 +28,7 @@ def carry_out(module: nn.Module, edit: Flags, context: Context) -> Applied[nn.Mo
 
 
 def script_lines(edit: Freeze | Unfreeze, step: Step) -> list[str]:
-    return flags(step.before, describe(step.before), describe(step.after))
+    return requires_grad_statements(step.before, describe(step.before), describe(step.after))
 
 
 def state_dict_script_lines(edit: Freeze | Unfreeze, step: StateDictStep, state: State) -> list[str]:

@@ -6,9 +6,9 @@ from modelcli.edits.insert import Insert
 from modelcli.language import selectors
 from modelcli.live.describe import describe
 from modelcli.live.script import access_paths
-from modelcli.live.script.new_modules import new_statements, own_names
+from modelcli.live.script.new_modules import new_statements, tensor_names
 from modelcli.live.script.source_text import InexpressibleError
-from modelcli.live.script.state import State, moved
+from modelcli.live.script.state import State, renumber_keys
 from modelcli.live.script.step import StateDictStep, Step
 from modelcli.live.surgery.core import is_numbered, submodule
 from modelcli.live.surgery.placing import carry_out, holder_and_name, new_child, new_for_state_dict
@@ -23,17 +23,17 @@ def script_lines(edit: Insert, step: Step) -> list[str]:
     before, text = new_child(edit.module, step, path)
     if not is_numbered(submodule(step.before, above)):
         raise InexpressibleError(f"{above or 'the model'} is no sequence with children 0, 1, 2")
-    return [*before, *access_paths.insert(step.before, path, text)]
+    return [*before, *access_paths.insert_statements(step.before, path, text)]
 
 
 def state_dict_script_lines(edit: Insert, step: StateDictStep, state: State) -> list[str]:
     above, _, position = edit.path.rpartition(".")
     (holder,) = selectors.select_modules(step.before.blueprint, [above or "."])
     names = list(step.before.keys)
-    shifted = moved(names, holder, lambda number: number + (number >= int(position)), state)
+    shifted = renumber_keys(names, holder, lambda number: number + (number >= int(position)), state)
     path = joined(holder, position)
     lines = new_statements(step.script, edit.module, step.new(path), step.seed)
-    return [*shifted, *lines, *state.put(f"{path}.", own_names(step.new(path)))]
+    return [*shifted, *lines, *state.put_new_module(f"{path}.", tensor_names(step.new(path)))]
 
 
 __all__ = ["carry_out", "new_for_state_dict", "script_lines", "state_dict_script_lines"]

@@ -11,8 +11,7 @@ from modelcli.edits.applied import Applied, Change, Context
 from modelcli.edits.placing import Placing, holder_and_name
 from modelcli.language import selectors
 from modelcli.language.expressions import Call
-from modelcli.live.script.new_modules import new_module as new_module_text
-from modelcli.live.script.new_modules import seeded
+from modelcli.live.script.new_modules import constructor_call, seed_statements
 from modelcli.live.script.step import Step
 from modelcli.live.surgery.core import blueprint_of, brief, count, put_children, submodule
 from modelcli.live.surgery.holes import Placeholder, resolved_calls, resolved_for_keys
@@ -92,7 +91,7 @@ def new_for_state_dict(
 def new_child(call: Call, step: Step, path: str) -> tuple[list[str], str]:
     """The statements that set the generator for the new module at `path`, and the call that makes it."""
     new = submodule(step.after, path)
-    return seeded(step.seed, [new]), new_module_text(step.script, call, new)
+    return seed_statements(step.seed, [new]), constructor_call(step.script, call, new)
 
 
 __all__ = ["carry_out", "holder_and_name", "new_child", "new_for_state_dict"]

@@ -12,7 +12,7 @@ from modelcli.edits.remove import Remove, picked_to_remove
 from modelcli.language import selectors
 from modelcli.live.describe import describe
 from modelcli.live.script import access_paths
-from modelcli.live.script.state import State, moved
+from modelcli.live.script.state import State, renumber_keys
 from modelcli.live.script.step import StateDictStep, Step
 from modelcli.live.surgery.core import blueprint_of, brief, count, is_numbered, put_children, submodule
 from modelcli.model.paths import lies_in, parent_of
@@ -48,7 +48,7 @@ def _take_out(holder: nn.Module, gone: dict[str, None]) -> None:
 
 def script_lines(edit: Remove, step: Step) -> list[str]:
     paths = _distinct(step.before, edit.targets)
-    return [line for path in reversed(paths) for line in access_paths.take_out(step.before, path)]
+    return [line for path in reversed(paths) for line in access_paths.remove_statements(step.before, path)]
 
 
 def _distinct(model: nn.Module, targets: Sequence[str]) -> list[str]:
@@ -75,5 +75,5 @@ def state_dict_script_lines(edit: Remove, step: StateDictStep, state: State) -> 
         left = [name for name in names if name not in gone]
         for holder in dict.fromkeys(map(parent_of, paths)):
             numbers = [int(path.rpartition(".")[2]) for path in paths if parent_of(path) == holder]
-            lines += moved(left, holder, lambda n, numbers=numbers: n - sum(g < n for g in numbers), state)  # type: ignore[misc]
+            lines += renumber_keys(left, holder, lambda n, numbers=numbers: n - sum(g < n for g in numbers), state)  # type: ignore[misc]
     return lines

@@ -15,8 +15,7 @@ from modelcli.language import selectors
 from modelcli.language.quoting import quoted
 from modelcli.live.describe import describe
 from modelcli.live.script import access_paths
-from modelcli.live.script.new_modules import new_module as new_module_text
-from modelcli.live.script.new_modules import new_statements, own_names, seeded
+from modelcli.live.script.new_modules import constructor_call, new_statements, seed_statements, tensor_names
 from modelcli.live.script.source_text import STATEMENTS, InexpressibleError, SourceText, dedented, loop
 from modelcli.live.script.source_text import quoted as literal
 from modelcli.live.script.state import State
@@ -265,9 +264,9 @@ def script_lines_together(edits: Sequence[Replace], step: Step) -> list[str]:
     for edit in edits:
         for path in selectors.select_modules(blueprint, edit.targets, without=edit.without):
             news.setdefault(id(after.get_submodule(path)), (edit, []))[1].append(path)
-    lines = seeded(step.seed, [after.get_submodule(paths[0]) for _, paths in news.values()])
+    lines = seed_statements(step.seed, [after.get_submodule(paths[0]) for _, paths in news.values()])
     made = [
-        (new_module_text(script, edit.module, after.get_submodule(paths[0])), edit, paths)
+        (constructor_call(script, edit.module, after.get_submodule(paths[0])), edit, paths)
         for edit, paths in news.values()
     ]
     # All draw from one generator, so their order is kept; runs of equal ones become loops.
@@ -280,7 +279,7 @@ def script_lines_together(edits: Sequence[Replace], step: Step) -> list[str]:
         carried = [_carried(edit, before.get_submodule(path), after.get_submodule(path)) for path in names]
         if (
             alike > STATEMENTS
-            and all(access_paths.can_be_set(before, path) for path in names)
+            and all(access_paths.is_plain_assignment(before, path) for path in names)
             and len(set(carried)) == 1
         ):
             new = carried[0].written(script, "model.get_submodule(name)", text)
@@ -288,9 +287,12 @@ def script_lines_together(edits: Sequence[Replace], step: Step) -> list[str]:
             made = made[alike:]
             continue
         how = _carried(edit, before.get_submodule(paths[0]), after.get_submodule(paths[0]))
-        new = how.written(script, access_paths.place(before, paths[0]), text)
-        lines.append(access_paths.put(before, paths[0], new))
-        lines += [access_paths.put(before, path, access_paths.place(after, paths[0])) for path in paths[1:]]
+        new = how.written(script, access_paths.module_expression(before, paths[0]), text)
+        lines.append(access_paths.replace_statement(before, paths[0], new))
+        lines += [
+            access_paths.replace_statement(before, path, access_paths.module_expression(after, paths[0]))
+            for path in paths[1:]
+        ]
         made = made[1:]
     return lines
 
@@ -349,5 +351,7 @@ def state_dict_script_lines(edit: Replace, step: StateDictStep, state: State) ->
             carried = _Carried(edit.keep_weights, (), _channels(edit.keep_weights, tensors, step.new(path)))
             script.helpers.setdefault(KEEP_WEIGHTS)
             lines.append(f"keep_weights({carried.adapted(script, old)}, new)")
-        lines += state.put(prefix, own_names(step.new(path)), [name for name in names if name.startswith(prefix)])
+        lines += state.put_new_module(
+            prefix, tensor_names(step.new(path)), [name for name in names if name.startswith(prefix)]
+        )
     return lines

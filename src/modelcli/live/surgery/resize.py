@@ -156,5 +156,5 @@ def script_lines(edit: Resize, step: Step) -> list[str]:
     path, found = _resizing(step.before, edit, selectors.select_modules(blueprint, edit.targets))
     if found.statements is None:
         raise InexpressibleError(f"plain Python has no function that does {edit}")
-    lines = found.statements(step.script, access_paths.place(step.before, path))
-    return [*(step.seeded() if found.draws else []), *lines]
+    lines = found.statements(step.script, access_paths.module_expression(step.before, path))
+    return [*(step.seed_statements() if found.draws else []), *lines]

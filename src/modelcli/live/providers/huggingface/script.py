@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from modelcli.live.script.source_text import InexpressibleError, SourceText, quoted, seen
+from modelcli.live.script.source_text import InexpressibleError, SourceText, path_in_script, quoted
 from modelcli.providers.hub_names import HubModel
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def _place(place: Path | HubModel) -> str:
     """A folder as `from_pretrained` takes it, so that it is no name on the Hub; or the name there and the commit."""
     if isinstance(place, HubModel):
         return f"{quoted(place.repository)}, revision={quoted(place.revision)}"
-    shown = seen(place)
+    shown = path_in_script(place)
     return quoted(shown if place.is_absolute() or shown.startswith("..") else f"./{shown}")
 
 

@@ -248,7 +248,7 @@ class LiveTimm(LiveProvider):
 
     def expression_with_file(self, text: SourceText, architecture: Architecture, contents: Contents) -> str | None:
         """`timm.create_model(..., pretrained=True, pretrained_cfg_overlay={"file": "best.pth"})`."""
-        from modelcli.live.script.source_text import InexpressibleError, seen
+        from modelcli.live.script.source_text import InexpressibleError, path_in_script
 
         assert isinstance(architecture.reference, NamedModel)
         named = self.described(architecture.reference, architecture.folder)
@@ -259,7 +259,7 @@ class LiveTimm(LiveProvider):
             raise InexpressibleError("timm adapts the checkpoint, and does not read it by itself")
         overlay, classes = found
         given = {**({} if classes is None else {"num_classes": classes}), **architecture.reference.call.kwargs}
-        given |= {"pretrained": True, "pretrained_cfg_overlay": {"file": seen(contents.path), **overlay}}
+        given |= {"pretrained": True, "pretrained_cfg_overlay": {"file": path_in_script(contents.path), **overlay}}
         text.imports.add("import timm")
         return f"timm.create_model({text.arguments((named.name,), given)})"
 

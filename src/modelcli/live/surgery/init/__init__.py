@@ -15,7 +15,7 @@ from modelcli.errors import RequestError
 from modelcli.language import selectors
 from modelcli.live.describe import describe
 from modelcli.live.script import access_paths
-from modelcli.live.script.grouped_calls import each
+from modelcli.live.script.grouped_calls import calls_on_each
 from modelcli.live.script.source_text import STATEMENTS, InexpressibleError, SourceText, loop
 from modelcli.live.script.source_text import quoted as literal
 from modelcli.live.script.state import State
@@ -124,7 +124,7 @@ def _view_notes(shown: Mapping[str, Shown], filled: set[str]) -> list[str]:
 
 
 def script_lines(edit: Init, step: Step) -> list[str]:
-    script, model, lines = step.script, step.before, step.seeded()
+    script, model, lines = step.script, step.before, step.seed_statements()
     blueprint = describe(model)
     if scheme_name(edit.scheme) == DEFAULT:
         if edit.without:
@@ -132,14 +132,16 @@ def script_lines(edit: Init, step: Step) -> list[str]:
         paths = selectors.select_modules(blueprint, edit.targets)
         return [
             *lines,
-            *each(paths, lambda path: access_paths.place(model, path), "get_submodule", ".reset_parameters()"),
+            *calls_on_each(
+                paths, lambda path: access_paths.module_expression(model, path), "get_submodule", ".reset_parameters()"
+            ),
         ]
     names = selectors.select_tensors(blueprint, edit.targets, without=edit.without)
     infos = {blueprint.by_name[name].identity: name for name in reversed(names)}
     chosen = [name for name in names if name in infos.values() and blueprint.by_name[name].kind == "parameter"]
     script.imports.add("from torch.nn import init")
     return lines + fills(
-        script, chosen, edit, lambda name: access_paths.tensor(model, name), "model.get_parameter(name)"
+        script, chosen, edit, lambda name: access_paths.tensor_expression(model, name), "model.get_parameter(name)"
     )
 
 
@@ -177,4 +179,6 @@ def state_dict_script_lines(edit: Init, step: StateDictStep, state: State) -> li
     chosen = selectors.select_tensors(blueprint, edit.targets, without=edit.without)
     chosen = [name for name in chosen if blueprint.by_name[name].tied_to not in chosen]
     step.script.imports.add("from torch.nn import init")
-    return step.seeded() + fills(step.script, chosen, edit, lambda name: f"state[{literal(name)}]", "state[name]")
+    return step.seed_statements() + fills(
+        step.script, chosen, edit, lambda name: f"state[{literal(name)}]", "state[name]"
+    )

@@ -1,7 +1,7 @@
-"""What the text that names a model means: a provider's model, a Python object, or a file or folder.
+"""Find out what a reference means: a provider's model, a Python object, or a file or folder.
 
-The rules are those of section 2 of the contract. To find out which it is nothing is opened, and no code of the user's
-runs; which names there are the providers say.
+The rules are those of section 2 of the contract. The providers say which names exist. This module opens no checkpoint
+and runs no user's code.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ if TYPE_CHECKING:
 
 
 def reference_of(source: Source) -> Reference:
-    """The reference of a source's model, seen from the source's folder. Raises as `parse` does.
+    """Return the reference of a source's model. Relative paths start at the source's folder. Raises as `parse` does.
 
-    The folder of a library's model is a checkpoint where the user names another architecture or wants the keys alone.
+    A folder that holds a library's model counts as a checkpoint if the user names another architecture (`--arch`) or
+    wants only the keys.
     """
     found = parse(source.model, source.folder)
     if source.arch is None and not source.bare_keys:
@@ -49,13 +50,13 @@ def reference_of(source: Source) -> Reference:
 
 
 def _folder_named(reference: Reference, source: Source) -> Path | None:
-    """The folder of a library's model that a source names by its path alone."""
+    """Return the folder with a library's model if a source names it by a path without a prefix; otherwise None."""
     is_model = isinstance(reference, NamedModel) and reference.prefix is not None
     return source.folder / source.model if is_model and is_folder(source.model, source.folder) else None
 
 
 def is_folder(text: str, folder: Path) -> bool:
-    """Whether the text of a reference is the path of a folder, as seen from `folder`."""
+    """Whether the text of a reference is the path of a folder, relative to `folder`."""
     path = folder / text
     return (
         len(text) < MAX_PATH and exists(path) and path.is_dir() and not (_is_bare_word(text) and _is_known_word(text))
@@ -63,13 +64,13 @@ def is_folder(text: str, folder: Path) -> bool:
 
 
 def unknown_model_note(path: Path) -> str | None:
-    """What to tell where a folder seems to hold a library's model, and its keys alone are known.
+    """Return a note for a folder that seems to hold a library's model, but of which only the keys can be shown.
 
-    That is so if its configuration cannot be read, or if the library is not installed.
+    The reason is that its configuration cannot be read, or that the library is not installed. None for other paths.
     """
     if not path.is_dir():
         return None
-    from modelcli.providers import configuration  # a file that is given by its path has none
+    from modelcli.providers import configuration  # not needed for a file
 
     try:
         configuration.configuration_in(path)
@@ -86,11 +87,17 @@ def unknown_model_note(path: Path) -> str | None:
 
 
 def recorded(text: str, folder: Path, *, trust: bool) -> Reference:
-    """The reference that a record in a file in `folder` holds.
+    """Parse the reference in a record.
 
-    Without `trust` no path that it names is looked at: the name of a file on another machine would be asked for there.
-    With it a Python file is looked for, but only by a path from `folder`. Raises RequestError for what is no reference,
-    UnsafeError for a checkpoint, and for Python code at a path that does not start from the folder.
+    Args:
+        text: the reference.
+        folder: the folder of the file with the record.
+        trust: whether a path of a Python file in the reference may be looked up, relative to `folder`. Without it, no
+            path is looked up: a path on another machine would send a request there.
+
+    Raises:
+        RequestError: the text is not a reference.
+        UnsafeError: the reference names a checkpoint, or Python code outside the folder.
     """
     reference = _parsed(text, folder, look=False)
     if isinstance(reference, CheckpointFile):
@@ -104,7 +111,7 @@ def recorded(text: str, folder: Path, *, trust: bool) -> Reference:
 
 
 def record_runs_known_code(record: Record) -> bool:
-    """Whether a record names classes and models of known libraries alone: their names say what they are."""
+    """Whether a record names only classes and models of known libraries."""
     return _is_known_code(record.reference) and _edits_place_known_code(record)
 
 
@@ -124,9 +131,9 @@ def _is_known_code(text: str | None) -> bool:
 
 
 def _edits_place_known_code(record: Record) -> bool:
-    """Whether the classes that the edits of a record place are all of known libraries."""
+    """Whether the edits of a record place only classes of known libraries."""
     if not any(re.search(_PACKAGE_IN_EDIT, line) for line in record.edits):
-        return True  # every class that an edit places goes by its bare name, and these are all of known libraries
+        return True  # the edits name classes without a package, which always belong to known libraries
     try:
         parsed = record.parsed_edits()
     except RequestError:
@@ -136,15 +143,18 @@ def _edits_place_known_code(record: Record) -> bool:
     return all(known_code.names_known_code(call) for edit in parsed for call in edit.modules())
 
 
-#: What an edit's line needs to place a class outside the known libraries: behind a dot or a colon a name that is
-#: called, or that comes after the target. A line with quotes or backslashes may hide it, so it counts as well.
+#: Matches every edit that places a class outside the known libraries. Such an edit has a name behind a dot or a colon
+#: that is called or that comes after the target, or quotes or backslashes that may hide such a name.
 _PACKAGE_IN_EDIT = r"""[.:]\s*[^\W\d]\w*\s*\(|^\s*\S+\s+\S+\s.*[.:][^\W\d]|["'\\]"""
 
 
 def disagreement(record: Record, contents: Contents, *, to_build: bool = False) -> str | None:
-    """Why the record of a file is not believed, or None: see `checkpoints.record.disagreement`.
+    """Return why the record of a file cannot be trusted, or None: see `checkpoints.record.disagreement`.
 
-    `to_build` is for who carries its edits out: then each of them must be one that can be read.
+    Args:
+        record: the record of the file.
+        contents: the contents of the file.
+        to_build: whether the caller will carry out the record's edits, so that all of them must be valid.
     """
     if to_build and (why := record.unreadable_edit()) is not None:
         return why
@@ -157,24 +167,37 @@ _ARCH = "--arch names the architecture instead"
 
 
 def _is_absolute(path: str) -> bool:
-    """Whether a path starts at a root, at a drive, or on another machine, on any system."""
+    """Whether a path starts at a root, at a drive or at another machine, on any operating system."""
     return path.startswith(("/", "\\")) or bool(PureWindowsPath(path).drive)
 
 
 def parse(text: str, folder: Path | None = None) -> Reference:
-    """Tell what a reference is. Relative paths are seen from `folder`, by default the current one.
+    """Parse a reference. The first of these that matches decides what it means:
 
-    In this order: a bare word that a provider knows, or that is no file; an existing path; `file.py:Class(...)`;
-    `PREFIX:NAME(...)` with the prefix of a provider; `module:name`; a builder or a module expression. A registered
-    prefix goes before a Python module of that name: the module's file is named by its path, `PREFIX.py:Class(...)`.
+    1. a bare word that a provider knows, or that is not the name of a file;
+    2. an existing path;
+    3. `file.py:Class(...)`;
+    4. `PREFIX:NAME(...)` with the prefix of a provider (a Python module of that name can be written as
+       `PREFIX.py:Class(...)`);
+    5. `module:name`;
+    6. a builder or a module expression.
 
-    Raises RequestError for what is none of these, SystemFailureError for a prefix whose provider cannot be loaded.
+    Args:
+        text: the reference.
+        folder: relative paths start here; None for the current folder.
+
+    Raises:
+        RequestError: the text is none of these.
+        SystemFailureError: the provider of a prefix cannot be loaded.
     """
     return _parsed(text, folder or Path(), look=True)
 
 
 def _parsed(text: str, folder: Path, *, look: bool) -> Reference:
-    """The same; without `look` by the text alone: no path in it is looked at, and one with a suffix is a file."""
+    """Parse a reference as `parse` does.
+
+    Without `look`, no path is looked up: the text alone decides, and a path with a checkpoint's suffix is a checkpoint.
+    """
     if not text.strip():
         raise RequestError("an empty model reference", "name one: alexnet, nets.py:Net(3,2), best.pth")
     path = folder / text
@@ -195,25 +218,25 @@ def _parsed(text: str, folder: Path, *, look: bool) -> Reference:
     if re.search(r"[/\\]", text.partition("(")[0]):
         raise missing_file(path, text)
     if re.fullmatch(r"[\w.+-]+", text) and not re.fullmatch(r"[A-Za-z_][\w.]*", text, re.ASCII):
-        return _named(text)  # `bert-base-uncased`: no expression, and no model of that name either
+        return _named(text)  # `bert-base-uncased` is not an expression; the provider will report the unknown name
     from modelcli.language import expressions
 
     call = expressions.parse(text)
-    # Parentheses may stand around `module:build(3)`.
+    # `(module:build(3))` is a Python object in parentheses.
     return _parsed(str(call), folder, look=look) if ":" in call.name else NamedModel(call)
 
 
 def _named(name: str) -> NamedModel:
-    """A model by its name, without arguments."""
+    """Return the reference of a model's name without arguments."""
     from modelcli.language.expressions import Call
 
     return NamedModel(Call(name))
 
 
 def _recognised(text: str, path: Path) -> NamedModel | None:
-    """The model that a provider sees in a folder; None where it is a checkpoint like others.
+    """Return the model that a provider recognises in a folder; None for a plain checkpoint.
 
-    Asked are the built-in providers with a prefix, and those of other packages that this process has named.
+    Only the built-in providers with a prefix, and providers of other packages that are already loaded, are asked.
     """
     if not path.is_dir():
         return None
@@ -223,13 +246,13 @@ def _recognised(text: str, path: Path) -> NamedModel | None:
     provider = next((known for known in installed if known.recognises(path)), None)
     if provider is None:
         return None
-    # Written as a path, it cannot be taken for a name that the provider fetches or has: `./org/name`, `./resnet50`.
+    # With `./` in front, the provider cannot mistake the folder for a model of that name: `./org/name`, `./resnet50`.
     is_name = provider.is_remote(text) or (_is_bare_word(text) and provider.own_folder(text, path.parent) is None)
     return NamedModel(Call(f"./{text}" if is_name else text), provider.prefix)
 
 
 def pinned(source: Source, *, requests: bool = True) -> Source:
-    """The same source with models named so that nobody can change them meanwhile: see `Provider.pinned`."""
+    """Return the source with each remote model pinned to a commit, so that it cannot change: see `Provider.pinned`."""
 
     def name_of(provider: Provider, name: str) -> str:
         return provider.pinned(name, source.folder, requests=requests)
@@ -239,9 +262,9 @@ def pinned(source: Source, *, requests: bool = True) -> Source:
 
 
 def downloaded(source: Source) -> Source:
-    """The same source as `pinned`, once its values are on this machine: see `Provider.downloaded`.
+    """Download the values of a source's model and return the source as `pinned` does: see `Provider.downloaded`.
 
-    Where the values come from elsewhere, by `--weights`, those of the model itself are not needed.
+    If `--weights` says that the values come from elsewhere, nothing is downloaded.
     """
     if source.weights == "none" or (
         source.weights is not None and names_a_file(source.weights, source.folder, source.model)
@@ -255,7 +278,10 @@ def downloaded(source: Source) -> Source:
 
 
 def _renamed(text: str, folder: Path, name_of: Callable[[Provider, str], str]) -> str:
-    """A reference with another name for the model of a provider with a prefix; other references as they are."""
+    """Return a reference with the name of its model replaced by what `name_of` returns.
+
+    References without a provider's prefix are returned unchanged.
+    """
     if (prefix := providers.prefix_of(text)) is None or not _is_prefix(prefix):
         return text
     reference = parse(text, folder)
@@ -270,7 +296,7 @@ def _renamed(text: str, folder: Path, name_of: Callable[[Provider, str], str]) -
 
 
 def require_downloaded(reference: Reference, source: Source) -> None:
-    """Raise RequestError for a model whose files are on another machine."""
+    """Raise RequestError for a model whose files have not been downloaded yet."""
     if not isinstance(reference, NamedModel) or reference.prefix is None:
         return
     provider, name = providers.by_prefix(reference.prefix), reference.call.name
@@ -284,9 +310,9 @@ def require_downloaded(reference: Reference, source: Source) -> None:
 
 
 def own_weights(reference: Reference, source: Source) -> Path | None:
-    """The folder with the weights that a reference brings along, which are its default; None where it has none.
+    """Return the folder or file with the weights that are the default of a reference's model.
 
-    `--weights none` asks for random values instead.
+    None if the model has none, or if `--weights none` asks for random values instead.
     """
     folder = None if source.weights == "none" else own_folder(reference, source)
     if folder is None or not formats.holds_weights(folder):
@@ -299,7 +325,7 @@ def own_weights(reference: Reference, source: Source) -> Path | None:
 
 
 def own_folder(reference: Reference, source: Source) -> Path | None:
-    """The folder that has the files of a provider's model; None for a model that is no folder."""
+    """Return the folder with the files of a provider's model; None for a model that has no folder."""
     if not isinstance(reference, NamedModel) or reference.prefix is None:
         return None
     provider = providers.by_prefix(reference.prefix)
@@ -312,28 +338,28 @@ def _is_bare_word(text: str) -> bool:
 
 @functools.cache
 def _is_known_word(word: str) -> bool:
-    """Whether a bare word means a model of a provider's: then a file of that name needs a path.
+    """Whether a bare word is the name of a provider's model, so that a file of that name must be written as a path.
 
-    The sources of libraries are read for it, which takes some 30 ms, so this is asked only where there is such a file.
+    This reads the libraries' sources, which takes about 30 ms, so it is called only if there is such a file.
     """
     return any(word in provider.bare_words() for provider in providers.built_in())
 
 
 def hidden_file_note(text: str, folder: Path) -> str | None:
-    """What to tell where a name means a provider's model, and a file or folder could be meant by it as well."""
+    """Return a note if a reference means a provider's model, and a file or folder of the same name exists."""
     prefix, colon, _ = text.partition(":")
     if colon and _is_prefix(prefix) and exists(folder / f"{prefix}.py"):
-        return f"{text} is a model of the provider {prefix}; the file of that name is meant by {prefix}.py:..."
+        return f"{text} means a model of the provider {prefix}; write {prefix}.py:... to name the file {prefix}.py"
     if colon and (folder_name := _hidden_folder(text, folder)) is not None:
-        return f"{text} is fetched by the provider {prefix}; the folder of that name is meant by ./{folder_name}"
+        return f"{text} means a model of the provider {prefix}; write ./{folder_name} to name the folder {folder_name}"
     if not _is_bare_word(text) or not exists(folder / text) or not _is_known_word(text):
         return None
     what = "folder" if (folder / text).is_dir() else "file"
-    return f"{text} means the model of that name; the {what} that is called so too is named by ./{text}"
+    return f"{text} means the model of that name; write ./{text} to name the {what} {text}"
 
 
 def _hidden_folder(text: str, folder: Path) -> str | None:
-    """The folder that is called like a model which a provider fetches; None where there is none."""
+    """Return the name of a folder that has the same name as a remote model; None if there is none."""
     prefix, name = providers.prefix_of(text), text.partition(":")[2].partition("(")[0].partition("@")[0]
     if prefix is None or not _is_prefix(prefix) or not name or not (folder / name).is_dir():
         return None
@@ -342,9 +368,10 @@ def _hidden_folder(text: str, folder: Path) -> str | None:
 
 
 def _split_object(text: str, folder: Path, *, look: bool) -> tuple[str, str] | None:
-    """Cut `nets.py:Net(3)` at its colon; a drive letter's colon is none, nor one inside the arguments.
+    """Split `nets.py:Net(3)` at its colon; None if there is none. Colons of drives and in arguments do not count.
 
-    A file that exists is cut off first: folders may have colons and parentheses in their names.
+    If a part of the text is an existing Python file, the text is split there, because the names of folders may contain
+    colons and parentheses.
     """
     for match in re.finditer(r"\.py:", text[:MAX_PATH]):
         if not look or exists(folder / text[: match.end() - 1]):
@@ -358,7 +385,7 @@ def _split_object(text: str, folder: Path, *, look: bool) -> tuple[str, str] | N
 
 
 def _library_class(source: str, target: str) -> NamedModel | None:
-    """A class of a provider's own library that is written with a colon: `torch.nn:Linear(2,3)`."""
+    """Return a class of a provider's own library that is written with a colon: `torch.nn:Linear(2,3)`."""
     from modelcli.language import expressions
     from modelcli.language.expressions import Call
 
@@ -366,14 +393,14 @@ def _library_class(source: str, target: str) -> NamedModel | None:
     if not any(package in provider.packages and provider.owns(source) for provider in providers.built_in()):
         return None
     name = target.partition("(")[0].strip()
-    if not re.fullmatch(r"[A-Z]\w*", name, re.ASCII):  # what begins otherwise is a function
+    if not re.fullmatch(r"[A-Z]\w*", name, re.ASCII):  # names of functions begin with a small letter
         return None
     call = expressions.parse(target)
     return NamedModel(Call(f"{source}.{name}", call.args, call.kwargs))
 
 
 def _prefixed(source: str, target: str) -> NamedModel | None:
-    """A model of a provider with a prefix: `timm:resnet50(num_classes=10)`."""
+    """Return the model of a provider with a prefix, `timm:resnet50(num_classes=10)`; None for another prefix."""
     if not _is_prefix(source):
         return None
     provider = providers.by_prefix(source)
@@ -381,7 +408,7 @@ def _prefixed(source: str, target: str) -> NamedModel | None:
 
 
 def _is_prefix(text: str) -> bool:
-    """Whether a provider has this prefix; entry points are read where it may be that of another package's."""
+    """Whether a provider has this prefix. Entry points are read unless it is the prefix of a built-in provider."""
     return re.fullmatch(r"[A-Za-z][\w-]*", text, re.ASCII) is not None and text in providers.prefixes()
 
 
@@ -413,10 +440,15 @@ def _python_object(source: str, target: str, folder: Path, *, look: bool) -> Pyt
 
 
 def names_a_file(text: str, folder: Path, model: str = "") -> bool:
-    """Whether the value of `--weights` is a path, as seen from `folder`, and not a name of a provider's weights.
+    """Whether the value of `--weights` is a path, and not the name of a provider's pretrained weights.
 
-    It is one where it has a separator or the suffix of a checkpoint, or where a file or folder is called so and no
-    weights are. `model` is the reference that they are for, whose prefix may say which names there are.
+    It is a path if it has a separator or the suffix of a checkpoint, or if a file or folder of that name exists and no
+    weights have this name.
+
+    Args:
+        text: the value.
+        folder: relative paths start here.
+        model: the reference of the model. Its prefix decides which provider's names count.
     """
     if formats.has_known_suffix(text) or "/" in text or "\\" in text:
         return True
@@ -431,7 +463,7 @@ def _names_weights(text: str, model: str) -> bool:
 
 
 def names_a_model(text: str) -> bool:
-    """Whether text in the place of a recipe names a model: a checkpoint, Python, or what is no file at all."""
+    """Whether an argument that should name a recipe names a model instead: a checkpoint, Python code or a builder."""
     path = Path(text)
     if len(text) < MAX_PATH and "\0" not in text and exists(path):
         return path.is_dir() or formats.has_known_suffix(path) or path.suffix == ".py"
@@ -442,7 +474,7 @@ def names_a_model(text: str) -> bool:
 
 
 def _names_no_class(text: str, path: Path) -> RequestError:
-    """`nets.py` alone: list the classes in it, read without running them."""
+    """Return the error for `nets.py` without a class. It lists the classes in the file, which is parsed, not run."""
     import ast
     import warnings
 

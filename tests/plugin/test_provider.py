@@ -75,7 +75,7 @@ def test_a_prefix_goes_before_a_python_module_of_that_name(cli: Cli, folder: Pat
     assert isinstance(parse("tiny.py:mlp"), PythonObject)
     assert isinstance(parse("tinier:mlp"), PythonObject)
     told = cli("params", "tiny:mlp").err
-    assert "tiny:mlp is a model of the provider tiny; the file of that name is meant by tiny.py:..." in told
+    assert "tiny:mlp means a model of the provider tiny; write tiny.py:... to name the file tiny.py" in told
     assert cli("modules", "tiny.py:mlp", "--json").json["modules"][0]["type"] == "Linear"
 
 

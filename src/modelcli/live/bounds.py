@@ -1,6 +1,6 @@
-"""How much may be made of a constructor call: modules, seconds, bytes. 60 characters can ask for 100 million blocks.
+"""Limits on what a constructor call may build (modules, time, bytes): 60 characters can mean 100 million blocks.
 
-Only constructors of known libraries are held to this. Code of the user's may take what it needs.
+The limits apply to constructors of known libraries only. A user's own code has none.
 """
 
 from __future__ import annotations
@@ -24,27 +24,31 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from modelcli.checkpoints import limits
 from modelcli.errors import FileFormatError, ModelcliError, RequestError
 
-#: Modules that a record may make beyond those that it lists: what its edits took out again, what a constructor makes
-#: and drops. The largest model of the built-in providers has 1,400.
+#: The architecture of a record may build this many modules more than the record lists, because edits remove modules
+#: and constructors drop some. The largest model of the built-in providers has 1,400 modules.
 _BEYOND_LISTED = 2_000
-#: Seconds of processor time: 20 times what the slowest model of the built-in providers takes for its modules.
+#: Seconds of processor time. A record gets 20 times what the slowest model of the built-in providers takes.
 _SECONDS_OF_RECORD = 5.0
 _SECONDS_AS_TYPED = 30.0
-#: Memory for tensors that a constructor makes on its way and not on the meta device.
+#: The bytes of tensors that a constructor may create outside the meta device.
 _BYTES_OF_RECORD = 256 * 1024 * 1024
-#: What is smaller is not looked at by itself, but once in so many operations all of it together.
+#: Results smaller than this many bytes are not checked one by one: the process's memory is checked once in _OPERATIONS.
 _SMALL = 1024 * 1024
 _OPERATIONS = 1_000
-#: How often the watch looks at the clock, in seconds.
+#: How often the watching thread checks time and memory, in seconds.
 _PERIOD = 0.02
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What building one architecture may take. `what` names it in a refusal.
+    """The limits for building one architecture.
 
-    `nbytes` bounds the tensors that are not on the meta device; None leaves that to the machine's memory. `of_file`
-    says that a file asks for it, and not the user.
+    Attributes:
+        what: what an error calls the architecture.
+        modules: the largest number of modules.
+        seconds: the most processor time, in seconds.
+        nbytes: the most bytes of tensors outside the meta device; None for no limit.
+        of_file: whether the architecture comes from a file and not from the user. It decides the class of the error.
     """
 
     what: str
@@ -54,6 +58,7 @@ class Bounds:
     of_file: bool = False
 
     def refusal(self, found: str) -> ModelcliError:
+        """Return the error for an architecture that exceeds a limit; `found` says by what it does."""
         kind = FileFormatError if self.of_file else RequestError
         return kind(
             f"{self.what} takes {found} to build",
@@ -62,12 +67,12 @@ class Bounds:
 
 
 def as_typed(what: str) -> Bounds:
-    """The bounds of a constructor call that the user has written."""
+    """Return the limits for a constructor call that the user has typed. `what` is the call."""
     return Bounds(what, limits.MODULES.value, _SECONDS_AS_TYPED * _patience())
 
 
 def of_record(what: str, listed: int) -> Bounds:
-    """The bounds of what a record asks for that lists so many modules: in proportion to what it says itself."""
+    """Return the limits for the architecture of a record, in proportion to the number of modules that it lists."""
     modules = min(_BEYOND_LISTED + 2 * listed, limits.MODULES.value)
     if limits.MODULES.value > limits.MODULES.default:
         modules = limits.MODULES.value
@@ -76,12 +81,12 @@ def of_record(what: str, listed: int) -> Bounds:
 
 
 def of_configuration(what: str, listed: int | None = None, nbytes: int = 0) -> Bounds:
-    """The bounds of what the configuration in a folder asks for.
+    """Return the limits for the architecture of a folder's configuration.
 
     Args:
-        what: what a refusal calls it.
-        listed: the number of tensors of its weights; None where there are none, and it may ask for any usual model.
-        nbytes: the bytes of its weights.
+        what: what an error calls the architecture.
+        listed: the number of tensors in the folder's weights; None if it has none, so that any usual model is allowed.
+        nbytes: the bytes of the folder's weights.
     """
     most = limits.MODULES.value
     if listed is not None and most <= limits.MODULES.default:
@@ -91,15 +96,17 @@ def of_configuration(what: str, listed: int | None = None, nbytes: int = 0) -> B
 
 
 def _patience() -> float:
-    """More time for who allows more modules."""
+    """Return the factor for time limits: a user who raises the limit on modules gets more time as well."""
     return max(1.0, limits.MODULES.value / limits.MODULES.default)
 
 
 @contextlib.contextmanager
 def held(bounds: Bounds | None) -> Iterator[None]:
-    """Refuse what is built in the block once it takes more than the bounds; None bounds nothing.
+    """End the construction in this context once it exceeds a limit; None sets no limits.
 
-    Raises FileFormatError where a file asks for it, RequestError where the user does.
+    Raises:
+        FileFormatError: the architecture comes from a file and exceeds a limit.
+        RequestError: the user's architecture exceeds a limit.
     """
     if bounds is None:
         yield
@@ -115,7 +122,9 @@ def held(bounds: Bounds | None) -> Iterator[None]:
 @contextlib.contextmanager
 def _counted_modules(bounds: Bounds) -> Iterator[None]:
     made = 0
-    plain = {name: getattr(nn.Module, name) for name in ("__init__", "__setstate__")}  # a copy has no other start
+    plain = {
+        name: getattr(nn.Module, name) for name in ("__init__", "__setstate__")
+    }  # copying a module calls only `__setstate__`
 
     def counting(start: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(start)
@@ -138,14 +147,14 @@ def _counted_modules(bounds: Bounds) -> Iterator[None]:
 
 
 class _OutOfTimeError(BaseException):
-    """Raised in the building thread by the watch: no `except Exception` of a constructor holds it up."""
+    """The watching thread raises this in the constructor's thread. `except Exception` there does not catch it."""
 
 
 @contextlib.contextmanager
 def _watched(bounds: Bounds) -> Iterator[None]:
-    """End a loop that makes no modules and does not come to its end.
+    """End a constructor that takes too much time or memory, such as an endless loop that creates no modules.
 
-    Processor time counts, so that a busy machine refuses nothing.
+    The time is processor time, so that a busy machine causes no errors.
     """
     builder, ended, lock = threading.get_ident(), threading.Event(), threading.Lock()
     last = time.process_time() + bounds.seconds
@@ -173,20 +182,20 @@ def _watched(bounds: Bounds) -> Iterator[None]:
             with lock:
                 ended.set()
                 if fired:
-                    _raise_in(builder, None)  # where it has not struck yet, it shall not strike later
+                    _raise_in(builder, None)  # if it has not been raised yet, it must not be raised later
     except _OutOfTimeError:
         raise bounds.refusal(why) from None
 
 
 def _raise_in(thread: int, error: type[BaseException] | None) -> None:
-    """Let another thread raise an exception before its next step; None takes back one that it has not raised yet."""
+    """Make another thread raise an exception before its next bytecode; None cancels one that it has not raised yet."""
     ctypes.pythonapi.PyThreadState_SetAsyncExc(
         ctypes.c_ulong(thread), None if error is None else ctypes.py_object(error)
     )
 
 
 class _TensorsBounded(TorchDispatchMode):
-    """Refuses an operation whose result would not fit, before it is carried out: the meta device tells the size."""
+    """Raises an error before an operation whose result would exceed the limit; the meta device gives its size."""
 
     def __init__(self, bounds: Bounds, nbytes: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -216,9 +225,9 @@ class _TensorsBounded(TorchDispatchMode):
 
 
 def _result_bytes(func: Any, args: Any, kwargs: Any) -> int:
-    """The bytes of what an operation gives, as the meta device says; 0 where that cannot say."""
+    """Return the bytes of an operation's result, computed on the meta device; 0 if the meta device cannot run it."""
 
-    def moved(value: Any) -> Any:
+    def on_meta(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return value.to("meta")
         return torch.device("meta") if isinstance(value, torch.device) else value
@@ -229,14 +238,14 @@ def _result_bytes(func: Any, args: Any, kwargs: Any) -> int:
         given = dict(kwargs)
         if any(argument.name == "device" for argument in func._schema.arguments):
             given["device"] = torch.device("meta")
-        found = func(*pytree.tree_map(moved, args), **pytree.tree_map(moved, given))
-    except Exception:  # what has no meaning there is carried out as it is
+        found = func(*pytree.tree_map(on_meta, args), **pytree.tree_map(on_meta, given))
+    except Exception:  # the operation does not run on the meta device, so its size is not limited
         return 0
     return sum(t.numel() * t.element_size() for t in pytree.tree_leaves(found) if isinstance(t, torch.Tensor))
 
 
 def _resident() -> int:
-    """The bytes of memory that the process holds; 0 where the system does not tell."""
+    """Return the resident memory of the process in bytes; 0 if the system does not provide it."""
     try:
         return int(Path("/proc/self/statm").read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError, AttributeError):

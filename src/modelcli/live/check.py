@@ -278,9 +278,9 @@ def _other_size(after: nn.Module, module: nn.Module, misfit: Misfit, inputs: Inp
 def _where(path: str, watch: _Watch, history: EditHistory) -> str:
     """Return `-e 1: 'replace fc ...': ` for the edit that made the failing module, or the module before it."""
     leaf = watch.came_from(path)
-    before = "" if leaf is None else history.named(leaf[0])
-    told = history.named(path) or before or history.only()
-    return f"{told}: " if told else ""
+    before = "" if leaf is None else history.edits_at(leaf[0])
+    edits = history.edits_at(path) or before or history.only_edit()
+    return f"{edits}: " if edits else ""
 
 
 def _named(path: str, module: nn.Module) -> str:

@@ -1,4 +1,4 @@
-"""Which edits changed what is at a path, for an error that is found only after all of them: it names the edit."""
+"""Which edits changed each path. The check that runs after all edits uses this to name the edit at fault."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from modelcli.model.paths import ancestors
 
 
 class AppliedEdit(Protocol):
-    """An edit that was carried out, where it is written, and what it changed."""
+    """An edit that was carried out, its location (such as `-e 1`), and what it changed."""
 
     @property
     def edit(self) -> Edit: ...
@@ -26,22 +26,22 @@ class AppliedEdit(Protocol):
 
 @dataclass(frozen=True)
 class EditHistory:
-    """The edits that changed something at each path, in order, each as an error names it: its location and its line."""
+    """The edits that changed each path, in order. Each is the text that an error shows: its location and its line."""
 
     by_path: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def count(self, path: str) -> int:
-        """How many edits changed what is at a path."""
+        """Return how many edits changed the module at a path, or the nearest changed module above it."""
         return len(self._at(path))
 
-    def named(self, path: str) -> str:
-        """The edits that changed what is at a path: `-e 1: 'replace fc ...', -e 3: ...`; empty for a command."""
+    def edits_at(self, path: str) -> str:
+        """Return the edits that `count` counts: `-e 1: 'replace fc ...', -e 3: ...`; empty for a single command."""
         return ", ".join(filter(None, self._at(path)))
 
-    def only(self) -> str:
-        """The only edit that changed anything; empty where there are several."""
-        named = {name for names in self.by_path.values() for name in names}
-        return named.pop() if len(named) == 1 else ""
+    def only_edit(self) -> str:
+        """Return the only edit that changed anything; empty if there are several."""
+        edits = {edit for edits in self.by_path.values() for edit in edits}
+        return edits.pop() if len(edits) == 1 else ""
 
     def _at(self, path: str) -> tuple[str, ...]:
         return next((self.by_path[above] for above in ancestors(path) if above in self.by_path), ())
@@ -51,14 +51,14 @@ NO_HISTORY = EditHistory()
 
 
 def history_of(applied: Iterable[AppliedEdit]) -> EditHistory:
-    """The history of edits that were carried out in this order, without those that cannot break the fit."""
-    found: dict[str, tuple[str, ...]] = {}
-    for each in applied:
-        if not each.edit.can_break_fit:
+    """Return the history of edits that were carried out in this order, without those that cannot break the fit."""
+    by_path: dict[str, tuple[str, ...]] = {}
+    for one in applied:
+        if not one.edit.can_break_fit:
             continue
-        if each.edit.moves_paths:
-            found.clear()
-        named = f"{each.location}: {str(each.edit)!r}" if each.location else ""
-        for path in {change.path for change in each.changes}:
-            found[path] = (*found.get(path, ()), named)
-    return EditHistory(found)
+        if one.edit.moves_paths:
+            by_path.clear()
+        text = f"{one.location}: {str(one.edit)!r}" if one.location else ""
+        for path in {change.path for change in one.changes}:
+            by_path[path] = (*by_path.get(path, ()), text)
+    return EditHistory(by_path)

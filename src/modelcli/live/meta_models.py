@@ -56,7 +56,7 @@ def build_on_meta(construct: Constructor, *, only_if_needed: bool = False, bound
                     continue  # a sparse tensor on meta does not know its number of elements
                 return module
             except ConstructorError as error:
-                if number == len(rungs) - 1 or (only_if_needed and not error.may_need_numbers):
+                if number == len(rungs) - 1 or (only_if_needed and not error.may_need_values):
                     raise
                 one_by_one = rungs[number + 1] is _parameters_on_meta
                 if sizes and not memory.fits(max(sizes) if one_by_one else sum(sizes)):

@@ -1,4 +1,4 @@
-"""Module expressions made into modules: `Linear(4096,10)` to `nn.Linear(4096, 10)`, looked up, never evaluated."""
+"""Build modules from module expressions: `Linear(4096,10)` gives `nn.Linear(4096, 10)`. No text is run as Python."""
 
 from __future__ import annotations
 
@@ -23,15 +23,21 @@ from modelcli.providers import class_packages
 from modelcli.providers import owner as owner_of
 from modelcli.providers.known_code import is_known_name
 
-#: Layers that one argument may ask for; those of an RNN take time that grows with their square.
+#: The most layers that one constructor call may build. The time to build an RNN grows with the square of its layers.
 MAX_LAYERS = 2_000
 _LAYERS = re.compile(r"num_(\w+_)?layers")
 
 
 def find_class(dotted: str, *, trusted: bool) -> type[nn.Module]:
-    """The class that a name stands for: of a known library, as its provider says, or `package.module:Class`.
+    """Return the module class of a name.
 
-    Only modules of known libraries are imported unless `trusted`. Raises RequestError with the closest names.
+    Args:
+        dotted: the name of a class of a known library (`Linear`, `torchvision.ops:MLP`), or `package.module:Class`.
+        trusted: whether Python modules outside the known libraries may be imported.
+
+    Raises:
+        RequestError: there is no such class. The error names the closest classes.
+        UnsafeError: the class is outside the known libraries, and `trusted` is False.
     """
     package, name = _parts(dotted)
     if is_known_name(dotted):
@@ -41,7 +47,7 @@ def find_class(dotted: str, *, trusted: bool) -> type[nn.Module]:
         near = closest(name, class_names())
         raise RequestError(
             f"no class {dotted!r} in {class_packages()}",
-            _in_other_places(name)
+            _classes_with_package(name)
             or (
                 f"did you mean {' or '.join(near)}?"
                 if near
@@ -59,13 +65,13 @@ def find_class(dotted: str, *, trusted: bool) -> type[nn.Module]:
 
 
 def _parts(dotted: str) -> tuple[str, str]:
-    """The package and the name of `package.module:Class`; nets.py:Net, as a reference has it, is a module here."""
+    """Split `package.module:Class` into the package and the class name. `nets.py:Net` means the module `nets`."""
     package, _, name = dotted.replace(":", ".").rpartition(".")
     return package.removesuffix(".py"), name
 
 
 def untrusted(what: str) -> UnsafeError:
-    """The error where a file names code of no known library."""
+    """Return the error for a file that names code outside the known libraries."""
     return UnsafeError(
         f"the file names {what}, no class of {class_packages()}, and following it would run that code",
         "--trust (trust=True in Python) follows it; --arch names an architecture instead",
@@ -73,7 +79,7 @@ def untrusted(what: str) -> UnsafeError:
 
 
 def _known_class(package: str, name: str) -> object:
-    """What a known library has under a name. A bare name is looked up in each that has module classes."""
+    """Return what a known library calls by this name; None if nothing. A bare name is looked up in all libraries."""
     if not package:
         found = (half.find_class("", name) for half in providers.with_classes())
         return next((value for value in found if value is not None), None)
@@ -82,9 +88,10 @@ def _known_class(package: str, name: str) -> object:
 
 
 def find_maker(dotted: str, *, trusted: bool) -> Callable[..., Any]:
-    """The class that a name stands for, or the function that returns a module: a builder in an expression.
+    """Return the class of a name, or the function if the name is that of a builder.
 
-    A builder of a library is given without weights, whatever its own default is. Raises as `find_class` does.
+    A library's builder is wrapped so that it loads no weights, even if it would by default. The arguments and errors
+    are those of `find_class`.
     """
     package, name = _parts(dotted)
     if not is_known_name(dotted):
@@ -100,7 +107,7 @@ def find_maker(dotted: str, *, trusted: bool) -> Callable[..., Any]:
 
 
 def full_name(dotted: str) -> tuple[str, str]:
-    """The package and the name of a known class: a bare name has that of the first library which has the class."""
+    """Return the package and the name of a known class. The package of a bare name is the first that has the class."""
     package, name = _parts(dotted)
     if package:
         return package, name
@@ -108,8 +115,8 @@ def full_name(dotted: str) -> tuple[str, str]:
     return next((found for found in packages if found is not None), "torch.nn"), name
 
 
-def _in_other_places(name: str) -> str | None:
-    """Which classes of this name known libraries have that do not go by it alone, as an expression writes them."""
+def _classes_with_package(name: str) -> str | None:
+    """Return a hint with the classes of this name that must be written with their package; None if there are none."""
     for half in providers.with_classes():
         if found := half.places_of(name):
             how_many = "one" if len(found) == 1 else "several"
@@ -118,12 +125,12 @@ def _in_other_places(name: str) -> str | None:
 
 
 def class_names() -> list[str]:
-    """Every module class that goes by its bare name."""
+    """Return all module classes of known libraries that an expression may write without a package."""
     return sorted({name for half in providers.with_classes() for name in half.class_names()})
 
 
 def classes_in(namespace: ModuleType) -> list[str]:
-    """The module classes that a Python module has under public names."""
+    """Return the public names of the module classes in a Python module."""
     return [
         name
         for name, value in vars(namespace).items()
@@ -132,7 +139,15 @@ def classes_in(namespace: ModuleType) -> list[str]:
 
 
 def make(call: Call, *, trusted: bool = True) -> nn.Module:
-    """Call the constructor on the current device. Raises RequestError that shows its signature."""
+    """Build the module of an expression on the current device.
+
+    Args:
+        call: the expression. Nested calls are built first.
+        trusted: whether Python modules outside the known libraries may be imported.
+
+    Raises:
+        RequestError: the arguments are wrong. The hint shows the constructor's signature.
+    """
     kind = find_maker(call.name, trusted=trusted)
     if call.has_hole:
         raise RequestError(f"{call}: _ keeps an old argument, but there is no old module", "write the argument out")
@@ -144,23 +159,23 @@ def make(call: Call, *, trusted: bool = True) -> nn.Module:
 
 
 def _keyword(call: Call, key: str, *, trusted: bool) -> Any:
-    """The value of a keyword argument. An error over a bare word says how the text that it may be is written."""
+    """Return the value of a keyword argument. If it is a bare word, the error says how to write it as text."""
     value = call.kwargs[key]
     try:
         return value_of(value, trusted=trusted)
     except RequestError as error:
         if isinstance(value, Name) and value.dotted.isidentifier():
-            told = error.hint or ""
-            start = f"{told} Text" if told.startswith("did you mean") else "text"
-            meant = Call(call.name, call.args, {**call.kwargs, key: value.dotted})
-            error.hint = f"{start} is quoted, and the module around it once more: {quoted(meant)}"
-            if (words := expressions.to_words(meant)) is not None:
+            hint = error.hint or ""
+            start = f"{hint} Text" if hint.startswith("did you mean") else "text"
+            corrected = Call(call.name, call.args, {**call.kwargs, key: value.dotted})
+            error.hint = f"{start} is quoted, and the module around it once more: {quoted(corrected)}"
+            if (words := expressions.to_words(corrected)) is not None:
                 error.hint += f"; or without brackets and quotes: {command(words)}"
         raise
 
 
 def _require_few(kind: Callable[..., Any], args: list[Any], kwargs: dict[str, Any], text: str) -> None:
-    """Raise RequestError where a module is asked for so often that its constructor would not come back."""
+    """Raise RequestError for a call with so many layers that its constructor would run for hours."""
     named = [*zip(parameter_names(kind), args, strict=False), *kwargs.items()]
     times = sum(value for name, value in named if _LAYERS.fullmatch(name) and isinstance(value, int))
     inside = sum(sum(1 for _ in modules_in(value)) for _, value in named if isinstance(value, nn.Module))
@@ -171,7 +186,19 @@ def _require_few(kind: Callable[..., Any], args: list[Any], kwargs: dict[str, An
 def construct(
     kind: Callable[..., Any], args: list[Any], kwargs: dict[str, Any], text: str, signature: str | None = None
 ) -> nn.Module:
-    """Call a class or function that must give a module. Raises RequestError where its arguments are wrong."""
+    """Call a class or function that must return a module.
+
+    Args:
+        kind: the class or function.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        text: what errors call it.
+        signature: the signature for hints; None for that of `kind`.
+
+    Raises:
+        RequestError: the arguments are wrong, or the result is not a module.
+        ConstructorError: the call raised.
+    """
     check_arguments(kind, args, kwargs, text)
     try:
         module = kind(*args, **kwargs)
@@ -185,20 +212,21 @@ def construct(
 
 
 class ConstructorError(RequestError):
-    """A constructor raised. `error` is what it raised: on the meta device that may only mean that it needs numbers."""
+    """A constructor raised `error`. On the meta device, the reason may only be that it needs values of tensors."""
 
     def __init__(self, text: str, error: Exception, signature: str | None) -> None:
         super().__init__(f"{text}: {_first_line(error)}", signature)
         self.error = error
 
     @property
-    def may_need_numbers(self) -> bool:
+    def may_need_values(self) -> bool:
+        """Whether the constructor may succeed outside the meta device, where tensors have values."""
         text = str(self.error).lower()
         return isinstance(self.error, NotImplementedError) or "meta" in text or "numpy" in text
 
 
 def check_arguments(kind: Callable[..., Any], args: list[Any], kwargs: dict[str, Any], text: str) -> None:
-    """Raise RequestError where the arguments do not fit the signature."""
+    """Raise RequestError if the arguments do not fit the signature of `kind`. `text` is what errors call it."""
     try:
         signature = signatures.of(kind)
     except (TypeError, ValueError):
@@ -211,14 +239,14 @@ def check_arguments(kind: Callable[..., Any], args: list[Any], kwargs: dict[str,
 
 
 def check_flags(parameters: Mapping[str, inspect.Parameter], given: Mapping[str, Any], text: str) -> None:
-    """Raise RequestError where text is given for a parameter that is True or False: Python takes any text for True."""
+    """Raise RequestError for text as the value of a bool parameter, because Python would treat any text as True."""
     for name, value in given.items():
         if isinstance(value, str) and name in parameters and parameters[name].annotation in (bool, "bool"):
             raise RequestError(f"{text}: {name} is True or False, not {value!r}", f"{name}=True or {name}=False")
 
 
 def _argument_meant(error: Exception, signature: str | None) -> str | None:
-    """The signature, behind the names in it that come near one that the constructor does not have."""
+    """Return the signature as a hint. After an unknown keyword argument, the closest parameter names come first."""
     unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
     if unknown is None or not isinstance(error, TypeError) or signature is None:
         return signature
@@ -227,10 +255,10 @@ def _argument_meant(error: Exception, signature: str | None) -> str | None:
 
 
 def signature_of(kind: Callable[..., Any]) -> str | None:
-    """`Linear(in_features: int, out_features: int, bias: bool = True)`, without what only torch itself passes."""
+    """Return `Linear(in_features: int, out_features: int, bias: bool = True)`: no `device`, `dtype` or `**kwargs`."""
     try:
         signature = signatures.of(kind)
-        with contextlib.suppress(Exception):  # annotations as text may name what is not there
+        with contextlib.suppress(Exception):  # evaluating a text annotation may raise
             signature = inspect.signature(kind, eval_str=True)
     except (TypeError, ValueError):
         return None
@@ -243,7 +271,7 @@ def signature_of(kind: Callable[..., Any]) -> str | None:
 
 
 def parameter_names(kind: Callable[..., Any]) -> list[str]:
-    """The names of a constructor's arguments, in order; those of a base where it only hands them on (`LSTM`)."""
+    """Return the names of a constructor's parameters in order; of a base's if it only forwards `*args` (`LSTM`)."""
     names = list(signatures.of(kind).parameters)
     if names[:1] == ["args"] and inspect.isclass(kind):
         for base in kind.__mro__[1:]:
@@ -254,7 +282,7 @@ def parameter_names(kind: Callable[..., Any]) -> list[str]:
 
 
 def value_of(value: Any, *, trusted: bool) -> Any:
-    """A plain value, with nested calls made into modules and names into classes and dtypes."""
+    """Return a value with nested calls replaced by modules, and names replaced by classes and dtypes."""
     match value:
         case Call():
             return make(value, trusted=trusted)

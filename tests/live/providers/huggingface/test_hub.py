@@ -323,7 +323,7 @@ def test_names_of_all_forms(cli: Cli, hub: Hub, folder: Path, model: Path) -> No
 
 def test_a_folder_of_the_same_name_is_named_by_its_path(cli: Cli, hub: Hub, folder: Path, model: Path) -> None:
     tiny.saved("BertForSequenceClassification", folder / NAME, vocab_size=100)
-    assert f"the folder of that name is meant by ./{NAME}" in cli("params", f"hf:{NAME}").err
+    assert f"write ./{NAME} to name the folder {NAME}" in cli("params", f"hf:{NAME}").err
     hub.forget()
     for path in (NAME, f"./{NAME}", f"hf:./{NAME}", f"hf:./{NAME}(num_labels=2)"):
         rows = {row["name"]: row["shape"] for row in cli("params", path, "--json").json["tensors"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -91,6 +92,21 @@ def info_of(
 def kind_by_name(name: str, dtype: str) -> Kind:
     """Return the kind of a tensor of a plain state dict, as `looks_like_buffer` guesses it."""
     return "buffer" if looks_like_buffer(name, dtype) else "parameter"
+
+
+def buffers_by_name(tensors: Iterable[tuple[str, str]]) -> set[str]:
+    """Return the names of those of many tensors, given as names and dtypes, of which `looks_like_buffer` says so.
+
+    A file may have 100,000 tensors, but has few dtypes: each is looked at once.
+    """
+    trainable: dict[str, bool] = {}
+    found = set()
+    for name, dtype in tensors:
+        if (is_trainable := trainable.get(dtype)) is None:
+            is_trainable = trainable[dtype] = dtype.startswith(_TRAINABLE)
+        if not is_trainable or (name.endswith(_STATISTICS) and looks_like_buffer(name, dtype)):
+            found.add(name)
+    return found
 
 
 def looks_like_buffer(name: str, dtype: str) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from modelcli.checkpoints.entries import CompositeEntry
-from modelcli.checkpoints.storage import FileId
+from modelcli.checkpoints.storage import FileId, Span
 from modelcli.model.tensors import Shape, value_class
 
 
@@ -89,6 +89,9 @@ class Plan:
     @cached_property
     def first_names(self) -> dict[str, str]:
         """The first name of each tensor, by each of its names. Formats that write a tied tensor once use the first."""
+        spans = [tensor.source for tensor in self.tensors.values() if isinstance(tensor.source, Span)]
+        if len({(span.offset, span.identity) for span in spans}) == len(self.tensors):
+            return dict(zip(self.tensors, self.tensors, strict=True))  # none starts where another one does
         first: dict[tuple[object, ...], str] = {}
         return {
             name: first.setdefault(tensor.view if tensor.source.nbytes else (name,), name)

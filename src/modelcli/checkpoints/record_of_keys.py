@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from modelcli.checkpoints.entries import kind_by_name
+from modelcli.checkpoints.entries import buffers_by_name
 from modelcli.model.blueprint import Blueprint, ModuleInfo, Trace, depth_first, from_keys
 from modelcli.model.dtypes import is_differentiable
 from modelcli.model.paths import ancestors, parent_of
@@ -90,14 +90,21 @@ class KeysOfFile:
         tensors = blueprint.tensors
         if not all(info.tied_to is None and info.persistent for info in tensors):
             return False
-        if [info.kind for info in tensors] != [kind_by_name(info.name, info.dtype) for info in tensors]:
-            return False
-        if [module.path for module in blueprint.modules] != depth_first(name.rpartition(".")[0] for name in names):
-            return False
         buffers = {info.name for info in tensors if info.kind == "buffer"}
-        places = {module.path: 2 * place for place, module in enumerate(blueprint.modules)}
-        ordered = sorted(names, key=lambda name: places[name.rpartition(".")[0]] + (name in buffers))
-        return ordered == [info.name for info in tensors] and self.flags_of(tensors) == [
+        if buffers != buffers_by_name([(info.name, info.dtype) for info in tensors]):
+            return False
+        listed = [*names]
+        holders = [name.rpartition(".")[0] for name in listed]
+        paths = depth_first(holders)
+        if [module.path for module in blueprint.modules] != paths:
+            return False
+        places = dict(zip(paths, range(0, 2 * len(paths), 2), strict=True))
+        order = [*map(places.__getitem__, holders)]
+        if buffers:
+            order = [place + (name in buffers) for place, name in zip(order, listed, strict=True)]
+        if order != sorted(order):
+            listed = [listed[number] for number in sorted(range(len(listed)), key=order.__getitem__)]
+        return listed == [info.name for info in tensors] and self.flags_of(tensors) == [
             info.requires_grad for info in tensors
         ]
 

@@ -92,9 +92,10 @@ def _entries(contents: Contents, infos: Mapping[str, TensorInfo]) -> dict[str, E
                 len(found), entry.shape, entry.dtype, entry.stride, entry.offset, entry.storage, info.kind
             )
             found[name] = made if flag is None else made.trained(flag)
-    for name, value in (*contents.tensors.items(), *contents.extras.items()):
-        if name not in found:
-            found[name] = Inert(value)
+    if len(found) < len(contents.tensors) or contents.extras:
+        for name, value in (*contents.tensors.items(), *contents.extras.items()):
+            if name not in found:
+                found[name] = Inert(value)
     return found
 
 

@@ -90,6 +90,8 @@ def in_order(model: StateDictModel, opened: StateDictModel, contents: Contents) 
     replaces; other new tensors come after the tensor before them in their module.
     """
     if not model.inert and (moved := _places_of_moved(model, opened, contents)) is not None:
+        if list(moved.values()) == sorted(moved.values()):  # most edits leave them in the order of the file
+            return [name for name in moved if model.tensors[name].persistent]
         return sorted(model.keys, key=moved.__getitem__)
     positions = {name: position for position, name in enumerate(contents.names)}
     before = {name: tensor.identity for name, tensor in opened.tensors.items()}
@@ -122,10 +124,11 @@ def _places_of_moved(model: StateDictModel, opened: StateDictModel, contents: Co
     """The place of each tensor where all are in the file under one name, and have one name now; else None."""
     before = opened.tensors
     in_file = {before[name].identity: place for place, name in enumerate(contents.names) if name in before}
-    now = [tensor.identity for tensor in model.tensors.values()]
-    if len(in_file) < len(before) or len(set(now)) < len(now) or not in_file.keys() >= set(now):
+    places = [in_file.get(tensor.identity) for tensor in model.tensors.values()]
+    known = [place for place in places if place is not None]
+    if len(in_file) < len(before) or len(set(known)) < len(places):
         return None
-    return dict(zip(model.tensors, map(in_file.__getitem__, now), strict=True))
+    return dict(zip(model.tensors, known, strict=True))
 
 
 def _places_of_new(before: Mapping[str, int], now: Mapping[str, int], positions: Mapping[str, int]) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -13,7 +13,7 @@ from modelcli.errors import RequestError
 from modelcli.language import selectors
 from modelcli.model.blueprint import Blueprint
 from modelcli.model.dtypes import is_differentiable
-from modelcli.model.paths import parent_of, shown
+from modelcli.model.paths import lies_in, parent_of, shown
 from modelcli.model.state_dict import StateDictModel
 from modelcli.wording import counted, listed
 
@@ -74,7 +74,7 @@ def flagging(edit: Flags, blueprint: Blueprint, parameters: Collection[str]) -> 
     changes, done = [], "trainable" if trained else "frozen"
     groups = groups_of(edit.targets, blueprint, chosen)
     selectors.require_expected(edit.expect, [path for path, _ in groups])
-    there = count_at(possible)
+    there = count_at(possible) if edit.without else {}
     for path, below in groups:
         own = {known[name].identity: known[name] for name in below}
         before = _flags([tensor.requires_grad for tensor in own.values()])
@@ -92,15 +92,16 @@ def flagging(edit: Flags, blueprint: Blueprint, parameters: Collection[str]) -> 
     if not trained:
         notes += _statistics_note(blueprint, names)
     if not same:
-        changes[0] = replace(changes[0], resolved=(_resolved_line(edit, blueprint, groups, there),))
+        changes[0] = replace(changes[0], resolved=(_resolved_line(edit, blueprint, groups, possible),))
     return Flagging(chosen, tuple(changes), tuple(notes))
 
 
 def _have_parameters(modules: Collection[str], blueprint: Blueprint) -> bool:
     """Whether a parameter with elements lies at or below any of these modules."""
-    known = blueprint.by_name
-    below = (known[name] for name in selectors.outermost_of_tensors(modules, blueprint))
-    return any(tensor.kind == "parameter" and tensor.elements for tensor in below)
+    return any(
+        tensor.kind == "parameter" and tensor.elements and lies_in(parent_of(tensor.name), modules)
+        for tensor in blueprint.tensors
+    )
 
 
 def _nothing_new(changes: Sequence[Change], edit: Flags) -> str:
@@ -130,11 +131,11 @@ def _statistics_note(blueprint: Blueprint, names: Collection[str]) -> list[str]:
 
 
 def _resolved_line(
-    edit: Flags, blueprint: Blueprint, groups: Sequence[tuple[str, list[str]]], there: Mapping[str, int]
+    edit: Flags, blueprint: Blueprint, groups: Sequence[tuple[str, list[str]]], possible: Iterable[str]
 ) -> str:
     if all(_is_literal(text, blueprint) for text in (*edit.targets, *edit.without)):
         return str(replace(edit, expect=None))
-    return str(type(edit)(targets=tuple(_resolved_targets(groups, there))))
+    return str(type(edit)(targets=tuple(_resolved_targets(groups, count_at(possible)))))
 
 
 def _is_literal(text: str, blueprint: Blueprint) -> bool:

@@ -196,15 +196,17 @@ def depth_first(paths: Iterable[str], pay: Callable[[int], None] | None = None) 
     Siblings are in the order of first appearance. `pay` is that of `from_keys`.
     """
     found = {"": None}
-    last, is_depth_first = "", True  # as the keys of nearly every file are
+    last, above_last, is_depth_first = "", "", True  # as the keys of nearly every file are
     for path in paths:
         if path in found:  # most modules have several tensors
             continue
         above = path.rpartition(".")[0]
-        if above in found:  # most have siblings
+        if above == above_last or above in found:  # most stand behind a sibling, of which the first test is enough
             if pay is not None:
                 pay(len(path))
-            is_depth_first = is_depth_first and (not above or above == last or last.startswith(above + "."))
+            if above != above_last:
+                is_depth_first = is_depth_first and (not above or above == last or last.startswith(above + "."))
+                above_last = above
             found[path], last = None, path
             continue
         new = []
@@ -214,7 +216,7 @@ def depth_first(paths: Iterable[str], pay: Callable[[int], None] | None = None) 
             new.append(path)
             path = path.rpartition(".")[0]
         is_depth_first = is_depth_first and (not path or f"{last}.".startswith(f"{path}."))
-        last = new[0]
+        last, above_last = new[0], above
         found.update(dict.fromkeys(reversed(new)))
     return list(found) if is_depth_first else _sorted_depth_first(found)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
+from operator import add
 from typing import Any, Protocol, cast
 
 from modelcli.model.blueprint import Blueprint, ModuleInfo, depth_first
@@ -395,11 +396,8 @@ class StateDictModel:
     ) -> StateDictModel:
         """Return the model with the tensors of these keys changed, under all of their names."""
         new = {identity: changed(tensor) for identity, tensor in self.by_identity(names).items()}
-        entries = dict(self.entries)
-        for name, tensor in self.tensors.items():
-            if tensor.identity in new:
-                entries[name] = new[tensor.identity]
-        return StateDictModel(entries, self.modules, described_modules=self.module_infos)
+        entries = {name: new.get(tensor.identity, tensor) for name, tensor in self.tensors.items()}
+        return StateDictModel({**self.entries, **entries}, self.modules, described_modules=self.module_infos)
 
 
 def of_entries(
@@ -414,19 +412,18 @@ def of_entries(
         known: returns what is known about the module at a path; by default, that it is at this path in the file.
         pay: see `model.blueprint.from_keys`.
     """
-    own: dict[str, list[str]] = {}
-    for name in entries:
-        path = name.rpartition(".")[0] if name[:1] != "." else ""  # as in split_key
-        if path in own:
-            own[path].append(name)
-        else:
-            own[path] = [name]
-    paths = depth_first(own, pay)
-    names = [name for path in paths if path in own for name in own[path]]
-    if not all(type(entry) is StateDictTensor and entry.kind == "parameter" for entry in entries.values()):
-        places = {path: 3 * place for place, path in enumerate(paths)}
-        names.sort(key=lambda name: places[split_key(name)[0]] + _rank(entries[name]))
-    return StateDictModel({name: entries[name] for name in names}, {path: known(path) for path in paths})
+    holders = [name.rpartition(".")[0] if name[:1] != "." else "" for name in entries]  # as in split_key
+    paths = depth_first(holders, pay)
+    modules = dict(zip(paths, map(known, paths), strict=True))
+    places = dict(zip(paths, range(0, 3 * len(paths), 3), strict=True))
+    order = list(map(places.__getitem__, holders))
+    if any(ranks := [*map(_rank, entries.values())]):
+        order = [*map(add, order, ranks)]
+    if order == sorted(order):  # as the keys of nearly every file are
+        return StateDictModel(dict(entries), modules)
+    names = [*entries]
+    ordered = [names[number] for number in sorted(range(len(names)), key=order.__getitem__)]
+    return StateDictModel({name: entries[name] for name in ordered}, modules)
 
 
 def _rank(entry: Entry) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
 
@@ -110,11 +110,12 @@ def _alike(tensors: Iterable[TensorInfo]) -> Iterator[tuple[TensorInfo, int]]:
 
     A model of 100,000 tensors has few different ones.
     """
-    distinct: dict[str, TensorInfo] = {}
-    for tensor in tensors:
-        distinct.setdefault(tensor.name if tensor.tied_to is None else tensor.tied_to, tensor)
-    counts = Counter(
-        [(info.shape, info.dtype, info.kind, info.requires_grad, info.stored_bytes) for info in distinct.values()]
-    )
+    distinct: Collection[TensorInfo] = tuple(tensors)
+    if {tensor.tied_to for tensor in distinct} != {None}:
+        first: dict[str, TensorInfo] = {}
+        for tensor in distinct:
+            first.setdefault(tensor.name if tensor.tied_to is None else tensor.tied_to, tensor)
+        distinct = first.values()
+    counts = Counter([(info.shape, info.dtype, info.kind, info.requires_grad, info.stored_bytes) for info in distinct])
     for (shape, dtype, kind, flag, stored_bytes), times in counts.items():
         yield TensorInfo("", shape, dtype, kind, flag, stored_bytes=stored_bytes), times

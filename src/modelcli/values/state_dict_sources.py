@@ -9,6 +9,7 @@ from modelcli.checkpoints import Storage, TensorEntry, shapes
 from modelcli.errors import RequestError
 from modelcli.model.dtypes import ITEM_BYTES
 from modelcli.model.state_dict import StateDictTensor
+from modelcli.model.tensors import Shape
 
 
 class Sources:
@@ -17,6 +18,8 @@ class Sources:
     def __init__(self) -> None:
         self._found: dict[object, Storage] = {}
         self._views: dict[object, Storage] = {}
+        #: The stride and the bytes of tensors that use all of their storage, by shape and dtype: 100,000 have few.
+        self._whole: dict[tuple[Shape, str], tuple[Shape, int]] = {}
 
     def of(self, name: str, tensor: StateDictTensor) -> Storage:
         """Return the storage that a tensor is a view of. Raises RequestError if the tensor has no values."""
@@ -50,8 +53,11 @@ class Sources:
         """Return the elements of a tensor in row-major order; the same object for tensors that are the same view."""
         storage = self.of(name, tensor)
         assert tensor.shape is not None
-        nbytes = prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
-        if not tensor.offset and nbytes == storage.nbytes and tensor.stride == shapes.row_major(tensor.shape):
+        alike = tensor.shape, tensor.dtype
+        if (whole := self._whole.get(alike)) is None:
+            nbytes = prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
+            whole = self._whole[alike] = (shapes.row_major(tensor.shape), nbytes)
+        if not tensor.offset and (tensor.stride, storage.nbytes) == whole:
             return storage
         view = (tensor.storage, tensor.offset, tensor.shape, tensor.stride, tensor.dtype)
         if view not in self._views:

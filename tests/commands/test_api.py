@@ -57,8 +57,8 @@ def test_new_modules_go_where_the_model_is() -> None:
 
 
 def test_the_place_of_a_new_module_says_its_dtype_and_device() -> None:
-    place = new_modules.Place(training=False, dtype=torch.float16, device=torch.device("meta"))
-    new = place.settle(nn.Linear(2, 2))
+    placement = new_modules.Placement(training=False, dtype=torch.float16, device=torch.device("meta"))
+    new = placement.apply_to(nn.Linear(2, 2))
     assert (new.weight.device.type, new.weight.dtype, new.training) == ("meta", torch.float16, False)
 
 

@@ -53,8 +53,8 @@ class KeysOfFile:
         Modules stand in the order of their first keys, each module's own parameters before its buffers.
         """
         tree = from_keys(tensors, pay=pay)
-        places = {module.path: place for place, module in enumerate(tree.modules)}
-        ordered = sorted(tree.tensors, key=lambda info: 2 * places[parent_of(info.name)] + (info.kind == "buffer"))
+        positions = {module.path: position for position, module in enumerate(tree.modules)}
+        ordered = sorted(tree.tensors, key=lambda info: 2 * positions[parent_of(info.name)] + (info.kind == "buffer"))
         if self.requires_grad:
             ordered = self._with_flags(ordered)
         return Blueprint(tree.modules, tuple(ordered), NO_TRACE)
@@ -98,10 +98,10 @@ class KeysOfFile:
         paths = depth_first(holders)
         if [module.path for module in blueprint.modules] != paths:
             return False
-        places = dict(zip(paths, range(0, 2 * len(paths), 2), strict=True))
-        order = [*map(places.__getitem__, holders)]
+        positions = dict(zip(paths, range(0, 2 * len(paths), 2), strict=True))
+        order = [*map(positions.__getitem__, holders)]
         if buffers:
-            order = [place + (name in buffers) for place, name in zip(order, listed, strict=True)]
+            order = [position + (name in buffers) for position, name in zip(order, listed, strict=True)]
         if order != sorted(order):
             listed = [listed[number] for number in sorted(range(len(listed)), key=order.__getitem__)]
         return listed == [info.name for info in tensors] and self.flags_of(tensors) == [

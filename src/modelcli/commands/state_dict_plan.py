@@ -89,7 +89,7 @@ def in_order(model: StateDictModel, opened: StateDictModel, contents: Contents) 
     A renamed key keeps its position. The tensors of a new module come at the position of the first tensor that it
     replaces; other new tensors come after the tensor before them in their module.
     """
-    if not model.inert and (moved := _places_of_moved(model, opened, contents)) is not None:
+    if not model.inert and (moved := _positions_of_moved(model, opened, contents)) is not None:
         if list(moved.values()) == sorted(moved.values()):  # most edits leave them in the order of the file
             return [name for name in moved if model.tensors[name].persistent]
         return sorted(model.keys, key=moved.__getitem__)
@@ -100,9 +100,9 @@ def in_order(model: StateDictModel, opened: StateDictModel, contents: Contents) 
     for name in sorted(before, key=positions.__getitem__):
         if now.get(name) != before[name]:
             renamed.setdefault(before[name], []).append(positions[name])
-    for places in renamed.values():
-        places.reverse()
-    taken = _places_of_new(before, now, positions)
+    for old_positions in renamed.values():
+        old_positions.reverse()
+    replaced = _positions_of_new(before, now, positions)
     found: dict[str, int] = {}
     last = -1
     for name in model.keys:
@@ -112,38 +112,40 @@ def in_order(model: StateDictModel, opened: StateDictModel, contents: Contents) 
         elif identity is not None and (others := renamed.get(identity)):
             last = others.pop()
         else:
-            place = None
-            if taken:
-                place = next((taken[path] for path in ancestors(parent_of(name)) if path in taken), None)
-            last = positions.get(name, last) if place is None else place
+            position = None
+            if replaced:
+                position = next((replaced[path] for path in ancestors(parent_of(name)) if path in replaced), None)
+            last = positions.get(name, last) if position is None else position
         found[name] = last
     return sorted(found, key=found.__getitem__)
 
 
-def _places_of_moved(model: StateDictModel, opened: StateDictModel, contents: Contents) -> dict[str, int] | None:
-    """The place of each tensor where all are in the file under one name, and have one name now; else None."""
+def _positions_of_moved(model: StateDictModel, opened: StateDictModel, contents: Contents) -> dict[str, int] | None:
+    """Return the position of each tensor if all have one name in the file and one name now; else None."""
     before = opened.tensors
-    in_file = {before[name].identity: place for place, name in enumerate(contents.names) if name in before}
-    places = [in_file.get(tensor.identity) for tensor in model.tensors.values()]
-    known = [place for place in places if place is not None]
-    if len(in_file) < len(before) or len(set(known)) < len(places):
+    in_file = {before[name].identity: position for position, name in enumerate(contents.names) if name in before}
+    found = [in_file.get(tensor.identity) for tensor in model.tensors.values()]
+    known = [position for position in found if position is not None]
+    if len(in_file) < len(before) or len(set(known)) < len(found):
         return None
     return dict(zip(model.tensors, known, strict=True))
 
 
-def _places_of_new(before: Mapping[str, int], now: Mapping[str, int], positions: Mapping[str, int]) -> dict[str, int]:
+def _positions_of_new(
+    before: Mapping[str, int], now: Mapping[str, int], positions: Mapping[str, int]
+) -> dict[str, int]:
     """Return, for each path all of whose tensors were removed, the position of the first of them in the file."""
     there, known = set(now.values()), set(before.values())
     gone = [name for name, identity in before.items() if identity not in there]
     if not gone:
         return {}
     held = {path for name, identity in now.items() if identity in known for path in ancestors(parent_of(name))}
-    places: dict[str, int] = {}
+    first_positions: dict[str, int] = {}
     for name in gone:
         for path in ancestors(parent_of(name)):
             if path not in held:
-                places[path] = min(positions[name], places.get(path, positions[name]))
-    return places
+                first_positions[path] = min(positions[name], first_positions.get(path, positions[name]))
+    return first_positions
 
 
 def metadata_of(model: StateDictModel, contents: Contents) -> dict[str, Any]:
@@ -154,18 +156,18 @@ def metadata_of(model: StateDictModel, contents: Contents) -> dict[str, Any]:
     if not contents.metadata:
         return {}
     in_file = {path for name in (*contents.tensors, *contents.extras) for path in ancestors(parent_of(name))}
-    places: dict[str, list[str]] = defaultdict(list)
+    new_paths: dict[str, list[str]] = defaultdict(list)
     known: dict[str, Any] = {}
     for path, module in model.modules.items():
         if module.version is not None:
             known[path] = {"version": module.version}
         elif module.origin is not None:
-            places[module.origin].append(path)
+            new_paths[module.origin].append(path)
     found: dict[str, Any] = {path: entry for path, entry in contents.metadata.items() if not path}
     for path, entry in contents.metadata.items():
         above = next((above for above in ancestors(path) if above in in_file), "")
-        for place in places[above]:
-            moved = ".".join(part for part in (place, path[len(above) :].removeprefix(".")) if part)
+        for new_path in new_paths[above]:
+            moved = ".".join(part for part in (new_path, path[len(above) :].removeprefix(".")) if part)
             if above == path or moved not in model.modules:
                 found[moved] = entry
     return {name: dict(value) if isinstance(value, dict) else value for name, value in (found | known).items()}

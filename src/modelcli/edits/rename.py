@@ -79,7 +79,7 @@ class Rename(Edit):
 
 
 #: The path of a module before and after a rename.
-Place = tuple[str, str]
+PathPair = tuple[str, str]
 #: The number of changes that fill a screen; more become one change.
 _ROWS = 20
 
@@ -182,28 +182,28 @@ def _lies_below(name: str, other: str) -> bool:
     return other in ancestors(parent_of(name))
 
 
-def _holders(name: str, new: str) -> Place | None:
-    """The modules that a tensor lies in under its old and its new name, where these are one module; else None."""
+def _holders(name: str, new: str) -> PathPair | None:
+    """Return the old and the new path of the module that holds a tensor, if the rename keeps its module; else None."""
     (path, _, own), (new_path, _, new_own) = name.rpartition("."), new.rpartition(".")
     return (path, new_path) if own == new_own or path == new_path else None
 
 
-def _above(path: str, new_path: str) -> Place | None:
-    """The modules that hold a module under its old and its new path, where these are one module; else None."""
+def _above(path: str, new_path: str) -> PathPair | None:
+    """Return the old and the new path of a module's parent, if the rename keeps its parent; else None."""
     (above, _, own), (new_above, _, new_own) = path.rpartition("."), new_path.rpartition(".")
     return (above, new_above) if path and new_path and own == new_own else None
 
 
-def _topmost(holders: Iterable[Place | None]) -> dict[Place, Place]:
-    """For each module in these places, and each module above it that a rename moves with it: the topmost of these."""
-    found: dict[Place, Place] = {}
-    for place in dict.fromkeys(holders):
+def _topmost(holders: Iterable[PathPair | None]) -> dict[PathPair, PathPair]:
+    """Return the topmost moved module for each of these modules, and for each moved module above them."""
+    found: dict[PathPair, PathPair] = {}
+    for pair in dict.fromkeys(holders):
         walked = []
-        while place is not None and place not in found:
-            walked.append(place)
-            place = _above(*place)
+        while pair is not None and pair not in found:
+            walked.append(pair)
+            pair = _above(*pair)
         if walked:
-            top = walked[-1] if place is None else found[place]
+            top = walked[-1] if pair is None else found[pair]
             for below in walked:
                 found[below] = top
     return found
@@ -214,8 +214,8 @@ def _renaming_changes(
     tensors: Mapping[str, StateDictTensor],
     names: Mapping[str, str],
     moved: Sequence[str],
-    holders: Mapping[str, Place | None],
-    topmost: Mapping[Place, Place],
+    holders: Mapping[str, PathPair | None],
+    topmost: Mapping[PathPair, PathPair],
 ) -> list[Change]:
     """Return a change for each module that moves and each key that moves alone, or one change for all keys.
 
@@ -229,10 +229,10 @@ def _renaming_changes(
     """
     groups: dict[tuple[str, str], list[str]] = {}
     for name in moved:
-        place = holders[name]
-        if place is None or place[0] == place[1]:
+        pair = holders[name]
+        if pair is None or pair[0] == pair[1]:
             groups.setdefault((name, names[name]), []).append(name)
-        elif (top := topmost[place]) in groups:
+        elif (top := topmost[pair]) in groups:
             groups[top].append(name)
         else:
             groups[top] = [name]

@@ -304,8 +304,8 @@ def _tie_again(module: nn.Module, ties: list[list[str]], loaded: Mapping[str, An
     for names in ties:
         last = [name for name in names if name in loaded]
         if last:
-            places = {name: _place(loaded[name]) for name in last}
-            overruled += [(name, last[-1]) for name in last if places[name] != places[last[-1]]]
+            starts = {name: _start_of(loaded[name]) for name in last}
+            overruled += [(name, last[-1]) for name in last if starts[name] != starts[last[-1]]]
             tensor = named_tensors(module)[last[-1]]
             for name in names:
                 path, _, own = name.rpartition(".")
@@ -315,7 +315,7 @@ def _tie_again(module: nn.Module, ties: list[list[str]], loaded: Mapping[str, An
     return tuple(overruled)
 
 
-def _place(tensor: torch.Tensor) -> tuple[int, int]:
+def _start_of(tensor: torch.Tensor) -> tuple[int, int]:
     """Return a key that is equal for two tensors that begin at the same byte; unique for a composite tensor."""
     if is_composite(tensor):
         return id(tensor), 0

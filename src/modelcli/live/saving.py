@@ -124,8 +124,8 @@ def _require_same_tensors(state: Mapping[str, Any], record: Record, like: Path) 
 def _are_one(one: torch.Tensor, other: torch.Tensor) -> bool:
     if one is other or not one.numel() or is_composite(one) or is_composite(other):
         return True
-    places = [(t.untyped_storage()._cdata, t.storage_offset(), t.size(), t.stride()) for t in (one, other)]
-    return places[0] == places[1]
+    views = [(t.untyped_storage()._cdata, t.storage_offset(), t.size(), t.stride()) for t in (one, other)]
+    return views[0] == views[1]
 
 
 def _with_flags(record: Record, model: nn.Module, state: Mapping[str, Any]) -> Record:

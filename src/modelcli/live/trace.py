@@ -291,7 +291,7 @@ def _fill_in(seen: Pass, calls: Calls) -> None:
             if first is not None and path not in seen.output_shapes:
                 seen.output_shapes[path], seen.macs[path] = seen.output_shapes[first], None
         if isinstance(calls.modules[key], torch.jit.ScriptModule):
-            every = [path for places in calls.paths.values() for path in places]
+            every = [path for group in calls.paths.values() for path in group]
             unseen += [
                 path for path in every for above in paths if path.startswith(f"{above}." if above else "") and path
             ]
@@ -573,14 +573,14 @@ def _first_calls(module: nn.Module, paths: Sequence[str], inputs: Inputs | None)
 
     def attempt(subject: nn.Module, given: Arguments, device: str, outer: Outer) -> Pass:
         found.clear()
-        places: dict[int, list[str]] = {}
+        paths_of: dict[int, list[str]] = {}
         for path, child in walk(subject):
             if path in paths:
-                places.setdefault(id(child), []).append(path)
+                paths_of.setdefault(id(child), []).append(path)
 
         def visit(child: nn.Module, _path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             if any(isinstance(value, torch.Tensor) for value in (*args, *kwargs.values())):
-                for path in places.get(id(child), ()):
+                for path in paths_of.get(id(child), ()):
                     found.setdefault(path, (args, kwargs))
 
         return run(subject, given, device=device, visit=visit, modes=outer, judged=False)

@@ -415,8 +415,8 @@ def of_entries(
     holders = [name.rpartition(".")[0] if name[:1] != "." else "" for name in entries]  # as in split_key
     paths = depth_first(holders, pay)
     modules = dict(zip(paths, map(known, paths), strict=True))
-    places = dict(zip(paths, range(0, 3 * len(paths), 3), strict=True))
-    order = list(map(places.__getitem__, holders))
+    positions = dict(zip(paths, range(0, 3 * len(paths), 3), strict=True))
+    order = list(map(positions.__getitem__, holders))
     if any(ranks := [*map(_rank, entries.values())]):
         order = [*map(add, order, ranks)]
     if order == sorted(order):  # as the keys of nearly every file are

@@ -73,23 +73,23 @@ def aliases_of(plan: Plan) -> dict[str, str]:
 def layout_of(tensors: Mapping[str, PlannedTensor], texts: Mapping[str, str]) -> HeaderLayout:
     """Return the layout of tensors: the widest dtypes first, for alignment, then in the order of their source files."""
     _require_names(tensors)
-    places: dict[str, int] = {}
+    offsets: dict[str, int] = {}
     parts: list[tuple[int, Source]] = []
     body = 0
     for name in _in_order(tensors):
-        places[name] = body
+        offsets[name] = body
         source = tensors[name].source
         if nbytes := source.nbytes:
             parts.append((body, source))
             body += nbytes
     # Written entry by entry: as one value of dicts and lists, the header of 100,000 tensors takes 60 MB.
     header = [f'"__metadata__":{_as_json(dict(texts))}']
-    starts: dict[tuple[str, Shape], str] = {}  # what the header says of a tensor apart from its name and its place
+    starts: dict[tuple[str, Shape], str] = {}  # what the header says of a tensor apart from its name and its offset
     for name, tensor in tensors.items():
         if (about := starts.get(alike := (tensor.dtype, tensor.shape))) is None:
             shape = ",".join(map(str, _header_shape(name, tensor)))
             about = starts[alike] = f'{{"dtype":"{_NAMES[tensor.dtype]}","shape":[{shape}],"data_offsets":['
-        start = places[name]
+        start = offsets[name]
         header.append(f"{_text_as_json(name)}:{about}{start},{start + tensor.source.nbytes}]}}")
     try:
         text = f"{{{','.join(header)}}}".encode()
@@ -99,7 +99,7 @@ def layout_of(tensors: Mapping[str, PlannedTensor], texts: Mapping[str, str]) ->
     runs = _runs(parts)
     start = _start(8 + len(text), runs, body)
     text += b" " * (start - 8 - len(text))
-    found = [(start + place, source) for place, source in runs]
+    found = [(start + offset, source) for offset, source in runs]
     return HeaderLayout(_LENGTH.pack(len(text)) + text, found, start + body)
 
 

@@ -248,22 +248,31 @@ def _chosen(path: Path, found: Sequence[Found]) -> Found:
 
     Raises RequestError if another one may be meant as well.
     """
-    whole = [one for one in found if not one.is_mixed]
-    usual = sorted((one for one in whole if _rank(one.path) is not None), key=lambda one: _rank(one.path) or ())
+    whole = [candidate for candidate in found if not candidate.is_mixed]
+    usual = sorted(
+        (candidate for candidate in whole if _rank(candidate.path) is not None),
+        key=lambda candidate: _rank(candidate.path) or (),
+    )
     if usual:
         enclosing = [outer for outer in found if outer.is_mixed and _is_within(usual[0], outer)]
         larger = next((outer for outer in enclosing if _module_tensors(outer) > usual[0].tensors), None)
         if larger is not None:  # a state dict that contains another dict of tensors under a usual name
             return larger
-        if 2 * usual[0].tensors >= max((one.tensors for one in whole if one.tensors != _MODULE_TENSORS), default=0):
+        if 2 * usual[0].tensors >= max(
+            (candidate.tensors for candidate in whole if candidate.tensors != _MODULE_TENSORS), default=0
+        ):
             return usual[0]
         raise _several(path, whole)
-    best = max(found, key=lambda one: (one.tensors, one.elements, one.is_mixed))
-    rivals = {id(one.value): one for one in whole if one.value is not best.value and not _is_within(one, best)}
+    best = max(found, key=lambda candidate: (candidate.tensors, candidate.elements, candidate.is_mixed))
+    rivals = {
+        id(candidate.value): candidate
+        for candidate in whole
+        if candidate.value is not best.value and not _is_within(candidate, best)
+    }
     if rivals:
-        less = sum(one.tensors for one in rivals.values())
+        less = sum(candidate.tensors for candidate in rivals.values())
         # Other state dicts in the same dict may be the rest of the same model.
-        is_alone = not any(one.path[:1] == best.path[:1] for one in rivals.values())
+        is_alone = not any(candidate.path[:1] == best.path[:1] for candidate in rivals.values())
         if best.tensors < 4 * less or not is_alone:
             raise _several(path, whole)
     return best
@@ -289,19 +298,19 @@ class SeveralStateDictsError(RequestError):
 
 
 def _several(path: Path, found: Sequence[Found]) -> RequestError:
-    sizes = [f"--key {quoted(one.key)}{_size(one)}" for one in found]
+    sizes = [f"--key {quoted(candidate.key)}{_size(candidate)}" for candidate in found]
     error = SeveralStateDictsError(
         f"{path} contains {len(found)} state dicts, and modelcli cannot tell which to use",
         f"name one: {listed(sizes, _MAX_LISTED)}",
     )
-    error.keys = tuple(one.key for one in found)
+    error.keys = tuple(candidate.key for candidate in found)
     return error
 
 
-def _size(one: Found) -> str:
-    if one.tensors == _MODULE_TENSORS:
+def _size(candidate: Found) -> str:
+    if candidate.tensors == _MODULE_TENSORS:
         return ""
-    return " (1 tensor)" if one.tensors == 1 else f" ({one.tensors} tensors)"
+    return " (1 tensor)" if candidate.tensors == 1 else f" ({candidate.tensors} tensors)"
 
 
 def _none(path: Path, pickled: pickles.Pickle) -> FileFormatError | UnsafeError:

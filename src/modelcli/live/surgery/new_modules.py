@@ -28,29 +28,40 @@ def maker(
     """Return a function that makes the new modules of one edit, all drawn from one generator, in order."""
     # A dtype that the expression states is kept.
     own_dtype = any(expressions.gives(call, "dtype") for call in calls)
-    places = [_place(module, old, path, own_dtype=own_dtype) for old, path in targets]
-    return maker_at(places, calls, context, [path for _, path in targets], on_meta_alone=is_meta(module))
+    placements = [_placement_of(module, old, path, own_dtype=own_dtype) for old, path in targets]
+    return maker_for_placements(
+        placements, calls, context, [path for _, path in targets], on_meta_alone=is_meta(module)
+    )
 
 
-def maker_at(
-    places: Sequence[Place], calls: Sequence[Call], context: Context, paths: Sequence[str], *, on_meta_alone: bool
+def maker_for_placements(
+    placements: Sequence[Placement],
+    calls: Sequence[Call],
+    context: Context,
+    paths: Sequence[str],
+    *,
+    on_meta_alone: bool,
 ) -> Callable[[], list[nn.Module]]:
-    """The same for places that are known; on meta alone, their values are drawn when they are asked for."""
+    """Return a function that makes the new modules of one edit for these placements.
+
+    With `on_meta_alone` the modules are made on the meta device, and their values are drawn when they are read. Raises
+    RequestError for an expression that states a device.
+    """
     if any(expressions.gives(call, "device") for call in calls):
         raise RequestError(
             f"{calls[0]}: device has no place here, since a module goes where the model is", "leave device out"
         )
 
-    def settled(news: Sequence[nn.Module]) -> list[nn.Module]:
-        return [place.settle(new) for place, new in zip(places, news, strict=True)]
+    def placed(news: Sequence[nn.Module]) -> list[nn.Module]:
+        return [placement.apply_to(new) for placement, new in zip(placements, news, strict=True)]
 
     def for_real() -> list[nn.Module]:
         with seeded(context.seed):
             made = [modules.make(call, trusted=context.trusted) for call in calls]
-        return settled(made)
+        return placed(made)
 
     def on_meta() -> list[nn.Module]:
-        made = settled([_on_meta(call, path, context) for call, path in zip(calls, paths, strict=True)])
+        made = placed([_on_meta(call, path, context) for call, path in zip(calls, paths, strict=True)])
         memory.require(sum(map(memory.bytes_of, made)), str(calls[0]))
         holder = nn.ModuleList(made)
         tag_drawn(holder, Lazy(lambda: nn.ModuleList(for_real())))
@@ -74,14 +85,14 @@ def _on_meta(call: Call, path: str, context: Context) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class Place:
+class Placement:
     """The properties of a new module: the mode of the old one, and the dtype and device of it or of nearby tensors."""
 
     training: bool
     dtype: torch.dtype | None = None
     device: torch.device | None = None
 
-    def settle(self, new: nn.Module) -> nn.Module:
+    def apply_to(self, new: nn.Module) -> nn.Module:
         """Give a new module these properties. One on meta, or inside a model on meta, stays on its device."""
         tensors = named_tensors(new).values()
         if self.dtype is not None and any(t.is_floating_point() and t.dtype != self.dtype for t in tensors):
@@ -91,29 +102,29 @@ class Place:
         return new.train(self.training)
 
 
-def _place(module: nn.Module, old: nn.Module, path: str, *, own_dtype: bool) -> Place:
-    """The place of an old module: it decides by its first floating-point tensor, else its nearest relative does."""
+def _placement_of(module: nn.Module, old: nn.Module, path: str, *, own_dtype: bool) -> Placement:
+    """Return the placement of the module that replaces `old`: that of its first float tensor, or of a relative."""
     for above in ancestors(path):
         relative = submodule(module, above)
         for tensor in (*old.parameters(), *old.buffers(), *relative.parameters()):
-            # Of relatives: a dtype that takes a byte stores what was there, and nothing new is made in it.
+            # A one-byte dtype (float8) of a relative does not count: it stores quantized weights, not new ones.
             if tensor.dtype.is_floating_point and (tensor.dtype.itemsize > 1 or above == path):
                 device = None if tensor.is_meta else tensor.device
-                return Place(old.training, None if own_dtype else tensor.dtype, device)
-    return Place(old.training)
+                return Placement(old.training, None if own_dtype else tensor.dtype, device)
+    return Placement(old.training)
 
 
 def new_for_keys(
     model: StateDictModel, calls: Sequence[Call], context: Context, targets: Sequence[tuple[bool, str]]
 ) -> list[nn.Module]:
-    """The new modules of one edit of a state-dict model, on meta: their values are drawn when they are asked for.
+    """Make the new modules of one edit of a state-dict model on the meta device. Their values are drawn when read.
 
-    `targets` are the modes and paths of the places.
+    `targets` holds, for each module, whether it is in train mode, and its path.
     """
     own_dtype = any(expressions.gives(call, "dtype") for call in calls)
     dtypes = _Dtypes(model)
-    places = [Place(mode, None if own_dtype else dtypes.at(path)) for mode, path in targets]
-    return maker_at(places, calls, context, [path for _, path in targets], on_meta_alone=True)()
+    placements = [Placement(mode, None if own_dtype else dtypes.at(path)) for mode, path in targets]
+    return maker_for_placements(placements, calls, context, [path for _, path in targets], on_meta_alone=True)()
 
 
 class _Dtypes:
@@ -132,9 +143,9 @@ class _Dtypes:
                     self.wide.setdefault(path, tensor.dtype)
 
     def at(self, path: str) -> torch.dtype | None:
-        """The dtype for a new module: that of the old one's first tensor, else of its nearest relative's.
+        """Return the dtype for a new module: that of the old module's first tensor, or of its nearest relative.
 
-        Of relatives: a dtype that takes a byte stores what was there, and nothing new is made in it.
+        A one-byte dtype (float8) of a relative does not count: it stores quantized weights, not new ones.
         """
         found = self.own.get(path) or next((self.wide[above] for above in ancestors(path) if above in self.wide), None)
         return None if found is None else dtype_of(found)

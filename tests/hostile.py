@@ -1,7 +1,7 @@
-"""Files that lie, or that would run something: each as bytes, with the exit code that a look at it has to end with.
+"""Malicious and malformed files, each as bytes with the exit code that showing it must give.
 
-Made without torch, byte by byte, so that nothing stands between a file and what it is meant to be. Payloads would
-create a file called `MARKER`, and do no other harm.
+They are made byte by byte, without torch, so that each file is exactly what its author meant. Payloads would create a
+file called `MARKER` if they ran, and do no other harm.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PYTHON = f"open({MARKER!r}, 'w')"
 
 
 class Hostile(NamedTuple):
-    """A file's name and bytes, the exit code of a look at it, and what the message has to name.
+    """A file's name and bytes, the exit code of showing it, and what the message must contain.
 
     `file` is what it is called on disk, and `beside` are other files in its folder, by their names. `is_only_a_tree`
     says that only the modules in its names are too many: a look at its tensors shows them, at no cost.
@@ -34,7 +34,7 @@ class Hostile(NamedTuple):
     is_only_a_tree: bool = False
 
     def code_of(self, command: str) -> int:
-        """The exit code of a command that looks at it."""
+        """Return the exit code of a command that shows it."""
         return 0 if self.is_only_a_tree and command.startswith("params") else self.code
 
 
@@ -70,14 +70,14 @@ def tensor(
     count: int = 2,
     rebuild: str = "torch._utils._rebuild_tensor_v2",
 ) -> bytes:
-    """A tensor as `torch.save` writes it, with any part of it another."""
+    """Return the pickle of a tensor as `torch.save` writes it; each argument changes a part of it."""
     persistent = b"(" + text("storage") + name(storage) + key + text("cpu") + number(count) + b"tQ"
     hooks = name("collections.OrderedDict") + b")R"
     return name(rebuild) + b"(" + persistent + number(offset) + sizes(*shape) + sizes(*stride) + b"\x89" + hooks + b"tR"
 
 
 def quantized(shape: tuple[int, ...], scheme: bytes | None = None) -> bytes:
-    """A quantized tensor of one byte an element."""
+    """Return the pickle of a quantized tensor with one byte for each element."""
     persistent = b"(" + text("storage") + name("torch.QInt8Storage") + text("0") + text("cpu") + number(8) + b"tQ"
     scheme = (
         b"(" + name("torch.per_tensor_affine") + b"G" + struct.pack(">d", 0.5) + b"K\x00t" if scheme is None else scheme
@@ -88,7 +88,7 @@ def quantized(shape: tuple[int, ...], scheme: bytes | None = None) -> bytes:
 
 
 def sparse(shape: tuple[int, ...]) -> bytes:
-    """A sparse tensor whose indices and values are plain ones."""
+    """Return the pickle of a sparse tensor whose indices and values are plain tensors."""
     layout = name("torch.serialization._get_layout") + b"(" + text("torch.sparse_coo") + b"tR"
     data = b"(" + tensor((2, 0), (1, 1)) + tensor((0,)) + name("torch.Size") + b"(" + sizes(*shape) + b"tR" + b"t"
     return name("torch._utils._rebuild_sparse_tensor") + b"(" + layout + data + b"tR"
@@ -148,7 +148,7 @@ def archive(
     prefix: str = "archive/",
     compression: int = zipfile.ZIP_STORED,
 ) -> bytes:
-    """What `torch.save` writes, by `zipfile`: eight bytes of storage 0."""
+    """Return an archive as `torch.save` writes it, made by `zipfile`, with eight bytes in storage 0."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", compression) as made:
         made.writestr(f"{prefix}data.pkl", pickled)
@@ -167,7 +167,7 @@ class Parts(NamedTuple):
     end: bytes
 
     def joined(self, *, behind: bytes = b"", **changes: int) -> bytes:
-        """The file again, with an end that fits its parts but for `changes`."""
+        """Return the file again. Its end record fits its parts, except for the fields in `changes`."""
         directory = b"".join(self.entries)
         fields = {
             "here": len(self.entries),
@@ -203,21 +203,21 @@ def patched(data: bytes, at: int, form: str, *values: int) -> bytes:
 
 
 def with_entry(number_: int, at: int, form: str, *values: int) -> bytes:
-    """The good archive with a field of one entry of its directory another."""
+    """Return the good archive with one field of one directory entry changed."""
     taken = parts(archive())
     taken.entries[number_] = patched(taken.entries[number_], at, form, *values)
     return taken.joined()
 
 
 def with_header(at: int, form: str, *values: int) -> bytes:
-    """The good archive with a field of the own header of its record data/0 another."""
+    """Return the good archive with one field of the local header of its record data/0 changed."""
     data = archive()
     header = data.index(b"archive/data/0") - 30
     return patched(data, header + at, form, *values)
 
 
 def zip64(**changes: int) -> bytes:
-    """The good archive with an end of the longer form, with fields of that another."""
+    """Return the good archive with a zip64 end record, with the fields in `changes` changed."""
     taken = parts(archive())
     directory = b"".join(taken.entries)
     fields = {
@@ -423,13 +423,13 @@ def _itself_many_times() -> bytes:
 
 
 def _one_under_many_names() -> bytes:
-    """A state dict of 3,000 tensors that stands under 3,000 names: nine million, were each looked at."""
+    """Return a state dict of 3,000 tensors under 3,000 keys: nine million tensors if each were visited."""
     inner = b"}(" + tensor().join(text(f"w{number_}") for number_ in range(3000)) + tensor() + b"uq\x00"
     return b"\x80\x02}(" + text("first") + inner + b"".join(text(f"n{n}") + b"h\x00" for n in range(3000)) + b"u."
 
 
 def _many_copies() -> bytes:
-    """A list of 20,000 pairs that is made into a dict 20,000 times: four opcodes each."""
+    """Return a list of 20,000 pairs that is turned into a dict 20,000 times, with four opcodes each time."""
     pairs = b"](" + b"".join(text(str(n)) + b"N\x86" for n in range(20_000)) + b"eq\x00"
     ordered = name("collections.OrderedDict") + b"q\x010"
     return b"\x80\x02" + pairs + ordered + b"".join(b"h\x01h\x00\x85R0" for _ in range(20_000)) + b"."
@@ -450,7 +450,7 @@ _MAGIC = b"\x80\x02" + b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
 def legacy(values: bytes = GOOD, *, order: bytes | None = None, storages: bytes | None = None) -> bytes:
-    """What `torch.save` wrote before 1.6: five pickles and the storages."""
+    """Return a file as `torch.save` wrote it before 1.6: five pickles and the storages."""
     system = b"\x80\x02}(" + text("little_endian") + b"\x88u."
     keys = b"\x80\x02](" + text("0") + b"e." if order is None else order
     bytes_ = struct.pack("<Q", 2) + bytes(8) if storages is None else storages
@@ -535,7 +535,7 @@ def indexes() -> Iterator[Hostile]:
 
 
 def every() -> list[Hostile]:
-    """The whole corpus."""
+    """Return all hostile files."""
     return [*zips(), *pickled(), *legacies(), *safetensors_files(), *indexes()]
 
 

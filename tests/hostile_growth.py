@@ -1,4 +1,4 @@
-"""Small files that come to much: one value at a million places, names of a thousand levels, brackets and nothing else.
+"""Small files that describe huge structures: one value under a million names, names with a thousand components.
 
 Each is of a few kilobytes or of one or two megabytes, and would take minutes or gigabytes where its values were looked
 through, named or written once for each place that they have.
@@ -17,7 +17,7 @@ EXPANSION = "MODELCLI_MAX_EXPANSION"
 
 
 def put(index: int) -> bytes:
-    """Remember the value on the stack, and take it off."""
+    """Return opcodes that memoize the value on the stack and pop it."""
     return b"r" + struct.pack("<I", index) + b"0"
 
 
@@ -40,7 +40,7 @@ def whole(value: bytes) -> bytes:
 def module(
     parameters: bytes = b"}", modules: bytes = b"}", hidden: bytes | None = None, kind: bytes = name("nets.Net")
 ) -> bytes:
-    """A module pickled whole, as `torch.save(model)` does."""
+    """Return the pickle of a whole module, as `torch.save(model)` writes it."""
     state = [("_parameters", parameters), ("_buffers", b"}"), ("_modules", modules)]
     if hidden is not None:
         state.append(("_non_persistent_buffers_set", hidden))
@@ -48,7 +48,7 @@ def module(
 
 
 def many(count: int, value: bytes) -> bytes:
-    """A dict of so many names for what one value is."""
+    """Return the pickle of a dict with `count` keys for the same value."""
     return named(*((f"m{index}", value) for index in range(count)))
 
 
@@ -56,7 +56,7 @@ def many(count: int, value: bytes) -> bytes:
 
 
 def each_module_twice() -> bytes:
-    """26 modules, each of which holds the one before it under two names: 2^26 places, in three kilobytes."""
+    """26 modules, each with the previous one under two names: 2^26 paths in three kilobytes."""
     made = module(named(("w", tensor())))
     for level in range(26):
         made += put(1000 + level) + module(modules=named(("a", get(1000 + level)), ("b", get(1000 + level))))
@@ -80,7 +80,7 @@ def one_long_class_name() -> bytes:
 
 
 def modules_in_one_another() -> bytes:
-    """300 levels, and a leaf with 900 tensors at the end: its path stands before the name of each."""
+    """300 nested modules around a leaf with 900 tensors, each of which has a name with 300 components."""
     made = module(named(*((f"w{index}", tensor()) for index in range(900))))
     for level in range(300):
         made += put(1000 + level) + module(modules=named(("d" * 12, get(1000 + level))))
@@ -107,7 +107,7 @@ def one_tuple_for_a_key() -> bytes:
 
 
 def tuples_of_one_hash() -> bytes:
-    """A prime is nothing to the hash of a number: 5,000 keys that differ in their last number alone."""
+    """5,000 keys with the same hash: the hash of an integer is its remainder modulo a prime."""
     prefix = b"".join(b"K\x01" for _ in range(50))
     keys = b"".join(tuple_of(prefix + number(times * (2**61 - 1))) + b"N" for times in range(5000))
     return whole(b"}(" + text("a") + tensor() + keys + b"u")
@@ -126,7 +126,7 @@ def one_list_of_pairs() -> bytes:
 
 
 def one_row_of_arguments() -> bytes:
-    """A call with 200,000 arguments that is made again and again, of a view and of a storage."""
+    """A call with 200,000 arguments that is repeated many times, for a view and for a storage."""
     view = tensor()
     arguments = view[view.index(b"(") : -2] + b"N" * 200_000 + b"t" + put(900)
     call = name("torch._utils._rebuild_tensor_v2") + put(901)
@@ -141,7 +141,7 @@ def one_persistent_id() -> bytes:
 
 
 def calls_in_one_another() -> bytes:
-    """900 calls around a tensor, made again 20,000 times."""
+    """900 nested calls around a tensor, repeated 20,000 times."""
     rebuild, kind = name("torch._tensor._rebuild_from_type_v2"), name("torch.Tensor")
     plain = tensor()
     inner = plain[plain.index(b"(") : -1]  # its arguments
@@ -159,13 +159,13 @@ def one_list_of_scales() -> bytes:
 
 
 def a_shape_without_end(offset: int) -> bytes:
-    """A tuple of two of one tuple of two, and so on for 60 levels: no hash of it ends, and no text."""
+    """60 nested pairs of the same pair: computing its hash or its text would never end."""
     endless = b")" + b"2\x86" * 60
     return state_dict(("a", tensor(offset=offset).replace(sizes(2), endless, 1)))
 
 
 def one_long_name() -> bytes:
-    """A tensor with a name of 4,000 characters, and 20,000 other names, each of which is tied to that."""
+    """A tensor with a name of 4,000 characters and 20,000 other names, all tied to the first."""
     first = text("n" * 4000) + tensor() + b"r" + struct.pack("<I", 900)
     return whole(b"}(" + first + b"".join(text(f"t{index}") + get(900) for index in range(20_000)) + b"u")
 
@@ -221,7 +221,7 @@ def names() -> Iterator[Hostile]:
 
 
 def recorded(classes: list[object], modules_: list[object], layers: list[object]) -> str:
-    """A record of a model with one tensor, `w`, as modelcli writes one."""
+    """Return the record of a model with one tensor, `w`, as modelcli writes it."""
     blueprint: dict[str, object] = {
         "classes": [{"type": None, "bases": []}, *classes],
         "modules": [{"path": "", "class": 0}, *modules_],
@@ -336,11 +336,11 @@ def every() -> list[Hostile]:
     return [*modules(), *values(), *names(), *records(), *folders()]
 
 
-# --- views with more numbers than there are bytes ------------------------------------------------------------------
+# --- views with more elements than the file has bytes -----------------------------------------------------------------
 
 
 def views() -> dict[str, bytes]:
-    """Files that say little, and whose numbers would fill a disk: for `--values` and `--stats`."""
+    """Return small files whose values would fill a disk, for `--values` and `--stats`."""
 
     def viewing(count: int, *tensors: bytes) -> bytes:
         items = ((f"w{index}", made) for index, made in enumerate(tensors))

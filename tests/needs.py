@@ -1,7 +1,7 @@
-"""What a test needs of torch beyond the oldest version that modelcli supports.
+"""Marks for tests that need something of torch that the oldest supported version lacks.
 
-Such a test says so by name, and is skipped with that name as the reason where torch is too old to have it. It is never
-skipped from `COMPLETE` on, the oldest torch that has everything named: what is missing there makes the test fail.
+A test names what it needs. On a torch that is too old to have it, the test is skipped with that name as the reason.
+From `COMPLETE` on, the oldest torch that has everything named, no test is skipped, so that a missing name fails.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-#: The oldest torch on which no test may be skipped for what torch lacks.
+#: The oldest torch that has everything that tests need, so that no test may be skipped.
 COMPLETE = (2, 13)
 
 
@@ -41,25 +41,25 @@ def torch_has(name: str) -> bool:
 
 
 def what_torch_has(names: Iterable[str]) -> tuple[str, ...]:
-    """Those of `names` that torch has; all of them from `COMPLETE` on, where one that is gone is to fail a test."""
+    """Return those of `names` that torch has; from `COMPLETE` on all of them, so that a missing one fails a test."""
     return tuple(name for name in names if torch_version() >= COMPLETE or torch_has(name))
 
 
 def needs_torch(*names: str) -> pytest.MarkDecorator:
-    """Marks a test that is skipped where an older torch lacks one of `names`."""
+    """Mark a test that is skipped if an older torch lacks one of `names`."""
     missing = [name for name in names if not torch_has(name)]
     return needs(f"a newer torch: {torch.__version__} has no torch.{', torch.'.join(missing)}", not missing)
 
 
 def needs(what: str, met: bool) -> pytest.MarkDecorator:
-    """Marks a test that is skipped on an older torch unless `met`; the reason says that the test needs `what`."""
+    """Mark a test that is skipped on an older torch unless `met`; the reason says that the test needs `what`."""
     return pytest.mark.skipif(torch_version() < COMPLETE and not met, reason=f"needs {what}")
 
 
 def each(cases: Collection[str], needed: Mapping[str, str] | None = None) -> list[Any]:
-    """Parameters of a test, each marked with what it needs: the name of the case itself, or what `needed` has for it.
+    """Return the parameters of a test, each marked with what it needs of torch.
 
-    Without `needed` the cases are names of torch's: dtypes, say.
+    `needed` says what a case needs. Without it, each case is itself a name of torch, such as a dtype.
     """
     needed = dict(zip(cases, cases, strict=True)) if needed is None else needed
     assert needed.keys() <= set(cases)

@@ -1,4 +1,4 @@
-"""Models of one's own: what the tests and the story name as `nets.py:Net`."""
+"""Models for the tests and for the story of the README, such as `nets.py:Net`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Net(nn.Module):
 
 
 class MyLinear(nn.Module):
-    """A linear layer made by hand."""
+    """A linear layer with parameters of its own."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class MyLinear(nn.Module):
 
 
 class Tied(nn.Module):
-    """An embedding that is its own output layer, a buffer that is not saved, a tensor that is only an attribute."""
+    """An embedding tied to the output layer, a buffer that is not persistent, and a plain tensor attribute."""
 
     def __init__(self, words: int = 11, width: int = 4) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Tied(nn.Module):
 
 
 class Unusual(nn.Module):
-    """Nested containers, a ModuleDict, a shared module, one never called, a lazy one, a parameter in a module that
+    """Nested containers, a ModuleDict, a shared, an uncalled and a lazy module, a parameter in a module that
     has children, and a dict as output."""
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ class Unusual(nn.Module):
 
 
 class Places(nn.Module):
-    """A child in each kind of place: a Sequential, a ModuleList, a ModuleDict, under a name, under two names."""
+    """A child in each kind of container: a Sequential, a ModuleList, a ModuleDict, one attribute, two attributes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class Places(nn.Module):
 
 
 class Attending(nn.Module):
-    """A module with three inputs inside one with one."""
+    """A module with one input around a module with three inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class Attending(nn.Module):
 
 
 class Mixed(nn.Module):
-    """A bfloat16 layer behind a float32 one: runs on meta, not on the CPU."""
+    """A bfloat16 layer behind a float32 layer: it runs on the meta device and fails on the CPU."""
 
     def __init__(self, up: int = 4) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class Mixed(nn.Module):
 
 
 class Deciding(nn.Module):
-    """Its forward looks at the numbers: it runs with real ones alone."""
+    """Its forward depends on values, so that it does not run on the meta device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class Deciding(nn.Module):
 
 
 class ByKeyword(nn.Module):
-    """Its forward has an argument that is given by keyword alone."""
+    """Its forward has a keyword-only argument."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ class ByKeyword(nn.Module):
 
 
 def build(depth: int = 2) -> nn.Module:
-    """A function that returns a model."""
+    """Return a model, for references to functions."""
     return nn.Sequential(*(nn.Linear(4, 4) for _ in range(depth)))
 
 

@@ -1,4 +1,4 @@
-"""Inputs without end for every parser: a result or one error, in little time. `make fuzz` runs a million of each."""
+"""Random inputs for every parser: each gives a result or one error within a time limit. `make fuzz` runs a million."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ def test_thousands_of_damaged_inputs(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LANGUAGES)
-def test_thousands_of_texts(tmp_path: Path, name: str) -> None:
-    """None runs or imports what it names, and none asks for more time or memory than there is."""
+def test_thousands_of_generated_texts(tmp_path: Path, name: str) -> None:
+    """No text runs or imports what it names, or exceeds the limits on time and memory."""
     assert run(target_of(tmp_path, name), 5_000, seed=1) == []
     assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize("name", LANGUAGES)
-def test_texts_of_a_grammar_are_good_often_enough(tmp_path: Path, name: str) -> None:
-    """Else the fuzzer would see nothing but the first refusal."""
+def test_enough_of_the_generated_texts_are_valid(tmp_path: Path, name: str) -> None:
+    """Otherwise the fuzzer would only test the first error."""
     target = target_of(tmp_path, name)
     draw = random.Random(1)
     good = 0
@@ -61,7 +61,7 @@ def test_texts_of_a_grammar_are_good_often_enough(tmp_path: Path, name: str) -> 
     assert good > 30
 
 
-def test_a_fuzzer_tells_of_what_it_looks_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fuzzer_reports_hangs_open_files_and_exceptions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "canary.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(running, "SECONDS", 0.5)
@@ -90,8 +90,8 @@ def test_a_fuzzer_tells_of_what_it_looks_for(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("name", NAMES + LANGUAGES)
-def test_the_inputs_to_start_from_are_read(tmp_path: Path, name: str) -> None:
-    """Else every input would be refused at its first byte, and nothing tested."""
+def test_the_seed_inputs_are_valid(tmp_path: Path, name: str) -> None:
+    """Otherwise every input would be rejected at its first byte."""
     target = target_of(tmp_path, name)
     read = 0
     for seed in target.seeds:
@@ -103,7 +103,7 @@ def test_the_inputs_to_start_from_are_read(tmp_path: Path, name: str) -> None:
 
 
 def small_files() -> dict[str, bytes]:
-    """A small file of each kind, written by torch and safetensors themselves."""
+    """Return a small file of each kind, written by torch and safetensors."""
     state = {"a": torch.ones(2, 2), "b": torch.ones(2, dtype=torch.bfloat16)}
     found = {}
     for name, new in (("zip", True), ("old", False)):
@@ -155,10 +155,10 @@ def test_every_flipped_bit_behind_a_valid_crc(tmp_path: Path, kind: str) -> None
 
 
 @pytest.mark.parametrize("seed", reading._saved(), ids=["now", "before 1.6"])
-def test_a_tensor_in_one_step_is_what_its_opcodes_make(
+def test_reading_a_tensor_in_one_step_equals_running_its_opcodes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: bytes
 ) -> None:
-    """`_TENSOR` matches a whole tensor; run opcode by opcode, every damaged input gives the same value or none."""
+    """`_TENSOR` matches a whole tensor. Every damaged input gives the same value, or none, as opcode by opcode."""
     span = checkpoints.Span(tmp_path / "x", 0, 8, (0, 0, 0))
     in_one_step = pickles._Machine._saved_tensor
     taken = []

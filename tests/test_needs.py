@@ -1,4 +1,4 @@
-"""That tests are skipped for an old torch alone, with a reason that names what it lacks."""
+"""Tests are skipped only on an old torch, with a reason that names what torch lacks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_names_of_torch_are_found() -> None:
     assert not torch_has("distributed.no_such_module.Name")
 
 
-def test_an_old_torch_skips_what_it_lacks_and_says_what(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_torch_skips_tests_and_the_reason_names_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", "2.6.0+cu124")
     mark = needs_torch("float32", "float7").mark
     assert mark.args == (True,)

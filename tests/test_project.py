@@ -1,4 +1,4 @@
-"""That the versions which modelcli supports are the same wherever they are stated."""
+"""The supported versions are the same wherever the project states them, and no modules import each other."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_every_python_from_the_oldest_on_has_its_classifier() -> None:
 def test_the_versions_that_run_the_tests_are_allowed() -> None:
     assert numbers(torch.__version__) >= numbers(bound("torch"))
     assert numbers(torchvision.__version__) >= numbers(bound("torchvision"))
-    assert numbers(bound("torch")) < COMPLETE  # otherwise nothing may be skipped, and `tests/needs.py` can go
+    assert numbers(bound("torch")) < COMPLETE  # otherwise no test may be skipped, and `tests/needs.py` is not needed
 
 
 def project() -> Any:
@@ -61,7 +61,7 @@ def project() -> Any:
 
 
 def bound(package: str) -> str:
-    """The oldest version of a package that pyproject.toml allows."""
+    """Return the oldest version of a package that pyproject.toml allows."""
     (found,) = (line for line in project()["dependencies"] if re.match(rf"{package}\b", line))
     return found.removeprefix(f"{package}>=").partition(",")[0]
 
@@ -71,7 +71,7 @@ def first_two(version: str) -> str:
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """The first two parts of a version, as numbers."""
+    """Return the first two parts of a version as integers."""
     return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
@@ -80,7 +80,7 @@ def text(page: str) -> str:
 
 
 def test_no_module_imports_itself_through_others() -> None:
-    """Imports inside functions count; those for the type checker do not."""
+    """Imports inside functions count. Imports under TYPE_CHECKING do not."""
     graph = grimp.build_graph("modelcli", exclude_type_checking_imports=True, cache_dir=None)
     imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
     assert "modelcli.live.opening" in imports

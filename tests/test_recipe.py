@@ -82,13 +82,13 @@ def test_every_key(folder: Path) -> None:
     )
 
 
-def test_what_is_left_out_has_its_default(folder: Path) -> None:
+def test_missing_keys_have_their_defaults(folder: Path) -> None:
     found = read(written(folder, 'model = "alexnet"\n'))
     assert found.source == Source("alexnet", folder=folder)
     assert found.edits == ()
 
 
-def test_one_input_may_stand_without_a_list(folder: Path) -> None:
+def test_one_input_may_be_text_instead_of_a_list(folder: Path) -> None:
     found = read(written(folder, 'model = "a"\ninput_size = "2,3"\ninput_dtype = "int64"\n'))
     assert found.source.input_size == ((2, 3),)
     assert found.source.input_dtype == ("int64",)
@@ -102,7 +102,7 @@ def test_an_input_size(text: str, shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "1,,3", "1,a", "-1,3", "1.5", "1;3", "\uff11,3"])
-def test_what_is_no_input_size(text: str) -> None:
+def test_an_invalid_input_size_is_an_error(text: str) -> None:
     with pytest.raises(RequestError, match="is not a list of whole numbers") as caught:
         parse_input_size(text)
     assert repr(text) in caught.value.message
@@ -119,7 +119,7 @@ def test_paths_are_relative_to_the_recipe(folder: Path) -> None:
     assert resolve.reference_of(read(path).source) == CheckpointFile(folder / "deep" / "best.pth")
 
 
-def test_where_the_recipe_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_how_the_path_of_the_recipe_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MODELCLI_RECIPE", raising=False)
     assert recipe.default_path() == Path("modelcli.toml")
     monkeypatch.setenv("MODELCLI_RECIPE", "other/one.toml")
@@ -128,13 +128,13 @@ def test_where_the_recipe_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert recipe.default_path() == Path("modelcli.toml")
 
 
-def test_no_recipe_says_how_to_name_a_model(folder: Path) -> None:
+def test_the_error_without_a_recipe_says_how_to_name_a_model(folder: Path) -> None:
     with pytest.raises(RequestError, match=r"no model is given, and there is no modelcli\.toml") as caught:
         read(Path("modelcli.toml"))
     assert "modelcli load alexnet" in (caught.value.hint or "")
 
 
-# --- what is wrong, all at once ------------------------------------------------------------------------------------
+# --- all errors at once --------------------------------------------------------------------------------------------
 
 
 def test_unknown_keys_and_bad_lines_are_reported_all_at_once(folder: Path) -> None:
@@ -205,7 +205,7 @@ def test_unknown_keys_and_bad_lines_are_reported_all_at_once(folder: Path) -> No
         ('model = "a"\r\n# c\r\nseed = -2\r\n', 3, "not -2"),
     ],
 )
-def test_the_line_of_one_thing_that_is_wrong(folder: Path, text: str, line: int, words: str) -> None:
+def test_an_error_names_its_line(folder: Path, text: str, line: int, words: str) -> None:
     path = written(folder, text)
     found = problems(path)
     assert len(found) == 1
@@ -213,7 +213,7 @@ def test_the_line_of_one_thing_that_is_wrong(folder: Path, text: str, line: int,
     assert words in found[0]
 
 
-def test_a_file_that_is_no_text(folder: Path) -> None:
+def test_a_recipe_that_is_not_text_is_an_error(folder: Path) -> None:
     path = folder / "modelcli.toml"
     path.write_bytes(b'model = "\xff"')
     assert problems(path)[0].startswith(f"{path} is not UTF-8 text")
@@ -223,7 +223,7 @@ def test_a_file_that_is_no_text(folder: Path) -> None:
 
 @given(st.text(max_size=60) | st.text("model=edits[]\"'\n.#,{}1 ", max_size=60))
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_text_is_a_recipe_or_an_error_of_ours(folder: Path, text: str) -> None:
+def test_any_text_is_a_recipe_or_a_modelcli_error(folder: Path, text: str) -> None:
     path = folder / "modelcli.toml"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     try:
@@ -233,7 +233,7 @@ def test_any_text_is_a_recipe_or_an_error_of_ours(folder: Path, text: str) -> No
     assert found.source.model == tomllib.loads(text)["model"]
 
 
-def test_deep_nesting_is_an_error_of_ours(folder: Path) -> None:
+def test_deep_nesting_is_a_modelcli_error(folder: Path) -> None:
     assert str(folder) in problems(written(folder, 'model = "a"\nx = ' + "[" * 20_000))[0]
 
 
@@ -252,7 +252,7 @@ def test_a_new_recipe(folder: Path) -> None:
     )
 
 
-def test_a_new_recipe_holds_all_that_was_given(folder: Path) -> None:
+def test_a_new_recipe_contains_every_option_given(folder: Path) -> None:
     path = folder / "made" / "for" / "it.toml"
     source = Source(
         "a.pth",
@@ -280,7 +280,7 @@ def test_comments_order_and_spaces_survive_appending(folder: Path) -> None:
     assert path.read_text() == WRITTEN_BY_HAND
 
 
-def test_comments_that_are_not_an_edits_own_survive_taking_back(folder: Path) -> None:
+def test_undo_keeps_comments_that_do_not_belong_to_the_edit(folder: Path) -> None:
     path = written(folder, WRITTEN_BY_HAND)
     assert remove_last(path, 1) == ["freeze features"]
     text = path.read_text()
@@ -326,13 +326,13 @@ def test_an_emptied_list_is_an_empty_list(folder: Path, text: str) -> None:
     assert path.read_text() == 'model = "a"\nedits = []\n'
 
 
-def test_taken_back_edits_come_in_order(folder: Path) -> None:
+def test_undone_edits_are_returned_in_order(folder: Path) -> None:
     path = written(folder, 'model = "a"\nedits = ["freeze a", "freeze b", "freeze c"]\n')
     assert remove_last(path, 2) == ["freeze b", "freeze c"]
     assert tomllib.loads(path.read_text())["edits"] == ["freeze a"]
 
 
-def test_line_ends_of_windows_stay_and_none_is_mixed_in(folder: Path) -> None:
+def test_windows_line_ends_are_kept_and_not_mixed(folder: Path) -> None:
     path = written(folder, WRITTEN_BY_HAND.replace("\n", "\r\n"))
     append(path, [edit("freeze x")])
     data = path.read_bytes()
@@ -340,7 +340,7 @@ def test_line_ends_of_windows_stay_and_none_is_mixed_in(folder: Path) -> None:
     assert read(path).edits[-1] == edit("freeze x")
 
 
-def test_a_byte_order_mark_is_no_part_of_the_text(folder: Path) -> None:
+def test_a_byte_order_mark_is_ignored(folder: Path) -> None:
     path = written(folder, '\ufeffmodel = "alexnet"\n')
     assert read(path).source.model == "alexnet"
 
@@ -367,7 +367,7 @@ around = st.sampled_from(
 
 @given(around, st.lists(lines, min_size=1, max_size=4))
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_what_is_appended_is_read_again_and_taken_back(folder: Path, text: str, added: list[str]) -> None:
+def test_appended_edits_can_be_read_and_undone(folder: Path, text: str, added: list[str]) -> None:
     path = written(folder, text)
     before = read(path)
     new = [edit(line) for line in added]
@@ -413,14 +413,14 @@ def test_the_mode_of_the_file_stays(folder: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o640
 
 
-def test_a_name_that_is_no_text_is_refused_and_nothing_written(folder: Path) -> None:
+def test_a_name_that_is_not_valid_text_is_refused_and_nothing_written(folder: Path) -> None:
     path = folder / "modelcli.toml"
     with pytest.raises(RequestError, match="a recipe is UTF-8 text"):
         start(path, Source("\udcff.pth"))
     assert not path.exists()
 
 
-def test_what_is_no_edit_is_told_by_its_line(folder: Path) -> None:
+def test_an_invalid_edit_is_reported_with_its_line(folder: Path) -> None:
     path = folder / "bad.toml"
     path.write_text('model = "alexnet"\nedits = [\n  "freeze features", # 3\n  # 3, true\n  3,\n  true,\n]\n')
     with pytest.raises(RequestError) as caught:
@@ -429,7 +429,7 @@ def test_what_is_no_edit_is_told_by_its_line(folder: Path) -> None:
     assert lines == ["5: an edit must be a string, not 3", "6: an edit must be a string, not True"]
 
 
-def test_a_recipe_without_a_model_is_one_for_any(cli: Cli) -> None:
+def test_a_recipe_without_a_model_applies_to_any_model(cli: Cli) -> None:
     Path("half.toml").write_text('edits = [\n  "cast . half # to save space",\n]\n')
     document = cli("apply", "half.toml", "-m", "Sequential(Linear(2,3))", "--json").json
     assert document["edits"] == ["cast . float16"]
@@ -440,8 +440,8 @@ def test_a_recipe_without_a_model_is_one_for_any(cli: Cli) -> None:
 GREY = ("replace", "conv1", "Conv2d(1,_,_,stride=_,padding=_,bias=_)", "--input-size", "1,1,64,64")
 
 
-def test_an_edit_on_another_input_lets_the_recipe_state_it(cli: Cli) -> None:
-    """The recorded edits must run again later, and they fit only that input."""
+def test_an_edit_with_another_input_records_the_input_in_the_recipe(cli: Cli) -> None:
+    """The recorded edits must run again later, and they only fit that input."""
     assert cli("load", "resnet18").code == 0
     made = cli(*GREY)
     assert made.code == 0, made.err
@@ -456,7 +456,7 @@ def test_an_edit_on_another_input_lets_the_recipe_state_it(cli: Cli) -> None:
     assert "input_size: 1,1,64,64\n" in cli("log").out
 
 
-def test_an_input_that_the_recipe_states_stays(cli: Cli) -> None:
+def test_an_input_in_the_recipe_is_kept(cli: Cli) -> None:
     text = 'model = "Linear(2,3)"  # mine\n# what flows in\ninput_size = "1,2"\n# and what is done\nedits = []\n'
     Path("modelcli.toml").write_text(text)
     assert cli("freeze", "bias", "--input-size", "1,2").code == 0
@@ -465,21 +465,21 @@ def test_an_input_that_the_recipe_states_stays(cli: Cli) -> None:
     assert '"5,2"\n# and what is done\nedits = [' in Path("modelcli.toml").read_text()
 
 
-def test_an_input_in_another_form_takes_the_place_of_the_one_before(cli: Cli) -> None:
+def test_an_input_in_another_form_replaces_the_previous_one(cli: Cli) -> None:
     Path("modelcli.toml").write_text('model = "Linear(2,3)"\ninput_size = "1,2"\nedits = []')
     assert cli("freeze", "bias", "--input", "input=4,2").code == 0
     document = tomllib.loads(Path("modelcli.toml").read_text())
     assert document == {"model": "Linear(2,3)", "inputs": ["input=4,2"], "edits": ["freeze bias"]}
 
 
-def test_nothing_is_stated_where_nothing_is_recorded(cli: Cli) -> None:
+def test_a_dry_run_does_not_record_the_input(cli: Cli) -> None:
     assert cli("load", "resnet18").code == 0
     before = Path("modelcli.toml").read_bytes()
     assert cli(*GREY, "--dry-run").code == 0
     assert Path("modelcli.toml").read_bytes() == before
 
 
-def test_options_that_a_recipe_does_not_take_over_are_told(cli: Cli) -> None:
+def test_a_note_names_options_that_a_recipe_does_not_record(cli: Cli) -> None:
     assert cli("load", "Linear(2,3)").code == 0
     shown = cli("freeze", "bias", "--seed", "4")
     assert "note: --seed applies to this command only: modelcli.toml has another value, and is unchanged" in shown.err

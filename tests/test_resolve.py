@@ -1,4 +1,4 @@
-"""References: which kind of model a text names. Section 2 of the contract; nothing is imported to find that out."""
+"""Parsing of references (section 2 of the contract). Nothing is imported to find out which model a text names."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def test_builders_and_module_expressions(folder: Path, text: str, call: Call) ->
 
 
 @pytest.mark.parametrize("text", ["locked/old.pth", "locked/old", "locked/nets.py:Net", "locked/"])
-def test_what_may_not_be_looked_at_is_not_missing(cli: Cli, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_a_path_without_permission_is_not_reported_as_missing(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
     own = Path.stat
 
     def stat(path: Path, **options: bool) -> os.stat_result:
@@ -94,7 +96,7 @@ def test_a_python_reference_runs_nothing(folder: Path) -> None:
         parse("bomb.py")
 
 
-def test_relative_paths_are_seen_from_the_folder_given(folder: Path) -> None:
+def test_relative_paths_start_at_the_given_folder(folder: Path) -> None:
     (folder / "sub").mkdir()
     (folder / "sub" / "own.py").touch()
     found = parse("own.py:Net", folder / "sub")
@@ -120,7 +122,7 @@ def test_a_python_file_alone_names_the_classes_in_it(folder: Path) -> None:
     assert "nets.py:Net, nets.py:MyLinear, nets.py:Tied" in (caught.value.hint or "")
 
 
-def test_a_python_file_without_classes_or_sense(folder: Path) -> None:
+def test_a_python_file_without_classes_or_with_a_syntax_error(folder: Path) -> None:
     (folder / "empty.py").write_text("x = 1\n")
     with pytest.raises(RequestError, match="names no class, and the file has none"):
         parse("empty.py")
@@ -155,7 +157,7 @@ def test_a_python_file_without_classes_or_sense(folder: Path) -> None:
         ("nets.py:Net(open('x'))[0]", "is not allowed in", "nothing in an expression is evaluated"),
     ],
 )
-def test_anything_else_is_an_error_that_shows_what_is_near(folder: Path, text: str, message: str, hint: str) -> None:
+def test_any_other_text_is_an_error_with_the_closest_names(folder: Path, text: str, message: str, hint: str) -> None:
     (folder / "best.pth").touch()
     with pytest.raises(RequestError) as caught:
         parse(text)
@@ -164,7 +166,7 @@ def test_anything_else_is_an_error_that_shows_what_is_near(folder: Path, text: s
     assert caught.value.exit_code == 2
 
 
-def test_a_drive_letter_is_no_module(folder: Path) -> None:
+def test_a_drive_letter_is_not_a_module_name(folder: Path) -> None:
     with pytest.raises(RequestError, match=r"no such file: C:\\best\.pth"):
         parse("C:\\best.pth")
     with pytest.raises(RequestError, match=r"no such file: C:\\nets\.py"):
@@ -174,12 +176,12 @@ def test_a_drive_letter_is_no_module(folder: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["x" * 5000 + ".pth", "x" * 300 + "/y.pth", "x" * 300 + ".py:Net", "a\0.pth", "a\0.py:Net", "\udcff.pth"]
 )
-def test_a_name_that_no_file_can_have_is_no_file(folder: Path, text: str) -> None:
+def test_an_impossible_file_name_is_reported_as_missing(folder: Path, text: str) -> None:
     with pytest.raises(RequestError, match="no such file"):
         parse(text)
 
 
-def test_text_full_of_files_is_looked_at_as_far_as_a_path_can_reach(folder: Path) -> None:
+def test_only_the_longest_possible_path_of_a_text_is_looked_up(folder: Path) -> None:
     start = time.process_time()
     with pytest.raises(RequestError):
         parse("a/" * 16_000 + ".py:" * 16_000)
@@ -188,7 +190,7 @@ def test_text_full_of_files_is_looked_at_as_far_as_a_path_can_reach(folder: Path
 
 @given(st.text(max_size=40) | st.text("aN.py:()/\\'\"=,3 ", max_size=25))
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_text_is_a_reference_or_an_error_of_ours(folder: Path, text: str) -> None:
+def test_any_text_is_a_reference_or_a_modelcli_error(folder: Path, text: str) -> None:
     try:
         found = parse(text, folder)
     except RequestError:

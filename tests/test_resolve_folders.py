@@ -1,4 +1,4 @@
-"""The folder of a library's model: what its path means, with the library and without it."""
+"""What the path of a folder with a library's model means, with the library installed and without."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.conftest import Cli
 from tests.live.providers.huggingface.tiny import saved
 
 
-def test_bare_keys_and_another_architecture_take_the_folder_as_a_checkpoint(cli: Cli, folder: Path) -> None:
+def test_with_bare_keys_or_another_architecture_a_folder_is_a_checkpoint(cli: Cli, folder: Path) -> None:
     saved("ViTForImageClassification", folder / "model")
     keys = set(load_file(folder / "model" / "model.safetensors"))
     rows = cli("params", "./model", "--bare-keys", "--json").json["tensors"]
@@ -32,7 +32,7 @@ def test_a_recipe_elsewhere_names_the_same_folder(cli: Cli, folder: Path) -> Non
     assert "BertModel" in cli("modules", "--recipe", "recipes/bert.toml", "-s", "bert").out
 
 
-def test_a_configuration_that_cannot_be_read_is_told(cli: Cli, folder: Path) -> None:
+def test_a_note_reports_an_unreadable_configuration(cli: Cli, folder: Path) -> None:
     saved("BertForSequenceClassification", folder / "model")
     (folder / "model" / "config.json").write_text('{"model_type": "bert"')
     shown = cli("params", "./model")

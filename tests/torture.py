@@ -1,8 +1,8 @@
-"""Writers killed at random moments: the target is the old one or the new one, every time. `make torture` runs it long.
+"""Kill writers at random moments: afterwards the target is always the old or the new file. `make torture` runs it long.
 
-What is killed is a process that writes two checkpoints in turn, again and again, without torch and without waiting for
-the disk; and the program itself, where it edits a checkpoint in its place, with all that an edit does. `SIGKILL` leaves
-them no chance, and the next run has to clean up; from the other signals they unwind, and leave nothing.
+Two kinds of process are killed: one that writes two checkpoints in turn, without torch and without waiting for the
+disk, and the program itself while it edits a checkpoint in place. After `SIGKILL` the next run has to remove temporary
+files; on other signals the process removes them itself.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 
 from modelcli.files.atomic import TEMPORARY
 
-#: Writes two checkpoints in turn until it is killed; `x` on standard output says that it has written the first.
+#: A program that writes two checkpoints in turn until it is killed. It prints `x` once it has written the first.
 _WRITER = """
 import importlib, sys
 from pathlib import Path
@@ -48,7 +48,7 @@ except KeyboardInterrupt:
     raise SystemExit(130)
 """
 
-#: A command of the real program that is slowed down where it writes, and says when it is there.
+#: A program that runs modelcli slowed down where it writes, and prints when it begins to write.
 _SLOW = """
 import os, sys, time
 from modelcli.cli import run
@@ -67,16 +67,16 @@ run()
 """
 
 
-#: The program itself; words of a command line follow.
+#: modelcli itself; the words of a command line follow.
 _PROGRAM = "import sys; from modelcli.cli import run; sys.argv[0] = 'modelcli'; run()"
 
-#: Kills are by each of these in turn.
+#: The signals that are sent in turn.
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
 
 @dataclass
 class Report:
-    """How often the target was the old one and the new one, what was neither, and which temporaries stayed behind."""
+    """How often the target was the old and the new file, what else it was, and which temporary files remained."""
 
     old: int = 0
     new: int = 0
@@ -96,7 +96,7 @@ class Report:
 
 
 def digest(path: Path) -> str:
-    """The bytes of a file, or of every file of a folder with their names; of nothing, nothing."""
+    """Return a digest of a file, or of the names and bytes of a folder's files; empty if there is neither."""
     if not path.exists():
         return "nothing"
     found = hashlib.sha256()
@@ -123,7 +123,7 @@ def _start(folder: Path, program: str, *words: str) -> subprocess.Popen[bytes]:
 
 
 def _heed_signals() -> None:
-    """A job in the background inherits that some are ignored; at a terminal they are not."""
+    """Restore the default signal handlers, because background jobs inherit that some signals are ignored."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
@@ -134,10 +134,10 @@ def _finish(process: subprocess.Popen[bytes]) -> None:
 
 
 def _end(process: subprocess.Popen[bytes], number: signal.Signals) -> str | None:
-    """Send a signal until the process ends; what is wrong with how it did."""
+    """Send a signal until the process ends. Returns what was wrong with its end, or None."""
     for _ in range(5):
         process.send_signal(number)
-        # Python loses what a handler raises while a generator is being closed: as a person would, ask again.
+        # Python drops an exception that a handler raises while a generator is closed, so send the signal again.
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=5)
             break
@@ -151,10 +151,10 @@ def _end(process: subprocess.Popen[bytes], number: signal.Signals) -> str | None
 
 
 def kill_repeatedly(folder: Path, out: str, *, times: int, seed: int) -> Report:
-    """Kill a writer so many times, at moments drawn at random, by the signals in turn."""
+    """Kill a writer `times` times at random moments, by each of the signals in turn."""
     make_input(folder)
     digests = []
-    for rounds in ("1", "2"):  # what each of the two comes to when nobody kills it
+    for rounds in ("1", "2"):  # the digest of each of the two without a kill
         _finish(_start(folder, _WRITER, out, rounds))
         digests.append(digest(folder / out))
     report, moments = Report(), random.Random(seed)
@@ -205,7 +205,7 @@ def kill_edits(folder: Path, out: str, *, times: int, seed: int) -> Report:
 
 
 def _copy(old: Path, new: Path) -> None:
-    """Put a copy of a file or folder in the place of another."""
+    """Replace a file or folder by a copy of another."""
     if old.is_dir():
         shutil.rmtree(new, ignore_errors=True)
         shutil.copytree(old, new)
@@ -214,7 +214,7 @@ def _copy(old: Path, new: Path) -> None:
 
 
 def interrupted(folder: Path, out: str, number: signal.Signals) -> tuple[int, str]:
-    """Send a signal to a command in the middle of its writing: its exit code, and what it said."""
+    """Send a signal to a command while it writes. Returns its exit code and its standard error."""
     make_input(folder)
     process = _start(folder, _SLOW, out)
     assert process.stdout is not None

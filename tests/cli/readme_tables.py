@@ -1,4 +1,4 @@
-"""The tables of the README that are made from what the edits declare. `make readme` writes them anew."""
+"""Generate the tables of the README from the declarations of the edits. `make readme` writes them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MARKED = re.compile(r"(<!-- (edits|options of edits): made by `make readme` -->
 
 
 def with_tables(text: str) -> str:
-    """A text with each table between its two marks as the declarations have it now."""
+    """Return a text with each table between its two marks generated anew."""
     made = {"edits": table_of_edits(), "options of edits": table_of_options()}
     return _MARKED.sub(lambda found: f"{found[1]}\n{made[found[2]]}\n{found[3]}", text)
 
@@ -24,7 +24,7 @@ def table_of_edits() -> str:
 
 
 def table_of_options() -> str:
-    """The options that edits declare: a row each, with the edits that have it."""
+    """Return the table of the options that edits declare, with the edits that have each."""
     found: dict[str, tuple[str, list[str]]] = {}
     for kind in own():
         for option in kind.options():
@@ -38,12 +38,12 @@ def table_of_options() -> str:
 
 
 def own() -> list[type[Edit]]:
-    """The edits that modelcli brings itself."""
+    """Return the edits that are part of modelcli."""
     return [kind for name in edits.own_names() if (kind := edits.find(name)) is not None]
 
 
 def words_of(kind: type[Edit]) -> str:
-    """How an edit is written: `replace TARGET MODULE...`."""
+    """Return how an edit is written: `replace TARGET MODULE...`."""
     return " ".join([kind.name, *(operand.metavar or operand.name.upper() for operand in kind.words)])
 
 

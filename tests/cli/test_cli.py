@@ -161,7 +161,7 @@ def test_load_save_and_log_documents(cli: Cli) -> None:
     assert (document["recipe"], document["edits"]) == ("modelcli.toml", ["freeze bn"])
 
 
-def test_a_table_of_keys_that_do_not_fit_has_an_end(cli: Cli) -> None:
+def test_the_table_of_mismatched_keys_has_a_limited_length(cli: Cli) -> None:
     cli("save", "many.pth", "-m", f"Sequential({', '.join(['Linear(1,1)'] * 30)})")
     words = ("load", "many.pth", "--arch", "Sequential(Linear(1,2))")
     table = cli(*words, code=1).out
@@ -186,7 +186,7 @@ def test_errors_document(cli: Cli) -> None:
 @pytest.mark.parametrize(
     "words", ["-qf json", "-qfjson", "-fjson", "-f json", "--format=json", "--format json", "--json", "-qqf json"]
 )
-def test_an_error_is_a_document_however_json_is_asked_for(cli: Cli, words: str) -> None:
+def test_an_error_is_json_however_json_is_requested(cli: Cli, words: str) -> None:
     assert cli("params", "missing.pth", *words.split(), code=2).error["exit_code"] == 2
     assert cli("params", *words.split(), "--nonsense", code=2).error["kind"] == "usage"
 
@@ -294,7 +294,7 @@ def test_the_model_is_found_in_order(cli: Cli, monkeypatch: pytest.MonkeyPatch) 
     assert cli("log", "--json").json["edits"] == []
 
 
-def test_a_recipe_that_is_wrong_says_everything_at_once(cli: Cli, folder: Path) -> None:
+def test_all_errors_of_a_recipe_are_reported_at_once(cli: Cli, folder: Path) -> None:
     (folder / "modelcli.toml").write_text(
         'model = "alexnet"\nwieghts = "DEFAULT"\nedits = [\n  "replac classifier.6 ReLU",\n  "freeze features",\n'
         '  "replace classifier.6",\n]\n'
@@ -393,7 +393,7 @@ def test_dry_run_changes_nothing_anywhere(cli: Cli, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("out", "kind"), [("out.pth", "pth"), ("out.safetensors", "safetensors"), ("out/", "folder")])
-def test_a_dry_run_claims_no_file_and_the_rest_as_it_would_be(cli: Cli, folder: Path, out: str, kind: str) -> None:
+def test_a_dry_run_reports_no_file_and_the_rest_as_if_written(cli: Cli, folder: Path, out: str, kind: str) -> None:
     torch.save(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).state_dict(), "in.pth")
     dry = cli("save", out, "-m", "in.pth", "--dry-run", "--json").json
     assert not Path(out).exists()
@@ -409,7 +409,7 @@ def test_a_dry_run_claims_no_file_and_the_rest_as_it_would_be(cli: Cli, folder: 
     assert {**dry, "notes": None} == {**done, "notes": None}
 
 
-def test_without_out_nothing_is_written_and_that_is_said(cli: Cli, folder: Path) -> None:
+def test_without_out_nothing_is_written_and_the_output_says_so(cli: Cli, folder: Path) -> None:
     assert "not written: -o OUT writes the result" in cli("freeze", "bn", "-m", "nets.py:Net").out
     assert not list(folder.glob("*.pth"))
 
@@ -446,14 +446,14 @@ def test_names_with_control_characters_are_escaped(cli: Cli) -> None:
 
 
 def test_json_keeps_standard_error_for_the_error(cli: Cli) -> None:
-    """Notes stand in the document, so that what a script reads on either stream is JSON."""
+    """Notes are in the document, so that both streams contain only JSON."""
     torch.save({"model": {"weight": torch.zeros(4, 2)}}, "train.pth")
     result = cli("load", "train.pth", "--arch", "Linear(2,3,bias=False)", "--json", code=1)
     assert result.json["notes"] == ["took the state dict under 'model' of train.pth"]
     assert result.error["exit_code"] == 1
 
 
-def test_the_model_as_an_option_of_a_look(cli: Cli) -> None:
+def test_an_inspecting_command_takes_the_model_as_an_option(cli: Cli) -> None:
     assert cli("modules", "-m", "nets.py:Net", "--json").json["model"]["class"] == "Net"
     assert "two models" in cli("modules", "alexnet", "-m", "vgg16", code=2).err
 
@@ -485,7 +485,7 @@ def test_help_and_version(cli: Cli) -> None:
     assert cli("--version").out.startswith("modelcli 0.1.0 (torch ")
 
 
-def test_the_environment_before_a_recipe_is_told(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_note_says_that_the_environment_hides_the_recipe(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODELCLI_MODEL", "nets.py:Net")
     note = "$MODELCLI_MODEL is nets.py:Net and takes precedence over modelcli.toml: unset it to work on the recipe"
     commands = (
@@ -521,7 +521,7 @@ def test_a_model_without_its_option(cli: Cli, words: tuple[str, ...]) -> None:
     assert hint not in cli(*words, "-m", "nets.py:Net", code=2).err
 
 
-def test_files_that_a_shell_made_of_a_pattern(cli: Cli, folder: Path) -> None:
+def test_the_hint_for_a_pattern_that_the_shell_expanded(cli: Cli, folder: Path) -> None:
     (folder / "features.pth").touch()
     for words in (("freeze", "features.0", "features.pth"), ("replace", "features.0", "features.pth", "ReLU")):
         assert "if the shell expanded a pattern to it, quote the pattern" in cli(*words, "-m", "alexnet", code=2).err
@@ -552,7 +552,7 @@ def test_tensors_of_unknown_modules_are_counted(cli: Cli) -> None:
     assert cli("remove", "bn", "-m", "bare.pth", "--json").json["changes"][0]["before"] == "5 tensors"
 
 
-def test_load_says_that_numbers_are_random_or_that_nothing_is_known(cli: Cli, folder: Path) -> None:
+def test_load_says_that_values_are_random_or_that_the_architecture_is_unknown(cli: Cli, folder: Path) -> None:
     assert "the values of squeezenet1_1 are random: pass --weights DEFAULT for pretrained ones" in cli(
         "load", "squeezenet1_1"
     ).err.replace("\n", " ")
@@ -560,6 +560,6 @@ def test_load_says_that_numbers_are_random_or_that_nothing_is_known(cli: Cli, fo
     assert "bare.pth records no architecture: pass --arch REFERENCE" in cli("load", "bare.pth", "--force").err
 
 
-def test_a_stated_input_that_does_not_fit_is_asked_after(cli: Cli) -> None:
+def test_the_error_for_a_stated_input_that_does_not_fit_names_it(cli: Cli) -> None:
     told = cli("replace", "fc", "Linear(_,3)", "-m", "resnet18", "--input-size", "3,224,224", code=2).err
     assert "is the input 3,224,224, batch included, right?" in " ".join(told.split())

@@ -1,4 +1,4 @@
-"""Completion of words, driven through a real bash; zsh and fish by what their scripts ask the program for."""
+"""Completion through a real bash, and by the requests that the scripts for zsh and fish send to the program."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(shutil.which("bash") is None or os.name == "nt",
 
 
 class Bash:
-    """A shell with the completion function that the program itself hands out."""
+    """A bash with the completion function that the program generates."""
 
     def __init__(self, folder: Path) -> None:
         self.bin = folder / "bin"
@@ -42,7 +42,7 @@ class Bash:
         return done
 
     def __call__(self, *words: str, **settings: str) -> list[str]:
-        """What the last of these words can become."""
+        """Return the completions of the last of these words."""
         listed = " ".join(map(shlex.quote, ("modelcli", *words)))
         asked = f"COMP_WORDS=({listed}); COMP_CWORD={len(words)}; _modelcli_completion modelcli"
         done = self.run(f'{self.script}\n{asked}\nprintf "%s\\n" "${{COMPREPLY[@]}}"', **settings)
@@ -61,7 +61,7 @@ def test_commands_and_options(bash: Bash) -> None:
     assert bash("cache", "wa") == ["warm"]
 
 
-def test_values_that_are_one_of_a_few(bash: Bash) -> None:
+def test_options_with_a_few_allowed_values(bash: Bash) -> None:
     assert bash("summary", "alexnet", "--format", "") == ["table", "json", "csv", "markdown"]
     assert bash("freeze", "x", "--check", "r") == ["run"]
     assert bash("summary", "--sort", "p") == ["params", "path"]
@@ -116,7 +116,7 @@ def test_classes_schemes_and_dtypes(bash: Bash) -> None:
 
 @pytest.fixture
 def files(cli: Cli) -> None:
-    """Two bare files, a training checkpoint, and a builder that was looked at."""
+    """Create two bare files, a training checkpoint, and a cache entry of a builder."""
     torch.save(torch.nn.Sequential(torch.nn.Linear(2, 3)).state_dict(), "a.pth")
     torch.save({"layer.weight": torch.zeros(2, 3)}, "b.pth")
     state = {"0.weight": torch.zeros(2, 3)}
@@ -126,18 +126,18 @@ def files(cli: Cli) -> None:
 
 @pytest.mark.usefixtures("files")
 @pytest.mark.parametrize("option", ["--frozen", "--trainable", "--has", "--absent", "--except"])
-def test_check_knows_the_paths_of_its_model(bash: Bash, option: str) -> None:
+def test_check_completes_the_paths_of_its_model(bash: Bash, option: str) -> None:
     assert bash("check", "a.pth", option, "0.") == ["0.weight", "0.bias"]
     assert bash("check", "--finite", "a.pth", option, "0.w") == ["0.weight"]
 
 
-def test_check_knows_dtypes_and_models(bash: Bash) -> None:
+def test_check_completes_dtypes_and_models(bash: Bash) -> None:
     assert {"float16", "float32", "float64"} <= set(bash("check", "m.pth", "--dtype", "flo"))
     assert bash("check", "m.pth", "--same-as", "ale") == ["alexnet"]
 
 
 @pytest.mark.usefixtures("files")
-def test_diff_knows_the_paths_of_both_models(bash: Bash) -> None:
+def test_diff_completes_the_paths_of_both_models(bash: Bash) -> None:
     assert bash("diff", "a.pth", "b.pth", "-s", "lay") == ["layer", "layer.weight"]
     assert bash("diff", "a.pth", "b.pth", "--except", "0.") == ["0.weight", "0.bias"]
     assert bash("diff", "a.pth", "missing.pth", "-s", "0.w") == ["0.weight"]
@@ -163,7 +163,7 @@ def test_keys_are_the_state_dicts_of_the_training_checkpoint(bash: Bash, words: 
 
 
 @pytest.mark.usefixtures("files")
-def test_a_key_decides_the_paths(bash: Bash) -> None:
+def test_paths_are_those_of_the_state_dict_that_key_names(bash: Bash) -> None:
     assert bash("params", "train.pth", "--key", "teacher.net", "-s", "9.") == ["9.weight"]
     assert bash("diff", "a.pth", "train.pth", "--key", "model", "--key", "ema", "-s", "0.w") == ["0.weight"]
     assert bash("params", "a.pth", "--key", "") == []  # nothing but a state dict
@@ -171,7 +171,7 @@ def test_a_key_decides_the_paths(bash: Bash) -> None:
 
 @pytest.mark.usefixtures("files")
 def test_options_with_an_equals_sign(bash: Bash) -> None:
-    """Bash parts words at `=` and `:`."""
+    """Bash splits words at `=` and `:`."""
     assert bash("freeze", "--model", "=", "ale") == ["alexnet"]
     assert "resnet18" in bash("load", "r18.pth", "--arch", "=", "res")
     assert "resnet18" in bash("load", "r18.pth", "--arch", "=")
@@ -195,7 +195,7 @@ KEYED = [
 @pytest.mark.usefixtures("files")
 @pytest.mark.parametrize(("typed", "expected"), KEYED)
 def test_a_key_press_in_an_interactive_bash(bash: Bash, folder: Path, typed: str, expected: str) -> None:
-    """What TAB makes of a line, as readline itself has it."""
+    """Pressing TAB in an interactive bash changes the line as expected."""
     pty = pytest.importorskip("pty")
     (folder / "completion.sh").write_text(bash.script)
     (folder / "rc").write_text(
@@ -228,7 +228,7 @@ def _read_until(terminal: int, text: str) -> str:
     return said
 
 
-def test_nothing_is_offered_and_nothing_is_said_where_nothing_is_known(bash: Bash, folder: Path) -> None:
+def test_without_completions_nothing_is_printed(bash: Bash, folder: Path) -> None:
     assert bash("freeze", "-m", "alexnet", "fea") == []  # not kept yet
     assert bash("freeze", "-m", "missing.pth", "fea") == []
     (folder / "modelcli.toml").write_text("nonsense = [")
@@ -238,7 +238,7 @@ def test_nothing_is_offered_and_nothing_is_said_where_nothing_is_known(bash: Bas
 
 
 def test_no_code_of_a_reference_runs_and_torch_is_not_imported(bash: Bash, cli: Cli, folder: Path) -> None:
-    """Section 9: completion never runs the code of a reference; and it is done before torch would be there."""
+    """Completion never runs the code of a reference, and it does not import torch."""
     (folder / "own.py").write_text("open('ran', 'w')\nfrom nets import Net\n")
     (folder / "modelcli.toml").write_text('model = "own.py:Net"\n')
     assert bash("freeze", "con") == []
@@ -253,8 +253,8 @@ def test_no_code_of_a_reference_runs_and_torch_is_not_imported(bash: Bash, cli: 
     assert bash.imported.isdisjoint({"torch", "torchvision", "numpy", "safetensors", "torchinfo"})
 
 
-def test_it_takes_less_than_a_moment(bash: Bash, cli: Cli, folder: Path) -> None:
-    """0.3 s, of the processor's time: the machine may be busy with something else."""
+def test_completion_takes_less_than_0_3_seconds(bash: Bash, cli: Cli, folder: Path) -> None:
+    """The limit is on processor time, because the machine may be busy."""
     import resource
 
     cli("load", "alexnet")
@@ -269,7 +269,7 @@ def test_it_takes_less_than_a_moment(bash: Bash, cli: Cli, folder: Path) -> None
     assert min(taken) < 0.3
 
 
-def test_it_is_installed_by_one_command(bash: Bash, folder: Path) -> None:
+def test_completion_is_installed_by_one_command(bash: Bash, folder: Path) -> None:
     told = bash.run("modelcli --install-completion; true", HOME=str(folder)).stdout
     assert "bash completion installed in" in told
     assert (folder / ".bash_completions" / "modelcli.sh").read_text().strip() == bash.script.strip()

@@ -91,7 +91,7 @@ NO = ("modelcli diff best.pth frozen.pth", "modelcli identify bare.pth --json")
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder, made once, with the files that the examples use."""
+    """A folder with the files that the examples use. It is created once."""
     folder = tmp_path_factory.mktemp("prepared")
     here = Path.cwd()
     os.chdir(folder)

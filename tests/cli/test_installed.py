@@ -1,4 +1,4 @@
-"""Versions of what is installed, without importing it."""
+"""Versions of installed packages are found without importing them."""
 
 from __future__ import annotations
 
@@ -32,5 +32,5 @@ def test_an_egg_is_found_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert installed.version("made") == "3.1"
 
 
-def test_what_is_not_installed() -> None:
+def test_a_package_that_is_not_installed_has_no_version() -> None:
     assert installed.version("no-such-package") is None

@@ -1,4 +1,4 @@
-"""With --json nothing but the document of an error stands on standard error, whatever others print there."""
+"""With --json, standard error contains at most the JSON document of an error, whatever other code prints there."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _loud(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("_loud")
-def test_what_a_model_prints_is_a_note_of_the_document(cli: Cli) -> None:
+def test_output_printed_by_a_model_becomes_a_note_of_the_document(cli: Cli) -> None:
     shown = cli("summary", "loud.py:Loud", "--input-size", "1,2", "--json")
     assert shown.err == ""
     assert {"printed: out 0", "printed: err 0", "printed: raw"} <= set(shown.json["notes"])
@@ -49,7 +49,7 @@ def test_what_a_model_prints_is_a_note_of_the_document(cli: Cli) -> None:
 
 
 @pytest.mark.usefixtures("_loud")
-def test_what_is_printed_without_end_is_cut(cli: Cli) -> None:
+def test_endless_output_of_a_model_is_cut(cli: Cli) -> None:
     shown = cli("summary", "loud.py:Loud(lines=50000)", "--input-size", "1,2", "--json")
     assert shown.err == ""
     assert len(shown.json["notes"]) < 30
@@ -64,7 +64,7 @@ def test_an_error_is_the_only_thing_on_standard_error(cli: Cli) -> None:
     assert "printed: before the end" in found.error["notes"]
 
 
-def test_a_download_says_nothing_on_standard_error(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_writes_nothing_to_standard_error(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     def download(_url: str, path: Any, *_args: Any, **_given: Any) -> None:
         print("100%", file=sys.stderr)
         torch.save(torchvision.models.squeezenet1_1().state_dict(), path)

@@ -1,4 +1,4 @@
-"""The most common mistakes, and the whole message for each: what was wrong, and what to do next."""
+"""The most common mistakes and the whole message for each, which says what was wrong and what to do next."""
 
 from __future__ import annotations
 
@@ -198,14 +198,14 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", list(MISTAKES))
-def test_word_for_word(mistake: str, cli: Cli, folder: Path) -> None:
+def test_the_whole_message(mistake: str, cli: Cli, folder: Path) -> None:
     torch.save(nn.Sequential(nn.Linear(2, 3)).state_dict(), "best.pth")
     words, code, said = MISTAKES[mistake]
     assert cli(*shlex.split(words), code=code).err.rstrip("\n") == said
     assert {path.name for path in folder.iterdir()} <= {"nets.py", "best.pth", "__pycache__"}
 
 
-def test_other_words_for_commands_stand_for_commands(cli: Cli) -> None:
+def test_the_hint_for_a_command_of_another_program(cli: Cli) -> None:
     group: Any = typer.main.get_command(app)
     known = set(group.commands)
     others = [word for kind in edits.usable() for word in kind.also_called]
@@ -218,7 +218,7 @@ def test_other_words_for_commands_stand_for_commands(cli: Cli) -> None:
     assert "modelcli rename 'module.**' '**'" in cli("strip", "module.", "-m", "x.pth", code=2).err
 
 
-def test_a_bare_file_as_the_target_is_the_model(cli: Cli, folder: Path) -> None:
+def test_the_hint_for_a_model_without_its_option(cli: Cli, folder: Path) -> None:
     torch.save(nn.Linear(4, 5).state_dict(), "bare.pth")
     found = cli("freeze", "bare.pth", "weight", code=2)
     line = found.err.strip().partition("hint: -m names the model: ")[2]

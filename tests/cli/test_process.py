@@ -1,4 +1,4 @@
-"""What only a process of its own can show: exit codes, signals, pipes, start-up."""
+"""Tests that need a process of their own: exit codes, signals, pipes, start-up."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_installed_program_and_the_module(folder: Path) -> None:
     ],
 )
 def test_exit_codes_and_streams(folder: Path, code: int, words: list[str], out: str, err: str) -> None:
-    """Answers go to standard output, and errors to the other; the code tells which kind it was."""
+    """Results go to standard output and errors to standard error. The exit code tells the kind of error."""
     sparse_file(folder / "a.safetensors", {"w": [2]})
     sparse_file(folder / "b.safetensors", {"w": [3]})
     (folder / "broken.pth").write_text("junk")
@@ -64,8 +64,8 @@ def test_exit_codes_and_streams(folder: Path, code: int, words: list[str], out: 
     assert not (folder / "out.pth").exists()
 
 
-def test_what_a_models_own_code_leaves_for_the_end_is_done(folder: Path) -> None:
-    """The program ends without taking itself apart; exit handlers have run by then, and threads are waited for."""
+def test_exit_handlers_run_and_threads_of_a_model_are_awaited(folder: Path) -> None:
+    """The program ends without Python's slow cleanup, but after exit handlers have run and threads have ended."""
     handler = "import atexit, nets\natexit.register(lambda: open('ended', 'w').close())\n"
     thread = "import threading, time\ndef late():\n    time.sleep(1)\n    open('late', 'w').close()\n"
     (folder / "handler.py").write_text(f"{handler}Net = nets.Net\n")
@@ -89,7 +89,7 @@ def test_a_closed_pipe_ends_quietly(folder: Path) -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="terminals are otherwise there")
 def test_a_terminal_without_unicode(folder: Path) -> None:
-    """What its encoding lacks is escaped, and is no fault."""
+    """Characters that the encoding lacks are escaped and cause no error."""
     import pty
 
     import torch
@@ -106,12 +106,12 @@ def test_a_terminal_without_unicode(folder: Path) -> None:
     assert "gr\\xf6\\xdfe.\\u6a21\\u578b" in shown
 
 
-#: Of the environment of who runs the tests: what decides what a terminal shows.
+#: Environment variables that decide what a terminal shows; tests remove the caller's values.
 LEFT_OUT = ("COLUMNS", "LINES", "LC_ALL", "LC_CTYPE", "LANG", "NO_COLOR")
 
 
 def terminal_output(words: list[str], columns: int, settings: dict[str, str]) -> str:
-    """What the program writes to a terminal so wide, which says nothing of its width by itself."""
+    """Return what the program writes to a terminal whose width is only in the variable COLUMNS."""
     import fcntl
     import pty
     import struct
@@ -258,8 +258,8 @@ def test_torchvision_beside_a_torch_it_does_not_match(folder: Path, builder: str
         (["cast", "a", "half", "-m", "small.safetensors", "-o", "out.safetensors"], ("torchvision",)),
     ],
 )
-def test_what_is_imported(folder: Path, words: list[str], forbidden: tuple[str, ...]) -> None:
-    """A look at a file needs no torch, and `--version` no Rich."""
+def test_which_packages_each_command_imports(folder: Path, words: list[str], forbidden: tuple[str, ...]) -> None:
+    """Showing a file does not import torch, and `--version` does not import Rich."""
     import torch
     from safetensors.torch import save_file
 
@@ -279,7 +279,7 @@ def test_what_is_imported(folder: Path, words: list[str], forbidden: tuple[str, 
 
 
 @pytest.mark.parametrize("words", ["modelcli su", "modelcli params --st", "modelcli replace "])
-def test_what_completion_imports(folder: Path, words: str) -> None:
+def test_which_packages_completion_imports(folder: Path, words: str) -> None:
     code = """
         import contextlib, sys
         from modelcli.cli import main

@@ -1,7 +1,7 @@
-"""The README is the manual: what it shows is what happens, and all that there is stands in it.
+"""The README is the manual: its examples run and print what it shows, and it mentions every command and option.
 
-Every `console` block runs here, in order and in one folder, and prints what the README says it prints; Python blocks
-between them run as well, and the command lines of the CI examples. What a reader would have already is made first.
+All `console` blocks run in order in one folder, and so do the Python blocks between them and the command lines of the
+CI examples. Files that a reader would already have are created first.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 REPOSITORY = Path(__file__).parents[2]
 PAGES = sorted(page.relative_to(REPOSITORY) for page in [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md")])
 EXAMPLES = Path(__file__).parents[2] / "examples"
-#: What the README itself says of these: the answer is no, or the request is wrong.
+#: The exit codes of examples that, as the README says, fail.
 CODES = {"modelcli load runs/best.pth --arch alexnet": 1, "modelcli diff runs/best.pth runs/tuesday.pth": 1}
 
 
 class Block(NamedTuple):
-    """A fenced block: its language, its text, the number of its first line."""
+    """A fenced block: its language, its text, and the number of its first line."""
 
     language: str
     text: str
@@ -48,7 +48,7 @@ def blocks() -> Iterator[Block]:
 
 
 def steps(text: str) -> Iterator[tuple[str, str]]:
-    """The command lines of a console block, each with what it prints."""
+    """Yield the command lines of a console block, each with its output."""
     for part in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]:
         lines = part.splitlines()
         command = [lines.pop(0)]
@@ -59,13 +59,13 @@ def steps(text: str) -> Iterator[tuple[str, str]]:
 
 
 def flat(text: str) -> str:
-    """Words alone: the README breaks long lines where it has to."""
+    """Return a text with single spaces between words, because the README wraps long lines."""
     return " ".join(text.split())
 
 
 @pytest.fixture
 def world(folder: Path) -> Path:
-    """What a reader has: a file of classes, and torchvision's numbers in its own cache."""
+    """The folder of a reader: it has a file of classes, and torchvision's cache has the pretrained weights."""
     (folder / "nets.py").write_bytes((EXAMPLES / "nets.py").read_bytes())
     downloads = Path(os.environ["TORCH_HOME"], "hub", "checkpoints")
     downloads.mkdir(parents=True)
@@ -95,7 +95,7 @@ def test_every_example_runs_and_prints_what_the_readme_says(cli: Cli, world: Pat
 
 
 def ci_lines(text: str) -> Iterator[str]:
-    """The command lines of modelcli in a workflow of GitHub's or a pipeline of GitLab's."""
+    """Yield the command lines of modelcli in a GitHub workflow or a GitLab pipeline."""
     (_, jobs), *_ = [item for item in yaml.safe_load(text).items() if item[0] in ("jobs", "checkpoint")]
     for job in jobs.values() if "script" not in jobs else (jobs,):
         lines = [*job.get("script", ()), *(step.get("run", "") for step in job.get("steps", ()))]
@@ -103,7 +103,7 @@ def ci_lines(text: str) -> Iterator[str]:
         yield from (line for line in lines if line.startswith("modelcli "))
 
 
-def test_a_recipe_of_the_readme_is_one(cli: Cli, world: Path) -> None:
+def test_recipes_in_the_readme_are_valid(cli: Cli, world: Path) -> None:
     (recipe,) = [block.text for block in blocks() if block.language == "toml"]
     (world / "modelcli.toml").write_text(recipe)
     assert cli("log", "--json").json["edits"] == ["replace classifier.6 Linear(4096,10)", "freeze features"]
@@ -138,7 +138,7 @@ def test_the_options_of_the_program_are_in_the_readme() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
-def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
+def test_every_link_of_a_page_is_valid(page: Path) -> None:
     text = (REPOSITORY / page).read_text(encoding="utf-8")
     links = re.findall(r"\]\(([^)\s]+)\)", text)
     for link in links:
@@ -172,7 +172,7 @@ DOCUMENTS = {
 }
 
 
-#: Further ones, for keys that are there at times.
+#: More commands, for keys that not every document has.
 MORE_DOCUMENTS = [
     ("edits", ("cast", ".", "float16", "-m", "Linear(3,2)")),
     ("save", ("save", "out.pth", "-m", "Linear(3,2)", "--dry-run")),
@@ -188,13 +188,13 @@ class Net(torch.nn.Linear):
         super().__init__(2, 3)
         self.register_buffer("steps", torch.zeros(3), persistent=False)
 """
-#: What lies in lists that are empty in the document at hand.
+#: The keys inside lists that are empty in these documents.
 EMPTY = {"identify": {f"matches.mismatched.{name}" for name in ("name", "expected", "found")}}
 TOTALS = ("params", "trainable_params", "non_trainable_params", "buffers", "param_bytes", "buffer_bytes")
 
 
 def keys_of(value: Any, above: str = "") -> set[str]:
-    """Every key in a document, each behind those that it lies under: `tensors.stats.min`."""
+    """Return every key in a document, with the keys above it: `tensors.stats.min`."""
     if isinstance(value, list):
         return {key for item in value for key in keys_of(item, above)}
     if not isinstance(value, dict):
@@ -205,7 +205,7 @@ def keys_of(value: Any, above: str = "") -> set[str]:
 
 
 def promised_in(text: str) -> tuple[set[str], set[str]]:
-    """The keys of a document as the README writes it, and those of them that are there at times."""
+    """Return the keys of a document in the README, and those of them that not every document has."""
     keys, sometimes, path, key, before = set(), set(), [], "", ""
     for token, remark in re.findall(r'("[^"]*"|[{}\[\],:|])( \()?', text):
         if token == "{":

@@ -1,6 +1,6 @@
-"""Nothing that a file says is run by a shell: completion through real shells on a pseudo-terminal, and what is shown.
+"""No shell runs a name from a file: completion in real shells on a pseudo-terminal, and the output of commands.
 
-A missing bash, zsh or fish skips its tests; in CI it fails them.
+The tests of a missing bash, zsh or fish are skipped; in CI they fail.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ TYPER = {
 
 
 def environment(home: Path) -> dict[str, str]:
-    """What a shell and its programs get, in a home of their own."""
+    """Return the environment of a shell with a home folder of its own."""
     return {
         "HOME": str(home),
         "ZDOTDIR": str(home),
@@ -126,7 +126,7 @@ def environment(home: Path) -> dict[str, str]:
 
 
 class Terminal:
-    """An interactive shell in which `modelcli` completes by the real program, and notes its words when it is run."""
+    """An interactive shell. There, `modelcli` completes with the real program and, when run, records its arguments."""
 
     def __init__(self, shell: str, home: Path, folder: Path, program: str, script: str) -> None:
         self.answers: Answers | None = None
@@ -170,7 +170,7 @@ class Terminal:
                     self.said += os.read(self.terminal, 65536).decode(errors="replace")
 
     def line(self, typed: str) -> str:
-        """The line after keys."""
+        """Type keys. Returns the command line afterwards."""
         self.line_file.unlink(missing_ok=True)
         self.type(f"{typed}\x07")
         self.wait(self.line_file.exists)
@@ -180,7 +180,7 @@ class Terminal:
         self.line("\x05\x15")
 
     def run(self, typed: str) -> list[str]:
-        """The words that the command gets when keys are pressed, and Enter."""
+        """Type keys and Enter. Returns the arguments that the command received."""
         before = self.out.stat().st_size
         self.type(f"{typed}\r")
         self.wait(lambda: self.out.read_bytes()[before:].endswith(b"\0\0"), 10)
@@ -194,9 +194,9 @@ class Terminal:
 
 
 class Answers:
-    """Answers what the scripts ask for from this process, without a program's start for each key press.
+    """Answers the requests of completion scripts from this process, instead of starting a program for each key press.
 
-    With `word` set that is the one word there is.
+    If `word` is set, it is the only completion.
     """
 
     PROGRAM = (
@@ -243,7 +243,7 @@ NAMES = ("COMP_WORDS", "COMP_CWORD", "_TYPER_COMPLETE_ARGS", "_TYPER_COMPLETE_FI
 
 
 def needed(shell: str) -> None:
-    """Skip where a shell is missing; in CI that is a failure."""
+    """Skip the test if a shell is missing; in CI, fail it."""
     if os.name != "nt" and shutil.which(shell):
         return
     if os.environ.get("CI") == "true":
@@ -298,7 +298,7 @@ def _in_the_folder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
         monkeypatch.chdir(request.getfixturevalue("hostile"))
 
 
-#: What is typed, and the words that the command gets after TAB and Enter; in bash, Typer's script may offer nothing.
+#: The typed text, and the arguments after TAB and Enter. In bash, Typer's own script may offer nothing.
 COMPLETED = [
     ("freeze -m t.pth feat", ["freeze", "-m", "t.pth", "feature"]),
     ("freeze -m t.pth feature.", ["freeze", "-m", "t.pth", "feature.weight"]),
@@ -315,7 +315,7 @@ COMPLETED = [
 
 
 @pytest.mark.parametrize(("typed", "words"), COMPLETED)
-def test_what_is_inserted_reaches_the_command_as_one_word(
+def test_a_completed_word_reaches_the_command_as_one_argument(
     terminal: Terminal, hostile: Path, typed: str, words: list[str]
 ) -> None:
     line = terminal.line(f"modelcli {typed}\t")
@@ -332,7 +332,7 @@ def test_what_is_inserted_reaches_the_command_as_one_word(
     "typed", ["summary ", "summary a", "freeze -m t.pth ", "freeze -m t.pth $", "freeze -m t.pth '", "summary \\"]
 )
 def test_tab_runs_nothing_and_offers_no_control_characters(terminal: Terminal, hostile: Path, typed: str) -> None:
-    """All words at once: what is shown, and what they have in common."""
+    """TAB lists all completions and inserts their common beginning."""
     terminal.said = ""
     line = terminal.line(f"modelcli {typed}\t\t")
     assert line.startswith(f"modelcli {typed}".rstrip(" \\"))
@@ -346,7 +346,7 @@ def test_tab_runs_nothing_and_offers_no_control_characters(terminal: Terminal, h
 def test_the_one_word_that_a_folder_offers_is_not_run(
     terminal: Terminal, hostile: Path, typed: str, word: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The attack as it is easiest: a recipe in the folder names a checkpoint, and TAB completes its one tensor."""
+    """The simplest attack: a recipe in the folder names a checkpoint, and TAB completes the name of its only tensor."""
     folder = hostile / "attack"
     monkeypatch.chdir(folder)
     terminal.line("cd attack\r")
@@ -364,7 +364,7 @@ def test_the_one_word_that_a_folder_offers_is_not_run(
 
 
 def test_the_installed_completion_of_the_real_program(shell: str, hostile: Path, tmp_path: Path) -> None:
-    """`--install-completion`, a new shell, TAB: nothing in between that is a test's."""
+    """`--install-completion`, a new shell and TAB, without any part of the test suite in between."""
     program = f'exec {shlex.quote(sys.executable)} -m modelcli "$@"'
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "modelcli").write_text(f"#!/bin/sh\n{program}\n")
@@ -404,7 +404,7 @@ def test_the_script_that_is_shown_is_the_one_that_is_installed(shown: str, tmp_p
 
 
 def nasty_words(count: int, seed: int) -> Iterator[str]:
-    """Words of characters and pieces that mean something to one of the shells."""
+    """Yield words with characters that have a meaning in one of the shells."""
     pieces = [*"$`;&|<>(){}[]*?!~#^%=:@,+\\'\"/. -_abXé中", "$(", "touch X", "\\'", '\\"', "$'", '$"', "!!", "  ", "${"]
     chance = random.Random(seed)
     while count:
@@ -415,7 +415,7 @@ def nasty_words(count: int, seed: int) -> Iterator[str]:
 
 
 def beginnings(word: str, shell: str, chance: random.Random) -> str:
-    """What somebody may have typed of a word: nothing, some of it, with a quotation mark or with backslashes."""
+    """Return a beginning of a word as a user may type it: empty, partial, in quotation marks, with backslashes."""
     begin = word[: chance.randint(0, len(word) - 1)]
     # Behind these, shells let one go on with the word, and leave a quotation mark open.
     way = chance.randint(0, 3) if word[-1] not in "/=@:.,-" else 3
@@ -431,7 +431,7 @@ def beginnings(word: str, shell: str, chance: random.Random) -> str:
 
 
 @pytest.mark.parametrize("origin", ["own", "typer"])
-def test_any_word_comes_back_as_it_was_offered(
+def test_any_completed_word_reaches_the_command_unchanged(
     shell: str, origin: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers = Answers(tmp_path, monkeypatch)
@@ -476,7 +476,7 @@ MARKUP = [
 
 
 def test_no_cell_of_a_csv_is_a_formula(cli: Cli, folder: Path) -> None:
-    """Also for a spreadsheet that parts cells at semicolons."""
+    """This includes spreadsheets that split cells at semicolons."""
     torch.save({name: torch.zeros(1) for name in FORMULAS}, "t.pth")
     text = cli("params", "t.pth", "-f", "csv").out
     names = [row["name"] for row in csv.DictReader(io.StringIO(text))]
@@ -496,7 +496,7 @@ def test_numbers_of_a_csv_stay_numbers() -> None:
 
 
 def test_a_markdown_page_shows_names_as_they_are(cli: Cli, folder: Path) -> None:
-    """As markdown-it reads them, by which Rich came."""
+    """The page is rendered by markdown-it, which Rich depends on."""
     torch.save({name: torch.zeros(1) for name in MARKUP}, "t.pth")
     html = (
         MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(cli("params", "t.pth", "-f", "markdown").out)

@@ -1,4 +1,4 @@
-"""What a look at a file imports of modelcli, so that it stays as fast as a program that prints a table."""
+"""The modules of modelcli that showing a file imports. More of them would slow down every command."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from torch import nn
 from modelcli.checkpoints.torch_pickle import pickles
 from tests.conftest import Cli
 
-#: What any command needs: the program, its options, its output.
+#: Modules that every command needs: the program, its options, its output.
 PROGRAM = {
     *("", "_version", "errors", "interrupts", "wording", "installed", "commands"),
     *("cli", "cli.app", "cli.completing", "cli.failures", "cli.inspect", "cli.main", "cli.mounting", "cli.options"),
     *("cli.output", "cli.progress", "cli.synonyms"),
 }
-#: What the text on the command line means.
+#: Modules that find out which model the command line names.
 REFERENCE = {
     *("resolve", "language", "language.quoting", "language.references", "commands.look", "commands.target"),
     *("providers", "providers.base", "providers.known_code"),
     *("checkpoints", "checkpoints.format", "checkpoints.formats"),
 }
-#: What was read of any file, and how it is shown.
+#: Modules for the contents of any file and for showing them.
 CONTENTS = {
     *(f"checkpoints.{name}" for name in ("contents", "entries", "storage", "limits", "shapes", "strict_json")),
     *("checkpoints.record", "checkpoints.record_of_keys", "checkpoints.record_reading"),
@@ -40,12 +40,12 @@ COMMANDS = {
     "modules": {"model.printed", "render.documents.modules", "render.folding", "render.runs"},
 }
 PROVIDERS = {f"providers.{name}" for name in ("torchvision", "torch_nn", "python_objects")}
-#: What tells which model that was looked at before a bare state dict fits.
+#: Modules that find the builder that a bare state dict fits.
 LIKENESS = {
     *("commands.blueprint_cache", "commands.known_builders", "files", "files.open_folder"),
     *("model.state_dict_match", *PROVIDERS),
 }
-#: The reader of each format, with the declarations of formats that are asked before it.
+#: The reader of each format, and the declarations of the formats that are tried before it.
 READERS = {
     "pth": {
         *("checkpoints.torch_programs", "checkpoints.torch_pickle", "checkpoints.torch_pickle.recognition"),
@@ -65,7 +65,7 @@ READERS = {
         *("checkpoints.safetensors", "checkpoints.safetensors.reading"),
     },
 }
-#: What a file with a record needs besides: whether the record can be true.
+#: More modules for a file with a record, which check the record.
 RECORD = {"checkpoints.record_consistency", *PROVIDERS}
 
 LOOKED = """
@@ -81,7 +81,7 @@ print(json.dumps([found, others]))
 
 
 def imported(*words: str) -> tuple[set[str], list[str]]:
-    """The modules of modelcli, and the heavy ones of others, that a command has imported."""
+    """Return the modules of modelcli, and the heavy packages, that a command imported."""
     done = subprocess.run([sys.executable, "-c", LOOKED, *words], capture_output=True, text=True, check=True)
     own, others = json.loads(done.stdout)
     return set(own), others
@@ -89,8 +89,8 @@ def imported(*words: str) -> tuple[set[str], list[str]]:
 
 @pytest.mark.parametrize("command", list(COMMANDS))
 @pytest.mark.parametrize("kind", list(READERS))
-def test_a_look_imports_what_it_needs(command: str, kind: str, cli: Cli, folder: Path) -> None:
-    """Of a state dict as torch saves it, and of a file that modelcli wrote, with an edit in its record."""
+def test_showing_a_file_imports_only_these_modules(command: str, kind: str, cli: Cli, folder: Path) -> None:
+    """One file is a state dict saved by torch, the other was written by modelcli with an edit in its record."""
     state = nn.Sequential(nn.Linear(2, 3)).state_dict()
     torch.save(state, "bare.pth") if kind == "pth" else save_file(state, "bare.safetensors")
     needed = PROGRAM | REFERENCE | CONTENTS | COMMANDS[command] | READERS[kind]

@@ -18,7 +18,7 @@ def alexnet(**kwargs: int) -> nn.Module:
     return model
 
 
-def test_a_class_of_ones_own(cli: Cli) -> None:
+def test_a_users_own_class(cli: Cli) -> None:
     document = cli("summary", "nets.py:Net", "--input-size", "1,1,1,1", "--json").json
     rows = {layer["path"]: layer for layer in document["layers"]}
     assert [rows[path]["params"] for path in (".", "conv1", "bn", "conv2")] == [27, 6, 6, 15]
@@ -56,7 +56,7 @@ def test_hand_made_parameters(cli: Cli) -> None:
     ]
 
 
-def test_looking_at_alexnet(cli: Cli) -> None:
+def test_showing_alexnet(cli: Cli) -> None:
     model = alexnet()
     document = cli("summary", "alexnet", "--json").json
     assert document["totals"]["params"] == 61_100_840 == sum(p.numel() for p in model.parameters())
@@ -101,7 +101,7 @@ def test_new_head_frozen_backbone_saved_and_loaded(cli: Cli, folder: Path) -> No
     image = torch.randn(2, 3, 224, 224)
     assert torch.equal(model.eval()(image), ten.eval()(image))
 
-    # The record ignored, a class count that differs: named, exit 1, and the recipe is left alone.
+    # Another architecture than that of the record: the error names each key, and the recipe is unchanged.
     before = (folder / "modelcli.toml").read_text()
     result = cli("load", "runs/best.pth", "--arch", "alexnet", "--json", code=1)
     assert [row["name"] for row in result.json["mismatched"]] == ["classifier.6.weight", "classifier.6.bias"]

@@ -1,5 +1,5 @@
-"""What the system around the program does: full disks, other users and other runs at the same time, pipes, signals,
-a folder that is not to be trusted, and packages that are not installed."""
+"""Conditions of the system: full disks, other users, concurrent runs, pipes, signals, an untrusted folder, and packages
+that are not installed."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def small_disk(folder: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def within(seconds: int) -> Iterator[None]:
-    """Fail, rather than wait without end for a pipe that nobody writes to."""
+    """Fail after some seconds instead of waiting for ever for a pipe without a writer."""
 
     def late(_number: int, _frame: object) -> None:
         raise AssertionError(f"not done within {seconds} s")
@@ -67,7 +67,7 @@ def within(seconds: int) -> Iterator[None]:
 
 
 def long_recipe() -> str:
-    """A recipe of 14 KB: not much, and more than is free."""
+    """Return a recipe of 14 KB, which is more than the small disk has free."""
     lines = "".join(f'    "{word}freeze weight", # {"x" * 60}\n' for _ in range(80) for word in ("", "un"))
     return f'model = "Linear(2,2)"\nedits = [\n{lines}]\n'
 
@@ -87,7 +87,7 @@ def test_a_full_disk_leaves_the_recipe(small_disk: Path, cli: Cli) -> None:
     assert b"freeze bias" in (small_disk / "modelcli.toml").read_bytes()
 
 
-def test_a_full_disk_takes_no_new_recipe_and_no_cache(
+def test_with_a_full_disk_no_recipe_and_no_cache_entry_is_created(
     small_disk: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MODELCLI_CACHE", str(small_disk / "cache"))
@@ -99,8 +99,8 @@ def test_a_full_disk_takes_no_new_recipe_and_no_cache(
     assert [path for path in (small_disk / "cache").rglob("*") if path.is_file()] == []
 
 
-def test_a_cut_write_goes_on(tmp_path: Path) -> None:
-    """An unbuffered file may take a part of what it is given, and says so by a number that nobody looked at."""
+def test_a_partial_write_is_continued(tmp_path: Path) -> None:
+    """The write() of an unbuffered file may write only a part of the data, and returns how much it wrote."""
     program = (
         "import resource, signal, sys; from pathlib import Path; from modelcli.files import atomic\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))\n"
@@ -118,7 +118,7 @@ def test_a_cut_write_goes_on(tmp_path: Path) -> None:
 
 
 @posix_only
-def test_a_link_in_the_place_of_the_new_file_gets_nothing(tmp_path: Path) -> None:
+def test_a_symlink_at_the_new_files_name_is_not_written_through(tmp_path: Path) -> None:
     victim, path = tmp_path / "victim", tmp_path / "m.pth"
     victim.write_text("of root alone")
     victim.chmod(0o600)
@@ -143,10 +143,10 @@ def test_a_link_in_the_place_of_the_new_file_gets_nothing(tmp_path: Path) -> Non
 
 @posix_only
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="root alone can give files away")
-def test_a_link_that_is_swapped_in_at_the_last_moment_gets_nothing(
+def test_a_symlink_swapped_in_at_the_last_moment_is_not_written_through(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between the look at the name and what is done to the file: owner and mode go to the file that is open."""
+    """The swap happens between looking the name up and changing owner and mode, which must apply to the open file."""
     victim, path = tmp_path / "victim", tmp_path / "m.pth"
     victim.write_text("of root alone")
     victim.chmod(0o600)
@@ -168,8 +168,8 @@ def test_a_link_that_is_swapped_in_at_the_last_moment_gets_nothing(
 
 @posix_only
 @pytest.mark.parametrize("is_folder", [False, True])
-def test_a_link_in_the_place_of_the_folder_is_not_followed(tmp_path: Path, is_folder: bool) -> None:
-    """What is written lands in the folder that was opened, wherever that is by now."""
+def test_a_symlink_that_replaces_the_folder_is_not_followed(tmp_path: Path, is_folder: bool) -> None:
+    """The file is written into the folder that was opened, even if that has been moved since."""
     (tmp_path / "runs").mkdir()
     (tmp_path / "elsewhere").mkdir()
 
@@ -191,7 +191,7 @@ def test_a_link_in_the_place_of_the_folder_is_not_followed(tmp_path: Path, is_fo
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="a folder is reached by its handle on Linux")
-def test_a_link_in_the_place_of_the_new_folder_is_not_followed(tmp_path: Path) -> None:
+def test_a_symlink_that_replaces_the_new_folder_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
 
     def write() -> None:
@@ -237,7 +237,7 @@ def test_many_appends_at_once_lose_none(folder: Path, cli: Cli) -> None:
 
 
 @posix_only
-def test_a_recipe_that_stays_locked_is_told(cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recipe_that_stays_locked_is_an_error(cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cli("load", "Linear(2,3)")
     before = (folder / "modelcli.toml").read_bytes()
     monkeypatch.setattr(recipe, "PATIENCE", 0.2)
@@ -249,12 +249,12 @@ def test_a_recipe_that_stays_locked_is_told(cli: Cli, folder: Path, monkeypatch:
     cli("freeze", ".")
 
 
-def test_where_open_files_have_no_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A lock is a file of its own there; one that a killed run has left does not stand in the way for ever."""
+def test_locks_on_a_file_system_without_file_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There a lock is a separate file. One that a killed process left behind expires."""
     monkeypatch.setitem(sys.modules, "fcntl", None)
     path, lock = tmp_path / "modelcli.toml", tmp_path / ".modelcli.toml.lock"
     with locks.held(path, 1):
-        assert not lock.exists()  # nothing is there that could be changed
+        assert not lock.exists()  # there is no recipe that could be changed
     path.write_text("x")
     with locks.held(path, 1):
         assert lock.exists()
@@ -272,10 +272,10 @@ def test_where_open_files_have_no_locks(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("name", ["m.pth", "m.safetensors", "m/"])
 @pytest.mark.parametrize("words", [("cast", ".", "half"), ("freeze", "0"), ("replace", "*", "Linear(2,2)")])
-def test_of_two_edits_in_place_the_second_says_so(
+def test_the_second_of_two_concurrent_edits_in_place_fails(
     cli: Cli, monkeypatch: pytest.MonkeyPatch, name: str, words: tuple[str, ...]
 ) -> None:
-    """Nor where it takes over no byte of the file: what it makes of the file is not what is there by now."""
+    """This holds even if the edit copies no byte of the file, because its result is based on the old file."""
     cli("save", name, "-m", "Sequential(Linear(2,2),Linear(2,2))")
     other = ["cast", "1.weight", "half", "-m", name if name != "m/" else "./m", "-o", name, "--force"]
     original, began = atomic._alone, list[bool]()
@@ -297,7 +297,7 @@ def test_of_two_edits_in_place_the_second_says_so(
     assert temporaries(Path()) == []
 
 
-# --- names that only look like ours, and what is no file -----------------------------------------------------------
+# --- names like those of temporary files, and pipes ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("can_exchange", [True, False])
@@ -335,7 +335,7 @@ def test_long_names_that_begin_alike_have_temporaries_of_their_own(tmp_path: Pat
 
 @posix_only
 @pytest.mark.parametrize("out", ["out.pth", "out/"])
-def test_a_pipe_with_the_name_of_a_temporary_holds_nothing_up(cli: Cli, folder: Path, out: str) -> None:
+def test_a_pipe_with_the_name_of_a_temporary_file_does_not_block(cli: Cli, folder: Path, out: str) -> None:
     name = f".{out.rstrip('/')}.0123abcd{atomic.TEMPORARY}"
     os.mkfifo(folder / name)
     with within(60):
@@ -350,8 +350,8 @@ def test_the_cache_is_written_whole(folder: Path, cli: Cli) -> None:
     assert digest.decode() == blueprint_cache._digest(body)
 
 
-def test_only_names_of_our_own_are_left_out_and_cleared(cli: Cli, folder: Path) -> None:
-    """What only ends as ours do goes along with a folder, and stays in the cache's."""
+def test_only_modelclis_own_temporary_files_are_skipped_and_removed(cli: Cli, folder: Path) -> None:
+    """Files that merely end like temporary files are copied with a folder, and are kept in the cache's folder."""
     torch.save({"w": torch.ones(2)}, "in.pth")
     (folder / "out").mkdir()
     (folder / "out" / f"mine{atomic.TEMPORARY}").touch()
@@ -388,7 +388,7 @@ def test_only_names_of_our_own_are_left_out_and_cleared(cli: Cli, folder: Path) 
     ],
     ids=" ".join,
 )
-def test_what_is_no_file_holds_nothing_up(cli: Cli, folder: Path, words: tuple[str, ...]) -> None:
+def test_pipes_and_devices_do_not_block(cli: Cli, folder: Path, words: tuple[str, ...]) -> None:
     import socket
 
     (folder / "shards").mkdir()
@@ -432,7 +432,7 @@ def test_a_recipe_may_come_through_a_pipe(folder: Path) -> None:
     assert done.returncode == 2
 
 
-# --- messages that are not ours to give ----------------------------------------------------------------------------
+# --- faults outside of modelcli ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["key.pth", "beside.pth", "inside.pth"])
@@ -441,14 +441,16 @@ def test_a_recipe_may_come_through_a_pipe(folder: Path) -> None:
     [("params",), ("summary", "--json"), ("check", "--safe"), ("save", "o.safetensors", "-m"), ("diff", "key.pth")],
     ids=" ".join,
 )
-def test_an_integer_of_6000_digits_is_no_fault_of_ours(cli: Cli, name: str, words: tuple[str, ...]) -> None:
+def test_an_integer_of_6000_digits_is_reported_as_a_fault_of_the_file(
+    cli: Cli, name: str, words: tuple[str, ...]
+) -> None:
     state = {"a": torch.ones(2)}
     torch.save(state | {10**6000: torch.ones(1)}, "key.pth")
     torch.save({"state_dict": state, 10**6000: 1}, "beside.pth")
     torch.save({"state_dict": state, "epoch": [10**6000]}, "inside.pth")
     told = cli(*words, name, code=4).err
     assert "holds an integer of 2,492 bytes" in told
-    with pytest.raises(Exception, match="weights_only"):  # nor does torch read it
+    with pytest.raises(Exception, match="weights_only"):  # torch cannot read it either
         torch.load(name, weights_only=True)
 
 
@@ -461,7 +463,7 @@ def test_the_longest_integer_that_torch_reads(cli: Cli) -> None:
 
 @pytest.mark.parametrize("what", ["modules", "tensors"])
 @pytest.mark.parametrize("words", [("summary",), ("params", "--stats"), ("diff", "o.pth"), ("save", "x.pth", "-m")])
-def test_a_record_that_lists_a_path_twice_is_not_believed(cli: Cli, what: str, words: tuple[str, ...]) -> None:
+def test_a_record_that_lists_a_path_twice_is_ignored(cli: Cli, what: str, words: tuple[str, ...]) -> None:
     from safetensors import safe_open
     from safetensors.torch import save_file
 
@@ -525,7 +527,7 @@ PLANTED = "open('PWNED', 'w').close()\nraise SystemExit('planted')\n"
 
 
 @pytest.mark.parametrize("safe_path", ["", "1"])
-def test_a_file_in_the_current_folder_is_no_package(folder: Path, safe_path: str) -> None:
+def test_a_file_in_the_current_folder_does_not_replace_a_package(folder: Path, safe_path: str) -> None:
     """`python -m` puts the current folder first."""
     names = ("torch", "numpy", "torchvision", "typer", "rich", "tomlkit", "safetensors", "platformdirs", "fcntl")
     names += ("typing", "re", "enum", "dataclasses")
@@ -539,7 +541,7 @@ def test_a_file_in_the_current_folder_is_no_package(folder: Path, safe_path: str
 
 
 def test_the_folder_of_a_reference_comes_last(cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is installed goes before what lies beside a named file; what only lies there is found."""
+    """Installed packages take precedence over modules beside a named file; other modules there are found."""
     installed = folder / "site"
     installed.mkdir()
     (installed / "a_package.py").write_text("import its_dependency\nfrom nets import Net\n")
@@ -556,7 +558,7 @@ def test_the_folder_of_a_reference_comes_last(cli: Cli, folder: Path, monkeypatc
     assert str(folder) not in sys.path
 
 
-def test_a_package_that_a_users_file_imports_and_nobody_has(cli: Cli, folder: Path) -> None:
+def test_a_users_file_that_imports_a_missing_package(cli: Cli, folder: Path) -> None:
     (folder / "own.py").write_text("import torch\nimport surely_nobody_has_it.inside\n")
     told = cli("params", "own.py:Net", code=2).err
     assert "imports surely_nobody_has_it, which is not installed in " in told
@@ -568,7 +570,7 @@ def test_a_package_that_a_users_file_imports_and_nobody_has(cli: Cli, folder: Pa
     assert f"and the torch of {sys.executable} has no such module" in told
 
 
-def test_a_recipe_that_names_python_says_so_at_the_first_look(cli: Cli, folder: Path) -> None:
+def test_a_note_says_once_that_a_recipe_names_python(cli: Cli, folder: Path) -> None:
     said = "names Python code, which runs with your rights, as a Makefile does: nets.py:Net"
     (folder / "modelcli.toml").write_text('model = "nets.py:Net"\nedits = []\n')
     assert said in cli("params").err
@@ -578,19 +580,19 @@ def test_a_recipe_that_names_python_says_so_at_the_first_look(cli: Cli, folder: 
     assert "as a Makefile does: nets.py:Net, nets:Places" in cli.capsys.readouterr().err, found
     (folder / "other.toml").write_text('model = "nets.py:Nothing"\n')
     told = cli("params", "--recipe", "other.toml", code=2).err
-    assert "other.toml names Python" in told  # an error does not hide it
+    assert "other.toml names Python" in told  # an error does not hide the note
     (folder / "plain.toml").write_text('model = "Linear(2,3)"\n')
     assert "Python" not in cli("params", "--recipe", "plain.toml").err
 
 
-def test_who_names_python_himself_is_not_told(cli: Cli, folder: Path) -> None:
+def test_no_note_if_the_user_names_the_python_file(cli: Cli, folder: Path) -> None:
     cli("load", "nets.py:Places")
     assert "names Python" not in cli("params").err
     cli("freeze", "fc")
     assert "names Python" not in cli("params").err
 
 
-def test_a_recipe_that_names_python_is_told_each_time_without_a_cache(
+def test_without_a_cache_each_run_notes_that_the_recipe_names_python(
     cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MODELCLI_NO_CACHE", "1")
@@ -601,7 +603,7 @@ def test_a_recipe_that_names_python_is_told_each_time_without_a_cache(
 
 # --- Ctrl-C --------------------------------------------------------------------------------------------------------
 
-#: Presses Ctrl-C when a module is imported, as seen from where the import begins or in the middle of a callback.
+#: A program that sends Ctrl-C when a module is imported: where the import begins, or inside a callback.
 PRESSED = """
 import builtins, signal, sys
 at, how = sys.argv.pop(1), sys.argv.pop(1)
@@ -662,7 +664,7 @@ def test_ctrl_c_at_any_moment_of_start_up(folder: Path, module: str, how: str) -
 
 @posix_only
 def test_ctrl_c_after_some_time(folder: Path) -> None:
-    """From outside, whenever it comes; before Python itself has started it ends the process without a word of ours."""
+    """The signal comes from another process at any time. Before Python has started, it ends the process silently."""
     for delay in (0.0, 0.1, 0.2, 0.4, 0.8, 1.6):
         run = subprocess.Popen(
             [*PROGRAM, "summary", "Linear(2,3)", "--no-cache"],
@@ -680,7 +682,7 @@ def test_ctrl_c_after_some_time(folder: Path) -> None:
 
 # --- a file that is cut short while it is read ---------------------------------------------------------------------
 
-#: Cuts a file short when a part of the program is about to read numbers from it, as another program may.
+#: A program that truncates a file just before modelcli reads values from it, as another program might.
 CUT = """
 import os, sys
 from modelcli.values import reading
@@ -715,8 +717,8 @@ raise SystemExit(main(sys.argv[1:]))
     ],
     ids=lambda words: words[0],
 )
-def test_a_file_that_is_cut_short_ends_in_a_message(folder: Path, words: tuple[str, ...]) -> None:
-    """To touch a mapping of it would end the process by SIGBUS, without a word."""
+def test_a_file_truncated_during_reading_is_an_error(folder: Path, words: tuple[str, ...]) -> None:
+    """Reading a memory-mapped part behind the new end would kill the process by SIGBUS, without a message."""
     state = {f"w{number}": torch.randn(500_000) for number in range(4)}
     torch.save(state, "m.pth")
     torch.save({name: tensor + 1 for name, tensor in state.items()}, "other.pth")
@@ -727,7 +729,7 @@ def test_a_file_that_is_cut_short_ends_in_a_message(folder: Path, words: tuple[s
 
 
 @pytest.mark.parametrize("size", [3, 40_000])
-def test_small_tensors_are_read_together_and_right(cli: Cli, size: int) -> None:
+def test_small_tensors_that_are_read_together_have_the_right_values(cli: Cli, size: int) -> None:
     state = {f"w{number}": torch.randn(size) for number in range(40)} | {"big": torch.randn(400_000)}
     torch.save(state, "m.pth")
     rows = {row["name"]: row for row in cli("params", "m.pth", "--stats", "--values", "--json").json["tensors"]}
@@ -739,7 +741,7 @@ def test_small_tensors_are_read_together_and_right(cli: Cli, size: int) -> None:
 
 # --- packages that are not installed -------------------------------------------------------------------------------
 
-#: The program in a Python that lacks packages.
+#: modelcli in a Python without certain packages.
 WITHOUT = """
 import sys
 
@@ -758,7 +760,7 @@ raise SystemExit(main(sys.argv[1:]))
 
 
 def test_without_torch(folder: Path, cli: Cli) -> None:
-    """What needs none works, and the rest says what it needs, with exit code 5."""
+    """Commands that do not need torch work, and the others end with exit code 5 and say what they need."""
     torch.save({"a": torch.ones(2), "b": torch.ones(3)}, "m.pth")
     cli("save", "s.safetensors", "-m", "Sequential(Linear(2,3))")
     for code, *words in (

@@ -1,4 +1,4 @@
-"""adapt: which edits it stands for, and that the result is what the libraries themselves make."""
+"""`adapt` makes the right edits, and its results equal those of the libraries' own functions."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_the_shapes_are_those_of_the_builder_with_num_classes(cli: Cli, name: st
     assert found == {key: list(value.shape) for key, value in built(name, 7).state_dict().items()}
 
 
-def test_values_of_other_layers_stay_and_new_ones_are_drawn_by_the_edit(cli: Cli) -> None:
+def test_other_layers_keep_their_values_and_the_edits_seed_draws_new_ones(cli: Cli) -> None:
     torch.manual_seed(3)
     model = torchvision.models.resnet18()
     torch.save(model.state_dict(), "m.pth")
@@ -114,7 +114,7 @@ def test_the_first_convolution_is_that_of_timm(cli: Cli, channels: int, dtype: t
     assert cli("summary", "o.pth", "--json").json["input"] == [[1, channels, 224, 224]]
 
 
-def test_a_video_model_gets_channels_too(cli: Cli) -> None:
+def test_the_input_channels_of_a_video_model(cli: Cli) -> None:
     done = cli("adapt", "--in-channels", 1, "-m", "r3d_18", "--json").json
     assert done["check"]["input"] == [[1, 1, 16, 112, 112]]
     assert done["edits"] == ["replace stem.0 Conv3d(1,_,_,stride=_,padding=_,bias=_) --keep-weights=sum"]
@@ -140,7 +140,7 @@ def test_an_input_by_name_gets_the_channels(cli: Cli, own: str) -> None:
     assert done["check"]["input"] == [[2, 1, 8, 8]]
 
 
-def test_what_is_not_known_is_told(cli: Cli, own: str) -> None:
+def test_models_of_no_library_need_an_input_and_suitable_layers(cli: Cli, own: str) -> None:
     done = cli("adapt", "--classes", 2, "-m", own, "-o", "o.pth", code=2)
     assert "no library says which layer of own.py:Own is the classifier" in done.err
     assert "hint: pass --input-size, batch included, or name the layer: replace PATH 'Linear(_,2)'" in done.err
@@ -166,7 +166,7 @@ def test_what_is_not_known_is_told(cli: Cli, own: str) -> None:
         (("--classes", 2, "-m", "bare.pth"), "adapt needs an architecture, but bare.pth records none"),
     ],
 )
-def test_what_does_not_apply_is_an_error_and_nothing_is_written(
+def test_an_adaptation_that_does_not_apply_is_an_error_and_writes_nothing(
     cli: Cli, words: tuple[object, ...], message: str
 ) -> None:
     torch.save({"a": torch.zeros(1)}, "bare.pth")
@@ -216,7 +216,7 @@ def test_a_model_that_takes_any_size_needs_no_edit(cli: Cli) -> None:
     assert (recipe["edits"], recipe["input_size"]) == ([], "1,3,320,320")
 
 
-def test_a_size_that_a_model_does_not_take_is_told(cli: Cli, own: str) -> None:
+def test_an_image_size_that_the_model_cannot_take_is_an_error(cli: Cli, own: str) -> None:
     flat = "Sequential(Conv2d(3,4,3),Flatten(),Linear(144,5))"
     done = cli("adapt", "--image-size", 9, "-m", flat, "--input-size", "1,3,8,8", code=2)
     assert "does not take images of 9x9 as it is, and no library says how to change that" in done.err
@@ -240,7 +240,7 @@ def test_tokens_of_an_own_class_are_the_first_embedding_and_the_last_layer(cli: 
     assert torch.allclose(found["embed.weight"][11:], before["embed.weight"].mean(0), atol=1e-3)
 
 
-def test_a_model_without_tokens_is_told(cli: Cli, own: str) -> None:
+def test_a_model_without_an_embedding_is_an_error(cli: Cli, own: str) -> None:
     done = cli("adapt", "--vocab-size", 9, "-m", own, "--input-size", "1,3,8,8", code=2)
     assert "the first layer first is Conv2d" in done.err
     assert "has no embedding of tokens" in cli("adapt", "--vocab-size", 9, "-m", "resnet18", code=2).err
@@ -275,7 +275,7 @@ def test_a_dry_run_changes_nothing(cli: Cli) -> None:
     assert Path("modelcli.toml").read_text() == before
 
 
-def test_the_script_of_an_adaptation_makes_the_same(cli: Cli) -> None:
+def test_the_script_of_an_adaptation_gives_the_same_result(cli: Cli) -> None:
     cli("load", "resnet18")
     cli("adapt", "--classes", 10, "--in-channels", 1, "-o", "o.pth")
     Path("s.py").write_text(cli("script", "-o", "s.pth").out)
@@ -285,7 +285,7 @@ def test_the_script_of_an_adaptation_makes_the_same(cli: Cli) -> None:
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_what_is_so_already_needs_no_edit(cli: Cli) -> None:
+def test_an_adaptation_without_effect_makes_no_edit(cli: Cli) -> None:
     done = cli("adapt", "--classes", 1000, "--in-channels", 3, "-m", "resnet18", "-o", "o.pth")
     assert "note: fc has 1,000 classes already" in done.err
     assert "note: conv1 takes 3 channels already" in done.err

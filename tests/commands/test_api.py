@@ -1,4 +1,4 @@
-"""The Python API on live, real models: equal to plain PyTorch, and all or nothing."""
+"""The Python API on models with values: the results equal plain PyTorch, and a failure changes nothing."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def small() -> nn.Sequential:
 # --- apply ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_model_that_is_real_in_part_gets_real_modules() -> None:
+def test_a_partly_materialized_model_gets_modules_with_values() -> None:
     model = small()
     model[0] = nn.Linear(4, 8, device="meta")
     modelcli.apply(model, "replace 3 Linear(_,10)", "append . Linear(10,2)")
@@ -50,19 +50,19 @@ def test_a_model_that_is_real_in_part_gets_real_modules() -> None:
 
 
 @pytest.mark.skipif(not torch.accelerator.is_available(), reason="a second device is needed")
-def test_new_modules_go_where_the_model_is() -> None:
+def test_new_modules_are_on_the_models_device() -> None:
     model = small().to(torch.accelerator.current_accelerator())
     modelcli.apply(model, "replace 3 Linear(_,10)", "append . Linear(10,2)")
     assert {p.device for p in model.parameters()} == {model[0].weight.device}
 
 
-def test_the_place_of_a_new_module_says_its_dtype_and_device() -> None:
+def test_a_placement_sets_the_dtype_device_and_mode() -> None:
     placement = new_modules.Placement(training=False, dtype=torch.float16, device=torch.device("meta"))
     new = placement.apply_to(nn.Linear(2, 2))
     assert (new.weight.device.type, new.weight.dtype, new.training) == ("meta", torch.float16, False)
 
 
-def test_it_is_plain_pytorch() -> None:
+def test_apply_equals_plain_pytorch() -> None:
     model, plain = small(), small()
     result = modelcli.apply(model, "freeze .", "replace 3 Linear(_,10)", "replace 2 GELU", seed=5)
     plain.requires_grad_(False)
@@ -88,8 +88,8 @@ def test_no_edits_change_nothing() -> None:
     assert same(model, small())
 
 
-def test_what_is_kept_is_the_same_object() -> None:
-    """An optimizer's references to the parameters that stay hold on."""
+def test_remaining_parameters_are_the_same_objects() -> None:
+    """So an optimizer's references to the remaining parameters stay valid."""
     model = small().eval()
     kept = model[0], model[0].weight
     modelcli.apply(model, "replace 3 Linear(_,5)", "freeze 0")
@@ -98,7 +98,7 @@ def test_what_is_kept_is_the_same_object() -> None:
     assert not model[3].training
 
 
-def test_the_callers_generator_is_left_as_it_was() -> None:
+def test_the_callers_random_generator_is_unchanged() -> None:
     model = small()
     torch.manual_seed(1)
     expected = torch.rand(3)
@@ -116,13 +116,13 @@ def test_an_input_fills_holes(size: Any) -> None:
 
 
 @pytest.mark.parametrize("size", ["1,x", (), (1, "3"), (1, -3), ((1, 3), 4), [()], [[1.0]], 5, True, {1: 2}])
-def test_what_is_no_input(size: Any) -> None:
+def test_an_invalid_input_is_an_error(size: Any) -> None:
     with pytest.raises(RequestError, match=r"input size|input_size"):
         modelcli.apply(small(), "freeze 0", input_size=size)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63, "a", 1.5, True, None])
-def test_what_is_no_seed(seed: Any) -> None:
+def test_an_invalid_seed_is_an_error(seed: Any) -> None:
     with pytest.raises(RequestError, match="seed"):
         modelcli.apply(small(), "freeze 0", seed=seed)
 
@@ -165,26 +165,26 @@ def test_a_third_edit_that_is_wrong_leaves_the_model_as_it_was(line: str, messag
     assert torch.equal(model.conv1.weight.grad, torch.ones_like(model.conv1.weight))
 
 
-def test_one_edit_alone_needs_no_number() -> None:
+def test_the_error_of_a_single_edit_has_no_number() -> None:
     with pytest.raises(RequestError) as caught:
         modelcli.apply(small(), "freeze decoder")
     assert caught.value.message == "no tensor matches 'decoder'"
 
 
-def test_lines_that_cannot_be_read_are_told_all_at_once() -> None:
+def test_all_invalid_lines_are_reported_at_once() -> None:
     with pytest.raises(RequestError) as caught:
         modelcli.apply(small(), "frezee 0", "freeze 1", "freeze", 7)  # type: ignore[arg-type]
     assert [line.partition(":")[0] for line in caught.value.message.splitlines()] == ["edit 1", "edit 3", "edit 4"]
 
 
-def test_what_does_not_fit_in_memory() -> None:
+def test_a_module_that_does_not_fit_in_memory_is_an_error() -> None:
     model = small()
     with pytest.raises(SystemFailureError, match="memory"):
         modelcli.apply(model, "freeze .", "replace 3 Linear(1000000,1000000)")
     assert same(model, small())
 
 
-def test_what_is_no_model() -> None:
+def test_an_object_that_is_not_a_model_is_an_error() -> None:
     with pytest.raises(RequestError, match=r"apply takes an nn.Module, not 'alexnet'"):
         modelcli.apply("alexnet", "freeze .")  # type: ignore[arg-type]
 
@@ -240,7 +240,7 @@ def test_blueprint_is_the_function_whatever_was_imported() -> None:
     assert modelcli.model.blueprint.Blueprint is type(modelcli.blueprint(nets.Places()))
 
 
-def test_what_decides_a_loaded_model_besides_its_file(folder: Path) -> None:
+def test_the_arguments_of_load(folder: Path) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(3)
         expected = nn.Linear(4, 2)
@@ -255,7 +255,7 @@ def test_what_decides_a_loaded_model_besides_its_file(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("arch", [nn.Linear, len, 3])
-def test_an_architecture_that_is_none(folder: Path, arch: Any) -> None:
+def test_an_invalid_architecture_is_an_error(folder: Path, arch: Any) -> None:
     torch.save(nn.Linear(4, 2).state_dict(), "bare.pth")
     with pytest.raises(RequestError, match=r"arch takes an nn\.Module or a reference, not") as caught:
         modelcli.load("bare.pth", arch=arch)
@@ -296,7 +296,7 @@ def test_save_writes_the_record_of_the_file_that_a_model_came_from(cli: Cli, out
         assert torch.equal(torch.load(out, weights_only=True)["3.weight"], model[3].weight)
 
 
-def test_save_takes_the_dtype_and_the_ties_that_a_model_has(cli: Cli, folder: Path) -> None:
+def test_save_writes_the_models_own_dtypes_and_ties(cli: Cli, folder: Path) -> None:
     model = head(cli)
     modelcli.save(model.half(), "half.pth", like="head.pth")
     assert modelcli.load("half.pth")[3].weight.dtype is torch.float16  # type: ignore[index, union-attr]
@@ -308,7 +308,7 @@ def test_save_takes_the_dtype_and_the_ties_that_a_model_has(cli: Cli, folder: Pa
     cli("save", "tied.pth", "-m", "tied.py:Net", "-q")
     tied = modelcli.load("tied.pth", trust=True)
     (folder / "runs").mkdir()
-    modelcli.save(tied, "runs/tied.pth", like="tied.pth")  # the class is its caller's: no trust is asked for
+    modelcli.save(tied, "runs/tied.pth", like="tied.pth")  # the caller has the class already, so no trust is needed
     assert modelcli.load("runs/tied.pth", trust=True).head.weight.shape == (5, 3)  # type: ignore[union-attr]
     tied.head.weight = nn.Parameter(torch.zeros(5, 3))  # type: ignore[union-attr]
     with pytest.raises(RequestError, match=r"its head\.weight and embed\.weight are not tied, but the record says so"):
@@ -339,11 +339,11 @@ def test_save_refuses_another_model_a_file_without_a_record_and_what_exists(cli:
     assert same(modelcli.load("head.pth"), model)
 
 
-# --- its face ------------------------------------------------------------------------------------------------------
+# --- types ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_type_checker_knows_every_name_and_no_other(tmp_path: Path) -> None:
-    """`modelcli.laod()` is an error before it runs; what is there has its own types."""
+    """A type checker reports `modelcli.laod()`, and it knows the types of all public names."""
     (tmp_path / "mypy.ini").write_text(
         "[mypy]\nmypy_path = " + str(Path(modelcli.__file__).parent.parent) + "\nfollow_imports = silent\n"
         "[mypy-torch.*]\nfollow_imports = skip\n"
@@ -362,7 +362,7 @@ def test_a_type_checker_knows_every_name_and_no_other(tmp_path: Path) -> None:
     assert 'has no attribute "laod"' in errors[0]
 
 
-def test_every_name_of_the_face_is_there() -> None:
+def test_every_public_name_exists() -> None:
     assert all(hasattr(modelcli, name) for name in modelcli.__all__)
     assert not hasattr(modelcli, "laod")
     assert set(dir(modelcli)) == set(modelcli.__all__)

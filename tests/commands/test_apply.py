@@ -1,4 +1,4 @@
-"""apply: many edits in one process, all of them or none."""
+"""`apply` carries out many edits in one process: all of them or none."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def recipe(folder: Path) -> Path:
 
 
 def typed(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    """Let this be what standard input gives."""
+    """Make standard input return this text."""
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
 
 
@@ -48,7 +48,7 @@ def same(path: str, plain: nn.Module) -> bool:
 # --- what is applied to what ---------------------------------------------------------------------------------------
 
 
-def test_a_recipe_is_the_plain_statements(cli: Cli, recipe: Path) -> None:
+def test_a_recipe_equals_plain_pytorch_statements(cli: Cli, recipe: Path) -> None:
     result = cli("apply", "head.toml", "-o", "out.pth", "--json").json
     torch.manual_seed(3)
     plain = nets.Net()
@@ -73,7 +73,7 @@ def test_the_same_as_load_edits_and_save(cli: Cli, recipe: Path) -> None:
 
 
 def test_another_model_than_the_recipes(cli: Cli, folder: Path) -> None:
-    """All that belongs to the recipe's own model goes with it; the seed stays."""
+    """The weights, inputs and other options of the recipe's own model do not apply to another model; the seed does."""
     torch.manual_seed(1)
     mine = nets.Net()
     torch.save(mine.state_dict(), "mine.pth")
@@ -120,7 +120,7 @@ def test_lines_join_the_working_recipe(cli: Cli, folder: Path, monkeypatch: pyte
     cli("apply", "-e", "replace conv2 ReLU", "-e", "freeze bn")
     typed(monkeypatch, "unfreeze bn\n")
     result = cli("apply", "-", "--json").json
-    assert [row["path"] for row in result["changes"]] == ["bn"]  # those of before are not told again
+    assert [row["path"] for row in result["changes"]] == ["bn"]  # earlier edits are not shown again
     assert cli("log", "--json").json["edits"] == ["freeze conv1", "replace conv2 ReLU()", "freeze bn", "unfreeze bn"]
 
 
@@ -171,7 +171,7 @@ def test_the_fifth_line_is_wrong_and_the_working_recipe_stays(cli: Cli, folder: 
     assert files(folder) == {"modelcli.toml"}
 
 
-def test_edits_that_cannot_be_done_are_told_together(cli: Cli, folder: Path) -> None:
+def test_all_edits_that_fail_are_reported_together(cli: Cli, folder: Path) -> None:
     (folder / "many.toml").write_text(
         'model = "nets.py:Net"\nedits = [\n    "freeze conv9",\n    "freeze bn",\n    "replace conv2 Linaer(3,5)",\n]\n'
     )
@@ -184,7 +184,7 @@ def test_edits_that_cannot_be_done_are_told_together(cli: Cli, folder: Path) -> 
     assert files(folder) == {"many.toml"}
 
 
-def test_a_line_that_no_recipe_can_hold_writes_no_result(cli: Cli, folder: Path) -> None:
+def test_a_line_that_a_recipe_cannot_store_writes_nothing(cli: Cli, folder: Path) -> None:
     cli("load", "nets.py:Net")
     (folder / "out.pth").write_bytes(b"mine")
     before = (folder / "modelcli.toml").read_bytes()
@@ -204,7 +204,7 @@ def test_a_result_that_does_not_run_is_not_recorded(cli: Cli, folder: Path) -> N
     assert b"Conv2d(9,5,1)" in (folder / "modelcli.toml").read_bytes()
 
 
-def test_the_edits_that_made_what_does_not_fit_are_named(cli: Cli, folder: Path) -> None:
+def test_the_error_names_the_edits_that_break_the_fit(cli: Cli, folder: Path) -> None:
     lines = ["replace fc Linear(11,5)", "freeze layer1", "replace fc Linear(_,3)", "freeze ."]
     error = cli("apply", "-m", "resnet18", *(w for line in lines for w in ("-e", line)), "--json", code=2).error
     assert error["message"].startswith(
@@ -224,8 +224,8 @@ def test_the_edits_that_made_what_does_not_fit_are_named(cli: Cli, folder: Path)
     assert error["message"].startswith("classifier.6 Linear(9, 5) does not fit")
 
 
-def test_bad_lines_are_told_all_at_once(cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before the model is looked for: this one does not exist."""
+def test_all_bad_lines_are_reported_at_once(cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lines are checked before the model is opened: this model does not exist."""
     typed(monkeypatch, "frezee a\n# a comment\nfreeze a\nreplace b Linear(\n")
     error = cli("apply", "-", "-e", "freeze", "-m", "missing.pth", "--json", code=2).error
     lines = error["message"].splitlines()
@@ -241,7 +241,7 @@ def test_bad_lines_of_a_recipe_and_after_it(cli: Cli, folder: Path) -> None:
     ]  # fmt: skip
 
 
-def test_what_is_missing(cli: Cli, recipe: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_arguments_are_errors(cli: Cli, recipe: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     error = cli("apply", "heda.toml", "--json", code=2).error
     assert error["message"] == "no such file: heda.toml"
     assert "head.toml" in error["hint"]
@@ -260,6 +260,6 @@ def test_no_edits_at_all(cli: Cli) -> None:
     assert "pass -e EDIT, the path of a recipe, or - to read edits from standard input" in error
 
 
-def test_another_recipe_is_named_where_it_has_to_be(cli: Cli) -> None:
+def test_messages_name_a_recipe_that_is_not_the_working_recipe(cli: Cli) -> None:
     cli("load", "nets.py:Net", "--recipe", "my.toml")
     assert "(modelcli save OUT --recipe my.toml writes the result)" in cli("freeze", "bn", "--recipe", "my.toml").out

@@ -1,4 +1,4 @@
-"""`--arch head.pth` and `--arch modelcli.toml`: the record of a file, or a recipe, as the architecture of another."""
+"""`--arch head.pth` and `--arch modelcli.toml`: the architecture of a checkpoint comes from a record or a recipe."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EDITS = ("-e", "replace 2 Linear(_,5)", "-e", "freeze 0")
 
 @pytest.fixture
 def _trained(cli: Cli) -> None:
-    """`head.pth` is what modelcli wrote, `trained.pth` what a training script saved of it: the record is lost."""
+    """Write `head.pth` with modelcli, and `trained.pth` as a training script saves it, without the record."""
     cli("apply", "-m", BASE, *EDITS, "-o", "head.pth", "--input-size", "1,3", "-q")
     model = modelcli.load("head.pth")
     with torch.no_grad():
@@ -61,7 +61,7 @@ def test_a_recipe_is_the_architecture_of_a_file(cli: Cli, folder: Path) -> None:
     assert (modelcli.load("out.pth")[2].weight == 7).all()  # type: ignore[index, union-attr, operator]
 
 
-def test_python_in_a_recipe_is_ones_own_and_in_a_file_needs_trust(cli: Cli, folder: Path) -> None:
+def test_python_code_in_a_recipe_is_trusted_and_in_a_file_needs_trust(cli: Cli, folder: Path) -> None:
     (folder / "runs").mkdir()
     (folder / "modelcli.toml").write_text('model = "nets.py:Net"\nedits = ["freeze conv1"]\n')
     cli("save", "runs/own.pth", "-q")
@@ -75,7 +75,7 @@ def test_python_in_a_recipe_is_ones_own_and_in_a_file_needs_trust(cli: Cli, fold
 
 
 @pytest.mark.usefixtures("_trained")
-def test_what_names_no_architecture_is_none(cli: Cli, folder: Path) -> None:
+def test_a_file_without_an_architecture_is_an_error(cli: Cli, folder: Path) -> None:
     error = cli("save", "x.pth", "-m", "trained.pth", "--arch", "trained.pth", code=2).err
     assert "--arch trained.pth: that file records no architecture" in error
     (folder / "bare.toml").write_text('model = "trained.pth"\n')

@@ -1,4 +1,4 @@
-"""`check MODEL`: each assertion where it holds and where it does not, what it says, and what it reads."""
+"""`check MODEL`: each assertion passes and fails as it should, with the right text, and reads only what it must."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BASE = "Sequential(Conv2d(1,4,1),BatchNorm2d(4),Flatten(),Linear(4,3),Linear(3,2
 
 @pytest.fixture
 def _files(cli: Cli) -> None:
-    """A model with a frozen part, and the same without a record."""
+    """Create a model with frozen parameters, and the same model without a record."""
     cli("apply", "-m", BASE, "-o", "m.pth", "-e", "freeze 0", "--input-size", "1,1,1,1")
     state = torch.load("m.pth", weights_only=True)
     torch.save(dict(state), "bare.pth")
@@ -90,7 +90,7 @@ def test_all_at_once(cli: Cli) -> None:
     assert result.err == ""
 
 
-def test_what_numbers_are_not_finite(cli: Cli) -> None:
+def test_the_finite_assertion_names_nan_and_infinite_values(cli: Cli) -> None:
     torch.save({"a": torch.tensor([1.0, float("nan"), float("inf")]), "b": torch.tensor([float("-inf")])}, "m.pth")
     (row,) = cli("check", "m.pth", "--finite", "--json", code=1).json["checks"]
     assert row["found"] == "a: 1 NaN and 1 Inf, and 1 more tensor"
@@ -127,7 +127,7 @@ PARTS: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize(("made", "found"), PARTS)
-def test_what_quantized_and_sparse_tensors_are_made_of_is_looked_at(cli: Cli, made: Any, found: str) -> None:
+def test_finite_checks_the_parts_of_quantized_and_sparse_tensors(cli: Cli, made: Any, found: str) -> None:
     state = made()
     torch.save(state, "m.pth")
     row = cli("check", "m.pth", "--finite", "--json", code=1 if found else 0).json["checks"][0]
@@ -135,7 +135,7 @@ def test_what_quantized_and_sparse_tensors_are_made_of_is_looked_at(cli: Cli, ma
 
 
 @pytest.mark.parametrize(("number", "code"), [("1.0", 0), ("1e39", 1)])
-def test_what_a_class_makes_sparse_is_looked_at(cli: Cli, number: str, code: int) -> None:
+def test_finite_checks_tensors_that_a_class_makes_sparse(cli: Cli, number: str, code: int) -> None:
     Path("masked.py").write_text(MASKED)
     cli("check", f"masked.py:Net({number})", "--finite", code=code)
 
@@ -152,9 +152,9 @@ def test_a_lazy_tensor_does_not_pass(cli: Cli) -> None:
 
 
 @pytest.mark.usefixtures("_files")
-def test_what_a_bare_file_does_not_say_is_not_passed(cli: Cli) -> None:
+def test_an_assertion_that_a_bare_file_cannot_answer_fails(cli: Cli) -> None:
     words = ("--frozen", "0", "--has", "4:Linear", "--absent", "**:Dropout", "--output-shape", "1,2")
-    rows = cli("check", "bare.pth", *words, "--json", code=2).json["checks"]  # the pass was not made: no answer
+    rows = cli("check", "bare.pth", *words, "--json", code=2).json["checks"]  # no forward pass ran
     assert [row["passed"] for row in rows] == [False] * 4
     assert all("--arch" in row["found"] for row in rows)
     cli("check", "bare.pth", "--has", "4.weight", "--absent", "5")
@@ -162,7 +162,7 @@ def test_what_a_bare_file_does_not_say_is_not_passed(cli: Cli) -> None:
     cli("check", "bare.pth", *more, "--input-size", "1,1,1,1")
 
 
-def test_a_limit_that_is_given_twice_is_not_dropped(cli: Cli) -> None:
+def test_an_assertion_given_twice_is_an_error(cli: Cli) -> None:
     result = cli("check", "Linear(2,2)", "--max-params", "5", "--max-params", "100", "--json", code=2)
     assert result.error["message"] == "--max-params is given 2 times: pass it only once"
     cli("check", "Linear(2,2)", "--max-bytes", "5MB", "--max-bytes=6MB", code=2)
@@ -173,23 +173,23 @@ def test_safe(cli: Cli) -> None:
     torch.save(nn.Linear(2, 2), "whole.pth")
     (row,) = cli("check", "whole.pth", "--safe", "--json", code=1).json["checks"]
     assert row["found"] == "objects of torch.nn.modules.linear.Linear"
-    # To take the tensors alone is no way to make the file itself safe.
+    # `--tensors-only` does not make the file itself safe.
     cli("check", "whole.pth", "--safe", "--arch", "Linear(2,2)", "--tensors-only", code=1)
     assert cli("check", "Linear(2,2)", "--safe", "--json").json["checks"][0]["found"] == "no file"
-    # Where there is nothing but such objects there is no model that could be asserted to be anything.
+    # A file with only such objects contains no model that could be checked.
     torch.save({"who": nn.Linear, "n": 3}, "objects.pth")
     assert "contains no state dict, but objects of torch.nn" in cli("check", "objects.pth", "--safe", code=3).err
 
 
 @pytest.mark.usefixtures("_files")
-def test_same_as_but_for_some(cli: Cli) -> None:
+def test_same_as_with_exceptions(cli: Cli) -> None:
     cli("apply", "-m", "m.pth", "-o", "new.pth", "-e", "replace 4 Linear(_,7)", "-e", "init 3 'constant(2)'")
     row = cli("check", "new.pth", "--same-as", "m.pth", "--json", code=1).json["checks"][0]
     assert row["found"] == "4 tensors differ: 3.weight (values), 3.bias (values), 4.weight (shape) and 1 more"
     cli("check", "new.pth", "--same-as", "m.pth", "--except", "4", "--except", "3")
     row = cli("check", "new.pth", "--same-as", "m.pth", "--except", "4", "--json", code=1).json["checks"][0]
     assert row["wanted"] == "m.pth except 4"
-    # Flags are no values.
+    # requires_grad does not count as a value.
     cli("unfreeze", "0", "-m", "m.pth", "-o", "warm.pth")
     cli("check", "warm.pth", "--same-as", "m.pth")
 
@@ -212,7 +212,7 @@ def test_output_of_several(cli: Cli) -> None:
 
 
 @pytest.mark.usefixtures("_files")
-def test_the_working_recipe_is_what_it_makes(cli: Cli) -> None:
+def test_check_applies_the_working_recipe(cli: Cli) -> None:
     cli("load", BASE, "--input-size", "1,1,1,1")
     cli("replace", "4", "Linear(_,7)")
     cli("freeze", "0")
@@ -245,22 +245,22 @@ def test_wrong_requests(cli: Cli, words: tuple[str, ...], told: str) -> None:
     ("text", "number"),
     [("60M", 60_000_000), ("1.5B", 1_500_000_000), ("7g", 7 * 10**9), ("200K", 200_000), ("61_100,840", 61_100_840)],
 )
-def test_counts(text: str, number: int) -> None:
+def test_how_counts_are_parsed(text: str, number: int) -> None:
     assert parse_count(text) == number
 
 
 @pytest.mark.parametrize("text", ["", "M", "-1", "1T", "1.5.5", "1e6", "1" * 40])
-def test_what_is_no_count(text: str) -> None:
+def test_an_invalid_count_is_an_error(text: str) -> None:
     with pytest.raises(RequestError):
         parse_count(text)
 
 
 @pytest.mark.usefixtures("_files")
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
-def test_torch_is_not_imported_where_the_file_says_it(folder: Path) -> None:
+def test_torch_is_not_imported_if_the_file_has_the_answer(folder: Path) -> None:
     for words, torch_too in (
         ("check m.pth --has 4 --has 4.weight --safe --dtype float32 --max-params 60M", False),
-        ("check m.pth --frozen 0 --has 4:Linear --output-shape 1,2", True),  # a record alone does not answer these
+        ("check m.pth --frozen 0 --has 4:Linear --output-shape 1,2", True),  # the record alone cannot answer these
         ("check m.pth --same-as bare.safetensors", False),
         ("check bare.safetensors --same-as bare.pth --safe --max-bytes 1GB", False),
         ("check m.pth --finite", False),
@@ -270,8 +270,8 @@ def test_torch_is_not_imported_where_the_file_says_it(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "bf16", "torch.bfloat16"])
-def test_dtypes_and_sizes_by_the_names_that_people_give_them(cli: Cli, dtype: str) -> None:
-    """As `cast` takes them."""
+def test_short_names_of_dtypes_and_sizes(cli: Cli, dtype: str) -> None:
+    """The names are those that `cast` accepts."""
     cli("cast", ".", dtype, "-m", "Linear(4,2)", "-o", "m.pth")
     cli("check", "m.pth", "--dtype", dtype, "--max-bytes", "1M")
     cli("summary", "m.pth", "--input-size", "1,4", "--input-dtype", dtype)

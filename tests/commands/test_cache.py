@@ -1,4 +1,4 @@
-"""Blueprints kept on disk: the second look at a builder needs no torch, and nothing damaged is ever believed."""
+"""The blueprint cache: showing a builder again does not import torch, and damaged entries are ignored."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def test_the_second_look_needs_no_torch(cli: Cli) -> None:
         ("summary", "squeezenet1_1", "--mode", "train"),
     ],
 )
-def test_what_a_blueprint_depends_on(cli: Cli, words: tuple[str, ...]) -> None:
-    """Arguments, weights, input and mode: each is another entry, and the answer that of a look without the cache."""
+def test_each_setting_that_changes_a_blueprint_has_its_own_entry(cli: Cli, words: tuple[str, ...]) -> None:
+    """Arguments, weights, input and mode each have their own entry, and the result equals that without a cache."""
     cli("summary", "squeezenet1_1")
     before = len(blueprint_cache.entries())
     for _ in range(2):
@@ -60,12 +60,12 @@ def test_versions_are_part_of_the_key(folder: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("reference", ["nets.py:Net", "nets:Net", "Sequential(nets:MyLinear(2,3))"])
-def test_classes_from_files_are_never_kept(cli: Cli, reference: str) -> None:
+def test_classes_from_files_are_never_cached(cli: Cli, reference: str) -> None:
     cli("modules", reference)
     assert blueprint_cache.entries() == []
 
 
-def test_recipes_with_edits_and_checkpoints_are_not_kept(cli: Cli) -> None:
+def test_recipes_with_edits_and_checkpoints_are_not_cached(cli: Cli) -> None:
     cli("load", "squeezenet1_1")
     kept = blueprint_cache.entries()
     cli("freeze", "features")
@@ -75,8 +75,8 @@ def test_recipes_with_edits_and_checkpoints_are_not_kept(cli: Cli) -> None:
     assert blueprint_cache.entries() == kept
 
 
-def test_a_model_that_a_recipe_starts_with_is_kept(cli: Cli) -> None:
-    """So that completion knows its paths; not what no recipe was started with, nor a class of one's own."""
+def test_the_model_that_a_recipe_starts_with_is_cached(cli: Cli) -> None:
+    """Completion then knows its paths. A dry run and a user's class are not cached."""
     cli("load", "squeezenet1_1", "--dry-run")
     cli("load", "nets.py:Net")
     assert blueprint_cache.entries() == []
@@ -113,8 +113,8 @@ def test_a_damaged_entry_is_ignored_and_rebuilt(cli: Cli, how: str) -> None:
         assert path.read_bytes() == good
 
 
-def test_another_keys_entry_is_not_believed(folder: Path) -> None:
-    """The file of one key in the place of another, digest and all."""
+def test_an_entry_of_another_key_is_ignored(folder: Path) -> None:
+    """The file of one key, digest included, is stored under another key."""
     blueprint_cache.put(KEY, BLUEPRINT)
     moved = entry()
     other = Key("vgg16", None, None, (), "eval")
@@ -142,7 +142,7 @@ def _put_and_get(number: int) -> bool:
 
 
 def test_concurrent_runs(folder: Path) -> None:
-    # Where one is killed, an executor says so: a pool would wait for it without end.
+    # If a process is killed, an executor raises; a multiprocessing pool would wait for ever.
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         assert all(pool.map(_put_and_get, range(4)))
     assert len(blueprint_cache.entries()) == 1
@@ -171,7 +171,7 @@ def test_the_cache_command(cli: Cli, folder: Path) -> None:
     assert [path.name for path in blueprint_cache.folder().iterdir()] == ["mine.txt"]
 
 
-def test_where_it_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_folder_of_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("MODELCLI_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     if sys.platform == "linux":

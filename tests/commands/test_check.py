@@ -1,4 +1,4 @@
-"""The check before writing: refusals that name the module, the flow, the expectation and the fix."""
+"""The check before writing: errors name the module, the shape that flows in, what the module expects, and the fix."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.conftest import Cli
 
 
 def refused(cli: Cli, folder: Path, *words: str) -> str:
-    """The message of an edit that must be refused with exit 2 and nothing written."""
+    """Return the message of an edit that must fail with exit code 2 and write nothing."""
     before = sorted(path.name for path in folder.iterdir())
     error = cli(*words, "-o", "out.pth", code=2).err
     assert sorted(path.name for path in folder.iterdir()) == before
@@ -36,7 +36,7 @@ def test_one_feature_too_few(cli: Cli, folder: Path) -> None:
     assert "replace classifier.6 'Linear(_,10)'" in error
 
 
-def test_the_fix_that_is_offered_works(cli: Cli) -> None:
+def test_the_suggested_fix_works(cli: Cli) -> None:
     cli("replace", "classifier.6", "Linear(_,10)", "-m", "alexnet", "--dry-run")
 
 
@@ -62,7 +62,7 @@ def test_mixed_dtypes(cli: Cli, folder: Path) -> None:
     assert "it expects bfloat16, the dtype of its parameters" in error
 
 
-def test_an_axis_that_is_not_there(cli: Cli, folder: Path) -> None:
+def test_a_dimension_that_does_not_exist(cli: Cli, folder: Path) -> None:
     """Softmax over an axis beyond the last passes on the meta device."""
     error = refused(cli, folder, "replace", "classifier.5", "Softmax(4)", "-m", "alexnet")
     assert "classifier.5 Softmax(dim=4) does not fit" in error
@@ -74,14 +74,14 @@ def test_a_residual_that_no_longer_adds_up(cli: Cli, folder: Path) -> None:
     assert "replace layer1.0.bn2 'BatchNorm2d(_" in error
 
 
-def test_no_known_input_is_no_error_but_said(cli: Cli) -> None:
+def test_without_a_known_input_a_note_says_that_nothing_was_checked(cli: Cli) -> None:
     result = cli("replace", "0", "Linear(4,3)", "-m", "Sequential(Linear(4,3),ReLU())", "--json").json
     assert result["check"]["ran"] is False
     assert "--input-size" in result["check"]["reason"]
 
 
 def test_a_model_that_cannot_run_as_it_was(cli: Cli) -> None:
-    """The unedited model goes first: where it fails as well, the check is not possible, and no error."""
+    """If the unedited model fails as well, the check is impossible, which is not an error."""
     words = ("-m", "Sequential(Linear(4,3),Linear(5,2))", "--input-size", "1,4")
     check = cli("replace", "1", "Linear(6,2)", *words, "--json").json["check"]
     assert check["ran"] is False
@@ -107,7 +107,7 @@ def test_run_uses_real_numbers(cli: Cli) -> None:
     assert "replace fc 'Linear(_,10)' takes in_features=512" in error
 
 
-def test_run_tells_what_the_rules_do_not_know(cli: Cli, folder: Path) -> None:
+def test_run_finds_errors_that_the_rules_do_not_cover(cli: Cli, folder: Path) -> None:
     words = ("-m", "Sequential(Linear(4,4),Unflatten(1,(2,2)))", "--input-size", "3,4", "--check", "run")
     error = refused(cli, folder, "replace", "1", "Unflatten(1,(3,2))", *words)
     assert "1 Unflatten cannot run after the edit: " in error
@@ -137,13 +137,13 @@ def test_a_lazy_module_is_checked_too(cli: Cli, expression: str) -> None:
     "name", [name for name in builders.builder_names() if builders.describe(name).group != "detection"]
 )
 def test_every_builder_that_runs_passes_its_own_check(name: str) -> None:
-    """No rule refuses what torchvision does: subclasses with a forward of their own, odd shapes, several inputs."""
+    """No rule rejects a model of torchvision: subclasses with their own forward, unusual shapes, several inputs."""
     live = open_live(Source(name))
     assert check(lambda: (live.module, live.inputs), live.module, live.inputs, {}).ran
 
 
 def test_a_subclass_with_a_forward_of_its_own_is_not_judged(cli: Cli, folder: Path) -> None:
-    """torchvision's LayerNorm2d is a LayerNorm over the second axis."""
+    """torchvision's LayerNorm2d is a LayerNorm over the second dimension."""
     error = refused(cli, folder, "replace", "classifier.2", "Linear(700,5)", "-m", "convnext_tiny")
     assert "classifier.2 Linear(700, 5) does not fit: [1,768] float32 flows in" in error
 
@@ -158,21 +158,21 @@ def test_a_summary_says_what_does_not_fit(cli: Cli) -> None:
 def test_a_hole_in_a_bare_checkpoint(cli: Cli) -> None:
     torch.save({"fc.weight": torch.zeros(3, 2)}, "bare.pth")
     change = cli("replace", "fc", "Linear(_,5)", "-m", "bare.pth", "--json").json["changes"][0]
-    assert change["after"] == "Linear(2, 5)"  # the weight tells the features that flow in
+    assert change["after"] == "Linear(2, 5)"  # in_features is known from the weight
     error = cli("replace", "fc", "Conv2d(_,3,1)", "-m", "bare.pth", code=2).err
     assert "a plain state dict records no settings" in error
     assert "pass --arch REFERENCE" in error
 
 
 def test_an_instance_is_run_as_it_was_and_as_it_is(cli: Cli, folder: Path) -> None:
-    """`--check run` on a model that exists already compares two models, not one with itself."""
+    """For a model that exists as an instance, `--check run` must not compare the edited model with itself."""
     words = ("-m", "nets.py:instance", "--input-size", "1,3", "--check", "run")
     error = refused(cli, folder, "replace", "0", "Linear(5,2)", *words)
     assert "0 Linear(5, 2) does not fit" in error
 
 
-def test_where_a_flow_came_from_is_said_only_where_it_is_sure(cli: Cli, folder: Path) -> None:
-    """On the shortcut of a residual block the last module that ran is not the one the flow came from."""
+def test_the_source_of_an_input_is_named_only_if_it_is_certain(cli: Cli, folder: Path) -> None:
+    """On the shortcut of a residual block, the module that ran last is not the one whose output flows in."""
     words = ("replace", "layer2.0.downsample.0", "Conv2d(65,128,1,2,bias=False)", "-m", "resnet18")
     error = refused(cli, folder, *words)
     assert "layer2.0.downsample.0 Conv2d(65" in error
@@ -197,7 +197,7 @@ def test_the_fix_is_in_the_words_of_the_edit(cli: Cli, folder: Path, words: tupl
     assert hint in refused(cli, folder, *words, "-m", "alexnet")
 
 
-def test_of_many_matches_the_one_that_cannot_be_made_is_named(cli: Cli) -> None:
+def test_the_error_names_the_match_that_cannot_be_replaced(cli: Cli) -> None:
     error = cli("replace", "**:BatchNorm2d", "GroupNorm(32,_)", "-m", "mobilenet_v2", code=2).err
     assert "features.1.conv.2: GroupNorm(32,16): num_channels (16) must be divisible by num_groups (32)" in " ".join(
         error.split()
@@ -209,7 +209,7 @@ def test_a_class_of_a_file_in_an_expression(cli: Cli) -> None:
     assert change["changes"][0]["after"].startswith("MyLinear")
 
 
-def test_a_model_that_needs_numbers_is_sent_to_the_check_with_numbers(cli: Cli) -> None:
+def test_a_model_that_needs_values_gets_the_hint_to_use_check_run(cli: Cli) -> None:
     words = ("replace", "body", "Linear(4,2)", "-m", "nets.py:Deciding", "--input-size", "1,4", "--json")
     assert "--check run makes the pass with values" in cli(*words).json["check"]["reason"]
     assert cli(*words, "--check", "run").json["check"]["output_shape"] == [1, 2]
@@ -239,7 +239,7 @@ def test_a_stated_dtype_that_no_longer_fits(cli: Cli, folder: Path, check: str) 
     cli("cast", ".", "half", *words, "--input-dtype", "float32")
 
 
-def test_another_input_may_be_what_was_meant(cli: Cli, folder: Path) -> None:
+def test_the_hint_suggests_another_input_size(cli: Cli, folder: Path) -> None:
     error = refused(cli, folder, "replace", "conv1", "Conv2d(1,64,7)", "-m", "resnet18")
     assert (
         "takes in_channels=3 from what flows in; or pass --input-size 1,1,224,224, if that is the input you want"
@@ -248,13 +248,13 @@ def test_another_input_may_be_what_was_meant(cli: Cli, folder: Path) -> None:
     assert "--input-size" not in refused(cli, folder, "replace", "fc", "Linear(7,10)", "-m", "resnet18")
 
 
-def test_a_replaced_module_that_does_not_run_is_told(cli: Cli) -> None:
+def test_a_note_says_that_a_replaced_module_is_never_called(cli: Cli) -> None:
     told = " ".join(cli("replace", "aux*.fc2", "Linear(_,10)", "-m", "googlenet").err.split())
     assert "aux1.fc2, aux2.fc2 did not run in the forward pass, so the check does not cover them" in told
     assert "did not run" not in cli("replace", "fc", "Linear(_,10)", "-m", "googlenet").err
 
 
-def test_a_container_runs_where_what_is_in_it_does(cli: Cli, folder: Path) -> None:
+def test_a_container_counts_as_called_if_its_children_are(cli: Cli, folder: Path) -> None:
     (folder / "own.py").write_text(
         "from torch import nn\n\nclass Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
         "        self.blocks = nn.ModuleList([nn.Linear(4, 4)])\n    def forward(self, x):\n"
@@ -264,7 +264,7 @@ def test_a_container_runs_where_what_is_in_it_does(cli: Cli, folder: Path) -> No
     assert "did not run" not in cli("replace", "blocks", "ModuleList([Linear(4,4),ReLU()])", *words).err
 
 
-def test_a_refusal_tells_what_was_noted_on_the_way(cli: Cli) -> None:
+def test_an_error_includes_the_notes_of_earlier_edits(cli: Cli) -> None:
     words = ("replace", "layer2.0.conv1", "Conv2d(_,_,_)", "-m", "resnet18")
     told = " ".join(cli(*words, code=2).err.split())
     assert "note: layer2.0.conv1" in told
@@ -273,14 +273,14 @@ def test_a_refusal_tells_what_was_noted_on_the_way(cli: Cli) -> None:
     assert "note:" not in cli(*words, "-q", code=2).err
 
 
-def test_notes_of_a_recipe_are_told_once(cli: Cli, folder: Path) -> None:
+def test_notes_of_a_recipe_are_shown_once(cli: Cli, folder: Path) -> None:
     cli("load", "resnet18")
     assert "running mean" in cli("freeze", "layer1").err
     assert "running mean" not in cli("replace", "fc", "Linear(_,10)").err
 
 
 @pytest.mark.parametrize("check", ["meta", "run"])
-def test_stated_inputs_are_of_the_new_dtype_after_a_cast(cli: Cli, folder: Path, check: str) -> None:
+def test_stated_inputs_get_the_new_dtype_after_a_cast(cli: Cli, folder: Path, check: str) -> None:
     (folder / "two.py").write_text(
         "from torch import nn\n\nclass Two(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
         "        self.tok = nn.Embedding(5, 4)\n        self.img = nn.Conv2d(3, 4, 8)\n"
@@ -294,7 +294,7 @@ def test_stated_inputs_are_of_the_new_dtype_after_a_cast(cli: Cli, folder: Path,
     assert "you stated float32 as the dtype of the input" in error
 
 
-def test_a_recipe_that_cannot_be_written_is_told_with_what_was(
+def test_the_error_for_an_unwritable_recipe_names_the_written_file(
     cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: object) -> None:
@@ -308,7 +308,7 @@ def test_a_recipe_that_cannot_be_written_is_told_with_what_was(
     assert (folder / "modelcli.toml").read_bytes() == before
 
 
-def test_extract_knows_what_flows_in_past_settings_that_are_left_alone(cli: Cli, folder: Path) -> None:
+def test_extract_finds_the_input_of_a_module_called_with_default_keywords(cli: Cli, folder: Path) -> None:
     (folder / "own.py").write_text(
         "from torch import nn\n\nclass Part(nn.Linear):\n    def forward(self, x, mask=None, scale=1):\n"
         "        return super().forward(x) * scale\n\nclass Net(nn.Module):\n    def __init__(self):\n"
@@ -319,7 +319,7 @@ def test_extract_knows_what_flows_in_past_settings_that_are_left_alone(cli: Cli,
     assert (check["ran"], check["output_shape"]) == (True, [1, 2])
 
 
-def test_a_value_that_fits_is_told_as_the_edit_that_gives_it(cli: Cli, folder: Path) -> None:
+def test_the_hint_shows_the_edit_with_the_fitting_value(cli: Cli, folder: Path) -> None:
     error = refused(cli, folder, "replace", "classifier.5", "Softmax(4)", "-m", "alexnet")
     assert "hint: replace classifier.5 'Softmax(dim=-1)'" in error
 
@@ -328,8 +328,8 @@ GREY = ("-m", "resnet18", "--input-size", "1,1,224,224")
 
 
 @pytest.mark.parametrize("check", ["meta", "run"])
-def test_a_stated_input_that_fits_the_edited_model_alone_is_no_excuse(cli: Cli, folder: Path, check: str) -> None:
-    """resnet18 is known to run on 1,3,224,224: that it does not take the stated input excuses no other failure."""
+def test_a_stated_input_that_the_unedited_model_rejects_excuses_no_failure(cli: Cli, folder: Path, check: str) -> None:
+    """resnet18 is known to run on 1,3,224,224. That it rejects the stated input does not excuse another failure."""
     error = refused(cli, folder, "replace", "conv1", "Conv2d(1,32,7,2,3,bias=False)", *GREY, "--check", check)
     assert "bn1 BatchNorm2d(64) does not fit: [1,32,112,112] float32 flows in (from conv1" in error
     assert "before the edit the model does not take the stated input either (1,1,224,224)" in error
@@ -341,7 +341,7 @@ def test_a_stated_input_that_the_edited_model_takes(cli: Cli) -> None:
 
 
 def test_a_stated_input_that_fits_neither_model(cli: Cli, folder: Path) -> None:
-    """Channels last: the model itself takes another input, so that the check could have been made."""
+    """The input has channels last. The unedited model runs on another input, so the check would be possible."""
     words = ("replace", "fc", "Linear(_,3)", "-m", "resnet18", "--input-size", "1,224,224,3")
     error = refused(cli, folder, *words)
     assert "before the edit the model does not take the stated input either (1,224,224,3)" in error
@@ -351,7 +351,7 @@ def test_a_stated_input_that_fits_neither_model(cli: Cli, folder: Path) -> None:
 
 @pytest.mark.parametrize("check", ["meta", "run"])
 def test_another_failure_than_the_unedited_models_is_refused(cli: Cli, folder: Path, check: str) -> None:
-    """Nothing says what a Sequential takes: its own failure excuses the same one alone."""
+    """The input of a Sequential is unknown, so a failure of the unedited model excuses only the same failure."""
     words = ("-m", "Sequential(Linear(4,3),Linear(3,3),Linear(5,2))", "--input-size", "1,4", "--check", check)
     error = refused(cli, folder, "replace", "0", "Linear(4,7)", *words)
     assert "1 Linear(3, 3) does not fit: [1,7] float32 flows in" in error
@@ -365,7 +365,7 @@ def test_a_failure_that_an_edit_has_moved_is_the_same(cli: Cli) -> None:
     assert cli("insert", "0", "Identity()", *words).json["check"]["ran"] is False
 
 
-def test_new_code_that_needs_numbers_is_no_misfit(cli: Cli, folder: Path) -> None:
+def test_new_code_that_needs_values_is_not_an_error(cli: Cli, folder: Path) -> None:
     words = ("replace", "1", "nets.py:Deciding()", "-m", "Sequential(Linear(4,4),ReLU())", "--input-size", "1,4")
     check = cli(*words, "--json").json["check"]
     assert (check["ran"], "--check run makes the pass with values" in check["reason"]) == (False, True)
@@ -437,13 +437,13 @@ def test_a_dtype_that_does_not_fit_an_operator(
 
 
 def test_an_empty_batch_runs_in_any_dtype(cli: Cli, folder: Path) -> None:
-    """The CPU has nothing to do there, and does not ask."""
+    """For an empty batch, the CPU does not compare dtypes."""
     words = ("-m", "Sequential(BatchNorm2d(3),ReLU())", "--input-size", "0,3,8,8", "--input-dtype", "float32")
     assert nn.BatchNorm2d(3, dtype=torch.bfloat16).eval()(torch.zeros(0, 3, 8, 8)).shape == (0, 3, 8, 8)
     assert cli("replace", "0", "BatchNorm2d(3,dtype=torch.bfloat16)", *words, "--json").json["check"]["ran"]
 
 
-def test_the_range_of_indices_is_said_not_to_be_checked(cli: Cli, folder: Path) -> None:
+def test_a_note_says_that_the_range_of_indices_is_not_checked(cli: Cli, folder: Path) -> None:
     (folder / "own.py").write_text(BY_HAND)
     words = ("-m", "own.py:Words", "--input-size", "1,6", "--input-dtype", "int64")
     told = " ".join(cli("replace", "pos", "Embedding(4,_)", *words).err.split())
@@ -453,8 +453,8 @@ def test_the_range_of_indices_is_said_not_to_be_checked(cli: Cli, folder: Path) 
     assert "rows" not in cli("replace", "head", "Linear(_,5)", *words).err
 
 
-def test_a_kernel_that_the_cpu_lacks_is_no_misfit(cli: Cli, folder: Path) -> None:
-    """A GPU has it: the check says what it could not see."""
+def test_an_operator_without_a_cpu_kernel_is_not_an_error(cli: Cli, folder: Path) -> None:
+    """A GPU may have the kernel, so the check passes with a note on what it could not run."""
     (folder / "own.py").write_text(
         "import torch\nfrom torch import nn\n\nclass Far(nn.Module):\n    def __init__(self):\n"
         "        super().__init__()\n        self.w = nn.Parameter(torch.ones(3, 4))\n"
@@ -473,7 +473,7 @@ def test_a_kernel_that_the_cpu_lacks_is_no_misfit(cli: Cli, folder: Path) -> Non
     ],
 )
 def test_the_rules_hold_for_every_pass(cli: Cli, model: str, words: tuple[str, ...], reason: str) -> None:
-    """What the meta device forgives is no pass that ran: not for a summary, nor for an output shape."""
+    """A pass that only the meta device accepts does not count as having run, in a summary and for an output shape."""
     assert reason in " ".join(cli("summary", model, "--input-size", *words).out.split())
     shape = "1,2,7,7" if "Conv" in model else "1,2"
     code = main(["check", model, "--input-size", *words, "--output-shape", shape])
@@ -482,8 +482,8 @@ def test_the_rules_hold_for_every_pass(cli: Cli, model: str, words: tuple[str, .
     assert reason in " ".join((told.out + told.err).split())
 
 
-def test_the_fix_of_a_part_of_a_new_module_can_be_typed(cli: Cli, folder: Path) -> None:
-    """The unedited model has no fc.2: the part is mended inside the new module."""
+def test_the_fix_inside_a_new_module_is_a_valid_command(cli: Cli, folder: Path) -> None:
+    """The unedited model has no fc.2, so the hint changes fc.2 inside the new module."""
     new = "Sequential(Linear(_,256),ReLU(),{})"
     error = refused(cli, folder, "replace", "fc", new.format("Linear(7,10)"), "-m", "resnet18")
     assert "fc.2 Linear(7, 10) does not fit: [1,256] float32" in error
@@ -493,7 +493,7 @@ def test_the_fix_of_a_part_of_a_new_module_can_be_typed(cli: Cli, folder: Path) 
     cli("replace", "fc", new.format(mended[1]), "-m", "resnet18", "--dry-run")
 
 
-def test_selectors_joined_by_commas_are_answered_with_what_works(cli: Cli, folder: Path) -> None:
+def test_the_hint_for_selectors_joined_by_commas(cli: Cli, folder: Path) -> None:
     error = cli("replace", "relu,maxpool", "Identity()", "-m", "resnet18", code=2).err
     assert "hint: write '{relu,maxpool}', in quotes" in error
     cli("replace", "{relu,maxpool}", "Identity()", "-m", "resnet18", "--dry-run", "--check", "none")

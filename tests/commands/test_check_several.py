@@ -1,4 +1,4 @@
-"""`check A B C`, and its annotations for GitHub: every model in its own rows, the worst exit code, nothing obeyed."""
+"""`check A B C` and its annotations for GitHub: rows for each model, the worst exit code, and escaped names."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_each_row_names_its_model(cli: Cli) -> None:
     ],
 )
 def test_the_exit_code_is_the_worst(cli: Cli, models: tuple[str, ...], code: int) -> None:
-    """One that cannot be opened does not keep the others from being looked at."""
+    """A model that cannot be opened does not prevent the others from being checked."""
     document = cli("check", *models, "--finite", "--json", code=code).json
     assert [each["model"]["reference"] for each in document["models"]] == list(models)
     assert document["passed"] is (code == 0)
@@ -57,7 +57,7 @@ def test_the_exit_code_is_the_worst(cli: Cli, models: tuple[str, ...], code: int
 
 
 @pytest.mark.usefixtures("_files")
-def test_wrong_requests_are_told_once(cli: Cli) -> None:
+def test_an_invalid_request_is_reported_once(cli: Cli) -> None:
     assert "no assertion is given" in cli("check", "good.pth", "nan.pth", code=2).err
     assert "two models" in cli("check", "good.pth", "nan.pth", "-m", "good.pth", "--finite", code=2).err
     assert "unknown format 'github'" in cli("params", "good.pth", "-f", "github", code=2).err
@@ -77,8 +77,8 @@ def test_annotations_for_github(cli: Cli) -> None:
     assert cli("check", "good.pth", "--finite", "--format", "github").out == "Checks: 1 of 1 passed\n"
 
 
-def test_names_in_a_file_are_no_commands(cli: Cli) -> None:
-    """GitHub obeys each line that starts with two colons: a name with a newline must not start one."""
+def test_names_in_a_file_are_not_read_as_workflow_commands(cli: Cli) -> None:
+    """GitHub obeys each line that starts with two colons, so a name with a newline must not start such a line."""
     evil = "a\r\n::set-output name=x::100%,b:c"
     torch.save({evil: torch.tensor([float("nan")])}, "evil,100%.pth")
     lines = cli("check", "evil,100%.pth", "--finite", "-f", "github", code=1).out.splitlines()

@@ -1,4 +1,4 @@
-"""`check FOLDER --complete`: every fault of a folder of shards is named, from its headers and texts alone."""
+"""`check FOLDER --complete` names every fault of a folder of shards. It reads only headers and texts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CONFIG = {
 
 
 def llama(folder: Path, shards: int = 3, **changed: Any) -> Path:
-    """A tiny Llama in this many shards, with a tokenizer, as `save_pretrained` lays it out."""
+    """Save a tiny Llama in `shards` shards, with a tokenizer, by `save_pretrained`."""
     import transformers
 
     config = transformers.LlamaConfig(**{**CONFIG, **changed})
@@ -78,7 +78,7 @@ def change_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], None]
     save_file(tensors, path, {"format": "pt"})
 
 
-def test_a_whole_folder_passes_and_says_what_agrees(cli: Cli, model: Path) -> None:
+def test_a_complete_folder_passes_and_the_result_names_what_agrees(cli: Cli, model: Path) -> None:
     (row,) = cli("check", "./model", "--complete", "--json").json["checks"]
     count = len(shards_of(model))
     assert count > 1
@@ -153,7 +153,7 @@ def test_a_damaged_index_and_a_damaged_configuration(cli: Cli, model: Path) -> N
     assert any(INDEX in fault for fault in faults(cli))
 
 
-def test_two_accounts_of_the_weights(cli: Cli, model: Path) -> None:
+def test_a_single_file_and_shards_in_one_folder(cli: Cli, model: Path) -> None:
     save_file({"a": torch.zeros(1)}, model / "model.safetensors")
     assert any("both claim to be the weights" in fault for fault in faults(cli))
 
@@ -207,11 +207,11 @@ def test_several_faults_are_all_named(cli: Cli, model: Path) -> None:
     assert found.out.count("FAILED") >= 3
 
 
-def test_the_architecture_is_built_only_when_it_is_asked_for(cli: Cli, model: Path) -> None:
+def test_the_architecture_is_built_only_on_request(cli: Cli, model: Path) -> None:
     (row,) = cli("check", "./model", "--arch-check", "--json").json["checks"]
     assert row["found"] == "30 keys match"
     change_config(model, intermediate_size=17)
-    assert faults(cli, code=0)  # headers alone do not tell
+    assert faults(cli, code=0)  # headers alone do not show this fault
     rows = cli("check", "./model", "--arch-check", "--json", code=1).json["checks"]
     assert any("and the configuration builds [17, 8]" in row["found"] for row in rows)
 
@@ -232,13 +232,13 @@ def test_a_path_that_is_no_folder_is_a_wrong_request(cli: Cli, folder: Path) -> 
     assert "neither an index of shards nor a whole file" in cli("check", "./empty", "--complete", code=2).err
 
 
-def test_other_assertions_stand_beside_it(cli: Cli, model: Path) -> None:
+def test_complete_can_be_combined_with_other_assertions(cli: Cli, model: Path) -> None:
     rows = cli("check", "./model", "--complete", "--dtype", "float32", "--json").json["checks"]
     assert [row["check"] for row in rows] == ["complete", "dtype"]
 
 
 def test_a_hundred_shards_need_no_torch(folder: Path) -> None:
-    """A subprocess, since what is imported is what is asked."""
+    """The command runs in a subprocess, because the test checks what is imported."""
     weight_map: dict[str, str] = {}
     (folder / "many").mkdir()
     for number in range(1, 101):

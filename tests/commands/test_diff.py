@@ -1,4 +1,4 @@
-"""`diff`, against plain PyTorch on pairs that every kind of edit makes; and what it reads, and what it does not."""
+"""`diff` agrees with plain PyTorch on the results of every kind of edit, and reads only what it must."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BASE = "Sequential(Conv2d(1,4,1),BatchNorm2d(4),Flatten(),Linear(4,3),Linear(3,2
 
 
 def plain(before: State, after: State, atol: float = 0.0) -> dict[str, dict[str, Any]]:
-    """What differs between two state dicts, as plain torch tells it: the changes of each name, with their numbers."""
+    """Compare two state dicts with plain torch. Returns the changes of each name, with the largest difference."""
     found: dict[str, dict[str, Any]] = {}
     for name in {**before, **after}:
         changes: dict[str, Any] = {}
@@ -59,7 +59,7 @@ def wide(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def shown(document: Any) -> dict[str, dict[str, Any]]:
-    """The document's tensors in the same form; flags are left out."""
+    """Return the tensors of a JSON document in the form of `plain`, without requires_grad."""
     found: dict[str, dict[str, Any]] = {}
     for row in document["tensors"]:
         if row["change"] == "trainable":
@@ -112,7 +112,7 @@ def test_what_every_edit_changes_is_what_plain_torch_finds(cli: Cli, line: str, 
 
 
 def cli_code(one: str, other: str) -> int:
-    """1 where plain torch finds a difference, or the files say that other parameters are frozen."""
+    """Return 1 if plain torch finds a difference, or if different parameters are frozen; otherwise 0."""
     import modelcli
 
     before, after = (modelcli.blueprint(path) for path in (one, other))
@@ -165,7 +165,7 @@ def test_flags(cli: Cli) -> None:
         ("0.weight", "trainable", True, False),
         ("0.bias", "trainable", True, False),
     ]
-    torch.save(dict(torch.load("b.pth", weights_only=True)), "bare.pth")  # says nothing of flags
+    torch.save(dict(torch.load("b.pth", weights_only=True)), "bare.pth")  # does not store requires_grad
     assert "are the same" in cli("diff", "a.pth", "bare.pth").out
 
 
@@ -232,12 +232,12 @@ SPECIAL = {
 
 
 @pytest.mark.parametrize("what", list(SPECIAL))
-def test_numbers(cli: Cli, what: str) -> None:
+def test_the_largest_difference_of_each_dtype(cli: Cli, what: str) -> None:
     assert_largest_difference(cli, *SPECIAL[what])
 
 
 @needs_torch("float4_e2m1fn_x2")
-def test_a_dtype_without_numbers_to_torch(cli: Cli) -> None:
+def test_a_dtype_that_torch_cannot_compute_with(cli: Cli) -> None:
     one, other = (torch.tensor([byte], dtype=torch.uint8).view(torch.float4_e2m1fn_x2) for byte in (1, 2))
     assert_largest_difference(cli, one, other, "unknown")
 
@@ -252,7 +252,7 @@ def assert_largest_difference(cli: Cli, before: torch.Tensor, after: torch.Tenso
     assert cli("diff", "a.pth", "a.pth").out == "a.pth and a.pth are the same: 1 tensor is equal\n"
 
 
-def test_another_dtype_is_told_and_the_values_as_well(cli: Cli) -> None:
+def test_a_changed_dtype_and_changed_values_are_both_reported(cli: Cli) -> None:
     whole = torch.arange(4.0)
     torch.save({"exact": whole, "rounded": torch.tensor([0.1]), "n": torch.arange(3)}, "a.pth")
     torch.save({"exact": whole.half(), "rounded": torch.tensor([0.1]).half(), "n": torch.arange(3).int()}, "b.pth")
@@ -325,7 +325,7 @@ def test_quantized_and_sparse_tensors_of_classes_by_their_parts(cli: Cli) -> Non
         cli("check", "own.py:Net(2.0)", "--same-as", one, code=1)
 
 
-def test_an_empty_comparison_is_no_yes(cli: Cli) -> None:
+def test_comparing_nothing_does_not_count_as_equal(cli: Cli) -> None:
     cli("save", "a.pth", "-m", BASE)
     result = cli("diff", "a.pth", BASE, "-s", "4.bias", "--except", "4.bias", code=2)
     told = "nothing is left to compare: --except 4.bias leaves out all that -s 4.bias picks"
@@ -333,7 +333,7 @@ def test_an_empty_comparison_is_no_yes(cli: Cli) -> None:
     everything = "nothing is left to compare: --except . leaves out everything"
     assert everything in cli("diff", "a.pth", BASE, "--except", ".", code=2).err
     assert everything in cli("check", "a.pth", "--same-as", BASE, "--except", ".", code=2).err
-    # A module without tensors is compared where both sides know its class, and there alone.
+    # A module without tensors is compared only if both sides know its class.
     cli("diff", "a.pth", BASE, "-s", "2")
     torch.save({"4.weight": torch.ones(2)}, "bare.pth")
     assert "-s 1 picks no tensor" in cli("diff", "Sequential(ReLU(),ReLU())", "bare.pth", "-s", "1", code=2).err
@@ -341,7 +341,7 @@ def test_an_empty_comparison_is_no_yes(cli: Cli) -> None:
     cli("check", "ReLU()", "--same-as", "ReLU()")
 
 
-def test_what_was_not_compared_is_not_the_same(cli: Cli) -> None:
+def test_tensors_that_were_not_compared_do_not_count_as_equal(cli: Cli) -> None:
     torch.save({"w": torch.ones(2), "a": torch.ones(2)}, "a.pth")
     torch.save({"w": torch.ones(2, device="meta"), "a": torch.ones(2)}, "b.pth")
     for pair in (("a.pth", "b.pth"), ("b.pth", "a.pth")):
@@ -369,13 +369,13 @@ def test_views_are_compared_by_what_they_show(cli: Cli, data: st.DataObject) -> 
     assert shown(cli("diff", "a.pth", "b.pth", "--json", code=1 if wanted else 0).json) == wanted
 
 
-def test_an_expanded_tensor_is_one_of_its_elements(cli: Cli) -> None:
+def test_an_expanded_tensor_equals_its_copied_elements(cli: Cli) -> None:
     torch.save({"v": torch.ones(1).expand(1 << 20, 1 << 10)}, "a.pth")
     torch.save({"v": torch.full((1,), 3.0).expand(1 << 20, 1 << 10)}, "b.pth")
     assert shown(cli("diff", "a.pth", "b.pth", "--json", code=1).json) == {"v": {"values": 2.0}}
 
 
-def test_ties_are_told_of_and_are_no_difference(cli: Cli) -> None:
+def test_different_ties_are_noted_and_are_not_a_difference(cli: Cli) -> None:
     w = torch.randn(2, 2)
     torch.save({"a": w, "b": w}, "a.pth")
     torch.save({"a": w, "b": w.clone()}, "b.pth")
@@ -420,7 +420,7 @@ def test_a_key_for_each_side(cli: Cli) -> None:
     cli("diff", "train.pth", "train.pth", "--key", "ema", "--key", "ema", "--key", "ema", code=2)
 
 
-def test_a_file_with_foreign_objects_is_compared_and_warned_of(cli: Cli) -> None:
+def test_a_file_with_foreign_objects_is_compared_with_a_warning(cli: Cli) -> None:
     torch.save(nn.Linear(2, 2), "whole.pth")
     assert "also holds objects of torch.nn.modules.linear.Linear" in cli("diff", "whole.pth", "whole.pth", "-q").err
 
@@ -496,7 +496,7 @@ def test_csv_has_the_same_columns_whatever_differs(cli: Cli) -> None:
 
 
 def fresh(folder: Path, words: str) -> tuple[set[str], int, int]:
-    """Which modules a new process imports for a command, its exit code, and its largest resident memory in KiB."""
+    """Run a command in a new process. Returns the modules it imports, its exit code, and its peak memory in KiB."""
     code = """
         import sys
         from modelcli.cli import main
@@ -534,7 +534,7 @@ def test_torch_is_not_imported_for_two_files(cli: Cli, folder: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "link"), reason="needs hard links")
-def test_one_file_under_two_names_is_not_read(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_and_its_link_are_equal_without_reading(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save({"w": torch.randn(100)}, "a.pth")
     os.link("a.pth", "b.pth")
     Path("c.pth").symlink_to("a.pth")
@@ -550,7 +550,7 @@ def test_one_file_under_two_names_is_not_read(cli: Cli, monkeypatch: pytest.Monk
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc, and sparse files")
 @pytest.mark.parametrize("differ", [False, True])
 def test_large_files_in_bounded_memory(folder: Path, differ: bool) -> None:
-    """768 MB on each side, and not 50 MB more than the program itself takes."""
+    """768 MB on each side are compared with less than 50 MB beyond the memory of the program itself."""
     shapes = {f"{number}.w": [1 << 26] for number in range(3)}
     for name in ("a", "b"):
         sparse_file(folder / f"{name}.safetensors", shapes)
@@ -602,8 +602,8 @@ def test_progress_ends_at_the_total(cli: Cli, folder: Path, differ: bool) -> Non
     assert max(done for done, _, _ in told) == total
 
 
-def test_views_of_one_another_are_not_read_without_end(cli: Cli, folder: Path) -> None:
-    """Each of the names is all of one storage: what no file of this size could spell out is refused."""
+def test_overlapping_views_are_not_read_without_limit(cli: Cli, folder: Path) -> None:
+    """Each of the tensors shows a whole storage, so that their bytes exceed the limit for a file of this size."""
     base = torch.zeros(1 << 20)
     other = torch.zeros(1 << 20)
     torch.save({f"{n}": base[n:] for n in range(200)}, "a.pth")
@@ -628,8 +628,8 @@ def test_a_file_that_changes_meanwhile_is_an_error(cli: Cli, monkeypatch: pytest
 
 
 @pytest.mark.usefixtures("folder")
-def test_a_key_for_two_is_for_the_side_that_is_a_training_checkpoint(cli: Cli) -> None:
-    """An average against its own export."""
+def test_one_key_applies_to_the_side_that_is_a_training_checkpoint(cli: Cli) -> None:
+    """An averaged model is compared with its own export."""
     state = nn.Linear(2, 3).state_dict()
     torch.save({"model": {name: tensor + 1 for name, tensor in state.items()}, "ema": state}, "train.pth")
     torch.save(state, "bare.pth")
@@ -642,7 +642,7 @@ def test_a_key_for_two_is_for_the_side_that_is_a_training_checkpoint(cli: Cli) -
 
 
 @pytest.mark.usefixtures("folder")
-def test_a_prefix_that_one_side_has_before_every_name_is_told_of(cli: Cli) -> None:
+def test_a_note_names_a_prefix_that_only_one_side_has(cli: Cli) -> None:
     state = nn.Linear(2, 3).state_dict()
     torch.save(state, "a.pth")
     torch.save({f"module.{name}": tensor for name, tensor in state.items()}, "b.pth")

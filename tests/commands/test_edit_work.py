@@ -1,4 +1,4 @@
-"""How often an edit describes its model, builds it, and runs it: once before and once after, one build, one pass."""
+"""How often an edit describes, builds and runs its model: two descriptions, one build, one forward pass."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DESCRIBED, BUILT, RAN = "described", "built", "ran"
 
 @pytest.fixture
 def work(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Counts descriptions, builds of an architecture on the meta device, and forward passes."""
+    """Count descriptions, builds of an architecture on the meta device, and forward passes."""
     counts: Counter[str] = Counter()
 
     def count(module: ModuleType, name: str, what: str) -> None:
@@ -36,7 +36,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     real_walk = describe.walk
 
     def walk(*args: Any) -> Any:
-        counts[DESCRIBED] += len(args) == 1  # it calls itself with more, for what lies below
+        counts[DESCRIBED] += len(args) == 1  # it calls itself with more arguments for submodules
         return real_walk(*args)
 
     monkeypatch.setattr(describe, "walk", walk)
@@ -51,7 +51,7 @@ def test_a_written_edit_describes_twice_builds_once_and_runs_once(cli: Cli, work
     assert (work[DESCRIBED], work[BUILT], work[RAN]) == (2, 1, 1)
 
 
-#: Edits of each kind, the first words of which name the command: all that place a module decide where once.
+#: Edits of each kind. All edits that place a new module use the same code for its position.
 PLACING = ["add layer1.last ReLU()", "append layer1 ReLU()", "insert layer1.0 ReLU()", "replace fc Linear(_,10)"]
 
 
@@ -59,23 +59,23 @@ PLACING = ["add layer1.last ReLU()", "append layer1 ReLU()", "insert layer1.0 Re
 def test_an_edit_of_a_file_with_a_record_describes_twice_and_builds_once(
     cli: Cli, work: Counter[str], line: str
 ) -> None:
-    """It is described before and after; the record in the file, and the check of the fit, take nothing more."""
+    """The model is described before and after. The record and the check add no description."""
     cli("save", "start.pth", "-m", "resnet18")
     work.clear()
-    passes = 2 if line.startswith("extract") else 1  # that of the whole model finds what flows into the part
+    passes = 2 if line.startswith("extract") else 1  # the pass of the whole model finds the input of the extracted part
     cli(*line.split(), "-m", "start.pth", "-o", "out.pth")
     assert (work[DESCRIBED], work[BUILT], work[RAN]) == (2, 1, passes)
 
 
-def test_each_recorded_edit_describes_what_it_is_carried_out_on(cli: Cli, work: Counter[str]) -> None:
+def test_each_recorded_edit_describes_its_input_once(cli: Cli, work: Counter[str]) -> None:
     cli("apply", "-e", "replace fc Linear(_,10)", "-e", "freeze layer1", "-m", "resnet18", "-o", "start.pth")
     work.clear()
     cli("append", "layer1", "ReLU()", "-m", "start.pth", "-o", "out.pth")
     assert (work[DESCRIBED], work[BUILT], work[RAN]) == (2 + 2, 1, 1)
 
 
-def test_a_place_that_takes_what_flows_in_is_run_to_find_that(cli: Cli, work: Counter[str]) -> None:
-    """The pass that finds `_` is one of the unedited model, and that of the check one of the edited model."""
+def test_a_hole_filled_from_the_input_takes_one_more_pass(cli: Cli, work: Counter[str]) -> None:
+    """One pass of the unedited model finds the value of `_`, and the check runs the edited model."""
     cli("insert", "layer1.0", "BatchNorm2d(_)", "-m", "resnet18", "-o", "out.pth")
     assert (work[DESCRIBED], work[BUILT], work[RAN]) == (2, 1, 2)
 
@@ -114,7 +114,7 @@ def test_the_unedited_model_is_opened_where_the_edited_one_fails_and_nowhere_els
 
 
 def test_the_pass_of_the_check_is_the_one_in_the_record(cli: Cli) -> None:
-    """The rows and multiply-accumulates that a record keeps of the check are those of a pass of its own."""
+    """The rows and multiply-accumulates in the record come from the pass of the check."""
     cli("replace", "fc", "Linear(_,10)", "-m", "resnet18", "-o", "checked.pth")
     cli("replace", "fc", "Linear(_,10)", "-m", "resnet18", "--check", "none", "-o", "unchecked.pth")
     checked = cli("summary", "checked.pth", "--json").json

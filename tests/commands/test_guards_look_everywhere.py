@@ -1,6 +1,6 @@
-"""What a guard did not look at fails it: tensors whose names clash, that lie beside, or in what no state dict loads.
+"""Checks such as `--finite` fail on every value that they cannot check: clashing names, tensors outside the state dict.
 
-Each file holds a NaN in a place of its own; `torch.load` is the witness that it is there.
+Each file contains a NaN at another place. `torch.load` shows that it is there.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def in_the_dict_of_an_entry() -> dict[str, Any]:
         "a buffer that no state dict has",
     ],
 )
-def test_a_nan_that_has_no_row_fails(cli: Cli, folder: Path, value: Any) -> None:
+def test_a_nan_in_a_tensor_without_a_row_fails(cli: Cli, folder: Path, value: Any) -> None:
     torch.save(value, "m.pth")
     found = cli("check", "m.pth", "--finite", "--json", code=1).json["checks"]
     assert [row["passed"] for row in found] == [False]
@@ -98,7 +98,7 @@ def test_names_that_clash_are_not_compared(cli: Cli, folder: Path) -> None:
     cli("check", "one.pth", "--same-as", "other.pth", code=1)
 
 
-def test_what_lies_beside_counts_no_more_where_a_key_is_named(cli: Cli, folder: Path) -> None:
+def test_tensors_beside_the_state_dict_are_ignored_with_key(cli: Cli, folder: Path) -> None:
     torch.save({"tower": {"x": FINE, "y": FINE}, "w": WRONG}, "m.pth")
     cli("check", "m.pth", "--finite", "--key", "tower")
     torch.save({"model": {"x": FINE}, "rng_state": torch.get_rng_state()}, "trained.pth")
@@ -112,14 +112,14 @@ def test_an_attribute_that_hides_a_method_of_a_dict_is_refused(cli: Cli, folder:
     plain = Path("m.pth").read_bytes()
     cli("check", "m.pth", "--finite")
     torch.save(with_attributes(**{attribute: OrderedDict}) if attribute != "items" else state_dict, "m.pth")
-    if attribute == "items":  # torch.save itself would ask it for the items
+    if attribute == "items":  # torch.save itself would call it
         Path("m.pth").write_bytes(without_checksum(plain, b"extra", b"items"))
     assert attribute in torch.load("m.pth", weights_only=True).__dict__
     assert repr(attribute) in cli("check", "m.pth", "--finite", "--json", code=4).error["message"]
 
 
 def without_checksum(archive: bytes, before: bytes, after: bytes) -> bytes:
-    """An archive with other bytes of the same length in its pickle, which is written anew."""
+    """Return an archive whose pickle has some bytes replaced by others of the same length, with a new checksum."""
     import io
     import zipfile
 
@@ -130,7 +130,7 @@ def without_checksum(archive: bytes, before: bytes, after: bytes) -> bytes:
     return made.getvalue()
 
 
-def test_a_module_with_a_name_that_is_no_text_is_refused(cli: Cli, folder: Path) -> None:
+def test_a_module_whose_name_is_not_text_is_refused(cli: Cli, folder: Path) -> None:
     made = nn.Linear(2, 2)
     made._buffers[0] = WRONG  # type: ignore[index]
     torch.save(made, "m.pth")
@@ -145,7 +145,7 @@ def index(name: str, **files: str) -> None:
 
 
 @pytest.mark.parametrize("whole", ["pytorch_model.bin", "model.safetensors"])
-def test_an_index_and_a_whole_file_may_both_be_meant(cli: Cli, folder: Path, whole: str) -> None:
+def test_an_index_beside_a_single_file_is_ambiguous(cli: Cli, folder: Path, whole: str) -> None:
     torch.save({"w": FINE}, "part.bin")
     index("pytorch_model.bin.index.json", w="part.bin")
     if whole.endswith(".bin"):
@@ -157,7 +157,7 @@ def test_an_index_and_a_whole_file_may_both_be_meant(cli: Cli, folder: Path, who
     cli("check", "pytorch_model.bin.index.json", "--finite")
 
 
-def test_what_programs_load_instead_of_an_index_counts_for_its_safety(cli: Cli, folder: Path) -> None:
+def test_files_that_libraries_load_instead_of_an_index_decide_safety(cli: Cli, folder: Path) -> None:
     save_file({"w": FINE}, "part.safetensors")
     index("model.safetensors.index.json", w="part.safetensors")
     cli("check", "model.safetensors.index.json", "--safe")
@@ -183,7 +183,7 @@ def test_a_name_in_two_shards_is_refused(cli: Cli, folder: Path, one: Any, other
     assert "two shards have" in cli("check", "./", "--finite", "--json", code=4).error["message"]
 
 
-def test_a_training_checkpoint_is_no_shard(cli: Cli, folder: Path) -> None:
+def test_a_training_checkpoint_is_not_a_valid_shard(cli: Cli, folder: Path) -> None:
     torch.save({"state_dict": {"w": FINE}, "w": WRONG}, "1.bin")
     index("pytorch_model.bin.index.json", w="1.bin")
     cli("check", "./", "--finite", code=4)
@@ -206,7 +206,7 @@ WITH_NAN = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0f
         *(pytest.param(dtype, "nan", marks=needs_torch(dtype)) for dtype in WITH_NAN),
     ],
 )
-def test_what_is_not_finite_fails_in_every_dtype(cli: Cli, folder: Path, dtype: str, wrong: str) -> None:
+def test_non_finite_values_fail_in_every_dtype(cli: Cli, folder: Path, dtype: str, wrong: str) -> None:
     tensor = torch.tensor([1.0, float(wrong)]).to(getattr(torch, dtype))
     assert not tensor.to(torch.complex128).isfinite().all()
     torch.save({"w": tensor}, "m.pth")
@@ -214,7 +214,7 @@ def test_what_is_not_finite_fails_in_every_dtype(cli: Cli, folder: Path, dtype: 
 
 
 class Program(nn.Module):
-    """Adds what it holds beside a layer."""
+    """A module that adds a constant to the output of a layer."""
 
     def __init__(self, **kept: Any) -> None:
         super().__init__()
@@ -269,7 +269,7 @@ def test_a_nan_outside_the_state_dict_of_an_exported_program_fails(cli: Cli, fol
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-def test_numbers_in_lists_of_a_program_hide_no_tensor(cli: Cli, folder: Path) -> None:
+def test_tensors_in_lists_beside_numbers_are_checked(cli: Cli, folder: Path) -> None:
     class Listing(nn.Module):
         def __init__(self, tensors: list[torch.Tensor]) -> None:
             super().__init__()
@@ -328,20 +328,20 @@ def test_hooks_of_a_tensor_are_refused(cli: Cli, folder: Path, parameter: bool) 
 @pytest.mark.parametrize(
     "value", [1, [FINE.clone()], {"a": FINE.clone()}, "text"], ids=["number", "list", "dict", "text"]
 )
-def test_an_entry_that_is_no_tensor_is_not_absent(cli: Cli, folder: Path, value: Any) -> None:
+def test_an_entry_that_is_not_a_tensor_counts_as_present(cli: Cli, folder: Path, value: Any) -> None:
     torch.save({"w": FINE, "secret": value}, "m.pth")
     cli("check", "m.pth", "--absent", "secret", code=1)
     cli("check", "m.pth", "--absent", "other")
 
 
-def test_a_trained_tensor_is_no_buffer_for_its_name(cli: Cli, folder: Path) -> None:
+def test_a_trainable_tensor_with_the_name_of_a_buffer_is_a_parameter(cli: Cli, folder: Path) -> None:
     frozen = nn.Parameter(FINE.clone(), requires_grad=False)
     torch.save({"w": frozen, "x.running_mean": FINE.clone().requires_grad_()}, "m.pth")
     cli("check", "m.pth", "--frozen", "**", code=1)
 
 
 @pytest.mark.parametrize("name", [".weight.weight", "a..b", "..", "a."])
-def test_a_record_of_a_file_with_empty_parts_of_names_holds(cli: Cli, folder: Path, name: str) -> None:
+def test_the_record_of_a_file_with_empty_path_components_is_valid(cli: Cli, folder: Path, name: str) -> None:
     torch.save({name: FINE}, "m.pth")
     cli("save", "out.pth", "-m", "m.pth")
     assert "ignored" not in cli("params", "out.pth").err
@@ -357,7 +357,7 @@ def test_a_header_that_safetensors_refuses_is_refused(cli: Cli, folder: Path, fi
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_what_a_guess_leaves_out_of_a_folder_of_torch_fails(cli: Cli, folder: Path) -> None:
+def test_finite_fails_on_tensors_outside_the_guessed_state_dict_of_a_folder(cli: Cli, folder: Path) -> None:
     from torch.distributed.checkpoint.state_dict_saver import save
 
     save({"w": FINE, "x": {"a": {WRONG}}}, checkpoint_id="one")

@@ -1,4 +1,4 @@
-"""`identify CHECKPOINT`, on what the plain constructors of torchvision save; and the note on files that fit one."""
+"""`identify CHECKPOINT` on state dicts of torchvision's constructors, and the note on files that fit a builder."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def warm_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def known(cli: Cli, warm_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
-    """A command line whose cache all tests here share, so that the builders are built once."""
+    """A command line with a cache that all tests of this file share, so that each builder is built once."""
     monkeypatch.setenv("MODELCLI_CACHE", str(warm_cache))
-    monkeypatch.setattr("modelcli.providers.timm.Timm.names_like", lambda _self, _keys: ())  # it has tests of its own
+    monkeypatch.setattr("modelcli.providers.timm.Timm.names_like", lambda _self, _keys: ())  # tested elsewhere
     return cli
 
 
 def save(model: nn.Module, path: str = "bare.pth") -> dict[str, tuple[int, ...]]:
-    """Save a state dict, all but its numbers; gives its names and shapes."""
+    """Save a state dict without its values. Returns its names and shapes."""
     state = model.state_dict()
     with torch.serialization.skip_data():
         torch.save(dict(state), path)
@@ -43,7 +43,7 @@ def exact(document: Any) -> list[str]:
     return [match["model"] for match in document["matches"] if match["exact"]]
 
 
-def test_the_only_one(known: Cli) -> None:
+def test_the_only_matching_builder(known: Cli) -> None:
     save(torchvision.models.alexnet())
     document = known("identify", "bare.pth", "--json").json
     assert document.keys() >= {"schema", "matches"}
@@ -65,7 +65,7 @@ def test_the_only_one(known: Cli) -> None:
         ("vgg11_bn", []),
     ],
 )
-def test_all_that_have_the_same_names_and_shapes(known: Cli, name: str, others: list[str]) -> None:
+def test_all_builders_with_the_same_names_and_shapes(known: Cli, name: str, others: list[str]) -> None:
     save(plain(name))
     found = exact(known("identify", "bare.pth", "--json").json)
     assert sorted(found) == sorted([name, *others])
@@ -81,7 +81,7 @@ def test_all_that_have_the_same_names_and_shapes(known: Cli, name: str, others: 
         ("vit_b_16", {"image_size": 384}, "vit_b_16(image_size=384)"),
     ],
 )
-def test_what_published_weights_were_made_with(known: Cli, name: str, arguments: dict[str, Any], wanted: str) -> None:
+def test_builder_arguments_are_identified(known: Cli, name: str, arguments: dict[str, Any], wanted: str) -> None:
     save(plain(name, **arguments))
     assert exact(known("identify", "bare.pth", "--json").json)[0] == wanted
     known("load", "bare.pth", "--arch", wanted, "--dry-run")
@@ -137,7 +137,7 @@ def test_wrappers_training_checkpoints_and_files_of_before_0_4_1(known: Cli) -> 
     assert exact(known("identify", "bare.pth", "--json").json)[0] == "resnet18"
 
 
-def test_nothing_comes_near(known: Cli) -> None:
+def test_a_checkpoint_that_no_builder_comes_near(known: Cli) -> None:
     torch.save({"w": torch.zeros(3)}, "bare.pth")
     assert known("identify", "bare.pth", code=1).out == "no model that modelcli list shows is close to bare.pth\n"
     assert known("identify", "bare.pth", "--json", code=1).json["matches"] == []
@@ -161,10 +161,10 @@ def test_a_second_run_needs_no_torch(known: Cli, folder: Path) -> None:
 # --- the note on files that fit ------------------------------------------------------------------------------------
 
 
-def test_looks_and_edits_say_which_builder_a_file_fits(cli: Cli) -> None:
+def test_a_note_says_which_builder_a_file_fits(cli: Cli) -> None:
     save(torchvision.models.squeezenet1_1())
     note = "looks like torchvision squeezenet1_1: --arch squeezenet1_1"
-    assert "looks like" not in cli("params", "bare.pth").err  # nothing is built for it
+    assert "looks like" not in cli("params", "bare.pth").err  # no builder is built for this note
     cli("cache", "warm", "squeezenet1_1")
     for words in (("params",), ("summary",), ("modules",), ("freeze", "features", "-m"), ("load",)):
         assert f"note: {note}\n" in cli(*words, "bare.pth").err
@@ -184,11 +184,11 @@ def test_looks_and_edits_say_which_builder_a_file_fits(cli: Cli) -> None:
 
 
 @pytest.mark.parametrize("words", [("summary", "squeezenet1_1"), ("load", "squeezenet1_1")])
-def test_a_file_is_known_by_a_builder_that_was_looked_at(cli: Cli, words: tuple[str, ...]) -> None:
+def test_a_file_fits_a_builder_that_was_shown_before(cli: Cli, words: tuple[str, ...]) -> None:
     save(torchvision.models.squeezenet1_1())
     cli(*words)
     assert "looks like torchvision squeezenet1_1" in cli("params", "bare.pth").err
-    # What else is kept later takes nothing away; a builder with arguments, and a class, are none.
+    # Later entries do not remove it. A builder with arguments, or a class, gives no note.
     cli("summary", "squeezenet1_1(num_classes=3)")
     cli("summary", "Linear(2,2)")
     cli("cache", "warm", "alexnet")
@@ -197,7 +197,7 @@ def test_a_file_is_known_by_a_builder_that_was_looked_at(cli: Cli, words: tuple[
     assert "looks like" not in cli("params", "bare.pth").err
 
 
-def test_a_damaged_index_is_none(cli: Cli) -> None:
+def test_a_damaged_index_is_ignored(cli: Cli) -> None:
     save(torchvision.models.squeezenet1_1())
     cli("cache", "warm", "squeezenet1_1")
     for path in blueprint_cache.folder().glob("*.index"):
@@ -216,7 +216,7 @@ def test_without_the_cache(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
 # --- the comparison itself -----------------------------------------------------------------------------------------
 
 
-def test_the_nearest_come_first() -> None:
+def test_the_nearest_builders_come_first() -> None:
     models = {
         "far": {"a": (1,), "b": (2,), "c": (3,), "d": (4,)},
         "near": {"a": (1,), "b": (2,), "x": (1,)},
@@ -231,7 +231,7 @@ def test_the_nearest_come_first() -> None:
     assert match.mismatched == (state_dict_match.Mismatch("b", (2,), (3,)),)
 
 
-def test_a_fingerprint_is_of_names_and_shapes() -> None:
+def test_a_fingerprint_depends_on_names_and_shapes() -> None:
     one = {"a": (1, 2), "b": ()}
     assert state_dict_match.fingerprint(one) == state_dict_match.fingerprint({"b": (), "a": (1, 2)})
     others = [{"a": (2, 1), "b": ()}, {"a": (1, 2)}, {"a": (1, 2), "c": ()}, {"a": (1,), "b": ()}]
@@ -240,8 +240,8 @@ def test_a_fingerprint_is_of_names_and_shapes() -> None:
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("name", NAMES)
-def test_every_builder_is_known_by_what_it_saves(known: Cli, name: str) -> None:
-    """Exactly, and beside it those alone whose plain constructors save the same names and shapes."""
+def test_every_builder_is_identified_by_its_state_dict(known: Cli, name: str) -> None:
+    """The matches are this builder and those whose constructors give the same names and shapes, and no others."""
     shapes = {name: shape for name, shape in save(plain(name)).items() if not name.endswith("num_batches_tracked")}
     found = exact(known("identify", "bare.pth", "--json").json)
     assert name in found

@@ -1,4 +1,4 @@
-"""`list`: what libraries publish of their models is read from them once, and then kept for their versions."""
+"""`list`: what libraries publish about their models is read once, and then cached for their versions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from modelcli.providers.base import Provider
 from modelcli.providers.published import PublishedModel
 from tests.conftest import Cli
 
-#: Carries out the words, and prints which of the libraries were imported for it.
+#: A program that runs a command line and prints which libraries it imported.
 PROGRAM = """
 import sys
 from modelcli.cli import main
@@ -30,7 +30,7 @@ sys.exit(code)
 
 
 def listed_apart(*words: str, code: int = 0) -> tuple[str, list[str]]:
-    """What `list` prints in a process of its own, and which libraries that process imported."""
+    """Run `list` in a process of its own. Returns its output and the libraries that it imported."""
     run = [sys.executable, "-c", PROGRAM, "list", *words]
     done = subprocess.run(run, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stderr
@@ -38,7 +38,7 @@ def listed_apart(*words: str, code: int = 0) -> tuple[str, list[str]]:
     return "\n".join(lines), imported.split()
 
 
-def test_torch_is_imported_for_the_first_list_alone(cli: Cli) -> None:
+def test_only_the_first_list_imports_torch(cli: Cli) -> None:
     first, imported = listed_apart("--json")
     assert imported == ["torch", "torchvision"]
     again, imported = listed_apart("--json")
@@ -53,7 +53,7 @@ def test_torch_is_imported_for_the_first_list_alone(cli: Cli) -> None:
     assert listed_apart("alexnt", code=2)[1] == []
 
 
-def test_a_pattern_keeps_all_models(cli: Cli) -> None:
+def test_a_list_with_a_pattern_caches_all_models(cli: Cli) -> None:
     assert listed_apart("alexnet", "--json")[1] == ["torch", "torchvision"]
     everything, imported = listed_apart("--json")
     assert imported == []
@@ -61,7 +61,7 @@ def test_a_pattern_keeps_all_models(cli: Cli) -> None:
 
 
 class Zoo(Provider):
-    """A library that is asked through the declaration alone, as that of any package is."""
+    """The provider of an imaginary library."""
 
     name = "zoo"
     live = "tests.commands.test_list:LiveZoo"
@@ -71,7 +71,7 @@ class Zoo(Provider):
 
 
 class LiveZoo:
-    """Its other half, which counts how often the library is asked."""
+    """The torch half of that provider, which counts how often the library is queried."""
 
     asked = 0
 
@@ -91,7 +91,7 @@ class LiveZoo:
 
 @pytest.fixture
 def versions(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Mapping[str, str]:
-    """The versions of what is installed, which a test may change; the provider above is installed too."""
+    """Install the provider above. Returns the versions of installed packages, which a test may change."""
     from modelcli import providers
 
     found: dict[str, Any] = {"zoo-models": "1.0"}
@@ -102,7 +102,7 @@ def versions(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Mapping[str, str]
     return found
 
 
-def test_another_version_of_a_library_is_asked_again(versions: dict[str, Any]) -> None:
+def test_a_new_version_of_a_library_is_queried_again(versions: dict[str, Any]) -> None:
     first = named_models(ListRequest("zoo:*"))
     assert [model.name for model in first.models] == ["zoo:ant", "zoo:bee"]
     assert first.models[0] == PublishedModel("zoo:ant", "insects", ("DEFAULT", "WILD"), 3, None)
@@ -115,7 +115,7 @@ def test_another_version_of_a_library_is_asked_again(versions: dict[str, Any]) -
 
 
 @pytest.mark.parametrize("reason", ["no version", "no packages", "no cache"])
-def test_what_cannot_be_kept_is_asked_each_time(
+def test_a_library_that_cannot_be_cached_is_queried_each_time(
     versions: dict[str, Any], monkeypatch: pytest.MonkeyPatch, reason: str
 ) -> None:
     if reason == "no version":
@@ -129,14 +129,14 @@ def test_what_cannot_be_kept_is_asked_each_time(
     assert LiveZoo.asked == 2
 
 
-def test_values_that_are_no_models_are_read_again(versions: dict[str, Any]) -> None:
+def test_invalid_cached_models_are_queried_again(versions: dict[str, Any]) -> None:
     values: list[Any] = [None, 3, [3], [{}], [{"weights": []}], {"a": 1}]
     for wrong in values:
         blueprint_cache.put_index("published models of zoo", wrong, "zoo")
         assert len(named_models(ListRequest("zoo:*")).models) == 2
 
 
-def test_a_model_that_fails_hides_no_other(versions: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_fails_does_not_hide_others(versions: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     def published(_half: LiveZoo, name: str) -> PublishedModel:
         if name == "bee":
             raise SystemFailureError("bee is broken")

@@ -1,4 +1,4 @@
-"""Looks at files that are odd without being hostile: what torch reads is shown, and what is not shown is said."""
+"""Showing files that are unusual but not hostile: modelcli shows what torch reads, and names what it does not show."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.conftest import Cli
 
 
 class Sub(torch.Tensor):
-    """A tensor of a class of one's own."""
+    """A tensor of a user's class."""
 
 
 def without_checksums(path: str, value: Any) -> None:
@@ -48,7 +48,7 @@ def test_an_archive_without_checksums(cli: Cli) -> None:
     assert torch.equal(torch.load("out.pth", weights_only=True)["w"], state["w"])
 
 
-def test_a_damaged_pickle_is_refused_still(cli: Cli) -> None:
+def test_a_damaged_pickle_is_still_refused(cli: Cli) -> None:
     torch.save({"w": torch.ones(2)}, "in.pth")
     data = Path("in.pth").read_bytes()
     place = data.index(b"FloatStorage")
@@ -56,7 +56,7 @@ def test_a_damaged_pickle_is_refused_still(cli: Cli) -> None:
     assert "does not have the CRC-32 that the archive states" in cli("params", "in.pth", code=4).err
 
 
-def test_tensors_of_a_class_of_ones_own_are_shown(cli: Cli) -> None:
+def test_tensors_of_a_users_class_are_shown(cli: Cli) -> None:
     torch.save({"w": torch.arange(3.0).as_subclass(Sub), "v": torch.ones(1)}, "in.pth")
     result = cli("params", "in.pth", "--values")
     assert "w     [3]" in result.out
@@ -64,21 +64,21 @@ def test_tensors_of_a_class_of_ones_own_are_shown(cli: Cli) -> None:
     assert "test_looks.Sub" in result.err
 
 
-def test_flags_where_the_file_says_so(cli: Cli) -> None:
+def test_requires_grad_is_shown_if_the_file_stores_it(cli: Cli) -> None:
     torch.save({"w": torch.ones(2, requires_grad=True), "v": torch.ones(2)}, "in.pth")
     rows = cli("params", "in.pth", "--json").json["tensors"]
     assert [(row["name"], row["trainable"]) for row in rows] == [("w", True), ("v", None)]
 
 
 def test_packed_weights_have_a_row(cli: Cli) -> None:
-    """What a quantized module packs is reached as Python does."""
+    """The packed weights of a quantized module are found as Python finds them."""
     torch.save({"fc.scale": torch.ones(1), "fc.packed": (torch.ones(3), None), "n": 3}, "in.pth")
     result = cli("params", "in.pth", "--json")
     assert [row["name"] for row in result.json["tensors"]] == ["fc.scale", "fc.packed[0]"]
     assert "no row" not in result.err
 
 
-def test_tensors_beside_the_state_dict_are_told_of(cli: Cli) -> None:
+def test_a_note_names_tensors_beside_the_state_dict(cli: Cli) -> None:
     torch.save({"a": torch.ones(1), "inner": {"b": torch.ones(2)}}, "in.pth")
     told = cli("params", "in.pth").err
     assert "took the state dict under 'inner' of in.pth" in told
@@ -117,7 +117,7 @@ def test_the_file_of_one_rank_points_to_its_folder(cli: Cli, folder: Path) -> No
 
 
 @pytest.mark.parametrize(("value", "what"), [(torch.ones(1), "a tensor"), ([1], "a list"), (3, "a int")])
-def test_what_is_no_state_dict_is_named_in_words(cli: Cli, value: Any, what: str) -> None:
+def test_the_error_describes_a_value_that_is_not_a_state_dict(cli: Cli, value: Any, what: str) -> None:
     torch.save(value, "in.pth")
     error = cli("params", "in.pth", code=4).err
     assert f"in.pth contains no state dict: it is {what}" in error
@@ -129,23 +129,23 @@ def test_a_folder_with_a_bare_name(cli: Cli) -> None:
     assert cli("params", "shards", "--json").json["totals"]["params"] == 9
 
 
-def test_a_link_that_leads_nowhere(cli: Cli, folder: Path) -> None:
+def test_a_dangling_symlink(cli: Cli, folder: Path) -> None:
     (folder / "gone.pth").symlink_to("nowhere")
     assert "hint" not in cli("params", "gone.pth", code=2).err
 
 
-def test_a_file_that_is_called_otherwise(cli: Cli) -> None:
+def test_the_hint_for_a_misspelt_file_name(cli: Cli) -> None:
     for name in ("gone.pth", "runs/best.pth"):
         cli("save", name, "-m", "Linear(2,3)")
     assert "hint: here is: gone.pth" in cli("params", "gne.pth", code=2).err
     assert f"hint: in runs{os.sep}: best.pth" in cli("params", "runs/bets.pth", code=2).err
 
 
-def test_a_pipe_gets_the_folder_of_the_cache_and_nothing_else(cli: Cli) -> None:
+def test_cache_path_prints_only_the_folder(cli: Cli) -> None:
     assert cli("cache", "path").out == f"{os.environ['MODELCLI_CACHE']}\n"
 
 
-def test_one_of_a_kind_is_no_plural(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_counts_of_one_are_singular(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     cli("cache", "warm", "squeezenet1_1")
     with monkeypatch.context() as patch:
         patch.setattr("modelcli.cli.output.is_terminal", lambda: True)
@@ -160,8 +160,8 @@ def test_one_of_a_kind_is_no_plural(cli: Cli, monkeypatch: pytest.MonkeyPatch) -
 # --- records -------------------------------------------------------------------------------------------------------
 
 
-def test_a_record_is_not_believed_against_the_ties_of_the_file(cli: Cli) -> None:
-    """`_metadata` survives when somebody changes the state dict and saves it again."""
+def test_a_record_that_contradicts_the_ties_of_the_file_is_ignored(cli: Cli) -> None:
+    """`_metadata` is kept when a user changes the state dict and saves it again."""
     cli("save", "tied.pth", "-m", "nets.py:Tied")
     state = torch.load("tied.pth", weights_only=True)
     state["head.weight"] = torch.zeros(11, 4)
@@ -194,8 +194,8 @@ def test_a_record_without_a_forward_pass(cli: Cli) -> None:
 # --- foreign names -------------------------------------------------------------------------------------------------
 
 
-def test_foreign_names_cannot_hide_behind_harmless_ones(cli: Cli, folder: Path) -> None:
-    """All of them are in JSON, the strangest come first in a line, and `--quiet` silences none."""
+def test_suspicious_classes_are_always_listed(cli: Cli, folder: Path) -> None:
+    """JSON lists all of them, a line of text lists the most suspicious first, and `--quiet` hides none."""
     names = [f"torch.nn.Harmless{number}" for number in range(30)] + ["os.system"]
     values = [(f"v{number}", hostile.name(dotted)) for number, dotted in enumerate(names)]
     (folder / "evil.pth").write_bytes(hostile.archive(hostile.state_dict(("w", hostile.tensor()), *values)))
@@ -213,7 +213,7 @@ def test_foreign_names_cannot_hide_behind_harmless_ones(cli: Cli, folder: Path) 
 # --- the cache, and ends of the program ----------------------------------------------------------------------------
 
 
-def test_the_cache_replaces_a_link_and_not_what_it_leads_to(cli: Cli, folder: Path) -> None:
+def test_the_cache_replaces_a_symlink_and_not_its_target(cli: Cli, folder: Path) -> None:
     cli("summary", "squeezenet1_0")
     (entry,) = Path(os.environ["MODELCLI_CACHE"]).rglob("*.blueprint")
     (folder / "precious").write_text("precious")
@@ -236,7 +236,7 @@ def test_a_group_alone_shows_its_help(cli: Cli) -> None:
 
 
 def program(command: str) -> tuple[int, str]:
-    """A shell's line with the real program in it; the exit code of the program, and what it said."""
+    """Run a shell command with the real program. Returns the exit code of the program and its output."""
     text = command.replace("modelcli", f"{sys.executable} -m modelcli")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     ended = subprocess.run(["bash", "-c", text], capture_output=True, text=True, timeout=60, env=environment)
@@ -269,13 +269,13 @@ def test_ends_of_streams(folder: Path, command: str, code: int) -> None:
     assert ("cannot write standard output: No space left on device" in told) == (code == 5)
 
 
-def test_looked_at_from_python(folder: Path) -> None:
+def test_an_archive_without_checksums_in_the_python_api(folder: Path) -> None:
     without_checksums("in.pth", {"fc.w": torch.ones(2)})
     assert modelcli.blueprint("in.pth").totals.params == 2
 
 
 @pytest.mark.filterwarnings("always")
-def test_what_torch_and_a_models_own_code_warn_of_is_a_note(cli: Cli, folder: Path) -> None:
+def test_warnings_of_torch_and_of_a_model_become_notes(cli: Cli, folder: Path) -> None:
     (folder / "noisy.py").write_text(
         "import warnings\n"
         "from torch import nn\n\n"
@@ -296,7 +296,7 @@ def test_what_torch_and_a_models_own_code_warn_of_is_a_note(cli: Cli, folder: Pa
     assert cli("freeze", "1", "-m", "noisy.py:Net", "--json", code=2).error["notes"] == [own]
 
 
-def test_a_narrow_terminal_names_the_columns_it_has_no_room_for(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_note_names_the_columns_left_out_on_a_narrow_terminal(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("modelcli.cli.output.is_terminal", lambda: True)
     monkeypatch.setenv("COLUMNS", "60")
     shown = cli("params", "alexnet")
@@ -321,7 +321,7 @@ def test_deep_paths_are_a_tree_where_they_do_not_fit(cli: Cli, monkeypatch: pyte
     assert "encoder.layers.encoder_layer_[0-11].self_attention" in cli("summary", "vit_b_16").out
 
 
-def test_where_no_pass_was_made_nothing_is_known_to_have_run(cli: Cli) -> None:
+def test_without_a_forward_pass_executed_is_null(cli: Cli) -> None:
     torch.save(nn.Linear(2, 3).state_dict(), "bare.pth")
     for model in ("bare.pth", "Linear(2,3)"):
         layers = cli("summary", model, "--json").json["layers"]

@@ -1,4 +1,4 @@
-"""What is not a plain tensor in a flat dict takes part: in rows, counts, `diff`, `check` and files, or is named."""
+"""Tensors that are not plain entries of a flat dict are shown, counted, compared, checked and written, or named."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = [*QUIET, pytest.mark.filterwarnings("ignore::DeprecationWarning", "
 
 
 def rows_of(cli: Cli, model: str) -> dict[str, Any]:
-    """The rows of `params` by name."""
+    """Return the rows of `params` by name."""
     return {row["name"]: row for row in cli("params", model, "--json").json["tensors"]}
 
 
@@ -28,7 +28,7 @@ def rows_of(cli: Cli, model: str) -> dict[str, Any]:
 
 
 def folder_of_both(path: Path) -> None:
-    """A folder as the Hub has many: the same model in safetensors and in pickles."""
+    """Create a folder like many on the Hub: the same model in safetensors and in pickles."""
     path.mkdir()
     state = {"w": torch.ones(4)}
     safetensors.torch.save_file(state, path / "model-00001-of-00001.safetensors")
@@ -39,7 +39,7 @@ def folder_of_both(path: Path) -> None:
     (path / "config.json").write_text("{}")
 
 
-def test_a_folder_keeps_its_other_checkpoint(cli: Cli, folder: Path) -> None:
+def test_editing_a_folder_keeps_its_checkpoint_in_another_format(cli: Cli, folder: Path) -> None:
     folder_of_both(folder / "both")
     before = {file.name: file.read_bytes() for file in Path("both").iterdir()}
     err = cli("cast", "w", "half", "-m", "both/model.safetensors.index.json", "-o", "both/", "--force").err
@@ -51,7 +51,7 @@ def test_a_folder_keeps_its_other_checkpoint(cli: Cli, folder: Path) -> None:
     assert rows_of(cli, "both/pytorch_model.bin.index.json")["w"]["dtype"] == "float32"
 
 
-def test_what_the_old_index_owned_goes(cli: Cli, folder: Path) -> None:
+def test_the_shards_of_the_old_index_are_removed(cli: Cli, folder: Path) -> None:
     folder_of_both(folder / "both")
     state = {name: torch.ones(4) for name in ("w", "v")}
     torch.save(state, "two.pth")
@@ -66,7 +66,7 @@ def test_what_the_old_index_owned_goes(cli: Cli, folder: Path) -> None:
 # --- texts beside tensors ------------------------------------------------------------------------------------------
 
 
-def test_a_text_that_is_the_name_of_a_tensor_is_a_text(cli: Cli, folder: Path) -> None:
+def test_a_metadata_text_that_equals_a_tensor_name_stays_a_text(cli: Cli, folder: Path) -> None:
     state = {"clip_l": torch.ones(2), "net.b": torch.ones(1)}
     texts = {"target": "clip_l", "ss_base.model": "net.b", "format": "pt"}
     safetensors.torch.save_file(state, "m.safetensors", metadata=texts)
@@ -77,7 +77,7 @@ def test_a_text_that_is_the_name_of_a_tensor_is_a_text(cli: Cli, folder: Path) -
         assert reader.metadata().items() >= texts.items()
 
 
-def test_names_that_save_model_writes_are_names(cli: Cli, folder: Path) -> None:
+def test_alias_names_written_by_save_model_are_ties(cli: Cli, folder: Path) -> None:
     model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
     model["b"].weight = model["a"].weight
     safetensors.torch.save_model(model, "m.safetensors")
@@ -97,7 +97,7 @@ def test_a_record_knows_which_names_are_tied(cli: Cli, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["quantized", "sparse"])
-def test_a_large_one_is_compared(cli: Cli, folder: Path, kind: str) -> None:
+def test_large_tensors_that_are_not_plain_views_are_compared(cli: Cli, folder: Path, kind: str) -> None:
     values = torch.rand(1500, 2000)
     if kind == "quantized":
         one, other = (torch.quantize_per_tensor(v, 0.1, 0, torch.qint8) for v in (values, values + 1))
@@ -144,7 +144,7 @@ def slices() -> dict[str, torch.Tensor]:
     return {
         "a": buffer[:10],
         "b": buffer[20:30],
-        "c": buffer[25:40],  # shows some of what b shows
+        "c": buffer[25:40],  # overlaps b
         "again": buffer[20:30],
         "row": wide[3],
         "column": wide[:, 7],
@@ -155,7 +155,7 @@ def slices() -> dict[str, torch.Tensor]:
     }
 
 
-def test_slices_are_told_of_and_written_compactly(cli: Cli, folder: Path) -> None:
+def test_slices_are_noted_and_written_compactly(cli: Cli, folder: Path) -> None:
     state = slices()
     torch.save(state, "m.pth")
     err = cli("save", "large.pth", "-m", "m.pth").err
@@ -178,7 +178,7 @@ def test_slices_are_told_of_and_written_compactly(cli: Cli, folder: Path) -> Non
         assert found["a"].untyped_storage().data_ptr() != found["b"].untyped_storage().data_ptr()
 
 
-def test_a_plain_file_says_nothing_of_slices(cli: Cli, folder: Path) -> None:
+def test_a_file_without_slices_has_no_note_about_them(cli: Cli, folder: Path) -> None:
     torch.save(nn.LSTM(4, 4).state_dict(), "m.pth")
     assert cli("save", "o.pth", "-m", "m.pth").err == ""
 
@@ -214,12 +214,12 @@ def test_an_empty_extra_state_does_not_block_safetensors(cli: Cli, folder: Path,
 
 
 @pytest.mark.parametrize("value", [{"a": 1}, [0], "x", 0])
-def test_one_that_says_something_does(cli: Cli, folder: Path, value: Any) -> None:
+def test_an_extra_state_with_content_blocks_safetensors(cli: Cli, folder: Path, value: Any) -> None:
     torch.save({"w": torch.ones(2), "layer._extra_state": value}, "m.pth")
     assert "layer._extra_state is not a tensor" in cli("save", "m.safetensors", "-m", "m.pth", code=2).err
 
 
-def test_a_model_with_an_empty_one_comes_back_from_safetensors(cli: Cli, folder: Path) -> None:
+def test_a_model_with_an_empty_extra_state_loads_from_safetensors(cli: Cli, folder: Path) -> None:
     (folder / "own.py").write_text(EXTRA, encoding="utf-8")
     cli("save", "m.safetensors", "-m", "own.py:Net")
     assert cli("load", "m.safetensors", "--trust", "--dry-run", "--json").json["missing"] == []
@@ -227,7 +227,7 @@ def test_a_model_with_an_empty_one_comes_back_from_safetensors(cli: Cli, folder:
     assert model.state_dict()["layer.weight"].equal(safetensors.torch.load_file("m.safetensors")["layer.weight"])
 
 
-def test_a_device_in_it_is_kept(cli: Cli, folder: Path) -> None:
+def test_a_device_in_an_extra_state_is_kept(cli: Cli, folder: Path) -> None:
     (folder / "own.py").write_text(EXTRA, encoding="utf-8")
     cli("save", "m.pth", "-m", "own.py:Devices")
     wanted = {"device": torch.device("cuda:1"), "layout": torch.strided, "dtype": torch.float16}
@@ -276,7 +276,7 @@ def feature_extractor() -> nn.Module:
 
 @pytest.mark.parametrize("make", [feature_extractor, Slotted, lambda: torch.fx.symbolic_trace(nn.Linear(2, 2))])
 @pytest.mark.parametrize("is_root", [False, True])
-def test_all_tensors_of_a_pickled_module_are_there(cli: Cli, folder: Path, make: Any, is_root: bool) -> None:
+def test_all_tensors_of_a_pickled_module_are_found(cli: Cli, folder: Path, make: Any, is_root: bool) -> None:
     module = make() if is_root else nn.Sequential(nn.Linear(5, 43), make())
     torch.save(module, "whole.pth")
     document = cli("params", "whole.pth", "--json").json
@@ -299,7 +299,7 @@ def test_all_tensors_of_a_pickled_module_are_there(cli: Cli, folder: Path, make:
         (lambda: nn.LazyLinear(3), "1.weight (UninitializedParameter)"),
     ],
 )
-def test_a_child_that_cannot_be_understood_is_named(cli: Cli, folder: Path, make: Any, named: str) -> None:
+def test_a_child_that_cannot_be_read_is_named(cli: Cli, folder: Path, make: Any, named: str) -> None:
     torch.save(nn.Sequential(nn.Linear(5, 43), make()), "whole.pth")
     for command in (["summary", "whole.pth"], ["check", "whole.pth", "--max-params", "1M"]):
         assert f"modelcli cannot read {named}" in cli(*command, code=3).err
@@ -320,7 +320,7 @@ def pruned() -> nn.Module:
 
 
 @pytest.mark.parametrize("make", [spectral, pruned, lambda: nn.BatchNorm1d(3)])
-def test_the_tables_say_what_is_a_buffer(cli: Cli, folder: Path, make: Any) -> None:
+def test_buffers_of_a_pickled_module_are_found_by_its_own_tables(cli: Cli, folder: Path, make: Any) -> None:
     module = nn.Sequential(make())
     torch.save(module, "whole.pth")
     rows = rows_of(cli, "whole.pth")
@@ -331,7 +331,7 @@ def test_the_tables_say_what_is_a_buffer(cli: Cli, folder: Path, make: Any) -> N
     assert totals["params"] == sum(p.numel() for p in module.parameters())
 
 
-def test_tensors_outside_the_tables_are_named(cli: Cli, folder: Path) -> None:
+def test_tensors_outside_a_modules_tables_are_named(cli: Cli, folder: Path) -> None:
     module = nn.Sequential(nn.Linear(2, 2))
     module[0].cache = [torch.ones(3)]
     torch.save(module, "whole.pth")
@@ -358,7 +358,9 @@ net = Net()
 
 @pytest.mark.parametrize("model", ["own.py:net", "own.py:Net"])
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-def test_marked_buffers_are_written_as_they_are_read(cli: Cli, folder: Path, model: str, suffix: str) -> None:
+def test_conjugated_and_negated_buffers_are_written_as_they_were(
+    cli: Cli, folder: Path, model: str, suffix: str
+) -> None:
     (folder / "own.py").write_text(MARKED, encoding="utf-8")
     names: dict[str, Any] = {}
     exec(MARKED, names)
@@ -380,7 +382,7 @@ def test_marked_buffers_are_written_as_they_are_read(cli: Cli, folder: Path, mod
         assert [(change["name"], change["max_abs_diff"]) for change in changes] == [("neg", 10.0)]
 
 
-def test_their_values_are_shown_and_cast(cli: Cli, folder: Path) -> None:
+def test_values_of_conjugated_and_negated_buffers_are_shown_and_cast(cli: Cli, folder: Path) -> None:
     (folder / "own.py").write_text(MARKED, encoding="utf-8")
     document = cli("params", "own.py:net", "--values", "-s", "neg", "--json").json
     assert document["tensors"][0]["values"] == [-2.0, -5.0]
@@ -396,7 +398,7 @@ def test_their_values_are_shown_and_cast(cli: Cli, folder: Path) -> None:
 
 
 def deepspeed(home: Path, stage: int) -> None:
-    """The files of one rank as DeepSpeed 0.14 lays them out."""
+    """Create the files of one rank as DeepSpeed 0.14 writes them."""
     step = home / "global_step5"
     step.mkdir(parents=True)
     layers = {f"l{i}.weight": torch.empty(0) if stage == 3 else torch.ones(3, 3) for i in range(16)}
@@ -418,7 +420,7 @@ def deepspeed(home: Path, stage: int) -> None:
     (home / "zero_to_fp32.py").write_text("")
 
 
-def test_zero_3_is_named_with_what_to_run(cli: Cli, folder: Path) -> None:
+def test_the_error_for_zero_3_says_what_to_run(cli: Cli, folder: Path) -> None:
     deepspeed(folder / "run", 3)
     states = "run/global_step5/zero_pp_rank_0_mp_rank_00_model_states.pt"
     for command in (["summary", states], ["save", "out.pth", "-m", states], ["params", states, "--key", "module"]):
@@ -434,18 +436,18 @@ def test_zero_3_is_named_with_what_to_run(cli: Cli, folder: Path) -> None:
         assert "python run/zero_to_fp32.py run OUT" in err
 
 
-def test_zero_2_is_read_by_its_model_states(cli: Cli, folder: Path) -> None:
+def test_a_zero_2_checkpoint_is_read_from_its_model_states(cli: Cli, folder: Path) -> None:
     deepspeed(folder / "run", 2)
     err = cli("summary", "run/", code=2).err
     assert "run/global_step5/mp_rank_00_model_states.pt holds the weights" in err
     assert len(rows_of(cli, "run/global_step5/mp_rank_00_model_states.pt")) == 16
 
 
-# --- entries that are no tensors -----------------------------------------------------------------------------------
+# --- entries that are not tensors ----------------------------------------------------------------------------------
 
 
 def packed(value: float, bias: float = 1.0) -> nn.Module:
-    """A dynamically quantized layer: its state dict has its weights in a tuple."""
+    """Return a dynamically quantized layer, whose state dict has its weights in a tuple."""
     model = nn.Sequential(nn.Linear(3, 4))
     with torch.no_grad():
         model[0].weight.fill_(value)
@@ -462,7 +464,7 @@ def test_packed_weights_have_rows_and_are_counted(cli: Cli, folder: Path) -> Non
     rows = {row["name"]: row for row in document["tensors"]}
     assert (rows[WEIGHT]["shape"], rows[WEIGHT]["dtype"]) == ([4, 3], "qint8")
     assert (rows[BIAS]["shape"], rows[BIAS]["dtype"]) == ([4], "float32")
-    assert document["totals"]["params"] == 16  # what the layer had before
+    assert document["totals"]["params"] == 16  # as many as before quantization
     cli("save", "out.pth", "-m", "m.pth")
     assert rows_of(cli, "out.pth").keys() == rows.keys()
     assert [row["name"] for row in cli("params", "m.pth", "-s", WEIGHT, "--json").json["tensors"]] == [WEIGHT]
@@ -482,7 +484,7 @@ def test_packed_weights_are_compared(cli: Cli, folder: Path, other: tuple[float,
     cli("diff", "a.pth", "b.pth", "--except", "**._packed_params*")
 
 
-def test_packed_weights_are_looked_at_for_nan(cli: Cli, folder: Path) -> None:
+def test_packed_weights_are_checked_for_nan(cli: Cli, folder: Path) -> None:
     torch.save(packed(1.0, float("nan")).state_dict(), "m.pth")
     assert f"{BIAS}: 4 NaN" in cli("check", "m.pth", "--finite", code=1).out
 
@@ -503,7 +505,7 @@ EXTRAS = [
 
 
 @pytest.mark.parametrize(("one", "other"), EXTRAS)
-def test_entries_that_are_no_tensors_are_compared(cli: Cli, folder: Path, one: Any, other: Any) -> None:
+def test_entries_that_are_not_tensors_are_compared(cli: Cli, folder: Path, one: Any, other: Any) -> None:
     for file, value in (("a", one), ("same", one), ("b", other)):
         torch.save({"w": torch.ones(2), "layer._extra_state": value}, f"{file}.pth")
     torch.save({"w": torch.ones(2)}, "without.pth")
@@ -520,20 +522,20 @@ def test_entries_that_are_no_tensors_are_compared(cli: Cli, folder: Path, one: A
     cli("diff", "a.pth", "b.pth", "-s", "w")
 
 
-def test_the_order_of_keys_says_nothing(cli: Cli, folder: Path) -> None:
+def test_the_order_of_keys_is_not_a_difference(cli: Cli, folder: Path) -> None:
     for file, keys in (("a", "xy"), ("b", "yx")):
         torch.save({"w": torch.ones(1), "_extra_state": {key: ord(key) for key in keys}}, f"{file}.pth")
     cli("diff", "a.pth", "b.pth")
 
 
 class Foreign:
-    """An object of a class that no reader knows, with a tensor in it."""
+    """An object of an unknown class with a tensor in it."""
 
     def __init__(self, value: float) -> None:
         self.tensor = torch.full((3,), value)
 
 
-def test_what_cannot_be_looked_at_never_passes(cli: Cli, folder: Path) -> None:
+def test_a_check_fails_on_objects_that_cannot_be_read(cli: Cli, folder: Path) -> None:
     for file, value in (("a", 1.0), ("b", float("nan"))):
         torch.save({"w": torch.ones(1), "layer.scale": Foreign(value)}, f"{file}.pth")
     assert "layer.scale" in cli("params", "a.pth").err
@@ -586,7 +588,7 @@ def test_quantized_modules_of_a_live_model_are_counted(
 
 
 class Int8Tensor(torch.Tensor):
-    """What torchao's classes are: a tensor without values that wraps others."""
+    """A tensor like those of torchao: it has no values of its own and wraps other tensors."""
 
     @staticmethod
     def __new__(cls: Any, qdata: torch.Tensor, scale: torch.Tensor, block: Any) -> Any:
@@ -638,12 +640,12 @@ def test_wrapped_tensors_are_compared(cli: Cli, folder: Path, other: dict[str, A
     assert {change["name"] for change in changes} == {"0.weight", "2.weight"}
 
 
-def test_their_scales_are_looked_at_for_nan(cli: Cli, folder: Path) -> None:
+def test_the_scales_of_wrapped_tensors_are_checked_for_nan(cli: Cli, folder: Path) -> None:
     torch.save(wrapped(scale=float("nan")), "m.pth")
     assert "0.weight: 32 NaN" in cli("check", "m.pth", "--finite", code=1).out
 
 
-def test_wrapped_tensors_of_a_live_model_are_not_written_as_something_else(cli: Cli, folder: Path) -> None:
+def test_wrapped_tensors_of_a_live_model_are_an_error(cli: Cli, folder: Path) -> None:
     lines = ["import torch", "from torch import nn", "from tests.commands.test_nothing_drops_out import wrapped"]
     lines += ["net = nn.Linear(64, 32)", "net.weight = nn.Parameter(wrapped()['0.weight'], requires_grad=False)"]
     (folder / "own.py").write_text("\n".join(lines), encoding="utf-8")
@@ -653,8 +655,8 @@ def test_wrapped_tensors_of_a_live_model_are_not_written_as_something_else(cli: 
 
 
 @pytest.mark.parametrize("is_named", [False, True])
-def test_entries_of_shards_that_are_no_tensors(cli: Cli, folder: Path, is_named: bool) -> None:
-    """transformers names every entry in the index; others name tensors alone."""
+def test_entries_of_shards_that_are_not_tensors(cli: Cli, folder: Path, is_named: bool) -> None:
+    """transformers names every entry in the index. Other libraries name only tensors."""
     file = "pytorch_model-00001-of-00001.bin"
     for name, value in (("a", 1), ("b", 2)):
         Path(name).mkdir()

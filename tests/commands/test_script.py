@@ -1,4 +1,4 @@
-"""script: what it prints is run, and saves the tensors that modelcli saves."""
+"""`script`: the printed script runs, and saves the same tensors as modelcli."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from modelcli.live.script.step import Step
 from tests import nets
 from tests.conftest import Cli
 
-#: Modules of the user's own that tests write: a script finds its own.
+#: Python modules that tests write. They are forgotten before a script runs, so that it imports its own.
 OWN = ("nets", "own", "models", "init")
 
 
 def run(text: str) -> dict[str, Any]:
-    """Run a script here, as a fresh interpreter would: no module of ours is in reach, the generator is anywhere."""
-    builders.torchvision()  # for a torchvision that torch itself does not match
+    """Run a script in this process as in a new one: without imported user modules, with an unseeded generator."""
+    builders.torchvision()  # for a torchvision that was built for another torch
     kept, hidden = list(sys.path), {name: sys.modules.pop(name) for name in OWN if name in sys.modules}
     ours = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "modelcli"}
     sys.modules.update(dict.fromkeys(ours))  # type: ignore[arg-type]
     found: dict[str, Any] = {}
-    importlib.invalidate_caches()  # another test's current folder may be remembered
+    importlib.invalidate_caches()  # Python may have cached the contents of another test's folder
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(99)
@@ -76,7 +76,7 @@ def shared(state: dict[str, Any]) -> set[frozenset[str]]:
 
 
 def both(cli: Cli, *words: str, suffix: str = "pth") -> str:
-    """Save with modelcli and with the script, compare, ties included, and give the script."""
+    """Save with modelcli and with the script, and compare the files, ties included. Returns the script."""
     result = cli("script", *words, "-o", f"theirs.{suffix}")
     Path(f"ours.{suffix}").unlink(missing_ok=True)
     if "-e" in words:
@@ -132,7 +132,7 @@ torch.save(model.state_dict(), "head10.pth")
         ("sub/own.py:Own", "model = Own()"),
     ],
 )
-def test_references(cli: Cli, folder: Path, model: str, statement: str) -> None:
+def test_the_statement_for_each_kind_of_reference(cli: Cli, folder: Path, model: str, statement: str) -> None:
     (folder / "odd-name.py").write_text(
         "from torch import nn\nclass Holder:\n    @staticmethod\n    def build():\n        return nn.Linear(2, 2)\n"
     )
@@ -159,7 +159,7 @@ class {name}(Module):
 @pytest.mark.parametrize(
     "name", ["init", "nn", "models", "ops", "torch", "sys", "model", "state", "name", "save_file", "list", "os"]
 )
-def test_a_class_that_is_called_as_something_of_the_script_is(cli: Cli, folder: Path, name: str) -> None:
+def test_a_class_with_a_name_that_the_script_uses(cli: Cli, folder: Path, name: str) -> None:
     """The script imports it under another name."""
     (folder / "own.py").write_text(CLASS.format(name=name))
     lines = ["-e", "replace fc Linear(2,3)", "-e", "init fc normal", "-e", "add more Permute([0,1])"]
@@ -170,15 +170,15 @@ def test_a_class_that_is_called_as_something_of_the_script_is(cli: Cli, folder: 
 
 
 @pytest.mark.parametrize("file", ["init", "models", "torch", "random", "sys", "numpy"])
-def test_a_file_that_is_called_as_a_module_of_the_script_is(cli: Cli, folder: Path, file: str) -> None:
-    """Of its own the script imports only what an import finds; other files it runs."""
+def test_a_file_with_the_name_of_a_module_that_the_script_imports(cli: Cli, folder: Path, file: str) -> None:
+    """The script imports a file if Python's import finds it by its name; it runs other files."""
     (folder / "own").mkdir()
     (folder / "own" / f"{file}.py").write_text(CLASS.format(name=file))
     lines = ["-e", "init fc normal", "-e", "add more Permute([0,1])"]
     both(cli, "-m", f"own/{file}.py:{file}", *lines, suffix="safetensors")
 
 
-def test_modules_that_are_called_as_something_of_the_script_is(cli: Cli, folder: Path) -> None:
+def test_modules_with_names_that_the_script_uses(cli: Cli, folder: Path) -> None:
     for name in ("models", "init"):
         (folder / f"{name}.py").write_text(CLASS.format(name="Own"))
     lines = ["-e", "replace 1 init:Own", "-e", "init 0 normal", "-e", "append . models:Own"]
@@ -187,8 +187,8 @@ def test_modules_that_are_called_as_something_of_the_script_is(cli: Cli, folder:
     assert "model.append(own_models.Own())" in out.splitlines()
 
 
-def test_what_a_file_draws_does_not_shift_the_numbers(cli: Cli, folder: Path) -> None:
-    """It is loaded before the seed is set, however it is called."""
+def test_random_values_drawn_by_an_imported_file_do_not_change_the_result(cli: Cli, folder: Path) -> None:
+    """The file is loaded before the script sets the seed, whatever its name is."""
     for name in ("own.py", "own-nets.py", "random.py"):
         (folder / name).write_text(CLASS.format(name="Own") + "\nrandn(5)\n")
         both(cli, "-m", f"./{name}:Own", "-e", "replace fc Linear(2,3)")
@@ -211,7 +211,7 @@ def test_weights_of_torchvision(cli: Cli) -> None:
     assert "manual_seed" not in out
 
 
-def test_an_instance_has_the_numbers_of_its_file(cli: Cli) -> None:
+def test_an_instance_has_the_values_of_its_file(cli: Cli) -> None:
     result = cli("script", "-m", "nets.py:instance", "-e", "freeze .")
     assert "model = instance" in result.out
     assert "gets its values when its file runs" in result.err
@@ -229,7 +229,7 @@ def test_a_checkpoint_with_an_architecture(cli: Cli) -> None:
     torch.save(nn.DataParallel(trained()).state_dict(), "parallel.pth")
     out = both(cli, "-m", "parallel.pth", "--arch", "nets.py:Net", "-e", "replace conv2 Conv2d(_,7,1)")
     assert 'state = {key.removeprefix("module."): value for key, value in state.items()}' in out
-    assert "torch.manual_seed(0)" not in out  # the file brings all the numbers
+    assert "torch.manual_seed(0)" not in out  # all values come from the file
 
 
 def test_weights_from_a_file(cli: Cli) -> None:
@@ -239,14 +239,14 @@ def test_weights_from_a_file(cli: Cli) -> None:
     )
 
 
-def test_a_file_in_half_precision_stays_so(cli: Cli) -> None:
+def test_a_file_in_half_precision_keeps_its_dtype(cli: Cli) -> None:
     torch.save(trained().half().state_dict(), "half.pth")
     out = both(cli, "-m", "half.pth", "--arch", "nets.py:Net", "-e", "replace conv2 Conv2d(_,7,1)")
     assert "model.load_state_dict(state, assign=True)" in out
     assert "nn.Conv2d(3, 7, 1).to(torch.float16)" in out
 
 
-def test_what_the_file_lacks_is_drawn(cli: Cli, folder: Path) -> None:
+def test_values_that_the_file_lacks_are_drawn(cli: Cli, folder: Path) -> None:
     state = trained().state_dict()
     del state["conv2.weight"]
     torch.save(state, "part.pth")
@@ -267,11 +267,11 @@ def test_a_training_checkpoint(cli: Cli) -> None:
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 def test_a_file_that_modelcli_wrote(cli: Cli, suffix: str) -> None:
-    """What was done before stands in the script, and the flags are those of the file."""
+    """The script contains the edits of the record, and requires_grad is that of the file."""
     lines = ["-e", "replace 2 Linear(_,5)", "-e", "freeze 0.weight", "-e", "replace 1 GELU", "-e", "init 2 normal"]
     cli("apply", *lines, "-m", "Sequential(Linear(4,4),ReLU(),Linear(4,2))", "-o", f"first.{suffix}", "--seed", "2")
     out = both(cli, "-m", f"first.{suffix}", "-e", "replace 2 Linear(_,7)", suffix=suffix)
-    assert "init." not in out  # the numbers are those of the file
+    assert "init." not in out  # the values are those of the file
     found = run(out)["model"]
     assert isinstance(found[1], nn.GELU)
     assert [name for name, p in found.named_parameters() if not p.requires_grad] == ["0.weight"]
@@ -414,7 +414,7 @@ class Own(nn.Module):
     ],
 )
 def test_classes_with_methods_of_their_own(cli: Cli, folder: Path, lines: list[str]) -> None:
-    """What torch's method would do is written in another way where a class has its own."""
+    """If a class overrides a method of torch, the script does without that method."""
     (folder / "own.py").write_text(HEADSTRONG)
     both(cli, "-m", "own.py:Own", *(word for line in lines for word in ("-e", line)))
 
@@ -427,7 +427,7 @@ def test_the_working_recipe(cli: Cli) -> None:
     both(cli, "-e", "replace conv2 Conv2d(_,9,1)")
 
 
-def test_a_mode_and_a_dtype_are_those_of_what_was_there(cli: Cli, folder: Path) -> None:
+def test_a_new_module_has_the_mode_and_dtype_of_the_old_one(cli: Cli, folder: Path) -> None:
     (folder / "own.py").write_text(
         "import torch\nfrom torch import nn\n"
         "def build():\n    return nn.Sequential(nn.Linear(2, 2), nn.Dropout()).to(torch.bfloat16).eval()\n"
@@ -463,7 +463,7 @@ class Tied(nn.Module):
     ],
 )  # fmt: skip
 def test_a_cast_keeps_ties(cli: Cli, folder: Path, line: str) -> None:
-    """Buffers of several modules, tied parameters, views of one storage: as they were before."""
+    """Shared buffers, tied parameters and views of one storage stay shared, tied and views."""
     (folder / "own.py").write_text(TIED)
     both(cli, "-m", "own.py:Tied", "-e", line)
     assert len(shared(tensors("theirs.pth"))) == 4
@@ -479,7 +479,7 @@ def test_a_cast_of_one_tensor_alone_is_one_statement(cli: Cli, folder: Path) -> 
     assert "cast_views" not in out
 
 
-# Each pair of lines does one thing: the edit, and the statements of plain PyTorch that stand in the documentation.
+# Each pair is an edit and the statement of plain PyTorch that its documentation shows.
 def plain() -> nn.Module:
     torch.manual_seed(0)
     model = nn.Module()
@@ -583,7 +583,7 @@ def _execute(lines: list[str], model: nn.Module) -> None:
     ],
 )
 @pytest.mark.parametrize("source", ["bare.pth", "training.pth", "bare.safetensors"])
-def test_keys(cli: Cli, source: str, lines: list[str], statement: str) -> None:
+def test_edits_of_keys(cli: Cli, source: str, lines: list[str], statement: str) -> None:
     from safetensors.torch import save_file
 
     state = nn.DataParallel(trained()).state_dict()
@@ -633,7 +633,7 @@ def test_a_cast_keeps_ties_of_keys(cli: Cli) -> None:
     ],
 )  # fmt: skip
 def test_keys_keep_their_order(cli: Cli, line: str, names: str) -> None:
-    """New tensors stand where the old ones were, others behind those of the same module."""
+    """New tensors take the positions of those that they replace; others follow the tensors of their module."""
     before = "a.w s.0.weight s.0.bias s.1.weight s.1.bias s.2.weight s.2.bias z.weight"
     torch.save({name: torch.ones(2) for name in before.split()}, "bare.pth")
     both(cli, "-m", "bare.pth", "-e", line)
@@ -653,24 +653,24 @@ def test_keys_keep_their_order(cli: Cli, line: str, names: str) -> None:
     ],
 )
 def test_keys_in_an_order_of_their_own(cli: Cli, lines: list[str]) -> None:
-    """Names that do not stand by their modules, one of them another's."""
+    """The keys of a module are not together in this file."""
     state = {name: torch.ones(2) for name in ("b.weight", "a.weight", "b.bias", "c.weight", "a.bias", "last")}
     state["tied"] = state["a.weight"].detach()
     torch.save(state, "bare.pth")
     both(cli, "-m", "bare.pth", *(word for line in lines for word in ("-e", line)))
 
 
-def test_many_keys_go_by_their_prefix(cli: Cli) -> None:
+def test_many_keys_are_edited_by_their_prefix(cli: Cli) -> None:
     torch.save({f"{name}.{number}.weight": torch.ones(2) for name in "ab" for number in range(9)}, "bare.pth")
     out = both(cli, "-m", "bare.pth", "-e", "remove a")
     assert 'state = {key: value for key, value in state.items() if not key.startswith("a.")}' in out
 
 
-# --- what cannot be said -------------------------------------------------------------------------------------------
+# --- what has no statements----------------------------------------------------------------------------------------
 
 
-def test_what_plain_pytorch_cannot_load(cli: Cli) -> None:
-    """The script stops there: what it would save is something else."""
+def test_a_file_that_plain_pytorch_cannot_load(cli: Cli) -> None:
+    """The script stops there, because it would save something else."""
     torch.save(nets.Net(), "pickled.pth")
     result = cli("script", "-m", "pickled.pth", "--tensors-only", "-e", "freeze .")
     assert "note: the script stops at 'read pickled.pth'" in result.err
@@ -679,7 +679,7 @@ def test_what_plain_pytorch_cannot_load(cli: Cli) -> None:
         run(result.out)
 
 
-def test_what_has_no_statements() -> None:
+def test_edits_that_plain_statements_cannot_express() -> None:
     with pytest.raises(InexpressibleError, match="is no sequence"):
         _statements("insert heads.left ReLU", plain(), plain(), None)
     model = plain()
@@ -696,7 +696,7 @@ def test_an_edit_that_is_wrong_is_an_error(cli: Cli) -> None:
 
 
 def test_no_name_becomes_a_statement(cli: Cli) -> None:
-    """Names, paths and lines go in as literals and as comments of one line."""
+    """Names, paths and lines become literals, and comments on one line."""
     name = "x'\"\nimport os; os.mkdir('made')\n#"
     torch.save({f"{name}.weight": torch.ones(2), "b.weight": torch.ones(2)}, "it's.pth")
     words = ["-m", "it's.pth", "-e", f'rename b.weight "{name[:1]}\nimport os; os.mkdir(1)"']
@@ -707,7 +707,7 @@ def test_no_name_becomes_a_statement(cli: Cli) -> None:
     assert 'torch.load("it\'s.pth"' in out
 
 
-def test_places_in_a_model() -> None:
+def test_expressions_for_modules() -> None:
     model = nn.Module()
     model.seq = nn.Sequential(nn.ReLU(), nn.Sequential())
     model.seq.add_module("named", nn.Sequential(nn.ReLU()))
@@ -727,7 +727,7 @@ def test_as_json_and_as_a_file(cli: Cli) -> None:
 
 
 @pytest.mark.parametrize("model", ["nets.py:Net", "Sequential(Linear(3,4),ReLU(),Linear(4,2))"])
-def test_in_a_process_of_its_own(cli: Cli, folder: Path, model: str) -> None:
+def test_the_script_in_a_process_of_its_own(cli: Cli, folder: Path, model: str) -> None:
     last = "conv2" if "Net" in model else "2"
     new = "Conv2d(_,7,1)" if "Net" in model else "Linear(_,7)"
     words = ["-m", model, "-e", f"replace {last} {new}", "-e", "freeze ."]
@@ -753,7 +753,7 @@ def test_a_folder_of_shards_has_no_statement(cli: Cli) -> None:
         ("missing.safetensors", "missing.safetensors"), ("Linear(2, 3)", "'Linear(2, 3)'"), ("shards", "shards"),
     ],
 )  # fmt: skip
-def test_a_model_in_the_place_of_the_recipe(cli: Cli, command: str, model: str, quoted: str) -> None:
+def test_the_hint_for_a_model_in_place_of_the_recipe(cli: Cli, command: str, model: str, quoted: str) -> None:
     torch.save(trained().state_dict(), "best.pth")
     Path("shards").mkdir()
     error = cli(command, model, "--json", code=2).error
@@ -767,7 +767,7 @@ def test_a_recipe_may_be_called_anything(cli: Cli) -> None:
         assert "model.bn.requires_grad_(False)" in cli("script", name).out
 
 
-def test_a_model_that_would_not_run_is_told(cli: Cli) -> None:
+def test_a_note_says_that_the_edited_model_does_not_fit(cli: Cli) -> None:
     told = cli("script", "-e", "replace classifier.6 Linear(4095,10)", "-m", "alexnet").err
     told = " ".join(told.split())
     assert "the edited model does not fit, and modelcli itself would not write it: -e 1: 'replace classifier.6" in told

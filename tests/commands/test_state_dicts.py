@@ -1,4 +1,4 @@
-"""Files that do not say their architecture: every command on their keys, without torch."""
+"""Every command on the keys of files that do not record their architecture, without torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from tests.conftest import Cli
 
-#: Runs a command line in a new process, and prints which of these modules were imported for it.
+#: A program that runs a command line and prints which of these packages it imported.
 RUN = """
 import sys
 from modelcli.cli import main
@@ -32,7 +32,7 @@ def network() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A state dict in three formats, one in a training checkpoint, and one with what NumPy does not hold."""
+    """A state dict in three formats, one in a training checkpoint, and one with tensors that NumPy does not support."""
     folder = tmp_path_factory.mktemp("files")
     state = network().state_dict()
     torch.save(state, folder / "plain.pth")
@@ -47,7 +47,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def imported(folder: Path, *words: str) -> str:
-    """The libraries that a command line imports, which has to succeed."""
+    """Run a command line, which must succeed, in a new process. Returns the libraries that it imports."""
     run = subprocess.run(
         [sys.executable, "-c", RUN, *words], cwd=folder, capture_output=True, text=True, timeout=300, check=False
     )
@@ -107,7 +107,7 @@ def test_a_recipe_of_a_file_imports_no_torch(files: Path, tmp_path: Path) -> Non
     }
 
 
-def test_an_edit_that_makes_values_imports_torch_alone(files: Path, tmp_path: Path) -> None:
+def test_an_edit_with_new_values_imports_only_torch(files: Path, tmp_path: Path) -> None:
     assert imported(files, "init", "0", "ones", "-m", "plain.pth", "-o", f"{tmp_path}/out.pth") == "torch"
     words = ("replace", "2.1", "Linear(_,3)", "-m", "plain.pth", "-o", f"{tmp_path}/head.pth")
     assert "torch" in imported(files, *words)
@@ -133,8 +133,8 @@ def test_values_after_edits_of_a_recipe(cli: Cli, files: Path) -> None:
     assert rows["first.weight"]["values"] == expected.tolist()
 
 
-def test_modules_that_are_called_as_methods_are(cli: Cli) -> None:
-    """`half` and `train` are methods of every module, and names of modules in some files."""
+def test_modules_with_the_names_of_methods(cli: Cli) -> None:
+    """`half` and `train` are methods of every nn.Module, and names of modules in some files."""
     torch.save({"half.weight": torch.zeros(3), "train.weight": torch.zeros(2)}, "bare.pth")
     cli("init", "half", "ones", "-m", "bare.pth", "-o", "out.pth")
     assert torch.equal(torch.load("out.pth", weights_only=True)["half.weight"], torch.ones(3))
@@ -148,7 +148,7 @@ def test_a_part_of_an_entry_is_not_removed_alone(cli: Cli) -> None:
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_names_that_describe_far_more_modules_than_their_size_allows_are_refused(cli: Cli, suffix: str) -> None:
-    """20,000 keys of 20 levels each name 400,000 modules: no command makes them."""
+    """20,000 keys with 20 components each name 400,000 modules, which no command creates."""
     state = {f"{number}{'.a' * 20}": torch.zeros(1) for number in range(20_000)}
     if suffix == ".pth":
         torch.save(dict.fromkeys(state, torch.zeros(1)), "deep.pth")
@@ -159,8 +159,8 @@ def test_names_that_describe_far_more_modules_than_their_size_allows_are_refused
         assert "describes a model that is too large for that size" in result.err
 
 
-def test_many_keys_take_time_in_proportion(cli: Cli) -> None:
-    """No edit looks at all keys for each of them: four times the keys take no more than eight times as long."""
+def test_time_for_many_keys_is_proportional_to_their_number(cli: Cli) -> None:
+    """No edit takes quadratic time: four times as many keys take at most eight times as long."""
     import time
 
     from safetensors.torch import save_file

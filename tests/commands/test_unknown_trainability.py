@@ -1,4 +1,4 @@
-"""Where nothing says whether a parameter is trained, that is a value of its own: None, `null`, `-`."""
+"""If it is unknown whether a parameter is trainable, the value is None, `null` or `-`."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ PARAMS = 4 * 3 + 4 + 4 + 4 + 2 * 4 + 2
 
 @pytest.fixture
 def _old(folder: Path) -> None:
-    """What a training script saves of a model whose first layer was frozen: the state dict says nothing of that."""
+    """Save a model with a frozen first layer as a training script does, so that requires_grad is not stored."""
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     model[0].requires_grad_(False)
     torch.save(model.state_dict(), "old.pth")
     torch.save({"epoch": 3, "state_dict": model.state_dict()}, "train.ckpt")
     save_file(model.state_dict(), "old.safetensors")
-    torch.save(dict(model.named_parameters()), "parameters.pth")  # these are Parameters, and have their flags
+    torch.save(dict(model.named_parameters()), "parameters.pth")  # Parameter objects store requires_grad
 
 
 def flags(cli: Cli, name: str) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def test_summary_params_and_modules_say_null(cli: Cli, name: str) -> None:
 
 
 @pytest.mark.usefixtures("_old")
-def test_tables_say_a_dash(cli: Cli) -> None:
+def test_tables_show_a_dash(cli: Cli) -> None:
     lines = cli("summary", "old.pth").out.splitlines()
     assert [line.split()[-2] for line in lines[1:5]] == ["-"] * 4
     footer = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
@@ -58,7 +58,7 @@ def test_tables_say_a_dash(cli: Cli) -> None:
 
 
 @pytest.mark.usefixtures("_old")
-def test_parameters_that_were_saved_as_such_have_their_flags(cli: Cli) -> None:
+def test_saved_parameters_keep_their_requires_grad(cli: Cli) -> None:
     found = flags(cli, "parameters.pth")
     assert (found["0.weight"], found["2.weight"]) == (False, True)
     assert cli("summary", "parameters.pth", "--json").json["totals"]["trainable_params"] == PARAMS - 16
@@ -84,10 +84,10 @@ def test_parameters_that_were_saved_as_such_have_their_flags(cli: Cli) -> None:
     ],
     ids=lambda value: value[0] if isinstance(value[0] if value else None, str) else "",
 )
-def test_no_rewrite_turns_it_into_a_fact(
+def test_writing_a_file_again_does_not_make_the_flags_known(
     cli: Cli, out: str, words: tuple[str, ...], known: tuple[tuple[str, bool], ...]
 ) -> None:
-    """What an edit makes, freezes or unfreezes is known, and nothing else. Twice: the second time a record is read."""
+    """Only what an edit creates, freezes or unfreezes is known, also when the record of the result is read again."""
     cli(*(out if word == "OUT" else word for word in words), "-m", "old.pth", "-q")
     cli("save", f"again-{out}", "-m", out, "-q")
     for name in (out, f"again-{out}"):
@@ -120,14 +120,14 @@ def test_freezing_everything_makes_everything_known(cli: Cli) -> None:
 
 
 @pytest.mark.usefixtures("_old")
-def test_what_is_unknown_is_compared_with_nothing_and_filtered_with_a_note(cli: Cli) -> None:
+def test_unknown_flags_are_not_compared_and_filters_add_a_note(cli: Cli) -> None:
     cli("save", "known.pth", "-m", "old.pth", "--arch", "Sequential(Linear(3,4),BatchNorm1d(4),Linear(4,2))", "-q")
     assert "nothing says in old.pth which parameters are trained" in cli("diff", "old.pth", "known.pth").err
     result = cli("params", "old.pth", "--frozen")
     assert "modelcli does not know whether some parameters are trainable" in result.err
 
 
-def test_an_edit_that_fails_leaves_it_unknown(cli: Cli) -> None:
+def test_a_failed_edit_leaves_the_flags_unknown(cli: Cli) -> None:
     from modelcli import edits
     from modelcli.commands.editable import open_editable
     from modelcli.errors import ModelcliError
@@ -140,8 +140,8 @@ def test_an_edit_that_fails_leaves_it_unknown(cli: Cli) -> None:
     assert live.describe().by_name["a.weight"].requires_grad is None
 
 
-def test_one_vocabulary(cli: Cli) -> None:
-    """true, false, "partial" or null, of modules as of tensors: none of them is text that jq takes for true."""
+def test_the_json_values_of_trainable(cli: Cli) -> None:
+    """The values are true, false, "partial" and null, for modules and tensors alike."""
     cli("freeze", "0", "-m", "Sequential(Linear(2,2),ReLU(),Sequential(Linear(2,2)))", "-o", "out.pth", "-q")
     for word, rows in (("summary", "layers"), ("modules", "modules")):
         found = {row["path"]: row["trainable"] for row in cli(word, "out.pth", "--json").json[rows]}
@@ -150,7 +150,7 @@ def test_one_vocabulary(cli: Cli) -> None:
     assert lines == {".": "partial", "0": "no", "1": "-", "2": "yes", "2.0": "yes"}
 
 
-def test_totals_of_what_cannot_be_trained_are_known() -> None:
+def test_totals_of_integer_parameters_are_known() -> None:
     whole = TensorInfo("w", (3,), "int8")
     assert totals_of([whole]) == Totals(3, 0, 0, 3, 0)
     assert totals_of([whole, TensorInfo("x", (2,), "float32")]) == Totals(5, None, 0, 11, 0)

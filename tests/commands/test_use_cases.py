@@ -1,4 +1,4 @@
-"""One file a use case: a frozen request in, a frozen result out, no JSON, and nothing imported beforehand."""
+"""Each use case has one module, which takes a frozen request and returns a frozen result without JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from modelcli import commands
 
 FOLDER = Path(commands.__file__).parent
 
-#: The module of each use case, and the function that takes its request.
+#: The module of each use case, and its function.
 USE_CASES = {
     "apply": "find_batch",
     "cache": "warm",
@@ -61,11 +61,11 @@ def test_importing_the_package_imports_no_use_case() -> None:
     assert done.stdout.split() == ["modelcli.commands"]
 
 
-#: Files that keep JSON on disk, and one that makes torch's own `_metadata`: nothing of it is shown.
+#: Modules that store JSON on disk, and one that makes torch's own `_metadata`. They show nothing.
 KEEP_JSON = {"blueprint_cache.py", "identify.py", "known_builders.py", "state_dict_plan.py"}
 
 
-def test_dictionaries_shaped_like_json_are_made_in_render_alone() -> None:
+def test_only_render_makes_dictionaries_shaped_like_json() -> None:
     for path in FOLDER.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             keys = node.keys if isinstance(node, ast.Dict) else []

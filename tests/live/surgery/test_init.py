@@ -291,7 +291,7 @@ def test_a_tied_parameter_is_drawn_once(cli: Cli) -> None:
     assert torch.equal(model.embed.weight, init.normal_(torch.empty(11, 4), 0, 0.02))
 
 
-def test_the_callers_generator_is_left_as_it_was() -> None:
+def test_the_callers_random_generator_is_unchanged() -> None:
     torch.manual_seed(7)
     expected = torch.randn(3)
     torch.manual_seed(7)

@@ -52,7 +52,7 @@ def test_numbers_come_from_the_seed_and_the_position() -> None:
     assert torch.equal(model[3].weight, nn.Linear(8, 5).weight)
 
 
-def test_the_callers_generator_is_left_as_it_was() -> None:
+def test_the_callers_random_generator_is_unchanged() -> None:
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
@@ -204,7 +204,7 @@ def test_wrong_arguments_show_the_signature() -> None:
 
 
 @pytest.mark.parametrize("on_meta", [True, False])
-def test_what_does_not_fit_in_memory(on_meta: bool) -> None:
+def test_a_module_that_does_not_fit_in_memory_is_an_error(on_meta: bool) -> None:
     model = open_live(Source("Sequential(Linear(4,4))")).module if on_meta else nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(SystemFailureError, match="of memory are free"):
         apply(model, "replace 0 Linear(1000000,1000000)")
@@ -279,7 +279,7 @@ def test_nested_modules_and_classes_of_torchvision_ops() -> None:
     assert isinstance(model[2], nn.Tanh)
 
 
-def test_a_class_of_ones_own(cli: Cli) -> None:
+def test_a_users_own_class(cli: Cli) -> None:
     result = cli("replace", "classifier.6", "nets:MyLinear(4096,10)", "-m", "alexnet", "--json").json
     assert result["check"]["output_shape"] == [1, 10]
     assert result["changes"][0]["params_after"] == 40_970

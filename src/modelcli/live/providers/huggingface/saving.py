@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from modelcli.checkpoints.layout import Bytes
-from modelcli.live.providers import companions as companions_of
+from modelcli.live.providers import companions
 from modelcli.live.providers.base import ModelFolder
 from modelcli.live.providers.huggingface import conversion, edited_configuration
 from modelcli.providers import configuration
@@ -36,11 +36,11 @@ def model_folder(module: nn.Module, described: Described, folder: Path | None) -
     state = {name: tensor for name, tensor in module.state_dict().items() if name not in left_out}
     tensors = conversion.to_checkpoint_keys(module, state)
     edited = edited_configuration.of(module, described.configuration())
-    companions = companions_of.copies(folder)
-    companions[configuration.NAME] = Bytes(_as_json(edited.config, type(module).__name__))
+    beside = companions.of(folder)
+    files = {**beside.files, configuration.NAME: Bytes(_as_json(edited.config, type(module).__name__))}
     changes = edited.changes_from(_current(described, folder))
     told = [f"{configuration.NAME}: {', '.join(changes)}"] if changes else []
-    return ModelFolder(tensors, companions, (*told, *edited.notes, *companions_of.notes_on_folders(folder)))
+    return ModelFolder(tensors, files, (*told, *edited.notes, *beside.notes))
 
 
 def _current(described: Described, folder: Path | None) -> PreTrainedConfig:

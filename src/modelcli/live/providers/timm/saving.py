@@ -45,9 +45,9 @@ def model_folder(
         if not tried[-1][1]:
             break
     document, notes = tried[-1] if not tried[-1][1] else tried[0]
-    beside = companions.copies(folder)
-    beside[configuration.NAME] = Bytes(json.dumps(document, indent=2).encode())
-    return ModelFolder(tensors, beside, tuple(notes), whole_for="timm")
+    beside = companions.of(folder)
+    files = {**beside.files, configuration.NAME: Bytes(json.dumps(document, indent=2).encode())}
+    return ModelFolder(tensors, files, (*notes, *beside.notes), whole_for="timm")
 
 
 def recorded_call(module: nn.Module) -> tuple[str, dict[str, Any]]:

@@ -15,7 +15,7 @@ from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING
 
 from modelcli import providers
-from modelcli.checkpoints import formats
+from modelcli.checkpoints import formats, limits
 from modelcli.errors import ModelcliError, RequestError, SystemFailureError, UnsafeError
 from modelcli.language.quoting import quoted
 from modelcli.language.references import (
@@ -258,7 +258,22 @@ def pinned(source: Source, *, requests: bool = True) -> Source:
         return provider.pinned(name, source.folder, requests=requests)
 
     arch = None if source.arch is None else _renamed(source.arch, source.folder, name_of)
-    return replace(source, model=_renamed(source.model, source.folder, name_of), arch=arch)
+    found = replace(source, model=_renamed(source.model, source.folder, name_of), arch=arch)
+    if requests:
+        require_buildable(found)
+    return found
+
+
+def require_buildable(source: Source) -> None:
+    """Raise UnsafeError for a model that is far too large to build: see `Provider.excess`."""
+    if source.bare_keys and source.arch is None:
+        return
+    reference = reference_of(source) if source.arch is None else parse(source.arch, source.folder)
+    if not isinstance(reference, NamedModel) or (provider := providers.by_prefix(reference.prefix or "")) is None:
+        return
+    why = provider.excess(reference.call, source.folder, limits.MODULES.value)
+    if why is not None:
+        raise limits.too_many_modules(reference.call.name, why)
 
 
 def downloaded(source: Source) -> Source:

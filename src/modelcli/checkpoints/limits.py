@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from modelcli.errors import FileFormatError, RequestError
+from modelcli.errors import FileFormatError, RequestError, UnsafeError
 
 #: The bytes that a file needs to describe one tensor or module, besides its name; `Budget`s use this number.
 ENTRY = 64
@@ -81,6 +81,14 @@ ALL = (
     *(PICKLE_BYTES, WHOLE_PICKLE_BYTES, OPCODES, NODES, NESTING, NAME_BYTES, DIMENSIONS, EXPANSION),
     *(ZIP_ENTRIES, HEADER_BYTES, INDEX_BYTES, MODULES),
 )
+
+
+def too_many_modules(what: str, why: str) -> UnsafeError:
+    """The error for a configuration that asks for more than `MODULES`; `why` is the end of its sentence."""
+    return UnsafeError(
+        f"the configuration of {what} {why}",
+        f"mend its config.json; if it is right, set {MODULES.variable} to more than {MODULES.value:,}",
+    )
 
 
 class Budget:

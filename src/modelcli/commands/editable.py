@@ -90,9 +90,11 @@ def open_editable(source: Source, *, values: bool = False) -> Editable:
     """
     if (keys := opened_keys(source)) is not None:
         return keys
+    source = resolve.downloaded(source) if values else source
+    resolve.require_buildable(source)  # before torch is imported
     from modelcli.live import opening
 
-    return opening.open_live(resolve.downloaded(source) if values else source)
+    return opening.open_live(source)
 
 
 def opened_keys(source: Source) -> OpenStateDict | None:

@@ -61,10 +61,11 @@ def load(request: LoadRequest) -> LoadResult:
             notes=(*keys.notes, unknown, *architecture_notes(keys)),
         )
         return loaded if request.dry_run else _started(request, loaded)
+    source = resolve.downloaded(source)
     from modelcli.live import opening
 
     # Keys that do not match are in the result: the command shows them, and then raises its `error`.
-    live = opening.open_live(resolve.downloaded(source), report_only=True)
+    live = opening.open_live(source, report_only=True)
     report = live.report
     error = None
     if report is not None and live.architecture is not None and live.contents is not None:

@@ -127,6 +127,21 @@ class Provider:
         """
         return None
 
+    def excess(self, call: Call, folder: Path, modules: int) -> str | None:
+        """Why a model is far too large to build, as far as its files tell; None where nothing says so.
+
+        It is asked before torch and the library are imported, which takes seconds.
+
+        Args:
+            call: the model with its arguments, as its reference names it.
+            folder: what a relative path in the name is seen from.
+            modules: how many modules a model may have.
+
+        Returns:
+            The end of a sentence that begins with the configuration of the model.
+        """
+        return None
+
     def is_remote(self, name: str) -> bool:
         """Whether a name means a model that has to be fetched, and never a folder that is called so."""
         return False

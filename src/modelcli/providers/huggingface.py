@@ -5,12 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from modelcli import installed
 from modelcli.errors import ModelcliError
 from modelcli.providers import configuration, hub, hub_names
 from modelcli.providers.base import Provider
 from modelcli.providers.hub_names import HubModel
+
+if TYPE_CHECKING:
+    from modelcli.language.expressions import Call
 
 
 class HuggingFace(Provider):
@@ -49,6 +53,14 @@ class HuggingFace(Provider):
             return hub.cached_folder(model)
         path = folder / name
         return path if not is_class_name(name) and path.is_dir() else None
+
+    def excess(self, call: Call, folder: Path, modules: int) -> str | None:
+        """Whether the layers that its configuration asks for are too many: see `huggingface_counts`."""
+        from modelcli.providers import huggingface_counts
+
+        path = self.own_folder(call.name, folder)
+        document = {} if path is None else configuration.configuration_in(path) or {}
+        return huggingface_counts.excess({**document, **call.kwargs}, modules)
 
     def is_remote(self, name: str) -> bool:
         """Whether it names a model of the Hub; a folder is named by a path: `./bert`."""

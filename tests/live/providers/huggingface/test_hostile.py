@@ -90,7 +90,7 @@ UNSAFE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 
 #: The same of values that no configuration has, with the exit code.
 WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
-    "a billion layers": (LLAMA, {"num_hidden_layers": 10**9}, 4),
+    "a billion layers": (LLAMA, {"num_hidden_layers": 10**9}, 3),
     "a number that no machine holds": (LLAMA, {"hidden_size": 10**30}, 4),
     "petabytes": (LLAMA, {"hidden_size": 10**15}, 4),
     "a billion labels": (LLAMA, {"num_labels": 10**9}, 4),

@@ -18,6 +18,7 @@ from modelcli.checkpoints import limits
 from modelcli.errors import FileFormatError, UnsafeError
 from modelcli.live import bounds, downloads
 from modelcli.model.dtypes import ITEM_BYTES
+from modelcli.providers import huggingface_counts
 
 #: The entries that name Python files: of models, and of diffusion pipelines.
 REMOTE_CODE = ("auto_map", "custom_pipelines")
@@ -39,8 +40,6 @@ _ELSEWHERE = re.compile(r"(?:[a-z][a-z0-9+.-]*://|hf[-_]hub:|local-dir:|file:|/|
 _FILE = re.compile(
     r"\.(?:pkl|pickle|joblib|pt|pth|bin|ckpt|npy|npz|h5|hdf5|safetensors|gguf|onnx|msgpack|py|so|dll|zip|tar)\s*$", re.I
 )
-#: Numbers of things that are made one by one.
-_COUNT = re.compile(r"layers?$|depths?$|blocks?$|stages?$|^num_labels$|^num_feature_levels$")
 #: The most labels that are made up for a number of classes.
 _MAX_LABELS = 1_000_000
 _MAX_INTEGER = 2**53
@@ -57,7 +56,7 @@ def vetted(document: Mapping[str, Any], what: str, *, trust: bool) -> dict[str, 
         trust: whether it may name code, and paths to load.
 
     Raises:
-        UnsafeError: it names a kernel, a file, a path or an address.
+        UnsafeError: it names a kernel, a file, a path or an address, or asks for more layers than any model has.
         FileFormatError: it is too deep or too large, or has a value that no configuration has.
     """
     count = 0
@@ -85,6 +84,8 @@ def vetted(document: Mapping[str, Any], what: str, *, trust: bool) -> dict[str, 
             _require_harmless(value, path, what, trust=trust)
         return value
 
+    if (why := huggingface_counts.excess(document, limits.MODULES.value)) is not None:
+        raise limits.too_many_modules(what, why)
     found: dict[str, Any] = look(document, (), is_text=False)
     return found
 
@@ -135,7 +136,7 @@ def _require_harmless(value: Any, path: tuple[str, ...], what: str, *, trust: bo
                 "remove it from the config.json, or pass --trust if you trust whoever made it",
             )
     elif isinstance(value, int) and not isinstance(value, bool) and name not in _DTYPES:
-        most = _MAX_LABELS if name == "num_labels" else limits.MODULES.value if _COUNT.search(name) else _MAX_INTEGER
+        most = _MAX_LABELS if name == "num_labels" else _MAX_INTEGER
         if abs(value) > most:
             raise FileFormatError(f"the configuration of {what} has {place}={value}, and at most {most:,} is possible")
     elif name in _DTYPES and value is not None:

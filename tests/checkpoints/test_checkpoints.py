@@ -1,4 +1,4 @@
-"""The readers, against torch and safetensors: what they load is what is found, and what is damaged is one error."""
+"""The readers compared with torch and safetensors: equal results for valid files, and one error for damaged ones."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from modelcli.live import loading
 from modelcli.model.dtypes import ITEM_BYTES
 from tests.needs import COMPLETE, torch_version, what_torch_has
 
-#: Those of torch's newest versions too: an older one has fewer.
+#: All dtypes of the newest torch; older versions have fewer.
 ALL_DTYPES = (
     *("bool", "uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64"),
     *("float16", "bfloat16", "float32", "float64", "complex32", "complex64", "complex128"),
@@ -45,7 +45,7 @@ SAFETENSORS_DTYPES = tuple(name for name in DTYPES if name not in ("complex32", 
 
 
 def tensor_of(dtype: str, *shape: int) -> torch.Tensor:
-    """A tensor of any dtype, with bytes that all differ from zero."""
+    """Return a tensor of any dtype without zero bytes."""
     wanted = getattr(torch, dtype)
     count = torch.Size(shape).numel() * torch.empty(0, dtype=wanted).element_size()
     data = torch.arange(count) % (1 if dtype == "bool" else 100) + 1
@@ -58,7 +58,7 @@ def raw(tensor: torch.Tensor) -> bytes:
 
 
 def assert_same(found: torch.Tensor, wanted: torch.Tensor) -> None:
-    """Equal to the last bit, in dtype, shape and stride as well."""
+    """Require equal dtypes, shapes, strides and bits."""
     assert (found.dtype, found.shape, found.stride()) == (wanted.dtype, wanted.shape, wanted.stride())
     assert raw(found) == raw(wanted)
 
@@ -118,7 +118,7 @@ def test_no_dimension_no_element_and_views(tmp_path: Path, legacy: bool) -> None
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-def test_tied_tensors_are_told(tmp_path: Path, legacy: bool) -> None:
+def test_tied_tensors_are_reported(tmp_path: Path, legacy: bool) -> None:
     weight = torch.randn(3, 2)
     state = {"embed.weight": weight, "part": weight[:1], "head.weight": weight, "other": weight.clone()}
     infos = checkpoints.read(saved(tmp_path / "m.pth", state, _use_new_zipfile_serialization=not legacy)).infos()
@@ -178,7 +178,7 @@ def test_names_of_all_kinds(tmp_path: Path) -> None:
     assert_reads_as_torch(saved(tmp_path / "m.pth", state))
 
 
-def test_what_is_no_tensor_stays_beside_them(tmp_path: Path) -> None:
+def test_values_that_are_not_tensors_are_kept_as_extras(tmp_path: Path) -> None:
     state = OrderedDict(weight=torch.ones(2))
     state["block._extra_state"] = {"scale": torch.full((1,), 3.0), "steps": [1, 2], "kind": "fp8"}
     contents = checkpoints.read(saved(tmp_path / "m.pth", state))
@@ -214,7 +214,7 @@ def test_the_state_dict_is_found(tmp_path: Path, key: str, legacy: bool) -> None
     assert contents.tree["optimizer"]["param_groups"][0]["lr"] == 0.1
 
 
-def test_of_several_state_dicts_the_commonest_is_taken_and_the_others_told(tmp_path: Path) -> None:
+def test_of_several_state_dicts_the_most_usual_is_chosen_and_the_others_are_named(tmp_path: Path) -> None:
     one = {"w": torch.zeros(1)}
     path = saved(tmp_path / "m.pth", {"ema": one, "teacher": one, "model": {"w": torch.ones(1)}, "state_dict": {}})
     contents = checkpoints.read(path)
@@ -251,7 +251,7 @@ def test_no_state_dict_at_all(tmp_path: Path) -> None:
         checkpoints.read(saved(tmp_path / "b.pth", [1, 2]))
 
 
-def test_values_that_are_there_twice_stay_one(tmp_path: Path) -> None:
+def test_values_that_occur_twice_stay_one_object(tmp_path: Path) -> None:
     shared: list[Any] = [1]
     contents = checkpoints.read(saved(tmp_path / "m.pth", {"model": {"w": torch.ones(1)}, "a": shared, "b": shared}))
     assert contents.tree["a"] is contents.tree["b"]
@@ -266,7 +266,7 @@ def training_checkpoint() -> dict[str, Any]:
 
 
 def files() -> dict[str, bytes]:
-    """One file of each format, as bytes."""
+    """Return the bytes of one file of each format."""
     found = {}
     for name, new in (("zip", True), ("legacy", False)):
         buffer = io.BytesIO()
@@ -277,7 +277,7 @@ def files() -> dict[str, bytes]:
 
 
 def read_or_refuse(path: Path) -> Contents | None:
-    """What is read, or None for an error of the kind that a damaged file may give, and of no other."""
+    """Return the contents, or None for the kinds of error that a damaged file may give. Other errors are raised."""
     error: ModelcliError
     try:
         contents = checkpoints.read(path)
@@ -301,7 +301,7 @@ def test_a_file_that_is_cut_off(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
-def test_flipped_bytes_never_get_further_than_an_error(tmp_path: Path, kind: str) -> None:
+def test_flipped_bytes_give_at_most_an_error(tmp_path: Path, kind: str) -> None:
     data = files()[kind]
     draw = random.Random(kind)
     path = tmp_path / "flipped.pth"
@@ -316,7 +316,7 @@ def test_flipped_bytes_never_get_further_than_an_error(tmp_path: Path, kind: str
 
 
 def rezipped(data: bytes, pickled: bytes) -> bytes:
-    """The same archive with other bytes as its data.pkl, and a CRC that fits."""
+    """Return the archive with other bytes as its data.pkl and a matching CRC."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(buffer, "w") as new:
         for info in old.infolist():
@@ -356,9 +356,9 @@ def nested(opening: bytes, levels: int, closing: bytes) -> bytes:
     [
         nested(b"]", 5_000, b"a")[:-2] + b".",
         b"\x80\x02}X\x01\x00\x00\x00a" + nested(b"}K\x01", 5_000, b"s")[2:-1] + b"s.",
-        # A list of a list twice, of a list twice, ...: 2**60 in all, in a few hundred bytes.
+        # 60 nested lists, each with the next one twice: 2**60 items in a few hundred bytes.
         b"\x80\x02}X\x01\x00\x00\x00a]q\x00" + b"".join(b"](h%ch%ceq%c" % (n, n, n + 1) for n in range(60)) + b"s.",
-        # A tuple of that kind as a key, which takes ages to hash.
+        # Such a tuple as a dict key, which takes ages to hash.
         b"\x80\x02})q\x00" + b"".join(b"h%ch%c\x86q%c" % (n, n, n + 1) for n in range(60)) + b"K\x01s.",
         b"\x80\x02]q\x00h\x00a.",
         b"\x80\x02}q\x00X\x01\x00\x00\x00ah\x00s.",
@@ -388,11 +388,11 @@ def test_hostile_pickles_are_one_error(tmp_path: Path, pickled: bytes) -> None:
     ],
     ids=["from 0", "from 1", "left out", "twice", "text", "counted"],
 )
-def test_a_memo_may_be_numbered_in_any_order(pickled: bytes) -> None:
+def test_memo_entries_may_have_any_numbers(pickled: bytes) -> None:
     assert pickles.read(pickled, "made").value == pickle.loads(pickled)
 
 
-def test_a_tree_that_holds_itself_many_times_is_read_once(tmp_path: Path) -> None:
+def test_a_value_with_many_references_to_itself_is_read_once(tmp_path: Path) -> None:
     shared: list[Any] = [torch.ones(1)]
     for _ in range(60):
         shared = [shared, shared]
@@ -401,7 +401,7 @@ def test_a_tree_that_holds_itself_many_times_is_read_once(tmp_path: Path) -> Non
     )
 
 
-def test_a_tensor_that_needs_more_than_its_record_holds(tmp_path: Path) -> None:
+def test_a_tensor_larger_than_its_record_is_an_error(tmp_path: Path) -> None:
     data = files()["zip"]
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         pickled = archive.read("archive/data.pkl")
@@ -411,7 +411,7 @@ def test_a_tensor_that_needs_more_than_its_record_holds(tmp_path: Path) -> None:
         checkpoints.read(with_pickle(tmp_path, pickled.replace(sizes, b"K\x05K\x03\x86", 1)))
 
 
-def test_a_tensor_of_more_elements_than_there_can_be(tmp_path: Path) -> None:
+def test_a_tensor_with_an_impossible_number_of_elements_is_an_error(tmp_path: Path) -> None:
     state = {"w": torch.ones(1).expand(3)}
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -534,7 +534,7 @@ def test_files_of_another_kind_are_named(tmp_path: Path, data: bytes, message: s
     assert str(path) in error.value.message
 
 
-def test_what_cannot_be_opened(tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="no such file"):
         checkpoints.read(tmp_path / "none.pth")
     with pytest.raises(RequestError, match="is a folder"):
@@ -560,7 +560,7 @@ def test_a_torch_jit_archive(tmp_path: Path) -> None:
         torch.jit.save(torch.jit.script(nn.Linear(2, 1)), tmp_path / "m.pt")
     contents = checkpoints.read(tmp_path / "m.pt")
     assert (contents.format, list(contents.tensors)) == ("jit", ["weight", "bias"])
-    assert contents.foreign  # no guard vouches for its code
+    assert contents.foreign  # no check accepts its code
 
 
 def test_a_big_endian_file(tmp_path: Path) -> None:
@@ -576,7 +576,7 @@ def test_a_big_endian_file(tmp_path: Path) -> None:
 
 
 class Trap:
-    """Unpickling it writes a file."""
+    """An object that writes a file when it is unpickled."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -595,7 +595,7 @@ class Whole(nn.Module):
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-def test_a_whole_module_is_shown_named_and_not_run(tmp_path: Path, legacy: bool) -> None:
+def test_a_pickled_module_is_shown_and_its_classes_named_without_running_them(tmp_path: Path, legacy: bool) -> None:
     sprung = tmp_path / "sprung"
     module = Whole(str(sprung))
     path = saved(tmp_path / "m.pth", module, _use_new_zipfile_serialization=not legacy)
@@ -620,8 +620,8 @@ def test_foreign_names_beside_a_state_dict_are_named(tmp_path: Path, protocol: i
 
 
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor")
-def test_foreign_is_what_torch_refuses(tmp_path: Path) -> None:
-    """Value by value: torch loads it with weights_only where no name in it is foreign, and only there."""
+def test_values_count_as_foreign_if_torch_refuses_them(tmp_path: Path) -> None:
+    """For each value: torch loads it with weights_only exactly if modelcli finds no foreign name in it."""
     values: list[Any] = [
         *(torch.float32, torch.Size([1]), torch.device("cpu"), {1}, 1j, bytearray(b"x"), b"x", Counter("a")),
         *(OrderedDict(a=1), torch.strided, torch.eye(2).to_sparse(), torch.per_tensor_affine, 2**80, None, "x"),
@@ -637,8 +637,8 @@ def test_foreign_is_what_torch_refuses(tmp_path: Path) -> None:
         assert (not checkpoints.read(path).foreign) == loads, value
 
 
-def test_harmless_names_are_those_that_torch_allows() -> None:
-    """Name by name. A torch older than all dtypes allows fewer of them, and a dtype runs nothing."""
+def test_the_allowed_names_are_those_that_torch_allows() -> None:
+    """For each name. An older torch allows fewer dtypes; a dtype runs no code."""
     allowed = set(torch._weights_only_unpickler._get_allowed_globals())
     assert allowed <= allow_list.HARMLESS
     ours = {name.replace("__builtin__", "builtins") for name in allow_list.HARMLESS}  # as Python 2 called it
@@ -647,7 +647,7 @@ def test_harmless_names_are_those_that_torch_allows() -> None:
 
 
 class OfAnotherDevice:
-    """Pickled as torch pickles a tensor of a device that has no storages, such as a TPU."""
+    """An object pickled like a tensor of a device without storages, such as a TPU."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
@@ -743,7 +743,7 @@ BROKEN: dict[str, tuple[object, bytes, str]] = {
 }
 
 
-#: What the format forbids, or no tensor can be, and safetensors' own reader lets through.
+#: Headers that the format forbids, or that no tensor can have, but that safetensors' own reader accepts.
 LAX = ("a name twice", "more elements than 64 bits")
 
 
@@ -797,8 +797,8 @@ def test_a_file_that_changes_while_it_is_read(tmp_path: Path) -> None:
             use()
 
 
-def test_a_file_of_many_tensors_is_open_but_once(tmp_path: Path) -> None:
-    """However many a process may have open: a mapping holds its file open."""
+def test_a_file_of_many_tensors_is_opened_once(tmp_path: Path) -> None:
+    """A process may open few files, and each memory mapping keeps its file open."""
     resource = pytest.importorskip("resource", reason="limits of that kind are not there")
     state = {f"{number}.weight": torch.full((2,), float(number)) for number in range(300)}
     contents = checkpoints.read(saved(tmp_path / "m.pth", state))
@@ -813,7 +813,7 @@ def test_a_file_of_many_tensors_is_open_but_once(tmp_path: Path) -> None:
     assert all(torch.equal(again[name], tensor) for name, tensor in state.items())
 
 
-def test_what_lies_across_two_windows(tmp_path: Path) -> None:
+def test_tensors_across_two_windows(tmp_path: Path) -> None:
     state = {str(number): torch.arange(1000.0) + number for number in range(40)}
     contents = checkpoints.read(saved(tmp_path / "m.pth", state))
     windows = Windows(mmap.ALLOCATIONGRANULARITY, most=2)
@@ -833,7 +833,7 @@ def test_writes_into_mapped_tensors_stay_in_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["archive/data/0", "ARCHIVE/DATA/0", "archive/data.pkl"])
-def test_a_name_that_stands_twice_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_duplicate_record_name_is_refused(tmp_path: Path, name: str) -> None:
     path = tmp_path / "m.pth"
     with path.open("wb") as file:
         torch.save({"w": torch.ones(3)}, file)
@@ -844,8 +844,8 @@ def test_a_name_that_stands_twice_is_refused(tmp_path: Path, name: str) -> None:
         checkpoints.read(path)
 
 
-def test_records_over_one_another_are_refused(tmp_path: Path) -> None:
-    """The directory gives one record the place of another."""
+def test_overlapping_records_are_refused(tmp_path: Path) -> None:
+    """The directory gives one record the offset of another."""
     path = tmp_path / "m.pth"
     with path.open("wb") as file:
         torch.save({"v": torch.ones(3), "w": torch.zeros(3)}, file)

@@ -1,4 +1,4 @@
-"""Quantized and sparse tensors, and those on the meta device: shown as rows, kept when saved, loaded into models."""
+"""Quantized, sparse and meta tensors are shown as rows, kept when saved, and loaded into models."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Net(nn.Module):
 
 
 def state_dict() -> OrderedDict[str, torch.Tensor]:
-    """One tensor of each kind; the masks are one tensor under two names."""
+    """Return a state dict with a tensor of each kind; the masks are one tensor under two names."""
     mask, scales = torch.eye(3).to_sparse(), torch.ones(2, dtype=torch.float64)
     return OrderedDict(
         {
@@ -59,7 +59,7 @@ def state_dict() -> OrderedDict[str, torch.Tensor]:
     )
 
 
-def test_they_are_rows_like_any_other(cli: Cli, folder: Path) -> None:
+def test_quantized_and_sparse_tensors_have_rows(cli: Cli, folder: Path) -> None:
     saved(folder / "m.pth", state_dict())
     document = cli("params", "m.pth", "--json").json
     rows = {row["name"]: row for row in document["tensors"]}
@@ -93,7 +93,7 @@ def test_they_are_rows_like_any_other(cli: Cli, folder: Path) -> None:
 TITLES = ("elements", "bytes", "kind", "trainable")
 
 
-def test_what_is_made_of_the_same_parts_is_tied(tmp_path: Path) -> None:
+def test_composite_tensors_with_the_same_parts_are_tied(tmp_path: Path) -> None:
     mask, codes = torch.eye(3).to_sparse(), state_dict()["codes"]
     state = {"mask": mask, "detached": mask.detach(), "copy": mask.clone(), "codes": codes, "codes2": codes.detach()}
     infos = checkpoints.read(saved(tmp_path / "m.pth", state)).infos()
@@ -102,12 +102,12 @@ def test_what_is_made_of_the_same_parts_is_tied(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["mask", "csr", "codes", "absent"])
-def test_a_state_dict_of_nothing_else_is_one(tmp_path: Path, name: str) -> None:
+def test_a_state_dict_of_only_composite_tensors_is_found(tmp_path: Path, name: str) -> None:
     contents = checkpoints.read(saved(tmp_path / "m.pth", {"model": {name: state_dict()[name]}, "epoch": 1}))
     assert (contents.key, list(contents.tensors)) == (("model",), [name])
 
 
-def test_those_of_a_pickled_module(tmp_path: Path) -> None:
+def test_composite_tensors_of_a_pickled_module(tmp_path: Path) -> None:
     module = nn.Linear(1, 1)
     module.register_buffer("mask", torch.eye(3).to_sparse())
     infos = checkpoints.read(saved(tmp_path / "m.pth", module)).infos()
@@ -129,8 +129,8 @@ def assert_same_tensors(found: dict[str, torch.Tensor], wanted: dict[str, torch.
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-def test_saving_keeps_them(cli: Cli, folder: Path, legacy: bool) -> None:
-    """Under their names in the state dict, and in the checkpoint around it."""
+def test_saving_keeps_composite_tensors(cli: Cli, folder: Path, legacy: bool) -> None:
+    """They are kept in the state dict and in the checkpoint around it."""
     tree = {"model": state_dict(), "best": [torch.eye(2).to_sparse(), state_dict()["rows"]]}
     saved(folder / "m.pth", tree, _use_new_zipfile_serialization=not legacy)
     written = cli("save", "out.pth", "-m", "m.pth", "--json").json
@@ -152,14 +152,14 @@ def test_saving_keeps_them(cli: Cli, folder: Path, legacy: bool) -> None:
     assert "absent is float32 on the meta device, which safetensors does not support" in error
 
 
-def test_a_storage_by_itself_is_kept(cli: Cli, folder: Path) -> None:
+def test_a_bare_storage_is_kept(cli: Cli, folder: Path) -> None:
     storage = torch.arange(3.0).untyped_storage()
     saved(folder / "m.pth", {"model": {"w": torch.ones(1)}, "storage": storage})
     cli("save", "out.pth", "-m", "m.pth")
     assert torch.load("out.pth", weights_only=True)["storage"].tolist() == storage.tolist()
 
 
-def test_into_an_architecture_and_out_again(cli: Cli, folder: Path) -> None:
+def test_composite_tensors_load_into_a_model_and_are_saved_again(cli: Cli, folder: Path) -> None:
     (folder / "own.py").write_text(MODEL, encoding="utf-8")
     layer = nn.Linear(3, 3)
     state = {
@@ -182,7 +182,7 @@ def test_into_an_architecture_and_out_again(cli: Cli, folder: Path) -> None:
 
 
 def with_pickle(path: Path, change: Callable[[bytes], bytes]) -> Path:
-    """The same file with its pickle changed, behind a CRC that fits."""
+    """Change the pickle of a file, with a matching CRC."""
     with zipfile.ZipFile(path) as archive:
         name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
         pickled = archive.read(name)
@@ -213,14 +213,16 @@ def replaced(old: bytes, new: bytes) -> Callable[[bytes], bytes]:
         ("absent", replaced(b"float32", b"float31"), "torch has no dtype float31"),
     ],
 )
-def test_damaged(tmp_path: Path, name: str, change: Callable[[bytes], bytes], message: str) -> None:
+def test_damaged_composite_tensors_are_errors(
+    tmp_path: Path, name: str, change: Callable[[bytes], bytes], message: str
+) -> None:
     path = saved(tmp_path / "m.pth", {"w": torch.ones(1), name: state_dict()[name]})
     with pytest.raises(FileFormatError, match=message):
         checkpoints.read(with_pickle(path, change))
 
 
 def test_indices_outside_the_shape_are_shown_and_not_loaded(tmp_path: Path) -> None:
-    """What torch would read from wherever they point to."""
+    """torch would read memory outside the tensor."""
     outside = torch.sparse_coo_tensor(torch.tensor([[0, 9]]), torch.ones(2), (3,), check_invariants=False)
     contents = checkpoints.read(saved(tmp_path / "m.pth", {"mask": outside}))
     assert contents.infos()["mask"].shape == (3,)
@@ -239,7 +241,7 @@ class Trap:
 
 
 class Rigged:
-    """Pickled as a quantized tensor and a parameter with something else where hooks would be."""
+    """An object pickled as a quantized tensor and a parameter, with another object in place of the hooks."""
 
     def __init__(self, trap: Trap) -> None:
         self.trap = trap
@@ -258,7 +260,7 @@ class Call:
         return self.make, self.args
 
 
-def test_what_stands_where_hooks_would_be_is_refused(cli: Cli, folder: Path) -> None:
+def test_objects_in_place_of_hooks_are_refused(cli: Cli, folder: Path) -> None:
     saved(folder / "m.pth", {"w": torch.ones(1), "codes": Rigged(Trap(folder / "sprung"))})
     for words in (("params", "m.pth"), ("save", "out.pth", "-m", "m.pth", "--tensors-only")):
         assert "hooks" in cli(*words, code=4).err
@@ -284,7 +286,7 @@ def sub_byte(folder: Path, dtype: str, shape: list[int], nbytes: int) -> Path:
         pytest.param("F8_E8M0", [3], 3, marks=needs_torch("float8_e8m0fnu")),
     ],
 )
-def test_types_that_safetensors_gives_to_torch(tmp_path: Path, dtype: str, shape: list[int], nbytes: int) -> None:
+def test_safetensors_dtypes_that_torch_reads(tmp_path: Path, dtype: str, shape: list[int], nbytes: int) -> None:
     path = sub_byte(tmp_path, dtype, shape, nbytes)
     with safetensors.safe_open(path, "pt") as reader:
         wanted = reader.get_tensor("w")
@@ -301,10 +303,10 @@ def test_types_that_safetensors_gives_to_torch(tmp_path: Path, dtype: str, shape
         ("F6_E3M2", [8], 6, "float6_e3m2fn"),
     ],
 )
-def test_types_that_torch_does_not_have(
+def test_safetensors_dtypes_that_torch_lacks(
     cli: Cli, folder: Path, dtype: str, shape: list[int], nbytes: int, name: str
 ) -> None:
-    """They are shown, counted in bits, and no more than that: safetensors itself gives no tensor for them."""
+    """They are shown, with sizes counted in bits. safetensors itself cannot load them."""
     path = sub_byte(folder, dtype, shape, nbytes)
     with safetensors.safe_open(path, "pt") as reader:
         assert reader.get_slice("w").get_shape() == shape
@@ -320,7 +322,9 @@ def test_types_that_torch_does_not_have(
 
 
 @pytest.mark.parametrize(("dtype", "shape", "nbytes"), [("F4", [3], 2), ("F4", [], 1), ("F6_E2M3", [3], 3)])
-def test_an_end_inside_a_byte(tmp_path: Path, dtype: str, shape: list[int], nbytes: int) -> None:
+def test_a_tensor_that_ends_inside_a_byte_is_an_error(
+    tmp_path: Path, dtype: str, shape: list[int], nbytes: int
+) -> None:
     path = sub_byte(tmp_path, dtype, shape, nbytes)
     with pytest.raises(FileFormatError, match="would end inside a byte"):
         checkpoints.read(path)
@@ -329,7 +333,7 @@ def test_an_end_inside_a_byte(tmp_path: Path, dtype: str, shape: list[int], nbyt
 
 
 @needs_torch("float4_e2m1fn_x2")
-def test_pairs_without_a_dimension_are_not_for_safetensors(cli: Cli, folder: Path) -> None:
+def test_packed_tensors_without_a_dimension_cannot_be_saved_as_safetensors(cli: Cli, folder: Path) -> None:
     pair = torch.zeros((), dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
     saved(folder / "m.pth", {"w": pair})
     assert "w is float4_e2m1fn_x2 without a dimension" in cli("save", "out.safetensors", "-m", "m.pth", code=2).err

@@ -1,4 +1,4 @@
-"""Folders of torch.distributed.checkpoint: what its own loader makes of them, without it, and nothing believed."""
+"""Folders of torch.distributed.checkpoint are read without torch's loader, with the same result, and verified."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ ARCH = "Sequential(Linear(2,3),Linear(3,4,bias=False))"
 
 
 def saved(state: dict[str, Any], folder: Path, **how: Any) -> Path:
-    """The folder that torch writes from one process; `how` is for its writer."""
+    """Save with torch from one process. `how` holds arguments of its writer. Returns the folder."""
     writer = FileSystemWriter(folder, **how)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it is one process is meant
+        warnings.simplefilter("ignore")  # torch warns that there is only one process
         save(state, storage_writer=writer)
     return folder
 
 
 def as_torch_loads(folder: Path) -> Any:
-    """Everything in the folder, as torch's own conversion gives it."""
+    """Return everything in the folder as torch's own conversion does."""
     file = folder.with_name(f"{folder.name}-converted.pth")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -53,7 +53,7 @@ def as_torch_loads(folder: Path) -> Any:
 
 
 def tensor_of(entry: TensorEntry) -> torch.Tensor:
-    """A tensor from what was read; its bytes are taken twice, in both ways."""
+    """Return the tensor of an entry. Its bytes are read in both ways and compared."""
     data = entry.storage.bytes()
     assert bytes(entry.storage.mapped()) == data
     for start, end in ((0, len(data) // 3), (len(data) // 4, len(data) // 2), (len(data) // 2, len(data))):
@@ -68,7 +68,7 @@ def tensor_of(entry: TensorEntry) -> torch.Tensor:
 
 
 def assert_same(found: Any, wanted: Any) -> None:
-    """The same values, shapes, strides and dtypes, however deep they lie."""
+    """Require equal values, shapes, strides and dtypes at any depth."""
     if isinstance(found, TensorEntry):
         found = tensor_of(found)
     assert type(found) is type(wanted) or isinstance(wanted, dict)
@@ -130,7 +130,7 @@ def test_a_training_checkpoint(folder: Path) -> None:
         checkpoints.read(path, key="modle")
 
 
-def test_what_is_nested_comes_back_as_it_was(folder: Path) -> None:
+def test_nested_values_are_read_back_unchanged(folder: Path) -> None:
     state = {
         "model": dict(STATE),
         "lists": [torch.ones(2), {"a": torch.zeros(()), "b": [[torch.ones(1)], 7]}, "text"],
@@ -142,8 +142,8 @@ def test_what_is_nested_comes_back_as_it_was(folder: Path) -> None:
     assert_same(checkpoints.read(path).tree, as_torch_loads(path))
 
 
-def test_an_empty_dict_in_a_list_leaves_its_place(folder: Path) -> None:
-    """Nothing of it is saved, and torch's own conversion fails at it."""
+def test_an_empty_dict_in_a_list_keeps_its_position(folder: Path) -> None:
+    """torch saves nothing of it, and torch's own conversion fails on it."""
     path = saved({"model": dict(STATE), "list": [{}, torch.ones(1)]}, folder / "run")
     assert_same(checkpoints.read(path).tree["list"], [None, torch.ones(1)])
 
@@ -165,7 +165,7 @@ def test_every_dtype(folder: Path, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "float16", "float32", "float64", "complex128"])
-def test_every_layout_comes_row_major(folder: Path, dtype: str) -> None:
+def test_every_memory_layout_is_read_as_row_major(folder: Path, dtype: str) -> None:
     base = torch.arange(2 * 3 * 4 * 5).to(getattr(torch, dtype)).reshape(2, 3, 4, 5)
     state = {
         "channels_last": base.contiguous(memory_format=torch.channels_last),
@@ -197,7 +197,7 @@ def test_several_files(folder: Path) -> None:
         (lambda model, optimizer: {**model, "optimizer": optimizer, "train": {"step": torch.ones(1)}}, None),
     ],
 )
-def test_the_state_dict_is_found_where_trainers_put_it(
+def test_the_state_dict_is_found_in_the_layouts_of_trainers(
     folder: Path, layout: Callable[[Any, Any], dict[str, Any]], key: tuple[str, ...] | None
 ) -> None:
     model, optimizer = trained()
@@ -266,7 +266,7 @@ dist.destroy_process_group()
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which two processes wrote `sharded` and, where torch can shard a model on the CPU, `fsdp`."""
+    """A folder in which two processes wrote `sharded` and, if torch can shard a model on the CPU, `fsdp`."""
     folder = tmp_path_factory.mktemp("two")
     (folder / "worker.py").write_text(WORKER)
     words = [sys.executable, "-W", "ignore", str(folder / "worker.py")]
@@ -277,7 +277,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
             assert process.returncode == 0, error.decode()
     finally:
         for process in ranks:
-            process.kill()  # one that waits for another that failed
+            process.kill()  # it waits for another process that failed
     return folder
 
 
@@ -330,7 +330,7 @@ dist.destroy_process_group()
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which four processes, two by two, wrote `blocks` and a file each."""
+    """A folder in which a 2 x 2 mesh of processes wrote `blocks` and a file each."""
     folder = tmp_path_factory.mktemp("four")
     (folder / "blocks.py").write_text(BLOCKS)
     subprocess.run([sys.executable, str(folder / "blocks.py"), str(folder)], check=True, timeout=300)
@@ -398,14 +398,14 @@ def test_commands(cli: Cli, folder: Path) -> None:
     assert_same(dict(modelcli.load(path, arch=ARCH).state_dict()), dict(plain.state_dict()))
 
 
-def test_an_index_of_shards_goes_first(folder: Path) -> None:
+def test_an_index_of_shards_takes_precedence(folder: Path) -> None:
     path = saved(STATE, folder / "run")
     (path / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(FileFormatError, match="no weight_map"):
         checkpoints.read(path)
 
 
-def test_a_look_opens_no_tensor(folder: Path) -> None:
+def test_showing_a_folder_opens_no_tensor(folder: Path) -> None:
     path = saved(STATE, folder / "run")
     file = path / "__0_0.distcp"
     file.write_bytes(bytes(file.stat().st_size))
@@ -435,7 +435,7 @@ def test_the_safetensors_form(cli: Cli, folder: Path) -> None:
     "distributed.checkpoint.hf_storage.HuggingFaceStorageWriter",
     "distributed.checkpoint._consolidate_hf_safetensors.consolidate_safetensors_files",
 )
-def test_parts_of_hugging_face_s_form_name_what_puts_them_together(cli: Cli, folder: Path) -> None:
+def test_the_error_for_unconsolidated_hugging_face_parts_names_the_tool(cli: Cli, folder: Path) -> None:
     from torch.distributed.checkpoint._consolidate_hf_safetensors import consolidate_safetensors_files
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
@@ -453,7 +453,7 @@ def test_parts_of_hugging_face_s_form_name_what_puts_them_together(cli: Cli, fol
 
 
 @needs_torch("distributed.checkpoint._extension.StreamTransformExtension")
-def test_forms_that_are_not_read_have_a_name(folder: Path) -> None:
+def test_unsupported_variants_are_named(folder: Path) -> None:
     from torch.distributed.checkpoint._extension import StreamTransformExtension
 
     class Same(StreamTransformExtension):
@@ -480,7 +480,7 @@ def test_forms_that_are_not_read_have_a_name(folder: Path) -> None:
 
 
 def rewritten(path: Path, change: Callable[[Metadata], None]) -> Path:
-    """The folder with a changed `.metadata`."""
+    """Change the `.metadata` of a folder."""
     metadata = pickle.loads((path / ".metadata").read_bytes())
     change(metadata)
     (path / ".metadata").write_bytes(pickle.dumps(metadata))
@@ -531,7 +531,7 @@ def chunk(offsets: list[int], sizes: list[int]) -> ChunkStorageMetadata:
 
 
 def parts(*chunks: ChunkStorageMetadata) -> Callable[[Metadata], None]:
-    """Other parts for `0.weight` of shape [3, 2]; each is said to be where the whole is."""
+    """Give `0.weight` of shape [3, 2] other parts, each with the location of the whole tensor."""
 
     def change(metadata: Metadata) -> None:
         metadata.state_dict_metadata["0.weight"].chunks[:] = chunks
@@ -631,14 +631,14 @@ def properties(**fields: Any) -> Callable[[Metadata], None]:
         (way("0.weight", "a"), "leads through another entry"),
     ],
 )
-def test_accounts_that_do_not_hold_together(folder: Path, change: Callable[[Metadata], None], message: str) -> None:
+def test_inconsistent_metadata_is_an_error(folder: Path, change: Callable[[Metadata], None], message: str) -> None:
     path = rewritten(saved(STATE, folder / "run"), change)
     with pytest.raises(FileFormatError, match=message):
         checkpoints.read(path).tensors["0.weight"].storage.bytes()
 
 
 def test_parts_of_any_exact_cover_are_accepted(folder: Path) -> None:
-    """Two ways to cut [3, 2] without hole or overlap: a pinwheel, too, is no grid."""
+    """Two ways to cut [3, 2] without a gap or overlap; the second, a pinwheel, is not a grid."""
     for chunks in (
         (chunk([0, 0], [1, 2]), chunk([1, 0], [2, 1]), chunk([1, 1], [2, 1])),
         (chunk([2, 1], [1, 1]), chunk([0, 0], [2, 1]), chunk([0, 1], [2, 1]), chunk([2, 0], [1, 1])),
@@ -647,7 +647,7 @@ def test_parts_of_any_exact_cover_are_accepted(folder: Path) -> None:
         assert checkpoints.read(path).tensors["0.weight"].shape == (3, 2)
 
 
-def test_a_part_that_is_another_tensor(folder: Path) -> None:
+def test_a_part_with_the_wrong_tensor_is_an_error(folder: Path) -> None:
     def swap(metadata: Metadata) -> None:
         index = {name: next(key for key in metadata.storage_data if key.fqn == name) for name in STATE}
         metadata.storage_data[index["0.weight"]] = metadata.storage_data[index["1.weight"]]
@@ -666,7 +666,7 @@ def test_a_file_that_changes_after_it_was_read(folder: Path) -> None:
         contents.tensors["0.weight"].storage.bytes()
 
 
-def test_an_account_beyond_the_limit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metadata_beyond_the_size_limit_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved(STATE, folder / "run")
     monkeypatch.setenv("MODELCLI_MAX_INDEX_BYTES", "10")
     with pytest.raises(FileFormatError, match="the limit is 10"):
@@ -674,7 +674,7 @@ def test_an_account_beyond_the_limit(folder: Path, monkeypatch: pytest.MonkeyPat
 
 
 def _use_everything(path: Path) -> bool:
-    """Read a folder and all bytes in it; whether something was refused. Nothing but a ModelcliError may be raised."""
+    """Read a folder and all bytes in it. Returns whether a ModelcliError was raised; other errors are not caught."""
     try:
         for found in checkpoints.read(path).tensors.values():
             found.storage.bytes()
@@ -683,7 +683,7 @@ def _use_everything(path: Path) -> bool:
     return False
 
 
-def test_an_account_cut_off_anywhere(folder: Path) -> None:
+def test_truncated_metadata_is_an_error(folder: Path) -> None:
     path = saved({"model": {"w": torch.ones(2)}, "step": 5}, folder / "run")
     data = (path / ".metadata").read_bytes()
     for length in range(len(data)):
@@ -710,7 +710,7 @@ def test_flipped_bits(folder: Path) -> None:
 
 
 class Marker:
-    """Unpickles to a call of os.system that leaves a file."""
+    """An object whose unpickling calls os.system, which creates a file."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -725,7 +725,7 @@ SYSTEM = f"{__import__('os').system.__module__}.system"
 
 
 @pytest.mark.parametrize("where", ["storage_meta", "version"])
-def test_objects_beside_the_tensors_are_named_and_not_made(cli: Cli, folder: Path, where: str) -> None:
+def test_foreign_objects_beside_the_tensors_are_named_and_not_created(cli: Cli, folder: Path, where: str) -> None:
     marker = folder / "marker"
     path = rewritten(saved(STATE, folder / "run"), whole(**{where: Marker(marker)}))
     assert checkpoints.read(path).foreign == (SYSTEM,)
@@ -751,7 +751,7 @@ def test_objects_instead_of_tensors_are_refused(cli: Cli, folder: Path, where: s
 
 
 def test_objects_in_an_entry_are_named(cli: Cli, folder: Path) -> None:
-    """torch.distributed.checkpoint unpickles such an entry without a guard."""
+    """torch.distributed.checkpoint unpickles such an entry without any check."""
     marker = folder / "marker"
     path = saved({"model": STATE, "epoch": Marker(marker)}, folder / "run")
     assert checkpoints.read(path).foreign == (SYSTEM,)
@@ -778,7 +778,7 @@ def test_objects_in_the_archive_of_a_tensor(folder: Path) -> None:
 
 
 def test_an_enum_that_is_pickled_by_getattr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # So do some versions of Python 3.11, whatever the enum.
+    # Some versions of Python 3.11 pickle every enum in this way.
     with monkeypatch.context() as patch:
         patch.setattr(enum.Enum, "__reduce_ex__", lambda self, _: (getattr, (type(self), self._name_)))
         folder = saved(STATE, tmp_path / "model")

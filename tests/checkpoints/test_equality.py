@@ -1,4 +1,4 @@
-"""What is read from a file is what torch has in memory: of every torchvision builder, and of generated state dicts."""
+"""Files read by modelcli equal torch's tensors in memory, for every torchvision builder and generated state dicts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from modelcli.writing import Plan
 from tests.checkpoints.test_checkpoints import saved, tensor_of
 from tests.writing.test_writing import planned
 
-#: What torch says of quantized, sparse and rare tensors, whoever makes them.
+#: Warnings of torch about quantized, sparse and unusual tensors.
 QUIET = [
     pytest.mark.filterwarnings("ignore:.*quantized tensor creation functions"),
     pytest.mark.filterwarnings("ignore:Validating sparse tensor"),
@@ -52,7 +52,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def partition(storages: Mapping[str, object]) -> set[frozenset[str]]:
-    """Which names share a storage."""
+    """Return the groups of names that share a storage."""
     groups: dict[object, set[str]] = defaultdict(set)
     for name, storage in storages.items():
         groups[storage].add(name)
@@ -64,7 +64,7 @@ def view_of(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 def ties_of(state: Mapping[str, torch.Tensor]) -> dict[str, str | None]:
-    """The first name of the same view into the same storage, as torch has it; None for that first name."""
+    """Return, for each name, the first name of the same view of the same storage; None for that first name."""
     first: dict[object, str] = {}
     ties: dict[str, str | None] = {}
     for name, tensor in state.items():
@@ -75,7 +75,7 @@ def ties_of(state: Mapping[str, torch.Tensor]) -> dict[str, str | None]:
 
 
 def assert_described(contents: Contents, state: Mapping[str, torch.Tensor], *, strides: bool = True) -> None:
-    """The blueprint of a file is that of the state dict: names in order, shapes, dtypes, views, ties, sizes."""
+    """Require that a file's blueprint equals the state dict: names in order, shapes, dtypes, views, ties, sizes."""
     tensors = contents.bare_blueprint().tensors
     assert [tensor.name for tensor in tensors] == list(state)
     assert [(tensor.shape, tensor.dtype) for tensor in tensors] == [view_of(t)[:2] for t in state.values()]
@@ -97,7 +97,7 @@ def assert_described(contents: Contents, state: Mapping[str, torch.Tensor], *, s
 
 
 def state_dict_without_numbers(name: str) -> dict[str, torch.Tensor]:
-    """A builder's state dict with storages that were reserved and never written: they take no memory."""
+    """Return a builder's state dict with storages that are never written, so that they take no memory."""
     storages: dict[int, torch.UntypedStorage] = {}
     state = {}
     for key, tensor in open_live(Source(name)).module.state_dict().items():
@@ -111,7 +111,7 @@ def state_dict_without_numbers(name: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_builder(tmp_path: Path, name: str) -> None:
-    """`torch.save` leaves holes for the bytes: a file of 2.5 GB takes its header alone on the disk."""
+    """`torch.save` leaves holes for the bytes, so that a file of 2.5 GB takes only its header on the disk."""
     state = state_dict_without_numbers(name)
     with torch.serialization.skip_data():
         path = saved(tmp_path / "m.pth", state)
@@ -128,7 +128,7 @@ def test_every_builder(tmp_path: Path, name: str) -> None:
     ],
 )
 def test_builders_in_formats_whose_bytes_are_written(tmp_path: Path, name: str) -> None:
-    """torch's old format and safetensors, of the builders up to 100 MB: neither can be written without its bytes."""
+    """torch's old format and safetensors, for builders up to 100 MB, because these formats cannot have holes."""
     state = state_dict_without_numbers(name)
     path = tmp_path / "m.pth"
     assert_described(checkpoints.read(saved(path, state, _use_new_zipfile_serialization=False)), state)
@@ -141,13 +141,13 @@ def test_builders_in_formats_whose_bytes_are_written(tmp_path: Path, name: str) 
 # --- dtypes --------------------------------------------------------------------------------------------------------
 
 ALL_DTYPES = {dtype_name(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
-#: torch has names for them, and no storage.
+#: dtypes that torch has names for, but no storage.
 UNSAVED = {f"{sign}int{bits}" for sign in ("", "u") for bits in range(1, 8)}
 QUANTIZED = ("qint8", "quint8", "qint32", "quint4x2", "quint2x4")
 PLAIN = tuple(sorted(ALL_DTYPES.keys() - UNSAVED - set(QUANTIZED)))
-#: Those that torch reads back out of its own old format.
+#: dtypes that torch can read from its own old format.
 TYPED = tuple(name for name in PLAIN if ALL_DTYPES[name] in torch.storage._dtype_to_storage_type_map())
-#: Those that safetensors' `save_file` writes and its reader gives back.
+#: dtypes that safetensors' `save_file` writes and its reader returns.
 IN_SAFETENSORS = tuple(name for name in PLAIN if ALL_DTYPES[name] in safetensors.torch._SIZE)
 
 
@@ -156,7 +156,7 @@ def test_the_size_of_every_dtype_is_torch_s() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(UNSAVED))
-def test_what_torch_cannot_save(tmp_path: Path, name: str) -> None:
+def test_dtypes_that_torch_cannot_save(tmp_path: Path, name: str) -> None:
     with pytest.raises(KeyError, match="is not recognized"):
         saved(tmp_path / "m.pth", {"w": torch.empty(2, dtype=ALL_DTYPES[name])})
 
@@ -183,7 +183,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @st.composite
 def views(draw: st.DrawFn, base: torch.Tensor) -> torch.Tensor:
-    """A view into the storage of a tensor: any offset, shape and strides that stay inside it."""
+    """Draw a view of a tensor's storage with any offset, shape and strides inside it."""
     room = base.untyped_storage().nbytes() // base.element_size()
     offset = draw(st.integers(0, room))
     left, shape, stride = room - offset - 1, [], []
@@ -235,7 +235,7 @@ def sparse_tensors(draw: st.DrawFn) -> torch.Tensor:
     dtype = ALL_DTYPES[draw(st.sampled_from(("float32", "float64", "float16", "bfloat16", "complex64", "int64")))]
     chosen = draw(st.lists(st.integers(0, rows * columns - 1), max_size=5))
     kind = draw(st.sampled_from(("twice", "coo", "hybrid", "csr", "csc", "bsr", "bsc")))
-    if kind == "twice":  # not coalesced: the same place may be there twice
+    if kind == "twice":  # not coalesced: the same index may occur twice
         places = torch.tensor([[place // columns, place % columns] for place in chosen]).reshape(-1, 2).t()
         return torch.sparse_coo_tensor(
             places, torch.ones(len(chosen), dtype=dtype), (rows, columns), check_invariants=True
@@ -257,7 +257,7 @@ def sparse_tensors(draw: st.DrawFn) -> torch.Tensor:
 def state_dicts(
     draw: st.DrawFn, dtypes: tuple[str, ...] = PLAIN, *, only_plain: bool = False, parameters: bool = True
 ) -> OrderedDict[str, torch.Tensor]:
-    """Tensors of all kinds under names of all kinds; some are another one again, or views into its storage."""
+    """Draw a state dict of all kinds of tensors and names; some tensors are tied to others, or views of them."""
     words = st.sampled_from(
         ("weight", "bias", "0", "1", "running_mean", "layer", "", "é中", "\x1b[31m", "\n", "\u202e")
     )
@@ -290,7 +290,7 @@ def is_plain(tensor: torch.Tensor) -> bool:
 
 
 def around(state: Mapping[str, torch.Tensor], how: str) -> tuple[Any, str | None]:
-    """A training checkpoint around a state dict, and the key that names it where nothing else does."""
+    """Return a training checkpoint around a state dict, and the key if modelcli needs one to find it."""
     optimizer = {"state": {0: {"step": 3, "exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
     match how:
         case "state_dict" | "model":
@@ -310,7 +310,7 @@ def bytes_of(storage: torch.UntypedStorage) -> bytes:
 
 
 def assert_bytes(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> None:
-    """The same views into the same bytes: equal tensors, whatever operations their dtype has."""
+    """Require equal views of equal bytes, for dtypes that torch cannot compare too."""
     assert list(found) == list(wanted)
     for name, tensor in wanted.items():
         assert view_of(found[name]) == view_of(tensor)
@@ -318,7 +318,7 @@ def assert_bytes(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.T
 
 
 def assert_equal(found: torch.Tensor, wanted: torch.Tensor) -> None:
-    """Equal in everything that a tensor of any kind has, to the last bit."""
+    """Require that two tensors of any kind are equal in every property and every bit."""
     assert type(found) is type(wanted)
     assert (found.dtype, found.shape, found.layout) == (wanted.dtype, wanted.shape, wanted.layout)
     found, wanted = found.detach(), wanted.detach()
@@ -329,7 +329,7 @@ def assert_equal(found: torch.Tensor, wanted: torch.Tensor) -> None:
         assert found.stride() == wanted.stride()
         assert found.dequantize().equal(wanted.dequantize())
     elif wanted.layout == torch.strided:
-        # A view in safetensors is what it shows; in a .pth a view it is.
+        # safetensors stores the elements of a view; a .pth stores it as a view.
         assert bytes_shown(found) == bytes_shown(wanted)
     else:
         for ours, theirs in zip(composites.components(found), composites.components(wanted), strict=True):
@@ -345,7 +345,7 @@ def bytes_shown(tensor: torch.Tensor) -> bytes:
 
 
 def bytes_taken(tensor: torch.Tensor) -> int:
-    """What a tensor takes: of a sparse one its indices and values, of a quantized one its scales as well."""
+    """Return the bytes of a tensor, including the indices of a sparse and the scales of a quantized one."""
     tensor = tensor.detach()
     if tensor.layout == torch.sparse_coo:
         return tensor._indices().nbytes + tensor._values().nbytes
@@ -370,7 +370,7 @@ def info_of(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 def assert_read_as(contents: Contents, wanted: Mapping[str, torch.Tensor]) -> None:
-    """All that is read of a file, against what `torch.load` gives."""
+    """Require that everything read from a file equals the result of `torch.load`."""
     infos = contents.infos()
     assert list(infos) == list(wanted)
     assert {
@@ -401,7 +401,9 @@ LAYOUTS = st.sampled_from(("bare", "state_dict", "model", "deep"))
 
 @given(state=state_dicts(), how=LAYOUTS, protocol=st.integers(2, 5))
 @settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.too_slow])
-def test_generated(place: Callable[[str], Path], state: dict[str, torch.Tensor], how: str, protocol: int) -> None:
+def test_generated_state_dicts(
+    place: Callable[[str], Path], state: dict[str, torch.Tensor], how: str, protocol: int
+) -> None:
     assert_reads_as_torch(place(".pth"), state, how, pickle_protocol=protocol)
 
 
@@ -416,7 +418,7 @@ def test_generated_in_the_old_format(
 def assert_reads_as_torch(path: Path, state: Mapping[str, torch.Tensor], how: str, **options: Any) -> None:
     tree, key = around(state, how)
     saved(path, tree, **options)
-    # torch's own reader without code knows protocol 2 alone; this file is ours.
+    # torch.load with weights_only reads only protocol 2; this file is trusted.
     loaded = torch.load(path, weights_only=options["pickle_protocol"] == 2, mmap=False)
     contents = checkpoints.read(path, key=key)
     wanted = loaded["runs"]["best.1"]["inner"] if how == "deep" else loaded if how == "bare" else loaded[how]
@@ -428,7 +430,7 @@ def assert_reads_as_torch(path: Path, state: Mapping[str, torch.Tensor], how: st
 @given(state=state_dicts(IN_SAFETENSORS, only_plain=True, parameters=False))
 @settings(deadline=None, max_examples=100)
 def test_generated_safetensors(place: Callable[[str], Path], state: dict[str, torch.Tensor]) -> None:
-    """safetensors stores what a view shows, and refuses shared storages: each tensor is one of its own here."""
+    """safetensors stores the elements of views and refuses shared storages, so each tensor is copied here."""
     path = place(".safetensors")
     own = {name: owned(tensor) for name, tensor in state.items() if not is_pair_without_dimension(tensor)}
     safetensors.torch.save_file(own, path)
@@ -443,7 +445,7 @@ def test_generated_safetensors(place: Callable[[str], Path], state: dict[str, to
 
 
 def owned(tensor: torch.Tensor) -> torch.Tensor:
-    """The same numbers, row-major in a storage of their own."""
+    """Return a row-major copy with a storage of its own."""
     data = bytearray(bytes_shown(tensor))
     if not data:
         return torch.empty(tensor.shape, dtype=tensor.dtype)
@@ -451,7 +453,7 @@ def owned(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def is_pair_without_dimension(tensor: torch.Tensor) -> bool:
-    """safetensors counts the halves of `float4_e2m1fn_x2`, in the last dimension."""
+    """safetensors counts both values of a `float4_e2m1fn_x2` element in the last dimension."""
     return dtype_name(tensor.dtype) == "float4_e2m1fn_x2" and not tensor.dim()
 
 
@@ -472,7 +474,7 @@ def assert_record_holds(contents: Contents) -> None:
 @given(state=state_dicts(parameters=False))
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 def test_generated_and_written_again(place: Callable[[str], Path], state: dict[str, torch.Tensor]) -> None:
-    """A bare checkpoint written by modelcli is the same one to torch, quantized and sparse tensors included."""
+    """torch loads a bare checkpoint written by modelcli as the original, with quantized and sparse tensors."""
     source = saved(place(".pth"), state)
     out = written_again(source, place(".pth"))
     for mmap in (False, True):

@@ -1,4 +1,4 @@
-"""Files as other programs and people leave them: each kind is made by torch, NumPy or safetensors themselves."""
+"""Files as users and other programs write them. Each is created by torch, NumPy or safetensors themselves."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ARCH = "Sequential(Linear(2,3))"
 
 
 def shown(cli: Cli, *words: object) -> dict[str, object]:
-    """The names and values of what `params` shows of a model."""
+    """Return the names and values that `params` shows."""
     return {row["name"]: row["values"] for row in cli("params", *words, "--values", "--json").json["tensors"]}
 
 
@@ -69,13 +69,13 @@ def test_a_file_without_a_suffix_by_its_bare_name(cli: Cli, folder: Path) -> Non
     torch.save(STATE, "weights")
     torch.save(STATE, "step_1000")
     assert shown(cli, "weights") == shown(cli, "step_1000") == VALUES
-    cli("summary", "resnet18", "--weights", "weights", code=1)  # it is read, and does not fit
+    cli("summary", "resnet18", "--weights", "weights", code=1)  # the file is read and does not fit
     assert shown(cli, ARCH, "--weights", "weights") == VALUES
     cli("load", "weights")
-    assert shown(cli) == VALUES  # through the recipe
+    assert shown(cli) == VALUES  # from the recipe
 
 
-def test_a_builder_goes_before_a_file_of_its_name_and_a_note_says_so(cli: Cli, folder: Path) -> None:
+def test_a_builder_takes_precedence_over_a_file_with_a_note(cli: Cli, folder: Path) -> None:
     (folder / "alexnet").mkdir()
     save_file(STATE, folder / "alexnet" / "model.safetensors")
     result = cli("summary", "alexnet", "--json").json
@@ -119,7 +119,7 @@ def test_a_folder_that_exists_needs_no_slash_to_be_written_to(cli: Cli, folder: 
 
 
 class Body(nn.Module):
-    """Two blocks and a head, whose state is compared with what a wrapper saved of them."""
+    """Two blocks and a head. Its state dict is compared with that saved from a wrapper."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class Body(nn.Module):
 
 
 def wrapped(module: nn.Module, *names: str) -> nn.Module:
-    """A module inside others, under these names."""
+    """Return a module inside others, under these names."""
     for name in reversed(names):
         outer = nn.Module()
         outer.add_module(name, module)
@@ -140,7 +140,7 @@ def wrapped(module: nn.Module, *names: str) -> nn.Module:
 
 
 def with_layers_wrapped(name: str) -> nn.Module:
-    """What FSDP, activation checkpointing and torch.compile of single layers make of a model."""
+    """Return a model with single layers wrapped, as FSDP, activation checkpointing and torch.compile do."""
     body = Body()
     body.layers[0] = wrapped(body.layers[0], name)
     body.layers[1][0] = wrapped(body.layers[1][0], name)
@@ -160,7 +160,7 @@ def compiled_layers() -> Any:
 
 
 class Lit(nn.Module):
-    """As a LightningModule keeps its network, and what it measures with beside it."""
+    """A module like a LightningModule, with a network and metrics beside it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -183,7 +183,7 @@ WRAPPERS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("kind", WRAPPERS)
-def test_what_wrappers_put_into_keys_is_removed_and_said(cli: Cli, folder: Path, kind: str) -> None:
+def test_prefixes_of_wrappers_are_removed_with_a_note(cli: Cli, folder: Path, kind: str) -> None:
     body_file(folder)
     torch.manual_seed(1)
     module = WRAPPERS[kind]()
@@ -211,7 +211,7 @@ def body_file(folder: Path) -> None:
     )
 
 
-def test_the_script_takes_the_wrappers_names_out_as_well(cli: Cli, folder: Path) -> None:
+def test_the_script_removes_the_wrappers_prefixes_too(cli: Cli, folder: Path) -> None:
     torch.save(torch.optim.swa_utils.AveragedModel(with_layers_wrapped("_orig_mod")).state_dict(), "wrapped.pth")
     body_file(folder)
     cli("load", "wrapped.pth", "--arch", "body.py:Body")
@@ -220,7 +220,7 @@ def test_the_script_takes_the_wrappers_names_out_as_well(cli: Cli, folder: Path)
     assert torch.load("plain.pth", weights_only=True).keys() == Body().state_dict().keys()
 
 
-def test_a_module_of_the_architecture_s_own_is_no_wrapper(cli: Cli, folder: Path) -> None:
+def test_a_module_of_the_architecture_is_not_taken_for_a_wrapper(cli: Cli, folder: Path) -> None:
     (folder / "own.py").write_text(
         "from torch import nn\n\nclass Own(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
         "        self.module = nn.Sequential(nn.Linear(2, 3))\n        self.model = nn.Linear(3, 2)\n"
@@ -233,18 +233,18 @@ def test_a_module_of_the_architecture_s_own_is_no_wrapper(cli: Cli, folder: Path
     assert (result["matched"], result["missing"], result["unexpected"]) == (4, [], [])
 
 
-def test_several_models_in_one_file_are_named_not_denied(cli: Cli, folder: Path) -> None:
+def test_the_error_for_several_models_in_one_file_names_them(cli: Cli, folder: Path) -> None:
     body_file(folder)
     state = {f"{name}.{key}": value for name in ("student", "teacher") for key, value in Body().state_dict().items()}
     torch.save(state, "distilled.pth")
     error = cli("load", "distilled.pth", "--arch", "body.py:Body", code=1).err
     assert "below student, teacher: " in error
     assert "nothing in the file belongs" not in error
-    cli("extract", "student", "-m", "distilled.pth", "-o", "student.pth")  # as the error says
+    cli("extract", "student", "-m", "distilled.pth", "-o", "student.pth")  # as the error suggests
     cli("load", "student.pth", "--arch", "body.py:Body")
 
 
-def test_identify_and_diff_know_wrappers_in_the_middle(cli: Cli, folder: Path) -> None:
+def test_identify_and_diff_remove_wrapper_prefixes_in_the_middle(cli: Cli, folder: Path) -> None:
     state = Body().state_dict()
     torch.save(state, "plain.pth")
     torch.save({f"model.net.{name}": value for name, value in state.items()}, "lightning.pth")
@@ -259,7 +259,7 @@ def test_identify_and_diff_know_wrappers_in_the_middle(cli: Cli, folder: Path) -
 
 
 def adam(module: nn.Module) -> dict[str, Any]:
-    """The state dict of an optimizer that made a step."""
+    """Return the state dict of an optimizer after one step."""
     optimizer = torch.optim.Adam(module.parameters())
     sum(p.sum() for p in module.parameters()).backward()
     optimizer.step()
@@ -309,7 +309,7 @@ def lightning() -> Any:
         (lightning, "state_dict", ""),
     ],
 )
-def test_a_state_dict_that_lies_deeper_is_found(cli: Cli, folder: Path, made: Any, key: str, others: str) -> None:
+def test_a_nested_state_dict_is_found(cli: Cli, folder: Path, made: Any, key: str, others: str) -> None:
     tree = made()
     torch.save(tree, "train.pt")
     result = cli("params", "train.pt", "--values", "--json").json
@@ -327,13 +327,13 @@ def test_a_state_dict_that_lies_deeper_is_found(cli: Cli, folder: Path, made: An
     assert {tensor.dtype for tensor in written.values()} == {torch.float16}
 
 
-def test_two_nets_beside_one_norm_differ(cli: Cli, folder: Path) -> None:
+def test_diff_of_checkpoints_with_several_state_dicts(cli: Cli, folder: Path) -> None:
     for name, value in (("a.pth", 1.0), ("b.pth", 2.0)):
         torch.save({"norm": {"mean": torch.ones(3)}, "model": {"net": {"w": torch.full((2,), value)}}}, name)
     cli("diff", "a.pth", "b.pth", code=1)
 
 
-def test_where_several_fit_the_error_lists_every_key(cli: Cli, folder: Path) -> None:
+def test_the_error_for_several_state_dicts_lists_every_key(cli: Cli, folder: Path) -> None:
     torch.save({"netG": linear(), "netD": linear(), "epoch": 3}, "gan.pth")
     error = cli("summary", "gan.pth", code=2).err
     assert "gan.pth contains 2 state dicts" in error
@@ -383,7 +383,7 @@ def test_key_reaches_into_lists(cli: Cli, folder: Path) -> None:
     assert torch.load("s.pth", weights_only=True)[0]["weight"].dtype == torch.float16
 
 
-def test_a_nested_tensor_beside_is_kept(cli: Cli, folder: Path) -> None:
+def test_a_nested_tensor_beside_the_state_dict_is_kept(cli: Cli, folder: Path) -> None:
     state = {"a.weight": torch.ones(2), "b.weight": torch.ones(2), "epoch": 3, "stats": {"mean": torch.full((1,), 7.0)}}
     torch.save(state, "in.pth")
     assert shown(cli, "in.pth").keys() == {"a.weight", "b.weight", "stats['mean']"}
@@ -408,7 +408,7 @@ def test_a_smaller_state_dict_of_a_usual_name_among_tensors_is_not_the_model(cli
     assert shown(cli, "train.pth").keys() == state.keys()
 
 
-def test_rename_leaves_what_stands_beside_the_tensors(cli: Cli, folder: Path) -> None:
+def test_rename_leaves_values_beside_the_tensors(cli: Cli, folder: Path) -> None:
     torch.save({"w": torch.ones(2), "b.w": torch.ones(2), "epoch": 3, "stats": {"mean": torch.ones(1)}}, "in.pth")
     cli("rename", "**", "x.**", "-m", "in.pth", "-o", "out.pth")
     written = torch.load("out.pth", weights_only=True)
@@ -416,26 +416,26 @@ def test_rename_leaves_what_stands_beside_the_tensors(cli: Cli, folder: Path) ->
     script = cli("script", "-m", "in.pth", "-e", "rename ** x.**", "--out", "s.pth").out
     exec(compile(script, "script", "exec"), {"__name__": "__main__"})
     assert torch.load("s.pth", weights_only=True).keys() == written.keys()
-    cli("rename", "epoch", "step", "-m", "in.pth", "-o", "named.pth")  # by its own name it is meant
+    cli("rename", "epoch", "step", "-m", "in.pth", "-o", "named.pth")  # the name is given exactly
     assert torch.load("named.pth", weights_only=True)["step"] == 3
 
 
-# --- training checkpoints: what stands beside the state dict ---------------------------------------------------------
+# --- training checkpoints: values beside the state dict --------------------------------------------------------------
 
 
 class Phase(enum.Enum):
-    """An enum of somebody's own."""
+    """A user's enum."""
 
     WARM_UP = "warm up"
     MAIN = 2
 
 
 class Config(collections.OrderedDict[str, Any]):
-    """A configuration as many programs have it."""
+    """A configuration like that of many programs."""
 
 
 def beside() -> dict[str, Any]:
-    """What training loops save of themselves."""
+    """Return values that training loops save beside the state dict."""
     space = argparse.Namespace(lr=0.1, out=Path("runs/1"), betas=(0.9, 0.95), nested=argparse.Namespace(n=None))
     config = Config(lr=0.1)
     config["inner"] = Config(depth=3)
@@ -487,10 +487,10 @@ def test_objects_of_standard_types_beside_the_state_dict_are_kept(cli: Cli, fold
     for file in ("train.pth", "out.pth"):
         (row,) = cli("check", file, "--safe", "--json", code=1).json["checks"]
         assert "argparse.Namespace" in row["found"]
-    torch.save({**linear(), "_extra_state": io.BytesIO(b"scales")}, "stream.pth")  # as Megatron has it
+    torch.save({**linear(), "_extra_state": io.BytesIO(b"scales")}, "stream.pth")  # as Megatron saves it
     cli("cast", "weight", "float16", "-m", "stream.pth", "-o", "streamed.pth")
     assert torch.load("streamed.pth", weights_only=False)["_extra_state"].getvalue() == b"scales"
-    cli("freeze", ".", "-m", "out.pth", "-o", "again.pth")  # what was written can be edited again
+    cli("freeze", ".", "-m", "out.pth", "-o", "again.pth")  # the written file can be edited again
     assert same(torch.load("again.pth", weights_only=False)["phase"], Phase.WARM_UP)
 
 
@@ -503,7 +503,7 @@ def test_objects_in_a_flat_checkpoint_are_kept(cli: Cli, folder: Path) -> None:
 
 
 class Calls:
-    """Pickled as a call of anything."""
+    """An object pickled as a call of any function."""
 
     def __init__(self, function: Any, *args: Any) -> None:
         self.call = (function, args)
@@ -513,7 +513,7 @@ class Calls:
 
 
 class Loaded:
-    """An object of somebody's own that does as it likes when it is loaded."""
+    """A user's object that runs code when it is loaded."""
 
     def __init__(self) -> None:
         self.path = "x"
@@ -566,7 +566,7 @@ def test_a_whole_pickled_module_is_refused_as_before(cli: Cli, folder: Path) -> 
 
 
 def repacked(source: str, target: str, method: int = zipfile.ZIP_DEFLATED) -> None:
-    """The same records in an archive of another program's."""
+    """Write the records into an archive as another program does."""
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", method) as new:
         for name in old.namelist():
             new.writestr(name, old.read(name))
@@ -672,7 +672,7 @@ def test_numpy_arrays_by_name_as_detectron2_has_them(cli: Cli, folder: Path, pro
 
 
 def test_arrays_that_python_2_pickled(cli: Cli, folder: Path) -> None:
-    """Its texts are bytes, and so are an array's: written here by hand, as detectron2's first files have them."""
+    """Its strings and an array's data are bytes. The pickle is written by hand, like detectron2's first files."""
 
     def text(value: bytes) -> bytes:
         return b"U" + bytes([len(value)]) + value
@@ -710,7 +710,7 @@ def test_a_plain_pickle_that_is_cut_off(cli: Cli, folder: Path, cut: float) -> N
 
 
 class Scripted(nn.Module):
-    """With a child twice, a buffer, a tensor that is no buffer, and children in containers."""
+    """A module with a shared child, a buffer, a tensor that is not a buffer, and children in containers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -761,7 +761,7 @@ def test_an_exported_program_is_shown_and_converted(cli: Cli, folder: Path) -> N
 
 
 def test_many_arrays_of_one_text_are_made_of_it_once(cli: Cli, folder: Path) -> None:
-    """A file of 2 MB would take 2 GB if each array had its own copy."""
+    """A file of 2 MB would take 2 GB of memory if each array had its own copy."""
     count = 1_000_000
     shape = b"J" + count.to_bytes(4, "little")
     head = (

@@ -1,4 +1,4 @@
-"""Folders of shards, as Hugging Face lays them out: an index, and the files it names."""
+"""Folders of shards in Hugging Face's layout: an index and the files that it names."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHARDS = {"0.weight": 1, "0.bias": 1, "1.weight": 2}
 
 
 def sharded(folder: Path, suffix: str = "safetensors", **changes: Any) -> Path:
-    """A folder of two shards and their index; `changes` replace the files of names in the index."""
+    """Create a folder of two shards and their index. `changes` replaces the files of keys in the index."""
     folder.mkdir()
     weight_map: dict[str, str] = {}
     for number in (1, 2):
@@ -68,7 +68,7 @@ def test_links_out_of_the_folder_are_refused(folder: Path) -> None:
 
 
 def test_a_cache_of_downloads_links_the_index_and_its_shards_to_one_other_folder(folder: Path) -> None:
-    """As huggingface_hub lays out its cache: snapshots/<commit>/<name> are links to blobs/<digest>."""
+    """In huggingface_hub's cache, snapshots/<commit>/<name> are links to blobs/<digest>."""
     real = sharded(folder / "blobs")
     snapshot = folder / "snapshots" / "main"
     snapshot.mkdir(parents=True)
@@ -80,7 +80,7 @@ def test_a_cache_of_downloads_links_the_index_and_its_shards_to_one_other_folder
 
 
 def test_an_index_that_names_an_index_or_a_folder(folder: Path) -> None:
-    """Itself, say: nothing is read in a circle."""
+    """An index may name itself; nothing is read in a cycle."""
     shards = sharded(folder / "big", **{"0.bias": "model.safetensors.index.json"})
     with pytest.raises(FileFormatError, match="a JSON file"):
         checkpoints.read(shards)
@@ -145,7 +145,9 @@ def test_folders_without_an_index(cli: Cli, folder: Path) -> None:
         checkpoints.read(folder / "runs")
 
 
-def test_nothing_is_asked_of_the_disk_for_each_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_system_calls_does_not_grow_with_the_tensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A model of 671 billion parameters has 92,000 tensors in 163 files."""
 
     def asked(tensors: int) -> int:
@@ -188,7 +190,7 @@ def test_nothing_is_asked_of_the_disk_for_each_tensor(tmp_path: Path, monkeypatc
         ('{"a": {"b": 1}, "a": {}}', "a"),
     ],
 )
-def test_a_name_that_stands_twice_is_found_wherever(text: str, twice: str) -> None:
+def test_duplicate_keys_in_json_are_found_at_any_depth(text: str, twice: str) -> None:
     with pytest.raises(ValueError, match=f"the name '{twice}' twice"):
         strict_json.loads(text.encode(), "it")
     once = {"a": {"b": [1, {"c": "d:{"}]}, "e\\": None, "f": '":'}

@@ -1,4 +1,4 @@
-"""Files that lie, or that would run something: one message and an exit code, in little time and memory, nothing run."""
+"""Malicious and malformed files give one message and an exit code, in little time and memory, and run no code."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from tests import hostile, hostile_growth
 GROWTH = hostile_growth.every()
 CORPUS = [*hostile.every(), *GROWTH]
 SECONDS, MEGABYTES = 1.0, 200
-#: Looks at values read them as well, and print what they found of 2,000 tensors: about a second on an idle machine.
+#: Commands that show values also read them, and print those of 2,000 tensors: about a second on an idle machine.
 SECONDS_WITH_NUMBERS = 2.0
 
-#: Every way to look at a file that needs no torch.
+#: Every command that shows a file without torch.
 LOOKS_WITHOUT_TORCH = (
     "params", "params --json", "params -f csv", "params -f markdown", "modules --tree", "modules", "modules --json",
     "modules --repr", "summary", "summary --json", "summary -f csv",
@@ -28,13 +28,13 @@ LOOKS_AT_NUMBERS = ("params --values", "params --values --json", "params --stats
 
 
 def commands(item: hostile.Hostile) -> tuple[str, ...]:
-    """What a file is looked at with: every way where much could come of it, and of those that are refused some."""
+    """Return the commands to run on a file: all of them if it could be expensive, and some if it is refused."""
     if item in GROWTH:
         return LOOKS_WITHOUT_TORCH[:: 4 if item.code else 1]
     return ("params",) if item.code else ("params", "modules")
 
 
-#: A process without torch that looks at each file in a child of its own, and tells what became of it.
+#: A program without torch that shows each file in a child process and reports the result.
 LOOKS = """
 import json, os, sys
 from modelcli.cli import main
@@ -54,7 +54,7 @@ for line in sys.stdin:
     told = {"code": os.waitstatus_to_exitcode(status), "seconds": usage.ru_utime + usage.ru_stime}
     print(json.dumps(told | {"kilobytes": usage.ru_maxrss}), flush=True)
 """
-#: For looks that need it: it is loaded once, before the clock runs.
+#: Imports torch once, before time is measured, for commands that need it.
 WITH_TORCH = """
 import torch, ml_dtypes, modelcli.values.printed, modelcli.values.statistics
 torch.set_num_threads(1)
@@ -62,7 +62,7 @@ torch.set_num_threads(1)
 
 
 def looked(folder: Path, asked: list[tuple[Path, str]], before: str = "") -> list[dict[str, Any]]:
-    """What became of each look, a file and the words of a command; `text` is what it wrote."""
+    """Run commands on files. Returns the result of each; `text` is its output."""
     outs = [folder / f"{number}.out" for number in range(len(asked))]
     lines = []
     for (path, words), out in zip(asked, outs, strict=True):
@@ -78,7 +78,7 @@ def looked(folder: Path, asked: list[tuple[Path, str]], before: str = "") -> lis
 
 @pytest.fixture(scope="module")
 def looks(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, Any]]:
-    """What became of a look at every file, by its name and the command."""
+    """Return the result of showing every file, by its name and the command."""
     folder = tmp_path_factory.mktemp("hostile")
     asked = []
     for number, item in enumerate(CORPUS):
@@ -126,8 +126,8 @@ def test_no_payload_ran(looks: Any) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="children are forked")
-def test_numbers_of_views_are_bounded_by_the_bytes_that_there_are(tmp_path: Path) -> None:
-    """A view of one byte can have any number of elements: each look at them ends, and takes little."""
+def test_elements_of_views_are_bounded_by_the_bytes_of_the_file(tmp_path: Path) -> None:
+    """A view of one byte can have any number of elements. Each command on it ends, in little memory."""
     asked = []
     for number, (name, data) in enumerate(hostile_growth.views().items()):
         path = tmp_path / f"{number}.pth"
@@ -144,8 +144,8 @@ def test_numbers_of_views_are_bounded_by_the_bytes_that_there_are(tmp_path: Path
         assert look["kilobytes"] - needed < MEGABYTES * 1000, (name, words)
 
 
-def test_a_payload_would_run(tmp_path: Path) -> None:
-    """With Python's own pickle it does: the markers mark."""
+def test_the_payloads_run_with_pythons_own_pickle(tmp_path: Path) -> None:
+    """Python's own pickle runs the payloads, so the markers work."""
     code = f"import pickle; pickle.loads(b'\\x80\\x02' + {hostile.PAYLOADS['os.system']!r} + b'.')"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
     assert (tmp_path / hostile.MARKER).exists()

@@ -1,4 +1,4 @@
-"""Limits on what a file may ask for: each is checked, named with its variable, and can be set by it."""
+"""Limits on files: each is enforced, is named with its variable in the error, and can be changed by the variable."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def nested(folder: Path, levels: int = 30) -> Path:
 
 
 def nested_module(folder: Path) -> Path:
-    """A module pickled whole, with one inside the other."""
+    """Write a pickled module with nested modules."""
     module: nn.Module = nn.Linear(1, 1)
     for _ in range(12):
         module = nn.Sequential(module)
@@ -68,7 +68,7 @@ def a_wide(folder: Path) -> Path:
 
 
 def a_shared_module(folder: Path) -> Path:
-    """One module at 2,000 places: each has its names at all of them."""
+    """Write one module under 2,000 paths, each of which gives its tensors more names."""
     path = folder / "shared.pth"
     torch.save(nn.Sequential(*[nn.Linear(1, 1)] * 2000), path)
     return path
@@ -107,7 +107,9 @@ def test_each_limit_holds_and_is_named(
 
 @pytest.mark.parametrize("limit", limits.ALL, ids=lambda limit: limit.variable)
 @pytest.mark.parametrize("text", ["many", "0", "-1", "1.5", str(2**63)])
-def test_a_variable_that_is_no_number(monkeypatch: pytest.MonkeyPatch, limit: limits.Limit, text: str) -> None:
+def test_a_limit_variable_that_is_not_a_number_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, limit: limits.Limit, text: str
+) -> None:
     monkeypatch.setenv(limit.variable, text)
     with pytest.raises(RequestError, match="a whole number above 0"):
         limit.check(1, "a file")
@@ -136,7 +138,7 @@ def test_values_nested_below_the_limit_are_read_and_written_again(
 
 
 def test_values_nested_deeper_than_the_limit_are_refused(tmp_path: Path) -> None:
-    """However deep: no step of the reader recurses."""
+    """This holds for any depth, because the reader does not recurse."""
     deep = b"\x80\x02}(X\x01\x00\x00\x00a" + b"]" * 100_000 + b"a" * 99_999 + b"u."
     from modelcli.checkpoints.torch_pickle import pickles, trees
 

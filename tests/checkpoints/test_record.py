@@ -1,4 +1,4 @@
-"""The record in a written checkpoint: section 7 of the contract. It comes out of a file, so it is read with care."""
+"""The record in a written checkpoint (section 7 of the contract), which is untrusted input."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ records = st.builds(
 
 @given(records)
 @settings(deadline=None)
-def test_text_gives_the_record_back(record: Record) -> None:
+def test_a_record_survives_writing_and_reading(record: Record) -> None:
     assert from_text(to_text(record)) == record
     assert to_text(record).isascii()
     assert to_text(replace(record)) == to_text(record)
 
 
-def test_what_the_record_holds() -> None:
+def test_the_contents_of_a_record() -> None:
     document = json.loads(to_text(RECORD))
     assert document["schema"] == 1
     assert document["reference"] == "alexnet"
@@ -63,7 +63,7 @@ def test_what_the_record_holds() -> None:
     assert [tensor["name"] for tensor in document["blueprint"]["tensors"]] == [info.name for info in TIED.tensors]
 
 
-def test_its_edits_are_read_as_lines() -> None:
+def test_the_edits_of_a_record_are_parsed() -> None:
     assert RECORD.parsed_edits() == [edits.parse(line) for line in RECORD.edits]
 
 
@@ -81,7 +81,7 @@ def test_its_edits_are_read_as_lines() -> None:
         ("blueprint", [None, [], {}, 3]),
     ],
 )
-def test_a_record_of_another_form_is_none(key: str, values: list[Any]) -> None:
+def test_a_record_of_another_form_is_ignored(key: str, values: list[Any]) -> None:
     for value in values:
         document = json.loads(to_text(RECORD))
         document[key] = value
@@ -89,7 +89,7 @@ def test_a_record_of_another_form_is_none(key: str, values: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("key", ["schema", "reference", "weights", "seed", "edits", "frozen", "blueprint"])
-def test_a_record_that_lacks_a_part_is_none(key: str) -> None:
+def test_a_record_without_a_required_key_is_ignored(key: str) -> None:
     document = json.loads(to_text(RECORD))
     del document[key]
     assert from_text(json.dumps(document)) is None
@@ -98,22 +98,22 @@ def test_a_record_that_lacks_a_part_is_none(key: str) -> None:
 @pytest.mark.parametrize(
     "text", ["", "{", "null", "[]", "3", "[" * 100_000, '{"schema":1}', "9" * 5000, to_text(RECORD)[:-1]]
 )
-def test_damaged_text_is_none(text: str) -> None:
+def test_a_damaged_record_text_is_ignored(text: str) -> None:
     assert from_text(text) is None
 
 
-def test_keys_of_a_later_version_do_no_harm() -> None:
+def test_unknown_keys_of_later_versions_are_ignored() -> None:
     document = json.loads(to_text(RECORD)) | {"more": 1}
     assert from_text(json.dumps(document)) == RECORD
 
 
 @given(st.text(max_size=50))
 @settings(deadline=None)
-def test_no_text_raises(text: str) -> None:
+def test_no_record_text_raises(text: str) -> None:
     assert from_text(text) is None
 
 
-# --- it is believed only as far as it agrees with the file ---------------------------------------------------------
+# --- a record is used only if it agrees with the file --------------------------------------------------------------
 
 
 def in_file(**changed: TensorInfo | None) -> dict[str, TensorInfo]:
@@ -122,14 +122,14 @@ def in_file(**changed: TensorInfo | None) -> dict[str, TensorInfo]:
     return {name: info for name, info in found.items() if info is not None}
 
 
-def test_a_record_of_the_same_tensors_is_believed() -> None:
+def test_a_record_that_matches_the_tensors_is_used() -> None:
     assert disagreement(RECORD, in_file(), known_code=True) is None
-    # what a file cannot tell is taken from the record
+    # the record adds what a file cannot store
     bare = {name: TensorInfo(name, info.shape, info.dtype, tied_to=info.tied_to) for name, info in in_file().items()}
     assert disagreement(RECORD, bare, known_code=True) is None
 
 
-def test_what_is_not_saved_need_not_be_in_the_file() -> None:
+def test_non_persistent_buffers_need_not_be_in_the_file() -> None:
     own = TensorInfo("positions", (4,), "float32", "buffer", persistent=False)
     record = replace(RECORD, blueprint=replace(TIED, tensors=(*TIED.tensors, own)))
     assert disagreement(record, in_file(), known_code=True) is None
@@ -144,10 +144,10 @@ def test_what_is_not_saved_need_not_be_in_the_file() -> None:
         ({"norm__bias": TensorInfo("norm.bias", (4,), "float64")}, "norm.bias is [4] float64 in the file"),
     ],
 )
-def test_a_record_of_other_tensors_is_not_believed(changed: dict[str, TensorInfo | None], words: str) -> None:
+def test_a_record_of_other_tensors_is_rejected(changed: dict[str, TensorInfo | None], words: str) -> None:
     assert words in (disagreement(RECORD, in_file(**changed), known_code=True) or "")
 
 
-def test_a_bare_tree_makes_a_record_too() -> None:
+def test_a_record_of_a_state_dict_model() -> None:
     record = Record(None, None, 0, (), (), from_keys([TensorInfo("a.w", (1,), "float32")]))
     assert from_text(to_text(record)) == record

@@ -1,4 +1,4 @@
-"""Records of state-dict models leave the blueprint to the keys of their file, and give all of it back."""
+"""Records of state-dict models omit what follows from the keys of their file, and restore the whole blueprint."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def state_dict(names: Sequence[str] = KEYS) -> dict[str, torch.Tensor]:
 
 
 def document_in(path: str) -> dict[str, object]:
-    """The record as its text has it, read by safetensors or by torch."""
+    """Return the record as JSON values, read by safetensors or torch."""
     if path.endswith(".safetensors"):
         with safe_open(path, "pt") as file:
             return json.loads(file.metadata()["modelcli"])
@@ -57,7 +57,7 @@ def requires_grad_in(path: str) -> dict[str, bool | None]:
     ],
 )
 def test_the_keys_are_written_once(cli: Cli, suffix: str, edits: Sequence[str], flags: dict[str, bool]) -> None:
-    """The flags stand by module; what is read is what a record with the whole blueprint says."""
+    """requires_grad is stored by module, and reads as a record with the whole blueprint does."""
     torch.save(state_dict(), "in.pth")
     out = f"out{suffix}"
     cli("apply", *(word for edit in edits for word in ("-e", edit)), "-m", "in.pth", "-o", out)
@@ -87,7 +87,7 @@ def test_the_keys_are_written_once(cli: Cli, suffix: str, edits: Sequence[str], 
         }
 
 
-def test_edits_go_on_where_they_were(cli: Cli) -> None:
+def test_edits_are_appended_to_the_recorded_edits(cli: Cli) -> None:
     torch.save(state_dict(), "in.pth")
     cli("freeze", "a", "-m", "in.pth", "-o", "one.safetensors")
     cli("rename", "a.**", "c.**", "-m", "one.safetensors", "-o", "two.pth")
@@ -109,7 +109,7 @@ def test_edits_go_on_where_they_were(cli: Cli) -> None:
         (("replace", "b", "Linear(2,2)"), "a module of a known type"),
     ],
 )
-def test_what_keys_do_not_say_is_written_out(cli: Cli, words: Sequence[str], what: str) -> None:
+def test_a_blueprint_that_keys_do_not_determine_is_written_out(cli: Cli, words: Sequence[str], what: str) -> None:
     torch.save(state_dict(), "in.pth")
     cli(*words, "-m", "in.pth", "-o", "out.pth")
     assert "blueprint" in document_in("out.pth"), what
@@ -155,7 +155,7 @@ def test_a_record_of_other_tensors_is_ignored(cli: Cli, changed: dict[str, torch
         {"tensors": 1, "checksum": 0},
     ],
 )
-def test_a_record_of_another_form_is_none(keys: object) -> None:
+def test_a_record_of_another_form_is_ignored(keys: object) -> None:
     record = Record(None, None, 0, (), (), Blueprint(from_keys([]).modules, ()))
     document = json.loads(to_text(record))
     assert records.from_text(json.dumps(document | {"keys": record_of_keys.keys_of(record.blueprint).to_json()}))
@@ -177,8 +177,8 @@ infos = st.builds(
 
 @given(st.lists(infos, max_size=12, unique_by=lambda info: info.name))
 @settings(deadline=None)
-def test_a_text_gives_the_blueprint_back_or_holds_it(tensors: list[TensorInfo]) -> None:
-    """Whatever flags and kinds the tensors of a model have: nothing of it is lost."""
+def test_a_record_restores_the_whole_blueprint(tensors: list[TensorInfo]) -> None:
+    """This holds for any flags and kinds of tensors."""
     blueprint = replace(from_keys(tensors), trace=record_of_keys.NO_TRACE)
     frozen = tuple(info.name for info in blueprint.tensors if info.requires_grad is False)
     record = Record(None, None, 0, (), frozen, blueprint)
@@ -192,8 +192,8 @@ def test_a_text_gives_the_blueprint_back_or_holds_it(tensors: list[TensorInfo]) 
 
 @given(st.lists(infos, max_size=12, unique_by=lambda info: info.name), st.sampled_from([None, False, True]))
 @settings(deadline=None)
-def test_a_model_as_its_file_gives_it_is_never_written_twice(tensors: list[TensorInfo], flag: bool | None) -> None:
-    """The keys say all of a model that was only read, and frozen or not as a whole or in a part."""
+def test_the_blueprint_of_an_unchanged_file_is_not_written_out(tensors: list[TensorInfo], flag: bool | None) -> None:
+    """The keys describe a model completely if it was only read, and frozen as a whole or in parts."""
     in_file = [TensorInfo(f"{info.name}.w", info.shape, info.dtype) for info in tensors]  # no tensor is a module too
     in_file = [replace(info, kind="buffer") if info.dtype == "int64" else info for info in in_file]
     flags = {} if flag is None else {"": flag, "a": not flag, "a.b": flag}

@@ -1,4 +1,4 @@
-"""A record in a file says what its tensors do not: what is believed, what is built, and what that may cost."""
+"""How far a record in a file is trusted: which claims are used, what is built, and at what cost."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def record_of(path: str) -> Record:
 
 
 def forge(source: str, out: str, **changes: Any) -> Record:
-    """The tensors of a file that modelcli wrote, with another record; gives the honest one."""
+    """Copy a file that modelcli wrote with changes to its record. Returns the original record."""
     record = record_of(source)
     plan = open_editable(Source(source)).plan(Path(out), "pth")
     writing.write(
@@ -45,7 +45,7 @@ def forge(source: str, out: str, **changes: Any) -> Record:
 
 # --- what building may cost ----------------------------------------------------------------------------------------
 
-#: References that a few bytes write, and that nothing could build.
+#: Short references to models that are too large to build.
 ENDLESS = {
     "blocks of a class": RESNET,
     "blocks of a builder": "mobilenet_v2(inverted_residual_setting=[[6,160,100000000,2]])",
@@ -56,7 +56,7 @@ ENDLESS = {
 
 
 @pytest.mark.parametrize("reference", ENDLESS.values(), ids=ENDLESS.keys())
-def test_a_recorded_constructor_that_does_not_end(cli: Cli, reference: str) -> None:
+def test_a_recorded_constructor_that_never_ends_is_an_error(cli: Cli, reference: str) -> None:
     cli("save", "one.pth", "-m", BASE, "-q")
     forge("one.pth", "evil.pth", reference=reference)
     builders.torchvision()
@@ -67,7 +67,7 @@ def test_a_recorded_constructor_that_does_not_end(cli: Cli, reference: str) -> N
     assert "MODELCLI_MAX_MODULES" in error
 
 
-def test_an_edit_in_a_record_that_does_not_end(cli: Cli) -> None:
+def test_a_recorded_edit_that_never_ends_is_an_error(cli: Cli) -> None:
     cli("save", "one.pth", "-m", BASE, "-q")
     forge("one.pth", "evil.pth", edits=(f"replace 1 {RESNET}",), numbers=(1,), edit_count=1)
     with pytest.raises(FileFormatError, match="more than 2,008 modules"):
@@ -75,7 +75,7 @@ def test_an_edit_in_a_record_that_does_not_end(cli: Cli) -> None:
 
 
 @pytest.mark.parametrize("words", [("modules", RESNET), ("replace", "1", RESNET, "-m", BASE)])
-def test_a_typed_constructor_that_does_not_end(
+def test_a_typed_constructor_that_never_ends_is_an_error(
     cli: Cli, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert limits.MODULES.value == 20_000
@@ -93,7 +93,7 @@ def test_the_limit_on_modules_can_be_raised(cli: Cli, monkeypatch: pytest.Monkey
 
 
 def test_tensors_that_a_recorded_constructor_makes_on_its_way(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the meta device alone does not do, a table of a window of 200 x 200 takes 25 GB."""
+    """Outside the meta device, the table of a 200 x 200 window takes 25 GB."""
     from modelcli.live import meta_models, modules
 
     def no_meta(_construct: Any) -> Any:
@@ -105,8 +105,8 @@ def test_tensors_that_a_recorded_constructor_makes_on_its_way(cli: Cli, monkeypa
     assert "MB beside its parameters to build" in cli("freeze", ".", "-m", "evil.pth", code=4).err
 
 
-def test_a_loop_that_makes_no_modules(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The watch ends it where it stands; nothing of it is left for what runs next."""
+def test_an_endless_loop_without_modules_is_an_error(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The watching thread ends the loop, and no exception remains pending for later code."""
     from modelcli.live import bounds
 
     def loop() -> None:
@@ -124,7 +124,7 @@ def test_a_loop_that_makes_no_modules(cli: Cli, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_record_asks_for_no_more_memory_than_its_file_warrants(cli: Cli) -> None:
-    """The module is taken out again, so that the tensors fit; to load the file would make 10 GB of it before."""
+    """An edit removes the module again, so that the tensors fit, but loading would allocate 10 GB before that."""
     cli("save", "one.pth", "-m", BASE, "-q")
     large = "Sequential(Linear(50000,50000),Linear(2,3),ReLU(),Linear(3,2))"
     forge("one.pth", "evil.pth", reference=large, edits=("remove 0",), numbers=(1,), edit_count=1)
@@ -154,7 +154,7 @@ def test_a_record_asks_for_no_more_memory_than_its_file_warrants(cli: Cli) -> No
         "~/x/",
     ],
 )
-def test_no_path_in_a_record_is_looked_at(cli: Cli, reference: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_path_in_a_record_is_accessed(cli: Cli, reference: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cli("save", "one.pth", "-m", BASE, "-q")
     forge("one.pth", "evil.pth", reference=reference)
     touched: list[str] = []
@@ -185,7 +185,7 @@ def test_trust_does_not_lead_to_another_machine(cli: Cli) -> None:
         assert "may not name code outside its folder" in cli("freeze", ".", "-m", "evil.pth", "--trust", code=3).err
 
 
-def test_a_class_of_torchvisions_is_an_installed_one_by_either_spelling(cli: Cli) -> None:
+def test_both_spellings_of_a_torchvision_class_need_no_trust(cli: Cli) -> None:
     texts = ("torchvision.ops:MLP(4,[4,4])", "torchvision.ops.MLP(4,[4,4])")
     assert len({str(resolve.parse(text)) for text in texts}) == 1
     assert all(isinstance(resolve.parse(text), NamedModel) for text in texts)
@@ -202,7 +202,7 @@ NET = "Sequential(Conv2d(3,8,3),BatchNorm2d(8),Flatten(),Linear(8,4),LayerNorm(4
 
 
 def changed(record: Record, *, tensors: Any = None, modules: Any = None, layers: Any = None) -> Any:
-    """The blueprint of a record with some of its tensors, modules and outputs changed, by name."""
+    """Return the blueprint of a record with some tensors, modules and outputs changed, by name."""
     blueprint = record.blueprint
     assert blueprint.trace is not None
     infos = [replace(t, **(tensors or {}).get(t.name, {})) for t in blueprint.tensors]
@@ -259,7 +259,7 @@ FALSE: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize(("changes", "told"), FALSE.values(), ids=FALSE.keys())
 def test_a_record_that_contradicts_its_tensors_is_ignored(cli: Cli, changes: dict[str, Any], told: str) -> None:
-    """By each look, without building anything; nothing is left of it, and a note says why."""
+    """Every command ignores the whole record without building anything, and a note says why."""
     cli("save", "one.pth", "-m", NET, "--input-size", "1,3,3,3", "-q")
     assert "ignored" not in cli("summary", "one.pth").err
     record = record_of("one.pth")
@@ -271,7 +271,7 @@ def test_a_record_that_contradicts_its_tensors_is_ignored(cli: Cli, changes: dic
     assert cli("modules", "evil.pth", "--json").json["modules"][0]["type"] is None
 
 
-def test_a_frozen_name_that_is_no_parameter(cli: Cli) -> None:
+def test_a_frozen_name_that_is_not_a_parameter(cli: Cli) -> None:
     cli("save", "one.pth", "-m", NET, "-q")
     forge("one.pth", "evil.pth", frozen=("nothing.weight",))
     assert "it names nothing.weight as frozen" in cli("params", "evil.pth").err
@@ -279,7 +279,7 @@ def test_a_frozen_name_that_is_no_parameter(cli: Cli) -> None:
 
 @pytest.mark.parametrize("field", ["input_dtype", "seed", "edits", "schema"])
 def test_a_damaged_record_is_named(cli: Cli, folder: Path, field: str) -> None:
-    """It used to be passed over in silence."""
+    """Earlier versions ignored it without a note."""
     cli("save", "one.pth", "-m", BASE, "-q")
     wrong = {"input_dtype": ["nonsense"], "seed": -1, "edits": ["frezee 0"], "schema": 2}
     document = json.loads(to_text(record_of("one.pth"))) | {field: wrong[field]}
@@ -312,7 +312,7 @@ class Net(nn.Module):
 
 
 def test_assertions_are_not_answered_by_a_forged_record(cli: Cli) -> None:
-    """The record of a file says what the shell asks for: small, frozen, with that layer and that output."""
+    """The forged record claims whatever is asserted: a small, frozen model with that layer and that output."""
     cli("save", "one.pth", "-m", "alexnet(num_classes=7)", "-q")
     record = record_of("one.pth")
     fake = ModuleInfo("classifier.7", "Linear", ("Linear",), "in_features=7, out_features=10")
@@ -334,8 +334,8 @@ def test_assertions_are_not_answered_by_a_forged_record(cli: Cli) -> None:
     cli("check", "one.pth", "--max-params", "57.1M", "--has", "classifier.6:Linear", "--output-shape", "1,7", "--safe")
 
 
-def test_what_is_built_decides_and_a_note_says_that_the_record_differs(cli: Cli) -> None:
-    """A pooling in the place of a ReLU has the same tensors: only its code tells what comes out of it."""
+def test_the_built_model_decides_and_a_note_says_that_the_record_differs(cli: Cli) -> None:
+    """A pooling layer instead of a ReLU has the same tensors. Only running it shows its output."""
     cli("save", "one.pth", "-m", "Sequential(Linear(4,4),ReLU())", "--input-size", "1,4", "-q")
     forge("one.pth", "evil.pth", reference="Sequential(Linear(4,4),AdaptiveAvgPool1d(2))")
     assert cli("check", "evil.pth", "--output-shape", "1,2", "--json").json["passed"]
@@ -348,11 +348,11 @@ def test_a_reference_that_does_not_fit_the_tensors_is_ignored(cli: Cli) -> None:
     forge("one.pth", "evil.pth", reference="Sequential(Linear(4,5))")
     result = cli("check", "evil.pth", "--has", "1:ReLU", code=1)
     assert "the record in evil.pth was ignored: evil.pth does not fit" in result.err
-    cli("check", "evil.pth", "--output-shape", "1,4", code=2)  # nobody can say
+    cli("check", "evil.pth", "--output-shape", "1,4", code=2)  # the answer is unknown
 
 
-def test_what_the_record_alone_says_does_not_pass_with_safe(cli: Cli, folder: Path) -> None:
-    """Its architecture is code of the user's, which is not run for a file's sake."""
+def test_safe_does_not_accept_what_only_the_record_says(cli: Cli, folder: Path) -> None:
+    """The architecture is a user's code, which is not run because a file names it."""
     (folder / "own.py").write_text(OWN)
     cli("save", "one.pth", "-m", "own.py:Net", "--input-size", "1,2", "-q")
     claims = ("--frozen", "fc.bias", "--has", "fc:Linear", "--output-shape", "1,3", "--absent", "head")
@@ -369,7 +369,7 @@ def test_what_the_record_alone_says_does_not_pass_with_safe(cli: Cli, folder: Pa
     assert not any("on_record" in row for row in document["checks"])
 
 
-def test_what_the_tensors_say_needs_nothing_built(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_assertions_about_tensors_build_no_model(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     from modelcli.live import opening
 
     cli("save", "one.pth", "-m", BASE, "-q")

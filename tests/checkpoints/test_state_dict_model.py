@@ -1,4 +1,4 @@
-"""Checkpoints of unknown architecture as state-dict models: what torch loads is what the model says."""
+"""State-dict models of checkpoints of unknown architecture equal what torch loads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def saved(path: Path, state: Any, **how: Any) -> Path:
 
 
 def values(model: StateDictModel) -> dict[str, torch.Tensor]:
-    """The tensors of a model, read by torch from where the model says that their bytes are."""
+    """Return the tensors of a model, read by torch from the sources of their bytes."""
     sources, found = Sources(), {}
     for name, tensor in model.tensors.items():
         data = torch.frombuffer(bytearray(sources.of(name, tensor).bytes()), dtype=torch.uint8)
@@ -34,7 +34,7 @@ def values(model: StateDictModel) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-def test_it_has_the_file_s_state_dict(tmp_path: Path, legacy: bool) -> None:
+def test_the_model_has_the_state_dict_of_the_file(tmp_path: Path, legacy: bool) -> None:
     weight = torch.randn(2, 3)
     state: dict[str, Any] = OrderedDict(
         {
@@ -63,8 +63,8 @@ def test_it_has_the_file_s_state_dict(tmp_path: Path, legacy: bool) -> None:
     assert list(model.modules) == ["", "embed", "bn", "head", "deep", "deep.er"]
 
 
-def test_names_with_dots_at_odd_places_stay_apart(tmp_path: Path) -> None:
-    """A module without a name could not be told from the root: `.weight` would become `weight`."""
+def test_names_with_leading_and_double_dots_stay_distinct(tmp_path: Path) -> None:
+    """A module with an empty name must not be mistaken for the root: `.weight` is not `weight`."""
     names = ("weight", ".weight", "..weight", ".", "", "a.", "a..b", "a.b.")
     path = saved(tmp_path / "m.pth", {name: torch.full((1,), float(index)) for index, name in enumerate(names)})
     found = values(model_of(checkpoints.read(path)))
@@ -77,8 +77,8 @@ def test_names_that_are_too_deep(tmp_path: Path) -> None:
         model_of(checkpoints.read(path))
 
 
-def test_the_order_is_that_of_modules(tmp_path: Path) -> None:
-    """Modules in the order of their first key, each with all that is below it; parameters before buffers."""
+def test_keys_are_ordered_by_module(tmp_path: Path) -> None:
+    """Modules are in the order of their first keys, each followed by those below it; parameters precede buffers."""
     names = ("b.running_mean", "a.x.weight", "b.weight", "top", "a.weight", "b.c.weight")
     path = saved(tmp_path / "m.pth", {name: torch.ones(1) for name in names})
     model = model_of(checkpoints.read(path))
@@ -87,7 +87,7 @@ def test_the_order_is_that_of_modules(tmp_path: Path) -> None:
     assert [tensor.name for tensor in model.blueprint.tensors] == model.keys
 
 
-def test_a_cast_is_written_down_and_made_when_bytes_are_read(tmp_path: Path) -> None:
+def test_a_cast_is_carried_out_when_bytes_are_read(tmp_path: Path) -> None:
     state = {"w": torch.randn(7, 3), "n": torch.arange(3)}
     model = model_of(checkpoints.read(saved(tmp_path / "m.pth", state)))
     cast = model.with_tensors(lambda tensor: tensor.cast("bfloat16"), ["w"])

@@ -1,4 +1,4 @@
-"""A suffix stands in the module of its format alone: nobody else asks how the name of a file ends."""
+"""Only the module of a format contains its suffixes: no other code looks at the ends of file names."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _NAMES = "|".join(sorted((suffix[1:] for suffix in OWNERS), key=len, reverse=Tru
 _BARE = re.compile(rf"(?<![\w)\]])\.(?:{_NAMES})(?!\w)", re.IGNORECASE)
 #: The name of a file that ends so.
 _FILE = re.compile(rf"\.(?:{_NAMES})(?!\w)", re.IGNORECASE)
-#: Words that are suffixes of some files and mean other things as well: a kind of container, a key.
+#: Words that are suffixes of some files and also have another meaning: a kind of container, a key.
 OTHERS = {"tar", "metadata"}
-#: What asks how a text ends, or whether it is another one.
+#: Methods that compare a text, or its end, with another text.
 _ASKING = {
     *("endswith", "startswith", "removesuffix", "removeprefix", "partition", "rpartition", "with_suffix", "glob"),
     *("rglob", "match", "fullmatch", "search", "compile", "get", "index", "find", "rfind", "count", "split"),
@@ -34,7 +34,7 @@ _ASKING = {
 
 
 def docstrings(tree: ast.AST) -> set[int]:
-    """The nodes of docstrings."""
+    """Return the nodes of docstrings."""
     found = set()
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
@@ -44,7 +44,7 @@ def docstrings(tree: ast.AST) -> set[int]:
 
 
 def texts_that_decide(tree: ast.AST) -> set[int]:
-    """The nodes of texts that are compared with others, or looked for in them."""
+    """Return the nodes of texts that are compared with others or searched in others."""
     found: set[int] = set()
     for node in ast.walk(tree):
         asked: list[ast.AST] = []
@@ -59,7 +59,7 @@ def texts_that_decide(tree: ast.AST) -> set[int]:
 
 
 def named(path: Path) -> Iterator[str]:
-    """The suffixes that the code of a file names, which it does not declare: `line 3: .pth`."""
+    """Yield the suffixes that a file's code names without declaring them: `line 3: .pth`."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     told, decide = docstrings(tree), texts_that_decide(tree)
     # The records of an archive have names, too: `data.pkl`.
@@ -96,8 +96,8 @@ def test_no_suffix_outside_its_format() -> None:
     assert [line for path in sorted(SOURCE.rglob("*.py")) for line in named(path)] == []
 
 
-def test_what_counts_as_naming_a_suffix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test above could not fail if nothing were found."""
+def test_the_search_finds_named_suffixes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the test above could never fail."""
     monkeypatch.setattr(f"{__name__}.SOURCE", tmp_path)
     monkeypatch.setattr(f"{__name__}.OWNERS", dict.fromkeys(OWNERS, tmp_path / "checkpoints" / "own"))
     file = tmp_path / "code.py"

@@ -1,4 +1,4 @@
-"""What is shown, checked and saved is what torch loads: each construct means what torch makes of it, or is refused.
+"""modelcli shows, checks and saves what torch loads: every pickle construct has the same meaning, or is refused.
 
 Truth is `torch.load(weights_only=True)`, and Python's `zipfile` and `tarfile` for what they find in a file.
 """
@@ -35,7 +35,7 @@ from tests.hostile import archive, legacy, name, number, sizes, state_dict, tens
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support", "ignore:Detected pickle protocol")
 
-#: The bytes of storage 0, and of another one.
+#: The bytes of storage 0 and of storage 1.
 ONE, OTHER = struct.pack("<2f", 1, 2), struct.pack("<2f", float("nan"), 8)
 GRAD = b"\x88"
 HOOKS = name("collections.OrderedDict") + b")R"
@@ -48,7 +48,7 @@ def saved(path: Path, value: Any, **options: Any) -> Path:
 
 
 def packed(path: Path, pickled: bytes, **records: bytes) -> Path:
-    """An archive with a pickle and the storages 0 and 1."""
+    """Write an archive with a pickle and the storages 0 and 1."""
     path.write_bytes(archive(pickled, {"data/0": ONE, "data/1": OTHER} | records))
     return path
 
@@ -58,7 +58,7 @@ def raw(found: torch.Tensor) -> bytes:
 
 
 def assert_as_torch(path: Path) -> checkpoints.Contents:
-    """All tensors of a file have the dtype, shape, stride and values that torch gives them."""
+    """Require that all tensors of a file have the dtype, shape, stride and values that torch loads."""
     wanted = torch.load(path, weights_only=True)
     contents = checkpoints.read(path)
     tensors = loading.mapped(contents).tensors
@@ -101,7 +101,7 @@ SET_ANEW = ANOTHER.partition(b"(")[2].partition(b"Q")[0] + b"Q"
     ],
     ids=["set_", "set_ of nothing", "a parameter of four", "a parameter of five"],
 )
-def test_a_tensor_that_is_given_other_numbers_is_refused(cli: Cli, folder: Path, made: bytes) -> None:
+def test_a_tensor_whose_state_replaces_its_values_is_refused(cli: Cli, folder: Path, made: bytes) -> None:
     path = packed(folder / "m.pth", state_dict(("w", made)))
     loaded = torch.load(path, weights_only=True)["w"]
     assert not torch.equal(loaded.nan_to_num(), torch.tensor([1.0, 2.0]))
@@ -111,8 +111,8 @@ def test_a_tensor_that_is_given_other_numbers_is_refused(cli: Cli, folder: Path,
     assert not (folder / "o.pth").exists()
 
 
-def test_a_state_is_refused_where_the_tensor_stands_elsewhere(tmp_path: Path) -> None:
-    """The memo gives the same tensor again: a state that is set behind it changes both."""
+def test_a_state_on_a_tensor_from_the_memo_is_refused(tmp_path: Path) -> None:
+    """The memo returns the same tensor again, so a state set on it changes both entries."""
     pickled = state_dict(("w", tensor() + b"q\x07"), ("x", b"h\x07)b"))
     assert torch.load(packed(tmp_path / "m.pth", pickled), weights_only=True)["w"].numel() == 0
     assert_refused(tmp_path / "m.pth", "changes a tensor after")
@@ -152,8 +152,8 @@ def test_data_in_the_dict_of_a_tensor_is_refused(cli: Cli, folder: Path) -> None
     assert "'data'" in cli("save", "o.pth", "-m", path, code=4).err
 
 
-def test_every_attribute_that_can_be_set_on_a_tensor_is_known() -> None:
-    """torch's own list: what a tensor has a setter for, and does something else than keep the value."""
+def test_every_settable_attribute_of_a_tensor_is_known() -> None:
+    """The attributes for which torch.Tensor has a setter that does more than store the value."""
     writable = set()
     for attribute in dir(torch.Tensor):
         values: tuple[Any, ...] = (torch.ones(2), torch.zeros(3, dtype=torch.complex64), None, True, {})
@@ -169,7 +169,7 @@ def test_every_attribute_that_can_be_set_on_a_tensor_is_known() -> None:
     assert "data" in writable
 
 
-def test_attributes_that_hold_tensors_are_told_and_fail_a_check(cli: Cli, folder: Path) -> None:
+def test_tensors_in_attributes_are_named_and_fail_a_check(cli: Cli, folder: Path) -> None:
     scaled = nn.Parameter(torch.ones(4))
     scaled.__dict__["scale"] = torch.tensor([float("nan")])
     path = saved(folder / "m.pth", {"w": scaled})
@@ -193,13 +193,13 @@ def test_attributes_that_hold_tensors_are_told_and_fail_a_check(cli: Cli, folder
         name("torch.Tensor") + b")R}b",
     ],
 )
-def test_a_state_or_items_of_what_torch_knows_are_refused(tmp_path: Path, made: bytes) -> None:
+def test_a_state_or_items_on_known_objects_are_refused(tmp_path: Path, made: bytes) -> None:
     path = packed(tmp_path / "m.pth", state_dict(("w", tensor()), ("x", made)))
     assert_refused(path, "sets the state|sets items|appends values")
 
 
 def test_the_states_of_dicts_are_those_of_torch(tmp_path: Path) -> None:
-    """Two states of an OrderedDict are one, and what is `__new__`-ed with items has none."""
+    """Two states of an OrderedDict are merged, and an object created by `__new__` with items has none."""
     twice = b"}" + text("_metadata") + b"}" + text("") + b"Nssb}" + text("b") + b"Nsb"
     new = name("collections.OrderedDict") + b"(](" + text("x") + ANOTHER + b"\x86et\x81"
     path = packed(tmp_path / "m.pth", b"\x80\x02" + new + b"(" + text("w") + tensor() + b"u" + twice + b".")
@@ -207,7 +207,7 @@ def test_the_states_of_dicts_are_those_of_torch(tmp_path: Path) -> None:
     assert torch.load(path, weights_only=True)._metadata == {"": None}
 
 
-def test_tensors_in_a_counter_are_not_overlooked(cli: Cli, folder: Path) -> None:
+def test_tensors_in_a_counter_are_found(cli: Cli, folder: Path) -> None:
     path = saved(folder / "m.pth", {"w": torch.ones(2), "c": Counter({"a": 1})})
     cli(*guards(path))
     counter = name("collections.Counter") + b")R" + text("a") + ANOTHER + b"s"
@@ -250,8 +250,8 @@ def test_a_tensor_negated_and_conjugated(tmp_path: Path) -> None:
     assert_as_torch(saved(tmp_path / "m.pth", {"imag": made.conj().imag}))
 
 
-def test_looks_at_conjugated_tensors(cli: Cli, folder: Path) -> None:
-    """The row that started this: 1-2j, not 1+2j, and the names are shown on every look."""
+def test_showing_conjugated_tensors(cli: Cli, folder: Path) -> None:
+    """The values are 1-2j and not 1+2j, and every command names the conjugated tensors."""
     path = saved(folder / "m.pth", {"w": torch.tensor([1 + 2j], dtype=torch.complex64).conj(), "v": torch.ones(2)})
     assert [row["name"] for row in cli("params", path, "--json").json["tensors"]] == ["w", "v"]
     assert "1-2j" in cli("params", path, "--values").out
@@ -265,7 +265,7 @@ def test_looks_at_conjugated_tensors(cli: Cli, folder: Path) -> None:
     cli("diff", path, "o.pth")
 
 
-def test_what_is_negated_without_a_sign_bit_is_refused_alone(cli: Cli, folder: Path) -> None:
+def test_a_negated_tensor_without_a_sign_bit_is_refused(cli: Cli, folder: Path) -> None:
     marked = tensor(storage="torch.IntStorage")[:-2] + b"}" + text("neg") + b"\x88stR"
     path = packed(folder / "m.pth", state_dict(("w", marked), ("v", ANOTHER)))
     assert torch.load(path, weights_only=True)["w"].is_neg()
@@ -275,8 +275,8 @@ def test_what_is_negated_without_a_sign_bit_is_refused_alone(cli: Cli, folder: P
 
 
 @pytest.mark.parametrize("value", [b"\x88", b"\x89", b"K\x01"])
-def test_a_mark_counts_whatever_its_value(tmp_path: Path, value: bytes) -> None:
-    """As torch's own C++ has it: `{"conj": False}` conjugates."""
+def test_a_conj_or_neg_mark_applies_whatever_its_value(tmp_path: Path, value: bytes) -> None:
+    """torch's C++ code does the same: `{"conj": False}` conjugates."""
     marked = tensor((1,), storage="torch.ComplexFloatStorage", count=1)[:-2] + b"}" + text("conj") + value + b"stR"
     path = packed(tmp_path / "m.pth", state_dict(("w", marked)))
     assert_as_torch(path)
@@ -284,7 +284,7 @@ def test_a_mark_counts_whatever_its_value(tmp_path: Path, value: bytes) -> None:
 
 
 def test_parts_of_resolved_bytes(tmp_path: Path) -> None:
-    """From any byte on, as a window or a chunk may begin inside an element."""
+    """A part may start at any byte, because a window or a chunk may start inside an element."""
     path = saved(tmp_path / "m.pth", {"w": torch.arange(8).to(torch.complex64).mul(1 + 1j).conj()})
     storage = checkpoints.read(path).tensors["w"].storage
     assert isinstance(storage, conj_and_neg.Resolved)
@@ -321,8 +321,8 @@ NUMBERS = b"](" + b"G" + struct.pack(">d", float("nan")) + b"G" + struct.pack(">
     ],
     ids=["Tensor", "FloatTensor", "a new Tensor", "Parameter()", "a parameter of one", "of another dtype"],
 )
-def test_a_tensor_that_is_not_understood_fails_each_guard(cli: Cli, folder: Path, made: bytes) -> None:
-    """No row, and so nothing that anyone may vouch for; or the file is refused."""
+def test_an_unreadable_tensor_fails_each_check(cli: Cli, folder: Path, made: bytes) -> None:
+    """It has no row, so no check may pass; or the whole file is refused."""
     path = packed(folder / "m.pth", state_dict(("v", tensor()), ("w", made)))
     assert isinstance(torch.load(path, weights_only=True)["w"], torch.Tensor)
     packed(folder / "v.pth", state_dict(("v", tensor())))
@@ -335,7 +335,7 @@ def test_a_tensor_that_is_not_understood_fails_each_guard(cli: Cli, folder: Path
     cli("diff", path, path, code=cli_code(path, 1))
 
 
-def test_a_parameter_that_is_not_understood_is_not_known_to_be_frozen(cli: Cli, folder: Path) -> None:
+def test_an_unreadable_parameter_does_not_count_as_frozen(cli: Cli, folder: Path) -> None:
     trained = parameter(called("torch.Tensor", NUMBERS))
     path = packed(folder / "m.pth", state_dict(("v", parameter(tensor(), b"\x89")), ("w", trained)))
     assert torch.load(path, weights_only=True)["w"].requires_grad
@@ -343,7 +343,7 @@ def test_a_parameter_that_is_not_understood_is_not_known_to_be_frozen(cli: Cli, 
     assert "modelcli does not know whether w is frozen" in cli("check", path, "--frozen", "**", code=1).out
 
 
-def test_what_is_not_understood_in_a_shard_fails_the_folder(cli: Cli, folder: Path) -> None:
+def test_an_unreadable_tensor_in_a_shard_fails_the_folder(cli: Cli, folder: Path) -> None:
     packed(folder / "a.bin", state_dict(("v", tensor()), ("w", called("torch.Tensor", NUMBERS))))
     index = folder / "pytorch_model.bin.index.json"
     index.write_text(json.dumps({"weight_map": {"v": "a.bin"}}), encoding="ascii")
@@ -351,7 +351,7 @@ def test_what_is_not_understood_in_a_shard_fails_the_folder(cli: Cli, folder: Pa
 
 
 def cli_code(path: Path, code: int) -> int:
-    """4 where the file is refused as a whole."""
+    """Return 4 if the whole file is refused, and otherwise `code`."""
     try:
         checkpoints.read(path)
     except FileFormatError:
@@ -376,7 +376,7 @@ def test_a_rebuild_with_other_arguments_is_refused(tmp_path: Path, function: str
 
 
 def test_a_list_that_is_changed_afterwards_changes_no_tensor(tmp_path: Path) -> None:
-    """torch makes a tensor when it is called; what the list holds later is too late."""
+    """torch creates the tensor at the call, so later changes of the list have no effect."""
     meta = name("torch._utils._rebuild_meta_tensor_no_storage") + b"(" + name("torch.float32")
     made = meta + b"]q\x07K\x02a](K\x01e\x89tR"
     later = state_dict(("w", made), ("x", b"h\x07K\x03a"))
@@ -403,7 +403,7 @@ def test_a_storage_of_the_meta_device_has_no_values(cli: Cli, folder: Path, prot
 
 
 @pytest.mark.parametrize("location", [text("meta:0"), text("nowhere at all"), b"N", text("")])
-def test_a_storage_of_no_device_is_refused(tmp_path: Path, location: bytes) -> None:
+def test_a_storage_with_an_invalid_device_is_refused(tmp_path: Path, location: bytes) -> None:
     path = packed(tmp_path / "m.pth", state_dict(("w", tensor().replace(text("cpu"), location))))
     with pytest.raises((RuntimeError, AttributeError, TypeError)):
         torch.load(path, weights_only=True)
@@ -417,12 +417,12 @@ def test_a_tensor_beyond_the_size_that_its_storage_states_is_refused(tmp_path: P
     assert_refused(path, "its storage holds 4")
 
 
-def test_a_storage_of_two_sizes_is_refused(tmp_path: Path) -> None:
+def test_a_storage_with_two_sizes_is_refused(tmp_path: Path) -> None:
     pickled = state_dict(("w", tensor()), ("v", tensor((1,), count=1)))
     assert_refused(packed(tmp_path / "m.pth", pickled), "two sizes")
 
 
-def test_old_storages_are_as_long_as_they_say(tmp_path: Path) -> None:
+def test_the_length_of_old_storages(tmp_path: Path) -> None:
     path = tmp_path / "m.pth"
     path.write_bytes(legacy(state_dict(("w", tensor((1,), count=1)))))
     assert_refused(path, "should have 4 bytes, but has 8")
@@ -444,7 +444,7 @@ def test_a_part_of_an_old_storage_with_the_key_of_another_is_refused(tmp_path: P
 
 
 def test_bytes_of_one_dtype_as_another(tmp_path: Path) -> None:
-    """`_rebuild_tensor_v3` may look at typed storages as another dtype; offsets are the tensor's own elements."""
+    """`_rebuild_tensor_v3` may reinterpret a typed storage; offsets count elements of the tensor's dtype."""
     made = tensor((2,), offset=1, rebuild="torch._utils._rebuild_tensor_v3")[:-2] + name("torch.int16") + b"tR"
     assert_as_torch(packed(tmp_path / "m.pth", state_dict(("w", made))))
 
@@ -482,14 +482,14 @@ def test_numbers_that_readers_disagree_about_are_refused(opcode: bytes) -> None:
         pickles.read(opcode + b".", "made")
 
 
-def test_a_class_is_named_by_its_very_bytes() -> None:
-    """`pickletools` undoes escapes in the name of a class, and no pickler does."""
+def test_escapes_in_class_names_are_not_interpreted() -> None:
+    """`pickletools` interprets escapes in class names, and unpicklers do not."""
     found = pickles.read(b"cos\nsys\\x74em\n.", "made")
     assert found.foreign == ("os.sys\\x74em",)
 
 
 def test_a_frame_ends_between_two_opcodes() -> None:
-    """Python's reader drops the start of what a frame cuts in two, and so finds another name."""
+    """If a frame cuts an opcode in two, Python's reader drops its start and finds another name."""
     whole = pickle.dumps({"a": 1, "b": [2.5, "x"]}, protocol=4)
     assert pickles.read(whole, "made").value == {"a": 1, "b": [2.5, "x"]}
     for length in (len(whole) - 8, len(whole) - 4, 2**62):
@@ -499,7 +499,7 @@ def test_a_frame_ends_between_two_opcodes() -> None:
             )
 
 
-def test_nothing_below_a_mark_is_taken() -> None:
+def test_no_opcode_takes_values_below_a_mark() -> None:
     for data in (b"\x80\x02K\x01(0.", b"\x80\x02K\x01(\x85.", b"\x80\x02K\x01(q\x00.", b"\x80\x02K\x01(2."):
         with pytest.raises((IndexError, pickle.UnpicklingError)):
             torch._weights_only_unpickler.load(io.BytesIO(data))
@@ -508,7 +508,7 @@ def test_nothing_below_a_mark_is_taken() -> None:
             pickles.read(data, "made")
 
 
-def test_a_call_of_what_a_call_made_is_foreign() -> None:
+def test_calling_the_result_of_a_call_is_foreign() -> None:
     device = name("torch.device") + b"(" + text("cpu") + b"tR"
     assert pickles.read(b"\x80\x02" + device + b"(NtR.", "made").foreign == ("torch.device",)
 
@@ -517,7 +517,7 @@ def test_a_call_of_what_a_call_made_is_foreign() -> None:
 
 
 def entry_of(title: str, data: bytes, *, flags: int = 0, attributes: int = 0) -> tuple[bytes, bytes]:
-    """A stored record, and what stands before the offset in the entry of the directory."""
+    """Return a stored record, and its directory entry up to the offset."""
     import zlib
 
     raw_name, crc = title.encode(), zlib.crc32(data)
@@ -527,7 +527,7 @@ def entry_of(title: str, data: bytes, *, flags: int = 0, attributes: int = 0) ->
 
 
 def with_records(path: Path, *records: tuple[str, bytes, int, int], pickled: bytes = hostile.GOOD) -> Path:
-    """The good archive, and behind it records of a name, bytes, flags and attributes."""
+    """Write the good archive with more records, each given by name, bytes, flags and attributes."""
     taken = hostile.parts(archive(pickled))
     made, entries = taken.records, list(taken.entries)
     for title, data, flags, attributes in records:
@@ -551,7 +551,7 @@ def test_one_raw_name_with_and_without_the_flag_of_utf_8_is_refused(tmp_path: Pa
 
 
 def test_a_prefix_without_the_flag_of_utf_8(tmp_path: Path) -> None:
-    """torch looks for bytes: a folder of the archive may have any letters."""
+    """torch compares bytes, so the folder of an archive may have any name."""
     path = saved(tmp_path / "modèle.pth", {"w": torch.ones(2)})
     assert_as_torch(path)
     taken = hostile.parts(path.read_bytes())
@@ -572,7 +572,7 @@ def test_a_key_with_a_nul_is_refused(tmp_path: Path, key: str) -> None:
     assert_refused(with_records(path, (f"archive/data/{key}", OTHER, 0, 0)), "NUL")
 
 
-def test_a_byte_order_in_other_letters_is_refused(tmp_path: Path) -> None:
+def test_a_byte_order_record_with_a_name_in_capitals_is_refused(tmp_path: Path) -> None:
     path = packed(tmp_path / "m.pth", hostile.GOOD)
     data = path.read_bytes().replace(b"archive/byteorder", b"archive/BYTEORDER")
     path.write_bytes(data)
@@ -581,7 +581,7 @@ def test_a_byte_order_in_other_letters_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("order", [b"", b"LITTLE", b"middle"])
-def test_a_byte_order_that_is_none_is_refused(tmp_path: Path, order: bytes) -> None:
+def test_an_invalid_byte_order_is_refused(tmp_path: Path, order: bytes) -> None:
     path = tmp_path / "m.pth"
     with zipfile.ZipFile(path, "w") as made:
         for title, data in (("data.pkl", hostile.GOOD), ("byteorder", order), ("data/0", ONE), ("version", b"3\n")):
@@ -603,7 +603,7 @@ def test_a_record_that_is_marked_as_a_folder_is_refused(tmp_path: Path, title: s
 
 
 def tar_of(start: bytes) -> bytes:
-    """A tar archive as torch wrote it before 0.1.10, whose first name is the start of another format."""
+    """Return a tar archive as torch wrote it before 0.1.10. Its first name begins like another format."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as made:
         for title in ("first", "storages", "tensors", "pickle"):
@@ -634,7 +634,7 @@ def test_a_tar_and_a_legacy_pickle_at_once_is_refused(tmp_path: Path, magic: boo
 
 
 def test_a_whole_legacy_pickle_in_the_name_of_a_tar(tmp_path: Path) -> None:
-    """What fits into 100 bytes and more: torch opens the tar, so the pickles before it must not be believed."""
+    """torch opens the tar, so a whole legacy pickle inside its first name must not be read instead."""
     small = b"\x80\x02}" + text("w") + name("torch._utils._rebuild_tensor_v2") + b"N\x862."
     path = tmp_path / "m.pth"
     path.write_bytes(tar_of(hostile.legacy(small)[:100]))
@@ -696,7 +696,7 @@ def distributed(folder: Path) -> Path:
 
 
 def test_an_attribute_of_an_enum_is_one_of_its_members(cli: Cli, folder: Path, distributed: Path) -> None:
-    """`getattr` may name a member of an enum, and nothing that leads out of it."""
+    """`getattr` may only access a member of an enum."""
     path = distributed / ".metadata"
     enum = "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING"
     original = path.read_bytes()
@@ -706,7 +706,7 @@ def test_an_attribute_of_an_enum_is_one_of_its_members(cli: Cli, folder: Path, d
         cli("check", distributed, "--safe", code=code)
 
 
-def test_a_folder_of_two_checkpoints_is_looked_at_twice(cli: Cli, folder: Path, distributed: Path) -> None:
+def test_both_checkpoints_of_a_folder_are_checked(cli: Cli, folder: Path, distributed: Path) -> None:
     torch.save({"w": torch.ones(2)}, distributed / "a.bin")
     index, metadata = distributed / "pytorch_model.bin.index.json", distributed / ".metadata"
     index.write_text(json.dumps({"weight_map": {"w": "a.bin"}}), encoding="ascii")
@@ -717,8 +717,8 @@ def test_a_folder_of_two_checkpoints_is_looked_at_twice(cli: Cli, folder: Path, 
         assert "os.system" in cli("check", path, "--safe", code=1).out
 
 
-def test_what_lies_beside_an_index_counts_for_its_safety(cli: Cli, folder: Path) -> None:
-    """Another index, or a `.metadata`: whoever is given the folder may take that one."""
+def test_files_beside_an_index_decide_its_safety(cli: Cli, folder: Path) -> None:
+    """Another program may load the other index or the `.metadata` of the folder."""
     torch.save({"w": torch.ones(2)}, "a.bin")
     for number_, extra in enumerate(({}, {"x": Path("y")})):
         torch.save({"w": torch.ones(2)} | extra, f"{number_}.bin")
@@ -736,19 +736,19 @@ def test_what_lies_beside_an_index_counts_for_its_safety(cli: Cli, folder: Path)
 
 # --- inputs without end --------------------------------------------------------------------------------------------
 
-#: Of each format, in the tests; `make fuzz` runs a million.
+#: Inputs for each format in the tests; `make fuzz` runs a million.
 INPUTS = 600
 _ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="it forks, and limits memory as Linux does")
 
 
 @_ON_LINUX
 @pytest.mark.parametrize("form", agreement.every(), ids=lambda form: form.name)
-def test_what_two_readers_take_is_the_same(form: agreement.Format) -> None:
-    """Names, shapes, dtypes, strides, values and flags: see `tests.fuzz.agreement`."""
+def test_both_readers_give_the_same_result(form: agreement.Format) -> None:
+    """They agree in names, shapes, dtypes, strides, values and flags: see `tests.fuzz.agreement`."""
     outcome = agreement.run(form, INPUTS, seed=1)
     assert outcome.faults == []
     assert outcome.inputs == INPUTS
-    # Of tars torch takes none with `weights_only`: what counts is that neither does modelcli.
+    # torch loads no tar with `weights_only`, so modelcli must not either.
     assert outcome.both > INPUTS // 100 or form.name.startswith("tar")
 
 
@@ -758,7 +758,7 @@ def _form(*oracles: Callable[[Path], Any]) -> agreement.Format:
 
 
 @_ON_LINUX
-def test_the_comparison_tells_of_what_it_looks_for() -> None:
+def test_the_comparison_finds_differences() -> None:
     good = torch.tensor([0.0, 0.0])
     for other in (good + 1, good.double(), good[:1], good.reshape(1, 2), torch.zeros(4)[::2], nn.Parameter(good)):
         outcome = agreement.run(_form(lambda _path, other=other: {"a.weight": other}), 1, seed=0)  # type: ignore[misc]
@@ -770,7 +770,7 @@ def test_the_comparison_tells_of_what_it_looks_for() -> None:
 
 
 @_ON_LINUX
-def test_a_reader_that_crashes_has_refused_and_modelcli_must_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_of_another_reader_counts_as_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     def crashes(_path: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 

@@ -1,4 +1,4 @@
-"""Zip archives that formats read and write, against Python's own `zipfile`."""
+"""Zip archives that formats read and write, compared with Python's `zipfile`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def written(records: dict[str, bytes], path: Path) -> Path:
 
 
 @pytest.mark.parametrize("records", [RECORDS, {}], ids=["names that are not ASCII", "an empty archive"])
-def test_zipfile_reads_what_is_written(records: dict[str, bytes], tmp_path: Path) -> None:
+def test_zipfile_reads_written_archives(records: dict[str, bytes], tmp_path: Path) -> None:
     path = written(records, tmp_path / "a.zip")
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None

@@ -205,7 +205,7 @@ some_edit = (
 
 @given(some_edit)
 @settings(deadline=None)
-def test_the_line_gives_the_edit_back(edit: Edit) -> None:
+def test_a_line_parses_to_the_same_edit(edit: Edit) -> None:
     assert edits.parse(str(edit)) == edit
     words = shlex.split(str(edit))
     assert from_words(words[0], words[1:]) == edit
@@ -213,7 +213,7 @@ def test_the_line_gives_the_edit_back(edit: Edit) -> None:
 
 @given(st.text(max_size=60) | st.text("freplacz -='\"\\(),*.{}[]1 ", max_size=40).map("freeze {}".format))
 @settings(deadline=None)
-def test_any_text_is_an_edit_or_an_error_of_ours(line: str) -> None:
+def test_any_text_is_an_edit_or_a_modelcli_error(line: str) -> None:
     try:
         edit = edits.parse(line)
     except RequestError:

@@ -1,4 +1,4 @@
-"""What an edit is stands in its own module and its handler: nothing else asks which edit it has before it."""
+"""Only the module and the handler of an edit contain code for it: no other code asks which edit it has."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAMES = {kind.name for kind in KINDS}
 CLASSES = {kind.__name__ for kind in KINDS}
 #: The modules of the edits, and those that carry them out.
 OWN = {kind.__module__ for kind in KINDS} | {kind.handler for kind in KINDS}
-#: Methods and functions that are asked whether a text is the name of an edit, or which edit has that name.
+#: Methods and functions that compare a text with the name of an edit, or look an edit up by its name.
 ASKING = {"get", "startswith", "endswith", "removeprefix", "removesuffix", "fromkeys", "find", "match", "fullmatch"}
 
 
@@ -27,7 +27,7 @@ def module_of(file: Path) -> str:
 
 
 def others() -> list[Path]:
-    """All source files but the registry, the edits' own modules and their handlers, which may be packages."""
+    """Return all source files except the registry, the modules of edits and their handlers."""
     kept = OWN | {"modelcli.edits.registry"}
     inside = tuple(f"{own}." for own in OWN)
     return [
@@ -38,10 +38,10 @@ def others() -> list[Path]:
 
 
 def asked(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Where code imports an edit or its handler, or compares something with the name of one: the line, and what it is.
+    """Yield the line and the text where code imports an edit or its handler, or compares a value with an edit's name.
 
-    Comparisons are `==`, `in`, `match`, what a mapping is asked for, the keys of one, and what a text starts with; and
-    a list, a set or the like of several names is one of edits.
+    Comparisons are `==`, `in`, `match`, lookups in mappings, keys of mappings and `startswith`. A collection with
+    names of several edits counts as well.
     """
     for node in ast.walk(tree):
         match node:
@@ -77,7 +77,7 @@ def is_module_of_an_edit(node: ast.expr) -> TypeGuard[ast.Constant]:
 
 
 def named(nodes: list[ast.expr]) -> Iterator[tuple[int, str]]:
-    """The texts in expressions that are the name of an edit, or a line's beginning with one."""
+    """Yield the texts in expressions that are the name of an edit, or begin with one like a line of an edit."""
     for node in nodes:
         for part in ast.walk(node):
             if isinstance(part, ast.Constant) and isinstance(part.value, str) and part.value.rstrip() in NAMES:
@@ -109,14 +109,14 @@ def named(nodes: list[ast.expr]) -> Iterator[tuple[int, str]]:
         "found['replace']",
     ],
 )
-def test_what_counts(code: str) -> None:
+def test_code_that_asks_which_edit_it_has_is_found(code: str) -> None:
     assert list(asked(ast.parse(code)))
 
 
 @pytest.mark.parametrize(
     "code", ["data.decode('utf-8', 'replace')", "command(['modelcli', 'rename', old, new])", "ast.Add"]
 )
-def test_what_does_not(code: str) -> None:
+def test_other_code_is_not_reported(code: str) -> None:
     assert not list(asked(ast.parse(code)))
 
 

@@ -1,4 +1,4 @@
-"""An edit's module is imported when the edit is asked for, and those of other packages are looked for only then."""
+"""An edit's module is imported when the edit is used, and other packages' edits are searched only when needed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_an_edit_of_a_state_dict_imports_no_torch_and_no_reader_of_recipes(folde
 
 
 def imported(known: list[str], *lines: list[str]) -> list[list[object]]:
-    """After each command line, in one process: whether edits are imported at all, and which of these modules are."""
+    """Run command lines in one process. After each: whether edits are imported, and which of these modules are."""
     words = [sys.executable, "-c", IMPORTED, json.dumps(known), json.dumps(lines)]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     found: list[list[object]] = json.loads(done.stdout)
@@ -56,7 +56,7 @@ def imported(known: list[str], *lines: list[str]) -> list[list[object]]:
 
 
 def test_the_classes_are_found_in_the_package() -> None:
-    """`modelcli.edits.Replace`, as the README has it."""
+    """`modelcli.edits.Replace` exists, as the README says."""
     for name in edits.own_names():
         kind = edits.find(name)
         assert kind is not None
@@ -65,7 +65,7 @@ def test_the_classes_are_found_in_the_package() -> None:
         edits.Clamp  # noqa: B018
 
 
-def test_a_name_that_nobody_has() -> None:
+def test_an_unknown_name() -> None:
     assert edits.find("clamp") is None
     with pytest.raises(RequestError, match="no such edit: 'clamp'"):
         edits.kind_called("clamp")
@@ -87,8 +87,8 @@ def test_what_an_edit_declares(name: str) -> None:
     assert kind.places_module or not kind.replaces_module
 
 
-def test_every_edit_stands_where_tests_go_through_all_of_them() -> None:
-    """A new edit needs a line in each: what `diff` finds of it, and the lines that the fuzzer starts from."""
+def test_every_edit_is_in_the_tests_of_all_edits() -> None:
+    """A new edit needs a line in the tests of `diff`, and one among the seed lines of the fuzzer."""
     from tests.commands import test_diff
     from tests.fuzz import languages
 

@@ -83,7 +83,7 @@ def test_a_folder_has_no_shard_of_the_old_one(tmp_path: Path) -> None:
         {"model.safetensors": "x"},
     ],
 )
-def test_what_the_old_checkpoint_was_made_of_goes_and_nothing_else(tmp_path: Path, old: dict[str, str]) -> None:
+def test_only_the_files_of_the_old_checkpoint_are_removed(tmp_path: Path, old: dict[str, str]) -> None:
     path = tmp_path / "out"
     others = {"precious.safetensors": "x", "pytorch_model.bin": "x", "adapter.distcp.txt": "x"}
     fill(path, old | others)
@@ -141,7 +141,7 @@ def interrupt_midway(path: Path) -> None:
 
 
 @pytest.mark.parametrize("can_exchange", [True, False])
-def test_what_fails_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool) -> None:
+def test_a_failure_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool) -> None:
     path = tmp_path / "out"
     fill(path, {"a.safetensors": "old", "note.txt": "kept"})
     before = digest(path)
@@ -176,7 +176,7 @@ def test_a_rename_that_fails_midway_is_taken_back(tmp_path: Path, monkeypatch: p
     assert temporaries(tmp_path) == []
 
 
-def test_a_run_killed_between_two_names_is_put_right_by_the_next(tmp_path: Path) -> None:
+def test_a_run_killed_between_two_renames_is_repaired_by_the_next(tmp_path: Path) -> None:
     path = tmp_path / "out"
     fill(path, {"a.safetensors": "old"})
     path.rename(tmp_path / f".out.00000000.old{atomic.TEMPORARY}")
@@ -196,7 +196,7 @@ def test_modes_and_links_of_folders(tmp_path: Path) -> None:
     assert real.stat().st_mode & 0o777 == 0o750
 
 
-def test_what_is_no_folder(cli: Cli, folder: Path) -> None:
+def test_targets_that_are_not_folders(cli: Cli, folder: Path) -> None:
     (folder / "file").write_text("x")
     assert "file is not a folder" in cli("save", "file/", "-m", "nets.py:Net", code=2).err
     os.mkfifo(folder / "pipe")
@@ -209,7 +209,7 @@ def test_what_is_no_folder(cli: Cli, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("out", ["out.pth", "out.safetensors", "out/"])
-def test_onto_ones_own_input(cli: Cli, out: str) -> None:
+def test_writing_onto_the_input(cli: Cli, out: str) -> None:
     """Also through a second hard link of the file, which keeps the old content."""
     cli("save", out, "-m", "nets.py:Places")
     name = out if out != "out/" else "./out"
@@ -236,7 +236,7 @@ def test_the_same_command_writes_the_same_bytes(cli: Cli, out: str) -> None:
     assert len(digests) == 1
 
 
-def test_shards_are_as_large_as_they_may_be(cli: Cli) -> None:
+def test_shards_are_filled_up_to_the_maximum_size(cli: Cli) -> None:
     import json
 
     from safetensors import safe_open
@@ -261,7 +261,7 @@ def test_shards_are_as_large_as_they_may_be(cli: Cli) -> None:
 
 
 @posix_only
-def test_only_what_nobody_writes_any_more_is_removed(tmp_path: Path) -> None:
+def test_only_abandoned_temporary_files_are_removed(tmp_path: Path) -> None:
     target = tmp_path / "m[1].pth"
     abandoned = tmp_path / f".m[1].pth.deadbeef{atomic.TEMPORARY}"
     abandoned.write_bytes(b"half")
@@ -352,7 +352,7 @@ def half_a_hole(path: Path) -> None:
 @posix_only
 @pytest.mark.skipif(not hasattr(os, "copy_file_range"), reason="nothing is copied by the system")
 @pytest.mark.parametrize(("out", "name", "number", "can_exchange"), FAULTY_RUNS)
-def test_a_fault_at_any_call_leaves_the_old_one(
+def test_a_fault_at_any_system_call_leaves_the_old_file(
     cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch, out: str, name: str, number: int, can_exchange: bool
 ) -> None:
     """Each system call fails in turn: exit code 5, the old file, and one message with path and reason; or the new file.
@@ -405,7 +405,7 @@ def test_a_fault_at_any_call_leaves_the_old_one(
 @posix_only
 @pytest.mark.parametrize("can_exchange", [True, False])
 @pytest.mark.parametrize("name", ["unlink", "rmdir"])
-def test_what_cannot_be_removed_is_removed_by_the_next_run(
+def test_a_file_that_cannot_be_removed_is_removed_by_the_next_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, can_exchange: bool
 ) -> None:
     path = tmp_path / "m"
@@ -496,7 +496,9 @@ def test_killed_at_random_moments(tmp_path: Path, kill: Callable[..., torture.Re
     assert report.old + report.new == times
 
 
-def test_a_signal_whose_exception_was_lost_is_heeded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_whose_exception_was_lost_still_ends_the_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """torch catches all exceptions around one of its imports, so an exception of a signal handler is lost there."""
     path = tmp_path / "m.pth"
     path.write_bytes(b"old")
@@ -509,7 +511,7 @@ def test_a_signal_whose_exception_was_lost_is_heeded(tmp_path: Path, monkeypatch
     assert [entry.name for entry in tmp_path.iterdir()] == ["m.pth"]
 
 
-def test_needs_force_again_where_it_appeared(tmp_path: Path) -> None:
+def test_a_target_that_appears_meanwhile_needs_force(tmp_path: Path) -> None:
     with (
         pytest.raises(RequestError, match="appeared meanwhile"),
         atomic.replacing_folder(tmp_path / "x", force=False),
@@ -517,7 +519,7 @@ def test_needs_force_again_where_it_appeared(tmp_path: Path) -> None:
         (tmp_path / "x").mkdir()
 
 
-def test_nobody_takes_what_is_put_in_place_for_abandoned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_being_put_in_place_is_not_taken_for_abandoned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another run may search for abandoned files at any time, so the file stays locked until it has its final name."""
     original = os.replace
 
@@ -531,7 +533,7 @@ def test_nobody_takes_what_is_put_in_place_for_abandoned(tmp_path: Path, monkeyp
     assert (tmp_path / "m.pth").read_bytes() == b"new"
 
 
-def test_what_a_killed_run_left_takes_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_space_of_files_left_by_a_killed_run_is_freed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     left = tmp_path / f".m.pth.00000000{atomic.TEMPORARY}"
     left.write_bytes(bytes(1000))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0 if left.exists() else 1000))
@@ -548,7 +550,7 @@ def test_names_as_long_as_the_system_takes(tmp_path: Path, name: str) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == [name]
 
 
-def test_folders_that_were_made_for_nothing_go_again(tmp_path: Path) -> None:
+def test_new_folders_are_removed_after_a_failure(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), atomic.replacing(tmp_path / "a" / "b" / "m.pth", force=False):
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
@@ -558,7 +560,7 @@ def test_folders_that_were_made_for_nothing_go_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("is_folder", [False, True])
 @pytest.mark.parametrize("old", [None, "old"])
 @pytest.mark.parametrize("can_exchange", [True, False])
-def test_new_names_that_cannot_be_made_durable_are_taken_back(
+def test_new_names_that_cannot_be_made_durable_are_undone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_folder: bool, old: str | None, can_exchange: bool
 ) -> None:
     path = tmp_path / "new" / "m"
@@ -629,7 +631,7 @@ def test_a_file_that_may_not_be_written_is_refused(
     assert file.read_bytes() != before or words[0] == "save"
 
 
-def test_what_a_read_only_file_is_called_by_is_replaced_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_symlink_to_a_read_only_file_is_replaced_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cache replaces links themselves, so the permissions of their targets do not matter."""
     as_nobody(monkeypatch)
     (tmp_path / "theirs").write_bytes(b"theirs")

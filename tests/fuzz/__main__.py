@@ -1,4 +1,4 @@
-"""Inputs without end for every parser: nothing but a result or one of modelcli's errors may come of any.
+"""Random inputs for every parser: each must give a result or one of modelcli's errors.
 
     make fuzz                      a million inputs for each parser, fewer where each takes long
     make fuzz INPUTS=1000 SEED=7   fewer, and others
@@ -21,19 +21,19 @@ from tests.fuzz.running import run
 from tests.fuzz.target import Target
 
 INPUTS = int(os.environ.get("INPUTS", "1000000"))
-#: Where a file is no more than memory, if there is such a place.
+#: A folder in memory, if the system has one.
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
 SEED = int(os.environ.get("SEED", "0"))
 TARGETS = [name for name in os.environ.get("TARGETS", "").split(",") if name]
 
 
 def every(folder: Path) -> list[Target]:
-    """The parsers of files and the languages."""
+    """Return the parsers of files and of languages."""
     return [*reading.every(folder), *languages.every(folder)]
 
 
 def fuzz(name: str) -> tuple[int, float, list[str]]:
-    """Run one parser in a process of its own. Gives how many inputs it had, how long that took, and the faults."""
+    """Run one parser in a process of its own. Returns the number of inputs, the seconds, and the faults."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         target = next(target for target in every(Path(folder)) if target.name == name)

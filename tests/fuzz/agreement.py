@@ -1,4 +1,4 @@
-"""modelcli's readers beside torch's and safetensors': what both take has to be the same, tensor by tensor.
+"""Compare modelcli's readers with torch's and safetensors': files that both accept must give the same tensors.
 
 The oracles are `torch.load(weights_only=True)`; `torch.load` with Python's own unpickler, which finds the names that
 torch allows and no other, for the opcodes that torch's own does not know; and `safetensors.torch.load_file`. Each runs
@@ -47,7 +47,7 @@ MOST_ELEMENTS = 4096
 
 @dataclass
 class Outcome:
-    """How many inputs were made, how many both readers took, and those that they differ about."""
+    """The number of inputs, how many of them both readers accepted, and those on which they differ."""
 
     inputs: int = 0
     both: int = 0
@@ -96,7 +96,7 @@ def by_safetensors(path: Path) -> Any:
 
 @dataclass(frozen=True)
 class Format:
-    """A format: what makes its inputs, who else reads it, and how often that is worth its time."""
+    """A format: how its inputs are made, its other readers, and how many inputs are worth their time."""
 
     name: str
     made: Callable[[random.Random], bytes]
@@ -105,7 +105,7 @@ class Format:
 
 
 def every() -> list[Format]:
-    """All formats and ways to make inputs for them."""
+    """Return all formats with ways to make inputs for them."""
     pickled = (by_torch, by_python)
     return [
         Format("zip, its pickle grown", growing.archives_of_grown_pickles(), pickled),
@@ -124,7 +124,7 @@ def every() -> list[Format]:
 
 
 class Disagreement(Exception):  # noqa: N818  an answer, and no error
-    """The two readers took one file for two."""
+    """The two readers read different things from the same file."""
 
 
 def _require(same: bool, what: str) -> None:
@@ -133,7 +133,7 @@ def _require(same: bool, what: str) -> None:
 
 
 def compare(contents: Contents, wanted: Any) -> None:
-    """Raise Disagreement where what modelcli shows is not what another reader loaded."""
+    """Raise Disagreement if modelcli shows something else than another reader loaded."""
     for key in contents.key or ():
         wanted = wanted[key]
     _require(isinstance(wanted, Mapping), f"a state dict is a {type(wanted).__name__}")
@@ -159,7 +159,7 @@ def compare(contents: Contents, wanted: Any) -> None:
 
 
 def _reached(name: str, value: Any, depth: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors in a value, each named as Python reaches it."""
+    """Yield the tensors in a value, each with the path by which Python reaches it."""
     if isinstance(value, torch.Tensor):
         yield name, value
     elif depth <= 50 and type(value) in (dict, OrderedDict):
@@ -172,7 +172,7 @@ def _reached(name: str, value: Any, depth: int = 0) -> Iterator[tuple[str, torch
 
 
 def _count(value: Any, depth: int = 0) -> int:
-    """How many tensors lie in a value, at all their places."""
+    """Return how many tensors a value contains, counting repetitions."""
     if isinstance(value, torch.Tensor):
         return 1
     if depth > 50:
@@ -194,7 +194,7 @@ def _compare_plain(name: str, entry: TensorEntry, found: torch.Tensor, wanted: t
 
 
 def _raw(tensor: torch.Tensor) -> bytes:
-    """The bytes of what a tensor views."""
+    """Return the bytes of a tensor's elements."""
     tensor = tensor.detach()
     if not tensor.numel():
         return b""
@@ -245,7 +245,7 @@ def _compare_quantized(name: str, found: torch.Tensor, wanted: torch.Tensor) -> 
 
 
 class Board:
-    """What a child writes down, so that it is known when the child is gone: the input, who reads it, and counts."""
+    """Shared memory in which a child notes its input, the reader and counts, so that they survive its death."""
 
     _FIELDS = struct.Struct("<4q")
 
@@ -260,7 +260,7 @@ class Board:
 
 
 def one(form: Format, data: bytes, path: Path, watch: Callable[[int], None] = lambda _reader: None) -> bool:
-    """Read one input with all readers: whether modelcli and another took it. Raises Disagreement."""
+    """Read one input with all readers. Returns whether modelcli and another accepted it. Raises Disagreement."""
     path.write_bytes(data)
     watch(0)
     try:
@@ -289,8 +289,8 @@ def one(form: Format, data: bytes, path: Path, watch: Callable[[int], None] = la
 
 
 def _child(form: Format, numbers: range, seed: int, folder: Path, board: Board, pipe: int) -> None:
-    """Run some inputs, and write each fault into a pipe."""
-    import resource  # which Windows has not
+    """Run some inputs, and write each fault to a pipe."""
+    import resource  # not on Windows
 
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, 4 * SECONDS)
@@ -324,7 +324,7 @@ def _tell(pipe: int, text: str) -> None:
 
 
 def run(form: Format, inputs: int, seed: int, *, first: int = 0, most_faults: int = 20) -> Outcome:
-    """Run so many inputs of a format, from the `first` on; a child that dies is followed by another."""
+    """Run inputs of a format, starting with number `first`. If a child process dies, another continues."""
     outcome = Outcome()
     following, end = first, first + inputs
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
@@ -370,7 +370,7 @@ def _told(pipe: int) -> Iterator[str]:
 
 
 def main(inputs: int, seed: int, words: Sequence[str] = ()) -> int:
-    """Run so many inputs, shared out over the formats whose names have all these words in them: 1 if there are faults.
+    """Divide the inputs among the formats whose names contain all these words, and run them. Returns 1 for any fault.
 
     Alone: `python -m tests.fuzz.agreement INPUTS SEED [WORD...]`.
     """

@@ -1,6 +1,6 @@
-"""The small languages, each as a function of bytes: expressions, selectors, references, edits, and edits carried out.
+"""The parsers of expressions, selectors, references and edits as functions of bytes, and edits that are carried out.
 
-Bytes become text as they do on a command line: what is no UTF-8 is a lone surrogate.
+Bytes are decoded as on a command line: invalid UTF-8 becomes lone surrogates.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from modelcli.model.blueprint import Blueprint
 from tests.fuzz import limits
 from tests.fuzz.target import Target
 
-#: What each language is made of: `<rule>` stands for one of the rule's texts. The first of them ends the recursion.
+#: The grammar of each language: `<rule>` stands for one of the rule's texts. The first text ends the recursion.
 GRAMMAR: Mapping[str, Sequence[str]] = {
     # expressions
     "call": ["ReLU()", "<class>", "<class>(<args>)", "<class>(<args>,<key>=<value>)", "<class>( <args> )", "<layer>"],
@@ -135,13 +135,13 @@ _RULE = re.compile(r"<(\w+)>")
 
 
 def grown(draw: random.Random, rule: str, depth: int = 8) -> str:
-    """A text of a rule, chosen at random."""
+    """Return a random text of a rule."""
     text = draw.choice(GRAMMAR[rule]) if depth else GRAMMAR[rule][0]
     return _RULE.sub(lambda match: grown(draw, match[1], max(depth - 1, 0)), text)
 
 
 def _grammar(rule: str) -> Callable[[random.Random], bytes]:
-    """Texts of a rule, some with one thing put in, some of them around themselves many times."""
+    """Return a generator of texts of a rule. Some have an insertion, and some are nested in themselves many times."""
 
     def made(draw: random.Random) -> bytes:
         text = grown(draw, rule)
@@ -175,7 +175,7 @@ def _text(data: bytes) -> str:
     return data.decode("utf-8", "surrogateescape")
 
 
-#: Expressions that ask for more than they may have: depth, numbers, letters, memory, time.
+#: Expressions that exceed a limit: depth, numbers, characters, memory, time.
 NASTY = [
     "Linear(10**10,10**10)",
     "Linear(10**5,10**6)",
@@ -217,13 +217,13 @@ NASTY = [
 
 
 def _with_canary(folder: Path) -> None:
-    """Python files that nothing may run: each would leave a trace."""
+    """Create Python files that must not run; each would leave a trace."""
     for name in ("canary.py", "nets.py"):
         (folder / name).write_text(f"import os\nos.system('true')\nclass Class:\n    {name[0]} = 1\n", encoding="ascii")
 
 
 def network() -> nn.Sequential:
-    """A little model with the names that the grammar knows: numbered, nested, shared, tied, and odd ones."""
+    """Return a small model with the names of the grammar: numbered, nested, shared, tied and unusual ones."""
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     model.add_module("bn", nn.BatchNorm1d(4))
     model.add_module("blocks", nn.Sequential(nn.Sequential(), nn.Linear(4, 4), nn.ReLU(), model[1]))
@@ -234,7 +234,7 @@ def network() -> nn.Sequential:
 
 
 def every(folder: Path) -> list[Target]:
-    """All languages; names of files are seen from `folder`."""
+    """Return all languages. File names are relative to `folder`."""
     _with_canary(folder)
     surgeon = Surgeon()
     blueprint = describe(surgeon.model)
@@ -316,7 +316,7 @@ _EDITS = [
 
 
 def _expression(data: bytes) -> object:
-    """The text of what is read is read as the same."""
+    """Parse an expression, and require that its text parses to the same."""
     call = expressions.parse(_text(data))
     assert repr(expressions.parse(str(call))) == repr(call)
     return call
@@ -335,32 +335,32 @@ def _renaming(blueprint: Blueprint, data: bytes) -> object:
 
 
 def _pairs(draw: random.Random) -> bytes:
-    """Two selectors, often with the same wildcards."""
+    """Return two selectors, often with the same wildcards."""
     old = grown(draw, "selector")
     new = grown(draw, "selector") if draw.randrange(3) == 0 else old.replace("b", draw.choice(("", "x", "*", "b.b")))
     return _bytes(f"{old} {new}")
 
 
 def _edit(data: bytes) -> object:
-    """The line of an edit gives the same edit."""
+    """Parse an edit, and require that its line parses to the same."""
     edit = edits.parse(_text(data))
     assert repr(edits.parse(str(edit))) == repr(edit)
     return edit
 
 
 class Surgeon:
-    """Carries an edit out on a small model on the meta device, and draws its numbers where they are few."""
+    """Carries an edit out on a small model on the meta device, and draws its new values if they are few."""
 
     def __init__(self) -> None:
         with seeded(0):
             self.model = network()
-        self(b"init . default")  # what torch imports when it is first used
+        self(b"init . default")  # torch imports some modules at its first use
 
     def __call__(self, data: bytes) -> object:
         edit = edits.parse(_text(data))
         model = meta_copy(self.model, keep_values=True)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch says of sizes and of classes
+            warnings.simplefilter("ignore")  # torch warns about sizes and classes
             done = surgery.apply(model, [edit], inputs=Inputs(((2, 4),)), trusted=False)
             describe(done.model)
             for change in done.changes:

@@ -1,4 +1,4 @@
-"""What an input may cost: so much time, so much memory, and nothing that is imported, run or opened on its word."""
+"""Limits on an input: its time, its memory, and no import, process or file that it causes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from types import FrameType
 
 
 class TookTooLongError(BaseException):
-    """An input had no end. No `Exception`, so that no parser takes it for one of its own."""
+    """An input took too long. It is not an `Exception`, so that no parser catches it."""
 
 
 @contextlib.contextmanager
 def on_time(seconds: float) -> Iterator[None]:
-    """End the block with TookTooLongError after so much time of the processor, where the system can do that."""
+    """Raise TookTooLongError in the block after this much processor time, if the system supports that."""
     if sys.platform == "win32" or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -38,7 +38,7 @@ def _end(_number: int, _frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def on_memory(nbytes: int) -> Iterator[None]:
-    """Let the process take so much more address space than it has, and no more, where the system can do that."""
+    """Limit the address space of the process to this much more than it has, if the system supports that."""
     if sys.platform != "linux":
         yield
         return
@@ -53,22 +53,22 @@ def on_memory(nbytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-# --- what happens on an input's word -------------------------------------------------------------------------------
+# --- what an input must not cause ----------------------------------------------------------------------------------
 
-#: What nothing may do because an input says so: events of `sys.audit`. `open` is to write; `import` is of what the
-#: input names, and stands for every way to import.
+#: Events of `sys.audit` that no input may cause. `open` means opening to write; `import` means importing, in any way,
+#: what the input names.
 RUNNING = frozenset(
     {"import", "open", "os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.connect"}
 )
-#: What a parser may not do either; torch itself evaluates its annotations.
+#: Events that a parser must not cause either. (torch itself evaluates its annotations.)
 EVALUATING = RUNNING | {"exec"}
 _LIBRARIES = frozenset({"torch", "torchvision", "modelcli"})
 
 
 class _Watch(MetaPathFinder):
-    """What is looked for while an input is run, and what was seen; no events between two inputs.
+    """Records the forbidden events while an input runs, and none between inputs.
 
-    As a finder it is asked for every module that is not there yet, and finds none.
+    Python also calls it as a finder for every module that is not imported yet; it finds none.
     """
 
     events: frozenset[str] = frozenset()
@@ -93,7 +93,7 @@ _watch = _Watch()
 
 @contextlib.contextmanager
 def watched(data: bytes, events: frozenset[str]) -> Iterator[list[str]]:
-    """Gather which of these events an input brings about."""
+    """Collect which of these events an input causes."""
     seen: list[str] = []
     if not events:
         yield seen
@@ -112,5 +112,5 @@ def watched(data: bytes, events: frozenset[str]) -> Iterator[list[str]]:
 
 @functools.cache
 def _install() -> None:
-    """A hook stays for as long as the process does: there is one, and it looks at once whether it is wanted."""
+    """Install the audit hook once. It cannot be removed, so it first checks whether it is active."""
     sys.addaudithook(_watch.hook)

@@ -1,4 +1,4 @@
-"""Inputs made from good ones by a seeded generator: flips, cuts, copies, numbers at the edges, words of the format."""
+"""Mutate valid inputs with a seeded generator: flips, cuts, copies, extreme numbers, words of the format."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import random
 import struct
 from collections.abc import Sequence
 
-#: Numbers that lie at an edge of some type.
+#: The extreme numbers of some types.
 EDGES = (0, 1, 2, 7, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1)
 
 
 def mutated(seeds: Sequence[bytes], words: Sequence[bytes], draw: random.Random) -> bytes:
-    """One of the seeds with one to six changes; `words` are what such a file is made of."""
+    """Return one of the seeds with one to six changes. `words` are byte strings that occur in such files."""
     data = bytearray(draw.choice(seeds))
     for _ in range(draw.choice((1, 1, 1, 2, 3, 6))):
         at = draw.randrange(len(data) + 1)

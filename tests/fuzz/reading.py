@@ -1,4 +1,4 @@
-"""The parsers that read files, each as a function of bytes, with good inputs to start from."""
+"""The parsers that read files, as functions of bytes, with valid inputs as seeds."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ _SAFETENSORS = hostile.safetensors(
 
 
 def every(folder: Path) -> list[Target]:
-    """All parsers; those that read files by path write them into `folder`."""
+    """Return all parsers. Those that read files by path write them to `folder`."""
     path = folder / "made.pth"
     index = folder / "made.index.json"
     (folder / "shard.safetensors").write_bytes(hostile.safetensors({"a": hostile.f32(0, 8, 2)}, bytes(8)))
@@ -111,12 +111,12 @@ def _pickle_of(item: hostile.Hostile) -> bytes:
 
 
 def _distributed(folder: Path) -> bytes:
-    """A folder as `torch.distributed.checkpoint` writes it, and the bytes of its `.metadata`."""
+    """Write a folder by `torch.distributed.checkpoint`. Returns the bytes of its `.metadata`."""
     import torch
     from torch.distributed.checkpoint.state_dict_saver import save
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it is one process is meant
+        warnings.simplefilter("ignore")  # torch warns that there is only one process
         state = {"model": {"a": torch.ones(2, 3), "b": torch.ones(())}, "epoch": 3, "list": [torch.ones(1), 2.5]}
         save(state, checkpoint_id=folder)
     return (folder / ".metadata").read_bytes()
@@ -145,5 +145,12 @@ def _saved_tensors(view: bytes) -> bytes:
 def _blueprint(data: bytes) -> Any:
     try:
         return json_form.from_json(json.loads(data))
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):  # what the cache catches
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        IndexError,
+        AttributeError,
+        RecursionError,
+    ):  # the errors that the cache catches
         return None

@@ -9,16 +9,16 @@ from modelcli.errors import ModelcliError
 from tests.fuzz import limits
 from tests.fuzz.target import Target
 
-#: An input that takes longer is a fault: it would be a hang with a larger file.
+#: Seconds for one input. Taking longer is a fault, because a larger file would hang.
 SECONDS = 2.0
-#: What a parser may take on top of what the process has: the inputs are small, so what is more is their word for it.
+#: The bytes that a parser may allocate. The inputs are small, so more would mean that it trusts a size in the input.
 MEMORY = 1 << 30
 
 
 def run(target: Target, inputs: int, seed: int) -> list[str]:
-    """Run a parser on so many inputs, and tell of each that raised what is no error of modelcli's, or took long.
+    """Run a parser on inputs. Returns a text for each that raised an error other than modelcli's, or took too long.
 
-    An input is told of as well that brought about what is forbidden to the parser: an import, a process.
+    An input that caused a forbidden event, such as an import or a process, is a fault as well.
     """
     draw = random.Random(f"{target.name} {seed}")
     faults: list[str] = []
@@ -40,7 +40,7 @@ def _faults_of(target: Target, data: bytes, number: str) -> list[str]:
         except ModelcliError as error:
             if error.exit_code not in (2, 3, 4, 5) or not error.message:
                 faults.append(f"an error of exit code {error.exit_code}")
-            if "can't allocate" in error.message:  # what torch says when it is too late to refuse
+            if "can't allocate" in error.message:  # torch's message when memory is exhausted
                 faults.append(error.message)
         except limits.TookTooLongError:
             faults.append(f"no end in {SECONDS} s")

@@ -71,7 +71,7 @@ def test_calls_nest() -> None:
     )
 
 
-def test_as_it_was() -> None:
+def test_holes() -> None:
     assert parse("Linear(_, 10)").has_hole
     assert parse("GroupNorm(32, num_channels=_)").has_hole
     assert not parse("Linear(4096, 10)").has_hole
@@ -115,7 +115,7 @@ def test_the_spelling_without_parentheses(words: str, same: str) -> None:
         (["Sequential", *["1"] * 2001], "more than 2000 parts"),
     ],
 )
-def test_what_is_wrong_without_parentheses(words: list[str], message: str) -> None:
+def test_errors_in_the_spelling_without_parentheses(words: list[str], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         parse_words(words)
 
@@ -199,7 +199,7 @@ def test_anything_else_is_refused(code: str) -> None:
     assert any(reason in caught.value.message for reason in reasons)
 
 
-def test_a_refusal_shows_the_part_that_is_no_literal() -> None:
+def test_the_error_shows_the_part_that_is_not_a_literal() -> None:
     with pytest.raises(RequestError) as caught:
         parse("Linear(4096, out_features=open('x').read())")
     assert caught.value.message.startswith("\"open('x')\" is not allowed in ")
@@ -216,7 +216,7 @@ def test_names_are_ascii(text: str) -> None:
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r", "\r\n", "\f"])
-def test_text_outside_ascii_may_stand_in_strings_on_any_line(newline: str) -> None:
+def test_strings_may_contain_text_outside_ascii(newline: str) -> None:
     assert parse(f"M({newline}'\u00e9',{newline}'\u6a21')") == Call("M", ("\u00e9", "\u6a21"))
     with pytest.raises(RequestError, match="only strings may have non-ASCII characters"):
         parse(f"M({newline}'\u00e9',{newline}\u00e9)")
@@ -294,7 +294,7 @@ def test_integers_below_2_to_the_63(text: str) -> None:
         "0x" + "f" * 60_000,
     ],
 )
-def test_numbers_beyond_are_refused_before_they_are_made(text: str) -> None:
+def test_larger_integers_are_refused_before_they_are_computed(text: str) -> None:
     start = time.perf_counter()
     with pytest.raises(RequestError, match=r"beyond 2\^63"):
         parse(f"M({text})")
@@ -348,7 +348,7 @@ def test_hostile_text_ends_in_one_short_message(text: str) -> None:
 
 @given(st.text(max_size=80) | st.text("MN(),.:_=*[]{}'\"\\-+1 9eE\n#\u00e9", max_size=40))
 @settings(max_examples=400, deadline=None)
-def test_any_text_is_an_expression_or_an_error_of_ours(text: str) -> None:
+def test_any_text_is_an_expression_or_a_modelcli_error(text: str) -> None:
     try:
         call = parse(text)
     except RequestError:
@@ -396,7 +396,7 @@ calls = st.builds(
 
 
 @given(calls)
-def test_words_give_the_call_back(call: Call) -> None:
+def test_words_parse_to_the_same_call(call: Call) -> None:
     words = to_words(call)
     assert words is None or parse_words(words) == call
 
@@ -413,13 +413,13 @@ def test_words_give_the_call_back(call: Call) -> None:
         ("M('a b')", None),
     ],
 )
-def test_what_can_be_said_without_parentheses(text: str, words: str | None) -> None:
+def test_expressions_that_can_be_written_without_parentheses(text: str, words: str | None) -> None:
     assert to_words(parse(text)) == (None if words is None else words.split())
 
 
 @given(calls)
 @settings(deadline=None)
-def test_text_gives_the_expression_back(call: Call) -> None:
+def test_text_parses_to_the_same_expression(call: Call) -> None:
     assert parse(to_text(call)) == call
     assert to_text(parse(str(call))) == str(call)
 

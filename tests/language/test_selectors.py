@@ -1,4 +1,4 @@
-"""Selectors: section 3 of the contract, one promise after another."""
+"""Selectors (section 3 of the contract)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def tensor(name: str) -> TensorInfo:
     return TensorInfo(name, (1,), "float32")
 
 
-#: A little vision model: a stem, two layers with a nested block, an encoder of twelve, a classifier of seven.
+#: A small vision model: a stem, two layers with a nested block, an encoder of 12 layers, a classifier of 7 modules.
 NET = Blueprint(
     modules=(
         module("", "Net"),
@@ -117,7 +117,7 @@ NORMS = ["bn", "features.1", "layer1.0.bn1", "layer1.0.bn12", "layer2.0.bn1"]
         (".:Net", [""]),
     ],
 )
-def test_what_a_selector_picks(selector: str, picked: list[str]) -> None:
+def test_which_modules_a_selector_picks(selector: str, picked: list[str]) -> None:
     assert select_modules(NET, [selector]) == picked
 
 
@@ -135,18 +135,18 @@ def test_what_a_selector_picks(selector: str, picked: list[str]) -> None:
         ("*", [info.name for info in NET.tensors]),  # every direct child, and all below each
     ],
 )
-def test_what_a_selector_picks_where_tensors_are_asked_for(selector: str, picked: list[str]) -> None:
+def test_which_tensors_a_selector_picks(selector: str, picked: list[str]) -> None:
     assert select_tensors(NET, [selector]) == picked
 
 
 @pytest.mark.parametrize("selector", ["Features.*", "**:batchnorm2d", "LAYER1"])
-def test_case_counts(selector: str) -> None:
+def test_selectors_are_case_sensitive(selector: str) -> None:
     with pytest.raises(RequestError, match="no module matches"):
         select_modules(NET, [selector])
 
 
 @pytest.mark.parametrize("selector", ["feat", "eatures", "classifier", "layer1.0.bn1"])
-def test_the_full_path_is_matched_not_a_part_of_it(selector: str) -> None:
+def test_a_selector_must_match_the_full_path(selector: str) -> None:
     paths = {info.path for info in NET.modules}
     if selector in paths:
         assert select_modules(NET, [selector]) == [selector]
@@ -173,14 +173,14 @@ def test_a_minus_one_is_the_last_position_whatever_its_name() -> None:
     assert select_modules(named, ["s.-1"]) == ["s.act"]
 
 
-def test_a_bare_checkpoint_whose_numbers_make_a_sequence_has_a_last_one() -> None:
+def test_minus_one_in_a_bare_checkpoint_with_numbered_children() -> None:
     bare = from_keys([tensor("net.0.weight"), tensor("net.2.weight"), tensor("net.1.weight"), tensor("body.0.w")])
     with pytest.raises(RequestError):
         select_modules(bare, ["net.-1"])  # 0, 2, 1: nothing says which is last
     assert select_modules(bare, ["body.-1"]) == ["body.0"]
 
 
-def test_number_ranges_know_no_leading_zeros_and_no_halves() -> None:
+def test_number_ranges_match_numbers_without_leading_zeros() -> None:
     paths = ("", "l", "l.1", "l.01", "l.10", "l.100", "l.1x")
     found = select_modules(Blueprint(tuple(module(path, "Block") for path in paths), ()), ["l.[1-10]"])
     assert found == ["l.1", "l.10"]
@@ -222,7 +222,7 @@ def test_every_selector_is_checked_by_itself(arguments: tuple[list[str], list[st
         ("zzz", "there are: bn, features, layer1"),
     ],
 )
-def test_no_match_names_what_is_near(selector: str, hint: str) -> None:
+def test_the_error_for_no_match_names_the_nearest_paths(selector: str, hint: str) -> None:
     with pytest.raises(RequestError) as caught:
         select_modules(NET, [selector])
     assert caught.value.message == f"no module matches {selector!r}"
@@ -230,7 +230,7 @@ def test_no_match_names_what_is_near(selector: str, hint: str) -> None:
     assert hint in caught.value.hint
 
 
-def test_no_match_among_tensors_names_tensors() -> None:
+def test_the_error_for_no_match_among_tensors_names_tensors() -> None:
     with pytest.raises(RequestError, match=r"no tensor matches 'classifier\.6\.wieght'") as caught:
         select_tensors(NET, ["classifier.6.wieght"])
     assert "classifier.6.weight" in (caught.value.hint or "")
@@ -242,7 +242,7 @@ def test_a_bare_checkpoint_says_why_no_type_matches() -> None:
     assert "--arch" in (caught.value.hint or "")
 
 
-def test_words_that_a_shell_expanded_are_told_and_the_nearest_paths_too(folder: Path) -> None:
+def test_the_hint_for_words_that_a_shell_expanded(folder: Path) -> None:
     (folder / "feature").touch()
     with pytest.raises(RequestError) as caught:
         select_modules(NET, ["feature"])
@@ -264,7 +264,7 @@ LANDMARKED = replace(NET, landmarks={"head": ("classifier.6", "classifier.0"), "
         ("@stem:Linear", None),
     ],
 )
-def test_a_landmark_picks_what_the_library_calls_so(selector: str, picked: list[str] | None) -> None:
+def test_a_landmark_picks_the_module_that_the_library_names(selector: str, picked: list[str] | None) -> None:
     if picked is None:
         with pytest.raises(RequestError, match="no module matches '@stem:Linear'"):
             select_modules(LANDMARKED, [selector])
@@ -272,12 +272,12 @@ def test_a_landmark_picks_what_the_library_calls_so(selector: str, picked: list[
         assert select_modules(LANDMARKED, [selector]) == picked
 
 
-def test_what_lies_in_a_landmark_is_picked_behind_a_dot() -> None:
+def test_paths_below_a_landmark() -> None:
     assert select_tensors(LANDMARKED, ["@stem.weight"]) == ["features.0.weight"]
     assert select_tensors(LANDMARKED, ["@stem.*"]) == select_tensors(LANDMARKED, ["features.0.*"])
 
 
-def test_a_landmark_that_no_library_gives_is_told_and_an_unknown_word_too() -> None:
+def test_an_unavailable_or_unknown_landmark_is_an_error() -> None:
     with pytest.raises(RequestError, match=r"no library says which module of this model is the classifier \(@head\)"):
         select_modules(NET, ["@head"])
     with pytest.raises(RequestError, match=r"'@hed' in selector '@hed' has no meaning") as error:
@@ -285,7 +285,7 @@ def test_a_landmark_that_no_library_gives_is_told_and_an_unknown_word_too() -> N
     assert error.value.hint == "there are @head (the classifier) and @stem (the first layer)"
 
 
-def test_a_module_called_like_a_landmark_is_named_with_a_backslash() -> None:
+def test_a_backslash_names_a_module_that_begins_with_an_at_sign() -> None:
     odd = replace(NET, modules=(*NET.modules, module("@head", "Linear")))
     assert literal("@head") == "\\@head"
     assert select_modules(odd, [literal("@head")]) == ["@head"]
@@ -331,7 +331,7 @@ def test_matches_inside_one_another_are_refused_where_one_would_be_destroyed() -
         ("{" * 500 + "}" * 500, "nested deeper than 10"),
     ],
 )
-def test_what_cannot_be_read_is_named(selector: str, words: str) -> None:
+def test_the_error_names_the_invalid_part_of_a_selector(selector: str, words: str) -> None:
     with pytest.raises(RequestError, match=words):
         selectors.parse(selector)
 
@@ -362,7 +362,7 @@ paths = st.lists(st.sampled_from(["a", "b", "ab"]), min_size=1, max_size=4)
 
 
 def picks(wanted: Sequence[str], parts: Sequence[str]) -> bool:
-    """Whether components match a path, by the definition: `**` is any number of components, others are globs."""
+    """Whether selector components match a path, by definition: `**` is any number of components, others are globs."""
     if not wanted:
         return not parts
     first, *rest = wanted
@@ -373,8 +373,8 @@ def picks(wanted: Sequence[str], parts: Sequence[str]) -> bool:
 
 @given(st.lists(st.sampled_from(["a", "b", "*", "?", "a*", "**"]), min_size=1, max_size=4), st.lists(paths, min_size=1))
 @settings(deadline=None)
-def test_each_path_is_matched_by_itself(wanted: list[str], found: list[list[str]]) -> None:
-    """And a tensor by its own name, or by that of a module above it."""
+def test_matching_many_paths_equals_matching_each_path(wanted: list[str], found: list[list[str]]) -> None:
+    """A tensor matches by its own name, or by the path of a module above it."""
     model = from_keys([tensor(".".join([*path, "w"])) for path in found])
     modules = {module.path for module in model.modules if picks(wanted, module.path.split(".") if module.path else ())}
     selector = selectors.parse(".".join(wanted))
@@ -389,7 +389,7 @@ def test_each_path_is_matched_by_itself(wanted: list[str], found: list[list[str]
 
 @given(st.text(max_size=60) | st.text("ab.*?[]{},:\\-019", max_size=30))
 @settings(deadline=None)
-def test_any_text_is_a_selector_or_an_error_of_ours(text: str) -> None:
+def test_any_text_is_a_selector_or_a_modelcli_error(text: str) -> None:
     try:
         parsed = selectors.parse(text)
     except RequestError:
@@ -409,7 +409,7 @@ def test_no_selector_takes_long(selector: str) -> None:
 
 
 @pytest.mark.parametrize(("asked", "there"), [("fc", "module.fc"), ("model.module.fc", "module.fc")])
-def test_a_wrappers_name_in_front_is_seen(asked: str, there: str) -> None:
+def test_the_hint_for_a_missing_wrapper_prefix(asked: str, there: str) -> None:
     names = ("module.conv1.weight", "module.fc.weight", "module.fc.bias")
     blueprint = from_keys([TensorInfo(name, (1,), "float32") for name in names])
     with pytest.raises(RequestError, match="no module matches") as caught:

@@ -75,7 +75,7 @@ def test_totals_count_a_tied_tensor_once() -> None:
     assert totals.buffer_bytes == 4 * 4 + 8
 
 
-def test_what_nothing_states_is_unknown() -> None:
+def test_unstated_trainability_is_unknown() -> None:
     assert totals_of([TensorInfo("w", (3,), "float32")]) == Totals(3, None, 0, 12, 0)
 
 
@@ -233,7 +233,7 @@ blueprints = st.builds(
 @given(st.lists(st.lists(st.sampled_from("abc"), max_size=4).map(".".join), max_size=8))
 @settings(deadline=None)
 def test_modules_are_in_the_order_of_a_walk(paths: list[str]) -> None:
-    """As `named_modules()` lists the modules of nested dicts that are filled in this order."""
+    """The order is that of `named_modules()` for nested ModuleDicts that are filled in this order."""
     tree: dict[str, Any] = {}
     paid: list[int] = []
     for path in filter(None, paths):
@@ -255,7 +255,7 @@ def test_json_gives_the_blueprint_back(blueprint: Blueprint) -> None:
     assert from_json(json.loads(json.dumps(to_json(blueprint)))) == blueprint
 
 
-def test_json_says_only_what_is_set() -> None:
+def test_json_contains_only_values_that_are_set() -> None:
     document = to_json(TIED)
     assert document["tensors"][0] == {
         "name": "embed.weight",
@@ -323,6 +323,6 @@ def test_json_of_any_other_form_is_refused(place: list[Any], value: object) -> N
 
 
 @pytest.mark.parametrize("document", [{}, [], None, "text", 3, {"classes": []}, {"classes": [], "modules": []}])
-def test_json_that_is_no_blueprint_is_refused(document: Any) -> None:
+def test_json_that_is_not_a_blueprint_is_refused(document: Any) -> None:
     with pytest.raises((KeyError, TypeError, ValueError, IndexError)):
         from_json(document)

@@ -58,7 +58,7 @@ def test_the_registration_on_the_pages_is_that_of_the_example(page: Path) -> Non
     assert stands_in(shown, (ROOT / "tests" / "plugin" / "pyproject.toml").read_text(encoding="utf-8"))
 
 
-def test_other_code_is_found_out() -> None:
+def test_changed_code_is_found() -> None:
     text = "def a():\n    b = 1\n    return b\n"
     assert stands_in("b = 1\nreturn b", text)
     assert not stands_in("b = 1\n  return b", text)

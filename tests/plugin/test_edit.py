@@ -49,7 +49,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_it_is_an_edit_like_the_others() -> None:
+def test_a_plug_in_edit_is_registered_like_the_others() -> None:
     assert edits.names()[-1] == "clamp"
     assert "clamp" not in edits.own_names()
     edit = edits.parse("clamp conv1 -0.5 0.5 --except conv1.bias --expect 1")
@@ -85,7 +85,7 @@ def test_its_name_and_its_targets_are_completed(cli: Cli, folder: Path, monkeypa
     assert offered == ["conv1", "conv2"]
 
 
-def test_what_other_programs_call_it_is_a_hint(cli: Cli) -> None:
+def test_the_names_in_other_programs_give_a_hint(cli: Cli) -> None:
     assert "did you mean: modelcli clamp conv1 0 1" in cli("clip", "conv1", "0", "1", code=2).err
 
 
@@ -109,7 +109,7 @@ def test_it_changes_the_values_of_a_state_dict(cli: Cli, folder: Path) -> None:
     assert same(torch.load("out.pth", weights_only=True), clamped(real(), "conv1", -0.1, 0.1))
 
 
-def test_on_a_model_in_memory() -> None:
+def test_a_plug_in_edit_on_a_model_in_memory() -> None:
     model = real()
     modelcli.apply(model, "clamp . -0.1 0.1 --except conv1")
     rest = clamped(real(), "", -0.1, 0.1) | {
@@ -131,14 +131,14 @@ def test_in_a_recipe_and_in_its_log(cli: Cli, folder: Path) -> None:
     assert same(torch.load("again.pth", weights_only=True), clamped(real(), "conv1", -0.1, 0.1))
 
 
-def test_apply_is_all_or_nothing_with_it(cli: Cli, folder: Path) -> None:
+def test_apply_with_a_plug_in_edit_is_all_or_nothing(cli: Cli, folder: Path) -> None:
     cli("apply", "-e", "clamp conv1 -0.1 0.1", "-e", "freeze nothing", "-m", NET, "-o", "out.pth", code=2)
     assert not Path("out.pth").exists()
     cli("apply", "-e", "clamp conv1 -0.1 0.1", "-e", "replace conv2 Conv2d(_,2,1)", "-m", NET, "-o", "out.pth")
     assert torch.load("out.pth", weights_only=True)["conv2.weight"].shape[0] == 2
 
 
-def test_the_record_has_it_and_is_followed(cli: Cli, folder: Path) -> None:
+def test_a_record_with_a_plug_in_edit_is_followed(cli: Cli, folder: Path) -> None:
     cli("clamp", "conv1", "-0.1", "0.1", "-m", NET, "-o", "out.pth")
     loaded = modelcli.load("out.pth", trust=True)
     assert same(dict(loaded.state_dict()), clamped(real(), "conv1", -0.1, 0.1))
@@ -193,7 +193,7 @@ def test_the_program_finds_it_and_reads_entry_points_only_then(site: list[Path],
         ),
     ],
 )
-def test_one_that_cannot_be_used_leaves_the_help_whole(
+def test_the_help_is_complete_despite_a_broken_plug_in(
     module: str | None, said: str, cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     register(folder, "broken", "1.0", {plug_ins.EDITS: {"wreck": "wreck:Wreck", "params": "wreck:Wreck"}})
@@ -209,7 +209,7 @@ def test_one_that_cannot_be_used_leaves_the_help_whole(
     assert "did you mean: modelcli remove fc" in cli("rm", "fc", code=2).err
 
 
-def test_code_in_any_expression_of_an_edit_counts() -> None:
+def test_a_module_expression_in_any_field_of_an_edit_needs_trust() -> None:
     """A record that names Python is followed only with --trust, whatever the field is called that names it."""
 
     @dataclass(frozen=True, kw_only=True)

@@ -292,7 +292,7 @@ def broken(monkeypatch: pytest.MonkeyPatch, value: str, prefix: str = "tiny") ->
         ("modelcli_plugin.tiny:Tiny", "small", "modelcli_plugin.tiny:Tiny calls its prefix tiny"),
     ],
 )
-def test_one_that_cannot_be_loaded(
+def test_a_provider_that_cannot_be_loaded(
     cli: Cli, monkeypatch: pytest.MonkeyPatch, value: str, prefix: str, message: str
 ) -> None:
     """It is an error where it is asked for, a note where all are, and nothing else suffers from it."""
@@ -320,7 +320,7 @@ def test_one_that_cannot_be_loaded(
         ),
     ],
 )
-def test_one_without_a_torch_half(
+def test_a_provider_without_a_torch_half(
     cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch, live: str, message: str
 ) -> None:
     """Its own models cannot be had; those of others can, and a note says what is missing."""
@@ -354,7 +354,7 @@ def test_a_model_that_cannot_be_built_is_not_compared(cli: Cli, folder: Path, mo
         assert "tiny:mlp was not compared: tiny:mlp: broken" in found.json["notes"]
 
 
-def test_it_is_found_by_a_process_of_its_own(folder: Path, site: list[Path]) -> None:
+def test_a_separate_process_finds_the_provider(folder: Path, site: list[Path]) -> None:
     """As after `pip install`: an environment that has it, and no code of this test's."""
     paths = os.pathsep.join([*map(str, site), *sys.path])
     words = [sys.executable, "-m", "modelcli", "params", "tiny:conv", "-f", "csv"]
@@ -363,7 +363,7 @@ def test_it_is_found_by_a_process_of_its_own(folder: Path, site: list[Path]) -> 
     assert done.stderr == ""
 
 
-def test_none_is_taken_from_the_current_folder(folder: Path) -> None:
+def test_no_plug_in_is_loaded_from_the_current_folder(folder: Path) -> None:
     """What lies where somebody works registers nothing: neither help nor completion would tell it from a package."""
     about = folder / "evil-1.0.dist-info"
     about.mkdir()

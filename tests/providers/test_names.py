@@ -1,4 +1,4 @@
-"""Names read off the sources of libraries, beside those that the imported libraries give."""
+"""Names read from the sources of libraries equal those of the imported libraries."""
 
 from __future__ import annotations
 

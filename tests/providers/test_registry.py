@@ -1,4 +1,4 @@
-"""The registry of providers: what comes with modelcli, what other packages add, and who may name a library."""
+"""The registry of providers: the built-in ones, those of other packages, and which modules may name a library."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LINE = '"modelcli.providers.torchvision",'
 
 
 def test_no_other_file_names_torchvision() -> None:
-    """Not in a docstring either, nor in a help text: what is said of a library its provider says."""
+    """Docstrings and help texts may not name it either: only its provider does."""
     registry = SOURCE / "providers" / "__init__.py"
     texts = {path: path.read_text(encoding="utf-8") for path in SOURCE.rglob("*.py") if path not in OWN}
     assert texts[registry].count(LINE) == 1
@@ -27,8 +27,8 @@ def test_no_other_file_names_torchvision() -> None:
     assert [str(path.relative_to(SOURCE)) for path, text in texts.items() if "torchvision" in text.lower()] == []
 
 
-def test_what_builders_are_called_is_not_known_elsewhere() -> None:
-    """Names of builders stand in examples and hints alone: nothing compares with one or looks one up."""
+def test_no_other_module_compares_names_of_builders() -> None:
+    """Names of builders occur only in examples and hints. No code compares with one or looks one up."""
     used = re.compile(r"([=!]=|\bin|\[|case) *\(?\"(alexnet|resnet\w*|vgg\w*|googlenet|raft\w*|fasterrcnn\w*)\"")
     files = [path for path in SOURCE.rglob("*.py") if path not in OWN]
     assert used.search('if name == "alexnet"') is not None
@@ -63,7 +63,7 @@ def test_who_owns_a_package(package: str, owner: str | None) -> None:
 
 
 def test_an_expression_of_torch_nn_needs_no_other_library(folder: Path) -> None:
-    """Neither to be looked at nor to be written: torchvision takes as long to import as torch."""
+    """Showing and writing it do not import torchvision, which takes as long to import as torch."""
     code = (
         "import sys; from modelcli.cli import main; words = 'Sequential(Linear(2,3),ReLU())'\n"
         "assert main(['summary', words, '--input-size', '1,2']) == main(['save', 'out.pth', '-m', words]) == 0\n"
@@ -74,8 +74,8 @@ def test_an_expression_of_torch_nn_needs_no_other_library(folder: Path) -> None:
     assert done.stdout.splitlines()[-1] == "False"
 
 
-def test_a_look_at_a_plain_file_imports_declarations_at_most(folder: Path) -> None:
-    """They say which versions the fingerprints of known models are of. Nothing is parsed or read off a library."""
+def test_showing_a_plain_file_imports_at_most_declarations(folder: Path) -> None:
+    """The declarations give the versions that the fingerprints of known models depend on. No library is parsed."""
     import torch
 
     torch.save({"a": torch.zeros(2)}, "plain.pth")

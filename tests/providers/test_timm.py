@@ -1,4 +1,4 @@
-"""What is known of timm's models without importing timm, beside what timm itself says."""
+"""What modelcli knows about timm's models without importing timm agrees with timm itself."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_names_are_those_that_timm_lists() -> None:
     assert sorted(PROVIDER.names()) == sorted(timm.list_models())
 
 
-def test_all_names_with_tags_are_right_and_nearly_none_is_left_out() -> None:
+def test_names_with_tags_are_right_and_nearly_complete() -> None:
     tagged = {name for name in timm.list_models(include_tags=True) if "." in name}
     found = {name for name in PROVIDER.full_names() if "." in name}
     assert len(found & tagged) > 0.97 * len(tagged)  # a few are made by code
@@ -67,7 +67,7 @@ def test_a_record_may_name_classes_of_timm_but_no_other_code_in_arguments() -> N
         assert runs_known_code(reference) is known, text
 
 
-def test_it_owns_layers_and_models() -> None:
+def test_timm_owns_its_layers_and_models() -> None:
     assert all(map(PROVIDER.owns, ("timm.layers", "timm.layers.norm", "timm.models.resnet")))
     assert not any(map(PROVIDER.owns, ("timm", "timm.data", "timm.models_of_mine", "timm.utils")))
 
@@ -88,7 +88,7 @@ def test_a_folder_is_a_model_by_its_configuration(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "densenet121", "swin_tiny_patch4_window7_224"])
-def test_a_checkpoint_is_looked_for_in_the_files_whose_names_it_has(name: str) -> None:
+def test_candidates_are_models_of_files_with_the_names_of_the_checkpoint(name: str) -> None:
     with torch.device("meta"):
         keys = list(timm.create_model(name).state_dict())
     groups = PROVIDER.names_like(keys)
@@ -96,10 +96,10 @@ def test_a_checkpoint_is_looked_for_in_the_files_whose_names_it_has(name: str) -
     assert sum(map(len, groups)) < len(_registry._model_entrypoints) / 2
 
 
-def test_keys_of_no_model_are_compared_with_none() -> None:
+def test_keys_of_no_model_have_no_candidates() -> None:
     assert PROVIDER.names_like([f"quokka.{n}.wombat.koala.weight" for n in range(30)]) == []
 
 
 @pytest.mark.parametrize("keys", [["w"], ["conv1.weight", "fc.bias"], [f"layers.{n}.weight" for n in range(30)]])
-def test_keys_that_say_too_little_are_compared_with_none(keys: list[str]) -> None:
+def test_too_few_keys_have_no_candidates(keys: list[str]) -> None:
     assert PROVIDER.names_like(keys) == []

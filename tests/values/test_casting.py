@@ -1,4 +1,4 @@
-"""Conversions between dtypes, bit for bit against `tensor.to(dtype)`: every pair, every 8-bit and 16-bit pattern."""
+"""Conversions between dtypes equal `tensor.to(dtype)` bit for bit: every pair, every 8-bit and 16-bit pattern."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ FLOATS = tuple(LARGEST)
 
 
 def neighbours(bits: np.ndarray) -> np.ndarray:
-    """Patterns and those before and after them."""
+    """Return the patterns, and those before and after each."""
     return np.concatenate([bits - bits.dtype.type(1), bits, bits + bits.dtype.type(1)])
 
 
 def float32_patterns() -> np.ndarray:
-    """All values of the narrower dtypes, the middles between two of them, what lies beside each, and any patterns."""
+    """Return all values of narrower dtypes, the midpoints between them, the neighbours of each, and random patterns."""
     generator = np.random.default_rng(0)
     halves = np.arange(2**16, dtype=np.uint32) << 16
     edges = np.concatenate([halves + np.uint32(low) for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF)])
@@ -36,7 +36,7 @@ def float32_patterns() -> np.ndarray:
 
 
 def float64_patterns() -> np.ndarray:
-    """Those of float32, what lies beside each and beside the middle to the next, and any patterns."""
+    """Return the patterns of float32, the neighbours of each and of its midpoints, and random patterns."""
     generator = np.random.default_rng(1)
     with np.errstate(invalid="ignore"):
         exact = float32_patterns()[::3].view(np.float32).astype(np.float64).view(np.uint64)
@@ -45,7 +45,7 @@ def float64_patterns() -> np.ndarray:
 
 
 def patterns(dtype: str) -> np.ndarray:
-    """Elements of a dtype; as many as a multiple of the elements that torch's vector instructions take at a time."""
+    """Return elements of a dtype. Their number is a multiple of the width of torch's vector instructions."""
     size = numpy_dtype(dtype).itemsize
     if size == 4:
         bits = float32_patterns()
@@ -57,7 +57,7 @@ def patterns(dtype: str) -> np.ndarray:
 
 
 def by_torch(elements: np.ndarray, before: str, after: str, *, strided: bool = False) -> np.ndarray:
-    """The bits that torch makes of elements; of a tensor with holes it converts one element at a time."""
+    """Return the bits of torch's conversion. If `strided`, torch converts one element at a time."""
     bits = bits_of(np.repeat(elements, 2) if strided else elements)
     tensor = torch.from_numpy(bits.copy()).view(getattr(torch, before))
     made = (tensor[::2] if strided else tensor).to(getattr(torch, after)).contiguous()
@@ -65,7 +65,7 @@ def by_torch(elements: np.ndarray, before: str, after: str, *, strided: bool = F
 
 
 def saturates() -> bool:
-    """Whether this torch brings what float8_e4m3fn cannot hold to its end; an older one makes NaN of it."""
+    """Whether this torch clamps values beyond the range of float8_e4m3fn. Older versions give NaN."""
     found = bool(torch.tensor(1e6).to(torch.float8_e4m3fn).float().isfinite())
     assert found or torch_version() < COMPLETE
     return found
@@ -73,12 +73,12 @@ def saturates() -> bool:
 
 @pytest.mark.parametrize("after", each(FLOATS))
 @pytest.mark.parametrize("before", each(FLOATS))
-def test_every_pair_is_what_torch_makes_of_it(before: str, after: str) -> None:
+def test_every_pair_of_dtypes_converts_as_torch_does(before: str, after: str) -> None:
     elements = patterns(before)
     found, wanted = bits_of(casting.cast(elements, before, after)), by_torch(elements, before, after)
     different = found != wanted
     if after == "bfloat16" and before in ("float32", "float64"):
-        # torch has two answers, of its vector instructions and of its plain ones; ours is the first, on x86 at least.
+        # torch's vector and scalar code differ here. modelcli gives the result of the vector code (on x86 at least).
         nan = np.isnan(elements)
         assert set(found[nan]) == {0xFFFF}
         assert set(wanted[nan]) <= {0xFFFF, 0x7FC0, 0xFFC0}
@@ -98,14 +98,14 @@ def test_every_pair_is_what_torch_makes_of_it(before: str, after: str) -> None:
     ],
 )
 @pytest.mark.parametrize("before", ["float16", "bfloat16", "float8_e5m2"])
-def test_elements_one_at_a_time_come_to_the_same(before: str, after: str) -> None:
+def test_single_elements_convert_as_blocks_do(before: str, after: str) -> None:
     elements = patterns(before)
     found = bits_of(casting.cast(elements, before, after))
     assert np.array_equal(found, by_torch(elements, before, after, strided=True))
 
 
 @pytest.mark.parametrize("length", [0, 1, 7, 255, 256, 257, 1000])
-def test_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+def test_block_boundaries_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
     elements = np.linspace(-500, 500, length, dtype=np.float32)
     for after in FLOATS:
         whole = bits_of(casting.cast(elements, "float32", after))
@@ -114,7 +114,7 @@ def test_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch, length: int) -> Non
             assert np.array_equal(bits_of(casting.cast(elements, "float32", after)), whole)
 
 
-def test_the_elements_given_stay_as_they_are() -> None:
+def test_the_input_of_a_conversion_is_unchanged() -> None:
     for before in FLOATS:
         elements = patterns(before)[:65536]
         kept = bits_of(elements).copy()
@@ -124,7 +124,7 @@ def test_the_elements_given_stay_as_they_are() -> None:
         assert np.array_equal(bits_of(elements), kept)
 
 
-def test_every_dtype_that_is_held_has_the_size_that_torch_has() -> None:
+def test_every_supported_dtype_has_torchs_size() -> None:
     for dtype in what_torch_has(HELD):
         assert numpy_dtype(dtype).itemsize == getattr(torch, dtype).itemsize
     for dtype in what_torch_has(LARGEST):
@@ -132,8 +132,8 @@ def test_every_dtype_that_is_held_has_the_size_that_torch_has() -> None:
 
 
 @pytest.mark.parametrize("before", FLOATS)
-def test_a_look_finds_what_was_lost(before: str) -> None:
-    """Against the whole definition: what exceeds is found, one by one, and counted as torch's result shows it."""
+def test_overflowing_values_are_found(before: str) -> None:
+    """The values beyond the range are those that torch's result shows, and their number is right."""
     for after in FLOATS:
         elements = patterns(before)[: 1 << 17]
         with np.errstate(invalid="ignore"):

@@ -1,4 +1,4 @@
-"""A storage whose elements are converted: its bytes, its parts, and the note of what did not fit."""
+"""A storage with converted elements: its bytes, its parts, and the note about values beyond the range."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def bytes_of(tensor: torch.Tensor) -> bytes:
 
 
 def in_file(path: Path, tensor: torch.Tensor, before: bytes = b"") -> Span:
-    """The bytes of a tensor in a file, behind others."""
+    """Write the bytes of a tensor to a file, after other bytes. Returns their span."""
     path.write_bytes(before + bytes_of(tensor))
     return Span(path, len(before), tensor.nbytes, identity_of(path))
 
@@ -108,11 +108,11 @@ def test_an_error_in_a_thread_ends_the_work(tmp_path: Path, monkeypatch: pytest.
         converted(late, "float32", "float16").bytes()
 
 
-# --- what does not fit -----------------------------------------------------------------------------------------------
+# --- overflow --------------------------------------------------------------------------------------------------------
 
 
 def notes(path: Path, tensors: dict[str, torch.Tensor], after: str) -> list[str]:
-    """The notes on tensors of a file that are converted, after their bytes were made."""
+    """Convert tensors of a file. Returns the notes about values beyond the range."""
     torch.save(tensors, path)
     storages: dict[int, Conversion] = {}
     found = {}
@@ -126,7 +126,7 @@ def notes(path: Path, tensors: dict[str, torch.Tensor], after: str) -> list[str]
     return overflow.notes_of(found)
 
 
-def test_what_did_not_fit_is_counted_by_the_tensors_that_show_it(tmp_path: Path) -> None:
+def test_overflow_is_counted_for_each_tensor(tmp_path: Path) -> None:
     base = torch.tensor([[1.0, 1e5, -1e6], [float("inf"), float("nan"), 65504.0]])
     (note,) = notes(tmp_path / "m.pth", {"t": base.T, "first": base[:, :1], "again": base.T}, "float16")
     assert note == "2 values became Inf in t: the largest value of float16 is 65,504"
@@ -135,7 +135,7 @@ def test_what_did_not_fit_is_counted_by_the_tensors_that_show_it(tmp_path: Path)
     assert note == "6 values became Inf in a and 2 more tensors: the largest value of float16 is 65,504"
 
 
-def test_values_that_come_to_the_end_or_to_nan(tmp_path: Path) -> None:
+def test_values_that_saturate_or_become_nan(tmp_path: Path) -> None:
     values = torch.tensor([1.0, 448.0, 449.0, 1e6, -1e9, float("inf")])
     (note,) = notes(tmp_path / "m.pth", {"w": values}, "float8_e4m3fn")
     assert note == "4 values became 448 in w: the largest value of float8_e4m3fn is 448"
@@ -145,7 +145,7 @@ def test_values_that_come_to_the_end_or_to_nan(tmp_path: Path) -> None:
     assert note == "2 values became Inf in w: the largest value of bfloat16 is 3.38953e+38"
 
 
-def test_what_the_first_of_two_casts_lost_is_known_after_both(tmp_path: Path) -> None:
+def test_overflow_in_the_first_of_two_casts_is_reported(tmp_path: Path) -> None:
     span = in_file(tmp_path / "v", torch.tensor([1.0, 1e5, 2.0]))
     twice = converted(converted(span, "float32", "float16").part(2, 4), "float16", "float32")
     assert torch.frombuffer(bytearray(twice.bytes()), dtype=torch.float32).tolist() == [float("inf"), 2.0]
@@ -153,21 +153,21 @@ def test_what_the_first_of_two_casts_lost_is_known_after_both(tmp_path: Path) ->
     assert found == ["1 value became Inf in w: the largest value of float16 is 65,504"]
 
 
-# --- what is compressed ----------------------------------------------------------------------------------------------
+# --- compressed records ----------------------------------------------------------------------------------------------
 
 
 def compressed(path: Path, state: dict[str, torch.Tensor]) -> None:
-    """A file of torch's whose records are compressed, as some archivers leave it."""
+    """Write a file of torch with compressed records, as some archivers do."""
     torch.save(state, path.with_suffix(".plain"))
     with zipfile.ZipFile(path.with_suffix(".plain")) as plain, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as made:
         for name in plain.namelist():
             made.writestr(name, plain.read(name))
 
 
-def test_what_is_compressed_is_read_from_its_begin_once(
+def test_a_compressed_record_is_decompressed_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: torch.Tensor
 ) -> None:
-    """A part of it costs all that is before it: many parts would take time that is quadratic in its size."""
+    """Reading a part costs decompressing everything before it, so many parts would take quadratic time."""
     monkeypatch.setattr(conversion, "PIECE", 100)
     monkeypatch.setattr(reading, "PIECE", 100)
     compressed(tmp_path / "m.pth", {"w": values, "t": values[:6000].reshape(60, 100).T})

@@ -1,4 +1,4 @@
-"""The largest difference of two tensors, against what torch computes from the whole of both."""
+"""The largest difference of two tensors equals what torch computes from the whole tensors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def are_close(one: torch.Tensor, other: torch.Tensor, rtol: float, atol: float) 
 
 
 def by_torch(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Element by element, with Python's integers and torch's float64 and complex128."""
+    """Return the largest difference, computed from Python integers, or with float64 and complex128 in torch."""
     if not one.numel():
         return 0
     kinds = {str(tensor.dtype).removeprefix("torch.") for tensor in (one, other)}
@@ -72,7 +72,7 @@ NUMBERS = (0.0, -0.0, 1.0, -1.5, math.inf, -math.inf, math.nan)
 
 @pytest.mark.parametrize(("one", "other"), [*itertools.product(NUMBERS, NUMBERS)])
 def test_nan_and_infinities(one: float, other: float) -> None:
-    """NaN is the same as NaN, an infinity as itself; where one is NaN, so is the difference."""
+    """NaN equals NaN and an infinity equals itself. If only one value is NaN, so is the difference."""
     left, right = torch.tensor([1.0, one]), torch.tensor([1.25, other])
     same = one == other or (math.isnan(one) and math.isnan(other))
     wanted = 0.25 if same else max(0.25, abs(one - other)) if not math.isnan(one - other) else math.nan
@@ -106,7 +106,7 @@ def test_any_two_views_of_one_shape(axes: list[tuple[int, int, int]], piece: int
         assert largest(one, other) == by_torch(one, other)
 
 
-def test_what_is_no_number_has_no_difference() -> None:
+def test_values_that_are_not_numbers_have_no_difference() -> None:
     entries = value_entries.plain({"w": torch.ones(2)})
     packed = {"w": entries["w"], "p": type(entries["w"])((2,), "float4_e2m1fn_x2", (1,), 0, entries["w"].storage)}
     found = differences.compared({"w": (packed["w"], packed["w"]), "p": (packed["p"], packed["p"])}, lambda _: None)
@@ -118,7 +118,7 @@ elements = st.sampled_from((0.0, -0.0, 1.0, 1.25, -1.0, 4.0, 4.5, 1e30, 1.1e30, 
 
 
 @given(pairs=st.lists(st.tuples(elements, elements), min_size=1, max_size=5), rtol=tolerances, atol=tolerances)
-def test_close_is_what_torch_calls_close(pairs: list[tuple[float, float]], rtol: float, atol: float) -> None:
+def test_closeness_agrees_with_torch(pairs: list[tuple[float, float]], rtol: float, atol: float) -> None:
     one, other = (torch.tensor(side, dtype=torch.float64) for side in zip(*pairs, strict=True))
     wanted = torch.isclose(one, other, rtol=rtol, atol=atol, equal_nan=True)
     with pytest.MonkeyPatch.context() as patch:
@@ -127,7 +127,7 @@ def test_close_is_what_torch_calls_close(pairs: list[tuple[float, float]], rtol:
 
 
 @pytest.mark.parametrize("dtype", INTEGERS)
-def test_integers_are_close_as_torch_has_it(dtype: str) -> None:
+def test_closeness_of_integers_agrees_with_torch(dtype: str) -> None:
     values = [0, 1] if dtype == "bool" else [0, 1, 2, 50, 100]
     for left, right in itertools.product(values, values):
         one, other = (torch.tensor([value], dtype=getattr(torch, dtype)) for value in (left, right))

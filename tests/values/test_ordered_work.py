@@ -1,4 +1,4 @@
-"""Work on several threads: results in the order of the tasks, errors in their place, no more ahead than is said."""
+"""Work on several threads: results and errors come in the order of the tasks, with a limit on tasks ahead."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_results_come_in_the_order_of_the_tasks(threads: int) -> None:
     assert list(in_order(work, [])) == []
 
 
-def test_an_error_is_raised_in_the_place_of_its_task(threads: int) -> None:
+def test_an_error_is_raised_in_the_order_of_the_tasks(threads: int) -> None:
     def work(task: int) -> int:
         if task == 5:
             raise ValueError("five")
@@ -42,8 +42,8 @@ def test_an_error_is_raised_in_the_place_of_its_task(threads: int) -> None:
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 3])
-def test_no_more_is_begun_than_may_be_ahead(threads: int, ahead: int) -> None:
-    """Whoever takes the results slowly has few of them in memory."""
+def test_no_more_tasks_are_started_than_may_be_ahead(threads: int, ahead: int) -> None:
+    """A slow consumer keeps few results in memory."""
     begun: list[int] = []
 
     def tasks() -> Iterator[int]:
@@ -55,7 +55,7 @@ def test_no_more_is_begun_than_may_be_ahead(threads: int, ahead: int) -> None:
         assert len(begun) <= taken + threads + ahead + 1
 
 
-def test_who_stops_early_leaves_no_thread_behind(threads: int) -> None:
+def test_stopping_early_leaves_no_thread_running(threads: int) -> None:
     before = threading.active_count()
     found = in_order(lambda task: task, range(1000))
     assert next(found) == 0
@@ -63,5 +63,5 @@ def test_who_stops_early_leaves_no_thread_behind(threads: int) -> None:
     assert threading.active_count() == before
 
 
-def test_as_many_threads_as_there_are_processors_and_not_many() -> None:
+def test_the_number_of_threads() -> None:
     assert 1 <= ordered_work.threads() <= ordered_work.MAX_THREADS

@@ -1,4 +1,4 @@
-"""The values of tensors as they are shown, against `tolist()` of torch."""
+"""The values of tensors as modelcli shows them equal torch's `tolist()`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.values.test_statistics import COMPLEX, FLOATS, FLOATS_OF_A_BYTE, INTE
 
 
 def of_file(path: Path, tensor: torch.Tensor, *, whole: bool) -> tuple[Any, str]:
-    """The values of one tensor of a file: as a list, and as a line."""
+    """Return the values of a tensor in a file, as a list and as a line of text."""
     torch.save({"w": tensor}, path)
     rows = checkpoints.read(path).rows
     lists, texts = printed.collect({name: e for name, e in rows.items() if isinstance(e, TensorEntry)}, whole=whole)
@@ -26,7 +26,7 @@ def of_file(path: Path, tensor: torch.Tensor, *, whole: bool) -> tuple[Any, str]
 
 
 def by_hand(values: Any, most: int) -> str:
-    """A nested list in one line, of each list longer than six the first and the last three."""
+    """Return a nested list as a line of text. Lists of more than six items show the first and the last three."""
     if not isinstance(values, list):
         return f"{values:.4g}" if isinstance(values, float | complex) else str(values)
     if len(values) > 6 and most:
@@ -42,7 +42,7 @@ def by_hand(values: Any, most: int) -> str:
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf support")
 @pytest.mark.parametrize("dtype", each((*INTEGERS, *FLOATS, *FLOATS_OF_A_BYTE, *COMPLEX)))
-def test_every_dtype_reads_as_torch_lists_it(tmp_path: Path, dtype: str) -> None:
+def test_values_of_every_dtype_equal_torchs_tolist(tmp_path: Path, dtype: str) -> None:
     for shape in ((), (1,), (3, 4), (24,), (25,), (5, 8), (9, 10)):
         tensor = random_tensor(dtype, 10, 10).flatten()[: torch.Size(shape).numel()].reshape(shape)
         wanted = tensor.tolist()
@@ -54,7 +54,7 @@ def test_every_dtype_reads_as_torch_lists_it(tmp_path: Path, dtype: str) -> None
             assert str(found) == str(wanted)  # NaN is not equal to itself
 
 
-def test_views_read_as_what_they_show(tmp_path: Path) -> None:
+def test_values_of_views(tmp_path: Path) -> None:
     base = torch.arange(60.0).reshape(5, 12)
     for view in (base.T, base[1:4, ::3], base[2], base[:, 5], base[0, :1].expand(4, 3), base.flip(0), base[:0]):
         found, _ = of_file(tmp_path / "m.pth", view, whole=True)
@@ -62,12 +62,12 @@ def test_views_read_as_what_they_show(tmp_path: Path) -> None:
         assert printed.collect(value_entries.plain({"w": view}), whole=True)[0]["w"] == view.tolist()
 
 
-def test_a_bool_is_one_whatever_its_byte_is(tmp_path: Path) -> None:
+def test_any_nonzero_byte_of_a_bool_is_true(tmp_path: Path) -> None:
     odd = torch.tensor([0, 1, 2, 255], dtype=torch.uint8).view(torch.bool)
     assert of_file(tmp_path / "m.pth", odd, whole=True) == ([False, True, True, True], "[False,True,True,True]")
 
 
-def test_of_many_values_few_are_shown(tmp_path: Path) -> None:
+def test_long_lists_of_values_are_shortened(tmp_path: Path) -> None:
     _, text = of_file(tmp_path / "m.pth", torch.zeros(20, 20, 20, 20, 20), whole=False)
     assert text.count("0") <= printed.MAX_SHOWN
     assert text.startswith("[[[")
@@ -107,7 +107,9 @@ LARGE = torch.arange(3_000_000, dtype=torch.float32)
     ],
     ids=lambda view: f"{list(view.shape)} {list(view.stride())}",
 )
-def test_of_a_large_tensor_little_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, view: torch.Tensor) -> None:
+def test_only_the_shown_part_of_a_large_tensor_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, view: torch.Tensor
+) -> None:
     read = 0
     original = reading.Reader._read
 
@@ -127,7 +129,7 @@ def test_of_a_large_tensor_little_is_read(tmp_path: Path, monkeypatch: pytest.Mo
     assert read <= 1 << 20
 
 
-def test_many_axes_take_no_longer(tmp_path: Path) -> None:
+def test_values_of_tensors_with_many_dimensions(tmp_path: Path) -> None:
     for shape in ([1] * 40 + [300, 300], [2] * 17, [300, *[1] * 40, 300], [1] * 64):
         tensor = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).reshape(shape)
         _, text = of_file(tmp_path / "m.pth", tensor, whole=False)

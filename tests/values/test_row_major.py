@@ -1,4 +1,4 @@
-"""Tensors whose elements lie apart, written one after another: what a contiguous copy of torch's has."""
+"""Non-contiguous tensors are written in row-major order, like torch's contiguous copies."""
 
 from __future__ import annotations
 

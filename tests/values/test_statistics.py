@@ -1,4 +1,4 @@
-"""`params --stats`, against what plain torch computes from the whole tensor in float64; and that no more is read."""
+"""`params --stats` equals what plain torch computes from the whole tensor in float64, and reads nothing else."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ COMPLEX = ("complex32", "complex64", "complex128")
 
 
 def plain(tensor: torch.Tensor) -> dict[str, Any]:
-    """The statistics as plain torch has them, of all elements at once."""
+    """Return the statistics of a tensor, computed by plain torch from all elements at once."""
     tensor = tensor.detach()
     numbers = tensor.to(torch.complex128).abs() if tensor.is_complex() else tensor.to(torch.float64)
     finite = numbers[numbers.isfinite()]
@@ -62,7 +62,7 @@ def plain(tensor: torch.Tensor) -> dict[str, Any]:
 
 
 def assert_close(found: Any, wanted: dict[str, Any]) -> None:
-    """Equal; the mean and the deviation, sums of float64 in another order, to twelve digits of the largest element."""
+    """Require equal statistics; mean and deviation to twelve digits, because float64 is summed in another order."""
     assert list(found) == list(wanted)
     scale = max(abs(wanted["min"]), abs(wanted["max"])) if wanted["min"] is not None else 0
     for key, value in wanted.items():
@@ -71,11 +71,11 @@ def assert_close(found: Any, wanted: dict[str, Any]) -> None:
 
 
 def random_tensor(dtype: str, *shape: int) -> torch.Tensor:
-    """A tensor with zeros, and with NaN and Inf where the dtype has them."""
+    """Return a random tensor with zeros, and with NaN and Inf if the dtype has them."""
     wanted = getattr(torch, dtype)
     generator = torch.Generator().manual_seed(3)
     count = torch.Size(shape).numel()
-    if dtype in ("float64", "complex128"):  # of these, bytes at random make numbers whose squares overflow
+    if dtype in ("float64", "complex128"):  # random bytes of these give numbers whose squares overflow
         made = torch.randn(count, dtype=wanted, generator=generator)
         made[:7] = torch.tensor([0, math.nan, math.inf, -math.inf, -0.0, 1e-310, 1e100])
         return made.reshape(shape)
@@ -86,13 +86,13 @@ def random_tensor(dtype: str, *shape: int) -> torch.Tensor:
 
 
 def of_file(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """The statistics of all tensors of a file, saved and read."""
+    """Save tensors to a file. Returns their statistics, read from the file."""
     save_file(tensors, path) if path.suffix == ".safetensors" else torch.save(tensors, path)
     return dict(statistics.collect(entries_in(path)))
 
 
 def entries_in(path: Path, *names: str) -> dict[str, TensorEntry]:
-    """The tensors of a file, or those of these names."""
+    """Return the tensors of a file, or those with these names."""
     rows = checkpoints.read(path).rows
     return {
         name: entry for name, entry in rows.items() if isinstance(entry, TensorEntry) and (not names or name in names)
@@ -100,7 +100,7 @@ def entries_in(path: Path, *names: str) -> dict[str, TensorEntry]:
 
 
 def in_memory(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """The statistics of torch's tensors."""
+    """Return the statistics of tensors in memory."""
     return dict(statistics.collect(value_entries.plain(tensors)))
 
 
@@ -115,7 +115,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def mapped(monkeypatch: pytest.MonkeyPatch) -> list[Span]:
-    """Every span of a file that is asked for, in order. What is read ahead beside one is at most 1 MiB."""
+    """Return a list of the spans that are read from files, in order. At most 1 MiB is read ahead of each."""
     spans: list[Span] = []
     asked, read = reading.Reader.bytes, reading.Reader._read
 
@@ -155,7 +155,7 @@ def test_safetensors(tmp_path: Path, dtype: str) -> None:
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("size", [63, 64, 65, 128, 129])
-def test_what_is_not_finite_at_the_edges_of_a_chunk(bad: float, size: int) -> None:
+def test_non_finite_values_at_the_edges_of_a_chunk(bad: float, size: int) -> None:
     for place in (0, 62, 63, 64, size - 1):
         tensor = torch.arange(size, dtype=torch.float32)
         tensor[min(place, size - 1)] = bad
@@ -176,12 +176,12 @@ def test_what_is_not_finite_at_the_edges_of_a_chunk(bad: float, size: int) -> No
         nn.Parameter(torch.randn(4, 4)),
     ],
 )
-def test_what_is_small_or_odd(tensor: torch.Tensor) -> None:
+def test_small_and_unusual_tensors(tensor: torch.Tensor) -> None:
     assert_close(in_memory({"w": tensor})["w"], plain(tensor))
 
 
-def test_whole_numbers_are_exact() -> None:
-    """float64 has neither of these."""
+def test_integers_are_exact_in_statistics() -> None:
+    """float64 cannot represent these integers."""
     for dtype, values in ((torch.int64, [-(2**63) + 1, 2**63 - 1]), (torch.uint64, [2**53 + 1, 2**64 - 1])):
         found = in_memory({"w": torch.tensor(values, dtype=dtype)})["w"]
         assert (found["min"], found["max"]) == tuple(values)
@@ -189,7 +189,7 @@ def test_whole_numbers_are_exact() -> None:
 
 @pytest.mark.usefixtures("small_chunks")
 def test_a_large_mean_and_a_small_deviation() -> None:
-    """Where a difference of two sums of squares has no digit left; the truth is computed with exact fractions."""
+    """A difference of two sums of squares would lose all digits. The expected value uses exact fractions."""
     tensor = 1e9 + torch.randn(5000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 1e-3
     found = in_memory({"w": tensor})["w"]
     assert found["std"] == pytest.approx(exactly.stdev(tensor.tolist()), rel=1e-6)
@@ -197,7 +197,7 @@ def test_a_large_mean_and_a_small_deviation() -> None:
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_what_float64_cannot_hold_is_none() -> None:
+def test_statistics_beyond_float64_are_none() -> None:
     tensor = torch.full((200,), 1e308, dtype=torch.float64)
     tensor[100] = -1e308
     found = in_memory({"w": tensor})["w"]
@@ -208,7 +208,7 @@ def test_what_float64_cannot_hold_is_none() -> None:
     assert same["std"] == pytest.approx(0, abs=1e188)
 
 
-def test_the_numbers_of_a_model_stay_as_they_are() -> None:
+def test_statistics_do_not_change_the_model() -> None:
     for dtype in (torch.float64, torch.complex128, torch.int64):
         tensor = torch.arange(6).to(dtype)
         in_memory({"w": tensor})
@@ -216,7 +216,7 @@ def test_the_numbers_of_a_model_stay_as_they_are() -> None:
 
 
 def elements_of(piece: TensorEntry) -> list[float]:
-    """The elements that a view shows."""
+    """Return the elements of a view."""
     found: list[float] = reading.view_of(reading.part_of(piece).mapped(), piece).flatten().tolist()
     return found
 
@@ -234,7 +234,7 @@ axes = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 9)), max_size=4)
     elements=st.lists(st.floats(width=32) | st.just(0.0), min_size=1, max_size=30),
 )
 def test_any_view(folder: Path, axes: list[tuple[int, int]], offset: int, chunk: int, elements: list[float]) -> None:
-    """Slices, transposed, expanded and overlapping ones, in memory and in a file, in pieces of any size."""
+    """Slices and transposed, expanded and overlapping views, in memory and in a file, in pieces of any size."""
     base = torch.tensor((elements * 200)[:200])
     view = base.as_strided([size for size, _ in axes], [stride for _, stride in axes], offset)
     with pytest.MonkeyPatch.context() as patch:
@@ -260,8 +260,8 @@ def test_pieces_are_small_and_have_each_element_once(axes: list[tuple[int, int]]
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_threads_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pieces are put together in their order, so that the last bit is the same each time."""
+def test_the_number_of_threads_does_not_change_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results of pieces are combined in order, so that every run gives the same bits."""
     generator = torch.Generator().manual_seed(1)
     tensors = {str(n): torch.randn(n * 100, generator=generator).to(torch.bfloat16) for n in range(30)}
     torch.save(tensors, tmp_path / "m.pth")
@@ -276,7 +276,7 @@ def test_threads_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_what_is_conjugated_or_negated_when_it_is_read(tmp_path: Path) -> None:
+def test_statistics_of_conjugated_and_negated_tensors(tmp_path: Path) -> None:
     numbers = torch.randn(20, 30, dtype=torch.complex64, generator=torch.Generator().manual_seed(5))
     conjugated, negated = numbers.conj(), numbers.clone().conj().imag
     assert negated.is_neg()
@@ -289,7 +289,7 @@ def test_what_is_conjugated_or_negated_when_it_is_read(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:ComplexHalf support")
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, None])
 @pytest.mark.parametrize("dtype", each((*INTEGERS, *FLOATS, *FLOATS_OF_A_BYTE, *COMPLEX)))
-def test_what_is_not_finite_is_counted_alone_as_it_is_among_all(tmp_path: Path, dtype: str, bad: float | None) -> None:
+def test_counting_only_non_finite_values_gives_the_same_counts(tmp_path: Path, dtype: str, bad: float | None) -> None:
     wanted = getattr(torch, dtype)
     tensor = torch.full((1000,), 0.5).to(torch.float32 if "complex" not in dtype else torch.complex64).to(wanted)
     if bad is not None and dtype not in INTEGERS:
@@ -310,17 +310,17 @@ def test_an_expanded_tensor_is_read_once(tmp_path: Path) -> None:
 
 
 def test_overlapping_rows_do_not_take_memory() -> None:
-    """10^12 elements over two million: pieces are bounded by what they hold, not only by what they span."""
+    """10^12 elements view two million. The number of elements in a piece is limited, not only its span."""
     pieces = reading.pieces_of(entry_of(torch.zeros(2_000_000).as_strided((1_000_000, 1_000_000), (1, 1))))
     for _ in range(100):
         assert math.prod(next(pieces)[0].shape) <= reading.PIECE
 
 
-# --- what has no numbers -------------------------------------------------------------------------------------------
+# --- dtypes without arithmetic----------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
-def test_what_torch_has_no_numbers_for_is_left_out() -> None:
+def test_dtypes_without_arithmetic_have_no_statistics() -> None:
     packed = what_torch_has(("float4_e2m1fn_x2",))
     tensors = {
         "quantized": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
@@ -334,7 +334,7 @@ def test_what_torch_has_no_numbers_for_is_left_out() -> None:
 
 
 @needs_torch("float4_e2m1fn_x2")
-def test_a_tensor_without_numbers_has_null_for_each(cli: Cli, folder: Path) -> None:
+def test_a_tensor_without_statistics_shows_null(cli: Cli, folder: Path) -> None:
     torch.save({"packed": torch.ones(3, dtype=torch.uint8).view(torch.float4_e2m1fn_x2), "w": torch.ones(2)}, "m.pth")
     rows = cli("params", "m.pth", "--stats", "--json").json["tensors"]
     assert rows[0]["stats"] == NOTHING
@@ -350,7 +350,7 @@ def test_a_tensor_without_numbers_has_null_for_each(cli: Cli, folder: Path) -> N
 
 
 @pytest.mark.parametrize("seed", [0, 7])
-def test_a_builder_draws_the_numbers_of_its_seed(cli: Cli, seed: int) -> None:
+def test_the_values_of_a_builder_depend_on_the_seed(cli: Cli, seed: int) -> None:
     rows = cli("params", "Linear(20,30)", "--stats", "--seed", seed, "--json").json["tensors"]
     torch.manual_seed(seed)
     drawn = nn.Linear(20, 30)
@@ -358,7 +358,7 @@ def test_a_builder_draws_the_numbers_of_its_seed(cli: Cli, seed: int) -> None:
         assert_close(row["stats"], plain(tensor))
 
 
-def test_edits_of_a_recipe_count(cli: Cli, folder: Path) -> None:
+def test_statistics_apply_the_edits_of_a_recipe(cli: Cli, folder: Path) -> None:
     first = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     torch.save(first.state_dict(), "m.pth")
     (folder / "modelcli.toml").write_text(
@@ -366,7 +366,7 @@ def test_edits_of_a_recipe_count(cli: Cli, folder: Path) -> None:
     )
     rows = {row["name"]: row["stats"] for row in cli("params", "--stats", "--json").json["tensors"]}
     assert_close(rows["0.weight"], plain(first[0].weight))
-    torch.manual_seed(1)  # the first edit of seed 0
+    torch.manual_seed(1)  # the seed of the first edit with seed 0
     assert_close(rows["1.weight"], plain(nn.Linear(4, 5).weight))
 
 
@@ -388,7 +388,7 @@ def test_a_tied_tensor_is_read_once(cli: Cli, mapped: list[Span], suffix: str) -
 
 
 def sparse_file(path: Path, shapes: dict[str, list[int]]) -> None:
-    """A safetensors file of float32 zeros that takes no room on the disk."""
+    """Write a safetensors file of float32 zeros as a hole, which takes no space on the disk."""
     header, end = {}, 0
     for name, shape in shapes.items():
         begin, end = end, end + 4 * math.prod(shape)
@@ -431,7 +431,7 @@ def test_a_file_is_mapped_a_piece_at_a_time(tmp_path: Path, mapped: list[Span]) 
 @pytest.mark.skipif(os.name == "nt", reason="there is no resource module there")
 @pytest.mark.parametrize("option", ["--stats", "--values"])
 def test_more_tensors_than_files_may_be_open(cli: Cli, folder: Path, option: str) -> None:
-    """A file that is open is one of few: there is one at a time."""
+    """A process may open few files, so only one is open at a time."""
     import resource
 
     save_file({f"layers.{index}": torch.full((2,), float(index)) for index in range(300)}, folder / "m.safetensors")
@@ -537,12 +537,12 @@ def test_a_share_is_round_only_where_it_is_exact() -> None:
     ("value", "text"),
     [(None, "-"), (-0.0173456, "-0.0173"), (1.0, "1"), (12345, "12,345"), (-(2**63), "-9.22e+18"), (1e-30, "1e-30")],
 )
-def test_numbers_are_narrow(value: float | None, text: str) -> None:
+def test_floats_show_three_digits_and_integers_all(value: float | None, text: str) -> None:
     assert number(value) == text
 
 
 def on_terminal(tensors: dict[str, torch.Tensor], path: Path, width: int) -> str:
-    """The table of a file's tensors on a terminal of this width."""
+    """Return the table of tensors on a terminal of this width."""
     found = of_file(path, tensors)
     blueprint = checkpoints.read(path).bare_blueprint()
     screen = io.StringIO()
@@ -583,7 +583,7 @@ def share_of_zeros(tensor: torch.Tensor) -> float:
     ],
 )
 def test_sorted_by_a_statistic(cli: Cli, mixed: str, key: str, rank: Callable[[torch.Tensor], float | None]) -> None:
-    """Largest first, what has none at the end; `--top` is of that order."""
+    """The largest come first and tensors without the statistic last; `--top` uses the same order."""
     names = [row["name"] for row in cli("params", mixed, "--stats", "--sort", key, "--json").json["tensors"]]
     ranks = [rank(MIXED[name]) for name in names]
     known = [value for value in ranks if value is not None]
@@ -606,7 +606,7 @@ def test_sorting_by_a_statistic_needs_them(cli: Cli, mixed: str) -> None:
 
 
 class Terminal(io.StringIO):
-    """Standard error that says it is a terminal."""
+    """A text stream whose `isatty()` returns True."""
 
     encoding = "utf-8"
 
@@ -615,7 +615,7 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize(("words", "moment", "shown"), [((), -1, True), ((), 60, False), (("-q",), -1, False)])
-def test_a_bar_on_a_terminal_once_it_takes_a_moment(
+def test_a_progress_bar_appears_on_a_terminal_after_a_moment(
     cli: Cli, mixed: str, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], moment: float, shown: bool
 ) -> None:
     screen = Terminal()
@@ -629,7 +629,7 @@ def test_a_bar_on_a_terminal_once_it_takes_a_moment(
 
 
 def test_no_bar_where_json_is_asked_for(cli: Cli, mixed: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing but the document of an error stands on standard error then."""
+    """With --json, standard error contains at most the document of an error."""
     screen = Terminal()
     monkeypatch.setattr(progress, "MOMENT", -1)
     monkeypatch.setattr(sys, "stderr", screen)

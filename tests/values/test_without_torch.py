@@ -1,4 +1,4 @@
-"""Values of files are read without torch, and NumPy is imported for them alone: pinned in processes of their own."""
+"""Values of files are read without torch, and NumPy is imported only for values. Each test starts a process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from modelcli.values.dtypes import HELD
 from tests.conftest import Cli
 from tests.needs import what_torch_has
 
-#: Runs commands one after another, each in a fork, and says which of the packages each has imported.
+#: A program that runs each command in a fork and prints which of the packages it imported.
 COMMANDS = """
     import json, os, sys
     from modelcli.cli import main
@@ -40,7 +40,7 @@ COMMANDS = """
 
 @pytest.fixture
 def files(folder: Path) -> None:
-    """A file of each dtype, files with what is no plain tensor, a folder of shards, and pairs that differ."""
+    """Create a file of each dtype, files with composite tensors, a folder of shards, and pairs that differ."""
     generator = torch.Generator().manual_seed(0)
     numbers = torch.randn(6, 8, generator=generator)
     every = {
@@ -61,7 +61,7 @@ def files(folder: Path) -> None:
 
 
 def imported(commands: list[str]) -> list[list[Any]]:
-    """The exit code of each command, and which of torch, NumPy and ml_dtypes it imported."""
+    """Return the exit code of each command, and which of torch, NumPy and ml_dtypes it imported."""
     run = [sys.executable, "-c", textwrap.dedent(COMMANDS)]
     done = subprocess.run(run, input="\n".join(commands), capture_output=True, text=True, check=True)
     return [json.loads(line) for line in done.stdout.splitlines()]

@@ -1,4 +1,4 @@
-"""State dicts of very many keys: what edits of them do grows with the keys, and what a header cannot hold is said."""
+"""State dicts with very many keys: the work of edits grows linearly, and headers have a maximum size."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ EDITS = (
 
 
 def many(count: int) -> dict[str, torch.Tensor]:
-    """As many tensors, each in a module of its own, as edits see them most."""
+    """Return `count` tensors, each in a module of its own."""
     names = (f"model.layers.{number // 10}.part{number % 10}.weight" for number in range(count))
     return {name: torch.full((1,), float(number)) for number, name in enumerate(names)}
 
 
 def calls(cli: Cli, words: Sequence[str]) -> int:
-    """How many functions a command calls, those of C included: the same number on every machine."""
+    """Return how many functions a command calls, C functions included. The number is the same on every machine."""
     found = 0
 
     def count(_frame: FrameType, event: str, _argument: object) -> None:
@@ -51,7 +51,7 @@ def calls(cli: Cli, words: Sequence[str]) -> int:
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 @pytest.mark.parametrize("edit", EDITS, ids=[edit[0] for edit in EDITS])
 def test_the_work_of_an_edit_grows_with_the_keys(cli: Cli, edit: Sequence[str], suffix: str) -> None:
-    """From 600 to 900 keys it grows as from 300 to 600; work that is quadratic grows by two thirds more."""
+    """From 600 to 900 keys it grows as much as from 300 to 600. Quadratic work would grow by two thirds more."""
     found = []
     for count in (50, 300, 600, 900):  # the first run imports what the others need
         write = save_file if suffix == ".safetensors" else torch.save
@@ -72,7 +72,7 @@ def header_of(path: str) -> dict[str, object]:
     return header
 
 
-def test_a_record_for_which_the_header_has_no_room(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_record_that_does_not_fit_into_the_header(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tensors are written, and a note says that the record is not."""
     save_file(many(100), "in.safetensors")
     cli("freeze", "model", "-m", "in.safetensors", "-o", "whole.safetensors")
@@ -89,7 +89,7 @@ def test_a_record_for_which_the_header_has_no_room(cli: Cli, monkeypatch: pytest
 
 
 def test_a_header_that_is_too_large_by_itself(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is written, and the way out that the error names works."""
+    """Nothing is written, and the command that the error suggests works."""
     save_file(many(100), "in.safetensors")
     monkeypatch.setattr(safetensors, "MAX_HEADER_BYTES", 6_000)
     told = cli("freeze", "model", "-m", "in.safetensors", "-o", "out.safetensors", code=2).err
@@ -107,7 +107,7 @@ def test_a_header_that_is_too_large_by_itself(cli: Cli, monkeypatch: pytest.Monk
     assert len(record.frozen) == 100
 
 
-def test_a_record_for_which_the_index_has_no_room(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_record_that_does_not_fit_into_the_index(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     save_file(many(100), "in.safetensors")
     monkeypatch.setenv(limits.INDEX_BYTES.variable, "10000")
     told = cli("freeze", "model", "-m", "in.safetensors", "-o", "out/").err

@@ -58,7 +58,7 @@ def put(path: Path, spans: list[tuple[int, Span]], told: list[tuple[int, int, st
 @pytest.mark.parametrize("shift", [0, 64, 4096, 4100])
 @pytest.mark.parametrize(("start", "nbytes"), [(0, len(DATA)), (1, len(DATA) - 1), (100, 1), (8191, 600_000), (5, 0)])
 @pytest.mark.parametrize("copies", [True, False])
-def test_a_span_arrives_whatever_its_place(
+def test_a_span_is_copied_from_and_to_any_offset(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, shift: int, start: int, nbytes: int, copies: bool
 ) -> None:
     if not copies:
@@ -70,10 +70,10 @@ def test_a_span_arrives_whatever_its_place(
 
 
 @pytest.mark.parametrize("number", sorted(output._CANNOT_COPY))
-def test_where_the_system_cannot_copy_it_is_read_and_written(
+def test_bytes_are_read_and_written_if_the_system_cannot_copy(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    """For another file system, an old kernel, or a container that forbids the call, at the start or in the middle."""
+    """The call may fail at the start or midway: another file system, an old kernel, a container that forbids it."""
     for allowed in (0, 1):
         calls: list[int] = []
         original = os.copy_file_range
@@ -176,7 +176,7 @@ def test_a_source_that_changes_at_the_end_is_noticed_however_it_is_read(
     assert not list(Path().glob("*out*"))
 
 
-def test_a_shard_that_is_not_open_any_more_is_looked_at_too(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changes_of_a_shard_that_was_closed_are_noticed(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save({f"w{number:02}": torch.randn(500) for number in range(40)}, "in.pth")
     cli("save", "many/", "-m", "in.pth", "--max-shard-size", "2000")
     original = Output.require_unchanged_sources
@@ -226,7 +226,7 @@ def test_a_source_that_is_gone_before_it_is_read_is_named(
 
 
 @pytest.mark.skipif(not hasattr(os, "SEEK_DATA"), reason="this system does not tell of holes")
-def test_holes_stay_holes(tmp_path: Path) -> None:
+def test_holes_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "sparse.bin"
     with path.open("wb") as file:
         file.truncate(1 << 30)
@@ -252,9 +252,7 @@ def checksums(path: Path) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("stated", [True, False])
-def test_checksums_are_taken_from_where_they_are_stated(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, stated: bool
-) -> None:
+def test_stated_checksums_are_copied(folder: Path, monkeypatch: pytest.MonkeyPatch, stated: bool) -> None:
     """A record that is copied whole is not read for its checksum, unless torch left the checksum out."""
     torch.serialization.set_crc32_options(stated)
     try:
@@ -279,7 +277,7 @@ def test_checksums_are_taken_from_where_they_are_stated(
     assert checksums(Path("out.pth"))["data/0"] == original(torch.load("in.pth")["w"].numpy().tobytes())
 
 
-def test_spans_of_a_file_that_is_no_archive_are_counted(cli: Cli) -> None:
+def test_checksums_of_a_file_that_is_not_an_archive_are_computed(cli: Cli) -> None:
     from safetensors.torch import save_file
 
     state = {"a": torch.randn(300_000), "b": torch.arange(7)}
@@ -289,10 +287,10 @@ def test_spans_of_a_file_that_is_no_archive_are_counted(cli: Cli) -> None:
     assert {zlib.crc32(t.numpy().tobytes()) for t in state.values()} == {found["data/0"], found["data/1"]}
 
 
-# --- places --------------------------------------------------------------------------------------------------------
+# --- offsets -------------------------------------------------------------------------------------------------------
 
 
-def test_large_spans_lie_in_a_page_as_in_their_own_file(cli: Cli) -> None:
+def test_large_spans_keep_their_offset_within_a_page(cli: Cli) -> None:
     """The same offset within a page lets file systems share blocks, and lets others copy whole pages."""
     torch.save({f"w{number}": torch.randn(100_000 + number) for number in range(5)}, "in.pth")
     cli("save", "out.pth", "-m", "in.pth")
@@ -309,7 +307,7 @@ def test_large_spans_lie_in_a_page_as_in_their_own_file(cli: Cli) -> None:
         assert (before[name].storage.offset - after[name].storage.offset) % PAGE == 0  # type: ignore[union-attr]
 
 
-def test_where_a_source_goes(source: Path) -> None:
+def test_the_offset_of_a_source(source: Path) -> None:
     assert place_like(span(source, 64, LARGE), 5000, 64) == 4096 + 4096 + 64
     assert place_like(span(source, 64, LARGE), 4160, 64) == 4160
     assert place_like(span(source, 65, LARGE), 5000, 64) == 5056
@@ -328,10 +326,10 @@ def test_the_size_is_known_before_a_byte_is_written(cli: Cli, suffix: str, monke
     cli("save", f"b{suffix}", "-m", "nets.py:Places")
 
 
-# --- care ----------------------------------------------------------------------------------------------------------
+# --- safety --------------------------------------------------------------------------------------------------------
 
 
-def test_no_fsync_waits_for_no_disk(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_fsync_skips_fsync(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[int] = []
     monkeypatch.setattr(os, "fsync", synced.append)
     cli("save", "a.pth", "-m", "nets.py:Places", "--no-fsync")
@@ -419,7 +417,7 @@ def test_sources_that_give_other_bytes_than_they_say(tmp_path: Path) -> None:
 
 
 def test_more_shards_than_files_may_be_open(cli: Cli) -> None:
-    """A source in 60 files, with few allowed."""
+    """The source has 60 files, and the process may open only a few."""
     torch.save({f"w{number}": torch.randn(500) for number in range(60)}, "in.pth")
     cli("save", "many/", "-m", "in.pth", "--max-shard-size", "2000")
     assert len(list(Path("many").glob("*.safetensors"))) == 60
@@ -434,7 +432,7 @@ def test_more_shards_than_files_may_be_open(cli: Cli) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no advice")
 @pytest.mark.parametrize("durable", [True, False])
-def test_what_is_copied_goes_to_the_disk_while_more_is_copied(
+def test_copied_bytes_are_flushed_while_copying_continues(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, durable: bool
 ) -> None:
     advice: list[tuple[int, int]] = []

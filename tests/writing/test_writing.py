@@ -176,7 +176,7 @@ def test_no_dimension_no_element_views_and_odd_names(tmp_path: Path) -> None:
         assert loaded["tail"].untyped_storage()._cdata == loaded["base"].untyped_storage()._cdata
 
 
-def test_nothing_at_all(tmp_path: Path) -> None:
+def test_an_empty_state_dict_is_written(tmp_path: Path) -> None:
     path = write(plan_of({}), tmp_path / "m.pth")
     assert [dict(loaded) for loaded in torch_loads(path)] == [{}, {}]
 
@@ -214,7 +214,7 @@ def test_same_bytes_on_repeat_and_under_every_name(tmp_path: Path) -> None:
         assert len(written) == 1
 
 
-def test_written_says_what(tmp_path: Path) -> None:
+def test_the_result_of_a_write(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "er" / "m.pth"
     written = writing.write(plan_of({"a": torch.ones(3)}), path)
     assert (written.path, written.format, written.tensors) == (path, "pth", 1)
@@ -259,7 +259,7 @@ def test_oracle_torch_save(tmp_path: Path) -> None:
         assert entry.storage.bytes() == other.storage.bytes()
 
 
-# --- what stands around and beside the state dict ------------------------------------------------------------------
+# --- training checkpoints ------------------------------------------------------------------------------------------
 
 
 def test_tensors_come_to_the_opcodes_of_torch_save(tmp_path: Path) -> None:
@@ -381,7 +381,7 @@ def test_values_that_hold_themselves(tmp_path: Path) -> None:
         assert loaded["own"][1] is loaded["own"]
 
 
-def test_what_no_pickle_here_holds() -> None:
+def test_values_that_cannot_be_pickled_are_errors() -> None:
     deep: list[Any] = []
     for _ in range(5_000):
         deep = [deep]
@@ -398,7 +398,7 @@ def test_what_no_pickle_here_holds() -> None:
 # --- the record ----------------------------------------------------------------------------------------------------
 
 
-def test_where_the_record_stands(tmp_path: Path) -> None:
+def test_the_position_of_the_record(tmp_path: Path) -> None:
     state = {"a": torch.ones(2)}
     text = record_of(state, seed=7)
     path = write(plan_of(state, text), tmp_path / "m.pth")
@@ -459,7 +459,7 @@ def test_a_damaged_record_is_ignored(tmp_path: Path, name: str) -> None:
         assert list(contents.tensors) == ["a"]
 
 
-def test_an_alias_of_another_shape_is_not_believed(tmp_path: Path) -> None:
+def test_an_alias_of_another_shape_is_ignored(tmp_path: Path) -> None:
     told = {"a": torch.ones(2), "b": torch.ones(3)}
     text = record_of(told, ties={"b": "a"})
     contents = checkpoints.read(write(plan_of({"a": torch.ones(2)}, text), tmp_path / "m.safetensors"))
@@ -499,7 +499,7 @@ def test_safetensors_holds_a_tied_tensor_once_and_all_its_names_come_back(tmp_pa
     assert contents.infos()["c"].tied_to == "a"
 
 
-def test_what_safetensors_has_no_name_for(tmp_path: Path) -> None:
+def test_dtypes_that_safetensors_lacks(tmp_path: Path) -> None:
     for state, message in (
         ({"w": torch.ones(1, dtype=torch.complex128)}, "w is complex128"),
         ({"\ud800": torch.ones(1)}, "no valid text"),
@@ -511,7 +511,7 @@ def test_what_safetensors_has_no_name_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "folder"])
-def test_a_tensor_of_the_name_that_safetensors_has_its_texts_under(tmp_path: Path, kind: str) -> None:
+def test_a_tensor_with_the_reserved_name_of_the_metadata(tmp_path: Path, kind: str) -> None:
     state = {"w": torch.ones(2), "__metadata__": torch.zeros(3)}
     with pytest.raises(RequestError, match="a tensor named __metadata__") as error:
         writing.write(plan_of(state), tmp_path / "out.safetensors", kind=kind)
@@ -520,7 +520,7 @@ def test_a_tensor_of_the_name_that_safetensors_has_its_texts_under(tmp_path: Pat
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "folder"])
-def test_names_of_tied_tensors_leave_what_the_metadata_says(tmp_path: Path, kind: str) -> None:
+def test_names_of_tied_tensors_do_not_overwrite_metadata(tmp_path: Path, kind: str) -> None:
     """Such a name is in the record, and is tied again when the file is read."""
     weight = torch.randn(2, 3)
     names = ("a", "format", "total_size", "modelcli", "author", "z")
@@ -581,7 +581,7 @@ def test_views_and_ties_of_a_bare_checkpoint(tmp_path: Path, suffix: str) -> Non
     assert all(tensor.equal(state[name]) for name, tensor in tensors_of(contents).items())
 
 
-def test_bare_drops_what_stood_around(tmp_path: Path) -> None:
+def test_bare_drops_the_training_checkpoint(tmp_path: Path) -> None:
     state: dict[str, Any] = {"l.w": torch.ones(1), "l._extra_state": [1], "epoch": 3}
     saved(tmp_path / "a.pth", {"model": state, "lr": 0.1})
     out = tmp_path / "b.pth"
@@ -653,9 +653,7 @@ def fail_midway(path: Path, error: type[BaseException]) -> None:
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, OSError])
 @pytest.mark.parametrize("exists", [False, True])
-def test_what_fails_midway_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path, error: type[BaseException], exists: bool
-) -> None:
+def test_a_failure_midway_leaves_only_the_old_file(tmp_path: Path, error: type[BaseException], exists: bool) -> None:
     path = tmp_path / "m.pth"
     if exists:
         path.write_bytes(b"old")
@@ -666,7 +664,7 @@ def test_what_fails_midway_leaves_the_old_file_and_nothing_else(
     assert not exists or path.read_bytes() == b"old"
 
 
-def test_what_cannot_be_verified_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_fails_verification_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "m.pth"
     path.write_bytes(b"old")
     other = torch_zip.layout(plan_of({"b": torch.ones(2)}))
@@ -711,7 +709,7 @@ def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="modes are POSIX's")
-def test_the_mode(tmp_path: Path) -> None:
+def test_the_mode_of_a_written_file(tmp_path: Path) -> None:
     path = tmp_path / "m.pth"
     before = os.umask(0o027)
     try:
@@ -745,7 +743,7 @@ def test_a_link_is_followed(tmp_path: Path) -> None:
         replace_with(loop, b"")
 
 
-def test_what_is_no_file(tmp_path: Path) -> None:
+def test_targets_that_are_not_regular_files(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="is a folder"):
         replace_with(tmp_path, b"")
     if Path("/dev/null").exists():
@@ -887,7 +885,7 @@ def test_a_model_of_1_gb_is_not_held_in_memory(folder: Path, of_torch: dict[str,
     assert taken["peak"] < of_torch["peak"] + 40 * 25 + 150
 
 
-def test_a_folder_is_named_as_commands_take_it(cli: Cli) -> None:
+def test_messages_name_a_folder_as_commands_accept_it(cli: Cli) -> None:
     """A word without a slash is the name of a builder."""
     assert cli("save", "shards/", "-m", "Linear(2,3)", "--json").json["output"] == "shards/"
     told = cli("freeze", ".", "-m", "shards/", "-o", "again/").out

@@ -1,6 +1,6 @@
-"""Every torchvision builder frozen, cast and with other activations, against plain PyTorch doing the same.
+"""Every torchvision builder frozen, cast and with other activations, compared with plain PyTorch.
 
-All but a few small ones are swept by `make test-long`.
+`make test-long` tests all of them; other runs test a few small ones.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from tests.conftest import Cli
 from tests.live.providers.test_torchvision import NAMES, plain
 
 SMALL = ("squeezenet1_1", "mobilenet_v3_small", "shufflenet_v2_x0_5", "resnet18", "efficientnet_b0", "regnet_y_400mf")
-#: Their code makes float32 coordinates, so that in bfloat16 they do not run, in plain PyTorch either.
+#: Builders whose code creates float32 coordinates, so that they do not run in bfloat16 in plain PyTorch either.
 FLOAT32_INSIDE = ("raft_large", "raft_small")
-#: Multiply-accumulates up to which a forward pass in bfloat16 on the CPU is made; beyond, the structure is compared.
+#: Models with more multiply-accumulates than this are not run in bfloat16; only their structure is compared.
 MOST_MACS = 6e9
 
 
@@ -30,7 +30,7 @@ def last_with_parameters(model: nn.Module) -> str:
 
 
 def edited_plainly(model: nn.Module, last: str) -> nn.Module:
-    """The statements that a person would write."""
+    """Apply the statements that a user would write."""
     model.requires_grad_(False)
     model.get_submodule(last).requires_grad_(True)
     model.bfloat16()
@@ -97,6 +97,6 @@ def test_freeze_cast_and_replace_on_every_builder(cli: Cli, name: str) -> None:
 
 @pytest.mark.sweep
 def test_no_builder_has_a_shared_module() -> None:
-    """So that the table of every edit has no such place for one."""
+    """Therefore the tests of every edit have no shared module of a builder."""
     for name in NAMES:
         assert not any(module.shared_with is not None for module in open_live(Source(name)).describe().modules), name

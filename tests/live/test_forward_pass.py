@@ -1,6 +1,6 @@
-"""Forward passes: what the meta device cannot run, what is counted, and what is said of it.
+"""Forward passes: what the meta device cannot run, what is counted, and what is reported.
 
-Truth is a pass of plain PyTorch on the CPU, multiply-accumulates worked out by hand, and torchinfo where it is right.
+The reference is plain PyTorch on the CPU, multiply-accumulates computed by hand, and torchinfo where it is right.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ HEAD = "from __future__ import annotations\nimport torch\nfrom torch import nn\n
 
 
 def written(folder: Path, code: str, name: str = "own.py") -> str:
-    """Write a file of classes; gives its name."""
+    """Write a Python file of classes. Returns its name."""
     (folder / name).write_text(HEAD + code)
     return name
 
 
 def seen(reference: str, *sizes: tuple[int, ...], dtype: tuple[str, ...] = ()) -> Trace:
-    """The pass of a reference, as `summary` makes it."""
+    """Return the trace of the forward pass that `summary` makes."""
     live = open_live(Source(reference, input_size=sizes or None, input_dtype=dtype))
     found = traced(live, with_values=True).trace
     assert found is not None
@@ -139,7 +139,7 @@ GROUPED = ("experts", "experts by column", "two batches")
 @pytest.mark.parametrize("device", ["meta", "cpu"])
 @pytest.mark.parametrize("name", each(BY_HAND, dict.fromkeys(GROUPED, "_grouped_mm")))
 def test_mult_adds_by_hand(name: str, device: str) -> None:
-    """The same on the CPU, whose kernels are others, as on the meta device."""
+    """The CPU, which has other kernels, and the meta device give the same counts."""
     call, macs = BY_HAND[name]
     counter = counted(call, device)
     assert counter.total == macs
@@ -150,7 +150,7 @@ def test_spectral_norm_counts_its_products() -> None:
     def normed() -> None:
         nn.utils.parametrizations.spectral_norm(nn.Linear(8, 4)).eval()(zeros(2, 8))
 
-    # Sigma is u times W times v; then the layer itself. What the constructor does to start with comes on top.
+    # Sigma is u times W times v; then the layer itself. The constructor's own iterations are added.
     assert counted(normed, "meta").total >= 4 * 8 + 4 + 2 * 4 * 8
 
 
@@ -164,7 +164,7 @@ UNKNOWN: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
-def test_an_operator_that_multiplies_and_is_not_known_is_named(name: str) -> None:
+def test_an_unknown_operator_that_multiplies_is_named(name: str) -> None:
     assert name in counted(UNKNOWN[name], "cpu").uncounted
 
 
@@ -177,8 +177,8 @@ def test_an_operator_of_another_library_is_named() -> None:
     assert list(counted(lambda: squared(zeros(3, 3)), "meta").uncounted) == ["modelcli_tests::squared"]
 
 
-def test_every_operator_that_multiplies_is_known_or_named() -> None:
-    """Operators of ATen by name: products, convolutions, attention, recurrent layers are all looked out for."""
+def test_every_operator_that_multiplies_is_counted_or_named() -> None:
+    """This searches ATen's operators by name for products, convolutions, attention and recurrent layers."""
     _multiplies = MultAdds()._multiplies
 
     names = {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("aten::")}
@@ -188,7 +188,7 @@ def test_every_operator_that_multiplies_is_known_or_named() -> None:
         assert not _multiplies(f"aten::{name}"), name
 
 
-def test_a_lower_bound_says_so(cli: Cli, folder: Path) -> None:
+def test_a_lower_bound_is_marked_as_such(cli: Cli, folder: Path) -> None:
     written(
         folder,
         "class Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n        self.a = nn.Linear(4, 4)\n"
@@ -205,14 +205,14 @@ def test_a_lower_bound_says_so(cli: Cli, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["alexnet", "resnet18", "mobilenet_v3_small", "densenet121", "squeezenet1_1"])
-def test_sizes_are_those_of_torchinfo_where_it_is_right(name: str) -> None:
+def test_sizes_equal_torchinfo(name: str) -> None:
     live = open_live(Source(name))
     peer = torchinfo.summary(live.module, input_size=(1, 3, 224, 224), device="meta", verbose=0)
     assert seen(name).forward_backward_bytes == peer.total_output_bytes
 
 
 def test_attention_has_a_size(cli: Cli) -> None:
-    """vit_b_16: torchinfo leaves out 12 outputs of 197 x 768 numbers, each with its gradient: 14.5 MB."""
+    """For vit_b_16, torchinfo leaves out 12 outputs of 197 x 768 elements, each with its gradient: 14.5 MB."""
     attention = seen("MultiheadAttention(8,2)", (5, 1, 8), (5, 1, 8), (5, 1, 8))
     assert attention.forward_backward_bytes == 2 * 4 * (5 * 8 + 5 * 5)  # the output, and the weights of attention
     live = open_live(Source("vit_b_16"))
@@ -300,8 +300,8 @@ DECIDE: dict[str, tuple[str, tuple[int, ...]]] = {
 
 
 @pytest.mark.parametrize("name", DECIDE)
-def test_what_runs_on_the_cpu_alone_has_its_shapes(name: str, folder: Path) -> None:
-    """The shapes and the products of a pass of plain PyTorch on the CPU, by hooks of the test's own."""
+def test_models_that_run_only_on_the_cpu_have_output_shapes(name: str, folder: Path) -> None:
+    """Shapes and products equal those of plain PyTorch on the CPU, recorded by the test's own hooks."""
     code, size = DECIDE[name]
     written(folder, code)
     found = seen("own.py:Net", size)
@@ -357,7 +357,7 @@ def test_a_model_too_large_for_memory_is_run_under_fake_tensors(folder: Path, mo
 
 
 def test_loaded_values_decide(cli: Cli, folder: Path) -> None:
-    """A pass on the CPU is made with the values of the file, and with edits carried out."""
+    """A pass on the CPU uses the values of the file and applies the edits."""
     written(
         folder,
         "class Net(nn.Module):\n" + INIT + "        self.body = nn.Linear(8, 4)\n"
@@ -375,7 +375,7 @@ def test_loaded_values_decide(cli: Cli, folder: Path) -> None:
     assert cli("summary", "--json").json["layers"][0]["output_shape"] == [2, 6]
 
 
-def test_an_error_of_the_model_itself_stands(folder: Path) -> None:
+def test_an_error_of_the_model_itself_is_reported(folder: Path) -> None:
     written(
         folder,
         "class Net(nn.Module):\n" + INIT + "        self.body = nn.Linear(8, 4)\n    def forward(self, x):\n"
@@ -387,15 +387,15 @@ def test_an_error_of_the_model_itself_stands(folder: Path) -> None:
 
 
 def test_detection_runs(cli: Cli) -> None:
-    """torchvision publishes 583 million products for it, and a shape needs the values of the boxes."""
+    """torchvision publishes 583 million MACs for it. The shapes depend on the values of the boxes."""
     document = cli("summary", "ssdlite320_mobilenet_v3_large", "--json").json
     assert document["reason"] is None
     assert document["device"] == "cpu"
     assert round(document["totals"]["macs"] / 1e6) == 583
 
 
-def test_an_output_shape_that_cannot_be_found_out_is_no_answer(cli: Cli, folder: Path) -> None:
-    """Exit code 2 and the reason, after the rows of what was found out."""
+def test_an_unknown_output_shape_gives_exit_code_2(cli: Cli, folder: Path) -> None:
+    """The error gives the reason, after the rows of the other assertions."""
     words = ("check", "Sequential(Linear(4,3),Linear(5,2))", "--input-size", "1,4", "--max-params", "100")
     result = cli(*words, "--output-shape", "1,2", "--json", code=2)
     assert [row["passed"] for row in result.json["checks"]] == [True, False]
@@ -445,7 +445,7 @@ STATED: dict[str, tuple[str, tuple[str, ...], list[int]]] = {
 
 
 @pytest.mark.parametrize("name", STATED)
-def test_inputs_that_are_stated(name: str, cli: Cli, folder: Path) -> None:
+def test_stated_inputs(name: str, cli: Cli, folder: Path) -> None:
     kind, inputs, shape = STATED[name]
     written(folder, TAKES.replace("nn.Linear(4, 3)", "nn.Linear(3, 3)") if kind == "State" else TAKES)
     words = [word for text in inputs for word in ("--input", text)]
@@ -479,21 +479,21 @@ def test_inputs_are_given_to_plain_torch_as_they_are_stated() -> None:
         (("2=2,4",), "input 0 is not"),
     ],
 )
-def test_inputs_that_are_wrong(inputs: tuple[str, ...], told: str, cli: Cli, folder: Path) -> None:
+def test_wrong_inputs_are_errors(inputs: tuple[str, ...], told: str, cli: Cli, folder: Path) -> None:
     written(folder, TAKES)
     words = [word for text in inputs for word in ("--input", text)]
     assert told in cli("summary", "own.py:Two", *words, code=2).err
 
 
-def test_a_model_that_says_what_it_takes(cli: Cli, folder: Path) -> None:
-    """Lightning's `example_input_array`, and a forward without arguments."""
+def test_a_model_with_its_own_example_input(cli: Cli, folder: Path) -> None:
+    """The model has Lightning's `example_input_array`, or a forward without arguments."""
     written(folder, TAKES)
     assert cli("summary", "own.py:Lightning", "--json").json["layers"][0]["output_shape"] == [7, 3]
     assert cli("summary", "own.py:Nothing", "--json").json["layers"][0]["output_shape"] == [4]
 
 
-def test_a_hint_names_what_works(cli: Cli, folder: Path) -> None:
-    """What a hint says, once the shapes are filled in, is taken."""
+def test_the_input_in_a_hint_works(cli: Cli, folder: Path) -> None:
+    """The command in the hint works once the shapes are filled in."""
     written(folder, TAKES)
     reason = cli("summary", "own.py:Keyword", "--json").json["reason"]
     assert "--input x=SHAPE" in reason
@@ -535,7 +535,7 @@ def executed(cli: Cli, reference: str, *words: str) -> dict[str, Any]:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
-def test_modules_that_ran_are_not_called_idle(cli: Cli, folder: Path) -> None:
+def test_modules_that_ran_are_not_shown_as_uncalled(cli: Cli, folder: Path) -> None:
     written(
         folder,
         "class Calls(nn.Linear):\n    def __call__(self, x):\n        return F.linear(x, self.weight)\n"
@@ -562,7 +562,7 @@ def test_modules_that_ran_are_not_called_idle(cli: Cli, folder: Path) -> None:
 
 @pytest.mark.parametrize("how", ["closure", "default", "method", "partial"])
 def test_a_feature_extractor_sees_its_own_features(how: str, cli: Cli, folder: Path) -> None:
-    """The usual one: hooks that know `self`, and write into a dict under a name."""
+    """The usual feature extractor: hooks that reference `self` and write into a dict."""
     hooks = {
         "closure": "self.hook(name)",
         "default": "lambda module, args, out, self=self, name=name: self.features.__setitem__(name, out)",
@@ -588,7 +588,7 @@ def test_a_feature_extractor_sees_its_own_features(how: str, cli: Cli, folder: P
     assert document["layers"][0]["output_shape"] == [[3, 4], [3, 2]]
 
 
-def test_a_forward_that_yields_says_that_nothing_ran(cli: Cli, folder: Path) -> None:
+def test_a_generator_as_forward_counts_as_not_run(cli: Cli, folder: Path) -> None:
     written(
         folder,
         "class Net(nn.Module):\n" + INIT + "        self.a = nn.Linear(4, 4)\n"
@@ -600,7 +600,7 @@ def test_a_forward_that_yields_says_that_nothing_ran(cli: Cli, folder: Path) -> 
 
 
 def test_deep_nesting_takes_no_longer_than_its_modules(folder: Path) -> None:
-    """torchinfo doubles its time with each level: 26 of them took it half a minute."""
+    """torchinfo's time doubles with each level; 26 levels took half a minute."""
     depth = 60
     model: nn.Module = nn.Linear(4, 4)
     for _ in range(depth):
@@ -624,8 +624,8 @@ def test_a_view_of_a_parameter_may_flow_in(folder: Path) -> None:
     assert found.macs == 2 * 4 * 3 + 2 * 3
 
 
-def test_models_over_which_torchinfo_fell(cli: Cli, folder: Path) -> None:
-    """Pruned, compiled, with a kernel size of no dimension."""
+def test_models_on_which_torchinfo_fails(cli: Cli, folder: Path) -> None:
+    """The models are pruned, compiled, or have a kernel size that is a scalar tensor."""
     written(
         folder,
         "from torch.nn.utils import prune\ndef pruned():\n    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())\n"
@@ -647,7 +647,7 @@ def test_models_over_which_torchinfo_fell(cli: Cli, folder: Path) -> None:
         assert document["totals"]["macs"] > 0
 
 
-def test_names_of_torch_that_a_class_uses_otherwise(cli: Cli, folder: Path) -> None:
+def test_names_of_torch_that_a_class_redefines(cli: Cli, folder: Path) -> None:
     written(
         folder,
         "class Net(nn.Module):\n" + INIT + "        self.a = nn.Linear(4, 4)\n        self.modules = [self.a]\n"
@@ -729,7 +729,7 @@ FETCHES = {
 
 
 @pytest.mark.parametrize("how", FETCHES)
-def test_looking_says_what_it_would_fetch(how: str, cli: Cli, folder: Path) -> None:
+def test_showing_a_model_names_the_download_that_it_would_need(how: str, cli: Cli, folder: Path) -> None:
     written(
         folder,
         "class Net(nn.Module):\n" + INIT + f"        self.a = nn.Linear(4, 4)\n        {FETCHES[how]}\n"
@@ -742,8 +742,8 @@ def test_looking_says_what_it_would_fetch(how: str, cli: Cli, folder: Path) -> N
     assert time.perf_counter() - started < 20
 
 
-def test_what_the_hub_would_be_asked_for_is_named(cli: Cli, folder: Path) -> None:
-    """As huggingface_hub and timm raise it: the error itself does not say which file was meant."""
+def test_the_error_names_the_file_that_would_be_downloaded(cli: Cli, folder: Path) -> None:
+    """The error of huggingface_hub and timm does not name the file."""
     written(
         folder,
         "class LocalEntryNotFoundError(OSError):\n    pass\n"
@@ -757,7 +757,7 @@ def test_what_the_hub_would_be_asked_for_is_named(cli: Cli, folder: Path) -> Non
     assert "downloads nothing" in error
 
 
-def test_looking_tells_the_hub_to_stay_offline(cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_showing_a_model_sets_the_hub_to_offline_mode(cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     written(
         folder,
@@ -768,7 +768,7 @@ def test_looking_tells_the_hub_to_stay_offline(cli: Cli, folder: Path, monkeypat
     assert "HF_HUB_OFFLINE" not in os.environ
 
 
-def test_weights_that_the_constructor_loads_are_not_called_random(cli: Cli, folder: Path) -> None:
+def test_weights_loaded_by_a_constructor_are_not_reported_as_random(cli: Cli, folder: Path) -> None:
     torch.save(nn.Linear(4, 4).state_dict(), "w.pth")
     written(
         folder,
@@ -783,7 +783,7 @@ def test_weights_that_the_constructor_loads_are_not_called_random(cli: Cli, fold
     assert "was randomly initialised" in cli("save", "plain.pth", "-m", "own.py:Plain").err
 
 
-def test_paths_in_arguments_are_seen_from_the_recipe_and_the_record(
+def test_paths_in_arguments_are_relative_to_the_recipe_or_the_record(
     cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder / "there").mkdir()
@@ -797,7 +797,7 @@ def test_paths_in_arguments_are_seen_from_the_recipe_and_the_record(
     (folder / "there" / "modelcli.toml").write_text("model = \"own.py:Net('size.txt')\"\nedits = []\n")
     words = ("params", "--recipe", "there/modelcli.toml", "--json")
     assert cli(*words).json["totals"]["params"] == 35
-    # Typed here, it is seen from here; in a record, from the record's folder.
+    # A typed path is relative to the current folder; a recorded one, to the record's folder.
     (folder / "out").mkdir()
     cli("save", "out/made.pth", "-m", "there/own.py:Net('there/size.txt')")
     monkeypatch.chdir(folder / "out")
@@ -833,8 +833,8 @@ def test_the_table_of_torchinfo(cli: Cli, folder: Path) -> None:
     assert "torchinfo cannot run this model" in error
 
 
-def test_an_operator_that_is_called_on_other_devices_alone(folder: Path) -> None:
-    """As transformers counts the tokens of each expert: the CPU has no `histc` of whole numbers, and is not asked."""
+def test_an_operator_that_is_called_only_on_other_devices_than_the_cpu(folder: Path) -> None:
+    """transformers counts the tokens of each expert so: the CPU has no `histc` of integers, and does not call it."""
     written(
         folder,
         "class Net(nn.Module):\n" + INIT + "        self.a = nn.Linear(4, 4)\n    def forward(self, x):\n"
@@ -859,7 +859,7 @@ def test_an_operator_that_is_called_on_other_devices_alone(folder: Path) -> None
 
 @needs_torch("_grouped_mm")
 def test_experts_of_a_model_too_large_for_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As transformers runs them, in float32: 16 rows by the 32 x 32 matrices of 4 experts, and the gate."""
+    """Like transformers' experts, in float32: 16 rows by the 32 x 32 matrices of 4 experts, and the gate."""
     written(
         folder,
         "class Net(nn.Module):\n" + INIT + "        self.gate = nn.Linear(32, 4)\n"

@@ -1,4 +1,4 @@
-"""`@head` and `@stem`: the layers that a library's own arguments change are those that it is said to call so."""
+"""`@head` and `@stem` are the layers that the library's own arguments (such as num_classes) change."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 from modelcli.live import landmarks
 from tests.conftest import Cli
 
-#: One builder of each class of model that takes `num_classes`, but for detection, whose width is no number of classes.
+#: One builder of each model class with `num_classes`, except detection, whose width is not the number of classes.
 BUILDERS = (
     *("alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "googlenet", "inception_v3"),
     *("mnasnet0_5", "maxvit_t", "mobilenet_v2", "mobilenet_v3_small", "regnet_x_400mf", "resnet18", "vit_b_16"),
@@ -30,7 +30,7 @@ def built(name: str, classes: int) -> nn.Module:
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        device = "cpu" if name.startswith("regnet") else "meta"  # whose constructor computes with values
+        device = "cpu" if name.startswith("regnet") else "meta"  # the constructor of regnets computes with values
         with torch.device(device):
             made: nn.Module = builder(num_classes=classes, **weights)
             return made
@@ -71,7 +71,7 @@ def test_a_model_of_no_library_has_no_head(cli: Cli) -> None:
     assert "modelcli modules lists them" in told
 
 
-def test_the_head_is_gone_where_an_edit_removed_it(cli: Cli) -> None:
+def test_a_removed_head_is_no_landmark_any_more(cli: Cli) -> None:
     told = cli("apply", "-m", "alexnet", "-e", "remove classifier.6", "-e", "freeze @head", "--dry-run", code=2).err
     assert "@head" in told
 

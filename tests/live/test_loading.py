@@ -118,7 +118,7 @@ def test_shapes_that_differ_are_reported_and_stay_out(tmp_path: Path, load: Any)
     assert "weight is [4, 3] in the file and [2, 3] in the architecture" in error.message
 
 
-def test_refusals(tmp_path: Path) -> None:
+def test_files_that_cannot_be_loaded_are_errors(tmp_path: Path) -> None:
     contents = checkpoints.read(saved(tmp_path / "m.pth", {"x": torch.ones(1)}))
     report = LoadReport(1, missing=("weight", "bias"), unexpected=("x",))
     assert report.refusal(contents, "Linear(1, 1)", strict=False) is None
@@ -141,7 +141,7 @@ def test_a_single_element_where_there_was_no_dimension(tmp_path: Path, load: Any
     assert_same_state(found, theirs)
 
 
-def test_a_whole_number_where_a_parameter_is_trained(tmp_path: Path) -> None:
+def test_an_integer_for_a_trainable_parameter_is_an_error(tmp_path: Path) -> None:
     path = saved(tmp_path / "m.pth", {"weight": torch.ones(2, 2, dtype=torch.int8), "bias": torch.ones(2)})
     with pytest.raises(AnswerNoError, match="PyTorch refuses the state dict"):
         loaded_for_real(nn.Linear(2, 2), path)
@@ -173,7 +173,7 @@ def test_real_wrappers(tmp_path: Path) -> None:
         assert report.unwrapping.prefix in ("module.", "_orig_mod.")
 
 
-def test_what_the_metadata_says_of_the_root_moves_with_it(tmp_path: Path) -> None:
+def test_the_metadata_of_the_root_moves_with_the_prefix(tmp_path: Path) -> None:
     """For an old BatchNorm inside DataParallel, the wrapper's version must not be used as the layer's."""
     norm = nn.BatchNorm1d(2)
     state: Any = nn.DataParallel(norm).state_dict()
@@ -227,7 +227,7 @@ def test_extra_state_loses_the_prefix_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("load", [loaded_for_real, loaded_on_meta])
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-def test_tied_parameters_are_one_again(tmp_path: Path, load: Any, legacy: bool) -> None:
+def test_tied_parameters_are_tied_again(tmp_path: Path, load: Any, legacy: bool) -> None:
     wanted = perturbed(Tied())
     path = saved(tmp_path / "m.pth", wanted.state_dict(), _use_new_zipfile_serialization=not legacy)
     found, report = load(Tied(), path)
@@ -279,7 +279,7 @@ def test_a_lazy_module_that_gets_nothing_stays_lazy(tmp_path: Path) -> None:
     assert nn.parameter.is_lazy(found.get_parameter("weight"))
 
 
-# --- what stays the module's own -----------------------------------------------------------------------------------
+# --- what loading does not change -----------------------------------------------------------------------------------
 
 
 def test_the_file_is_not_written_through(tmp_path: Path) -> None:
@@ -307,7 +307,7 @@ def test_a_dtype_that_this_torch_does_not_have(tmp_path: Path, monkeypatch: pyte
         loading.mapped(contents)
 
 
-def test_a_refusal_for_a_file_that_knows_its_model(tmp_path: Path) -> None:
+def test_the_error_for_a_file_that_records_its_model(tmp_path: Path) -> None:
     from dataclasses import replace
 
     from modelcli.checkpoints.record import Record

@@ -1,4 +1,4 @@
-"""References to live models: builders, expressions, Python objects, checkpoints; and what each refuses."""
+"""References to live models (builders, expressions, Python objects, checkpoints), and the errors of each."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def same(model: nn.Module, other: nn.Module) -> bool:
         ("alexnet(num_classes=10)", "AlexNet"),
     ],
 )
-def test_forms(cli: Cli, reference: str, kind: str) -> None:
+def test_every_form_of_reference_opens(cli: Cli, reference: str, kind: str) -> None:
     assert cli("modules", reference, "--json").json["model"] == {"reference": reference, "class": kind}
 
 
@@ -70,8 +70,8 @@ def test_everything_is_on_meta_and_has_a_source(folder: Path) -> None:
         "self.register_buffer('table', torch.tensor([1.0, 2.0]).cumsum(0)); self.lin = nn.Linear(2, 2)",
     ],
 )
-def test_constructors_that_need_numbers(folder: Path, body: str) -> None:
-    """What cannot be built on meta is built for real, and shown on meta all the same."""
+def test_constructors_that_need_values(folder: Path, body: str) -> None:
+    """A model that cannot be built on the meta device is built with values, and then moved to meta."""
     (folder / "own.py").write_text(
         "import torch\nfrom torch import nn\nclass M(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
         f"        {body}\n"
@@ -81,21 +81,21 @@ def test_constructors_that_need_numbers(folder: Path, body: str) -> None:
     assert real_tensor(live.module.lin.weight).shape == (2, 2)
 
 
-def test_an_instance_keeps_its_numbers(cli: Cli) -> None:
+def test_an_instance_keeps_its_values(cli: Cli) -> None:
     cli("save", "out.pth", "-m", "nets.py:instance")
     rows = cli("params", "nets.py:instance", "--values", "--json").json["tensors"]
     assert torch.load("out.pth", weights_only=True)["0.weight"].shape == (2, 3)
     assert len(rows[0]["values"]) == 2
 
 
-def test_what_a_file_prints_does_not_mix_with_data(cli: Cli, folder: Path) -> None:
+def test_output_printed_by_a_file_is_kept_apart_from_data(cli: Cli, folder: Path) -> None:
     (folder / "loud.py").write_text(
         "from torch import nn\nprint('hello')\nclass M(nn.Linear):\n"
         "    def __init__(self):\n        print('made')\n        super().__init__(2, 2)\n"
     )
     result = cli("modules", "loud.py:M", "--json")
     assert result.json["model"]["class"] == "M"
-    assert "printed: hello" in result.json["notes"]  # standard error is for the document of an error alone
+    assert "printed: hello" in result.json["notes"]  # standard error contains at most the document of an error
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_a_file_that_raises_is_named_with_its_line(folder: Path) -> None:
 
 
 def test_a_checkpoint_that_carries_its_architecture(cli: Cli) -> None:
-    """Tied weights, a buffer that is not saved, a plain tensor attribute: all as the constructor makes them."""
+    """Tied weights, a non-persistent buffer and a plain tensor attribute are as the constructor makes them."""
     cli("replace", "body", "Linear(4,4,bias=False)", "-m", "nets.py:Tied", "-o", "tied.pth", "--seed", 4)
     model = modelcli.load("tied.pth", trust=True)
     assert model.head.weight is model.embed.weight
@@ -152,7 +152,7 @@ def test_a_checkpoint_that_carries_its_architecture(cli: Cli) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-def test_both_formats_carry_it(cli: Cli, suffix: str) -> None:
+def test_both_formats_record_the_architecture(cli: Cli, suffix: str) -> None:
     cli("replace", "1", "Linear(3,5)", "-m", "Sequential(Linear(2,3),Linear(3,4))", "-o", f"out.{suffix}")
     cli("freeze", "0", "-m", f"out.{suffix}", "-o", f"frozen.{suffix}")
     model = modelcli.load(f"frozen.{suffix}")
@@ -163,7 +163,7 @@ def test_both_formats_carry_it(cli: Cli, suffix: str) -> None:
 
 
 def test_the_record_keeps_the_original_reference_and_every_edit(cli: Cli) -> None:
-    """Editing such a file again records where it began, not the file's path."""
+    """Editing such a file again records the original reference, not the file's path."""
     from modelcli import checkpoints
 
     cli("replace", "fc", "Linear(_,7)", "-m", "resnet18(num_classes=9)", "-o", "a.pth", "--seed", 5)
@@ -185,7 +185,7 @@ def test_the_record_keeps_the_original_reference_and_every_edit(cli: Cli) -> Non
 def test_a_record_that_names_code_needs_trust(cli: Cli, folder: Path) -> None:
     cli("save", "out.pth", "-m", "nets.py:Net")
     (folder / "nets.py").write_text("raise SystemExit('ran')\n")
-    assert cli("summary", "out.pth", "--json").json["model"]["class"] == "Net"  # looking runs nothing
+    assert cli("summary", "out.pth", "--json").json["model"]["class"] == "Net"  # showing runs no code
     for words in (("freeze", ".", "-m", "out.pth"), ("save", "x.pth", "-m", "out.pth"), ("load", "out.pth")):
         error = cli(*words, code=3).err
         assert "nets.py:Net" in error
@@ -195,9 +195,9 @@ def test_a_record_that_names_code_needs_trust(cli: Cli, folder: Path) -> None:
         modelcli.load("out.pth")
 
 
-def test_trust_follows_the_record_and_arch_ignores_it(cli: Cli) -> None:
+def test_trust_follows_the_record_and_arch_replaces_it(cli: Cli) -> None:
     cli("replace", "conv2", "Conv2d(3,7,1)", "-m", "nets.py:Net", "-o", "runs/out.pth")
-    model = modelcli.load("runs/out.pth", trust=True)  # ../nets.py, as seen from the file
+    model = modelcli.load("runs/out.pth", trust=True)  # ../nets.py, relative to the file
     assert model.conv2.out_channels == 7
     with pytest.raises(AnswerNoError, match=r"conv2.weight is \[7, 3, 1, 1\]"):
         modelcli.load("runs/out.pth", arch="nets.py:Net")
@@ -205,10 +205,10 @@ def test_trust_follows_the_record_and_arch_ignores_it(cli: Cli) -> None:
     cli("freeze", "bn", "-m", "runs/out.pth", "--arch", "nets.py:Net", code=1)
     cli("load", "runs/out.pth", "--trust")
     assert "trust = true" in Path("modelcli.toml").read_text()
-    cli("freeze", "conv1")  # the recipe is one's own: what was trusted once stays so
+    cli("freeze", "conv1")  # the recipe is the user's own, so its trust lasts
 
 
-def test_a_module_of_ones_own_in_the_edits_needs_trust(cli: Cli) -> None:
+def test_a_users_module_in_recorded_edits_needs_trust(cli: Cli) -> None:
     cli("replace", "1", "nets:MyLinear(3,2)", "-m", "Sequential(Linear(2,3),Linear(3,4))", "-o", "out.pth")
     error = cli("freeze", "0", "-m", "out.pth", code=3).err
     assert "nets:MyLinear" in error
@@ -260,7 +260,7 @@ def test_arch_for_a_bare_checkpoint(cli: Cli) -> None:
 
 
 def test_a_module_is_filled_from_no_file_that_names_foreign_classes(folder: Path) -> None:
-    """As `arch` in words is not: the two agree."""
+    """An instance as `arch` behaves like a reference as `arch`."""
     model = torch.nn.Linear(2, 3)
     torch.save(model, "whole.pth")
     for arch in (torch.nn.Linear(2, 3), "Linear(2,3)"):
@@ -284,7 +284,7 @@ def test_training_checkpoints(cli: Cli) -> None:
     told = cli("freeze", ".", "-m", "train.pth", "--arch", "Linear(2,3)", "-o", "again.pth").err
     assert "(epoch, ema, optimizer) was kept" in told
     assert "was kept; --bare drops it" in told
-    assert "no longer fits" not in told  # what is called optimizer holds no state of one
+    assert "no longer fits" not in told  # the value called optimizer is not an optimizer's state
     assert written["optimizer"] == {"lr": 0.1}
     assert torch.equal(written["model"]["weight"], state["weight"])
     cli("freeze", ".", "-m", "train.pth", "--arch", "Linear(2,3)", "-o", "bare.pth", "--bare")
@@ -323,7 +323,9 @@ def test_strict_and_not(cli: Cli, folder: Path) -> None:
         (b"PK\x03\x04 nonsense", 4, "it is a zip file without a directory"),
     ],
 )
-def test_files_that_are_no_checkpoints(cli: Cli, folder: Path, content: bytes, code: int, message: str) -> None:
+def test_files_that_are_not_checkpoints_are_errors(
+    cli: Cli, folder: Path, content: bytes, code: int, message: str
+) -> None:
     (folder / "bad.pth").write_bytes(content)
     for words in (("params", "bad.pth"), ("freeze", ".", "-m", "bad.pth", "-o", "out.pth"), ("load", "bad.pth")):
         assert message in cli(*words, code=code).err
@@ -332,7 +334,7 @@ def test_files_that_are_no_checkpoints(cli: Cli, folder: Path, content: bytes, c
         modelcli.load("bad.pth")
 
 
-def test_combinations_that_mean_nothing(cli: Cli) -> None:
+def test_meaningless_combinations_of_options_are_errors(cli: Cli) -> None:
     torch.save(nn.Linear(2, 3).state_dict(), "bare.pth")
     assert "both say where the values come from" in cli("save", "o.pth", "-m", "bare.pth", "--weights", "X", code=2).err
     assert "--arch resnet18 is for checkpoints" in cli("summary", "alexnet", "--arch", "resnet18", code=2).err
@@ -370,7 +372,7 @@ def whole() -> nn.Module:
 
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_a_pickled_module_is_looked_at_without_running_it(cli: Cli, wrapped: bool) -> None:
-    """Its tensors under state-dict names, its classes by name, and a warning; torch loads none of it."""
+    """Its tensors have state-dict names, a warning names its classes, and torch loads none of it."""
     module = whole()
     torch.save({"model": module, "epoch": 1} if wrapped else module, "whole.pth")
     result = cli("params", "whole.pth", "--json")
@@ -388,7 +390,7 @@ def test_a_pickled_module_is_looked_at_without_running_it(cli: Cli, wrapped: boo
     }
 
 
-def test_editing_one_is_refused_unless_for_its_tensors(cli: Cli, folder: Path) -> None:
+def test_editing_a_pickled_module_needs_tensors_only(cli: Cli, folder: Path) -> None:
     module = whole()
     torch.save(module, "whole.pth")
     for words in (("freeze", ".", "-m", "whole.pth", "-o", "x.pth"), ("save", "x.pth", "-m", "whole.pth")):
@@ -421,22 +423,22 @@ def test_objects_and_no_tensor(cli: Cli) -> None:
     assert "contains no state dict, but objects of pathlib" in error
 
 
-def test_a_file_of_another_architecture_is_no_load_at_all(cli: Cli, folder: Path) -> None:
-    """Even without strictness: nothing of it would be in the model."""
+def test_a_file_with_no_matching_key_is_an_error(cli: Cli, folder: Path) -> None:
+    """This is an error even with --no-strict, because nothing of the file would be in the model."""
     torch.save({"other.weight": torch.zeros(2)}, "other.pth")
     error = cli("load", "other.pth", "--arch", "Linear(2,3)", "--no-strict", code=1).err
     assert "no tensor of the file has a name and shape of Linear, with or without a prefix" in error
     assert not (folder / "modelcli.toml").exists()
 
 
-def test_what_a_loose_load_left_out_is_told_when_it_is_written(cli: Cli) -> None:
+def test_writing_after_a_non_strict_load_notes_the_missing_keys(cli: Cli) -> None:
     torch.save({"weight": torch.zeros(3, 2)}, "odd.pth")
     cli("load", "odd.pth", "--arch", "Linear(2,3)", "--no-strict")
     assert "1 tensor is not in the file, and was randomly initialised" in cli("save", "out.pth").err
 
 
 def test_classes_of_a_file_that_is_imported_already(cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In Python a model is of the class that the program knows."""
+    """A model loaded in Python is an instance of the class that the program has imported."""
     import importlib
 
     (folder / "mine.py").write_text("from torch import nn\nclass Net(nn.Linear):\n    pass\n")
@@ -448,7 +450,7 @@ def test_classes_of_a_file_that_is_imported_already(cli: Cli, folder: Path, monk
         modelcli.load("out.pth")
 
 
-# --- what a file may not make us do, and what it need not ---------------------------------------------------------
+# --- what a file must not cause ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -465,7 +467,7 @@ def test_classes_of_a_file_that_is_imported_already(cli: Cli, folder: Path, monk
 )
 @pytest.mark.parametrize("where", ["reference", "edit"])
 def test_a_record_imports_nothing(cli: Cli, folder: Path, reference: str, where: str) -> None:
-    """Neither a module beside us that bears a trusted package's name, nor one that torch itself would import."""
+    """It imports neither a local module with a trusted package's name, nor one that torch itself would import."""
     cli("save", "out.pth", "-m", "Sequential(Linear(2,3))", "-q")
     for name in ("trap.py", "tensorboard/__init__.py"):
         (folder / name).parent.mkdir(exist_ok=True)
@@ -505,7 +507,7 @@ def test_a_file_that_holds_every_tensor_downloads_nothing(cli: Cli, folder: Path
 
 
 def test_seeds(cli: Cli, folder: Path) -> None:
-    """0 is a seed like any other; one given for a recorded file decides its new edits."""
+    """0 is a valid seed. A seed for a file with a record decides only the values of new edits."""
     (folder / "modelcli.toml").write_text('model = "Linear(2,1)"\nseed = 7\n')
     drawn = [
         cli("params", *words, "--values", "--json").json["tensors"] for words in ((), ("--seed", 0), ("--seed", 7))
@@ -534,7 +536,7 @@ def test_tied_buffers_stay_one(cli: Cli, folder: Path) -> None:
         assert model.a.t is model.b.t
 
 
-def test_what_a_forward_prints_does_not_mix_with_data(cli: Cli, folder: Path) -> None:
+def test_output_printed_by_forward_is_kept_apart_from_data(cli: Cli, folder: Path) -> None:
     (folder / "loud.py").write_text(
         "from torch import nn\nclass M(nn.Linear):\n    def __init__(self):\n        super().__init__(2, 2)\n"
         "    def forward(self, x):\n        print('forward')\n        return super().forward(x)\n"
@@ -569,8 +571,8 @@ def test_a_record_in_a_linked_folder(cli: Cli, folder: Path) -> None:
     assert modelcli.load("runs/out.pth", trust=True).conv1.out_channels == 3
 
 
-def test_metadata_of_safetensors_is_not_that_of_modules(cli: Cli, folder: Path) -> None:
-    """A file's `format` is no version of a module called format."""
+def test_safetensors_metadata_is_not_module_metadata(cli: Cli, folder: Path) -> None:
+    """The metadata entry `format` is not the version of a module called format."""
     from safetensors.torch import save_file
 
     (folder / "fm.py").write_text(
@@ -601,7 +603,7 @@ class Noise(nn.Module):
 """
 
 
-def test_what_is_in_no_file_is_drawn_again_as_it_was(folder: Path) -> None:
+def test_values_that_no_file_has_are_drawn_again_equally(folder: Path) -> None:
     """An edit of many matches is many lines of a record, and one that changes nothing is none: numbers stay."""
     (folder / "own.py").write_text(NOISE)
     live = open_live(Source("Sequential(ReLU(),Linear(4,4),ReLU(),Dropout())"))

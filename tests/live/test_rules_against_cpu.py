@@ -1,4 +1,4 @@
-"""The rules of a forward pass on meta, held against the CPU: what they let through runs there, what they refuse fails.
+"""The rules of a forward pass on meta compared with the CPU: what they accept runs there, what they refuse fails.
 
 Every module of `torch.nn` and a set of operators called by hand, times shapes (right, of wrong sizes and ranks, empty,
 without a batch), times dtypes of the input, times dtypes of the parameters: all in one, and each alone in another one.
@@ -38,7 +38,7 @@ SHAPES: tuple[tuple[int, ...], ...] = (
     (0, 4, 8, 8),
     (2, 4, 8, 8, 8),
 )
-#: Where one parameter is of another dtype than the rest, shapes matter less.
+#: Fewer shapes for modules in which one parameter has another dtype than the rest.
 FEWER_SHAPES = tuple(shape for shape in SHAPES if shape in {(2, 4), (2, 4, 8), (0, 4, 8), (4, 8, 8), (2, 4, 8, 8)})
 DTYPES = (torch.float32, torch.int64)
 RARE_DTYPES = (torch.bfloat16, torch.float64, torch.float16, torch.int32, torch.uint8, torch.bool, torch.complex64)
@@ -46,7 +46,7 @@ RARE_DTYPES = (torch.bfloat16, torch.float64, torch.float16, torch.int32, torch.
 
 @dataclass(frozen=True)
 class Left:
-    """A disagreement that is known: where, which way, what was raised, and why it is left."""
+    """A known disagreement: where and in which direction, the error, and why it is accepted."""
 
     names: str
     forgives: bool
@@ -64,7 +64,7 @@ LEFT = (
     Left(".*", False, "meta tensors|register_meta|no fake impl|Meta kernel", "the meta device cannot run it at all"),
     Left("take_along.*", True, "ZeroDivision", "a fault of PyTorch's own"),
 )
-#: Those of releases before COMPLETE, which run on an input without elements what later ones refuse.
+#: Known disagreements of releases before COMPLETE, which accept empty inputs that later releases refuse.
 LEFT_BY_OLDER = (
     Left("NLLLoss.*", False, "a target of one element", "an older CPU kernel does not look at an empty input"),
     Left("cummax", False, "an axis 1, but there are 1 axes", "an older CPU kernel does not look at an empty input"),
@@ -72,7 +72,7 @@ LEFT_BY_OLDER = (
 
 
 class Three(nn.Module):
-    """A module that takes what flows in as each of its first arguments."""
+    """A module that passes its input as each of the first arguments of another."""
 
     def __init__(self, inner: nn.Module, count: int = 3) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class Three(nn.Module):
 
 
 class Classified(nn.Module):
-    """A loss against the first class."""
+    """A loss with the first class as the target."""
 
     def __init__(self, loss: nn.Module) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class Classified(nn.Module):
 
 
 class Unpooled(nn.Module):
-    """A pool and its inverse."""
+    """A pooling layer and its inverse."""
 
     def __init__(self, dims: str) -> None:
         super().__init__()
@@ -308,8 +308,8 @@ BY_HAND: dict[str, Make] = {
     "out=": lambda: Calls(lambda m, x: torch.mm(x, m.w, out=torch.empty(2, 3, device=x.device)), w=(4, 3)),
 }
 
-#: Classes of torch.nn that are no modules to run by themselves, are the same module as another, or (CTCLoss) depend on
-#: the values of all that flows in.
+#: Classes of torch.nn that cannot run by themselves, are aliases of others, or (CTCLoss) depend on the values of all
+#: their inputs.
 NOT_RUN = {
     "Module", "Container", "Sequential", "ModuleList", "ModuleDict", "ParameterList", "ParameterDict",
     "RNNBase", "RNNCellBase", "NLLLoss2d", "CTCLoss", "DataParallel", "LinearCrossEntropyLoss",
@@ -317,7 +317,7 @@ NOT_RUN = {
 
 
 def test_every_module_of_torch_nn_is_held_against_the_cpu() -> None:
-    """Lazy modules become those that are held against it."""
+    """Lazy modules become modules that are compared."""
     there = {name for name, kind in vars(nn).items() if isinstance(kind, type) and issubclass(kind, nn.Module)}
     held = {re.split(r"[( ]", name)[0] for name in MODULES}
     assert {name for name in there if not name.startswith("Lazy")} - NOT_RUN - held == set()
@@ -383,7 +383,7 @@ def test_what_passes_runs_and_what_is_refused_fails(name: str) -> None:
 def _disagreement(
     name: str, real: nn.Module, twin: nn.Module, shape: tuple[int, ...], dtype: torch.dtype
 ) -> str | None:
-    """What is wrong with the answer of the rules for one input; None where it is the CPU's own."""
+    """Return how the rules differ from the CPU for one input; None if they agree."""
     error: Exception | None = None
     try:
         with torch.no_grad():
@@ -395,7 +395,7 @@ def _disagreement(
     if (error is None) == (seen.failure is None):
         return None
     if error is not None and seen.rules.unchecked:
-        # It was said of an operator that the CPU has no kernel, and not that it runs.
+        # The check said that the CPU has no kernel for an operator, and not that the module runs.
         return None if re.search("not implemented for|Unsupported dtype", str(error)) else f"passes: {error}"
     cause = error if seen.failure is None else seen.failure.error
     text = str(cause)

@@ -1,4 +1,4 @@
-"""Parameters of callables whose annotations name what is not there, as Python 3.14 allows."""
+"""Signatures of callables whose annotations use undefined names, as Python 3.14 allows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from modelcli.live import signatures
 from modelcli.live.signatures import copy_annotations
 
-#: Without `from __future__ import annotations`, in a module of its own.
+#: The source of a module without `from __future__ import annotations`.
 DEFERRED = """
 class Net:
     def __init__(self, size: int, config: NotImported, *, dim: 'NotThere' = 2) -> None: ...

@@ -72,7 +72,7 @@ def test_a_view_is_written_as_a_contiguous_copy_has_it(
 
 
 def test_a_contiguous_view_is_a_part_of_its_file(folder: Path) -> None:
-    """So that the system copies it."""
+    """Then the system can copy it."""
     torch.save({"w": numbers("float32")[8:20].view(3, 4)}, "in.pth")
     found = row_major(on_meta(checkpoints.read(Path("in.pth"))).tensors["w"])
     (entry,) = checkpoints.read(Path("in.pth")).tensors.values()

@@ -77,7 +77,7 @@ def test_an_optimizer_of_fewer_parameters(cli: Cli) -> None:
 def test_an_optimizer_of_the_head_is_told_of_where_the_head_may_have_changed(
     cli: Cli, lines: list[str], told: str | None
 ) -> None:
-    """Only shapes show which parameters the optimizer has: one parameter of `1` has the shape of one of the head."""
+    """An optimizer's parameters are known only by shape, and a parameter of `1` has the shape of one in the head."""
     model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 2), nn.Linear(2, 2))
     optimizer = torch.optim.Adam(model[2].parameters())
     model(torch.randn(3, 5)).sum().backward()

@@ -1,6 +1,6 @@
-"""Every torchvision builder, against torchvision itself and the figures it publishes.
+"""Every torchvision builder compared with torchvision itself and with the figures that it publishes.
 
-The sweeps that build every model for real are marked; `make test-long` runs them.
+The sweeps that build every model with values are marked; `make test-long` runs them.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ SMALL = ("alexnet", "squeezenet1_1", "mobilenet_v3_small", "shufflenet_v2_x0_5",
 
 
 def weights_of(name: str) -> list[str]:
-    """The weights that fit a builder as it is built by default."""
+    """Return the names of the weights that fit a builder with its default arguments."""
     return [entry.name for entry in MODELS.get_model_weights(name.removeprefix("quantized_"))]
 
 
 def plain(name: str, **kwargs: Any) -> nn.Module:
-    """The builder called as a user would, without weights."""
+    """Call the builder as a user would, without weights."""
     if "weights_backbone" in builders.arguments(name, (), {}, None):
         kwargs.setdefault("weights_backbone", None)
     model: nn.Module = builders.constructor(name)(**{"weights": None, **kwargs})
@@ -44,8 +44,8 @@ def test_there_are_121_builders() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_shown_as_torchvision_has_it(name: str) -> None:
-    """The printed form, the published number of parameters, the published MACs."""
+def test_printed_form_parameters_and_macs_equal_torchvisions(name: str) -> None:
+    """The printed form equals `print(model)`; parameters and MACs equal the published figures."""
     live = open_live(Source(name))
     blueprint = traced(live)
     assert repr_text(blueprint) == repr(live.module)
@@ -53,7 +53,7 @@ def test_shown_as_torchvision_has_it(name: str) -> None:
     entry = next(iter(MODELS.get_model_weights(name.removeprefix("quantized_"))))
     trace = blueprint.trace
     assert trace is not None
-    if GROUPS[name] in ("detection", "segmentation"):  # with weights these have auxiliary heads, or other norms
+    if GROUPS[name] in ("detection", "segmentation"):  # with weights, these have auxiliary heads or other norms
         trained = traced(open_live(Source(name, weights=entry.name)))
         assert trained.totals.params == entry.meta["num_params"]
     elif name not in ("googlenet", "quantized_googlenet"):  # the published number leaves out the auxiliary heads
@@ -62,7 +62,7 @@ def test_shown_as_torchvision_has_it(name: str) -> None:
     if GROUPS[name] == "detection":
         assert trace.reason is not None
         assert "needs values" in trace.reason
-        assert len(trace.layers) > 50  # what ran is shown
+        assert len(trace.layers) > 50  # the modules that ran have rows
     else:
         assert trace.reason is None
     if GROUPS[name] in ("classification", "video", "quantization"):
@@ -77,7 +77,7 @@ def near(macs: int | None, published: float) -> bool:
 
 
 def test_the_published_figure_that_leaves_out_auxiliary_heads() -> None:
-    """googlenet: 13,004,888 parameters as built; 6,624,904 published, which is what its weights' architecture has."""
+    """googlenet has 13,004,888 parameters as built. The published 6,624,904 are those of its weights' architecture."""
     assert traced(open_live(Source("googlenet"))).totals.params == 13_004_888
     assert traced(open_live(Source("googlenet", weights="DEFAULT"))).totals.params == 6_624_904
 
@@ -97,7 +97,7 @@ def test_macs_with_each_weights_name(name: str) -> None:
 @pytest.mark.sweep
 @pytest.mark.parametrize("name", NAMES)
 def test_totals_of_a_real_build(name: str) -> None:
-    """`sum(p.numel())`, names, shapes, flags and buffers of the plain constructor."""
+    """`sum(p.numel())`, names, shapes, flags and buffers equal those of the plain constructor."""
     model = plain(name)
     blueprint = open_live(Source(name)).describe()
     assert blueprint.totals.params == sum(p.numel() for p in model.parameters())
@@ -127,13 +127,13 @@ CHANGED = [
 
 @pytest.mark.parametrize("name", CHANGED)
 def test_a_weights_name_changes_the_architecture(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The architecture that a weights name gives, without its weights, is that of torchvision loading a file.
+    """The architecture of a weights name is the one that torchvision builds when it loads these weights.
 
-    The file is made up, and lies where torchvision's cache looks.
+    The file of weights is made up, and is in torchvision's cache.
     """
     weights = weights_of(name)[0]
     live = open_live(Source(name, weights=weights))
-    assert not list(folder.rglob("*.pth"))  # nothing was downloaded to look at it
+    assert not list(folder.rglob("*.pth"))  # showing it downloaded nothing
     state = {n: torch.zeros(t.shape, dtype=t.dtype) for n, t in fresh_state(name, weights).items()}
     monkeypatch.setattr(
         "torchvision.models._api.load_state_dict_from_url", lambda *_args, **_kwargs: dict(state), raising=True
@@ -143,9 +143,9 @@ def test_a_weights_name_changes_the_architecture(name: str, folder: Path, monkey
 
 
 def fresh_state(name: str, weights: str) -> dict[str, torch.Tensor]:
-    """The names and shapes of the file that a weights name stands for: the state dict of the auxiliary model too.
+    """Return the state dict in the file of a weights name, with auxiliary heads.
 
-    torchvision builds googlenet and inception with their auxiliary heads, loads, and takes the heads away.
+    torchvision builds googlenet and inception with their auxiliary heads, loads the file, and removes the heads.
     """
     if "googlenet" in name or "inception" in name:
         kwargs = {"transform_input": True} | ({"aux_logits": True})
@@ -155,7 +155,7 @@ def fresh_state(name: str, weights: str) -> dict[str, torch.Tensor]:
 
 
 def last_classifying_layer(model: nn.Module, classes: int = 1000) -> tuple[str, nn.Module]:
-    """The last Linear or Conv2d that gives as many channels as there are classes, auxiliary heads aside."""
+    """Return the last Linear or Conv2d whose output channels are the classes, without auxiliary heads."""
     found = [
         (name, module)
         for name, module in model.named_modules()
@@ -196,8 +196,8 @@ def test_replace_the_last_classifying_layer_of_every_builder(cli: Cli, name: str
 
 
 @pytest.mark.parametrize("weights", ["DEFAULT", "IMAGENET1K_V1", "AlexNet_Weights.IMAGENET1K_V1"])
-def test_weights_come_from_where_torchvision_keeps_them(cli: Cli, folder: Path, weights: str) -> None:
-    """`--weights` takes torchvision's own file: here a made-up one, where its cache looks."""
+def test_weights_come_from_torchvisions_cache(cli: Cli, folder: Path, weights: str) -> None:
+    """`--weights` takes the file from torchvision's cache; the test puts a made-up one there."""
     torch.manual_seed(5)
     state = plain("alexnet").state_dict()
     cache = folder / ".torch" / "hub" / "checkpoints"
@@ -214,7 +214,7 @@ def test_weights_come_from_where_torchvision_keeps_them(cli: Cli, folder: Path, 
 
 
 def test_weights_that_cannot_be_downloaded(cli: Cli, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """No network: exit 5, the reason, and no recipe."""
+    """Without a network, the exit code is 5, the error gives the reason, and no recipe is written."""
     import urllib.error
     import urllib.request
 
@@ -281,7 +281,7 @@ def test_list(cli: Cli) -> None:
     assert "nearest: alexnet" in cli("list", "alexnt", code=2).err
 
 
-def test_a_wrong_argument_of_a_builder_is_named_with_its_neighbours(cli: Cli) -> None:
+def test_the_error_for_a_wrong_builder_argument_names_the_closest(cli: Cli) -> None:
     error = cli("summary", "resnet18(num_clases=10)", code=2).err
     assert "unexpected keyword argument 'num_clases'" in error
     assert "hint: did you mean num_classes" in error

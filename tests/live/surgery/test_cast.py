@@ -1,4 +1,4 @@
-"""cast: what `.to(dtype)` gives, in pieces from a file, with ties, views and what cannot be converted."""
+"""`cast` equals `.to(dtype)`, reads files in pieces, keeps ties and views, and refuses what cannot be converted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def state_of(path: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_it_is_what_to_gives(cli: Cli, dtype: str) -> None:
+def test_cast_equals_to(cli: Cli, dtype: str) -> None:
     torch.manual_seed(0)
     model = nets.Places()
     torch.save(model.state_dict(), "in.pth")
@@ -49,7 +49,7 @@ def test_it_is_what_to_gives(cli: Cli, dtype: str) -> None:
         ("float", "float32"),
     ],
 )
-def test_names_that_pytorch_users_say(cli: Cli, nickname: str, dtype: str) -> None:
+def test_short_names_of_dtypes(cli: Cli, nickname: str, dtype: str) -> None:
     change = cli("cast", ".", nickname, "-m", "alexnet", "--json").json
     assert change["changes"][:1] == [
         {"path": ".", "action": "cast", "before": "float32", "after": dtype,
@@ -78,7 +78,7 @@ def test_refused(line: str, message: str, hint: str) -> None:
     assert model[0].weight.dtype == torch.float32
 
 
-def test_whole_numbers_and_complex_ones_stay(cli: Cli) -> None:
+def test_integer_and_complex_tensors_are_not_cast(cli: Cli) -> None:
     state = {
         "a": torch.ones(2),
         "n": torch.arange(3),
@@ -92,7 +92,7 @@ def test_whole_numbers_and_complex_ones_stay(cli: Cli) -> None:
     }  # fmt: skip
 
 
-def test_ties_and_views_hold(cli: Cli) -> None:
+def test_a_cast_keeps_ties_and_views(cli: Cli) -> None:
     base = torch.arange(12.0)
     state = {
         "whole": base.view(3, 4),
@@ -110,7 +110,7 @@ def test_ties_and_views_hold(cli: Cli) -> None:
     assert Path("out.pth").stat().st_size < Path("in.pth").stat().st_size + 2_000
 
 
-def test_a_part_of_what_shares_bytes_is_refused(cli: Cli) -> None:
+def test_casting_only_some_tensors_of_a_storage_is_refused(cli: Cli) -> None:
     base = torch.arange(12.0)
     torch.save({"whole": base, "part": base[:4], "other": torch.ones(2)}, "in.pth")
     error = cli("cast", "part", "half", "-m", "in.pth", "-o", "out.pth", code=2).err
@@ -147,7 +147,7 @@ def test_gradients_follow() -> None:
 
 
 def test_the_check_runs_in_the_new_dtype(cli: Cli) -> None:
-    """The whole model in half precision takes half precision; a part of it does not fit beside the rest."""
+    """A whole model in half precision runs on half precision. A single cast layer does not fit its neighbours."""
     assert "runs: [1,3,224,224] -> [1,1000]" in cli("cast", ".", "bf16", "-m", "alexnet").out
     error = cli("cast", "classifier.4", "bf16", "-m", "alexnet", "-o", "out.pth", code=2).err
     assert "classifier.4 Linear(4096, 4096) does not fit: [1,4096] float32 flows in" in error
@@ -159,7 +159,7 @@ def test_the_check_runs_in_the_new_dtype(cli: Cli) -> None:
     assert "not made: float8_e4m3fn is only for storage" in told
 
 
-def test_nothing_to_do_is_told(cli: Cli) -> None:
+def test_a_note_says_that_a_cast_changes_nothing(cli: Cli) -> None:
     assert "note: . is float32 already" in cli("cast", ".", "float32", "-m", "alexnet").err
 
 
@@ -235,7 +235,7 @@ def test_values_beyond_the_range_are_counted(cli: Cli, out: str, dtype: str, aft
     assert "became" not in cli("cast", "v", after, "-m", "in.pth", "-o", out, "--force").err
 
 
-def test_those_that_come_to_the_end_of_the_range_are_counted(cli: Cli) -> None:
+def test_values_that_saturate_are_counted(cli: Cli) -> None:
     values = torch.tensor([1.0, 448.0, 449.0, 1e6, -1e9])
     torch.save({"w": values}, "in.pth")
     err = cli("cast", ".", "float8_e4m3fn", "-m", "in.pth", "-o", "out.pth").err
@@ -246,7 +246,7 @@ def test_those_that_come_to_the_end_of_the_range_are_counted(cli: Cli) -> None:
     assert told in err
 
 
-def test_what_one_cast_lost_is_told_after_another(cli: Cli) -> None:
+def test_overflow_is_reported_after_a_second_cast(cli: Cli) -> None:
     torch.save({"w": torch.tensor([1.0, 1e5])}, "in.pth")
     err = cli("apply", "-e", "cast . half", "-e", "cast . float32", "-m", "in.pth", "-o", "out.pth").err
     assert "1 value became Inf in w: the largest value of float16 is 65,504" in err

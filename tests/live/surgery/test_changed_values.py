@@ -1,4 +1,4 @@
-"""New values computed from old ones are those of torch's operation in place, on a live model and on a real one."""
+"""New values computed from old ones equal torch's in-place operation, on meta models and models with values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from modelcli.live.surgery.changed_values import change_values, change_values_of
 
 
 class Views(nn.Module):
-    """Tensors that share storages in every way: tied, side by side, overlapping, strided, expanded."""
+    """Tensors that share storages in every way: tied, adjacent, overlapping, strided, expanded."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,11 +72,11 @@ def doubled(tensor: torch.Tensor) -> torch.Tensor:
     ],
     ids="+".join,
 )
-def test_as_in_place(names: list[str], make: Callable[[], nn.Module]) -> None:
+def test_changed_values_equal_an_in_place_operation(names: list[str], make: Callable[[], nn.Module]) -> None:
     expected = drawn()
     with torch.no_grad():
         for tensor in {id(t): t for t in (expected.state_dict(keep_vars=True)[name] for name in names)}.values():
-            target = tensor[:1] if tensor.stride()[:1] == (0,) else tensor  # torch writes to no expanded tensor
+            target = tensor[:1] if tensor.stride()[:1] == (0,) else tensor  # torch does not write to expanded tensors
             target.copy_(doubled(target.clone()))
     module = make()
     before = describe(module)
@@ -89,7 +89,7 @@ def test_as_in_place(names: list[str], make: Callable[[], nn.Module]) -> None:
 
 
 @pytest.mark.parametrize("make", [drawn, on_meta])
-def test_bytes_that_several_show_change_once(make: Callable[[], nn.Module]) -> None:
+def test_shared_bytes_are_changed_once(make: Callable[[], nn.Module]) -> None:
     module = make()
     change_values(module, ["grid", "column"], doubled)
     expected = doubled(drawn().grid)
@@ -109,7 +109,7 @@ def test_a_large_tensor_is_read_in_pieces() -> None:
     meta = build_on_meta(lambda: nn.Linear(1500, 2000))
     tag_drawn(meta, Lazy(lambda: module))
     change_values(meta, ["weight"], noted)
-    assert sizes == [1]  # one zero, to see whether torch can do it with this dtype
+    assert sizes == [1]  # one zero, which tests whether torch supports the operation for this dtype
     sizes.clear()
     from modelcli.live.sources import require_source
 
@@ -141,7 +141,7 @@ def test_a_dtype_is_refused_before_anything_changes() -> None:
         assert value.view(-1).view(torch.uint8).equal(before[name].view(-1).view(torch.uint8))
 
 
-def test_conjugated_values_are_changed_as_they_are_seen() -> None:
+def test_conjugated_values_are_resolved_before_the_change() -> None:
     model = nn.Module()
     whole = torch.randn(3, dtype=torch.complex64)
     model.register_buffer("conjugate", whole.conj())
@@ -149,7 +149,7 @@ def test_conjugated_values_are_changed_as_they_are_seen() -> None:
     assert torch.equal(model.conjugate, whole.conj() * 2)
 
 
-def test_what_is_not_dense_is_left_alone() -> None:
+def test_tensors_that_are_not_dense_are_unchanged() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(3))
     model.register_buffer("sparse", torch.eye(2).to_sparse())
     names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
@@ -161,7 +161,7 @@ def test_what_is_not_dense_is_left_alone() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor")
-def test_keys_that_are_not_dense_are_left_alone(folder: Path) -> None:
+def test_keys_of_tensors_that_are_not_dense_are_unchanged(folder: Path) -> None:
     torch.save({"w": torch.ones(2), "sparse": torch.eye(2).to_sparse(), "count": torch.tensor(3)}, "v.pth")
     model = model_of(read(Path("v.pth")))
     assert dense_tensors(model) == ["w", "count"]

@@ -1,6 +1,6 @@
-"""What holds of every edit: as text, in a recipe, on a blueprint on the meta device, on a real model, and undone.
+"""Properties of every edit: as text, in a recipe, on the meta device, on a model with values, and undone.
 
-Edits and models are generated; what they come to is told by plain PyTorch.
+Edits and models are generated, and plain PyTorch gives the expected results.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ picking: dict[str, Any] = {
 
 
 def in_words(call: Call) -> Call:
-    """A scheme as it is read back: a bare word among its arguments is text there."""
+    """Return a scheme as parsing gives it: a bare word among its arguments becomes text."""
 
     def read(value: Any) -> Any:
         return value.dotted if isinstance(value, Name) and value.dotted.isidentifier() else value
@@ -86,7 +86,7 @@ def in_words(call: Call) -> Call:
 schemes = calls.map(in_words)
 placing: dict[str, Any] = {"path": selector_texts, "module": calls}
 
-#: What `--keep-weights` takes; None where it is not given.
+#: The values of `--keep-weights`; None if it is not given.
 KEPT = st.sampled_from((None, "overlap", "sum", "mean"))
 EDITS: dict[type[Edit], st.SearchStrategy[Edit]] = {
     Replace: st.builds(Replace, target=selector_texts, module=calls, keep_weights=KEPT, untie=st.booleans(), **picking),
@@ -117,8 +117,8 @@ def test_every_edit_with_all_its_options_is_generated() -> None:
 @pytest.mark.parametrize("kind", EDITS)
 @given(st.data())
 @settings(max_examples=60, deadline=None)
-def test_the_text_of_an_edit_gives_the_edit_and_the_text(kind: type[Edit], data: st.DataObject) -> None:
-    """Compared by `repr`: to Python, `True` and `1` are equal, and so are `0.0` and `-0.0`."""
+def test_an_edits_text_parses_to_the_same_edit_and_text(kind: type[Edit], data: st.DataObject) -> None:
+    """Edits are compared by `repr`, because in Python `True == 1` and `0.0 == -0.0`."""
     edit = data.draw(EDITS[kind])
     text = str(edit)
     assert repr(edits.parse(text)) == repr(edit)
@@ -128,7 +128,7 @@ def test_the_text_of_an_edit_gives_the_edit_and_the_text(kind: type[Edit], data:
 
 
 def quoted(word: str, how: int) -> str:
-    """A word as one of the spellings that a shell has for it."""
+    """Return a word in one of the ways to quote it for a shell."""
     if how == 0:
         return shlex.quote(word)
     if how == 1:
@@ -138,7 +138,7 @@ def quoted(word: str, how: int) -> str:
 
 @given(some_edit, st.lists(st.integers(0, 2), min_size=20, max_size=20), st.sampled_from([" ", "  ", "\t", " \n "]))
 @settings(max_examples=150, deadline=None)
-def test_however_its_words_are_quoted_an_edit_has_one_text(edit: Edit, hows: list[int], space: str) -> None:
+def test_quoting_does_not_change_the_text_of_an_edit(edit: Edit, hows: list[int], space: str) -> None:
     words = shlex.split(str(edit))
     assume(len(words) <= len(hows))
     line = space.join(quoted(word, how) for word, how in zip(words, hows, strict=False))
@@ -166,7 +166,7 @@ def test_a_recipe_is_read_as_it_was_written(folder: Path, steps: list[list[Edit]
 
 
 class Own(nn.Module):
-    """A parameter without a shape, a buffer, one that is not saved, and a tensor that is only an attribute."""
+    """A lazy parameter, a buffer, a non-persistent buffer, and a plain tensor attribute."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -190,13 +190,13 @@ LEAVES: dict[str, Callable[[], nn.Module]] = {
 }
 CHILDREN = ["body", "head", "-1", "a b", "\u00e9", "{x}", "it's", "a:b", "*", "7", "module"]
 
-#: A leaf by its name, a module that stands elsewhere already by its number, or a container and its children by name.
+#: A leaf by its name, an existing module by its number, or a container and its children by name.
 Spec = str | int | tuple[str, tuple[tuple[str, Any], ...]]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a model is made, each time the same: its tree, which weights are tied, which parameters are frozen."""
+    """How to build a model repeatedly: its tree, its tied weights and its frozen parameters."""
 
     root: Spec
     ties: tuple[tuple[int, int], ...] = ()
@@ -218,7 +218,7 @@ class Plan:
         return model.train(self.training)
 
     def seeded(self, seed: int) -> nn.Module:
-        """As after `torch.manual_seed`; the generator is left as it was."""
+        """Build the model after `torch.manual_seed`, and restore the generator."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return self.build()
@@ -265,7 +265,7 @@ plans = st.builds(
 
 
 def under_every_name(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers."""
+    """Return parameters and buffers under all their names."""
     return {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
@@ -273,7 +273,7 @@ def under_every_name(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def account(model: nn.Module) -> dict[str, Any]:
-    """All that PyTorch tells of a model but its numbers."""
+    """Return everything that PyTorch shows of a model except its values."""
     tensors = under_every_name(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     return {
@@ -313,7 +313,7 @@ WIDE = ["*", "**:Linear", "**.weight", "**:_BatchNorm", "*.*", "-1", "."]
 
 @st.composite
 def edits_of(draw: st.DrawFn, model: nn.Module) -> list[Edit]:
-    """A few edits whose targets are mostly there, as the model is before the first of them."""
+    """Draw a few edits. Most of their targets exist in the model before the first edit."""
     modules = dict(model.named_modules(remove_duplicate=False))
     paths = [*filter(None, modules), ""]
     place = st.sampled_from(paths).map(literal)
@@ -349,7 +349,7 @@ def edits_of(draw: st.DrawFn, model: nn.Module) -> list[Edit]:
 
 @pytest.fixture
 def generated(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A module that can be imported, for `build`: a model that a reference names."""
+    """An importable Python module whose `build` a reference can name."""
     module = ModuleType("generated_for_a_test")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     return module
@@ -357,10 +357,10 @@ def generated(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @given(plans, st.integers(0, 2**63 - 1), st.booleans(), st.data())
 @settings(IN_A_FOLDER, max_examples=90)
-def test_an_edit_is_the_same_on_meta_and_for_real_and_in_the_file(
+def test_an_edit_gives_the_same_on_meta_with_values_and_in_the_file(
     folder: Path, generated: ModuleType, plan: Plan, seed: int, as_instance: bool, data: st.DataObject
 ) -> None:
-    """Each edit is refused by both alike, or gives both the same model; what is written has the real one's numbers."""
+    """Both models refuse an edit or both become the same, and the written file has the values of the second."""
     model = plan.seeded(seed)
     generated.__dict__["model"] = plan.seeded(seed) if as_instance else plan.build
     live = open_live(Source(f"{generated.__name__}:model", seed=seed))
@@ -387,7 +387,7 @@ def test_an_edit_is_the_same_on_meta_and_for_real_and_in_the_file(
 
 
 def carried_out(model: nn.Module, edit: Edit, seed: int, number: int) -> tuple[str | None, nn.Module]:
-    """What an edit of a real model is refused for, if it is, and the model."""
+    """Apply an edit to a model with values. Returns the error, or None, and the model."""
     try:
         return None, surgery.apply(model, [edit], seed=seed, numbers=[number]).model
     except ModelcliError as error:
@@ -395,7 +395,7 @@ def carried_out(model: nn.Module, edit: Edit, seed: int, number: int) -> tuple[s
 
 
 def on_meta(live: Live, edit: Edit) -> str | None:
-    """What an edit of a model on the meta device is refused for, if it is."""
+    """Apply an edit to a model on the meta device. Returns the error, or None."""
     try:
         live.apply([edit])
     except ModelcliError as error:
@@ -408,7 +408,7 @@ def on_meta(live: Live, edit: Edit) -> str | None:
 
 @dataclass(frozen=True)
 class Taken:
-    """A model at one time: which objects stand where, and what they hold."""
+    """A snapshot of a model: its objects by path, and their contents."""
 
     account: dict[str, Any]
     modules: dict[str, nn.Module]
@@ -435,7 +435,7 @@ def placed(model: nn.Module, meta: bool) -> nn.Module:
 
 
 def sequences_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Where `insert` takes a position."""
+    """Return the modules in which `insert` accepts a position."""
     return {
         path: module
         for path, module in model.named_modules(remove_duplicate=False)
@@ -446,7 +446,7 @@ def sequences_of(model: nn.Module) -> dict[str, nn.Module]:
 
 @given(plans, st.booleans(), st.data())
 @settings(max_examples=60, deadline=None)
-def test_what_is_inserted_and_removed_was_never_there(plan: Plan, meta: bool, data: st.DataObject) -> None:
+def test_inserting_and_removing_restores_the_model(plan: Plan, meta: bool, data: st.DataObject) -> None:
     model = placed(plan.build(), meta)
     assume(sequences := sequences_of(model))
     path = data.draw(st.sampled_from(list(sequences)))
@@ -463,8 +463,8 @@ def test_what_is_inserted_and_removed_was_never_there(plan: Plan, meta: bool, da
 
 @given(plans, st.booleans(), st.booleans(), st.data())
 @settings(max_examples=60, deadline=None)
-def test_what_is_frozen_and_unfrozen_is_as_it_was(plan: Plan, meta: bool, thaw: bool, data: st.DataObject) -> None:
-    """The flags of what a target names, of what is tied to it as well, and of nothing else; nothing but the flags."""
+def test_freezing_and_unfreezing_restores_the_flags(plan: Plan, meta: bool, thaw: bool, data: st.DataObject) -> None:
+    """Only requires_grad changes, and only for the targets and the tensors tied to them."""
     model = placed(plan.build(), meta)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     assume(parameters)
@@ -493,13 +493,13 @@ def test_what_is_frozen_and_unfrozen_is_as_it_was(plan: Plan, meta: bool, thaw: 
 
 
 def _at(name: str, path: str) -> bool:
-    """Whether a tensor is the one at a path, or lies in the module there."""
+    """Whether a tensor has this path, or is in the module at it."""
     return not path or name == path or name.startswith(f"{path}.")
 
 
 @given(plans, st.booleans(), st.data())
 @settings(max_examples=60, deadline=None)
-def test_edits_of_which_one_is_refused_change_nothing(plan: Plan, meta: bool, data: st.DataObject) -> None:
+def test_if_one_edit_is_refused_none_is_applied(plan: Plan, meta: bool, data: st.DataObject) -> None:
     model = placed(plan.build(), meta)
     taken = Taken.of(model)
     good = data.draw(edits_of(model))
@@ -527,7 +527,7 @@ BAD = [
 
 
 def files_of(folder: Path) -> dict[str, tuple[bytes, int, int, int]]:
-    """What each file holds, and that it is the same file, untouched."""
+    """Return the contents, inode and times of each file."""
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and "__pycache__" not in path.parts:
@@ -538,7 +538,7 @@ def files_of(folder: Path) -> dict[str, tuple[bytes, int, int, int]]:
 
 @pytest.fixture
 def project(cli: Cli, folder: Path) -> Path:
-    """A working recipe with an edit, another recipe, a checkpoint, and a file where the result would go."""
+    """A folder with a working recipe with an edit, another recipe, a checkpoint, and a file at the output path."""
     cli("load", "nets.py:Net", "--input-size", "1,1,4,4")
     cli("freeze", "conv2")
     cli("save", "model.pth")

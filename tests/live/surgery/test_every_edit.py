@@ -1,8 +1,8 @@
-"""Every edit at every kind of place of every kind of model: it does what PyTorch's own statements do, or says why not.
+"""Every edit on every kind of child of every kind of model does what PyTorch's own statements do, or is refused.
 
-The places are a child of a `Sequential`, of a `ModuleList`, of a `ModuleDict`, a named child, a shared one, and the
-model itself; the models a torchvision builder, a class of one's own, a checkpoint that modelcli wrote, and three files
-that say nothing of their architecture or have it said: a state dict, a training checkpoint, a safetensors file.
+The children are those of a `Sequential`, a `ModuleList` and a `ModuleDict`, a named child, a shared one, and the model
+itself. The models are a torchvision builder, a user's class, a checkpoint that modelcli wrote, and files that do not
+record their architecture (a state dict, a training checkpoint, a safetensors file), with and without `--arch`.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from tests.commands.test_script import both
 from tests.conftest import Cli
 
 State = dict[str, torch.Tensor]
-#: What a cell comes to: statements on a model or a state dict, or the words of a refusal.
+#: The expected result of a cell: statements on a model or a state dict, or the text of an error.
 Truth = Callable[[Any], Any] | str
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One edit at one place: its lines, and what they come to where the architecture is known and where it is not.
+    """An edit of one child: its lines, and the expected results for a known and for an unknown architecture.
 
-    `on_keys` is None where a bare file comes to the same state dict as the model does.
+    `on_keys` is None if a bare file gives the same state dict as the model.
     """
 
     lines: tuple[str, ...]
@@ -44,7 +44,7 @@ class Cell:
 
 
 def numbers() -> None:
-    """Draw as the first edit of a model with seed 0 draws."""
+    """Seed torch as modelcli does for the first edit with seed 0."""
     torch.manual_seed(seed_of(0, 1))
 
 
@@ -79,7 +79,7 @@ def drawn(change: Callable[[nn.Module], Any]) -> Callable[[nn.Module], None]:
 
 
 def filled(path: str) -> Callable[[nn.Module], None]:
-    """Xavier for weights, zeros for biases, normalisation at 1 and 0."""
+    """Fill weights by Xavier, biases with zeros, and normalisation layers with ones and zeros."""
 
     def statements(model: nn.Module) -> None:
         numbers()
@@ -97,9 +97,9 @@ def filled(path: str) -> Callable[[nn.Module], None]:
 
 
 def filled_keys(state: State) -> State:
-    """The same by the keys of a file: what has a running mean normalises.
+    """Do the same by the keys of a file. A module with a running mean is a normalisation layer.
 
-    Keys of one module stand together, each module where its first key stands, as in the tree that the keys make.
+    The keys of a module are consecutive, at the position of its first key.
     """
     numbers()
     done: set[int] = set()
@@ -170,7 +170,7 @@ TABLE: dict[tuple[str, str], Cell] = {
     ("replace", "shared"): Cell(
         ("replace {shared,again} Linear(4,5)",),
         put("shared", five, "again"),
-        # Two modules in a file, one tensor under two names: which stays tied only where that is asked for.
+        # In a file these are two modules with one tied tensor, which stays tied only with `--also`.
         "shared.weight is tied to again.weight",
     ),
     ("replace", "root"): Cell(("replace . Linear(4,5)",), ROOT_STAYS, ROOT_STAYS),
@@ -277,7 +277,7 @@ def plain() -> nets.Places:
 
 
 def after(truth: Callable[[Any], Any], model: nn.Module) -> nn.Module:
-    """The model that plain statements give: what comes back where that is a part of it."""
+    """Apply plain statements. Returns the model, or the submodule that they return."""
     kinds = list(model.modules())
     with torch.no_grad():
         result = truth(model)
@@ -286,7 +286,7 @@ def after(truth: Callable[[Any], Any], model: nn.Module) -> nn.Module:
 
 
 def assert_same_state(found: State, expected: State) -> None:
-    """The same keys, dtypes and numbers, and one storage for two names where that was so."""
+    """Require equal keys, dtypes and values, and equal groups of names that share a storage."""
     assert sorted(found) == sorted(expected)
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype, name
@@ -347,7 +347,7 @@ def test_a_model(cli: Cli, folder: Path, source: str, cell: Cell) -> None:
     assert_same_state(loaded.state_dict(), expected.state_dict())
 
 
-#: safetensors holds each tensor once, so that such a file knows nothing of a second name.
+#: safetensors stores each tensor once, so such a file has no second name for it.
 ON_FILES = [
     pytest.param(source, cell, id=f"{edit}-{place}-{source}")
     for (edit, place), cell in TABLE.items()
@@ -357,7 +357,7 @@ ON_FILES = [
 
 
 @pytest.mark.parametrize(("source", "cell"), ON_FILES)
-def test_a_file_that_says_no_architecture(cli: Cli, source: str, cell: Cell) -> None:
+def test_every_edit_of_a_file_without_an_architecture(cli: Cli, source: str, cell: Cell) -> None:
     model = plain()
     state = model.state_dict()
     if source == "bare.safetensors":
@@ -387,7 +387,7 @@ def test_a_file_that_says_no_architecture(cli: Cli, source: str, cell: Cell) -> 
         assert {row["name"] for row in rows if row["trainable"] is False} == kept & {row["name"] for row in rows}
 
 
-def test_a_file_that_says_no_architecture_says_that_nothing_ran(cli: Cli) -> None:
+def test_a_note_says_that_a_file_without_an_architecture_was_not_checked(cli: Cli) -> None:
     torch.save(plain().state_dict(), "bare.pth")
     assert (
         "check:       not made: the file records no architecture: pass --arch REFERENCE"
@@ -411,7 +411,7 @@ SCRIPTED = [
 
 @pytest.mark.parametrize(("source", "cell"), SCRIPTED)
 def test_the_script(cli: Cli, source: str, cell: Cell) -> None:
-    """Run without modelcli, it saves what modelcli saves, numbers that are drawn included."""
+    """Without modelcli, the script saves what modelcli saves, random values included."""
     state = plain().state_dict()
     if source == "bare.safetensors":
         save_file({name: tensor for name, tensor in state.items() if not name.startswith("again")}, source)
@@ -435,7 +435,7 @@ def test_the_script(cli: Cli, source: str, cell: Cell) -> None:
 
 # --- a builder -----------------------------------------------------------------------------------------------------
 
-#: One builder has three of the kinds of places; none has a shared module (`test_builders_edited.py` looks at all).
+#: One builder has three of the kinds of children. None has a shared module (`test_builders_edited.py` checks all).
 BUILDER = "deeplabv3_mobilenet_v3_large(num_classes=3)"
 
 
@@ -496,7 +496,7 @@ ON_BUILDER: dict[tuple[str, str], Cell] = {
 
 @pytest.mark.parametrize("cell", [pytest.param(c, id="-".join(key)) for key, c in ON_BUILDER.items()])
 def test_a_builder(cli: Cli, cell: Cell) -> None:
-    """With the check before writing: the input is known, and an edit that does not fit is refused."""
+    """The check before writing runs, because the input is known, and refuses edits that do not fit."""
     refusal = cell.on_model if isinstance(cell.on_model, str) else None
     run(cli, cell, "-m", BUILDER, "-o", "out.pth", refusal=refusal)
     if isinstance(cell.on_model, str):

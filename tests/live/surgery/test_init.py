@@ -1,4 +1,4 @@
-"""init: what `torch.nn.init` and a module's own `reset_parameters` draw, on a model and lazily from a file."""
+"""`init` equals `torch.nn.init` and `reset_parameters`, on a model and lazily on a file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.conftest import Cli
 
 
 def network() -> nn.Sequential:
-    """A small one of the kind that tutorials initialise."""
+    """Return a small network like those that tutorials initialise."""
     torch.manual_seed(0)
     return nn.Sequential(
         *(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, bias=False), nn.BatchNorm2d(32)),
@@ -37,7 +37,7 @@ THREE_LINES = ("init **:Conv2d xavier_uniform", "init **:BatchNorm2d ones", "ini
 
 
 def tutorial(module: nn.Module) -> None:
-    """What most tutorials give to `model.apply`."""
+    """The function that most tutorials pass to `model.apply`."""
     if isinstance(module, nn.Conv2d):
         init.xavier_uniform_(module.weight)
         if module.bias is not None:
@@ -53,8 +53,8 @@ def tutorial(module: nn.Module) -> None:
 # --- the tutorials' recipe -----------------------------------------------------------------------------------------
 
 
-def test_three_lines_are_distributed_as_the_tutorials_function() -> None:
-    """The same constants, the same spread, and no more: both samples have the same quantiles within their noise."""
+def test_three_lines_draw_the_distributions_of_the_tutorials_function() -> None:
+    """Constants are equal, and random values have the same distribution within sampling noise."""
     ours, theirs = modelcli.apply(network(), *THREE_LINES), network()
     torch.manual_seed(1234)
     theirs.apply(tutorial)
@@ -64,7 +64,7 @@ def test_three_lines_are_distributed_as_the_tutorials_function() -> None:
             continue
         assert not torch.equal(found, expected), name
         with torch.no_grad():
-            # The greatest distance between two empirical distributions (Kolmogorov-Smirnov), at p = 0.001.
+            # The critical value of the two-sample Kolmogorov-Smirnov statistic at p = 0.001.
             assert _distance(found, expected) < 1.95 * math.sqrt(2 / found.numel()), name
             assert found.abs().max() <= expected.abs().max() * 1.3, name
 
@@ -76,7 +76,7 @@ def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((shares[0] - shares[1]).abs().max())
 
 
-def test_three_lines_are_what_their_script_draws(cli: Cli) -> None:
+def test_three_lines_equal_their_script(cli: Cli) -> None:
     words = [word for line in THREE_LINES for word in ("-e", line)]
     text = both(cli, "-m", NETWORK, *words)
     assert "init.xavier_uniform_(model[0].weight)" in text
@@ -84,7 +84,7 @@ def test_three_lines_are_what_their_script_draws(cli: Cli) -> None:
 
 
 def test_the_order_of_the_lines_does_not_change_a_lines_own_numbers() -> None:
-    """Edit number i draws from its own generator: what stands before it may be undone."""
+    """Edit number i draws from its own generator, so undoing earlier edits does not change it."""
     all_three = modelcli.apply(network(), *THREE_LINES)
     others_changed = modelcli.apply(network(), "freeze 0", "freeze 1", THREE_LINES[2])
     assert torch.equal(all_three[9].weight, others_changed[9].weight)
@@ -125,7 +125,7 @@ def test_any_function_of_torch_nn_init(scheme: str, function: Callable[[torch.Te
 
 
 def test_every_function_that_fills_a_tensor_has_a_name() -> None:
-    """Whatever a version of torch adds; `dirac` is for convolutions."""
+    """This includes functions that a newer torch adds. (`dirac` works for convolutions only.)"""
     names = [name.removesuffix("_") for name in vars(init) if name.endswith("_") and not name.startswith("_")]
     assert {"dirac", "eye", "orthogonal", "trunc_normal"} <= set(names)
     arguments = {"constant": "(1)", "sparse": "(0.5)"}
@@ -135,7 +135,7 @@ def test_every_function_that_fills_a_tensor_has_a_name() -> None:
         )
 
 
-def test_biases_have_a_scheme_of_their_own() -> None:
+def test_bias_option_sets_the_scheme_of_biases() -> None:
     model = modelcli.apply(nn.Linear(3, 2), "init . ones --bias 'uniform(1, 2)'")
     assert torch.equal(model.weight, torch.ones(2, 3))
     assert 1 <= model.bias.min() <= model.bias.max() <= 2
@@ -154,7 +154,7 @@ NORMS = [nn.BatchNorm1d(3), nn.LayerNorm(3), nn.GroupNorm(1, 3), nn.InstanceNorm
 
 
 @pytest.mark.parametrize("norm", NORMS, ids=lambda norm: type(norm).__name__)
-def test_normalisation_layers_keep_weight_1_and_bias_0_unless_selected_by_themselves(norm: nn.Module) -> None:
+def test_normalisation_layers_are_reset_unless_selected_by_themselves(norm: nn.Module) -> None:
     model = nn.Sequential(nn.Linear(3, 3), norm)
     modelcli.apply(model, "init . normal")
     assert torch.equal(norm.weight, torch.ones(3))
@@ -164,7 +164,7 @@ def test_normalisation_layers_keep_weight_1_and_bias_0_unless_selected_by_themse
     assert getattr(norm, "bias", None) is None or torch.equal(norm.bias, torch.full((3,), 2.0))
 
 
-def test_it_says_what_was_left_to_normalisation(cli: Cli) -> None:
+def test_a_note_names_the_normalisation_layers_left_out(cli: Cli) -> None:
     told = cli("init", ".", "xavier_normal", "-m", "resnet18").err
     assert (
         "20 normalisation layers get weight 1 and bias 0: a target that picks nothing else gives them a scheme" in told
@@ -172,7 +172,7 @@ def test_it_says_what_was_left_to_normalisation(cli: Cli) -> None:
     assert "normalisation" not in cli("init", "**:Conv2d", "xavier_normal", "-m", "resnet18").err
 
 
-def test_what_a_scheme_cannot_fill_is_named(cli: Cli) -> None:
+def test_tensors_that_a_scheme_cannot_fill_are_named(cli: Cli) -> None:
     result = cli("init", ".", "xavier_uniform", "-m", "Sequential(Linear(3,2),PReLU())")
     assert (
         "note: 1.weight keeps its values: xavier_uniform does not fill such a tensor: Fan in and fan out" in result.err
@@ -227,7 +227,7 @@ def test_default_resets_statistics_of_what_it_selects() -> None:
     assert model[0].num_batches_tracked == 0
 
 
-def test_default_of_a_file_that_says_no_architecture(cli: Cli) -> None:
+def test_default_on_a_file_without_an_architecture(cli: Cli) -> None:
     torch.save(network().state_dict(), "bare.pth")
     error = cli("init", ".", "default", "-m", "bare.pth", code=2).err
     assert "a plain state dict records no classes" in error
@@ -237,8 +237,8 @@ def test_default_of_a_file_that_says_no_architecture(cli: Cli) -> None:
 # --- lazily, and in place ------------------------------------------------------------------------------------------
 
 
-def test_a_file_is_drawn_when_it_is_written(cli: Cli) -> None:
-    """What the edit does not select comes from the file, byte for byte."""
+def test_values_are_drawn_when_the_file_is_written(cli: Cli) -> None:
+    """Tensors that the edit does not select are copied from the file byte for byte."""
     state = network().state_dict()
     torch.save(state, "bare.pth")
     cli("init", "9", "normal(0,0.01)", "-m", "bare.pth", "-o", "out.pth")
@@ -262,7 +262,7 @@ def test_an_expanded_tensor_takes_constants_only(cli: Cli, scheme: str) -> None:
     assert torch.equal(torch.load("ones.pth")["w"], torch.ones(4, 3))
 
 
-def test_keys_with_dots_at_odd_places(cli: Cli) -> None:
+def test_keys_with_leading_and_double_dots(cli: Cli) -> None:
     state = {name: torch.full((2,), 7.0) for name in ("weight", ".weight", "..weight", "a..b.weight", "a.")}
     torch.save(state, "m.pth")
     cli("init", "**", "ones", "-m", "m.pth", "-o", "out.pth")
@@ -271,8 +271,8 @@ def test_keys_with_dots_at_odd_places(cli: Cli) -> None:
     assert all(torch.equal(tensor, torch.ones(2)) for tensor in after.values())
 
 
-def test_the_old_values_are_not_written_into() -> None:
-    """Whoever holds the old data keeps it; the parameter is the same object, with its flag."""
+def test_the_old_data_is_not_overwritten() -> None:
+    """Other references to the old data keep it. The parameter is the same object, with its requires_grad."""
     model = nn.Linear(3, 2)
     model.weight.requires_grad_(False)
     weight, old = model.weight, model.weight.data
@@ -296,7 +296,7 @@ def test_the_callers_random_generator_is_unchanged() -> None:
     expected = torch.randn(3)
     torch.manual_seed(7)
     modelcli.apply(nets.Places(), "init . normal", "init seq default")
-    # The model's own constructor drew before.
+    # The model's own constructor drew values before.
     torch.manual_seed(7)
     assert torch.equal(torch.randn(3), expected)
 
@@ -309,7 +309,7 @@ def test_seeds(cli: Cli, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["trunc_normal(0,0.02,1,2)", "trunc_normal(5,1,-1000,1)", "trunc_normal(a=50,b=60)"])
-def test_a_distribution_that_nearly_nothing_is_drawn_from(scheme: str) -> None:
+def test_a_truncated_normal_with_an_improbable_range_is_refused(scheme: str) -> None:
     with pytest.raises(RequestError, match=r"lies .* standard deviations from the mean"):
         modelcli.apply(nn.Linear(4, 4), f"init . {scheme}")
 
@@ -317,7 +317,7 @@ def test_a_distribution_that_nearly_nothing_is_drawn_from(scheme: str) -> None:
 @pytest.mark.parametrize(
     "scheme", ["trunc_normal(0,0.02)", "trunc_normal(0,1,1.5,4)", "trunc_normal(0,0.02,-0.04,0.04)"]
 )
-def test_distributions_that_numbers_are_drawn_from(scheme: str) -> None:
+def test_truncated_normals_with_probable_ranges(scheme: str) -> None:
     model, plain = nn.Linear(100, 100), nn.Linear(100, 100)
     modelcli.apply(model, f"init weight {scheme}")
     torch.manual_seed(1)
@@ -325,7 +325,7 @@ def test_distributions_that_numbers_are_drawn_from(scheme: str) -> None:
     assert torch.equal(model.weight, plain.weight)
 
 
-def test_a_normalisation_of_ones_own_is_told(cli: Cli, folder: Path) -> None:
+def test_a_note_names_a_users_normalisation_layer(cli: Cli, folder: Path) -> None:
     (folder / "own.py").write_text(
         "import torch\nfrom torch import nn\n\n"
         "class MyRMSNorm(nn.Module):\n"

@@ -1,4 +1,4 @@
-"""replace --keep-weights and --untie: what is kept of the old tensors, and ties that an edit would break."""
+"""`replace` with --keep-weights and --untie: what is kept of old tensors, and ties that an edit would break."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def drawn(make: type[nn.Module], *args: object, **kwargs: object) -> nn.Module:
 
 
 def kept(old: nn.Module, new: nn.Module) -> dict[str, torch.Tensor]:
-    """By hand: the new state dict with the old numbers where both have some."""
+    """Return the new state dict with the old values in the overlap of each tensor, computed by hand."""
     state = {name: tensor.clone() for name, tensor in new.state_dict().items()}
     for name, before in old.state_dict().items():
         if name in state and state[name].dim() == before.dim():
@@ -83,10 +83,10 @@ def test_the_overlap_of_each_tensor_is_copied(cli: Cli, path: str, text: str, ne
     ],
 )
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-def test_what_is_kept_comes_piece_by_piece(
+def test_kept_values_are_read_in_pieces(
     cli: Cli, monkeypatch: pytest.MonkeyPatch, step: int, text: str, new: Callable[[], nn.Module], suffix: str
 ) -> None:
-    """However the old numbers lie, wherever a piece ends, and whatever is done with them afterwards."""
+    """This holds for any memory layout of the old values, any end of a piece, and later edits."""
     monkeypatch.setattr(sources, "WINDOW", step)
     monkeypatch.setattr(sources, "CHUNK", step)
     old = plain()[0].to(memory_format=torch.channels_last)
@@ -110,7 +110,7 @@ def test_nested_modules_keep_by_their_names() -> None:
     assert torch.equal(model["block"][2].weight[:, :3], old["block.2.weight"])
 
 
-def test_it_says_what_was_kept(cli: Cli) -> None:
+def test_a_note_says_which_weights_were_kept(cli: Cli) -> None:
     told = cli("replace", "classifier.6", "Linear(_,10)", "--keep-weights", "-m", "alexnet").err
     assert "note: classifier.6 keeps weight[:10,:], bias[:10] of the old Linear(4096, 1000)" in told
     told = cli("replace", "**:Linear", "Linear(_,_,bias=False)", "--keep-weights", "-m", "vgg16").err
@@ -133,7 +133,7 @@ def test_another_dtype_is_converted() -> None:
 
 
 def test_a_whole_tensor_is_kept_without_drawing(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the old numbers cover need not be drawn: the constructor's own are never made."""
+    """If old values replace all values of the constructor, none are drawn."""
     state = plain().state_dict()
     torch.save(state, "bare.pth")
     made: list[bool] = []
@@ -148,7 +148,7 @@ def test_a_whole_tensor_is_kept_without_drawing(cli: Cli, monkeypatch: pytest.Mo
 # --- ties ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_tie_is_not_broken_unasked(cli: Cli) -> None:
+def test_breaking_a_tie_needs_untie(cli: Cli) -> None:
     error = cli("replace", "head", "Linear(4,11)", "-m", "nets.py:Tied", "-o", "out.pth", code=2).err
     assert "head.weight is tied to embed.weight, and replacing head unties them" in error
     assert "--untie replaces it anyway" in error
@@ -160,7 +160,7 @@ def test_a_tie_is_not_broken_unasked(cli: Cli) -> None:
     assert model.head.weight is not model.embed.weight
 
 
-def test_both_ends_of_a_tie_replaced_are_parted_too() -> None:
+def test_replacing_both_ends_of_a_tie_needs_untie_too() -> None:
     model = nets.Tied()
     with pytest.raises(RequestError, match=r"is tied to"):
         modelcli.apply(model, "replace {embed,head} Embedding(11,4)")
@@ -168,7 +168,7 @@ def test_both_ends_of_a_tie_replaced_are_parted_too() -> None:
     assert model.embed.weight is not model.head.weight
 
 
-def test_a_tie_within_what_is_replaced_goes_with_it() -> None:
+def test_a_tie_inside_a_replaced_module_needs_no_untie() -> None:
     model = nn.ModuleDict({"inner": nets.Tied(), "other": nn.Linear(2, 2)})
     modelcli.apply(model, "replace inner Linear(2,2)")
     assert isinstance(model["inner"], nn.Linear)
@@ -189,8 +189,8 @@ def test_a_shared_module_under_one_of_its_names() -> None:
     assert model.again.weight.data_ptr() != old.weight.data_ptr()
 
 
-def test_what_is_kept_beside_the_old_module_is_a_copy_in_the_file(cli: Cli) -> None:
-    """--untie leaves the old module under its other name: two tensors in the file, not one."""
+def test_weights_kept_beside_the_old_module_are_copied(cli: Cli) -> None:
+    """--untie leaves the old module under its other name, so that the file has two tensors."""
     words = ("-m", "nets.py:Places", "-o", "out.pth")
     cli("replace", "again", "Linear(4,4)", "--untie", "--keep-weights", *words)
     state = torch.load("out.pth", weights_only=True)
@@ -204,7 +204,7 @@ def test_what_is_kept_beside_the_old_module_is_a_copy_in_the_file(cli: Cli) -> N
     [("freeze head", "frozen"), ("unfreeze head", "trainable"), ("cast head bfloat16", "cast"),
      ("init head xavier_uniform", "initialised")],
 )  # fmt: skip
-def test_an_edit_of_one_name_is_one_of_the_tensor(cli: Cli, line: str, done: str) -> None:
+def test_an_edit_of_one_name_applies_to_the_tied_tensor(cli: Cli, line: str, done: str) -> None:
     told = cli("apply", "-e", line, "-m", "nets.py:Tied", "-o", "out.pth").err
     assert f"head.weight is tied to embed.weight, so that is {done} too" in told
     model = modelcli.load("out.pth", trust=True)
@@ -212,8 +212,8 @@ def test_an_edit_of_one_name_is_one_of_the_tensor(cli: Cli, line: str, done: str
     assert "is tied to" not in cli("apply", "-e", line.replace("head", "."), "-m", "nets.py:Tied").err
 
 
-def test_names_that_no_one_selector_picks(cli: Cli) -> None:
-    """What stands in the record says all of them, so that the file gives the same model back."""
+def test_also_replaces_a_shared_module_under_all_its_names(cli: Cli) -> None:
+    """The recorded edit has all names, so that the file gives the same model again."""
     words = ("-m", "nets.py:Unusual", "--input-size", "2,4")
     error = cli("replace", "first.lin", "Linear(4,4)", *words, code=2).err
     assert "first.lin is one module with 2 names (first.lin, again); the selector names 1 of them" in error
@@ -225,7 +225,7 @@ def test_names_that_no_one_selector_picks(cli: Cli) -> None:
     assert modelcli.blueprint("out.pth").by_path["again"].shared_with == "first.lin"
 
 
-def test_what_is_drawn_anew_is_told(cli: Cli) -> None:
+def test_a_note_names_newly_drawn_tensors(cli: Cli) -> None:
     told = cli("replace", "0", "Linear(4,2)", "--keep-weights", "-m", "Sequential(Linear(4,2,bias=False))").err
     assert "0 keeps weight of the old Linear(4, 2, bias=False); bias initialised" in " ".join(told.split())
 
@@ -235,7 +235,7 @@ def test_what_is_drawn_anew_is_told(cli: Cli) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("channels", [1, 2, 4, 7])
-def test_summed_channels_are_those_of_timm(cli: Cli, dtype: torch.dtype, channels: int) -> None:
+def test_summed_channels_equal_timm(cli: Cli, dtype: torch.dtype, channels: int) -> None:
     from timm.models import adapt_input_conv
 
     model = plain().to(dtype)
@@ -254,7 +254,7 @@ def test_summed_channels_are_those_of_timm(cli: Cli, dtype: torch.dtype, channel
     assert torch.equal(found["0.weight"], adapt_input_conv(channels, model[0].weight.detach()))
     assert torch.equal(found["0.bias"], model[0].bias)
     assert found["0.weight"].dtype == dtype
-    cli(*words, "-m", "m.pth", "-o", "bare.pth")  # where only keys are known
+    cli(*words, "-m", "m.pth", "-o", "bare.pth")  # only keys are known
     assert torch.equal(torch.load("bare.pth", weights_only=True)["0.weight"], found["0.weight"])
 
 
@@ -276,7 +276,7 @@ def test_a_note_says_how_channels_are_carried_over(cli: Cli) -> None:
     assert "--keep-weights=mean keeps the overlap here: no convolution gets other input channels" in done.err
 
 
-def test_the_way_is_written_behind_an_equals_sign_alone(cli: Cli) -> None:
+def test_the_value_of_keep_weights_needs_an_equals_sign(cli: Cli) -> None:
     assert cli("replace", "--keep-weights", "fc", "Linear(_,10)", "-m", "resnet18").code == 0
     line = "replace fc Linear(_,10) --keep-weights"
     assert str(modelcli.edits.parse(line)) == str(modelcli.edits.parse(f"{line}=overlap")) == line

@@ -1,4 +1,4 @@
-"""add, insert, append, remove, extract: where modules go, what they are made of, and what is refused."""
+"""The edits add, insert, append, remove and extract: positions, holes, dtypes, and what is refused."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ IMAGE = (1, 3, 9, 9)
         ("append . Sequential(BatchNorm2d(_),ReLU())", "3", "BatchNorm2d(8"),
     ],
 )
-def test_holes_at_a_new_place_take_what_flows_in_there(line: str, path: str, text: str) -> None:
+def test_holes_of_a_new_child_take_its_input(line: str, path: str, text: str) -> None:
     model = modelcli.apply(sequence(), line, input_size=IMAGE)
     assert text in repr(model.get_submodule(path))
     assert model(torch.randn(IMAGE)).shape == (1, 8, 5, 5)
 
 
-def test_a_hole_where_nothing_flows(cli: Cli) -> None:
+def test_a_hole_without_an_input_is_an_error(cli: Cli) -> None:
     error = cli("add", "extra", "Linear(_,3)", "-m", "alexnet", code=2).err
     assert "_ for in_features is not known: there was no module before, and no forward pass reached it" in error
     assert "hint: write the value of in_features" in error
 
 
-def test_the_dtype_and_mode_of_what_is_around() -> None:
+def test_a_new_child_has_the_dtype_and_mode_of_its_neighbours() -> None:
     model = sequence().bfloat16().eval()
     modelcli.apply(model, "insert 1 Conv2d(6,6,1)", "append . Dropout(0.5)")
     assert model[1].weight.dtype == torch.bfloat16
@@ -74,7 +74,7 @@ def test_a_child_that_is_none_may_be_added(folder: Path) -> None:
     assert "later" not in vars(model)
 
 
-def test_places_in_a_shared_sequence_are_both_its_names() -> None:
+def test_inserting_into_a_shared_sequence_changes_both_paths() -> None:
     shared = sequence()
     model = nn.ModuleDict({"one": shared, "two": shared})
     modelcli.apply(model, "insert one.1 BatchNorm2d(6)")
@@ -83,7 +83,7 @@ def test_places_in_a_shared_sequence_are_both_its_names() -> None:
     assert [type(part) for part in shared] == [nn.Conv2d, nn.ReLU, nn.Conv2d]
 
 
-def test_removed_together_they_move_down_together() -> None:
+def test_removing_several_children_renumbers_once() -> None:
     model = nn.Sequential(*(nn.Linear(2, 2 + number) for number in range(6)))
     modelcli.apply(model, "remove 0 2 -1")
     assert [part.out_features for part in model] == [3, 5, 6]
@@ -91,7 +91,7 @@ def test_removed_together_they_move_down_together() -> None:
 
 
 def test_flags_follow_their_modules(cli: Cli) -> None:
-    """Frozen names, the recorded blueprint and the keys of the file are those of the new places."""
+    """Frozen names, the recorded blueprint and the keys of the file have the new paths."""
     cli("freeze", "2", "-m", "Sequential(Linear(2,2),ReLU(),Linear(2,2))", "-o", "a.pth")
     cli("insert", "0", "Linear(2,2)", "-m", "a.pth", "-o", "b.pth")
     assert {n for n, p in modelcli.load("b.pth").named_parameters() if not p.requires_grad} == {"3.weight", "3.bias"}
@@ -135,14 +135,14 @@ def test_refused_and_nothing_is_changed(line: str, message: str, hint: str) -> N
     assert before == (repr(model), {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()})
 
 
-def test_what_was_taken_out_and_is_asked_for(cli: Cli) -> None:
+def test_a_removed_module_that_forward_needs_is_an_error(cli: Cli) -> None:
     error = cli("remove", "avgpool", "-m", "alexnet", "-o", "out.pth", code=2).err
     assert "the model itself (AlexNet) cannot run after the edit: 'AlexNet' object has no attribute 'avgpool'" in error
     assert "replace avgpool Identity keeps its name and passes its input through" in error
     cli("replace", "avgpool", "Identity", "-m", "alexnet", "-o", "out.pth")
 
 
-def test_what_nothing_calls_is_told(cli: Cli) -> None:
+def test_a_note_names_a_new_child_that_is_never_called(cli: Cli) -> None:
     words = ("-m", "nets.py:Places", "--input-size", "2,4")
     told = cli("add", "later", "Linear(4,4)", *words).err
     assert "later did not run in the forward pass: nothing calls it" in told
@@ -152,7 +152,7 @@ def test_what_nothing_calls_is_told(cli: Cli) -> None:
 # --- extract -------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_extracted_takes_what_flows_into_it(cli: Cli) -> None:
+def test_an_extracted_module_takes_its_own_input(cli: Cli) -> None:
     result = cli("extract", "classifier", "-m", "alexnet", "-o", "head.pth")
     assert "check:   runs: [1,9216] -> [1,1000]" in result.out
     assert "Input:                      [1,9216]" in cli("summary", "head.pth").out
@@ -160,7 +160,7 @@ def test_what_is_extracted_takes_what_flows_into_it(cli: Cli) -> None:
     assert model(torch.randn(2, 9216)).shape == (2, 1000)
     cli("replace", "6", "Linear(_,5)", "-m", "head.pth", "-o", "five.pth")
     assert modelcli.load("five.pth")(torch.randn(2, 9216)).shape == (2, 5)
-    # What the command says is of the model as it is now.
+    # The output describes the extracted model.
     assert "[7,9216]" in cli("summary", "five.pth", "--input-size", "7,9216").out
     cli("extract", "6", "-m", "five.pth", "-o", "last.pth")
     assert modelcli.blueprint("last.pth").trace.inputs == ((1, 4096),)
@@ -173,7 +173,7 @@ def test_an_extracted_module_takes_several_inputs(cli: Cli) -> None:
     assert trace.inputs == ((2, 5, 4), (2, 5, 4), (2, 5, 4))
 
 
-def test_what_flows_as_whole_numbers_stays_so(cli: Cli) -> None:
+def test_an_extracted_module_keeps_integer_inputs(cli: Cli) -> None:
     cli("extract", "embed", "-m", "nets.py:Tied", "--input-size", "2,5", "--input-dtype", "int64", "-o", "embed.pth")
     assert modelcli.blueprint("embed.pth").trace.inputs == ((2, 5),)
     assert "[2,5,4]" in cli("summary", "embed.pth").out
@@ -203,8 +203,8 @@ def keys(path: str = "out.pth") -> list[str]:
     return list(torch.load(path, weights_only=True))
 
 
-def test_numbers_stay_unless_they_are_a_sequence(cli: Cli) -> None:
-    """`--renumber` moves later children by one, over the gaps of layers without tensors."""
+def test_numbers_of_keys_are_kept_unless_they_are_a_sequence(cli: Cli) -> None:
+    """`--renumber` moves later children by one, keeping the gaps of layers without tensors."""
     state = {f"features.{number}.weight": torch.full((number + 1,), float(number)) for number in (0, 3, 6, 10)}
     torch.save(state, "bare.pth")
     told = cli("remove", "features.3", "-m", "bare.pth", "-o", "out.pth").err
@@ -259,7 +259,7 @@ def test_holes_from_a_convolution_of_a_file(cli: Cli) -> None:
     assert change["after"] == "Conv2d(4, 16, (3,3), stride=(1,1))"
     change = cli("replace", "norm", "GroupNorm(2,_)", *words).json["changes"][0]
     assert change["after"] == "GroupNorm(2, 8)"
-    # The weight of a grouped convolution does not tell how many channels flow in.
+    # The weight of a grouped convolution does not show its input channels.
     assert "_ for in_channels is not known" in cli("replace", "conv", "Conv2d(_,8,3,groups=2)", *words, code=2).err
     assert "_ for in_channels is not known" in cli("replace", "conv", "ConvTranspose2d(_,8,3)", *words, code=2).err
 
@@ -279,7 +279,7 @@ def test_a_replaced_path_loses_its_tensors_and_gains_those_of_the_module(cli: Cl
 # --- a plan and a model --------------------------------------------------------------------------------------------
 
 
-def test_on_meta_as_for_real() -> None:
+def test_placing_on_meta_equals_placing_with_values() -> None:
     lines = [
         "insert 1 BatchNorm2d(_)",
         "append . Conv2d(_,2,1)",
@@ -296,7 +296,7 @@ def test_on_meta_as_for_real() -> None:
     assert real.inputs == meta.inputs
 
 
-def test_children_that_mean_the_same_number_are_not_renumbered(cli: Cli) -> None:
+def test_children_with_ambiguous_numbers_are_not_renumbered(cli: Cli) -> None:
     saved(b__01__weight=(2, 2), b__1__weight=(2, 2), b__2__weight=(2, 2))
     assert "some here have other names" in cli("remove", "b.1", "--renumber", "-m", "bare.pth", code=2).err
     assert "those of b have names" in cli("insert", "b.1", "ReLU", "--renumber", "-m", "bare.pth", code=2).err
@@ -310,7 +310,7 @@ def test_before_the_last_of_numbers_with_gaps(cli: Cli) -> None:
 
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor")
 @pytest.mark.parametrize("line", ["cast . half", "init . normal", "freeze ."])
-def test_what_is_no_dense_tensor_stays(cli: Cli, line: str) -> None:
+def test_entries_that_are_not_dense_tensors_are_kept(cli: Cli, line: str) -> None:
     torch.save({"a.weight": torch.randn(4, 4), "s.weight": torch.randn(4, 4).to_sparse()}, "bare.pth")
     told = cli("apply", "-e", line, "-m", "bare.pth", "-o", "out.pth").err
     assert line == "freeze ." or "s.weight" in told

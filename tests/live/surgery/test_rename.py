@@ -1,4 +1,4 @@
-"""rename: compared with a dict comprehension over the state dict."""
+"""`rename` compared with a dict comprehension over the state dict."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def test_both_names_have_the_same_wildcards(old: str, new: str, message: str) ->
         new_names(old, new)
 
 
-def test_no_pattern_tries_all_ways_to_share_a_name_out() -> None:
-    """A regular expression would take longer than anyone waits for the first two."""
+def test_matching_does_not_backtrack_exponentially() -> None:
+    """A regular expression would take too long for the first two."""
     long = ".".join("a" * 30 for _ in range(100))
     started = time.perf_counter()
     assert new_names(".".join(["**"] * 30 + ["b"]), ".".join(["**"] * 30 + ["c"]), (long,))[long] is None
@@ -104,7 +104,7 @@ patterns = st.lists(st.sampled_from(["a", "b", "*", "?", "*a", "a*b", "**", "?*"
 @given(patterns, words)
 @settings(deadline=None)
 def test_captured_as_a_regular_expression_captures(parts: list[str], name: str) -> None:
-    """Each wildcard as a group of `re`, which tries the longest capture first; put back, they give the name."""
+    """Each wildcard captures what a group of `re` captures (the longest first), and the captures restore the name."""
     pattern = ".".join(parts)
     found = new_names(pattern, f"new.{pattern}", (name,))[name]
     # Each ** takes components with their dots, one after another as far as they go.
@@ -115,7 +115,7 @@ def test_captured_as_a_regular_expression_captures(parts: list[str], name: str) 
 
 @given(patterns, words)
 @settings(deadline=None)
-def test_it_matches_what_the_selector_matches(parts: list[str], name: str) -> None:
+def test_rename_matches_the_same_names_as_the_selector(parts: list[str], name: str) -> None:
     pattern = ".".join(parts)
     blueprint = from_keys([TensorInfo(name, (1,), "float32")])
     matched = selectors._matcher(selectors.parse(pattern), blueprint)(name)
@@ -156,7 +156,7 @@ def rename(live: OpenStateDict, *lines: str) -> list[surgery.Change]:
         ("rename module.1.bias bias", lambda key: "bias" if key == "module.1.bias" else key),
     ],
 )
-def test_it_is_a_dict_comprehension(cli: Cli, line: str, function: Callable[[str], str], suffix: str) -> None:
+def test_rename_equals_a_dict_comprehension(cli: Cli, line: str, function: Callable[[str], str], suffix: str) -> None:
     state: dict[str, torch.Tensor] = nn.DataParallel(network()).state_dict()
     torch.save(state, "bare.pth")
     cli(*line.replace("'", "").split(), "-m", "bare.pth", "-o", f"out.{suffix}")
@@ -165,7 +165,7 @@ def test_it_is_a_dict_comprehension(cli: Cli, line: str, function: Callable[[str
     if suffix == "pth":
         found = torch.load("out.pth", weights_only=True)
         norm = function("module.1.running_mean").removesuffix(".running_mean")
-        assert found._metadata[norm]["version"] == 2  # BatchNorm's, wherever it is now
+        assert found._metadata[norm]["version"] == 2  # the version of BatchNorm moves with it
     else:
         from safetensors.torch import load_file
 
@@ -186,7 +186,7 @@ def test_the_result_loads_where_the_keys_belong(cli: Cli) -> None:
     assert torch.equal(model[3].weight, expected["3.weight"])
 
 
-def test_order_ties_views_and_what_is_no_tensor(folder: Path) -> None:
+def test_rename_keeps_order_ties_views_and_extras(folder: Path) -> None:
     table = torch.arange(12.0).reshape(6, 2)
     state = {
         "module.embed.weight": table,
@@ -231,7 +231,7 @@ def test_versions_follow_through_several_edits(cli: Cli) -> None:
     }
 
 
-def test_a_training_checkpoint_keeps_what_stands_around(cli: Cli) -> None:
+def test_rename_keeps_the_training_checkpoint_around_the_state_dict(cli: Cli) -> None:
     torch.save({"epoch": 3, "state_dict": {"module.w": torch.ones(2)}}, "training.pth")
     cli("rename", "module.**", "**", "-m", "training.pth", "-o", "out.pth")
     found = torch.load("out.pth", weights_only=True)
@@ -287,7 +287,7 @@ def test_refused(folder: Path, line: str, message: str, hint: str) -> None:
     assert live.model.keys == before
 
 
-def test_where_the_architecture_is_known_it_is_refused(cli: Cli) -> None:
+def test_rename_is_refused_if_the_architecture_is_known(cli: Cli) -> None:
     result = cli("rename", "classifier.6.*", "head.*", "-m", "alexnet", "--json", code=2)
     assert result.error["message"] == "AlexNet cannot load a state dict where classifier.6.weight is called head.weight"
     assert result.error["hint"].startswith("--bare-keys ignores the file's record")
@@ -325,7 +325,7 @@ def test_keys_stay_in_the_order_of_their_file(cli: Cli, folder: Path, line: str,
 
 
 @pytest.mark.filterwarnings("ignore:Validating sparse")
-def test_what_is_no_plain_tensor_keeps_its_place_too(cli: Cli, folder: Path) -> None:
+def test_entries_that_are_not_plain_tensors_keep_their_position(cli: Cli, folder: Path) -> None:
     state: dict[str, Any] = {
         "a._extra_state": None,
         "mask": torch.eye(2).to_sparse(),
@@ -349,7 +349,7 @@ def test_the_order_of_an_architecture_is_that_of_its_state_dict(cli: Cli, folder
     assert found == ["weight", "bias", "_extra_state", "part.weight", "part.bias"]
 
 
-def test_single_entries_that_are_no_tensors_are_removed(cli: Cli, folder: Path) -> None:
+def test_single_entries_that_are_not_tensors_can_be_removed(cli: Cli, folder: Path) -> None:
     state: dict[str, Any] = {"a.weight": torch.ones(2), "a._extra_state": None, "b._extra_state": {"calls": 3}}
     torch.save(state, folder / "bare.pth")
     rows = cli("remove", "**._extra_state", "-m", "bare.pth", "-o", "out.pth").out
@@ -358,7 +358,7 @@ def test_single_entries_that_are_no_tensors_are_removed(cli: Cli, folder: Path) 
     cli("remove", "b._extra_state", "-m", "bare.pth")
 
 
-def test_rows_of_what_is_no_dense_tensor_add_up(cli: Cli, folder: Path) -> None:
+def test_rows_of_tensors_that_are_not_dense_add_up(cli: Cli, folder: Path) -> None:
     state = {"s.m": nn.Parameter(torch.eye(3).to_sparse()), "w": nn.Parameter(torch.ones(2, 2))}
     torch.save(state, folder / "bare.pth")
     document = cli("remove", "s", "-m", "bare.pth", "--json").json
@@ -402,7 +402,7 @@ def of_list() -> dict[str, torch.Tensor]:
     return dict(model.state_dict())
 
 
-def test_what_is_inserted_among_numbered_tensors_moves_them_up(cli: Cli) -> None:
+def test_inserting_among_numbered_tensors_moves_later_ones_up(cli: Cli) -> None:
     state = of_list()
     torch.save(state, "bare.pth")
     edit = ("insert", "ps.1", "Linear(4,4)", "--renumber")
@@ -428,7 +428,7 @@ def test_later_tensors_move_down(cli: Cli, target: str, left: list[int]) -> None
     same_by_script(cli, " ".join(edit), found)
 
 
-def test_what_has_no_number_is_not_renumbered(cli: Cli) -> None:
+def test_children_without_numbers_are_not_renumbered(cli: Cli) -> None:
     torch.save({f"features.5.{n}": v for n, v in nn.BatchNorm2d(3).state_dict().items()}, "bare.pth")
     for command in ("remove", "script"):
         words = ("remove", "features.5.running_mean", "--renumber")
@@ -439,7 +439,7 @@ def test_what_has_no_number_is_not_renumbered(cli: Cli) -> None:
 
 
 def same_by_script(cli: Cli, edit: str, wanted: dict[str, torch.Tensor]) -> None:
-    """The script of an edit makes the same tensors without modelcli."""
+    """Require that the script of an edit gives these tensors without modelcli."""
     Path("work.py").write_text(cli("script", "-e", edit, "-m", "bare.pth", "-o", "script.pth").out)
     subprocess.run([sys.executable, "work.py"], check=True, capture_output=True)
     made = torch.load("script.pth", weights_only=True)

@@ -1,4 +1,4 @@
-"""replace: what `_` means, what a new module does not take over, and what --keep-weights may carry over."""
+"""`replace`: what `_` means, what a new module does not take over, and what --keep-weights keeps."""
 
 from __future__ import annotations
 
@@ -81,19 +81,19 @@ def own(name: str) -> nn.Module:
 # --- `_` -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_width_of_an_image_is_no_number_of_features(cli: Cli) -> None:
+def test_the_width_of_an_image_does_not_fill_in_features(cli: Cli) -> None:
     error = cli("replace", "classifier.1", "Linear(_,10)", "-m", "squeezenet1_1", "--json", code=2).error
     assert "the last axis of [1,512,13,13], which flows in, is the width of an image" in error["message"]
     assert error["hint"].startswith("Conv2d(_,10,1) works on the channels")
-    cli("replace", "classifier.1", "Conv2d(_,10,1)", "-m", "squeezenet1_1")  # the hint does what it says
-    # The same where nothing of channels was replaced, and behind a pooling layer.
+    cli("replace", "classifier.1", "Conv2d(_,10,1)", "-m", "squeezenet1_1")  # the hint works
+    # The same for a layer without channels, and after a pooling layer.
     for place in ("maxpool", "avgpool", "relu"):
         assert "the width of an image" in cli("replace", place, "Linear(_,10)", "-m", "resnet18", code=2).err
     for place in ("append features Linear(_,10)", "insert features.3 Linear(_,10)"):
         assert "the width of an image" in cli(*place.split(), "-m", "alexnet", code=2).err
 
 
-def test_features_that_lie_last_are_features(cli: Cli) -> None:
+def test_the_last_dimension_fills_in_features(cli: Cli) -> None:
     for place, model, width in (
         ("features.1.0.norm1", "swin_t", 96),  # [N,H,W,C] behind a Permute
         ("encoder.layers.encoder_layer_0.dropout", "vit_b_16", 768),  # tokens
@@ -104,7 +104,7 @@ def test_features_that_lie_last_are_features(cli: Cli) -> None:
         assert changes[0]["after"] == f"Linear({width}, 7)"
 
 
-def test_channels_are_not_taken_from_an_axis_that_has_none(cli: Cli) -> None:
+def test_channels_are_not_filled_in_from_another_dimension(cli: Cli) -> None:
     error = cli("replace", "features.1.0.norm1", "Conv2d(_,8,1)", "-m", "swin_t", "--json", code=2).error
     assert "features on the last axis, not channels on the second" in error["message"]
 
@@ -175,7 +175,7 @@ def test_a_nested_hole_in_a_file_without_architecture(cli: Cli) -> None:
     }  # fmt: skip
 
 
-def test_what_a_nested_module_gives_is_not_made_up(cli: Cli) -> None:
+def test_an_unknown_output_of_a_nested_module_fills_no_hole(cli: Cli) -> None:
     error = cli("replace", "fc", "Sequential(Conv2d(512,8,1),Linear(_,3))", "-m", "resnet18", "--json", code=2).error
     assert "the output of the modules before it is not" in error["message"]
 
@@ -217,7 +217,7 @@ def test_a_function_that_returns_a_module_makes_one(cli: Cli, expression: str) -
 
 
 @pytest.mark.usefixtures("_own")
-def test_a_function_of_ones_own_makes_a_module(cli: Cli) -> None:
+def test_a_users_function_makes_a_module(cli: Cli) -> None:
     shown = cli("replace", "0", "own.py:build(width=5)", "-m", "Sequential(Linear(4,5))", "--check", "none").out
     assert "Sequential" in shown
     words = ("-m", "Sequential(Linear(4,5))")
@@ -238,14 +238,14 @@ def test_a_builder_in_an_expression_downloads_nothing(cli: Cli, monkeypatch: pyt
 
 
 @pytest.mark.usefixtures("_own")
-def test_children_and_a_forward_of_its_own_are_told(cli: Cli) -> None:
+def test_a_note_names_lost_children_and_a_lost_forward(cli: Cli) -> None:
     told = cli(
         "replace", "bn", "SyncBatchNorm(_,eps=_,momentum=_)", "--keep-weights", "-m", "own.py:Net", "--check", "none"
     ).err
     assert "bn: the old Act had 2 children (drop Identity, act SiLU) and its own forward, which the new one" in told
 
 
-def test_hooks_that_go_are_told(cli: Cli, folder: Path) -> None:
+def test_a_note_names_lost_hooks(cli: Cli, folder: Path) -> None:
     (folder / "hooked.py").write_text(
         "from torch import nn\n"
         "class Net(nn.Sequential):\n    def __init__(self):\n"
@@ -257,7 +257,7 @@ def test_hooks_that_go_are_told(cli: Cli, folder: Path) -> None:
         assert f"{path}: the old Linear had 1 hook, which the new one does not have" in told
 
 
-def test_no_word_where_nothing_is_lost(cli: Cli) -> None:
+def test_no_note_if_nothing_is_lost(cli: Cli) -> None:
     assert "the old" not in cli("replace", "fc", "Linear(_,10)", "-m", "resnet18").err
     assert "note" not in cli("replace", "relu", "GELU()", "-m", "resnet18").err
     assert "its own forward" in cli("replace", "layer1.0", "Identity()", "-m", "resnet18").err
@@ -275,18 +275,18 @@ def test_no_word_where_nothing_is_lost(cli: Cli) -> None:
         ("MultiheadAttention(4,2,batch_first=True)", "MultiheadAttention(_,_)", "batch_first was True and is False"),
     ],
 )
-def test_settings_that_are_lost_are_told(cli: Cli, old: str, new: str, told: str) -> None:
+def test_a_note_names_lost_settings(cli: Cli, old: str, new: str, told: str) -> None:
     shown = cli("replace", "0", new, "-m", f"Sequential({old})", "--check", "none").err
     assert told in shown
     assert bool(told) == (" now" in shown or "lost" in shown)
 
 
-def test_the_way_to_keep_a_setting_keeps_it(cli: Cli) -> None:
+def test_the_suggested_argument_keeps_the_setting(cli: Cli) -> None:
     new = "Sequential(Conv2d(_,_,_,padding=_,stride=_),Dropout2d(0.1))"
     assert "stride" not in cli("replace", "conv1", new, "-m", "resnet18").err
 
 
-def test_flags_of_a_partly_frozen_layer_are_told(cli: Cli) -> None:
+def test_a_note_says_that_a_partly_frozen_layer_becomes_trainable(cli: Cli) -> None:
     cli("freeze", "fc.weight", "-m", "resnet18", "-o", "part.pth", "-q")
     told = cli("replace", "fc", "Linear(_,10)", "-m", "part.pth").err
     assert "fc.weight was frozen, what is new trains: freeze fc.weight keeps it so" in told
@@ -312,7 +312,7 @@ def test_flags_of_a_partly_frozen_layer_are_told(cli: Cli) -> None:
         ("MultiheadAttention(4,2)", "MultiheadAttention(8,2)", "stacks queries, keys and values"),
     ],
 )
-def test_what_would_mean_something_else_is_not_carried_over(cli: Cli, old: str, new: str, why: str) -> None:
+def test_weights_with_another_meaning_are_not_kept(cli: Cli, old: str, new: str, why: str) -> None:
     words = ("--keep-weights", "-m", f"Sequential({old})", "--check", "none", "--json")
     error = cli("replace", "0", new, *words, code=2).error
     assert error["message"].startswith("--keep-weights cannot carry over 0: ")
@@ -325,8 +325,8 @@ def kept(old: nn.Module, new: str) -> nn.Module:
     return modelcli.apply(model, f"replace 0 {new} --keep-weights")[0]
 
 
-def test_a_linear_layer_that_lies_the_other_way_round_is_transposed() -> None:
-    """Plain PyTorch is the judge: the outputs are the same."""
+def test_a_transposed_linear_layer_keeps_its_weights_transposed() -> None:
+    """The outputs in plain PyTorch are equal."""
     old = own("GPT")[0]
     x = torch.randn(3, 4)
     new = kept(old, "Linear(4,5)")
@@ -373,13 +373,13 @@ def test_depthwise_channels_are_carried_over_one_by_one() -> None:
         assert torch.allclose(new(x)[:, :4], functional.conv2d(x[:, :4], old.weight, old.bias, groups=4), atol=1e-6)
 
 
-def test_nothing_is_said_to_be_kept_that_is_not() -> None:
+def test_only_kept_weights_are_reported_as_kept() -> None:
     with pytest.raises(RequestError, match="cannot carry over"):
         kept(nn.LSTM(3, 3), "RNN(3,3)")
 
 
 def test_each_tied_module_counts_by_its_own_names(cli: Cli) -> None:
-    """Of two modules that are replaced together, each breaks its own ties."""
+    """Each of two modules that are replaced together counts only its own ties."""
     weight = torch.ones(3, 3)
     torch.save(
         {"a.weight": weight, "b.weight": torch.zeros(2), "c.weight": weight, "d.weight": torch.ones(1)}, "bare.pth"

@@ -1,4 +1,4 @@
-"""resize: rows of embeddings, with ties, flags and dtypes. The tests of the providers resize models of libraries."""
+"""`resize` on embeddings, with ties, flags and dtypes. The tests of the providers resize models of libraries."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_old_rows_are_kept_and_ties_and_flags_stay(size: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_new_rows_are_those_of_transformers(dtype: torch.dtype) -> None:
+def test_new_rows_equal_transformers(dtype: torch.dtype) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         vocab_size=40, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
@@ -96,11 +96,11 @@ def test_what_cannot_be_resized_is_refused(line: str, message: str) -> None:
         (["0", "vocab_size=0"], "vocab_size takes a whole number from 1, not '0'"),
     ],
 )
-def test_wrong_words_are_told(cli: Cli, words: list[str], message: str) -> None:
+def test_wrong_words_are_errors(cli: Cli, words: list[str], message: str) -> None:
     assert message in cli("resize", *words, "-m", "Sequential(Embedding(10,4))", code=2).err
 
 
-def test_a_file_of_unknown_architecture_is_told(cli: Cli) -> None:
+def test_a_file_of_unknown_architecture_cannot_be_resized(cli: Cli) -> None:
     torch.save({"embed.weight": torch.zeros(10, 4)}, "m.pth")
     done = cli("resize", "embed", "vocab_size=12", "-m", "m.pth", "-o", "o.pth", code=2)
     assert "resize needs the classes of the modules, but the file records no architecture" in done.err

@@ -1,4 +1,4 @@
-"""The shared core: each edit compared with the plain PyTorch statements that do the same."""
+"""Each edit compared with the plain PyTorch statements that do the same."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_replace_is_setting_the_child() -> None:
     assert change.resolved == ("replace 3 Linear(8,5)",)
 
 
-def test_numbers_come_from_the_seed_and_the_position() -> None:
+def test_values_depend_on_the_seed_and_the_position_of_the_edit() -> None:
     """Edit number i draws what `torch.manual_seed(seed * 1000003 + i)` and the plain constructor draw."""
     model = small()
     apply(model, "freeze 0", "replace 3 Linear(8,5)", seed=7)
@@ -74,8 +74,8 @@ def test_each_match_gets_a_module_of_its_own() -> None:
     assert changes[0].resolved == ("replace 0 PReLU()", "replace 1.0 PReLU()")
 
 
-def test_lines_of_modules_that_keep_nothing_do_not_ask_for_it() -> None:
-    """By itself such a line is refused, and a file with it could not be opened."""
+def test_recorded_lines_omit_keep_weights_for_modules_that_keep_nothing() -> None:
+    """With the option, such a line is refused by itself, so a file that records it could not be opened."""
     with pytest.raises(RequestError, match="bias of BatchNorm1d has another meaning in Linear"):
         apply(small(), "replace * Linear(4,4) --keep-weights")
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
@@ -89,7 +89,7 @@ def test_lines_of_modules_that_keep_nothing_do_not_ask_for_it() -> None:
         apply(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)), line)
 
 
-def test_a_shared_module_stays_one() -> None:
+def test_a_shared_module_stays_shared() -> None:
     shared = nn.ReLU()
     model = nn.Sequential(shared, nn.Linear(2, 2), shared)
     apply(model, "replace **:ReLU GELU")
@@ -116,16 +116,16 @@ def test_the_root_is_refused() -> None:
         apply(small(), "replace . ReLU")
 
 
-def test_the_dtype_and_mode_of_what_was_there() -> None:
+def test_a_new_module_has_the_dtype_and_mode_of_the_old_one() -> None:
     model = small().to(torch.bfloat16).eval()
     apply(model, "replace 3 Linear(8,5)", "replace 1 PReLU()")
     assert model[3].weight.dtype == torch.bfloat16
-    assert model[1].weight.dtype == torch.bfloat16  # from its nearest relative: ReLU has none itself
+    assert model[1].weight.dtype == torch.bfloat16  # from its nearest relative, because ReLU has no tensor
     assert not model[3].training
     assert model[3].weight.requires_grad
 
 
-def test_a_dtype_in_the_expression_is_taken_at_its_word() -> None:
+def test_a_dtype_in_the_expression_is_used() -> None:
     model = small()
     apply(model, "replace 3 Linear(8,5,dtype=torch.float16)")
     assert model[3].weight.dtype == torch.float16
@@ -137,8 +137,8 @@ def test_holes_take_the_old_modules_attribute() -> None:
     assert repr(model[0]) == repr(nn.Conv2d(3, 8, 5, stride=2, padding=1, bias=False))
 
 
-def test_holes_take_what_flows_in() -> None:
-    """BatchNorm2d has no num_channels: the second axis of what flows in is it."""
+def test_holes_are_filled_in_from_the_input() -> None:
+    """BatchNorm2d has no num_channels, so it is the second dimension of the input."""
     live = open_live(Source("resnet18"))
     changes = live.apply([edits.parse("replace **:BatchNorm2d GroupNorm(32,_)")]).changes
     assert len(changes) == 20
@@ -168,7 +168,7 @@ def test_holes_in_nested_modules() -> None:
         apply(model, "replace 0 Unflatten(1,(_,2))")
 
 
-def test_a_hole_that_nothing_fills() -> None:
+def test_a_hole_that_cannot_be_filled_in_is_an_error() -> None:
     with pytest.raises(RequestError, match="_ for num_channels is not known") as caught:
         apply(small(), "replace 1 GroupNorm(2,_)")
     assert "write the value of num_channels" in str(caught.value.hint)
@@ -211,10 +211,8 @@ def test_a_module_that_does_not_fit_in_memory_is_an_error(on_meta: bool) -> None
 
 
 @pytest.mark.parametrize("last", ["Linear(1,1,device='nowhere')", "Conv2d(1,1,1,padding_mode='meta')"])
-def test_an_error_that_seems_to_need_numbers_makes_nothing_that_does_not_fit(
-    monkeypatch: pytest.MonkeyPatch, last: str
-) -> None:
-    """What torch says of both has `meta` in it, as if another device could help: there the first layer is made."""
+def test_a_failing_constructor_allocates_nothing_that_does_not_fit(monkeypatch: pytest.MonkeyPatch, last: str) -> None:
+    """torch's message contains `meta`, as if another device could help, but there the first layer is allocated."""
     monkeypatch.setattr(memory, "available", lambda: 1000)
     made: list[object] = []
     monkeypatch.setattr(meta_models, "_parameters_on_meta", made.append)
@@ -233,12 +231,12 @@ def test_an_error_that_seems_to_need_numbers_makes_nothing_that_does_not_fit(
         "Transformer(8,2,10**9,10**9)",
     ],
 )
-def test_more_layers_than_a_constructor_comes_back_from(text: str) -> None:
+def test_too_many_layers_are_refused(text: str) -> None:
     with pytest.raises(RequestError, match="layers; the limit is 2,000"):
         apply(small(), f"replace 3 {text}")
 
 
-def test_as_many_layers_as_a_class_of_ones_own_takes(folder: Path) -> None:
+def test_a_users_class_may_have_any_number_of_layers(folder: Path) -> None:
     (folder / "deep.py").write_text(
         "from torch import nn\nclass Deep(nn.Identity):\n    def __init__(self, num_layers): super().__init__()\n"
     )
@@ -254,7 +252,7 @@ def test_a_device_has_no_place_in_an_expression(cli: Cli) -> None:
     assert "device has no place here, since a module goes where the model is" in error
 
 
-def test_a_module_whose_constructor_makes_no_numbers_is_not_written(cli: Cli, folder: Path) -> None:
+def test_a_module_without_values_is_not_written(cli: Cli, folder: Path) -> None:
     (folder / "own.py").write_text(
         "from torch import nn\n\nclass Made(nn.Linear):\n    def __init__(self):\n"
         "        super().__init__(4, 4, device='meta')\n"
@@ -265,7 +263,7 @@ def test_a_module_whose_constructor_makes_no_numbers_is_not_written(cli: Cli, fo
     assert not Path("out.pth").exists()
 
 
-def test_a_dtype_to_store_in_is_none_to_make_new_modules_in() -> None:
+def test_new_modules_do_not_take_a_one_byte_dtype_from_a_relative() -> None:
     model = small().to(torch.float8_e4m3fn)
     apply(model, "append . Linear(2,2)")
     assert model[4].weight.dtype == torch.float32
@@ -309,7 +307,7 @@ def test_freeze_all_except() -> None:
     assert change.resolved == ("unfreeze 0 3",)
 
 
-def test_what_has_no_parameters_cannot_be_frozen() -> None:
+def test_a_module_without_parameters_cannot_be_frozen() -> None:
     with pytest.raises(RequestError, match="has no parameters"):
         apply(small(), "freeze 1")
 
@@ -321,7 +319,7 @@ def test_expect() -> None:
 
 
 def test_expect_counts_what_the_targets_pick() -> None:
-    """Twenty norms are twenty, however many tensors they hold."""
+    """Twenty norms count as twenty, whatever their number of tensors."""
     model = nn.Sequential(*(nn.BatchNorm1d(2) for _ in range(20)))
     apply(model, "freeze **:BatchNorm1d --expect 20")
     with pytest.raises(RequestError, match="20 match, not the 100 expected: 0, 1, 2, 3, 4 and 15 more"):
@@ -345,8 +343,8 @@ def test_a_tied_parameter_is_frozen_under_all_its_names() -> None:
 # --- on meta and for real ------------------------------------------------------------------------------------------
 
 
-def test_meta_and_real_agree() -> None:
-    """The same edits on a live model and on a real one give the same names, shapes, flags and numbers."""
+def test_edits_on_meta_equal_edits_with_values() -> None:
+    """The same edits on meta and on a model with values give the same names, shapes, flags and values."""
     lines = ("replace fc Linear(_,7)", "replace **:ReLU GELU", "freeze layer1 conv1", "unfreeze layer1.0.bn1")
     live = open_live(Source("resnet18", seed=3))
     real = live.architecture.real(3)
@@ -372,8 +370,8 @@ def test_meta_and_real_agree() -> None:
         "extract 0",
     ],
 )
-def test_a_model_that_nobody_needs_any_more_is_gone(line: str) -> None:
-    """What makes a tensor's numbers must not hold the tensor: no collector sees through a storage."""
+def test_a_discarded_model_is_garbage_collected(line: str) -> None:
+    """The source of a tensor's values must not reference the tensor: the garbage collector cannot follow storages."""
     live = open_live(Source("Sequential(Linear(4,8),BatchNorm1d(8))"))
     held = [weakref.ref(tensor) for tensor in named_tensors(live.module).values()]
     live.apply([edits.parse(line)])
@@ -386,7 +384,7 @@ def test_a_model_that_nobody_needs_any_more_is_gone(line: str) -> None:
 
 
 class Printed(nn.Module):
-    """Prints itself in its own way, or fails to."""
+    """A module whose `repr` is its own, or raises."""
 
     def __init__(self, text: str | None) -> None:
         super().__init__()
@@ -420,12 +418,12 @@ def test_brief(module: nn.Module, text: str) -> None:
     assert surgery.brief(module) == text
 
 
-def test_the_configuration_of_what_prints_itself() -> None:
+def test_the_configuration_of_a_class_with_its_own_repr() -> None:
     model = nn.Sequential(FrozenBatchNorm2d(8, eps=0.001), Printed(None))
     assert [module.config for module in describe(model).modules] == ["", "8, eps=0.001", ""]
 
 
-def test_batch_statistics_below_a_frozen_path_are_told(cli: Cli) -> None:
+def test_a_note_says_that_frozen_batch_norms_update_their_statistics(cli: Cli) -> None:
     told = " ".join(cli("freeze", "layer1", "-m", "resnet18").err.split())
     assert "frozen or not, 4 normalisation layers (layer1.0.bn1, layer1.0.bn2, layer1.1.bn1 and 1 more) still" in told
     told = " ".join(cli("freeze", "bn1", "-m", "resnet18").err.split())
@@ -445,13 +443,13 @@ def test_a_freeze_that_changes_nothing_says_so_and_is_recorded(cli: Cli) -> None
     assert len(cli("log", "--json").json["edits"]) == 4
 
 
-def test_freeze_all_but_the_head_reads_well(cli: Cli) -> None:
+def test_the_row_of_freezing_all_but_the_head(cli: Cli) -> None:
     lines = cli("freeze", ".", "--except", "classifier.6", "-m", "alexnet").out.splitlines()
     assert lines[0] == ".  trainable  ->  frozen except classifier.6  57,003,840 params"
     assert "trainable:   61,100,840 -> 4,097,000 (-57,003,840)" in lines
 
 
-def test_what_changes_nothing_does_not_join_the_record(cli: Cli) -> None:
+def test_an_edit_without_effect_is_not_recorded(cli: Cli) -> None:
     def record() -> tuple[tuple[str, ...], int]:
         found = checkpoints.read(Path("g.pth")).record
         assert found is not None
@@ -475,7 +473,7 @@ def test_what_changes_nothing_does_not_join_the_record(cli: Cli) -> None:
     assert len(frozen) == 58
 
 
-def test_batch_statistics_are_told_where_tensors_are_picked(cli: Cli) -> None:
+def test_the_note_on_batch_statistics_if_tensors_are_selected(cli: Cli) -> None:
     told = " ".join(cli("freeze", "**.weight", "-m", "resnet18").err.split())
     assert "20 normalisation layers (bn1, layer1.0.bn1" in told
     assert "1 normalisation layer (bn1) still updates" in " ".join(
@@ -492,7 +490,7 @@ def test_compiled_modules_with_tensors_are_refused() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning", "ignore:.*deprecated:DeprecationWarning")
-def test_compiled_modules_without_tensors_are_in_nobodys_way() -> None:
+def test_compiled_modules_without_tensors_are_accepted() -> None:
     model = nn.Sequential(nn.Linear(2, 3), torch.jit.script(nn.ReLU()))
     with pytest.raises(RequestError, match=r"edit 2"):
         apply(model, "freeze 0", "replace 0 Nothing")
@@ -505,7 +503,7 @@ def test_compiled_modules_without_tensors_are_in_nobodys_way() -> None:
 
 
 class Transposed(nn.Module):
-    """An autoencoder: the decoder's weight is the encoder's, the other way round."""
+    """An autoencoder whose decoder weight is the transposed encoder weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -524,14 +522,14 @@ def test_a_view_is_a_tie(device: str) -> None:
     assert model.decoder.weight.untyped_storage()._cdata != model.encoder.weight.untyped_storage()._cdata
 
 
-def test_drawing_a_view_is_told() -> None:
+def test_a_note_says_that_a_view_changes_too() -> None:
     model = Transposed()
     done = surgery.apply(model, [edits.parse("init encoder normal")])
     assert done.notes == ["decoder.weight shares memory with encoder.weight, so its values change too"]
     assert torch.equal(model.decoder.weight, model.encoder.weight.t())
 
 
-def test_only_views_of_what_is_drawn_are_told() -> None:
+def test_only_views_of_drawn_tensors_are_noted() -> None:
     whole = torch.arange(6.0)
     model = nn.Module()
     for name, view in {"full": whole, "q": whole[:3], "k": whole[3:], "again": whole[:3]}.items():
@@ -574,7 +572,7 @@ def with_whole_numbers() -> nn.Sequential:
     return model
 
 
-def test_whole_numbers_stay_frozen() -> None:
+def test_integer_parameters_stay_frozen() -> None:
     model = with_whole_numbers()
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     frozen = surgery.apply(model, [edits.parse("freeze .")])
@@ -586,7 +584,7 @@ def test_whole_numbers_stay_frozen() -> None:
         apply(model, "unfreeze 0.codes")
 
 
-def test_what_is_no_dense_tensor_keeps_its_flag(cli: Cli, folder: Path) -> None:
+def test_tensors_that_are_not_dense_keep_their_flag(cli: Cli, folder: Path) -> None:
     state = {"a.weight": nn.Parameter(torch.ones(2, 2)), "a.mask": nn.Parameter(torch.eye(2).to_sparse())}
     torch.save(state, folder / "bare.pth")
     told = cli("freeze", ".", "-m", "bare.pth", "-o", "out.pth").err
@@ -610,7 +608,7 @@ def test_what_is_no_dense_tensor_keeps_its_flag(cli: Cli, folder: Path) -> None:
         ),
     ],
 )
-def test_what_was_meant_by_an_argument(line: str, hint: str) -> None:
+def test_the_hint_for_a_misspelt_argument(line: str, hint: str) -> None:
     with pytest.raises(RequestError) as caught:
         apply(small(), line)
     assert (caught.value.hint or "").startswith(hint)
@@ -620,7 +618,7 @@ def told(line: str, model: nn.Module) -> list[str]:
     return surgery.apply(model, [edits.parse(line)]).notes
 
 
-def test_what_a_new_module_does_not_take_over_is_told() -> None:
+def test_a_note_names_what_a_new_module_does_not_take_over() -> None:
     def model() -> nn.Module:
         return nn.Sequential(
             nn.Conv2d(1, 4, 3, stride=2, padding=1, bias=False), nn.Conv2d(4, 4, 3, stride=2), nn.ReLU(inplace=True)
@@ -664,11 +662,11 @@ def test_what_a_new_module_does_not_take_over_is_told() -> None:
         (nn.MaxPool2d(2), "replace 0 Conv2d(3,3,2)", ["0: stride was 2 and is (1, 1) now: stride=_ keeps it"]),
     ],
 )
-def test_what_another_class_does_not_take_over_is_told(old: nn.Module, line: str, notes: list[str]) -> None:
+def test_a_note_names_what_another_class_does_not_take_over(old: nn.Module, line: str, notes: list[str]) -> None:
     assert [note for note in told(line, nn.Sequential(old)) if " now: " in note] == notes
 
 
-def test_it_is_told_that_what_is_new_trains() -> None:
+def test_a_note_says_that_new_modules_are_trainable() -> None:
     def frozen() -> nn.Module:
         return nn.Sequential(*(nn.Linear(3, 3) for _ in range(5)), nn.ReLU()).requires_grad_(False)
 
@@ -696,7 +694,7 @@ def test_it_is_told_that_what_is_new_trains() -> None:
         ("replace fc Sequential(Linear(5,3))", None),
     ],
 )
-def test_a_new_width_is_told_of_where_no_architecture_says_what_fits(cli: Cli, line: str, told: str | None) -> None:
+def test_a_note_names_a_new_width_if_the_architecture_is_unknown(cli: Cli, line: str, told: str | None) -> None:
     model = nn.ModuleDict({"conv": nn.Conv2d(3, 6, 3), "bn": nn.BatchNorm2d(6), "fc": nn.Linear(4, 2)})
     torch.save(model.state_dict(), "bare.pth")
     notes = cli("apply", "-e", line, "-m", "bare.pth").err

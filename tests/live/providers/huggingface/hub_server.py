@@ -1,4 +1,4 @@
-"""A server on this machine that speaks the Hub's protocol as huggingface_hub uses it, and counts what it is asked."""
+"""A local server with the part of the Hub's protocol that huggingface_hub uses. It records the requests."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FILE = re.compile(r"/(?P<name>[^/]+(?:/[^/]+)?)/resolve/(?P<revision>[^/]+)/(?P
 
 @dataclass(frozen=True)
 class Asked:
-    """A request: its method and path, the bytes that it asked for, its token, and the bytes of the answer."""
+    """A request: its method and path, the requested range of bytes, its token, and the bytes of the answer."""
 
     method: str
     path: str
@@ -31,7 +31,7 @@ class Asked:
 
     @property
     def file(self) -> str | None:
-        """The file of a repository that it asked for."""
+        """The requested file of a repository; None for other requests."""
         found = _FILE.fullmatch(self.path)
         return None if found is None else found["file"]
 
@@ -63,7 +63,7 @@ class Hub:
     token: str = "hf_right"
     status: int | None = None
     delay: float = 0
-    #: Sizes that it states of files in the place of the right ones.
+    #: Wrong sizes that the server reports for files.
     stated_sizes: dict[str, int] = field(default_factory=dict)
 
     def add(self, name: str, files: dict[str, bytes] | Path, **flags: bool) -> str:
@@ -74,11 +74,11 @@ class Hub:
         return repository.commit(files)
 
     def forget(self) -> None:
-        """Count from here on."""
+        """Forget the requests so far."""
         self.asked.clear()
 
     def of_file(self, name: str) -> list[Asked]:
-        """The requests for a file."""
+        """Return the requests for a file."""
         return [asked for asked in self.asked if asked.file == name]
 
 
@@ -101,7 +101,7 @@ class _Handler(BaseHTTPRequestHandler):
         is_head = self.command == "HEAD"
         token = (self.headers.get("authorization") or "").removeprefix("Bearer ") or None
         path, sent = unquote(urlsplit(self.path).path), 0 if is_head else len(body)
-        if path != "/api/agent-harnesses":  # which huggingface_hub asks for once a day, whatever is wanted of it
+        if path != "/api/agent-harnesses":  # huggingface_hub requests this once a day
             self.hub.asked.append(Asked(self.command, path, self.headers.get("range"), token, sent))
         self.send_response(status)
         for name, value in ({"Content-Length": str(len(body))} | headers).items():

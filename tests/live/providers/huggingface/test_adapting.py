@@ -1,4 +1,4 @@
-"""adapt on folders of transformers: the values are the library's, the configuration says it, and it loads again."""
+"""`adapt` on folders of transformers: values are the library's, the configuration is updated, the result loads."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def gpt2() -> Any:
 
 
 def saved(make: Any, **more: Any) -> Any:
-    """A model with other values than those that its constructor draws with the seed 0, in the folder `model`."""
+    """Save a model in the folder `model`, with other values than its constructor draws with seed 0."""
     torch.manual_seed(5)
     model = make(**more).eval()
     with torch.no_grad():
@@ -102,7 +102,7 @@ def same(one: nn.Module, other: nn.Module) -> bool:
         (bert_classifier, {}),
     ],
 )
-def test_the_rows_are_those_of_resize_token_embeddings(cli: Cli, make: Any, more: dict[str, Any], size: int) -> None:
+def test_new_rows_equal_resize_token_embeddings(cli: Cli, make: Any, more: dict[str, Any], size: int) -> None:
     model = saved(make, **more)
     done = cli("adapt", "--vocab-size", size, "-m", "./model/", "-o", "out/", "--json").json
     assert done["edits"] == [f"resize . vocab_size={size}"]
@@ -129,7 +129,7 @@ def test_ties_stay_and_frozen_parameters_too(cli: Cli) -> None:
 
 @pytest.mark.parametrize("make", [vit, dinov2, siglip, clip])
 @pytest.mark.parametrize("size", [48, 24])
-def test_position_embeddings_are_those_that_the_class_interpolates(cli: Cli, make: Any, size: int) -> None:
+def test_position_embeddings_equal_those_that_the_class_interpolates(cli: Cli, make: Any, size: int) -> None:
     model = saved(make)
     done = cli("adapt", "--image-size", size, "-m", "./model/", "-o", "out/", "--json").json
     assert done["edits"] == [f"resize . image_size={size}"]

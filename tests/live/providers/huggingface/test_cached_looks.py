@@ -1,4 +1,4 @@
-"""A second look at a folder takes what is kept of the first, and a folder that has changed is opened anew."""
+"""Showing a folder again uses the cached blueprint, unless the folder has changed."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tests.live.providers.huggingface.tiny import saved
 
 CONFIGURATIONS = Path(__file__).parent / "configurations"
 
-#: Models of which only the configuration is here, with the parameters that their makers publish, in billions, all and
-#: those that a token uses.
+#: Configurations of large models, with the published numbers of parameters in billions: all, and those that one token
+#: uses.
 PUBLISHED = {
     "llama-3-70b": (70.6, 70.6),
     "mixtral-8x22b": (140.6, 39),
@@ -59,17 +59,17 @@ def test_a_folder_that_changes_is_opened_anew(cli: Cli, folder: Path, changed: s
         assert cli("params", "./model", "--json").json != before
 
 
-def test_what_is_asked_of_the_files_is_not_taken_from_the_cache(cli: Cli, folder: Path) -> None:
+def test_answers_about_files_do_not_come_from_the_cache(cli: Cli, folder: Path) -> None:
     saved("LlamaForCausalLM", folder / "model")
     cli("summary", "./model")
     assert len(blueprint_cache.entries()) == 1
     assert "no file" not in cli("check", "./model", "--safe").out
-    cli("diff", "./model", "./model", "--json")  # exit code 1 where they differ
+    cli("diff", "./model", "./model", "--json")  # exit code 1 if they differ
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_configuration_alone_shows_a_model_of_any_size(cli: Cli, folder: Path, name: str) -> None:
+def test_a_folder_with_only_a_configuration_is_shown(cli: Cli, folder: Path, name: str) -> None:
     (folder / "model").mkdir()
     shutil.copy(CONFIGURATIONS / f"{name}.json", folder / "model" / "config.json")
     first = cli("summary", "./model", "--json").json

@@ -1,4 +1,4 @@
-"""A folder that transformers has saved is a model: it opens with the keys of its modules, and comes out as a folder."""
+"""A folder saved by transformers is a model: it opens with the keys of its modules, and is saved as a folder again."""
 
 from __future__ import annotations
 

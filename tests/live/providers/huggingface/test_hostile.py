@@ -1,4 +1,4 @@
-"""Configurations that lie, ask for too much, or name code, files and models elsewhere: nothing of it is followed."""
+"""Malicious configurations: wrong or huge values, and names of code, files and models elsewhere, are not followed."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ TIMM = {
     "architecture": "resnet10t",
 }
 
-#: What is added to a plain configuration, and what the error says: each of these asks for code or for other files.
+#: Entries that name code or other files, which are added to a plain configuration, and the text of the error.
 UNSAFE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "attention": (LLAMA, {"_attn_implementation": "org/kernel"}, "code of the Hub"),
     "attention, public name": (LLAMA, {"attn_implementation": "org/kernel"}, "code of the Hub"),
@@ -88,7 +88,7 @@ UNSAFE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "model of timm's Hub": (TIMM, {"architecture": "hf-hub:org/x"}, "something to load"),
 }
 
-#: The same of values that no configuration has, with the exit code.
+#: Entries with impossible values, and the text and the exit code of the error.
 WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "a billion layers": (LLAMA, {"num_hidden_layers": 10**9}, 3),
     "a number that no machine holds": (LLAMA, {"hidden_size": 10**30}, 4),
@@ -117,7 +117,7 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "deeply nested": (LLAMA, {"x": [[[[[[[[[[[[[[[[[[[[1]]]]]]]]]]]]]]]]]]]]}, 4),
 }
 
-#: The same of what changes nothing that is built.
+#: Entries that do not change the model.
 HARMLESS: dict[str, dict[str, Any]] = {
     "nothing": {},
     "code beside the class": {"auto_map": {"AutoModel": "evil.M"}},
@@ -133,7 +133,7 @@ HARMLESS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def nothing_runs_and_nothing_is_fetched(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """There is no network, and the code that lies beside the configuration makes a file when it is imported."""
+    """Forbid network access, and put code beside the configuration that creates a file when it is imported."""
 
     def refuse(*_args: Any, **_kwargs: Any) -> Any:
         raise AssertionError("the network was asked")
@@ -151,7 +151,7 @@ def written(folder: Path, document: Mapping[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", UNSAFE)
-def test_what_names_code_or_files_is_refused(cli: Cli, folder: Path, name: str) -> None:
+def test_a_configuration_that_names_code_or_files_is_refused(cli: Cli, folder: Path, name: str) -> None:
     plain, added, told = UNSAFE[name]
     written(folder, {**plain, **added})
     found = cli("params", "./model", "--no-cache", code=3)
@@ -162,7 +162,7 @@ def test_what_names_code_or_files_is_refused(cli: Cli, folder: Path, name: str) 
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_cannot_be_is_one_error(cli: Cli, folder: Path, name: str) -> None:
+def test_an_impossible_configuration_is_one_error(cli: Cli, folder: Path, name: str) -> None:
     plain, added, code = WRONG[name]
     written(folder, {**plain, **added})
     found = cli("params", "./model", "--no-cache", code=code)
@@ -172,7 +172,7 @@ def test_what_cannot_be_is_one_error(cli: Cli, folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", HARMLESS)
-def test_what_changes_nothing_is_built(cli: Cli, folder: Path, name: str) -> None:
+def test_harmless_entries_of_a_configuration_are_ignored(cli: Cli, folder: Path, name: str) -> None:
     written(folder, {**LLAMA, **HARMLESS[name]})
     found = cli("summary", "./model", "--no-cache", "--json")
     assert found.json["totals"]["params"] == 27_040
@@ -181,14 +181,14 @@ def test_what_changes_nothing_is_built(cli: Cli, folder: Path, name: str) -> Non
 
 
 def test_more_modules_than_the_tensors_need_are_refused(cli: Cli, folder: Path) -> None:
-    """A thousand layers beside the tensors of two: the bounds are in proportion to the tensors."""
+    """A thousand layers with the tensors of two exceed the limit, which is proportional to the number of tensors."""
     saved("LlamaForCausalLM", folder / "model")
     path = folder / "model" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "num_hidden_layers": 1_000}))
     assert "modules to build" in cli("params", "./model", "--no-cache", code=4).err
 
 
-def test_trust_imports_the_code_of_the_folder_alone(cli: Cli, folder: Path) -> None:
+def test_trust_imports_only_the_code_of_the_folder(cli: Cli, folder: Path) -> None:
     written(folder, {**LLAMA, "model_type": "own", "architectures": ["Own"], **CODE})
     (folder / "model" / "evil.py").write_text(OWN_CODE.format(ran=str(folder / "ran")))
     cli("params", "./model", "--no-cache", code=3)
@@ -239,7 +239,7 @@ def test_what_transformers_logs_does_not_reach_the_user(cli: Cli, folder: Path) 
     assert not found.err
 
 
-#: Values that stand in for others at random.
+#: Values that randomly replace others.
 ODD_VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, -1, 1, 3, 10**4, 10**6, 10**9, 10**18, -(10**9), 0.5, float("nan"), float("inf")),
     *("", "evil", "os.system", "org/x", "../x", "x.pkl", "gelu", "\x1b[31m", "[bold]", "a\nb", "x" * 5_000),

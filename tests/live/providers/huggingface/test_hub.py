@@ -1,4 +1,4 @@
-"""Models of the Hub: a look asks for the configuration and the headers alone, and values are downloaded once."""
+"""Models of the Hub: showing one requests only its configuration and headers, and values are downloaded once."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.conftest import Cli
 from tests.live.providers.huggingface import tiny
 from tests.live.providers.huggingface.hub_server import Hub, serving
 
-#: Embeddings of 256 kB: more than a header is asked for with.
+#: Embeddings of 256 kB, more than a request for a header reads.
 LARGE = {"vocab_size": 2000}
 NAME = "org/bert"
 LOOKS = (
@@ -40,7 +40,7 @@ LOOKS = (
 
 @pytest.fixture
 def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A Hub of our own, with an empty cache in the place of huggingface_hub's."""
+    """A local Hub, and an empty cache instead of huggingface_hub's."""
     for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     with serving() as found:
@@ -59,7 +59,7 @@ def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 @pytest.fixture
 def model(hub: Hub, folder: Path) -> Path:
-    """A model in a folder `local`, which is on the Hub as well."""
+    """A model in the folder `local` that is on the Hub as well."""
     tiny.saved("BertForSequenceClassification", folder / "local", **LARGE)
     (folder / "local" / "tokenizer.json").write_text("{}")
     hub.add(NAME, folder / "local")
@@ -71,7 +71,7 @@ def commit_of(hub: Hub, name: str = NAME) -> str:
 
 
 def without_names(text: str) -> dict[str, object]:
-    """A JSON document without what the model is called, and with its parts in it."""
+    """Return a JSON document without the names of the model."""
     document = json.loads(text)
     return {key: value for key, value in document.items() if key not in ("model", "notes")}
 
@@ -85,7 +85,7 @@ def go_offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("words", LOOKS)
-def test_a_look_shows_what_the_folder_shows_and_asks_for_no_weights(
+def test_showing_a_remote_model_equals_its_folder_and_requests_no_weights(
     cli: Cli, hub: Hub, model: Path, words: tuple[str, ...]
 ) -> None:
     found = cli(*(word.format(f"hf:{NAME}") for word in words))
@@ -95,10 +95,10 @@ def test_a_look_shows_what_the_folder_shows_and_asks_for_no_weights(
     assert [asked.range for asked in shard] == ["bytes=0-100000"]
     assert shard[0].sent == 100_001 < (model / "model.safetensors").stat().st_size
     assert {asked.file for asked in hub.asked} == {"config.json", None, "model.safetensors"}
-    assert len(hub.asked) == 5  # which commit, the configuration (twice), the list of files, the header
+    assert len(hub.asked) == 5  # the commit, the configuration (twice), the list of files, the header
 
 
-def test_of_many_shards_each_is_asked_for_its_header_once(cli: Cli, hub: Hub, folder: Path) -> None:
+def test_each_shards_header_is_requested_once(cli: Cli, hub: Hub, folder: Path) -> None:
     tiny.model("LlamaForCausalLM", **LARGE).save_pretrained(folder / "local", max_shard_size="100KB")
     hub.add(NAME, folder / "local")
     error = cli("check", f"hf:{NAME}", "--complete", "--json", code=2).error
@@ -124,7 +124,7 @@ def test_a_long_header_takes_two_requests(cli: Cli, hub: Hub, folder: Path, mode
     assert second.range == f"bytes=8-{length + 7}"
 
 
-def test_a_second_look_asks_only_which_commit_it_is_and_none_at_a_commit(cli: Cli, hub: Hub, model: Path) -> None:
+def test_showing_a_model_again_requests_at_most_its_commit(cli: Cli, hub: Hub, model: Path) -> None:
     first = cli("summary", f"hf:{NAME}").out
     hub.forget()
     assert cli("summary", f"hf:{NAME}").out == first
@@ -134,7 +134,7 @@ def test_a_second_look_asks_only_which_commit_it_is_and_none_at_a_commit(cli: Cl
     assert not hub.asked
 
 
-def test_a_branch_that_moved_is_looked_at_anew(cli: Cli, hub: Hub, folder: Path, model: Path) -> None:
+def test_a_branch_that_moved_is_shown_anew(cli: Cli, hub: Hub, folder: Path, model: Path) -> None:
     before = cli("params", f"hf:{NAME}", "--json").json["totals"]
     old = commit_of(hub)
     tiny.saved("BertForSequenceClassification", folder / "wider", vocab_size=3000)
@@ -144,7 +144,7 @@ def test_a_branch_that_moved_is_looked_at_anew(cli: Cli, hub: Hub, folder: Path,
 
 
 def test_headers_give_keys_dtypes_and_ties(cli: Cli, hub: Hub, folder: Path) -> None:
-    """The weights say which dtype they have, whatever the configuration says, and keys are converted."""
+    """The dtypes are those of the weights, even if the configuration has another, and keys are converted."""
     made = tiny.model("MixtralForCausalLM").half()
     made.save_pretrained(folder / "local")
     config = folder / "local" / "config.json"
@@ -161,7 +161,7 @@ def test_an_edit_that_writes_nothing_downloads_nothing(cli: Cli, hub: Hub, model
     assert all(asked.method == "HEAD" or asked.range for asked in hub.of_file("model.safetensors"))
 
 
-def test_values_that_are_not_here_say_which_command_downloads_them(hub: Hub, model: Path) -> None:
+def test_the_error_for_missing_values_names_the_command_that_downloads_them(hub: Hub, model: Path) -> None:
     live = opening.open_live(Source(f"hf:{NAME}"))
     entry = value_entries.of_live(live)["classifier.weight"]
     commit = commit_of(hub)
@@ -202,11 +202,11 @@ def test_an_edit_downloads_the_model_and_what_belongs_to_it(cli: Cli, hub: Hub, 
     assert (folder / "out" / "tokenizer.json").is_file()
 
 
-def test_of_shards_all_are_downloaded(cli: Cli, hub: Hub, folder: Path) -> None:
+def test_all_shards_are_downloaded(cli: Cli, hub: Hub, folder: Path) -> None:
     made = tiny.model("LlamaForCausalLM", **LARGE)
     made.save_pretrained(folder / "local", max_shard_size="100KB")
     hub.add(NAME, folder / "local")
-    cli("summary", f"hf:{NAME}")  # which leaves the index in the cache, and no shard
+    cli("summary", f"hf:{NAME}")  # this leaves the index in the cache, and no shard
     cli("save", "out.pth", "-m", f"hf:{NAME}")
     found, expected = torch.load("out.pth", weights_only=True), made.state_dict()
     assert found.keys() == expected.keys()
@@ -224,7 +224,7 @@ def test_of_shards_all_are_downloaded(cli: Cli, hub: Hub, folder: Path) -> None:
         ("load", "{}"),
     ],
 )
-def test_what_needs_values_downloads_them(cli: Cli, hub: Hub, model: Path, words: tuple[str, ...]) -> None:
+def test_commands_that_need_values_download_them(cli: Cli, hub: Hub, model: Path, words: tuple[str, ...]) -> None:
     cli(*(word.format(f"hf:{NAME}") for word in words))
     assert [asked.method for asked in hub.of_file("model.safetensors") if not asked.range] == ["HEAD", "GET"]
 
@@ -234,7 +234,7 @@ def test_loading_in_python_gives_the_values(hub: Hub, model: Path) -> None:
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-def test_what_was_downloaded_is_used_without_a_request(
+def test_downloaded_files_are_used_without_a_request(
     cli: Cli, hub: Hub, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cli("load", f"hf:{NAME}")
@@ -242,7 +242,7 @@ def test_what_was_downloaded_is_used_without_a_request(
     cli("save", "out.pth", "-m", f"hf:{NAME}@{commit_of(hub)}")
     assert not hub.asked
     cli("save", "out2.pth", "-m", f"hf:{NAME}")
-    assert {asked.file for asked in hub.asked} == {"config.json", None}  # which commit, and which files it has
+    assert {asked.file for asked in hub.asked} == {"config.json", None}  # the commit, and its list of files
     hub.forget()
     go_offline(monkeypatch)
     cli("save", "out3.pth", "-m", f"hf:{NAME}")
@@ -404,7 +404,7 @@ CONFIG = {"config.json": b'{"model_type": "bert", "architectures": ["BertModel"]
         (CONFIG, {}, "hf:../x", 2, "there is no folder", ""),
     ],
 )
-def test_what_is_not_there_is_told_in_one_message(
+def test_a_missing_model_or_file_is_one_error(
     cli: Cli,
     hub: Hub,
     files: dict[str, bytes],
@@ -420,7 +420,7 @@ def test_what_is_not_there_is_told_in_one_message(
     assert hint in (error["hint"] or "")
 
 
-def test_a_missing_repository_is_told_with_the_nearest_name(cli: Cli, hub: Hub, folder: Path, model: Path) -> None:
+def test_the_error_for_a_missing_repository_names_the_nearest(cli: Cli, hub: Hub, folder: Path, model: Path) -> None:
     cli("params", f"hf:{NAME}")
     assert f"did you mean {NAME}?" in cli("params", "hf:org/brt", "--json", code=2).error["hint"]
     (folder / "org" / "brt").mkdir(parents=True)
@@ -451,7 +451,7 @@ def test_failures_of_the_network_have_exit_code_5(cli: Cli, hub: Hub, monkeypatc
     assert "modelcli load hf:org/name" in error["hint"]
 
 
-def test_a_full_disk_is_told(cli: Cli, hub: Hub, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_an_error(cli: Cli, hub: Hub, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_args: object, **_kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -494,7 +494,7 @@ def test_an_index_that_names_a_file_that_is_not_there_is_refused(cli: Cli, hub: 
     assert "names the file b.safetensors, which the repository does not have" in message
 
 
-def test_a_header_that_lies_is_refused(cli: Cli, hub: Hub, model: Path) -> None:
+def test_an_invalid_header_is_refused(cli: Cli, hub: Hub, model: Path) -> None:
     hub.stated_sizes["model.safetensors"] = 5000
     assert "damaged" in cli("params", f"hf:{NAME}", "--json", code=4).error["message"]
     hub.stated_sizes.clear()
@@ -506,7 +506,7 @@ def test_a_header_that_lies_is_refused(cli: Cli, hub: Hub, model: Path) -> None:
     assert "damaged" in cli("params", "hf:org/name", "--json", code=4).error["message"]
 
 
-def test_files_of_other_names_are_never_asked_for(cli: Cli, hub: Hub, folder: Path, model: Path) -> None:
+def test_files_of_other_names_are_never_requested(cli: Cli, hub: Hub, folder: Path, model: Path) -> None:
     config = json.loads((model / "config.json").read_text()) | {"auto_map": {"AutoModel": "own.Own"}}
     files = {path.name: path.read_bytes() for path in model.iterdir()}
     strange = {"own.py": b"x", "../up.json": b"{}", "sub/x.json": b"{}", ".git.json": b"{}", "training_args.bin": b"x"}
@@ -535,9 +535,7 @@ def test_a_name_with_characters_of_a_pattern_is_one_file(cli: Cli, hub: Hub, mod
     assert len(hub.of_file("a[b].json")) == 2
 
 
-def test_requests_are_allowed_to_describe_a_model_and_not_to_build_it(
-    hub: Hub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_requests_are_refused_where_downloads_are_forbidden(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     names: list[str] = []
     monkeypatch.setattr(socket, "getaddrinfo", lambda name, *_: names.append(name))
     with downloads.forbidden():

@@ -1,4 +1,4 @@
-"""Every model type that `tiny` lists: what modelcli says of a saved folder is what transformers makes of it.
+"""Every model type that `tiny` lists: what modelcli shows of a saved folder equals the model of transformers.
 
 The truth is the model that transformers itself built and saved, and torch's `FlopCounterMode` on a pass of it on the
 CPU, whose attention is computed as matrix products: the fused kernels of the CPU are not counted by it.
@@ -46,7 +46,7 @@ def test_enough_model_types_are_covered_and_few_need_the_cpu() -> None:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if index % 6 == 0 else pytest.mark.sweep) for index, name in enumerate(NAMES)]
 )
-def test_a_folder_says_and_gives_what_transformers_makes_of_it(cli: Cli, folder: Path, name: str) -> None:
+def test_a_folder_equals_the_model_of_transformers(cli: Cli, folder: Path, name: str) -> None:
     real = model(name)
     save(real, folder / "model", ("safetensors", "shards", "bin")[NAMES.index(name) // 3 % 3])
     live = open_live(Source("./model"))
@@ -61,7 +61,7 @@ def test_a_folder_says_and_gives_what_transformers_makes_of_it(cli: Cli, folder:
     same_values(modelcli.load("out.pth"), real)
 
 
-#: Models with tensors that stay in float32: rotary frequencies, all that is named for it, and all that is made in it.
+#: Models with tensors that stay in float32: rotary frequencies, those that the class lists, and those created in it.
 STAY_IN_FLOAT32 = ("LlamaForCausalLM", "T5ForConditionalGeneration", "DeepseekV3ForCausalLM")
 
 
@@ -89,7 +89,7 @@ def test_a_cast_and_one_back_leave_the_rotary_frequencies_as_they_are(cli: Cli, 
 
 
 def same_values_and_dtypes(loaded: nn.Module, real: nn.Module) -> None:
-    """Parameters and buffers, those outside the state dict included, are equal in dtype and values."""
+    """Require equal dtypes and values of parameters and buffers, non-persistent ones included."""
     found, expected = (
         {**dict(each.named_parameters(remove_duplicate=False)), **dict(each.named_buffers(remove_duplicate=False))}
         for each in (loaded, real)
@@ -99,7 +99,7 @@ def same_values_and_dtypes(loaded: nn.Module, real: nn.Module) -> None:
 
 
 def same_tensors(found: Blueprint, real: nn.Module) -> None:
-    """Names, shapes, dtypes, ties and totals are those of the model that was saved."""
+    """Require the names, shapes, dtypes, ties and totals of the saved model."""
     tensors = {
         **dict(real.named_parameters(remove_duplicate=False)),
         **dict(real.named_buffers(remove_duplicate=False)),
@@ -114,7 +114,7 @@ def same_tensors(found: Blueprint, real: nn.Module) -> None:
 
 
 def same_pass(found: Blueprint, live: Live, real: Any, device: str) -> None:
-    """The output shapes and the multiply-accumulates are those of a pass with values."""
+    """Require the output shapes and multiply-accumulates of a pass with values."""
     assert live.inputs is not None
     made = found.trace
     assert made is not None
@@ -130,7 +130,7 @@ def same_pass(found: Blueprint, live: Live, real: Any, device: str) -> None:
 
 
 def same_values(loaded: nn.Module, real: nn.Module) -> None:
-    """`modelcli.load` gives the values and the ties of the saved model, buffers outside the state dict included."""
+    """Require that `modelcli.load` gives the values and ties of the saved model, non-persistent buffers included."""
     assert type(loaded) is type(real)
     values, expected = (
         dict(loaded.named_parameters(remove_duplicate=False)),
@@ -176,7 +176,7 @@ def test_the_shapes_of_the_parts_of_an_output_are_shown(cli: Cli, folder: Path) 
 
 
 @pytest.mark.parametrize("stated", [["input_ids=2,7"], ["input_ids=2,7:int32", "attention_mask=2,7"]])
-def test_stated_inputs_take_the_place_of_the_known_ones(cli: Cli, folder: Path, stated: list[str]) -> None:
+def test_stated_inputs_replace_the_known_ones(cli: Cli, folder: Path, stated: list[str]) -> None:
     model("BertForSequenceClassification").save_pretrained(folder / "model")
     options = [word for text in stated for word in ("--input", text)]
     document = json.loads(cli("summary", "./model", "--json", *options).out)

@@ -13,7 +13,7 @@ from modelcli.live.mult_adds import MultAdds
 from tests.conftest import Cli
 
 
-def test_a_class_may_use_the_names_of_torch_otherwise(cli: Cli, folder: Path) -> None:
+def test_a_class_may_redefine_names_of_torch(cli: Cli, folder: Path) -> None:
     import transformers  # noqa: F401 -- what is imported is what is tested
 
     (folder / "own.py").write_text(

@@ -1,4 +1,4 @@
-"""The folder of an edited model of transformers: its configuration says what the edits changed, or a note does."""
+"""The folder of an edited model of transformers: its configuration contains the changes, or a note names them."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_a_new_classifier_that_is_loaded_trains(cli: Cli, folder: Path) -> None:
 
 
 def test_untied_embeddings(cli: Cli, folder: Path) -> None:
-    """A new head is a tensor of its own; tied before, it is not after."""
+    """A new head is a tensor of its own, so the embeddings are not tied any more."""
     saved("LlamaForCausalLM", folder / "model")
     cli("replace", "lm_head", "Linear(_,_,bias=False)", "--untie", "-m", "./model", "-o", "out/")
     assert config_in(folder / "out")["tie_word_embeddings"] is False
@@ -160,7 +160,7 @@ def test_folders_that_are_not_copied_are_named(cli: Cli, folder: Path) -> None:
     assert {path.name for path in (folder / "out").iterdir()} == {"config.json", "model.safetensors"}
 
 
-def test_what_a_configuration_cannot_say_is_named_and_the_record_says_it(cli: Cli, folder: Path) -> None:
+def test_changes_that_a_configuration_cannot_express_are_noted_and_recorded(cli: Cli, folder: Path) -> None:
     saved("BertForSequenceClassification", folder / "model")
     head = "Sequential(Linear(32,16),ReLU(),Linear(16,3))"
     told = cli("replace", "classifier", head, "-m", "./model", "-o", "out/").err
@@ -176,7 +176,7 @@ def test_what_a_configuration_cannot_say_is_named_and_the_record_says_it(cli: Cl
     assert all(row["name"].startswith("bert.") for row in frozen)
 
 
-def test_changes_are_told_once(cli: Cli, folder: Path) -> None:
+def test_changes_are_noted_once(cli: Cli, folder: Path) -> None:
     saved("BertForSequenceClassification", folder / "model")
     assert "num_labels: 3 -> 10" in cli("replace", "classifier", "Linear(_,10)", "-m", "./model", "-o", "one/").err
     told = cli("remove", "bert.encoder.layer.1", "-m", "./one", "-o", "two/").err
@@ -195,16 +195,14 @@ def test_changes_are_told_once(cli: Cli, folder: Path) -> None:
         ("LlavaForConditionalGeneration", "model.language_model.layers.1", "text_config.num_hidden_layers"),
     ],
 )
-def test_a_change_in_a_part_of_the_configuration_is_told(
-    cli: Cli, folder: Path, name: str, layer: str, entry: str
-) -> None:
+def test_a_change_in_a_nested_configuration_is_noted(cli: Cli, folder: Path, name: str, layer: str, entry: str) -> None:
     saved(name, folder / "model")
     told = cli("remove", layer, "-m", "./model", "-o", "out/").err
     assert f"config.json: {entry}: 2 -> 1" in told
     assert not any(loaded(folder / "out")[1].values())
 
 
-def test_a_folder_that_from_pretrained_refuses_is_called_so(cli: Cli, folder: Path) -> None:
+def test_a_note_says_that_from_pretrained_refuses_a_folder(cli: Cli, folder: Path) -> None:
     saved("GPT2LMHeadModel", folder / "model")
     told = cli("replace", "lm_head", "Linear(_,7,bias=False)", "--untie", "-m", "./model", "-o", "out/").err
     assert "from_pretrained refuses the weights" in told
@@ -213,7 +211,7 @@ def test_a_folder_that_from_pretrained_refuses_is_called_so(cli: Cli, folder: Pa
     assert modelcli.load("./out").lm_head.out_features == 7
 
 
-def test_a_changed_configuration_counts_more_than_the_record(cli: Cli, folder: Path) -> None:
+def test_a_changed_configuration_takes_precedence_over_the_record(cli: Cli, folder: Path) -> None:
     saved("BertForSequenceClassification", folder / "model")
     cli("freeze", "bert", "-m", "./model", "-o", "out/")
     assert cli("summary", "./out", "--json").json["totals"]["trainable_params"] < 1000
@@ -224,21 +222,21 @@ def test_a_changed_configuration_counts_more_than_the_record(cli: Cli, folder: P
     assert told.json["notes"] == ["the record in out was ignored: config.json has changed since"]
 
 
-def test_a_folder_in_place_is_as_atomic_as_any(cli: Cli, folder: Path) -> None:
+def test_a_folder_is_replaced_in_one_step(cli: Cli, folder: Path) -> None:
     saved("LlamaForCausalLM", folder / "model")
     (folder / "model" / "tokenizer.json").write_text("{}")
     inode = (folder / "model").stat().st_ino
     cli("cast", ".", "bfloat16", "-m", "./model", "-o", "model/", code=2)  # without --force
     assert config_in(folder / "model")["dtype"] == "float32"
     cli("cast", ".", "bfloat16", "-m", "./model", "-o", "model/", "--force")
-    assert (folder / "model").stat().st_ino != inode  # another folder took its place in one step
+    assert (folder / "model").stat().st_ino != inode  # another folder replaced it in one step
     found, report = loaded(folder / "model")
     assert not any(report.values())
     assert found.dtype == torch.bfloat16
     assert (folder / "model" / "tokenizer.json").read_text() == "{}"
 
 
-def test_a_part_that_is_no_model_of_transformers_is_a_plain_folder_of_shards(cli: Cli, folder: Path) -> None:
+def test_an_extracted_plain_module_is_written_as_a_plain_folder_of_shards(cli: Cli, folder: Path) -> None:
     saved("LlamaForCausalLM", folder / "model")
     cli("extract", "model.layers.0.mlp", "-m", "./model", "-o", "out/")
     names = {path.name for path in (folder / "out").iterdir()}

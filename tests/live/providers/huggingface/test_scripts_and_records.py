@@ -1,4 +1,4 @@
-"""A script for a model of transformers is plain transformers, and a file made of one carries what builds it again."""
+"""A script for a model of transformers uses only transformers, and a file with such a model records how to build it."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def script_of(cli: Cli, reference: str, edits: list[str]) -> str:
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_a_file_carries_what_builds_it_where_the_folder_is_not(cli: Cli, folder: Path, name: str) -> None:
+def test_a_file_contains_the_configuration_and_needs_no_folder(cli: Cli, folder: Path, name: str) -> None:
     saved(name, folder / "model")
     options = [word for line in EDITS[name] for word in ("-e", line)]
     cli("apply", "-m", "./model", *options, "-o", "out.pth")
@@ -109,14 +109,14 @@ def test_load_gives_what_from_pretrained_gives(folder: Path) -> None:
 
 
 def test_a_class_with_values_that_name_code_is_refused(cli: Cli, folder: Path) -> None:
-    """This is the form in which a record names a model."""
+    """A record names a model in this form."""
     config = transformers.LlamaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=100)
     reference = f"hf:LlamaForCausalLM(hidden_size={config.hidden_size}, attn_implementation='org/kernel')"
     assert "code of the Hub" in cli("params", reference, "--no-cache", code=3).err
 
 
-def test_a_record_holds_what_only_a_configuration_says(cli: Cli, folder: Path) -> None:
-    """Entries that transformers does not know are kept, because code may ask for them, and infinite numbers too."""
+def test_a_record_keeps_entries_that_only_a_configuration_has(cli: Cli, folder: Path) -> None:
+    """Entries that transformers does not know are kept, because code may use them, and so are infinite numbers."""
     saved("LlamaForCausalLM", folder / "model")
     path = folder / "model" / "config.json"
     own = {"ep_size": 1, "limits": [0.0, {"__float__": "Infinity"}], "num_hiden_layers": 7}
@@ -128,14 +128,14 @@ def test_a_record_holds_what_only_a_configuration_says(cli: Cli, folder: Path) -
     assert len(found.model.layers) == 2
 
 
-def test_a_misspelt_value_is_told(cli: Cli, folder: Path) -> None:
+def test_a_misspelt_argument_is_an_error(cli: Cli, folder: Path) -> None:
     values = "hidden_size=32, intermediate_size=64, num_attention_heads=4, vocab_size=100, num_hiden_layers=1"
     told = cli("summary", f"hf:LlamaForCausalLM({values})", "--no-cache").err
     assert "has no 'num_hiden_layers'" in told
     assert "num_hidden_layers" in told
 
 
-def test_a_wrong_value_of_a_class_is_a_wrong_request(cli: Cli, folder: Path) -> None:
+def test_a_wrong_value_of_a_class_is_a_request_error(cli: Cli, folder: Path) -> None:
     told = cli("params", "hf:LlamaForCausalLM(hidden_size='two')", "--no-cache", code=2).err
     assert "expected int" in told
     assert "config.json" not in told

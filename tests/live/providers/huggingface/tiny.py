@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import transformers
 
-#: What most encoders and decoders of text call their sizes.
+#: The sizes of most encoders and decoders of text.
 BODY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL = {**BODY, "vocab_size": 100}
-#: The same of decoders with fewer heads for keys and values.
+#: The sizes of decoders with fewer heads for keys and values.
 GROUPED = {**SMALL, "num_key_value_heads": 2, "tie_word_embeddings": False}
 #: Vision transformers.
 PATCHES = {**BODY, "image_size": 32, "patch_size": 8}
@@ -26,7 +26,7 @@ PAIR = {
     "encoder_ffn_dim": 64,
     "decoder_ffn_dim": 64,
 }
-#: Models that hear a wave.
+#: Models that take a waveform.
 WAVE = {
     **BODY,
     "vocab_size": 40,
@@ -280,7 +280,7 @@ MORE_MODELS: dict[str, dict[str, Any]] = {
 
 
 def model(name: str, seed: int = 0, **changed: Any) -> transformers.PreTrainedModel:
-    """A model with random values, as the plain class makes it."""
+    """Return a model with random values, as the plain class makes it."""
     kind = getattr(transformers, name)
     torch.manual_seed(seed)
     made: transformers.PreTrainedModel = kind(kind.config_class(**{**(MODELS | MORE_MODELS)[name], **changed}))
@@ -288,14 +288,14 @@ def model(name: str, seed: int = 0, **changed: Any) -> transformers.PreTrainedMo
 
 
 def saved(name: str, folder: Path, seed: int = 0, **changed: Any) -> transformers.PreTrainedModel:
-    """The same, saved by `save_pretrained`."""
+    """Return such a model, and save it by `save_pretrained`."""
     made = model(name, seed, **changed)
     made.save_pretrained(folder)
     return made
 
 
 def loaded(folder: Path) -> tuple[transformers.PreTrainedModel, dict[str, Any]]:
-    """What `from_pretrained` makes of a folder, and what it reports of missing, unexpected and mismatched keys."""
+    """Load a folder by `from_pretrained`. Returns the model, and the missing, unexpected and mismatched keys."""
     config = transformers.AutoConfig.from_pretrained(folder)
     kind = getattr(transformers, config.architectures[0])
     found, info = kind.from_pretrained(folder, output_loading_info=True)

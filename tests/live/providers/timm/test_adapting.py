@@ -1,4 +1,4 @@
-"""adapt on models of timm: the result is what timm makes of the same weights with other arguments."""
+"""`adapt` on models of timm equals what timm makes of the same weights with other arguments."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ timm = pytest.importorskip("timm")
 
 
 def saved(name: str) -> Any:
-    """A model with other values than those that the constructor draws with the seed 0, in `m.pth`."""
+    """Save a model in `m.pth`, with other values than its constructor draws with seed 0."""
     torch.manual_seed(5)
     model = timm.create_model(name)
     with torch.no_grad():
@@ -29,7 +29,7 @@ def saved(name: str) -> Any:
 
 
 def by_timm(name: str, **arguments: Any) -> dict[str, torch.Tensor]:
-    """What timm's own loader makes of `m.pth`."""
+    """Return what timm's own loader makes of `m.pth`."""
     overlay = {"file": "m.pth", "hf_hub_id": None, "url": ""}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -49,7 +49,7 @@ def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], *, b
     "name", ["test_vit", "test_vit2", "test_vit3", "test_vit4", "test_resnet", "test_efficientnet", "test_convnext"]
 )
 @pytest.mark.parametrize("channels", [1, 4])
-def test_classes_and_channels_are_those_of_create_model(cli: Cli, name: str, channels: int) -> None:
+def test_classes_and_channels_equal_create_model(cli: Cli, name: str, channels: int) -> None:
     model = saved(name)
     words = ("--classes", 5, "--in-channels", channels, "-m", "m.pth", "--arch", f"timm:{name}")
     done = cli("adapt", *words, "-o", "o.pth", "--json").json
@@ -72,7 +72,7 @@ def test_classes_and_channels_are_those_of_create_model(cli: Cli, name: str, cha
         ("test_coatnet", 192),
     ],
 )
-def test_the_image_size_is_that_of_create_model(cli: Cli, name: str, size: int) -> None:
+def test_the_image_size_equals_create_model(cli: Cli, name: str, size: int) -> None:
     saved(name)
     words = ("adapt", "--image-size", size, "-m", "m.pth", "--arch", f"timm:{name}")
     done = cli(*words, "-o", "o.pth", "--json").json
@@ -96,7 +96,7 @@ def test_a_model_that_timm_builds_for_one_size_is_refused(cli: Cli) -> None:
     assert "timm may build it for that size and adapt a checkpoint to it: timm:NAME(img_size=320)" in done.err
 
 
-def test_a_model_without_a_classifier_is_told(cli: Cli) -> None:
+def test_a_model_without_a_classifier_is_an_error(cli: Cli) -> None:
     done = cli("adapt", "--classes", 5, "-m", "timm:test_vit(num_classes=0)", "-o", "o.pth", code=2)
     assert "error: " in done.err
     assert not Path("o.pth").exists()

@@ -1,4 +1,4 @@
-"""Folders as timm has them on the Hub are models, and come out so that `timm.create_model` loads them."""
+"""Folders in timm's layout on the Hub are models, and are saved so that `timm.create_model` loads them."""
 
 from __future__ import annotations
 
@@ -80,12 +80,12 @@ def test_a_new_head_and_stem_are_in_the_configuration(cli: Cli, folder: Path) ->
     assert same(found, ours)
     assert torch.equal(found.pos_embed, model.pos_embed)
     image = torch.randn(1, 4, 160, 160)
-    one, other = copy.deepcopy(found), copy.deepcopy(ours).eval()  # in memory of one alignment: kernels differ by it
+    one, other = copy.deepcopy(found), copy.deepcopy(ours).eval()  # equal memory alignment, since kernels depend on it
     with torch.no_grad():
         assert torch.equal(one(image), other(image))
 
 
-def test_what_the_configuration_cannot_say_is_told(cli: Cli) -> None:
+def test_a_note_names_changes_that_the_configuration_cannot_express(cli: Cli) -> None:
     saved("model", "test_vit")
     result = cli("replace", "@head", "Sequential(Linear(64,8),Linear(8,4))", "-m", "./model", "-o", "out/")
     assert "config.json cannot say what the edits changed" in result.err
@@ -103,7 +103,7 @@ def test_weights_larger_than_a_shard_are_one_file_that_timm_loads(cli: Cli, fold
     assert same(modelcli.load("out/"), model)
 
 
-def test_one_file_takes_the_place_of_shards_in_the_folder(cli: Cli, folder: Path) -> None:
+def test_one_file_replaces_the_shards_of_the_folder(cli: Cli, folder: Path) -> None:
     model = saved("model", "test_resnet", num_classes=3)
     torch.save(model.state_dict(), "plain.pth")
     cli("save", "out/", "-m", "plain.pth", "--bare-keys", "--max-shard-size", "50KB")

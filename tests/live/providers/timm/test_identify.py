@@ -1,4 +1,4 @@
-"""`identify` knows timm's models, and builds those alone whose source has the names of the keys."""
+"""`identify` finds timm's models, and builds only those whose source contains the names in the keys."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.conftest import Cli
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Of each group that timm's sources suggest two models, so that a test takes seconds; records what is built."""
+    """Limit each group of candidates to two models, so that a test takes seconds. Returns the models that are built."""
     like, built = Timm.names_like, identify._built
     names: list[str] = []
 
@@ -31,10 +31,10 @@ def few(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def test_a_file_is_known_by_names_and_shapes(cli: Cli, few: list[str]) -> None:
+def test_a_file_is_identified_by_names_and_shapes(cli: Cli, few: list[str]) -> None:
     torch.save(timm.create_model("xcit_nano_12_p16_224").state_dict(), "bare.pth")
     document = cli("identify", "bare.pth", "--json").json
-    both = ["timm:xcit_nano_12_p16_224", "timm:xcit_nano_12_p16_384"]  # no tensor's shape is that of the image
+    both = ["timm:xcit_nano_12_p16_224", "timm:xcit_nano_12_p16_384"]  # no tensor's shape depends on the image size
     assert [match["model"] for match in document["matches"] if match["exact"]] == both
     assert few == both
     few.clear()
@@ -43,18 +43,18 @@ def test_a_file_is_known_by_names_and_shapes(cli: Cli, few: list[str]) -> None:
     assert "looks like timm:xcit_nano_12_p16_224" in cli("params", "bare.pth").err
 
 
-def test_other_classes_are_said_as_an_argument(cli: Cli, few: list[str]) -> None:
+def test_another_number_of_classes_is_shown_as_an_argument(cli: Cli, few: list[str]) -> None:
     torch.save(timm.create_model("xcit_nano_12_p16_224", num_classes=7).state_dict(), "bare.pth")
     assert "timm:xcit_nano_12_p16_224(num_classes=7) fits exactly" in cli("identify", "bare.pth").err
 
 
-def test_a_look_at_a_model_is_enough_to_know_its_files(cli: Cli) -> None:
+def test_showing_a_model_is_enough_to_identify_its_files(cli: Cli) -> None:
     cli("params", "timm:test_vit")
     torch.save(timm.create_model("test_vit").state_dict(), "bare.pth")
     assert "looks like timm:test_vit" in cli("params", "bare.pth").err
 
 
-def test_nothing_of_timm_is_built_for_names_that_it_does_not_have(cli: Cli, few: list[str]) -> None:
+def test_no_timm_model_is_built_for_names_that_timm_lacks(cli: Cli, few: list[str]) -> None:
     torch.save({"quokka.weight": torch.zeros(2), "wombat.bias": torch.zeros(3)}, "bare.pth")
     cli("identify", "bare.pth", code=1)
     assert few == []

@@ -1,4 +1,4 @@
-"""A checkpoint gets what `pretrained=True` gets, bit for bit: plain timm with the same file is the truth."""
+"""A checkpoint is adapted as by `pretrained=True`, bit for bit. Plain timm with the same file is the reference."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.searchsorted", "ignore:Usi
 
 
 def saved(name: str, path: str = "best.pth", **arguments: Any) -> dict[str, torch.Tensor]:
-    """Save what a model has, every value of it random and different."""
+    """Save a model's state dict with random, different values."""
     torch.manual_seed(1)
     state = timm.create_model(name, **arguments).state_dict()
     state = {key: torch.randn_like(t) if t.is_floating_point() else t for key, t in state.items()}
@@ -27,7 +27,7 @@ def saved(name: str, path: str = "best.pth", **arguments: Any) -> dict[str, torc
 
 
 def loaded_by_timm(name: str, path: str = "best.pth", **arguments: Any) -> dict[str, torch.Tensor]:
-    """What plain timm makes of the file."""
+    """Return what plain timm makes of the file."""
     torch.manual_seed(0)
     overlay = {"file": path}
     model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
@@ -38,7 +38,7 @@ def as_text(arguments: dict[str, Any]) -> str:
     return ", ".join(f"{key}={value!r}" for key, value in arguments.items())
 
 
-#: The file's model, its arguments, those of the model that it is loaded into, and what the notes say.
+#: The file's model, its arguments, those of the model that it is loaded into, and the text of the notes.
 CASES: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("test_vit", {}, {"img_size": 96}, "timm resizes pos_embed from [1, 101, 64] to [1, 37, 64]"),
     ("test_vit", {}, {"num_classes": 3}, "timm does not load head.bias, head.weight: the model has 3 classes"),
@@ -67,7 +67,7 @@ def test_values_are_those_of_plain_timm(
     found = torch.load("out.pth", weights_only=True)
     assert found.keys() == expected.keys()
     different = [key for key in expected if not torch.equal(found[key], expected[key])]
-    drawn = [key for key in different if key.startswith("head")]  # drawn by both, at another time
+    drawn = [key for key in different if key.startswith("head")]  # random in both, but drawn at different times
     assert different == drawn
     assert told in result.err
 
@@ -82,7 +82,7 @@ def test_the_real_model_has_the_same_values(folder: Path) -> None:
     assert all(torch.equal(model.state_dict()[key], value) for key, value in expected.items())
 
 
-def test_what_timm_passes_on_keeps_the_way_to_its_bytes_and_nothing_is_read(folder: Path) -> None:
+def test_adapted_tensors_keep_their_source_and_no_bytes_are_read(folder: Path) -> None:
     saved("test_vit")
     live = open_live(Source("best.pth", arch="timm:test_vit(img_size=96)"))
     sources = {name: source_of(parameter) for name, parameter in live.module.named_parameters()}
@@ -99,7 +99,7 @@ def test_a_checkpoint_that_fits_keeps_its_own_classifier(cli: Cli) -> None:
     assert "timm" not in result.err.replace("timm:test_vit", "")
 
 
-def test_the_classes_of_a_file_count_and_not_those_that_timm_publishes(cli: Cli) -> None:
+def test_the_number_of_classes_is_that_of_the_file(cli: Cli) -> None:
     state = saved("test_vit", num_classes=7)
     cli("save", "out.pth", "-m", "best.pth", "--arch", "timm:test_vit(num_classes=7, img_size=96)")
     assert torch.equal(torch.load("out.pth", weights_only=True)["head.weight"], state["head.weight"])
@@ -108,7 +108,7 @@ def test_the_classes_of_a_file_count_and_not_those_that_timm_publishes(cli: Cli)
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "net."])
-def test_what_wrappers_add_to_names_is_removed_before(cli: Cli, prefix: str) -> None:
+def test_wrapper_prefixes_are_removed_before_timm_adapts(cli: Cli, prefix: str) -> None:
     state = saved("test_vit")
     expected = loaded_by_timm("test_vit", img_size=96)
     torch.save({"state_dict": {f"{prefix}{key}": value for key, value in state.items()}}, "wrapped.pth")
@@ -118,8 +118,8 @@ def test_what_wrappers_add_to_names_is_removed_before(cli: Cli, prefix: str) -> 
     assert prefix in result.err
 
 
-def test_old_keys_get_the_names_of_today(cli: Cli) -> None:
-    """Facebook's ConvNeXt, whose keys timm renames."""
+def test_old_keys_get_their_current_names(cli: Cli) -> None:
+    """timm renames the keys of Facebook's ConvNeXt."""
     state = timm.create_model("convnext_atto", num_classes=4).state_dict()
     old = {}
     for key, value in state.items():
@@ -139,7 +139,7 @@ def test_old_keys_get_the_names_of_today(cli: Cli) -> None:
     assert "under another name, such as downsample_layers.0.0.weight as stem.0.weight" in result.err
 
 
-def test_channels_that_timm_cannot_adapt_are_an_answer_of_no(cli: Cli) -> None:
+def test_channels_that_timm_cannot_adapt_give_exit_code_1(cli: Cli) -> None:
     saved("test_vit", in_chans=4)
     result = cli("load", "best.pth", "--arch", "timm:test_vit(in_chans=1)", code=1)
     assert "inconsistent with input_size" in result.err

@@ -1,4 +1,4 @@
-"""`timm:NAME`: what `timm.create_model` builds, with what timm says of it; values from timm's own cache."""
+"""`timm:NAME` is what `timm.create_model` builds, with timm's configuration and values from timm's own cache."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ REFERENCES = [
 
 
 def plain(reference: str, **more: object) -> nn.Module:
-    """The model as Python makes it from the same text."""
+    """Build the model with plain Python from the same text."""
     name, _, rest = reference.partition("(")
     arguments = eval(f"dict({rest}" if rest else "dict()")
     torch.manual_seed(0)
@@ -63,7 +63,7 @@ def test_names_values_and_outputs_are_those_of_plain_timm(cli: Cli, folder: Path
         ("vit_tiny_patch16_384", [1, 3, 384, 384]),
     ],
 )
-def test_the_input_is_what_timm_says(reference: str, size: list[int]) -> None:
+def test_the_input_is_that_of_timms_configuration(reference: str, size: list[int]) -> None:
     known = open_live(Source(f"timm:{reference}")).inputs
     assert known is not None
     assert [list(shape) for shape in known.shapes] == [size]
@@ -88,7 +88,7 @@ def test_the_second_look_needs_no_torch(cli: Cli) -> None:
         ("timm:./nowhere", "no such folder"),
     ],
 )
-def test_what_timm_does_not_have_is_refused_with_what_is_near(cli: Cli, reference: str, told: str) -> None:
+def test_the_error_for_an_unknown_timm_name_lists_the_closest(cli: Cli, reference: str, told: str) -> None:
     result = cli("params", reference, code=2)
     assert told in result.err
 
@@ -98,14 +98,14 @@ def test_weights_that_a_model_does_not_have_are_refused(cli: Cli) -> None:
     assert "no pretrained weights" in cli("params", "timm:convnext_atto_rms", "--weights", "DEFAULT", code=2).err
 
 
-def test_a_name_of_old_means_the_one_of_today(cli: Cli) -> None:
+def test_a_deprecated_name_means_the_current_one(cli: Cli) -> None:
     document = cli("params", "timm:gluon_resnet18_v1b", "--json").json
     assert document["notes"] == ["timm calls gluon_resnet18_v1b resnet18.gluon_in1k now"]
     assert len(document["tensors"]) == len(plain("resnet18").state_dict())
 
 
 def put_in_cache(home: Path, name: str, state: dict[str, torch.Tensor]) -> None:
-    """Put weights where huggingface_hub looks for a file that it downloaded."""
+    """Put weights into huggingface_hub's cache."""
     repository = home / "hub" / f"models--timm--{name}"
     snapshot = repository / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)
@@ -146,7 +146,7 @@ def test_looking_at_a_model_with_weights_loads_nothing(cli: Cli, monkeypatch: py
     assert cli("summary", "timm:test_vit", "--weights", "DEFAULT", "--json").json["totals"]["params"] > 0
 
 
-def test_weights_that_cannot_be_fetched_are_the_systems_failure(
+def test_weights_that_cannot_be_downloaded_give_exit_code_5(
     cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     import huggingface_hub.constants

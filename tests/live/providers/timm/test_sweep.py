@@ -1,4 +1,4 @@
-"""Many architectures of timm, beside plain timm: names, parameters, a new head, the file that is written."""
+"""Many architectures of timm compared with plain timm: names, parameters, a new head, the written file."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from modelcli.providers.timm import PROVIDER
 from tests.conftest import Cli
 
 NAMES = timm.list_models()
-#: So many parameters and multiply-accumulates may a model have whose values are compared too.
+#: Values are compared as well for models with at most this many parameters and multiply-accumulates.
 QUICK, LONG = (6_000_000, 1_000_000_000), (60_000_000, 6_000_000_000)
-#: Every 60th in each run of the tests, every 12th in the long one.
+#: Every 60th model in each run of the tests, and every 12th in the long one.
 SOME, MANY = NAMES[::60], NAMES[::12]
 CASES = [
     *((name, QUICK) for name in SOME),
     *(pytest.param(name, LONG, marks=pytest.mark.sweep, id=f"{name}-long") for name in MANY),
 ]
-#: What cannot be run on the meta device, with the reason.
+#: Models that cannot run on the meta device, with the reason.
 NEEDS_CPU: dict[str, str] = {}
 
 
@@ -37,7 +37,7 @@ def on_meta(name: str) -> nn.Module:
 
 @pytest.mark.parametrize(("name", "most"), CASES)
 @pytest.mark.filterwarnings("ignore")  # timm's own
-def test_it_is_what_plain_timm_makes(cli: Cli, name: str, most: tuple[int, int]) -> None:
+def test_a_model_equals_plain_timm(cli: Cli, name: str, most: tuple[int, int]) -> None:
     expected = on_meta(name)
     live = open_live(Source(f"timm:{name}"))
     assert {key: tuple(t.shape) for key, t in live.module.state_dict().items()} == {
@@ -59,7 +59,7 @@ def test_it_is_what_plain_timm_makes(cli: Cli, name: str, most: tuple[int, int])
 
 
 def check_with_values(cli: Cli, name: str, heads: list[str]) -> None:
-    """The file loads with strict=True into plain timm, and a new head gives the outputs that plain Python gives."""
+    """Require that the file loads strictly into plain timm, and that a new head gives the outputs of plain Python."""
     torch.manual_seed(0)
     plain: nn.Module = timm.create_model(name)
     edits = [parse(f"replace {path} Linear(_,7)") for path in heads]

@@ -101,7 +101,7 @@ class Contents:
         infos = {}
         shared = self._shared_storages()
         known_kinds = self.kinds
-        buffers = buffers_by_name([(name, entry.dtype) for name, entry in self.rows.items()])
+        buffers = buffers_by_name([*self.rows], [entry.dtype for entry in self.rows.values()])
         for name, entry in self.rows.items():
             original = name
             is_alone = isinstance(entry, TensorEntry) and not (shared and id(entry.storage) in shared)

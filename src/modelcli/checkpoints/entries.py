@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -94,18 +94,15 @@ def kind_by_name(name: str, dtype: str) -> Kind:
     return "buffer" if looks_like_buffer(name, dtype) else "parameter"
 
 
-def buffers_by_name(tensors: Iterable[tuple[str, str]]) -> set[str]:
-    """Return the names of those of many tensors, given as names and dtypes, of which `looks_like_buffer` says so.
+def buffers_by_name(names: Sequence[str], dtypes: Sequence[str]) -> set[str]:
+    """Return the names of those of many tensors of which `looks_like_buffer` says that they are buffers.
 
-    A file may have 100,000 tensors, but has few dtypes: each is looked at once.
+    A file may have 100,000 tensors, but it has few dtypes, of which each is looked at once.
     """
-    trainable: dict[str, bool] = {}
-    found = set()
-    for name, dtype in tensors:
-        if (is_trainable := trainable.get(dtype)) is None:
-            is_trainable = trainable[dtype] = dtype.startswith(_TRAINABLE)
-        if not is_trainable or (name.endswith(_STATISTICS) and looks_like_buffer(name, dtype)):
-            found.add(name)
+    never_trained = {dtype for dtype in set(dtypes) if not dtype.startswith(_TRAINABLE)}
+    found = {name for name in names if name.endswith(_STATISTICS) and name.rpartition(".")[2] in _STATISTICS}
+    if never_trained:
+        found |= {name for name, dtype in zip(names, dtypes, strict=True) if dtype in never_trained}
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -156,9 +156,11 @@ def check_name(name: str, what: str) -> None:
     NESTING.check(name.count("."), shown)
 
 
-def check_names(names: Iterable[str], what: str) -> None:
+def check_names(names: Collection[str], what: str) -> None:
     """Raise FileFormatError if any of the names is too long or has too many components. Short names are not checked."""
     longest = min(NAME_BYTES.value // 4, NESTING.value)  # a character takes up to four bytes
+    if max(map(len, names), default=0) <= longest:
+        return
     for name in names:
         if len(name) > longest:
             check_name(name, what)

@@ -91,7 +91,7 @@ class KeysOfFile:
         if not all(info.tied_to is None and info.persistent for info in tensors):
             return False
         buffers = {info.name for info in tensors if info.kind == "buffer"}
-        if buffers != buffers_by_name([(info.name, info.dtype) for info in tensors]):
+        if buffers != buffers_by_name([info.name for info in tensors], [info.dtype for info in tensors]):
             return False
         listed = [*names]
         holders = [name.rpartition(".")[0] for name in listed]

@@ -59,11 +59,7 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        return self.nbytes_of(self.elements)
-
-    def nbytes_of(self, elements: int) -> int:
-        """`nbytes`, for whoever has counted its `elements` already: a checkpoint may have 100,000 tensors."""
-        return elements * ITEM_BYTES[self.dtype] if self.stored_bytes is None else self.stored_bytes
+        return self.elements * ITEM_BYTES[self.dtype] if self.stored_bytes is None else self.stored_bytes
 
     @property
     def is_differentiable(self) -> bool:

@@ -40,8 +40,9 @@ def read(index: Path) -> Contents:
     # An index may spell a file in several ways. Each file is read once, and the disk is not asked for each tensor.
     shards: dict[Path, Contents] = {}
     by_spelling: dict[str, Contents] = {}
+    homes = named_files.homes_of(index)
     for file in dict.fromkeys(weight_map.values()):
-        path = named_files.inside(index, file)
+        path = named_files.inside(index, file, homes)
         real = path.resolve()
         if real not in shards:
             shards[real] = _shard(path)
@@ -74,7 +75,9 @@ def joined(
         if not shard.tensors.keys() <= weight_map.keys():
             extra = next(name for name in shard.tensors if name not in weight_map)
             raise FileFormatError.damaged(str(index), f"it does not list {extra}, which is in {path.name}")
-    _refuse_duplicates(index, shards)
+    # Each name of the index is in a shard: where the shards have as many names, none of them is in two.
+    if sum(len(shard.rows) + len(shard.extras) for shard in shards.values()) != len(weight_map):
+        _refuse_duplicates(index, shards)
     text = metadata.get(records.SAFETENSORS_KEY)
     found = record_reading.record_in((text,), index)
     aliases = record_reading.aliases_in(metadata, tensors, found.record)

@@ -47,14 +47,18 @@ def params(
         stats: the statistics of each tensor, by its name; None if they are not shown. A missing statistic is null.
     """
     rows = []
+    sizes: dict[tuple[Any, ...], tuple[list[int] | None, int, int]] = {}  # 100,000 tensors have few different ones
     for tensor in tensors:
-        elements = tensor.elements
+        alike = (tensor.shape, tensor.dtype, tensor.stored_bytes)
+        if (size := sizes.get(alike)) is None:
+            listed = None if tensor.shape is None else list(tensor.shape)
+            size = sizes[alike] = (listed, tensor.elements, tensor.nbytes)
         row: dict[str, Any] = {
             "name": tensor.name,
-            "shape": None if tensor.shape is None else list(tensor.shape),
+            "shape": size[0],
             "dtype": tensor.dtype,
-            "elements": elements,
-            "bytes": tensor.nbytes_of(elements),
+            "elements": size[1],
+            "bytes": size[2],
             "kind": tensor.kind,
             "trainable": tensor.requires_grad if tensor.kind == "parameter" else None,
             "tied_to": tensor.tied_to,

@@ -19,8 +19,8 @@ RECORDS = {"a/plain": b"1" * 100, "a/größe.npy": b"2" * 3, "重み": b"", "a/"
 
 def written(records: dict[str, bytes], path: Path) -> Path:
     layout = ZipLayout(place([(name, Bytes(data)) for name, data in records.items()]))
-    with path.open("wb+") as file:
-        layout.write(Output(file, layout.nbytes))
+    with path.open("wb+") as file, Output(file, layout.nbytes) as out:
+        layout.write(out)
     assert path.stat().st_size == layout.nbytes
     return path
 

@@ -125,6 +125,37 @@ def test_a_source_that_changes_or_ends_early_is_noticed(tmp_path: Path, source: 
         put(tmp_path / "out.bin", [(0, shorter)])
 
 
+@pytest.mark.parametrize("most", [3, 10_000])
+def test_small_pieces_arrive_in_few_writes(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """Of two files in turn, backwards, with gaps between some of them, and with a large one among them."""
+    other = tmp_path / "other.bin"
+    other.write_bytes(DATA[::-1])
+    pieces = [(200 * n, span((source, other)[n % 2], 7 * n, 200 if n % 3 else 150)) for n in reversed(range(1000))]
+    pieces.insert(500, (300_000, span(source, 0, LARGE)))
+    wanted = bytearray(300_000 + LARGE)
+    for offset, part in pieces:
+        wanted[offset : offset + part.nbytes] = part.bytes()
+    writes: list[int] = []
+    original = output._pwrite
+
+    def counted(handle: int, data: memoryview, offset: int) -> int:
+        writes.append(offset)
+        return original(handle, data, offset)
+
+    monkeypatch.setattr(output, "_MOST_KEPT", most)
+    monkeypatch.setattr(output, "_pwrite", counted)
+    assert put(tmp_path / "out.bin", pieces) == bytes(wanted)
+    assert len(writes) < (700 if most == 3 else 350)
+
+
+def test_small_pieces_count_for_a_progress_bar(tmp_path: Path, source: Path) -> None:
+    told: list[tuple[int, int, str]] = []
+    put(tmp_path / "out.bin", [(8 * n, span(source, 8 * n, 8)) for n in range(1000)], told)
+    assert told[-1] == (8000, 8000, "writing")
+
+
 def test_a_source_that_changes_at_the_end_is_noticed(tmp_path: Path, source: Path) -> None:
     with (tmp_path / "out.bin").open("wb+", buffering=0) as file, Output(file, len(DATA)) as out:
         out.put(0, span(source, 0, len(DATA)))
@@ -345,14 +376,13 @@ def test_no_fsync_skips_fsync(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("out", ["a.pth", "a.safetensors", "a/"])
 def test_verify_reads_every_byte_back(cli: Cli, monkeypatch: pytest.MonkeyPatch, out: str) -> None:
     cli("save", out, "-m", "nets.py:Places", "--verify")
-    original = output._pwrite
+    original = Output.write
 
-    def forgetful(handle: int, data: memoryview, offset: int) -> int:
-        if len(data) == 64 and bytes(data[:2]) != b"PK":  # one of the weights
-            data = memoryview(bytes(64))
-        return original(handle, data, offset)
+    def forgetful(self: Output, offset: int, data: bytes | memoryview) -> None:
+        is_weight = len(data) == 64 and bytes(data[:2]) != b"PK"
+        original(self, offset, bytes(64) if is_weight else data)
 
-    monkeypatch.setattr(output, "_pwrite", forgetful)
+    monkeypatch.setattr(Output, "write", forgetful)
     cli("save", out, "-m", "nets.py:Places", "--force")
     error = cli("save", out, "-m", "nets.py:Places", "--force", "--verify", code=5).err
     assert "were not written as they were read" in error

@@ -11,6 +11,7 @@ from typing import Any
 from modelcli.checkpoints import shapes
 from modelcli.checkpoints.plan import PlannedTensor, Source
 from modelcli.model.dtypes import ITEM_BYTES
+from modelcli.model.tensors import Shape
 
 #: A note reports unused bytes if there are at least so many, or at least as many as used bytes.
 _NOTE_FROM = 1_000_000
@@ -19,9 +20,17 @@ _NOTE_FROM = 1_000_000
 def unused_bytes_note(tensors: Mapping[str, PlannedTensor]) -> str | None:
     """Return the note for storages that are much larger than what the tensors use of them; else None."""
     held = shown = 0
+    spans: dict[tuple[Shape, Shape, str], int] = {}  # the bytes from first to last: 100,000 tensors have few shapes
     for names in _by_source(tensors).values():
-        held += tensors[names[0]].source.nbytes
-        shown += sum(end - start for start, end, _ in _runs(tensors, names))
+        tensor = tensors[names[0]]
+        held += tensor.source.nbytes
+        if len(names) > 1:
+            shown += sum(end - start for start, end, _ in _runs(tensors, names))
+            continue
+        alike = (tensor.shape, tensor.stride, tensor.dtype)
+        if (nbytes := spans.get(alike)) is None:
+            nbytes = spans[alike] = shapes.extent(tensor.shape, tensor.stride) * ITEM_BYTES[tensor.dtype]
+        shown += nbytes
     if held - shown < min(_NOTE_FROM, max(shown, 1)):
         return None
     return (

@@ -22,6 +22,10 @@ Report = Callable[[int, int, str], None]
 #: The bytes to copy at a time: whole pages, and few enough for a progress bar to move.
 _STEP = 64 * 1024 * 1024
 _OPEN_FILES = 32
+#: Pieces of fewer bytes are written together, at most so many of them. As many bytes are read for a small span, because
+#: the next one is likely to be behind it.
+_SMALL = 64 * 1024
+_MOST_KEPT = 10_000
 #: The errors after which to read and write instead, because the system cannot copy between these two files. If one of
 #: the files is the cause, reading or writing it shows which one.
 _CANNOT_COPY = frozenset(
@@ -42,6 +46,11 @@ class Output:
         self._checksums: dict[FileId, dict[tuple[int, int], int]] = {}
         self._files: set[FileId] = set()
         self._copies = hasattr(os, "copy_file_range")
+        #: Small pieces that are not written yet, each with its offset, and their bytes altogether.
+        self._kept: list[tuple[int, bytes]] = []
+        self._kept_bytes = 0
+        #: The last block of a source that was read for a small span: its file, its offset, and its bytes.
+        self._block: tuple[FileId | None, int, bytes] = (None, 0, b"")
 
     def __enter__(self) -> Self:
         return self
@@ -49,13 +58,42 @@ class Output:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for handle in self._sources.values():
-            os.close(handle)
-        self._sources.clear()
+        try:
+            if kind is None:
+                self._write_kept()
+        finally:
+            for handle in self._sources.values():
+                os.close(handle)
+            self._sources.clear()
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
-        """Write bytes at an offset."""
+        """Write bytes at an offset, small pieces with the next ones: an archive may have 200,000 of a few bytes."""
         view = memoryview(data).cast("B")
+        if not view:
+            return
+        if len(view) < _SMALL:
+            self._kept.append((offset, bytes(view)))
+            self._kept_bytes += len(view)
+            if self._kept_bytes >= CHUNK or len(self._kept) >= _MOST_KEPT:
+                self._write_kept()
+            return
+        self._write_now(offset, view)
+
+    def _write_kept(self) -> None:
+        """Write the small pieces, those that touch each other at once."""
+        pieces = sorted(self._kept)
+        self._kept, self._kept_bytes = [], 0
+        run: list[bytes] = []
+        start = end = 0
+        for offset, data in pieces:
+            if offset != end:
+                self._write_now(start, memoryview(b"".join(run)))
+                run, start = [], offset
+            run.append(data)
+            end = offset + len(data)
+        self._write_now(start, memoryview(b"".join(run)))
+
+    def _write_now(self, offset: int, view: memoryview) -> None:
         while view:
             try:
                 written = _pwrite(self._handle, view, offset)
@@ -150,6 +188,9 @@ class Output:
 
     def _read(self, span: Span) -> Iterator[bytes]:
         """Yield the bytes of a span in pieces of at most 8 MiB."""
+        if 0 < span.nbytes < _SMALL // 8 and len(data := self._small(span)) == span.nbytes:
+            yield data
+            return
         source, start, stop = self._opened(span), span.offset, span.offset + span.nbytes
         while start < stop:
             try:
@@ -160,6 +201,19 @@ class Output:
                 raise FileFormatError(f"{span.path} ends early: {stop - start:,} bytes are missing")
             yield data
             start += len(data)
+
+    def _small(self, span: Span) -> bytes:
+        """Return the bytes of a small span, from a block of its file; fewer if the system gave fewer than the block."""
+        handle, file = self._opened(span), (span.path, span.identity)
+        known, start, block = self._block
+        if known != file or not start <= span.offset <= start + len(block) - span.nbytes:
+            start = span.offset
+            try:
+                block = _pread(handle, _SMALL, start)
+            except OSError as error:
+                raise SystemFailureError(f"cannot read {span.path}: {error.strerror or error}") from None
+            self._block = (file, start, block)
+        return block[span.offset - start : span.offset - start + span.nbytes]
 
     def _opened(self, span: Span) -> int:
         """Open the file of a span; the last few stay open. Raises FileFormatError if the file has changed."""

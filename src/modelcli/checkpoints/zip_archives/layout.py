@@ -74,6 +74,12 @@ class Placed:
         )
         return _LOCAL.pack(*fields) + self.name + extra
 
+    @property
+    def central_bytes(self) -> int:
+        """The size of `central_header`."""
+        wide = 2 * self._is_large + (self.header >= ZIP64_FROM)
+        return _CENTRAL.size + len(self.name) + (4 + 8 * wide if wide else 0)
+
     def central_header(self, checksum: int) -> bytes:
         """Return the record's entry in the directory."""
         nbytes = self.source.nbytes
@@ -111,23 +117,28 @@ def _end_of(placed: Sequence[Placed]) -> int:
 
 def directory(placed: Sequence[Placed], checksums: Sequence[int]) -> bytes:
     """Return the bytes after the records: the directory with an entry for each, and the end record that locates it."""
-    entries = b"".join(record.central_header(crc) for record, crc in zip(placed, checksums, strict=True))
-    start, count = _end_of(placed), len(placed)
+    entries = b"".join([record.central_header(crc) for record, crc in zip(placed, checksums, strict=True)])
+    return entries + _end_records(_end_of(placed), len(placed), len(entries))
+
+
+def _end_records(start: int, count: int, length: int) -> bytes:
+    """Return what follows a directory of `length` bytes at `start` that has `count` entries."""
     end = b""
-    if count >= _16 or len(entries) >= ZIP64_FROM or start >= ZIP64_FROM:
+    if count >= _16 or length >= ZIP64_FROM or start >= ZIP64_FROM:
         end += _END64.pack(
             *(b"PK\x06\x06", _END64.size - 12, _VERSION_64, _VERSION_64, 0, 0),
-            *(count, count, len(entries), start),
+            *(count, count, length, start),
         )
-        end += _END64_LOCATOR.pack(b"PK\x06\x07", 0, start + len(entries), 1)
+        end += _END64_LOCATOR.pack(b"PK\x06\x07", 0, start + length, 1)
         count, start = min(count, _16), _32 if start >= ZIP64_FROM else start
-    shown = (count, count, min(len(entries), _32), start)
-    return entries + end + _END.pack(b"PK\x05\x06", 0, 0, *shown, 0)
+    shown = (count, count, min(length, _32), start)
+    return end + _END.pack(b"PK\x05\x06", 0, 0, *shown, 0)
 
 
 def size_of(placed: Sequence[Placed]) -> int:
     """Return the size of the archive, which does not depend on the checksums."""
-    return _end_of(placed) + len(directory(placed, [0] * len(placed)))
+    start, length = _end_of(placed), sum(record.central_bytes for record in placed)
+    return start + length + len(_end_records(start, len(placed), length))
 
 
 @dataclass(frozen=True)

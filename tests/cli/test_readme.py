@@ -1,7 +1,7 @@
 """The README is the manual: its examples run and print what it shows, and it mentions every command and option.
 
 All `console` blocks run in order in one folder, and so do the Python blocks between them and the command lines of the
-CI examples. Files that a reader would already have are created first.
+examples in docs/ci.md. Files that a reader would already have are created first.
 """
 
 from __future__ import annotations
@@ -26,8 +26,11 @@ from tests.cli import readme_tables
 from tests.cli.test_help import commands
 from tests.conftest import Cli
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 REPOSITORY = Path(__file__).parents[2]
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+JSON_PAGE = (REPOSITORY / "docs" / "json.md").read_text(encoding="utf-8")
+#: The examples of these pages run in this order in one folder.
+EXAMPLE_PAGES = ("README.md", "docs/ci.md")
 PAGES = sorted(page.relative_to(REPOSITORY) for page in [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md")])
 EXAMPLES = Path(__file__).parents[2] / "examples"
 #: The exit codes of examples that, as the README says, fail.
@@ -35,16 +38,18 @@ CODES = {"modelcli load runs/best.pth --arch alexnet": 1, "modelcli diff runs/be
 
 
 class Block(NamedTuple):
-    """A fenced block: its language, its text, and the number of its first line."""
+    """A fenced block: its language, its text, and the page and line where it begins."""
 
     language: str
     text: str
-    line: int
+    position: str
 
 
 def blocks() -> Iterator[Block]:
-    for found in re.finditer(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL):
-        yield Block(found[1], found[2], README.count("\n", 0, found.start()) + 1)
+    for page in EXAMPLE_PAGES:
+        text = (REPOSITORY / page).read_text(encoding="utf-8")
+        for found in re.finditer(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+            yield Block(found[1], found[2], f"{page}:{text.count(chr(10), 0, found.start()) + 1}")
 
 
 def steps(text: str) -> Iterator[tuple[str, str]]:
@@ -85,13 +90,14 @@ def test_every_example_runs_and_prints_what_the_readme_says(cli: Cli, world: Pat
             code = 2 if shown.startswith("error:") else CODES.get(shlex.join(words), 0)
             result = cli(*words[1:], code=code)
             said = flat(result.out + result.err)
-            assert flat(shown) in (said, flat(result.out), flat(result.err), ""), f"README.md:{block.line}: {command}"
+            assert flat(shown) in (said, flat(result.out), flat(result.err), ""), f"{block.position}: {command}"
             ran += 1
         for command in ci_lines(block.text) if block.language == "yaml" else ():
             words = shlex.split(command.partition(" >")[0])
             assert cli(*words[1:]).err == ""
             ran += 1
-    assert ran == README.count("\n$ modelcli ") + README.count("run: modelcli ") + README.count("    - modelcli ") > 40
+    text = "".join((REPOSITORY / page).read_text(encoding="utf-8") for page in EXAMPLE_PAGES)
+    assert ran == sum(map(text.count, ("\n$ modelcli ", "run: modelcli ", "    - modelcli "))) > 40
 
 
 def ci_lines(text: str) -> Iterator[str]:
@@ -205,7 +211,7 @@ def keys_of(value: Any, above: str = "") -> set[str]:
 
 
 def promised_in(text: str) -> tuple[set[str], set[str]]:
-    """Return the keys of a document in the README, and those of them that not every document has."""
+    """Return the keys of a document on the page, and those of them that not every document has."""
     keys, sometimes, path, key, before = set(), set(), [], "", ""
     for token, remark in re.findall(r'("[^"]*"|[{}\[\],:|])( \()?', text):
         if token == "{":
@@ -228,8 +234,10 @@ def promised_in(text: str) -> tuple[set[str], set[str]]:
 
 
 @pytest.mark.parametrize(("kind", "words"), [*DOCUMENTS.items(), *MORE_DOCUMENTS])
-def test_the_json_documents_are_as_the_readme_says(kind: str, words: tuple[str, ...], cli: Cli, world: Path) -> None:
-    text = README.partition("### JSON documents")[2].partition("```text\n")[2].partition("```")[0]
+def test_the_json_documents_have_the_keys_of_their_page(
+    kind: str, words: tuple[str, ...], cli: Cli, world: Path
+) -> None:
+    text = JSON_PAGE.partition("```text\n")[2].partition("```")[0]
     found: dict[str, str] = {}
     for entry in re.split(r"\n(?=\w)", text.strip()):
         names, _, document = entry.partition("{")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,44 @@ def test_weights_that_an_argument_gives_other_shapes_are_named(cli: Cli, folder:
     saved("BertForSequenceClassification", folder / "model")
     told = cli("summary", "hf:./model(num_labels=7)").err
     assert "modelcli does not load classifier.bias, classifier.weight, which these arguments give other shapes" in told
+
+
+def printed(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What transformers would have logged for the user to see."""
+    return [record.getMessage() for record in caplog.records if record.name.startswith("transformers")]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("params", "hf:./model(num_labels=7)"),
+        ("summary", "hf:./model(num_labels=7)"),
+        ("save", "out/", "-m", "hf:./model(num_labels=7)"),
+        ("save", "out.pth", "-m", "hf:./model(num_labels=7)"),
+        ("script", "-m", "hf:./model(num_labels=7)"),
+        ("cast", ".", "bfloat16", "-m", "hf:./model(num_labels=7)", "-o", "out/"),
+    ],
+)
+def test_other_labels_are_told_once_and_by_a_note(
+    cli: Cli, folder: Path, caplog: pytest.LogCaptureFixture, words: tuple[str, ...]
+) -> None:
+    saved("BertForSequenceClassification", folder / "model")
+    caplog.clear()
+    told = cli(*words).err
+    assert "note: num_labels=7 leaves out the names of the 3 classes that ./model tells apart" in told
+    assert "[transformers]" not in told
+    assert not printed(caplog)
+
+
+def test_what_transformers_says_of_a_configuration_is_a_note(
+    cli: Cli, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved("LlamaForCausalLM", folder / "model")
+    path = folder / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": 128_001}))
+    caplog.clear()
+    told = cli("save", "out/", "-m", "./model").err
+    assert "note: transformers says of the configuration of ./model: Model config: eos_token_id must be" in told
+    assert told.count("eos_token_id") == 1
+    assert "[transformers]" not in told
+    assert not printed(caplog)

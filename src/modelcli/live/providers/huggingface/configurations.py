@@ -12,11 +12,13 @@ from modelcli.errors import FileFormatError, ModelcliError, RequestError, Unsafe
 from modelcli.language.expressions import Call
 from modelcli.live import bounds, downloads
 from modelcli.live.providers.huggingface import remote_code, vetting
-from modelcli.wording import listed
+from modelcli.wording import counted, listed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+#: How many of transformers' warnings become notes.
+_MOST_WARNINGS = 3
 #: The entry of a configuration that names Python files, of the same folder or of another repository.
 REMOTE_CODE = "auto_map"
 
@@ -98,11 +100,11 @@ def describe(
     config_class = _config_class(document, what)
     if (part := _part_with_code(document)) is not None:
         raise _needs_its_code(what, part)
-    with vetting.contained(bounds.of_configuration(f"the configuration of {what}")):
+    with vetting.contained(bounds.of_configuration(f"the configuration of {what}")), vetting.heard() as warned:
         # Refuses wrong values, and names that only the reference has, before anything is built.
-        configuration_of(_without(clean, given.keys() - document.keys()), config_class, given, what)
+        _read(_without(clean, given.keys() - document.keys()), config_class, given, what)
     model_class = _named_class(document, what) if auto_class is None else _class_of(auto_class, config_class, what)
-    notes = []
+    notes = [_warning(line, given, document, what) for line in warned[:_MOST_WARNINGS]]
     if any(document.get(name) for name in vetting.REMOTE_CODE):
         notes.append(
             f"the configuration of {what} also names code that comes with the model: it is not run, "
@@ -185,6 +187,15 @@ def _needs_its_code(what: str, why: str) -> UnsafeError:
     )
 
 
+def _warning(line: str, given: Mapping[str, Any], document: Mapping[str, Any], what: str) -> str:
+    """A note on what transformers warns of when it reads a configuration."""
+    labels = document.get("id2label")
+    if "num_labels" in given and "`id2label`" in line and isinstance(labels, Mapping):
+        names = counted(len(labels), "class", "classes")
+        return f"num_labels={given['num_labels']} leaves out the names of the {names} that {what} tells apart"
+    return f"transformers says of the configuration of {what}: {line if len(line) <= 300 else line[:300] + '...'}"
+
+
 def _named_class(document: Mapping[str, Any], what: str) -> type[PreTrainedModel]:
     """The first of the classes that a configuration names.
 
@@ -248,7 +259,18 @@ def pattern_of(model: object, attribute: str) -> Callable[[str], bool]:
 def configuration_of(
     document: Mapping[str, Any], config_class: type[PreTrainedConfig], overrides: Mapping[str, Any], what: str = ""
 ) -> PreTrainedConfig:
-    """The configuration as transformers reads it. Raises RequestError for values that it does not take."""
+    """The configuration as transformers reads it, without a word: `describe` has told what transformers warns of.
+
+    Raises RequestError for values that it does not take.
+    """
+    with vetting.quiet():
+        return _read(document, config_class, overrides, what)
+
+
+def _read(
+    document: Mapping[str, Any], config_class: type[PreTrainedConfig], overrides: Mapping[str, Any], what: str
+) -> PreTrainedConfig:
+    """The same, with what transformers logs."""
     refused: ModelcliError | None = None
     try:
         values = config_class._decode_special_floats(dict(document))

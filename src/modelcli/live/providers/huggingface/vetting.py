@@ -164,6 +164,28 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def heard() -> Iterator[list[str]]:
+    """In the block, collect what transformers warns of by its log, a line for each warning, instead of printing it."""
+    found: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            line = " ".join(record.getMessage().split())
+            if line not in found:
+                found.append(line)
+
+    logger = logging.getLogger("transformers")
+    before = logger.level, logger.handlers, logger.propagate
+    logger.handlers, logger.propagate = [Collector(logging.WARNING)], False
+    logger.setLevel(logging.WARNING)
+    try:
+        yield found
+    finally:
+        logger.setLevel(before[0])
+        logger.handlers, logger.propagate = before[1:]
+
+
+@contextlib.contextmanager
 def without_logs() -> Iterator[None]:
     """In the block, transformers and huggingface_hub log nothing."""
     loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub")]

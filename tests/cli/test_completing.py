@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 from tests.conftest import Cli
@@ -69,6 +70,16 @@ def test_options_with_a_few_allowed_values(bash: Bash) -> None:
     assert bash("summary", "--mode", "t") == ["train"]
     assert {"none", "DEFAULT", "IMAGENET1K_V1"} <= set(bash("load", "alexnet", "--weights", ""))
     assert bash("summary", "--input-dtype", "bf") == ["bfloat16"]
+
+
+def test_weights_of_timm_are_the_tags_of_the_model(bash: Bash) -> None:
+    tags = {name.partition(".")[2] for name in timm.list_pretrained("resnet18.*")}
+    assert {"none", "DEFAULT"} | tags <= set(bash("load", "timm:resnet18", "--weights", ""))
+    assert bash("load", "timm:resnet18(num_classes=3)", "--weights", "a2") == [
+        tag for tag in sorted(tags) if tag.startswith("a2")
+    ]
+    assert "IMAGENET1K_V1" not in bash("load", "timm:resnet18.a1_in1k", "--weights", "")
+    assert bash("load", "timm:no_such_model", "--weights", "a") == []
 
 
 def test_models_are_builders_and_files(bash: Bash, folder: Path) -> None:

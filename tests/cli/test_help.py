@@ -6,6 +6,8 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 import typer
 from torch import nn
 
+from modelcli import installed
 from modelcli.cli import main
 from modelcli.cli.app import app
 from modelcli.cli.options import ENDED, EXIT_CODES
@@ -58,8 +61,24 @@ def test_commands_are_grouped() -> None:
 
 
 def test_the_versions_that_are_installed(cli: Cli) -> None:
-    found = [metadata.version(package) for package in ("modelcli", "torch", "torchvision")]
-    assert cli("--version").out == "modelcli {} (torch {}, torchvision {})\n".format(*found)
+    found = [metadata.version(package) for package in ("modelcli", "torch", "torchvision", "transformers", "timm")]
+    assert cli("--version").out == "modelcli {} (torch {}, torchvision {}, transformers {}, timm {})\n".format(*found)
+
+
+def test_extras_that_are_not_installed_have_no_version(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = installed.version
+    monkeypatch.setattr(installed, "version", lambda name: None if name in ("timm", "torchvision") else real(name))
+    shown = cli("--version").out
+    assert "no torchvision" in shown
+    assert "timm" not in shown
+    assert "transformers" in shown
+
+
+def test_versions_import_no_library() -> None:
+    code = "import sys; from modelcli.cli import main; main(['--version']); " + (
+        "sys.exit(bool({'torch', 'timm', 'transformers', 'torchvision'} & sys.modules.keys()))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
 
 
 @pytest.mark.parametrize("words", ["-V", "version"])

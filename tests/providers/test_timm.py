@@ -29,6 +29,16 @@ def test_names_with_tags_are_right_and_nearly_complete() -> None:
     assert {"a1_in1k", "augreg_in21k_ft_in1k"} <= set(PROVIDER.weights_names())
 
 
+@pytest.mark.parametrize(
+    "name", ["resnet50", "vit_base_patch16_224", "convnext_tiny", "efficientnet_b0", "beit_base_patch16_224"]
+)
+def test_weights_of_one_model_are_its_tags(name: str) -> None:
+    expected = {"DEFAULT", *_registry._model_with_tags[name]}
+    assert {"DEFAULT", *(f"{name}.{tag}" for tag in PROVIDER.weights_names_of(name)[1:])} == expected
+    assert PROVIDER.weights_names_of(f"{name}.x") == PROVIDER.weights_names_of(name)
+    assert not PROVIDER.weights_names_of("no_such_model")
+
+
 def test_neither_torch_nor_timm_is_imported_for_it() -> None:
     code = (
         "import sys; from modelcli.providers.timm import PROVIDER, is_model_name;"

@@ -62,10 +62,24 @@ def builders(_ctx: typer.Context, incomplete: str) -> Iterable[str]:
 
 
 @_completer
-def weights(_ctx: typer.Context, incomplete: str) -> Iterable[str]:
+def weights(ctx: typer.Context, incomplete: str) -> Iterable[str]:
+    """Complete the name of pretrained weights: those of the command's model, where a prefix says whose it is."""
     from modelcli import providers
 
-    return ["none", *(name for known in providers.built_in() for name in known.weights_names()), *_files(incomplete)]
+    models = [target.source.arch or target.source.model for target in _targets(ctx)]
+    named = [name for model in models for name in _weights_of(model)]
+    if not named and not any(providers.prefix_of(model) for model in models):
+        named = [name for known in providers.built_in() for name in known.weights_names()]
+    return ["none", *dict.fromkeys(named), *_files(incomplete)]
+
+
+def _weights_of(model: str) -> Sequence[str]:
+    """The names of the pretrained weights of a model with a prefix."""
+    from modelcli import providers
+
+    prefix = providers.prefix_of(model)
+    provider = None if prefix is None else providers.by_prefix(prefix)
+    return () if provider is None else provider.weights_names_of(model.partition(":")[2].partition("(")[0])
 
 
 @_completer

@@ -155,6 +155,12 @@ def packages() -> tuple[str, ...]:
     return tuple(dict.fromkeys(package for provider in built_in() for package in provider.packages))
 
 
+def packages_of_extras() -> tuple[str, ...]:
+    """The same of the built-in providers with a prefix, whose libraries extras of modelcli install."""
+    extras = map(_provider_in, _BY_PREFIX.values())
+    return tuple(dict.fromkeys(package for provider in extras for package in provider.packages))
+
+
 def with_names() -> str:
     """The built-in providers whose models have names, and weights by name, for messages."""
     return " or ".join(provider.name for provider in built_in() if provider.has_names)

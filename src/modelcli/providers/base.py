@@ -69,6 +69,10 @@ class Provider:
         """Every name that pretrained weights of its models have, as `--weights` takes it."""
         return ()
 
+    def weights_names_of(self, name: str) -> Sequence[str]:
+        """The names of the pretrained weights of one model, for completion; nothing is imported or built for it."""
+        return self.weights_names()
+
     def class_names(self) -> Sequence[str]:
         """The module classes that expressions may name by their bare names."""
         return ()

@@ -50,6 +50,14 @@ class Timm(Provider):
         """Every tag, each once."""
         return tuple(dict.fromkeys(tag for _, tag in self._tagged()))
 
+    def weights_names_of(self, name: str) -> Sequence[str]:
+        """`DEFAULT` and the tags of a model. Only the file that defines it is searched."""
+        architecture = name.partition(".")[0]
+        mark = f"{architecture}.".encode()
+        texts = (data.decode() for path in _paths() if mark in (data := path.read_bytes()))
+        tags = [tag for text in texts for known, tag in _TAGGED.findall(text) if known == architecture]
+        return ("DEFAULT", *dict.fromkeys(tags)) if tags else ()
+
     def _tagged(self) -> Iterator[tuple[str, str]]:
         for source in _sources().values():
             yield from source.tagged

@@ -37,6 +37,8 @@ class ListResult:
 def named_models(request: ListRequest) -> ListResult:
     """Return the matching models with their published figures. Raises RequestError if none matches."""
     pattern = request.pattern
+    if pattern is not None and (at_hand := _at_hand(pattern)) is not None:
+        return at_hand
     known, notes = _known(pattern or "")
     chosen = list(known)
     others = [] if pattern is not None and providers.prefix_of(pattern) is not None else _in_large_libraries(pattern)
@@ -49,6 +51,29 @@ def named_models(request: ListRequest) -> ListResult:
             raise RequestError(f"no builder matches {pattern!r}", "; ".join(hints) or None)
     models, uncounted = parameter_counts.with_counts([known[reference] for reference in chosen])
     return ListResult(tuple(models), tuple(dict.fromkeys((*notes, *others, *uncounted))))
+
+
+def _at_hand(pattern: str) -> ListResult | None:
+    """The matching models on this machine, where a pattern has the prefix of a provider without a list of all its own.
+
+    Raises RequestError if none matches.
+    """
+    prefix = providers.prefix_of(pattern)
+    provider = None if prefix is None else providers.by_prefix(prefix)
+    if provider is None or provider.has_names or not (found := provider.at_hand())[1]:
+        return None
+    models, place = found
+    named = [replace(model, name=f"{prefix}:{model.name}") for model in models]
+    glob = f"{prefix}:{_glob(pattern.partition(':')[2])}"
+    chosen = [model for model in named if fnmatch.fnmatchcase(model.name, glob)]
+    others = f"a model need not be there: {provider.title}"
+    if not chosen:
+        near = closest(pattern, [model.name for model in named])
+        hints = [f"nearest: {', '.join(near)}"] if near else []
+        raise RequestError(
+            f"none of {counted(len(named), 'model')} in {place} matches {pattern!r}", "; ".join([*hints, others])
+        )
+    return ListResult(tuple(chosen), (f"these models are in {place}; {others}",))
 
 
 def _glob(pattern: str) -> str:

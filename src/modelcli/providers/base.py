@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from modelcli.language.expressions import Call
+    from modelcli.providers.published import PublishedModel
 
 
 class Provider:
@@ -56,6 +57,19 @@ class Provider:
     def full_names(self) -> Sequence[str]:
         """The names that completion offers: those of `names`, and longer ones that mean a model too."""
         return self.names()
+
+    def at_hand(self) -> tuple[Sequence[PublishedModel], str]:
+        """The models on this machine of a provider that cannot list all of its own: see `has_names`.
+
+        `list` shows them for a pattern with the prefix. Neither torch nor a network is used.
+
+        Returns:
+            The models, each by its name behind the prefix; and the place where they are, for messages, which is empty
+            for a provider without such a place.
+
+        Raises RequestError where a library is not installed that knows them.
+        """
+        return (), ""
 
     def names_like(self, keys: Collection[str]) -> Sequence[Sequence[str]]:
         """Those of `names` that a checkpoint with these keys may belong to, in groups, the likeliest group first.

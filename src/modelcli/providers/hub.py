@@ -110,6 +110,28 @@ def cached_folder(model: HubModel) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
+def cached_models() -> tuple[Path, list[tuple[str, str]]]:
+    """The models in huggingface_hub's cache that have a configuration.
+
+    Returns:
+        The folder of the cache; and for each model its name and what is there: `weights`, or `configuration` where the
+        values would have to be downloaded.
+
+    Raises RequestError where huggingface_hub is not installed.
+    """
+    _require_installed()
+    from huggingface_hub import constants, scan_cache_dir
+
+    place, found = Path(constants.HF_HUB_CACHE), []
+    for repository in scan_cache_dir(place).repos if place.is_dir() else ():
+        folders = [each.snapshot_path for each in repository.revisions]
+        configured = [folder for folder in folders if (folder / configuration.NAME).is_file()]
+        if repository.repo_type == "model" and configured:
+            has_weights = any(complete_weights(folder) for folder in configured)
+            found.append((repository.repo_id, "weights" if has_weights else "configuration"))
+    return place, sorted(found)
+
+
 def complete_weights(folder: Path) -> list[str]:
     """The files of weights, and the indexes, of a folder in the cache whose shards have all been downloaded."""
     return [name for name in WEIGHTS if (folder / name).is_file() and _has_shards(folder / name)]

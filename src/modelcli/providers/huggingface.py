@@ -12,6 +12,7 @@ from modelcli.errors import ModelcliError
 from modelcli.providers import configuration, hub, hub_names
 from modelcli.providers.base import Provider
 from modelcli.providers.hub_names import HubModel
+from modelcli.providers.published import PublishedModel
 
 if TYPE_CHECKING:
     from modelcli.language.expressions import Call
@@ -26,6 +27,11 @@ class HuggingFace(Provider):
     extra = "hf"
     title = "a Hugging Face model (hf:ORG/NAME, or a folder with a config.json)"
     packages = ("transformers",)
+
+    def at_hand(self) -> tuple[Sequence[PublishedModel], str]:
+        """The models of the Hub in the cache that all libraries of Hugging Face share."""
+        place, found = hub.cached_models()
+        return [PublishedModel(name, group=files) for name, files in found], f"huggingface_hub's cache ({place})"
 
     def is_known_code(self, name: str) -> bool:
         """Whether it names a class of transformers. Folders and models of the Hub are for the user to name."""

@@ -552,3 +552,34 @@ def test_requests_are_refused_where_downloads_are_forbidden(hub: Hub, monkeypatc
     with downloads.allowed():
         socket.getaddrinfo("four.example", 80)
     assert names == ["two.example", "four.example"]
+
+
+# --- what is in the cache --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("model")
+def test_list_shows_what_is_in_the_cache(cli: Cli, hub: Hub, folder: Path) -> None:
+    place = f"huggingface_hub's cache ({folder / 'hf' / 'hub'})"
+    told = cli("list", "hf:*", code=2).err
+    assert f"none of 0 models in {place} matches 'hf:*'" in told
+    assert "a model need not be there: a Hugging Face model (hf:ORG/NAME" in told
+    cli("params", f"hf:{NAME}")
+    asked = len(hub.asked)
+    found = cli("list", "hf:*", "--json")
+    assert [(row["name"], row["group"]) for row in found.json["models"]] == [(f"hf:{NAME}", "configuration")]
+    assert f"these models are in {place}" in found.json["notes"][0]
+    cli("load", f"hf:{NAME}")
+    assert [row["group"] for row in cli("list", "hf:ber", "--json").json["models"]] == ["weights"]
+    assert f"nearest: hf:{NAME}" in cli("list", "hf:org/bart", code=2).err
+    assert len(hub.asked) > asked  # by `load` alone: see below
+    before = len(hub.asked)
+    cli("list", "hf:org/*")
+    assert len(hub.asked) == before
+
+
+def test_list_of_the_cache_imports_no_torch(folder: Path) -> None:
+    code = "import sys; from modelcli.cli import main; main(['list', 'hf:*']); sys.exit('torch' in sys.modules)"
+    environment = {**os.environ, "HF_HOME": str(folder / "hf")}
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "none of 0 models" in done.stderr

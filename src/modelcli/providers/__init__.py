@@ -1,8 +1,8 @@
-"""The registry of providers: one line each, imported when it is asked for.
+"""The registry of providers: one line for each, which is imported when it is first used.
 
-Other packages register one by the entry point group `modelcli.providers`: the name of the entry point is the prefix of
-its references. Entry points are read when a prefix, or the package of a class, belongs to no built-in provider, and
-where all models are asked for: by `list`, `identify` and `--help`.
+Other packages register a provider in the entry point group `modelcli.providers`; the name of the entry point is the
+prefix of its references. Entry points are read when a prefix, or the package of a class, belongs to no built-in
+provider, and by `list`, `identify` and `--help`, which need all providers.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from modelcli.providers.base import Provider
 if TYPE_CHECKING:
     from modelcli.plug_ins import PlugIn
 
-#: The built-in providers whose models go by bare names. The first one that takes a name has it; expressions of torch.nn
-#: take every name.
+#: The built-in providers whose models need no prefix. A name belongs to the first that accepts it; torch.nn, the last
+#: one, accepts every name as a module expression.
 _BY_BARE_NAMES = (
     "modelcli.providers.torchvision",
     "modelcli.providers.torch_nn",
     "modelcli.providers.python_objects",
 )
-#: The built-in providers whose models have a prefix, by it.
+#: The built-in providers with a prefix, by prefix.
 _BY_PREFIX: Mapping[str, str] = {
     "hf": "modelcli.providers.huggingface",
     "timm": "modelcli.providers.timm",
@@ -35,7 +35,7 @@ _BY_PREFIX: Mapping[str, str] = {
 
 @functools.cache
 def built_in() -> tuple[Provider, ...]:
-    """The providers whose models go by bare names."""
+    """Return the built-in providers whose models need no prefix."""
     return tuple(map(_provider_in, _BY_BARE_NAMES))
 
 
@@ -44,14 +44,15 @@ def _provider_in(module: str) -> Provider:
     return found
 
 
-#: Those with a prefix that were asked for, by it.
+#: The providers with a prefix that were loaded, by prefix.
 _LOADED: dict[str, Provider] = {}
 
 
 def by_prefix(prefix: str) -> Provider | None:
-    """The provider whose references begin with `prefix` and a colon: a built-in one, else that of another package.
+    """Return the provider with this prefix: a built-in one, else that of another package, else None.
 
-    Raises SystemFailureError where that package cannot be used, or where several packages have the prefix.
+    Raises:
+        SystemFailureError: the other package cannot be used, or several packages register the prefix.
     """
     if prefix in _LOADED:
         return _LOADED[prefix]
@@ -67,7 +68,7 @@ def by_prefix(prefix: str) -> Provider | None:
 
 
 def plug_ins() -> list[str]:
-    """The prefixes that other packages register; nothing is imported for it."""
+    """Return the prefixes that other packages register, without importing the packages."""
     from modelcli import plug_ins as packages_of_others
 
     return [
@@ -76,7 +77,7 @@ def plug_ins() -> list[str]:
 
 
 def _provider_of(plug_in: PlugIn) -> Provider:
-    """The provider of another package. Raises SystemFailureError for what is no whole declaration of one."""
+    """Return the provider of another package. Raises SystemFailureError if its declaration is incomplete."""
     found = plug_in.load()
     try:
         if isinstance(found, type):
@@ -93,14 +94,14 @@ def _provider_of(plug_in: PlugIn) -> Provider:
 
 
 class Everything(NamedTuple):
-    """All providers that are installed, and what is wrong with those that cannot be loaded."""
+    """All installed providers, and the errors of those that cannot be loaded."""
 
     providers: tuple[Provider, ...]
     problems: tuple[str, ...] = ()
 
 
 def everything() -> Everything:
-    """Every provider: those that come with modelcli, and those of other packages."""
+    """Load every provider: the built-in ones and those of other packages."""
     found, problems = list(built_in()), []
     for prefix in (*_BY_PREFIX, *plug_ins()):
         try:
@@ -114,17 +115,17 @@ def everything() -> Everything:
 
 
 def loaded() -> list[Provider]:
-    """The providers with a prefix whose models this process has named."""
+    """Return the providers with a prefix that this process has loaded."""
     return list(_LOADED.values())
 
 
 def with_prefix() -> list[Provider]:
-    """The built-in providers with a prefix, and those of other packages that were named already."""
+    """Return the built-in providers with a prefix, and those of other packages that are already loaded."""
     return [*(_provider_in(module) for module in _BY_PREFIX.values()), *loaded()]
 
 
 def forget() -> None:
-    """Forget which providers other packages have, so that they are looked for again."""
+    """Forget the providers of other packages, so that entry points are read again."""
     _LOADED.clear()
     from modelcli import plug_ins as packages_of_others
 
@@ -133,15 +134,15 @@ def forget() -> None:
 
 
 def prefixes() -> list[str]:
-    """The prefixes that references may have; no provider is imported for it."""
+    """Return all prefixes of references, without importing any provider."""
     return [*_BY_PREFIX, *plug_ins()]
 
 
 @functools.cache
 def owner(package: str) -> Provider | None:
-    """The provider whose library a package belongs to, so that a file may name the module classes in it; or None.
+    """Return the provider whose library a package belongs to, so that a file may name the module classes in it.
 
-    Other packages' providers are asked where no built-in one owns it.
+    The providers of other packages are loaded if no built-in provider owns the package. None if no provider owns it.
     """
     for provider in built_in():
         if provider.owns(package):
@@ -151,7 +152,7 @@ def owner(package: str) -> Provider | None:
 
 
 def packages() -> tuple[str, ...]:
-    """The names under which the libraries of the built-in providers are installed, each once."""
+    """Return the names of the installed packages of the built-in providers, each once."""
     return tuple(dict.fromkeys(package for provider in built_in() for package in provider.packages))
 
 
@@ -162,51 +163,51 @@ def packages_of_extras() -> tuple[str, ...]:
 
 
 def with_names() -> str:
-    """The built-in providers whose models have names, and weights by name, for messages."""
+    """Return a list of the built-in providers whose models and weights have names, for messages."""
     return " or ".join(provider.name for provider in built_in() if provider.has_names)
 
 
 def names() -> list[str]:
-    """The names of models that need no prefix."""
+    """Return the names of all models that need no prefix."""
     return [name for provider in built_in() for name in provider.names()]
 
 
 def names_after(prefix: str) -> list[str]:
-    """The models of the provider with this prefix, as references; none where there is no such provider."""
+    """Return the models of the provider with this prefix as references; none if there is no such provider."""
     provider = by_prefix(prefix)
     return [] if provider is None else [f"{prefix}:{name}" for name in provider.names()]
 
 
 def full_names_after(prefix: str) -> list[str]:
-    """What completion offers behind this prefix, as references: see `Provider.full_names`."""
+    """Return the completions of this prefix as references: see `Provider.full_names`."""
     provider = by_prefix(prefix)
     return [] if provider is None else [f"{prefix}:{name}" for name in provider.full_names()]
 
 
 def prefix_of(model: str) -> str | None:
-    """The prefix of a reference as text: `timm` of `timm:resnet50(num_classes=3)`, None of `resnet50`."""
+    """Return the prefix of a reference: `timm` for `timm:resnet50(num_classes=3)`, None for `resnet50`."""
     prefix, colon, _ = model.partition("(")[0].partition(":")
     return prefix if colon else None
 
 
 def versions_of(prefix: str | None) -> dict[str, str | None]:
-    """The versions of the libraries that decide what a provider builds: the built-in ones', and those of a prefix's."""
+    """Return the versions of the packages that decide what is built: those of built-in providers and of this prefix."""
     provider = None if prefix is None else by_prefix(prefix)
     of_provider = () if provider is None else provider.packages
     return {package: installed.version(package) for package in dict.fromkeys((*packages(), *of_provider))}
 
 
 def class_packages() -> str:
-    """Where bare names of module classes are looked for, for messages: `torch.nn or ...`."""
+    """Return the packages whose module classes need no package in an expression, for messages: `torch.nn or ...`."""
     named = sorted(built_in(), key=lambda provider: not provider.owns(""))
     return " or ".join(provider.classes_from for provider in named if provider.classes_from is not None)
 
 
 def class_names() -> list[str]:
-    """The module classes that expressions may name by their bare names, without those of other packages."""
+    """Return the module classes of built-in providers that expressions may write without a package."""
     return [name for provider in built_in() for name in provider.class_names()]
 
 
 def titles() -> list[str]:
-    """What models the built-in providers know, for `--help`."""
+    """Return the kinds of models of the built-in providers, for `--help`."""
     return [provider.title for provider in built_in() if provider.title]

@@ -20,42 +20,43 @@ if TYPE_CHECKING:
 
 
 class Provider:
-    """A library of models. Subclass it, set the attributes, and override what the library has.
+    """A library of models: the half of its declaration that needs no torch.
 
-    Everything here is asked for a look at a file, for completion or for `list`: it reads no more than text on the disk,
-    and imports neither torch nor the library.
+    Subclass it, set the attributes, and override the methods that apply to the library. Commands that show a file,
+    completion and `list` call these methods, so they must read at most small texts on the disk, and import neither
+    torch nor the library.
     """
 
-    #: What messages call it: the name of its library.
+    #: The name of its library, for messages.
     name: ClassVar[str]
-    #: Where its other half is: `package.module:Class`, a subclass of `modelcli.live.providers.LiveProvider`.
+    #: The class of its torch half, `package.module:Class`, a subclass of `modelcli.live.providers.LiveProvider`.
     live: ClassVar[str]
-    #: What stands before the colon of its references, `timm` in `timm:resnet50`. None for those that come with
-    #: modelcli and whose models go by their bare names.
+    #: The part of its references before the colon: `timm` in `timm:resnet50`. None for the built-in providers whose
+    #: models need no prefix.
     prefix: ClassVar[str | None] = None
-    #: Whether its models have names, which `names` gives: `list` shows them, and `identify` compares with them.
+    #: Whether its models have names, which `names` returns: `list` shows them, and `identify` compares with them.
     has_names: ClassVar[bool] = False
-    #: Whether to build all its models takes minutes. Then `list` shows them for a pattern with the prefix alone and
-    #: counts their parameters itself, and `identify` builds those that `names_like` gives.
+    #: Whether building all its models takes minutes. Then `list` shows them only for a pattern with the prefix, and
+    #: counts their parameters itself; and `identify` builds only those that `names_like` returns.
     has_many_models: ClassVar[bool] = False
-    #: What its models are called in `--help`, with an example: `a timm model (timm:resnet50)`.
+    #: The kind of its models for `--help`, with an example: `a timm model (timm:resnet50)`.
     title: ClassVar[str] = ""
-    #: The names under which its libraries are installed. Their versions decide what is built: they belong to the key of
-    #: every blueprint that is kept and of what `list` keeps, and those of the built-in providers to `--version`.
+    #: The names of its installed packages. Their versions are part of the cache keys of blueprints and lists, because
+    #: they decide what is built. `--version` shows those of the built-in providers.
     packages: ClassVar[tuple[str, ...]] = ()
-    #: The extra of modelcli that installs its libraries: `timm` in `pip install modelcli[timm]`; None where none does.
+    #: The extra of modelcli that installs its libraries: `timm` in `pip install modelcli[timm]`; None if there is none.
     extra: ClassVar[str | None] = None
-    #: The package whose module classes an expression may name by their bare names, as messages call it: `torch.nn`.
+    #: The package whose module classes an expression may write without a package, for messages: `torch.nn`.
     classes_from: ClassVar[str | None] = None
-    #: Names that a script gets from what this provider lets it import: nothing of the user's can be called so there.
+    #: The names that its import lines define in a script. A user's module or class gets another name there.
     script_names: ClassVar[frozenset[str]] = frozenset()
 
     def names(self) -> Sequence[str]:
-        """The names of its models without the prefix, read off the installed library; for `list` and completion."""
+        """Return the names of its models without the prefix, read from the installed library's sources."""
         return ()
 
     def full_names(self) -> Sequence[str]:
-        """The names that completion offers: those of `names`, and longer ones that mean a model too."""
+        """Return the names for completion: those of `names`, and longer ones, such as names with tags."""
         return self.names()
 
     def at_hand(self) -> tuple[Sequence[PublishedModel], str]:
@@ -72,15 +73,15 @@ class Provider:
         return (), ""
 
     def names_like(self, keys: Collection[str]) -> Sequence[Sequence[str]]:
-        """Those of `names` that a checkpoint with these keys may belong to, in groups, the likeliest group first.
+        """Return those of `names` that a checkpoint with these keys may belong to, in groups, the likeliest first.
 
-        Asked where `has_many_models` is set: `identify` builds a group at a time, and stops behind the first with a
-        model that fits.
+        It is called if `has_many_models` is set: `identify` builds one group after another, and stops after the first
+        group with a model that fits.
         """
         return [self.names()]
 
     def weights_names(self) -> Sequence[str]:
-        """Every name that pretrained weights of its models have, as `--weights` takes it."""
+        """Return all names of pretrained weights that `--weights` accepts for its models."""
         return ()
 
     def weights_names_of(self, name: str) -> Sequence[str]:
@@ -88,33 +89,36 @@ class Provider:
         return self.weights_names()
 
     def class_names(self) -> Sequence[str]:
-        """The module classes that expressions may name by their bare names."""
+        """Return the module classes that expressions may write without a package."""
         return ()
 
     def bare_words(self) -> Sequence[str]:
-        """The words that mean a model of its own also where a file is called so; asked without a prefix alone."""
+        """Return the words that mean a model even if a file has this name. Used for providers without a prefix."""
         return self.names()
 
     def owns(self, package: str) -> bool:
-        """Whether module classes in a package are the library's own, by the dotted name of the package.
+        """Whether module classes in a package (given by its dotted name) are part of the library.
 
-        These may be named in expressions and in records without `--trust`: to look one up runs the library alone.
+        Expressions and records may name such classes without `--trust`, because looking one up runs only the library.
         """
         return False
 
     def is_known_code(self, name: str) -> bool:
-        """Whether a record in a file may name this model without `--trust`, by the name before its arguments.
+        """Whether a record in a file may name this model without `--trust`.
 
-        Only where to build it runs the code of the installed library and nothing that a file brings. Asked only of a
-        provider with a prefix; what stands in the arguments is asked for by itself.
+        Return True only if building the model runs the code of the installed library and no code from a file. It is
+        called for providers with a prefix. The arguments of the model are checked separately.
+
+        Args:
+            name: the name of the model, without its arguments.
         """
         return False
 
     def recognises(self, folder: Path) -> bool:
-        """Whether a folder that is given as a model, by its path alone, is one of its models, and no plain checkpoint.
+        """Whether a folder that is given by its path is one of its models, and not a plain checkpoint.
 
-        Then the path is the model's name behind the prefix: `runs/bert` means `PREFIX:runs/bert`. It is asked for every
-        folder that is looked at, and does no more than look for a file by its name.
+        If so, the path is the model's name after the prefix: `runs/bert` means `PREFIX:runs/bert`. It is called for
+        every folder that a command opens, so it should only look for a file by its name.
         """
         return False
 
@@ -124,80 +128,83 @@ class Provider:
         """Compare the configuration of a folder, and the other texts in it, with the tensors of its weights.
 
         Args:
-            folder: one that the provider recognises.
+            folder: a folder that the provider recognises.
             tensors: the shape and the dtype of each tensor, by its key in the files.
 
         Returns:
-            The names of the files that were compared, and the faults, a sentence each.
+            The names of the files that were compared, and a sentence for each fault.
 
-        Raises FileFormatError where the configuration cannot be read.
+        Raises:
+            FileFormatError: the configuration cannot be read.
         """
         return (), ()
 
     def own_folder(self, name: str, folder: Path) -> Path | None:
-        """The folder with the files of a model that is an architecture and a checkpoint in one, or None.
+        """Return the folder of a model that is an architecture and a checkpoint in one; None for other models.
 
-        Its weights are the model's default values.
+        The weights in the folder are the model's default values.
 
         Args:
-            name: the model, as its reference names it.
-            folder: what a relative path in the name is seen from.
+            name: the name of the model in its reference.
+            folder: a relative path in the name starts here.
         """
         return None
 
     def excess(self, call: Call, folder: Path, modules: int) -> str | None:
-        """Why a model is far too large to build, as far as its files tell; None where nothing says so.
+        """Return why a model is too large to build, if its files show this; otherwise None.
 
-        It is asked before torch and the library are imported, which takes seconds.
+        It is called before torch and the library are imported, which takes seconds.
 
         Args:
-            call: the model with its arguments, as its reference names it.
-            folder: what a relative path in the name is seen from.
-            modules: how many modules a model may have.
+            call: the model and its arguments in the reference.
+            folder: a relative path in the name starts here.
+            modules: the largest number of modules that a model may have.
 
         Returns:
-            The end of a sentence that begins with the configuration of the model.
+            The end of a sentence whose subject is the configuration of the model.
         """
         return None
 
     def is_remote(self, name: str) -> bool:
-        """Whether a name means a model that has to be fetched, and never a folder that is called so."""
+        """Whether a name means a remote model, and never a folder of this name."""
         return False
 
     def pinned(self, name: str, folder: Path, *, requests: bool = True) -> str:
-        """The name of the same model that nobody can change while a command works on it, such as one with its commit.
+        """Return a name of the same model that cannot change while a command works on it, such as one with its commit.
 
-        The texts that describe the model are fetched for it, its values are not.
+        This downloads the texts that describe the model, but not its values.
 
         Args:
-            name: the model, as its reference names it.
-            folder: what a relative path in the name is seen from.
-            requests: whether the network may be used; without it a name of which nothing is known stays as it is.
+            name: the name of the model in its reference.
+            folder: a relative path in the name starts here.
+            requests: whether the network may be used. Without it, the name of an unknown model is returned unchanged.
 
-        Raises RequestError, SystemFailureError where there is no such model, or none that can be reached.
+        Raises:
+            RequestError: there is no such model.
+            SystemFailureError: the model cannot be reached.
         """
         return name
 
     def downloaded(self, name: str, folder: Path) -> str:
-        """The same, once the values of the model are on this machine as well: then it has an `own_folder`."""
+        """Download the values of the model too, so that it has an `own_folder`. Returns a name as `pinned` does."""
         return self.pinned(name, folder)
 
     def is_partial(self, name: str, folder: Path) -> bool:
-        """Whether the `own_folder` of a model that has to be fetched is without its weights as yet."""
+        """Whether the weights of a remote model are not in its `own_folder` yet."""
         return False
 
     def chosen_weights(self, folder: Path) -> Path:
-        """What the library loads of a folder that holds weights: a file in it where it prefers one, else the folder."""
+        """Return what the library loads from a folder with weights: the file that it prefers, or the whole folder."""
         return folder
 
     def identity(self, name: str, folder: Path) -> str | None:
-        """What decides a model whose name is that of files: while it stays the same, a look at it need not build it.
+        """Return a cache key of the files that a model is built from. A cached blueprint is valid while it is the same.
 
-        None for a model that its name alone decides, or whose files are not to be known: see `is_known_code`.
+        None for a model that depends only on its name, or that must not be cached: see `is_known_code`.
 
         Args:
-            name: the model, as its reference names it.
-            folder: what a relative path in the name is seen from.
+            name: the name of the model in its reference.
+            folder: a relative path in the name starts here.
         """
         return None
 
@@ -208,19 +215,20 @@ class Provider:
 
     @property
     def missing_packages(self) -> list[str]:
-        """Those of its libraries that are not installed."""
+        """The names of its packages that are not installed."""
         return [package for package in self.packages if installed.version(package) is None]
 
     @property
     def install_command(self) -> str:
-        """What installs the libraries that are missing, for a hint."""
+        """The command that installs the missing packages, for a hint."""
         wanted = [f"modelcli[{self.extra}]"] if self.extra is not None else self.missing_packages
         return f"pip install {' '.join(map(quoted, wanted))}"
 
     def parse(self, text: str) -> Call:
-        """What stands after the prefix: `NAME` or `NAME(arguments)`; the name is everything before the parenthesis.
+        """Parse the text after the prefix: `NAME` or `NAME(arguments)`. The name is everything before the parenthesis.
 
-        Raises RequestError for text that names no model, and for arguments that are no literals.
+        Raises:
+            RequestError: the text names no model, or an argument is not a literal.
         """
         from modelcli.language import expressions
 

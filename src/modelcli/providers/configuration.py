@@ -1,4 +1,4 @@
-"""The `config.json` of a model's folder, read without the library that wrote it. It is hostile input like any file."""
+"""Read the `config.json` of a model's folder without the library that wrote it. It is untrusted input like any file."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from typing import Any
 from modelcli.errors import FileFormatError, SystemFailureError
 from modelcli.files.open_folder import read_regular
 
-#: The name under which Hugging Face's libraries and timm look for a configuration.
+#: The name of a configuration in the libraries of Hugging Face and in timm.
 NAME = "config.json"
-#: The configuration of the largest model on the Hub has a tenth of this: a label for each of 22,000 classes.
+#: The largest size in bytes: ten times that of the largest configuration on the Hub, with labels for 22,000 classes.
 MAX_BYTES = 10_000_000
 
 
 def configuration_in(folder: Path) -> dict[str, Any] | None:
-    """The configuration of a folder; None where it has no `config.json`.
+    """Return the configuration of a folder; None if it has no `config.json`.
 
-    Raises FileFormatError for a file that is too large or is no JSON object, SystemFailureError where reading fails.
+    Raises:
+        FileFormatError: the file is too large, or not a JSON object.
+        SystemFailureError: the file cannot be read.
     """
     path = folder / NAME
     try:
@@ -37,10 +39,10 @@ def configuration_in(folder: Path) -> dict[str, Any] | None:
 
 
 def identity_of(folder: Path) -> str | None:
-    """What decides a model in a folder: the text of its `config.json`, and which other files there are.
+    """Return a cache key for the model in a folder: a digest of its `config.json` and of its list of other files.
 
-    Of these the names, sizes, times of change and inodes are taken, so that nothing of them is read. None where there
-    is no configuration that can be read.
+    Of the other files, only names, sizes, modification times and inodes are used, so that none of them is read. None if
+    the configuration cannot be read.
     """
     import hashlib  # a look at a file needs none
 
@@ -59,14 +61,14 @@ def identity_of(folder: Path) -> str | None:
 
 
 def digest_of(text: bytes) -> str:
-    """What tells one configuration from another: the SHA-256 digest of its bytes."""
+    """Return the SHA-256 digest of a configuration's bytes."""
     import hashlib
 
     return hashlib.sha256(text).hexdigest()
 
 
 def digest_in(folder: Path) -> str | None:
-    """The digest of the configuration in a folder; None where there is none that can be read."""
+    """Return the digest of the configuration in a folder; None if it cannot be read."""
     path = folder / NAME
     try:
         return digest_of(read_regular(path)) if path.stat().st_size <= MAX_BYTES else None

@@ -1,8 +1,8 @@
-"""Models of the Hub: what is asked of it, and what is downloaded, by huggingface_hub's own functions.
+"""Models of the Hub: requests and downloads, by huggingface_hub's own functions.
 
-A look at a model reads its configuration and the headers of its weights. Values are downloaded into the cache that all
-libraries of Hugging Face share, and from then on the model is a folder there. Only the files that are named here are
-asked for: no Python file, no folder, and no weights in a second format.
+Showing a model reads its configuration and the headers of its weights. Values are downloaded into huggingface_hub's
+cache, and from then on the model is a folder there. Only the files that this module names are requested: no Python
+files, no subfolders, and no weights in a second format.
 """
 
 from __future__ import annotations
@@ -35,29 +35,35 @@ WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-#: How the name of an index of shards ends.
+#: The suffix of an index of shards.
 INDEX = ".index.json"
-#: How the names of the other files end that belong to a model: tokenizer, generation, templates, the model card.
+#: The suffixes of other files that belong to a model: tokenizer, generation, templates, the model card.
 _OTHER_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".bpe", ".spm", ".vocab", ".md")
-#: The index of the largest models, with 200,000 keys, has a fifth of this.
+#: The largest size of an index in bytes. The index of the largest models, with 200,000 keys, has a fifth of this.
 _MAX_INDEX_BYTES = 100_000_000
-#: How many headers are asked for at the same time.
+#: How many headers are requested at the same time.
 _AT_A_TIME = 8
 
 
 def pinned(model: HubModel, folder: Path, *, requests: bool = True) -> HubModel:
-    """The same model at the commit that its revision means now, with the configuration in the cache.
+    """Find the current commit of a model's revision, and download the configuration into the cache.
 
-    For a commit whose configuration is in the cache there is no request. Where the Hub cannot be reached, what the
-    cache has of the revision is taken, as huggingface_hub does.
+    A commit whose configuration is in the cache needs no request. If the Hub cannot be reached, the cached commit of
+    the revision is used, as huggingface_hub does.
 
     Args:
         model: the model.
-        folder: what relative paths are seen from, for hints.
-        requests: whether the Hub may be asked; otherwise the cache is, and a model that is not in it is left as it is.
+        folder: relative paths start here, for hints.
+        requests: whether the Hub may be reached. Otherwise only the cache is used, and a model that is not in it is
+            returned unchanged.
 
-    Raises RequestError, SystemFailureError where there is no such model or it cannot be reached, FileFormatError for a
-    configuration that is too large.
+    Returns:
+        The model at this commit.
+
+    Raises:
+        RequestError: there is no such model.
+        SystemFailureError: the Hub cannot be reached.
+        FileFormatError: the configuration is too large.
     """
     cached = cached_folder(model)
     if cached is not None and (model.is_commit or not requests):
@@ -67,7 +73,7 @@ def pinned(model: HubModel, folder: Path, *, requests: bool = True) -> HubModel:
     _require_installed()
     from huggingface_hub import hf_hub_download
 
-    with hub_errors.told(model, folder):
+    with hub_errors.converted(model, folder):
         try:
             commit, nbytes = _commit_and_size(model)
         except Exception as error:
@@ -89,7 +95,7 @@ def pinned(model: HubModel, folder: Path, *, requests: bool = True) -> HubModel:
 
 
 def _commit_and_size(model: HubModel) -> tuple[str, int | None]:
-    """The commit that a revision means, and the size of the configuration there: one request."""
+    """Return the commit of a revision, and the size of the configuration there, by one request."""
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import FileMetadataError
 
@@ -101,7 +107,7 @@ def _commit_and_size(model: HubModel) -> tuple[str, int | None]:
 
 
 def cached_folder(model: HubModel) -> Path | None:
-    """The folder in huggingface_hub's cache with the files of a revision, as last seen; None without configuration."""
+    """Return the folder in huggingface_hub's cache with the files of a revision; None if it has no configuration."""
     if installed.folder("huggingface_hub") is None:
         return None
     from huggingface_hub import try_to_load_from_cache
@@ -133,22 +139,22 @@ def cached_models() -> tuple[Path, list[tuple[str, str]]]:
 
 
 def complete_weights(folder: Path) -> list[str]:
-    """The files of weights, and the indexes, of a folder in the cache whose shards have all been downloaded."""
+    """Return the files of weights in a cached folder, and the indexes whose shards have all been downloaded."""
     return [name for name in WEIGHTS if (folder / name).is_file() and _has_shards(folder / name)]
 
 
 def _has_shards(path: Path) -> bool:
-    """Whether all shards that an index names are beside it; True for a file that is no index."""
+    """Whether all shards that an index names are beside it; True for a file that is not an index."""
     if not path.name.endswith(INDEX):
         return True
     try:
         return all((path.parent / file).is_file() for file in shards_in(path))
     except (FileFormatError, OSError):
-        return True  # to read it says what is wrong
+        return True  # reading the index will report the fault
 
 
 def shards_in(index: Path) -> list[str]:
-    """The files that an index names. Raises FileFormatError for names that lead out of its folder."""
+    """Return the files that an index names. Raises FileFormatError for names outside its folder."""
     try:
         if index.stat().st_size > _MAX_INDEX_BYTES:
             raise ValueError(f"it has more than {_MAX_INDEX_BYTES:,} bytes")
@@ -162,16 +168,16 @@ def shards_in(index: Path) -> list[str]:
 
 
 def _is_plain(name: str) -> bool:
-    """Whether a name is that of a file in the folder itself."""
+    """Whether a name is that of a file directly in the folder."""
     return name.isprintable() and not name.startswith(".") and not re.search(r'[/\\:*?"<>|]', name) and name != ""
 
 
 def files_of(model: HubModel, folder: Path) -> dict[str, int | None]:
-    """The files of a repository at a commit with their sizes, without those in folders: one request."""
+    """Return the files of a repository at a commit, without subfolders, with their sizes in bytes, by one request."""
     _require_installed()
     from huggingface_hub import HfApi, constants
 
-    with hub_errors.told(model, folder):
+    with hub_errors.converted(model, folder):
         found = HfApi().model_info(
             model.repository, revision=model.revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
         )
@@ -181,7 +187,7 @@ def files_of(model: HubModel, folder: Path) -> dict[str, int | None]:
 def shards_of(
     model: HubModel, folder: Path, name: str, files: Mapping[str, int | None]
 ) -> tuple[Path | None, list[str]]:
-    """The files of weights that a name stands for: itself, or the shards of an index, which is downloaded.
+    """Return the files of weights of a name: the file itself, or the shards of an index, which is downloaded.
 
     Args:
         model: the model, at a commit.
@@ -190,9 +196,10 @@ def shards_of(
         files: the files of the repository with their sizes.
 
     Returns:
-        The index in the cache, None where the name is that of a file of weights; and the files.
+        The path of the index in the cache, or None if the name is not that of an index; and the names of the files.
 
-    Raises FileFormatError where the index names files that the repository does not have.
+    Raises:
+        FileFormatError: the index names files that the repository does not have.
     """
     if not name.endswith(INDEX):
         return None, [name]
@@ -200,7 +207,7 @@ def shards_of(
         raise FileFormatError(f"{name} of {model} has {nbytes:,} bytes; an index has at most {_MAX_INDEX_BYTES:,}")
     from huggingface_hub import hf_hub_download
 
-    with hub_errors.told(model, folder), _without_bars():
+    with hub_errors.converted(model, folder), _without_bars():
         index = Path(hf_hub_download(model.repository, name, revision=model.revision))
     shards = shards_in(index)
     if missing := [shard for shard in shards if shard not in files]:
@@ -209,22 +216,27 @@ def shards_of(
 
 
 def headers_of(model: HubModel, folder: Path, shards: Sequence[str]) -> dict[str, SafetensorsFileMetadata]:
-    """The headers of safetensors files: one request each, two where a header is longer than 100 kB."""
+    """Return the headers of safetensors files, by one request for each, or two if a header is longer than 100 kB."""
     from concurrent.futures import ThreadPoolExecutor
 
     from huggingface_hub import HfApi
 
     asked = functools.partial(HfApi().parse_safetensors_file_metadata, model.repository, revision=model.revision)
-    with hub_errors.told(model, folder), ThreadPoolExecutor(_AT_A_TIME) as pool:
+    with hub_errors.converted(model, folder), ThreadPoolExecutor(_AT_A_TIME) as pool:
         return dict(zip(shards, pool.map(asked, shards), strict=True))
 
 
 def downloaded(model: HubModel, folder: Path) -> HubModel:
-    """The same model at a commit, with its weights and the other files that belong to it in the cache.
+    """Download a model's weights, and the other files that belong to it, into the cache.
 
-    Where the Hub may not be asked (`HF_HUB_OFFLINE=1`), and for a commit, weights that are in the cache are enough.
+    Weights that are in the cache are not requested again if the user forbids requests (`HF_HUB_OFFLINE=1`), or for a
+    commit.
 
-    Raises as `pinned` does, and SystemFailureError where the disk is full.
+    Returns:
+        The model at its commit.
+
+    Raises:
+        SystemFailureError: the disk is full. Other errors are those of `pinned`.
     """
     found = pinned(model, folder)
     cached = cached_folder(found)
@@ -242,14 +254,14 @@ def downloaded(model: HubModel, folder: Path) -> HubModel:
     wanted = _wanted(found, folder, files)
     if cached is not None and all((cached / name).is_file() for name in wanted):
         return found
-    with hub_errors.told(found, folder), _without_bars(always=False):
+    with hub_errors.converted(found, folder), _without_bars(always=False):
         patterns = [re.sub(r"([\[\]*?])", r"[\1]", name) for name in wanted]
         snapshot_download(found.repository, revision=found.revision, allow_patterns=patterns)
     return found
 
 
 def _wanted(model: HubModel, folder: Path, files: Mapping[str, int | None]) -> list[str]:
-    """The files to download: the weights in one format, and the small files that belong to a model."""
+    """Return the files to download: the weights in one format, and the small files that belong to a model."""
     wanted = [name for name in files if name.endswith(_OTHER_FILES) and not name.endswith(INDEX)]
     chosen = next((name for name in WEIGHTS if name in files), None)
     if chosen is not None:
@@ -265,7 +277,7 @@ def is_offline() -> bool:
     return bool(constants.HF_HUB_OFFLINE)
 
 
-#: What a repository without a configuration is, by the files that it has.
+#: The kind of a repository without a configuration, by a file in it.
 _OTHER_KINDS = (
     ("adapter_config.json", "an adapter for another model, in peft's format", None),
     ("model_index.json", "a pipeline of several models, in diffusers' format", None),
@@ -276,7 +288,7 @@ _OTHER_KINDS = (
 
 
 def _without_configuration(model: HubModel) -> RequestError:
-    """The error for a repository that is no model of transformers, which says what it is."""
+    """Return the error for a repository that is not a model of transformers, which says what it is."""
     names: Collection[str] = ()
     with contextlib.suppress(Exception):
         names = files_of(model, Path())
@@ -292,7 +304,7 @@ def _without_configuration(model: HubModel) -> RequestError:
 
 
 def _require_installed() -> None:
-    """Raise RequestError where huggingface_hub is not installed."""
+    """Raise RequestError if huggingface_hub is not installed."""
     if installed.folder("huggingface_hub") is None:
         raise RequestError(
             "huggingface_hub is not installed, and models of the Hub need it", "pip install 'modelcli[hf]'"
@@ -301,7 +313,7 @@ def _require_installed() -> None:
 
 @contextlib.contextmanager
 def _without_bars(*, always: bool = True) -> Iterator[None]:
-    """Turn off huggingface_hub's progress bars in the block, `always` or where standard error is no terminal."""
+    """Turn off huggingface_hub's progress bars in the block: `always`, or only if standard error is not a terminal."""
     import warnings
 
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars

@@ -1,4 +1,4 @@
-"""What went wrong with the Hub, in words that help: the errors of huggingface_hub as those of modelcli."""
+"""Convert errors of huggingface_hub to modelcli's errors, with messages that say what to do."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from modelcli.errors import FileFormatError, ModelcliError, RequestError, System
 from modelcli.providers.hub_names import HubModel, cached_repositories
 
 _LOG_IN = "hf auth login, or set HF_TOKEN"
-#: The classes of errors by which the clients of HTTP that huggingface_hub has used say that they waited in vain.
+#: The classes of timeout errors of the HTTP clients that versions of huggingface_hub use.
 _TIMEOUTS = frozenset({"TimeoutException", "Timeout", "TimeoutError"})
-#: And that they reached nobody, or that nobody answered to the end.
+#: The classes of their connection errors.
 _UNREACHED = frozenset({"TransportError", "ConnectionError"})
 
 
 @contextlib.contextmanager
-def told(model: HubModel, folder: Path) -> Iterator[None]:
+def converted(model: HubModel, folder: Path) -> Iterator[None]:
     """Raise a ModelcliError for each error of huggingface_hub in the block.
 
     Args:
-        model: the model that is asked for.
-        folder: what relative paths are seen from: one of the same name may be meant.
+        model: the requested model.
+        folder: relative paths start here: the hint names a folder with the name of the model.
     """
     try:
         yield
     except ModelcliError:
         raise
     except Exception as error:
-        raise _in_words(error, model, folder) from error
+        raise _convert(error, model, folder) from error
 
 
 def is_unreachable(error: BaseException) -> bool:
-    """Whether an error says that the Hub was not reached, or could not answer; not that it answered no."""
+    """Whether an error means that the Hub could not be reached, or failed; not that it refused the request."""
     if isinstance(error, ModelcliError) and error.__cause__ is not None:
         error = error.__cause__
     kinds = _kinds(error)
@@ -42,12 +42,12 @@ def is_unreachable(error: BaseException) -> bool:
 
 
 def is_missing_file(error: BaseException) -> bool:
-    """Whether an error says that the repository is there, and the file is not."""
+    """Whether an error means that the repository exists, but not the file."""
     return "RemoteEntryNotFoundError" in _kinds(error)
 
 
-def _in_words(error: Exception, model: HubModel, folder: Path) -> ModelcliError:
-    """The error for one of huggingface_hub's, or of the system."""
+def _convert(error: Exception, model: HubModel, folder: Path) -> ModelcliError:
+    """Return modelcli's error for an error of huggingface_hub or of the system."""
     kinds, status = _kinds(error), _status(error)
     if "OfflineModeIsEnabled" in kinds:
         return _offline(model)
@@ -85,7 +85,7 @@ def _in_words(error: Exception, model: HubModel, folder: Path) -> ModelcliError:
 
 
 def _of_system(error: Exception, status: int) -> ModelcliError:
-    """The error for a failure of the disk, of the server, or one that nobody has foreseen."""
+    """Return the error for a failure of the disk or the server, or for an unexpected error."""
     if status:
         return SystemFailureError(f"{_endpoint()} answers {status}: {_first_line(error)}", "try again later")
     for inner in _chain(error):
@@ -137,7 +137,7 @@ def _no_revision(model: HubModel) -> ModelcliError:
 
 
 def _kinds(error: BaseException) -> set[str]:
-    """The names of the classes of an error, and of those that caused it. Which client of HTTP is used differs."""
+    """Return the class names of an error and its causes. Names work for every HTTP client of huggingface_hub."""
     return {kind.__name__ for inner in _chain(error) for kind in type(inner).__mro__}
 
 
@@ -157,7 +157,7 @@ def _innermost(error: BaseException) -> BaseException:
 
 
 def _status(error: BaseException) -> int:
-    """The status of the answer that caused an error; 0 where there was none."""
+    """Return the HTTP status of the response that caused an error; 0 if there was no response."""
     for inner in _chain(error):
         status = getattr(getattr(inner, "response", None), "status_code", None)
         if isinstance(status, int):

@@ -1,4 +1,4 @@
-"""How models of the Hub are called: `org/name`, `gpt2`, `org/name@revision`."""
+"""The names of models of the Hub: `org/name`, `gpt2`, `org/name@revision`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class HubModel:
 
     @property
     def reference(self) -> str:
-        """How a user names it: `hf:org/name@main`."""
+        """The reference of the model: `hf:org/name@main`."""
         return f"hf:{self}"
 
     @property
@@ -44,8 +44,8 @@ def is_commit(revision: str | None) -> bool:
     return revision is not None and _COMMIT.fullmatch(revision) is not None
 
 
-def named(name: str) -> HubModel | None:
-    """The model of the Hub that a name means: `org/name`, `gpt2`, `org/name@revision`; None for a path."""
+def parse_name(name: str) -> HubModel | None:
+    """Parse the name of a model of the Hub: `org/name`, `gpt2`, `org/name@revision`; None for a path."""
     repository, at, revision = name.partition("@")
     if _REPOSITORY.fullmatch(repository) is None or ".." in repository or "--" in repository:
         return None
@@ -57,7 +57,7 @@ def named(name: str) -> HubModel | None:
 
 
 def cached_repositories() -> list[str]:
-    """The models in huggingface_hub's cache, by the names of their folders."""
+    """Return the names of the models in huggingface_hub's cache."""
     from huggingface_hub import constants
 
     with contextlib.suppress(OSError):

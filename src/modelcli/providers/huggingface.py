@@ -34,7 +34,7 @@ class HuggingFace(Provider):
         return [PublishedModel(name, group=files) for name, files in found], f"huggingface_hub's cache ({place})"
 
     def is_known_code(self, name: str) -> bool:
-        """Whether it names a class of transformers. Folders and models of the Hub are for the user to name."""
+        """Whether it names a class of transformers. Only a user may name folders and models of the Hub."""
         return is_class_name(name)
 
     def recognises(self, folder: Path) -> bool:
@@ -54,14 +54,14 @@ class HuggingFace(Provider):
         return huggingface_files.compare(folder, tensors)
 
     def own_folder(self, name: str, folder: Path) -> Path | None:
-        """The folder of that name, or of a model of the Hub that in huggingface_hub's cache."""
+        """Return the folder of that name, or the folder in huggingface_hub's cache of a model of the Hub."""
         if (model := hub_model(name)) is not None:
             return hub.cached_folder(model)
         path = folder / name
         return path if not is_class_name(name) and path.is_dir() else None
 
     def excess(self, call: Call, folder: Path, modules: int) -> str | None:
-        """Whether the layers that its configuration asks for are too many: see `huggingface_counts`."""
+        """Return whether its configuration has too many layers: see `huggingface_counts`."""
         from modelcli.providers import huggingface_counts
 
         path = self.own_folder(call.name, folder)
@@ -73,27 +73,27 @@ class HuggingFace(Provider):
         return hub_model(name) is not None
 
     def pinned(self, name: str, folder: Path, *, requests: bool = True) -> str:
-        """With the commit that the revision of a model of the Hub means now."""
+        """Return the name of a model of the Hub with the current commit of its revision."""
         model = hub_model(name)
         return name if model is None else str(hub.pinned(model, folder, requests=requests))
 
     def downloaded(self, name: str, folder: Path) -> str:
-        """The same, with all files of the model in the cache."""
+        """Download all files of the model into the cache. Returns its name with the commit."""
         model = hub_model(name)
         return name if model is None else str(hub.downloaded(model, folder))
 
     def is_partial(self, name: str, folder: Path) -> bool:
-        """Whether a model of the Hub is without its weights in the cache."""
+        """Whether the weights of a model of the Hub are not in the cache."""
         path = self.own_folder(name, folder) if self.is_remote(name) else None
         return path is not None and not hub.complete_weights(path)
 
     def chosen_weights(self, folder: Path) -> Path:
-        """The first of the names that `from_pretrained` looks for, where the folder has several of them."""
+        """Return the file that `from_pretrained` prefers, if the folder has several."""
         found = [folder / name for name in hub.WEIGHTS if (folder / name).exists()]
         return found[0] if len(found) > 1 else folder
 
     def identity(self, name: str, folder: Path) -> str | None:
-        """That of the folder or the commit, and the version of timm, whose models transformers wraps."""
+        """Return the identity of the folder or the commit, and the version of timm, whose models transformers wraps."""
         path = self.own_folder(name, folder)
         if path is None:
             return None
@@ -110,5 +110,5 @@ def is_class_name(name: str) -> bool:
 
 
 def hub_model(name: str) -> HubModel | None:
-    """The model of the Hub that the name in a reference means; None for a class, or the path of a folder."""
-    return None if is_class_name(name) else hub_names.named(name)
+    """Return the model of the Hub that a name in a reference means; None for a class, or the path of a folder."""
+    return None if is_class_name(name) else hub_names.parse_name(name)

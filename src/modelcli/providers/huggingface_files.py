@@ -1,7 +1,7 @@
-"""What the files in a folder of a Hugging Face model say of each other, read without transformers.
+"""Check that the files in a folder of a Hugging Face model agree, without transformers.
 
-Only what can be told from names and shapes is compared. Whether every key is one that the configuration builds is for
-the model itself to say, which `check --arch-check` builds.
+This compares only names and shapes. Whether the configuration builds exactly the keys of the files can only be checked
+by building the model, which `check --arch-check` does.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from modelcli.providers import configuration
 #: The shape and the dtype of each tensor, by its key.
 Tensors = Mapping[str, tuple[Sequence[int] | None, str]]
 
-#: How the keys of input embeddings end, the most usual first.
+#: The endings of the keys of input embeddings, the most usual first.
 _EMBEDDINGS = (
     "embed_tokens.weight",
     "wte.weight",
@@ -29,13 +29,13 @@ _EMBEDDINGS = (
     "shared.weight",
     "token_embedding.weight",
 )
-#: How the keys of output embeddings end.
+#: The endings of the keys of output embeddings.
 _OUTPUTS = ("lm_head.weight", "embed_out.weight", "output_projection.weight")
-#: How configurations call the number of layers.
+#: The names of the number of layers in configurations.
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-#: Layers for the prediction of further tokens, which stand behind the others and are not counted among them.
+#: The names of the number of multi-token-prediction layers, which follow the others and are not counted among them.
 _FURTHER_LAYERS = "num_nextn_predict_layers"
-#: A tokenizer of a million entries has 60 MB.
+#: The largest size of a tokenizer file in bytes. A tokenizer of a million entries has 60 MB.
 _MAX_TOKENIZER_BYTES = 200_000_000
 
 
@@ -43,13 +43,14 @@ def compare(folder: Path, tensors: Tensors) -> tuple[list[str], list[str]]:
     """Compare the configuration and the tokenizer of a folder with its tensors.
 
     Args:
-        folder: it has a `config.json`.
+        folder: a folder with a `config.json`.
         tensors: the shape and the dtype of each tensor, by its key.
 
     Returns:
-        The names of the files that were compared, and the faults, a sentence each.
+        The names of the files that were compared, and a sentence for each fault.
 
-    Raises FileFormatError where the configuration cannot be read.
+    Raises:
+        FileFormatError: the configuration cannot be read.
     """
     document = configuration.configuration_in(folder) or {}
     text = _of_text_model(document)
@@ -69,13 +70,13 @@ def compare(folder: Path, tensors: Tensors) -> tuple[list[str], list[str]]:
 
 
 def _of_text_model(document: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of a configuration that describes the model of the text."""
+    """Return the part of a configuration that describes the text model."""
     part = document.get("text_config")
     return part if isinstance(part, dict) else document
 
 
 def _rows_of_embedding(tensors: Tensors) -> tuple[str, int] | None:
-    """The key of the input embedding, and its number of rows; None where no key is known to be one."""
+    """Return the key of the input embedding, and its number of rows; None if no key is a known one."""
     for ending in _EMBEDDINGS:
         for key, (shape, _) in tensors.items():
             if _ends_in(key, ending) and shape is not None and len(shape) == 2:
@@ -84,7 +85,7 @@ def _rows_of_embedding(tensors: Tensors) -> tuple[str, int] | None:
 
 
 def _ends_in(key: str, ending: str) -> bool:
-    """Whether the last steps of a key are these."""
+    """Whether a key ends in these components."""
     return key == ending or key.endswith(f".{ending}")
 
 
@@ -97,7 +98,7 @@ def _vocabulary_faults(text: Mapping[str, Any], rows: tuple[str, int] | None) ->
 def _tie_faults(
     document: Mapping[str, Any], text: Mapping[str, Any], tensors: Tensors, rows: tuple[str, int] | None
 ) -> Iterator[str]:
-    """Whether the tensors are tied as the configuration says. Where it says nothing, the class decides."""
+    """Yield a fault if the tensors are not tied as the configuration says; if it says nothing, the class decides."""
     tied = document.get("tie_word_embeddings", text.get("tie_word_embeddings"))
     output = next((key for key in tensors for ending in _OUTPUTS if _ends_in(key, ending)), None)
     if not isinstance(tied, bool) or rows is None or not _is_language_model(document):
@@ -120,7 +121,7 @@ def _is_language_model(document: Mapping[str, Any]) -> bool:
 
 
 def _layer_faults(text: Mapping[str, Any], tensors: Tensors) -> Iterator[str]:
-    """Whether there are as many layers as the configuration says; compared where one list of layers holds most keys."""
+    """Yield a fault if the configuration has another number of layers. Compared only if one list has most keys."""
     wanted = next((text[name] for name in _LAYERS if isinstance(text.get(name), int)), None)
     name = next((name for name in _LAYERS if isinstance(text.get(name), int)), "")
     lists: dict[str, set[int]] = {}
@@ -142,7 +143,7 @@ def _layer_faults(text: Mapping[str, Any], tensors: Tensors) -> Iterator[str]:
 
 
 def _dtype_faults(document: Mapping[str, Any], tensors: Tensors) -> Iterator[str]:
-    """Whether most elements have the dtype of the configuration; not compared where the model is quantized."""
+    """Yield a fault if most elements do not have the dtype of the configuration. Not compared for quantized models."""
     stated = document.get("dtype", document.get("torch_dtype"))
     if not isinstance(stated, str) or document.get("quantization_config"):
         return
@@ -159,7 +160,7 @@ def _dtype_faults(document: Mapping[str, Any], tensors: Tensors) -> Iterator[str
 
 
 def _tokenizers(folder: Path, faults: list[str]) -> Iterator[tuple[str, int]]:
-    """The files with a vocabulary, each with one more than the largest number of an entry."""
+    """Yield the files with a vocabulary, each with its number of tokens: one more than the largest token id."""
     for name, entries_in in (
         ("tokenizer.json", _of_tokenizer),
         ("vocab.json", _of_vocabulary),
@@ -177,12 +178,12 @@ def _tokenizers(folder: Path, faults: list[str]) -> Iterator[tuple[str, int]]:
 
 
 def _of_tokenizer(document: Any) -> list[int]:
-    """The numbers in a `tokenizer.json`: of its model's vocabulary, and of the tokens that were added."""
+    """Return the token ids in a `tokenizer.json`: those of its model's vocabulary and of the added tokens."""
     vocabulary = document.get("model", {}).get("vocab", {})
     numbers = _of_vocabulary(vocabulary) if isinstance(vocabulary, dict) else list(range(len(vocabulary)))
     return [*numbers, *(int(token["id"]) for token in document.get("added_tokens", ()))]
 
 
 def _of_vocabulary(document: Any) -> list[int]:
-    """The numbers in a vocabulary."""
+    """Return the token ids in a vocabulary."""
     return [int(number) for number in document.values()]

@@ -1,4 +1,4 @@
-"""Whether a name stands for code of an installed, known library: only such a name is followed for a file's sake."""
+"""Decide whether a name means code of an installed, known library. Files may only name such code."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ if TYPE_CHECKING:
 
 
 def is_known_name(dotted: str) -> bool:
-    """Whether a dotted name is one that a provider's library has by that name: `Linear`, `torch.nn:Linear`.
+    """Whether a dotted name is that of a class or function of a provider's library: `Linear`, `torch.nn:Linear`.
 
-    Such a name is looked up in what is loaded, and imports nothing else.
+    Looking such a name up imports nothing except the library.
     """
     package, _, name = dotted.replace(":", ".").rpartition(".")
     return bool(name) and providers.owner(package) is not None
 
 
 def runs_known_code(reference: NamedModel) -> bool:
-    """Whether to build a model runs nothing but code of known libraries: no code of the user's decides what it is."""
+    """Whether building a model runs only code of known libraries, and none of a user's."""
     from modelcli.language import expressions
 
     named = expressions.names_in(reference.call)
@@ -33,7 +33,7 @@ def runs_known_code(reference: NamedModel) -> bool:
 
 
 def has_known_arguments(reference: NamedModel) -> bool:
-    """Whether the arguments of a reference name nothing but classes of known libraries."""
+    """Whether the arguments of a reference name only classes of known libraries."""
     from modelcli.language import expressions
 
     _, *named = expressions.names_in(reference.call)
@@ -41,7 +41,7 @@ def has_known_arguments(reference: NamedModel) -> bool:
 
 
 def names_known_code(call: Call) -> bool:
-    """The same of a module expression."""
+    """Whether a module expression names only classes of known libraries, in its arguments as well."""
     from modelcli.language import expressions
 
     return all(map(is_known_name, expressions.names_in(call)))

@@ -1,4 +1,4 @@
-"""What a library publishes of its models: for `list`, and to name their weights."""
+"""The figures that a library publishes for its models, for `list`, and the names of their weights."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class PublishedModel:
-    """What a library says of one of its models. None is what it does not say.
+    """The figures that a library publishes for a model. None means that it does not publish a figure.
 
-    `params` and `macs` (multiply-accumulates) are those of its default weights, which come first in `weights`.
-    `input_size` is the shape of an input without the batch.
+    `params` and `macs` (multiply-accumulates) are those of the default weights, the first of `weights`. `input_size` is
+    the shape of an input without the batch dimension.
     """
 
     name: str
@@ -24,12 +24,12 @@ class PublishedModel:
 
 
 def to_json(models: Iterable[PublishedModel]) -> list[dict[str, Any]]:
-    """The models as JSON values, for a cache."""
+    """Return the models as JSON values, for a cache."""
     return [asdict(model) for model in models]
 
 
 def from_json(values: Any) -> list[PublishedModel]:
-    """The models that `to_json` gave. Raises TypeError, KeyError or AttributeError for values that are none."""
+    """Return models from the result of `to_json`. Raises TypeError, KeyError or AttributeError for other values."""
     return [_from_json(model) for model in values]
 
 

@@ -1,7 +1,6 @@
-"""Objects of the user's own Python: `nets.py:Net(3,2)`, `package.module:build(depth=3)`.
+"""Objects of a user's Python code: `nets.py:Net(3,2)`, `package.module:build(depth=3)`.
 
-Every one of them runs code that no installed library vouches for, so that a record in a file never is followed to one
-without `--trust`.
+Building one runs code outside the known libraries, so a record in a file may only name one with `--trust`.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from modelcli.providers.base import Provider
 
 
 class PythonObjects(Provider):
-    """Classes, functions and instances. Which there are is found out by running their file."""
+    """Classes, functions and instances. Finding them runs their file."""
 
     name = "Python"
     live = "modelcli.live.providers.python_objects:LivePythonObjects"

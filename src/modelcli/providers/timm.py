@@ -1,7 +1,7 @@
-"""timm: `timm:resnet50.a1_in1k(num_classes=10)`, and folders as timm keeps models in them on the Hub.
+"""timm: `timm:resnet50.a1_in1k(num_classes=10)`, and folders in timm's layout on the Hub.
 
-Names and tags are read off timm's sources, which takes a tenth of a second where the import takes seconds. Tags that a
-source computes are not found: the names are for completing words, and timm itself decides what is right.
+Names and tags are read from timm's sources, which takes a tenth of a second; importing timm takes seconds. Tags that a
+source computes are not found: the names are used for completion, and timm itself decides which names are valid.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from modelcli.errors import ModelcliError
 from modelcli.providers import configuration
 from modelcli.providers.base import Provider
 
-#: Where timm has its models, and the modules that they are made of.
+#: The packages of timm's models, and of the modules in them.
 PACKAGES = ("timm.models", "timm.layers")
 #: The names of files of weights, in the order in which timm looks for them in a folder.
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
@@ -39,15 +39,15 @@ class Timm(Provider):
     script_names = frozenset({"timm"})
 
     def names(self) -> Sequence[str]:
-        """What `timm.list_models()` gives: the functions that its sources register."""
+        """Return the names of `timm.list_models()`: the functions that its sources register."""
         return tuple(sorted(name for source in _sources().values() for name in source.models))
 
     def full_names(self) -> Sequence[str]:
-        """The names, and each with the tags of its pretrained weights: `resnet50.a1_in1k`."""
+        """Return the names, and each name with the tags of its pretrained weights: `resnet50.a1_in1k`."""
         return (*self.names(), *(f"{name}.{tag}" for name, tag in self._tagged()))
 
     def weights_names(self) -> Sequence[str]:
-        """Every tag, each once."""
+        """Return all tags, each once."""
         return tuple(dict.fromkeys(tag for _, tag in self._tagged()))
 
     def weights_names_of(self, name: str) -> Sequence[str]:
@@ -63,15 +63,15 @@ class Timm(Provider):
             yield from source.tagged
 
     def owns(self, package: str) -> bool:
-        """Whether it is `timm.layers`, `timm.models` or a module in one of them."""
+        """Whether a package is `timm.layers`, `timm.models` or a module in one of them."""
         return package in PACKAGES or package.startswith(tuple(f"{own}." for own in PACKAGES))
 
     def is_known_code(self, name: str) -> bool:
-        """Whether it names one of timm's models, with or without a tag. Folders are for the user to name."""
+        """Whether it names one of timm's models, with or without a tag. Only a user may name folders."""
         return is_model_name(name)
 
     def recognises(self, folder: Path) -> bool:
-        """Whether its configuration has an `architecture`, as timm's have. Without timm it is a plain checkpoint."""
+        """Whether its configuration has an `architecture`, like timm's configurations."""
         try:
             document = configuration.configuration_in(folder)
         except ModelcliError:
@@ -84,17 +84,17 @@ class Timm(Provider):
         )
 
     def own_folder(self, name: str, folder: Path) -> Path | None:
-        """The folder of that name; None for the name of a model. `./resnet50` is a folder in any case."""
+        """Return the folder of that name; None for the name of a model. `./resnet50` always means a folder."""
         path = folder / name
         return path if path.is_dir() and not is_model_name(name) else None
 
     def chosen_weights(self, folder: Path) -> Path:
-        """The first of the names that timm looks for, where the folder has several of them."""
+        """Return the file that timm prefers, if the folder has several."""
         found = [folder / name for name in _WEIGHTS if (folder / name).exists()]
         return found[0] if len(found) > 1 else folder
 
     def identity(self, name: str, folder: Path) -> str | None:
-        """That of the configuration in a folder."""
+        """Return the identity of the folder with its configuration."""
         path = self.own_folder(name, folder)
         return None if path is None else configuration.identity_of(path)
 
@@ -143,7 +143,7 @@ _TENSOR_WORDS = frozenset({"weight", "bias", "running_mean", "running_var", "num
 
 @dataclass(frozen=True)
 class _Source:
-    """What a source file of timm says.
+    """The names in a source file of timm.
 
     Attributes:
         models: the names of the models that it registers.
@@ -159,7 +159,7 @@ class _Source:
 
     @classmethod
     def of(cls, text: str) -> _Source:
-        """Read the text of a file."""
+        """Find the names in the text of a file."""
         named = " ".join(first or second for first, second in _NAME.findall(text))
         return cls(
             tuple(_REGISTERED.findall(text)),
@@ -176,17 +176,17 @@ def _paths(folder_name: str = "models") -> list[Path]:
 
 @functools.cache
 def _sources() -> Mapping[str, _Source]:
-    """Every file of models, by the name of its module."""
+    """Return every file of models, by the name of its module."""
     return {path.stem: _Source.of(path.read_text(encoding="utf-8")) for path in _paths()}
 
 
 def _words_in(text: str) -> frozenset[str]:
-    """The words in a text, without numbers: `layer` of `layer1.0` and of `layer{stage}`."""
+    """Return the words in a text, without numbers: `layer` in `layer1.0` and in `layer{stage}`."""
     return frozenset(word.strip("_") for word in re.findall(r"[A-Za-z_]+", text)) - {""}
 
 
 def _words_with_imports(module: str) -> set[str]:
-    """The words of a file of models and of all that it imports from there, directly or not."""
+    """Return the words of a file of models, and of the files that it imports, directly or indirectly."""
     known, found, waiting = _sources(), {module}, [module]
     while waiting:
         for name in known[waiting.pop()].imports:

@@ -1,4 +1,4 @@
-"""`torch.nn`: module expressions as models, `Sequential(Linear(2,3),ReLU())`. Other providers bring more classes."""
+"""`torch.nn`: module expressions as models, `Sequential(Linear(2,3),ReLU())`. Other providers add more classes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from modelcli.providers.base import Provider
 
 
 class TorchNN(Provider):
-    """Its models are calls of its classes. There is no list of them."""
+    """Its models are calls of its classes, so there is no list of them."""
 
     name = "torch.nn"
     live = "modelcli.live.providers.torch_nn:LiveTorchNN"
@@ -19,16 +19,16 @@ class TorchNN(Provider):
     script_names = frozenset({"nn"})
 
     def class_names(self) -> list[str]:
-        """The classes that `torch.nn` lists, read off its source."""
+        """Return the classes that `torch.nn` exports, read from its source."""
         text = installed.source("torch", "nn/modules/__init__.py")
         return re.findall(r'^    "(\w+)",$', text.partition("__all__")[2], re.MULTILINE)
 
     def bare_words(self) -> list[str]:
-        """A class by itself: `ReLU`."""
+        """Return the names of classes: `ReLU` alone is a model."""
         return self.class_names()
 
     def owns(self, package: str) -> bool:
-        """Whether it is `torch.nn`, by any of its names: none at all, in `Linear(2,3)`, is one."""
+        """Whether a package is `torch.nn`, by any of its names. An empty name, as in `Linear(2,3)`, is one of them."""
         return package in ("", "torch", "nn", "torch.nn")
 
 
@@ -36,5 +36,5 @@ PROVIDER = TorchNN()
 
 
 def init_names() -> list[str]:
-    """The functions of `torch.nn.init` that fill a tensor, without their underscore, read off its source."""
+    """Return the functions of `torch.nn.init` that fill a tensor, without their underscore, read from its source."""
     return re.findall(r"^def ([a-z]\w*)_\(", installed.source("torch", "nn/init.py"), re.MULTILINE)

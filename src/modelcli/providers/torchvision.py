@@ -1,7 +1,7 @@
-"""torchvision: its builders, by their bare names, and the module classes of its `ops` and of its models.
+"""torchvision: its builders, which need no prefix, and the module classes of its `ops` and of its models.
 
-Names are read off its source, which takes 30 ms where the import takes seconds. They are for completing words: what is
-right is decided by the package itself.
+Names are read from its source, which takes 30 ms; importing torchvision takes seconds. They are used for completion and
+messages: torchvision itself decides which names are valid.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from modelcli import installed
 from modelcli.providers.base import Provider
 
-#: Where it has its models, and the modules that they are made of.
+#: The packages of its models, and of the modules in them.
 MODELS = "torchvision.models"
 OPS = "torchvision.ops"
 
@@ -30,24 +30,24 @@ class Torchvision(Provider):
     script_names = frozenset({"models", "ops"})
 
     def names(self) -> list[str]:
-        """What `torchvision.models.list_models()` gives: the functions that its sources register."""
+        """Return the names of `torchvision.models.list_models()`: the functions that its sources register."""
         return list(_registered())
 
     def weights_names(self) -> list[str]:
-        """The members of its enums of weights."""
+        """Return the members of its enums of weights."""
         members = re.compile(r"^    ([A-Z][A-Z0-9_]+) = (?:Weights\(|[A-Z])", re.MULTILINE)
         return sorted({name for text in _model_sources() for name in members.findall(text)})
 
     def class_names(self) -> list[str]:
-        """The classes that `torchvision.ops` lists; what begins with a small letter is a function."""
+        """Return the classes that `torchvision.ops` exports; its functions begin with a small letter."""
         return re.findall(r'"([A-Z]\w*)"', installed.source("torchvision", "ops/__init__.py").partition("__all__")[2])
 
     def bare_words(self) -> list[str]:
-        """The builders alone: a class of `ops` gives way to a file of its name."""
+        """Return only the builders: a file takes precedence over a class of `ops` with its name."""
         return self.names()
 
     def owns(self, package: str) -> bool:
-        """Whether it is `torchvision.ops`, `torchvision.models` or a module of the models."""
+        """Whether a package is `torchvision.ops`, `torchvision.models` or a module of the latter."""
         return package in (OPS, MODELS) or package.startswith(f"{MODELS}.")
 
 

@@ -86,7 +86,7 @@ def unknown_model_note(path: Path) -> str | None:
     )
 
 
-def recorded(text: str, folder: Path, *, trust: bool) -> Reference:
+def parse_recorded(text: str, folder: Path, *, trust: bool) -> Reference:
     """Parse the reference in a record.
 
     Args:
@@ -124,7 +124,7 @@ def _is_known_code(text: str | None) -> bool:
     if _is_bare_word(text):
         return known_code.is_known_name(text)
     try:
-        reference = recorded(text, Path(), trust=False)
+        reference = parse_recorded(text, Path(), trust=False)
     except ModelcliError:
         return False
     return isinstance(reference, NamedModel) and known_code.runs_known_code(reference)

@@ -114,9 +114,9 @@ def test_an_endless_loop_without_modules_is_an_error(cli: Cli, monkeypatch: pyte
             pass
 
     short = replace(bounds.as_typed("Loop()"), seconds=0.1)
-    with pytest.raises(RequestError, match=r"Loop\(\) takes more than 0 s to build"), bounds.held(short):
+    with pytest.raises(RequestError, match=r"Loop\(\) takes more than 0 s to build"), bounds.enforced(short):
         loop()
-    with bounds.held(short):
+    with bounds.enforced(short):
         pass
     deadline = time.process_time() + 0.3
     while time.process_time() < deadline:

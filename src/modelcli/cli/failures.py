@@ -45,13 +45,13 @@ def of_import(package: str, error: BaseException) -> SystemFailureError:
             f"{package} cannot be imported: it needs {error.name}, which is not installed",
             f"{sys.executable} -m pip install {error.name}",
         )
-    told = f"{package} cannot be imported: {type(error).__name__}: {error}"
+    problem = f"{package} cannot be imported: {type(error).__name__}: {error}"
     if (limit := _memory_limit()) is not None:
         return SystemFailureError(
-            told, f"{limit}, but torch needs about 4 GB of address space: ulimit -v unlimited removes the limit"
+            problem, f"{limit}, but torch needs about 4 GB of address space: ulimit -v unlimited removes the limit"
         )
     return SystemFailureError(
-        told, f"{sys.executable} -c 'import {package}' shows more: the installation may be incomplete"
+        problem, f"{sys.executable} -c 'import {package}' shows more: the installation may be incomplete"
     )
 
 

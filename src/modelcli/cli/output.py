@@ -40,8 +40,8 @@ def warnings_kept() -> Iterator[None]:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        said = re.sub(r"\s*\(Triggered internally at .*", "", " ".join(str(message).split()))
-        _warned.append(f"{_speaker(filename, lineno)} warns: {said}")
+        text = re.sub(r"\s*\(Triggered internally at .*", "", " ".join(str(message).split()))
+        _warned.append(f"{_speaker(filename, lineno)} warns: {text}")
 
     _warned.clear()
     shown, warnings.showwarning = warnings.showwarning, keep
@@ -61,9 +61,9 @@ def _speaker(filename: str, lineno: int) -> str:
 
 def warned() -> list[str]:
     """Return the collected warnings, each once, and forget them."""
-    said = list(dict.fromkeys(_warned))
+    collected = list(dict.fromkeys(_warned))
     _warned.clear()
-    return said
+    return collected
 
 
 #: How many characters of printed text to keep, and how many lines of it to show as notes.
@@ -94,9 +94,9 @@ def prints_kept(*, wanted: bool) -> Iterator[None]:
         with contextlib.redirect_stderr(_printed):
             yield
     finally:
-        said = printed()
+        lines = printed()
         _printed = None
-        _warned.extend(said)
+        _warned.extend(lines)
 
 
 def printed() -> list[str]:
@@ -144,11 +144,11 @@ def show(
     from modelcli.render import writers
 
     kind = format_of(options)
-    told = [] if options.quiet else [*notes, *warned(), *printed()]
+    shown_notes = [] if options.quiet else [*notes, *warned(), *printed()]
     match kind:
         case "json":
-            told = [*(f"warning: {warning}" for warning in warnings), *told]
-            notes_of = {"notes": told} if told else {}
+            shown_notes = [*(f"warning: {warning}" for warning in warnings), *shown_notes]
+            notes_of = {"notes": shown_notes} if shown_notes else {}
             write(writers.to_json({**view.document, **more, **notes_of}) + "\n")
             return
         case "csv":
@@ -173,12 +173,12 @@ def show(
                 raise unwritten(error) from None
             if left_out and not options.quiet:
                 shows = "shows it" if len(left_out) == 1 else "shows them"
-                told.append(f"no space for {', '.join(left_out)}: a wider terminal or -f csv {shows}")
+                shown_notes.append(f"no space for {', '.join(left_out)}: a wider terminal or -f csv {shows}")
         case _:
             write(writers.to_plain(view, encoding=_encoding()))
     for warning in warnings:
         tell(f"warning: {warning}", "error")
-    for note in told:
+    for note in shown_notes:
         tell(f"note: {note}")
 
 

@@ -48,16 +48,16 @@ def tie_notes(groups: Iterable[Sequence[str]], names: Collection[str], done: str
     `groups` are the names of tensors that are one for this edit, `names` those that were picked, and `done` is what
     became of them: `frozen`.
     """
-    told, names = [], frozenset(names)
+    notes, names = [], frozenset(names)
     for group in groups:
         picked = [name for name in group if name in names]
         others = [name for name in group if name not in names]
         if picked and others:
-            told.append(f"{picked[0]} is tied to {', '.join(others)}, so that is {done} too")
+            notes.append(f"{picked[0]} is tied to {', '.join(others)}, so that is {done} too")
     return (
-        told
-        if len(told) <= 3
-        else [*told[:3], f"{len(told) - 3} more tensors are tied to others, which are {done} too"]
+        notes
+        if len(notes) <= 3
+        else [*notes[:3], f"{len(notes) - 3} more tensors are tied to others, which are {done} too"]
     )
 
 

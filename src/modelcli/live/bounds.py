@@ -101,7 +101,7 @@ def _patience() -> float:
 
 
 @contextlib.contextmanager
-def held(bounds: Bounds | None) -> Iterator[None]:
+def enforced(bounds: Bounds | None) -> Iterator[None]:
     """End the construction in this context once it exceeds a limit; None sets no limits.
 
     Raises:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from modelcli.live import memory
-from modelcli.live.bounds import Bounds, held
+from modelcli.live.bounds import Bounds, enforced
 from modelcli.live.closures import Functions
 from modelcli.live.modules import ConstructorError
 from modelcli.live.sources import AnySource, Value, is_composite, is_lazy, named_tensors, row_major, tag
@@ -49,7 +49,7 @@ def build_on_meta(construct: Constructor, *, only_if_needed: bool = False, bound
     """
     rungs: tuple[Callable[[Constructor], nn.Module], ...] = (_under_meta, _parameters_on_meta, lambda make: make())
     for number, rung in enumerate(rungs):
-        with seeded(0), _sizes_registered() as sizes, held(bounds):
+        with seeded(0), _sizes_registered() as sizes, enforced(bounds):
             try:
                 module = _moved_to_meta(require_methods(rung(construct)))
                 if any(t.is_meta and is_composite(t) for t in named_tensors(module).values()) and rung is _under_meta:

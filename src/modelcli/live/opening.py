@@ -400,7 +400,7 @@ class _Opening:
         for half in providers.in_use():
             half.prepare()  # importing a library takes longer than the bounds allow
         with self._following(), self._memory_of_record():
-            reference = resolve.recorded(record.reference, path.parent, trust=self.source.trust)
+            reference = resolve.parse_recorded(record.reference, path.parent, trust=self.source.trust)
             self._take_architecture(reference, record.weights, trust=self.source.trust, folder=path.parent)
         if isinstance(reference, NamedModel):
             assert self.base is not None
@@ -411,7 +411,7 @@ class _Opening:
         """Follow the record within its bounds. Errors are those of the file."""
         assert self.recorded_in is not None
         try:
-            with bounds.held(self.bounds):
+            with bounds.enforced(self.bounds):
                 yield
         except RequestError as error:
             if self.is_record_of_folder:

@@ -93,7 +93,7 @@ def _record_of(like: Path, out: Path) -> Record:
         )
     if record.reference is None:
         return record
-    reference = resolve.recorded(record.reference, like.parent, trust=False)
+    reference = resolve.parse_recorded(record.reference, like.parent, trust=False)
     if isinstance(reference, PythonObject):
         return replace(record, reference=reference.relative_to(Path(os.path.realpath(out)).parent))
     return record

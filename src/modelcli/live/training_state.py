@@ -43,14 +43,14 @@ def outdated_optimizer_notes(tree: Any, before: Mapping[str, Held], after: Mappi
         before: the parameters of the model when it was opened, in order.
         after: its parameters now.
     """
-    told = []
+    notes = []
     for name, state, groups in _optimizers(tree):
         ids = [entry for group in groups for entry in _parameters(group)]
         if any(isinstance(entry, str) for entry in ids):
             wrong = [entry for entry in ids if isinstance(entry, str) and after.get(entry) != before.get(entry)]
         elif len(ids) != len(before):
             if changed := _perhaps_its_own(state, before, after):
-                told.append(
+                notes.append(
                     f"{name} has state for {counted(len(ids), 'parameter')}, but the model had {len(before)}: "
                     f"whether it still fits {listed(changed, 4)} is not known"
                 )
@@ -62,8 +62,8 @@ def outdated_optimizer_notes(tree: Any, before: Mapping[str, Held], after: Mappi
             if not wrong and len(now) > len(before):
                 wrong = list(after)[len(before) :]
         if wrong and state:
-            told.append(f"the state in {name} no longer fits {listed(wrong, 4)}: create the optimizer again")
-    return told
+            notes.append(f"the state in {name} no longer fits {listed(wrong, 4)}: create the optimizer again")
+    return notes
 
 
 def _perhaps_its_own(state: Mapping[Any, Any], before: Mapping[str, Held], after: Mapping[str, Held]) -> list[str]:
@@ -109,13 +109,13 @@ def other_state_dict_notes(
     wrong = [name for name in {**was, **now} if was.get(name) != now.get(name) and name not in renamed]
     if not (wrong or changed):
         return []
-    told = []
+    notes = []
     for path in _copies(contents.tree, contents.key or (), set(was)):
         where = f"in {'.'.join(path)}" if path else "at the top level of the file"
         misfit = f" and no longer fits {listed(wrong, 4)}" if wrong else ""
         edits = f": --key {quoted('.'.join(path))} edits it" if path else ""
-        told.append(f"the state dict {where} is unchanged{misfit}{edits}")
-    return told
+        notes.append(f"the state dict {where} is unchanged{misfit}{edits}")
+    return notes
 
 
 def _copies(

@@ -53,8 +53,8 @@ def identity_of(folder: Path) -> str | None:
         for entry in sorted(folder.iterdir()):
             if entry.is_file():
                 status = entry.stat()
-                told = (entry.name, status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev)
-                digest.update(repr(told).encode())
+                entry_key = (entry.name, status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev)
+                digest.update(repr(entry_key).encode())
     except (OSError, SystemFailureError):
         return None
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""How many layers a configuration of transformers asks for, told from its numbers before anything is built.
+"""How many layers a configuration of transformers asks for, found from its numbers before anything is built.
 
 A `config.json` of a hundred bytes can ask for a million layers. To build them until a bound is met takes seconds, and
 so does importing what builds them, so the counts are added up first.
@@ -38,8 +38,8 @@ def excess(document: Mapping[str, Any], modules: int) -> str | None:
     if total <= most:
         return None
     place = max(counts, key=counts.__getitem__)
-    told = f"{place} is {counts[place]:,}" if counts[place] > total // 2 else f"its counts add up to {total:,}"
-    return f"asks for too many layers: {told}, and at most {most:,} are built"
+    reason = f"{place} is {counts[place]:,}" if counts[place] > total // 2 else f"its counts add up to {total:,}"
+    return f"asks for too many layers: {reason}, and at most {most:,} are built"
 
 
 def _counts(document: Mapping[str, Any]) -> Iterator[tuple[str, int]]:

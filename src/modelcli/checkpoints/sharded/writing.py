@@ -99,14 +99,14 @@ def _cut(tensors: Mapping[str, PlannedTensor], max_bytes: int) -> list[dict[str,
     groups: list[dict[str, PlannedTensor]] = [{}]
     size = header = 0
     for name, tensor in tensors.items():
-        said = safetensors.most_header_bytes(name, tensor)
-        is_full = size + tensor.source.nbytes > max_bytes or header + said > safetensors.MAX_HEADER_BYTES
+        added = safetensors.most_header_bytes(name, tensor)
+        is_full = size + tensor.source.nbytes > max_bytes or header + added > safetensors.MAX_HEADER_BYTES
         if groups[-1] and is_full:
             groups.append({})
             size = header = 0
         groups[-1][name] = tensor
         size += tensor.source.nbytes
-        header += said
+        header += added
     return groups
 
 

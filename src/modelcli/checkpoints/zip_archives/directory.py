@@ -293,7 +293,7 @@ def _compare(entry: _Listed, flags: int, method: int, sizes: Iterable[int], wher
     """
     left_open = 0 if flags & _DESCRIPTOR else None
     stated = ((entry.crc, None), (entry.compressed, _32), (entry.nbytes, _32))
-    same = all(own in (said, wide, left_open) for own, (said, wide) in zip(sizes, stated, strict=True))
+    same = all(own in (narrow, wide, left_open) for own, (narrow, wide) in zip(sizes, stated, strict=True))
     if method != entry.method or not same or (flags ^ entry.flags) & (_ENCRYPTED | _UTF8):
         raise FileFormatError.damaged(where, f"the header of record {entry.name!r} contradicts the directory")
 

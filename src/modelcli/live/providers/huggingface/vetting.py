@@ -146,7 +146,7 @@ def _require_harmless(value: Any, path: tuple[str, ...], what: str, *, trust: bo
 @contextlib.contextmanager
 def contained(limit: bounds.Bounds | None = None) -> Iterator[None]:
     """Let transformers work in the block without the network, without a word to the user, and within bounds."""
-    with quiet(), downloads.forbidden(), bounds.held(limit):
+    with quiet(), downloads.forbidden(), bounds.enforced(limit):
         yield
 
 

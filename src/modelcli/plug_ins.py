@@ -1,7 +1,7 @@
-"""What other packages add to modelcli: the entry points that they register, and whose code an exception came from.
+"""Plug-ins: the entry points that other packages register, and which package raised an exception.
 
-What an entry point names is loaded here, and checked by the registry that it is for: `edits.registry`,
-`checkpoints.formats`, `providers`. This module does not know what an edit, a format or a provider is.
+This module loads the objects of entry points. The registries (`edits.registry`, `checkpoints.formats`, `providers`)
+check them; this module does not know what an edit, a format or a provider is.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from typing import Any
 
 from modelcli.errors import SystemFailureError
 
-#: The groups of entry points, and what an entry point of each is called in messages.
+#: The groups of entry points, each with the word for its entry points in messages.
 EDITS, FORMATS, PROVIDERS = "modelcli.edits", "modelcli.formats", "modelcli.providers"
 KINDS: Mapping[str, str] = {EDITS: "edit", FORMATS: "format", PROVIDERS: "provider"}
 
 
 @dataclass(frozen=True, order=True)
 class PlugIn:
-    """One thing that another package registers.
+    """An entry point that another package registers.
 
     Attributes:
-        name: that of the entry point.
-        value: where it is: `package.module:Class`.
+        name: the name of the entry point.
+        value: the object that it names: `package.module:Class`.
         group: the group of the entry point.
-        package: the name under which the package is installed; None if that is unknown.
+        package: the name of the installed package; None if it is unknown.
         version: the version of the package.
     """
 
@@ -45,16 +45,16 @@ class PlugIn:
 
     @property
     def title(self) -> str:
-        """What it is and whose, for messages: `the edit clamp of modelcli-plugin 1.0`."""
+        """The plug-in and its package, for messages: `the edit clamp of modelcli-plugin 1.0`."""
         return f"the {KINDS[self.group]} {self.name} of {self.owner}"
 
     @property
     def hint(self) -> str:
-        """What to do about one that cannot be used."""
+        """The hint for a plug-in that cannot be used."""
         return f"fix or uninstall {self.package or 'the package'}, which registers {self.name} as {self.value}"
 
     def load(self) -> Any:
-        """What the entry point names. Raises SystemFailureError where its module cannot be imported."""
+        """Return the object that the entry point names. Raises SystemFailureError if its module cannot be imported."""
         from importlib.metadata import EntryPoint
 
         try:
@@ -65,17 +65,17 @@ class PlugIn:
             raise self.unusable(f"cannot be loaded: {type(error).__name__}: {error}") from error
 
     def unusable(self, why: str) -> SystemFailureError:
-        """The error for one that cannot be used; `why` follows its title."""
+        """Return the error for a plug-in that cannot be used. `why` continues the sentence after its title."""
         return SystemFailureError(f"{self.title} {why}", self.hint)
 
     def require_texts(self, found: object, *names: str) -> None:
-        """Raise SystemFailureError where what was loaded lacks one of these attributes, or has no text there."""
+        """Raise SystemFailureError if the loaded object lacks one of these attributes, or if one is not text."""
         for name in names:
             if not isinstance(value := getattr(found, name, None), str) or not value:
                 raise self.unusable(f"declares no {name}" if value is None else f"declares {value!r} as its {name}")
 
     def require_tuples(self, found: object, *names: str, of: type = str) -> None:
-        """Raise SystemFailureError where one of these attributes is no tuple of such values."""
+        """Raise SystemFailureError if one of these attributes is not a tuple of values of type `of`."""
         for name in names:
             value = getattr(found, name, None)
             if not isinstance(value, tuple) or not all(isinstance(item, of) for item in value):
@@ -85,8 +85,8 @@ class PlugIn:
 
 @functools.cache
 def registered(group: str) -> Mapping[str, tuple[PlugIn, ...]]:
-    """What other packages register in a group, by name. Nothing is imported for it."""
-    from importlib.metadata import entry_points  # takes as long as a plain look at a file
+    """Return what other packages register in a group, by name, without importing them."""
+    from importlib.metadata import entry_points  # importing this takes as long as showing a file
 
     found: dict[str, list[PlugIn]] = {}
     for entry in entry_points(group=group):
@@ -97,10 +97,10 @@ def registered(group: str) -> Mapping[str, tuple[PlugIn, ...]]:
 
 
 def find(group: str, name: str) -> PlugIn | None:
-    """What a package registers under a name; None where none does.
+    """Return what a package registers under a name; None if no package does.
 
-    Raises SystemFailureError where several packages do: which of them is meant would depend on the order in which they
-    were installed.
+    Raises:
+        SystemFailureError: several packages register the name, so the result would depend on their order.
     """
     found = registered(group).get(name, ())
     if len(found) > 1:
@@ -112,12 +112,12 @@ def find(group: str, name: str) -> PlugIn | None:
 
 
 def forget() -> None:
-    """Read the entry points again when they are wanted: a package may have come or gone."""
+    """Forget the entry points, so that they are read again: a package may have been installed or removed."""
     registered.cache_clear()
 
 
 def at_fault(error: BaseException) -> str | None:
-    """The package, with its version, whose code an exception passed through last; None where it is not a plug-in's."""
+    """Return the plug-in's package, with its version, that raised an exception; None if no plug-in's code did."""
     modules = [module for frame in _frames(error.__traceback__) for module in frame]
     owners = _owners() if modules else {}
     for module in reversed(modules):
@@ -129,7 +129,7 @@ def at_fault(error: BaseException) -> str | None:
 
 
 def _frames(trace: TracebackType | None) -> Iterator[tuple[str, ...]]:
-    """For each frame the module of its code, and that of the object whose method it is: it may inherit the method."""
+    """Yield, for each frame, the module of its code and that of the class of `self`, which may inherit the method."""
     while trace is not None:
         names = trace.tb_frame.f_locals
         owner = names.get("self", names.get("cls"))
@@ -139,12 +139,12 @@ def _frames(trace: TracebackType | None) -> Iterator[tuple[str, ...]]:
         trace = trace.tb_next
 
 
-#: Code that no plug-in brings: with these alone in a traceback, no entry points are read.
+#: Packages that contain no plug-in. If a traceback has only these, no entry points are read.
 _NOT_ASKED = frozenset({"modelcli", "typer", "builtins", "__main__"}) | sys.stdlib_module_names
 
 
 def _owners() -> dict[str, str]:
-    """The packages that register something, with their versions, by the package or module that their code lies in."""
+    """Return the packages with plug-ins, with their versions, by the Python package or module of their code."""
     found = {}
     for group in KINDS:
         for plug_ins in registered(group).values():

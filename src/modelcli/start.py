@@ -1,4 +1,4 @@
-"""The first step of the `modelcli` program: Ctrl-C ends it quietly from here on, in the imports of the program too."""
+"""The entry point of the `modelcli` program. From here on, Ctrl-C ends it silently, even during imports."""
 
 import gc
 import os
@@ -9,11 +9,11 @@ from modelcli.interrupts import INTERRUPTED, asked_to_end
 
 
 def run() -> None:
-    """The `modelcli` program. What imports modelcli as a library never comes here."""
+    """Run the `modelcli` program. (The Python API does not call this.)"""
     try:
         sys.excepthook = _report
-        # 100,000 tensors are millions of objects that live as long as the program: to look through them for garbage
-        # again and again takes a third of its time.
+        # 100,000 tensors are millions of objects that live as long as the program. Searching them for garbage again and
+        # again takes a third of the time.
         gc.set_threshold(100_000, 50, 100)
         from modelcli.cli import run as carry_out
 
@@ -21,7 +21,7 @@ def run() -> None:
     except KeyboardInterrupt:
         _end()
     except ImportError:
-        # Ctrl-C in the import of a compiled module comes out as one.
+        # Ctrl-C during the import of a compiled module raises ImportError.
         if asked_to_end:
             _end()
         raise
@@ -35,5 +35,5 @@ def _report(kind: type[BaseException], error: BaseException, trace: object) -> N
 
 
 def _end() -> NoReturn:
-    """End at once: nothing has been begun that would have to be taken back, or it has been by now."""
+    """End the process at once. No work is unfinished: it has not begun, or has been undone by now."""
     os._exit(INTERRUPTED)

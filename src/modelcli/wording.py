@@ -24,5 +24,5 @@ def brief_repr(value: object) -> str:
 
 
 def is_or_are(number: int) -> str:
-    """The verb for so many things."""
+    """Return the verb for this number of things."""
     return "is" if number == 1 else "are"

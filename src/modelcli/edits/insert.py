@@ -61,7 +61,7 @@ class Insert(Placing):
         return super().placed(model) if holder.is_known else (path, self._among_keys(holder, word))
 
     def _among_keys(self, holder: StateDictHolder, word: str) -> Arranged:
-        """The place among numbered children of a module of unknown type: its numbers may have gaps, and may be keys."""
+        """Insert among numbered children of a module of unknown type; there may be gaps, and tensors among them."""
         _require_numbers(holder.children, holder.path, self.renumber)
         entries = [split_key(name)[1] for name in holder.model.own_entries[holder.path]]
         numbers = [int(name) for name in (*entries, *holder.children) if are_numbers([name])]
@@ -77,12 +77,12 @@ class Insert(Placing):
 
 
 def _describe(holder: Holder) -> str:
-    """A module with its type, for errors."""
+    """Return the path and the type of a module, for errors."""
     return f"{shown(holder.path)} {holder.type}"
 
 
 def _moved_up(name: str, position: int) -> str:
-    """The name that a numbered child or key gets where a new child takes a position."""
+    """Return the new name of a numbered child or key after a child is inserted at a position."""
     return str(int(name) + (int(name) >= position)) if are_numbers([name]) else name
 
 
@@ -105,7 +105,7 @@ def position_of(word: str, size: int) -> int | None:
 
 
 def _require_numbers(children: Iterable[str], path: str, renumber: bool) -> None:
-    """Raise RequestError where the children of a module of unknown type cannot be, or are not said to be, in order."""
+    """Raise RequestError if a module of unknown type has no numbered children, or `--renumber` was not given."""
     if not are_numbers(children):
         raise RequestError(
             f"insert takes a place among numbered children, and those of {shown(path)} have names",

@@ -1,4 +1,4 @@
-"""What the edits that place a new module have in common."""
+"""Code that the edits that place a new module share."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MODULE = Operand("module", "Linear(4096,10), or Linear 4096 10.", "MODULE...", s
 
 
 def renumber_option() -> bool:
-    """The option of edits that renumber children."""
+    """Return the option of edits that renumber children."""
     text = "Renumber later children, even if the file does not record that they are a Sequential."
     return option("--renumber", FLAG, False, text)  # type: ignore[no-any-return]
 
@@ -73,18 +73,18 @@ class Placing(Edit):
         return path, Arranged(name, children)
 
     def place(self, blueprint: Blueprint) -> tuple[str, str]:
-        """The path of the module that gets a child, and the word for the place in it.
+        """Return the path of the module that gets a child, and the word for the child's name or position in it.
 
-        Raises RequestError where there is no such module.
+        Raises RequestError if there is no such module.
         """
         return holder_and_name(blueprint, self)
 
     def name_in(self, holder: Holder, word: str) -> str:
-        """The name of the new child of a module, for the word of `place`. Raises RequestError where it has no place."""
+        """Return the name of the new child of a module, for a word of `place`. Raises RequestError for a wrong word."""
         raise NotImplementedError
 
     def arranged(self, holder: Holder, name: str) -> Mapping[str, str | None]:
-        """The names of the children with the new one, in order, each with its old name; that of the new one is None."""
+        """Return the names of all children in order, each with its old name; the new child's old name is None."""
         return {child: child for child in holder.children} | {name: None}
 
     #: Whether the resolved line has the path of the module that gets a child, and not that of the child.
@@ -132,8 +132,13 @@ def _refuse_several(taken: str, words: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Arranged:
-    """The children of a module with a new one: its name, and in their order all names with the paths of those that were
-    there, None for the new one. `entries` gives the module's own entries other names."""
+    """The children of a module after a new one is placed.
+
+    Attributes:
+        name: the name of the new child.
+        children: the names of all children in order, each with its old path; None for the new child.
+        entries: new names for the module's own entries.
+    """
 
     name: str
     children: Mapping[str, str | None]

@@ -1,4 +1,4 @@
-"""The modules of a model that its library has words for: the classifier (`head`) and the first layer (`stem`)."""
+"""The modules of a model that `@head` (the classifier) and `@stem` (the first layer) name."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from modelcli.live import providers
 
 
 def of(module: nn.Module) -> dict[str, tuple[str, ...]]:
-    """The paths of these modules, by `head` and `stem`, as the first provider says that knows the model.
+    """Return the paths of these modules, by `head` and `stem`, as the first provider that knows the model gives them.
 
-    A path is left out where an edit has taken its module away, and a word where no path is left.
+    Paths of modules that an edit has removed are left out, and so is a word without paths.
     """
     for half in providers.in_use():
         if found := half.landmarks(module):
@@ -21,7 +21,7 @@ def of(module: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def existing(module: nn.Module, found: Mapping[str, Iterable[str]]) -> dict[str, tuple[str, ...]]:
-    """Those of the paths that the model has."""
+    """Return those of the paths that exist in the model."""
     kept = {word: tuple(path for path in paths if _has(module, path)) for word, paths in found.items()}
     return {word: paths for word, paths in kept.items() if paths}
 

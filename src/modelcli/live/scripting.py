@@ -1,4 +1,4 @@
-"""Write the same work as a plain PyTorch script that needs no modelcli."""
+"""Write opening, editing and saving a model as a plain PyTorch script that needs no modelcli."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from modelcli.model.wrapper_prefixes import Unwrapping
 
 @dataclass(frozen=True)
 class Script:
-    """A script, and notes on what it leaves out."""
+    """The text of a script, and notes on what it leaves out."""
 
     text: str
     notes: tuple[str, ...]
@@ -54,7 +54,7 @@ class OpenKeys(Protocol):
     def apply(self, edits: Sequence[Edit]) -> Applied[StateDictModel]: ...
 
     def keys_in_order(self) -> list[str]:
-        """The keys as they are written."""
+        """Return the keys in the order in which modelcli writes them."""
         ...
 
 
@@ -98,7 +98,7 @@ class _Writer:
         self.edit_notes: list[str] = []
 
     def read(self, source: Source, contents: Contents, unwrapping: Unwrapping) -> None:
-        """What reads the state dict of a file."""
+        """Write the statements that read the state dict of a file."""
         try:
             if contents.foreign or (source.tensors_only and checkpoints.read(contents.path, key=source.key).foreign):
                 raise InexpressibleError("the file holds objects of foreign classes, which weights_only=True refuses")
@@ -107,7 +107,7 @@ class _Writer:
             self.text.refuse(f"read {contents.path}", str(error))
 
     def applied(self, apply: Callable[[], Applied[Any]], edit: Edit, location: str) -> list[Edit]:
-        """Carry out an edit; gives what it was resolved to."""
+        """Carry out an edit. Returns the edits that it was resolved to, without patterns and `_`."""
         try:
             applied = apply()
         except ModelcliError as error:
@@ -125,7 +125,7 @@ class _Writer:
         raise NotImplementedError
 
     def save(self, out: Path, kind: str, *, bare: bool) -> None:
-        """What writes the state dict, or the training checkpoint around it."""
+        """Write the statements that save the state dict, or the training checkpoint around it."""
         text, contents = self.text, self.contents
         text.paragraph()
         format_ = formats.named(kind)
@@ -158,7 +158,7 @@ class _Writer:
 
 
 class _KeysScript(_Writer):
-    """Writes the parts of a script for a file of which only the keys are known."""
+    """Writes the parts of a script for a file without a known architecture."""
 
     state_text = "state"
 
@@ -175,7 +175,7 @@ class _KeysScript(_Writer):
         return self.opened.model.blueprint
 
     def open_model(self, source: Source) -> None:
-        """What reads the file."""
+        """Write the statements that read the file."""
         self.read(source, self.opened.contents, Unwrapping())
 
     def edit(self, edit: Edit, location: str) -> None:
@@ -190,7 +190,7 @@ class _KeysScript(_Writer):
                 self.text.write(*state_statements(item, step, self.state))
             except InexpressibleError as error:
                 self.text.refuse(str(edit), str(error))
-                self.state = State(self.state.order_after_edit)  # as if the script went on
+                self.state = State(self.state.order_after_edit)  # later edits are checked too
             seed = None  # the generator goes on
 
     def shared(self) -> tuple[list[str], bool]:
@@ -228,7 +228,7 @@ class _Script(_Writer):
     # --- the model -------------------------------------------------------------------------------------------------
 
     def open_model(self, source: Source) -> None:
-        """The architecture, the edits that a record tells, and the numbers of a file."""
+        """Write the statements for the architecture, the edits of a record, and the values of a file."""
         base, contents = self.live.architecture, self.contents
         assert base is not None
         if self._loaded_by_its_library(base) or self._adapted_by_its_library(base):
@@ -244,7 +244,7 @@ class _Script(_Writer):
             arguments.append("strict=False")
         if self._takes_dtypes():
             built = self._built(base)
-            if dtypes.has_ties(built):  # which assign=True would part
+            if dtypes.has_ties(built):  # assign=True would untie them
                 self.text.write(*dtypes.cast_statements(self.text, built, describe(built), self.live.describe()))
             else:
                 arguments.append("assign=True")  # the tensors of the file, in their own dtype
@@ -256,7 +256,7 @@ class _Script(_Writer):
             )
 
     def _loaded_by_its_library(self, base: Architecture) -> bool:
-        """Write how the library of the model loads it with the weights of its own folder; whether it has a call."""
+        """Write the call by which the library loads a model from its folder. Returns whether there is one."""
         folder, module = self.live.own_folder, self.live.module
         if folder is None or self.live.record is not None:
             return False
@@ -265,7 +265,7 @@ class _Script(_Writer):
         )
 
     def _adapted_by_its_library(self, base: Architecture) -> bool:
-        """Write how the library of the model loads a file that it adapts to the model; whether it does so."""
+        """Write the call by which the library adapts a file to the model. Returns whether there is such a call."""
         contents = self.contents
         if contents is None or self.live.own_folder is not None or self.live.record is not None:
             return False
@@ -275,11 +275,14 @@ class _Script(_Writer):
         )
 
     def _written_as_one_call(self, expression_of: Callable[[], str | None], what: str) -> bool:
-        """Write one call that gives the model with its values, or why there is none; whether either was written.
+        """Write a call that returns the model with its values, or the reason why it cannot be written.
 
         Args:
-            expression_of: gives the call, or None where the library has none.
-            what: what it would do, for the script to say that it cannot.
+            expression_of: returns the expression of the call, or None if the library has none.
+            what: what the call would do, for the message that the script cannot do it.
+
+        Returns:
+            Whether a call or a reason was written.
         """
         try:
             expression = expression_of()
@@ -294,26 +297,26 @@ class _Script(_Writer):
         return True
 
     def _draws(self) -> bool:
-        """Whether numbers that the constructor draws are in the result."""
+        """Whether the result contains values that the constructor draws."""
         missing = self.live.report is not None and bool(self.live.report.missing)
         return self.live.drawn or (self.live.contents is not None and missing)
 
     def _built(self, base: Architecture) -> nn.Module:
-        """The architecture after the edits of the record: what the script has before it reads the file."""
+        """Return the architecture after the edits of the record: the script's model before it reads the file."""
         built = base.on_meta(self.live.seed)
         record = self.live.record
         edits = record.parsed_edits() if record is not None else ()
         return surgery.apply(built, edits, inputs=self.live.inputs).model
 
     def _takes_dtypes(self) -> bool:
-        """Whether the file has tensors of another dtype than the architecture: `load_state_dict` converts them."""
+        """Whether the file has tensors of another dtype than the architecture. `load_state_dict` would convert them."""
         assert self.live.architecture is not None
         built = self._built(self.live.architecture)
         before = describe(built).by_name
         return any(name in before and before[name].dtype != t.dtype for name, t in self.live.describe().by_name.items())
 
     def _follow_record(self, base: Architecture) -> None:
-        """The edits that made the architecture of the file what it is; the numbers come from the file."""
+        """Write the edits that change the architecture to that of the file. The values come from the file."""
         record = self.live.record
         edits = [] if record is None else [edit for edit in record.parsed_edits() if not edit.changes_values_only]
         if not edits:
@@ -351,9 +354,10 @@ class _Script(_Writer):
 
 
 def statements(edits: Sequence[Edit], step: Step) -> list[str]:
-    """What edits do to a model, as statements: one edit, or several that one was resolved to and that go together.
+    """Return the statements of one edit of a model, or of several edits that one was resolved to.
 
-    Raises InexpressibleError where plain PyTorch has none.
+    Raises:
+        InexpressibleError: plain PyTorch has no such statements.
     """
     handler = edits[0].handler_module()
     if len(edits) > 1:
@@ -365,7 +369,7 @@ def statements(edits: Sequence[Edit], step: Step) -> list[str]:
 
 
 def state_statements(edit: Edit, step: StateDictStep, state: State) -> list[str]:
-    """What an edit does to a state dict, as statements. Raises InexpressibleError where there are none."""
+    """Return the statements of an edit of a state dict. Raises InexpressibleError if there are none."""
     write = getattr(edit.handler_module(), "state_dict_script_lines", None)
     if write is None:
         raise InexpressibleError(
@@ -396,7 +400,7 @@ def _without_comment(lines: Sequence[str]) -> list[str]:
 
 
 def _construct(text: SourceText, base: Architecture, source: Source, seed: int | None) -> None:
-    """The statements that make `model`; `seed` is None where none of its values are drawn."""
+    """Write the statements that build `model`. `seed` is None if the model has no random values."""
     if base.instance is None and seed is not None:
         text.write(f"torch.manual_seed({seed})")
     try:
@@ -408,7 +412,7 @@ def _construct(text: SourceText, base: Architecture, source: Source, seed: int |
 
 
 def _read_state(text: SourceText, contents: Contents, unwrapping: Unwrapping) -> None:
-    """The statements that make `state`, a dict of tensors."""
+    """Write the statements that read `state`, a dict of tensors."""
     if contents.path.is_dir() and not _is_folder_of_its_own(contents):
         entries = contents.tensors.values()
         parts = [part for entry in entries for part in (entry.parts if isinstance(entry, CompositeEntry) else (entry,))]
@@ -426,7 +430,7 @@ def _read_state(text: SourceText, contents: Contents, unwrapping: Unwrapping) ->
 
 
 def _unwrapped(found: Unwrapping) -> str:
-    """The statement that takes out of the keys of `state` what wrappers put there."""
+    """Return the statement that removes the prefixes of wrappers from the keys of `state`."""
     key = "key"
     if found.markers:
         markers = quoted(found.markers[0])
@@ -441,12 +445,12 @@ def _unwrapped(found: Unwrapping) -> str:
 
 
 def _is_folder_of_its_own(contents: Contents) -> bool:
-    """Whether a folder is of a format of its own, and not one of shards that are files by themselves."""
+    """Whether the format of a folder has no single files, unlike a folder of shards."""
     return any(format_.is_folder and format_.name == contents.format for format_ in formats.every())
 
 
 def _loaded(text: SourceText, format_: Format, file: Path) -> str:
-    """The expression that reads a file."""
+    """Return the expression that reads a file."""
     line = format_.script_reads(quoted(path_in_script(file)))
     if line is None:
         raise InexpressibleError(format_.unread_by_scripts)

@@ -32,7 +32,7 @@ def find_class(dotted: str, *, trusted: bool) -> type[nn.Module]:
     """Return the module class of a name.
 
     Args:
-        dotted: the name of a class of a known library (`Linear`, `torchvision.ops:MLP`), or `package.module:Class`.
+        dotted: the name of a class of a known library (`Linear`, `torch.nn:Linear`), or `package.module:Class`.
         trusted: whether Python modules outside the known libraries may be imported.
 
     Raises:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 from modelcli.live import memory
 from modelcli.live.bounds import Bounds, enforced
@@ -81,8 +82,52 @@ def _sizes_registered() -> Iterator[list[int]]:
 
 
 def _under_meta(construct: Constructor) -> nn.Module:
-    with torch.device("meta"):
+    with _ValuesNotDrawn(), torch.device("meta"):
         return construct()
+
+
+#: Methods that give a tensor other values in place, whatever its shape is.
+_FILLING = frozenset(
+    getattr(torch.Tensor, name)
+    for name in ("normal_", "uniform_", "fill_", "zero_", "clamp_", "erfinv_", "mul_", "add_", "div_", "sub_")
+)
+
+
+_KAIMING = frozenset({nn.init.kaiming_uniform_, nn.init.kaiming_normal_})
+
+
+class _ValuesNotDrawn(TorchFunctionMode):
+    """Leaves out what would fill tensors that have no values: torch takes longer for it than for all else.
+
+    Only what is given numbers is left out. Another tensor might not fit, and torch says so.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _KAIMING:  # torch's layers call them, and what they call in turn does not come here
+            tensor = kwargs.get("tensor")
+            known = kwargs.get("mode") in ("fan_in", "fan_out") and kwargs.get("nonlinearity") in ("leaky_relu", "relu")
+            if known and tensor is not None and tensor.dim() > 1 and _is_plain_without_values(tensor.detach()):
+                return tensor
+        elif func in _FILLING and _is_plain_without_values(args[0]):
+            given = (*args[1:], *kwargs.values())
+            if all(value is None or type(value) in (int, float, torch.Generator) for value in given):
+                return args[0]
+        return func(*args, **kwargs)
+
+
+def _is_plain_without_values(tensor: torch.Tensor) -> bool:
+    """Whether torch would let any number be written into a tensor, and nothing would come of it."""
+    return (
+        type(tensor) in _PLAIN
+        and tensor.is_meta
+        and tensor.is_floating_point()
+        and tensor.is_contiguous()
+        and not (tensor.requires_grad and torch.is_grad_enabled())
+    )
+
+
+_PLAIN = (torch.Tensor, nn.Parameter)
 
 
 def _parameters_on_meta(construct: Constructor) -> nn.Module:

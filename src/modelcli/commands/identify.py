@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from modelcli import providers, resolve
 from modelcli.commands import blueprint_cache, known_builders
@@ -18,6 +18,12 @@ from modelcli.model.tensors import Shape
 
 #: How many models to show if none fits exactly.
 MOST = 3
+
+#: At most this many tensors of shapes that a model does not have in the end are registered while it is built.
+_DROPPED = 10
+
+#: The cache entry for the models that files fit exactly, and of how many files it tells.
+_ANSWERS, _MOST_ANSWERS = "exact matches", 200
 
 #: Iterates over names, each of which takes a while, and may show the progress.
 Steps = Callable[[Sequence[str]], Iterable[str]]
@@ -51,12 +57,7 @@ def identify(request: IdentifyRequest, steps: Steps = iter) -> IdentifyResult:
         raise RequestError(f"{checkpoint} is a model reference, not a checkpoint", "name a file: best.pth")
     found = look(LookRequest(Target(source), of_files=True))
     shapes, unwrapping = state_dict_match.unwrapped(state_dict_match.shapes_of(found.blueprint.tensors))
-    models, problems = _models(steps)
-    matches = state_dict_match.best(shapes, models, MOST)
-    if not _is_found(matches):
-        more, unavailable = _models_of_large_libraries(shapes, steps)
-        matches = state_dict_match.best(shapes, models | more, MOST)
-        problems += unavailable
+    matches, problems = _compared(shapes, steps)
     notes = [*(note for note in found.notes if not note.startswith(LOOKS_LIKE)), *problems]
     if unwrapping:
         notes.append(unwrapping.note())
@@ -68,6 +69,27 @@ def identify(request: IdentifyRequest, steps: Steps = iter) -> IdentifyResult:
         elif (fitting := _with_classes(first, shapes)) is not None:
             notes.append(f"{fitting} fits exactly: modelcli load {quoted(checkpoint)} --arch {quoted(fitting)}")
     return IdentifyResult(found, tuple(matches), tuple(notes))
+
+
+def _compared(shapes: Shapes, steps: Steps) -> tuple[list[Match], list[str]]:
+    """The matches of a file among all models, and what could not be compared.
+
+    Building a model ends as soon as it has more tensors of other shapes than a match may have: first than one that fits
+    exactly, and then, if none does, than the closest ones so far. What is left out would not be shown.
+    """
+    exactly = _Limit(shapes, lambda: 0)
+    models, problems = _models_that_may_fit(steps, exactly)
+    if not _has_exact(shapes, models):
+        more, unavailable = _models_of_large_libraries(steps, exactly)
+        if not _has_exact(shapes, more):
+            models, problems = _models(steps)
+            if not _is_found(state_dict_match.best(shapes, models, MOST)):
+                found = models | more
+                nearly = _Limit(shapes, lambda: _most_others(shapes, found), found)
+                more, unavailable = _models_of_large_libraries(steps, nearly)
+        models |= more
+        problems += unavailable
+    return state_dict_match.best(shapes, models, MOST), problems
 
 
 def keep(names: Sequence[str], *, complete: bool) -> None:
@@ -88,11 +110,25 @@ def _prefixes() -> tuple[list[str | None], tuple[str, ...]]:
     return list(dict.fromkeys(known.prefix for known in compared)), found.problems
 
 
-def _models_of_large_libraries(shapes: Shapes, steps: Steps) -> tuple[dict[str, Shapes], list[str]]:
+@dataclass(frozen=True)
+class _Limit:
+    """When to give up building a model.
+
+    Attributes:
+        shapes: the tensors of the file.
+        most_others: gives how many tensors of another shape a model may have.
+        found: gets each model that was built, so that `most_others` can go by it.
+    """
+
+    shapes: Shapes
+    most_others: Callable[[], int]
+    found: dict[str, Shapes] = field(default_factory=dict)
+
+
+def _models_of_large_libraries(steps: Steps, limit: _Limit) -> tuple[dict[str, Shapes], list[str]]:
     """The tensors of those models that a checkpoint may belong to, of libraries that have too many to build them all.
 
-    A library's models are built in groups, and no further one where a model of a group fits. The second value says what
-    could not be compared.
+    The second value says what could not be compared.
     """
     found: dict[str, Shapes] = {}
     problems: list[str] = []
@@ -100,18 +136,32 @@ def _models_of_large_libraries(shapes: Shapes, steps: Steps) -> tuple[dict[str, 
         if not (provider.has_many_models and provider.is_installed):
             continue
         kept = {} if blueprint_cache.is_off() else _kept(provider.prefix)
-        for group in provider.names_like(shapes):
-            names = [f"{provider.prefix}:{name}" for name in group]
-            built, failed = _built([name for name in names if name not in kept], steps)
-            problems += failed.values()
-            if built and not blueprint_cache.is_off():
-                kept |= built
-                _keep(provider.prefix, kept, complete=False)
-            known = kept | built
-            found |= {name: known[name] for name in names if name in known}
-            if _is_found(state_dict_match.best(shapes, found, MOST)):
-                break
+        names = [f"{provider.prefix}:{name}" for group in provider.names_like(limit.shapes) for name in group]
+        found |= {name: kept[name] for name in names if name in kept}
+        limit.found.update(found)
+        built, failed = _built([name for name in names if name not in limit.found], steps, limit)
+        found |= built
+        problems += failed.values()
+        if built and not blueprint_cache.is_off():
+            _keep(provider.prefix, kept | built, complete=False)
     return found, problems
+
+
+def _most_others(shapes: Shapes, models: dict[str, Shapes]) -> int:
+    """How many tensors of other shapes a model may have that would be shown beside these.
+
+    At least half of its tensors match, so that there are no more others than the file has tensors.
+    """
+    near = state_dict_match.best(shapes, models, MOST)
+    return min(len(shapes), near[-1].distance if len(near) == MOST else len(shapes))
+
+
+def _has_exact(shapes: Shapes, models: dict[str, Shapes]) -> bool:
+    return bool(_exact(shapes, models))
+
+
+def _exact(shapes: Shapes, models: dict[str, Shapes]) -> list[Match]:
+    return [match for match in state_dict_match.best(shapes, models, 1) if match.exact]
 
 
 def _is_found(matches: Sequence[Match]) -> bool:
@@ -128,22 +178,61 @@ def _by_prefix(names: Sequence[str]) -> dict[str | None, list[str]]:
 
 def _models(steps: Steps) -> tuple[dict[str, Shapes], list[str]]:
     """Return the tensors of every known model by its reference, and notes on what could not be compared."""
-    found, unavailable = _prefixes()
-    problems = list(unavailable)
+    found, problems = _prefixes()
     kept = {prefix: {} if blueprint_cache.is_off() else _kept(prefix) for prefix in found}
-    missing: dict[str | None, list[str]] = {}
-    for prefix in found:
-        if blueprint_cache.is_off() or not _is_complete(prefix):
-            try:
-                missing[prefix] = [name for name in _names(prefix) if name not in kept[prefix]]
-            except SystemFailureError as error:
-                problems.append(error.message)
+    missing, unavailable = _missing(kept)
     built, failed = _built([name for names in missing.values() for name in names], steps)
     for name, shapes in built.items():
         kept[providers.prefix_of(name)][name] = shapes
     for prefix in missing if not blueprint_cache.is_off() else ():
         _keep(prefix, kept[prefix], complete=not any(name in failed for name in missing[prefix]))
-    return {name: shapes for models in kept.values() for name, shapes in models.items()}, [*problems, *failed.values()]
+    return _joined(kept), [*problems, *unavailable, *failed.values()]
+
+
+def _models_that_may_fit(steps: Steps, limit: _Limit) -> tuple[dict[str, Shapes], list[str]]:
+    """The same without the models beyond a limit. Those that fit exactly are remembered for the next time."""
+    found, problems = _prefixes()
+    answer = state_dict_match.fingerprint(limit.shapes)
+    kept = {prefix: {} if blueprint_cache.is_off() else _kept(prefix) for prefix in found}
+    answers = {prefix: {} if blueprint_cache.is_off() else _answers(prefix) for prefix in found}
+    for prefix in found:
+        kept[prefix] |= dict.fromkeys(answers[prefix].get(answer, ()), limit.shapes)
+    missing, unavailable = _missing({prefix: kept[prefix] for prefix in found if answer not in answers[prefix]})
+    built, failed = _built([name for names in missing.values() for name in names], steps, limit)
+    for name, shapes in built.items():
+        kept[providers.prefix_of(name)][name] = shapes
+    if not blueprint_cache.is_off():
+        for prefix in missing if not failed else ():
+            exact = [match.model for match in _exact(limit.shapes, kept[prefix])]
+            blueprint_cache.put_index(
+                _ANSWERS, dict([*answers[prefix].items(), (answer, exact)][-_MOST_ANSWERS:]), prefix
+            )
+        if built:
+            known_builders.add(built)
+    return _joined(kept), [*problems, *unavailable, *failed.values()]
+
+
+def _missing(kept: Mapping[str | None, dict[str, Shapes]]) -> tuple[dict[str | None, list[str]], list[str]]:
+    """The models of each prefix that the cache does not have, and what could not be asked for its models."""
+    missing: dict[str | None, list[str]] = {}
+    problems = []
+    for prefix in kept:
+        if blueprint_cache.is_off() or not _is_complete(prefix):
+            try:
+                missing[prefix] = [name for name in _names(prefix) if name not in kept[prefix]]
+            except SystemFailureError as error:
+                problems.append(error.message)
+    return missing, problems
+
+
+def _joined(kept: Mapping[str | None, dict[str, Shapes]]) -> dict[str, Shapes]:
+    return {name: shapes for models in kept.values() for name, shapes in models.items()}
+
+
+def _answers(prefix: str | None) -> dict[str, list[str]]:
+    """The models that fit exactly, by the fingerprints of files that were compared with all of them."""
+    kept = blueprint_cache.index(_ANSWERS, prefix)
+    return kept if isinstance(kept, dict) else {}
 
 
 def _names(prefix: str | None) -> list[str]:
@@ -178,21 +267,38 @@ def _keep(prefix: str | None, models: dict[str, Shapes], *, complete: bool) -> N
 
 
 @stdout_is_for_data
-def _built(names: Sequence[str], steps: Steps) -> tuple[dict[str, Shapes], dict[str, str]]:
+def _built(names: Sequence[str], steps: Steps, limit: _Limit | None = None) -> tuple[dict[str, Shapes], dict[str, str]]:
     """Return the tensors of models, also built with the arguments that published weights may have been made with.
 
-    The second value has the errors of models of other packages that cannot be built, by name.
+    A model beyond the limit is left out. The second value has the errors of models of other packages that cannot be
+    built, by name.
     """
     made: dict[str, Shapes] = {}
     failed: dict[str, str] = {}
     for name in steps(names) if names else ():
         try:
-            made |= {text: _shapes(text) for text in _variants(name)}
+            for text in _variants(name):
+                if (shapes := _shapes(text) if limit is None else _shapes_within(text, limit)) is not None:
+                    made[text] = shapes
         except ModelcliError as error:
             if providers.prefix_of(name) is None:
                 raise
             failed[name] = f"{name} was not compared: {error.message}"
     return made, failed
+
+
+def _shapes_within(reference: str, limit: _Limit) -> Shapes | None:
+    """The tensors of a model; None where building it ended at the limit."""
+    from modelcli.live import unfit_builds
+
+    try:
+        # Constructors also register some tensors that the model does not keep.
+        with unfit_builds.given_up({*limit.shapes.values()}, lambda: limit.most_others() + _DROPPED):
+            shapes = _shapes(reference)
+    except unfit_builds.UnfitError:
+        return None
+    limit.found[reference] = shapes
+    return shapes
 
 
 def _variants(reference: str) -> list[str]:

@@ -8,14 +8,18 @@ is what a configuration cannot say.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from modelcli.live.describe import configuration, dtype_name
 from modelcli.live.meta_models import build_on_meta
@@ -29,6 +33,8 @@ if TYPE_CHECKING:
 
 #: How many modules a note names.
 _MOST_NAMED = 4
+#: What the configuration of a backbone says of its outputs.
+_OF_STAGES = frozenset({"stage_names", "out_features", "out_indices"})
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,39 @@ def put_into(module: PreTrainedModel, original: PreTrainedConfig) -> None:
                     vars(child)["layer_idx"] = number
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a configuration states a number: a value of it, or an item of a list of numbers."""
+
+    config: PreTrainedConfig
+    name: str
+    index: int | None = None
+
+    def with_value(self, number: int) -> Any:
+        """The value of the configuration with another number in this place."""
+        if self.index is None:
+            return number
+        return [number if index == self.index else each for index, each in enumerate(vars(self.config)[self.name])]
+
+
+@contextlib.contextmanager
+def _undone(config: PreTrainedConfig) -> Iterator[Callable[[], None]]:
+    """Give a configuration its values back afterwards, unless what is given out is called."""
+    before = vars(config).copy()
+    kept = False
+
+    def keep() -> None:
+        nonlocal kept
+        kept = True
+
+    try:
+        yield keep
+    finally:
+        if not kept:
+            vars(config).clear()
+            vars(config).update(before)
+
+
 class _Search:
     """The search for the configuration of one model."""
 
@@ -151,44 +190,97 @@ class _Search:
     # --- layers ------------------------------------------------------------------------------------------------------
 
     def _layers(self) -> None:
-        """The number of layers, and the lists with a value for each."""
+        """The number of layers, the lists with a value for each, and what goes by their numbers."""
         theirs = _lists(self.built)
         for path, own in _lists(self.module).items():
             if path not in theirs or len(own) == len(theirs[path]):
                 continue
-            for config, name in self._counts(len(theirs[path])):
-                if self._makes_list(path, config, name, len(own)):
-                    self._set_layers(config, name, own, len(theirs[path]))
+            before = len(theirs[path])
+            for place in self._counts(before):
+                if self._makes_list(path, place, own, before):
+                    self._set_layers(place, own, before)
                     self.lists.append(path)
+                    if (numbers := _numbers_before(own, before)) is not None:
+                        self._numbers_of_layers(place.config, numbers, before)
                     break
 
-    def _counts(self, value: int) -> Iterator[tuple[PreTrainedConfig, str]]:
-        """The entries of the configuration and of its parts that have this value, those with `layer` in it first."""
+    def _counts(self, value: int) -> Iterator[_Place]:
+        """Where the configuration and its parts have this value, also in a list of them; `layer` in the name first."""
         for config in parts_of(self.config):
-            names = [name for name, found in vars(config).items() if type(found) is int and found == value]
-            for name in sorted(names, key=lambda name: "layer" not in name):
-                yield config, name
+            for name in sorted(vars(config), key=lambda name: "layer" not in name):
+                found = vars(config)[name]
+                if type(found) is int and found == value:
+                    yield _Place(config, name)
+                elif isinstance(found, list) and all(type(each) is int for each in found):  # a number for each stage
+                    yield from (_Place(config, name, index) for index, each in enumerate(found) if each == value)
 
-    def _makes_list(self, path: str, config: PreTrainedConfig, name: str, length: int) -> bool:
-        """Whether another value of an entry gives the list at this path the length that it has after the edits."""
-        before = vars(config).copy()
-        try:
-            self._set_layers(config, name, _lists(self.module)[path], getattr(config, name), told=False)
-            return len(_lists(self._build(self.config)).get(path, ())) == length
-        except Exception:  # the class refuses the value
-            return False
-        finally:
-            vars(config).clear()
-            vars(config).update(before)
+    def _makes_list(self, path: str, place: _Place, own: Sequence[nn.Module], before: int) -> bool:
+        """Whether another value in this place gives the list at this path the length that it has after the edits."""
+        with _undone(place.config):
+            try:
+                self._set_layers(place, own, before, told=False)
+                return len(_lists(self._build(self.config)).get(path, ())) == len(own)
+            except Exception:  # the class refuses the value
+                return False
 
-    def _set_layers(
-        self, config: PreTrainedConfig, name: str, layers: Sequence[nn.Module], before: int, *, told: bool = True
-    ) -> None:
-        self._set(config, name, len(layers), told=told)
+    def _set_layers(self, place: _Place, layers: Sequence[nn.Module], before: int, *, told: bool = True) -> None:
+        config = place.config
+        self._set(config, place.name, place.with_value(len(layers)), told=told)
         numbers = _numbers_before(layers, before)
         for own, value in list(vars(config).items()):
-            if isinstance(value, list) and len(value) == before and numbers is not None:
+            if own != place.name and "layer" in own and numbers is not None and _has_one_for_each(value, before):
                 self._set(config, own, [value[number] for number in numbers], told=False)
+        self._set_stages(config, told=told)
+
+    def _set_stages(self, config: PreTrainedConfig, *, told: bool) -> None:
+        """The outputs of a backbone, which it names by its layers: those that are left, else the last."""
+        if not isinstance(getattr(config, "stage_names", None), list):
+            return
+        values = {key: value for key, value in config.to_dict().items() if key not in _OF_STAGES}
+        made: Any = type(config).from_dict(values)
+        if made.stage_names == config.stage_names:
+            return
+        own: Any = config
+        before = own.out_features
+        own.stage_names = made.stage_names
+        own.out_features = [name for name in before if name in made.stage_names] or made.stage_names[-1:]
+        if told and own.out_features != before:
+            self.changed.append(f"{self._prefix(config)}out_features")
+
+    def _numbers_of_layers(self, config: PreTrainedConfig, numbers: Sequence[int], before: int) -> None:
+        """Entries that go by the numbers of layers, which have moved, and whose names do not say so.
+
+        An entry such as the first layer that is a mixture of experts is one of them if the value that it then has now
+        builds more of the edited model.
+        """
+        differing = self._count_of_differences()
+        original = vars(self._original_of(config)).copy()
+        for name, value in original.items():
+            for moved in _moved(value, numbers, before):
+                if not differing:
+                    return
+                if moved == vars(config).get(name):
+                    continue
+                with _undone(config) as keep:
+                    setattr(config, name, moved)
+                    found = self._count_of_differences()
+                    if found < differing:
+                        differing = found
+                        self.changed.append(self._prefix(config) + name)
+                        keep()
+
+    def _original_of(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """The same part of the original configuration."""
+        pairs = zip(parts_of(self.config), parts_of(self.original), strict=True)
+        return next(before for own, before in pairs if own is config)
+
+    def _count_of_differences(self) -> float:
+        """How much the configuration builds otherwise than the edited model is; without end where it builds nothing."""
+        try:
+            built = self._build(_read_again(self.config))
+        except Exception:  # the class refuses a value
+            return math.inf
+        return len(self._differences(built)) + len(_other_modules(self.module, built))
 
     # --- images, vocabulary and labels ------------------------------------------------------------------------------
 
@@ -221,8 +313,9 @@ class _Search:
         heads = {key for key in wider if plain.get(key) != wider[key]}
         own = _shapes(self.module)
         widths = {own[key][0] for key in heads if own.get(key)}
-        if len(widths) == 1 and (width := widths.pop()) != before:
-            self._set(self.config, "num_labels", width)
+        beyond = {plain[key][0] - before for key in heads & plain.keys()}  # a class for none of the labels
+        if len(widths) == len(beyond) == 1 and (labels := widths.pop() - beyond.pop()) not in (0, before):
+            self._set(self.config, "num_labels", labels)
 
     # --- ties and dtype ----------------------------------------------------------------------------------------------
 
@@ -254,6 +347,13 @@ class _Search:
 
     def _left(self) -> list[str]:
         """Notes on what the configuration builds otherwise than the edited model is."""
+        if self.changed:
+            try:
+                _read_again(self.config)
+            except Exception as error:  # whatever its class says
+                return [
+                    f"from_pretrained refuses this config.json ({_in_one_line(error)}): modelcli.load builds the model"
+                ]
         built = self._build(self.config) if self.changed else self.built
         modules = _other_modules(self.module, built)
         keys = [key for key in self._differences(built) if not key.startswith(tuple(f"{path}." for path in modules))]
@@ -277,7 +377,8 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def _lists(module: nn.Module) -> dict[str, list[nn.Module]]:
     """The children of each list of modules, by its path."""
-    return {path: list(child.children()) for path, child in module.named_modules() if isinstance(child, nn.ModuleList)}
+    lists = (nn.ModuleList, nn.Sequential)
+    return {path: list(child.children()) for path, child in module.named_modules() if isinstance(child, lists)}
 
 
 def _rows(embedding: nn.Module | None) -> int | None:
@@ -297,6 +398,36 @@ def _numbers_before(layers: Sequence[nn.Module], before: int) -> list[int] | Non
     return found
 
 
+def _read_again(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A configuration as transformers reads it from the file that is written of it."""
+    made: PreTrainedConfig = type(config).from_dict(json.loads(config.to_json_string(use_diff=True)))
+    return made
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _has_one_for_each(value: Any, layers: int) -> bool:
+    """Whether a value of a configuration may have an item for each of so many layers."""
+    return isinstance(value, list) and len(value) == layers
+
+
+def _moved(value: Any, numbers: Sequence[int], before: int) -> Iterator[Any]:
+    """What the value of an entry that goes by the numbers of layers may be after the edits.
+
+    A single number may be that of the layer before which something ends, and so one more than the last has. A list of
+    as many items as there were layers has one for each; one of numbers may name layers.
+    """
+    if type(value) is int and 0 < value <= before:
+        yield sum(number < value for number in numbers)
+    if _has_one_for_each(value, before):
+        yield value
+        yield [value[number] for number in numbers]
+    if isinstance(value, list) and value and all(type(each) is int and 0 <= each < before for each in value):
+        yield [numbers.index(each) for each in value if each in numbers]
+
+
 def _other_modules(module: nn.Module, built: nn.Module) -> dict[str, str]:
     """The outermost modules that are of another class, or print another configuration, than those that were built."""
     theirs = dict(built.named_modules(remove_duplicate=False))
@@ -307,8 +438,8 @@ def _other_modules(module: nn.Module, built: nn.Module) -> dict[str, str]:
             continue
         if other is None:
             found[path] = f"{type(child).__name__}, which is new"
-        elif type(child) is not type(other):
-            found[path] = f"{type(child).__name__} in the place of {type(other).__name__}"
+        elif (own := type_before_parametrizations(child)) is not (before := type_before_parametrizations(other)):
+            found[path] = f"{own.__name__} in the place of {before.__name__}"
         elif not isinstance(child, nn.ModuleList) and configuration(child) != configuration(other):
             found[path] = f"{type(child).__name__}({configuration(child)})"
     gone = [path for path in theirs if path not in dict(module.named_modules(remove_duplicate=False))]

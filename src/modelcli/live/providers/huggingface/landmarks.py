@@ -27,12 +27,18 @@ def of(model: Any) -> Mapping[str, tuple[str, ...]]:
 
 def _head(model: Any) -> tuple[str, ...]:
     """The layers that have as many outputs as there are labels, if the class has them."""
-    if "num_labels" not in vars(model):  # what classes with a classifier set
-        return ()
     if _FOUND not in vars(model):
-        vars(model)[_FOUND] = _built_with_labels(model)
+        vars(model)[_FOUND] = _built_with_labels(model) if _may_have_classifier(model) else ()
     found: tuple[str, ...] = vars(model)[_FOUND]
     return found
+
+
+def _may_have_classifier(model: Any) -> bool:
+    """Whether a model sets the number of labels, or something in it is as wide; building it shows the rest."""
+    labels = getattr(model.config, "num_labels", None)
+    if "num_labels" in vars(model):
+        return True
+    return any(tensor.dim() and tensor.shape[0] == labels for tensor in named_tensors(model).values())
 
 
 def _built_with_labels(model: Any) -> tuple[str, ...]:

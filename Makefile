@@ -39,7 +39,7 @@ demo: $(STAMP) ## install, and run the story of the README, each command before 
 test: check ## install, check, and run the tests
 	$(TESTS)
 
-test-long: check ## the tests and the sweeps over every torchvision builder
+test-long: check ## the tests and the sweeps over every torchvision builder and many model types
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 
 test-oldest: ## the tests on the oldest torch and torchvision that modelcli takes, in .venv-oldest

@@ -65,7 +65,6 @@ SIZES: dict[str, dict[str, Any]] = {
 
 NO_CLASS = "transformers has no class with a classifier of this type"
 _NO_HEAD = "no library says which module of this model is the classifier (@head)"
-_FIRST_IS_OTHER = "the first layer has what the others use or lack, and a configuration cannot give it to another"
 
 #: What modelcli refuses, with what it says.
 REFUSED = {
@@ -77,11 +76,13 @@ REFUSED = {
     ("DetrForObjectDetection", "head"): _NO_HEAD,  # as wide as the labels and one more
 }
 
-#: What a configuration cannot say: the folder is written with this note, and `modelcli.load` gives the edited model.
+#: What a configuration cannot say, mostly since the first layer has what others use or lack: the folder is written with
+#: this note, and `modelcli.load` gives the edited model.
 UNSAID = {
     ("ModernBertForMaskedLM", "remove first"): "model.layers.0.attn_norm (LayerNorm in the place of Identity)",
     ("T5ForConditionalGeneration", "remove first"): "SelfAttention.relative_attention_bias (removed)",
     ("MT5ForConditionalGeneration", "remove first"): "SelfAttention.relative_attention_bias (removed)",
+    ("RwkvForCausalLM", "remove first"): "rwkv.blocks.0.pre_ln (removed)",
     ("MobileViTForImageClassification", "remove first"): "mobilevit.encoder.layer.2.transformer.layer.1 (removed)",
     ("MobileViTForImageClassification", "remove last"): "mobilevit.encoder.layer.2.transformer.layer.1 (removed)",
 }

@@ -22,7 +22,7 @@ from modelcli.live import trace
 from modelcli.live.adaptation import resized_calls
 from modelcli.live.adaptation.resized_calls import INPUTS, OUTPUTS
 from modelcli.live.inputs import Inputs, how_to_state_input
-from modelcli.live.providers import resizing_of
+from modelcli.live.providers import resizing_of, why_not_resized
 from modelcli.live.providers.base import LiveProvider
 from modelcli.live.surgery.core import brief, submodule
 from modelcli.wording import counted, listed
@@ -148,16 +148,19 @@ class _Planning:
         assert self.live.inputs is not None
         seen = trace.trace(self._module, _with_image_size(self.live.inputs, size))
         if seen.trace.reason is not None:
+            why = why_not_resized(self._module, "image_size", size)
+            told = why or f"no library says how to change that: {seen.trace.reason}"
             raise RequestError(
-                f"--image-size: {self._model} does not take images of {size}x{size} as it is, and no library says how "
-                f"to change that: {seen.trace.reason}",
-                self._built_for(size),
+                f"--image-size: {self._model} does not take images of {size}x{size} as it is, and {told}",
+                self._built_for(size, draws=why is not None),
             )
         self.notes.append(f"{self._model} takes images of {size}x{size} as it is: no edit is needed")
         return resized
 
-    def _built_for(self, size: int) -> str:
-        """What to do about a model that is built for one image size."""
+    def _built_for(self, size: int, *, draws: bool) -> str:
+        """What to do about a model that is built for one image size; `draws` says that it has new values then."""
+        if self._model.startswith("timm:") and draws:
+            return f"timm may build it for that size with new values: timm:NAME(img_size={size})"
         if self._model.startswith("timm:"):
             return f"timm may build it for that size and adapt a checkpoint to it: timm:NAME(img_size={size})"
         return "name the model with that size among its arguments, if it takes one"

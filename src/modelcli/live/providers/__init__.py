@@ -86,6 +86,11 @@ def _has_classes(provider: Provider) -> bool:
     return provider.classes_from is not None
 
 
+def why_not_resized(module: nn.Module, what: str, size: int) -> str | None:
+    """Why the library of a model cannot resize it: see `LiveProvider.why_not_resized`."""
+    return next((why for half in in_use() if (why := half.why_not_resized(module, what, size)) is not None), None)
+
+
 def resizing_of(module: nn.Module, what: str, size: int) -> Resizing | None:
     """Return how the first provider that knows a model resizes it: see `LiveProvider.resizing`."""
     return next((found for half in in_use() if (found := half.resizing(module, what, size)) is not None), None)

@@ -289,6 +289,13 @@ class LiveProvider:
         """
         return None
 
+    def why_not_resized(self, module: nn.Module, what: str, size: int) -> str | None:
+        """Why the library cannot give a model another size, as a sentence; None where it does not say.
+
+        Args: as `resizing` has them. It is asked only where `resizing` knows no way, so it may build the model anew.
+        """
+        return None
+
     def recorded_reference(self, architecture: Architecture) -> str:
         """The reference that a record in a written file names: one that needs no other file."""
         return str(architecture.reference)

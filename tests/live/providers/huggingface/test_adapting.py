@@ -14,6 +14,7 @@ from modelcli.live import landmarks
 from modelcli.live.surgery import seed_of
 from modelcli.live.surgery.input_channels import adapted
 from tests.conftest import Cli
+from tests.live.providers.huggingface.tiny import model as tiny_model
 
 transformers = pytest.importorskip("transformers")
 
@@ -113,6 +114,29 @@ def test_new_rows_equal_resize_token_embeddings(cli: Cli, make: Any, more: dict[
     assert found.config.get_text_config().vocab_size == size
     again = modelcli.apply(type(model).from_pretrained("model"), f"resize . vocab_size={size}")
     assert same(again, model)
+
+
+def chinese_clip() -> Any:
+    return tiny_model("ChineseCLIPModel")
+
+
+@pytest.mark.parametrize("size", [120, 30])
+@pytest.mark.parametrize("make", [clip, chinese_clip])
+def test_new_rows_of_a_pair_equal_those_of_its_text_model(cli: Cli, make: Any, size: int) -> None:
+    """transformers names no embedding of the pair, and resizes that of the text model."""
+    model = saved(make)
+    with pytest.raises(NotImplementedError):
+        model.resize_token_embeddings(size)
+    done = cli("adapt", "--vocab-size", size, "-m", "./model/", "-o", "out/", "--json").json
+    assert done["edits"] == [f"resize . vocab_size={size}"]
+    torch.manual_seed(seed_of(0, 1))
+    model.text_model.resize_token_embeddings(size)
+    model.save_pretrained("expected")  # `from_pretrained` sets the row for padding of ChineseCLIP to zero
+    found = loaded(type(model))
+    assert same(found, loaded(type(model), "expected"))
+    assert found.config.text_config.vocab_size == size
+    script = cli("script", "-e", f"resize . vocab_size={size}", "-m", "./model/", "-o", "s.pth").out
+    assert f"model.text_model.resize_token_embeddings({size})" in script
 
 
 def test_ties_stay_and_frozen_parameters_too(cli: Cli) -> None:

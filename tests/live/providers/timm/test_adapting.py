@@ -69,6 +69,7 @@ def test_classes_and_channels_equal_create_model(cli: Cli, name: str, channels: 
         pytest.param("swinv2_tiny_window8_256", 512, marks=pytest.mark.sweep),
         pytest.param("eva02_tiny_patch14_224", 336, marks=pytest.mark.sweep),
         pytest.param("beit_base_patch16_224", 384, marks=pytest.mark.sweep),
+        pytest.param("maxvit_tiny_tf_224", 192, marks=pytest.mark.sweep),
         ("test_coatnet", 192),
     ],
 )
@@ -90,10 +91,31 @@ def test_the_image_size_equals_create_model(cli: Cli, name: str, size: int) -> N
         assert same(torch.load("s.pth", weights_only=True), found)
 
 
-def test_a_model_that_timm_builds_for_one_size_is_refused(cli: Cli) -> None:
-    done = cli("adapt", "--image-size", 320, "-m", "timm:mixer_s16_224", "-o", "o.pth", code=2)
-    assert "timm:mixer_s16_224 does not take images of 320x320 as it is, and no library says how to change" in done.err
-    assert "timm may build it for that size and adapt a checkpoint to it: timm:NAME(img_size=320)" in done.err
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("mixer_s16_224", "blocks.0.mlp_tokens.fc1.weight"),
+        ("resmlp_12_224", "blocks.0.linear_tokens.weight"),
+        ("gmlp_s16_224", "blocks.0.mlp_channels.gate.proj.weight"),
+        ("levit_128s", "stages.0.blocks.0.attn.attention_biases"),
+        ("cait_xxs24_224", "pos_embed"),
+    ],
+)
+def test_what_timm_cannot_resize_is_named(cli: Cli, name: str, tensor: str) -> None:
+    done = cli("adapt", "--image-size", 320, "-m", f"timm:{name}", "-o", "o.pth", code=2)
+    told = f"timm:{name} does not take images of 320x320 as it is, and timm builds {name} for it with another {tensor}"
+    assert told in done.err
+    assert "it has no function that carries the values of" in done.err
+    assert "timm may build it for that size with new values: timm:NAME(img_size=320)" in done.err
+    old, new = timm.create_model(name).state_dict(), timm.create_model(name, img_size=320).state_dict()
+    assert old[tensor].shape != new[tensor].shape
+
+
+def test_what_timm_does_not_build_for_a_size_is_told(cli: Cli) -> None:
+    with pytest.raises(Exception, match=r"\w") as error:
+        timm.create_model("mixer_s16_224", img_size=8)
+    done = cli("adapt", "--image-size", 8, "-m", "timm:mixer_s16_224", "-o", "o.pth", code=2)
+    assert f"timm does not build mixer_s16_224 for it: {str(error.value).splitlines()[0]}" in done.err
 
 
 def test_a_model_without_a_classifier_is_an_error(cli: Cli) -> None:

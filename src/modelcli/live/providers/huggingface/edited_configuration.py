@@ -24,7 +24,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from modelcli.live.describe import configuration, dtype_name
 from modelcli.live.meta_models import build_on_meta
 from modelcli.live.providers.huggingface.configurations import named_parts, parts_of
-from modelcli.live.providers.huggingface.embeddings import input_embedding, output_embedding
+from modelcli.live.providers.huggingface.embeddings import input_embedding, output_embedding, with_tokens
 from modelcli.live.sources import named_tensors
 from modelcli.wording import listed
 
@@ -294,7 +294,8 @@ class _Search:
 
     def _vocabulary(self) -> None:
         """The rows of the input embedding."""
-        rows = _rows(input_embedding(self.module))
+        found = with_tokens(self.module)
+        rows = None if found is None else _rows(found[1])
         config = self.config.get_text_config()
         if rows is not None and isinstance(getattr(config, "vocab_size", None), int) and config.vocab_size != rows:
             self._set(config, "vocab_size", rows)

@@ -17,7 +17,7 @@ from modelcli.edits.kept_weights import SUM
 from modelcli.errors import RequestError
 from modelcli.live.meta_models import build_on_meta
 from modelcli.live.providers.huggingface.configurations import parts_of
-from modelcli.live.providers.huggingface.embeddings import input_embedding
+from modelcli.live.providers.huggingface.embeddings import with_tokens
 from modelcli.live.resizing import Resizing
 from modelcli.live.sources import named_tensors
 from modelcli.live.surgery.input_channels import adapted
@@ -55,18 +55,19 @@ def _is_size(value: object) -> bool:
 
 def _vocabulary(model: PreTrainedModel, size: int) -> Resizing | None:
     """By `resize_token_embeddings`, which draws new rows around the mean of the old ones."""
-    embedding = input_embedding(model)
-    if embedding is None:
+    if (found := with_tokens(model)) is None:
         return None
+    path, embedding = found
 
     def resize(module: Any) -> None:
         _give_own_configuration(module)
-        is_on_meta = module.get_input_embeddings().weight.is_meta
+        part = module.get_submodule(path)
+        is_on_meta = part.get_input_embeddings().weight.is_meta
         with _without_advice():
-            module.resize_token_embeddings(size, mean_resizing=not is_on_meta)  # the mean of values takes values
+            part.resize_token_embeddings(size, mean_resizing=not is_on_meta)  # the mean of values takes values
 
     def statements(_text: SourceText, place: str) -> list[str]:
-        return [f"{place}.resize_token_embeddings({size})"]
+        return [f"{place}{f'.{path}' if path else ''}.resize_token_embeddings({size})"]
 
     return Resizing(embedding.weight.shape[0], resize, statements, draws=True)
 

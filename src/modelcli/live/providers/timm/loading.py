@@ -56,7 +56,7 @@ def fit(model: TimmModel, module: nn.Module, state: StateDict) -> FittedStateDic
     own = module.state_dict()
     if unwrapped.tensors.keys() == own.keys() and not report.mismatched:
         return FittedStateDict(state)
-    call = _PretrainedCall.of(model)
+    call = PretrainedCall.of(model)
     inner = module if call.whole is call.model else call.model
     adapted = call.adapted(inner, unwrapped.tensors)
     notes = [report.unwrapping.note()] if report.unwrapping else []
@@ -104,7 +104,7 @@ class _Adapted:
 
 
 @dataclass(frozen=True)
-class _PretrainedCall:
+class PretrainedCall:
     """The call of timm's `load_pretrained` that `create_model` makes for a model.
 
     Attributes:
@@ -126,7 +126,7 @@ class _PretrainedCall:
     strict: bool
 
     @classmethod
-    def of(cls, model: TimmModel) -> _PretrainedCall:
+    def of(cls, model: TimmModel) -> PretrainedCall:
         """See which call timm makes, on a model on the meta device; nothing is loaded."""
         from timm.models import _builder
 
@@ -254,7 +254,7 @@ class _RunWithValues:
     often.
     """
 
-    def __init__(self, call: _PretrainedCall, model: nn.Module, tensors: Tensors, names: frozenset[str]) -> None:
+    def __init__(self, call: PretrainedCall, model: nn.Module, tensors: Tensors, names: frozenset[str]) -> None:
         self._call, self._model, self._tensors, self._names = call, model, tensors, names
         self._made: dict[str, torch.Tensor] | None = None
 
@@ -300,7 +300,7 @@ def _in_memory(tensor: torch.Tensor) -> torch.Tensor:
 # --- what the user should know ---------------------------------------------------------------------------------------
 
 
-def _notes(before: Tensors, adapted: _Adapted, call: _PretrainedCall) -> list[str]:
+def _notes(before: Tensors, adapted: _Adapted, call: PretrainedCall) -> list[str]:
     """What timm changed, in a few sentences."""
     after = adapted.tensors
     notes = []
@@ -329,7 +329,7 @@ def _notes(before: Tensors, adapted: _Adapted, call: _PretrainedCall) -> list[st
     return notes
 
 
-def _first_convolutions(call: _PretrainedCall) -> tuple[str, ...]:
+def _first_convolutions(call: PretrainedCall) -> tuple[str, ...]:
     from timm.models._input import get_model_traits
 
     named = get_model_traits(call.model).get("first_conv", call.configured.get("first_conv"))

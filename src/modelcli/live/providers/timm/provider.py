@@ -219,6 +219,14 @@ class LiveTimm(LiveProvider):
             return None
         return image_resizing(module, size)
 
+    def why_not_resized(self, module: nn.Module, what: str, size: int) -> str | None:
+        """Which tensors timm makes anew for another image size."""
+        if what != "image_size" or not self.landmarks(module):
+            return None
+        from modelcli.live.providers.timm import image_sizes
+
+        return image_sizes.why_not(module, size)
+
     # --- scripts and classes -----------------------------------------------------------------------------------------
 
     def expression(self, text: SourceText, architecture: Architecture, folder: Path) -> str:

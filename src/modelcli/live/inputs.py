@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -187,8 +187,13 @@ def _with_batch(item: InputText, batch: int) -> InputText:
     return replace(item, shape=(batch, *item.shape[1:])) if is_batch and item.shape is not None else item
 
 
-def fitted(inputs: Inputs, module: nn.Module) -> Inputs:
+def fitted(inputs: Inputs, module: nn.Module, further: Collection[str] | None = None) -> Inputs:
     """Check the inputs against the signature of `forward`, and find out which arguments need tuples.
+
+    Args:
+        inputs: the inputs.
+        module: the model.
+        further: what `forward` takes by its `**kwargs`; None where nobody knows, so that it may be any name.
 
     Raises RequestError if `forward` has no argument of a stated name.
     """
@@ -198,9 +203,11 @@ def fitted(inputs: Inputs, module: nn.Module) -> Inputs:
         return inputs
     by_position = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    any_name = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    has_kwargs = any(p.kind is p.VAR_KEYWORD for p in parameters)
     for item in inputs.named:
-        if item.path and not item.path[0].isdecimal() and item.path[0] not in names and not any_name:
+        if not item.path or item.path[0].isdecimal() or item.path[0] in names:
+            continue
+        if not has_kwargs or (further is not None and item.path[0] not in further):
             hint = did_you_mean(item.path[0], names) or (f"it takes {listed(names, 8)}" if names else None)
             raise RequestError(f"forward of {type(module).__name__} has no argument {item.path[0]!r}", hint)
     tuples = {p.name for p in parameters if "uple" in str(p.annotation)}

@@ -537,12 +537,13 @@ class _Opening:
         if shapes is None and not texts and record is not None:
             shapes, texts = record.input_size, record.inputs
         floating = floating_dtype(module) or "float32"
+        further = None if self.base is None else self.base.provider.further_inputs(module)
         if known is not None and known.named:  # by name: single ones can be replaced
             stated_by_name = inputs.overridden(known, shapes or (), dtypes, input_texts.parse_all(texts))
-            return inputs.fitted(replace(stated_by_name, floating=floating), module)
+            return inputs.fitted(replace(stated_by_name, floating=floating), module, further)
         if texts:
             stated = Inputs(shapes or (), dtypes, floating=floating, named=input_texts.parse_all(texts))
-            return inputs.fitted(stated, module)
+            return inputs.fitted(stated, module, further)
         if shapes is not None:
             return Inputs(shapes, dtypes, known is not None and known.as_list, floating)
         if known is not None:

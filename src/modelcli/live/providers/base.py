@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -316,6 +316,13 @@ class LiveProvider:
 
     def inputs(self, architecture: Architecture, module: nn.Module) -> Inputs | None:
         """Return the known inputs of a model, batch included. `module` is the model as built or as edited."""
+        return None
+
+    def further_inputs(self, module: nn.Module) -> Collection[str] | None:
+        """Return the names of inputs that a model takes by the `**kwargs` of its `forward`; None if it may be any name.
+
+        `module` is any model. Edits may have changed it.
+        """
         return None
 
     def layout_behind(self, module: nn.Module, axes: int) -> Layout | None:

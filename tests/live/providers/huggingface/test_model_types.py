@@ -189,3 +189,20 @@ def test_one_stated_input_keeps_the_others(cli: Cli, folder: Path) -> None:
     document = json.loads(cli("summary", "./model", "--json", "--input", "decoder_input_ids=1,5").out)
     assert document["input"] == [[1, 128], [1, 5]]
     assert document["layers"][0]["output_shape"]["logits"] == [1, 5, 100]
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "BertForSequenceClassification", "T5ForConditionalGeneration"])
+def test_an_input_that_no_part_of_the_model_takes_is_refused(cli: Cli, folder: Path, name: str) -> None:
+    """`forward` has `**kwargs`, into which any name would go without a word."""
+    model(name).save_pretrained(folder / "model")
+    told = cli("summary", "./model", "--input", "nope=1,2", code=2).err
+    assert f"forward of {name} has no argument 'nope'" in told
+    assert "input_ids" in told
+    assert "attention_mask" in cli("summary", "./model", "--input", "atention_mask=1,2", code=2).err
+    cli("summary", "./model", "--input", "attention_mask=1,128")
+
+
+def test_an_input_that_transformers_declares_is_taken(cli: Cli, folder: Path) -> None:
+    """It goes through the `**kwargs` of the model to the attention of its layers."""
+    model("LlamaForCausalLM").save_pretrained(folder / "model")
+    cli("summary", "./model", "--input", "seq_idx=1,128:int64")

@@ -57,6 +57,25 @@ def inputs_of(module: nn.Module) -> Inputs | None:
     return Inputs((), named=tuple(made), values=values, with_values=_DECIDE_SHAPES & set(names))
 
 
+def further_inputs_of(module: nn.Module) -> frozenset[str] | None:
+    """The names that the `**kwargs` of a model's `forward` stand for; None for a class that is not transformers' own.
+
+    A model hands them on to its parts, so that each name is one that a part takes, or one that transformers declares.
+    """
+    from transformers.utils import TransformersKwargs
+
+    if not type(module).__module__.startswith("transformers."):
+        return None
+    names = set(TransformersKwargs.__annotations__)
+    for kind in {type(child): child for child in module.modules()}.values():
+        try:
+            parameters = signatures.of(kind.forward).parameters.values()
+        except (TypeError, ValueError):
+            continue
+        names |= {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
+    return frozenset(names)
+
+
 #: The dtypes of inputs that are not in the model's own floating-point dtype.
 _DTYPES = {
     **dict.fromkeys(("input_ids", "decoder_input_ids", "bbox", "image_grid_thw", "mm_token_type_ids"), "int64"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -181,6 +181,12 @@ class LiveHuggingFace(LiveProvider):
         from modelcli.live.providers.huggingface import inputs
 
         return inputs.inputs_of(module)
+
+    def further_inputs(self, module: nn.Module) -> Collection[str] | None:
+        """What transformers declares for `**kwargs`, and what the parts of the model take that they are handed on to."""
+        from modelcli.live.providers.huggingface import inputs
+
+        return inputs.further_inputs_of(module) if _is_of_transformers(module) else None
 
     def expression(self, text: SourceText, architecture: Architecture, folder: Path) -> str:
         """The class with the configuration of the folder or of a model of the Hub, or with its values."""

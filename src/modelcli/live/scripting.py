@@ -341,6 +341,16 @@ class _Script(_Writer):
             seed = None  # the generator goes on
         self.before = surgery.apply(self.before, resolved, inputs=self.live.inputs).model
 
+    def save(self, out: Path, kind: str, *, bare: bool) -> None:
+        """What the model says of itself now, and what writes it."""
+        base = self.live.architecture
+        if base is not None and self.live.edits:
+            lines = base.provider.script_of_edits(self.text, base, self.live.module)
+            if lines:
+                self.text.paragraph("what the model says of itself")
+                self.text.write(*lines)
+        super().save(out, kind, bare=bare)
+
     def _translate(
         self, edits: Sequence[Edit], before: nn.Module, after: nn.Module, seed: int | None, line: str
     ) -> None:

@@ -252,6 +252,16 @@ class LiveProvider:
             module: it with its edits and its values, which is changed in place.
         """
 
+    def script_of_edits(self, text: SourceText, architecture: Architecture, module: nn.Module) -> list[str]:
+        """Return the statements that do to `model` in a script what `describe_edits` does; nothing by default.
+
+        Args:
+            text: the script, for its imports and the words of values.
+            architecture: the model as it was opened.
+            module: it with its edits, on the meta device.
+        """
+        return []
+
     def after_loading(self, architecture: Architecture, module: nn.Module) -> None:
         """Do to a model what the library's own loader does besides giving it the values of a file; nothing by default.
 

@@ -139,3 +139,29 @@ def test_a_wrong_value_of_a_class_is_a_request_error(cli: Cli, folder: Path) -> 
     told = cli("params", "hf:LlamaForCausalLM(hidden_size='two')", "--no-cache", code=2).err
     assert "expected int" in told
     assert "config.json" not in told
+
+
+@pytest.mark.parametrize(
+    ("name", "edit"),
+    [
+        ("LlamaForCausalLM", ("remove", "model.layers.0")),
+        ("BertForSequenceClassification", ("replace", "classifier", "Linear(_,10)")),
+    ],
+)
+def test_a_script_lets_the_model_say_what_it_is_now(cli: Cli, folder: Path, name: str, edit: tuple[str, ...]) -> None:
+    saved(name, folder / "model")
+    cli(*edit, "-m", "./model", "-o", "out/")
+    expected: Any = modelcli.load("out/")
+    found: dict[str, Any] = {}
+    exec(cli("script", "-e", " ".join(edit), "-m", "./model", "-o", "made.pth").out, found)
+    model = found["model"]
+    ignored = ("_name_or_path", "transformers_version", "architectures")
+    values = [{k: v for k, v in each.config.to_dict().items() if k not in ignored} for each in (model, expected)]
+    assert values[0] == values[1]
+    assert getattr(model, "num_labels", None) == getattr(expected, "num_labels", None)
+    numbers = [[getattr(part, "layer_idx", None) for part in each.modules()] for each in (model, expected)]
+    assert numbers[0] == numbers[1]
+    states = [each.state_dict() for each in (model, expected)]
+    assert states[0].keys() == states[1].keys()
+    if "layers" in edit[1]:  # nothing is drawn
+        assert all(torch.equal(states[0][key], value) for key, value in states[1].items())

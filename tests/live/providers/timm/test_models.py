@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -12,6 +13,7 @@ import timm
 import torch
 from torch import nn
 
+import modelcli
 from modelcli.commands import blueprint_cache
 from modelcli.language.references import Source
 from modelcli.live.opening import open_live
@@ -220,3 +222,17 @@ def test_timm_keeps_its_level_of_logging_and_prints_nothing(cli: Cli) -> None:
     assert cli("params", "timm:test_vit").err == ""
     assert logging.getLogger("timm").level == before
     assert os.environ.get("HF_HUB_OFFLINE") is None
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
+def test_a_model_with_a_new_head_says_how_many_classes_it_has(cli: Cli, folder: Path, name: str) -> None:
+    cli("replace", "@head", "Linear(_,10)", "-m", f"timm:{name}", "-o", "out.pth")
+    loaded: Any = modelcli.load("out.pth")
+    found: dict[str, Any] = {}
+    exec(cli("script", "-e", "replace @head Linear(_,10)", "-m", f"timm:{name}", "-o", "made.pth").out, found)
+    for model in (loaded, found["model"]):
+        assert model.num_classes == 10
+        assert {getattr(part, "num_classes", 10) for part in model.modules()} == {10}
+    states = [each.state_dict() for each in (loaded, found["model"])]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][key], value) for key, value in states[1].items())

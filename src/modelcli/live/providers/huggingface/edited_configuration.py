@@ -25,11 +25,14 @@ from modelcli.live.describe import configuration, dtype_name
 from modelcli.live.meta_models import build_on_meta
 from modelcli.live.providers.huggingface.configurations import named_parts, parts_of
 from modelcli.live.providers.huggingface.embeddings import input_embedding, output_embedding, with_tokens
+from modelcli.live.script import access_paths
 from modelcli.live.sources import named_tensors
 from modelcli.wording import listed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+    from modelcli.live.script.source_text import SourceText
 
 #: How many modules a note names.
 _MOST_NAMED = 4
@@ -139,6 +142,36 @@ def _undone(config: PreTrainedConfig) -> Iterator[Callable[[], None]]:
         if not kept:
             vars(config).clear()
             vars(config).update(before)
+
+
+def script_lines(text: SourceText, module: PreTrainedModel, original: PreTrainedConfig) -> list[str]:
+    """The statements that do to `model` in a script what `put_into` does.
+
+    Args:
+        text: the script, for its imports and the words of values.
+        module: the edited model, whose configuration is the original one.
+        original: the configuration that it was built from before the edits.
+    """
+    edited = of(module, original)
+    has_labels = "num_labels" in edited.changed
+    lines = [f"model.config.num_labels = {edited.config.num_labels}"] if has_labels else []
+    for (prefix, before), after in zip(named_parts(original), parts_of(edited.config), strict=True):
+        for name, value in vars(after).items():
+            if (has_labels and name in ("id2label", "label2id")) or vars(before).get(name, edited) == value:
+                continue
+            shown = str(value) if isinstance(value, torch.dtype) else text.value(value)
+            lines.append(f"model.config.{prefix}{name} = {shown}")
+    if has_labels and hasattr(module, "num_labels"):
+        lines.append(f"model.num_labels = {edited.config.num_labels}")
+    for path in edited.lists:
+        if any(hasattr(child, "layer_idx") for layer in _lists(module)[path] for child in layer.modules()):
+            lines += [
+                f"for number, layer in enumerate({access_paths.module_expression(module, path)}):",
+                "    for part in layer.modules():",
+                '        if hasattr(part, "layer_idx"):',
+                "            part.layer_idx = number",
+            ]
+    return lines
 
 
 class _Search:

@@ -169,6 +169,15 @@ class LiveHuggingFace(LiveProvider):
         if _is_of_transformers(module):
             edited_configuration.put_into(module, self._described_by(architecture).configuration())
 
+    def script_of_edits(self, text: SourceText, architecture: Architecture, module: nn.Module) -> list[str]:
+        """`model.config.num_hidden_layers = 2`, and what else `describe_edits` changes."""
+        from modelcli.live.providers.huggingface import edited_configuration
+
+        if not _is_of_transformers(module):
+            return []
+        made = cast("PreTrainedModel", module)
+        return edited_configuration.script_lines(text, made, self._described_by(architecture).configuration())
+
     def after_loading(self, architecture: Architecture, module: nn.Module) -> None:
         """Keep in float32 what transformers keeps so, whatever the dtype of the model."""
         from modelcli.live.providers.huggingface import kept_dtypes
@@ -183,7 +192,7 @@ class LiveHuggingFace(LiveProvider):
         return inputs.inputs_of(module)
 
     def further_inputs(self, module: nn.Module) -> Collection[str] | None:
-        """What transformers declares for `**kwargs`, and what the parts of the model take that they are handed on to."""
+        """What transformers declares for `**kwargs`, and what the parts of the model take that get them."""
         from modelcli.live.providers.huggingface import inputs
 
         return inputs.further_inputs_of(module) if _is_of_transformers(module) else None

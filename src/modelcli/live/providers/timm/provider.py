@@ -178,6 +178,27 @@ class LiveTimm(LiveProvider):
 
         return saving.model_folder(module, landmarks.existing(module, self.landmarks(module)), folder)
 
+    def describe_edits(self, architecture: Architecture, module: nn.Module) -> None:
+        """Let the model say how many classes it has: timm's own functions, and programs that train it, ask for that."""
+        if (found := self._classes_to_say(module)) is not None:
+            classes, paths = found
+            for path in paths:
+                vars(module.get_submodule(path))["num_classes"] = classes
+
+    def script_of_edits(self, text: SourceText, architecture: Architecture, module: nn.Module) -> list[str]:
+        """`model.num_classes = 10`."""
+        from modelcli.live.script import access_paths
+
+        if (found := self._classes_to_say(module)) is None:
+            return []
+        classes, paths = found
+        return [f"{access_paths.module_expression(module, path)}.num_classes = {classes}" for path in paths]
+
+    def _classes_to_say(self, module: nn.Module) -> tuple[int, list[str]] | None:
+        from modelcli.live import landmarks
+
+        return saving.numbers_of_classes(module, landmarks.existing(module, self.landmarks(module)))
+
     def recorded_reference(self, architecture: Architecture) -> str:
         """The model by its name; of a folder with the arguments that its configuration says."""
         assert isinstance(architecture.reference, NamedModel)

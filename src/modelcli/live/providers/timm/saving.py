@@ -50,6 +50,27 @@ def model_folder(
     return ModelFolder(tensors, files, (*notes, *beside.notes), whole_for="timm")
 
 
+def numbers_of_classes(module: nn.Module, landmarks: Mapping[str, tuple[str, ...]]) -> tuple[int, list[str]] | None:
+    """How many classes an edited model has, and the paths of the modules that still say another number.
+
+    Args:
+        module: the edited model.
+        landmarks: the paths of its classifiers (`head`).
+
+    Returns:
+        Both; None where its classifiers do not say one number, or the model says it already.
+    """
+    heads = landmarks.get("head", ())
+    found = {_classes(module.get_submodule(path)) for path in heads}
+    classes = found.pop() if len(found) == 1 else None
+    before = getattr(module, "num_classes", None)
+    if classes is None or not isinstance(before, int) or before == classes:
+        return None
+    above = {path.rpartition(".")[0] for path in heads if "." in path}
+    paths = ["", *sorted(path for path in above if getattr(module.get_submodule(path), "num_classes", None) == before)]
+    return classes, paths
+
+
 def recorded_call(module: nn.Module) -> tuple[str, dict[str, Any]]:
     """The name and the arguments by which timm builds a model without its folder, from its configuration."""
     document = _configuration(module) or {}

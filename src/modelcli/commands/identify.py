@@ -293,7 +293,7 @@ def _shapes_within(reference: str, limit: _Limit) -> Shapes | None:
 
     try:
         # Constructors also register some tensors that the model does not keep.
-        with unfit_builds.given_up({*limit.shapes.values()}, lambda: limit.most_others() + _DROPPED):
+        with unfit_builds.given_up({*limit.shapes.values()}, limit.most_others() + _DROPPED):
             shapes = _shapes(reference)
     except unfit_builds.UnfitError:
         return None

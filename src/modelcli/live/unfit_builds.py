@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
@@ -17,12 +17,12 @@ class UnfitError(BaseException):
 
 
 @contextlib.contextmanager
-def given_up(shapes: Collection[Shape], most_others: Callable[[], int]) -> Iterator[None]:
+def given_up(shapes: Collection[Shape], most_others: int) -> Iterator[None]:
     """In the block, a module that registers too many parameters of other shapes raises UnfitError.
 
     Args:
         shapes: the shapes that are looked for.
-        most_others: gives how many parameters of another shape a model may register.
+        most_others: how many parameters of another shape a model may register.
     """
     others = 0
 
@@ -30,7 +30,7 @@ def given_up(shapes: Collection[Shape], most_others: Callable[[], int]) -> Itera
         nonlocal others
         if parameter is not None and not is_lazy(parameter) and tuple(parameter.shape) not in shapes:
             others += 1
-            if others > most_others():
+            if others > most_others:
                 raise UnfitError
 
     hook = register_module_parameter_registration_hook(count)

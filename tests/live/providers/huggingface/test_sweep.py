@@ -41,6 +41,7 @@ QUICK = {
     ("Dinov2ForImageClassification", "remove last"),
     ("Speech2TextForConditionalGeneration", "remove last"),
     ("ConvNextForImageClassification", "remove last"),
+    ("Mamba2ForCausalLM", "remove last"),  # an infinite number is in its configuration
 }
 
 #: The lists of layers from which one is removed, where they are not the outermost: the stages of these models differ in
@@ -66,6 +67,12 @@ SIZES: dict[str, dict[str, Any]] = {
 NO_CLASS = "transformers has no class with a classifier of this type"
 _NO_HEAD = "no library says which module of this model is the classifier (@head)"
 
+#: Models without a list of layers from which one could be removed.
+WITHOUT_LISTS = {
+    "AlbertForMaskedLM": "it uses one layer again and again",
+    "TimmWrapperForImageClassification": "its layers are timm's: stages of one block",
+}
+
 #: What modelcli refuses, with what it says.
 REFUSED = {
     ("FNetForMaskedLM", "cast"): "does not fit: [1,128,32] float32 flows in",  # its transform gives float32
@@ -83,9 +90,17 @@ UNSAID = {
     ("T5ForConditionalGeneration", "remove first"): "SelfAttention.relative_attention_bias (removed)",
     ("MT5ForConditionalGeneration", "remove first"): "SelfAttention.relative_attention_bias (removed)",
     ("RwkvForCausalLM", "remove first"): "rwkv.blocks.0.pre_ln (removed)",
+    # the rates of stochastic depth grow from layer to layer, and a configuration has only the last
+    ("BeitForImageClassification", "remove first"): "beit.layers.0.drop_path",
+    ("SwinForImageClassification", "remove first"): "swin.encoder.layers.0.blocks.0.drop_path",
+    ("SegformerForSemanticSegmentation", "remove first"): "segformer.stages.0.blocks.0.drop_path",
+    ("SegformerForSemanticSegmentation", "remove last"): "segformer.stages.1.blocks.0.drop_path",
     ("MobileViTForImageClassification", "remove first"): "mobilevit.encoder.layer.2.transformer.layer.1 (removed)",
     ("MobileViTForImageClassification", "remove last"): "mobilevit.encoder.layer.2.transformer.layer.1 (removed)",
 }
+
+#: What no plain model runs either: the layers keep their numbers, and only the number 0 may have no norm before it.
+WITHOUT_A_PASS = {("RwkvForCausalLM", "remove first")}
 
 #: The classes with a classifier, in the order in which one is chosen for a type.
 CLASSIFIERS = (
@@ -100,7 +115,7 @@ def test_the_tables_are_short_and_enough_types_are_covered() -> None:
     types = {getattr(transformers, name).config_class.model_type for name in NAMES}
     assert len(types) >= 60
     assert {name for name, _ in {**REFUSED, **UNSAID}} <= set(NAMES)
-    assert len({**REFUSED, **UNSAID}) <= 12
+    assert len({**REFUSED, **UNSAID}) <= 16
 
 
 @pytest.mark.parametrize(
@@ -109,6 +124,7 @@ def test_the_tables_are_short_and_enough_types_are_covered() -> None:
         pytest.param(name, edit, marks=() if (name, edit) in QUICK else pytest.mark.sweep)
         for name in NAMES
         for edit in EDITS
+        if not (name in WITHOUT_LISTS and edit.startswith("remove"))
     ],
 )
 def test_an_edit_gives_what_plain_transformers_gives(cli: Cli, folder: Path, name: str, edit: str) -> None:
@@ -247,7 +263,8 @@ def remove(cli: Cli, folder: Path, name: str, form: str, edit: str) -> None:
         assert UNSAID[name, edit] in done.err
         edited: nn.Module = modelcli.load("./out").eval()
         same_tensors(edited, plain)
-        same_outputs(edited, plain)
+        if (name, edit) not in WITHOUT_A_PASS:
+            same_outputs(edited, plain)
         return
     assert "cannot say" not in done.err
     found, _ = loaded(folder / "out")

@@ -434,7 +434,8 @@ def _numbers_before(layers: Sequence[nn.Module], before: int) -> list[int] | Non
 
 def _read_again(config: PreTrainedConfig) -> PreTrainedConfig:
     """A configuration as transformers reads it from the file that is written of it."""
-    made: PreTrainedConfig = type(config).from_dict(json.loads(config.to_json_string(use_diff=True)))
+    document = json.loads(config.to_json_string(use_diff=True))
+    made: PreTrainedConfig = type(config).from_dict(type(config)._decode_special_floats(document))
     return made
 
 

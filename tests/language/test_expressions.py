@@ -295,10 +295,10 @@ def test_integers_below_2_to_the_63(text: str) -> None:
     ],
 )
 def test_larger_integers_are_refused_before_they_are_computed(text: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(RequestError, match=r"beyond 2\^63"):
         parse(f"M({text})")
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize(
@@ -339,11 +339,11 @@ def test_arithmetic_that_has_no_answer(text: str, message: str) -> None:
     ],
 )
 def test_hostile_text_ends_in_one_short_message(text: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(RequestError) as caught:
         parse(text)
     assert len(caught.value.message) < 300
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 @given(st.text(max_size=80) | st.text("MN(),.:_=*[]{}'\"\\-+1 9eE\n#\u00e9", max_size=40))

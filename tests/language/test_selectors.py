@@ -402,10 +402,10 @@ def test_any_text_is_a_selector_or_a_modelcli_error(text: str) -> None:
 def test_no_selector_takes_long(selector: str) -> None:
     """A selector can come from a file, so matching must not try every way to divide a name among its wildcards."""
     model = from_keys([tensor("a" * 200 + ".w"), tensor(".".join("a" * 100) + ".w"), tensor("0." * 60 + "w")])
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(RequestError, match="no module matches"):
         select_modules(model, [selector])
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize(("asked", "there"), [("fc", "module.fc"), ("model.module.fc", "module.fc")])

@@ -605,9 +605,9 @@ def test_deep_nesting_takes_no_longer_than_its_modules(folder: Path) -> None:
     model: nn.Module = nn.Linear(4, 4)
     for _ in range(depth):
         model = nn.Sequential(model, nn.ReLU())
-    started = time.perf_counter()
+    started = time.process_time()
     found = trace(model, Inputs(((1, 4),))).trace
-    assert time.perf_counter() - started < 10
+    assert time.process_time() - started < 10
     assert found.macs == 16
     assert len(found.layers) == 2 * depth + 1
 

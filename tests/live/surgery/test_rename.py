@@ -90,11 +90,11 @@ def test_both_names_have_the_same_wildcards(old: str, new: str, message: str) ->
 def test_matching_does_not_backtrack_exponentially() -> None:
     """A regular expression would take too long for the first two."""
     long = ".".join("a" * 30 for _ in range(100))
-    started = time.perf_counter()
+    started = time.process_time()
     assert new_names(".".join(["**"] * 30 + ["b"]), ".".join(["**"] * 30 + ["c"]), (long,))[long] is None
     assert new_names("*a" * 30 + "b", "*a" * 30 + "c", ("a" * 3000,))["a" * 3000] is None
     assert new_names("**.**.**.**", "x.**.**.**.**", (long,))[long] == f"x.{long}"
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 words = st.text("ab.", max_size=9).filter(lambda text: all(text.split(".")))

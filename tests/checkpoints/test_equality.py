@@ -28,6 +28,7 @@ from modelcli.live.sources import Value
 from modelcli.model.dtypes import ITEM_BYTES
 from modelcli.writing import Plan
 from tests.checkpoints.test_checkpoints import saved, tensor_of
+from tests.sampling import sampled
 from tests.writing.test_writing import planned
 
 #: Warnings of torch about quantized, sparse and unusual tensors.
@@ -109,7 +110,7 @@ def state_dict_without_numbers(name: str) -> dict[str, torch.Tensor]:
     return state
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sampled(NAMES, one_in=4))
 def test_every_builder(tmp_path: Path, name: str) -> None:
     """`torch.save` leaves holes for the bytes, so that a file of 2.5 GB takes only its header on the disk."""
     state = state_dict_without_numbers(name)
@@ -121,11 +122,7 @@ def test_every_builder(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=() if size <= SMALL else pytest.mark.sweep)
-        for name, size in FLOAT32_BYTES.items()
-        if size <= MEDIUM
-    ],
+    sampled(sorted((name for name, size in FLOAT32_BYTES.items() if size <= MEDIUM), key=FLOAT32_BYTES.__getitem__), 5),
 )
 def test_builders_in_formats_whose_bytes_are_written(tmp_path: Path, name: str) -> None:
     """torch's old format and safetensors, for builders up to 100 MB, because these formats cannot have holes."""

@@ -28,9 +28,11 @@ LOOKS_AT_NUMBERS = ("params --values", "params --values --json", "params --stats
 
 
 def commands(item: hostile.Hostile) -> tuple[str, ...]:
-    """Return the commands to run on a file: all of them if it could be expensive, and some if it is refused."""
+    """Return the commands to run on a file: `params`, and others that differ from file to file."""
     if item in GROWTH:
-        return LOOKS_WITHOUT_TORCH[:: 4 if item.code else 1]
+        first = GROWTH.index(item) % len(LOOKS_WITHOUT_TORCH)
+        looks = (*LOOKS_WITHOUT_TORCH, *LOOKS_WITHOUT_TORCH)[first : first + (1 if item.code else 3)]
+        return tuple(dict.fromkeys(("params", *looks)))
     return ("params",) if item.code else ("params", "modules")
 
 

@@ -19,6 +19,7 @@ from modelcli.live.planning import traced
 from modelcli.live.providers import torchvision as builders
 from modelcli.model.printed import repr_text
 from tests.conftest import Cli
+from tests.sampling import sampled
 
 NAMES = builders.builder_names()
 MODELS = builders.torchvision().models
@@ -43,7 +44,7 @@ def test_there_are_121_builders() -> None:
     assert len(NAMES) == 121 == len(MODELS.list_models())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sampled(NAMES, one_in=3))
 def test_printed_form_parameters_and_macs_equal_torchvisions(name: str) -> None:
     """The printed form equals `print(model)`; parameters and MACs equal the published figures."""
     live = open_live(Source(name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import builtins
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeGuard
@@ -14,8 +15,10 @@ from modelcli import edits
 
 SOURCE = Path(modelcli.__file__).parent
 KINDS = [kind for name in edits.own_names() if (kind := edits.find(name)) is not None]
+#: Words that Python uses for something else: `set` is also a type. A line of such an edit is still recognised.
+COMMON = {name for name in edits.own_names() if name in vars(builtins)}
 NAMES = {kind.name for kind in KINDS}
-CLASSES = {kind.__name__ for kind in KINDS}
+CLASSES = {kind.__name__ for kind in KINDS if kind.name not in COMMON}
 #: The modules of the edits, and those that carry them out.
 OWN = {kind.__module__ for kind in KINDS} | {kind.handler for kind in KINDS}
 #: Methods and functions that compare a text with the name of an edit, or look an edit up by its name.
@@ -80,7 +83,9 @@ def named(nodes: list[ast.expr]) -> Iterator[tuple[int, str]]:
     """Yield the texts in expressions that are the name of an edit, or begin with one like a line of an edit."""
     for node in nodes:
         for part in ast.walk(node):
-            if isinstance(part, ast.Constant) and isinstance(part.value, str) and part.value.rstrip() in NAMES:
+            if not (isinstance(part, ast.Constant) and isinstance(part.value, str)):
+                continue
+            if part.value in NAMES - COMMON or (part.value != part.value.rstrip() and part.value.rstrip() in NAMES):
                 yield part.lineno, repr(part.value)
 
 

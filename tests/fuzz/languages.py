@@ -108,13 +108,15 @@ GRAMMAR: Mapping[str, Sequence[str]] = {
         "append blocks <call>", "resize <at> vocab_size=<digit>", "resize . image_size=<number>",
         "remove <at> <at>", "remove <at> <options>", "extract <at>", "rename <at> <at>", "rename <at>.** **",
         "freeze <at> <options>", "unfreeze <at> <at>", "init <at> <scheme>", "init <at> <scheme> --bias <scheme>",
-        "cast <at> <dtype>", "cast <at> half <options>", "<word> <at>", "frezee <at>",
+        "cast <at> <dtype>", "cast <at> half <options>",
+        "set <at> <key>=<value> <options>", "set <at> <key>=<call>", "<word> <at>", "frezee <at>",
     ],
     "operation": [
         "freeze 0", "<edit>", "<edit>", "replace 0 <quoted>", "replace blocks.1 <quoted> --untie --keep-weights",
         "replace '**:Linear' '<layer>' --untie", "add heads.new '<layer>'", "insert blocks.<digit> '<layer>'",
         "append blocks '<layer>'", "init . <scheme> --bias <scheme>", "init '**:Linear' <scheme>", "cast . <dtype>",
-        "resize 0 vocab_size=<digit>",
+        "resize 0 vocab_size=<digit>", "set <at> <key>=<value>", "set '**:BatchNorm1d' eps=<number>",
+        "set . heads=None",
         "remove blocks.<digit>", "extract <name>", "freeze <name> --except <at>", "unfreeze <component>",
     ],
     "at": ["0", "<name>", "<name>", "<selector>", "'<selector>'", '"<selector>"', "<component>", "-1", "**:Linear"],
@@ -312,6 +314,7 @@ _EDITS = [
     b"init '**:Linear' 'normal(0,0.01)' --bias 'constant(0.5)'",
     b"init . default",
     b"cast . bfloat16 --except=bn",
+    b"set '**:BatchNorm1d' momentum=0.5 eps=1e-3 --expect 1",
 ]
 
 

@@ -65,7 +65,7 @@ class Replace(Selecting):
         Operand("target", "A selector of modules: classifier.6, '**:ReLU'.", completes=(MODULES,)),
         MODULE,
     )
-    also_called: ClassVar[tuple[str, ...]] = ("set", "swap", "change")
+    also_called: ClassVar[tuple[str, ...]] = ("swap", "change")
     handler: ClassVar[str] = "modelcli.live.surgery.replace"
     places_module: ClassVar[bool] = True
     replaces_module: ClassVar[bool] = True

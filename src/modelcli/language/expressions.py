@@ -168,11 +168,11 @@ def parse_words(words: Sequence[str]) -> Call:
                 raise RequestError(
                     f"{match[1]}= has no value", f"{match[1]}=None, {match[1]}=True, or {match[1]}=_ for what it was"
                 )
-            kwargs[match[1]] = _word_value(match[2])
+            kwargs[match[1]] = word_value(match[2])
         elif kwargs:
             raise RequestError(f"{_cut(word)!r} comes after {next(iter(kwargs))}=: positional arguments come first")
         else:
-            args.append(_word_value(word))
+            args.append(word_value(word))
     # Parsing the whole text applies the limits to all the words together, and refuses Python keywords as names.
     return parse(to_text(Call(head, tuple(args), kwargs)))
 
@@ -199,7 +199,8 @@ def is_expression(text: str) -> bool:
     return True
 
 
-def _word_value(word: str) -> Value:
+def word_value(word: str) -> Value:
+    """Parse the value in a word of a command line; what is no other value is a string. Raises RequestError."""
     if not word.isascii():
         return word
     value = parse_value(word) if word else ""

@@ -5,6 +5,8 @@ Edits and models are generated, and plain PyTorch gives the expected results.
 
 from __future__ import annotations
 
+import keyword
+import re
 import shlex
 import sys
 import tomllib
@@ -36,6 +38,7 @@ from modelcli.edits.remove import Remove
 from modelcli.edits.rename import Rename
 from modelcli.edits.replace import Replace
 from modelcli.edits.resize import Resize
+from modelcli.edits.set import Set
 from modelcli.edits.unfreeze import Unfreeze
 from modelcli.errors import ModelcliError
 from modelcli.language.expressions import Call, Name, parse
@@ -86,6 +89,19 @@ def in_words(call: Call) -> Call:
 schemes = calls.map(in_words)
 placing: dict[str, Any] = {"path": selector_texts, "module": calls}
 
+#: Targets of `set`: words like `a=1` are settings, and a path that is called so is written `a\\=1`.
+set_targets = targets.filter(lambda words: not any(re.fullmatch(r"[^\W\d]\w*=.*", word, re.DOTALL) for word in words))
+plain_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**9), 10**9) | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.lists(inner, max_size=3).map(tuple),
+    max_leaves=4,
+)  # fmt: skip
+settings_given = st.dictionaries(
+    st.from_regex(r"[a-z_][a-z0-9_]{0,8}", fullmatch=True).filter(lambda name: not keyword.iskeyword(name)),
+    plain_values, min_size=1, max_size=3,
+).map(lambda given: tuple(given.items()))  # fmt: skip
+
 #: The values of `--keep-weights`; None if it is not given.
 KEPT = st.sampled_from((None, "overlap", "sum", "mean"))
 EDITS: dict[type[Edit], st.SearchStrategy[Edit]] = {
@@ -106,6 +122,7 @@ EDITS: dict[type[Edit], st.SearchStrategy[Edit]] = {
         what=st.sampled_from(("image_size", "in_channels", "vocab_size")),
         size=st.integers(1, 999_999_999),
     ),
+    Set: st.builds(Set, targets=set_targets, settings=settings_given, **picking),
 }
 some_edit = st.one_of(*EDITS.values())
 
@@ -307,6 +324,11 @@ NEW_MODULES = [
     "Sequential(Linear(4,4),ReLU(),PReLU())", "Embedding(5,4)", "GRU(2,_)", "Linear(4,4,dtype=torch.float64)",
     "Linear(4)",
 ]  # fmt: skip
+SETTINGS = [
+    ("momentum", 0.5), ("eps", 0.25), ("affine", False), ("track_running_stats", False), ("bias", False),
+    ("inplace", True), ("batch_first", True), ("padding_mode", "reflect"), ("stride", 2), ("gain", None),
+    ("body", None), ("head", None), ("dropout", 0.5),
+]  # fmt: skip
 SCHEMES = ["xavier_uniform", "normal(0,0.01)", "default", "zeros", "constant(2.0)", "eye", "sparse(0.5)", "nothing"]
 WIDE = ["*", "**:Linear", "**.weight", "**:_BatchNorm", "*.*", "-1", "."]
 
@@ -330,6 +352,7 @@ def edits_of(draw: st.DrawFn, model: nn.Module) -> list[Edit]:
         "without": st.just(()) | st.just(()) | st.tuples(target),
         "expect": st.sampled_from([None, None, None, 1]),
     }
+    given = st.sampled_from(SETTINGS).map(lambda setting: (setting,))
     kinds: list[st.SearchStrategy[Edit]] = [
         st.builds(Replace, target=target, module=new, keep_weights=KEPT, untie=st.booleans(), **less),
         st.builds(Add, path=free, module=new),
@@ -343,6 +366,7 @@ def edits_of(draw: st.DrawFn, model: nn.Module) -> list[Edit]:
         st.builds(Init, targets=several, scheme=schemes, bias=st.just(Call("zeros")) | schemes, **less),
         st.builds(Cast, targets=several, dtype=st.sampled_from(["float16", "bfloat16", "float64"]), **less),
         st.builds(Resize, targets=several, what=st.just("vocab_size"), size=st.integers(1, 9)),
+        st.builds(Set, targets=several.filter(lambda words: "=" not in "".join(words)), settings=given, **less),
     ]
     return draw(st.lists(st.one_of(kinds), min_size=1, max_size=4))
 

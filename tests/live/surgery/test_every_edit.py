@@ -149,6 +149,16 @@ def flags(path: str, *, first: bool, then: bool | None = None) -> Callable[[nn.M
     return statements
 
 
+def assigned(*values: tuple[str, str, Any]) -> Callable[[nn.Module], None]:
+    """Assign attributes: the path of the module, the name, the value."""
+
+    def statements(model: nn.Module) -> None:
+        for path, name, value in values:
+            setattr(model.get_submodule(path), name, value)
+
+    return statements
+
+
 def five() -> nn.Module:
     return nn.Linear(4, 5)
 
@@ -159,6 +169,7 @@ def four() -> nn.Module:
 
 NO_SEQUENCE = "is neither"
 UNKNOWN = "nothing in the file says that the children of {} are a sequence"
+NEEDS_CLASSES = "{} needs the classes of the modules, but the file records no architecture"
 ROOT_STAYS = "the model itself cannot be replaced"
 
 #: The table, for `nets.Places` and files of it.
@@ -184,6 +195,28 @@ TABLE: dict[tuple[str, str], Cell] = {
         "shared.weight is tied to again.weight",
     ),
     ("keep", "root"): Cell(("replace . Linear(4,5) --keep-weights",), ROOT_STAYS, ROOT_STAYS),
+    ("set", "Sequential"): Cell(
+        ("set seq.1 momentum=0.5 eps=0.001",),
+        assigned(("seq.1", "momentum", 0.5), ("seq.1", "eps", 0.001)),
+        NEEDS_CLASSES.format("set"),
+    ),
+    ("set", "ModuleList"): Cell(
+        ("set blocks.1 out_features=5",),
+        "changes blocks.1.weight, and set changes no tensor",
+        NEEDS_CLASSES.format("set"),
+    ),
+    ("set", "ModuleDict"): Cell(
+        ("set heads left=None",), "a child of a ModuleDict, which calls each", NEEDS_CLASSES.format("set")
+    ),
+    ("set", "child"): Cell(
+        ("set fc bias=False",), "bias=False changes fc.bias, and set changes no tensor", NEEDS_CLASSES.format("set")
+    ),
+    ("set", "shared"): Cell(("set shared p=1",), "Linear at shared has no setting 'p'", NEEDS_CLASSES.format("set")),
+    ("set", "root"): Cell(
+        ("set . shared=None again=None",),
+        assigned(("", "shared", None), ("", "again", None)),
+        NEEDS_CLASSES.format("set"),
+    ),
     ("add", "Sequential"): Cell(
         ("add seq.extra Linear(4,4)",), drawn(lambda model: model.seq.add_module("extra", four()))
     ),

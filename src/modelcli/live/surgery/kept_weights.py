@@ -74,7 +74,7 @@ def keep_weights(groups: Sequence[KeptFrom], how: str) -> tuple[Mapping[str, Map
 
     Raises RequestError if no tensor of any module has a counterpart.
     """
-    kept = {old.path: _overlap(old, how) for old in groups}
+    kept = {old.path: overlap_of(old, how) for old in groups}
     if not any(kept.values()):
         first = groups[0]
         raise RequestError(
@@ -102,7 +102,7 @@ def keep_weights(groups: Sequence[KeptFrom], how: str) -> tuple[Mapping[str, Map
     return kept, notes
 
 
-def _overlap(old: KeptFrom, how: str) -> dict[str, KeptPart]:
+def overlap_of(old: KeptFrom, how: str) -> dict[str, KeptPart]:
     """Return the overlap of each tensor that means the same in both modules.
 
     Raises RequestError if a tensor, or the overlap of one, means something else in the new module.

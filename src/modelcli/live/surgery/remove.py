@@ -10,6 +10,7 @@ from torch import nn
 from modelcli.edits.applied import Applied, Change, Context
 from modelcli.edits.remove import Remove, picked_to_remove
 from modelcli.language import selectors
+from modelcli.live.class_code import attributes_of
 from modelcli.live.describe import describe
 from modelcli.live.script import access_paths
 from modelcli.live.script.state import State, renumber_keys
@@ -28,11 +29,25 @@ def carry_out(module: nn.Module, edit: Remove, context: Context) -> Applied[nn.M
         holder = submodule(module, above)
         holders.setdefault(id(holder), (holder, {}))[1].setdefault(name)
         old = submodule(module, path)
-        changes.append(Change(path, edit.name, brief(old), "", count(old), 0))
+        after = "None" if may_be_none(holder, name) else ""
+        changes.append(Change(path, edit.name, brief(old), after, count(old), 0))
     for holder, gone in holders.values():
+        for name in [name for name in gone if may_be_none(holder, name)]:
+            setattr(holder, name, None)
+            del gone[name]
         _take_out(holder, gone)
     line = str(Remove(targets=tuple(map(selectors.literal, paths)), renumber=edit.renumber))
     return Applied(module, [replace(changes[0], resolved=(line,)), *changes[1:]], inputs=context.inputs)
+
+
+def may_be_none(holder: nn.Module, name: str) -> bool:
+    """Whether the code of a module's class compares its child with None: it runs without that child if it is None."""
+    if isinstance(holder, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        return False
+    if not access_paths.uses_torch_methods(holder, "__setattr__"):
+        return False
+    attributes = attributes_of(type(holder))
+    return attributes is not None and name in attributes.optional
 
 
 def _take_out(holder: nn.Module, gone: dict[str, None]) -> None:
@@ -48,7 +63,14 @@ def _take_out(holder: nn.Module, gone: dict[str, None]) -> None:
 
 def script_lines(edit: Remove, step: Step) -> list[str]:
     paths = _distinct(step.before, edit.targets)
-    return [line for path in reversed(paths) for line in access_paths.remove_statements(step.before, path)]
+    lines: list[str] = []
+    for path in reversed(paths):
+        above, _, name = path.rpartition(".")
+        if may_be_none(submodule(step.before, above), name):
+            lines.append(f"{access_paths.module_expression(step.before, path)} = None")
+        else:
+            lines += access_paths.remove_statements(step.before, path)
+    return lines
 
 
 def _distinct(model: nn.Module, targets: Sequence[str]) -> list[str]:

@@ -93,6 +93,7 @@ EDITS = {
     "cast . float16": "cast . float16",
     "resize 3 vocab_size=7": "rename 3.bias 3.shift",
     "set 1 momentum=0.5": "rename 3.bias 3.drift",
+    "slice . 0-1,1": "slice . 0-1,1",
 }
 
 

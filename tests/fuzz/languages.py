@@ -109,7 +109,8 @@ GRAMMAR: Mapping[str, Sequence[str]] = {
         "remove <at> <at>", "remove <at> <options>", "extract <at>", "rename <at> <at>", "rename <at>.** **",
         "freeze <at> <options>", "unfreeze <at> <at>", "init <at> <scheme>", "init <at> <scheme> --bias <scheme>",
         "cast <at> <dtype>", "cast <at> half <options>",
-        "set <at> <key>=<value> <options>", "set <at> <key>=<call>", "<word> <at>", "frezee <at>",
+        "set <at> <key>=<value> <options>", "set <at> <key>=<call>",
+        "slice <at> <digit>-<digit>,<digit> --tied", "<word> <at>", "frezee <at>",
     ],
     "operation": [
         "freeze 0", "<edit>", "<edit>", "replace 0 <quoted>", "replace blocks.1 <quoted> --untie --keep-weights",
@@ -117,6 +118,7 @@ GRAMMAR: Mapping[str, Sequence[str]] = {
         "append blocks '<layer>'", "init . <scheme> --bias <scheme>", "init '**:Linear' <scheme>", "cast . <dtype>",
         "resize 0 vocab_size=<digit>", "set <at> <key>=<value>", "set '**:BatchNorm1d' eps=<number>",
         "set . heads=None",
+        "slice blocks <digit>-<digit>,<digit>", "slice <name> -1,0",
         "remove blocks.<digit>", "extract <name>", "freeze <name> --except <at>", "unfreeze <component>",
     ],
     "at": ["0", "<name>", "<name>", "<selector>", "'<selector>'", '"<selector>"', "<component>", "-1", "**:Linear"],
@@ -314,6 +316,7 @@ _EDITS = [
     b"init '**:Linear' 'normal(0,0.01)' --bias 'constant(0.5)'",
     b"init . default",
     b"cast . bfloat16 --except=bn",
+    b"slice blocks 2,0-1 --tied",
     b"set '**:BatchNorm1d' momentum=0.5 eps=1e-3 --expect 1",
 ]
 

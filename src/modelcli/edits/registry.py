@@ -27,6 +27,7 @@ _EDITS: Mapping[str, str] = {
     "insert": "modelcli.edits.insert:Insert",
     "append": "modelcli.edits.append:Append",
     "remove": "modelcli.edits.remove:Remove",
+    "slice": "modelcli.edits.slice:Slice",
     "extract": "modelcli.edits.extract:Extract",
     "rename": "modelcli.edits.rename:Rename",
     "freeze": "modelcli.edits.freeze:Freeze",

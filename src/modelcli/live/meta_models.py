@@ -12,11 +12,12 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
+from modelcli.checkpoints.copied import Copied
 from modelcli.live import memory
 from modelcli.live.bounds import Bounds, enforced
 from modelcli.live.closures import Functions
 from modelcli.live.modules import ConstructorError
-from modelcli.live.sources import AnySource, Value, is_composite, is_lazy, named_tensors, row_major, tag
+from modelcli.live.sources import AnySource, Value, is_composite, is_lazy, named_tensors, row_major, source_of, tag
 from modelcli.live.walking import modules_in, require_methods
 
 if TYPE_CHECKING:
@@ -184,6 +185,26 @@ def meta_copy(module: nn.Module, *, keep_values: bool = False, plain_tensors: bo
         return tensor.detach() if tensor.grad_fn is not None else None  # deepcopy refuses a computed tensor
 
     return _copied(module, lambda tensor: _tensor_copy(tensor, storages, keep_values), plain)
+
+
+def separate_meta_copy(module: nn.Module) -> nn.Module:
+    """Copy a module on the meta device with storages of its own, whose values are copies. Ties inside it stay."""
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def separate(tensor: torch.Tensor) -> torch.Tensor:
+        if is_lazy(tensor) or is_composite(tensor) or hasattr(tensor, "__tensor_flatten__"):
+            return _tensor_copy(tensor, {}, keep_values=True)
+        data = tensor.detach()
+        old = data.untyped_storage()
+        if old._cdata not in storages:
+            storages[old._cdata] = torch.UntypedStorage(old.nbytes(), device="meta")
+            if (source := source_of(data)) is not None:
+                storages[old._cdata].source = Copied(source)  # type: ignore[attr-defined]
+        view = torch.empty(0, dtype=data.dtype, device="meta")
+        view.set_(storages[old._cdata], data.storage_offset(), data.size(), data.stride())
+        return nn.Parameter(view, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else view
+
+    return _copied(module, separate, lambda tensor: tensor.detach() if tensor.grad_fn is not None else None)
 
 
 def fake_copy(module: nn.Module, mode: FakeTensorMode) -> nn.Module:

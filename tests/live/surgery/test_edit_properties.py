@@ -39,6 +39,7 @@ from modelcli.edits.rename import Rename
 from modelcli.edits.replace import Replace
 from modelcli.edits.resize import Resize
 from modelcli.edits.set import Set
+from modelcli.edits.slice import Slice
 from modelcli.edits.unfreeze import Unfreeze
 from modelcli.errors import ModelcliError
 from modelcli.language.expressions import Call, Name, parse
@@ -123,6 +124,12 @@ EDITS: dict[type[Edit], st.SearchStrategy[Edit]] = {
         size=st.integers(1, 999_999_999),
     ),
     Set: st.builds(Set, targets=set_targets, settings=settings_given, **picking),
+    Slice: st.builds(
+        Slice,
+        path=selector_texts,
+        ranges=st.lists(st.tuples(st.integers(-9, 99), st.integers(-9, 99)), min_size=1, max_size=4).map(tuple),
+        tied=st.booleans(),
+    ),
 }
 some_edit = st.one_of(*EDITS.values())
 
@@ -367,6 +374,12 @@ def edits_of(draw: st.DrawFn, model: nn.Module) -> list[Edit]:
         st.builds(Cast, targets=several, dtype=st.sampled_from(["float16", "bfloat16", "float64"]), **less),
         st.builds(Resize, targets=several, what=st.just("vocab_size"), size=st.integers(1, 9)),
         st.builds(Set, targets=several.filter(lambda words: "=" not in "".join(words)), settings=given, **less),
+        st.builds(
+            Slice,
+            path=st.sampled_from(sequences or paths).map(literal),
+            ranges=st.lists(st.tuples(st.integers(-2, 2), st.integers(-2, 2)), min_size=1, max_size=3).map(tuple),
+            tied=st.booleans(),
+        ),
     ]
     return draw(st.lists(st.one_of(kinds), min_size=1, max_size=4))
 

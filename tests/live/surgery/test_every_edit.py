@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,20 @@ def with_new(path: str, make: Callable[[], nn.Module]) -> Callable[[State], Stat
     return statements
 
 
+def sliced(path: str, *kept: int) -> Callable[[State], State]:
+    def statements(state: State) -> State:
+        found = {key: value for key, value in state.items() if not key.startswith(f"{path}.")}
+        for place, number in enumerate(kept):
+            old = f"{path}.{number}."
+            for key, value in state.items():
+                if key.startswith(old):
+                    again = number in kept[:place]
+                    found[f"{path}.{place}." + key.removeprefix(old)] = value.clone() if again else value
+        return found
+
+    return statements
+
+
 def flags(path: str, *, first: bool, then: bool | None = None) -> Callable[[nn.Module], None]:
     def statements(model: nn.Module) -> None:
         model.get_submodule(path).requires_grad_(first)
@@ -259,6 +274,22 @@ TABLE: dict[tuple[str, str], Cell] = {
     ("remove", "child"): Cell(("remove fc",), lambda model: model.__delattr__("fc")),
     ("remove", "shared"): Cell(("remove shared",), lambda model: model.__delattr__("shared")),
     ("remove", "root"): Cell(("remove .",), "the model itself cannot be removed", "the model itself cannot be removed"),
+    ("slice", "Sequential"): Cell(
+        ("slice seq 3,0,1",),
+        lambda model: setattr(model, "seq", nn.Sequential(*(model.seq[number] for number in (3, 0, 1)))),
+        sliced("seq", 3, 0, 1),
+    ),
+    ("slice", "ModuleList"): Cell(
+        ("slice blocks 1,0-1",),
+        lambda model: setattr(
+            model, "blocks", nn.ModuleList([model.blocks[1], model.blocks[0], deepcopy(model.blocks[1])])
+        ),
+        sliced("blocks", 1, 0, 1),
+    ),
+    ("slice", "ModuleDict"): Cell(("slice heads 0",), "heads is a ModuleDict", "heads has children with names"),
+    ("slice", "child"): Cell(("slice fc 0",), "fc is a Linear", "fc has children with names"),
+    ("slice", "shared"): Cell(("slice shared 0",), "shared is a Linear", "shared has children with names"),
+    ("slice", "root"): Cell(("slice . 0",), "the model itself is a Places", "the model itself has children with names"),
     ("extract", "Sequential"): Cell(("extract seq",), lambda model: model.seq),
     ("extract", "ModuleList"): Cell(("extract blocks.1",), lambda model: model.blocks[1]),
     ("extract", "ModuleDict"): Cell(("extract heads",), lambda model: model.heads),

@@ -30,9 +30,28 @@ WIDTH = 110
 STATEMENTS = 4
 NN = "from torch import nn"
 #: The names that a script itself imports, defines and assigns. A user's module or class gets another name.
-_IMPORTS = frozenset({"torch", "nn", "init", "os", "sys", "runpy"})
+_IMPORTS = frozenset({"torch", "nn", "init", "copy", "os", "sys", "runpy"})
 _HELPERS = frozenset({"keep_weights", "sum_channels", "mean_channels", "cast_views"})
-_VARIABLES = frozenset({"model", "state", "checkpoint", "new", "name", "names", "key", "items", "at", "children"})
+_VARIABLES = frozenset(
+    {
+        "model",
+        "state",
+        "checkpoint",
+        "new",
+        "name",
+        "names",
+        "key",
+        "items",
+        "at",
+        "children",
+        "child",
+        "number",
+        "kept",
+        "below",
+        "place",
+        "old",
+    }
+)
 
 
 @functools.cache
@@ -187,7 +206,7 @@ class SourceText:
         return name not in _reserved_names() and all(given == line or given.startswith(f"{line}.") for given in others)
 
 
-_STANDARD = ("os", "sys", "runpy")
+_STANDARD = ("copy", "os", "sys", "runpy")
 
 
 def _replacement_name(text: str) -> str:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
-from modelcli.checkpoints.copied import Copied
 from modelcli.edits.applied import Applied, Change, Context
 from modelcli.edits.base import Edit
 from modelcli.edits.declaring import FLAG, MODULES, Operand, option, selector
@@ -197,16 +196,12 @@ def _copy_of(model: StateDictModel, path: str, identity: int) -> NewModule:
     """Return a copy of a module with its own tensors, which count from `identity`. Ties inside it stay."""
     prefix = f"{path}." if path else ""
     identities: dict[int, int] = {}
-    copies: dict[object, Copied] = {}
 
     def copied(entry: Entry) -> Entry:
         if not isinstance(entry, StateDictTensor):
             return entry
         number = identities.setdefault(entry.identity, identity + len(identities))
-        source = entry.source
-        if source is not None:
-            source = copies.setdefault(source, Copied(source))  # type: ignore[arg-type]  # every source is a storage
-        return replace(entry, identity=number, source=source)
+        return replace(entry, identity=number, copied=identity)  # a number that no other copy has
 
     parts: list[Part] = []
     made: dict[int, object] = {}

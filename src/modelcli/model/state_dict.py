@@ -46,6 +46,8 @@ class StateDictTensor:
         requires_grad: its flag; None for a buffer, or if it is not known.
         persistent: whether it is in the state dict.
         cast_from: its earlier dtypes; the first is that of the source.
+        copied: 0, or the number of a copy: tensors with different numbers do not share their bytes, even if these come
+            from the same source.
     """
 
     identity: int
@@ -58,6 +60,7 @@ class StateDictTensor:
     requires_grad: bool | None = None
     persistent: bool = True
     cast_from: tuple[str, ...] = ()
+    copied: int = 0
 
     @property
     def elements(self) -> int:
@@ -66,7 +69,9 @@ class StateDictTensor:
     @property
     def storage(self) -> object:
         """A key that two tensors share if they are views of the same bytes."""
-        return (self.source, self.cast_from, self.dtype) if self.cast_from else self.source
+        if not self.cast_from and not self.copied:
+            return self.source
+        return (self.source, self.cast_from, self.dtype, self.copied)
 
     @property
     def storage_bytes(self) -> int:
@@ -91,14 +96,14 @@ class StateDictTensor:
         found = flag and is_differentiable(self.dtype)
         return StateDictTensor(
             self.identity, self.shape, self.dtype, self.stride, self.offset, self.source, self.kind, found,
-            self.persistent, self.cast_from,
+            self.persistent, self.cast_from, self.copied,
         )  # fmt: skip
 
     def cast(self, dtype: str) -> StateDictTensor:
         """Return the same tensor with another dtype."""
         return StateDictTensor(
             self.identity, self.shape, dtype, self.stride, self.offset, self.source, self.kind, self.requires_grad,
-            self.persistent, (*self.cast_from, self.dtype),
+            self.persistent, (*self.cast_from, self.dtype), self.copied,
         )  # fmt: skip
 
 
@@ -279,7 +284,7 @@ class StateDictModel:
         entries = dict(self.entries)
         for name, tensor in self.tensors.items():
             if tensor.source is not None and (source := sources.get(tensor.storage)) is not None:
-                entries[name] = replace(tensor, source=source, cast_from=())
+                entries[name] = replace(tensor, source=source, cast_from=(), copied=0)
         return StateDictModel(entries, self.modules)
 
     @cached_property

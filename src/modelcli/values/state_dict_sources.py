@@ -6,6 +6,7 @@ from itertools import pairwise
 from math import prod
 
 from modelcli.checkpoints import Storage, TensorEntry, shapes
+from modelcli.checkpoints.copied import Copied
 from modelcli.errors import RequestError
 from modelcli.model.dtypes import ITEM_BYTES
 from modelcli.model.state_dict import StateDictTensor
@@ -30,17 +31,17 @@ class Sources:
             )
         if tensor.source is None:
             raise RequestError(f"{name} has no values to write: no file and no edit provides them")
-        if not tensor.cast_from:
+        if not tensor.cast_from and not tensor.copied:
             return tensor.source  # type: ignore[return-value]  # every source is a storage
         key = tensor.storage
         if key not in self._found:
-            from modelcli.values.conversion import converted
-
             storage: Storage = tensor.source  # type: ignore[assignment]
-            dtypes = (*tensor.cast_from, tensor.dtype)
-            for before, after in pairwise(dtypes):
-                storage = converted(storage, before, after)
-            self._found[key] = storage
+            if tensor.cast_from:
+                from modelcli.values.conversion import converted
+
+                for before, after in pairwise((*tensor.cast_from, tensor.dtype)):
+                    storage = converted(storage, before, after)
+            self._found[key] = Copied(storage) if tensor.copied else storage
         return self._found[key]
 
     def entry(self, name: str, tensor: StateDictTensor) -> TensorEntry:

@@ -92,6 +92,8 @@ EDITS = {
     "cast 3 bfloat16": "cast 3 bfloat16",
     "cast . float16": "cast . float16",
     "resize 3 vocab_size=7": "rename 3.bias 3.shift",
+    "tie 0.bias 1.bias": "tie 0.bias 1.bias",
+    "tie 0.bias 1.bias; untie 1.bias": "tie 0.bias 1.bias; untie 1.bias",
     "set 1 momentum=0.5": "rename 3.bias 3.drift",
     "slice . 0-1,1": "slice . 0-1,1",
 }
@@ -104,7 +106,8 @@ def test_what_every_edit_changes_is_what_plain_torch_finds(cli: Cli, line: str, 
     if of_keys:
         torch.save(dict(torch.load("a.pth", weights_only=True)), "a.pth")
         line = EDITS[line]
-    cli("apply", "-m", "a.pth", "-o", "b.pth", "-e", line, "--check", "none")
+    edits = [word for part in line.split("; ") for word in ("-e", part)]
+    cli("apply", "-m", "a.pth", "-o", "b.pth", *edits, "--check", "none")
     for one, other in (("a.pth", "b.pth"), ("b.pth", "a.pth")):
         document = cli("diff", one, other, "--json", code=cli_code(one, other)).json
         assert shown(document) == plain(*states(one, other))
@@ -114,13 +117,15 @@ def test_what_every_edit_changes_is_what_plain_torch_finds(cli: Cli, line: str, 
 
 
 def cli_code(one: str, other: str) -> int:
-    """Return 1 if plain torch finds a difference, or if different parameters are frozen; otherwise 0."""
+    """Return 1 if plain torch finds a difference, or the records frozen parameters or settings that differ; else 0."""
     import modelcli
 
     before, after = (modelcli.blueprint(path) for path in (one, other))
     flags = [{t.name: t.requires_grad for t in found.tensors} for found in (before, after)]
     frozen = any(flags[1].get(name, flag) not in (flag, None) for name, flag in flags[0].items() if flag is not None)
-    return 1 if plain(*states(one, other)) or frozen else 0
+    settings = [{m.path: m.config for m in found.modules if m.type is not None} for found in (before, after)]
+    set_anew = any(settings[1].get(path, config) != config for path, config in settings[0].items())
+    return 1 if plain(*states(one, other)) or frozen or set_anew else 0
 
 
 def test_modules_are_compared_where_both_sides_know_them(cli: Cli) -> None:

@@ -93,7 +93,7 @@ def test_every_edit_is_in_the_tests_of_all_edits() -> None:
     from tests.fuzz import languages
 
     words = {
-        "test_diff.EDITS": [line for pair in test_diff.EDITS.items() for line in pair],
+        "test_diff.EDITS": [line for pair in test_diff.EDITS.items() for text in pair for line in text.split("; ")],
         "languages.GRAMMAR['edit']": languages.GRAMMAR["edit"],
         "languages.GRAMMAR['operation']": [*languages.GRAMMAR["operation"], *languages.GRAMMAR["edit"]],
         "languages._EDITS": [line.decode() for line in languages._EDITS],

@@ -110,7 +110,7 @@ GRAMMAR: Mapping[str, Sequence[str]] = {
         "freeze <at> <options>", "unfreeze <at> <at>", "init <at> <scheme>", "init <at> <scheme> --bias <scheme>",
         "cast <at> <dtype>", "cast <at> half <options>",
         "set <at> <key>=<value> <options>", "set <at> <key>=<call>",
-        "slice <at> <digit>-<digit>,<digit> --tied", "<word> <at>", "frezee <at>",
+        "slice <at> <digit>-<digit>,<digit> --tied", "tie <at> <at>", "untie <at>", "<word> <at>", "frezee <at>",
     ],
     "operation": [
         "freeze 0", "<edit>", "<edit>", "replace 0 <quoted>", "replace blocks.1 <quoted> --untie --keep-weights",
@@ -118,7 +118,7 @@ GRAMMAR: Mapping[str, Sequence[str]] = {
         "append blocks '<layer>'", "init . <scheme> --bias <scheme>", "init '**:Linear' <scheme>", "cast . <dtype>",
         "resize 0 vocab_size=<digit>", "set <at> <key>=<value>", "set '**:BatchNorm1d' eps=<number>",
         "set . heads=None",
-        "slice blocks <digit>-<digit>,<digit>", "slice <name> -1,0",
+        "slice blocks <digit>-<digit>,<digit>", "slice <name> -1,0", "tie <name> <name>", "untie <name>",
         "remove blocks.<digit>", "extract <name>", "freeze <name> --except <at>", "unfreeze <component>",
     ],
     "at": ["0", "<name>", "<name>", "<selector>", "'<selector>'", '"<selector>"', "<component>", "-1", "**:Linear"],
@@ -317,6 +317,8 @@ _EDITS = [
     b"init . default",
     b"cast . bfloat16 --except=bn",
     b"slice blocks 2,0-1 --tied",
+    b"tie 0.weight blocks.0.weight",
+    b"untie 0.weight",
     b"set '**:BatchNorm1d' momentum=0.5 eps=1e-3 --expect 1",
 ]
 

@@ -40,7 +40,9 @@ from modelcli.edits.replace import Replace
 from modelcli.edits.resize import Resize
 from modelcli.edits.set import Set
 from modelcli.edits.slice import Slice
+from modelcli.edits.tie import Tie
 from modelcli.edits.unfreeze import Unfreeze
+from modelcli.edits.untie import Untie
 from modelcli.errors import ModelcliError
 from modelcli.language.expressions import Call, Name, parse
 from modelcli.language.references import Source
@@ -130,6 +132,8 @@ EDITS: dict[type[Edit], st.SearchStrategy[Edit]] = {
         ranges=st.lists(st.tuples(st.integers(-9, 99), st.integers(-9, 99)), min_size=1, max_size=4).map(tuple),
         tied=st.booleans(),
     ),
+    Tie: st.builds(Tie, names=st.lists(selector_texts, min_size=2, max_size=3).map(tuple)),
+    Untie: st.builds(Untie, names=targets),
 }
 some_edit = st.one_of(*EDITS.values())
 
@@ -380,6 +384,8 @@ def edits_of(draw: st.DrawFn, model: nn.Module) -> list[Edit]:
             ranges=st.lists(st.tuples(st.integers(-2, 2), st.integers(-2, 2)), min_size=1, max_size=3).map(tuple),
             tied=st.booleans(),
         ),
+        st.builds(Tie, names=st.tuples(target, target)),
+        st.builds(Untie, names=several),
     ]
     return draw(st.lists(st.one_of(kinds), min_size=1, max_size=4))
 

@@ -51,8 +51,8 @@ def slowdown():
     for number in range(200_000):
         numbers[str(number)] = number
     return max(1.0, (time.process_time() - started) / 0.08)
-for line in sys.stdin:
-    words, out = json.loads(line)
+
+def look(words, out):
     child = os.fork()
     if not child:
         sys.stdout = sys.stderr = open(out, "w", encoding="utf-8")
@@ -63,8 +63,15 @@ for line in sys.stdin:
     seconds = usage.ru_utime + usage.ru_stime
     if seconds > 0.5:
         seconds /= slowdown()
-    told = {"code": os.waitstatus_to_exitcode(status), "seconds": seconds}
-    print(json.dumps(told | {"kilobytes": usage.ru_maxrss}), flush=True)
+    return {"code": os.waitstatus_to_exitcode(status), "seconds": seconds, "kilobytes": usage.ru_maxrss}
+
+for line in sys.stdin:
+    found = look(*json.loads(line))
+    for _ in range(2):
+        if found["seconds"] > 0.9:  # other processes may have slowed it down: the least time counts
+            again = look(*json.loads(line))
+            found["seconds"] = min(found["seconds"], again["seconds"])
+    print(json.dumps(found), flush=True)
 """
 #: Imports torch once, before time is measured, for commands that need it.
 WITH_TORCH = """

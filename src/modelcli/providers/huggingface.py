@@ -61,12 +61,12 @@ class HuggingFace(Provider):
         return path if not is_class_name(name) and path.is_dir() else None
 
     def excess(self, call: Call, folder: Path, modules: int) -> str | None:
-        """Return whether its configuration has too many layers: see `huggingface_counts`."""
-        from modelcli.providers import huggingface_counts
+        """Return whether its configuration has too many layers: see `layer_counts`."""
+        from modelcli.providers import layer_counts
 
         path = self.own_folder(call.name, folder)
         document = {} if path is None else configuration.configuration_in(path) or {}
-        return huggingface_counts.excess({**document, **call.kwargs}, modules)
+        return layer_counts.excess({**document, **call.kwargs}, modules)
 
     def is_remote(self, name: str) -> bool:
         """Whether it names a model of the Hub; a folder is named by a path: `./bert`."""

@@ -11,11 +11,15 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from modelcli import installed
 from modelcli.errors import ModelcliError
 from modelcli.providers import configuration
 from modelcli.providers.base import Provider
+
+if TYPE_CHECKING:
+    from modelcli.language.expressions import Call
 
 #: The packages of timm's models, and of the modules in them.
 PACKAGES = ("timm.models", "timm.layers")
@@ -87,6 +91,15 @@ class Timm(Provider):
         """Return the folder of that name; None for the name of a model. `./resnet50` always means a folder."""
         path = folder / name
         return path if path.is_dir() and not is_model_name(name) else None
+
+    def excess(self, call: Call, folder: Path, modules: int) -> str | None:
+        """Return why its arguments, or those of its configuration, ask for too many layers: see `layer_counts`."""
+        from modelcli.providers import layer_counts
+
+        path = self.own_folder(call.name, folder)
+        document = {} if path is None else configuration.configuration_in(path) or {}
+        arguments = document.get("model_args")
+        return layer_counts.excess({**(arguments if isinstance(arguments, dict) else {}), **call.kwargs}, modules)
 
     def chosen_weights(self, folder: Path) -> Path:
         """Return the file that timm prefers, if the folder has several."""

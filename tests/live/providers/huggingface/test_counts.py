@@ -17,7 +17,7 @@ import pytest
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from modelcli.providers import huggingface_counts
+from modelcli.providers import layer_counts
 from tests.conftest import Cli
 from tests.live.providers.huggingface.tiny import MODELS, MORE_MODELS
 
@@ -36,7 +36,7 @@ WITHOUT_COUNTS = {"MobileViTForImageClassification", "TimmWrapperForImageClassif
 
 
 def refuses(document: Mapping[str, Any]) -> str | None:
-    return huggingface_counts.excess(document, 20_000)
+    return layer_counts.excess(document, 20_000)
 
 
 def configuration(name: str) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def test_no_configuration_of_transformers_comes_near() -> None:
         except Exception:
             continue
         looked_at += 1
-        total = sum(count for _, count in huggingface_counts._counts(document))
+        total = sum(count for _, count in layer_counts._counts(document))
         assert total < 700, model_type
     assert looked_at > 300
 

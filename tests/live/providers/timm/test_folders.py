@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,18 @@ def test_a_configuration_that_is_wrong_is_refused(cli: Cli, folder: Path, change
     saved("model", "test_vit")
     path = folder / "model" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
-    assert modelcli_code("summary", "./model") in (2, 4)
+    assert modelcli_code("summary", "./model") in (2, 3, 4)
+
+
+@pytest.mark.parametrize("arguments", [{"depth": 10**7}, {"depths": [10**6] * 4}])
+def test_too_many_layers_are_refused_from_the_numbers(cli: Cli, folder: Path, arguments: dict[str, Any]) -> None:
+    saved("model", "test_vit")
+    path = folder / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_args": arguments}))
+    started = time.process_time()
+    assert "asks for too many layers" in cli("summary", "./model", code=3).err
+    assert time.process_time() - started < 1
+    assert "asks for too many layers" in cli("summary", "timm:test_vit(depth=10000000)", code=3).err
 
 
 def modelcli_code(*words: str) -> int:

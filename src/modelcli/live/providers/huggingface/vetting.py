@@ -18,7 +18,7 @@ from modelcli.checkpoints import limits
 from modelcli.errors import FileFormatError, UnsafeError
 from modelcli.live import bounds, downloads
 from modelcli.model.dtypes import ITEM_BYTES
-from modelcli.providers import huggingface_counts
+from modelcli.providers import layer_counts
 
 #: The entries that name Python files: of models, and of diffusion pipelines.
 REMOTE_CODE = ("auto_map", "custom_pipelines")
@@ -84,7 +84,7 @@ def vetted(document: Mapping[str, Any], what: str, *, trust: bool) -> dict[str, 
             _require_harmless(value, path, what, trust=trust)
         return value
 
-    if (why := huggingface_counts.excess(document, limits.MODULES.value)) is not None:
+    if (why := layer_counts.excess(document, limits.MODULES.value)) is not None:
         raise limits.too_many_modules(what, why)
     found: dict[str, Any] = look(document, (), is_text=False)
     return found

@@ -1,4 +1,4 @@
-"""How many layers a configuration of transformers asks for, found from its numbers before anything is built.
+"""How many layers a configuration of transformers or timm asks for, from its numbers, before anything is built.
 
 A `config.json` of a hundred bytes can ask for a million layers. To build them until a bound is met takes seconds, and
 so does importing what builds them, so the counts are added up first.

@@ -96,6 +96,8 @@ EDITS = {
     "tie 0.bias 1.bias; untie 1.bias": "tie 0.bias 1.bias; untie 1.bias",
     "set 1 momentum=0.5": "rename 3.bias 3.drift",
     "slice . 0-1,1": "slice . 0-1,1",
+    "freeze 3": "split 3.weight 3.q 3.k 3.v",
+    "freeze 4": "concat 1.weight 1.bias 1.both",
 }
 
 

@@ -153,9 +153,9 @@ def test_words_are_those_of_a_posix_shell(line: str) -> None:
         expected = shlex.split(line)
     except ValueError:
         with pytest.raises(RequestError, match="cannot split"):
-            edits.split(line)
+            edits.split_words(line)
     else:
-        assert edits.split(line) == expected
+        assert edits.split_words(line) == expected
 
 
 @pytest.mark.skipif(shutil.which("sh") is None, reason="asks a shell")
@@ -165,7 +165,7 @@ def test_words_are_those_of_a_posix_shell(line: str) -> None:
 def test_comments_are_those_of_a_shell(line: str) -> None:
     script = "set -- " + '\nset -- "$@" '.join(line.split("\n")) + '\nfor word; do printf "%s\\0" "$word"; done'
     words = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout.split("\0")[:-1]
-    assert edits.split(line) == words
+    assert edits.split_words(line) == words
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,9 @@ GRAMMAR: Mapping[str, Sequence[str]] = {
         "freeze <at> <options>", "unfreeze <at> <at>", "init <at> <scheme>", "init <at> <scheme> --bias <scheme>",
         "cast <at> <dtype>", "cast <at> half <options>",
         "set <at> <key>=<value> <options>", "set <at> <key>=<call>",
-        "slice <at> <digit>-<digit>,<digit> --tied", "tie <at> <at>", "untie <at>", "<word> <at>", "frezee <at>",
+        "slice <at> <digit>-<digit>,<digit> --tied",
+        "split <at> <at> <at> --dim <number>", "split <at> <at> <at> --sizes <digit>,<digit>", "concat <at> <at> <at>",
+        "tie <at> <at>", "untie <at>", "<word> <at>", "frezee <at>",
     ],
     "operation": [
         "freeze 0", "<edit>", "<edit>", "replace 0 <quoted>", "replace blocks.1 <quoted> --untie --keep-weights",
@@ -119,6 +121,7 @@ GRAMMAR: Mapping[str, Sequence[str]] = {
         "resize 0 vocab_size=<digit>", "set <at> <key>=<value>", "set '**:BatchNorm1d' eps=<number>",
         "set . heads=None",
         "slice blocks <digit>-<digit>,<digit>", "slice <name> -1,0", "tie <name> <name>", "untie <name>",
+        "split <name>.weight <name>.q <name>.k --dim <digit>", "concat 0.weight <name>.weight <name>.both",
         "remove blocks.<digit>", "extract <name>", "freeze <name> --except <at>", "unfreeze <component>",
     ],
     "at": ["0", "<name>", "<name>", "<selector>", "'<selector>'", '"<selector>"', "<component>", "-1", "**:Linear"],
@@ -319,6 +322,8 @@ _EDITS = [
     b"slice blocks 2,0-1 --tied",
     b"tie 0.weight blocks.0.weight",
     b"untie 0.weight",
+    b"split '**.qkv.*' '**.q.*' '**.k.*' --dim -1 --sizes 4,4",
+    b"concat 0.weight blocks.0.weight both.weight --dim 1",
     b"set '**:BatchNorm1d' momentum=0.5 eps=1e-3 --expect 1",
 ]
 

@@ -24,6 +24,7 @@ from modelcli.language.references import CheckpointFile, Source
 from modelcli.language.stated_inputs import StatedInputs
 from modelcli.live.training_state import Held
 from modelcli.model.blueprint import Blueprint, Trace
+from modelcli.model.joined_tensors import casts_in
 from modelcli.model.state_dict import StateDictModel, StateDictTensor
 from modelcli.wording import listed
 from modelcli.writing import Plan
@@ -179,14 +180,13 @@ class OpenStateDict:
 
     def overflow_notes(self) -> list[str]:
         """Return notes on values that overflowed in a narrower dtype. Call it after writing."""
-        cast = {name: tensor for name, tensor in self.model.tensors.items() if tensor.cast_from and tensor.source}
+        cast = [(name, part) for name, tensor in self.model.tensors.items() for part in casts_in(tensor)]
         if not cast:
             return []
         from modelcli.values import overflow
 
-        ordered = sorted(cast, key=lambda name: cast[name].kind == "buffer")  # parameters first, as PyTorch lists them
-        entries: dict[str, TensorEntry] = {name: self._sources.entry(name, cast[name]) for name in ordered}
-        return overflow.notes_of(entries)
+        cast.sort(key=lambda item: item[1].kind == "buffer")  # parameters first, as PyTorch lists them
+        return overflow.notes_of([(name, self._sources.entry(name, part)) for name, part in cast])
 
     def random_value_notes(self) -> list[str]:
         return []

@@ -8,6 +8,7 @@ from typing import Any
 
 from modelcli import writing
 from modelcli.checkpoints import CompositeEntry, Contents, shapes
+from modelcli.model.joined_tensors import Joined
 from modelcli.model.paths import ancestors, parent_of
 from modelcli.model.state_dict import StateDictModel, StateDictTensor
 from modelcli.model.tensors import Shape
@@ -87,7 +88,8 @@ def in_order(model: StateDictModel, opened: StateDictModel, contents: Contents) 
     """Return the keys in the order in which they are written: that of the file.
 
     A renamed key keeps its position. The tensors of a new module come at the position of the first tensor that it
-    replaces; other new tensors come after the tensor before them in their module.
+    replaces; a tensor that is made of others comes at the position of the first of them; other new tensors come after
+    the tensor before them in their module.
     """
     if not model.inert and (moved := _positions_of_moved(model, opened, contents)) is not None:
         if list(moved.values()) == sorted(moved.values()):  # most edits leave them in the order of the file
@@ -103,19 +105,24 @@ def in_order(model: StateDictModel, opened: StateDictModel, contents: Contents) 
     for old_positions in renamed.values():
         old_positions.reverse()
     replaced = _positions_of_new(before, now, positions)
-    found: dict[str, int] = {}
-    last = -1
+    made = _positions_of_made(model, before, positions)
+    found: dict[str, tuple[int, ...]] = {}
+    last: tuple[int, ...] = (-1,)
     for name in model.keys:
         identity = now.get(name)
-        if identity is not None and before.get(name) == identity:
-            last = positions[name]
+        if name in made:
+            last = made[name]
+        elif identity is not None and before.get(name) == identity:
+            last = (positions[name],)
         elif identity is not None and (others := renamed.get(identity)):
-            last = others.pop()
+            last = (others.pop(),)
         else:
             position = None
             if replaced:
                 position = next((replaced[path] for path in ancestors(parent_of(name)) if path in replaced), None)
-            last = positions.get(name, last) if position is None else position
+            if position is None:
+                position = positions.get(name)
+            last = last if position is None else (position,)
         found[name] = last
     return sorted(found, key=found.__getitem__)
 
@@ -129,6 +136,24 @@ def _positions_of_moved(model: StateDictModel, opened: StateDictModel, contents:
     if len(in_file) < len(before) or len(set(known)) < len(found):
         return None
     return dict(zip(model.tensors, known, strict=True))
+
+
+def _positions_of_made(
+    model: StateDictModel, before: Mapping[str, int], positions: Mapping[str, int]
+) -> dict[str, tuple[int, ...]]:
+    """Return the position of each tensor that is made of others in the file: that of the first, then its number."""
+    places = {name: tensor.source.place for name, tensor in model.tensors.items() if isinstance(tensor.source, Joined)}
+    if not places:
+        return {}
+    in_file: dict[int, list[int]] = {}
+    for name in sorted(before, key=positions.__getitem__):
+        in_file.setdefault(before[name], []).append(positions[name])
+    found = {}
+    for name, place in places.items():
+        if at := in_file.get(place.identity):
+            first = positions[place.name] if before.get(place.name) == place.identity else at[0]
+            found[name] = (first, *place.numbers)
+    return found
 
 
 def _positions_of_new(

@@ -15,13 +15,13 @@ from modelcli.edits.registry import class_called, find, names, own_names, usable
 if TYPE_CHECKING:
     from modelcli.edits.base import Edit
     from modelcli.edits.lines import from_words, kind_called, kind_of, parse, parse_all
-    from modelcli.edits.words import checked_operand, split
+    from modelcli.edits.words import checked_operand, split_words
 
 #: The module of each name that is imported on first use.
 _LATER = {
     "Edit": "base",
     **dict.fromkeys(("from_words", "kind_called", "kind_of", "parse", "parse_all"), "lines"),
-    **dict.fromkeys(("checked_operand", "split"), "words"),
+    **dict.fromkeys(("checked_operand", "split_words"), "words"),
 }
 
 
@@ -44,6 +44,6 @@ __all__ = [
     "own_names",
     "parse",
     "parse_all",
-    "split",
+    "split_words",
     "usable",
 ]

@@ -12,13 +12,13 @@ from typing import Any
 
 from modelcli.edits import registry
 from modelcli.edits.base import Edit
-from modelcli.edits.words import checked_operand, split
+from modelcli.edits.words import checked_operand, split_words
 from modelcli.errors import RequestError, did_you_mean
 
 
 def parse(line: str) -> Edit:
     """Parse one line. Raises RequestError, which names the wrong word."""
-    words = split(line)
+    words = split_words(line)
     if not words:
         raise RequestError("an empty edit", f"the edits are {', '.join(registry.names())}")
     return from_words(words[0], words[1:])
@@ -48,7 +48,7 @@ def kind_of(line: str) -> type[Edit]:
 
     Raises RequestError if its first word is not the name of an edit.
     """
-    return kind_called(next(iter(split(line)), ""))
+    return kind_called(next(iter(split_words(line)), ""))
 
 
 def from_words(name: str, words: Sequence[str]) -> Edit:

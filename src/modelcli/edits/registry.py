@@ -30,6 +30,8 @@ _EDITS: Mapping[str, str] = {
     "slice": "modelcli.edits.slice:Slice",
     "extract": "modelcli.edits.extract:Extract",
     "rename": "modelcli.edits.rename:Rename",
+    "split": "modelcli.edits.split:Split",
+    "concat": "modelcli.edits.concat:Concat",
     "freeze": "modelcli.edits.freeze:Freeze",
     "unfreeze": "modelcli.edits.unfreeze:Unfreeze",
     "init": "modelcli.edits.init:Init",

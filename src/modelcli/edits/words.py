@@ -15,7 +15,7 @@ _PIECES = re.compile(_PIECE, re.DOTALL)
 _WORD = re.compile(rf"(?:[ \t\r\n]+|#[^\r\n]*)*((?:{_PIECE})*)", re.DOTALL)
 
 
-def split(line: str) -> list[str]:
+def split_words(line: str) -> list[str]:
     """Split a line like a POSIX shell, in linear time. A word that starts with `#` starts a comment.
 
     Raises RequestError for a quote that is not closed.

@@ -353,7 +353,9 @@ def _is_type(module: ModuleInfo, wanted: str) -> bool:
     return any(fnmatch.fnmatchcase(name, wanted) for name in (module.type, *module.bases) if name)
 
 
-def renaming(old: str, new: str, blueprint: Blueprint) -> Callable[[str], str | None]:
+def renaming(
+    old: str, new: str, blueprint: Blueprint, example: str = "rename 'module.**' '**'"
+) -> Callable[[str], str | None]:
     """Return a function that maps a name to its new name, or to None if `old` does not match it.
 
     The text that each wildcard of `old` matches replaces the wildcard of `new` at the same position. Wildcards are
@@ -363,41 +365,79 @@ def renaming(old: str, new: str, blueprint: Blueprint) -> Callable[[str], str | 
         old: the selector that names must match.
         new: the new name, with the same wildcards in the same order.
         blueprint: the model, for the sequences that `-1` counts in.
+        example: a line of the edit that asks, for errors.
 
     Raises:
         RequestError: the wildcards of `old` and `new` differ, or one of the two has a type.
     """
-    before, after = parse(old), parse(new)
-    for selector in (before, after):
-        if selector.type is not None:
-            raise RequestError(f"{selector.text!r} asks for a type, but tensors have no type", "write '**.weight'")
-        if selector.landmark is not None:
-            raise RequestError(f"{selector.text!r} names modules, but rename takes the names of tensors")
+    verb = example.partition(" ")[0]
+    before, after = _of_names(old, verb), _of_names(new, verb)
     if any(map(_is_negative, after.components)):
         raise RequestError(f"{new!r} counts from the end, but a new name must be written out")
     theirs, ours = _wildcards(before), _wildcards(after)
     if theirs != ours:
         raise RequestError(
             f"{old!r} has {_listed(theirs)}, and {new!r} has {_listed(ours)}",
-            "both names need the same wildcards in the same order: rename 'module.**' '**'",
+            f"both names need the same wildcards in the same order: {example}",
         )
     if (prefixes := _prefixes(before, after)) is not None:
         return _with_prefix(*prefixes)
-    captured = _capturer(before, blueprint)
-    parts = [None if part == "**" else _read(part, new) for part in after.components]
+    captured, filled = _capturer(before, blueprint), _filling(after)
 
     def renamed(name: str) -> str | None:
         found = captured(name)
-        if found is None:
-            return None
-        rest = iter(found)
-        filled = [
+        return None if found is None else filled(found)
+
+    return renamed
+
+
+def capturing(pattern: str, blueprint: Blueprint, verb: str) -> Callable[[str], list[str] | None]:
+    """Return a function that lists what each wildcard captures of a name, or gives None if the name does not match.
+
+    Raises RequestError for a selector with a type, or of modules alone; `verb` is the edit that asks.
+    """
+    return _capturer(_of_names(pattern, verb), blueprint)
+
+
+def filling(pattern: str, verb: str) -> Callable[[Sequence[str]], str]:
+    """Return a function that makes a name of a pattern and a text for each of its wildcards.
+
+    Raises RequestError as `capturing` does, and for a pattern that counts from the end.
+    """
+    selector = _of_names(pattern, verb)
+    if any(map(_is_negative, selector.components)):
+        raise RequestError(f"{pattern!r} counts from the end, but a new name must be written out")
+    return _filling(selector)
+
+
+def wildcards(pattern: str) -> list[str]:
+    """Return the wildcards of a selector in order, as they are written."""
+    return _wildcards(parse(pattern))
+
+
+def _of_names(text: str, verb: str) -> Selector:
+    """Parse a selector of names of tensors. Raises RequestError for a type, or a landmark."""
+    selector = parse(text)
+    if selector.type is not None:
+        raise RequestError(f"{selector.text!r} asks for a type, but tensors have no type", "write '**.weight'")
+    if selector.landmark is not None:
+        raise RequestError(f"{selector.text!r} names modules, but {verb} takes the names of tensors")
+    return selector
+
+
+def _filling(selector: Selector) -> Callable[[Sequence[str]], str]:
+    """Return a function that puts texts in the places of a selector's wildcards."""
+    parts = [None if part == "**" else _read(part, selector.text) for part in selector.components]
+
+    def filled(texts: Sequence[str]) -> str:
+        rest = iter(texts)
+        found = [
             next(rest) if part is None else "".join(t if isinstance(t, str) else next(rest) for t in part)
             for part in parts
         ]
-        return ".".join(part for part in filled if part)
+        return ".".join(part for part in found if part)
 
-    return renamed
+    return filled
 
 
 def _prefixes(before: Selector, after: Selector) -> tuple[str, str] | None:

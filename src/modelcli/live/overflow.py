@@ -11,4 +11,4 @@ from modelcli.values import overflow
 
 def notes_of(module: nn.Module) -> list[str]:
     """A line for each dtype that values of a live model did not fit into, after its bytes have been written."""
-    return overflow.notes_of(value_entries.plain(named_tensors(module)))
+    return overflow.notes_of(list(value_entries.plain(named_tensors(module)).items()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from modelcli.checkpoints.entries import TensorEntry
@@ -22,15 +22,15 @@ class _Lost:
     clamped: int = 0
 
 
-def notes_of(tensors: Mapping[str, TensorEntry]) -> list[str]:
+def notes_of(tensors: Sequence[tuple[str, TensorEntry]]) -> list[str]:
     """Return a note for each dtype that some values did not fit into. Call it after the tensors have been converted.
 
     Only tensors whose conversion met such a value are read again. A tensor with several names counts once, under its
-    first name.
+    first name. A name may have several tensors, of which it is made.
     """
     exceeded = {
         conversion
-        for storage in {id(entry.storage): entry.storage for entry in tensors.values()}.values()
+        for storage in {id(entry.storage): entry.storage for _, entry in tensors}.values()
         for conversion, _ in _conversions(storage)
         if conversion.watch.exceeded
     }
@@ -38,7 +38,7 @@ def notes_of(tensors: Mapping[str, TensorEntry]) -> list[str]:
         return []
     found: dict[str, _Lost] = {}
     seen: set[object] = set()
-    for name, entry in tensors.items():
+    for name, entry in tensors:
         for conversion, first in _conversions(entry.storage):
             view = (conversion, entry.offset, entry.shape, entry.stride)
             if conversion in exceeded and view not in seen:

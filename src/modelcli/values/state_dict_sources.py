@@ -6,9 +6,11 @@ from itertools import pairwise
 from math import prod
 
 from modelcli.checkpoints import Storage, TensorEntry, shapes
-from modelcli.checkpoints.copied import Copied
+from modelcli.checkpoints.copied import Copied, Rearranged
+from modelcli.checkpoints.storage import JoinedSpan, Span
 from modelcli.errors import RequestError
 from modelcli.model.dtypes import ITEM_BYTES
+from modelcli.model.joined_tensors import Joined
 from modelcli.model.state_dict import StateDictTensor
 from modelcli.model.tensors import Shape
 
@@ -19,6 +21,7 @@ class Sources:
     def __init__(self) -> None:
         self._found: dict[object, Storage] = {}
         self._views: dict[object, Storage] = {}
+        self._made: dict[Joined, Storage] = {}
         #: The stride and the bytes of tensors that use all of their storage, by shape and dtype: 100,000 have few.
         self._whole: dict[tuple[Shape, str], tuple[Shape, int]] = {}
 
@@ -31,11 +34,13 @@ class Sources:
             )
         if tensor.source is None:
             raise RequestError(f"{name} has no values to write: no file and no edit provides them")
-        if not tensor.cast_from and not tensor.copied:
+        if not tensor.cast_from and not tensor.copied and not isinstance(tensor.source, Joined):
             return tensor.source  # type: ignore[return-value]  # every source is a storage
         key = tensor.storage
         if key not in self._found:
-            storage: Storage = tensor.source  # type: ignore[assignment]
+            storage: Storage = (
+                self._joined(name, tensor.source) if isinstance(tensor.source, Joined) else tensor.source  # type: ignore[assignment]
+            )
             if tensor.cast_from:
                 from modelcli.values.conversion import converted
 
@@ -43,6 +48,29 @@ class Sources:
                     storage = converted(storage, before, after)
             self._found[key] = Copied(storage) if tensor.copied else storage
         return self._found[key]
+
+    def _joined(self, name: str, joined: Joined) -> Storage:
+        """Return the elements of tensors that are joined along an axis as a storage that equals itself alone."""
+        if joined in self._made:
+            return self._made[joined]
+        parts = [part for part in joined.parts if part.elements] or [*joined.parts[:1]]
+        storages = tuple(self.row_major(name, part) for part in parts)
+        rows = prod((parts[0].shape or ())[: joined.dim])
+        made: Storage = storages[0]
+        if len(parts) > 1 and rows == 1:
+            made = JoinedSpan(storages)
+        elif len(parts) > 1:
+            from modelcli.values.interleaved import Interleaved
+
+            made = Interleaved(storages, tuple(storage.nbytes // rows for storage in storages), rows)
+        self._made[joined] = Rearranged(made, self._beginning(name, parts[0]))
+        return self._made[joined]
+
+    def _beginning(self, name: str, tensor: StateDictTensor) -> Span | None:
+        """Return an empty span where the first element of a tensor is in a file; None if it is in none."""
+        storage = self.of(name, tensor)
+        first = storage.begins_at if isinstance(storage, Rearranged) else storage
+        return first.part(tensor.offset * ITEM_BYTES[tensor.dtype], 0) if isinstance(first, Span) else None
 
     def entry(self, name: str, tensor: StateDictTensor) -> TensorEntry:
         """Return a tensor as an entry of a file."""

@@ -30,6 +30,7 @@ from modelcli.edits import Edit, from_words
 from modelcli.edits.add import Add
 from modelcli.edits.append import Append
 from modelcli.edits.cast import Cast
+from modelcli.edits.concat import Concat
 from modelcli.edits.extract import Extract
 from modelcli.edits.freeze import Freeze
 from modelcli.edits.init import Init
@@ -40,6 +41,7 @@ from modelcli.edits.replace import Replace
 from modelcli.edits.resize import Resize
 from modelcli.edits.set import Set
 from modelcli.edits.slice import Slice
+from modelcli.edits.split import Split
 from modelcli.edits.tie import Tie
 from modelcli.edits.unfreeze import Unfreeze
 from modelcli.edits.untie import Untie
@@ -105,6 +107,8 @@ settings_given = st.dictionaries(
     plain_values, min_size=1, max_size=3,
 ).map(lambda given: tuple(given.items()))  # fmt: skip
 
+axes = st.integers(-9, 9)
+
 #: The values of `--keep-weights`; None if it is not given.
 KEPT = st.sampled_from((None, "overlap", "sum", "mean"))
 EDITS: dict[type[Edit], st.SearchStrategy[Edit]] = {
@@ -126,6 +130,16 @@ EDITS: dict[type[Edit], st.SearchStrategy[Edit]] = {
         size=st.integers(1, 999_999_999),
     ),
     Set: st.builds(Set, targets=set_targets, settings=settings_given, **picking),
+    Split: st.builds(
+        Split,
+        old=selector_texts,
+        new=st.lists(selector_texts, min_size=2, max_size=3, unique=True).map(tuple),
+        dim=axes,
+        sizes=st.lists(st.integers(0, 99), max_size=3).map(tuple),
+    ),
+    Concat: st.builds(
+        Concat, old=st.lists(selector_texts, min_size=2, max_size=3).map(tuple), new=selector_texts, dim=axes
+    ),
     Slice: st.builds(
         Slice,
         path=selector_texts,
@@ -386,6 +400,8 @@ def edits_of(draw: st.DrawFn, model: nn.Module) -> list[Edit]:
         ),
         st.builds(Tie, names=st.tuples(target, target)),
         st.builds(Untie, names=several),
+        st.builds(Split, old=target, new=st.tuples(target, target).filter(lambda names: names[0] != names[1])),
+        st.builds(Concat, old=st.tuples(target, target), new=target),
     ]
     return draw(st.lists(st.one_of(kinds), min_size=1, max_size=4))
 

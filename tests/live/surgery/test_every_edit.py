@@ -155,6 +155,40 @@ def sliced(path: str, *kept: int) -> Callable[[State], State]:
     return statements
 
 
+def taken_apart(take: Callable[[torch.Tensor], Any], *names: tuple[str, ...]) -> Callable[[State], State]:
+    """Take tensors apart; each of `names` is a key and the keys of its parts."""
+
+    def statements(state: State) -> State:
+        found = dict(state)
+        for old, *new in names:
+            del found[old]
+            found |= {name: part.clone() for name, part in zip(new, take(state[old]), strict=True)}
+        return found
+
+    return statements
+
+
+def put_together(
+    put: Callable[[list[torch.Tensor]], torch.Tensor], *names: tuple[str, ...]
+) -> Callable[[State], State]:
+    """Put tensors together; each of `names` is a new key and the keys of its parts."""
+
+    def statements(state: State) -> State:
+        gone = {old for _, *parts in names for old in parts}
+        found = {name: value for name, value in state.items() if name not in gone}
+        return found | {new: put([state[name] for name in old]) for new, *old in names}
+
+    return statements
+
+
+def both_again(state: State) -> State:
+    parts = [part.clone() for part in torch.split(state.pop("shared.weight"), 2)]
+    state.pop("again.weight")
+    return state | {
+        f"{path}.{name}": part for path in ("shared", "again") for name, part in zip("ab", parts, strict=True)
+    }
+
+
 def flags(path: str, *, first: bool, then: bool | None = None) -> Callable[[nn.Module], None]:
     def statements(model: nn.Module) -> None:
         model.get_submodule(path).requires_grad_(first)
@@ -192,6 +226,7 @@ def four() -> nn.Module:
 NO_SEQUENCE = "is neither"
 UNKNOWN = "nothing in the file says that the children of {} are a sequence"
 NEEDS_CLASSES = "{} needs the classes of the modules, but the file records no architecture"
+NEEDS_KEYS = "changes the keys of a state dict"
 ROOT_STAYS = "the model itself cannot be replaced"
 
 #: The table, for `nets.Places` and files of it.
@@ -328,6 +363,65 @@ TABLE: dict[tuple[str, str], Cell] = {
     ("rename", "child"): Cell(("rename fc.* head.*",), "cannot load a state dict", renamed("fc.", "head.")),
     ("rename", "shared"): Cell(("rename again.* twice.*",), "cannot load a state dict", renamed("again.", "twice.")),
     ("rename", "root"): Cell(("rename ** module.**",), "cannot load a state dict", renamed("", "module.")),
+    ("split", "Sequential"): Cell(
+        ("split seq.3.weight seq.3.a seq.3.b",),
+        NEEDS_KEYS,
+        taken_apart(lambda value: value.split(2), ("seq.3.weight", "seq.3.a", "seq.3.b")),
+    ),
+    ("split", "ModuleList"): Cell(
+        ("split blocks.*.weight blocks.*.upper blocks.*.lower --dim 1",),
+        NEEDS_KEYS,
+        taken_apart(
+            lambda value: value.split(2, 1),
+            *((f"blocks.{number}.weight", f"blocks.{number}.upper", f"blocks.{number}.lower") for number in (0, 1)),
+        ),
+    ),
+    ("split", "ModuleDict"): Cell(
+        ("split heads.left.* left.*.a left.*.b",),
+        NEEDS_KEYS,
+        taken_apart(
+            lambda value: value.split(1),
+            *((f"heads.left.{name}", f"left.{name}.a", f"left.{name}.b") for name in ("weight", "bias")),
+        ),
+    ),
+    ("split", "child"): Cell(
+        ("split fc.weight fc.a fc.b --sizes 1,3",),
+        NEEDS_KEYS,
+        taken_apart(lambda value: value.split((1, 3)), ("fc.weight", "fc.a", "fc.b")),
+    ),
+    ("split", "shared"): Cell(
+        ("split {shared,again}.weight {shared,again}.a {shared,again}.b",), NEEDS_KEYS, both_again
+    ),
+    ("split", "root"): Cell(("split ** **.a **.b",), NEEDS_KEYS, "a tensor without axes cannot be taken apart"),
+    ("concat", "Sequential"): Cell(
+        ("concat seq.3.weight seq.0.weight seq.both",),
+        NEEDS_KEYS,
+        put_together(torch.cat, ("seq.both", "seq.3.weight", "seq.0.weight")),
+    ),
+    ("concat", "ModuleList"): Cell(
+        ("concat blocks.1.* blocks.0.* both.* --dim -1",),
+        NEEDS_KEYS,
+        put_together(
+            lambda parts: torch.cat(parts, -1),
+            *((f"both.{name}", f"blocks.1.{name}", f"blocks.0.{name}") for name in ("weight", "bias")),
+        ),
+    ),
+    ("concat", "ModuleDict"): Cell(
+        ("concat heads.left.* heads.right.* head.*",),
+        NEEDS_KEYS,
+        put_together(
+            torch.cat, *((f"head.{name}", f"heads.left.{name}", f"heads.right.{name}") for name in ("weight", "bias"))
+        ),
+    ),
+    ("concat", "child"): Cell(
+        ("concat fc.weight seq.0.weight fc.weight --dim 1",),
+        NEEDS_KEYS,
+        put_together(lambda parts: torch.cat(parts, 1), ("fc.weight", "fc.weight", "seq.0.weight")),
+    ),
+    ("concat", "shared"): Cell(
+        ("concat shared.weight shared.bias shared.both",), NEEDS_KEYS, "has the shape [4, 4] and shared.bias [4]"
+    ),
+    ("concat", "root"): Cell(("concat **.weight **.other **.both",), NEEDS_KEYS, ".other is not"),
     ("freeze", "Sequential"): Cell(("freeze seq.0",), flags("seq.0", first=False)),
     ("freeze", "ModuleList"): Cell(("freeze blocks",), flags("blocks", first=False)),
     ("freeze", "ModuleDict"): Cell(("freeze heads.left",), flags("heads.left", first=False)),

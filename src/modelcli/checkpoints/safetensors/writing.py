@@ -9,6 +9,7 @@ from pathlib import Path
 
 from modelcli.checkpoints import formats
 from modelcli.checkpoints import record as records
+from modelcli.checkpoints.copied import Rearranged
 from modelcli.checkpoints.format import RecordTooLargeError
 from modelcli.checkpoints.layout import LARGE, PAGE, HeaderLayout
 from modelcli.checkpoints.plan import Plan, PlannedTensor, Source
@@ -125,12 +126,14 @@ def _in_order(tensors: Mapping[str, PlannedTensor]) -> list[str]:
     """Return the names of tensors in the order of their bytes.
 
     The widest dtypes come first. Of one width, copied tensors keep the order of their files, and new ones follow them.
+    A tensor that is made of others counts as copied from where the first of them is: taking tensors apart and joining
+    them again gives the same file.
     """
     files: dict[Path, int] = {}
     by_width: dict[int, list[tuple[int, int, int]]] = {}
     last = None
     for index, tensor in enumerate(tensors.values()):
-        source = tensor.source
+        source = tensor.source.begins_at if isinstance(tensor.source, Rearranged) else tensor.source
         if isinstance(source, Span):
             if source.path is not last:  # most tensors are in the file of the one before them
                 last, file = source.path, files.setdefault(source.path, len(files))

@@ -50,6 +50,10 @@ _VARIABLES = frozenset(
         "below",
         "place",
         "old",
+        "made",
+        "value",
+        "parts",
+        "part",
     }
 )
 

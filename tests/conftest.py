@@ -50,6 +50,13 @@ class Cli:
         return result
 
 
+@pytest.fixture(scope="session")
+def warm_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache that tests share, with those of other workers, so that `identify` builds each builder once."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "warm-cache"
+
+
 @pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str], folder: Path) -> Cli:
     """Run command lines in a new, empty folder."""

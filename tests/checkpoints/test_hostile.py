@@ -31,7 +31,7 @@ def commands(item: hostile.Hostile) -> tuple[str, ...]:
     """Return the commands to run on a file: `params`, and others that differ from file to file."""
     if item in GROWTH:
         first = GROWTH.index(item) % len(LOOKS_WITHOUT_TORCH)
-        looks = (*LOOKS_WITHOUT_TORCH, *LOOKS_WITHOUT_TORCH)[first : first + (1 if item.code else 3)]
+        looks = (*LOOKS_WITHOUT_TORCH, *LOOKS_WITHOUT_TORCH)[first : first + (1 if item.code else 2)]
         return tuple(dict.fromkeys(("params", *looks)))
     return ("params",) if item.code else ("params", "modules")
 

@@ -129,7 +129,11 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", list(commands()))
-def test_every_example_runs(name: str, cli: Cli, folder: Path, prepared: Path) -> None:
+def test_every_example_runs(
+    name: str, cli: Cli, folder: Path, prepared: Path, warm_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name == "identify":
+        monkeypatch.setenv("MODELCLI_CACHE", str(warm_cache))
     for example in examples(name):
         for file in folder.iterdir():
             if file.is_file():

@@ -235,8 +235,10 @@ def promised_in(text: str) -> tuple[set[str], set[str]]:
 
 @pytest.mark.parametrize(("kind", "words"), [*DOCUMENTS.items(), *MORE_DOCUMENTS])
 def test_the_json_documents_have_the_keys_of_their_page(
-    kind: str, words: tuple[str, ...], cli: Cli, world: Path
+    kind: str, words: tuple[str, ...], cli: Cli, world: Path, warm_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if kind == "identify":
+        monkeypatch.setenv("MODELCLI_CACHE", str(warm_cache))
     text = JSON_PAGE.partition("```text\n")[2].partition("```")[0]
     found: dict[str, str] = {}
     for entry in re.split(r"\n(?=\w)", text.strip()):

@@ -16,6 +16,7 @@ import modelcli
 from modelcli.live.surgery import seed_of
 from tests.conftest import Cli
 from tests.live.test_landmarks import BUILDERS, built
+from tests.sampling import sampled
 
 OWN = """
 from torch import nn
@@ -177,7 +178,7 @@ def test_an_adaptation_that_does_not_apply_is_an_error_and_writes_nothing(
 # --- image size ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [96, 288])
+@pytest.mark.parametrize("size", sampled([96, 288], one_in=2))
 def test_the_position_embeddings_are_those_of_torchvision(cli: Cli, size: int) -> None:
     model = torchvision.models.vision_transformer.VisionTransformer(224, 32, 1, 2, 64, 128)
     state = model.state_dict()

@@ -18,14 +18,9 @@ from tests.conftest import Cli
 from tests.live.providers.test_torchvision import NAMES, plain
 
 
-@pytest.fixture(scope="module")
-def warm_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
 def known(cli: Cli, warm_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
-    """A command line with a cache that all tests of this file share, so that each builder is built once."""
+    """A command line with the cache that tests share, so that each builder is built once."""
     monkeypatch.setenv("MODELCLI_CACHE", str(warm_cache))
     monkeypatch.setattr("modelcli.providers.timm.Timm.names_like", lambda _self, _keys: ())  # tested elsewhere
     return cli

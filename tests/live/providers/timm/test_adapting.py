@@ -63,7 +63,7 @@ def test_classes_and_channels_equal_create_model(cli: Cli, name: str, channels: 
     ("name", "size"),
     [
         ("test_vit", 192),
-        ("test_vit", 96),
+        pytest.param("test_vit", 96, marks=pytest.mark.sweep),
         ("test_vit3", 224),
         pytest.param("swin_tiny_patch4_window7_224", 448, marks=pytest.mark.sweep),
         pytest.param("swinv2_tiny_window8_256", 512, marks=pytest.mark.sweep),

@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from modelcli.commands import blueprint_cache
 from modelcli.live.providers import torchvision as builders
 from modelcli.model import state_dict_match
+from tests.commands.test_completeness import change_config
+from tests.commands.test_completeness import llama as save_llama
 from tests.commands.test_diff import fresh
 from tests.conftest import Cli
 from tests.live.providers.test_torchvision import NAMES, plain
@@ -138,6 +141,78 @@ def test_a_checkpoint_that_no_builder_comes_near(known: Cli) -> None:
     assert known("identify", "bare.pth", "--json", code=1).json["matches"] == []
     torch.save({"only.num_batches_tracked": torch.tensor(1)}, "bare.pth")
     known("identify", "bare.pth", code=1)
+
+
+@pytest.fixture
+def llama(folder: Path) -> Path:
+    """A tiny Llama in three shards with an index, as transformers saves it."""
+    pytest.importorskip("transformers")
+    return save_llama(folder / "model")
+
+
+def test_a_folder_with_a_configuration_that_fits(known: Cli, llama: Path) -> None:
+    document = known("identify", "./model", "--json").json
+    assert document["configuration"] == {"architecture": "LlamaForCausalLM", "library": "transformers"}
+    keys = sum(len(load_file(path)) for path in llama.glob("*.safetensors"))
+    (match,) = document["matches"]
+    assert (match["model"], match["exact"], match["matched"]) == ("hf:./model", True, keys)
+    result = known("identify", "model")
+    assert result.out.splitlines()[1].split() == [
+        "hf:./model",
+        "LlamaForCausalLM",
+        "transformers",
+        "exactly",
+        "30",
+        "-",
+    ]
+    assert "the configuration fits: modelcli load model" in result.err
+
+
+def test_a_folder_whose_configuration_does_not_fit(known: Cli, llama: Path) -> None:
+    change_config(llama, vocab_size=21)
+    document = known("identify", "./model", "--json").json
+    (match,) = document["matches"]
+    assert not match["exact"]
+    assert sorted(match["mismatched"], key=lambda item: item["name"]) == [
+        {"name": name, "expected": [21, 8], "found": [20, 8]}
+        for name in ("lm_head.weight", "model.embed_tokens.weight")
+    ]
+    assert "the configuration does not fit: modelcli check ./model --arch-check" in known("identify", "./model").err
+    change_config(llama, num_hidden_layers=0, intermediate_size=5)
+    result = known("identify", "./model", code=1)  # no layer is left of what it describes
+    assert (
+        "the configuration of ./model describes LlamaForCausalLM of transformers, which has 1 tensor in common"
+        in result.err
+    )
+
+
+def test_folders_whose_keys_alone_say_what_they_are(known: Cli, llama: Path) -> None:
+    (llama / "config.json").unlink()
+    assert "configuration" not in known("identify", "./model", "--json", code=1).json
+    for path in llama.iterdir():
+        path.unlink()
+    save_file(torchvision.models.squeezenet1_1().state_dict(), llama / "model.safetensors")
+    assert exact(known("identify", "./model", "--json").json) == ["squeezenet1_1"]
+    (llama / "config.json").write_text('{"model_type": "no such type"}')
+    result = known("identify", "./model")
+    assert "the configuration of ./model was not compared: " in result.err
+    assert result.out.splitlines()[1].split()[0] == "squeezenet1_1"
+
+
+def test_a_folder_without_weights(known: Cli, llama: Path) -> None:
+    for path in llama.glob("model*"):
+        path.unlink()
+    assert "./model holds no weights, so there is nothing to identify" in known("identify", "./model", code=2).err
+
+
+def test_a_folder_of_timm(known: Cli, folder: Path) -> None:
+    timm = pytest.importorskip("timm")
+    from timm.models import save_for_hf
+
+    save_for_hf(timm.create_model("test_resnet", num_classes=7), "model", {})
+    document = known("identify", "./model", "--json").json
+    assert document["configuration"] == {"architecture": "test_resnet", "library": "timm"}
+    assert [match["exact"] for match in document["matches"]] == [True]
 
 
 def test_wrong_requests(known: Cli) -> None:

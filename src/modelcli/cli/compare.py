@@ -151,7 +151,12 @@ def check(
 
 
 def identify(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint: best.pth.", autocompletion=completing.models)],
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            help="A checkpoint, or a folder with a model: best.pth, runs/bert.", autocompletion=completing.models
+        ),
+    ],
     options: OutputOptions,
     key: Annotated[
         str | None,
@@ -162,7 +167,11 @@ def identify(
 ) -> int:
     """Show which known model a checkpoint belongs to, by the names and shapes of its tensors.
 
+    For a folder with a configuration: what that says, and whether the tensors fit it.
+
     modelcli identify best.pth
+
+    modelcli identify runs/bert
 
     modelcli identify bare.pth --json
     """
@@ -172,7 +181,12 @@ def identify(
 
     output.format_of(options)
     found = find_architecture(IdentifyRequest(checkpoint, key), lambda names: progress.of_names(names, options))
-    output.show(documents.identify(checkpoint, found.matches), options, found.notes, warnings=found.look.warnings)
+    output.show(
+        documents.identify(checkpoint, found.matches, found.configured),
+        options,
+        found.notes,
+        warnings=found.look.warnings,
+    )
     return 0 if found.matches else 1
 
 

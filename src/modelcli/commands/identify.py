@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from modelcli import providers, resolve
 from modelcli.commands import blueprint_cache, known_builders
@@ -11,10 +12,12 @@ from modelcli.commands.look import LOOKS_LIKE, Look, LookRequest, cache_key, loo
 from modelcli.commands.target import Target
 from modelcli.errors import ModelcliError, RequestError, SystemFailureError
 from modelcli.language.quoting import quoted
-from modelcli.language.references import CheckpointFile, NamedModel, Source
+from modelcli.language.references import CheckpointFile, NamedModel, Reference, Source
 from modelcli.model import state_dict_match
 from modelcli.model.state_dict_match import LISTING, Match, Shapes
 from modelcli.model.tensors import Shape
+from modelcli.providers import configuration
+from modelcli.wording import counted
 
 #: How many models to show if none fits exactly.
 MOST = 3
@@ -38,27 +41,57 @@ class IdentifyRequest:
 
 
 @dataclass(frozen=True)
+class ConfiguredModel:
+    """The model that the configuration of a folder describes.
+
+    Attributes:
+        architecture: the name that the library has for it, `resnet18`, else its class, `BertForMaskedLM`.
+        library: the library that has it.
+    """
+
+    architecture: str
+    library: str
+
+
+@dataclass(frozen=True)
 class IdentifyResult:
-    """The models that a checkpoint fits exactly, else the closest ones, best first. There may be none."""
+    """The models that a checkpoint fits exactly, else the closest ones, best first. There may be none.
+
+    `configured` is what the configuration of a folder says, where that is the only match.
+    """
 
     look: Look
     matches: tuple[Match, ...]
     notes: tuple[str, ...] = ()
+    configured: ConfiguredModel | None = None
 
 
 def identify(request: IdentifyRequest, steps: Steps = iter) -> IdentifyResult:
     """Compare a checkpoint with every named model. Models that are not in the cache are built on the meta device.
 
-    Prefixes of wrappers are removed. Raises RequestError for anything but a checkpoint.
+    A folder with a library's model is compared with the model that its configuration describes; with every named model
+    only if that cannot be built, or has other tensors. Prefixes of wrappers are removed.
+
+    Raises RequestError for anything but a checkpoint or a folder with a model, and for a folder without weights.
     """
     checkpoint = request.checkpoint
     source = Source(checkpoint, key=request.key)
-    if not isinstance(resolve.reference_of(source), CheckpointFile):
-        raise RequestError(f"{checkpoint} is a model reference, not a checkpoint", "name a file: best.pth")
+    reference, why_not = resolve.reference_of(source), []
+    if not isinstance(reference, CheckpointFile):
+        folder = resolve.own_folder(reference, source)
+        if folder is None:
+            raise RequestError(
+                f"{checkpoint} is a model reference, not a checkpoint", "name a file or a folder: best.pth"
+            )
+        try:
+            return _by_configuration(source, reference, folder)
+        except _NotAsConfiguredError as error:
+            why_not.append(str(error))
+        source = Source(str(folder), key=request.key, bare_keys=True)
     found = look(LookRequest(Target(source), of_files=True))
     shapes, unwrapping = state_dict_match.unwrapped(state_dict_match.shapes_of(found.blueprint.tensors))
     matches, problems = _compared(shapes, steps)
-    notes = [*(note for note in found.notes if not note.startswith(LOOKS_LIKE)), *problems]
+    notes = [*why_not, *(note for note in found.notes if not note.startswith(LOOKS_LIKE)), *problems]
     if unwrapping:
         notes.append(unwrapping.note())
     if matches:
@@ -69,6 +102,53 @@ def identify(request: IdentifyRequest, steps: Steps = iter) -> IdentifyResult:
         elif (fitting := _with_classes(first, shapes)) is not None:
             notes.append(f"{fitting} fits exactly: modelcli load {quoted(checkpoint)} --arch {quoted(fitting)}")
     return IdentifyResult(found, tuple(matches), tuple(notes))
+
+
+class _NotAsConfiguredError(Exception):
+    """The configuration of a folder does not say what its tensors are. The message is a note that says why."""
+
+
+@stdout_is_for_data
+def _by_configuration(source: Source, reference: Reference, folder: Path) -> IdentifyResult:
+    """Compare the weights in a folder with the model that its configuration describes, built on the meta device.
+
+    Raises _NotAsConfiguredError where the model cannot be built, or is not close to the tensors; RequestError for a
+    folder without weights.
+    """
+    from modelcli.live import downloads, opening
+
+    try:
+        with downloads.forbidden():
+            live = opening.open_live(source, report_only=True)
+    except SystemFailureError:
+        raise
+    except ModelcliError as error:
+        why = f"the configuration of {source.model} was not compared: {error.message}"
+        raise _NotAsConfiguredError(f"{why} ({error.hint})" if error.hint else why) from None
+    report = live.report
+    if live.architecture is None or live.contents is None or report is None:
+        raise RequestError(
+            f"{source.model} holds no weights, so there is nothing to identify",
+            f"modelcli summary {quoted(source.model)} shows what its configuration describes",
+        )
+    match = Match(str(reference), report.matched, report.missing, report.unexpected, report.mismatched)
+    named = (configuration.configuration_in(folder) or {}).get("architecture")
+    configured = ConfiguredModel(
+        named if isinstance(named, str) else type(live.module).__name__, live.architecture.provider.provider.name
+    )
+    if not match.is_close:
+        raise _NotAsConfiguredError(
+            f"the configuration of {source.model} describes {configured.architecture} of {configured.library}, "
+            f"which has {counted(match.matched, 'tensor')} in common with the files"
+        )
+    text = quoted(source.model)
+    note = (
+        f"the configuration fits: modelcli load {text}"
+        if match.exact
+        else f"the configuration does not fit: modelcli check {text} --arch-check lists what differs"
+    )
+    found = Look(live.describe(), tuple(live.notes), live.contents, live)
+    return IdentifyResult(found, (match,), (*live.notes, note), configured)
 
 
 def _compared(shapes: Shapes, steps: Steps) -> tuple[list[Match], list[str]]:

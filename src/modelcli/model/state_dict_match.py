@@ -49,6 +49,12 @@ class Match:
     def exact(self) -> bool:
         return not self.distance
 
+    @property
+    def is_close(self) -> bool:
+        """Whether at least half of the file's tensors and half of the model's own match."""
+        both = self.matched + len(self.mismatched)
+        return 2 * self.matched >= max(both + len(self.unexpected), both + len(self.missing), 1)
+
 
 def shapes_of(tensors: Iterable[TensorInfo]) -> dict[str, Shape]:
     """Return the names and shapes to compare: those of persistent tensors, without BatchNorm's counts of batches."""
@@ -102,8 +108,7 @@ def best(found: Shapes, models: Mapping[str, Shapes], most: int) -> list[Match]:
     matches.sort(key=lambda match: (match.distance, _unusual(match.model), match.model))
     if exact := [match for match in matches if match.exact]:
         return exact
-    near = (match for match in matches if 2 * match.matched >= max(len(found), len(models[match.model]), 1))
-    return list(near)[:most]
+    return [match for match in matches if match.is_close][:most]
 
 
 def in_order(models: Iterable[str]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from modelcli.render.documents.common import SCHEMA
 from modelcli.render.views import (
@@ -16,6 +16,7 @@ from modelcli.render.views import (
 from modelcli.wording import listed
 
 if TYPE_CHECKING:
+    from modelcli.commands.identify import ConfiguredModel
     from modelcli.model.state_dict_match import Match
 
 
@@ -23,8 +24,14 @@ if TYPE_CHECKING:
 _MOST_NAMED = 4
 
 
-def identify(reference: str, matches: Sequence[Match]) -> View:
-    """Return the view of the models that a checkpoint fits or nearly fits, and of what does not fit."""
+def identify(reference: str, matches: Sequence[Match], configured: ConfiguredModel | None = None) -> View:
+    """Return the view of the models that a checkpoint fits or nearly fits, and of what does not fit.
+
+    Args:
+        reference: the checkpoint.
+        matches: the models.
+        configured: what the configuration of a folder says, if that is the match.
+    """
     entries = [
         {
             "model": match.model,
@@ -38,17 +45,22 @@ def identify(reference: str, matches: Sequence[Match]) -> View:
         }
         for match in matches
     ]
-    document = {"schema": SCHEMA, "matches": entries}
+    described = None if configured is None else {"architecture": configured.architecture, "library": configured.library}
+    document: dict[str, Any] = {"schema": SCHEMA, "matches": entries}
+    if described is not None:
+        document["configuration"] = described
     columns = (
         Column("model", "model", style="cyan"),
+        *((Column("architecture", "architecture"), Column("library", "library")) if described is not None else ()),
         Column("exact", "fits", lambda value: "exactly" if value else "nearly"),
         Column("matched", "matched", count, right=True),
         Column("differing", "what does not fit", flexible=True),
     )
     if not matches:
         return View(document, [], columns, body=f"no model that modelcli list shows is close to {reference}")
+    rows = [row | (described or {}) for row in entries]
     return View(
-        document, [row | {"differing": _unfit(match)} for row, match in zip(entries, matches, strict=True)], columns
+        document, [row | {"differing": _unfit(match)} for row, match in zip(rows, matches, strict=True)], columns
     )
 
 

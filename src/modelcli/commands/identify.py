@@ -147,7 +147,7 @@ def _by_configuration(source: Source, reference: Reference, folder: Path) -> Ide
         if match.exact
         else f"the configuration does not fit: modelcli check {text} --arch-check lists what differs"
     )
-    found = Look(live.describe(), tuple(live.notes), live.contents, live)
+    found = Look(live.describe_loaded(), tuple(live.notes), live.contents, live)
     return IdentifyResult(found, (match,), (*live.notes, note), configured)
 
 

@@ -77,7 +77,7 @@ def load(request: LoadRequest) -> LoadResult:
         )
     elif live.architecture is not None and live.architecture.weights is not None:
         opening.load_weights(live)
-    blueprint = live.describe()
+    blueprint = live.describe_loaded()
     loaded = LoadResult(
         reference=source.model,
         blueprint=blueprint,

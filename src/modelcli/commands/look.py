@@ -146,7 +146,7 @@ def _looked(request: LookRequest) -> Look:
         # A cached blueprint always includes a forward pass, so that it serves every command.
         with_values = traced or live.contents is None  # nobody asked for a pass that reads the weights
         makes_pass = traced or key is not None
-        blueprint = planning.traced(live, mode, with_values=with_values) if makes_pass else live.describe()
+        blueprint = planning.traced(live, mode, with_values=with_values) if makes_pass else live.describe_loaded()
     found = Look(blueprint, (*live.notes, *apart.note_of(live.module)), live.contents, live)
     if key is not None and key.identity is None:
         keep_blueprint(key, blueprint)
@@ -220,7 +220,7 @@ def built(target: Target, found: Look, *, traced: bool) -> tuple[Look, str | Non
 
     try:
         live = opening.open_live(target.source)
-        blueprint = planning.traced(live) if traced else live.describe()
+        blueprint = planning.traced(live) if traced else live.describe_loaded()
     except UnsafeError as error:
         return found, f"{error.message} ({error.hint})"
     except SystemFailureError:

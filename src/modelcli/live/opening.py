@@ -16,7 +16,7 @@ from modelcli import resolve
 from modelcli.checkpoints import Contents
 from modelcli.checkpoints.reading_to_edit import read_to_edit
 from modelcli.checkpoints.record import Record
-from modelcli.edits import Edit
+from modelcli.edits import Edit, kind_of
 from modelcli.edits import parse as parse_edit
 from modelcli.edits.applied import Applied
 from modelcli.errors import FileFormatError, ModelcliError, RequestError
@@ -67,6 +67,7 @@ class Live:
     opened_tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     own_folder: Path | None = None
     _blueprint: Blueprint | None = None
+    _made_anew: Mapping[str, str] | None = None
 
     @property
     def drawn(self) -> bool:
@@ -78,6 +79,34 @@ class Live:
         if self._blueprint is None:
             self._blueprint = describe(self.module)
         return self._blueprint
+
+    def describe_loaded(self) -> Blueprint:
+        """Return the blueprint of the model that `modelcli.load` makes of it.
+
+        It is `describe` but for buffers outside the state dict, whose dtypes no file holds: a library's loader may make
+        them in another dtype than an edit has cast them to.
+        """
+        found, dtypes = self.describe(), self.made_anew()
+        if not dtypes:
+            return found
+        tensors = (replace(tensor, dtype=dtypes.get(tensor.name, tensor.dtype)) for tensor in found.tensors)
+        return replace(found, tensors=tuple(tensors))
+
+    def made_anew(self) -> Mapping[str, str]:
+        """Return the buffers that the library's loader makes in another dtype than edits gave them, with that dtype.
+
+        Their values in this model are not those that the loaded one has.
+        """
+        if self._made_anew is None:
+            self._made_anew = self._find_made_anew()
+        return self._made_anew
+
+    def _find_made_anew(self) -> dict[str, str]:
+        unsaved = {tensor.name: tensor.dtype for tensor in self.describe().tensors if not tensor.persistent}
+        if self.architecture is None or not unsaved or not any(kind_of(line).changes_dtype for _, line in self.edits):
+            return {}
+        dtypes = self.architecture.provider.dtypes_of_unsaved(self.architecture, self.module)
+        return {name: dtypes[name] for name, dtype in unsaved.items() if dtypes.get(name, dtype) != dtype}
 
     def apply(self, edits: Sequence[Edit], *, trusted: bool = True) -> Applied[nn.Module]:
         """Carry out edits: all of them, or none if one is wrong. What they resolved to joins `edits`.
@@ -94,7 +123,7 @@ class Live:
             trusted=trusted,
             blueprint=self.describe(),
         )
-        self.module, self.inputs, self._blueprint = done.model, done.inputs, None
+        self.module, self.inputs, self._blueprint, self._made_anew = done.model, done.inputs, None, None
         self.edit_count += len(edits)
         self.edits += done.lines
         return done

@@ -173,7 +173,7 @@ def traced(live: Live, mode: str = "eval", *, with_values: bool = False, made: T
     A model that the meta device cannot run is run under fake tensors; `with_values` on the CPU, where memory allows.
     """
     made = made or _forward_pass(live, mode, with_values=with_values)
-    blueprint = live.describe()
+    blueprint = live.describe_loaded()
     if any(tensor.shape is None for tensor in blueprint.tensors) and made.trace.reason is None:
         blueprint = describe(made.module)
     return blueprint.with_trace(made.trace)

@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 def of_live(live: Live, names: Sequence[str] | None = None) -> dict[str, TensorEntry | CompositeEntry]:
     """The values of a live model by the names of its tensors, or of those of `names`; nothing is drawn or read yet.
 
-    Left out are tensors without values: lazy ones, and meta tensors of which nothing says where theirs come from.
+    Left out are tensors without values: lazy ones, meta tensors of which nothing says where theirs come from, and those
+    that the library's loader makes anew.
     """
-    tensors = named_tensors(live.module)
+    anew = live.made_anew()
+    tensors = {name: tensor for name, tensor in named_tensors(live.module).items() if name not in anew}
     chosen = tensors if names is None else {name: tensors[name] for name in names if name in tensors}
     found: dict[str, TensorEntry | CompositeEntry] = dict(plain(chosen))
     for name, tensor in chosen.items():

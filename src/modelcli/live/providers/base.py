@@ -270,6 +270,18 @@ class LiveProvider:
             module: it with its edits and the values of a file, which is changed in place. `describe_edits` was called.
         """
 
+    def dtypes_of_unsaved(self, architecture: Architecture, module: nn.Module) -> Mapping[str, str]:
+        """The dtypes in which `after_loading` leaves buffers outside the state dict, by their names; none by default.
+
+        It is asked about a model whose dtypes an edit has changed, so it may build the model anew. A name that is left
+        out keeps the dtype that it has, and one that the model no longer has does no harm.
+
+        Args:
+            architecture: the model as it was opened.
+            module: it with its edits, on the meta device.
+        """
+        return {}
+
     def landmarks(self, module: nn.Module) -> Mapping[str, Sequence[str]]:
         """The paths of the modules that the library calls the classifier (`head`) and the first layer (`stem`).
 

@@ -80,6 +80,26 @@ def test_a_cast_folder_gives_the_dtypes_that_from_pretrained_gives(
     same_values_and_dtypes(modelcli.load("theirs/"), tiny.loaded(folder / "theirs")[0])
 
 
+@pytest.mark.parametrize("out", ["out/", "out.safetensors"])
+def test_what_is_shown_of_a_cast_model_is_what_is_loaded(cli: Cli, folder: Path, out: str) -> None:
+    """Rotary frequencies are in no file, and the loaded model has them in float32."""
+    model("LlamaForCausalLM").save_pretrained(folder / "model")
+    cli("cast", ".", "bfloat16", "-m", "./model", "-o", out)
+    loaded = modelcli.load(out)
+    expected = {
+        name: str(value.dtype).removeprefix("torch.")
+        for name, value in [*loaded.named_parameters(), *loaded.named_buffers()]
+    }
+    assert sorted(set(expected.values())) == ["bfloat16", "float32"]
+    for words in (("params", out), ("params", out, "--no-cache")):
+        found = {row["name"]: row["dtype"] for row in cli(*words, "--json").json["tensors"]}
+        assert expected.items() <= found.items()
+    changed = {row["name"] for row in cli("diff", "./model", out, "--json", code=1).json["tensors"]}
+    assert changed
+    assert not changed & dict(loaded.named_buffers()).keys()
+    assert cli("check", out, "--max-bytes", "1MB").err == ""  # the model that is built is the one that was recorded
+
+
 def test_a_cast_and_one_back_leave_the_rotary_frequencies_as_they_are(cli: Cli, folder: Path) -> None:
     model("LlamaForCausalLM").save_pretrained(folder / "model")
     cli("cast", ".", "bfloat16", "-m", "./model", "-o", "half/")

@@ -365,14 +365,8 @@ class _Search:
 
     def _dtype(self) -> None:
         """The dtype of most elements, where that is another one than before."""
-        elements: dict[torch.dtype, int] = {}
-        for tensor in {id(tensor): tensor for tensor in self.module.parameters()}.values():
-            if tensor.dtype.is_floating_point:
-                elements[tensor.dtype] = elements.get(tensor.dtype, 0) + tensor.numel()
-        if not elements:
-            return
-        most = max(elements, key=elements.__getitem__)
-        if self.config.dtype != most:
+        most = dtype_of(self.module)
+        if most is not None and self.config.dtype != most:
             self.changed.append("dtype")
             for part in parts_of(self.config):
                 part.dtype = most
@@ -401,6 +395,15 @@ class _Search:
             f"config.json cannot say what {listed(named, _MOST_NAMED)} {'is' if len(named) == 1 else 'are'} now: "
             f"from_pretrained {does}, and modelcli.load builds the new ones"
         ]
+
+
+def dtype_of(module: nn.Module) -> torch.dtype | None:
+    """The dtype of most elements of the floating-point parameters; None for a model without any."""
+    elements: dict[torch.dtype, int] = {}
+    for tensor in {id(tensor): tensor for tensor in module.parameters()}.values():
+        if tensor.dtype.is_floating_point:
+            elements[tensor.dtype] = elements.get(tensor.dtype, 0) + tensor.numel()
+    return max(elements, key=elements.__getitem__) if elements else None
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -9,17 +9,19 @@ computes the values of the buffers that no file holds.
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from modelcli.live.describe import dtype_name
 from modelcli.live.meta_models import seeded
-from modelcli.live.providers.huggingface import vetting
+from modelcli.live.providers.huggingface import edited_configuration, vetting
 from modelcli.live.sources import named_tensors
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 #: The dtypes in which torch makes a tensor where nothing says in which one.
 _DEFAULTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -51,13 +53,32 @@ def give(module: PreTrainedModel) -> None:
             tensor.data = tensor.data.to(torch.float32)
 
 
+def of_unsaved(module: PreTrainedModel, original: PreTrainedConfig) -> dict[str, str]:
+    """The dtypes that `give` leaves the buffers outside the state dict in, by their names.
+
+    Args:
+        module: the edited model, on the meta device.
+        original: the configuration that it was built from before the edits.
+    """
+    dtype = edited_configuration.dtype_of(module)
+    kept = module.state_dict().keys()
+    unsaved = [name for name, tensor in named_tensors(module).items() if _is_unsaved(name, tensor, kept)]
+    if dtype not in _DEFAULTS or not unsaved:
+        return {}
+    with vetting.contained(), seeded(0):
+        theirs = named_tensors(_on_meta(type(module), original, dtype))
+    return {name: dtype_name(theirs[name].dtype) for name in unsaved if name in theirs}
+
+
+def _is_unsaved(name: str, tensor: torch.Tensor, kept: Collection[str]) -> bool:
+    return name not in kept and tensor.is_floating_point() and not isinstance(tensor, nn.Parameter)
+
+
 def _as_transformers_builds_it(module: PreTrainedModel, dtype: torch.dtype) -> nn.Module:
     """The model as `from_pretrained` makes it before it reads a file, of whose tensors only such buffers have values
     that the file will not have."""
-    kind: Any = type(module)
     with vetting.contained(), seeded(0):
-        with torch.device("meta"):
-            built = kind._from_config(copy.deepcopy(module.config), dtype=dtype)
+        built: Any = _on_meta(type(module), module.config, dtype)
         kept = built.state_dict(keep_vars=True)
         for name, tensor in named_tensors(built).items():
             if name in kept or isinstance(tensor, nn.Parameter):
@@ -68,6 +89,13 @@ def _as_transformers_builds_it(module: PreTrainedModel, dtype: torch.dtype) -> n
         built.initialize_weights()
     found: nn.Module = built
     return found
+
+
+def _on_meta(kind: Any, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of a class in a dtype, on the meta device."""
+    with torch.device("meta"):
+        built: PreTrainedModel = kind._from_config(copy.deepcopy(config), dtype=dtype)
+    return built
 
 
 def _kept_in_float32(module: PreTrainedModel, dtype: torch.dtype) -> Any:

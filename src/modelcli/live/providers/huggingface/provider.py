@@ -185,6 +185,15 @@ class LiveHuggingFace(LiveProvider):
         if _is_of_transformers(module) and self._described_by(architecture).is_of_transformers:
             kept_dtypes.give(cast("PreTrainedModel", module))
 
+    def dtypes_of_unsaved(self, architecture: Architecture, module: nn.Module) -> Mapping[str, str]:
+        """Those that the class gives them: rotary frequencies are in float32 in a model of bfloat16."""
+        from modelcli.live.providers.huggingface import kept_dtypes
+
+        described = self._described_by(architecture)
+        if not (_is_of_transformers(module) and described.is_of_transformers):
+            return {}
+        return kept_dtypes.of_unsaved(cast("PreTrainedModel", module), described.configuration())
+
     def inputs(self, architecture: Architecture, module: nn.Module) -> Inputs | None:
         """Dummy inputs by the arguments of `forward` and the configuration."""
         from modelcli.live.providers.huggingface import inputs

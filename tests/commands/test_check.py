@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from modelcli import recipe
+from modelcli import checkpoints, recipe
 from modelcli.cli import main
 from modelcli.errors import SystemFailureError
 from modelcli.language.references import Source
@@ -319,6 +319,56 @@ def test_extract_finds_the_input_of_a_module_called_with_default_keywords(cli: C
     )
     check = cli("extract", "part", "-m", "own.py:Net", "--input-size", "1,4", "--json").json["check"]
     assert (check["ran"], check["output_shape"]) == (True, [1, 2])
+
+
+_PARTS = """
+import dataclasses
+import torch
+from torch import nn
+
+@dataclasses.dataclass
+class State:
+    x: torch.Tensor
+
+class Part(nn.Linear):
+    def forward(self, x, *, pair, mask=None, cache=None, scale=1, **further):
+        return super().forward(x * scale + pair[0] + pair[1]["more"]) if mask is None else super().forward(x)
+
+class Needy(nn.Linear):
+    def forward(self, x, state):
+        return super().forward(x + state.x)
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.part, self.needy = Part(4, 4), Needy(4, 2)
+    def forward(self, x):
+        x = self.part(x, pair=(x[0], {"more": x}), mask=x > 0, cache=State(x), scale=2, word="a", nothing=None)
+        return self.needy(x, state=State(x))
+"""
+
+
+def test_extract_states_the_inputs_of_a_part_by_position_and_name(cli: Cli, folder: Path) -> None:
+    (folder / "own.py").write_text(_PARTS)
+    done = cli("extract", "part", "-m", "own.py:Net", "--input-size", "1,4", "-o", "out.pth")
+    assert "part was given cache (State), which no input can state: it runs without" in done.err
+    assert cli("summary", "out.pth", "--trust", "--json").json["layers"][0]["output_shape"] == [1, 4]
+    record = checkpoints.read(folder / "out.pth").record
+    assert record is not None
+    assert (record.input_size, record.inputs) == (
+        ((1, 4),),
+        ("pair.0=4", "pair.1.more=1,4", "mask=1,4:bool", "scale==2", "word=='a'"),
+    )
+    load = cli("cast", ".", "bfloat16", "-m", "out.pth", "--trust", "--json").json["check"]
+    assert load["ran"]
+
+
+def test_extract_says_what_of_the_inputs_of_a_part_cannot_be_stated(cli: Cli, folder: Path) -> None:
+    (folder / "own.py").write_text(_PARTS)
+    document = cli("extract", "needy", "-m", "own.py:Net", "--input-size", "1,4", "--json").json
+    assert not document["check"]["ran"]
+    note = "what flows into needy is not known: no input can state state, which is a State"
+    assert note in document["notes"]
 
 
 def test_the_hint_shows_the_edit_with_the_fitting_value(cli: Cli, folder: Path) -> None:

@@ -279,6 +279,8 @@ def disagreement(record: Record, tensors: Mapping[str, TensorInfo], *, known_cod
     if odd is not None:
         return f"it lists the parameter {odd} as frozen, but does not name it as frozen"
     traced = blueprint.trace.inputs if blueprint.trace is not None else None
+    if record.inputs and traced is not None:
+        traced = traced[: len(record.input_size or ())]  # those that are stated by name come after these
     if record.input_size is not None and traced is not None and traced != record.input_size:
         return "its input is not the input of its forward pass"
     return None

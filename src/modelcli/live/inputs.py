@@ -72,7 +72,7 @@ class Inputs(StatedInputs):
                     ones = item.path[-1] == "attention_mask"
                     name = ".".join(item.path)
                     place = "cpu" if device == "meta" and name in self.with_values else device
-                    tensor = _tensor(item.shape, item.dtype or self._usual(item.path), place, ones=ones)
+                    tensor = _tensor(item.shape, item.dtype or self.usual_dtype(item.path), place, ones=ones)
                     _put(tree, item.path, self._with_values(name, tensor))
         arguments = {name: self._built(value, (name,)) for name, value in tree.items()}
         if self.as_list:
@@ -91,7 +91,7 @@ class Inputs(StatedInputs):
             tensor.view(-1)[: len(known)] = torch.tensor(known, dtype=tensor.dtype, device=tensor.device)
         return tensor
 
-    def _usual(self, path: Sequence[str]) -> str:
+    def usual_dtype(self, path: Sequence[str]) -> str:
         """Return the dtype of an input that states none: int64 for tokens and masks, else the model's own."""
         last = path[-1]
         whole = last.endswith("_ids") or last in ("labels", "attention_mask", "tokens")

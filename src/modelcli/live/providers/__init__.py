@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
 from modelcli import plug_ins, providers
@@ -94,3 +94,8 @@ def why_not_resized(module: nn.Module, what: str, size: int) -> str | None:
 def resizing_of(module: nn.Module, what: str, size: int) -> Resizing | None:
     """Return how the first provider that knows a model resizes it: see `LiveProvider.resizing`."""
     return next((found for half in in_use() if (found := half.resizing(module, what, size)) is not None), None)
+
+
+def further_inputs_of(module: nn.Module) -> Collection[str] | None:
+    """Return what the `**kwargs` of a module's `forward` may be: see `LiveProvider.further_inputs`."""
+    return next((found for half in in_use() if (found := half.further_inputs(module)) is not None), None)

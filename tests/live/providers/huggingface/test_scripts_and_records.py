@@ -13,8 +13,10 @@ import torch
 import transformers
 
 import modelcli
+from modelcli.language.references import Source
+from modelcli.live.opening import open_live
 from tests.conftest import Cli
-from tests.live.providers.huggingface.tiny import loaded, saved
+from tests.live.providers.huggingface.tiny import loaded, model, saved
 
 EDITS = {
     "BertForSequenceClassification": ["replace classifier Linear(_,10)", "freeze bert.embeddings"],
@@ -165,3 +167,31 @@ def test_a_script_lets_the_model_say_what_it_is_now(cli: Cli, folder: Path, name
     assert states[0].keys() == states[1].keys()
     if "layers" in edit[1]:  # nothing is drawn
         assert all(torch.equal(states[0][key], value) for key, value in states[1].items())
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("BertForSequenceClassification", "bert"),
+        ("BertForSequenceClassification", "bert.encoder"),
+        ("LlamaForCausalLM", "model"),
+        ("LlamaForCausalLM", "model.layers.1.self_attn"),
+    ],
+)
+def test_an_extracted_part_runs_with_what_flowed_into_it(cli: Cli, folder: Path, name: str, path: str) -> None:
+    """The truth is what flows into the part in a pass of the whole model, by a hook."""
+    real = model(name).eval()
+    real.save_pretrained(folder / "model")
+    outputs: list[Any] = []
+    real.get_submodule(path).register_forward_hook(lambda _part, _args, output: outputs.append(output))
+    live = open_live(Source("./model"))
+    assert live.inputs is not None
+    with torch.no_grad():
+        real(**live.inputs.tensors("cpu").kwargs)
+    first = outputs[0][0]  # of a tuple, or of an output of transformers
+    done = cli("extract", path, "-m", "./model", "-o", "out.safetensors", "--json").json
+    assert done["check"]["ran"], done
+    shown = json.dumps(done["check"]["output_shape"])
+    assert json.dumps(list(first.shape)) in shown
+    rows = cli("summary", "out.safetensors", "--json").json["layers"]
+    assert json.dumps(rows[0]["output_shape"]) == shown

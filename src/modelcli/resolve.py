@@ -304,10 +304,34 @@ def _renamed(text: str, folder: Path, name_of: Callable[[Provider, str], str]) -
     if provider is None:
         return text
     assert isinstance(reference, NamedModel)
-    name = name_of(provider, reference.call.name)
+    try:
+        name = name_of(provider, reference.call.name)
+    except (RequestError, SystemFailureError) as error:
+        if (own := _hidden_folder(text, folder)) is not None and _is_readable(f"./{own}", folder):
+            hint = f"-m {quoted(f'./{own}')} names the folder of that name on this machine"
+            error.hint = f"{hint}; {error.hint}" if error.hint else hint
+        raise
     if name == reference.call.name:
         return text
     return str(replace(reference, call=replace(reference.call, name=name)))
+
+
+def _is_readable(text: str, folder: Path) -> bool:
+    """Whether a path is that of a library's model, with weights whose headers can be read if it has any, or a file."""
+    from modelcli import checkpoints
+
+    try:
+        reference = parse(text, folder)
+        path = folder / text
+        if isinstance(reference, NamedModel):
+            weights = own_weights(reference, Source(text, folder=folder))
+            if weights is None:
+                return True
+            path = weights
+        checkpoints.read(path)
+    except ModelcliError:
+        return False
+    return True
 
 
 def require_downloaded(reference: Reference, source: Source) -> None:

@@ -45,7 +45,7 @@ _MAX_INDEX_BYTES = 100_000_000
 _AT_A_TIME = 8
 
 
-def pinned(model: HubModel, folder: Path, *, requests: bool = True) -> HubModel:
+def pinned(model: HubModel, *, requests: bool = True) -> HubModel:
     """Find the current commit of a model's revision, and download the configuration into the cache.
 
     A commit whose configuration is in the cache needs no request. If the Hub cannot be reached, the cached commit of
@@ -53,7 +53,6 @@ def pinned(model: HubModel, folder: Path, *, requests: bool = True) -> HubModel:
 
     Args:
         model: the model.
-        folder: relative paths start here, for hints.
         requests: whether the Hub may be reached. Otherwise only the cache is used, and a model that is not in it is
             returned unchanged.
 
@@ -73,7 +72,7 @@ def pinned(model: HubModel, folder: Path, *, requests: bool = True) -> HubModel:
     _require_installed()
     from huggingface_hub import hf_hub_download
 
-    with hub_errors.converted(model, folder):
+    with hub_errors.converted(model):
         try:
             commit, nbytes = _commit_and_size(model)
         except Exception as error:
@@ -172,26 +171,23 @@ def _is_plain(name: str) -> bool:
     return name.isprintable() and not name.startswith(".") and not re.search(r'[/\\:*?"<>|]', name) and name != ""
 
 
-def files_of(model: HubModel, folder: Path) -> dict[str, int | None]:
+def files_of(model: HubModel) -> dict[str, int | None]:
     """Return the files of a repository at a commit, without subfolders, with their sizes in bytes, by one request."""
     _require_installed()
     from huggingface_hub import HfApi, constants
 
-    with hub_errors.converted(model, folder):
+    with hub_errors.converted(model):
         found = HfApi().model_info(
             model.repository, revision=model.revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
         )
     return {file.rfilename: file.size for file in found.siblings or () if _is_plain(file.rfilename)}
 
 
-def shards_of(
-    model: HubModel, folder: Path, name: str, files: Mapping[str, int | None]
-) -> tuple[Path | None, list[str]]:
+def shards_of(model: HubModel, name: str, files: Mapping[str, int | None]) -> tuple[Path | None, list[str]]:
     """Return the files of weights of a name: the file itself, or the shards of an index, which is downloaded.
 
     Args:
         model: the model, at a commit.
-        folder: what relative paths are seen from, for hints.
         name: one of `WEIGHTS`.
         files: the files of the repository with their sizes.
 
@@ -207,7 +203,7 @@ def shards_of(
         raise FileFormatError(f"{name} of {model} has {nbytes:,} bytes; an index has at most {_MAX_INDEX_BYTES:,}")
     from huggingface_hub import hf_hub_download
 
-    with hub_errors.converted(model, folder), _without_bars():
+    with hub_errors.converted(model), _without_bars():
         index = Path(hf_hub_download(model.repository, name, revision=model.revision))
     shards = shards_in(index)
     if missing := [shard for shard in shards if shard not in files]:
@@ -215,18 +211,18 @@ def shards_of(
     return index, shards
 
 
-def headers_of(model: HubModel, folder: Path, shards: Sequence[str]) -> dict[str, SafetensorsFileMetadata]:
+def headers_of(model: HubModel, shards: Sequence[str]) -> dict[str, SafetensorsFileMetadata]:
     """Return the headers of safetensors files, by one request for each, or two if a header is longer than 100 kB."""
     from concurrent.futures import ThreadPoolExecutor
 
     from huggingface_hub import HfApi
 
     asked = functools.partial(HfApi().parse_safetensors_file_metadata, model.repository, revision=model.revision)
-    with hub_errors.converted(model, folder), ThreadPoolExecutor(_AT_A_TIME) as pool:
+    with hub_errors.converted(model), ThreadPoolExecutor(_AT_A_TIME) as pool:
         return dict(zip(shards, pool.map(asked, shards), strict=True))
 
 
-def downloaded(model: HubModel, folder: Path) -> HubModel:
+def downloaded(model: HubModel) -> HubModel:
     """Download a model's weights, and the other files that belong to it, into the cache.
 
     Weights that are in the cache are not requested again if the user forbids requests (`HF_HUB_OFFLINE=1`), or for a
@@ -238,7 +234,7 @@ def downloaded(model: HubModel, folder: Path) -> HubModel:
     Raises:
         SystemFailureError: the disk is full. Other errors are those of `pinned`.
     """
-    found = pinned(model, folder)
+    found = pinned(model)
     cached = cached_folder(found)
     is_enough = cached is not None and bool(complete_weights(cached))
     if is_enough and (model.is_commit or is_offline()):
@@ -246,26 +242,26 @@ def downloaded(model: HubModel, folder: Path) -> HubModel:
     from huggingface_hub import snapshot_download
 
     try:
-        files = files_of(found, folder)
+        files = files_of(found)
     except Exception as error:
         if is_enough and hub_errors.is_unreachable(error):
             return found
         raise
-    wanted = _wanted(found, folder, files)
+    wanted = _wanted(found, files)
     if cached is not None and all((cached / name).is_file() for name in wanted):
         return found
-    with hub_errors.converted(found, folder), _without_bars(always=False):
+    with hub_errors.converted(found), _without_bars(always=False):
         patterns = [re.sub(r"([\[\]*?])", r"[\1]", name) for name in wanted]
         snapshot_download(found.repository, revision=found.revision, allow_patterns=patterns)
     return found
 
 
-def _wanted(model: HubModel, folder: Path, files: Mapping[str, int | None]) -> list[str]:
+def _wanted(model: HubModel, files: Mapping[str, int | None]) -> list[str]:
     """Return the files to download: the weights in one format, and the small files that belong to a model."""
     wanted = [name for name in files if name.endswith(_OTHER_FILES) and not name.endswith(INDEX)]
     chosen = next((name for name in WEIGHTS if name in files), None)
     if chosen is not None:
-        index, shards = shards_of(model, folder, chosen, files)
+        index, shards = shards_of(model, chosen, files)
         wanted += shards if index is None else [chosen, *shards]
     return wanted
 
@@ -291,7 +287,7 @@ def _without_configuration(model: HubModel) -> RequestError:
     """Return the error for a repository that is not a model of transformers, which says what it is."""
     names: Collection[str] = ()
     with contextlib.suppress(Exception):
-        names = files_of(model, Path())
+        names = files_of(model)
     what = f"{model} on the Hub has no {configuration.NAME}"
     for ending, kind, hint in _OTHER_KINDS:
         if any(name.endswith(ending) for name in names):

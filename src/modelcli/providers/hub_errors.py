@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 from collections.abc import Iterator
-from pathlib import Path
 
 from modelcli.errors import FileFormatError, ModelcliError, RequestError, SystemFailureError, did_you_mean
 from modelcli.providers.hub_names import HubModel, cached_repositories
@@ -18,19 +17,18 @@ _UNREACHED = frozenset({"TransportError", "ConnectionError"})
 
 
 @contextlib.contextmanager
-def converted(model: HubModel, folder: Path) -> Iterator[None]:
+def converted(model: HubModel) -> Iterator[None]:
     """Raise a ModelcliError for each error of huggingface_hub in the block.
 
     Args:
         model: the requested model.
-        folder: relative paths start here: the hint names a folder with the name of the model.
     """
     try:
         yield
     except ModelcliError:
         raise
     except Exception as error:
-        raise _convert(error, model, folder) from error
+        raise _convert(error, model) from error
 
 
 def is_unreachable(error: BaseException) -> bool:
@@ -46,7 +44,7 @@ def is_missing_file(error: BaseException) -> bool:
     return "RemoteEntryNotFoundError" in _kinds(error)
 
 
-def _convert(error: Exception, model: HubModel, folder: Path) -> ModelcliError:
+def _convert(error: Exception, model: HubModel) -> ModelcliError:
     """Return modelcli's error for an error of huggingface_hub or of the system."""
     kinds, status = _kinds(error), _status(error)
     if "OfflineModeIsEnabled" in kinds:
@@ -58,7 +56,7 @@ def _convert(error: Exception, model: HubModel, folder: Path) -> ModelcliError:
     if "RevisionNotFoundError" in kinds:
         return _no_revision(model)
     if "RepositoryNotFoundError" in kinds:
-        return _no_repository(model, folder)
+        return _no_repository(model)
     if "HFValidationError" in kinds:
         return RequestError(f"{model.repository!r} is no name of a model on the Hub", "write hf:ORG/NAME@REVISION")
     if kinds & {"SafetensorsParsingError", "NotASafetensorsRepoError"}:
@@ -115,11 +113,9 @@ def _gated(model: HubModel) -> ModelcliError:
     return SystemFailureError(message, f"accept its terms at {_page(model)}, {then}")
 
 
-def _no_repository(model: HubModel, folder: Path) -> ModelcliError:
+def _no_repository(model: HubModel) -> ModelcliError:
     hints = []
-    if (folder / model.repository).is_dir():
-        hints.append(f"the folder of that name is ./{model.repository}")
-    elif (near := did_you_mean(model.repository, cached_repositories())) is not None:
+    if (near := did_you_mean(model.repository, cached_repositories())) is not None:
         hints.append(near)
     hints.append(f"a private model needs a token: {_LOG_IN}")
     return RequestError(f"the Hub has no model {model.repository}, or you may not see it", "; ".join(hints))

@@ -75,12 +75,12 @@ class HuggingFace(Provider):
     def pinned(self, name: str, folder: Path, *, requests: bool = True) -> str:
         """Return the name of a model of the Hub with the current commit of its revision."""
         model = hub_model(name)
-        return name if model is None else str(hub.pinned(model, folder, requests=requests))
+        return name if model is None else str(hub.pinned(model, requests=requests))
 
     def downloaded(self, name: str, folder: Path) -> str:
         """Download all files of the model into the cache. Returns its name with the commit."""
         model = hub_model(name)
-        return name if model is None else str(hub.downloaded(model, folder))
+        return name if model is None else str(hub.downloaded(model))
 
     def is_partial(self, name: str, folder: Path) -> bool:
         """Whether the weights of a model of the Hub are not in the cache."""

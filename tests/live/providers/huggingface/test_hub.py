@@ -423,8 +423,27 @@ def test_a_missing_model_or_file_is_one_error(
 def test_the_error_for_a_missing_repository_names_the_nearest(cli: Cli, hub: Hub, folder: Path, model: Path) -> None:
     cli("params", f"hf:{NAME}")
     assert f"did you mean {NAME}?" in cli("params", "hf:org/brt", "--json", code=2).error["hint"]
-    (folder / "org" / "brt").mkdir(parents=True)
-    assert "the folder of that name is ./org/brt" in cli("params", "hf:org/brt", "--json", code=2).error["hint"]
+
+
+def test_a_hub_that_does_not_answer_is_told_with_a_folder_that_can_be_read(
+    cli: Cli, hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hint = "-m ./bert names the folder of that name"
+    (folder / "bert").mkdir()
+    assert hint not in cli("params", "hf:bert", "--json", code=2).error["hint"]  # there is nothing in it
+    (folder / "bert" / "model.safetensors").write_bytes(b"damaged")
+    assert hint not in cli("params", "hf:bert", "--json", code=2).error["hint"]
+    tiny.saved("BertForSequenceClassification", folder / "bert")
+    assert hint in cli("params", "hf:bert", "--json", code=2).error["hint"]
+    assert hint in cli("save", "out.pth", "-m", "hf:bert@v2(num_labels=3)", "--json", code=2).error["hint"]
+    hub.status = 503
+    assert hint in cli("params", "hf:bert", "--json", code=5).error["hint"]
+    hub.status = None
+    go_offline(monkeypatch)
+    assert hint in cli("params", "hf:bert", "--json", code=5).error["hint"]
+    assert cli("params", "-m", "./bert", "--json").json["tensors"]
+    (folder / "bert" / "config.json").unlink()  # a checkpoint alone
+    assert hint in cli("params", "hf:bert", "--json", code=5).error["hint"]
 
 
 def test_a_gated_model_with_a_token_that_has_no_access(cli: Cli, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

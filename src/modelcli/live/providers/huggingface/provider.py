@@ -111,7 +111,7 @@ class LiveHuggingFace(LiveProvider):
         from modelcli.live.providers.huggingface import remote_weights
 
         model = hub_model(reference.call.name)
-        return None if model is None else remote_weights.contents_of(model, folder)
+        return None if model is None else remote_weights.contents_of(model)
 
     def fit_state_dict(self, architecture: Architecture, module: nn.Module, state: StateDict) -> FittedStateDict:
         """Give the tensors the keys of the model, as `from_pretrained` does."""

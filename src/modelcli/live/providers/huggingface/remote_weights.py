@@ -18,17 +18,16 @@ if TYPE_CHECKING:
     from huggingface_hub.utils import SafetensorsFileMetadata
 
 
-def contents_of(model: HubModel, folder: Path) -> Contents | None:
+def contents_of(model: HubModel) -> Contents | None:
     """The weights of a model by the headers of its safetensors files; None where the repository has no weights.
 
     Args:
         model: the model, at a commit.
-        folder: what relative paths are seen from, for hints.
 
     Raises RequestError for weights in another format, which have to be downloaded; FileFormatError for headers and
     indexes that are damaged; SystemFailureError where the Hub cannot be reached.
     """
-    files = hub.files_of(model, folder)
+    files = hub.files_of(model)
     name = next((name for name in hub.WEIGHTS if name in files), None)
     if name is None:
         return None
@@ -37,11 +36,11 @@ def contents_of(model: HubModel, folder: Path) -> Contents | None:
             f"{model} on the Hub has its weights in {name} alone, whose shapes can be read only after a download",
             f"{model.download_command} downloads it; --weights none shows what the configuration alone describes",
         )
-    index, shards = hub.shards_of(model, folder, name, files)
+    index, shards = hub.shards_of(model, name, files)
     place = Path(model.reference)
     found = {
         shard: remote.contents_of(place / shard, _document(header), files[shard], model.download_command)
-        for shard, header in hub.headers_of(model, folder, shards).items()
+        for shard, header in hub.headers_of(model, shards).items()
     }
     if index is None:
         return found[name]

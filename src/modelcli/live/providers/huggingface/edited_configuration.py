@@ -155,8 +155,11 @@ def script_lines(text: SourceText, module: PreTrainedModel, original: PreTrained
     edited = of(module, original)
     has_labels = "num_labels" in edited.changed
     lines = [f"model.config.num_labels = {edited.config.num_labels}"] if has_labels else []
-    for (prefix, before), after in zip(named_parts(original), parts_of(edited.config), strict=True):
+    parts = parts_of(edited.config)
+    for (prefix, before), after in zip(named_parts(original), parts, strict=True):
         for name, value in vars(after).items():
+            if any(value is part for part in parts):  # its own values follow
+                continue
             if (has_labels and name in ("id2label", "label2id")) or vars(before).get(name, edited) == value:
                 continue
             shown = str(value) if isinstance(value, torch.dtype) else text.value(value)

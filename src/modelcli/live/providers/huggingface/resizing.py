@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +19,8 @@ from modelcli.live.meta_models import build_on_meta
 from modelcli.live.providers.huggingface.configurations import parts_of
 from modelcli.live.providers.huggingface.embeddings import with_tokens
 from modelcli.live.resizing import Resizing
+from modelcli.live.script import access_paths
+from modelcli.live.script.source_text import InexpressibleError
 from modelcli.live.sources import named_tensors
 from modelcli.live.surgery.input_channels import adapted
 
@@ -30,6 +32,10 @@ if TYPE_CHECKING:
 #: What a configuration calls these sizes.
 _ENTRIES = {"image_size": "image_size", "in_channels": "num_channels"}
 _INTERPOLATE = "interpolate_pos_encoding"
+#: The dimensions of position embeddings with one for a batch, as they are interpolated.
+_WITH_BATCH = 3
+#: How many statements of a script a resize may take.
+_MOST_LINES = 16
 
 
 def resizing(model: PreTrainedModel, what: str, size: int) -> Resizing | None:
@@ -42,7 +48,8 @@ def resizing(model: PreTrainedModel, what: str, size: int) -> Resizing | None:
         return None
     before = values[-1] if isinstance(values[-1], int) else (int(values[-1][0]), int(values[-1][1]))
     change = _ConfigurationChange(type(model), model.config, entry, size)
-    return Resizing(before, change.carry_out)
+    statements = None if what == "in_channels" else partial(change.statements, model)
+    return Resizing(before, change.carry_out, statements)
 
 
 def _is_size(value: object) -> bool:
@@ -126,13 +133,49 @@ class _ConfigurationChange:
             if name in old and name in present and old[name].shape != tensor.shape:
                 self._resize_tensor(module, name, present[name], tensor)
         _set(_give_own_configuration(model), self.entry, self.size)
+        for path, name, value in list(self._attributes(module)):
+            setattr(module.get_submodule(path), name, value)
+
+    def statements(self, module: nn.Module, text: SourceText, place: str) -> list[str]:
+        """What `carry_out` does, as statements for the model at a place of a script, but for the configuration.
+
+        Raises InexpressibleError where these are too many to be read.
+        """
+
+        def expression(path: str) -> str:
+            return place + access_paths.module_expression(module, path).removeprefix("model")
+
+        lines = []
+        old, new, present = named_tensors(self._old), named_tensors(self._new), named_tensors(module)
+        for name, tensor in new.items():
+            if name not in old or name not in present or old[name].shape == tensor.shape:
+                continue
+            path, _, own = name.rpartition(".")
+            if isinstance(present[name], nn.Parameter):
+                tokens = f"torch.empty(1, {tensor.shape[-2]}, {tensor.shape[-1]})"
+                at = expression(self._holder_of(module, name, present[name], tensor))
+                made = f"{at}.{_INTERPOLATE}({tokens}, {self.size}, {self.size}).detach()"
+                if tensor.dim() != _WITH_BATCH:
+                    made += f".reshape({', '.join(map(str, tensor.shape))})"
+                lines.append(f"{expression(path)}.{own}.data = {made}")
+            else:
+                shape = ", ".join(map(str, tensor.shape))
+                lines.append(f"{expression(path)}.{own} = torch.arange({tensor.shape[-1]}).expand({shape})")
+        for path, name, value in self._attributes(module):
+            lines.append(f"{expression(path)}.{name} = {text.value(value)}")
+        if len(lines) > _MOST_LINES:
+            raise InexpressibleError(f"{self.entry}={self.size} changes {len(lines)} tensors and attributes")
+        return lines
+
+    def _attributes(self, module: nn.Module) -> Iterator[tuple[str, str, Any]]:
+        """The plain attributes that the class sets otherwise: the path of each one's module, its name and its value."""
         news = dict(self._new.named_modules(remove_duplicate=False))
         mine = dict(module.named_modules(remove_duplicate=False))
         for path, child in self._old.named_modules(remove_duplicate=False):
             for name, value in vars(child).items():
                 changed = vars(news[path]).get(name)
                 if isinstance(value, _PLAIN) and changed != value and path in mine and name in vars(mine[path]):
-                    setattr(mine[path], name, changed)
+                    yield path, name, changed
 
     def _resize_tensor(self, module: nn.Module, name: str, old: torch.Tensor, new: torch.Tensor) -> None:
         """Put a tensor of the new shape in the place of an old one."""
@@ -159,14 +202,7 @@ class _ConfigurationChange:
 
     def _interpolated(self, module: nn.Module, name: str, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """Position embeddings for the other size, as the model's own class interpolates them for a larger image."""
-        path = name
-        while path:
-            path = path.rpartition(".")[0]
-            holder: Any = module.get_submodule(path)
-            if hasattr(type(holder), _INTERPOLATE):
-                break
-        else:
-            raise self._refusal(name, old, new)
+        holder: Any = module.get_submodule(self._holder_of(module, name, old, new))
         if old.is_meta:
             return torch.empty_like(new, device="meta")
         tokens = new.shape[-2]
@@ -174,6 +210,15 @@ class _ConfigurationChange:
             torch.empty((1, tokens, new.shape[-1]), dtype=old.dtype), self.size, self.size
         )
         return found.detach().reshape(new.shape).to(old.dtype)
+
+    def _holder_of(self, module: nn.Module, name: str, old: torch.Tensor, new: torch.Tensor) -> str:
+        """The path of the module that interpolates a parameter. Raises RequestError if none does."""
+        path = name
+        while path:
+            path = path.rpartition(".")[0]
+            if hasattr(type(module.get_submodule(path)), _INTERPOLATE):
+                return path
+        raise self._refusal(name, old, new)
 
     def _refusal(self, name: str, old: torch.Tensor, new: torch.Tensor) -> RequestError:
         return RequestError(

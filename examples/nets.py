@@ -1,4 +1,4 @@
-"""Two models of one's own."""
+"""Two models of one's own, and a wrapper."""
 
 import torch
 from torch import nn
@@ -23,3 +23,15 @@ class MyLinear(nn.Module):
 
     def forward(self, x):
         return x @ self.W.T + self.b
+
+
+class LoRALinear(nn.Module):
+    def __init__(self, base, r):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.down = nn.Linear(base.in_features, r, bias=False)
+        self.up = nn.Linear(r, base.out_features, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))

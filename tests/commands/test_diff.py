@@ -98,6 +98,7 @@ EDITS = {
     "slice . 0-1,1": "slice . 0-1,1",
     "freeze 3": "split 3.weight 3.q 3.k 3.v",
     "freeze 4": "concat 1.weight 1.bias 1.both",
+    "wrap 3 Sequential(_,PReLU())": "wrap 3 Sequential(_,PReLU())",
 }
 
 

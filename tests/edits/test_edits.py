@@ -99,11 +99,11 @@ def test_the_line_of_an_edit_is_as_a_person_writes_it(edit: Edit, line: str) -> 
 @pytest.mark.parametrize(
     ("line", "message", "hint"),
     [
-        ("", "an empty edit", "replace, set, add"),
-        ("   ", "an empty edit", "replace, set, add"),
+        ("", "an empty edit", "replace, wrap, set, add"),
+        ("   ", "an empty edit", "replace, wrap, set, add"),
         ("frezee features", "no such edit: 'frezee'", "freeze"),
         ("Freeze features", "no such edit: 'Freeze'", "freeze"),
-        ("explode features", "no such edit: 'explode'", "replace, set, add"),
+        ("explode features", "no such edit: 'explode'", "replace, wrap, set, add"),
         ("freeze", "freeze takes at least one target", "freeze features"),
         ("freeze --except a", "freeze takes at least one target", ""),
         ("replace classifier.6", "replace takes a target and a module", "replace classifier.6"),

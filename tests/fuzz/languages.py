@@ -112,7 +112,8 @@ GRAMMAR: Mapping[str, Sequence[str]] = {
         "set <at> <key>=<value> <options>", "set <at> <key>=<call>",
         "slice <at> <digit>-<digit>,<digit> --tied",
         "split <at> <at> <at> --dim <number>", "split <at> <at> <at> --sizes <digit>,<digit>", "concat <at> <at> <at>",
-        "tie <at> <at>", "untie <at>", "<word> <at>", "frezee <at>",
+        "tie <at> <at>", "untie <at>",
+        "wrap <at> 'Sequential(_,<layer>)' <options>", "wrap <at> <quoted> --also <at>", "<word> <at>", "frezee <at>",
     ],
     "operation": [
         "freeze 0", "<edit>", "<edit>", "replace 0 <quoted>", "replace blocks.1 <quoted> --untie --keep-weights",
@@ -122,6 +123,7 @@ GRAMMAR: Mapping[str, Sequence[str]] = {
         "set . heads=None",
         "slice blocks <digit>-<digit>,<digit>", "slice <name> -1,0", "tie <name> <name>", "untie <name>",
         "split <name>.weight <name>.q <name>.k --dim <digit>", "concat 0.weight <name>.weight <name>.both",
+        "wrap <at> 'Sequential(_,<layer>)'", "wrap '**:Linear' 'Sequential(_,Dropout(0.5))'",
         "remove blocks.<digit>", "extract <name>", "freeze <name> --except <at>", "unfreeze <component>",
     ],
     "at": ["0", "<name>", "<name>", "<selector>", "'<selector>'", '"<selector>"', "<component>", "-1", "**:Linear"],
@@ -324,6 +326,7 @@ _EDITS = [
     b"untie 0.weight",
     b"split '**.qkv.*' '**.q.*' '**.k.*' --dim -1 --sizes 4,4",
     b"concat 0.weight blocks.0.weight both.weight --dim 1",
+    b"wrap '**:Linear' 'Sequential(_,Dropout(0.5))' --expect 3",
     b"set '**:BatchNorm1d' momentum=0.5 eps=1e-3 --expect 1",
 ]
 

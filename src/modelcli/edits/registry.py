@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 #: The class of each edit, in the order in which the help lists them.
 _EDITS: Mapping[str, str] = {
     "replace": "modelcli.edits.replace:Replace",
+    "wrap": "modelcli.edits.wrap:Wrap",
     "set": "modelcli.edits.set:Set",
     "add": "modelcli.edits.add:Add",
     "insert": "modelcli.edits.insert:Insert",

@@ -33,7 +33,7 @@ class Replace(Selecting):
         "--also",
         SELECTORS,
         (),
-        "Replace a shared module under these names as well.",
+        "Take a shared module under these names as well.",
         metavar="SELECTOR",
         completes=(MODULES,),
     )

@@ -435,6 +435,21 @@ def holds_hole(value: Value) -> bool:
             return False
 
 
+def holes_in(value: Value) -> int:
+    """Return how many times a value contains `_`, in nested values too."""
+    match value:
+        case Hole():
+            return 1
+        case Call(args=args, kwargs=kwargs):
+            return sum(map(holes_in, (*args, *kwargs.values())))
+        case tuple() | list():
+            return sum(map(holes_in, value))
+        case dict():
+            return sum(map(holes_in, value.values()))
+        case _:
+            return 0
+
+
 def gives(call: Call, argument: str) -> bool:
     """Whether the call, or a call nested in it, passes the keyword argument `argument`."""
     nested = (item for item in (*call.args, *call.kwargs.values()) if isinstance(item, Call))

@@ -17,7 +17,17 @@ from modelcli.live import memory
 from modelcli.live.bounds import Bounds, enforced
 from modelcli.live.closures import Functions
 from modelcli.live.modules import ConstructorError
-from modelcli.live.sources import AnySource, Value, is_composite, is_lazy, named_tensors, row_major, source_of, tag
+from modelcli.live.sources import (
+    AnySource,
+    Value,
+    is_composite,
+    is_lazy,
+    named_tensors,
+    real_tensor,
+    row_major,
+    source_of,
+    tag,
+)
 from modelcli.live.walking import modules_in, require_methods
 
 if TYPE_CHECKING:
@@ -53,7 +63,7 @@ def build_on_meta(construct: Constructor, *, only_if_needed: bool = False, bound
     for number, rung in enumerate(rungs):
         with seeded(0), _sizes_registered() as sizes, enforced(bounds):
             try:
-                module = _moved_to_meta(require_methods(rung(construct)))
+                module = moved_to_meta(require_methods(rung(construct)))
                 if any(t.is_meta and is_composite(t) for t in named_tensors(module).values()) and rung is _under_meta:
                     continue  # a sparse tensor on meta does not know its number of elements
                 return module
@@ -150,7 +160,7 @@ def _parameters_on_meta(construct: Constructor) -> nn.Module:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def _moved_to_meta(module: nn.Module) -> nn.Module:
+def moved_to_meta(module: nn.Module) -> nn.Module:
     """Replace every parameter and buffer of the module by its copy on meta. Tied tensors and views stay so."""
     copies: dict[int, torch.Tensor] = {}
     storages: dict[int, torch.UntypedStorage] = {}
@@ -205,6 +215,31 @@ def separate_meta_copy(module: nn.Module) -> nn.Module:
         return nn.Parameter(view, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else view
 
     return _copied(module, separate, lambda tensor: tensor.detach() if tensor.grad_fn is not None else None)
+
+
+def real_copy(module: nn.Module, *, values: bool) -> nn.Module:
+    """Copy a module on the meta device to tensors on the CPU.
+
+    Args:
+        module: the module. Its tensors have sources if `values` is true.
+        values: whether to read the values of its tensors; else they are whatever is in the memory.
+    """
+
+    def real(tensor: torch.Tensor) -> torch.Tensor:
+        if is_lazy(tensor):
+            kind: Any = type(tensor)
+            lazy: torch.Tensor = kind(dtype=tensor.dtype, requires_grad=tensor.requires_grad)
+            return lazy
+        if is_composite(tensor) or not tensor.is_meta:
+            return tensor
+        made = real_tensor(tensor.detach()) if values else _unset(tensor)
+        return nn.Parameter(made, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+
+    return _copied(module, real, lambda tensor: tensor.detach() if tensor.grad_fn is not None else None)
+
+
+def _unset(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
 
 
 def fake_copy(module: nn.Module, mode: FakeTensorMode) -> nn.Module:

@@ -7,6 +7,9 @@ import re
 from modelcli import installed
 from modelcli.providers.base import Provider
 
+#: Packages with functions that take a module and return it, changed: `weight_norm(Linear(2,3))`.
+WRAPPERS = ("torch.nn.utils.parametrizations",)
+
 
 class TorchNN(Provider):
     """Its models are calls of its classes, so there is no list of them."""
@@ -28,8 +31,11 @@ class TorchNN(Provider):
         return self.class_names()
 
     def owns(self, package: str) -> bool:
-        """Whether a package is `torch.nn`, by any of its names. An empty name, as in `Linear(2,3)`, is one of them."""
-        return package in ("", "torch", "nn", "torch.nn")
+        """Whether a package is `torch.nn`, by any of its names, or one of `WRAPPERS`.
+
+        An empty name, as in `Linear(2,3)`, is one of the names of `torch.nn`.
+        """
+        return package in ("", "torch", "nn", "torch.nn") or package in WRAPPERS
 
 
 PROVIDER = TorchNN()

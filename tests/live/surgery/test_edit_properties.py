@@ -45,6 +45,7 @@ from modelcli.edits.split import Split
 from modelcli.edits.tie import Tie
 from modelcli.edits.unfreeze import Unfreeze
 from modelcli.edits.untie import Untie
+from modelcli.edits.wrap import Wrap
 from modelcli.errors import ModelcliError
 from modelcli.language.expressions import Call, Name, parse
 from modelcli.language.references import Source
@@ -139,6 +140,9 @@ EDITS: dict[type[Edit], st.SearchStrategy[Edit]] = {
     ),
     Concat: st.builds(
         Concat, old=st.lists(selector_texts, min_size=2, max_size=3).map(tuple), new=selector_texts, dim=axes
+    ),
+    Wrap: st.builds(
+        Wrap, target=selector_texts, module=calls, also=st.lists(selector_texts, max_size=2).map(tuple), **picking
     ),
     Slice: st.builds(
         Slice,
@@ -349,6 +353,12 @@ NEW_MODULES = [
     "Sequential(Linear(4,4),ReLU(),PReLU())", "Embedding(5,4)", "GRU(2,_)", "Linear(4,4,dtype=torch.float64)",
     "Linear(4)",
 ]  # fmt: skip
+WRAPPERS = [
+    "Sequential(_,Dropout(0.5))", "Sequential(BatchNorm1d(4),_,Linear(4,4))", "ModuleDict({'inner':_})",
+    "Sequential(Sequential(ReLU(),_))", "torch.nn.utils.parametrizations:weight_norm(_)",
+    "torch.nn.utils.parametrizations:spectral_norm(_,name='weight')", "Linear(4,4)",
+    "TransformerEncoder(_,2,enable_nested_tensor=False)",
+]  # fmt: skip
 SETTINGS = [
     ("momentum", 0.5), ("eps", 0.25), ("affine", False), ("track_running_stats", False), ("bias", False),
     ("inplace", True), ("batch_first", True), ("padding_mode", "reflect"), ("stride", 2), ("gain", None),
@@ -392,6 +402,7 @@ def edits_of(draw: st.DrawFn, model: nn.Module) -> list[Edit]:
         st.builds(Cast, targets=several, dtype=st.sampled_from(["float16", "bfloat16", "float64"]), **less),
         st.builds(Resize, targets=several, what=st.just("vocab_size"), size=st.integers(1, 9)),
         st.builds(Set, targets=several.filter(lambda words: "=" not in "".join(words)), settings=given, **less),
+        st.builds(Wrap, target=target, module=st.sampled_from(WRAPPERS).map(parse), **less),
         st.builds(
             Slice,
             path=st.sampled_from(sequences or paths).map(literal),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+import inspect
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,7 @@ from modelcli.live import providers as halves
 from modelcli.live.build import Architecture
 from modelcli.live.providers.base import LiveProvider
 from modelcli.providers.known_code import runs_known_code
+from modelcli.providers.torch_nn import WRAPPERS
 
 if TYPE_CHECKING:
     from modelcli.live.script.source_text import SourceText
@@ -52,7 +55,15 @@ class LiveTorchNN(LiveProvider):
 
     def find_class(self, package: str, name: str) -> object:
         """A class of `torch.nn`, by any name of that package."""
-        return getattr(nn, name, None)
+        return None if package in WRAPPERS else getattr(nn, name, None)
+
+    def find_function(self, package: str, name: str) -> Callable[..., nn.Module] | None:
+        """A function of `torch.nn.utils.parametrizations` whose first argument is a module, such as `weight_norm`."""
+        found = getattr(importlib.import_module(package), name, None) if package in WRAPPERS else None
+        if not inspect.isfunction(found) or name.startswith("_"):
+            return None
+        first = next(iter(inspect.signature(found).parameters.values()), None)
+        return found if first is not None and first.name == "module" else None
 
     def class_names(self) -> Sequence[str]:
         """Every module class of `torch.nn`."""
@@ -64,7 +75,7 @@ class LiveTorchNN(LiveProvider):
 
     def name_in_script(self, package: str, name: str) -> tuple[str, str]:
         """`nn.Linear`, as everybody writes it."""
-        return "from torch import nn", f"nn.{name}"
+        return "from torch import nn", f"{package.removeprefix('torch.') if package in WRAPPERS else 'nn'}.{name}"
 
 
 def no_weights(weights: str) -> RequestError:

@@ -28,7 +28,7 @@ def maker(
     """Return a function that makes the new modules of one edit, all drawn from one generator, in order."""
     # A dtype that the expression states is kept.
     own_dtype = any(expressions.gives(call, "dtype") for call in calls)
-    placements = [_placement_of(module, old, path, own_dtype=own_dtype) for old, path in targets]
+    placements = [placement_of(module, old, path, own_dtype=own_dtype) for old, path in targets]
     return maker_for_placements(
         placements, calls, context, [path for _, path in targets], on_meta_alone=is_meta(module)
     )
@@ -47,10 +47,7 @@ def maker_for_placements(
     With `on_meta_alone` the modules are made on the meta device, and their values are drawn when they are read. Raises
     RequestError for an expression that states a device.
     """
-    if any(expressions.gives(call, "device") for call in calls):
-        raise RequestError(
-            f"{calls[0]}: device has no place here, since a module goes where the model is", "leave device out"
-        )
+    refuse_device(calls)
 
     def placed(news: Sequence[nn.Module]) -> list[nn.Module]:
         return [placement.apply_to(new) for placement, new in zip(placements, news, strict=True)]
@@ -72,6 +69,14 @@ def maker_for_placements(
         return for_real()
 
     return on_meta if on_meta_alone else in_two_steps
+
+
+def refuse_device(calls: Sequence[Call]) -> None:
+    """Raise RequestError for an expression that states a device."""
+    if any(expressions.gives(call, "device") for call in calls):
+        raise RequestError(
+            f"{calls[0]}: device has no place here, since a module goes where the model is", "leave device out"
+        )
 
 
 def _on_meta(call: Call, path: str, context: Context) -> nn.Module:
@@ -102,7 +107,7 @@ class Placement:
         return new.train(self.training)
 
 
-def _placement_of(module: nn.Module, old: nn.Module, path: str, *, own_dtype: bool) -> Placement:
+def placement_of(module: nn.Module, old: nn.Module, path: str, *, own_dtype: bool) -> Placement:
     """Return the placement of the module that replaces `old`: that of its first float tensor, or of a relative."""
     for above in ancestors(path):
         relative = submodule(module, above)

@@ -36,8 +36,8 @@ from modelcli.wording import listed
 
 
 @dataclass(frozen=True)
-class _Target:
-    """A module to replace: the paths at which it is replaced, and all its paths."""
+class Target:
+    """A module that an edit picks: the paths at which it is picked, and all its paths."""
 
     module: nn.Module
     paths: tuple[str, ...]
@@ -47,7 +47,7 @@ class _Target:
 def carry_out(module: nn.Module, edit: Replace, context: Context) -> Applied[nn.Module]:
     blueprint = blueprint_of(module, context)
     paths = replaced_paths(edit, blueprint)
-    targets = _targets(module, paths)
+    targets = targets_of(module, paths)
     parted = partings([(target.paths, target.everywhere) for target in targets], tied(shown_by(module)))
     if parted and not edit.untie:
         raise RequestError(parted[0].message, parted[0].hint)
@@ -74,14 +74,14 @@ def carry_out(module: nn.Module, edit: Replace, context: Context) -> Applied[nn.
     return Applied(module, [replace(changes[0], resolved=tuple(lines)), *changes[1:]], notes, context.inputs)
 
 
-def _targets(module: nn.Module, paths: Sequence[str]) -> list[_Target]:
+def targets_of(module: nn.Module, paths: Sequence[str]) -> list[Target]:
     """Return the distinct modules at these paths, in order."""
     everywhere = paths_of_modules(module)
     found: dict[int, tuple[nn.Module, list[str]]] = {}
     for path in paths:
         old = submodule(module, path)
         found.setdefault(id(old), (old, []))[1].append(path)
-    return [_Target(old, tuple(named), tuple(everywhere[key])) for key, (old, named) in found.items()]
+    return [Target(old, tuple(named), tuple(everywhere[key])) for key, (old, named) in found.items()]
 
 
 # --- flags -----------------------------------------------------------------------------------------------------------

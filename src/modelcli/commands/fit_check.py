@@ -105,6 +105,13 @@ def _checked(live: Live, applied: AppliedEdits, target: Target, how: str, *, tra
 
         after, _ = opening.open_real(source, (*target.edits, *added))
         unedited, device = really, "cpu"
+
+        def described() -> Any:
+            assert live.architecture is not None
+            if not live.architecture.provider.has_descriptions:
+                return None
+            live.architecture.provider.describe_edits(live.architecture, after)
+            return after
     else:
 
         def on_meta(source: Source) -> Any:
@@ -112,7 +119,7 @@ def _checked(live: Live, applied: AppliedEdits, target: Target, how: str, *, tra
             apply_each(unedited, target.edits, target.locations)
             return unedited.module, unedited.inputs
 
-        after, unedited, device = live.module, on_meta, "meta"
+        after, unedited, device, described = live.module, on_meta, "meta", live.described_copy
     return checking.check(
         partial(unedited, source),
         after,
@@ -122,6 +129,7 @@ def _checked(live: Live, applied: AppliedEdits, target: Target, how: str, *, tra
         device=device,
         history=history_of(applied.edits),
         traced=traced,
+        described=described,
     )
 
 

@@ -64,6 +64,7 @@ def check(
     device: str = "meta",
     history: EditHistory = NO_HISTORY,
     traced: bool = False,
+    described: Callable[[], nn.Module | None] = lambda: None,
 ) -> Check:
     """Run `after` on the meta device under the operator rules, or on the CPU.
 
@@ -79,6 +80,8 @@ def check(
         device: `meta` or `cpu`.
         history: the edits at each path, for messages.
         traced: whether the result needs the pass itself.
+        described: makes `after` say of itself what edits made, for a class that goes by its configuration in a forward
+            pass; it is called if `after` fails. It returns None where there is nothing to say.
 
     Raises:
         RequestError: the edited model fails. The message names the module, what flows in, what it expects, and the
@@ -90,6 +93,11 @@ def check(
         return Check(False, f"{stored} is only for storage: no module of torch.nn computes with it")
     counter = MultAdds() if traced and device == "meta" else None
     watch, seen = _pass(after, inputs, device, counter)
+    if seen.failure is not None and (other := described()) is not None:
+        counting = None if counter is None else MultAdds()
+        watching, ran = _pass(other, inputs, device, counting)
+        if ran.failure is None:
+            watch, seen, counter = watching, ran, counting
     if seen.failure is None:
         found = None if counter is None else trace.traced(trace.Ran(seen, watch.subject), inputs, counter)
         called = frozenset(seen.output_shapes)

@@ -80,6 +80,21 @@ class Live:
             self._blueprint = describe(self.module)
         return self._blueprint
 
+    def described_copy(self) -> nn.Module | None:
+        """Return a copy on the meta device that says of itself what edits made, as `modelcli.load` gives it.
+
+        A class may go by its configuration, such as the number of its layers, in a forward pass. None for a model
+        without edits, and for one that cannot be copied.
+        """
+        base = self.architecture
+        if base is None or not self.edits or not base.provider.has_descriptions:
+            return None
+        copied = trace.meta_copy_if_possible(self.module)
+        if copied is self.module:
+            return None
+        base.provider.describe_edits(base, copied)
+        return copied
+
     def describe_loaded(self) -> Blueprint:
         """Return the blueprint of the model that `modelcli.load` makes of it.
 

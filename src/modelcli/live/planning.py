@@ -180,7 +180,11 @@ def traced(live: Live, mode: str = "eval", *, with_values: bool = False, made: T
 
 
 def _forward_pass(live: Live, mode: str, *, with_values: bool = False) -> Traced:
-    return trace.trace(live.module, live.inputs, mode=mode, real=live.real_module if with_values else None)
+    made = trace.trace(live.module, live.inputs, mode=mode, real=live.real_module if with_values else None)
+    if made.trace.reason is None or live.inputs is None or (described := live.described_copy()) is None:
+        return made
+    again = trace.trace(described, live.inputs, mode=mode)
+    return made if again.trace.reason is not None else again
 
 
 __all__ = ["plan", "record_of", "traced"]

@@ -80,18 +80,20 @@ class _Planning:
 
     def _classes(self, number: int) -> None:
         """Plan the replacement of each classifier."""
-        for path in self._paths("head", "--classes", f"Linear(_,{number})"):
+        base = self.live.architecture
+        width = number + (0 if base is None else base.provider.outputs_beyond_classes(self._module))
+        for path in self._paths("head", "--classes", f"Linear(_,{width})"):
             old = submodule(self._module, path)
             before = resized_calls.size(old, OUTPUTS)
             if before is None:
                 raise RequestError(
                     f"the classifier {path} is {brief(old)}, and adapt replaces Linear and convolutions only",
-                    f"replace it yourself: {command(['replace', selectors.literal(path), f'Linear(_,{number})'])}",
+                    f"replace it yourself: {command(['replace', selectors.literal(path), f'Linear(_,{width})'])}",
                 )
-            if before == number:
+            if before == width:
                 self.notes.append(f"{path} has {counted(number, 'class', 'classes')} already")
             else:
-                self._replace(path, old, OUTPUTS, number)
+                self._replace(path, old, OUTPUTS, width)
 
     # --- the first layer ---------------------------------------------------------------------------------------------
 

@@ -244,6 +244,11 @@ class LiveProvider:
         """
         return None
 
+    @property
+    def has_descriptions(self) -> bool:
+        """Whether its models say of themselves what they are: see `describe_edits`."""
+        return type(self).describe_edits is not LiveProvider.describe_edits
+
     def describe_edits(self, architecture: Architecture, module: nn.Module) -> None:
         """Make an edited model say of itself what it is now, where it carries a configuration; nothing by default.
 
@@ -295,6 +300,14 @@ class LiveProvider:
             library does not say. A path that the model no longer has does no harm.
         """
         return {}
+
+    def outputs_beyond_classes(self, module: nn.Module) -> int:
+        """How many outputs the classifier (`head`) has beyond one for each class: 1 where one is for none of them.
+
+        Args:
+            module: a model of which `landmarks` names the classifier.
+        """
+        return 0
 
     def resizing(self, module: nn.Module, what: str, size: int) -> Resizing | None:
         """How the library gives a model another size, and carries its values over.

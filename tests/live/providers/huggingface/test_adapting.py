@@ -268,3 +268,11 @@ def test_what_does_not_apply_is_an_error(cli: Cli, make: Any, option: str, messa
     saved(make)
     assert message in cli("adapt", option, 7, "-m", "./model/", "-o", "out/", code=2).err
     assert not Path("out").exists()
+
+
+def test_the_classes_of_detr_are_counted_without_that_for_no_object(cli: Cli, folder: Path) -> None:
+    tiny_model("DetrForObjectDetection").save_pretrained(folder / "model")
+    cli("adapt", "--classes", "7", "-m", "./model", "-o", "out/")
+    found = loaded(transformers.DetrForObjectDetection)
+    assert found.config.num_labels == 7
+    assert found.class_labels_classifier.out_features == 8

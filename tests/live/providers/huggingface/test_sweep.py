@@ -38,6 +38,9 @@ QUICK = {
     ("Wav2Vec2ForCTC", "freeze"),
     ("BartForConditionalGeneration", "head"),
     ("DeepseekV3ForCausalLM", "remove first"),
+    ("DetrForObjectDetection", "head"),
+    ("LlavaForConditionalGeneration", "remove first"),
+    ("LlavaForConditionalGeneration", "remove last"),
     ("Dinov2ForImageClassification", "remove last"),
     ("Speech2TextForConditionalGeneration", "remove last"),
     ("ConvNextForImageClassification", "remove last"),
@@ -77,11 +80,10 @@ WITHOUT_LISTS = {
 REFUSED = {
     ("FNetForMaskedLM", "cast"): "does not fit: [1,128,32] float32 flows in",  # its transform gives float32
     ("WavLMForCTC", "remove first"): "'WavLMAttention' object has no attribute 'rel_attn_embed'",  # only its first has
-    # transformers takes the outputs of layers by the number that the configuration has of them
-    ("LlavaForConditionalGeneration", "remove first"): "'NoneType' object is not subscriptable",
-    ("LlavaForConditionalGeneration", "remove last"): "'NoneType' object is not subscriptable",
-    ("DetrForObjectDetection", "head"): _NO_HEAD,  # as wide as the labels and one more
 }
+
+#: How many outputs a classifier has beyond one for each label: what is no object.
+BEYOND = {"DetrForObjectDetection": 1}
 
 #: What a configuration cannot say, mostly since the first layer has what others use or lack: the folder is written with
 #: this note, and `modelcli.load` gives the edited model.
@@ -201,14 +203,13 @@ def head(cli: Cli, folder: Path, name: str, form: str) -> None:
         assert _NO_HEAD in done.err, NO_CLASS
         return
     save(real, folder / "model", form)
-    if refused(cli, name, "head", "replace", "@head", "Linear(_,7)"):
-        return
     rows = cli("modules", "./model", "-s", "@head", "--json").json["modules"]
     layers = [real.get_submodule(row["path"]) for row in rows]
+    width = 7 + BEYOND.get(name, 0)
     arguments = {
-        nn.Linear: "Linear(_,7,bias=_)",
-        nn.Conv1d: "Conv1d(_,7,_,bias=_)",
-        nn.Conv2d: "Conv2d(_,7,_,bias=_)",
+        nn.Linear: f"Linear(_,{width},bias=_)",
+        nn.Conv1d: f"Conv1d(_,{width},_,bias=_)",
+        nn.Conv2d: f"Conv2d(_,{width},_,bias=_)",
     }
     cli("replace", "@head", arguments[type(layers[0])], "-m", "./model", "-o", "out/")
     config = copy.deepcopy(real.config)

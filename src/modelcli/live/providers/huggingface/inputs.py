@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -35,17 +36,18 @@ _SOUND = ("input_features", "input_values")
 _DECODER = ("decoder_input_ids", "decoder_input_values")
 
 
-def inputs_of(module: nn.Module) -> Inputs | None:
+def inputs_of(module: nn.Module, described: Callable[[], nn.Module] | None = None) -> Inputs | None:
     """The inputs of a model of transformers; None where it takes something that is not known here.
 
     Args:
         module: the model on the meta device, as it was built or edited.
+        described: makes a copy of it whose configuration says what edits made, for a class that goes by it.
     """
     from transformers import PreTrainedModel
 
     if not isinstance(module, PreTrainedModel):
         return None
-    model = _Model(module)
+    model = _Model(module, described)
     names = model.names()
     made: list[InputText] = []
     for name in names:
@@ -91,6 +93,7 @@ class _Model:
     """A model, and what its configuration says of what flows in."""
 
     module: Any
+    described: Callable[[], nn.Module] | None = None
 
     @property
     def config(self) -> Any:
@@ -255,8 +258,14 @@ class _Model:
             return 0
         image = self.image()
         is_image = image is not None and prod(image) <= _MOST_ELEMENTS
-        found = passes.image_tokens(self.module, image, self.grid()) if is_image else 0
-        return found if found <= _MOST_ELEMENTS // 1_000 else 0
+        return self._image_tokens if is_image and self._image_tokens <= _MOST_ELEMENTS // 1_000 else 0
+
+    @cached_property
+    def _image_tokens(self) -> int:
+        found = passes.image_tokens(self.module, self.image(), self.grid())
+        if found is None and self.described is not None:
+            found = passes.image_tokens(self.described(), self.image(), self.grid())
+        return found or 0
 
     def _merges_by_itself(self) -> bool:
         return not hasattr(self.module, "get_image_features") or "pixel_values" not in self._parameters()

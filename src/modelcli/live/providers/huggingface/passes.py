@@ -91,8 +91,10 @@ def surrounded(device: str) -> Iterator[None]:
         yield
 
 
-def image_tokens(model: Any, shape: tuple[int, ...] | None, grid: tuple[int, int, int]) -> int:
+def image_tokens(model: Any, shape: tuple[int, ...] | None, grid: tuple[int, int, int]) -> int | None:
     """How many features a model of text and images makes of an image, each of which takes the place of a token.
+
+    None where the model makes none: it takes more than an image, or looks into its values.
 
     Args:
         model: the model, on the meta device.
@@ -108,7 +110,7 @@ def image_tokens(model: Any, shape: tuple[int, ...] | None, grid: tuple[int, int
     try:
         with torch.no_grad(), torch.device("meta"), without_checks_of_values():
             made = model.get_image_features(**given)
-    except Exception:  # it takes more than an image, or looks into its values
-        return 0
+    except Exception:  # whatever its class says
+        return None
     found = list(tensors_in(getattr(made, "pooler_output", made)))
     return sum(int(tensor.shape[:-1].numel()) for tensor in found)

@@ -19,6 +19,7 @@ from modelcli.language.references import NamedModel, Reference
 from modelcli.live import bounds, modules
 from modelcli.live.build import Architecture
 from modelcli.live.loading import StateDict
+from modelcli.live.meta_models import meta_copy
 from modelcli.live.providers.base import FittedStateDict, LiveProvider, ModelFolder, refuse_hole
 from modelcli.live.providers.huggingface import configurations, conversion, passes, vetting
 from modelcli.providers import configuration
@@ -153,6 +154,14 @@ class LiveHuggingFace(LiveProvider):
 
         return landmarks.of(module)
 
+    def outputs_beyond_classes(self, module: nn.Module) -> int:
+        """One in the classifiers of DETR and its kind: what is no object."""
+        if not _is_of_transformers(module):
+            return 0
+        from modelcli.live.providers.huggingface import landmarks
+
+        return landmarks.outputs_beyond_labels(module)
+
     def resizing(self, module: nn.Module, what: str, size: int) -> Resizing | None:
         """The tokens by `resize_token_embeddings`, images by another value of the configuration."""
         if not _is_of_transformers(module):
@@ -198,7 +207,12 @@ class LiveHuggingFace(LiveProvider):
         """Dummy inputs by the arguments of `forward` and the configuration."""
         from modelcli.live.providers.huggingface import inputs
 
-        return inputs.inputs_of(module)
+        def described() -> nn.Module:
+            copied = meta_copy(module)
+            self.describe_edits(architecture, copied)
+            return copied
+
+        return inputs.inputs_of(module, described)
 
     def further_inputs(self, module: nn.Module) -> Collection[str] | None:
         """What transformers declares for `**kwargs`, and what the parts of the model take that get them."""

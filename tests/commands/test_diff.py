@@ -99,6 +99,10 @@ EDITS = {
     "freeze 3": "split 3.weight 3.q 3.k 3.v",
     "freeze 4": "concat 1.weight 1.bias 1.both",
     "wrap 3 Sequential(_,PReLU())": "wrap 3 Sequential(_,PReLU())",
+    "freeze 1": "unstack 4.weight 4.rows.*",
+    "unfreeze 1": "unstack 4.weight 4.rows.*; stack 4.rows.* 4.weight --dim 1",
+    "unfreeze 3": "permute 3.weight 1,0",
+    "unfreeze 4": "reshape 4.weight 3,-1",
 }
 
 

@@ -112,6 +112,8 @@ GRAMMAR: Mapping[str, Sequence[str]] = {
         "set <at> <key>=<value> <options>", "set <at> <key>=<call>",
         "slice <at> <digit>-<digit>,<digit> --tied",
         "split <at> <at> <at> --dim <number>", "split <at> <at> <at> --sizes <digit>,<digit>", "concat <at> <at> <at>",
+        "permute <at> <digit>,<digit> <options>", "stack <at> <at> --dim <number>", "unstack <at> <at>",
+        "reshape <at> <digit>,-1 <options>",
         "tie <at> <at>", "untie <at>",
         "wrap <at> 'Sequential(_,<layer>)' <options>", "wrap <at> <quoted> --also <at>", "<word> <at>", "frezee <at>",
     ],
@@ -124,6 +126,7 @@ GRAMMAR: Mapping[str, Sequence[str]] = {
         "slice blocks <digit>-<digit>,<digit>", "slice <name> -1,0", "tie <name> <name>", "untie <name>",
         "split <name>.weight <name>.q <name>.k --dim <digit>", "concat 0.weight <name>.weight <name>.both",
         "wrap <at> 'Sequential(_,<layer>)'", "wrap '**:Linear' 'Sequential(_,Dropout(0.5))'",
+        "permute <name> 1,0", "stack blocks.*.<word> blocks.all", "unstack <name> <name>.*", "reshape <name> 2,-1",
         "remove blocks.<digit>", "extract <name>", "freeze <name> --except <at>", "unfreeze <component>",
     ],
     "at": ["0", "<name>", "<name>", "<selector>", "'<selector>'", '"<selector>"', "<component>", "-1", "**:Linear"],
@@ -327,6 +330,10 @@ _EDITS = [
     b"split '**.qkv.*' '**.q.*' '**.k.*' --dim -1 --sizes 4,4",
     b"concat 0.weight blocks.0.weight both.weight --dim 1",
     b"wrap '**:Linear' 'Sequential(_,Dropout(0.5))' --expect 3",
+    b"stack '**.experts.*.w1' '**.experts.w1' --dim -1",
+    b"unstack '**.experts.w1' '**.experts.[0-7].w1'",
+    b"permute '**.c_proj.weight' 1,0 --except=bn",
+    b"reshape '**.qkv.weight' 3,-1,4 --expect 1",
     b"set '**:BatchNorm1d' momentum=0.5 eps=1e-3 --expect 1",
 ]
 

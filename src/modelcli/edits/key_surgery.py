@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from modelcli.edits.applied import Applied, Change, Context
 from modelcli.edits.base import Edit
 from modelcli.edits.declaring import Kind
 from modelcli.edits.key_names import check_names
-from modelcli.edits.picking import names_of_one
+from modelcli.edits.picking import names_of_one, tie_notes
 from modelcli.errors import RequestError
 from modelcli.language import selectors
 from modelcli.language.quoting import quoted
@@ -35,6 +35,19 @@ class Match:
 
     old: tuple[str, ...]
     new: tuple[str, ...]
+
+
+class Targeting(Protocol):
+    """An edit of the tensors that selectors pick."""
+
+    @property
+    def targets(self) -> tuple[str, ...]: ...
+
+    @property
+    def without(self) -> tuple[str, ...]: ...
+
+    @property
+    def expect(self) -> int | None: ...
 
 
 class Result(NamedTuple):
@@ -111,6 +124,19 @@ def matching(edit: Edit, old: str, others: Sequence[str], model: StateDictModel)
         yield name, [new for each in made if (new := each(name)) is not None]
 
 
+def picked(edit: Targeting, model: StateDictModel) -> tuple[list[Match], list[str]]:
+    """Return the tensors that an edit changes under their own names, all those of a tied one, and notes on ties."""
+    blueprint = model.blueprint
+    found = selectors.select_tensors(blueprint, edit.targets, without=edit.without, expect=edit.expect)
+    there = [name for name in found if name in model.entries]
+    if not there:
+        raise RequestError(f"{found[0]} lies inside an entry of the file that is no tensor", "name a tensor")
+    known = blueprint.by_name
+    chosen = {known[name].identity for name in there}
+    names = [name for name in tensor_names(model) if known[name].identity in chosen]
+    return [Match((name,), (name,)) for name in names], tie_notes(names_of_one(blueprint), there, "changed")
+
+
 def no_tensor(pattern: str, blueprint: Blueprint, line: str) -> RequestError:
     """Return the error for a pattern that no key matches."""
     selector = selectors.parse(pattern)
@@ -176,7 +202,7 @@ def narrowed(tensor: StateDictTensor, dim: int, start: int, length: int) -> Stat
     )
 
 
-def _plain_tensors(edit: Edit, model: StateDictModel, names: Collection[str]) -> None:
+def require_plain(edit: Edit, model: StateDictModel, names: Collection[str]) -> None:
     """Raise RequestError for a tensor whose elements cannot be taken apart or joined alone."""
     known = model.blueprint.by_name
     for name in names:
@@ -208,11 +234,16 @@ def _plain_tensors(edit: Edit, model: StateDictModel, names: Collection[str]) ->
 
 
 def carried_out(
-    edit: Edit, model: StateDictModel, matches: Sequence[Match], make: Make, context: Context
+    edit: Edit,
+    model: StateDictModel,
+    matches: Sequence[Match],
+    make: Make,
+    context: Context,
+    notes: Sequence[str] = (),
 ) -> Applied[StateDictModel]:
     """Return the model with new tensors in the places of those that they are made of.
 
-    Old tensors that are tied, and all taken in the same way, give new ones that are tied.
+    Old tensors that are tied, and all taken in the same way, give new ones that are tied. `notes` come before others.
 
     Raises RequestError for tensors that do not fit, and for names that tensors cannot have.
     """
@@ -222,7 +253,7 @@ def carried_out(
             if name in used:
                 raise RequestError(f"{name} would be used twice: for {used[name].new[0]} and for {match.new[0]}")
             used[name] = match
-    _plain_tensors(edit, model, used)
+    require_plain(edit, model, used)
     names = [(name, name) for name in model.entries if name not in used]
     check_names([*names, *((match.old[0], new) for match in matches for new in match.new)], used)
     made = _made(model, matches, make)
@@ -236,7 +267,7 @@ def carried_out(
     touched = {path for name in (*used, *entries.keys() - model.entries.keys()) for path in ancestors(parent_of(name))}
     result = of_entries(entries, lambda path: _known(model, path, path in touched))
     changes = _changes(edit, model, matches, made)
-    return Applied(result, changes, _tie_notes(model, used), context.inputs)
+    return Applied(result, changes, [*notes, *_tie_notes(model, used)], context.inputs)
 
 
 def _made(model: StateDictModel, matches: Sequence[Match], make: Make) -> dict[Match, dict[str, StateDictTensor]]:
@@ -287,24 +318,20 @@ def _changes(
     edit: Edit, model: StateDictModel, matches: Sequence[Match], made: dict[Match, dict[str, StateDictTensor]]
 ) -> list[Change]:
     """Return a change for each match, or one for all of many."""
-    if len(matches) > _ROWS:
-        old = {model.tensors[name].identity: model.tensors[name] for match in matches for name in match.old}
-        new = {tensor.identity: tensor for tensors in made.values() for tensor in tensors.values()}
-        before, after = (counted(sum(len(each) for each in names), "key") for names in (
-            [match.old for match in matches], [match.new for match in matches]
-        ))  # fmt: skip
-        changes = [Change("", edit.name, before, after, _parameters(old.values()), _parameters(new.values()))]
-    else:
-        changes = []
-        for match in matches:
-            own = {name: model.tensors[name] for name in match.old}
-            path, *others = match.old
-            before = f"{list(own[path].shape or ())}" + (f" and {listed(others, _LISTED)}" if others else "")
-            changes.append(
-                Change(path, edit.name, before, _told(made[match]), _parameters(own.values()),
-                       _parameters(made[match].values()))
-            )  # fmt: skip
-    return [replace(changes[0], resolved=(str(edit),)), *changes[1:]]
+    found = []
+    for match in matches:
+        old, new = [model.tensors[name] for name in match.old], made[match]
+        first, *others = match.old
+        before = f"{list(old[0].shape or ())}" + (f" and {listed(others, _LISTED)}" if others else "")
+        after = f"{list(new[first].shape or ())}" if match.new == match.old else _told(new)
+        found.append(Change(first, edit.name, before, after, _parameters(old), _parameters(new.values())))
+    if len(found) > _ROWS:
+        every_old = [name for match in matches for name in match.old]
+        every_new = [tensor for tensors in made.values() for tensor in tensors.values()]
+        before, after = counted(len(every_old), "key"), counted(len(every_new), "key")
+        size, now = _parameters(map(model.tensors.__getitem__, every_old)), _parameters(every_new)
+        found = [Change("", edit.name, before, after, size, now)]
+    return [replace(found[0], resolved=(str(edit),)), *found[1:]]
 
 
 def _told(tensors: dict[str, StateDictTensor]) -> str:

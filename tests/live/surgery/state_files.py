@@ -57,7 +57,7 @@ def assert_same(found: State, expected: State) -> None:
 
 def bits(value: torch.Tensor) -> bytes:
     """Return the bytes of a tensor's elements in row-major order."""
-    own = value.detach().contiguous().clone()
+    own = value.detach().clone(memory_format=torch.contiguous_format)
     return own.reshape(-1).view(torch.uint8).numpy().tobytes() if own.numel() else b""
 
 

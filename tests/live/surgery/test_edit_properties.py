@@ -35,15 +35,19 @@ from modelcli.edits.extract import Extract
 from modelcli.edits.freeze import Freeze
 from modelcli.edits.init import Init
 from modelcli.edits.insert import Insert
+from modelcli.edits.permute import Permute
 from modelcli.edits.remove import Remove
 from modelcli.edits.rename import Rename
 from modelcli.edits.replace import Replace
+from modelcli.edits.reshape import Reshape
 from modelcli.edits.resize import Resize
 from modelcli.edits.set import Set
 from modelcli.edits.slice import Slice
 from modelcli.edits.split import Split
+from modelcli.edits.stack import Stack
 from modelcli.edits.tie import Tie
 from modelcli.edits.unfreeze import Unfreeze
+from modelcli.edits.unstack import Unstack
 from modelcli.edits.untie import Untie
 from modelcli.edits.wrap import Wrap
 from modelcli.errors import ModelcliError
@@ -144,6 +148,20 @@ EDITS: dict[type[Edit], st.SearchStrategy[Edit]] = {
     Wrap: st.builds(
         Wrap, target=selector_texts, module=calls, also=st.lists(selector_texts, max_size=2).map(tuple), **picking
     ),
+    Permute: st.builds(
+        Permute,
+        targets=targets,
+        dims=st.integers(1, 4).flatmap(lambda count: st.permutations(range(count))).map(tuple),
+        **picking,
+    ),
+    Reshape: st.builds(
+        Reshape,
+        targets=targets,
+        shape=st.lists(st.integers(0, 99), min_size=1, max_size=3).map(tuple) | st.sampled_from([(-1,), (3, -1, 4)]),
+        **picking,
+    ),
+    Stack: st.builds(Stack, old=selector_texts, new=selector_texts, dim=axes),
+    Unstack: st.builds(Unstack, old=selector_texts, new=selector_texts, dim=axes),
     Slice: st.builds(
         Slice,
         path=selector_texts,
@@ -413,6 +431,10 @@ def edits_of(draw: st.DrawFn, model: nn.Module) -> list[Edit]:
         st.builds(Untie, names=several),
         st.builds(Split, old=target, new=st.tuples(target, target).filter(lambda names: names[0] != names[1])),
         st.builds(Concat, old=st.tuples(target, target), new=target),
+        st.builds(Stack, old=target, new=target),
+        st.builds(Unstack, old=target, new=target),
+        st.builds(Permute, targets=several, dims=st.sampled_from([(1, 0), (0,)]), **less),
+        st.builds(Reshape, targets=several, shape=st.just((-1,)), **less),
     ]
     return draw(st.lists(st.one_of(kinds), min_size=1, max_size=4))
 

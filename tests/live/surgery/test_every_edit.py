@@ -193,6 +193,21 @@ def put_together(
     return statements
 
 
+def each(pattern: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[State], State]:
+    """Change the tensors whose names match a regular expression; those that are tied stay so."""
+
+    def statements(state: State) -> State:
+        names = [name for name in state if re.fullmatch(pattern, name)]
+        first: dict[int, torch.Tensor] = {}
+        for name in names:
+            key = state[name].data_ptr()
+            first.setdefault(key, change(state[name]).clone(memory_format=torch.contiguous_format))
+            state[name] = first[key]
+        return state
+
+    return statements
+
+
 def both_again(state: State) -> State:
     parts = [part.clone() for part in torch.split(state.pop("shared.weight"), 2)]
     state.pop("again.weight")
@@ -448,6 +463,76 @@ TABLE: dict[tuple[str, str], Cell] = {
     ("concat", "shared"): Cell(
         ("concat shared.weight shared.bias shared.both",), NEEDS_KEYS, "has the shape [4, 4] and shared.bias [4]"
     ),
+    ("stack", "Sequential"): Cell(
+        ("stack seq.[0,3].weight seq.weight",),
+        NEEDS_KEYS,
+        put_together(torch.stack, ("seq.weight", "seq.0.weight", "seq.3.weight")),
+    ),
+    ("stack", "ModuleList"): Cell(
+        ("stack blocks.*.{weight,bias} blocks.{weight,bias} --dim -1",),
+        NEEDS_KEYS,
+        put_together(
+            lambda parts: torch.stack(parts, -1),
+            *((f"blocks.{name}", f"blocks.0.{name}", f"blocks.1.{name}") for name in ("weight", "bias")),
+        ),
+    ),
+    ("stack", "ModuleDict"): Cell(("stack heads.*.weight all",), NEEDS_KEYS, "* stands for 'left' in heads.left"),
+    ("stack", "child"): Cell(("stack fc.weight fc.all",), NEEDS_KEYS, "one more for the number"),
+    ("stack", "shared"): Cell(
+        ("stack {shared,again}.weight both",), NEEDS_KEYS, "one more for the number: * or [0-7]"
+    ),
+    ("stack", "root"): Cell(("stack **.*.weight **.weight",), NEEDS_KEYS, "which is no number"),
+    ("unstack", "Sequential"): Cell(
+        ("unstack seq.3.weight seq.3.rows.*",),
+        NEEDS_KEYS,
+        taken_apart(torch.unbind, ("seq.3.weight", *(f"seq.3.rows.{row}" for row in range(4)))),
+    ),
+    ("unstack", "ModuleList"): Cell(
+        ("unstack blocks.*.weight blocks.*.[5-8].column --dim 1",),
+        NEEDS_KEYS,
+        taken_apart(
+            lambda value: torch.unbind(value, 1),
+            *((f"blocks.{n}.weight", *(f"blocks.{n}.{column}.column" for column in range(5, 9))) for n in (0, 1)),
+        ),
+    ),
+    ("unstack", "ModuleDict"): Cell(
+        ("unstack heads.left.weight heads.left.[0-2]",), NEEDS_KEYS, "which makes 2 tensors, and [0-2] takes 3 numbers"
+    ),
+    ("unstack", "child"): Cell(
+        ("unstack fc.bias fc.bias.*",),
+        NEEDS_KEYS,
+        taken_apart(torch.unbind, ("fc.bias", *(f"fc.bias.{place}" for place in range(4)))),
+    ),
+    ("unstack", "shared"): Cell(("unstack again again.*",), NEEDS_KEYS, "'again' is a module, not a key"),
+    ("unstack", "root"): Cell(("unstack ** **.*",), NEEDS_KEYS, "and so no axis 0"),
+    ("permute", "Sequential"): Cell(("permute seq.3.weight 1,0",), NEEDS_KEYS, each("seq.3.weight", torch.t)),
+    ("permute", "ModuleList"): Cell(
+        ("permute blocks.*.weight 1,0",), NEEDS_KEYS, each("blocks.[01].weight", torch.t)
+    ),
+    ("permute", "ModuleDict"): Cell(
+        ("permute heads 1,0 --except **.bias",), NEEDS_KEYS, each(r"heads\..*\.weight", torch.t)
+    ),
+    ("permute", "child"): Cell(("permute fc.weight 0,1",), NEEDS_KEYS, each("fc.weight", torch.clone)),
+    ("permute", "shared"): Cell(
+        ("permute again.weight 1,0",), NEEDS_KEYS, each("(shared|again).weight", torch.t)
+    ),
+    ("permute", "root"): Cell(("permute . 1,0",), NEEDS_KEYS, "[4], which is 1 axis, not 2"),
+    ("reshape", "Sequential"): Cell(
+        ("reshape seq.3.weight 2,-1",), NEEDS_KEYS, each("seq.3.weight", lambda value: value.reshape(2, -1))
+    ),
+    ("reshape", "ModuleList"): Cell(
+        ("reshape blocks -- -1,1",), NEEDS_KEYS, each(r"blocks\..*", lambda value: value.reshape(-1, 1))
+    ),
+    ("reshape", "ModuleDict"): Cell(
+        ("reshape heads.left.weight 8",), NEEDS_KEYS, each("heads.left.weight", torch.flatten)
+    ),
+    ("reshape", "child"): Cell(("reshape fc.bias 3",), NEEDS_KEYS, "which are 4 elements, and 3 has 3"),
+    ("reshape", "shared"): Cell(
+        ("reshape {shared,again}.weight 16,1",),
+        NEEDS_KEYS,
+        each("(shared|again).weight", lambda value: value.reshape(16, 1)),
+    ),
+    ("reshape", "root"): Cell(("reshape . 4,-1",), NEEDS_KEYS, "1 elements do not fit into 4,-1"),
     ("concat", "root"): Cell(("concat **.weight **.other **.both",), NEEDS_KEYS, ".other is not"),
     ("freeze", "Sequential"): Cell(("freeze seq.0",), flags("seq.0", first=False)),
     ("freeze", "ModuleList"): Cell(("freeze blocks",), flags("blocks", first=False)),

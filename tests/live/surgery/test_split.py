@@ -94,6 +94,17 @@ def test_tied_tensors_have_tied_parts_and_a_name_that_is_left_is_told(cli: Cli) 
     assert found["a.x"].data_ptr() == found["b.x"].data_ptr()
 
 
+def test_what_is_shown_of_few_and_of_many(cli: Cli) -> None:
+    torch.save({f"h.{layer}.w": torch.ones(2, 3) for layer in range(25)}, "a.pth")
+    assert (
+        "h.3.w  [2, 3]  ->  h.3.a, h.3.b [1, 3]  same size"
+        in cli("split", "h.3.w", "h.3.a", "h.3.b", "-m", "a.pth").out
+    )
+    shown = cli("split", "h.*.w", "h.*.a", "h.*.b", "-m", "a.pth").out
+    assert ".  25 keys  ->  50 keys  same size" in shown
+    assert "params:      150" in shown
+
+
 def test_flags_and_kinds_stay(cli: Cli) -> None:
     torch.save(attention(), "a.pth")
     cli("apply", "-m", "a.pth", "-e", "freeze h.0", "-e", " ".join(f"'{word}'" for word in QKV), "-o", "b.pth")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from modelcli.edits.key_surgery import Match
-from modelcli.live.script.source_text import WIDTH, quoted
+from modelcli.live.script.source_text import STATEMENTS, WIDTH, loop, quoted
 from modelcli.live.script.state import State
 from modelcli.model.state_dict import StateDictModel
 
@@ -53,6 +53,26 @@ def of_several(matches: Sequence[Match], model: StateDictModel, state: State, ma
         "state = made",
         *_ties(matches, model),
     ]
+
+
+def in_place(matches: Sequence[Match], model: StateDictModel, call: str) -> list[str]:
+    """Return the statements that give tensors other elements under their own names.
+
+    Args:
+        matches: the tensors.
+        model: the model before the edit.
+        call: what makes the new tensor of the old one: `.permute(1, 0)`.
+    """
+    ties = _ties(matches, model)
+    seen: set[int] = set()
+    names = []
+    for name in (match.old[0] for match in matches):
+        if model.tensors[name].identity not in seen:
+            seen.add(model.tensors[name].identity)
+            names.append(name)
+    if len(names) <= STATEMENTS:
+        return [*(f"state[{quoted(name)}] = state[{quoted(name)}]{call}{OWN}" for name in names), *ties]
+    return [*loop("key", names, f"state[key] = state[key]{call}{OWN}"), *ties]
 
 
 def _names(pairs: Iterable[tuple[str, Sequence[str]]]) -> list[str]:

@@ -2,58 +2,96 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
+from modelcli.edits.declaring import FLAG, option
 from modelcli.edits.holders import Holder, StateDictHolder, is_numbered
 from modelcli.edits.picking import are_numbers
 from modelcli.edits.placing import Arranged, Placing, renumber_option
-from modelcli.errors import RequestError
+from modelcli.errors import RequestError, did_you_mean
+from modelcli.language import selectors
+from modelcli.language.expressions import Call
 from modelcli.language.quoting import quoted
 from modelcli.model.paths import joined, shown
 from modelcli.model.state_dict import StateDictModel, split_key
+from modelcli.wording import listed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Insert(Placing):
     """Insert a module before a position of a sequence whose children are `0..n-1`; later children move up.
 
-    `renumber` treats the numbered children in a state dict of unknown architecture as such a sequence.
+    `renumber` treats the numbered children in a state dict of unknown architecture as such a sequence. With `after` the
+    path is that of a child, and the module comes after it; among children with names it gets the lower-case name of its
+    class, with a number from 2 on if that is taken.
     """
 
     renumber: bool = renumber_option()
+    after: bool = option(
+        "--after", FLAG, False, "Insert after the child of that path; children with names keep their names."
+    )
 
     name: ClassVar[str] = "insert"
     summary: ClassVar[str] = "Insert a module before a position of a Sequential or ModuleList; later children move up."
     effect: ClassVar[str] = (
-        "inserts a module before that position of a `Sequential` or `ModuleList`; later children move up"
+        "inserts a module before that position of a `Sequential` or `ModuleList`; later children move up. `--after` "
+        "puts it behind the child of that path, which may have a name: `insert features.norm5 ReLU --after` adds "
+        "`features.relu`, or `features.relu_2` if there is one"
     )
     in_pytorch: ClassVar[str] = "`model.features.insert(1, ...)`"
     example: ClassVar[str] = "features.1 'BatchNorm2d(64)'"
     examples: ClassVar[tuple[str, ...]] = (
         "modelcli insert features.1 'BatchNorm2d(_)' -m squeezenet1_1 -o out.pth",
         "modelcli insert classifier.0 'Dropout(0.2)' -m alexnet",
+        "modelcli insert features.norm5 'Dropout(0.2)' --after -m densenet121",
     )
     handler: ClassVar[str] = "modelcli.live.surgery.insert"
     moves_paths: ClassVar[bool] = True
 
     def name_in(self, holder: Holder, word: str) -> str:
         where, size = _describe(holder), len(holder.children)
+        if self.after and holder.is_sequence and not is_numbered(holder):
+            _child_meant(holder, word)
+            return _free_name(holder, self.module)
         if not is_numbered(holder):
+            is_child = holder.is_sequence and selectors.plain(word) in holder.children
             raise RequestError(
                 f"insert needs a Sequential or ModuleList with children 0 to n-1; {where} is neither",
-                f"add {quoted(joined(holder.path, 'NAME'))} MODULE puts a child with a name at the end",
+                f"insert {quoted(joined(holder.path, word))} MODULE --after puts it behind that child"
+                if is_child
+                else f"add {quoted(joined(holder.path, 'NAME'))} MODULE puts a child with a name at the end",
             )
+        if self.after:
+            return str(_position_after(holder, word, size))
         position = position_of(word, size)
         if position is None or not 0 <= position <= size:
             raise _refuse_position(word, holder, size, f"append {quoted(shown(holder.path))}")
         return str(position)
 
     def arranged(self, holder: Holder, name: str) -> Mapping[str, str | None]:
+        if self.after and not are_numbers([name]):
+            before = _child_meant(holder, selectors.parse(self.path).components[-1])
+            children: dict[str, str | None] = {}
+            for child in holder.children:
+                children[child] = child
+                if child == before:
+                    children[name] = None
+            return children
         found: dict[str, str | None] = {_moved_up(child, int(name)): child for child in holder.children}
         found[name] = None
         return dict(sorted(found.items(), key=lambda item: int(item[0])))
+
+    def settled(self, holder: str, name: str, module: Call) -> Self:
+        if self.after and are_numbers([name]):
+            return replace(super().settled(holder, name, module), after=False)
+        if self.after:
+            own = selectors.parse(self.path).components[-1]
+            return super().settled(holder, selectors.plain(own) or own, module)
+        return super().settled(holder, name, module)
 
     def placed(self, model: StateDictModel) -> tuple[str, Arranged]:
         path, word = self.place(model.blueprint)
@@ -65,6 +103,8 @@ class Insert(Placing):
         _require_numbers(holder.children, holder.path, self.renumber)
         entries = [split_key(name)[1] for name in holder.model.own_entries[holder.path]]
         numbers = [int(name) for name in (*entries, *holder.children) if are_numbers([name])]
+        if self.after:
+            word = str(1 + _number_meant(holder, word, numbers))
         position = position_of(word, len(numbers))
         if word.startswith("-") and position is not None and position >= 0:
             position = sorted(numbers)[position]
@@ -74,6 +114,46 @@ class Insert(Placing):
         name, there = str(position), holder.paths
         children = {new: None if old is None else there[old] for new, old in self.arranged(holder, name).items()}
         return Arranged(name, children, {entry: _moved_up(entry, position) for entry in entries})
+
+
+def _child_meant(holder: Holder, word: str) -> str:
+    """Return the name of the child that a word means. Raises RequestError if there is none."""
+    name = selectors.plain(word)
+    if name is None or name not in holder.children:
+        raise RequestError(
+            f"{_describe(holder)} has no child {word!r}",
+            did_you_mean(word, holder.children) or f"it has {listed(holder.children, 8)}",
+        )
+    return name
+
+
+def _free_name(holder: Holder, module: Call) -> str:
+    """Return the lower-case name of a module's class, with a number behind it if the holder has that name."""
+    name = re.split(r"[.:]", module.name)[-1].lower()
+
+    def is_taken(name: str) -> bool:
+        return name in holder.children or holder.has_tensor(name) or holder.has_attribute(name)
+
+    candidates = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
+    return next(free for free in candidates if not is_taken(free))
+
+
+def _position_after(holder: Holder, word: str, size: int) -> int:
+    """Return the position behind the child that a word means, in a sequence with `size` numbered children."""
+    position = position_of(word, size)
+    if position is None or not 0 <= position < size:
+        raise _refuse_position(word, holder, size, f"append {quoted(shown(holder.path))}")
+    return position + 1
+
+
+def _number_meant(holder: Holder, word: str, numbers: Sequence[int]) -> int:
+    """Return the number that a word means among the numbers of children and tensors; there may be gaps."""
+    position = position_of(word, len(numbers))
+    if word.startswith("-") and position is not None and position >= 0:
+        position = sorted(numbers)[position]
+    if position is None or position < 0:
+        raise _refuse_position(word, holder, len(numbers), f"append {quoted(shown(holder.path))}")
+    return position
 
 
 def _describe(holder: Holder) -> str:

@@ -87,6 +87,11 @@ class Placing(Edit):
         """Return the names of all children in order, each with its old name; the new child's old name is None."""
         return {child: child for child in holder.children} | {name: None}
 
+    def settled(self, holder: str, name: str, module: Call) -> Self:
+        """Return the edit without patterns and holes: it puts the module into that holder, under that name."""
+        path = holder if self.line_names_holder else joined(holder, name)
+        return replace(self, path=selectors.literal(path), module=module)
+
     #: Whether the resolved line has the path of the module that gets a child, and not that of the child.
     line_names_holder: ClassVar[bool] = False
 
@@ -153,7 +158,7 @@ def put_new(
     handler = edit.handler_module()
     call, new = handler.new_for_state_dict(edit, model, context, path, there)
     children = {name: new if child is None else child for name, child in arranged.children.items()}
-    line = str(replace(edit, path=selectors.literal(path if edit.line_names_holder else there), module=call))
+    line = str(edit.settled(path, arranged.name, call))
     change = Change(there, edit.name, "", new.brief, 0, new.params, (line,))
     return Applied(model.with_children(path, children, arranged.entries), [change], inputs=context.inputs)
 

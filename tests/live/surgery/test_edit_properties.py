@@ -119,7 +119,7 @@ KEPT = st.sampled_from((None, "overlap", "sum", "mean"))
 EDITS: dict[type[Edit], st.SearchStrategy[Edit]] = {
     Replace: st.builds(Replace, target=selector_texts, module=calls, keep_weights=KEPT, untie=st.booleans(), **picking),
     Add: st.builds(Add, **placing),
-    Insert: st.builds(Insert, **placing, renumber=st.booleans()),
+    Insert: st.builds(Insert, **placing, renumber=st.booleans(), after=st.booleans()),
     Append: st.builds(Append, **placing),
     Remove: st.builds(Remove, targets=targets, renumber=st.booleans(), **picking),
     Extract: st.builds(Extract, path=selector_texts),
@@ -409,7 +409,7 @@ def edits_of(draw: st.DrawFn, model: nn.Module) -> list[Edit]:
     kinds: list[st.SearchStrategy[Edit]] = [
         st.builds(Replace, target=target, module=new, keep_weights=KEPT, untie=st.booleans(), **less),
         st.builds(Add, path=free, module=new),
-        st.builds(Insert, path=numbered, module=new),
+        st.builds(Insert, path=numbered | place, module=new, after=st.booleans()),
         st.builds(Append, path=st.sampled_from(sequences or paths).map(literal), module=new),
         st.builds(Remove, targets=several, **less),
         st.builds(Extract, path=place),

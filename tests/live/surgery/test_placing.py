@@ -67,6 +67,79 @@ def test_a_named_sequence_keeps_its_names() -> None:
         modelcli.apply(model, "insert 0 ReLU")
 
 
+def stages() -> nn.Sequential:
+    return nn.Sequential(OrderedDict(first=nn.Conv2d(3, 6, 3), batchnorm2d=nn.BatchNorm2d(6), last=nn.Conv2d(6, 8, 3)))
+
+
+@pytest.mark.parametrize(
+    ("lines", "names"),
+    [
+        (["insert first BatchNorm2d(_) --after"], ["first", "batchnorm2d_2", "batchnorm2d", "last"]),
+        (["insert last BatchNorm2d(_) --after"], ["first", "batchnorm2d", "last", "batchnorm2d_2"]),
+        (["insert first torch.nn:PReLU(_) --after"], ["first", "prelu", "batchnorm2d", "last"]),
+        (["insert first ReLU --after"] * 3, ["first", "relu_3", "relu_2", "relu", "batchnorm2d", "last"]),
+    ],
+)
+def test_a_child_goes_behind_one_with_a_name(lines: list[str], names: list[str]) -> None:
+    """What is there keeps its name and its place; each new child goes right behind the one that is named."""
+    model = modelcli.apply(stages(), *lines, input_size=IMAGE)
+    assert list(model._modules) == names
+    assert model(torch.randn(IMAGE)).shape == (1, 8, 5, 5)
+
+
+def test_behind_a_named_child_of_a_library_model(cli: Cli) -> None:
+    from torchvision.models import densenet121
+
+    line = "insert features.norm0 'PReLU(_)' --after"
+    shown = cli("apply", "-m", "densenet121", "-e", line, "-o", "out.pth").out
+    assert "features.prelu" in shown
+    torch.manual_seed(0)
+    plain = densenet121()
+    names = list(plain.features._modules)
+    found = modelcli.load("out.pth")
+    assert list(found.features._modules) == [*names[:2], "prelu", *names[2:]]
+    assert found.features.prelu.num_parameters == 64
+    exec(compile(cli("script", "-m", "densenet121", "-e", line, "-o", "by.pth").out, "made.py", "exec"), {})
+    one, other = (torch.load(name, weights_only=True) for name in ("out.pth", "by.pth"))
+    assert list(one) == list(other)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_behind_a_numbered_child_is_before_the_next() -> None:
+    one, other = sequence(), sequence()
+    modelcli.apply(one, "insert 0 PReLU(6) --after", "insert -1 ReLU --after")
+    modelcli.apply(other, "insert 1 PReLU(6)", "append . ReLU")
+    assert repr(one) == repr(other)
+
+
+def test_behind_a_numbered_key(cli: Cli) -> None:
+    state = {f"layers.{number}.weight": torch.full((2, 2), float(number)) for number in range(3)}
+    torch.save(state, "a.pth")
+    cli("insert", "layers.1", "Linear(2,2,bias=False)", "--after", "--renumber", "-m", "a.pth", "-o", "b.pth")
+    found = torch.load("b.pth", weights_only=True)
+    assert list(found) == [f"layers.{number}.weight" for number in range(4)]
+    for new, old in ((0, 0), (1, 1), (3, 2)):
+        assert torch.equal(found[f"layers.{new}.weight"], state[f"layers.{old}.weight"])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("insert frist ReLU --after", "has no child 'frist' did you mean first?"),
+        ("insert first ReLU", "insert first MODULE --after puts it behind that child"),
+        ("insert first.0 ReLU --after", "is neither"),
+        ("insert batchnorm* ReLU --after", "has no child 'batchnorm*'"),
+    ],
+)
+def test_what_no_child_goes_behind(line: str, message: str) -> None:
+    model = stages()
+    before = repr(model)
+    with pytest.raises(RequestError) as caught:
+        modelcli.apply(model, line)
+    assert message in f"{caught.value.message} {caught.value.hint}"
+    assert repr(model) == before
+
+
 def test_a_child_that_is_none_may_be_added(folder: Path) -> None:
     model = nets.Places()
     modelcli.apply(model, "add later Linear(4,4)")

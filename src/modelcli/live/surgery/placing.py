@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import nn
 
 from modelcli.edits.applied import Applied, Change, Context
 from modelcli.edits.placing import Placing, holder_and_name
-from modelcli.language import selectors
 from modelcli.language.expressions import Call
 from modelcli.live.script.new_modules import constructor_call, seed_statements
 from modelcli.live.script.step import Step
@@ -71,7 +70,7 @@ def carry_out(module: nn.Module, edit: Placing, context: Context) -> Applied[nn.
     (call,) = resolved_calls(module, edit.module, [(place, there)], context)
     (new,) = maker(module, [call], context, [(place, there)])()
     holder._modules[name] = new
-    line = str(replace(edit, path=selectors.literal(path if edit.line_names_holder else there), module=call))
+    line = str(edit.settled(path, name, call))
     return Applied(module, [Change(there, edit.name, "", brief(new), 0, count(new), (line,))], inputs=context.inputs)
 
 

@@ -188,3 +188,26 @@ def test_half_the_layers_of_a_vit_run(cli: Cli) -> None:
     kept = [expected.encoder.layers[number] for number in (0, 2, 4)]
     assert [torch.equal(a.ln_1.weight, b.ln_1.weight) for a, b in zip(loaded.encoder.layers, kept, strict=True)]
     assert torch.equal(loaded.encoder.layers[1].mlp[0].weight, kept[1].mlp[0].weight)
+
+
+@pytest.mark.parametrize(("words", "kept"), [("0-2,1-3", (0, 1, 2, 1, 2, 3)), ("3,0", (3, 0))])
+def test_a_llama_with_other_layers_is_what_transformers_loads(cli: Cli, words: str, kept: tuple[int, ...]) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = LlamaConfig(num_hidden_layers=4, vocab_size=50, **sizes)
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained("llama")
+    assert (
+        f"num_hidden_layers: 4 -> {len(kept)}" in cli("slice", "model.layers", words, "-m", "./llama", "-o", "o/").err
+    )
+    found, loading = LlamaForCausalLM.from_pretrained("o", output_loading_info=True)
+    assert not any(loading.values())
+    model.model.layers = nn.ModuleList(deepcopy(model.model.layers[number]) for number in kept)
+    for number, layer in enumerate(model.model.layers):
+        layer.self_attn.layer_idx = number
+    model.config.num_hidden_layers = len(kept)
+    x = torch.arange(6)[None]
+    assert torch.equal(found.eval()(x).logits, model(x).logits)
+    assert torch.equal(modelcli.load("o/").eval()(x).logits, model(x).logits)

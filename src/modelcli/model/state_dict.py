@@ -6,6 +6,7 @@ dtype; the values are converted when the model is written. All functions take ti
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,6 +20,8 @@ from modelcli.model.paths import joined
 from modelcli.model.shared_bytes import Shown
 from modelcli.model.tensors import Kind, Shape, TensorInfo, value_class
 
+#: Each of these numbers stands for 2^40 identities; the tensors of a file have those below.
+_UNUSED = itertools.count(1)
 #: How deep modules may be nested: PyTorch recurses into them, with several stack frames for each level.
 MAX_MODULE_DEPTH = 200
 
@@ -289,8 +292,12 @@ class StateDictModel:
 
     @cached_property
     def next_identity(self) -> int:
-        """The smallest number above the identities of all tensors."""
-        return 1 + max((tensor.identity for tensor in self.tensors.values()), default=0)
+        """The first of 2^40 numbers that no tensor of any model has as its identity.
+
+        An edit numbers its new tensors from here on. The numbers of removed tensors are not used again: a new tensor
+        would be taken for the old one, which decides where it stands in a file.
+        """
+        return next(_UNUSED) << 40
 
     @cached_property
     def floating_dtype(self) -> str | None:

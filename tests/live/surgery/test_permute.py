@@ -34,6 +34,14 @@ def test_what_torch_makes(cli: Cli, file: str, dtype: torch.dtype) -> None:
         assert list(read(other(file))) == list(state)
 
 
+def test_it_keeps_its_place_after_others_were_removed(cli: Cli) -> None:
+    """A new tensor has no number that a removed one had, and so does not stand in its place."""
+    torch.save({"a": torch.ones(2, 3), "b": torch.zeros(1), "c.w": torch.ones(2), "c.x": torch.ones(3, 2)}, "a.pth")
+    cli("apply", "-m", "a.pth", "-e", "remove c", "-e", "permute a 1,0", "-o", "b.pth")
+    assert_same(read("b.pth"), {"a": torch.ones(3, 2), "b": torch.zeros(1)})
+    assert list(read("b.pth")) == ["a", "b"]
+
+
 @pytest.mark.parametrize("order", list(permutations(range(3))))
 def test_every_order_of_a_view(cli: Cli, order: tuple[int, ...]) -> None:
     value = values((4, 6, 5), torch.float16).transpose(0, 2)[1:4, ::2]

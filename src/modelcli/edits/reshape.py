@@ -50,7 +50,7 @@ class Reshape(Selecting):
             completes_later=(TENSORS,),
         ),
     )
-    also_called: ClassVar[tuple[str, ...]] = ("view", "squeeze", "unsqueeze", "flatten")
+    also_called: ClassVar[tuple[str, ...]] = ("squeeze", "unsqueeze", "flatten")
     handler: ClassVar[str] = "modelcli.live.surgery.reshape"
 
     @classmethod

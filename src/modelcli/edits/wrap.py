@@ -59,7 +59,7 @@ class Wrap(Selecting):
             completes=(CLASSES,),
         ),
     )
-    also_called: ClassVar[tuple[str, ...]] = ("parametrize", "adapt", "lora", "surround")
+    also_called: ClassVar[tuple[str, ...]] = ("parametrize", "lora", "surround")
     handler: ClassVar[str] = "modelcli.live.surgery.wrap"
     moves_paths: ClassVar[bool] = True
     places_module: ClassVar[bool] = True

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from modelcli import edits
+from modelcli.errors import RequestError
 from modelcli.live import scripting
 from modelcli.live.providers import torchvision as builders
 from modelcli.live.script.access_paths import module_expression
@@ -680,7 +681,7 @@ def test_a_file_that_plain_pytorch_cannot_load(cli: Cli) -> None:
 
 
 def test_edits_that_plain_statements_cannot_express() -> None:
-    with pytest.raises(InexpressibleError, match="is no sequence"):
+    with pytest.raises(RequestError, match="insert needs a Sequential or ModuleList"):
         _statements("insert heads.left ReLU", plain(), plain(), None)
     model = plain()
     with pytest.raises(InexpressibleError, match="some are kept"):

@@ -197,7 +197,8 @@ def test_same_as_with_exceptions(cli: Cli) -> None:
 @pytest.mark.usefixtures("_files")
 @pytest.mark.parametrize("line", list(EDITS))
 def test_same_as_is_what_plain_torch_finds(cli: Cli, line: str) -> None:
-    cli("apply", "-m", "m.pth", "-o", "edited.pth", "-e", line, "--check", "none")
+    edits = [word for part in line.split("; ") for word in ("-e", part)]
+    cli("apply", "-m", "m.pth", "-o", "edited.pth", *edits, "--check", "none")
     wanted = plain(*states("m.pth", "edited.pth"))
     row = cli("check", "edited.pth", "--same-as", "m.pth", "--json", code=1 if wanted else 0).json["checks"][0]
     told = row["found"].split()[0]

@@ -171,8 +171,6 @@ def identify(
 
     modelcli identify best.pth
 
-    modelcli identify runs/bert
-
     modelcli identify bare.pth --json
     """
     from modelcli.commands.identify import IdentifyRequest

@@ -120,10 +120,10 @@ def notes(path: Path, tensors: dict[str, torch.Tensor], after: str) -> list[str]
         assert isinstance(entry, TensorEntry)
         source = storages.setdefault(id(entry.storage), converted(entry.storage, entry.dtype, after))
         found[name] = TensorEntry(entry.shape, after, entry.stride, entry.offset, source)
-    assert overflow.notes_of(found) == []  # nothing has been converted
+    assert overflow.notes_of(list(found.items())) == []  # nothing has been converted
     for source in storages.values():
         source.bytes()
-    return overflow.notes_of(found)
+    return overflow.notes_of(list(found.items()))
 
 
 def test_overflow_is_counted_for_each_tensor(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_overflow_in_the_first_of_two_casts_is_reported(tmp_path: Path) -> None:
     span = in_file(tmp_path / "v", torch.tensor([1.0, 1e5, 2.0]))
     twice = converted(converted(span, "float32", "float16").part(2, 4), "float16", "float32")
     assert torch.frombuffer(bytearray(twice.bytes()), dtype=torch.float32).tolist() == [float("inf"), 2.0]
-    found = overflow.notes_of({"w": entry_of(torch.empty(2), twice, "float32")})
+    found = overflow.notes_of([("w", entry_of(torch.empty(2), twice, "float32"))])
     assert found == ["1 value became Inf in w: the largest value of float16 is 65,504"]
 
 

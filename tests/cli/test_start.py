@@ -32,7 +32,8 @@ REFERENCE = {
 CONTENTS = {
     *(f"checkpoints.{name}" for name in ("contents", "entries", "storage", "limits", "shapes", "strict_json")),
     *("checkpoints.record", "checkpoints.record_of_keys", "checkpoints.record_reading"),
-    *("model", "model.blueprint", "model.dtypes", "model.json_form", "model.paths", "model.tensors", "model.totals"),
+    *("model", "model.blueprint", "model.dtypes", "model.json_form", "model.paths", "model.strides", "model.tensors"),
+    "model.totals",
     *("render", "render.documents", "render.documents.common", "render.views", "render.writers"),
 }
 COMMANDS = {

@@ -182,7 +182,7 @@ def test_too_many_layers_are_refused_from_the_numbers(cli: Cli, folder: Path, ar
     path.write_text(json.dumps({**json.loads(path.read_text()), "model_args": arguments}))
     started = time.process_time()
     assert "asks for too many layers" in cli("summary", "./model", code=3).err
-    assert time.process_time() - started < 1
+    assert time.process_time() - started < 5
     assert "asks for too many layers" in cli("summary", "timm:test_vit(depth=10000000)", code=3).err
 
 

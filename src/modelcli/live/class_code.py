@@ -7,6 +7,7 @@ import inspect
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -24,8 +25,19 @@ class Attributes:
     optional: frozenset[str]
 
 
+#: What was found for each class: an edit asks once for each of its modules. A class that is gone is forgotten.
+_FOUND: WeakKeyDictionary[type[nn.Module], Attributes | None] = WeakKeyDictionary()
+
+
 def attributes_of(kind: type[nn.Module]) -> Attributes | None:
-    """Return the attributes that a class reads when it runs; None if its source is not available.
+    """Return the attributes that a class reads when it runs; None if its source is not available. It is parsed once."""
+    if kind not in _FOUND:
+        _FOUND[kind] = _parsed(kind)
+    return _FOUND[kind]
+
+
+def _parsed(kind: type[nn.Module]) -> Attributes | None:
+    """Parse the source of a class.
 
     The code that runs is `forward`, and every method or property of the class that it mentions, directly or not. Text
     alone is looked at: an attribute whose name is computed is not found.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from modelcli.language import selectors
 from modelcli.model.blueprint import Blueprint
@@ -120,3 +121,29 @@ def parts_below(model: StateDictModel, paths: Collection[str]) -> dict[str, Part
 def are_numbers(names: Iterable[str]) -> bool:
     """Whether names are numbers as PyTorch calls children, none of them twice in another spelling (`1`, `01`)."""
     return all(name.isascii() and name.isdigit() and len(name) < 10 and str(int(name)) == name for name in names)
+
+
+class PartlyPicked(NamedTuple):
+    """A shared module that is picked under some of its names only.
+
+    Attributes:
+        others: the paths that are not picked.
+        message: what an error says of it.
+        also: the words that name the other paths: `--also again`.
+    """
+
+    others: list[str]
+    message: str
+    also: list[str]
+
+
+def partly_picked(paths: Sequence[str], everywhere: Sequence[str]) -> PartlyPicked | None:
+    """Return what there is to say of a module whose paths are `everywhere`; None if `paths` has all of them."""
+    others = [path for path in everywhere if path not in paths]
+    if not others:
+        return None
+    message = (
+        f"{paths[0]} is one module with {len(everywhere)} names ({', '.join(everywhere)}); the selector names "
+        f"{len(paths)} of them"
+    )
+    return PartlyPicked(others, message, [word for path in others for word in ("--also", selectors.literal(path))])

@@ -8,6 +8,7 @@ from typing import ClassVar, Self
 
 from modelcli.edits.declaring import FLAG, MODULES, SELECTORS, Operand, choice, option
 from modelcli.edits.kept_weights import MEAN, OVERLAP, SUM
+from modelcli.edits.picking import partly_picked
 from modelcli.edits.placing import MODULE, place_and_module
 from modelcli.edits.targets import Selecting
 from modelcli.errors import RequestError
@@ -130,15 +131,12 @@ def partings(targets: Sequence[tuple[Sequence[str], Sequence[str]]], tied: Itera
     """
     found = []
     for paths, everywhere in targets:
-        others = [path for path in everywhere if path not in paths]
-        if others:
-            also = [word for path in others for word in ("--also", selectors.literal(path))]
+        if (part := partly_picked(paths, everywhere)) is not None:
             found.append(
                 Parting(
-                    f"{paths[0]} is one module with {len(everywhere)} names "
-                    f"({', '.join(everywhere)}); the selector names {len(paths)} of them",
-                    f"{command(also)} replaces it everywhere; --untie replaces it under the names picked alone",
-                    f"{', '.join(paths)} and {', '.join(others)} are no longer one module",
+                    part.message,
+                    f"{command(part.also)} replaces it everywhere; --untie replaces it under the names picked alone",
+                    f"{', '.join(paths)} and {', '.join(part.others)} are no longer one module",
                 )
             )
     whole = {

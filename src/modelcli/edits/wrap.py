@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 from modelcli.edits.declaring import CLASSES, MODULES, SELECTORS, Operand, option
+from modelcli.edits.picking import partly_picked
 from modelcli.edits.placing import place_and_module
 from modelcli.edits.targets import Selecting
 from modelcli.errors import RequestError
@@ -113,14 +114,8 @@ def wrapped_paths(edit: Wrap, blueprint: Blueprint) -> list[str]:
 
 def refuse_apart(paths: Sequence[str], everywhere: Sequence[str]) -> None:
     """Raise RequestError if a module is picked under some of its names only."""
-    others = [path for path in everywhere if path not in paths]
-    if others:
-        also = [word for path in others for word in ("--also", selectors.literal(path))]
-        raise RequestError(
-            f"{paths[0]} is one module with {len(everywhere)} names ({', '.join(everywhere)}); the selector names "
-            f"{len(paths)} of them",
-            f"{command(also)} wraps it everywhere",
-        )
+    if (part := partly_picked(paths, everywhere)) is not None:
+        raise RequestError(part.message, f"{command(part.also)} wraps it everywhere")
 
 
 def resolved_lines(edit: Wrap, groups: Sequence[Sequence[str]]) -> list[str]:

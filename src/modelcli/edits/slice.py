@@ -11,6 +11,7 @@ from typing import ClassVar, Self
 from modelcli.edits.applied import Applied, Change, Context
 from modelcli.edits.base import Edit
 from modelcli.edits.declaring import FLAG, MODULES, Operand, option, selector
+from modelcli.edits.picking import Part as Below
 from modelcli.edits.picking import are_numbers, parts_below
 from modelcli.errors import RequestError
 from modelcli.language import selectors
@@ -75,13 +76,14 @@ class Slice(Edit):
             raise RequestError(f"slice {self.path} {ranges_text(self.ranges)} would leave no tensor of {shown(path)}")
         identity = model.next_identity
         children: dict[str, str | NewModule] = {}
+        briefs = parts_below(model, [there[number] for number in dict.fromkeys(kept) if number in there])
         seen: set[int] = set()
         for place, number in enumerate(kept):
             if number not in there:  # a module without tensors has no key
                 continue
             new = f"{prefix}{place}"
             if number in seen and not self.tied:
-                copied = _copy_of(model, there[number], identity)
+                copied = _copy_of(model, there[number], identity, briefs[there[number]])
                 identity += copied.identities
                 children[new] = copied
             else:
@@ -192,9 +194,11 @@ def not_numbered(path: str, kind: str | None) -> RequestError:
     )
 
 
-def _copy_of(model: StateDictModel, path: str, identity: int) -> NewModule:
-    """Return a copy of a module with its own tensors, which count from `identity`. Ties inside it stay."""
-    prefix = f"{path}." if path else ""
+def _copy_of(model: StateDictModel, path: str, identity: int, part: Below) -> NewModule:
+    """Return a copy of a module with its own tensors, which count from `identity`. Ties inside it stay.
+
+    `part` is what lies below the module.
+    """
     identities: dict[int, int] = {}
 
     def copied(entry: Entry) -> Entry:
@@ -205,12 +209,10 @@ def _copy_of(model: StateDictModel, path: str, identity: int) -> NewModule:
 
     parts: list[Part] = []
     made: dict[int, object] = {}
-    for below, module in model.modules.items():
-        if below != path and not below.startswith(prefix):
-            continue
+    for below in model.modules_below(path):
+        module = model.modules[below]
         if module.made is not None:
             module = replace(module, made=made.setdefault(id(module.made), copy.deepcopy(module.made)))
         own = [(split_key(name)[1], copied(model.entries[name])) for name in model.own_entries[below]]
         parts.append((below.removeprefix(path).removeprefix("."), module, own))
-    part = parts_below(model, [path])[path]
     return NewModule(tuple(parts), part.brief, part.params, len(identities))

@@ -384,11 +384,14 @@ class StateDictModel:
 
         return assembled(parts())
 
+    def modules_below(self, path: str) -> list[str]:
+        """Return the paths of a module and its submodules, in order."""
+        return self._paths[self._order[path] : self._end_of[path]]
+
     def names_below(self, path: str) -> Iterator[str]:
         """Yield the keys of all entries of a module and its submodules, in order."""
-        paths = self._order
-        for position in range(paths[path], self._end_of[path]):
-            yield from self.own_entries[self._paths[position]]
+        for below in self.modules_below(path):
+            yield from self.own_entries[below]
 
     @cached_property
     def _paths(self) -> list[str]:

@@ -90,8 +90,7 @@ def apply_to_state_dict(edit: Wrap, model: StateDictModel, context: Context) -> 
 
 def _around(model: StateDictModel, path: str, new: nn.Module, place: nn.Module, made: NewModule) -> NewModule:
     """Return what a wrapper made, with the module at `path` of the model instead of `place`."""
-    prefix = f"{path}." if path else ""
-    below = [other for other in model.modules if other == path or other.startswith(prefix)]
+    below = model.modules_below(path)
     places = _places_of(place, new)
     if not places:
         raise RequestError(f"what the wrapper makes of {shown(path)} does not hold it", "--arch names the architecture")

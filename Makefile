@@ -5,6 +5,8 @@ VENV   ?= .venv
 TORCH  ?= torch torchvision
 BIN    := $(VENV)/bin
 JOBS   ?= 2
+# The tests and benchmarks start modelcli hundreds of times. Without bytecode files each start would compile all of it.
+unexport PYTHONDONTWRITEBYTECODE
 
 TESTS = $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "not sweep"
 

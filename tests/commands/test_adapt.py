@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 import tomllib
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,9 @@ from torch import nn
 
 import modelcli
 from modelcli.live.surgery import seed_of
+from tests.cli.test_readme import flat
 from tests.conftest import Cli
-from tests.live.test_landmarks import BUILDERS, built
+from tests.live.test_landmarks import BUILDERS, DETECTORS, built
 from tests.sampling import sampled
 
 OWN = """
@@ -75,14 +78,62 @@ def test_classes_replace_every_classifier(cli: Cli, model: str, edits: list[str]
     assert done["output"] is None
 
 
-@pytest.mark.parametrize("name", [name for name in BUILDERS if name not in ("maxvit_t", "swin3d_t", "mvit_v1_b")])
+@pytest.mark.parametrize(
+    "name", [*(name for name in BUILDERS if name not in ("maxvit_t", "swin3d_t", "mvit_v1_b")), *DETECTORS]
+)
 def test_the_shapes_are_those_of_the_builder_with_num_classes(cli: Cli, name: str) -> None:
-    done = cli("adapt", "--classes", 7, "-m", name, "--check", "none", "-o", "o.safetensors", "--force")
-    assert done.out.startswith("replace ")
+    cli("load", name)
+    assert "\nreplace " in f"\n{cli('adapt', '--classes', 7, '--check', 'none').out}"
     found = {
-        row["name"]: row["shape"] for row in cli("params", "o.safetensors", "--bare-keys", "--json").json["tensors"]
+        row["name"]: row["shape"] for row in cli("params", "--json").json["tensors"] if row.get("persistent", True)
     }
     assert found == {key: list(value.shape) for key, value in built(name, 7).state_dict().items()}
+
+
+def test_a_detector_with_other_classes_runs_as_the_builder_with_num_classes_does(cli: Cli) -> None:
+    torch.manual_seed(0)
+    name = "ssdlite320_mobilenet_v3_large"
+    cli("adapt", "--classes", 7, "-m", name, "-o", "o.pth")
+    expected = built(name, 7, "cpu").eval()
+    expected.load_state_dict(torch.load("o.pth", weights_only=True))
+    image = [torch.rand(3, 64, 64)]
+    (mine,), (theirs,) = modelcli.load("o.pth").eval()(image), expected(image)
+    assert len(mine["scores"])
+    assert all(torch.equal(mine[key], value) for key, value in theirs.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("retinanet_resnet50_fpn", "head.classification_head.cls_logits"),
+        ("fcos_resnet50_fpn", "head.classification_head.cls_logits"),
+        ("ssd300_vgg16", "head.classification_head.module_list.0"),
+        ("ssdlite320_mobilenet_v3_large", "head.classification_head.module_list.0.1"),
+        ("maskrcnn_resnet50_fpn", "roi_heads.mask_predictor.mask_fcn_logits"),
+    ],
+)
+def test_the_layers_of_a_detector_are_drawn_as_torchvision_draws_them(cli: Cli, name: str, layer: str) -> None:
+    done = cli("adapt", "--classes", 64, "-m", name, "--json").json
+    lines = [shlex.split(line) for line in done["edits"]]
+    (target, *words), *_ = [line for (edit, *line) in lines if edit == "init" and line[0].startswith(layer)]
+    drawn = built(name, 64, "cpu").get_submodule(layer)
+    mine = deepcopy(drawn)
+    nn.init.zeros_(mine.weight)
+    modelcli.apply(mine, shlex.join(["init", target.removeprefix(layer).removeprefix(".") or ".", *words]))
+    assert mine.weight.std().item() == pytest.approx(drawn.weight.std().item(), rel=0.1)
+    assert torch.equal(mine.bias, drawn.bias)
+
+
+def test_a_detector_with_another_head_is_an_error(cli: Cli) -> None:
+    cli("load", "ssdlite320_mobilenet_v3_large")
+    cli("replace", "head.classification_head", "Identity", "--check", "none")
+    done = cli("adapt", "--classes", 7, code=2)
+    assert "no library says which of its layers decide the number of classes" in flat(done.err)
+
+
+def test_a_detector_that_has_the_classes_needs_no_edit(cli: Cli) -> None:
+    done = cli("adapt", "--classes", 91, "-m", "fcos_resnet50_fpn", "--check", "none")
+    assert "fcos_resnet50_fpn has 91 classes already" in flat(done.err)
 
 
 def test_other_layers_keep_their_values_and_the_edits_seed_draws_new_ones(cli: Cli) -> None:
@@ -157,7 +208,8 @@ def test_models_of_no_library_need_an_input_and_suitable_layers(cli: Cli, own: s
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--classes", 2, "-m", "fasterrcnn_resnet50_fpn"), "is a detection model"),
+        (("--in-channels", 2, "-m", "fcos_resnet50_fpn"), "is a detection model, which scales and normalises"),
+        (("--image-size", 96, "-m", "fcos_resnet50_fpn"), "is a detection model, which scales and normalises"),
         (
             ("--classes", 2, "-m", "raft_small"),
             "the library of raft_small does not say which module of RAFT is the classifier",

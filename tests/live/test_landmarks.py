@@ -13,30 +13,41 @@ from torch import nn
 
 from modelcli.live import landmarks
 from tests.conftest import Cli
+from tests.sampling import sampled
 
-#: One builder of each model class with `num_classes`, except detection, whose width is not the number of classes.
+#: One builder of each model class with `num_classes`. Detection models have lists of their own.
 BUILDERS = (
     *("alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "googlenet", "inception_v3"),
     *("mnasnet0_5", "maxvit_t", "mobilenet_v2", "mobilenet_v3_small", "regnet_x_400mf", "resnet18", "vit_b_16"),
     *("shufflenet_v2_x0_5", "squeezenet1_1", "swin_t", "swin_v2_t", "vgg11", "mvit_v1_b", "r3d_18", "s3d", "swin3d_t"),
     *("deeplabv3_resnet50", "fcn_resnet50", "lraspp_mobilenet_v3_large", "quantized_resnet18", "quantized_googlenet"),
 )
+#: One builder of each class of detection model, whose number of classes is not the width of one layer.
+DETECTORS = (
+    *(
+        "fasterrcnn_resnet50_fpn",
+        "maskrcnn_resnet50_fpn",
+        "keypointrcnn_resnet50_fpn",
+        "fasterrcnn_mobilenet_v3_large_fpn",
+    ),
+    *("retinanet_resnet50_fpn_v2", "fcos_resnet50_fpn", "ssd300_vgg16", "ssdlite320_mobilenet_v3_large"),
+)
 
 
-def built(name: str, classes: int) -> nn.Module:
+def built(name: str, classes: int, device: str = "meta") -> nn.Module:
     builder = torchvision.models.get_model_builder(name)
     weights = {"weights": None} | (
         {"weights_backbone": None} if "weights_backbone" in inspect.signature(builder).parameters else {}
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        device = "cpu" if name.startswith("regnet") else "meta"  # the constructor of regnets computes with values
-        with torch.device(device):
+        # The constructor of regnets computes with values.
+        with torch.device("cpu" if name.startswith("regnet") else device):
             made: nn.Module = builder(num_classes=classes, **weights)
             return made
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", sampled([*BUILDERS, *DETECTORS], one_in=3))
 def test_the_head_is_what_the_number_of_classes_changes(name: str) -> None:
     one, other = built(name, 1000), built(name, 7)
     shapes = {key: value.shape for key, value in one.state_dict().items()}
@@ -56,6 +67,8 @@ def test_every_classifier_of_torchvision_has_a_head() -> None:
     kinds = {inspect.signature(models.get_model_builder(name)).return_annotation for name in names}
     missing = {str(kind).rpartition(".")[2].strip("'>") for kind in kinds} - set(_HEADS)
     assert not missing
+    detectors = {name.partition("_")[0] for name in models.list_models(module=models.detection)}
+    assert detectors == {name.partition("_")[0] for name in DETECTORS}
 
 
 def test_a_head_is_replaced_without_its_path(cli: Cli, folder: Path) -> None:

@@ -22,8 +22,8 @@ from modelcli.live import trace
 from modelcli.live.adaptation import resized_calls
 from modelcli.live.adaptation.resized_calls import INPUTS, OUTPUTS
 from modelcli.live.inputs import Inputs, how_to_state_input
-from modelcli.live.providers import resizing_of, why_not_resized
-from modelcli.live.providers.base import LiveProvider
+from modelcli.live.providers import class_layers_of, resizing_of, why_not_resized
+from modelcli.live.providers.base import ClassLayers, LiveProvider
 from modelcli.live.surgery.core import brief, submodule
 from modelcli.wording import counted, listed
 
@@ -50,13 +50,9 @@ class _Planning:
 
     def plan(self) -> AdaptationPlan:
         wanted = self.wanted
-        if self.live.inputs is not None and self.live.inputs.as_list:
-            raise RequestError(
-                f"{self._model} is a detection model: no single layer of it decides the number of classes or channels, "
-                "and it scales images itself",
-                "replace its predictors by their paths: modelcli modules shows them",
-            )
         inputs = self.live.inputs
+        if inputs is not None and inputs.as_list:
+            self._refuse_detection()
         if wanted.classes is not None:
             self._classes(wanted.classes)
         if wanted.in_channels is not None and not self._resized("in_channels", wanted.in_channels):
@@ -76,10 +72,28 @@ class _Planning:
     def _module(self) -> nn.Module:
         return self.live.module
 
+    def _refuse_detection(self) -> None:
+        """Raise RequestError for what a detection model decides itself, or no library says of it."""
+        sizes = {"--in-channels": self.wanted.in_channels, "--image-size": self.wanted.image_size}
+        if option := next((option for option, size in sizes.items() if size is not None), None):
+            raise RequestError(
+                f"{option}: {self._model} is a detection model, which scales and normalises its images itself",
+                f"leave {option} out: the arguments of its builder decide both",
+            )
+        if self.wanted.classes is not None and class_layers_of(self._module, self.wanted.classes) is None:
+            raise RequestError(
+                f"--classes: {self._model} is a detection model, and no library says which of its layers decide the "
+                "number of classes",
+                "replace its predictors by their paths: modelcli modules shows them",
+            )
+
     # --- the classifier ----------------------------------------------------------------------------------------------
 
     def _classes(self, number: int) -> None:
         """Plan the replacement of each classifier."""
+        if (found := class_layers_of(self._module, number)) is not None:
+            self._class_layers(found, number)
+            return
         base = self.live.architecture
         width = number + (0 if base is None else base.provider.outputs_beyond_classes(self._module))
         for path in self._paths("head", "--classes", f"Linear(_,{width})"):
@@ -94,6 +108,22 @@ class _Planning:
                 self.notes.append(f"{path} has {counted(number, 'class', 'classes')} already")
             else:
                 self._replace(path, old, OUTPUTS, width)
+
+    def _class_layers(self, found: ClassLayers, number: int) -> None:
+        """Plan the replacement of the layers that decide the classes together, drawn as their library draws them."""
+        if found.before == number:
+            self.notes.append(f"{self._model} has {counted(number, 'class', 'classes')} already")
+            return
+        for layer in found.layers:
+            self._replace(layer.path, submodule(self._module, layer.path), OUTPUTS, layer.outputs)
+            if layer.weight is not None and layer.bias is None:
+                self.edits.append(from_words("init", [selectors.literal(f"{layer.path}.weight"), layer.weight]))
+            elif layer.weight is not None and layer.bias is not None:
+                words = [selectors.literal(layer.path), layer.weight, "--bias", layer.bias]
+                self.edits.append(from_words("init", words))
+        for path, name, value in found.settings:
+            self.edits.append(from_words("set", [selectors.literal(path), f"{name}={value}"]))
+        self.notes.append(f"the {counted(number, 'class', 'classes')} include the background, as num_classes does")
 
     # --- the first layer ---------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from modelcli.providers.base import Provider
 if TYPE_CHECKING:
     from torch import nn
 
-    from modelcli.live.providers.base import LiveProvider
+    from modelcli.live.providers.base import ClassLayers, LiveProvider
     from modelcli.live.resizing import Resizing
 
 
@@ -94,6 +94,11 @@ def why_not_resized(module: nn.Module, what: str, size: int) -> str | None:
 def resizing_of(module: nn.Module, what: str, size: int) -> Resizing | None:
     """Return how the first provider that knows a model resizes it: see `LiveProvider.resizing`."""
     return next((found for half in in_use() if (found := half.resizing(module, what, size)) is not None), None)
+
+
+def class_layers_of(module: nn.Module, number: int) -> ClassLayers | None:
+    """Return what the first provider that knows a model says decides its classes: see `LiveProvider.class_layers`."""
+    return next((found for half in in_use() if (found := half.class_layers(module, number)) is not None), None)
 
 
 def further_inputs_of(module: nn.Module) -> Collection[str] | None:

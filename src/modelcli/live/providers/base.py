@@ -71,6 +71,38 @@ class ModelFolder:
     whole_for: str = ""
 
 
+@dataclass(frozen=True)
+class ClassLayer:
+    """A layer whose width depends on the number of classes.
+
+    Attributes:
+        path: its path in the model.
+        outputs: how many outputs it gets.
+        weight: the scheme of `init` that its library draws the weight by; None for that of the layer's own class.
+        bias: the scheme for its bias; None for that of the layer's own class.
+    """
+
+    path: str
+    outputs: int
+    weight: str | None = None
+    bias: str | None = None
+
+
+@dataclass(frozen=True)
+class ClassLayers:
+    """What decides the number of classes of a model, where it is more than the width of its classifier.
+
+    Attributes:
+        before: the number of classes that the model has.
+        layers: the layers that are replaced.
+        settings: a path, the name of an attribute, and its new value.
+    """
+
+    before: int
+    layers: tuple[ClassLayer, ...]
+    settings: tuple[tuple[str, str, int], ...] = ()
+
+
 class LiveProvider:
     """Builds the models of one provider. A subclass overrides `build`, and other methods as its library needs.
 
@@ -300,6 +332,18 @@ class LiveProvider:
             library does not say. A path that the model no longer has does no harm.
         """
         return {}
+
+    def class_layers(self, module: nn.Module, number: int) -> ClassLayers | None:
+        """What gives a model another number of classes, where the width of `head` alone does not.
+
+        Args:
+            module: any model. Edits may have changed it.
+            number: the wanted number of classes.
+
+        Returns:
+            The layers and settings; None for other models.
+        """
+        return None
 
     def outputs_beyond_classes(self, module: nn.Module) -> int:
         """How many outputs the classifier (`head`) has beyond one for each class: 1 where one is for none of them.

@@ -27,7 +27,8 @@ from modelcli.language.references import NamedModel, Reference
 from modelcli.live import bounds, modules, signatures
 from modelcli.live.build import Architecture
 from modelcli.live.inputs import Inputs
-from modelcli.live.providers.base import Layout, LiveProvider, refuse_hole
+from modelcli.live.providers import torchvision_detection
+from modelcli.live.providers.base import ClassLayers, Layout, LiveProvider, refuse_hole
 from modelcli.live.resizing import Resizing
 from modelcli.live.surgery.layouts import NORM_OVER_CHANNELS
 from modelcli.providers.known_code import runs_known_code
@@ -321,8 +322,8 @@ def _deform_conv2d(_input: torch.Tensor, weight: torch.Tensor, *_args: Any, out:
     return int((out if isinstance(out, torch.Tensor) else out[0]).numel()) * weight[0].numel()
 
 
-#: The layers whose width is the number of classes, by the class of the model: those that `num_classes=` changes. Those
-#: of detection models are left out, because their width is no number of classes alone.
+#: The layers whose width is the number of classes, by the class of the model: those that `num_classes=` changes.
+#: `torchvision_detection` has those of detection models, whose width is not the number of classes alone.
 _HEADS: Mapping[str, tuple[str, ...]] = {
     "AlexNet": ("classifier.6",),
     "ConvNeXt": ("classifier.2",),
@@ -352,6 +353,11 @@ _HEADS: Mapping[str, tuple[str, ...]] = {
 _CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
 
 
+def _kinds(module: nn.Module) -> list[str]:
+    """Return the names of a model's classes that are torchvision's, the nearest first."""
+    return [kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith(f"{MODELS}.")]
+
+
 class LiveTorchvision(LiveProvider):
     """The builders by their bare names, and the classes of `torchvision.ops` and of the models in expressions."""
 
@@ -376,12 +382,17 @@ class LiveTorchvision(LiveProvider):
 
     def landmarks(self, module: nn.Module) -> Mapping[str, Sequence[str]]:
         """The classifiers of its models, auxiliary ones included, and their first convolution."""
-        kinds = [kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith(f"{MODELS}.")]
-        heads = next((_HEADS[kind] for kind in kinds if kind in _HEADS), None)
+        heads = next((_HEADS[kind] for kind in _kinds(module) if kind in _HEADS), None)
+        if heads is None and (found := self.class_layers(module, 1)) is not None:
+            heads = tuple(layer.path for layer in found.layers)
         if heads is None:
             return {}
         stem = next((path for path, child in module.named_modules() if isinstance(child, _CONVOLUTIONS)), None)
         return {"head": heads, "stem": () if stem is None else (stem,)}
+
+    def class_layers(self, module: nn.Module, number: int) -> ClassLayers | None:
+        """What gives a detection model another number of classes, the background included."""
+        return torchvision_detection.class_layers(_kinds(module), module, number)
 
     def prepare(self) -> None:
         """Import torchvision."""

@@ -117,7 +117,7 @@ def test_run_finds_errors_that_the_rules_do_not_cover(cli: Cli, folder: Path) ->
 
 
 def test_an_unknown_check(cli: Cli) -> None:
-    assert "pass --check meta, run or none" in cli("freeze", ".", "-m", "alexnet", "--check", "maybe", code=2).err
+    assert "pass --check meta, run, same or none" in cli("freeze", ".", "-m", "alexnet", "--check", "maybe", code=2).err
 
 
 def test_token_models_take_whole_numbers(cli: Cli) -> None:

@@ -127,7 +127,8 @@ class ModelOptions(OptionGroup):
     )
     bare_keys: bool = _option(
         "--bare-keys",
-        help="Ignore the file's record: edit its keys, and write them without an architecture.",
+        help="Ignore the file's record: edit its keys, and write them without an architecture. --arch is then for "
+        "--check same alone.",
         default=False,
         rich_help_panel="Model",
     )
@@ -359,6 +360,10 @@ class LookOptions(OptionGroup):
     )
 
 
+#: The checks before writing.
+CHECKS = ("meta", "run", "same", "none")
+
+
 class SaveOptions(OptionGroup):
     """Options for the model to write, and for how to write it."""
 
@@ -374,11 +379,13 @@ class SaveOptions(OptionGroup):
     dry_run: bool = _option("--dry-run", help="Write no file.", default=False, rich_help_panel="Result")
     check: str = _option(
         "--check",
-        help="Before writing, run the model on the meta device (meta) or on the CPU with values (run), or not (none).",
+        help="Before writing, run the model on the meta device (meta) or on the CPU with values (run), demand the "
+        "outputs of the unedited model (same), or skip it (none). same allows differences of 1e-5 of the largest "
+        "value (float16 1e-3, bfloat16 1.6e-2, float64 1e-7).",
         default="meta",
         metavar="HOW",
         rich_help_panel="Result",
-        autocompletion=completing.one_of("meta", "run", "none"),
+        autocompletion=completing.one_of(*CHECKS),
     )
     bare: bool = _option(
         "--bare",

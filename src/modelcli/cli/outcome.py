@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modelcli.cli import output
-from modelcli.cli.options import EditOptions, OutputOptions, SaveOptions
+from modelcli.cli.options import CHECKS, EditOptions, OutputOptions, SaveOptions
 from modelcli.errors import RequestError, did_you_mean
 from modelcli.language.quoting import quoted
 
@@ -21,11 +21,9 @@ def write_request(options: SaveOptions, out: str | None) -> "WriteRequest":
     from modelcli.commands.write import WriteRequest
     from modelcli.language.references import parse_bytes
 
-    ways = ("meta", "run", "none")
-    if options.check not in ways:
-        raise RequestError(
-            f"unknown check {options.check!r}", did_you_mean(options.check, ways) or "pass --check meta, run or none"
-        )
+    if options.check not in CHECKS:
+        either = f"pass --check {', '.join(CHECKS[:-1])} or {CHECKS[-1]}"
+        raise RequestError(f"unknown check {options.check!r}", did_you_mean(options.check, CHECKS) or either)
     return WriteRequest(
         out=None if out is None else Path(out),
         format=writing.default_format() if out is None else writing.format_of(out),

@@ -107,7 +107,7 @@ def opened_keys(source: Source) -> OpenStateDict | None:
 
 
 def _is_file_alone(source: Source) -> bool:
-    """Whether a source is a checkpoint of which nothing but the file says the architecture."""
-    if source.arch is not None or source.weights not in (None, "none"):
+    """Whether a source is a checkpoint whose keys alone are edited: it has no architecture, or it is not wanted."""
+    if (source.arch is not None and not source.bare_keys) or source.weights not in (None, "none"):
         return False
     return isinstance(resolve.reference_of(source), CheckpointFile)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from modelcli.edits.applied import Change
     from modelcli.live.check import Check
     from modelcli.live.opening import Live
+    from modelcli.live.same_outputs import SameOutputs
     from modelcli.live.trace import Traced
 
 
@@ -36,6 +37,7 @@ class FitCheck:
         inputs: the shapes of the inputs; None if they are not known.
         notes: what there is to say besides.
         traced: the pass itself, for the record of the model, if it was made on the meta device.
+        same: the comparison with the outputs of the unedited model, if it was asked for.
     """
 
     ran: bool
@@ -44,6 +46,7 @@ class FitCheck:
     inputs: tuple[Shape, ...] | None = None
     notes: tuple[str, ...] = ()
     traced: Traced | None = None
+    same: SameOutputs | None = None
 
 
 def check_fit(model: Editable, applied: AppliedEdits, target: Target, how: str, *, traced: bool = False) -> FitCheck:
@@ -53,11 +56,14 @@ def check_fit(model: Editable, applied: AppliedEdits, target: Target, how: str, 
         model: the edited model.
         applied: the edits that are checked.
         target: the model as it was before these edits.
-        how: `meta`, `run` (on the CPU, with values) or `none`.
+        how: `meta`, `run` (on the CPU, with values), `same` (as `meta`, and its outputs are those of the unedited
+            model) or `none`.
         traced: whether the forward pass is needed for a record.
 
-    Raises RequestError if it no longer runs.
+    Raises RequestError if it no longer runs, and for `same` if its outputs differ or cannot be compared.
     """
+    if how == "same":
+        return _checked_same(model, applied, target, traced=traced)
     notes: list[str] = []
     reason, found = _why_unchecked(model, how), None
     if reason is None:
@@ -80,6 +86,20 @@ def check_fit(model: Editable, applied: AppliedEdits, target: Target, how: str, 
     if found is None:
         return FitCheck(ran, reason, None, inputs, tuple(notes))
     return FitCheck(ran, reason, found.output_shape, inputs, tuple(notes), found.traced)
+
+
+def _checked_same(model: Editable, applied: AppliedEdits, target: Target, *, traced: bool) -> FitCheck:
+    """Check on the meta device, whose messages say what does not fit, and then compare outputs."""
+    from modelcli.commands.same_outputs_check import require_same_outputs
+
+    fits = FitCheck(False) if model.architecture is None else check_fit(model, applied, target, "meta", traced=traced)
+    try:
+        same = require_same_outputs(model, applied, target)
+    except RequestError as error:
+        error.notes = tuple(dict.fromkeys((*error.notes, *model.notes, *applied.notes)))
+        raise
+    notes = fits.notes if fits.ran else ()
+    return FitCheck(True, None, same.output_shape, same.inputs, (*notes, *same.notes), fits.traced, same)
 
 
 def _why_unchecked(model: Editable, how: str) -> str | None:

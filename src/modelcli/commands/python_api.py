@@ -65,6 +65,7 @@ def apply(
     *edits: str | Edit,
     seed: int = 0,
     input_size: str | Sequence[int] | Sequence[Sequence[int]] | None = None,
+    check: str = "none",
 ) -> nn.Module:
     """Apply edits to a model, in place: all of them, or none if one is wrong.
 
@@ -75,19 +76,24 @@ def apply(
     Returns the model; after `extract` that is another object, the submodule. Edit number i draws the values that
     `torch.manual_seed(seed * 1000003 + i)` and the plain constructor draw; the caller's random state does not
     change. `input_size` is the shape of the input, batch included, or one shape for each input; it is needed for a
-    `_` that the old module does not determine. `apply` runs no forward pass to check the edited model.
+    `_` that the old module does not determine, and for `check`. `apply` runs no forward pass to check the edited model,
+    except with `check="same"`: it runs the model before and after the edits in eval mode, on the device of its
+    parameters, and demands the same outputs, as `--check same` does.
 
     Create the optimizer afterwards, because edits may replace parameters.
 
-    Raises RequestError, which names the wrong edit (or all lines that cannot be read), and SystemFailureError if a
-    new module does not fit in memory. The model is then unchanged: its modules, parameters, values and flags.
+    Raises RequestError, which names the wrong edit (or all lines that cannot be read) or how the outputs differ, and
+    SystemFailureError if a new module does not fit in memory. The model is then unchanged: its modules, parameters,
+    values and flags.
     """
     made = edit_lines.parse_all((f"edit {number}", line) for number, line in enumerate(edits, 1))
     _check_seed(seed)
     shapes = None if input_size is None else _shapes(input_size)
+    if check not in ("none", "same"):
+        raise RequestError(f"unknown check {check!r}", "pass check='same' or check='none'")
     from modelcli.live import opening
 
-    return opening.edit_instance(model, made, seed=seed, shapes=shapes)
+    return opening.edit_instance(model, made, seed=seed, shapes=shapes, same=check == "same")
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, like: str | os.PathLike[str], force: bool = False) -> None:

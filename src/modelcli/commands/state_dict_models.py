@@ -246,6 +246,8 @@ def _inputs(source: Source, record: Record | None, model: StateDictModel) -> Sta
         named = input_texts.parse_all(texts)
         for item in named:
             if item.path and not item.path[0].isdecimal():
+                if source.bare_keys:  # the inputs are for `--check same`, which asks the architecture
+                    return None
                 raise RequestError(
                     f"the file records no architecture, so modelcli does not know whether forward has an argument "
                     f"{item.path[0]!r}",

@@ -33,7 +33,7 @@ class WriteRequest:
         format: the format of `out`, which the end of its name determines.
         force: replace a file that exists.
         dry_run: change nothing anywhere.
-        check: `meta`, `run` or `none`: see `fit_check`.
+        check: `meta`, `run`, `same` or `none`: see `fit_check`.
         bare: write only the state dict of a training checkpoint.
         compact: write only the bytes of each storage that tensors use.
         durable: wait until the data is on the disk.

@@ -654,12 +654,25 @@ def blueprint_of(instance: nn.Module, shapes: tuple[tuple[int, ...], ...] | None
 
 
 def edit_instance(
-    instance: nn.Module, edits: Sequence[Edit], *, seed: int, shapes: tuple[tuple[int, ...], ...] | None
+    instance: nn.Module,
+    edits: Sequence[Edit],
+    *,
+    seed: int,
+    shapes: tuple[tuple[int, ...], ...] | None,
+    same: bool = False,
 ) -> nn.Module:
-    """Apply edits to a real module, in place. Returns the module; after `extract`, the submodule."""
+    """Apply edits to a real module, in place. Returns the module; after `extract`, the submodule.
+
+    With `same`, the outputs have to be those of the unedited module, which stays as it was if they are not.
+    """
     if not isinstance(instance, nn.Module):
         raise RequestError(f"apply takes an nn.Module, not {instance!r:.40}", "modelcli.load(...) gives one")
     given = None
     if shapes is not None:
         given = Inputs(shapes, floating=floating_dtype(instance) or "float32")
-    return apply(instance, edits, seed=seed, inputs=given).model
+    if not same:
+        return apply(instance, edits, seed=seed, inputs=given).model
+    from modelcli.live import same_outputs
+
+    with same_outputs.demanded(instance, given or inputs.own_inputs(instance)) as require:
+        return require(apply(instance, edits, seed=seed, inputs=given).model)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from modelcli.commands.edit import EditResult
     from modelcli.commands.fit_check import FitCheck
     from modelcli.edits.applied import Change
+    from modelcli.live.same_outputs import SameOutputs
     from modelcli.render.folding import Fold
 
 
@@ -61,6 +62,8 @@ def edits(
     if check.ran:
         given = " ".join(shape(list(size)) for size in check.inputs or ())
         footer.append(("check", f"runs: {given} -> {shape(check.output_shape)}"))
+        if check.same is not None:
+            footer.append(("outputs", f"those of the unedited model, {check.same.difference}"))
     else:
         footer.append(("check", f"not made: {check.reason}"))
     shown_rows = [row | {"arrow": "->", "delta": row["params_after"] - row["params_before"]} for row in rows]
@@ -108,11 +111,30 @@ def _change(change: Change) -> dict[str, Any]:
 
 def check_document(check: FitCheck) -> dict[str, Any]:
     """Return the check before writing for a JSON document."""
-    return {
+    document = {
         "ran": check.ran,
         "reason": check.reason,
         "output_shape": check.output_shape,
         "input": None if check.inputs is None else [list(size) for size in check.inputs],
+    }
+    return document if check.same is None else document | {"same": _same_document(check.same)}
+
+
+def _same_document(same: SameOutputs) -> dict[str, Any]:
+    """Return the comparison with the outputs of the unedited model for a JSON document."""
+    return {
+        "bit_for_bit": same.is_bit_for_bit,
+        "max_abs_diff": same.max_abs_diff,
+        "outputs": [
+            {
+                "name": tensor.name,
+                "shape": list(tensor.shape),
+                "dtype": tensor.dtype,
+                "max_abs_diff": tensor.max_abs_diff,
+                "tolerance": tensor.tolerance,
+            }
+            for tensor in same.tensors
+        ],
     }
 
 

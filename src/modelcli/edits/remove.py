@@ -97,7 +97,7 @@ def picked_to_remove(edit: Remove, blueprint: Blueprint, *, root_type: str | Non
             raise RequestError("--except leaves out everything that was selected")
     if "" in paths:
         raise RequestError("the model itself cannot be removed", "extract PATH makes a part of it the model")
-    selectors.refuse_nested([*paths, *names], "remove")
+    selectors.refuse_nested([*paths, *names], "to remove the outer one destroys the inner")
     selectors.require_expected(edit.expect, [*paths, *names])
     return paths, names
 

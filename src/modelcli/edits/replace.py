@@ -99,7 +99,7 @@ def replaced_paths(edit: Replace, blueprint: Blueprint) -> list[str]:
         raise RequestError(
             "the model itself cannot be replaced by a module", "name that as the model: -m 'Linear(4096,10)'"
         )
-    selectors.refuse_nested(paths, "replace")
+    selectors.refuse_nested(paths, "to replace the outer one destroys the inner")
     return paths
 
 

@@ -1,20 +1,22 @@
-"""slice: keep, reorder and repeat the children of a sequence."""
+"""slice: keep, reorder and repeat the children of sequences."""
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 from modelcli.edits.applied import Applied, Change, Context
-from modelcli.edits.base import Edit
 from modelcli.edits.declaring import FLAG, MODULES, Operand, option, selector
 from modelcli.edits.picking import Part as Below
 from modelcli.edits.picking import are_numbers, parts_below
+from modelcli.edits.targets import Selecting
 from modelcli.errors import RequestError
 from modelcli.language import selectors
+from modelcli.language.quoting import quoted
+from modelcli.model.blueprint import Blueprint
 from modelcli.model.paths import shown
 from modelcli.model.state_dict import Entry, NewModule, Part, StateDictModel, StateDictTensor, split_key
 from modelcli.wording import counted, listed
@@ -29,13 +31,13 @@ Range = tuple[int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Slice(Edit):
-    """Keep the children of a sequence at the positions in `ranges`, in that order.
+class Slice(Selecting):
+    """Keep the children of each matching sequence at the positions in `ranges`, in that order.
 
     A child that is named again is a copy with its own tensors; with `tied` it is the same module.
     """
 
-    path: str
+    target: str
     ranges: tuple[Range, ...]
     tied: bool = option("--tied", FLAG, False, "Let repeated children share their tensors instead of copying them.")
 
@@ -49,9 +51,10 @@ class Slice(Edit):
     examples: ClassVar[tuple[str, ...]] = (
         "modelcli slice features 0-5 -m squeezenet1_1 --check none -o start.pth",
         "modelcli slice encoder.layers 0,2,4,6,8,10 -m vit_b_16 -o half.pth",
+        "modelcli slice 'layer*' 0 -m resnet18 -o shallow.pth",
     )
     words: ClassVar[tuple[Operand, ...]] = (
-        Operand("path", "A path: model.layers.", completes=(MODULES,)),
+        Operand("target", "A selector of sequences: model.layers, '**.experts'.", completes=(MODULES,)),
         Operand("ranges", "Positions, first and last included: 0-23,8-31, or 3,2,1,0."),
     )
     also_called: ClassVar[tuple[str, ...]] = ("reorder", "repeat", "keep", "truncate")
@@ -61,20 +64,37 @@ class Slice(Edit):
     @classmethod
     def from_operands(cls, words: Sequence[str]) -> Self:
         if len(words) != 2:
-            raise RequestError("slice takes one path and the positions to keep", _EXAMPLE)
-        return cls(path=selector(words[0]), ranges=tuple(map(_range, words[1].split(","))))
+            raise RequestError("slice takes one target and the positions to keep", _EXAMPLE)
+        return cls(target=selector(words[0]), ranges=tuple(map(_range, words[1].split(","))))
 
     def operands(self) -> list[str]:
-        return [self.path, ranges_text(self.ranges)]
+        return [self.target, ranges_text(self.ranges)]
 
     def apply_to_state_dict(self, model: StateDictModel, context: Context) -> Applied[StateDictModel]:
-        path = selectors.select_one(model.blueprint, self.path, self.name)
-        there, prefix = numbered_children(model, path)
-        size = 1 + max(there)
-        kept = positions(self, size, path)
-        if not any(number in there for number in kept):
-            raise RequestError(f"slice {self.path} {ranges_text(self.ranges)} would leave no tensor of {shown(path)}")
+        paths = sliced_paths(self, model.blueprint)
+        children: dict[str, dict[str, str | NewModule]] = {}
+        kept: dict[str, list[int]] = {}
+        sizes: dict[str, int] = {}
         identity = model.next_identity
+        for path in paths:
+            there, prefix = numbered_children(model, path)
+            sizes[path] = 1 + max(there)
+            kept[path] = positions(self, sizes[path], path)
+            if not any(number in there for number in kept[path]):
+                raise RequestError(f"{self} would leave no tensor of {shown(path)}")
+            children[path], identity = self._children(model, there, prefix, kept[path], identity)
+        sliced = model.with_children_of(children)
+        before, after = parts_below(model, paths), parts_below(sliced, paths)
+        changes = [
+            change_of(self, path, (sizes[path], before[path].params), (len(kept[path]), after[path].params), kept[path])
+            for path in paths
+        ]
+        return Applied(sliced, changes, notes([(kept[path], sizes[path]) for path in paths]), context.inputs)
+
+    def _children(
+        self, model: StateDictModel, there: Mapping[int, str], prefix: str, kept: Sequence[int], identity: int
+    ) -> tuple[dict[str, str | NewModule], int]:
+        """Return the new children of one sequence, and the next free identity of a tensor."""
         children: dict[str, str | NewModule] = {}
         briefs = parts_below(model, [there[number] for number in dict.fromkeys(kept) if number in there])
         seen: set[int] = set()
@@ -89,10 +109,14 @@ class Slice(Edit):
             else:
                 children[new] = there[number]
             seen.add(number)
-        sliced = model.with_children(path, children)
-        before, after = parts_below(model, [path])[path], parts_below(sliced, [path])[path]
-        change = change_of(self, path, (size, before.params), (len(kept), after.params), kept)
-        return Applied(sliced, [change], notes(kept, size), context.inputs)
+        return children, identity
+
+
+def sliced_paths(edit: Slice, blueprint: Blueprint) -> list[str]:
+    """Return the paths of the sequences to slice. Raises RequestError if one of them lies inside another one."""
+    paths = selectors.select_modules(blueprint, [edit.target], without=edit.without, expect=edit.expect)
+    selectors.refuse_nested(paths, hint="slice the outer one first, and the inner ones with a second edit")
+    return paths
 
 
 def numbered_children(model: StateDictModel, path: str) -> tuple[dict[int, str], str]:
@@ -132,11 +156,16 @@ def change_of(edit: Slice, path: str, before: tuple[int, int], after: tuple[int,
     return Change(path, edit.name, was, now, before[1], after[1], (str(settled(edit, path, kept)),))
 
 
-def notes(kept: Sequence[int], size: int) -> list[str]:
-    """Return the note that names the positions that are left out."""
-    there = set(kept)
-    left = [str(number) for number in range(size) if number not in there]
-    return [f"{'child' if len(left) == 1 else 'children'} {listed(left, 8)} left out"] if left else []
+def notes(sequences: Iterable[tuple[Sequence[int], int]]) -> list[str]:
+    """Return the note that names what is left out, given the positions that each sequence keeps, and its old size.
+
+    Sequences that lose other positions than the first one have one note together.
+    """
+    left = {tuple(number for number in range(size) if number not in set(kept)) for kept, size in sequences}
+    if len(left) > 1:
+        return [f"the sequences lose {min(map(len, left))} to {max(map(len, left))} children each"]
+    gone = [str(number) for number in next(iter(left))]
+    return [f"{'child' if len(gone) == 1 else 'children'} {listed(gone, 8)} left out"] if gone else []
 
 
 def _range(word: str) -> Range:
@@ -162,7 +191,8 @@ def settled(edit: Slice, path: str, kept: Sequence[int]) -> Slice:
             ranges[-1] = (ranges[-1][0], number)
         else:
             ranges.append((number, number))
-    return replace(edit, path=selectors.literal(path) if path else ".", ranges=tuple(ranges))
+    settled_target = selectors.literal(path) if path else "."
+    return replace(edit, target=settled_target, without=(), expect=None, ranges=tuple(ranges))
 
 
 def positions(edit: Slice, size: int, path: str) -> list[int]:
@@ -177,7 +207,7 @@ def positions(edit: Slice, size: int, path: str) -> list[int]:
             if not 0 <= end < size:
                 raise RequestError(
                     f"{given} is no position in {shown(path)}, whose children are 0 to {size - 1}",
-                    f"slice {edit.path} 0-{size - 1} keeps them all",
+                    f"slice {quoted(edit.target)} 0-{size - 1} keeps them all",
                 )
         found += range(first, last + 1) if first <= last else range(first, last - 1, -1)
         if len(found) > MAX_CHILDREN:

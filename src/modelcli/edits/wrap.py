@@ -15,7 +15,7 @@ from modelcli.language import expressions, selectors
 from modelcli.language.expressions import Call
 from modelcli.language.quoting import command, quoted
 from modelcli.model.blueprint import Blueprint
-from modelcli.model.paths import ancestors, shown
+from modelcli.model.paths import shown
 
 _EXAMPLE = "wrap fc 'Sequential(_,Dropout(0.5))'"
 
@@ -102,13 +102,9 @@ def wrapped_paths(edit: Wrap, blueprint: Blueprint) -> list[str]:
             f"{edit.module} has {holes} _, and the old module has one place", "write the other arguments out"
         )
     paths = selectors.select_modules(blueprint, edit.targets, without=edit.without, expect=edit.expect)
-    taken = set(paths)
-    for path in paths:
-        if (outer := next((above for above in list(ancestors(path))[1:] if above in taken), None)) is not None:
-            raise RequestError(
-                f"{path} lies inside {shown(outer)}, and both match",
-                "narrow the selector or take one away with --except; a second edit wraps the outer one",
-            )
+    selectors.refuse_nested(
+        paths, hint="narrow the selector or take one away with --except; a second edit wraps the outer one"
+    )
     return paths
 
 

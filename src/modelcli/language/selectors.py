@@ -811,13 +811,13 @@ def _longest_existing(path: str, blueprint: Blueprint) -> str:
     return next((above for above in ancestors(path) if above in blueprint.by_path), "")
 
 
-def refuse_nested(paths: Sequence[str], verb: str) -> None:
-    """Refuse a match inside another match, because the edit of the outer one would destroy the inner one."""
+def refuse_nested(
+    paths: Sequence[str], why: str = "", hint: str = "narrow the selector, or take one away with --except"
+) -> None:
+    """Raise RequestError if one of the matches lies inside another one; `why` says what that would do."""
     taken = set(paths)
     for path in paths:
         for above in list(ancestors(path))[1:]:
             if above in taken:
-                raise RequestError(
-                    f"{path} lies inside {shown(above)}, and both match: to {verb} the outer one destroys the inner",
-                    "narrow the selector, or take one away with --except",
-                )
+                reason = f": {why}" if why else ""
+                raise RequestError(f"{path} lies inside {shown(above)}, and both match{reason}", hint)

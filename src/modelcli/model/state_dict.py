@@ -365,22 +365,34 @@ class StateDictModel:
             children: its children by name, in order: the path of a module of the model, or a new module.
             names: new names for the module's own entries.
         """
-        paths = self._paths
-        start, stop = self._order[holder], self._end_of[holder]
-        renamed = names or {}
+        return self.with_children_of({holder: children}, names)
+
+    def with_children_of(
+        self, children: Mapping[str, Mapping[str, str | NewModule]], names: Mapping[str, str] | None = None
+    ) -> StateDictModel:
+        """Return the model with other children of several modules, none of which lies inside another one.
+
+        Args:
+            children: by the path of each module, its children by name, in order: see `with_children`.
+            names: new names for the modules' own entries.
+        """
+        paths, renamed = self._paths, names or {}
 
         def parts() -> Iterator[Part]:
-            yield from self._parts(paths[:start])
-            for path, module, own in self._parts([holder]):
-                yield path, module, ((renamed.get(name, name), entry) for name, entry in own)
-            for name, child in children.items():
-                path_of_child = joined(holder, name)
-                if isinstance(child, NewModule):
-                    yield from _placed(child, path_of_child)
-                else:
-                    first = self._order[child]
-                    yield from self._parts(paths[first : self._end_of[child]], child, path_of_child)
-            yield from self._parts(paths[stop:])
+            done = 0
+            for holder in sorted(children, key=self._order.__getitem__):
+                yield from self._parts(paths[done : self._order[holder]])
+                done = self._end_of[holder]
+                for path, module, own in self._parts([holder]):
+                    yield path, module, ((renamed.get(name, name), entry) for name, entry in own)
+                for name, child in children[holder].items():
+                    path_of_child = joined(holder, name)
+                    if isinstance(child, NewModule):
+                        yield from _placed(child, path_of_child)
+                    else:
+                        first = self._order[child]
+                        yield from self._parts(paths[first : self._end_of[child]], child, path_of_child)
+            yield from self._parts(paths[done:])
 
         return assembled(parts())
 

@@ -293,3 +293,11 @@ def test_targets_that_look_like_settings_are_written_with_a_backslash() -> None:
     modelcli.apply(model, r"set 'a\=1' p=0.25")
     assert model["a=1"].p == 0.25
     assert str(edits.parse(r"set 'a\=1' p=0.25")) == str(Set(targets=(r"a\=1",), settings=(("p", 0.25),)))
+
+
+def test_a_child_that_the_same_edit_takes_out_is_not_said_to_stay(cli: Cli) -> None:
+    words = ("-m", "googlenet", "--check", "none")
+    assert "aux1, aux2 and their tensors stay" in cli("set", ".", "aux_logits=False", *words).err
+    told = cli("set", ".", "aux_logits=False", "aux1=None", *words).err
+    assert "aux2 and its tensors stay: set . aux2=None takes it out" in " ".join(told.split())
+    assert "stay" not in cli("set", ".", "aux_logits=False", "aux1=None", "aux2=None", *words).err

@@ -75,8 +75,10 @@ def test_tied_repeats_are_one_module() -> None:
         ("slice layers -5", "-5 is no position in layers, whose children are 0 to 3"),
         ("slice layers 1-x", "'1-x' is no position and no range"),
         ("slice layers ''", "'' is no position and no range"),
-        ("slice layers", "slice takes one path and the positions to keep"),
+        ("slice layers", "slice takes one target and the positions to keep"),
         ("slice head 0", "head is a Linear"),
+        ("slice '**' 0", "layers lies inside ., and both match"),
+        ("slice 'l*' 0 --expect 2", "1 module matches, not the 2 expected"),
         ("slice . 0", "the model itself is a ModuleDict"),
         ("slice layers " + ",".join(["0-3"] * 30_000), "slice would make more than 100,000 children"),
     ],
@@ -88,6 +90,47 @@ def test_what_is_refused(line: str, message: str) -> None:
         modelcli.apply(model, line)
     assert message in f"{caught.value.message} {caught.value.hint}"
     assert repr(model) == before
+
+
+def experts(layers: int = 2) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.ModuleList(
+        nn.ModuleDict({"experts": nn.ModuleList(nn.Linear(3, 3) for _ in range(3)), "gate": nn.Linear(3, 3)})
+        for _ in range(layers)
+    )
+
+
+def test_several_sequences_are_sliced_alike(cli: Cli) -> None:
+    model = experts()
+    torch.save(dict(model.state_dict()), "a.pth")
+    done = cli("slice", "*.experts", "2,0,2", "-m", "a.pth", "-o", "b.pth", "--json").json
+    assert [change["path"] for change in done["changes"]] == ["0.experts", "1.experts"]
+    assert done["changes"][0]["before"] == "3 children"
+    assert "child 1 left out" in done["notes"]
+    old = deepcopy(model)
+    modelcli.apply(model, "slice '*.experts' 2,0,2")
+    for number in range(2):
+        weights = [old.get_submodule(f"{number}.experts.{at}").weight for at in (2, 0, 2)]
+        for place, weight in enumerate(weights):
+            assert torch.equal(model.get_submodule(f"{number}.experts.{place}").weight, weight)
+    found = torch.load("b.pth", weights_only=True)
+    assert sorted(found) == sorted(model.state_dict())
+    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
+    assert storages(found) == len(found)
+
+
+def test_a_shared_sequence_is_sliced_once() -> None:
+    one = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    model = nn.ModuleDict({"a": one, "b": one})
+    modelcli.apply(model, "slice '*' 0-1")
+    assert model["a"] is model["b"]
+    assert len(model["a"]) == 2
+
+
+def test_sequences_that_lose_other_positions_have_one_note(cli: Cli) -> None:
+    state = {f"{name}.{n}.w": torch.zeros(1) for name, size in (("a", 2), ("b", 4)) for n in range(size)}
+    torch.save(state, "a.pth")
+    assert "the sequences lose 1 to 3 children each" in cli("slice", "*", "0", "-m", "a.pth").err
 
 
 # --- files that record no architecture -----------------------------------------------------------------------------
@@ -136,7 +179,8 @@ def test_modules_without_tensors_keep_their_numbers(cli: Cli) -> None:
 
 
 @pytest.mark.parametrize(
-    "lines", [("slice layers 0,2",), ("slice layers 1,0,1",), ("slice layers 0-3,2-3", "cast . half")]
+    "lines",
+    [("slice layers 0,2",), ("slice layers 1,0,1",), ("slice layers 0-3,2-3", "cast . half"), ("slice 'laye*' 3,1",)],
 )
 @pytest.mark.parametrize("words", [("-m", "a.pth"), ("-m", "own.py:Net"), ("-m", "a.pth", "--arch", "own.py:Net")])
 def test_the_script_writes_the_same(cli: Cli, folder: Path, lines: tuple[str, ...], words: tuple[str, ...]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -121,7 +121,8 @@ def _plan(module: nn.Module, path: str, settings: Sequence[tuple[str, Any]]) -> 
     taken_out = [_child_taken_out(module, path, name, value) for name, value in of_children]
     by_constructor = {name: value for name, value in of_module.items() if name in _constructor_names(module)}
     notes: list[str] = []
-    derived = _derived(module, path, by_constructor, notes) if by_constructor else None
+    leaving = [name for name, _ in of_children]
+    derived = _derived(module, path, by_constructor, leaving, notes) if by_constructor else None
     now: dict[str, Any] = {}
     for name, value in of_module.items():
         if derived is not None and name in derived.kept:
@@ -201,11 +202,14 @@ def _constructor_names(module: nn.Module) -> list[str]:
         return []
 
 
-def _derived(module: nn.Module, path: str, values: Mapping[str, Any], notes: list[str]) -> _Derived | None:
+def _derived(
+    module: nn.Module, path: str, values: Mapping[str, Any], leaving: Collection[str], notes: list[str]
+) -> _Derived | None:
     """Return the attributes that the constructor would give other values for these arguments.
 
     The class is built twice on the meta device: with the arguments that the module has, and with the new ones. None if
-    its present arguments are not all known. `notes` gets what there is to say.
+    its present arguments are not all known. `notes` gets what there is to say, such as children that stay: `leaving`
+    are those that the same edit takes out.
 
     Raises RequestError if the constructor refuses a value, or if the tensors differ: a setting decides no shape.
     """
@@ -223,9 +227,10 @@ def _derived(module: nn.Module, path: str, values: Mapping[str, Any], notes: lis
     if (gone := _children_left_out(before, after)) and all(name in vars(module) for name in values):
         for name, value in values.items():
             _require_attribute(module, path, name, value)
-        there = [joined(path, name) for name in gone if module._modules.get(name) is not None]
+        stay = [name for name in gone if module._modules.get(name) is not None and name not in leaving]
+        there = [joined(path, name) for name in stay]
         if there:
-            line = f"set {quoted(target_of(path))} {' '.join(f'{name}=None' for name in gone)}"
+            line = f"set {quoted(target_of(path))} {' '.join(f'{name}=None' for name in stay)}"
             its, it = ("its", "it") if len(there) == 1 else ("their", "them")
             notes.append(f"{listed(there, 3)} and {its} tensors stay: {line} takes {it} out")
         return _Derived((), values)

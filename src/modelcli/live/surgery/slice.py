@@ -1,4 +1,4 @@
-"""slice: keep, reorder and repeat the children of a sequence."""
+"""slice: keep, reorder and repeat the children of sequences."""
 
 from __future__ import annotations
 
@@ -8,9 +8,17 @@ from collections.abc import Sequence
 from torch import nn
 
 from modelcli.edits.applied import Applied, Context
-from modelcli.edits.slice import Slice, change_of, not_numbered, notes, numbered_children, positions, prefix_of
+from modelcli.edits.slice import (
+    Slice,
+    change_of,
+    not_numbered,
+    notes,
+    numbered_children,
+    positions,
+    prefix_of,
+    sliced_paths,
+)
 from modelcli.errors import RequestError
-from modelcli.language import selectors
 from modelcli.live import memory
 from modelcli.live.describe import describe
 from modelcli.live.meta_models import separate_meta_copy
@@ -20,24 +28,32 @@ from modelcli.live.script.state import State
 from modelcli.live.script.step import StateDictStep, Step
 from modelcli.live.surgery.core import blueprint_of, count, is_meta, put_children, submodule
 from modelcli.model.paths import joined
+from modelcli.model.state_dict import StateDictModel
 
 
 def carry_out(module: nn.Module, edit: Slice, context: Context) -> Applied[nn.Module]:
-    path = selectors.select_one(blueprint_of(module, context), edit.path, edit.name)
-    holder = submodule(module, path)
-    before, old = count(holder), list(holder._modules.values())
-    kept, names = _kept(holder, edit, path)
-    children: dict[str, nn.Module | None] = {}
-    seen: set[int] = set()
-    for name, number in zip(names, kept, strict=True):
-        child = old[number]
-        repeated = number in seen and not edit.tied and child is not None
-        children[name] = _copy(module, child) if repeated and child is not None else child
-        seen.add(number)
-    put_children(holder, children)
+    paths = _distinct(module, sliced_paths(edit, blueprint_of(module, context)))
+    changes, kept_of = [], []
+    plans = [(path, submodule(module, path), *_kept(submodule(module, path), edit, path)) for path in paths]
+    for path, holder, kept, names in plans:
+        before, old = count(holder), list(holder._modules.values())
+        children: dict[str, nn.Module | None] = {}
+        seen: set[int] = set()
+        for name, number in zip(names, kept, strict=True):
+            child = old[number]
+            repeated = number in seen and not edit.tied and child is not None
+            children[name] = _copy(module, child) if repeated and child is not None else child
+            seen.add(number)
+        put_children(holder, children)
+        changes.append(change_of(edit, path, (len(old), before), (len(kept), count(holder)), kept))
+        kept_of.append((kept, len(old)))
     memory.require(memory.bytes_of(module), str(edit))
-    change = change_of(edit, path, (len(old), before), (len(kept), count(holder)), kept)
-    return Applied(module, [change], notes(kept, len(old)), context.inputs)
+    return Applied(module, changes, notes(kept_of), context.inputs)
+
+
+def _distinct(module: nn.Module, paths: Sequence[str]) -> list[str]:
+    """Return the first path of each module: a shared sequence is sliced once, under all of its names."""
+    return list({id(submodule(module, path)): path for path in reversed(paths)}.values())[::-1]
 
 
 def _kept(holder: nn.Module, edit: Slice, path: str) -> tuple[list[int], list[str]]:
@@ -70,7 +86,11 @@ def _copy(module: nn.Module, child: nn.Module) -> nn.Module:
 
 
 def script_lines(edit: Slice, step: Step) -> list[str]:
-    path = selectors.select_one(describe(step.before), edit.path, edit.name)
+    paths = _distinct(step.before, sliced_paths(edit, describe(step.before)))
+    return [line for path in paths for line in _script_lines(edit, path, step)]
+
+
+def _script_lines(edit: Slice, path: str, step: Step) -> list[str]:
     holder = submodule(step.before, path)
     kept, names = _kept(holder, edit, path)
     at = access_paths.module_expression(step.before, path)
@@ -114,7 +134,14 @@ def _run(run: Sequence[int]) -> str:
 
 def state_dict_script_lines(edit: Slice, step: StateDictStep, state: State) -> list[str]:
     model = step.before
-    path = selectors.select_one(model.blueprint, edit.path, edit.name)
+    return [
+        line
+        for path in sliced_paths(edit, model.blueprint)
+        for line in _state_dict_script_lines(edit, path, model, state)
+    ]
+
+
+def _state_dict_script_lines(edit: Slice, path: str, model: StateDictModel, state: State) -> list[str]:
     there, prefix = numbered_children(model, path)
     kept = positions(edit, 1 + max(there), path)
     if model.own_entries[path]:

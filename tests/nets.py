@@ -145,3 +145,17 @@ def build(depth: int = 2) -> nn.Module:
 
 
 instance = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
+
+
+class Chain(nn.Module):
+    """A stem, a norm, four alike layers and a head, all of which a step of an optimizer changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(4, 6)
+        self.norm = nn.BatchNorm1d(6)
+        self.layers = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.layers(self.norm(self.stem(x))))

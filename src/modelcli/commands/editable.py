@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from modelcli.commands.state_dict_models import OpenStateDict
     from modelcli.edits.applied import Applied
     from modelcli.live.trace import Traced
-    from modelcli.live.training_state import Held
+    from modelcli.model.parameter_origins import Held
     from modelcli.writing import Plan
 
 
@@ -51,10 +51,14 @@ class Editable(Protocol):
     def inputs(self) -> StatedInputs | None: ...
 
     @property
-    def parameters_opened(self) -> Mapping[str, Held]: ...
+    def parameters_opened(self) -> Mapping[str, Held]:
+        """The parameters that it had when it was opened, in order, if it comes from a training checkpoint."""
+        ...
 
     @property
-    def parameters_now(self) -> Mapping[str, Held]: ...
+    def parameters_now(self) -> Mapping[str, Held]:
+        """The parameters that it has, in the order of `model.parameters()`."""
+        ...
 
     @property
     def tensors_opened(self) -> Mapping[str, Hashable]: ...

@@ -22,9 +22,9 @@ from modelcli.errors import RequestError
 from modelcli.language import input_texts
 from modelcli.language.references import CheckpointFile, Source
 from modelcli.language.stated_inputs import StatedInputs
-from modelcli.live.training_state import Held
 from modelcli.model.blueprint import Blueprint, Trace
 from modelcli.model.joined_tensors import casts_in
+from modelcli.model.parameter_origins import Held, held_of
 from modelcli.model.state_dict import StateDictModel, StateDictTensor
 from modelcli.wording import listed
 from modelcli.writing import Plan
@@ -115,11 +115,11 @@ class OpenStateDict:
 
     @property
     def parameters_opened(self) -> Mapping[str, Held]:
-        return _held(self.opened)
+        return _held(self.opened, self.contents.names)
 
     @property
     def parameters_now(self) -> Mapping[str, Held]:
-        return _held(self.model)
+        return _held(self.model, self.keys_in_order())
 
     @property
     def tensors_opened(self) -> Mapping[str, Hashable]:
@@ -192,12 +192,13 @@ class OpenStateDict:
         return []
 
 
-def _held(model: StateDictModel) -> dict[str, Held]:
-    """Return the parameters of a model, each under its first name."""
+def _held(model: StateDictModel, names: Sequence[str]) -> dict[str, Held]:
+    """Return the parameters of a model, each under its first name, in the order of a file with these keys."""
     found: dict[int, tuple[str, Held]] = {}
-    for name, tensor in model.tensors.items():
-        if tensor.kind == "parameter" and tensor.identity not in found:
-            found[tensor.identity] = (name, Held(tensor.identity, tensor.shape))
+    for name in names:
+        tensor = model.tensors.get(name)
+        if tensor is not None and tensor.kind == "parameter" and tensor.identity not in found:
+            found[tensor.identity] = (name, held_of(tensor))
     return dict(found.values())
 
 

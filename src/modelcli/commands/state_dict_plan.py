@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from modelcli import writing
@@ -94,7 +94,7 @@ def in_order(model: StateDictModel, opened: StateDictModel, contents: Contents) 
     if not model.inert and (moved := _positions_of_moved(model, opened, contents)) is not None:
         if list(moved.values()) == sorted(moved.values()):  # most edits leave them in the order of the file
             return [name for name in moved if model.tensors[name].persistent]
-        return sorted(model.keys, key=moved.__getitem__)
+        return _by_number(sorted(model.keys, key=moved.__getitem__), contents.names)
     positions = {name: position for position, name in enumerate(contents.names)}
     before = {name: tensor.identity for name, tensor in opened.tensors.items()}
     now = {name: tensor.identity for name, tensor in model.tensors.items()}
@@ -124,7 +124,53 @@ def in_order(model: StateDictModel, opened: StateDictModel, contents: Contents) 
                 position = positions.get(name)
             last = last if position is None else (position,)
         found[name] = last
-    return sorted(found, key=found.__getitem__)
+    return _by_number(sorted(found, key=found.__getitem__), contents.names)
+
+
+def _by_number(names: list[str], in_file: Sequence[str]) -> list[str]:
+    """Return keys with numbered children in the order of their numbers, as a module has them, where the file had that.
+
+    The keys below a module whose children edits have put into another order change places among themselves.
+    """
+    holders = _out_of_order(names) - _out_of_order(in_file)
+    if not holders:
+        return names
+    first: dict[str, int] = {}  # where each path begins
+    places: dict[str, list[int]] = {}  # of the keys below each outermost of the modules
+    keys: dict[int, list[int]] = {}
+    for place, name in enumerate(names):
+        path, outermost = "", None
+        for own in name.split("."):
+            if path in holders and outermost is None:
+                outermost = path
+                keys[place] = []
+                places.setdefault(path, []).append(place)
+            below = f"{path}.{own}" if path else own
+            if outermost is not None:
+                begins = first.setdefault(below, place)
+                is_number = path in holders and own.isdecimal() and len(own) < 10
+                keys[place].append(int(own) if is_number else begins - len(names))
+            path = below
+    found = list(names)
+    for own_places in places.values():
+        for place, old in zip(own_places, sorted(own_places, key=keys.__getitem__), strict=True):
+            found[place] = names[old]
+    return found
+
+
+def _out_of_order(names: Iterable[str]) -> set[str]:
+    """Return the paths whose numbered children are not in the order of their numbers, the children being modules."""
+    last: dict[str, int] = {}
+    found: set[str] = set()
+    for name in names:
+        path = ""
+        for own in name.split(".")[:-1]:
+            if own.isdecimal() and len(own) < 10:
+                if int(own) < last.get(path, 0):
+                    found.add(path)
+                last[path] = int(own)
+            path = f"{path}.{own}" if path else own
+    return found
 
 
 def _positions_of_moved(model: StateDictModel, opened: StateDictModel, contents: Contents) -> dict[str, int] | None:

@@ -1,4 +1,4 @@
-"""Write an edited model, and make notes on the rest of its training checkpoint."""
+"""Write an edited model, with what its training checkpoint contains around it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from modelcli.edits import kind_called
-from modelcli.model.blueprint import Blueprint
-from modelcli.model.wrapper_prefixes import Unwrapping
 from modelcli.wording import listed
 
 if TYPE_CHECKING:
@@ -73,6 +70,11 @@ def write(
 
     assert request.out is not None
     plan = model.plan(request.out, request.format, bare=request.bare, compact=request.compact, traced=traced)
+    around: list[str] = []
+    if model.contents is not None and model.contents.key is not None:
+        from modelcli.commands import training_checkpoint
+
+        plan, around = training_checkpoint.followed(model, model.contents, plan, changes)
     size = writing.DEFAULT_SIZE if request.max_shard_bytes is None else request.max_shard_bytes
     reads = _files_of(model.contents) if model.contents is not None and request.out.exists() else frozenset()
     options = writing.WriteOptions(request.force, request.durable, request.verify, progress, size, reads)
@@ -83,9 +85,8 @@ def write(
         *model.overflow_notes(),
         *_other_checkpoints(written),
         *model.random_value_notes(),
+        *around,
     ]
-    if model.contents is not None and model.contents.key is not None:
-        notes += _training_checkpoint_notes(model, model.contents, changes, kept=plan.key is not None)
     return WriteResult(written, tuple(notes))
 
 
@@ -122,34 +123,3 @@ def _files_of(contents: Contents) -> frozenset[FileId]:
             last = storage.path
         found.update(storage.files())
     return frozenset(found)
-
-
-def _training_checkpoint_notes(
-    model: Editable, contents: Contents, changes: Sequence[Change], *, kept: bool
-) -> list[str]:
-    """Return notes on the rest of a training checkpoint: whether it was kept, and what no longer fits."""
-    from modelcli.checkpoints.torch_pickle import state_dicts
-    from modelcli.live import training_state
-
-    assert contents.key is not None
-    others = [str(name) for name in contents.tree if name != contents.key[0]] if isinstance(contents.tree, dict) else []
-    key = state_dicts.key_of(contents.key)
-    names = f" ({listed(others, 4)})" if others else ""
-    rest = f"the rest of {contents.path.name}{names}"
-    if not kept:
-        return [f"{rest} was left out"]
-    outdated = training_state.outdated_optimizer_notes(contents.tree, model.parameters_opened, model.parameters_now)
-    changed = not all(kind_called(change.action).changes_flags_only for change in changes)
-    unwrapping = Unwrapping() if model.report is None else model.report.unwrapping
-    if unwrapping:
-        parts = listed([repr(part) for part in unwrapping.parts], 6)
-        outdated.append(
-            f"the keys in {key!r} were written without {parts}, which the program that wrote the file may expect "
-            "(without --arch, an edit leaves the keys as they are)"
-        )
-    renamed = training_state.renamed(model.tensors_opened, model.tensors_now)
-    after: Blueprint = model.describe()
-    copies = training_state.other_state_dict_notes(
-        contents, after, unwrapping=unwrapping, changed=changed, renamed=renamed
-    )
-    return [f"{rest} was kept; --bare drops it", *outdated, *copies]

@@ -26,13 +26,14 @@ from modelcli.language.references import CheckpointFile, NamedModel, Source
 from modelcli.live import bounds, downloads, inputs, loading, memory, providers, trace
 from modelcli.live.build import Architecture, architecture
 from modelcli.live.describe import describe, floating_dtype
+from modelcli.live.held_parameters import held_parameters
 from modelcli.live.inputs import Inputs
 from modelcli.live.loading import LoadReport
-from modelcli.live.sources import flag_of, is_lazy, named_tensors, set_flag
+from modelcli.live.sources import flag_of, named_tensors, set_flag
 from modelcli.live.surgery import apply
 from modelcli.live.trace import Traced
-from modelcli.live.training_state import Held
 from modelcli.model.blueprint import Blueprint
+from modelcli.model.parameter_origins import Held
 from modelcli.providers import configuration
 from modelcli.writing import Plan
 
@@ -48,8 +49,8 @@ class Live:
     `architecture` is None for a checkpoint of unknown architecture. `edits` are all edits since the architecture's
     reference, as lines with selectors and `_` resolved, each with its number. `drawn` says whether values will be drawn
     at random. `report` says how a checkpoint's keys fit; `record` is the file's record, if it was followed.
-    `opened_with` are the parameters at opening, `opened_tensors` all tensors under every name. `own_folder` is the
-    folder of a library's model that the weights are in, if it was opened from one.
+    `parameters_opened` are the parameters at opening, of a training checkpoint; `opened_tensors` all tensors under
+    every name. `own_folder` is the folder of a library's model that the weights are in, if it was opened from one.
     """
 
     module: nn.Module
@@ -63,7 +64,7 @@ class Live:
     notes: list[str] = field(default_factory=list)
     seed: int = 0
     edit_count: int = 0
-    opened_with: dict[str, nn.Parameter] = field(default_factory=dict)
+    parameters_opened: Mapping[str, Held] = field(default_factory=dict)
     opened_tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     own_folder: Path | None = None
     _blueprint: Blueprint | None = None
@@ -144,14 +145,9 @@ class Live:
         return done
 
     @property
-    def parameters_opened(self) -> Mapping[str, Held]:
-        """The parameters that it had when it was opened."""
-        return _held(self.opened_with)
-
-    @property
     def parameters_now(self) -> Mapping[str, Held]:
-        """The parameters that it has."""
-        return _held(dict(self.module.named_parameters()))
+        """The parameters that it has, in the order of `model.parameters()`."""
+        return held_parameters(self.module, flags_are_known=self.record is not None)
 
     @property
     def tensors_opened(self) -> Mapping[str, Hashable]:
@@ -216,10 +212,6 @@ class Live:
     def next_numbers(self, count: int) -> range:
         """Return the numbers of the next `count` edits."""
         return range(self.edit_count + 1, self.edit_count + 1 + count)
-
-
-def _held(parameters: Mapping[str, nn.Parameter]) -> dict[str, Held]:
-    return {name: Held(id(p), None if is_lazy(p) else tuple(p.shape)) for name, p in parameters.items()}
 
 
 def open_live(source: Source, *, report_only: bool = False) -> Live:
@@ -495,7 +487,8 @@ class _Opening:
         if self.record is not None:
             set_flags(module, self.record)
         live.inputs = self._inputs(module)
-        live.opened_with = dict(module.named_parameters())
+        if self.contents is not None and self.contents.key is not None:
+            live.parameters_opened = live.parameters_now
         live.opened_tensors = named_tensors(module)
         return live
 

@@ -302,6 +302,8 @@ def tag_drawn(module: torch.nn.Module, build: Lazy) -> None:
 
 #: The attribute of a parameter whose `requires_grad` is not known; torch has no third value for that.
 _UNKNOWN = "_modelcli_flag_unknown"
+#: The attribute of a parameter whose `requires_grad` an edit has set, even to what it was.
+_STATED = "_modelcli_flag_stated"
 
 
 def set_flag(parameter: torch.Tensor, trained: bool | None) -> None:
@@ -311,6 +313,19 @@ def set_flag(parameter: torch.Tensor, trained: bool | None) -> None:
     vars(parameter).pop(_UNKNOWN, None)
     if trained is None:
         setattr(parameter, _UNKNOWN, True)
+
+
+def state_flag(parameter: torch.Tensor, trained: bool) -> None:
+    """Set `requires_grad` as an edit states it. Of a parameter on the meta device, that is remembered."""
+    set_flag(parameter, trained)
+    if parameter.is_meta:
+        setattr(parameter, _STATED, trained)
+
+
+def stated_flag(parameter: torch.Tensor) -> bool | None:
+    """Return the `requires_grad` that the last edit of it stated; None if no edit did."""
+    stated: bool | None = getattr(parameter, _STATED, None)
+    return stated
 
 
 def flag_of(parameter: torch.Tensor) -> bool | None:

@@ -12,7 +12,7 @@ from modelcli.live.describe import describe
 from modelcli.live.script.flags import requires_grad_statements
 from modelcli.live.script.state import State
 from modelcli.live.script.step import StateDictStep, Step
-from modelcli.live.sources import set_flag
+from modelcli.live.sources import state_flag
 from modelcli.live.surgery.core import blueprint_of
 
 
@@ -20,7 +20,7 @@ def carry_out(module: nn.Module, edit: Flags, context: Context) -> Applied[nn.Mo
     parameters = dict(module.named_parameters(remove_duplicate=False))
     found = flagging(edit, blueprint_of(module, context), parameters.keys())
     for name in found.names:
-        set_flag(parameters[name], edit.trains)
+        state_flag(parameters[name], edit.trains)
     return Applied(module, [*found.changes], [*found.notes], context.inputs)
 
 

@@ -1,0 +1,106 @@
+"""Let the rest of a training checkpoint follow the edits of its model: its optimizers; and say what does not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from modelcli.checkpoints import Contents
+from modelcli.checkpoints.optimizers import Optimizer, optimizers_in, with_values
+from modelcli.checkpoints.torch_pickle import state_dicts
+from modelcli.commands import other_state_dicts
+from modelcli.edits import kind_called
+from modelcli.model.parameter_origins import OldParameters
+from modelcli.model.wrapper_prefixes import Unwrapping
+from modelcli.wording import listed
+
+if TYPE_CHECKING:
+    from modelcli.checkpoints.entries import TensorEntry
+    from modelcli.commands.editable import Editable
+    from modelcli.edits.applied import Change
+    from modelcli.model.state_dict import StateDictTensor
+    from modelcli.writing import Plan
+
+
+def followed(model: Editable, contents: Contents, plan: Plan, changes: Sequence[Change]) -> tuple[Plan, list[str]]:
+    """Return the plan with optimizers that follow the edits, and notes on the rest of a training checkpoint.
+
+    Args:
+        model: the edited model.
+        contents: the training checkpoint that it comes from.
+        plan: the plan for the model, with the tree of the checkpoint if that is kept.
+        changes: what the edits changed.
+    """
+    assert contents.key is not None
+    others = [str(name) for name in contents.tree if name != contents.key[0]] if isinstance(contents.tree, dict) else []
+    names = f" ({listed(others, 4)})" if others else ""
+    rest = f"the rest of {contents.path.name}{names}"
+    if plan.key is None:
+        return plan, [f"{rest} was left out"]
+    new, notes = _optimizers(model, contents)
+    if new:
+        plan = replace(plan, tree=with_values(plan.tree, new))
+    unwrapping = Unwrapping() if model.report is None else model.report.unwrapping
+    if unwrapping:
+        parts = listed([repr(part) for part in unwrapping.parts], 6)
+        notes.append(
+            f"the keys in {state_dicts.key_of(contents.key)!r} were written without {parts}, which the program that "
+            "wrote the file may expect (without --arch, an edit leaves the keys as they are)"
+        )
+    copies = other_state_dicts.other_state_dict_notes(
+        contents,
+        model.describe(),
+        unwrapping=unwrapping,
+        changed=not all(kind_called(change.action).changes_flags_only for change in changes),
+        renamed=other_state_dicts.renamed(model.tensors_opened, model.tensors_now),
+    )
+    return plan, [f"{rest} was kept; --bare drops it", *notes, *copies]
+
+
+def _optimizers(model: Editable, contents: Contents) -> tuple[dict[int, Any], list[str]]:
+    """Return the new state dicts of optimizers, by the `id` of the old ones, and notes."""
+    optimizers = optimizers_in(contents.tree, contents.key or ())
+    if not optimizers:
+        return {}, []
+    from modelcli.checkpoints.optimizer_parameters import identified
+    from modelcli.writing import optimizers as following
+
+    old, now = OldParameters(model.parameters_opened), model.parameters_now
+    is_same = following.is_unchanged(old, now)
+    arrange = _arranging(old)
+    new: dict[int, Any] = {}
+    notes: list[str] = []
+    for optimizer in optimizers:
+        if is_same and optimizer.names is None:
+            continue
+        known = optimizer.fault or identified(optimizer, old.opened, from_keys=model.architecture is None)
+        if isinstance(known, str):
+            if not is_same or list(old.opened) != list(now):
+                notes.append(_unknown(optimizer, known))
+            continue
+        found = following.followed(optimizer, known, old, now, arrange)
+        notes += found.notes
+        if found.value is not None:
+            new[id(optimizer.value)] = found.value
+    return new, notes
+
+
+def _unknown(optimizer: Optimizer, why: str) -> str:
+    return f"the state in {optimizer.place} is as it was and may not fit: {why}; create the optimizer again"
+
+
+def _arranging(old: OldParameters) -> Any:
+    """Return the function that arranges tensors of an optimizer's state as a parameter is arranged."""
+    from modelcli.writing.optimizers import CannotFollowError
+
+    def arrange(made: StateDictTensor, state: Mapping[str, TensorEntry]) -> TensorEntry:
+        from modelcli.values import arranged_state
+        from modelcli.values.state_dict_sources import Sources
+
+        try:
+            return arranged_state.arranged(made, state, old, Sources())
+        except arranged_state.CannotArrangeError as error:
+            raise CannotFollowError(str(error)) from None
+
+    return arrange

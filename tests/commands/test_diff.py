@@ -103,6 +103,7 @@ EDITS = {
     "unfreeze 1": "unstack 4.weight 4.rows.*; stack 4.rows.* 4.weight --dim 1",
     "unfreeze 3": "permute 3.weight 1,0",
     "unfreeze 4": "reshape 4.weight 3,-1",
+    "fuse 1 --into 0": "unfreeze 0",
 }
 
 

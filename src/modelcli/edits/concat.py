@@ -46,7 +46,7 @@ class Concat(Edit):
             completes_later=(TENSORS,),
         ),
     )
-    also_called: ClassVar[tuple[str, ...]] = ("cat", "concatenate", "fuse")
+    also_called: ClassVar[tuple[str, ...]] = ("cat", "concatenate")
     handler: ClassVar[str] = "modelcli.live.surgery.concat"
     moves_paths: ClassVar[bool] = True
 

@@ -44,6 +44,7 @@ _EDITS: Mapping[str, str] = {
     "tie": "modelcli.edits.tie:Tie",
     "untie": "modelcli.edits.untie:Untie",
     "resize": "modelcli.edits.resize:Resize",
+    "fuse": "modelcli.edits.fuse:Fuse",
 }
 
 

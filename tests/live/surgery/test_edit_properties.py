@@ -33,6 +33,7 @@ from modelcli.edits.cast import Cast
 from modelcli.edits.concat import Concat
 from modelcli.edits.extract import Extract
 from modelcli.edits.freeze import Freeze
+from modelcli.edits.fuse import Fuse
 from modelcli.edits.init import Init
 from modelcli.edits.insert import Insert
 from modelcli.edits.permute import Permute
@@ -170,6 +171,7 @@ EDITS: dict[type[Edit], st.SearchStrategy[Edit]] = {
     ),
     Tie: st.builds(Tie, names=st.lists(selector_texts, min_size=2, max_size=3).map(tuple)),
     Untie: st.builds(Untie, names=targets),
+    Fuse: st.builds(Fuse, targets=targets, into=st.lists(selector_texts, max_size=2).map(tuple), **picking),
 }
 some_edit = st.one_of(*EDITS.values())
 
@@ -429,6 +431,7 @@ def edits_of(draw: st.DrawFn, model: nn.Module) -> list[Edit]:
         ),
         st.builds(Tie, names=st.tuples(target, target)),
         st.builds(Untie, names=several),
+        st.builds(Fuse, targets=several, into=st.lists(target, max_size=2).map(tuple), **less),
         st.builds(Split, old=target, new=st.tuples(target, target).filter(lambda names: names[0] != names[1])),
         st.builds(Concat, old=st.tuples(target, target), new=target),
         st.builds(Stack, old=target, new=target),

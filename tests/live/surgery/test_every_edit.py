@@ -20,6 +20,7 @@ import torchvision
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import init
+from torch.nn.utils.fusion import fuse_linear_bn_eval
 
 import modelcli
 from modelcli.live.surgery import seed_of
@@ -255,6 +256,18 @@ UNKNOWN = "nothing in the file says that the children of {} are a sequence"
 NEEDS_CLASSES = "{} needs the classes of the modules, but the file records no architecture"
 NEEDS_KEYS = "changes the keys of a state dict"
 ROOT_STAYS = "the model itself cannot be replaced"
+NO_NORM = "nothing to fuse: {} has no BatchNorm"
+
+
+def folded(model: Any) -> None:
+    model.seq[0] = fuse_linear_bn_eval(model.seq[0].eval(), model.seq[1].eval()).train()
+    model.seq[1] = nn.Identity()
+
+
+def folded_into_both(model: Any) -> None:
+    model.shared = model.again = fuse_linear_bn_eval(model.again.eval(), model.seq[1].eval()).train()
+    model.seq[1] = nn.Identity()
+
 
 #: The table, for `nets.Places` and files of it.
 TABLE: dict[tuple[str, str], Cell] = {
@@ -534,6 +547,14 @@ TABLE: dict[tuple[str, str], Cell] = {
     ),
     ("reshape", "root"): Cell(("reshape . 4,-1",), NEEDS_KEYS, "1 elements do not fit into 4,-1"),
     ("concat", "root"): Cell(("concat **.weight **.other **.both",), NEEDS_KEYS, ".other is not"),
+    ("fuse", "Sequential"): Cell(("fuse seq.1 --into seq.0",), folded, NEEDS_CLASSES.format("fuse")),
+    ("fuse", "ModuleList"): Cell(("fuse blocks",), NO_NORM.format("blocks"), NEEDS_CLASSES.format("fuse")),
+    ("fuse", "ModuleDict"): Cell(
+        ("fuse heads.left --into fc",), "heads.left is no BatchNorm", NEEDS_CLASSES.format("fuse")
+    ),
+    ("fuse", "child"): Cell(("fuse fc",), NO_NORM.format("fc"), NEEDS_CLASSES.format("fuse")),
+    ("fuse", "shared"): Cell(("fuse seq.1 --into again",), folded_into_both, NEEDS_CLASSES.format("fuse")),
+    ("fuse", "root"): Cell(("fuse .",), "no forward pass shows which layer", NEEDS_CLASSES.format("fuse")),
     ("freeze", "Sequential"): Cell(("freeze seq.0",), flags("seq.0", first=False)),
     ("freeze", "ModuleList"): Cell(("freeze blocks",), flags("blocks", first=False)),
     ("freeze", "ModuleDict"): Cell(("freeze heads.left",), flags("heads.left", first=False)),

@@ -116,6 +116,10 @@ class LiveProvider:
     #: (see `live.surgery.layouts`). `--keep-weights` copies values between classes of one kind.
     layer_kinds: ClassVar[Mapping[str, str]] = {}
 
+    #: The library's classes whose `forward` is that of a BatchNorm in eval mode, by full name, and the children that it
+    #: calls behind the normalisation, in order. `fuse` folds these and leaves the children.
+    batch_norms: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+
     def __init__(self, provider: Provider) -> None:
         self.provider = provider
 

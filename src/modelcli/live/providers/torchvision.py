@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -363,6 +363,7 @@ class LiveTorchvision(LiveProvider):
 
     operator_libraries = frozenset({"torchvision"})
     layer_kinds = dict.fromkeys(("FrozenBatchNorm2d", "LayerNorm2d"), NORM_OVER_CHANNELS)
+    batch_norms: ClassVar[Mapping[str, tuple[str, ...]]] = {"torchvision.ops.misc.FrozenBatchNorm2d": ()}
 
     def names(self) -> list[str]:
         """See `builder_names`."""

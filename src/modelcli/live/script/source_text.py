@@ -31,7 +31,20 @@ STATEMENTS = 4
 NN = "from torch import nn"
 #: The names that a script itself imports, defines and assigns. A user's module or class gets another name.
 _IMPORTS = frozenset({"torch", "nn", "init", "copy", "os", "sys", "runpy"})
-_HELPERS = frozenset({"keep_weights", "sum_channels", "mean_channels", "cast_views"})
+_HELPERS = frozenset(
+    {
+        "keep_weights",
+        "sum_channels",
+        "mean_channels",
+        "repeat_values",
+        "interpolate_values",
+        "cast_views",
+        "fuse_conv",
+        "fuse_linear",
+        "fuse_conv_bn_weights",
+        "fuse_linear_bn_weights",
+    }
+)
 _VARIABLES = frozenset(
     {
         "model",
@@ -54,6 +67,8 @@ _VARIABLES = frozenset(
         "value",
         "parts",
         "part",
+        "layer",
+        "norm",
     }
 )
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -45,6 +45,10 @@ class LiveTimm(LiveProvider):
         ("LayerNorm2d", "LayerNorm2dFp32", "LayerNormExp2d", "LayerNormAct2d", "RmsNorm2d", "SimpleNorm2d"),
         NORM_OVER_CHANNELS,
     )
+    batch_norms: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        f"timm.layers.norm_act.{name}": ("drop", "act")
+        for name in ("BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d")
+    }
 
     # --- its models --------------------------------------------------------------------------------------------------
 

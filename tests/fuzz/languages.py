@@ -135,7 +135,7 @@ GRAMMAR: Mapping[str, Sequence[str]] = {
     "quoted": ["'<call>'", '"<call>"', "<call>", "<class> <value> <key>=<value>", "'<layer>'", '"<layer>"'],
     "options": [
         "", "--except <at>", "--except=<at>", "--expect <digit>", "--expect=<word>", "--keep-weights", "--untie",
-        "--<word>", "-<word>", "--expect", "--", "<options> <options>",
+        "--tie", "--<word>", "-<word>", "--expect", "--", "<options> <options>",
     ],
     "scheme": [
         "zeros", "default", "xavier_uniform", "normal", "'normal(0,<number>)'", "'constant(<value>)'", "dirac",

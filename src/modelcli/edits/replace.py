@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
@@ -25,7 +25,8 @@ class Replace(Selecting):
 
     `also` are further targets, such as the other names of a shared module. `keep_weights` copies the overlapping part
     of each tensor that means the same in both modules; `sum` and `mean` also carry the weights of a convolution over to
-    another number of input channels. `untie` replaces a shared module only under the selected names.
+    another number of input channels. `untie` replaces a shared module only under the selected names, and unties
+    tensors; `tie` gives the modules that share a tensor with the replaced one its new size.
     """
 
     target: str
@@ -47,6 +48,9 @@ class Replace(Selecting):
         metavar=f"[={OVERLAP}|{SUM}|{MEAN}]",
     )
     untie: bool = option("--untie", FLAG, False, "Replace a shared module only under the selected names.")
+    tie: bool = option(
+        "--tie", FLAG, False, "Give modules that share a tensor with the replaced one its new size; it stays shared."
+    )
 
     name: ClassVar[str] = "replace"
     summary: ClassVar[str] = "Replace every match with a new module. _ keeps the old argument."
@@ -116,11 +120,15 @@ def _refuse_expanded(edit: Replace, blueprint: Blueprint) -> None:
 
 @dataclass(frozen=True)
 class Parting:
-    """A tie that an edit breaks: the error without `--untie`, and the note with it."""
+    """A tie that an edit breaks: the error without `--untie`, and the note with it.
+
+    `is_of_tensors` says that a tensor is tied, and not a module replaced under some of its names.
+    """
 
     message: str
     hint: str
     note: str
+    is_of_tensors: bool = False
 
 
 def partings(targets: Sequence[tuple[Sequence[str], Sequence[str]]], tied: Iterable[Sequence[str]]) -> list[Parting]:
@@ -159,9 +167,32 @@ def partings(targets: Sequence[tuple[Sequence[str], Sequence[str]]], tied: Itera
                     f"{name} is tied to {other}, and replacing {targets[replaced[0]][0][0]} unties them",
                     "--untie replaces it anyway: they become two separate tensors",
                     f"{name} and {other} are no longer tied",
+                    is_of_tensors=True,
                 )
             )
     return found
+
+
+def settled_partings(edit: Replace, parted: Sequence[Parting], can_tie: Callable[[], bool]) -> list[str]:
+    """Return the notes on the ties that an edit breaks because `--untie` says so.
+
+    Args:
+        edit: the edit.
+        parted: the ties that it would break.
+        can_tie: whether `--tie` would keep the tensors tied.
+
+    Raises RequestError for a tie that neither `--untie` nor `--tie` settles.
+    """
+    if edit.tie and edit.untie:
+        raise RequestError("--tie keeps tensors tied, and --untie unties them", "leave one of the two out")
+    if edit.tie:
+        parted = [part for part in parted if not part.is_of_tensors]
+    if not parted or edit.untie:
+        return [part.note for part in parted]
+    first = parted[0]
+    if first.is_of_tensors and can_tie():
+        raise RequestError(first.message, f"--tie gives the other module the new size as well; {first.hint}")
+    raise RequestError(first.message, first.hint)
 
 
 def resolved_lines(edit: Replace, groups: Sequence[tuple[Sequence[str], Call]], keeps: Collection[str]) -> list[str]:

@@ -118,7 +118,15 @@ axes = st.integers(-9, 9)
 #: The values of `--keep-weights`; None if it is not given.
 KEPT = st.sampled_from((None, "overlap", "sum", "mean"))
 EDITS: dict[type[Edit], st.SearchStrategy[Edit]] = {
-    Replace: st.builds(Replace, target=selector_texts, module=calls, keep_weights=KEPT, untie=st.booleans(), **picking),
+    Replace: st.builds(
+        Replace,
+        target=selector_texts,
+        module=calls,
+        keep_weights=KEPT,
+        untie=st.booleans(),
+        tie=st.booleans(),
+        **picking,
+    ),
     Add: st.builds(Add, **placing),
     Insert: st.builds(Insert, **placing, renumber=st.booleans(), after=st.booleans()),
     Append: st.builds(Append, **placing),
@@ -410,6 +418,7 @@ def edits_of(draw: st.DrawFn, model: nn.Module) -> list[Edit]:
     given = st.sampled_from(SETTINGS).map(lambda setting: (setting,))
     kinds: list[st.SearchStrategy[Edit]] = [
         st.builds(Replace, target=target, module=new, keep_weights=KEPT, untie=st.booleans(), **less),
+        st.builds(Replace, target=target, module=new, keep_weights=KEPT, tie=st.just(True), **less),
         st.builds(Add, path=free, module=new),
         st.builds(Insert, path=numbered | place, module=new, after=st.booleans()),
         st.builds(Append, path=st.sampled_from(sequences or paths).map(literal), module=new),

@@ -243,6 +243,29 @@ def tied(one: str, other: str) -> Callable[[nn.Module], None]:
     return statements
 
 
+def resized_together(path: str, other: str, *, keep: bool, first: bool = True) -> Callable[[nn.Module], None]:
+    """Tie two layers, give both six outputs, and let them share the new weight; the old values may be kept."""
+
+    def statements(model: nn.Module) -> None:
+        tied(*((path, other) if first else (other, path)))(model)
+        old, follower = model.get_submodule(path), model.get_submodule(other)
+        torch.manual_seed(seed_of(0, 2))
+        new, bias = nn.Linear(4, 6), nn.Linear(4, 6).bias
+        if keep:
+            new.weight[:4], new.bias[:4], bias[:4] = old.weight, old.bias, follower.bias
+        model.set_submodule(path, new)
+        follower.weight, follower.bias, follower.out_features = new.weight, bias, 6
+
+    return statements
+
+
+def both_replaced(state: State) -> State:
+    numbers()
+    for name, tensor in nn.Linear(4, 5).state_dict().items():
+        state[f"shared.{name}"] = state[f"again.{name}"] = tensor
+    return state
+
+
 def five() -> nn.Module:
     return nn.Linear(4, 5)
 
@@ -292,6 +315,27 @@ TABLE: dict[tuple[str, str], Cell] = {
         "shared.weight is tied to again.weight",
     ),
     ("keep", "root"): Cell(("replace . Linear(4,5) --keep-weights",), ROOT_STAYS, ROOT_STAYS),
+    ("replace --tie", "Sequential"): Cell(
+        ("tie seq.0.weight seq.3.weight", "replace seq.0 Linear(4,6) --keep-weights --tie"),
+        resized_together("seq.0", "seq.3", keep=True),
+    ),
+    ("replace --tie", "ModuleList"): Cell(
+        ("tie blocks.0.weight blocks.1.weight", "replace blocks.1 Linear(_,6) --tie"),
+        resized_together("blocks.1", "blocks.0", keep=False, first=False),
+    ),
+    ("replace --tie", "ModuleDict"): Cell(
+        ("replace heads.left Linear(4,5) --tie",),
+        "no tensor of heads.left is tied to one of another module",
+        "no tensor of heads.left is tied to one of another module",
+    ),
+    ("replace --tie", "child"): Cell(
+        ("tie fc.weight blocks.0.weight", "replace fc Linear(_,6) --keep-weights --tie"),
+        resized_together("fc", "blocks.0", keep=True),
+    ),
+    ("replace --tie", "shared"): Cell(
+        ("replace shared Linear(4,5) --tie",), "shared is one module with 2 names", both_replaced
+    ),
+    ("replace --tie", "root"): Cell(("replace . Linear(4,5) --tie",), ROOT_STAYS, ROOT_STAYS),
     ("wrap", "Sequential"): Cell(
         ("wrap seq.3 Sequential(_,Dropout(0.5))",), around("seq.3")
     ),

@@ -23,14 +23,22 @@ from modelcli.providers.known_code import names_known_code
 
 
 def maker(
-    module: nn.Module, calls: Sequence[Call], context: Context, targets: Sequence[tuple[nn.Module, str]]
+    module: nn.Module,
+    calls: Sequence[Call],
+    context: Context,
+    targets: Sequence[tuple[nn.Module, str]],
+    *,
+    on_meta_alone: bool = False,
 ) -> Callable[[], list[nn.Module]]:
-    """Return a function that makes the new modules of one edit, all drawn from one generator, in order."""
+    """Return a function that makes the new modules of one edit, all drawn from one generator, in order.
+
+    With `on_meta_alone` they are made on the meta device even for a model with values.
+    """
     # A dtype that the expression states is kept.
     own_dtype = any(expressions.gives(call, "dtype") for call in calls)
     placements = [placement_of(module, old, path, own_dtype=own_dtype) for old, path in targets]
     return maker_for_placements(
-        placements, calls, context, [path for _, path in targets], on_meta_alone=is_meta(module)
+        placements, calls, context, [path for _, path in targets], on_meta_alone=on_meta_alone or is_meta(module)
     )
 
 

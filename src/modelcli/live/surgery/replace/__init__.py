@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
-from torch import Tensor, nn
+from torch import nn
 
 from modelcli.edits.applied import Applied, Change, Context
 from modelcli.edits.picking import Part, parts_below
-from modelcli.edits.replace import Replace, partings, replaced_paths, resolved_lines
+from modelcli.edits.replace import Replace, partings, replaced_paths, resolved_lines, settled_partings
 from modelcli.errors import RequestError
 from modelcli.language import selectors
+from modelcli.language.expressions import Call
 from modelcli.language.quoting import quoted
-from modelcli.live.describe import describe
-from modelcli.live.script import access_paths
-from modelcli.live.script.new_modules import constructor_call, new_statements, seed_statements, tensor_names
-from modelcli.live.script.source_text import STATEMENTS, InexpressibleError, SourceText, dedented, loop
-from modelcli.live.script.source_text import quoted as literal
-from modelcli.live.script.state import State
-from modelcli.live.script.step import StateDictStep, Step
-from modelcli.live.sources import named_tensors
-from modelcli.live.surgery import input_channels, layouts, left_out, shapes
+from modelcli.live.surgery import layouts, left_out, shapes
 from modelcli.live.surgery.core import blueprint_of, brief, count, paths_of_modules, submodule
 from modelcli.live.surgery.holes import resolved_calls, resolved_for_keys
 from modelcli.live.surgery.kept_weights import KeptFrom, KeptPart, keep_weights, of_module
 from modelcli.live.surgery.new_modules import maker, new_for_keys
+from modelcli.live.surgery.replace.scripts import (
+    script_lines,
+    script_lines_together,
+    state_dict_script_lines,
+)
+from modelcli.live.surgery.replace.tied_modules import (
+    TiedKeys,
+    TiedModule,
+    donor_call,
+    in_order,
+    tied_keys,
+    tied_modules,
+    with_tied_keys,
+)
 from modelcli.live.surgery.state_dicts import meta_tensors, new_module
 from modelcli.live.surgery.storages import shown_by
 from modelcli.model.dtypes import is_differentiable
+from modelcli.model.paths import joined
 from modelcli.model.shared_bytes import tied
 from modelcli.model.state_dict import NewModule, StateDictModel
 from modelcli.model.tensors import Shape
@@ -48,19 +57,34 @@ def carry_out(module: nn.Module, edit: Replace, context: Context) -> Applied[nn.
     blueprint = blueprint_of(module, context)
     paths = replaced_paths(edit, blueprint)
     targets = targets_of(module, paths)
-    parted = partings([(target.paths, target.everywhere) for target in targets], tied(shown_by(module)))
-    if parted and not edit.untie:
-        raise RequestError(parted[0].message, parted[0].hint)
+    paths_of, groups = [target.paths for target in targets], tied(shown_by(module))
+    parted = partings([(target.paths, target.everywhere) for target in targets], groups)
     olds = [(target.module, target.paths[0]) for target in targets]
+
+    def followers() -> list[TiedModule]:
+        shown = maker(module, resolved_calls(module, edit.module, olds, context), context, olds, on_meta_alone=True)()
+        return tied_modules(module, paths_of, groups, shown)
+
+    notes = settled_partings(edit, parted, partial(_is_possible, followers))
     calls = resolved_calls(module, edit.module, olds, context)
-    news = maker(module, calls, context, olds)()
-    notes = [tie.note for tie in parted]
+    tied_to = followers() if edit.tie else []
+    order = in_order(len(targets), tied_to)
+    made = maker(
+        module,
+        [calls[index] if each is None else donor_call(each.shape) for index, each in order],
+        context,
+        [olds[index] if each is None else (each.module, each.paths[0]) for index, each in order],
+    )()
+    news = [new for (_, each), new in zip(order, made, strict=True) if each is None]
+    donors = {id(each.module): _bias_alone(new) for (_, each), new in zip(order, made, strict=True) if each is not None}
     replaced = [(*pair, new) for pair, new in zip(olds, news, strict=True)]
     notes += left_out.notes(edit.module, calls, replaced)
     notes += _trains_now([(path, _flags(old), new) for old, path, new in replaced])
     kept: Mapping[str, Mapping[str, KeptPart]] = {}
     if edit.keep_weights:
-        kept, told = keep_weights([of_module(old, path, new) for old, path, new in replaced], edit.keep_weights)
+        givens = [of_module(old, path, new) for old, path, new in replaced]
+        givens += [each.kept(donors[id(each.module)]) for each in tied_to if each.bias is not None]
+        kept, told = keep_weights(givens, edit.keep_weights)
         notes += told
     keeps = {path for path, parts in kept.items() if parts}
     lines = resolved_lines(edit, [(target.paths, call) for target, call in zip(targets, calls, strict=True)], keeps)
@@ -71,7 +95,29 @@ def carry_out(module: nn.Module, edit: Replace, context: Context) -> Applied[nn.
             parent, _, name = path.rpartition(".")
             submodule(module, parent)._modules[name] = new
             changes.append(Change(path, edit.name, brief(old), brief(new), count(old), count(new)))
+    for each in tied_to:
+        changes += each.take(news[each.tied.index], donors.get(id(each.module)), edit.name)
+        notes.append(_still_tied(each.tied.name, targets[each.tied.index].paths[0], each.tied.own))
     return Applied(module, [replace(changes[0], resolved=tuple(lines)), *changes[1:]], notes, context.inputs)
+
+
+def _is_possible(followers: Callable[[], object]) -> bool:
+    """Whether other modules can follow a replaced one in size."""
+    try:
+        followers()
+    except RequestError:
+        return False
+    return True
+
+
+def _bias_alone(donor: nn.Module) -> nn.Module:
+    """Return a layer without its weight: only its bias is taken."""
+    donor._parameters.pop("weight")
+    return donor
+
+
+def _still_tied(name: str, target: str, own: str) -> str:
+    return f"{name} is {joined(target, own)}, as before"
 
 
 def targets_of(module: nn.Module, paths: Sequence[str]) -> list[Target]:
@@ -126,40 +172,65 @@ def apply_to_state_dict(edit: Replace, model: StateDictModel, context: Context) 
     """Return the model with the selected modules replaced. New values are drawn when they are written."""
     blueprint = model.blueprint
     targets = _targets_of_keys(model, replaced_paths(edit, blueprint))
-    parted = partings([(target.paths, target.everywhere) for target in targets], tied(model.shown))
-    if parted and not edit.untie:
-        raise RequestError(parted[0].message, parted[0].hint)
+    paths_of, groups = [target.paths for target in targets], tied(model.shown)
+    parted = partings([(target.paths, target.everywhere) for target in targets], groups)
     olds = [target.old(model) for target in targets]
-    calls = resolved_for_keys(edit.module, [(old.told, old.path) for old in olds], context)
-    news = new_for_keys(model, calls, context, [(old.mode, old.path) for old in olds])
-    notes = [tie.note for tie in parted]
+
+    def made_of(calls: Sequence[Call], modes: Sequence[tuple[bool, str]]) -> list[nn.Module]:
+        return new_for_keys(model, calls, context, modes)
+
+    def resolved() -> list[Call]:
+        return resolved_for_keys(edit.module, [(old.told, old.path) for old in olds], context)
+
+    def followers() -> list[TiedKeys]:
+        return tied_keys(model, paths_of, groups, made_of(resolved(), [(old.mode, old.path) for old in olds]))
+
+    notes = settled_partings(edit, parted, partial(_is_possible, followers))
+    calls = resolved()
+    tied_to = followers() if edit.tie else []
+    order = in_order(len(targets), tied_to)
+    made = made_of(
+        [calls[index] if each is None else donor_call(each.shape) for index, each in order],
+        [(olds[index].mode, olds[index].path) if each is None else (True, each.path) for index, each in order],
+    )
+    news = [new for (_, each), new in zip(order, made, strict=True) if each is None]
+    donors = {each.path: _bias_alone(new) for (_, each), new in zip(order, made, strict=True) if each is not None}
     known = [(old.told, old.path, new, call) for old, new, call in zip(olds, news, calls, strict=True)]
     classes = [(old, path, new) for old, path, new, _ in known if isinstance(old, nn.Module)]
-    made_of = [call for old, _, _, call in known if isinstance(old, nn.Module)]
-    notes += left_out.notes(edit.module, made_of, classes)
+    calls_of_classes = [call for old, _, _, call in known if isinstance(old, nn.Module)]
+    notes += left_out.notes(edit.module, calls_of_classes, classes)
     notes += shapes.notes(
         [(old, path, new) for old, path, new, _ in known if not isinstance(old, nn.Module)],
         [call for old, _, _, call in known if not isinstance(old, nn.Module)],
     )
     notes += _trains_now([(old.path, old.flags, new) for old, new in zip(olds, news, strict=True)])
-    briefs = parts_below(model, [path for target in targets for path in target.paths])
+    briefs = parts_below(model, [path for target in targets for path in target.paths] + [each.path for each in tied_to])
     kept: Mapping[str, Mapping[str, KeptPart]] = {}
     if edit.keep_weights:
         givens = [old.kept(model, briefs, new) for old, new in zip(olds, news, strict=True)]
+        givens += [each.kept(model, donors[each.path], briefs[each.path].brief) for each in tied_to if each.bias]
         kept, told = keep_weights(givens, edit.keep_weights)
         notes += told
     keeps = {path for path, parts in kept.items() if parts}
     lines = resolved_lines(edit, [(target.paths, call) for target, call in zip(targets, calls, strict=True)], keeps)
     changes, placed, number = [], dict[str, NewModule](), model.next_identity
     for target, new in zip(targets, news, strict=True):
-        made = new_module(new, number)
-        number += made.identities
+        entry = new_module(new, number)
+        number += entry.identities
         for path in target.paths:
-            placed[path] = made
+            placed[path] = entry
             part = briefs[path]
-            changes.append(Change(path, edit.name, part.brief, made.brief, part.params, made.params))
+            changes.append(Change(path, edit.name, part.brief, entry.brief, part.params, entry.params))
+    changed = model.with_modules(placed)
+    if tied_to:
+        changed = with_tied_keys(changed, tied_to, paths_of, donors, number)
+        after = parts_below(changed, [each.path for each in tied_to])
+        for each in tied_to:
+            part, now = briefs[each.path], after[each.path]
+            changes.append(Change(each.path, edit.name, part.brief, now.brief, part.params, now.params))
+            notes.append(_still_tied(each.tied.name, paths_of[each.tied.index][0], each.tied.own))
     changes[0] = replace(changes[0], resolved=tuple(lines))
-    return Applied(model.with_modules(placed), changes, notes, context.inputs)
+    return Applied(changed, changes, notes, context.inputs)
 
 
 @dataclass(frozen=True)
@@ -234,124 +305,12 @@ def _targets_of_keys(model: StateDictModel, paths: Sequence[str]) -> list[_KeysT
     ]
 
 
-# --- scripts ---------------------------------------------------------------------------------------------------------
-
-
-KEEP_WEIGHTS = dedented('''
-    def keep_weights(old, new, swapped=()):
-        """Copy the overlapping part of each tensor of the same name out of a state dict, and give `new` back.
-
-        The axes of those in `swapped` are the other way round in the old module.
-        """
-        for name, tensor in new.state_dict().items():
-            if name in old and tensor.dim() == old[name].dim():
-                values = old[name].t() if name in swapped else old[name]
-                part = tuple(slice(min(sizes)) for sizes in zip(tensor.shape, values.shape))
-                tensor[part] = values[part]
-        return new
-''')
-
-
-def script_lines(edit: Replace, step: Step) -> list[str]:
-    return script_lines_together([edit], step)
-
-
-def script_lines_together(edits: Sequence[Replace], step: Step) -> list[str]:
-    """Write the replacements that one edit resolved to. None of the modules is inside another one."""
-    script, before, after = step.script, step.before, step.after
-    blueprint = describe(before)
-    news: dict[int, tuple[Replace, list[str]]] = {}
-    for edit in edits:
-        for path in selectors.select_modules(blueprint, edit.targets, without=edit.without):
-            news.setdefault(id(after.get_submodule(path)), (edit, []))[1].append(path)
-    lines = seed_statements(step.seed, [after.get_submodule(paths[0]) for _, paths in news.values()])
-    made = [
-        (constructor_call(script, edit.module, after.get_submodule(paths[0])), edit, paths)
-        for edit, paths in news.values()
-    ]
-    # All draw from one generator, so their order is kept; runs of equal ones become loops.
-    while made:
-        text, edit, paths = made[0]
-        alike = 0
-        while alike < len(made) and made[alike][0] == text and len(made[alike][2]) == 1:
-            alike += 1
-        names = [paths[0] for _, _, paths in made[:alike]]
-        carried = [_carried(edit, before.get_submodule(path), after.get_submodule(path)) for path in names]
-        if (
-            alike > STATEMENTS
-            and all(access_paths.is_plain_assignment(before, path) for path in names)
-            and len(set(carried)) == 1
-        ):
-            new = carried[0].written(script, "model.get_submodule(name)", text)
-            lines += loop("name", names, f"model.set_submodule(name, {new})")
-            made = made[alike:]
-            continue
-        how = _carried(edit, before.get_submodule(paths[0]), after.get_submodule(paths[0]))
-        new = how.written(script, access_paths.module_expression(before, paths[0]), text)
-        lines.append(access_paths.replace_statement(before, paths[0], new))
-        lines += [
-            access_paths.replace_statement(before, path, access_paths.module_expression(after, paths[0]))
-            for path in paths[1:]
-        ]
-        made = made[1:]
-    return lines
-
-
-@dataclass(frozen=True)
-class _Carried:
-    """How a script carries weights over: `swapped` axes, and for `how` the tensors that get other input channels."""
-
-    how: str | None
-    swapped: tuple[str, ...] = ()
-    channels: tuple[tuple[str, int], ...] = ()
-
-    def written(self, script: SourceText, old: str, new: str) -> str:
-        """The expression for a new module with the weights of an old one, and the functions that it calls."""
-        if self.how is None:
-            return new
-        script.helpers.setdefault(KEEP_WEIGHTS)
-        more = f", swapped={self.swapped!r}" if self.swapped else ""
-        return f"keep_weights({self.adapted(script, f'{old}.state_dict()')}, {new}{more})"
-
-    def adapted(self, script: SourceText, state: str) -> str:
-        """The expression for an old state dict whose convolutions take the new input channels."""
-        if not self.channels or self.how is None:
-            return state
-        script.helpers.setdefault(input_channels.HELPERS[self.how])
-        return f"{self.how}_channels({state}, {dict(self.channels)!r})"
-
-
-def _carried(edit: Replace, old: nn.Module, new: nn.Module) -> _Carried:
-    if edit.keep_weights is None:
-        return _Carried(None)
-    channels = _channels(edit.keep_weights, named_tensors(old), new)
-    return _Carried(edit.keep_weights, layouts.transposed(old, new), channels)
-
-
-def _channels(how: str, old: Mapping[str, Tensor], new: nn.Module) -> tuple[tuple[str, int], ...]:
-    """The tensors of a new module that get other input channels than the old ones have, with their number."""
-    rules = {name: input_channels.rule_for(name, old[name], new, how) for name in named_tensors(new) if name in old}
-    return tuple((name, rule.channels) for name, rule in rules.items() if rule is not None)
-
-
-def state_dict_script_lines(edit: Replace, step: StateDictStep, state: State) -> list[str]:
-    """Write the new tensors at the position of the first old one."""
-    script, names = step.script, list(step.before.keys)
-    paths = selectors.select_modules(step.before.blueprint, edit.targets, without=edit.without)
-    if len({id(step.new(path)) for path in paths}) != 1:
-        raise InexpressibleError("one module would have to be several")
-    lines = new_statements(script, edit.module, step.new(paths[0]), step.seed)
-    for path in paths:
-        prefix = f"{path}."
-        if edit.keep_weights:
-            below = f"key.removeprefix({literal(prefix)}): value for key, value in state.items()"
-            old = f"{{{below} if key.startswith({literal(prefix)})}}"
-            dense = [name for name in names if name.startswith(prefix) and name in step.before.tensors]
-            tensors = {name.removeprefix(prefix): each for name, each in meta_tensors(step.before, dense).items()}
-            carried = _Carried(edit.keep_weights, (), _channels(edit.keep_weights, tensors, step.new(path)))
-            script.helpers.setdefault(KEEP_WEIGHTS)
-            lines.append(f"keep_weights({carried.adapted(script, old)}, new)")
-        lines += state.put_new_module(
-            prefix, tensor_names(step.new(path)), [name for name in names if name.startswith(prefix)]
-        )
-    return lines
+__all__ = [
+    "Target",
+    "apply_to_state_dict",
+    "carry_out",
+    "script_lines",
+    "script_lines_together",
+    "state_dict_script_lines",
+    "targets_of",
+]

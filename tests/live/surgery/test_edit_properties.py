@@ -173,9 +173,10 @@ EDITS: dict[type[Edit], st.SearchStrategy[Edit]] = {
     Unstack: st.builds(Unstack, old=selector_texts, new=selector_texts, dim=axes),
     Slice: st.builds(
         Slice,
-        path=selector_texts,
+        target=selector_texts,
         ranges=st.lists(st.tuples(st.integers(-9, 99), st.integers(-9, 99)), min_size=1, max_size=4).map(tuple),
         tied=st.booleans(),
+        **picking,
     ),
     Tie: st.builds(Tie, names=st.lists(selector_texts, min_size=2, max_size=3).map(tuple)),
     Untie: st.builds(Untie, names=targets),
@@ -434,9 +435,10 @@ def edits_of(draw: st.DrawFn, model: nn.Module) -> list[Edit]:
         st.builds(Wrap, target=target, module=st.sampled_from(WRAPPERS).map(parse), **less),
         st.builds(
             Slice,
-            path=st.sampled_from(sequences or paths).map(literal),
+            target=st.sampled_from(sequences or paths).map(literal),
             ranges=st.lists(st.tuples(st.integers(-2, 2), st.integers(-2, 2)), min_size=1, max_size=3).map(tuple),
             tied=st.booleans(),
+            **less,
         ),
         st.builds(Tie, names=st.tuples(target, target)),
         st.builds(Untie, names=several),

@@ -1,4 +1,4 @@
-"""Two models of one's own, and a wrapper."""
+"""Models of one's own, and a wrapper."""
 
 import torch
 from torch import nn
@@ -35,3 +35,14 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):
         return self.base(x) + self.up(self.down(x))
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.router = nn.Linear(8, 4)
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x):
+        shares = self.router(x).softmax(-1)
+        return sum(shares[..., [number]] * expert(x) for number, expert in enumerate(self.experts))

@@ -53,7 +53,8 @@ def blocks() -> Iterator[Block]:
 
 
 def steps(text: str) -> Iterator[tuple[str, str]]:
-    """Yield the command lines of a console block, each with its output."""
+    """Yield the command lines of a console block, each with its output, without the comments before them."""
+    text = re.sub(r"^# .*\n(?=\$ )", "", text, flags=re.MULTILINE)
     for part in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]:
         lines = part.splitlines()
         command = [lines.pop(0)]
@@ -76,7 +77,20 @@ def world(folder: Path) -> Path:
     downloads.mkdir(parents=True)
     state = torchvision.models.resnet18().state_dict()
     torch.save(state, downloads / Path(torchvision.models.ResNet18_Weights.DEFAULT.url).name)
+    save_language_models()
     return folder
+
+
+def save_language_models() -> None:
+    """Save small models of transformers into `bert/`, `llama/` and `gpt2/`."""
+    transformers = pytest.importorskip("transformers")
+    size = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48, "vocab_size": 60}
+    bert = transformers.BertConfig(num_hidden_layers=4, max_position_embeddings=40, **size)
+    transformers.BertForSequenceClassification(bert).save_pretrained("bert")
+    llama = transformers.LlamaConfig(num_hidden_layers=2, num_key_value_heads=2, max_position_embeddings=64, **size)
+    transformers.LlamaForCausalLM(llama).save_pretrained("llama")
+    gpt2 = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=60, n_positions=64)
+    transformers.GPT2LMHeadModel(gpt2).save_pretrained("gpt2")
 
 
 def test_every_example_runs_and_prints_what_the_readme_says(cli: Cli, world: Path) -> None:

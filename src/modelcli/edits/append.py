@@ -11,7 +11,7 @@ from modelcli.errors import RequestError
 from modelcli.language import selectors
 from modelcli.language.quoting import quoted
 from modelcli.model.blueprint import Blueprint
-from modelcli.model.paths import joined, parent_of, shown
+from modelcli.model.paths import joined, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +29,6 @@ class Append(Placing):
     )
     line_names_holder: ClassVar[bool] = True
     handler: ClassVar[str] = "modelcli.live.surgery.append"
-
-    @classmethod
-    def again(cls, path: str) -> str:
-        return f"{cls.name} {quoted(shown(parent_of(path)))}"
 
     def place(self, blueprint: Blueprint) -> tuple[str, str]:
         return selectors.select_one(blueprint, self.path, self.name), ""

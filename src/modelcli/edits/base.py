@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import Field, dataclass, fields
+from dataclasses import Field, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from modelcli.edits import words as line_words
@@ -84,10 +84,17 @@ class Edit:
         values = (getattr(self, item.name) for item in fields(self))
         return tuple(value for value in values if isinstance(value, Call))
 
-    @classmethod
-    def again(cls, path: str) -> str:
-        """Return the words that would put another module at the path of one of its changes: `replace fc`."""
-        raise NotImplementedError
+    def with_module(self, module: Call) -> Self:
+        """Return the edit with another module in the place of its one module expression."""
+        from modelcli.language.expressions import Call
+
+        (name,) = (item.name for item in fields(self) if isinstance(getattr(self, item.name), Call))
+        changed: dict[str, Any] = {name: module}
+        return replace(self, **changed)
+
+    def all_words(self) -> list[str]:
+        """Return the words of its line, as a shell gets them: the name, the operands, the options."""
+        return line_words.split_words(str(self))
 
     def handler_module(self) -> Any:
         """Import and return its handler, which needs torch."""

@@ -52,10 +52,6 @@ class Placing(Edit):
     def operands(self) -> list[str]:
         return [self.path, expressions.to_text(self.module)]
 
-    @classmethod
-    def again(cls, path: str) -> str:
-        return f"{cls.name} {quoted(path)}"
-
     def apply_to_state_dict(self, model: StateDictModel, context: Context) -> Applied[StateDictModel]:
         path, arranged = self.placed(model)
         return put_new(self, model, context, path, arranged)

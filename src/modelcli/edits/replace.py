@@ -14,7 +14,7 @@ from modelcli.edits.targets import Selecting
 from modelcli.errors import RequestError
 from modelcli.language import expressions, selectors
 from modelcli.language.expressions import Call
-from modelcli.language.quoting import command, quoted
+from modelcli.language.quoting import command
 from modelcli.model.blueprint import Blueprint
 from modelcli.model.paths import ancestors, parent_of
 
@@ -89,10 +89,6 @@ class Replace(Selecting):
 
     def operands(self) -> list[str]:
         return [self.target, expressions.to_text(self.module)]
-
-    @classmethod
-    def again(cls, path: str) -> str:
-        return f"{cls.name} {quoted(path)}"
 
 
 def replaced_paths(edit: Replace, blueprint: Blueprint) -> list[str]:

@@ -13,9 +13,8 @@ from modelcli.edits.targets import Selecting
 from modelcli.errors import RequestError
 from modelcli.language import expressions, selectors
 from modelcli.language.expressions import Call
-from modelcli.language.quoting import command, quoted
+from modelcli.language.quoting import command
 from modelcli.model.blueprint import Blueprint
-from modelcli.model.paths import shown
 
 _EXAMPLE = "wrap fc 'Sequential(_,Dropout(0.5))'"
 
@@ -80,10 +79,6 @@ class Wrap(Selecting):
 
     def operands(self) -> list[str]:
         return [self.target, expressions.to_text(self.module)]
-
-    @classmethod
-    def again(cls, path: str) -> str:
-        return f"{cls.name} {quoted(shown(path))}"
 
 
 def wrapped_paths(edit: Wrap, blueprint: Blueprint) -> list[str]:

@@ -250,7 +250,7 @@ def _refusal(
         f"it expects {misfit.expects}{_next(after, path)}"
     )
     settled = history.count(path) > 1  # `_` would keep an earlier edit's value, so the fix states the value itself
-    fix, touched = _fix(module, path, misfit, edited, settled=settled), _is_touched(path, edited)
+    fix, touched = _fix(module, path, misfit, edited, history, settled=settled), _is_touched(path, edited)
     if touched and is_input:
         fix = _stated(module, misfit, inputs) or fix
     if touched and (is_input or watch.last is None):
@@ -332,7 +332,15 @@ def _cast_to(after: nn.Module, edited: Mapping[str, type[Edit]]) -> str | None:
     return None
 
 
-def _fix(module: nn.Module, path: str, misfit: Misfit, edited: Mapping[str, type[Edit]], *, settled: bool) -> str:
+def _fix(
+    module: nn.Module,
+    path: str,
+    misfit: Misfit,
+    edited: Mapping[str, type[Edit]],
+    history: EditHistory,
+    *,
+    settled: bool,
+) -> str:
     """Return the closest edit that would make the module fit."""
     touched = _is_touched(path, edited)
     if misfit.dtype is not None:
@@ -345,19 +353,24 @@ def _fix(module: nn.Module, path: str, misfit: Misfit, edited: Mapping[str, type
     if misfit.argument is not None and misfit.value is not None:
         place, inner = _placed_above(path, edited), _with(module, misfit.argument, misfit.value)
         if place is not None and inner is not None:
-            return f"write {inner} instead of {brief(module)} inside the new module at {shown(place)}"
+            is_old = history.holds_old(place, path)
+            if is_old is False:
+                return f"write {inner} instead of {brief(module)} inside the new module at {shown(place)}"
+            was = "was there before and " if is_old else ""
+            return (
+                f"{path} {brief(module)} {was}takes {misfit.expects}: change what the new module at {shown(place)} "
+                "does before it"
+            )
         text = None if settled else _with_hole(module, misfit.argument)
         if text is not None:
             if touched:
-                return (
-                    f"{_again(path, edited)} {quoted(text)} takes {misfit.argument}={misfit.value} from what flows in"
-                )
+                return f"{_again(path, text, history)} takes {misfit.argument}={misfit.value} from what flows in"
             return (
                 f"replace {quoted(path)} {quoted(text)} too, which takes {misfit.argument}={misfit.value}; "
                 f"or keep the former output size of {listed([*map(shown, edited)], 3)}"
             )
         if (text := _with(module, misfit.argument, misfit.value)) is not None:
-            return f"{_again(path, edited)} {quoted(text)}"
+            return _again(path, text, history)
         return f"it needs {misfit.argument}={misfit.value}"
     if touched:
         return "--check none writes the model anyway"
@@ -380,10 +393,9 @@ def _placed_above(path: str, edited: Mapping[str, type[Edit]]) -> str | None:
     return next((place for place in placed if path != place and _is_below(path, place)), None)
 
 
-def _again(path: str, edited: Mapping[str, type[Edit]]) -> str:
-    """Return the words, up to the module expression, of the edit that placed a module at this path."""
-    kind = edited.get(path)
-    return kind.again(path) if kind is not None and kind.places_module else f"replace {quoted(path)}"
+def _again(path: str, text: str, history: EditHistory) -> str:
+    """Return the line that puts this module at a path: the edit that put one there with another module, or replace."""
+    return history.placing_another(path, expressions.parse(text)) or f"replace {quoted(path)} {quoted(text)}"
 
 
 def _with_hole(module: nn.Module, argument: str) -> str | None:

@@ -81,6 +81,14 @@ def world(folder: Path) -> Path:
     return folder
 
 
+def save_dino() -> None:
+    """Save what DINO writes while it trains a ResNet-50, without its optimizer, into `dino.pth`."""
+    backbone = {name: value for name, value in torchvision.models.resnet50().state_dict().items() if name[:3] != "fc."}
+    teacher = {f"backbone.{name}": value for name, value in backbone.items()} | {"head.mlp.0.weight": torch.ones(8, 8)}
+    student = {f"module.{name}": value for name, value in teacher.items()}
+    torch.save({"student": student, "teacher": teacher, "epoch": 99}, "dino.pth")
+
+
 def save_language_models() -> None:
     """Save small models of transformers into `bert/`, `llama/` and `gpt2/`."""
     transformers = pytest.importorskip("transformers")
@@ -95,6 +103,7 @@ def save_language_models() -> None:
 
 def test_every_example_runs_and_prints_what_the_readme_says(cli: Cli, world: Path) -> None:
     cli("save", "own.pth", "-m", "nets.py:Net")
+    save_dino()
     ran = 0
     for block in blocks():
         if block.language == "python":

@@ -104,6 +104,7 @@ EDITS = {
     "unfreeze 3": "permute 3.weight 1,0",
     "unfreeze 4": "reshape 4.weight 3,-1",
     "fuse 1 --into 0": "unfreeze 0",
+    "graft 3 Linear(4,3)": "graft 3 Linear(4,3)",
 }
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 import modelcli
 from modelcli.live.surgery import seed_of
-from tests.cli.test_readme import README, steps, world
+from tests.cli.test_readme import README, save_dino, steps, world
 from tests.conftest import Cli
 
 __all__ = ["world"]  # a fixture
@@ -273,3 +273,26 @@ def test_the_conv1d_weights_of_a_gpt2_for_linear_layers(run: Run) -> None:
     assert missing == ["lm_head.weight"]
     assert not unexpected
     torch.testing.assert_close(model(tokens()).logits, expected)
+
+
+def test_weights_of_two_files_in_one(run: Run) -> None:
+    run("Weights of two files in one")
+    made = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        made.append(torchvision.models.resnet18().eval())
+    model, other = made
+    model.layer4.load_state_dict(other.layer4.state_dict())
+    same("both.pth", model, images())
+
+
+def test_a_dino_backbone_into_a_detector(run: Run) -> None:
+    save_dino()
+    run("A DINO backbone into a detector")
+    model = started(lambda: torchvision.models.detection.fasterrcnn_resnet50_fpn(weights_backbone=None))
+    teacher = torch.load("dino.pth", weights_only=True)["teacher"]
+    own = {name.removeprefix("backbone."): value for name, value in teacher.items() if name.startswith("backbone.")}
+    model.backbone.body.load_state_dict(own)
+    found = modelcli.load("detector.pth").eval().backbone(images())
+    for name, value in model.backbone(images()).items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=0)

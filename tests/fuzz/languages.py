@@ -16,7 +16,7 @@ from pathlib import Path
 
 from torch import nn
 
-from modelcli import edits, resolve
+from modelcli import edits, model_parts, resolve
 from modelcli.language import expressions, references, selectors
 from modelcli.live import memory, surgery
 from modelcli.live.describe import describe
@@ -116,6 +116,7 @@ GRAMMAR: Mapping[str, Sequence[str]] = {
         "permute <at> <digit>,<digit> <options>", "stack <at> <at> --dim <number>", "unstack <at> <at>",
         "reshape <at> <digit>,-1 <options>",
         "tie <at> <at>", "untie <at>", "fuse <at> --into <at> <options>",
+        "graft <at> <reference>:<at>", "graft <at> <call> --rename '<at> <at>' --also-init",
         "wrap <at> 'Sequential(_,<layer>)' <options>", "wrap <at> <quoted> --also <at>", "<word> <at>", "frezee <at>",
     ],
     "operation": [
@@ -126,6 +127,7 @@ GRAMMAR: Mapping[str, Sequence[str]] = {
         "set . heads=None",
         "slice blocks <digit>-<digit>,<digit>", "slice <name> -1,0", "tie <name> <name>", "untie <name>",
         "fuse .", "fuse <name> --into <at>",
+        "graft <name> '<layer>' --no-strict",
         "split <name>.weight <name>.q <name>.k --dim <digit>", "concat 0.weight <name>.weight <name>.both",
         "wrap <at> 'Sequential(_,<layer>)'", "wrap '**:Linear' 'Sequential(_,Dropout(0.5))'",
         "permute <name> 1,0", "stack blocks.*.<word> blocks.all", "unstack <name> <name>.*", "reshape <name> 2,-1",
@@ -258,6 +260,11 @@ def every(folder: Path) -> list[Target]:
         assert not isinstance(found, references.NamedModel) or resolve.parse(str(found), folder) == found
         return found
 
+    def part(data: bytes) -> object:
+        name, path = model_parts.split(_text(data), folder)
+        assert _text(data) in (name, f"{name}:{path}")
+        return name, path
+
     words = [_bytes(mark) for mark in _MARKS]
     nasty = [_bytes(text) for text in NASTY]
     of_expressions = words + _words("number", "code", "text", "dtype", "class", "operator")
@@ -270,6 +277,7 @@ def every(folder: Path) -> list[Target]:
         Target("selectors", partial(_selector, blueprint), _SELECTORS, words, _grammar("selector"), nasty),
         Target("renaming", partial(_renaming, blueprint), _RENAMINGS, words, _pairs, nasty),
         Target("references", reference, _REFERENCES, of_expressions, _grammar("reference"), nasty + of_paths),
+        Target("parts of references", part, _PARTS, of_expressions, _parts, nasty + of_paths),
         Target("edits", _edit, _EDITS, of_edits, _grammar("edit"), [*as_edits, *many]),
     ]
     carried_out = Target("surgery", surgeon, _EDITS, of_edits, _grammar("operation"), as_edits, 100, limits.RUNNING)
@@ -310,6 +318,14 @@ _REFERENCES = [
     b"package.module:build(depth=3)",
     b"canary.py:Class",
 ]
+_PARTS = [
+    b"resnet50:layer4",
+    b"timm:resnet50:layer4.0",
+    b"nets.py:Net(3,2):body",
+    b"package.module:build(path='a:b'):body",
+    b"C:\\models\\best.pth:backbone",
+    b"canary.py:Class:",
+]
 _EDITS = [
     b"replace 0 Linear(_,4)",
     b"replace '**:Linear' 'Linear(4, 4, bias=False)' --keep-weights --untie --except heads.**",
@@ -330,6 +346,7 @@ _EDITS = [
     b"tie 0.weight blocks.0.weight",
     b"untie 0.weight",
     b"fuse '**:BatchNorm1d' --except bn",
+    b"graft blocks canary.py:Class:blocks --rename '**.w **.weight' --no-strict",
     b"split '**.qkv.*' '**.q.*' '**.k.*' --dim -1 --sizes 4,4",
     b"concat 0.weight blocks.0.weight both.weight --dim 1",
     b"wrap '**:Linear' 'Sequential(_,Dropout(0.5))' --expect 3",
@@ -365,6 +382,11 @@ def _pairs(draw: random.Random) -> bytes:
     old = grown(draw, "selector")
     new = grown(draw, "selector") if draw.randrange(3) == 0 else old.replace("b", draw.choice(("", "x", "*", "b.b")))
     return _bytes(f"{old} {new}")
+
+
+def _parts(draw: random.Random) -> bytes:
+    """Return a reference and a path behind a colon."""
+    return _bytes(f"{grown(draw, 'reference')}:{grown(draw, 'selector')}")
 
 
 def _edit(data: bytes) -> object:

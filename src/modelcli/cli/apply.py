@@ -10,7 +10,7 @@ import typer
 from modelcli.cli import completing, output, progress
 from modelcli.cli.mounting import Command
 from modelcli.cli.options import EditOptions, OutputOptions, SourceOptions, UnheededOptions, exit_codes
-from modelcli.cli.outcome import show_outcome, tell_waiting, write_request
+from modelcli.cli.outcome import keys_shown, show_outcome, tell_waiting, write_request
 from modelcli.errors import RequestError
 from modelcli.language.quoting import quoted
 
@@ -50,7 +50,8 @@ def apply(
     with recipe_locked(edit.model, source.recipe, tell_waiting), progress.of_bytes(options) as report:
         batch = find_batch(BatchRequest(path, given, edit.model, source.overrides(), source.recipe))
         how = write_request(edit, edit.out)
-        edited = carry_out(EditRequest(batch.target, batch.edits, how, batch.locations), report)
+        with keys_shown(options):
+            edited = carry_out(EditRequest(batch.target, batch.edits, how, batch.locations), report)
     show_outcome(batch.target, edited, edit, options)
 
 

@@ -122,6 +122,7 @@ def _completions(declared: Sequence[Completion], ctx: typer.Context, incomplete:
         declaring.MODULES: lambda: _paths(ctx, incomplete, tensors=False),
         declaring.TENSORS: lambda: _paths(ctx, incomplete, tensors=True),
         declaring.CLASSES: providers.class_names,
+        declaring.REFERENCES: lambda: [*_names(incomplete), *_files(incomplete)],
         declaring.SCHEMES: _schemes,
     }
     for completion in declared:

@@ -12,8 +12,8 @@ from modelcli import edits
 from modelcli.cli import completing, output, progress
 from modelcli.cli.mounting import Command, ProgramCommand
 from modelcli.cli.options import EditOptions, OutputOptions, SourceOptions, exit_codes, names_of
-from modelcli.cli.outcome import show_outcome, tell_waiting, write_request
-from modelcli.edits import Edit
+from modelcli.cli.outcome import keys_shown, show_outcome, tell_waiting, write_request
+from modelcli.edits import Edit, declaring
 from modelcli.edits.declaring import Operand, Option
 from modelcli.errors import RequestError, SystemFailureError
 from modelcli.language.quoting import command, quoted
@@ -56,8 +56,13 @@ def command_of(kind: type[Edit]) -> Command:
         ]
     )
     return Command(
-        kind.name, carry_out, kind.panel, exit_codes(*_CODES), _class_for(kind), context_settings=_NUMBERS_ALLOWED
+        kind.name, carry_out, kind.panel, _codes_of(kind), _class_for(kind), context_settings=_NUMBERS_ALLOWED
     )
+
+
+def _codes_of(kind: type[Edit]) -> str:
+    """Return the exit codes for the help. Keys of another model may not match: the answer is then no."""
+    return exit_codes(0, 1, *_CODES[1:], no="the keys do not match") if kind.reads_models else exit_codes(*_CODES)
 
 
 class _WithBareOptions(ProgramCommand):
@@ -182,20 +187,28 @@ def _carry_out(
         with recipe_locked(options.model, source.recipe, tell_waiting), progress.of_bytes(shown) as report:
             target = find_target(options.model, source.overrides(), source.recipe)
             request = EditRequest(target, (parsed,), write_request(options, options.out))
-            edited = carry_out(request, report)
+            with keys_shown(shown):
+                edited = carry_out(request, report)
     except RequestError as error:
-        error.hint = _hint_for(kind.name, operands, flags, error, options) or error.hint
+        error.hint = _hint_for(kind, operands, flags, error, options) or error.hint
         raise
     show_outcome(target, edited, options, shown)
 
 
 def _hint_for(
-    name: str, operands: list[str], flags: list[str], error: RequestError, options: EditOptions
+    kind: type[Edit], operands: list[str], flags: list[str], error: RequestError, options: EditOptions
 ) -> str | None:
     """Return a hint for a model without its `-m`, or for a pattern that the shell expanded; None if it is neither."""
     from modelcli.commands.target import names_model
 
-    first, *rest = operands
+    name, (first, *rest) = kind.name, operands
+    # Of an edit that names another model this word may be a file.
+    others = zip(kind.words[1:], rest, strict=False)
+    rest = (
+        [word for operand, word in others if declaring.REFERENCES not in operand.completes]
+        if kind.reads_models
+        else rest
+    )
     if options.model is None and names_model(first):
         return with_model(name, rest, flags, first, [] if options.out is None else ["-o", options.out])
     if options.model is None and rest and names_model(rest[-1]):

@@ -9,10 +9,7 @@ import typer
 from modelcli.cli import completing, output, progress
 from modelcli.cli.mounting import Command
 from modelcli.cli.options import OutputOptions, SaveOptions, SourceOptions, exit_codes
-from modelcli.cli.outcome import write_request
-
-#: `load` shows at most this many rows for missing keys, and for each other kind of mismatch.
-MOST_KEYS = 20
+from modelcli.cli.outcome import MOST_KEYS, write_request
 
 Dry = Annotated[bool, typer.Option("--dry-run", help="Write no file.")]
 

@@ -1,18 +1,23 @@
 """Turn the options of edits and `save` into a request to write, and show what was changed and written."""
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modelcli.cli import output
 from modelcli.cli.options import CHECKS, EditOptions, OutputOptions, SaveOptions
-from modelcli.errors import RequestError, did_you_mean
+from modelcli.errors import AnswerNoError, RequestError, did_you_mean
 from modelcli.language.quoting import quoted
 
 if TYPE_CHECKING:
     from modelcli.commands.edit import EditResult
     from modelcli.commands.target import Target
     from modelcli.commands.write import WriteRequest
+
+#: `load` and `graft` show at most this many rows for missing keys, and for each other kind of mismatch.
+MOST_KEYS = 20
 
 
 def write_request(options: SaveOptions, out: str | None) -> "WriteRequest":
@@ -69,6 +74,22 @@ def show_outcome(
         results.append(("recorded", str(target.recipe)))
     view = documents.edits(edited, results, folded=output.is_screen(shown), with_edits=with_edits)
     output.show(view, shown, [*edited.notes, *output.folding_note(view, "change", "-f csv")])
+
+
+@contextlib.contextmanager
+def keys_shown(shown: OutputOptions) -> Iterator[None]:
+    """Show how the keys of another model match, as `load` does, before the error that refuses them."""
+    try:
+        yield
+    except AnswerNoError as error:
+        from modelcli.model.key_report import KeysDoNotMatchError
+        from modelcli.render.documents import load as documents
+
+        if not isinstance(error, KeysDoNotMatchError):
+            raise
+        most = MOST_KEYS if output.format_of(shown) == "table" else None
+        output.show(documents.graft(error.source, error.path, error.report, most=most), shown, [])
+        raise
 
 
 def tell_waiting(recipe: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modelcli.commands.target import Target, find_target, notes_of_python, options_given, with_options
+from modelcli.commands.target import Target, edits_seen_from, find_target, notes_of_python, options_given, with_options
 from modelcli.edits import Edit
 from modelcli.errors import RequestError
 from modelcli.language import references
@@ -78,9 +78,10 @@ def find_batch(request: BatchRequest) -> Batch:
     if model is not None:
         same = {key: getattr(source, key) for key in ("seed", "input_size", "input_dtype", "inputs")}
         source = Source(model, **same)
-    notes = notes_of_python(read.path, source, (*read.edits, *made))
+    made = [*edits_seen_from(read.edits, read.path.parent, Path()), *made]
+    notes = notes_of_python(read.path, source, made)
     target = Target(with_options(source, options_given(request.options)), notes=notes)
-    found = Batch(target, (*read.edits, *made), (*read.locations, *(location for location, _ in lines)))
+    found = Batch(target, tuple(made), (*read.locations, *(location for location, _ in lines)))
     if not found.edits:
         raise RequestError(f"{read.path} has no edits to apply", "modelcli save OUT writes a model as it is")
     return found

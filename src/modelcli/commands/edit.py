@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modelcli.commands.applied_edits import AppliedEdits, apply_each
 from modelcli.commands.editable import Editable, open_editable
 from modelcli.commands.fit_check import FitCheck, check_fit, without_traced
 from modelcli.commands.look import architecture_notes, stdout_is_for_data
-from modelcli.commands.target import Target, notes_of_python
+from modelcli.commands.target import Target, edits_seen_from, notes_of_python
 from modelcli.commands.write import Progress, WriteRequest, write
 from modelcli.errors import ModelcliError
 from modelcli.model.blueprint import Blueprint
@@ -73,10 +74,12 @@ def _edited(request: EditRequest, progress: Progress | None) -> EditResult:
     target, how = request.target, request.write
     if how.out is not None:
         writing.check_target(how.out, how.format, force=how.force)
+    added = request.edits
     if target.recipe is not None:
         from modelcli import recipe
 
-        recipe.check_append(target.recipe, request.edits)
+        added = edits_seen_from(added, Path(), target.recipe.parent)
+        recipe.check_append(target.recipe, added)
     model = open_editable(target.source, values=how.out is not None and not how.dry_run)
     apply_each(model, target.edits, target.locations)  # the notes of a recipe's edits were shown when these were made
     before = model.describe().totals
@@ -87,7 +90,7 @@ def _edited(request: EditRequest, progress: Progress | None) -> EditResult:
     from modelcli import recipe
 
     try:
-        recipe.append(target.recipe, request.edits, target.source if target.restates_input else None)
+        recipe.append(target.recipe, added, target.source if target.restates_input else None)
         notes_of_python(target.recipe, target.source, (*target.edits, *request.edits), own=True)
     except ModelcliError as error:
         if result.written is not None:

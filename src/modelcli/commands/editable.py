@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from modelcli.checkpoints.record import Record
     from modelcli.commands.state_dict_models import OpenStateDict
     from modelcli.edits.applied import Applied
+    from modelcli.live.source_models import SourceModels
     from modelcli.live.trace import Traced
     from modelcli.model.parameter_origins import Held
     from modelcli.writing import Plan
@@ -27,6 +29,7 @@ class Editable(Protocol):
 
     notes: list[str]
     seed: int
+    sources: SourceModels
 
     @property
     def source(self) -> Source: ...
@@ -92,13 +95,15 @@ def open_editable(source: Source, *, values: bool = False) -> Editable:
 
     Raises RequestError, AnswerNoError (a checkpoint that does not fit), UnsafeError, FileFormatError.
     """
-    if (keys := opened_keys(source)) is not None:
-        return keys
-    source = resolve.downloaded(source) if values else source
-    resolve.require_buildable(source)  # before torch is imported
-    from modelcli.live import opening
+    opened: Editable | None = opened_keys(source)
+    if opened is None:
+        source = resolve.downloaded(source) if values else source
+        resolve.require_buildable(source)  # before torch is imported
+        from modelcli.live import opening
 
-    return opening.open_live(source)
+        opened = opening.open_live(source)
+    opened.sources = replace(opened.sources, values=values)
+    return opened
 
 
 def opened_keys(source: Source) -> OpenStateDict | None:

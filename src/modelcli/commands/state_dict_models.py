@@ -22,6 +22,7 @@ from modelcli.errors import RequestError
 from modelcli.language import input_texts
 from modelcli.language.references import CheckpointFile, Source
 from modelcli.language.stated_inputs import StatedInputs
+from modelcli.live.source_models import SourceModels
 from modelcli.model.blueprint import Blueprint, Trace
 from modelcli.model.joined_tensors import casts_in
 from modelcli.model.parameter_origins import Held, held_of
@@ -31,6 +32,7 @@ from modelcli.writing import Plan
 
 if TYPE_CHECKING:
     from modelcli.live.inputs import Inputs
+    from modelcli.live.opening import Live
     from modelcli.live.trace import Traced
 
 
@@ -39,7 +41,7 @@ class OpenStateDict:
     """A state-dict model, the file that it comes from, and the edits so far.
 
     `edits` are all edits since the file was first edited, as lines with selectors and `_` resolved, each with its
-    number. `opened` is the model as it is in the file.
+    number. `opened` is the model as it is in the file. `sources` opens the other models that edits name.
     """
 
     model: StateDictModel
@@ -54,6 +56,7 @@ class OpenStateDict:
     edit_count: int = 0
     architecture: None = None
     report: None = None
+    sources: SourceModels = field(default_factory=lambda: SourceModels(_open_live))
     _sources: state_dict_plan.Sources = field(default_factory=state_dict_plan.Sources)
 
     def describe(self) -> Blueprint:
@@ -63,7 +66,9 @@ class OpenStateDict:
         """Apply all edits, or none. Raises RequestError if one is wrong."""
 
         def carry_out(model: StateDictModel, edit: Edit, number: int, inputs: Inputs | None) -> Applied[StateDictModel]:
-            return edit.apply_to_state_dict(model, Context(seed_of(self.seed, number), inputs, trusted))
+            return edit.apply_to_state_dict(
+                model, Context(seed_of(self.seed, number), inputs, trusted, sources=self.sources)
+            )
 
         numbers = range(self.edit_count + 1, self.edit_count + 1 + len(edits))
         applied = apply_in_order(self.model, edits, numbers, cast("Inputs | None", self.inputs), carry_out)
@@ -192,6 +197,13 @@ class OpenStateDict:
         return []
 
 
+def _open_live(source: Source) -> Live:
+    """Open a model whose architecture is known, which needs torch."""
+    from modelcli.live import opening
+
+    return opening.open_live(source)
+
+
 def _held(model: StateDictModel, names: Sequence[str]) -> dict[str, Held]:
     """Return the parameters of a model, each under its first name, in the order of a file with these keys."""
     found: dict[int, tuple[str, Held]] = {}
@@ -229,6 +241,7 @@ def opened(source: Source) -> OpenStateDict | None:
     # Cached results such as the blueprint belong to this model, and an edit makes another one.
     opened_as = StateDictModel(model.entries, model.modules)
     made = OpenStateDict(model, source, contents, opened_as, record, notes=notes, seed=seed)
+    made.sources = SourceModels(_open_live, source.trust, source.tensors_only)
     if record is not None:
         made.edits = list(zip(record.numbers, record.edits, strict=True))
         made.edit_count = record.edit_count

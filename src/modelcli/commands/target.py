@@ -84,12 +84,13 @@ def find_target(
         return Target(Source(model=named, **given), notes=(note,) if path.exists() else ())
     read = recipe.read(path)
     source = with_options(read.source, given)
+    edits = edits_seen_from(read.edits, path.parent, Path())
     return Target(
         source,
-        read.edits,
+        edits,
         read.path,
         read.locations,
-        notes=(*notes_of_python(path, read.source, read.edits), *_ignored_by_recipe(path, read.source, given)),
+        notes=(*notes_of_python(path, read.source, edits), *_ignored_by_recipe(path, read.source, given)),
         restates_input=any(getattr(source, key) != getattr(read.source, key) for key in INPUT),
     )
 
@@ -114,7 +115,8 @@ def notes_of_python(path: Path, source: Source, edits: Sequence[Edit], *, own: b
     from modelcli.language.expressions import names_in
     from modelcli.providers import known_code
 
-    named = {str(reference) for reference in _references_of(source) if isinstance(reference, PythonObject)}
+    references = [*_references_of(source), *_references_in(edits)]
+    named = {str(reference) for reference in references if isinstance(reference, PythonObject)}
     of_edits = (name for edit in edits for call in edit.modules() for name in names_in(call))
     named |= {name for name in of_edits if not known_code.is_known_name(name)}
     if not named:
@@ -137,6 +139,15 @@ def _references_of(source: Source) -> Iterator[Reference]:
         with contextlib.suppress(ModelcliError):
             if text is not None:
                 yield resolve.parse(text, source.folder)
+
+
+def _references_in(edits: Sequence[Edit]) -> Iterator[Reference]:
+    """Yield what edits name whose paths are relative to the current folder."""
+    for text in (text for edit in edits for text in edit.references()):
+        from modelcli import model_parts
+
+        with contextlib.suppress(ModelcliError):
+            yield resolve.parse(model_parts.split(text)[0])
 
 
 @contextlib.contextmanager
@@ -172,23 +183,10 @@ def names_model(word: str) -> bool:
 
 def seen_from(source: Source, folder: Path) -> Source:
     """Return a source with its relative paths changed to be relative to another folder."""
+    from modelcli import model_parts
 
     def moved(text: str | None) -> str | None:
-        if text is None:
-            return None
-        try:
-            reference = resolve.parse(text, source.folder)
-        except ModelcliError:
-            return text
-        if isinstance(reference, PythonObject):
-            return reference.relative_to(folder.resolve(), source.folder)
-        if isinstance(reference, CheckpointFile) or resolve.is_folder(text, source.folder):
-            path = Path(text)
-            if path.is_absolute():
-                return text
-            relative = os.path.relpath((source.folder / text).resolve(), folder.resolve()).replace(os.sep, "/")
-            return relative if "/" in relative or Path(relative).suffix else f"./{relative}"
-        return text
+        return None if text is None else model_parts.reference_seen_from(text, source.folder, folder)
 
     model = moved(source.model)
     assert model is not None
@@ -196,6 +194,17 @@ def seen_from(source: Source, folder: Path) -> Source:
     if weights is not None and Path(source.folder / weights).is_file():
         weights = moved(weights)
     return replace(source, model=model, arch=moved(source.arch), weights=weights, folder=folder)
+
+
+def edits_seen_from(edits: Sequence[Edit], base: Path, folder: Path) -> tuple[Edit, ...]:
+    """Return edits, whose relative paths start at `base`, with their paths as seen from another folder."""
+
+    def seen(text: str) -> str:
+        from modelcli import model_parts  # most edits have no paths
+
+        return model_parts.seen_from(text, base, folder)
+
+    return tuple(edit.with_paths(seen) for edit in edits)
 
 
 def without_edits(target: Target) -> Target:

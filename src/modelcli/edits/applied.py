@@ -10,6 +10,7 @@ from modelcli.errors import ModelcliError
 
 if TYPE_CHECKING:
     from modelcli.edits.base import Edit
+    from modelcli.edits.source_models import OpensSources
     from modelcli.live.inputs import Inputs
     from modelcli.model.blueprint import Blueprint
 
@@ -26,12 +27,14 @@ class Context:
         inputs: the model's inputs; None if they are not known.
         trusted: whether it may run code other than that of known libraries.
         blueprint: the model's blueprint, if there is one already; handlers call `blueprint_of`.
+        sources: opens the other models that an edit names; None where none may be opened, as for a record.
     """
 
     seed: int
     inputs: Inputs | None
     trusted: bool
     blueprint: Blueprint | None = None
+    sources: OpensSources | None = None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ are made from the declaration. Only an edit's own modules know which edit it is.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -67,6 +67,9 @@ class Edit:
     changes_values_only: ClassVar[bool] = False
     #: Whether it changes only `requires_grad`: no name, shape, dtype or value.
     changes_flags_only: ClassVar[bool] = False
+    #: Whether it takes values from another model or file. Opening the written file then does not repeat the edit: the
+    #: file has the values, and a record opens no other file.
+    reads_models: ClassVar[bool] = False
 
     @classmethod
     def from_operands(cls, words: Sequence[str]) -> Self:
@@ -95,6 +98,17 @@ class Edit:
     def all_words(self) -> list[str]:
         """Return the words of its line, as a shell gets them: the name, the operands, the options."""
         return line_words.split_words(str(self))
+
+    def references(self) -> tuple[str, ...]:
+        """Return the texts in it that name other models, each `SOURCE` or `SOURCE:PATH`; by default none."""
+        return ()
+
+    def with_paths(self, seen: Callable[[str], str]) -> Self:
+        """Return the edit with other relative paths of files, as `seen` gives them; by default it has none.
+
+        The paths of an edit are relative to the current folder, those of its line in a recipe to the recipe's folder.
+        """
+        return self
 
     def handler_module(self) -> Any:
         """Import and return its handler, which needs torch."""

@@ -18,6 +18,8 @@ MODULES: Completion = "modules"
 TENSORS: Completion = "tensors"
 #: Completes a word with classes of `torch.nn`, and others that need no trust.
 CLASSES: Completion = "classes"
+#: Completes a word with references of models: names of builders, and files. Such a word names another model.
+REFERENCES: Completion = "references"
 #: Completes a word with functions of `torch.nn.init`, as `init` takes them.
 SCHEMES: Completion = "schemes"
 

@@ -37,6 +37,7 @@ _EDITS: Mapping[str, str] = {
     "unstack": "modelcli.edits.unstack:Unstack",
     "permute": "modelcli.edits.permute:Permute",
     "reshape": "modelcli.edits.reshape:Reshape",
+    "graft": "modelcli.edits.graft:Graft",
     "freeze": "modelcli.edits.freeze:Freeze",
     "unfreeze": "modelcli.edits.unfreeze:Unfreeze",
     "init": "modelcli.edits.init:Init",

@@ -24,6 +24,7 @@ from modelcli.live import composites
 from modelcli.live.meta_models import tagged
 from modelcli.live.sources import dtype_of, is_composite, is_lazy, named_tensors, real_storage
 from modelcli.model import wrapper_prefixes
+from modelcli.model.key_report import KeyReport
 from modelcli.model.state_dict_match import Mismatch
 from modelcli.model.wrapper_prefixes import Unwrapping
 from modelcli.wording import listed
@@ -36,29 +37,8 @@ MAX_MODULE_DEPTH = 200
 
 
 @dataclass(frozen=True)
-class LoadReport:
-    """How the keys of a checkpoint fit an architecture.
-
-    Attributes:
-        matched: the number of keys that fit.
-        missing: the keys that only the architecture has.
-        unexpected: the keys that only the checkpoint has.
-        mismatched: the tensors with another shape.
-        unwrapping: the change of the checkpoint's keys that removes names of wrappers.
-        overruled: the names of tied tensors that have different values in the file, each with the name whose values
-            both have now.
-    """
-
-    matched: int
-    missing: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
-    mismatched: tuple[Mismatch, ...] = ()
-    unwrapping: Unwrapping = Unwrapping()
-    overruled: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def is_strict(self) -> bool:
-        return not (self.missing or self.unexpected or self.mismatched)
+class LoadReport(KeyReport):
+    """How the keys of a checkpoint fit an architecture, and whether that refuses the load."""
 
     def refusal(
         self, contents: Contents, architecture: str, *, strict: bool, follows_record: bool = False
@@ -76,13 +56,7 @@ class LoadReport:
             strict = True  # nothing would be loaded
         if self.is_strict or (not strict and not self.mismatched):
             return None
-        parts = [
-            f"{m.name} is {list(m.found)} in the file and {list(m.expected)} in the architecture"
-            for m in self.mismatched[:3]
-        ]
-        for word, names in (("missing", self.missing), ("unexpected", self.unexpected)):
-            if names:
-                parts.append(f"{word}: {listed(names, 3)}")
+        told = "; ".join(self.differences("in the file", "in the architecture"))
         if follows_record:
             hint = f"the record in {path.name} does not match its tensors: pass --arch REFERENCE"
         elif contents.record is not None and contents.record.reference is not None:
@@ -94,7 +68,7 @@ class LoadReport:
         else:
             form = quoted(f"{architecture.partition('(')[0]}(...)")
             hint = f"pass --arch with the arguments that the file was made with: {form}"
-        return AnswerNoError(f"{path} does not fit {architecture}: {'; '.join(parts)}", hint)
+        return AnswerNoError(f"{path} does not fit {architecture}: {told}", hint)
 
     def _nothing_matches(self, path: Path, architecture: str) -> str:
         """Return the hint if no key matches: the prefixes under which the file has the names, if there are any."""

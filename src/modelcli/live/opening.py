@@ -29,6 +29,7 @@ from modelcli.live.describe import describe, floating_dtype
 from modelcli.live.held_parameters import held_parameters
 from modelcli.live.inputs import Inputs
 from modelcli.live.loading import LoadReport
+from modelcli.live.source_models import SourceModels
 from modelcli.live.sources import flag_of, named_tensors, set_flag
 from modelcli.live.surgery import apply
 from modelcli.live.trace import Traced
@@ -51,6 +52,7 @@ class Live:
     at random. `report` says how a checkpoint's keys fit; `record` is the file's record, if it was followed.
     `parameters_opened` are the parameters at opening, of a training checkpoint; `opened_tensors` all tensors under
     every name. `own_folder` is the folder of a library's model that the weights are in, if it was opened from one.
+    `sources` opens the other models that edits name.
     """
 
     module: nn.Module
@@ -67,6 +69,7 @@ class Live:
     parameters_opened: Mapping[str, Held] = field(default_factory=dict)
     opened_tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     own_folder: Path | None = None
+    sources: SourceModels = field(default_factory=lambda: SourceModels(open_live))
     _blueprint: Blueprint | None = None
     _made_anew: Mapping[str, str] | None = None
 
@@ -138,6 +141,7 @@ class Live:
             inputs=self.inputs,
             trusted=trusted,
             blueprint=self.describe(),
+            sources=self.sources,
         )
         self.module, self.inputs, self._blueprint, self._made_anew = done.model, done.inputs, None, None
         self.edit_count += len(edits)
@@ -200,18 +204,29 @@ class Live:
         needed = times * memory.bytes_of(self.module)
         module = self.architecture.real(self.seed, needed=needed, weights=False)
         recorded = 0 if self.record is None else len(self.record.edits)
-        module = self._edited(module, self.edits[:recorded])
+        if self.record is not None:
+            module = _repeated(module, self.record, self.seed, trusted=True)
         if self.contents is not None and not self.contents.is_remote:  # else the constructor's values do
             loading.load_values(self.architecture, module, self.contents)
         return self._edited(module, self.edits[recorded:])
 
     def _edited(self, module: nn.Module, lines: Sequence[tuple[int, str]]) -> nn.Module:
         edits, numbers = [parse_edit(line) for _, line in lines], [number for number, _ in lines]
-        return apply(module, edits, seed=self.seed, numbers=numbers, trusted=True).model
+        return apply(module, edits, seed=self.seed, numbers=numbers, trusted=True, sources=self.sources).model
 
     def next_numbers(self, count: int) -> range:
         """Return the numbers of the next `count` edits."""
         return range(self.edit_count + 1, self.edit_count + 1 + count)
+
+
+def _repeated(module: nn.Module, record: Record, seed: int, *, trusted: bool) -> nn.Module:
+    """Apply the edits of a record to its architecture, without those that read other models: see `Edit.reads_models`.
+
+    The values that these have taken are in the file.
+    """
+    numbered = [pair for pair in zip(record.parsed_edits(), record.numbers, strict=True) if not pair[0].reads_models]
+    edits, numbers = [edit for edit, _ in numbered], [number for _, number in numbered]
+    return apply(module, edits, seed=seed, numbers=numbers, trusted=trusted).model
 
 
 def open_live(source: Source, *, report_only: bool = False) -> Live:
@@ -375,6 +390,9 @@ class _Opening:
         live = opening.live()
         assert live.architecture is not None
         for edit, location in zip(read.edits, read.locations, strict=True):
+            if edit.reads_models:
+                live.edit_count += 1  # the values come from the file whose architecture this is
+                continue
             try:
                 live.apply([edit])
             except ModelcliError as error:
@@ -468,6 +486,7 @@ class _Opening:
         module = self._architecture_on_meta(seed)
         live = Live(module, self.source, self.base, self.contents, record=self.record, notes=self.notes, seed=seed)
         live.own_folder = self.own_folder
+        live.sources = SourceModels(open_live, self.source.trust, self.source.tensors_only)
         if self.record is not None and self.base is not None:
             # The notes of the edits were shown when they were made.
             self.base_bytes = memory.bytes_of(module)
@@ -524,15 +543,14 @@ class _Opening:
         if self.record is not None:
             set_flags(module, self.record)
         numbers = live.next_numbers(len(edits))
-        done = apply(module, edits, seed=live.seed, numbers=numbers, inputs=live.inputs)
+        done = apply(module, edits, seed=live.seed, numbers=numbers, inputs=live.inputs, sources=live.sources)
         live.apply(edits)
         return done.model, live
 
     def _follow_edits(self, module: nn.Module, seed: int) -> nn.Module:
         """Apply the edits of the record to its architecture."""
         assert self.record is not None
-        edits, trusted = self.record.parsed_edits(), self.trust
-        return apply(module, edits, seed=seed, numbers=self.record.numbers, trusted=trusted).model
+        return _repeated(module, self.record, seed, trusted=self.trust)
 
     def _contents(self) -> Contents:
         assert self.contents is not None
@@ -663,9 +681,10 @@ def edit_instance(
     given = None
     if shapes is not None:
         given = Inputs(shapes, floating=floating_dtype(instance) or "float32")
+    sources = SourceModels(open_live)
     if not same:
-        return apply(instance, edits, seed=seed, inputs=given).model
+        return apply(instance, edits, seed=seed, inputs=given, sources=sources).model
     from modelcli.live import same_outputs
 
     with same_outputs.demanded(instance, given or inputs.own_inputs(instance)) as require:
-        return require(apply(instance, edits, seed=seed, inputs=given).model)
+        return require(apply(instance, edits, seed=seed, inputs=given, sources=sources).model)

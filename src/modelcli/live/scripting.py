@@ -27,6 +27,7 @@ from modelcli.live.script import dtypes, flags
 from modelcli.live.script.source_text import InexpressibleError, SourceText, delete_statements, path_in_script, quoted
 from modelcli.live.script.state import State
 from modelcli.live.script.step import StateDictStep, Step
+from modelcli.live.source_models import SourceModels
 from modelcli.live.surgery import seed_of
 from modelcli.model.blueprint import Blueprint
 from modelcli.model.state_dict import StateDictModel
@@ -50,6 +51,7 @@ class OpenKeys(Protocol):
     edit_count: int
     model: StateDictModel
     contents: Contents
+    sources: SourceModels
 
     def apply(self, edits: Sequence[Edit]) -> Applied[StateDictModel]: ...
 
@@ -84,6 +86,15 @@ def script(
         work.edit(edit, location)
     work.save(out, kind, bare=bare)
     return Script(text.text(), (*work.notes, *work.edit_notes, *text.notes), work.describe())
+
+
+def write_reading(text: SourceText, source: Source, opened: Live | Contents) -> None:
+    """Write the statements that read another model of a script, and leave its state dict in `state`."""
+    if isinstance(opened, Contents):
+        _Writer(text, opened).read(source, opened, Unwrapping())
+        return
+    _Script(text, opened, opened.module).open_model(source)
+    text.write("state = model.state_dict()")
 
 
 class _Writer:
@@ -186,7 +197,7 @@ class _KeysScript(_Writer):
         self.state.order_after_edit = self.opened.keys_in_order()
         for item in resolved:
             try:
-                step = StateDictStep(self.text, before, self.opened.model, seed)
+                step = StateDictStep(self.text, before, self.opened.model, seed, self.opened.sources)
                 self.text.write(*state_statements(item, step, self.state))
             except InexpressibleError as error:
                 self.text.refuse(str(edit), str(error))
@@ -305,7 +316,7 @@ class _Script(_Writer):
         """Return the architecture after the edits of the record: the script's model before it reads the file."""
         built = base.on_meta(self.live.seed)
         record = self.live.record
-        edits = record.parsed_edits() if record is not None else ()
+        edits = () if record is None else [edit for edit in record.parsed_edits() if not edit.reads_models]
         return surgery.apply(built, edits, inputs=self.live.inputs).model
 
     def _takes_dtypes(self) -> bool:
@@ -339,7 +350,8 @@ class _Script(_Writer):
         for group in [resolved] if together else [[item] for item in resolved]:
             self._translate(group, self.before, self.live.module, seed, str(edit))
             seed = None  # the generator goes on
-        self.before = surgery.apply(self.before, resolved, inputs=self.live.inputs).model
+        live = self.live
+        self.before = surgery.apply(self.before, resolved, inputs=live.inputs, sources=live.sources).model
 
     def save(self, out: Path, kind: str, *, bare: bool) -> None:
         """What the model says of itself now, and what writes it."""
@@ -355,7 +367,7 @@ class _Script(_Writer):
         self, edits: Sequence[Edit], before: nn.Module, after: nn.Module, seed: int | None, line: str
     ) -> None:
         try:
-            self.text.write(*statements(edits, Step(self.text, before, after, seed)))
+            self.text.write(*statements(edits, Step(self.text, before, after, seed, self.live.sources)))
         except InexpressibleError as error:
             self.text.refuse(line, str(error))
 
@@ -472,4 +484,4 @@ def _keys(contents: Contents) -> str:
     return "".join(f"[{step if isinstance(step, int) else quoted(step)}]" for step in contents.key or ())
 
 
-__all__ = ["Script", "script"]
+__all__ = ["Script", "script", "write_reading"]

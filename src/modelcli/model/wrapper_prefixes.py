@@ -117,6 +117,16 @@ def fit(found: Keys, own: Keys) -> Unwrapping:
     return _plain(Unwrapping(prefix, markers, dropped, elsewhere=elsewhere), names)
 
 
+def markers_in(names: Iterable[str]) -> Unwrapping:
+    """Find the change that removes only the names that nothing but wrappers use."""
+    keys = list(names)
+    markers = tuple(sorted(_components(keys) & set(MARKERS), key=MARKERS.index))
+    bare = {key: without(key, markers) for key in keys}
+    if not markers or len(set(bare.values())) < len(bare):
+        return Unwrapping()
+    return _plain(Unwrapping("", markers, _counts(keys)), bare)
+
+
 def known(names: Iterable[str]) -> Unwrapping:
     """Find the change if no architecture is known: the names that only wrappers use, and a prefix of all keys."""
     keys = list(names)

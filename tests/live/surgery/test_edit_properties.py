@@ -34,6 +34,7 @@ from modelcli.edits.concat import Concat
 from modelcli.edits.extract import Extract
 from modelcli.edits.freeze import Freeze
 from modelcli.edits.fuse import Fuse
+from modelcli.edits.graft import Graft
 from modelcli.edits.init import Init
 from modelcli.edits.insert import Insert
 from modelcli.edits.permute import Permute
@@ -58,6 +59,7 @@ from modelcli.language.selectors import literal
 from modelcli.live import planning, surgery
 from modelcli.live.meta_models import meta_copy
 from modelcli.live.opening import Live, open_live
+from modelcli.live.source_models import SourceModels
 from modelcli.model.dtypes import FLOATING
 from modelcli.model.paths import joined
 from tests.conftest import Cli
@@ -181,6 +183,16 @@ EDITS: dict[type[Edit], st.SearchStrategy[Edit]] = {
     Tie: st.builds(Tie, names=st.lists(selector_texts, min_size=2, max_size=3).map(tuple)),
     Untie: st.builds(Untie, names=targets),
     Fuse: st.builds(Fuse, targets=targets, into=st.lists(selector_texts, max_size=2).map(tuple), **picking),
+    Graft: st.builds(
+        Graft,
+        path=selector_texts,
+        other=st.text(min_size=1, max_size=8),
+        renames=st.lists(st.tuples(selector_texts, selector_texts), max_size=2).map(tuple),
+        lenient=st.booleans(),
+        also_init=st.booleans(),
+        source_weights=st.none() | st.text(min_size=1, max_size=8),
+        source_key=st.none() | st.text(min_size=1, max_size=8),
+    ),
 }
 some_edit = st.one_of(*EDITS.values())
 
@@ -382,6 +394,10 @@ NEW_MODULES = [
     "Sequential(Linear(4,4),ReLU(),PReLU())", "Embedding(5,4)", "GRU(2,_)", "Linear(4,4,dtype=torch.float64)",
     "Linear(4)",
 ]  # fmt: skip
+#: The importable Python module whose `model` a reference can name.
+GENERATED = "generated_for_a_test"
+#: Other models whose tensors fit some modules.
+GRAFTED = ["Linear(4,4)", "Linear(4,5)", "BatchNorm1d(3)", "LayerNorm(4)", "Sequential(Linear(4,4),ReLU())", "ReLU()"]
 WRAPPERS = [
     "Sequential(_,Dropout(0.5))", "Sequential(BatchNorm1d(4),_,Linear(4,4))", "ModuleDict({'inner':_})",
     "Sequential(Sequential(ReLU(),_))", "torch.nn.utils.parametrizations:weight_norm(_)",
@@ -443,6 +459,13 @@ def edits_of(draw: st.DrawFn, model: nn.Module) -> list[Edit]:
         st.builds(Tie, names=st.tuples(target, target)),
         st.builds(Untie, names=several),
         st.builds(Fuse, targets=several, into=st.lists(target, max_size=2).map(tuple), **less),
+        st.builds(
+            Graft,
+            path=place,
+            other=st.sampled_from(GRAFTED) | place.map(lambda path: f"{GENERATED}:model:{path}"),
+            lenient=st.booleans(),
+            also_init=st.booleans(),
+        ),
         st.builds(Split, old=target, new=st.tuples(target, target).filter(lambda names: names[0] != names[1])),
         st.builds(Concat, old=st.tuples(target, target), new=target),
         st.builds(Stack, old=target, new=target),
@@ -456,7 +479,7 @@ def edits_of(draw: st.DrawFn, model: nn.Module) -> list[Edit]:
 @pytest.fixture
 def generated(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """An importable Python module whose `build` a reference can name."""
-    module = ModuleType("generated_for_a_test")
+    module = ModuleType(GENERATED)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     return module
 
@@ -495,7 +518,7 @@ def test_an_edit_gives_the_same_on_meta_with_values_and_in_the_file(
 def carried_out(model: nn.Module, edit: Edit, seed: int, number: int) -> tuple[str | None, nn.Module]:
     """Apply an edit to a model with values. Returns the error, or None, and the model."""
     try:
-        return None, surgery.apply(model, [edit], seed=seed, numbers=[number]).model
+        return None, surgery.apply(model, [edit], seed=seed, numbers=[number], sources=SourceModels(open_live)).model
     except ModelcliError as error:
         return str(error), model
 

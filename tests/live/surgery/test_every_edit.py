@@ -259,6 +259,14 @@ def resized_together(path: str, other: str, *, keep: bool, first: bool = True) -
     return statements
 
 
+def grafted(path: str) -> Callable[[nn.Module], None]:
+    def statements(model: nn.Module) -> None:
+        numbers()
+        model.get_submodule(path).load_state_dict(nets.Places().get_submodule(path).state_dict())
+
+    return statements
+
+
 def both_replaced(state: State) -> State:
     numbers()
     for name, tensor in nn.Linear(4, 5).state_dict().items():
@@ -444,6 +452,12 @@ TABLE: dict[tuple[str, str], Cell] = {
     ("untie", "ModuleDict"): Cell(("untie heads.left.bias",), "is tied to no other", "is tied to no other"),
     ("untie", "child"): Cell(("untie fc.bias",), "fc.bias is tied to no other", "fc.bias is tied to no other"),
     ("untie", "root"): Cell(("untie .",), "is tied to no other tensor", "is tied to no other tensor"),
+    ("graft", "Sequential"): Cell(("graft seq nets.py:Places:seq",), grafted("seq")),
+    ("graft", "ModuleList"): Cell(("graft blocks nets.py:Places:blocks",), grafted("blocks")),
+    ("graft", "ModuleDict"): Cell(("graft heads.left nets.py:Places:heads.left",), grafted("heads.left")),
+    ("graft", "child"): Cell(("graft fc nets.py:Places:fc",), grafted("fc")),
+    ("graft", "shared"): Cell(("graft again nets.py:Places:shared",), grafted("shared")),
+    ("graft", "root"): Cell(("graft . ReLU()",), "ReLU() has no tensors to take", "ReLU() has no tensors to take"),
     ("extract", "Sequential"): Cell(("extract seq",), lambda model: model.seq),
     ("extract", "ModuleList"): Cell(("extract blocks.1",), lambda model: model.blocks[1]),
     ("extract", "ModuleDict"): Cell(("extract heads",), lambda model: model.heads),

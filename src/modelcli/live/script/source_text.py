@@ -33,6 +33,7 @@ NN = "from torch import nn"
 _IMPORTS = frozenset({"torch", "nn", "init", "copy", "os", "sys", "runpy"})
 _HELPERS = frozenset(
     {
+        "read_source",
         "keep_weights",
         "sum_channels",
         "mean_channels",
@@ -107,6 +108,13 @@ class SourceText:
 
     def write(self, *lines: str) -> None:
         self.body += lines
+
+    def inner(self) -> SourceText:
+        """Return a text for the body of a function in this script. Its imports, helpers and notes are this script's."""
+        found = SourceText()
+        found.imports, found.folders, found.own = self.imports, self.folders, self.own
+        found.helpers, found.notes = self.helpers, self.notes
+        return found
 
     def paragraph(self, title: str | None = None) -> None:
         """Start a new paragraph, with `title` as a comment above it."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from modelcli.edits.source_models import OpensSources
 from modelcli.live.script.source_text import SourceText
 from modelcli.model.state_dict import StateDictModel
 
@@ -19,12 +20,14 @@ class Step:
         before: the model before the edit.
         after: the model after the edit.
         seed: the seed of the random values that the edit draws; None if the script need not seed the generator.
+        sources: opens the other models that the edit names.
     """
 
     script: SourceText
     before: nn.Module
     after: nn.Module
     seed: int | None
+    sources: OpensSources | None = None
 
     def seed_statements(self) -> list[str]:
         """Return the statement that seeds torch's generator; none without a seed."""
@@ -39,6 +42,7 @@ class StateDictStep:
     before: StateDictModel
     after: StateDictModel
     seed: int | None
+    sources: OpensSources | None = None
 
     def seed_statements(self) -> list[str]:
         """Return the statement that seeds torch's generator; none without a seed."""

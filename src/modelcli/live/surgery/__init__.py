@@ -25,6 +25,7 @@ from modelcli.live.surgery.holes import argument_from, shape_with
 from modelcli.live.surgery.snapshot import restored_on_error
 
 if TYPE_CHECKING:
+    from modelcli.edits.source_models import OpensSources
     from modelcli.live.inputs import Inputs
     from modelcli.model.blueprint import Blueprint
 
@@ -38,18 +39,19 @@ def apply(
     inputs: Inputs | None = None,
     trusted: bool = True,
     blueprint: Blueprint | None = None,
+    sources: OpensSources | None = None,
 ) -> Applied[nn.Module]:
     """Apply edits in order. `numbers` (by default 1, 2, 3, ...) determine the random values that each edit draws.
 
     In a meta module, new modules are made on meta, and their values are drawn when they are needed; in a real module
     they are made at once. If an edit raises RequestError, the module is unchanged, and the message names the edit if
-    there are several. `blueprint` is that of the module, if there is one.
+    there are several. `blueprint` is that of the module, if there is one. `sources` opens other models that edits name.
     """
     _require_editable(module)
     blueprints = iter([blueprint])  # that of the module before the first edit
 
     def carry_out(now: nn.Module, edit: Edit, number: int, inputs: Inputs | None) -> Applied[nn.Module]:
-        context = Context(seed_of(seed, number), inputs, trusted, next(blueprints, None))
+        context = Context(seed_of(seed, number), inputs, trusted, next(blueprints, None), sources)
         done: Applied[nn.Module] = edit.handler_module().carry_out(now, edit, context)
         return done
 

@@ -1,9 +1,10 @@
-"""The view of `load`: how the keys of a checkpoint fit an architecture."""
+"""The view of `load`: how the keys of a checkpoint fit an architecture; and that of a `graft` that is refused."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+from modelcli.model.paths import shown
 from modelcli.render.documents.common import SCHEMA, model_of
 from modelcli.render.views import (
     Column,
@@ -15,6 +16,23 @@ from modelcli.render.views import (
 
 if TYPE_CHECKING:
     from modelcli.commands.load import LoadResult
+    from modelcli.model.state_dict_match import Mismatch
+
+
+class MatchedKeys(Protocol):
+    """How the keys of a state dict fit a model."""
+
+    @property
+    def matched(self) -> int: ...
+
+    @property
+    def missing(self) -> tuple[str, ...]: ...
+
+    @property
+    def unexpected(self) -> tuple[str, ...]: ...
+
+    @property
+    def mismatched(self) -> tuple[Mismatch, ...]: ...
 
 
 def load(result: LoadResult, *, most: int | None = None) -> View:
@@ -24,22 +42,42 @@ def load(result: LoadResult, *, most: int | None = None) -> View:
         result: the matched, missing, unexpected and mismatched keys.
         most: the table has at most this many rows for each kind of problem; None shows all.
     """
-    mismatched = [
-        {"name": item.name, "expected": list(item.expected), "found": list(item.found)} for item in result.mismatched
-    ]
-    document = {
-        "schema": SCHEMA,
-        "model": model_of(result.reference, result.blueprint),
-        "matched": result.matched,
-        "missing": list(result.missing),
-        "unexpected": list(result.unexpected),
-        "mismatched": mismatched,
+    document = {"schema": SCHEMA, "model": model_of(result.reference, result.blueprint), **_keys(result)}
+    return _view(document, result, [("recipe", _recipe_text(result))], most)
+
+
+def graft(source: str, path: str, report: MatchedKeys, *, most: int | None = None) -> View:
+    """Return the view of how the keys of another model match those of a module that gets its values.
+
+    Args:
+        source: the other model.
+        path: the path of the module.
+        report: the matched, missing, unexpected and mismatched keys.
+        most: as for `load`.
+    """
+    document = {"schema": SCHEMA, "source": source, "path": shown(path), **_keys(report)}
+    return _view(document, report, [], most)
+
+
+def _keys(report: MatchedKeys) -> dict[str, Any]:
+    """Return the keys as the JSON documents have them."""
+    return {
+        "matched": report.matched,
+        "missing": list(report.missing),
+        "unexpected": list(report.unexpected),
+        "mismatched": [
+            {"name": item.name, "expected": list(item.expected), "found": list(item.found)}
+            for item in report.mismatched
+        ],
     }
+
+
+def _view(document: dict[str, Any], report: MatchedKeys, footer: list[tuple[str, str]], most: int | None) -> View:
     rows: list[dict[str, Any]] = [
         {"name": item["name"], "problem": "mismatched", "expected": item["expected"], "found": item["found"]}
-        for item in mismatched[:most]
+        for item in document["mismatched"][:most]
     ]
-    for problem, names in (("missing", result.missing), ("unexpected", result.unexpected)):
+    for problem, names in (("missing", report.missing), ("unexpected", report.unexpected)):
         rows += [{"name": name, "problem": problem, "expected": None, "found": None} for name in names[:most]]
     columns = (
         path_column("name", "name"),
@@ -47,14 +85,13 @@ def load(result: LoadResult, *, most: int | None = None) -> View:
         Column("expected", "expected", shape),
         Column("found", "found", shape),
     )
-    footer = [
-        ("matched", count(result.matched)),
-        ("missing", _of_which(len(result.missing), most)),
-        ("unexpected", _of_which(len(result.unexpected), most)),
-        ("mismatched", _of_which(len(result.mismatched), most)),
-        ("recipe", _recipe_text(result)),
+    counts = [
+        ("matched", count(report.matched)),
+        ("missing", _of_which(len(report.missing), most)),
+        ("unexpected", _of_which(len(report.unexpected), most)),
+        ("mismatched", _of_which(len(report.mismatched), most)),
     ]
-    return View(document, rows, columns, footer, header=bool(rows))
+    return View(document, rows, columns, [*counts, *footer], header=bool(rows))
 
 
 def _recipe_text(result: LoadResult) -> str:

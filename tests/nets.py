@@ -159,3 +159,17 @@ class Chain(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.layers(self.norm(self.stem(x))))
+
+
+class TiedAndNormed(nn.Module):
+    """A language model whose embedding is its output layer, with a parametrized layer between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(6, 4)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+        self.out = nn.Linear(4, 6)
+        self.out.weight = self.embed.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.out(self.normed(self.embed(tokens)))

@@ -14,3 +14,12 @@ def sampled(cases: Sequence[Any], one_in: int) -> list[Any]:
         pytest.param(case, marks=() if position % one_in == 0 else pytest.mark.sweep)
         for position, case in enumerate(cases)
     ]
+
+
+def rotated(cases: Sequence[Any], others: Sequence[Any]) -> list[Any]:
+    """Return parameters for all pairs of a case and another value; each case has one that is not marked `sweep`."""
+    return [
+        pytest.param(case, other, marks=() if position % len(others) == number else pytest.mark.sweep)
+        for position, case in enumerate(cases)
+        for number, other in enumerate(others)
+    ]

@@ -226,3 +226,21 @@ def test_each_of_two_state_dicts_is_told_of_the_other(cli: Cli, key: str, other:
     assert all(torch.equal(after[other][name], tensor) for name, tensor in before[other].items())
     assert not torch.equal(after[key]["fc.weight"], before[key]["fc.weight"])
     assert torch.equal(after[key]["seq.0.weight"], before[key]["seq.0.weight"])
+
+
+@pytest.mark.parametrize(
+    ("line", "is_dropped"), [("remove blocks.0", True), ("freeze fc", True), ("cast . bfloat16", False)]
+)
+def test_a_script_writes_no_stale_optimizer(cli: Cli, train: str, line: str, is_dropped: bool) -> None:
+    for arch in ((), ARCH):
+        found = cli("script", "-e", line, "-m", train, *arch, "-o", "out.pth")
+        assert ("the script drops optimizer, whose state is that of the parameters before" in found.err) == is_dropped
+        exec(compile(found.out, "script", "exec"), {})
+        written = torch.load("out.pth", weights_only=True)
+        assert (written["optimizer"] is None) == is_dropped
+        assert written["epoch"] == 1
+
+
+def test_a_script_says_that_it_edits_no_average(cli: Cli, train: str) -> None:
+    told = cli("script", "-e", "freeze fc", "-m", train, "--also-ema").err
+    assert "the script edits one state dict: other copies of the model, as --also-ema edits them, stay" in told

@@ -26,14 +26,21 @@ class Optimizer:
     """The state dict of an optimizer in a training checkpoint.
 
     Attributes:
-        place: where it is, as text: `optimizer`, `optimizer_states[0]`.
+        path: the keys and indices that lead to it.
         value: the dict itself.
         fault: why torch could not load it; empty if it could.
     """
 
-    place: str
+    path: tuple[str | int, ...]
     value: Mapping[Any, Any]
     fault: str = ""
+
+    @property
+    def place(self) -> str:
+        """Where it is, as text: `optimizer`, `optimizer_states[0]`."""
+        if not self.path:
+            return "the file"
+        return str(self.path[0]) + "".join(f"[{step!r}]" for step in self.path[1:])
 
     @property
     def state(self) -> Mapping[Any, Any]:
@@ -69,20 +76,19 @@ def optimizers_in(tree: Any, own: Sequence[str | int] = ()) -> list[Optimizer]:
     """Return the optimizers in a training checkpoint, each once. `own` is the path of the model's state dict."""
     found: list[Optimizer] = []
     seen: set[int] = set()
-    level: list[tuple[str, Any, tuple[str | int, ...] | None]] = [("", tree, tuple(own))]
+    level: list[tuple[tuple[str | int, ...], Any]] = [((), tree)]
     for _ in range(_DEPTH):
-        deeper: list[tuple[str, Any, tuple[str | int, ...] | None]] = []
-        for place, value, way in level:
-            if id(value) in seen or way == ():
+        deeper: list[tuple[tuple[str | int, ...], Any]] = []
+        for path, value in level:
+            if id(value) in seen or (path and path == tuple(own)):
                 continue
             seen.add(id(value))
             if isinstance(value, dict) and "state" in value and "param_groups" in value:
-                found.append(Optimizer(place or "the file", value, _fault(value)))
+                found.append(Optimizer(path, value, _fault(value)))
                 continue
             for key, item in _items(value):
                 if isinstance(item, dict | list | tuple) and item:
-                    there = way[1:] if way and way[0] == key else None
-                    deeper.append((f"{place}[{key!r}]" if place else str(key), item, there))
+                    deeper.append(((*path, key), item))
         level = deeper
     return found
 

@@ -58,7 +58,7 @@ def apply(
 def script(
     source: SourceOptions,
     options: OutputOptions,
-    _unheeded: UnheededOptions,
+    unheeded: UnheededOptions,
     file: RecipeArgument = None,
     lines: Lines = None,
     model: Annotated[
@@ -106,7 +106,10 @@ def script(
     else:
         batch = find_batch(BatchRequest(path, given, model, source.overrides(), source.recipe))
     made = write_script(ScriptRequest(batch, Path(out), kind, bare=bare))
-    output.show(documents.script(batch.target.source.model, made.blueprint, made.text), options, made.notes)
+    notes = list(made.notes)
+    if unheeded.also_ema:
+        notes.append("the script edits one state dict: other copies of the model, as --also-ema edits them, stay")
+    output.show(documents.script(batch.target.source.model, made.blueprint, made.text), options, notes)
 
 
 def _edits_from(

@@ -393,6 +393,12 @@ class SaveOptions(OptionGroup):
         default=False,
         rich_help_panel="Result",
     )
+    also_ema: bool = _option(
+        "--also-ema",
+        help="Edit other state dicts of the same model in a training checkpoint too, such as an EMA.",
+        default=False,
+        rich_help_panel="Result",
+    )
     compact: bool = _option(
         "--compact",
         help="Write only the elements of each tensor, not the rest of a storage that it is a view of.",
@@ -434,6 +440,7 @@ class UnheededOptions(OptionGroup):
     force: bool = _option("--force", default=False, hidden=True)
     dry_run: bool = _option("--dry-run", default=False, hidden=True)
     check: str = _option("--check", default="meta", hidden=True)
+    also_ema: bool = _option("--also-ema", default=False, hidden=True)
     max_shard_size: str | None = _option("--max-shard-size", hidden=True)
     no_fsync: bool = _option("--no-fsync", default=False, hidden=True)
     verify: bool = _option("--verify", default=False, hidden=True)

@@ -39,6 +39,7 @@ def write_request(options: SaveOptions, out: str | None) -> "WriteRequest":
         compact=options.compact,
         durable=not options.no_fsync,
         verify=options.verify,
+        also_ema=options.also_ema,
         max_shard_bytes=None if options.max_shard_size is None else parse_bytes(options.max_shard_size),
     )
 

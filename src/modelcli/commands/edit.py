@@ -116,6 +116,10 @@ def checked_and_written(
     `before` are the totals before the `applied` edits, and `target` is the model before them.
     """
     is_written = how.out is not None and not how.dry_run
+    if how.also_ema:
+        from modelcli.commands import training_checkpoint
+
+        training_checkpoint.require_copies(model, how)
     check = check or check_fit(model, applied, target, how.check, traced=is_written)
     after = model.describe()
     notes = (*target.notes, *model.notes, *applied.notes, *check.notes, *architecture_notes(model))

@@ -30,6 +30,8 @@ class Editable(Protocol):
     notes: list[str]
     seed: int
     sources: SourceModels
+    #: The edits since it was opened, as they were written.
+    carried_out: list[Edit]
 
     @property
     def source(self) -> Source: ...
@@ -75,8 +77,19 @@ class Editable(Protocol):
         """Carry out edits: all of them, or none if one is wrong. Raises RequestError that says what is wrong."""
         ...
 
+    def edited_copy(self, contents: Contents) -> Editable:
+        """Return the model of other contents of the same file, opened as this one and with the same edits."""
+        ...
+
     def plan(
-        self, out: Path, kind: str, *, bare: bool = False, compact: bool = False, traced: Traced | None = None
+        self,
+        out: Path,
+        kind: str,
+        *,
+        bare: bool = False,
+        compact: bool = False,
+        traced: Traced | None = None,
+        with_record: bool = True,
     ) -> Plan:
         """What to write, in a format of `writing`. `traced` is a forward pass of the model as it is, for its record."""
         ...

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -41,7 +41,8 @@ class OpenStateDict:
     """A state-dict model, the file that it comes from, and the edits so far.
 
     `edits` are all edits since the file was first edited, as lines with selectors and `_` resolved, each with its
-    number. `opened` is the model as it is in the file. `sources` opens the other models that edits name.
+    number; `carried_out` are those since it was opened, as they were written. `opened` is the model as it is in the
+    file. `sources` opens the other models that edits name.
     """
 
     model: StateDictModel
@@ -54,6 +55,7 @@ class OpenStateDict:
     notes: list[str] = field(default_factory=list)
     seed: int = 0
     edit_count: int = 0
+    carried_out: list[Edit] = field(default_factory=list)
     architecture: None = None
     report: None = None
     sources: SourceModels = field(default_factory=lambda: SourceModels(_open_live))
@@ -75,7 +77,16 @@ class OpenStateDict:
         self.model, self.inputs = applied.model, applied.inputs
         self.edit_count += len(edits)
         self.edits += applied.lines
+        self.carried_out += edits
         return applied
+
+    def edited_copy(self, contents: Contents) -> OpenStateDict:
+        """Return the model of other contents of the same file, opened as this one and with the same edits."""
+        copied = opened(self.source, replace(contents, record=self.record))
+        assert copied is not None
+        copied.sources = self.sources
+        copied.apply(self.carried_out)
+        return copied
 
     def keys_in_order(self) -> list[str]:
         """The keys in the order in which they are written."""
@@ -135,14 +146,21 @@ class OpenStateDict:
         return {name: tensor.identity for name, tensor in self.model.tensors.items()}
 
     def plan(
-        self, out: Path, kind: str, *, bare: bool = False, compact: bool = False, traced: Traced | None = None
+        self,
+        out: Path,
+        kind: str,
+        *,
+        bare: bool = False,
+        compact: bool = False,
+        traced: Traced | None = None,
+        with_record: bool = True,
     ) -> Plan:
         """Return the plan for writing. Raises RequestError for values that the format cannot store."""
         return state_dict_plan.plan(
             self.model,
             self.opened,
             self.contents,
-            lambda names: self._record_text(names, kind),
+            lambda names: self._record_text(names, kind) if with_record else "",
             kind,
             bare=bare,
             compact=compact,
@@ -214,8 +232,10 @@ def _held(model: StateDictModel, names: Sequence[str]) -> dict[str, Held]:
     return dict(found.values())
 
 
-def opened(source: Source) -> OpenStateDict | None:
+def opened(source: Source, given: Contents | None = None) -> OpenStateDict | None:
     """Open a checkpoint of unknown architecture. Returns None for a file whose record names an architecture.
+
+    `given` are the contents of a copy of the model in the file, if the file is not to be read.
 
     Raises RequestError, UnsafeError, FileFormatError.
     """
@@ -226,9 +246,9 @@ def opened(source: Source) -> OpenStateDict | None:
         notes.append(hidden)
     if not source.bare_keys and (unknown := resolve.unknown_model_note(reference.path)) is not None:
         notes.append(unknown)
-    contents = read_to_edit(reference.path, source, notes)
+    contents = given or read_to_edit(reference.path, source, notes)
     record = contents.record
-    if record is not None and (why := resolve.disagreement(record, contents, to_build=True)):
+    if record is not None and given is None and (why := resolve.disagreement(record, contents, to_build=True)):
         notes.append(f"the record in {reference.path.name} was ignored: {why}")
         record = None
     if record is not None and record.reference is not None:

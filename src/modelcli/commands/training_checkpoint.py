@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from modelcli.checkpoints import Contents
+from modelcli.checkpoints import Contents, formats
 from modelcli.checkpoints.optimizers import Optimizer, optimizers_in, with_values
 from modelcli.checkpoints.torch_pickle import state_dicts
 from modelcli.commands import other_state_dicts
 from modelcli.edits import kind_called
+from modelcli.errors import RequestError
 from modelcli.model.parameter_origins import OldParameters
 from modelcli.model.wrapper_prefixes import Unwrapping
 from modelcli.wording import listed
@@ -18,12 +19,15 @@ from modelcli.wording import listed
 if TYPE_CHECKING:
     from modelcli.checkpoints.entries import TensorEntry
     from modelcli.commands.editable import Editable
+    from modelcli.commands.write import WriteRequest
     from modelcli.edits.applied import Change
     from modelcli.model.state_dict import StateDictTensor
     from modelcli.writing import Plan
 
 
-def followed(model: Editable, contents: Contents, plan: Plan, changes: Sequence[Change]) -> tuple[Plan, list[str]]:
+def followed(
+    model: Editable, contents: Contents, plan: Plan, changes: Sequence[Change], request: WriteRequest
+) -> tuple[Plan, list[str]]:
     """Return the plan with optimizers that follow the edits, and notes on the rest of a training checkpoint.
 
     Args:
@@ -31,14 +35,20 @@ def followed(model: Editable, contents: Contents, plan: Plan, changes: Sequence[
         contents: the training checkpoint that it comes from.
         plan: the plan for the model, with the tree of the checkpoint if that is kept.
         changes: what the edits changed.
+        request: how the model is written. With `also_ema`, other state dicts of the same model get the same edits.
     """
     assert contents.key is not None
-    others = [str(name) for name in contents.tree if name != contents.key[0]] if isinstance(contents.tree, dict) else []
-    names = f" ({listed(others, 4)})" if others else ""
+    beside = [str(name) for name in contents.tree if name != contents.key[0]] if isinstance(contents.tree, dict) else []
+    names = f" ({listed(beside, 4)})" if beside else ""
     rest = f"the rest of {contents.path.name}{names}"
     if plan.key is None:
         return plan, [f"{rest} was left out"]
     new, notes = _optimizers(model, contents)
+    copies: dict[int, Any] = {}
+    if request.also_ema:
+        for copy in other_state_dicts.copies_of(contents):
+            copies[id(copy.value)] = other_state_dicts.edited(model, contents, copy, request)
+        new |= copies
     if new:
         plan = replace(plan, tree=with_values(plan.tree, new))
     unwrapping = Unwrapping() if model.report is None else model.report.unwrapping
@@ -48,14 +58,38 @@ def followed(model: Editable, contents: Contents, plan: Plan, changes: Sequence[
             f"the keys in {state_dicts.key_of(contents.key)!r} were written without {parts}, which the program that "
             "wrote the file may expect (without --arch, an edit leaves the keys as they are)"
         )
-    copies = other_state_dicts.other_state_dict_notes(
+    others = other_state_dicts.other_state_dict_notes(
         contents,
         model.describe(),
         unwrapping=unwrapping,
         changed=not all(kind_called(change.action).changes_flags_only for change in changes),
         renamed=other_state_dicts.renamed(model.tensors_opened, model.tensors_now),
+        edited=copies.keys(),
     )
-    return plan, [f"{rest} was kept; --bare drops it", *notes, *copies]
+    return plan, [f"{rest} was kept; --bare drops it", *notes, *others]
+
+
+def require_copies(model: Editable, request: WriteRequest) -> None:
+    """Raise RequestError if `also_ema` is set and there is no state dict that would get the same edits."""
+    contents = model.contents
+    if not request.also_ema:
+        return
+    if contents is None or contents.key is None:
+        raise RequestError(
+            f"--also-ema: {model.source.model} is no training checkpoint, so there is no copy of the model",
+            "leave --also-ema out",
+        )
+    if request.bare or not formats.named(request.format).holds_values:
+        raise RequestError(
+            "--also-ema edits copies of the model in a training checkpoint, but only the state dict is written",
+            "leave --also-ema out" + (" or --bare" if request.bare else f", or {formats.instead()}"),
+        )
+    if not other_state_dicts.copies_of(contents):
+        key = state_dicts.key_of(contents.key)
+        raise RequestError(
+            f"--also-ema: {contents.path.name} contains no other state dict with the keys and shapes of {key}",
+            "leave --also-ema out; --key names one state dict to edit alone",
+        )
 
 
 def _optimizers(model: Editable, contents: Contents) -> tuple[dict[int, Any], list[str]]:

@@ -36,6 +36,7 @@ class WriteRequest:
         durable: wait until the data is on the disk.
         verify: read every byte back.
         max_shard_bytes: the maximum size of a shard; None for the usual size.
+        also_ema: make the same edits in other state dicts of the same model in a training checkpoint.
     """
 
     out: Path | None = None
@@ -48,6 +49,7 @@ class WriteRequest:
     durable: bool = True
     verify: bool = False
     max_shard_bytes: int | None = None
+    also_ema: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def write(
     if model.contents is not None and model.contents.key is not None:
         from modelcli.commands import training_checkpoint
 
-        plan, around = training_checkpoint.followed(model, model.contents, plan, changes)
+        plan, around = training_checkpoint.followed(model, model.contents, plan, changes, request)
     size = writing.DEFAULT_SIZE if request.max_shard_bytes is None else request.max_shard_bytes
     reads = _files_of(model.contents) if model.contents is not None and request.out.exists() else frozenset()
     options = writing.WriteOptions(request.force, request.durable, request.verify, progress, size, reads)

@@ -52,7 +52,8 @@ class Live:
     at random. `report` says how a checkpoint's keys fit; `record` is the file's record, if it was followed.
     `parameters_opened` are the parameters at opening, of a training checkpoint; `opened_tensors` all tensors under
     every name. `own_folder` is the folder of a library's model that the weights are in, if it was opened from one.
-    `sources` opens the other models that edits name.
+    `sources` opens the other models that edits name. `carried_out` are the edits since it was opened, as they were
+    written.
     """
 
     module: nn.Module
@@ -70,6 +71,7 @@ class Live:
     opened_tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     own_folder: Path | None = None
     sources: SourceModels = field(default_factory=lambda: SourceModels(open_live))
+    carried_out: list[Edit] = field(default_factory=list)
     _blueprint: Blueprint | None = None
     _made_anew: Mapping[str, str] | None = None
 
@@ -146,7 +148,15 @@ class Live:
         self.module, self.inputs, self._blueprint, self._made_anew = done.model, done.inputs, None, None
         self.edit_count += len(edits)
         self.edits += done.lines
+        self.carried_out += edits
         return done
+
+    def edited_copy(self, contents: Contents) -> Live:
+        """Return the model of other contents of the same file, opened as this one and with the same edits."""
+        copied = open_live(self.source, contents=contents)
+        copied.sources = self.sources
+        copied.apply(self.carried_out)
+        return copied
 
     @property
     def parameters_now(self) -> Mapping[str, Held]:
@@ -164,12 +174,19 @@ class Live:
         return {name: id(tensor) for name, tensor in named_tensors(self.module).items()}
 
     def plan(
-        self, out: Path, kind: str, *, bare: bool = False, compact: bool = False, traced: Traced | None = None
+        self,
+        out: Path,
+        kind: str,
+        *,
+        bare: bool = False,
+        compact: bool = False,
+        traced: Traced | None = None,
+        with_record: bool = True,
     ) -> Plan:
         """Return the plan for writing it: see `live.planning.plan`."""
         from modelcli.live import planning
 
-        return planning.plan(self, out, kind, bare=bare, compact=compact, made=traced)
+        return planning.plan(self, out, kind, bare=bare, compact=compact, made=traced, with_record=with_record)
 
     def overflow_notes(self) -> list[str]:
         """Which values a narrower dtype cannot hold, known once they have been written."""
@@ -229,14 +246,15 @@ def _repeated(module: nn.Module, record: Record, seed: int, *, trusted: bool) ->
     return apply(module, edits, seed=seed, numbers=numbers, trusted=trusted).model
 
 
-def open_live(source: Source, *, report_only: bool = False) -> Live:
+def open_live(source: Source, *, report_only: bool = False, contents: Contents | None = None) -> Live:
     """Open a model on the meta device. No weights are read; of a model on the Hub, what describes it is downloaded.
 
-    With `report_only`, a checkpoint that does not fit is not an error: `report` says how the keys differ.
+    With `report_only`, a checkpoint that does not fit is not an error: `report` says how the keys differ. `contents`
+    are those of the file, if they are not to be read from it.
 
     Raises RequestError, AnswerNoError (a checkpoint that does not fit), UnsafeError, FileFormatError.
     """
-    return _opened(source, lambda opening: opening.live(report_only=report_only))
+    return _opened(source, lambda opening: opening.live(report_only=report_only), contents)
 
 
 def load_weights(live: Live) -> None:
@@ -257,10 +275,10 @@ class _RecordDoesNotFitError(Exception):
 _T = TypeVar("_T")
 
 
-def _opened(source: Source, use: Callable[[_Opening], _T]) -> _T:
+def _opened(source: Source, use: Callable[[_Opening], _T], contents: Contents | None = None) -> _T:
     """Open a source, with the record in the folder of a library's model where that fits, else without it."""
     try:
-        return use(_Opening(source))
+        return use(_Opening(source, given=contents))
     except _RecordDoesNotFitError as error:
         opening = _Opening(source, ignores_record=True)
         opening.notes.append(f"the record in {source.model} was ignored: {error}")
@@ -270,7 +288,14 @@ def _opened(source: Source, use: Callable[[_Opening], _T]) -> _T:
 class _Opening:
     """The decisions that both ways of opening share: the architecture, the file, and the recorded edits."""
 
-    def __init__(self, source: Source, followed: tuple[Path, ...] = (), *, ignores_record: bool = False) -> None:
+    def __init__(
+        self,
+        source: Source,
+        followed: tuple[Path, ...] = (),
+        *,
+        ignores_record: bool = False,
+        given: Contents | None = None,
+    ) -> None:
         with downloads.allowed():
             source = resolve.pinned(source)
         self.source = source
@@ -283,6 +308,8 @@ class _Opening:
         self.followed = followed
         reference = resolve.reference_of(source)
         self.contents: Contents | None = None
+        #: Whether the contents are a copy of the model in a file whose record was followed before.
+        self.is_copy = given is not None
         self.record: Record | None = None
         self.notes: list[str] = []
         self.base: Architecture | None = None
@@ -301,7 +328,7 @@ class _Opening:
                     f"--weights {weights} and the checkpoint {reference} both say where the values come from",
                     "use --arch for its architecture",
                 )
-            self.contents = read_to_edit(reference.path, source, self.notes)
+            self.contents = given or read_to_edit(reference.path, source, self.notes)
             if source.arch is not None:
                 self._take_named(source.arch)
             else:
@@ -309,7 +336,7 @@ class _Opening:
         elif source.arch is not None:
             raise RequestError(f"--arch {source.arch} is for checkpoints, and {reference} is an architecture itself")
         elif weights_file is not None:
-            self.contents = read_to_edit(weights_file, source, self.notes)
+            self.contents = given or read_to_edit(weights_file, source, self.notes)
             self._take_architecture(reference, None)
         else:
             own = resolve.own_weights(reference, source)
@@ -440,7 +467,7 @@ class _Opening:
         record = self.contents.record
         if record is None:
             return
-        if why := resolve.disagreement(record, self.contents, to_build=True):
+        if not self.is_copy and (why := resolve.disagreement(record, self.contents, to_build=True)):
             self.notes.append(f"the record in {path.name} was ignored: {why}")
             return
         self.record = record

@@ -42,12 +42,14 @@ def plan(
     compact: bool = False,
     record: Record | None = None,
     made: Traced | None = None,
+    with_record: bool = True,
 ) -> Plan:
     """What to write for a live model, in a format of `writing`.
 
     `bare` drops what stood around the state dict. `compact` writes of each storage what the tensors show of it: without
     it a slice of a large buffer takes the whole buffer along, as `torch.save` does. `record` is the one to write, by
-    default that of the live model; `made` is the forward pass that goes into it, where one was made already.
+    default that of the live model; `made` is the forward pass that goes into it, where one was made already. Without
+    `with_record` the plan has none, and no forward pass is made.
 
     Raises RequestError for what a checkpoint of that kind cannot hold.
     """
@@ -75,8 +77,12 @@ def plan(
         lambda name: row_major(state[name]),
         contents=live.contents,
         metadata=_plain(getattr(state, "_metadata", {})),
-        record=lambda: records.to_text(
-            replace(record or record_of(live, Path(os.path.realpath(out)).parent, made), configuration=digest)
+        record=lambda: (
+            records.to_text(
+                replace(record or record_of(live, Path(os.path.realpath(out)).parent, made), configuration=digest)
+            )
+            if with_record
+            else ""
         ),
         bare=bare,
         compact=compact,

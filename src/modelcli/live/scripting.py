@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -14,6 +14,7 @@ from modelcli import checkpoints
 from modelcli import edits as edit_lines
 from modelcli.checkpoints import CompositeEntry, Contents, formats, shapes
 from modelcli.checkpoints.format import Candidate, Format
+from modelcli.checkpoints.optimizers import optimizers_in
 from modelcli.checkpoints.storage import Span
 from modelcli.edits import Edit
 from modelcli.edits.applied import Applied
@@ -24,14 +25,23 @@ from modelcli.live.build import Architecture
 from modelcli.live.describe import describe
 from modelcli.live.opening import Live, open_live
 from modelcli.live.script import dtypes, flags
-from modelcli.live.script.source_text import InexpressibleError, SourceText, delete_statements, path_in_script, quoted
+from modelcli.live.script.source_text import (
+    InexpressibleError,
+    SourceText,
+    delete_statements,
+    on_one_line,
+    path_in_script,
+    quoted,
+)
 from modelcli.live.script.state import State
 from modelcli.live.script.step import StateDictStep, Step
 from modelcli.live.source_models import SourceModels
 from modelcli.live.surgery import seed_of
 from modelcli.model.blueprint import Blueprint
+from modelcli.model.parameter_origins import Held, OldParameters
 from modelcli.model.state_dict import StateDictModel
 from modelcli.model.wrapper_prefixes import Unwrapping
+from modelcli.writing.optimizers import is_outdated
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,16 @@ class OpenKeys(Protocol):
 
     def keys_in_order(self) -> list[str]:
         """Return the keys in the order in which modelcli writes them."""
+        ...
+
+    @property
+    def parameters_opened(self) -> Mapping[str, Held]:
+        """The parameters that it had when it was opened, in order."""
+        ...
+
+    @property
+    def parameters_now(self) -> Mapping[str, Held]:
+        """The parameters that it has, in order."""
         ...
 
 
@@ -102,6 +122,8 @@ class _Writer:
 
     #: The expression for the state dict that is written.
     state_text: ClassVar[str]
+    #: Whether the order of the parameters is that of the keys in the file.
+    from_keys: ClassVar[bool]
 
     def __init__(self, text: SourceText, contents: Contents | None) -> None:
         self.text = text
@@ -135,6 +157,27 @@ class _Writer:
         """The names of tensors that have one before, and whether each of the others is all of its storage."""
         raise NotImplementedError
 
+    def parameters(self) -> tuple[Mapping[str, Held], Mapping[str, Held]]:
+        """Return the parameters of the model as it was opened, and those of the edited model."""
+        raise NotImplementedError
+
+    def drop_outdated_optimizers(self, contents: Contents) -> None:
+        """Write statements that take out optimizers whose numbers stand for the parameters before the edits."""
+        opened, now = self.parameters()
+        old = OldParameters(opened)
+        for optimizer in optimizers_in(contents.tree, contents.key or ()):
+            if optimizer.path and is_outdated(optimizer, old, now, from_keys=self.from_keys):
+                at = f"checkpoint{_keys(optimizer.path)}"
+                self.text.write(
+                    f"# {on_one_line(optimizer.place)} has the state of the parameters before the edits: "
+                    "create the optimizer again",
+                    f"{at} = None",
+                )
+                self.text.notes.append(
+                    f"the script drops {optimizer.place}, whose state is that of the parameters before the edits; "
+                    "modelcli itself writes it so that it fits"
+                )
+
     def save(self, out: Path, kind: str, *, bare: bool) -> None:
         """Write the statements that save the state dict, or the training checkpoint around it."""
         text, contents = self.text, self.contents
@@ -158,7 +201,8 @@ class _Writer:
                 whole = "value.clone(memory_format=torch.contiguous_format)"
                 state = f"{{key: {whole} for key, value in {state}.items()}}"
         if format_.holds_values and contents is not None and contents.key is not None and not bare:
-            text.write(f"checkpoint{_keys(contents)} = {state}")
+            text.write(f"checkpoint{_keys(contents.key)} = {state}")
+            self.drop_outdated_optimizers(contents)
             state = "checkpoint"
         line = format_.script_writes(quoted(path_in_script(out)), state)
         if line is None:
@@ -172,6 +216,7 @@ class _KeysScript(_Writer):
     """Writes the parts of a script for a file without a known architecture."""
 
     state_text = "state"
+    from_keys = True
 
     def __init__(self, text: SourceText, opened: OpenKeys) -> None:
         super().__init__(text, opened.contents)
@@ -204,6 +249,9 @@ class _KeysScript(_Writer):
                 self.state = State(self.state.order_after_edit)  # later edits are checked too
             seed = None  # the generator goes on
 
+    def parameters(self) -> tuple[Mapping[str, Held], Mapping[str, Held]]:
+        return self.opened.parameters_opened, self.opened.parameters_now
+
     def shared(self) -> tuple[list[str], bool]:
         first: dict[object, str] = {}
         again = []
@@ -223,6 +271,7 @@ class _Script(_Writer):
     """Writes the parts of a script. `before` is the model before each edit, and `live` after it."""
 
     state_text = "model.state_dict()"
+    from_keys = False
 
     def __init__(self, text: SourceText, live: Live, before: nn.Module) -> None:
         super().__init__(text, live.contents)
@@ -232,6 +281,9 @@ class _Script(_Writer):
     @property
     def notes(self) -> list[str]:
         return self.live.notes
+
+    def parameters(self) -> tuple[Mapping[str, Held], Mapping[str, Held]]:
+        return self.live.parameters_opened, self.live.parameters_now
 
     def describe(self) -> Blueprint:
         return self.live.describe()
@@ -444,7 +496,7 @@ def _read_state(text: SourceText, contents: Contents, unwrapping: Unwrapping) ->
     else:
         loaded_one = _loaded(text, formats.named(contents.format), contents.path)
         if contents.key is not None:
-            text.write(f"checkpoint = {loaded_one}", f"state = checkpoint{_keys(contents)}")
+            text.write(f"checkpoint = {loaded_one}", f"state = checkpoint{_keys(contents.key)}")
         else:
             text.write(f"state = {loaded_one}")
     if unwrapping:
@@ -480,8 +532,8 @@ def _loaded(text: SourceText, format_: Format, file: Path) -> str:
     return line.text
 
 
-def _keys(contents: Contents) -> str:
-    return "".join(f"[{step if isinstance(step, int) else quoted(step)}]" for step in contents.key or ())
+def _keys(path: Sequence[str | int]) -> str:
+    return "".join(f"[{step if isinstance(step, int) else quoted(step)}]" for step in path)
 
 
 __all__ = ["Script", "script", "write_reading"]

@@ -25,7 +25,7 @@ from typing import Any
 
 from modelcli.checkpoints.copied import Copied
 from modelcli.checkpoints.entries import TensorEntry
-from modelcli.checkpoints.optimizer_parameters import Known, joint_shape
+from modelcli.checkpoints.optimizer_parameters import Known, identified, joint_shape
 from modelcli.checkpoints.optimizers import Optimizer, shapes_in
 from modelcli.model.dtypes import ITEM_BYTES
 from modelcli.model.parameter_origins import Held, OldParameters, Origin
@@ -138,6 +138,17 @@ def followed(
     told += _beside(optimizer)
     note = f"the state in {optimizer.place} follows the edits"
     return Followed({**optimizer.value, "state": state, "param_groups": made}, ["; ".join([note, *told])])
+
+
+def is_outdated(optimizer: Optimizer, old: OldParameters, now: Mapping[str, Held], *, from_keys: bool) -> bool:
+    """Whether the edits of a model change its optimizer, or may do so. Arguments as in `identified` and `followed`."""
+    is_same = is_unchanged(old, now)
+    if is_same and (optimizer.names is None or list(old.opened) == list(now)):
+        return False
+    known = optimizer.fault or identified(optimizer, old.opened, from_keys=from_keys)
+    if isinstance(known, str):
+        return True
+    return followed(optimizer, known, old, now, lambda _, state: next(iter(state.values()))).value is not None
 
 
 # --- which parameters ------------------------------------------------------------------------------------------------
@@ -369,4 +380,4 @@ def _beside(optimizer: Optimizer) -> list[str]:
     return [f"{listed(names, _NAMES)} beside it {is_or_are(len(names))} as before"] if names else []
 
 
-__all__ = ["Arrange", "CannotFollowError", "Followed", "followed", "is_unchanged"]
+__all__ = ["Arrange", "CannotFollowError", "Followed", "followed", "is_outdated", "is_unchanged"]

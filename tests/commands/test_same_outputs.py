@@ -46,6 +46,18 @@ class Noisy(nn.Module):
     def forward(self, x):
         return self.drop(self.fc(x)) + torch.randn(4)
 
+class Detecting(nn.Module):
+    """A body, and a head that finds nothing, as a detection model does with random weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.head(self.body(x))
+        return [{"boxes": x[x > 1e9].reshape(-1, 4)}]
+
 class Outputs(nn.Module):
     """An output that shows nothing, or little, of what the layer computes."""
 
@@ -55,7 +67,7 @@ class Outputs(nn.Module):
         self.kind = kind
 
     def forward(self, x):
-        x = self.fc(x)
+        x = nn.functional.linear(x, self.fc.weight)
         if self.kind == "nan":
             return x / 0 * 0
         if self.kind == "zeros":
@@ -168,6 +180,23 @@ def test_token_ids_are_drawn_from_all_rows(cli: Cli) -> None:
 
 
 @pytest.mark.usefixtures("own")
+def test_an_input_that_cannot_be_drawn_is_zeros_and_a_note_says_so(cli: Cli) -> None:
+    Path("pair.py").write_text(
+        "import torch\nfrom torch import nn\nclass M(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n        self.tok = nn.Embedding(9, 4)\n"
+        "        self.end = nn.Embedding(9, 4)\n"
+        "    def forward(self, ids, ends):\n"
+        "        if ends.max() > 0:\n            raise ValueError('ends come after the text')\n"
+        "        return self.tok(ids) + self.end(ends)\n",
+        encoding="utf-8",
+    )
+    words = ("-m", "pair.py:M", "--input", "ids=2,9:int64", "--input", "ends=2,9:int64")
+    note = "note: the model does not run with drawn indices for ends, so the check looked at row 0 of their tables"
+    assert note in cli("freeze", ".", *words, *SAME).err
+    assert "tok Embedding is the first" in refused(cli, "init", "tok", "zeros", *words)
+
+
+@pytest.mark.usefixtures("own")
 def test_differences_within_the_tolerance_are_told(cli: Cli) -> None:
     words = ("-m", "Sequential(Linear(8,8),BatchNorm1d(8))", "--input-size", "4,8")
     error = refused(cli, "apply", "-e", "cast . bfloat16", "-e", "cast . float32", *words)
@@ -211,6 +240,17 @@ def test_an_output_that_shows_nothing_does_not_pass(cli: Cli) -> None:
     shown = cli(*words("partly"), *SAME)
     assert "equal bit for bit" in shown.out
     assert "note: NaN in 1 place of the output counts as equal, because both models have it" in shown.err
+
+
+@pytest.mark.usefixtures("own")
+def test_where_the_output_shows_nothing_the_children_are_compared(cli: Cli) -> None:
+    words = ("-m", "own.py:Detecting", "--input-size", "2,4")
+    done = cli("wrap", "body.0", "Sequential(_,Identity())", *words, *SAME, "--json").json
+    assert [output["name"] for output in done["check"]["same"]["outputs"]] == ["body", "head"]
+    assert any("the output shows nothing, so the check compared the outputs of body, head" in n for n in done["notes"])
+    error = refused(cli, "init", "head", "zeros", *words)
+    assert "the unedited one: in head, the output differs by up to" in error
+    assert "head Linear is the first module with another output" in error
 
 
 @pytest.mark.usefixtures("own")

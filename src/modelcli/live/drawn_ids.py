@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ def maker(module: nn.Module, inputs: Inputs, device: str) -> tuple[Callable[[], 
 
     An integer input is drawn, from seed 0, if the model looks up rows of a table with it: `torch.nn.Embedding`,
     `torch.nn.functional.embedding`, `table[ids]`, `index_select`. Elements that the inputs state keep their values. If
-    the model does not run with drawn indices, these inputs are zeros, as other integers are.
+    the model does not run with what is drawn for an input, that one is zeros, as other integers are.
 
     Args:
         module: the model, with values on `device`.
@@ -39,15 +40,22 @@ def maker(module: nn.Module, inputs: Inputs, device: str) -> tuple[Callable[[], 
     if not rows:
         return plain, ()
 
-    def drawn() -> Arguments:
+    def drawn(indices: Collection[int]) -> Arguments:
         made = plain()
-        _fill(made, rows, inputs)
+        _fill(made, {index: rows[index] for index in indices}, inputs)
         return made
 
-    if trace.run(module, drawn(), device=device, judged=False).failure is None:
-        return drawn, ()
-    names = listed([_name(arguments, index) for index in rows], 3)
-    return plain, (f"the model runs with zeros alone for {names}, so the check looked at row 0 of its tables",)
+    def runs(indices: Collection[int]) -> bool:
+        return trace.run(module, drawn(indices), device=device, judged=False).failure is None
+
+    used = list(rows)
+    if not runs(used):  # some may have to agree, as the corners of a box
+        used = []
+        for index in rows:
+            used += [index] if runs([*used, index]) else []
+    left = listed([_name(arguments, index) for index in rows if index not in used], 3)
+    note = f"the model does not run with drawn indices for {left}, so the check looked at row 0 of their tables"
+    return partial(drawn, used), () if len(used) == len(rows) else (note,)
 
 
 def _is_index(tensor: torch.Tensor) -> bool:
@@ -107,14 +115,18 @@ def _lookup(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tupl
 
 
 def _fill(made: Arguments, rows: Mapping[int, int], inputs: Inputs) -> None:
-    """Draw the values of the tensors at these positions, except the first ones that the inputs state."""
-    stated = {id(value): len(inputs.values.get(name, ())) for name, value in made.kwargs.items()}
+    """Draw the values of the tensors at these positions, except the first ones that the inputs state.
+
+    A value that is stated, such as the token of an image, is not drawn: its number may have to agree with other inputs.
+    """
+    stated = {id(value): inputs.values.get(name, ()) for name, value in made.kwargs.items()}
     with seeded(0):
         for index, tensor in enumerate(made):
-            if index in rows and rows[index] > 0:
-                drawn = torch.randint(0, rows[index], tuple(tensor.shape), dtype=tensor.dtype).to(tensor.device)
-                first = stated.get(id(tensor), 0)
-                tensor.view(-1)[first:] = drawn.view(-1)[first:]
+            if rows.get(index, 0) > 0:
+                drawn = torch.randint(0, rows[index], tuple(tensor.shape), dtype=tensor.dtype)
+                special = stated.get(id(tensor), ())
+                drawn[torch.isin(drawn, torch.tensor(special, dtype=tensor.dtype))] = 0
+                tensor.view(-1)[len(special) :] = drawn.view(-1)[len(special) :].to(tensor.device)
 
 
 def _name(arguments: Arguments, index: int) -> str:

@@ -71,6 +71,7 @@ class SameOutputs:
         tensors: the tensors of the output that could be compared.
         problem: how the outputs differ; None if they agree.
         ran: whether the second model ran.
+        shows_nothing: whether the outputs contain no value that depends on what the models compute.
         first: the path and class of the first module whose output differs, if the outputs differ and it is known.
         output_shape: the shape of the second model's output.
         inputs: the shapes of the inputs that both models got.
@@ -80,6 +81,7 @@ class SameOutputs:
     tensors: tuple[ComparedTensor, ...] = ()
     problem: str | None = None
     ran: bool = True
+    shows_nothing: bool = False
     first: tuple[str, str] | None = None
     output_shape: Any = None
     inputs: tuple[tuple[int, ...], ...] = ()
@@ -177,6 +179,8 @@ def compare(reference: Expected, module: nn.Module) -> SameOutputs:
         return SameOutputs(problem=f"it does not run: {seen.failure.reason}", ran=False)
     found = flatten(seen.output)
     comparison = compared(reference.output, found)
+    if comparison.shows_nothing:
+        comparison = _of_children(reference, module) or comparison
     first = None if comparison.problem is None else _first_difference(reference, module)
     return replace(
         comparison,
@@ -185,6 +189,35 @@ def compare(reference: Expected, module: nn.Module) -> SameOutputs:
         inputs=reference.inputs,
         notes=(*reference.notes, *comparison.notes),
     )
+
+
+def _of_children(reference: Expected, module: nn.Module) -> SameOutputs | None:
+    """Compare the outputs of the model's own children, where the model's output shows nothing.
+
+    Returns None if theirs show nothing either. A detection model that finds no object has such an output.
+    """
+    calls: dict[str, int] = {}
+    found: dict[str, SameOutputs] = {}
+
+    def leave(_child: nn.Module, path: str, output: Any) -> None:
+        number = calls[path] = calls.get(path, 0) + 1
+        before = reference.modules.get((path, number))
+        if before is not None and "." not in path:
+            one = compared(before, flatten(output))
+            if not one.shows_nothing:
+                found[f"{path} (call {number})" if number > 1 else path] = one
+
+    trace.run(module, reference.make(), device=reference.device, leave=leave, judged=False)
+    if not found:
+        return None
+    tensors = [
+        replace(tensor, name=f"{path}.{tensor.name}" if tensor.name else path)
+        for path, one in found.items()
+        for tensor in one.tensors
+    ]
+    problem = next((f"in {path}, {one.problem}" for path, one in found.items() if one.problem is not None), None)
+    note = f"the output shows nothing, so the check compared the outputs of {listed([*found], 8)}"
+    return SameOutputs(tuple(tensors), problem, notes=(note,))
 
 
 def _first_difference(reference: Expected, module: nn.Module) -> tuple[str, str] | None:
@@ -217,12 +250,14 @@ def compared(before: FlatOutput, after: FlatOutput) -> SameOutputs:
     if before.unread:
         notes.append(f"the check compares tensors and numbers, and not {listed(before.unread, 3)}")
     both_nan = sum(_nans(value) for value in before.values.values())
-    if not problems and not any(_tells(value) for value in before.values.values()):
+    shows_nothing = not problems and not any(_tells(value) for value in before.values.values())
+    if shows_nothing:
         what = "has no number but NaN and 0" if before.nbytes else "has no values"
         problems.append(f"the output {what}, before and after, so it shows nothing")
     elif not problems and both_nan:
         notes.append(f"NaN in {counted(both_nan, 'place')} of the output counts as equal, because both models have it")
-    return SameOutputs(tuple(tensors), problems[0] if problems else None, notes=tuple(notes))
+    problem = problems[0] if problems else None
+    return SameOutputs(tuple(tensors), problem, shows_nothing=shows_nothing, notes=tuple(notes))
 
 
 def _tells(value: Any) -> bool:

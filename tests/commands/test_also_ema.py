@@ -150,3 +150,17 @@ def test_what_has_no_copy_to_edit_is_refused(cli: Cli, words: tuple[str, ...], t
     other = {name: torch.zeros(3) for name in model.state_dict()}
     torch.save({"model": model.state_dict(), "ema": other}, "train.pth")
     assert told in cli("freeze", "stem", *words, "--also-ema", code=2).err
+
+
+def test_the_optimizer_of_a_model_does_not_follow_its_average(cli: Cli) -> None:
+    model = nets.Chain()
+    optimizer = torch.optim.SGD(model.parameters()).state_dict()
+    torch.save({"model": model.state_dict(), "ema": moved(model), "optimizer": optimizer}, "train.pth")
+    words = ("remove", "norm", "--key", "ema", "-m", "train.pth", "--check", "none")
+    notes = cli(*words, "-o", "out.pth").err
+    assert "optimizer is as before: that is for the parameters of model" in notes
+    assert torch.load("out.pth", weights_only=True)["optimizer"] == optimizer
+    cli(*words, "--also-ema", "-o", "both.pth")
+    written = torch.load("both.pth", weights_only=True)
+    assert list(written["model"]) == list(written["ema"])
+    assert written["optimizer"]["param_groups"][0]["params"] == list(range(12))

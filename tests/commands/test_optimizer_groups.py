@@ -226,3 +226,27 @@ def test_an_optimizer_that_is_there_twice_follows_in_both_places(cli: Cli) -> No
     written = torch.load("out.pth", weights_only=True)
     assert written["optimizer"]["param_groups"][0]["params"] == list(range(12))
     assert written["all"][0]["again"][0]["param_groups"][0]["params"] == list(range(12))
+
+
+def test_a_parameter_that_was_frozen_comes_back_without_state(cli: Cli) -> None:
+    """The flags that an edit states count, also where the constructor's flag says the same already."""
+    model = nets.Chain()
+    saved(model, torch.optim.Adam(model.parameters()))
+    cli("freeze", "stem", "norm", "-m", "train.pth", "-o", "frozen.pth")
+    for number, arch in enumerate(((), ("--arch", "nets.py:Chain"), ("--bare-keys",))):
+        notes = cli("unfreeze", "stem.bias", "-m", "frozen.pth", *arch, "-o", f"{number}.pth").err
+        assert "the state in optimizer follows the edits; stem.bias is new in it, without state" in notes
+        written = torch.load(f"{number}.pth", weights_only=True)["optimizer"]
+        assert written["param_groups"][0]["params"] == list(range(11))
+        assert written["state"].keys() == set(range(1, 11))
+
+
+def test_only_a_record_tells_frozen_parameters_from_others_of_their_shape(cli: Cli) -> None:
+    model = nets.Chain()
+    saved(model, torch.optim.Adam(model.parameters()))
+    cli("freeze", "layers", "-m", "train.pth", "-o", "frozen.pth")
+    cli("unfreeze", "layers.2.bias", "-m", "frozen.pth", "-o", "out.pth")
+    written = torch.load("out.pth", weights_only=True)["optimizer"]
+    assert written["state"].keys() == {0, 1, 2, 3, 5, 6}
+    words = ("unfreeze", "layers.2.bias", "-m", "frozen.pth", "--bare-keys", "-o", "keys.pth")
+    assert "is as it was and may not fit: it has 6 parameters, the model has 14" in cli(*words).err

@@ -4,8 +4,8 @@ The ids of `torch.optim` are positions in the list of parameters that the optimi
 names. What is accepted, in this order:
 
 1. Names: ids that are names, or `param_names`.
-2. The model has as many parameters as there are ids, and they are taken in the model's order; or as many that are
-   known to be trained.
+2. The model has as many parameters as there are ids, and they are taken in the model's order; or as many that are not
+   known to be frozen, or as many that are known to be trained.
 3. There are as many, and no shape occurs in two groups: each group has the parameters with its shapes, in the model's
    order. Groups with and without weight decay are such.
 4. There are fewer ids than parameters, and only one choice among the parameters, in the model's order, has their
@@ -62,7 +62,11 @@ def identified(optimizer: Optimizer, opened: Mapping[str, Held], *, from_keys: b
     if from_keys and is_sorted(list(opened)):
         return "the keys of the file are in alphabetical order, not in the order of model.parameters()"
     misfits: list[str] = []
-    candidates = [list(opened), [name for name, held in opened.items() if held.requires_grad]]
+    candidates = [
+        list(opened),
+        [name for name, held in opened.items() if held.requires_grad is not False],
+        [name for name, held in opened.items() if held.requires_grad],
+    ]
     for names_in_order in candidates:
         if len(names_in_order) != count:
             continue

@@ -116,6 +116,22 @@ def copies_of(contents: Contents) -> list[Copy]:
     return [copy for copy in found if copy is not None]
 
 
+def trained_beside(contents: Contents) -> str | None:
+    """Return where the model is whose average is edited: an optimizer in the file is that of the model.
+
+    None if the edited state dict is no average by its name, or there is no copy of it that is none.
+    """
+    own = contents.key or ()
+    if not _is_average(own):
+        return None
+    paths = (path for path, _ in _copies(contents.tree, own, contents.tensors))
+    return next((".".join(path) for path in paths if path and not _is_average(path)), None)
+
+
+def _is_average(path: Sequence[str | int]) -> bool:
+    return any(word in str(step).lower() for step in path for word in ("ema", "averag", "swa"))
+
+
 def copy_of(contents: Contents, value: Mapping[str, Any]) -> Copy | None:
     """Return a state dict as a copy of the model's; None if it has other keys or shapes.
 

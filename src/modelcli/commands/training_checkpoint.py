@@ -14,7 +14,7 @@ from modelcli.edits import kind_called
 from modelcli.errors import RequestError
 from modelcli.model.parameter_origins import OldParameters
 from modelcli.model.wrapper_prefixes import Unwrapping
-from modelcli.wording import listed
+from modelcli.wording import is_or_are, listed
 
 if TYPE_CHECKING:
     from modelcli.checkpoints.entries import TensorEntry
@@ -43,7 +43,8 @@ def followed(
     rest = f"the rest of {contents.path.name}{names}"
     if plan.key is None:
         return plan, [f"{rest} was left out"]
-    new, notes = _optimizers(model, contents)
+    trained = None if request.also_ema else other_state_dicts.trained_beside(contents)
+    new, notes = _optimizers(model, contents) if trained is None else ({}, _of_the_model(contents, trained))
     copies: dict[int, Any] = {}
     if request.also_ema:
         for copy in other_state_dicts.copies_of(contents):
@@ -118,6 +119,14 @@ def _optimizers(model: Editable, contents: Contents) -> tuple[dict[int, Any], li
         if found.value is not None:
             new[id(optimizer.value)] = found.value
     return new, notes
+
+
+def _of_the_model(contents: Contents, trained: str) -> list[str]:
+    """Return the note on optimizers if an average of the model is edited alone."""
+    places = [optimizer.place for optimizer in optimizers_in(contents.tree, contents.key or ())]
+    if not places:
+        return []
+    return [f"{listed(places, 4)} {is_or_are(len(places))} as before: that is for the parameters of {trained}"]
 
 
 def _unknown(optimizer: Optimizer, why: str) -> str:

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import modelcli
+from modelcli.errors import RequestError
 from tests import nets
 from tests.conftest import Cli
 
@@ -164,3 +166,29 @@ def test_the_optimizer_of_a_model_does_not_follow_its_average(cli: Cli) -> None:
     written = torch.load("both.pth", weights_only=True)
     assert list(written["model"]) == list(written["ema"])
     assert written["optimizer"]["param_groups"][0]["params"] == list(range(12))
+
+
+def test_an_average_in_python_gets_the_same_edits() -> None:
+    model = nets.Chain()
+    average = torch.optim.swa_utils.AveragedModel(model)
+    plain = nets.Chain()
+    edits = ("replace head Linear(6,2)", "slice layers 3,1")
+    last = plain.layers[3].weight
+    modelcli.apply(model, *edits, also_ema=average)
+    assert torch.equal(average.module.head.weight, model.head.weight)
+    assert average.module.head.weight is not model.head.weight
+    assert list(average.module.state_dict()) == list(model.state_dict())
+    modelcli.apply(nets.Chain(), *edits, also_ema=plain)
+    assert plain.layers[0].weight is last
+    assert modelcli.apply(model, "extract layers", also_ema=average) is not model
+    assert isinstance(average.module, nn.Sequential)
+
+
+def test_a_wrong_average_in_python_changes_nothing() -> None:
+    model, plain = nets.Chain(), nets.Chain()
+    before = list(model.state_dict())
+    with pytest.raises(RequestError, match="has other tensors than the model"):
+        modelcli.apply(model, "remove norm", also_ema=nets.Net())
+    with pytest.raises(RequestError, match="cannot become it"):
+        modelcli.apply(model, "remove norm", "extract layers", also_ema=plain)
+    assert list(model.state_dict()) == list(plain.state_dict()) == before

@@ -66,6 +66,7 @@ def apply(
     seed: int = 0,
     input_size: str | Sequence[int] | Sequence[Sequence[int]] | None = None,
     check: str = "none",
+    also_ema: nn.Module | None = None,
 ) -> nn.Module:
     """Apply edits to a model, in place: all of them, or none if one is wrong.
 
@@ -80,11 +81,14 @@ def apply(
     except with `check="same"`: it runs the model before and after the edits in eval mode, on the device of its
     parameters, and demands the same outputs, as `--check same` does.
 
+    `also_ema` is a moving average of the model, which gets the same edits in place, with the same new values: a module
+    with the same tensors, or a wrapper that has it as `module`, as `AveragedModel` and timm's `ModelEmaV3` do.
+
     Create the optimizer afterwards, because edits may replace parameters.
 
-    Raises RequestError, which names the wrong edit (or all lines that cannot be read) or how the outputs differ, and
-    SystemFailureError if a new module does not fit in memory. The model is then unchanged: its modules, parameters,
-    values and flags.
+    Raises RequestError, which names the wrong edit (or all lines that cannot be read), how the outputs differ, or that
+    `also_ema` has other tensors, and SystemFailureError if a new module does not fit in memory. The model is then
+    unchanged: its modules, parameters, values and flags.
     """
     made = edit_lines.parse_all((f"edit {number}", line) for number, line in enumerate(edits, 1))
     _check_seed(seed)
@@ -93,7 +97,9 @@ def apply(
         raise RequestError(f"unknown check {check!r}", "pass check='same' or check='none'")
     from modelcli.live import opening
 
-    return opening.edit_instance(model, made, seed=seed, shapes=shapes, same=check == "same")
+    if also_ema is None:
+        return opening.edit_instance(model, made, seed=seed, shapes=shapes, same=check == "same")
+    return opening.edit_with_average(model, also_ema, made, seed=seed, shapes=shapes, same=check == "same")
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, like: str | os.PathLike[str], force: bool = False) -> None:

@@ -30,8 +30,9 @@ from modelcli.live.held_parameters import held_parameters
 from modelcli.live.inputs import Inputs
 from modelcli.live.loading import LoadReport
 from modelcli.live.source_models import SourceModels
-from modelcli.live.sources import flag_of, named_tensors, set_flag
+from modelcli.live.sources import flag_of, is_lazy, named_tensors, set_flag
 from modelcli.live.surgery import apply
+from modelcli.live.surgery.snapshot import restored_on_error
 from modelcli.live.trace import Traced
 from modelcli.model.blueprint import Blueprint
 from modelcli.model.parameter_origins import Held
@@ -715,3 +716,49 @@ def edit_instance(
 
     with same_outputs.demanded(instance, given or inputs.own_inputs(instance)) as require:
         return require(apply(instance, edits, seed=seed, inputs=given, sources=sources).model)
+
+
+def edit_with_average(
+    instance: nn.Module,
+    average: object,
+    edits: Sequence[Edit],
+    *,
+    seed: int,
+    shapes: tuple[tuple[int, ...], ...] | None,
+    same: bool = False,
+) -> nn.Module:
+    """Apply edits to a real module and to a moving average of it, in place: to both, or to none if one is wrong.
+
+    `average` has the same tensors, or is a wrapper with such a module as `module`. Other arguments as in
+    `edit_instance`.
+    """
+    if not isinstance(average, nn.Module):
+        raise RequestError(f"also_ema takes an nn.Module, not {average!r:.40}", "pass the moving average itself")
+    inner = getattr(average, "module", None)
+    copied = next((each for each in (average, inner) if _has_tensors_of(each, instance)), None)
+    if copied is None:
+        raise RequestError(
+            f"also_ema: this {type(average).__name__} has other tensors than the model, by name or shape",
+            "pass a moving average of the model as it is before the edits",
+        )
+    with restored_on_error(instance), restored_on_error(copied):
+        edited = edit_instance(instance, edits, seed=seed, shapes=shapes, same=same)
+        made = edit_instance(copied, edits, seed=seed, shapes=shapes)
+        if made is not copied and copied is average:
+            raise RequestError(
+                "also_ema: the edits give another module, and the average itself cannot become it",
+                "apply the edits to the average by itself, and take what apply returns",
+            )
+    if made is not copied:
+        average.module = made
+    return edited
+
+
+def _has_tensors_of(module: object, other: nn.Module) -> bool:
+    if not isinstance(module, nn.Module):
+        return False
+    own, wanted = (
+        {name: None if is_lazy(tensor) else tensor.shape for name, tensor in named_tensors(each).items()}
+        for each in (module, other)
+    )
+    return own == wanted

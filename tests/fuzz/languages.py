@@ -138,6 +138,7 @@ GRAMMAR: Mapping[str, Sequence[str]] = {
     "options": [
         "", "--except <at>", "--except=<at>", "--expect <digit>", "--expect=<word>", "--keep-weights", "--untie",
         "--tie", "--<word>", "-<word>", "--expect", "--", "<options> <options>",
+        "--keep-weights=repeat", "--keep-weights=interpolate",
     ],
     "scheme": [
         "zeros", "default", "xavier_uniform", "normal", "'normal(0,<number>)'", "'constant(<value>)'", "dirac",

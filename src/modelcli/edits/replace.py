@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 from modelcli.edits.declaring import FLAG, MODULES, SELECTORS, Operand, choice, option
-from modelcli.edits.kept_weights import MEAN, OVERLAP, SUM
+from modelcli.edits.kept_weights import WORDS
 from modelcli.edits.picking import partly_picked
 from modelcli.edits.placing import MODULE, place_and_module
 from modelcli.edits.targets import Selecting
@@ -25,8 +25,9 @@ class Replace(Selecting):
 
     `also` are further targets, such as the other names of a shared module. `keep_weights` copies the overlapping part
     of each tensor that means the same in both modules; `sum` and `mean` also carry the weights of a convolution over to
-    another number of input channels. `untie` replaces a shared module only under the selected names, and unties
-    tensors; `tie` gives the modules that share a tensor with the replaced one its new size.
+    another number of input channels, `repeat` fills larger tensors with the old values again and again, `interpolate`
+    gives kernels and position embeddings another size. `untie` replaces a shared module only under the selected names,
+    and unties tensors; `tie` gives the modules that share a tensor with the replaced one its new size.
     """
 
     target: str
@@ -41,11 +42,12 @@ class Replace(Selecting):
     )
     keep_weights: str | None = option(
         "--keep-weights",
-        choice(OVERLAP, SUM, MEAN),
+        choice(*WORDS),
         None,
-        "Keep the old values of tensors that mean the same in both modules: where they overlap, or summed or averaged "
-        "over the input channels of a convolution.",
-        metavar=f"[={OVERLAP}|{SUM}|{MEAN}]",
+        "Keep the old values of tensors that mean the same in both modules: where they overlap; summed or averaged "
+        "over the input channels of a convolution; repeated along every axis but those of kernels; or interpolated: "
+        "kernels of two dimensions and position embeddings.",
+        metavar=f"[={'|'.join(WORDS)}]",
     )
     untie: bool = option("--untie", FLAG, False, "Replace a shared module only under the selected names.")
     tie: bool = option(
@@ -59,7 +61,10 @@ class Replace(Selecting):
         "the same in both modules: the overlapping part, transposed for linear layers that store "
         "their weight the other way round. `=sum` carries a convolution over to other input channels as timm does: one "
         "new channel gets the sum over the old ones, several get them repeated and rescaled; `=mean` gives each new "
-        "channel the mean"
+        "channel the mean. `=repeat` repeats the old values, without rescaling, along every axis that is larger now "
+        "but those of kernels. `=interpolate` resamples kernels of two dimensions as timm's `resample_patch_embed` "
+        "does, and position embeddings as torchvision's `interpolate_embeddings` does: a square grid bicubic behind "
+        "its class token, other embeddings linearly"
     )
     in_pytorch: ClassVar[str] = "`model.classifier[6] = nn.Linear(4096, 10)`"
     examples: ClassVar[tuple[str, ...]] = (

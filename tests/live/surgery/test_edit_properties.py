@@ -118,7 +118,7 @@ settings_given = st.dictionaries(
 axes = st.integers(-9, 9)
 
 #: The values of `--keep-weights`; None if it is not given.
-KEPT = st.sampled_from((None, "overlap", "sum", "mean"))
+KEPT = st.sampled_from((None, "overlap", "sum", "mean", "repeat", "interpolate"))
 EDITS: dict[type[Edit], st.SearchStrategy[Edit]] = {
     Replace: st.builds(
         Replace,

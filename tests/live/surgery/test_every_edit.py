@@ -74,6 +74,17 @@ def put_and_keep(path: str, make: Callable[[], nn.Module], *more: str) -> Callab
     return statements
 
 
+def put_repeated(path: str) -> Callable[[nn.Module], None]:
+    """Put a Linear(4, 6) at a path whose rows are the old ones again and again."""
+
+    def statements(model: nn.Module) -> None:
+        old, new = model.get_submodule(path), nn.Linear(4, 6)
+        new.load_state_dict({name: torch.cat([tensor, tensor])[:6] for name, tensor in old.state_dict().items()})
+        model.set_submodule(path, new)
+
+    return statements
+
+
 def drawn(change: Callable[[nn.Module], Any]) -> Callable[[nn.Module], None]:
     def statements(model: nn.Module) -> None:
         numbers()
@@ -346,6 +357,9 @@ TABLE: dict[tuple[str, str], Cell] = {
         ("replace shared Linear(4,5) --tie",), "shared is one module with 2 names", both_replaced
     ),
     ("replace --tie", "root"): Cell(("replace . Linear(4,5) --tie",), ROOT_STAYS, ROOT_STAYS),
+    ("repeat", "Sequential"): Cell(("replace seq.3 Linear(4,6) --keep-weights=repeat",), put_repeated("seq.3")),
+    ("repeat", "ModuleList"): Cell(("replace blocks.1 Linear(4,6) --keep-weights=repeat",), put_repeated("blocks.1")),
+    ("repeat", "child"): Cell(("replace fc Linear(4,6) --keep-weights=repeat",), put_repeated("fc")),
     ("wrap", "Sequential"): Cell(
         ("wrap seq.3 Sequential(_,Dropout(0.5))",), around("seq.3")
     ),

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ import modelcli
 from modelcli import checkpoints
 from modelcli.errors import RequestError
 from modelcli.live import sources
-from modelcli.live.surgery import seed_of
+from modelcli.live.surgery import seed_of, value_rules
+from modelcli.live.surgery.value_rules import repeated
 from tests import nets
 from tests.checkpoints.test_checkpoints import tensors_of
 from tests.conftest import Cli
@@ -282,7 +284,7 @@ def test_the_value_of_keep_weights_needs_an_equals_sign(cli: Cli) -> None:
     assert str(modelcli.edits.parse(line)) == str(modelcli.edits.parse(f"{line}=overlap")) == line
     assert str(modelcli.edits.parse(f"{line}=sum")) == f"{line}=sum"
     done = cli("replace", "fc", "Linear(_,10)", "--keep-weights=max", "-m", "resnet18", code=2)
-    assert "--keep-weights takes overlap, sum or mean, not 'max'" in done.err
+    assert "--keep-weights takes overlap, sum, mean, repeat or interpolate, not 'max'" in done.err
 
 
 @pytest.mark.parametrize("how", ["sum", "mean"])
@@ -301,3 +303,251 @@ def test_the_script_carries_channels_over_too(cli: Cli, how: str, channels: int)
         assert torch.equal(
             torch.load("s.pth", weights_only=True)["0.weight"], torch.load("o.pth", weights_only=True)["0.weight"]
         )
+
+
+# --- repeated and interpolated values --------------------------------------------------------------------------------
+
+
+def both_kinds(cli: Cli, model: nn.Module, arch: str, edit: str, *more: str) -> dict[str, torch.Tensor]:
+    """Apply an edit to a file with and without its architecture, and as scripts. Returns the values of all of them."""
+    torch.save(model.state_dict(), "m.pth")
+    found = []
+    for number, source in enumerate((["-m", "m.pth", "--arch", arch], ["-m", "m.pth"])):
+        out, made = f"o{number}.pth", f"s{number}.pth"
+        cli("apply", "-e", edit, *source, "-o", out, "--check", "none", "--force", *more)
+        script = cli("script", "-e", edit, *source, "-o", made, *more).out
+        exec(compile(script, "made.py", "exec"), {})
+        found += [torch.load(path, weights_only=True) for path in (out, made)]
+        Path(made).unlink()
+    for other in found[1:]:
+        assert list(other) == list(found[0])
+        assert all(torch.equal(other[name], tensor) for name, tensor in found[0].items())
+        assert all(other[name].dtype == tensor.dtype for name, tensor in found[0].items())
+    return found[0]
+
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float64]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("Conv2d(3,4,3)", "Conv2d(7,4,3)", lambda w, b: (torch.cat([w, w, w], 1)[:, :7], b)),
+        ("Conv2d(3,4,3)", "Conv2d(2,6,3)", lambda w, b: (torch.cat([w, w])[:6, :2], torch.cat([b, b])[:6])),
+        ("Conv1d(4,4,3,groups=4)", "Conv1d(8,8,3,groups=8)", lambda w, b: (torch.cat([w, w]), torch.cat([b, b]))),
+        ("Linear(3,4)", "Linear(3,9)", lambda w, b: (torch.cat([w, w, w])[:9], torch.cat([b, b, b])[:9])),
+        ("Linear(3,4)", "Linear(7,4)", lambda w, b: (torch.cat([w, w, w], 1)[:, :7], b)),
+        ("Embedding(3,4)", "Embedding(8,4)", lambda w, b: (torch.cat([w, w, w])[:8], b)),
+    ],
+)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_values_are_repeated_along_each_larger_axis(
+    cli: Cli, old: str, new: str, expected: Callable[[Any, Any], tuple[Any, Any]], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(3)
+    model = nn.Sequential(modelcli.load(old)).to(dtype)
+    values = dict(model[0].named_parameters())
+    found = both_kinds(cli, model, f"Sequential({old})", f"replace 0 {new} --keep-weights=repeat")
+    weight, bias = expected(values["weight"].detach(), values["bias"].detach() if "bias" in values else None)
+    assert torch.equal(found["0.weight"], weight)
+    assert found["0.weight"].dtype == dtype
+    assert bias is None or torch.equal(found["0.bias"], bias)
+
+
+def test_swapped_axes_are_repeated_too(cli: Cli, folder: Path) -> None:
+    """transformers' Conv1D stores its weight the other way round."""
+    source = "from torch import nn\nfrom transformers.pytorch_utils import Conv1D\n"
+    (folder / "own.py").write_text(f"{source}def net():\n    return nn.Sequential(Conv1D(4, 3))\n")
+    cli("save", "m.pth", "-m", "own.py:net")
+    before = torch.load("m.pth", weights_only=True)["0.weight"]  # [3, 4]: in, out
+    words = ("-m", "m.pth", "--trust", "--check", "none")
+    cli("replace", "0", "Linear(5,4)", "--keep-weights=repeat", *words, "-o", "o.pth")
+    expected = torch.cat([before, before])[:5].t()
+    assert torch.equal(torch.load("o.pth", weights_only=True)["0.weight"], expected)
+    edit = "replace 0 Linear(5,4) --keep-weights=repeat"
+    exec(compile(cli("script", "-e", edit, *words[:3], "-o", "s.pth").out, "made.py", "exec"), {})
+    assert torch.equal(torch.load("s.pth", weights_only=True)["0.weight"], expected)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("old", "new"), [((16, 16), (14, 14)), ((4, 4), (6, 5)), ((3, 3), (5, 5)), ((8, 8), (3, 3))])
+def test_kernels_are_resampled_as_timm_does(
+    cli: Cli, dtype: torch.dtype, old: tuple[int, int], new: tuple[int, int]
+) -> None:
+    from timm.layers import resample_patch_embed
+
+    model = nn.Sequential(nn.Conv2d(3, 5, old)).to(dtype)
+    edit = f"replace 0 'Conv2d(3,5,({new[0]},{new[1]}))' --keep-weights=interpolate"
+    found = both_kinds(cli, model, f"Sequential(Conv2d(3,5,({old[0]},{old[1]})))", edit)
+    expected = resample_patch_embed(model[0].weight.detach(), list(new))
+    if dtype == torch.float64:  # timm computes in float32
+        assert torch.allclose(found["0.weight"], expected, atol=1e-5)
+    else:
+        assert torch.equal(found["0.weight"], expected)
+    assert torch.equal(found["0.bias"], model[0].bias)
+
+
+@pytest.mark.parametrize(("old", "new"), [(4, 6), (6, 4), (3, 14)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_grid_of_positions_is_interpolated_as_torchvision_does(dtype: torch.dtype, old: int, new: int) -> None:
+    from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
+
+    def made(side: int) -> VisionTransformer:
+        return VisionTransformer(side * 2, 2, 1, 2, 8, 16)
+
+    model = made(old)
+    nn.init.normal_(model.encoder.pos_embedding)
+    model.to(dtype)
+    state = {name: tensor.float() for name, tensor in model.state_dict().items()}
+    expected = interpolate_embeddings(new * 2, 2, state)["encoder.pos_embedding"].to(dtype)
+    text = f"torchvision.models.vision_transformer:Encoder({new * new + 1},1,2,8,16,0.0,0.0)"
+    modelcli.apply(model, f"replace encoder {text} --keep-weights=interpolate")
+    assert torch.equal(model.encoder.pos_embedding, expected)
+    mlp = state["encoder.layers.encoder_layer_0.mlp.0.weight"].to(dtype)
+    assert torch.equal(model.encoder.layers[0].mlp[0].weight, mlp)
+
+
+def test_a_grid_in_a_table_keeps_its_class_token(cli: Cli) -> None:
+    """As CLIP's vision model has it: an Embedding with a class token and a square grid."""
+    from torchvision.models.vision_transformer import interpolate_embeddings
+
+    model = nn.Sequential(nn.Embedding(50, 4))
+    found = both_kinds(
+        cli, model, "Sequential(Embedding(50,4))", "replace 0 Embedding(197,4) --keep-weights=interpolate"
+    )
+    expected = interpolate_embeddings(14, 1, {"encoder.pos_embedding": model[0].weight.detach()[None]})
+    assert torch.equal(found["0.weight"], expected["encoder.pos_embedding"][0])
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("old", "new", "kept"), [(8, 20, 0), (16, 64, 0), (12, 5, 0), (10, 22, 2)])
+def test_positions_of_a_line_are_interpolated_linearly(
+    cli: Cli, dtype: torch.dtype, old: int, new: int, kept: int
+) -> None:
+    more = f",padding_idx={kept - 1}" if kept else ""
+    model = nn.Sequential(nn.Embedding(old, 6, padding_idx=kept - 1 if kept else None)).to(dtype)
+    edit = f"replace 0 Embedding({new},6{more}) --keep-weights=interpolate"
+    found = both_kinds(cli, model, f"Sequential(Embedding({old},6{more}))", edit)["0.weight"]
+    weight = model[0].weight.detach()
+    wide = weight if dtype == torch.float64 else weight.float()
+    line = nn.functional.interpolate(wide[kept:].t()[None], size=new - kept, mode="linear", align_corners=True)
+    assert torch.equal(found, torch.cat([wide[:kept], line[0].t()]).to(dtype))
+    assert torch.equal(found[-1], weight[-1])
+    assert torch.equal(found[kept], weight[kept])
+
+
+class Positions(nn.Module):
+    def __init__(self, length: int, name: str = "pos", batch: bool = True) -> None:
+        super().__init__()
+        self.register_parameter(name, nn.Parameter(torch.randn(1, length, 4) if batch else torch.randn(length, 4)))
+
+
+@pytest.fixture
+def positions(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The expression for a module with position embeddings of its own."""
+    monkeypatch.setitem(sys.modules, "positions_of_a_test", sys.modules[__name__])
+    return "positions_of_a_test:Positions"
+
+
+def test_positions_that_a_module_holds_itself(positions: str) -> None:
+    from torchvision.models.vision_transformer import interpolate_embeddings
+
+    for old, new, more in ((17, 26, ""), (17, 26, ",batch=False")):
+        model = nn.Sequential(Positions(old, batch=not more))
+        before = model[0].pos.detach().clone()
+        modelcli.apply(model, f"replace 0 {positions}({new}{more}) --keep-weights=interpolate")
+        expected = interpolate_embeddings(5, 1, {"encoder.pos_embedding": before.reshape(1, old, 4)})
+        assert torch.equal(model[0].pos.reshape(1, new, 4), expected["encoder.pos_embedding"])
+    # A grid without a class token: nothing stands before it.
+    model = nn.Sequential(Positions(16))
+    token = torch.randn(1, 1, 4)
+    with_token = {"encoder.pos_embedding": torch.cat([token, model[0].pos.detach()], 1)}
+    modelcli.apply(model, f"replace 0 {positions}(36) --keep-weights=interpolate")
+    assert torch.equal(model[0].pos, interpolate_embeddings(6, 1, with_token)["encoder.pos_embedding"][:, 1:])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("17", "20", "its 17 positions are a grid of 4x4 and a class token, and 20 positions are no such grid"),
+        ("16", "20", "its 16 positions are a grid of 4x4, and 20 positions are no such grid"),
+        (
+            "9,'relative_position_bias_table',False",
+            "25,'relative_position_bias_table',False",
+            "a table of relative positions is no sequence",
+        ),
+    ],
+)
+def test_what_is_no_sequence_of_positions_is_refused(positions: str, old: str, new: str, message: str) -> None:
+    first, *more = old.split(",")
+    model = nn.Sequential(Positions(int(first), *(part.strip("'") if part != "False" else False for part in more)))
+    with pytest.raises(RequestError, match=message) as refused:
+        modelcli.apply(model, f'replace 0 "{positions}({new})" --keep-weights=interpolate')
+    assert refused.value.hint in ("26 positions are", "25 positions are", "leave --keep-weights out")
+
+
+def test_a_word_that_does_not_apply_keeps_the_overlap(cli: Cli) -> None:
+    for how, why in (
+        ("repeat", "no tensor gets larger"),
+        ("interpolate", "no kernel of two dimensions and no position embedding gets another size"),
+    ):
+        done = cli("replace", "fc", "Linear(_,10)", f"--keep-weights={how}", "-m", "resnet18")
+        assert f"--keep-weights={how} keeps the overlap here: {why}" in done.err
+        assert "fc keeps weight[:10,:], bias[:10]" in done.err
+    for how, text in (("interpolate", "Conv1d(3,4,5)"), ("repeat", "Conv1d(3,4,5)")):
+        told = cli("replace", "0", text, f"--keep-weights={how}", "-m", "Sequential(Conv1d(3,4,3))", code=2).err
+        assert "the old one would fill only a corner of the new one" in told
+    repeat = ("--keep-weights=repeat", "-m")
+    told = cli("replace", "0", "Conv2d(4,8,3,groups=2)", *repeat, "Sequential(Conv2d(4,4,3,groups=2))", code=2).err
+    assert "would get into others of its 2 groups" in told
+    told = cli("replace", "0", "Embedding(9,4,padding_idx=1)", *repeat, "Sequential(Embedding(5,4))", code=2).err
+    assert "--keep-weights=repeat would repeat row 1 of weight, which is for padding" in told
+    told = cli("replace", "0", "GRU(3,8)", *repeat, "Sequential(GRU(3,4))", code=2).err
+    assert "has a block for each gate" in told
+
+
+def test_notes_say_what_was_repeated_or_interpolated(cli: Cli) -> None:
+    words = ("-m", "resnet18", "--check", "none")
+    told = cli("replace", "conv1", "Conv2d(4,_,_,2,3,bias=False)", "--keep-weights=repeat", *words).err
+    assert "conv1 keeps weight (64x3x7x7 repeated to 64x4x7x7) of the old Conv2d(3, 64" in told
+    told = cli("replace", "conv1", "Conv2d(_,_,3,1,1,bias=False)", "--keep-weights=interpolate", *words).err
+    assert "conv1 keeps weight (kernels resampled from 7x7 to 3x3) of the old Conv2d(3, 64" in told
+    words = ("--keep-weights=interpolate", "-m", "Sequential(Embedding(50,4))")
+    told = cli("replace", "0", "Embedding(197,4)", *words).err
+    assert "(positions interpolated from a grid of 7x7 to 14x14, class token kept)" in " ".join(told.split())
+    told = cli("replace", "0", "Embedding(99,4)", *words).err
+    assert "(positions interpolated along a line from 50 to 99)" in " ".join(told.split())
+
+
+def test_one_tensor_at_a_time_is_repeated_when_it_is_written(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[int, ...]] = []
+
+    def counting(values: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        made.append(shape)
+        return repeated(values, shape)
+
+    monkeypatch.setattr(value_rules, "repeated", counting)
+    words = ("replace", "0", "Linear(3,9)", "--keep-weights=repeat", "-m", "Sequential(Linear(3,4))")
+    cli(*words)
+    assert made == []
+    cli(*words, "-o", "o.pth")
+    assert sorted(made) == [(9,), (9, 3)]
+
+
+def test_the_bias_of_a_tied_module_is_repeated_too(cli: Cli) -> None:
+    arch = "Sequential(Embedding(5,4),Linear(4,5))"
+    model: Any = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5))
+    model[1].weight = model[0].weight
+    torch.save(model.state_dict(), "m.pth")
+    edits = ("-e", "tie 0.weight 1.weight", "-e", "replace 0 Embedding(8,4) --keep-weights=repeat --tie")
+    for source in (["-m", "m.pth", "--arch", arch], ["-m", "m.pth"]):
+        source = [*source, "--check", "none"]
+        lines = edits if "--arch" in source else edits[2:]
+        cli("apply", *lines, *source, "-o", "o.pth", "--force")
+        exec(compile(cli("script", *lines, *source[:-2], "-o", "s.pth").out, "made.py", "exec"), {})
+        for path in ("o.pth", "s.pth"):
+            found = torch.load(path, weights_only=True)
+            assert torch.equal(found["0.weight"], torch.cat([model[0].weight, model[0].weight])[:8])
+            assert torch.equal(found["1.weight"], found["0.weight"])
+            assert torch.equal(found["1.bias"], torch.cat([model[1].bias, model[1].bias])[:8])
+        Path("s.pth").unlink()

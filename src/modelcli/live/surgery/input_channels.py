@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from modelcli.edits.kept_weights import MEAN, OVERLAP
+from modelcli.edits.kept_weights import MEAN
 from modelcli.live.script.source_text import dedented
 from modelcli.live.sources import computed_tensor, real_tensor, require_source
 
@@ -22,22 +22,34 @@ class ChannelRule:
     channels: int
     how: str
 
+    @property
+    def function(self) -> str:
+        """The name of the function that does it in a script."""
+        return f"{self.how}_channels"
+
+    @property
+    def argument(self) -> int:
+        return self.channels
+
+    def shape(self, before: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the new weight."""
+        return (before[0], self.channels, *before[2:])
+
     def applied(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the weight with the new input channels. On the meta device the values are computed when needed."""
         if not weight.is_meta:
             return adapted(weight.detach(), self.channels, self.how)
-        shape = (weight.shape[0], self.channels, *weight.shape[2:])
         old = weight.detach()
         compute = partial(_adapted_values, old, self)
-        return computed_tensor(shape, old.dtype, compute, [require_source(old)])
+        return computed_tensor(self.shape(tuple(old.shape)), old.dtype, compute, [require_source(old)])
 
-    def told(self, before: int) -> str:
-        """Say what happens to so many input channels."""
+    def told(self, before: tuple[int, ...]) -> str:
+        """Say what happens to the input channels of a weight of this shape."""
         if self.how == MEAN:
-            return f"the mean of {before} input channels for each of {self.channels}"
+            return f"the mean of {before[1]} input channels for each of {self.channels}"
         if self.channels == 1:
-            return f"{before} input channels summed to 1"
-        return f"{before} input channels repeated and rescaled to {self.channels}"
+            return f"{before[1]} input channels summed to 1"
+        return f"{before[1]} input channels repeated and rescaled to {self.channels}"
 
 
 def rule_for(name: str, before: torch.Tensor, new: nn.Module, how: str) -> ChannelRule | None:
@@ -51,7 +63,7 @@ def rule_for(name: str, before: torch.Tensor, new: nn.Module, how: str) -> Chann
     """
     path, _, own = name.rpartition(".")
     holder = new.get_submodule(path)
-    if how == OVERLAP or own != "weight" or not isinstance(holder, _ConvNd) or isinstance(holder, _ConvTransposeNd):
+    if own != "weight" or not isinstance(holder, _ConvNd) or isinstance(holder, _ConvTransposeNd):
         return None
     if holder.groups != 1 or before.dim() != holder.weight.dim() or before.shape[1] == holder.in_channels:
         return None
@@ -79,9 +91,9 @@ def _adapted_values(weight: torch.Tensor, rule: ChannelRule) -> torch.Tensor:
     return adapted(real_tensor(weight), rule.channels, rule.how)
 
 
-#: The same as functions of a script.
-HELPERS = {
-    "sum": dedented('''
+#: The same as functions of a script, by their names.
+FUNCTIONS = {
+    "sum_channels": dedented('''
         def sum_channels(old, channels):
             """Sum the input channels of weights in a state dict if one is wanted, else repeat and rescale them."""
             for name, number in channels.items():
@@ -94,7 +106,7 @@ HELPERS = {
                 old = {**old, name: weight.to(old[name].dtype)}
             return old
     '''),
-    "mean": dedented('''
+    "mean_channels": dedented('''
         def mean_channels(old, channels):
             """Give each of the wanted input channels of weights in a state dict the mean over the old ones."""
             for name, number in channels.items():

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from modelcli.edits.kept_weights import OVERLAP
+from modelcli.edits.kept_weights import NOTHING, OVERLAP
 from modelcli.errors import RequestError
 from modelcli.live.sources import (
     AnySource,
@@ -23,24 +23,24 @@ from modelcli.live.sources import (
 )
 from modelcli.live.surgery import layouts
 from modelcli.live.surgery.core import brief
-from modelcli.live.surgery.input_channels import ChannelRule, rule_for
 from modelcli.live.surgery.storages import byte_span, has_storage, replace_storage, viewers
+from modelcli.live.surgery.value_rules import ResampledKernels, ValueRule, rule_for
 from modelcli.wording import listed
 
 
 @dataclass(frozen=True)
 class KeptPart:
     """The part of a new tensor that gets old values: its size from 0 along each axis. `transposed`: the old tensor has
-    its two axes swapped. `channels`: the weight of a convolution goes over to another number of input channels."""
+    its two axes swapped. `rule`: how the old values get another shape first."""
 
     sizes: tuple[int, ...]
     transposed: bool = False
-    channels: ChannelRule | None = None
+    rule: ValueRule | None = None
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the part of the old tensor with the axes of the new one."""
         whole = tensor.t() if self.transposed else tensor
-        whole = whole if self.channels is None else self.channels.applied(whole)
+        whole = whole if self.rule is None else self.rule.applied(whole)
         return whole[tuple(slice(size) for size in self.sizes)]
 
 
@@ -48,19 +48,24 @@ class KeptPart:
 class KeptFrom:
     """What weights are kept of: the old tensors by their names in it, it in a few words, its path, the new module.
 
-    `carrying` tells how the values of a tensor go into the new one: see `layouts.carrying`.
+    `carrying` tells how the values of a tensor go into the new one, given whether kernels are resampled: see
+    `layouts.copy_rule`.
     """
 
     tensors: Mapping[str, torch.Tensor]
     brief: str
     path: str
     new: nn.Module
-    carrying: Callable[[str], layouts.CopyRule | None]
+    carrying: Callable[[str, bool], layouts.CopyRule | None]
 
 
 def of_module(old: nn.Module, path: str, new: nn.Module) -> KeptFrom:
     """What there is to keep of an old module at a path, for the new one."""
-    return KeptFrom(named_tensors(old), brief(old), path, new, lambda name: layouts.copy_rule(name, old, new))
+    return KeptFrom(named_tensors(old), brief(old), path, new, partial(_carrying, old, new))
+
+
+def _carrying(old: nn.Module, new: nn.Module, name: str, resampled: bool) -> layouts.CopyRule | None:
+    return layouts.copy_rule(name, old, new, resampled=resampled)
 
 
 def keep_weights(groups: Sequence[KeptFrom], how: str) -> tuple[Mapping[str, Mapping[str, KeptPart]], list[str]]:
@@ -97,8 +102,8 @@ def keep_weights(groups: Sequence[KeptFrom], how: str) -> tuple[Mapping[str, Map
             notes.append(f"{path} keeps no weights")
     if len(notes) > 4:
         notes = [f"{sum(map(bool, kept.values()))} of {len(kept)} modules keep their weights"]
-    if how != OVERLAP and not any(part.channels for parts in kept.values() for part in parts.values()):
-        notes.append(f"--keep-weights={how} keeps the overlap here: no convolution gets other input channels")
+    if how != OVERLAP and not any(part.rule for parts in kept.values() for part in parts.values()):
+        notes.append(f"--keep-weights={how} keeps the overlap here: {NOTHING[how]}")
     return kept, notes
 
 
@@ -112,7 +117,8 @@ def overlap_of(old: KeptFrom, how: str) -> dict[str, KeptPart]:
     for name, tensor in named_tensors(old.new).items():
         if name not in given or not _dense(tensor) or not _dense(given[name]):
             continue
-        rule = old.carrying(name)
+        change = None if how == OVERLAP else rule_for(name, given[name], old.new, how)
+        rule = old.carrying(name, isinstance(change, ResampledKernels))
         if rule is None:
             continue
         if rule.refusal is not None:
@@ -120,10 +126,11 @@ def overlap_of(old: KeptFrom, how: str) -> dict[str, KeptPart]:
                 f"--keep-weights cannot carry over {old.path}: {rule.refusal}", "leave --keep-weights out"
             )
         shape = given[name].shape[::-1] if rule.transposed else given[name].shape
-        channels = rule_for(name, given[name], old.new, how)
-        if channels is not None:
-            shape = torch.Size((shape[0], channels.channels, *shape[2:]))
-        parts[name] = KeptPart(tuple(map(min, tensor.shape, shape)), rule.transposed, channels)
+        if rule.transposed and how != OVERLAP:
+            change = rule_for(name, given[name], old.new, how, transposed=True)
+        if change is not None:
+            shape = torch.Size(change.shape(tuple(shape)))
+        parts[name] = KeptPart(tuple(map(min, tensor.shape, shape)), rule.transposed, change)
     return parts
 
 
@@ -133,10 +140,12 @@ def _dense(tensor: torch.Tensor) -> bool:
 
 def _kept_part(part: KeptPart, old: torch.Size, new: torch.Size) -> str:
     """Return what of a tensor is kept, as text behind its name; empty for all of it."""
-    if part.channels is None:
+    if part.rule is None:
         return _extent(part, old, new)
-    shape = torch.Size((old[0], part.channels.channels, *old[2:]))
-    return f"{_extent(part, shape, new)} ({part.channels.told(old[1])})"
+    before = tuple(old[::-1] if part.transposed else old)
+    shape = part.rule.shape(before)
+    extent = _extent(part, torch.Size(shape[::-1] if part.transposed else shape), new)
+    return f"{extent} ({part.rule.told(before)})"
 
 
 def _extent(part: KeptPart, old: torch.Size, new: torch.Size) -> str:

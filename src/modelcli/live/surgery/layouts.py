@@ -33,13 +33,14 @@ class CopyRule:
     refusal: str | None = None
 
 
-def copy_rule(name: str, old: nn.Module, new: nn.Module) -> CopyRule | None:
+def copy_rule(name: str, old: nn.Module, new: nn.Module, *, resampled: bool = False) -> CopyRule | None:
     """Return how to copy the values of a tensor from one module to another.
 
     Args:
         name: the tensor's path in both modules.
         old: the module that has the values.
         new: the module that gets them.
+        resampled: whether kernels are given the new size before they are copied.
 
     Returns:
         How, or why not; None if one module lacks the tensor or the numbers of dimensions differ.
@@ -56,7 +57,7 @@ def copy_rule(name: str, old: nn.Module, new: nn.Module) -> CopyRule | None:
         told = f"{type(had).__name__} is {one}, {type(has).__name__} {other}"
         means = f"{name} of {type(had).__name__} has another meaning in {type(has).__name__}"
         return CopyRule(refusal=f"{means}: {told}" if one and other else f"{means}, as far as modelcli knows")
-    return CopyRule(refusal=_misplaced(name, had, has, before, after))
+    return CopyRule(refusal=_misplaced(name, had, has, before, after, resampled=resampled))
 
 
 def transposed(old: nn.Module, new: nn.Module) -> tuple[str, ...]:
@@ -65,11 +66,13 @@ def transposed(old: nn.Module, new: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, rule in rules.items() if rule is not None and rule.transposed)
 
 
-def _misplaced(name: str, had: nn.Module, has: nn.Module, before: torch.Tensor, after: torch.Tensor) -> str | None:
+def _misplaced(
+    name: str, had: nn.Module, has: nn.Module, before: torch.Tensor, after: torch.Tensor, *, resampled: bool
+) -> str | None:
     """Return why copying the overlap would put values where they have another meaning; None if it would not."""
     if before.shape == after.shape and not isinstance(had, nn.RNNBase | nn.RNNCellBase):
         return _regrouped(name, had, has)
-    if isinstance(had, _ConvNd) and before.shape[2:] != after.shape[2:]:
+    if isinstance(had, _ConvNd) and before.shape[2:] != after.shape[2:] and not resampled:
         sizes = " and ".join("x".join(map(str, tensor.shape[2:])) for tensor in (before, after))
         return f"the kernels of {name} have the sizes {sizes}: the old one would fill only a corner of the new one"
     if isinstance(had, nn.RNNBase | nn.RNNCellBase):
@@ -95,14 +98,14 @@ def _regrouped(name: str, had: nn.Module, has: nn.Module) -> str | None:
     return None
 
 
-def copy_rule_by_shapes(name: str, before: torch.Tensor, new: nn.Module) -> CopyRule | None:
+def copy_rule_by_shapes(name: str, before: torch.Tensor, new: nn.Module, *, resampled: bool = False) -> CopyRule | None:
     """Return how to copy a tensor of a plain state dict, judged by shapes alone. Arguments as in `copy_rule`."""
     path, _, own = name.rpartition(".")
     has = _holder(new, path)
     after = _tensor(has, own)
     if after is None or before.dim() != after.dim():
         return None
-    if before.dim() > 2 and before.shape[2:] != after.shape[2:]:
+    if before.dim() > 2 and before.shape[2:] != after.shape[2:] and not resampled:
         sizes = " and ".join("x".join(map(str, tensor.shape[2:])) for tensor in (before, after))
         return CopyRule(
             refusal=f"the last axes of {name} have the sizes {sizes}: the old values would fill only a corner"

@@ -281,10 +281,10 @@ class _OldKeys:
         views = meta_tensors(model, list(dense.values()))
         tensors = {own: views[name] for own, name in dense.items()}
 
-        def carrying(name: str) -> layouts.CopyRule | None:
+        def carrying(name: str, resampled: bool) -> layouts.CopyRule | None:
             if isinstance(self.told, nn.Module):
-                return layouts.copy_rule(name, self.told, new)
-            return layouts.copy_rule_by_shapes(name, tensors[name], new)
+                return layouts.copy_rule(name, self.told, new, resampled=resampled)
+            return layouts.copy_rule_by_shapes(name, tensors[name], new, resampled=resampled)
 
         return KeptFrom(tensors, briefs[self.path].brief, self.path, new, carrying)
 

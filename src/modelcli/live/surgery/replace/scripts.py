@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from modelcli.edits.replace import Replace
 from modelcli.language import selectors
+from modelcli.live import modules
 from modelcli.live.describe import describe
 from modelcli.live.script import access_paths
 from modelcli.live.script.new_modules import constructor_call, new_statements, seed_statements, tensor_names
@@ -17,10 +19,11 @@ from modelcli.live.script.source_text import quoted as literal
 from modelcli.live.script.state import State
 from modelcli.live.script.step import StateDictStep, Step
 from modelcli.live.sources import named_tensors
-from modelcli.live.surgery import input_channels, layouts
+from modelcli.live.surgery import layouts
 from modelcli.live.surgery.replace.tied_modules import TiedModule, donor_call, tied_keys, tied_modules
 from modelcli.live.surgery.state_dicts import meta_tensors
 from modelcli.live.surgery.storages import shown_by
+from modelcli.live.surgery.value_rules import ValueRule, in_script, rule_for
 from modelcli.model.paths import joined
 from modelcli.model.shared_bytes import tied
 
@@ -87,7 +90,9 @@ def script_lines_together(edits: Sequence[Replace], step: Step) -> list[str]:
             if each.bias is not None:
                 donor = constructor_call(script, donor_call(each.shape), after.get_submodule(each.paths[0]))
                 old_state = f"{access_paths.module_expression(before, each.paths[0])}.state_dict()"
-                donor = _Carried(edit.keep_weights).written(script, old_state, donor)
+                made_for, was = after.get_submodule(each.paths[0]), before.get_submodule(each.paths[0])
+                rules = _rules(edit.keep_weights, {"bias": named_tensors(was)["bias"]}, made_for)
+                donor = _Carried(edit.keep_weights, rules=rules).written(script, old_state, donor)
             lines += each.statements(before, paths[0], donor)
         made = made[1:]
     return lines
@@ -109,11 +114,11 @@ def _followers(
 
 @dataclass(frozen=True)
 class _Carried:
-    """How a script carries weights over: `swapped` axes, and for `how` the tensors that get other input channels."""
+    """How a script carries weights over: `swapped` axes, and the tensors that get another shape first, by `how`."""
 
     how: str | None
     swapped: tuple[str, ...] = ()
-    channels: tuple[tuple[str, int], ...] = ()
+    rules: tuple[tuple[str, ValueRule], ...] = ()
 
     def written(self, script: SourceText, old: str, new: str) -> str:
         """The expression for a new module with the weights of an old one, and the functions that it calls.
@@ -127,27 +132,25 @@ class _Carried:
             return new
         script.helpers.setdefault(KEEP_WEIGHTS)
         more = f", swapped={self.swapped!r}" if self.swapped else ""
-        return f"keep_weights({self.adapted(script, old)}, {new}{more})"
-
-    def adapted(self, script: SourceText, state: str) -> str:
-        """The expression for an old state dict whose convolutions take the new input channels."""
-        if not self.channels or self.how is None:
-            return state
-        script.helpers.setdefault(input_channels.HELPERS[self.how])
-        return f"{self.how}_channels({state}, {dict(self.channels)!r})"
+        return f"keep_weights({in_script(script, old, dict(self.rules))}, {new}{more})"
 
 
 def _carried(edit: Replace, old: nn.Module, new: nn.Module) -> _Carried:
     if edit.keep_weights is None:
         return _Carried(None)
-    channels = _channels(edit.keep_weights, named_tensors(old), new)
-    return _Carried(edit.keep_weights, layouts.transposed(old, new), channels)
+    swapped = layouts.transposed(old, new)
+    return _Carried(edit.keep_weights, swapped, _rules(edit.keep_weights, named_tensors(old), new, swapped))
 
 
-def _channels(how: str, old: Mapping[str, Tensor], new: nn.Module) -> tuple[tuple[str, int], ...]:
-    """The tensors of a new module that get other input channels than the old ones have, with their number."""
-    rules = {name: input_channels.rule_for(name, old[name], new, how) for name in named_tensors(new) if name in old}
-    return tuple((name, rule.channels) for name, rule in rules.items() if rule is not None)
+def _rules(
+    how: str | None, old: Mapping[str, Tensor], new: nn.Module, swapped: Sequence[str] = ()
+) -> tuple[tuple[str, ValueRule], ...]:
+    """The tensors of a new module whose old values get another shape first."""
+    if how is None:
+        return ()
+    names = [name for name in named_tensors(new) if name in old]
+    rules = {name: rule_for(name, old[name], new, how, transposed=name in swapped) for name in names}
+    return tuple((name, rule) for name, rule in rules.items() if rule is not None)
 
 
 def state_dict_script_lines(edit: Replace, step: StateDictStep, state: State) -> list[str]:
@@ -163,9 +166,9 @@ def state_dict_script_lines(edit: Replace, step: StateDictStep, state: State) ->
         if edit.keep_weights:
             dense = [name for name in names if name.startswith(prefix) and name in before.tensors]
             tensors = {name.removeprefix(prefix): each for name, each in meta_tensors(before, dense).items()}
-            carried = _Carried(edit.keep_weights, (), _channels(edit.keep_weights, tensors, step.new(path)))
+            rules = _rules(edit.keep_weights, tensors, step.new(path))
             script.helpers.setdefault(KEEP_WEIGHTS)
-            lines.append(f"keep_weights({carried.adapted(script, _below(prefix))}, new)")
+            lines.append(f"keep_weights({in_script(script, _below(prefix), dict(rules))}, new)")
         lines += state.put_new_module(
             prefix, tensor_names(step.new(path)), [name for name in names if name.startswith(prefix)]
         )
@@ -177,8 +180,11 @@ def state_dict_script_lines(edit: Replace, step: StateDictStep, state: State) ->
                 dtype = "" if each.bias.dtype == "float32" else f".to(torch.{each.bias.dtype})"
                 lines.append(f"new = {script.value(donor_call(each.shape))}{dtype}")
                 if edit.keep_weights:
+                    bias = {"bias": meta_tensors(before, [joined(each.path, "bias")])[joined(each.path, "bias")]}
+                    with torch.device("meta"):
+                        rules = _rules(edit.keep_weights, bias, modules.make(donor_call(each.shape)))
                     script.helpers.setdefault(KEEP_WEIGHTS)
-                    lines.append(f"keep_weights({_below(f'{each.path}.')}, new)")
+                    lines.append(f"keep_weights({in_script(script, _below(f'{each.path}.'), dict(rules))}, new)")
                 lines.append(f"state[{literal(joined(each.path, 'bias'))}] = new.state_dict()[{literal('bias')}]")
     return lines
 

@@ -171,7 +171,7 @@ class TiedModule:
         """What the bias keeps of its values."""
         bias = self.bias
         assert bias is not None
-        return KeptFrom({"bias": bias}, brief(self.module), self.paths[0], donor, lambda _name: CopyRule())
+        return KeptFrom({"bias": bias}, brief(self.module), self.paths[0], donor, lambda _name, _resampled: CopyRule())
 
     def take(self, new: nn.Module, donor: nn.Module | None, action: str) -> list[Change]:
         """Take the tensor of the new module, and the bias of the donor. Returns a row for each path."""
@@ -267,7 +267,7 @@ class TiedKeys:
     def kept(self, model: StateDictModel, donor: nn.Module, told: str) -> KeptFrom:
         """What the bias keeps of its values; `told` describes the module."""
         bias = meta_tensors(model, [joined(self.path, "bias")])[joined(self.path, "bias")]
-        return KeptFrom({"bias": bias}, told, self.path, donor, lambda _name: CopyRule())
+        return KeptFrom({"bias": bias}, told, self.path, donor, lambda _name, _resampled: CopyRule())
 
 
 def tied_keys(

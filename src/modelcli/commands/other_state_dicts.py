@@ -191,7 +191,8 @@ def edited(model: Editable, contents: Contents, copy: Copy, request: WriteReques
     if state is not None and isinstance(metadata, dict):
         outside = {path: item for path, item in metadata.items() if not copy.is_inside(path)}
         inside = {copy.path(path): item for path, item in plan.metadata.items()}
-        made.state = {**state, "_metadata": OrderedDict(outside | inside)}
+        made.state = dict(state)
+        made.state["_metadata"] = OrderedDict(outside | inside)
     return made
 
 

@@ -22,6 +22,7 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 import modelcli
 from modelcli import edits, recipe, writing
@@ -365,7 +366,8 @@ def account(model: nn.Module) -> dict[str, Any]:
     modules = dict(model.named_modules(remove_duplicate=False))
     return {
         "printed": repr(model),
-        "modules": {path: (type(module), module.training) for path, module in modules.items()},
+        # A parametrized module has a class of its own, which torch makes anew each time.
+        "modules": {path: (type_before_parametrizations(module), module.training) for path, module in modules.items()},
         "shared": _first_names(modules),
         "tensors": {
             name: (type(tensor), tensor.shape, tensor.dtype, tensor.requires_grad) for name, tensor in tensors.items()

@@ -248,6 +248,7 @@ def test_a_wrapper_that_reads_no_values_leaves_the_file_alone(cli: Cli, own: Any
         ("wrap blocks Sequential(_) --also blocks.1", "blocks.1 lies inside blocks, and both match"),
         ("wrap nowhere Sequential(_)", "nowhere"),
         ("wrap blocks.1 torch.nn.utils.parametrizations:weight_norms(_)", "no class"),
+        (f"wrap blocks {WEIGHT_NORM}", "' does not have a parameter, a buffer, or a parametrized element with name"),
         ("wrap blocks.1 torch.nn.utils.parametrizations:Linear(_)", "no class"),
         ("wrap blocks.1", "wrap takes a target and a module"),
         (f"wrap blocks.1 {WEIGHT_NORM.replace('_)', '_,name=3)')}", "does not have a parameter"),

@@ -74,8 +74,8 @@ def untrusted(what: str) -> UnsafeError:
     """Return the error for a file that names code outside the known libraries."""
     return UnsafeError(
         f"the file names {what}, no class of {class_packages()}, and following it would run that code",
-        "--trust (trust=True in Python) follows it; --arch names an architecture instead; --bare-keys works on the keys "
-        "alone",
+        "--trust (trust=True in Python) follows it; --arch names an architecture instead; --bare-keys works on the "
+        "keys alone",
     )
 
 

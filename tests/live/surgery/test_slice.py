@@ -93,6 +93,11 @@ def test_what_is_refused(line: str, message: str) -> None:
     assert repr(model) == before
 
 
+def test_a_sequence_without_children_is_refused() -> None:
+    with pytest.raises(RequestError, match="the model itself is a Sequential without children"):
+        modelcli.apply(nn.Sequential(), "slice . 0")
+
+
 def experts(layers: int = 2) -> nn.Module:
     torch.manual_seed(0)
     return nn.ModuleList(

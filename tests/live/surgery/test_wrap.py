@@ -319,6 +319,15 @@ def test_the_script_of_a_state_dict_writes_the_same(cli: Cli, wrapper: str) -> N
     assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
+def test_a_key_that_starts_with_a_dot_is_not_moved(cli: Cli) -> None:
+    torch.save({"..": torch.ones(2), "a.w": torch.ones(3), "s": torch.eye(2).to_sparse()}, "a.pth")
+    refused = cli("wrap", ".", "Sequential(_)", "-m", "a.pth", code=2).err
+    assert "the key '..' starts with a dot, so it cannot move to 0" in refused
+    assert "hint: rename the key first" in refused
+    cli("wrap", "a", "Sequential(_)", "-m", "a.pth", "-o", "b.pth")
+    assert list(torch.load("b.pth", weights_only=False)) == ["..", "a.0.w", "s"]
+
+
 @pytest.mark.parametrize(
     "wrapper", [WEIGHT_NORM, "own:LoRA(_,r=2)", "Dropout(_)", "TransformerEncoder(_,2,enable_nested_tensor=False)"]
 )

@@ -150,6 +150,9 @@ def main() -> None:
         sparse_safetensors(folder / "b.safetensors", 4 * 10**9)
         diff = [*MODELCLI, "diff", "a.safetensors", "b.safetensors"]
         compare("diff of two files of 4 GB / cmp", diff, ["cmp", "a.safetensors", "b.safetensors"], "<= 1.6")
+        sparse_safetensors(folder / "two.safetensors", 2 * 10**9)
+        hashed = [*MODELCLI, "hash", "two.safetensors"]
+        compare("hash of a file of 2 GB / sha256sum", hashed, ["sha256sum", "two.safetensors"], "<= 1.3")
         for style in ("json", "csv", "table"):
             seconds, peak = measure([*MODELCLI, "params", "many.pth", "-f", style])
             print(f"{f'params of 100,000 tensors, {style}':44} {seconds:7.3f} s {'':17} {peak / 1024:6.0f} MB   <= 4 s")

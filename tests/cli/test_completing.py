@@ -163,6 +163,7 @@ def test_diff_completes_the_paths_of_both_models(bash: Bash) -> None:
         ("params", "train.pth"),
         ("load", "train.pth"),
         ("check", "train.pth"),
+        ("hash", "train.pth"),
         ("identify", "train.pth"),
         ("freeze", "0", "-m", "train.pth"),
         ("diff", "a.pth", "train.pth"),

@@ -196,6 +196,7 @@ DOCUMENTS = {
     "cache": ("cache", "path"),
     "diff": ("diff", "Linear(3,2)", "Sequential(Linear(2,2))"),
     "check": ("check", "Linear(3,2)", "--max-params", "8"),
+    "hash": ("hash", "Linear(3,2)"),
     "identify": ("identify", "bare.pth"),
     "errors": ("params", "nowhere.pth"),
 }
@@ -207,6 +208,7 @@ MORE_DOCUMENTS = [
     ("save", ("save", "out.pth", "-m", "Linear(3,2)", "--dry-run")),
     ("params", ("params", "own.py:Net")),
     ("params", ("params", "sparse.pth")),
+    ("hash", ("hash", "sparse.pth", "--tree")),
 ]
 
 

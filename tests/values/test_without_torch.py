@@ -78,6 +78,8 @@ def test_torch_is_not_imported_for_the_values_of_files(cli: Cli, files: None) ->
         "params every.safetensors --stats --values --json": 0,
         "params every.safetensors --stats --sort std -f csv": 0,
         **{f"check {name} --finite": 0 for name in names},
+        **{f"hash {name} --tree": 0 for name in names},
+        f"check every.pth --hash sha256:{'0' * 64}": 1,
         "diff every.safetensors other.safetensors": 1,
         "diff every.safetensors wide.pth": 1,
         "diff views.pth every.pth --atol 0.5": 1,
@@ -97,6 +99,7 @@ def test_numpy_is_imported_where_values_are_read_and_nowhere_else(files: None) -
         "diff every.safetensors every.safetensors": [],
         "check every.safetensors --max-params 1M": [],
         "params every.safetensors --stats -s float32": ["numpy"],
+        "hash every.safetensors": ["numpy"],
         "params every.safetensors --stats -s bfloat16": ["numpy", "ml_dtypes"],
     }
     for words, (_, there) in zip(wanted, imported(list(wanted)), strict=True):

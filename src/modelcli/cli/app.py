@@ -19,6 +19,7 @@ COMMANDS = {
     **dict.fromkeys(("script", "apply"), "apply"),
     **dict.fromkeys(("load", "save", "log", "undo"), "files"),
     **dict.fromkeys(("diff", "check", "identify"), "compare"),
+    "hash": "content_hash",
     "cache": "cache",
     **dict.fromkeys(("help", "version"), "app"),
 }

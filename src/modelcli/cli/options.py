@@ -295,6 +295,12 @@ class AssertOptions(OptionGroup):
         rich_help_panel="Assertions",
         autocompletion=completing.models,
     )
+    content_hash: str | None = _option(
+        "--hash",
+        help="The hash that modelcli hash prints for the model is this one.",
+        metavar="sha256:HEX",
+        rich_help_panel="Assertions",
+    )
     complete: bool = _option(
         "--complete",
         help="The index, the shards, their headers and the configuration of a folder agree.",
@@ -317,6 +323,7 @@ class AssertOptions(OptionGroup):
 
     def assertions(self) -> "Assertions":
         """Return the assertions. Raises RequestError for an invalid option, or for assertions that conflict."""
+        from modelcli.commands import content_hash
         from modelcli.commands.assertions import Assertions
         from modelcli.language.references import parse_bytes, parse_count, parse_input_size
         from modelcli.model.dtypes import dtype_called
@@ -333,6 +340,7 @@ class AssertOptions(OptionGroup):
             safe=self.safe,
             output_shapes=tuple(map(parse_input_size, self.output_shape or ())),
             same_as=tuple(self.same_as or ()),
+            content_hash=None if self.content_hash is None else content_hash.parse(self.content_hash),
             complete=self.complete,
             arch_check=self.arch_check,
             without=tuple(self.without or ()),
@@ -407,16 +415,9 @@ class SaveOptions(OptionGroup):
     )
     max_shard_size: str | None = _option(
         "--max-shard-size",
-        help="The maximum size of a file in a folder. \\[default: 5GB]",
+        help="The maximum size of a shard in a folder. \\[default: 5GB]",
         metavar="SIZE",
         rich_help_panel="Result",
-    )
-    format_out: str | None = _option(
-        "--format-out",
-        help="How a folder/ is written: safetensors, or dcp for torch.distributed.checkpoint. \\[default: safetensors]",
-        metavar="FORMAT",
-        rich_help_panel="Result",
-        autocompletion=completing.one_of("safetensors", "dcp"),
     )
     no_fsync: bool = _option(
         "--no-fsync",
@@ -449,7 +450,6 @@ class UnheededOptions(OptionGroup):
     check: str = _option("--check", default="meta", hidden=True)
     also_ema: bool = _option("--also-ema", default=False, hidden=True)
     max_shard_size: str | None = _option("--max-shard-size", hidden=True)
-    format_out: str | None = _option("--format-out", hidden=True)
     no_fsync: bool = _option("--no-fsync", default=False, hidden=True)
     verify: bool = _option("--verify", default=False, hidden=True)
 

@@ -15,6 +15,7 @@ COMMANDS = {
     **dict.fromkeys(("compare", "cmp"), "diff"),
     **dict.fromkeys(("assert", "test", "validate", "verify"), "check"),
     **dict.fromkeys(("open", "new", "start"), "load"),
+    **dict.fromkeys(("digest", "checksum", "fingerprint", "sha256sum"), "hash"),
     "history": "log",
     "revert": "undo",
 }

@@ -22,6 +22,7 @@ class Assertions:
         output_shapes: the shapes of the output of the forward pass.
         same_as: references to models that must be equal.
         without: selectors of tensors that may differ from those of `same_as`.
+        content_hash: the hash of the names, dtypes, shapes and values of all tensors, `sha256:` and 64 digits.
         complete: whether the files of a folder must agree.
         arch_check: whether the folder's configuration must build the model that its tensors belong to.
     """
@@ -37,6 +38,7 @@ class Assertions:
     safe: bool = False
     output_shapes: tuple[Shape, ...] = ()
     same_as: tuple[str, ...] = ()
+    content_hash: str | None = None
     complete: bool = False
     arch_check: bool = False
     without: tuple[str, ...] = ()

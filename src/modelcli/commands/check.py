@@ -8,7 +8,7 @@ from pathlib import Path
 
 from modelcli import checkpoints, resolve
 from modelcli.checkpoints.contents import foreign_names
-from modelcli.commands import check_structure, completeness, diff, tensor_values
+from modelcli.commands import check_structure, completeness, content_hash, diff, tensor_values
 from modelcli.commands.assertions import AssertionResult, Assertions
 from modelcli.commands.check_structure import MOST_NAMED
 from modelcli.commands.diff import Progress, Scope
@@ -116,16 +116,17 @@ def checked(model: str, check_it: Callable[[], CheckResult]) -> CheckedModel:
 
 
 def check(request: CheckRequest, progress: Progress | None = None) -> CheckResult:
-    """Evaluate assertions. Values are read for `finite`, and for `same_as` if bytes differ.
+    """Evaluate assertions. Values are read for `finite` and `content_hash`, and for `same_as` if bytes differ.
 
-    Raises RequestError for a selector that matches nothing, except those of `has` and `absent`.
+    Raises RequestError for a selector that matches nothing, except those of `has` and `absent`, and for a tensor that
+    cannot be hashed.
     """
     target, wanted, cached = request.target, request.assertions, request.cached
     wanted.require_sense()
     of_files = _of_files(target.source, wanted)
     if wanted == Assertions(complete=wanted.complete, arch_check=wanted.arch_check, without=wanted.without):
         return CheckResult(target.source.model, None, tuple(of_files))
-    needs_values = wanted.finite or bool(wanted.same_as)
+    needs_values = wanted.finite or bool(wanted.same_as) or wanted.content_hash is not None
     traced, cached = bool(wanted.output_shapes), cached and not needs_values
     found = look(LookRequest(target, traced=traced, cached=cached, of_files=True, values=needs_values))
     notes = list(found.notes)
@@ -144,6 +145,8 @@ def check(request: CheckRequest, progress: Progress | None = None) -> CheckResul
         checks.append(_safe(found, target.source))
     if wanted.finite:
         checks.append(_finite(found, progress))
+    if wanted.content_hash is not None:
+        checks.append(_hash(found, target.source.model, wanted.content_hash, progress, notes))
     names = wanted.same_as
     checks += [_same_as(found, target.source.model, name, wanted.without, progress, notes) for name in names]
     return CheckResult(target.source.model, found, (*of_files, *checks), tuple(notes))
@@ -258,6 +261,13 @@ def _finite(found: Look, progress: Progress | None) -> AssertionResult:
     else:
         answer = f"{counted(len(found.blueprint.tensors), 'tensor')} without NaN or Inf"
     return AssertionResult("finite", not (wrong or unseen), answer, "no NaN, no Inf")
+
+
+def _hash(found: Look, model: str, wanted: str, progress: Progress | None, notes: list[str]) -> AssertionResult:
+    """Whether the hash of all tensors is the wanted one."""
+    result = content_hash.of_look(found, model, (), progress)
+    notes += [note for note in result.notes if note not in notes]
+    return AssertionResult("hash", result.digest == wanted, result.digest, wanted)
 
 
 def _same_as(

@@ -23,7 +23,6 @@ class ShardedFolder(Format):
     title = "an index of shards"
     label = "safetensors"
     is_folder = True
-    folder_word = "safetensors"
     keeps_order = False
     index_pattern = f"*{INDEX_SUFFIX}"
     written_index = WRITTEN_INDEX

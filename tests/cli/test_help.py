@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 import typer
 from torch import nn
@@ -120,6 +121,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert main(["freeze", ".", "-m", "best.pth", "-o", "frozen.pth", "-q"]) == 0
         torch.save({f"module.{key}": value for key, value in nn.Linear(2, 3).state_dict().items()}, "parallel.pth")
         torch.save({f"head.{key}": value for key, value in nn.Linear(2, 3).state_dict().items()}, "bare.pth")
+        fp8 = {"mlp.weight": torch.ones(4, 4).to(torch.float8_e4m3fn), "mlp.weight_scale_inv": torch.ones(1, 1)}
+        safetensors.torch.save_file(fp8, "fp8.safetensors")
         Path("head10.toml").write_text('model = "resnet18"\nedits = ["replace fc Linear(_,10)"]\n')
         edits = '["freeze bn1", "freeze layer1", "freeze layer2", "freeze layer3"]'
         Path("modelcli.toml").write_text(f'model = "resnet18"\nedits = {edits}\n')

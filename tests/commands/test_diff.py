@@ -104,6 +104,7 @@ EDITS = {
     "unfreeze 3": "permute 3.weight 1,0",
     "unfreeze 4": "reshape 4.weight 3,-1",
     "fuse 1 --into 0": "unfreeze 0",
+    "cast 3.bias float64": "cast 3.weight float8_e4m3fn; rename 3.bias 3.weight_scale; dequantize 3 bfloat16",
     "graft 3 Linear(4,3)": "graft 3 Linear(4,3)",
 }
 

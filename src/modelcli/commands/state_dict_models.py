@@ -27,6 +27,7 @@ from modelcli.model.blueprint import Blueprint, Trace
 from modelcli.model.joined_tensors import casts_in
 from modelcli.model.parameter_origins import Held, held_of
 from modelcli.model.state_dict import StateDictModel, StateDictTensor
+from modelcli.providers import quantization
 from modelcli.wording import listed
 from modelcli.writing import Plan
 
@@ -68,10 +69,11 @@ class OpenStateDict:
         """Apply all edits, or none. Raises RequestError if one is wrong."""
 
         def carry_out(model: StateDictModel, edit: Edit, number: int, inputs: Inputs | None) -> Applied[StateDictModel]:
-            return edit.apply_to_state_dict(
-                model, Context(seed_of(self.seed, number), inputs, trusted, sources=self.sources)
-            )
+            seed = seed_of(self.seed, number)
+            context = Context(seed, inputs, trusted, sources=self.sources, quantization=described)
+            return edit.apply_to_state_dict(model, context)
 
+        described = quantization.beside(self.contents.path)
         numbers = range(self.edit_count + 1, self.edit_count + 1 + len(edits))
         applied = apply_in_order(self.model, edits, numbers, cast("Inputs | None", self.inputs), carry_out)
         self.model, self.inputs = applied.model, applied.inputs
@@ -202,14 +204,19 @@ class OpenStateDict:
         return bool(self.source.input_size is not None or self.source.inputs or recorded)
 
     def overflow_notes(self) -> list[str]:
-        """Return notes on values that overflowed in a narrower dtype. Call it after writing."""
+        """Return notes on values that overflowed in a narrower dtype, and on scales. Call it after writing."""
+        spoilt = [name for name, each in self.model.tensors.items() if self._sources.multiplied_by_not_finite(each)]
+        notes = []
+        if spoilt:
+            were = "was" if len(spoilt) == 1 else "were"
+            notes.append(f"{listed(spoilt, 3)} {were} multiplied by scales that are NaN or Inf")
         cast = [(name, part) for name, tensor in self.model.tensors.items() for part in casts_in(tensor)]
         if not cast:
-            return []
+            return notes
         from modelcli.values import overflow
 
         cast.sort(key=lambda item: item[1].kind == "buffer")  # parameters first, as PyTorch lists them
-        return overflow.notes_of([(name, self._sources.entry(name, part)) for name, part in cast])
+        return notes + overflow.notes_of([(name, self._sources.entry(name, part)) for name, part in cast])
 
     def random_value_notes(self) -> list[str]:
         return []

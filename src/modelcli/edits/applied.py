@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from modelcli.errors import ModelcliError
 
@@ -28,6 +28,7 @@ class Context:
         trusted: whether it may run code other than that of known libraries.
         blueprint: the model's blueprint, if there is one already; handlers call `blueprint_of`.
         sources: opens the other models that an edit names; None where none may be opened, as for a record.
+        quantization: what the `config.json` beside the tensors says of how they are quantized; None if it says nothing.
     """
 
     seed: int
@@ -35,6 +36,7 @@ class Context:
     trusted: bool
     blueprint: Blueprint | None = None
     sources: OpensSources | None = None
+    quantization: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,14 @@ from typing import ClassVar, Self
 from modelcli.edits.applied import Applied, Change, Context
 from modelcli.edits.declaring import TENSORS, Operand, selector
 from modelcli.edits.picking import count_at, dense_notes, groups_of, names_of_one, tie_notes
+from modelcli.edits.scaled import hint_to_dequantize
 from modelcli.edits.targets import Selecting
 from modelcli.errors import RequestError, did_you_mean
 from modelcli.language import selectors
 from modelcli.model.blueprint import Blueprint
 from modelcli.model.dtypes import FLOATING, ITEM_BYTES, dtype_called
 from modelcli.model.paths import shown
-from modelcli.model.scaled_weights import scaled_weights
+from modelcli.model.scaled_weights import is_plain_fp8, scaled_weights
 from modelcli.model.state_dict import StateDictModel, StateDictTensor
 from modelcli.wording import counted
 
@@ -110,7 +111,7 @@ def casting(edit: Cast, blueprint: Blueprint, tensors: Collection[str]) -> Casti
             f"nothing to cast: {', '.join(edit.targets)} has no floating-point tensors",
             "modelcli params shows the dtypes",
         )
-    _refuse_scaled(blueprint, floating)
+    _refuse_scaled(edit, blueprint, floating)
     groups = groups_of(edit.targets, blueprint, floating)
     selectors.require_expected(edit.expect, [path for path, _ in groups])
     changes, notes = [], tie_notes(names_of_one(blueprint), floating, "cast")
@@ -131,19 +132,22 @@ def casting(edit: Cast, blueprint: Blueprint, tensors: Collection[str]) -> Casti
     return Casting(tuple(name for name in floating if known[name].dtype != edit.dtype), tuple(changes), tuple(notes))
 
 
-def _refuse_scaled(blueprint: Blueprint, names: Sequence[str]) -> None:
+def _refuse_scaled(edit: Cast, blueprint: Blueprint, names: Sequence[str]) -> None:
     """Raise RequestError if a cast would include a weight that has a scale, or a scale: it would change the weights."""
-    pairs = scaled_weights({tensor.name: tensor.dtype for tensor in blueprint.tensors})
+    dtypes = {tensor.name: tensor.dtype for tensor in blueprint.tensors}
+    pairs = scaled_weights(dtypes)
     if (name := next((name for name in names if name in pairs), None)) is None:
         return
     pair = pairs[name]
     many = len({pairs[name].weight for name in names if name in pairs})
+    there = set(names)
+    own = [each for each in dict.fromkeys(pairs.values()) if {each.weight, each.scale} & there]
+    is_same_work = not edit.without and all(is_plain_fp8(each, dtypes) and each.weight in there for each in own)
     more = f", and {counted(many - 1, 'weight')} more like it" if many > 1 else ""
     raise RequestError(
         f"{pair.weight} is {pair.how}, whose values are its elements times {pair.scale}{more}: casting only one "
         "of them would change the weights",
-        "leave scaled weights and their scales out with --except, or dequantize the file with the program that "
-        "wrote it",
+        hint_to_dequantize(pair, dtypes, edit.dtype, edit.targets if is_same_work else None),
     )
 
 

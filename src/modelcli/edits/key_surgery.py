@@ -12,6 +12,7 @@ from modelcli.edits.base import Edit
 from modelcli.edits.declaring import Kind
 from modelcli.edits.key_names import check_names
 from modelcli.edits.picking import names_of_one, tie_notes
+from modelcli.edits.scaled import hint_to_dequantize
 from modelcli.errors import RequestError
 from modelcli.language import selectors
 from modelcli.language.quoting import quoted
@@ -220,13 +221,14 @@ def require_plain(edit: Edit, model: StateDictModel, names: Collection[str]) -> 
             )
         if tensor.source is None:
             raise RequestError(f"{name} {list(tensor.shape)} has no values: no file and no edit provides them")
-    pairs = scaled_weights({tensor.name: tensor.dtype for tensor in model.blueprint.tensors})
+    dtypes = {tensor.name: tensor.dtype for tensor in model.blueprint.tensors}
+    pairs = scaled_weights(dtypes)
     if (found := next((name for name in names if name in pairs), None)) is not None:
         pair = pairs[found]
         raise RequestError(
             f"{pair.weight} {list(known[pair.weight].shape or ())} is {pair.how}, whose values are its elements times "
             f"{pair.scale}: the scales would not fit afterwards",
-            "dequantize the file with the program that wrote it first",
+            hint_to_dequantize(pair, dtypes, "bfloat16"),
         )
 
 

@@ -42,6 +42,7 @@ _EDITS: Mapping[str, str] = {
     "unfreeze": "modelcli.edits.unfreeze:Unfreeze",
     "init": "modelcli.edits.init:Init",
     "cast": "modelcli.edits.cast:Cast",
+    "dequantize": "modelcli.edits.dequantize:Dequantize",
     "tie": "modelcli.edits.tie:Tie",
     "untie": "modelcli.edits.untie:Untie",
     "resize": "modelcli.edits.resize:Resize",

@@ -5,7 +5,7 @@ modelcli recognises them by the names and dtypes that the programs which write t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 
 from modelcli.model.paths import joined
@@ -25,6 +25,12 @@ _PACKED = {
     "W_q": ("HQQ", ("scale", "zero")),
     "W_q_meta": ("HQQ", ("scale", "zero")),
 }
+#: The endings and names of scales that multiply the elements of an fp8 weight, and nothing else.
+_PLAIN_ENDINGS, _PLAIN_NAMES = ("_scale_inv", "_scale"), ("scale_weight", "weight_scale")
+#: What else stands beside a weight whose values are not its elements times one scale each.
+_FURTHER_ENDINGS = ("_scale_2", "_global_scale", "_zero_point")
+#: The scales of the inputs and outputs of a module, for the name of its weight: `weight`, `gate_up_proj`.
+_ACTIVATIONS = ("input_scale", "input_scale_ub", "input_zero_point", "output_scale", "activation_scale")
 _NARROW = ("float8", "float4", "float6", "int8", "uint8", "int32", "uint32")
 
 
@@ -53,6 +59,8 @@ def scaled_weights(dtypes: Mapping[str, str]) -> dict[str, Scaled]:
 def _scales_of(name: str, dtype: str) -> Iterator[tuple[str, str]]:
     """Yield possible names of a weight's scales, the most specific first, and how the weight would be stored."""
     path, _, own = name.rpartition(".")
+    if own.endswith("_blocks") and dtype == "uint8":
+        yield joined(path, f"{own.removesuffix('_blocks')}_scales"), "a weight packed by MXFP4"
     if own in _PACKED:
         how, scales = _PACKED[own]
         for scale in scales:
@@ -64,3 +72,43 @@ def _scales_of(name: str, dtype: str) -> Iterator[tuple[str, str]]:
     if own == "weight":
         for scale in _SCALE_NAMES:
             yield joined(path, scale), f"a scaled {dtype} weight"
+
+
+def is_plain_fp8(pair: Scaled, dtypes: Mapping[str, str]) -> bool:
+    """Whether the values of a weight are its fp8 elements, each times one number of its scale, and nothing else."""
+    if not dtypes[pair.weight].startswith("float8") or dtypes[pair.weight] == "float8_e8m0fnu":
+        return False
+    if any(pair.weight + ending in dtypes for ending in _FURTHER_ENDINGS):
+        return False
+    own = pair.scale.rpartition(".")[2]
+    return pair.scale in [pair.weight + ending for ending in _PLAIN_ENDINGS] or own in _PLAIN_NAMES
+
+
+def method_of(pair: Scaled, dtypes: Mapping[str, str]) -> str:
+    """Return the name of the method that stored a weight which is not plain fp8, as far as its names and dtypes say.
+
+    Args:
+        pair: the weight and its scale.
+        dtypes: the dtypes of all tensors.
+    """
+    path, _, own = pair.weight.rpartition(".")
+    if own == "qweight":
+        return "GPTQ" if joined(path, "g_idx") in dtypes else "GPTQ or AWQ"
+    if own in _PACKED:
+        return _PACKED[own][0]
+    if own.endswith("_blocks"):
+        return "MXFP4"
+    if pair.scale.startswith(f"{pair.weight}.") or pair.scale.endswith("SCB"):
+        return "bitsandbytes"
+    if dtypes[pair.weight] == "uint8" and f"{pair.weight}_scale_2" in dtypes:
+        return "NVFP4"
+    if dtypes[pair.weight] == "uint8" and dtypes[pair.scale] == "uint8":
+        return "MXFP4"
+    return f"an unknown method ({dtypes[pair.weight]} elements with {pair.scale.rpartition('.')[2]})"
+
+
+def activation_scales(weight: str, names: Container[str]) -> list[str]:
+    """Return the scales of the inputs and outputs beside a weight, which have no meaning once it has no scale."""
+    path, _, own = weight.rpartition(".")
+    prefix = "" if own == "weight" else f"{own}_"
+    return [name for each in _ACTIVATIONS if (name := joined(path, prefix + each)) in names]

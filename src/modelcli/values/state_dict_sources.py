@@ -9,9 +9,10 @@ from modelcli.checkpoints import Storage, TensorEntry, shapes
 from modelcli.checkpoints.copied import Copied, Rearranged
 from modelcli.checkpoints.storage import JoinedSpan, Span
 from modelcli.errors import RequestError
+from modelcli.model.dequantized import PRODUCTS, Dequantized
 from modelcli.model.dtypes import ITEM_BYTES
 from modelcli.model.joined_tensors import Joined
-from modelcli.model.state_dict import StateDictTensor
+from modelcli.model.state_dict import Source, StateDictTensor
 from modelcli.model.tensors import Shape
 
 
@@ -21,7 +22,7 @@ class Sources:
     def __init__(self) -> None:
         self._found: dict[object, Storage] = {}
         self._views: dict[object, Storage] = {}
-        self._made: dict[Joined, Storage] = {}
+        self._made: dict[Joined | Dequantized, Storage] = {}
         #: The stride and the bytes of tensors that use all of their storage, by shape and dtype: 100,000 have few.
         self._whole: dict[tuple[Shape, str], tuple[Shape, int]] = {}
 
@@ -34,13 +35,11 @@ class Sources:
             )
         if tensor.source is None:
             raise RequestError(f"{name} has no values to write: no file and no edit provides them")
-        if not tensor.cast_from and not tensor.copied and not isinstance(tensor.source, Joined):
+        if not tensor.cast_from and not tensor.copied and not isinstance(tensor.source, Joined | Dequantized):
             return tensor.source  # type: ignore[return-value]  # every source is a storage
         key = tensor.storage
         if key not in self._found:
-            storage: Storage = (
-                self._joined(name, tensor.source) if isinstance(tensor.source, Joined) else tensor.source  # type: ignore[assignment]
-            )
+            storage = self._storage_of(name, tensor.source)
             if tensor.cast_from:
                 from modelcli.values.conversion import converted
 
@@ -48,6 +47,42 @@ class Sources:
                     storage = converted(storage, before, after)
             self._found[key] = Copied(storage) if tensor.copied else storage
         return self._found[key]
+
+    def _storage_of(self, name: str, source: Source) -> Storage:
+        """Return a source as a storage; one that is made of tensors is made."""
+        if isinstance(source, Joined):
+            return self._joined(name, source)
+        if isinstance(source, Dequantized):
+            return self._dequantized(name, source)
+        return source  # type: ignore[return-value]  # every other source is a storage
+
+    def _dequantized(self, name: str, made: Dequantized) -> Storage:
+        """Return the elements of a weight times their scales as a storage that equals itself alone."""
+        if made not in self._made:
+            from modelcli.values.dequantized import products
+
+            weight, scale = made.weight, made.scale
+            assert weight.shape is not None
+            assert scale.shape is not None
+            factors = scale if scale.dtype == PRODUCTS else scale.cast(PRODUCTS)
+            self._made[made] = products(
+                self.row_major(name, weight),
+                weight.dtype,
+                weight.shape,
+                self.row_major(name, factors),
+                scale.shape,
+                made.block,
+            )
+        return self._made[made]
+
+    def multiplied_by_not_finite(self, tensor: StateDictTensor) -> bool:
+        """Whether a scale that a tensor was multiplied by was NaN or infinite. Known once its bytes were read."""
+        made = self._made.get(tensor.source) if isinstance(tensor.source, Dequantized) else None
+        if made is None:
+            return False
+        from modelcli.values.dequantized import Products
+
+        return isinstance(made, Products) and made.watch.not_finite
 
     def _joined(self, name: str, joined: Joined) -> Storage:
         """Return the elements of tensors that are joined along an axis as a storage that equals itself alone."""

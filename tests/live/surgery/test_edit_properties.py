@@ -32,6 +32,7 @@ from modelcli.edits.add import Add
 from modelcli.edits.append import Append
 from modelcli.edits.cast import Cast
 from modelcli.edits.concat import Concat
+from modelcli.edits.dequantize import Dequantize
 from modelcli.edits.extract import Extract
 from modelcli.edits.freeze import Freeze
 from modelcli.edits.fuse import Fuse
@@ -140,6 +141,13 @@ EDITS: dict[type[Edit], st.SearchStrategy[Edit]] = {
     Unfreeze: st.builds(Unfreeze, targets=targets, **picking),
     Init: st.builds(Init, targets=targets, scheme=schemes, bias=schemes | st.just(Call("zeros")), **picking),
     Cast: st.builds(Cast, targets=targets, dtype=st.sampled_from(sorted(FLOATING)), **picking),
+    Dequantize: st.builds(
+        Dequantize,
+        targets=targets,
+        dtype=st.sampled_from(["bfloat16", "float16", "float32", "float64"]),
+        block=st.none() | st.tuples(st.integers(1, 999), st.integers(1, 999)),
+        **picking,
+    ),
     Resize: st.builds(
         Resize,
         targets=targets,
@@ -448,6 +456,7 @@ def edits_of(draw: st.DrawFn, model: nn.Module) -> list[Edit]:
         st.builds(Unfreeze, targets=several, **less),
         st.builds(Init, targets=several, scheme=schemes, bias=st.just(Call("zeros")) | schemes, **less),
         st.builds(Cast, targets=several, dtype=st.sampled_from(["float16", "bfloat16", "float64"]), **less),
+        st.builds(Dequantize, targets=several, dtype=st.just("bfloat16"), **less),
         st.builds(Resize, targets=several, what=st.just("vocab_size"), size=st.integers(1, 9)),
         st.builds(Set, targets=several.filter(lambda words: "=" not in "".join(words)), settings=given, **less),
         st.builds(Wrap, target=target, module=st.sampled_from(WRAPPERS).map(parse), **less),

@@ -300,6 +300,7 @@ UNKNOWN = "nothing in the file says that the children of {} are a sequence"
 NEEDS_CLASSES = "{} needs the classes of the modules, but the file records no architecture"
 NEEDS_KEYS = "changes the keys of a state dict"
 ROOT_STAYS = "the model itself cannot be replaced"
+NO_FP8 = "nothing to dequantize: {} has no fp8 weights"
 NO_NORM = "nothing to fuse: {} has no BatchNorm"
 
 
@@ -653,6 +654,12 @@ TABLE: dict[tuple[str, str], Cell] = {
     ("cast", "child"): Cell(("cast fc bfloat16",), lambda model: model.fc.bfloat16() and None),
     ("cast", "shared"): Cell(("cast again bfloat16",), lambda model: model.again.bfloat16() and None),
     ("cast", "root"): Cell(("cast . bfloat16",), lambda model: model.bfloat16() and None),
+    ("dequantize", "Sequential"): Cell(("dequantize seq bfloat16",), NO_FP8.format("seq")),
+    ("dequantize", "ModuleList"): Cell(("dequantize blocks.1 bfloat16",), NO_FP8.format("blocks.1")),
+    ("dequantize", "ModuleDict"): Cell(("dequantize heads.left bfloat16",), NO_FP8.format("heads.left")),
+    ("dequantize", "child"): Cell(("dequantize fc bfloat16",), NO_FP8.format("fc")),
+    ("dequantize", "shared"): Cell(("dequantize again bfloat16",), NO_FP8.format("again")),
+    ("dequantize", "root"): Cell(("dequantize . bfloat16",), NO_FP8.format(".")),
 }  # fmt: skip
 
 

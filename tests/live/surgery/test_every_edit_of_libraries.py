@@ -106,6 +106,7 @@ def edits_of(head: str, layers: str, norm: str, width: int) -> dict[str, Cell]:
         "unfreeze": Cell(("freeze .", f"unfreeze {head}"), frozen_except(head)),
         "init": Cell((f"init {layers}.0 default",), reset(f"{layers}.0")),
         "cast": Cell(("cast . float64",), lambda model: model.double() and None),
+        "dequantize": Cell((f"dequantize {head} bfloat16",), "nothing to dequantize"),
         "tie": Cell((f"tie {first}.weight {second}.weight",), tied(first, second)),
         "untie": Cell((f"untie {head}.weight",), "is tied to no other"),
         "fuse": Cell((f"fuse {layers}",), NO_NORM.format(layers)),

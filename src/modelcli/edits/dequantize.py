@@ -55,7 +55,7 @@ class Dequantize(Selecting):
     summary: ClassVar[str] = "Multiply fp8 weights by the scales beside them, which are removed."
     effect: ClassVar[str] = (
         "multiplies fp8 weights by their scales (`NAME_scale_inv`, `NAME_scale`: per tensor, per row, in blocks), in "
-        "float32, and rounds once; the scales go, and `quantization_config` goes from `config.json`"
+        "float32, rounds once, and removes the scales"
     )
     in_pytorch: ClassVar[str] = "`(weight.float() * scale_of_each_element).to(torch.bfloat16)`"
     examples: ClassVar[tuple[str, ...]] = (

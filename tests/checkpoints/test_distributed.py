@@ -281,6 +281,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.sweep
 def test_rows_of_several_ranks_are_joined(two: Path) -> None:
     contents = checkpoints.read(two / "sharded")
     wanted = as_torch_loads(two / "sharded")

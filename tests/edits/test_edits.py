@@ -110,6 +110,8 @@ def test_the_line_of_an_edit_is_as_a_person_writes_it(edit: Edit, line: str) -> 
         ("freeze 'features", 'cannot split "freeze \'features" into words: No closing quotation', ""),
         ("freeze a --exept b", "no such option: --exept", "--except"),
         ("freeze a -e b", "no such option: -e", ""),
+        ("reshape w -1,2x", "no such option: -1,2x", ""),
+        ("permute w -1,0", "'-1,0' is no list of axes: they are numbers from 0", ""),
         ("freeze a --except", "--except takes a value", ""),
         ("freeze a --expect", "--expect takes a value", ""),
         ("freeze a --expect many", "--expect takes a number, not 'many'", ""),

@@ -85,7 +85,7 @@ def _same(found: object, expected: object) -> bool:
     return all(map(_same, found, expected))
 
 
-@pytest.mark.parametrize("name", sampled(SMALL, one_in=3))
+@pytest.mark.parametrize("name", sampled(SMALL, one_in=5))
 def test_freeze_cast_and_replace(cli: Cli, name: str) -> None:
     freeze_cast_and_replace(cli, name)
 

@@ -135,6 +135,8 @@ class Format:
     whole_files: ClassVar[tuple[str, ...]] = ()
     #: Whether it is a folder of files, not one file.
     is_folder: ClassVar[bool] = False
+    #: The word of `--format-out` by which a folder is written in it; empty where it is only read, and for files.
+    folder_word: ClassVar[str] = ""
     #: Whether tensors are read in the order in which they were written.
     keeps_order: ClassVar[bool] = True
     #: How the file is called that says what a folder of it holds, as a pattern: `*.index.json`.

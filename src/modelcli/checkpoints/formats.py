@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from modelcli.checkpoints.format import Candidate, Format
-from modelcli.errors import FileFormatError, ModelcliError, RequestError, SystemFailureError
+from modelcli.errors import FileFormatError, ModelcliError, RequestError, SystemFailureError, did_you_mean
 from modelcli.wording import listed
 
 if TYPE_CHECKING:
@@ -155,9 +155,19 @@ def written() -> list[Format]:
     return [format_ for format_ in every() if format_.written_suffixes]
 
 
-def folder_format() -> Format:
-    """Return the format in which folders are written."""
-    return _made(_FOLDERS[0])
+def folder_format(word: str | None = None) -> Format:
+    """Return the format in which folders are written: by default safetensors shards.
+
+    Raises RequestError for a word that names no such format.
+    """
+    if word is None:
+        return _made(_FOLDERS[0])
+    known = {format_.folder_word: format_ for format_ in every() if format_.folder_word}
+    if word not in known:
+        raise RequestError(
+            f"unknown format of a folder: {word!r}", did_you_mean(word, known) or f"there are {listed([*known], 6)}"
+        )
+    return known[word]
 
 
 def default() -> Format:

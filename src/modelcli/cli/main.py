@@ -34,9 +34,9 @@ class _EndedError(BaseException):
 
 def run() -> None:
     """Run the `modelcli` program."""
-    # The process runs one command. 100,000 tensors make more than a million objects, all of which stay in use, so
-    # searching them for garbage is a waste of time. Above two million objects, garbage may be worth collecting.
-    gc.set_threshold(2_000_000, 50, 100)
+    # The process runs one command. A million tensors make more than ten million objects, all of which stay in use, so
+    # searching them for garbage is a waste of time. Above twenty million objects, garbage may be worth collecting.
+    gc.set_threshold(20_000_000, 50, 100)
     _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

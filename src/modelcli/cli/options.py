@@ -415,9 +415,16 @@ class SaveOptions(OptionGroup):
     )
     max_shard_size: str | None = _option(
         "--max-shard-size",
-        help="The maximum size of a shard in a folder. \\[default: 5GB]",
+        help="The maximum size of a file in a folder. \\[default: 5GB]",
         metavar="SIZE",
         rich_help_panel="Result",
+    )
+    format_out: str | None = _option(
+        "--format-out",
+        help="How a folder/ is written: safetensors, or dcp for torch.distributed.checkpoint. \\[default: safetensors]",
+        metavar="FORMAT",
+        rich_help_panel="Result",
+        autocompletion=completing.one_of("safetensors", "dcp"),
     )
     no_fsync: bool = _option(
         "--no-fsync",
@@ -450,6 +457,7 @@ class UnheededOptions(OptionGroup):
     check: str = _option("--check", default="meta", hidden=True)
     also_ema: bool = _option("--also-ema", default=False, hidden=True)
     max_shard_size: str | None = _option("--max-shard-size", hidden=True)
+    format_out: str | None = _option("--format-out", hidden=True)
     no_fsync: bool = _option("--no-fsync", default=False, hidden=True)
     verify: bool = _option("--verify", default=False, hidden=True)
 

@@ -29,9 +29,11 @@ def write_request(options: SaveOptions, out: str | None) -> "WriteRequest":
     if options.check not in CHECKS:
         either = f"pass --check {', '.join(CHECKS[:-1])} or {CHECKS[-1]}"
         raise RequestError(f"unknown check {options.check!r}", did_you_mean(options.check, CHECKS) or either)
+    if out is None and options.format_out is not None:
+        raise RequestError("--format-out says how a folder is written, and none is", "-o out/ writes it")
     return WriteRequest(
         out=None if out is None else Path(out),
-        format=writing.default_format() if out is None else writing.format_of(out),
+        format=writing.default_format() if out is None else writing.format_of(out, options.format_out),
         force=options.force,
         dry_run=options.dry_run,
         check=options.check,

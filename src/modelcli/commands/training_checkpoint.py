@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from modelcli.checkpoints import Contents, formats
+from modelcli.checkpoints import Contents, formats, shapes
+from modelcli.checkpoints.entries import TensorEntry
 from modelcli.checkpoints.optimizers import Optimizer, optimizers_in, with_values
+from modelcli.checkpoints.plan import PlannedTensor
 from modelcli.checkpoints.torch_pickle import state_dicts
+from modelcli.checkpoints.torch_pickle.inert_values import OrderedDict
 from modelcli.commands import other_state_dicts
 from modelcli.edits import kind_called
 from modelcli.errors import RequestError
@@ -17,7 +20,6 @@ from modelcli.model.wrapper_prefixes import Unwrapping
 from modelcli.wording import is_or_are, listed
 
 if TYPE_CHECKING:
-    from modelcli.checkpoints.entries import TensorEntry
     from modelcli.commands.editable import Editable
     from modelcli.commands.write import WriteRequest
     from modelcli.edits.applied import Change
@@ -147,3 +149,20 @@ def _arranging(old: OldParameters) -> Any:
             raise CannotFollowError(str(error)) from None
 
     return arrange
+
+
+def row_major(tree: Any) -> Any:
+    """Return the values around a state dict with each tensor row-major, for a format that holds no views."""
+    if isinstance(tree, OrderedDict):
+        ordered = OrderedDict({name: row_major(value) for name, value in tree.items()})
+        ordered.state = tree.state
+        return ordered
+    if isinstance(tree, dict):
+        return {name: row_major(value) for name, value in tree.items()}
+    if type(tree) in (list, tuple):
+        return type(tree)(map(row_major, tree))
+    if not isinstance(tree, TensorEntry):
+        return tree
+    from modelcli.values.row_major import row_major as elements_of
+
+    return PlannedTensor(tree.shape, tree.dtype, shapes.row_major(tree.shape), 0, elements_of(tree))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,6 +69,7 @@ def write(
 ) -> WriteResult:
     """Write an edited model. `traced` is a forward pass of it, if there is one already."""
     from modelcli import writing
+    from modelcli.checkpoints import formats
 
     assert request.out is not None
     plan = model.plan(request.out, request.format, bare=request.bare, compact=request.compact, traced=traced)
@@ -77,6 +78,10 @@ def write(
         from modelcli.commands import training_checkpoint
 
         plan, around = training_checkpoint.followed(model, model.contents, plan, changes, request)
+    if plan.tree is not None and not formats.named(request.format).holds_views:
+        from modelcli.commands import training_checkpoint
+
+        plan = replace(plan, tree=training_checkpoint.row_major(plan.tree))
     size = writing.DEFAULT_SIZE if request.max_shard_bytes is None else request.max_shard_bytes
     reads = _files_of(model.contents) if model.contents is not None and request.out.exists() else frozenset()
     options = writing.WriteOptions(request.force, request.durable, request.verify, progress, size, reads)

@@ -11,7 +11,7 @@ from modelcli.edits.targets import OfTargets
 from modelcli.errors import RequestError
 from modelcli.language import selectors
 from modelcli.model.blueprint import Blueprint
-from modelcli.model.paths import lies_in, shown
+from modelcli.model.paths import ROOT, lies_in, shown
 from modelcli.wording import counted, listed
 
 
@@ -82,10 +82,11 @@ def picked_norms(edit: Fuse, blueprint: Blueprint, is_norm: Callable[[str], bool
         return _stated(edit, blueprint, norms)
     if norms:
         return dict.fromkeys(norms)
-    targets = ", ".join(edit.targets)
+    targets = ", ".join("the model" if target == ROOT else target for target in edit.targets)
     elsewhere = [path for path in paths if is_norm(path)]
     if not elsewhere:
-        raise RequestError(f"nothing to fuse: {targets} has no BatchNorm, and neither has the rest of the model")
+        rest = "" if ROOT in edit.targets else ", and neither has the rest of the model"
+        raise RequestError(f"nothing to fuse: {targets} has no BatchNorm{rest}", "leave the edit out")
     raise RequestError(f"nothing to fuse: {targets} has no BatchNorm", f"fuse {selectors.literal(elsewhere[0])}")
 
 

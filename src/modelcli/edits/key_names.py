@@ -21,7 +21,7 @@ def check_names(names: Iterable[tuple[str, str]], moved: Iterable[str]) -> None:
         return
     olds: dict[str, str] = {}
     for name, new in pairs:
-        if not new:
+        if not new and name:  # one that the file has already stays
             raise RequestError(f"{name} would get an empty name")
         if new.count(".") > MAX_MODULE_DEPTH:
             raise RequestError(f"{name} would be nested deeper than {MAX_MODULE_DEPTH}: {new[:60]}...")

@@ -14,6 +14,9 @@ _PIECES = re.compile(_PIECE, re.DOTALL)
 #: It always matches, so it never backtracks. A # where a word could begin starts a comment.
 _WORD = re.compile(rf"(?:[ \t\r\n]+|#[^\r\n]*)*((?:{_PIECE})*)", re.DOTALL)
 
+#: A negative number, or numbers with commas and dashes of which the first is negative: `-1,64` and `-3--1`.
+_NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|-\d[\d,\s-]*", re.ASCII)
+
 
 def split_words(line: str) -> list[str]:
     """Split a line like a POSIX shell, in linear time. A word that starts with `#` starts a comment.
@@ -38,15 +41,15 @@ def joined(words: Sequence[str]) -> str:
 
 
 def checked_operand(word: str, options: Sequence[str] = ("--except", "--expect")) -> str:
-    """Return an operand. A negative number is one; any other word that starts with a dash raises RequestError."""
+    """Return an operand. Negative numbers are one; any other word that starts with a dash raises RequestError."""
     if looks_like_option(word):
         raise RequestError(f"no such option: {word}", did_you_mean(word, options))
     return word
 
 
 def looks_like_option(word: str) -> bool:
-    """Whether a word starts with a dash and is not a negative number."""
-    return word.startswith("-") and not re.fullmatch(r"-(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", word, re.ASCII)
+    """Whether a word starts with a dash, and is neither a negative number nor a list or range of numbers."""
+    return word.startswith("-") and not _NEGATIVE.fullmatch(word)
 
 
 def _unquoted(piece: str) -> str:

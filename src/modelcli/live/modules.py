@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -74,7 +74,8 @@ def untrusted(what: str) -> UnsafeError:
     """Return the error for a file that names code outside the known libraries."""
     return UnsafeError(
         f"the file names {what}, no class of {class_packages()}, and following it would run that code",
-        "--trust (trust=True in Python) follows it; --arch names an architecture instead",
+        "--trust (trust=True in Python) follows it; --arch names an architecture instead; --bare-keys works on the "
+        "keys alone",
     )
 
 
@@ -205,7 +206,8 @@ def construct(
     except ModelcliError:
         raise
     except Exception as error:
-        raise ConstructorError(text, error, _argument_meant(error, signature or signature_of(kind))) from error
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, nn.Module)]
+        raise ConstructorError(text, error, _argument_meant(error, signature or signature_of(kind)), given) from error
     if not isinstance(module, nn.Module):
         raise RequestError(f"{text} gives {type(module).__name__}, not an nn.Module")
     return module
@@ -214,8 +216,8 @@ def construct(
 class ConstructorError(RequestError):
     """A constructor raised `error`. On the meta device, the reason may only be that it needs values of tensors."""
 
-    def __init__(self, text: str, error: Exception, signature: str | None) -> None:
-        super().__init__(f"{text}: {_first_line(error)}", signature)
+    def __init__(self, text: str, error: Exception, signature: str | None, given: Sequence[nn.Module] = ()) -> None:
+        super().__init__(f"{text}: {_first_line(error, given)}", signature)
         self.error = error
 
     @property
@@ -306,5 +308,11 @@ def _named(dotted: str, *, trusted: bool) -> Any:
     return find_class(dotted, trusted=trusted)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0]
+def _first_line(error: Exception, given: Sequence[nn.Module] = ()) -> str:
+    """Return the first line of a message, which has the class of each `given` module in the place of its repr."""
+    text = (str(error) or type(error).__name__).strip()
+    if "\n" in text:
+        for module in given:
+            with contextlib.suppress(Exception):  # a class of one's own may fail to show itself
+                text = text.replace(repr(module), type(module).__name__)
+    return text.splitlines()[0]

@@ -12,6 +12,11 @@ def shown(path: str) -> str:
     return path or ROOT
 
 
+def called(path: str) -> str:
+    """Return the path as a sentence names its module: `the model` for the root."""
+    return path or "the model"
+
+
 def parent_of(path: str) -> str:
     """Return the path of the module that holds this module or tensor; `""` for a name without a dot."""
     return path.rpartition(".")[0]

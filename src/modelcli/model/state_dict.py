@@ -14,6 +14,7 @@ from math import prod
 from operator import add
 from typing import Any, Protocol, cast
 
+from modelcli.errors import RequestError
 from modelcli.model.blueprint import Blueprint, ModuleInfo, depth_first
 from modelcli.model.dtypes import ITEM_BYTES, is_differentiable
 from modelcli.model.paths import joined
@@ -467,12 +468,19 @@ def _placed(new: NewModule, at: str) -> Iterator[Part]:
 
 
 def assembled(parts: Iterable[Part]) -> StateDictModel:
-    """Return the model of these modules, in this order."""
+    """Return the model of these modules, in this order.
+
+    Raises RequestError for a key that starts with a dot and would move: of `0..weight`, the module would be `0.`.
+    """
     entries: dict[str, Entry] = {}
     modules: dict[str, StateDictModule] = {}
     for path, module, own in parts:
         modules[path] = module
         for name, entry in own:
+            if path and name.startswith("."):  # `0..weight` would be of a module `0.`
+                raise RequestError(
+                    f"the key {name!r} starts with a dot, so it cannot move to {path}", "rename the key first"
+                )
             entries[joined(path, name)] = entry
     return StateDictModel(entries, modules)
 

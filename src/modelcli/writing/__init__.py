@@ -19,6 +19,7 @@ from modelcli.checkpoints.plan import Plan, PlannedStorage, PlannedTensor, Sourc
 from modelcli.checkpoints.storage import FileId, require_unchanged
 from modelcli.errors import RequestError, SystemFailureError
 from modelcli.files import atomic
+from modelcli.language.quoting import quoted
 from modelcli.writing.output import Output, Report, checksums_in
 
 __all__ = [
@@ -63,14 +64,26 @@ class WriteOptions:
     reads: frozenset[FileId] = frozenset()
 
 
-def format_of(path: str | Path) -> str:
+def format_of(path: str | Path, folder: str | None = None) -> str:
     """The name of the format that a file is written in, by how its name ends; a folder that exists is one, too.
 
-    Raises RequestError for a name that no format is written under.
+    Args:
+        path: the file or folder.
+        folder: the word for the format of a folder (`--format-out`); None for the usual one.
+
+    Raises RequestError for a name that no format is written under, and for a format of folders with a file.
     """
     text = str(path)
     if not text:
         raise RequestError("the path to write is empty: ''", "name a file, such as out.pth, or a folder: out/")
+    if folder is not None:
+        format_ = formats.folder_format(folder)
+        if not text.endswith(("/", os.sep)) and (formats.has_known_suffix(text) or not Path(text).is_dir()):
+            raise RequestError(
+                f"{format_.title} is a folder, and {text} is the name of a file",
+                f"-o {quoted(Path(text).stem or text)}/ --format-out {folder}",
+            )
+        return format_.name
     if text.endswith(("/", os.sep)):
         return formats.folder_format().name
     if (found := formats.by_written_suffix(text)) is not None:

@@ -628,9 +628,10 @@ def test_keys_alone_do_not_show_what_is_before_what(cli: Cli) -> None:
 
 
 def test_nothing_to_fuse(cli: Cli) -> None:
-    assert "nothing to fuse: . has no BatchNorm, and neither has the rest of the model" in (
-        cli("fuse", ".", "-m", "alexnet", code=2).err
-    )
+    refused = cli("fuse", ".", "-m", "alexnet", code=2).err
+    assert "nothing to fuse: the model has no BatchNorm\n" in refused
+    refused = cli("fuse", "features", "-m", "alexnet", code=2).err
+    assert "nothing to fuse: features has no BatchNorm, and neither has the rest of the model" in refused
     refused = cli("fuse", "fc", "-m", "resnet18", code=2).err
     assert "nothing to fuse: fc has no BatchNorm" in refused
     assert "hint: fuse bn1" in refused

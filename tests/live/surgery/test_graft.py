@@ -707,6 +707,16 @@ def test_what_cannot_be_taken_is_refused(
     assert not Path("out.pth").exists()
 
 
+def test_the_root_is_called_the_model(cli: Cli) -> None:
+    torch.save({"a.w": torch.ones(2), "more": torch.ones(2)}, "a.pth")
+    torch.save({"a.w": torch.ones(2), "other": torch.ones(2)}, "b.pth")
+    torch.save({}, "none.pth")
+    assert "b.pth does not fit the model: missing" in cli("graft", ".", "b.pth", "-m", "a.pth", code=1).err
+    left = cli("graft", ".", "b.pth", "--no-strict", "-m", "a.pth").err
+    assert "other of b.pth is not taken: the model has no such key" in left
+    assert "error: the model has no tensors" in cli("graft", ".", "b.pth", "-m", "none.pth", code=2).err
+
+
 def test_a_hint_for_a_module_without_tensors(cli: Cli) -> None:
     torch.save({"w": torch.ones(2)}, "other.pth")
     error = cli("graft", "0", "other.pth", "-m", "Sequential(ReLU())", "--json", code=2).error

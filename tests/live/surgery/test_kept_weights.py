@@ -21,6 +21,7 @@ from modelcli.live.surgery.value_rules import repeated
 from tests import nets
 from tests.checkpoints.test_checkpoints import tensors_of
 from tests.conftest import Cli
+from tests.sampling import rotated
 
 
 def plain(seed: int = 0) -> nn.Sequential:
@@ -287,8 +288,7 @@ def test_the_value_of_keep_weights_needs_an_equals_sign(cli: Cli) -> None:
     assert "--keep-weights takes overlap, sum, mean, repeat or interpolate, not 'max'" in done.err
 
 
-@pytest.mark.parametrize("how", ["sum", "mean"])
-@pytest.mark.parametrize("channels", [1, 5])
+@pytest.mark.parametrize(("channels", "how"), rotated([1, 5], ["sum", "mean"]))
 def test_the_script_carries_channels_over_too(cli: Cli, how: str, channels: int) -> None:
     torch.save(plain().state_dict(), "m.pth")
     edit = f"replace 0 Conv2d({channels},_,_) --keep-weights={how}"
@@ -369,13 +369,16 @@ def test_swapped_axes_are_repeated_too(cli: Cli, folder: Path) -> None:
     assert torch.equal(torch.load("s.pth", weights_only=True)["0.weight"], expected)
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize(("old", "new"), [((16, 16), (14, 14)), ((4, 4), (6, 5)), ((3, 3), (5, 5)), ((8, 8), (3, 3))])
+@pytest.mark.parametrize(
+    ("sizes", "dtype"),
+    rotated([((16, 16), (14, 14)), ((4, 4), (6, 5)), ((3, 3), (5, 5)), ((8, 8), (3, 3))], FLOATS),
+)
 def test_kernels_are_resampled_as_timm_does(
-    cli: Cli, dtype: torch.dtype, old: tuple[int, int], new: tuple[int, int]
+    cli: Cli, sizes: tuple[tuple[int, int], tuple[int, int]], dtype: torch.dtype
 ) -> None:
     from timm.layers import resample_patch_embed
 
+    old, new = sizes
     model = nn.Sequential(nn.Conv2d(3, 5, old)).to(dtype)
     edit = f"replace 0 'Conv2d(3,5,({new[0]},{new[1]}))' --keep-weights=interpolate"
     found = both_kinds(cli, model, f"Sequential(Conv2d(3,5,({old[0]},{old[1]})))", edit)

@@ -287,6 +287,13 @@ def test_refused(folder: Path, line: str, message: str, hint: str) -> None:
     assert live.model.keys == before
 
 
+def test_an_empty_key_of_the_file_stays_where_others_are_renamed(cli: Cli) -> None:
+    """Such a file is no state dict of a module, but people can still mend its other keys."""
+    torch.save({"": torch.ones(2), "a.w": torch.ones(3)}, "a.pth")
+    cli("rename", "a.**", "b.**", "-m", "a.pth", "-o", "b.pth")
+    assert list(torch.load("b.pth")) == ["", "b.w"]
+
+
 def test_rename_is_refused_if_the_architecture_is_known(cli: Cli) -> None:
     result = cli("rename", "classifier.6.*", "head.*", "-m", "alexnet", "--json", code=2)
     assert result.error["message"] == "AlexNet cannot load a state dict where classifier.6.weight is called head.weight"

@@ -38,6 +38,7 @@ def storages(state: dict[str, torch.Tensor]) -> int:
         ("0--2", [0, 1, 2]),
         ("-1", [3]),
         ("-- -2--1", [2, 3]),
+        ("-2--1,0", [2, 3, 0]),
         ("0-2,1-3", [0, 1, 2, 1, 2, 3]),
         ("1,1,1", [1, 1, 1]),
     ],
@@ -90,6 +91,11 @@ def test_what_is_refused(line: str, message: str) -> None:
         modelcli.apply(model, line)
     assert message in f"{caught.value.message} {caught.value.hint}"
     assert repr(model) == before
+
+
+def test_a_sequence_without_children_is_refused() -> None:
+    with pytest.raises(RequestError, match="the model itself is a Sequential without children"):
+        modelcli.apply(nn.Sequential(), "slice . 0")
 
 
 def experts(layers: int = 2) -> nn.Module:

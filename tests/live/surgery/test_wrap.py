@@ -248,6 +248,7 @@ def test_a_wrapper_that_reads_no_values_leaves_the_file_alone(cli: Cli, own: Any
         ("wrap blocks Sequential(_) --also blocks.1", "blocks.1 lies inside blocks, and both match"),
         ("wrap nowhere Sequential(_)", "nowhere"),
         ("wrap blocks.1 torch.nn.utils.parametrizations:weight_norms(_)", "no class"),
+        (f"wrap blocks {WEIGHT_NORM}", "' does not have a parameter, a buffer, or a parametrized element with name"),
         ("wrap blocks.1 torch.nn.utils.parametrizations:Linear(_)", "no class"),
         ("wrap blocks.1", "wrap takes a target and a module"),
         (f"wrap blocks.1 {WEIGHT_NORM.replace('_)', '_,name=3)')}", "does not have a parameter"),
@@ -316,6 +317,15 @@ def test_the_script_of_a_state_dict_writes_the_same(cli: Cli, wrapper: str) -> N
     found, expected = (torch.load(name, weights_only=True) for name in ("b.pth", "c.pth"))
     assert list(found) == list(expected)
     assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_a_key_that_starts_with_a_dot_is_not_moved(cli: Cli) -> None:
+    torch.save({"..": torch.ones(2), "a.w": torch.ones(3), "s": torch.eye(2).to_sparse()}, "a.pth")
+    refused = cli("wrap", ".", "Sequential(_)", "-m", "a.pth", code=2).err
+    assert "the key '..' starts with a dot, so it cannot move to 0" in refused
+    assert "hint: rename the key first" in refused
+    cli("wrap", "a", "Sequential(_)", "-m", "a.pth", "-o", "b.pth")
+    assert list(torch.load("b.pth", weights_only=False)) == ["..", "a.0.w", "s"]
 
 
 @pytest.mark.parametrize(

@@ -12,16 +12,22 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from modelcli.checkpoints.contents import Contents
+    from modelcli.checkpoints.layout import FolderLayout
+    from modelcli.checkpoints.plan import Plan
 
 
 class DistributedCheckpoint(Format):
-    """A folder of `torch.distributed.checkpoint`. It is read only."""
+    """A folder of `torch.distributed.checkpoint`: read from any number of ranks, written as one rank writes it."""
 
     name = "dcp"
     title = "a folder of torch.distributed.checkpoint"
+    label = "torch.distributed.checkpoint"
     suffixes = (RANK_SUFFIX,)
     is_folder = True
+    folder_word = "dcp"
     index_pattern = METADATA
+    written_index = METADATA
+    holds_values = True
     has_keys = True
     unread_by_scripts = "it is a folder of torch.distributed.checkpoint"
 
@@ -33,14 +39,29 @@ class DistributedCheckpoint(Format):
         return path if METADATA in names and path.is_file() else None
 
     def files_in(self, folder: Path, names: set[str]) -> set[str]:
-        if METADATA not in names:
-            return set()
-        return {METADATA, *(name for name in names if name.endswith(RANK_SUFFIX))}
+        from modelcli.checkpoints.distributed import writing
+
+        return writing.own_files(names) if METADATA in names else set()
 
     def read(self, file: Candidate, key: str | None) -> Contents:
         from modelcli.checkpoints.distributed import reading
 
         return reading.read(file.path, key)
+
+    def folder_layout(self, plan: Plan, max_bytes: int) -> FolderLayout:
+        from modelcli.checkpoints.distributed import writing
+
+        return writing.layout(plan, max_bytes)
+
+    def verify_folder(self, plan: Plan, layout: FolderLayout, path: Path) -> None:
+        from modelcli.checkpoints.distributed import writing
+
+        writing.verify(plan, layout, path)
+
+    def superseded(self, folder: Path) -> set[str]:
+        from modelcli.checkpoints.distributed import writing
+
+        return writing.superseded(folder)
 
     def explain(self, path: Path) -> tuple[str, str] | None:
         if path.suffix != RANK_SUFFIX or not (path.parent / METADATA).exists():

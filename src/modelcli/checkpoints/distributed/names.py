@@ -2,3 +2,6 @@
 
 #: The file that describes the folder, and the suffix of the files that the ranks write.
 METADATA, RANK_SUFFIX = ".metadata", ".distcp"
+
+#: The file beside them with modelcli's record, which the format has no place for.
+RECORD = "modelcli.json"

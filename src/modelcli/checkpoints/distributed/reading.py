@@ -6,6 +6,7 @@ each as an archive of `torch.save`.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -13,10 +14,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from modelcli.checkpoints import limits, named_files, shapes
+from modelcli.checkpoints import limits, named_files, shapes, strict_json
 from modelcli.checkpoints.contents import Contents
 from modelcli.checkpoints.distributed import blocks
-from modelcli.checkpoints.distributed.names import METADATA
+from modelcli.checkpoints.distributed.names import METADATA, RECORD
 from modelcli.checkpoints.entries import TensorEntry
 from modelcli.checkpoints.storage import JoinedSpan, Storage, identity_of
 from modelcli.checkpoints.torch_pickle import embedded, pickles, state_dicts, trees
@@ -96,11 +97,37 @@ def read(path: Path, key: str | None) -> Contents:
     inert = pickles.Pickle(
         tree, tuple(dict.fromkeys((*foreign, *folder.foreign))), budget, (*pickled.attributes, *folder.attributes)
     )
-    contents = trees.contents_of(path.parent, inert, key)
+    record, record_notes = _record_beside(path, data)
+    contents = trees.contents_of(path.parent, inert, key, record)
     note = f"{counted(len(contents.tensors), 'tensor')} in {counted(len(folder.files), 'file')}, as {METADATA} says"
     # Entries that were left out may belong to the model, so a check must not claim to have seen everything.
     left_out = [name for name in whole if name not in tree and state_dicts.may_be_of_a_model(name, whole[name], budget)]
-    return replace(contents, format="dcp", notes=(note, *notes, *contents.notes), unseen=(*contents.unseen, *left_out))
+    return replace(
+        contents,
+        format="dcp",
+        notes=(note, *notes, *record_notes, *contents.notes),
+        unseen=(*contents.unseen, *left_out),
+    )
+
+
+def _record_beside(path: Path, metadata: bytes) -> tuple[str | None, tuple[str, ...]]:
+    """Return the text of modelcli's record beside a `.metadata`, and notes.
+
+    A record of another `.metadata` is ignored: another program has written the folder since.
+    """
+    beside = path.parent / RECORD
+    if not beside.is_file():
+        return None, ()
+    try:
+        limits.INDEX_BYTES.check(beside.stat().st_size, str(beside))
+        document = strict_json.loads(read_regular(beside), str(beside))
+    except (OSError, ValueError, RecursionError):
+        document = None
+    if not isinstance(document, dict) or not isinstance(document.get("record"), str):
+        return None, (f"{RECORD} was ignored: it is no record of modelcli",)
+    if document.get("metadata") != hashlib.sha256(metadata).hexdigest():
+        return None, (f"{RECORD} was ignored: another program has written {path.name} since",)
+    return document["record"], ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ class ShardedFolder(Format):
     title = "an index of shards"
     label = "safetensors"
     is_folder = True
+    folder_word = "safetensors"
     keeps_order = False
     index_pattern = f"*{INDEX_SUFFIX}"
     written_index = WRITTEN_INDEX

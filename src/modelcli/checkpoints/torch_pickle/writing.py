@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,16 @@ PREFIX = "archive"
 
 def layout(plan: Plan) -> ZipLayout:
     """Return the layout of an archive. The same plan gives the same bytes, whatever the name of the file."""
+    return archive(_tree(plan), [(records.ZIP_RECORD, Bytes(plan.record.encode()))])
+
+
+def archive(value: Any, more: Sequence[tuple[str, Source]] = ()) -> ZipLayout:
+    """Return the layout of an archive of a value, as `torch.save` writes it.
+
+    Args:
+        value: an inert value with the tensors to write.
+        more: further records, by name.
+    """
     storages: dict[tuple[Source, str | None], str] = {}
 
     def storage_key(source: Source, dtype: str | None) -> tuple[str, int]:
@@ -29,10 +40,10 @@ def layout(plan: Plan) -> ZipLayout:
         key = storages.setdefault((source, dtype), str(len(storages)))
         return key, source.nbytes // (ITEM_BYTES[dtype] if dtype else 1)
 
-    data = pickling.dumps(_tree(plan), storage_key)
+    data = pickling.dumps(value, storage_key)
     named: list[tuple[str, Source]] = [("data.pkl", Bytes(data)), ("byteorder", Bytes(b"little"))]
     named += [(f"data/{key}", source) for (source, _), key in storages.items()]
-    named += [(records.ZIP_RECORD, Bytes(plan.record.encode())), ("version", Bytes(b"3\n"))]
+    named += [*more, ("version", Bytes(b"3\n"))]
     return ZipLayout(place([(f"{PREFIX}/{name}", source) for name, source in named]))
 
 
@@ -44,19 +55,21 @@ def _tree(plan: Plan) -> Any:
     state_dict.state = {"_metadata": metadata}
     if plan.key is None:
         return state_dict
-    return _with(plan.tree, plan.key, state_dict)
+    return with_value_at(plan.tree, plan.key, state_dict)
 
 
-def _with(tree: Any, key: tuple[str | int, ...], value: Any) -> Any:
+def with_value_at(tree: Any, key: tuple[str | int, ...], value: Any) -> Any:
     """Return a tree with another value at the end of a path through its dicts and lists."""
     if not key:
         return value
     if isinstance(tree, list | tuple):
-        return type(tree)(_with(item, key[1:], value) if index == key[0] else item for index, item in enumerate(tree))
+        return type(tree)(
+            with_value_at(item, key[1:], value) if index == key[0] else item for index, item in enumerate(tree)
+        )
     changed = type(tree)(tree)
     if isinstance(tree, OrderedDict):
         changed.state = tree.state
-    changed[key[0]] = _with(tree[key[0]], key[1:], value)
+    changed[key[0]] = with_value_at(tree[key[0]], key[1:], value)
     return changed
 
 

@@ -14,7 +14,7 @@ from modelcli.language import selectors
 from modelcli.language.quoting import quoted
 from modelcli.model.blueprint import Blueprint
 from modelcli.model.key_report import KeyReport, KeysDoNotMatchError
-from modelcli.model.paths import joined, shown
+from modelcli.model.paths import called, joined
 from modelcli.model.shared_bytes import Shown, tied
 from modelcli.model.state_dict import StateDictTensor
 from modelcli.wording import counted, is_or_are, listed
@@ -37,7 +37,7 @@ def accept(edit: Graft, part: Part, path: str, report: KeyReport, not_dense: Seq
         KeysDoNotMatchError: the keys do not match, and the edit does not allow it.
         RequestError: tensors are not dense.
     """
-    here = f"{part.text} does not fit {shown(path)}"
+    here = f"{part.text} does not fit {called(path)}"
     if not_dense and not edit.lenient:
         raise RequestError(
             f"{here}: graft takes dense tensors, and {listed(not_dense, 3)} {is_or_are(len(not_dense))} sparse, "
@@ -69,7 +69,7 @@ def accept(edit: Graft, part: Part, path: str, report: KeyReport, not_dense: Seq
     if report.unexpected:
         names = report.unexpected
         notes.append(
-            f"{listed(names, 5)} of {part.text} {is_or_are(len(names))} not taken: {shown(path)} has no such key"
+            f"{listed(names, 5)} of {part.text} {is_or_are(len(names))} not taken: {called(path)} has no such key"
         )
     return notes
 
@@ -143,7 +143,7 @@ def module_at(edit: Graft, blueprint: Blueprint) -> str:
     path = selectors.select_one(blueprint, edit.path, edit.name)
     prefix = joined(path, "")
     if not any(tensor.persistent and tensor.name.startswith(prefix) for tensor in blueprint.tensors):
-        raise RequestError(f"{shown(path)} has no tensors", "name a module that has some: modelcli params lists them")
+        raise RequestError(f"{called(path)} has no tensors", "name a module that has some: modelcli params lists them")
     return path
 
 

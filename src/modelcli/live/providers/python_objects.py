@@ -41,7 +41,8 @@ class LivePythonObjects(LiveProvider):
         if not trust:
             raise UnsafeError(
                 f"the checkpoint names {reference.shown_from(Path())}, and following it would run that code",
-                "--trust (trust=True in Python) follows it; or pass --arch with the whole architecture, edits included",
+                "--trust (trust=True in Python) follows it; or pass --arch with the whole architecture, edits "
+                "included; --bare-keys works on the keys alone",
             )
         if weights is not None:
             raise no_weights(weights)

@@ -62,7 +62,9 @@ def _kept(holder: nn.Module, edit: Slice, path: str) -> tuple[list[int], list[st
     Children called 0, 1, 2 or layer_0, layer_1 are numbered anew; others keep their names, so none can be repeated.
     """
     names = list(holder._modules)
-    if not isinstance(holder, nn.Sequential | nn.ModuleList) or not names:
+    if isinstance(holder, nn.Sequential | nn.ModuleList) and not names:
+        raise RequestError(f"{path or 'the model itself'} is a {type(holder).__name__} without children")
+    if not isinstance(holder, nn.Sequential | nn.ModuleList):
         raise not_numbered(path, type(holder).__name__)
     kept = positions(edit, len(names), path)
     prefix = prefix_of(names)

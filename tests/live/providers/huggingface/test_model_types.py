@@ -44,7 +44,7 @@ def test_enough_model_types_are_covered_and_few_need_the_cpu() -> None:
     assert len(ON_THE_CPU) <= 2
 
 
-@pytest.mark.parametrize("name", sampled(NAMES, one_in=6))
+@pytest.mark.parametrize("name", sampled(NAMES, one_in=10))
 def test_a_folder_equals_the_model_of_transformers(cli: Cli, folder: Path, name: str) -> None:
     real = model(name)
     save(real, folder / "model", ("safetensors", "shards", "bin")[NAMES.index(name) // 3 % 3])

@@ -92,9 +92,11 @@ def taking_of_keys(edit: Graft, model: StateDictModel, path: str, part: Part, co
     names = {unwrapping.key(name): name for name in found if name not in unwrapping.dropped}
     both = [key for key in own if key in names]
     not_dense = [key for key in both if prefix + key not in dense or names[key] in others]
-    alike = [key for key in both if key not in not_dense]
+    left = set(not_dense)
+    alike = [key for key in both if key not in left]
     wrong = [key for key in alike if not _same_shape(own[key], found[names[key]])]
-    taken = {prefix + key: names[key] for key in alike if key not in set(wrong)}
+    mismatched = set(wrong)
+    taken = {prefix + key: names[key] for key in alike if key not in mismatched}
     identities = {known[name].identity for name in taken}
     report = KeyReport(
         len(taken),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from modelcli.edits.applied import Context
@@ -38,12 +39,12 @@ class Part:
     origins: Mapping[str, str]
     notes: tuple[str, ...]
 
-    @property
+    @cached_property
     def tensors(self) -> dict[str, StateDictTensor]:
         """The plain tensors of its state dict."""
         return {name: tensor for name, tensor in self.model.tensors.items() if tensor.persistent and tensor.source}
 
-    @property
+    @cached_property
     def others(self) -> list[str]:
         """The entries of its state dict that are no plain tensors, such as quantized and lazy ones."""
         known = self.tensors

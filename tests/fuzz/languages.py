@@ -17,6 +17,7 @@ from pathlib import Path
 from torch import nn
 
 from modelcli import edits, model_parts, resolve
+from modelcli.edits import registry
 from modelcli.language import expressions, references, selectors
 from modelcli.live import memory, surgery
 from modelcli.live.describe import describe
@@ -275,6 +276,7 @@ def every(folder: Path) -> list[Target]:
     as_edits = [_bytes(f"replace 0 {word}") for text in NASTY for word in (text, shlex.quote(text))]
     of_paths = [_bytes(text) for text in (".py:" * 16_000, "a/" * 16_000 + ".py:" * 16_000, "/" * 60_000, "\0.py:Net")]
     many = [b"freeze " + b"a " * 30_000, b"freeze a " + b"--except a " * 30_000, b"freeze '" + b"a" * 500_000]
+    list(registry.usable())  # the modules of edits are imported when they are needed: not while an input is watched
     parsers = [
         Target("expressions", _expression, _EXPRESSIONS, of_expressions, _grammar("call"), nasty),
         Target("selectors", partial(_selector, blueprint), _SELECTORS, words, _grammar("selector"), nasty),

@@ -17,6 +17,7 @@ from modelcli.errors import RequestError
 from modelcli.language import selectors
 from modelcli.language.quoting import quoted
 from modelcli.model.blueprint import Blueprint
+from modelcli.model.dtypes import ITEM_BYTES
 from modelcli.model.joined_tensors import made_of, place_of, seen_through, tied_at
 from modelcli.model.paths import ancestors, parent_of
 from modelcli.model.scaled_weights import scaled_weights
@@ -160,7 +161,11 @@ def _example(edit: Edit) -> str:
 def axis_of(dim: int, axes: int, name: str, shape: Sequence[int], flag: str = "--dim") -> int:
     """Return an axis, counted from 0. Raises RequestError if a tensor does not have it."""
     if not -axes <= dim < axes:
-        have = f"{flag} goes from {-axes} to {axes - 1}" if axes else "a tensor without axes cannot be taken apart"
+        have = (
+            f"{flag} goes from {-axes} to {axes - 1}"
+            if axes
+            else f"reshape {quoted(selectors.literal(name))} 1 gives it an axis"
+        )
         raise RequestError(f"{name} has the shape {list(shape)}, and so no axis {dim}", have)
     return dim % axes
 
@@ -170,9 +175,12 @@ def alike(edit: Edit, names: Sequence[str], tensors: Sequence[StateDictTensor], 
     first, shape = names[0], tensors[0].shape or ()
     for name, tensor in zip(names, tensors, strict=True):
         if tensor.dtype != tensors[0].dtype:
+            narrow, wide = sorted(
+                [(name, tensor.dtype), (first, tensors[0].dtype)], key=lambda item: ITEM_BYTES.get(item[1], 0)
+            )
             raise RequestError(
                 f"{first} is {tensors[0].dtype} and {name} is {tensor.dtype}, and one tensor has one dtype",
-                f"cast {quoted(selectors.literal(name))} {tensors[0].dtype} first",
+                f"cast {quoted(selectors.literal(narrow[0]))} {wide[1]} first",
             )
         own = tensor.shape or ()
         if len(own) != len(shape) or any(

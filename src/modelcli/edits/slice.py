@@ -19,10 +19,10 @@ from modelcli.language.quoting import quoted
 from modelcli.model.blueprint import Blueprint
 from modelcli.model.paths import shown
 from modelcli.model.state_dict import Entry, NewModule, Part, StateDictModel, StateDictTensor, split_key
-from modelcli.wording import counted, listed
+from modelcli.wording import brief_repr, counted, listed
 
 _EXAMPLE = "slice model.layers 0-23,8-31"
-_RANGE = re.compile(r"(-?\d{1,6})(?:-(-?\d{1,6}))?", re.ASCII)
+_RANGE = re.compile(r"(-?\d+)(?:-(-?\d+))?", re.ASCII)
 #: The most children that a sequence may have afterwards.
 MAX_CHILDREN = 100_000
 
@@ -173,6 +173,10 @@ def _range(word: str) -> Range:
     if match is None:
         raise RequestError(
             f"{word!r} is no position and no range of positions", f"{_EXAMPLE}, or slice features 3,2,1,0"
+        )
+    if any(len(number.lstrip("-")) > len(str(MAX_CHILDREN)) for number in match.groups() if number):
+        raise RequestError(
+            f"{brief_repr(word)} is beyond the {MAX_CHILDREN:,} children that a sequence may have", _EXAMPLE
         )
     first = int(match[1])
     return first, first if match[2] is None else int(match[2])

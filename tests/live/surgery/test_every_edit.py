@@ -522,7 +522,7 @@ TABLE: dict[tuple[str, str], Cell] = {
     ("split", "shared"): Cell(
         ("split {shared,again}.weight {shared,again}.a {shared,again}.b",), NEEDS_KEYS, both_again
     ),
-    ("split", "root"): Cell(("split ** **.a **.b",), NEEDS_KEYS, "a tensor without axes cannot be taken apart"),
+    ("split", "root"): Cell(("split ** **.a **.b",), NEEDS_KEYS, "num_batches_tracked 1 gives it an axis"),
     ("concat", "Sequential"): Cell(
         ("concat seq.3.weight seq.0.weight seq.both",),
         NEEDS_KEYS,

@@ -76,6 +76,7 @@ def test_tied_repeats_are_one_module() -> None:
         ("slice layers -5", "-5 is no position in layers, whose children are 0 to 3"),
         ("slice layers 1-x", "'1-x' is no position and no range"),
         ("slice layers ''", "'' is no position and no range"),
+        ("slice layers 0-99999999999999999999", "is beyond the 100,000 children that a sequence may have"),
         ("slice layers", "slice takes one target and the positions to keep"),
         ("slice head 0", "head is a Linear"),
         ("slice '**' 0", "layers lies inside ., and both match"),

@@ -141,7 +141,7 @@ def test_it_needs_no_torch(folder: Path) -> None:
         (("**.w", "**.a", "**.b", "--sizes", "6,-1"), "is no list of sizes"),
         (("**.w", "**.a", "**.b", "--dim", "2"), "x.w has the shape [5, 4], and so no axis 2"),
         (("**.w", "**.a", "**.b", "--dim", "x"), "takes the number of an axis, not 'x'"),
-        (("n", "a", "b"), "a tensor without axes cannot be taken apart"),
+        (("n", "a", "b"), "hint: reshape n 1 gives it an axis"),
         (("x.w", "x.a"), "split takes an old name and at least two new ones"),
         (("x.w", "x.a", "x.a"), "two parts would both be called x.a"),
         (("x.w", "x.a", "n", "--dim", "1"), "would both be called n"),

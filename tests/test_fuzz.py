@@ -58,7 +58,7 @@ def test_enough_of_the_generated_texts_are_valid(tmp_path: Path, name: str) -> N
         with contextlib.suppress(ModelcliError):
             target.run(target.made(draw))
             good += 1
-    assert good > 30
+    assert good >= 25
 
 
 def test_the_fuzzer_reports_hangs_open_files_and_exceptions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

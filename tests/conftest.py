@@ -16,6 +16,9 @@ from modelcli.cli import main
 
 NETS = Path(__file__).parent / "nets.py"
 
+#: Tests look at all files that a command leaves in a folder; Python's cache of a user's module is not one of its own.
+sys.dont_write_bytecode = True
+
 
 @dataclass(frozen=True)
 class Result:

@@ -13,7 +13,11 @@ import modelcli
 from modelcli import providers
 
 SOURCE = Path(modelcli.__file__).parent
-OWN = {SOURCE / "providers" / "torchvision.py", SOURCE / "live" / "providers" / "torchvision.py"}
+OWN = {
+    SOURCE / "providers" / "torchvision.py",
+    SOURCE / "live" / "providers" / "torchvision.py",
+    SOURCE / "live" / "providers" / "torchvision_detection.py",
+}
 #: The line by which the registry finds it.
 LINE = '"modelcli.providers.torchvision",'
 

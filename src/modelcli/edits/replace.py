@@ -63,8 +63,8 @@ class Replace(Selecting):
         "new channel gets the sum over the old ones, several get them repeated and rescaled; `=mean` gives each new "
         "channel the mean. `=repeat` repeats the old values, without rescaling, along every axis that is larger now "
         "but those of kernels. `=interpolate` resamples kernels of two dimensions as timm's `resample_patch_embed` "
-        "does, and position embeddings as torchvision's `interpolate_embeddings` does: a square grid bicubic behind "
-        "its class token, other embeddings linearly"
+        "does, and position embeddings as `interpolate_embeddings` of vision transformers does: a square grid bicubic "
+        "behind its class token, other embeddings linearly"
     )
     in_pytorch: ClassVar[str] = "`model.classifier[6] = nn.Linear(4096, 10)`"
     examples: ClassVar[tuple[str, ...]] = (

@@ -6,8 +6,8 @@ The words are those of `edits.kept_weights`:
 - `repeat`: every axis along which the new tensor is larger, but those of a kernel. Nothing is rescaled.
 - `interpolate`: the kernels of a two-dimensional convolution, as timm's `resample_patch_embed` does, so that the new
   kernel answers to an enlarged image as the old one answered to the image (FlexiViT, arXiv:2212.08013). And position
-  embeddings: those of a grid as torchvision's `interpolate_embeddings` does (bicubic, corners aligned, a class token
-  kept), those of a line linearly, with the first and the last position kept.
+  embeddings: those of a grid as `vision_transformer.interpolate_embeddings` does (bicubic, corners aligned, a class
+  token kept), those of a line linearly, with the first and the last position kept.
 """
 
 from __future__ import annotations
@@ -258,7 +258,7 @@ class InterpolatedLine:
 
 
 def interpolated_grid(positions: torch.Tensor, kept: int, side: int) -> torch.Tensor:
-    """Return position embeddings `[..., kept + n * n, width]` for a grid of another side, as torchvision does.
+    """Return position embeddings `[..., kept + n * n, width]` for another side, as `interpolate_embeddings` does.
 
     The first `kept` stay; the others are interpolated as an image: bicubic, corners aligned, in float32 at least.
     """
@@ -381,7 +381,7 @@ _HELPERS = {
     '''),
     "interpolate_grids": dedented('''
         def interpolate_grids(old, sides):
-            """Interpolate position embeddings of square grids, as torchvision's interpolate_embeddings does.
+            """Interpolate position embeddings of square grids, as vision_transformer.interpolate_embeddings does.
 
             `sides` are the number of positions before the grid, which stay, and the new side of the grid.
             """

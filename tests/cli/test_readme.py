@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,8 +71,9 @@ def flat(text: str) -> str:
 
 
 @pytest.fixture
-def world(folder: Path) -> Path:
+def world(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of a reader: it has a file of classes, and torchvision's cache has the pretrained weights."""
+    monkeypatch.delitem(sys.modules, "nets", raising=False)  # another test may have imported a module of this name
     (folder / "nets.py").write_bytes((EXAMPLES / "nets.py").read_bytes())
     downloads = Path(os.environ["TORCH_HOME"], "hub", "checkpoints")
     downloads.mkdir(parents=True)

@@ -116,11 +116,10 @@ class _Planning:
             return
         for layer in found.layers:
             self._replace(layer.path, submodule(self._module, layer.path), OUTPUTS, layer.outputs)
-            if layer.weight is not None and layer.bias is None:
-                self.edits.append(from_words("init", [selectors.literal(f"{layer.path}.weight"), layer.weight]))
-            elif layer.weight is not None and layer.bias is not None:
-                words = [selectors.literal(layer.path), layer.weight, "--bias", layer.bias]
-                self.edits.append(from_words("init", words))
+            if layer.weight is None:
+                continue
+            target, bias = (layer.path, ["--bias", layer.bias]) if layer.bias else (f"{layer.path}.weight", [])
+            self.edits.append(from_words("init", [selectors.literal(target), layer.weight, *bias]))
         for path, name, value in found.settings:
             self.edits.append(from_words("set", [selectors.literal(path), f"{name}={value}"]))
         self.notes.append(f"the {counted(number, 'class', 'classes')} include the background, as num_classes does")

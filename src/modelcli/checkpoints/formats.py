@@ -321,6 +321,11 @@ def index_in(folder: Path) -> tuple[Format | None, Path]:
     raise RequestError(f"{folder} is a folder without an index of shards ({folder_format().index_pattern})", hint)
 
 
+def checkpoint_files(folder: Path, names: set[str]) -> set[str]:
+    """Return those of the files in a folder that the checkpoint in it is made of, in whatever format it is."""
+    return {name for format_ in every() for name in format_.files_in(folder, names)}
+
+
 def holds_weights(folder: Path) -> bool:
     """Whether a folder holds a checkpoint under a name that programs look for, damaged or not."""
     names = sorted(entry.name for entry in folder.iterdir())

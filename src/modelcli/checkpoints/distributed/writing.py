@@ -91,7 +91,7 @@ def superseded(folder: Path) -> set[str]:
     names = {entry.name for entry in folder.iterdir()}
     if METADATA in names:
         return own_files(names)
-    return {name for format_ in formats.every() for name in format_.files_in(folder, names)}
+    return formats.checkpoint_files(folder, names)
 
 
 def own_files(names: Iterable[str]) -> set[str]:
@@ -223,7 +223,8 @@ def _metadata(flat: Mapping[KeyPath, Any], first: Mapping[Any, Any], places: Map
     for key_path, value in flat.items():
         name = _flat_name(key_path)
         if isinstance(value, PlannedTensor):
-            described = properties.setdefault(value.dtype, _properties(value.dtype))
+            if (described := properties.get(value.dtype)) is None:
+                described = properties[value.dtype] = _properties(value.dtype)
             size, offsets = _size(value.shape), _size((0,) * len(value.shape))
             chunk = _instance("ChunkStorageMetadata", {"offsets": offsets, "sizes": size})
             fields = {"properties": described, "size": size, "chunks": [chunk]}

@@ -79,7 +79,7 @@ def superseded(path: Path) -> set[str]:
         return {WRITTEN_INDEX, *(names & _named_by(path / WRITTEN_INDEX))}
     if own := {name for name in names if _SHARD.fullmatch(name)}:
         return own
-    return {name for format_ in formats.every() for name in format_.files_in(path, names)}
+    return formats.checkpoint_files(path, names)
 
 
 def files_in(folder: Path, names: set[str]) -> set[str]:

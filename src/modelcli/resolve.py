@@ -40,13 +40,51 @@ def reference_of(source: Source) -> Reference:
     """Return the reference of a source's model. Relative paths start at the source's folder. Raises as `parse` does.
 
     A folder that holds a library's model counts as a checkpoint if the user names another architecture (`--arch`) or
-    wants only the keys.
+    wants only the keys, and if its weights are quantized: the library's class has no place for their scales.
     """
     found = parse(source.model, source.folder)
     if source.arch is None and not source.bare_keys:
-        return found
-    path = _folder_named(found, source)
+        path = _quantized_weights(found, source)
+    else:
+        path = _folder_named(found, source)
     return found if path is None else CheckpointFile(path)
+
+
+def quantized_folder(source: Source) -> Path | None:
+    """Return the folder of a library's model whose weights are quantized, so that only its keys are opened.
+
+    None for any other source, and if the user wants the keys alone.
+    """
+    if source.arch is not None or source.bare_keys:
+        return None
+    found = parse(source.model, source.folder)
+    return None if _quantized_weights(found, source) is None else own_folder(found, source)
+
+
+def _quantized_weights(reference: Reference, source: Source) -> Path | None:
+    """Return the file or folder with the quantized weights of a library's model; None if they are not quantized."""
+    if not isinstance(reference, NamedModel) or reference.prefix is None or source.weights is not None:
+        return None
+    if reference.call.args or reference.call.kwargs or (folder := own_folder(reference, source)) is None:
+        return None
+    from modelcli.providers import configuration, quantization  # most models have no folder
+
+    if quantization.beside(folder) is None or (weights := own_weights(reference, source)) is None:
+        return None
+    return weights if _holds_packed(weights, configuration.identity_of(folder)) else None
+
+
+@functools.cache
+def _holds_packed(weights: Path, _identity: str | None) -> bool:
+    """Whether a checkpoint has weights of narrow elements. `_identity` is another one if its files have changed."""
+    from modelcli import checkpoints
+    from modelcli.model import scaled_weights
+
+    try:
+        tensors = checkpoints.read(weights).tensors.values()
+    except ModelcliError:  # the command that opens the model says what is wrong
+        return False
+    return any(scaled_weights.is_packed(tensor.dtype, len(tensor.shape)) for tensor in tensors)
 
 
 def _folder_named(reference: Reference, source: Source) -> Path | None:
@@ -60,6 +98,26 @@ def is_folder(text: str, folder: Path) -> bool:
     path = folder / text
     return (
         len(text) < MAX_PATH and exists(path) and path.is_dir() and not (_is_bare_word(text) and _is_known_word(text))
+    )
+
+
+def keys_alone_note(path: Path, source: Source) -> str | None:
+    """Return a note if only the keys of a library's model can be shown: see `unknown_model_note`; else None.
+
+    Args:
+        path: the checkpoint that the source names.
+        source: how the user named the model.
+    """
+    if source.bare_keys:
+        return None
+    if (folder := quantized_folder(source)) is None:
+        return unknown_model_note(path)
+    from modelcli.providers import quantization
+
+    method = quantization.method_in(quantization.beside(folder)) or "an unnamed method"
+    return (
+        f"the weights in {folder} are quantized ({method}), and the class of its configuration has no place for their "
+        "scales: the keys of the files are shown"
     )
 
 

@@ -32,6 +32,8 @@ class Editable(Protocol):
     sources: SourceModels
     #: The edits since it was opened, as they were written.
     carried_out: list[Edit]
+    #: The folder of a library's model that it was opened from, if it was.
+    own_folder: Path | None
 
     @property
     def source(self) -> Source: ...
@@ -109,8 +111,10 @@ def open_editable(source: Source, *, values: bool = False) -> Editable:
     Raises RequestError, AnswerNoError (a checkpoint that does not fit), UnsafeError, FileFormatError.
     """
     opened: Editable | None = opened_keys(source)
+    if opened is None and values and (downloaded := resolve.downloaded(source)) != source:
+        source = downloaded
+        opened = opened_keys(source)  # what was on the Hub may be quantized
     if opened is None:
-        source = resolve.downloaded(source) if values else source
         resolve.require_buildable(source)  # before torch is imported
         from modelcli.live import opening
 

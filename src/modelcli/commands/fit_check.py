@@ -106,7 +106,11 @@ def _why_unchecked(model: Editable, how: str) -> str | None:
     """Return why no forward pass is tried; None if one is."""
     if how == "none":
         return "--check none skips it"
-    return "the file records no architecture: pass --arch REFERENCE" if model.architecture is None else None
+    if model.architecture is not None:
+        return None
+    if model.own_folder is not None:
+        return "the weights are quantized, and the class of the configuration has no place for their scales"
+    return "the file records no architecture: pass --arch REFERENCE"
 
 
 def _checked(live: Live, applied: AppliedEdits, target: Target, how: str, *, traced: bool) -> Check:

@@ -50,18 +50,21 @@ class LoadResult:
 def load(request: LoadRequest) -> LoadResult:
     """Check that a model loads, and start the working recipe with it."""
     source = request.source
-    if (keys := opened_keys(source)) is not None:
+    keys = opened_keys(source)
+    if keys is None and (downloaded := resolve.downloaded(source)) != source:
+        source = downloaded
+        keys = opened_keys(source)  # what was on the Hub may be quantized
+    if keys is not None:
         blueprint = keys.describe()
         path = keys.contents.path
-        unknown = f"{path} records no architecture: pass --arch REFERENCE, so that modelcli can check edits"
+        unknown = [f"{path} records no architecture: pass --arch REFERENCE, so that modelcli can check edits"]
         loaded = LoadResult(
             reference=source.model,
             blueprint=blueprint,
             matched=sum(tensor.persistent for tensor in blueprint.tensors),
-            notes=(*keys.notes, unknown, *architecture_notes(keys)),
+            notes=(*keys.notes, *(unknown if keys.own_folder is None else ()), *architecture_notes(keys)),
         )
         return loaded if request.dry_run else _started(request, loaded)
-    source = resolve.downloaded(source)
     from modelcli.live import opening
 
     # Keys that do not match are in the result: the command shows them, and then raises its `error`.

@@ -175,7 +175,7 @@ def _look_at_file(target: Target, *, traced: bool, mode: str, modules: bool = Tr
     if source.bare_keys:
         contents = contents.without_record()
     notes = list(contents.notes)
-    if not source.bare_keys and (unknown := resolve.unknown_model_note(reference.path)):
+    if (unknown := resolve.keys_alone_note(reference.path, source)) is not None:
         notes.append(unknown)
     record = contents.record
     if record is not None and (why := resolve.disagreement(record, contents)):

@@ -15,7 +15,7 @@ from modelcli.checkpoints.reading_to_edit import read_to_edit
 from modelcli.checkpoints.record import Record
 from modelcli.checkpoints.record_of_keys import NO_TRACE
 from modelcli.checkpoints.state_dict_model import model_of
-from modelcli.commands import state_dict_plan
+from modelcli.commands import quantized_folder, state_dict_plan
 from modelcli.edits import Edit
 from modelcli.edits.applied import Applied, Context, apply_in_order, seed_of
 from modelcli.errors import RequestError
@@ -43,7 +43,8 @@ class OpenStateDict:
 
     `edits` are all edits since the file was first edited, as lines with selectors and `_` resolved, each with its
     number; `carried_out` are those since it was opened, as they were written. `opened` is the model as it is in the
-    file. `sources` opens the other models that edits name.
+    file. `sources` opens the other models that edits name. `own_folder` is the folder of a library's model, if its
+    weights are quantized and only its keys are opened.
     """
 
     model: StateDictModel
@@ -60,6 +61,7 @@ class OpenStateDict:
     architecture: None = None
     report: None = None
     sources: SourceModels = field(default_factory=lambda: SourceModels(_open_live))
+    own_folder: Path | None = None
     _sources: state_dict_plan.Sources = field(default_factory=state_dict_plan.Sources)
 
     def describe(self) -> Blueprint:
@@ -158,7 +160,10 @@ class OpenStateDict:
         with_record: bool = True,
     ) -> Plan:
         """Return the plan for writing. Raises RequestError for values that the format cannot store."""
-        return state_dict_plan.plan(
+        beside = None
+        if self.own_folder is not None and formats.named(kind).is_folder:
+            beside = quantized_folder.beside(self.own_folder, self.model, self.opened)
+        made = state_dict_plan.plan(
             self.model,
             self.opened,
             self.contents,
@@ -168,6 +173,7 @@ class OpenStateDict:
             compact=compact,
             sources=self._sources,
         )
+        return made if beside is None else replace(made, companions=beside.files, notes=(*beside.notes, *made.notes))
 
     def _record_text(self, names: list[str], kind: str) -> str:
         """The record of the model as it is, as text for a file that holds these keys in this order."""
@@ -251,7 +257,7 @@ def opened(source: Source, given: Contents | None = None) -> OpenStateDict | Non
     notes: list[str] = []
     if (hidden := resolve.hidden_file_note(source.model, source.folder)) is not None:
         notes.append(hidden)
-    if not source.bare_keys and (unknown := resolve.unknown_model_note(reference.path)) is not None:
+    if (unknown := resolve.keys_alone_note(reference.path, source)) is not None:
         notes.append(unknown)
     contents = given or read_to_edit(reference.path, source, notes)
     record = contents.record
@@ -269,6 +275,7 @@ def opened(source: Source, given: Contents | None = None) -> OpenStateDict | Non
     opened_as = StateDictModel(model.entries, model.modules)
     made = OpenStateDict(model, source, contents, opened_as, record, notes=notes, seed=seed)
     made.sources = SourceModels(_open_live, source.trust, source.tensors_only)
+    made.own_folder = resolve.quantized_folder(source)
     if record is not None:
         made.edits = list(zip(record.numbers, record.edits, strict=True))
         made.edit_count = record.edit_count

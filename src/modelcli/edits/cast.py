@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from modelcli.edits.applied import Applied, Change, Context
 from modelcli.edits.declaring import TENSORS, Operand, selector
 from modelcli.edits.picking import count_at, dense_notes, groups_of, names_of_one, tie_notes
-from modelcli.edits.scaled import hint_to_dequantize
+from modelcli.edits.scaled import NOT_KNOWN, hint_to_dequantize
 from modelcli.edits.targets import Selecting
 from modelcli.errors import RequestError, did_you_mean
 from modelcli.language import selectors
 from modelcli.model.blueprint import Blueprint
 from modelcli.model.dtypes import FLOATING, ITEM_BYTES, dtype_called
-from modelcli.model.paths import shown
-from modelcli.model.scaled_weights import is_plain_fp8, scaled_weights
+from modelcli.model.paths import parent_of, shown
+from modelcli.model.scaled_weights import is_packed, is_plain_fp8, scaled_weights
 from modelcli.model.state_dict import StateDictModel, StateDictTensor
+from modelcli.providers import quantization
 from modelcli.wording import counted
 
 
@@ -71,7 +72,7 @@ class Cast(Selecting):
         return [*self.targets, self.dtype]
 
     def apply_to_state_dict(self, model: StateDictModel, context: Context) -> Applied[StateDictModel]:
-        found = casting(self, model.blueprint, model.tensors.keys())
+        found = casting(self, model.blueprint, model.tensors.keys(), context.quantization)
         chosen = model.by_identity(found.names)
         names: dict[int, str] = {}
         for name, tensor in model.tensors.items():
@@ -101,8 +102,17 @@ class Casting:
     notes: tuple[str, ...]
 
 
-def casting(edit: Cast, blueprint: Blueprint, tensors: Collection[str]) -> Casting:
-    """Find the tensors to cast. `tensors` are the names of those that can be converted."""
+def casting(
+    edit: Cast, blueprint: Blueprint, tensors: Collection[str], described: Mapping[str, Any] | None = None
+) -> Casting:
+    """Find the tensors to cast.
+
+    Args:
+        edit: the edit.
+        blueprint: the model before it.
+        tensors: the names of those that can be converted.
+        described: what the `config.json` says of the quantization.
+    """
     known = blueprint.by_name
     names = selectors.select_tensors(blueprint, edit.targets, without=edit.without)
     floating = [name for name in names if name in tensors and known[name].dtype.startswith(("float", "bfloat"))]
@@ -112,6 +122,8 @@ def casting(edit: Cast, blueprint: Blueprint, tensors: Collection[str]) -> Casti
             "modelcli params shows the dtypes",
         )
     _refuse_scaled(edit, blueprint, floating)
+    if (method := quantization.method_in(described)) is not None:
+        _refuse_beside_packed(blueprint, floating, method)
     groups = groups_of(edit.targets, blueprint, floating)
     selectors.require_expected(edit.expect, [path for path, _ in groups])
     changes, notes = [], tie_notes(names_of_one(blueprint), floating, "cast")
@@ -149,6 +161,21 @@ def _refuse_scaled(edit: Cast, blueprint: Blueprint, names: Sequence[str]) -> No
         "of them would change the weights",
         hint_to_dequantize(pair, dtypes, edit.dtype, edit.targets if is_same_work else None),
     )
+
+
+def _refuse_beside_packed(blueprint: Blueprint, names: Sequence[str], method: str) -> None:
+    """Raise RequestError if a cast would include a tensor beside packed weights, which may be their scales."""
+    packed: dict[str, str] = {}
+    for tensor in blueprint.tensors:
+        if is_packed(tensor.dtype, len(tensor.shape or ())) and not tensor.dtype.startswith("float8"):
+            packed.setdefault(parent_of(tensor.name), tensor.name)
+    for name in names:
+        if (weight := packed.get(parent_of(name))) is not None and name.rpartition(".")[2] != "bias":
+            raise RequestError(
+                f"{weight} is quantized by {method}, as the configuration says, and {name} beside it may be its "
+                "scales: casting them would change the weights",
+                NOT_KNOWN,
+            )
 
 
 def _cast_targets(blueprint: Blueprint, groups: Sequence[tuple[str, list[str]]]) -> list[str]:

@@ -16,7 +16,14 @@ from modelcli.language import selectors
 from modelcli.language.quoting import quoted
 from modelcli.model.dequantized import PRODUCTS, Dequantized, NoBlockSizeError, block_of
 from modelcli.model.dtypes import FLOATING, ITEM_BYTES, dtype_called
-from modelcli.model.scaled_weights import Scaled, activation_scales, is_plain_fp8, method_of, scaled_weights
+from modelcli.model.scaled_weights import (
+    Scaled,
+    activation_scales,
+    is_packed,
+    is_plain_fp8,
+    method_of,
+    scaled_weights,
+)
 from modelcli.model.state_dict import StateDictModel, StateDictTensor
 from modelcli.model.strides import row_major
 from modelcli.providers import quantization
@@ -150,8 +157,11 @@ def dequantizing(edit: Dequantize, model: StateDictModel, described: Mapping[str
     chosen = [name for name in picked if name in pairs and pairs[name].weight == name]
     for name in chosen:
         if not is_plain_fp8(pairs[name], dtypes):
-            raise _other_method(pairs[name], dtypes)
+            raise _other_method(name, method_of(pairs[name], dtypes, quantization.method_in(described)))
     bare = [name for name in picked if dtypes[name].startswith("float8") and name not in pairs]
+    packed = [name for name in picked if is_packed(dtypes[name], len(blueprint.by_name[name].shape or ()))]
+    if not chosen and (method := quantization.method_in(described)) is not None and packed and packed != bare:
+        raise _other_method(next(name for name in packed if name not in bare), method)
     if bare:
         raise RequestError(
             f"{bare[0]} is {dtypes[bare[0]]}, and neither {bare[0]}_scale_inv nor {bare[0]}_scale is there",
@@ -190,9 +200,9 @@ def dequantizing(edit: Dequantize, model: StateDictModel, described: Mapping[str
     return Dequantizing(tuple(weights), (*dict.fromkeys((*own_scales, *activations)),), tuple(changes), tuple(notes))
 
 
-def _other_method(pair: Scaled, dtypes: Mapping[str, str]) -> RequestError:
+def _other_method(weight: str, method: str) -> RequestError:
     return RequestError(
-        f"{pair.weight} is quantized by {method_of(pair, dtypes)}, which dequantize does not know: it knows fp8 "
+        f"{weight} is quantized by {method}, which dequantize does not know: it knows fp8 "
         "elements times one scale for each block, row or tensor",
         "leave it out with --except, or dequantize it with the program that wrote it",
     )

@@ -56,6 +56,11 @@ def scaled_weights(dtypes: Mapping[str, str]) -> dict[str, Scaled]:
     return found
 
 
+def is_packed(dtype: str, axes: int) -> bool:
+    """Whether a tensor is as quantized weights are: of narrow elements, which may hold several numbers each."""
+    return axes > 1 and dtype.startswith((*_NARROW, "int16", "uint16"))
+
+
 def _scales_of(name: str, dtype: str) -> Iterator[tuple[str, str]]:
     """Yield possible names of a weight's scales, the most specific first, and how the weight would be stored."""
     path, _, own = name.rpartition(".")
@@ -84,13 +89,16 @@ def is_plain_fp8(pair: Scaled, dtypes: Mapping[str, str]) -> bool:
     return pair.scale in [pair.weight + ending for ending in _PLAIN_ENDINGS] or own in _PLAIN_NAMES
 
 
-def method_of(pair: Scaled, dtypes: Mapping[str, str]) -> str:
-    """Return the name of the method that stored a weight which is not plain fp8, as far as its names and dtypes say.
+def method_of(pair: Scaled, dtypes: Mapping[str, str], stated: str | None = None) -> str:
+    """Return the name of the method that stored a weight which is not plain fp8.
 
     Args:
         pair: the weight and its scale.
         dtypes: the dtypes of all tensors.
+        stated: the method that the configuration beside it names; without one, names and dtypes decide.
     """
+    if stated is not None:
+        return stated
     path, _, own = pair.weight.rpartition(".")
     if own == "qweight":
         return "GPTQ" if joined(path, "g_idx") in dtypes else "GPTQ or AWQ"

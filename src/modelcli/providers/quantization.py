@@ -16,12 +16,68 @@ from modelcli.providers import configuration
 ENTRIES = ("quantization_config", "compression_config")
 
 
+#: The methods of quantization by their names in `quant_method`, as their programs call themselves.
+_METHODS = {
+    "aqlm": "AQLM",
+    "auto-round": "AutoRound",
+    "awq": "AWQ",
+    "bitnet": "BitNet",
+    "bitsandbytes": "bitsandbytes",
+    "eetq": "EETQ",
+    "fbgemm_fp8": "FBGEMM",
+    "fp8": "fp8",
+    "fp_quant": "FP-Quant",
+    "gptq": "GPTQ",
+    "higgs": "HIGGS",
+    "hqq": "HQQ",
+    "modelopt": "ModelOpt",
+    "mxfp4": "MXFP4",
+    "quanto": "Quanto",
+    "quark": "Quark",
+    "spqr": "SpQR",
+    "torchao": "torchao",
+    "vptq": "VPTQ",
+}
+
+
 def described_in(document: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """Return what a configuration says of its quantization; None if it says nothing."""
-    for name in ENTRIES:
-        if isinstance(found := (document or {}).get(name), dict) and found:
-            return found
+    """Return what a configuration, or a part of it such as its `text_config`, says of the quantization.
+
+    None if it says nothing.
+    """
+    for part in _parts(document or {}):
+        for name in ENTRIES:
+            if isinstance(found := part.get(name), dict) and found:
+                return found
     return None
+
+
+def _parts(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return a configuration and the configurations in it, those of a model of text and images, for instance."""
+    return [document, *(part for name, part in document.items() if name.endswith("_config") and isinstance(part, dict))]
+
+
+def without(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration that says nothing of a quantization."""
+    return {
+        name: {own: value for own, value in part.items() if own not in ENTRIES}
+        if name.endswith("_config") and isinstance(part, dict)
+        else part
+        for name, part in document.items()
+        if name not in ENTRIES
+    }
+
+
+def method_in(described: Mapping[str, Any] | None) -> str | None:
+    """Return the name of the method that a configuration states, with the format of compressed-tensors.
+
+    None if it states none. An unknown name is returned as it is, and cut.
+    """
+    stated = (described or {}).get("quant_method")
+    if stated == "compressed-tensors":
+        form = (described or {}).get("format")
+        return f"compressed-tensors ({form:.40})" if isinstance(form, str) else "compressed-tensors"
+    return _METHODS.get(stated.lower(), f"{stated:.40}") if isinstance(stated, str) and stated else None
 
 
 def beside(path: Path) -> Mapping[str, Any] | None:

@@ -433,7 +433,11 @@ class SaveOptions(OptionGroup):
         rich_help_panel="Result",
     )
     verify: bool = _option(
-        "--verify", help="Read every byte back and compare it.", default=False, rich_help_panel="Result"
+        "--verify",
+        help="Compare the files read with checksums beside them (SHA256SUMS, NAME.sha256, the Hub's cache, zip CRCs), "
+        "and read every byte back.",
+        default=False,
+        rich_help_panel="Result",
     )
 
 

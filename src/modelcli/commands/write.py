@@ -34,7 +34,7 @@ class WriteRequest:
         bare: write only the state dict of a training checkpoint.
         compact: write only the bytes of each storage that tensors use.
         durable: wait until the data is on the disk.
-        verify: read every byte back.
+        verify: compare the files that are read with the checksums beside them, and read every byte back.
         max_shard_bytes: the maximum size of a shard; None for the usual size.
         also_ema: make the same edits in other state dicts of the same model in a training checkpoint.
     """
@@ -84,7 +84,9 @@ def write(
         plan = replace(plan, tree=training_checkpoint.row_major(plan.tree))
     size = writing.DEFAULT_SIZE if request.max_shard_bytes is None else request.max_shard_bytes
     reads = _files_of(model.contents) if model.contents is not None and request.out.exists() else frozenset()
-    options = writing.WriteOptions(request.force, request.durable, request.verify, progress, size, reads)
+    options = writing.WriteOptions(
+        request.force, request.durable, request.verify, progress, size, reads, _described_by(model.contents)
+    )
     written = writing.write(plan, request.out, options, kind=request.format)
     notes = [
         *plan.notes,
@@ -107,6 +109,17 @@ def _other_checkpoints(written: Written) -> list[str]:
         f"{written.reference} also contains {listed(others, 3)}, which is unchanged: "
         f"{written.reference}{formats.named(written.format).written_index} lists what was written"
     ]
+
+
+def _described_by(contents: Contents | None) -> frozenset[FileId]:
+    """Return the index of the shards of a model, or the description of its folder, if it was read from a folder."""
+    from modelcli.checkpoints import formats
+    from modelcli.checkpoints.storage import identity_of
+
+    if contents is None or contents.is_remote:
+        return frozenset()
+    path = formats.index_in(contents.path)[1] if contents.path.is_dir() else contents.path
+    return frozenset() if formats.index_format(path) is None else frozenset({(path, identity_of(path))})
 
 
 def _files_of(contents: Contents) -> frozenset[FileId]:

@@ -15,11 +15,13 @@ from typing import BinaryIO
 
 from modelcli.checkpoints import formats
 from modelcli.checkpoints.format import Format, RecordTooLargeError
+from modelcli.checkpoints.layout import Layout
 from modelcli.checkpoints.plan import Plan, PlannedStorage, PlannedTensor, Source, Written
 from modelcli.checkpoints.storage import FileId, require_unchanged
 from modelcli.errors import RequestError, SystemFailureError
 from modelcli.files import atomic
 from modelcli.language.quoting import quoted
+from modelcli.writing import source_checksums
 from modelcli.writing.output import Output, Report, checksums_in
 
 __all__ = [
@@ -49,11 +51,13 @@ class WriteOptions:
     Attributes:
         force: replace what exists.
         durable: wait until the file is on the disk.
-        verify: read every byte back, and compare.
+        verify: compare the files that bytes are read from with the checksums that are stated of them; then read every
+            byte back, and compare.
         report: called with the bytes that were written and read back so far.
         max_shard_bytes: the most that a shard of a folder holds.
         reads: files that have to be unchanged when the new one replaces the old one, besides those that bytes are
             copied from.
+        described_by: files that say where the bytes are, such as an index; they are compared with checksums, too.
     """
 
     force: bool = False
@@ -62,6 +66,7 @@ class WriteOptions:
     report: Report | None = None
     max_shard_bytes: int = DEFAULT_SIZE
     reads: frozenset[FileId] = frozenset()
+    described_by: frozenset[FileId] = frozenset()
 
 
 def format_of(path: str | Path, folder: str | None = None) -> str:
@@ -144,6 +149,7 @@ def write(plan: Plan, path: Path, options: WriteOptions | None = None, *, kind: 
 def _write_file(plan: Plan, path: Path, format_: Format, options: WriteOptions) -> tuple[int, tuple[str, ...]]:
     """Write a plan as a file; its size, and notes for the user."""
     layout = format_.layout(plan)
+    notes = _check_sources([layout], options)
     atomic.require_space(path, layout.nbytes)
     outputs: list[Output] = []
     replacing = atomic.replacing(
@@ -159,13 +165,14 @@ def _write_file(plan: Plan, path: Path, format_: Format, options: WriteOptions) 
         _require_size(path, file.fileno(), layout.nbytes)
         format_.verify(plan, temporary)
         if options.verify:
-            _compare(file, temporary, layout.parts(), layout.nbytes, options.report)
-    return layout.nbytes, ()
+            _compare(file, path, layout.parts(), layout.nbytes, options.report)
+    return layout.nbytes, notes
 
 
 def _write_folder(plan: Plan, path: Path, format_: Format, options: WriteOptions) -> tuple[int, tuple[str, ...]]:
     """Write a plan as a folder; the size of its files, and notes for the user."""
     folder = format_.folder_layout(plan, options.max_shard_bytes)
+    notes = _check_sources(folder.files.values(), options)
     atomic.require_space(path, folder.nbytes)
     done, outputs = 0, list[Output]()
     replacing = atomic.replacing_folder(
@@ -183,10 +190,22 @@ def _write_folder(plan: Plan, path: Path, format_: Format, options: WriteOptions
                     layout.write(output)
                 _require_size(path / name, file.fileno(), layout.nbytes)
                 if options.verify:
-                    _compare(file, temporary / name, layout.parts(), folder.nbytes, _after(options.report, done))
+                    _compare(file, path / name, layout.parts(), folder.nbytes, _after(options.report, done))
             done += layout.nbytes
         format_.verify_folder(plan, folder, temporary)
-    return folder.nbytes, folder.notes
+    return folder.nbytes, (*notes, *folder.notes)
+
+
+def _check_sources(layouts: Iterable[Layout], options: WriteOptions) -> tuple[str, ...]:
+    """Compare the files that some layouts take bytes from with their checksums, if the user wants it; return notes.
+
+    Raises FileFormatError if one differs.
+    """
+    if not options.verify:
+        return ()
+    sources = {source for layout in layouts for _, source in layout.parts()}
+    files = {file for source in sources for file in source.files()}
+    return tuple(source_checksums.check(files | options.described_by, options.report)) if files else ()
 
 
 def _after(report: Report | None, done: int) -> Report | None:
@@ -215,6 +234,13 @@ def _compare(
 ) -> None:
     """Read every byte back and compare it with its source, and with the checksum in the archive.
 
+    Args:
+        file: the file that was written.
+        path: the name that it will have, for errors.
+        parts: the offset of each source.
+        total: the bytes of all files, for the report.
+        report: called with the bytes that were compared so far.
+
     Raises SystemFailureError if a byte or a checksum differs.
     """
     atomic.leave_to_disk(file)
@@ -230,11 +256,11 @@ def _compare(
                 report(done, total, "verifying")
         if expected != found:
             raise SystemFailureError(
-                f"the {source.nbytes:,} bytes from byte {offset:,} on were not written as they were read",
+                f"the {source.nbytes:,} bytes of {path} from byte {offset:,} on were not written as they were read",
                 "the disk may be failing: nothing was changed",
             )
         if found != stated.get((offset, source.nbytes), found):
             raise SystemFailureError(
-                f"the {source.nbytes:,} bytes from byte {offset:,} on do not match their checksum",
+                f"the {source.nbytes:,} bytes of {path} from byte {offset:,} on do not match their checksum",
                 "their source file is damaged, as python -m zipfile -t shows: nothing was changed",
             )

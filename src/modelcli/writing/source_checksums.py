@@ -1,0 +1,211 @@
+"""Compare the files that a checkpoint is made of with the checksums stated of them, before anything is written.
+
+A checksum is stated by `NAME.sha256` or a list such as `SHA256SUMS` beside a file, by the cache of huggingface_hub (the
+name of a blob, and the metadata of `hf download --local-dir`), and by a zip file, which has one for each record.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from modelcli.checkpoints.storage import CHUNK, FileId, require_unchanged
+from modelcli.checkpoints.zip_archives import directory as zip_directory
+from modelcli.errors import FileFormatError, SystemFailureError
+from modelcli.files.open_folder import read_regular
+from modelcli.wording import counted, listed
+
+#: Called with the bytes done, the bytes in total, and the kind of work.
+Report = Callable[[int, int, str], None]
+
+#: The names of lists of checksums, in lower case.
+_LISTS = ("sha256sums", "sha256sums.txt", "sha256sum", "sha256sum.txt", "checksums.txt", "checksum.txt")
+#: The ends of the names of lists, and of files with the checksum of one file.
+_ENDS = (".sha256", ".sha256sum", ".sha256sums")
+#: The largest size of a list in bytes: 100,000 files.
+_MAX_BYTES = 10_000_000
+_LINE = re.compile(r"(\\?)([0-9a-fA-F]{64})[ \t]+\*?(?:\./)?(.+)")
+_BSD_LINE = re.compile(r"SHA256 \((?:\./)?(.+)\) = ([0-9a-fA-F]{64})")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_OWN = "the .sha256 files beside them"
+_ZIP = "the CRCs of zip records"
+
+
+@dataclass(frozen=True)
+class _Stated:
+    """A SHA-256 that is stated of a file, and where."""
+
+    digest: str
+    where: str
+
+
+@dataclass
+class _Lists:
+    """What the lists in each folder state, by the name of a file. Each is read once."""
+
+    _found: dict[Path, dict[str, list[_Stated]]] = field(default_factory=dict)
+
+    def of(self, path: Path) -> list[_Stated]:
+        folder = path.parent
+        if folder not in self._found:
+            self._found[folder] = _read_lists(folder)
+        return self._found[folder].get(path.name, [])
+
+
+def check(files: Iterable[FileId], report: Report | None = None) -> list[str]:
+    """Compare files with their checksums, as far as there are any.
+
+    Args:
+        files: the files, and the identities that they had when they were opened.
+        report: called with the bytes that were read so far.
+
+    Returns:
+        Notes: what was compared with what, and of which files nothing states a checksum.
+
+    Raises:
+        FileFormatError: a file differs from its checksum, or has changed.
+        SystemFailureError: a file cannot be read.
+    """
+    lists, found = _Lists(), sorted(set(files))
+    total, done = sum(identity[0] for _, identity in found), 0
+    unstated: list[str] = []
+    by: dict[str, None] = {}
+    for path, identity in found:
+        require_unchanged(path, identity)
+
+        def read(nbytes: int, before: int = done) -> None:
+            if report is not None:
+                report(before + nbytes, total, "checking")
+
+        try:
+            with path.open("rb") as file:
+                if stated := _stated_of(path, lists):
+                    _require_digest(path, file, stated, read)
+                    by |= dict.fromkeys(_OWN if each.where.lower().endswith(_ENDS) else each.where for each in stated)
+                elif _match_records(path, file, read):
+                    by[_ZIP] = None
+                else:
+                    unstated.append(str(path))
+        except OSError as error:
+            raise SystemFailureError(f"cannot read {path}: {error.strerror or error}") from None
+        require_unchanged(path, identity)
+        done += identity[0]
+    return _notes(len(found), unstated, [*by])
+
+
+def _notes(count: int, unstated: Collection[str], by: Collection[str]) -> list[str]:
+    notes = []
+    if matching := count - len(unstated):
+        files = counted(count, "source file")
+        which = files if not unstated else f"{matching} of {files}"
+        notes.append(f"{which} {'matches' if matching == 1 else 'match'} {listed([*by], 3)}")
+    if unstated:
+        notes.append(
+            f"nothing states a checksum of {listed([*unstated], 3)}: what was written was compared with what was read"
+        )
+    return notes
+
+
+def _require_digest(path: Path, file: BinaryIO, stated: Collection[_Stated], read: Callable[[int], None]) -> None:
+    made, done = hashlib.sha256(), 0
+    while data := file.read(CHUNK):
+        made.update(data)
+        done += len(data)
+        read(done)
+    for each in stated:
+        if each.digest != made.hexdigest():
+            raise FileFormatError(
+                f"{path} is damaged or another file: its SHA-256 is {made.hexdigest()}, and {each.where} states "
+                f"{each.digest}",
+                "copy or download it again; nothing was written",
+            )
+
+
+def _match_records(path: Path, file: BinaryIO, read: Callable[[int], None]) -> bool:
+    """Whether a file is a zip file whose records have checksums. Raises FileFormatError for a record that differs."""
+    if file.read(4) != b"PK\x03\x04":
+        return False
+    try:
+        entries = zip_directory.read(file, file.seek(0, os.SEEK_END), str(path))
+    except FileFormatError:  # archives one behind another, as in a folder of torch.distributed.checkpoint
+        return False
+    stored = [(name, entry) for name, entry in entries.items() if entry.stored and entry.nbytes]
+    if not all(entry.crc for _, entry in stored):  # torch.save writes 0 if it is told not to compute them
+        return False
+    done = 0
+    for name, entry in stored:
+        file.seek(entry.offset)
+        crc, left = 0, entry.nbytes
+        while left and (data := file.read(min(CHUNK, left))):
+            crc = zlib.crc32(data, crc)
+            left -= len(data)
+            done += len(data)
+            read(done)
+        if left or crc != entry.crc:
+            raise FileFormatError(
+                f"{path} is damaged: its record {name} does not match its checksum, as python -m zipfile -t shows",
+                "copy or download it again; nothing was written",
+            )
+    return len(stored) == len([entry for entry in entries.values() if entry.nbytes])
+
+
+# --- where checksums are stated --------------------------------------------------------------------------------------
+
+
+def _stated_of(path: Path, lists: _Lists) -> list[_Stated]:
+    found = lists.of(path)
+    blob = Path(os.path.realpath(path))
+    if blob.parent.name == "blobs" and _DIGEST.fullmatch(blob.name):
+        found = [*found, _Stated(blob.name, "the names of blobs in huggingface_hub's cache")]
+    return [*found, *_of_download(path)]
+
+
+def _of_download(path: Path) -> Iterator[_Stated]:
+    """Yield what `hf download --local-dir` noted of a file, if the file was not changed afterwards."""
+    note = path.parent / ".cache" / "huggingface" / "download" / f"{path.name}.metadata"
+    with contextlib.suppress(OSError, ValueError, SystemFailureError):
+        if not note.is_file() or note.stat().st_size > 1000:
+            return
+        _, digest, when = bytes(read_regular(note)).decode().split("\n")[:3]
+        if _DIGEST.fullmatch(digest) and path.stat().st_mtime <= float(when) + 1:
+            yield _Stated(digest, "the metadata of hf download")
+
+
+def _read_lists(folder: Path) -> dict[str, list[_Stated]]:
+    """Read the lists of checksums in a folder; lines that are none are left out.
+
+    Raises FileFormatError for a list that is too large, and SystemFailureError for one that cannot be read.
+    """
+    found: dict[str, list[_Stated]] = {}
+    for path in sorted(folder.iterdir()):
+        name = path.name.lower()
+        if not (name in _LISTS or name.endswith(_ENDS)) or not path.is_file():
+            continue
+        if (size := path.stat().st_size) > _MAX_BYTES:
+            raise FileFormatError(f"{path} has {size:,} bytes; a list of checksums has at most {_MAX_BYTES:,}")
+        text = bytes(read_regular(path)).decode("utf-8", "surrogateescape")
+        for line in text.splitlines():
+            for own, digest in _read_line(line, path):
+                found.setdefault(own, []).append(_Stated(digest.lower(), path.name))
+    return found
+
+
+def _read_line(line: str, path: Path) -> Iterator[tuple[str, str]]:
+    """Yield the name and the digest in a line as `sha256sum`, `sha256sum --tag` and others write it."""
+    line = line.strip()
+    if re.fullmatch(r"[0-9a-fA-F]{64}", line) and path.name.lower().endswith(_ENDS):
+        yield path.stem, line
+    elif match := _BSD_LINE.fullmatch(line):
+        yield match[1], match[2]
+    elif match := _LINE.fullmatch(line):
+        name = match[3]
+        if match[1]:
+            name = re.sub(r"\\(.)", lambda escaped: {"n": "\n", "r": "\r"}.get(escaped[1], escaped[1]), name)
+        yield name, match[2]

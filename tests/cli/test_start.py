@@ -20,7 +20,7 @@ from tests.conftest import Cli
 PROGRAM = {
     *("", "_version", "errors", "interrupts", "wording", "installed", "commands"),
     *("cli", "cli.app", "cli.completing", "cli.failures", "cli.inspect", "cli.main", "cli.mounting", "cli.options"),
-    *("cli.output", "cli.progress", "cli.synonyms"),
+    *("cli.output", "cli.parallel", "cli.progress", "cli.synonyms", "ranks", "ranks.group"),
 }
 #: Modules that find out which model the command line names.
 REFERENCE = {

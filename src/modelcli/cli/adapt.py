@@ -61,4 +61,4 @@ def adapt(
 
 
 def commands() -> list[Command]:
-    return [Command("adapt", adapt, "Edit", exit_codes(0, 2, 3, 4, 5))]
+    return [Command("adapt", adapt, "Edit", exit_codes(0, 2, 3, 4, 5), shares_work=True)]

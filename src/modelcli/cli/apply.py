@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from modelcli import ranks
 from modelcli.cli import completing, output, progress
 from modelcli.cli.mounting import Command
 from modelcli.cli.options import EditOptions, OutputOptions, SourceOptions, UnheededOptions, exit_codes
@@ -135,7 +136,9 @@ def _standard_input() -> list[tuple[str, str]]:
             "no edits on standard input: it is closed", "write one edit per line, such as: freeze features"
         )
     try:
-        text = sys.stdin.buffer.read().decode("utf-8-sig")
+        group = ranks.current()
+        data = group.broadcast("standard input", b"" if group.rank else sys.stdin.buffer.read())
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise RequestError(f"standard input is not UTF-8 text: {error}") from None
     lines = enumerate(re.split(r"\r\n|\r|\n", text), 1)
@@ -147,4 +150,5 @@ def _standard_input() -> list[tuple[str, str]]:
 
 def commands() -> list[Command]:
     codes = exit_codes(0, 2, 3, 4, 5)
-    return [Command(function.__name__, function, "Read and write", codes) for function in (script, apply)]
+    panel = "Read and write"
+    return [Command("script", script, panel, codes), Command("apply", apply, panel, codes, shares_work=True)]

@@ -190,7 +190,14 @@ def identify(
 
 def commands() -> list[Command]:
     return [
-        Command(function.__name__, function, "Compare", exit_codes(0, 1, 2, 3, 4, 5, no=no), kind)
+        Command(
+            function.__name__,
+            function,
+            "Compare",
+            exit_codes(0, 1, 2, 3, 4, 5, no=no),
+            kind,
+            shares_work=function is not identify,
+        )
         for function, no, kind in (
             (diff, "they differ", TyperCommand),
             (check, "an assertion fails", AssertionsCommand),

@@ -70,4 +70,4 @@ def hash_models(
 
 
 def commands() -> list[Command]:
-    return [Command("hash", hash_models, "Compare", exit_codes(0, 2, 3, 4, 5))]
+    return [Command("hash", hash_models, "Compare", exit_codes(0, 2, 3, 4, 5), shares_work=True)]

@@ -11,7 +11,7 @@ import typer
 from modelcli import edits
 from modelcli.cli import completing, output, progress
 from modelcli.cli.mounting import Command, ProgramCommand
-from modelcli.cli.options import EditOptions, OutputOptions, SourceOptions, exit_codes, names_of
+from modelcli.cli.options import EditOptions, OutputOptions, SourceOptions, WorkOptions, exit_codes, names_of
 from modelcli.cli.outcome import keys_shown, show_outcome, tell_waiting, write_request
 from modelcli.edits import Edit, declaring
 from modelcli.edits.declaring import Operand, Option
@@ -56,7 +56,13 @@ def command_of(kind: type[Edit]) -> Command:
         ]
     )
     return Command(
-        kind.name, carry_out, kind.panel, _codes_of(kind), _class_for(kind), context_settings=_NUMBERS_ALLOWED
+        kind.name,
+        carry_out,
+        kind.panel,
+        _codes_of(kind),
+        _class_for(kind),
+        context_settings=_NUMBERS_ALLOWED,
+        shares_work=True,
     )
 
 
@@ -83,7 +89,7 @@ def _class_for(kind: type[Edit]) -> type[ProgramCommand]:
 
 
 def _refuse_reserved_names(kind: type[Edit]) -> None:
-    groups = (EditOptions, SourceOptions, OutputOptions)
+    groups = (EditOptions, SourceOptions, OutputOptions, WorkOptions)
     names = {*(name for group in groups for name in group.options), "edit", "source", "options"}
     flags = {*names_of(*groups), "--help"} & kind.option_fields().keys()
     words = {operand.name for operand in kind.words} | {item.name for item in kind.option_fields().values()}
@@ -179,7 +185,7 @@ def _carry_out(
     from modelcli.commands.target import find_target, recipe_locked
 
     output.format_of(shown)
-    known = sorted({*names_of(EditOptions, SourceOptions, OutputOptions), *kind.option_fields()})
+    known = sorted({*names_of(EditOptions, SourceOptions, OutputOptions, WorkOptions), *kind.option_fields()})
     for word in operands:
         edits.checked_operand(word, known)
     try:

@@ -131,4 +131,7 @@ def commands() -> list[Command]:
         log: exit_codes(0, 2),
         undo: exit_codes(0, 2, 5),
     }
-    return [Command(function.__name__, function, "Read and write", text) for function, text in codes.items()]
+    return [
+        Command(function.__name__, function, "Read and write", text, shares_work=function is save)
+        for function, text in codes.items()
+    ]

@@ -295,6 +295,12 @@ def commands() -> list[Command]:
         "list": list_builders,
     }
     return [
-        Command(name, function, "Inspect", exit_codes(0, 2) if function is list_builders else exit_codes(0, 2, 3, 4, 5))
+        Command(
+            name,
+            function,
+            "Inspect",
+            exit_codes(0, 2) if function is list_builders else exit_codes(0, 2, 3, 4, 5),
+            shares_work=function is params,
+        )
         for name, function in functions.items()
     ]

@@ -13,10 +13,11 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import takewhile
 from typing import NoReturn
 
-from modelcli.cli import failures
+from modelcli.cli import failures, parallel
 from modelcli.cli.output import PipeClosedError, prints_kept, tell, tell_error, unwritten, warned, warnings_kept, write
 from modelcli.cli.synonyms import meant
 from modelcli.errors import ModelcliError, SystemFailureError
@@ -159,6 +160,16 @@ def _without_current_folder() -> Iterator[None]:
 
 def _carry_out(words: list[str]) -> int:
     as_json = _wants_json(words)
+
+    def report(error: ModelcliError) -> int:
+        _report(error, as_json=as_json)
+        return error.exit_code
+
+    attempt = partial(_attempt_or_end, words, as_json=as_json)
+    return parallel.carried_out(words, attempt, report, debug="--debug" in words)
+
+
+def _attempt_or_end(words: list[str], *, as_json: bool) -> int:
     try:
         code = _attempt(words, as_json=as_json)
     except (KeyboardInterrupt, _EndedError) as error:
@@ -209,7 +220,7 @@ def _attempt(words: list[str], *, as_json: bool) -> int:
             _show_traceback()
         if (ended := failures.of_plug_in(error, debug=debug)) is None:
             raise
-        tell_error(ended, as_json=as_json)
+        _report(ended, as_json=as_json)
         return ended.exit_code
     except (KeyboardInterrupt, typer.Abort):
         raise KeyboardInterrupt from None
@@ -218,12 +229,12 @@ def _attempt(words: list[str], *, as_json: bool) -> int:
         if debug:
             _show_traceback()
         error.notes = (*error.notes, *warned()) if {"-q", "--quiet"}.isdisjoint(words) else ()
-        tell_error(error, as_json=as_json)
+        _report(error, as_json=as_json)
         return error.exit_code
     except typer.TyperException as error:
         if not getattr(error, "format_message", error.__str__)():
             return 0  # a group without a command has shown its help
-        tell_error(_usage_error(error, words), as_json=as_json)
+        _report(_usage_error(error, words), as_json=as_json)
         return 2
     except Exception as error:
         _require_not_asked_to_end()
@@ -237,19 +248,29 @@ def _attempt(words: list[str], *, as_json: bool) -> int:
             failure = _failure_of(error, words)
         else:
             failure = failures.of_plug_in(error, debug=debug) or failures.of_bug(error, debug=debug)
-    tell_error(failure, as_json=as_json)
+    _report(failure, as_json=as_json)
     return failure.exit_code
 
 
 def _report_end(message: str, code: int, *, as_json: bool) -> int:
     """Report that a signal ended the program. Returns the exit code."""
-    if not as_json:
-        tell(message, "error")
-        return code
+    if (why := parallel.failure_elsewhere()) is not None:  # torchrun ends all ranks when one has failed
+        _report(why, as_json=as_json)
+        return why.exit_code
     error = ModelcliError(message)
     error.kind, error.exit_code = "signal", code
-    tell_error(error, as_json=True)
+    _report(error, as_json=as_json)
     return code
+
+
+def _report(error: ModelcliError, *, as_json: bool) -> None:
+    """Report an error; on another rank than 0, to rank 0."""
+    if parallel.reported(error):
+        return
+    if error.kind == "signal" and not as_json:
+        tell(error.message, "error")
+    else:
+        tell_error(error, as_json=as_json)
 
 
 def _show_version() -> int:

@@ -45,6 +45,7 @@ class Command(NamedTuple):
         epilog: the last lines of its help.
         cls: the class of the Typer command.
         context_settings: settings of Typer's context.
+        shares_work: whether several ranks share the work out. It then has `--jobs`; else rank 0 carries it out alone.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Command(NamedTuple):
     epilog: str | None = None
     cls: type[TyperCommand] = ProgramCommand
     context_settings: Mapping[str, Any] = {}
+    shares_work: bool = False
 
     def built(self) -> Any:
         """Return the command with its arguments and options, for Typer to run."""
@@ -60,7 +62,7 @@ class Command(NamedTuple):
             name=self.name,
             cls=self.cls,
             context_settings=dict(self.context_settings),
-            callback=expanded(self.function),
+            callback=expanded(self.function, shares_work=self.shares_work),
             epilog=self.epilog,
             rich_help_panel=self.panel,
         )

@@ -10,7 +10,7 @@ import typer
 from typer._click.types import StringParamType  # typer's own click: nothing else of it leaves a type out of the help
 from typer.models import ArgumentInfo
 
-from modelcli.cli import completing
+from modelcli.cli import completing, parallel
 
 if TYPE_CHECKING:
     from modelcli.commands.assertions import Assertions
@@ -453,6 +453,19 @@ class EditOptions(SaveOptions):
     )
 
 
+class WorkOptions(OptionGroup):
+    """The option of commands that several processes can share."""
+
+    jobs: int | None = _option(
+        "--jobs",
+        help="Share the work out to N processes on this machine. torchrun starts processes on several machines.",
+        metavar="N",
+        rich_help_panel="Processes",
+        min=1,
+        max=parallel.MOST_JOBS,
+    )
+
+
 class UnheededOptions(OptionGroup):
     """Options of `apply` that `script` accepts and ignores, so that both take the same words."""
 
@@ -464,6 +477,7 @@ class UnheededOptions(OptionGroup):
     format_out: str | None = _option("--format-out", hidden=True)
     no_fsync: bool = _option("--no-fsync", default=False, hidden=True)
     verify: bool = _option("--verify", default=False, hidden=True)
+    jobs: int | None = _option("--jobs", hidden=True)
 
 
 def names_of(*groups: Any) -> set[str]:
@@ -471,6 +485,15 @@ def names_of(*groups: Any) -> set[str]:
     options = [given.info for group in groups for _, given in group.options.values()]
     # Typer stores the first name as the default until the option is part of a signature.
     return {name for option in options for name in (option.default, *option.param_decls) if name.startswith("--")}
+
+
+def _parameters_of(group: type[OptionGroup]) -> list[inspect.Parameter]:
+    return [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=given.default, annotation=Annotated[annotation, given.info]
+        )
+        for name, (annotation, given) in group.options.items()
+    ]
 
 
 class _Word(StringParamType):
@@ -488,8 +511,11 @@ def _named_in_capitals(parameter: inspect.Parameter) -> None:
             info.click_type = info.click_type or (None if info.min is not None else _Word())
 
 
-def expanded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function with each parameter of an option group replaced by its options, as Typer needs it."""
+def expanded(function: Callable[..., Any], *, shares_work: bool = False) -> Callable[..., Any]:
+    """Return the function with each parameter of an option group replaced by its options, as Typer needs it.
+
+    A function that `shares_work` gets `WorkOptions` too, and runs on all ranks; any other runs on rank 0 alone.
+    """
     signature = inspect.signature(function, eval_str=True)
     parameters: list[inspect.Parameter] = []
     groups: dict[str, Any] = {}
@@ -500,18 +526,20 @@ def expanded(function: Callable[..., Any]) -> Callable[..., Any]:
             parameters.append(parameter)
             continue
         groups[parameter.name] = kind
-        parameters += [
-            inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=given.default,
-                annotation=Annotated[annotation, given.info],
-            )
-            for name, (annotation, given) in kind.options.items()
-        ]
+        parameters += _parameters_of(kind)
+    if shares_work:
+        parameters += _parameters_of(WorkOptions)
 
     @functools.wraps(function)
     def call(*args: Any, **given: Any) -> Any:
+        if shares_work:
+            jobs = given.pop("jobs")
+            with parallel.workers(jobs):
+                return carry_out(*args, **given)
+        parallel.only_rank_0()
+        return carry_out(*args, **given)
+
+    def carry_out(*args: Any, **given: Any) -> Any:
         made = {name: kind(**{key: given.pop(key) for key in kind.options}) for name, kind in groups.items()}
         return function(*args, **given, **made)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from modelcli import ranks
 from modelcli.commands.applied_edits import AppliedEdits, apply_each
 from modelcli.commands.editable import Editable, open_editable
 from modelcli.commands.fit_check import FitCheck, check_fit, without_traced
@@ -74,6 +75,7 @@ def _edited(request: EditRequest, progress: Progress | None) -> EditResult:
     target, how = request.target, request.write
     if how.out is not None:
         writing.check_target(how.out, how.format, force=how.force)
+    rest_unless_shared(how)
     added = request.edits
     if target.recipe is not None:
         from modelcli import recipe
@@ -100,6 +102,13 @@ def _edited(request: EditRequest, progress: Progress | None) -> EditResult:
         note = f"{target.recipe} now records the input that you stated"
         result = replace(result, notes=(*result.notes, note))
     return result
+
+
+def rest_unless_shared(how: WriteRequest) -> None:
+    """Leave the work to rank 0 unless several ranks write the result: only a folder has files to share out."""
+    from modelcli.checkpoints import formats
+
+    ranks.current().rest_unless(how.out is not None and not how.dry_run and formats.named(how.format).is_folder)
 
 
 def checked_and_written(

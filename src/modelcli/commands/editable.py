@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from modelcli.live.source_models import SourceModels
     from modelcli.live.trace import Traced
     from modelcli.model.parameter_origins import Held
+    from modelcli.values.watch import Watch
     from modelcli.writing import Plan
 
 
@@ -98,6 +99,10 @@ class Editable(Protocol):
 
     def overflow_notes(self) -> list[str]:
         """Which values a narrower dtype cannot hold, known once they have been written."""
+        ...
+
+    def watches(self) -> Sequence[Watch]:
+        """What records such values, in the same order in each process that has the same model."""
         ...
 
     def random_value_notes(self) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from modelcli.commands.applied_edits import apply_each
-from modelcli.commands.edit import EditResult, checked_and_written
+from modelcli.commands.edit import EditResult, checked_and_written, rest_unless_shared
 from modelcli.commands.editable import open_editable
 from modelcli.commands.fit_check import FitCheck
 from modelcli.commands.look import stdout_is_for_data
@@ -34,6 +34,7 @@ def _saved(request: SaveRequest, progress: Progress | None) -> EditResult:
     target, how = request.target, request.write
     assert how.out is not None
     writing.check_target(how.out, how.format, force=how.force)
+    rest_unless_shared(how)
     model = open_editable(target.source, values=not how.dry_run)
     before = model.describe().totals
     applied = apply_each(model, target.edits, target.locations)

@@ -28,6 +28,7 @@ from modelcli.model.joined_tensors import casts_in
 from modelcli.model.parameter_origins import Held, held_of
 from modelcli.model.state_dict import StateDictModel, StateDictTensor
 from modelcli.providers import quantization
+from modelcli.values.watch import Watch
 from modelcli.wording import listed
 from modelcli.writing import Plan
 
@@ -211,18 +212,35 @@ class OpenStateDict:
 
     def overflow_notes(self) -> list[str]:
         """Return notes on values that overflowed in a narrower dtype, and on scales. Call it after writing."""
-        spoilt = [name for name, each in self.model.tensors.items() if self._sources.multiplied_by_not_finite(each)]
+        spoilt = [name for name, watch in self._watches_of_scales() if watch.seen]
         notes = []
         if spoilt:
             were = "was" if len(spoilt) == 1 else "were"
             notes.append(f"{listed(spoilt, 3)} {were} multiplied by scales that are NaN or Inf")
-        cast = [(name, part) for name, tensor in self.model.tensors.items() for part in casts_in(tensor)]
-        if not cast:
+        if not (cast := self._cast()):
             return notes
         from modelcli.values import overflow
 
+        return notes + overflow.notes_of(cast)
+
+    def watches(self) -> list[Watch]:
+        """Return what records the values that these notes are about, in the same order in each process."""
+        found = [watch for _, watch in self._watches_of_scales()]
+        if not (cast := self._cast()):
+            return found
+        from modelcli.values import overflow
+
+        return found + overflow.watches_of(cast)
+
+    def _watches_of_scales(self) -> list[tuple[str, Watch]]:
+        named = ((name, self._sources.watch_of_scales(tensor)) for name, tensor in self.model.tensors.items())
+        return [(name, watch) for name, watch in named if watch is not None]
+
+    def _cast(self) -> list[tuple[str, TensorEntry]]:
+        """Return the tensors that were cast, and those that were cast before they became parts of one."""
+        cast = [(name, part) for name, tensor in self.model.tensors.items() for part in casts_in(tensor)]
         cast.sort(key=lambda item: item[1].kind == "buffer")  # parameters first, as PyTorch lists them
-        return notes + overflow.notes_of([(name, self._sources.entry(name, part)) for name, part in cast])
+        return [(name, self._sources.entry(name, part)) for name, part in cast]
 
     def random_value_notes(self) -> list[str]:
         return []

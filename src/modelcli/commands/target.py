@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modelcli import providers, resolve
+from modelcli import providers, ranks, resolve
 from modelcli.errors import ModelcliError
 from modelcli.language.references import CheckpointFile, PythonObject, Reference, Source
 from modelcli.model.paths import ROOT
@@ -158,7 +158,7 @@ def recipe_locked(
 
     `waiting` is called with its path if another command is using it.
     """
-    if model or os.environ.get("MODELCLI_MODEL"):
+    if model or os.environ.get("MODELCLI_MODEL") or ranks.current().rank:  # rank 0 changes the recipe
         yield
         return
     from modelcli import recipe

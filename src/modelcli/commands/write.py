@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from modelcli import ranks
 from modelcli.wording import listed
 
 if TYPE_CHECKING:
@@ -85,10 +86,19 @@ def write(
     size = writing.DEFAULT_SIZE if request.max_shard_bytes is None else request.max_shard_bytes
     reads = _files_of(model.contents) if model.contents is not None and request.out.exists() else frozenset()
     options = writing.WriteOptions(
-        request.force, request.durable, request.verify, progress, size, reads, _described_by(model.contents)
+        request.force,
+        request.durable,
+        request.verify,
+        progress,
+        size,
+        reads,
+        _described_by(model.contents),
+        when_written=lambda: _share_what_was_seen(model),
     )
     written = writing.write(plan, request.out, options, kind=request.format)
+    ranks.current().rest_unless(False)
     notes = [
+        *_alone_note(written),
         *plan.notes,
         *written.notes,
         *model.overflow_notes(),
@@ -97,6 +107,23 @@ def write(
         *around,
     ]
     return WriteResult(written, tuple(notes))
+
+
+def _share_what_was_seen(model: Editable) -> None:
+    """Let each rank know what the others have met in the values that they wrote, for the notes of rank 0."""
+    if ranks.current().size == 1:
+        return
+    watches = model.watches()
+    for seen in ranks.current().exchange("values", bytes(watch.seen for watch in watches)):
+        for watch, was_seen in zip(watches, seen, strict=True):
+            watch.seen = watch.seen or bool(was_seen)
+
+
+def _alone_note(written: Written) -> list[str]:
+    """Return a note if several ranks were there and one had to write all, because the output is one file."""
+    if written.is_folder or (size := ranks.current().size) == 1:
+        return []
+    return [f"rank 0 wrote {written.path} alone, because it is one file: {size} ranks share a folder/ of shards"]
 
 
 def _other_checkpoints(written: Written) -> list[str]:

@@ -189,7 +189,7 @@ def replacing(
     made: list[str] = []
     with _parents_of(target, path) as folders:
         try:
-            with _failing_as(path):
+            with failing_as(path):
                 with _new_file(folders[0], target, made) as file:
                     temporary = made[-1]
                     yield cast("BinaryIO", file), folders[0].path / temporary
@@ -234,7 +234,7 @@ def replacing_folder(
     with _parents_of(target, path) as folders:
         beside = folders[0]
         try:
-            with _failing_as(path):
+            with failing_as(path):
                 lock = _new_folder(beside, target, made)
                 temporary = made[-1]
                 new = path_of_handle(lock, beside.path / temporary)
@@ -261,6 +261,41 @@ def replacing_folder(
                 os.close(lock)
 
 
+@contextlib.contextmanager
+def shared_folder(folder: Path, inode: int, path: Path) -> Iterator[Path]:
+    """Open the new folder that another process has made beside `path` and keeps, to write files into it.
+
+    Args:
+        folder: the folder, with all links resolved.
+        inode: its inode. Another folder in its place is refused.
+        path: the folder that it will replace, for errors.
+
+    Yields:
+        The path of the folder, through its open handle if the system allows.
+    """
+    with failing_as(path):
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                handle = os.open(folder, os.O_RDONLY | NO_SURPRISES)
+                break
+            except FileNotFoundError:  # a network file system shows a new folder after a moment
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+            except PermissionError:  # the system cannot open folders
+                if os.name != "nt":
+                    raise
+                yield folder
+                return
+        try:
+            if os.fstat(handle).st_ino != inode:
+                raise OSError(errno.ESTALE, f"another program has put something else in the place of {folder}")
+            yield path_of_handle(handle, folder)
+        finally:
+            os.close(handle)
+
+
 def _resolved(path: Path, *, through_links: bool = True) -> Path:
     """Return `path` with all links resolved; a link at its end only with `through_links`."""
     return Path(os.path.realpath(path)) if through_links else Path(os.path.realpath(path.parent)) / path.name
@@ -275,7 +310,7 @@ def _parents_of(target: Path, path: Path) -> Iterator[list[OpenFolder]]:
     made: list[tuple[OpenFolder, str]] = []
     with contextlib.ExitStack() as opened:
         try:
-            with _failing_as(path):
+            with failing_as(path):
                 above, missing = target.parent, []
                 while not above.exists():
                     missing.append(above.name)
@@ -531,7 +566,7 @@ def _remove_if_free(folder: OpenFolder, name: str, back_to: str | None = None) -
 
 
 @contextlib.contextmanager
-def _failing_as(path: Path) -> Iterator[None]:
+def failing_as(path: Path) -> Iterator[None]:
     """Report an OSError of the block as a failure to write `path`."""
     try:
         yield

@@ -37,6 +37,7 @@ from modelcli.live.trace import Traced
 from modelcli.model.blueprint import Blueprint
 from modelcli.model.parameter_origins import Held
 from modelcli.providers import configuration
+from modelcli.values.watch import Watch
 from modelcli.writing import Plan
 
 #: How many bytes a record may need beyond the tensors of its file, and in proportion to them.
@@ -194,6 +195,12 @@ class Live:
         from modelcli.live import overflow
 
         return overflow.notes_of(self.module)
+
+    def watches(self) -> list[Watch]:
+        """What records the values that these notes are about, in the same order in each process."""
+        from modelcli.live import overflow
+
+        return overflow.watches_of(self.module)
 
     def random_value_notes(self) -> list[str]:
         """Which values are in no file and were randomly initialised."""

@@ -14,19 +14,13 @@ from typing import TYPE_CHECKING
 from modelcli.checkpoints.storage import FileId, Storage, Windows, gathered, is_in_sequence
 from modelcli.model.dtypes import ITEM_BYTES
 from modelcli.values.ordered_work import in_order
+from modelcli.values.watch import Watch
 
 if TYPE_CHECKING:
     from modelcli.values.dtypes import Array
 
 #: The elements to convert at a time: 2 MiB of the widest dtype, which fit into the processor's cache.
 PIECE = 1 << 18
-
-
-@dataclass(eq=False, slots=True)
-class RangeWatch:
-    """Records whether a conversion met a value that its dtype cannot hold. Only then are such values counted."""
-
-    exceeded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +36,7 @@ class Conversion:
         after: the dtype of the result.
         start: the first byte of the result that this object stands for.
         nbytes: the number of bytes.
-        watch: records whether a value did not fit into `after`.
+        watch: records whether a value did not fit into `after`. Only then are such values counted.
     """
 
     source: Storage
@@ -50,7 +44,7 @@ class Conversion:
     after: str
     start: int
     nbytes: int
-    watch: RangeWatch = field(default_factory=RangeWatch, compare=False, repr=False)
+    watch: Watch = field(default_factory=Watch, compare=False, repr=False)
 
     @property
     def in_sequence(self) -> bool:
@@ -108,8 +102,8 @@ class Conversion:
         from modelcli.values.dtypes import bits_of, numpy_dtype
 
         elements: Array = reading.array_of(data, numpy_dtype(self.before))
-        if not self.watch.exceeded and casting.may_exceed(elements, self.before, self.after):
-            self.watch.exceeded = True
+        if not self.watch.seen and casting.may_exceed(elements, self.before, self.after):
+            self.watch.seen = True
         return bits_of(casting.cast(elements, self.before, self.after)).data.cast("B")
 
 

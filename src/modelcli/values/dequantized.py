@@ -22,17 +22,11 @@ from modelcli.model.tensors import Shape
 from modelcli.values import casting, reading
 from modelcli.values.dtypes import Array, bits_of, numpy_dtype
 from modelcli.values.ordered_work import in_order
+from modelcli.values.watch import Watch
 
 #: The elements to multiply at a time.
 PIECE = 1 << 18
 _WIDTH = 4
-
-
-@dataclass(eq=False, slots=True)
-class ScaleWatch:
-    """Records whether a scale was NaN or infinite."""
-
-    not_finite: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +55,7 @@ class Products:
     block: tuple[int, int] | None = field(compare=False)
     start: int
     nbytes: int
-    watch: ScaleWatch = field(default_factory=ScaleWatch, repr=False)
+    watch: Watch = field(default_factory=Watch, repr=False)
 
     @property
     def in_sequence(self) -> bool:
@@ -146,8 +140,8 @@ class Products:
     def _scales(self, at: int, count: int) -> Array:
         data = reading.memory_of(self.scale.part(at * _WIDTH, count * _WIDTH))
         found: Array = reading.array_of(data, numpy_dtype("float32"))
-        if not self.watch.not_finite and not np.isfinite(found).all():
-            self.watch.not_finite = True
+        if not self.watch.seen and not np.isfinite(found).all():
+            self.watch.seen = True
         return found
 
 

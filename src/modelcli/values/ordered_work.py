@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
+from modelcli import ranks
+
 _Task = TypeVar("_Task")
 _Result = TypeVar("_Result")
 
@@ -15,10 +17,12 @@ MAX_THREADS = 4
 
 
 def threads() -> int:
-    """Return the number of threads: as many as the process may use processors, up to `MAX_THREADS`."""
-    if hasattr(os, "sched_getaffinity"):
-        return min(len(os.sched_getaffinity(0)), MAX_THREADS)
-    return min(os.cpu_count() or 1, MAX_THREADS)
+    """Return the number of threads: as many as the process may use processors, up to `MAX_THREADS`.
+
+    Several ranks on one machine share its processors.
+    """
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(max(here // ranks.current().local_size, 1), MAX_THREADS)
 
 
 def in_order(work: Callable[[_Task], _Result], tasks: Iterable[_Task], *, ahead: int = 1) -> Iterator[_Result]:

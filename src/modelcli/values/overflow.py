@@ -9,6 +9,7 @@ from modelcli.checkpoints.entries import TensorEntry
 from modelcli.checkpoints.storage import Storage
 from modelcli.model.dtypes import ITEM_BYTES
 from modelcli.values.conversion import Conversion
+from modelcli.values.watch import Watch
 from modelcli.wording import counted
 
 
@@ -32,7 +33,7 @@ def notes_of(tensors: Sequence[tuple[str, TensorEntry]]) -> list[str]:
         conversion
         for storage in {id(entry.storage): entry.storage for _, entry in tensors}.values()
         for conversion, _ in _conversions(storage)
-        if conversion.watch.exceeded
+        if conversion.watch.seen
     }
     if not exceeded:
         return []
@@ -46,6 +47,11 @@ def notes_of(tensors: Sequence[tuple[str, TensorEntry]]) -> list[str]:
                 before = replace(entry, dtype=conversion.before, storage=conversion.source, offset=entry.offset + first)
                 _count(name, before, conversion, found.setdefault(conversion.after, _Lost([])))
     return [_note(dtype, lost) for dtype, lost in found.items() if lost.names]
+
+
+def watches_of(tensors: Sequence[tuple[str, TensorEntry]]) -> list[Watch]:
+    """Return what recorded, for each cast of the tensors in order, whether a value did not fit. Others may be set."""
+    return [conversion.watch for _, entry in tensors for conversion, _ in _conversions(entry.storage)]
 
 
 def _conversions(storage: Storage) -> Iterator[tuple[Conversion, int]]:

@@ -14,6 +14,7 @@ from modelcli.model.dtypes import ITEM_BYTES
 from modelcli.model.joined_tensors import Joined
 from modelcli.model.state_dict import Source, StateDictTensor
 from modelcli.model.tensors import Shape
+from modelcli.values.watch import Watch
 
 
 class Sources:
@@ -75,14 +76,14 @@ class Sources:
             )
         return self._made[made]
 
-    def multiplied_by_not_finite(self, tensor: StateDictTensor) -> bool:
-        """Whether a scale that a tensor was multiplied by was NaN or infinite. Known once its bytes were read."""
+    def watch_of_scales(self, tensor: StateDictTensor) -> Watch | None:
+        """Return what records whether a scale that a tensor was multiplied by was NaN or infinite, once it was read."""
         made = self._made.get(tensor.source) if isinstance(tensor.source, Dequantized) else None
         if made is None:
-            return False
+            return None
         from modelcli.values.dequantized import Products
 
-        return isinstance(made, Products) and made.watch.not_finite
+        return made.watch if isinstance(made, Products) else None
 
     def _joined(self, name: str, joined: Joined) -> Storage:
         """Return the elements of tensors that are joined along an axis as a storage that equals itself alone."""

@@ -6,22 +6,26 @@ read back, and put in its place in one step.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import zlib
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
+from modelcli import ranks
 from modelcli.checkpoints import formats
 from modelcli.checkpoints.format import Format, RecordTooLargeError
-from modelcli.checkpoints.layout import Layout
+from modelcli.checkpoints.layout import FolderLayout, Layout
 from modelcli.checkpoints.plan import Plan, PlannedStorage, PlannedTensor, Source, Written
 from modelcli.checkpoints.storage import FileId, require_unchanged
 from modelcli.errors import RequestError, SystemFailureError
 from modelcli.files import atomic
 from modelcli.language.quoting import quoted
-from modelcli.writing import source_checksums
+from modelcli.ranks import Group
+from modelcli.writing import shares, source_checksums
 from modelcli.writing.output import Output, Report, checksums_in
 
 __all__ = [
@@ -58,6 +62,8 @@ class WriteOptions:
         reads: files that have to be unchanged when the new one replaces the old one, besides those that bytes are
             copied from.
         described_by: files that say where the bytes are, such as an index; they are compared with checksums, too.
+        group: the ranks that write a folder together. A file is written by rank 0 alone.
+        when_written: called on each rank when all ranks have written their files of a folder.
     """
 
     force: bool = False
@@ -67,6 +73,8 @@ class WriteOptions:
     max_shard_bytes: int = DEFAULT_SIZE
     reads: frozenset[FileId] = frozenset()
     described_by: frozenset[FileId] = frozenset()
+    group: Group = field(default_factory=ranks.current)
+    when_written: Callable[[], None] = lambda: None
 
 
 def format_of(path: str | Path, folder: str | None = None) -> str:
@@ -136,6 +144,7 @@ def write(plan: Plan, path: Path, options: WriteOptions | None = None, *, kind: 
         SystemFailureError: there is not enough space (found before a byte is written), or the system failed.
     """
     format_, options = formats.named(kind or format_of(path)), options or WriteOptions()
+    options.group.rest_unless(format_.is_folder)
     write_plan = _write_folder if format_.is_folder else _write_file
     try:
         nbytes, notes = write_plan(plan, path, format_, options)
@@ -147,9 +156,9 @@ def write(plan: Plan, path: Path, options: WriteOptions | None = None, *, kind: 
 
 
 def _write_file(plan: Plan, path: Path, format_: Format, options: WriteOptions) -> tuple[int, tuple[str, ...]]:
-    """Write a plan as a file; its size, and notes for the user."""
-    layout = format_.layout(plan)
-    notes = _check_sources([layout], options)
+    """Write a plan as a file; its size, and notes for the user. Where there are several ranks, rank 0 does this."""
+    layout, report = format_.layout(plan), _report_of(options)
+    notes = _check_sources([layout], options, ranks.ALONE)
     atomic.require_space(path, layout.nbytes)
     outputs: list[Output] = []
     replacing = atomic.replacing(
@@ -159,44 +168,49 @@ def _write_file(plan: Plan, path: Path, format_: Format, options: WriteOptions) 
         require_unchanged=lambda: _require_unchanged(outputs, options),
     )
     with replacing as (file, temporary):
-        with Output(file, layout.nbytes, options.report, durable=options.durable) as output:
+        with Output(file, layout.nbytes, report, durable=options.durable) as output:
             outputs.append(output)
             layout.write(output)
         _require_size(path, file.fileno(), layout.nbytes)
         format_.verify(plan, temporary)
         if options.verify:
-            _compare(file, path, layout.parts(), layout.nbytes, options.report)
+            _compare(file, path, layout.parts(), layout.nbytes, report)
     return layout.nbytes, notes
 
 
 def _write_folder(plan: Plan, path: Path, format_: Format, options: WriteOptions) -> tuple[int, tuple[str, ...]]:
-    """Write a plan as a folder; the size of its files, and notes for the user."""
-    folder = format_.folder_layout(plan, options.max_shard_bytes)
-    notes = _check_sources(folder.files.values(), options)
+    """Write a plan as a folder; the size of its files, and notes for the user.
+
+    Several ranks write it together, into one new folder. Rank 0 makes that, writes what is not a shard, and puts the
+    folder in its place when all ranks have written their shards and found their sources unchanged.
+    """
+    folder, group = format_.folder_layout(plan, options.max_shard_bytes), options.group
+    shares.require_same(folder, group)
+    notes = _check_sources(folder.files.values(), options, group)
+    names = shares.own_files(folder, group)
+    if group.rank:
+        _write_share(folder, names, path, options)
+        return folder.nbytes, (*notes, *folder.notes)
     atomic.require_space(path, folder.nbytes)
-    done, outputs = 0, list[Output]()
+    outputs: list[Output] = []
     replacing = atomic.replacing_folder(
         path,
         force=options.force,
         durable=options.durable,
         superseded=format_.superseded,
-        require_unchanged=lambda: _require_unchanged(outputs, options),
+        require_unchanged=lambda: _require_all_unchanged(outputs, options),
     )
-    with replacing as temporary:
-        for name, layout in folder.files.items():
-            with (temporary / name).open("xb+", buffering=0) as file:
-                with Output(file, folder.nbytes, _after(options.report, done), durable=options.durable) as output:
-                    outputs.append(output)
-                    layout.write(output)
-                _require_size(path / name, file.fileno(), layout.nbytes)
-                if options.verify:
-                    _compare(file, path / name, layout.parts(), folder.nbytes, _after(options.report, done))
-            done += layout.nbytes
+    with replacing as temporary, _stopping_others(group):
+        told = {"folder": os.path.realpath(temporary), "inode": temporary.stat().st_ino}
+        group.broadcast("folder", json.dumps(told).encode())
+        _write_files(folder, names, temporary, path, options, outputs)
+        group.exchange("written", b"")
+        options.when_written()
         format_.verify_folder(plan, folder, temporary)
     return folder.nbytes, (*notes, *folder.notes)
 
 
-def _check_sources(layouts: Iterable[Layout], options: WriteOptions) -> tuple[str, ...]:
+def _check_sources(layouts: Iterable[Layout], options: WriteOptions, group: Group) -> tuple[str, ...]:
     """Compare the files that some layouts take bytes from with their checksums, if the user wants it; return notes.
 
     Raises FileFormatError if one differs.
@@ -205,7 +219,81 @@ def _check_sources(layouts: Iterable[Layout], options: WriteOptions) -> tuple[st
         return ()
     sources = {source for layout in layouts for _, source in layout.parts()}
     files = {file for source in sources for file in source.files()}
-    return tuple(source_checksums.check(files | options.described_by, options.report)) if files else ()
+    if not files:
+        return ()
+    return tuple(source_checksums.check(files | options.described_by, _report_of(options), group))
+
+
+def _write_share(folder: FolderLayout, names: Collection[str], path: Path, options: WriteOptions) -> None:
+    """Write the files of another rank than 0 into the folder that rank 0 has made."""
+    group, outputs = options.group, list[Output]()
+    told = json.loads(group.broadcast("folder"))
+    target = Path(os.path.realpath(path))
+    with (
+        group.if_left_alone(lambda: atomic.remove_abandoned(target)),
+        atomic.shared_folder(Path(told["folder"]), told["inode"], path) as temporary,
+    ):
+        _write_files(folder, names, temporary, path, options, outputs)
+        group.exchange("written", b"")
+        options.when_written()
+        group.broadcast("replacing")
+        _require_unchanged(outputs, options)
+        group.exchange("unchanged", b"")
+
+
+def _write_files(
+    folder: FolderLayout,
+    names: Collection[str],
+    temporary: Path,
+    path: Path,
+    options: WriteOptions,
+    outputs: list[Output],
+) -> None:
+    """Write the named files of a folder into `temporary`, and add what wrote each to `outputs`."""
+    done, report = 0, _report_of(options)
+    for name in names:
+        layout = folder.files[name]
+        with (temporary / name).open("xb+", buffering=0) as file:
+            with Output(file, folder.nbytes, _after(report, done), durable=options.durable) as output:
+                outputs.append(output)
+                layout.write(output)
+            _require_size(path / name, file.fileno(), layout.nbytes)
+            if options.verify:
+                _compare(file, path / name, layout.parts(), folder.nbytes, _after(report, done))
+            if options.group.rank and options.durable:  # rank 0 cannot flush what the system of another machine holds
+                os.fsync(file.fileno())
+        done += layout.nbytes
+
+
+def _report_of(options: WriteOptions) -> Report | None:
+    """Return the report function, which also tells the other ranks that this one gets on."""
+    group, report = options.group, options.report
+    if group.size == 1:
+        return report
+
+    def told(done: int, total: int, doing: str) -> None:
+        everywhere = group.moved(done)
+        if report is not None:
+            report(min(everywhere, total), total, doing)
+
+    return told
+
+
+@contextlib.contextmanager
+def _stopping_others(group: Group) -> Iterator[None]:
+    """Stop the other ranks if the block raises, before the folder in which they write is removed."""
+    try:
+        yield
+    except BaseException:
+        group.stop_others()
+        raise
+
+
+def _require_all_unchanged(outputs: Iterable[Output], options: WriteOptions) -> None:
+    """Raise FileFormatError if a source file of this rank has changed; let the other ranks look at theirs."""
+    options.group.broadcast("replacing")
+    _require_unchanged(outputs, options)
+    options.group.exchange("unchanged", b"")
 
 
 def _after(report: Report | None, done: int) -> Report | None:

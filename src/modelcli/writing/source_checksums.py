@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import zlib
@@ -20,6 +21,8 @@ from modelcli.checkpoints.storage import CHUNK, FileId, require_unchanged
 from modelcli.checkpoints.zip_archives import directory as zip_directory
 from modelcli.errors import FileFormatError, SystemFailureError
 from modelcli.files.open_folder import read_regular
+from modelcli.ranks import ALONE, Group
+from modelcli.ranks.sharing import in_runs
 from modelcli.wording import counted, listed
 
 #: Called with the bytes done, the bytes in total, and the kind of work.
@@ -59,12 +62,13 @@ class _Lists:
         return self._found[folder].get(path.name, [])
 
 
-def check(files: Iterable[FileId], report: Report | None = None) -> list[str]:
+def check(files: Iterable[FileId], report: Report | None = None, group: Group = ALONE) -> list[str]:
     """Compare files with their checksums, as far as there are any.
 
     Args:
         files: the files, and the identities that they had when they were opened.
         report: called with the bytes that were read so far.
+        group: the ranks that share the files out. All of them have the same files.
 
     Returns:
         Notes: what was compared with what, and of which files nothing states a checksum.
@@ -73,10 +77,20 @@ def check(files: Iterable[FileId], report: Report | None = None) -> list[str]:
         FileFormatError: a file differs from its checksum, or has changed.
         SystemFailureError: a file cannot be read.
     """
-    lists, found = _Lists(), sorted(set(files))
+    found = sorted(set(files))
+    ranks = in_runs([identity[0] for _, identity in found], group.size)
+    own = [file for file, rank in zip(found, ranks, strict=True) if rank == group.rank]
+    by_rank = group.exchange("checksums", json.dumps(_compared(own, report)).encode())
+    by_file = [by for data in by_rank for by in json.loads(data)]
+    unstated = [str(path) for (path, _), by in zip(found, by_file, strict=True) if not by]
+    return _notes(len(found), unstated, list(dict.fromkeys(each for by in by_file for each in by)))
+
+
+def _compared(files: Iterable[FileId], report: Report | None) -> list[list[str]]:
+    """Compare files with their checksums; return for each where they are stated."""
+    lists, found = _Lists(), list(files)
     total, done = sum(identity[0] for _, identity in found), 0
-    unstated: list[str] = []
-    by: dict[str, None] = {}
+    compared: list[list[str]] = []
     for path, identity in found:
         require_unchanged(path, identity)
 
@@ -88,16 +102,14 @@ def check(files: Iterable[FileId], report: Report | None = None) -> list[str]:
             with path.open("rb") as file:
                 if stated := _stated_of(path, lists):
                     _require_digest(path, file, stated, read)
-                    by |= dict.fromkeys(_OWN if each.where.lower().endswith(_ENDS) else each.where for each in stated)
-                elif _match_records(path, file, read):
-                    by[_ZIP] = None
+                    compared.append([_OWN if each.where.lower().endswith(_ENDS) else each.where for each in stated])
                 else:
-                    unstated.append(str(path))
+                    compared.append([_ZIP] if _match_records(path, file, read) else [])
         except OSError as error:
             raise SystemFailureError(f"cannot read {path}: {error.strerror or error}") from None
         require_unchanged(path, identity)
         done += identity[0]
-    return _notes(len(found), unstated, [*by])
+    return compared
 
 
 def _notes(count: int, unstated: Collection[str], by: Collection[str]) -> list[str]:

@@ -1,0 +1,76 @@
+"""`--jobs N`: the same result as one process gives, and plain PyTorch; one message where a worker fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from modelcli.files.atomic import TEMPORARY
+from tests.conftest import Cli
+
+
+@pytest.fixture
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Eight tensors of 40 kB, saved as in.pth; the last one has two values that float16 cannot hold."""
+    torch.manual_seed(0)
+    made = {f"layers.{number}.weight": torch.randn(100, 100) for number in range(8)}
+    made["layers.7.weight"][3, 4:6] = 1e6
+    torch.save(made, folder / "in.pth")
+    return made
+
+
+def _shards(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_a_folder_is_that_of_one_process(cli: Cli, folder: Path, tensors: dict[str, torch.Tensor]):
+    words = ("cast", "**", "float16", "-m", "in.pth", "--max-shard-size", "50KB", "--verify")
+    alone = cli(*words, "-o", "alone/")
+    shared = cli(*words, "-o", "shared/", "--jobs", 3)
+    assert shared.out.replace("shared/", "alone/") == alone.out
+    assert "2 values became Inf" in alone.err  # which the worker that wrote the last shard has met
+    assert shared.err == alone.err
+    assert _shards(folder / "shared") == _shards(folder / "alone")
+    found = {
+        name: value for file in (folder / "shared").glob("*.safetensors") for name, value in load_file(file).items()
+    }
+    assert {name: value.tolist() for name, value in found.items()} == {
+        name: value.half().tolist() for name, value in tensors.items()
+    }
+    assert not list(folder.glob(f".*{TEMPORARY}"))
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_folder_of_dcp_loads(cli: Cli, folder: Path, tensors: dict[str, torch.Tensor]):
+    cli("rename", "layers.*.**", "blocks.*.**", "-m", "in.pth", "-o", "out/", "--format-out", "dcp",
+        "--max-shard-size", "100KB", "--jobs", 2)  # fmt: skip
+    assert len(list((folder / "out").glob("*.distcp"))) > 2
+    found = {name.replace("layers", "blocks"): torch.empty(100, 100) for name in tensors}
+    load(found, checkpoint_id=folder / "out")
+    for name, value in tensors.items():
+        assert torch.equal(found[name.replace("layers", "blocks")], value)
+
+
+def test_rank_0_writes_a_file_alone_and_says_so(cli: Cli, folder: Path, tensors: dict[str, torch.Tensor]):
+    found = cli("save", "out.safetensors", "-m", "in.pth", "--jobs", 2)
+    assert "rank 0 wrote out.safetensors alone, because it is one file: 2 ranks share a folder/ of shards" in found.err
+    assert torch.equal(load_file(folder / "out.safetensors")["layers.1.weight"], tensors["layers.1.weight"])
+
+
+def test_the_recipe_gets_an_edit_once(cli: Cli, folder: Path, tensors: dict[str, torch.Tensor]):
+    cli("load", "in.pth")
+    cli("remove", "layers.0", "-o", "out/", "--jobs", 2)
+    assert (folder / "modelcli.toml").read_text().count("remove layers.0") == 1
+    cli("remove", "layers.1", "--jobs", 2)  # writes no checkpoint
+    assert (folder / "modelcli.toml").read_text().count("remove layers.1") == 1
+
+
+def test_a_wrong_request_is_one_message(cli: Cli, folder: Path, tensors: dict[str, torch.Tensor]):
+    found = cli("remove", "blocks.0", "-m", "in.pth", "-o", "out/", "--jobs", 3, code=2)
+    assert found.err.count("error: ") == 1
+    assert "rank" not in found.err
+    assert not (folder / "out").exists()

@@ -21,7 +21,7 @@ from modelcli.cli import failures, parallel
 from modelcli.cli.output import PipeClosedError, prints_kept, tell, tell_error, unwritten, warned, warnings_kept, write
 from modelcli.cli.synonyms import meant
 from modelcli.errors import ModelcliError, SystemFailureError
-from modelcli.interrupts import INTERRUPTED, asked_to_end
+from modelcli.interrupts import INTERRUPTED, advice, asked_to_end
 from modelcli.language.quoting import quoted
 
 
@@ -180,6 +180,8 @@ def _attempt_or_end(words: list[str], *, as_json: bool) -> int:
     number = asked_to_end[-1]
     asked_to_end.clear()
     message = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
+    message = ": ".join([message, *advice])
+    advice.clear()
     return _report_end(message, INTERRUPTED if number == signal.SIGINT else 128 + number, as_json=as_json)
 
 

@@ -439,6 +439,13 @@ class SaveOptions(OptionGroup):
         default=False,
         rich_help_panel="Result",
     )
+    resume: bool = _option(
+        "--resume",
+        help="Go on where an interrupted run of the same command stopped, and keep complete files of this one if it is "
+        "interrupted: for folders.",
+        default=False,
+        rich_help_panel="Result",
+    )
 
 
 class EditOptions(SaveOptions):
@@ -478,6 +485,7 @@ class UnheededOptions(OptionGroup):
     no_fsync: bool = _option("--no-fsync", default=False, hidden=True)
     verify: bool = _option("--verify", default=False, hidden=True)
     jobs: int | None = _option("--jobs", hidden=True)
+    resume: bool = _option("--resume", default=False, hidden=True)
 
 
 def names_of(*groups: Any) -> set[str]:

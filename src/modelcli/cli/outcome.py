@@ -31,9 +31,12 @@ def write_request(options: SaveOptions, out: str | None) -> "WriteRequest":
         raise RequestError(f"unknown check {options.check!r}", did_you_mean(options.check, CHECKS) or either)
     if out is None and options.format_out is not None:
         raise RequestError("--format-out says how a folder is written, and none is", "-o out/ writes it")
+    kind = writing.default_format() if out is None else writing.format_of(out, options.format_out)
+    if options.resume and out is not None and not writing.is_folder(kind):
+        raise RequestError(f"--resume is for folders, and {out} is one file", f"-o {quoted(Path(out).stem or out)}/")
     return WriteRequest(
         out=None if out is None else Path(out),
-        format=writing.default_format() if out is None else writing.format_of(out, options.format_out),
+        format=kind,
         force=options.force,
         dry_run=options.dry_run,
         check=options.check,
@@ -41,6 +44,7 @@ def write_request(options: SaveOptions, out: str | None) -> "WriteRequest":
         compact=options.compact,
         durable=not options.no_fsync,
         verify=options.verify,
+        resume=options.resume,
         also_ema=options.also_ema,
         max_shard_bytes=None if options.max_shard_size is None else parse_bytes(options.max_shard_size),
     )

@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from modelcli import ranks
+from modelcli import ranks, resolve
+from modelcli.checkpoints.storage import identity_of
+from modelcli.language.references import PythonObject
 from modelcli.wording import listed
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ class WriteRequest:
         compact: write only the bytes of each storage that tensors use.
         durable: wait until the data is on the disk.
         verify: compare the files that are read with the checksums beside them, and read every byte back.
+        resume: go on with an interrupted run of the same work, and keep what is complete of this one.
         max_shard_bytes: the maximum size of a shard; None for the usual size.
         also_ema: make the same edits in other state dicts of the same model in a training checkpoint.
     """
@@ -49,6 +52,7 @@ class WriteRequest:
     compact: bool = False
     durable: bool = True
     verify: bool = False
+    resume: bool = False
     max_shard_bytes: int | None = None
     also_ema: bool = False
 
@@ -71,6 +75,7 @@ def write(
     """Write an edited model. `traced` is a forward pass of it, if there is one already."""
     from modelcli import writing
     from modelcli.checkpoints import formats
+    from modelcli.writing.journal import Resume
 
     assert request.out is not None
     plan = model.plan(request.out, request.format, bare=request.bare, compact=request.compact, traced=traced)
@@ -95,6 +100,8 @@ def write(
         _described_by(model.contents),
         when_written=lambda: _share_what_was_seen(model),
     )
+    if request.resume:
+        options = replace(options, resume=Resume(_identity_of_work(model, request), model.watches))
     written = writing.write(plan, request.out, options, kind=request.format)
     ranks.current().rest_unless(False)
     notes = [
@@ -138,10 +145,20 @@ def _other_checkpoints(written: Written) -> list[str]:
     ]
 
 
+def _identity_of_work(model: Editable, request: WriteRequest) -> str:
+    """Return what decides the bytes of the result besides its plan: the model, the edits, options, and code."""
+    source = model.source
+    parts: list[object] = [source, model.seed, [str(edit) for edit in model.carried_out], request.format]
+    parts += [request.bare, request.compact, request.also_ema]
+    for text in (source.model, source.arch):
+        if text is not None and isinstance(named := resolve.parse(text, source.folder), PythonObject) and named.file:
+            parts.append(identity_of(named.file))
+    return repr(parts)
+
+
 def _described_by(contents: Contents | None) -> frozenset[FileId]:
     """Return the index of the shards of a model, or the description of its folder, if it was read from a folder."""
     from modelcli.checkpoints import formats
-    from modelcli.checkpoints.storage import identity_of
 
     if contents is None or contents.is_remote:
         return frozenset()

@@ -89,24 +89,41 @@ def _check_folder(path: Path) -> None:
         raise SystemFailureError(f"cannot write {path}: no permission to write in it")
 
 
-def require_space(path: Path, nbytes: int) -> None:
+def require_space(path: Path, nbytes: int, *, resumes: bool = False) -> None:
     """Raise SystemFailureError if the file system of `path` has no space for `nbytes` more bytes.
 
     The new file needs space of its own because the old one stays until the new one is complete. First removes what
-    killed runs have left beside `path`.
+    killed runs have left beside `path`; with `resumes` that stays, because it is taken over or removed later, and its
+    space counts as free.
     """
     above = _existing_folder(path)
-    with contextlib.suppress(OSError):
-        remove_abandoned(Path(os.path.realpath(path)))
+    target = Path(os.path.realpath(path))
+    if not resumes:
+        with contextlib.suppress(OSError):
+            remove_abandoned(target)
     try:
         free = shutil.disk_usage(above).free
     except OSError:
         return
+    if resumes:
+        with contextlib.suppress(OSError):
+            free += _size_of_abandoned(target)
     if nbytes > free:
         raise SystemFailureError(
             f"cannot write {path}: it takes {nbytes / 1e6:,.2f} MB, and {free / 1e6:,.2f} MB are free in {above}",
             "modelcli writes the whole new file before it replaces the old one",
         )
+
+
+def _size_of_abandoned(target: Path) -> int:
+    """Return the bytes on the disk of the temporary folders beside a target that no process has locked."""
+    total = 0
+    with OpenFolder(target.parent) as beside:
+        for name, handle in _abandoned_folders(beside, target):
+            for above, _, names in os.walk(path_of_handle(handle, beside.path / name)):
+                statuses = (os.lstat(os.path.join(above, each)) for each in names)  # noqa: PTH118 -- as os.walk gives it
+                total += sum(getattr(status, "st_blocks", status.st_size // 512) * 512 for status in statuses)
+    return total
 
 
 def _existing_folder(path: Path) -> Path:
@@ -213,6 +230,8 @@ def replacing_folder(
     durable: bool = True,
     superseded: Callable[[Path], Collection[str]] = lambda _: (),
     require_unchanged: Callable[[], None] = lambda: None,
+    adopts: Callable[[Path], bool] | None = None,
+    keeps: Callable[[Path, BaseException], bool] = lambda _folder, _error: False,
 ) -> Iterator[Path]:
     """Make a new folder beside `path`; at the end of the block the new folder replaces `path` in one step.
 
@@ -222,6 +241,9 @@ def replacing_folder(
         path, force, durable, require_unchanged: as in `replacing`.
         superseded: a function that gets the old folder and returns the names of the files in it that the new ones
             replace; these are not kept.
+        adopts: whether to go on with the temporary folder of an interrupted run, which is this user's own. The others
+            are removed.
+        keeps: whether to leave the new folder for another run if the block raises this error.
 
     Yields:
         The path of the new folder: a path through its open handle if the system allows, so that no other program can
@@ -231,14 +253,23 @@ def replacing_folder(
     target = _resolved(path)
     made: list[str] = []
     lock = None
-    with _parents_of(target, path) as folders:
+    with _parents_of(target, path, removes=adopts is None) as folders:
         beside = folders[0]
         try:
             with failing_as(path):
-                lock = _new_folder(beside, target, made)
+                if adopts is not None:
+                    lock = _adopted_folder(beside, target, adopts, made)
+                    remove_abandoned(target, beside)
+                if lock is None:
+                    lock = _new_folder(beside, target, made)
                 temporary = made[-1]
                 new = path_of_handle(lock, beside.path / temporary)
-                yield new
+                try:
+                    yield new
+                except BaseException as error:
+                    if keeps(new, error):
+                        made.remove(temporary)
+                    raise
                 with _alone(beside, target.name) as old:
                     require_unchanged()
                     if beside.status(target.name) is not None:
@@ -302,8 +333,10 @@ def _resolved(path: Path, *, through_links: bool = True) -> Path:
 
 
 @contextlib.contextmanager
-def _parents_of(target: Path, path: Path) -> Iterator[list[OpenFolder]]:
-    """Make the missing parent folders of a target; if the block raises, remove them again.
+def _parents_of(target: Path, path: Path, *, removes: bool = True) -> Iterator[list[OpenFolder]]:
+    """Make the missing parent folders of a target; if the block raises, remove them again, if they are empty.
+
+    With `removes`, what killed runs have left beside the target is removed first.
 
     Yields the open folders that get a new entry, the target's own folder first.
     """
@@ -322,7 +355,8 @@ def _parents_of(target: Path, path: Path) -> Iterator[list[OpenFolder]]:
                         folders[0].make(name, 0o777)
                         made.append((folders[0], name))
                     folders.insert(0, opened.enter_context(folders[0].folder(name)))
-                remove_abandoned(target, folders[0])
+                if removes:
+                    remove_abandoned(target, folders[0])
             yield folders
         except BaseException:
             for folder, name in reversed(made):
@@ -534,11 +568,51 @@ def remove_abandoned(target: Path, folder: OpenFolder | None = None) -> None:
         with OpenFolder(target.parent) as folder:
             remove_abandoned(target, folder)
         return
-    own = re.compile(rf"\.{re.escape(_stem(target.name))}\.[0-9a-f]{{8}}(\.old)?{re.escape(TEMPORARY)}")
+    own = _name_of_temporary(target)
     for name in folder.names():
         if (match := own.fullmatch(name)) is not None:
             with contextlib.suppress(OSError):
                 _remove_if_free(folder, name, back_to=target.name if match[1] else None)
+
+
+def _name_of_temporary(target: Path) -> re.Pattern[str]:
+    """Return the pattern of the names of temporary files and folders of a target; a group is of an old folder."""
+    return re.compile(rf"\.{re.escape(_stem(target.name))}\.[0-9a-f]{{8}}(\.old)?{re.escape(TEMPORARY)}")
+
+
+def _abandoned_folders(folder: OpenFolder, target: Path) -> Iterator[tuple[str, int]]:
+    """Yield the new folders that killed runs of this user have left beside a target, each with its locked handle.
+
+    Only the user may write in such a folder, so that what it holds was not put there by anybody else. The handle is
+    closed afterwards. Systems that cannot open folders have none.
+    """
+    own = _name_of_temporary(target)
+    for name in sorted(folder.names()):
+        if (match := own.fullmatch(name)) is None or match[1]:
+            continue
+        try:
+            handle = folder.open(name, os.O_RDONLY)
+        except OSError:
+            continue
+        try:
+            status = os.fstat(handle)
+            is_own = not hasattr(os, "geteuid") or (status.st_uid == os.geteuid() and not status.st_mode & 0o022)
+            if stat.S_ISDIR(status.st_mode) and is_own and locks.try_to_lock(handle):
+                folder.require_same(name, handle)
+                yield name, handle
+        except OSError:
+            continue
+        finally:
+            os.close(handle)
+
+
+def _adopted_folder(folder: OpenFolder, target: Path, adopts: Callable[[Path], bool], made: list[str]) -> int | None:
+    """Return the locked handle of the first temporary folder that `adopts` accepts, and add its name to `made`."""
+    for name, handle in _abandoned_folders(folder, target):
+        if adopts(path_of_handle(handle, folder.path / name)):
+            made.append(name)
+            return os.dup(handle)  # the lock belongs to both, and lasts as long as one of them is open
+    return None
 
 
 def _remove_if_free(folder: OpenFolder, name: str, back_to: str | None = None) -> None:
@@ -577,7 +651,9 @@ def failing_as(path: Path) -> Iterator[None]:
 
 
 def _failure(path: Path, error: OSError) -> SystemFailureError:
-    return SystemFailureError(f"cannot write {path}: {error.strerror or error}")
+    failure = SystemFailureError(f"cannot write {path}: {error.strerror or error}")
+    failure.notes = tuple(getattr(error, "__notes__", ()))
+    return failure
 
 
 def _umask() -> int:

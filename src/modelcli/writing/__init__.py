@@ -12,10 +12,11 @@ import os
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import BinaryIO
 
-from modelcli import ranks
+from modelcli import interrupts, ranks
 from modelcli.checkpoints import formats
 from modelcli.checkpoints.format import Format, RecordTooLargeError
 from modelcli.checkpoints.layout import FolderLayout, Layout
@@ -25,7 +26,9 @@ from modelcli.errors import RequestError, SystemFailureError
 from modelcli.files import atomic
 from modelcli.language.quoting import quoted
 from modelcli.ranks import Group
-from modelcli.writing import shares, source_checksums
+from modelcli.wording import counted, is_or_are
+from modelcli.writing import journal, shares, source_checksums
+from modelcli.writing.journal import Journal, Resume
 from modelcli.writing.output import Output, Report, checksums_in
 
 __all__ = [
@@ -41,6 +44,7 @@ __all__ = [
     "format_of",
     "holds_values",
     "holds_views",
+    "is_folder",
     "write",
 ]
 
@@ -64,6 +68,8 @@ class WriteOptions:
         described_by: files that say where the bytes are, such as an index; they are compared with checksums, too.
         group: the ranks that write a folder together. A file is written by rank 0 alone.
         when_written: called on each rank when all ranks have written their files of a folder.
+        resume: goes on with an interrupted run of the same work, and keeps what is complete of this one if it is
+            interrupted; None for neither. Only for folders.
     """
 
     force: bool = False
@@ -75,6 +81,7 @@ class WriteOptions:
     described_by: frozenset[FileId] = frozenset()
     group: Group = field(default_factory=ranks.current)
     when_written: Callable[[], None] = lambda: None
+    resume: Resume | None = None
 
 
 def format_of(path: str | Path, folder: str | None = None) -> str:
@@ -115,6 +122,11 @@ def holds_values(kind: str) -> bool:
 def holds_views(kind: str) -> bool:
     """Whether tensors can be views into one storage in a format; else each is written by itself, row-major."""
     return formats.named(kind).holds_views
+
+
+def is_folder(kind: str) -> bool:
+    """Whether a format is one of folders."""
+    return formats.named(kind).is_folder
 
 
 def default_format() -> str:
@@ -187,27 +199,105 @@ def _write_folder(plan: Plan, path: Path, format_: Format, options: WriteOptions
     folder, group = format_.folder_layout(plan, options.max_shard_bytes), options.group
     shares.require_same(folder, group)
     notes = _check_sources(folder.files.values(), options, group)
-    names = shares.own_files(folder, group)
+    share = _Share(folder, shares.own_files(folder, group), path, options)
     if group.rank:
-        _write_share(folder, names, path, options)
+        _write_share(share)
         return folder.nbytes, (*notes, *folder.notes)
-    atomic.require_space(path, folder.nbytes)
-    outputs: list[Output] = []
+    resumes = options.resume is not None
+    atomic.require_space(path, folder.nbytes, resumes=resumes)
     replacing = atomic.replacing_folder(
         path,
         force=options.force,
         durable=options.durable,
         superseded=format_.superseded,
-        require_unchanged=lambda: _require_all_unchanged(outputs, options),
+        require_unchanged=lambda: _require_all_unchanged(share),
+        adopts=share.adopts if resumes else None,
+        keeps=partial(_keeps, len(folder.files)) if resumes else lambda _folder, _error: False,
     )
     with replacing as temporary, _stopping_others(group):
+        book = share.journal_in(temporary)
+        if book is not None:
+            book.start(folder.files)
         told = {"folder": os.path.realpath(temporary), "inode": temporary.stat().st_ino}
         group.broadcast("folder", json.dumps(told).encode())
-        _write_files(folder, names, temporary, path, options, outputs)
-        group.exchange("written", b"")
+        _write_files(share, temporary, book)
+        taken_over = sum(map(int, group.exchange("written", str(len(share.taken_over)).encode())))
         options.when_written()
         format_.verify_folder(plan, folder, temporary)
-    return folder.nbytes, (*notes, *folder.notes)
+        if book is not None:
+            book.remove()
+    return folder.nbytes, (*notes, *_notes_on_interrupted(share, taken_over), *folder.notes)
+
+
+@dataclass
+class _Share:
+    """What one rank writes of a folder.
+
+    Attributes:
+        folder: the layout of the folder.
+        names: the files that this rank writes.
+        path: the folder that is replaced, for errors.
+        options: how to write.
+        outputs: what wrote each file.
+        taken_over: the files that an interrupted run has completed.
+        others: folders of interrupted runs that were not taken over.
+    """
+
+    folder: FolderLayout
+    names: Collection[str]
+    path: Path
+    options: WriteOptions
+    outputs: list[Output] = field(default_factory=list)
+    taken_over: list[str] = field(default_factory=list)
+    others: list[Path] = field(default_factory=list)
+
+    @cached_property
+    def work(self) -> journal.Work:
+        assert self.options.resume is not None
+        return journal.work_of(self.folder, self.options.resume.text)
+
+    def adopts(self, found: Path) -> bool:
+        """Whether a temporary folder is that of an interrupted run of the same work."""
+        if not (is_same := journal.is_of(found, self.work)):
+            self.others.append(found)
+        return is_same
+
+    def journal_in(self, temporary: Path) -> Journal | None:
+        resume = self.options.resume
+        return None if resume is None else Journal(temporary, self.work, resume)
+
+    def require_unchanged(self) -> None:
+        """Raise FileFormatError if a source file of this rank has changed meanwhile."""
+        files = [self.work.sources[name] for name in self.taken_over]
+        _require_unchanged(self.outputs, replace(self.options, reads=self.options.reads.union(*files)))
+
+
+def _notes_on_interrupted(share: _Share, taken_over: int) -> list[str]:
+    """Return what there is to say of interrupted runs: what was taken over, or that nothing was."""
+    if taken_over:
+        files = counted(len(share.folder.files), "file")
+        return [f"{taken_over} of {files} {is_or_are(taken_over)} from the interrupted run"]
+    if not share.others:
+        return []
+    return [
+        f"everything was written anew: what an interrupted run left beside {share.path} was made without --resume, or "
+        "of another model, by other edits or with other options"
+    ]
+
+
+def _keeps(count: int, folder: Path, error: BaseException) -> bool:
+    """Whether to keep the temporary folder of an interrupted run. The user hears how another run goes on with it."""
+    found = journal.complete_in(folder)
+    if not found or not journal.is_kept_after(error):
+        return False
+    text = f"{found} of {counted(count, 'file')} {is_or_are(found)} kept: the same command with --resume continues"
+    if isinstance(error, SystemFailureError):
+        error.notes = (*error.notes, text)
+    elif isinstance(error, OSError):
+        error.add_note(text)
+    else:
+        interrupts.advice.append(text)
+    return True
 
 
 def _check_sources(layouts: Iterable[Layout], options: WriteOptions, group: Group) -> tuple[str, ...]:
@@ -224,43 +314,46 @@ def _check_sources(layouts: Iterable[Layout], options: WriteOptions, group: Grou
     return tuple(source_checksums.check(files | options.described_by, _report_of(options), group))
 
 
-def _write_share(folder: FolderLayout, names: Collection[str], path: Path, options: WriteOptions) -> None:
+def _write_share(share: _Share) -> None:
     """Write the files of another rank than 0 into the folder that rank 0 has made."""
-    group, outputs = options.group, list[Output]()
+    group = share.options.group
     told = json.loads(group.broadcast("folder"))
-    target = Path(os.path.realpath(path))
+    target = Path(os.path.realpath(share.path))
+    resumes = share.options.resume is not None
     with (
-        group.if_left_alone(lambda: atomic.remove_abandoned(target)),
-        atomic.shared_folder(Path(told["folder"]), told["inode"], path) as temporary,
+        group.if_left_alone((lambda: None) if resumes else lambda: atomic.remove_abandoned(target)),
+        atomic.shared_folder(Path(told["folder"]), told["inode"], share.path) as temporary,
     ):
-        _write_files(folder, names, temporary, path, options, outputs)
-        group.exchange("written", b"")
-        options.when_written()
+        _write_files(share, temporary, share.journal_in(temporary))
+        group.exchange("written", str(len(share.taken_over)).encode())
+        share.options.when_written()
         group.broadcast("replacing")
-        _require_unchanged(outputs, options)
+        share.require_unchanged()
         group.exchange("unchanged", b"")
 
 
-def _write_files(
-    folder: FolderLayout,
-    names: Collection[str],
-    temporary: Path,
-    path: Path,
-    options: WriteOptions,
-    outputs: list[Output],
-) -> None:
-    """Write the named files of a folder into `temporary`, and add what wrote each to `outputs`."""
+def _write_files(share: _Share, temporary: Path, book: Journal | None) -> None:
+    """Write a share of the files of a folder into `temporary`, but those that the journal knows to be complete."""
+    options, total = share.options, share.folder.nbytes
     done, report = 0, _report_of(options)
-    for name in names:
-        layout = folder.files[name]
-        with (temporary / name).open("xb+", buffering=0) as file:
-            with Output(file, folder.nbytes, _after(report, done), durable=options.durable) as output:
-                outputs.append(output)
-                layout.write(output)
-            _require_size(path / name, file.fileno(), layout.nbytes)
+    for name in share.names:
+        layout, target, after = share.folder.files[name], share.path / name, _after(report, done)
+        is_there = book is not None and book.has(name, layout)
+        with (temporary / name).open("rb+" if is_there else "xb+", buffering=0) as file:
+            if is_there:
+                share.taken_over.append(name)
+                if after is not None:
+                    after(layout.nbytes, total, "writing")
+            else:
+                with Output(file, total, after, durable=options.durable) as output:
+                    share.outputs.append(output)
+                    layout.write(output)
+                _require_size(target, file.fileno(), layout.nbytes)
             if options.verify:
-                _compare(file, path / name, layout.parts(), folder.nbytes, _after(report, done))
-            if options.group.rank and options.durable:  # rank 0 cannot flush what the system of another machine holds
+                _compare(file, target, layout.parts(), total, after)
+            if book is not None and not is_there:
+                book.add(name, file)
+            elif options.group.rank and options.durable:  # rank 0 cannot flush what another machine's system holds
                 os.fsync(file.fileno())
         done += layout.nbytes
 
@@ -289,11 +382,11 @@ def _stopping_others(group: Group) -> Iterator[None]:
         raise
 
 
-def _require_all_unchanged(outputs: Iterable[Output], options: WriteOptions) -> None:
+def _require_all_unchanged(share: _Share) -> None:
     """Raise FileFormatError if a source file of this rank has changed; let the other ranks look at theirs."""
-    options.group.broadcast("replacing")
-    _require_unchanged(outputs, options)
-    options.group.exchange("unchanged", b"")
+    share.options.group.broadcast("replacing")
+    share.require_unchanged()
+    share.options.group.exchange("unchanged", b"")
 
 
 def _after(report: Report | None, done: int) -> Report | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,3 +76,38 @@ def test_a_wrong_request_is_one_message(cli: Cli, folder: Path, tensors: dict[st
     assert found.err.count("error: ") == 1
     assert "rank" not in found.err
     assert not (folder / "out").exists()
+
+
+def test_statistics_hashes_and_differences_are_those_of_one_process(
+    cli: Cli, folder: Path, tensors: dict[str, torch.Tensor]
+):
+    other = tensors | {"layers.2.weight": tensors["layers.2.weight"] + 0.25, "layers.6.weight": torch.zeros(100, 100)}
+    other["layers.5.weight"] = torch.full((100, 100), float("nan"))
+    torch.save(other, folder / "other.pth")
+    for words, code in (
+        (("params", "in.pth", "--stats", "--json"), 0),
+        (("hash", "in.pth", "other.pth"), 0),
+        (("hash", "other.pth", "--tree"), 0),
+        (("check", "in.pth", "other.pth", "--finite"), 1),
+        (("check", "in.pth", "--same-as", "other.pth", "--hash", f"sha256:{'0' * 64}"), 1),
+        (("diff", "in.pth", "other.pth", "--json"), 1),
+        (("diff", "in.pth", "other.pth", "--atol", "0.3"), 1),
+    ):
+        alone, shared = cli(*words, code=code), cli(*words, "--jobs", 3, code=code)
+        assert (shared.out, shared.err) == (alone.out, alone.err)
+    found = {row["name"]: row for row in cli("params", "in.pth", "--stats", "--json", "--jobs", 3).json["tensors"]}
+    for name, value in tensors.items():
+        assert found[name]["stats"]["max"] == value.max().item()
+        assert found[name]["stats"]["mean"] == pytest.approx(value.double().mean().item(), rel=1e-9)
+    differs = cli("diff", "in.pth", "other.pth", "--json", "--jobs", 2, code=1).json
+    assert {row["name"] for row in differs["tensors"]} == {f"layers.{number}.weight" for number in (2, 5, 6)}
+
+
+def test_edits_from_standard_input_reach_all_ranks(
+    cli: Cli, folder: Path, tensors: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"cast ** float64\nremove layers.3\n")))
+    cli("apply", "-", "-m", "in.pth", "-o", "out/", "--max-shard-size", "100KB", "--jobs", 2)
+    found = {name: value for file in (folder / "out").glob("*.safetensors") for name, value in load_file(file).items()}
+    assert found.keys() == tensors.keys() - {"layers.3.weight"}
+    assert torch.equal(found["layers.4.weight"], tensors["layers.4.weight"].double())

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from modelcli import checkpoints, resolve
+from modelcli import checkpoints, ranks, resolve
 from modelcli.checkpoints import CompositeEntry, TensorEntry
 from modelcli.checkpoints.byte_comparison import ByteComparison, have_same_order, nbytes_of
 from modelcli.checkpoints.limits import Budget
@@ -23,6 +23,7 @@ from modelcli.errors import RequestError
 from modelcli.language.quoting import command
 from modelcli.language.references import CheckpointFile, Source
 from modelcli.model import state_dict_match
+from modelcli.ranks.shared_work import shared
 from modelcli.wording import listed
 
 #: How many times the bytes of a file may be read, because tensors may be views of the same bytes.
@@ -262,11 +263,21 @@ def _values(
 ) -> tuple[dict[str, float | None], list[str]]:
     """Return the largest difference of each tensor whose values are not close, and the names of those left out."""
     pairs = {name: (before[name], after[name]) for name in names if name in before and name in after}
-    work = _Work(sum(nbytes_of(left) for left, _ in pairs.values()), progress)
+    sizes, group = [nbytes_of(left) for left, _ in pairs.values()], ranks.current()
+
+    def of_part(part: Mapping[str, tuple[Entry, Entry]]) -> dict[str, float | None]:
+        return _differing(part, _Work(sum(sizes), lambda done, *more: progress(group.moved(done), *more)), scope)
+
+    without = [name for name in names if name not in pairs or _is_half_composite(*pairs[name])]
+    differing = shared(pairs, list(pairs), sizes, of_part, group)
+    return {name: differing[name] for name in names if name in differing}, without
+
+
+def _differing(pairs: Mapping[str, tuple[Entry, Entry]], work: _Work, scope: Scope) -> dict[str, float | None]:
+    """Return the largest difference of each tensor whose values are not close; None where it is not known."""
     work.left_at(0)
     verdicts = _by_bytes(pairs, work)
     differing: dict[str, float | None] = {name: None for name, same in verdicts.items() if not same}
-    without = [name for name in names if name not in pairs or _is_half_composite(*pairs[name])]
     unsure = {
         name: (left, right)
         for name, (left, right) in pairs.items()
@@ -278,7 +289,7 @@ def _values(
         for name, found in differences.compared(unsure, work.read, scope.rtol).items():
             if found.beyond is None or not found.beyond <= scope.atol:
                 differing[name] = found.largest
-    return {name: differing[name] for name in names if name in differing}, without
+    return differing
 
 
 def _not_compared_notes(without: Sequence[str]) -> list[str]:

@@ -174,7 +174,7 @@ class Connected:
         """Tell rank 0 why this rank has failed, and wait until the command has ended."""
         self.is_failing = True
         with contextlib.suppress(OSError):
-            self._peers[0].connection.send(Kind.FAILED, packed(_as_json(error)))
+            self._peers[0].connection.send(Kind.FAILED, packed(error_to_json(error)))
             self._end.wait(_LONG_PATIENCE)
 
     def leave(self) -> None:
@@ -216,7 +216,7 @@ class Connected:
                 peer.received.append((what, rest))
             elif kind == Kind.FAILED:
                 peer.has_failed = True
-                self._note(peer, self.of_rank(peer.rank, _from_json(unpacked(data))))
+                self._note(peer, self.of_rank(peer.rank, error_from_json(unpacked(data))))
             elif kind == Kind.END:
                 self._is_over, self.is_cause = True, unpacked(data) == self.rank
                 self._end.set()
@@ -310,8 +310,9 @@ class Connected:
                 peer.connection.send(kind, data)
 
     def of_rank(self, rank: int, error: ModelcliError) -> ModelcliError:
-        """Return the error of a rank with its name in the message."""
-        error.message = f"{self.name(rank)}: {error.message}"
+        """Return the error of a rank, with the name of another rank than 0 in its message."""
+        if rank:
+            error.message = f"{self.name(rank)}: {error.message}"
         return error
 
     def differs(self, rank: int, how: str) -> SystemFailureError:
@@ -338,11 +339,12 @@ def timeout_from_environment() -> float:
 _ERRORS: Sequence[type[ModelcliError]] = (AnswerNoError, UnsafeError, FileFormatError, SystemFailureError)
 
 
-def _as_json(error: ModelcliError) -> dict[str, Any]:
+def error_to_json(error: ModelcliError) -> dict[str, Any]:
+    """Return an error in a form in which it can be sent to another rank."""
     return {"message": error.message, "hint": error.hint, "kind": error.kind, "exit_code": error.exit_code}
 
 
-def _from_json(found: Mapping[str, Any]) -> ModelcliError:
+def error_from_json(found: Mapping[str, Any]) -> ModelcliError:
     """Return the error of another rank, of the class with its exit code."""
     made = next((kind for kind in _ERRORS if kind.exit_code == found["exit_code"]), RequestError)
     error = made(found["message"], found["hint"])

@@ -66,6 +66,10 @@ class Group(Protocol):
         """Compare what the ranks share out. Raises GroupEndedError if a rank has another `what`."""
         ...
 
+    def of_rank(self, rank: int, error: ModelcliError) -> ModelcliError:
+        """Return the error of a rank, with the name of another rank than 0 in its message."""
+        ...
+
     @property
     def failure(self) -> ModelcliError | None:
         """The error of another rank, once rank 0 knows of one."""
@@ -102,6 +106,9 @@ class Alone:
 
     def require_same(self, digest: bytes, what: str) -> None:
         """Do nothing: there is no other plan."""
+
+    def of_rank(self, rank: int, error: ModelcliError) -> ModelcliError:
+        return error
 
     failure: ModelcliError | None = None
 

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from modelcli import ranks
 from modelcli.checkpoints.byte_comparison import nbytes_of, settings_of
 from modelcli.checkpoints.entries import CompositeEntry, TensorEntry
 from modelcli.checkpoints.limits import Budget
@@ -33,6 +34,7 @@ from modelcli.checkpoints.torch_pickle.inert_values import Global
 from modelcli.errors import RequestError
 from modelcli.model.state_dict import split_key
 from modelcli.model.tensors import Shape
+from modelcli.ranks.shared_work import shared
 from modelcli.values.ordered_work import in_order
 from modelcli.values.reading import Reader, Readers
 from modelcli.values.row_major import RowMajor, row_major
@@ -152,32 +154,38 @@ _Task = tuple[object, str, TensorEntry, Storage]
 def _plain_digests(
     tensors: Mapping[object, tuple[str, TensorEntry]], progress: Progress, what: str
 ) -> dict[object, bytes]:
-    total = sum(nbytes_of(entry) for _, entry in tensors.values())
-    done = 0
-    progress(done, total)
-    found: dict[object, bytes] = {}
+    sizes, group = [nbytes_of(entry) for _, entry in tensors.values()], ranks.current()
+    total = sum(sizes)
+    progress(0, total)
     started: dict[tuple[str, Shape], Any] = {}
     for _, entry in tensors.values():
         if (entry.dtype, entry.shape) not in started:
             head = text(f"{SCHEME} tensor") + header(entry.dtype, entry.shape)
             started[entry.dtype, entry.shape] = hashlib.sha256(head)
-    with Readers([entry for _, entry in tensors.values()]) as readers:
 
-        def work_on(batch: list[_Task]) -> list[tuple[object, int, bytes]]:
-            reader, results = readers.own(), []
-            for key, _, entry, storage in batch:
-                made = started[entry.dtype, entry.shape].copy()
-                for piece in _pieces(storage, reader):
-                    made.update(piece)
-                results.append((key, storage.nbytes, made.digest()))
-            return results
+    def of_part(part: Mapping[object, tuple[str, TensorEntry]]) -> dict[object, bytes]:
+        found: dict[object, bytes] = {}
+        done = 0
+        with Readers([entry for _, entry in part.values()]) as readers:
 
-        for batch in in_order(work_on, _batches(tensors, what)):
-            for key, nbytes, digest in batch:
-                found[key] = digest
-                done += nbytes
-            progress(done, total)
-    return found
+            def work_on(batch: list[_Task]) -> list[tuple[object, int, bytes]]:
+                reader, results = readers.own(), []
+                for key, _, entry, storage in batch:
+                    made = started[entry.dtype, entry.shape].copy()
+                    for piece in _pieces(storage, reader):
+                        made.update(piece)
+                    results.append((key, storage.nbytes, made.digest()))
+                return results
+
+            for batch in in_order(work_on, _batches(part, what)):
+                for key, nbytes, digest in batch:
+                    found[key] = digest
+                    done += nbytes
+                progress(group.moved(done), total)
+        return found
+
+    names = [name for name, _ in tensors.values()]
+    return shared(tensors, names, sizes, of_part, group, pack=bytes.hex, unpack=bytes.fromhex)
 
 
 def _pieces(storage: Storage, reader: Reader) -> Iterator[bytes | memoryview]:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import cache
 
 import numpy as np
 
+from modelcli import ranks
 from modelcli.checkpoints.entries import TensorEntry
+from modelcli.ranks.shared_work import shared
 from modelcli.values.dtypes import INTEGERS, Array, bits_of, numpy_dtype
 from modelcli.values.passes import each_piece
 from modelcli.values.reading import is_readable, nbytes_shown, without_repeats
@@ -77,13 +79,20 @@ def _moments(
         if is_readable(entry.dtype):
             names[entry.view or name].append(name)
     once = {first: without_repeats(tensors[first]) for first, *_ in names.values()}
-    done, total = 0, sum(nbytes_shown(entry) for entry, _ in once.values())
-    progress(done, total)
-    found: dict[str, Moments] = {}
-    for name, nbytes, more in each_piece({name: (entry,) for name, (entry, _) in once.items()}, work, what):
-        found[name] = found[name].merged(more) if name in found else more
-        done += nbytes
-        progress(done, total)
+    sizes, group = [nbytes_shown(entry) for entry, _ in once.values()], ranks.current()
+    total = sum(sizes)
+    progress(0, total)
+
+    def of_part(part: Mapping[str, tuple[TensorEntry, int]]) -> dict[str, Moments]:
+        merged: dict[str, Moments] = {}
+        done = 0
+        for name, nbytes, more in each_piece({name: (entry,) for name, (entry, _) in part.items()}, work, what):
+            merged[name] = merged[name].merged(more) if name in merged else more
+            done += nbytes
+            progress(group.moved(done), total)
+        return merged
+
+    found = shared(once, list(once), sizes, of_part, group, pack=astuple, unpack=lambda fields: Moments(*fields))
     for first, *others in names.values():
         moments = found.get(first, Moments()).repeated(once[first][1])
         found |= dict.fromkeys((first, *others), moments)

@@ -261,17 +261,16 @@ def _report_end(message: str, code: int, *, as_json: bool) -> int:
         return why.exit_code
     error = ModelcliError(message)
     error.kind, error.exit_code = "signal", code
-    _report(error, as_json=as_json)
+    if as_json:
+        _report(error, as_json=True)
+    elif not parallel.reported(error):
+        tell(message, "error")
     return code
 
 
 def _report(error: ModelcliError, *, as_json: bool) -> None:
     """Report an error; on another rank than 0, to rank 0."""
-    if parallel.reported(error):
-        return
-    if error.kind == "signal" and not as_json:
-        tell(error.message, "error")
-    else:
+    if not parallel.reported(error):
         tell_error(error, as_json=as_json)
 
 

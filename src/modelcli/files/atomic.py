@@ -615,6 +615,14 @@ def _adopted_folder(folder: OpenFolder, target: Path, adopts: Callable[[Path], b
     return None
 
 
+def remove_of_dead(target: Path, temporary: Path, patience: float = 3.0) -> None:
+    """Remove the temporary folder of a process that has just died, once the system has given its lock back."""
+    deadline = time.monotonic() + patience
+    while os.path.lexists(temporary) and time.monotonic() < deadline:
+        remove_abandoned(target)
+        time.sleep(0.05)
+
+
 def _remove_if_free(folder: OpenFolder, name: str, back_to: str | None = None) -> None:
     """Remove a file or folder that no process has locked.
 

@@ -318,11 +318,11 @@ def _write_share(share: _Share) -> None:
     """Write the files of another rank than 0 into the folder that rank 0 has made."""
     group = share.options.group
     told = json.loads(group.broadcast("folder"))
-    target = Path(os.path.realpath(share.path))
+    target, made = Path(os.path.realpath(share.path)), Path(told["folder"])
     resumes = share.options.resume is not None
     with (
-        group.if_left_alone((lambda: None) if resumes else lambda: atomic.remove_abandoned(target)),
-        atomic.shared_folder(Path(told["folder"]), told["inode"], share.path) as temporary,
+        group.if_left_alone((lambda: None) if resumes else lambda: atomic.remove_of_dead(target, made)),
+        atomic.shared_folder(made, told["inode"], share.path) as temporary,
     ):
         _write_files(share, temporary, share.journal_in(temporary))
         group.exchange("written", str(len(share.taken_over)).encode())

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import json
 import pickle
+import shutil
 import subprocess
 import sys
 import warnings
@@ -18,6 +20,7 @@ from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, Metadata, MetadataIndex
+from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 import modelcli
@@ -325,6 +328,12 @@ state = {
 }
 dcp.save(state, checkpoint_id=f"{folder}/blocks")
 torch.save({"model": state}, f"{folder}/model_world_size_4_rank_{rank}.pt")
+try:
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+except ImportError:
+    pass  # of an older torch
+else:
+    dcp.save(state, storage_writer=HuggingFaceStorageWriter(path=f"{folder}/parts", save_distributed=True))
 dist.destroy_process_group()
 """
 
@@ -432,25 +441,68 @@ def test_the_safetensors_form(cli: Cli, folder: Path) -> None:
     assert_same(torch.load("out.pth", weights_only=True), STATE)
 
 
-@needs_torch(
-    "distributed.checkpoint.hf_storage.HuggingFaceStorageWriter",
-    "distributed.checkpoint._consolidate_hf_safetensors.consolidate_safetensors_files",
-)
-def test_the_error_for_unconsolidated_hugging_face_parts_names_the_tool(cli: Cli, folder: Path) -> None:
-    from torch.distributed.checkpoint._consolidate_hf_safetensors import consolidate_safetensors_files
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+HF_PARTS = needs_torch("distributed.checkpoint.hf_storage.HuggingFaceStorageWriter")
 
+
+@HF_PARTS
+def test_the_safetensors_files_of_several_processes_are_joined(cli: Cli, four: Path, folder: Path) -> None:
+    """torch's reader of such files is the oracle. It takes the shape of a tensor from where its last part ends."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+    contents = checkpoints.read(four / "parts")
+    assert (contents.format, contents.path) == ("dcp_safetensors", four / "parts")
+    assert contents.notes == ("5 tensors in 4 files of torch.distributed.checkpoint",)
+    loaded = {
+        name: torch.zeros(entry.shape, dtype=getattr(torch, entry.dtype)) for name, entry in contents.tensors.items()
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        writer = HuggingFaceStorageWriter(path=str(folder / "parts"), save_distributed=True)
-        save(STATE, storage_writer=writer)
-    error = cli("params", "parts/", code=2).err
-    assert "consolidate_safetensors_files" in error
-    part = next((folder / "parts").iterdir())
+        load(loaded, storage_reader=HuggingFaceStorageReader(str(four / "parts")))
+    whole = as_torch_loads(four / "blocks")
+    assert contents.tensors.keys() == loaded.keys() == whole.keys()
+    for name, entry in contents.tensors.items():
+        assert_same(entry, loaded[name])
+        assert_same(entry, whole[name])
+    cli("save", "out.pth", "-m", four / "parts")
+    assert_same(torch.load("out.pth", weights_only=True), whole)
+    part = sorted((four / "parts").iterdir())[0]
     assert "one process of torch.distributed.checkpoint wrote" in cli("params", part).err
-    (folder / "whole").mkdir()
-    consolidate_safetensors_files("parts", "whole", num_threads=1, fqn_to_index_mapping=dict.fromkeys(STATE, 1))
-    assert cli("params", "whole/model-00001-of-00001.safetensors", "--json").json["totals"]["params"] == 21
+
+
+@HF_PARTS
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda parts: parts[1].unlink(), "files of 3 processes up to number 4, but none of number 2"),
+        (lambda parts: parts[3].unlink(), "the parts of blocks do not cover its shape [5, 7] exactly once"),
+        (lambda parts: offsets(parts[0], "blocks", [0, -1]), "its saved_offsets are wrong"),
+        (lambda parts: offsets(parts[0], "blocks", [0]), "it has 1 offsets, but 2 dimensions"),
+        (lambda parts: offsets(parts[0], "blocks", None), "its saved_offsets are wrong"),
+        (lambda parts: offsets(parts[0], "blocks", [0, 1]), "the parts of blocks do not cover"),
+        (lambda parts: offsets(parts[0], "blocks", [2**62, 2**62]), "or more elements"),
+        (lambda parts: offsets(parts[0], None, []), "its DCP_SHARDING_INFO does not consist of objects"),
+    ],
+)
+def test_safetensors_files_that_do_not_agree(
+    four: Path, folder: Path, change: Callable[[list[Path]], None], message: str
+) -> None:
+    shutil.copytree(four / "parts", folder / "parts")
+    change(sorted((folder / "parts").iterdir()))
+    with pytest.raises(FileFormatError) as error:
+        checkpoints.read(folder / "parts")
+    assert message in error.value.message
+
+
+def offsets(path: Path, name: str | None, stated: Any) -> None:
+    """State other offsets of a tensor in a safetensors file; without a name, a list in the place of all of them."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    info = json.loads(header["__metadata__"]["DCP_SHARDING_INFO"])
+    info = stated if name is None else {**info, name: {"saved_offsets": stated}}
+    header["__metadata__"]["DCP_SHARDING_INFO"] = json.dumps(info)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
 
 
 @needs_torch("distributed.checkpoint._extension.StreamTransformExtension")

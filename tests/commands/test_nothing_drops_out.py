@@ -420,26 +420,20 @@ def deepspeed(home: Path, stage: int) -> None:
     (home / "zero_to_fp32.py").write_text("")
 
 
-def test_the_error_for_zero_3_says_what_to_run(cli: Cli, folder: Path) -> None:
+def test_the_error_for_a_file_of_zero_3_names_its_folder(cli: Cli, folder: Path) -> None:
     deepspeed(folder / "run", 3)
     states = "run/global_step5/zero_pp_rank_0_mp_rank_00_model_states.pt"
     for command in (["summary", states], ["save", "out.pth", "-m", states], ["params", states, "--key", "module"]):
         err = cli(*command, code=4).err
         assert "model states of one rank of DeepSpeed ZeRO-3 without values: 16 tensors of shape [0]" in err
-        assert "python run/zero_to_fp32.py run OUT" in err
+        assert "name its folder, in which modelcli joins the files of all ranks: run/global_step5/" in err
     assert not Path("out.pth").exists()
     err = cli("params", "run/global_step5/zero_pp_rank_0_mp_rank_00_optim_states.pt", code=4).err
     assert "ZeRO-3 optimizer states of one rank of DeepSpeed" in err
-    for name in ("run", "run/", "run/global_step5/"):
-        err = cli("summary", name, code=2).err
-        assert "is a checkpoint of DeepSpeed" in err
-        assert "python run/zero_to_fp32.py run OUT" in err
 
 
 def test_a_zero_2_checkpoint_is_read_from_its_model_states(cli: Cli, folder: Path) -> None:
     deepspeed(folder / "run", 2)
-    err = cli("summary", "run/", code=2).err
-    assert "run/global_step5/mp_rank_00_model_states.pt holds the weights" in err
     assert len(rows_of(cli, "run/global_step5/mp_rank_00_model_states.pt")) == 16
 
 

@@ -35,6 +35,7 @@ class Contents:
         notes: notes for the user.
         types: the class names of a pickled module's submodules, by path.
         kinds: which tensors are parameters and which are buffers, as far as the file tells.
+        trained: which parameters are trained (True) and which are frozen (False), as far as the file tells.
         texts: the `__metadata__` of a safetensors file, without what modelcli wrote there.
         order: the names of tensors and extras in the order of the file, if there are extras.
         inner: the tensors inside `extras`, each under the name by which Python accesses it.
@@ -57,6 +58,7 @@ class Contents:
     notes: tuple[str, ...] = ()
     types: Mapping[str, str] = field(default_factory=dict)
     kinds: Mapping[str, Kind] = field(default_factory=dict)
+    trained: Mapping[str, bool] = field(default_factory=dict)
     texts: Mapping[str, str] = field(default_factory=dict)
     order: tuple[str, ...] = ()
     inner: Mapping[str, TensorEntry | CompositeEntry] = field(default_factory=dict)
@@ -118,6 +120,8 @@ class Contents:
             infos[name] = info_of(name, entry, original, known_kinds.get(name))
         for name in self.inner.keys() - self.tensors.keys():
             infos[name] = replace(infos[name], requires_grad=None)
+        for name, flag in self.trained.items():
+            infos[name] = replace(infos[name], requires_grad=flag)
         return infos
 
     def _shared_storages(self) -> set[int]:

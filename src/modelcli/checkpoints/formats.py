@@ -34,6 +34,11 @@ _FOLDERS = (
     "modelcli.checkpoints.sharded:ShardedFolder",
     "modelcli.checkpoints.distributed:DistributedCheckpoint",
 )
+#: The same for folders without a file that only describes the others, so that no file alone stands for the folder.
+_FOLDERS_WITHOUT_INDEX = (
+    "modelcli.checkpoints.distributed:SafetensorsParts",
+    "modelcli.checkpoints.deepspeed:DeepSpeedCheckpoint",
+)
 
 
 @functools.cache
@@ -45,7 +50,7 @@ def _made(line: str) -> Format:
 
 def built_in() -> Iterator[Format]:
     """Yield the formats of modelcli itself; each is imported when it is needed."""
-    return map(_made, (*_FILES, *_FOLDERS))
+    return map(_made, (*_FILES, *_FOLDERS, *_FOLDERS_WITHOUT_INDEX))
 
 
 class PlugIns(NamedTuple):

@@ -68,3 +68,31 @@ class DistributedCheckpoint(Format):
             return None
         what = f"{path} is only the part of a torch.distributed.checkpoint that one rank wrote"
         return what, f"name its folder: {path.parent}/"
+
+
+class SafetensorsParts(Format):
+    """A folder in which each process wrote its parts of the tensors as a safetensors file, without a `.metadata`."""
+
+    name = "dcp_safetensors"
+    title = "a folder of torch.distributed.checkpoint's HuggingFaceStorageWriter"
+    label = "torch.distributed.checkpoint"
+    is_folder = True
+    unread_by_scripts = "it is a folder of torch.distributed.checkpoint"
+
+    def index_in(self, folder: Path, names: Sequence[str]) -> Path | None:
+        if not any(name.startswith("shard-") for name in names):
+            return None
+        from modelcli.checkpoints.distributed import safetensors_parts
+
+        found = safetensors_parts.files_in(names)
+        return folder / found[0] if found else None
+
+    def files_in(self, folder: Path, names: set[str]) -> set[str]:
+        from modelcli.checkpoints.distributed import safetensors_parts
+
+        return set(safetensors_parts.files_in([*names])) if any(name.startswith("shard-") for name in names) else set()
+
+    def read(self, file: Candidate, key: str | None) -> Contents:
+        from modelcli.checkpoints.distributed import safetensors_parts
+
+        return safetensors_parts.read(file.path)

@@ -1,15 +1,21 @@
-"""Join tensors that processes saved as blocks: as columns, or as the blocks of a two-dimensional device mesh."""
+"""Join tensors that processes saved as blocks: as rows, as columns, or as those of a two-dimensional device mesh."""
 
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
+from operator import mul
 
-from modelcli.checkpoints import shapes
-from modelcli.checkpoints.storage import CHUNK, FileId, Storage, Windows
+from modelcli.checkpoints import limits, shapes
+from modelcli.checkpoints.storage import CHUNK, FileId, JoinedSpan, Storage, Windows
 from modelcli.model.tensors import Shape
+
+#: What a corner of a block costs a budget.
+_CORNER = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +31,7 @@ class Block:
 class Blocks:
     """The bytes of a row-major tensor, joined from blocks that cover it exactly once.
 
-    The blocks are joined in memory, as `torch.distributed.checkpoint.load` does.
+    They are joined in memory, a piece at a time: of a tensor that is written, never more than one piece.
 
     Attributes:
         shape: the shape of the tensor.
@@ -44,10 +50,9 @@ class Blocks:
     def files(self) -> Iterable[FileId]:
         return {file for block in self.blocks for file in block.storage.files()}
 
-    def chunks(self) -> Iterator[bytes]:
-        whole = self.mapped()
+    def chunks(self) -> Iterator[bytes | memoryview]:
         for start in range(0, self.nbytes, CHUNK):
-            yield bytes(whole[start : start + CHUNK])
+            yield self.part(start, min(CHUNK, self.nbytes - start)).mapped()
 
     def bytes(self) -> bytes:
         return bytes(self.mapped())
@@ -60,7 +65,6 @@ class Blocks:
             parts = [
                 (here + max(self.start - there, 0), max(there, self.start), min(there + length, stop))
                 for here, there, length in self._runs(block, self.start, stop)
-                if there < stop and there + length > self.start
             ]
             if parts:
                 begin, end = parts[0][0], parts[-1][0] + parts[-1][2] - parts[-1][1]
@@ -73,27 +77,80 @@ class Blocks:
         return Blocks(self.shape, self.item, self.blocks, self.start + start, nbytes)
 
     def _runs(self, block: Block, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """Yield the longest runs of a block that are contiguous in the tensor.
+        """Yield the longest runs of a block that are contiguous in the tensor and have bytes from `start` to `stop`.
 
-        Each run is its offset in the block, its offset in the tensor, and its length, all in bytes. Runs whose index
-        along the first dimension is outside the bytes from `start` to `stop` are left out.
+        Each run is its offset in the block, its offset in the tensor, and its length, all in bytes.
         """
         # After the last dimension in which the block is smaller than the tensor, its elements are contiguous.
         cut = max((axis for axis, size in enumerate(block.sizes) if size != self.shape[axis]), default=0)
-        steps = shapes.row_major(self.shape)
+        steps = [step * self.item for step in shapes.row_major(self.shape)]
         length = prod(block.sizes[cut:]) * self.item
-        first = sum(offset * step for offset, step in zip(block.offsets, steps, strict=True)) * self.item
-        ranges = [range(size) for size in block.sizes[:cut]]
-        before = 0
-        if ranges:
-            stride = steps[0] * self.item
-            low, high = max((start - first) // stride, 0), -(-(stop - first) // stride)
-            before = min(low, len(ranges[0])) * prod(block.sizes[1:cut])
-            ranges[0] = ranges[0][low : max(high, low)]
-        for number, index in enumerate(itertools.product(*ranges), before):
-            yield number * length, first + sum(map(int.__mul__, index, steps)) * self.item, length
+        first = sum(map(mul, block.offsets, steps))
+        if not cut:
+            yield 0, first, length
+            return
+
+        def offset_of(number: int) -> int:
+            """Return the offset of a run in the tensor, which grows with its number."""
+            offset: int = first
+            for size, step in zip(block.sizes[cut - 1 :: -1], steps[cut - 1 :: -1], strict=True):
+                number, index = divmod(number, size)
+                offset += index * step
+            return offset
+
+        runs = range(prod(block.sizes[:cut]))
+        number = bisect_left(runs, start - length + 1, key=offset_of)
+        last = bisect_left(runs, stop, lo=number, key=offset_of)
+        step, inner = steps[cut - 1], block.sizes[cut - 1]
+        while number < last:
+            count = min(inner - number % inner, last - number)
+            there = offset_of(number)
+            for index in range(count):
+                yield (number + index) * length, there + index * step, length
+            number += count
 
 
-def storage_of(shape: Shape, item: int, blocks: Sequence[Block]) -> Blocks:
-    """Return the storage of a whole tensor that consists of blocks."""
-    return Blocks(shape, item, tuple(blocks), 0, prod(shape) * item)
+def joined(shape: Shape, item: int, blocks: Sequence[Block]) -> Storage:
+    """Return the bytes of a tensor: its blocks one behind another if each is contiguous in it.
+
+    Args:
+        shape: its shape.
+        item: the size of an element in bytes.
+        blocks: its blocks, which cover it exactly once (`cover_once`).
+    """
+    starts = [_run_start(shape, block) for block in blocks]
+    if any(start is None for start in starts):
+        return Blocks(shape, item, tuple(blocks), 0, prod(shape) * item)
+    if len(blocks) == 1:
+        return blocks[0].storage
+    ordered = sorted(zip(starts, range(len(blocks)), strict=True))
+    return JoinedSpan(tuple(blocks[number].storage for _, number in ordered))
+
+
+def _run_start(shape: Shape, block: Block) -> int | None:
+    """Return the first element of a block in the row-major tensor; None if the block is not contiguous there."""
+    first = next((axis for axis, size in enumerate(block.sizes) if size != 1), len(shape))
+    if block.sizes[first + 1 :] != shape[first + 1 :]:
+        return None
+    start: int = sum(map(mul, block.offsets, shapes.row_major(shape)))
+    return start
+
+
+def cover_once(shape: Shape, blocks: Sequence[Block], budget: limits.Budget) -> bool:
+    """Whether blocks fill a shape without gaps or overlaps; each is inside it.
+
+    They do if the alternating sum over the corners of all blocks equals that of the whole shape: the corners determine
+    how often each element is covered, as differences determine a function. `budget` is charged for the corners.
+    """
+    if len(blocks) == 1:
+        return blocks[0].sizes == shape
+    cut = [axis for axis, size in enumerate(shape) if any(block.sizes[axis] != size for block in blocks)]
+    budget.spend(_CORNER * len(blocks) * 2 ** len(cut))
+    corners: Counter[Shape] = Counter()
+    ends = list(itertools.product((0, 1), repeat=len(cut)))
+    whole = [((0,) * len(shape), shape, -1)]
+    for offsets, sizes, times in (*whole, *((block.offsets, block.sizes, 1) for block in blocks)):
+        for end in ends:
+            point = tuple(offsets[axis] + sizes[axis] * far for axis, far in zip(cut, end, strict=True))
+            corners[point] += times * (-1) ** sum(end)
+    return not any(corners.values())

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -19,7 +18,7 @@ from modelcli.checkpoints.contents import Contents
 from modelcli.checkpoints.distributed import blocks
 from modelcli.checkpoints.distributed.names import METADATA, RECORD
 from modelcli.checkpoints.entries import TensorEntry
-from modelcli.checkpoints.storage import JoinedSpan, Storage, identity_of
+from modelcli.checkpoints.storage import identity_of
 from modelcli.checkpoints.torch_pickle import embedded, pickles, state_dicts, trees
 from modelcli.checkpoints.torch_pickle.inert_values import Global, Opaque, sizes_in
 from modelcli.errors import FileFormatError, SystemFailureError, UnsafeError
@@ -28,8 +27,8 @@ from modelcli.model.dtypes import ITEM_BYTES
 from modelcli.model.tensors import Shape
 from modelcli.wording import brief_repr, counted, listed
 
-#: The bytes that the description of a part of a tensor takes in a `.metadata`, and the cost of one of its corners.
-_PART, _CORNER = 64, 8
+#: The bytes that the description of a part of a tensor takes in a `.metadata`.
+_PART = 64
 #: Entries of up to this size that are not tensors often repeat (a learning rate for each parameter): parse them once.
 _SMALL = 4096
 
@@ -177,53 +176,24 @@ class _Folder:
         chunks = [self._chunk(name, chunk, shape) for chunk in stated]
         # Ranks beyond the last row have an empty part; all parts of an empty tensor are empty.
         chunks = [chunk for chunk in chunks if 0 not in chunk.sizes] or chunks[:1]
-        if not chunks or (0 not in shape and not self._covers_once(name, shape, chunks)):
+        found = [self._block(name, dtype, chunk, spans) for chunk in chunks]
+        if not found or (0 not in shape and not blocks.cover_once(shape, found, self.budget)):
             raise self._damaged(f"the parts of {name} do not cover its shape {list(shape)} exactly once")
-        storage = self._storage(name, dtype, shape, chunks, spans)
+        storage = blocks.joined(shape, ITEM_BYTES[dtype], found)
         return TensorEntry(shape, dtype, shapes.row_major(shape), 0, storage, requires_grad=False)
 
-    def _storage(self, name: str, dtype: str, shape: Shape, chunks: Sequence[_Chunk], spans: PartSpans) -> Storage:
-        """Return the bytes of a tensor, joined from its parts: in sequence if each part is contiguous in the tensor."""
-        parts: list[tuple[int, embedded.TensorSpan]] = []
-        found: list[blocks.Block] = []
-        scattered = False
-        for chunk in chunks:
-            span = spans.get((name, chunk.offsets))
-            if span is None:
-                raise self._damaged(f"it does not state which file has the part of {name} at {list(chunk.offsets)}")
-            part = embedded.TensorSpan(span, chunk.sizes, dtype)
-            if part.nbytes > span.length:
-                raise self._damaged(
-                    f"the part of {name} at {list(chunk.offsets)} needs {part.nbytes:,} bytes, "
-                    f"but has {span.length:,} in {span.path.name}"
-                )
-            start = _run_start(shape, chunk)
-            scattered = scattered or start is None
-            parts.append((start or 0, part))
-            found.append(blocks.Block(chunk.offsets, chunk.sizes, part))
-        if scattered:
-            return blocks.storage_of(shape, ITEM_BYTES[dtype], found)
-        if len(parts) == 1:
-            return parts[0][1]
-        return JoinedSpan(tuple(part for _, part in sorted(parts, key=lambda item: item[0])))
-
-    def _covers_once(self, name: str, shape: Shape, chunks: Sequence[_Chunk]) -> bool:
-        """Whether parts fill a shape without gaps or overlaps.
-
-        They do if the alternating sum over the corners of all parts equals that of the whole shape: the corners
-        determine how often each element is covered, as differences determine a function.
-        """
-        if len(chunks) == 1:
-            return chunks[0].sizes == shape
-        cut = [axis for axis, size in enumerate(shape) if any(chunk.sizes[axis] != size for chunk in chunks)]
-        self.budget.spend(_CORNER * len(chunks) * 2 ** len(cut))
-        corners: Counter[Shape] = Counter()
-        ends = list(itertools.product((0, 1), repeat=len(cut)))
-        for chunk, times in [(_Chunk((0,) * len(shape), shape), -1), *((chunk, 1) for chunk in chunks)]:
-            for end in ends:
-                point = tuple(chunk.offsets[axis] + chunk.sizes[axis] * far for axis, far in zip(cut, end, strict=True))
-                corners[point] += times * (-1) ** sum(end)
-        return not any(corners.values())
+    def _block(self, name: str, dtype: str, chunk: _Chunk, spans: PartSpans) -> blocks.Block:
+        """Return a part of a tensor with its bytes."""
+        span = spans.get((name, chunk.offsets))
+        if span is None:
+            raise self._damaged(f"it does not state which file has the part of {name} at {list(chunk.offsets)}")
+        part = embedded.TensorSpan(span, chunk.sizes, dtype)
+        if part.nbytes > span.length:
+            raise self._damaged(
+                f"the part of {name} at {list(chunk.offsets)} needs {part.nbytes:,} bytes, "
+                f"but has {span.length:,} in {span.path.name}"
+            )
+        return blocks.Block(chunk.offsets, chunk.sizes, part)
 
     def _value(self, name: str, spans: PartSpans) -> Any:
         """Read an entry that is not a tensor, as an inert value. All are read, to know which classes they name."""
@@ -357,14 +327,6 @@ class _Folder:
 
     def _damaged(self, what: str) -> FileFormatError:
         return FileFormatError.damaged(str(self.path), what)
-
-
-def _run_start(shape: Shape, chunk: _Chunk) -> int | None:
-    """Return the first element of a part in the row-major tensor; None if the part is not contiguous there."""
-    first = next((axis for axis, size in enumerate(chunk.sizes) if size != 1), len(shape))
-    if chunk.sizes[first + 1 :] != shape[first + 1 :]:
-        return None
-    return sum(offset * step for offset, step in zip(chunk.offsets, shapes.row_major(shape), strict=True))
 
 
 def _is(value: Any, classes: tuple[str, ...]) -> bool:

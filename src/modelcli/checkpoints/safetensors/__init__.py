@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 from modelcli.checkpoints.format import Candidate, Format, ScriptLine
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from modelcli.checkpoints.contents import Contents
     from modelcli.checkpoints.layout import Layout
     from modelcli.checkpoints.plan import Plan
@@ -46,11 +44,6 @@ class Safetensors(Format):
         from modelcli.checkpoints.safetensors import reading
 
         return reading.read(file.path)
-
-    def refuse_folder(self, folder: Path, names: Sequence[str]) -> None:
-        from modelcli.checkpoints.safetensors import parts_of_ranks
-
-        parts_of_ranks.refuse(folder, names)
 
     def layout(self, plan: Plan) -> Layout:
         from modelcli.checkpoints.safetensors import writing

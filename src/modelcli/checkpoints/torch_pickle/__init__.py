@@ -9,11 +9,12 @@ from modelcli.checkpoints.format import Candidate, Format, ScriptLine
 from modelcli.checkpoints.torch_pickle.recognition import is_legacy
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from modelcli.checkpoints.contents import Contents
     from modelcli.checkpoints.layout import Layout
     from modelcli.checkpoints.plan import Plan
+
+#: The suffix of the files that DeepSpeed writes with `torch.save`.
+DEEPSPEED_SUFFIX = ".pt"
 
 
 class TorchSave(Format):
@@ -49,11 +50,6 @@ class TorchSave(Format):
         from modelcli.checkpoints.torch_pickle import legacy_format
 
         return legacy_format.read(file.path, key)
-
-    def refuse_folder(self, folder: Path, names: Sequence[str]) -> None:
-        from modelcli.checkpoints.torch_pickle import deepspeed
-
-        deepspeed.require_no_checkpoint(folder, names)
 
     def layout(self, plan: Plan) -> Layout:
         from modelcli.checkpoints.torch_pickle import writing

@@ -1,24 +1,17 @@
-"""Recognise checkpoints of DeepSpeed, and name the program that makes one state dict of them.
+"""Say of a file of one rank of DeepSpeed that it is only a part of the model, and which folder is the whole.
 
 With ZeRO-3, each rank writes model states with empty tensors, and the values into its optimizer states; with ZeRO-1 and
-ZeRO-2 the model states are complete. `zero_to_fp32.py`, which DeepSpeed writes beside its checkpoints, joins the files.
+ZeRO-2 the model states are complete. `checkpoints/deepspeed` reads the folder.
 """
 
 from __future__ import annotations
 
-import re
-import shlex
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from modelcli.checkpoints.entries import TensorEntry
-from modelcli.errors import FileFormatError, RequestError
-from modelcli.wording import counted, listed
-
-_FILE = re.compile(r"(bf16_)?(zero_pp_rank_\d+_)?(mp_rank|layer|expp?_rank)_?\d+.*_(model|optim)_states\.pt")
-_STEP = re.compile(r"global_step\d+")
-SCRIPT = "zero_to_fp32.py"
+from modelcli.errors import FileFormatError
+from modelcli.wording import counted
 
 
 def notes_of(path: Path, tree: Any) -> tuple[str, ...]:
@@ -33,14 +26,13 @@ def notes_of(path: Path, tree: Any) -> tuple[str, ...]:
         stage = state.get("zero_stage")
         which = f"ZeRO-{stage} " if isinstance(stage, int) else ""
         raise FileFormatError(
-            f"{path} holds only {which}optimizer states of one rank of DeepSpeed, not the model", _hint(path.parent)
+            f"{path} holds only {which}optimizer states of one rank of DeepSpeed, not the model", _hint(path)
         )
-    tensors = list(_tensors_in(tree.get("module")))
-    if tensors and all(0 in tensor.shape for tensor in tensors):
+    if empty := _placeholders(tree):
         raise FileFormatError(
             f"{path} holds model states of one rank of DeepSpeed ZeRO-3 without values: "
-            f"{counted(len(tensors), 'tensor')} of shape [0], whose values are in the optimizer states of all ranks",
-            _hint(path.parent),
+            f"{counted(empty, 'tensor')} of shape [0], whose values are in the optimizer states of all ranks",
+            _hint(path),
         )
     ranks = tree.get("mp_world_size")
     if isinstance(ranks, int) and ranks > 1:
@@ -54,36 +46,15 @@ def _is_deepspeed(tree: dict[Any, Any]) -> bool:
     return any(key in tree for key in ("ds_version", "ds_config", "param_shapes"))
 
 
-def _tensors_in(value: Any) -> Iterator[TensorEntry]:
-    if isinstance(value, dict):
-        yield from (item for item in value.values() if isinstance(item, TensorEntry))
+def _placeholders(tree: dict[Any, Any]) -> int:
+    """Return how many parameters have an empty tensor in their place, although their shape is stated."""
+    module, groups = tree.get("module"), tree.get("param_shapes")
+    if not isinstance(module, dict) or not isinstance(groups, list):
+        return 0
+    names = {name for group in groups if isinstance(group, dict) for name in group}
+    entries = [entry for name, entry in module.items() if name in names and isinstance(entry, TensorEntry)]
+    return sum(entry.shape == (0,) for entry in entries)
 
 
-def require_no_checkpoint(folder: Path, names: Sequence[str]) -> None:
-    """Raise RequestError if a folder holds a checkpoint of DeepSpeed. `names` are the names of its files."""
-    steps = [name for name in names if _STEP.fullmatch(name) and (folder / name).is_dir()]
-    states = [name for name in names if _FILE.fullmatch(name)]
-    if not states and not (steps and ("latest" in names or SCRIPT in names)):
-        return
-    home = folder if steps or "latest" in names else folder.parent
-    inside = states or [f"{step}/{path.name}" for step in steps for path in sorted((folder / step).iterdir())]
-    whole = [name for name in inside if name.endswith("mp_rank_00_model_states.pt") and "zero_pp" not in name]
-    hint = _hint_in(home)
-    if whole:
-        hint = f"{folder / whole[-1]} holds the weights in the dtype of training; {hint}"
-    raise RequestError(
-        f"{folder} is a checkpoint of DeepSpeed ({listed(inside, 2)}), which modelcli does not read", hint
-    )
-
-
-def _hint(folder: Path) -> str:
-    return _hint_in(folder.parent if _STEP.fullmatch(folder.name) else folder)
-
-
-def _hint_in(home: Path) -> str:
-    """Return the hint with the command that makes a state dict of the checkpoint in a folder."""
-    script = home / SCRIPT
-    program = str(script) if script.exists() else SCRIPT
-    return (
-        f"python {shlex.quote(program)} {shlex.quote(str(home))} OUT joins the files of all ranks into one state dict"
-    )
+def _hint(path: Path) -> str:
+    return f"name its folder, in which modelcli joins the files of all ranks: {path.parent}/"

@@ -93,6 +93,10 @@ class TensorSpan:
         return self._located().part(start, nbytes)
 
     def _located(self) -> Storage:
+        return _located(self)
+
+    def located(self) -> Storage:
+        """Find the bytes: the archive is opened."""
         if (found := _in_safetensors(self.span)) is not None:
             if (found.shape, found.dtype) != (self.shape, self.dtype):
                 raise self._is_another(found)
@@ -124,6 +128,12 @@ class TensorSpan:
         return FileFormatError.damaged(
             str(self.span), f"it is {found.dtype} {list(found.shape)}, but should be {self.dtype} {list(self.shape)}"
         )
+
+
+@functools.lru_cache(maxsize=1024)
+def _located(span: TensorSpan) -> Storage:
+    """Return the bytes of a tensor. A tensor that several ranks hold blocks of is read in pieces of each block."""
+    return span.located()
 
 
 def _in_safetensors(span: ArchiveSpan) -> TensorEntry | None:
@@ -166,15 +176,27 @@ class _Reordered:
         return self.span.files()
 
     def chunks(self) -> Iterator[bytes | memoryview]:
-        ordered = self.mapped()
-        for start in range(0, len(ordered), CHUNK):
-            yield bytes(ordered[start : start + CHUNK])
+        for start in range(0, self.nbytes, CHUNK):
+            yield self.part(start, min(CHUNK, self.nbytes - start)).mapped()
 
     def bytes(self) -> bytes:
         return bytes(self.mapped())
 
     def part(self, start: int, nbytes: int) -> Storage:
-        return _Part(self, start, nbytes)
+        """Return a part, which reorders only the rows that it needs."""
+        if not nbytes or not self.shape:
+            return _Part(self, start, nbytes)
+        row = self.nbytes // self.shape[0]
+        first, last = start // row, -(-(start + nbytes) // row)
+        begin = first * self.stride[0] * self.item
+        shape, stride = (last - first, *self.shape[1:]), self.stride
+        if last - first == 1 and len(shape) > 1:
+            shape, stride = shape[1:], stride[1:]
+        span = self.span.part(begin, shapes.extent(shape, stride) * self.item)
+        rows = _Reordered(span, shape, stride, self.item)
+        if len(shape) < len(self.shape):
+            return rows.part(start - first * row, nbytes)
+        return _Part(rows, start - first * row, nbytes)
 
     def mapped(self, windows: Windows | None = None) -> memoryview:
         """Return a copy, made one slice of the longest axis at a time."""
@@ -198,7 +220,7 @@ class _Reordered:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A part of reordered elements; the whole is reordered to read it."""
+    """A part of reordered elements; the rows of `whole` are reordered to read it."""
 
     whole: _Reordered
     start: int
@@ -217,4 +239,4 @@ class _Part:
         return self.whole.mapped()[self.start : self.start + self.nbytes]
 
     def part(self, start: int, nbytes: int) -> Storage:
-        return _Part(self.whole, self.start + start, nbytes)
+        return self.whole.part(self.start + start, nbytes)

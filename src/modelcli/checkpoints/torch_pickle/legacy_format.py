@@ -23,6 +23,11 @@ _SAVE_WITH_TORCH = "load it with torch on that kind of machine, and save it agai
 
 def read(path: Path, key: str | None) -> Contents:
     """Read the pickles at the start, and find where each storage is after them. The bytes of tensors are not read."""
+    return trees.contents_of(path, pickle_of(path), key)
+
+
+def pickle_of(path: Path) -> pickles.Pickle:
+    """Return the pickle of values, with the foreign names of all pickles in the file. No bytes of tensors are read."""
     try:
         identity = identity_of(path)
         with path.open("rb") as file:
@@ -63,7 +68,7 @@ def read(path: Path, key: str | None) -> Contents:
     pickled = pickles.read(stream, f"{path}: the pickle of values", span_of, exact=True)
     # Loading the file runs all of its pickles, so the names in each of them count.
     names = (name for part in (*beside, pickled) for name in part.foreign)
-    return trees.contents_of(path, replace(pickled, foreign=tuple(dict.fromkeys(names))), key)
+    return replace(pickled, foreign=tuple(dict.fromkeys(names)))
 
 
 def storage_in(data: bytes, where: str, held: Callable[[memoryview], Storage]) -> StorageRef | None:

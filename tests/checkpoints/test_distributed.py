@@ -299,6 +299,14 @@ def test_rows_of_several_ranks_are_joined(two: Path) -> None:
         assert_same(found[name], wanted[name])
 
 
+@pytest.mark.sweep
+def test_the_hash_of_what_several_ranks_wrote_is_that_of_the_whole_tensors(cli: Cli, two: Path) -> None:
+    wanted = as_torch_loads(two / "sharded")
+    torch.save({name: value for name, value in wanted.items() if isinstance(value, torch.Tensor)}, "whole.pth")
+    hashes = [entry["hash"] for entry in cli("hash", two / "sharded", "whole.pth", "--json").json["models"]]
+    assert hashes[0] == hashes[1]
+
+
 BLOCKS = """
 import os, pathlib, sys, warnings
 warnings.simplefilter("ignore")

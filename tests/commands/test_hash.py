@@ -334,6 +334,28 @@ def test_the_hash_of_a_module_is_that_of_the_module_alone(cli: Cli) -> None:
     assert lines[2].endswith(wanted(model[1].state_dict())[7:23])
 
 
+def test_the_folder_of_a_hugging_face_model(cli: Cli, folder: Path) -> None:
+    """The names are those of the model's modules, as in its state dict, whatever the shards and their keys are."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50
+    )
+    model = transformers.BertForMaskedLM(config)  # the output is tied to the embedding
+    model.save_pretrained(folder / "bert", max_shard_size="20kB")
+    assert found(cli, "bert/") == wanted(dict(model.state_dict()))
+    assert len([*(folder / "bert").glob("*.safetensors")]) > 1
+
+
+def test_a_tree_fits_80_columns(cli: Cli) -> None:
+    """A line of the tree has the own name and 16 digits; the model itself has all of them."""
+    path = ".".join(["encoder"] * 8)
+    torch.save({f"{path}.{number}.weight": torch.ones(2) for number in range(2)}, "x.pth")
+    lines = cli("hash", "x.pth", "--tree").out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[0].startswith(".  sha256:")
+    assert len(lines) == 1 + 8 + 4
+
+
 def test_several_models(cli: Cli) -> None:
     one, other = {"w": torch.ones(2)}, {"w": torch.zeros(2)}
     torch.save(one, "one.pth")

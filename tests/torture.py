@@ -1,14 +1,15 @@
 """Kill writers at random moments: afterwards the target is always the old or the new file. `make torture` runs it long.
 
-Two kinds of process are killed: one that writes two checkpoints in turn, without torch and without waiting for the
-disk, and the program itself while it edits a checkpoint in place. After `SIGKILL` the next run has to remove temporary
-files; on other signals the process removes them itself.
+Three kinds of process are killed: one that writes two checkpoints in turn, without torch and without waiting for the
+disk, the program itself while it edits a checkpoint in place, and one of the ranks that edit one together. After
+`SIGKILL` the next run has to remove temporary files; on other signals the process removes them itself.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -204,6 +206,70 @@ def kill_edits(folder: Path, out: str, *, times: int, seed: int) -> Report:
     return report
 
 
+#: How to start modelcli on several ranks: the words before its own, those behind them, and the name of each rank in
+#: `tests/ranks/faults`.
+LAUNCHES = {
+    "--jobs": ((sys.executable, "-m", "modelcli"), ("--jobs", "3"), ("", "1", "2")),
+    "torchrun": (
+        (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "modelcli"),
+        (),
+        ("0", "1"),
+    ),
+}
+
+
+def kill_ranks(folder: Path, launch: str, *, times: int, seed: int) -> Report:
+    """Kill one of several ranks with SIGKILL, from when they begin to write to just after they have finished.
+
+    The launch has to end, in failure unless the new folder is there. No temporary folder may remain.
+    """
+    make_input(folder)
+    before, after, ranks = LAUNCHES[launch]
+    target, kept = folder / "out", folder / "kept"
+    _finish(_start(folder, _PROGRAM, "save", "out/", "-m", "in.pth"))
+    _copy(target, kept)
+    digests = [digest(target)]
+    edit = ("cast", "**", "half", "-m", "in.pth", "-o", "out/", "--force", "--max-shard-size", "200KB")
+    _finish(_start(folder, _PROGRAM, *edit))
+    digests.append(digest(target))
+    faults = str(Path(__file__).parent / "ranks" / "faults")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([faults, *sys.path]),
+        "RANK_FAULTS": json.dumps({rank: {"slow": 0.03} for rank in ranks}),
+        "OMP_NUM_THREADS": "1",
+        "MODELCLI_RANK_TIMEOUT": "60",
+    }
+    report, moments = Report(), random.Random(seed)
+    for turn in range(times):
+        _copy(kept, target)
+        for told in folder.glob("rank-*.writes"):
+            told.unlink()
+        process = subprocess.Popen(
+            [*before, *edit, *after], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        while process.poll() is None and len(list(folder.glob("rank-*.writes"))) < len(ranks):
+            time.sleep(0.001)
+        rank = moments.choice(ranks)
+        time.sleep(moments.uniform(0, 0.6))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int((folder / f"rank-{rank}.writes").read_text()), signal.SIGKILL)
+        kill = f"kill {turn} of rank {rank or 0} of {launch}"
+        try:
+            _, told_errors = process.communicate(timeout=120)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            _, told_errors = process.communicate()
+            report.broken.append(f"{kill}: it did not end")
+        found = digest(target)
+        report.see(kill, found, digests)
+        errors = sum(line.startswith(b"error: ") for line in told_errors.splitlines())
+        if found == digests[0] and (process.returncode == 0 or errors != 1):
+            report.broken.append(f"{kill}: exit {process.returncode}, {errors} messages: {told_errors.decode()[:300]}")
+        report.look_for_temporaries(kill, folder)
+    return report
+
+
 def _copy(old: Path, new: Path) -> None:
     """Replace a file or folder by a copy of another."""
     if old.is_dir():
@@ -227,24 +293,31 @@ def interrupted(folder: Path, out: str, number: signal.Signals) -> tuple[int, st
 def main() -> int:
     """`make torture`: of each kind of output TIMES kills of a writer, and a tenth as many of the program's edits.
 
-    A third of them is by each signal: 600 are 200 by each.
+    A third of them is by each signal: 600 are 200 by each. Of ranks, a sixth as many are killed, all with SIGKILL.
     """
     times, seed = int(os.environ.get("TIMES", "600")), int(os.environ.get("SEED", "0"))
     wrong = 0
     for out in ("out.pth", "out.safetensors", "out/"):
         for what, kill, number in (("a writer", kill_repeatedly, times), ("edits", kill_edits, max(3, times // 10))):
-            with tempfile.TemporaryDirectory() as folder:
-                start = time.perf_counter()
-                report = kill(Path(folder), out, times=number, seed=seed)
-                print(
-                    f"{out:16} {number} kills of {what} in {time.perf_counter() - start:.0f} s: {report.old} old, "
-                    f"{report.new} new, {len(report.broken)} broken, {len(report.left_behind)} left temporaries behind",
-                    flush=True,
-                )
-                for line in (*report.broken, *report.left_behind):
-                    print(f"    {line}")
-                wrong += len(report.broken) + len(report.left_behind)
+            wrong += _count_wrong(kill, out, what, number, seed)
+    for launch in LAUNCHES:
+        wrong += _count_wrong(kill_ranks, launch, "ranks", max(3, times // 6), seed)
     return 1 if wrong else 0
+
+
+def _count_wrong(kill: Callable[..., Report], out: str, what: str, number: int, seed: int) -> int:
+    """Kill processes, print what came of it, and return how often something was wrong."""
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        report = kill(Path(folder), out, times=number, seed=seed)
+    print(
+        f"{out:16} {number} kills of {what} in {time.perf_counter() - start:.0f} s: {report.old} old, "
+        f"{report.new} new, {len(report.broken)} broken, {len(report.left_behind)} left temporaries behind",
+        flush=True,
+    )
+    for line in (*report.broken, *report.left_behind):
+        print(f"    {line}")
+    return len(report.broken) + len(report.left_behind)
 
 
 if __name__ == "__main__":

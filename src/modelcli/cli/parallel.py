@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from modelcli import ranks
 from modelcli.errors import ModelcliError, RequestError
+from modelcli.interrupts import advice
 from modelcli.ranks import GroupEndedError, RestingError
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ def _guarded(attempt: Callable[[], int], report: Callable[[ModelcliError], int])
     try:
         return attempt()
     except GroupEndedError as ended:
+        ended.error.notes = (*ended.error.notes, *advice)
+        advice.clear()
         return report(ended.error)
 
 

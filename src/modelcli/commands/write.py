@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -121,9 +122,10 @@ def _share_what_was_seen(model: Editable) -> None:
     if ranks.current().size == 1:
         return
     watches = model.watches()
-    for seen in ranks.current().exchange("values", bytes(watch.seen for watch in watches)):
-        for watch, was_seen in zip(watches, seen, strict=True):
-            watch.seen = watch.seen or bool(was_seen)
+    own = [number for number, watch in enumerate(watches) if watch.seen]
+    for seen in ranks.current().exchange("values", json.dumps(own).encode()):
+        for number in json.loads(seen):
+            watches[number].seen = True
 
 
 def _alone_note(written: Written) -> list[str]:

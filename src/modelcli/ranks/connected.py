@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -147,13 +147,8 @@ class Connected:
             if other != digests[0]:
                 raise GroupEndedError(self.differs(rank, f"has another {what} than rank 0"))
 
-    @contextlib.contextmanager
-    def if_left_alone(self, undo: Callable[[], None]) -> Iterator[None]:
+    def if_left_alone(self, undo: Callable[[], None]) -> None:
         self._undo = undo
-        try:
-            yield
-        finally:
-            self._undo = None
 
     # --- how a command ends ------------------------------------------------------------------------------------------
 
@@ -175,7 +170,7 @@ class Connected:
         self.is_failing = True
         with contextlib.suppress(OSError):
             self._peers[0].connection.send(Kind.FAILED, packed(error_to_json(error)))
-            self._end.wait(_LONG_PATIENCE)
+        self._end.wait(_LONG_PATIENCE)  # also where rank 0 is gone: another thread may be removing what was written
 
     def leave(self) -> None:
         """Wait until rank 0 has ended the command."""
@@ -227,7 +222,7 @@ class Connected:
     def _lose(self, peer: Peer) -> None:
         """Note that another rank is gone. If it is rank 0, this process ends."""
         if self.rank:
-            if not (self._is_over or self.is_failing):
+            if not self._is_over:
                 self._end_without(f"{self.name(0)} is gone")
             self._end.set()
         elif not self._is_over and not peer.has_failed:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Protocol
 
 from modelcli.errors import ModelcliError
@@ -79,8 +78,8 @@ class Group(Protocol):
         """Tell rank 0 why this rank has failed, and wait until the command has ended."""
         ...
 
-    def if_left_alone(self, undo: Callable[[], None]) -> contextlib.AbstractContextManager[None]:
-        """Call `undo` in rank 1 if rank 0 dies while the block runs."""
+    def if_left_alone(self, undo: Callable[[], None]) -> None:
+        """Let rank 1 call `undo` if rank 0 dies from now on."""
         ...
 
 
@@ -115,9 +114,8 @@ class Alone:
     def fail(self, error: ModelcliError) -> None:
         """Do nothing: this is rank 0."""
 
-    @contextlib.contextmanager
-    def if_left_alone(self, undo: Callable[[], None]) -> Iterator[None]:
-        yield
+    def if_left_alone(self, undo: Callable[[], None]) -> None:
+        """Do nothing: there is no other rank."""
 
 
 ALONE: Group = Alone()

@@ -319,11 +319,9 @@ def _write_share(share: _Share) -> None:
     group = share.options.group
     told = json.loads(group.broadcast("folder"))
     target, made = Path(os.path.realpath(share.path)), Path(told["folder"])
-    resumes = share.options.resume is not None
-    with (
-        group.if_left_alone((lambda: None) if resumes else lambda: atomic.remove_of_dead(target, made)),
-        atomic.shared_folder(made, told["inode"], share.path) as temporary,
-    ):
+    if share.options.resume is None:
+        group.if_left_alone(lambda: atomic.remove_of_dead(target, made))
+    with atomic.shared_folder(made, told["inode"], share.path) as temporary:
         _write_files(share, temporary, share.journal_in(temporary))
         group.exchange("written", str(len(share.taken_over)).encode())
         share.options.when_written()

@@ -295,6 +295,24 @@ class AssertOptions(OptionGroup):
         rich_help_panel="Assertions",
         autocompletion=completing.models,
     )
+    same_output_as: list[str] | None = _option(
+        "--same-output-as",
+        help="The outputs equal those of this model on the same random input, on the CPU. The row names the first "
+        "module that diverges.",
+        metavar="REFERENCE",
+        rich_help_panel="Assertions",
+        autocompletion=completing.models,
+    )
+    rtol: float | None = _option(
+        "--rtol",
+        help="With --same-output-as: ignore differences up to X times the value in REFERENCE. \\[default: 1e-5 of the "
+        "largest value for float32, 1e-3 for float16, 1.6e-2 for bfloat16]",
+        metavar="X",
+        rich_help_panel="Assertions",
+    )
+    atol: float | None = _option(
+        "--atol", help="With --same-output-as: ignore differences up to X.", metavar="X", rich_help_panel="Assertions"
+    )
     content_hash: str | None = _option(
         "--hash",
         help="The hash that modelcli hash prints for the model is this one.",
@@ -339,6 +357,9 @@ class AssertOptions(OptionGroup):
             finite=self.finite,
             safe=self.safe,
             output_shapes=tuple(map(parse_input_size, self.output_shape or ())),
+            same_output_as=tuple(self.same_output_as or ()),
+            rtol=self.rtol,
+            atol=self.atol,
             same_as=tuple(self.same_as or ()),
             content_hash=None if self.content_hash is None else content_hash.parse(self.content_hash),
             complete=self.complete,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from modelcli.errors import RequestError, did_you_mean
@@ -22,6 +24,8 @@ class Assertions:
         output_shapes: the shapes of the output of the forward pass.
         same_as: references to models that must be equal.
         without: selectors of tensors that may differ from those of `same_as`.
+        same_output_as: references to models that must give the same outputs on the same input.
+        rtol, atol: the tolerances of `same_output_as` for each element; None for the usual ones.
         content_hash: the hash of the names, dtypes, shapes and values of all tensors, `sha256:` and 64 digits.
         complete: whether the files of a folder must agree.
         arch_check: whether the folder's configuration must build the model that its tensors belong to.
@@ -38,6 +42,9 @@ class Assertions:
     safe: bool = False
     output_shapes: tuple[Shape, ...] = ()
     same_as: tuple[str, ...] = ()
+    same_output_as: tuple[str, ...] = ()
+    rtol: float | None = None
+    atol: float | None = None
     content_hash: str | None = None
     complete: bool = False
     arch_check: bool = False
@@ -49,6 +56,11 @@ class Assertions:
             raise RequestError(
                 f"--except {self.without[0]} works only with --same-as", "add --same-as REFERENCE, or remove --except"
             )
+        for name, value in (("rtol", self.rtol), ("atol", self.atol)):
+            if value is not None and not self.same_output_as:
+                raise RequestError(f"--{name} works only with --same-output-as", f"remove --{name}")
+            if value is not None and not 0 <= value < math.inf:
+                raise RequestError(f"--{name} {value:g} is no tolerance", f"--{name} 1e-3")
         if self == Assertions(without=self.without):
             raise RequestError(
                 "no assertion is given",
@@ -69,6 +81,7 @@ class AssertionResult:
         found: what the model has (a number, a shape or text), or why this could not be decided.
         wanted: what was asserted (a number, a shape or text).
         answered: whether the assertion could be decided.
+        detail: what the JSON document says besides.
         on_record: if only the file's record decides: why nothing else could; else None.
     """
 
@@ -78,3 +91,4 @@ class AssertionResult:
     wanted: Any
     answered: bool = True
     on_record: str | None = None
+    detail: Mapping[str, Any] = field(default_factory=dict)

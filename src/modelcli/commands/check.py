@@ -14,6 +14,7 @@ from modelcli.commands.check_structure import MOST_NAMED
 from modelcli.commands.diff import Progress, Scope
 from modelcli.commands.diff_structure import TensorChange
 from modelcli.commands.look import Look, LookRequest, built, look, without_record
+from modelcli.commands.same_output_as import same_output_as
 from modelcli.commands.target import Target
 from modelcli.errors import ModelcliError, RequestError
 from modelcli.language.references import CheckpointFile, Source
@@ -149,6 +150,8 @@ def check(request: CheckRequest, progress: Progress | None = None) -> CheckResul
         checks.append(_hash(found, target.source.model, wanted.content_hash, progress, notes))
     names = wanted.same_as
     checks += [_same_as(found, target.source.model, name, wanted.without, progress, notes) for name in names]
+    for name in wanted.same_output_as:
+        checks.append(same_output_as(target, name, wanted.rtol, wanted.atol, notes))
     return CheckResult(target.source.model, found, (*of_files, *checks), tuple(notes))
 
 

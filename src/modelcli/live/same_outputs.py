@@ -43,6 +43,32 @@ _MOST_BYTES = 2**28
 
 
 @dataclass(frozen=True)
+class How:
+    """How outputs are compared, and what messages call the two models.
+
+    Attributes:
+        rtol, atol: an element agrees if it differs by at most `atol + rtol * abs(element of the first model)`; without
+            both, the rule is that of `TOLERANCES`.
+        any_floating: whether outputs of different floating-point dtypes are compared by their values.
+        before, after: the first and the second model, as an adverb: `in alexnet`.
+    """
+
+    rtol: float | None = None
+    atol: float | None = None
+    any_floating: bool = False
+    before: str = "before"
+    after: str = "after"
+
+    @property
+    def is_elementwise(self) -> bool:
+        return self.rtol is not None or self.atol is not None
+
+    def changed(self, old: str, new: str) -> str:
+        """Return the words that say what was there and what is there instead."""
+        return f"was {old} and is {new}" if self == How() else f"is {new} {self.after} and {old} {self.before}"
+
+
+@dataclass(frozen=True)
 class ComparedTensor:
     """A tensor of the output, compared.
 
@@ -53,6 +79,7 @@ class ComparedTensor:
         max_abs_diff: the largest absolute difference; 0.0 where all elements are equal.
         tolerance: the largest difference that counts as none.
         is_bit_for_bit: whether all bytes are equal; -0.0 and 0.0 differ in this alone.
+        differing: how many elements differ by more than is allowed for each; None where `tolerance` decides.
     """
 
     name: str
@@ -61,6 +88,13 @@ class ComparedTensor:
     max_abs_diff: float
     tolerance: float
     is_bit_for_bit: bool
+    differing: int | None = None
+
+    @property
+    def agrees(self) -> bool:
+        if self.differing is not None:
+            return self.differing == 0
+        return self.max_abs_diff <= self.tolerance  # False for NaN
 
 
 @dataclass(frozen=True)
@@ -73,6 +107,7 @@ class SameOutputs:
         ran: whether the second model ran.
         shows_nothing: whether the outputs contain no value that depends on what the models compute.
         first: the path and class of the first module whose output differs, if the outputs differ and it is known.
+        seen_of_modules: whether the outputs of all modules could be compared to find it; else memory was too small.
         output_shape: the shape of the second model's output.
         inputs: the shapes of the inputs that both models got.
         notes: what the comparison did not see.
@@ -83,6 +118,7 @@ class SameOutputs:
     ran: bool = True
     shows_nothing: bool = False
     first: tuple[str, str] | None = None
+    seen_of_modules: bool = True
     output_shape: Any = None
     inputs: tuple[tuple[int, ...], ...] = ()
     notes: tuple[str, ...] = ()
@@ -109,6 +145,8 @@ class SameOutputs:
         if self.is_bit_for_bit:
             return "equal bit for bit"
         worst = max(self.tensors, key=lambda tensor: tensor.max_abs_diff)
+        if worst.differing is not None:
+            return f"largest difference {worst.max_abs_diff:.2g}, within the tolerance of each element"
         return f"largest difference {worst.max_abs_diff:.2g} ({worst.tolerance:.2g} is allowed)"
 
 
@@ -124,6 +162,7 @@ class Expected:
         inputs: the shapes of the arguments.
         modules: the output of each call of a module, by path and number of the call there, as far as they are kept.
         notes: what there is to say of the input.
+        is_cut: whether the outputs of later modules were not kept.
     """
 
     output: FlatOutput | None
@@ -133,6 +172,7 @@ class Expected:
     inputs: tuple[tuple[int, ...], ...]
     modules: dict[tuple[str, int], FlatOutput] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    is_cut: bool = False
 
 
 def expected(module: nn.Module, inputs: Inputs, *, device: str = "cpu") -> Expected:
@@ -159,10 +199,30 @@ def expected(module: nn.Module, inputs: Inputs, *, device: str = "cpu") -> Expec
     seen = trace.run(module, make(), device=device, leave=leave, judged=False)
     if seen.failure is not None:
         return Expected(None, seen.failure.reason, make, device, inputs.all_shapes)
-    return Expected(flatten(seen.output, copied=True), None, make, device, inputs.all_shapes, kept, notes)
+    whole = flatten(seen.output, copied=True)
+    return Expected(whole, None, make, device, inputs.all_shapes, kept, notes, is_cut=room <= 0)
 
 
-def compare(reference: Expected, module: nn.Module) -> SameOutputs:
+def with_floating(reference: Expected, dtype: torch.dtype) -> Expected:
+    """Return what the first model gave, for a second one of another dtype: it gets the same values, rounded to that."""
+
+    def cast(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.to(dtype) if value.is_floating_point() else value
+        if isinstance(value, Mapping):
+            return {key: cast(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)([cast(item) for item in value])
+        return value
+
+    def make() -> Arguments:
+        made = reference.make()
+        return Arguments(cast(made.args), cast(made.kwargs))
+
+    return replace(reference, make=make)
+
+
+def compare(reference: Expected, module: nn.Module, how: How = How()) -> SameOutputs:
     """Run the second model on the input of the first and compare the outputs.
 
     The tolerance for a tensor is `TOLERANCES` of its dtype times its largest absolute value; integers have none. NaN
@@ -172,26 +232,28 @@ def compare(reference: Expected, module: nn.Module) -> SameOutputs:
     Args:
         reference: what the first model gave; it must not have failed.
         module: the second model, with values. It is in eval mode afterwards.
+        how: other tolerances and names.
     """
     assert reference.output is not None
     seen = trace.run(module, reference.make(), device=reference.device, judged=False)
     if seen.failure is not None:
         return SameOutputs(problem=f"it does not run: {seen.failure.reason}", ran=False)
     found = flatten(seen.output)
-    comparison = compared(reference.output, found)
+    comparison = compared(reference.output, found, how)
     if comparison.shows_nothing:
-        comparison = _of_children(reference, module) or comparison
-    first = None if comparison.problem is None else _first_difference(reference, module)
+        comparison = _of_children(reference, module, how) or comparison
+    first = None if comparison.problem is None else _first_difference(reference, module, how)
     return replace(
         comparison,
         first=first,
+        seen_of_modules=not reference.is_cut,
         output_shape=trace.shape_of(seen.output),
         inputs=reference.inputs,
         notes=(*reference.notes, *comparison.notes),
     )
 
 
-def _of_children(reference: Expected, module: nn.Module) -> SameOutputs | None:
+def _of_children(reference: Expected, module: nn.Module, how: How) -> SameOutputs | None:
     """Compare the outputs of the model's own children, where the model's output shows nothing.
 
     Returns None if theirs show nothing either. A detection model that finds no object has such an output.
@@ -203,7 +265,7 @@ def _of_children(reference: Expected, module: nn.Module) -> SameOutputs | None:
         number = calls[path] = calls.get(path, 0) + 1
         before = reference.modules.get((path, number))
         if before is not None and "." not in path:
-            one = compared(before, flatten(output))
+            one = compared(before, flatten(output), how)
             if not one.shows_nothing:
                 found[f"{path} (call {number})" if number > 1 else path] = one
 
@@ -220,7 +282,7 @@ def _of_children(reference: Expected, module: nn.Module) -> SameOutputs | None:
     return SameOutputs(tuple(tensors), problem, notes=(note,))
 
 
-def _first_difference(reference: Expected, module: nn.Module) -> tuple[str, str] | None:
+def _first_difference(reference: Expected, module: nn.Module, how: How) -> tuple[str, str] | None:
     """Return the path and class of the module that first gives another output; None if that is not known.
 
     Modules are compared at the same path, in the order in which their calls end.
@@ -231,21 +293,21 @@ def _first_difference(reference: Expected, module: nn.Module) -> tuple[str, str]
     def leave(child: nn.Module, path: str, output: Any) -> None:
         number = calls[path] = calls.get(path, 0) + 1
         before = reference.modules.get((path, number))
-        if not first and before is not None and _differ(before, flatten(output)):
+        if not first and before is not None and _differ(before, flatten(output), how):
             first.append((shown(path), type(child).__name__))
 
     trace.run(module, reference.make(), device=reference.device, leave=leave, judged=False)
     return first[0] if first else None
 
 
-def _differ(before: FlatOutput, after: FlatOutput) -> bool:
-    return next(_problems(before, after, []), None) is not None
+def _differ(before: FlatOutput, after: FlatOutput, how: How) -> bool:
+    return next(_problems(before, after, [], how), None) is not None
 
 
-def compared(before: FlatOutput, after: FlatOutput) -> SameOutputs:
+def compared(before: FlatOutput, after: FlatOutput, how: How = How()) -> SameOutputs:
     """Compare two outputs, as `compare` does."""
     tensors: list[ComparedTensor] = []
-    problems = list(_problems(before, after, tensors))
+    problems = list(_problems(before, after, tensors, how))
     notes = []
     if before.unread:
         notes.append(f"the check compares tensors and numbers, and not {listed(before.unread, 3)}")
@@ -253,7 +315,7 @@ def compared(before: FlatOutput, after: FlatOutput) -> SameOutputs:
     shows_nothing = not problems and not any(_tells(value) for value in before.values.values())
     if shows_nothing:
         what = "has no number but NaN and 0" if before.nbytes else "has no values"
-        problems.append(f"the output {what}, before and after, so it shows nothing")
+        problems.append(f"the output {what}, {how.before} and {how.after}, so it shows nothing")
     elif not problems and both_nan:
         notes.append(f"NaN in {counted(both_nan, 'place')} of the output counts as equal, because both models have it")
     problem = problems[0] if problems else None
@@ -275,14 +337,14 @@ def _nans(value: Any) -> int:
     return int(value.isnan().sum())
 
 
-def _problems(before: FlatOutput, after: FlatOutput, tensors: list[ComparedTensor]) -> Iterator[str]:
+def _problems(before: FlatOutput, after: FlatOutput, tensors: list[ComparedTensor], how: How) -> Iterator[str]:
     """Yield the differences, the largest one of values first; the tensors that can be compared join `tensors`."""
     lost = [name for name in before.values if name not in after.values]
     new = [name for name in after.values if name not in before.values]
     if lost or new:
         parts = [
             f"{listed([_shown(name) for name in names], 4)} {verb}"
-            for names, verb in ((lost, "before"), (new, "after"))
+            for names, verb in ((lost, how.before), (new, how.after))
             if names
         ]
         yield f"the output has another structure: {', '.join(f'{part} alone' for part in parts)}"
@@ -294,40 +356,57 @@ def _problems(before: FlatOutput, after: FlatOutput, tensors: list[ComparedTenso
         if not isinstance(old, torch.Tensor) or not isinstance(value, torch.Tensor):
             is_tensor = isinstance(old, torch.Tensor) or isinstance(value, torch.Tensor)
             if is_tensor or not (old == value or (old != old and value != value)):  # NaN equals NaN
-                yield f"{_named(name)} was {_text(old)} and is {_text(value)}"
+                yield f"{_named(name)} {how.changed(_text(old), _text(value))}"
             continue
-        if old.shape != value.shape or old.dtype != value.dtype:
-            yield f"{_named(name)} was {_text(old)} and is {_text(value)}"
+        floating = how.any_floating and old.is_floating_point() and value.is_floating_point()
+        if old.shape != value.shape or (old.dtype != value.dtype and not floating):
+            yield f"{_named(name)} {how.changed(_text(old), _text(value))}"
             continue
-        found = _compared(name, old, value)
+        found = _compared(name, old, value, how)
         tensors.append(found)
-        if not found.max_abs_diff <= found.tolerance:
-            worst.append((found.max_abs_diff, _difference(found, old, value)))
+        if not found.agrees:
+            worst.append((found.max_abs_diff, _difference(found, old, value, how)))
     yield from (text for _, text in sorted(worst, key=lambda item: -math.inf if math.isnan(item[0]) else -item[0]))
 
 
-def _difference(found: ComparedTensor, old: torch.Tensor, new: torch.Tensor) -> str:
+def _difference(found: ComparedTensor, old: torch.Tensor, new: torch.Tensor, how: How) -> str:
     if math.isnan(found.max_abs_diff):
         before, after = _nans(old), _nans(new)
         return (
-            f"{_named(found.name)} has NaN in {counted(before, 'place')} before and in {counted(after, 'place')} after"
+            f"{_named(found.name)} has NaN in {counted(before, 'place')} {how.before} and in {counted(after, 'place')} "
+            f"{how.after}"
         )
     largest = _largest(old)
     told = f"{_named(found.name)} differs by up to {found.max_abs_diff:.3g}"
+    if found.differing is not None:
+        limits = [f"{name} {value:g}" for name, value in (("rtol", how.rtol), ("atol", how.atol)) if value is not None]
+        beyond = f"{found.differing:,} of {counted(old.numel(), 'element')}"
+        return f"{told}, by more than {' and '.join(limits)} allow in {beyond} (its largest value is {largest:.3g})"
     if found.tolerance:
         return f"{told}, and {found.tolerance:.2g} is allowed (its largest value is {largest:.3g})"
     return f"{told} (its largest value is {largest:.3g})"
 
 
-def _compared(name: str, old: torch.Tensor, new: torch.Tensor) -> ComparedTensor:
+def _compared(name: str, old: torch.Tensor, new: torch.Tensor, how: How) -> ComparedTensor:
     dtype = dtype_name(old.dtype)
-    tolerance = TOLERANCES.get(old.dtype, 0.0)
+    is_bit_for_bit = _same_bytes(old, new)
+    if old.dtype != new.dtype:
+        tolerance = max(TOLERANCES.get(old.dtype, 0.0), TOLERANCES.get(new.dtype, 0.0))
+        old, new = _wide(old), _wide(new)
+    else:
+        tolerance = TOLERANCES.get(old.dtype, 0.0)
+    largest_diff, differing = _max_abs_diff(old, new), None
+    if how.is_elementwise:
+        close = torch.isclose(_wide(new), _wide(old), rtol=how.rtol or 0.0, atol=how.atol or 0.0, equal_nan=True)
+        differing = close.numel() - int(close.sum())
     if tolerance:
         tolerance *= _largest(old)
-    return ComparedTensor(name, tuple(old.shape), dtype, _max_abs_diff(old, new), tolerance, _same_bytes(old, new))
+    return ComparedTensor(name, tuple(old.shape), dtype, largest_diff, tolerance, is_bit_for_bit, differing)
 
 
 def _same_bytes(old: torch.Tensor, new: torch.Tensor) -> bool:
+    if old.dtype != new.dtype:
+        return False
     before, after = (tensor.contiguous().view(-1).view(torch.uint8) for tensor in (old, new))
     return torch.equal(before, after)
 

@@ -58,6 +58,7 @@ def _entry(assertion: AssertionResult) -> dict[str, Any]:
         "passed": assertion.passed,
         "found": assertion.found,
         "wanted": assertion.wanted,
+        **assertion.detail,
     }
     return entry if assertion.on_record is None else entry | {"on_record": assertion.on_record}
 

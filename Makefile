@@ -73,6 +73,7 @@ bench: $(DEV_STAMP) ## how long things take, as ratios to stated peers
 	$(BIN)/python -m tests.benchmarks.bench_state_dicts
 	$(BIN)/python -m tests.benchmarks.bench_ranks
 	$(BIN)/python -m tests.benchmarks.simulated_ranks
+	$(BIN)/python -m tests.benchmarks.bench_distributed
 
 fuzz: $(DEV_STAMP) ## a million damaged inputs for every parser and language, and beside torch; fewer: make fuzz INPUTS=1000
 	$(BIN)/python -m tests.fuzz

@@ -26,7 +26,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 import modelcli
 from modelcli import checkpoints
 from modelcli.checkpoints import Contents, TensorEntry
-from modelcli.checkpoints.torch_pickle import pickles
+from modelcli.checkpoints.distributed import blocks
+from modelcli.checkpoints.torch_pickle import embedded, pickles
 from modelcli.errors import FileFormatError, ModelcliError, RequestError, UnsafeError
 from modelcli.model.dtypes import ITEM_BYTES
 from tests.checkpoints.test_checkpoints import ALL_DTYPES
@@ -263,6 +264,25 @@ if hasattr(torch.cpu.Stream, "record_event"):  # without it, fully_shard does no
     optimizer.step()
     weights, rest = get_state_dict(model, optimizer)
     dcp.save({"model": weights, "optim": rest}, checkpoint_id=f"{folder}/fsdp")
+
+    # FSDP1: ShardedTensors, or DTensors if it gets a mesh.
+    from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
+    for name, how in (("sharded_tensors", {}), ("dtensors", {"device_mesh": mesh})):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 3, bias=False))
+        path = pathlib.Path(folder, "fsdp1", name)
+        for kind in ("files", "app", "flat"):
+            (path / kind).mkdir(parents=True, exist_ok=True)
+        if rank == 0:
+            torch.save(model.state_dict(), path / "whole.pth")
+        model = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True, **how)
+        with FullyShardedDataParallel.state_dict_type(model, StateDictType.SHARDED_STATE_DICT):
+            weights = model.state_dict()
+        torch.save(weights, path / "files" / f"pytorch_model_fsdp_0_rank{rank}.bin")
+        dcp.save({"app": {"model": weights, "optim": {"state": {}, "lr": torch.ones(2)}}}, checkpoint_id=path / "app")
+        if not how:
+            with FullyShardedDataParallel.state_dict_type(model, StateDictType.LOCAL_STATE_DICT):
+                torch.save(model.state_dict(), path / "flat" / f"pytorch_model_fsdp_rank{rank}.bin")
 dist.destroy_process_group()
 """
 
@@ -364,10 +384,89 @@ def test_columns_and_the_blocks_of_a_mesh_of_two_dimensions(two: Path, four: Pat
         assert_same(entry, wanted[name])
 
 
-def test_a_file_that_one_rank_wrote_is_refused_with_what_to_run(cli: Cli, four: Path) -> None:
+def test_files_of_ranks_with_blocks_of_a_mesh_are_joined(cli: Cli, four: Path, folder: Path) -> None:
+    wanted = as_torch_loads(four / "blocks")
+    for key in (None, "model"):
+        contents = checkpoints.read(four, key=key)
+        assert (contents.format, contents.path, contents.foreign) == ("rank_files", four, ())
+        assert contents.tensors.keys() == wanted.keys()
+        for name, entry in contents.tensors.items():
+            assert_same(entry, wanted[name])
+    assert contents.notes[1] == "took the state dict under 'model' of each"
+    cli("save", "out.pth", "-m", four)
+    assert_same(torch.load("out.pth", weights_only=True), wanted)
+    assert "no key 'modle'" in cli("params", four, "--key", "modle", code=2).err
     error = cli("params", four / "model_world_size_4_rank_0.pt", code=4).err
     assert "contains only the parts of tensors that one process had (DTensor)" in error
-    assert "StateDictOptions(full_state_dict=True)" in error
+    assert f"name its folder, in which modelcli joins the files of all ranks: {four}/" in error
+    shutil.copy(four / "model_world_size_4_rank_0.pt", "alone.pt")
+    assert "StateDictOptions(full_state_dict=True)" in cli("params", "alone.pt", code=4).err
+
+
+def test_files_of_ranks_that_do_not_agree(cli: Cli, four: Path, folder: Path) -> None:
+    def copied(*ranks: int) -> Path:
+        shutil.rmtree("ranks", ignore_errors=True)
+        Path("ranks").mkdir()
+        for number, rank in enumerate(ranks):
+            shutil.copy(four / f"model_world_size_4_rank_{rank}.pt", f"ranks/model_world_size_4_rank_{number}.pt")
+        return Path("ranks")
+
+    assert len(checkpoints.read(copied(3, 0, 2, 1)).tensors) == 5  # the place in the mesh counts, not the name
+    for ranks, message in (
+        ((0, 1, 2), "says that there are 4 ranks, but ranks has the files of 3"),
+        ((0, 1, 2, 2), "ranks has no file of a rank with the part of blocks at [1, 1] of the mesh"),
+    ):
+        copied(*ranks)
+        assert message in cli("params", "ranks/", code=4).err
+    torch.save(STATE, copied(0, 1, 2, 3) / "model_world_size_4_rank_2.pt")
+    assert "rank_2.pt is damaged: it has no state dict under 'model'" in cli("params", "ranks/", code=4).err
+    torch.save({"model": STATE}, "ranks/model_world_size_4_rank_2.pt")
+    assert "rank_2.pt is damaged: it has no part of blocks" in cli("params", "ranks/", code=4).err
+    torch.save({"model": STATE}, "ranks/model_world_size_4_rank_0.pt")
+    assert "holds no parts of tensors (DTensor or ShardedTensor)" in cli("params", "ranks/", code=2).err
+    torch.save(STATE, "ranks/other_rank_0.pt")
+    assert (
+        "ranks holds 2 sets of files of ranks: model_world_size_4_rank*.pt, other_rank*"
+        in cli("params", "ranks/", code=2).err
+    )
+
+
+@needs_torch("cpu.Stream.record_event")
+@pytest.mark.parametrize("kind", ["sharded_tensors", "dtensors"])
+def test_what_fsdp1_writes(cli: Cli, two: Path, folder: Path, kind: str) -> None:
+    path = two / "fsdp1" / kind
+    wanted = torch.load(path / "whole.pth", weights_only=True)
+    contents = checkpoints.read(path / "files")
+    assert contents.foreign == ()
+    assert_same(contents.tensors, wanted)
+    app = checkpoints.read(path / "app", key="app.model")
+    assert_same(app.tensors, wanted)
+    assert checkpoints.read(path / "app").key == app.key == ("app", "model")
+    assert_same(app.tree, as_torch_loads(path / "app"))
+    cli("save", "out.pth", "-m", path / "files")
+    assert_same(torch.load("out.pth", weights_only=True), dict(wanted))
+
+
+@needs_torch("cpu.Stream.record_event")
+def test_flat_parameters_of_fsdp1_are_refused_by_name(cli: Cli, two: Path) -> None:
+    error = cli("params", two / "fsdp1/sharded_tensors/flat", code=4).err
+    assert "has _flat_param, a flat parameter of FSDP (LOCAL_STATE_DICT)" in error
+    assert "StateDictType.SHARDED_STATE_DICT" in error
+
+
+@pytest.mark.parametrize("most", [16, 48, 1000])
+def test_blocks_are_joined_in_pieces(four: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """A tensor that is written never takes more memory than one piece."""
+    for module in (blocks, embedded):
+        monkeypatch.setattr(module, "CHUNK", most)
+    wanted = as_torch_loads(four / "blocks")
+    for path in (four / "blocks", four):
+        for name, entry in checkpoints.read(path).tensors.items():
+            assert isinstance(entry, TensorEntry)
+            chunks = [bytes(chunk) for chunk in entry.storage.chunks()]
+            assert b"".join(chunks) == bytes(wanted[name].untyped_storage())
+            if isinstance(entry.storage, blocks.Blocks):
+                assert max(map(len, chunks)) <= most
 
 
 def test_commands_on_a_sharded_folder(cli: Cli, two: Path, folder: Path) -> None:

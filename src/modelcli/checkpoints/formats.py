@@ -38,6 +38,7 @@ _FOLDERS = (
 _FOLDERS_WITHOUT_INDEX = (
     "modelcli.checkpoints.distributed:SafetensorsParts",
     "modelcli.checkpoints.deepspeed:DeepSpeedCheckpoint",
+    "modelcli.checkpoints.rank_files:RankFiles",
 )
 
 

@@ -21,9 +21,9 @@ from modelcli.checkpoints.deepspeed.parts_of_ranks import WIDENED, Gathered, as_
 from modelcli.checkpoints.entries import TensorEntry
 from modelcli.checkpoints.format import Candidate
 from modelcli.checkpoints.storage import JoinedSpan, Storage
-from modelcli.checkpoints.torch_pickle import legacy_format, nested_tensors, pickles, state_dicts, trees, zip_format
+from modelcli.checkpoints.torch_pickle import nested_tensors, state_dicts, trees
 from modelcli.checkpoints.torch_pickle.inert_values import Opaque, sizes_in
-from modelcli.checkpoints.torch_pickle.recognition import is_legacy
+from modelcli.checkpoints.torch_pickle.pickled_files import pickle_of
 from modelcli.errors import FileFormatError, RequestError, SystemFailureError
 from modelcli.model.dtypes import ITEM_BYTES
 from modelcli.model.tensors import Kind, Shape
@@ -110,7 +110,7 @@ def _weights_of_training(folder: Path, files: StateFiles) -> Contents:
             "copy the files of all ranks into it",
         )
     file = Candidate(folder / files.whole[0])
-    pickled = _pickle_of(file)
+    pickled = pickle_of(file)
     tree = _dict(file.path, pickled.value, "its content")
     _refuse_model_parallelism(file.path, tree)
     contents = trees.contents_of(file.path, pickled, "module" if "module" in tree else None)
@@ -126,20 +126,6 @@ def _refuse_model_parallelism(path: Path, states: Mapping[Any, Any]) -> None:
             "modelcli joins only the ranks of ZeRO",
             "load it with the program that trained it, and save model.state_dict() there with torch.save",
         )
-
-
-def _pickle_of(file: Candidate) -> pickles.Pickle:
-    """Return the pickle of a file that torch.save wrote."""
-    if file.is_zip:
-        archive = zip_format.archive_of(file)
-        try:
-            with file.path.open("rb") as handle:
-                return archive.pickled(handle)
-        except OSError as error:
-            raise SystemFailureError(f"cannot read {file.path}: {error.strerror or error}") from None
-    if is_legacy(file.head):
-        return legacy_format.pickle_of(file.path)
-    raise FileFormatError.damaged(str(file.path), "it should be a file that torch.save wrote")
 
 
 @dataclass(frozen=True)
@@ -218,7 +204,7 @@ class _Reading:
 
     def _states(self, path: Path) -> dict[Any, Any]:
         """Read the pickle of a file, and note the classes that it names. The bytes of tensors are not read."""
-        pickled = _pickle_of(Candidate(path))
+        pickled = pickle_of(Candidate(path))
         self.budget = pickled.budget
         self.foreign.update(dict.fromkeys(name for name in pickled.foreign if name not in _EXPECTED))
         self.hidden.update(
@@ -466,7 +452,7 @@ class _Reading:
 
     def _whole_parameter(self, path: Path, shape: Shape) -> TensorEntry:
         """Return the parameter in a file: a tensor of its shape, or (from ZeRO-3) a vector."""
-        pickled = _pickle_of(Candidate(path))
+        pickled = pickle_of(Candidate(path))
         self.foreign.update(dict.fromkeys(name for name in pickled.foreign if name not in _EXPECTED))
         value = pickled.value
         entry = value.get("param") if isinstance(value, dict) else value

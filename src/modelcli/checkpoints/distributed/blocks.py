@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from operator import mul
+from typing import Protocol
 
 from modelcli.checkpoints import limits, shapes
 from modelcli.checkpoints.storage import CHUNK, FileId, JoinedSpan, Storage, Windows
@@ -16,6 +17,16 @@ from modelcli.model.tensors import Shape
 
 #: What a corner of a block costs a budget.
 _CORNER = 8
+
+
+class Rectangle(Protocol):
+    """A rectangular part of a tensor: `sizes` elements along each dimension, from `offsets`."""
+
+    @property
+    def offsets(self) -> Shape: ...
+
+    @property
+    def sizes(self) -> Shape: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +147,7 @@ def _run_start(shape: Shape, block: Block) -> int | None:
     return start
 
 
-def cover_once(shape: Shape, blocks: Sequence[Block], budget: limits.Budget) -> bool:
+def cover_once(shape: Shape, blocks: Sequence[Rectangle], budget: limits.Budget) -> bool:
     """Whether blocks fill a shape without gaps or overlaps; each is inside it.
 
     They do if the alternating sum over the corners of all blocks equals that of the whole shape: the corners determine

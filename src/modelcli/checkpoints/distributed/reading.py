@@ -176,9 +176,9 @@ class _Folder:
         chunks = [self._chunk(name, chunk, shape) for chunk in stated]
         # Ranks beyond the last row have an empty part; all parts of an empty tensor are empty.
         chunks = [chunk for chunk in chunks if 0 not in chunk.sizes] or chunks[:1]
-        found = [self._block(name, dtype, chunk, spans) for chunk in chunks]
-        if not found or (0 not in shape and not blocks.cover_once(shape, found, self.budget)):
+        if not chunks or (0 not in shape and not blocks.cover_once(shape, chunks, self.budget)):
             raise self._damaged(f"the parts of {name} do not cover its shape {list(shape)} exactly once")
+        found = [self._block(name, dtype, chunk, spans) for chunk in chunks]
         storage = blocks.joined(shape, ITEM_BYTES[dtype], found)
         return TensorEntry(shape, dtype, shapes.row_major(shape), 0, storage, requires_grad=False)
 

@@ -115,3 +115,16 @@ TENSOR_PROPERTIES = frozenset(
 )
 #: The attributes that every dict has. Setting one would hide the dict's own: an `items` that returns other items.
 DICT_ATTRIBUTES = frozenset(dir(collections.OrderedDict))
+#: The classes of tensors of which each process has only a part.
+SHARDED_CLASSES = frozenset(
+    {
+        "torch.distributed.tensor.DTensor",
+        "torch.distributed.tensor._api.DTensor",
+        "torch.distributed._tensor.DTensor",
+        "torch.distributed._tensor.api.DTensor",
+        "torch.distributed._shard.sharded_tensor.api.ShardedTensor",
+        "torch.distributed._shard.sharded_tensor.ShardedTensor",
+    }
+)
+#: The class inside ShardedTensor that describes its process group.
+SHARDED_MEMBER = "ProcessGroupState"

@@ -122,7 +122,7 @@ class TensorSpan:
             raise FileFormatError.damaged(
                 str(self.span), "it contains an expanded tensor, which does not store each element"
             )
-        return _Reordered(span, tensor.shape, tensor.stride, item)
+        return Reordered(span, tensor.shape, tensor.stride, item)
 
     def _is_another(self, found: TensorEntry) -> FileFormatError:
         return FileFormatError.damaged(
@@ -160,10 +160,10 @@ def _header_of(path: Path, _identity: Identity) -> Mapping[str, TensorEntry | Co
 
 
 @dataclass(frozen=True, slots=True)
-class _Reordered:
+class Reordered:
     """The elements of a strided view, copied into row-major order in memory. `item` is the bytes of an element."""
 
-    span: Span
+    span: Storage
     shape: Shape
     stride: Shape
     item: int
@@ -193,7 +193,7 @@ class _Reordered:
         if last - first == 1 and len(shape) > 1:
             shape, stride = shape[1:], stride[1:]
         span = self.span.part(begin, shapes.extent(shape, stride) * self.item)
-        rows = _Reordered(span, shape, stride, self.item)
+        rows = Reordered(span, shape, stride, self.item)
         if len(shape) < len(self.shape):
             return rows.part(start - first * row, nbytes)
         return _Part(rows, start - first * row, nbytes)
@@ -222,7 +222,7 @@ class _Reordered:
 class _Part:
     """A part of reordered elements; the rows of `whole` are reordered to read it."""
 
-    whole: _Reordered
+    whole: Reordered
     start: int
     nbytes: int
 
@@ -230,7 +230,8 @@ class _Part:
         return self.whole.files()
 
     def chunks(self) -> Iterator[bytes | memoryview]:
-        yield self.bytes()
+        for start in range(0, self.nbytes, CHUNK):
+            yield self.part(start, min(CHUNK, self.nbytes - start)).mapped()
 
     def bytes(self) -> bytes:
         return bytes(self.mapped())

@@ -12,6 +12,7 @@ from typing import Any
 from modelcli.checkpoints import limits
 from modelcli.checkpoints.entries import TensorEntry
 from modelcli.checkpoints.torch_pickle import composite_tensors, nested_tensors, pickled_modules, pickles
+from modelcli.checkpoints.torch_pickle.allow_list import SHARDED_CLASSES
 from modelcli.checkpoints.torch_pickle.inert_values import Global, Opaque
 from modelcli.errors import FileFormatError, RequestError, UnsafeError, did_you_mean
 from modelcli.language.quoting import quoted
@@ -41,16 +42,10 @@ STATE_DICT_KEYS = (
 _OUTER_KEYS = frozenset({"state", "state_dicts", "checkpoint", "ckpt"})
 #: The beginnings of keys that never hold a model: the states of optimizers and random number generators.
 _NOT_A_MODEL = ("optim", "rng")
-#: The classes of tensors of which each process has only a part.
-_SHARDED = frozenset(
-    {
-        "torch.distributed.tensor.DTensor",
-        "torch.distributed.tensor._api.DTensor",
-        "torch.distributed._tensor.DTensor",
-        "torch.distributed._tensor.api.DTensor",
-        "torch.distributed._shard.sharded_tensor.api.ShardedTensor",
-        "torch.distributed._shard.sharded_tensor.ShardedTensor",
-    }
+#: What to do instead of saving the parts that a process has.
+_SAVE_WHOLE = (
+    "in the program that made it, use torch.distributed.checkpoint.save(state_dict, checkpoint_id=folder), and name "
+    "the folder; or torch.save of get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))"
 )
 #: The most state dicts that an error lists.
 _MAX_LISTED = 60
@@ -334,7 +329,7 @@ def is_sharded(value: Any) -> bool:
     if not isinstance(value, Opaque):
         return False
     named = (arg for arg in value.args[:3] if isinstance(arg, Global)) if isinstance(value.args, tuple) else ()
-    return any(kind.dotted in _SHARDED for kind in (value.call, *named) if isinstance(kind, Global))
+    return any(kind.dotted in SHARDED_CLASSES for kind in (value.call, *named) if isinstance(kind, Global))
 
 
 def part_of_a_rank(path: Path, pickled: pickles.Pickle) -> FileFormatError | None:
@@ -342,13 +337,17 @@ def part_of_a_rank(path: Path, pickled: pickles.Pickle) -> FileFormatError | Non
 
     None if the file names no such class.
     """
-    kind = next((name for name in pickled.foreign if name in _SHARDED), None)
+    kind = next((name for name in pickled.foreign if name in SHARDED_CLASSES), None)
     if kind is None:
         return None
+    from modelcli.checkpoints.rank_files import names
+
+    if names.rank_of(path.name) is not None:
+        hint = f"name its folder, in which modelcli joins the files of all ranks: {path.parent}/"
+    else:
+        hint = _SAVE_WHOLE
     return FileFormatError(
-        f"{path} contains only the parts of tensors that one process had ({kind.rpartition('.')[2]})",
-        "in the program that made it, use torch.distributed.checkpoint.save(state_dict, checkpoint_id=folder), and "
-        "name the folder; or torch.save of get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))",
+        f"{path} contains only the parts of tensors that one process had ({kind.rpartition('.')[2]})", hint
     )
 
 

@@ -20,6 +20,8 @@ from modelcli.checkpoints.torch_pickle.allow_list import (
     HARMLESS,
     INTERPRETED,
     PARAMETER,
+    SHARDED_CLASSES,
+    SHARDED_MEMBER,
     STORAGE_DTYPES,
     TENSOR_PROPERTIES,
 )
@@ -197,6 +199,9 @@ class ValueBuilder:
         if name not in INTERPRETED:
             if name in GETATTR:
                 self._judge_getattr(name, args)
+                match args:
+                    case Global() as outer, str() as member if outer.dotted in SHARDED_CLASSES:
+                        return Global(outer.module, f"{outer.name}.{member}")  # a class inside another
             return self.opaque(function, args)
         match name, args:
             case "torch.nn.parameter.Parameter", (data,):
@@ -289,6 +294,8 @@ class ValueBuilder:
 
     def _of_class(self, function: Global, kind: Global, made: Any, args: tuple[Any, ...], state: Any) -> Any:
         """Return a tensor that has attributes or a class of its own, which a state dict does not load."""
+        if kind.dotted in SHARDED_CLASSES and isinstance(made, Opaque):
+            return self.opaque(function, args)  # its state may be anything
         known = len(self.attributes)
         self._set_attributes(state)
         if isinstance(made, TensorEntry):
@@ -324,9 +331,11 @@ class ValueBuilder:
         return self.opaque(_REBUILD_META, (Global("torch", dtype), shape, stride, grad))
 
     def _judge_getattr(self, name: str, args: Any) -> None:
-        """Count `getattr` as foreign unless every call of it gets an allowed member of an allowed enum."""
+        """Count `getattr` as foreign unless every call of it gets an allowed member of an allowed class."""
         match args:
-            case Global() as kind, str() as member if kind.dotted in GETATTR_ENUMS and member in GETATTR_MEMBERS:
+            case Global() as kind, str() as member if (kind.dotted in GETATTR_ENUMS and member in GETATTR_MEMBERS) or (
+                kind.dotted in SHARDED_CLASSES and member == SHARDED_MEMBER
+            ):
                 if not self.getattr_misused:
                     self.foreign.pop(name, None)
             case _:

@@ -132,3 +132,19 @@ def test_rank_0_is_killed(cli: Cli, folder: Path, old: dict[str, str], monkeypat
     assert killed.stderr == f"error: rank 0 on {os.uname().nodename} is gone\n"
     assert _digests(folder) == old
     assert not list(folder.glob(f".*{TEMPORARY}"))
+
+
+def test_ctrl_c_ends_the_workers(cli: Cli, folder: Path, old: dict[str, str]):
+    faults = json.dumps({"1": {"slow": 30}, "2": {"slow": 30}})
+    words = [sys.executable, "-m", "modelcli", *map(str, _WORDS)]
+    process = subprocess.Popen(words, env={**os.environ, "RANK_FAULTS": faults}, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and len(list(folder.glob("rank-*.writes"))) < 2:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "interrupted\n")
+    assert _digests(folder) == old
+    assert not list(folder.glob(f".*{TEMPORARY}"))
+    for told in folder.glob("rank-*.writes"):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(told.read_text()), 0)

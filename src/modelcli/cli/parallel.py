@@ -48,7 +48,7 @@ def carried_out(
     with ranks.entered(group):
         if group.rank:
             group.silence(errors=not debug)
-            with contextlib.suppress(RestingError):
+            with contextlib.suppress(RestingError, GroupEndedError):  # rank 0 reports what ends the group
                 code = attempt()
                 if group.is_failing:
                     return code if group.is_cause else 0  # torchrun names the first rank that ends with another code

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import itertools
+import os
 import sys
 import types
 from collections import OrderedDict
@@ -537,3 +538,33 @@ def test_states_in_the_old_format_of_torch_save(folder: Path) -> None:
         states = torch.load(path, weights_only=False)
         torch.save(states, path, _use_new_zipfile_serialization=False)
     assert_is_the_model(checkpoints.read(step).tensors)
+
+
+@pytest.mark.skipif(not hasattr(os, "copy_file_range"), reason="this system does not copy parts of files")
+def test_parts_of_ranks_are_copied_by_the_system(cli: Cli, folder: Path) -> None:
+    """What is read and written instead would fill the holes of a sparse file."""
+    step = folder / STEP
+    step.mkdir()
+    side, nbytes = 4096, 4096 * 4096 * 4
+    states = {
+        "module": {"w": torch.empty(0)},
+        "buffer_names": [],
+        "param_shapes": [{"w": torch.Size([side, side])}],
+        "shared_params": {},
+    }
+    for rank in range(4):
+        name = f"zero_pp_rank_{rank}_mp_rank_00"
+        torch.save(states, step / f"{name}_model_states.pt")
+        vector = torch.empty(side * side // 4)
+        with torch.serialization.skip_data():
+            torch.save(
+                {"optimizer_state_dict": {"zero_stage": 3, "partition_count": 4, "fp32_flat_groups": [vector]}},
+                step / f"{name}_optim_states.pt",
+            )
+    source = step / first(3, "optim")
+    if 512 * source.stat().st_blocks > nbytes // 8:
+        pytest.skip("this file system has no holes")
+    cli("save", "out.safetensors", "-m", STEP)
+    out = Path("out.safetensors").stat()
+    assert out.st_size > nbytes
+    assert 512 * out.st_blocks < nbytes // 8

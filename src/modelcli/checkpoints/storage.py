@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from modelcli.errors import FileFormatError, SystemFailureError
 from modelcli.model.tensors import value_class
@@ -167,6 +167,19 @@ def is_in_sequence(storage: Storage) -> bool:
     return bool(getattr(storage, "in_sequence", False))
 
 
+def spans_of(source: Any) -> Iterator[Any]:
+    """Yield the sources whose bytes in a row are those of a source: spans of files, as far as it consists of such.
+
+    A source that consists of others has a method `pieces`, which yields them.
+    """
+    pieces = getattr(source, "pieces", None)
+    if pieces is None:
+        yield source
+        return
+    for piece in pieces():
+        yield from spans_of(piece)
+
+
 def gathered(storage: Storage) -> memoryview:
     """Return the bytes of a storage that is not contiguous in a file, copied into new memory."""
     made, end = memoryview(bytearray(storage.nbytes)), 0
@@ -192,6 +205,9 @@ class JoinedSpan:
 
     def files(self) -> Iterable[FileId]:
         return {file for part in self.parts for file in part.files()}
+
+    def pieces(self) -> Iterable[Storage]:
+        return self.parts
 
     def chunks(self) -> Iterator[bytes | memoryview]:
         for part in self.parts:

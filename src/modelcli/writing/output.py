@@ -12,7 +12,7 @@ from typing import BinaryIO, Self
 
 from modelcli.checkpoints.layout import LARGE, PAGE
 from modelcli.checkpoints.plan import Source
-from modelcli.checkpoints.storage import CHUNK, FileId, Span, require_unchanged
+from modelcli.checkpoints.storage import CHUNK, FileId, Span, require_unchanged, spans_of
 from modelcli.checkpoints.zip_archives import directory as zip_directory
 from modelcli.errors import FileFormatError, SystemFailureError
 
@@ -105,11 +105,16 @@ class Output:
     def put(self, offset: int, source: Source) -> None:
         """Write all bytes of a source at an offset. Raises an error if it has fewer bytes than it says."""
         self._files.update(source.files())
-        if isinstance(source, Span):
-            self._copy(source, offset)
-            return
-        for _ in self._streamed(offset, source):
-            pass
+        left = source.nbytes
+        for piece in spans_of(source):
+            if isinstance(piece, Span):
+                self._copy(piece, offset)
+            else:
+                for _ in self._streamed(offset, piece):
+                    pass
+            offset, left = offset + piece.nbytes, left - piece.nbytes
+        if left:
+            raise SystemFailureError(f"a source of {source.nbytes:,} bytes gave {source.nbytes - left:,}")
 
     def put_with_checksum(self, offset: int, source: Source) -> int:
         """Write all bytes of a source at an offset and return their CRC-32.

@@ -35,7 +35,8 @@ class Gathered:
     start: int
     nbytes: int
 
-    def _pieces(self) -> Iterator[Storage]:
+    def pieces(self) -> Iterator[Storage]:
+        """Yield the parts of the ranks, without the padding."""
         position, stop = self.start, self.start + self.nbytes
         while position < stop:
             rank, inside = divmod(position, self.length)
@@ -44,10 +45,10 @@ class Gathered:
             position += count
 
     def files(self) -> Iterable[FileId]:
-        return {file for piece in self._pieces() for file in piece.files()}
+        return {file for piece in self.pieces() for file in piece.files()}
 
     def chunks(self) -> Iterator[bytes | memoryview]:
-        for piece in self._pieces():
+        for piece in self.pieces():
             yield from piece.chunks()
 
     def bytes(self) -> bytes:

@@ -80,6 +80,9 @@ class TensorSpan:
     def files(self) -> Iterable[FileId]:
         return ((self.span.path, self.span.identity),)
 
+    def pieces(self) -> Iterable[Storage]:
+        return (self._located(),)
+
     def chunks(self) -> Iterator[bytes | memoryview]:
         yield from self._located().chunks()
 

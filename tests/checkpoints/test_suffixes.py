@@ -84,6 +84,7 @@ def named(path: Path) -> Iterator[str]:
 #: layer of the providers lies below that of the formats.
 NAMES_OF_A_LIBRARY = (
     SOURCE / "providers" / "hub.py",
+    SOURCE / "providers" / "hub_checksums.py",
     SOURCE / "live" / "providers" / "huggingface" / "remote_weights.py",
 )
 

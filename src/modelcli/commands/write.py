@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from modelcli import ranks, resolve
 from modelcli.checkpoints.storage import identity_of
-from modelcli.language.references import PythonObject
+from modelcli.errors import ModelcliError
+from modelcli.language.references import CheckpointFile, PythonObject
 from modelcli.wording import listed
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def write(
         progress,
         size,
         reads,
-        _described_by(model.contents),
+        _described_by(model) if request.verify else frozenset(),
         when_written=lambda: _share_what_was_seen(model),
     )
     if request.resume:
@@ -158,14 +159,22 @@ def _identity_of_work(model: Editable, request: WriteRequest) -> str:
     return repr(parts)
 
 
-def _described_by(contents: Contents | None) -> frozenset[FileId]:
+def _described_by(model: Editable) -> frozenset[FileId]:
     """Return the index of the shards of a model, or the description of its folder, if it was read from a folder."""
     from modelcli.checkpoints import formats
 
-    if contents is None or contents.is_remote:
+    contents = model.contents
+    if contents is None or contents.is_remote or not contents.path.is_dir():
         return frozenset()
-    path = formats.index_in(contents.path)[1] if contents.path.is_dir() else contents.path
-    return frozenset() if formats.index_format(path) is None else frozenset({(path, identity_of(path))})
+    reference = resolve.reference_of(model.source)
+    if isinstance(reference, CheckpointFile) and reference.path.is_file():
+        paths = [reference.path]
+    else:
+        try:
+            paths = [formats.index_in(contents.path)[1]]
+        except ModelcliError:  # several, of which the model's library prefers one
+            paths = [path for path in contents.path.iterdir() if formats.is_index(path.name)]
+    return frozenset((path, identity_of(path)) for path in paths if formats.index_format(path) is not None)
 
 
 def _files_of(contents: Contents) -> frozenset[FileId]:

@@ -6,7 +6,6 @@ name of a blob, and the metadata of `hf download --local-dir`), and by a zip fil
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -21,6 +20,7 @@ from modelcli.checkpoints.storage import CHUNK, FileId, require_unchanged
 from modelcli.checkpoints.zip_archives import directory as zip_directory
 from modelcli.errors import FileFormatError, SystemFailureError
 from modelcli.files.open_folder import read_regular
+from modelcli.providers import hub_checksums
 from modelcli.ranks import ALONE, Group
 from modelcli.ranks.sharing import in_runs
 from modelcli.wording import counted, listed
@@ -36,7 +36,6 @@ _ENDS = (".sha256", ".sha256sum", ".sha256sums")
 _MAX_BYTES = 10_000_000
 _LINE = re.compile(r"(\\?)([0-9a-fA-F]{64})[ \t]+\*?(?:\./)?(.+)")
 _BSD_LINE = re.compile(r"SHA256 \((?:\./)?(.+)\) = ([0-9a-fA-F]{64})")
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 _OWN = "the .sha256 files beside them"
 _ZIP = "the CRCs of zip records"
 
@@ -172,22 +171,7 @@ def _match_records(path: Path, file: BinaryIO, read: Callable[[int], None]) -> b
 
 
 def _stated_of(path: Path, lists: _Lists) -> list[_Stated]:
-    found = lists.of(path)
-    blob = Path(os.path.realpath(path))
-    if blob.parent.name == "blobs" and _DIGEST.fullmatch(blob.name):
-        found = [*found, _Stated(blob.name, "the names of blobs in huggingface_hub's cache")]
-    return [*found, *_of_download(path)]
-
-
-def _of_download(path: Path) -> Iterator[_Stated]:
-    """Yield what `hf download --local-dir` noted of a file, if the file was not changed afterwards."""
-    note = path.parent / ".cache" / "huggingface" / "download" / f"{path.name}.metadata"
-    with contextlib.suppress(OSError, ValueError, SystemFailureError):
-        if not note.is_file() or note.stat().st_size > 1000:
-            return
-        _, digest, when = bytes(read_regular(note)).decode().split("\n")[:3]
-        if _DIGEST.fullmatch(digest) and path.stat().st_mtime <= float(when) + 1:
-            yield _Stated(digest, "the metadata of hf download")
+    return [*lists.of(path), *(_Stated(digest, where) for digest, where in hub_checksums.of(path))]
 
 
 def _read_lists(folder: Path) -> dict[str, list[_Stated]]:

@@ -252,7 +252,7 @@ def kill_ranks(folder: Path, launch: str, *, times: int, seed: int) -> Report:
             time.sleep(0.001)
         rank = moments.choice(ranks)
         time.sleep(moments.uniform(0, 0.6))
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):
             os.kill(int((folder / f"rank-{rank}.writes").read_text()), signal.SIGKILL)
         kill = f"kill {turn} of rank {rank or 0} of {launch}"
         try:

@@ -84,20 +84,20 @@ def test_a_rank_that_is_asked_to_end(cli: Cli, folder: Path, old: dict[str, str]
 
 
 def test_a_rank_that_hangs(cli: Cli, folder: Path, old: dict[str, str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("MODELCLI_RANK_TIMEOUT", "1")
+    monkeypatch.setenv("MODELCLI_RANK_TIMEOUT", "2")
     sent = _signal_rank(folder, signal.SIGSTOP)
     found = _fail(cli, folder, old, monkeypatch, slow=0.2)
     sent.join()
-    assert f"error: rank 1 on {os.uname().nodename} made no progress for 1 s" in found.err
+    assert f"error: rank 1 on {os.uname().nodename} made no progress for 2 s" in found.err
     with pytest.raises(ProcessLookupError):  # the process that hung is gone as well
         os.kill(int((folder / "rank-1.writes").read_text()), 0)
 
 
 def test_a_rank_that_works_in_vain(cli: Cli, folder: Path, old: dict[str, str], monkeypatch: pytest.MonkeyPatch):
     """It answers, but does not get on: as where a file system does not."""
-    monkeypatch.setenv("MODELCLI_RANK_TIMEOUT", "1")
+    monkeypatch.setenv("MODELCLI_RANK_TIMEOUT", "2")
     found = _fail(cli, folder, old, monkeypatch, slow=60)
-    assert f"error: rank 1 on {os.uname().nodename} made no progress for 1 s" in found.err
+    assert f"error: rank 1 on {os.uname().nodename} made no progress for 2 s" in found.err
 
 
 def test_a_rank_with_another_plan(cli: Cli, folder: Path, old: dict[str, str], monkeypatch: pytest.MonkeyPatch):

@@ -266,7 +266,9 @@ def _values(
     sizes, group = [nbytes_of(left) for left, _ in pairs.values()], ranks.current()
 
     def of_part(part: Mapping[str, tuple[Entry, Entry]]) -> dict[str, float | None]:
-        return _differing(part, _Work(sum(sizes), lambda done, *more: progress(group.moved(done), *more)), scope)
+        return _differing(
+            part, _Work(sum(sizes), lambda done, total, doing: progress(group.moved(done, total), total, doing)), scope
+        )
 
     without = [name for name in names if name not in pairs or _is_half_composite(*pairs[name])]
     differing = shared(pairs, list(pairs), sizes, of_part, group)

@@ -10,7 +10,7 @@ import datetime
 from torch.distributed.rendezvous import rendezvous
 
 from modelcli.errors import SystemFailureError
-from modelcli.ranks.starting import RANKS_VARIABLE, Place
+from modelcli.ranks.starting import RANKS_VARIABLE, TO_START, Place
 
 _KEY = "modelcli/rank0"
 
@@ -25,7 +25,7 @@ class Rendezvous:
 
     def __init__(self, own: Place, timeout: float) -> None:
         self._own = own
-        self._patience = datetime.timedelta(seconds=timeout)
+        self._patience = datetime.timedelta(seconds=max(timeout, TO_START))
         self._store: object = None
 
     def share(self, data: bytes) -> bytes:

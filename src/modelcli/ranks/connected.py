@@ -24,6 +24,8 @@ from modelcli.ranks.messages import Connection, Kind, packed, unpacked
 #: Seconds without progress after which a rank counts as hung, unless MODELCLI_RANK_TIMEOUT says otherwise.
 TIMEOUT = 600.0
 TIMEOUT_VARIABLE = "MODELCLI_RANK_TIMEOUT"
+#: How many times longer work may take that moves no bytes, such as building a model: nothing tells how it gets on.
+_LONGER = 6
 #: Seconds between two signs of life.
 _BEAT = 1.0
 #: Seconds to wait for ranks that were asked to stop, and for rank 0 to end the command after a rank has failed.
@@ -34,16 +36,26 @@ _FAILED = SystemFailureError.exit_code
 
 @dataclass
 class _Pulse:
-    """The signs of life of another rank."""
+    """The signs of life of another rank: when the last one came, and when the rank last got on."""
 
     count: int = 0
     done: int = 0
+    is_moving: bool = False
+    heard: float = field(default_factory=time.monotonic)
     changed: float = field(default_factory=time.monotonic)
 
     def see(self, beat: Mapping[str, Any]) -> None:
-        if beat["waits"] or beat["count"] != self.count:
-            self.changed = time.monotonic()
-        self.count, self.done = beat["count"], beat["done"]
+        self.heard = time.monotonic()
+        if beat["waits"] or (beat["count"], beat["moves"]) != (self.count, self.is_moving):
+            self.changed = self.heard
+        self.count, self.done, self.is_moving = beat["count"], beat["done"], beat["moves"]
+
+    def rests(self, now: float, timeout: float) -> bool:
+        """Whether the rank counts as hung: it is silent, or does not get on."""
+        return now - self.heard > timeout or now - self.changed > timeout * (1 if self.is_moving else _LONGER)
+
+    def restart(self) -> None:
+        self.heard = self.changed = time.monotonic()
 
 
 @dataclass
@@ -80,7 +92,7 @@ class Connected:
         self._failure: ModelcliError | None = None
         self._cause: int | None = None
         self._count = self._done = 0
-        self._waits = self._is_over = False
+        self._waits = self._is_over = self._moves = False
         #: Whether this rank has told rank 0 an error of its own.
         self.is_failing = False
         #: Whether the command ends because of this rank, as far as rank 0 has not said that another one is the cause.
@@ -100,7 +112,7 @@ class Connected:
         return f"rank {rank} on {self._hosts[rank]}"
 
     def exchange(self, what: str, data: bytes) -> list[bytes]:
-        self._done = 0
+        self._done, self._moves = 0, False
         if self.rank:
             self._peers[0].connection.send(Kind.DATA, _tagged(what, data))
             return _split(self._next(self._peers[0], what))
@@ -116,9 +128,9 @@ class Connected:
         self._send_all(Kind.DATA, _tagged(what, data))
         return data
 
-    def moved(self, done: int) -> int:
+    def moved(self, done: int, total: int) -> int:
         self._count += 1
-        self._done = done
+        self._done, self._moves = done, done < total
         self._require_all()
         return done + sum(peer.pulse.done for peer in self._peers.values()) if not self.rank else done
 
@@ -207,7 +219,7 @@ class Connected:
                 peer.pulse.see(unpacked(data))
             elif kind == Kind.DATA:
                 what, rest = _untagged(data)
-                peer.pulse.changed = time.monotonic()
+                peer.pulse.restart()
                 peer.received.append((what, rest))
             elif kind == Kind.FAILED:
                 peer.has_failed = True
@@ -259,13 +271,13 @@ class Connected:
             was_stopped, last = now - last > 4 * step + 1, now
             if self._waits:
                 self._count += 1
-            beat = packed({"count": self._count, "done": self._done, "waits": self._waits})
+            beat = packed({"count": self._count, "done": self._done, "waits": self._waits, "moves": self._moves})
             for peer in self._peers.values():
                 with contextlib.suppress(OSError):
                     peer.connection.send_unless_busy(Kind.BEAT, beat)
                 if was_stopped:  # this process, not the others
-                    peer.pulse.changed = now
-                elif now - peer.pulse.changed > self._timeout and not (peer.is_gone or self._is_over):
+                    peer.pulse.restart()
+                elif peer.pulse.rests(now, self._timeout) and not (peer.is_gone or self._is_over):
                     self._give_up(peer)
 
     def _give_up(self, peer: Peer) -> None:

@@ -46,8 +46,10 @@ class Group(Protocol):
         """Return the data of rank 0 on all ranks."""
         ...
 
-    def moved(self, done: int) -> int:
+    def moved(self, done: int, total: int) -> int:
         """Report the bytes that this rank has done, and return those of all ranks as far as rank 0 knows them.
+
+        Until all bytes are done, or the ranks exchange data, a rank that does not get on counts as hung.
 
         Raises GroupEndedError on rank 0 if another rank has failed.
         """
@@ -94,7 +96,7 @@ class Alone:
     def broadcast(self, what: str, data: bytes = b"") -> bytes:
         return data
 
-    def moved(self, done: int) -> int:
+    def moved(self, done: int, total: int) -> int:
         return done
 
     def rest_unless(self, condition: bool) -> None:

@@ -52,6 +52,7 @@ def shared(
         for (key, item), rank in zip(items.items(), in_runs(sizes, group.size), strict=True)
         if rank == group.rank
     }
+    group.moved(0, sum(sizes))
     try:
         found = work(own)
         answer: dict[str, Any] = {"found": [(positions[key], pack(result)) for key, result in found.items()]}

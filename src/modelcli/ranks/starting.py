@@ -34,6 +34,8 @@ _LAUNCH = (*_LAUNCHED, "LOCAL_RANK", "TORCHELASTIC_RUN_ID")
 _LOCALHOST = "127.0.0.1"
 #: Seconds to wait for a process that has connected to say who it is.
 _PATIENCE = 5.0
+#: Seconds that the processes have at least to start, which means to import modelcli, and torch below torchrun.
+TO_START = 120.0
 
 #: Gives the other ranks what rank 0 has, and returns it on all ranks.
 Share = Callable[[bytes], bytes]
@@ -150,7 +152,8 @@ def _gathered(
     """Wait for all other ranks, and return the group of rank 0. `processes` are those that it has started."""
     hosts = {0: socket.gethostname()}
     found: dict[int, Connection] = {}
-    deadline = time.monotonic() + timeout
+    patience = max(timeout, TO_START)
+    deadline = time.monotonic() + patience
     server.settimeout(0.2)
     while len(found) < own.size - 1:
         missing = [rank for rank in range(1, own.size) if rank not in found]
@@ -160,7 +163,7 @@ def _gathered(
         if time.monotonic() > deadline:
             names = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
             raise SystemFailureError(
-                f"{len(missing)} of {own.size} ranks did not come within {timeout:,.0f} s: {names}",
+                f"{len(missing)} of {own.size} ranks did not come within {patience:,.0f} s: {names}",
                 f"to work in one process below torchrun, set {RANKS_VARIABLE}=alone",
             )
         try:
@@ -207,7 +210,8 @@ def _welcomed(
 
 def _connect(own: Place, hosts: Sequence[str], port: int, secret: str, timeout: float) -> Connected:
     """Connect to rank 0, and return the group of another rank."""
-    deadline, problem = time.monotonic() + timeout, "no address"
+    patience = max(timeout, TO_START)
+    deadline, problem = time.monotonic() + patience, "no address"
     while time.monotonic() < deadline:
         for host in hosts:
             try:
@@ -218,7 +222,7 @@ def _connect(own: Place, hosts: Sequence[str], port: int, secret: str, timeout: 
             hello = {"rank": own.rank, "host": socket.gethostname(), "secret": secret, "version": _version.__version__}
             try:
                 connection.send(Kind.HELLO, packed(hello))
-                connection.patience(timeout)
+                connection.patience(patience)
                 kind, data = connection.receive()
             except (OSError, EOFError):
                 raise SystemFailureError(f"rank {own.rank} was not taken into the group of rank 0") from None

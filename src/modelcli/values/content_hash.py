@@ -181,7 +181,7 @@ def _plain_digests(
                 for key, nbytes, digest in batch:
                     found[key] = digest
                     done += nbytes
-                progress(group.moved(done), total)
+                progress(group.moved(done, total), total)
         return found
 
     names = [name for name, _ in tensors.values()]

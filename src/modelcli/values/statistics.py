@@ -89,7 +89,7 @@ def _moments(
         for name, nbytes, more in each_piece({name: (entry,) for name, (entry, _) in part.items()}, work, what):
             merged[name] = merged[name].merged(more) if name in merged else more
             done += nbytes
-            progress(group.moved(done), total)
+            progress(group.moved(done, total), total)
         return merged
 
     found = shared(once, list(once), sizes, of_part, group, pack=astuple, unpack=lambda fields: Moments(*fields))

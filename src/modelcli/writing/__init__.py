@@ -334,6 +334,7 @@ def _write_files(share: _Share, temporary: Path, book: Journal | None) -> None:
     """Write a share of the files of a folder into `temporary`, but those that the journal knows to be complete."""
     options, total = share.options, share.folder.nbytes
     done, report = 0, _report_of(options)
+    options.group.moved(0, total)
     for name in share.names:
         layout, target, after = share.folder.files[name], share.path / name, _after(report, done)
         is_there = book is not None and book.has(name, layout)
@@ -363,7 +364,7 @@ def _report_of(options: WriteOptions) -> Report | None:
         return report
 
     def told(done: int, total: int, doing: str) -> None:
-        everywhere = group.moved(done)
+        everywhere = group.moved(done, total)
         if report is not None:
             report(min(everywhere, total), total, doing)
 

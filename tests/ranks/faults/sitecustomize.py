@@ -21,6 +21,7 @@ def _put_in_place(fault):
     if "most" in fault:
         import resource
 
+        sys.dont_write_bytecode = True  # Python would leave the beginning of a file, and read that the next time
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault["most"], fault["most"]))
     from modelcli.writing import output
 

@@ -58,7 +58,21 @@ def quantized_folder(source: Source) -> Path | None:
     if source.arch is not None or source.bare_keys:
         return None
     found = parse(source.model, source.folder)
+    if isinstance(found, CheckpointFile):
+        return found.path if _is_quantized_folder(found.path) else None
     return None if _quantized_weights(found, source) is None else own_folder(found, source)
+
+
+def _is_quantized_folder(path: Path) -> bool:
+    """Whether a folder holds quantized weights of a library that is not installed, so that it is a plain checkpoint."""
+    if not path.is_dir():
+        return False
+    from modelcli.providers import configuration, quantization
+
+    is_described = quantization.beside(path) is not None
+    if not is_described or not any(known.recognises(path) for known in providers.with_prefix()):
+        return False
+    return _holds_packed(path, configuration.identity_of(path))
 
 
 def _quantized_weights(reference: Reference, source: Source) -> Path | None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from modelcli.providers.huggingface import HuggingFace
 from tests.conftest import Cli
 from tests.live.providers.huggingface.tiny import loaded
 
@@ -254,3 +258,30 @@ def test_a_part_of_a_configuration_may_state_the_quantization(cli: Cli, folder: 
     wanted = {"torch_dtype": "float16"}
     assert found == {**document, **wanted, "text_config": wanted}
     assert {path.name for path in (folder / "out").iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_neither_torch_nor_transformers_is_needed(cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where transformers is not installed the folder is the same; a model of the Hub is one in its cache."""
+    saved(folder / "model", of_blocks(16, 16), blocks(16, 16))
+    cli("dequantize", ".", "bfloat16", "-m", "model/", "-o", "out/")
+    with monkeypatch.context() as patched:
+        patched.setattr(HuggingFace, "is_installed", False)
+        cli("dequantize", ".", "bfloat16", "-m", "model/", "-o", "without/")
+    home = folder / "home" / "hub" / "models--org--name"
+    (home / "snapshots").mkdir(parents=True)
+    (folder / "model").rename(home / "snapshots" / ("a" * 40))
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text("a" * 40)
+    program = (
+        "import sys; from modelcli.cli.main import main\n"
+        "code = main(['dequantize', '.', 'bfloat16', '-m', 'hf:org/name', '-o', 'hub/'])\n"
+        "sys.exit(code or ('torch' in sys.modules) or ('transformers' in sys.modules))"
+    )
+    offline = {**os.environ, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", program], check=True, env=offline, capture_output=True)
+    files = {path.name: path.read_bytes() for path in (folder / "out").iterdir()}
+    for other in ("without", "hub"):
+        found = {path.name: path.read_bytes() for path in (folder / other).iterdir()}
+        assert found.keys() == files.keys()
+        assert found["config.json"] == files["config.json"]
+        same(load_file(folder / other / "model.safetensors"), load_file(folder / "out" / "model.safetensors"))

@@ -2,9 +2,9 @@
 
     make bench
 
-`busy` is the part of all processors' time that a command used. Near 1 with one process, its threads have the processors
-already, and more processes can only cost. Where it is lower, the command waits for the disk, or does one thing after
-another.
+For each number of processes: the seconds that a command took, and the seconds that all processors worked for it. Where
+the second is near the first times the number of processors, the processors are what limits the command; where it is
+lower, the command waits for the disk, or does one thing after another.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ COMMANDS = {
     "cast to bfloat16, a folder of shards": ("cast", "**", "bfloat16", "-m", "in.pth", "-o", "out/", "--force"),
     "the same without fsync": ("cast", "**", "bfloat16", "-m", "in.pth", "-o", "out/", "--force", "--no-fsync"),
     "rename, a folder: bytes are copied": ("rename", "layers.**", "net.**", "-m", "in.pth", "-o", "out/", "--force"),
-    "the same as a folder of dcp": (
+    "the same with --verify": ("rename", "layers.**", "net.**", "-m", "in.pth", "-o", "out/", "--force", "--verify"),
+    "as a folder of dcp": (
         *("rename", "layers.**", "net.**", "-m", "in.pth", "-o", "dcp/", "--force"),
         *("--format-out", "dcp"),
     ),
@@ -60,7 +61,7 @@ def main() -> None:
         subprocess.run([PYTHON, "-c", MAKE, str(NBYTES)], check=True)
         Path("same.pth").write_bytes(Path("in.pth").read_bytes())
         print(f"{NBYTES / 1e9:.1f} GB of float32, {processors} processors, medians of {ROUNDS}")
-        print(f"{'':40}" + "".join(f"{f'--jobs {jobs}':>12} {'busy':>5}" for jobs in JOBS) + f"{'4 / 1':>8}")
+        print(f"{'':40}" + "".join(f"{f'--jobs {jobs}':>12} {'work':>8}" for jobs in JOBS) + f"{'4 / 1':>8}{'work':>6}")
         for title, words in COMMANDS.items():
             more = () if words[0] in ("hash", "params", "check", "diff") else ("--max-shard-size", f"{NBYTES // 16}B")
             runs: dict[int, list[tuple[float, float]]] = {jobs: [] for jobs in JOBS}
@@ -69,9 +70,9 @@ def main() -> None:
                     os.sync()
                     runs[jobs].append(measure([*MODELCLI, *words, *more, "--jobs", str(jobs), "-q"]))
             seconds = {jobs: statistics.median(run[0] for run in runs[jobs]) for jobs in JOBS}
-            busy = {jobs: statistics.median(run[1] / run[0] / processors for run in runs[jobs]) for jobs in JOBS}
-            columns = "".join(f"{seconds[jobs]:10.2f} s {busy[jobs]:5.2f}" for jobs in JOBS)
-            print(f"{title:40}{columns}{seconds[4] / seconds[1]:8.2f}", flush=True)
+            work = {jobs: statistics.median(run[1] for run in runs[jobs]) for jobs in JOBS}
+            columns = "".join(f"{seconds[jobs]:10.2f} s {work[jobs]:6.2f} s" for jobs in JOBS)
+            print(f"{title:40}{columns}{seconds[4] / seconds[1]:8.2f}{work[4] / work[1]:6.2f}", flush=True)
         os.chdir("/")
 
 

@@ -188,6 +188,7 @@ class Connected:
         """Wait until rank 0 has ended the command."""
         self._waits = True
         self._end.wait()
+        self._peers[0].connection.close()
 
     def finish(self) -> None:
         """Tell all ranks that the command has ended."""

@@ -1,0 +1,79 @@
+"""How a process learns its rank, and that only ranks of the group are taken into it."""
+
+from __future__ import annotations
+
+import socket
+import threading
+
+import pytest
+
+from modelcli.errors import RequestError
+from modelcli.ranks import starting
+from modelcli.ranks.messages import Connection, Kind, packed
+from modelcli.ranks.starting import Place
+
+_LAUNCHED = {"RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, Place(3, 8, 1)),
+        ({"LOCAL_WORLD_SIZE": "4"}, Place(3, 8, 4)),
+        ({"WORLD_SIZE": "1", "RANK": "0"}, None),
+        ({"MASTER_PORT": ""}, None),
+        ({"MODELCLI_RANKS": "alone"}, None),
+        ({"MODELCLI_WORKER": "2:3:4000:secret"}, Place(2, 3, 3, 4000, "secret")),
+    ],
+)
+def test_the_place_of_a_process(
+    changed: dict[str, str], expected: Place | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (_LAUNCHED | changed).items():
+        monkeypatch.setenv(name, value)
+    assert starting.place() == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("RANK", "x", "RANK=x is no number"),
+        ("RANK", "8", "RANK=8 is not below WORLD_SIZE=8"),
+        ("MODELCLI_RANKS", "no", "MODELCLI_RANKS=no is not known"),
+    ],
+)
+def test_a_place_that_cannot_be_read(name: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for known, number in (_LAUNCHED | {name: value}).items():
+        monkeypatch.setenv(known, number)
+    with pytest.raises(RequestError, match=message):
+        starting.place()
+
+
+def test_strangers_are_turned_away() -> None:
+    """A port scanner, another user without the secret, and a rank that is there already are no ranks."""
+    with starting._listening("127.0.0.1") as server:
+        port = server.getsockname()[1]
+        hello = {"rank": 1, "host": "h", "secret": "wrong", "version": "1"}
+        first_messages = [b"GET / HTTP/1.1\r\n\r\n", b"\x01" + (2**40).to_bytes(8, "big")]
+        strangers = [socket.create_connection(("127.0.0.1", port)) for _ in range(3)]
+        for stranger, message in zip(strangers, first_messages, strict=False):
+            stranger.sendall(message)
+            stranger.shutdown(socket.SHUT_WR)
+        Connection(strangers[2]).send(Kind.HELLO, packed(hello))
+        found: list[bytes] = []
+
+        def other_rank() -> None:
+            group = starting._connect(Place(1, 2, 2), ["127.0.0.1"], port, "right", 60)
+            found.extend(group.exchange("numbers", b"one"))
+            group.leave()
+
+        thread = threading.Thread(target=other_rank)
+        thread.start()
+        group = starting._gathered(server, Place(0, 2, 2), "right", 60, {})
+        assert group.exchange("numbers", b"zero") == [b"zero", b"one"]
+        group.finish()
+        thread.join()
+        assert found == [b"zero", b"one"]
+        for stranger in strangers:
+            assert stranger.recv(1) == b""
+            stranger.close()

@@ -34,7 +34,6 @@ for owner, name in ((journal.Journal, "add"), (journal.Journal, "_write"), (outp
         original(*given)
         time.sleep(0.004)
     setattr(owner, name, slow)
-print("running", flush=True)
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -307,15 +306,18 @@ def test_an_existing_folder_is_replaced_with_what_is_kept_of_it(
     assert contents(folder / "out") == {**contents(folder / "whole"), "notes.txt": b"mine"}
 
 
-def _killed(folder: Path, kind: str, seconds: float) -> bool:
-    """Run the command in a process and kill it after some time. Returns whether it was killed before its end."""
+def _killed(folder: Path, kind: str, entries: int, seconds: float) -> bool:
+    """Run the command in a process and kill it some time after it has entered a number of files.
+
+    Returns whether it was killed before its end.
+    """
     line = [sys.executable, "-c", SLOWLY, *words(kind, "--resume")]
-    process = subprocess.Popen(line, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    assert process.stdout is not None
-    process.stdout.readline()
+    process = subprocess.Popen(line, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and max(map(journal.complete_in, left(folder)), default=0) < entries:
+        time.sleep(0.002)
     time.sleep(seconds)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.wait()
     return process.returncode == -signal.SIGKILL
 
 
@@ -329,12 +331,15 @@ def test_killed_at_any_moment_and_again(cli: Cli, folder: Path, kind: str, turn:
     source(folder, 12)
     cli(*words(kind, out="whole/"))
     chance = random.Random(f"{kind} {turn}")
+    entered = 0
     for _ in range(1 + turn % 2):
-        if _killed(folder, kind, chance.uniform(0.15, 0.8)):
+        entered = chance.randint(entered, 6)
+        if _killed(folder, kind, entered, chance.uniform(0, 0.05)):
             assert not (folder / "out").exists()
             assert len(left(folder)) <= 1
     if not (folder / "out").exists():
-        cli(*words(kind, "--resume"))
+        told = cli(*words(kind, "--resume")).err
+        assert not entered or "from the interrupted run" in told
     assert contents(folder / "out") == contents(folder / "whole")
     assert not left(folder)
     assert json.loads(cli("hash", "out/", "--json").out)["hash"] == cli("hash", "whole/", "--json").json["hash"]

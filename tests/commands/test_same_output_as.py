@@ -263,6 +263,17 @@ def test_a_folder_of_hugging_face_and_its_conversions(cli: Cli, folder: Path) ->
     assert "the weights in other/ are quantized, so its class cannot run them" in told
 
 
+def test_the_model_of_a_recipe_with_its_edits(cli: Cli, net: Callable[..., nn.Module]) -> None:
+    """The input is that of the edited model: a part takes another one."""
+    cli("load", saved(cli, net(), "a.pth"), *SIZE)
+    cli("extract", "head")
+    cli("save", "head.pth")
+    found = cli("check", "--same-output-as", "head.pth", "--trust", "--json").json["checks"][0]
+    assert found["found"] == "equal bit for bit"
+    cli("init", ".", "ones_")
+    cli("check", "--same-output-as", "head.pth", "--trust", code=1)
+
+
 def test_models_that_take_other_inputs(cli: Cli) -> None:
     told = " ".join(cli("check", "squeezenet1_1", "--same-output-as", "inception_v3", code=2).err.split())
     assert "squeezenet1_1 takes [1,3,224,224], inception_v3 [1,3,299,299]" in told

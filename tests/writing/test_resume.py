@@ -292,6 +292,7 @@ def test_it_is_for_folders(cli: Cli, folder: Path) -> None:
     told = cli(*line, code=2).err
     assert "--resume is for folders, and out.safetensors is one file" in told
     assert "-o out/" in told
+    assert "-o out/ writes it" in cli("cast", ".", "half", "-m", "in.safetensors", "--resume", code=2).err
 
 
 def test_an_existing_folder_is_replaced_with_what_is_kept_of_it(

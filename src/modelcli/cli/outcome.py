@@ -32,6 +32,8 @@ def write_request(options: SaveOptions, out: str | None) -> "WriteRequest":
     if out is None and options.format_out is not None:
         raise RequestError("--format-out says how a folder is written, and none is", "-o out/ writes it")
     kind = writing.default_format() if out is None else writing.format_of(out, options.format_out)
+    if options.resume and out is None:
+        raise RequestError("--resume goes on with writing a folder, and none is written", "-o out/ writes it")
     if options.resume and out is not None and not writing.is_folder(kind):
         raise RequestError(f"--resume is for folders, and {out} is one file", f"-o {quoted(Path(out).stem or out)}/")
     return WriteRequest(

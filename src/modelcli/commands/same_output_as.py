@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from modelcli import resolve
+from modelcli.commands.applied_edits import apply_each
 from modelcli.commands.assertions import AssertionResult
 from modelcli.commands.editable import opened_keys
 from modelcli.commands.look import stdout_is_for_data
@@ -45,8 +46,8 @@ def same_output_as(
     """
     from modelcli.live import opening, same_outputs
 
-    one, other = _with_architectures(target.source, _source_of(reference, target.source), notes)
-    inputs = _inputs(one, other, target.source.model, reference)
+    one, other = _with_architectures(target.source, _source_of(reference, target), notes)
+    inputs = _inputs(replace(target, source=one), other, reference)
     module, live = opening.open_real(other)
     _add_notes(notes, reference, live)
     expected = same_outputs.expected(module, inputs)
@@ -87,16 +88,13 @@ def _result(found: SameOutputs, reference: str) -> AssertionResult:
     return AssertionResult(CHECK, False, text, reference, detail=detail)
 
 
-def _source_of(reference: str, source: Source) -> Source:
-    """Return the source of the other model, which gets the input that the command states, and `--trust`."""
-    return Source(
-        reference,
-        input_size=source.input_size,
-        input_dtype=source.input_dtype,
-        inputs=source.inputs,
-        trust=source.trust,
-        seed=source.seed,
-    )
+def _source_of(reference: str, target: Target) -> Source:
+    """Return the source of the other model. The input that the command states, and not a recipe's, is for both."""
+    source = target.source
+    found = Source(reference, trust=source.trust, seed=source.seed)
+    if target.recipe is not None and not target.restates_input:
+        return found
+    return replace(found, input_size=source.input_size, input_dtype=source.input_dtype, inputs=source.inputs)
 
 
 def _with_architectures(one: Source, other: Source, notes: list[str]) -> tuple[Source, Source]:
@@ -126,13 +124,14 @@ def _with_architectures(one: Source, other: Source, notes: list[str]) -> tuple[S
     return sources[0], sources[1]
 
 
-def _inputs(one: Source, other: Source, model: str, reference: str) -> Inputs:
+def _inputs(target: Target, other: Source, reference: str) -> Inputs:
     """Return the input of both models. Raises RequestError if it is not known, or if they take different ones."""
     from modelcli.live import opening
     from modelcli.live.inputs import how_to_state_input
 
-    live = opening.open_live(other)
-    own, known = opening.open_live(one).inputs, live.inputs
+    live, edited = opening.open_live(other), opening.open_live(target.source)
+    apply_each(edited, target.edits, target.locations)
+    own, known, model = edited.inputs, live.inputs, target.source.model
     if own is None or known is None:
         if (found := own or known) is None:
             raise RequestError(

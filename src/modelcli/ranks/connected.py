@@ -299,6 +299,8 @@ class Connected:
             with self._changed:
                 while not peer.received:
                     self._require_all()
+                    if self._end.is_set():  # the command has ended without what this rank waits for
+                        raise RestingError
                     self._changed.wait(0.5)
                 found, data = peer.received.popleft()
         finally:

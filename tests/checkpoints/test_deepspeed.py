@@ -568,3 +568,11 @@ def test_parts_of_ranks_are_copied_by_the_system(cli: Cli, folder: Path) -> None
     out = Path("out.safetensors").stat()
     assert out.st_size > nbytes
     assert 512 * out.st_blocks < nbytes // 8
+
+
+def test_the_optimizer_of_bf16_states_no_stage(folder: Path) -> None:
+    """zero_to_fp32.py refuses such states; they are those of ZeRO-1."""
+    step = write(folder / "run", 1, 2)
+    for path in step.glob("*optim*"):
+        rewritten(path, lambda states: states.pop("zero_stage"))
+    assert_is_the_model(checkpoints.read(step).tensors)

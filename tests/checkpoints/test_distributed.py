@@ -333,7 +333,9 @@ warnings.simplefilter("ignore")
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor.placement_types import _StridedShard
 
 folder, children = sys.argv[1], []
 for rank in range(4):  # forked, so that torch is imported once
@@ -362,6 +364,19 @@ except ImportError:
     pass  # of an older torch
 else:
     dcp.save(state, storage_writer=HuggingFaceStorageWriter(path=f"{folder}/parts", save_distributed=True))
+many = FileSystemWriter(f"{folder}/many", single_file_per_rank=False, thread_count=2)
+dcp.save(state, storage_writer=many)
+try:
+    from torch.distributed.checkpoint.filesystem import SerializationFormat
+except ImportError:
+    pass
+else:
+    form = FileSystemWriter(f"{folder}/form", serialization_format=SerializationFormat.SAFETENSORS)
+    dcp.save(state, storage_writer=form)
+for name, placement in (("partial", Partial()), ("strided", _StridedShard(0, split_factor=2))):
+    pathlib.Path(folder, name).mkdir(exist_ok=True)
+    tensor = DTensor.from_local(torch.ones(4, 2), mesh, [placement, Replicate()], run_check=False)
+    torch.save({"w": tensor}, f"{folder}/{name}/rank{rank}.pt")
 dist.destroy_process_group()
 """
 
@@ -429,6 +444,24 @@ def test_files_of_ranks_that_do_not_agree(cli: Cli, four: Path, folder: Path) ->
         "ranks holds 2 sets of files of ranks: model_world_size_4_rank*.pt, other_rank*"
         in cli("params", "ranks/", code=2).err
     )
+
+
+@pytest.mark.parametrize(
+    "name", ["many", pytest.param("form", marks=needs_torch("distributed.checkpoint.filesystem.SerializationFormat"))]
+)
+def test_blocks_in_several_files_of_a_rank_and_in_safetensors_files(four: Path, name: str) -> None:
+    wanted = as_torch_loads(four / "blocks")
+    contents = checkpoints.read(four / name)
+    assert contents.tensors.keys() == wanted.keys()
+    for key, entry in contents.tensors.items():
+        assert_same(entry, wanted[key])
+
+
+def test_placements_that_are_not_joined_are_named(cli: Cli, four: Path) -> None:
+    for name, kind in (("partial", "Partial"), ("strided", "_StridedShard")):
+        error = cli("params", four / name, code=4).err
+        assert f"w is placed on the ranks as {kind}, which modelcli does not join" in error
+        assert "torch.distributed.checkpoint.save" in error
 
 
 @needs_torch("cpu.Stream.record_event")

@@ -21,6 +21,8 @@ Report = Callable[[int, int, str], None]
 
 #: The bytes to copy at a time: whole pages, and few enough for a progress bar to move.
 _STEP = 64 * 1024 * 1024
+#: The bytes to read at a time for a checksum: so few that they are still in the processor's cache when it is computed.
+_PIECE = 1024 * 1024
 _OPEN_FILES = 32
 #: Pieces of fewer bytes are written together, at most so many of them. As many bytes are read for a small span, because
 #: the next one is likely to be behind it.
@@ -192,14 +194,14 @@ class Output:
                 os.posix_fadvise(self._handle, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
     def _read(self, span: Span) -> Iterator[bytes]:
-        """Yield the bytes of a span in pieces of at most 8 MiB."""
+        """Yield the bytes of a span in pieces of at most `_PIECE`."""
         if 0 < span.nbytes < _SMALL // 8 and len(data := self._small(span)) == span.nbytes:
             yield data
             return
         source, start, stop = self._opened(span), span.offset, span.offset + span.nbytes
         while start < stop:
             try:
-                data = _pread(source, min(CHUNK, stop - start), start)
+                data = _pread(source, min(_PIECE, stop - start), start)
             except OSError as error:
                 raise SystemFailureError(f"cannot read {span.path}: {error.strerror or error}") from None
             if not data:

@@ -52,6 +52,7 @@ class Broken(Net):
     def forward(self, x):
         return self.head(self.stem(x)[..., 1:])
 """
+ARCH = ("--arch", "own.py:Net()")
 SIZE = ("--trust", "--input-size", "2,4")
 
 
@@ -74,6 +75,12 @@ def saved(cli: Cli, module: nn.Module, name: str, reference: str = "own.py:Net()
     """Save a module as a checkpoint that records its architecture."""
     torch.save(module.state_dict(), "bare.pth")
     cli("save", name, "-m", "bare.pth", "--arch", reference, *SIZE, "--force")
+    return name
+
+
+def bare(module: nn.Module, name: str) -> str:
+    """Save the state dict of a module, which `ARCH` names the architecture of."""
+    torch.save(module.state_dict(), name)
     return name
 
 
@@ -111,14 +118,14 @@ def by_hooks(one: nn.Module, other: nn.Module) -> tuple[str, float]:
 
 def test_it_names_the_first_module_that_hooks_see_diverge(cli: Cli, net: Callable[..., nn.Module]) -> None:
     """Whatever layer has other values; modules are declared in another order than they run in."""
-    saved(cli, net(), "one.pth")
+    bare(net(), "one.pth")
     for layer in ("stem", "blocks.0.norm", "blocks.2.fc", "head"):
         other = net()
         other.get_submodule(layer).bias.data += 0.25
-        saved(cli, other, "other.pth")
+        bare(other, "other.pth")
         path, _ = by_hooks(net(), other)
         assert path == layer
-        found = row(cli, "other.pth", "--same-output-as", "one.pth", code=1)
+        found = row(cli, "other.pth", "--same-output-as", "one.pth", *ARCH, code=1)
         assert found["first_module"] == {"path": path, "type": type(other.get_submodule(path)).__name__}
         assert f"{path} ({type(other.get_submodule(path)).__name__}) is the first module with another output" in str(
             found["found"]
@@ -126,14 +133,14 @@ def test_it_names_the_first_module_that_hooks_see_diverge(cli: Cli, net: Callabl
         assert found["wanted"] == "one.pth"
     alone = net()
     alone.unused.weight.data += 1  # type: ignore[union-attr, operator]
-    saved(cli, alone, "other.pth")
-    assert row(cli, "other.pth", "--same-output-as", "one.pth")["found"] == "equal bit for bit"
+    bare(alone, "other.pth")
+    assert row(cli, "other.pth", "--same-output-as", "one.pth", *ARCH)["found"] == "equal bit for bit"
 
 
 def test_the_largest_difference_is_that_of_plain_pytorch(cli: Cli, net: Callable[..., nn.Module]) -> None:
     other = net()
     other.head.bias.data[1] += 0.5  # type: ignore[union-attr, operator]
-    found = row(cli, saved(cli, other, "b.pth"), "--same-output-as", saved(cli, net(), "a.pth"), code=1)
+    found = row(cli, bare(other, "b.pth"), "--same-output-as", bare(net(), "a.pth"), *ARCH, code=1)
     assert found["max_abs_diff"] == pytest.approx(0.5, abs=1e-6)
     assert "output logits differs by up to 0.5" in found["found"]
 
@@ -143,16 +150,16 @@ def test_tolerances(cli: Cli, net: Callable[..., nn.Module]) -> None:
     near, far = net(), net()
     near.stem.bias.data += 1e-7  # type: ignore[union-attr, operator]
     far.stem.bias.data += 1e-3  # type: ignore[union-attr, operator]
-    saved(cli, net(), "a.pth")
-    saved(cli, near, "near.pth")
-    saved(cli, far, "far.pth")
-    found = row(cli, "near.pth", "--same-output-as", "a.pth")
+    bare(net(), "a.pth")
+    bare(near, "near.pth")
+    bare(far, "far.pth")
+    found = row(cli, "near.pth", "--same-output-as", "a.pth", *ARCH)
     assert "is allowed" in found["found"]
     assert 0 < found["max_abs_diff"] < 1e-5
-    assert "rtol 0" in row(cli, "near.pth", "--same-output-as", "a.pth", "--rtol", "0", code=1)["found"]
-    row(cli, "far.pth", "--same-output-as", "a.pth", code=1)
-    row(cli, "far.pth", "--same-output-as", "a.pth", "--atol", "1e-2")
-    wide = row(cli, "far.pth", "--same-output-as", "a.pth", "--rtol", "1e-6", "--atol", "1e-6", code=1)
+    assert "rtol 0" in row(cli, "near.pth", "--same-output-as", "a.pth", *ARCH, "--rtol", "0", code=1)["found"]
+    row(cli, "far.pth", "--same-output-as", "a.pth", *ARCH, code=1)
+    row(cli, "far.pth", "--same-output-as", "a.pth", *ARCH, "--atol", "1e-2")
+    wide = row(cli, "far.pth", "--same-output-as", "a.pth", *ARCH, "--rtol", "1e-6", "--atol", "1e-6", code=1)
     assert "by more than rtol 1e-06 and atol 1e-06 allow in" in wide["found"]
     assert wide["first_module"] == {"path": "stem", "type": "Linear"}
 
@@ -214,7 +221,7 @@ def test_other_structures(cli: Cli, net: Callable[..., nn.Module]) -> None:
 def test_nan_in_one_model_alone(cli: Cli, net: Callable[..., nn.Module]) -> None:
     other = net()
     other.blocks[1].fc.bias.data[0] = torch.nan  # type: ignore[index, union-attr]
-    found = row(cli, saved(cli, other, "b.pth"), "--same-output-as", saved(cli, net(), "a.pth"), code=1)
+    found = row(cli, bare(other, "b.pth"), "--same-output-as", bare(net(), "a.pth"), *ARCH, code=1)
     assert "NaN" in found["found"]
     assert found["max_abs_diff"] == "NaN"
     assert found["first_module"] == {"path": "blocks.1.fc", "type": "Linear"}

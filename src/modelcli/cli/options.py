@@ -127,8 +127,8 @@ class ModelOptions(OptionGroup):
     )
     bare_keys: bool = _option(
         "--bare-keys",
-        help="Ignore the file's record: edit its keys, and write them without an architecture. --arch is then for "
-        "--check same alone.",
+        help="Ignore the file's record: edit its keys, and write tensors alone (and which are frozen, if an edit says "
+        "so). --arch is then for --check same alone.",
         default=False,
         rich_help_panel="Model",
     )

@@ -168,13 +168,21 @@ class OpenStateDict:
             self.model,
             self.opened,
             self.contents,
-            lambda names: self._record_text(names, kind) if with_record else "",
+            lambda names: self._record_text(names, kind) if with_record and self._says_more_than_keys() else "",
             kind,
             bare=bare,
             compact=compact,
             sources=self._sources,
         )
         return made if beside is None else replace(made, companions=beside.files, notes=(*beside.notes, *made.notes))
+
+    def _says_more_than_keys(self) -> bool:
+        """Whether a record is written: with --bare-keys, only of flags and of inputs, which the file cannot hold."""
+        return (
+            not self.source.bare_keys
+            or (self.inputs is not None and self._is_input_stated())
+            or any(tensor.requires_grad is not None for tensor in self.model.tensors.values())
+        )
 
     def _record_text(self, names: list[str], kind: str) -> str:
         """The record of the model as it is, as text for a file that holds these keys in this order."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from modelcli import writing
@@ -94,7 +94,7 @@ def in_order(model: StateDictModel, opened: StateDictModel, contents: Contents) 
     if not model.inert and (moved := _positions_of_moved(model, opened, contents)) is not None:
         if list(moved.values()) == sorted(moved.values()):  # most edits leave them in the order of the file
             return [name for name in moved if model.tensors[name].persistent]
-        return _by_number(sorted(model.keys, key=moved.__getitem__), contents.names)
+        return _by_number(sorted(model.keys, key=moved.__getitem__), moved, contents.names)
     positions = {name: position for position, name in enumerate(contents.names)}
     before = {name: tensor.identity for name, tensor in opened.tensors.items()}
     now = {name: tensor.identity for name, tensor in model.tensors.items()}
@@ -124,15 +124,19 @@ def in_order(model: StateDictModel, opened: StateDictModel, contents: Contents) 
                 position = positions.get(name)
             last = last if position is None else (position,)
         found[name] = last
-    return _by_number(sorted(found, key=found.__getitem__), contents.names)
+    in_file = {name: place[0] for name, place in found.items() if len(place) == 1 and place[0] >= 0}
+    return _by_number(sorted(found, key=found.__getitem__), in_file, contents.names)
 
 
-def _by_number(names: list[str], in_file: Sequence[str]) -> list[str]:
+def _by_number(names: list[str], positions: Mapping[str, int], in_file: Sequence[str]) -> list[str]:
     """Return keys with numbered children in the order of their numbers, as a module has them, where the file had that.
 
     The keys below a module whose children edits have put into another order change places among themselves.
+    `positions` is where the file has the tensors that it has, by their names now, and `in_file` has all its keys.
     """
     holders = _out_of_order(names) - _out_of_order(in_file)
+    if holders:
+        holders &= _renumbered(names, holders, positions, in_file)
     if not holders:
         return names
     first: dict[str, int] = {}  # where each path begins
@@ -155,6 +159,22 @@ def _by_number(names: list[str], in_file: Sequence[str]) -> list[str]:
     for own_places in places.values():
         for place, old in zip(own_places, sorted(own_places, key=keys.__getitem__), strict=True):
             found[place] = names[old]
+    return found
+
+
+def _renumbered(
+    names: Iterable[str], holders: Collection[str], positions: Mapping[str, int], in_file: Sequence[str]
+) -> set[str]:
+    """Return the holders where not every key below has the same name below its holder as in the file."""
+    found: set[str] = set()
+    for name in names:
+        position = positions.get(name)
+        old = None if position is None else in_file[position]
+        for path in ancestors(parent_of(name)):
+            if path in holders and path not in found:
+                below = name[len(path) + 1 :] if path else name
+                if old is None or (old != below and not old.endswith(f".{below}")):
+                    found.add(path)
     return found
 
 

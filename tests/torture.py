@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from modelcli.files.atomic import TEMPORARY
 
@@ -110,7 +111,9 @@ def digest(path: Path) -> str:
 def make_input(folder: Path, elements: int = 60_000) -> None:
     import torch
 
-    torch.save({f"w{number}": torch.randn(elements) for number in range(8)}, folder / "in.pth")
+    state = {f"w{number}": torch.randn(elements // 100, 100) for number in range(8)}
+    state |= {"fp8.weight": torch.randn(256, 256).to(torch.float8_e4m3fn), "fp8.weight_scale_inv": torch.rand(2, 2)}
+    torch.save(state, folder / "in.pth")
 
 
 def _start(folder: Path, program: str, *words: str) -> subprocess.Popen[bytes]:
@@ -176,29 +179,54 @@ def kill_repeatedly(folder: Path, out: str, *, times: int, seed: int) -> Report:
     return report
 
 
+#: The edits that are killed in turn: of values as they are, converted, put together, cut apart, and of another file.
+EDITS = (
+    ("cast", "w0", "half"),
+    ("split", "w0", "a", "b"),
+    ("concat", "w0", "w1", "both"),
+    ("permute", "w?", "1,0"),
+    ("stack", "w[0-3]", "all"),
+    ("unstack", "w0", "rows.*"),
+    ("reshape", "w0", "-1,10"),
+    ("rename", "w*", "v.*"),
+    ("graft", ".", "other.pth"),
+    ("remove", "w7"),
+    ("tie", "w0", "w1"),
+    ("init", "w0", "zeros"),
+    ("dequantize", ".", "half"),
+)
+
+
 def kill_edits(folder: Path, out: str, *, times: int, seed: int) -> Report:
-    """Kill the program in an edit of a checkpoint in its place, up to 50 ms after it has begun to write."""
+    """Kill the program in an edit of a checkpoint in its place, up to 50 ms after it has begun to write.
+
+    Each turn is the next of `EDITS`.
+    """
     make_input(folder, 300_000)  # large enough that it takes about as long to write
+    (folder / "in.pth").rename(folder / "other.pth")
+    make_input(folder, 300_000)
     _finish(_start(folder, _PROGRAM, "save", out, "-m", "in.pth"))
-    edit = (_PROGRAM, "cast", "w0", "half", "-m", f"./{out}", "-o", out, "--force")
     target, kept = folder / out, folder / "kept"
     _copy(target, kept)
-    digests = [digest(target)]
-    _finish(_start(folder, *edit))
-    digests.append(digest(target))
-    assert digests[0] != digests[1]
+    old, new = digest(target), dict[int, Any]()
     report, moments = Report(), random.Random(seed)
     for turn in range(times):
-        number = SIGNALS[turn % 3]
+        number, chosen = SIGNALS[turn % 3], turn % len(EDITS)
+        edit = (_PROGRAM, *EDITS[chosen], "-m", f"./{out}", "-o", out, "--force")
+        if chosen not in new:
+            _copy(kept, target)
+            _finish(_start(folder, *edit))
+            new[chosen] = digest(target)
+            assert new[chosen] != old, edit
         _copy(kept, target)
         process = _start(folder, *edit)
         while process.poll() is None and not list(folder.glob(f".*{TEMPORARY}")):
             time.sleep(0.001)
         time.sleep(moments.uniform(0, 0.05))
-        kill = f"kill {turn} of an edit by {number.name}"
+        kill = f"kill {turn} of {EDITS[chosen][0]} by {number.name}"
         if wrong := _end(process, number):
             report.broken.append(f"{kill}: {wrong}")
-        report.see(kill, digest(target), digests)
+        report.see(kill, digest(target), [old, new[chosen]])
         if number == signal.SIGKILL:
             _copy(kept, target)
             _finish(_start(folder, *edit))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shlex
@@ -27,6 +28,7 @@ from tests.conftest import Cli
 PANELS = {"Inspect", "Edit", "Read and write", "Compare", "This program"}
 
 
+@functools.cache
 def commands() -> dict[str, Any]:
     """Return every command by its words, including the commands in groups."""
     root: Any = typer.main.get_command(app)

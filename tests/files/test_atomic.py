@@ -464,6 +464,28 @@ def test_a_file_that_grows_too_large(cli: Cli, folder: Path) -> None:
     assert temporaries(folder) == []
 
 
+@posix_only
+def test_no_edit_of_a_file_in_its_place_harms_it_if_the_disk_is_full(folder: Path) -> None:
+    """Each edit has sources of its own (converted, joined, cut, of another file), and all have one writer."""
+    torture.make_input(folder, 60_000)
+    (folder / "in.pth").rename(folder / "other.pth")
+    torture.make_input(folder, 60_000)
+    before = Path("in.pth").read_bytes()
+    program = (
+        "import json, resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000));"
+        "from modelcli.cli import main;"
+        "print(*(main([*edit, '-m', 'in.pth', '-o', 'in.pth', '--force', '-q']) for edit in json.loads(sys.argv[1])))"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program, json.dumps(torture.EDITS)], capture_output=True, text=True, timeout=120
+    )
+    assert ended.stdout.split()[-len(torture.EDITS) :] == ["5"] * len(torture.EDITS), ended.stderr
+    assert ended.stderr.count("cannot write in.pth: File too large") == len(torture.EDITS)
+    assert Path("in.pth").read_bytes() == before
+    assert temporaries(folder) == []
+
+
 # --- kills ---------------------------------------------------------------------------------------------------------
 
 

@@ -37,7 +37,7 @@ from tests.live.surgery.test_every_edit import (
     run,
     tied,
 )
-from tests.sampling import rotated
+from tests.sampling import rotated, sampled
 
 
 def wrapped(path: str) -> Callable[[nn.Module], None]:
@@ -129,7 +129,7 @@ def test_the_tables_have_every_edit() -> None:
     assert named == set(edits.own_names()) - {"resize", "graft"}
 
 
-@pytest.mark.parametrize("name", OF_TIMM)
+@pytest.mark.parametrize("name", sampled([*OF_TIMM], 2))
 def test_a_model_of_timm(cli: Cli, name: str) -> None:
     cell = OF_TIMM[name]
     torch.manual_seed(0)

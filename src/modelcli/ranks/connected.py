@@ -187,7 +187,11 @@ class Connected:
     def leave(self) -> None:
         """Wait until rank 0 has ended the command."""
         self._waits = True
-        self._end.wait()
+        try:
+            self._end.wait()
+        except BaseException:
+            # torchrun ends this rank because another one has died. If that was rank 0, a thread is about to say so.
+            self._end.wait(_LONG_PATIENCE)
         self._peers[0].connection.close()
 
     def finish(self) -> None:
@@ -255,11 +259,11 @@ class Connected:
     def _end_without(self, why: str) -> NoReturn:
         """End this process because rank 0 is gone; rank 1 says so, and removes what was written."""
         if self.rank == 1:
+            with contextlib.suppress(OSError):
+                os.write(self._stderr, f"error: {why}\n".encode())
             if self._undo is not None:
                 with contextlib.suppress(Exception):
                     self._undo()
-            with contextlib.suppress(OSError):
-                os.write(self._stderr, f"error: {why}\n".encode())
         os._exit(_FAILED)
 
     def _watch(self) -> None:

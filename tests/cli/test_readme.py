@@ -188,6 +188,7 @@ DOCUMENTS = {
     "summary": ("summary", "Linear(3,2)", "--input-size", "1,3"),
     "params": ("params", "Linear(3,2)", "--stats", "--values"),
     "modules": ("modules", "Linear(3,2)"),
+    "report": ("report", "Sequential(Linear(2,2))", "--stats", "--against", "Linear(3,2)"),
     "edits": ("freeze", "weight", "-m", "Linear(3,2)"),
     "load": ("load", "small.pth", "--arch", "Linear(2,2)", "--dry-run"),
     "save": ("save", "out.pth", "-m", "Linear(3,2)"),

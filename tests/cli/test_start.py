@@ -76,7 +76,8 @@ from modelcli.cli import main
 with contextlib.redirect_stdout(io.StringIO()):
     assert main(sys.argv[1:]) == 0
 found = [name.removeprefix("modelcli").removeprefix(".") for name in sys.modules if name.split(".")[0] == "modelcli"]
-others = [name for name in ("torch", "numpy", "safetensors", "tomlkit", "rich", "pickletools") if name in sys.modules]
+heavy = ("torch", "numpy", "safetensors", "tomlkit", "rich", "jinja2", "pickletools")
+others = [name for name in heavy if name in sys.modules]
 print(json.dumps([found, others]))
 """
 

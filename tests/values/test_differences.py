@@ -134,3 +134,43 @@ def test_closeness_of_integers_agrees_with_torch(dtype: str) -> None:
         for rtol, atol in ((0.0, 0.0), (0.5, 0.0), (0.0, 1.0), (0.5, 1.0)):
             wide = one.double(), other.double()
             assert are_close(one, other, rtol, atol) == bool(torch.isclose(*wide, rtol=rtol, atol=atol))
+
+
+def distance(one: torch.Tensor, other: torch.Tensor) -> differences.Distance:
+    entries = value_entries.plain({"one": one, "other": other})
+    return differences.distances({"w": (entries["one"], entries["other"])}, lambda _: None)["w"]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-200, 1e200, 1e-320])
+def test_the_relative_l2_difference_is_that_of_torch(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The squares of very small and very large values leave the range of float64; the norms do not."""
+    monkeypatch.setattr(reading, "PIECE", 50)
+    generator = torch.Generator().manual_seed(0)
+    one, other = (torch.randn(20, 30, dtype=torch.float64, generator=generator) for _ in range(2))
+    found = distance(one * scale, other.T.contiguous().T * scale)
+    assert found.relative == pytest.approx(
+        float((one - other).norm() / one.norm()), rel=1e-12 if scale > 1e-300 else 0.1
+    )
+    assert found.norm == pytest.approx(float(one.norm()) * scale, rel=1e-12 if scale > 1e-300 else 0.1)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8", "uint8", "complex64", "bool"])
+def test_the_relative_l2_difference_of_other_dtypes(dtype: str) -> None:
+    one = torch.randint(0, 5, (30,), generator=torch.Generator().manual_seed(1)).to(getattr(torch, dtype))
+    other = one.flip(0).clone()
+    wide = torch.complex128 if one.is_complex() else torch.float64
+    wanted = (one.to(wide) - other.to(wide)).norm() / one.to(wide).norm()
+    assert distance(one, other).relative == pytest.approx(float(wanted), rel=1e-12)
+
+
+def test_relative_l2_differences_of_special_values() -> None:
+    zero, some = torch.zeros(3), torch.tensor([3.0, 0.0, 4.0])
+    assert distance(zero, zero).relative == 0
+    assert distance(zero, some).relative == math.inf
+    assert distance(some, zero).relative == 1
+    holes = torch.tensor([math.nan, math.inf, 2.0])
+    assert distance(holes, torch.tensor([math.nan, math.inf, 3.0])).relative == 0.5
+    assert math.isnan(distance(holes, torch.tensor([1.0, math.inf, 2.0])).relative)
+    assert distance(torch.tensor([1.0, 2.0]), torch.tensor([1.0, math.inf])).relative == math.inf
+    both = distance(some, zero).joined(distance(torch.tensor([12.0]), torch.tensor([12.0])))
+    assert both.relative == 5 / 13

@@ -14,6 +14,7 @@ from modelcli.errors import RequestError, did_you_mean
 #: The module that declares each command, in the order in which the help lists them. EDITS stands for all edits.
 COMMANDS = {
     **dict.fromkeys(("summary", "params", "modules", "list"), "inspect"),
+    "report": "report",
     "adapt": "adapt",
     EDITS: "edit_commands",
     **dict.fromkeys(("script", "apply"), "apply"),

@@ -25,6 +25,13 @@ def counts_on(name: str, following: str) -> bool:
     return first is not None and second is not None and first[1] == second[1] and int(first[2]) + 1 == int(second[2])
 
 
+def numbered(name: str) -> tuple[str, int]:
+    """Return what is in front of the number at the end of a name, and the number: `("layer_", 1)`."""
+    found = _NUMBERED.fullmatch(name)
+    assert found is not None
+    return found[1], int(found[2])
+
+
 def range_of(names: Sequence[str]) -> str:
     """Return a selector for names with consecutive numbers: `layer_[1-4]`. A single name is returned as it is."""
     first, last = _NUMBERED.fullmatch(names[0]), _NUMBERED.fullmatch(names[-1])

@@ -1,4 +1,7 @@
-"""Measure by how much the values of two tensors differ, in one pass over both that reads them in bounded pieces."""
+"""Measure by how much the values of two tensors differ, in one pass over both that reads them in bounded pieces.
+
+`compared` finds the largest difference of two elements, `distances` the length of the difference as a vector.
+"""
 
 from __future__ import annotations
 
@@ -62,6 +65,81 @@ def compared(
         progress(nbytes)
     defaults = {name: Difference.of(0) if name in known else Difference(None, None) for name in pairs}
     return defaults | {name: Difference(*measured) for name, measured in found.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Distance:
+    """The L2 norms of a tensor and of its difference to another one.
+
+    Attributes:
+        difference: `||a - b||2`; NaN or infinite if an element is so in one of the two tensors alone.
+        norm: `||a||2`.
+
+    Both are over the elements that are not the same infinity or NaN in both tensors.
+    """
+
+    difference: float
+    norm: float
+
+    @property
+    def relative(self) -> float:
+        """`||a - b||2 / ||a||2`: 0 without a difference, infinite if only `a` is zero."""
+        if self.difference == 0:
+            return 0.0
+        return self.difference / self.norm if self.norm else self.difference * math.inf
+
+    def joined(self, other: Distance) -> Distance:
+        """Return the distance of both tensors taken as one vector."""
+        return Distance(math.hypot(self.difference, other.difference), math.hypot(self.norm, other.norm))
+
+
+def distances(
+    pairs: Mapping[str, tuple[TensorEntry, TensorEntry]], progress: Callable[[int], None]
+) -> dict[str, Distance]:
+    """Return the L2 norm of the difference of the two tensors `a` and `b` of each pair, and that of `a`.
+
+    The relative L2 difference is `||a - b||2 / ||a||2` (`Distance.relative`). It is computed in float64, or complex128;
+    each piece is scaled by its largest element where squares would leave the range of float64.
+
+    Args:
+        pairs: two tensors of the same shape, by name.
+        progress: called with the number of further bytes of the first tensors that are done.
+
+    Returns:
+        The distances by name, without dtypes that cannot be read as numbers (float4_e2m1fn_x2).
+
+    Raises:
+        FileFormatError: views show far more elements than their storages have, or a file has changed.
+    """
+    known = {name: pair for name, pair in pairs.items() if all(is_readable(entry.dtype) for entry in pair)}
+    found = dict.fromkeys(known, Distance(0.0, 0.0))
+    for name, nbytes, here in each_piece(known, _distance, "what the tensors of both models view"):
+        found[name] = found[name].joined(here)
+        progress(nbytes)
+    return found
+
+
+def _distance(one: Array, other: Array, _dtype: str, _other_dtype: str) -> Distance:
+    """Return the distance of two arrays of the same shape."""
+    wide = np.complex128 if one.dtype.kind == "c" or other.dtype.kind == "c" else np.float64
+    left, right = one.reshape(-1).astype(wide), other.reshape(-1).astype(wide)
+    apart, size = np.abs(left - right), np.abs(left)
+    if not math.isfinite(float(apart.sum()) + float(size.sum())):
+        same = _same(left, right) & ~np.isfinite(size)
+        apart[same] = size[same] = 0
+    return Distance(_norm(apart), _norm(size))
+
+
+def _norm(sizes: Array) -> float:
+    """Return the L2 norm of absolute values. They are scaled if the sum of their squares has left the normal range."""
+    squared = float(np.dot(sizes, sizes))
+    if 1e-280 < squared < math.inf:
+        return math.sqrt(squared)
+    largest = float(sizes.max())
+    if not largest or not math.isfinite(largest):
+        return largest
+    scaled = sizes / largest
+    return largest * math.sqrt(float(np.dot(scaled, scaled)))
 
 
 def _worse(one: float, other: float) -> float:

@@ -35,7 +35,10 @@ def budget_of(tensors: Iterable[TensorEntry], what: str) -> Budget:
 
 
 def each_piece(
-    tensors: Mapping[str, tuple[TensorEntry, ...]], work: Callable[..., _Result], what: str
+    tensors: Mapping[str, tuple[TensorEntry, ...]],
+    work: Callable[..., _Result],
+    what: str,
+    given: Mapping[str, object] | None = None,
 ) -> Iterator[tuple[str, int, _Result]]:
     """Call `work` for each piece of the tensors, and yield the results in the order of names and pieces.
 
@@ -44,6 +47,7 @@ def each_piece(
         work: called from several threads with the elements of each tensor's piece, then the dtype of each. It may not
             keep or change the elements.
         what: the name of the model in error messages.
+        given: a last argument for `work`, by the name of the tensor; None for none.
 
     Yields:
         The name, the bytes of the piece's elements (in the first tensor), and the result.
@@ -59,7 +63,8 @@ def each_piece(
             with np.errstate(all="ignore"):
                 for name, pieces in batch:
                     elements: list[Array] = [readers.own(number).elements(piece) for number, piece in enumerate(pieces)]
-                    result = work(*elements, *(piece.dtype for piece in pieces))
+                    more = () if given is None else (given[name],)
+                    result = work(*elements, *(piece.dtype for piece in pieces), *more)
                     done.append((name, nbytes_shown(pieces[0]), result))
             return done
 

@@ -176,9 +176,9 @@ def _finite(value: float) -> float | None:
 def moments_of(elements: Array, dtype: str) -> Moments:
     """Return the moments of elements, computed in float64."""
     if elements.size == 1 and "complex" not in dtype:
-        return _moments_of_one(_exact(elements.reshape(-1), dtype).item())
+        return _moments_of_one(exact_numbers(elements.reshape(-1), dtype).item())
     flat = elements.reshape(-1)  # a copy if they are not contiguous
-    exact = _exact(flat, dtype)
+    exact = exact_numbers(flat, dtype)
     numbers = exact.astype(np.float64)
     zeros = int(np.count_nonzero(exact == 0))
     nan = inf = 0
@@ -207,7 +207,7 @@ def _moments_of_one(number: float) -> Moments:
     return Moments(1, number, number, float(number), zeros=int(not number))
 
 
-def _exact(flat: Array, dtype: str) -> Array:
+def exact_numbers(flat: Array, dtype: str) -> Array:
     """Return the same values in a dtype in which NumPy finds extremes fast; for complex values the absolute values."""
     if dtype == "bool":
         truth: Array = np.minimum(flat.view(np.uint8), 1)
@@ -229,7 +229,7 @@ def count_not_finite(elements: Array, dtype: str) -> Moments:
     flat = elements.reshape(-1)
     if not _may_be_not_finite(flat, dtype):
         return Moments()
-    numbers = _exact(flat, dtype)
+    numbers = exact_numbers(flat, dtype)
     return Moments(nan=int(np.count_nonzero(np.isnan(numbers))), inf=int(np.count_nonzero(np.isinf(numbers))))
 
 

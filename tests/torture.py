@@ -257,7 +257,7 @@ def kill_ranks(folder: Path, launch: str, *, times: int, seed: int) -> Report:
     _finish(_start(folder, _PROGRAM, "save", "out/", "-m", "in.pth"))
     _copy(target, kept)
     digests = [digest(target)]
-    edit = ("cast", "**", "half", "-m", "in.pth", "-o", "out/", "--force", "--max-shard-size", "200KB")
+    edit = ("cast", "w*", "half", "-m", "in.pth", "-o", "out/", "--force", "--max-shard-size", "200KB")
     _finish(_start(folder, _PROGRAM, *edit))
     digests.append(digest(target))
     faults = str(Path(__file__).parent / "ranks" / "faults")

@@ -200,6 +200,7 @@ DOCUMENTS = {
     "diff": ("diff", "Linear(3,2)", "Sequential(Linear(2,2))"),
     "check": ("check", "Linear(3,2)", "--max-params", "8"),
     "hash": ("hash", "Linear(3,2)"),
+    "memory": ("memory", "Linear(3,2)", "--input-size", "1,3"),
     "identify": ("identify", "bare.pth"),
     "errors": ("params", "nowhere.pth"),
 }

@@ -41,8 +41,16 @@ COMMANDS = {
     "freeze-alexnet": "freeze . --except classifier.6 -m alexnet",
     "diff-alexnet": "diff alexnet alexnet(num_classes=10) --no-values",
     "check-alexnet": "check alexnet --max-params 60M --has classifier.6:Linear --frozen features --output-shape 1,1000",
+    "memory-resnet18": "memory resnet18 --train adamw --batch 8",
+    "memory-resnet18-modules": "memory resnet18 --train sgd --batch 8 --top 5",
     "load-mismatch": "load bare.pth --arch Linear(2,4)",
 }
+
+
+@pytest.fixture(autouse=True)
+def _same_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The workspaces of cuBLAS have the size that they have on a Hopper GPU, whatever this machine has."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 class Terminal(io.StringIO):

@@ -15,6 +15,7 @@ from modelcli.errors import RequestError, did_you_mean
 COMMANDS = {
     **dict.fromkeys(("summary", "params", "modules", "list"), "inspect"),
     "report": "report",
+    "memory": "memory",
     "adapt": "adapt",
     EDITS: "edit_commands",
     **dict.fromkeys(("script", "apply"), "apply"),

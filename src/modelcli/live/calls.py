@@ -73,6 +73,11 @@ class Calls:
         self._error: BaseException | None = None
         self._open: list[Call] = []
 
+    @property
+    def innermost(self) -> str | None:
+        """The path of the innermost module that is running; None if none is."""
+        return self._open[-1].path if self._open else None
+
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
         """Report the calls that happen in the block."""

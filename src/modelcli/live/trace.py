@@ -231,11 +231,8 @@ def run(
     explainer = rules.Explainer(on_meta=judged)
     calls = Calls(module, _Listener(seen, explainer, visit, leave, counter))
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_quiet())
+        stack.enter_context(settings_of_passes())
         stack.enter_context(torch.no_grad())
-        stack.enter_context(seeded(0))
-        stack.enter_context(_plain_attention())
-        stack.enter_context(_not_compiled())
         if device == "meta":
             stack.enter_context(torch.device("meta"))
         inner = list(modes)
@@ -296,6 +293,13 @@ def _fill_in(seen: Pass, calls: Calls) -> None:
                 path for path in every for above in paths if path.startswith(f"{above}." if above else "") and path
             ]
     seen.unseen = tuple(path for path in dict.fromkeys(unseen) if path not in seen.output_shapes)
+
+
+@contextlib.contextmanager
+def settings_of_passes() -> Iterator[None]:
+    """Set up torch for forward passes: no warnings, the same random numbers, and every module of a model is called."""
+    with _quiet(), seeded(0), _plain_attention(), _not_compiled():
+        yield
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -316,6 +317,56 @@ def test_checksums_of_a_file_that_is_not_an_archive_are_computed(cli: Cli) -> No
     cli("save", "out.pth", "-m", "in.safetensors")
     found = checksums(Path("out.pth"))
     assert {zlib.crc32(t.numpy().tobytes()) for t in state.values()} == {found["data/0"], found["data/1"]}
+
+
+LARGE_DATA = DATA * 3  # 6 MiB: the checksum of so much is computed while it is copied
+
+
+def put_with_checksum(path: Path, part: Span) -> int:
+    with path.open("wb+", buffering=0) as file, Output(file, part.nbytes) as out:
+        return out.put_with_checksum(0, part)
+
+
+@pytest.mark.parametrize("start", [0, 1])
+@pytest.mark.parametrize("copies", [True, False])
+def test_a_checksum_is_computed_while_the_bytes_are_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: int, copies: bool
+) -> None:
+    path = tmp_path / "large.bin"
+    path.write_bytes(LARGE_DATA)
+    if not copies:
+        monkeypatch.delattr(os, "copy_file_range", raising=False)
+    found = put_with_checksum(tmp_path / "out.bin", span(path, start, len(LARGE_DATA) - start))
+    assert found == zlib.crc32(LARGE_DATA[start:])
+    assert (tmp_path / "out.bin").read_bytes() == LARGE_DATA[start:]
+
+
+@pytest.mark.skipif(not hasattr(os, "copy_file_range"), reason="this system cannot copy, so one thread reads")
+def test_a_source_that_only_the_checksum_cannot_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "large.bin"
+    path.write_bytes(LARGE_DATA)
+
+    def broken(*_args: Any) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "pread", broken)
+    with pytest.raises(SystemFailureError, match=r"cannot read .*large\.bin: Input/output error"):
+        put_with_checksum(tmp_path / "out.bin", span(path, 0, len(LARGE_DATA)))
+
+
+def test_a_copy_that_fails_ends_the_checksum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No thread goes on reading a file that is closed."""
+    path = tmp_path / "large.bin"
+    path.write_bytes(LARGE_DATA)
+
+    def full(*_args: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "copy_file_range", full, raising=False)
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        put_with_checksum(tmp_path / "out.bin", span(path, 0, len(LARGE_DATA)))
+    assert "checksum" not in {thread.name for thread in threading.enumerate()}
 
 
 # --- offsets -------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import threading
 import zlib
 from collections.abc import Callable, Iterator
 from types import TracebackType
@@ -23,6 +24,8 @@ Report = Callable[[int, int, str], None]
 _STEP = 64 * 1024 * 1024
 #: The bytes to read at a time for a checksum: so few that they are still in the processor's cache when it is computed.
 _PIECE = 1024 * 1024
+#: From this size on the checksum is computed in another thread while the system copies the bytes.
+_OVERLAPPED = 4 * 1024 * 1024
 _OPEN_FILES = 32
 #: Pieces of fewer bytes are written together, at most so many of them. As many bytes are read for a small span, because
 #: the next one is likely to be behind it.
@@ -127,6 +130,11 @@ class Output:
         if isinstance(source, Span) and (known := self._stated_checksum(source)) is not None:
             self._copy(source, offset)
             return known
+        # Without pread, two threads would move the position in the file that both read.
+        if isinstance(source, Span) and source.nbytes >= _OVERLAPPED and hasattr(os, "pread"):
+            with _Checksum(self._opened(source), source) as checksum_of_source:
+                self._copy(source, offset)
+                return checksum_of_source.result()
         checksum = 0
         for chunk in self._streamed(offset, source):
             checksum = zlib.crc32(chunk, checksum)
@@ -198,16 +206,7 @@ class Output:
         if 0 < span.nbytes < _SMALL // 8 and len(data := self._small(span)) == span.nbytes:
             yield data
             return
-        source, start, stop = self._opened(span), span.offset, span.offset + span.nbytes
-        while start < stop:
-            try:
-                data = _pread(source, min(_PIECE, stop - start), start)
-            except OSError as error:
-                raise SystemFailureError(f"cannot read {span.path}: {error.strerror or error}") from None
-            if not data:
-                raise FileFormatError(f"{span.path} ends early: {stop - start:,} bytes are missing")
-            yield data
-            start += len(data)
+        yield from _pieces(self._opened(span), span)
 
     def _small(self, span: Span) -> bytes:
         """Return the bytes of a small span, from a block of its file; fewer if the system gave fewer than the block."""
@@ -261,6 +260,58 @@ class Output:
         self._done += nbytes
         if self._report is not None and nbytes:
             self._report(min(self._done, self._total), self._total, "writing")
+
+
+class _Checksum:
+    """Computes the CRC-32 of a span of an open file in a thread, as long as the context is open.
+
+    Both the copy and the checksum read the file, the second of them from the system's cache. `result` waits for the
+    checksum and raises FileFormatError or SystemFailureError if the span cannot be read.
+    """
+
+    def __init__(self, handle: int, span: Span) -> None:
+        self._handle, self._span = handle, span
+        self._stopped = False
+        self._checksum = 0
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._compute, name="checksum", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped = True
+        self._thread.join()
+
+    def result(self) -> int:
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._checksum
+
+    def _compute(self) -> None:
+        try:
+            for data in _pieces(self._handle, self._span):
+                if self._stopped:
+                    return
+                self._checksum = zlib.crc32(data, self._checksum)
+        except Exception as error:
+            self._error = error
+
+
+def _pieces(handle: int, span: Span) -> Iterator[bytes]:
+    """Yield the bytes of a span of an open file in pieces of at most `_PIECE`."""
+    start, stop = span.offset, span.offset + span.nbytes
+    while start < stop:
+        try:
+            data = _pread(handle, min(_PIECE, stop - start), start)
+        except OSError as error:
+            raise SystemFailureError(f"cannot read {span.path}: {error.strerror or error}") from None
+        if not data:
+            raise FileFormatError(f"{span.path} ends early: {stop - start:,} bytes are missing")
+        yield data
+        start += len(data)
 
 
 def checksums_in(file: BinaryIO, where: str) -> dict[tuple[int, int], int]:

@@ -19,7 +19,7 @@ VENV_OLDEST := .venv-oldest
 STAMP     := $(VENV)/.installed-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 DEV_STAMP := $(STAMP)-dev
 
-.PHONY: help demo test test-long test-oldest tests-alone check fix golden readme bench fuzz torture clean
+.PHONY: help demo test test-long test-oldest tests-alone check fix golden readme docs bench fuzz torture clean
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -68,12 +68,16 @@ golden: $(DEV_STAMP) ## write the golden files anew; read the diff before you co
 readme: $(DEV_STAMP) ## write the tables of the README anew that are made from declarations
 	$(BIN)/python -m tests.cli.readme_tables
 
+docs: $(DEV_STAMP) ## make the pictures of the README anew, from real runs; the page of a model needs Chromium
+	$(BIN)/python -m tests.cli.readme_pictures
+
 bench: $(DEV_STAMP) ## how long things take, as ratios to stated peers
 	$(BIN)/python -m tests.benchmarks.bench_reading
 	$(BIN)/python -m tests.benchmarks.bench_writing
 	$(BIN)/python -m tests.benchmarks.bench_peers
 	$(BIN)/python -m tests.benchmarks.bench_state_dicts
 	$(BIN)/python -m tests.benchmarks.bench_ranks
+	$(BIN)/python -m tests.benchmarks.bench_report
 	$(BIN)/python -m tests.benchmarks.simulated_ranks
 	$(BIN)/python -m tests.benchmarks.bench_distributed
 

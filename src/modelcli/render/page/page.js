@@ -163,7 +163,7 @@
     const macs = kindOf(node)[MACS];
     return macs === null ? null : macs * (node.run ? node.run.count : 1);
   };
-  const WORDS = { 0: "frozen", 1: "trainable", 2: "partly frozen" };
+  const WORDS = { 0: "frozen", 1: "yes", 2: "partly" };
   const total = { params: data.totals.params, macs: data.totals.macs };
   const typeText = (node) => {
     if (isModule(node)) return (node.run ? node.run.count + " × " : "") + (typeOf(node)[0] || "module");
@@ -566,8 +566,8 @@
       this.mark();
     }
     label(text, width) {
-      const fits = Math.floor((width - 6) / 6.3);
-      return fits < 3 ? "" : text.length <= fits ? text : text.slice(0, fits - 1) + "…";
+      const fits = Math.floor((width - 7) / 6.9);
+      return text.length <= fits ? text : fits < 8 ? "" : text.slice(0, fits - 1) + "…";
     }
     head(box) {
       const text = this.label(shown(box.node.name), box.width);
@@ -1012,16 +1012,19 @@
   const first = body.firstElementChild;
   first.tabIndex = 0;
   roving = first;
-  // A small model is shown whole. A large one is unfolded level by level, as far as a screen has room.
+  // A small model is shown whole. Of a large one the modules are unfolded level by level, as far as a screen has room.
   const SCREEN = 36;
+  const holdsModules = (node) => below(node).some(isModule);
   for (let level = [first], count = 0; level.length; ) {
-    const foldable = level.filter((row) => row.hasAttribute("aria-expanded") && !nodes.get(row).run);
+    const whole = lastOf(root) <= SCREEN;
+    const foldable = level.filter((row) => !nodes.get(row).run && (whole ? below(nodes.get(row)).length : holdsModules(nodes.get(row))));
     const kids = foldable.reduce((all, row) => all + below(nodes.get(row)).length, 0);
     count += kids;
     if (!kids || (count > SCREEN && level[0] !== first)) break;
     foldable.forEach(open);
     level = foldable.flatMap((row) => [...kidsOf(row).children].filter((each) => nodes.has(each)));
   }
+  if (!isOpen(first)) open(first);
   const start = { find, nodeAt, below, root, maps, select, squarify, rows, open, fold };
   describe(root);
   const render = () => maps.forEach((map) => map.render());

@@ -125,3 +125,77 @@ def test_the_table_of_modules_begins_with_those_that_keep_most(cli: Cli) -> None
     lines = cli(*words).out.splitlines()
     assert [line.split()[0] for line in lines[1:3]] == ["1", "2"]
     assert any(line.startswith("Activations kept") for line in lines)
+
+
+@pytest.fixture
+def llama(folder: Path) -> str:
+    """A folder with the configuration of a small causal language model: 2 layers, 2 heads of keys of 16 numbers."""
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=100,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        architectures=["LlamaForCausalLM"],
+    )
+    config.save_pretrained("llama")
+    return "llama"
+
+
+def test_keys_and_values_grow_with_the_context(llama: str, cli: Cli) -> None:
+    words = ("memory", llama, "--weights", "none", "--batch", "3", "--json")
+    for length in (7, 40):
+        found = cli(*words, "--context", length).json
+        assert found["input"][0] == [3, length]
+        assert found["kv_cache_bytes"] == 2 * 2 * 3 * 2 * length * 16 * 4  # layers, keys and values, batch, heads, ...
+    half = cli(*words, "--context", "40", "--dtype", "bfloat16").json
+    assert half["kv_cache_bytes"] == 2 * 2 * 3 * 2 * 40 * 16 * 2
+    assert cli("memory", MLP, "--input-size", "8,100", "--json").json["kv_cache_bytes"] is None
+
+
+def test_a_library_turns_checkpointing_on_itself(llama: str, cli: Cli) -> None:
+    words = ("memory", llama, "--weights", "none", "--train", "adamw", "--batch", "4", "--context", "64", "--json")
+    plain, saving = cli(*words).json, cli(*words, "--checkpointing").json
+    assert saving["checkpointed"] == ["."]
+    assert saving["parts"]["activations"] < plain["parts"]["activations"] / 2
+    assert saving["parts"]["params"] == plain["parts"]["params"]
+    half = cli(*words, "--checkpointing", "--amp", "bfloat16").json
+    assert half["parts"]["activations"] < plain["parts"]["activations"] / 2
+
+
+RECURRENT = """
+import torch
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn = torch.nn.LSTM(8, 16, batch_first=True)
+        self.head = torch.nn.Linear(16, 2)
+    def forward(self, x):
+        return self.head(self.rnn(x)[0][:, -1])
+class Deciding(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x) if x.sum() > 0 else x
+"""
+
+
+def test_it_says_what_it_does_not_know_about_an_lstm(folder: Path, cli: Cli) -> None:
+    Path("own.py").write_text(RECURRENT)
+    words = ("memory", "own.py:Net", "--input-size", "4,5,8", "--train", "sgd")
+    assert "cuDNN runs LSTM" in cli(*words).err
+    assert "cuDNN" not in cli(*words, "--device", "cpu").err
+
+
+def test_a_model_that_needs_values_is_refused(folder: Path, cli: Cli) -> None:
+    Path("own.py").write_text(RECURRENT)
+    error = cli("memory", "own.py:Deciding(3,3)", "--input-size", "4,3", "--json", code=2).error
+    assert error["message"].startswith("no step can be made without values")
+    assert "own.py:12" in error["message"]
+
+
+def test_autocast_of_the_cpu_has_its_own_lists(cli: Cli) -> None:
+    words = ("memory", "Sequential(Linear(64,64),LayerNorm(64))", "--input-size", "32,64", "--train", "sgd", "--json")
+    gpu, cpu = (cli(*words, "--amp", "bfloat16", "--device", device).json for device in ("cuda", "cpu"))
+    assert gpu["parts"]["activations"] > cpu["parts"]["activations"]  # on CUDA LayerNorm casts to float32

@@ -169,6 +169,15 @@ def test_checkpointing_keeps_the_inputs_of_blocks_alone() -> None:
     assert {module.path for module in after.modules} == {module.path for module in before.modules}
 
 
+def test_checkpointing_under_autocast_casts_again() -> None:
+    saving = blocks()
+    checkpointing.turn_on(saving)
+    plain = usage_of(blocks(), "sgd", rows(256, 32), autocast=torch.bfloat16, is_cuda=True)
+    after = usage_of(saving, "sgd", rows(256, 32), autocast=torch.bfloat16, is_cuda=True)
+    assert after.whole["activations"] < plain.whole["activations"] / 2
+    assert after.peak.allocated < plain.peak.allocated
+
+
 def test_two_steps_in_a_row_are_the_same() -> None:
     model = mlp()
     assert usage_of(model, "adamw", rows()) == usage_of(model, "adamw", rows())
@@ -220,10 +229,10 @@ def test_autocast_casts_as_on_a_cuda_device(dtype: torch.dtype) -> None:
             torch.set_autocast_enabled("cuda", False)
             torch.set_autocast_dtype("cuda", torch.float16)
             torch.clear_autocast_cache()
-    dispatch = CudaDispatch()
+    dispatch = CudaDispatch(dtype)
     with torch.device("meta"):
         model = Everything()
-        with dispatch.entered(), dispatch.cast(dtype):
+        with dispatch.entered(), dispatch.casting():
             found = model(torch.empty(4, 3, 8, 8))
     assert [(t.dtype, t.shape) for t in found] == [(t.dtype, t.shape) for t in wanted]
     assert [names_in(t.grad_fn) for t in found] == [names_in(t.grad_fn) for t in wanted]

@@ -21,6 +21,7 @@ def turn_on(module: nn.Module) -> tuple[str, ...]:
         The paths of the blocks; `(".",)` if the library decides itself. Nothing if there are no blocks.
     """
     for name, arguments in (
+        ("activation_checkpointing_enable", {"activation_checkpointing_kwargs": {"use_reentrant": False}}),
         ("gradient_checkpointing_enable", {"gradient_checkpointing_kwargs": {"use_reentrant": False}}),
         ("set_grad_checkpointing", {"enable": True}),
     ):

@@ -66,14 +66,27 @@ _HALVES = (torch.float16, torch.bfloat16)
 class CudaDispatch:
     """Runs operators as on a CUDA device, while it is entered, and as under autocast, while that is on.
 
-    Attributes:
-        autocast: the dtype that autocast casts to; None if it is off.
+    Args:
+        dtype: the dtype that autocast casts to; None for no autocast.
+        recomputes: whether a module runs again inside the backward pass. If it ran under autocast, it does so again.
     """
 
-    def __init__(self) -> None:
-        self.autocast: torch.dtype | None = None
+    def __init__(self, dtype: torch.dtype | None = None, recomputes: Callable[[], bool] = lambda: False) -> None:
+        self._dtype = dtype
+        self._recomputes = recomputes
+        self._is_casting = False
         #: The casts of parameters, which autocast keeps until it ends.
         self._casts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """The dtype that autocast casts to now; None if it is off."""
+        return self._dtype if self._is_casting or self._recomputes() else None
+
+    def forget_casts(self) -> None:
+        """Drop the casts of parameters, if autocast is off now."""
+        if self._casts and self.autocast is None:
+            self._casts.clear()
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
@@ -91,13 +104,13 @@ class CudaDispatch:
             yield
 
     @contextlib.contextmanager
-    def cast(self, dtype: torch.dtype | None) -> Iterator[None]:
-        """Cast in the block as autocast to `dtype` does; None casts nothing."""
-        before, self.autocast = self.autocast, dtype
+    def casting(self) -> Iterator[None]:
+        """Turn autocast on in the block."""
+        self._is_casting = True
         try:
             yield
         finally:
-            self.autocast = before
+            self._is_casting = False
             self._casts.clear()
 
     def _kernels(self) -> dict[str, Callable[..., Any]]:

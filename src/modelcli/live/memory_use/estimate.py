@@ -95,6 +95,11 @@ class Estimator:
             module = fake_copy(module, self._fake)
             self._notes += made.trace.notes if made.trace.device == "fake" else ()
         self._module = module
+        if self.options.is_cuda and any(isinstance(child, nn.RNNBase) for child in module.modules()):
+            self._notes.append(
+                "on a GPU, cuDNN runs LSTM, GRU and RNN as a whole and keeps a reserve of its own: here they run step "
+                "by step, so what they keep is an approximation"
+            )
         if self.options.checkpointing:
             self.checkpointed = checkpointing.turn_on(module)
             if not self.checkpointed:

@@ -24,12 +24,14 @@ class Recorder(TorchDispatchMode):
     Attributes:
         log: the record.
         calls: the calls of modules, which say what is running.
+        between: called before each operator that runs outside of all modules.
     """
 
     def __init__(self, device: str = "meta") -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.log = MemoryLog()
         self.calls: Calls | None = None
+        self.between: Callable[[], None] | None = None
         self._device = device
         self._alive: dict[int, tuple[int, weakref.ref[Any]]] = {}
         self._is_on = True
@@ -38,6 +40,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator, and record the storages of what it returns."""
+        if self.between is not None and (self.calls is None or self.calls.innermost is None):
+            self.between()
         out = func(*args, **(kwargs or {}))
         if not self._is_on:
             return out

@@ -130,7 +130,8 @@ class _Step:
     ) -> None:
         self.module, self.inputs, self.plan, self.recorder = module, inputs, plan, recorder
         self.device, self.outer = device, outer
-        self.dispatch = CudaDispatch()
+        self.dispatch = CudaDispatch(plan.autocast, self._is_recomputing)
+        recorder.between = self.dispatch.forget_casts
         self.loss: str | None = None
         self.cache_bytes: int | None = None
 
@@ -163,11 +164,16 @@ class _Step:
     @contextlib.contextmanager
     def _autocast(self) -> Iterator[None]:
         if self.plan.is_cuda:
-            with self.dispatch.cast(self.plan.autocast):
+            with self.dispatch.casting():
                 yield
         else:
             with torch.autocast("cpu", self.plan.autocast, enabled=self.plan.autocast is not None):
                 yield
+
+    def _is_recomputing(self) -> bool:
+        """Whether a module with activation checkpointing runs again."""
+        calls = self.recorder.calls
+        return self.recorder.log.phase == "backward" and calls is not None and calls.innermost is not None
 
     def _forward(self) -> Any:
         output = self.module(*self.inputs.args, **self.inputs.kwargs)

@@ -112,9 +112,10 @@ def _footer(result: MemoryResult) -> list[tuple[str, str]]:
         ("Peak reached in", f"{where}{_PHASES[peak.phase]}"),
     ]
     if request.device == "cuda":
+        lines.append(("Margin", megabytes(margin.total)))
+        if margin.workspaces:
+            lines.append(("  cuDNN workspaces", f"up to {megabytes(margin.workspaces)}"))
         lines += [
-            ("Margin", megabytes(margin.total)),
-            ("  cuDNN workspaces", f"up to {megabytes(margin.workspaces)}"),
             ("  fragmentation", megabytes(margin.fragmentation)),
             ("  CUDA context", f"about {megabytes(margin.context)}"),
             ("Total", megabytes(estimate.total)),

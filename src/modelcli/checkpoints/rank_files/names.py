@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from modelcli.checkpoints.torch_pickle import TorchSave
+from modelcli.checkpoints.torch_pickle.names import SUFFIXES
 
 _RANK = re.compile(r"(?P<front>.*?)(?:(?<=[_.-])|^)rank[_-]?(?P<rank>\d{1,6})(?P<behind>\D*)")
 #: The beginnings of files that hold no part of a model.
@@ -19,7 +19,7 @@ def rank_of(name: str) -> int | None:
 
 
 def _match(name: str) -> re.Match[str] | None:
-    return _RANK.fullmatch(name) if name.lower().endswith(TorchSave.suffixes) else None
+    return _RANK.fullmatch(name) if name.lower().endswith(SUFFIXES) else None
 
 
 def sets_in(names: Iterable[str]) -> dict[str, dict[int, str]]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modelcli.checkpoints.format import Candidate, Format, ScriptLine
+from modelcli.checkpoints.torch_pickle.names import SUFFIXES
 from modelcli.checkpoints.torch_pickle.recognition import is_legacy
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ class TorchSave(Format):
     name = "pth"
     title = "a file that torch.save wrote"
     label = "torch.save"
-    suffixes = (".pth", ".pt", ".ckpt", ".bin", ".tar")
+    suffixes = SUFFIXES
     written_suffixes = (".pth", ".pt", ".ckpt", ".bin")
     written_as = "as torch.save writes"
     whole_files = (

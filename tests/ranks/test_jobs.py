@@ -111,3 +111,13 @@ def test_edits_from_standard_input_reach_all_ranks(
     found = {name: value for file in (folder / "out").glob("*.safetensors") for name, value in load_file(file).items()}
     assert found.keys() == tensors.keys() - {"layers.3.weight"}
     assert torch.equal(found["layers.4.weight"], tensors["layers.4.weight"].double())
+
+
+def test_workers_import_nothing_from_the_current_folder(cli: Cli, folder: Path, tensors: dict[str, torch.Tensor]):
+    """A model that was downloaded may have files named as Python's own modules, or as modelcli."""
+    code = "import pathlib\npathlib.Path('was-imported').touch()\n"
+    (folder / "modelcli").mkdir()
+    for name in ("modelcli/__init__.py", "modelcli/__main__.py", "contextlib.py", "json.py", "torch.py"):
+        (folder / name).write_text(code)
+    cli("hash", "in.pth", "--jobs", 2)
+    assert not (folder / "was-imported").exists()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
+import time
 
 import pytest
 
@@ -54,12 +56,17 @@ def test_strangers_are_turned_away() -> None:
     with starting._listening("127.0.0.1") as server:
         port = server.getsockname()[1]
         hello = {"rank": 1, "host": "h", "secret": "wrong", "version": "1"}
-        first_messages = [b"GET / HTTP/1.1\r\n\r\n", b"\x01" + (2**40).to_bytes(8, "big")]
-        strangers = [socket.create_connection(("127.0.0.1", port)) for _ in range(3)]
+        deep = b"[" * 60_000
+        first_messages = [
+            b"GET / HTTP/1.1\r\n\r\n",
+            b"\x01" + (2**40).to_bytes(8, "big"),
+            b"\x01" + len(deep).to_bytes(8, "big") + deep,
+        ]
+        strangers = [socket.create_connection(("127.0.0.1", port)) for _ in range(4)]
         for stranger, message in zip(strangers, first_messages, strict=False):
             stranger.sendall(message)
             stranger.shutdown(socket.SHUT_WR)
-        Connection(strangers[2]).send(Kind.HELLO, packed(hello))
+        Connection(strangers[3]).send(Kind.HELLO, packed(hello))
         found: list[bytes] = []
 
         def other_rank() -> None:
@@ -77,3 +84,27 @@ def test_strangers_are_turned_away() -> None:
         for stranger in strangers:
             assert stranger.recv(1) == b""
             stranger.close()
+
+
+def test_a_stranger_that_says_little_by_little_who_it_is_does_not_hold_the_ranks_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(starting, "_PATIENCE", 0.2)
+    with starting._listening("127.0.0.1") as server:
+        other = socket.create_connection(server.getsockname()[:2])
+        one, _ = server.accept()
+    message = b"\x01" + (1000).to_bytes(8, "big") + b" " * 1000
+
+    def drip() -> None:
+        with contextlib.suppress(OSError):
+            for byte in message:
+                other.sendall(bytes([byte]))
+                time.sleep(0.05)
+
+    thread = threading.Thread(target=drip, daemon=True)
+    thread.start()
+    begin = time.monotonic()
+    assert starting._welcomed(Connection(one), 2, "right", {}) is None
+    assert time.monotonic() - begin < 10  # it would say it for 50 seconds
+    thread.join()
+    other.close()

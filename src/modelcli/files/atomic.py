@@ -580,6 +580,16 @@ def _name_of_temporary(target: Path) -> re.Pattern[str]:
     return re.compile(rf"\.{re.escape(_stem(target.name))}\.[0-9a-f]{{8}}(\.old)?{re.escape(TEMPORARY)}")
 
 
+def temporary_beside(target: Path, name: str) -> Path:
+    """Return the path of the temporary folder of a target that another process says it has made.
+
+    Raises OSError for a name that is not one of such a folder.
+    """
+    if not _name_of_temporary(target).fullmatch(name):
+        raise OSError(errno.EINVAL, f"{name!r} is no temporary folder of {target}")
+    return target.parent / name
+
+
 def _abandoned_folders(folder: OpenFolder, target: Path) -> Iterator[tuple[str, int]]:
     """Yield the new folders that killed runs of this user have left beside a target, each with its locked handle.
 

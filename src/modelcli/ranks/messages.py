@@ -8,6 +8,7 @@ import json
 import socket
 import struct
 import threading
+import time
 from typing import Any
 
 #: The first message of a connection comes from a process that has not shown yet that it belongs here.
@@ -36,6 +37,7 @@ class Connection:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self._socket = sock
         self._lock = threading.Lock()
+        self._deadline: float | None = None
 
     def send(self, kind: Kind, data: bytes = b"") -> None:
         """Send a message. Raises OSError if the other rank is gone."""
@@ -68,6 +70,8 @@ class Connection:
     def _exactly(self, nbytes: int) -> bytes:
         pieces, left = [], nbytes
         while left:
+            if self._deadline is not None:
+                self._socket.settimeout(max(self._deadline - time.monotonic(), 0.001))
             piece = self._socket.recv(min(left, _STEP))
             if not piece:
                 raise EOFError
@@ -76,7 +80,8 @@ class Connection:
         return b"".join(pieces)
 
     def patience(self, seconds: float | None) -> None:
-        """Set how long to wait for the other rank; None waits as long as it takes."""
+        """Set how long from now on to wait for the other rank altogether; None waits as long as it takes."""
+        self._deadline = None if seconds is None else time.monotonic() + seconds
         self._socket.settimeout(seconds)
 
     def close(self) -> None:

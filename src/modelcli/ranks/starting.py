@@ -170,7 +170,12 @@ def _gathered(
             sock, _ = server.accept()
         except TimeoutError:
             continue
-        if (came := _welcomed(Connection(sock), own.size, secret, found)) is not None:
+        try:
+            connection = Connection(sock)
+        except OSError:  # it is gone again
+            sock.close()
+            continue
+        if (came := _welcomed(connection, own.size, secret, found)) is not None:
             rank, host, connection = came
             hosts[rank], found[rank] = host, connection
     names_of_hosts = [hosts[rank] for rank in range(own.size)]
@@ -195,7 +200,7 @@ def _welcomed(
             raise ValueError
         if not (isinstance(rank, int) and 0 < rank < size and rank not in known):
             raise ValueError
-    except (OSError, EOFError, ValueError, KeyError, TypeError):
+    except (OSError, EOFError, ValueError, KeyError, TypeError, RecursionError):
         connection.close()
         return None
     if version != _version.__version__:
@@ -270,7 +275,7 @@ def _started(place_of_worker: str, words: Sequence[str]) -> subprocess.Popen[byt
     """Start a worker in a process group of its own: Ctrl-C is for this process alone, which ends the workers."""
     try:
         return subprocess.Popen(
-            [sys.executable, "-m", "modelcli", *words],
+            [sys.executable, *_without_current_folder(), "-m", "modelcli", *words],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             env={**os.environ, WORKER_VARIABLE: place_of_worker},
@@ -279,6 +284,15 @@ def _started(place_of_worker: str, words: Sequence[str]) -> subprocess.Popen[byt
         )
     except OSError as error:
         raise SystemFailureError(f"cannot start a worker: {error.strerror or error}") from None
+
+
+def _without_current_folder() -> Sequence[str]:
+    """Return the options that keep Python from importing what lies in the current folder: a model that was downloaded.
+
+    Where modelcli itself is imported from the current folder, there are none.
+    """
+    package = Path(_version.__file__).resolve().parent
+    return () if package.parent == Path.cwd() else ("-P",)
 
 
 def _ending(process: subprocess.Popen[bytes] | None) -> Callable[[], str | None]:

@@ -218,7 +218,7 @@ def _write_folder(plan: Plan, path: Path, format_: Format, options: WriteOptions
         book = share.journal_in(temporary)
         if book is not None:
             book.start(folder.files)
-        told = {"folder": os.path.realpath(temporary), "inode": temporary.stat().st_ino}
+        told = {"name": Path(os.path.realpath(temporary)).name, "inode": temporary.stat().st_ino}
         group.broadcast("folder", json.dumps(told).encode())
         _write_files(share, temporary, book)
         taken_over = sum(map(int, group.exchange("written", str(len(share.taken_over)).encode())))
@@ -318,7 +318,9 @@ def _write_share(share: _Share) -> None:
     """Write the files of another rank than 0 into the folder that rank 0 has made."""
     group = share.options.group
     told = json.loads(group.broadcast("folder"))
-    target, made = Path(os.path.realpath(share.path)), Path(told["folder"])
+    target = Path(os.path.realpath(share.path))
+    with atomic.failing_as(share.path):
+        made = atomic.temporary_beside(target, told["name"])
     if share.options.resume is None:
         group.if_left_alone(lambda: atomic.remove_of_dead(target, made))
     with atomic.shared_folder(made, told["inode"], share.path) as temporary:

@@ -377,6 +377,18 @@ for name, placement in (("partial", Partial()), ("strided", _StridedShard(0, spl
     pathlib.Path(folder, name).mkdir(exist_ok=True)
     tensor = DTensor.from_local(torch.ones(4, 2), mesh, [placement, Replicate()], run_check=False)
     torch.save({"w": tensor}, f"{folder}/{name}/rank{rank}.pt")
+half = state["half"]
+for name, beside in (
+    ("whole", {"bias": torch.ones(2)}),
+    ("sizes", {"bias": torch.ones(2 + rank // 2)}),
+    ("stages", {f"layers.{rank}": torch.ones(2)}),
+):
+    pathlib.Path(folder, name).mkdir(exist_ok=True)
+    torch.save({"half": half, **beside}, f"{folder}/{name}/rank{rank}.pt")
+if rank == 3:
+    mesh._coordinate_on_dim = type(mesh._coordinate_on_dim)((2**40, 0))
+pathlib.Path(folder, "far").mkdir(exist_ok=True)
+torch.save({"blocks": state["blocks"]}, f"{folder}/far/rank{rank}.pt")
 dist.destroy_process_group()
 """
 
@@ -455,6 +467,21 @@ def test_blocks_in_several_files_of_a_rank_and_in_safetensors_files(four: Path, 
     assert contents.tensors.keys() == wanted.keys()
     for key, entry in contents.tensors.items():
         assert_same(entry, wanted[key])
+
+
+def test_tensors_that_are_whole_in_the_files_of_ranks(cli: Cli, four: Path) -> None:
+    contents = checkpoints.read(four / "whole")
+    assert contents.notes[1] == "1 tensor is not split: taken from rank0.pt"
+    assert_same(contents.tensors["bias"], torch.ones(2))
+    error = cli("params", four / "sizes", code=4).err
+    assert "rank2.pt has float32 [3] as bias, and rank0.pt has float32 [2]" in error
+    error = cli("params", four / "stages", code=4).err
+    assert "rank1.pt has 'layers.1', which rank0.pt does not have" in error
+    assert "torch.distributed.checkpoint.save" in error
+
+
+def test_a_place_far_outside_the_mesh_takes_no_memory(cli: Cli, four: Path) -> None:
+    assert "far has no file of a rank with the part of blocks at [1, 1] of" in cli("params", four / "far", code=4).err
 
 
 def test_placements_that_are_not_joined_are_named(cli: Cli, four: Path) -> None:
@@ -591,7 +618,10 @@ def test_the_safetensors_files_of_several_processes_are_joined(cli: Cli, four: P
 
     contents = checkpoints.read(four / "parts")
     assert (contents.format, contents.path) == ("dcp_safetensors", four / "parts")
-    assert contents.notes == ("5 tensors in 4 files of torch.distributed.checkpoint",)
+    assert contents.notes == (
+        "5 tensors in 4 files of torch.distributed.checkpoint",
+        "the files do not state how many processes wrote them: make sure that none is missing at the end",
+    )
     loaded = {
         name: torch.zeros(entry.shape, dtype=getattr(torch, entry.dtype)) for name, entry in contents.tensors.items()
     }

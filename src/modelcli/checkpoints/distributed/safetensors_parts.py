@@ -60,8 +60,11 @@ def read(path: Path) -> Contents:
             found.setdefault(key, []).append(_block(where, entry, stated))
     budget = limits.Budget(f"{folder}: the parts of its tensors", size)
     tensors = {key: _joined(folder, key, dtypes[key], parts, budget) for key, parts in found.items()}
-    note = f"{counted(len(tensors), 'tensor')} in {counted(len(names), 'file')} of torch.distributed.checkpoint"
-    return Contents(folder, "dcp_safetensors", tensors, notes=(note,))
+    notes = (
+        f"{counted(len(tensors), 'tensor')} in {counted(len(names), 'file')} of torch.distributed.checkpoint",
+        "the files do not state how many processes wrote them: make sure that none is missing at the end",
+    )
+    return Contents(folder, "dcp_safetensors", tensors, notes=notes)
 
 
 def _require_all_ranks(folder: Path, names: Sequence[str]) -> None:

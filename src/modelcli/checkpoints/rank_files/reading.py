@@ -71,21 +71,26 @@ def read(path: Path, key: str | None) -> Contents:
     keys = _keys_of(ranks[0], key)
     state_dicts_ = [_state_dict(rank, keys) for rank in ranks]
     tensors: dict[str, TensorEntry | CompositeEntry] = {}
-    left_out = []
+    left_out, whole = [], 0
     for name, value in state_dicts_[0].items():
         if not isinstance(name, str):
             raise FileFormatError.damaged(str(path), f"the name of a tensor is {brief_repr(name)}, not a text")
         if _is_sharded(value):
             tensors[name] = _joined(name, ranks, [state_dict.get(name) for state_dict in state_dicts_])
         elif isinstance(value, TensorEntry):
+            _require_whole(name, value, ranks, state_dicts_)
             tensors[name] = value
+            whole += 1
         else:
             left_out.append(name)
+    _require_no_others(ranks, state_dicts_)
     limits.check_names(tensors, str(folder))
     foreign = dict.fromkeys(name for rank in ranks for name in rank.pickled.foreign if not _is_expected(name))
     notes = [f"{counted(len(tensors), 'tensor')} from the files of {counted(len(ranks), 'rank')} in {folder.name}"]
     if keys:
         notes.append(f"took the state dict under {state_dicts.key_of(keys)!r} of each")
+    if whole:
+        notes.append(f"{counted(whole, 'tensor')} {is_or_are(whole)} not split: taken from {ranks[0].path.name}")
     if left_out:
         notes.append(f"{listed(left_out, 4)} {is_or_are(len(left_out))} left out: no plain tensors")
     return Contents(folder, "rank_files", tensors, foreign=tuple(foreign), notes=tuple(notes), unseen=tuple(left_out))
@@ -187,6 +192,33 @@ def _state_dict(rank: _Rank, keys: Sequence[str]) -> Mapping[Any, Any]:
             "save with StateDictType.SHARDED_STATE_DICT or FULL_STATE_DICT in the program that made it",
         )
     return value
+
+
+def _require_whole(
+    name: str, entry: TensorEntry, ranks: Sequence[_Rank], state_dicts_: Sequence[Mapping[Any, Any]]
+) -> None:
+    """Raise FileFormatError if another rank has something else than the first one, which has a tensor as a whole."""
+    for rank, state_dict in zip(ranks, state_dicts_, strict=True):
+        other = state_dict.get(name, entry)
+        if not isinstance(other, TensorEntry) or (other.shape, other.dtype) != (entry.shape, entry.dtype):
+            found = f"{other.dtype} {list(other.shape)}" if isinstance(other, TensorEntry) else "no whole tensor"
+            raise FileFormatError(
+                f"{rank.path} has {found} as {name}, and {ranks[0].path.name} has {entry.dtype} {list(entry.shape)}: "
+                "the files do not say how they belong together",
+                _SAVE_SHARDED,
+            )
+
+
+def _require_no_others(ranks: Sequence[_Rank], state_dicts_: Sequence[Mapping[Any, Any]]) -> None:
+    """Raise FileFormatError if a rank has tensors that the first one lacks, as the stages of a pipeline have."""
+    for rank, state_dict in zip(ranks, state_dicts_, strict=True):
+        for name, value in state_dict.items():
+            if name not in state_dicts_[0] and (isinstance(value, TensorEntry) or _is_sharded(value)):
+                raise FileFormatError(
+                    f"{rank.path} has {brief_repr(name)}, which {ranks[0].path.name} does not have: modelcli joins "
+                    "files of ranks that all have the same tensors",
+                    _SAVE_SHARDED,
+                )
 
 
 def _is_flat(name: str) -> bool:
@@ -389,6 +421,15 @@ def _plain(rank: _Rank, name: str, value: Any, dimensions: int) -> TensorEntry:
     return replace(value, requires_grad=None, is_parameter=False)
 
 
+def _place(number: int, sizes: Sequence[int]) -> tuple[int, ...]:
+    """Return the place in a mesh of these sizes that is counted last dimension first. (A file may state any sizes.)"""
+    place = []
+    for size in reversed(sizes):
+        number, index = divmod(number, size)
+        place.append(index)
+    return tuple(reversed(place))
+
+
 def _blocks_of_mesh(name: str, ranks: Sequence[_Rank], parts: Sequence[_Part]) -> list[blocks.Block]:
     """Return the parts of the ranks that differ, each with its offsets.
 
@@ -404,8 +445,9 @@ def _blocks_of_mesh(name: str, ranks: Sequence[_Rank], parts: Sequence[_Part]) -
     wanted = prod(mesh[axis] for axis in cutting)
     if len(by_place) != wanted:
         rank = ranks[0]
-        every = itertools.product(*(range(mesh[axis]) for axis in cutting))
-        missing = next(place for place in every if place not in by_place)
+        sizes_of_mesh = [mesh[axis] for axis in cutting]
+        places_of_mesh = (_place(number, sizes_of_mesh) for number in itertools.count())
+        missing = next(place for place in places_of_mesh if place not in by_place)
         raise FileFormatError(
             f"{rank.path.parent} has no file of a rank with the part of {name} at {list(missing)} of the mesh",
             "copy the files of all ranks into it",

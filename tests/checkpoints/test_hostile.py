@@ -22,9 +22,12 @@ SECONDS_WITH_NUMBERS = 2.0
 #: Every command that shows a file without torch.
 LOOKS_WITHOUT_TORCH = (
     "params", "params --json", "params -f csv", "params -f markdown", "modules --tree", "modules", "modules --json",
-    "modules --repr", "summary", "summary --json", "summary -f csv",
+    "modules --repr", "summary", "summary --json", "summary -f csv", "report -o page.html --force",
 )  # fmt: skip
-LOOKS_AT_NUMBERS = ("params --values", "params --values --json", "params --stats", "params --stats --json")
+LOOKS_AT_NUMBERS = (
+    *("params --values", "params --values --json", "params --stats", "params --stats --json"),
+    "report --stats -o page.html --force",
+)
 
 
 def commands(item: hostile.Hostile) -> tuple[str, ...]:
@@ -42,6 +45,7 @@ import json, os, sys, time
 from modelcli.cli import main
 import modelcli.commands.params, modelcli.render.writers, modelcli.checkpoints
 import modelcli.render.documents.params, modelcli.render.documents.modules
+import jinja2, modelcli.render.page, modelcli.render.documents.report, modelcli.commands.report
 import modelcli.language.selectors
 {before}
 def slowdown():

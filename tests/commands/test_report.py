@@ -65,6 +65,19 @@ def test_a_page_is_not_replaced_without_force(cli: Cli, folder: Path) -> None:
     cli("report", "Linear(2,3)", "-o", "net.html", "--force")
     assert "<title>" in page_of("net.html")
     assert "is a folder" in cli("report", "Linear(2,3)", "-o", ".", code=2).err
+    torch.save(net().state_dict(), "best.pth")
+    before = Path("best.pth").read_bytes()
+    found = cli("report", "best.pth", "-o", "best.pth", "--force", code=2)
+    assert "hint: -o best.pth.html" in found.err
+    assert Path("best.pth").read_bytes() == before
+
+
+def test_a_key_is_for_the_training_checkpoints(cli: Cli, folder: Path) -> None:
+    torch.save({"epoch": 3, "model": {"a.w": torch.ones(3)}, "ema": {"a.w": torch.zeros(3)}}, "train.pth")
+    torch.save({"a.w": torch.full((3,), 2.0)}, "plain.pth")
+    found = cli("report", "train.pth", "--key", "ema", "--against", "plain.pth", "--json").json["against"]
+    assert found["tensors"][0]["max_abs_diff"] == 2
+    assert found["tensors"][0]["relative_l2"] == 1
 
 
 def test_a_file_is_read_without_torch(folder: Path) -> None:

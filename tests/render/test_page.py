@@ -180,6 +180,21 @@ def test_the_same_report_gives_the_same_page() -> None:
 
 
 @pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1234, "1.23 kB"),
+        (999_999, "1 MB"),
+        (244_403_360, "244 MB"),
+        (15 * 10**11, "1.5 TB"),
+    ],
+)
+def test_sizes_have_three_digits_and_a_unit(nbytes: int, text: str) -> None:
+    assert page.size(nbytes) == text
+
+
+@pytest.mark.parametrize(
     ("name", "place"),
     [
         ("model.layers.3.mlp.up.weight", ("model.layers.3", "mlp.up.weight")),
@@ -360,6 +375,51 @@ def matches(text: str, name: str, blueprint: Blueprint) -> bool:
     )
 
 
+@pytest.mark.parametrize("model", ["resnet18", "nets.py:Tied", "nets.py:TiedAndNormed", "kinds.pth", "mixed.pth"])
+def test_the_rows_have_the_figures_of_the_blueprint(browser: Browser, cli: Cli, folder: Path, model: str) -> None:
+    """The script adds up what a page holds of kinds; here it is compared with torch's tensors and the command line."""
+    shared = torch.randn(10, 4)
+    torch.save(
+        {"emb.weight": shared, "head.weight": shared, "head.bias": torch.ones(10), "n.0.steps": torch.tensor(3)},
+        "kinds.pth",
+    )
+    mixed = nn.Sequential(*(nn.Linear(4, 4) for _ in range(6)), nn.Sequential(nn.Linear(4, 4).half(), nn.Linear(4, 5)))
+    mixed[2].requires_grad_(False)
+    mixed[6][1].bias.requires_grad_(False)
+    torch.save(mixed, "mixed.pth")
+    document = cli("report", model, "-o", "net.html", "--json").json
+    browser.open(folder / "net.html")
+    code = """(() => {
+        const { root, below, isModule, paramsOf, macsOf, trainedOf, dtypeText, shapeText, lastOf } = modelcliPage;
+        const found = {};
+        const walk = (node) => {
+            if (!node.run)
+                found[(isModule(node) ? "module " : "tensor ") + (node.path || ".")] =
+                    [paramsOf(node), macsOf(node), trainedOf(node), dtypeText(node), shapeText(node)];
+            below(node).forEach(walk);
+        };
+        walk(root);
+        return [found, lastOf(root)];
+    })()"""
+    found, nodes = browser.run(code)
+    assert nodes == len(found) == len(document["modules"]) + len(document["tensors"])
+    flags = {True: 1, False: 0, None: None, "partial": 2}
+    for module in document["modules"]:
+        path = module["path"]
+        inside = [each for each in document["tensors"] if path == "." or each["name"].startswith(f"{path}.")]
+        dtypes = {each["dtype"] for each in inside if each["kind"] == "parameter"}
+        assert found[f"module {path}"][:4] == [
+            module["params"],
+            module["macs"],
+            flags[module["trainable"]],
+            "mixed" if len(dtypes) > 1 else dtypes.pop() if dtypes else "–",
+        ]
+    for tensor in document["tensors"]:
+        params = tensor["elements"] if tensor["kind"] == "parameter" else 0
+        shape = str(tensor["shape"]).replace(" ", "")
+        assert found[f"tensor {tensor['name']}"] == [params, None, flags[tensor["trainable"]], tensor["dtype"], shape]
+
+
 def test_the_page_says_what_it_found(browser: Browser, cli: Cli, folder: Path) -> None:
     cli("report", "resnet18", "-o", "net.html")
     browser.open(folder / "net.html")
@@ -468,6 +528,19 @@ def test_a_large_model_loads_and_folds_fast(browser: Browser, folder: Path) -> N
         times.append(browser.run(timed % f"modelcliPage.fold({row})"))
         assert len(names_shown(browser)) == shown
     assert min(times) < 100
+
+
+def test_nan_and_infinities_are_marked(browser: Browser, cli: Cli, folder: Path) -> None:
+    torch.save({"a.0.weight": torch.tensor([1.0, torch.nan]), "a.1.weight": torch.ones(2)}, "net.pth")
+    cli("report", "net.pth", "--stats", "-o", "net.html")
+    browser.open(folder / "net.html")
+    assert "1 tensor" in browser.run("document.querySelector('.totals').innerText")
+    marked = f"{ROWS}.filter((row) => row.querySelector('.alarmed')).map((row) => modelcliPage.pathOf(row))"
+    assert browser.run(marked) == ["", "a", "a.0", "a.0.weight"]
+    search_for(browser, "a.0.weight")
+    details = browser.run("document.getElementById('details').innerText")
+    assert "1, 0" in details.partition("NaN, Inf")[2]
+    assert browser.run("document.querySelectorAll('#details .histogram rect').length") == 32
 
 
 def test_many_siblings_come_in_portions(browser: Browser, folder: Path) -> None:

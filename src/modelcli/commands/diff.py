@@ -71,13 +71,13 @@ def diff(request: DiffRequest, progress: Progress | None = None) -> Comparison:
 def open_sides(one: Source, other: Source, *, values: bool) -> tuple[Look, Look]:
     """Open both models. A key given once applies to the sides that are training checkpoints, if any is."""
     if one.key is not None and one.key == other.key:
-        keyed = [source for source in (one, other) if _is_training_checkpoint(source)]
+        keyed = [source for source in (one, other) if is_training_checkpoint(source)]
         if len(keyed) == 1:
             one, other = (source if source is keyed[0] else replace(source, key=None) for source in (one, other))
     return open_side(one, values=values), open_side(other, values=values)
 
 
-def _is_training_checkpoint(source: Source) -> bool:
+def is_training_checkpoint(source: Source) -> bool:
     """Whether a file contains more than one state dict, as far as opening it without a key shows."""
     reference = resolve.reference_of(source)
     try:

@@ -147,7 +147,10 @@ def report(request: ReportRequest, progress: Progress | None = None) -> Report:
 
 def other_side(target: Target, model: str) -> Source:
     """Return the model before. The options of the command apply to it as to the model itself, as in `diff`."""
-    return replace(target.source, model=model, folder=Path(), input_size=None, input_dtype=(), inputs=())
+    source = replace(target.source, model=model, folder=Path(), input_size=None, input_dtype=(), inputs=())
+    if source.key is not None and not diff.is_training_checkpoint(source):
+        return replace(source, key=None)
+    return source
 
 
 def _origin(target: Target, found: Look) -> Origin:
@@ -256,9 +259,14 @@ def write(page: str, out: Path, *, force: bool) -> int:
 
 
 def check_out(out: Path, *, force: bool) -> None:
-    """Raise an error if the page cannot be written, before the model is opened."""
-    if out.name.endswith(("/", os.sep)) or out.is_dir():
-        raise RequestError(f"{out} is a folder", f"name a file in it: -o {quoted(out / 'model.html')}")
+    """Raise an error if the page cannot be written, before the model is opened.
+
+    Another suffix is an error, so that `--force` cannot put a page in the place of a checkpoint.
+    """
+    if out.is_dir():
+        raise RequestError(f"{out} is a folder", f"name a file in it: -o {quoted(out / f'model{SUFFIX}')}")
+    if out.suffix.lower() not in (SUFFIX, ".htm"):
+        raise RequestError(f"{out} is no name of a page", f"-o {quoted(out.with_name(out.name + SUFFIX))}")
     atomic.check_target(out, force=force)
 
 

@@ -21,7 +21,7 @@ from modelcli.model.paths import shown
 from modelcli.model.totals import Totals
 from modelcli.render.page import data, heatmap
 from modelcli.render.page.heatmap import Heatmap
-from modelcli.render.views import compact, count, megabytes, shape
+from modelcli.render.views import compact, count, shape
 from modelcli.render.writers import safe
 from modelcli.wording import counted, listed
 
@@ -89,7 +89,7 @@ def html(found: Report) -> str:
         "version": __version__,
         "title": found.origin.reference,
         "kind": _kind(found),
-        "totals": _totals(blueprint, blueprint.totals),
+        "totals": [*_totals(blueprint, blueprint.totals), *_not_finite(found)],
         "traced": trace is not None and bool(trace.layers),
         "has_macs": bool(macs),
         "top": _top(blueprint, tree),
@@ -176,7 +176,7 @@ def _totals(blueprint: Blueprint, totals: Totals) -> list[Fact]:
             facts.append(Fact("Frozen", compact(frozen), _share(frozen, totals.params)))
     if totals.buffers:
         facts.append(Fact("Buffers", compact(totals.buffers), _exact(totals.buffers)))
-    facts.append(Fact("Size", megabytes(totals.param_bytes + totals.buffer_bytes), "parameters and buffers"))
+    facts.append(Fact("Size", size(totals.param_bytes + totals.buffer_bytes), "parameters and buffers"))
     if trace is not None and trace.macs is not None:
         lower = "at least " if trace.uncounted else ""
         facts.append(Fact("Mult-adds", lower + compact(trace.macs), _exact(trace.macs)))
@@ -185,6 +185,15 @@ def _totals(blueprint: Blueprint, totals: Totals) -> list[Fact]:
     if trace is not None and trace.reason is not None:
         facts.append(Fact("Forward pass", "not complete" if trace.layers else "none", trace.reason))
     return facts
+
+
+def size(nbytes: int) -> str:
+    """Return a number of bytes with three digits and a decimal unit: `244 MB`, `670 GB`."""
+    rounded = float(f"{nbytes:.3g}")
+    for power, unit in ((12, "TB"), (9, "GB"), (6, "MB"), (3, "kB")):
+        if rounded >= 10**power:
+            return f"{rounded / 10**power:.4g} {unit}"
+    return f"{nbytes} B"
 
 
 def _exact(value: int) -> str:
@@ -241,7 +250,7 @@ def _origin(origin: Origin) -> list[Fact]:
     if origin.path is not None:
         facts.append(Fact("File", origin.path))
     if origin.nbytes is not None:
-        facts.append(Fact("Size of the file", megabytes(origin.nbytes)))
+        facts.append(Fact("Size of the file", f"{size(origin.nbytes)} ({count(origin.nbytes)} bytes)"))
     if origin.architecture is not None:
         facts.append(Fact("Architecture", origin.architecture))
     if origin.weights is not None:
@@ -281,6 +290,14 @@ def _values(found: Report, numbers: Mapping[str, int]) -> tuple[list[list[Any]],
     histograms = found.values.histograms
     rows = [[numbers[name], *_value_row(statistics[name], histograms.get(name))] for name in names]
     return sorted(rows), notes
+
+
+def _not_finite(found: Report) -> list[Fact]:
+    """Return how many tensors have a NaN or an Inf, if the values were read."""
+    if found.values is None:
+        return []
+    names = [name for name, each in found.values.statistics.items() if each["nan"] or each["inf"]]
+    return [Fact("NaN or Inf", counted(len(names), "tensor") if names else "none", listed(names, 3) if names else "")]
 
 
 def _value_row(found: Statistics, histogram: Histogram | None) -> list[Any]:

@@ -31,8 +31,9 @@
     return exact(value);
   };
   const megabytes = (value) => {
+    const rounded = Number(value.toPrecision(3));
     for (const [power, unit] of [[1e12, "TB"], [1e9, "GB"], [1e6, "MB"], [1e3, "kB"]])
-      if (value >= power) return (value / power).toPrecision(3) + " " + unit;
+      if (rounded >= power) return Number((rounded / power).toPrecision(4)) + " " + unit;
     return value + " B";
   };
   const percent = (part, whole) => {
@@ -183,6 +184,10 @@
   const trainedOf = (node) => (isModule(node) ? kindOf(node)[TRAINED] : tensorOf(node).trained);
   const changes = new Map((data.changes || []).map(([id, letters, distance]) => [id, { letters, distance }]));
   const values = new Map((data.values || []).map(([id, ...row]) => [id, row]));
+  /** The tensors that have NaN or Inf, and the modules above them. */
+  const alarms = new Set();
+  for (const [id, row] of values)
+    if (row[5] || row[6]) for (let node = nodeAt(id); node && !alarms.has(node.id); node = node.parent) alarms.add(node.id);
 
   // ---- the rows ------------------------------------------------------------------------------------------------------
 
@@ -221,6 +226,8 @@
     if (change && !node.run)
       name.append(make("span", { class: change.letters === "B" ? "badge below" : "badge", title: CHANGED[change.letters] }, change.letters,
         make("span", { class: "unseen" }, " " + CHANGED[change.letters])));
+    if (alarms.has(node.id) && !node.run)
+      name.append(make("span", { class: "badge alarmed", title: "has NaN or Inf" }, "!", make("span", { class: "unseen" }, " has NaN or Inf")));
     const params = paramsOf(node);
     const bar = make("span", { class: "bar", "aria-hidden": "true" });
     bar.style.width = total.params ? (100 * params) / total.params + "%" : "0";
@@ -551,7 +558,9 @@
       while (pending.length) {
         const box = pending.shift();
         const parts = box.own ? [] : partsOf(box.node, this.valueOf, this.own);
-        const divides = parts.length > 0 && box.width * box.height > 220 && this.cells.length + pending.length < CELLS;
+        const area = box.width * box.height;
+        const count = this.cells.length + pending.length + parts.length;
+        const divides = parts.length > 0 && area > 220 && area / parts.length > 16 && count < CELLS;
         if (!divides) {
           this.cell(box);
           continue;
@@ -1025,7 +1034,8 @@
     level = foldable.flatMap((row) => [...kidsOf(row).children].filter((each) => nodes.has(each)));
   }
   if (!isOpen(first)) open(first);
-  const start = { find, nodeAt, below, root, maps, select, squarify, rows, open, fold };
+  const start = { find, nodeAt, below, root, paramsOf, macsOf, trainedOf, dtypeText, shapeText, kindOf, isModule, lastOf, maps, select, squarify, rows, open, fold,
+    pathOf: (row) => nodes.get(row).path };
   describe(root);
   const render = () => maps.forEach((map) => map.render());
   render();

@@ -103,6 +103,13 @@ def test_a_file_without_architecture_needs_one(cli: Cli, folder: Path) -> None:
     assert found["parts"]["params"] == 4 * (3 * 2 + 2)
 
 
+def test_a_written_checkpoint_brings_its_architecture_and_its_frozen_parameters(cli: Cli) -> None:
+    cli("freeze", "0", "-m", MLP, "-o", "frozen.pth")
+    found = cli("memory", "frozen.pth", "--input-size", "8,100", "--train", "sgd", "--device", "cpu", "--json").json
+    assert found["parts"]["params"] == PARAMS
+    assert found["parts"]["gradients"] == 4 * (200 * 10 + 10)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

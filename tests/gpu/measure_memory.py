@@ -119,39 +119,44 @@ def estimate(model: Measured, case: Case) -> dict[str, Any]:
     return found
 
 
-def measure(model: Measured, case: Case) -> dict[str, int]:
-    """Return the peak and what was reserved in the third of three steps on the GPU."""
+def measure(model: Measured, case: Case, device: str = "cuda") -> dict[str, int]:
+    """Return the peak and what was reserved in the third of three steps on the GPU.
+
+    With `device="cpu"` the same steps are made without measuring anything, to try the script where there is no GPU.
+    """
     import torch
     from torch.nn import functional
 
+    on_gpu = device == "cuda"
     gc.collect()
     clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
-    if clear is not None:
-        clear()
-    torch.cuda.empty_cache()
-    left = torch.cuda.memory_allocated()
+    if on_gpu:
+        if clear is not None:
+            clear()
+        torch.cuda.empty_cache()
+    left = torch.cuda.memory_allocated() if on_gpu else 0
     torch.manual_seed(0)
     made = _build(model)
     if case.head_only:
         made.requires_grad_(False)
         made.get_submodule(model.head).requires_grad_(True)
-    made.train(case.optimizer is not None).cuda()
+    made.train(case.optimizer is not None).to(device)
     inputs: dict[str, Any] = {}
     if model.tokens is None:
-        args: tuple[Any, ...] = (torch.randn(model.batch, 3, 224, 224, device="cuda"),)
-        targets = torch.zeros(model.batch, dtype=torch.int64, device="cuda")
+        args: tuple[Any, ...] = (torch.randn(model.batch, 3, 224, 224, device=device),)
+        targets = torch.zeros(model.batch, dtype=torch.int64, device=device)
     else:
         args = ()
-        inputs = {"input_ids": torch.zeros(model.batch, model.tokens, dtype=torch.int64, device="cuda")}
+        inputs = {"input_ids": torch.zeros(model.batch, model.tokens, dtype=torch.int64, device=device)}
         count = model.batch * model.tokens if model.name == "llama" else model.batch
-        targets = torch.zeros(count, dtype=torch.int64, device="cuda")
+        targets = torch.zeros(count, dtype=torch.int64, device=device)
     optimizer = None
     if case.optimizer is not None:
         kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[case.optimizer]
         optimizer = kind([p for p in made.parameters() if p.requires_grad], lr=1e-4)
 
     def step() -> None:
-        autocast = torch.autocast("cuda", torch.bfloat16) if case.autocast else contextlib.nullcontext()
+        autocast = torch.autocast(device, torch.bfloat16) if case.autocast else contextlib.nullcontext()
         if optimizer is None:
             with torch.no_grad(), autocast:
                 output = made(*args, **inputs)
@@ -166,10 +171,12 @@ def measure(model: Measured, case: Case) -> dict[str, int]:
         optimizer.step()
 
     for number in range(3):
-        if number == 2:
+        if number == 2 and on_gpu:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         step()
+    if not on_gpu:
+        return {}
     torch.cuda.synchronize()
     free, total = torch.cuda.mem_get_info()
     return {

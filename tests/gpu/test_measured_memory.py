@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.gpu import measure_memory
-from tests.gpu.measure_memory import CASES, MODELS, TABLE, estimate
+from tests.gpu.measure_memory import CASES, MODELS, TABLE, Case, Measured, estimate, measure
 from tests.sampling import sampled
 
 #: How far an estimate may be from the measured peak, and in how large a share of the cases.
@@ -41,7 +41,7 @@ def test_most_estimates_are_near_what_was_measured() -> None:
 
 @pytest.mark.parametrize("pair", sampled([(model, case) for model in MODELS for case in CASES], 17))
 def test_the_estimate_is_still_the_one_of_the_table(
-    pair: tuple[Any, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+    pair: tuple[Measured, Case], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The table holds what was estimated when it was made; a change of the estimate is a change of how near it is."""
     model, case = pair
@@ -57,7 +57,7 @@ def test_the_estimate_is_still_the_one_of_the_table(
 
 
 @pytest.mark.parametrize("pair", sampled([(model, case) for model in MODELS for case in CASES], 31))
-def test_the_script_can_estimate_each_of_its_cases(pair: tuple[Any, Any], folder: Path) -> None:
+def test_the_script_can_estimate_each_of_its_cases(pair: tuple[Measured, Case], folder: Path) -> None:
     """Without a GPU too, so that a run on one does not end in an error that could have been seen before."""
     model, case = pair
     found = estimate(model, case)
@@ -72,6 +72,15 @@ def test_inference_is_measured_before_training() -> None:
     """What training leaves behind would count for it."""
     trains = [case.optimizer is not None for case in CASES]
     assert trains == sorted(trains)
+
+
+TINY = (Measured("squeezenet1_1", 1, "classifier.1"), Measured("bert", 1, "classifier", tokens=4))
+
+
+@pytest.mark.parametrize("pair", sampled([(model, case) for model in TINY for case in CASES], 6))
+def test_the_script_can_make_each_step(pair: tuple[Measured, Case]) -> None:
+    """On the CPU, where nothing is measured."""
+    assert measure(*pair, device="cpu") == {}
 
 
 def test_without_a_gpu_the_script_says_so(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +11,8 @@ import torchvision
 from torch import nn
 
 from tests.live.memory_use.measured import CASES, Case, Inputs, estimated_peak, measured_peak
-from tests.sampling import sampled
 
-#: How far the estimate may be from the peak outside the kernels of convolutions.
+#: How far the estimate may be from the peak outside the kernels that make copies.
 TOLERANCE = 0.01
 
 #: Builders of torchvision with small arguments, and the size of their images.
@@ -54,12 +54,29 @@ def language_model(name: str) -> tuple[Callable[[], nn.Module], Inputs]:
     return make, {"input_ids": tokens}
 
 
-PAIRS = [(name, case) for name in (*BUILDERS, "bert", "llama") for case in CASES]
+#: The pairs that `make test` runs; the others take longer.
+QUICK = {
+    ("squeezenet1_1", "adamw, autocast"),
+    ("resnet18", "sgd-momentum"),
+    ("mobilenet_v3_small", "inference"),
+    ("bert", "adamw, head only"),
+    ("llama", "adam"),
+}
 
 
-@pytest.mark.parametrize("pair", sampled(PAIRS, 19))
-def test_the_peak_is_that_of_a_real_step(pair: tuple[str, Case]) -> None:
-    name, case = pair
+def pairs() -> list[Any]:
+    """Return each model with each case; all but the quick ones are marked `sweep`."""
+    return [
+        pytest.param(
+            name, case, marks=() if (name, case.name) in QUICK else pytest.mark.sweep, id=f"{name}-{case.name}"
+        )
+        for name in (*BUILDERS, "bert", "llama")
+        for case in CASES
+    ]
+
+
+@pytest.mark.parametrize(("name", "case"), pairs())
+def test_the_peak_is_that_of_a_real_step(name: str, case: Case) -> None:
     make, inputs = builder(name) if name in BUILDERS else language_model(name)
     measured = measured_peak(make, inputs, case)
     estimated = estimated_peak(make, inputs, case)

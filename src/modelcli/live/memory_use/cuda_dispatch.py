@@ -93,7 +93,7 @@ class CudaDispatch:
         """Run operators in the block as on a CUDA device."""
         with contextlib.ExitStack() as stack:
             others = stack.enter_context(torch.library._scoped_library("_", "IMPL"))
-            others.fallback(torch.library.fallthrough_kernel, _KEY_NAME)
+            others.m.fallback_fallthrough(_KEY_NAME)  # for all operators that get no kernel here
             library = stack.enter_context(torch.library._scoped_library("aten", "IMPL"))
             for name, kernel in self._kernels().items():
                 library.impl(name, kernel, _KEY_NAME)

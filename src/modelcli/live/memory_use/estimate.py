@@ -17,9 +17,11 @@ from modelcli.live.memory_use import checkpointing, sizes, workspaces
 from modelcli.live.memory_use.step import FrozenModelError, Step, StepPlan, make_step
 from modelcli.live.meta_models import fake_copy
 from modelcli.live.opening import Live
+from modelcli.live.sources import flag_of, is_composite, named_tensors
 from modelcli.model.cuda_allocator import CachingAllocator
 from modelcli.model.memory_estimate import Margin, MemoryEstimate
 from modelcli.model.memory_log import PlainAllocator, replay
+from modelcli.wording import listed
 
 #: What is assumed for the CUDA context and the loaded kernels. No API says it before the GPU is used; `nvidia-smi`
 #: shows 300 to 600 MB, by GPU, driver and libraries.
@@ -95,6 +97,7 @@ class Estimator:
             module = fake_copy(module, self._fake)
             self._notes += made.trace.notes if made.trace.device == "fake" else ()
         self._module = module
+        self._notes += _notes_of_parameters(self.live.module, trains=self.options.optimizer is not None)
         if self.options.is_cuda and any(isinstance(child, nn.RNNBase) for child in module.modules()):
             self._notes.append(
                 "on a GPU, cuDNN runs LSTM, GRU and RNN as a whole and keeps a reserve of its own: here they run step "
@@ -234,6 +237,20 @@ class Estimator:
             other = high if high is not None else max(batch for batch in tried if batch < low)
             slope = max((total(other) - total(low)) // (other - low), 1)
         return Search(low, tried[low], tuple(tried))
+
+
+def _notes_of_parameters(module: nn.Module, *, trains: bool) -> list[str]:
+    """Return notes on tensors whose memory, or whether they are trained, is not known."""
+    notes = []
+    composite = [name for name, tensor in named_tensors(module).items() if is_composite(tensor)]
+    if composite:
+        notes.append(f"quantized and sparse tensors are not counted: {listed(composite, 4)}")
+    unknown = [name for name, parameter in module.named_parameters() if flag_of(parameter) is None]
+    if unknown and trains:
+        notes.append(
+            f"modelcli does not know whether some parameters are trained, and counts them: {listed(unknown, 4)}"
+        )
+    return notes
 
 
 @dataclass(frozen=True)

@@ -137,6 +137,15 @@ def test_the_index_is_compared_too(cli: Cli, folder: Path) -> None:
     assert "index.json is damaged" in cli("save", "out/", "-m", "in/", "--verify", code=4).err
 
 
+def test_the_list_of_a_folder_goes_with_the_files_that_it_is_of(cli: Cli, folder: Path) -> None:
+    shards(folder / "in")
+    each(folder / "in")
+    (folder / "in" / "notes.txt").write_text("mine")
+    cli("cast", "**", "bfloat16", "-m", "in/", "-o", "in/", "--force", "--verify")
+    assert (folder / "in" / "notes.txt").read_text() == "mine"
+    cli("save", "out/", "-m", "in/", "--verify")  # what it would refuse if old checksums were there
+
+
 @pytest.mark.parametrize("out", ["out.safetensors", "out.pth", "out/"])
 def test_the_checksums_of_zip_records(cli: Cli, folder: Path, out: str) -> None:
     torch.save({"a": torch.randn(100, 100), "b": torch.ones(3)}, "in.pth")

@@ -24,6 +24,7 @@ from modelcli.checkpoints.plan import Plan, PlannedStorage, PlannedTensor, Sourc
 from modelcli.checkpoints.storage import FileId, require_unchanged
 from modelcli.errors import RequestError, SystemFailureError
 from modelcli.files import atomic
+from modelcli.files.checksum_lists import is_list
 from modelcli.language.quoting import quoted
 from modelcli.ranks import Group
 from modelcli.wording import counted, is_or_are
@@ -209,7 +210,7 @@ def _write_folder(plan: Plan, path: Path, format_: Format, options: WriteOptions
         path,
         force=options.force,
         durable=options.durable,
-        superseded=format_.superseded,
+        superseded=partial(_superseded, format_),
         require_unchanged=lambda: _require_all_unchanged(share),
         adopts=share.adopts if resumes else None,
         keeps=partial(_keeps, len(folder.files)) if resumes else lambda _folder, _error: False,
@@ -227,6 +228,11 @@ def _write_folder(plan: Plan, path: Path, format_: Format, options: WriteOptions
         if book is not None:
             book.remove()
     return folder.nbytes, (*notes, *_notes_on_interrupted(share, taken_over), *folder.notes)
+
+
+def _superseded(format_: Format, folder: Path) -> set[str]:
+    """Return the names of the files in a folder that the new ones replace, and of lists with their checksums."""
+    return {*format_.superseded(folder), *(entry.name for entry in folder.iterdir() if is_list(entry.name))}
 
 
 @dataclass

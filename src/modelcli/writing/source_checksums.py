@@ -19,6 +19,7 @@ from typing import BinaryIO
 from modelcli.checkpoints.storage import CHUNK, FileId, require_unchanged
 from modelcli.checkpoints.zip_archives import directory as zip_directory
 from modelcli.errors import FileFormatError, SystemFailureError
+from modelcli.files.checksum_lists import ENDS, is_list
 from modelcli.files.open_folder import read_regular
 from modelcli.providers import hub_checksums
 from modelcli.ranks import ALONE, Group
@@ -28,10 +29,6 @@ from modelcli.wording import counted, listed
 #: Called with the bytes done, the bytes in total, and the kind of work.
 Report = Callable[[int, int, str], None]
 
-#: The names of lists of checksums, in lower case.
-_LISTS = ("sha256sums", "sha256sums.txt", "sha256sum", "sha256sum.txt", "checksums.txt", "checksum.txt")
-#: The ends of the names of lists, and of files with the checksum of one file.
-_ENDS = (".sha256", ".sha256sum", ".sha256sums")
 #: The largest size of a list in bytes: 100,000 files.
 _MAX_BYTES = 10_000_000
 _LINE = re.compile(r"(\\?)([0-9a-fA-F]{64})[ \t]+\*?(?:\./)?(.+)")
@@ -101,7 +98,7 @@ def _compared(files: Iterable[FileId], report: Report | None) -> list[list[str]]
             with path.open("rb") as file:
                 if stated := _stated_of(path, lists):
                     _require_digest(path, file, stated, read)
-                    compared.append([_OWN if each.where.lower().endswith(_ENDS) else each.where for each in stated])
+                    compared.append([_OWN if each.where.lower().endswith(ENDS) else each.where for each in stated])
                 else:
                     compared.append([_ZIP] if _match_records(path, file, read) else [])
         except OSError as error:
@@ -181,8 +178,7 @@ def _read_lists(folder: Path) -> dict[str, list[_Stated]]:
     """
     found: dict[str, list[_Stated]] = {}
     for path in sorted(folder.iterdir()):
-        name = path.name.lower()
-        if not (name in _LISTS or name.endswith(_ENDS)) or not path.is_file():
+        if not is_list(path.name) or not path.is_file():
             continue
         if (size := path.stat().st_size) > _MAX_BYTES:
             raise FileFormatError(f"{path} has {size:,} bytes; a list of checksums has at most {_MAX_BYTES:,}")
@@ -196,7 +192,7 @@ def _read_lists(folder: Path) -> dict[str, list[_Stated]]:
 def _read_line(line: str, path: Path) -> Iterator[tuple[str, str]]:
     """Yield the name and the digest in a line as `sha256sum`, `sha256sum --tag` and others write it."""
     line = line.strip()
-    if re.fullmatch(r"[0-9a-fA-F]{64}", line) and path.name.lower().endswith(_ENDS):
+    if re.fullmatch(r"[0-9a-fA-F]{64}", line) and path.name.lower().endswith(ENDS):
         yield path.stem, line
     elif match := _BSD_LINE.fullmatch(line):
         yield match[1], match[2]

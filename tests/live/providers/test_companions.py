@@ -50,6 +50,16 @@ def test_links_out_of_the_folder_are_left_out(model: Path, folder: Path, target:
     assert "put a file there if the model needs it" in note
 
 
+def test_checksums_of_the_files_before_are_left_out(model: Path) -> None:
+    for name in ("SHA256SUMS", "model.safetensors.sha256", "checksums.txt"):
+        (model / name).write_text(f"{'0' * 64}  model.safetensors\n")
+    found = companions.of(model)
+    assert read(found) == {"vocab.txt": b"a b c"}
+    (note,) = found.notes
+    assert note.endswith("are not copied: the checksums are of the files before the edit")
+    assert "SHA256SUMS" in note
+
+
 def test_what_is_no_file_is_left_out(model: Path, folder: Path) -> None:
     (model / "gone.json").symlink_to("nowhere.json")
     (model / "loop.json").symlink_to("loop.json")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from modelcli.checkpoints import formats
 from modelcli.checkpoints.storage import Span, identity_of
+from modelcli.files.checksum_lists import is_list
 from modelcli.wording import is_or_are, listed
 
 if TYPE_CHECKING:
@@ -37,16 +38,21 @@ def of(folder: Path | None) -> Companions:
     """The files of a folder that are neither weights nor their index; none without a folder.
 
     Folders such as `1_Pooling`, links out of the folder, links to nothing, pipes and devices are named in notes.
-    Weights and names with a dot at their start are left out without one.
+    So are lists of checksums: they are of the files before the edit. Weights and names with a dot at their start are
+    left out without a note.
     """
     files: dict[str, Source] = {}
     folders: list[str] = []
     others: list[str] = []
+    lists: list[str] = []
     if folder is None:
         return Companions(files)
     homes = _homes(folder)
     for path in sorted(folder.iterdir()):
         if _is_weights(path.name) or path.name.startswith("."):
+            continue
+        if is_list(path.name):
+            lists.append(path.name)
             continue
         real = _resolved(path)
         if real is None:
@@ -60,7 +66,8 @@ def of(folder: Path | None) -> Companions:
         else:
             identity = identity_of(real)
             files[path.name] = Span(real, 0, identity[0], identity)
-    return Companions(files, (*_note_on_folders(folder, folders), *_note_on_others(folder, others)))
+    notes = (*_note_on_folders(folder, folders), *_note_on_others(folder, others), *_note_on_lists(lists))
+    return Companions(files, notes)
 
 
 def _is_weights(name: str) -> bool:
@@ -92,6 +99,14 @@ def _note_on_folders(folder: Path, names: list[str]) -> tuple[str, ...]:
     if not names:
         return ()
     return (f"modelcli copies files, and no folders: {listed(names, _MOST)} in {folder} may be needed as well",)
+
+
+def _note_on_lists(names: list[str]) -> tuple[str, ...]:
+    if not names:
+        return ()
+    return (
+        f"{listed(names, _MOST)} {is_or_are(len(names))} not copied: the checksums are of the files before the edit",
+    )
 
 
 def _note_on_others(folder: Path, names: list[str]) -> tuple[str, ...]:

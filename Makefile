@@ -33,7 +33,7 @@ $(STAMP): pyproject.toml
 
 $(DEV_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --quiet --upgrade $(TORCH) --editable '.[dev]'
-	@npm install --silent --no-save --no-audit --no-fund --prefix $(VENV)/npm axe-core@4 2>/dev/null \
+	@npm install --silent --no-save --no-audit --no-fund --fetch-retries 0 --fetch-timeout 20000 --prefix $(VENV)/npm axe-core@4 2>/dev/null \
 		|| echo "no axe-core from npm: the tests of the accessibility of pages skip what it would check"
 	@touch $@
 

@@ -179,6 +179,46 @@ def test_the_same_report_gives_the_same_page() -> None:
     assert page.html(report_of(layers(3))) == page.html(report_of(layers(3)))
 
 
+def luminance(colour: str) -> float:
+    """Return the relative luminance of a colour: Web Content Accessibility Guidelines 2.2."""
+    digits = colour.removeprefix("#")
+    digits = digits if len(digits) == 6 else "".join(2 * digit for digit in digits)
+    parts = [int(digits[start : start + 2], 16) / 255 for start in (0, 2, 4)]
+    red, green, blue = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(one: str, other: str) -> float:
+    lighter, darker = sorted((luminance(one), luminance(other)), reverse=True)
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+def test_all_text_can_be_read_in_light_and_in_dark() -> None:
+    """A contrast of 4.5 or more for every colour of text on every colour behind it, cells and heatmap included."""
+    style = (Path(page.__file__).parent / "page.css").read_text(encoding="utf-8")
+    light, dark = (
+        dict(re.findall(r"--([\w-]+): (#[0-9a-f]+)", block))
+        for block in re.findall(r":root \{(.*?)\}", style, re.DOTALL)[:2]
+    )
+    checked = 0
+    for colours in (light, light | dark):
+        for text in ("ink", "soft", "accent"):
+            for behind in ("paper", "raised", "lit", "chosen"):
+                assert contrast(colours[text], colours[behind]) >= 4.5, (text, behind)
+                checked += 1
+        for badge in ("mark", "alarm"):
+            assert contrast(colours["paper"], colours[badge]) >= 4.5, badge
+        for family in ("f32", "bf16", "f16", "f8", "f64", "int", "other", "frozen"):
+            written = re.search(rf"\.{family} text[^{{]*{{ fill: (#[0-9a-f]+)", style)
+            assert written is not None
+            assert contrast(colours[family], written[1]) >= 4.5, family
+        assert contrast(colours["none"], colours["on-none"]) >= 4.5
+    for behind, text in re.findall(r"\.h\d { background: (#[0-9a-f]+); color: (#[0-9a-f]+)", style):
+        assert contrast(behind, text) >= 4.5, behind
+        checked += 1
+    assert checked == 34
+
+
 @pytest.mark.parametrize(
     ("nbytes", "text"),
     [

@@ -140,7 +140,7 @@ def report(request: ReportRequest, progress: Progress | None = None) -> Report:
         _origin(target, found),
         _values(found, show) if request.stats else None,
         against,
-        found.notes if against is None else (*found.notes, *against.comparison.notes),
+        found.notes if against is None else (*found.notes, *_notes_of_comparison(against, target.source.model)),
         found.warnings if against is None else (*found.warnings, *against.comparison.warnings),
     )
 
@@ -193,6 +193,11 @@ def _against(found: Look, name: str, source: Source, progress: Progress) -> Agai
     other = diff.open_side(source, values=True)
     comparison = diff.compare(other, found, (source.model, name), progress=progress)
     return Against(source.model, comparison, _distances(other, found, comparison, progress))
+
+
+def _notes_of_comparison(against: Against, name: str) -> tuple[str, ...]:
+    """Return the notes of a comparison without those of the model itself, which are shown already."""
+    return tuple(note for note in against.comparison.notes if not note.startswith(f"{name}: "))
 
 
 @stdout_is_for_data

@@ -108,9 +108,11 @@ def _footer(result: MemoryResult) -> list[tuple[str, str]]:
     lines = [
         ("Input", " ".join(map(shape, map(list, estimate.inputs)))),
         ("Step", _step(result)),
-        ("Peak", megabytes(peak.allocated)),
         ("Peak reached in", f"{where}{_PHASES[peak.phase]}"),
+        ("Peak", megabytes(peak.allocated)),
     ]
+    if estimate.cublas:
+        lines.append(("  workspaces of cuBLAS", megabytes(estimate.cublas)))
     if request.device == "cuda":
         lines.append(("Margin", megabytes(margin.total)))
         if margin.workspaces:
